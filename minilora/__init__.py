@@ -1,0 +1,43 @@
+"""minilora: the executable specification of LoRA, and the oracle that checks implementations."""
+
+from minilora.lora import (
+    Merged,
+    Tuning,
+    combine,
+    disable,
+    fuse,
+    lora_linear,
+    merge,
+    project,
+    scale,
+    unmerge,
+)
+from minilora.models import GPT2, Batch, Bert, Llama, draw_weights, logits, loss
+from minilora.targets import Choice, Lora, adapt, choose
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GPT2",
+    "Batch",
+    "Bert",
+    "Choice",
+    "Llama",
+    "Lora",
+    "Merged",
+    "Tuning",
+    "__version__",
+    "adapt",
+    "choose",
+    "combine",
+    "disable",
+    "draw_weights",
+    "fuse",
+    "logits",
+    "lora_linear",
+    "loss",
+    "merge",
+    "project",
+    "scale",
+    "unmerge",
+]

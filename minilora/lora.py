@@ -1,0 +1,224 @@
+"""The subject: a frozen weight W and a trained product of low rank beside it, h = W x + s B A x.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 3.
+
+All parameters of a model lie in one flat dict under dotted names: ``layers.0.q.weight`` (m, n),
+``layers.0.q.bias`` (m, 1), and, where the projection is adapted, ``layers.0.q.A`` (r, n) and
+``layers.0.q.B`` (m, r). What is trained, and with which scale and dropout mask, says a `Tuning`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from minilora.ops import Array, Back, dropout, linear
+
+Weights = dict[str, Array]
+
+
+def scale(alpha: Any, r: int, rslora: bool = False) -> Any:
+    """s = alpha / r, or alpha / √r for rsLoRA.
+
+    Errors: ValueError if r < 1.
+    Source: Hu et al. 2021, section 4.1; Kalajdzievski 2023, "rsLoRA", theorem 3.2.
+    """
+    if r < 1:
+        raise ValueError(f"rank {r}: expected at least 1")
+    return alpha / r**0.5 if rslora else alpha / r
+
+
+def lora_linear(
+    x: Array, W: Array, b: Array | None, A: Array, B: Array, s: Any, K: Array | None = None
+) -> tuple[Array, Back]:
+    """y = W x + b + s B A (K ∘ x), with W, b frozen, A, B trained and K the dropout multiplier.
+
+    With h = K ∘ x, u = A h and du = s Bᵀ dy:
+    dx = Wᵀ dy + K ∘ (Aᵀ du),   dA = du hᵀ,   dB = s dy uᵀ.
+
+    Shapes: x (n, t), W (m, n), b (m, 1), A (r, n), B (m, r), s (), K (n, t) -> y (m, t).
+    Source: Hu et al. 2021, equation 3; dropout on the branch's input as in its code.
+    """
+    base, back_base = linear(x, W, b)
+    h, back_dropout = dropout(x, K)
+    u = A @ h
+    y = base + B @ (s * u)
+
+    def back(dy: Array) -> tuple[Array, Array, Array]:
+        du = s * (B.T @ dy)
+        return back_base(dy) + back_dropout(A.T @ du), (h @ du.T).T, dy @ (s * u).T
+
+    return y, back
+
+
+def merge_weight(W: Array, A: Array, B: Array, s: Any) -> Array:
+    """W' = W + s B A, a new array: the adapter costs nothing at inference.
+
+    Shapes: W (m, n), A (r, n), B (m, r), s () -> W' (m, n).
+    Source: Hu et al. 2021, section 4.1.
+    """
+    merged: Array = W + s * (B @ A)
+    return merged
+
+
+def combine(
+    adapters: Sequence[tuple[Array, Array, Any]], weights: Sequence[Any]
+) -> tuple[Array, Array]:
+    """A, B with B A = Σᵢ wᵢ sᵢ Bᵢ Aᵢ exactly: the Aᵢ stacked, the wᵢ sᵢ Bᵢ side by side.
+
+    The rank is the sum of the ranks; the result's own scale is 1.
+
+    Shapes: Aᵢ (rᵢ, n), Bᵢ (m, rᵢ) -> A (Σ rᵢ, n), B (m, Σ rᵢ).
+    Errors: ValueError if there is no adapter, or not one weight for each.
+    """
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"{len(adapters)} adapters, {len(weights)} weights: expected one for each")
+    A = np.concatenate([A for A, _, _ in adapters])
+    B = np.concatenate([w * s * B for (_, B, s), w in zip(adapters, weights, strict=True)], axis=1)
+    return A, B
+
+
+def fuse(adapters: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """One adapter for a fused projection (Q, K, V in one weight): A stacked, B block-diagonal.
+
+    Shapes: Aᵢ (rᵢ, n), Bᵢ (mᵢ, rᵢ) -> A (Σ rᵢ, n), B (Σ mᵢ, Σ rᵢ).
+    Source: MergedLinear in the code of Hu et al. 2021.
+    """
+    A = np.concatenate([A for A, _ in adapters])
+    B = np.zeros((sum(len(B) for _, B in adapters), len(A)), A.dtype)
+    row = column = 0
+    for _, B_i in adapters:
+        m, r = B_i.shape
+        B[row : row + m, column : column + r] = B_i
+        row, column = row + m, column + r
+    return A, B
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is trained. All that ``trained`` does not name is constant; no gradient of it is formed.
+
+    ``scale``: s of each adapted projection; ``keep``: its dropout multiplier K (n, tokens), none
+    outside training; ``trained``: names of parameters, adapters' or the base's own. Full
+    fine-tuning is ``Tuning(trained=frozenset(weights))``.
+    """
+
+    scale: Mapping[str, Any] = field(default_factory=dict)
+    keep: Mapping[str, Array] = field(default_factory=dict)
+    trained: frozenset[str] = frozenset()
+
+    def wanted(self, gradients: Weights) -> Weights:
+        """Those of ``gradients`` whose parameter is trained."""
+        return {name: g for name, g in gradients.items() if name in self.trained}
+
+
+def total(*parts: Weights) -> Weights:
+    """The sum of gradients by name: a tied weight receives one from each of its uses."""
+    sums: Weights = {}
+    for name, g in (item for part in parts for item in part.items()):
+        sums[name] = sums[name] + g if name in sums else g
+    return sums
+
+
+def project(x: Array, at: str, W: Weights, tuning: Tuning) -> tuple[Array, Back]:
+    """The projection named ``at``: the one place that asks if it is adapted, trained or frozen.
+
+    ``back(dy)`` gives dx and a dict with the gradients of what is trained: dA and dB as
+    :func:`lora_linear` has them, and of the base's own parameters dW = dy xᵀ and db = dy 1.
+
+    Shapes: x (n, t) -> y (m, t).
+    """
+    weight, bias, A, B = (f"{at}.{part}" for part in ("weight", "bias", "A", "B"))
+    adapted = A in W
+    if adapted:
+        s, K = tuning.scale[at], tuning.keep.get(at)
+        y, back_y = lora_linear(x, W[weight], W.get(bias), W[A], W[B], s, K)
+    else:
+        y, back_y = linear(x, W[weight], W.get(bias))
+
+    def back(dy: Array) -> tuple[Array, Weights]:
+        dx, *factors = back_y(dy) if adapted else (back_y(dy),)
+        gradients: Weights = dict(zip((A, B), factors, strict=adapted))
+        if weight in tuning.trained:
+            gradients[weight] = dy @ x.T
+        if bias in tuning.trained:
+            gradients[bias] = dy.sum(1, keepdims=True)
+        return dx, tuning.wanted(gradients)
+
+    return y, back
+
+
+def _kaiming_uniform(rng: np.random.Generator, r: int, n: int) -> Array:
+    return rng.uniform(-(n**-0.5), n**-0.5, (r, n))
+
+
+def _gaussian(rng: np.random.Generator, r: int, n: int) -> Array:
+    return rng.standard_normal((r, n)) / r
+
+
+DRAW = {"kaiming": _kaiming_uniform, "gaussian": _gaussian}
+
+
+def draw_factors(
+    rng: np.random.Generator, init: str, r: int, m: int, n: int
+) -> tuple[Array, Array]:
+    """A drawn, B = 0, so that the adapted model starts as the base.
+
+    "kaiming": A ~ U(-1/√n, 1/√n), which is kaiming-uniform with a = √5, as in the code of Hu et al.
+    "gaussian": A ~ N(0, 1/r²), as PEFT reads the paper's "random Gaussian".
+
+    Shapes: -> A (r, n), B (m, r).
+    """
+    return DRAW[init](rng, r, n), np.zeros((m, r))
+
+
+def draw_dropout(
+    rng: np.random.Generator, p: float, shapes: Mapping[str, tuple[int, int]], dtype: Any
+) -> Weights:
+    """K = keep / (1 - p) for each projection, keep ~ Bernoulli(1 - p) for each entry of its input.
+
+    Shapes: shapes {name: (n, t)} -> {name: K (n, t)}.
+    """
+    return {at: (rng.random(shape) >= p).astype(dtype) / (1 - p) for at, shape in shapes.items()}
+
+
+def disable(W: Weights) -> Weights:
+    """The base alone: the same arrays without the adapters' factors."""
+    return {name: array for name, array in W.items() if not name.endswith((".A", ".B"))}
+
+
+class Merged(Weights):
+    """Weights with their adapters merged; they keep the arrays that they were made from."""
+
+    def __init__(self, weights: Weights, original: Weights) -> None:
+        super().__init__(weights)
+        self.original = dict(original)
+
+
+def merge(W: Weights, tuning: Tuning) -> Merged:
+    """Every adapted weight replaced by W + s B A, a new array; the others are shared.
+
+    Errors: ValueError if W is merged already (the adapter would count twice) or has no adapter.
+    """
+    if isinstance(W, Merged):
+        raise ValueError("these weights are merged already; unmerge them first")
+    adapted = [name.removesuffix(".A") for name in W if name.endswith(".A")]
+    if not adapted:
+        raise ValueError("no adapter to merge: no parameter's name ends with .A")
+    merged = disable(W)
+    for at in adapted:
+        merged[f"{at}.weight"] = merge_weight(
+            W[f"{at}.weight"], W[f"{at}.A"], W[f"{at}.B"], tuning.scale[at]
+        )
+    return Merged(merged, W)
+
+
+def unmerge(W: Merged) -> Weights:
+    """The very arrays that were merged, bit for bit: subtraction would not restore them.
+
+    Errors: TypeError if W is not what :func:`merge` returned.
+    """
+    if not isinstance(W, Merged):
+        raise TypeError("these weights are not merged; expected what merge returned")
+    return dict(W.original)

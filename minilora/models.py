@@ -1,0 +1,289 @@
+"""Three architectures in full: Llama (and Qwen2), GPT-2, BERT with a classification head.
+
+Each gives ``logits, back``, and :func:`loss` gives ``loss, back``: ``back(1.0)`` is a dict with the
+gradient of all that the `Tuning` names as trained. Logits lie (classes, b*t) or (classes, b).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from minilora.blocks import bert_block, embed, gpt2_block, llama_block, normalise, stack
+from minilora.lora import Tuning, Weights, project, total
+from minilora.ops import (
+    IGNORED,
+    Array,
+    Back,
+    causal_mask,
+    cross_entropy,
+    layernorm,
+    padding_mask,
+    rmsnorm,
+    rope_tables,
+    tanh,
+)
+
+Shapes = dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """b sequences of t tokens, padded to one length.
+
+    ``labels`` (b, t) are the tokens themselves, -100 where they do not count: the shift to the next
+    token is the model's. For a classifier they are (b,). ``mask`` (b, t) is true at real tokens.
+    ``positions`` (b, t) count from 0 at the first column unless given; ``types`` (b, t) are BERT's.
+    """
+
+    ids: Array
+    labels: Array | None = None
+    mask: Array | None = None
+    positions: Array | None = None
+    types: Array | None = None
+
+    @property
+    def real(self) -> Array:
+        """``mask``, or true everywhere."""
+        return np.ones(self.ids.shape, bool) if self.mask is None else self.mask.astype(bool)
+
+    @property
+    def places(self) -> Array:
+        """``positions``, or 0 … t - 1 in every row."""
+        counted = np.broadcast_to(np.arange(self.ids.shape[1]), self.ids.shape)
+        return counted if self.positions is None else self.positions
+
+
+@dataclass(frozen=True)
+class Config:
+    """What every architecture has; ``linears`` and ``shapes`` say what it is made of."""
+
+    vocab: int
+    d: int
+    layers: int
+    heads: int
+    ffn: int
+    causal: ClassVar[bool] = True
+    norm_bias: ClassVar[bool] = True
+    norms: ClassVar[tuple[str, ...]] = ("norm1", "norm2")
+
+    def tables(self) -> dict[str, int]:
+        """The embeddings' rows."""
+        return {"embed": self.vocab}
+
+    def block(self) -> Shapes:
+        """The projections of one block, (out, in)."""
+        raise NotImplementedError
+
+    def beyond(self) -> Shapes:
+        """The projections outside the blocks, (out, in)."""
+        return {}
+
+    def biased(self, at: str) -> bool:
+        """Whether the projection has a bias."""
+        return True
+
+    def linears(self) -> Shapes:
+        """Every projection, (out, in)."""
+        parts = self.block().items()
+        blocks = {f"layers.{i}.{at}": shape for i in range(self.layers) for at, shape in parts}
+        return blocks | self.beyond()
+
+    def shapes(self) -> Shapes:
+        """Every parameter."""
+        shapes = {f"{at}.weight": (n, self.d) for at, n in self.tables().items()}
+        for at, (m, n) in self.linears().items():
+            shapes |= {f"{at}.weight": (m, n)} | ({f"{at}.bias": (m, 1)} if self.biased(at) else {})
+        norms = [f"layers.{i}.{at}" for i in range(self.layers) for at in self.norms]
+        parts = ("weight", "bias") if self.norm_bias else ("weight",)
+        return shapes | {f"{at}.{part}": (self.d, 1) for at in [*norms, "norm"] for part in parts}
+
+
+@dataclass(frozen=True)
+class Llama(Config):
+    """A Llama, and with ``qkv_bias`` a Qwen2."""
+
+    kv_heads: int
+    head_dim: int
+    eps: float = 1e-5
+    theta: float = 10000.0
+    tied: bool = False
+    qkv_bias: bool = False
+    norm_bias: ClassVar[bool] = False
+
+    def block(self) -> Shapes:  # noqa: D102
+        d, f = self.d, self.ffn
+        h, g = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = {"q": (h, d), "k": (g, d), "v": (g, d), "o": (d, h)}
+        return attention | {"gate": (f, d), "up": (f, d), "down": (d, f)}
+
+    def beyond(self) -> Shapes:  # noqa: D102
+        return {} if self.tied else {"head": (self.vocab, self.d)}
+
+    def biased(self, at: str) -> bool:  # noqa: D102
+        return self.qkv_bias and at.endswith((".q", ".k", ".v"))
+
+
+@dataclass(frozen=True)
+class GPT2(Config):
+    """A GPT-2; its head is the embedding."""
+
+    positions: int
+    eps: float = 1e-5
+
+    def tables(self) -> dict[str, int]:  # noqa: D102
+        return {"embed": self.vocab, "positions": self.positions}
+
+    def block(self) -> Shapes:  # noqa: D102
+        d, f = self.d, self.ffn
+        return {"qkv": (3 * d, d), "o": (d, d), "up": (f, d), "down": (d, f)}
+
+
+@dataclass(frozen=True)
+class Bert(Config):
+    """A BERT encoder with pooler and classification head."""
+
+    positions: int
+    types: int
+    classes: int
+    eps: float = 1e-12
+    causal: ClassVar[bool] = False
+
+    def tables(self) -> dict[str, int]:  # noqa: D102
+        return {"embed": self.vocab, "positions": self.positions, "types": self.types}
+
+    def block(self) -> Shapes:  # noqa: D102
+        d, f = self.d, self.ffn
+        return dict.fromkeys("qkvo", (d, d)) | {"up": (f, d), "down": (d, f)}
+
+    def beyond(self) -> Shapes:  # noqa: D102
+        return {"pooler": (self.d, self.d), "head": (self.classes, self.d)}
+
+
+def draw_weights(c: Config, rng: np.random.Generator, std: float = 0.02) -> Weights:
+    """Fresh weights in float64: matrices N(0, std²), norms' weights 1, biases 0."""
+    draws: dict[bool, Callable[[str, tuple[int, int]], Array]] = {
+        True: lambda name, shape: np.full(shape, float(not name.endswith(".bias"))),
+        False: lambda name, shape: std * rng.standard_normal(shape),
+    }
+    return {name: draws[shape[1] == 1](name, shape) for name, shape in c.shapes().items()}
+
+
+def llama(batch: Batch, W: Weights, c: Llama, tuning: Tuning) -> tuple[Array, Back]:
+    """z = head(norm(blocks(embed(ids)))).
+
+    Shapes: ids (b, t) -> z (v, b*t).
+    Source: Touvron et al. 2023.
+    """
+    x, back_embed = embed(batch.ids.ravel(), "embed", W, tuning)
+    tables = rope_tables(batch.places, c.head_dim, c.theta, x.dtype)
+    mask = causal_mask(batch.real)
+    x, back_blocks = stack(
+        x, c.layers, lambda x, at: llama_block(x, at, W, c, tuning, tables, mask)
+    )
+    h, back_norm = normalise(rmsnorm, x, "norm", W, c, tuning)
+    z, back_head = project(h, "embed" if c.tied else "head", W, tuning)
+
+    def back(dz: Array) -> Weights:
+        dh, g_head = back_head(dz)
+        dx, g_norm = back_norm(dh)
+        dx, g_blocks = back_blocks(dx)
+        return total(back_embed(dx), g_blocks, g_norm, g_head)
+
+    return z, back
+
+
+def gpt2(batch: Batch, W: Weights, c: GPT2, tuning: Tuning) -> tuple[Array, Back]:
+    """z = embedᵀ(norm(blocks(embed(ids) + positions))), the embedding used as the head.
+
+    Shapes: ids (b, t) -> z (v, b*t).
+    Source: Radford et al. 2019.
+    """
+    tokens, back_embed = embed(batch.ids.ravel(), "embed", W, tuning)
+    places, back_positions = embed(batch.places.ravel(), "positions", W, tuning)
+    mask = causal_mask(batch.real)
+    x, back_blocks = stack(
+        tokens + places, c.layers, lambda x, at: gpt2_block(x, at, W, c, tuning, mask)
+    )
+    h, back_norm = normalise(layernorm, x, "norm", W, c, tuning)
+    z, back_head = project(h, "embed", W, tuning)
+
+    def back(dz: Array) -> Weights:
+        dh, g_head = back_head(dz)
+        dx, g_norm = back_norm(dh)
+        dx, g_blocks = back_blocks(dx)
+        return total(back_embed(dx), back_positions(dx), g_blocks, g_norm, g_head)
+
+    return z, back
+
+
+def bert(batch: Batch, W: Weights, c: Bert, tuning: Tuning) -> tuple[Array, Back]:
+    """z = head(tanh(pooler(first token of blocks(norm(embed(ids) + positions + types))))).
+
+    Shapes: ids (b, t) -> z (classes, b).
+    Source: Devlin et al. 2018.
+    """
+    t = batch.ids.shape[1]
+    types = np.zeros_like(batch.ids) if batch.types is None else batch.types
+    tokens, back_embed = embed(batch.ids.ravel(), "embed", W, tuning)
+    places, back_positions = embed(batch.places.ravel(), "positions", W, tuning)
+    kinds, back_types = embed(types.ravel(), "types", W, tuning)
+    x, back_norm = normalise(layernorm, tokens + places + kinds, "norm", W, c, tuning)
+    mask = padding_mask(batch.real)
+    h, back_blocks = stack(x, c.layers, lambda x, at: bert_block(x, at, W, c, tuning, mask))
+    pooled, back_pooler = project(h[:, ::t], "pooler", W, tuning)
+    act, back_tanh = tanh(pooled)
+    z, back_head = project(act, "head", W, tuning)
+
+    def back(dz: Array) -> Weights:
+        dact, g_head = back_head(dz)
+        dfirst, g_pooler = back_pooler(back_tanh(dact))
+        dh = np.zeros_like(h)
+        dh[:, ::t] = dfirst
+        dx, g_blocks = back_blocks(dh)
+        dx, g_norm = back_norm(dx)
+        g_tables = back_embed(dx) | back_positions(dx) | back_types(dx)
+        return total(g_tables, g_norm, g_blocks, g_pooler, g_head)
+
+    return z, back
+
+
+FORWARD: dict[type[Config], Callable[..., tuple[Array, Back]]] = {
+    Llama: llama,
+    GPT2: gpt2,
+    Bert: bert,
+}
+
+
+def logits(batch: Batch, W: Weights, c: Config, tuning: Tuning) -> tuple[Array, Back]:
+    """The logits of the model that ``c`` configures.
+
+    Errors: ValueError if a token's id, position or type lies outside its table.
+    """
+    rows = {"embed": batch.ids, "positions": batch.places, "types": batch.types}
+    for at, n in c.tables().items():
+        numbers = rows[at]
+        if numbers is not None and (numbers.min() < 0 or numbers.max() >= n):
+            found = f"{numbers.min()} to {numbers.max()}"
+            raise ValueError(f"rows of {at}: found {found}, expected 0 to {n - 1}")
+    return FORWARD[type(c)](batch, W, c, tuning)
+
+
+def loss(
+    batch: Batch, W: Weights, c: Config, tuning: Tuning, count: int | None = None
+) -> tuple[Array, Back]:
+    """The mean cross-entropy over the labels that count; language models predict the next token.
+
+    Shapes: -> L (); ``count`` as in :func:`minilora.ops.cross_entropy`.
+    Errors: ValueError without labels, and those of :func:`logits` and ``cross_entropy``.
+    """
+    if batch.labels is None:
+        raise ValueError("the batch has no labels; a loss needs them")
+    labels = batch.labels
+    if c.causal:
+        labels = np.full_like(labels, IGNORED)
+        labels[:, :-1] = batch.labels[:, 1:]
+    z, back_logits = logits(batch, W, c, tuning)
+    L, back_loss = cross_entropy(z, labels.ravel(), count)
+    return L, lambda dL: back_logits(back_loss(dL))

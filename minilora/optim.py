@@ -1,0 +1,191 @@
+"""Optimizers as pure functions over flat dicts of parameters and gradients.
+
+A step takes parameters, gradients and state and returns new ones; nothing is changed in place.
+``lr`` is one number, or a dict with one for each parameter, as :func:`loraplus_rates` makes.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from minilora.lora import Weights, total
+from minilora.ops import Array
+
+Rates = float | Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class SGDState:
+    """The velocity of each parameter; empty before the first step."""
+
+    velocity: Weights = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """The number of steps done, and the running means of g and g²; empty before the first."""
+
+    t: int = 0
+    m: Weights = field(default_factory=dict)
+    v: Weights = field(default_factory=dict)
+
+
+def _of(lr: Rates, name: str) -> float:
+    return lr if isinstance(lr, int | float) else lr[name]
+
+
+def sgd(
+    params: Weights,
+    gradients: Weights,
+    state: SGDState,
+    lr: Rates,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+) -> tuple[Weights, SGDState]:
+    """p ← p - η u, u ← μ u + g + λ p, and u = g + λ p at the first step.
+
+    Source: Sutskever et al. 2013 with the velocity free of η, as in PyTorch's SGD, whose weight
+    decay is coupled: it passes through the velocity.
+    """
+    new, velocity = {}, {}
+    for name, p in params.items():
+        u = gradients[name] + weight_decay * p
+        if name in state.velocity:
+            u = momentum * state.velocity[name] + u
+        velocity[name] = u
+        new[name] = p - _of(lr, name) * u
+    return new, SGDState(velocity)
+
+
+def adamw(
+    params: Weights,
+    gradients: Weights,
+    state: AdamState,
+    lr: Rates,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> tuple[Weights, AdamState]:
+    """p ← (1 - η λ) p - η m̂ / (√v̂ + ε), m̂ = m / (1 - β₁ᵗ), v̂ = v / (1 - β₂ᵗ).
+
+    With m ← β₁ m + (1 - β₁) g and v ← β₂ v + (1 - β₂) g², both from 0, and t from 1.
+
+    Source: Loshchilov and Hutter 2019, algorithm 2; Kingma and Ba 2015, algorithm 1.
+    """
+    (beta1, beta2), t = betas, state.t + 1
+    new, m, v = {}, {}, {}
+    for name, p in params.items():
+        g, lr_p = gradients[name], _of(lr, name)
+        m[name] = beta1 * state.m.get(name, 0) + (1 - beta1) * g
+        v[name] = beta2 * state.v.get(name, 0) + (1 - beta2) * (g * g)
+        m_hat = m[name] / (1 - beta1**t)
+        v_hat = v[name] / (1 - beta2**t)
+        new[name] = (1 - lr_p * weight_decay) * p - lr_p * (m_hat / (np.sqrt(v_hat) + eps))
+    return new, AdamState(t, m, v)
+
+
+def global_norm(gradients: Weights) -> Array:
+    """‖g‖ = √(the sum of squares of all gradients together).
+
+    Errors: ValueError if there is no gradient.
+    """
+    if not gradients:
+        raise ValueError("no gradients: nothing is trained")
+    norm: Array = np.sqrt(sum((g * g).sum() for g in gradients.values()))
+    return norm
+
+
+def clip(gradients: Weights, max_norm: float, eps: float = 1e-6) -> tuple[Weights, Array]:
+    """g ← g min(1, max_norm / (‖g‖ + ε)) for all gradients alike; also gives ‖g‖ before.
+
+    Source: Pascanu, Mikolov and Bengio 2013, algorithm 1; the ε is PyTorch's.
+    """
+    norm = global_norm(gradients)
+    factor = np.minimum(max_norm / (norm + eps), 1)
+    return {name: g * factor for name, g in gradients.items()}, norm
+
+
+def schedule(kind: str, k: int, total: int, warmup: int = 0) -> float:
+    """The factor on the learning rate at step k = 0, 1, …: k / warmup first, then by ``kind``.
+
+    With the progress q = (k - warmup) / (total - warmup), at most 1, the factor is 1 for
+    "constant", 1 - q for "linear" and (1 + cos πq) / 2 for "cosine".
+
+    Errors: ValueError for an unknown kind.
+    Source: Loshchilov and Hutter 2017, equation 5, for the cosine; counted as in transformers.
+    """
+    q = min(1.0, (k - warmup) / max(1, total - warmup))
+    factors = {"constant": 1.0, "linear": 1 - q, "cosine": 0.5 * (1 + math.cos(math.pi * q))}
+    if kind not in factors:
+        raise ValueError(f"schedule {kind!r}: expected one of {', '.join(factors)}")
+    return k / warmup if k < warmup else factors[kind]
+
+
+def loraplus_rates(names: Sequence[str], lr: float, ratio: float) -> dict[str, float]:
+    """η for every parameter, and η · ratio for each B.
+
+    Source: Hayou, Ghosh and Yu 2024, "LoRA+", section 4.
+    """
+    return {name: lr * ratio if name.endswith(".B") else lr for name in names}
+
+
+def accumulate(parts: Sequence[tuple[int, Weights]]) -> Weights:
+    """g = Σᵢ nᵢ gᵢ / Σᵢ nᵢ over micro-batches: gᵢ the mean over the nᵢ labels that count there.
+
+    This is the gradient of the whole batch's mean; the mean of the gᵢ is not, when the nᵢ differ.
+
+    Errors: ValueError if no label counts or if the parts name different parameters.
+    """
+    tokens = sum(n for n, _ in parts)
+    if tokens < 1:
+        raise ValueError(
+            f"{len(parts)} micro-batches with {tokens} labels that count: nothing to do"
+        )
+    names = parts[0][1].keys()
+    if any(g.keys() != names for _, g in parts):
+        raise ValueError("the micro-batches' gradients name different parameters")
+    weighted = total(*({name: n * g[name] for name in names} for n, g in parts))
+    return {name: g / tokens for name, g in weighted.items()}
+
+
+STEPS: Mapping[str, Any] = {"adamw": (adamw, AdamState), "sgd": (sgd, SGDState)}
+
+
+def run(params: Weights, gradients: Sequence[Any], settings: Mapping[str, Any]) -> list[Weights]:
+    """The parameters after each step: accumulate, clip, schedule, step.
+
+    ``gradients`` holds one item a step: a dict, or (count, dict) pairs, one a micro-batch.
+    ``settings``: optimizer, lr, and as they apply betas, eps, momentum, weight_decay,
+    max_grad_norm, schedule, warmup_steps, total_steps, loraplus_lr_ratio.
+
+    Errors: ValueError for an unknown optimizer or setting.
+    """
+    kind = settings.get("optimizer", "adamw")
+    own = {"adamw": ("betas", "eps", "weight_decay"), "sgd": ("momentum", "weight_decay")}
+    if kind not in own:
+        raise ValueError(f"optimizer {kind!r}: expected one of {', '.join(own)}")
+    known = {"optimizer", "lr", "max_grad_norm", "schedule", "warmup_steps", "total_steps"}
+    known |= {"loraplus_lr_ratio", *own[kind]}
+    if unknown := sorted(settings.keys() - known):
+        raise ValueError(f"settings {unknown} mean nothing to {kind}; there are {sorted(known)}")
+    step, start = STEPS[kind]
+    options = {name: settings[name] for name in own[kind] if name in settings}
+    state, history = start(), []
+    rates = loraplus_rates(list(params), settings["lr"], settings.get("loraplus_lr_ratio") or 1.0)
+    for k, item in enumerate(gradients):
+        g = item if isinstance(item, dict) else accumulate(item)
+        if settings.get("max_grad_norm") is not None:
+            g, _ = clip(g, settings["max_grad_norm"])
+        factor = schedule(
+            settings.get("schedule", "constant"),
+            k,
+            settings.get("total_steps", len(gradients)),
+            settings.get("warmup_steps", 0),
+        )
+        lr = {name: rate * factor for name, rate in rates.items()}
+        params, state = step(params, g, state, lr, **options)
+        history.append(params)
+    return history
