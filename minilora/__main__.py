@@ -1,0 +1,8 @@
+"""``python -m minilora``: the command line."""
+
+import sys
+
+from minilora.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""The command line. What a command needs is imported when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from minilora import __version__
+
+if TYPE_CHECKING:
+    from minilora.verify.engine import Progress
+    from minilora.verify.report import Report
+
+OWN = "minilora.verify.own:implementation"
+HOLDS, DEVIATES, USAGE, NOT_LOADED, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that suggests what a mistyped option or command may have meant."""
+
+    def error(self, message: str) -> NoReturn:
+        known = re.findall(r"(?<![\w-])--[a-z][a-z-]*", self.format_help())
+        if invalid := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            asked, known = invalid[1], re.findall(r"[\w-]+", invalid[2])
+        else:
+            asked = message.rpartition("unrecognized arguments: ")[2].split("=")[0].split(" ")[0]
+        close = difflib.get_close_matches(asked, known, n=1, cutoff=0.7)
+        super().error(message + (f"; did you mean {close[0]}?" if close else ""))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and gives its exit status; wrong usage raises SystemExit(2)."""
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if "run" not in arguments:
+        parser.print_help(sys.stderr)
+        return USAGE
+    if unknown:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="minilora",
+        description="The executable specification of low-rank adaptation.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"minilora {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_verify(commands)
+    return parser
+
+
+def _add_verify(commands: argparse._SubParsersAction[_Parser]) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="check an implementation of LoRA",
+        description="Checks an implementation of LoRA against the equations. Exit status: 0 all "
+        "hold, 1 a deviation or an error, 2 wrong usage, 3 the target cannot be loaded or every "
+        "check was skipped.",
+        allow_abbrev=False,
+    )
+    verify.set_defaults(run=_verify, parser=verify)
+    add = verify.add_argument
+    add(
+        "target",
+        nargs="?",
+        metavar="TARGET",
+        help="a shipped peer (peft, loralib), or package.module:name of an object, a class or a "
+        "factory without arguments; without it, minilora itself",
+    )
+    add("--cmd", metavar="CMD", help="a driver in another language (not in this release)")
+    add("--level", action="append", metavar="LEVEL", help="only this level; repeatable, or a,b")
+    add("--profile", default="ci", metavar="PROFILE", help="quick, ci (the default) or nightly")
+    add("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable, or a,b")
+    add("--seed", type=int, default=0, metavar="N", help="draws other cases (default: 0)")
+    add("--case", metavar="CHECK:DTYPE:N", help="only this case, as a report names it")
+    add("--known", metavar="FILE", help="JSON list of known deviations: check, dtype, reason, link")
+    add("--time-limit", type=float, metavar="SECONDS", help="for one call (default: 30)")
+    add("--json", metavar="FILE", help="write the report as JSON")
+    add("--junit", metavar="FILE", help="write the report as JUnit XML")
+    add("--html", metavar="FILE", help="write the report as one HTML page")
+    add("--list", action="store_true", help="list the checks and run nothing")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    if arguments.cmd is not None:
+        return _refuse("--cmd, a driver in another language, is not in this release")
+    from minilora.verify.checks import CHECKS
+    from minilora.verify.contract import TIME_LIMIT, LoadError, load
+    from minilora.verify.engine import Interrupted, UsageError, plan, read_known, run
+    from minilora.verify.report import writable
+
+    levels, dtypes = _split(arguments.level), _split(arguments.dtype)
+    limit = TIME_LIMIT if arguments.time_limit is None else arguments.time_limit
+    choice = {
+        "levels": levels,
+        "profile": arguments.profile,
+        "dtypes": dtypes,
+        "seed": arguments.seed,
+        "case": arguments.case,
+    }
+    try:
+        plans = plan(CHECKS, **choice)
+        known = read_known(arguments.known) if arguments.known else None
+    except UsageError as error:
+        return _refuse(str(error))
+    if not limit > 0:
+        return _refuse(f"--time-limit is {limit:g}; expected more than 0 seconds")
+    if arguments.list:
+        _print(
+            _listed(list(dict.fromkeys((p.check.id, p.check.level, p.check.title) for p in plans)))
+        )
+        return HOLDS
+    command = ["minilora", "verify", *filter(None, [arguments.target])]
+    if arguments.time_limit is not None:
+        command += ["--time-limit", f"{limit:g}"]
+    files = {kind: getattr(arguments, kind) for kind in ("json", "junit", "html")}
+    for path in filter(None, files.values()):
+        if why := writable(path):
+            return _refuse(f"cannot write {why}")
+    try:
+        with _stdout_on_stderr():
+            implementation = load(arguments.target or OWN)
+            with _progress() as progress:
+                report = run(
+                    CHECKS,
+                    implementation,
+                    **choice,
+                    known=known,
+                    time_limit=limit,
+                    progress=progress,
+                    command=command,
+                )
+    except UsageError as error:
+        return _refuse(str(error))
+    except LoadError as error:
+        print(f"minilora verify: {error}", file=sys.stderr)
+        return NOT_LOADED
+    except Interrupted as interrupted:
+        report = interrupted.report
+    return _deliver(report, files)
+
+
+def _deliver(report: Report, files: dict[str, str | None]) -> int:
+    """Writes the files and prints the report: the files first, for a reader may close the pipe."""
+    from minilora.verify.report import write
+
+    failures = []
+    for kind, path in files.items():
+        if path:
+            try:
+                write(path, getattr(report, kind)())
+            except OSError as error:
+                failures.append(f"cannot write {path}: {error.strerror}")
+    _print(report.text())
+    for failure in failures:
+        _refuse(failure)
+    return USAGE if failures else report.exit_status
+
+
+def _listed(checks: Sequence[tuple[str, str, str]]) -> str:
+    import textwrap
+
+    lines = []
+    for check, level, title in checks:
+        lines += [
+            f"{check}  ({level})",
+            *textwrap.wrap(title, 76, initial_indent="    ", subsequent_indent="    "),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _split(values: list[str] | None) -> list[str] | None:
+    """The values of a repeatable option, each of which may be a list with commas."""
+    return values and [part.strip() for value in values for part in value.split(",")]
+
+
+def _refuse(message: str) -> int:
+    print(f"minilora verify: {message}", file=sys.stderr)
+    return USAGE
+
+
+def _print(text: str) -> None:
+    """Prints in whatever encoding the reader has, and lets a reader leave early."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it ends: that goes nowhere then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _stdout_on_stderr() -> Iterator[None]:
+    """What a target prints, from Python or from compiled code, goes to standard error."""
+    try:
+        out, err = sys.stdout.fileno(), sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):  # a stream that is no file, as under a test
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(out)
+    os.dup2(err, out)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        with contextlib.suppress(OSError, TypeError, AttributeError):
+            ctypes.CDLL(None).fflush(None)  # C's own buffer
+        os.dup2(kept, out)
+        os.close(kept)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress | None]:
+    """A bar on standard error where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit=" cases", leave=False, file=sys.stderr) as bar:
+
+        def progress(case: str, behind: int, total: int) -> None:
+            bar.total = total
+            bar.set_description_str(case.rpartition(":")[0], refresh=False)
+            bar.update(behind - bar.n)
+
+        yield progress

@@ -1,0 +1,234 @@
+"""Files read with every check and written whole or not at all: tensors and settings.
+
+Whatever is wrong with a file is a `FormatError`; no other exception comes out of reading one.
+"""
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from minilora.lora import Weights
+from minilora.ops import Array
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
+"""The dtypes of weights that are read and written, by their names in a safetensors file."""
+
+
+class FormatError(ValueError):
+    """A file does not hold what it should.
+
+    Made of the file, the place in it, what was found, what was expected and what to do.
+    """
+
+    def __init__(
+        self, path: Path | str, where: str, found: object, expected: object, remedy: str
+    ) -> None:
+        super().__init__(path, where, found, expected, remedy)
+
+    def __str__(self) -> str:
+        path, where, found, expected, remedy = self.args
+        return f"{path}: {where}: found {_short(found)}, expected {_short(expected)}; {remedy}"
+
+
+def _short(value: object, limit: int = 400) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
+def listed(names: Iterable[object], most: int = 5) -> str:
+    """The first names in order, and how many more there are."""
+    ordered = sorted(map(str, names))
+    more = len(ordered) - most
+    return ", ".join(ordered[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def read_tensors(path: Path | str, ignore: str | None = None) -> Weights:
+    """The tensors of a safetensors file, all of them finite floating-point numbers.
+
+    ``ignore`` is an expression found in the names of tensors to leave out, whatever they hold.
+    The header's sizes are checked against the file's before memory is taken for them.
+
+    Errors: FormatError if the file is missing, cut short or damaged, or if a tensor has no entry,
+    another dtype than `DTYPES`, or an entry that is not finite.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            names = [name for name in file.keys() if not (ignore and re.search(ignore, name))]  # noqa: SIM118
+            return {name: _tensor(path, name, file) for name in sorted(names)}
+    except (OSError, SafetensorError) as error:
+        raise FormatError(
+            path, "file", error, "a whole safetensors file", "fetch or write it again"
+        ) from error
+
+
+def _tensor(path: Path | str, name: str, file: Any) -> Array:
+    view = file.get_slice(name)
+    dtype, shape = view.get_dtype(), view.get_shape()
+    if dtype not in DTYPES:
+        remedy = "convert it, and dequantise what is quantised"
+        raise FormatError(path, name, f"dtype {dtype}", f"one of {', '.join(DTYPES)}", remedy)
+    if 0 in shape:
+        raise FormatError(path, name, f"shape {shape}", "at least one entry", "write it again")
+    return finite(path, name, file.get_tensor(name))
+
+
+def finite(path: Path | str, name: str, array: Array, dtype: Any = None) -> Array:
+    """The array, converted to ``dtype`` if one is given.
+
+    Errors: FormatError if an entry is not finite, before or after.
+    """
+    for converted in (False, True):
+        if converted and dtype is None:
+            continue
+        if converted:
+            with np.errstate(over="ignore"):
+                array = array.astype(dtype)
+        if converted and np.dtype(dtype) not in DTYPES.values():
+            continue  # wider than any file's dtype, or no floating point at all
+        wrong = np.argwhere(~np.isfinite(array))
+        if len(wrong):
+            first = tuple(map(int, wrong[0]))
+            found = f"{len(wrong)} entries that are not finite, the first {array[first]} at {first}"
+            expected = f"finite numbers in {array.dtype}"
+            remedy = "take a wider dtype" if converted else "its training has diverged"
+            raise FormatError(path, name, found, expected, remedy)
+    return array
+
+
+def pack(
+    path: Path | str, arrays: Mapping[str, Array], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The bytes of a safetensors file, the same for the same input.
+
+    Errors: those of :func:`read_tensors` for what it would not read; ValueError for more than one
+    entry of metadata, which the library writes in no fixed order.
+    """
+    if metadata and len(metadata) > 1:
+        raise ValueError(f"metadata {listed(metadata)}: one entry at most has reproducible bytes")
+    plain: Weights = {}
+    for name, array in arrays.items():
+        dtype = next((d for d in DTYPES.values() if d.name == array.dtype.name), None)
+        if dtype is None or array.size == 0:
+            found = f"dtype {array.dtype}, shape {array.shape}"
+            expected = f"entries in one of {', '.join(d.name for d in DTYPES.values())}"
+            raise FormatError(path, name, found, expected, "nothing was written; convert it")
+        # The library takes an array's memory as it lies, whatever its strides say.
+        plain[name] = finite(path, name, np.asarray(array, dtype, order="C"))
+    return save(plain, dict(metadata) if metadata else None)
+
+
+def write_tensors(
+    path: Path | str, arrays: Mapping[str, Array], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, whole or not at all, in place of any that is there.
+
+    Errors: those of :func:`pack` and of :func:`write_files`.
+    """
+    path = Path(path)
+    data = pack(path, arrays, metadata)
+    write_files(path.parent, {path.name: lambda: data})
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Errors: FormatError if it is missing or damaged, is no object, names a key twice or holds a
+    number that is not finite.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(path, "file", error, "a JSON object", "fetch or write it again") from None
+    if not isinstance(value, dict):
+        raise FormatError(path, "file", type(value).__name__, "an object", "is it the right file?")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{listed({key for key in keys if keys.count(key) > 1})} given twice")
+    return value
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"the number {name}")
+
+
+def pack_json(value: Mapping[str, Any]) -> bytes:
+    """The bytes of a JSON file, the same for the same input."""
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def check_settings(
+    path: Path | str,
+    settings: Mapping[str, Any],
+    read: Collection[str],
+    fixed: Mapping[str, Collection[Any]],
+    inert: Collection[str],
+) -> None:
+    """Every setting is one that is read, or is inert, or has the value that is implemented.
+
+    A setting that is none of these passes as null only, which sets nothing.
+
+    Errors: FormatError that names the setting and its value.
+    """
+    for key, value in settings.items():
+        if key in fixed and value not in fixed[key]:
+            expected = " or ".join(json.dumps(v) for v in fixed[key])
+            remedy = "other values compute a function that is not implemented here"
+            raise FormatError(path, key, json.dumps(value), expected, remedy)
+        if value is not None and key not in {*read, *fixed, *inert}:
+            remedy = "it may change the function computed: remove it only if it does not"
+            raise FormatError(path, key, json.dumps(value), "no setting of this name", remedy)
+
+
+def write_files(
+    folder: Path | str, files: Mapping[str, Callable[[], bytes]], stale: str | None = None
+) -> None:
+    """Write files to a folder, each whole; in place of none before all are written beside it.
+
+    A folder that is there keeps its other files. ``stale`` is an expression for the names of those
+    that may not stay, because a reader would take them for a part of what is written now.
+
+    Errors: FormatError if the folder is a file or holds a stale file; OSError where the disk is
+    full or closed. The folder is then as it was.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise FormatError(folder, "folder", "a file", "a folder", "choose another name")
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    left = {entry.name for entry in folder.iterdir()} - files.keys()
+    old = {name for name in left if stale and re.fullmatch(stale, name)}
+    if old:
+        remedy = "remove them first, or choose another folder"
+        raise FormatError(folder, "folder", listed(old), "no weights but those written", remedy)
+    beside = {name: folder / f".{name}.{secrets.token_hex(4)}" for name in files}
+    try:
+        for name, data in files.items():
+            beside[name].write_bytes(data())
+        for name, temporary in beside.items():
+            os.replace(temporary, folder / name)
+    except BaseException:
+        for temporary in beside.values():
+            temporary.unlink(missing_ok=True)
+        if made:
+            folder.rmdir()
+        raise

@@ -1,0 +1,66 @@
+"""The oracle: checks another implementation of LoRA against the equations."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minilora.verify.check import Case, Check, Comparison, Limits
+from minilora.verify.contract import TIME_LIMIT, Fault, LoadError, Skip, Subject, resolve
+from minilora.verify.contract import load as load_target
+from minilora.verify.engine import Interrupted, Progress, UsageError, run
+from minilora.verify.report import Report, Result
+
+__all__ = [
+    "Case",
+    "Check",
+    "Comparison",
+    "Fault",
+    "Interrupted",
+    "Limits",
+    "LoadError",
+    "Report",
+    "Result",
+    "Skip",
+    "Subject",
+    "UsageError",
+    "check",
+    "load_target",
+]
+
+
+# Like its submodule: importing that first, above, leaves the name `minilora.verify.check` to this.
+def check(
+    implementation: object,
+    *,
+    levels: Sequence[str] | None = None,
+    profile: str = "ci",
+    dtypes: Sequence[str] | None = None,
+    seed: int = 0,
+    case: str | None = None,
+    known: Mapping[str, Any] | None = None,
+    time_limit: float = TIME_LIMIT,
+    progress: Progress | None = None,
+) -> Report:
+    """Checks an implementation and reports what holds and what does not.
+
+    ``implementation`` is an object with some of the contract's methods (`contract.METHODS`), or a
+    class or a factory without arguments that gives one. ``known`` maps ``check`` or
+    ``check:dtype`` to the reason why a deviation is expected; ``time_limit`` is in seconds a call.
+
+    Raises LoadError where the implementation cannot be used and UsageError where a level, dtype,
+    profile or case does not exist.
+    """
+    from minilora.verify.checks import CHECKS
+
+    name = getattr(implementation, "__qualname__", type(implementation).__qualname__)
+    return run(
+        CHECKS,
+        resolve(implementation, name),
+        levels=levels,
+        profile=profile,
+        dtypes=dtypes,
+        seed=seed,
+        case=case,
+        known=known,
+        time_limit=time_limit,
+        progress=progress,
+    )

@@ -1,0 +1,260 @@
+"""The drawn inputs of a layer's checks: pure functions of a case, and deliberately not typical.
+
+Nothing hides: sizes are all distinct (or square, where a transpose does not raise), alpha is not r,
+B is not zero, biases are not zero, data have mean zero, dropout is not one half. In half of the low
+precision cases W = 0, so that the branch is not drowned. Typical inputs cannot see a fifth of the
+known mistakes; these can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from minilora.lora import lora_linear, merge_weight, scale
+from minilora.verify.check import CLOSED_FORM, Case, Limits
+from minilora.verify.contract import DTYPES, Precision
+from minilora.verify.tolerance import Rounding, Uncertain
+
+Array = np.ndarray
+
+SIZES = ((4, 7, 5, 3), (5, 6, 6, 2), (6, 9, 4, 5), (3, 8, 8, 4))
+"""Tokens, n, m, r: distinct, and square weights with another rank."""
+
+ALPHAS = (7.0, 5.0, 16.0, 1.5)
+"""None is a rank above, and alpha / r is a fraction with most of them."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One LoRA linear with inputs in the dtype under test; x, keep and dy lie (…, features)."""
+
+    x: Array
+    W: Array
+    A: Array
+    B: Array
+    dy: Array
+    alpha: float
+    r: int
+    bias: Array | None = None
+    keep: Array | None = None
+    p: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def s(self) -> float:
+        """The scale that alpha, r and the settings ask for."""
+        return float(scale(self.alpha, self.r, self.settings.get("use_rslora", False)))
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the contract's methods: what the case has, no more."""
+        given: dict[str, Any] = {"alpha": self.alpha, "r": self.r, **self.settings}
+        if self.bias is not None:
+            given["bias"] = self.bias
+        if self.p:
+            given |= {"keep": self.keep, "p": self.p}
+        return given
+
+    def merge_options(self) -> dict[str, Any]:
+        """The same for merge and unmerge, which know neither bias nor dropout."""
+        return {"alpha": self.alpha, "r": self.r, **self.settings}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the answers of lora_linear_vjp."""
+        m = len(self.W)
+        shapes = {"y": (*self.x.shape[:-1], m), "dx": self.x.shape}
+        return shapes | {"dA": self.A.shape, "dB": self.B.shape, "dbias": (m,)}
+
+
+def columns(x: Array) -> Array:
+    """(…, n) as the outside has it, turned to (n, tokens)."""
+    return x.reshape(-1, x.shape[-1]).T
+
+
+def specified(
+    layer: Layer, number: Callable[[Array], Any], scalable: Callable[[Array], Any]
+) -> dict[str, Any]:
+    """y, dx, dA, dB and dbias by the specification's own code over a number system.
+
+    ``number`` turns an array into that system's: long double, or `Uncertain`; ``scalable`` does so
+    for B and dy, to which an implementation may apply s first. Activations come back as (features,
+    tokens).
+    """
+    K = None if layer.keep is None else number(columns(layer.keep) / (1 - layer.p))
+    b = None if layer.bias is None else number(layer.bias[:, None])
+    x, W, A = (number(v) for v in (columns(layer.x), layer.W, layer.A))
+    dy = columns(layer.dy)
+    y, back = lora_linear(x, W, b, A, scalable(layer.B), layer.s, K)
+    dx, dA, dB = back(scalable(dy))
+    dbias = number(dy) @ np.ones((dy.shape[1], 1))
+    return {"y": y, "dx": dx, "dA": dA, "dB": dB, "dbias": dbias}
+
+
+def long(array: Array) -> Array:
+    """As long double: what is wanted is known to more digits than any answer has."""
+    return np.asarray(array).astype(np.longdouble)
+
+
+def _outside(layer: Layer, answers: dict[str, Array]) -> dict[str, Array]:
+    """(features, tokens) turned back to the shapes of the contract."""
+    turned = {name: v.T if name in ("y", "dx") else v for name, v in answers.items()}
+    return {name: turned[name].reshape(shape) for name, shape in layer.shapes().items()}
+
+
+def wanted(layer: Layer) -> dict[str, Array]:
+    """The true answers to lora_linear_vjp."""
+    return _outside(layer, specified(layer, long, long))
+
+
+def _numbers(layer: Layer, precision: Precision) -> tuple[Callable[[Array], Uncertain], ...]:
+    """Makers of inputs as both sides have them, and of inputs that s may have been applied to."""
+    rounding = Rounding(precision)
+    exact = np.frexp(layer.s)[0] == 0.5  # a power of two rounds nothing
+
+    def scalable(array: Array) -> Uncertain:
+        value = array.astype(np.float64)
+        return Uncertain(value, 0.0 if exact else rounding.stored(value), rounding)
+
+    return (lambda array: Uncertain(array, 0.0, rounding)), scalable
+
+
+def sigmas(layer: Layer, precision: Precision) -> dict[str, Array]:
+    """The standard deviation that rounding gives each element of those answers.
+
+    s B, s dy and s u are all fair places for the scale. Where the product is rounded, B and dy
+    carry that rounding: the specification, which scales u, would lose less in a sum that cancels.
+    """
+    answers = specified(layer, *_numbers(layer, precision))
+    return _outside(layer, {name: answer.sigma for name, answer in answers.items()})
+
+
+def wanted_merge(layer: Layer) -> Array:
+    """The true merged weight."""
+    return merge_weight(*(long(v) for v in (layer.W, layer.A, layer.B)), layer.s)
+
+
+def sigma_merge(layer: Layer, precision: Precision) -> Array:
+    """The standard deviation of its elements."""
+    number, scalable = _numbers(layer, precision)
+    sigma: Array = merge_weight(number(layer.W), number(layer.A), scalable(layer.B), layer.s).sigma
+    return sigma
+
+
+def limits(layer: Layer, array: str) -> Limits:
+    """The closed form's limits, with the elements of an array that err independently.
+
+    All of y, dx, dA and dB err through u or du, which have r entries a token: no array holds more
+    independent errors than that, and the rms of few is allowed to be larger.
+    """
+    independent = min(layer.r * columns(layer.x).shape[1], size := prod(layer.shapes()[array]))
+    return replace(CLOSED_FORM, rms_small=CLOSED_FORM.rms_small * (size / independent) ** 0.5)
+
+
+def draw_layer(
+    case: Case, *, bias: bool = False, dropout: bool = False, **settings: Any
+) -> tuple[Layer, bool]:
+    """The layer of a case, and whether it belongs to the exact lane, as the even numbers do."""
+    exact = case.number % 2 == 0
+    group = case.number // 2
+    rng = case.rng()
+    tokens, n, m, r = SIZES[group % len(SIZES)]
+    if exact and settings.get("use_rslora"):
+        r = 4  # √r is a power of two
+    lead = ((tokens,), (2, tokens), ())[group % 3]
+    sizes = (lead, n, m, r)
+    draw = _draw_exact if exact else _draw_general
+    layer = draw(rng, case.dtype, sizes, bias=bias, dropout=dropout, settings=settings)
+    if case.dtype in ("bfloat16", "float16") and (group // len(SIZES)) % 2:
+        layer = Layer(**vars(layer) | {"W": np.zeros_like(layer.W)})
+    return layer, exact
+
+
+def _draw_general(
+    rng: np.random.Generator,
+    dtype: str,
+    sizes: tuple[tuple[int, ...], int, int, int],
+    *,
+    bias: bool,
+    dropout: bool,
+    settings: dict[str, Any],
+) -> Layer:
+    lead, n, m, r = sizes
+    shapes = {"x": (*lead, n), "W": (m, n), "A": (r, n), "B": (m, r), "dy": (*lead, m)}
+    arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    arrays["W"] *= n**-0.5
+    arrays = {name: array.astype(DTYPES[dtype]) for name, array in arrays.items()}
+    p = float(rng.choice([0.1, 0.25, 0.3])) if dropout else 0.0
+    return Layer(
+        **arrays,
+        alpha=float(rng.choice(ALPHAS)),
+        r=r,
+        bias=rng.standard_normal(m).astype(DTYPES[dtype]) if bias else None,
+        keep=rng.random((*lead, n)) >= p if dropout else None,
+        p=p,
+        settings=settings,
+    )
+
+
+def _draw_exact(
+    rng: np.random.Generator,
+    dtype: str,
+    sizes: tuple[tuple[int, ...], int, int, int],
+    *,
+    bias: bool,
+    dropout: bool,
+    settings: dict[str, Any],
+) -> Layer:
+    """Integers so small that every order of summation gives the same bits: answers compare by ==.
+
+    s is ½, 2 or 4 and p = ¾, so K is 0 or 4. Every array of the computation is a multiple of ½;
+    if the sum of its terms' absolute values stays below 2ᵖ · ½, with the p digits of the dtype,
+    each partial sum in each order is a number of the dtype. Sparser integers are drawn until so.
+    """
+    lead, n, m, r = sizes
+    p = 0.75 if dropout else 0.0
+    s = float(rng.choice([0.5, 2.0, 4.0]))
+    alpha = s * (r**0.5 if settings.get("use_rslora") else r)
+    shapes = {"x": (*lead, n), "W": (m, n), "A": (r, n), "B": (m, r), "dy": (*lead, m)}
+    limit = 0.5 * 2.0 ** min(22, ml_dtypes.finfo(dtype).nmant + 1)
+    large = 5 if limit > 1000 else 2
+    density = 1.0
+    while True:
+        arrays = {
+            name: rng.integers(-large, large + 1, shape) * (rng.random(shape) < density)
+            for name, shape in shapes.items()
+        }
+        keep = rng.random((*lead, n)) >= p if dropout else None
+        b = rng.integers(-large, large + 1, m) if bias else None
+        layer = Layer(
+            **{name: array.astype(DTYPES[dtype]) for name, array in arrays.items()},
+            alpha=alpha,
+            r=r,
+            bias=None if b is None else b.astype(DTYPES[dtype]),
+            keep=keep,
+            p=p,
+            settings=settings,
+        )
+        if greatest_sum(layer) <= limit and (density < 0.4 or (layer.A.any() and layer.B.any())):
+            return layer
+        density, large = max(0.2, density * 0.97), max(1, large - (density < 0.5))
+
+
+def greatest_sum(layer: Layer) -> float:
+    """The greatest sum of absolute terms in any array that the layer's computation may form."""
+    absolute = {
+        name: np.abs(getattr(layer, name).astype(np.float64)) for name in ("x", "W", "A", "B", "dy")
+    }
+    kept = Layer(
+        **vars(layer) | absolute | {"bias": None if layer.bias is None else abs(layer.bias)}
+    )
+    answers = wanted(kept)
+    s, K = max(layer.s, layer.alpha, 1.0), 4.0 if layer.p else 1.0  # α (B u) / r is fair too
+    h = columns(absolute["x"]) * K
+    inner = [h, s * absolute["A"] @ h, s * absolute["B"].T @ columns(absolute["dy"])]
+    inner += [s * absolute["B"] @ absolute["A"] + absolute["W"], s * absolute["B"]]
+    return max(float(np.max(v)) for v in [*answers.values(), *inner])

@@ -1,0 +1,383 @@
+"""The run of a verification: which cases, what becomes of each, one verdict per check and dtype."""
+
+from __future__ import annotations
+
+import json
+import re
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from time import perf_counter
+from typing import Any
+
+from minilora.verify.check import Case, Check, Judgement
+from minilora.verify.contract import DTYPES, TIME_LIMIT, Fault, Skip, Subject, describe, near, tidy
+from minilora.verify.report import FaultSeen, Known, Report, Result
+
+PROFILES = ("quick", "ci", "nightly")
+
+CASES_AFTER_A_DEVIATION = 20
+"""So many cases are still tried after the first that deviates, to find the worst one."""
+
+FAULTS_ALLOWED = 3
+"""A check ends with its third fault of one kind; a call that hangs ends it at once."""
+
+Progress = Callable[[str, int, int], None]
+"""Called before each case with its id, the number of cases behind it and the number of all."""
+
+
+class UsageError(ValueError):
+    """A level, dtype, profile, case or file that does not exist; the message says what does."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped the run; ``report`` holds what was checked so far."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__()
+        self.report = report
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cases of one check in one dtype."""
+
+    check: Check
+    dtype: str
+    numbers: range
+    seed: int
+
+    def case(self, number: int) -> Case:
+        """The case of this number."""
+        return Case(self.check.id, self.dtype, number, self.seed)
+
+
+def levels_of(checks: Sequence[Check]) -> list[str]:
+    """The levels, in the order of the checks."""
+    return list(dict.fromkeys(check.level for check in checks))
+
+
+def plan(
+    checks: Sequence[Check],
+    *,
+    levels: Sequence[str] | None = None,
+    profile: str = "ci",
+    dtypes: Sequence[str] | None = None,
+    seed: int = 0,
+    case: str | None = None,
+) -> list[Plan]:
+    """What is to be tried, in the order of the checks and of DTYPES. Raises UsageError.
+
+    Without ``dtypes``, all are planned; a run keeps those that the implementation takes. A case is
+    tried alone, whatever the levels, dtypes and profile.
+    """
+    _one_of("profile", profile, PROFILES)
+    if seed < 0:
+        raise UsageError(f"the seed is {seed}; expected 0 or more")
+    for level in levels or ():
+        _one_of("level", level, levels_of(checks))
+    for dtype in dtypes or ():
+        _one_of("dtype", dtype, list(DTYPES))
+    if case is not None:
+        return [_plan_of_case(checks, case, seed)]
+    plans = []
+    for check in checks:
+        for dtype in DTYPES:
+            count = check.cases(profile, dtype)
+            if count and (not levels or check.level in levels) and (not dtypes or dtype in dtypes):
+                plans.append(Plan(check, dtype, range(count), seed))
+    return plans
+
+
+def _plan_of_case(checks: Sequence[Check], case: str, seed: int) -> Plan:
+    parts = case.split(":")
+    if len(parts) != 3 or not re.fullmatch("[0-9]{1,9}", parts[2]):
+        raise UsageError(f"no case {case!r}; a case is CHECK:DTYPE:NUMBER, as in a report")
+    by_id = {check.id: check for check in checks}
+    _one_of("check", parts[0], list(by_id))
+    _one_of("dtype", parts[1], list(DTYPES))
+    number = int(parts[2])
+    return Plan(by_id[parts[0]], parts[1], range(number, number + 1), seed)
+
+
+def _one_of(kind: str, asked: str, known: Sequence[str]) -> None:
+    if asked not in known:
+        there = ", ".join(known) if len(known) < 16 else "`minilora verify --list` shows them all"
+        raise UsageError(f"no {kind} {asked!r}{near(asked, list(known))}; there are: {there}")
+
+
+def read_known(path: str) -> dict[str, Known]:
+    """Known deviations from a JSON file: a list of {check, dtype?, reason, link?, versions?}.
+
+    Raises UsageError.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            entries = json.load(file)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"{path} is no JSON: {tidy(error)}") from None
+    known = {}
+    for number, entry in enumerate(entries if isinstance(entries, list) else [None]):
+        if not isinstance(entry, dict):
+            raise UsageError(f'{path}: expected a list of {{"check": …, "reason": …}}')
+        name = _known_name(entry, f"{path}, entry {number}")
+        known[name] = _known(entry, path)
+    return known
+
+
+def _known_name(entry: Mapping[str, Any], where: str) -> str:
+    fields = {"check", "dtype", "reason", "link", "versions"}
+    if unknown := sorted(entry.keys() - fields):
+        raise UsageError(f"{where}: unknown {', '.join(unknown)}; known are {sorted(fields)}")
+    if not isinstance(entry.get("check"), str) or not entry.get("reason"):
+        raise UsageError(f"{where}: 'check' and 'reason' are needed")
+    return f"{entry['check']}:{entry['dtype']}" if "dtype" in entry else str(entry["check"])
+
+
+def _known(entry: Any, where: str) -> Known:
+    if isinstance(entry, Known):
+        return entry
+    if isinstance(entry, str):
+        return Known(tidy(entry, 600))
+    if not isinstance(entry, Mapping) or "reason" not in entry:
+        raise UsageError(f"{where}: a known deviation is its reason, or a dict with 'reason'")
+    versions = entry.get("versions", ())
+    versions = (versions,) if isinstance(versions, str) else tuple(map(str, versions))
+    return Known(tidy(entry["reason"], 600), tidy(entry.get("link", "")), versions)
+
+
+def run(
+    checks: Sequence[Check],
+    implementation: object,
+    *,
+    levels: Sequence[str] | None = None,
+    profile: str = "ci",
+    dtypes: Sequence[str] | None = None,
+    seed: int = 0,
+    case: str | None = None,
+    known: Mapping[str, Any] | None = None,
+    time_limit: float = TIME_LIMIT,
+    progress: Progress | None = None,
+    command: Sequence[str] | None = None,
+) -> Report:
+    """Puts the checks to an implementation.
+
+    ``known`` maps ``check`` or ``check:dtype`` to a reason, a dict or a `Known`; the
+    implementation's own ``known`` is read too. ``command`` is what a reader types to verify this
+    target; a report without it shows the call in Python. Raises UsageError, LoadError where the
+    implementation's declarations cannot be read, and Interrupted.
+    """
+    started = perf_counter()
+    plans = plan(checks, levels=levels, profile=profile, dtypes=dtypes, seed=seed, case=case)
+    subject = Subject(implementation, time_limit=time_limit)
+    if case is None and not dtypes:
+        plans = [p for p in plans if p.dtype in subject.dtypes]
+    declared, notes = _declared(checks, subject, known or {})
+    results: list[Result] = []
+
+    def report(interrupted: bool = False) -> Report:
+        return Report(
+            name=subject.name,
+            version=subject.version,
+            dtypes=subject.dtypes,
+            conventions=subject.conventions,
+            profile=profile,
+            seed=seed,
+            results=tuple(results),
+            seconds=perf_counter() - started,
+            notes=notes,
+            interrupted=interrupted,
+        )
+
+    behind, total = 0, sum(len(p.numbers) for p in plans)
+    try:
+        for p in plans:
+            cases = _announced(p, progress, behind, total)
+            excuse = declared.get(f"{p.check.id}:{p.dtype}") or declared.get(p.check.id)
+            results.append(_result(p, subject, cases, excuse, command))
+            behind += len(p.numbers)
+    except KeyboardInterrupt:
+        raise Interrupted(report(interrupted=True)) from None
+    return report()
+
+
+def _announced(p: Plan, progress: Progress | None, behind: int, total: int) -> Iterator[Case]:
+    for i, number in enumerate(p.numbers):
+        case = p.case(number)
+        if progress:
+            progress(case.id, behind + i, total)
+        yield case
+
+
+def _declared(
+    checks: Sequence[Check], subject: Subject, known: Mapping[str, Any]
+) -> tuple[dict[str, Known], tuple[str, ...]]:
+    """The known deviations that apply to the subject's version, and remarks on the others."""
+    names = [check.id for check in checks]
+    for name in known:
+        check, _, dtype = name.partition(":")
+        _one_of("check", check, names)
+        if dtype:
+            _one_of("dtype", dtype, list(DTYPES))
+    strange = [name for name in subject.known if name.partition(":")[0] not in names]
+    notes = tuple(
+        f"{subject.name} declares {n!r} as known; there is no such check" for n in strange
+    )
+    entries = {name: _known(entry, name) for name, entry in {**subject.known, **known}.items()}
+    return {n: entry for n, entry in entries.items() if entry.holds_for(subject.version)}, notes
+
+
+@dataclass
+class _Tally:
+    """What is known so far of one check in one dtype."""
+
+    cases: int = 0
+    reasons: list[str] = field(default_factory=list)
+    first: dict[str, tuple[str, tuple[Judgement, ...]]] = field(default_factory=dict)
+    deviating: int = 0
+    since: int = 0
+    faults: dict[str, FaultSeen] = field(default_factory=dict)
+    worst: Judgement | None = None
+    worst_case: str = ""
+
+    @property
+    def over(self) -> bool:
+        """Whether further cases would tell nothing new."""
+        too_many = any(fault.cases >= FAULTS_ALLOWED for fault in self.faults.values())
+        return too_many or "hangs" in self.faults or self.since > CASES_AFTER_A_DEVIATION
+
+    @property
+    def status(self) -> str:
+        """A wrong value says more than a fault, and either more than a loose value."""
+        for status in ("fail", "error", "loose"):
+            if status in self.first:
+                return status
+        return "skip" if self.cases == len(self.reasons) else "pass"
+
+    def add(self, case: Case, judged: Sequence[Judgement], end: Skip | Fault | None) -> None:
+        """Takes in the comparisons of a case and how it ended."""
+        self.cases += 1
+        verdicts = {judgement.verdict for judgement in judged}
+        if isinstance(end, Skip):
+            self.reasons.append(end.reason)
+        if isinstance(end, Fault):
+            seen = self.faults.get(end.kind, FaultSeen(end.kind, end.message, case.id, 0))
+            self.faults[end.kind] = FaultSeen(seen.kind, seen.message, seen.case, seen.cases + 1)
+        for status, met in (
+            ("fail", "fail" in verdicts),
+            ("error", isinstance(end, Fault)),
+            ("loose", "loose" in verdicts),
+        ):
+            if met:
+                self.first.setdefault(status, (case.id, tuple(judged)))
+        self.deviating += bool(verdicts & {"fail", "loose"})
+        self.since += bool("fail" in self.first)
+        for judgement in judged:
+            if self.worst is None or _worse(judgement, self.worst):
+                self.worst, self.worst_case = judgement, case.id
+
+
+def _worse(a: Judgement, b: Judgement) -> bool:
+    """By how many times its limit; where no difference is allowed, by the difference."""
+    if a.excess == b.excess == inf:
+        return abs(a.got - a.want) > abs(b.got - b.want)
+    return a.excess > b.excess
+
+
+def _result(
+    p: Plan,
+    subject: Subject,
+    cases: Iterator[Case],
+    known: Known | None,
+    command: Sequence[str] | None,
+) -> Result:
+    started = perf_counter()
+    check = p.check
+    reason = _unsupported(check, p.dtype, subject)
+    tally = _Tally()
+    if not reason:
+        for case in cases:
+            tally.add(case, *_judged(check, subject, case))
+            if tally.over:
+                break
+    status = tally.status
+    # A fault of this package is nobody's known deviation.
+    if known is not None and status not in ("pass", "skip") and "internal" not in tally.faults:
+        status = "known"
+    smallest, note = None, ""
+    if status == "fail" and "hangs" not in tally.faults:
+        smallest, note = _smallest(check, subject, p.dtype)
+    first, arrays = tally.first.get(tally.status, ("", ()))
+    return Result(
+        check=check.id,
+        level=check.level,
+        title=check.title,
+        dtype=p.dtype,
+        precision=subject.precision(p.dtype),
+        status=status,
+        cases=tally.cases,
+        skipped_cases=len(tally.reasons),
+        deviating_cases=tally.deviating,
+        worst=tally.worst,
+        worst_case=tally.worst_case,
+        case=first,
+        arrays=arrays,
+        faults=tuple(tally.faults.values()),
+        smallest=smallest,
+        reason=reason or next(iter(tally.reasons), ""),
+        known=known,
+        note=note,
+        reproduce=_reproduce(command, first or tally.worst_case or p.case(p.numbers[0]).id, p.seed),
+        seconds=perf_counter() - started,
+    )
+
+
+def _unsupported(check: Check, dtype: str, subject: Subject) -> str:
+    if absent := [method for method in check.needs if not subject.has(method)]:
+        return f"not supported: no method {', '.join(absent)}"
+    if dtype not in subject.dtypes:
+        return f"not supported: {subject.name} takes {', '.join(subject.dtypes) or 'no dtype'}"
+    return ""
+
+
+def _judged(
+    check: Check, subject: Subject, case: Case
+) -> tuple[list[Judgement], Skip | Fault | None]:
+    """The judgements of a case, and what ended it early: those made before that count too."""
+    judged: list[Judgement] = []
+    try:
+        for comparison in check.run(subject, case):
+            judged.append(comparison.judge())  # noqa: PERF401, kept when a later step raises
+    except (Skip, Fault) as end:
+        return judged, end
+    except Exception as error:
+        return judged, Fault("internal", _ours(error))
+    return judged, None if judged else Fault("internal", f"{check.id} compared nothing")
+
+
+def _ours(error: Exception) -> str:
+    places = traceback.extract_tb(error.__traceback__)[1:]
+    chain = " < ".join(f"{place.name}:{place.lineno}" for place in reversed(places))
+    return f"{describe(error)}; called from {chain}" if chain else describe(error)
+
+
+def _smallest(check: Check, subject: Subject, dtype: str) -> tuple[Mapping[str, Any] | None, str]:
+    if check.smallest is None:
+        return None, ""
+    try:
+        return check.smallest(subject, dtype), ""
+    except (Skip, Fault):
+        return None, ""
+    except Exception as error:
+        return None, f"no smallest counterexample, a fault of minilora: {_ours(error)}"
+
+
+def _reproduce(command: Sequence[str] | None, case: str, seed: int) -> str:
+    import shlex
+
+    if command is None:
+        return f'minilora.verify.check(implementation, case="{case}", seed={seed})'
+    return shlex.join([*command, "--case", case, "--seed", str(seed)])

@@ -1,0 +1,152 @@
+"""Level ``merge``: the adapter added to the weight and taken out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from minilora.verify.cases import Layer, draw_layer, limits, long, sigma_merge, sigmas, wanted_merge
+from minilora.verify.check import Case, Check, Comparison, Limits
+from minilora.verify.contract import Subject
+from minilora.verify.levels.linear import WORDS, forward
+from minilora.verify.smallest import Difference, search
+from minilora.verify.tolerance import unit_roundoff
+
+Array = np.ndarray
+
+CASES = {"quick": 6, "ci": 24, "nightly": 480}
+
+BOUND = Limits(1.0, 1.0, 0.0)
+"""A worst case bound stands in the place of sigma: no element may pass it."""
+
+KINDS: dict[str, dict[str, bool]] = {
+    "": {},
+    ".rslora": {"use_rslora": True},
+    ".conv1d": {"fan_in_fan_out": True},
+}
+
+
+def merged(subject: Subject, layer: Layer, dtype: str, **changed: Any) -> Array:
+    """The implementation's merged weight."""
+    arrays = [changed.pop(name, getattr(layer, name)) for name in ("W", "A", "B")]
+    W = subject.call("merge", *arrays, **layer.merge_options() | changed)
+    return subject.answer(W, "merged W", layer.W.shape, dtype)
+
+
+def unmerged(subject: Subject, layer: Layer, W_merged: Array, dtype: str) -> Array:
+    """The weight that the implementation takes the adapter out of."""
+    W = subject.call("unmerge", W_merged, layer.A, layer.B, **layer.merge_options())
+    return subject.answer(W, "unmerged W", layer.W.shape, dtype)
+
+
+def _weight(kind: dict[str, bool]) -> Callable[[Subject, Case], Iterable[Comparison]]:
+    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+        layer, exact = draw_layer(case, **kind)
+        W = merged(subject, layer, case.dtype)
+        sigma = None if exact else sigma_merge(layer, subject.precision(case.dtype))
+        yield Comparison("merged W", W, wanted_merge(layer), sigma)
+
+    return run
+
+
+def function(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """The merged weight computes what the adapted layer computes: x W'ᵀ = y."""
+    layer, exact = draw_layer(case)
+    y, W = forward(subject, layer, case.dtype), merged(subject, layer, case.dtype)
+    sigma = None
+    if not exact:
+        precision = subject.precision(case.dtype)
+        carried = np.float64(layer.x) ** 2 @ sigma_merge(layer, precision).T ** 2
+        sigma = np.sqrt(sigmas(layer, precision)["y"] ** 2 + carried)
+    yield Comparison("x W'ᵀ against y", long(layer.x) @ long(W).T, y, sigma, limits(layer, "y"))
+
+
+def zero_B(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """With B = 0 a merge leaves every bit of W."""
+    layer, _ = draw_layer(case)
+    W = merged(subject, layer, case.dtype, B=np.zeros_like(layer.B))
+    yield Comparison("merged W", W, layer.W)
+
+
+def negative(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """Merging the negated adapter takes away what merging the adapter adds."""
+    layer, exact = draw_layer(case)
+    there = long(merged(subject, layer, case.dtype)) - long(layer.W)
+    back = long(layer.W) - long(merged(subject, layer, case.dtype, B=-layer.B))
+    sigma = None if exact else sigma_merge(layer, subject.precision(case.dtype)) * 2**0.5
+    yield Comparison("W'(B) - W against W - W'(-B)", there, back, sigma)
+
+
+def unmerge(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """Unmerging restores W within u (|W| + |W'| + |s B A|), and exactly where nothing rounds.
+
+    The bound is of two roundings: W' = W + Δ loses at most u |W'|, W' - Δ at most u |W|; u |Δ|
+    allows a Δ formed anew in another order.
+    """
+    layer, exact = draw_layer(case)
+    if exact:
+        W_merged = wanted_merge(layer).astype(layer.W.dtype)
+        W = unmerged(subject, layer, W_merged, case.dtype)
+        yield Comparison("unmerged W", W, layer.W)
+        return
+    W_merged = merged(subject, layer, case.dtype)
+    W = unmerged(subject, layer, W_merged, case.dtype)
+    sizes = np.abs(long(layer.W)) + np.abs(long(W_merged))
+    sizes += np.abs(wanted_merge(layer) - long(layer.W))
+    u = unit_roundoff(subject.precision(case.dtype).storage)
+    bound = (u * sizes).astype(np.float64)
+    yield Comparison("unmerged W", W, layer.W, bound, BOUND)
+
+
+def merge_difference(subject: Subject, layer: Layer, dtype: str) -> Difference | None:
+    """Whether the merged weight is not what the equation gives, compared by ==."""
+    W, want = merged(subject, layer, dtype), wanted_merge(layer)
+    return ("merged W", W, want) if (want != W).any() else None
+
+
+def unmerge_difference(subject: Subject, layer: Layer, dtype: str) -> Difference | None:
+    """Whether unmerging the exact merged weight does not give W, compared by ==."""
+    W = unmerged(subject, layer, wanted_merge(layer).astype(layer.W.dtype), dtype)
+    return ("unmerged W", W, layer.W) if (W != layer.W).any() else None
+
+
+def _cases(share: float) -> Callable[[str, str], int]:
+    return lambda profile, dtype: max(2, int(CASES[profile] * share))
+
+
+def _law(run: Any, needs: tuple[str, ...], share: float) -> Check:
+    title = (run.__doc__ or "").splitlines()[0]
+    name = run.__name__.replace("_", "-")
+    differs = unmerge_difference if name == "unmerge" else merge_difference
+    return Check(
+        f"merge.{name}",
+        "merge",
+        needs,
+        title,
+        run,
+        _cases(share),
+        lambda subject, dtype: search(subject, dtype, {}, differs),
+    )
+
+
+def _weight_check(kind: str) -> Check:
+    return Check(
+        f"merge.weight{kind}",
+        "merge",
+        ("merge",),
+        f"W' = W + s B A{WORDS[kind]}.",
+        _weight(KINDS[kind]),
+        _cases(1.0),
+        lambda subject, dtype: search(subject, dtype, KINDS[kind], merge_difference),
+    )
+
+
+CHECKS: tuple[Check, ...] = (
+    *(_weight_check(kind) for kind in KINDS),
+    _law(function, ("merge", "lora_linear"), 0.5),
+    _law(zero_B, ("merge",), 0.25),
+    _law(negative, ("merge",), 0.25),
+    _law(unmerge, ("merge", "unmerge"), 1.0),
+)

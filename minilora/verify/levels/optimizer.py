@@ -1,0 +1,207 @@
+"""Level ``optimizer``: parameters after each of several steps, from given gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from minilora.optim import run
+from minilora.verify.cases import long
+from minilora.verify.check import MONTE_CARLO, Case, Check, Comparison
+from minilora.verify.contract import DTYPES, Subject
+from minilora.verify.tolerance import Rounding, noisy, spread, underflow
+
+Array = np.ndarray
+Gradients = list[Any]
+
+CASES = {"quick": 1, "ci": 2, "nightly": 40}
+STEPS = 8
+SAMPLES = 16
+
+SHAPES = {
+    "layers.0.q.A": (3, 7),
+    "layers.0.q.B": (5, 3),
+    "layers.0.v.A": (2, 7),
+    "layers.0.v.B": (4, 2),
+}
+
+BASE: dict[str, dict[str, Any]] = {
+    "adamw": {"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1},
+    "sgd": {"momentum": 0.7, "weight_decay": 0.1},
+}
+"""Rates far from their defaults and from each other, so that none can stand for another."""
+
+
+def _settings(kind: str, **more: Any) -> dict[str, Any]:
+    return {"optimizer": kind, "lr": 0.03, **BASE[kind], **more}
+
+
+KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "adamw": (_settings("adamw"), "AdamW with decoupled weight decay"),
+    "adamw.defaults": (
+        {"optimizer": "adamw", "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
+        "AdamW with the usual constants",
+    ),
+    "sgd": (_settings("sgd"), "SGD with momentum and coupled weight decay"),
+    "clip": (
+        _settings("sgd", max_grad_norm=6.0),
+        "all gradients scaled alike to a greatest common norm, which half of the steps exceed",
+    ),
+    "linear": (
+        _settings("adamw", schedule="linear", warmup_steps=3, total_steps=STEPS + 1),
+        "a linear schedule: k / warmup, then down to 0 at the last step",
+    ),
+    "cosine": (
+        _settings("adamw", schedule="cosine", warmup_steps=2, total_steps=STEPS + 2),
+        "a cosine schedule: k / warmup, then (1 + cos πq) / 2",
+    ),
+    "loraplus": (_settings("adamw", loraplus_lr_ratio=5.0), "LoRA+: the rate of each B is greater"),
+    "accumulate": (
+        _settings("sgd", max_grad_norm=6.0),
+        "micro-batches weighted by their number of labels that count",
+    ),
+}
+
+
+def draw_steps(case: Case, kind: str) -> tuple[dict[str, Array], Gradients]:
+    """Parameters and the gradients of each step, in the dtype under test.
+
+    The gradients' sizes go up and down by a factor of 4, across the clipping threshold, and each
+    parameter has a size of its own, so that no norm or mean can stand for another.
+    """
+    rng, dtype = case.rng(), DTYPES[case.dtype]
+    params = {name: rng.standard_normal(shape).astype(dtype) for name, shape in SHAPES.items()}
+
+    def gradients(size: float) -> dict[str, Array]:
+        own = np.linspace(0.5, 1.5, len(SHAPES))
+        return {
+            name: (size * f * rng.standard_normal(shape)).astype(dtype)
+            for f, (name, shape) in zip(own, SHAPES.items(), strict=True)
+        }
+
+    sizes = [0.4 * 4 ** (k % 2) for k in range(STEPS)]
+    if kind != "accumulate":
+        return params, [gradients(size) for size in sizes]
+    counts = [(5, 2, 11), (3, 8), (7,)]
+    return params, [[(n, gradients(size)) for n in counts[k % 3]] for k, size in enumerate(sizes)]
+
+
+def _each(gradients: Gradients, turn: Callable[[Array], Any]) -> Gradients:
+    def turned(g: dict[str, Array]) -> dict[str, Any]:
+        return {name: turn(array) for name, array in g.items()}
+
+    return [
+        turned(g) if isinstance(g, dict) else [(n, turned(part)) for n, part in g]
+        for g in gradients
+    ]
+
+
+def history(
+    params: Any, gradients: Gradients, settings: dict[str, Any], turn: Any
+) -> dict[str, Any]:
+    """Every parameter after every step, as ``name after step k``, over a number system."""
+    steps = run(
+        {name: turn(array) for name, array in params.items()}, _each(gradients, turn), settings
+    )
+    return {
+        f"{name} after step {k}": array
+        for k, after in enumerate(steps, 1)
+        for name, array in after.items()
+    }
+
+
+def _steps(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
+    settings = KINDS[kind][0]
+
+    def check(subject: Subject, case: Case) -> Iterable[Comparison]:
+        params, gradients = draw_steps(case, kind)
+        answer = subject.call("optimizer_steps", params, gradients, dict(settings))
+        steps = subject.items(answer, STEPS, "the list of steps")
+        want = history(params, gradients, settings, long)
+        precision = subject.precision(case.dtype)
+        sigma = spread(
+            lambda rng: history(params, gradients, settings, lambda v: noisy(v, precision, rng)),
+            want,
+            SAMPLES,
+            [case.number, case.seed],
+        )
+        rounding = Rounding(precision)
+        for k, after in enumerate(steps, 1):
+            for name, shape in SHAPES.items():
+                what = f"{name} after step {k}"
+                got = subject.answer(
+                    subject.entry(after, name, f"step {k}"), what, shape, case.dtype
+                )
+                last = np.sqrt(rounding.stored(want[what].astype(np.float64)))
+                yield Comparison(what, got, want[what], np.maximum(sigma[what], last), MONTE_CARLO)
+
+    return check
+
+
+def sgd_balance(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """A step of SGD keeps A Aᵀ - Bᵀ B, but for λ and for η² (dA dAᵀ - dBᵀ dB).
+
+    A' A'ᵀ - B'ᵀ B' = (1 - ηλ)² (A Aᵀ - Bᵀ B) + η² (dA dAᵀ - dBᵀ dB), if Bᵀ dB = dA Aᵀ.
+    """
+    rng, dtype = case.rng(), DTYPES[case.dtype]
+    eta, decay = 0.125, 0.25
+    A, B, G = (rng.standard_normal(shape).astype(dtype) for shape in ((3, 7), (5, 3), (5, 7)))
+    dA, dB = (B.T @ G).astype(dtype), (G @ A.T).astype(dtype)
+    settings = {"optimizer": "sgd", "lr": eta, "momentum": 0.0, "weight_decay": decay}
+    params = {"layers.0.q.A": A, "layers.0.q.B": B}
+    gradients = {"layers.0.q.A": dA, "layers.0.q.B": dB}
+    answer = subject.call("optimizer_steps", params, [gradients], settings)
+    after = subject.items(answer, 1, "the list of steps")[0]
+    A2, B2 = (
+        subject.answer(subject.entry(after, name), name, array.shape, case.dtype)
+        for name, array in params.items()
+    )
+    got = long(A2) @ long(A2).T - long(B2).T @ long(B2)
+    A, B, dA, dB = (long(v) for v in (A, B, dA, dB))
+    cross = (dA @ A.T - B.T @ dB) + (dA @ A.T - B.T @ dB).T  # what rounding left of Bᵀ dB = dA Aᵀ
+    want = (1 - eta * decay) ** 2 * (A @ A.T - B.T @ B) + eta**2 * (dA @ dA.T - dB.T @ dB)
+    want -= eta * (1 - eta * decay) * cross
+    # Three roundings an entry (λ p + g, η u, p - η u) of at most u each times what they round.
+    u = Rounding(subject.precision(case.dtype)).u
+    sizes = [
+        (np.abs(p) + eta * np.abs(decay * p + g) + eta * (np.abs(g) + decay * np.abs(p)), np.abs(q))
+        for p, g, q in ((A, dA, long(A2)), (B, dB, long(B2)))
+    ]
+    (eA, A3), (eB, B3) = sizes
+    variance = 4 * (eA**2 @ (A3**2).T + (eB**2).T @ B3**2) * u**2 / 3
+    yield Comparison("A Aᵀ - Bᵀ B after a step", got, want, np.sqrt(np.float64(variance)))
+
+
+def _cases(profile: str, dtype: str) -> int:
+    return CASES[profile]
+
+
+def _cases_of(kind: str) -> Callable[[str, str], int]:
+    """As many, but none where ε lies below the dtype's numbers: float16 makes 0 of 1e-8."""
+    eps = KINDS[kind][0].get("eps", 1.0)
+    return lambda profile, dtype: CASES[profile] * (eps > underflow(dtype))
+
+
+CHECKS: tuple[Check, ...] = (
+    *(
+        Check(
+            f"optimizer.{kind}",
+            "optimizer",
+            ("optimizer_steps",),
+            f"{words}.",
+            _steps(kind),
+            _cases_of(kind),
+        )
+        for kind, (_, words) in KINDS.items()
+    ),
+    Check(
+        "optimizer.sgd-balance",
+        "optimizer",
+        ("optimizer_steps",),
+        (sgd_balance.__doc__ or "").splitlines()[0],
+        sgd_balance,
+        _cases,
+    ),
+)

@@ -1,0 +1,114 @@
+"""minilora itself as an implementation: what is verified where no target is named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+import minilora
+from minilora.lora import lora_linear, merge_weight, scale
+from minilora.optim import run
+
+Array = np.ndarray
+
+
+class Own:
+    """The specification behind the contract's methods.
+
+    NumPy has no products of bfloat16 or float16 worth the name, so those are computed in float32
+    and rounded once at the end.
+    """
+
+    name = "minilora"
+    version = minilora.__version__
+    dtypes: ClassVar = ("float64", "float32", "bfloat16", "float16")
+    precision: ClassVar = {
+        half: {"storage": half, "accumulation": "float32"} for half in ("bfloat16", "float16")
+    }
+
+    def lora_linear(self, x: Array, W: Array, A: Array, B: Array, **options: Any) -> Array:
+        """y = W x + b + s B A (K ∘ x)."""
+        return self._layer(x, W, A, B, **options)[0]
+
+    def lora_linear_vjp(
+        self, x: Array, W: Array, A: Array, B: Array, dy: Array, **options: Any
+    ) -> dict[str, Array]:
+        """y, dx, dA, dB, and dbias where there is a bias."""
+        y, back = self._layer(x, W, A, B, **options)
+        dx, dA, dB = back(_columns(_wide(dy)))
+        answer = {"y": y, "dx": dx.T.reshape(x.shape), "dA": dA, "dB": dB}
+        if options.get("bias") is not None:
+            answer["dbias"] = _wide(dy).reshape(-1, len(W)).sum(0)
+        return {name: array.astype(x.dtype) for name, array in answer.items()}
+
+    def _layer(
+        self,
+        x: Array,
+        W: Array,
+        A: Array,
+        B: Array,
+        *,
+        alpha: float,
+        r: int,
+        bias: Array | None = None,
+        keep: Array | None = None,
+        p: float = 0.0,
+        use_rslora: bool = False,
+        fan_in_fan_out: bool = False,
+    ) -> tuple[Array, Any]:
+        x_, W_, A_, B_ = (_wide(v) for v in (x, W, A, B))
+        K = None if keep is None else _columns(keep.astype(x_.dtype)) / (1 - p)
+        b = None if bias is None else _wide(bias)[:, None]
+        y, back = lora_linear(_columns(x_), W_, b, A_, B_, scale(alpha, r, use_rslora), K)
+        return y.T.reshape(*x.shape[:-1], len(W)).astype(x.dtype), back
+
+    def merge(
+        self,
+        W: Array,
+        A: Array,
+        B: Array,
+        *,
+        alpha: float,
+        r: int,
+        use_rslora: bool = False,
+        fan_in_fan_out: bool = False,
+    ) -> Array:
+        """W' = W + s B A."""
+        s = scale(alpha, r, use_rslora)
+        return merge_weight(*(_wide(v) for v in (W, A, B)), s).astype(W.dtype)
+
+    def unmerge(self, W_merged: Array, A: Array, B: Array, **options: Any) -> Array:
+        """W' - s B A. (`minilora.unmerge` keeps the original instead, and gives back its bits.)"""
+        return self.merge(W_merged, A, -B, **options)
+
+    def optimizer_steps(
+        self, params: Mapping[str, Array], gradients: Sequence[Any], settings: Mapping[str, Any]
+    ) -> list[dict[str, Array]]:
+        """The parameters after each step; a half precision has its master weights in float32."""
+        dtype = next(iter(params.values())).dtype
+
+        def wide(g: Mapping[str, Array]) -> dict[str, Array]:
+            return {name: _wide(array) for name, array in g.items()}
+
+        parts = [
+            wide(g) if isinstance(g, Mapping) else [(n, wide(part)) for n, part in g]
+            for g in gradients
+        ]
+        steps = run(wide(params), parts, settings)
+        return [{name: array.astype(dtype) for name, array in step.items()} for step in steps]
+
+
+def _wide(array: Array) -> Array:
+    """float16 and bfloat16 as float32."""
+    return array if array.dtype in (np.float64, np.float32) else array.astype(np.float32)
+
+
+def _columns(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1]).T
+
+
+def implementation() -> object:
+    """What ``minilora verify`` checks without a target."""
+    return Own()

@@ -1,0 +1,139 @@
+"""What the PyTorch peers share: arrays in and out, the given dropout mask, loss and gradients."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+import transformers
+from safetensors import safe_open
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+# How PyTorch multiplies matrices on a CPU. 1 + 511 terms of u/4 came out as the float32 sum in both
+# half precisions, bias, transposed and vector products included: partial sums are not rounded.
+PRECISION = {
+    "float64": {"storage": "float64", "accumulation": "float64"},
+    "float32": {"storage": "float32", "accumulation": "float32"},
+    "bfloat16": {"storage": "bfloat16", "accumulation": "float32"},
+    "float16": {"storage": "float16", "accumulation": "float32"},
+}
+
+_LOSS = (
+    f"transformers {transformers.__version__} computes a causal language model's loss from "
+    "`logits.float()` (ForCausalLMLoss in loss/loss_utils.py), so loss and gradients carry float32 "
+    "rounding"
+)
+# Deviations that belong to the model library, whichever peer puts its layers into it.
+KNOWN = {
+    "model.gpt2:float64": _LOSS,
+    "model.llama:float64": (
+        f"{_LOSS}; and it casts to float32 in models/llama/modeling_llama.py (qwen2 alike): "
+        "RMSNorm's input, the RoPE angles and tables, and the attention softmax, so the logits "
+        "carry it too"
+    ),
+}
+
+_STORED = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+
+# Loading a model of a few tensors needs no progress bar.
+transformers.utils.logging.disable_progress_bar()
+
+
+def to_torch(array: np.ndarray) -> torch.Tensor:
+    """A tensor of the same values and dtype in memory of its own."""
+    array = np.array(array, order="C")
+    if array.dtype == ml_dtypes.bfloat16:  # unknown to torch.from_numpy: hand over the bits
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """An array of the same values and dtype in memory of its own."""
+    tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
+    if tensor.dtype == torch.bfloat16:
+        return np.asarray(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
+    return np.asarray(tensor)
+
+
+def fill(parameter: torch.Tensor, values: torch.Tensor) -> None:
+    """Set a library's parameter. Raises ValueError where torch would broadcast or cast silently."""
+    if (parameter.shape, parameter.dtype) != (values.shape, values.dtype):
+        raise ValueError(
+            f"found {values.dtype} of shape {tuple(values.shape)}, expected {parameter.dtype} of "
+            f"shape {tuple(parameter.shape)}"
+        )
+    with torch.no_grad():
+        parameter.copy_(values)
+
+
+def plain_number(value: float) -> float | int:
+    """An integral alpha as the integer that a user would write, a fractional one as it is."""
+    return int(value) if value == int(value) else value
+
+
+class GivenMask(torch.nn.Module):
+    """x·keep/(1 − p), rounded as torch.nn.Dropout rounds it, in place of a library's dropout.
+
+    Raises ValueError where `replaced`, the library's own module, was not set up with this p.
+    """
+
+    def __init__(self, keep: np.ndarray, p: float, replaced: Callable[..., Any]) -> None:
+        super().__init__()
+        configured = getattr(replaced, "p", 0.0)  # both libraries put an identity for p = 0
+        if configured != p:
+            raise ValueError(f"the library set up dropout with p = {configured}, expected {p}")
+        self.keep, self.p = torch.from_numpy(np.array(keep, dtype=bool)), p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.keep.to(x.dtype).div_(1 - self.p) if self.training else x
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """The one floating dtype of the safetensors files in a folder, read from their headers."""
+    found = set()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    floating = found & set(_STORED)
+    if len(floating) != 1:
+        raise ValueError(
+            f"{folder}: safetensors files of one dtype out of {', '.join(_STORED)} expected, "
+            f"found {', '.join(sorted(floating)) or 'none'}; store all tensors in one of them"
+        )
+    return _STORED[floating.pop()]
+
+
+def load_base(model_dir: str | Path) -> Any:
+    """The transformers model of a folder, in the dtype that its file stores, attention eager."""
+    config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    config.use_cache = False
+    model_class = getattr(transformers, config.architectures[0])
+    return model_class.from_pretrained(
+        model_dir,
+        config=config,
+        dtype=stored_dtype(model_dir),
+        attn_implementation="eager",
+        local_files_only=True,
+    )
+
+
+def loss_and_gradients(
+    model: Any, batch: Mapping[str, np.ndarray], trained: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """The library's loss and logits in evaluation mode (no dropout), and each ∂loss/∂trained."""
+    model.eval()
+    out = model(**{name: torch.from_numpy(np.array(ids)) for name, ids in batch.items()})
+    gradients = torch.autograd.grad(out.loss, list(trained.values()))
+    return {
+        "loss": to_numpy(out.loss.to(out.logits.dtype)),
+        "logits": to_numpy(out.logits),
+        "grads": {name: to_numpy(g) for name, g in zip(trained, gradients, strict=True)},
+    }

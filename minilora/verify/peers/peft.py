@@ -1,0 +1,252 @@
+"""Hugging Face PEFT, driven through get_peft_model, LoraConfig and PeftModel."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import peft
+import torch
+import transformers
+from peft.optimizers import create_loraplus_optimizer
+from safetensors import safe_open
+from transformers.pytorch_utils import Conv1D
+
+from minilora.verify.peers._torch import (
+    DTYPES,
+    KNOWN,
+    PRECISION,
+    GivenMask,
+    fill,
+    load_base,
+    loss_and_gradients,
+    plain_number,
+    stored_dtype,
+    to_numpy,
+    to_torch,
+)
+
+_OPTIMIZER_SETTINGS = {
+    "optimizer", "lr", "betas", "eps", "weight_decay", "momentum", "max_grad_norm",
+    "schedule", "warmup_steps", "total_steps", "loraplus_lr_ratio",
+}  # fmt: skip
+
+
+class Peft:
+    """Each call builds the library's own layer or model anew, so no state is left between calls."""
+
+    name = "peft"
+    version = (
+        f"{peft.__version__} (torch {torch.__version__}, transformers {transformers.__version__})"
+    )
+    dtypes = DTYPES
+    precision = PRECISION
+    conventions: ClassVar = {"dora_norm": "detached"}
+    known = KNOWN
+
+    def lora_linear(
+        self, x: np.ndarray, W: np.ndarray, A: np.ndarray, B: np.ndarray, **settings: Any
+    ) -> np.ndarray:
+        """y of the adapted layer. Without `keep` the layer is in evaluation mode: no dropout."""
+        model, _ = _adapted(W, A, B, **settings)
+        with torch.no_grad():
+            return to_numpy(model(to_torch(x)))
+
+    def lora_linear_vjp(
+        self,
+        x: np.ndarray,
+        W: np.ndarray,
+        A: np.ndarray,
+        B: np.ndarray,
+        dy: np.ndarray,
+        **settings: Any,
+    ) -> dict[str, np.ndarray]:
+        """y and the gradients of ⟨dy, y⟩ by autograd through the library's forward."""
+        model, layer = _adapted(W, A, B, **settings)
+        of = {
+            "dx": to_torch(x).requires_grad_(),
+            "dA": layer.lora_A["default"].weight,
+            "dB": layer.lora_B["default"].weight,
+        }
+        if settings.get("bias") is not None:
+            of["dbias"] = layer.get_base_layer().bias
+        y = model(of["dx"])
+        gradients = torch.autograd.grad(y, list(of.values()), to_torch(dy))
+        return {"y": to_numpy(y)} | {
+            name: to_numpy(gradient) for name, gradient in zip(of, gradients, strict=True)
+        }
+
+    def merge(self, W: np.ndarray, A: np.ndarray, B: np.ndarray, **settings: Any) -> np.ndarray:
+        """The base weight after merge_adapter()."""
+        model, layer = _adapted(W, A, B, **settings)
+        model.merge_adapter()
+        return _weight(layer)
+
+    def unmerge(
+        self, W_merged: np.ndarray, A: np.ndarray, B: np.ndarray, **settings: Any
+    ) -> np.ndarray:
+        """The base weight after unmerge_adapter() of a layer that holds W_merged as merged."""
+        model, layer = _adapted(W_merged, A, B, **settings)
+        held = layer.get_base_layer().weight
+        as_merged = held.detach().clone()
+        model.merge_adapter()
+        fill(held, as_merged)
+        model.unmerge_adapter()
+        return _weight(layer)
+
+    def model_loss(
+        self, model_dir: str | Path, adapter_dir: str | Path, batch: Mapping[str, np.ndarray]
+    ) -> dict[str, Any]:
+        """Loss, logits and the gradient of every tensor that the adapter's file holds."""
+        base = load_base(model_dir)
+        if stored_dtype(adapter_dir) != base.dtype:
+            raise ValueError(
+                f"{adapter_dir}: stored in {stored_dtype(adapter_dir)}, expected {base.dtype} like "
+                f"{model_dir}; store base and adapter in one dtype"
+            )
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks for an attribute by a name that transformers 5.24 calls deprecated.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            model = peft.PeftModel.from_pretrained(
+                base, str(adapter_dir), is_trainable=True, autocast_adapter_dtype=False
+            )
+        # With the parameters for a state dict the library itself says how each is named in a file.
+        trained = peft.get_peft_model_state_dict(
+            model, state_dict=dict(model.named_parameters()), save_embedding_layers=False
+        )
+        with safe_open(Path(adapter_dir) / "adapter_model.safetensors", framework="pt") as file:
+            names = set(file.keys())
+        if set(trained) != names:
+            raise ValueError(
+                f"{adapter_dir}: the library trains other tensors than the file holds: "
+                f"{', '.join(sorted(set(trained) ^ names))}"
+            )
+        return loss_and_gradients(model, batch, trained)
+
+    def optimizer_steps(
+        self,
+        params: Mapping[str, np.ndarray],
+        gradients: Sequence[Mapping[str, np.ndarray] | Sequence[tuple[int, Mapping[str, Any]]]],
+        settings: Mapping[str, Any],
+    ) -> list[dict[str, np.ndarray]]:
+        """Parameters after each step of torch.optim under transformers' schedule.
+
+        A step's gradients are one dict, or pairs (tokens, dict), one per micro-batch, of which the
+        average weighted by tokens is taken: a training loop scales each loss by tokens / total.
+        """
+        tensors = {name: torch.nn.Parameter(to_torch(value)) for name, value in params.items()}
+        optimizer = _optimizer(tensors, settings)
+        warmup = settings.get("warmup_steps", 0)
+        schedule = settings.get("schedule", "constant")
+        if schedule == "constant" and warmup:  # the library's "constant" ignores the warm-up
+            schedule = "constant_with_warmup"
+        scheduler = transformers.get_scheduler(
+            schedule, optimizer, warmup, settings.get("total_steps", len(gradients))
+        )
+        after = []
+        for step in gradients:
+            optimizer.zero_grad()
+            batches = [(1, step)] if isinstance(step, Mapping) else step
+            total = sum(tokens for tokens, _ in batches)
+            for tokens, gradient in batches:
+                for name, value in gradient.items():
+                    share = to_torch(value) * (tokens / total)
+                    so_far = tensors[name].grad
+                    tensors[name].grad = share if so_far is None else so_far + share
+            if settings.get("max_grad_norm") is not None:
+                torch.nn.utils.clip_grad_norm_(tensors.values(), settings["max_grad_norm"])
+            optimizer.step()
+            scheduler.step()
+            after.append({name: to_numpy(tensor) for name, tensor in tensors.items()})
+        return after
+
+
+def implementation() -> object:
+    """The peer that `minilora verify peft` checks."""
+    return Peft()
+
+
+def _adapted(
+    W: np.ndarray,
+    A: np.ndarray,
+    B: np.ndarray,
+    *,
+    alpha: float,
+    r: int,
+    bias: np.ndarray | None = None,
+    keep: np.ndarray | None = None,
+    p: float = 0.0,
+    use_rslora: bool = False,
+    fan_in_fan_out: bool = False,
+    **unknown: Any,
+) -> tuple[Any, Any]:
+    """The model of one adapted layer, and that layer, filled with the given arrays."""
+    if unknown:
+        raise NotImplementedError(f"the peft peer has no settings {', '.join(unknown)}")
+    m, n = W.shape
+    weight = to_torch(W)
+    base: torch.nn.Module = (
+        Conv1D(m, n) if fan_in_fan_out else torch.nn.Linear(n, m, bias=bias is not None)
+    )
+    config = peft.LoraConfig(
+        r=r,
+        lora_alpha=plain_number(alpha),
+        lora_dropout=p,
+        use_rslora=use_rslora,
+        fan_in_fan_out=fan_in_fan_out,
+        target_modules=["0"],
+        bias="none" if bias is None else "all",
+    )
+    model = peft.get_peft_model(
+        torch.nn.Sequential(base.to(weight.dtype)), config, autocast_adapter_dtype=False
+    )
+    layer = model.get_submodule("base_model.model.0")
+    fill(base.weight, weight.T if fan_in_fan_out else weight)
+    if bias is not None:
+        fill(base.bias, to_torch(bias))
+    fill(layer.lora_A["default"].weight, to_torch(A))
+    fill(layer.lora_B["default"].weight, to_torch(B))
+    if keep is not None:
+        layer.lora_dropout["default"] = GivenMask(keep, p, layer.lora_dropout["default"])
+    model.train(keep is not None)
+    return model, layer
+
+
+def _weight(layer: Any) -> np.ndarray:
+    """The base weight of a layer as (m, n)."""
+    weight = layer.get_base_layer().weight
+    return to_numpy(weight.T if layer.fan_in_fan_out else weight)
+
+
+def _optimizer(
+    tensors: Mapping[str, torch.nn.Parameter], settings: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """The optimizer that the settings name, with the library's LoRA+ groups where they ask."""
+    if unknown := set(settings) - _OPTIMIZER_SETTINGS:
+        raise NotImplementedError(f"the peft peer has no settings {', '.join(sorted(unknown))}")
+    classes = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    kind = settings.get("optimizer", "adamw")
+    if kind not in classes:
+        raise NotImplementedError(f"the peft peer has no optimizer {kind!r}")
+    own = ("betas", "eps") if kind == "adamw" else ("momentum",)
+    given = {"lr": settings["lr"]} | {key: settings[key] for key in own if key in settings}
+    decay = settings.get("weight_decay", 0.0)
+    ratio = settings.get("loraplus_lr_ratio")
+    if ratio is None:
+        return classes[kind](tensors.values(), weight_decay=decay, **given)
+    if strange := [name for name in tensors if not name.endswith((".A", ".B"))]:
+        raise NotImplementedError(f"LoRA+ groups are for A and B only, found {strange[0]}")
+    # The library sorts by the name lora_B, and takes decay by a name of its own: the ordinary
+    # weight_decay would be silently overridden by its groups' 0.
+    groups = torch.nn.ModuleDict(
+        {
+            f"lora_{end}": torch.nn.ParameterList(
+                tensor for name, tensor in tensors.items() if name.endswith(f".{end}")
+            )
+            for end in "AB"
+        }
+    )
+    return create_loraplus_optimizer(
+        groups, classes[kind], loraplus_lr_ratio=ratio, loraplus_weight_decay=decay, **given
+    )

@@ -1,0 +1,485 @@
+"""What a verification found: results, exit status, the JSON document, the terminal's text."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from math import isfinite
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+
+from minilora.verify.check import Judgement
+from minilora.verify.contract import DTYPES, Precision, tidy
+
+STATUSES = ("fail", "error", "loose", "known", "skip", "pass")
+"""Worst first."""
+
+WIDTH = 80
+_ARRAYS_SHOWN = 4
+# Digits that tell two neighbours of a dtype apart: 1 + ⌈bits of the significand · log10 2⌉.
+_DIGITS = {"float32": 9, "bfloat16": 4, "float16": 5}
+
+
+@dataclass(frozen=True)
+class FaultSeen:
+    """One kind of fault, as it was first met, and in how many cases."""
+
+    kind: str
+    message: str
+    case: str
+    cases: int
+
+
+@dataclass(frozen=True)
+class Known:
+    """A deviation that was declared: why, where it is discussed, and in which versions.
+
+    ``versions`` are patterns like ``0.18.*``; none means all.
+    """
+
+    reason: str
+    link: str = ""
+    versions: tuple[str, ...] = ()
+
+    def holds_for(self, version: str) -> bool:
+        """Whether it was declared for this version, of which the first word counts."""
+        number = version.split()[0] if version else ""
+        return not self.versions or any(fnmatchcase(number, pattern) for pattern in self.versions)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one check found in one dtype.
+
+    ``status`` is pass, loose, fail, error, known (it deviates, and that was declared) or skip.
+    ``cases`` were tried, ``skipped_cases`` of them not supported and ``deviating_cases`` failed.
+    ``worst`` is the worst array of all cases and ``worst_case`` its case; ``arrays`` are all those
+    of ``case``, the first one that deviates. ``reason`` says why cases were skipped, all or some,
+    and ``known`` what was declared about this check beforehand.
+    """
+
+    check: str
+    level: str
+    title: str
+    dtype: str
+    precision: Precision
+    status: str
+    cases: int = 0
+    skipped_cases: int = 0
+    deviating_cases: int = 0
+    worst: Judgement | None = None
+    worst_case: str = ""
+    case: str = ""
+    arrays: tuple[Judgement, ...] = ()
+    faults: tuple[FaultSeen, ...] = ()
+    smallest: Mapping[str, Any] | None = None
+    reason: str = ""
+    known: Known | None = None
+    note: str = ""
+    reproduce: str = ""
+    seconds: float = 0.0
+
+    @property
+    def no_longer_fails(self) -> bool:
+        """Whether a deviation was declared here and none was found."""
+        return self.known is not None and self.status == "pass"
+
+    @property
+    def severity(self) -> tuple[int, float]:
+        """Sorts results worst first, and leaves those that hold in the order of the checks."""
+        deviates = self.status in ("fail", "loose", "known") and self.worst is not None
+        return STATUSES.index(self.status), -self.worst.excess if self.worst and deviates else 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """The results of one run against one target."""
+
+    name: str
+    version: str
+    dtypes: tuple[str, ...]
+    conventions: Mapping[str, Any]
+    profile: str
+    seed: int
+    results: tuple[Result, ...]
+    seconds: float
+    notes: tuple[str, ...] = ()
+    interrupted: bool = False
+
+    def count(self, status: str) -> int:
+        """How many results have this status."""
+        return sum(result.status == status for result in self.results)
+
+    @property
+    def ran(self) -> int:
+        """How many results are not skipped: the others say nothing about the target."""
+        return len(self.results) - self.count("skip")
+
+    @property
+    def exit_status(self) -> int:
+        """0 all hold, 1 a deviation or an error, 3 nothing ran, 130 interrupted."""
+        if self.interrupted:
+            return 130
+        if self.count("fail") or self.count("error"):
+            return 1
+        return 0 if self.ran else 3
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as one document of strict JSON: no NaN, no infinity, no NumPy.
+
+        A z without bound (a difference where none is allowed) is null.
+        """
+        import minilora
+
+        document: dict[str, Any] = plain(
+            {
+                "schema": 1,
+                "minilora": getattr(minilora, "__version__", "unknown"),
+                "target": {
+                    "name": self.name,
+                    "version": self.version,
+                    "dtypes": self.dtypes,
+                    "conventions": self.conventions,
+                },
+                "profile": self.profile,
+                "seed": self.seed,
+                "summary": {
+                    "passed": self.count("pass"),
+                    "failed": self.count("fail"),
+                    "loose": self.count("loose"),
+                    "known": self.count("known"),
+                    "skipped": self.count("skip"),
+                    "errors": self.count("error"),
+                    "ran": self.ran,
+                    "total": len(self.results),
+                    "interrupted": self.interrupted,
+                    "exit_status": self.exit_status,
+                    "seconds": round(self.seconds, 3),
+                },
+                "notes": self.notes,
+                "results": [_result_json(result, self.seed) for result in self.results],
+            }
+        )
+        return document
+
+    def json(self) -> str:
+        """:meth:`to_json` as text."""
+        return json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
+
+    def text(self) -> str:
+        """The report for a terminal of 80 columns, worst first."""
+        return "\n".join(_text(self)) + "\n"
+
+    def junit(self) -> str:
+        """The report as JUnit XML."""
+        from minilora.verify.pages import junit
+
+        return junit(self)
+
+    def html(self) -> str:
+        """The report as one self-contained page."""
+        from minilora.verify.pages import html
+
+        return html(self)
+
+
+def plain(value: Any) -> Any:
+    """The value in the types of JSON; what is not finite becomes a string."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(entry) for entry in value]
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, float | np.generic):
+        number = float(value)
+        names = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+        return number if isfinite(number) else names[str(number)]
+    return str(value)
+
+
+def _judgement_json(judgement: Judgement) -> dict[str, Any]:
+    entry = asdict(judgement)
+    for name in ("z", "rms"):
+        if not isfinite(entry[name]):
+            entry[name] = None
+    return entry
+
+
+def _result_json(result: Result, seed: int) -> dict[str, Any]:
+    counterexample = None
+    if result.case:
+        counterexample = {
+            "case": result.case,
+            "seed": seed,
+            "arrays": [_judgement_json(judgement) for judgement in result.arrays],
+            "smallest": result.smallest,
+        }
+    worst = None
+    if result.worst is not None:
+        worst = _judgement_json(result.worst) | {"case": result.worst_case}
+    return {
+        "check": result.check,
+        "level": result.level,
+        "title": result.title,
+        "dtype": result.dtype,
+        "precision": asdict(result.precision),
+        "status": result.status,
+        "cases": result.cases,
+        "skipped_cases": result.skipped_cases,
+        "deviating_cases": result.deviating_cases,
+        "worst": worst,
+        "faults": [asdict(fault) for fault in result.faults],
+        "diagnosis": [],
+        "counterexample": counterexample,
+        "reason": result.reason,
+        "known": None if result.known is None else asdict(result.known),
+        "no_longer_fails": result.no_longer_fails,
+        "note": result.note,
+        "reproduce": result.reproduce,
+        "seconds": round(result.seconds, 3),
+    }
+
+
+def rows(report: Report) -> list[tuple[str, dict[str, Result]]]:
+    """The results of each check by dtype, the worst check first."""
+    table: dict[str, dict[str, Result]] = {}
+    for result in report.results:
+        table.setdefault(result.check, {})[result.dtype] = result
+    return sorted(table.items(), key=lambda row: min(r.severity for r in row[1].values()))
+
+
+def columns(report: Report) -> list[str]:
+    """The dtypes that occur, widest first."""
+    seen = {result.dtype for result in report.results}
+    return [dtype for dtype in DTYPES if dtype in seen]
+
+
+def cell(result: Result | None) -> str:
+    """A result in one word, with its worst z where that lies beyond the limit."""
+    if result is None:
+        return "-"
+    word = result.status.upper() if result.status in ("fail", "error") else result.status
+    worst = result.worst
+    beyond = worst is not None and worst.excess > 1 and result.status in ("fail", "loose", "known")
+    return f"{word} {worst.z:.3g}" if worst and beyond and isfinite(worst.z) else word
+
+
+def summary(report: Report) -> str:
+    """The score in one sentence; what was skipped never counts as passed."""
+    words = {"pass": "passed", "fail": "failed", "error": "in error", "skip": "skipped"}
+    counts = [f"{n} {words.get(s, s)}" for s in reversed(STATUSES) if (n := report.count(s))]
+    total = len(report.results)
+    return f"{report.ran} of {total} checks ran (check × dtype): " + (
+        f"{', '.join(counts) or 'nothing to check'}; {report.seconds:.1f} s"
+    )
+
+
+def _text(report: Report) -> Iterator[str]:
+    yield from _wrapped(
+        f"{report.name} {report.version}".strip()
+        + f"  (profile {report.profile}, seed {report.seed})"
+    )
+    yield ""
+    dtypes = columns(report)
+    longest = max((len(result.check) for result in report.results), default=0)
+    width = min(longest, WIDTH - 12 * len(dtypes) - 1)
+    if dtypes:
+        yield _row("", dtypes, width)
+    for check, by_dtype in rows(report):
+        yield _row(check, [cell(by_dtype.get(dtype)) for dtype in dtypes], width)
+    for _, by_dtype in rows(report):
+        deviating = [r for r in by_dtype.values() if r.status in ("fail", "error", "loose")]
+        deviating.sort(key=lambda result: result.severity)
+        for i, result in enumerate(deviating):
+            if i == 0:
+                yield ""
+            yield from block(report, result) if i == 0 else _also(result)
+    yield from _asides(report)
+    yield ""
+    if report.interrupted:
+        yield "INTERRUPTED: this is what was checked so far."
+    yield from _wrapped(summary(report))
+    if not report.ran:
+        yield "Nothing was checked: every check was skipped."
+
+
+def _row(name: str, cells: list[str], width: int) -> str:
+    overlong = f" {name}\n" if len(name) > width else ""
+    name = "" if overlong else name
+    return overlong + f" {name:<{width}}" + "".join(f"  {text:<10}" for text in cells).rstrip()
+
+
+def _wrapped(text: str, indent: int = 0, hang: int = 2) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * (indent + hang)
+    )
+
+
+def block(report: Report, result: Result) -> Iterator[str]:
+    """All that is known of one deviation, in lines of 80 columns (but for the command)."""
+    how = result.precision
+    precision = result.dtype
+    if how.storage != result.dtype:
+        precision += f" stored as {how.storage}"
+    if how.accumulation != result.dtype:
+        precision += f" ({how.accumulation} accumulation)"
+    yield f"{result.status.upper():<5} {result.check}   {precision}"
+    yield from _wrapped(result.title, 2, 0)
+    if result.deviating_cases:
+        of = f"in {result.deviating_cases} of {result.cases} cases, first in {result.case}"
+        yield from _wrapped(of, 2)
+    yield from _array_lines(result)
+    for fault in result.faults:
+        yield from _wrapped(f"{fault_words(fault)}", 2)
+        yield from _wrapped(f"in {fault.cases} of {result.cases} cases, first in {fault.case}", 4)
+    if result.smallest is not None:
+        yield from _wrapped(f"SMALLEST   {example(result.smallest)}", 2, 11)
+    if result.note:
+        yield from _wrapped(result.note, 2)
+    yield f"  REPRODUCE  {result.reproduce}"
+
+
+def _array_lines(result: Result) -> Iterator[str]:
+    off = [judged for judged in result.arrays if judged.verdict != "pass"]
+    off.sort(key=lambda judged: -judged.excess)
+    for judged in off[:_ARRAYS_SHOWN]:
+        yield from _wrapped(f"{judged.array}  {judgement_words(judged)}", 2)
+        yield from _wrapped(place_words(judged, result.dtype), 4)
+    if rest := [judged.array for judged in off[_ARRAYS_SHOWN:]]:
+        yield from _wrapped(f"and in {len(rest)} more arrays: {tidy(', '.join(rest))}", 2)
+    if ok := [judged.array for judged in result.arrays if judged.verdict == "pass"]:
+        yield from _wrapped(f"ok  {tidy(', '.join(ok), 200)}", 2)
+
+
+def judgement_words(judged: Judgement) -> str:
+    """How many elements of an array deviate, and by how much."""
+    many = f"{judged.beyond} of {judged.elements} elements"
+    if judged.sigma is None:
+        return f"{many} differ, where not one may"
+    z = f"{judged.z:.3g}" if isfinite(judged.z) else "unbounded"
+    rms = f"{judged.rms:.3g}" if isfinite(judged.rms) else "unbounded"
+    return (
+        f"{many} beyond the limit: max z {z} (limit {judged.limit:g}), "
+        f"rms {rms} (limit {judged.rms_limit:.3g})"
+    )
+
+
+def place_words(judged: Judgement, dtype: str) -> str:
+    """The worst element: where it is, what was got and wanted."""
+    got, want = (
+        f"{value:.{_DIGITS[dtype]}g}" if dtype in _DIGITS else repr(value)
+        for value in (judged.got, judged.want)
+    )
+    sigma = "" if judged.sigma is None else f", sigma {judged.sigma:.3g}"
+    where = f"at {list(judged.index)}: " if judged.index else ""
+    return f"{where}got {got}, want {want}{sigma}"
+
+
+def fault_words(fault: FaultSeen) -> str:
+    """What the target did, in plain words."""
+    kinds = {
+        "raises": "it raises",
+        "hangs": "it hangs",
+        "changes its inputs": "it changes its inputs",
+        "shape": "a wrong shape",
+        "dtype": "a wrong dtype",
+        "nan": "not finite",
+        "missing": "incomplete",
+        "internal": "a fault of minilora, not of the target; please report it",
+    }
+    return f"{kinds.get(fault.kind, fault.kind)}: {fault.message}"
+
+
+def example(smallest: Mapping[str, Any]) -> str:
+    """The smallest counterexample in one line: the givens, then got and want."""
+    values = plain(smallest)
+    given = [f"{key}={value}" for key, value in values.items() if key not in ("got", "want")]
+    answer = [f"{key} {values[key]}" for key in ("got", "want") if key in values]
+    text = "  ->  ".join(part for part in (" ".join(given), ", ".join(answer)) if part)
+    return re.sub(r"(?<=\d)\.0(?![\d.e])", "", text)  # 1 for 1.0: the exact lane has integers
+
+
+def _also(result: Result) -> Iterator[str]:
+    off = max(result.arrays, key=lambda judged: judged.excess, default=None)
+    if off is not None and off.verdict != "pass":
+        what = f"{off.array} {place_words(off, result.dtype)}"
+    else:
+        what = tidy("; ".join(fault_words(fault) for fault in result.faults), 200)
+    yield from _wrapped(f"also {result.dtype} {result.status}, case {result.case}: {what}", 2)
+
+
+def _asides(report: Report) -> Iterator[str]:
+    """Known deviations, and what was skipped and why."""
+    for result in report.results:
+        name = f"{result.check} {result.dtype}"
+        known = result.known
+        if known and result.status in ("known", "pass"):
+            found = "known" if result.status == "known" else "no longer fails, though known:"
+            yield ""
+            yield from _wrapped(f"{found} {name}: {known.reason} {known.link}".rstrip())
+        if result.skipped_cases and result.status != "skip":
+            yield ""
+            yield from _wrapped(
+                f"{name} skipped {result.skipped_cases} of {result.cases} cases, {result.reason}"
+            )
+    skipped: dict[str, list[str]] = {}
+    for result in report.results:
+        if result.status == "skip":
+            skipped.setdefault(result.reason, []).append(f"{result.check}:{result.dtype}")
+    for reason, names in skipped.items():
+        per_check = Counter(name.rpartition(":")[0] for name in names)
+        yield ""
+        yield from _wrapped(f"skipped {len(names)}, {reason}: {tidy(', '.join(per_check), 400)}")
+    for note in report.notes:
+        yield ""
+        yield from _wrapped(f"note: {note}")
+
+
+def write(path: str, text: str) -> None:
+    """Writes a file whole or not at all. Raises OSError."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe takes it as it comes
+        with open(path, "w", encoding="utf-8") as out:
+            out.write(text)
+        return
+    path = os.path.realpath(path)  # a link goes on pointing at the file
+    beside = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(beside, "x", encoding="utf-8", errors="backslashreplace") as out:
+            out.write(text)
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(beside)
+        raise
+
+
+def writable(path: str) -> str:
+    """Why a file cannot be written at this path, or nothing."""
+    if os.path.isdir(path):
+        return f"{path} is a folder"
+    if os.path.exists(path) and not os.path.isfile(path):
+        return ""
+    beside = f"{os.path.realpath(path)}.{os.getpid()}.tmp"
+    try:
+        with open(beside, "x", encoding="utf-8"):
+            pass
+        os.remove(beside)
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return ""

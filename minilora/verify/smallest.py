@@ -1,0 +1,105 @@
+"""The smallest counterexample: hypothesis shrinks a failing layer, in the exact lane, by ==."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from random import Random
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from hypothesis import HealthCheck, Phase, find, settings
+from hypothesis import strategies as st
+from hypothesis.errors import HypothesisException
+
+from minilora.verify.cases import Layer, greatest_sum
+from minilora.verify.contract import DTYPES, Fault, Skip, Subject
+
+Array = np.ndarray
+
+SECONDS = 4.0
+"""Time for one search; what has been found by then is given."""
+
+Difference = tuple[str, Array, Array]
+"""The name of an array, what was got and what was wanted."""
+
+Differs = Callable[[Subject, Layer, str], Difference | None]
+Smallest = Callable[[Subject, str], dict[str, Any] | None]
+
+
+@st.composite
+def small_layers(draw: st.DrawFn, kind: dict[str, bool], dtype: str) -> Layer:
+    """Layers of one to three tokens, features and ranks with entries -2 … 2, simplest first."""
+    size = st.integers(1, 3)
+    tokens, n, m, r = draw(size), draw(size), draw(size), draw(size)
+    if kind.get("use_rslora"):
+        r = draw(st.sampled_from((1, 4)))
+
+    def array(*shape: int) -> Array:
+        entries = draw(
+            st.lists(st.integers(-2, 2), min_size=np.prod(shape), max_size=np.prod(shape))
+        )
+        return np.array(entries, DTYPES[dtype]).reshape(shape)
+
+    s = draw(st.sampled_from((1.0, 2.0, 0.5)))
+    settings = {key: True for key in ("use_rslora", "fan_in_fan_out") if kind.get(key)}
+    return Layer(
+        x=array(tokens, n),
+        W=array(m, n),
+        A=array(r, n),
+        B=array(m, r),
+        dy=array(tokens, m),
+        alpha=s * (r**0.5 if kind.get("use_rslora") else r),
+        r=r,
+        bias=array(m) if kind.get("bias") else None,
+        keep=array(tokens, n) > 0 if kind.get("dropout") else None,
+        p=0.75 if kind.get("dropout") else 0.0,
+        settings=settings,
+    )
+
+
+def search(
+    subject: Subject, dtype: str, kind: dict[str, bool], differs: Differs
+) -> dict[str, Any] | None:
+    """The smallest layer on which ``differs`` finds a difference, in words, or None."""
+    end = perf_counter() + SECONDS
+    found: list[tuple[Layer, tuple[str, Array, Array]]] = []
+
+    def fails(layer: Layer) -> bool:
+        if perf_counter() > end or greatest_sum(layer) > 64:
+            return False
+        try:
+            difference = differs(subject, layer, dtype)
+        except (Fault, Skip):
+            return False
+        if difference is not None:
+            found.append((layer, difference))
+        return difference is not None
+
+    options = settings(
+        max_examples=300,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    # Raised where nothing is found, or where a target answers differently each time.
+    with contextlib.suppress(HypothesisException):
+        find(small_layers(kind, dtype), fails, settings=options, random=Random(0))
+    if not found:
+        return None
+    layer, (what, got, want) = min(found, key=lambda each: _size(each[0]))
+    shown = {"array": what, "x": layer.x, "W": layer.W, "A": layer.A, "B": layer.B}
+    shown |= {"dy": layer.dy} if what in ("dx", "dA", "dB", "dbias") else {}
+    shown |= {} if layer.bias is None else {"bias": layer.bias}
+    shown |= {} if layer.keep is None else {"keep": layer.keep, "p": layer.p}
+    shown |= {"alpha": layer.alpha, "r": layer.r, **layer.settings}
+    return shown | {"got": got, "want": want}
+
+
+def _size(layer: Layer) -> tuple[int, float]:
+    arrays = [layer.x, layer.W, layer.A, layer.B, layer.dy]
+    entries = np.concatenate([np.abs(array.astype(np.float64)).ravel() for array in arrays])
+    return entries.size, float(entries.sum())

@@ -1,0 +1,66 @@
+"""Derivatives by a complex step, the measure of an error, and the worst figures that tests meet."""
+
+import numpy as np
+
+GRADIENT = 1e-13
+"""What the project promises of a gradient in float64, relative to the greatest entry of its array.
+
+It is a promise, 900 times the unit roundoff, and no estimate: sums of some hundred products in
+another order differ by a tenth of it, and the slightest error in a formula by far more.
+"""
+
+OPTIMIZER = 1e-12
+"""The same promise for parameters after ten steps of an optimizer: each may add a GRADIENT."""
+
+UNIT_ROUNDOFF = np.finfo(np.float64).eps / 2
+
+STEP = 1e-30
+"""The complex step: its square vanishes beside every number here, so that it adds no error."""
+
+WORST = {}
+"""The greatest figure of each name since the test began; conftest.py prints them at the end."""
+
+
+def record_worst(name, figure):
+    WORST[name] = max(WORST.get(name, 0.0), float(figure))
+
+
+def derivative(f, point, names=None):
+    """{name: the gradient of the number f(point) by that array}, an entry at a time."""
+    gradients = {name: np.empty(point[name].shape) for name in names or point}
+    for name, gradient in gradients.items():
+        for entry in np.ndindex(gradient.shape):
+            stepped = point[name].astype(complex)
+            stepped[entry] += STEP * 1j
+            gradient[entry] = f(point | {name: stepped}).imag / STEP
+    return gradients
+
+
+def directional(f, point, direction):
+    """The derivative of f(point), a number or a dict of arrays, along a dict of arrays."""
+    value = f(point | {name: point[name] + STEP * 1j * v for name, v in direction.items()})
+    if isinstance(value, dict):
+        return {name: v.imag / STEP for name, v in value.items()}
+    return value.imag / STEP
+
+
+def random_like(rng, arrays):
+    return {name: rng.standard_normal(a.shape) for name, a in arrays.items()}
+
+
+def greatest(array):
+    """The greatest modulus of the array's entries, 0 if it has none."""
+    return max((abs(v) for v in np.ravel(array)), default=0)
+
+
+def relative_error(found, wanted, scale=None):
+    """The greatest difference of two arrays, relative to the greatest entry of the second."""
+    difference = greatest(np.asarray(found) - np.asarray(wanted))
+    scale = greatest(wanted) if scale is None else scale
+    return 0.0 if difference == 0 else float(difference / scale) if scale else np.inf
+
+
+def same_bits(a, b):
+    """Whether two arrays have the same dtype, shape and bytes."""
+    a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()

@@ -1,0 +1,194 @@
+"""Every public name has its place in the docs, every equation its proof, and no figure is typed."""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+
+
+def reading_order(index):
+    """The pages of the first toctree: a module each."""
+    (first, *_) = re.findall(r"^```\{toctree\}\n(.*?)^```$", index, re.M | re.S)
+    return [line for line in first.split() if re.fullmatch(r"[a-z_]+", line)]
+
+
+MODULES = reading_order((DOCS / "index.md").read_text())
+
+
+def public_names(source):
+    """What a module offers: its __all__, or the names that it defines without an underscore."""
+    names = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names[node.name] = node
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id: node for target in targets if isinstance(target, ast.Name)}
+    if "__all__" in names:
+        return set(ast.literal_eval(names["__all__"].value))
+    return {name for name in names if not name.startswith("_")}
+
+
+def sources(module):
+    """The module's source, or those of a package that says nothing of what is public."""
+    package = ROOT / "minilora" / module
+    if not package.is_dir():
+        return [package.with_suffix(".py").read_text()]
+    door = (package / "__init__.py").read_text()
+    if public_names(door):
+        return [door]
+    return [path.read_text() for path in sorted(package.glob("*.py"))]
+
+
+def described(page):
+    """The names that a page has an entry for: a heading, included code, or a word in code type."""
+    return (
+        set(re.findall(r"^#+ (\w+)$", page, re.M))
+        | set(re.findall(r"^:pyobject: (\w+)$", page, re.M))
+        | set(re.findall(r"`(\w+)`", page))
+    )
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_is_described(module):
+    names = set().union(*map(public_names, sources(module)))
+    assert names
+    assert names - described((DOCS / f"{module}.md").read_text()) == set()
+
+
+def test_a_name_without_an_entry_is_seen():
+    names = public_names("LIMIT = 3\ndef shown(): ...\ndef absent(): ...\ndef _private(): ...")
+    page = "## shown\n\n```{literalinclude} m.py\n:pyobject: shown\n```\nUp to `LIMIT`."
+    assert names - described(page) == {"absent"}
+    assert public_names("__all__ = ['one']\ndef other(): ...") == {"one"}
+
+
+def sections(page):
+    """{heading: its text}, of the headings that are one name."""
+    parts = re.split(r"^#+ (.+)$", page, flags=re.M)
+    return {
+        name: text for name, text in zip(parts[1::2], parts[2::2], strict=True) if " " not in name
+    }
+
+
+def states_an_equation(function):
+    """Whether the first line of the docstring does: `y = …`, `p ← …`."""
+    first = (ast.get_docstring(function) or "").partition("\n")[0]
+    return bool(re.match(r"\S{1,3}( \S{1,2})? [=←] ", first))
+
+
+def lacking(name, page):
+    """What the section of an equation lacks: its number, its code, its executed proof."""
+    section = sections(page).get(name, "")
+    wanted = {
+        "equation": f":label: eq-{name}\n",
+        "code": f":pyobject: {name}\n",
+        "proof": r"```\{code-cell\}\n[^`]*?(assert|prove)",
+    }
+    wanted |= {what: re.escape(wanted[what]) for what in ("equation", "code")}
+    return [what for what, pattern in wanted.items() if not re.search(pattern, section)]
+
+
+EQUATIONS = [
+    (module, node.name)
+    for module in MODULES
+    for source in sources(module)
+    for node in ast.parse(source).body
+    if isinstance(node, ast.FunctionDef) and node.name in public_names(source)
+    if states_an_equation(node)
+]
+
+
+@pytest.mark.parametrize(("module", "name"), EQUATIONS)
+def test_every_equation_stands_beside_its_code_and_its_proof(module, name):
+    assert lacking(name, (DOCS / f"{module}.md").read_text()) == []
+
+
+def test_a_section_without_its_proof_is_seen():
+    page = (DOCS / "ops.md").read_text()
+    assert ("ops", "linear") in EQUATIONS
+    assert lacking("linear", page) == []
+    for what, cut in {
+        "equation": ":label: eq-linear\n",
+        "code": ":pyobject: linear\n",
+        "proof": "prove(lambda x: linear(x, W, b), x=x)",
+    }.items():
+        assert lacking("linear", page.replace(cut, "")) == [what]
+
+
+def prose(page):
+    """A page without its code, mathematics and headings."""
+    page = re.sub(r"^```.*?^```$|\A---\n.*?^---$", "", page, flags=re.M | re.S)
+    return re.sub(r"^#.*$|`[^`]*`|\$[^$]*\$", "", page, flags=re.M)
+
+
+MEASURED = re.compile(
+    r"\d(\.\d+)?e[-+]?\d|\d+\.\d+"
+    r"|\d+ ?(%|×|x\b|times|digits|[kMG]i?B|[mµn]?s\b|seconds|minutes|lines)"
+)
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda path: path.stem)
+def test_no_figure_is_typed_by_hand(path):
+    """A figure that a run prints cannot drift; Python's own version is a demand and no figure."""
+    text = prose(path.read_text()).replace("Python 3.11", "")
+    assert MEASURED.search(text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["right to 1e-15", "4.2 at most", "twice: 3× faster", "12 ms a step", "20 MB", "in 108 lines"],
+)
+def test_a_typed_figure_is_seen(text):
+    assert MEASURED.search(prose(f"# 1.0\n\n`2.5` $3.5$\n```\n4.5\n```\n{text}"))
+    assert not MEASURED.search(prose("# 1.0\n\n`2.5` $3.5$\n```\n4.5\n```\nexit status 0, 8 heads"))
+
+
+TOLERANCE = re.compile(r"<=? *\d*\.?\d+e-\d|\b[ar]tol\b|allclose|isclose|approx")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_no_cell_has_a_tolerance_of_its_own(path):
+    cells = re.findall(r"^```\{code-cell\}\n(.*?)^```$", path.read_text(), re.M | re.S)
+    assert not any(TOLERANCE.search(cell) for cell in cells)
+
+
+@pytest.mark.parametrize(
+    "cell", ["assert error < 1e-6", "np.allclose(a, b)", "assert_close(a, b, rtol=0)"]
+)
+def test_a_tolerance_in_a_cell_is_seen(cell):
+    assert TOLERANCE.search(cell)
+
+
+@pytest.fixture(scope="module")
+def prove():
+    """The function that the pages run."""
+    spec = importlib.util.spec_from_file_location("proof", DOCS / "proof.py")
+    proof = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(proof)
+    return proof.prove
+
+
+def product(x, w, off=0.0, forgets=False):
+    def back(dy):
+        dw = (1 + off) * (x * dy)
+        return (w * dy,) if forgets else (w * dy, dw)
+
+    return x * w, back
+
+
+def test_the_pages_proof_passes_what_is_right(prove):
+    prove(product, x=np.linspace(1, 2, 5), w=np.linspace(3, 4, 5))
+
+
+@pytest.mark.parametrize("wrong", [{"off": 1e-12}, {"off": -2.0}, {"forgets": True}])
+def test_the_pages_proof_refuses_what_is_wrong(prove, wrong):
+    with pytest.raises(AssertionError):
+        prove(lambda x, w: product(x, w, **wrong), x=np.linspace(1, 2, 5), w=np.linspace(3, 4, 5))

@@ -1,0 +1,180 @@
+"""The project around the code: what lies where, what imports what, what a wheel holds."""
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "minilora"
+
+TOP_LEVEL = {
+    "LICENSE",
+    "README.md",
+    "docs",
+    "minilora",
+    "pyproject.toml",
+    "reference_models",
+    "tests",
+}
+
+# Each module may import those before it. The reading order is the first part, up to verify.
+ORDER = [
+    *("ops", "lora", "targets", "blocks", "models", "optim", "formats", "strategies", "verify"),
+    *("cli", "__main__"),
+]
+
+RUN_TIME = {
+    *(
+        "hypothesis",
+        "ml_dtypes",
+        "numpy",
+        "pytest",
+        "safetensors",
+        "scipy",
+        "threadpoolctl",
+        "tqdm",
+    ),
+}
+PEERS = {"loralib", "peft", "torch", "transformers"}
+
+
+def imported(source):
+    """Every module that the source imports, at its top or inside a function; none is relative."""
+    modules = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write the import in full"
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return modules
+
+
+def against_the_order(module, source):
+    """The imports of ``module`` that come after it in the order, and so would run both ways."""
+    parts = [name.split(".") for name in imported(source) if name.startswith("minilora.")]
+    later = ORDER[ORDER.index(module) + 1 :]
+    return sorted({part[1] for part in parts} & set(later))
+
+
+def foreign(source):
+    """The packages that the source imports and that come neither with Python nor from here."""
+    packages = {name.split(".")[0] for name in imported(source)}
+    return packages - set(sys.stdlib_module_names) - {"minilora"}
+
+
+def module_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_run_in_the_reading_order(path):
+    assert against_the_order(module_of(path), path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import minilora.models",
+        "from minilora import models",
+        "def f():\n from minilora.models import loss",
+    ],
+)
+def test_an_import_against_the_reading_order_is_seen(line):
+    assert against_the_order("models", line) == []
+    assert against_the_order("blocks", line) == ["models"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_run_time_dependencies_and_in_a_peer_its_library_are_imported(path):
+    allowed = RUN_TIME | PEERS if "peers" in path.parts else RUN_TIME
+    assert foreign(path.read_text()) <= allowed
+
+
+def test_a_foreign_import_is_seen():
+    assert foreign("import os, numpy\ndef f():\n from torch import nn") == {"numpy", "torch"}
+
+
+def test_the_declared_dependencies_are_those():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    def names(requirements):
+        return {requirement.split(">")[0] for requirement in requirements}
+
+    assert names(project["dependencies"]) == RUN_TIME
+    assert names(project["optional-dependencies"]["peers"]) == PEERS
+
+
+def top_level():
+    """What git has or would add; without git, what is there and is no dot-file."""
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True)
+    files = done.stdout.splitlines() if done.returncode == 0 else [p.name for p in ROOT.iterdir()]
+    return {file.split("/")[0] for file in files if not file.startswith(".")}
+
+
+def test_the_top_level_holds_what_it_should_and_no_more():
+    assert top_level() == TOP_LEVEL
+
+
+MEASURE = """
+import json, sys, time
+start = time.perf_counter()
+import numpy, scipy.special
+between = time.perf_counter()
+import minilora
+print(json.dumps([time.perf_counter() - between, between - start, list(sys.modules)]))
+"""
+
+
+def fresh_import():
+    run = [sys.executable, "-W", "error", "-c", MEASURE]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_importing_minilora_adds_little_and_no_framework():
+    """Less time than the two libraries that it stands on, the best of three on a busy machine."""
+    runs = [fresh_import() for _ in range(3)]
+    loaded = {name.split(".")[0] for name in runs[0][2]}
+    assert {"minilora", "numpy", "scipy"} <= loaded
+    assert loaded.isdisjoint(PEERS | {"hypothesis", "pytest", "safetensors", "tqdm"})
+    assert min(own / below for own, below, _ in runs) < 1
+
+
+def test_what_the_entry_points_name_is_there():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    for target in scripts.values():
+        module, _, name = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_a_wheel_holds_the_package_with_its_reference_models_and_nothing_else(tmp_path):
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("minilora-*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+
+    def tracked(folder):
+        files = (path for path in (ROOT / folder).rglob("*") if path.is_file())
+        return {
+            path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts
+        }
+
+    models = {f"minilora/{name}" for name in tracked("reference_models")}
+    assert held == tracked("minilora") | models
+    assert any(name.endswith(".safetensors") for name in models)
