@@ -163,11 +163,13 @@ class Bert(Config):
 
 def draw_weights(c: Config, rng: np.random.Generator, std: float = 0.02) -> Weights:
     """Fresh weights in float64: matrices N(0, std²), norms' weights 1, biases 0."""
-    draws: dict[bool, Callable[[str, tuple[int, int]], Array]] = {
-        True: lambda name, shape: np.full(shape, float(not name.endswith(".bias"))),
-        False: lambda name, shape: std * rng.standard_normal(shape),
-    }
-    return {name: draws[shape[1] == 1](name, shape) for name, shape in c.shapes().items()}
+
+    def draw(name: str, shape: tuple[int, int]) -> Array:
+        if shape[1] > 1:
+            return std * rng.standard_normal(shape)
+        return np.full(shape, 0.0 if name.endswith(".bias") else 1.0)
+
+    return {name: draw(name, shape) for name, shape in c.shapes().items()}
 
 
 def llama(batch: Batch, W: Weights, c: Llama, tuning: Tuning) -> tuple[Array, Back]:

@@ -78,13 +78,14 @@ def _erf(x: Array) -> Array:
     y = 1.061405429 * t
     for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
         y = (y + coefficient) * t
-    y = np.copysign(1 - y * exp(-x * x), x)
-    return y
+    result: Array = np.copysign(1 - y * exp(-x * x), x)
+    return result
 
 
 def _log(x: Array) -> Array:
     """The library's, as a number from outside: it enters the value of a loss, and no gradient."""
-    return np.log(x).astype(np.float32).astype(np.float64)
+    y: Array = np.log(x).astype(np.float32).astype(np.float64)
+    return y
 
 
 FUNCTIONS: dict[Any, Callable[[Array], Array]] = {

@@ -8,7 +8,7 @@ pairs of the same symbols and the same entropy that contradict each other.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, cached_property, partial
 from itertools import accumulate, product
@@ -119,7 +119,6 @@ class Task:
         """b examples drawn by their probabilities, padded on the right."""
         return self.batch(self.draw_rows(rng, b))
 
-
     def read(self, ids: Array) -> str:
         """The symbols of these tokens, without padding."""
         return " ".join(self.symbols[token] for token in ids if token != PAD)
@@ -189,9 +188,7 @@ def brackets(name: str, closes: int) -> Task:
             p *= 1 - end
         opens = Fraction(left > 0, 2 if pending else 1)
         for kind in range(2 if left else 0):
-            yield from grow(
-                (*ids, END + 1 + kind), (*pending, kind), p * opens / 2, left - 1
-            )
+            yield from grow((*ids, END + 1 + kind), (*pending, kind), p * opens / 2, left - 1)
         if pending:
             rest = list(pending)
             closed = END + 3 + rest.pop(closes)
@@ -242,29 +239,44 @@ def task(name: str) -> Task:
 
 
 def draw_batch(name: str, rng: np.random.Generator, b: int = 5) -> Batch:
-    """A batch of the task ``name`` that leaves nothing out that an implementation can get wrong.
+    """A batch of the task ``name`` with padding, ignored labels and unequal counts of labels.
 
-    Language: the even rows are padded on the left and the odd on the right, the first two rows
-    surely; each label is ignored with probability 1/4, and the rows' counts of labels are unequal.
-    Classes: rows are padded on the right only, since the first token is read, and the label of one
-    row is ignored. The random numbers that it takes depend on what was drawn.
+    Language: even rows are padded on the left, odd ones on the right, the first two rows surely;
+    each label is ignored with probability 1/4, each row keeps one, and the counts are not all the
+    same. Classes: every row is padded on the right, since it is the first token that is read, the
+    first two rows surely; the label of one row is ignored.
 
+    Shapes: -> ids (b, t), labels (b, t) or (b,), mask (b, t), types (b, t) or None.
     Errors: ValueError for an unknown name, or if b < 3.
     """
     if b < 3:
-        raise ValueError(f"{b} rows: expected at least 3, for padding on both sides")
+        raise ValueError(f"{b} rows: expected at least 3, two padded ones and a longer one")
     chosen = task(name)
     while True:
         batch = chosen.draw(rng, b)
         padding = (~batch.real).sum(1)
-        if not padding[:2].all():
-            continue
-        if not chosen.causal:
-            batch.labels[rng.integers(b)] = IGNORED
-            return batch
-        labels = np.where(rng.random(batch.ids.shape) < 0.25, IGNORED, batch.labels)
-        counts = (labels != IGNORED).sum(1)
-        if counts.all() and len(set(counts)) > 1:
-            left = np.where(np.arange(b) % 2, 0, padding)
-            at = np.arange(b)[:, None], np.arange(labels.shape[1]) - left[:, None]
-            return Batch(batch.ids[at], labels[at], batch.real[at])
+        if padding[:2].all():
+            batch = _ignoring(batch, rng)
+            if not chosen.causal:
+                return batch
+            counts = (batch.labels != IGNORED).sum(1)
+            if counts.all() and len(set(counts)) > 1:
+                return _shifted(batch, np.where(np.arange(b) % 2, 0, padding))
+
+
+def _ignoring(batch: Batch, rng: np.random.Generator) -> Batch:
+    """Each of a language's labels ignored with probability 1/4, or one of the classes."""
+    assert batch.labels is not None
+    if batch.labels.ndim == 1:
+        ignored = np.arange(len(batch.labels)) == rng.integers(len(batch.labels))
+    else:
+        ignored = rng.random(batch.labels.shape) < 0.25
+    return replace(batch, labels=np.where(ignored, IGNORED, batch.labels))
+
+
+def _shifted(batch: Batch, left: Array) -> Batch:
+    """Each row moved to the right by its number in ``left``, around the end."""
+    assert batch.labels is not None
+    b, t = batch.ids.shape
+    at = np.arange(b)[:, None], np.arange(t) - left[:, None]
+    return Batch(batch.ids[at], batch.labels[at], batch.real[at])

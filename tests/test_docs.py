@@ -72,7 +72,7 @@ def test_a_name_without_an_entry_is_seen():
 
 def sections(page):
     """{heading: its text}, of the headings that are one name."""
-    parts = re.split(r"^#+ (.+)$", page, flags=re.M)
+    parts = re.split(r"^##+ (.+)$", page, flags=re.M)
     return {
         name: text for name, text in zip(parts[1::2], parts[2::2], strict=True) if " " not in name
     }

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -24,11 +25,11 @@ TOP_LEVEL = {
     "tests",
 }
 
-# Each module may import those before it. The reading order is the first part, up to verify.
-ORDER = [
-    *("ops", "lora", "targets", "blocks", "models", "optim", "formats", "strategies", "verify"),
-    *("cli", "__main__"),
-]
+# Each module may import those before it: the reading order, as the docs have it, and the fronts.
+(READING,) = re.findall(
+    r":caption: Read\n[^`]*?\n\n([a-z_\n]+)```", (ROOT / "docs/index.md").read_text()
+)
+ORDER = [*READING.split(), "cli", "__main__"]
 
 RUN_TIME = {
     *(
@@ -79,6 +80,10 @@ FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__
 
 def name_of(path):
     return path.relative_to(ROOT).as_posix()
+
+
+def test_every_module_has_its_place_in_the_reading_order():
+    assert {module_of(path) for path in FILES} == set(ORDER)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

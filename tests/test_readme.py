@@ -79,6 +79,12 @@ def test_the_example_with_its_scale_wrong_fails(tmp_path):
     assert status == 1, printed
 
 
+def test_the_reading_order_is_that_of_the_docs():
+    listed = re.findall(r"^\d+\. \[`(\w+)", README, re.M)
+    toctree = (ROOT / "docs" / "index.md").read_text().partition(":caption: Read\n")[2]
+    assert listed == re.findall(r"^([a-z_]+)$", toctree.partition("```")[0], re.M)
+
+
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))
 def test_links_lead_to_files(link):
     assert (ROOT / link).exists()

@@ -1,6 +1,7 @@
 """The engine of `minilora verify`: every verdict, on implementations made for it."""
 
 import contextlib
+import gc
 import json
 import re
 import sys
@@ -20,6 +21,7 @@ from fake_checks import CHECKS, OnlyMerge, Right, WrongScale
 
 import minilora.verify
 from minilora.verify import check as check_module_or_function
+from minilora.verify import peers
 from minilora.verify.check import MONTE_CARLO, Case, Check, Comparison, Limits
 from minilora.verify.contract import (
     HANGS_ALLOWED,
@@ -31,7 +33,15 @@ from minilora.verify.contract import (
     Subject,
     load,
 )
-from minilora.verify.engine import Interrupted, UsageError, plan, read_known, run
+from minilora.verify.engine import (
+    CASES_AFTER_A_DEVIATION,
+    SEARCHES,
+    Interrupted,
+    UsageError,
+    plan,
+    read_known,
+    run,
+)
 from minilora.verify.report import plain, write
 
 EXACT, SIGMA, DICT, LIST = CHECKS
@@ -335,6 +345,18 @@ def test_a_loop_of_python_is_stopped_when_its_time_is_over():
     assert not running("hangs_in_a_loop")
 
 
+def test_a_run_leaves_no_thread_behind():
+    before = threading.active_count()
+    for _ in range(3):
+        run([EXACT], Right(), dtypes=["float32"])
+        verdict(raises)
+    gc.collect()
+    deadline = time.monotonic() + 2
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
+
+
 def test_a_loop_that_catches_everything_still_gets_its_verdict():
     stop = threading.Event()
 
@@ -444,8 +466,6 @@ def test_a_dtype_that_was_asked_for_and_is_not_taken_is_skipped():
 
 
 def test_after_a_deviation_some_more_cases_look_for_the_worst():
-    from minilora.verify.engine import CASES_AFTER_A_DEVIATION
-
     result = only(run([SIGMA], WrongScale(), dtypes=["float32"], profile="nightly"))
     assert result.cases == 1 + CASES_AFTER_A_DEVIATION
     assert result.case == "sigma.merge:float32:0"
@@ -460,6 +480,25 @@ def test_the_smallest_counterexample_is_looked_for_only_when_a_check_failed():
     assert report.results[0].smallest["got"] == -1
     assert "SMALLEST   W=[[0]] A=[[1]] B=[[1]]  ->  got -1, want 1" in report.text()
     assert only(run([EXACT], Right(), dtypes=["float64"])).smallest is None
+
+
+def test_the_smallest_counterexample_is_looked_for_in_the_first_checks_that_fail():
+    wrong = type("T", (), {"merge": lambda s, W, A, B, **_: W - B @ A})()
+    checks = [replace(EXACT, id=f"exact.{i}") for i in range(SEARCHES + 1)]
+    results = run(checks, wrong).results
+    found = [result.dtype for result in results if result.smallest]
+    assert found == ["float64"] * SEARCHES, "in one dtype each"
+    assert [r.check for r in results if r.note] == [f"exact.{SEARCHES}"]
+    alone = only(run(checks, wrong, case=f"exact.{SEARCHES}:float64:0"))
+    assert alone.smallest, "as the note says"
+
+
+def test_a_search_that_breaks_is_owned():
+    check = replace(EXACT, smallest=lambda subject, dtype: 1 / 0)
+    wrong = type("T", (), {"merge": lambda s, W, A, B, **_: W})()
+    result = only(run([check], wrong, dtypes=["float64"]))
+    assert (result.status, result.smallest) == ("fail", None)
+    assert "by a fault of minilora: ZeroDivisionError" in result.note
 
 
 def internal(run_it, **options):
@@ -508,6 +547,17 @@ def test_a_known_deviation_that_no_longer_fails_is_reported():
     assert (only(report).status, only(report).no_longer_fails) == ("pass", True)
     assert report.to_json()["results"][0]["no_longer_fails"] is True
     assert "no longer fails, though known: exact.merge float32: was wrong" in report.text()
+
+
+def test_a_declaration_for_all_dtypes_still_holds_where_one_deviates():
+    class Half(WrongScale):
+        def merge(self, W, A, B, *, alpha, r):
+            wrong = W.dtype == np.float32
+            return super().merge(W, A, B, alpha=alpha if wrong else alpha / r, r=r)
+
+    report = run([SIGMA], Half(), known={"sigma.merge": "why"})
+    assert [result.status for result in report.results] == ["pass", "known"]
+    assert not any(result.no_longer_fails for result in report.results)
 
 
 @pytest.mark.parametrize(
@@ -591,6 +641,9 @@ def test_levels_and_dtypes_choose_and_profiles_count():
         "exact.merge",
         "sigma.merge",
     ]
+    assert plan(CHECKS, levels="merge", dtypes="float32") == plan(
+        CHECKS, levels=["merge"], dtypes=["float32"]
+    )
     sizes = [len(plan(CHECKS, profile=p)[0].numbers) for p in ("quick", "ci", "nightly")]
     assert sizes == [2, 5, 100]
 
@@ -833,13 +886,11 @@ def test_a_module_that_fails_to_load_is_told_why(source, words, tmp_path, monkey
 def test_a_shipped_peer_whose_library_is_absent_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "needs_it.py").write_text("def implementation():\n    import no_such_library\n")
     (tmp_path / "imports_it.py").write_text("import no_such_library\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.syspath_prepend(tmp_path)
     for name in ("needs_it", "imports_it"):
-        monkeypatch.setitem(
-            sys.modules["minilora.verify.peers"].PEERS, "shipped", f"{name}:implementation"
-        )
-        with pytest.raises(LoadError, match=r"not installed; pip install 'minilora\[peers\]'"):
+        monkeypatch.setitem(peers.PEERS, "shipped", f"{name}:implementation")
+        words = r"no_such_library is not installed; pip install 'minilora\[peers\]'"
+        with pytest.raises(LoadError, match=words):
             load("shipped")
 
 

@@ -27,6 +27,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 """The dtypes of weights that are read and written, by their names in a safetensors file."""
 
+DIVERGED = "these are no usable weights: take an earlier checkpoint"
+
 
 class FormatError(ValueError):
     """A file does not hold what it should.
@@ -83,30 +85,34 @@ def _tensor(path: Path | str, name: str, file: Any) -> Array:
         raise FormatError(path, name, f"dtype {dtype}", f"one of {', '.join(DTYPES)}", remedy)
     if 0 in shape:
         raise FormatError(path, name, f"shape {shape}", "at least one entry", "write it again")
-    return finite(path, name, file.get_tensor(name))
+    return finite(path, name, file.get_tensor(name), DIVERGED)
 
 
-def finite(path: Path | str, name: str, array: Array, dtype: Any = None) -> Array:
-    """The array, converted to ``dtype`` if one is given.
+def finite(path: Path | str, name: str, array: Array, remedy: str) -> Array:
+    """The array itself.
 
-    Errors: FormatError if an entry is not finite, before or after.
+    Errors: FormatError if an entry is not finite.
     """
-    for converted in (False, True):
-        if converted and dtype is None:
-            continue
-        if converted:
-            with np.errstate(over="ignore"):
-                array = array.astype(dtype)
-        if converted and np.dtype(dtype) not in DTYPES.values():
-            continue  # wider than any file's dtype, or no floating point at all
-        wrong = np.argwhere(~np.isfinite(array))
-        if len(wrong):
-            first = tuple(map(int, wrong[0]))
-            found = f"{len(wrong)} entries that are not finite, the first {array[first]} at {first}"
-            expected = f"finite numbers in {array.dtype}"
-            remedy = "take a wider dtype" if converted else "its training has diverged"
-            raise FormatError(path, name, found, expected, remedy)
+    wrong = np.argwhere(~np.isfinite(array))
+    if len(wrong):
+        first = tuple(map(int, wrong[0]))
+        found = f"{len(wrong)} entries that are not finite, the first {array[first]} at {first}"
+        raise FormatError(path, name, found, f"finite numbers in {array.dtype}", remedy)
     return array
+
+
+def convert(path: Path | str, name: str, array: Array, dtype: Any) -> Array:
+    """The array in ``dtype``, or as it is for None.
+
+    Errors: FormatError if an entry of the array is too large for the dtype.
+    """
+    if dtype is None:
+        return array
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype)
+    if converted.dtype not in DTYPES.values():  # wider than any file's
+        return converted
+    return finite(path, name, converted, f"it fits in {array.dtype}: take a wider dtype")
 
 
 def pack(
@@ -127,7 +133,7 @@ def pack(
             expected = f"entries in one of {', '.join(d.name for d in DTYPES.values())}"
             raise FormatError(path, name, found, expected, "nothing was written; convert it")
         # The library takes an array's memory as it lies, whatever its strides say.
-        plain[name] = finite(path, name, np.asarray(array, dtype, order="C"))
+        plain[name] = finite(path, name, np.asarray(array, dtype, order="C"), DIVERGED)
     return save(plain, dict(metadata) if metadata else None)
 
 
@@ -181,11 +187,12 @@ def check_settings(
     settings: Mapping[str, Any],
     read: Collection[str],
     fixed: Mapping[str, Collection[Any]],
-    inert: Collection[str],
+    inert: str,
 ) -> None:
     """Every setting is one that is read, or is inert, or has the value that is implemented.
 
-    A setting that is none of these passes as null only, which sets nothing.
+    ``inert`` has names between blanks. A setting that is none of these passes as null only, which
+    sets nothing.
 
     Errors: FormatError that names the setting and its value.
     """
@@ -194,7 +201,7 @@ def check_settings(
             expected = " or ".join(json.dumps(v) for v in fixed[key])
             remedy = "other values compute a function that is not implemented here"
             raise FormatError(path, key, json.dumps(value), expected, remedy)
-        if value is not None and key not in {*read, *fixed, *inert}:
+        if value is not None and key not in {*read, *fixed, *inert.split()}:
             remedy = "it may change the function computed: remove it only if it does not"
             raise FormatError(path, key, json.dumps(value), "no setting of this name", remedy)
 
@@ -220,6 +227,9 @@ def write_files(
     if old:
         remedy = "remove them first, or choose another folder"
         raise FormatError(folder, "folder", listed(old), "no weights but those written", remedy)
+    if folders := [name for name in files if (folder / name).is_dir()]:
+        found = f"folders named {listed(folders)}"
+        raise FormatError(folder, "folder", found, "files or nothing there", "move them away")
     beside = {name: folder / f".{name}.{secrets.token_hex(4)}" for name in files}
     try:
         for name, data in files.items():

@@ -18,6 +18,7 @@ import sys
 import threading
 import traceback
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -137,7 +138,8 @@ def load(target: str) -> object:
     module, colon, name = PEERS.get(target, target).partition(":")
     if not (module and colon and name):
         raise LoadError(_no_target(target, sorted(PEERS)))
-    if os.getcwd() not in sys.path:
+    own = target in PEERS or module.partition(".")[0] == __package__.partition(".")[0]
+    if not own and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         return resolve(_find(module, name), target)
@@ -352,6 +354,7 @@ class Subject:
     def _within_limit(self, call: Callable[[], Any]) -> Any:
         if self._worker is None:
             self._worker = _Worker()
+            weakref.finalize(self, self._worker.stop)
         # A target's warnings are no verdict, and what it prints is kept out of a report.
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
@@ -530,6 +533,9 @@ class _Stop(BaseException):
     """Thrown into a thread whose call is over its time: ends a loop of Python code."""
 
 
+_Job = tuple[Callable[[], Any], list[Any], threading.Event]
+
+
 class _Worker:
     """One daemon thread that makes the calls of a subject, one after another.
 
@@ -537,15 +543,14 @@ class _Worker:
     """
 
     def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], list[Any], threading.Event]]
-        self._calls = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="minilora-target", daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:
         with contextlib.suppress(_Stop):
-            while True:
-                call, outcome, done = self._calls.get()
+            while (job := self._calls.get()) is not None:
+                call, outcome, done = job
                 try:
                     outcome += [call(), None]
                 except BaseException as error:
@@ -554,7 +559,7 @@ class _Worker:
                         return
                 finally:
                     done.set()
-                del call, outcome, done
+                del job, call, outcome, done  # what they hold need not wait for the next call
 
     def call(self, call: Callable[[], Any], limit: float, home: str | None) -> Any:
         """What the call gives. Raises _Raised, or _TimeOut after ``limit`` seconds."""
@@ -568,6 +573,10 @@ class _Worker:
         if error is not None:
             raise _Raised(error)
         return answer
+
+    def stop(self) -> None:
+        """Ends the thread after its calls."""
+        self._calls.put(None)
 
     def abandon(self) -> None:
         """Ends the thread if its call runs Python code; else leaves it behind, as a daemon."""

@@ -6,7 +6,7 @@ import json
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from time import perf_counter
 from typing import Any
@@ -22,6 +22,12 @@ CASES_AFTER_A_DEVIATION = 20
 
 FAULTS_ALLOWED = 3
 """A check ends with its third fault of one kind; a call that hangs ends it at once."""
+
+SEARCHES = 8
+"""The smallest counterexample is looked for in so many checks, each in the first dtype that fails.
+
+One search takes seconds, and a target that is wrong at the lowest level fails nearly everywhere.
+"""
 
 Progress = Callable[[str, int, int], None]
 """Called before each case with its id, the number of cases behind it and the number of all."""
@@ -75,6 +81,7 @@ def plan(
     _one_of("profile", profile, PROFILES)
     if seed < 0:
         raise UsageError(f"the seed is {seed}; expected 0 or more")
+    levels, dtypes = (((v,) if isinstance(v, str) else v) for v in (levels, dtypes))
     for level in levels or ():
         _one_of("level", level, levels_of(checks))
     for dtype in dtypes or ():
@@ -177,6 +184,7 @@ def run(
         plans = [p for p in plans if p.dtype in subject.dtypes]
     declared, notes = _declared(checks, subject, known or {})
     results: list[Result] = []
+    searched: set[str] = set()
 
     def report(interrupted: bool = False) -> Report:
         return Report(
@@ -186,7 +194,7 @@ def run(
             conventions=subject.conventions,
             profile=profile,
             seed=seed,
-            results=tuple(results),
+            results=tuple(_still_known(result, results) for result in results),
             seconds=perf_counter() - started,
             notes=notes,
             interrupted=interrupted,
@@ -197,11 +205,21 @@ def run(
         for p in plans:
             cases = _announced(p, progress, behind, total)
             excuse = declared.get(f"{p.check.id}:{p.dtype}") or declared.get(p.check.id)
-            results.append(_result(p, subject, cases, excuse, command))
+            result = _result(p, subject, cases, excuse, command)
+            results.append(result)
+            if result.status == "fail" and p.check.id not in searched:
+                searched.add(p.check.id)
+                results[-1] = _with_smallest(result, p, subject, len(searched) <= SEARCHES)
             behind += len(p.numbers)
     except KeyboardInterrupt:
         raise Interrupted(report(interrupted=True)) from None
     return report()
+
+
+def _still_known(result: Result, results: Sequence[Result]) -> Result:
+    """One declaration for all dtypes still holds where one of them deviates."""
+    holds = any(r.known is result.known and r.status == "known" for r in results)
+    return replace(result, known=None) if result.no_longer_fails and holds else result
 
 
 def _announced(p: Plan, progress: Progress | None, behind: int, total: int) -> Iterator[Case]:
@@ -307,9 +325,6 @@ def _result(
     # A fault of this package is nobody's known deviation.
     if known is not None and status not in ("pass", "skip") and "internal" not in tally.faults:
         status = "known"
-    smallest, note = None, ""
-    if status == "fail" and "hangs" not in tally.faults:
-        smallest, note = _smallest(check, subject, p.dtype)
     first, arrays = tally.first.get(tally.status, ("", ()))
     return Result(
         check=check.id,
@@ -326,10 +341,8 @@ def _result(
         case=first,
         arrays=arrays,
         faults=tuple(tally.faults.values()),
-        smallest=smallest,
         reason=reason or next(iter(tally.reasons), ""),
         known=known,
-        note=note,
         reproduce=_reproduce(command, first or tally.worst_case or p.case(p.numbers[0]).id, p.seed),
         seconds=perf_counter() - started,
     )
@@ -364,15 +377,20 @@ def _ours(error: Exception) -> str:
     return f"{describe(error)}; called from {chain}" if chain else describe(error)
 
 
-def _smallest(check: Check, subject: Subject, dtype: str) -> tuple[Mapping[str, Any] | None, str]:
-    if check.smallest is None:
-        return None, ""
+def _with_smallest(result: Result, p: Plan, subject: Subject, within: bool) -> Result:
+    if p.check.smallest is None or any(fault.kind == "hangs" for fault in result.faults):
+        return result
+    if not within:
+        return replace(result, note="The command below looks for the smallest counterexample too.")
+    started, smallest, note = perf_counter(), None, ""
     try:
-        return check.smallest(subject, dtype), ""
-    except (Skip, Fault):
-        return None, ""
+        smallest = p.check.smallest(subject, p.dtype)
+    except (Skip, Fault):  # it answers in no smaller case
+        pass
     except Exception as error:
-        return None, f"no smallest counterexample, a fault of minilora: {_ours(error)}"
+        note = f"No smallest counterexample, by a fault of minilora: {_ours(error)}"
+    seconds = result.seconds + perf_counter() - started
+    return replace(result, smallest=smallest, note=note, seconds=seconds)
 
 
 def _reproduce(command: Sequence[str] | None, case: str, seed: int) -> str:

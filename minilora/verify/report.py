@@ -305,7 +305,8 @@ def _text(report: Report) -> Iterator[str]:
         yield _row(check, [cell(by_dtype.get(dtype)) for dtype in dtypes], width)
     for _, by_dtype in rows(report):
         deviating = [r for r in by_dtype.values() if r.status in ("fail", "error", "loose")]
-        deviating.sort(key=lambda result: result.severity)
+        # In full the worst one, or the one that a smallest counterexample was looked for.
+        deviating.sort(key=lambda r: (r.severity[0], not (r.smallest or r.note), r.severity[1]))
         for i, result in enumerate(deviating):
             if i == 0:
                 yield ""
@@ -326,8 +327,9 @@ def _row(name: str, cells: list[str], width: int) -> str:
 
 
 def _wrapped(text: str, indent: int = 0, hang: int = 2) -> list[str]:
+    before, after = " " * indent, " " * (indent + hang)
     return textwrap.wrap(
-        text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * (indent + hang)
+        text, WIDTH, initial_indent=before, subsequent_indent=after, break_on_hyphens=False
     )
 
 
