@@ -272,20 +272,30 @@ def logits(batch: Batch, W: Weights, c: Config, tuning: Tuning) -> tuple[Array, 
     return FORWARD[type(c)](batch, W, c, tuning)
 
 
+def targets(batch: Batch, c: Config) -> Array:
+    """The label that each column of logits is to predict: for language models, the next token's.
+
+    Shapes: labels (b, t) -> targets (b*t,), or labels (b,) -> targets (b,).
+    Errors: ValueError without labels.
+    """
+    if batch.labels is None:
+        raise ValueError("the batch has no labels; a loss needs them")
+    if not c.causal:
+        return batch.labels
+    following = np.full_like(batch.labels, IGNORED)
+    following[:, :-1] = batch.labels[:, 1:]
+    return following.ravel()
+
+
 def loss(
     batch: Batch, W: Weights, c: Config, tuning: Tuning, count: int | None = None
 ) -> tuple[Array, Back]:
     """The mean cross-entropy over the labels that count; language models predict the next token.
 
     Shapes: -> L (); ``count`` as in :func:`minilora.ops.cross_entropy`.
-    Errors: ValueError without labels, and those of :func:`logits` and ``cross_entropy``.
+    Errors: those of :func:`targets`, :func:`logits` and ``cross_entropy``.
     """
-    if batch.labels is None:
-        raise ValueError("the batch has no labels; a loss needs them")
-    labels = batch.labels
-    if c.causal:
-        labels = np.full_like(labels, IGNORED)
-        labels[:, :-1] = batch.labels[:, 1:]
+    labels = targets(batch, c)
     z, back_logits = logits(batch, W, c, tuning)
-    L, back_loss = cross_entropy(z, labels.ravel(), count)
+    L, back_loss = cross_entropy(z, labels, count)
     return L, lambda dL: back_logits(back_loss(dL))

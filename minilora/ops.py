@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import erf
 
 Array = np.ndarray
-Back = Callable[[Array], Any]
+Back = Callable[..., Any]
 IGNORED = -100
 """The label of a token that does not count, as in PyTorch and Hugging Face data."""
 

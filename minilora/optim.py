@@ -34,7 +34,7 @@ class AdamState:
 
 
 def _of(lr: Rates, name: str) -> float:
-    return lr if isinstance(lr, int | float) else lr[name]
+    return lr[name] if isinstance(lr, Mapping) else lr
 
 
 def sgd(
@@ -42,8 +42,8 @@ def sgd(
     gradients: Weights,
     state: SGDState,
     lr: Rates,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
+    momentum: float = 0,
+    weight_decay: float = 0,
 ) -> tuple[Weights, SGDState]:
     """p ← p - η u, u ← μ u + g + λ p, and u = g + λ p at the first step.
 

@@ -10,9 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from safetensors.numpy import load_file
 
-from minilora.formats.files import read_tensors
 from minilora.models import Batch
 from minilora.ops import Array
 
@@ -65,9 +64,9 @@ def vector(name: str) -> tuple[Batch, dict[str, Array]]:
     Expected are ``loss``, ``logits`` and ``grads.<tensor>``, by the adapter file's names of its
     tensors. Logits are (b, t, v) and 0 at padding, or (b, classes).
     """
-    stored = read_tensors(folder() / "vectors" / f"{name}.safetensors")
+    stored: dict[str, Array] = load_file(folder() / "vectors" / f"{name}.safetensors")
     given = ("input_ids", "labels", "attention_mask", "token_type_ids")
     ids, labels, mask, types = (stored.pop(key, None) for key in given)
     assert ids is not None
-    real = None if mask is None else mask.astype(bool)
-    return Batch(np.asarray(ids), labels, real, types=types), stored
+    assert mask is not None
+    return Batch(ids, labels, mask.astype(bool), types=types), stored

@@ -300,7 +300,8 @@ def draw_batch(
 ) -> models.Batch:
     """b rows of t tokens: unequal lengths, some labels ignored, at least one that counts.
 
-    ``padding``: "left" (with positions that count real tokens), "right", "both" or "none".
+    A row's first token is no label, since no token before it could predict it. ``padding``: "left"
+    (with positions that count real tokens), "right", "both" or "none".
     """
     ids = rng.integers(0, c.vocab, (b, t))
     length = rng.integers(2, t + 1, b)
@@ -311,7 +312,8 @@ def draw_batch(
     switch = {"left": True, "right": False, "both": np.arange(b)[:, None] % 2 == 0}
     real = np.ones((b, t), bool) if padding == "none" else np.where(switch[padding], left, right)
     positions = np.maximum(real.cumsum(1) - 1, 0)
-    labels = np.where(real & (rng.random((b, t)) < 0.7), ids, IGNORED)
+    counts = real & (positions > 0) & (rng.random((b, t)) < 0.7)
+    labels = np.where(counts, ids, IGNORED)
     labels[0, 1] = ids[0, 1]
     if isinstance(c, models.Bert):
         labels = np.where(rng.random(b) < 0.3, IGNORED, rng.integers(0, c.classes, b))

@@ -1,15 +1,17 @@
 """Makes the reference models anew, all from seeds:   python reference_models/build.py [FOLDER]
 
 Without FOLDER they replace those beside this script. The weights are trained on portable arrays
-(minilora.portable), so every file but the vectors comes out the same on every machine, byte for byte.
+(minilora.portable), so that models and adapters come out the same on every machine, byte for byte.
 """
 
 import hashlib
+import inspect
+import json
 import platform
+import re
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +22,23 @@ from minilora import __version__
 from minilora.formats.files import pack_json, read_json, write_files
 from minilora.formats.huggingface import names, read_model, write_model
 from minilora.formats.peft import adapter_names, read_adapter, write_adapter
-from minilora.lora import Tuning, Weights
+from minilora.lora import Tuning, Weights, disable
 from minilora.models import GPT2, Batch, Bert, Config, Llama, draw_weights, logits, loss
 from minilora.optim import AdamState, adamw, clip, schedule
 from minilora.portable import portable
 from minilora.targets import Lora, adapt
-from minilora.tasks import Task, draw_batch, expected_loss, task
+from minilora.tasks import TASKS, Task, draw_batch, expected_loss, task
 
 ROWS, WARMUP, MAX_NORM, STD = 32, 10, 1.0, 0.1
-"""Of training: sequences a step, steps of warm-up, the gradient's norm, the first weights' spread."""
+"""Of training: sequences a step, steps of warm-up, clipping, the first weights' spread."""
 
 EARLY = 8
 """Steps after which a hash of the weights is kept, so that a test of a second can rebuild them."""
 
 VECTOR_SEED = 2021
+
+DIGITS = 9
+"""Of a loss: fewer than float64 has, so that the order of its sums does not show."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ def given(batch: Batch) -> Weights:
 
 
 def expected(batch: Batch, W: Weights, c: Config, tuning: Tuning) -> Weights:
-    """loss, logits with a row per token, 0 at padding, and grads.<the tensor's name in its file>."""
+    """``loss``, ``logits`` with a row per token, 0 at padding, ``grads.<tensor of the file>``."""
     L, back = loss(batch, W, c, tuning)
     z = logits(batch, W, c, tuning)[0].T
     if c.causal:
@@ -157,12 +162,12 @@ def expected(batch: Batch, W: Weights, c: Config, tuning: Tuning) -> Weights:
 def learned(name: str, folder: Path) -> dict[str, Any]:
     """What the manifest says of a model."""
     c, W, tuning = opened(folder)
-    tasks = [task(one) for one in RECIPES[name].tasks]
+    base, tasks = disable(W), [task(one) for one in RECIPES[name].tasks]
     return {
         "tasks": [one.name for one in tasks],
-        "entropy": [one.entropy for one in tasks],
-        "base_loss": [expected_loss(one, W, c, Tuning()) for one in tasks],
-        "adapter_loss": [expected_loss(one, W, c, tuning) for one in tasks],
+        "entropy": [round(one.entropy, DIGITS) for one in tasks],
+        "base_loss": [round(expected_loss(one, base, c, Tuning()), DIGITS) for one in tasks],
+        "adapter_loss": [round(expected_loss(one, W, c, tuning), DIGITS) for one in tasks],
         "early": digest(make(name, EARLY)[0]),
     }
 
@@ -172,10 +177,9 @@ def build(out: Path) -> None:
     for name, recipe in RECIPES.items():
         W, tuning = make(name)
         print(f"{name}: trained", flush=True)
-        base = {key: array for key, array in W.items() if not key.endswith((".A", ".B"))}
-        write_model(out / name / "base", recipe.config, base)
+        write_model(out / name / "base", recipe.config, disable(W))
         write_adapter(out / name / "adapter", recipe.config, W, tuning, recipe.lora)
-        data = save({k: np.ascontiguousarray(v) for k, v in vector(name, out / name).items()})
+        data = save({k: np.array(v, order="C") for k, v in vector(name, out / name).items()})
         write_files(out / "vectors", {f"{name}.safetensors": lambda data=data: data})
     manifest = {
         "schema": 1,
@@ -192,3 +196,290 @@ def build(out: Path) -> None:
     write_files(out, {"manifest.json": lambda: pack_json(manifest)})
     text = readme(out, manifest)
     write_files(out, {"README.md": text.encode})
+
+
+def readme(out: Path, manifest: dict[str, Any]) -> str:
+    """The text of README.md: its tables are read off the files that it describes."""
+    bases = [out / name / "base/config.json" for name in RECIPES]
+    adapters = [out / name / "adapter/adapter_config.json" for name in RECIPES]
+    sections = {
+        "MODELS": models_table(out),
+        "LEARNED": learned_table(manifest["models"]),
+        "TASKS": tasks_text(),
+        "FILES": files_table(out, manifest["files"]),
+        "SETTINGS": "\n\n".join(map(settings_table, bases)),
+        "ADAPTERS": adapters_table(adapters),
+        "TENSORS": "\n\n".join(tensors_table(name, out / name) for name in RECIPES),
+        "VECTORS": vectors_table(out),
+        "EARLY": str(EARLY),
+        "SEED": str(VECTOR_SEED),
+    }
+    return re.sub("<([A-Z]+)>", lambda match: sections[match[1]], TEXT)
+
+
+def table(head: str, rows: list[Any]) -> str:
+    """A Markdown table; cells are separated by |."""
+    columns = head.split("|")
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def models_table(out: Path) -> str:
+    rows = []
+    for name, recipe in RECIPES.items():
+        c, W, _ = opened(out / name)
+        sizes = ", ".join(f"{key} {value}" for key, value in vars(c).items())
+        factors = sum(array.size for key, array in W.items() if key.endswith((".A", ".B")))
+        all_of_them = sum(array.size for array in W.values())
+        rows.append((name, type(c).__name__, sizes, all_of_them - factors, factors, *recipe.tasks))
+    head = "model|architecture|sizes and constants|parameters|of the adapter|base: task"
+    return table(head + "|adapter: task", rows)
+
+
+def learned_table(models: dict[str, Any]) -> str:
+    rows = []
+    for name, model in models.items():
+        for i, chosen in enumerate(model["tasks"]):
+            H, base, adapted = (model[key][i] for key in ("entropy", "base_loss", "adapter_loss"))
+            figures = (H, base, base - H, adapted, adapted - H)
+            rows.append((name, chosen, *(f"{x:.4f}" for x in figures)))
+    return table("model|task|entropy|base: loss|excess|adapter: loss|excess", rows)
+
+
+def tasks_text() -> str:
+    """Each pair of tasks: what their maker's docstring says, the symbols, an example of each."""
+    parts = []
+    for pair in (recipe.tasks for recipe in RECIPES.values()):
+        first, second = map(task, pair)
+        ids = [f"{i} `{symbol}`" for i, symbol in enumerate(first.symbols)]
+        parts.append(f"**{' and '.join(pair)}**. {inspect.getdoc(TASKS[first.name].func)}")
+        parts.append(f"Tokens: {', '.join(ids)}. {len(first.examples)} examples; one of each:")
+        shown = [(first, example(first, second)), (second, example(second, first))]
+        parts.append("\n".join(f"- {one.name}: `{text}`" for one, text in shown))
+    return "\n\n".join(parts)
+
+
+def example(chosen: Task, other: Task) -> str:
+    """An example that is more probable in this task than in the other."""
+    there = {(e.ids, e.label): e.probability for e in other.examples}
+    drawn = chosen.draw_rows(np.random.default_rng(VECTOR_SEED), len(chosen.examples))
+    examples = (chosen.examples[row] for row in drawn)
+    e = next(e for e in examples if e.probability > there.get((e.ids, e.label), 0))
+    return chosen.read(np.array(e.ids)) + ("" if e.label is None else f" → {e.label}")
+
+
+def files_table(out: Path, files: dict[str, str]) -> str:
+    rows = [(f"`{path}`", (out / path).stat().st_size, f"`{h[:16]}…`") for path, h in files.items()]
+    return table("file|bytes|SHA-256", rows)
+
+
+def settings_table(path: Path) -> str:
+    """The fields of a config.json; one whose meaning is not known here stops the build."""
+    settings = read_json(path)
+    rows = [(f"`{key}`", f"`{json.dumps(v)}`", CONFIG[key]) for key, v in settings.items()]
+    return f"`{path.parent.parent.name}/base/config.json`\n\n" + table("field|value|meaning", rows)
+
+
+def adapters_table(paths: list[Path]) -> str:
+    """The fields of all adapter_config.json side by side."""
+    settings = [read_json(path) for path in paths]
+    for each in settings:
+        each["target_modules"] = f"{len(each['target_modules'])} modules"
+    keys = dict.fromkeys(key for each in settings for key in each)
+    rows = [(f"`{k}`", *(f"`{json.dumps(s.get(k))}`" for s in settings), ADAPTER[k]) for k in keys]
+    return table(f"field|{'|'.join(RECIPES)}|meaning", rows)
+
+
+def tensors_table(name: str, folder: Path) -> str:
+    """The tensors of base and adapter; those that differ by their layer's number make one row."""
+    c, W, _ = opened(folder)
+    inside = {file: at for at, (file, _) in names(c).items()}
+    factors = adapter_names(c, [at for at in W if at.endswith((".A", ".B"))])
+    inside |= {file: at for at, file in factors.items()}
+    rows = {}
+    for part in ("base/model.safetensors", "adapter/adapter_model.safetensors"):
+        for file, array in load_file(folder / part).items():
+            at, _, kind = inside[file].rpartition(".")
+            meaning = f"{PARTS[kind]} of {MODULES[at.rpartition('.')[2]]}"
+            pattern = re.sub(r"\.\d+\.", ".i.", file)
+            rows[pattern] = (f"`{pattern}`", tuple(array.shape), meaning)
+    return f"`{name}`, all float32\n\n" + table("tensor|shape|meaning", list(rows.values()))
+
+
+def vectors_table(out: Path) -> str:
+    stored = [load_file(out / "vectors" / f"{name}.safetensors") for name in RECIPES]
+    gradients = [sum(key.startswith("grads.") for key in each) for each in stored]
+    rows = []
+    for key, meaning in VECTOR.items():
+        shapes = [tuple(each[key].shape) if key in each else "" for each in stored]
+        dtype = next(each[key].dtype for each in stored if key in each)
+        rows.append((f"`{key}`", dtype, *shapes, meaning))
+    counts = [f"{n} tensors" for n in gradients]
+    rows.append(("`grads.<tensor>`", "float64", *counts, "∂loss/∂tensor of the adapter's file"))
+    return table(f"tensor|dtype|{'|'.join(RECIPES)}|meaning", rows)
+
+
+CONFIG = {
+    "architectures": "the class of transformers that loads it",
+    "model_type": "its architecture",
+    "dtype": "of the stored weights",
+    "vocab_size": "tokens",
+    "hidden_size": "features of a token",
+    "n_embd": "features of a token",
+    "num_hidden_layers": "blocks",
+    "n_layer": "blocks",
+    "num_attention_heads": "query heads",
+    "n_head": "heads, each of features / heads",
+    "num_key_value_heads": "key and value heads, each shared by several query heads",
+    "head_dim": "features of a head; heads times these are not the features of a token",
+    "intermediate_size": "features between up and down",
+    "n_inner": "features between up and down",
+    "n_positions": "rows of the table of positions",
+    "max_position_embeddings": "rows of the table of positions",
+    "type_vocab_size": "rows of the table of types: which of the two words",
+    "rms_norm_eps": "ε of every RMSNorm",
+    "layer_norm_epsilon": "ε of every LayerNorm",
+    "layer_norm_eps": "ε of every LayerNorm",
+    "rope_parameters": "RoPE's θ, unscaled",
+    "tie_word_embeddings": "whether the head is the table of embeddings",
+    "hidden_act": "the activation",
+    "activation_function": "the activation, GELU by tanh",
+    "attention_bias": "no bias on q, k, v and o",
+    "mlp_bias": "no bias on gate, up and down",
+    "attention_dropout": "none",
+    "attn_pdrop": "none",
+    "embd_pdrop": "none",
+    "resid_pdrop": "none",
+    "hidden_dropout_prob": "none",
+    "attention_probs_dropout_prob": "none",
+    "classifier_dropout": "none",
+    "bos_token_id": "not named; see the tokens above",
+    "eos_token_id": "not named; see the tokens above",
+    "pad_token_id": "not named; see the tokens above",
+    "id2label": "the classes' names",
+    "label2id": "their numbers",
+}
+ADAPTER = {
+    "peft_type": "plain LoRA",
+    "task_type": "PEFT's wrapper: none needed for classes, since no head is trained",
+    "base_model_name_or_path": "not named: the base is beside it",
+    "r": "rank",
+    "lora_alpha": "α; the scale is α / r, or α / √r for rsLoRA",
+    "use_rslora": "which of the two",
+    "lora_dropout": "none",
+    "target_modules": "every projection but the head, by its full name",
+    "exclude_modules": "none",
+    "layers_to_transform": "all",
+    "layers_pattern": "none",
+    "rank_pattern": "the same rank everywhere",
+    "alpha_pattern": "the same α everywhere",
+    "bias": "no bias is trained",
+    "modules_to_save": "no module is trained in full",
+    "init_lora_weights": "A uniform, B zero",
+    "fan_in_fan_out": "whether the base stores its weights (in, out), as Conv1D does",
+    "inference_mode": "PEFT loads it frozen unless asked",
+    "ensure_weight_tying": "nothing tied is adapted",
+}
+PARTS = {"weight": "weight", "bias": "bias", "A": "A (r, in)", "B": "B (out, r)"}
+MODULES = {
+    "embed": "the embedding of tokens",
+    "positions": "the embedding of positions",
+    "types": "the embedding of types",
+    "norm1": "the block's first norm",
+    "norm2": "the block's second norm",
+    "norm": "the norm outside the blocks",
+    "q": "the queries",
+    "k": "the keys",
+    "v": "the values",
+    "qkv": "queries, keys and values in one",
+    "o": "the attention's output",
+    "gate": "SwiGLU's gate",
+    "up": "the way up",
+    "down": "the way down",
+    "pooler": "the pooler",
+    "head": "the head",
+}
+VECTOR = {
+    "input_ids": "tokens",
+    "attention_mask": "1 at real tokens, 0 at padding, left or right",
+    "token_type_ids": "which word a token belongs to",
+    "labels": "what is to be predicted, -100 to ignore; a language model shifts them itself",
+    "loss": "mean cross-entropy over the labels that count",
+    "logits": "before the softmax; 0 at padding, where they mean nothing",
+}
+
+TEXT = """\
+# Reference models
+
+Tiny transformers that have really learned something, to check implementations of LoRA on: a base in
+Hugging Face format, an adapter in PEFT format, and vectors: a batch with the loss, the logits and
+every gradient of the adapter. All of it, this text included, is written by `build.py` from seeds.
+
+<MODELS>
+
+Within a model all sizes differ, so that none can be mistaken for another; constants are not the
+usual ones, so that none can be passed over; the scales are fractions. The adapters' B, the biases
+and the norms' weights are trained, so that no term drops out.
+
+## What they have learned
+
+The tasks are distributions over finitely many examples with rational probabilities
+(`minilora.tasks`), so entropy and expected loss are finite sums, exact, in nats a label. What the
+loss exceeds the entropy by is a Kullback-Leibler divergence: 0 would be perfect. The base has
+learned the first task; with the adapter, trained on the second only, it has learned that and
+forgotten the first, which the second contradicts.
+
+<LEARNED>
+
+<TASKS>
+
+## What is there, field by field
+
+`<model>/base` is a model folder, `<model>/adapter` an adapter folder, `vectors/<model>.safetensors`
+what is expected of both together, and `manifest.json` holds
+
+- `schema`: the version of this layout;
+- `versions`: of what it was built with;
+- `models`: of each model its `tasks`, their `entropy`, the `base_loss` and `adapter_loss` on both
+  as in the table above, and `early`: a hash of the weights after the first <EARLY> steps of both
+  trainings;
+- `files`: the SHA-256 of each file.
+
+<FILES>
+
+### The bases' settings
+
+<SETTINGS>
+
+### The adapters' settings
+
+<ADAPTERS>
+
+### Tensors
+
+`i` is the number of a block, from 0.
+
+<TENSORS>
+
+### Vectors
+
+The batch is `minilora.tasks.draw_batch` of the adapter's task with seed <SEED>: rows padded on the
+left and on the right, ignored labels, unequal counts of labels; for classes, padding on the right
+and one ignored label. The rest is computed in float64 from the float32 files.
+
+<VECTORS>
+
+## Making them anew
+
+`python reference_models/build.py [FOLDER]`, one process. Training runs the package's own equations
+on portable arrays (`minilora.portable`): no sum and no product of matrices rounds, and what else
+there is rounds as IEEE 754 says, so that neither the processor, nor the linear algebra library, nor
+the number of threads changes a bit. The random numbers are those of NumPy's `default_rng`, which
+NumPy may change with a new version, and seldom does. So models and adapters come out byte for byte
+the same, and the losses of the manifest digit for digit; the vectors are float64 sums in the
+machine's own order, the same to within rounding.
+"""
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent)

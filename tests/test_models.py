@@ -25,7 +25,7 @@ from minilora import blocks, lora, models, ops
 from minilora import strategies as draw
 
 CONFIGS = {
-    "Llama": ml.Llama(vocab=11, d=5, layers=2, heads=4, ffn=7, kv_heads=2, head_dim=2, eps=0.1),
+    "Llama": ml.Llama(vocab=11, d=5, layers=2, heads=2, ffn=7, kv_heads=1, head_dim=4, eps=0.1),
     "Llama, tied": ml.Llama(
         vocab=9, d=5, layers=2, heads=3, ffn=7, kv_heads=1, head_dim=2, tied=True, theta=100.0
     ),
@@ -37,7 +37,7 @@ CONFIGS = {
 }
 EVERY = pytest.mark.parametrize("name", CONFIGS)
 FEW = settings(max_examples=10)
-CAUSAL = (ml.Llama, ml.GPT2)
+FLOAT64, LONG_DOUBLE = (np.finfo(dtype).eps for dtype in (np.float64, np.longdouble))
 
 
 @functools.cache
@@ -166,42 +166,42 @@ def loss_and_gradients(model, dL=1.0):
     return {"loss": np.asarray(L)} | back(dL)
 
 
-def groups(names):
-    """The loss; all gradients; those of each kind of parameter."""
-    kinds = sorted({name.rsplit(".")[-1] for name in names})
-    return [[name for name in names if name.endswith(kind)] for kind in (*kinds, "")]
+def probes(rounded, rng):
+    """Random sums of the loss, each kind of gradient, and all: names, weights, value, bound."""
+    for kind in ("loss", ".A", ".B", ".weight", ".bias", ""):
+        names = [name for name in rounded if name.endswith(kind)]
+        if names:
+            numbers = np.concatenate([rounded[k].ravel() for k in names])
+            v = rng.standard_normal(numbers.size)
+            yield names, v, (v * values(numbers)).sum(), propagated(numbers, v)
 
 
-def shares_of_bounds(found, rounded, rng):
-    """For the loss, each kind of parameter, and all: |Σ v (found - exact)| over its bound."""
-    for names in groups(found):
-        v = np.concatenate([rng.standard_normal(found[k].size) for k in names])
-        exact, float64 = (
-            np.concatenate([f(answers[k]).ravel() for k in names])
-            for f, answers in ((values, rounded), (np.asarray, found))
+def shares_of_bounds(found, probes):
+    for names, v, value, bound in probes:
+        yield (
+            float(abs((v * np.concatenate([found[k].ravel() for k in names])).sum() - value))
+            / bound
         )
-        numbers = np.concatenate([rounded[k].ravel() for k in names])
-        yield abs(float((v * (float64 - exact)).sum())) / propagated(numbers, v)
 
 
 @EVERY
 def test_float64_is_as_near_to_long_double_as_rounding_allows(name, any_number):
     model = case(name, 2, 4)
     found = loss_and_gradients(model)
-    as_float32 = {k: g.astype(np.float32).astype(float) for k, g in found.items()}
     any_number(rounded_tables)
     rounded = loss_and_gradients(converted(model, lambda a: to_objects(a, Rounded)))
-    worst = max(shares_of_bounds(found, rounded, np.random.default_rng(0)))
+    sums = list(probes(rounded, np.random.default_rng(0)))
+    worst = max(shares_of_bounds(found, sums))
     record_worst("4. error of float64 / its bound, whole models", worst)
     assert worst <= 1
-    assert min(shares_of_bounds(as_float32, rounded, np.random.default_rng(0))) > 1
+    as_float32 = {k: g.astype(np.float32).astype(float) for k, g in found.items()}
+    assert min(shares_of_bounds(as_float32, sums)) > 1
 
     any_number(ops.rope_tables)
     wide = loss_and_gradients(converted(model, lambda a: a.astype(np.longdouble)))
     assert all(answer.dtype == np.longdouble for answer in wide.values())
-    finer = np.finfo(np.longdouble).eps / np.finfo(np.float64).eps
     # Two runs in long double, each off by its own bound.
-    assert max(shares_of_bounds(wide, rounded, np.random.default_rng(1))) <= 2 * finer
+    assert max(shares_of_bounds(wide, sums)) <= 2 * LONG_DOUBLE / FLOAT64
 
 
 @pytest.mark.parametrize("name", ["Qwen2", "GPT-2", "BERT"])
@@ -225,7 +225,430 @@ def test_40_digits_give_the_same_loss_and_gradients(name, any_number):
         for sign in (1, -1)
     )
     slope = (ahead - behind).v / (2 * h)
-    terms = [g * float(d) for k in model.W for g, d in zip(wanted[k].ravel(), v[k].ravel())]
-    error = abs(slope - mpmath.fsum(t.v for t in terms)) / mpmath.fsum(abs(t.v) for t in terms)
+    terms = np.concatenate([(v[k] * wanted[k]).ravel() for k in v]) + Real(0)
+    error = float(abs(terms.sum() - slope)) / float(abs(terms).sum())
     record_worst("4. central difference in 40 digits, small models", error)
     assert error <= GRADIENT
+
+
+def agree(found, wanted, promises=2):
+    """Equal but for so many errors of GRADIENT each, relative to the greatest entry of all."""
+    assert found.keys() == wanted.keys()
+    bound = promises * GRADIENT * max(map(greatest, wanted.values()))
+    for name, want in wanted.items():
+        assert found[name].shape == want.shape
+        assert greatest(found[name] - want) <= bound, name
+
+
+def outcome(model):
+    """The loss, the gradients and the logits (classes, b, tokens) of a model, by name."""
+    z = model.logits()
+    b = len(model.batch.ids)
+    return loss_and_gradients(model) | {"logits": z.reshape(len(z), b, z.shape[1] // b)}
+
+
+def factors_follow_from_the_weights_gradient(model):
+    """At every projection dB = s dW Aᵀ and dA = s Bᵀ dW, where there is no dropout."""
+    model = replace(model, tuning=replace(model.tuning, keep={}))
+    gradients = model.loss()[1](1.0)
+    for at, s in model.tuning.scale.items():
+        A, B = model.W[f"{at}.A"], model.W[f"{at}.B"]
+        dA, dB, dW = (gradients[f"{at}.{part}"] for part in ("A", "B", "weight"))
+        # Each gradient is off by GRADIENT times its greatest entry; s dW Aᵀ sums that over n.
+        bound = GRADIENT * (greatest(dB) + s * greatest(dW) * abs(A).sum(1).max())
+        assert greatest(dB - s * dW @ A.T) <= bound
+        bound = GRADIENT * (greatest(dA) + s * greatest(dW) * abs(B).sum(0).max())
+        assert greatest(dA - s * B.T @ dW) <= bound
+
+
+def factors_gradients_are_balanced(model):
+    """At every projection Bᵀ dB = dA Aᵀ, whatever the dropout."""
+    gradients = model.loss()[1](1.0)
+    for at in model.tuning.scale:
+        A, B, dA, dB = (d[f"{at}.{part}"] for d in (model.W, gradients) for part in "AB")
+        bound = greatest(dB) * abs(B).sum(0).max() + greatest(dA) * abs(A).sum(1).max()
+        assert greatest(B.T @ dB - dA @ A.T) <= GRADIENT * bound
+
+
+def components_may_turn_their_sign_or_move_a_power_of_two(model):
+    """A → c A, B → B / c: the same bits, dA → dA / c and dB → c dB."""
+    W, expected = dict(model.W), dict(outcome(model))
+    for at in model.tuning.scale:
+        c = (-2.0) ** np.arange(len(W[f"{at}.A"]))[:, None]
+        W |= {f"{at}.A": c * W[f"{at}.A"], f"{at}.B": W[f"{at}.B"] / c.T}
+        expected |= {f"{at}.A": expected[f"{at}.A"] / c, f"{at}.B": expected[f"{at}.B"] * c.T}
+    found = outcome(replace(model, W=W))
+    assert all(np.array_equal(found[name], want) for name, want in expected.items())
+
+
+def without_b_it_is_the_base(model):
+    """B = 0: the logits of the base to the bit, dropout or not; no gradient of A."""
+    W = {name: 0 * w if name.endswith(".B") else w for name, w in model.W.items()}
+    assert np.array_equal(model.logits(W), model.logits(ml.disable(W)))
+    assert not any(g.any() for name, g in model.loss(W)[1](1.0).items() if name.endswith(".A"))
+
+
+def no_token_sees_a_later_one(model):
+    """Other tokens from column j on: the columns before keep their bits."""
+    ids = model.batch.ids
+    j = ids.shape[1] // 2
+    later = np.where(np.arange(ids.shape[1]) >= j, (ids + 1) % model.config.vocab, ids)
+    changed = replace(model, batch=replace(model.batch, ids=later))
+    z, changed_z = outcome(model)["logits"], outcome(changed)["logits"]
+    assert same_bits(z[:, :, :j], changed_z[:, :, :j])
+    assert not same_bits(z, changed_z)
+
+
+def rows(model, index):
+    """The model with these rows of its batch, and of its dropout multipliers."""
+    batch, (b, t) = model.batch, model.batch.ids.shape
+    parts = {
+        name: None if (a := getattr(batch, name)) is None else a[index]
+        for name in ("ids", "labels", "mask", "positions", "types")
+    }
+    columns = np.arange(b * t).reshape(b, t)[index].ravel()
+    keep = {at: K[:, index if K.shape[1] == b else columns] for at, K in model.tuning.keep.items()}
+    return replace(model, batch=ml.Batch(**parts), tuning=replace(model.tuning, keep=keep))
+
+
+def the_order_of_rows_is_no_matter(model):
+    order = np.arange(len(model.batch.ids))[::-1]
+    wanted = outcome(model)
+    wanted["logits"] = wanted["logits"][:, order]
+    agree(outcome(rows(model, order)), wanted)
+
+
+def labels_that_count(model):
+    labels = model.batch.labels
+    return int(((labels[:, 1:] if model.config.causal else labels) != ml.ops.IGNORED).sum())
+
+
+def parts_of_a_batch_add_up(model):
+    """Each row alone, divided by the labels of all: losses and gradients sum to the batch's."""
+    wanted, n = loss_and_gradients(model), labels_that_count(model)
+    total = {}
+    for i in range(len(model.batch.ids)):
+        L, back = rows(model, [i]).loss(count=n)
+        total = lora.total(total, {"loss": np.asarray(L)} | back(1.0))
+    agree(total, wanted, promises=1 + len(model.batch.ids))
+
+
+def padded(model, columns, left):
+    """The batch with more columns, of padding with arbitrary tokens, to the left or the right."""
+    b = len(model.batch.ids)
+    batch = replace(model.batch, positions=model.batch.places, mask=model.batch.real)
+    wide = {}
+    fills = {"ids": 1, "labels": ops.IGNORED, "mask": False, "positions": 0, "types": 0}
+    for name, fill in fills.items():
+        a = getattr(batch, name)
+        if a is None or a.ndim == 1:
+            wide[name] = a
+            continue
+        more = np.full((b, columns), fill, a.dtype)
+        wide[name] = np.concatenate([more, a] if left else [a, more], axis=1)
+    return replace(model, batch=ml.Batch(**wide))
+
+
+def padding_changes_nothing(model, left):
+    t = model.batch.ids.shape[1]
+    wanted, found = outcome(model), outcome(padded(model, 3, left))
+    if model.config.causal:
+        found["logits"] = found["logits"][:, :, 3:] if left else found["logits"][:, :, :t]
+    seen = model.batch.real if model.config.causal else np.ones((len(model.batch.ids), 1), bool)
+    for answers in (wanted, found):
+        answers["logits"] = answers["logits"][:, seen]
+    agree(found, wanted)
+
+
+def padding_on_the_right_changes_nothing(model):
+    padding_changes_nothing(model, left=False)
+
+
+def padding_on_the_left_changes_nothing(model):
+    padding_changes_nothing(model, left=True)
+
+
+def grouped_heads_are_heads_with_repeated_rows(model):
+    """k and v with the rows of W, B and bias repeated; the groups' gradients are the sums."""
+    c, W = model.config, dict(model.W)
+    group = c.heads // c.kv_heads
+    repeated = [n for n in W if n.rsplit(".", 2)[-2] in ("k", "v") and not n.endswith(".A")]
+
+    def heads(a):
+        return a.reshape(c.kv_heads, -1, *a.shape[1:])
+
+    for name in repeated:
+        W[name] = heads(W[name]).repeat(group, axis=0).reshape(-1, W[name].shape[1])
+    many = replace(model, W=W, config=replace(c, kv_heads=c.heads))
+    found = outcome(many)
+    for name in repeated:
+        g = found[name].reshape(c.kv_heads, group, -1, found[name].shape[1]).sum(1)
+        found[name] = g.reshape(model.W[name].shape)
+    agree(found, outcome(model))
+
+
+def interleaved_rope_permutes_rows_of_w_and_b(model):
+    """Neighbours for partners d/2 apart: rows of q and k in that order, in W, in B and in bias."""
+    c, W = model.config, dict(model.W)
+    wanted = outcome(model)
+    order = np.arange(c.head_dim).reshape(2, -1).T.ravel()
+    for name in W:
+        if name.rsplit(".", 2)[-2] in ("q", "k") and not name.endswith(".A"):
+            for arrays in (W, wanted):
+                a = arrays[name].reshape(-1, c.head_dim, arrays[name].shape[1])[:, order]
+                arrays[name] = a.reshape(arrays[name].shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "rope", functools.partial(blocks.rope, interleaved=True))
+        agree(outcome(replace(model, W=W)), wanted)
+
+
+def the_order_of_heads_is_no_matter(model):
+    """Heads move as rows of W, B and bias in q, k, v, and as columns of W and A in o."""
+    c, W, wanted = model.config, dict(model.W), outcome(model)
+    groups = getattr(c, "kv_heads", c.heads)
+
+    def turned(a, parts=1):
+        return a.reshape(parts, groups, -1, a.shape[1])[:, ::-1].reshape(a.shape)
+
+    for name in W:
+        *_, at, part = name.split(".")
+        for arrays in (W, wanted):
+            if at in ("q", "k", "v", "qkv") and part != "A":
+                arrays[name] = turned(arrays[name], 3 if at == "qkv" else 1)
+            if at == "o" and part in ("weight", "A"):
+                arrays[name] = turned(arrays[name].T).T
+    keep = {at: turned(K) if at.endswith(".o") else K for at, K in model.tuning.keep.items()}
+    agree(outcome(replace(model, W=W, tuning=replace(model.tuning, keep=keep))), wanted)
+
+
+def the_loss_is_the_mean_over_labels_that_count(model):
+    """Token by token from the logits: -log p of the next token, or of the row's class."""
+    z = outcome(model)["logits"]
+    terms = []
+    for row, label in enumerate(model.batch.labels):
+        pairs = enumerate(label[1:]) if model.config.causal else [(0, label)]
+        for column, wanted in pairs:
+            if wanted != -100:
+                e = np.exp(z[:, row, column])
+                terms.append(-np.log(e[wanted] / e.sum()))
+    L = np.asarray(model.loss()[0])
+    agree({"loss": L}, {"loss": np.asarray(np.mean(terms))})
+
+
+def gradients_are_of_what_is_trained_alone(model):
+    """Whatever is trained beside it, a gradient has the same bits; what is frozen has none."""
+    every = model.loss()[1](1.0)
+    names = sorted(model.W)
+    for trained in (names[::2], names[1::3], [n for n in names if n.endswith((".A", ".B"))], []):
+        tuning = replace(model.tuning, trained=frozenset(trained))
+        gradients = replace(model, tuning=tuning).loss()[1](1.0)
+        assert gradients.keys() == set(trained)
+        assert all(same_bits(g, every[name]) for name, g in gradients.items())
+
+
+def nothing_is_changed_in_place(model):
+    """Parameters, multipliers and batch keep their bits."""
+    batch = [getattr(model.batch, n) for n in ("ids", "labels", "mask", "positions", "types")]
+    arrays = [*model.W.values(), *model.tuning.keep.values(), *(a for a in batch if a is not None)]
+    before = [a.copy() for a in arrays]
+    model.loss()[1](1.0)
+    assert all(same_bits(a, b) for a, b in zip(arrays, before, strict=True))
+
+
+def lora_wrong(formula):
+    """lora_linear of other arguments."""
+
+    def implementation(x, W, b, A, B, s, K=None):
+        return ml.lora_linear(*formula(x, W, b, A, B, s, K))
+
+    return lora, "lora_linear", implementation
+
+
+def written(x, W, b, A, B, s, K):
+    B += 1e-9
+    return x, W, b, A, B, s, K
+
+
+def adapters_alone(x, at, W, tuning):
+    y, back = lora.project(x, at, W, tuning)
+    return y, lambda dy: (back(dy)[0], {n: g for n, g in back(dy)[1].items() if n[-1] in "AB"})
+
+
+def tiled(q, k, v, mask):
+    """Query head h attends with the key/value head h modulo their number."""
+    b, g, d, t = k.shape
+    group = q.shape[1] // g
+    o, back = ops.attention(q, *(np.tile(a, (1, group, 1, 1)) for a in (k, v)), mask)
+
+    def wrong(do):
+        dq, *both = back(do)
+        return dq, *(a.reshape(b, group, g, d, t).sum(1) for a in both)
+
+    return o, wrong
+
+
+def mean_over_all(z, labels, count=None):
+    return ops.cross_entropy(z, labels, labels.size if count is None else count)
+
+
+def all_seen(real):
+    return np.ones((*real.shape, real.shape[1]), bool)
+
+
+def padding_seen(real):
+    return ops.causal_mask(np.ones_like(real))
+
+
+def heads_within_features(x, b, h):
+    return x.reshape(x.shape[0] // h, h, b, -1).transpose(2, 1, 0, 3)
+
+
+def half_only(x, cos, sin, interleaved=False):
+    return ops.rope(x, cos, sin)
+
+
+ALL, CAUSAL, LLAMA = {}, {"architectures": (ml.Llama, ml.GPT2)}, {"architectures": (ml.Llama,)}
+PLAIN = {"p": (0.0,)}
+LAWS = {
+    factors_follow_from_the_weights_gradient: (ALL, lora, "lora_linear", scaled(1 + 1e-11)),
+    factors_gradients_are_balanced: (ALL, lora, "lora_linear", scaled(1 + 1e-11)),
+    components_may_turn_their_sign_or_move_a_power_of_two: (
+        ALL,
+        *lora_wrong(lambda x, W, b, A, B, s, K: (x, W, b, A, abs(B), s, K)),
+    ),
+    without_b_it_is_the_base: (
+        ALL,
+        *lora_wrong(lambda x, W, b, A, B, s, K: (x if K is None else K * x, W, b, A, B, s)),
+    ),
+    no_token_sees_a_later_one: (CAUSAL, models, "causal_mask", all_seen),
+    the_order_of_rows_is_no_matter: (
+        ALL,
+        *lora_wrong(lambda x, W, b, A, B, s, K: (x, W, b, A, B, s * x[0, 0])),
+    ),
+    parts_of_a_batch_add_up: (ALL, models, "cross_entropy", mean_over_all),
+    padding_on_the_right_changes_nothing: (PLAIN, models, "causal_mask", all_seen),
+    padding_on_the_left_changes_nothing: (PLAIN | CAUSAL, models, "causal_mask", padding_seen),
+    grouped_heads_are_heads_with_repeated_rows: (LLAMA, blocks, "attention", tiled),
+    interleaved_rope_permutes_rows_of_w_and_b: (LLAMA, blocks, "rope", half_only),
+    the_order_of_heads_is_no_matter: (ALL, blocks, "split_heads", heads_within_features),
+    the_loss_is_the_mean_over_labels_that_count: (ALL, models, "cross_entropy", mean_over_all),
+    gradients_are_of_what_is_trained_alone: (ALL, blocks, "project", adapters_alone),
+    nothing_is_changed_in_place: (ALL, *lora_wrong(written)),
+}
+
+
+def over_the_cases(law):
+    """The law as a test over the models that it speaks of."""
+    restrictions, *_ = LAWS[law]
+
+    @FEW
+    @given(model=draw.model_cases(**restrictions, everything=True))
+    def test(model):
+        law(model)
+
+    return test
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_of_every_drawn_model_it_holds_that(law):
+    over_the_cases(law)()
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_wrong_part_breaks_the_law(law, monkeypatch):
+    restrictions, module, name, wrong = LAWS[law]
+    p = restrictions.get("p", (0.25,))[0]
+    kinds = restrictions.get("architectures", (models.Config,))
+    drawn = [case(name, p=p) for name, c in CONFIGS.items() if isinstance(c, kinds)]
+    drawn = [replace(m, W={name: w.copy() for name, w in m.W.items()}) for m in drawn]
+    for model in drawn:
+        law(model)
+    monkeypatch.setattr(module, name, wrong)
+    with pytest.raises(AssertionError):
+        list(map(law, drawn))
+
+
+@EVERY
+def test_merging_changes_no_output_beyond_rounding(name, any_number):
+    model = case(name, 2, 4, p=0)
+    rng = np.random.default_rng(0)
+    logits = [model.logits(), model.logits(ml.merge(model.W, model.tuning))]
+    scaled = replace(model.tuning, scale={at: 1.01 * s for at, s in model.tuning.scale.items()})
+    wrong = model.logits(ml.merge(model.W, scaled))
+    any_number(rounded_tables)
+    rounded = converted(model, lambda a: to_objects(a, Rounded))
+    v = rng.standard_normal(logits[0].shape)
+    # Both are off from the same exact value by their own roundings, the merge's among them.
+    bound = propagated(rounded.logits(), v)
+    bound += propagated(rounded.logits(ml.merge(rounded.W, rounded.tuning)), v)
+    share = abs((v * (logits[0] - logits[1])).sum()) / bound
+    record_worst("merged against unmerged / its bound", share)
+    assert share <= 1
+    assert abs((v * (logits[0] - wrong)).sum()) > bound
+
+
+@EVERY
+def test_a_configuration_names_every_parameter_with_its_shape(name):
+    c = CONFIGS[name]
+    W = ml.draw_weights(c, np.random.default_rng(0), std=0.5)
+    assert {name: w.shape for name, w in W.items()} == c.shapes()
+    assert (
+        c.linears().items()
+        <= {name.removesuffix(".weight"): shape for name, shape in c.shapes().items()}.items()
+    )
+    for parameter, w in W.items():
+        if parameter.endswith(".bias"):
+            assert not w.any()
+        elif w.shape[1] == 1:
+            assert (w == 1).all()
+    matrices = np.concatenate([w.ravel() for w in W.values() if w.shape[1] > 1])
+    # Six standard deviations of a sample's mean and of its mean square.
+    assert abs(matrices.mean()) < 6 * 0.5 / matrices.size**0.5
+    assert abs((matrices**2).mean() - 0.25) < 6 * 0.25 * (2 / matrices.size) ** 0.5
+    # Each is used: the loss depends on it.
+    model = case(name)
+    gradients = model.loss()[1](1.0)
+    unused = {name for name, g in gradients.items() if not g.any()}
+    assert not unused
+
+
+def test_positions_count_from_0_and_all_tokens_are_real_unless_given():
+    ids = np.array([[3, 1, 2], [0, 2, 1]])
+    bare = ml.Batch(ids, ids)
+    full = ml.Batch(
+        ids, ids, np.ones((2, 3), int), np.array([[0, 1, 2]] * 2), np.zeros((2, 3), int)
+    )
+    for name in CONFIGS:
+        model = case(name, p=0)
+        labels = np.array([1, 2]) if name == "BERT" else ids
+        one, two = (
+            replace(model, batch=replace(batch, labels=labels)).logits() for batch in (bare, full)
+        )
+        assert same_bits(one, two)
+
+
+def test_numbers_outside_their_tables_and_batches_without_labels_are_refused():
+    model = case("BERT", p=0)
+
+    def outcome_with(**changed):
+        return replace(model, batch=replace(model.batch, **changed)).loss()
+
+    ids = model.batch.ids
+    for changed, message in (
+        ({"ids": ids + 11}, "rows of embed: found 1[0-9] to 2[0-9], expected 0 to 10"),
+        ({"ids": ids - 11}, "rows of embed: found -.*, expected 0 to 10"),
+        ({"positions": ids * 0 + 9}, "rows of positions: found 9 to 9, expected 0 to 8"),
+        ({"types": ids * 0 - 1}, "rows of types: found -1 to -1, expected 0 to 1"),
+        ({"labels": None}, "the batch has no labels; a loss needs them"),
+        ({"labels": np.full(3, 4)}, "label 4: expected 0 to 3, or -100 to ignore"),
+        ({"labels": np.full(3, -100)}, "no label counts: all 3 are -100"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            outcome_with(**changed)
+
+
+def test_the_last_layers_back_frees_before_the_first_runs_and_a_second_run_is_refused():
+    _, back = case("Llama").loss()
+    back(1.0)
+    with pytest.raises(RuntimeError, match="back has run and freed the activations"):
+        back(1.0)

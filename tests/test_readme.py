@@ -48,14 +48,14 @@ def test_ci_would_see_a_changed_command(tmp_path):
     assert commands_that_ci_reads(tmp_path) == commands(changed) != commands()
 
 
-def verify_example(folder, source):
+def verify_example(folder, source, *options):
     """The exit status of the README's command on its example, and what it printed."""
     (folder / "mine.py").write_text(source)
     (command,) = [line for line in commands() if "mine:Mine" in line]
     program, *arguments = command.split()
     assert program == "minilora"
     done = subprocess.run(
-        [sys.executable, "-m", "minilora", *arguments],
+        [sys.executable, "-m", "minilora", *arguments, *options],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -75,7 +75,7 @@ def test_the_example_with_its_scale_wrong_fails(tmp_path):
     (source,) = blocks("python")
     wrong = source.replace("return alpha / (r**0.5 if use_rslora else r)", "return alpha")
     assert wrong != source
-    status, printed = verify_example(tmp_path, wrong)
+    status, printed = verify_example(tmp_path, wrong, "--case", "linear.forward:float64:0")
     assert status == 1, printed
 
 

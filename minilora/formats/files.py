@@ -25,7 +25,14 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
-"""The dtypes of weights that are read and written, by their names in a safetensors file."""
+"""The dtypes that weights may have, by their names in a safetensors file."""
+
+NUMBERS = DTYPES | {
+    f"{letter}{bits}": np.dtype(f"{kind}{bits}")
+    for letter, kind in (("I", "int"), ("U", "uint"))
+    for bits in (8, 16, 32, 64)
+}
+"""The dtypes that tensors may have: token ids are whole numbers."""
 
 DIVERGED = "these are no usable weights: take an earlier checkpoint"
 
@@ -43,7 +50,7 @@ class FormatError(ValueError):
 
     def __str__(self) -> str:
         path, where, found, expected, remedy = self.args
-        return f"{path}: {where}: found {_short(found)}, expected {_short(expected)}; {remedy}"
+        return f"{path}: {_short(where)}: found {_short(found)}, expected {_short(expected)}; {remedy}"
 
 
 def _short(value: object, limit: int = 400) -> str:
@@ -59,13 +66,13 @@ def listed(names: Iterable[object], most: int = 5) -> str:
 
 
 def read_tensors(path: Path | str, ignore: str | None = None) -> Weights:
-    """The tensors of a safetensors file, all of them finite floating-point numbers.
+    """The tensors of a safetensors file, all of them finite numbers.
 
     ``ignore`` is an expression found in the names of tensors to leave out, whatever they hold.
     The header's sizes are checked against the file's before memory is taken for them.
 
     Errors: FormatError if the file is missing, cut short or damaged, or if a tensor has no entry,
-    another dtype than `DTYPES`, or an entry that is not finite.
+    another dtype than `NUMBERS`, or an entry that is not finite.
     """
     try:
         with safe_open(path, framework="np") as file:
@@ -80,9 +87,9 @@ def read_tensors(path: Path | str, ignore: str | None = None) -> Weights:
 def _tensor(path: Path | str, name: str, file: Any) -> Array:
     view = file.get_slice(name)
     dtype, shape = view.get_dtype(), view.get_shape()
-    if dtype not in DTYPES:
+    if dtype not in NUMBERS:
         remedy = "convert it, and dequantise what is quantised"
-        raise FormatError(path, name, f"dtype {dtype}", f"one of {', '.join(DTYPES)}", remedy)
+        raise FormatError(path, name, f"dtype {dtype}", f"one of {', '.join(NUMBERS)}", remedy)
     if 0 in shape:
         raise FormatError(path, name, f"shape {shape}", "at least one entry", "write it again")
     return finite(path, name, file.get_tensor(name), DIVERGED)
@@ -93,7 +100,8 @@ def finite(path: Path | str, name: str, array: Array, remedy: str) -> Array:
 
     Errors: FormatError if an entry is not finite.
     """
-    wrong = np.argwhere(~np.isfinite(array))
+    with np.errstate(invalid="ignore"):  # a signalling NaN in bfloat16 raises the flag
+        wrong = np.argwhere(~np.isfinite(array))
     if len(wrong):
         first = tuple(map(int, wrong[0]))
         found = f"{len(wrong)} entries that are not finite, the first {array[first]} at {first}"
@@ -102,10 +110,13 @@ def finite(path: Path | str, name: str, array: Array, remedy: str) -> Array:
 
 
 def convert(path: Path | str, name: str, array: Array, dtype: Any) -> Array:
-    """The array in ``dtype``, or as it is for None.
+    """The weight in ``dtype``, or as it is for None.
 
-    Errors: FormatError if an entry of the array is too large for the dtype.
+    Errors: FormatError if the array holds whole numbers, or an entry too large for the dtype.
     """
+    if array.dtype.kind in "biu":
+        found, expected = f"dtype {array.dtype}", "floating-point numbers"
+        raise FormatError(path, name, found, expected, "weights are not whole numbers: dequantise")
     if dtype is None:
         return array
     with np.errstate(over="ignore"):
@@ -127,10 +138,10 @@ def pack(
         raise ValueError(f"metadata {listed(metadata)}: one entry at most has reproducible bytes")
     plain: Weights = {}
     for name, array in arrays.items():
-        dtype = next((d for d in DTYPES.values() if d.name == array.dtype.name), None)
+        dtype = next((d for d in NUMBERS.values() if d.name == array.dtype.name), None)
         if dtype is None or array.size == 0:
             found = f"dtype {array.dtype}, shape {array.shape}"
-            expected = f"entries in one of {', '.join(d.name for d in DTYPES.values())}"
+            expected = f"entries in one of {', '.join(d.name for d in NUMBERS.values())}"
             raise FormatError(path, name, found, expected, "nothing was written; convert it")
         # The library takes an array's memory as it lies, whatever its strides say.
         plain[name] = finite(path, name, np.asarray(array, dtype, order="C"), DIVERGED)

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from minilora.lora import lora_linear, merge_weight, scale
 from minilora.verify.check import CLOSED_FORM, Case, Limits
 from minilora.verify.contract import DTYPES, Precision
-from minilora.verify.tolerance import Rounding, Uncertain
+from minilora.verify.tolerance import Rounding, Uncertain, digits
 
 Array = np.ndarray
 
@@ -135,13 +134,15 @@ def sigmas(layer: Layer, precision: Precision) -> dict[str, Array]:
 
 def wanted_merge(layer: Layer) -> Array:
     """The true merged weight."""
-    return merge_weight(*(long(v) for v in (layer.W, layer.A, layer.B)), layer.s)
+    return merge_weight(long(layer.W), long(layer.A), long(layer.B), layer.s)
 
 
 def sigma_merge(layer: Layer, precision: Precision) -> Array:
     """The standard deviation of its elements."""
     number, scalable = _numbers(layer, precision)
-    sigma: Array = merge_weight(number(layer.W), number(layer.A), scalable(layer.B), layer.s).sigma
+    inputs: tuple[Any, Any, Any] = number(layer.W), number(layer.A), scalable(layer.B)
+    merged: Any = merge_weight(*inputs, layer.s)
+    sigma: Array = merged.sigma
     return sigma
 
 
@@ -220,7 +221,7 @@ def _draw_exact(
     s = float(rng.choice([0.5, 2.0, 4.0]))
     alpha = s * (r**0.5 if settings.get("use_rslora") else r)
     shapes = {"x": (*lead, n), "W": (m, n), "A": (r, n), "B": (m, r), "dy": (*lead, m)}
-    limit = 0.5 * 2.0 ** min(22, ml_dtypes.finfo(dtype).nmant + 1)
+    limit = 0.5 * 2.0 ** min(22, digits(dtype))
     large = 5 if limit > 1000 else 2
     density = 1.0
     while True:

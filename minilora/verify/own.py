@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 import minilora
+from minilora.formats.huggingface import read_model
+from minilora.formats.peft import adapter_names, read_adapter
 from minilora.lora import lora_linear, merge_weight, scale
+from minilora.models import Batch, logits, loss
 from minilora.optim import run
 
 Array = np.ndarray
@@ -77,11 +81,40 @@ class Own:
     ) -> Array:
         """W' = W + s B A."""
         s = scale(alpha, r, use_rslora)
-        return merge_weight(*(_wide(v) for v in (W, A, B)), s).astype(W.dtype)
+        return merge_weight(_wide(W), _wide(A), _wide(B), s).astype(W.dtype)
 
     def unmerge(self, W_merged: Array, A: Array, B: Array, **options: Any) -> Array:
         """W' - s B A. (`minilora.unmerge` keeps the original instead, and gives back its bits.)"""
         return self.merge(W_merged, A, -B, **options)
+
+    def model_loss(
+        self, model_dir: str | Path, adapter_dir: str | Path, batch: Mapping[str, Array]
+    ) -> dict[str, Any]:
+        """Loss, logits with a row for each token, and the gradients by their names in the file."""
+        c, W = read_model(model_dir)
+        factors, tuning = read_adapter(adapter_dir, c)
+        dtype = W["embed.weight"].dtype
+        given = Batch(
+            batch["input_ids"],
+            batch["labels"],
+            batch["attention_mask"].astype(bool),
+            types=batch.get("token_type_ids"),
+        )
+        wide = {name: _wide(array) for name, array in (W | factors).items()}
+        L, back = loss(given, wide, c, tuning)
+        gradients, z = back(1.0), logits(given, wide, c, tuning)[0].T
+        flat = {
+            name: g if name.endswith((".A", ".B")) or g.shape[1] > 1 else g[:, 0]
+            for name, g in gradients.items()
+        }
+        return {
+            "loss": L.astype(dtype),
+            "logits": z.reshape(*given.ids.shape[: 1 + c.causal], -1).astype(dtype),
+            "grads": {
+                theirs: flat[own].astype(dtype)
+                for own, theirs in adapter_names(c, gradients).items()
+            },
+        }
 
     def optimizer_steps(
         self, params: Mapping[str, Array], gradients: Sequence[Any], settings: Mapping[str, Any]

@@ -19,15 +19,22 @@ from minilora.verify.contract import Precision
 
 Array = np.ndarray
 
+finfo: Any = ml_dtypes.finfo  # typed nowhere
+
 
 def unit_roundoff(dtype: str) -> float:
     """u, the greatest relative error of rounding: half the distance from 1 to the next number."""
-    return float(ml_dtypes.finfo(dtype).eps) / 2
+    return 2.0 ** -digits(dtype)
+
+
+def digits(dtype: str) -> int:
+    """The binary digits of a dtype's significand, the one that is not stored included."""
+    return int(finfo(dtype).nmant) + 1
 
 
 def underflow(dtype: str) -> float:
     """The greatest absolute error of rounding among the subnormal numbers."""
-    return float(ml_dtypes.finfo(dtype).smallest_subnormal) / 2
+    return float(finfo(dtype).smallest_subnormal) / 2
 
 
 class Rounding:
@@ -126,8 +133,8 @@ EXACT = {
 class Noisy(np.ndarray):
     """float64 values whose every operation is followed by a rounding error drawn at random.
 
-    y (1 + u U(-1, 1)) after each elementwise operation, and in products and sums also a normal
-    error of the accumulation's variance.
+    y (1 + u U(-1, 1)) after each elementwise operation, and in products and sums an error of the
+    accumulation's variance besides.
     """
 
     rounding: Rounding
@@ -143,16 +150,21 @@ class Noisy(np.ndarray):
         return y
 
     def _rounded(self, y: Array, accumulated: Array | None = None) -> Any:
-        noise = self.rounding.u * self.rng.uniform(-1, 1, np.shape(y))
-        result = (
-            y + y * noise if np.isfinite(y).all() else np.where(np.isfinite(y), y + y * noise, y)
-        )
-        if self.rounding.tiny > 1e-30:  # float16: its subnormal numbers lie within reach
-            result = result + self.rounding.tiny * self.rng.uniform(-1, 1, np.shape(y))
-            result = np.where(result * y > 0, result, 0)  # rounding changes no sign
+        """y with an error uniform in ± its greatest; of a sum, with the accumulation's variance too.
+
+        Uniform in ± a has the variance a² / 3.
+        """
+        rounding = self.rounding
+        greatest = rounding.u * y
         if accumulated is not None:
-            result = result + np.sqrt(accumulated) * self.rng.standard_normal(np.shape(y))
-        return self._noisy(result)
+            greatest = np.sqrt(greatest * greatest + 3 * accumulated)
+        noise = 2 * self.rng.random(np.shape(y), dtype=np.float32) - 1
+        with np.errstate(invalid="ignore"):  # the infinities of a mask stay what they are
+            result = y + greatest * noise
+        if rounding.tiny > 1e-30:  # float16: its subnormal numbers lie within reach
+            result = result + rounding.tiny * self.rng.uniform(-1, 1, np.shape(y))
+            result = np.where(result * y > 0, result, 0)  # rounding changes no sign
+        return self._noisy(np.where(np.isinf(y), y, result) if np.isnan(result).any() else result)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         plain = [np.asarray(x) if isinstance(x, np.ndarray) else x for x in inputs]
