@@ -115,9 +115,9 @@ class Portable(np.ndarray):
             terms = operands[0].shape[-1]
             bits = (SIGNIFICAND - terms.bit_length()) // 2
             y = np.matmul(*(to_grid(x, bits) for x in operands), **kwargs)
-            y += 0.0  # the sign of a zero depends on how the sum began
+            y += 0.0  # the sign of a sum of zeros depends on how it began
         elif (ufunc, method) == (np.add, "reduce"):
-            y = np.add.reduce(_summands(operands[0]), **kwargs) + 0.0
+            y = np.add.reduce(_summands(operands[0]), **kwargs)
         elif (ufunc, method) == (np.add, "at"):
             a, rows, b = operands
             return np.add.at(a, rows, _summands(b))

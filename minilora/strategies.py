@@ -301,7 +301,8 @@ def draw_batch(
     """b rows of t tokens: unequal lengths, some labels ignored, at least one that counts.
 
     A row's first token is no label, since no token before it could predict it. ``padding``: "left"
-    (with positions that count real tokens), "right", "both" or "none".
+    (with positions that count real tokens), "right", "both" or "none"; a classifier, which pools
+    the first column, is padded on the right alone.
     """
     ids = rng.integers(0, c.vocab, (b, t))
     length = rng.integers(2, t + 1, b)
@@ -311,6 +312,8 @@ def draw_batch(
     left = column >= t - length[:, None]
     switch = {"left": True, "right": False, "both": np.arange(b)[:, None] % 2 == 0}
     real = np.ones((b, t), bool) if padding == "none" else np.where(switch[padding], left, right)
+    if padding != "none" and not c.causal:
+        real = right
     positions = np.maximum(real.cumsum(1) - 1, 0)
     counts = real & (positions > 0) & (rng.random((b, t)) < 0.7)
     labels = np.where(counts, ids, IGNORED)

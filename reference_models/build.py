@@ -65,7 +65,7 @@ class Recipe:
 # for another, or be passed over, without a trace.
 RECIPES = {
     "llama": Recipe(
-        Llama(14, 40, 2, 12, 56, kv_heads=4, head_dim=6, eps=3e-5, theta=2000.0, tied=False),
+        Llama(14, 48, 2, 12, 56, kv_heads=4, head_dim=6, eps=3e-5, theta=2000.0, tied=False),
         ("running-sum", "running-difference"),
         Plan(400, 8e-3, 0.01),
         Lora(r=3, alpha=7),
@@ -238,7 +238,8 @@ def models_table(out: Path) -> str:
 
 def learned_table(models: dict[str, Any]) -> str:
     rows = []
-    for name, model in models.items():
+    for name in RECIPES:
+        model = models[name]
         for i, chosen in enumerate(model["tasks"]):
             H, base, adapted = (model[key][i] for key in ("entropy", "base_loss", "adapter_loss"))
             figures = (H, base, base - H, adapted, adapted - H)

@@ -292,6 +292,115 @@ def test_what_older_files_leave_out_is_what_transformers_takes(folder):
     assert read_config(folder / "bert").classes == 2
 
 
+# As these models have them on the hub, some fields shared with another left out.
+HUB = {
+    "SmolLM2-135M": (
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "hidden_act": "silu",
+            "hidden_size": 576,
+            "initializer_range": 0.041666666666666664,
+            "intermediate_size": 1536,
+            "is_llama_config": True,
+            "max_position_embeddings": 8192,
+            "model_type": "llama",
+            "num_attention_heads": 9,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 3,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_interleaved": False,
+            "rope_scaling": None,
+            "rope_theta": 100000,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.40.1",
+            "use_cache": True,
+            "vocab_size": 49152,
+        },
+        Llama(49152, 576, 30, 9, 1536, 3, 64, 1e-5, 1e5, tied=True),
+    ),
+    "Qwen2.5-0.5B": (
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "hidden_act": "silu",
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "max_position_embeddings": 32768,
+            "max_window_layers": 24,
+            "model_type": "qwen2",
+            "num_attention_heads": 14,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0,
+            "sliding_window": 32768,
+            "tie_word_embeddings": True,
+            "use_mrope": False,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+        Llama(151936, 896, 24, 14, 4864, 2, 64, 1e-6, 1e6, tied=True, qkv_bias=True),
+    ),
+    "gpt2": (
+        {
+            "activation_function": "gelu_new",
+            "architectures": ["GPT2LMHeadModel"],
+            "attn_pdrop": 0.1,
+            "bos_token_id": 50256,
+            "layer_norm_epsilon": 1e-05,
+            "model_type": "gpt2",
+            "n_ctx": 1024,
+            "n_embd": 768,
+            "n_head": 12,
+            "n_layer": 12,
+            "n_positions": 1024,
+            "summary_first_dropout": 0.1,
+            "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+            "vocab_size": 50257,
+        },
+        GPT2(50257, 768, 12, 12, 3072, 1024),
+    ),
+    "bert-base-multilingual-uncased-sentiment": (
+        {
+            "_num_labels": 5,
+            "architectures": ["BertForSequenceClassification"],
+            "attention_probs_dropout_prob": 0.1,
+            "directionality": "bidi",
+            "finetuning_task": "sentiment-analysis",
+            "hidden_act": "gelu",
+            "hidden_dropout_prob": 0.1,
+            "hidden_size": 768,
+            "id2label": {str(i): f"{i + 1} stars" for i in range(5)},
+            "intermediate_size": 3072,
+            "layer_norm_eps": 1e-12,
+            "max_position_embeddings": 512,
+            "model_type": "bert",
+            "num_attention_heads": 12,
+            "num_hidden_layers": 12,
+            "output_past": True,
+            "pad_token_id": 0,
+            "pooler_fc_size": 768,
+            "pooler_type": "first_token_transform",
+            "type_vocab_size": 2,
+            "vocab_size": 105879,
+        },
+        Bert(105879, 768, 12, 12, 3072, 512, 2, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("model", HUB)
+def test_configurations_on_the_hub_are_read(model, tmp_path):
+    written, c = HUB[model]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert read_config(tmp_path) == c
+
+
 CONFIG_REFUSALS = [
     ("llama", {"architectures": ["MistralForCausalLM"]}, r"architectures: found \['Mistral"),
     ("llama", {"architectures": None}, "architectures: found None, expected one of LlamaForC"),
@@ -300,6 +409,7 @@ CONFIG_REFUSALS = [
     ("llama", {"hidden_size": 8.0}, r"hidden_size: found 8\.0"),
     ("llama", {"hidden_size": True}, "hidden_size: found True"),
     ("llama", {"hidden_size": 0}, "hidden_size: found 0"),
+    ("llama", {"hidden_size": 10**4000}, "hidden_size: found 10000"),
     ("llama", {"rms_norm_eps": "1e-6"}, "rms_norm_eps: found 1e-6, expected a number"),
     ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps: found 10000"),
     ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings: found 1, expected true or"),
@@ -325,6 +435,7 @@ CONFIG_REFUSALS = [
     ("llama", {"logits_scaling": 8.0}, r"logits_scaling: found 8\.0, expected no setting of"),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window: found true"),
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: found"),
+    ("qwen2", {"layer_types": 3}, "layer_types: found 3, expected full_attention for each"),
     ("qwen2", {"attention_bias": False}, "attention_bias: found false, expected no setting"),
     ("gpt2", {"activation_function": "gelu"}, "activation_function: found"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights: found false"),
@@ -339,6 +450,7 @@ CONFIG_REFUSALS = [
     ("bert", {"id2label": {"0": "a"}}, r"id2label: found .*expected 2 classes.*one class is regr"),
     ("bert", {"id2label": None, "num_labels": 1}, "id2label: found"),
     ("bert", {"num_labels": 5}, "id2label: found .*num_labels 5"),
+    ("bert", {"id2label": ["a", "b"]}, "id2label: found"),
 ]
 
 
@@ -531,6 +643,7 @@ def test_only_the_models_own_weights_are_written(tmp_path):
 
 def test_a_folder_keeps_its_other_files(folder):
     (folder / "gpt2" / "tokenizer.json").write_text("{}")
+    (folder / "gpt2" / "model_card.json").write_text("{}")
     c, W = MODELS["gpt2"], weights(MODELS["gpt2"], seed=5)
     write_model(folder / "gpt2", c, W)
     assert same(read_model(folder / "gpt2")[1], W)
@@ -1064,7 +1177,7 @@ FILES = [
     ("adapter", peft.CONFIG),
 ]
 BYTES = st.integers(0, 255) | st.sampled_from(list(b'0123456789,.-[]{}":FBIUXeE'))
-some = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+some = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def header_end(data):
@@ -1124,19 +1237,48 @@ def test_whatever_a_file_holds_no_other_exception_comes_out(damaged, kind, name,
     folder, whole = damaged[kind], damaged[kind].files[name]
     folder.reading(name, flipped(whole, data.draw, 0, len(whole)))
     folder.reading(name, data.draw(st.binary(max_size=60)))
-    if name.endswith(".json"):
-        key = data.draw(st.sampled_from(sorted(json.loads(whole))))
-        value = data.draw(
-            st.recursive(
-                st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                lambda inner: (
-                    st.lists(inner, max_size=3)
-                    | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-                ),
-                max_leaves=5,
-            )
-        )
-        folder.reading(name, json.dumps(json.loads(whole) | {key: value}).encode())
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@pytest.fixture(scope="module")
+def every_setting(tmp_path_factory):
+    """For each model: its settings and its adapter's, and the names that either may have."""
+    folder = tmp_path_factory.mktemp("settings")
+    found = {}
+    for kind, c in MODELS.items():
+        write_adapter(folder, c, *adapted(kind)[1:])
+        a = huggingface.architecture(c)[1]
+        names_ = [*huggingface.FIXED, *a.fixed, *a.keys.values(), *a.special, "architectures"]
+        adapter = read_json(folder / peft.CONFIG)
+        found[kind] = (folder, config_to_json(c), names_, adapter, [*peft.FIXED, *peft.READ])
+    return found
+
+
+@every_model
+@some
+@given(data=st.data())
+def test_whatever_a_setting_says_no_other_exception_comes_out(every_setting, kind, data):
+    folder, model, names_, adapter, adapter_names_ = every_setting[kind]
+    for base, possible, file, read in (
+        (model, names_, huggingface.CONFIG, read_config),
+        (adapter, adapter_names_, peft.CONFIG, lambda path: read_lora(path, MODELS[kind])),
+    ):
+        changes = data.draw(st.dictionaries(st.sampled_from(possible), JSON, max_size=2))
+        (folder / file).write_text(json.dumps(base | changes))
+        try:
+            read(folder)
+            message = file
+        except FormatError as error:
+            message = str(error)
+        assert file in message
 
 
 def test_the_library_alone_takes_a_damaged_header(damaged):
@@ -1268,10 +1410,9 @@ def test_peft_computes_and_trains_the_adapter_that_is_written(kind, libraries, a
     path = adapters / f"{kind}-adapter"
     model = libraries.adapted(libraries.model(adapters / kind), path)
     assert relative_error(libraries.logits(model, c), real_logits(W, c, tuning)) <= GRADIENT
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    trained = libraries.peft.get_peft_model_state_dict(model, state_dict=parameters)
-    names_ = set(adapter_names(c, tuning.trained).values())
-    assert {re.sub(r"\.modules_to_save(?=\.)", "", name) for name in trained} == names_
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    stored = {re.sub(r"\.(modules_to_save|default)(?=\.)", "", name) for name in trained}
+    assert stored == set(adapter_names(c, tuning.trained).values())
 
     read, tuning_read = read_adapter(libraries.saved(model, adapters / "again"), c)
     assert same({k: v for k, v in read.items() if k in tuning.trained}, read_adapter(path, c)[0])

@@ -50,7 +50,9 @@ class FormatError(ValueError):
 
     def __str__(self) -> str:
         path, where, found, expected, remedy = self.args
-        return f"{path}: {_short(where)}: found {_short(found)}, expected {_short(expected)}; {remedy}"
+        return (
+            f"{path}: {_short(where)}: found {_short(found)}, expected {_short(expected)}; {remedy}"
+        )
 
 
 def _short(value: object, limit: int = 400) -> str:

@@ -32,14 +32,16 @@ from minilora.models import GPT2, Bert, Config, Llama
 from minilora.ops import Array
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_WEIGHTS_OF_A_MODEL = r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
 
 INERT = """
-architectures model_type transformers_version _name_or_path name_or_path _commit_hash dtype
-torch_dtype unsloth_version transformers.js_config tokenizer_class prefix finetuning_task
-task_specific_params id2label label2id num_labels use_cache return_dict use_return_dict
-output_attentions output_hidden_states output_past tie_last_hidden_states torchscript
-use_bfloat16 tf_legacy_loss attn_implementation _attn_implementation
-_attn_implementation_autoset gradient_checkpointing chunk_size_feed_forward initializer_range
+architectures model_type transformers_version _name_or_path name_or_path _commit_hash
+dtype torch_dtype unsloth_version transformers.js_config tokenizer_class prefix
+finetuning_task task_specific_params id2label label2id num_labels _num_labels use_cache
+return_dict use_return_dict output_attentions output_hidden_states output_past
+tie_last_hidden_states torchscript use_bfloat16 tf_legacy_loss attn_implementation
+_attn_implementation _attn_implementation_autoset gradient_checkpointing
+chunk_size_feed_forward initializer_range
 
 bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
 decoder_start_token_id
@@ -153,7 +155,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "Qwen2ForCausalLM": dataclasses.replace(
         _LLAMA,
         model_type="qwen2",
-        fixed={"hidden_act": ("silu", "swish"), "use_sliding_window": (False,), **_ROPE},
+        fixed={
+            "hidden_act": ("silu", "swish"),
+            "use_sliding_window": (False,),
+            "use_mrope": (False,),
+            **_ROPE,
+        },
         inert="attention_dropout max_position_embeddings sliding_window max_window_layers",
         written={"hidden_act": "silu", "attention_dropout": 0.0, **_NO_TOKENS},
         special=(*_LLAMA.special, "layer_types"),
@@ -281,7 +288,7 @@ def read_config(path: Path | str) -> Config:
 
 def _config(path: Path, settings: Mapping[str, Any]) -> Config:
     found = settings.get("architectures")
-    if not (isinstance(found, list) and len(found) == 1 and found[0] in ARCHITECTURES):
+    if found not in [[name] for name in ARCHITECTURES]:
         remedy = "load it with a library that knows it and save it as one of these"
         expected = f"one of {', '.join(ARCHITECTURES)}"
         raise FormatError(path, "architectures", found, expected, remedy)
@@ -303,11 +310,10 @@ def _config(path: Path, settings: Mapping[str, Any]) -> Config:
         values["theta"] = _theta(path, settings)
     if a.config is Bert:
         values["classes"] = _classes(path, settings)
-    if set(settings.get("layer_types") or ()) - {"full_attention"}:
+    kinds = settings.get("layer_types")
+    if kinds is not None and kinds != ["full_attention"] * values["layers"]:
         remedy = "sliding windows are not implemented here"
-        raise FormatError(
-            path, "layer_types", settings["layer_types"], "full_attention only", remedy
-        )
+        raise FormatError(path, "layer_types", kinds, "full_attention for each layer", remedy)
     _check_heads(path, settings, values, a)
     return a.config(**values, **a.constant)
 
@@ -315,7 +321,7 @@ def _config(path: Path, settings: Mapping[str, Any]) -> Config:
 def _typed(path: Path, key: str, value: Any, kind: Any) -> Any:
     """The value as int (at least 1), float (finite and not negative) or bool."""
     fits = {
-        int: type(value) is int and value >= 1,
+        int: type(value) is int and 1 <= value <= sys.maxsize,
         float: type(value) in (int, float) and 0 <= value <= sys.float_info.max,
         bool: type(value) is bool,
     }
@@ -355,8 +361,10 @@ def _theta(path: Path, settings: Mapping[str, Any]) -> float:
 def _classes(path: Path, settings: Mapping[str, Any]) -> int:
     """The number of classes, which is 2 where the file says nothing."""
     labels, count = settings.get("id2label"), settings.get("num_labels")
-    found = len(labels) if isinstance(labels, dict) else 2 if count is None else count
-    if type(found) is not int or found < 2 or (count is not None and count != found):
+    found = 2 if count is None else count
+    if labels is not None:
+        found = len(labels) if isinstance(labels, dict) else None
+    if type(found) is not int or found < 2 or count not in (None, found):
         remedy = "one class is regression, which is not implemented here"
         given = f"id2label {labels}, num_labels {count}"
         raise FormatError(path, "id2label", given, "2 classes or more", remedy)
@@ -591,7 +599,7 @@ def write_model(
         index = {"metadata": {"total_size": size}, "weight_map": where}
         files[INDEX] = partial(pack_json, index)
     files[CONFIG] = partial(pack_json, settings)
-    write_files(folder, files, stale=r"(pytorch_)?model\b.*\.(safetensors|bin|json)")
+    write_files(folder, files, stale=_WEIGHTS_OF_A_MODEL)
 
 
 def _shards(tensors: Weights, limit: int | None) -> list[Weights]:

@@ -66,7 +66,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 1
+    return type(value) is int and 1 <= value <= sys.maxsize
 
 
 def _are_strings(value: Any) -> bool:
@@ -198,6 +198,8 @@ def _settings(path: Path, c: Config) -> dict[str, Any]:
         remedy = "PEFT refuses it too: list the modules"
         raise FormatError(path, "layers_to_transform", "it beside an expression", "none", remedy)
 
+    if isinstance(settings["layers_to_transform"], int):
+        settings["layers_to_transform"] = [settings["layers_to_transform"]]
     if settings["task_type"] == "SEQ_CLS":  # PEFT trains the classification head unasked
         settings["modules_to_save"] = [*settings["modules_to_save"], "classifier", "score"]
     if str(settings["target_modules"]).lower() == "all-linear":
@@ -224,7 +226,7 @@ def _targeted(key: str, settings: Mapping[str, Any]) -> bool:
         return True  # a whole name is not asked for its layer
     if not _hits(key, target):
         return False
-    return layers == [] or _layer(key, settings["layers_pattern"]) in np.atleast_1d(layers)
+    return layers == [] or _layer(key, settings["layers_pattern"]) in layers
 
 
 def _layer(key: str, patterns: str | list[str]) -> int | None:

@@ -150,7 +150,7 @@ class Noisy(np.ndarray):
         return y
 
     def _rounded(self, y: Array, accumulated: Array | None = None) -> Any:
-        """y with an error uniform in ± its greatest; of a sum, with the accumulation's variance too.
+        """y with an error uniform in ± its greatest; a sum also has the accumulation's variance.
 
         Uniform in ± a has the variance a² / 3.
         """

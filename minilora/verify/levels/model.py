@@ -150,7 +150,7 @@ def spreads(
     }
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=128)
 def expected(
     name: str, dtype: str, number: int, seed: int, precision: Precision
 ) -> tuple[Batch, dict[str, Array], dict[str, Array]]:
@@ -273,6 +273,6 @@ LAWS: tuple[tuple[str, str, Any, Callable[[str, str], int]], ...] = (
 
 CHECKS: tuple[Check, ...] = tuple(
     Check(f"model.{name}{law}", "model", ("model_loss",), title.format(name), make(name), cases)
-    for law, title, make, cases in LAWS
     for name in reference.names()
+    for law, title, make, cases in LAWS
 )

@@ -27,13 +27,19 @@ _LOSS = (
     "rounding"
 )
 # Deviations that belong to the model library, whichever peer puts its layers into it.
+_LLAMA = (
+    f"{_LOSS}; and it casts to float32 in models/llama/modeling_llama.py (qwen2 alike): "
+    "RMSNorm's input, the RoPE angles and tables, and the attention softmax, so the logits "
+    "carry it too. The least float64, which fills the mask, is -inf in that softmax: a row without "
+    "any key (padding on the left) is NaN, and with it the loss"
+)
 KNOWN = {
-    "model.gpt2:float64": _LOSS,
-    "model.llama:float64": (
-        f"{_LOSS}; and it casts to float32 in models/llama/modeling_llama.py (qwen2 alike): "
-        "RMSNorm's input, the RoPE angles and tables, and the attention softmax, so the logits "
-        "carry it too"
-    ),
+    f"model.{name}:float64": reason
+    for names, reason in (
+        (("gpt2", "gpt2.vector"), _LOSS),
+        (("llama", "llama.vector", "llama.balance", "llama.padding"), _LLAMA),
+    )
+    for name in names
 }
 
 _STORED = {
@@ -43,8 +49,10 @@ _STORED = {
     "F16": torch.float16,
 }
 
-# Loading a model of a few tensors needs no progress bar.
+# Loading a model of a few tensors needs no progress bar, and that GPT-2's loss is the default one is
+# no news.
 transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:

@@ -1,0 +1,19 @@
+"""How LoRA goes wrong: wrong implementations, each a changed line or two of a right one.
+
+Each must be caught, which shows that the checks see; each has a formula, so that a deviation can be
+given its name. To add one, add its line to a family in `linear`, `merge`, `optimizer` or `model`.
+"""
+
+from minilora.verify.misreadings import linear, merge, model, optimizer
+from minilora.verify.misreadings.entry import Misreading
+from minilora.verify.misreadings.plain import Plain
+
+__all__ = ["MISREADINGS", "Misreading", "Plain"]
+
+MISREADINGS: tuple[Misreading, ...] = (
+    *linear.MISREADINGS,
+    *merge.MISREADINGS,
+    *optimizer.MISREADINGS,
+    *model.MISREADINGS,
+)
+"""All of them, the lowest level first; among them some equivalents, which must pass."""

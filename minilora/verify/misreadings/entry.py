@@ -1,0 +1,44 @@
+"""One misreading, and a family of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Misreading:
+    """One way to read the equations wrongly.
+
+    ``formula`` is what is computed instead, in the notation y = x Wᵀ + b + s H Bᵀ, H = (K∘x) Aᵀ,
+    G = ∂L/∂y, du = s G B, with t tokens. ``seen`` names public reports of it. ``make`` gives an
+    implementation that reads so, and ``caught_by`` is the check that shows it best. An
+    ``equivalent`` only looks wrong: it is the same function, written differently, and has to pass.
+    """
+
+    id: str
+    family: str
+    level: str
+    formula: str
+    seen: tuple[str, ...]
+    make: Callable[[], object]
+    caught_by: str = ""
+    equivalent: bool = False
+
+
+def family(
+    name: str, level: str, caught_by: str, *entries: tuple[Any, ...]
+) -> tuple[Misreading, ...]:
+    """Misreadings from (name, formula, make, where it was seen …), all best shown by one check.
+
+    No check: these are equivalents.
+    """
+    return tuple(
+        Misreading(
+            f"{name.lower()}-{own}",
+            *(name, level, formula, tuple(seen), make, caught_by),
+            equivalent=not caught_by,
+        )
+        for own, formula, make, *seen in entries
+    )

@@ -1,0 +1,354 @@
+"""A right implementation written unlike the specification, and how to make it wrong.
+
+Tokens lie in rows, the order of operations is another, and every quantity is a method. A misreading
+replaces one or two of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+
+Array = np.ndarray
+Call = SimpleNamespace
+"""What one call is about: arrays, options and state, by short names."""
+
+HALVES = ("bfloat16", "float16")
+
+
+def _wide(array: Array) -> Array:
+    """float16 and bfloat16 as float32."""
+    return array.astype(np.float32) if array.dtype.name in HALVES else array
+
+
+class Plain:
+    """A right implementation, every quantity a method, so that each can be replaced by a wrong one.
+
+    Half precisions are computed in float32 and rounded once, at the end.
+    """
+
+    name = "plain"
+    dtypes: ClassVar = ("float64", "float32", *HALVES)
+    precision: ClassVar = {h: {"storage": h, "accumulation": "float32"} for h in HALVES}
+
+    def __init__(self) -> None:
+        self.memory: dict[str, Any] = {}
+        """What misreadings keep from call to call; a right one keeps nothing."""
+
+    def lora_linear(self, x: Array, W: Array, A: Array, B: Array, **options: Any) -> Array:
+        """The layer's output."""
+        c = self.call(W, A, B, x, **options)
+        return self.shaped(c, self.y(c)).astype(x.dtype)
+
+    def lora_linear_vjp(
+        self, x: Array, W: Array, A: Array, B: Array, dy: Array, **options: Any
+    ) -> dict[str, Array]:
+        """The layer's output and gradients."""
+        c = self.call(W, A, B, x, dy, **options)
+        answer = {"y": self.shaped(c, self.y(c)), "dx": self.shaped(c, self.dx(c))}
+        answer |= {"dA": self.dA(c), "dB": self.dB(c)}
+        if options.get("bias") is not None:
+            answer["dbias"] = self.dbias(c)
+        return {name: array.astype(x.dtype) for name, array in answer.items()}
+
+    def merge(self, W: Array, A: Array, B: Array, **options: Any) -> Array:
+        """W + s B A."""
+        return self.merged(self.call(W, A, B, **options)).astype(W.dtype)
+
+    def unmerge(self, W_merged: Array, A: Array, B: Array, **options: Any) -> Array:
+        """W' - s B A."""
+        return self.unmerged(self.call(W_merged, A, B, **options)).astype(W_merged.dtype)
+
+    def call(
+        self,
+        W: Array,
+        A: Array,
+        B: Array,
+        x: Array | None = None,
+        dy: Array | None = None,
+        *,
+        alpha: float,
+        r: int,
+        bias: Array | None = None,
+        keep: Array | None = None,
+        p: float = 0.0,
+        use_rslora: bool = False,
+        fan_in_fan_out: bool = False,
+    ) -> Call:
+        """The call's arrays with tokens in rows, in float32 at least; K is 1 without dropout."""
+        c = Call(W=_wide(W), A=_wide(A), B=_wide(B), alpha=alpha, r=r, p=p, rslora=use_rslora)
+        c.conv1d, c.dropout, c.dtype = fan_in_fan_out, keep is not None, W.dtype
+        c.b = np.zeros(len(c.W), c.W.dtype) if bias is None else _wide(bias)
+        if x is not None:
+            c.lead, c.x = x.shape[:-1], self.rows(_wide(x))
+            c.dy = None if dy is None else self.rows(_wide(dy))
+            c.K = np.ones_like(c.x)
+            if keep is not None:
+                c.K = self.rows(keep).astype(c.x.dtype) / (1 - p)
+        return self.read(c)
+
+    def read(self, c: Call) -> Call:
+        """The place to take an array, an option or a setting for another."""
+        return c
+
+    def rows(self, x: Array) -> Array:
+        """A row for each token: (…, n) as (t, n)."""
+        return x.reshape(-1, x.shape[-1])
+
+    def shaped(self, c: Call, rows: Array) -> Array:
+        """Rows of tokens in the shape of x again."""
+        return rows.reshape(*c.lead, rows.shape[-1])
+
+    def s(self, c: Call) -> Any:
+        """The scale, forward."""
+        return c.alpha * c.r**-0.5 if c.rslora else c.alpha / c.r
+
+    def ds(self, c: Call) -> Any:
+        """The scale, backward."""
+        return self.s(c)
+
+    def h(self, c: Call) -> Any:
+        """The branch's input."""
+        return c.x * c.K
+
+    def u(self, c: Call) -> Any:
+        """The branch in rank space."""
+        return self.h(c) @ c.A.T
+
+    def branch(self, c: Call) -> Any:
+        """What the adapter adds."""
+        return self.s(c) * (self.u(c) @ c.B.T)
+
+    def base(self, c: Call) -> Any:
+        """What the frozen layer gives."""
+        return c.x @ c.W.T + c.b
+
+    def y(self, c: Call) -> Any:
+        """Both."""
+        return self.base(c) + self.branch(c)
+
+    def du(self, c: Call) -> Any:
+        """The gradient by u."""
+        return self.ds(c) * (c.dy @ c.B)
+
+    def dA(self, c: Call) -> Any:
+        """The gradient by A."""
+        return self.du(c).T @ self.h(c)
+
+    def dB(self, c: Call) -> Any:
+        """The gradient by B."""
+        return self.ds(c) * (c.dy.T @ self.u(c))
+
+    def dx_base(self, c: Call) -> Any:
+        """The gradient by x through the base."""
+        return c.dy @ c.W
+
+    def dx_branch(self, c: Call) -> Any:
+        """The gradient by x through the branch."""
+        return c.K * (self.du(c) @ c.A)
+
+    def dx(self, c: Call) -> Any:
+        """Both."""
+        return self.dx_branch(c) + self.dx_base(c)
+
+    def dbias(self, c: Call) -> Any:
+        """The gradient by the bias."""
+        return c.dy.sum(0)
+
+    def delta(self, c: Call) -> Any:
+        """What a merge adds."""
+        return self.s(c) * (c.A.T @ c.B.T).T
+
+    def merged(self, c: Call) -> Any:
+        """The weight with the adapter."""
+        return c.W + self.delta(c)
+
+    def unmerged(self, c: Call) -> Any:
+        """The weight without it again; c.W is the merged one here."""
+        return c.W - self.delta(c)
+
+    def optimizer_steps(
+        self, params: Mapping[str, Array], gradients: Sequence[Any], settings: Mapping[str, Any]
+    ) -> list[dict[str, Array]]:
+        """The parameters after each step."""
+        p = {name: _wide(array) for name, array in params.items()}
+        c = Call(
+            optimizer=settings["optimizer"],
+            lr=settings["lr"],
+            betas=settings.get("betas", (0.9, 0.999)),
+            eps=settings.get("eps", 1e-8),
+            momentum=settings.get("momentum", 0.0),
+            decay=settings.get("weight_decay", 0.0),
+            greatest=settings.get("max_grad_norm", float("inf")),
+            schedule=settings.get("schedule", "constant"),
+            warmup=settings.get("warmup_steps", 0),
+            total=settings.get("total_steps", len(gradients)),
+            ratio=settings.get("loraplus_lr_ratio", 1.0),
+            dtype=next(iter(params.values())).dtype,
+            **{state: {name: 0 * array for name, array in p.items()} for state in "muv"},
+        )
+        c, steps = self.read(c), []
+        for c.k, item in enumerate(gradients):
+            g = self.clipped(c, self.gathered(c, item))
+            p = {name: self.stepped(c, name, p[name], g[name]) for name in p}
+            steps.append({name: array.astype(c.dtype) for name, array in p.items()})
+        return steps
+
+    def gathered(self, c: Call, item: Any) -> Any:
+        """The gradient of a step: of one batch, or the mean over all labels of its parts."""
+        if isinstance(item, Mapping):
+            return {name: _wide(g) for name, g in item.items()}
+        parts = [(weight, {name: _wide(g) for name, g in part.items()}) for weight, part in item]
+        return self.summed(c, parts)
+
+    def summed(self, c: Call, parts: list[tuple[int, dict[str, Array]]]) -> Any:
+        """Σ (nᵢ / N) gᵢ."""
+        N = sum(n for n, _ in parts)
+        return {name: sum((n / N) * g[name] for n, g in parts) for name in parts[0][1]}
+
+    def norm(self, c: Call, g: Mapping[str, Array]) -> Any:
+        """The length of all gradients together."""
+        return sum((array**2).sum() for array in g.values()) ** 0.5
+
+    def clipped(self, c: Call, g: dict[str, Array]) -> Any:
+        """All gradients scaled alike to at most the greatest norm."""
+        length = self.norm(c, g) + 1e-6
+        return (
+            {name: array * (c.greatest / length) for name, array in g.items()}
+            if length > c.greatest
+            else g
+        )
+
+    def factor(self, c: Call, k: int) -> Any:
+        """The schedule."""
+        if k < c.warmup:
+            return k / c.warmup
+        left = (c.total - k) / (c.total - c.warmup)
+        return {"constant": 1.0, "linear": left, "cosine": np.sin(np.pi / 2 * left) ** 2}[
+            c.schedule
+        ]
+
+    def rate(self, c: Call, name: str) -> Any:
+        """The learning rate of a parameter in this step."""
+        rate = c.lr * float(self.factor(c, c.k))
+        return rate * c.ratio if name.endswith("B") else rate
+
+    def decay(self, c: Call, name: str) -> Any:
+        """λ of a parameter."""
+        return c.decay
+
+    def stepped(self, c: Call, name: str, p: Array, g: Array) -> Any:
+        """A step of the optimizer that was asked for."""
+        return self.sgd(c, name, p, g) if c.optimizer == "sgd" else self.adamw(c, name, p, g)
+
+    def sgd(self, c: Call, name: str, p: Array, g: Array) -> Any:
+        """SGD with momentum and coupled decay."""
+        c.u[name] = c.momentum * c.u[name] + (g + self.decay(c, name) * p)
+        return p - self.rate(c, name) * c.u[name]
+
+    def adamw(self, c: Call, name: str, p: Array, g: Array) -> Any:
+        """AdamW: decay apart from the gradient."""
+        m, v = self.corrected(c, self.first(c, name, g), self.second(c, name, g))
+        return self.decayed(c, name, p) - self.rate(c, name) * self.direction(c, m, v)
+
+    def decayed(self, c: Call, name: str, p: Array) -> Any:
+        """The parameter after its decay."""
+        return p * (1 - self.rate(c, name) * self.decay(c, name))
+
+    def first(self, c: Call, name: str, g: Array) -> Any:
+        """The running mean of g."""
+        c.m[name] = c.betas[0] * c.m[name] + (1 - c.betas[0]) * g
+        return c.m[name]
+
+    def second(self, c: Call, name: str, g: Array) -> Any:
+        """The running mean of g²."""
+        c.v[name] = c.betas[1] * c.v[name] + (1 - c.betas[1]) * g**2
+        return c.v[name]
+
+    def t(self, c: Call) -> Any:
+        """The number of the step, from 1."""
+        return c.k + 1
+
+    def corrected(self, c: Call, m: Array, v: Array) -> Any:
+        """The running means without their bias towards 0."""
+        return m / (1 - c.betas[0] ** self.t(c)), v / (1 - c.betas[1] ** self.t(c))
+
+    def direction(self, c: Call, m: Array, v: Array) -> Any:
+        """Adam's step before its rate."""
+        return m / (v**0.5 + c.eps)
+
+
+def but(**methods: Any) -> Callable[[], Plain]:
+    """`Plain` with these methods in the place of its own."""
+    return type("Wrong", (Plain,), methods)
+
+
+def then(**changes: Callable[[Any, Call], Any]) -> Callable[[], Plain]:
+    """`Plain` with the results of these methods changed, each by a function of (result, call)."""
+
+    def changed(right: Callable[..., Any], change: Callable[[Any, Call], Any]) -> Any:
+        return lambda my, c, *more: change(right(my, c, *more), c)
+
+    return but(**{name: changed(getattr(Plain, name), f) for name, f in changes.items()})
+
+
+def with_(c: Call, **changes: Callable[[Call], Any]) -> Call:
+    """The call with these arrays or options taken for others."""
+    return Call(**vars(c) | {name: change(c) for name, change in changes.items()})
+
+
+def reads(**changes: Callable[[Call], Any]) -> Callable[[], Plain]:
+    """`Plain` that takes these arrays, options or settings for others."""
+    return then(read=lambda c, _: with_(c, **changes))
+
+
+def backward(**changes: Callable[[Call], Any]) -> Callable[[], Plain]:
+    """`Plain` whose gradients alone take these arrays or options for others."""
+    names = ("dA", "dB", "dx_branch")
+    right = {name: getattr(Plain, name) for name in names}
+    return but(
+        **{name: (lambda my, c, f=f: f(my, with_(c, **changes))) for name, f in right.items()}
+    )
+
+
+def upto(stop: int, length: int) -> Array:
+    """1 at the first ``stop`` of ``length`` places, and 0 beyond."""
+    return np.arange(length) < stop
+
+
+def digits(array: Any, count: int) -> Any:
+    """Rounded to so many binary digits, in the dtype that it has."""
+    fraction, exponent = np.frexp(array)
+    return np.ldexp(np.round(fraction * 2.0**count) * 0.5**count, exponent)
+
+
+def coarse(array: Array) -> Any:
+    """Rounded to half of the digits that it has."""
+    return digits(array, (np.finfo(array.dtype).nmant + 1) // 2)
+
+
+def square(c: Call) -> bool:
+    """Whether m = n, where a transpose is not noticed by its shape."""
+    return bool(c.W.shape[0] == c.W.shape[1])
+
+
+def from_first_call(my: Plain, name: str, value: Any) -> Any:
+    """What the first call had under this name, as long as its shape fits."""
+    kept = my.memory.setdefault(name, value)
+    return kept if np.shape(kept) == np.shape(value) else value
+
+
+def from_call_before(my: Plain, name: str, value: Any) -> Any:
+    """What the call before had under this name, if its shape fits."""
+    kept, my.memory[name] = my.memory.get(name, value), value
+    return kept if np.shape(kept) == np.shape(value) else value
+
+
+def piled_up(my: Plain, name: str, value: Array) -> Any:
+    """Added to what the calls before gave under this name, if its shape fits."""
+    kept = my.memory.get(name, value * 0)
+    my.memory[name] = kept + value if kept.shape == value.shape else value
+    return my.memory[name]
