@@ -223,11 +223,11 @@ OPERATIONS = tuple(draw_operations(np.random.default_rng(0), 1, 1, 1, 1, 1))
 
 
 def operations(greatest: int = 5) -> st.SearchStrategy[dict[str, Operation]]:
-    """Every primitive by its name in :data:`OPERATIONS`; sizes distinct or all equal."""
+    """Every primitive by its name in :data:`OPERATIONS`; sizes distinct, or all equal and small."""
+    distinct = sizes(5, greatest=greatest, square=False)
+    equal = st.integers(1, 3).map(lambda n: (n,) * 5)
     return st.builds(
-        lambda rng, shape: draw_operations(rng, *shape),
-        generators(),
-        sizes(5, greatest=greatest),
+        lambda rng, shape: draw_operations(rng, *shape), generators(), distinct | equal
     )
 
 

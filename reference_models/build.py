@@ -65,11 +65,11 @@ class Recipe:
 # for another, or be passed over, without a trace.
 RECIPES = {
     "llama": Recipe(
-        Llama(14, 48, 2, 12, 56, kv_heads=4, head_dim=6, eps=3e-5, theta=2000.0, tied=False),
+        Llama(14, 36, 2, 12, 56, kv_heads=4, head_dim=6, eps=3e-5, theta=2000.0, tied=False),
         ("running-sum", "running-difference"),
         Plan(400, 8e-3, 0.01),
         Lora(r=3, alpha=7),
-        Plan(500, 1.5e-2),
+        Plan(600, 1e-2),
     ),
     "gpt2": Recipe(
         GPT2(7, 42, 2, 3, 90, positions=20, eps=2e-5),
@@ -194,7 +194,7 @@ def build(out: Path) -> None:
         },
     }
     write_files(out, {"manifest.json": lambda: pack_json(manifest)})
-    text = readme(out, manifest)
+    text = readme(out, read_json(out / "manifest.json"))
     write_files(out, {"README.md": text.encode})
 
 

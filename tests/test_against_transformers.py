@@ -116,6 +116,7 @@ def folder(request, tmp_path):
     cls, settings, choice = MODELS[request.param]
     cls = getattr(transformers, cls)
     rng = np.random.default_rng(0)
+    torch.manual_seed(0)
     model = cls(cls.config_class(**settings)).double()
     move(model.parameters(), rng)
     model.save_pretrained(tmp_path / "model")

@@ -542,6 +542,16 @@ def test_a_known_deviation_is_run_shown_and_no_failure(known):
     assert only(other).status == "error", "declared for another dtype"
 
 
+def test_one_declaration_for_a_family_of_checks_holds_while_any_of_them_deviates():
+    known = {"*.merge:float32": "why"}
+    report = run([EXACT, SIGMA], WrongScale(), dtypes=["float32"], known=known)
+    assert {result.status for result in report.results} == {"known"}
+    mixed = run([SIGMA, EXACT], WrongScale(), dtypes=["float64"], known=known)
+    assert {result.status for result in mixed.results} == {"fail"}
+    right = run([EXACT], Right(), dtypes=["float32"], known=known)
+    assert "no longer fails, though known: exact.merge float32: why" in right.text()
+
+
 def test_a_known_deviation_that_no_longer_fails_is_reported():
     report = run([EXACT], Right(), dtypes=["float32"], known={"exact.merge": "was wrong"})
     assert (only(report).status, only(report).no_longer_fails) == ("pass", True)

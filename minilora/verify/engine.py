@@ -6,7 +6,9 @@ import json
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from fnmatch import filter as filter_names
+from fnmatch import fnmatchcase, replace
 from math import inf
 from time import perf_counter
 from typing import Any
@@ -172,10 +174,10 @@ def run(
 ) -> Report:
     """Puts the checks to an implementation.
 
-    ``known`` maps ``check`` or ``check:dtype`` to a reason, a dict or a `Known`; the
-    implementation's own ``known`` is read too. ``command`` is what a reader types to verify this
-    target; a report without it shows the call in Python. Raises UsageError, LoadError where the
-    implementation's declarations cannot be read, and Interrupted.
+    ``known`` maps ``check`` or ``check:dtype`` to a reason, a dict or a `Known`; a * in the check's
+    name stands for anything. The implementation's own ``known`` is read too. ``command`` is what a
+    reader types to verify this target; a report without it shows the call in Python. Raises
+    UsageError, LoadError where the implementation's declarations cannot be read, and Interrupted.
     """
     started = perf_counter()
     plans = plan(checks, levels=levels, profile=profile, dtypes=dtypes, seed=seed, case=case)
@@ -204,7 +206,7 @@ def run(
     try:
         for p in plans:
             cases = _announced(p, progress, behind, total)
-            excuse = declared.get(f"{p.check.id}:{p.dtype}") or declared.get(p.check.id)
+            excuse = _excuse(declared, p.check.id, p.dtype)
             result = _result(p, subject, cases, excuse, command)
             results.append(result)
             if result.status == "fail" and p.check.id not in searched:
@@ -216,8 +218,19 @@ def run(
     return report()
 
 
+def _excuse(declared: Mapping[str, Known], check: str, dtype: str) -> Known | None:
+    """What was declared of this check in this dtype: the most particular of what matches."""
+    for name in (f"{check}:{dtype}", check):
+        if name in declared:
+            return declared[name]
+    for name, known in declared.items():
+        if fnmatchcase(f"{check}:{dtype}", name if ":" in name else f"{name}:*"):
+            return known
+    return None
+
+
 def _still_known(result: Result, results: Sequence[Result]) -> Result:
-    """One declaration for all dtypes still holds where one of them deviates."""
+    """One declaration for several checks or dtypes still holds where one of them deviates."""
     holds = any(r.known is result.known and r.status == "known" for r in results)
     return replace(result, known=None) if result.no_longer_fails and holds else result
 
@@ -237,10 +250,11 @@ def _declared(
     names = [check.id for check in checks]
     for name in known:
         check, _, dtype = name.partition(":")
-        _one_of("check", check, names)
+        if not filter_names(names, check):
+            _one_of("check", check, names)
         if dtype:
             _one_of("dtype", dtype, list(DTYPES))
-    strange = [name for name in subject.known if name.partition(":")[0] not in names]
+    strange = [n for n in subject.known if not filter_names(names, n.partition(":")[0])]
     notes = tuple(
         f"{subject.name} declares {n!r} as known; there is no such check" for n in strange
     )

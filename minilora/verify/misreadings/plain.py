@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from minilora.verify.tolerance import unit_roundoff
+
 Array = np.ndarray
 Call = SimpleNamespace
 """What one call is about: arrays, options and state, by short names."""
@@ -56,11 +58,13 @@ class Plain:
 
     def merge(self, W: Array, A: Array, B: Array, **options: Any) -> Array:
         """W + s B A."""
-        return self.merged(self.call(W, A, B, **options)).astype(W.dtype)
+        merged: Array = self.merged(self.call(W, A, B, **options)).astype(W.dtype)
+        return merged
 
     def unmerge(self, W_merged: Array, A: Array, B: Array, **options: Any) -> Array:
         """W' - s B A."""
-        return self.unmerged(self.call(W_merged, A, B, **options)).astype(W_merged.dtype)
+        W: Array = self.unmerged(self.call(W_merged, A, B, **options)).astype(W_merged.dtype)
+        return W
 
     def call(
         self,
@@ -77,8 +81,11 @@ class Plain:
         p: float = 0.0,
         use_rslora: bool = False,
         fan_in_fan_out: bool = False,
+        **settings: Any,
     ) -> Call:
         """The call's arrays with tokens in rows, in float32 at least; K is 1 without dropout."""
+        if settings:
+            raise NotImplementedError(", ".join(settings))
         c = Call(W=_wide(W), A=_wide(A), B=_wide(B), alpha=alpha, r=r, p=p, rslora=use_rslora)
         c.conv1d, c.dropout, c.dtype = fan_in_fan_out, keep is not None, W.dtype
         c.b = np.zeros(len(c.W), c.W.dtype) if bias is None else _wide(bias)
@@ -215,21 +222,16 @@ class Plain:
 
     def clipped(self, c: Call, g: dict[str, Array]) -> Any:
         """All gradients scaled alike to at most the greatest norm."""
-        length = self.norm(c, g) + 1e-6
-        return (
-            {name: array * (c.greatest / length) for name, array in g.items()}
-            if length > c.greatest
-            else g
-        )
+        factor = min(1.0, c.greatest / (self.norm(c, g) + 1e-6))
+        return {name: array * factor for name, array in g.items()}
 
     def factor(self, c: Call, k: int) -> Any:
         """The schedule."""
         if k < c.warmup:
             return k / c.warmup
         left = (c.total - k) / (c.total - c.warmup)
-        return {"constant": 1.0, "linear": left, "cosine": np.sin(np.pi / 2 * left) ** 2}[
-            c.schedule
-        ]
+        curves = {"constant": 1.0, "linear": left, "cosine": np.sin(np.pi / 2 * left) ** 2}
+        return curves[c.schedule]
 
     def rate(self, c: Call, name: str) -> Any:
         """The learning rate of a parameter in this step."""
@@ -325,9 +327,23 @@ def digits(array: Any, count: int) -> Any:
     return np.ldexp(np.round(fraction * 2.0**count) * 0.5**count, exponent)
 
 
-def coarse(array: Array) -> Any:
-    """Rounded to half of the digits that it has."""
-    return digits(array, (np.finfo(array.dtype).nmant + 1) // 2)
+def coarse(array: Array, c: Call) -> Any:
+    """Rounded to half of the digits of the dtype under test."""
+    return digits(array, round(-np.log2(unit_roundoff(str(c.dtype)))) // 2)
+
+
+def narrow(array: Array, c: Call) -> Any:
+    """Rounded to the dtype under test, as an array that is stored on the way is."""
+    return array.astype(c.dtype).astype(array.dtype)
+
+
+def wide(*names: str) -> dict[str, Callable[[Call], Any]]:
+    """For `reads`: these arrays in float64."""
+
+    def widened(name: str) -> Callable[[Call], Any]:
+        return lambda c: None if getattr(c, name) is None else np.float64(getattr(c, name))
+
+    return {name: widened(name) for name in names}
 
 
 def square(c: Call) -> bool:

@@ -33,14 +33,7 @@ _LLAMA = (
     "carry it too. The least float64, which fills the mask, is -inf in that softmax: a row without "
     "any key (padding on the left) is NaN, and with it the loss"
 )
-KNOWN = {
-    f"model.{name}:float64": reason
-    for names, reason in (
-        (("gpt2", "gpt2.vector"), _LOSS),
-        (("llama", "llama.vector", "llama.balance", "llama.padding"), _LLAMA),
-    )
-    for name in names
-}
+KNOWN = {"model.gpt2*:float64": _LOSS, "model.llama*:float64": _LLAMA}
 
 _STORED = {
     "F64": torch.float64,
@@ -49,8 +42,7 @@ _STORED = {
     "F16": torch.float16,
 }
 
-# Loading a model of a few tensors needs no progress bar, and that GPT-2's loss is the default one is
-# no news.
+# Loading a few tensors needs no progress bar, and that GPT-2 has the default loss is no news.
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 

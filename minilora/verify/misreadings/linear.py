@@ -1,0 +1,679 @@
+"""One LoRA linear, misread."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minilora.verify.misreadings.entry import Misreading, family
+from minilora.verify.misreadings.plain import (
+    Array,
+    Call,
+    Plain,
+    backward,
+    but,
+    coarse,
+    digits,
+    from_call_before,
+    from_first_call,
+    narrow,
+    piled_up,
+    reads,
+    square,
+    then,
+    upto,
+    wide,
+    with_,
+)
+
+SCALE = (
+    *family(
+        "SCALE",
+        "linear",
+        "linear.forward",
+        ("alpha", "s = α", but(s=lambda my, c: c.alpha), "mlx-vlm 841", "mlx-vlm 845"),
+        ("root", "s = α/√r, unasked", but(s=lambda my, c: c.alpha / c.r**0.5)),
+        ("inverse", "s = r/α", then(s=lambda s, c: 1 / s)),
+        ("of-rank-alone", "s = 1/r", but(s=lambda my, c: 1 / c.r)),
+        ("one", "s = 1", but(s=lambda my, c: 1.0)),
+        ("zero", "s = 0: no adapter at all", but(s=lambda my, c: 0.0)),
+        ("squared", "s = (α/r)²", then(s=lambda s, c: s**2), "peft 3111"),
+        ("floor", "s = ⌊α/r⌋", then(s=lambda s, c: s // 1)),
+        ("whole-alpha", "s = ⌊α⌋/r", but(s=lambda my, c: int(c.alpha) / c.r)),
+        ("bfloat16", "s = α/r rounded to bfloat16", then(s=lambda s, c: digits(s, 8))),
+        ("off-10-ppm", "s = 1.00001 α/r", then(s=lambda s, c: 1.00001 * s)),
+        ("off-1-percent", "s = 1.01 α/r", then(s=lambda s, c: 1.01 * s)),
+        ("negative", "s = -α/r", then(s=lambda s, c: -s)),
+        ("stacked-rank", "s = α/(3 r), the rank of three stacked A", then(s=lambda s, c: s / 3)),
+        ("rank-from-B", "s = α/m, r from B's wrong axis", but(s=lambda my, c: c.alpha / len(c.B))),
+        (
+            "rank-from-A",
+            "s = α/n, r from A's wrong axis",
+            but(s=lambda my, c: c.alpha / len(c.A.T)),
+        ),
+        (
+            "first-call",
+            "s of the first call: another adapter's",
+            but(s=lambda my, c: from_first_call(my, "s", Plain.s(my, c))),
+            "diffusers 14409",
+        ),
+        ("of-base", "y = s (x Wᵀ + b + H Bᵀ)", but(base=lambda my, c: my.s(c) * Plain.base(my, c))),
+    ),
+    *family(
+        "SCALE",
+        "linear",
+        "linear.forward.rslora",
+        (
+            "rslora-ignored",
+            "s = α/r with rsLoRA",
+            but(s=lambda my, c: c.alpha / c.r),
+            "TensorRT-LLM 1668",
+            "peft 2733",
+        ),
+        (
+            "rslora-of-alpha",
+            "s = √(α/r) with rsLoRA",
+            but(s=lambda my, c: (c.alpha / c.r) ** (0.5 if c.rslora else 1)),
+        ),
+    ),
+    *family(
+        "SCALE",
+        "linear",
+        "linear.forward.bias",
+        ("of-bias", "y = x Wᵀ + s b + s H Bᵀ", but(base=lambda my, c: c.x @ c.W.T + my.s(c) * c.b)),
+    ),
+    *family(
+        "SCALE",
+        "linear",
+        "linear.vjp",
+        ("backward-squared", "s² in all gradients", but(ds=lambda my, c: my.s(c) ** 2)),
+        ("backward-one", "no s in any gradient", but(ds=lambda my, c: 1.0)),
+    ),
+    *family(
+        "SCALE",
+        "linear",
+        "linear.vjp.rslora",
+        (
+            "backward-rslora-ignored",
+            "s = α/r in the gradients",
+            but(ds=lambda my, c: c.alpha / c.r),
+        ),
+    ),
+)
+
+
+def _batch_swapped(my: Plain, x: Array) -> Array:
+    return Plain.rows(my, x.swapaxes(0, 1) if x.ndim > 2 else x)
+
+
+LAYOUT = (
+    *family(
+        "LAYOUT",
+        "linear",
+        "linear.forward",
+        ("A-reshaped", "A.reshape(n, r) for Aᵀ", reads(A=lambda c: c.A.reshape(-1, c.r).T)),
+        ("B-reshaped", "B.reshape(r, m) for Bᵀ", reads(B=lambda c: c.B.reshape(c.r, -1).T)),
+        (
+            "file-turned",
+            "A (n, r), B (r, m) expected of a file, and reshaped",
+            reads(A=lambda c: c.A.reshape(-1, c.r).T, B=lambda c: c.B.reshape(c.r, -1).T),
+            "vmlx-swift 320",
+        ),
+        (
+            "A-for-B",
+            "A and Bᵀ swapped, that is (B A)ᵀ for B A, where m = n",
+            reads(A=lambda c: c.B.T if square(c) else c.A, B=lambda c: c.A.T if square(c) else c.B),
+        ),
+        ("W-turned", "x W for x Wᵀ where m = n", reads(W=lambda c: c.W.T if square(c) else c.W)),
+        ("A-shifted", "column j of A for column j + 1", reads(A=lambda c: np.roll(c.A, 1, 1))),
+        ("B-shifted", "row i of B for row i + 1", reads(B=lambda c: np.roll(c.B, 1, 0))),
+        ("ranks-reversed", "A's rows from the last, B's columns not", reads(A=lambda c: c.A[::-1])),
+        (
+            "x-reshaped",
+            "x.reshape(n, t) for xᵀ",
+            but(rows=lambda my, x: x.reshape(x.shape[-1], -1).T),
+        ),
+        ("y-reshaped", "y (m, t) reshaped for yᵀ", then(y=lambda y, c: y.T.reshape(y.shape))),
+        ("batch-swapped", "x (b, t, n) read as (t, b, n)", but(rows=_batch_swapped)),
+        (
+            "first-sequence",
+            "y = 0 in all sequences of a batch but the first",
+            then(y=lambda y, c: y * upto(c.lead[-1], len(y))[:, None] if c.lead else y),
+        ),
+        (
+            "vector-batched",
+            "x (n,) answered with (1, m)",
+            but(shaped=lambda my, c, rows: Plain.shaped(my, c, rows) if c.lead else rows),
+        ),
+        (
+            "last-token",
+            "y = 0 at the last token",
+            then(y=lambda y, c: y * upto(len(y) - 1, len(y))[:, None]),
+        ),
+        ("first-token", "the first token's branch at all", then(u=lambda u, c: u[:1] + 0 * u)),
+        (
+            "tail-of-features",
+            "the sum over features stops at a multiple of 4",
+            then(h=lambda h, c: h * upto(len(h.T) // 4 * 4, len(h.T))),
+        ),
+        (
+            "tail-of-ranks",
+            "the sum over ranks stops at a multiple of 2",
+            then(u=lambda u, c: u * upto(c.r // 2 * 2, c.r)),
+        ),
+        (
+            "tail-of-outputs",
+            "the outputs beyond a multiple of 4 have no branch",
+            then(branch=lambda v, c: v * upto(len(v.T) // 4 * 4, len(v.T))),
+        ),
+        ("one-rank", "all ranks but the first are lost", then(u=lambda u, c: u * upto(1, c.r))),
+    ),
+    *family(
+        "LAYOUT",
+        "linear",
+        "linear.forward.conv1d",
+        (
+            "conv1d-turned",
+            "x W with fan_in_fan_out, where m = n",
+            reads(W=lambda c: c.W.T if c.conv1d and square(c) else c.W),
+        ),
+        (
+            "conv1d-reshaped",
+            "W.reshape(n, m)ᵀ with fan_in_fan_out",
+            reads(W=lambda c: c.W.reshape(c.W.shape[::-1]).T if c.conv1d else c.W),
+        ),
+    ),
+)
+
+FORM = (
+    *family(
+        "FORM",
+        "linear",
+        "linear.forward",
+        ("no-base", "y = s H Bᵀ", then(base=lambda v, c: 0 * v)),
+        ("base-twice", "y = 2 (x Wᵀ + b) + s H Bᵀ", then(base=lambda v, c: 2 * v)),
+        ("branch-twice", "y = x Wᵀ + b + 2 s H Bᵀ", then(branch=lambda v, c: 2 * v)),
+        (
+            "base-of-sum",
+            "y = (x + s H Bᵀ) Wᵀ + b where m = n",
+            but(
+                y=lambda my, c: (
+                    my.base(with_(c, x=lambda c: c.x + my.branch(c)))
+                    if square(c)
+                    else Plain.y(my, c)
+                )
+            ),
+        ),
+        (
+            "branch-of-base",
+            "H = (x Wᵀ + b) Aᵀ where m = n",
+            but(h=lambda my, c: my.base(c) if square(c) else Plain.h(my, c)),
+        ),
+        ("residual", "y + x where m = n", then(base=lambda v, c: v + c.x if square(c) else v)),
+        ("softsign", "H / (1 + |H|) for H", then(u=lambda u, c: u / (1 + abs(u)))),
+        ("rank-mean", "the mean over ranks for the sum", then(branch=lambda v, c: v / c.r)),
+        ("clamped", "s H Bᵀ between -6 and 6", then(branch=lambda v, c: v.clip(-6, 6))),
+        (
+            "unit-A",
+            "A's rows at length 1",
+            reads(A=lambda c: c.A / np.maximum((c.A**2).sum(1, keepdims=True), 1e-9) ** 0.5),
+        ),
+        ("hidden-bfloat16", "H rounded to bfloat16", then(u=lambda u, c: digits(u, 8))),
+        ("hidden-coarse", "H kept in half of the digits", then(u=coarse)),
+        ("branch-coarse", "s H Bᵀ kept in half of the digits", then(branch=coarse)),
+        ("base-coarse", "x Wᵀ kept in half of the digits", then(base=coarse)),
+        ("tf32", "x with 11 binary digits in products", then(h=lambda h, c: digits(h, 11))),
+    ),
+    *family(
+        "FORM",
+        "linear",
+        "linear.forward.bias",
+        ("no-bias", "b forgotten", reads(b=lambda c: 0 * c.b)),
+        ("bias-twice", "2 b", reads(b=lambda c: 2 * c.b)),
+        ("bias-negative", "-b", reads(b=lambda c: -c.b)),
+    ),
+    *family(
+        "FORM",
+        "linear",
+        "linear.symmetry",
+        ("relu", "max(H, 0) for H", then(u=lambda u, c: np.maximum(u, 0))),
+        ("absolute-B", "|B| for B", reads(B=lambda c: abs(c.B))),
+    ),
+    *family(
+        "FORM",
+        "linear",
+        "linear.rank-space",
+        ("tanh", "tanh(H) for H", then(u=lambda u, c: np.tanh(u))),
+    ),
+)
+
+DROPOUT = (
+    *family(
+        "DROPOUT",
+        "linear",
+        "linear.forward.dropout",
+        ("on-base", "(K∘x) Wᵀ too", but(base=lambda my, c: my.h(c) @ c.W.T + c.b)),
+        (
+            "on-base-alone",
+            "(K∘x) Wᵀ and H = x Aᵀ",
+            but(base=lambda my, c: Plain.h(my, c) @ c.W.T + c.b, h=lambda my, c: c.x),
+        ),
+        (
+            "on-hidden",
+            "K∘(x Aᵀ)",
+            but(h=lambda my, c: c.x, u=lambda my, c: c.K[:, : c.r] * (c.x @ c.A.T)),
+        ),
+        (
+            "on-branch",
+            "K∘(s H Bᵀ)",
+            but(
+                h=lambda my, c: c.x,
+                branch=lambda my, c: np.resize(c.K, (len(c.x), len(c.B))) * Plain.branch(my, c),
+            ),
+        ),
+        ("by-p", "K = keep / p", reads(K=lambda c: c.K * ((1 - c.p) / c.p) if c.dropout else c.K)),
+        (
+            "times-rate",
+            "K = keep (1 - p)",
+            reads(K=lambda c: c.K * (1 - c.p) ** 2 if c.dropout else c.K),
+        ),
+        (
+            "by-count",
+            "K = keep / the share that is kept",
+            reads(K=lambda c: c.K / (c.K.mean() or 1)),
+        ),
+        ("twice", "K∘K∘x", reads(K=lambda c: c.K**2)),
+        ("never", "K = 1", reads(K=lambda c: np.ones_like(c.K))),
+        (
+            "inverted",
+            "keep read as what to drop",
+            reads(K=lambda c: 1 / (1 - c.p) - c.K if c.dropout else c.K),
+        ),
+        ("one-token", "the first token's mask for all", reads(K=lambda c: c.K[:1] + 0 * c.K)),
+        (
+            "whole-tokens",
+            "the first feature's mask for all",
+            reads(K=lambda c: c.K[:, :1] + 0 * c.K),
+        ),
+        (
+            "first-call",
+            "the first call's mask for all",
+            but(
+                read=lambda my, c: (
+                    with_(c, K=lambda c: from_first_call(my, "K", c.K)) if c.dropout else c
+                )
+            ),
+        ),
+    ),
+    *family(
+        "DROPOUT",
+        "linear",
+        "linear.mean-of-masks",
+        ("not-divided", "K = keep", reads(K=lambda c: np.sign(c.K))),
+    ),
+    *family(
+        "DROPOUT",
+        "linear",
+        "linear.evaluation",
+        (
+            "in-evaluation",
+            "(1 - p) s H Bᵀ where no mask is given",
+            reads(K=lambda c: c.K if c.dropout else c.K * (1 - c.p)),
+        ),
+        (
+            "drawn-in-evaluation",
+            "a mask of its own where none is given",
+            reads(K=lambda c: c.K * (np.random.default_rng(0).random(c.K.shape) >= c.p)),
+        ),
+    ),
+    *family(
+        "DROPOUT",
+        "linear",
+        "linear.vjp.dropout",
+        ("fresh-in-backward", "another mask in the gradients", backward(K=lambda c: c.K[:, ::-1])),
+        ("none-in-backward", "no mask in the gradients", backward(K=lambda c: np.ones_like(c.K))),
+        (
+            "not-divided-in-backward",
+            "K = keep in the gradients",
+            backward(K=lambda c: np.sign(c.K)),
+        ),
+        ("dA-undropped", "dA = duᵀ x", but(dA=lambda my, c: my.du(c).T @ c.x)),
+        (
+            "dB-undropped",
+            "dB = s Gᵀ (x Aᵀ)",
+            but(dB=lambda my, c: my.ds(c) * c.dy.T @ (c.x @ c.A.T)),
+        ),
+        ("dx-undropped", "dx = G W + du A", but(dx_branch=lambda my, c: my.du(c) @ c.A)),
+        ("dx-all-dropped", "dx = K∘(G W + du A)", then(dx_base=lambda v, c: c.K * v)),
+    ),
+)
+
+
+def _dA_after_step_of_B(my: Plain, c: Call) -> Any:
+    return Plain.dA(my, with_(c, B=lambda c: c.B - 0.01 * my.dB(c)))
+
+
+BACKWARD = (
+    *family(
+        "BACKWARD",
+        "linear",
+        "linear.vjp",
+        (
+            "factors-scaled-twice",
+            "s dA, s dB",
+            but(
+                dA=lambda my, c: my.s(c) * Plain.dA(my, c),
+                dB=lambda my, c: my.s(c) * Plain.dB(my, c),
+            ),
+        ),
+        ("dA-zero", "dA = 0", then(dA=lambda g, c: 0 * g)),
+        ("dB-zero", "dB = 0", then(dB=lambda g, c: 0 * g)),
+        (
+            "all-zero",
+            "no gradient reaches the adapter",
+            then(dA=lambda g, c: 0 * g, dB=lambda g, c: 0 * g),
+            "transformers 26221",
+            "microsoft/LoRA 120",
+            "peft 1142",
+        ),
+        ("dA-negative", "-dA", then(dA=lambda g, c: -g)),
+        ("dx-negative", "-dx", then(dx=lambda g, c: -g)),
+        ("twice", "2 dA, 2 dB", then(dA=lambda g, c: 2 * g, dB=lambda g, c: 2 * g)),
+        (
+            "first-token",
+            "the gradients of the first token alone",
+            backward(dy=lambda c: c.dy * upto(1, len(c.dy))[:, None]),
+        ),
+        (
+            "last-token",
+            "the gradients without the last token",
+            backward(dy=lambda c: c.dy * upto(len(c.dy) - 1, len(c.dy))[:, None]),
+        ),
+        ("dx-without-branch", "dx = G W", then(dx_branch=lambda g, c: 0 * g)),
+        ("dx-without-base", "dx = K∘(du A)", then(dx_base=lambda g, c: 0 * g)),
+        (
+            "dx-not-scaled",
+            "dx = G W + K∘(G B A)",
+            but(dx_branch=lambda my, c: c.K * (c.dy @ c.B @ c.A)),
+        ),
+        (
+            "dx-scaled-whole",
+            "dx = s (G W + K∘(G B A))",
+            but(dx_base=lambda my, c: my.s(c) * (c.dy @ c.W)),
+        ),
+        (
+            "dx-W-turned",
+            "dx = G Wᵀ + K∘(du A) where m = n",
+            but(dx_base=lambda my, c: c.dy @ (c.W.T if square(c) else c.W)),
+        ),
+        (
+            "du-of-A",
+            "du = s G Aᵀ where m = n",
+            but(du=lambda my, c: my.ds(c) * (c.dy @ (c.A.T if square(c) else c.B))),
+        ),
+        ("dA-reshaped", "(Hᵀ du).reshape(r, n)", then(dA=lambda g, c: g.T.reshape(g.shape))),
+        ("dB-reshaped", "(uᵀ G).reshape(m, r)", then(dB=lambda g, c: g.T.reshape(g.shape))),
+        ("du-coarse", "du kept in half of the digits", then(du=coarse)),
+        ("dA-coarse", "dA kept in half of the digits", then(dA=coarse)),
+        (
+            "clipped",
+            "dA, dB between -1 and 1",
+            then(dA=lambda g, c: g.clip(-1, 1), dB=lambda g, c: g.clip(-1, 1)),
+        ),
+        (
+            "y-without-branch",
+            "y = x Wᵀ + b where gradients are asked for",
+            then(branch=lambda v, c: v if c.dy is None else 0 * v),
+        ),
+    ),
+    *family(
+        "BACKWARD",
+        "linear",
+        "linear.derivative",
+        ("dA-not-scaled", "dA / s", but(dA=lambda my, c: Plain.dA(my, c) / my.s(c))),
+    ),
+    *family(
+        "BACKWARD",
+        "linear",
+        "linear.balance",
+        ("dB-not-scaled", "dB / s", but(dB=lambda my, c: Plain.dB(my, c) / my.s(c))),
+        ("dA-rows-shifted", "row i of dA for row i + 1", then(dA=lambda g, c: np.roll(g, 1, 0))),
+    ),
+    *family(
+        "BACKWARD",
+        "linear",
+        "linear.tokens-apart",
+        ("dA-mean", "dA / t", then(dA=lambda g, c: g / len(c.x))),
+        (
+            "mean-over-tokens",
+            "dA / t, dB / t",
+            then(dA=lambda g, c: g / len(c.x), dB=lambda g, c: g / len(c.x)),
+        ),
+    ),
+    *family(
+        "BACKWARD",
+        "linear",
+        "linear.zero-B",
+        ("dB-zero-at-zero-B", "dB = 0 while B = 0", then(dB=lambda g, c: g * c.B.any())),
+        ("dA-after-step-of-B", "dA with the B after its step", but(dA=_dA_after_step_of_B)),
+        ("decay-inside", "dA + 0.01 A", then(dA=lambda g, c: g + 0.01 * c.A)),
+    ),
+    *family(
+        "BACKWARD",
+        "linear",
+        "linear.vjp.bias",
+        ("dbias-zero", "db = 0", then(dbias=lambda g, c: 0 * g)),
+        ("dbias-mean", "db / t", then(dbias=lambda g, c: g / len(c.x))),
+        ("dbias-scaled", "s db", but(dbias=lambda my, c: my.s(c) * Plain.dbias(my, c))),
+        ("dbias-first-token", "db of the first token alone", then(dbias=lambda g, c: c.dy[0])),
+    ),
+    *family(
+        "BACKWARD",
+        "linear",
+        "linear.vjp.conv1d",
+        (
+            "dx-conv1d-turned",
+            "dx = G Wᵀ + K∘(du A) with fan_in_fan_out, where m = n",
+            but(dx_base=lambda my, c: c.dy @ (c.W.T if c.conv1d and square(c) else c.W)),
+        ),
+    ),
+)
+
+
+def _overwriting(number: int) -> Any:
+    """`Plain.lora_linear` that leaves one of its arrays halved."""
+
+    def lora_linear(my: Plain, *arrays: Array, **options: Any) -> Array:
+        y = Plain.lora_linear(my, *arrays, **options)
+        arrays[number][...] = 0.5 * arrays[number].astype(np.float64)
+        return y
+
+    return lora_linear
+
+
+def _every_other_call(my: Plain, c: Call) -> Any:
+    my.memory["on"] = not my.memory.get("on", False)
+    return my.memory["on"] * Plain.branch(my, c)
+
+
+def _kept(name: str, recall: Any = from_first_call) -> Any:
+    """`Plain` that takes an array from an earlier call."""
+    return but(read=lambda my, c: with_(c, **{name: lambda c: recall(my, name, getattr(c, name))}))
+
+
+STATE = (
+    *family(
+        "STATE",
+        "linear",
+        "linear.forward",
+        ("A-cached", "A of the first call for all", _kept("A")),
+        ("W-cached", "W of the first call for all", _kept("W")),
+        ("B-before", "B of the call before", _kept("B", from_call_before)),
+        (
+            "output-not-cleared",
+            "y added to the branch of earlier calls",
+            but(branch=lambda my, c: piled_up(my, "y", Plain.branch(my, c))),
+        ),
+        ("every-other-call", "y = x Wᵀ + b in every second call", but(branch=_every_other_call)),
+        ("x-overwritten", "x changed in place", but(lora_linear=_overwriting(0))),
+        ("W-overwritten", "W changed in place", but(lora_linear=_overwriting(1))),
+        ("B-overwritten", "B changed in place", but(lora_linear=_overwriting(3))),
+    ),
+    *family(
+        "STATE",
+        "linear",
+        "linear.forward.bias",
+        ("bias-cached", "b of the first call for all", _kept("b")),
+    ),
+    *family(
+        "STATE",
+        "linear",
+        "linear.vjp",
+        (
+            "hidden-before",
+            "dB with H of the call before",
+            but(dB=lambda my, c: my.ds(c) * c.dy.T @ from_call_before(my, "u", my.u(c))),
+        ),
+        (
+            "gradients-pile-up",
+            "dA added to the dA of earlier calls",
+            but(dA=lambda my, c: piled_up(my, "dA", Plain.dA(my, c))),
+        ),
+    ),
+)
+
+
+class _InOrder(np.ndarray):
+    """Products whose sums run in order, every term and partial sum rounded to the dtype stored."""
+
+    stored: Any = None
+
+    def __array_finalize__(self, obj: Any) -> None:
+        self.stored = getattr(obj, "stored", None)
+
+    def __matmul__(self, other: Any) -> Any:
+        total = 0 * self[:, :1] * other[:1]
+        for k in range(len(other)):
+            term = (self[:, k : k + 1] * other[k : k + 1]).astype(self.stored)
+            total = (total + term).astype(self.stored).astype(total.dtype)
+        return total
+
+
+def _in_order(name: str) -> Any:
+    def read(c: Call) -> Any:
+        array = getattr(c, name)
+        if array is not None:
+            array = array.view(_InOrder)
+            array.stored = c.dtype
+        return array
+
+    return read
+
+
+SAME = family(
+    "SAME",
+    "linear",
+    "",
+    ("rows", "as it is: tokens in rows", Plain),
+    (
+        "merged",
+        "y = x (W + s B A)ᵀ + b, dx = G (W + s B A), without dropout",
+        but(
+            y=lambda my, c: Plain.y(my, c) if c.dropout else c.x @ my.merged(c).T + c.b,
+            dx=lambda my, c: Plain.dx(my, c) if c.dropout else c.dy @ my.merged(c),
+        ),
+    ),
+    (
+        "scale-on-A",
+        "H = (K∘x) (s A)ᵀ",
+        but(branch=lambda my, c: my.h(c) @ (my.s(c) * c.A).T @ c.B.T),
+    ),
+    ("scale-on-B", "H (s B)ᵀ", but(branch=lambda my, c: my.u(c) @ (my.s(c) * c.B).T)),
+    ("scale-on-u", "(s H) Bᵀ", but(branch=lambda my, c: (my.s(c) * my.u(c)) @ c.B.T)),
+    ("scale-on-x", "(s K∘x) Aᵀ Bᵀ", but(branch=lambda my, c: (my.s(c) * my.h(c)) @ c.A.T @ c.B.T)),
+    (
+        "alpha-then-rank",
+        "α (H Bᵀ) / r",
+        but(branch=lambda my, c: c.alpha * (my.u(c) @ c.B.T) / (c.r**0.5 if c.rslora else c.r)),
+    ),
+    (
+        "scale-on-G",
+        "(s G) B, (s G)ᵀ u",
+        but(du=lambda my, c: (my.s(c) * c.dy) @ c.B, dB=lambda my, c: (my.s(c) * c.dy).T @ my.u(c)),
+    ),
+    ("scale-last", "s ((G B)ᵀ H)", but(dA=lambda my, c: my.s(c) * ((c.dy @ c.B).T @ my.h(c)))),
+    (
+        "through-dW",
+        "dA = s Bᵀ dW, dB = s dW Aᵀ, dW = Gᵀ (K∘x)",
+        but(
+            dA=lambda my, c: my.s(c) * c.B.T @ (c.dy.T @ my.h(c)),
+            dB=lambda my, c: my.s(c) * (c.dy.T @ my.h(c)) @ c.A.T,
+        ),
+    ),
+    (
+        "keep-then-divide",
+        "K after the sum: ((keep∘x) Aᵀ) / (1 - p)",
+        but(
+            h=lambda my, c: np.sign(c.K) * c.x,
+            u=lambda my, c: Plain.u(my, c) / (1 - c.p if c.dropout else 1),
+            dA=lambda my, c: Plain.dA(my, c) / (1 - c.p if c.dropout else 1),
+        ),
+    ),
+    ("base-last", "(s H Bᵀ + b) + x Wᵀ", but(y=lambda my, c: (my.branch(c) + c.b) + c.x @ c.W.T)),
+    (
+        "token-by-token",
+        "dA and dB summed over tokens, one after another",
+        but(
+            dA=lambda my, c: sum(du[:, None] * h for du, h in zip(my.du(c), my.h(c), strict=True)),
+            dB=lambda my, c: sum(
+                my.s(c) * (g[:, None] * u) for g, u in zip(c.dy, my.u(c), strict=True)
+            ),
+        ),
+    ),
+    (
+        "rank-by-rank",
+        "s Σᵢ uᵢ Bᵢᵀ, one rank after another",
+        but(
+            branch=lambda my, c: (
+                my.s(c) * sum(u[:, None] * B for u, B in zip(my.u(c).T, c.B.T, strict=True))
+            )
+        ),
+    ),
+    (
+        "features-from-the-last",
+        "all sums over features from the last",
+        but(
+            u=lambda my, c: my.h(c)[:, ::-1] @ c.A[:, ::-1].T,
+            base=lambda my, c: c.x[:, ::-1] @ c.W[:, ::-1].T + c.b,
+        ),
+    ),
+    (
+        "wide",
+        "in float64, rounded at the end",
+        reads(**wide("x", "W", "A", "B", "b", "K", "dy")),
+    ),
+    (
+        "stored",
+        "every array rounded to the dtype",
+        then(**dict.fromkeys(("h", "u", "branch", "base", "du", "dx_base", "dx_branch"), narrow)),
+    ),
+)
+
+SAME += family(
+    "SAME",
+    "linear",
+    "",
+    (
+        "sums-stored",
+        "every partial sum rounded to the dtype",
+        but(
+            precision={},
+            read=lambda my, c: with_(
+                c, **{n: _in_order(n) for n in ("x", "W", "A", "B", "dy", "K") if hasattr(c, n)}
+            ),
+        ),
+    ),
+)
+
+MISREADINGS: tuple[Misreading, ...] = SCALE + LAYOUT + FORM + DROPOUT + BACKWARD + STATE + SAME
