@@ -6,9 +6,9 @@ import json
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import filter as filter_names
-from fnmatch import fnmatchcase, replace
+from fnmatch import fnmatchcase
 from math import inf
 from time import perf_counter
 from typing import Any
