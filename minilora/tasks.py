@@ -259,24 +259,28 @@ def draw_batch(name: str, rng: np.random.Generator, b: int = 5) -> Batch:
             batch = _ignoring(batch, rng)
             if not chosen.causal:
                 return batch
-            counts = (batch.labels != IGNORED).sum(1)
+            counts = (_labels(batch) != IGNORED).sum(1)
             if counts.all() and len(set(counts)) > 1:
                 return _shifted(batch, np.where(np.arange(b) % 2, 0, padding))
 
 
+def _labels(batch: Batch) -> Array:
+    assert batch.labels is not None  # every task has them
+    return batch.labels
+
+
 def _ignoring(batch: Batch, rng: np.random.Generator) -> Batch:
     """Each of a language's labels ignored with probability 1/4, or one of the classes."""
-    assert batch.labels is not None
-    if batch.labels.ndim == 1:
-        ignored = np.arange(len(batch.labels)) == rng.integers(len(batch.labels))
+    labels = _labels(batch)
+    if labels.ndim == 1:
+        ignored = np.arange(len(labels)) == rng.integers(len(labels))
     else:
-        ignored = rng.random(batch.labels.shape) < 0.25
-    return replace(batch, labels=np.where(ignored, IGNORED, batch.labels))
+        ignored = rng.random(labels.shape) < 0.25
+    return replace(batch, labels=np.where(ignored, IGNORED, labels))
 
 
 def _shifted(batch: Batch, left: Array) -> Batch:
     """Each row moved to the right by its number in ``left``, around the end."""
-    assert batch.labels is not None
     b, t = batch.ids.shape
     at = np.arange(b)[:, None], np.arange(t) - left[:, None]
-    return Batch(batch.ids[at], batch.labels[at], batch.real[at])
+    return Batch(batch.ids[at], _labels(batch)[at], batch.real[at])

@@ -61,8 +61,8 @@ class Recipe:
     adapter: Plan
 
 
-# No two sizes of a model are equal and no setting has its usual value, so that none can be mistaken
-# for another, or be passed over, without a trace.
+# No two sizes of a model are equal, but for BERT's two blocks and two types, and no constant is the
+# usual one, so that none can be mistaken for another, or be passed over, without a trace.
 RECIPES = {
     "llama": Recipe(
         Llama(14, 36, 2, 12, 56, kv_heads=4, head_dim=6, eps=3e-5, theta=2000.0, tied=False),
@@ -121,6 +121,13 @@ def digest(W: Weights) -> str:
     for name, array in sorted(W.items()):
         total.update(f"{name} {array.shape} ".encode() + array.astype("<f4").tobytes())
     return total.hexdigest()
+
+
+def random_numbers() -> str:
+    """A hash of what NumPy draws in the ways that are used here, rounded as training rounds it."""
+    rng = np.random.default_rng(0)
+    draws = rng.standard_normal(1000), rng.uniform(-1.0, 1.0, 1000), rng.random(1000)
+    return digest({str(i): np.asarray(portable(draw)) for i, draw in enumerate(draws)})
 
 
 def opened(folder: Path) -> tuple[Config, Weights, Tuning]:
@@ -185,6 +192,7 @@ def build(out: Path) -> None:
         "schema": 1,
         "versions": {"minilora": __version__, "python": platform.python_version()}
         | {package: version(package) for package in ("numpy", "safetensors", "scipy")},
+        "random_numbers": random_numbers(),
         "models": {name: learned(name, out / name) for name in RECIPES},
         "files": {
             path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -418,9 +426,10 @@ every gradient of the adapter. All of it, this text included, is written by `bui
 
 <MODELS>
 
-Within a model all sizes differ, so that none can be mistaken for another; constants are not the
-usual ones, so that none can be passed over; the scales are fractions. The adapters' B, the biases
-and the norms' weights are trained, so that no term drops out.
+Within a model all sizes differ (but for BERT's blocks and types), so that none can be mistaken for
+another; constants are not the usual ones, so that none can be passed over; the scales are
+fractions. The adapters' B, the biases and the norms' weights are trained, so that no term drops
+out.
 
 ## What they have learned
 
@@ -441,6 +450,7 @@ what is expected of both together, and `manifest.json` holds
 
 - `schema`: the version of this layout;
 - `versions`: of what it was built with;
+- `random_numbers`: a hash of some that NumPy drew, to tell when a new NumPy draws others;
 - `models`: of each model its `tasks`, their `entropy`, the `base_loss` and `adapter_loss` on both
   as in the table above, and `early`: a hash of the weights after the first <EARLY> steps of both
   trainings;

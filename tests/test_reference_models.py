@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from minilora.verify.check import MONTE_CARLO
 from minilora.verify.contract import Precision
 from minilora.verify.tolerance import Rounding, noisy, spread
 
-FOLDER = Path(__file__).parent.parent / "reference_models"
+FOLDER = reference.folder()
 SCRIPT = FOLDER / "build.py"
 EVERY = pytest.mark.parametrize("name", reference.names())
 
@@ -88,6 +87,14 @@ def test_a_setting_without_a_meaning_stops_the_readme(tmp_path):
         build.settings_table(path)
 
 
+def test_numpy_draws_the_numbers_that_the_models_were_made_from(monkeypatch):
+    """If it does not, the script makes other bytes, and the files here stay as they are."""
+    assert build.random_numbers() == reference.manifest()["random_numbers"]
+    older = np.random.Generator(np.random.MT19937(0))
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: older)
+    assert build.random_numbers() != reference.manifest()["random_numbers"]
+
+
 @EVERY
 def test_the_first_steps_of_both_trainings_give_the_same_bytes(name, monkeypatch):
     wanted = reference.manifest()["models"][name]["early"]
@@ -115,12 +122,12 @@ print(json.dumps([plain, early]))
 @pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="there is no older code to choose"
 )
-def test_code_for_an_older_processor_and_two_threads_give_the_same_bytes():
+def test_code_for_an_older_processor_gives_the_same_bytes():
     """OpenBLAS and NumPy choose their code by the processor, and can be told to choose another."""
     newer = np.show_config(mode="dicts")["SIMD Extensions"]["found"]
     environment = os.environ | {
         "OPENBLAS_CORETYPE": "Nehalem",
-        "OPENBLAS_NUM_THREADS": "2",
+        "OPENBLAS_NUM_THREADS": "1",
         "NPY_DISABLE_CPU_FEATURES": " ".join(newer),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
@@ -287,15 +294,13 @@ def test_transformers_and_peft_give_the_same_logits_from_the_files(name, monkeyp
 
 
 def test_the_folder_is_found_beside_the_package_and_in_an_installation(tmp_path, monkeypatch):
-    assert reference.folder() == FOLDER
+    assert {"manifest.json", "README.md", "build.py"} <= {p.name for p in FOLDER.iterdir()}
     package = tmp_path / "minilora"
     (package / "reference_models").mkdir(parents=True)
     monkeypatch.setattr(reference, "__file__", str(package / "reference.py"))
     reference.folder.cache_clear()
     try:
-        with pytest.raises(
-            FileNotFoundError, match=r"found manifest\.json in neither"
-        ):
+        with pytest.raises(FileNotFoundError, match=r"found manifest\.json in neither"):
             reference.folder()
         (package / "reference_models" / reference.MANIFEST).touch()
         assert reference.folder() == package / "reference_models"

@@ -130,6 +130,14 @@ EXACT = {
 """The ufuncs that round nothing."""
 
 
+ARITHMETIC = {np.add, np.subtract, np.multiply, np.divide, np.square, np.sqrt}
+"""The ufuncs that IEEE 754 rounds correctly, to within u."""
+
+FUNCTION_ULPS = 2.0
+"""Of exp, log, tanh and erf, fast libraries promise 1 to 2 units in the last place, each worth 2 u:
+SLEEF its 1.0 ULP functions, which PyTorch's CPU kernels call, NVIDIA its tables for CUDA."""
+
+
 class Noisy(np.ndarray):
     """float64 values whose every operation is followed by a rounding error drawn at random.
 
@@ -149,13 +157,13 @@ class Noisy(np.ndarray):
         y.rounding, y.rng = self.rounding, self.rng
         return y
 
-    def _rounded(self, y: Array, accumulated: Array | None = None) -> Any:
+    def _rounded(self, y: Array, accumulated: Array | None = None, units: float = 1.0) -> Any:
         """y with an error uniform in ± its greatest; a sum also has the accumulation's variance.
 
         Uniform in ± a has the variance a² / 3.
         """
         rounding = self.rounding
-        greatest = rounding.u * y
+        greatest = units * rounding.u * y
         if accumulated is not None:
             greatest = np.sqrt(greatest * greatest + 3 * accumulated)
         noise = 2 * self.rng.random(np.shape(y), dtype=np.float32) - 1
@@ -191,7 +199,7 @@ class Noisy(np.ndarray):
             squares = np.add.reduce(np.square(plain[0]), **kwargs)
             terms = plain[0].size // max(1, np.size(y))
             return self._rounded(y, self.rounding.summed(terms, squares))
-        return self._rounded(y)
+        return self._rounded(y, units=1.0 if ufunc in ARITHMETIC else 2 * FUNCTION_ULPS)
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         # Moves (where, concatenate, reshape …) round nothing; what they lose is the class.

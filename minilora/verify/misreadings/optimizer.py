@@ -342,7 +342,7 @@ SCHEDULE = (
                 )
             ),
         ),
-        ("one-step-shorter", "total - 1 for total", reads(total=lambda c: c.total - 1)),
+        ("one-step-shorter", "total - 1 for total", reads(total=lambda c: max(1, c.total - 1))),
         (
             "cosine-for-linear",
             "(1 + cos πq) / 2",
