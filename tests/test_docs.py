@@ -123,6 +123,34 @@ def test_a_section_without_its_proof_is_seen():
         assert lacking("linear", page.replace(cut, "")) == [what]
 
 
+def unshown(findings, page):
+    """The findings without their reproduction on the page, or without the release they are of."""
+    functions = [node for node in ast.parse(findings).body if isinstance(node, ast.FunctionDef)]
+    tests = [node for node in functions if node.name.startswith("test_")]
+    assert tests
+    shown = set(re.findall(r"^:pyobject: (\w+)$", page, re.M))
+    seen = re.compile(r"Seen in (and |\w+ [\d.]+\d ?)+\.")
+    return {
+        node.name
+        for node in tests
+        if node.name not in shown or not seen.fullmatch(ast.get_docstring(node) or "")
+    }
+
+
+def test_every_finding_is_shown_with_the_release_it_was_seen_in():
+    findings = (ROOT / "tests/peers/test_findings.py").read_text()
+    assert unshown(findings, (DOCS / "findings.md").read_text()) == set()
+
+
+@pytest.mark.parametrize("docstring", ["Seen in a library.", "Seen in torch 2.", "Seen in 2.13."])
+def test_a_finding_without_its_release_or_its_place_is_seen(docstring):
+    page = ":pyobject: test_it\n"
+    assert unshown(f"def test_it():\n    '{docstring}'", page) == {"test_it"}
+    release = "def test_it():\n    'Seen in torch 2.13.0 and peft 0.21.2.'"
+    assert unshown(release, page) == set()
+    assert unshown(release, "") == {"test_it"}
+
+
 def prose(page):
     """A page without its code, mathematics and headings."""
     page = re.sub(r"^```.*?^```$|\A---\n.*?^---$", "", page, flags=re.M | re.S)

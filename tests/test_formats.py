@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import struct
 import warnings
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
-from calculus import GRADIENT, relative_error
+from calculus import GRADIENT, record_worst, relative_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save, save_file
@@ -20,6 +21,8 @@ from minilora.formats import huggingface, peft
 from minilora.formats.files import (
     FormatError,
     check_settings,
+    listed,
+    pack_json,
     read_json,
     read_tensors,
     write_tensors,
@@ -212,6 +215,8 @@ def test_weights_are_converted_to_the_dtype_asked_for(folder):
         assert same(W_read, narrow)
         write_model(folder / "written", c, W, dtype=dtype)
         assert same(read_model(folder / "written")[1], narrow)
+        written = read_json(folder / "written" / "config.json")["dtype"]
+        assert written == np.dtype(dtype).name
     assert read_model(folder / "gpt2", np.longdouble)[1]["norm.weight"].dtype == np.longdouble
 
 
@@ -433,6 +438,7 @@ CONFIG_REFUSALS = [
     ("llama", {"sliding_window": 4096}, "sliding_window: found 4096"),
     ("llama", {"per_layer_config": {"0": {"hidden_act": "gelu"}}}, "per_layer_config: found"),
     ("llama", {"logits_scaling": 8.0}, r"logits_scaling: found 8\.0, expected no setting of"),
+    ("qwen2", {"num_key_value_heads": ...}, "num_key_value_heads: found None, expected a whole"),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window: found true"),
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: found"),
     ("qwen2", {"layer_types": 3}, "layer_types: found 3, expected full_attention for each"),
@@ -473,6 +479,25 @@ def test_settings_known_to_change_no_logit_pass(kind, folder):
     assert read_config(folder / kind) == MODELS[kind]
 
 
+@every_model
+def test_a_fixed_setting_has_no_other_value(kind, adapters):
+    c = MODELS[kind]
+    a = huggingface.architecture(c)[1]
+    model, adapter = adapters / kind, adapters / f"{kind}-adapter"
+    for fixed, path, read in (
+        (huggingface.FIXED | a.fixed, model / "config.json", lambda: read_config(model)),
+        (peft.FIXED, adapter / "adapter_config.json", lambda: read_lora(adapter, c)),
+    ):
+        text = path.read_text()
+        for key, values in fixed.items():
+            others = {"other": "other", "one": 1, "yes": True, "no": False}.values()
+            for value in (v for v in others if v not in values):
+                edit(path, **{key: value})
+                with pytest.raises(FormatError, match=f"{key}: found {json.dumps(value)}, exp"):
+                    read()
+                path.write_text(text)
+
+
 def test_the_three_lists_of_settings_are_apart():
     for a in huggingface.ARCHITECTURES.values():
         fixed = {*huggingface.FIXED, *a.fixed}
@@ -482,6 +507,17 @@ def test_the_three_lists_of_settings_are_apart():
         assert not {*a.keys.values()} & {*huggingface.INERT.split(), *a.inert.split()}
     assert not peft.FIXED.keys() & peft.READ.keys()
     assert not {*peft.FIXED, *peft.READ} & {*peft.INERT.split()}
+
+
+def test_an_error_crosses_processes_whole():
+    error = FormatError("a/b", "x", 1, 2, "count again")
+    assert str(error) == "a/b: x: found 1, expected 2; count again"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_of_many_names_the_first_are_listed():
+    assert listed("edcba") == "a, b, c, d, e"
+    assert listed("fedcba") == "a, b, c, d, e and 1 more"
 
 
 def test_a_setting_is_inert_by_its_whole_name_only():
@@ -723,6 +759,9 @@ def test_bytes_do_not_depend_on_order_and_chance(tmp_path):
     assert len({(tmp_path / str(i)).read_bytes() for i in range(8)}) == 1
     with pytest.raises(ValueError, match="metadata a, b: one entry at most"):
         write_tensors(tmp_path / "no", arrays, {"b": "1", "a": "2"})
+    assert pack_json({"b": 1, "a": 2}) == pack_json({"a": 2, "b": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        pack_json({"a": np.inf})
     # More entries come in an order of chance.
     many = {str(i): "" for i in range(8)}
     assert len({save(arrays, many) for _ in range(20)}) > 1
@@ -866,6 +905,11 @@ TARGETS = [
         {"target_modules": ["c_fc"], "layers_to_transform": 0, "layers_pattern": ["x", "h"]},
         ["layers.0.up"],
     ),
+    (
+        "llama",
+        {"target_modules": ["v_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        ["layers.1.v"],
+    ),
     ("gpt2", {"target_modules": "all-linear"}, layers("qkv", "o", "up", "down")),
     ("bert", {"target_modules": "all-linear", "task_type": None}, ["head", "pooler", *BERT]),
     ("bert", {"target_modules": "all-linear"}, [*BERT, "pooler"]),
@@ -976,6 +1020,11 @@ ADAPTER_REFUSALS = [
         "found model.embed_tokens, exp",
     ),
     ("llama", {"target_modules": ["input_layernorm"]}, "input_layernorm, expected proj"),
+    (
+        "llama",
+        {"modules_to_save": ["_proj"]},
+        r"found .*q_proj, by the end of the name, expected mod",
+    ),
     ("gpt2", {"target_modules": ["lm_head"]}, "found lm_head, expected projections only; .*tied"),
     ("gpt2", {"modules_to_save": ["wte"]}, "modules_to_save: found transformer.wte of"),
     ("gpt2", {"modules_to_save": ["wte"], "ensure_weight_tying": True}, "modules_to_save: found"),
@@ -1074,6 +1123,11 @@ def test_what_peft_writes_twice_must_be_equal(adapters):
     tensors[f"{norm}.modules_to_save.bias"][0] += 1
     save_file(tensors, path / peft.WEIGHTS)
     with pytest.raises(FormatError, match=rf"{norm}\.modules_to_save\.bias: found other entries"):
+        read_adapter(path, c)
+
+    tensors.pop(f"{norm}.bias")
+    save_file(tensors, path / peft.WEIGHTS)
+    with pytest.raises(FormatError, match=rf"none named {norm}\.bias"):
         read_adapter(path, c)
 
     c, path = MODELS["qwen2"], adapters / "qwen2-adapter"
@@ -1335,9 +1389,17 @@ class Libraries(SimpleNamespace):
         return z.numpy()[batch(c).real].T if c.causal else z.numpy().T
 
 
-def real_logits(W, c, tuning):
+def deviation(libraries, model, W, c, tuning):
+    """The greatest difference of the library's logits from minilora's, relative to the greatest."""
     z, _ = logits(batch(c), W, c, tuning)
-    return z[:, batch(c).real.ravel()] if c.causal else z
+    return relative_error(
+        libraries.logits(model, c), z[:, batch(c).real.ravel()] if c.causal else z
+    )
+
+
+def agree(library, figure):
+    record_worst(f"logits against {library}, read and written in files", figure)
+    return figure <= GRADIENT
 
 
 @pytest.fixture(scope="module")
@@ -1377,9 +1439,9 @@ def libraries():
 def test_transformers_computes_the_model_that_is_written(kind, shard_bytes, libraries, tmp_path):
     c, W = MODELS[kind], weights(MODELS[kind])
     write_model(tmp_path, c, W, shard_bytes=shard_bytes)
-    found = libraries.logits(libraries.model(tmp_path), c)
-    assert found.dtype == np.float64
-    assert relative_error(found, real_logits(W, c, Tuning())) <= GRADIENT
+    model = libraries.model(tmp_path)
+    assert model.dtype == libraries.torch.float64
+    assert agree("transformers", deviation(libraries, model, W, c, Tuning()))
 
 
 @every_model
@@ -1387,8 +1449,22 @@ def test_a_name_in_the_place_of_another_is_noticed(kind, libraries, tmp_path):
     c, W = MODELS[kind], weights(MODELS[kind])
     first, second = "layers.0.norm1.weight", "layers.1.norm1.weight"
     write_model(tmp_path, c, W | {first: W[second], second: W[first]})
-    found = libraries.logits(libraries.model(tmp_path), c)
-    assert relative_error(found, real_logits(W, c, Tuning())) > 1e9 * GRADIENT
+    assert deviation(libraries, libraries.model(tmp_path), W, c, Tuning()) > 1e9 * GRADIENT
+
+
+@every_model
+def test_what_a_file_leaves_out_is_what_transformers_takes(kind, libraries, tmp_path):
+    a = huggingface.architecture(MODELS[kind])[1]
+    left_out = {*a.written, "id2label", "label2id", "rope_parameters"}
+    left_out |= {a.keys[field] for field in a.absent}
+    written = config_to_json(MODELS[kind])
+    short, whole = tmp_path / "short", tmp_path / "whole"
+    short.mkdir()
+    text = json.dumps({key: value for key, value in written.items() if key not in left_out})
+    (short / "config.json").write_text(text)
+    libraries.transformers.AutoConfig.from_pretrained(short).save_pretrained(whole)
+    assert len(read_json(whole / "config.json")) > len(read_json(short / "config.json"))
+    assert read_config(whole) == read_config(short)
 
 
 @every_model
@@ -1409,7 +1485,7 @@ def test_peft_computes_and_trains_the_adapter_that_is_written(kind, libraries, a
     c, W, tuning, _ = adapted(kind)
     path = adapters / f"{kind}-adapter"
     model = libraries.adapted(libraries.model(adapters / kind), path)
-    assert relative_error(libraries.logits(model, c), real_logits(W, c, tuning)) <= GRADIENT
+    assert agree("peft", deviation(libraries, model, W, c, tuning))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     stored = {re.sub(r"\.(modules_to_save|default)(?=\.)", "", name) for name in trained}
     assert stored == set(adapter_names(c, tuning.trained).values())
@@ -1500,9 +1576,9 @@ def test_what_peft_writes_is_read(kind, said_, scales, beside, libraries, folder
     assert {at: tuning.scale[at] for at in scales} == scales
     assert {name for name in tuning.trained if not name.endswith((".A", ".B"))} == beside
     W = weights(c) | read
-    assert relative_error(libraries.logits(model, c), real_logits(W, c, tuning)) <= GRADIENT
+    assert agree("peft", deviation(libraries, model, W, c, tuning))
     # The base without the adapter is another function.
-    assert relative_error(libraries.logits(model, c), real_logits(weights(c), c, Tuning())) > 0.01
+    assert deviation(libraries, model, weights(c), c, Tuning()) > 1e9 * GRADIENT
 
 
 @pytest.mark.parametrize(("kind", "changes", "hit"), TARGETS)

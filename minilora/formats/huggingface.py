@@ -155,6 +155,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "Qwen2ForCausalLM": dataclasses.replace(
         _LLAMA,
         model_type="qwen2",
+        # transformers would take 32 key/value heads, whatever the model: the file has to say it
+        absent={key: value for key, value in _LLAMA.absent.items() if key != "kv_heads"},
         fixed={
             "hidden_act": ("silu", "swish"),
             "use_sliding_window": (False,),

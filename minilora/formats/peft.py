@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,10 @@ def read_lora(path: Path | str, c: Config) -> Lora:
         remedy = "adapters of embeddings, norms and tied heads are not implemented here"
         raise FormatError(path, "target_modules", listed(wrong), "projections only", remedy)
     saved = {at for at, key in paths.items() if _saved(key, settings["modules_to_save"])}
+    if both := saved.intersection(hit):
+        found = f"{listed(paths[at] for at in both)}, by the end of the name"
+        remedy = "PEFT would save adapted modules in full: give whole names"
+        raise FormatError(path, "modules_to_save", found, "modules without adapters", remedy)
     if "head" not in c.linears() and saved & {"embed", "head"}:
         if not (settings["ensure_weight_tying"] and isinstance(c, Llama)):
             found = f"{listed(paths[at] for at in saved & {'embed', 'head'})} of a tied model"
@@ -239,8 +244,7 @@ def _layer(key: str, patterns: str | list[str]) -> int | None:
 
 def _saved(key: str, wanted: list[str]) -> bool:
     """Whether the module or one that it lies in is trained in full: by the end of its name."""
-    parts = key.split(".")
-    around = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    around = accumulate(key.split("."), "{}.{}".format)
     return any(name.endswith(tuple(wanted)) for name in around)
 
 

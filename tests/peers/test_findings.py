@@ -1,45 +1,362 @@
 """What was found in real libraries: where they deviate, and what is right by algebra.
 
-A test is a finding. Its name is the sentence, its docstring says in which release that was seen,
-and its body is the smallest reproduction, which `docs/findings.md` shows. It passes while the
-library still does so. One that fails after an upgrade is good news, most likely: the library
-behaves otherwise. Look what it does now; if it is right, take the finding out here and there.
+Each test is a finding: its name is the sentence, its docstring says in which release that was seen,
+and its body is the smallest reproduction, which docs/findings.md shows. It asserts what the library
+does beside what would be right, so it fails once a release behaves differently. That is good news,
+most likely: look what the library does now, and if it is right, take the finding out here and on
+the page.
 
-The arguments named like libraries are these libraries. All numbers are chosen such that nothing
-rounds but what the finding is about, so that `==` decides.
+An argument with the name of a library is that library. The numbers are chosen so that nothing is
+rounded but what the finding is about, and `==` can decide.
 """
 
-import importlib
 import pickle
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 
 from minilora import Batch, Tuning, logits, lora_linear, merge, scale, unmerge
 from minilora.formats.huggingface import read_model
 from minilora.lora import merge_weight
 from minilora.ops import attention, cross_entropy, embedding, linear, rmsnorm, rope_tables
-from minilora.optim import adamw, loraplus_rates, schedule, AdamState
+from minilora.optim import AdamState, adamw, loraplus_rates, schedule
 
 NEEDED = "the peers need it: pip install 'minilora[peers]'"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def torch():
     return pytest.importorskip("torch", reason=NEEDED)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def transformers(torch):
     return pytest.importorskip("transformers", reason=NEEDED)
 
 
-@pytest.fixture(scope="module")
-def peft(transformers):
+@pytest.fixture
+def peft(torch):
     return pytest.importorskip("peft", reason=NEEDED)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def loralib(torch):
     return pytest.importorskip("loralib", reason=NEEDED)
+
+
+TINY = {"vocab_size": 5, "hidden_size": 4, "num_hidden_layers": 2, "num_attention_heads": 1}
+
+
+def test_transformers_computes_the_loss_of_a_float64_model_in_float32(torch, transformers):
+    """Seen in transformers 5.24.0."""
+    z = torch.tensor([[[1.0, 1 + 2**-40], [0, 0]]], dtype=torch.float64)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).double()
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**TINY)).double()
+    for model in (llama, gpt2):
+        first, second = (
+            model.loss_function(logits=z, labels=torch.tensor([[0, label]]), vocab_size=2)
+            for label in (0, 1)
+        )
+        assert first.dtype == second.dtype == torch.float32
+        assert first == second
+    first, second = (cross_entropy(z[0, :1].numpy().T, np.array([label]))[0] for label in (0, 1))
+    # The two share their logarithm; a sum below 2 is rounded by at most 2⁻⁵³, their difference not.
+    assert abs((first - second) - 2**-40) <= 2 * 2**-53
+
+
+def test_transformers_computes_rmsnorm_of_a_float64_llama_in_float32(torch, transformers):
+    """Seen in transformers 5.24.0."""
+    x = np.array([[1], [1 + 2**-40]])
+    norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(2, eps=1e-6).double()
+    first, second = norm(torch.from_numpy(x.T))[0]
+    assert first == second
+    y, _ = rmsnorm(x, np.ones((2, 1)), eps=1e-6)
+    assert y[0] < y[1]
+
+
+def test_transformers_computes_rope_of_a_float64_llama_in_float32(torch, transformers):
+    """Seen in transformers 5.24.0."""
+    config = transformers.LlamaConfig(**TINY)
+    tables = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config).double()
+    positions = np.array([[1, 2, 3]])
+
+    def off(cos, sin):
+        return abs(cos * cos + sin * sin - 1).max()
+
+    # cos² + sin² = 1. Each is off by 2u at most, which its square doubles, and the squares and
+    # their sum round once more: 6u.
+    bound = 6 * 2.0**-53
+    wide = torch.zeros(1, dtype=torch.float64)
+    assert off(*tables(wide, torch.from_numpy(positions))) > bound
+    assert off(*rope_tables(positions, 4, 10000.0, np.float64)) <= bound
+
+
+def test_transformers_computes_the_softmax_of_a_float64_llama_in_float32(torch, transformers):
+    """Seen in transformers 5.24.0."""
+    q, k, v = np.ones((1, 1, 1, 1)), np.array([[[[0, 2**-40]]]]), np.array([[[[0.0, 1.0]]]])
+    attend = transformers.models.llama.modeling_llama.eager_attention_forward
+    layer = SimpleNamespace(num_key_value_groups=1, training=False)
+    o, _ = attend(layer, *(torch.from_numpy(a).mT for a in (q, k, v)), None, scaling=1.0)
+    assert o == 0.5
+    o, _ = attention(q, k, v, np.ones((1, 2, 1), bool))
+    assert o > 0.5
+
+
+def test_transformers_gives_nan_for_a_float64_llama_padded_on_the_left(
+    torch, transformers, tmp_path
+):
+    """Seen in transformers 5.24.0."""
+    config = transformers.LlamaConfig(**TINY, attn_implementation="eager")
+    model = transformers.LlamaForCausalLM(config)
+    ids, mask = np.array([[0, 0, 1, 2]]), np.array([[0, 0, 1, 1]])
+    batch = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+    assert model(**batch).logits.isfinite().all()
+    assert model.double()(**batch).logits.isnan().all()
+    model.set_attn_implementation("sdpa")
+    assert model(**batch).logits.isfinite().all()
+
+    model.save_pretrained(tmp_path)
+    c, W = read_model(tmp_path)
+    z, _ = logits(Batch(ids, mask=mask), W, c, Tuning())
+    assert np.isfinite(z).all()
+
+
+def test_transformers_ignores_the_warm_up_of_a_constant_schedule(torch, transformers):
+    """Seen in transformers 5.24.0."""
+
+    def rates(name):
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        scheduler = transformers.get_scheduler(name, optimizer, num_warmup_steps=4)
+        for _ in range(6):
+            yield scheduler.get_last_lr()[0]
+            optimizer.step()
+            scheduler.step()
+
+    right = [schedule("constant", k, total=6, warmup=4) for k in range(6)]
+    assert right == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert list(rates("constant")) == [1] * 6
+    assert list(rates("constant_with_warmup")) == right
+
+
+def peft_layer(torch, peft, w, delta, dtype):
+    """A model of one weight w and an adapter whose product is delta, and its one layer."""
+    base = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False, dtype=dtype))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=1, lora_alpha=1, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    layer.weight.data.fill_(w)
+    layer.lora_A["default"].weight.data.fill_(1)
+    layer.lora_B["default"].weight.data.fill_(delta)
+    return model, layer
+
+
+def test_peft_replaces_a_weight_decay_for_loraplus_by_zero(torch, peft):
+    """Seen in peft 0.21.2."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    def step(**decay):
+        model, layer = peft_layer(torch, peft, 1, 1, torch.float32)
+        optimizer = create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=0.25, loraplus_lr_ratio=2, **decay
+        )
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        return {end: layer.get_parameter(f"lora_{end}.default.weight").item() for end in "AB"}
+
+    start = {"q.A": 1.0, "q.B": 1.0}
+    rates = loraplus_rates(list(start), lr=0.25, ratio=2)
+    right, _ = adamw(start, dict.fromkeys(start, 0.0), AdamState(), rates, weight_decay=0.5)
+    assert right == {"q.A": 0.875, "q.B": 0.75}
+    assert step(weight_decay=0.5) == {"A": 1, "B": 1}
+    assert step(loraplus_weight_decay=0.5) == {"A": 0.875, "B": 0.75}
+
+
+def test_peft_rounds_the_delta_of_a_safe_merge_before_adding_it(torch, peft):
+    """Seen in peft 0.21.2."""
+    delta = 2**-8 + 2**-18  # a little more than half the spacing of bfloat16 above 1
+
+    def merged(safe):
+        model, layer = peft_layer(torch, peft, 1, delta, torch.bfloat16)
+        model.merge_adapter(safe_merge=safe)
+        return layer.weight.item()
+
+    one = np.ones((1, 1))
+    right = merge_weight(one, one, delta * one, 1).astype(bfloat16)
+    assert merged(safe=False) == right == 1 + 2**-7
+    assert merged(safe=True) == 1
+
+
+def test_peft_and_loralib_do_not_restore_a_weight_by_unmerging(torch, peft, loralib):
+    """Seen in peft 0.21.2 and loralib 0.1.2."""
+    w = 2.0**-30
+    model, pefts = peft_layer(torch, peft, w, 1, torch.float32)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    loralibs = loralib.Linear(1, 1, r=1)
+    for parameter, value in zip(loralibs.parameters(), (w, 0, 1, 1), strict=True):
+        parameter.data.fill_(value)
+    loralibs.eval()
+    loralibs.train()
+    assert pefts.weight == loralibs.weight == 0
+
+    one = np.ones((1, 1), np.float32)
+    W = {"q.weight": w * one, "q.A": one, "q.B": one}
+    merged = merge(W, Tuning(scale={"q": 1}))
+    assert merged["q.weight"] == 1
+    assert unmerge(merged)["q.weight"] == w
+
+
+LORA = {"r": 2, "lora_alpha": 4}
+S = scale(alpha=4, r=2)
+X = np.arange(1.0, 9.0).reshape(4, 2)
+
+
+def filled(layer):
+    """A loralib layer with positive whole numbers for parameters, and W, b, A, B as arrays."""
+    rng = np.random.default_rng(0)
+    for parameter in layer.parameters():
+        parameter.data = parameter.new_tensor(rng.integers(1, 5, parameter.shape))
+    base = getattr(layer, "conv", layer)
+    W, b, A, B = (
+        p.detach().numpy().copy() for p in (base.weight, base.bias, layer.lora_A, layer.lora_B)
+    )
+    return layer, W.reshape(len(W), -1), b[:, None], A, B
+
+
+def answer(layer, x):
+    """The layer's answer to the columns of x, as columns."""
+    return layer(layer.lora_A.new_tensor(x.T)).detach().numpy().T
+
+
+def same(a, b):
+    return np.array_equal(a, b)
+
+
+def test_loralib_returns_nothing_from_train_and_eval(torch, loralib):
+    """Seen in loralib 0.1.2."""
+    adapted, plain = loralib.Linear(4, 3, **LORA), torch.nn.Linear(4, 3)
+    assert adapted.eval() is None
+    assert adapted.train() is None
+    assert plain.eval() is plain.train() is plain
+
+
+def test_loralib_merges_twice_what_was_saved_after_eval(loralib):
+    """Seen in loralib 0.1.2."""
+    saved, W, _, A, B = filled(loralib.Linear(4, 3, **LORA))
+    once = merge_weight(W, A, B, S)
+    saved.eval()
+    assert same(saved.weight.detach(), once)
+    loaded = loralib.Linear(4, 3, **LORA)
+    loaded.load_state_dict(saved.state_dict())
+    loaded.eval()
+    assert same(loaded.weight.detach(), merge_weight(once, A, B, S))
+
+
+def test_loralib_drops_an_adapter_that_is_loaded_after_eval(loralib):
+    """Seen in loralib 0.1.2."""
+    saved, W, b, A, B = filled(loralib.Linear(4, 3, **LORA))
+    right, _ = lora_linear(X, W, b, A, B, S)
+    assert same(answer(saved, X), right)
+    loaded = loralib.Linear(4, 3, **LORA)
+    loaded.eval()
+    loaded.load_state_dict(saved.state_dict())
+    assert same(answer(loaded, X), linear(X, W, b)[0])
+    loaded.train()
+    assert same(loaded.weight.detach(), merge_weight(W, A, B, -S))
+
+
+def test_loralib_gives_an_adapter_no_gradient_after_eval(torch, loralib):
+    """Seen in loralib 0.1.2."""
+
+    def gradients(**settings):
+        layer, *arrays = filled(loralib.Linear(4, 3, **LORA, **settings))
+        layer.eval()
+        layer(torch.from_numpy(X.T).float()).sum().backward()
+        return layer.lora_A.grad, layer.lora_B.grad, arrays
+
+    dA, dB, (W, b, A, B) = gradients()
+    assert dA is None
+    assert dB is None
+    y, back = lora_linear(X, W, b, A, B, S)
+    _, *right = back(np.ones_like(y))
+    *unmerged, _ = gradients(merge_weights=False)
+    assert all(map(same, unmerged, right))
+
+
+@pytest.mark.parametrize(("kind", "dimensions"), [("Conv1d", 1), ("Conv3d", 3)])
+def test_loralib_fails_in_convolutions_of_one_and_three_dimensions(
+    torch, loralib, kind, dimensions
+):
+    """Seen in loralib 0.1.2."""
+
+    def sizes(layer):
+        return layer.conv.weight.numel(), (layer.lora_B @ layer.lora_A).numel()
+
+    layer = getattr(loralib, kind)(4, 3, kernel_size=3, **LORA)
+    with pytest.raises(RuntimeError, match="is invalid for input of size"):
+        layer(torch.ones(1, 4, *[5] * dimensions))
+    weight, delta = sizes(layer)
+    assert weight != delta
+    weight, delta = sizes(loralib.Conv2d(4, 3, kernel_size=3, **LORA))
+    assert weight == delta
+
+
+def test_loralib_applies_no_dropout_in_convolutions(torch, loralib):
+    """Seen in loralib 0.1.2."""
+    none = np.zeros_like(X)  # p = 1: every feature of the branch is dropped
+    layer, *arrays = filled(loralib.Linear(4, 3, lora_dropout=1.0, **LORA))
+    assert same(answer(layer, X), lora_linear(X, *arrays, S, none)[0])
+    layer, *arrays = filled(loralib.Conv2d(4, 3, kernel_size=1, lora_dropout=1.0, **LORA))
+    y = layer(torch.from_numpy(X).float()[None, :, :, None]).detach()[0, :, :, 0]
+    assert same(y, lora_linear(X, *arrays, S)[0])
+    assert not same(y, lora_linear(X, *arrays, S, none)[0])
+
+
+def test_loralib_fails_in_a_merged_linear_with_nothing_enabled(torch, loralib):
+    """Seen in loralib 0.1.2."""
+    layer = loralib.MergedLinear(4, 3, **LORA)
+    x = torch.from_numpy(X.T).float()
+    with pytest.raises(AttributeError, match="lora_A"):
+        layer(x)
+    layer.eval()
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_loralib_drops_the_adapter_of_a_merged_linear_built_on_the_meta_device(loralib):
+    """Seen in loralib 0.1.2."""
+    built = {"enable_lora": [True], **LORA}
+    layer, *arrays = filled(loralib.MergedLinear(4, 3, **built))
+    right, _ = lora_linear(X, *arrays, S)
+    assert same(answer(layer, X), right)
+    later = loralib.MergedLinear(4, 3, **built, device="meta").to_empty(device="cpu")
+    later.load_state_dict(layer.state_dict())
+    W, b, *_ = arrays
+    assert same(answer(later, X), linear(X, W, b)[0])
+
+
+def test_loralib_shortens_lora_a_in_the_forward_of_an_embedding_with_max_norm(torch, loralib):
+    """Seen in loralib 0.1.2."""
+    layer = loralib.Embedding(1, 1, r=1, max_norm=1.0)
+    for name, value in {"weight": 0.0, "lora_A": 2.0, "lora_B": 0.5}.items():
+        layer.get_parameter(name).data.fill_(value)
+    ids = torch.tensor([0])
+    row = merge_weight(*(np.array([[value]]) for value in (0.0, 2.0, 0.5)), 1)
+    right, _ = embedding(ids.numpy(), row)
+    assert right == 1  # no longer than max_norm
+    layer.eval()
+    assert layer(ids) == right
+    layer.train()
+    assert layer(ids).item() < right
+    assert layer.lora_A < 2
+
+
+def test_loralib_cannot_pickle_a_layer_without_dropout(loralib):
+    """Seen in loralib 0.1.2."""
+    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+        pickle.dumps(loralib.Linear(4, 3, **LORA))
+    layer, W, b, A, B = filled(loralib.Linear(4, 3, lora_dropout=0.5, **LORA))
+    layer.eval()
+    copied = pickle.loads(pickle.dumps(layer))
+    assert same(answer(copied, X), lora_linear(X, W, b, A, B, S)[0])

@@ -886,6 +886,48 @@ FILES = (
     ),
 )
 
+
+class _Stored(np.ndarray):
+    """Arrays in float32, every result of an operation rounded to a half precision."""
+
+    half: Any = None
+
+    def __array_finalize__(self, obj: Any) -> None:
+        self.half = getattr(obj, "half", None)
+
+    def _stored(self, y: Any) -> Any:
+        if not isinstance(y, np.ndarray | np.floating) or y.dtype != np.float32:
+            return y
+        stored = np.asarray(y.astype(self.half).astype(np.float32)).view(_Stored)
+        stored.half = self.half
+        return stored
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        plain = [_plain(each) for each in inputs]
+        kwargs = {name: _plain(each) for name, each in kwargs.items()}
+        return self._stored(getattr(ufunc, method)(*plain, **kwargs))
+
+    def __array_function__(self, f: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        return self._stored(f(*_plain(args), **_plain(kwargs)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(each) for each in value)
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return value.view(np.ndarray) if isinstance(value, _Stored) else value
+
+
+def _wide(array: Array) -> Array:
+    """float16 and bfloat16 as `_Stored`."""
+    if array.dtype in (np.float64, np.float32):
+        return array
+    wide = array.astype(np.float32).view(_Stored)
+    wide.half = array.dtype
+    return wide
+
+
 SAME = family(
     "SAME-MODEL",
     "model",
@@ -915,7 +957,12 @@ SAME = family(
     (
         "no-maximum",
         "exp(z) without the maximum taken off",
-        model(_exponentials=("c = z.real.max(-2, keepdims=True)", "c = 0 * z[..., :1, :]")),
+        model(
+            _exponentials=(
+                "c = z.real.max(-2, keepdims=True)",
+                "c = np.zeros_like(z[..., :1, :].real)",
+            )
+        ),
     ),
     ("silu-divided", "x / (1 + e⁻ˣ)", model(silu=("y = x * sigma", "y = x / (1 + np.exp(-x))"))),
     (
@@ -923,6 +970,7 @@ SAME = family(
         "mean(x²) - mean(x)²",
         model(layernorm=("(centred * centred).mean(0)", "((x * x).mean(0) - x.mean(0) ** 2)")),
     ),
+    ("stored", "every array on the way rounded to a half precision", model(_wide=_wide)),
     (
         "merged",
         "(W + s B A) x",
