@@ -2,9 +2,10 @@
 
 Each test is a finding: its name is the sentence, its docstring says in which release that was seen,
 and its body is the smallest reproduction, which docs/findings.md shows. It asserts what the library
-does beside what would be right, so it fails once a release behaves differently. That is good news,
-most likely: look what the library does now, and if it is right, take the finding out here and on
-the page.
+does beside what would be right, so it fails once the library behaves differently. In the release
+that it was seen in that is a failure; in another one it is an expected failure (conftest.py), and
+good news, most likely: look what the library does now, and if it is right, take the finding out
+here and on the page.
 
 An argument with the name of a library is that library. The numbers are chosen so that nothing is
 rounded but what the finding is about, and `==` can decide.
