@@ -7,6 +7,7 @@ All parameters of a model lie in one flat dict under dotted names: ``layers.0.q.
 ``layers.0.q.B`` (m, r). What is trained, and with which scale and dropout mask, says a `Tuning`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,7 @@ def scale(alpha: Any, r: int, rslora: bool = False) -> Any:
     """
     if r < 1:
         raise ValueError(f"rank {r}: expected at least 1")
-    return alpha / r**0.5 if rslora else alpha / r
+    return alpha / math.sqrt(r) if rslora else alpha / r
 
 
 def lora_linear(

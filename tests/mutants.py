@@ -1,9 +1,9 @@
 """Small errors put into the source, one at a time, and the tests that see them.
 
-``python mutants.py ops lora`` prints, as JSON, the mutants of ``minilora.ops`` and ``minilora.lora``
-that no test notices. A mutant changes one place in one function; its code takes the place of the function's own, so that
-every module that has imported the function runs it. The tests are those of the specification,
-without the peers; each mutant meets the tests that call its function, the quickest first.
+``python mutants.py ops lora`` prints, as JSON, the mutants of these modules of minilora that no
+test notices. A mutant changes one place in one function; its code takes the place of the function's
+own, so that every module that has imported the function runs it. The tests are those of the
+specification, without the peers; each mutant meets those that call its function.
 """
 
 import ast
@@ -87,11 +87,11 @@ def variants(node):
             yield type(node)(swapped, node.ctx)
     elif isinstance(node, ast.If):
         yield ast.If(ast.UnaryOp(ast.Not(), node.test), node.body, node.orelse)
-    elif isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant):
-        yield ast.Pass()
-    elif isinstance(node, ast.Assign) and not isinstance(node.targets[0], ast.Name):
-        yield ast.Pass()
-    elif isinstance(node, ast.AugAssign):
+    elif (
+        (isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant))
+        or (isinstance(node, ast.Assign) and not isinstance(node.targets[0], ast.Name))
+        or isinstance(node, ast.AugAssign)
+    ):
         yield ast.Pass()
 
 
@@ -126,6 +126,8 @@ def mutants(source):
             node = value if i is None else value[i]
             for variant in variants(node):
                 before, after = (ast.unparse(n).split("\n")[0] for n in (node, variant))
+                if before == after:
+                    continue
                 key = f"{qualname}: {before} -> {after}"
                 seen[key] = seen.get(key, 0) + 1
                 if seen[key] > 1:
@@ -191,11 +193,11 @@ def function_of(module, qualname):
     thing = module
     for part in qualname.split("."):
         thing = vars(thing)[part]
-    return thing
+    return thing.fget if isinstance(thing, property) else thing
 
 
 def tests_of(found, items):
-    """The tests that call each function, the quickest first."""
+    """The tests that call each function: first those that bear its name, then the quickest."""
     codes = {function.__code__: function for function in found}
     covering = {function: [] for function in found}
     for item in items:
@@ -212,8 +214,10 @@ def tests_of(found, items):
         finally:
             sys.setprofile(None)
         assert passes, f"{item.nodeid} fails without any mutant"
+        seconds = time.perf_counter() - start
         for function in called:
-            covering[function].append((time.perf_counter() - start, item.nodeid, item))
+            other = function.__name__ not in item.nodeid
+            covering[function].append((other, seconds, item.nodeid, item))
     return {function: [item for *_, item in sorted(tests)] for function, tests in covering.items()}
 
 

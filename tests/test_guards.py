@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from calculus import same_bits
+from calculus import GRADIENT, greatest, same_bits
 from hypothesis import given, settings
 from number_systems import Rounded, every_erf, propagated, to_objects
 
@@ -253,6 +253,22 @@ def departure_from_linearity(operation, rng):
 @given(drawn=draw.operations(), rng=draw.generators())
 def test_every_back_is_linear(name, drawn, rng):
     assert departure_from_linearity(drawn[name], rng) <= 1
+
+
+@pytest.mark.parametrize("name", draw.OPERATIONS)
+@FEW
+@given(drawn=draw.operations())
+def test_every_back_is_linear_over_complex_numbers(name, drawn):
+    """back(i dy) = i back(dy) though the arguments are real: no imaginary part is dropped."""
+    operation = drawn[name]
+    _, back = operation()
+    real = operation.gradients(back, operation.dy)
+    turned = operation.gradients(back, 1j * operation.dy)
+    for name, g in real.items():
+        assert turned[name].shape == g.shape
+        assert greatest(turned[name] - 1j * g) <= GRADIENT * max(
+            greatest(g), greatest(operation.dy)
+        )
 
 
 @pytest.mark.parametrize("name", draw.OPERATIONS)

@@ -326,17 +326,19 @@ def test_heads_are_split_feature_by_feature_and_joined_again(shape, rng):
 def error_of_tables(rope_tables, position, half, theta, dtype):
     """The greatest error of cosines and sines, each over its bound."""
     tables = rope_tables(np.array([[position]]), 2 * half, theta, dtype)
+    real = np.empty(0, dtype).real.dtype
+    narrow, wide = (np.finfo(d).eps / 2 for d in (real, np.result_type(real, np.float64)))
     worst = 0.0
     for table, f in zip(tables, (mpmath.cos, mpmath.sin), strict=True):
-        assert (table.shape, table.dtype) == ((1, 1, half, 1), dtype)
+        assert (table.shape, table.dtype) == ((1, 1, half, 1), real)
         for i, found in enumerate(table.ravel()):
             angle = position * mpf(theta) ** (-mpf(i) / half)
             # The exponent is off by 2 u, so the power by 2 u ln(theta) and 4 units in the last
             # place; the product is rounded; the function is right to 4 units; then the dtype's
             # rounding of a number that is at most 1.
-            relative = (2 * np.log(theta) + 8 + 1) * UNIT_ROUNDOFF
-            bound = float(angle) * relative + 8 * UNIT_ROUNDOFF + np.finfo(dtype).eps / 2
-            worst = max(worst, abs(float(found) - f(angle)) / bound)
+            bound = float(angle) * (2 * np.log(theta) + 8 + 1) * wide + 8 * wide + narrow
+            high = float(found)
+            worst = max(worst, abs(mpf(high) + mpf(float(found - high)) - f(angle)) / bound)
     return float(worst)
 
 
@@ -347,8 +349,20 @@ def error_of_tables(rope_tables, position, half, theta, dtype):
 )
 @settings(max_examples=20)
 def test_rope_tables_are_right_at_far_positions_in_every_dtype(position, half, theta):
-    for dtype in (np.float64, np.float32):
+    for dtype in (np.float64, np.float32, np.complex64, np.longdouble):
         assert error_of_tables(ops.rope_tables, position, half, theta, dtype) <= 1
+
+
+def test_rope_tables_for_other_numbers_are_float64s():
+    positions = np.arange(6).reshape(2, 3)
+    for found, wanted in zip(
+        ops.rope_tables(positions, 4, 100.0, object),
+        ops.rope_tables(positions, 4, 100.0, np.float64),
+        strict=True,
+    ):
+        assert found.dtype == object
+        assert {type(v) for v in found.ravel()} == {float}
+        assert (found == wanted).all()
 
 
 def test_angles_in_float32_are_wrong_at_far_positions():
@@ -467,6 +481,9 @@ def test_cross_entropy_refuses_labels_that_name_no_class_and_batches_without_any
         ops.cross_entropy(z, np.array([0, 1]), count=0)
     L, _ = ops.cross_entropy(z, np.array([-100, 1]))
     assert np.log(3) == L
+    sure, back = ops.cross_entropy(z[:1], np.array([-100, 0]))
+    assert sure == 0
+    assert not back(1.0).any()
     none, back = ops.cross_entropy(z, np.array([-100, -100]), count=4)
     assert none == 0
     assert not back(1.0).any()

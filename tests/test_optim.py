@@ -177,6 +177,21 @@ def test_ten_steps_of_adamw_are_the_formulas_in_40_digits(rng):
     assert error <= OPTIMIZER
 
 
+def test_the_defaults_are_the_papers_and_pytorchs():
+    params, small = reals(np.random.default_rng(0)), reals(np.random.default_rng(1), 1e-8)
+    states = [optim.AdamState()] * 2
+    given_ = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+    for g in (small, {name: 3 * a for name, a in small.items()}):
+        (one, first), (two, second) = (
+            optim.adamw(params, g, state, 0.1, **options)
+            for state, options in zip(states, ({}, given_), strict=True)
+        )
+        assert all(same_bits(one[name], two[name]) for name in params)
+        params, states = one, [first, second]
+    one, _ = optim.sgd(params, small, optim.SGDState(dict(small)), 0.1)
+    assert all(same_bits(one[name], p - 0.1 * small[name]) for name, p in params.items())
+
+
 def test_eps_under_the_root_is_not_the_formulas():
     def wrong(params, gradients, state, lr, betas, eps, weight_decay):
         new, state = optim.adamw(params, gradients, state, lr, betas, 0.0, weight_decay)

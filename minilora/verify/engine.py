@@ -25,7 +25,7 @@ CASES_AFTER_A_DEVIATION = 20
 FAULTS_ALLOWED = 3
 """A check ends with its third fault of one kind; a call that hangs ends it at once."""
 
-SEARCHES = 8
+SEARCHES = 4
 """The smallest counterexample is looked for in so many checks, each in the first dtype that fails.
 
 One search takes seconds, and a target that is wrong at the lowest level fails nearly everywhere.

@@ -174,6 +174,21 @@ def test_peft_replaces_a_weight_decay_for_loraplus_by_zero(torch, peft):
     assert step(loraplus_weight_decay=0.5) == {"A": 0.875, "B": 0.75}
 
 
+def test_peft_loads_an_adapter_with_another_scale_than_it_was_trained_with(torch, peft, tmp_path):
+    """Seen in peft 0.21.2."""
+
+    def base():
+        return torch.nn.ModuleDict({"q": torch.nn.Linear(1, 1)})
+
+    patterns = {"q": 1, ".*": 64}  # the first that fits counts
+    config = peft.LoraConfig(r=2, target_modules=["q"], alpha_pattern=patterns)
+    trained = peft.get_peft_model(base(), config)
+    trained.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path)
+    assert trained.base_model.model.q.scaling["default"] == scale(alpha=1, r=2) == 0.5
+    assert loaded.base_model.model.q.scaling["default"] == scale(alpha=64, r=2) == 32
+
+
 def test_peft_rounds_the_delta_of_a_safe_merge_before_adding_it(torch, peft):
     """Seen in peft 0.21.2."""
     delta = 2**-8 + 2**-18  # a little more than half the spacing of bfloat16 above 1

@@ -888,24 +888,29 @@ FILES = (
 
 
 class _Stored(np.ndarray):
-    """Arrays in float32, every result of an operation rounded to a half precision."""
+    """Arrays in float32, rounded to a half precision after every operation but a sum."""
 
     half: Any = None
 
     def __array_finalize__(self, obj: Any) -> None:
         self.half = getattr(obj, "half", None)
 
-    def _stored(self, y: Any) -> Any:
+    def _like(self, y: Any) -> Any:
         if not isinstance(y, np.ndarray | np.floating) or y.dtype != np.float32:
             return y
-        stored = np.asarray(y.astype(self.half).astype(np.float32)).view(_Stored)
-        stored.half = self.half
-        return stored
+        array = np.asarray(y).view(_Stored)
+        array.half = self.half
+        return array
+
+    def _stored(self, y: Any) -> Any:
+        half = isinstance(y, np.ndarray | np.floating) and y.dtype == np.float32
+        return self._like(y.astype(self.half).astype(np.float32)) if half else y
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         plain = [_plain(each) for each in inputs]
         kwargs = {name: _plain(each) for name, each in kwargs.items()}
-        return self._stored(getattr(ufunc, method)(*plain, **kwargs))
+        y = getattr(ufunc, method)(*plain, **kwargs)
+        return self._stored(y) if method == "__call__" else self._like(y)
 
     def __array_function__(self, f: Any, types: Any, args: Any, kwargs: Any) -> Any:
         return self._stored(f(*_plain(args), **_plain(kwargs)))
