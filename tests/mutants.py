@@ -13,6 +13,7 @@ import json
 import sys
 import time
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -241,8 +242,10 @@ def run(item):
     """Whether the test passes."""
     item._initrequest()
     try:
-        item.session._setupstate.setup(item)
-        item.runtest()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            item.session._setupstate.setup(item)
+            item.runtest()
     except KeyboardInterrupt:
         raise
     except BaseException:  # pytest's own failures are no Exceptions

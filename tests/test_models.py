@@ -435,6 +435,19 @@ def the_loss_is_the_mean_over_labels_that_count(model):
     agree({"loss": L}, {"loss": np.asarray(np.mean(terms))})
 
 
+def numbers_name_rows_of_their_tables(model):
+    """Rows of positions and types in another order, and so the numbers in the batch."""
+    tables = {"positions": model.batch.positions, "types": model.batch.types}
+    wanted, W, batch = outcome(model), dict(model.W), {}
+    for at in tables.keys() & model.config.tables().keys():
+        order = np.roll(np.arange(len(W[f"{at}.weight"])), 1)
+        batch[at] = np.argsort(order)[tables[at]]
+        for arrays in (W, wanted):
+            arrays[f"{at}.weight"] = arrays[f"{at}.weight"][order]
+    found = outcome(replace(model, W=W, batch=replace(model.batch, **batch)))
+    assert all(np.array_equal(found[name], want) for name, want in wanted.items())
+
+
 def gradients_are_of_what_is_trained_alone(model):
     """Whatever is trained beside it, a gradient has the same bits; what is frozen has none."""
     every = model.loss()[1](1.0)
@@ -499,6 +512,10 @@ def padding_seen(real):
     return ops.causal_mask(np.ones_like(real))
 
 
+def first_row(ids, at, W, tuning):
+    return blocks.embed(0 * ids if at == "types" else ids, at, W, tuning)
+
+
 def heads_within_features(x, b, h):
     return x.reshape(x.shape[0] // h, h, b, -1).transpose(2, 1, 0, 3)
 
@@ -532,6 +549,7 @@ LAWS = {
     interleaved_rope_permutes_rows_of_w_and_b: (LLAMA, blocks, "rope", half_only),
     the_order_of_heads_is_no_matter: (ALL, blocks, "split_heads", heads_within_features),
     the_loss_is_the_mean_over_labels_that_count: (ALL, models, "cross_entropy", mean_over_all),
+    numbers_name_rows_of_their_tables: (ALL, models, "embed", first_row),
     gradients_are_of_what_is_trained_alone: (ALL, blocks, "project", adapters_alone),
     nothing_is_changed_in_place: (ALL, *lora_wrong(written)),
 }
@@ -587,29 +605,74 @@ def test_merging_changes_no_output_beyond_rounding(name, any_number):
     assert abs((v * (logits[0] - wrong)).sum()) > bound
 
 
+NORMS = {"norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"}
+PARAMETERS = {
+    "Llama": (
+        {f"{at}.weight" for at in ("norm1", "norm2", "q", "k", "v", "o", "gate", "up", "down")},
+        {"embed.weight", "norm.weight", "head.weight"},
+    ),
+    "Qwen2": (
+        {f"{at}.weight" for at in ("norm1", "norm2", "q", "k", "v", "o", "gate", "up", "down")}
+        | {"q.bias", "k.bias", "v.bias"},
+        {"embed.weight", "norm.weight", "head.weight"},
+    ),
+    "GPT-2": (
+        NORMS
+        | {f"{at}.{part}" for at in ("qkv", "o", "up", "down") for part in ("weight", "bias")},
+        {"embed.weight", "positions.weight", "norm.weight", "norm.bias"},
+    ),
+    "BERT": (
+        NORMS
+        | {
+            f"{at}.{part}"
+            for at in ("q", "k", "v", "o", "up", "down")
+            for part in ("weight", "bias")
+        },
+        {"embed.weight", "positions.weight", "types.weight", "norm.weight", "norm.bias"}
+        | {"pooler.weight", "pooler.bias", "head.weight", "head.bias"},
+    ),
+}
+PARAMETERS["Llama, tied"] = PARAMETERS["Llama"][0], PARAMETERS["Llama"][1] - {"head.weight"}
+
+
 @EVERY
-def test_a_configuration_names_every_parameter_with_its_shape(name):
+def test_every_architecture_has_its_parameters_and_uses_them(name):
+    block, outer = PARAMETERS[name]
+    expected = outer | {f"layers.{i}.{part}" for i in range(2) for part in block}
     c = CONFIGS[name]
+    assert c.shapes().keys() == expected
+    assert {
+        f"{at}.weight": shape for at, shape in c.linears().items()
+    }.items() <= c.shapes().items()
+    gradients = case(name).loss()[1](1.0)
+    assert all(g.any() for g in gradients.values())
+    assert gradients.keys() >= expected
+
+
+@EVERY
+def test_fresh_weights_are_normal_matrices_norms_of_one_and_biases_of_zero(name):
+    c = replace(CONFIGS[name], heads=1, d=2)  # the narrowest that RoPE can turn
+    c = replace(c, kv_heads=1, head_dim=2) if isinstance(c, ml.Llama) else c
     W = ml.draw_weights(c, np.random.default_rng(0), std=0.5)
     assert {name: w.shape for name, w in W.items()} == c.shapes()
-    assert (
-        c.linears().items()
-        <= {name.removesuffix(".weight"): shape for name, shape in c.shapes().items()}.items()
-    )
     for parameter, w in W.items():
-        if parameter.endswith(".bias"):
-            assert not w.any()
-        elif w.shape[1] == 1:
-            assert (w == 1).all()
+        if w.shape[1] == 1:
+            assert (w == (0 if parameter.endswith(".bias") else 1)).all()
     matrices = np.concatenate([w.ravel() for w in W.values() if w.shape[1] > 1])
     # Six standard deviations of a sample's mean and of its mean square.
     assert abs(matrices.mean()) < 6 * 0.5 / matrices.size**0.5
     assert abs((matrices**2).mean() - 0.25) < 6 * 0.25 * (2 / matrices.size) ** 0.5
-    # Each is used: the loss depends on it.
-    model = case(name)
-    gradients = model.loss()[1](1.0)
-    unused = {name for name, g in gradients.items() if not g.any()}
-    assert not unused
+    narrow, by_default = (
+        ml.draw_weights(c, np.random.default_rng(0), *std)["embed.weight"] for std in ((0.02,), ())
+    )
+    assert same_bits(narrow, by_default)
+
+
+def test_a_norm_of_weight_zero_gives_its_bias():
+    model = case("GPT-2", p=0)
+    W = model.W | {"norm.weight": 0 * model.W["norm.weight"]}
+    z = model.logits(W)
+    assert np.array_equal(z, W["embed.weight"] @ np.tile(W["norm.bias"], (1, z.shape[1])))
 
 
 def test_positions_count_from_0_and_all_tokens_are_real_unless_given():
@@ -636,7 +699,8 @@ def test_numbers_outside_their_tables_and_batches_without_labels_are_refused():
     ids = model.batch.ids
     for changed, message in (
         ({"ids": ids + 11}, "rows of embed: found 1[0-9] to 2[0-9], expected 0 to 10"),
-        ({"ids": ids - 11}, "rows of embed: found -.*, expected 0 to 10"),
+        ({"ids": np.where(ids == ids.max(), -1, ids)}, "embed: found -1 to .*, expected 0 to 10"),
+        ({"ids": np.where(ids == ids.min(), 11, ids)}, "embed: found .* to 11, expected 0 to 10"),
         ({"positions": ids * 0 + 9}, "rows of positions: found 9 to 9, expected 0 to 8"),
         ({"types": ids * 0 - 1}, "rows of types: found -1 to -1, expected 0 to 1"),
         ({"labels": None}, "the batch has no labels; a loss needs them"),
