@@ -35,6 +35,9 @@ NAMES = {
     "zeros_like": "ones_like",
 }  # fmt: skip
 
+COMMUTATIVE = {"min", "max", "np.minimum", "np.result_type", "total"}
+"""Functions whose arguments are not exchanged, since their order is no matter."""
+
 
 def variants(node):
     """What may stand in place of a node."""
@@ -73,7 +76,8 @@ def variants(node):
         if node.attr in NAMES:
             yield ast.Attribute(node.value, NAMES[node.attr], node.ctx)
     elif isinstance(node, ast.Call):
-        for i in range(len(node.args) - 1):
+        commutes = ast.unparse(node.func) in COMMUTATIVE
+        for i in range(0 if commutes else len(node.args) - 1):
             swapped = [*node.args[:i], node.args[i + 1], node.args[i], *node.args[i + 2 :]]
             yield ast.Call(node.func, swapped, node.keywords)
         for keyword in node.keywords:

@@ -7,7 +7,6 @@ import pytest
 
 from minilora.verify import engine
 from minilora.verify.checks import CHECKS
-from minilora.verify.contract import DTYPES
 from minilora.verify.misreadings import MISREADINGS, Misreading
 from minilora.verify.misreadings.plain import but
 

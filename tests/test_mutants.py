@@ -1,0 +1,127 @@
+"""The tests are tested: nearly every small error in the source makes one of them fail.
+
+What no test sees is listed here with the reason why nothing is to be seen.
+"""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mutants
+import numpy as np
+import pytest
+
+from minilora import ops
+
+ORDER = "the order of names is no matter"
+LENGTHS = "the lengths are equal by construction, or were compared above"
+SURVIVORS = {
+    "ops": {
+        "rope_tables: 0 -> 1": "the array is there for its dtype alone",
+        "rope_tables: np.arange(0, d, 2, dtype=wide) -> np.arange(0, d, 2)": (
+            "whole numbers are exact, and the factor beside them is wide"
+        ),
+        "rope: -2 -> 2": "x has four axes",
+        "split_heads: 1 -> 2": "NumPy takes any negative size for the one to be found",
+        "_exponentials: z.real -> z": (
+            "NumPy orders complex numbers by their real parts, and whatever the shift, it cancels"
+        ),
+    },
+    "lora": {
+        "combine: zip(adapters, weights, strict=True) -> zip(adapters, weights)": LENGTHS,
+        "combine: True -> False": LENGTHS,
+        "project: zip((A, B), factors, strict=adapted) -> zip((A, B), factors)": (
+            "without an adapter there are no factors, and with one there are two"
+        ),
+        "draw_dropout: rng.random(shape) >= p -> rng.random(shape) > p": (
+            "a number drawn equals p with a probability of 2⁻⁵³"
+        ),
+        "disable: ('.A', '.B') -> ('.B', '.A')": ORDER,
+    },
+    "targets": {
+        (
+            "Lora.__post_init__: "
+            "(('bias', ('none', 'lora_only', 'all')), ('init', tuple(DRAW))) -> "
+            "(('init', tuple(DRAW)), ('bias', ('none', 'lora_only', 'all')))"
+        ): ORDER,
+        (
+            "choose: (*lora.rank_pattern, *lora.alpha_pattern) -> "
+            "(*lora.alpha_pattern, *lora.rank_pattern)"
+        ): ORDER,
+    },
+    "blocks": {
+        "normalise: zip(names, gradients, strict=True) -> zip(names, gradients)": LENGTHS,
+        "normalise: True -> False": LENGTHS,
+    },
+    "models": {
+        "Config.shapes: ('weight', 'bias') -> ('bias', 'weight')": ORDER,
+        "Config.shapes: [*norms, 'norm'] -> ['norm', *norms]": ORDER,
+        "Llama.biased: ('.q', '.k', '.v') -> ('.k', '.q', '.v')": ORDER,
+        "Llama.biased: ('.q', '.k', '.v') -> ('.q', '.v', '.k')": ORDER,
+    },
+    "optim": {
+        "run: ('betas', 'eps', 'weight_decay') -> ('eps', 'betas', 'weight_decay')": ORDER,
+        "run: ('betas', 'eps', 'weight_decay') -> ('betas', 'weight_decay', 'eps')": ORDER,
+        "run: ('momentum', 'weight_decay') -> ('weight_decay', 'momentum')": ORDER,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def results():
+    command = [sys.executable, mutants.__file__, *SURVIVORS]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", SURVIVORS)
+def test_every_mutant_that_lives_is_listed_with_its_reason(module, results):
+    assert results[module]["count"] > 50
+    assert set(results[module]["survivors"]) == SURVIVORS[module].keys()
+
+
+SOURCE = '''
+def f(x, n=2):
+    """Not mutated: 1 + 1."""
+    if x is None:
+        raise ValueError(f"{n + 1}")
+    y: int = g(x.T, n)
+    return y @ x - 0.5
+'''
+
+
+def test_mutants_differ_in_one_place_each():
+    assert [key for _, key, _ in mutants.mutants(SOURCE)] == [
+        "f: 2 -> 3",
+        "f: 2 -> 1",
+        "f: if x is None: -> if not x is None:",
+        "f: x is None -> x is not None",
+        "f: g(x.T, n) -> g(n, x.T)",
+        "f: x.T -> x",
+        "f: y @ x - 0.5 -> y @ x + 0.5",
+        "f: y @ x - 0.5 -> y @ x",
+        "f: y @ x -> x @ y",
+        "f: 0.5 -> 0.5005",
+    ]
+    trees = {ast.dump(tree) for _, _, tree in mutants.mutants(SOURCE)}
+    assert len(trees) == 10
+    assert ast.dump(ast.parse(SOURCE)) not in trees
+
+
+def test_a_mutant_is_killed_by_the_test_that_sees_it_and_lives_with_another(monkeypatch):
+    monkeypatch.setattr(mutants, "run", lambda test: test())
+    source = Path(ops.__file__).read_text()
+    tree = next(t for _, key, t in mutants.mutants(source) if key == "tanh: 1 - y * y -> 1 + y * y")
+    x = np.ones((1, 1))
+
+    def slope_is_below_one():
+        return ops.tanh(x)[1](x) < 1
+
+    assert mutants.killed(ops.tanh, tree, [slope_is_below_one])
+    assert not mutants.killed(ops.tanh, tree, [lambda: ops.tanh(x)[0] < 1])
+    assert not mutants.killed(ops.tanh, tree, [])
+    assert slope_is_below_one()
