@@ -5,8 +5,8 @@ import numpy as np
 GRADIENT = 1e-13
 """What the project promises of a gradient in float64, relative to the greatest entry of its array.
 
-It is a promise, 900 times the unit roundoff, and no estimate: sums of some hundred products in
-another order differ by a tenth of it, and the slightest error in a formula by far more.
+It is a promise, 900 times the unit roundoff, and no estimate: what rounding does to these small
+models is a tenth of it, and the slightest error in a formula far more.
 """
 
 OPTIMIZER = 1e-12
@@ -25,9 +25,9 @@ def record_worst(name, figure):
     WORST[name] = max(WORST.get(name, 0.0), float(figure))
 
 
-def derivative(f, point, names=None):
+def derivative(f, point):
     """{name: the gradient of the number f(point) by that array}, an entry at a time."""
-    gradients = {name: np.empty(point[name].shape) for name in names or point}
+    gradients = {name: np.empty(array.shape) for name, array in point.items()}
     for name, gradient in gradients.items():
         for entry in np.ndindex(gradient.shape):
             stepped = point[name].astype(complex)

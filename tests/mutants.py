@@ -7,7 +7,6 @@ specification, without the peers; each mutant meets those that call its function
 """
 
 import ast
-import copy
 import importlib
 import json
 import sys
@@ -122,7 +121,7 @@ def functions(tree):
 
 
 def mutants(source):
-    """(function, description, the module's tree with one place changed)."""
+    """(function, description, the module's tree with one place changed until the next is drawn)."""
     tree = ast.parse(source)
     seen = {}
     for qualname, function in functions(tree):
@@ -137,8 +136,8 @@ def mutants(source):
                 seen[key] = seen.get(key, 0) + 1
                 if seen[key] > 1:
                     key += f" ({seen[key]})"
-                put(parent, field, i, variant)
-                yield qualname, key, ast.fix_missing_locations(copy.deepcopy(tree))
+                put(parent, field, i, ast.fix_missing_locations(ast.copy_location(variant, node)))
+                yield qualname, key, tree
                 put(parent, field, i, node)
 
 
@@ -149,15 +148,15 @@ def put(parent, field, i, node):
         getattr(parent, field)[i] = node
 
 
-def code_of(tree, qualname):
-    """The function's code and its defaults, in the mutated module."""
+def code_of(tree, function):
+    """The function's code in the mutated module."""
     waiting = [compile(tree, "mutant", "exec")]
     while waiting:
         code = waiting.pop()
-        if code.co_qualname == qualname:
+        if code.co_qualname == function.__qualname__:
             return code
         waiting += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    raise LookupError(qualname)
+    raise LookupError(function.__qualname__)
 
 
 class Mutator:
@@ -229,13 +228,13 @@ def tests_of(found, items):
 def killed(function, tree, items):
     """Whether a test fails while the mutated code stands in the place of the function's own."""
     node = dict(functions(tree))[function.__qualname__]
-    if "__class__" in function.__code__.co_freevars:  # a mutant may have lost the call of super
-        node.body.insert(0, ast.Expr(ast.Name("__class__", ast.Load())))
-        ast.fix_missing_locations(node)
+    code = code_of(tree, function)
+    if code.co_freevars != function.__code__.co_freevars:
+        return True  # the call of super is gone, and with it what a class's function must have
     defaults = [ast.fix_missing_locations(ast.Expression(d)) for d in node.args.defaults]
     values = [eval(compile(d, "default", "eval"), function.__globals__) for d in defaults]
     kept = function.__code__, function.__defaults__
-    function.__code__, function.__defaults__ = code_of(tree, function.__qualname__), tuple(values)
+    function.__code__, function.__defaults__ = code, tuple(values)
     try:
         return not all(run(item) for item in items)
     finally:

@@ -162,6 +162,16 @@ class Judgement:
 
 
 @dataclass(frozen=True)
+class Diagnosis:
+    """A known misreading that gives the answers that were got: its id, what it computes, and how
+    far its answers lie from those got, in rms standard deviations of rounding."""
+
+    id: str
+    sentence: str
+    residual_z: float
+
+
+@dataclass(frozen=True)
 class Check:
     """One law or equation, and how to put it to an implementation.
 
@@ -169,7 +179,8 @@ class Check:
     may stop with Skip or Fault (`contract`). ``cases`` gives the number of cases in a profile for
     a dtype, 0 where the check is not for that dtype. ``smallest`` looks for the smallest
     counterexample of a check that failed: a dict of values to show, of which ``got`` and ``want``
-    are the two that differ, or None.
+    are the two that differ, or None. ``diagnose`` names the misreadings that explain what an
+    implementation answers, for a dtype and a seed.
     """
 
     id: str
@@ -179,3 +190,4 @@ class Check:
     run: Callable[[Subject, Case], Iterable[Comparison]]
     cases: Callable[[str, str], int]
     smallest: Callable[[Subject, str], dict[str, Any] | None] | None = None
+    diagnose: Callable[[Subject, str, int], tuple[Diagnosis, ...]] | None = None

@@ -1,6 +1,14 @@
 """All checks, in the order in which a fault is easiest to find: the lowest level first."""
 
+from dataclasses import replace
+from functools import partial
+
 from minilora.verify.check import Check
+from minilora.verify.diagnosis import diagnose
 from minilora.verify.levels import linear, merge, model, optimizer
 
-CHECKS: tuple[Check, ...] = (*linear.CHECKS, *merge.CHECKS, *model.CHECKS, *optimizer.CHECKS)
+CHECKS: tuple[Check, ...] = tuple(
+    replace(check, diagnose=partial(diagnose, check))
+    for level in (linear, merge, model, optimizer)
+    for check in level.CHECKS
+)

@@ -211,7 +211,8 @@ def run(
             results.append(result)
             if result.status == "fail" and p.check.id not in searched:
                 searched.add(p.check.id)
-                results[-1] = _with_smallest(result, p, subject, len(searched) <= SEARCHES)
+                within = len(searched) <= SEARCHES
+                results[-1] = _with_smallest(_diagnosed(result, p, subject), p, subject, within)
             behind += len(p.numbers)
     except KeyboardInterrupt:
         raise Interrupted(report(interrupted=True)) from None
@@ -391,6 +392,17 @@ def _ours(error: Exception) -> str:
     return f"{describe(error)}; called from {chain}" if chain else describe(error)
 
 
+def _diagnosed(result: Result, p: Plan, subject: Subject) -> Result:
+    if p.check.diagnose is None or any(fault.kind == "hangs" for fault in result.faults):
+        return result
+    started = perf_counter()
+    try:
+        found = p.check.diagnose(subject, p.dtype, p.seed)
+    except Exception as error:
+        return replace(result, note=f"No diagnosis, by a fault of minilora: {_ours(error)}")
+    return replace(result, diagnosis=found, seconds=result.seconds + perf_counter() - started)
+
+
 def _with_smallest(result: Result, p: Plan, subject: Subject, within: bool) -> Result:
     if p.check.smallest is None or any(fault.kind == "hangs" for fault in result.faults):
         return result
@@ -404,7 +416,7 @@ def _with_smallest(result: Result, p: Plan, subject: Subject, within: bool) -> R
     except Exception as error:
         note = f"No smallest counterexample, by a fault of minilora: {_ours(error)}"
     seconds = result.seconds + perf_counter() - started
-    return replace(result, smallest=smallest, note=note, seconds=seconds)
+    return replace(result, smallest=smallest, note=note or result.note, seconds=seconds)
 
 
 def _reproduce(command: Sequence[str] | None, case: str, seed: int) -> str:

@@ -8,7 +8,7 @@ import os
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from math import isfinite
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.verify.check import Judgement
+from minilora.verify.check import Diagnosis, Judgement
 from minilora.verify.contract import DTYPES, Precision, tidy
 
 STATUSES = ("fail", "error", "loose", "known", "skip", "pass")
@@ -82,6 +82,7 @@ class Result:
     arrays: tuple[Judgement, ...] = ()
     faults: tuple[FaultSeen, ...] = ()
     smallest: Mapping[str, Any] | None = None
+    diagnosis: tuple[Diagnosis, ...] = ()
     reason: str = ""
     known: Known | None = None
     note: str = ""
@@ -245,7 +246,7 @@ def _result_json(result: Result, seed: int) -> dict[str, Any]:
         "deviating_cases": result.deviating_cases,
         "worst": worst,
         "faults": [asdict(fault) for fault in result.faults],
-        "diagnosis": [],
+        "diagnosis": [asdict(each) for each in result.diagnosis],
         "counterexample": counterexample,
         "reason": result.reason,
         "known": None if result.known is None else asdict(result.known),
@@ -350,11 +351,24 @@ def block(report: Report, result: Result) -> Iterator[str]:
     for fault in result.faults:
         yield from _wrapped(f"{fault_words(fault)}", 2)
         yield from _wrapped(f"in {fault.cases} of {result.cases} cases, first in {fault.case}", 4)
+    yield from _diagnosis_lines(result.diagnosis)
     if result.smallest is not None:
         yield from _wrapped(f"SMALLEST   {example(result.smallest)}", 2, 11)
     if result.note:
         yield from _wrapped(result.note, 2)
     yield f"  REPRODUCE  {result.reproduce}"
+
+
+def _diagnosis_lines(found: Sequence[Diagnosis]) -> Iterator[str]:
+    if not found:
+        return
+    first, *others = found
+    says = f"{first.id}: {first.sentence} With that change every array of this check agrees"
+    yield from _wrapped(f"DIAGNOSIS  {says} (rms z {first.residual_z:.2g}).", 2, 11)
+    if others:
+        names = ", ".join(f"{each.id} ({each.sentence.rstrip('.')})" for each in others[:3])
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        yield from _wrapped(f"Not to be told apart from it by this check: {names}{more}.", 13, 0)
 
 
 def _array_lines(result: Result) -> Iterator[str]:

@@ -80,10 +80,11 @@ def negative(subject: Subject, case: Case) -> Iterable[Comparison]:
 
 
 def unmerge(subject: Subject, case: Case) -> Iterable[Comparison]:
-    """Unmerging restores W within u (|W| + |W'| + |s B A|), and exactly where nothing rounds.
+    """Unmerging restores W within u (|W| + |W'|) and what two sums lose, exactly without rounding.
 
-    The bound is of two roundings: W' = W + Δ loses at most u |W'|, W' - Δ at most u |W|; u |Δ|
-    allows a Δ formed anew in another order.
+    Storing W' loses at most u |W'|, and storing W at most u |W|. W ± s B A is a sum of r + 1 terms,
+    r of them products with a factor s: formed in whatever order, it loses at most (r + 3) u times
+    |W| + s |B| |A| (Higham 2002, section 3.1), and merging and unmerging may differ in the order.
     """
     layer, exact = draw_layer(case)
     if exact:
@@ -93,8 +94,9 @@ def unmerge(subject: Subject, case: Case) -> Iterable[Comparison]:
         return
     W_merged = merged(subject, layer, case.dtype)
     W = unmerged(subject, layer, W_merged, case.dtype)
-    sizes = np.abs(long(layer.W)) + np.abs(long(W_merged))
-    sizes += np.abs(wanted_merge(layer) - long(layer.W))
+    W_size, A_size, B_size = (np.abs(long(v)) for v in (layer.W, layer.A, layer.B))
+    terms = W_size + layer.s * (B_size @ A_size)
+    sizes = W_size + np.abs(long(W_merged)) + 2 * (layer.r + 3) * terms
     u = unit_roundoff(subject.precision(case.dtype).storage)
     bound = (u * sizes).astype(np.float64)
     yield Comparison("unmerged W", W, layer.W, bound, BOUND)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from minilora.optim import run
 from minilora.verify.cases import long
 from minilora.verify.check import MONTE_CARLO, Case, Check, Comparison
-from minilora.verify.contract import DTYPES, Subject
+from minilora.verify.contract import DTYPES, Precision, Subject
 from minilora.verify.tolerance import Rounding, noisy, spread, underflow
 
 Array = np.ndarray
@@ -112,30 +113,36 @@ def history(
     }
 
 
-def _steps(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
-    settings = KINDS[kind][0]
+@lru_cache(maxsize=128)
+def expected(
+    kind: str, case: Case, precision: Precision
+) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Every parameter after every step, and its σ: at least that of storing it."""
+    (params, gradients), settings = draw_steps(case, kind), KINDS[kind][0]
+    want = history(params, gradients, settings, long)
+    sigma = spread(
+        lambda rng: history(params, gradients, settings, lambda v: noisy(v, precision, rng)),
+        want,
+        SAMPLES,
+        [case.number, case.seed],
+    )
+    rounding = Rounding(precision)
+    last = {what: np.sqrt(rounding.stored(array)) for what, array in want.items()}
+    return want, {what: np.maximum(sigma[what], last[what]) for what in want}
 
+
+def _steps(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
     def check(subject: Subject, case: Case) -> Iterable[Comparison]:
         params, gradients = draw_steps(case, kind)
-        answer = subject.call("optimizer_steps", params, gradients, dict(settings))
+        answer = subject.call("optimizer_steps", params, gradients, dict(KINDS[kind][0]))
         steps = subject.items(answer, STEPS, "the list of steps")
-        want = history(params, gradients, settings, long)
-        precision = subject.precision(case.dtype)
-        sigma = spread(
-            lambda rng: history(params, gradients, settings, lambda v: noisy(v, precision, rng)),
-            want,
-            SAMPLES,
-            [case.number, case.seed],
-        )
-        rounding = Rounding(precision)
+        want, sigma = expected(kind, case, subject.precision(case.dtype))
         for k, after in enumerate(steps, 1):
             for name, shape in SHAPES.items():
                 what = f"{name} after step {k}"
-                got = subject.answer(
-                    subject.entry(after, name, f"step {k}"), what, shape, case.dtype
-                )
-                last = np.sqrt(rounding.stored(want[what].astype(np.float64)))
-                yield Comparison(what, got, want[what], np.maximum(sigma[what], last), MONTE_CARLO)
+                entry = subject.entry(after, name, f"step {k}")
+                got = subject.answer(entry, what, shape, case.dtype)
+                yield Comparison(what, got, want[what], sigma[what], MONTE_CARLO)
 
     return check
 

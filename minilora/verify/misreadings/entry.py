@@ -12,7 +12,7 @@ class Misreading:
     """One way to read the equations wrongly.
 
     ``formula`` is what is computed instead, in the notation y = x Wᵀ + b + s H Bᵀ, H = (K∘x) Aᵀ,
-    G = ∂L/∂y, du = s G B, with t tokens. ``seen`` names public reports of it. ``make`` gives an
+    G = ∂L/∂y, dH = s G B, t tokens. ``seen`` names public reports of it. ``make`` gives an
     implementation that reads so, and ``caught_by`` is the check that shows it best. An
     ``equivalent`` only looks wrong: it is the same function, written differently, and has to pass.
     """
@@ -27,18 +27,18 @@ class Misreading:
     equivalent: bool = False
 
 
-def family(
-    name: str, level: str, caught_by: str, *entries: tuple[Any, ...]
-) -> tuple[Misreading, ...]:
-    """Misreadings from (name, formula, make, where it was seen …), all best shown by one check.
-
-    No check: these are equivalents.
-    """
+def family(name: str, caught_by: str, *entries: tuple[Any, ...]) -> tuple[Misreading, ...]:
+    """Misreadings (name, formula, make, where it was seen …) that one check shows best."""
+    level = caught_by.partition(".")[0]
     return tuple(
-        Misreading(
-            f"{name.lower()}-{own}",
-            *(name, level, formula, tuple(seen), make, caught_by),
-            equivalent=not caught_by,
-        )
+        Misreading(f"{name.lower()}-{own}", name, level, formula, tuple(seen), make, caught_by)
         for own, formula, make, *seen in entries
+    )
+
+
+def equivalents(level: str, *entries: tuple[Any, ...]) -> tuple[Misreading, ...]:
+    """The same function in other ways (name, formula, make): right, and hence to pass."""
+    return tuple(
+        Misreading(f"same-{level}-{own}", "SAME", level, formula, (), make, equivalent=True)
+        for own, formula, make in entries
     )

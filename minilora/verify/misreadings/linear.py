@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.verify.misreadings.entry import Misreading, family
+from minilora.verify.misreadings.entry import Misreading, equivalents, family
 from minilora.verify.misreadings.plain import (
     Array,
     Call,
@@ -30,7 +30,6 @@ from minilora.verify.misreadings.plain import (
 SCALE = (
     *family(
         "SCALE",
-        "linear",
         "linear.forward",
         ("alpha", "s = α", but(s=lambda my, c: c.alpha), "mlx-vlm 841", "mlx-vlm 845"),
         ("root", "s = α/√r, unasked", but(s=lambda my, c: c.alpha / c.r**0.5)),
@@ -62,7 +61,6 @@ SCALE = (
     ),
     *family(
         "SCALE",
-        "linear",
         "linear.forward.rslora",
         (
             "rslora-ignored",
@@ -79,20 +77,17 @@ SCALE = (
     ),
     *family(
         "SCALE",
-        "linear",
         "linear.forward.bias",
         ("of-bias", "y = x Wᵀ + s b + s H Bᵀ", but(base=lambda my, c: c.x @ c.W.T + my.s(c) * c.b)),
     ),
     *family(
         "SCALE",
-        "linear",
         "linear.vjp",
         ("backward-squared", "s² in all gradients", but(ds=lambda my, c: my.s(c) ** 2)),
         ("backward-one", "no s in any gradient", but(ds=lambda my, c: 1.0)),
     ),
     *family(
         "SCALE",
-        "linear",
         "linear.vjp.rslora",
         (
             "backward-rslora-ignored",
@@ -110,10 +105,9 @@ def _batch_swapped(my: Plain, x: Array) -> Array:
 LAYOUT = (
     *family(
         "LAYOUT",
-        "linear",
         "linear.forward",
-        ("A-reshaped", "A.reshape(n, r) for Aᵀ", reads(A=lambda c: c.A.reshape(-1, c.r).T)),
-        ("B-reshaped", "B.reshape(r, m) for Bᵀ", reads(B=lambda c: c.B.reshape(c.r, -1).T)),
+        ("reshape-A", "A.reshape(n, r) for Aᵀ", reads(A=lambda c: c.A.reshape(-1, c.r).T)),
+        ("reshape-B", "B.reshape(r, m) for Bᵀ", reads(B=lambda c: c.B.reshape(c.r, -1).T)),
         (
             "file-turned",
             "A (n, r), B (r, m) expected of a file, and reshaped",
@@ -130,11 +124,11 @@ LAYOUT = (
         ("B-shifted", "row i of B for row i + 1", reads(B=lambda c: np.roll(c.B, 1, 0))),
         ("ranks-reversed", "A's rows from the last, B's columns not", reads(A=lambda c: c.A[::-1])),
         (
-            "x-reshaped",
+            "reshape-x",
             "x.reshape(n, t) for xᵀ",
             but(rows=lambda my, x: x.reshape(x.shape[-1], -1).T),
         ),
-        ("y-reshaped", "y (m, t) reshaped for yᵀ", then(y=lambda y, c: y.T.reshape(y.shape))),
+        ("reshape-y", "y (m, t) reshaped for yᵀ", then(y=lambda y, c: y.T.reshape(y.shape))),
         ("batch-swapped", "x (b, t, n) read as (t, b, n)", but(rows=_batch_swapped)),
         (
             "first-sequence",
@@ -151,27 +145,26 @@ LAYOUT = (
             "y = 0 at the last token",
             then(y=lambda y, c: y * upto(len(y) - 1, len(y))[:, None]),
         ),
-        ("first-token", "the first token's branch at all", then(u=lambda u, c: u[:1] + 0 * u)),
+        ("first-token", "the first token's branch at all", then(H=lambda H, c: H[:1] + 0 * H)),
         (
             "tail-of-features",
             "the sum over features stops at a multiple of 4",
-            then(h=lambda h, c: h * upto(len(h.T) // 4 * 4, len(h.T))),
+            then(kept=lambda x, c: x * upto(len(x.T) // 4 * 4, len(x.T))),
         ),
         (
             "tail-of-ranks",
             "the sum over ranks stops at a multiple of 2",
-            then(u=lambda u, c: u * upto(c.r // 2 * 2, c.r)),
+            then(H=lambda H, c: H * upto(c.r // 2 * 2, c.r)),
         ),
         (
             "tail-of-outputs",
             "the outputs beyond a multiple of 4 have no branch",
             then(branch=lambda v, c: v * upto(len(v.T) // 4 * 4, len(v.T))),
         ),
-        ("one-rank", "all ranks but the first are lost", then(u=lambda u, c: u * upto(1, c.r))),
+        ("one-rank", "all ranks but the first are lost", then(H=lambda H, c: H * upto(1, c.r))),
     ),
     *family(
         "LAYOUT",
-        "linear",
         "linear.forward.conv1d",
         (
             "conv1d-turned",
@@ -189,7 +182,6 @@ LAYOUT = (
 FORM = (
     *family(
         "FORM",
-        "linear",
         "linear.forward",
         ("no-base", "y = s H Bᵀ", then(base=lambda v, c: 0 * v)),
         ("base-twice", "y = 2 (x Wᵀ + b) + s H Bᵀ", then(base=lambda v, c: 2 * v)),
@@ -208,10 +200,10 @@ FORM = (
         (
             "branch-of-base",
             "H = (x Wᵀ + b) Aᵀ where m = n",
-            but(h=lambda my, c: my.base(c) if square(c) else Plain.h(my, c)),
+            but(kept=lambda my, c: my.base(c) if square(c) else Plain.kept(my, c)),
         ),
         ("residual", "y + x where m = n", then(base=lambda v, c: v + c.x if square(c) else v)),
-        ("softsign", "H / (1 + |H|) for H", then(u=lambda u, c: u / (1 + abs(u)))),
+        ("softsign", "H / (1 + |H|) for H", then(H=lambda H, c: H / (1 + abs(H)))),
         ("rank-mean", "the mean over ranks for the sum", then(branch=lambda v, c: v / c.r)),
         ("clamped", "s H Bᵀ between -6 and 6", then(branch=lambda v, c: v.clip(-6, 6))),
         (
@@ -219,15 +211,14 @@ FORM = (
             "A's rows at length 1",
             reads(A=lambda c: c.A / np.maximum((c.A**2).sum(1, keepdims=True), 1e-9) ** 0.5),
         ),
-        ("hidden-bfloat16", "H rounded to bfloat16", then(u=lambda u, c: digits(u, 8))),
-        ("hidden-coarse", "H kept in half of the digits", then(u=coarse)),
+        ("hidden-bfloat16", "H rounded to bfloat16", then(H=lambda H, c: digits(H, 8))),
+        ("hidden-coarse", "H kept in half of the digits", then(H=coarse)),
         ("branch-coarse", "s H Bᵀ kept in half of the digits", then(branch=coarse)),
         ("base-coarse", "x Wᵀ kept in half of the digits", then(base=coarse)),
-        ("tf32", "x with 11 binary digits in products", then(h=lambda h, c: digits(h, 11))),
+        ("tf32", "x with 11 binary digits in products", then(kept=lambda x, c: digits(x, 11))),
     ),
     *family(
         "FORM",
-        "linear",
         "linear.forward.bias",
         ("no-bias", "b forgotten", reads(b=lambda c: 0 * c.b)),
         ("bias-twice", "2 b", reads(b=lambda c: 2 * c.b)),
@@ -235,40 +226,37 @@ FORM = (
     ),
     *family(
         "FORM",
-        "linear",
         "linear.symmetry",
-        ("relu", "max(H, 0) for H", then(u=lambda u, c: np.maximum(u, 0))),
+        ("relu", "max(H, 0) for H", then(H=lambda H, c: np.maximum(H, 0))),
         ("absolute-B", "|B| for B", reads(B=lambda c: abs(c.B))),
     ),
     *family(
         "FORM",
-        "linear",
         "linear.rank-space",
-        ("tanh", "tanh(H) for H", then(u=lambda u, c: np.tanh(u))),
+        ("tanh", "tanh(H) for H", then(H=lambda H, c: np.tanh(H))),
     ),
 )
 
 DROPOUT = (
     *family(
         "DROPOUT",
-        "linear",
         "linear.forward.dropout",
-        ("on-base", "(K∘x) Wᵀ too", but(base=lambda my, c: my.h(c) @ c.W.T + c.b)),
+        ("on-base", "(K∘x) Wᵀ too", but(base=lambda my, c: my.kept(c) @ c.W.T + c.b)),
         (
             "on-base-alone",
             "(K∘x) Wᵀ and H = x Aᵀ",
-            but(base=lambda my, c: Plain.h(my, c) @ c.W.T + c.b, h=lambda my, c: c.x),
+            but(base=lambda my, c: Plain.kept(my, c) @ c.W.T + c.b, kept=lambda my, c: c.x),
         ),
         (
             "on-hidden",
             "K∘(x Aᵀ)",
-            but(h=lambda my, c: c.x, u=lambda my, c: c.K[:, : c.r] * (c.x @ c.A.T)),
+            but(kept=lambda my, c: c.x, H=lambda my, c: c.K[:, : c.r] * (c.x @ c.A.T)),
         ),
         (
             "on-branch",
             "K∘(s H Bᵀ)",
             but(
-                h=lambda my, c: c.x,
+                kept=lambda my, c: c.x,
                 branch=lambda my, c: np.resize(c.K, (len(c.x), len(c.B))) * Plain.branch(my, c),
             ),
         ),
@@ -308,13 +296,11 @@ DROPOUT = (
     ),
     *family(
         "DROPOUT",
-        "linear",
         "linear.mean-of-masks",
         ("not-divided", "K = keep", reads(K=lambda c: np.sign(c.K))),
     ),
     *family(
         "DROPOUT",
-        "linear",
         "linear.evaluation",
         (
             "in-evaluation",
@@ -324,12 +310,15 @@ DROPOUT = (
         (
             "drawn-in-evaluation",
             "a mask of its own where none is given",
-            reads(K=lambda c: c.K * (np.random.default_rng(0).random(c.K.shape) >= c.p)),
+            reads(
+                K=lambda c: (
+                    c.K if c.dropout else c.K * (np.random.default_rng(0).random(c.K.shape) >= c.p)
+                )
+            ),
         ),
     ),
     *family(
         "DROPOUT",
-        "linear",
         "linear.vjp.dropout",
         ("fresh-in-backward", "another mask in the gradients", backward(K=lambda c: c.K[:, ::-1])),
         ("none-in-backward", "no mask in the gradients", backward(K=lambda c: np.ones_like(c.K))),
@@ -338,14 +327,14 @@ DROPOUT = (
             "K = keep in the gradients",
             backward(K=lambda c: np.sign(c.K)),
         ),
-        ("dA-undropped", "dA = duᵀ x", but(dA=lambda my, c: my.du(c).T @ c.x)),
+        ("dA-undropped", "dA = dHᵀ x", but(dA=lambda my, c: my.dH(c).T @ c.x)),
         (
             "dB-undropped",
             "dB = s Gᵀ (x Aᵀ)",
             but(dB=lambda my, c: my.ds(c) * c.dy.T @ (c.x @ c.A.T)),
         ),
-        ("dx-undropped", "dx = G W + du A", but(dx_branch=lambda my, c: my.du(c) @ c.A)),
-        ("dx-all-dropped", "dx = K∘(G W + du A)", then(dx_base=lambda v, c: c.K * v)),
+        ("dx-undropped", "dx = G W + dH A", but(dx_branch=lambda my, c: my.dH(c) @ c.A)),
+        ("dx-all-dropped", "dx = K∘(G W + dH A)", then(dx_base=lambda v, c: c.K * v)),
     ),
 )
 
@@ -357,7 +346,6 @@ def _dA_after_step_of_B(my: Plain, c: Call) -> Any:
 BACKWARD = (
     *family(
         "BACKWARD",
-        "linear",
         "linear.vjp",
         (
             "factors-scaled-twice",
@@ -391,7 +379,7 @@ BACKWARD = (
             backward(dy=lambda c: c.dy * upto(len(c.dy) - 1, len(c.dy))[:, None]),
         ),
         ("dx-without-branch", "dx = G W", then(dx_branch=lambda g, c: 0 * g)),
-        ("dx-without-base", "dx = K∘(du A)", then(dx_base=lambda g, c: 0 * g)),
+        ("dx-without-base", "dx = K∘(dH A)", then(dx_base=lambda g, c: 0 * g)),
         (
             "dx-not-scaled",
             "dx = G W + K∘(G B A)",
@@ -404,17 +392,17 @@ BACKWARD = (
         ),
         (
             "dx-W-turned",
-            "dx = G Wᵀ + K∘(du A) where m = n",
+            "dx = G Wᵀ + K∘(dH A) where m = n",
             but(dx_base=lambda my, c: c.dy @ (c.W.T if square(c) else c.W)),
         ),
         (
-            "du-of-A",
-            "du = s G Aᵀ where m = n",
-            but(du=lambda my, c: my.ds(c) * (c.dy @ (c.A.T if square(c) else c.B))),
+            "dH-of-A",
+            "dH = s G Aᵀ where m = n",
+            but(dH=lambda my, c: my.ds(c) * (c.dy @ (c.A.T if square(c) else c.B))),
         ),
-        ("dA-reshaped", "(Hᵀ du).reshape(r, n)", then(dA=lambda g, c: g.T.reshape(g.shape))),
-        ("dB-reshaped", "(uᵀ G).reshape(m, r)", then(dB=lambda g, c: g.T.reshape(g.shape))),
-        ("du-coarse", "du kept in half of the digits", then(du=coarse)),
+        ("dA-reshaped", "((K∘x)ᵀ dH).reshape(r, n)", then(dA=lambda g, c: g.T.reshape(g.shape))),
+        ("dB-reshaped", "(Hᵀ G).reshape(m, r)", then(dB=lambda g, c: g.T.reshape(g.shape))),
+        ("dH-coarse", "dH kept in half of the digits", then(dH=coarse)),
         ("dA-coarse", "dA kept in half of the digits", then(dA=coarse)),
         (
             "clipped",
@@ -429,20 +417,17 @@ BACKWARD = (
     ),
     *family(
         "BACKWARD",
-        "linear",
         "linear.derivative",
         ("dA-not-scaled", "dA / s", but(dA=lambda my, c: Plain.dA(my, c) / my.s(c))),
     ),
     *family(
         "BACKWARD",
-        "linear",
         "linear.balance",
         ("dB-not-scaled", "dB / s", but(dB=lambda my, c: Plain.dB(my, c) / my.s(c))),
         ("dA-rows-shifted", "row i of dA for row i + 1", then(dA=lambda g, c: np.roll(g, 1, 0))),
     ),
     *family(
         "BACKWARD",
-        "linear",
         "linear.tokens-apart",
         ("dA-mean", "dA / t", then(dA=lambda g, c: g / len(c.x))),
         (
@@ -453,7 +438,6 @@ BACKWARD = (
     ),
     *family(
         "BACKWARD",
-        "linear",
         "linear.zero-B",
         ("dB-zero-at-zero-B", "dB = 0 while B = 0", then(dB=lambda g, c: g * c.B.any())),
         ("dA-after-step-of-B", "dA with the B after its step", but(dA=_dA_after_step_of_B)),
@@ -461,7 +445,6 @@ BACKWARD = (
     ),
     *family(
         "BACKWARD",
-        "linear",
         "linear.vjp.bias",
         ("dbias-zero", "db = 0", then(dbias=lambda g, c: 0 * g)),
         ("dbias-mean", "db / t", then(dbias=lambda g, c: g / len(c.x))),
@@ -470,11 +453,10 @@ BACKWARD = (
     ),
     *family(
         "BACKWARD",
-        "linear",
         "linear.vjp.conv1d",
         (
             "dx-conv1d-turned",
-            "dx = G Wᵀ + K∘(du A) with fan_in_fan_out, where m = n",
+            "dx = G Wᵀ + K∘(dH A) with fan_in_fan_out, where m = n",
             but(dx_base=lambda my, c: c.dy @ (c.W.T if c.conv1d and square(c) else c.W)),
         ),
     ),
@@ -497,7 +479,7 @@ def _every_other_call(my: Plain, c: Call) -> Any:
     return my.memory["on"] * Plain.branch(my, c)
 
 
-def _kept(name: str, recall: Any = from_first_call) -> Any:
+def _recalled(name: str, recall: Any = from_first_call) -> Any:
     """`Plain` that takes an array from an earlier call."""
     return but(read=lambda my, c: with_(c, **{name: lambda c: recall(my, name, getattr(c, name))}))
 
@@ -505,11 +487,10 @@ def _kept(name: str, recall: Any = from_first_call) -> Any:
 STATE = (
     *family(
         "STATE",
-        "linear",
         "linear.forward",
-        ("A-cached", "A of the first call for all", _kept("A")),
-        ("W-cached", "W of the first call for all", _kept("W")),
-        ("B-before", "B of the call before", _kept("B", from_call_before)),
+        ("A-cached", "A of the first call for all", _recalled("A")),
+        ("W-cached", "W of the first call for all", _recalled("W")),
+        ("B-before", "B of the call before", _recalled("B", from_call_before)),
         (
             "output-not-cleared",
             "y added to the branch of earlier calls",
@@ -522,18 +503,16 @@ STATE = (
     ),
     *family(
         "STATE",
-        "linear",
         "linear.forward.bias",
-        ("bias-cached", "b of the first call for all", _kept("b")),
+        ("bias-cached", "b of the first call for all", _recalled("b")),
     ),
     *family(
         "STATE",
-        "linear",
         "linear.vjp",
         (
             "hidden-before",
             "dB with H of the call before",
-            but(dB=lambda my, c: my.ds(c) * c.dy.T @ from_call_before(my, "u", my.u(c))),
+            but(dB=lambda my, c: my.ds(c) * c.dy.T @ from_call_before(my, "H", my.H(c))),
         ),
         (
             "gradients-pile-up",
@@ -571,10 +550,8 @@ def _in_order(name: str) -> Any:
     return read
 
 
-SAME = family(
-    "SAME",
+SAME = equivalents(
     "linear",
-    "",
     ("rows", "as it is: tokens in rows", Plain),
     (
         "merged",
@@ -587,36 +564,44 @@ SAME = family(
     (
         "scale-on-A",
         "H = (K∘x) (s A)ᵀ",
-        but(branch=lambda my, c: my.h(c) @ (my.s(c) * c.A).T @ c.B.T),
+        but(branch=lambda my, c: my.kept(c) @ (my.s(c) * c.A).T @ c.B.T),
     ),
-    ("scale-on-B", "H (s B)ᵀ", but(branch=lambda my, c: my.u(c) @ (my.s(c) * c.B).T)),
-    ("scale-on-u", "(s H) Bᵀ", but(branch=lambda my, c: (my.s(c) * my.u(c)) @ c.B.T)),
-    ("scale-on-x", "(s K∘x) Aᵀ Bᵀ", but(branch=lambda my, c: (my.s(c) * my.h(c)) @ c.A.T @ c.B.T)),
+    ("scale-on-B", "H (s B)ᵀ", but(branch=lambda my, c: my.H(c) @ (my.s(c) * c.B).T)),
+    ("scale-on-H", "(s H) Bᵀ", but(branch=lambda my, c: (my.s(c) * my.H(c)) @ c.B.T)),
+    (
+        "scale-on-x",
+        "(s K∘x) Aᵀ Bᵀ",
+        but(branch=lambda my, c: (my.s(c) * my.kept(c)) @ c.A.T @ c.B.T),
+    ),
     (
         "alpha-then-rank",
         "α (H Bᵀ) / r",
-        but(branch=lambda my, c: c.alpha * (my.u(c) @ c.B.T) / (c.r**0.5 if c.rslora else c.r)),
+        but(branch=lambda my, c: c.alpha * (my.H(c) @ c.B.T) / (c.r**0.5 if c.rslora else c.r)),
     ),
     (
         "scale-on-G",
-        "(s G) B, (s G)ᵀ u",
-        but(du=lambda my, c: (my.s(c) * c.dy) @ c.B, dB=lambda my, c: (my.s(c) * c.dy).T @ my.u(c)),
+        "(s G) B, (s G)ᵀ H",
+        but(dH=lambda my, c: (my.s(c) * c.dy) @ c.B, dB=lambda my, c: (my.s(c) * c.dy).T @ my.H(c)),
     ),
-    ("scale-last", "s ((G B)ᵀ H)", but(dA=lambda my, c: my.s(c) * ((c.dy @ c.B).T @ my.h(c)))),
+    (
+        "scale-last",
+        "s ((G B)ᵀ (K∘x))",
+        but(dA=lambda my, c: my.s(c) * ((c.dy @ c.B).T @ my.kept(c))),
+    ),
     (
         "through-dW",
         "dA = s Bᵀ dW, dB = s dW Aᵀ, dW = Gᵀ (K∘x)",
         but(
-            dA=lambda my, c: my.s(c) * c.B.T @ (c.dy.T @ my.h(c)),
-            dB=lambda my, c: my.s(c) * (c.dy.T @ my.h(c)) @ c.A.T,
+            dA=lambda my, c: my.s(c) * c.B.T @ (c.dy.T @ my.kept(c)),
+            dB=lambda my, c: my.s(c) * (c.dy.T @ my.kept(c)) @ c.A.T,
         ),
     ),
     (
         "keep-then-divide",
         "K after the sum: ((keep∘x) Aᵀ) / (1 - p)",
         but(
-            h=lambda my, c: np.sign(c.K) * c.x,
-            u=lambda my, c: Plain.u(my, c) / (1 - c.p if c.dropout else 1),
+            kept=lambda my, c: np.sign(c.K) * c.x,
+            H=lambda my, c: Plain.H(my, c) / (1 - c.p if c.dropout else 1),
             dA=lambda my, c: Plain.dA(my, c) / (1 - c.p if c.dropout else 1),
         ),
     ),
@@ -625,18 +610,18 @@ SAME = family(
         "token-by-token",
         "dA and dB summed over tokens, one after another",
         but(
-            dA=lambda my, c: sum(du[:, None] * h for du, h in zip(my.du(c), my.h(c), strict=True)),
+            dA=lambda my, c: sum(g[:, None] * x for g, x in zip(my.dH(c), my.kept(c), strict=True)),
             dB=lambda my, c: sum(
-                my.s(c) * (g[:, None] * u) for g, u in zip(c.dy, my.u(c), strict=True)
+                my.s(c) * (g[:, None] * H) for g, H in zip(c.dy, my.H(c), strict=True)
             ),
         ),
     ),
     (
         "rank-by-rank",
-        "s Σᵢ uᵢ Bᵢᵀ, one rank after another",
+        "s Σᵢ Hᵢ Bᵢᵀ, one rank after another",
         but(
             branch=lambda my, c: (
-                my.s(c) * sum(u[:, None] * B for u, B in zip(my.u(c).T, c.B.T, strict=True))
+                my.s(c) * sum(H[:, None] * B for H, B in zip(my.H(c).T, c.B.T, strict=True))
             )
         ),
     ),
@@ -644,7 +629,7 @@ SAME = family(
         "features-from-the-last",
         "all sums over features from the last",
         but(
-            u=lambda my, c: my.h(c)[:, ::-1] @ c.A[:, ::-1].T,
+            H=lambda my, c: my.kept(c)[:, ::-1] @ c.A[:, ::-1].T,
             base=lambda my, c: c.x[:, ::-1] @ c.W[:, ::-1].T + c.b,
         ),
     ),
@@ -656,14 +641,10 @@ SAME = family(
     (
         "stored",
         "every array rounded to the dtype",
-        then(**dict.fromkeys(("h", "u", "branch", "base", "du", "dx_base", "dx_branch"), narrow)),
+        then(
+            **dict.fromkeys(("kept", "H", "branch", "base", "dH", "dx_base", "dx_branch"), narrow)
+        ),
     ),
-)
-
-SAME += family(
-    "SAME",
-    "linear",
-    "",
     (
         "sums-stored",
         "every partial sum rounded to the dtype",

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.verify.misreadings.entry import Misreading, family
+from minilora.verify.misreadings.entry import Misreading, equivalents, family
 from minilora.verify.misreadings.plain import (
     Array,
     Call,
@@ -52,16 +52,17 @@ def _turned(delta: Array, c: Call) -> Any:
 MERGE = (
     *family(
         "MERGE",
-        "merge",
         "merge.weight",
         ("no-scale", "W + B A", but(delta=lambda my, c: c.B @ c.A)),
+        ("alpha", "W + α B A", but(s=lambda my, c: c.alpha), "mlx-vlm 841"),
+        ("root", "s = α/√r, unasked", but(s=lambda my, c: c.alpha / c.r**0.5)),
         ("scale-squared", "W + s² B A", but(delta=lambda my, c: my.s(c) * Plain.delta(my, c))),
         ("twice", "W + 2 s B A", then(delta=lambda v, c: 2 * v), "candle-lora 26"),
         ("subtracted", "W - s B A", then(delta=lambda v, c: -v)),
         ("delta-alone", "s B A", but(merged=lambda my, c: my.delta(c))),
         ("turned", "W + s (B A)ᵀ where m = n", then(delta=_turned)),
         ("reshaped", "s (B A)ᵀ reshaped to (m, n)", then(delta=lambda v, c: v.T.reshape(v.shape))),
-        ("A-reshaped", "A.reshape(n, r) for Aᵀ", reads(A=lambda c: c.A.reshape(-1, c.r).T)),
+        ("reshape-A", "A.reshape(n, r) for Aᵀ", reads(A=lambda c: c.A.reshape(-1, c.r).T)),
         (
             "bfloat16",
             "W' rounded to bfloat16",
@@ -96,13 +97,11 @@ MERGE = (
     ),
     *family(
         "MERGE",
-        "merge",
         "merge.weight.rslora",
         ("rslora-ignored", "s = α/r with rsLoRA", but(s=lambda my, c: c.alpha / c.r)),
     ),
     *family(
         "MERGE",
-        "merge",
         "merge.weight.conv1d",
         (
             "conv1d-turned",
@@ -117,7 +116,6 @@ MERGE = (
     ),
     *family(
         "MERGE",
-        "merge",
         "merge.function",
         (
             "never",
@@ -135,7 +133,6 @@ MERGE = (
     ),
     *family(
         "MERGE",
-        "merge",
         "merge.zero-B",
         (
             "W-coarse",
@@ -150,7 +147,6 @@ MERGE = (
     ),
     *family(
         "MERGE",
-        "merge",
         "merge.negative",
         ("absolute", "W + |s B A|", then(delta=lambda v, c: abs(v))),
     ),
@@ -158,7 +154,6 @@ MERGE = (
 
 UNMERGE = family(
     "UNMERGE",
-    "merge",
     "merge.unmerge",
     ("nothing", "W'", but(unmerged=lambda my, c: c.W)),
     ("no-scale", "W' - B A", but(unmerged=lambda my, c: c.W - c.B @ c.A)),
@@ -195,10 +190,8 @@ UNMERGE = family(
     ),
 )
 
-SAME = family(
-    "SAME-MERGE",
+SAME = equivalents(
     "merge",
-    "",
     ("rows", "as it is: (Aᵀ Bᵀ)ᵀ", Plain),
     ("scale-on-A", "W + B (s A)", but(delta=lambda my, c: c.B @ (my.s(c) * c.A))),
     ("scale-on-B", "W + (s B) A", but(delta=lambda my, c: (my.s(c) * c.B) @ c.A)),

@@ -16,12 +16,12 @@ from minilora.formats.peft import read_adapter
 from minilora.models import GPT2, Batch, Bert, Config, Llama
 from minilora.ops import Array, Back
 from minilora.verify import own
-from minilora.verify.misreadings.entry import Misreading, family
+from minilora.verify.misreadings.entry import Misreading, equivalents, family
 from minilora.verify.misreadings.plain import digits
 from minilora.verify.own import Own
 
 Edit = tuple[str, str]
-"""A piece of a function's source, and what stands there instead."""
+"""A piece of a function's source, which stands there once, and what replaces it."""
 
 
 def model(**changes: Callable[..., Any] | Edit) -> Callable[[], Own]:
@@ -65,7 +65,6 @@ def _edit(space: dict[str, Any], f: Any, old: str, new: str) -> None:
 NORM = (
     *family(
         "NORM",
-        "model",
         "model.llama",
         ("eps-1e-6", "ε = 1e-6", model(rmsnorm=("(0) + eps", "(0) + 1e-6"))),
         ("eps-1e-8", "ε = 1e-8", model(rmsnorm=("(0) + eps", "(0) + 1e-8"))),
@@ -107,7 +106,6 @@ NORM = (
     ),
     *family(
         "NORM",
-        "model",
         "model.gpt2",
         (
             "n-1",
@@ -132,7 +130,6 @@ NORM = (
 
 ROPE = family(
     "ROPE",
-    "model",
     "model.llama",
     (
         "interleaved",
@@ -189,7 +186,7 @@ ROPE = family(
     ),
     (
         "one-position",
-        "k one position later than q",
+        "k turned by the next position's angle",
         model(
             llama_block=(
                 "rope(split_heads(k, b, c.kv_heads), *tables)",
@@ -235,7 +232,6 @@ SCORES = "np.where(mask[:, None, None], K.mT @ Q, -np.inf)"
 ATTENTION = (
     *family(
         "ATTENTION",
-        "model",
         "model.llama",
         (
             "scale-of-model",
@@ -314,7 +310,6 @@ ATTENTION = (
     ),
     *family(
         "ATTENTION",
-        "model",
         "model.gpt2",
         (
             "padding-seen",
@@ -324,7 +319,6 @@ ATTENTION = (
     ),
     *family(
         "ATTENTION",
-        "model",
         "model.bert.padding",
         (
             "padding-seen-by-all",
@@ -347,7 +341,6 @@ def _quick_gelu(x: Array) -> tuple[Array, Back]:
 BLOCK = (
     *family(
         "BLOCK",
-        "model",
         "model.llama",
         (
             "residual-of-norm",
@@ -407,7 +400,6 @@ BLOCK = (
     ),
     *family(
         "BLOCK",
-        "model",
         "model.gpt2",
         ("gelu-exact", "gelu by erf for its tanh form", model(gelu_tanh=ops.gelu)),
         ("gelu-quick", "x σ(1.702 x)", model(gelu_tanh=_quick_gelu)),
@@ -444,7 +436,20 @@ BLOCK = (
     ),
     *family(
         "BLOCK",
-        "model",
+        "model.gpt2.padding",
+        (
+            "positions-from-the-end",
+            "positions counted so that the last column has the last of all",
+            model(
+                gpt2=(
+                    "batch.places.ravel()",
+                    "(batch.places.ravel() - batch.ids.shape[1]) % len(W['positions.weight'])",
+                )
+            ),
+        ),
+    ),
+    *family(
+        "BLOCK",
         "model.bert",
         ("gelu-approximate", "gelu's tanh form for erf", model(gelu=ops.gelu_tanh)),
         (
@@ -510,7 +515,6 @@ def _mean_of_rows(batch: Batch, W: Any, c: Config, tuning: Any) -> tuple[Any, Ba
 LOSS = (
     *family(
         "LOSS",
-        "model",
         "model.llama",
         (
             "no-shift",
@@ -538,14 +542,9 @@ LOSS = (
         ),
         ("sum", "the sum over labels", model(cross_entropy=("n = int(counted.sum())", "n = 1"))),
         (
-            "by-positions",
-            "divided by all positions",
-            model(cross_entropy=("n = int(counted.sum())", "n = labels.size")),
-        ),
-        (
             "by-batch",
             "divided by the number of sequences",
-            model(cross_entropy=("n = int(counted.sum())", "n = 5")),
+            model(loss=("labels, count)", "labels, len(batch.ids))")),
         ),
         (
             "log2",
@@ -604,12 +603,11 @@ LOSS = (
     ),
     *family(
         "LOSS",
-        "model",
-        "model.gpt2.padding",
+        "model.llama.padding",
         (
-            "by-real",
-            "divided by all positions of the longest row",
-            model(cross_entropy=("n = int(counted.sum())", "n = len(labels)")),
+            "by-positions",
+            "divided by all positions",
+            model(cross_entropy=("n = int(counted.sum())", "n = labels.size")),
         ),
     ),
 )
@@ -658,7 +656,6 @@ def _scaled(s: Callable[[str, float, int], float]) -> Any:
 ADAPTER = (
     *family(
         "ADAPTER",
-        "model",
         "model.llama",
         ("alpha", "s = α", model(read_adapter=_scaled(lambda at, s, r: s * r)), "mlx-vlm 841"),
         (
@@ -728,19 +725,16 @@ ADAPTER = (
     ),
     *family(
         "ADAPTER",
-        "model",
         "model.llama.balance",
         ("dA-not-scaled", "dA / s", model(lora_linear=("(h @ du.T).T", "(h @ du.T).T / s"))),
     ),
     *family(
         "ADAPTER",
-        "model",
         "model.gpt2.balance",
         ("dB-halved", "dB / 2", model(lora_linear=("dy @ (s * u).T", "dy @ (0.5 * s * u).T"))),
     ),
     *family(
         "ADAPTER",
-        "model",
         "model.bert.balance",
         (
             "dA-first-token",
@@ -750,7 +744,6 @@ ADAPTER = (
     ),
     *family(
         "ADAPTER",
-        "model",
         "model.gpt2",
         (
             "rslora-lost",
@@ -771,7 +764,6 @@ ADAPTER = (
     ),
     *family(
         "ADAPTER",
-        "model",
         "model.bert",
         (
             "pooler-skipped",
@@ -802,7 +794,6 @@ def _pairs_apart(name: str, W: Array, c: Any) -> Array:
 FILES = (
     *family(
         "FILES",
-        "model",
         "model.llama.vector",
         (
             "bfloat16",
@@ -840,7 +831,6 @@ FILES = (
     ),
     *family(
         "FILES",
-        "model",
         "model.gpt2.vector",
         (
             "conv1d-not-turned",
@@ -856,32 +846,15 @@ FILES = (
     ),
     *family(
         "FILES",
-        "model",
         "model.bert.vector",
         (
             "biases-lost",
-            "biases of the layers not read",
+            "biases of projections not read",
             model(
                 read_model=_weights(
-                    lambda name, W, c: (
-                        0 * W
-                        if name.endswith(
-                            ("q.bias", "k.bias", "v.bias", "o.bias", "up.bias", "down.bias")
-                        )
-                        else W
-                    )
+                    lambda name, W, c: 0 * W if name.endswith(".bias") and "norm" not in name else W
                 )
             ),
-        ),
-    ),
-    *family(
-        "FILES",
-        "model",
-        "model.llama.padding",
-        (
-            "padding-as-end",
-            "the loss divided by the row's length",
-            model(cross_entropy=("n = int(counted.sum())", "n = labels.size // 5")),
         ),
     ),
 )
@@ -933,10 +906,8 @@ def _wide(array: Array) -> Array:
     return wide
 
 
-SAME = family(
-    "SAME-MODEL",
+SAME = equivalents(
     "model",
-    "",
     ("rows", "as it is", model()),
     (
         "positions-from-1",
@@ -953,11 +924,6 @@ SAME = family(
         "heads-repeated",
         "keys and values repeated for each query head",
         model(attention=_reading(_repeated)),
-    ),
-    (
-        "scores-scaled",
-        "(kᵀ q) / √d for kᵀ (q / √d)",
-        model(attention=("K.mT @ Q, -np", "K.mT @ Q * d**-0.5 / scale, -np")),
     ),
     (
         "no-maximum",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.verify.misreadings.entry import Misreading, family
+from minilora.verify.misreadings.entry import Misreading, equivalents, family
 from minilora.verify.misreadings.plain import (
     Array,
     Call,
@@ -33,10 +33,6 @@ def _moments(g: Callable[[Array, Call, str], Any]) -> Any:
 
 def _coupled(my: Plain, c: Call, name: str, p: Array, g: Array) -> Any:
     return Plain.adamw(my, c, name, p, g + c.decay * p)
-
-
-def _decayed_after(my: Plain, c: Call, name: str, p: Array, g: Array) -> Any:
-    return Plain.decayed(my, c, name, Plain.stepped(my, c, name, p, g))
 
 
 def _greatest_so_far(my: Plain, c: Call, name: str, g: Array) -> Any:
@@ -69,8 +65,7 @@ def _overwritten(steps: Any, params: Any) -> Any:
 
 ADAMW = (
     *family(
-        "ADAMW",
-        "optimizer",
+        "OPTIMIZER",
         "optimizer.adamw",
         ("betas-swapped", "β₂, β₁ for β₁, β₂", reads(betas=lambda c: c.betas[::-1])),
         ("beta1-fixed", "β₁ = 0.9", reads(betas=lambda c: (0.9, c.betas[1]))),
@@ -88,18 +83,7 @@ ADAMW = (
         (
             "decay-after",
             "(1 - ηλ) (p - η m̂ / (√v̂ + ε))",
-            but(
-                adamw=lambda my, c, name, p, g: Plain.decayed(
-                    my,
-                    c,
-                    name,
-                    p
-                    - my.rate(c, name)
-                    * my.direction(
-                        c, *my.corrected(c, my.first(c, name, g), my.second(c, name, g))
-                    ),
-                )
-            ),
+            but(adamw=lambda my, c, name, p, g: my.decayed(c, name, p - my.update(c, name, g))),
         ),
         ("decay-added", "(1 + ηλ) p", reads(decay=lambda c: -c.decay)),
         ("eps-in-root", "m̂ / √(v̂ + ε)", but(direction=lambda my, c, m, v: m / (v + c.eps) ** 0.5)),
@@ -120,7 +104,7 @@ ADAMW = (
         (
             "sgd",
             "(1 - ηλ) p - η g",
-            but(adamw=lambda my, c, name, p, g: my.decayed(c, name, p) - my.rate(c, name) * g),
+            but(update=lambda my, c, name, g: my.rate(c, name) * g),
         ),
         ("t-from-0", "1 - β⁰ at the first step", but(t=lambda my, c: c.k)),
         ("t-from-2", "1 - β² at the first step", but(t=lambda my, c: c.k + 2)),
@@ -151,7 +135,7 @@ ADAMW = (
             "(the mean of |g|)² for the mean of g²",
             but(second=lambda my, c, name, g: Plain.second(my, c, name, abs(g) ** 0.5) ** 2),
         ),
-        ("v-coarse", "v kept in half of the digits", then(second=coarse)),
+        ("v-coarse", "v rounded to half of the digits", then(second=coarse)),
         ("amsgrad", "the greatest v so far", but(second=_greatest_so_far)),
         ("nesterov", "β₁ m + (1 - β₁) g for m", but(first=_nesterov_m)),
         (
@@ -184,8 +168,7 @@ ADAMW = (
         ("params-overwritten", "the parameters are changed in place", _steps(_overwritten)),
     ),
     *family(
-        "ADAMW",
-        "optimizer",
+        "OPTIMIZER",
         "optimizer.adamw.defaults",
         ("decay-default", "λ = 0.01 where 0 is asked for", reads(decay=lambda c: c.decay or 0.01)),
         ("not-corrected", "m / (√v + ε)", but(corrected=lambda my, c, m, v: (m, v))),
@@ -203,14 +186,9 @@ ADAMW = (
 )
 
 
-def _sgd(u: Callable[[Array, Array, Array, Call], Any]) -> Callable[[], Plain]:
-    """`Plain` with another direction than u, a function of (u, g + λ p, p, call)."""
-
-    def sgd(my: Plain, c: Call, name: str, p: Array, g: Array) -> Any:
-        Plain.sgd(my, c, name, p, g)
-        return p - my.rate(c, name) * u(c.u[name], g + my.decay(c, name) * p, p, c)
-
-    return but(sgd=sgd)
+def _nesterov(my: Plain, c: Call, name: str, p: Array, g: Array) -> Any:
+    Plain.sgd(my, c, name, p, g)
+    return p - my.rate(c, name) * (g + my.decay(c, name) * p + c.momentum * c.u[name])
 
 
 def _damped(my: Plain, c: Call, name: str, p: Array, g: Array) -> Any:
@@ -226,17 +204,15 @@ def _apart(my: Plain, c: Call, name: str, p: Array, g: Array) -> Any:
 
 SGD = (
     *family(
-        "SGD",
-        "optimizer",
+        "OPTIMIZER",
         "optimizer.sgd",
-        ("no-momentum", "u = g + λ p", reads(momentum=lambda c: 0.0)),
-        ("damped", "u = μ u + (1 - μ) (g + λ p)", but(sgd=_damped)),
-        ("nesterov", "p - η (g + λ p + μ u)", _sgd(lambda u, g, p, c: g + c.momentum * u)),
-        ("decay-apart", "(1 - ηλ) p - η u, no λ p in u", but(sgd=_apart)),
+        ("sgd-no-momentum", "u = g + λ p", reads(momentum=lambda c: 0.0)),
+        ("sgd-damped", "u = μ u + (1 - μ) (g + λ p)", but(sgd=_damped)),
+        ("sgd-nesterov", "p - η (g + λ p + μ u)", but(sgd=_nesterov)),
+        ("sgd-decay-apart", "(1 - ηλ) p - η u, no λ p in u", but(sgd=_apart)),
     ),
     *family(
-        "SGD",
-        "optimizer",
+        "OPTIMIZER",
         "optimizer.sgd-balance",
         ("decay-on-A", "λ = 0 for B", but(decay=lambda my, c, name: c.decay * name.endswith("A"))),
         ("decay-on-B", "λ = 0 for A", but(decay=lambda my, c, name: c.decay * name.endswith("B"))),
@@ -246,22 +222,21 @@ SGD = (
 )
 
 CLIP = family(
-    "CLIP",
-    "optimizer",
+    "OPTIMIZER",
     "optimizer.clip",
-    ("none", "g", but(clipped=lambda my, c, g: g)),
+    ("clip-none", "g", but(clipped=lambda my, c, g: g)),
     (
-        "per-tensor",
+        "clip-per-tensor",
         "each gradient clipped by itself",
         but(clipped=lambda my, c, g: {n: Plain.clipped(my, c, {n: v})[n] for n, v in g.items()}),
     ),
     (
-        "by-value",
+        "clip-by-value",
         "g between -max and max",
         but(clipped=lambda my, c, g: {n: v.clip(-c.greatest, c.greatest) for n, v in g.items()}),
     ),
     (
-        "always",
+        "clip-always",
         "g max / ‖g‖ below the maximum too",
         but(
             clipped=lambda my, c, g: {
@@ -269,33 +244,37 @@ CLIP = family(
             }
         ),
     ),
-    ("L1", "‖g‖ = Σ |g|", but(norm=lambda my, c, g: sum(abs(v).sum() for v in g.values()))),
-    ("largest", "‖g‖ = max |g|", but(norm=lambda my, c, g: max(abs(v).max() for v in g.values()))),
-    ("squared", "‖g‖²", then(norm=lambda v, c: v**2)),
+    ("clip-L1", "‖g‖ = Σ |g|", but(norm=lambda my, c, g: sum(abs(v).sum() for v in g.values()))),
     (
-        "sum-of-norms",
+        "clip-largest",
+        "‖g‖ = max |g|",
+        but(norm=lambda my, c, g: max(abs(v).max() for v in g.values())),
+    ),
+    ("clip-squared", "‖g‖²", then(norm=lambda v, c: v**2)),
+    (
+        "clip-sum-of-norms",
         "the sum of the gradients' norms",
         but(norm=lambda my, c, g: sum((v**2).sum() ** 0.5 for v in g.values())),
     ),
     (
-        "root-mean-square",
+        "clip-root-mean-square",
         "‖g‖ / √(the number of entries)",
         but(norm=lambda my, c, g: Plain.norm(my, c, g) / sum(v.size for v in g.values()) ** 0.5),
     ),
     (
-        "last-tensor",
+        "clip-last-tensor",
         "the last gradient's norm",
         but(norm=lambda my, c, g: (list(g.values())[-1] ** 2).sum() ** 0.5),
     ),
     (
-        "A-alone",
+        "clip-A-alone",
         "the norm of A's gradients",
         but(
             norm=lambda my, c, g: Plain.norm(my, c, {n: v for n, v in g.items() if n.endswith("A")})
         ),
     ),
     (
-        "B-not-scaled",
+        "clip-B-not-scaled",
         "B's gradients as they are",
         but(
             clipped=lambda my, c, g: (
@@ -307,32 +286,31 @@ CLIP = family(
 
 SCHEDULE = (
     *family(
-        "SCHEDULE",
-        "optimizer",
+        "OPTIMIZER",
         "optimizer.linear",
-        ("none", "η", but(factor=lambda my, c, k: 1.0)),
+        ("schedule-none", "η", but(factor=lambda my, c, k: 1.0)),
         (
-            "one-ahead",
+            "schedule-one-ahead",
             "the factor of step k + 1",
             but(factor=lambda my, c, k: Plain.factor(my, c, k + 1)),
         ),
         (
-            "one-behind",
+            "schedule-one-behind",
             "the factor of step k - 1",
             but(factor=lambda my, c, k: Plain.factor(my, c, max(0, k - 1))),
         ),
         (
-            "warmup-from-1",
+            "schedule-warmup-from-1",
             "(k + 1) / warmup",
             but(factor=lambda my, c, k: Plain.factor(my, c, k + (k < c.warmup))),
         ),
         (
-            "no-warmup",
+            "schedule-no-warmup",
             "the factor of the warm-up's end before it",
             but(factor=lambda my, c, k: Plain.factor(my, c, max(k, c.warmup))),
         ),
         (
-            "warmup-counted",
+            "schedule-warmup-counted",
             "1 - k / total",
             but(
                 factor=lambda my, c, k: (
@@ -342,14 +320,18 @@ SCHEDULE = (
                 )
             ),
         ),
-        ("one-step-shorter", "total - 1 for total", reads(total=lambda c: max(1, c.total - 1))),
         (
-            "cosine-for-linear",
+            "schedule-one-step-shorter",
+            "total - 1 for total",
+            reads(total=lambda c: max(1, c.total - 1)),
+        ),
+        (
+            "schedule-cosine-for-linear",
             "(1 + cos πq) / 2",
             reads(schedule=lambda c: "cosine" if c.schedule == "linear" else c.schedule),
         ),
         (
-            "A-alone",
+            "schedule-A-alone",
             "B without schedule",
             but(
                 rate=lambda my, c, name: (
@@ -358,22 +340,21 @@ SCHEDULE = (
             ),
         ),
         (
-            "decay-alone-constant",
+            "schedule-decay-alone-constant",
             "λ times the rate before its schedule",
             but(decayed=lambda my, c, name, p: p * (1 - c.lr * c.decay)),
         ),
     ),
     *family(
-        "SCHEDULE",
-        "optimizer",
+        "OPTIMIZER",
         "optimizer.cosine",
         (
-            "linear-for-cosine",
+            "schedule-linear-for-cosine",
             "1 - q",
             reads(schedule=lambda c: "linear" if c.schedule == "cosine" else c.schedule),
         ),
         (
-            "cosine-not-halved",
+            "schedule-cosine-not-halved",
             "1 + cos πq",
             but(
                 factor=lambda my, c, k: (
@@ -382,7 +363,7 @@ SCHEDULE = (
             ),
         ),
         (
-            "cosine-not-squared",
+            "schedule-cosine-not-squared",
             "cos (πq/2)",
             but(
                 factor=lambda my, c, k: (
@@ -395,23 +376,22 @@ SCHEDULE = (
 )
 
 LORAPLUS = family(
-    "LORAPLUS",
-    "optimizer",
+    "OPTIMIZER",
     "optimizer.loraplus",
-    ("ignored", "η for B", reads(ratio=lambda c: 1.0)),
+    ("loraplus-ignored", "η for B", reads(ratio=lambda c: 1.0)),
     (
-        "on-A",
+        "loraplus-on-A",
         "η ratio for A, η for B",
         but(rate=lambda my, c, name: c.lr * (c.ratio if name.endswith("A") else 1)),
     ),
-    ("on-both", "η ratio for A too", but(rate=lambda my, c, name: c.lr * c.ratio)),
+    ("loraplus-on-both", "η ratio for A too", but(rate=lambda my, c, name: c.lr * c.ratio)),
     (
-        "A-divided",
+        "loraplus-A-divided",
         "η / ratio for A, η for B",
         but(rate=lambda my, c, name: c.lr / (c.ratio if name.endswith("A") else 1)),
     ),
     (
-        "not-in-decay",
+        "loraplus-not-in-decay",
         "ηλ for B's decay too",
         but(decayed=lambda my, c, name, p: p * (1 - c.lr * my.factor(c, c.k) * c.decay)),
     ),
@@ -432,38 +412,49 @@ def _weighted(weights: Callable[[Sequence[int]], Sequence[float]]) -> Callable[[
 
 
 ACCUMULATE = family(
-    "ACCUMULATE",
-    "optimizer",
+    "OPTIMIZER",
     "optimizer.accumulate",
     (
-        "mean-of-means",
+        "accumulate-mean-of-means",
         "the mean of the gᵢ",
         _weighted(lambda n: [1 / len(n)] * len(n)),
         "transformers 34191",
         "mlx-lm 1413",
     ),
-    ("sum", "Σ gᵢ", _weighted(lambda n: [1] * len(n))),
-    ("sum-over-labels", "Σ nᵢ gᵢ", _weighted(lambda n: n)),
-    ("by-parts", "Σ nᵢ gᵢ / the number of parts", _weighted(lambda n: [v / len(n) for v in n])),
+    ("accumulate-sum", "Σ gᵢ", _weighted(lambda n: [1] * len(n))),
+    ("accumulate-sum-over-labels", "Σ nᵢ gᵢ", _weighted(lambda n: n)),
     (
-        "by-both",
+        "accumulate-by-parts",
+        "Σ nᵢ gᵢ / the number of parts",
+        _weighted(lambda n: [v / len(n) for v in n]),
+    ),
+    (
+        "accumulate-by-both",
         "Σ nᵢ gᵢ / (N times the number of parts)",
         _weighted(lambda n: [v / sum(n) / len(n) for v in n]),
     ),
-    ("last-part", "g of the last micro-batch", _weighted(lambda n: [0] * (len(n) - 1) + [1])),
-    ("first-part", "g of the first micro-batch", _weighted(lambda n: [1] + [0] * (len(n) - 1))),
     (
-        "last-part-lost",
+        "accumulate-last-part",
+        "g of the last micro-batch",
+        _weighted(lambda n: [0] * (len(n) - 1) + [1]),
+    ),
+    (
+        "accumulate-first-part",
+        "g of the first micro-batch",
+        _weighted(lambda n: [1] + [0] * (len(n) - 1)),
+    ),
+    (
+        "accumulate-last-part-lost",
         "all micro-batches but the last",
         _weighted(lambda n: [v / sum(n) for v in n[:-1]] + [0]),
     ),
     (
-        "weights-turned",
+        "accumulate-weights-turned",
         "nᵢ of another micro-batch",
         _weighted(lambda n: [v / sum(n) for v in n[::-1]]),
     ),
     (
-        "each-part-clipped",
+        "accumulate-each-part-clipped",
         "every gᵢ clipped, then the mean",
         but(
             summed=lambda my, c, parts: Plain.summed(
@@ -474,10 +465,10 @@ ACCUMULATE = family(
 )
 
 
-def _one_rate(my: Plain, c: Call, name: str, p: Array, g: Array) -> Any:
+def _one_rate(my: Plain, c: Call, name: str, g: Array) -> Any:
     m, v = my.first(c, name, g), my.second(c, name, g)
-    root1, root2 = 1 - c.betas[0] ** my.t(c), (1 - c.betas[1] ** my.t(c)) ** 0.5
-    return my.decayed(c, name, p) - my.rate(c, name) / root1 * m / (v**0.5 / root2 + c.eps)
+    first, second = 1 - c.betas[0] ** my.t(c), (1 - c.betas[1] ** my.t(c)) ** 0.5
+    return my.rate(c, name) / first * m / (v**0.5 / second + c.eps)
 
 
 def _towards(mean: str, beta: int, power: int) -> Any:
@@ -506,12 +497,10 @@ def _stored(state: str, method: str) -> Any:
     return moved
 
 
-SAME = family(
-    "SAME-STEP",
+SAME = equivalents(
     "optimizer",
-    "",
     ("rows", "as it is", Plain),
-    ("one-rate", "η / (1 - β₁ᵗ) m / (√v / √(1 - β₂ᵗ) + ε)", but(adamw=_one_rate)),
+    ("one-rate", "η / (1 - β₁ᵗ) m / (√v / √(1 - β₂ᵗ) + ε)", but(update=_one_rate)),
     (
         "towards",
         "m + (1 - β₁) (g - m), v + (1 - β₂) (g² - v)",

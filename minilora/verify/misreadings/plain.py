@@ -117,17 +117,17 @@ class Plain:
         """The scale, backward."""
         return self.s(c)
 
-    def h(self, c: Call) -> Any:
+    def kept(self, c: Call) -> Any:
         """The branch's input."""
         return c.x * c.K
 
-    def u(self, c: Call) -> Any:
+    def H(self, c: Call) -> Any:
         """The branch in rank space."""
-        return self.h(c) @ c.A.T
+        return self.kept(c) @ c.A.T
 
     def branch(self, c: Call) -> Any:
         """What the adapter adds."""
-        return self.s(c) * (self.u(c) @ c.B.T)
+        return self.s(c) * (self.H(c) @ c.B.T)
 
     def base(self, c: Call) -> Any:
         """What the frozen layer gives."""
@@ -137,17 +137,17 @@ class Plain:
         """Both."""
         return self.base(c) + self.branch(c)
 
-    def du(self, c: Call) -> Any:
+    def dH(self, c: Call) -> Any:
         """The gradient by u."""
         return self.ds(c) * (c.dy @ c.B)
 
     def dA(self, c: Call) -> Any:
         """The gradient by A."""
-        return self.du(c).T @ self.h(c)
+        return self.dH(c).T @ self.kept(c)
 
     def dB(self, c: Call) -> Any:
         """The gradient by B."""
-        return self.ds(c) * (c.dy.T @ self.u(c))
+        return self.ds(c) * (c.dy.T @ self.H(c))
 
     def dx_base(self, c: Call) -> Any:
         """The gradient by x through the base."""
@@ -155,7 +155,7 @@ class Plain:
 
     def dx_branch(self, c: Call) -> Any:
         """The gradient by x through the branch."""
-        return c.K * (self.du(c) @ c.A)
+        return c.K * (self.dH(c) @ c.A)
 
     def dx(self, c: Call) -> Any:
         """Both."""
@@ -253,8 +253,12 @@ class Plain:
 
     def adamw(self, c: Call, name: str, p: Array, g: Array) -> Any:
         """AdamW: decay apart from the gradient."""
+        return self.decayed(c, name, p) - self.update(c, name, g)
+
+    def update(self, c: Call, name: str, g: Array) -> Any:
+        """What Adam takes away."""
         m, v = self.corrected(c, self.first(c, name, g), self.second(c, name, g))
-        return self.decayed(c, name, p) - self.rate(c, name) * self.direction(c, m, v)
+        return self.rate(c, name) * self.direction(c, m, v)
 
     def decayed(self, c: Call, name: str, p: Array) -> Any:
         """The parameter after its decay."""
@@ -321,10 +325,11 @@ def upto(stop: int, length: int) -> Array:
     return np.arange(length) < stop
 
 
-def digits(array: Any, count: int) -> Any:
-    """Rounded to so many binary digits, in the dtype that it has."""
-    fraction, exponent = np.frexp(array)
-    return np.ldexp(np.round(fraction * 2.0**count) * 0.5**count, exponent)
+def digits(number: Any, count: int) -> Any:
+    """Rounded to so many binary digits: an array in the dtype that it has, or a float."""
+    fraction, exponent = np.frexp(number)
+    rounded = np.ldexp(np.round(fraction * 2.0**count) * 0.5**count, exponent)
+    return rounded.astype(number.dtype) if isinstance(number, np.ndarray) else float(rounded)
 
 
 def coarse(array: Array, c: Call) -> Any:

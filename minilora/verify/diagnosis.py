@@ -1,0 +1,98 @@
+"""The name of the bug: which known misreading gives the very answers that the implementation gives.
+
+A misreading explains a failing check if it gives the same answers in several cases, within the
+rounding of both, where the implementation deviates from what is right. Nothing is invented: where
+none does, there is no diagnosis, and where several do, all are named.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from minilora.verify.check import Case, Check, Comparison, Diagnosis
+from minilora.verify.contract import Fault, Skip, Subject
+
+ANSWERS = {
+    "linear": ("linear.forward", "linear.vjp", "linear.evaluation", "linear.zero-B"),
+    "merge": ("merge.weight", "merge.unmerge"),
+    "optimizer": ("optimizer.",),
+    "model": ("model.",),
+}
+LAWS = (".balance", ".padding", ".vector", "-balance")
+"""Of the checks of a level, those that compare answers themselves, and not a law of them."""
+
+CASES = (1, 3, 5)
+"""Odd cases of a layer are of the lane with sigma, where no order of operations is excluded."""
+
+
+class _Direct(Subject):
+    """A misreading is ours: it is called without a thread of its own."""
+
+    def _within_limit(self, call: Callable[[], Any]) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is wrong, and some of it divides by zero
+            return call()
+
+
+def answers(check: Check, subject: Subject, case: Case) -> dict[str, Comparison]:
+    """The comparisons of a case by the array's name; none where the implementation gives none."""
+    try:
+        return {each.array: each for each in check.run(subject, case)}
+    except (Skip, Fault):
+        return {}
+
+
+def agree(theirs: Comparison, ours: Comparison) -> float | None:
+    """The rms z between two implementations' answers, or None where they differ.
+
+    Both have rounded, so sigma is √2 times that of one.
+    """
+    sigma = None if theirs.sigma is None else 2**0.5 * theirs.sigma
+    judged = replace(theirs, want=ours.got, sigma=sigma).judge()
+    return judged.rms if judged.verdict == "pass" else None
+
+
+def explains(
+    theirs: Sequence[dict[str, Comparison]], ours: Sequence[dict[str, Comparison]]
+) -> float | None:
+    """The greatest rms z over all arrays of all cases, or None if any of them differs."""
+    worst = 0.0
+    for their_case, our_case in zip(theirs, ours, strict=True):
+        if not their_case.keys() <= our_case.keys():
+            return None
+        for array, comparison in their_case.items():
+            rms = agree(comparison, our_case[array])
+            if rms is None:
+                return None
+            worst = max(worst, rms)
+    return worst
+
+
+def diagnose(check: Check, subject: Subject, dtype: str, seed: int) -> tuple[Diagnosis, ...]:
+    """The misreadings that explain what an implementation answers to a check, the nearest first."""
+    from minilora.verify.misreadings import MISREADINGS  # costs time only where something is wrong
+
+    if not check.id.startswith(ANSWERS[check.level]) or check.id.endswith(LAWS):
+        return ()
+    numbers = CASES if check.level in ("linear", "merge") else range(check.cases("ci", dtype))
+    cases = [Case(check.id, dtype, number, seed) for number in numbers]
+    theirs = [answers(check, subject, case) for case in cases]
+    deviates = [
+        any(each.judge().verdict == "fail" for each in answer.values()) for answer in theirs
+    ]
+    if not all(theirs) or not any(deviates):
+        return ()
+    found = []
+    for m in MISREADINGS:
+        if m.level != check.level or m.equivalent:
+            continue
+        candidate = _Direct(m.make())
+        ours = [answers(check, candidate, case) for case in cases]
+        residual = explains(theirs, ours) if all(ours) else None
+        if residual is not None:
+            seen = f" Seen in {', '.join(m.seen)}." if m.seen else ""
+            found.append(Diagnosis(m.id, f"{m.formula}.{seen}", residual))
+    return tuple(sorted(found, key=lambda each: each.residual_z))

@@ -1,0 +1,78 @@
+"""A deviation that the catalogue knows gets its name, and what it does not know gets none."""
+
+from dataclasses import replace
+
+import pytest
+
+from minilora.verify import engine
+from minilora.verify.checks import CHECKS
+from minilora.verify.misreadings import MISREADINGS
+from minilora.verify.misreadings.plain import Plain, but, then
+
+BY_ID = {check.id: replace(check, smallest=None) for check in CHECKS}
+CATALOGUE = {m.id: m for m in MISREADINGS if not m.equivalent}
+
+# One of each level and family; the slow test takes all.
+SOME = (
+    "scale-alpha",
+    "scale-off-10-ppm",
+    "dropout-on-base",
+    "merge-no-scale",
+    "unmerge-nothing",
+    "optimizer-betas-swapped",
+)
+
+
+def diagnosed(level, make, profile="quick"):
+    """What the first check of a level that has a diagnosis names, the nearest first."""
+    for check in BY_ID.values():
+        if check.level == level:
+            (result,) = engine.run([check], make(), profile=profile, dtypes=["float32"]).results
+            if result.diagnosis:
+                return [each.id for each in result.diagnosis]
+    return []
+
+
+def misnamed(ids):
+    """Those of the catalogue that are not among the names that they are given."""
+    return {id for id in ids if id not in diagnosed(CATALOGUE[id].level, CATALOGUE[id].make)}
+
+
+@pytest.mark.parametrize("id", SOME)
+def test_a_misreading_is_named(id):
+    assert diagnosed(CATALOGUE[id].level, CATALOGUE[id].make)[0] == id
+
+
+def test_what_is_right_gets_no_name():
+    assert diagnosed("linear", Plain) == []
+
+
+def test_a_deviation_that_is_not_in_the_catalogue_gets_no_name():
+    assert diagnosed("linear", then(s=lambda s, c: 1.37 * s)) == []
+
+
+def test_two_faults_at_once_get_no_name_of_one():
+    both = but(s=lambda my, c: 1.37 * c.alpha, dB=lambda my, c: 0 * c.B)
+    (result,) = engine.run([BY_ID["linear.vjp"]], both(), dtypes=["float32"]).results
+    assert (result.status, result.diagnosis) == ("fail", ())
+
+
+def test_the_report_says_the_name_the_formula_and_where_it_was_seen():
+    report = engine.run(
+        [BY_ID["linear.forward"]], CATALOGUE["scale-alpha"].make(), dtypes=["float32"]
+    )
+    assert "DIAGNOSIS  scale-alpha: s = α. Seen in mlx-vlm 841" in report.text()
+    (entry,) = report.to_json()["results"][0]["diagnosis"]
+    assert entry.keys() == {"id", "sentence", "residual_z"}
+    assert entry["id"] == "scale-alpha"
+    right = engine.run([BY_ID["linear.forward"]], Plain(), dtypes=["float32"])
+    assert "DIAGNOSIS" not in right.text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["linear", "merge", "optimizer", "model"])
+def test_nine_in_ten_of_the_catalogue_are_named(level):
+    ids = [m.id for m in CATALOGUE.values() if m.level == level]
+    missed = misnamed(ids)
+    print(f"{level}: {len(ids) - len(missed)} of {len(ids)} named; not: {sorted(missed)}")
+    assert 10 * len(missed) <= len(ids), missed
