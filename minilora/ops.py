@@ -257,7 +257,8 @@ def join_heads(x: Array) -> Array:
 def causal_mask(real: Array) -> Array:
     """Query t sees key s if s ≤ t and s is a real token; a padding query sees itself too.
 
-    (A column without any key would have no softmax; padding reaches no real token and no loss.)
+    (A column without any key would have no softmax. Padding reaches no real token, and no loss,
+    unless the first real token of a row has a label that counts: padding would have to predict it.)
 
     Shapes: real (b, t) -> mask (b, t, t), keys before queries.
     """

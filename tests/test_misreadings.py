@@ -23,12 +23,6 @@ SAME = [m for m in MISREADINGS if m.equivalent]
 FAULTS = {"changes its inputs", "nan", "shape"}
 """What an answer may have. An exception would only show that the catalogue itself is broken."""
 
-REFUSED = {
-    "same-merge-into-W",
-    "same-merge-unmerged-by-merging",
-}
-"""Right, and refused: merge.unmerge allows u |s B A| for an s B A that is formed in another order,
-which errs by more where the sum over the ranks cancels."""
 
 LOST = {
     "float64": set(),
@@ -111,9 +105,7 @@ def caught(m, checks, dtype, profile="quick", seed=0):
 
 
 def named(misreadings):
-    refused = pytest.mark.xfail(reason="the bound of merge.unmerge is too narrow")
-    marks = {m.id: refused if m.id in REFUSED else () for m in misreadings}
-    return [pytest.param(m, id=m.id, marks=marks[m.id]) for m in misreadings]
+    return [pytest.param(m, id=m.id) for m in misreadings]
 
 
 @pytest.mark.parametrize("m", named(WRONG))
@@ -187,7 +179,7 @@ def test_every_misreading_that_rounding_does_not_hide_is_caught(dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [m for m in SAME if m.id not in REFUSED], ids=lambda m: m.id)
+@pytest.mark.parametrize("m", named(SAME))
 def test_what_is_right_passes_in_every_dtype_and_seed(m, dtype):
     for seed in range(3):
         found = statuses(m, of_level(m.level), dtype, "ci", seed)
