@@ -3,14 +3,11 @@
 from collections import Counter
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from minilora.verify import engine
 from minilora.verify.checks import CHECKS
 from minilora.verify.contract import DTYPES
-from minilora.verify.levels import model as model_level
-from minilora.verify.levels import optimizer
 from minilora.verify.misreadings import MISREADINGS, Misreading
 from minilora.verify.misreadings.model import model
 from minilora.verify.misreadings.plain import but
@@ -52,38 +49,8 @@ LOST = {
 """What is less than rounding in the dtype, and what does not round more than the dtype does."""
 
 
-def memo(f, key):
-    """The function, computed once for each key of its arguments."""
-    kept = {}
-
-    def remembered(*given):
-        at = key(*given)
-        if at not in kept:
-            kept[at] = f(*given)
-        return kept[at]
-
-    return remembered
-
-
-def contents(arrays):
-    return tuple(np.asarray(array, np.float64).tobytes() for array in arrays.values())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def spreads_are_sampled_once():
-    """The spread of a case depends on the precision alone, and all here declare the same."""
-    of_steps = memo(optimizer.spread, lambda run, want, *more: (contents(want), str(more)))
-    of_model = memo(
-        model_level.spreads,
-        lambda batch, name, dtype, precision, want, samples: (
-            *(name, dtype, precision, samples),
-            contents(want),
-        ),
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimizer, "spread", of_steps)
-        patch.setattr(model_level, "spreads", of_model)
-        yield
+def by_id(m):
+    return m.id
 
 
 def of_level(level):
@@ -104,16 +71,12 @@ def caught(m, checks, dtype, profile="quick", seed=0):
     return {check for check, status in found if status in ("fail", "error")}
 
 
-def named(misreadings):
-    return [pytest.param(m, id=m.id) for m in misreadings]
-
-
-@pytest.mark.parametrize("m", named(WRONG))
+@pytest.mark.parametrize("m", WRONG, ids=by_id)
 def test_a_misreading_is_caught_by_the_check_that_it_names(m):
     assert caught(m, [BY_ID[m.caught_by]], "float32") == {m.caught_by}
 
 
-@pytest.mark.parametrize("m", named(SAME))
+@pytest.mark.parametrize("m", SAME, ids=by_id)
 def test_what_is_right_passes_however_it_is_written(m):
     """In float32; a variant that stores what others do not, in the dtype where that shows."""
     dtype = "bfloat16" if m.id.endswith("stored") else "float32"
@@ -179,7 +142,7 @@ def test_every_misreading_that_rounding_does_not_hide_is_caught(dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", named(SAME))
+@pytest.mark.parametrize("m", SAME, ids=by_id)
 def test_what_is_right_passes_in_every_dtype_and_seed(m, dtype):
     for seed in range(3):
         found = statuses(m, of_level(m.level), dtype, "ci", seed)
