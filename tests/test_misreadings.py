@@ -20,33 +20,26 @@ SAME = [m for m in MISREADINGS if m.equivalent]
 FAULTS = {"changes its inputs", "nan", "shape"}
 """What an answer may have. An exception would only show that the catalogue itself is broken."""
 
-
+# Less than rounding in both halves, or in one; and rounding no coarser than that of the dtype.
+_IN_BOTH = """
+    norm-eps-1e-6 norm-eps-1e-8 norm-eps-0 norm-eps-outside norm-eps-1e-5 files-eps-default
+    rope-theta-off-1-permille adapter-off-1-permille block-gelu-exact block-gelu-approximate
+    loss-z-loss optimizer-decay-default
+    form-tf32 rope-bfloat16 adapter-bfloat16
+"""
+_IN_BFLOAT16 = """
+    norm-n-1 rope-theta files-theta-default block-gelu-quick optimizer-amsgrad
+    optimizer-beta2-fixed optimizer-decay-after optimizer-sgd-decay-apart
+    optimizer-v-coarse unmerge-coarse unmerge-delta-coarse
+    scale-bfloat16 form-hidden-bfloat16 merge-bfloat16 files-bfloat16 optimizer-weights-bfloat16
+"""
 LOST = {
     "float64": set(),
     "float32": set(),
-    "bfloat16": {
-        *("scale-bfloat16", "form-hidden-bfloat16", "form-tf32", "merge-bfloat16"),
-        *(
-            "optimizer-weights-bfloat16",
-            "optimizer-v-coarse",
-            "optimizer-amsgrad",
-            "optimizer-beta2-fixed",
-        ),
-        *("optimizer-decay-after", "optimizer-decay-default", "optimizer-sgd-decay-apart"),
-        *("norm-eps-1e-6", "norm-eps-1e-8", "norm-eps-0", "norm-eps-outside", "norm-eps-1e-5"),
-        *("norm-n-1", "files-eps-default", "rope-theta", "rope-theta-off-1-permille"),
-        *("rope-bfloat16", "files-theta-default", "block-gelu-exact", "block-gelu-quick"),
-        *("block-gelu-approximate", "loss-z-loss", "adapter-off-1-permille", "adapter-bfloat16"),
-    },
-    "float16": {
-        *("form-tf32", "optimizer-decay-default"),
-        *("norm-eps-1e-6", "norm-eps-1e-8", "norm-eps-0", "norm-eps-outside", "norm-eps-1e-5"),
-        *("files-eps-default", "rope-theta-off-1-permille", "rope-bfloat16"),
-        *("block-gelu-exact", "block-gelu-approximate", "loss-z-loss"),
-        *("adapter-off-1-permille", "adapter-bfloat16"),
-    },
+    "bfloat16": {*_IN_BOTH.split(), *_IN_BFLOAT16.split()},
+    "float16": {*_IN_BOTH.split()},
 }
-"""What is less than rounding in the dtype, and what does not round more than the dtype does."""
+"""What no check sees in a dtype."""
 
 
 def by_id(m):
@@ -78,9 +71,10 @@ def test_a_misreading_is_caught_by_the_check_that_it_names(m):
 
 @pytest.mark.parametrize("m", SAME, ids=by_id)
 def test_what_is_right_passes_however_it_is_written(m):
-    """In float32; a variant that stores what others do not, in the dtype where that shows."""
+    """In float32, or in bfloat16 where it rounds more; without the vectors, which take longer."""
     dtype = "bfloat16" if m.id.endswith("stored") else "float32"
-    assert set(statuses(m, of_level(m.level), dtype).values()) == {"pass"}
+    checks = [check for check in of_level(m.level) if not check.id.endswith(".vector")]
+    assert set(statuses(m, checks, dtype).values()) == {"pass"}
 
 
 def test_an_exception_is_not_taken_for_a_catch():

@@ -197,7 +197,7 @@ CHECKS: tuple[Check, ...] = (
             f"optimizer.{kind}",
             "optimizer",
             ("optimizer_steps",),
-            f"{words}.",
+            f"{words[0].upper()}{words[1:]}.",
             _steps(kind),
             _cases_of(kind),
         )
