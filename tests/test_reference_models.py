@@ -19,8 +19,8 @@ from minilora import reference
 from minilora.formats.huggingface import read_model
 from minilora.lora import Tuning, disable
 from minilora.tasks import TASKS, draw_batch, expected_loss, task
-from minilora.verify.check import MONTE_CARLO
 from minilora.verify.contract import Precision
+from minilora.verify.terms import MONTE_CARLO
 from minilora.verify.tolerance import Rounding, noisy, spread
 
 FOLDER = reference.folder()

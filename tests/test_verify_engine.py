@@ -22,7 +22,6 @@ from fake_checks import CHECKS, OnlyMerge, Right, WrongScale
 import minilora.verify
 from minilora.verify import check as check_module_or_function
 from minilora.verify import peers
-from minilora.verify.check import MONTE_CARLO, Case, Check, Comparison, Limits
 from minilora.verify.contract import (
     HANGS_ALLOWED,
     METHODS,
@@ -43,6 +42,7 @@ from minilora.verify.engine import (
     run,
 )
 from minilora.verify.report import plain, write
+from minilora.verify.terms import MONTE_CARLO, Case, Check, Comparison, Limits
 
 EXACT, SIGMA, DICT, LIST = CHECKS
 

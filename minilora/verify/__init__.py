@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minilora.verify.check import Case, Check, Comparison, Limits
 from minilora.verify.contract import TIME_LIMIT, Fault, LoadError, Skip, Subject, resolve
 from minilora.verify.contract import load as load_target
 from minilora.verify.engine import Interrupted, Progress, UsageError, run
 from minilora.verify.report import Report, Result
+from minilora.verify.terms import Case, Check, Comparison, Limits
 
 __all__ = [
     "Case",
@@ -27,7 +27,6 @@ __all__ = [
 ]
 
 
-# Like its submodule: importing that first, above, leaves the name `minilora.verify.check` to this.
 def check(
     implementation: object,
     *,

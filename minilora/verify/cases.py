@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from minilora.lora import lora_linear, merge_weight, scale
-from minilora.verify.check import CLOSED_FORM, Case, Limits
 from minilora.verify.contract import DTYPES, Precision
+from minilora.verify.terms import CLOSED_FORM, Case, Limits
 from minilora.verify.tolerance import Rounding, Uncertain, digits
 
 Array = np.ndarray

@@ -3,9 +3,9 @@
 from dataclasses import replace
 from functools import partial
 
-from minilora.verify.check import Check
 from minilora.verify.diagnosis import diagnose
 from minilora.verify.levels import linear, merge, model, optimizer
+from minilora.verify.terms import Check
 
 CHECKS: tuple[Check, ...] = tuple(
     replace(check, diagnose=partial(diagnose, check))

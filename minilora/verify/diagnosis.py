@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from minilora.verify.check import Case, Check, Comparison, Diagnosis
 from minilora.verify.contract import Fault, Skip, Subject
+from minilora.verify.terms import Case, Check, Comparison, Diagnosis
 
 ANSWERS = {
     "linear": ("linear.forward", "linear.vjp", "linear.evaluation", "linear.zero-B"),

@@ -13,9 +13,9 @@ from math import inf
 from time import perf_counter
 from typing import Any
 
-from minilora.verify.check import Case, Check, Judgement
 from minilora.verify.contract import DTYPES, TIME_LIMIT, Fault, Skip, Subject, describe, near, tidy
 from minilora.verify.report import FaultSeen, Known, Report, Result
+from minilora.verify.terms import Case, Check, Judgement
 
 PROFILES = ("quick", "ci", "nightly")
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from minilora.verify.check import Diagnosis, Judgement
 from minilora.verify.contract import DTYPES, Precision, tidy
+from minilora.verify.terms import Diagnosis, Judgement
 
 STATUSES = ("fail", "error", "loose", "known", "skip", "pass")
 """Worst first."""

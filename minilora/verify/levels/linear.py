@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from minilora.verify.cases import Layer, draw_layer, limits, long, sigmas, wanted
-from minilora.verify.check import Case, Check, Comparison
 from minilora.verify.contract import Subject
 from minilora.verify.smallest import Difference, Differs, Smallest, search
+from minilora.verify.terms import Case, Check, Comparison
 
 Array = np.ndarray
 Run = Callable[[Subject, Case], Iterable[Comparison]]

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from minilora.verify.cases import Layer, draw_layer, limits, long, sigma_merge, sigmas, wanted_merge
-from minilora.verify.check import Case, Check, Comparison, Limits
 from minilora.verify.contract import Subject
 from minilora.verify.levels.linear import WORDS, forward
 from minilora.verify.smallest import Difference, search
+from minilora.verify.terms import Case, Check, Comparison, Limits
 from minilora.verify.tolerance import unit_roundoff
 
 Array = np.ndarray

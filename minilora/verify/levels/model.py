@@ -22,8 +22,8 @@ from minilora.models import Batch, Config, logits, targets
 from minilora.ops import IGNORED, cross_entropy
 from minilora.tasks import draw_batch
 from minilora.verify.cases import long
-from minilora.verify.check import MONTE_CARLO, Case, Check, Comparison
 from minilora.verify.contract import DTYPES, Precision, Subject
+from minilora.verify.terms import MONTE_CARLO, Case, Check, Comparison
 from minilora.verify.tolerance import Rounding, noisy, spread
 
 Array = np.ndarray

@@ -10,8 +10,8 @@ import numpy as np
 
 from minilora.optim import run
 from minilora.verify.cases import long
-from minilora.verify.check import MONTE_CARLO, Case, Check, Comparison
 from minilora.verify.contract import DTYPES, Precision, Subject
+from minilora.verify.terms import MONTE_CARLO, Case, Check, Comparison
 from minilora.verify.tolerance import Rounding, noisy, spread, underflow
 
 Array = np.ndarray
