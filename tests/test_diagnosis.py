@@ -75,9 +75,10 @@ def test_the_report_says_the_name_the_formula_and_where_it_was_seen():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("level", ["linear", "merge", "optimizer", "model"])
-def test_nine_in_ten_of_the_catalogue_are_named(level):
-    ids = [m.id for m in CATALOGUE.values() if m.level == level]
-    missed = misnamed(ids)
-    print(f"{level}: {len(ids) - len(missed)} of {len(ids)} named; not: {sorted(missed)}")
-    assert 10 * len(missed) <= len(ids), missed
+def test_nine_in_ten_of_the_catalogue_are_named():
+    """The others keep a state between calls, or break a law without a wrong answer to one call."""
+    missed = misnamed(CATALOGUE)
+    for level in dict.fromkeys(m.level for m in CATALOGUE.values()):
+        of_level = {m.id for m in CATALOGUE.values() if m.level == level}
+        print(f"{level}: {len(of_level - missed)} of {len(of_level)}", *sorted(of_level & missed))
+    assert 10 * len(missed) <= len(CATALOGUE), missed

@@ -22,8 +22,8 @@ from minilora.verify.tolerance import Rounding, Uncertain, digits
 
 Array = np.ndarray
 
-SIZES = ((4, 7, 5, 3), (5, 6, 6, 2), (6, 9, 4, 5), (3, 8, 8, 4))
-"""Tokens, n, m, r: distinct, and square weights with another rank."""
+SIZES = ((4, 7, 5, 3), (5, 6, 6, 2), (6, 9, 4, 5), (3, 8, 8, 4), (5, 4, 9, 1))
+"""Tokens, n, m, r: distinct, and square weights with another rank, and a rank of 1."""
 
 ALPHAS = (7.0, 5.0, 16.0, 1.5)
 """None is a rank above, and alpha / r is a fraction with most of them."""

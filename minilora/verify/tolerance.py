@@ -167,12 +167,13 @@ class Noisy(np.ndarray):
         if accumulated is not None:
             greatest = np.sqrt(greatest * greatest + 3 * accumulated)
         noise = 2 * self.rng.random(np.shape(y), dtype=np.float32) - 1
-        with np.errstate(invalid="ignore"):  # the infinities of a mask stay what they are
+        with np.errstate(invalid="ignore"):
             result = y + greatest * noise
-        if rounding.tiny > 1e-30:  # float16: its subnormal numbers lie within reach
-            result = result + rounding.tiny * self.rng.uniform(-1, 1, np.shape(y))
-            result = np.where(result * y > 0, result, 0)  # rounding changes no sign
-        return self._noisy(np.where(np.isinf(y), y, result) if np.isnan(result).any() else result)
+            if rounding.tiny > 1e-30:  # float16: its subnormal numbers lie within reach
+                result = result + rounding.tiny * self.rng.uniform(-1, 1, np.shape(y))
+                result = np.where(result * y > 0, result, 0)  # rounding changes no sign
+        infinite = np.isinf(y)  # of a mask: they stay what they are
+        return self._noisy(np.where(infinite, y, result) if infinite.any() else result)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         plain = [np.asarray(x) if isinstance(x, np.ndarray) else x for x in inputs]

@@ -24,6 +24,7 @@ KINDS: dict[str, dict[str, bool]] = {
     ".dropout": {"dropout": True},
     ".rslora": {"use_rslora": True},
     ".conv1d": {"fan_in_fan_out": True},
+    ".all": {"bias": True, "dropout": True, "use_rslora": True},
 }
 """What a case has beside x, W, A, B; conv1d is the storage (n, m) of GPT-2's weights."""
 
@@ -33,6 +34,7 @@ WORDS = {
     ".dropout": ", with a dropout mask on the branch's input",
     ".rslora": ", with rsLoRA's scale α/√r",
     ".conv1d": ", with the weight stored (in, out)",
+    ".all": ", with bias, dropout and rsLoRA at once",
 }
 
 

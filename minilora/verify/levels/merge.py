@@ -79,27 +79,30 @@ def negative(subject: Subject, case: Case) -> Iterable[Comparison]:
     yield Comparison("W'(B) - W against W - W'(-B)", there, back, sigma)
 
 
-def unmerge(subject: Subject, case: Case) -> Iterable[Comparison]:
+def _unmerge(kind: dict[str, bool]) -> Callable[[Subject, Case], Iterable[Comparison]]:
     """Unmerging restores W within u (|W| + |W'|) and what two sums lose, exactly without rounding.
 
     Storing W' loses at most u |W'|, and storing W at most u |W|. W ± s B A is a sum of r + 1 terms,
     r of them products with a factor s: formed in whatever order, it loses at most (r + 3) u times
     |W| + s |B| |A| (Higham 2002, section 3.1), and merging and unmerging may differ in the order.
     """
-    layer, exact = draw_layer(case)
-    if exact:
-        W_merged = wanted_merge(layer).astype(layer.W.dtype)
+
+    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+        layer, exact = draw_layer(case, **kind)
+        if exact:
+            W_merged = wanted_merge(layer).astype(layer.W.dtype)
+            W = unmerged(subject, layer, W_merged, case.dtype)
+            yield Comparison("unmerged W", W, layer.W)
+            return
+        W_merged = merged(subject, layer, case.dtype)
         W = unmerged(subject, layer, W_merged, case.dtype)
-        yield Comparison("unmerged W", W, layer.W)
-        return
-    W_merged = merged(subject, layer, case.dtype)
-    W = unmerged(subject, layer, W_merged, case.dtype)
-    W_size, A_size, B_size = (np.abs(long(v)) for v in (layer.W, layer.A, layer.B))
-    terms = W_size + layer.s * (B_size @ A_size)
-    sizes = W_size + np.abs(long(W_merged)) + 2 * (layer.r + 3) * terms
-    u = unit_roundoff(subject.precision(case.dtype).storage)
-    bound = (u * sizes).astype(np.float64)
-    yield Comparison("unmerged W", W, layer.W, bound, BOUND)
+        W_size, A_size, B_size = (np.abs(long(v)) for v in (layer.W, layer.A, layer.B))
+        terms = W_size + layer.s * (B_size @ A_size)
+        sizes = W_size + np.abs(long(W_merged)) + 2 * (layer.r + 3) * terms
+        u = unit_roundoff(subject.precision(case.dtype).storage)
+        yield Comparison("unmerged W", W, layer.W, (u * sizes).astype(np.float64), BOUND)
+
+    return run
 
 
 def merge_difference(subject: Subject, layer: Layer, dtype: str) -> Difference | None:
@@ -121,7 +124,6 @@ def _cases(share: float) -> Callable[[str, str], int]:
 def _law(run: Any, needs: tuple[str, ...], share: float) -> Check:
     title = (run.__doc__ or "").splitlines()[0]
     name = run.__name__.replace("_", "-")
-    differs = unmerge_difference if name == "unmerge" else merge_difference
     return Check(
         f"merge.{name}",
         "merge",
@@ -129,7 +131,7 @@ def _law(run: Any, needs: tuple[str, ...], share: float) -> Check:
         title,
         run,
         _cases(share),
-        lambda subject, dtype: search(subject, dtype, {}, differs),
+        lambda subject, dtype: search(subject, dtype, {}, merge_difference),
     )
 
 
@@ -145,10 +147,22 @@ def _weight_check(kind: str) -> Check:
     )
 
 
+def _unmerge_check(kind: str) -> Check:
+    return Check(
+        f"merge.unmerge{kind}",
+        "merge",
+        ("merge", "unmerge"),
+        f"Unmerging restores W within the rounding of W + s B A and back{WORDS[kind]}.",
+        _unmerge(KINDS[kind]),
+        _cases(1.0),
+        lambda subject, dtype: search(subject, dtype, KINDS[kind], unmerge_difference),
+    )
+
+
 CHECKS: tuple[Check, ...] = (
     *(_weight_check(kind) for kind in KINDS),
     _law(function, ("merge", "lora_linear"), 0.5),
     _law(zero_B, ("merge",), 0.25),
     _law(negative, ("merge",), 0.25),
-    _law(unmerge, ("merge", "unmerge"), 1.0),
+    *(_unmerge_check(kind) for kind in KINDS),
 )

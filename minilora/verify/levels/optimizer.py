@@ -59,6 +59,18 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
         "a cosine schedule: k / warmup, then (1 + cos πq) / 2",
     ),
     "loraplus": (_settings("adamw", loraplus_lr_ratio=5.0), "LoRA+: the rate of each B is greater"),
+    "sgd.linear": (
+        _settings(
+            "sgd", schedule="linear", warmup_steps=2, total_steps=STEPS - 2, loraplus_lr_ratio=3.0
+        ),
+        "SGD with LoRA+ under a linear schedule that ends before the steps do",
+    ),
+    "together": (
+        _settings(
+            "adamw", schedule="constant", warmup_steps=3, max_grad_norm=6.0, loraplus_lr_ratio=5.0
+        ),
+        "AdamW with micro-batches, clipping, LoRA+ and a warm-up at once",
+    ),
     "accumulate": (
         _settings("sgd", max_grad_norm=6.0),
         "micro-batches weighted by their number of labels that count",
@@ -83,7 +95,7 @@ def draw_steps(case: Case, kind: str) -> tuple[dict[str, Array], Gradients]:
         }
 
     sizes = [0.4 * 4 ** (k % 2) for k in range(STEPS)]
-    if kind != "accumulate":
+    if kind not in ("accumulate", "together"):
         return params, [gradients(size) for size in sizes]
     counts = [(5, 2, 11), (3, 8), (7,)]
     return params, [[(n, gradients(size)) for n in counts[k % 3]] for k, size in enumerate(sizes)]

@@ -27,6 +27,12 @@ from minilora.verify.misreadings.plain import (
     with_,
 )
 
+
+def _b_unless_dropout(c: Call) -> Array:
+    b: Array = 0 * c.b if c.dropout else c.b
+    return b
+
+
 SCALE = (
     *family(
         "SCALE",
@@ -216,6 +222,11 @@ FORM = (
         ("branch-coarse", "s H Bᵀ kept in half of the digits", then(branch=coarse)),
         ("base-coarse", "x Wᵀ kept in half of the digits", then(base=coarse)),
         ("tf32", "x with 11 binary digits in products", then(kept=lambda x, c: digits(x, 11))),
+    ),
+    *family(
+        "FORM",
+        "linear.forward.all",
+        ("no-bias-with-dropout", "b forgotten where there is a mask", reads(b=_b_unless_dropout)),
     ),
     *family(
         "FORM",
@@ -442,6 +453,15 @@ BACKWARD = (
         ("dB-zero-at-zero-B", "dB = 0 while B = 0", then(dB=lambda g, c: g * c.B.any())),
         ("dA-after-step-of-B", "dA with the B after its step", but(dA=_dA_after_step_of_B)),
         ("decay-inside", "dA + 0.01 A", then(dA=lambda g, c: g + 0.01 * c.A)),
+    ),
+    *family(
+        "BACKWARD",
+        "linear.vjp.all",
+        (
+            "dbias-with-dropout",
+            "db = 0 where there is a mask",
+            then(dbias=lambda g, c: 0 * g if c.dropout else g),
+        ),
     ),
     *family(
         "BACKWARD",

@@ -152,7 +152,30 @@ MERGE = (
     ),
 )
 
-UNMERGE = family(
+UNMERGE = (
+    *family(
+        "UNMERGE",
+        "merge.unmerge.rslora",
+        (
+            "rslora-ignored",
+            "W' - α/r B A where α/√r was asked",
+            but(unmerged=lambda my, c: c.W - c.alpha / c.r * (c.B @ c.A)),
+        ),
+    ),
+    *family(
+        "UNMERGE",
+        "merge.unmerge.conv1d",
+        (
+            "conv1d-turned",
+            "W' - s (B A)ᵀ with fan_in_fan_out, where m = n",
+            but(
+                unmerged=lambda my, c: c.W - (_turned(my.delta(c), c) if c.conv1d else my.delta(c))
+            ),
+        ),
+    ),
+)
+
+UNMERGE += family(
     "UNMERGE",
     "merge.unmerge",
     ("nothing", "W'", but(unmerged=lambda my, c: c.W)),

@@ -512,11 +512,6 @@ SAME = equivalents(
         but(decayed=lambda my, c, name, p: p - my.rate(c, name) * my.decay(c, name) * p),
     ),
     (
-        "rate-in-velocity",
-        "u = μ u + η (g + λ p), equal while η is constant",
-        but(sgd=_rate_in_velocity),
-    ),
-    (
         "labels-last",
         "(Σ nᵢ gᵢ) / N",
         but(
@@ -557,4 +552,40 @@ SAME = equivalents(
     ),
 )
 
-MISREADINGS: tuple[Misreading, ...] = ADAMW + SGD + CLIP + SCHEDULE + LORAPLUS + ACCUMULATE + SAME
+TOGETHER = (
+    *family(
+        "OPTIMIZER",
+        "optimizer.sgd.linear",
+        (
+            "schedule-in-velocity",
+            "u = μ u + η (g + λ p), equal only while η is constant",
+            but(sgd=_rate_in_velocity),
+        ),
+        (
+            "schedule-below-0",
+            "a negative η beyond the last step",
+            but(
+                factor=lambda my, c, k: (
+                    (c.total - k) / (c.total - c.warmup) if k > c.total else Plain.factor(my, c, k)
+                )
+            ),
+        ),
+    ),
+    *family(
+        "OPTIMIZER",
+        "optimizer.together",
+        (
+            "schedule-constant-without-warmup",
+            "no warm-up where the schedule is constant",
+            but(
+                factor=lambda my, c, k: 1.0 if c.schedule == "constant" else Plain.factor(my, c, k)
+            ),
+            "transformers get_scheduler",
+        ),
+    ),
+)
+
+
+MISREADINGS: tuple[Misreading, ...] = (
+    ADAMW + SGD + CLIP + SCHEDULE + LORAPLUS + ACCUMULATE + TOGETHER + SAME
+)

@@ -229,7 +229,7 @@ class Plain:
         """The schedule."""
         if k < c.warmup:
             return k / c.warmup
-        left = (c.total - k) / (c.total - c.warmup)
+        left = max(0, c.total - k) / (c.total - c.warmup)
         curves = {"constant": 1.0, "linear": left, "cosine": np.sin(np.pi / 2 * left) ** 2}
         return curves[c.schedule]
 
