@@ -48,7 +48,7 @@ def stored(name: str, dtype: str) -> tuple[Path, Path]:
     """The folders of the reference model and of its adapter, in the dtype under test."""
     source, target = reference.folder() / name, _workshop() / f"{name}-{dtype}"
     for part in ("base", "adapter"):
-        (target / part).mkdir(parents=True)
+        (target / part).mkdir(parents=True, exist_ok=True)  # it may have failed before, half-way
         for path in sorted((source / part).iterdir()):
             if path.suffix == ".safetensors":
                 arrays = {k: v.astype(DTYPES[dtype]) for k, v in read_tensors(path).items()}
