@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from minilora.formats.files import (
 from minilora.formats.huggingface import architecture, collect, modules, names, to_file
 from minilora.lora import Tuning, Weights, scale
 from minilora.models import GPT2, Bert, Config, Llama
-from minilora.targets import Choice, Lora, choose
+from minilora.targets import Choice, Lora, choose, pattern_value, saved_in_full, targeted
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -143,9 +142,20 @@ def read_lora(path: Path | str, c: Config) -> Lora:
     settings = _settings(path, c)
     paths = modules(c) | {"head": architecture(c)[1].outer["head"]}
     try:
-        hit = [at for at, key in paths.items() if _targeted(key, settings)]
+        hit = [
+            at
+            for at, key in paths.items()
+            if targeted(
+                key,
+                settings["target_modules"],
+                exclude=settings["exclude_modules"],
+                saved=settings["modules_to_save"],
+                layers=settings["layers_to_transform"],
+                layers_pattern=settings["layers_pattern"],
+            )
+        ]
         own = {
-            kind: {at: _own(settings[kind], paths[at]) for at in hit}
+            kind: {at: pattern_value(settings[kind], paths[at]) for at in hit}
             for kind in ("rank_pattern", "alpha_pattern")
         }
     except (re.error, OverflowError, RecursionError) as error:
@@ -158,7 +168,7 @@ def read_lora(path: Path | str, c: Config) -> Lora:
     if wrong := [paths[at] for at in hit if at not in c.linears()]:
         remedy = "adapters of embeddings, norms and tied heads are not implemented here"
         raise FormatError(path, "target_modules", listed(wrong), "projections only", remedy)
-    saved = {at for at, key in paths.items() if _saved(key, settings["modules_to_save"])}
+    saved = {at for at, key in paths.items() if saved_in_full(key, settings["modules_to_save"])}
     if both := saved.intersection(hit):
         found = f"{listed(paths[at] for at in both)}, by the end of the name"
         remedy = "PEFT would save adapted modules in full: give whole names"
@@ -212,46 +222,6 @@ def _settings(path: Path, c: Config) -> dict[str, Any]:
         paths = modules(c)
         settings["target_modules"] = [paths[at] for at in c.linears() if at not in left_out]
     return settings
-
-
-def _hits(key: str, wanted: str | list[str]) -> bool:
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, key) is not None
-    return any(key == end or key.endswith("." + end) for end in wanted)
-
-
-def _targeted(key: str, settings: Mapping[str, Any]) -> bool:
-    """PEFT's check_target_module_exists."""
-    target, layers = settings["target_modules"], settings["layers_to_transform"]
-    if settings["exclude_modules"] and _hits(key, settings["exclude_modules"]):
-        return False
-    if any(re.match(rf"(^|.*\.){m}($|\..*)", key) for m in settings["modules_to_save"]):
-        return False
-    if key in target and not isinstance(target, str):
-        return True  # a whole name is not asked for its layer
-    if not _hits(key, target):
-        return False
-    return layers == [] or _layer(key, settings["layers_pattern"]) in layers
-
-
-def _layer(key: str, patterns: str | list[str]) -> int | None:
-    """The number of the layer that the module lies in."""
-    names = [patterns] if isinstance(patterns, str) else patterns
-    starts = [rf"(?:^|.*?\.){name}" for name in names if name] or [r".*?\.[^.]*"]
-    matches = (re.match(rf"{start}\.(?P<layer>\d+)\.", key) for start in starts)
-    return next((int(match["layer"]) for match in matches if match), None)
-
-
-def _saved(key: str, wanted: list[str]) -> bool:
-    """Whether the module or one that it lies in is trained in full: by the end of its name."""
-    around = accumulate(key.split("."), "{}.{}".format)
-    return any(name.endswith(tuple(wanted)) for name in around)
-
-
-def _own(patterns: Mapping[str, Any], key: str) -> Any:
-    """PEFT's get_pattern_key: the value of the first pattern that fits, or of the very name."""
-    fitting = (v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", key))
-    return next(fitting, patterns.get(key))
 
 
 def _beside(lora: Lora, choice: Choice, c: Config) -> set[str]:
