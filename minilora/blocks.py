@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from minilora.lora import Tuning, Weights, project
+from minilora.layers import adapted_embedding
+from minilora.lora import Tuning, Weights, adapter_of, project
 from minilora.ops import (
     Array,
     Back,
@@ -28,12 +29,21 @@ from minilora.ops import (
 
 
 def embed(ids: Array, at: str, W: Weights, tuning: Tuning) -> tuple[Array, Back]:
-    """The embedding named ``at``; ``back(dy)`` gives its gradient where it is trained."""
+    """The embedding named ``at``; ``back(dy)`` gives the gradients of what is trained of it."""
     weight = f"{at}.weight"
-    y, back_embedding = embedding(ids, W[weight])
+    variant, names = adapter_of(at, W, tuning)
+    base, back_embedding = embedding(ids, W[weight])
+    if names:
+        factors, s = [W[name] for name in names], tuning.scale[at]
+        y, back_y = adapted_embedding(variant.linear, ids, W[weight], factors, s)
+    else:
+        y, back_y = base, lambda dy: ()
 
     def back(dy: Array) -> Weights:
-        return {weight: back_embedding(dy)} if weight in tuning.trained else {}
+        gradients = dict(zip(names, back_y(dy), strict=True))
+        if weight in tuning.trained:
+            gradients[weight] = back_embedding(dy)
+        return tuning.wanted(gradients)
 
     return y, back
 

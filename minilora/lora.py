@@ -4,11 +4,12 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, e
 
 All parameters of a model lie in one flat dict under dotted names: ``layers.0.q.weight`` (m, n),
 ``layers.0.q.bias`` (m, 1), and, where the projection is adapted, ``layers.0.q.A`` (r, n) and
-``layers.0.q.B`` (m, r). What is trained, and with which scale and dropout mask, says a `Tuning`.
+``layers.0.q.B`` (m, r), or what else its `Variant` has. What is trained, and with which variant,
+scale and dropout mask, says a `Tuning`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,17 +98,42 @@ def fuse(adapters: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A way to adapt a projection: an equation, the weight that it merges into, its parameters.
+
+    ``parts`` are the parameters' names after the projection's. ``linear(x, W, b, *parts, s, K)``
+    gives y and ``back``, and ``back(dy)`` dx and a gradient for each part. ``merge(W, b, *parts,
+    s)`` gives W' and b' with W' x + b' = y. ``additive``: y - W x does not depend on W.
+    """
+
+    parts: tuple[str, ...]
+    linear: Callable[..., tuple[Array, Back]]
+    merge: Callable[..., tuple[Array, Array | None]]
+    additive: bool = True
+
+
+def _merge_lora(W: Array, b: Array | None, A: Array, B: Array, s: Any) -> tuple[Array, Any]:
+    return merge_weight(W, A, B, s), b
+
+
+LORA = Variant(("A", "B"), lora_linear, _merge_lora)
+"""LoRA itself; :mod:`minilora.variants` has the others."""
+
+
+@dataclass(frozen=True)
 class Tuning:
     """What is trained. All that ``trained`` does not name is constant; no gradient of it is formed.
 
     ``scale``: s of each adapted projection; ``keep``: its dropout multiplier K (n, tokens), none
-    outside training; ``trained``: names of parameters, adapters' or the base's own. Full
-    fine-tuning is ``Tuning(trained=frozenset(weights))``.
+    outside training; ``trained``: names of parameters, adapters' or the base's own; ``variant``: of
+    the projections whose adapter is not LoRA itself. Full fine-tuning is
+    ``Tuning(trained=frozenset(weights))``.
     """
 
     scale: Mapping[str, Any] = field(default_factory=dict)
     keep: Mapping[str, Array] = field(default_factory=dict)
     trained: frozenset[str] = frozenset()
+    variant: Mapping[str, Variant] = field(default_factory=dict)
 
     def wanted(self, gradients: Weights) -> Weights:
         """Those of ``gradients`` whose parameter is trained."""
@@ -122,25 +148,55 @@ def total(*parts: Weights) -> Weights:
     return sums
 
 
+TABLES = ("embed", "positions", "types")
+"""The modules whose weight is a table with a row for each number: as a matrix, its transpose."""
+
+TIE = {"head": "embed"}
+"""A module without a weight of its own takes this one's: a head that is tied to the embedding."""
+
+
+def weight_of(at: str, W: Weights) -> str:
+    """The name of the module's weight: its own, or the one that it is tied to."""
+    own = f"{at}.weight"
+    return own if own in W else f"{TIE.get(at, at)}.weight"
+
+
+def adapter_of(at: str, W: Weights, tuning: Tuning) -> tuple[Variant, list[str]]:
+    """The variant of the module's adapter and its parameters' names; no names, no adapter.
+
+    Errors: ValueError if the base's weight is trained below a variant that rescales it.
+    """
+    variant = tuning.variant.get(at, LORA)
+    names = [f"{at}.{part}" for part in variant.parts]
+    if names[0] not in W:
+        return variant, []
+    weight = weight_of(at, W)
+    if weight in tuning.trained and not variant.additive:
+        raise ValueError(f"{weight} is trained, but its adapter rescales it: freeze one of the two")
+    return variant, names
+
+
 def project(x: Array, at: str, W: Weights, tuning: Tuning) -> tuple[Array, Back]:
     """The projection named ``at``: the one place that asks if it is adapted, trained or frozen.
 
-    ``back(dy)`` gives dx and a dict with the gradients of what is trained: dA and dB as
-    :func:`lora_linear` has them, and of the base's own parameters dW = dy xᵀ and db = dy 1.
+    ``back(dy)`` gives dx and a dict with the gradients of what is trained: those of the adapter as
+    its variant has them, and of the base's own parameters dW = dy xᵀ and db = dy 1. A tied head's
+    weight is the embedding's; its adapter is its own.
 
     Shapes: x (n, t) -> y (m, t).
+    Errors: those of `adapter_of`.
     """
-    weight, bias, A, B = (f"{at}.{part}" for part in ("weight", "bias", "A", "B"))
-    adapted = A in W
-    if adapted:
+    weight, bias = weight_of(at, W), f"{at}.bias"
+    variant, names = adapter_of(at, W, tuning)
+    if names:
         s, K = tuning.scale[at], tuning.keep.get(at)
-        y, back_y = lora_linear(x, W[weight], W.get(bias), W[A], W[B], s, K)
+        y, back_y = variant.linear(x, W[weight], W.get(bias), *(W[name] for name in names), s, K)
     else:
         y, back_y = linear(x, W[weight], W.get(bias))
 
     def back(dy: Array) -> tuple[Array, Weights]:
-        dx, *factors = back_y(dy) if adapted else (back_y(dy),)
-        gradients: Weights = dict(zip((A, B), factors, strict=adapted))
+        dx, *parts = back_y(dy) if names else (back_y(dy),)
+        gradients: Weights = dict(zip(names, parts, strict=True))
         if weight in tuning.trained:
             gradients[weight] = dy @ x.T
         if bias in tuning.trained:
@@ -184,9 +240,19 @@ def draw_dropout(
     return {at: (rng.random(shape) >= p).astype(dtype) / (1 - p) for at, shape in shapes.items()}
 
 
+def is_base(name: str) -> bool:
+    """Whether the parameter is the base model's: its last part is ``weight`` or ``bias``."""
+    return name.endswith((".weight", ".bias"))
+
+
+def adapted_in(names: Iterable[str]) -> list[str]:
+    """The modules of which ``names`` has an adapter's A, in their order."""
+    return [name.removesuffix(".A") for name in names if name.endswith(".A")]
+
+
 def disable(W: Weights) -> Weights:
-    """The base alone: the same arrays without the adapters' factors."""
-    return {name: array for name, array in W.items() if not name.endswith((".A", ".B"))}
+    """The base alone: the same arrays without the adapters' parameters."""
+    return {name: array for name, array in W.items() if is_base(name)}
 
 
 class Merged(Weights):
@@ -198,21 +264,49 @@ class Merged(Weights):
 
 
 def merge(W: Weights, tuning: Tuning) -> Merged:
-    """Every adapted weight replaced by W + s B A, a new array; the others are shared.
+    """Every adapted weight replaced by its variant's W', a new array; the others are shared.
+
+    An embedding's matrix is its table's transpose. A tie ends where only one of the two changes:
+    the head's weight then stands beside the embedding's, as its own. It stays where both adapters
+    are one change, each the other's transpose.
 
     Errors: ValueError if W is merged already (the adapter would count twice) or has no adapter.
     """
     if isinstance(W, Merged):
         raise ValueError("these weights are merged already; unmerge them first")
-    adapted = [name.removesuffix(".A") for name in W if name.endswith(".A")]
-    if not adapted:
+    if not adapted_in(W):
         raise ValueError("no adapter to merge: no parameter's name ends with .A")
     merged = disable(W)
-    for at in adapted:
-        merged[f"{at}.weight"] = merge_weight(
-            W[f"{at}.weight"], W[f"{at}.A"], W[f"{at}.B"], tuning.scale[at]
-        )
+    for head, table in TIE.items():
+        changed = {at for at in (head, table) if f"{at}.A" in W}
+        if f"{head}.weight" not in W and changed and not _twins(head, table, W, tuning):
+            merged[f"{head}.weight"] = W[f"{table}.weight"]
+    for at in adapted_in(W):
+        if f"{at}.weight" not in merged:
+            continue  # a tied head whose change is the embedding's
+        variant, names = adapter_of(at, W, tuning)
+        base = W[weight_of(at, W)]
+        matrix = base.T if at in TABLES else base
+        factors = [W[name] for name in names]
+        change, bias = variant.merge(matrix, W.get(f"{at}.bias"), *factors, tuning.scale[at])
+        merged[f"{at}.weight"] = change.T if at in TABLES else change
+        if at in TABLES and bias is not None:
+            raise ValueError(
+                f"the adapter of {at} has a bias; an embedding has none to merge it into"
+            )
+        merged |= {} if bias is None else {f"{at}.bias": bias}
     return Merged(merged, W)
+
+
+def _twins(head: str, table: str, W: Weights, tuning: Tuning) -> bool:
+    """Whether both are adapted, and alike: A₂ = Bᵀ, B₂ = Aᵀ at one scale, by LoRA itself."""
+    return (
+        {f"{head}.A", f"{table}.A"} <= W.keys()
+        and not {head, table} & tuning.variant.keys()
+        and tuning.scale[head] == tuning.scale[table]
+        and np.array_equal(W[f"{head}.A"], W[f"{table}.B"].T)
+        and np.array_equal(W[f"{head}.B"], W[f"{table}.A"].T)
+    )
 
 
 def unmerge(W: Merged) -> Weights:

@@ -185,7 +185,7 @@ def llama(batch: Batch, W: Weights, c: Llama, tuning: Tuning) -> tuple[Array, Ba
         x, c.layers, lambda x, at: llama_block(x, at, W, c, tuning, tables, mask)
     )
     h, back_norm = normalise(rmsnorm, x, "norm", W, c, tuning)
-    z, back_head = project(h, "embed" if c.tied else "head", W, tuning)
+    z, back_head = project(h, "head", W, tuning)
 
     def back(dz: Array) -> Weights:
         dh, g_head = back_head(dz)
@@ -209,7 +209,7 @@ def gpt2(batch: Batch, W: Weights, c: GPT2, tuning: Tuning) -> tuple[Array, Back
         tokens + places, c.layers, lambda x, at: gpt2_block(x, at, W, c, tuning, mask)
     )
     h, back_norm = normalise(layernorm, x, "norm", W, c, tuning)
-    z, back_head = project(h, "embed", W, tuning)
+    z, back_head = project(h, "head", W, tuning)
 
     def back(dz: Array) -> Weights:
         dh, g_head = back_head(dz)

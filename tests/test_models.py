@@ -85,8 +85,13 @@ def test_every_drawn_model_has_the_derivative_along_a_random_direction(model, rn
     assert error <= GRADIENT
 
 
+def with_linear(implementation):
+    """LoRA with another equation."""
+    return replace(lora.LORA, linear=implementation)
+
+
 def scaled(factor):
-    """lora_linear with dB off by a factor."""
+    """LoRA with dB off by a factor."""
 
     def implementation(*arguments):
         y, back = ml.lora_linear(*arguments)
@@ -97,11 +102,11 @@ def scaled(factor):
 
         return y, wrong
 
-    return implementation
+    return with_linear(implementation)
 
 
 def test_a_gradient_off_in_the_twelfth_digit_is_noticed(monkeypatch):
-    monkeypatch.setattr(lora, "lora_linear", scaled(1 + 1e-12))
+    monkeypatch.setattr(lora, "LORA", scaled(1 + 1e-12))
     assert error_of_gradients(case("Llama", 2, 3)) > GRADIENT
 
 
@@ -122,7 +127,7 @@ def test_the_hessian_is_symmetric(model, rng):
 
 
 def test_what_is_no_gradient_has_no_symmetric_derivative(monkeypatch):
-    monkeypatch.setattr(lora, "lora_linear", scaled(1 + 1e-9))
+    monkeypatch.setattr(lora, "LORA", scaled(1 + 1e-9))
     assert asymmetry(case("GPT-2"), np.random.default_rng(0)) > GRADIENT
 
 
@@ -479,12 +484,12 @@ def nothing_is_changed_in_place(model):
 
 
 def lora_wrong(formula):
-    """lora_linear of other arguments."""
+    """LoRA of other arguments."""
 
     def implementation(x, W, b, A, B, s, K=None):
         return ml.lora_linear(*formula(x, W, b, A, B, s, K))
 
-    return lora, "lora_linear", implementation
+    return lora, "LORA", with_linear(implementation)
 
 
 def written(x, W, b, A, B, s, K):
@@ -544,8 +549,8 @@ def half_only(x, cos, sin, interleaved=False):
 ALL, CAUSAL, LLAMA = {}, {"architectures": (ml.Llama, ml.GPT2)}, {"architectures": (ml.Llama,)}
 PLAIN = {"p": (0.0,)}
 LAWS = {
-    factors_follow_from_the_weights_gradient: (ALL, lora, "lora_linear", scaled(1 + 1e-11)),
-    factors_gradients_are_balanced: (ALL, lora, "lora_linear", scaled(1 + 1e-11)),
+    factors_follow_from_the_weights_gradient: (ALL, lora, "LORA", scaled(1 + 1e-11)),
+    factors_gradients_are_balanced: (ALL, lora, "LORA", scaled(1 + 1e-11)),
     components_may_turn_their_sign_or_move_a_power_of_two: (
         ALL,
         *lora_wrong(lambda x, W, b, A, B, s, K: (x, W, b, A, abs(B), s, K)),

@@ -42,6 +42,7 @@ def model(**changes: Callable[..., Any] | Edit) -> Callable[[], Own]:
                 _edit(space, space[name], *change)
             else:
                 space[name] = change
+        space["LORA"] = replace(lora.LORA, linear=space["lora_linear"])
         space["FORWARD"] = {Llama: space["llama"], GPT2: space["gpt2"], Bert: space["bert"]}
         wrong: Own = type("Wrong", (Own,), {"model_loss": _over(space, Own.model_loss)})()
         return wrong

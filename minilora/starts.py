@@ -1,0 +1,112 @@
+"""How an adapter starts from the weight that it adapts: the base's output, split in another way.
+
+Where A is drawn and B = 0 (:func:`minilora.lora.draw_factors`), the base keeps its weight. The
+starts here take A and B out of the weight W, and what is left, the residual, becomes the frozen
+base; W itself is the caller's to keep. Only `orthogonal` leaves W as it is.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from minilora.lora import merge_weight
+from minilora.ops import Array
+
+
+def _truncated(M: Array, r: int, s: Any) -> tuple[Array, Array]:
+    """A, B of M's dtype with s B A the best approximation of M of rank r."""
+    if not 1 <= r <= min(M.shape):
+        raise ValueError(f"rank {r}: a weight {M.shape} has singular values 1 to {min(M.shape)}")
+    if not s > 0:
+        raise ValueError(f"scale {s}: expected more than 0, to divide the singular values by")
+    if not np.isfinite(M).all():
+        raise ValueError("the weight holds NaN or infinity: it has no singular values")
+    U, S, Vh = np.linalg.svd(M.astype(np.float64), full_matrices=False)
+    root = np.sqrt(S[:r] / s)
+    return (root[:, None] * Vh[:r]).astype(M.dtype), (U[:, :r] * root).astype(M.dtype)
+
+
+def pissa(W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
+    """W = R + s B A with s B A the part of the r greatest singular values: R, A, B.
+
+    With U Σ Vᵀ = W:   A = √(Σ_r / s) V_rᵀ,   B = U_r √(Σ_r / s),   R = W - s B A.
+
+    Shapes: W (m, n), r (), s () -> R (m, n), A (r, n), B (m, r).
+    Errors: ValueError if r is above min(m, n), s not above 0, or W not finite.
+    Source: Meng, Wang and Zhang 2024, "PiSSA", equations 2 to 4; the scale as PEFT divides it out.
+    """
+    A, B = _truncated(W, r, s)
+    return merge_weight(W, A, B, -s), A, B
+
+
+def olora(W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
+    """W = R + s B A with B the first r columns of Q, A the first r rows of R', Q R' = W: R, A, B.
+
+    Shapes: W (m, n), r (), s () -> R (m, n), A (r, n), B (m, r).
+    Errors: ValueError if r is above min(m, n) or W is not finite.
+    Source: Büyükakyüz 2024, "OLoRA", algorithm 1.
+    """
+    if not 1 <= r <= min(W.shape):
+        raise ValueError(f"rank {r}: a weight {W.shape} has 1 to {min(W.shape)} orthogonal columns")
+    if not np.isfinite(W).all():
+        raise ValueError("the weight holds NaN or infinity: it has no orthogonal factor")
+    Q, triangle = np.linalg.qr(W.astype(np.float64))
+    A, B = triangle[:r].astype(W.dtype), Q[:, :r].astype(W.dtype)
+    return merge_weight(W, A, B, -s), A, B
+
+
+def orthogonal(rng: np.random.Generator, r: int, m: int, n: int) -> tuple[Array, Array]:
+    """B A = 0 though neither is 0: A lies in the span of half of an orthonormal basis, B in the rest.
+
+    With Q orthogonal (r, r), its even rows P and odd rows P':   A = Pᵀ N / 10,   B = N' P' / 10,
+    N and N' standard normal; P' Pᵀ = 0.
+
+    Shapes: -> A (r, n), B (m, r).
+    Errors: ValueError if r is odd.
+    Source: ``init_lora_weights="orthogonal"`` of PEFT.
+    """
+    if r % 2 or r < 2:
+        raise ValueError(f"rank {r}: the orthogonal start halves it; expected an even rank")
+    Q, _ = np.linalg.qr(rng.standard_normal((r, r)))
+    A = Q[0::2].T @ rng.standard_normal((r // 2, n)) / 10
+    return A, rng.standard_normal((m, r // 2)) @ Q[1::2] / 10
+
+
+def loftq(
+    W: Array, r: int, s: Any, quantise: Callable[[Array], Array], steps: int = 1
+) -> tuple[Array, Array, Array]:
+    """W ≈ Q + s B A with Q quantised: Q ← quantise(W - s B A), s B A ← the best for W - Q, in turn.
+
+    ``quantise`` gives the dequantised weight. The start is as near to W as Q and rank r allow, and
+    nearer than Q alone; it is not W. The scale counts: what acts is s B A.
+
+    Shapes: W (m, n), r (), s () -> Q (m, n), A (r, n), B (m, r).
+    Errors: those of `pissa`; ValueError if ``steps`` is below 1.
+    Source: Li et al. 2023, "LoftQ", algorithm 1, there with s = 1.
+    """
+    if steps < 1:
+        raise ValueError(f"{steps} steps: expected at least 1")
+    left = W
+    for _ in range(steps):
+        Q = quantise(left)
+        A, B = _truncated(W - Q, r, s)
+        left = merge_weight(W, A, B, -s)
+    return Q, A, B
+
+
+def as_plain(A: Array, B: Array, A0: Array, B0: Array) -> tuple[Array, Array]:
+    """B₂ A₂ = B A - B₀ A₀: an adapter trained from the start A₀, B₀, as one on the original weight.
+
+    R + s B A = W + s (B A - B₀ A₀), at the same scale s and the doubled rank: see `plain_alpha`.
+
+    Shapes: A (r, n), B (m, r), A0 (q, n), B0 (m, q) -> A₂ (Σ r, n), B₂ (m, Σ r).
+    Source: Meng, Wang and Zhang 2024, "PiSSA", appendix on the conversion to LoRA.
+    """
+    return np.concatenate([A, A0]), np.concatenate([B, -B0], axis=1)
+
+
+def plain_alpha(alpha: Any, rslora: bool = False) -> Any:
+    """α₂ that gives rank 2 r the scale that α gives rank r: 2 α, and √2 α for rsLoRA."""
+    return alpha * math.sqrt(2) if rslora else 2 * alpha
