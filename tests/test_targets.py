@@ -1,7 +1,9 @@
 """The choice of adapters: what it hits, what it says, and what it refuses."""
 
+import itertools
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora import strategies as draw
+from minilora import targets
 
 LLAMA = ml.Llama(vocab=11, d=5, layers=12, heads=4, ffn=7, kv_heads=2, head_dim=2, qkv_bias=True)
 BERT = ml.Bert(vocab=11, d=6, layers=2, heads=3, ffn=7, positions=9, types=2, classes=3)
@@ -187,3 +190,555 @@ def test_a_freshly_adapted_model_is_the_base_to_the_bit(c, rng, r, init):
     assert not any(g.any() for name, g in gradients.items() if name.endswith(".A"))
     assert any(g.any() for name, g in gradients.items() if name.endswith(".B"))
     assert not np.array_equal(base.logits(), plain.logits())
+
+
+# The matching rules. Names are tuples of parts and expressions are tuples of pieces on this side,
+# so that no law leans on regular expressions or on the ends of strings.
+
+PARTS = ("q", "q_proj", "q2", "seq", "extra", "mlp", "layers", "sublayers", "h", "0", "1", "11")
+ANYTHING, DIGITS = ".*", r"\d+"
+
+
+def text(pattern):
+    """The expression itself."""
+    return "".join(p if p in (ANYTHING, DIGITS) else re.escape(p) for p in pattern)
+
+
+def ends(pattern, name, starts):
+    """Where a match of the pieces can end that starts at one of ``starts``."""
+    for piece in pattern:
+        if piece == ANYTHING:
+            starts = {j for i in starts for j in range(i, len(name) + 1)}
+        elif piece == DIGITS:
+            longest = {i: len(name[i:]) - len(name[i:].lstrip("0123456789")) for i in starts}
+            starts = {i + k for i in starts for k in range(1, longest[i] + 1)}
+        else:
+            starts = {i + len(piece) for i in starts if name[i : i + len(piece)] == piece}
+    return starts
+
+
+def is_end(parts, name):
+    """Whether the last parts of the name are these."""
+    return parts == name[len(name) - len(parts) :]
+
+
+def plain_matches(name, wanted):
+    """Of names: part by part from the end; of pieces: from the first character to the last."""
+    if isinstance(wanted, Pieces):
+        return len(".".join(name)) in ends(wanted, ".".join(name), {0})
+    return any(is_end(end, name) for end in wanted)
+
+
+def plain_layer(name, patterns):
+    """The first number after such parts, or after any two parts; never the last part."""
+    numbers = [i for i in range(len(name) - 1) if name[i].isdecimal()]
+    if not patterns:
+        return next((int(name[i]) for i in numbers if i >= 2), None)
+    for pattern in patterns:
+        for i in numbers:
+            if is_end(pattern, name[:i]):
+                return int(name[i])
+    return None
+
+
+def plain_targeted(name, wanted, exclude, saved, layers, patterns):
+    """As a table of what is so, and no order of questions."""
+    inside = any(part == name[i : i + len(part)] for part in saved for i in range(len(name)))
+    allowed = not plain_matches(name, exclude) and not inside
+    if isinstance(wanted, Pieces):
+        return allowed and plain_matches(name, wanted)
+    in_layer = not layers or plain_layer(name, patterns) in layers
+    return allowed and (name in wanted or (plain_matches(name, wanted) and in_layer))
+
+
+def plain_value(patterns, name, default):
+    """Each pattern tried at the name's start and after each dot."""
+    name = ".".join(name)
+    starts = {0} | {i + 1 for i, letter in enumerate(name) if letter == "."}
+    for pattern, value in patterns.items():
+        if any(len(name) in ends(choice, name, starts) for choice in pattern):
+            return value
+    return default
+
+
+def plain_saved(name, wanted):
+    """The letters from behind, of the name and of all that it lies in."""
+    around = [".".join(name[: i + 1]) for i in range(len(name))]
+    return any(
+        len(end) <= len(outer)
+        and all(a == b for a, b in zip(reversed(outer), reversed(end), strict=False))
+        for outer, end in itertools.product(around, wanted)
+    )
+
+
+class Pieces(tuple):
+    """An expression as the pieces that it is made of."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Names of a tree and settings of every kind: names as parts, expressions as pieces."""
+
+    names: tuple
+    wanted: tuple
+    exclude: tuple = ()
+    saved: tuple = ()
+    layers: tuple = ()
+    patterns: tuple = ()
+    values: tuple = ()
+    ends: tuple = ()
+
+    @property
+    def said(self):
+        """The settings as a configuration has them."""
+
+        def say(wanted):
+            return text(wanted) if isinstance(wanted, Pieces) else list(map(".".join, wanted))
+
+        return {
+            "wanted": say(self.wanted),
+            "exclude": say(self.exclude),
+            "saved": [re.escape(".".join(part)) for part in self.saved],
+            "layers": list(self.layers),
+            "layers_pattern": [re.escape(".".join(part)) for part in self.patterns],
+        }
+
+    @property
+    def valued(self):
+        """The patterns with a value each, alternatives joined."""
+        return {"|".join(map(text, choices)): value for choices, value in self.values}
+
+
+@st.composite
+def settings_of_trees(draw_):
+    """Names that are each other's ends, starts and parts, and settings made of their pieces."""
+    part = st.sampled_from(PARTS)
+    names = draw_(
+        st.lists(st.lists(part, min_size=1, max_size=5).map(tuple), min_size=3, unique=True)
+    )
+
+    @st.composite
+    def run(draw_):
+        """Successive parts of a name: its end, most often."""
+        name = draw_(st.sampled_from(names))
+        i = draw_(st.integers(0, len(name) - 1))
+        j = draw_(st.just(len(name)) | st.integers(i + 1, len(name)))
+        return name[i:j]
+
+    @st.composite
+    def pieces(draw_):
+        """A name with letters cut away and with some of it said by wild cards."""
+        name = ".".join(draw_(run()))
+        i = draw_(st.integers(0, min(2, len(name) - 1)))
+        before, after = (
+            draw_(st.sampled_from(((), (ANYTHING,)))),
+            draw_(st.just(()) | st.just((ANYTHING,))),
+        )
+        inner = [DIGITS if p.isdecimal() else p for p in re.split(r"(\d+)", name[i:]) if p]
+        return Pieces((*before, *inner, *after))
+
+    listed = st.lists(run(), max_size=3).map(tuple)
+    patterns = st.lists(st.tuples(st.lists(pieces(), min_size=1, max_size=2), st.integers(1, 9)))
+    return Setting(
+        tuple(names),
+        draw_(listed | pieces()),
+        draw_(st.just(()) | listed | pieces()),
+        draw_(st.just(()) | listed),
+        draw_(st.sampled_from(((), (), (0,), (1,), (11,), (0, 1)))),
+        draw_(st.sampled_from(((), (("layers",),), (("h",), ("layers",)), (("mlp", "layers"),)))),
+        tuple((tuple(c), v) for c, v in draw_(patterns)),
+        tuple(".".join(end)[-draw_(st.integers(1, 9)) :] for end in draw_(listed)),
+    )
+
+
+def names_hit_whole_names_and_dotted_ends(rules, drawn):
+    for name in drawn.names:
+        found = rules.matches(".".join(name), drawn.said["wanted"])
+        assert found == plain_matches(name, drawn.wanted)
+
+
+def a_layer_is_the_first_number_that_counts(rules, drawn):
+    for name in drawn.names:
+        found = rules.layer_of(".".join(name), drawn.said["layers_pattern"])
+        assert found == plain_layer(name, drawn.patterns)
+
+
+def the_settings_decide_in_their_order(rules, drawn):
+    if isinstance(drawn.wanted, Pieces):
+        drawn = replace(drawn, layers=())  # PEFT refuses the two together
+    for name in drawn.names:
+        settings = drawn.wanted, drawn.exclude, drawn.saved, drawn.layers, drawn.patterns
+        found = rules.targeted(".".join(name), **drawn.said)
+        assert found == plain_targeted(name, *settings)
+
+
+def the_first_pattern_that_fits_counts(rules, drawn):
+    for name in drawn.names:
+        found = rules.pattern_value(drawn.valued, ".".join(name), 0)
+        assert found == plain_value(dict(drawn.values), name, 0)
+
+
+def the_end_of_a_name_saves_it_and_what_lies_in_it(rules, drawn):
+    for name in drawn.names:
+        assert rules.saved_in_full(".".join(name), drawn.ends) == plain_saved(name, drawn.ends)
+
+
+LAWS = (
+    names_hit_whole_names_and_dotted_ends,
+    a_layer_is_the_first_number_that_counts,
+    the_settings_decide_in_their_order,
+    the_first_pattern_that_fits_counts,
+    the_end_of_a_name_saves_it_and_what_lies_in_it,
+)
+
+
+@settings(max_examples=40)
+@given(drawn=settings_of_trees())
+def test_every_rule_is_its_plain_definition(drawn):
+    for law in LAWS:
+        law(targets, drawn)
+
+
+def trap(names, wanted=(), **others):
+    """A tree and settings, written with dots; a string among the settings is an expression."""
+
+    def parts(given):
+        return given if isinstance(given, Pieces) else tuple(tuple(n.split(".")) for n in given)
+
+    for kind in ("exclude", "saved", "patterns"):
+        others[kind] = parts(others.get(kind, ()))
+    return Setting(parts(names), parts(wanted), **others)
+
+
+TREE = [
+    "q", "seq", "q2", "q.extra", "mlp.q", "mlp.q2", "layers.0.q", "layers.1.q", "layers.11.q",
+    "sublayers.1.q", "model.layers.1", "model.layers.1.q", "model.layers.1.q.extra",
+    "model.layers.1.seq", "model.layers.11.seq", "model.layers.0.experts.1.q",
+    "model.h.0.layers.1.q", "layers.1.mlp.layers.0.q",
+]  # fmt: skip
+TRAPS = [
+    trap(TREE, ["q", "layers.1.q"], ends=("q",)),
+    trap(TREE, Pieces(("q",)), values=(((("q",),), 3), ((("layers.", DIGITS, ".q"),), 5))),
+    trap(
+        TREE, Pieces((ANYTHING, "q")), values=(((("seq",), ("q2",)), 3),), ends=("layers.1", "eq")
+    ),
+    trap(TREE, ["q", "mlp.q2"], exclude=["mlp.q2"], layers=(1,), patterns=["layers"]),
+    trap(TREE, ["q", "seq"], exclude=Pieces((ANYTHING, "1.q")), saved=["extra", "mlp"]),
+    trap(TREE, ["q", "model.layers.0.experts.1.q"], layers=(1,)),
+    trap(TREE, ["q", "seq"], layers=(1, 11), patterns=["layers", "h"], saved=["extra"]),
+]
+
+
+def in_another_order(name, wanted, exclude, saved, layers, layers_pattern):
+    """A whole name first of all."""
+    if not isinstance(wanted, str) and name in wanted:
+        return True
+    return targets.targeted(
+        name, wanted, exclude=exclude, saved=saved, layers=layers, layers_pattern=layers_pattern
+    )
+
+
+def asked_always(name, wanted, layers, layers_pattern, **others):
+    """Whole names for their layer too."""
+    hit = targets.targeted(name, wanted, **others)
+    return hit and (not layers or targets.layer_of(name, layers_pattern) in layers)
+
+
+def layer_by(expression, bare=None):
+    """The number after any of the patterns, in the place of {}, by another expression; or bare."""
+
+    def layer_of(name, patterns=()):
+        if bool(patterns) == bool(bare):
+            return targets.layer_of(name, patterns)
+        match = re.match(bare or expression.format("|".join(patterns)), name)
+        return int(match["idx"]) if match else None
+
+    return layer_of
+
+
+def of_lists(hits):
+    """``matches`` with another test of one entry of a list."""
+    return lambda name, wanted: (
+        targets.matches(name, wanted)
+        if isinstance(wanted, str)
+        else any(hits(name, end) for end in wanted)
+    )
+
+
+def of_strings(function):
+    """``matches`` with another function of :mod:`re`."""
+    return lambda name, wanted: (
+        function(wanted, name) is not None
+        if isinstance(wanted, str)
+        else targets.matches(name, wanted)
+    )
+
+
+def of_patterns(fits, pick=0):
+    """``pattern_value`` with another test of one pattern, or another choice of those that fit."""
+
+    def pattern_value(patterns, name, default):
+        fitting = [value for p, value in patterns.items() if fits(p, name)]
+        return fitting[pick] if fitting else default
+
+    return pattern_value
+
+
+def anchored(pattern, name):
+    return re.match(rf"(.*\.)?({pattern})$", name)
+
+
+WRONG = {
+    "names as substrings": ("matches", of_lists(lambda name, end: end in name)),
+    "names as beginnings": ("matches", of_lists(lambda name, end: name.startswith(end))),
+    "names as bare ends": ("matches", of_lists(lambda name, end: name.endswith(end))),
+    "whole names only": ("matches", of_lists(lambda name, end: name == end)),
+    "names as last parts only": ("matches", of_lists(lambda n, end: n.split(".")[-1] == end)),
+    "names anywhere": ("matches", of_lists(lambda n, end: f".{end}." in f".{n}.")),
+    "an expression searched for": ("matches", of_strings(re.search)),
+    "an expression without its end": ("matches", of_strings(re.match)),
+    "an expression as a name": (
+        "matches",
+        lambda n, wanted: targets.matches(n, [wanted] if isinstance(wanted, str) else wanted),
+    ),
+    "the last number": ("layer_of", layer_by("", bare=r".*\.[^.]*\.(?P<idx>\d+)\.")),
+    "a number after the first part": (
+        "layer_of", layer_by("", bare=r"(?:^|.*?\.)[^.]*\.(?P<idx>\d+)\."),
+    ),
+    "a number that ends the name": ("layer_of", layer_by("", bare=r".*?\.[^.]*\.(?P<idx>\d+)")),
+    "the last number after a pattern": (
+        "layer_of", layer_by(r"(?:.*\.|^)(?:{})\.(?P<idx>\d+)\."),
+    ),
+    "whichever pattern stands first": (
+        "layer_of", layer_by(r"(?:^|.*?\.)(?:{})\.(?P<idx>\d+)\."),
+    ),
+    "a pattern inside a word": ("layer_of", layer_by(r".*?(?:{})\.(?P<idx>\d+)\.")),
+    "the first digit": ("layer_of", layer_by(r"(?:^|.*?\.)(?:{})\.(?P<idx>\d)")),
+    "whole names before exclusion": ("targeted", in_another_order),
+    "whole names asked for their layer": ("targeted", asked_always),
+    "no exclusion": ("targeted", lambda n, exclude, **all_: targets.targeted(n, **all_)),
+    "saved modules adapted": ("targeted", lambda n, saved, **all_: targets.targeted(n, **all_)),
+    "saved by the end of the name": (
+        "targeted",
+        lambda n, saved, **all_: targets.targeted(n, **all_) and not targets.matches(n, saved),
+    ),
+    "no layers": ("targeted", lambda n, layers, **all_: targets.targeted(n, **all_)),
+    "the last pattern": ("pattern_value", of_patterns(anchored, -1)),
+    "a pattern searched for": ("pattern_value", of_patterns(re.search)),
+    "a pattern without its end": (
+        "pattern_value", of_patterns(lambda p, name: re.match(rf"(.*\.)?({p})", name)),
+    ),
+    "a pattern after no dot": (
+        "pattern_value", of_patterns(lambda p, name: re.match(rf".*({p})$", name)),
+    ),
+    "a pattern for whole names": ("pattern_value", of_patterns(re.fullmatch)),
+    "ungrouped alternatives": (
+        "pattern_value", of_patterns(lambda p, name: re.match(rf"(.*\.)?{p}$", name)),
+    ),
+    "saved by dotted ends": (
+        "saved_in_full",
+        lambda n, ends: any(f".{n}.".find(f".{end}.") >= 0 for end in ends),
+    ),
+    "saved by parts of words": ("saved_in_full", lambda n, ends: any(end in n for end in ends)),
+    "what lies in a saved module": ("saved_in_full", lambda n, ends: n.endswith(ends)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_another_rule_is_refused(wrong):
+    rule, implementation = WRONG[wrong]
+    rules = SimpleNamespace(**vars(targets) | {rule: implementation})
+    refused = 0
+    for drawn, law in itertools.product(TRAPS, LAWS):
+        law(targets, drawn)
+        try:
+            law(rules, drawn)
+        except AssertionError:
+            refused += 1
+    assert refused
+
+
+@pytest.fixture(scope="module")
+def pefts():
+    """The same rules as PEFT's own functions have them; two are told from what they do."""
+    reason = "the peers are not installed"
+    torch = pytest.importorskip("torch", reason=reason)
+    pytest.importorskip("peft", reason=reason)
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import _set_trainable, get_pattern_key
+
+    def targeted(name, wanted, exclude=(), saved=(), layers=None, layers_pattern=None):
+        config = SimpleNamespace(
+            target_modules=wanted,
+            exclude_modules=exclude,
+            modules_to_save=saved,
+            layers_to_transform=layers,
+            layers_pattern=layers_pattern,
+            target_parameters=None,
+        )
+        return bool(check_target_module_exists(config, name))
+
+    def layer_of(name, patterns=()):
+        """The one number with which the end of the name, which is not all of it, is hit."""
+        numbers = {int(part) for part in name.split(".") if part.isdecimal()}
+        _, dot, end = name.rpartition(".")
+        asked = {"layers_pattern": patterns, "wanted": [end]}
+        hit = [i for i in numbers if dot and targeted(name, layers=[i], **asked)]
+        assert len(hit) < 2
+        return next(iter(hit), None)
+
+    def pattern_value(patterns, name, default):
+        return patterns.get(get_pattern_key(patterns.keys(), name), default)
+
+    def saved_in_full(name, ends):
+        """Whether a parameter of the innermost module is trained, in a tree of that one branch."""
+        tree = branches(torch, [name])
+        _set_trainable(tree.requires_grad_(False), "default", ends, inference_mode=False)
+        return any(p.requires_grad for p in tree.parameters())
+
+    return SimpleNamespace(
+        matches=targeted,
+        targeted=targeted,
+        layer_of=layer_of,
+        pattern_value=pattern_value,
+        saved_in_full=saved_in_full,
+    )
+
+
+def branches(torch, names):
+    """Modules under these names, the outermost ones linear."""
+    root = torch.nn.Module()
+    for name in names:
+        module = root
+        *around, last = name.split(".")
+        for part in around:
+            if part not in module._modules:
+                module.add_module(part, torch.nn.Module())
+            module = module._modules[part]
+        module.add_module(last, torch.nn.Linear(2, 3, bias=False))
+    return root
+
+
+@settings(max_examples=15)
+@given(drawn=settings_of_trees())
+def test_every_rule_is_pefts(pefts, drawn):
+    for law in LAWS:
+        law(pefts, drawn)
+
+
+def test_every_trap_is_pefts_too(pefts):
+    for drawn, law in itertools.product(TRAPS, LAWS):
+        law(pefts, drawn)
+
+
+RAW = [*PARTS, "", "q|up", "layers|h", r"l\w+s", ".", "1|11.q", "q.*", "(q|seq)", r"layers.\d+"]
+
+
+@settings(max_examples=40)
+@given(
+    names=st.lists(st.lists(st.sampled_from(PARTS), min_size=1, max_size=5), min_size=1).map(
+        lambda names: [".".join(name) for name in names]
+    ),
+    wanted=st.lists(st.sampled_from(RAW), min_size=1, max_size=3),
+    listed=st.booleans(),
+    saved=st.lists(st.sampled_from(RAW), max_size=1),
+    exclude=st.lists(st.sampled_from(RAW), max_size=1) | st.sampled_from(RAW),
+    layers=st.none() | st.integers(0, 2) | st.lists(st.sampled_from((0, 1, 11)), max_size=2),
+    layers_pattern=st.lists(st.sampled_from(RAW), max_size=2) | st.sampled_from(RAW),
+)
+def test_unescaped_and_ungrouped_settings_hit_what_they_hit_in_peft(
+    pefts, names, wanted, listed, saved, exclude, layers, layers_pattern
+):
+    asked = {"exclude": exclude, "saved": saved, "wanted": wanted if listed else wanted[0]}
+    if listed:
+        asked |= {"layers": layers, "layers_pattern": layers_pattern}
+    ranks = {pattern: i for i, pattern in enumerate(wanted)}
+    for name in names:
+        assert targets.targeted(name, **asked) == pefts.targeted(name, **asked)
+        found = targets.pattern_value(ranks, name, 99)
+        assert found == pefts.pattern_value(ranks, name, 99)
+
+
+def test_peft_refuses_layers_beside_an_expression(pefts):
+    from peft import LoraConfig
+
+    with pytest.raises(ValueError, match="layers_to_transform"):
+        LoraConfig(target_modules=".*q", layers_to_transform=[1])
+    assert hit(targets=r".*\.q", layers=[1]) == ["layers.1.q"]
+
+
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match any:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:You have passed exclude_modules:UserWarning")
+@settings(max_examples=10)
+@given(drawn=settings_of_trees())
+def test_peft_adapts_what_the_rules_hit_with_their_ranks_and_alphas(pefts, drawn):
+    import torch
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names = [".".join(name) for name in drawn.names]
+    names = [name for name in names if not any(n.startswith(f"{name}.") for n in names)]
+    said = drawn.said
+    if isinstance(said["wanted"], str) or not drawn.layers:
+        said |= {"layers": None, "layers_pattern": []}
+    config = LoraConfig(
+        r=11,
+        lora_alpha=13,
+        target_modules=said["wanted"],
+        exclude_modules=said["exclude"] or None,
+        layers_to_transform=said["layers"],
+        layers_pattern=said["layers_pattern"] or None,
+        rank_pattern=drawn.valued,
+        alpha_pattern=drawn.valued,
+    )
+    said["saved"] = ()
+    every = {name for at in names for name in itertools.accumulate(at.split("."), "{}.{}".format)}
+    hit = {name for name in every if targets.targeted(name, **said)}
+    tree = branches(torch, names)
+    if not hit or hit - set(names):  # nothing, or what is no projection
+        with pytest.raises(ValueError, match="arget"):
+            inject_adapter_in_model(config, tree)
+        return
+    inject_adapter_in_model(config, tree)
+    adapted = {name: at for name, at in tree.named_modules() if hasattr(at, "lora_A")}
+    assert {name: at.r["default"] for name, at in adapted.items()} == {
+        name: targets.pattern_value(drawn.valued, name, 11) for name in hit
+    }
+    assert {name: at.lora_alpha["default"] for name, at in adapted.items()} == {
+        name: targets.pattern_value(drawn.valued, name, 13) for name in hit
+    }
+
+
+def test_all_linear_is_pefts(pefts):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers", reason="the peers are not installed")
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers as include
+
+    class Model(transformers.PreTrainedModel):
+        """A model of these projections, of which one is the output head, or none."""
+
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self, names, head):
+            super().__init__(transformers.PretrainedConfig())
+            for part, module in branches(torch, names).named_children():
+                self.add_module(part, module)
+            self.head_is = head
+
+        def get_output_embeddings(self):
+            return self.get_submodule(self.head_is) if self.head_is else None
+
+    linears = ["layers.0.q", "layers.1.q", "layers.1.head", "classifier", "head"]
+    for head, task, left_out in (
+        ("head", None, ["head"]),
+        ("layers.1.head", "CAUSAL_LM", ["layers.1.head"]),
+        (None, None, []),
+        (None, "SEQ_CLS", ["classifier"]),
+        ("head", "SEQ_CLS", ["head"]),
+    ):
+        config = LoraConfig(target_modules="all-linear", task_type=task)
+        hit_by_peft = include(config, Model(linears, head)).target_modules
+        assert hit_by_peft == set(targets.all_linear(linears, left_out))
+        assert hit_by_peft != set(targets.all_linear(linears, ["layers.0.q"]))
