@@ -140,7 +140,8 @@ def targeted(
 def all_linear(linears: Iterable[str], heads: Iterable[str] = ("head",)) -> list[str]:
     """What the target "all-linear" stands for: the projections but the output head.
 
-    A classifier's head is one for PEFT only under the task type SEQ_CLS.
+    A classifier's head is one for PEFT only under the task type SEQ_CLS. PEFT takes the names for a
+    list of targets, by which a head ``lm.out`` comes back where there is a projection ``out``.
 
     Source: PEFT 0.21, ``_maybe_include_all_linear_layers``.
     """

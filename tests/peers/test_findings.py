@@ -23,6 +23,7 @@ from minilora.formats.huggingface import read_model
 from minilora.lora import merge_weight
 from minilora.ops import attention, cross_entropy, embedding, linear, rmsnorm, rope_tables
 from minilora.optim import AdamState, adamw, loraplus_rates, schedule
+from minilora.targets import all_linear, layer_of, matches, saved_in_full
 
 NEEDED = "the peers need it: pip install 'minilora[peers]'"
 
@@ -202,6 +203,67 @@ def test_peft_rounds_the_delta_of_a_safe_merge_before_adding_it(torch, peft):
     right = merge_weight(one, one, delta * one, 1).astype(bfloat16)
     assert merged(safe=False) == right == 1 + 2**-7
     assert merged(safe=True) == 1
+
+
+def test_peft_counts_experts_for_layers_where_the_layers_are_outermost(torch, peft):
+    """Seen in peft 0.21.2."""
+
+    def tree(branch, last):
+        """Each a module of one part of the name, the last a projection."""
+        parts = branch.split(".")
+        for part in reversed(parts):
+            last = torch.nn.ModuleDict({part: last})
+        return last
+
+    def adapted(name, i):
+        model = tree(name, torch.nn.Linear(1, 1))
+        config = peft.LoraConfig(target_modules=["up"], layers_to_transform=[i])
+        try:
+            peft.inject_adapter_in_model(config, model)
+        except ValueError:
+            return False
+        return hasattr(model.get_submodule(name), "lora_A")
+
+    name = "layers.1.experts.0.up"
+    assert [adapted(f"model.{name}", i) for i in (0, 1)] == [False, True]
+    assert [adapted(name, i) for i in (0, 1)] == [True, False]
+    right = layer_of(name, "layers"), layer_of(f"model.{name}", "layers")
+    assert right == (1, 1)
+
+
+def test_peft_adapts_the_head_where_another_projection_bears_the_end_of_its_name(
+    torch, transformers, peft
+):
+    """Seen in peft 0.21.2."""
+
+    class Model(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self):
+            super().__init__(self.config_class())
+            self.out = torch.nn.Linear(1, 1)
+            self.head = torch.nn.ModuleDict({"out": torch.nn.Linear(1, 1)})
+
+        def get_output_embeddings(self):
+            return self.head["out"]
+
+    config = peft.LoraConfig(target_modules="all-linear")
+    model = peft.inject_adapter_in_model(config, Model())
+    adapted = [name for name, at in model.named_modules() if hasattr(at, "lora_A")]
+    assert adapted == ["out", "head.out"]
+    assert all_linear(["out", "head.out"], heads=["head.out"]) == ["out"]
+
+
+def test_peft_trains_in_full_what_only_ends_like_a_module_to_save(torch, peft):
+    """Seen in peft 0.21.2."""
+    names = ["k", "q", "seq"]
+    base = torch.nn.ModuleDict({name: torch.nn.Linear(1, 1, bias=False) for name in names})
+    config = peft.LoraConfig(target_modules=["k"], modules_to_save=["q"])
+    model = peft.get_peft_model(base, config).base_model.model
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"k", "q", "seq"}
+    assert trained == {"k", *(name for name in names if saved_in_full(name, ["q"]))}
+    assert [name for name in names if matches(name, ["q"])] == ["q"]
 
 
 def test_peft_and_loralib_do_not_restore_a_weight_by_unmerging(torch, peft, loralib):
