@@ -67,6 +67,28 @@ def embedding(ids: Array, E: Array) -> tuple[Array, Back]:
     return y, back
 
 
+def with_tokens(E: Array, ids: Array, rows: Array) -> tuple[Array, Back]:
+    """E' = E but for E'[ids] = rows: some tokens of a constant embedding are trained.
+
+    With dE' given:   drows = dE'[ids]. It gathers all uses of E', a tied head's among them.
+    The rows are the embedding's own, E[ids] to begin with, and no difference from them; PEFT's
+    ``trainable_tokens_delta`` holds the same, whatever its name says.
+
+    Shapes: E (v, d), ids (k,), rows (k, d) -> E' (v, d).
+    Errors: ValueError for no token of E, or one that comes twice: which of its rows would count?
+    """
+    if len(set(ids.tolist()).intersection(range(len(E)))) < len(ids):
+        raise ValueError(f"ids {ids.tolist()}: expected tokens from 0 to {len(E) - 1}, each once")
+    changed = E.astype(np.result_type(E, rows))
+    changed[ids] = rows
+
+    def back(dE: Array) -> Array:
+        drows: Array = dE[ids]
+        return drows
+
+    return changed, back
+
+
 def rmsnorm(x: Array, w: Array, eps: float) -> tuple[Array, Back]:
     """y = w ∘ h, h = x / √(mean(x²) + eps), the mean over the features of a token.
 

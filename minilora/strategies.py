@@ -212,6 +212,11 @@ def draw_operations(
         "lora_linear without dropout": Operation(
             lora.lora_linear, {"x": draw(n, t)} | factors, {"W": frozen["W"], "b": None, "s": 0.7}
         ),
+        "with_tokens": Operation(
+            ops.with_tokens,
+            {"rows": draw((m + 1) // 2, n)},
+            {"E": draw(m + 1, n), "ids": rng.permutation(m + 1)[: (m + 1) // 2]},
+        ),
     }
     return {
         name: replace(op, dy=rng.standard_normal(np.shape(op()[0]))) for name, op in drawn.items()

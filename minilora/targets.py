@@ -5,7 +5,7 @@ Projections are named as the models name them: ``layers.0.q``, ``layers.1.down``
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -240,3 +240,41 @@ def adapt(
         beside |= {f"{at}.bias" for at in choice.rank if f"{at}.bias" in W}
     s = {at: scale(choice.alpha[at], r, lora.rslora) for at, r in choice.rank.items()}
     return {**W, **factors}, Tuning(scale=s, trained=frozenset(factors) | beside)
+
+
+def replicated(layers: int, ranges: Sequence[tuple[int, int]]) -> list[int]:
+    """The source of each layer, once the ``ranges`` (``layer_replication``) are put on one another.
+
+    (0, 4) and (2, 5) of five layers give 0 1 2 3 2 3 4: a range's end is left out, and layers may
+    come again, in another order, or not at all.
+
+    Errors: ValueError if there is no range, or one that is empty or goes beyond the layers.
+    Source: PEFT 0.21, ``replicate_layers``, which counts negative numbers from the end.
+    """
+    wrong = [pair for pair in ranges if not 0 <= pair[0] < pair[1] <= layers]
+    if wrong or not ranges:
+        found = wrong or "none"
+        raise ValueError(f"ranges: found {found}, expected 0 ≤ start < end ≤ {layers} in each")
+    return [i for start, end in ranges for i in range(start, end)]
+
+
+def replicate(W: Weights, c: Any, ranges: Sequence[tuple[int, int]]) -> tuple[Weights, Any]:
+    """A deeper model of the same layers: weights and configuration of what :func:`replicated` says.
+
+    The copies share their arrays, so that a frozen base takes no more memory; :func:`adapt` then
+    gives each of them adapters of its own. What is trained of the base itself parts, copy by copy:
+    for one trained array, sum its gradients.
+
+    Errors: those of :func:`replicated`; ValueError if W has adapters already.
+    """
+    source = replicated(c.layers, ranges)
+    if any(name.endswith(".A") for name in W):
+        raise ValueError("the weights have adapters: replicate the base, then adapt it")
+    blocks = {
+        f"layers.{i}.{name.removeprefix(f'layers.{j}.')}": w
+        for i, j in enumerate(source)
+        for name, w in W.items()
+        if name.startswith(f"layers.{j}.")
+    }
+    beyond = {name: w for name, w in W.items() if not name.startswith("layers.")}
+    return beyond | blocks, replace(c, layers=len(source))

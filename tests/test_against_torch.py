@@ -70,6 +70,7 @@ THEIRS = {
     "linear": lambda x, W, b=None: F.linear(x.T, W, None if b is None else b[:, 0]).T,
     "dropout": lambda x, K: x * 1 if K is None else x * K,
     "embedding": lambda E, ids: F.embedding(ids, E).T,
+    "with_tokens": lambda rows, E, ids: E.index_copy(0, ids, rows),
     "rmsnorm": lambda x, w, eps: F.rms_norm(x.T, (len(x),), w[:, 0], eps).T,
     "layernorm": lambda x, w, b, eps: F.layer_norm(x.T, (len(x),), w[:, 0], b[:, 0], eps).T,
     "tanh": lambda x: torch.tanh(x),

@@ -254,6 +254,9 @@ TEXTBOOK = {
     "linear": textbook_linear,
     "dropout": lambda x, K: x if K is None else by_entry(x.shape, lambda i, j: x[i, j] * K[i, j]),
     "embedding": lambda E, ids: by_entry((E.shape[1], len(ids)), lambda i, j: E[ids[j], i]),
+    "with_tokens": lambda rows, E, ids: by_entry(
+        E.shape, lambda i, j: rows[list(ids).index(i), j] if i in ids else E[i, j]
+    ),
     "rmsnorm": lambda x, w, eps: textbook_norm(x, eps, centre=False) * w,
     "layernorm": lambda x, w, b, eps: textbook_norm(x, eps, centre=True) * w + b,
     "tanh": each(mpmath.tanh),

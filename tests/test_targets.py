@@ -2,17 +2,22 @@
 
 import itertools
 import re
+import warnings
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from calculus import GRADIENT, record_worst, relative_error, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minilora as ml
+from minilora import ops, targets
 from minilora import strategies as draw
-from minilora import targets
+from minilora.formats.huggingface import names as names_in_files
+from minilora.formats.huggingface import to_file, write_model
+from minilora.formats.peft import adapter_names
 
 LLAMA = ml.Llama(vocab=11, d=5, layers=12, heads=4, ffn=7, kv_heads=2, head_dim=2, qkv_bias=True)
 BERT = ml.Bert(vocab=11, d=6, layers=2, heads=3, ffn=7, positions=9, types=2, classes=3)
@@ -742,3 +747,232 @@ def test_all_linear_is_pefts(pefts):
         hit_by_peft = include(config, Model(linears, head)).target_modules
         assert hit_by_peft == set(targets.all_linear(linears, left_out))
         assert hit_by_peft != set(targets.all_linear(linears, ["layers.0.q"]))
+
+
+RANGES = [(0, 2), (1, 3), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "ranges", "source"),
+    [
+        (5, [(0, 4), (2, 5)], [0, 1, 2, 3, 2, 3, 4]),
+        (3, RANGES, [0, 1, 1, 2, 1]),
+        (3, [(2, 3), (0, 1)], [2, 0]),
+        (12, [(0, 12)], list(range(12))),
+    ],
+)
+def test_ranges_are_put_on_one_another(layers, ranges, source):
+    assert targets.replicated(layers, ranges) == source
+    assert targets.replicated(layers, [(i, i + 1) for i in source]) == source
+
+
+@pytest.mark.parametrize("ranges", [[], [(0, 2), (1, 1)], [(2, 1)], [(0, 4)], [(-1, 2)], [(3, 4)]])
+def test_ranges_of_no_layers_are_refused(ranges):
+    with pytest.raises(ValueError, match=r"ranges: found .*, expected 0 ≤ start < end ≤ 3 in each"):
+        targets.replicated(3, ranges)
+
+
+def shares_its_source(W, deeper, source):
+    """Each array is the one that it comes from, and no array is left out or over."""
+    assert {name for name in deeper if not name.startswith("layers.")} == {
+        name for name in W if not name.startswith("layers.")
+    }
+    for name, w in deeper.items():
+        kind, _, rest = name.partition(".")
+        number, _, part = rest.partition(".")
+        assert w is W[f"layers.{source[int(number)]}.{part}" if kind == "layers" else name]
+
+
+@settings(max_examples=8)
+@given(c=draw.configurations(greatest_layers=3), rng=draw.generators(), data=st.data())
+def test_a_replicated_model_is_the_model_with_its_layers_copied(c, rng, data):
+    pairs = st.tuples(st.integers(0, c.layers - 1), st.integers(1, c.layers))
+    ranges = data.draw(st.lists(pairs.filter(lambda p: p[0] < p[1]), min_size=1, max_size=3))
+    W = draw.draw_parameters(c, rng)
+    deeper, d = targets.replicate(W, c, ranges)
+    source = targets.replicated(c.layers, ranges)
+    shares_its_source(W, deeper, source)
+    assert d == replace(c, layers=len(source))
+    assert {name: w.shape for name, w in deeper.items()} == d.shapes()
+    copied = {name: w.copy() for name, w in deeper.items()}
+    batch = draw.draw_batch(c, rng, 2, 3, "both")
+    z, _ = ml.logits(batch, deeper, d, ml.Tuning())
+    assert same_bits(z, ml.logits(batch, copied, d, ml.Tuning())[0])
+
+
+def test_another_replication_is_noticed():
+    W = ml.draw_weights(LLAMA, np.random.default_rng(0))
+    source = targets.replicated(12, [(0, 2), (1, 12)])
+    deeper, d = targets.replicate(W, LLAMA, [(0, 2), (1, 12)])
+    assert d.layers == 13
+    copied = {name: w.copy() for name, w in deeper.items()}
+    for wrong in (copied, deeper | {"layers.2.q.weight": W["layers.2.q.weight"]}):
+        with pytest.raises(AssertionError):
+            shares_its_source(W, wrong, source)
+
+
+def test_the_copies_share_the_base_and_have_adapters_of_their_own():
+    rng = np.random.default_rng(0)
+    base, c = targets.replicate(ml.draw_weights(BERT, rng), BERT, [(0, 2), (1, 2)])
+    W, tuning = ml.adapt(base, ml.Lora(r=2, targets=["q"]), c.linears(), rng)
+    assert W["layers.1.q.weight"] is W["layers.2.q.weight"]
+    assert not np.array_equal(W["layers.1.q.A"], W["layers.2.q.A"])
+    assert tuning.scale.keys() == {"layers.0.q", "layers.1.q", "layers.2.q"}
+    with pytest.raises(ValueError, match="replicate the base, then adapt it"):
+        targets.replicate(W, c, [(0, 3)])
+
+
+TINY_LLAMA = ml.Llama(vocab=7, d=6, layers=3, heads=2, ffn=5, kv_heads=1, head_dim=2)
+TINY_BERT = replace(BERT, layers=3)
+
+
+def of_transformers(c, W, folder):
+    """The model as transformers loads it, in float64."""
+    transformers = pytest.importorskip("transformers", reason="the peers are not installed")
+    write_model(folder, c, W)
+    cls = {ml.Llama: "LlamaForCausalLM", ml.GPT2: "GPT2LMHeadModel"}
+    cls = cls.get(type(c), "BertForSequenceClassification")
+    transformers.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return getattr(transformers, cls).from_pretrained(folder, dtype="float64").eval()
+
+
+@pytest.mark.parametrize("c", [TINY_LLAMA, TINY_BERT], ids=lambda c: type(c).__name__)
+def test_peft_replicates_the_same_layers_and_shares_their_weights(pefts, c, tmp_path):
+    from peft.tuners.tuners_utils import replicate_layers
+
+    W = draw.draw_parameters(c, np.random.default_rng(0))
+    model = of_transformers(c, W, tmp_path)
+    replicate_layers(model, RANGES)
+    deeper, d = targets.replicate(W, c, RANGES)
+    theirs = {name: model.get_parameter(key) for name, (key, _) in names_in_files(d).items()}
+    assert theirs.keys() == deeper.keys()
+    assert len(theirs) == len(list(model.named_parameters(remove_duplicate=False)))
+    for name, (_, transposed) in names_in_files(d).items():
+        assert same_bits(theirs[name].detach().numpy(), to_file(name, deeper[name], transposed))
+    for a, b in itertools.combinations(deeper, 2):
+        assert (deeper[a] is deeper[b]) == (theirs[a] is theirs[b])
+
+
+def test_peft_computes_and_trains_a_replicated_model_with_its_adapters(pefts, tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    rng = np.random.default_rng(0)
+    base = draw.draw_parameters(TINY_BERT, rng)
+    deeper, c = targets.replicate(base, TINY_BERT, RANGES)
+    W, tuning = ml.adapt(deeper, ml.Lora(r=2, alpha=3, targets=["v", "down"]), c.linears(), rng)
+    W |= {name: 0.3 * rng.standard_normal(w.shape) for name, w in W.items() if name.endswith(".B")}
+    config = LoraConfig(
+        r=2,
+        lora_alpha=3,
+        target_modules=["value", "output.dense"],
+        exclude_modules=["attention.output.dense"],
+        layer_replication=RANGES,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        model = get_peft_model(of_transformers(TINY_BERT, base, tmp_path), config).eval()
+    places = adapter_names(c, sorted(tuning.trained))
+    theirs = {
+        name: model.get_parameter(re.sub(r"\.weight$", ".default.weight", place))
+        for name, place in places.items()
+    }
+    assert len(theirs) == sum(p.requires_grad for p in model.parameters())
+    batch = draw.draw_batch(c, rng, 2, 3, "none")
+    with torch.no_grad():
+        for name, parameter in theirs.items():
+            parameter.copy_(torch.from_numpy(W[name]))
+    z = model(torch.from_numpy(batch.ids), token_type_ids=torch.from_numpy(batch.types)).logits
+    found, back = ml.logits(batch, W, c, tuning)
+    dz = rng.standard_normal(found.shape)
+    z.backward(torch.from_numpy(dz.T))
+    gradients = back(dz)
+    errors = [relative_error(found, z.detach().numpy().T)]
+    errors += [relative_error(g, theirs[name].grad.numpy()) for name, g in gradients.items()]
+    record_worst("layer replication against peft", max(errors))
+    assert max(errors) <= GRADIENT
+    assert gradients.keys() == theirs.keys()
+    twin = gradients["layers.2.v.A"], theirs["layers.1.v.A"].grad.numpy()
+    assert relative_error(*twin) > GRADIENT
+
+
+def test_tokens_that_come_twice_or_do_not_exist_are_refused():
+    E, rows = np.ones((4, 3)), np.zeros((2, 3))
+    assert ops.with_tokens(E, np.array([2, 0]), rows)[0].sum() == 6
+    for ids in ([2, 2], [0, 4], [3, -1]):
+        with pytest.raises(ValueError, match=r"ids \[.*\]: expected tokens from 0 to 3, each once"):
+            ops.with_tokens(E, np.array(ids), rows)
+    assert E.all()
+
+
+@settings(max_examples=10)
+@given(
+    E=draw.whole((5, 3)),
+    rows=draw.whole((2, 3)),
+    dy=draw.whole((3, 6)),
+    ids=st.lists(st.integers(0, 4), min_size=6, max_size=6).map(np.array),
+    trained=st.permutations(range(5)).map(lambda p: np.array(p[:2])),
+)
+def test_trained_tokens_are_pefts_and_its_delta_holds_rows(pefts, E, rows, dy, ids, trained):
+    """Whole numbers, whose sums are exact in any order."""
+    import torch
+    from peft import TrainableTokensConfig
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    table = torch.nn.Embedding.from_pretrained(torch.from_numpy(E.copy()))
+    layer = TrainableTokensLayer(table, "default")
+    layer.update_layer("default", TrainableTokensConfig(token_indices=trained.tolist()))
+    delta = layer.trainable_tokens_delta["default"]
+    assert np.array_equal(delta.detach().numpy(), E[trained])
+    with torch.no_grad():
+        delta.copy_(torch.from_numpy(rows))
+    theirs = layer(torch.from_numpy(ids))
+    theirs.backward(torch.from_numpy(dy.T.copy()))
+
+    table, back_table = ops.with_tokens(E, trained, rows)
+    y, back_y = ops.embedding(ids, table)
+    assert np.array_equal(y, theirs.detach().numpy().T)
+    assert np.array_equal(back_table(back_y(dy)), delta.grad.numpy())
+    added, _ = ops.with_tokens(E, trained, E[trained] + rows)
+    looked_up, _ = ops.embedding(ids, added)
+    assert np.array_equal(y, looked_up) == (not E[trained][np.isin(trained, ids)].any())
+
+
+def test_peft_trains_the_tokens_of_a_tied_model_through_both_uses(pefts, tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    c = ml.GPT2(vocab=7, d=6, layers=1, heads=3, ffn=5, positions=4)
+    rng = np.random.default_rng(0)
+    W, trained = draw.draw_parameters(c, rng), np.array([5, 2])
+    rows = rng.standard_normal((2, 6))
+    config = LoraConfig(
+        target_modules=["c_fc"], fan_in_fan_out=True, trainable_token_indices=trained.tolist()
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        model = get_peft_model(of_transformers(c, W, tmp_path), config).eval()
+    name = "base_model.model.transformer.wte.token_adapter.trainable_tokens_delta"
+    delta = model.get_parameter(f"{name}.default")
+    with torch.no_grad():
+        delta.copy_(torch.from_numpy(rows))
+    assert np.array_equal(get_peft_model_state_dict(model)[name].numpy(), rows)
+
+    batch = ml.Batch(np.array([[5, 0, 2, 5], [1, 2, 3, 4]]))
+    E, back_E = ops.with_tokens(W["embed.weight"], trained, rows)
+    tuning = ml.Tuning(trained=frozenset({"embed.weight"}))
+    z, back = ml.logits(batch, W | {"embed.weight": E}, c, tuning)
+    theirs = model(torch.from_numpy(batch.ids)).logits
+    dz = rng.standard_normal(z.shape)
+    theirs.backward(torch.from_numpy(dz.T.reshape(theirs.shape).copy()))
+    dE = back(dz)["embed.weight"]
+    errors = [
+        relative_error(z, theirs.detach().numpy().reshape(z.T.shape).T),
+        relative_error(back_E(dE), delta.grad.numpy()),
+    ]
+    record_worst("trained tokens of a tied model against peft", max(errors))
+    assert max(errors) <= GRADIENT
+    _, back_swapped = ops.with_tokens(W["embed.weight"], trained[::-1], rows)
+    assert relative_error(back_swapped(dE), delta.grad.numpy()) > GRADIENT

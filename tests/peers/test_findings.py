@@ -21,8 +21,17 @@ from ml_dtypes import bfloat16
 from minilora import Batch, Tuning, logits, lora_linear, merge, scale, unmerge
 from minilora.formats.huggingface import read_model
 from minilora.lora import merge_weight
-from minilora.ops import attention, cross_entropy, embedding, linear, rmsnorm, rope_tables
+from minilora.ops import (
+    attention,
+    cross_entropy,
+    embedding,
+    linear,
+    rmsnorm,
+    rope_tables,
+    with_tokens,
+)
 from minilora.optim import AdamState, adamw, loraplus_rates, schedule
+from minilora.quantised import dequantise, dequantise_dynamic, quantise, quantise_dynamic
 from minilora.targets import all_linear, layer_of, matches, saved_in_full
 
 NEEDED = "the peers need it: pip install 'minilora[peers]'"
@@ -46,6 +55,11 @@ def peft(torch):
 @pytest.fixture
 def loralib(torch):
     return pytest.importorskip("loralib", reason=NEEDED)
+
+
+@pytest.fixture
+def bitsandbytes(torch):
+    return pytest.importorskip("bitsandbytes", reason=NEEDED)
 
 
 TINY = {"vocab_size": 5, "hidden_size": 4, "num_hidden_layers": 2, "num_attention_heads": 1}
@@ -266,6 +280,25 @@ def test_peft_trains_in_full_what_only_ends_like_a_module_to_save(torch, peft):
     assert [name for name in names if matches(name, ["q"])] == ["q"]
 
 
+def test_peft_drops_the_bias_of_a_head_whose_tokens_are_trained(torch, peft):
+    """Seen in peft 0.21.2."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    head = torch.nn.Linear(1, 2)
+    head.weight.data.fill_(3)
+    head.bias.data.fill_(5)
+    layer = TrainableTokensLayer(head, "default")
+    layer.update_layer("default", peft.TrainableTokensConfig(token_indices=[1]))
+    ids, x = np.array([1]), np.ones((1, 1))
+    E, _ = with_tokens(np.full((2, 1), 3.0), ids, np.full((1, 1), 3.0))  # as it was
+    right, _ = linear(x, E, np.full((2, 1), 5.0))
+    one = torch.ones(1, 1)
+    assert right.T.tolist() == head(one).tolist() == [[8, 8]]
+    assert layer(one).tolist() == [[3, 3]]
+    layer.merge()
+    assert layer(one).tolist() == [[8, 8]]
+
+
 def test_peft_and_loralib_do_not_restore_a_weight_by_unmerging(torch, peft, loralib):
     """Seen in peft 0.21.2 and loralib 0.1.2."""
     w = 2.0**-30
@@ -438,3 +471,36 @@ def test_loralib_cannot_pickle_a_layer_without_dropout(loralib):
     layer.eval()
     copied = pickle.loads(pickle.dumps(layer))
     assert same(answer(copied, X), lora_linear(X, W, b, A, B, S)[0])
+
+
+def test_bitsandbytes_gives_an_entry_the_scale_of_another_block_where_rows_are_no_blocks(
+    torch, bitsandbytes
+):
+    """Seen in bitsandbytes 0.50.2."""
+    F = bitsandbytes.functional
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("the kernel is that of processors with AVX-512")
+    W = np.repeat([1, 2, 4], 64).astype(np.float32)  # three blocks, each of one number
+    for shape in ((3, 64), (4, 48)):
+        codes, state = F.quantize_4bit(torch.from_numpy(W.reshape(shape)), quant_type="nf4")
+        assert state.absmax.tolist() == [1, 2, 4]
+        q = quantise(W.reshape(shape), "nf4")
+        assert (dequantise(q).ravel() == W).all()
+        assert codes.numpy().ravel().tolist() == q.codes.tolist()
+        found = F.dequantize_4bit(codes, state).numpy().ravel()
+        assert (found == W).all() if shape == (3, 64) else (found == 1).all()
+
+
+def test_bitsandbytes_does_not_find_zero_in_a_map_that_has_it(torch, bitsandbytes):
+    """Seen in bitsandbytes 0.50.2."""
+    F = bitsandbytes.functional
+    t = F.create_dynamic_map()
+    assert 0 in t
+    codes, state = F.quantize_blockwise(torch.tensor([0.0, 1.0]), blocksize=256)
+    zero, one = F.dequantize_blockwise(codes, state).tolist()
+    assert one == 1
+    assert zero == t[t > 0][3]  # three values are nearer to 0, and 0 itself
+    v = np.array([0, 1], np.float32)
+    for points, wanted in ((None, 0), (2**16, zero)):
+        codes, absmax = quantise_dynamic(v, points=points)
+        assert dequantise_dynamic(codes, absmax).tolist() == [wanted, 1]
