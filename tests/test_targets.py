@@ -54,6 +54,17 @@ def test_layers_are_numbers_and_no_beginnings_of_numbers():
     assert all(at.startswith("layers.0.") for at in hit(layers=[0]))
 
 
+def test_what_is_named_in_full_is_hit_in_any_layer():
+    assert hit(targets=["q", "layers.3.up", "head"], layers=[1]) == [
+        "layers.1.q",
+        "layers.3.up",
+        "head",
+    ]
+    assert hit(targets=["q", "3.up"], layers=[1]) == ["layers.1.q"]
+    with pytest.raises(ValueError, match="layers: found none, expected numbers; leave it out"):
+        ml.Lora(layers=[])
+
+
 def test_excluded_projections_are_not_hit():
     assert hit(targets=["q", "v"], exclude=["v"], layers=[2]) == ["layers.2.q"]
     assert hit(targets=["q", "v"], exclude=r"layers\.2\.q", layers=[2]) == ["layers.2.v"]
