@@ -140,33 +140,30 @@ def adapted_experts(
     Errors: ValueError if index names no expert.
     Source: ``target_parameters`` of PEFT.
     """
-    count, m = len(W), W.shape[1]
+    count = len(W)
     if index.size and not (index.min() >= 0 and index.max() < count):
         found = f"{index.min()} to {index.max()}"
         raise ValueError(f"experts {found}: expected 0 to {count - 1}")
     adapts = set(range(count)) if only is None else set(only)
-    y = np.zeros((m, x.shape[1]), x.dtype)
-    backs: list[tuple[int, Array, Back]] = []
-    for e in range(count):
-        columns = np.flatnonzero(index == e)
+    order = np.argsort(index, kind="stable")  # the columns of expert 0, then those of 1, …
+    places = np.split(order, np.searchsorted(index[order], np.arange(1, count)))
+    pairs = []
+    for e, columns in enumerate(places):
         own = None if b is None else b[e]
-        if e in adapts:
-            y[:, columns], back_e = f(x[:, columns], W[e], own, *(p[e] for p in P), s)
-        else:
-            y[:, columns], back_e = linear(x[:, columns], W[e], own)
-        backs.append((e, columns, back_e))
+        parts = (*(p[e] for p in P), s) if e in adapts else ()
+        pairs.append((f if e in adapts else linear)(x[:, columns], W[e], own, *parts))
+    home = np.argsort(order)
+    y = np.concatenate([ye for ye, _ in pairs], axis=1)[:, home]
 
     def back(dy: Array) -> tuple[Array, ...]:
-        dx = np.zeros_like(x)
-        dP = [np.zeros_like(p) for p in P]
-        for e, columns, back_e in backs:
-            if e in adapts:
-                dx[:, columns], *gradients = back_e(dy[:, columns])
-                for whole, part in zip(dP, gradients, strict=True):
-                    whole[e] = part
-            else:
-                dx[:, columns] = back_e(dy[:, columns])
-        return dx, *dP
+        dxs, dPs = [], []
+        for e, (_, back_e) in enumerate(pairs):
+            dye = dy[:, places[e]]
+            dxe, *gradients = back_e(dye) if e in adapts else (back_e(dye),)
+            dxs.append(dxe)
+            dPs.append(gradients or [np.zeros_like(p[e]) for p in P])
+        dx = np.concatenate(dxs, axis=1)[:, home]
+        return dx, *(np.stack(d) for d in zip(*dPs, strict=True))
 
     return y, back
 
@@ -257,6 +254,26 @@ def blocks_apart(W: Array, groups: int) -> tuple[Array, Back]:
     def back(dy: Array) -> Array:
         dW: Array = dy[own]
         return dW
+
+    return y, back
+
+
+def conv(
+    x: Array, W: Array, b: Array | None, geometry: Geometry, groups: int = 1
+) -> tuple[Array, Back]:
+    """y = W unfold(x) + b, the weight's kernels flat, with W and b constant.
+
+    With dy given:   dx = unfold's back(Wᵀ dy).
+
+    Shapes: x (c, b, …), W (m, c/groups, …), b (m, 1) -> y (m, b, …).
+    """
+    columns, back_unfold = unfold(x, geometry)
+    z, back_linear = linear(columns, blocks_apart(W.reshape(len(W), -1), groups)[0], b)
+    y = z.reshape(len(W), x.shape[1], *geometry.places(x.shape[2:])[0])
+
+    def back(dy: Array) -> Array:
+        dx: Array = back_unfold(back_linear(dy.reshape(len(W), -1)))
+        return dx
 
     return y, back
 

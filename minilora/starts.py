@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.lora import merge_weight
+from minilora.lora import DRAW, draw_factors, merge_weight
 from minilora.ops import Array
 
 
@@ -58,7 +58,7 @@ def olora(W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
 
 
 def orthogonal(rng: np.random.Generator, r: int, m: int, n: int) -> tuple[Array, Array]:
-    """B A = 0 though neither is 0: A lies in the span of half of an orthonormal basis, B in the rest.
+    """B A = 0 though neither is 0: A in the span of half of an orthonormal basis, B in the rest.
 
     With Q orthogonal (r, r), its even rows P and odd rows P':   A = Pᵀ N / 10,   B = N' P' / 10,
     N and N' standard normal; P' Pᵀ = 0.
@@ -96,6 +96,52 @@ def loftq(
     return Q, A, B
 
 
+Start = Callable[[np.random.Generator, Array, int, Any], tuple[Array, Array, Array]]
+
+
+def _drawn(init: str) -> Start:
+    def start(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
+        return W, *draw_factors(rng, init, r, *W.shape)
+
+    return start
+
+
+def _orthogonal(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
+    return W, *orthogonal(rng, r, *W.shape)
+
+
+def _embedding(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
+    m, n = W.shape
+    return W, np.zeros((r, n)), rng.standard_normal((m, r))
+
+
+def _vera(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
+    m, n = W.shape
+    return W, DRAW["kaiming"](rng, r, n), DRAW["kaiming"](rng, m, r)
+
+
+def _adalora(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
+    m, n = W.shape
+    return W, 0.02 * rng.standard_normal((r, n)), 0.02 * rng.standard_normal((m, r))
+
+
+STARTS: dict[str, Start] = {
+    **{init: _drawn(init) for init in DRAW},
+    "orthogonal": _orthogonal,
+    "pissa": lambda rng, W, r, s: pissa(W, r, s),
+    "olora": lambda rng, W, r, s: olora(W, r, s),
+    "embedding": _embedding,
+    "vera": _vera,
+    "adalora": _adalora,
+}
+"""How A and B start, by name: (rng, W, r, s) -> the frozen base, A, B.
+
+"embedding": A = 0 and B normal, as loralib and PEFT start a table's; "vera": both uniform, for one
+module (its vectors make the product 0); "adalora": both N(0, 0.02²) (its singular values are 0).
+LoftQ needs a quantiser besides: `loftq`.
+"""
+
+
 def as_plain(A: Array, B: Array, A0: Array, B0: Array) -> tuple[Array, Array]:
     """B₂ A₂ = B A - B₀ A₀: an adapter trained from the start A₀, B₀, as one on the original weight.
 
@@ -110,3 +156,31 @@ def as_plain(A: Array, B: Array, A0: Array, B0: Array) -> tuple[Array, Array]:
 def plain_alpha(alpha: Any, rslora: bool = False) -> Any:
     """α₂ that gives rank 2 r the scale that α gives rank r: 2 α, and √2 α for rsLoRA."""
     return alpha * math.sqrt(2) if rslora else 2 * alpha
+
+
+def draw_vera(rng: np.random.Generator, r: int, m: int, n: int) -> tuple[Array, Array]:
+    """A ~ U(-√(6/n), √(6/n)) and B ~ U(-√(6/r), √(6/r)), once for all projections of a model.
+
+    m and n are the greatest of the projections' heights and widths; each takes its part of the two
+    with `vera_part`. The bounds are kaiming-uniform's for the drawn shapes.
+
+    Shapes: -> A (r, n), B (m, r).
+    Source: Kopiczko, Blankevoort and Asano 2023, "VeRA", section 3.3; drawn in PEFT's order.
+    """
+    A = rng.uniform(-((6 / n) ** 0.5), (6 / n) ** 0.5, (r, n))
+    return A, rng.uniform(-((6 / r) ** 0.5), (6 / r) ** 0.5, (m, r))
+
+
+def vera_part(A: Array, B: Array, m: int, n: int) -> tuple[Array, Array, Array, Array]:
+    """The first n columns of A, the first m rows of B, λ_d = 1/10 and λ_b = 0, of one projection.
+
+    Shapes: A (r, n'), B (m', r) -> A (r, n), B (m, r), lambda_d (r, 1), lambda_b (m, 1).
+    Errors: ValueError if the shared A or B is smaller than the projection.
+    Source: PEFT; the start is that of Kopiczko, Blankevoort and Asano 2023, section 3.3.
+    """
+    if m > len(B) or n > A.shape[1]:
+        raise ValueError(
+            f"shared A {A.shape}, B {B.shape} for a weight {(m, n)}: draw them for the greatest"
+        )
+    lambda_d = np.full((len(A), 1), 0.1, A.dtype)
+    return A[:, :n], B[:m], lambda_d, np.zeros((m, 1), B.dtype)

@@ -13,6 +13,7 @@ import numpy as np
 
 from minilora.lora import LORA, Variant, lora_linear, merge_weight
 from minilora.ops import Array, Back, dropout, linear
+from minilora.starts import STARTS
 
 
 def lora_bias_linear(
@@ -291,6 +292,37 @@ def invocation(ids: Array, tokens: Array) -> Array:
     last = np.where(found.any(1), t - 1 - found[:, ::-1].argmax(1), t)
     on: Array = np.arange(t) >= last[:, None]
     return on
+
+
+def part_shapes(variant: Variant, r: int, m: int, n: int) -> dict[str, tuple[int, int]]:
+    """The shape of each of the variant's parameters.
+
+    Shapes: A (r, n), B (m, r), c, magnitude and lambda_b (m, 1), lambda_d and E (r, 1).
+    """
+    columns = {"c": m, "magnitude": m, "lambda_b": m, "lambda_d": r, "E": r}
+    factors = {"A": (r, n), "B": (m, r)}
+    return {part: factors.get(part) or (columns[part], 1) for part in variant.parts}
+
+
+def start(
+    variant: Variant, init: str, rng: np.random.Generator, W: Array, r: int, s: Any
+) -> tuple[Array, tuple[Array, ...]]:
+    """The frozen base, and the variant's parameters before the first step, in W's dtype.
+
+    ``init`` is one of :data:`minilora.starts.STARTS`. The magnitude starts as the norm of W's rows,
+    λ_d at 0.1, the bias c, λ_b and the singular values E at 0.
+
+    Shapes: W (m, n), r (), s () -> base (m, n), and the parameters as in `part_shapes`.
+    Errors: ValueError as the start has it.
+    """
+    base, A, B = STARTS[init](rng, W, r, s)
+    values = {name: np.zeros(shape) for name, shape in part_shapes(variant, r, *W.shape).items()}
+    values |= {"A": A.astype(W.dtype), "B": B.astype(W.dtype)}
+    if "magnitude" in values:
+        values["magnitude"] = row_norm(merge_weight(base, values["A"], values["B"], s))[0]
+    if "lambda_d" in values:
+        values["lambda_d"] = values["lambda_d"] + 0.1
+    return base, tuple(values[part].astype(W.dtype) for part in variant.parts)
 
 
 LAWS = {
