@@ -19,6 +19,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 from minilora import Batch, Tuning, logits, lora_linear, merge, scale, unmerge
+from minilora.budget import adalora_scale, allocate, budget, orthogonality
 from minilora.formats.huggingface import read_model
 from minilora.lora import merge_weight
 from minilora.ops import (
@@ -33,6 +34,7 @@ from minilora.ops import (
 from minilora.optim import AdamState, adamw, loraplus_rates, schedule
 from minilora.quantised import dequantise, dequantise_dynamic, quantise, quantise_dynamic
 from minilora.targets import all_linear, layer_of, matches, saved_in_full
+from minilora.variants import adalora_linear
 
 NEEDED = "the peers need it: pip install 'minilora[peers]'"
 
@@ -297,6 +299,169 @@ def test_peft_drops_the_bias_of_a_head_whose_tokens_are_trained(torch, peft):
     assert layer(one).tolist() == [[3, 3]]
     layer.merge()
     assert layer(one).tolist() == [[8, 8]]
+
+
+def test_peft_gives_every_trained_vector_the_rate_of_b_for_loraplus(torch, peft):
+    """Seen in peft 0.21.2."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    base = torch.nn.ModuleDict({"q": torch.nn.Linear(1, 1)})
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q"], bias="lora_only"))
+    optimizer = create_loraplus_optimizer(model, torch.optim.SGD, lr=0.5, loraplus_lr_ratio=8)
+    rate = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    q = model.base_model.model.q
+    parts = {"q.A": q.lora_A.default.weight, "q.B": q.lora_B.default.weight, "q.bias": q.bias}
+    assert {name: rate[p] for name, p in parts.items()} == {"q.A": 0.5, "q.B": 4, "q.bias": 4}
+    assert loraplus_rates(list(parts), lr=0.5, ratio=8) == {"q.A": 0.5, "q.B": 4, "q.bias": 0.5}
+
+
+def test_peft_gives_an_embeddings_adapter_a_rate_of_its_own_for_loraplus(torch, peft):
+    """Seen in peft 0.21.2."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    base = torch.nn.ModuleDict({"embed": torch.nn.Embedding(1, 1)})
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["embed"]))
+    optimizer = create_loraplus_optimizer(model, torch.optim.SGD, lr=0.5, loraplus_lr_ratio=8)
+    rate = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    embed = model.base_model.model.embed
+    parts = {f"embed.{end}": getattr(embed, f"lora_embedding_{end}")["default"] for end in "AB"}
+    assert {name: rate[p] for name, p in parts.items()} == {"embed.A": 1e-6, "embed.B": 1e-6}
+    assert loraplus_rates(list(parts), lr=0.5, ratio=8) == {"embed.A": 0.5, "embed.B": 4}
+
+
+def adalora_model(torch, peft, base=None, **settings):
+    """AdaLoRA on q, a projection from one feature to one: the model and its layer."""
+    base = base or torch.nn.ModuleDict({"q": torch.nn.Linear(1, 1, bias=False)})
+    settings = {"init_r": 2, "target_r": 1, "total_step": 100} | settings
+    model = peft.get_peft_model(base, peft.AdaLoraConfig(target_modules=["q"], **settings))
+    layer = model.base_model.model.q
+    layer.weight.data.fill_(1)
+    for part in "AEB":
+        getattr(layer, f"lora_{part}")["default"].data.fill_(1)
+    return model, layer
+
+
+def adalora_gradients(torch, layer, gradient):
+    """The gradient of E that is given, and none of A and B."""
+    for part in "AB":
+        getattr(layer, f"lora_{part}")["default"].grad = torch.zeros_like(
+            getattr(layer, f"lora_{part}")["default"]
+        )
+    layer.lora_E["default"].grad = torch.tensor(gradient)[:, None]
+
+
+def adalora_loss(torch, peft, A, B):
+    """A model whose own loss is 0, with AdaLoRA, its penalty at weight 1; and A and B."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = torch.nn.Linear(1, 1, bias=False)
+
+        def forward(self):
+            return SimpleNamespace(loss=torch.zeros(()))
+
+    model, layer = adalora_model(torch, peft, Model(), init_r=1, orth_reg_weight=1.0)
+    factors = layer.lora_A["default"], layer.lora_B["default"]
+    for factor, value in zip(factors, (A, B), strict=True):
+        factor.data.fill_(value)
+    return model, factors
+
+
+def test_peft_averages_norms_where_adaloras_penalty_adds_their_squares(torch, peft):
+    """Seen in peft 0.21.2."""
+    model, (A, B) = adalora_loss(torch, peft, 2, 3)
+    loss = model.base_model().loss
+    loss.backward()
+    assert loss == ((2 * 2 - 1) + (3 * 3 - 1)) / 2
+    assert (A.grad, B.grad) == (2, 3)
+
+    R, back = orthogonality(*(factor.detach().numpy() for factor in (A, B)))
+    assert R == (2 * 2 - 1) ** 2 + (3 * 3 - 1) ** 2
+    assert back(1) == (4 * (2 * 2 - 1) * 2, 4 * (3 * 3 - 1) * 3)
+
+
+def test_peft_adds_adaloras_penalty_in_evaluation_and_never_without_a_task_type(torch, peft):
+    """Seen in peft 0.21.2."""
+    model, (A, B) = adalora_loss(torch, peft, 2, 3)
+    assert orthogonality(*(factor.detach().numpy() for factor in (A, B)))[0] > 0
+    assert model().loss == 0  # PeftModel goes past the penalty; its subclasses for tasks do not
+    assert model.base_model().loss > 0
+    assert model.eval().base_model().loss == model.train().base_model().loss
+
+
+def test_peft_saves_another_function_between_two_prunings_of_adalora(torch, peft, tmp_path):
+    """Seen in peft 0.21.2."""
+    model, layer = adalora_model(torch, peft, deltaT=2)
+    for step in (1, 2, 3):
+        adalora_gradients(torch, layer, [2.0, 1.0])
+        layer.lora_E["default"].data += 1.0  # as an optimizer moves it
+        model.base_model.update_and_allocate(step)
+    x = torch.ones(1, 1)
+    assert layer.lora_E["default"].ravel().tolist() == [4, 1]  # pruned at 2, grown again since
+
+    def saved():
+        model.save_pretrained(tmp_path)
+        base = torch.nn.ModuleDict({"q": torch.nn.Linear(1, 1, bias=False)})
+        base.q.weight.data.fill_(1)
+        with pytest.warns(RuntimeWarning, match="rank_pattern keys .* were ignored"):  # they count
+            loaded = peft.PeftModel.from_pretrained(base, tmp_path)
+        return loaded.base_model.model.q(x)
+
+    s = adalora_scale(8, r=2)
+    one = np.ones((2, 1))
+    trained, kept = (
+        adalora_linear(x.numpy(), one[:1], None, one, one.T, np.array([[4], [E]]), s)[0]
+        for E in (1, 0)
+    )
+    assert layer(x) == np.float32(trained)
+    assert saved() == np.float32(kept)
+    assert saved() < layer(x)
+    layer.lora_E["default"].data[1] = 0
+    assert saved() == layer(x)  # right after a pruning
+
+
+def test_peft_prunes_all_triplets_of_one_score_whatever_the_budget_of_adalora(torch, peft):
+    """Seen in peft 0.21.2."""
+    model, layer = adalora_model(torch, peft, init_r=4, target_r=3, total_step=1)
+    adalora_gradients(torch, layer, [1.0] * 4)
+    model.base_model.rankallocator.update_ipt(model.base_model.model)
+    model.base_model.rankallocator.mask_to_budget(model.base_model.model, 3)
+    assert layer.lora_E["default"].count_nonzero() == 0
+    assert allocate({"q": np.ones((4, 1))}, 3)["q"].sum() == 3
+
+
+def test_peft_loads_an_adalora_adapter_of_alpha_0_with_another_scale(torch, peft, tmp_path):
+    """Seen in peft 0.21.2."""
+    model, layer = adalora_model(torch, peft, lora_alpha=0, tfinal=99)
+    adalora_gradients(torch, layer, [2.0, 1.0])
+    model.base_model.update_and_allocate(0)
+    model.base_model.update_and_allocate(1)
+    model.save_pretrained(tmp_path)
+    base = torch.nn.ModuleDict({"q": torch.nn.Linear(1, 1, bias=False)})
+    with pytest.warns(RuntimeWarning, match="rank_pattern keys .* were ignored"):
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path).base_model.model.q
+    trained, other = (at.get_delta_weight("default").item() for at in (layer, loaded))
+    assert trained == np.float32(adalora_scale(0, r=2)) == np.float32(adalora_scale(2, r=2))
+    assert other == np.float32(adalora_scale(1, r=2)) == trained / 2
+
+
+def test_peft_fails_where_adaloras_budget_does_not_fall(torch, peft):
+    """Seen in peft 0.21.2."""
+    model, layer = adalora_model(torch, peft, init_r=2, target_r=2)
+    adalora_gradients(torch, layer, [2.0, 1.0])
+    with pytest.raises(RuntimeError, match="selected number k out of range"):
+        model.base_model.update_and_allocate(1)
+    right = allocate({"q": np.ones((2, 1))}, budget(1, 2, 2, 0, 0, 100))
+    assert right["q"].all()
+
+
+def test_peft_has_one_triplet_less_than_adaloras_budget_where_it_is_whole(torch, peft):
+    """Seen in peft 0.21.2."""
+    model, _ = adalora_model(torch, peft, init_r=125, target_r=0, total_step=5)
+    found, _ = model.base_model.rankallocator.budget_schedule(4)
+    assert found == 0
+    assert budget(4, 125, 0, 0, 0, 5) == 125 * (1 - 4 / 5) ** 3 // 1 + 1 == 1
 
 
 def test_peft_and_loralib_do_not_restore_a_weight_by_unmerging(torch, peft, loralib):
