@@ -38,6 +38,8 @@ from minilora.variants import (
 
 Part = tuple[Array, ...]
 
+UNIT_ROUNDOFF = np.finfo(float).eps / 2
+
 
 class Exact(Fraction):
     """A rational number with a square root, where that is rational."""
@@ -529,8 +531,9 @@ def merged(case: Case) -> bool:
 def _fresh(case: Case) -> tuple[Case, Case, bool]:
     """The base, the same layer with fresh parameters, and whether its base kept its weight.
 
-    The fresh parameters are floats, taken as the rationals that they are; so the residual of a
-    start that has one is exact. DoRA's magnitude needs a base of rational norms: W + s B A.
+    The fresh parameters are floats, taken as the rationals that they are. A residual is W - s B A,
+    rounded at most r + 2 times, and then taken without its rounding; a base that is not so near is
+    none. DoRA's magnitude needs a base of rational norms: W + s B A.
     """
     entry, rng = REGISTRY[case.entry], np.random.default_rng(0)
     case = case.still()
@@ -545,7 +548,10 @@ def _fresh(case: Case) -> tuple[Case, Case, bool]:
         kept &= frozen is floats
         named = dict(zip(case.variant.parts, map(_exactly, P), strict=True))
         if frozen is not floats:
-            W = merge_weight(W, named["A"], named["B"], -case.s)
+            A, B, k = named["A"], named["B"], (case.r + 2) * UNIT_ROUNDOFF
+            residual = merge_weight(W, A, B, -case.s)
+            bound = k / (1 - k) * merge_weight(abs(W), abs(A), abs(B), case.s).astype(float)
+            W = residual if (abs(residual - frozen) <= bound).all() else _exactly(frozen)
         if "magnitude" in named:
             named["magnitude"] = row_norm(merge_weight(W, named["A"], named["B"], case.s))[0]
         bases.append((W, b))
@@ -563,7 +569,7 @@ def starts(case: Case) -> bool:
     # theorem 19.4, with 8 for its small constant), so that s B A x is so much of s |B| |A| |x|.
     x = fresh.x if fresh.x.ndim == 1 else abs(fresh.x)
     moduli = replace(fresh, W=0 * fresh.W, x=x, P=tuple(tuple(map(abs, P)) for P in fresh.P))
-    k = 8 * case.r**2 * np.finfo(float).eps / 2
+    k = 8 * case.r**2 * UNIT_ROUNDOFF
     tables = {name: abs(v) for name, v in fresh.extra.items() if name == "table"}
     no_bias = None if fresh.b is None else 0 * fresh.b
     plain = replace(moduli, b=no_bias, extra=fresh.extra | tables)
@@ -763,12 +769,16 @@ def holds(law: str, case: Case) -> bool | None:
         return False
 
 
-def _norm_held(
+def norm_held(
     x: Any, W: Array, b: Array | None, A: Array, B: Array, magnitude: Array, s: Any, K: Any = None
 ) -> tuple[Array, Back]:
-    """`dora_linear`'s forward as its ``back`` sees it: a complex step leaves the norm as it is."""
+    """y = that of `dora_linear` as its ``back`` sees it: a complex step leaves the norm as it is.
+
+    So the derivative of this is what DoRA's ``back`` gives, which that of `dora_linear` is not.
+    """
     v, _ = row_norm(merge_weight(W, A.real, B.real, s))
-    return rescaled_linear(x, W, b, A, B, magnitude, v, s, K)
+    y, back = rescaled_linear(x, W, b, A, B, magnitude, v, s, K)
+    return y, lambda dy: back(dy)[:-1]
 
 
 STEP = 1e-30
@@ -781,7 +791,7 @@ def derivative_error(case: Case, rng: np.random.Generator) -> float:
     Along a random direction v of each argument in turn, by a complex step: |⟨g, v⟩ - derivative|
     over Σ |g ∘ v|, the greatest. DoRA with the norm held is differentiated with the norm held.
     """
-    f = _norm_held if case.variant is DORA else case.variant.linear
+    f = norm_held if case.variant is DORA else case.variant.linear
     _, dx, dP = answers(case)
     worst = 0.0
 

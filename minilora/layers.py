@@ -219,7 +219,7 @@ def unfold(x: Array, geometry: Geometry) -> tuple[Array, Back]:
 
     With dy given:   dx sums each entry of dy where it came from.
 
-    Shapes: x (c, b, …) -> y (c·kernel, b·places).
+    Shapes: x (c, b, …) -> y (c*kernel, b*places).
     """
     c, b, *space = x.shape
     _, flat = geometry.places(space)

@@ -13,6 +13,7 @@ import numpy as np
 
 from minilora.lora import DRAW, draw_factors, merge_weight
 from minilora.ops import Array
+from minilora.quantised import dequantise, quantise
 
 
 def _truncated(M: Array, r: int, s: Any) -> tuple[Array, Array]:
@@ -125,11 +126,19 @@ def _adalora(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Array,
     return W, 0.02 * rng.standard_normal((r, n)), 0.02 * rng.standard_normal((m, r))
 
 
+def _loftq(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
+    def nf4(V: Array) -> Array:
+        return dequantise(quantise(V.astype(np.float32), "nf4")).astype(V.dtype)
+
+    return loftq(W, r, s, nf4)
+
+
 STARTS: dict[str, Start] = {
     **{init: _drawn(init) for init in DRAW},
     "orthogonal": _orthogonal,
     "pissa": lambda rng, W, r, s: pissa(W, r, s),
     "olora": lambda rng, W, r, s: olora(W, r, s),
+    "loftq": _loftq,
     "embedding": _embedding,
     "vera": _vera,
     "adalora": _adalora,
@@ -137,8 +146,8 @@ STARTS: dict[str, Start] = {
 """How A and B start, by name: (rng, W, r, s) -> the frozen base, A, B.
 
 "embedding": A = 0 and B normal, as loralib and PEFT start a table's; "vera": both uniform, for one
-module (its vectors make the product 0); "adalora": both N(0, 0.02²) (its singular values are 0).
-LoftQ needs a quantiser besides: `loftq`.
+module (its vectors make the product 0); "adalora": both N(0, 0.02²) (its singular values are 0);
+"loftq": one step with NF4. With another quantiser or more steps, call `loftq`.
 """
 
 
@@ -147,7 +156,7 @@ def as_plain(A: Array, B: Array, A0: Array, B0: Array) -> tuple[Array, Array]:
 
     R + s B A = W + s (B A - B₀ A₀), at the same scale s and the doubled rank: see `plain_alpha`.
 
-    Shapes: A (r, n), B (m, r), A0 (q, n), B0 (m, q) -> A₂ (Σ r, n), B₂ (m, Σ r).
+    Shapes: A (r, n), B (m, r), A0 (q, n), B0 (m, q) -> A₂ (r+q, n), B₂ (m, r+q).
     Source: Meng, Wang and Zhang 2024, "PiSSA", appendix on the conversion to LoRA.
     """
     return np.concatenate([A, A0]), np.concatenate([B, -B0], axis=1)

@@ -19,7 +19,8 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from minilora import lora, models, ops, targets
+from minilora import layers as kinds
+from minilora import lora, models, ops, targets, variants
 from minilora.ops import IGNORED, Array, Back
 
 RATES = (Fraction(1, 10), Fraction(1, 4), Fraction(3, 4))
@@ -160,9 +161,10 @@ class Operation:
 def draw_operations(
     rng: np.random.Generator, b: int, m: int, n: int, r: int, t: int
 ) -> dict[str, Operation]:
-    """Every primitive of :mod:`minilora.ops`, and the LoRA linear, with random arguments.
+    """Every primitive of :mod:`minilora.ops`, each linear of a variant, and how a kernel moves.
 
     The sizes go where the ``Shapes:`` lines have them; heads and their sizes follow from r and n.
+    Rows that have a norm are longer by one: that of a single entry is a modulus, without curvature.
     """
 
     def draw(*shape: int) -> Array:
@@ -183,6 +185,13 @@ def draw_operations(
     cos, sin = ops.rope_tables(places, 2 * n, 100.0, np.float64)
     turn = {"cos": cos, "sin": sin}
     heads = {"q": draw(b, 2 * r, n, t), "k": draw(b, r, n, t), "v": draw(b, r, n, t)}
+    moves = kinds.Geometry((2, 1), (2, 1), ((1, 0), (0, 1)), (3, 1))
+
+    def adapted(f: Callable[..., tuple[Array, Back]], n: int = n, **parts: Array) -> Operation:
+        varying = {"x": draw(n, t), "A": draw(r, n), "B": draw(m, r)} | parts
+        keep = (rng.random((n, t)) < 0.75) / 0.75
+        return Operation(f, varying, {"W": draw(m, n), "b": draw(m, 1), "s": 7 / 3, "K": keep})
+
     drawn = {
         "linear": one(ops.linear, **frozen),
         "linear without bias": one(ops.linear, W=frozen["W"]),
@@ -211,6 +220,22 @@ def draw_operations(
         ),
         "lora_linear without dropout": Operation(
             lora.lora_linear, {"x": draw(n, t)} | factors, {"W": frozen["W"], "b": None, "s": 0.7}
+        ),
+        "lora_bias_linear": adapted(variants.lora_bias_linear, c=draw(m, 1)),
+        "row_norm": Operation(variants.row_norm, {"V": draw(m, n + 1)}),
+        "rescaled_linear": adapted(
+            variants.rescaled_linear, magnitude=draw(m, 1) + 2, v=abs(draw(m, 1)) + 0.5
+        ),
+        "dora_linear": adapted(variants.dora_linear, n + 1, magnitude=draw(m, 1) + 2),
+        "dora_full_linear": adapted(variants.dora_full_linear, n + 1, magnitude=draw(m, 1) + 2),
+        "vera_linear": adapted(variants.vera_linear, lambda_d=draw(r, 1), lambda_b=draw(m, 1)),
+        "adalora_linear": adapted(variants.adalora_linear, E=draw(r, 1)),
+        "unfold": Operation(kinds.unfold, {"x": draw(r, b, n + 3, t)}, {"geometry": moves}),
+        "blocks_apart": Operation(kinds.blocks_apart, {"W": draw(2 * m, n)}, {"groups": 2}),
+        "conv, in groups": Operation(
+            kinds.conv,
+            {"x": draw(2, b, n + 3, t)},
+            {"W": draw(2 * m, 1, 2, 1), "b": draw(2 * m, 1), "geometry": moves, "groups": 2},
         ),
         "with_tokens": Operation(
             ops.with_tokens,

@@ -297,7 +297,7 @@ def invocation(ids: Array, tokens: Array) -> Array:
 def part_shapes(variant: Variant, r: int, m: int, n: int) -> dict[str, tuple[int, int]]:
     """The shape of each of the variant's parameters.
 
-    Shapes: A (r, n), B (m, r), c, magnitude and lambda_b (m, 1), lambda_d and E (r, 1).
+    A is (r, n), B (m, r); c, magnitude and lambda_b are (m, 1); lambda_d and E are (r, 1).
     """
     columns = {"c": m, "magnitude": m, "lambda_b": m, "lambda_d": r, "E": r}
     factors = {"A": (r, n), "B": (m, r)}

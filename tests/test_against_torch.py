@@ -66,6 +66,40 @@ def lora_linear(x, A, B, W, b, s, K=None):
     return (F.linear(x.T, W, None if b is None else b[:, 0]) + s * branch).T
 
 
+def by_matrix(D):
+    """A layer y = W x + b + D (K ∘ x), where D is made of its parameters."""
+
+    def layer(x, W, b, s, K=None, **parts):
+        base = F.linear(x.T, W, None if b is None else b[:, 0])
+        return (base + F.linear(x.T if K is None else (K * x).T, D(W, s, **parts))).T
+
+    return layer
+
+
+def rescaled(detached):
+    """DoRA's D by PyTorch's own norm, through which nothing flows if it is ``detached``."""
+
+    def D(W, s, A, B, magnitude):
+        V = torch.addmm(W, B, A, alpha=s)
+        norm = torch.linalg.vector_norm(V, dim=1, keepdim=True)
+        return magnitude / (norm.detach() if detached else norm) * V - W
+
+    return D
+
+
+def unfold(x, geometry):
+    """PyTorch's own, over (batch, channels, …), whose padding is the same on both sides."""
+    padded = F.pad(x.transpose(0, 1), [p for pair in reversed(geometry.padding) for p in pair])
+    columns = F.unfold(padded, geometry.kernel, geometry.dilation, 0, geometry.stride)
+    return columns.transpose(0, 1).flatten(1)
+
+
+def conv(x, W, b, geometry, groups):
+    padded = F.pad(x.transpose(0, 1), [p for pair in reversed(geometry.padding) for p in pair])
+    y = F.conv2d(padded, W, b[:, 0], geometry.stride, 0, geometry.dilation, groups)
+    return y.transpose(0, 1)
+
+
 THEIRS = {
     "linear": lambda x, W, b=None: F.linear(x.T, W, None if b is None else b[:, 0]).T,
     "dropout": lambda x, K: x * 1 if K is None else x * K,
@@ -82,6 +116,22 @@ THEIRS = {
     "attention": attention,
     "cross_entropy": cross_entropy,
     "lora_linear": lora_linear,
+    "lora_bias_linear": lambda c, s, **given: lora_linear(s=s, **given) + s * c,
+    "row_norm": lambda V: torch.linalg.vector_norm(V, dim=1, keepdim=True),
+    "rescaled_linear": by_matrix(
+        lambda W, s, A, B, magnitude, v: magnitude / v * torch.addmm(W, B, A, alpha=s) - W
+    ),
+    "dora_linear": by_matrix(rescaled(detached=True)),
+    "dora_full_linear": by_matrix(rescaled(detached=False)),
+    "vera_linear": by_matrix(
+        lambda W, s, A, B, lambda_d, lambda_b: (
+            s * torch.diag(lambda_b[:, 0]) @ B @ torch.diag(lambda_d[:, 0]) @ A
+        )
+    ),
+    "adalora_linear": by_matrix(lambda W, s, A, B, E: s * B @ torch.diag(E[:, 0]) @ A),
+    "unfold": unfold,
+    "blocks_apart": lambda W, groups: torch.block_diag(*W.chunk(groups)),
+    "conv": conv,
 }
 
 
@@ -117,6 +167,13 @@ def test_another_operation_is_not_pytorchs():
         error_of_operation(shifted, lambda x, w, b, eps: THEIRS["layernorm"](x, w, b, 0.3))
         > GRADIENT
     )
+
+
+def test_dora_with_its_norm_held_is_not_dora_with_its_norm_differentiated():
+    drawn = draw.draw_operations(np.random.default_rng(0), 2, 3, 4, 1, 5)
+    for one, other in (("dora_linear", "dora_full_linear"), ("dora_full_linear", "dora_linear")):
+        assert error_of_operation(drawn[one], THEIRS[one]) <= GRADIENT
+        assert error_of_operation(drawn[one], THEIRS[other]) > GRADIENT
 
 
 class Textbook:

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from number_systems import Rounded, every_erf, propagated, to_objects
 
 import minilora as ml
-from minilora import blocks, lora, models, ops
+from minilora import blocks, layers, lora, models, ops, starts, variants
 from minilora import strategies as draw
 
-CORE = (ops, lora, blocks, models)
+CORE = (ops, lora, starts, variants, layers, blocks, models)
 FEW = settings(max_examples=6)
 CONFIGS = (
     ml.Llama(11, 5, 2, heads=4, ffn=7, kv_heads=2, head_dim=2, qkv_bias=True),
@@ -103,7 +103,7 @@ def captured_and_bound_again(source):
 @pytest.mark.parametrize("module", CORE, ids=lambda module: module.__name__)
 def test_a_name_that_an_inner_function_uses_is_bound_once(module):
     source = Path(module.__file__).read_text()
-    assert "def back" in source
+    assert "def back" in source or module is starts
     assert captured_and_bound_again(source) == set()
 
 
@@ -207,8 +207,8 @@ def arrays_held(back, apart):
 @pytest.mark.parametrize("c", CONFIGS, ids=lambda c: type(c).__name__)
 def test_a_models_back_holds_no_blocks_activations_once_it_has_run(c):
     held = []
-    for layers in (1, 4):
-        model = draw.draw_model(replace(c, layers=layers), np.random.default_rng(0), 1, 3)
+    for depth in (1, 4):
+        model = draw.draw_model(replace(c, layers=depth), np.random.default_rng(0), 1, 3)
         apart = {id(model.W), id(model.tuning), id(model.batch), *map(id, model.W.values())}
         _, back = model.loss()
         before = arrays_held(back, apart)
@@ -383,7 +383,7 @@ ITEM = re.compile(r"([^\s(){},]+) \(([^)]*)\)")
 
 def shape_lines(docstring):
     """The alternatives of a ``Shapes:`` line, each as (name, dimensions) before and after ->."""
-    line = re.search(r"Shapes: (.*)", docstring)[1]
+    line = re.search(r"Shapes: (.*?)\.?(\n *(?=\n|[A-Z]\w*:)|\s*$)", docstring, re.S)[1]
     sides = [alternative.split("->") for alternative in line.split(", or ")]
     return [
         [
@@ -398,13 +398,16 @@ def shape_lines(docstring):
 
 
 def size_of(dimension, sizes):
-    """The value of a dimension such as 3, t, h*d, d/2 or Σ rᵢ; None if a size is not known yet."""
+    """The value of a dimension: 3, t, h*d, d/2, r+q or Σ rᵢ; None if a size is not known yet."""
     if dimension.startswith("Σ "):
         return sum(v for name, v in sizes.items() if re.fullmatch(dimension[2:] + r"\d+", name))
+    if "+" in dimension:
+        terms = [size_of(term, sizes) for term in dimension.split("+")]
+        return None if None in terms else sum(terms)
     if "/" in dimension:
         whole, parts = dimension.split("/")
-        known = size_of(whole, sizes)
-        return None if known is None else known // int(parts)
+        known = size_of(whole, sizes), size_of(parts, sizes)
+        return None if None in known else known[0] // known[1]
     factors = [int(f) if f.isdigit() else sizes.get(f) for f in dimension.split("*")]
     return None if None in factors else math.prod(factors)
 
@@ -416,8 +419,11 @@ def match(items, arrays, sizes):
         several = arrays[name] if name.endswith("ᵢ") else [arrays[name]]
         for i, array in enumerate(several):
             own = [d.replace("ᵢ", f"ᵢ{i}") if "Σ" not in d else d for d in dims]
-            assert array is None or len(own) == np.ndim(array), f"{name}: {own}, {np.shape(array)}"
-            waiting += [] if array is None else zip(own, np.shape(array), strict=True)
+            shape = np.shape(array)
+            if own and own[-1] == "…":  # any number of axes more
+                shape, own = shape[: len(own) - 1], own[:-1]
+            assert array is None or len(own) == len(shape), f"{name}: {own}, {np.shape(array)}"
+            waiting += [] if array is None else zip(own, shape, strict=True)
     waiting.sort(key=lambda pair: len(re.split(r"[*/ ]", pair[0])))
     for dimension, found in waiting:
         if size_of(dimension, sizes) is None:
@@ -488,6 +494,9 @@ def calls(rng, sizes, model):
     K = lora.draw_dropout(rng, 0.1, {"p": (n, t)}, float)["p"]
     yield lora.draw_dropout, {"name:": x}, (K,)
 
+    yield from calls_of_variants(rng, sizes)
+    yield from calls_of_layers(rng, sizes)
+
     c, batch = model.config, model.batch
     b, t = batch.ids.shape
     x = normal(c.d, b * t)
@@ -519,6 +528,78 @@ def calls(rng, sizes, model):
     yield models.loss, arguments, (model.loss()[0],)
 
 
+def calls_of_variants(rng, sizes):
+    """The merges, the starts and what else is no linear."""
+    b, m, n, r, t = sizes
+    W, bias = rng.standard_normal((m, n)), rng.standard_normal((m, 1))
+    for variant in {entry.variant for entry in variants.REGISTRY.values()} - {lora.LORA}:
+        shapes = variants.part_shapes(variant, r, m, n)
+        P = {part: rng.standard_normal(shape) for part, shape in shapes.items()}
+        given = {"W": W, "b": bias} | P | {"s": 2.0}
+        yield variant.merge, given, variant.merge(**given)
+        base, fresh = variants.start(variant, "kaiming", rng, W, r, 2.0)
+        assert [p.shape for p in fresh] == list(shapes.values())
+        yield variants.start, {"W": W, "r": r, "s": 2.0}, (base,)
+    ids, tokens = rng.integers(0, 2, (b, t)), rng.integers(0, 2, r)
+    yield (
+        variants.invocation,
+        {"ids": ids, "tokens": tokens},
+        (variants.invocation(ids, tokens),),
+    )
+
+    k = min(m, n)
+    given = {"W": W, "r": k, "s": 2.0}
+    yield starts.pissa, given, starts.pissa(W, k, 2.0)
+    yield starts.olora, given, starts.olora(W, k, 2.0)
+    yield starts.loftq, given, starts.loftq(W, k, 2.0, np.round)
+    sizes = {"r": 2 * r, "m": m, "n": n}
+    yield starts.orthogonal, sizes, starts.orthogonal(rng, 2 * r, m, n)
+    A, B = starts.draw_vera(rng, r, m + 1, n + 2)
+    yield starts.draw_vera, {"r": r, "m": m + 1, "n": n + 2}, (A, B)
+    yield starts.vera_part, {"A": A, "B": B, "m": m, "n": n}, starts.vera_part(A, B, m, n)
+    A0, B0 = rng.standard_normal((t, n + 2)), rng.standard_normal((m + 1, t))
+    given = {"A": A, "B": B, "A0": A0, "B0": B0}
+    yield starts.as_plain, given, starts.as_plain(**given)
+
+
+def calls_of_layers(rng, sizes):
+    b, m, n, r, t = sizes
+
+    def normal(*shape):
+        return rng.standard_normal(shape)
+
+    W, bias, A, B, x, K = (
+        normal(*shape) for shape in ((m, n), (m, 1), (r, n), (m, r), (n, t), (n, t))
+    )
+    f = lora.lora_linear
+    ids = rng.integers(0, n, t)
+    y, _ = layers.adapted_embedding(f, ids, W.T, (A, B), 2.0)
+    yield layers.adapted_embedding, {"ids": ids, "E": W.T}, (y,)
+
+    fused = {"x": x, "W": np.concatenate([W, W]), "b": np.concatenate([bias, bias]), "K": K}
+    y, back = layers.adapted_fused(f, P=((A, B), None), rows=(m, m), s=2.0, **fused)
+    assert back(y)[0].shape == x.shape
+    yield layers.adapted_fused, fused, (y,)
+
+    P, index = (np.stack([A, A, A]), np.stack([B, B, B])), rng.integers(0, 3, t)
+    experts = {"x": x, "W": np.stack([W, W, W]), "b": np.stack([bias] * 3), "index": index}
+    y, back = layers.adapted_experts(f, P=P, s=2.0, **experts)
+    assert [d.shape for d in back(y)] == [x.shape, *(p.shape for p in P)]
+    yield layers.adapted_experts, experts, (y,)
+
+    moves = layers.Geometry((2, 1), (2, 1), ((1, 0), (0, 1)), (3, 1))
+    x = normal(2 * n, b, 5, t)
+    kernels = {"x": x, "W": normal(2 * m, n, 2, 1), "b": normal(2 * m, 1), "groups": 2}
+    P = normal(2 * r, 4 * n), normal(2 * m, r)
+    y, back = layers.adapted_conv(f, P=P, s=2.0, K=None, geometry=moves, **kernels)
+    assert [d.shape for d in back(y)] == [x.shape, *(p.shape for p in P)]
+    yield layers.adapted_conv, kernels | {"c": 2 * n}, (y,)
+    given = {name: kernels[name] for name in ("W", "b", "groups")}
+    merged = layers.merge_conv(lora.LORA, P=P, s=2.0, **given)
+    yield layers.merge_conv, given | {"c": 2 * n}, merged
+    yield layers.twin, {"A": A, "B": B}, layers.twin(A, B)
+
+
 def functions_with_shapes():
     return {
         f
@@ -543,8 +624,8 @@ def test_every_shapes_line_is_tested_and_names_its_functions_arguments():
         f for c in CONFIGS for f, _, _ in calls(rng, (2, 3, 4, 1, 5), draw.draw_model(c, rng))
     }
     assert tested == functions_with_shapes()
-    for f in tested - {lora.combine, lora.fuse, lora.draw_dropout}:
-        if f.__module__ in (ops.__name__, lora.__name__):
+    for f in tested - {lora.combine, lora.fuse, lora.draw_dropout}:  # of each one of several
+        if f.__module__ not in (blocks.__name__, models.__name__):
             before = {name for alternative in shape_lines(f.__doc__) for name, _ in alternative[0]}
             assert before <= inspect.signature(f).parameters.keys()
 
@@ -577,3 +658,16 @@ def test_a_wrong_shapes_line_is_caught(line):
     check_shapes("Shapes: x (n, t), W (m, n) -> y (m, t).", {"x": x, "W": W}, (W @ x,))
     with pytest.raises(AssertionError):
         check_shapes(f"Shapes: {line}", {"x": x, "W": W}, (W @ x,))
+
+
+def test_a_shapes_line_may_run_on_and_end_in_any_axes():
+    x, W, y = np.ones((2, 5, 6)), np.ones((8, 1)), np.ones((7, 5, 6))
+    given = {"x": x, "W": W, "groups": 2}
+    right = "Shapes: x (c, b, …), W (m, c/groups) ->\n    y (q+b, b, …).\nErrors: none."
+    check_shapes(right, given | {"q": 2}, (y,))
+    wrongs = ("(q+b+b, b, …)", "(q+b, …, b)", "(b, q+b, …)", "(q+b, b)")
+    for wrong in wrongs:
+        with pytest.raises(AssertionError):
+            check_shapes(right.replace("(q+b, b, …)", wrong), given | {"q": 2}, (y,))
+    with pytest.raises(AssertionError):
+        check_shapes(right, given | {"q": 2, "groups": 1}, (y,))

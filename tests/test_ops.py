@@ -21,11 +21,17 @@ from hypothesis import strategies as st
 from mpmath import mpf
 from number_systems import Rounded, every_erf, propagated, to_objects, values
 
-from minilora import ops
+from minilora import laws, ops, variants
 from minilora import strategies as draw
 
 EVERY = pytest.mark.parametrize("name", draw.OPERATIONS)
 FEW = settings(max_examples=6)
+
+
+def with_norm_held(operation):
+    """DoRA as its ``back`` sees it; every other operation as it is."""
+    held = operation.f is variants.dora_linear
+    return replace(operation, f=laws.norm_held) if held else operation
 
 
 def contracted(operation):
@@ -37,7 +43,7 @@ def error_of_gradients(operation):
     """How far ``back`` is from the derivative, relative to the gradient or, if that is less, dy."""
     _, back = operation()
     found = operation.gradients(back, operation.dy)
-    wanted = derivative(contracted(operation), operation.varying)
+    wanted = derivative(contracted(with_norm_held(operation)), operation.varying)
     floor = greatest(operation.dy)
     return max(
         relative_error(found[name], want, max(greatest(want), floor))
@@ -73,6 +79,7 @@ def test_a_wrong_back_is_not_the_derivative(name):
 
 def asymmetry(operation, rng):
     """|u·Hv - v·Hu| over the sum of moduli, H v by a complex step through ``back``."""
+    operation = with_norm_held(operation)
     u, v = (random_like(rng, operation.varying) for _ in "uv")
 
     def gradients(varying):
@@ -92,6 +99,14 @@ def test_the_derivative_of_back_is_symmetric(name, drawn, rng):
     error = asymmetry(drawn[name], rng)
     record_worst("2. Hessian's symmetry, primitive equations", error)
     assert error <= GRADIENT
+
+
+def test_the_norm_that_dora_holds_would_be_seen_if_it_were_not_held(monkeypatch):
+    drawn = draw.draw_operations(np.random.default_rng(0), 2, 3, 4, 1, 5)["dora_linear"]
+    assert error_of_gradients(drawn) <= GRADIENT
+    monkeypatch.setattr(laws, "norm_held", variants.dora_linear)
+    assert error_of_gradients(drawn) > GRADIENT
+    assert asymmetry(drawn, np.random.default_rng(1)) > GRADIENT
 
 
 def test_a_back_that_is_no_gradient_has_no_symmetric_derivative():
@@ -201,6 +216,77 @@ def textbook_lora(x, A, B, W, b, s, K=None):
     return np.concatenate(columns, axis=1)
 
 
+def textbook_branch(x, W, b, D, K):
+    """W x + b + D (K ∘ x)."""
+    return textbook_linear(x, W, b) + textbook_linear(x if K is None else x * K, D)
+
+
+def textbook_product(A, B, s):
+    return by_entry((len(B), A.shape[1]), lambda i, k: s * dot(B[i], A[:, k]))
+
+
+def textbook_norms(V):
+    return by_entry((len(V), 1), lambda i, _: mpmath.sqrt(mpmath.fsum(v**2 for v in V[i])))
+
+
+def textbook_rescaled(x, A, B, magnitude, v, W, b, s, K=None):
+    """The matrix rows of norm v have become rows of norm m, all but W x dropped."""
+    V = W + textbook_product(A, B, s)
+    return textbook_branch(x, W, b, V / v * magnitude - W, K)
+
+
+def textbook_dora(x, A, B, magnitude, W, b, s, K=None):
+    v = textbook_norms(W + textbook_product(A, B, s))
+    return textbook_rescaled(x, A, B, magnitude, v, W, b, s, K)
+
+
+def textbook_vera(x, A, B, lambda_d, lambda_b, W, b, s, K=None):
+    D = by_entry(
+        W.shape,
+        lambda i, k: s * lambda_b[i, 0] * mpmath.fsum(B[i] * lambda_d[:, 0] * A[:, k]),
+    )
+    return textbook_branch(x, W, b, D, K)
+
+
+def textbook_adalora(x, A, B, E, W, b, s, K=None):
+    """A sum over the components, each a matrix of rank one times its singular value."""
+    D = sum(s * E[j, 0] * np.outer(B[:, j], A[j]) for j in range(len(E)))
+    return textbook_branch(x, W, b, D, K)
+
+
+def textbook_convolution(x, W, b, geometry, groups):
+    """Output channel by output channel: its kernel over the inputs of its group, zeros outside."""
+    m, of_group, *kernel = W.shape
+    sizes, _ = geometry.places(x.shape[2:])
+
+    def entry(o, row, *place):
+        total = [b[o, 0]]
+        for c, *k in np.ndindex(of_group, *kernel):
+            at = [
+                i * step + j * apart - before
+                for i, step, j, apart, (before, _) in zip(
+                    place, geometry.stride, k, geometry.dilation, geometry.padding, strict=True
+                )
+            ]
+            if all(0 <= i < n for i, n in zip(at, x.shape[2:], strict=True)):
+                channel = o // (m // groups) * of_group + c
+                total.append(W[(o, c, *k)] * x[(channel, row, *at)])
+        return mpmath.fsum(total)
+
+    return by_entry((m, x.shape[1], *sizes), entry)
+
+
+def textbook_unfold(x, geometry):
+    """A convolution by a kernel that is 1 in a single place, for each place and channel."""
+    rows = []
+    for c, *k in np.ndindex(len(x), *geometry.kernel):
+        W = np.full((1, 1, *geometry.kernel), mpf(0))
+        W[(0, 0, *k)] = mpf(1)
+        zero = np.full((1, 1), mpf(0))
+        rows.append(textbook_convolution(x[[c]], W, zero, geometry, 1).ravel())
+    return np.stack(rows)
+
+
 def textbook_rope(x, cos, sin, interleaved=False):
     """The pairs as complex numbers, each times cos + i sin."""
     d = x.shape[2]
@@ -268,6 +354,19 @@ TEXTBOOK = {
     "attention": textbook_attention,
     "cross_entropy": textbook_cross_entropy,
     "lora_linear": textbook_lora,
+    "lora_bias_linear": lambda c, s, **given: textbook_lora(s=s, **given) + s * c,
+    "row_norm": textbook_norms,
+    "rescaled_linear": textbook_rescaled,
+    "dora_linear": textbook_dora,
+    "dora_full_linear": textbook_dora,
+    "vera_linear": textbook_vera,
+    "adalora_linear": textbook_adalora,
+    "unfold": textbook_unfold,
+    "blocks_apart": lambda W, groups: by_entry(
+        (len(W), groups * W.shape[1]),
+        lambda i, j: W[i, j % W.shape[1]] if j // W.shape[1] == i // (len(W) // groups) else mpf(0),
+    ),
+    "conv": textbook_convolution,
 }
 
 
