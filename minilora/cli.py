@@ -61,6 +61,7 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_verify(commands)
+    _add_variants(commands)
     return parser
 
 
@@ -94,6 +95,61 @@ def _add_verify(commands: argparse._SubParsersAction[_Parser]) -> None:
     add("--junit", metavar="FILE", help="write the report as JUnit XML")
     add("--html", metavar="FILE", help="write the report as one HTML page")
     add("--list", action="store_true", help="list the checks and run nothing")
+
+
+def _add_variants(commands: argparse._SubParsersAction[_Parser]) -> None:
+    variants = commands.add_parser(
+        "variants",
+        help="the table of LoRA's variants on every kind of layer, proven as it is printed",
+        description="Runs each variant of LoRA on each kind of layer and prints which laws it "
+        "keeps, its gradients' deviation from a complex step and from the real library that "
+        "defines it (where the extra peers is installed), and its file. Exit status: 0 all is as "
+        "the registry says, 1 something is not, 2 wrong usage.",
+        allow_abbrev=False,
+    )
+    variants.set_defaults(run=_variants, parser=variants)
+    add = variants.add_argument
+    add("--variant", action="append", metavar="NAME", help="only this variant; repeatable, or a,b")
+    add("--kind", action="append", metavar="KIND", help="only this kind of layer; the same")
+    add("--seed", type=int, default=0, metavar="N", help="draws other cases (default: 0)")
+    add("--no-library", action="store_true", help="do not ask the real libraries")
+    add("--json", metavar="FILE", help="write the table as JSON")
+    add("--markdown", metavar="FILE", help="write the table as Markdown")
+
+
+def _variants(arguments: argparse.Namespace) -> int:
+    from minilora.laws import KINDS
+    from minilora.variants import REGISTRY
+    from minilora.verify.report import writable, write
+    from minilora.verify.table import as_json, as_markdown, as_text, cells
+
+    chosen = []
+    for option, known in (("variant", REGISTRY), ("kind", KINDS)):
+        asked = _split(getattr(arguments, option)) or list(known)
+        if unknown := [name for name in asked if name not in known]:
+            expected = f"expected some of {', '.join(known)}"
+            return _refuse(f"--{option} {', '.join(unknown)}: {expected}", "variants")
+        chosen.append(asked)
+    files = {"json": as_json, "markdown": as_markdown}
+    paths = {kind: getattr(arguments, kind) for kind in files if getattr(arguments, kind)}
+    for path in paths.values():
+        if why := writable(path):
+            return _refuse(f"cannot write {why}", "variants")
+    with _stdout_on_stderr(), _progress() as progress:
+
+        def step(number: int, total: int) -> None:
+            if progress:
+                progress("cells:", number, total)
+
+        entries, kinds = chosen
+        table = list(cells(entries, kinds, arguments.seed, not arguments.no_library, step))
+    for kind, path in paths.items():
+        try:
+            write(path, files[kind](table))
+        except OSError as error:
+            return _refuse(f"cannot write {path}: {error.strerror}", "variants")
+    _print(as_text(table))
+    return HOLDS if all(cell.good for cell in table) else DEVIATES
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -189,8 +245,8 @@ def _split(values: list[str] | None) -> list[str] | None:
     return values and [part.strip() for value in values for part in value.split(",")]
 
 
-def _refuse(message: str) -> int:
-    print(f"minilora verify: {message}", file=sys.stderr)
+def _refuse(message: str, command: str = "verify") -> int:
+    print(f"minilora {command}: {message}", file=sys.stderr)
     return USAGE
 
 

@@ -132,6 +132,20 @@ def loraplus_rates(names: Sequence[str], lr: float, ratio: float) -> dict[str, f
     return {name: lr * ratio if name.endswith(".B") else lr for name in names}
 
 
+def lorafa_gradient(dB: Array, A: Array, s: Any) -> Array:
+    """g = dB (A Aᵀ)⁻¹ / s²: with A frozen, the step of B that changes W most like the full one.
+
+    Of all g, the change s g A is nearest to dW = ∂L/∂W: (s g A - dW) Aᵀ = 0, since dB = s dW Aᵀ.
+
+    Shapes: dB (m, r), A (r, n), s () -> g (m, r).
+    Errors: numpy.linalg.LinAlgError if A's rows depend on one another.
+    Source: the optimizer that PEFT names LoRA-FA, there with A Aᵀ + 10⁻⁸ I; Zhang et al. 2023,
+    "LoRA-FA", section 3, train B with dB itself.
+    """
+    g: Array = np.linalg.solve(A @ A.T, dB.T).T / s**2
+    return g
+
+
 def accumulate(parts: Sequence[tuple[int, Weights]]) -> Weights:
     """g = Σᵢ nᵢ gᵢ / Σᵢ nᵢ over micro-batches: gᵢ the mean over the nᵢ labels that count there.
 

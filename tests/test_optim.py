@@ -326,6 +326,39 @@ def test_schedules_rise_and_fall_as_their_formulas_say():
         optim.schedule("step", 0, 1)
 
 
+def off_the_best(gradient, s, rng):
+    """|(s g A - dW) Aᵀ| over s |g| |A| |Aᵀ| + |dW| |Aᵀ|, for dB = s dW Aᵀ."""
+    A, dW = rng.standard_normal((3, 5)), rng.standard_normal((4, 5))
+    g = gradient(s * dW @ A.T, A, s)
+    size = (s * abs(g) @ abs(A) + abs(dW)) @ abs(A).T
+    return float((abs((s * g @ A - dW) @ A.T) / size).max())
+
+
+@FEW
+@given(rng=draw.generators(), s=st.sampled_from((0.5, 7 / 3, 16.0)))
+def test_lorafas_step_of_b_moves_the_weight_most_like_the_full_gradient(rng, s):
+    assert off_the_best(optim.lorafa_gradient, s, rng) <= GRADIENT
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda dB, A, s: dB,
+        lambda dB, A, s: optim.lorafa_gradient(dB, A, s) * s,
+        lambda dB, A, s: optim.lorafa_gradient(dB, A, s) * (1 + 1e-11),
+    ],
+)
+def test_another_step_of_b_does_not(wrong):
+    assert off_the_best(wrong, 7 / 3, np.random.default_rng(0)) > GRADIENT
+
+
+def test_lorafa_with_orthogonal_rows_divides_by_their_squares_exactly():
+    A = np.array([[1.0, 1, 1, 1], [2, -2, 2, -2]])
+    assert (optim.lorafa_gradient(np.array([[3.0, 5]]), A, 2.0) == [[3 / 16, 5 / 64]]).all()
+    with pytest.raises(np.linalg.LinAlgError):
+        optim.lorafa_gradient(np.ones((1, 2)), np.ones((2, 3)), 1.0)
+
+
 def test_loraplus_gives_each_b_a_rate_of_its_own():
     rates = optim.loraplus_rates(["x.A", "x.B", "x.Bias", "B"], 0.5, 16)
     assert rates == {"x.A": 0.5, "x.B": 8.0, "x.Bias": 0.5, "B": 0.5}

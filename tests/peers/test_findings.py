@@ -31,7 +31,7 @@ from minilora.ops import (
     rope_tables,
     with_tokens,
 )
-from minilora.optim import AdamState, adamw, loraplus_rates, schedule
+from minilora.optim import AdamState, adamw, lorafa_gradient, loraplus_rates, schedule
 from minilora.quantised import dequantise, dequantise_dynamic, quantise, quantise_dynamic
 from minilora.targets import all_linear, layer_of, matches, saved_in_full
 from minilora.variants import adalora_linear
@@ -669,3 +669,24 @@ def test_bitsandbytes_does_not_find_zero_in_a_map_that_has_it(torch, bitsandbyte
     for points, wanted in ((None, 0), (2**16, zero)):
         codes, absmax = quantise_dynamic(v, points=points)
         assert dequantise_dynamic(codes, absmax).tolist() == [wanted, 1]
+
+
+def test_peft_rounds_lorafas_gradient_to_bfloat16(torch, peft):
+    """Seen in peft 0.21.2."""
+    from peft.optimizers import create_lorafa_optimizer
+
+    base = torch.nn.Sequential(torch.nn.Linear(4, 1, bias=False))
+    config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=["0"])
+    model = peft.get_peft_model(base, config)
+    optimizer = create_lorafa_optimizer(model, r=1, lora_alpha=1, lr=0.5)
+    layer = model.base_model.model[0]
+    layer.lora_A.default.weight.data.fill_(1)  # A Aᵀ = 4
+    dB = np.array([[4 + 2**-8]], np.float32)  # 10 digits of the 24 in float32, one too many in 8
+    layer.lora_B.default.weight.grad = torch.tensor(dB)
+    optimizer.step()
+    (state,) = optimizer.state.values()
+    g = lorafa_gradient(dB, np.ones((1, 4), np.float32), 1)
+    assert g == 1 + 2**-10
+    first = {v: torch.zeros(1, 1).add_(torch.tensor([[v]]), alpha=1 - 0.9) for v in (1.0, g.item())}
+    assert first[1.0] != first[g.item()]
+    assert state["exp_avg_B"] == first[1.0]
