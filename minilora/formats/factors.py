@@ -1,0 +1,129 @@
+"""What the adapters' doors share: what a `Tuning` says of each adapted module, checked.
+
+A door that holds no `Lora`, only factors and scales, takes (W, Tuning) in writing and gives them in
+reading. So what one format said can be written to another, where that one can say it.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.formats.files import FormatError, listed
+from minilora.lora import LORA, Tuning, Variant, Weights, adapted_in, is_base, scale
+from minilora.models import Config
+from minilora.targets import Lora
+from minilora.variants import REGISTRY, part_shapes
+
+
+def matrix_shape(c: Config, at: str) -> tuple[int, int] | None:
+    """The (m, n) that an adapter of the module has: a projection's, a table's transposed.
+
+    A tied head has the embedding's. None for what cannot be adapted: norms and unknown names.
+    """
+    if at in c.tables():
+        return c.d, c.tables()[at]
+    if at == "head" and c.causal and at not in c.linears():
+        return c.vocab, c.d
+    return c.linears().get(at)
+
+
+def named_shapes(c: Config, at: str, r: int, variant: Variant = LORA) -> dict[str, tuple[int, int]]:
+    """The names and shapes of the parameters that the module's adapter of rank r has."""
+    m, n = matrix_shape(c, at) or (0, 0)
+    return {f"{at}.{part}": shape for part, shape in part_shapes(variant, r, m, n).items()}
+
+
+def variant_name(variant: Variant) -> str:
+    """The variant's first name in the registry."""
+    return next((name for name, e in REGISTRY.items() if e.variant == variant), repr(variant))
+
+
+def adapted_ranks(
+    path: Path | str, c: Config, W: Weights, tuning: Tuning, known: Collection[Variant]
+) -> dict[str, int]:
+    """The rank of each adapted module, once W and ``tuning`` agree on what there is to write.
+
+    Errors: FormatError without adapters; for one of a module that has none to adapt, of a variant
+    that is not ``known``, without a scale, incomplete or of another shape; and unless the adapters'
+    parameters, all of them and nothing else, are trained.
+    """
+    modules = adapted_in(W)
+    if not modules or tuning.scale.keys() != set(modules):
+        found = listed(tuning.scale.keys() ^ set(modules)) or "no adapter"
+        remedy = "give the weights and the tuning that belong together"
+        raise FormatError(path, "adapters", found, "a scale for each adapter", remedy)
+    ranks, names = {}, set()
+    for at in modules:
+        variant = tuning.variant.get(at, LORA)
+        if variant not in known:
+            expected = " or ".join(map(variant_name, known))
+            remedy = "the format has no place for it: merge it, or keep PEFT's"
+            raise FormatError(path, f"variant of {at}", variant_name(variant), expected, remedy)
+        if matrix_shape(c, at) is None:
+            remedy = "is it another model's?"
+            raise FormatError(path, f"{at}.A", f"no module {at}", f"one of {c}", remedy)
+        ranks[at] = len(W[f"{at}.A"])
+        for name, shape in named_shapes(c, at, ranks[at], variant).items():
+            found = f"shape {W[name].shape}" if name in W else "none"
+            if found != f"shape {shape}":
+                raise FormatError(path, name, found, f"shape {shape}", "check W against c")
+            names.add(name)
+    if over := {name for name in W if not is_base(name)} - names:
+        remedy = "the tuning names no variant that has it"
+        raise FormatError(path, "parameters", listed(over), "those of the variants", remedy)
+    if wrong := tuning.trained ^ names:
+        found = f"{listed(wrong)} {'beside them' if wrong - names else 'frozen'}"
+        remedy = "the format holds factors and nothing else: keep PEFT's"
+        raise FormatError(path, "trained", found, "the adapters' parameters, all of them", remedy)
+    return ranks
+
+
+def alpha_of(s: Any, r: int, rslora: bool = False) -> int | float | None:
+    """An alpha with scale(alpha, r) == s exactly, or None where no float64 is one.
+
+    If s = α/r rounded, then α lies within two of the floats beside the rounded s r.
+    """
+    wanted = float(s)  # beside a float32, NumPy would compare in float32
+    if wanted != s:
+        return None
+    near = wanted * (r**0.5 if rslora else r)
+    around = [near, *(np.nextafter(near, way) for way in (-np.inf, np.inf))]
+    around += [np.nextafter(a, way) for a, way in zip(around[1:], (-np.inf, np.inf), strict=True)]
+    for alpha in map(float, around):
+        if np.isfinite(alpha) and scale(alpha, r, rslora) == wanted:
+            return int(alpha) if alpha.is_integer() else alpha
+    return None
+
+
+def choice_of(
+    path: Path | str, c: Config, W: Weights, tuning: Tuning, dropout: float = 0.0
+) -> Lora:
+    """A `Lora` that chooses these adapters, for what is written with one: a PEFT folder ``path``.
+
+    Modules are named in full, ranks and alphas one by one.
+
+    Errors: FormatError as :func:`adapted_ranks` has it, for adapters that are LoRA itself; for
+    scales that are neither alpha / r nor alpha / √r of any float64 alphas.
+    """
+    ranks = adapted_ranks(path, c, W, tuning, (LORA,))
+    for rslora in (False, True):
+        alphas = {at: alpha_of(tuning.scale[at], r, rslora) for at, r in ranks.items()}
+        if None not in alphas.values():
+            break
+    else:
+        without = [at for at, r in ranks.items() if alpha_of(tuning.scale[at], r) is None]
+        found = f"{tuning.scale[without[0]]!r} of {without[0]} at rank {ranks[without[0]]}"
+        remedy = "no alpha gives it exactly: put the factor into B"
+        raise FormatError(path, "scale", found, "alpha / r of a float64 alpha", remedy)
+    first = next(iter(ranks))
+    return Lora(
+        r=ranks[first],
+        alpha=alphas[first],
+        rslora=rslora,
+        dropout=dropout,
+        targets=list(ranks),
+        rank_pattern={at: r for at, r in ranks.items() if r != ranks[first]},
+        alpha_pattern={at: alpha for at, alpha in alphas.items() if alpha != alphas[first]},
+    )
