@@ -90,6 +90,12 @@ class Config:
         blocks = {f"layers.{i}.{at}": shape for i in range(self.layers) for at, shape in parts}
         return blocks | self.beyond()
 
+    def matrices(self) -> Shapes:
+        """All that can be adapted: the projections, then the tables as (d, v), and a tied head."""
+        tables = {at: (self.d, n) for at, n in self.tables().items()}
+        tied = {"head": (self.vocab, self.d)} if self.causal else {}
+        return self.linears() | tables | tied
+
     def shapes(self) -> Shapes:
         """Every parameter."""
         shapes = {f"{at}.weight": (n, self.d) for at, n in self.tables().items()}

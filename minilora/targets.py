@@ -11,7 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from minilora.lora import DRAW, Tuning, Weights, draw_factors, scale
+from minilora.budget import adalora_scale
+from minilora.layers import twin
+from minilora.lora import LORA, TABLES, Tuning, Weights, scale, weight_of
+from minilora.ops import Array
+from minilora.starts import STARTS, draw_vera, vera_part
+from minilora.variants import (
+    ADALORA,
+    REGISTRY,
+    VERA,
+    Entry,
+    invocation,
+    part_shapes,
+    start,
+)
 
 
 @dataclass(frozen=True)
@@ -19,12 +32,21 @@ class Lora:
     """A choice of adapters: where, of which rank and scale, and what is trained beside them.
 
     ``targets``: "all-linear" (every projection but the head), a regular expression that must match
-    a projection's whole name, or names, each matching a name or its dotted end; ``exclude``
-    likewise takes away; ``layers`` keeps those of these numbers, and what is named in full. How all
-    these match is said at :func:`targeted` and :func:`pattern_value`. ``rank_pattern`` and
+    a module's whole name, or names, each matching a name or its dotted end; ``exclude`` likewise
+    takes away; ``layers`` keeps those of these numbers, and what is named in full. How all these
+    match is said at :func:`targeted` and :func:`pattern_value`. ``rank_pattern`` and
     ``alpha_pattern`` map an expression for a name's dotted end to a rank or alpha of its own.
     ``bias``: "none", "lora_only" or "all"; ``also``: expressions for whole names of parameters
-    trained in full (norms, embeddings, heads). ``init``: "kaiming" or "gaussian".
+    trained in full (norms, embeddings, heads).
+
+    ``variant``: a name in :data:`minilora.variants.REGISTRY`; ``init``: a name in
+    :data:`minilora.starts.STARTS`, the variant's own unless given; ``rslora``: s = α/√r, as with
+    the variant of that name. ``invocation``: the tokens from which aLoRA acts (:func:`invoked`).
+    ``tie``: a tied head takes its embedding's factors, :func:`minilora.layers.twin`. ``tokens``:
+    rows of tables that are trained alone, by :func:`minilora.ops.with_tokens` and not by
+    :func:`adapt`. ``replication``: the ranges of :func:`replicate` that the model was made with.
+
+    Errors: ValueError for what contradicts itself, or names no variant, start or bias.
     """
 
     r: int = 8
@@ -38,29 +60,78 @@ class Lora:
     alpha_pattern: Mapping[str, Any] = field(default_factory=dict)
     bias: str = "none"
     also: Sequence[str] = ()
-    init: str = "kaiming"
+    init: str = ""
+    variant: str = "lora"
+    invocation: Sequence[int] = ()
+    tie: bool = False
+    tokens: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    replication: Sequence[tuple[int, int]] = ()
 
     def __post_init__(self) -> None:
-        for name, known in (("bias", ("none", "lora_only", "all")), ("init", tuple(DRAW))):
+        if self.variant in REGISTRY:
+            object.__setattr__(self, "init", self.init or self.entry.init)
+            object.__setattr__(self, "rslora", self.rslora or self.entry.rslora)
+        for name, known in (
+            ("variant", tuple(REGISTRY)),
+            ("bias", ("none", "lora_only", "all")),
+            ("init", tuple(STARTS)),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {known}")
         if self.layers is not None and len(self.layers) == 0:
             raise ValueError("layers: found none, expected numbers; leave it out for all layers")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout}: expected at least 0 and below 1")
+        own, entry = self.entry.init, self.entry
+        if self.init != own and (own != "kaiming" or self.init in ("vera", "adalora")):
+            raise ValueError(f"init {self.init!r}: the variant {self.variant!r} starts as {own!r}")
+        if (self.variant == "alora") != bool(self.invocation):
+            expected = "the tokens of aLoRA's invocation, and none for another variant"
+            raise ValueError(f"invocation {list(self.invocation)}: expected {expected}")
+        if self.tie and (entry.variant != LORA or self.variant == "alora"):
+            raise ValueError(f"tie: factors are shared by LoRA itself only, not {self.variant!r}")
+        shared = {"rslora": "no rsLoRA's scale", "alpha_pattern": "one scale for all modules"}
+        shared |= {"rank_pattern": "one rank for all modules"} if entry.variant == VERA else {}
+        for name, why in shared.items() if entry.variant in (VERA, ADALORA) else ():
+            if getattr(self, name):
+                raise ValueError(f"{name}: found it, but {self.variant} has {why}; leave it out")
+
+    @property
+    def entry(self) -> Entry:
+        """The variant in the registry."""
+        return REGISTRY[self.variant]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a `Lora` hit: for each adapted projection its rank, its alpha and its shape (m, n)."""
+    """What a `Lora` hit: for each adapted module its rank, its alpha and its shape (m, n)."""
 
     rank: Mapping[str, int]
     alpha: Mapping[str, Any]
     shape: Mapping[str, tuple[int, int]]
+    variant: str = "lora"
+
+    def parts(self) -> dict[str, tuple[int, int]]:
+        """Every parameter of the adapters, and its shape."""
+        variant = REGISTRY[self.variant].variant
+        return {
+            f"{at}.{part}": shape
+            for at, r in self.rank.items()
+            for part, shape in part_shapes(variant, r, *self.shape[at]).items()
+        }
+
+    def trained(self) -> frozenset[str]:
+        """Those of the parameters that the variant trains."""
+        ends = tuple(f".{part}" for part in REGISTRY[self.variant].trained)
+        return frozenset(name for name in self.parts() if name.endswith(ends))
 
     def __str__(self) -> str:
-        """A line per adapted projection, and their count of parameters."""
-        size = {at: self.rank[at] * sum(self.shape[at]) for at in self.rank}
+        """A line per adapted projection, and their count of trained parameters."""
+        shapes, trained = self.parts(), self.trained()
+        size = dict.fromkeys(self.rank, 0)
+        for name in trained:
+            m, n = shapes[name]
+            size[name.rpartition(".")[0]] += m * n
         lines = [
             f"{at}: r {r}, alpha {self.alpha[at]}, {size[at]} parameters"
             for at, r in self.rank.items()
@@ -175,14 +246,18 @@ def saved_in_full(name: str, wanted: Sequence[str]) -> bool:
 
 
 def choose(lora: Lora, linears: Mapping[str, tuple[int, int]]) -> Choice:
-    """The projections among ``linears`` (name to shape) that ``lora`` hits.
+    """The modules among ``linears`` (name to shape) that ``lora`` hits.
 
-    Errors: ValueError if it hits nothing, or if one of its names or patterns hits nothing.
+    ``linears`` are a model's projections, or its ``matrices()``: those, the tables as (d, v), and a
+    tied head. "all-linear" hits projections only, whichever is given.
+
+    Errors: ValueError if it hits nothing, or if one of its names or patterns hits nothing; if it
+    ties what is not both there, or gives the two other ranks.
     """
     every = lora.targets == "all-linear"
     hit = [
         at
-        for at in (all_linear(linears) if every else linears)
+        for at in (all_linear(linears, ("head", *TABLES)) if every else linears)
         if targeted(
             at,
             ".*" if every else lora.targets,
@@ -191,6 +266,11 @@ def choose(lora: Lora, linears: Mapping[str, tuple[int, int]]) -> Choice:
             layers_pattern="layers",
         )
     ]
+    twins = {"embed", "head"}
+    if lora.tie and twins.intersection(hit):
+        if not twins <= linears.keys():
+            raise ValueError("tie: expected an embedding and a head; give the model's matrices()")
+        hit = [at for at in linears if at in twins.union(hit)]
 
     def own(patterns: Mapping[str, Any], default: Any) -> dict[str, Any]:
         return {at: pattern_value(patterns, at, default) for at in hit}
@@ -205,11 +285,20 @@ def choose(lora: Lora, linears: Mapping[str, tuple[int, int]]) -> Choice:
     if not hit or idle:
         what = f"{idle} of the choice" if idle else f"targets {lora.targets!r}"
         raise ValueError(f"{what} hit no projection; there are: {', '.join(linears)}")
-    return Choice(
-        own(lora.rank_pattern, lora.r),
-        own(lora.alpha_pattern, lora.alpha),
-        {at: linears[at] for at in hit},
-    )
+    rank = own(lora.rank_pattern, lora.r)
+    if lora.tie and twins <= rank.keys() and rank["head"] != rank["embed"]:
+        raise ValueError(f"tie: ranks {rank['embed']} and {rank['head']}, expected one")
+    shapes = {at: linears[at] for at in hit}
+    return Choice(rank, own(lora.alpha_pattern, lora.alpha), shapes, lora.variant)
+
+
+def scales(lora: Lora, choice: Choice) -> dict[str, Any]:
+    """s of each adapted module: α / r, or α / √r; AdaLoRA's has the choice's one r, VeRA's is 1."""
+    if lora.entry.variant == VERA:
+        return dict.fromkeys(choice.rank, 1)
+    if lora.entry.variant == ADALORA:
+        return dict.fromkeys(choice.rank, adalora_scale(lora.alpha, lora.r))
+    return {at: scale(choice.alpha[at], r, lora.rslora) for at, r in choice.rank.items()}
 
 
 def adapt(
@@ -218,18 +307,40 @@ def adapt(
     linears: Mapping[str, tuple[int, int]],
     rng: np.random.Generator,
 ) -> tuple[Weights, Tuning]:
-    """The weights with fresh factors beside each chosen projection, and what is trained of them.
+    """The weights with fresh adapters beside each chosen module, and what is trained of them.
 
-    The factors have their weight's dtype. Errors: those of :func:`choose`; ValueError if W has
-    adapters already or if an expression of ``lora.also`` matches no parameter.
+    The adapters have their weight's dtype. A start that takes them out of the weight leaves its
+    residual in what is returned, and W as it was; tables start as "embedding" under every ``init``.
+    VeRA's A and B are parts of one draw.
+
+    Errors: those of :func:`choose` and of the start; ValueError if W has adapters already, if an
+    expression of ``lora.also`` matches no parameter, if a table has no such adapter, no such row,
+    or the head to tie has a weight of its own; if W is not made of ``lora.replication``.
     """
     if any(name.endswith(".A") for name in W):
         raise ValueError("the weights have adapters already; disable or merge them first")
     choice = choose(lora, linears)
-    factors: Weights = {}
+    _check_tables(W, lora, choice)
+    s = scales(lora, choice)
+    variant = lora.entry.variant
+    if variant == VERA:
+        heights, widths = zip(*choice.shape.values(), strict=True)
+        A, B = draw_vera(rng, lora.r, max(heights), max(widths))
+    changed: Weights = {}
     for at, r in choice.rank.items():
-        A, B = draw_factors(rng, lora.init, r, *choice.shape[at])
-        factors[f"{at}.A"], factors[f"{at}.B"] = (v.astype(W[f"{at}.weight"].dtype) for v in (A, B))
+        weight = W[weight_of(at, W)]
+        M = weight.T if at in TABLES else weight
+        base, parts = M, tuple[Array, ...]()
+        if variant == VERA:
+            parts = vera_part(A.astype(M.dtype), B.astype(M.dtype), *M.shape)
+        else:
+            init = "embedding" if at in TABLES else lora.init
+            base, parts = start(variant, init, rng, M, r, s[at])
+        changed |= {f"{at}.{part}": v for part, v in zip(variant.parts, parts, strict=True)}
+        if base is not M:
+            changed[f"{at}.weight"] = base
+    if lora.tie and "head" in choice.rank:
+        changed["head.A"], changed["head.B"] = twin(changed["embed.A"], changed["embed.B"])
     beside = {name for name in W if any(re.fullmatch(p, name) for p in lora.also)}
     idle = [p for p in lora.also if not any(re.fullmatch(p, name) for name in W)]
     if idle:
@@ -238,8 +349,51 @@ def adapt(
         beside |= {name for name in W if name.endswith(".bias")}
     if lora.bias == "lora_only":
         beside |= {f"{at}.bias" for at in choice.rank if f"{at}.bias" in W}
-    s = {at: scale(choice.alpha[at], r, lora.rslora) for at, r in choice.rank.items()}
-    return {**W, **factors}, Tuning(scale=s, trained=frozenset(factors) | beside)
+    variants = {} if variant == LORA else dict.fromkeys(choice.rank, variant)
+    return {**W, **changed}, Tuning(scale=s, trained=choice.trained() | beside, variant=variants)
+
+
+def _check_tables(W: Weights, lora: Lora, choice: Choice) -> None:
+    """Refuse what a table, a tied head or a replicated model cannot have."""
+    entry = lora.entry
+    plain = {"A", "B"} <= {*entry.trained} <= {"A", "B", "magnitude"} and lora.variant != "alora"
+    for at in TABLES:
+        if at in choice.rank and not plain:
+            raise ValueError(f"{at} is a table: it has no adapter of the variant {lora.variant!r}")
+    if lora.tie and "head" in choice.rank and "head.weight" in W:
+        raise ValueError("tie: the head has a weight of its own; expected a tied model")
+    for at, ids in lora.tokens.items():
+        rows = len(W[f"{at}.weight"]) if f"{at}.weight" in W else 0
+        if len({*ids} & {*range(rows)}) < len(ids) or not ids:
+            expected = f"expected each once, from 0 to {rows - 1}"
+            raise ValueError(f"tokens {list(ids)} of {at}: {expected}")
+    layers = {int(name.split(".")[1]) for name in W if name.startswith("layers.")}
+    if lora.replication and len(layers) != sum(end - begin for begin, end in lora.replication):
+        raise ValueError(f"replication {lora.replication} of {len(layers)} layers: replicate first")
+
+
+def invoked(tuning: Tuning, ids: Array, tokens: Sequence[int]) -> Tuning:
+    """The tuning of one batch under aLoRA: K is 0 before the last invocation, beside its dropout.
+
+    Shapes: ids (b, t).
+    Errors: those of :func:`minilora.variants.invocation`.
+    """
+    on = invocation(ids, np.asarray(tokens)).reshape(1, -1)
+    keep = {at: on * tuning.keep[at] if at in tuning.keep else on for at in tuning.scale}
+    return replace(tuning, keep=keep)
+
+
+def tied_gradients(gradients: Weights) -> Weights:
+    """dA = dA₁ + dB₂ᵀ, dB = dB₁ + dA₂ᵀ: of an embedding's factors that are a tied head's too.
+
+    The head's become their transposes, so that an optimizer that goes by entries keeps the two one.
+
+    Source: A₂ = B₁ᵀ and B₂ = A₁ᵀ, as :func:`minilora.layers.twin` has it, by the chain rule.
+    """
+    dA, dB = twin(gradients["head.A"], gradients["head.B"])
+    dA, dB = gradients["embed.A"] + dA, gradients["embed.B"] + dB
+    head = dict(zip(("head.A", "head.B"), twin(dA, dB), strict=True))
+    return {**gradients, "embed.A": dA, "embed.B": dB, **head}
 
 
 def replicated(layers: int, ranges: Sequence[tuple[int, int]]) -> list[int]:

@@ -120,7 +120,7 @@ def test_a_choice_that_hits_nothing_is_refused_by_what_it_names(choice, message)
     ("choice", "message"),
     [
         ({"bias": "some"}, "bias 'some': expected one of ('none', 'lora_only', 'all')"),
-        ({"init": "zero"}, "init 'zero': expected one of ('kaiming', 'gaussian')"),
+        ({"init": "zero"}, "init 'zero': expected one of ('kaiming', 'gaussian', "),
         ({"dropout": 1.0}, "dropout 1.0: expected at least 0 and below 1"),
         ({"dropout": -0.1}, "dropout -0.1: expected at least 0 and below 1"),
     ],
