@@ -44,6 +44,8 @@ UNIT_ROUNDOFF = np.finfo(float).eps / 2
 class Exact(Fraction):
     """A rational number with a square root, where that is rational."""
 
+    __slots__ = ()
+
     def sqrt(self) -> "Exact":
         """The root; ArithmeticError if it is irrational."""
         root = Exact(math.isqrt(self.numerator), math.isqrt(self.denominator))
@@ -57,7 +59,9 @@ def _closed(name: str) -> None:
 
     def method(self: Exact, *other: Any) -> Any:
         value = operate(self, *other)
-        return Exact(value) if isinstance(value, Fraction) else value
+        if type(value) is Fraction:  # in lowest terms: a constructor would divide again
+            value.__class__ = Exact
+        return value
 
     setattr(Exact, name, method)
 
@@ -390,13 +394,13 @@ def _draw_conv(dimensions: int, draw: Draw) -> dict[str, Any]:
     stride, dilation = ((2, 1), (1, 2)) if rng.random() < 0.5 else ((1, 2), (2, 1))
     padding = ((1, 0), (1, 1))[:dimensions]
     geometry = Geometry(kernel, stride[:dimensions], padding, dilation[:dimensions], mode)
-    # In groups the rest of a row is 0 - s B A, of no rational norm; and each has a component alone.
-    groups = 1 if draw.exact and REGISTRY[draw.entry].variant not in (LORA, LORA_BIAS) else 2
+    # In groups the rest of a row is 0 - s B A, of no rational norm, and each has a component alone.
+    groups = 2 if REGISTRY[draw.entry].variant in (LORA, LORA_BIAS) else 1
     size = math.prod(kernel)
     W, (A, B, *others) = draw.adapted(m, c // groups * size)
     if groups > 1:
         A, B = draw(draw.r, c * size), B[:, : draw.r // groups]
-    x = draw(c, 2, *(5, 6)[:dimensions])
+    x = draw(c, 2, *(5, 4)[:dimensions])
     y, _ = geometry.places(x.shape[2:])
     drawn = {"x": x, "W": W.reshape(m, -1, *kernel), "b": draw(m, 1), "P": ((A, B, *others),)}
     extra = {"geometry": geometry, "groups": groups}

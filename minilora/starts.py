@@ -117,8 +117,7 @@ def _embedding(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Arra
 
 
 def _vera(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
-    m, n = W.shape
-    return W, DRAW["kaiming"](rng, r, n), DRAW["kaiming"](rng, m, r)
+    return W, *draw_vera(rng, r, *W.shape)
 
 
 def _adalora(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
@@ -145,7 +144,7 @@ STARTS: dict[str, Start] = {
 }
 """How A and B start, by name: (rng, W, r, s) -> the frozen base, A, B.
 
-"embedding": A = 0 and B normal, as loralib and PEFT start a table's; "vera": both uniform, for one
+"embedding": A = 0 and B normal, as loralib and PEFT start a table's; "vera": `draw_vera` for one
 module (its vectors make the product 0); "adalora": both N(0, 0.02²) (its singular values are 0);
 "loftq": one step with NF4. With another quantiser or more steps, call `loftq`.
 """
