@@ -1,4 +1,698 @@
+"""What was found in real libraries: where they deviate, and what is right by algebra.
 
+Each test is a finding: its name is the sentence, its docstring says in which release that was seen,
+and its body is the smallest reproduction, which docs/findings.md shows. It asserts what the library
+does beside what would be right, so it fails once the library behaves differently. In the release
+that it was seen in that is a failure; in another one it is an expected failure (conftest.py), and
+good news, most likely: look what the library does now, and if it is right, take the finding out
+here and on the page.
+
+An argument with the name of a library is that library. The numbers are chosen so that nothing is
+rounded but what the finding is about, and `==` can decide.
+"""
+
+import json
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+from safetensors.numpy import save_file
+
+from minilora import Batch, Tuning, logits, lora_linear, merge, scale, unmerge
+from minilora.budget import adalora_scale, allocate, budget, orthogonality
+from minilora.formats.huggingface import config_to_json, read_model
+from minilora.lora import merge_weight
+from minilora.models import Llama
+from minilora.ops import (
+    attention,
+    cross_entropy,
+    embedding,
+    linear,
+    rmsnorm,
+    rope_tables,
+    with_tokens,
+)
+from minilora.optim import AdamState, adamw, lorafa_gradient, loraplus_rates, schedule
+from minilora.quantised import dequantise, dequantise_dynamic, quantise, quantise_dynamic
+from minilora.targets import all_linear, layer_of, matches, saved_in_full
+from minilora.variants import adalora_linear, dora_linear
+
+NEEDED = "the peers need it: pip install 'minilora[peers]'"
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch", reason=NEEDED)
+
+
+@pytest.fixture
+def transformers(torch):
+    return pytest.importorskip("transformers", reason=NEEDED)
+
+
+@pytest.fixture
+def peft(torch):
+    return pytest.importorskip("peft", reason=NEEDED)
+
+
+@pytest.fixture
+def loralib(torch):
+    return pytest.importorskip("loralib", reason=NEEDED)
+
+
+@pytest.fixture
+def bitsandbytes(torch):
+    return pytest.importorskip("bitsandbytes", reason=NEEDED)
+
+
+TINY = {"vocab_size": 5, "hidden_size": 4, "num_hidden_layers": 2, "num_attention_heads": 1}
+
+
+def test_transformers_computes_the_loss_of_a_float64_model_in_float32(torch, transformers):
+    """Seen in transformers 5.24.0."""
+    z = torch.tensor([[[1.0, 1 + 2**-40], [0, 0]]], dtype=torch.float64)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).double()
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**TINY)).double()
+    for model in (llama, gpt2):
+        first, second = (
+            model.loss_function(logits=z, labels=torch.tensor([[0, label]]), vocab_size=2)
+            for label in (0, 1)
+        )
+        assert first.dtype == second.dtype == torch.float32
+        assert first == second
+    first, second = (cross_entropy(z[0, :1].numpy().T, np.array([label]))[0] for label in (0, 1))
+    # The two share their logarithm; a sum below 2 is rounded by at most 2⁻⁵³, their difference not.
+    assert abs((first - second) - 2**-40) <= 2 * 2**-53
+
+
+def test_transformers_computes_rmsnorm_of_a_float64_llama_in_float32(torch, transformers):
+    """Seen in transformers 5.24.0."""
+    x = np.array([[1], [1 + 2**-40]])
+    norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(2, eps=1e-6).double()
+    first, second = norm(torch.from_numpy(x.T))[0]
+    assert first == second
+    y, _ = rmsnorm(x, np.ones((2, 1)), eps=1e-6)
+    assert y[0] < y[1]
+
+
+def test_transformers_computes_rope_of_a_float64_llama_in_float32(torch, transformers):
+    """Seen in transformers 5.24.0."""
+    config = transformers.LlamaConfig(**TINY)
+    tables = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config).double()
+    positions = np.array([[1, 2, 3]])
+
+    def off(cos, sin):
+        return abs(cos * cos + sin * sin - 1).max()
+
+    # cos² + sin² = 1. Each is off by 2u at most, which its square doubles, and the squares and
+    # their sum round once more: 6u.
+    bound = 6 * 2.0**-53
+    wide = torch.zeros(1, dtype=torch.float64)
+    assert off(*tables(wide, torch.from_numpy(positions))) > bound
+    assert off(*rope_tables(positions, 4, 10000.0, np.float64)) <= bound
+
+
+def test_transformers_computes_the_softmax_of_a_float64_llama_in_float32(torch, transformers):
+    """Seen in transformers 5.24.0."""
+    q, k, v = np.ones((1, 1, 1, 1)), np.array([[[[0, 2**-40]]]]), np.array([[[[0.0, 1.0]]]])
+    attend = transformers.models.llama.modeling_llama.eager_attention_forward
+    layer = SimpleNamespace(num_key_value_groups=1, training=False)
+    o, _ = attend(layer, *(torch.from_numpy(a).mT for a in (q, k, v)), None, scaling=1.0)
+    assert o == 0.5
+    o, _ = attention(q, k, v, np.ones((1, 2, 1), bool))
+    assert o > 0.5
+
+
+def test_transformers_gives_nan_for_a_float64_llama_padded_on_the_left(
+    torch, transformers, tmp_path
+):
+    """Seen in transformers 5.24.0."""
+    config = transformers.LlamaConfig(**TINY, attn_implementation="eager")
+    model = transformers.LlamaForCausalLM(config)
+    ids, mask = np.array([[0, 0, 1, 2]]), np.array([[0, 0, 1, 1]])
+    batch = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+    assert model(**batch).logits.isfinite().all()
+    assert model.double()(**batch).logits.isnan().all()
+    model.set_attn_implementation("sdpa")
+    assert model(**batch).logits.isfinite().all()
+
+    model.save_pretrained(tmp_path)
+    c, W = read_model(tmp_path)
+    z, _ = logits(Batch(ids, mask=mask), W, c, Tuning())
+    assert np.isfinite(z).all()
+
+
+def test_transformers_ignores_the_warm_up_of_a_constant_schedule(torch, transformers):
+    """Seen in transformers 5.24.0."""
+
+    def rates(name):
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        scheduler = transformers.get_scheduler(name, optimizer, num_warmup_steps=4)
+        for _ in range(6):
+            yield scheduler.get_last_lr()[0]
+            optimizer.step()
+            scheduler.step()
+
+    right = [schedule("constant", k, total=6, warmup=4) for k in range(6)]
+    assert right == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert list(rates("constant")) == [1] * 6
+    assert list(rates("constant_with_warmup")) == right
+
+
+def peft_layer(torch, peft, w, delta, dtype):
+    """A model of one weight w and an adapter whose product is delta, and its one layer."""
+    base = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False, dtype=dtype))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=1, lora_alpha=1, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    layer.weight.data.fill_(w)
+    layer.lora_A["default"].weight.data.fill_(1)
+    layer.lora_B["default"].weight.data.fill_(delta)
+    return model, layer
+
+
+def test_peft_replaces_a_weight_decay_for_loraplus_by_zero(torch, peft):
+    """Seen in peft 0.21.2."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    def step(**decay):
+        model, layer = peft_layer(torch, peft, 1, 1, torch.float32)
+        optimizer = create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=0.25, loraplus_lr_ratio=2, **decay
+        )
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        return {end: layer.get_parameter(f"lora_{end}.default.weight").item() for end in "AB"}
+
+    start = {"q.A": 1.0, "q.B": 1.0}
+    rates = loraplus_rates(list(start), lr=0.25, ratio=2)
+    right, _ = adamw(start, dict.fromkeys(start, 0.0), AdamState(), rates, weight_decay=0.5)
+    assert right == {"q.A": 0.875, "q.B": 0.75}
+    assert step(weight_decay=0.5) == {"A": 1, "B": 1}
+    assert step(loraplus_weight_decay=0.5) == {"A": 0.875, "B": 0.75}
+
+
+def test_peft_loads_an_adapter_with_another_scale_than_it_was_trained_with(torch, peft, tmp_path):
+    """Seen in peft 0.21.2."""
+
+    def base():
+        return torch.nn.ModuleDict({"q": torch.nn.Linear(1, 1)})
+
+    patterns = {"q": 1, ".*": 64}  # the first that fits counts
+    config = peft.LoraConfig(r=2, target_modules=["q"], alpha_pattern=patterns)
+    trained = peft.get_peft_model(base(), config)
+    trained.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path)
+    assert trained.base_model.model.q.scaling["default"] == scale(alpha=1, r=2) == 0.5
+    assert loaded.base_model.model.q.scaling["default"] == scale(alpha=64, r=2) == 32
+
+
+def test_peft_rounds_the_delta_of_a_safe_merge_before_adding_it(torch, peft):
+    """Seen in peft 0.21.2."""
+    delta = 2**-8 + 2**-18  # a little more than half the spacing of bfloat16 above 1
+
+    def merged(safe):
+        model, layer = peft_layer(torch, peft, 1, delta, torch.bfloat16)
+        model.merge_adapter(safe_merge=safe)
+        return layer.weight.item()
+
+    one = np.ones((1, 1))
+    right = merge_weight(one, one, delta * one, 1).astype(bfloat16)
+    assert merged(safe=False) == right == 1 + 2**-7
+    assert merged(safe=True) == 1
+
+
+def test_peft_counts_experts_for_layers_where_the_layers_are_outermost(torch, peft):
+    """Seen in peft 0.21.2."""
+
+    def tree(branch, last):
+        """Each a module of one part of the name, the last a projection."""
+        parts = branch.split(".")
+        for part in reversed(parts):
+            last = torch.nn.ModuleDict({part: last})
+        return last
+
+    def adapted(name, i):
+        model = tree(name, torch.nn.Linear(1, 1))
+        config = peft.LoraConfig(target_modules=["up"], layers_to_transform=[i])
+        try:
+            peft.inject_adapter_in_model(config, model)
+        except ValueError:
+            return False
+        return hasattr(model.get_submodule(name), "lora_A")
+
+    name = "layers.1.experts.0.up"
+    assert [adapted(f"model.{name}", i) for i in (0, 1)] == [False, True]
+    assert [adapted(name, i) for i in (0, 1)] == [True, False]
+    right = layer_of(name, "layers"), layer_of(f"model.{name}", "layers")
+    assert right == (1, 1)
+
+
+def test_peft_adapts_the_head_where_another_projection_bears_the_end_of_its_name(
+    torch, transformers, peft
+):
+    """Seen in peft 0.21.2."""
+
+    class Model(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self):
+            super().__init__(self.config_class())
+            self.out = torch.nn.Linear(1, 1)
+            self.head = torch.nn.ModuleDict({"out": torch.nn.Linear(1, 1)})
+
+        def get_output_embeddings(self):
+            return self.head["out"]
+
+    config = peft.LoraConfig(target_modules="all-linear")
+    model = peft.inject_adapter_in_model(config, Model())
+    adapted = [name for name, at in model.named_modules() if hasattr(at, "lora_A")]
+    assert adapted == ["out", "head.out"]
+    assert all_linear(["out", "head.out"], heads=["head.out"]) == ["out"]
+
+
+def test_peft_trains_in_full_what_only_ends_like_a_module_to_save(torch, peft):
+    """Seen in peft 0.21.2."""
+    names = ["k", "q", "seq"]
+    base = torch.nn.ModuleDict({name: torch.nn.Linear(1, 1, bias=False) for name in names})
+    config = peft.LoraConfig(target_modules=["k"], modules_to_save=["q"])
+    model = peft.get_peft_model(base, config).base_model.model
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"k", "q", "seq"}
+    assert trained == {"k", *(name for name in names if saved_in_full(name, ["q"]))}
+    assert [name for name in names if matches(name, ["q"])] == ["q"]
+
+
+def test_peft_drops_the_bias_of_a_head_whose_tokens_are_trained(torch, peft):
+    """Seen in peft 0.21.2."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    head = torch.nn.Linear(1, 2)
+    head.weight.data.fill_(3)
+    head.bias.data.fill_(5)
+    layer = TrainableTokensLayer(head, "default")
+    layer.update_layer("default", peft.TrainableTokensConfig(token_indices=[1]))
+    ids, x = np.array([1]), np.ones((1, 1))
+    E, _ = with_tokens(np.full((2, 1), 3.0), ids, np.full((1, 1), 3.0))  # as it was
+    right, _ = linear(x, E, np.full((2, 1), 5.0))
+    one = torch.ones(1, 1)
+    assert right.T.tolist() == head(one).tolist() == [[8, 8]]
+    assert layer(one).tolist() == [[3, 3]]
+    layer.merge()
+    assert layer(one).tolist() == [[8, 8]]
+
+
+def test_peft_gives_every_trained_vector_the_rate_of_b_for_loraplus(torch, peft):
+    """Seen in peft 0.21.2."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    base = torch.nn.ModuleDict({"q": torch.nn.Linear(1, 1)})
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q"], bias="lora_only"))
+    optimizer = create_loraplus_optimizer(model, torch.optim.SGD, lr=0.5, loraplus_lr_ratio=8)
+    rate = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    q = model.base_model.model.q
+    parts = {"q.A": q.lora_A.default.weight, "q.B": q.lora_B.default.weight, "q.bias": q.bias}
+    assert {name: rate[p] for name, p in parts.items()} == {"q.A": 0.5, "q.B": 4, "q.bias": 4}
+    assert loraplus_rates(list(parts), lr=0.5, ratio=8) == {"q.A": 0.5, "q.B": 4, "q.bias": 0.5}
+
+
+def test_peft_gives_an_embeddings_adapter_a_rate_of_its_own_for_loraplus(torch, peft):
+    """Seen in peft 0.21.2."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    base = torch.nn.ModuleDict({"embed": torch.nn.Embedding(1, 1)})
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["embed"]))
+    optimizer = create_loraplus_optimizer(model, torch.optim.SGD, lr=0.5, loraplus_lr_ratio=8)
+    rate = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    embed = model.base_model.model.embed
+    parts = {f"embed.{end}": getattr(embed, f"lora_embedding_{end}")["default"] for end in "AB"}
+    assert {name: rate[p] for name, p in parts.items()} == {"embed.A": 1e-6, "embed.B": 1e-6}
+    assert loraplus_rates(list(parts), lr=0.5, ratio=8) == {"embed.A": 0.5, "embed.B": 4}
+
+
+def adalora_model(torch, peft, base=None, **settings):
+    """AdaLoRA on q, a projection from one feature to one: the model and its layer."""
+    base = base or torch.nn.ModuleDict({"q": torch.nn.Linear(1, 1, bias=False)})
+    settings = {"init_r": 2, "target_r": 1, "total_step": 100} | settings
+    model = peft.get_peft_model(base, peft.AdaLoraConfig(target_modules=["q"], **settings))
+    layer = model.base_model.model.q
+    layer.weight.data.fill_(1)
+    for part in "AEB":
+        getattr(layer, f"lora_{part}")["default"].data.fill_(1)
+    return model, layer
+
+
+def adalora_gradients(torch, layer, gradient):
+    """The gradient of E that is given, and none of A and B."""
+    for part in "AB":
+        getattr(layer, f"lora_{part}")["default"].grad = torch.zeros_like(
+            getattr(layer, f"lora_{part}")["default"]
+        )
+    layer.lora_E["default"].grad = torch.tensor(gradient)[:, None]
+
+
+def adalora_loss(torch, peft, A, B):
+    """A model whose own loss is 0, with AdaLoRA, its penalty at weight 1; and A and B."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = torch.nn.Linear(1, 1, bias=False)
+
+        def forward(self):
+            return SimpleNamespace(loss=torch.zeros(()))
+
+    model, layer = adalora_model(torch, peft, Model(), init_r=1, orth_reg_weight=1.0)
+    factors = layer.lora_A["default"], layer.lora_B["default"]
+    for factor, value in zip(factors, (A, B), strict=True):
+        factor.data.fill_(value)
+    return model, factors
+
+
+def test_peft_averages_norms_where_adaloras_penalty_adds_their_squares(torch, peft):
+    """Seen in peft 0.21.2."""
+    model, (A, B) = adalora_loss(torch, peft, 2, 3)
+    loss = model.base_model().loss
+    loss.backward()
+    assert loss == ((2 * 2 - 1) + (3 * 3 - 1)) / 2
+    assert (A.grad, B.grad) == (2, 3)
+
+    R, back = orthogonality(*(factor.detach().numpy() for factor in (A, B)))
+    assert R == (2 * 2 - 1) ** 2 + (3 * 3 - 1) ** 2
+    assert back(1) == (4 * (2 * 2 - 1) * 2, 4 * (3 * 3 - 1) * 3)
+
+
+def test_peft_adds_adaloras_penalty_in_evaluation_and_never_without_a_task_type(torch, peft):
+    """Seen in peft 0.21.2."""
+    model, (A, B) = adalora_loss(torch, peft, 2, 3)
+    assert orthogonality(*(factor.detach().numpy() for factor in (A, B)))[0] > 0
+    assert model().loss == 0  # PeftModel goes past the penalty; its subclasses for tasks do not
+    assert model.base_model().loss > 0
+    assert model.eval().base_model().loss == model.train().base_model().loss
+
+
+def test_peft_saves_another_function_between_two_prunings_of_adalora(torch, peft, tmp_path):
+    """Seen in peft 0.21.2."""
+    model, layer = adalora_model(torch, peft, deltaT=2)
+    for step in (1, 2, 3):
+        adalora_gradients(torch, layer, [2.0, 1.0])
+        layer.lora_E["default"].data += 1.0  # as an optimizer moves it
+        model.base_model.update_and_allocate(step)
+    x = torch.ones(1, 1)
+    assert layer.lora_E["default"].ravel().tolist() == [4, 1]  # pruned at 2, grown again since
+
+    def saved():
+        model.save_pretrained(tmp_path)
+        base = torch.nn.ModuleDict({"q": torch.nn.Linear(1, 1, bias=False)})
+        base.q.weight.data.fill_(1)
+        with pytest.warns(RuntimeWarning, match="rank_pattern keys .* were ignored"):  # they count
+            loaded = peft.PeftModel.from_pretrained(base, tmp_path)
+        return loaded.base_model.model.q(x)
+
+    s = adalora_scale(8, r=2)
+    one = np.ones((2, 1))
+    trained, kept = (
+        adalora_linear(x.numpy(), one[:1], None, one, one.T, np.array([[4], [E]]), s)[0]
+        for E in (1, 0)
+    )
+    assert layer(x) == np.float32(trained)
+    assert saved() == np.float32(kept)
+    assert saved() < layer(x)
+    layer.lora_E["default"].data[1] = 0
+    assert saved() == layer(x)  # right after a pruning
+
+
+def test_peft_prunes_all_triplets_of_one_score_whatever_the_budget_of_adalora(torch, peft):
+    """Seen in peft 0.21.2."""
+    model, layer = adalora_model(torch, peft, init_r=4, target_r=3, total_step=1)
+    adalora_gradients(torch, layer, [1.0] * 4)
+    model.base_model.rankallocator.update_ipt(model.base_model.model)
+    model.base_model.rankallocator.mask_to_budget(model.base_model.model, 3)
+    assert layer.lora_E["default"].count_nonzero() == 0
+    assert allocate({"q": np.ones((4, 1))}, 3)["q"].sum() == 3
+
+
+def test_peft_loads_an_adalora_adapter_of_alpha_0_with_another_scale(torch, peft, tmp_path):
+    """Seen in peft 0.21.2."""
+    model, layer = adalora_model(torch, peft, lora_alpha=0, tfinal=99)
+    adalora_gradients(torch, layer, [2.0, 1.0])
+    model.base_model.update_and_allocate(0)
+    model.base_model.update_and_allocate(1)
+    model.save_pretrained(tmp_path)
+    base = torch.nn.ModuleDict({"q": torch.nn.Linear(1, 1, bias=False)})
+    with pytest.warns(RuntimeWarning, match="rank_pattern keys .* were ignored"):
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path).base_model.model.q
+    trained, other = (at.get_delta_weight("default").item() for at in (layer, loaded))
+    assert trained == np.float32(adalora_scale(0, r=2)) == np.float32(adalora_scale(2, r=2))
+    assert other == np.float32(adalora_scale(1, r=2)) == trained / 2
+
+
+def test_peft_fails_where_adaloras_budget_does_not_fall(torch, peft):
+    """Seen in peft 0.21.2."""
+    model, layer = adalora_model(torch, peft, init_r=2, target_r=2)
+    adalora_gradients(torch, layer, [2.0, 1.0])
+    with pytest.raises(RuntimeError, match="selected number k out of range"):
+        model.base_model.update_and_allocate(1)
+    right = allocate({"q": np.ones((2, 1))}, budget(1, 2, 2, 0, 0, 100))
+    assert right["q"].all()
+
+
+def test_peft_has_one_triplet_less_than_adaloras_budget_where_it_is_whole(torch, peft):
+    """Seen in peft 0.21.2."""
+    model, _ = adalora_model(torch, peft, init_r=125, target_r=0, total_step=5)
+    found, _ = model.base_model.rankallocator.budget_schedule(4)
+    assert found == 0
+    assert budget(4, 125, 0, 0, 0, 5) == 125 * (1 - 4 / 5) ** 3 // 1 + 1 == 1
+
+
+def test_peft_and_loralib_do_not_restore_a_weight_by_unmerging(torch, peft, loralib):
+    """Seen in peft 0.21.2 and loralib 0.1.2."""
+    w = 2.0**-30
+    model, pefts = peft_layer(torch, peft, w, 1, torch.float32)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    loralibs = loralib.Linear(1, 1, r=1)
+    for parameter, value in zip(loralibs.parameters(), (w, 0, 1, 1), strict=True):
+        parameter.data.fill_(value)
+    loralibs.eval()
+    loralibs.train()
+    assert pefts.weight == loralibs.weight == 0
+
+    one = np.ones((1, 1), np.float32)
+    W = {"q.weight": w * one, "q.A": one, "q.B": one}
+    merged = merge(W, Tuning(scale={"q": 1}))
+    assert merged["q.weight"] == 1
+    assert unmerge(merged)["q.weight"] == w
+
+
+LORA = {"r": 2, "lora_alpha": 4}
+S = scale(alpha=4, r=2)
+X = np.arange(1.0, 9.0).reshape(4, 2)
+
+
+def filled(layer):
+    """A loralib layer with positive whole numbers for parameters, and W, b, A, B as arrays."""
+    rng = np.random.default_rng(0)
+    for parameter in layer.parameters():
+        parameter.data = parameter.new_tensor(rng.integers(1, 5, parameter.shape))
+    base = getattr(layer, "conv", layer)
+    W, b, A, B = (
+        p.detach().numpy().copy() for p in (base.weight, base.bias, layer.lora_A, layer.lora_B)
+    )
+    return layer, W.reshape(len(W), -1), b[:, None], A, B
+
+
+def answer(layer, x):
+    """The layer's answer to the columns of x, as columns."""
+    return layer(layer.lora_A.new_tensor(x.T)).detach().numpy().T
+
+
+def same(a, b):
+    return np.array_equal(a, b)
+
+
+def test_loralib_returns_nothing_from_train_and_eval(torch, loralib):
+    """Seen in loralib 0.1.2."""
+    adapted, plain = loralib.Linear(4, 3, **LORA), torch.nn.Linear(4, 3)
+    assert adapted.eval() is None
+    assert adapted.train() is None
+    assert plain.eval() is plain.train() is plain
+
+
+def test_loralib_merges_twice_what_was_saved_after_eval(loralib):
+    """Seen in loralib 0.1.2."""
+    saved, W, _, A, B = filled(loralib.Linear(4, 3, **LORA))
+    once = merge_weight(W, A, B, S)
+    saved.eval()
+    assert same(saved.weight.detach(), once)
+    loaded = loralib.Linear(4, 3, **LORA)
+    loaded.load_state_dict(saved.state_dict())
+    loaded.eval()
+    assert same(loaded.weight.detach(), merge_weight(once, A, B, S))
+
+
+def test_loralib_drops_an_adapter_that_is_loaded_after_eval(loralib):
+    """Seen in loralib 0.1.2."""
+    saved, W, b, A, B = filled(loralib.Linear(4, 3, **LORA))
+    right, _ = lora_linear(X, W, b, A, B, S)
+    assert same(answer(saved, X), right)
+    loaded = loralib.Linear(4, 3, **LORA)
+    loaded.eval()
+    loaded.load_state_dict(saved.state_dict())
+    assert same(answer(loaded, X), linear(X, W, b)[0])
+    loaded.train()
+    assert same(loaded.weight.detach(), merge_weight(W, A, B, -S))
+
+
+def test_loralib_gives_an_adapter_no_gradient_after_eval(torch, loralib):
+    """Seen in loralib 0.1.2."""
+
+    def gradients(**settings):
+        layer, *arrays = filled(loralib.Linear(4, 3, **LORA, **settings))
+        layer.eval()
+        layer(torch.from_numpy(X.T).float()).sum().backward()
+        return layer.lora_A.grad, layer.lora_B.grad, arrays
+
+    dA, dB, (W, b, A, B) = gradients()
+    assert dA is None
+    assert dB is None
+    y, back = lora_linear(X, W, b, A, B, S)
+    _, *right = back(np.ones_like(y))
+    *unmerged, _ = gradients(merge_weights=False)
+    assert all(map(same, unmerged, right))
+
+
+@pytest.mark.parametrize(("kind", "dimensions"), [("Conv1d", 1), ("Conv3d", 3)])
+def test_loralib_fails_in_convolutions_of_one_and_three_dimensions(
+    torch, loralib, kind, dimensions
+):
+    """Seen in loralib 0.1.2."""
+
+    def sizes(layer):
+        return layer.conv.weight.numel(), (layer.lora_B @ layer.lora_A).numel()
+
+    layer = getattr(loralib, kind)(4, 3, kernel_size=3, **LORA)
+    with pytest.raises(RuntimeError, match="is invalid for input of size"):
+        layer(torch.ones(1, 4, *[5] * dimensions))
+    weight, delta = sizes(layer)
+    assert weight != delta
+    weight, delta = sizes(loralib.Conv2d(4, 3, kernel_size=3, **LORA))
+    assert weight == delta
+
+
+def test_loralib_applies_no_dropout_in_convolutions(torch, loralib):
+    """Seen in loralib 0.1.2."""
+    none = np.zeros_like(X)  # p = 1: every feature of the branch is dropped
+    layer, *arrays = filled(loralib.Linear(4, 3, lora_dropout=1.0, **LORA))
+    assert same(answer(layer, X), lora_linear(X, *arrays, S, none)[0])
+    layer, *arrays = filled(loralib.Conv2d(4, 3, kernel_size=1, lora_dropout=1.0, **LORA))
+    y = layer(torch.from_numpy(X).float()[None, :, :, None]).detach()[0, :, :, 0]
+    assert same(y, lora_linear(X, *arrays, S)[0])
+    assert not same(y, lora_linear(X, *arrays, S, none)[0])
+
+
+def test_loralib_fails_in_a_merged_linear_with_nothing_enabled(torch, loralib):
+    """Seen in loralib 0.1.2."""
+    layer = loralib.MergedLinear(4, 3, **LORA)
+    x = torch.from_numpy(X.T).float()
+    with pytest.raises(AttributeError, match="lora_A"):
+        layer(x)
+    layer.eval()
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_loralib_drops_the_adapter_of_a_merged_linear_built_on_the_meta_device(loralib):
+    """Seen in loralib 0.1.2."""
+    built = {"enable_lora": [True], **LORA}
+    layer, *arrays = filled(loralib.MergedLinear(4, 3, **built))
+    right, _ = lora_linear(X, *arrays, S)
+    assert same(answer(layer, X), right)
+    later = loralib.MergedLinear(4, 3, **built, device="meta").to_empty(device="cpu")
+    later.load_state_dict(layer.state_dict())
+    W, b, *_ = arrays
+    assert same(answer(later, X), linear(X, W, b)[0])
+
+
+def test_loralib_shortens_lora_a_in_the_forward_of_an_embedding_with_max_norm(torch, loralib):
+    """Seen in loralib 0.1.2."""
+    layer = loralib.Embedding(1, 1, r=1, max_norm=1.0)
+    for name, value in {"weight": 0.0, "lora_A": 2.0, "lora_B": 0.5}.items():
+        layer.get_parameter(name).data.fill_(value)
+    ids = torch.tensor([0])
+    row = merge_weight(*(np.array([[value]]) for value in (0.0, 2.0, 0.5)), 1)
+    right, _ = embedding(ids.numpy(), row)
+    assert right == 1  # no longer than max_norm
+    layer.eval()
+    assert layer(ids) == right
+    layer.train()
+    assert layer(ids).item() < right
+    assert layer.lora_A < 2
+
+
+def test_loralib_cannot_pickle_a_layer_without_dropout(loralib):
+    """Seen in loralib 0.1.2."""
+    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+        pickle.dumps(loralib.Linear(4, 3, **LORA))
+    layer, W, b, A, B = filled(loralib.Linear(4, 3, lora_dropout=0.5, **LORA))
+    layer.eval()
+    copied = pickle.loads(pickle.dumps(layer))
+    assert same(answer(copied, X), lora_linear(X, W, b, A, B, S)[0])
+
+
+def test_bitsandbytes_gives_an_entry_the_scale_of_another_block_where_rows_are_no_blocks(
+    torch, bitsandbytes
+):
+    """Seen in bitsandbytes 0.50.2."""
+    F = bitsandbytes.functional
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("the kernel is that of processors with AVX-512")
+    W = np.repeat([1, 2, 4], 64).astype(np.float32)  # three blocks, each of one number
+    for shape in ((3, 64), (4, 48)):
+        codes, state = F.quantize_4bit(torch.from_numpy(W.reshape(shape)), quant_type="nf4")
+        assert state.absmax.tolist() == [1, 2, 4]
+        q = quantise(W.reshape(shape), "nf4")
+        assert (dequantise(q).ravel() == W).all()
+        assert codes.numpy().ravel().tolist() == q.codes.tolist()
+        found = F.dequantize_4bit(codes, state).numpy().ravel()
+        assert (found == W).all() if shape == (3, 64) else (found == 1).all()
+
+
+def test_bitsandbytes_does_not_find_zero_in_a_map_that_has_it(torch, bitsandbytes):
+    """Seen in bitsandbytes 0.50.2."""
+    F = bitsandbytes.functional
+    t = F.create_dynamic_map()
+    assert 0 in t
+    codes, state = F.quantize_blockwise(torch.tensor([0.0, 1.0]), blocksize=256)
+    zero, one = F.dequantize_blockwise(codes, state).tolist()
+    assert one == 1
+    assert zero == t[t > 0][3]  # three values are nearer to 0, and 0 itself
+    v = np.array([0, 1], np.float32)
+    for points, wanted in ((None, 0), (2**16, zero)):
+        codes, absmax = quantise_dynamic(v, points=points)
+        assert dequantise_dynamic(codes, absmax).tolist() == [wanted, 1]
+
+
+def test_peft_rounds_lorafas_gradient_to_bfloat16(torch, peft):
+    """Seen in peft 0.21.2."""
+    from peft.optimizers import create_lorafa_optimizer
+
+    base = torch.nn.Sequential(torch.nn.Linear(4, 1, bias=False))
+    config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=["0"])
+    model = peft.get_peft_model(base, config)
+    optimizer = create_lorafa_optimizer(model, r=1, lora_alpha=1, lr=0.5)
+    layer = model.base_model.model[0]
+    layer.lora_A.default.weight.data.fill_(1)  # A Aᵀ = 4
+    dB = np.array([[4 + 2**-8]], np.float32)  # 10 digits of the 24 in float32, one too many in 8
+    layer.lora_B.default.weight.grad = torch.tensor(dB)
+    optimizer.step()
+    (state,) = optimizer.state.values()
+    g = lorafa_gradient(dB, np.ones((1, 4), np.float32), 1)
+    assert g == 1 + 2**-10
+    first = {v: torch.zeros(1, 1).add_(torch.tensor([[v]]), alpha=1 - 0.9) for v in (1.0, g.item())}
+    assert first[1.0] != first[g.item()]
+    assert state["exp_avg_B"] == first[1.0]
 
 
 @pytest.fixture
@@ -130,7 +824,6 @@ def test_mlx_lm_passes_over_the_base_of_rope_in_rope_parameters(mlx_lm):
     one = np.ones((1, 1))
     right, wrong = (rope_tables(one, 4, theta, float)[1] for theta in (c.theta, taken))
     assert (right != wrong).any()
-
 
 def test_peft_warns_that_a_whole_bias_of_lora_b_is_a_shard(torch, peft):
     """Seen in peft 0.21.2."""
