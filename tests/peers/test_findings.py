@@ -825,6 +825,7 @@ def test_mlx_lm_passes_over_the_base_of_rope_in_rope_parameters(mlx_lm):
     right, wrong = (rope_tables(one, 4, theta, float)[1] for theta in (c.theta, taken))
     assert (right != wrong).any()
 
+
 def test_peft_warns_that_a_whole_bias_of_lora_b_is_a_shard(torch, peft):
     """Seen in peft 0.21.2."""
     base = torch.nn.Sequential(torch.nn.Linear(4, 3))
