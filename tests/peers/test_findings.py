@@ -21,6 +21,7 @@ from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
 
 from minilora import Batch, Tuning, logits, lora_linear, merge, scale, unmerge
+from minilora.adapters import Adapter, State, combine_exact, combine_linear
 from minilora.budget import adalora_scale, allocate, budget, orthogonality
 from minilora.formats.huggingface import config_to_json, read_model
 from minilora.lora import merge_weight
@@ -37,7 +38,7 @@ from minilora.ops import (
 from minilora.optim import AdamState, adamw, lorafa_gradient, loraplus_rates, schedule
 from minilora.quantised import dequantise, dequantise_dynamic, quantise, quantise_dynamic
 from minilora.targets import all_linear, layer_of, matches, saved_in_full
-from minilora.variants import adalora_linear, dora_linear
+from minilora.variants import DORA, LORA_BIAS, adalora_linear, dora_linear
 
 NEEDED = "the peers need it: pip install 'minilora[peers]'"
 
@@ -465,6 +466,132 @@ def test_peft_has_one_triplet_less_than_adaloras_budget_where_it_is_whole(torch,
     found, _ = model.base_model.rankallocator.budget_schedule(4)
     assert found == 0
     assert budget(4, 125, 0, 0, 0, 5) == 125 * (1 - 4 / 5) ** 3 // 1 + 1 == 1
+
+
+def peft_pair(torch, peft, one, two, **settings):
+    """A layer of weight 1 in float64 and two adapters, in PEFT and as a State: (B, magnitude) each.
+
+    A and s are 1; without a magnitude the adapter is plain LoRA and its change B.
+    """
+    base = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False, dtype=torch.float64))
+    model, state = None, State(np.ones((1, 1)))
+    for name, (B, magnitude) in {"one": one, "two": two}.items():
+        dora = magnitude is not None
+        config = {"r": 1, "lora_alpha": 1, "target_modules": ["0"], "use_dora": dora} | settings
+        if model is None:
+            model = peft.get_peft_model(
+                base, peft.LoraConfig(**config), name, autocast_adapter_dtype=False
+            )
+        else:
+            model.add_adapter(name, peft.LoraConfig(**config), autocast_adapter_dtype=False)
+        layer = model.base_model.model[0]
+        layer.lora_A[name].weight.data.fill_(1)
+        layer.lora_B[name].weight.data.fill_(B)
+        parts = [np.ones((1, 1)), np.full((1, 1), float(B))]
+        if dora:
+            layer.lora_magnitude_vector[name].weight.data.fill_(magnitude)
+            parts.append(np.full((1, 1), float(magnitude)))
+        state = state.add(name, Adapter(tuple(parts), 1, *[DORA] * dora))
+    layer.weight.data.fill_(1)
+    model.base_model.set_adapter(["one", "two"])
+    return model, layer, state.activate("one", "two")
+
+
+def test_peft_drops_the_active_adapters_beside_a_merged_one(torch, peft):
+    """Seen in peft 0.21.2."""
+    model, layer, state = peft_pair(torch, peft, (2, None), (4, None))
+    one = layer.weight.new_ones(1, 1)
+    assert model.eval()(one) == 1 + 2 + 4
+    model.merge_adapter(["one"])
+    assert model.active_adapters == ["one", "two"]
+    assert model(one) == 1 + 2
+    for merged in (state, state.merge("one"), state.merge()):
+        assert merged.forward(np.ones((1, 1)))[0] == 1 + 2 + 4
+
+
+def test_peft_takes_away_what_an_adapter_is_by_then_and_not_what_it_added(torch, peft):
+    """Seen in peft 0.21.2."""
+    model, layer, state = peft_pair(torch, peft, (2, None), (4, None))
+    model.merge_adapter()
+    layer.set_scale("one", 3)
+    model.unmerge_adapter()
+    assert layer.weight == 1 + 2 - 3 * 2
+    assert state.merge().set_scale("one", 3).unmerge().stored()[0] == 1
+
+
+def test_peft_applies_dora_adapters_in_a_row_but_adds_them_where_they_drop_out(torch, peft):
+    """Seen in peft 0.21.2."""
+    V, W, magnitude = {"one": 1 + 1, "two": 1 + 3}, 1, {"one": 4, "two": 2}
+    g = {name: magnitude[name] / V[name] for name in V}
+    settings = {"lora_dropout": 0.5}
+    model, layer, state = peft_pair(torch, peft, (1, 4), (3, 2), **settings)
+    one = layer.weight.new_ones(1, 1)
+    for dropout in layer.lora_dropout.values():
+        dropout.p = 0.0  # so that nothing is dropped, and training is evaluation
+    added = W + (g["one"] * V["one"] - W) + (g["two"] * V["two"] - W)
+    assert model.train()(one) == added == 5
+    assert model.eval()(one) == g["two"] * (g["one"] * V["one"] + 3) == 3.5
+    model.base_model.set_adapter(["two", "one"])
+    assert model(one) == g["one"] * (g["two"] * V["two"] + 1) == 6
+    model.merge_adapter()
+    assert layer.weight == 6
+    for way in (state, state.activate("two", "one"), state.merge("two"), state.merge()):
+        assert way.forward(np.ones((1, 1)))[0] == added
+
+
+def peft_alone(torch, peft, weight=1.0, **config):
+    """An adapter's change and output, and those of it combined alone, W and x being 1."""
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(1, 1, dtype=torch.float64))
+    config = peft.LoraConfig(target_modules=["0"], **config)
+    model = peft.get_peft_model(base, config, "one", autocast_adapter_dtype=False)
+    layer = model.base_model.model[0]
+    layer.weight.data.fill_(1)
+    layer.bias.data.fill_(0)
+    layer.lora_A["one"].weight.data.fill_(1)
+    layer.lora_B["one"].weight.data.fill_(1)
+    if layer.lora_bias["one"]:
+        layer.lora_B["one"].bias.data.fill_(8)
+    if layer.use_dora["one"]:
+        layer.lora_magnitude_vector["one"].weight.data.fill_(8)
+    model.add_weighted_adapter(["one"], [weight], "all", combination_type="linear")
+    answers = []
+    for name in ("one", "all"):
+        model.set_adapter(name)
+        answers += [layer.get_delta_weight(name).item(), model(layer.weight.new_ones(1, 1)).item()]
+    return answers
+
+
+def test_peft_combines_an_adapter_of_rslora_into_one_of_another_scale(torch, peft):
+    """Seen in peft 0.21.2."""
+    assert peft_alone(torch, peft, r=4, lora_alpha=4) == [4, 5, 4, 5]
+    assert peft_alone(torch, peft, r=4, lora_alpha=8, use_rslora=True) == [16, 17, 32, 33]
+    adapter = Adapter((np.ones((4, 1)), np.ones((1, 4))), scale(8, 4, rslora=True))
+    assert combine_exact([adapter], [1]).change(np.ones((1, 1)), None)[0] == 16
+
+
+def test_peft_combines_an_adapter_without_its_bias_or_its_magnitude(torch, peft):
+    """Seen in peft 0.21.2."""
+    assert peft_alone(torch, peft, r=1, lora_alpha=1, lora_bias=True) == [1, 2 + 8, 1, 2]
+    W, b, one = np.ones((1, 1)), np.zeros((1, 1)), np.ones((1, 1))
+    alone = combine_exact([Adapter((one, one, 8 * one), 1, LORA_BIAS)], [1])
+    assert State(W, b, {"all": alone}, ("all",)).forward(one)[0] == 2 + 8
+
+    change, answer, combined, other = peft_alone(torch, peft, r=1, lora_alpha=1, use_dora=True)
+    assert (change, answer) == (combined, 8)
+    assert other == 1  # the norm of W, where a new magnitude starts
+    alone = combine_exact([Adapter((one, one, 8 * one), 1, DORA)], [1])
+    assert State(W, b, {"all": alone}, ("all",)).forward(one)[0] == 8
+
+
+def test_peft_rounds_the_weights_of_a_combination_to_float32(torch, peft):
+    """Seen in peft 0.21.2."""
+    root = 1 + 2**-26
+    change, _, combined, _ = peft_alone(torch, peft, root * root, r=1, lora_alpha=1)
+    assert change == combined == 1
+    one = np.ones((1, 1))
+    A, B = combine_linear([(one, one, 1)], [root * root])
+    assert B @ A == root * root > 1
 
 
 def test_peft_and_loralib_do_not_restore_a_weight_by_unmerging(torch, peft, loralib):
