@@ -36,7 +36,7 @@ class Adapter:
 
         ``back(dy)`` gives the branch's part of dx and a gradient for each of the parameters P.
 
-        Shapes: x (n, t), W (m, n), b (m, 1), K (n, t) -> (m, t).
+        Shapes: x (n, t), W (m, n), b (m, 1), K (n, t) -> branch (m, t).
         """
         W, b = self._below(W, b)
         y, back_y = self.variant.linear(x, W, b, *self.parts, self.s, K)
@@ -358,7 +358,7 @@ def trim(D: Array, density: Any) -> Array:
 
     Of equal moduli the first in D's order stay.
 
-    Shapes: D (m, n) -> (m, n).
+    Shapes: D (m, n) -> D' (m, n).
     Source: Yadav et al. 2023, "TIES-Merging", section 3, step 1, on one array as in PEFT.
     """
     order = np.argsort(-abs(D), axis=None, kind="stable")
@@ -377,7 +377,7 @@ def ties(
     wᵢ; a weight acts after the election, as in PEFT: one that is to vote, a negative one first of
     all, is to be multiplied into its Dᵢ beforehand.
 
-    Shapes: Dᵢ (m, n) -> (m, n).
+    Shapes: Dᵢ (m, n) -> D (m, n).
     Source: Yadav et al. 2023, "TIES-Merging", algorithm 1.
     """
     D = np.stack([trim(change, density) for change in changes])

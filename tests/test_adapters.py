@@ -7,6 +7,7 @@ merge. Over the rationals the two agree with ``==``, and each state wrong on pur
 import itertools
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import mpmath
@@ -30,8 +31,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from number_systems import gamma
+from test_guards import captured_and_bound_again, check_shapes
 from test_lora import equal
 
+from minilora import adapters as module
+from minilora import strategies as draw
 from minilora.adapters import (
     FACTORS,
     Adapter,
@@ -621,6 +625,60 @@ def test_what_a_state_refuses_it_names(wrong, message):
         wrong(state)
 
 
+def functions_and_shapes(m, n, r, t, q):
+    """Every function with a ``Shapes:`` line, its arguments by name, and what it gives."""
+    rng = np.random.default_rng(0)
+    given = {"x": (n, t), "W": (m, n), "b": (m, 1), "K": (n, t), "D": (m, n), "keep": (m, n)}
+    given = {name: normal(rng, shape) for name, shape in given.items()}
+    x, W, b, K, D, keep = given.values()
+    pair = [floating("lora", r, 1, m, n), floating("lora-bias", q, 2, m, n)]
+    yield Adapter.branch, given, pair[1].branch(x, W, b, K)[:1]
+    yield Adapter.change, given, pair[1].change(W, b)
+    yield with_changes, given, with_changes(W, b, pair)
+    yield State.forward, given, State(W, b).add("a", pair[0]).forward(x)[:1]
+    index = rng.integers(-1, 2, t)
+    y, back = multi_linear(x, W, b, pair, index, K)
+    dx, *gradients = back(y)
+    assert dx.shape == x.shape
+    for a, parts in zip(pair, gradients, strict=True):
+        assert [g.shape for g in parts] == [p.shape for p in a.parts]
+    yield multi_linear, given | {"index": index}, (y,)
+    changes = [a.change(W, b)[0] for a in pair]
+    given |= {"ΔWᵢ": changes, "Dᵢ": changes, "p": 0.5}
+    yield combine_svd, given | {"r": 1}, combine_svd(changes, [1, 2], 1)
+    triples = [factors(pair[0])] * 2
+    given |= {"Aᵢ": [A for A, _, _ in triples], "Bᵢ": [B for _, B, _ in triples]}
+    yield combine_linear, given, combine_linear(triples, [1, 2])
+    yield trim, given, (trim(D, 0.5),)
+    yield ties, given, (ties(changes, [1, 2], 0.5),)
+    yield dare, given, (dare(D, keep, 0.5),)
+
+
+@EXACT
+@given(sizes=draw.sizes(5, smallest=2, greatest=6))
+def test_every_shapes_line_is_true(sizes):
+    tested = list(functions_and_shapes(*sizes))
+    for f, arguments, results in tested:
+        check_shapes(f.__doc__, arguments, results)
+    documented = [*vars(module).values(), *vars(Adapter).values(), *vars(State).values()]
+    own = {f for f in documented if getattr(f, "__module__", "") == module.__name__}
+    lines = {f for f in own if callable(f) and "Shapes:" in (f.__doc__ or "")}
+    assert lines == {f for f, _, _ in tested}
+
+
+def test_a_wrong_shapes_line_is_refused():
+    for f, arguments, results in functions_and_shapes(2, 3, 4, 5, 6):
+        with pytest.raises(AssertionError):
+            check_shapes(f.__doc__, arguments, tuple(np.zeros((9, 9)) for _ in results))
+
+
+def test_a_name_that_an_inner_function_uses_is_bound_once():
+    source = Path(module.__file__).read_text()
+    assert captured_and_bound_again(source) == set()
+    wrong = source.replace("    branches = {\n", "    branches = {}\n        branches = {\n")
+    assert captured_and_bound_again(wrong) == {("forward", "back", "branches")}
+
+
 # A batch whose columns have adapters of their own
 
 
@@ -1202,7 +1260,7 @@ def answer(model, x, **settings):
 def lora_pair(m, n, seed=3, kinds=("lora", "lora-bias"), ranks=(2, 3)):
     rng = np.random.default_rng(seed)
     pairs = zip(("one", "two"), kinds, ranks, strict=True)
-    adapters = {name: floating(kind, r, seed + r, m, n) for name, kind, r in pairs}
+    adapters = {name: floating(kind, r, name.encode()[0], m, n) for name, kind, r in pairs}
     return adapters, *(normal(rng, shape) for shape in ((m, n), (m, 1), (n, 6)))
 
 
