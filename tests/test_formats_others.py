@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from minilora.formats import kohya, loralib, mlx, peft
-from minilora.formats.factors import adapted_ranks, alpha_of, choice_of, matrix_shape, named_shapes
+from minilora.formats.factors import adapted_ranks, alpha_of, choice_of, named_shapes
 from minilora.formats.files import FormatError, read_json
 from minilora.formats.huggingface import modules, write_model
 from minilora.layers import Geometry, adapted_conv, twin
@@ -610,14 +610,18 @@ def test_a_scale_that_no_alpha_gives_has_none(tmp_path):
     assert alpha_of(F32(0.1), 1) == float(F32(0.1)) != 0.1
 
 
-def test_norms_are_not_adapted():
-    for c in MODELS.values():
-        held = {name.rpartition(".")[0] for name in c.shapes()}
-        none = {at for at in held if matrix_shape(c, at) is None}
-        assert none == {at for at in held if "norm" in at}
-    assert matrix_shape(MODELS["tied"], "head") == (13, 8)
+def test_a_choice_has_one_variant(tmp_path):
+    c = MODELS["llama"]
+    for variant, name in ((LORA, "lora"), (DORA, "dora"), (DORA_FULL, "dora-full")):
+        W, tuning = adapters(c, {"layers.0.q": 2}, {"layers.0.q": 1.5}, variant=variant)
+        found = choice_of(tmp_path, c, W, tuning, dropout=0.25)
+        assert (found.variant, found.r, found.alpha, found.dropout) == (name, 2, 3, 0.25)
+    V, other = adapters(c, {"layers.1.q": 2}, {"layers.1.q": 1.5})
+    both = Tuning(tuning.scale | other.scale, {}, frozenset(W | V), tuning.variant)
+    says = "variant: found dora-full, lora, expected one for all"
+    refused(lambda: choice_of(tmp_path, c, W | V, both), says)
     with pytest.raises(FormatError, match="no adapter, expected a scale"):
-        adapted_ranks("a", MODELS["tied"], {}, Tuning(), (LORA,))
+        adapted_ranks("a", c, {}, Tuning(), (LORA,))
 
 
 # loralib: state dicts.
@@ -858,7 +862,7 @@ def test_mlx_computes_the_adapter_that_is_written(kind, layers, mlx_lm, tmp_path
     c = MLX_MODELS[kind]
     number = {"all": "", "last": f"{c.layers - 1}.", "first": "0."}[layers]
     ats = [at for at in c.linears() if at.startswith(f"layers.{number}")]
-    ats += [at for at in ("embed", "head", "positions") if layers != "last" and matrix_shape(c, at)]
+    ats += [at for at in ("embed", "head", "positions") if layers != "last" and at in c.matrices()]
     W, tuning = adapters(c, dict.fromkeys(ats, 2), dict.fromkeys(ats, 2.5), whole=True)
     W, tuning = twinned(c, W, tuning)
     mlx.write_adapter(tmp_path, c, W, tuning)
@@ -970,7 +974,8 @@ def test_what_mlx_saves_is_read(mlx_lm, tmp_path):
         assert W["layers.1.up.A"].tobytes() == a.T.tobytes()
         if kind == "dora":
             m = np.linalg.norm(base["layers.1.up.weight"], axis=1)
-            assert relative_error(W["layers.1.up.magnitude"][:, 0], m) <= np.finfo(F32).eps * c.d
+            # The squares are whole numbers, so that each norm is rounded once, here and there.
+            assert relative_error(W["layers.1.up.magnitude"][:, 0], m) <= np.finfo(F32).eps
 
 
 def test_mlx_takes_what_full_fine_tuning_trained(mlx_lm, tmp_path):
@@ -1051,7 +1056,7 @@ def test_lycoris_computes_the_adapter_that_is_written(kind, lycoris, tmp_path):
     assert (found != base.get(f"{at}.weight", base["embed.weight"])).any()
 
 
-@pytest.mark.parametrize("how", ["lora", "rslora", "dora", "input"])
+@pytest.mark.parametrize("how", ["lora", "dora", "input"])
 def test_what_lycoris_saves_is_read(how, lycoris, tmp_path):
     """DoRA with bounds as for MLX's, and LyCORIS adds float32's ε to the norm."""
     c, file = MODELS["llama"], tmp_path / "a.safetensors"
@@ -1090,6 +1095,19 @@ def test_what_lycoris_saves_is_read(how, lycoris, tmp_path):
         record_worst(f"LyCORIS's {how}, parts of the bound", (off / bound).max())
         assert (off <= bound).all()
         assert not (abs(w - merged[f"{at}.weight"]) <= bound).all()
+
+
+def test_lycoris_keeps_rsloras_alpha_times_the_root_of_the_rank(lycoris, tmp_path):
+    c, torch, name = MODELS["llama"], lycoris.torch, "lycoris_model_layers_0_self_attn_q_proj"
+    module = lycoris.library.modules.locon.LoConModule(
+        name, torch.nn.Linear(8, 16), 1.0, 3, 2.0, rs_lora=True
+    )
+    state = {f"{name}.{key}": value.detach() for key, value in module.custom_state_dict().items()}
+    lycoris.save(state, tmp_path / "a.safetensors")
+    s = kohya.read_adapter(tmp_path / "a.safetensors", c)[1].scale["layers.0.q"]
+    # rsLoRA's scale as it was trained, and as it comes back: α√r was rounded to float32.
+    assert module.scale == scale(2.0, 3, rslora=True)
+    assert s == float(F32(2.0 * (3 / math.sqrt(3)))) / 3 != module.scale
 
 
 def test_lycoris_convolution_is_a_matrix_over_patches(lycoris):

@@ -14,25 +14,13 @@ from minilora.formats.files import FormatError, listed
 from minilora.lora import LORA, Tuning, Variant, Weights, adapted_in, is_base, scale
 from minilora.models import Config
 from minilora.targets import Lora
-from minilora.variants import REGISTRY, part_shapes
-
-
-def matrix_shape(c: Config, at: str) -> tuple[int, int] | None:
-    """The (m, n) that an adapter of the module has: a projection's, a table's transposed.
-
-    A tied head has the embedding's. None for what cannot be adapted: norms and unknown names.
-    """
-    if at in c.tables():
-        return c.d, c.tables()[at]
-    if at == "head" and c.causal and at not in c.linears():
-        return c.vocab, c.d
-    return c.linears().get(at)
+from minilora.variants import DORA, DORA_FULL, REGISTRY, part_shapes
 
 
 def named_shapes(c: Config, at: str, r: int, variant: Variant = LORA) -> dict[str, tuple[int, int]]:
     """The names and shapes of the parameters that the module's adapter of rank r has."""
-    m, n = matrix_shape(c, at) or (0, 0)
-    return {f"{at}.{part}": shape for part, shape in part_shapes(variant, r, m, n).items()}
+    shapes = part_shapes(variant, r, *c.matrices()[at])
+    return {f"{at}.{part}": shape for part, shape in shapes.items()}
 
 
 def variant_name(variant: Variant) -> str:
@@ -61,7 +49,7 @@ def adapted_ranks(
             expected = " or ".join(map(variant_name, known))
             remedy = "the format has no place for it: merge it, or keep PEFT's"
             raise FormatError(path, f"variant of {at}", variant_name(variant), expected, remedy)
-        if matrix_shape(c, at) is None:
+        if at not in c.matrices():
             remedy = "is it another model's?"
             raise FormatError(path, f"{at}.A", f"no module {at}", f"one of {c}", remedy)
         ranks[at] = len(W[f"{at}.A"])
@@ -104,10 +92,14 @@ def choice_of(
 
     Modules are named in full, ranks and alphas one by one.
 
-    Errors: FormatError as :func:`adapted_ranks` has it, for adapters that are LoRA itself; for
+    Errors: FormatError as :func:`adapted_ranks` has it, for LoRA and DoRA; for two variants; for
     scales that are neither alpha / r nor alpha / √r of any float64 alphas.
     """
-    ranks = adapted_ranks(path, c, W, tuning, (LORA,))
+    ranks = adapted_ranks(path, c, W, tuning, (LORA, DORA, DORA_FULL))
+    variants = {variant_name(tuning.variant.get(at, LORA)) for at in ranks}
+    if len(variants) > 1:
+        found = listed(variants)
+        raise FormatError(path, "variant", found, "one for all adapters", "write two files")
     for rslora in (False, True):
         alphas = {at: alpha_of(tuning.scale[at], r, rslora) for at, r in ranks.items()}
         if None not in alphas.values():
@@ -122,6 +114,7 @@ def choice_of(
         r=ranks[first],
         alpha=alphas[first],
         rslora=rslora,
+        variant=variants.pop(),
         dropout=dropout,
         targets=list(ranks),
         rank_pattern={at: r for at, r in ranks.items() if r != ranks[first]},

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.formats.factors import adapted_ranks, matrix_shape, named_shapes
+from minilora.formats.factors import adapted_ranks, named_shapes
 from minilora.formats.files import FormatError, convert, listed, read_tensors, write_tensors
 from minilora.formats.huggingface import architecture, collect, modules
 from minilora.lora import LORA, TABLES, Tuning, Weights, scale
@@ -69,7 +69,7 @@ def _module(path: Path, c: Config, key: str, prefix: str) -> str:
         what = f"a name of {' and '.join(found)}" if found else "no module's name"
         expected = f"the name of one, like {listed(known, 2)}"
         raise FormatError(path, key, what, expected, "is it another model's, or prefix?")
-    if found[0] in TABLES or matrix_shape(c, found[0]) is None:
+    if found[0] in TABLES or found[0] not in c.matrices():
         remedy = "sd-scripts and LyCORIS adapt projections and convolutions only"
         raise FormatError(path, key, f"an adapter of {found[0]}", "a projection's", remedy)
     return found[0]
@@ -125,7 +125,7 @@ def read_adapter(
 
 
 def _check_magnitude(path: Path, c: Config, at: str, key: str, found: Weights) -> None:
-    m, n = matrix_shape(c, at) or (0, 0)
+    m, n = c.matrices()[at]
     if found[key].shape == (1, n) != (m, 1):
         remedy = "LyCORIS wrote it with wd_on_output off: norms of columns, not implemented here"
         raise FormatError(path, key, f"shape {(1, n)}", f"shape {(m, 1)}", remedy)

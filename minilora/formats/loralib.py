@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from minilora.formats.factors import matrix_shape
 from minilora.formats.files import DIVERGED, FormatError, convert, finite, listed, read_tensors
 from minilora.formats.huggingface import architecture, collect, modules, names
 from minilora.lora import Tuning, Weights, fuse, merge, scale
@@ -149,7 +148,7 @@ def _factors(
             what = f"shape {found[key].shape}" if key in found else "none"
             raise FormatError(path, key, what, "both factors, matrices", "save it again")
     A, B = (found.pop(key) for key in keys)
-    m, n = matrix_shape(c, at) or (0, 0)
+    m, n = c.matrices()[at]
     r = B.shape[1]
     if A.shape == (r, n) and B.shape == (m, r):
         return A, B, r

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.formats.factors import adapted_ranks, matrix_shape, named_shapes
+from minilora.formats.factors import adapted_ranks, named_shapes
 from minilora.formats.files import (
     FormatError,
     check_settings,
@@ -113,7 +113,7 @@ def _hit(path: Path, c: Config, num_layers: int, keys: list[str] | None) -> tupl
                 raise FormatError(path, "keys", f"{name} and {inside[1]}", "one of them", remedy)
         if found:
             hit.append(at)
-    wrong = [there[at] for at in hit if matrix_shape(c, at) is None]
+    wrong = [there[at] for at in hit if at not in c.matrices()]
     if wrong := wrong or sorted(forbidden & {*(keys or ())}):
         remedy = "mlx-lm refuses it too: name projections and embeddings"
         raise FormatError(path, "keys", listed(wrong), "what can be adapted", remedy)
