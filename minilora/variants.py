@@ -310,7 +310,7 @@ def start(
     """The frozen base, and the variant's parameters before the first step, in W's dtype.
 
     ``init`` is one of :data:`minilora.starts.STARTS`. The magnitude starts as the norm of W's rows,
-    λ_d at 0.1, the bias c, λ_b and the singular values E at 0.
+    0 for a row of zeros; λ_d at 0.1, the bias c, λ_b and the singular values E at 0.
 
     Shapes: W (m, n), r (), s () -> base (m, n), and the parameters as in `part_shapes`.
     Errors: ValueError as the start has it.
@@ -319,7 +319,8 @@ def start(
     values = {name: np.zeros(shape) for name, shape in part_shapes(variant, r, *W.shape).items()}
     values |= {"A": A.astype(W.dtype), "B": B.astype(W.dtype)}
     if "magnitude" in values:
-        values["magnitude"] = row_norm(merge_weight(base, values["A"], values["B"], s))[0]
+        V = merge_weight(base, values["A"], values["B"], s)
+        values["magnitude"] = row_norm(V)[0] * V.any(1, keepdims=True)
     if "lambda_d" in values:
         values["lambda_d"] = values["lambda_d"] + 0.1
     return base, tuple(values[part].astype(W.dtype) for part in variant.parts)

@@ -38,7 +38,7 @@ from minilora.ops import (
 from minilora.optim import AdamState, adamw, lorafa_gradient, loraplus_rates, schedule
 from minilora.quantised import dequantise, dequantise_dynamic, quantise, quantise_dynamic
 from minilora.targets import all_linear, layer_of, matches, saved_in_full
-from minilora.variants import DORA, LORA_BIAS, adalora_linear, dora_linear
+from minilora.variants import DORA, LORA_BIAS, adalora_linear, dora_linear, start
 
 NEEDED = "the peers need it: pip install 'minilora[peers]'"
 
@@ -582,6 +582,22 @@ def test_peft_combines_an_adapter_without_its_bias_or_its_magnitude(torch, peft)
     assert other == 1  # the norm of W, where a new magnitude starts
     alone = combine_exact([Adapter((one, one, 8 * one), 1, DORA)], [1])
     assert State(W, b, {"all": alone}, ("all",)).forward(one)[0] == 8
+
+
+def test_peft_makes_nan_of_a_row_of_zeros_under_dora(torch, peft):
+    """Seen in peft 0.21.2."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    config = peft.LoraConfig(r=1, use_dora=True, target_modules=["0"])
+    y = peft.get_peft_model(model, config)(torch.eye(2))
+    assert torch.equal(y[:, 0], torch.tensor([3.0, 4.0]))
+    assert y[:, 1].isnan().all()
+
+    W = np.array([[3.0, 4.0], [0.0, 0.0]])
+    base, P = start(DORA, "kaiming", np.random.default_rng(0), W, 1, 8.0)
+    right, _ = dora_linear(np.eye(2), base, None, *P, 8.0)
+    assert (right == W).all()
 
 
 def test_peft_rounds_the_weights_of_a_combination_to_float32(torch, peft):
