@@ -309,11 +309,11 @@ def _biased(adapter: Adapter) -> bool:
     return adapter.variant is LORA_BIAS
 
 
-def _sum(weights: Sequence[Any], arrays: Sequence[Array]) -> Any:
-    """Σᵢ wᵢ Dᵢ."""
+def _weighted(weights: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
+    """The wᵢ Dᵢ."""
     if not arrays or len(arrays) != len(weights):
         raise ValueError(f"{len(arrays)} adapters, {len(weights)} weights: expected one for each")
-    return sum(w * D for w, D in zip(weights, arrays, strict=True))
+    return [w * D for w, D in zip(weights, arrays, strict=True)]
 
 
 def combine_svd(
@@ -327,7 +327,7 @@ def combine_svd(
     Errors: ValueError if r is not in 1 … min(m, n).
     Source: Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
     """
-    U, sigma, Vt = np.linalg.svd(_sum(weights, changes), full_matrices=False)
+    U, sigma, Vt = np.linalg.svd(np.sum(_weighted(weights, changes), axis=0), full_matrices=False)
     if not 1 <= r <= len(sigma):
         raise ValueError(f"rank {r}: expected 1 to {len(sigma)}, the smaller size of the weight")
     return Vt[:r], U[:, :r] * sigma[:r], np.sqrt((sigma[r:] * sigma[r:]).sum())
@@ -347,10 +347,11 @@ def combine_linear(
     """
     if len({A.shape for A, _, _ in adapters}) != 1:
         raise ValueError(f"ranks {[len(A) for A, _, _ in adapters]}: expected one rank for all")
-    products = [w * s for (_, _, s), w in zip(adapters, weights, strict=True)]
+    products = _weighted(weights, [s for _, _, s in adapters])
     roots = [abs(p) ** 0.5 for p in products]
     signed = [-root if p < 0 else root for p, root in zip(products, roots, strict=True)]
-    return _sum(signed, [A for A, _, _ in adapters]), _sum(roots, [B for _, B, _ in adapters])
+    A = np.sum(_weighted(signed, [A for A, _, _ in adapters]), axis=0)
+    return A, np.sum(_weighted(roots, [B for _, B, _ in adapters]), axis=0)
 
 
 def trim(D: Array, density: Any) -> Array:
@@ -384,7 +385,7 @@ def ties(
     signs = np.where(D > 0, 1, np.where(D < 0, -1, 0))
     elected = np.where((signs if frequency else D).sum(0) >= 0, 1, -1)
     agree = signs == elected
-    weighted = np.stack([w * d for w, d in zip(weights, D, strict=True)])
+    weighted = np.stack(_weighted(weights, list(D)))
     mean: Array = (weighted * agree).sum(0) / np.maximum(agree.sum(0), 1)
     return mean
 
