@@ -244,7 +244,7 @@ def multi_linear(
 
     Shapes: x (n, t), W (m, n), b (m, 1), index (t,), K (n, t) -> y (m, t).
     Errors: ValueError if index has another length, or names no adapter.
-    Source: ``adapter_names`` of PEFT; Chen et al. 2023, "Punica", section 4.
+    Source: ``adapter_names`` of PEFT; Chen et al. 2023, "Punica", for serving.
     """
     if index.shape != x.shape[1:] or not np.isin(index, range(-1, len(adapters))).all():
         expected = f"{x.shape[1]} numbers from -1 to {len(adapters) - 1}"
@@ -360,7 +360,7 @@ def trim(D: Array, density: Any) -> Array:
     Of equal moduli the first in D's order stay.
 
     Shapes: D (m, n) -> D' (m, n).
-    Source: Yadav et al. 2023, "TIES-Merging", section 3, step 1, on one array as in PEFT.
+    Source: Yadav et al. 2023, "TIES-Merging", algorithm 1, step 1; on one array, as in PEFT.
     """
     order = np.argsort(-abs(D), axis=None, kind="stable")
     kept = np.zeros(D.size, bool)
@@ -396,7 +396,7 @@ def dare(D: Array, keep: Array, p: Any) -> Array:
     It is dropout of a change, once. What follows is a weighted sum, or `ties` at density 1.
 
     Shapes: D (m, n), keep (m, n), p () -> D' (m, n).
-    Source: Yu et al. 2023, "Language models are super Mario", equations 2 and 3.
+    Source: Yu et al. 2023, "Language models are super Mario", its DARE.
     """
     dared: Array = keep * D / (1 - p)
     return dared
