@@ -96,7 +96,7 @@ def test_fresh_parameters_have_their_shapes_the_weights_dtype_and_their_values(e
     rng = np.random.default_rng(0)
     W, s = rng.standard_normal((4, 6)).astype(dtype), 7 / 3
     known = REGISTRY[entry]
-    base, P = start(known.variant, "pissa" if entry == "loftq" else known.init, rng, W, 2, s)
+    base, P = start(known.variant, known.init, rng, W, 2, s)
     parts = dict(zip(known.variant.parts, P, strict=True))
     assert base.dtype == dtype
     assert {p.dtype for p in P} == {np.dtype(dtype)}
