@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.lora import lora_linear, merge_weight, scale
+from minilora.lora import combine, lora_linear, merge_weight, scale
 from minilora.verify.contract import DTYPES, Precision
 from minilora.verify.terms import CLOSED_FORM, Case, Limits
 from minilora.verify.tolerance import Rounding, Uncertain, digits
@@ -259,3 +259,112 @@ def greatest_sum(layer: Layer) -> float:
     inner = [h, s * absolute["A"] @ h, s * absolute["B"].T @ columns(absolute["dy"])]
     inner += [s * absolute["B"] @ absolute["A"] + absolute["W"], s * absolute["B"]]
     return max(float(np.max(v)) for v in [*answers.values(), *inner])
+
+
+@dataclass(frozen=True)
+class Several:
+    """Adapters of one weight, of unequal ranks and scales, with weights, and an index of rows.
+
+    x and W are those of the first, shared by all; ``index`` names each row's adapter, -1 for none.
+    """
+
+    adapters: list[Layer]
+    weights: list[float]
+    index: Array
+
+    def of_rows(self, rows: slice, index: Array) -> Several:
+        """These rows of x, with an index of their own."""
+        parts = {name: getattr(self.adapters[0], name)[rows] for name in ("x", "dy")}
+        return replace(self, adapters=[replace(a, **parts) for a in self.adapters], index=index)
+
+
+RANKS = (2, 4, 1)
+"""Of the adapters, in any place: that of 4, whose root is a power of two, is rsLoRA's."""
+
+
+def draw_several(case: Case) -> tuple[Several, bool]:
+    """Three adapters of one weight, and whether the case belongs to the exact lane.
+
+    One is rsLoRA's, the weights have both signs and are not 1, the index holds -1 and is not
+    monotone. In the exact lane the weights are powers of two, and so small that the sum of all
+    three in any order is exact, too.
+    """
+    exact = case.number % 2 == 0
+    group = case.number // 2
+    rng = case.rng()
+    _, n, m, _ = SIZES[group % len(SIZES)]
+    draw = _draw_exact if exact else _draw_general
+    signs = rng.choice([-1.0, 1.0], len(RANKS))
+    weights = rng.choice([0.5, 2.0], len(RANKS)) if exact else rng.choice([0.3, 0.7, 1.7], 3)
+    limit = 0.5 * 2.0 ** min(22, digits(case.dtype))
+    ranks = np.roll(RANKS, group)
+    while True:
+        layers = [
+            draw(
+                rng,
+                case.dtype,
+                ((7,), n, m, r),
+                bias=False,
+                dropout=False,
+                settings={"use_rslora": True} if r == 4 else {},
+            )
+            for r in map(int, ranks)
+        ]
+        shared = {name: getattr(layers[0], name) for name in ("x", "W", "dy")}
+        layers = [replace(layer, **shared) for layer in layers]
+        index = np.array([1, -1, 0, 2, -1, 0, 1])[rng.permutation(7)]
+        several = Several(layers, [float(w) for w in signs * weights], index)
+        if not exact or greatest_of(several) <= limit:
+            return several, exact
+
+
+def greatest_of(several: Several) -> float:
+    """The greatest sum of absolute terms in any array of the rows or of the combined change."""
+    absolute = [
+        replace(a, A=abs(a.A.astype(np.float64)), B=abs(a.B.astype(np.float64)))
+        for a in several.adapters
+    ]
+    change = wanted_change(Several(absolute, [2.0] * len(absolute), several.index))
+    return max(float(change.max()), *(greatest_sum(a) for a in several.adapters))
+
+
+def wanted_change(several: Several) -> Array:
+    """The true Σ w s B A."""
+    triples = [(long(a.A), long(a.B), a.s) for a in several.adapters]
+    A, B = combine(triples, several.weights)
+    change: Array = B @ A
+    return change
+
+
+def sigma_change(several: Several, precision: Precision) -> Array:
+    """The standard deviation of its elements: each w s B A rounded, and their sum.
+
+    W is 0 in each; w counts with the scale, wherever it is put.
+    """
+    rounding = Rounding(precision)
+    variance, modulus = np.zeros(several.adapters[0].W.shape), 0.0
+    for a, w in zip(several.adapters, several.weights, strict=True):
+        scaled = replace(a, W=np.zeros_like(a.W), B=a.B)
+        number, scalable = _numbers(scaled, precision)
+        change: Any = merge_weight(number(scaled.W), number(a.A), scalable(a.B), abs(w) * a.s)
+        variance = variance + change.variance + rounding.stored(change.value)
+        modulus = modulus + change.value**2
+    return np.sqrt(variance + rounding.summed(len(several.adapters) + 1, modulus))
+
+
+def wanted_by_row(several: Several) -> Array:
+    """The true y of each row with its own adapter."""
+    return _by_row(several, lambda layer: wanted(layer)["y"])
+
+
+def sigmas_by_row(several: Several, precision: Precision) -> Array:
+    """The standard deviation of its elements."""
+    return _by_row(several, lambda layer: sigmas(layer, precision)["y"])
+
+
+def _by_row(several: Several, answer: Callable[[Layer], Array]) -> Array:
+    """Each row from the layer that its index names; for -1, from one whose B is 0."""
+    first = several.adapters[0]
+    base = replace(first, B=np.zeros_like(first.B))
+    answers = [answer(layer) for layer in (*several.adapters, base)]
+    return np.stack([answers[i][j] for j, i in enumerate(several.index)])

@@ -10,14 +10,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from minilora.verify.contract import Fault, Skip, Subject
 from minilora.verify.terms import Case, Check, Comparison, Diagnosis
 
+if TYPE_CHECKING:
+    from minilora.verify.misreadings import Misreading
+
 ANSWERS = {
     "linear": ("linear.forward", "linear.vjp", "linear.evaluation", "linear.zero-B"),
     "merge": ("merge.weight", "merge.unmerge"),
+    "combine": ("combine.weighted", "combine.one"),
+    "multi": ("multi.forward",),
     "optimizer": ("optimizer.",),
     "model": ("model.",),
 }
@@ -28,7 +34,7 @@ CASES = (1, 3, 5)
 """Odd cases of a layer are of the lane with sigma, where no order of operations is excluded."""
 
 
-class _Direct(Subject):
+class Direct(Subject):
     """A misreading is ours: it is called without a thread of its own."""
 
     def _within_limit(self, call: Callable[[], Any]) -> Any:
@@ -71,14 +77,25 @@ def explains(
     return worst
 
 
+@lru_cache(maxsize=1024)
+def given_by(
+    m: Misreading, check: Check, cases: tuple[Case, ...]
+) -> tuple[dict[str, Comparison], ...]:
+    """What a misreading answers to these cases, one after another."""
+    subject = Direct(m.make())
+    return tuple(answers(check, subject, case) for case in cases)
+
+
 def diagnose(check: Check, subject: Subject, dtype: str, seed: int) -> tuple[Diagnosis, ...]:
     """The misreadings that explain what an implementation answers to a check, the nearest first."""
     from minilora.verify.misreadings import MISREADINGS  # costs time only where something is wrong
 
     if not check.id.startswith(ANSWERS[check.level]) or check.id.endswith(LAWS):
         return ()
-    numbers = CASES if check.level in ("linear", "merge") else range(check.cases("ci", dtype))
-    cases = [Case(check.id, dtype, number, seed) for number in numbers]
+    numbers = (
+        CASES if check.level not in ("model", "optimizer") else range(check.cases("ci", dtype))
+    )
+    cases = tuple(Case(check.id, dtype, number, seed) for number in numbers)
     theirs = [answers(check, subject, case) for case in cases]
     deviates = [
         any(each.judge().verdict == "fail" for each in answer.values()) for answer in theirs
@@ -89,8 +106,7 @@ def diagnose(check: Check, subject: Subject, dtype: str, seed: int) -> tuple[Dia
     for m in MISREADINGS:
         if m.level != check.level or m.equivalent:
             continue
-        candidate = _Direct(m.make())
-        ours = [answers(check, candidate, case) for case in cases]
+        ours = given_by(m, check, cases)
         residual = explains(theirs, ours) if all(ours) else None
         if residual is not None:
             seen = f" Seen in {', '.join(m.seen)}." if m.seen else ""

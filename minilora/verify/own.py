@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 import minilora
+from minilora.adapters import Adapter, combine_svd, multi_linear
 from minilora.formats.huggingface import read_model
 from minilora.formats.peft import adapter_names, read_adapter
-from minilora.lora import lora_linear, merge_weight, scale
+from minilora.lora import combine, lora_linear, merge_weight, scale
 from minilora.models import Batch, logits, loss
 from minilora.optim import run
 
@@ -87,6 +88,29 @@ class Own:
         """W' - s B A. (`minilora.unmerge` keeps the original instead, and gives back its bits.)"""
         return self.merge(W_merged, A, -B, **options)
 
+    def combine(
+        self, adapters: Sequence[Mapping[str, Any]], weights: Sequence[float], **settings: Any
+    ) -> Array:
+        """Σ w s B A, or with ``combination_type="svd"`` the best change of rank ``svd_rank``."""
+        if unknown := settings.keys() - {"combination_type", "svd_rank"}:
+            raise NotImplementedError(f"no settings {', '.join(sorted(unknown))}")
+        dtype = adapters[0]["A"].dtype
+        A, B = combine([_triple(adapter) for adapter in adapters], weights)
+        change: Array = B @ A
+        if settings.get("combination_type") == "svd":
+            A, B, _ = combine_svd([change], [1.0], settings["svd_rank"])
+            change = B @ A
+        return change.astype(dtype)
+
+    def multi_adapter(
+        self, x: Array, W: Array, adapters: Sequence[Mapping[str, Any]], index: Array
+    ) -> Array:
+        """y = x Wᵀ + s x Aᵀ Bᵀ, each row with its own adapter; -1 is none."""
+        several = [Adapter((A, B), s) for A, B, s in map(_triple, adapters)]
+        y, *_ = multi_linear(_wide(x).T, _wide(W), None, several, np.asarray(index))
+        rows: Array = y.T.astype(x.dtype)
+        return rows
+
     def model_loss(
         self, model_dir: str | Path, adapter_dir: str | Path, batch: Mapping[str, Array]
     ) -> dict[str, Any]:
@@ -131,6 +155,12 @@ class Own:
         ]
         steps = run(wide(params), parts, settings)
         return [{name: array.astype(dtype) for name, array in step.items()} for step in steps]
+
+
+def _triple(adapter: Mapping[str, Any]) -> tuple[Array, Array, Any]:
+    """A, B and s of an adapter of the contract."""
+    s = scale(adapter["alpha"], adapter["r"], adapter.get("use_rslora", False))
+    return _wide(adapter["A"]), _wide(adapter["B"]), s
 
 
 def _wide(array: Array) -> Array:

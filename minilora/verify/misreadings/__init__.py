@@ -1,10 +1,11 @@
 """How LoRA goes wrong: wrong implementations, each a changed line or two of a right one.
 
 Each must be caught, which shows that the checks see; each has a formula, so that a deviation can be
-given its name. To add one, add its line to a family in `linear`, `merge`, `optimizer` or `model`.
+given its name. To add one, add its line to a family in `linear`, `merge`, `several`, `optimizer` or
+`model`.
 """
 
-from minilora.verify.misreadings import linear, merge, model, optimizer
+from minilora.verify.misreadings import linear, merge, model, optimizer, several
 from minilora.verify.misreadings.entry import Misreading
 from minilora.verify.misreadings.plain import Plain
 
@@ -13,6 +14,7 @@ __all__ = ["MISREADINGS", "Misreading", "Plain"]
 MISREADINGS: tuple[Misreading, ...] = (
     *linear.MISREADINGS,
     *merge.MISREADINGS,
+    *several.MISREADINGS,
     *optimizer.MISREADINGS,
     *model.MISREADINGS,
 )

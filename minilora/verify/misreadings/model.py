@@ -380,7 +380,7 @@ BLOCK = (
         (
             "head-tied",
             "the embedding as head",
-            model(llama=('"embed" if c.tied else "head"', '"embed"')),
+            model(weight_of=("own in W else", 'at != "head" else')),
         ),
         ("layers-turned", "the last layer first", model(stack=("{i}.", "{layers - 1 - i}."))),
         (
@@ -432,7 +432,7 @@ BLOCK = (
         (
             "no-bias",
             "no biases beside adapters",
-            model(project=("W.get(bias), W[A]", "None, W[A]")),
+            model(project=("W.get(bias), *(W", "None, *(W")),
         ),
     ),
     *family(

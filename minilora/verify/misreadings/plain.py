@@ -66,6 +66,66 @@ class Plain:
         W: Array = self.unmerged(self.call(W_merged, A, B, **options)).astype(W_merged.dtype)
         return W
 
+    def combine(
+        self, adapters: Sequence[Mapping[str, Any]], weights: Sequence[float], **settings: Any
+    ) -> Array:
+        """Σ w s B A, or the best change of a rank."""
+        calls = [self.adapter(adapter) for adapter in adapters]
+        change = self.change(calls, list(weights))
+        if settings.get("combination_type") == "svd":
+            change = self.best(change, settings["svd_rank"])
+        answer: Array = change.astype(calls[0].dtype)
+        return answer
+
+    def multi_adapter(
+        self, x: Array, W: Array, adapters: Sequence[Mapping[str, Any]], index: Array
+    ) -> Array:
+        """Each row with its own adapter."""
+        slots = self.slots(index, adapters)
+        rows = [self.row(x[j : j + 1], W, adapters, i) for j, i in enumerate(slots)]
+        y: Array = self.gathered_rows(np.concatenate(rows), index).astype(x.dtype)
+        return y
+
+    def adapter(
+        self, given: Mapping[str, Any], W: Array | None = None, x: Array | None = None
+    ) -> Call:
+        """An adapter of the contract as a call; W is 0 if there is none."""
+        options = {name: value for name, value in given.items() if name not in ("A", "B")}
+        A, B = given["A"], given["B"]
+        return self.call(
+            np.zeros((len(B), A.shape[1]), A.dtype) if W is None else W, A, B, x, **options
+        )
+
+    def change(self, calls: list[Call], weights: list[float]) -> Any:
+        """What several adapters change together."""
+        return sum(w * self.delta(c) for c, w in zip(calls, weights, strict=True))
+
+    def best(self, change: Array, rank: int) -> Any:
+        """The nearest change of a rank."""
+        U, sigma, Vt = np.linalg.svd(change.astype(np.float64), full_matrices=False)
+        return (U[:, :rank] * sigma[:rank]) @ Vt[:rank]
+
+    def slots(self, index: Array, adapters: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The adapter of each row, -1 for none."""
+        return [int(i) for i in index]
+
+    def row(self, x: Array, W: Array, adapters: Sequence[Mapping[str, Any]], i: int) -> Any:
+        """One row with the adapter i."""
+        c = self.adapter(self.slot(adapters, i), W, x)
+        return self.none(c) if i < 0 else self.y(c)
+
+    def slot(self, adapters: Sequence[Mapping[str, Any]], i: int) -> Mapping[str, Any]:
+        """The adapter i of them."""
+        return adapters[i]
+
+    def none(self, c: Call) -> Any:
+        """A row without an adapter."""
+        return self.base(c)
+
+    def gathered_rows(self, rows: Array, index: Array) -> Any:
+        """The rows in their order."""
+        return rows
+
     def call(
         self,
         W: Array,

@@ -33,6 +33,17 @@ _OPTIMIZER_SETTINGS = {
 }  # fmt: skip
 
 
+_COMBINED_SCALE = (
+    "add_weighted_adapter (tuners/lora/model.py) gives the combined adapter lora_alpha = r and the "
+    "first adapter's use_rslora: with rsLoRA its scale is √r and not 1. An SVD of a half precision "
+    "leaves the combined factors in float32"
+)
+_FLOAT32_WEIGHTS = (
+    'one adapter alone is combined as "linear", whatever was asked for: by √(w s) on both factors, '
+    "which are rounded to float32"
+)
+
+
 class Peft:
     """Each call builds the library's own layer or model anew, so no state is left between calls."""
 
@@ -43,7 +54,14 @@ class Peft:
     dtypes = DTYPES
     precision = PRECISION
     conventions: ClassVar = {"dora_norm": "detached"}
-    known = KNOWN
+    known = KNOWN | {
+        f"combine.{check}:*": reason
+        for checks, reason in (
+            (("weighted", "order", "svd"), _COMBINED_SCALE),
+            (("one", "zero", "halves"), f"{_COMBINED_SCALE}; {_FLOAT32_WEIGHTS}"),
+        )
+        for check in checks
+    }
 
     def lora_linear(
         self, x: np.ndarray, W: np.ndarray, A: np.ndarray, B: np.ndarray, **settings: Any
@@ -94,6 +112,33 @@ class Peft:
         fill(held, as_merged)
         model.unmerge_adapter()
         return _weight(layer)
+
+    def combine(
+        self, adapters: Sequence[Mapping[str, Any]], weights: Sequence[float], **settings: Any
+    ) -> np.ndarray:
+        """The change of add_weighted_adapter, by concatenation unless another way is asked for."""
+        kind = {"combination_type": "cat"} | settings
+        if unknown := kind.keys() - {"combination_type", "svd_rank"}:
+            raise NotImplementedError(f"the peft peer has no settings {', '.join(sorted(unknown))}")
+        A, B = adapters[0]["A"], adapters[0]["B"]
+        model, layer = _with_adapters(np.zeros((len(B), A.shape[1]), A.dtype), adapters)
+        names = [f"a{i}" for i in range(len(adapters))]
+        with torch.no_grad():
+            model.base_model.add_weighted_adapter(names, list(weights), "all", **kind)
+            return to_numpy(layer.get_delta_weight("all"))
+
+    def multi_adapter(
+        self,
+        x: np.ndarray,
+        W: np.ndarray,
+        adapters: Sequence[Mapping[str, Any]],
+        index: np.ndarray,
+    ) -> np.ndarray:
+        """y of one batch whose rows name their adapters, "__base__" for none."""
+        model, _ = _with_adapters(W, adapters)
+        names = ["__base__" if i < 0 else f"a{i}" for i in index]
+        with torch.no_grad():
+            return to_numpy(model.eval()(to_torch(x), adapter_names=names))
 
     def model_loss(
         self, model_dir: str | Path, adapter_dir: str | Path, batch: Mapping[str, np.ndarray]
@@ -210,6 +255,32 @@ def _adapted(
     if keep is not None:
         layer.lora_dropout["default"] = GivenMask(keep, p, layer.lora_dropout["default"])
     model.train(keep is not None)
+    return model, layer
+
+
+def _with_adapters(W: np.ndarray, adapters: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
+    """The model of one layer with the adapters a0, a1, …, and that layer, filled."""
+    m, n = W.shape
+    base = torch.nn.Sequential(torch.nn.Linear(n, m, bias=False).to(to_torch(W).dtype))
+    model: Any = None
+    for i, given in enumerate(adapters):
+        config = peft.LoraConfig(
+            r=given["r"],
+            lora_alpha=plain_number(given["alpha"]),
+            use_rslora=given.get("use_rslora", False),
+            target_modules=["0"],
+        )
+        if model is None:
+            model = peft.get_peft_model(
+                base, config, adapter_name="a0", autocast_adapter_dtype=False
+            )
+        else:
+            model.add_adapter(f"a{i}", config, autocast_adapter_dtype=False)
+    layer = model.get_submodule("base_model.model.0")
+    fill(layer.get_base_layer().weight, to_torch(W))
+    for i, given in enumerate(adapters):
+        fill(layer.lora_A[f"a{i}"].weight, to_torch(given["A"]))
+        fill(layer.lora_B[f"a{i}"].weight, to_torch(given["B"]))
     return model, layer
 
 
