@@ -24,6 +24,7 @@ from minilora import Batch, Tuning, logits, lora_linear, merge, scale, unmerge
 from minilora.adapters import Adapter, State, combine_exact, combine_linear
 from minilora.budget import adalora_scale, allocate, budget, orthogonality
 from minilora.formats.huggingface import config_to_json, read_model
+from minilora.layers import Geometry, adapted_conv
 from minilora.lora import merge_weight
 from minilora.models import Llama
 from minilora.ops import (
@@ -37,8 +38,17 @@ from minilora.ops import (
 )
 from minilora.optim import AdamState, adamw, lorafa_gradient, loraplus_rates, schedule
 from minilora.quantised import dequantise, dequantise_dynamic, quantise, quantise_dynamic
+from minilora.starts import loftq, olora, orthogonal, pissa
 from minilora.targets import all_linear, layer_of, matches, saved_in_full
-from minilora.variants import DORA, LORA_BIAS, adalora_linear, dora_linear, start
+from minilora.variants import (
+    DORA,
+    LORA_BIAS,
+    adalora_linear,
+    dora_linear,
+    lora_bias_linear,
+    merge_lora_bias,
+    start,
+)
 
 NEEDED = "the peers need it: pip install 'minilora[peers]'"
 
@@ -608,6 +618,298 @@ def test_peft_rounds_the_weights_of_a_combination_to_float32(torch, peft):
     one = np.ones((1, 1))
     A, B = combine_linear([(one, one, 1)], [root * root])
     assert B @ A == root * root > 1
+
+
+def adapted(torch, peft, base, fill=1.0, **settings):
+    """The layer that PEFT makes of base, with A and B full of one number unless it is None."""
+    model = torch.nn.ModuleDict({"q": base})
+    config = peft.LoraConfig(**{"r": 1, "lora_alpha": 1, "target_modules": ["q"]} | settings)
+    layer = peft.inject_adapter_in_model(config, model).q
+    for name, parameter in layer.named_parameters():
+        if fill is not None and ("lora_A" in name or "lora_B" in name):
+            parameter.data.fill_(fill)
+    return layer
+
+
+def convolution(torch, W, **settings):
+    """A convolution of one dimension, without bias, of the kernels W."""
+    W = torch.tensor(W)
+    m, c, k = W.shape
+    groups = settings.get("groups", 1)
+    base = torch.nn.Conv1d(c * groups, m, k, bias=False, **settings)
+    base.weight.data = W
+    return base
+
+
+def test_peft_moves_the_adapter_of_a_convolution_without_its_dilation(torch, peft):
+    """Seen in peft 0.21.2."""
+    x, W, A = np.array([[[1.0, 2, 3, 4, 5]]]), np.zeros((1, 1, 3)), np.array([[1.0, 0, 0]])
+    geometry = Geometry((3,), (1,), ((2, 2),), (2,))
+    right, _ = adapted_conv(lora_linear, x, W, None, (A, np.ones((1, 1))), 1, None, geometry)
+    assert right.tolist() == [[[0, 0, 1, 2, 3]]]
+
+    for padding in ("same", 2):
+        base = convolution(torch, W, dilation=2, padding=padding)
+        layer = adapted(torch, peft, base)
+        layer.lora_A["default"].weight.data = torch.from_numpy(A[None])
+        if padding == "same":
+            assert layer(torch.from_numpy(x)).tolist() == [[[0, 1, 2, 3, 4]]]
+        else:
+            with pytest.raises(RuntimeError, match="must match the size of tensor"):
+                layer(torch.from_numpy(x))
+        layer.merge()
+        assert layer(torch.from_numpy(x)).tolist() == right.tolist()
+
+
+def test_peft_and_lycoris_pad_the_adapter_of_a_convolution_with_zeros(torch, peft, lycoris):
+    """Seen in peft 0.21.2 and lycoris_lora 4.1.3."""
+    x, W, A = np.array([[[1.0, 2, 3]]]), np.zeros((1, 1, 3)), np.array([[1.0, 0, 0]])
+    geometry = Geometry((3,), (1,), ((1, 1),), (1,), "circular")
+    right, _ = adapted_conv(lora_linear, x, W, None, (A, np.ones((1, 1))), 1, None, geometry)
+    assert right.tolist() == [[[3, 1, 2]]]
+
+    base = convolution(torch, W, padding=1, padding_mode="circular")
+    other = lycoris.modules.locon.LoConModule("q", base, lora_dim=1).double()
+    other.lora_down.weight.data = torch.from_numpy(A[None])
+    other.lora_up.weight.data.fill_(1)
+    layer = adapted(torch, peft, base)
+    layer.lora_A["default"].weight.data = torch.from_numpy(A[None])
+    for found in (layer, other):
+        assert found(torch.from_numpy(x)).tolist() == [[[0, 1, 2]]]
+    layer.merge()
+    assert layer(torch.from_numpy(x)).tolist() == right.tolist()
+
+
+def test_peft_pads_the_base_of_a_dora_convolution_with_zeros_in_training(torch, peft):
+    """Seen in peft 0.21.2."""
+    x, W = np.array([[[1.0, 2, 3]]]), np.array([[[1.0, 0, 0]]])
+    geometry = Geometry((3,), (1,), ((1, 1),), (1,), "circular")
+    P = np.zeros((1, 3)), np.ones((1, 1)), np.array([[2.0]])
+    right, _ = adapted_conv(dora_linear, x, W, None, P, 1, np.ones_like(x), geometry)
+    assert right.tolist() == [[[6, 2, 4]]]
+
+    base = convolution(torch, W, padding=1, padding_mode="circular")
+    layer = adapted(torch, peft, base, use_dora=True, lora_dropout=0.5)
+    layer.lora_A["default"].weight.data.fill_(0)
+    layer.lora_magnitude_vector["default"].weight.data.fill_(2)
+    layer.lora_dropout["default"].p = 0.0
+    assert layer.train()(torch.from_numpy(x)).tolist() == [[[3, 2, 4]]]
+    assert layer.eval()(torch.from_numpy(x)).tolist() == right.tolist()
+
+
+def test_peft_takes_doras_norms_of_another_matrix_in_groups(torch, peft):
+    """Seen in peft 0.21.2."""
+    x, W = np.array([[[1.0]], [[1.0]]]), np.full((2, 1, 1), 3.0)
+    A, B, m = np.array([[0.0, 4], [0, 0]]), np.ones((2, 1)), np.array([[15.0], [21]])
+    geometry = Geometry((1,), (1,), ((0, 0),), (1,))
+    right, _ = adapted_conv(dora_linear, x, W, None, (A, B, m), 1, None, geometry, groups=2)
+    V = np.array([[3, 4], [0, 3]])  # of norms 5 and 3
+    assert (right[:, 0] == m / [[5], [3]] * V @ x[:, 0]).all()
+
+    base = convolution(torch, W, groups=2)
+    with pytest.warns(UserWarning, match="Merging is not supported"):
+        layer = adapted(torch, peft, base, r=2, lora_alpha=2, use_dora=True)
+    layer.lora_A["default"].weight.data = torch.from_numpy(A[:, :, None])
+    layer.lora_magnitude_vector["default"].weight.data = torch.from_numpy(m[None])
+    found = layer(torch.from_numpy(x.transpose(1, 0, 2)))
+    assert found.ravel().tolist() == (m / [[3], [7]] * V @ x[:, 0]).ravel().tolist()
+
+
+def test_peft_starts_olora_from_the_transpose_of_a_weight_stored_in_out(torch, transformers, peft):
+    """Seen in peft 0.21.2."""
+    W, x = np.array([[0, 1], [4, 0]], np.float32), np.array([[1], [0]], np.float32)
+    right, _ = linear(x, W)
+    R, A, B = olora(W, 1, 1)
+    assert same(lora_linear(x, R, None, A, B, 1)[0], right)
+
+    def started(W):
+        base = transformers.pytorch_utils.Conv1D(*W.shape)
+        base.weight.data = torch.from_numpy(W.T.copy())
+        settings = {"init_lora_weights": "olora", "fan_in_fan_out": True}
+        return adapted(torch, peft, base, fill=None, **settings)
+
+    assert right.T.tolist() == [[0, 4]]
+    assert started(W)(torch.from_numpy(x.T)).tolist() == [[0, 5]]
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        started(np.ones((2, 3), np.float32))(torch.ones(1, 3))
+
+
+def test_peft_starts_an_embedding_as_lora_whatever_start_is_asked_for(torch, peft):
+    """Seen in peft 0.21.2."""
+    E = np.array([[4, 0, 0], [0, 1, 0]], np.float32)
+    R, A, B = pissa(E.T, 1, 1)
+    assert (R != E.T).any()
+    assert A.any()
+    assert B.any()
+    for init in ("pissa", "olora", "orthogonal", "gaussian"):
+        base = torch.nn.Embedding(2, 3)
+        base.weight.data = torch.from_numpy(E.copy())
+        layer = adapted(torch, peft, base, fill=None, r=2, init_lora_weights=init)
+        assert same(layer.weight.detach(), E)
+        assert not layer.lora_embedding_A["default"].any()
+
+
+def test_peft_takes_pissas_part_out_of_the_embedding_that_is_tied_to_a_head(torch, peft):
+    """Seen in peft 0.21.2."""
+    W, ids = np.array([[4, 0], [0, 1]], np.float32), np.array([0])
+    embed, head = torch.nn.Embedding(2, 2), torch.nn.Linear(2, 2, bias=False)
+    embed.weight.data = torch.from_numpy(W.copy())
+    head.weight = embed.weight
+    h, _ = embedding(ids, W)
+    right, _ = linear(h, W)
+    assert head(embed(torch.from_numpy(ids))).tolist() == right.T.tolist() == [[16, 0]]
+
+    R, A, B = pissa(W, 1, 1)
+    assert same(lora_linear(h, R, None, A, B, 1)[0], right)
+    layer = adapted(torch, peft, head, fill=None, init_lora_weights="pissa")
+    assert layer(torch.from_numpy(h.T)).tolist() == right.T.tolist()
+    assert layer(embed(torch.from_numpy(ids))).tolist() == [[0, 0]]
+
+
+def experts(torch, W, transposed):
+    """A module of one parameter W (e, out, in), or (e, in, out) if transposed; all add up."""
+
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.is_transposed = transposed
+            self.weight = torch.nn.Parameter(torch.tensor(W))
+
+        def forward(self, x):
+            return sum(x @ (w if self.is_transposed else w.T) for w in self.weight)
+
+    return Experts()
+
+
+PARAMETER = {"target_modules": [], "target_parameters": ["q.weight"]}
+
+
+def test_peft_adds_the_transpose_to_the_only_expert_of_a_weight_stored_in_out(torch, peft):
+    """Seen in peft 0.21.2."""
+    x, A, B = np.array([[1.0], [0]]), np.array([[1.0, 0]]), np.array([[0.0], [1]])
+    right, _ = lora_linear(x, np.zeros((2, 2)), None, A, B, 1)
+    assert right.T.tolist() == [[0, 1]]
+
+    def found(count):
+        base = experts(torch, np.zeros((count, 2, 2)), transposed=True)
+        layer = adapted(torch, peft, base, fill=0.0, **PARAMETER)
+        layer.lora_A["default"].weight.data[:1] = torch.from_numpy(A)
+        layer.lora_B["default"].weight.data[:, :1] = torch.from_numpy(B)
+        return layer(torch.from_numpy(x.T)).tolist()
+
+    assert found(count=2) == right.T.tolist()
+    assert found(count=1) == [[0, 0]]
+    layer = adapted(torch, peft, experts(torch, np.zeros((1, 3, 2)), transposed=True), **PARAMETER)
+    with pytest.raises(RuntimeError, match="must match the size of tensor"):
+        layer(torch.ones(1, 3, dtype=torch.float64))
+
+
+def test_peft_gives_experts_that_start_orthogonal_a_share_of_the_rank_and_no_zero(torch, peft):
+    """Seen in peft 0.21.2."""
+    base = experts(torch, np.zeros((2, 3, 3)), transposed=False)
+    settings = {"r": 2, "init_lora_weights": "orthogonal", **PARAMETER}
+    layer = adapted(torch, peft, base, fill=None, **settings)
+    assert layer.lora_A["default"].weight.shape == (2, 3)
+    plain = adapted(torch, peft, base, fill=None, r=2, **PARAMETER)
+    assert plain.lora_A["default"].weight.shape == (4, 3)  # two rows for each of two experts
+    for delta in layer.get_delta_weight("default").detach().numpy():
+        assert abs(delta).max() > 0
+        assert np.linalg.matrix_rank(delta) == 1
+    A, B = orthogonal(np.random.default_rng(0), 2, 3, 3)
+    # Rows of a computed Q are orthogonal up to γ(8 r²) (Higham 2002, theorem 19.4), A and B round.
+    bound = (8 * 2**2 + 8) * 2**-52
+    assert abs(B @ A).max() <= bound * np.linalg.norm(B) * np.linalg.norm(A)
+
+
+def test_peft_leaves_the_weight_merged_where_it_refuses_to_merge(torch, peft):
+    """Seen in peft 0.21.2."""
+
+    def refused(safe):
+        base = torch.nn.Linear(1, 1, bias=False)
+        base.weight.data.fill_(1)
+        with pytest.warns(UserWarning, match="merging LoRA weights won't be possible"):
+            layer = adapted(torch, peft, base, lora_bias=True)
+        assert layer(torch.ones(1, 1)) == right
+        with pytest.raises(RuntimeError, match="Impossible to merge"):
+            layer.merge(safe_merge=safe)
+        assert not layer.merged
+        return layer(torch.ones(1, 1))
+
+    one = np.ones((1, 1))
+    right, _ = lora_bias_linear(one, one, None, one, one, one, 1)
+    assert refused(safe=True) == right == 3
+    assert refused(safe=False) == 4
+    assert merge_lora_bias(one, None, one, one, one, 1) == (2, 1)  # a bias of its own
+
+
+def test_peft_shortens_lora_a_in_the_forward_of_an_embedding_with_max_norm(torch, peft):
+    """Seen in peft 0.21.2."""
+    layer = adapted(torch, peft, torch.nn.Embedding(1, 1, max_norm=1.0), fill=None)
+    layer.weight.data.fill_(0)
+    layer.lora_embedding_A["default"].data.fill_(2)
+    layer.lora_embedding_B["default"].data.fill_(0.5)
+    row = merge_weight(*(np.array([[value]]) for value in (0.0, 2.0, 0.5)), 1)
+    right, _ = embedding(np.array([0]), row)
+    assert right == 1  # no longer than max_norm
+    assert layer(torch.tensor([0])).item() < right
+    assert layer.lora_embedding_A["default"] < 2
+
+
+@pytest.fixture
+def without_gpu(torch, bitsandbytes, monkeypatch):
+    """LoftQ's start in PEFT asks for a GPU, come what may: here that is the CPU."""
+    for kind in (torch.Tensor, bitsandbytes.nn.Params4bit):
+
+        def to(tensor, *at, to=kind.to, **named):
+            named |= {"device": "cpu"} if named.get("device") == "cuda" else {}
+            return to(tensor, *("cpu" if place == "cuda" else place for place in at), **named)
+
+        monkeypatch.setattr(kind, "to", to)
+
+
+LOFTQ = {"init_lora_weights": "loftq", "fill": None}
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_peft_starts_loftq_without_its_scale(torch, peft):
+    """Seen in peft 0.21.2."""
+    W = np.zeros((1, 64), np.float32)
+    W[0, :2] = 1, 2**-6  # NF4 has the first, and 0 for the second
+    x = np.float32(W.T != 0)
+
+    def found(alpha):
+        base = torch.nn.Linear(64, 1, bias=False)
+        base.weight.data = torch.from_numpy(W.copy())
+        settings = {"lora_alpha": alpha, "loftq_config": peft.LoftQConfig()}
+        return adapted(torch, peft, base, **LOFTQ, **settings)(torch.from_numpy(x.T))
+
+    right, _ = linear(x, W)
+    assert found(alpha=1) == right == 1 + 2**-6
+    assert found(alpha=4) == 1 + 4 * 2**-6
+    Q, A, B = loftq(W, 1, 4, lambda M: dequantise(quantise(M, "nf4")))
+    assert lora_linear(x, Q, None, A, B, 4)[0] == right
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_peft_starts_loftq_from_the_transpose_of_a_weight_stored_in_out(torch, transformers, peft):
+    """Seen in peft 0.21.2."""
+    base = transformers.pytorch_utils.Conv1D(3, 64)
+    settings = {"fan_in_fan_out": True, "loftq_config": peft.LoftQConfig()}
+    layer = adapted(torch, peft, base, **LOFTQ, **settings)
+    A, B = (getattr(layer, f"lora_{end}")["default"].weight for end in "AB")
+    assert (A.shape, B.shape) == ((1, 3), (64, 1))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(torch.ones(1, 64))
+    _, A, B = loftq(np.ones((3, 64), np.float32), 1, 1, lambda M: M)
+    assert (A.shape, B.shape) == ((1, 64), (3, 1))
+
+
+def test_peft_fails_to_start_loftq_in_convolutions_and_embeddings(torch, peft):
+    """Seen in peft 0.21.2."""
+    settings = {"loftq_config": peft.LoftQConfig()}
+    for base in (torch.nn.Conv1d(1, 1, 1), torch.nn.Embedding(1, 1)):
+        with pytest.raises(TypeError, match="missing 1 required positional argument: 'config'"):
+            adapted(torch, peft, base, **LOFTQ, **settings)
 
 
 def test_peft_and_loralib_do_not_restore_a_weight_by_unmerging(torch, peft, loralib):
