@@ -40,7 +40,8 @@ class Cell:
 
     ``laws``: for each law whether it held, in all cases, None where it says nothing; ``expected``
     is what the registry says. ``step``: the worst relative error against a complex step.
-    ``library``: its name, release and deviation, or the reason for none; ``file`` likewise.
+    ``library``: its name, its release and what it was asked, with its deviation, or the reason for
+    none; ``file`` likewise.
     """
 
     entry: str
@@ -106,12 +107,13 @@ NOT_ASKED = "not asked for"
 
 
 def _library(entry: str, kind: str, seed: int) -> tuple[str | None, float | None, str | None]:
-    if find_spec("torch") is None or find_spec("peft") is None:
-        return None, None, "the peers are not installed: python -m pip install '.[peers]'"
+    needed = ("torch", "peft", "loralib", "transformers")
+    if missing := [name for name in needed if find_spec(name) is None]:
+        return None, None, f"{', '.join(missing)} not installed: pip install 'minilora[peers]'"
     from minilora.verify.peers.layers import deviation
 
     found = deviation(entry, kind, seed)
-    return found.library, found.figure, found.reason
+    return (None, None, found.by) if found.worst is None else (found.by, found.worst, None)
 
 
 def _file(case: Case) -> tuple[str | None, str | None]:
@@ -190,7 +192,7 @@ def rows_of(table: Sequence[Cell]) -> tuple[list[tuple[str, ...]], Notes]:
         deviation = (
             notes.mark(c.no_library or "")
             if c.deviation is None
-            else f"{c.deviation:.1e} {c.library}"
+            else f"{c.deviation:.1e} {notes.mark(c.library or '')}"
         )
         lines.append(
             (
