@@ -58,8 +58,21 @@ NONE = {
     ("vera", "experts"): "TypeError: VeraConfig.__init__() got an unexpected keyword argument",
     ("adalora", "experts"): "TypeError: AdaLoraModel._create_and_replace() got an unexpected",
     ("olora", "transposed"): "makes A (2, 3) where it needs (2, 5)",
+    ("loftq", "transposed"): "makes A (2, 3) where it needs (2, 5)",
 }
 """The cells that no library has, and why: by its own error, or what it makes instead."""
+
+
+NO_MERGE = {
+    **{
+        ("alora", kind): "NotImplementedError: aLoRA does not support merging."
+        for kind in ("linear", "transposed", "fused", "tied")
+    },
+    ("lora-bias", "tied"): "RuntimeError: Impossible to merge LoRA with `lora_bias=True`",
+}
+"""What is compared and not merged: an activated adapter, and a bias where the base has none."""
+
+COMPARED = [cell for cell in CELLS if cell not in NONE]
 
 
 def needs(entry):
@@ -67,7 +80,7 @@ def needs(entry):
         pytest.importorskip("lycoris", reason="pip install lycoris-lora")
 
 
-@pytest.mark.parametrize(("entry", "kind"), [cell for cell in CELLS if cell not in NONE])
+@pytest.mark.parametrize(("entry", "kind"), COMPARED)
 def test_a_variant_on_a_kind_of_layer_is_the_librarys(entry, kind):
     needs(entry)
     for seed, square in ((0, False), (1, True)):
@@ -78,14 +91,31 @@ def test_a_variant_on_a_kind_of_layer_is_the_librarys(entry, kind):
 
 @pytest.mark.parametrize(("entry", "kind"), NONE)
 def test_what_no_library_has_it_refuses_still(entry, kind):
+    """Seen in peft 0.21.2 and lycoris_lora 4.1.3."""
     needs(entry)
-    found = deviation(entry, kind)
-    assert found.worst is None
-    assert NONE[entry, kind] in found.by
+    for compare in (deviation, peers.merge_deviation):
+        found = compare(entry, kind)
+        assert found.worst is None
+        assert NONE[entry, kind] in found.by
+
+
+@pytest.mark.parametrize(("entry", "kind"), COMPARED)
+def test_the_merged_weight_is_the_librarys(entry, kind):
+    """Seen in peft 0.21.2 and lycoris_lora 4.1.3."""
+    needs(entry)
+    for seed, square in ((0, False), (1, True)):
+        found = peers.merge_deviation(entry, kind, seed, square)
+        if (entry, kind) in NO_MERGE:
+            assert found.worst is None
+            assert NO_MERGE[entry, kind] in found.by
+        else:
+            record_worst("merged variants against the libraries", found.worst)
+            assert found.worst <= GRADIENT, found.by
 
 
 def test_every_cell_is_compared_or_refused():
     assert NONE.keys() < set(CELLS)
+    assert NO_MERGE.keys() < set(COMPARED)
 
 
 def test_second_opinions_are_asked():
@@ -93,9 +123,13 @@ def test_second_opinions_are_asked():
         assert "loralib" in deviation("lora", kind).by
     assert "loralib" in deviation("lora", "fused", square=True).by
     assert "loralib" not in deviation("lora", "fused").by  # its parts are of one size
+
+
+def test_convolutions_with_dilation_are_compared_with_lycoris():
+    needs("dora-full")
     for kind in ("conv1", "conv2"):
-        needs("dora-full")
-        assert "lycoris" in deviation("lora", kind).by
+        for entry in ("lora", "dora-full"):
+            assert "lycoris" in deviation(entry, kind).by
 
 
 def test_convolutions_are_compared_in_every_padding_mode():
@@ -114,9 +148,18 @@ OFF = 1 + 1e-11
 OWN = ("lora", "lora-bias", "dora", "dora-full", "vera", "adalora", "alora")
 
 
-@pytest.mark.parametrize(
-    ("entry", "kind"), [cell for cell in CELLS if cell[0] in OWN and cell not in NONE]
-)
+@pytest.mark.parametrize(("entry", "kind"), [cell for cell in COMPARED if cell[0] in OWN])
+def test_another_scale_is_not_merged_by_the_library(entry, kind):
+    needs(entry)
+
+    def wrong(case):
+        return replace(case, s=case.s * OFF).merged()
+
+    if (entry, kind) not in NO_MERGE:
+        assert peers.merge_deviation(entry, kind, ours=wrong).worst > GRADIENT
+
+
+@pytest.mark.parametrize(("entry", "kind"), [cell for cell in COMPARED if cell[0] in OWN])
 def test_another_scale_and_other_parameters_are_not_the_librarys(entry, kind):
     needs(entry)
     seen = deviation(entry, kind, ours=lambda case: answers(replace(case, s=case.s * OFF)))

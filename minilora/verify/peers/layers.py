@@ -29,8 +29,8 @@ from minilora.verify.peers._torch import GivenMask, fill, plain_number, to_numpy
 Answers = tuple[np.ndarray, Any, list[dict[str, np.ndarray]]]
 """y, dx (None where x are row numbers), and the gradients of each matrix's parameters by name."""
 
-Side = Callable[[Case, np.random.Generator], tuple[Case, Answers, str]]
-"""The case as a library can have it, the library's answers, and how it was asked."""
+Base = tuple[np.ndarray, np.ndarray | None]
+"""W as the kind of layer stores it, and b (None without)."""
 
 P = 0.25
 """The probability of dropout behind the multipliers that `minilora.laws` draws."""
@@ -53,6 +53,22 @@ class Deviation:
     by: str
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The case as a library can have it, and what the library makes of it.
+
+    ``merged`` merges, and refuses with `Unsupported`; ``by`` says how the library was asked.
+    """
+
+    case: Case
+    answers: Answers
+    merged: Callable[[], Base]
+    by: str
+
+
+Side = Callable[[Case, np.random.Generator], Asked]
+
+
 def deviation(
     entry: str,
     kind: str,
@@ -66,17 +82,49 @@ def deviation(
     answers in minilora's place: the place for something wrong. What is not the library's, dropout
     or a geometry, is left out on both sides, and ``by`` says so.
     """
+
+    def error(asked: Asked) -> float:
+        y, dx, dP = ours(asked.case)
+        y2, dx2, dP2 = asked.answers
+        pairs = [(y, y2), (dx, dx2)]
+        for found, wanted in zip(dP, dP2, strict=True):
+            pairs += [(found[name], wanted[name]) for name in wanted]
+        return max(_error(asked.case, *pair) for pair in pairs)
+
+    return _greatest(entry, kind, seed, square, error)
+
+
+def merge_deviation(
+    entry: str,
+    kind: str,
+    seed: int = 0,
+    square: bool = False,
+    ours: Callable[[Case], Case] = Case.merged,
+) -> Deviation:
+    """The greatest deviation of the merged weight and bias, likewise."""
+
+    def error(asked: Asked) -> float:
+        W, b = asked.merged()
+        merged = ours(asked.case.still())
+        return max(_error(asked.case, merged.W, W), _error(asked.case, merged.b, b))
+
+    return _greatest(entry, kind, seed, square, error)
+
+
+def _greatest(
+    entry: str, kind: str, seed: int, square: bool, error: Callable[[Asked], float]
+) -> Deviation:
     worst, names, reasons = 0.0, [], []
     for side in _sides(entry, kind):
         rng = np.random.default_rng(seed)
         case = draw_case(entry, kind, rng, exact=False, square=square)
         try:
-            fitted, theirs, name = side(case, rng)
+            asked = side(case, rng)
+            worst = max(worst, error(asked))
         except Unsupported as reason:
             reasons.append(str(reason))
         else:
-            worst = max(worst, _error(fitted, ours(fitted), theirs))
-            names.append(name)
+            names.append(asked.by)
     if names:
         return Deviation(worst, "; ".join(dict.fromkeys(names)))
     return Deviation(None, "; ".join(dict.fromkeys(reasons)))
@@ -91,22 +139,16 @@ def _sides(entry: str, kind: str) -> list[Side]:
     return [*_PEFT.get(kind, [_peft]), *second.get(kind, [_loralib])]
 
 
-def _error(case: Case, ours: Answers, theirs: Answers) -> float:
-    arrays = [case.W, case.dy, *(p for part in case.P for p in part)]
+def _error(case: Case, found: Any, wanted: Any) -> float:
+    """The greatest difference, relative to the greatest entry of ``wanted`` or of the case."""
+    if found is None and wanted is None:
+        return 0.0
+    if found.shape != wanted.shape:
+        raise ValueError(f"found shape {found.shape}, the library's is {wanted.shape}")
+    arrays = [wanted, case.W, case.dy, *(p for part in case.P for p in part)]
     arrays += [case.x] if case.x.dtype.kind == "f" else []
-    floor = max(float(abs(array).max()) for array in arrays)
-
-    def error(found: Any, wanted: Any) -> float:
-        if found is None and wanted is None:
-            return 0.0
-        if found.shape != wanted.shape:
-            raise ValueError(f"found shape {found.shape}, the library's is {wanted.shape}")
-        return float(abs(found - wanted).max() / max(float(abs(wanted).max()), floor))
-
-    pairs = [(ours[0], theirs[0]), (ours[1], theirs[1])]
-    for found, wanted in zip(ours[2], theirs[2], strict=True):
-        pairs += [(found[name], wanted[name]) for name in wanted]
-    return max(error(*pair) for pair in pairs)
+    error = float(abs(found - wanted).max() / max(float(abs(array).max()) for array in arrays))
+    return error if np.isfinite(error) else np.inf
 
 
 @contextmanager
@@ -190,6 +232,13 @@ def _fill_base(case: Case, layer: torch.nn.Module) -> None:
     fill(layer.weight, to_torch(W))
     if case.b is not None:
         fill(layer.bias, to_torch(case.b.reshape(layer.bias.shape)))
+
+
+def _base(case: Case, layer: torch.nn.Module) -> Base:
+    """What `_fill_base` puts in, taken out again."""
+    W, b = to_numpy(layer.weight), getattr(layer, "bias", None)
+    W = W.transpose(0, 2, 1) if getattr(layer, "is_transposed", False) else W
+    return W, None if b is None or case.b is None else to_numpy(b).reshape(case.b.shape)
 
 
 def _padded(x: torch.Tensor, geometry: Geometry) -> torch.Tensor:
@@ -353,9 +402,12 @@ def _injected(case: Case, model: torch.nn.ModuleDict, p: float) -> tuple[Any, st
     else:
         try:
             peft.inject_adapter_in_model(config, model)
-        except (AssertionError, RuntimeError) as error:
-            if "CUDA" not in str(error) and "NVIDIA" not in str(error):
+        except (AssertionError, RuntimeError, ValueError) as error:
+            if not any(word in str(error) for word in ("CUDA", "NVIDIA", "bitsandbytes")):
                 raise
+            if isinstance(layer, Conv1D) and layer.nf != layer.nx:  # what it would come to
+                found, wanted = (case.r, layer.nf), (case.r, layer.nx)
+                raise Unsupported(f"{PEFT} makes A {found} where it needs {wanted}") from error
             note = ", after its start, which needs a GPU"  # LoftQ's; what follows is LoRA
             config.init_lora_weights = True
             model["layer"] = layer
@@ -368,9 +420,7 @@ def _injected(case: Case, model: torch.nn.ModuleDict, p: float) -> tuple[Any, st
     return injected, note
 
 
-def _peft(
-    case: Case, rng: np.random.Generator, transposed: bool = False
-) -> tuple[Case, Answers, str]:
+def _peft(case: Case, rng: np.random.Generator, transposed: bool = False) -> Asked:
     if case.kind == "fused":
         return _apart(case, rng)
     if case.variant is VERA:
@@ -398,40 +448,52 @@ def _peft(
         how = ", s = 1" if case.variant is VERA else ", s = alpha/(r + 1e-5)"
     if case.kind == "experts":
         how += " (experts, in, out)" if transposed else " (experts, out, in)"
-    return case, _answers(case, model, layer, tensors, unpack), PEFT + how
+
+    def merged() -> Base:
+        with _asking(PEFT):
+            layer.merge()
+        return _base(case, layer.get_base_layer())
+
+    return Asked(case, _answers(case, model, layer, tensors, unpack), merged, PEFT + how)
 
 
-def _peft_transposed(case: Case, rng: np.random.Generator) -> tuple[Case, Answers, str]:
+def _peft_transposed(case: Case, rng: np.random.Generator) -> Asked:
     return _peft(case, rng, transposed=True)
 
 
-def _peft_unscaled(case: Case, rng: np.random.Generator) -> tuple[Case, Answers, str]:
+def _peft_unscaled(case: Case, rng: np.random.Generator) -> Asked:
     return _peft(replace(case, extra={"factor": 1.0}), rng)
 
 
-def _apart(
-    case: Case, rng: np.random.Generator, side: Side | None = None
-) -> tuple[Case, Answers, str]:
+def _apart(case: Case, rng: np.random.Generator, side: Side | None = None) -> Asked:
     """The fused layer's parts as layers of their own, Q and V adapted: no library has it fused."""
     q, k, _ = case.extra["rows"]
     rows = [slice(q), slice(q, q + k), slice(q + k, None)]
     biases = [None if case.b is None else case.b[i] for i in rows]
-    found, scale, name = [], case.s, ""
+    parts = []
     for i, P_i in zip((0, 2), case.P, strict=True):
-        part = replace(
-            case, kind="linear", W=case.W[rows[i]], b=biases[i], P=(P_i,), dy=case.dy[rows[i]],
-            extra={},
-        )  # fmt: skip
-        part, theirs, name = (side or _peft)(part, rng)
-        scale, K = part.s, part.K
-        found.append(theirs)
-    (yq, dxq, dq), (yv, dxv, dv) = found
-    base = F.linear(to_torch(case.x).mT, to_torch(case.W[rows[1]]))
-    yk = to_numpy(base.mT) + (0 if biases[1] is None else biases[1])
-    dxk = to_numpy(to_torch(case.W[rows[1]]).mT @ to_torch(case.dy[rows[1]]))
-    y = np.concatenate([yq, yk, yv])
-    case = replace(case, s=scale, K=K)
-    return case, (y, dxq + dxk + dxv, dq + dv), f"{name}, each part a layer of its own"
+        own: dict[str, Any] = {
+            "W": case.W[rows[i]],
+            "b": biases[i],
+            "P": (P_i,),
+            "dy": case.dy[rows[i]],
+        }
+        part = replace(case, kind="linear", extra={}, **own)
+        parts.append((side or _peft)(part, rng))
+    (yq, dxq, dq), (yv, dxv, dv) = (part.answers for part in parts)
+    W, dy = to_torch(case.W[rows[1]]), to_torch(case.dy[rows[1]])
+    yk = to_numpy(W @ to_torch(case.x)) + (0 if biases[1] is None else biases[1])
+    answers = np.concatenate([yq, yk, yv]), dxq + to_numpy(W.mT @ dy) + dxv, dq + dv
+
+    def merged() -> Base:
+        (Wq, bq), (Wv, bv) = (part.merged() for part in parts)
+        W = np.concatenate([Wq, case.W[rows[1]], Wv])
+        if bq is None or bv is None or biases[1] is None:
+            return W, None
+        return W, np.concatenate([bq, biases[1], bv])
+
+    case = replace(case, s=parts[0].case.s, K=parts[0].case.K)
+    return Asked(case, answers, merged, f"{parts[0].by}, each part a layer of its own")
 
 
 def _moved(case: Case, rng: np.random.Generator, plain: bool, groups: bool) -> Case:
@@ -446,16 +508,21 @@ def _moved(case: Case, rng: np.random.Generator, plain: bool, groups: bool) -> C
     return replace(case, dy=dy, extra=case.extra | {"geometry": geometry})
 
 
-def _peft_conv(case: Case, rng: np.random.Generator) -> tuple[Case, Answers, str]:
+def _peft_conv(case: Case, rng: np.random.Generator, groups: bool = True) -> Asked:
     """Padding stands before the layer: PEFT's A knows no padding mode, and nothing of dilation."""
     lora = case.variant is not ADALORA
-    groups = lora and "magnitude" not in case.variant.parts  # AdaLoRA fails, DoRA takes other norms
-    case, theirs, name = _peft(_moved(case, rng, plain=lora, groups=groups), rng)
+    # In groups AdaLoRA fails, and DoRA takes the norms of another matrix.
+    groups = groups and lora and "magnitude" not in case.variant.parts
+    asked = _peft(_moved(case, rng, plain=lora, groups=groups), rng)
     left_out = [*(["dilation"] if lora else []), *([] if groups else ["groups"])]
-    return case, theirs, f"{name}, without {' and '.join(left_out)}"
+    return replace(asked, by=f"{asked.by}, without {' and '.join(left_out)}")
 
 
-def _loralib(case: Case, rng: np.random.Generator) -> tuple[Case, Answers, str]:
+def _peft_whole_conv(case: Case, rng: np.random.Generator) -> Asked:
+    return _peft_conv(case, rng, groups=False)
+
+
+def _loralib(case: Case, rng: np.random.Generator) -> Asked:
     ranks: dict[str, Any] = {"r": case.r, "lora_alpha": plain_number(case.alpha)}
     ranks["merge_weights"] = False
     name = LORALIB
@@ -483,10 +550,15 @@ def _loralib(case: Case, rng: np.random.Generator) -> tuple[Case, Answers, str]:
     def unpack(name: str, gradient: np.ndarray) -> list[np.ndarray]:
         return np.split(gradient, len(case.P))
 
-    return case, _answers(case, model, layer, tensors, unpack), name
+    def merged() -> Base:
+        layer.merge_weights = True
+        layer.eval()
+        return _base(case, layer)
+
+    return Asked(case, _answers(case, model, layer, tensors, unpack), merged, name)
 
 
-def _lycoris(case: Case, rng: np.random.Generator) -> tuple[Case, Answers, str]:
+def _lycoris(case: Case, rng: np.random.Generator) -> Asked:
     """LyCORIS rebuilds W' in each forward; what it drops is no input, so nothing is dropped."""
     if case.kind == "fused":
         return _apart(case, rng, _lycoris)
@@ -514,8 +586,13 @@ def _lycoris(case: Case, rng: np.random.Generator) -> tuple[Case, Answers, str]:
     tensors |= {"magnitude": layer.dora_scale} if decomposed else {}
     unpack = _fill_parts(case, tensors)
     groups = " and groups" if "geometry" in case.extra else ""
+
+    def merged() -> Base:
+        layer.merge_to()
+        return _base(case, model["layer"])
+
     how = f"{library}, without dropout{groups}"
-    return case, _answers(case, model, layer, tensors, unpack), how
+    return Asked(case, _answers(case, model, layer, tensors, unpack), merged, how)
 
 
 def peft_start(
@@ -548,7 +625,7 @@ def peft_start(
 _PEFT: dict[str, list[Side]] = {
     "embedding": [_peft, _peft_unscaled],
     "experts": [_peft, _peft_transposed],
-    "conv1": [_peft_conv],
-    "conv2": [_peft_conv],
+    "conv1": [_peft_conv, _peft_whole_conv],
+    "conv2": [_peft_conv, _peft_whole_conv],
 }
 """How PEFT is asked about a kind, where it is not plainly."""
