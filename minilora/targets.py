@@ -13,8 +13,8 @@ import numpy as np
 
 from minilora.budget import adalora_scale
 from minilora.layers import twin
-from minilora.lora import LORA, TABLES, Tuning, Weights, scale, weight_of
-from minilora.ops import Array
+from minilora.lora import LORA, TABLES, Tuning, Variant, Weights, scale, weight_of
+from minilora.ops import Array, Back
 from minilora.starts import STARTS, draw_vera, vera_part
 from minilora.variants import (
     ADALORA,
@@ -25,6 +25,23 @@ from minilora.variants import (
     part_shapes,
     start,
 )
+
+
+def _alora_linear(
+    x: Array, W: Array, b: Array | None, A: Array, B: Array, s: Any, K: Array | None = None
+) -> tuple[Array, Back]:
+    """LoRA's y, once K says on which tokens it acts."""
+    if K is None:
+        raise ValueError("aLoRA acts from its invocation on: give the batch's tuning, by invoked")
+    return LORA.linear(x, W, b, A, B, s, K)
+
+
+def _merge_alora(*parts: Any) -> tuple[Array, Array | None]:
+    raise ValueError("aLoRA acts on some tokens only, and a weight on all: it has no merge")
+
+
+ALORA = Variant(("A", "B"), _alora_linear, _merge_alora)
+"""LoRA's equation for aLoRA, which refuses to act where no batch's tokens are given."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +105,7 @@ class Lora:
         if (self.variant == "alora") != bool(self.invocation):
             expected = "the tokens of aLoRA's invocation, and none for another variant"
             raise ValueError(f"invocation {list(self.invocation)}: expected {expected}")
-        if self.tie and (entry.variant != LORA or self.variant == "alora"):
+        if self.tie and self.equation != LORA:
             raise ValueError(f"tie: factors are shared by LoRA itself only, not {self.variant!r}")
         shared = {"rslora": "no rsLoRA's scale", "alpha_pattern": "one scale for all modules"}
         shared |= {"rank_pattern": "one rank for all modules"} if entry.variant == VERA else {}
@@ -100,6 +117,11 @@ class Lora:
     def entry(self) -> Entry:
         """The variant in the registry."""
         return REGISTRY[self.variant]
+
+    @property
+    def equation(self) -> Variant:
+        """What the adapted modules compute: the entry's, or :data:`ALORA`."""
+        return ALORA if self.variant == "alora" else self.entry.variant
 
 
 @dataclass(frozen=True)
@@ -349,14 +371,14 @@ def adapt(
         beside |= {name for name in W if name.endswith(".bias")}
     if lora.bias == "lora_only":
         beside |= {f"{at}.bias" for at in choice.rank if f"{at}.bias" in W}
-    variants = {} if variant == LORA else dict.fromkeys(choice.rank, variant)
+    variants = {} if lora.equation == LORA else dict.fromkeys(choice.rank, lora.equation)
     return {**W, **changed}, Tuning(scale=s, trained=choice.trained() | beside, variant=variants)
 
 
 def _check_tables(W: Weights, lora: Lora, choice: Choice) -> None:
     """Refuse what a table, a tied head or a replicated model cannot have."""
     entry = lora.entry
-    plain = {"A", "B"} <= {*entry.trained} <= {"A", "B", "magnitude"} and lora.variant != "alora"
+    plain = {"A", "B"} <= {*entry.trained} <= {"A", "B", "magnitude"} and lora.equation != ALORA
     for at in TABLES:
         if at in choice.rank and not plain:
             raise ValueError(f"{at} is a table: it has no adapter of the variant {lora.variant!r}")
