@@ -62,6 +62,7 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_verify(commands)
     _add_variants(commands)
+    _add_selftest(commands)
     return parser
 
 
@@ -115,6 +116,59 @@ def _add_variants(commands: argparse._SubParsersAction[_Parser]) -> None:
     add("--no-library", action="store_true", help="do not ask the real libraries")
     add("--json", metavar="FILE", help="write the table as JSON")
     add("--markdown", metavar="FILE", help="write the table as Markdown")
+
+
+def _add_selftest(commands: argparse._SubParsersAction[_Parser]) -> None:
+    selftest = commands.add_parser(
+        "selftest",
+        help="check the checks, by every known misreading of the equations",
+        description="Puts every misreading of the catalogue to the checks, each of which must be "
+        "caught, and many cases of implementations that are right, none of which may be. Exit "
+        "status: 0 all is well, 1 a rate falls short, 2 wrong usage.",
+        allow_abbrev=False,
+    )
+    selftest.set_defaults(run=_selftest, parser=selftest)
+    add = selftest.add_argument
+    add("--level", action="append", metavar="LEVEL", help="only this level; repeatable, or a,b")
+    add("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable, or a,b")
+    add("--seed", type=int, default=0, metavar="N", help="draws other cases (default: 0)")
+    add("--cases", type=int, metavar="N", help="cases of what is right, in each dtype")
+    add("--quick", action="store_true", help="one misreading of each class, and fewer cases")
+    add("--jobs", type=int, metavar="N", help="processes (default: one for each processor)")
+    add("--json", metavar="FILE", help="write the report as JSON")
+    add("--markdown", metavar="FILE", help="write the report as Markdown")
+
+
+def _selftest(arguments: argparse.Namespace) -> int:
+    from minilora.verify.engine import UsageError
+    from minilora.verify.report import writable, write
+    from minilora.verify.selftest import selftest
+
+    files = {kind: getattr(arguments, kind) for kind in ("json", "markdown")}
+    for path in filter(None, files.values()):
+        if why := writable(path):
+            return _refuse(f"cannot write {why}", "selftest")
+    try:
+        with _progress() as progress:
+            report = selftest(
+                levels=_split(arguments.level),
+                dtypes=_split(arguments.dtype),
+                seed=arguments.seed,
+                cases=arguments.cases,
+                quick=arguments.quick,
+                jobs=len(os.sched_getaffinity(0)) if arguments.jobs is None else arguments.jobs,
+                progress=progress,
+            )
+    except UsageError as error:
+        return _refuse(str(error), "selftest")
+    for kind, path in files.items():
+        if path:
+            try:
+                write(path, getattr(report, kind)())
+            except OSError as error:
+                return _refuse(f"cannot write {path}: {error.strerror}", "selftest")
+    _print(report.text())
+    return HOLDS if report.exit_status == 0 else DEVIATES
 
 
 def _variants(arguments: argparse.Namespace) -> int:

@@ -86,11 +86,16 @@ def given_by(
     return tuple(answers(check, subject, case) for case in cases)
 
 
+def has_diagnosis(check: Check) -> bool:
+    """Whether a check compares answers themselves, which another's answers may explain."""
+    return check.id.startswith(ANSWERS.get(check.level, ())) and not check.id.endswith(LAWS)
+
+
 def diagnose(check: Check, subject: Subject, dtype: str, seed: int) -> tuple[Diagnosis, ...]:
     """The misreadings that explain what an implementation answers to a check, the nearest first."""
     from minilora.verify.misreadings import MISREADINGS  # costs time only where something is wrong
 
-    if not check.id.startswith(ANSWERS[check.level]) or check.id.endswith(LAWS):
+    if not has_diagnosis(check):
         return ()
     numbers = (
         CASES if check.level not in ("model", "optimizer") else range(check.cases("ci", dtype))

@@ -74,11 +74,13 @@ def plan(
     dtypes: Sequence[str] | None = None,
     seed: int = 0,
     case: str | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> list[Plan]:
     """What is to be tried, in the order of the checks and of DTYPES. Raises UsageError.
 
     Without ``dtypes``, all are planned; a run keeps those that the implementation takes. A case is
-    tried alone, whatever the levels, dtypes and profile.
+    tried alone, whatever the levels, dtypes and profile. ``part`` (i, n) keeps the i-th of n parts
+    of the cases of each check.
     """
     _one_of("profile", profile, PROFILES)
     if seed < 0:
@@ -93,10 +95,19 @@ def plan(
     plans = []
     for check in checks:
         for dtype in DTYPES:
-            count = check.cases(profile, dtype)
-            if count and (not levels or check.level in levels) and (not dtypes or dtype in dtypes):
-                plans.append(Plan(check, dtype, range(count), seed))
+            numbers = _part(range(check.cases(profile, dtype)), *part)
+            if (
+                numbers
+                and (not levels or check.level in levels)
+                and (not dtypes or dtype in dtypes)
+            ):
+                plans.append(Plan(check, dtype, numbers, seed))
     return plans
+
+
+def _part(numbers: range, i: int, n: int) -> range:
+    """The i-th of n parts of equal length, but for one."""
+    return numbers[len(numbers) * i // n : len(numbers) * (i + 1) // n]
 
 
 def _plan_of_case(checks: Sequence[Check], case: str, seed: int) -> Plan:
@@ -171,20 +182,24 @@ def run(
     time_limit: float = TIME_LIMIT,
     progress: Progress | None = None,
     command: Sequence[str] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Report:
     """Puts the checks to an implementation.
 
     ``known`` maps ``check`` or ``check:dtype`` to a reason, a dict or a `Known`; a * in the check's
     name stands for anything. The implementation's own ``known`` is read too. ``command`` is what a
-    reader types to verify this target; a report without it shows the call in Python. Raises
-    UsageError, LoadError where the implementation's declarations cannot be read, and Interrupted.
+    reader types to verify this target; a report without it shows the call in Python. ``part`` is
+    that of `plan`. Raises UsageError, LoadError where the implementation's declarations cannot be
+    read, and Interrupted.
     """
     started = perf_counter()
-    plans = plan(checks, levels=levels, profile=profile, dtypes=dtypes, seed=seed, case=case)
+    plans = plan(
+        checks, levels=levels, profile=profile, dtypes=dtypes, seed=seed, case=case, part=part
+    )
     subject = Subject(implementation, time_limit=time_limit)
     if case is None and not dtypes:
         plans = [p for p in plans if p.dtype in subject.dtypes]
-    declared, notes = _declared(checks, subject, known or {})
+    declarations, notes = declared(checks, subject, known or {})
     results: list[Result] = []
     searched: set[str] = set()
 
@@ -206,8 +221,8 @@ def run(
     try:
         for p in plans:
             cases = _announced(p, progress, behind, total)
-            excuse = _excuse(declared, p.check.id, p.dtype)
-            result = _result(p, subject, cases, excuse, command)
+            known_here = excuse(declarations, p.check.id, p.dtype)
+            result = _result(p, subject, cases, known_here, command)
             results.append(result)
             if result.status == "fail" and p.check.id not in searched:
                 searched.add(p.check.id)
@@ -219,12 +234,12 @@ def run(
     return report()
 
 
-def _excuse(declared: Mapping[str, Known], check: str, dtype: str) -> Known | None:
+def excuse(declarations: Mapping[str, Known], check: str, dtype: str) -> Known | None:
     """What was declared of this check in this dtype: the most particular of what matches."""
     for name in (f"{check}:{dtype}", check):
-        if name in declared:
-            return declared[name]
-    for name, known in declared.items():
+        if name in declarations:
+            return declarations[name]
+    for name, known in declarations.items():
         if fnmatchcase(f"{check}:{dtype}", name if ":" in name else f"{name}:*"):
             return known
     return None
@@ -244,10 +259,13 @@ def _announced(p: Plan, progress: Progress | None, behind: int, total: int) -> I
         yield case
 
 
-def _declared(
+def declared(
     checks: Sequence[Check], subject: Subject, known: Mapping[str, Any]
 ) -> tuple[dict[str, Known], tuple[str, ...]]:
-    """The known deviations that apply to the subject's version, and remarks on the others."""
+    """The known deviations that apply to the subject's version, and remarks on the others.
+
+    Raises UsageError where ``known`` names a check or a dtype that does not exist.
+    """
     names = [check.id for check in checks]
     for name in known:
         check, _, dtype = name.partition(":")
@@ -333,7 +351,7 @@ def _result(
     tally = _Tally()
     if not reason:
         for case in cases:
-            tally.add(case, *_judged(check, subject, case))
+            tally.add(case, *judged(check, subject, case))
             if tally.over:
                 break
     status = tally.status
@@ -371,19 +389,19 @@ def _unsupported(check: Check, dtype: str, subject: Subject) -> str:
     return ""
 
 
-def _judged(
+def judged(
     check: Check, subject: Subject, case: Case
 ) -> tuple[list[Judgement], Skip | Fault | None]:
     """The judgements of a case, and what ended it early: those made before that count too."""
-    judged: list[Judgement] = []
+    found: list[Judgement] = []
     try:
         for comparison in check.run(subject, case):
-            judged.append(comparison.judge())  # noqa: PERF401, kept when a later step raises
+            found.append(comparison.judge())  # noqa: PERF401, kept when a later step raises
     except (Skip, Fault) as end:
-        return judged, end
+        return found, end
     except Exception as error:
-        return judged, Fault("internal", _ours(error))
-    return judged, None if judged else Fault("internal", f"{check.id} compared nothing")
+        return found, Fault("internal", _ours(error))
+    return found, None if found else Fault("internal", f"{check.id} compared nothing")
 
 
 def _ours(error: Exception) -> str:

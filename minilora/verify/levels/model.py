@@ -194,19 +194,26 @@ def _whole(name: str) -> Run:
     return run
 
 
+@lru_cache(maxsize=16)
+def expected_of_vector(
+    name: str, dtype: str, precision: Precision
+) -> tuple[Batch, dict[str, Array], dict[str, Array]]:
+    """The same of the stored vector."""
+    batch, stored_answers = reference.vector(name)
+    _, W, _, names = opened(name, dtype)
+    want = {
+        own: stored_answers[f"grads.{theirs}"].reshape(W[own].shape)
+        for own, theirs in names.items()
+    }
+    want["loss"] = stored_answers["loss"]
+    want["logits"] = visible(batch, stored_answers["logits"])
+    return batch, want, spreads(batch, name, dtype, precision, want, SAMPLES)
+
+
 def _vector(name: str) -> Run:
     def run(subject: Subject, case: Case) -> Iterable[Comparison]:
-        batch, stored_answers = reference.vector(name)
-        _, W, _, names = opened(name, case.dtype)
-        want = {
-            own: stored_answers[f"grads.{theirs}"].reshape(W[own].shape)
-            for own, theirs in names.items()
-        }
-        want["loss"] = stored_answers["loss"]
-        want["logits"] = visible(batch, stored_answers["logits"])
-        precision = subject.precision(case.dtype)
-        sigma = spreads(batch, name, case.dtype, precision, want, SAMPLES)
-        return compared(subject, name, case.dtype, batch, want, sigma)
+        of_vector = expected_of_vector(name, case.dtype, subject.precision(case.dtype))
+        return compared(subject, name, case.dtype, *of_vector)
 
     return run
 
