@@ -84,7 +84,7 @@ def _add_verify(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="a shipped peer (peft, loralib), or package.module:name of an object, a class or a "
         "factory without arguments; without it, minilora itself",
     )
-    add("--cmd", metavar="CMD", help="a driver in another language (not in this release)")
+    add("--cmd", metavar="CMD", help="start a driver in another language, and check it")
     add("--level", action="append", metavar="LEVEL", help="only this level; repeatable, or a,b")
     add("--profile", default="ci", metavar="PROFILE", help="quick, ci (the default) or nightly")
     add("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable, or a,b")
@@ -207,8 +207,6 @@ def _variants(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    if arguments.cmd is not None:
-        return _refuse("--cmd, a driver in another language, is not in this release")
     from minilora.verify.checks import CHECKS
     from minilora.verify.contract import TIME_LIMIT, LoadError, load
     from minilora.verify.engine import Interrupted, UsageError, plan, read_known, run
@@ -228,6 +226,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         known = read_known(arguments.known) if arguments.known else None
     except UsageError as error:
         return _refuse(str(error))
+    if arguments.cmd is not None and (why := _no_command(arguments)):
+        return _refuse(why)
     if not limit > 0:
         return _refuse(f"--time-limit is {limit:g}; expected more than 0 seconds")
     if arguments.list:
@@ -236,6 +236,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         )
         return HOLDS
     command = ["minilora", "verify", *filter(None, [arguments.target])]
+    command += [] if arguments.cmd is None else ["--cmd", arguments.cmd]
     if arguments.time_limit is not None:
         command += ["--time-limit", f"{limit:g}"]
     files = {kind: getattr(arguments, kind) for kind in ("json", "junit", "html")}
@@ -243,8 +244,14 @@ def _verify(arguments: argparse.Namespace) -> int:
         if why := writable(path):
             return _refuse(f"cannot write {why}")
     try:
-        with _stdout_on_stderr():
-            implementation = load(arguments.target or OWN)
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(_stdout_on_stderr())
+            if arguments.cmd is None:
+                implementation = load(arguments.target or OWN)
+            else:
+                from minilora.verify.process import Driver
+
+                implementation = opened.enter_context(Driver(arguments.cmd, time_limit=limit))
             with _progress() as progress:
                 report = run(
                     CHECKS,
@@ -263,6 +270,19 @@ def _verify(arguments: argparse.Namespace) -> int:
     except Interrupted as interrupted:
         report = interrupted.report
     return _deliver(report, files)
+
+
+def _no_command(arguments: argparse.Namespace) -> str:
+    """What is wrong with ``--cmd``, or nothing."""
+    from minilora.verify.process import words
+
+    if arguments.target is not None:
+        return f"TARGET {arguments.target!r} and --cmd both; give one of them"
+    try:
+        words(arguments.cmd)
+    except ValueError as error:
+        return f"--cmd: {error}"
+    return ""
 
 
 def _deliver(report: Report, files: dict[str, str | None]) -> int:

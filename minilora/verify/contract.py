@@ -76,13 +76,25 @@ class Fault(Exception):
     """The implementation gave no answer that could be compared.
 
     ``kind`` is one of: raises, hangs, changes its inputs, not an array, shape, dtype, nan,
-    missing, internal. The last is a fault of this package.
+    missing, crashes, protocol, internal. The last is a fault of this package, and the two before
+    it are of an implementation in another process.
     """
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(f"{kind}: {message}")
         self.kind = kind
         self.message = tidy(message, 600)
+
+
+class Remote:
+    """An implementation in another process (`process`), which is told more than one in this.
+
+    It ends a call that is over the time limit by itself, raises Skip and Fault with its own words,
+    and is told the id of the check that calls.
+    """
+
+    check = ""
+    time_limit = TIME_LIMIT
 
 
 @dataclass(frozen=True)
@@ -260,6 +272,8 @@ class Subject:
     def __init__(self, implementation: object, *, time_limit: float = TIME_LIMIT) -> None:
         self.implementation = implementation
         self.time_limit = time_limit
+        if isinstance(implementation, Remote):  # a call may have to start it first
+            implementation.time_limit, self.time_limit = time_limit, 2 * time_limit + 10
         self._worker: _Worker | None = None
         self._hangs: Counter[str] = Counter()
         self._home = _home(implementation)
@@ -321,6 +335,11 @@ class Subject:
         """Whether the implementation has this method."""
         return _has(self.implementation, method)
 
+    def announce(self, check: str) -> None:
+        """Says which check calls from now on, to an implementation that wants to know."""
+        if isinstance(self.implementation, Remote):
+            self.implementation.check = check
+
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """What the method answers, its arrays copied. Raises Skip or Fault."""
         if self._hangs[method] >= HANGS_ALLOWED:
@@ -336,7 +355,7 @@ class Subject:
             raise Fault("hangs", f"{method} gave no answer in {self.time_limit:g} s{at}") from None
         except _Raised as raised:
             raise self._verdict_on(method, raised.error) from raised.error
-        names = _positional(method)
+        names = positional(method)
         for i, (arg, original) in enumerate(zip(given[0], args, strict=True)):
             _unchanged(names[i] if i < len(names) else f"argument {i + 1}", arg, original)
         for name, original in kwargs.items():
@@ -344,6 +363,9 @@ class Subject:
         return answer
 
     def _verdict_on(self, method: str, error: BaseException) -> Skip | Fault:
+        if isinstance(error, Skip | Fault) and isinstance(self.implementation, Remote):
+            self._hangs[method] += isinstance(error, Fault) and error.kind == "hangs"
+            return error
         if isinstance(error, NotImplementedError):
             return Skip(f"not supported: {tidy(error) or method}")
         says = describe(error, self._home)
@@ -436,7 +458,8 @@ def _home(implementation: object) -> str | None:
         return None
 
 
-def _positional(method: str) -> list[str]:
+def positional(method: str) -> list[str]:
+    """The names of the arguments that a method is given without them."""
     names = METHODS.get(method, "").split(", ")
     return [name for name in names if "*" not in name and "=" not in name]
 

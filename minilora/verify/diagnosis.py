@@ -13,6 +13,8 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from minilora.verify.contract import Fault, Skip, Subject
 from minilora.verify.terms import Case, Check, Comparison, Diagnosis
 
@@ -54,9 +56,11 @@ def answers(check: Check, subject: Subject, case: Case) -> dict[str, Comparison]
 def agree(theirs: Comparison, ours: Comparison) -> float | None:
     """The rms z between two implementations' answers, or None where they differ.
 
-    Both have rounded, so sigma is √2 times that of one.
+    Both have rounded, each by what its own precision loses, and their variances add.
     """
-    sigma = None if theirs.sigma is None else 2**0.5 * theirs.sigma
+    sigma = None
+    if theirs.sigma is not None and ours.sigma is not None:
+        sigma = np.sqrt(np.square(theirs.sigma) + np.square(ours.sigma))
     judged = replace(theirs, want=ours.got, sigma=sigma).judge()
     return judged.rms if judged.verdict == "pass" else None
 

@@ -347,6 +347,7 @@ def _result(
 ) -> Result:
     started = perf_counter()
     check = p.check
+    subject.announce(check.id)
     reason = _unsupported(check, p.dtype, subject)
     tally = _Tally()
     if not reason:

@@ -417,6 +417,8 @@ def fault_words(fault: FaultSeen) -> str:
         "dtype": "a wrong dtype",
         "nan": "not finite",
         "missing": "incomplete",
+        "crashes": "it ends in the middle",
+        "protocol": "it breaks the protocol",
         "internal": "a fault of minilora, not of the target; please report it",
     }
     return f"{kinds.get(fault.kind, fault.kind)}: {fault.message}"

@@ -1,0 +1,66 @@
+"""minilora itself behind the line protocol, in another process: every method that it carries."""
+
+import json
+import sys
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from minilora.verify.contract import METHODS, positional
+from minilora.verify.own import Own
+from minilora.verify.process import CARRIED, RESULTS
+
+
+def put(tree, path, array):
+    """An array in the place that its name in the file says."""
+    key, _, rest = path.partition(".")
+    at = int(key) if isinstance(tree, list) else key
+    if rest and (isinstance(tree, list) or key in tree):
+        put(tree[at], rest, array)
+    else:
+        tree[at if isinstance(tree, list) else path] = array
+
+
+def flat(value, path=""):
+    """The arrays of an answer by their names in the file."""
+    if isinstance(value, dict | list):
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, entry in entries for k, v in flat(entry, f"{path}{key}.").items()}
+    return {path[:-1]: np.array(value, order="C")}  # the library takes memory as it lies
+
+
+def run(message):
+    settings = message["settings"]
+    with safe_open(message["in"], framework="np") as file:
+        for name in file.keys():  # noqa: SIM118
+            put(settings, name, file.get_tensor(name))
+    keyword = "*" in METHODS[message["method"]]
+    names = [n for n in positional(message["method"]) if n not in ("alpha", "r", "settings")]
+    arguments = [settings.pop(name) for name in names]
+    if "gradients" in names:
+        arguments.append(settings)
+    answer = getattr(own, message["method"])(*arguments, **(settings if keyword else {}))
+    answer = {RESULTS[message["method"]]: answer} if message["method"] in RESULTS else answer
+    save_file(flat(answer), message["out"])
+
+
+own = Own()
+implementation = {
+    "name": own.name,
+    "version": own.version,
+    "language": "Python",
+    "methods": [name for name in CARRIED if hasattr(own, name)],
+    "dtypes": own.dtypes,
+    "precision": own.precision,
+}
+for line in sys.stdin:
+    message = json.loads(line)
+    if message["cmd"] == "stop":
+        break
+    answer = {"seq": message["seq"], "ok": True}
+    if message["cmd"] == "start":
+        answer = {"seq": 0, "protocol": 1, "implementation": implementation}
+    else:
+        run(message)
+    print(json.dumps(answer), flush=True)
