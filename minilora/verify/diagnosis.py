@@ -26,6 +26,7 @@ ANSWERS = {
     "merge": ("merge.weight", "merge.unmerge"),
     "combine": ("combine.weighted", "combine.one"),
     "multi": ("multi.forward",),
+    "lifecycle": ("lifecycle.",),
     "optimizer": ("optimizer.",),
     "model": ("model.",),
 }

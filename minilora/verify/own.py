@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 import minilora
-from minilora.adapters import Adapter, combine_svd, multi_linear
+from minilora.adapters import Adapter, State, combine_svd, multi_linear
 from minilora.formats.huggingface import read_model
 from minilora.formats.peft import adapter_names, read_adapter
 from minilora.lora import combine, lora_linear, merge_weight, scale
@@ -111,6 +111,13 @@ class Own:
         rows: Array = y.T.astype(x.dtype)
         return rows
 
+    def session(self, layer: Mapping[str, Any]) -> Session:
+        """A layer whose adapters come and go."""
+        if layer["kind"] != "linear":
+            raise NotImplementedError(f"no layer of kind {layer['kind']}")
+        bias = layer.get("bias")
+        return Session(State(layer["W"], None if bias is None else bias[:, None]))
+
     def model_loss(
         self, model_dir: str | Path, adapter_dir: str | Path, batch: Mapping[str, Array]
     ) -> dict[str, Any]:
@@ -155,6 +162,58 @@ class Own:
         ]
         steps = run(wide(params), parts, settings)
         return [{name: array.astype(dtype) for name, array in step.items()} for step in steps]
+
+
+class Session:
+    """A :class:`minilora.adapters.State` that is replaced at each step."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    def add(self, name: str, adapter: Mapping[str, Any]) -> None:
+        """Another adapter, not active yet."""
+        A, B, s = _triple(adapter)
+        self.state = self.state.add(name, Adapter((A, B), s))
+        self.scales = {**getattr(self, "scales", {}), name: s}
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Just these act."""
+        self.state = self.state.enable().activate(*names)
+
+    def disable(self) -> None:
+        """The base alone acts, until the next activation."""
+        self.state = self.state.disable()
+
+    def scale(self, name: str, factor: float) -> None:
+        """s is factor · α / r from now on."""
+        self.state = self.state.set_scale(name, factor * self.scales[name])
+
+    def merge(self) -> None:
+        """What is active goes into the weight."""
+        self.state = self.state.merge()
+
+    def unmerge(self) -> None:
+        """And out of it."""
+        self.state = self.state.unmerge()
+
+    def delete(self, name: str) -> None:
+        """Without the adapter."""
+        self.state = self.state.delete(name)
+
+    def train(self) -> None:
+        """Nothing: all that training changes is a mask."""
+
+    def eval(self) -> None:
+        """Nothing either."""
+
+    def forward(self, x: Array) -> Array:
+        """y, tokens in rows."""
+        y: Array = self.state.forward(x.T)[0].T
+        return y
+
+    def weight(self) -> Array:
+        """The weight that is held."""
+        return self.state.stored()[0]
 
 
 def _triple(adapter: Mapping[str, Any]) -> tuple[Array, Array, Any]:

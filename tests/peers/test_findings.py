@@ -1280,3 +1280,28 @@ def test_peft_warns_that_a_whole_bias_of_lora_b_is_a_shard(torch, peft):
         tensors = peft.get_peft_model_state_dict(model)
     bias = model.base_model.model[0].lora_B.default.bias
     assert torch.equal(tensors["base_model.model.0.lora_B.bias"], bias)  # whole, and right
+
+
+def test_peft_fails_once_its_last_adapter_is_deleted(torch, peft):
+    """Seen in peft 0.21.2."""
+    model, layer, state = peft_pair(torch, peft, (2, None), (4, None))
+    one = layer.weight.new_ones(1, 1)
+    for name in ("two", "one"):
+        model.delete_adapter(name)
+        state = state.delete(name)
+    with pytest.raises(KeyError, match="one"):
+        model(one)
+    assert model.base_model(one) == 1  # the layer itself is the base again
+    assert state.forward(np.ones((1, 1)))[0] == 1
+
+
+def test_peft_activates_another_adapter_for_a_deleted_one(torch, peft):
+    """Seen in peft 0.21.2."""
+    model, layer, state = peft_pair(torch, peft, (2, None), (4, None))
+    one = layer.weight.new_ones(1, 1)
+    model.base_model.set_adapter("one")
+    assert model(one) == 1 + 2
+    with pytest.warns(UserWarning, match="Setting active adapter to two"):
+        model.delete_adapter("one")
+    assert model(one) == 1 + 4
+    assert state.activate("one").delete("one").forward(np.ones((1, 1)))[0] == 1

@@ -5,7 +5,7 @@ given its name. To add one, add its line to a family in `linear`, `merge`, `seve
 `model`.
 """
 
-from minilora.verify.misreadings import linear, merge, model, optimizer, several
+from minilora.verify.misreadings import lifecycle, linear, merge, model, optimizer, several
 from minilora.verify.misreadings.entry import Misreading
 from minilora.verify.misreadings.plain import Plain
 
@@ -15,6 +15,7 @@ MISREADINGS: tuple[Misreading, ...] = (
     *linear.MISREADINGS,
     *merge.MISREADINGS,
     *several.MISREADINGS,
+    *lifecycle.MISREADINGS,
     *optimizer.MISREADINGS,
     *model.MISREADINGS,
 )

@@ -1,5 +1,7 @@
 """Hugging Face PEFT, driven through get_peft_model, LoraConfig and PeftModel."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,6 +46,16 @@ _FLOAT32_WEIGHTS = (
 )
 
 
+_SCALED_LATE = (
+    "set_scale does not reach a merged weight, and unmerging takes away what the adapter is by then "
+    "and not what was added: the base weight is another one afterwards"
+)
+_DELETED = (
+    "deleting the active adapter activates another one, and a model without adapters fails with a "
+    "KeyError in its forward"
+)
+
+
 class Peft:
     """Each call builds the library's own layer or model anew, so no state is left between calls."""
 
@@ -61,6 +73,10 @@ class Peft:
             (("one", "zero", "halves"), f"{_COMBINED_SCALE}; {_FLOAT32_WEIGHTS}"),
         )
         for check in checks
+    }
+    known |= {
+        "lifecycle.scale-while-merged:*": _SCALED_LATE,
+        "lifecycle.machine:*": f"{_SCALED_LATE}; {_DELETED}",
     }
 
     def lora_linear(
@@ -140,6 +156,12 @@ class Peft:
         with torch.no_grad():
             return to_numpy(model.eval()(to_torch(x), adapter_names=names))
 
+    def session(self, layer: Mapping[str, Any]) -> Session:
+        """A layer whose adapters come and go."""
+        if layer["kind"] != "linear":
+            raise NotImplementedError(f"the peft peer has no layer of kind {layer['kind']}")
+        return Session(layer["W"], layer.get("bias"))
+
     def model_loss(
         self, model_dir: str | Path, adapter_dir: str | Path, batch: Mapping[str, np.ndarray]
     ) -> dict[str, Any]:
@@ -205,6 +227,88 @@ class Peft:
             scheduler.step()
             after.append({name: to_numpy(tensor) for name, tensor in tensors.items()})
         return after
+
+
+class Session:
+    """One layer in a PeftModel, whose own methods do what is asked.
+
+    A model has its first adapter from the beginning; until one is activated, adapters are disabled.
+    """
+
+    def __init__(self, W: np.ndarray, bias: np.ndarray | None) -> None:
+        m, n = W.shape
+        weight = to_torch(W)
+        linear = torch.nn.Linear(n, m, bias=bias is not None).to(weight.dtype)
+        fill(linear.weight, weight)
+        if bias is not None:
+            fill(linear.bias, to_torch(bias))
+        self._linear, self._model = linear, torch.nn.Sequential(linear)
+
+    def _layer(self) -> Any:
+        return self._model.get_submodule("base_model.model.0")
+
+    def add(self, name: str, adapter: Mapping[str, Any]) -> None:
+        """get_peft_model, or add_adapter."""
+        config = peft.LoraConfig(
+            r=adapter["r"],
+            lora_alpha=plain_number(adapter["alpha"]),
+            use_rslora=adapter.get("use_rslora", False),
+            target_modules=["0"],
+        )
+        if isinstance(self._model, peft.PeftModel):
+            self._model.add_adapter(name, config, autocast_adapter_dtype=False)
+        else:
+            self._model = peft.get_peft_model(
+                self._model, config, adapter_name=name, autocast_adapter_dtype=False
+            )
+            self._model.base_model.disable_adapter_layers()
+        fill(self._layer().lora_A[name].weight, to_torch(adapter["A"]))
+        fill(self._layer().lora_B[name].weight, to_torch(adapter["B"]))
+
+    def activate(self, names: Sequence[str]) -> None:
+        """set_adapter of the base model, which takes several; none disables."""
+        if names:
+            self._model.base_model.enable_adapter_layers()
+            self._model.base_model.set_adapter(list(names))
+        else:
+            self.disable()
+
+    def disable(self) -> None:
+        """disable_adapter_layers."""
+        self._model.base_model.disable_adapter_layers()
+
+    def scale(self, name: str, factor: float) -> None:
+        """set_scale of the layer, a factor on alpha / r."""
+        self._layer().set_scale(name, factor)
+
+    def merge(self) -> None:
+        """merge_adapter."""
+        self._model.merge_adapter()
+
+    def unmerge(self) -> None:
+        """unmerge_adapter."""
+        self._model.unmerge_adapter()
+
+    def delete(self, name: str) -> None:
+        """delete_adapter."""
+        self._model.delete_adapter(name)
+
+    def train(self) -> None:
+        """Training."""
+        self._model.train()
+
+    def eval(self) -> None:
+        """Evaluation."""
+        self._model.eval()
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        """y."""
+        with torch.no_grad():
+            return to_numpy(self._model(to_torch(x)))
+
+    def weight(self) -> np.ndarray:
+        """The weight that the base layer holds."""
+        return to_numpy(self._linear.weight)
 
 
 def implementation() -> object:
