@@ -36,3 +36,4 @@ nb_execution_mode = "force"
 nb_execution_show_tb = True
 nb_execution_timeout = 60
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # tables that a cell makes: CommonMark has none

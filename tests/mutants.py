@@ -17,7 +17,10 @@ from pathlib import Path
 
 import pytest
 
-FILES = ("test_ops", "test_lora", "test_targets", "test_optim", "test_models", "test_guards")
+FILES = (
+    "test_ops", "test_lora", "test_starts", "test_variants", "test_layers", "test_laws",
+    "test_targets", "test_optim", "test_models", "test_guards",
+)  # fmt: skip
 SLOW = ("allows", "entry_by_entry", "twelfth_digit", "beyond_rounding", "quotients", "is_linear")
 """Parts of the names of tests that take long; what they see is seen by others too."""
 
