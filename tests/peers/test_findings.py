@@ -18,13 +18,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from minilora import Batch, Tuning, logits, lora_linear, merge, scale, unmerge
 from minilora.adapters import Adapter, State, combine_exact, combine_linear
 from minilora.budget import adalora_scale, allocate, budget, orthogonality
 from minilora.formats.huggingface import config_to_json, read_model
-from minilora.layers import Geometry, adapted_conv
+from minilora.layers import Geometry, adapted_conv, twin
 from minilora.lora import merge_weight
 from minilora.models import Llama
 from minilora.ops import (
@@ -39,7 +39,7 @@ from minilora.ops import (
 from minilora.optim import AdamState, adamw, lorafa_gradient, loraplus_rates, schedule
 from minilora.quantised import dequantise, dequantise_dynamic, quantise, quantise_dynamic
 from minilora.starts import loftq, olora, orthogonal, pissa
-from minilora.targets import all_linear, layer_of, matches, saved_in_full
+from minilora.targets import all_linear, layer_of, matches, saved_in_full, tied_gradients
 from minilora.variants import (
     DORA,
     LORA_BIAS,
@@ -458,6 +458,164 @@ def test_peft_loads_an_adalora_adapter_of_alpha_0_with_another_scale(torch, peft
     trained, other = (at.get_delta_weight("default").item() for at in (layer, loaded))
     assert trained == np.float32(adalora_scale(0, r=2)) == np.float32(adalora_scale(2, r=2))
     assert other == np.float32(adalora_scale(1, r=2)) == trained / 2
+
+
+def test_peft_trains_the_rank_that_adaloras_scale_divides_by(torch, peft, tmp_path):
+    """Seen in peft 0.21.2."""
+
+    def base(dtype=torch.bfloat16):
+        return torch.nn.ModuleDict({"q": torch.nn.Linear(1, 1, bias=False)}).to(dtype)
+
+    _, layer = adalora_model(torch, peft, base(torch.float32))
+    assert not layer.ranknum["default"].requires_grad
+    model, layer = adalora_model(torch, peft, base())
+    rank, x, one = layer.ranknum["default"], torch.ones(1, 1, dtype=torch.bfloat16), np.ones((1, 1))
+
+    def right():
+        E = np.ones((2, 1))
+        y, _ = adalora_linear(one, one, None, E, E.T, E, adalora_scale(8, r=2))
+        return bfloat16(y.item())
+
+    assert rank.requires_grad
+    assert layer(x).item() == right() == 9
+    rank.grad = torch.ones(1)
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1).step()
+    assert rank == 1
+    assert layer(x).item() == 17
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path).base_model.model.q
+    loaded.weight.data.fill_(1)
+    assert loaded(x).item() == right()
+
+
+def test_peft_ignores_rslora_and_alpha_pattern_in_adalora(torch, peft):
+    """Seen in peft 0.21.2."""
+    settings = {"use_rslora": True, "alpha_pattern": {"q": 4}, "init_r": 4}
+    _, layer = adalora_model(torch, peft, **settings)
+    s = layer.scaling["default"] / (layer.ranknum["default"].item() + 1e-5)
+    assert s == adalora_scale(8, r=4)
+    assert round(s, 3) == scale(8, 4) == 2
+    assert scale(4, 4, rslora=True) == 2
+    assert scale(8, 4, rslora=True) == 4
+
+
+def test_peft_loads_a_pissa_by_fewer_iterations_as_another_function(torch, peft, tmp_path):
+    """Seen in peft 0.21.2."""
+    W = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
+
+    def base():
+        model = torch.nn.ModuleDict({"q": torch.nn.Linear(8, 8, bias=False)})
+        model.q.weight.data = torch.from_numpy(W.copy())
+        return model
+
+    x = torch.eye(8)
+    difference = {}
+    for init in ("pissa", "pissa_niter_1"):
+        config = peft.LoraConfig(r=2, target_modules=["q"], init_lora_weights=init)
+        model = peft.get_peft_model(base(), config)
+        trained = model.base_model.model.q(x)
+        assert abs(trained.T.detach().numpy() - W).max() < 1e-5 * abs(W).max()
+        model.save_pretrained(tmp_path / init)
+        loaded = peft.PeftModel.from_pretrained(base(), tmp_path / init).base_model.model.q(x)
+        difference[init] = abs(trained - loaded).max().item()
+    assert difference["pissa"] == 0
+    assert difference["pissa_niter_1"] > 1e-2
+    assert all(same(a, b) for a, b in zip(pissa(W, 2, 1), pissa(W, 2, 1), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base:UserWarning")
+def test_peft_drops_all_but_a_and_b_where_it_converts_pissa(torch, peft, tmp_path):
+    """Seen in peft 0.21.2."""
+    base = torch.nn.ModuleDict(
+        {"q": torch.nn.Linear(2, 2), "k": torch.nn.Linear(2, 2), "e": torch.nn.Embedding(3, 2)}
+    )
+    settings = {"target_modules": ["q", "e"], "modules_to_save": ["k"], "use_dora": True}
+    config = peft.LoraConfig(r=1, init_lora_weights="pissa", **settings)
+    model = peft.get_peft_model(base, config)
+    config.init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    config.init_lora_weights = "pissa"
+    model.save_pretrained(
+        tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "start"
+    )
+    before, after = (
+        {
+            name.removeprefix("base_model.model.")
+            for name in load_file(folder / "adapter_model.safetensors")
+        }
+        for folder in (tmp_path / "start", tmp_path / "plain")
+    )
+    assert after == {"q.lora_A.weight", "q.lora_B.weight"}
+    assert before - after == {
+        "q.lora_magnitude_vector",
+        "e.lora_embedding_A",
+        "e.lora_embedding_B",
+        "e.lora_magnitude_vector",
+        "k.weight",
+        "k.bias",
+    }
+
+
+def tied_gpt2(transformers, peft=None, **settings):
+    """A GPT-2 of one layer, its head tied to its embedding; with an adapter on the two."""
+    sizes = {"n_embd": 2, "n_layer": 1, "n_head": 1, "vocab_size": 3, "n_positions": 2}
+    c = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)
+    model = transformers.GPT2LMHeadModel(c)
+    if peft is None:
+        return model
+    config = peft.LoraConfig(r=1, target_modules=["lm_head"], ensure_weight_tying=True, **settings)
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_peft_trains_tied_factors_by_two_optimizers(torch, transformers, peft):
+    """Seen in peft 0.21.2."""
+    model = tied_gpt2(transformers, peft)
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    A, B = embed.lora_embedding_A["default"], embed.lora_embedding_B["default"]
+    head_A, head_B = head.lora_A["default"].weight, head.lora_B["default"].weight
+    assert torch.equal(head_B, A.T)
+    assert not A.any()
+    for p in (A, B, head_A, head_B):
+        p.grad = torch.ones_like(p)
+    settings = {"lr": 1, "betas": (0.5, 0.5), "eps": 0}
+    torch.optim.Adam([p for p in model.parameters() if p.requires_grad], **settings).step()
+    assert A.tolist() == [[-2, -2, -2]]
+
+    shapes = {"embed.A": (1, 3), "embed.B": (2, 1), "head.A": (1, 2), "head.B": (3, 1)}
+    zeros = {name: np.zeros(shape) for name, shape in shapes.items()}
+    g = tied_gradients({name: np.ones_like(w) for name, w in zeros.items()})
+    right, _ = adamw(zeros, g, AdamState(), weight_decay=0, **settings)
+    assert g["embed.A"].tolist() == [[2, 2, 2]]
+    assert right["embed.A"].tolist() == [[-1, -1, -1]]
+    assert same(right["head.B"], right["embed.A"].T)
+    # Another dtype or device, and nothing ties them any more.
+    model.double()
+    A.data += 1
+    assert not torch.equal(head_B, A.T)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_peft_loads_a_gpt2_without_the_tied_half_of_its_adapter(
+    torch, transformers, peft, tmp_path
+):
+    """Seen in peft 0.21.2."""
+    model = tied_gpt2(transformers, peft)
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embed.lora_embedding_A["default"].data.fill_(1)
+    embed.lora_embedding_B["default"].data.fill_(1)
+    for theirs, right in zip(
+        (head.lora_A, head.lora_B), twin(np.ones((1, 3)), np.ones((2, 1))), strict=True
+    ):
+        assert theirs["default"].weight.tolist() == right.tolist()
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == [
+        "transformer.wte"
+    ]
+    with pytest.warns(UserWarning, match="no tied modules are added"):
+        loaded = peft.PeftModel.from_pretrained(tied_gpt2(transformers), tmp_path)
+    assert hasattr(loaded.get_input_embeddings(), "lora_embedding_A")
+    assert not hasattr(loaded.get_output_embeddings(), "lora_A")
 
 
 def test_peft_fails_where_adaloras_budget_does_not_fall(torch, peft):
