@@ -462,11 +462,6 @@ UNLIKE = [  # what differs, and the choices of a fresh adapter
     ),
     ("replication: found .* of GPT2", "gpt2", {"replication": [(0, 2), (0, 1)]}),
     ("trained: found the tied embedding", "qwen2", {"targets": ["head"], "also": ["embed.weight"]}),
-    (
-        "found another layers.0.q.weight",
-        "llama",
-        {"variant": "dora", "init": "pissa", "base": True},
-    ),
     ("found another layers.0.q.weight", "llama", {"variant": "loftq", "base": True}),
     (
         "found another layers.0.q.weight",

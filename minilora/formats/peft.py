@@ -911,15 +911,15 @@ def _on_base(
     if all(np.array_equal(W[name], before[at]) for at, name in weights.items()):
         return plain, choice, W
     s = scales(lora, choice)
-    additive = lora.equation == LORA and lora.init != "loftq"
+    same_sum = lora.equation != ALORA and lora.init != "loftq"  # V = R + s B A is all that acts
     changed: Weights = {}
     for at, name in weights.items():
         residual, A0, B0 = _start(
             folder, {f"{at}.weight": before[at]}, lora, at, choice.rank[at], s[at]
         )
-        if not additive or not np.array_equal(W[name], residual):
+        if not same_sum or not np.array_equal(W[name], residual):
             remedy = "write the base of W beside it, with write_model, and give that"
-            expected = f"W's, or one of which {lora.init} made W's, for LoRA itself"
+            expected = f"W's, or one of which {lora.init} made W's"
             raise FormatError(folder, "base", f"another {at}.weight", expected, remedy)
         changed[f"{at}.A"], changed[f"{at}.B"] = as_plain(W[f"{at}.A"], W[f"{at}.B"], A0, B0)
     doubled = {at: r if at in TABLES else 2 * r for at, r in choice.rank.items()}

@@ -382,12 +382,16 @@ def test_a_start_is_taken_out_of_the_base_when_it_is_loaded(kind, init, said, li
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-@pytest.mark.parametrize("rslora", [False, True])
-def test_a_start_is_written_for_the_base_as_it_was_or_as_it_is(init, rslora, libraries, tmp_path):
+@pytest.mark.parametrize(
+    "chosen", [{}, {"rslora": True}, {"variant": "dora"}, {"variant": "lora-bias", "tables": ()}]
+)
+def test_a_start_is_written_for_the_base_as_it_was_or_as_it_is(init, chosen, libraries, tmp_path):
     c, base = MODELS["llama"], weights(MODELS["llama"])
+    chosen = dict(chosen)
+    tables = chosen.pop("tables", ("embed",))
     lora = Lora(
-        r=2, alpha=3, init=init, rslora=rslora, targets=["q", "down", "embed"],
-        rank_pattern={"1.q": 3}, alpha_pattern={"down": 5},
+        r=2, alpha=3, init=init, targets=["q", "down", *tables],
+        rank_pattern={"1.q": 3}, alpha_pattern={"down": 5}, **chosen,
     )  # fmt: skip
     rng = np.random.default_rng(0)
     W, tuning = adapt(base, lora, c.matrices(), rng)
@@ -404,9 +408,8 @@ def test_a_start_is_written_for_the_base_as_it_was_or_as_it_is(init, rslora, lib
         figure = relative_error(z_read, z)
         record_worst(f"{init} written for the base {name}", figure)
         assert figure <= GRADIENT
-        assert (len(read["layers.1.q.A"]), len(read["embed.A"])) == (
-            (6, 2) if on is base else (3, 2)
-        )
+        assert len(read["layers.1.q.A"]) == (6 if on is base else 3)
+        assert {len(read[f"{at}.A"]) for at in tables} == ({2} if tables else set())
         write_model(tmp_path / f"{name}, model", c, dict(on))
         model = libraries.model(tmp_path / f"{name}, model")
         model = quietly(libraries.peft.PeftModel.from_pretrained, model, tmp_path / name)
