@@ -120,18 +120,20 @@ def test_rows_that_do_not_add_up_and_parts_without_an_adapter_or_none_are_refuse
     layers.adapted_fused(lora_linear, x, W, None, (None, None), (4, 3), 1.0)
 
 
-def through_experts(adapted_experts, rng, only, index):
+def through_experts(adapted_experts, rng, only, index, biased=True):
     """A column at a time through its own expert."""
     e, m, n, r, t = 4, 2, 3, 2, len(index)
     W, b, A, B = (whole(rng, e, *shape) for shape in ((m, n), (m, 1), (r, n), (m, r)))
     x, dy = whole(rng, n, t), whole(rng, m, t)
+    b = b if biased else None
     y, back = adapted_experts(lora_linear, x, W, b, (A, B), index, 0.5, only)
     dx, *given = back(dy)
     assert y.shape == (m, t)
     wanted = [np.zeros_like(A), np.zeros_like(B)]
     for j, i in enumerate(index):
         P = (A[i], B[i], 0.5) if only is None or i in only else (A[i], 0 * B[i], 0.5)
-        column, back_column = lora_linear(x[:, [j]], W[i], b[i], *P)
+        own = None if b is None else b[i]
+        column, back_column = lora_linear(x[:, [j]], W[i], own, *P)
         assert (y[:, [j]] == column).all()
         dxj, *dP = back_column(dy[:, [j]])
         assert (dx[:, [j]] == dxj).all()
@@ -142,10 +144,13 @@ def through_experts(adapted_experts, rng, only, index):
 
 @FEW
 @given(
-    rng=draw.generators(), only=st.sampled_from((None, (), (1,), (0, 2, 3))), t=st.integers(0, 6)
+    rng=draw.generators(),
+    only=st.sampled_from((None, (), (1,), (0, 2, 3))),
+    t=st.integers(0, 6),
+    biased=st.booleans(),
 )
-def test_each_column_goes_through_its_expert(rng, only, t):
-    through_experts(layers.adapted_experts, rng, only, rng.integers(0, 4, t))
+def test_each_column_goes_through_its_expert(rng, only, t, biased):
+    through_experts(layers.adapted_experts, rng, only, rng.integers(0, 4, t), biased)
 
 
 def test_columns_left_in_the_order_of_experts_are_noticed():
@@ -300,8 +305,31 @@ def test_a_convolutions_adapter_is_two_convolutions_and_merges_into_one(rng, gro
     merged, bias = layers.merge_conv(lora.LORA, W, b, (A, B), 0.5, groups)
     assert merged.shape == (6, 4, 2, 3)
     assert (layers.conv(x, merged, bias, moves)[0] == y).all()
-    wrong, _ = layers.merge_conv(lora.LORA, W, b, (A, B), 1.0, groups)
-    assert not (layers.conv(x, wrong, bias, moves)[0] == y).all() or not (B @ A[: B.shape[1]]).any()
+    apart, _ = layers.blocks_apart(B, groups)
+    back_again, _ = layers.merge_conv(lora.LORA, merged, bias, (A, apart), -0.5)
+    flat, _ = layers.blocks_apart(W.reshape(6, -1), groups)
+    assert (back_again == flat.reshape(merged.shape)).all()
+    assert (back_again == merged).all() == (not (apart @ A).any())
+
+
+@pytest.mark.parametrize("entry", ["lora", "lora-bias", "dora", "vera", "adalora"])
+@pytest.mark.parametrize("kind", ["conv1", "conv2"])
+def test_a_convolution_merges_by_its_variant(entry, kind):
+    case = laws.draw_case(entry, kind, np.random.default_rng(1))
+    groups, wanted = case.extra["groups"], case.merged()
+    W, b = layers.merge_conv(case.variant, case.W, case.b, case.P[0], case.s, groups)
+    assert laws.same(W, wanted.W)
+    assert laws.same(b, wanted.b)
+    W, _ = layers.merge_conv(lora.LORA, case.W, case.b, case.P[0][:2], case.s + 1, groups)
+    assert not laws.same(W, wanted.W)
+
+
+def test_places_beside_the_input_are_marked_by_minus_one():
+    """Whichever of the dimensions they lie beside."""
+    sizes, flat = GEOMETRIES[4].places((6, 5, 4))
+    assert flat.shape == (int(np.prod(sizes)), 4)
+    assert set(flat[flat < 0].tolist()) == {-1}
+    assert flat.max() < 6 * 5 * 4
 
 
 def test_dropout_of_a_convolution_drops_entries_of_its_input_not_of_its_patches():

@@ -300,7 +300,7 @@ def test_a_drawn_start_leaves_the_very_weight_and_has_a_product_of_zero_or_vecto
 
 
 def test_the_drawn_starts_are_these():
-    W, (m, n, r) = np.zeros((4, 6)), (4, 6, 2)
+    W, (m, n, r) = np.zeros((4, 5)), (4, 5, 2)
 
     def found(init):
         return STARTS[init](np.random.default_rng(1), W, r, 1.0)[1:]
@@ -316,6 +316,23 @@ def test_the_drawn_starts_are_these():
     assert same_bits(A, rng.uniform(-((6 / n) ** 0.5), (6 / n) ** 0.5, (r, n)))
     assert same_bits(B, rng.uniform(-((6 / r) ** 0.5), (6 / r) ** 0.5, (m, r)))
     assert {entry.init for entry in REGISTRY.values()} <= STARTS.keys()
+
+
+def test_veras_factors_are_shared_and_each_projection_takes_its_part():
+    A, B = starts.draw_vera(np.random.default_rng(0), 2, 4, 6)
+    for m, n in ((4, 6), (4, 5), (1, 6), (3, 2)):
+        part_A, part_B, lambda_d, lambda_b = starts.vera_part(A, B, m, n)
+        assert np.shares_memory(part_A, A)
+        assert np.shares_memory(part_B, B)
+        assert same_bits(part_A, A[:, :n])
+        assert same_bits(part_B, B[:m])
+        assert same_bits(lambda_d, np.full((2, 1), 0.1))
+        assert same_bits(lambda_b, np.zeros((m, 1)))
+    for m, n in ((5, 6), (4, 7), (5, 7)):
+        with pytest.raises(
+            ValueError, match=r"shared A \(2, 6\), B \(4, 2\) for a weight .*: draw"
+        ):
+            starts.vera_part(A, B, m, n)
 
 
 def test_loftq_by_name_is_one_step_with_nf4():

@@ -32,8 +32,9 @@ def test_a_row_of_zeros_has_norm_1_and_no_gradient():
 def test_dora_leaves_a_row_of_zeros_what_it_is():
     rng = np.random.default_rng(0)
     W, A, B, x, dy = (rng.standard_normal(s) for s in ((3, 5), (2, 5), (3, 2), (5, 4), (3, 4)))
-    W[1], B[1] = 0, 0
+    W[1], B[1], W[2, 0] = 0, 0, 0
     _, (*_, magnitude) = start(variants.DORA, "kaiming", rng, W, 2, 7 / 3)
+    assert magnitude[2] > 0
     assert magnitude[1] == 0  # else its first step, however short, would have this length
     for f in (variants.dora_linear, variants.dora_full_linear):
         y, back = f(x, W, None, A, B, magnitude, 7 / 3)
@@ -59,6 +60,17 @@ def test_each_row_of_doras_whole_gradient_is_orthogonal_to_its_direction(rng):
     assert laws.same((V * dV).sum(1), 0 * V[:, 0])
     V, dV = gradient_of_the_direction(variants.dora_linear, case)
     assert not laws.same((V * dV).sum(1), 0 * V[:, 0])
+
+
+@FEW
+@given(rng=draw.generators(), entry=st.sampled_from(("dora", "dora-full")))
+def test_the_merged_rows_have_the_magnitudes_for_norms(rng, entry):
+    case = laws.draw_case(entry, "linear", rng)
+    A, B, magnitude = case.P[0]
+    merged, b = case.variant.merge(case.W, case.b, A, B, magnitude, case.s)
+    assert laws.same(row_norm(merged)[0], abs(magnitude))
+    assert b is case.b
+    assert not laws.same(row_norm(lora.merge_weight(case.W, A, B, case.s))[0], abs(magnitude))
 
 
 def by_looking(ids, tokens):
