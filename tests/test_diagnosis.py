@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from minilora.verify import engine
+from minilora.verify import engine, misreadings
 from minilora.verify.checks import CHECKS
 from minilora.verify.misreadings import MISREADINGS
 from minilora.verify.misreadings.plain import Plain, but, then
@@ -21,6 +21,7 @@ SOME = (
     "merge-no-scale",
     "unmerge-nothing",
     "optimizer-betas-swapped",
+    "block-no-types",
 )
 
 
@@ -33,6 +34,14 @@ def only(check, make):
 @pytest.mark.parametrize("id", SOME)
 def test_a_misreading_is_named(id):
     assert names(CATALOGUE[id])[0] == id
+
+
+def test_a_misreading_that_raises_explains_nothing_and_hinders_no_other(monkeypatch):
+    raising = replace(CATALOGUE["scale-squared"], make=but(s=lambda my, c: c.no_such_name))
+    known = (raising, CATALOGUE["scale-alpha"])
+    monkeypatch.setattr(misreadings, "MISREADINGS", known)
+    assert names(CATALOGUE["scale-alpha"]) == ("scale-alpha",)
+    assert names(raising) == ()
 
 
 def test_what_is_right_gets_no_name():

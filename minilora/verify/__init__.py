@@ -1,13 +1,18 @@
 """The oracle: checks another implementation of LoRA against the equations."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minilora.verify.contract import TIME_LIMIT, Fault, LoadError, Skip, Subject, resolve
 from minilora.verify.contract import load as load_target
 from minilora.verify.engine import Interrupted, Progress, UsageError, run
 from minilora.verify.report import Report, Result
 from minilora.verify.terms import Case, Check, Comparison, Limits
+
+if TYPE_CHECKING:
+    import pytest
 
 __all__ = [
     "Case",
@@ -24,6 +29,7 @@ __all__ = [
     "UsageError",
     "check",
     "load_target",
+    "parametrize_with_checks",
 ]
 
 
@@ -62,4 +68,28 @@ def check(
         known=known,
         time_limit=time_limit,
         progress=progress,
+    )
+
+
+def parametrize_with_checks(
+    implementations: Sequence[object],
+    *,
+    levels: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    profile: str = "ci",
+    seed: int = 0,
+    known: Mapping[str, Any] | None = None,
+) -> pytest.MarkDecorator:
+    """Turns one test of a project's own suite into one for each check, dtype and implementation.
+
+    The test takes ``implementation`` and ``check``, and calls ``check(implementation)``: that
+    fails with the report's text, skips what is not supported and expects what is ``known`` to
+    fail. Implementations are those of `check`, or a TARGET of the command line.
+
+    Raises LoadError and UsageError as `check` does. Needs pytest, which nothing else here imports.
+    """
+    from minilora.verify.suite import parametrized
+
+    return parametrized(
+        implementations, levels=levels, dtypes=dtypes, profile=profile, seed=seed, known=known
     )

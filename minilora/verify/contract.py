@@ -353,7 +353,7 @@ class Subject:
             self._hangs[method] += 1
             at = f" ({late.place})" if late.place else ""
             raise Fault("hangs", f"{method} gave no answer in {self.time_limit:g} s{at}") from None
-        except _Raised as raised:
+        except Raised as raised:
             raise self._verdict_on(method, raised.error) from raised.error
         names = positional(method)
         for i, (arg, original) in enumerate(zip(given[0], args, strict=True)):
@@ -544,7 +544,7 @@ class _TimeOut(Exception):
         self.place = place
 
 
-class _Raised(Exception):
+class Raised(Exception):
     """The call raised; whatever it was is carried, so that nothing of a target passes unseen."""
 
     def __init__(self, error: BaseException) -> None:
@@ -585,7 +585,7 @@ class _Worker:
                 del job, call, outcome, done  # what they hold need not wait for the next call
 
     def call(self, call: Callable[[], Any], limit: float, home: str | None) -> Any:
-        """What the call gives. Raises _Raised, or _TimeOut after ``limit`` seconds."""
+        """What the call gives. Raises Raised, or _TimeOut after ``limit`` seconds."""
         outcome: list[Any] = []
         done = threading.Event()
         self._calls.put((call, outcome, done))
@@ -594,7 +594,7 @@ class _Worker:
             raise _TimeOut(_place(traceback.walk_stack(frame), home) if frame else "")
         answer, error = outcome
         if error is not None:
-            raise _Raised(error)
+            raise Raised(error)
         return answer
 
     def stop(self) -> None:

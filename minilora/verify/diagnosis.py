@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minilora.verify.contract import Fault, Skip, Subject
+from minilora.verify.contract import Fault, Raised, Skip, Subject
 from minilora.verify.terms import Case, Check, Comparison, Diagnosis
 
 if TYPE_CHECKING:
@@ -43,7 +43,10 @@ class Direct(Subject):
     def _within_limit(self, call: Callable[[], Any]) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is wrong, and some of it divides by zero
-            return call()
+            try:
+                return call()
+            except Exception as error:  # one may be of another architecture than the case
+                raise Raised(error) from error
 
 
 def answers(check: Check, subject: Subject, case: Case) -> dict[str, Comparison]:

@@ -1,0 +1,24 @@
+"""What ``pytest --pyargs minilora.verify --implementation TARGET`` collects."""
+
+import pytest
+
+from minilora.verify.engine import UsageError
+from minilora.verify.plugin import asked
+from minilora.verify.suite import OneCheck, each
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each check and dtype."""
+    implementation, options = asked(metafunc.config)
+    try:
+        checks = list(each(implementation, **options))
+    except UsageError as error:
+        raise pytest.UsageError(str(error)) from None
+    metafunc.parametrize(
+        ("implementation", "check"), [pytest.param(implementation, c, id=c.id) for c in checks]
+    )
+
+
+def test_equations(implementation: object, check: OneCheck) -> None:
+    """The check's own, in the report's words."""
+    check(implementation)
