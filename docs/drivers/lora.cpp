@@ -12,13 +12,19 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
-using std::string;
+using std::string, std::to_string, std::vector;
 
 string bug;  // one of five mistakes on purpose, named on the command line: see `scale` and `layer`
-struct Skipped : std::runtime_error { using std::runtime_error::runtime_error; };
+struct Skipped : std::runtime_error { using runtime_error::runtime_error; };
 
 // JSON: a value is a text (a string, a number or a word), a list or an object.
-struct Json { string text; std::vector<Json> list; std::map<string, Json> fields; };
+struct Json {
+  string text;
+  vector<Json> list;
+  std::map<string, Json> fields;
+  Json operator[](const string& key) const { return fields.count(key) ? fields.at(key) : Json(); }
+  double number(double otherwise = 0) const { return text.empty() ? otherwise : std::stod(text); }
+};
 Json parse(std::istream& in) {
   Json value;
   char c = (in >> std::ws).get();
@@ -32,7 +38,7 @@ Json parse(std::istream& in) {
     }
     in.get();
   } else if (c == '"') {
-    while ((c = in.get()) != '"' && in) value.text += c == '\\' ? in.get() : c;  // \" and \\ alone
+    while ((c = in.get()) != '"' && in) value.text += c == '\\' ? in.get() : c;
   } else {
     for (value.text = c; string(",]} ").find(in.peek()) == string::npos && in;) value.text += in.get();
   }
@@ -40,36 +46,34 @@ Json parse(std::istream& in) {
 }
 string quoted(const string& text) {
   string out = "\"";
-  for (char c : text) { if (c == '"' || c == '\\') out += '\\'; out += c; }
+  for (char c : text) (out += c == '"' || c == '\\' ? "\\" : "") += c;
   return out + '"';
 }
 
-// A matrix of float or double, with the shape that it has in its file: leading axes are rows.
+// A matrix of float or double; leading axes of the shape are one axis of rows.
 template <class T> struct Matrix {
-  std::vector<size_t> shape;
+  vector<size_t> shape;
   size_t rows = 1, cols = 1;
-  std::vector<T> data;
-  Matrix() = default;  // one that is not given has no data
-  Matrix(std::vector<size_t> sizes) : shape(sizes), cols(sizes.empty() ? 1 : sizes.back()) {
+  vector<T> data;  // none in a matrix that was not given
+  Matrix() = default;
+  template <class F> Matrix(vector<size_t> sizes, F at) : shape(sizes), cols(sizes.empty() ? 1 : sizes.back()) {
     for (size_t i = 0; i + 1 < sizes.size(); i++) rows *= sizes[i];
-    data.resize(rows * cols);
+    for (size_t i = 0; i < rows; i++) for (size_t j = 0; j < cols; j++) data.push_back(at(i, j));
   }
   T operator()(size_t i, size_t j) const { return data[i * cols + j]; }
 };
-template <class T, class F> Matrix<T> matrix(std::vector<size_t> shape, F at) {
-  Matrix<T> out(shape);
-  for (size_t i = 0; i < out.rows; i++) for (size_t j = 0; j < out.cols; j++) out.data[i * out.cols + j] = at(i, j);
-  return out;
-}
 template <class T> Matrix<T> turned(const Matrix<T>& a) {
-  return matrix<T>({a.cols, a.rows}, [&](size_t i, size_t j) { return a(j, i); });
+  return {{a.cols, a.rows}, [&](size_t i, size_t j) { return a(j, i); }};
 }
 template <class T> Matrix<T> times(const Matrix<T>& a, const Matrix<T>& b, T s = 1) {  // s a b
-  return matrix<T>({a.rows, b.cols}, [&](size_t i, size_t j) {
+  return {{a.rows, b.cols}, [&](size_t i, size_t j) {
     T sum = 0;
     for (size_t k = 0; k < a.cols; k++) sum += a(i, k) * b(k, j);
     return s * sum;
-  });
+  }};
+}
+template <class T> Matrix<T> plus(const Matrix<T>& a, const Matrix<T>& b) {
+  return {a.shape, [&](size_t i, size_t j) { return a(i, j) + b(i, j); }};
 }
 
 // safetensors: 8 bytes with the header's length, the header in JSON, the numbers.
@@ -77,106 +81,116 @@ template <class T> using Tensors = std::map<string, Matrix<T>>;
 template <class T> Tensors<T> read(const Json& header, const char* numbers) {
   Tensors<T> tensors;
   for (auto& [name, entry] : header.fields) {
-    std::vector<size_t> shape;
-    for (auto& size : entry.fields.at("shape").list) shape.push_back(std::stoull(size.text));
-    Matrix<T> a(shape);
-    const char* from = numbers + std::stoull(entry.fields.at("data_offsets").list[0].text);
-    if (entry.fields.at("dtype").text == "BOOL") a.data.assign(from, from + a.data.size());
+    vector<size_t> shape;
+    for (auto& size : entry["shape"].list) shape.push_back(size.number());
+    Matrix<T> a(shape, [](size_t, size_t) { return 0; });
+    const char* from = numbers + size_t(entry["data_offsets"].list[0].number());
+    if (entry["dtype"].text == "BOOL") a.data.assign(from, from + a.data.size());
     else std::memcpy(a.data.data(), from, a.data.size() * sizeof(T));
     tensors[name] = a;
   }
   return tensors;
 }
 template <class T> void write(const string& path, const Tensors<T>& tensors) {
-  std::ostringstream header;
-  string data;
+  string header, data;
   for (auto& [name, a] : tensors) {
-    header << (data.empty() ? '{' : ',') << quoted(name) << ":{\"dtype\":\"F" << 8 * sizeof(T) << "\",\"shape\":[";
-    for (size_t i = 0; i < a.shape.size(); i++) header << (i ? "," : "") << a.shape[i];
-    header << "],\"data_offsets\":[" << data.size();
+    string shape, from = to_string(data.size());
+    for (size_t size : a.shape) shape += (shape.empty() ? "" : ",") + to_string(size);
     data.append(reinterpret_cast<const char*>(a.data.data()), a.data.size() * sizeof(T));
-    header << "," << data.size() << "]}";
+    header += (header.empty() ? "{" : ",") + quoted(name) + ":{\"dtype\":\"F" + to_string(8 * sizeof(T)) +
+      "\",\"shape\":[" + shape + "],\"data_offsets\":[" + from + "," + to_string(data.size()) + "]}";
   }
-  uint64_t length = header.str().size() + 1;
-  std::ofstream out(path, std::ios::binary);
-  out.write(reinterpret_cast<char*>(&length), 8) << header.str() << '}' << data;
+  const uint64_t length = (header += "}").size();
+  std::ofstream(path, std::ios::binary).write(reinterpret_cast<const char*>(&length), 8) << header << data;
 }
 
-// The factor alpha / r, or alpha / √r; what else is asked for is not supported here.
-double scale(std::map<string, Json>& settings) {
-  for (auto& [name, value] : settings)
-    if (name != "alpha" && name != "r" && name != "p" && name != "use_rslora" && value.text != "false")
+// What a setting asks for that is not implemented here is skipped, and never ignored.
+void refuse(const Json& settings, const string& known) {
+  for (auto& [name, value] : settings.fields)
+    if (known.find(" " + name + " ") == string::npos && value.text != "false")
       throw Skipped(name + " is not implemented");
-  double alpha = std::stod(settings["alpha"].text), r = std::stod(settings["r"].text);
+}
+
+// The factor alpha / r, or alpha / √r.
+double scale(const Json& settings) {
+  refuse(settings, " alpha r p use_rslora ");
+  const double alpha = settings["alpha"].number(), r = settings["r"].number();
   if (bug == "scale") return alpha;
   return settings["use_rslora"].text == "true" ? alpha / std::sqrt(r) : alpha / r;
 }
 
 // y = x Wᵀ + b + s (K∘x) Aᵀ Bᵀ, tokens in rows, and its gradients where there is a dy.
-template <class T> Tensors<T> layer(Tensors<T>& t, std::map<string, Json>& settings) {
-  const Matrix<T>&x = t["x"], &W = t["W"], &A = t["A"], &B = t["B"], &bias = t["bias"], &keep = t["keep"], &dy = t["dy"];
-  const T s = scale(settings), kept = bug == "no-rescale" ? 1 : 1 / (1 - std::stod("0" + settings["p"].text));
-  auto K = [&](size_t i, size_t j) { return keep.data.empty() ? T(1) : keep(i, j) * kept; };
-  auto base_K = [&](size_t i, size_t j) { return bug == "mask-on-base" ? K(i, j) : T(1); };
-  auto masked = matrix<T>({x.rows, x.cols}, [&](size_t i, size_t j) { return x(i, j) * K(i, j); });
-  auto base_x = matrix<T>({x.rows, x.cols}, [&](size_t i, size_t j) { return x(i, j) * base_K(i, j); });
-  auto Bt = turned(B);
+template <class T> Tensors<T> layer(Tensors<T>& t, const Json& settings) {
+  const Matrix<T> &x = t["x"], &W = t["W"], &A = t["A"], &B = t["B"], &bias = t["bias"], &dy = t["dy"];
+  const T s = scale(settings), kept = bug == "no-rescale" ? 1 : 1 / (1 - settings["p"].number());
+  const auto K = [&](const Matrix<T>& a, bool drops = true) -> Matrix<T> {
+    const Matrix<T>& keep = t["keep"];
+    return {x.shape, [&](size_t i, size_t j) {
+      return drops && !keep.data.empty() ? a(i, j) * keep(i, j) * kept : a(i, j);
+    }};
+  };
+  const bool on_base = bug == "mask-on-base";
+  Matrix<T> Bt = turned(B);
   if (bug == "layout") Bt.data = B.data;
-  auto H = times(masked, turned(A)), base = times(base_x, turned(W)), branch = times(H, Bt, s);
-  auto shape = x.shape;
-  if (!shape.empty()) shape.back() = W.rows;
-  Tensors<T> out{{"y", matrix<T>(shape, [&](size_t i, size_t j) {
-    return base(i, j) + (bias.data.empty() ? 0 : bias.data[j]) + branch(i, j);
-  })}};
+  const Matrix<T> H = times(K(x), turned(A)), y = plus(times(K(x, on_base), turned(W)), times(H, Bt, s));
+  vector<size_t> shape = x.shape;
+  shape.back() = W.rows;
+  Tensors<T> out;
+  out["y"] = {shape, [&](size_t i, size_t j) { return y(i, j) + (bias.data.empty() ? 0 : bias.data[j]); }};
   if (dy.data.empty()) return out;
-  auto dH = times(dy, turned(Bt), s), through = times(dy, W), branch_dx = times(dH, A);
-  out["dx"] = matrix<T>(x.shape, [&](size_t i, size_t j) { return through(i, j) * base_K(i, j) + branch_dx(i, j) * K(i, j); });
-  out["dA"] = times(turned(dH), masked, bug == "dA-unscaled" ? 1 / s : T(1));
+  const Matrix<T> dH = times(dy, turned(Bt), s), ones({1, dy.rows}, [](size_t, size_t) { return 1; });
+  out["dx"] = plus(K(times(dy, W), on_base), K(times(dH, A)));
+  out["dA"] = times(turned(dH), K(x), bug == "dA-unscaled" ? 1 / s : T(1));
   out["dB"] = times(turned(dy), H, s);
-  auto ones = matrix<T>({1, dy.rows}, [](size_t, size_t) { return 1; });
   if (!bias.data.empty()) (out["dbias"] = times(ones, dy)).shape = bias.shape;
   return out;
 }
-template <class T> Tensors<T> answer(const string& method, Tensors<T> t, std::map<string, Json>& settings) {
-  if (method.rfind("lora_linear", 0) == 0) return layer(t, settings);
-  const bool there = method == "merge";
-  const Matrix<T>& W = t[there ? "W" : "W_merged"];
-  auto delta = times(t["B"], t["A"], T(there ? scale(settings) : -scale(settings)));
-  return {{there ? "W_merged" : "W", matrix<T>(W.shape, [&](size_t i, size_t j) { return W(i, j) + delta(i, j); })}};
-}
 
-void run(std::map<string, Json>& message) {
+// The contract's methods: tensors and settings to tensors.
+template <class T> Tensors<T> answer(const string& method, Tensors<T> t, const Json& settings) {
+  if (method == "merge") return {{"W_merged", plus(t["W"], times(t["B"], t["A"], T(scale(settings))))}};
+  if (method == "unmerge") return {{"W", plus(t["W_merged"], times(t["B"], t["A"], T(-scale(settings))))}};
+  if (method != "combine") return layer(t, settings);
+  refuse(settings, " adapters weights ");
+  Matrix<T> delta;
+  for (size_t i = 0; i < settings["adapters"].list.size(); i++) {
+    const string name = "adapters." + to_string(i);
+    const T s = settings["weights"].list[i].number() * scale(settings["adapters"].list[i]);
+    const Matrix<T> own = times(t[name + ".B"], t[name + ".A"], s);
+    delta = i ? plus(delta, own) : own;
+  }
+  return {{"delta_W", delta}};
+}
+void run(const Json& message) {
   std::ifstream file(message["in"].text, std::ios::binary);
-  const string bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  const string bytes((std::istreambuf_iterator<char>(file)), {});
   uint64_t length;
   std::memcpy(&length, bytes.data(), 8);
   std::istringstream text(bytes.substr(8, length));
-  const Json header = parse(text);
+  const Json header = parse(text), settings = message["settings"];
   const string method = message["method"].text, out = message["out"].text;
   const char* numbers = bytes.data() + 8 + length;
-  auto& settings = message["settings"].fields;
-  if (header.fields.at("A").fields.at("dtype").text == "F64") write(out, answer(method, read<double>(header, numbers), settings));
+  bool doubles = false;
+  for (auto& [name, entry] : header.fields) doubles |= entry["dtype"].text == "F64";
+  if (doubles) write(out, answer(method, read<double>(header, numbers), settings));
   else write(out, answer(method, read<float>(header, numbers), settings));
 }
 
+// The protocol: a line of JSON in, a line of JSON out.
 int main(int count, char** words) {
   if (count > 1) bug = words[1];
   for (string line; std::getline(std::cin, line);) {
     std::istringstream text(line);
-    auto message = parse(text).fields;
-    if (message["cmd"].text == "stop") break;
+    const Json message = parse(text);
     string says = "\"ok\":true";
-    try {
-      if (message["cmd"].text == "start")
-        says = R"("protocol":1,"implementation":{"name":"lora.cpp","version":"1.0","language":"C++","dtypes":
-          ["float64","float32"],"methods":["lora_linear","lora_linear_vjp","merge","unmerge"]})";
-      else run(message);
-    } catch (const Skipped& skipped) {
-      says = "\"skipped\":{\"reason\":" + quoted(skipped.what()) + "}";
-    } catch (const std::exception& error) {
-      says = "\"error\":{\"message\":" + quoted(error.what()) + "}";
-    }
-    for (char& c : says) if (c == '\n') c = ' ';
-    std::cout << "{\"seq\":" << message["seq"].text << "," << says << "}" << std::endl;  // endl flushes
+    if (message["cmd"].text == "stop") break;
+    if (message["cmd"].text == "start")
+      says = R"("protocol":1,"implementation":{"name":"lora.cpp","version":"1.0","language":"C++",)"
+             R"("methods":["lora_linear","lora_linear_vjp","merge","unmerge","combine"],)"
+             R"("dtypes":["float64","float32"]})";
+    else try { run(message); }
+    catch (const Skipped& skipped) { says = "\"skipped\":{\"reason\":" + quoted(skipped.what()) + "}"; }
+    catch (const std::exception& error) { says = "\"error\":{\"message\":" + quoted(error.what()) + "}"; }
+    std::cout << "{\"seq\":" << message["seq"].text << "," << says << "}" << std::endl;  // flushed
   }
 }

@@ -1,29 +1,36 @@
 // A driver for `minilora verify --cmd "node lora.mjs"`: Node alone, no package.
-// The mathematics stands in `methods`; the rest is the protocol, and serves any implementation.
+// The mathematics stands in `scale`, `layer` and `methods`; the rest is the protocol, and serves any.
 import fs from "node:fs";
 import readline from "node:readline";
 
-const bug = process.argv[2]; // one of five mistakes on purpose: see `methods`
+const bug = process.argv[2]; // one of five mistakes on purpose: see `scale` and `layer`
 
-// Matrices: { rows, cols, at(i, j) }. Numbers are computed in float64 and rounded when stored.
-const matrix = (rows, cols, at) => {
+// Matrices: leading axes of the shape are one axis of rows. Numbers are float64, rounded when stored.
+const matrix = (rows, cols, at, shape = [rows, cols]) => {
   const data = new Float64Array(rows * cols);
   for (let i = 0; i < rows; i++) for (let j = 0; j < cols; j++) data[i * cols + j] = at(i, j);
-  return { rows, cols, at: (i, j) => data[i * cols + j], data };
+  return { rows, cols, data, shape, at: (i, j) => data[i * cols + j] };
 };
+const map = (a, f) => matrix(a.rows, a.cols, (i, j) => f(a.at(i, j), i, j), a.shape);
+const plus = (a, b) => map(a, (v, i, j) => v + b.at(i, j));
+const scaled = (s, a) => map(a, (v) => s * v);
 const turned = (a) => matrix(a.cols, a.rows, (i, j) => a.at(j, i));
 const times = (a, b) => matrix(a.rows, b.cols, (i, j) => {
   let sum = 0;
   for (let k = 0; k < a.cols; k++) sum += a.at(i, k) * b.at(k, j);
   return sum;
 });
-const map = (a, f) => matrix(a.rows, a.cols, (i, j) => f(a.at(i, j), i, j));
-const plus = (a, b) => map(a, (v, i, j) => v + b.at(i, j));
-const scaled = (s, a) => map(a, (v) => s * v);
+const shaped = (a, shape) => ({ ...a, shape });
 
-// The factor alpha / r, or alpha / √r; what else is asked for is not supported here.
-const scale = ({ alpha, r, use_rslora = false, p: _, ...others }) => {
-  for (const name of Object.keys(others)) if (others[name]) throw { skipped: name };
+// What a setting asks for that is not implemented here is skipped, and never ignored.
+class Skipped extends Error {}
+const refuse = (others) => {
+  for (const name in others) if (others[name]) throw new Skipped(`${name} is not implemented`);
+};
+
+// The factor alpha / r, or alpha / √r.
+const scale = ({ alpha, r, use_rslora, p: _, ...others }) => {
+  refuse(others);
   if (bug === "scale") return alpha;
   return use_rslora ? alpha / Math.sqrt(r) : alpha / r;
 };
@@ -32,41 +39,42 @@ const scale = ({ alpha, r, use_rslora = false, p: _, ...others }) => {
 const layer = ({ x, W, A, B, bias, keep }, settings) => {
   const s = scale(settings);
   const kept = bug === "no-rescale" ? 1 : 1 / (1 - (settings.p ?? 0));
-  const K = map(x, (_, i, j) => (keep ? keep.at(i, j) * kept : 1));
-  const masked = map(x, (v, i, j) => v * K.at(i, j));
+  const K = (v, i, j) => (keep ? v * keep.at(i, j) * kept : v);
+  const base_K = (v, i, j) => (bug === "mask-on-base" ? K(v, i, j) : v);
   const Bt = bug === "layout" ? matrix(B.cols, B.rows, (i, j) => B.data[i * B.rows + j]) : turned(B);
+  const masked = map(x, K);
   const H = times(masked, turned(A));
-  const base = times(bug === "mask-on-base" ? masked : x, turned(W));
-  const y = map(plus(base, scaled(s, times(H, Bt))), (v, _, j) => v + (bias ? bias.at(0, j) : 0));
+  const y = plus(times(map(x, base_K), turned(W)), scaled(s, times(H, Bt)));
   const back = (dy) => {
     const dH = scaled(s, times(dy, turned(Bt)));
-    const branch = map(times(dH, A), (v, i, j) => v * K.at(i, j));
-    const through = map(times(dy, W), (v, i, j) => (bug === "mask-on-base" ? v * K.at(i, j) : v));
     const dA = times(turned(dH), masked);
+    const db = times(matrix(1, dy.rows, () => 1), dy);
     return {
-      dx: plus(through, branch),
+      dx: shaped(plus(map(times(dy, W), base_K), map(times(dH, A), K)), x.shape),
       dA: bug === "dA-unscaled" ? scaled(1 / s, dA) : dA,
       dB: scaled(s, times(turned(dy), H)),
-      ...(bias && { dbias: matrix(1, dy.cols, (_, j) => times(matrix(1, dy.rows, () => 1), dy).at(0, j)) }),
+      ...(bias && { dbias: shaped(db, bias.shape) }),
     };
   };
-  return { y, back };
+  return [shaped(map(y, (v, _, j) => v + (bias?.data[j] ?? 0)), [...x.shape.slice(0, -1), W.rows]), back];
 };
 
-const merged = (W, { A, B }, settings, sign) => plus(W, scaled(sign * scale(settings), times(B, A)));
+// The contract's methods: tensors and settings to tensors.
+const delta = (A, B, s) => scaled(s, times(B, A));
 const methods = {
-  lora_linear: (t, settings) => ({ y: layer(t, settings).y }),
+  lora_linear: (t, settings) => ({ y: layer(t, settings)[0] }),
   lora_linear_vjp: (t, settings) => {
-    const { y, back } = layer(t, settings);
+    const [y, back] = layer(t, settings);
     return { y, ...back(t.dy) };
   },
-  merge: (t, settings) => ({ W_merged: merged(t.W, t, settings, 1) }),
-  unmerge: (t, settings) => ({ W: merged(t.W_merged, t, settings, -1) }),
+  merge: (t, settings) => ({ W_merged: plus(t.W, delta(t.A, t.B, scale(settings))) }),
+  unmerge: (t, settings) => ({ W: plus(t.W_merged, delta(t.A, t.B, -scale(settings))) }),
+  combine: (t, { adapters, weights, ...others }) => {
+    refuse(others);
+    const each = (own, i) => delta(t[`adapters.${i}.A`], t[`adapters.${i}.B`], weights[i] * scale(own));
+    return { delta_W: adapters.map(each).reduce(plus) };
+  },
 };
-const shapes = (t) => ({ // of the answers, by the tensors that came in
-  y: [...(t.x?.shape ?? []).slice(0, -1), t.W?.rows], dx: t.x?.shape, dA: t.A?.shape, dB: t.B?.shape,
-  dbias: [t.W?.rows], W_merged: t.W?.shape, W: t.W_merged?.shape,
-});
 
 // safetensors: 8 bytes with the header's length, the header in JSON, the numbers.
 const types = { F64: Float64Array, F32: Float32Array, BOOL: Uint8Array };
@@ -74,51 +82,49 @@ const read = (path) => {
   const bytes = fs.readFileSync(path);
   const start = 8 + Number(bytes.readBigUInt64LE(0));
   const tensors = {};
-  for (const [name, entry] of Object.entries(JSON.parse(bytes.subarray(8, start)))) {
+  for (const [name, { dtype, shape, data_offsets }] of Object.entries(JSON.parse(bytes.subarray(8, start)))) {
     if (name === "__metadata__") continue;
-    const [from, to] = entry.data_offsets;
-    const data = new types[entry.dtype](new Uint8Array(bytes.subarray(start + from, start + to)).buffer);
-    const cols = entry.shape.at(-1) ?? 1; // leading axes are one axis of rows
-    const a = matrix(data.length / cols, cols, (i, j) => data[i * cols + j]);
-    tensors[name] = Object.assign(a, { shape: entry.shape, dtype: entry.dtype });
+    const [from, to] = data_offsets.map((offset) => start + offset);
+    const data = new types[dtype](Uint8Array.from(bytes.subarray(from, to)).buffer);
+    const cols = shape.at(-1) ?? 1;
+    tensors[name] = { ...matrix(data.length / cols, cols, (i, j) => data[i * cols + j], shape), dtype };
   }
   return tensors;
 };
-const write = (path, tensors, dtype, shape) => {
-  const header = {}, parts = [];
-  let offset = 0;
-  for (const [name, a] of Object.entries(tensors)) {
-    const data = Buffer.from(new types[dtype](a.data).buffer);
-    header[name] = { dtype, shape: shape[name], data_offsets: [offset, (offset += data.length)] };
-    parts.push(data);
+const write = (path, tensors, dtype) => {
+  const header = {}, numbers = [];
+  let end = 0;
+  for (const [name, { data, shape }] of Object.entries(tensors)) {
+    const bytes = Buffer.from(new types[dtype](data).buffer);
+    header[name] = { dtype, shape, data_offsets: [end, (end += bytes.length)] };
+    numbers.push(bytes);
   }
   const text = Buffer.from(JSON.stringify(header)), length = Buffer.alloc(8);
   length.writeBigUInt64LE(BigInt(text.length));
-  fs.writeFileSync(path, Buffer.concat([length, text, ...parts]));
+  fs.writeFileSync(path, Buffer.concat([length, text, ...numbers]));
 };
 
+// The protocol: a line of JSON in, a line of JSON out.
 const implementation = {
   name: "lora.mjs", version: "1.0", language: "JavaScript",
   methods: Object.keys(methods), dtypes: ["float64", "float32"],
   precision: { float32: { storage: "float32", accumulation: "float64" } },
 };
-const run = (message) => {
-  const tensors = read(message.in);
-  const answer = methods[message.method](tensors, message.settings);
-  write(message.out, answer, tensors.A.dtype, shapes(tensors));
-  return { ok: true };
+const answer = (message) => {
+  if (message.cmd === "start") return { protocol: 1, implementation };
+  try {
+    const tensors = read(message.in);
+    const { dtype } = Object.values(tensors).find((a) => a.dtype !== "BOOL");
+    write(message.out, methods[message.method](tensors, message.settings), dtype);
+    return { ok: true };
+  } catch (error) {
+    if (error instanceof Skipped) return { skipped: { reason: error.message } };
+    return { error: { message: String(error), traceback: error.stack } };
+  }
 };
 for await (const line of readline.createInterface({ input: process.stdin })) {
   const message = JSON.parse(line);
   if (message.cmd === "stop") break;
-  let answer;
-  try {
-    answer = message.cmd === "start" ? { protocol: 1, implementation } : run(message);
-  } catch (error) {
-    answer = error.skipped
-      ? { skipped: { reason: `${error.skipped} is not implemented` } }
-      : { error: { message: String(error), traceback: error.stack } };
-  }
-  process.stdout.write(JSON.stringify({ seq: message.seq, ...answer }) + "\n");
+  process.stdout.write(JSON.stringify({ seq: message.seq, ...answer(message) }) + "\n");
 }
-process.exit(0);
+process.exit();

@@ -96,9 +96,9 @@ class Driver(Remote):
         weakref.finalize(self, _clean, self._living, self._folder)
         try:
             said = self._start()
-            self.name = said.get("name") or os.path.basename(self.command[-1])
+            self.name = said.get("name") or os.path.basename(self.command[0])
             language = f" ({said['language']})" if said.get("language") else ""
-            self.version = f"{said.get('version', '')}{language}".strip()
+            self.version = f"{said.get('version') or ''}{language}".strip()
             for each in ("dtypes", "precision", "conventions", "known"):
                 if said.get(each) is not None:
                     setattr(self, each, said[each])
@@ -164,9 +164,9 @@ class Driver(Remote):
         try:
             given.write_bytes(save({k: np.array(v, order="C") for k, v in arrays.items()}))
             answer = self._exchange(method, message)
-            if "error" in answer:
+            if answer.get("error"):
                 _refuse(answer["error"])
-            if "skipped" in answer:
+            if answer.get("skipped"):
                 raise Skip(f"not supported: {_reason(answer['skipped'])}")
             return None if method == "save" else _gathered(method, _read(answered))
         finally:
@@ -180,7 +180,7 @@ class Driver(Remote):
         message = {"seq": 0, "cmd": "start", "protocol": PROTOCOL}
         try:
             answer = self._exchange("start", message, ("implementation", "error"))
-            if "error" in answer:
+            if answer.get("error"):
                 _refuse(answer["error"])
             _same("protocol", answer, PROTOCOL)
             said = answer["implementation"]
@@ -231,7 +231,9 @@ def _clean(living: list[_Child], folder: Path) -> None:
 
 
 def _line(message: Mapping[str, Any]) -> bytes:
-    return json.dumps(message, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    """A message; no character but quotes and backslashes is escaped, which any reader can undo."""
+    text = json.dumps(message, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    return text.encode(errors="surrogateescape") + b"\n"
 
 
 def _spread(value: Any, path: tuple[str, ...], arrays: dict[str, np.ndarray]) -> Any:
@@ -346,7 +348,7 @@ def _shown(line: bytes) -> str:
 
 
 def _names(said: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    value = said.get(key, [])
+    value = said.get(key) or []
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise LoadError(f"the driver's {key!r} is {tidy(value, 60)}, expected a list of names")
     return tuple(value)
@@ -532,6 +534,7 @@ class _Child:
                     self._process.wait(max(0.0, end - monotonic()))
                 return
             self._turn(_SLICE)
+            self._said.clear()
 
     def end(self) -> None:
         """Ends it and all that it started."""
