@@ -347,14 +347,16 @@ def adapt(
     variant = lora.entry.variant
     if variant == VERA:
         heights, widths = zip(*choice.shape.values(), strict=True)
-        A, B = draw_vera(rng, lora.r, max(heights), max(widths))
+        dtype = W[weight_of(next(iter(choice.rank)), W)].dtype
+        A, B = (f.astype(dtype) for f in draw_vera(rng, lora.r, max(heights), max(widths)))
     changed: Weights = {}
     for at, r in choice.rank.items():
         weight = W[weight_of(at, W)]
         M = weight.T if at in TABLES else weight
         base, parts = M, tuple[Array, ...]()
         if variant == VERA:
-            parts = vera_part(A.astype(M.dtype), B.astype(M.dtype), *M.shape)
+            A, B = (f.astype(M.dtype, copy=False) for f in (A, B))
+            parts = vera_part(A, B, *M.shape)
         else:
             init = "embedding" if at in TABLES else lora.init
             base, parts = start(variant, init, rng, M, r, s[at])

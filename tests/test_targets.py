@@ -18,6 +18,9 @@ from minilora import strategies as draw
 from minilora.formats.huggingface import names as names_in_files
 from minilora.formats.huggingface import to_file, write_model
 from minilora.formats.peft import adapter_names
+from minilora.lora import LORA, is_base
+from minilora.starts import STARTS
+from minilora.variants import REGISTRY
 
 LLAMA = ml.Llama(vocab=11, d=5, layers=12, heads=4, ffn=7, kv_heads=2, head_dim=2, qkv_bias=True)
 BERT = ml.Bert(vocab=11, d=6, layers=2, heads=3, ffn=7, positions=9, types=2, classes=3)
@@ -123,6 +126,28 @@ def test_a_choice_that_hits_nothing_is_refused_by_what_it_names(choice, message)
         ({"init": "zero"}, "init 'zero': expected one of ('kaiming', 'gaussian', "),
         ({"dropout": 1.0}, "dropout 1.0: expected at least 0 and below 1"),
         ({"dropout": -0.1}, "dropout -0.1: expected at least 0 and below 1"),
+        ({"variant": "lokr"}, "variant 'lokr': expected one of ('lora', 'gaussian', 'rslora', "),
+        ({"variant": "vera", "init": "gaussian"}, "init 'gaussian': the variant 'vera' starts as"),
+        ({"variant": "pissa", "init": "olora"}, "init 'olora': the variant 'pissa' starts as 'pi"),
+        ({"init": "adalora"}, "init 'adalora': the variant 'lora' starts as 'kaiming'"),
+        (
+            {"variant": "alora"},
+            "invocation []: expected the tokens of aLoRA's invocation, and none",
+        ),
+        (
+            {"invocation": [1]},
+            "invocation [1]: expected the tokens of aLoRA's invocation, and none",
+        ),
+        (
+            {"variant": "dora", "tie": True},
+            "tie: factors are shared by LoRA itself only, not 'dora'",
+        ),
+        ({"variant": "vera", "rslora": True}, "rslora: found it, but vera has no rsLoRA's scale"),
+        ({"variant": "vera", "rank_pattern": {"q": 1}}, "rank_pattern: found it, but vera has one"),
+        (
+            {"variant": "adalora", "alpha_pattern": {"q": 1}},
+            "alpha_pattern: found it, but adalora has one scale for all modules; leave it out",
+        ),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(choice, message):
@@ -987,3 +1012,227 @@ def test_peft_trains_the_tokens_of_a_tied_model_through_both_uses(pefts, tmp_pat
     assert max(errors) <= GRADIENT
     _, back_swapped = ops.with_tokens(W["embed.weight"], trained[::-1], rows)
     assert relative_error(back_swapped(dE), delta.grad.numpy()) > GRADIENT
+
+
+TIED = replace(LLAMA, layers=1, d=6, tied=True)
+IDS = np.array([[3, 1, 4, 1], [9, 2, 6, 1]])
+
+
+def of_variant(variant, c=TIED, seed=0, **choice):
+    """The base's weights, and an adapter of the variant beside them."""
+    rng = np.random.default_rng(seed)
+    W = ml.draw_weights(c, rng, std=0.4)
+    lora = ml.Lora(
+        **{"r": 2, "alpha": 3, "variant": variant}
+        | ({"invocation": [1]} if variant == "alora" else {})
+        | choice
+    )
+    return lora, W, *ml.adapt(W, lora, c.matrices(), rng)
+
+
+def scores(W, tuning, lora, c=TIED):
+    now = targets.invoked(tuning, IDS, lora.invocation) if lora.invocation else tuning
+    return ml.logits(ml.Batch(IDS), W, c, now)
+
+
+@pytest.mark.parametrize("variant", REGISTRY)
+def test_a_fresh_adapter_of_each_variant_changes_no_output(variant):
+    lora, base, W, tuning = of_variant(variant)
+    entry, every = REGISTRY[variant], [at for at in TIED.linears() if at != "head"]
+    before = {name: w.copy() for name, w in base.items()}
+    assert {n for n in W if not is_base(n)} == {
+        f"{at}.{part}" for at in every for part in entry.variant.parts
+    }
+    assert tuning.trained == {f"{at}.{part}" for at in every for part in entry.trained}
+    assert tuning.variant == ({} if lora.equation == LORA else dict.fromkeys(every, lora.equation))
+    s = {"rslora": 3 / 2**0.5, "vera": 1, "adalora": 3 / (2 + 1e-5)}.get(variant, 1.5)
+    assert tuning.scale == dict.fromkeys(every, s)
+    assert all(
+        same_bits(base[name], before[name]) for name in base
+    )  # the caller's stay as they were
+    z, _ = ml.logits(ml.Batch(IDS), base, TIED, ml.Tuning())
+    found, _ = scores(W, tuning, lora)
+    kept = all(W[name] is base[name] for name in base)
+    assert kept == ("kept" not in entry.breaks)
+    if variant == "orthogonal":  # whose halves are orthogonal but for rounding
+        assert relative_error(found, z) <= GRADIENT
+    elif kept:
+        assert np.array_equal(found, z)
+    elif variant == "loftq":
+        assert relative_error(found, z) > GRADIENT  # a base in four bits
+    else:
+        for at in every:
+            R, A, B = STARTS[variant](None, base[f"{at}.weight"], 2, 1.5)
+            for part, array in (("weight", R), ("A", A), ("B", B)):
+                assert np.array_equal(W[f"{at}.{part}"], array)
+        record_worst(f"the start of {variant}", relative_error(found, z))
+        assert relative_error(found, z) <= GRADIENT
+    moved = {name: W[name] + 0.5 for name in tuning.trained}
+    assert relative_error(scores(W | moved, tuning, lora)[0], z) > GRADIENT
+
+
+def test_an_old_flag_and_a_variant_say_the_same():
+    assert ml.Lora(rslora=True).rslora
+    assert ml.Lora(variant="rslora").rslora
+    *_, W, tuning = of_variant("rslora")
+    *_, W_flag, tuning_flag = of_variant("lora", rslora=True)
+    assert tuning == tuning_flag
+    assert all(same_bits(W[name], W_flag[name]) for name in W)
+    *_, plain = of_variant("lora")
+    assert plain != tuning
+
+
+def test_all_modules_of_a_vera_share_one_a_and_one_b():
+    *_, W, tuning = of_variant("vera")
+    parts = [[W[name] for name in W if name.endswith(end)] for end in (".A", ".B")]
+    for factors in parts:
+        whole = max(factors, key=lambda f: f.size)
+        assert all(np.shares_memory(f, whole) for f in factors)
+        assert all(np.array_equal(f, whole[: len(f), : f.shape[1]]) for f in factors)
+    assert {name.rpartition(".")[2] for name in tuning.trained} == {"lambda_d", "lambda_b"}
+    *_, plain, _ = of_variant("lora")
+    assert not np.shares_memory(plain["layers.0.q.A"], plain["layers.0.k.A"])
+
+
+def test_all_linear_hits_no_table_and_no_head_whatever_could_be_adapted():
+    for c in (LLAMA, TIED, BERT):
+        assert hit(c.matrices()) == hit(c.linears())
+    assert TIED.matrices()["embed"] == (6, 11)
+    assert TIED.matrices()["head"] == (11, 6)
+    assert {*BERT.matrices()} - {*BERT.linears()} == {"embed", "positions", "types"}
+    assert hit(TIED.matrices(), targets=["embed", "head"]) == ["embed", "head"]
+    with pytest.raises(ValueError, match=re.escape("['embed'] of the choice hit no projection")):
+        hit(TIED.linears(), targets=["embed", "q"])
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "pissa", "orthogonal", "rslora"])
+def test_a_table_starts_with_a_of_zeros_under_every_start(variant):
+    _, base, W, tuning = of_variant(variant, targets=["embed"])
+    assert not W["embed.A"].any()
+    assert W["embed.B"].all()
+    assert W["embed.A"].shape == (2, 11)
+    assert W["embed.B"].shape == (6, 2)
+    assert W["embed.weight"] is base["embed.weight"]
+    z, _ = ml.logits(ml.Batch(IDS), base, TIED, ml.Tuning())
+    found, back = ml.logits(ml.Batch(IDS), W, TIED, tuning)
+    assert relative_error(found, z) <= GRADIENT
+    assert back(np.ones_like(z))["embed.A"].any()
+
+
+@pytest.mark.parametrize("variant", ["vera", "adalora", "lora-bias", "lora-fa", "alora"])
+def test_a_table_has_no_adapter_of_other_variants(variant):
+    with pytest.raises(ValueError, match=f"embed is a table: .* of the variant '{variant}'"):
+        of_variant(variant, targets=["embed", "q"])
+    of_variant(variant, targets=["q"])
+
+
+def test_a_tied_heads_residual_stands_beside_the_embedding():
+    _, base, W, tuning = of_variant("pissa", targets=["head"])
+    assert W["embed.weight"] is base["embed.weight"]
+    assert (W["head.weight"] != base["embed.weight"]).any()
+    z, _ = ml.logits(ml.Batch(IDS), base, TIED, ml.Tuning())
+    assert relative_error(ml.logits(ml.Batch(IDS), W, TIED, tuning)[0], z) <= GRADIENT
+
+
+def test_a_tied_head_takes_the_embeddings_factors():
+    for names in (["embed"], ["head", "q"], ["embed", "head"]):
+        _, _, W, tuning = of_variant("lora", targets=names, tie=True)
+        assert same_bits(W["head.A"], W["embed.B"].T)
+        assert same_bits(W["head.B"], W["embed.A"].T)
+        assert {"head.A", "head.B", "embed.A", "embed.B"} <= tuning.trained
+    _, _, W, _ = of_variant("lora", targets=["embed", "head"])
+    assert not np.array_equal(W["head.A"], W["embed.B"].T)
+
+
+@pytest.mark.parametrize("part", ["A", "B"])
+def test_tied_factors_have_the_sum_of_both_gradients(part):
+    """Beside a complex step through both uses of the one factor."""
+    _, _, W, tuning = of_variant("lora", targets=["embed"], tie=True)
+    rng = np.random.default_rng(1)
+    W |= {name: W[name] + rng.standard_normal(W[name].shape) for name in ("embed.A", "embed.B")}
+
+    def tied(A, B):
+        return W | {"embed.A": A, "embed.B": B, "head.A": B.T, "head.B": A.T}
+
+    z, back = ml.logits(ml.Batch(IDS), tied(W["embed.A"], W["embed.B"]), TIED, tuning)
+    dz = rng.standard_normal(z.shape)
+    apart = back(dz)
+    g = targets.tied_gradients(apart)
+    assert same_bits(g["head.A"], g["embed.B"].T)
+    assert same_bits(g["head.B"], g["embed.A"].T)
+    direction, h = rng.standard_normal(W[f"embed.{part}"].shape), 1e-30
+    moved = [W[f"embed.{p}"] + (1j * h * direction if p == part else 0) for p in "AB"]
+    slope = (dz * ml.logits(ml.Batch(IDS), tied(*moved), TIED, tuning)[0].imag).sum() / h
+    error = relative_error((g[f"embed.{part}"] * direction).sum(), slope)
+    record_worst("gradients of tied factors", error)
+    assert error <= GRADIENT
+    assert relative_error((apart[f"embed.{part}"] * direction).sum(), slope) > GRADIENT
+
+
+def test_alora_acts_from_the_invocation_on_and_never_without_one():
+    lora, base, W, tuning = of_variant("alora", targets=["q", "down"])
+    W |= {name: W[name] + 1 for name in tuning.trained}
+    with pytest.raises(ValueError, match="give the batch's tuning, by invoked"):
+        ml.logits(ml.Batch(IDS), W, TIED, tuning)
+    with pytest.raises(ValueError, match="a weight on all: it has no merge"):
+        ml.merge(W, tuning)
+    z, _ = ml.logits(ml.Batch(IDS), base, TIED, ml.Tuning())
+    found, _ = scores(W, tuning, lora)
+    on = np.array([[False, False, False, True], [False, False, False, True]]).ravel()
+    assert np.array_equal(found[:, ~on], z[:, ~on])
+    assert (found[:, on] != z[:, on]).any(0).all()
+    never = targets.invoked(tuning, IDS, [7])
+    assert np.array_equal(ml.logits(ml.Batch(IDS), W, TIED, never)[0], z)
+    K = {"layers.0.q": np.full((6, 8), 2.0)}
+    both = targets.invoked(replace(tuning, keep=K), IDS, [1])
+    assert np.array_equal(both.keep["layers.0.q"], 2 * np.broadcast_to(on, (6, 8)))
+    assert np.array_equal(both.keep["layers.0.down"], on[None])
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"tokens": {"embed": [11]}}, "tokens [11] of embed: expected each once, from 0 to 10"),
+        ({"tokens": {"embed": [1, 1]}}, "tokens [1, 1] of embed: expected each once"),
+        (
+            {"tokens": {"positions": [1]}},
+            "tokens [1] of positions: expected each once, from 0 to -1",
+        ),
+        ({"replication": [(0, 1), (0, 1)]}, "of 1 layers: replicate first"),
+        ({"init": "orthogonal", "r": 3}, "rank 3: the orthogonal start halves it"),
+        ({"init": "pissa", "r": 7}, "rank 7"),
+        (
+            {"tie": True, "targets": ["embed"], "rank_pattern": {"head": 3}},
+            "tie: ranks 2 and 3, expected one",
+        ),
+    ],
+)
+def test_what_a_model_does_not_have_is_refused(choice, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        of_variant("lora", **choice)
+    of_variant("lora", tokens={"embed": [1, 10]}, replication=[(0, 1)], init="pissa")
+
+
+def test_only_a_tied_head_can_be_tied():
+    c = replace(TIED, tied=False)
+    with pytest.raises(ValueError, match="tie: the head has a weight of its own"):
+        of_variant("lora", c, targets=["embed"], tie=True)
+    with pytest.raises(ValueError, match=re.escape("give the model's matrices()")):
+        ml.choose(ml.Lora(targets=["head"], tie=True), c.linears())
+
+
+def test_a_report_counts_what_the_variant_trains():
+    def counted(variant):
+        choice = ml.choose(ml.Lora(r=2, targets=["q"], variant=variant), TIED.linears())
+        assert choice.trained() <= {*choice.parts()}
+        return int(str(choice).split()[-2])
+
+    m, n = TIED.linears()["layers.0.q"]
+    assert {v: counted(v) for v in ("lora", "lora-fa", "dora", "lora-bias", "vera", "adalora")} == {
+        "lora": 2 * (m + n),
+        "lora-fa": 2 * m,
+        "dora": 2 * (m + n) + m,
+        "lora-bias": 2 * (m + n) + m,
+        "vera": 2 + m,
+        "adalora": 2 * (m + n) + 2,
+    }
