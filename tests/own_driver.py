@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from minilora.verify.contract import METHODS, positional
 from minilora.verify.own import Own
-from minilora.verify.process import CARRIED, RESULTS
+from minilora.verify.process import CARRIED, RESULTS, SESSION
 
 
 def put(tree, path, array):
@@ -35,22 +35,37 @@ def run(message):
     with safe_open(message["in"], framework="np") as file:
         for name in file.keys():  # noqa: SIM118
             put(settings, name, file.get_tensor(name))
-    keyword = "*" in METHODS[message["method"]]
-    names = [n for n in positional(message["method"]) if n not in ("alpha", "r", "settings")]
+    method = message["method"]
+    if method.startswith("session."):
+        if method == "session.end":
+            del sessions[message["session"]]
+            return
+        name = method.removeprefix("session.")
+        arguments = [settings[argument] for argument in SESSION[name]]
+        answer = getattr(sessions[message["session"]], name)(*arguments)
+        if method in RESULTS:
+            save_file(flat({RESULTS[method]: answer}), message["out"])
+        return
+    keyword = "*" in METHODS[method]
+    names = [n for n in positional(method) if n not in ("alpha", "r", "settings")]
     arguments = [settings.pop(name) for name in names]
     if "gradients" in names:
         arguments.append(settings)
-    answer = getattr(own, message["method"])(*arguments, **(settings if keyword else {}))
-    answer = {RESULTS[message["method"]]: answer} if message["method"] in RESULTS else answer
+    answer = getattr(own, method)(*arguments, **(settings if keyword else {}))
+    if method == "session":
+        sessions[message["seq"]] = answer
+        return
+    answer = {RESULTS[method]: answer} if method in RESULTS else answer
     save_file(flat(answer), message["out"])
 
 
 own = Own()
+sessions = {}
 implementation = {
     "name": own.name,
     "version": own.version,
     "language": "Python",
-    "methods": [name for name in CARRIED if hasattr(own, name)],
+    "methods": [name for name in CARRIED if hasattr(own, name.partition(".")[0])],
     "dtypes": own.dtypes,
     "precision": own.precision,
 }
@@ -62,5 +77,8 @@ for line in sys.stdin:
     if message["cmd"] == "start":
         answer = {"seq": 0, "protocol": 1, "implementation": implementation}
     else:
-        run(message)
+        try:
+            run(message)
+        except ValueError as error:  # what a session refuses
+            answer = {"seq": message["seq"], "error": {"message": str(error)}}
     print(json.dumps(answer), flush=True)

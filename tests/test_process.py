@@ -272,6 +272,40 @@ def test_standard_error_does_no_harm(tiny):
         merge(driver, 1)
 
 
+def test_a_session_lives_in_the_driver_and_ends_with_it(tiny, tmp_path):
+    log = tmp_path / "log"
+    body = f"""
+said["methods"] = ["session", "session.merge", "session.weight"]
+def run(m):
+    print(m["method"], m.get("session"), m["settings"], file=open({str(log)!r}, "a"))
+    if m["method"] == "session.merge":
+        sys.exit(4)
+    if m["method"] == "session.weight":
+        write(m, "W")
+    say(m["seq"], ok=True)
+"""
+    driver = tiny(body)
+    layer = {"kind": "linear", "W": np.zeros((2, 2))}
+    first = Subject(driver).call("session", layer)
+    del first
+    second = Subject(Subject(driver).call("session", layer))
+    assert (second.has("merge"), second.has("add")) == (True, False)
+    assert second.call("weight").shape == (2, 2)
+    with pytest.raises(Fault, match="exit status 4"):
+        second.call("merge")
+    with pytest.raises(Fault, match="the session ended with the driver that held it"):
+        second.call("weight")
+    assert Subject(driver).call("session", layer).number == 6
+    assert log.read_text().splitlines() == [
+        "session None {'layer': {'kind': 'linear'}}",
+        "session None {'layer': {'kind': 'linear'}}",
+        "session.end 1 {}",
+        "session.weight 2 {}",
+        "session.merge 2 {}",
+        "session None {'layer': {'kind': 'linear'}}",
+    ]
+
+
 def test_null_is_as_good_as_nothing(tiny):
     body = """
 said |= {"version": None, "language": None, "checks": None, "dtypes": None, "known": None}
@@ -334,7 +368,7 @@ def bad(m):
         ("def start(m):\n    say(0, protocol=1, implementation='me')", "expected an object"),
         ("def start(m):\n    say(0, error={'message': 'no GPU'})", "no GPU"),
         ("said['methods'] = ['merg']", r"the method 'merg' .did you mean 'merge'"),
-        ("said['methods'] = ['session']", "the method 'session'.*; the protocol carries"),
+        ("said['methods'] = ['session.ad']", "mean 'session.add'.*; the protocol carries"),
         ("said['methods'] = 'merge'", "'methods' is merge, expected a list of names"),
         ("said['methods'] = []", "declares no methods"),
         ("said['checks'] = ['merge.wieght']", "there is none .did you mean 'merge.weight'"),

@@ -45,8 +45,23 @@ from minilora.verify.contract import (
 
 PROTOCOL = 1
 
-CARRIED = tuple(method for method in METHODS if method != "session")
-"""The methods that the protocol carries: a session would be an object with a life of its own."""
+SESSION: dict[str, tuple[str, ...]] = {
+    "add": ("name", "adapter"),
+    "activate": ("names",),
+    "disable": (),
+    "scale": ("name", "factor"),
+    "merge": (),
+    "unmerge": (),
+    "delete": ("name",),
+    "train": (),
+    "eval": (),
+    "forward": ("x",),
+    "weight": (),
+}
+"""The methods of what ``session`` answers, with their arguments; ``session.add`` in a message."""
+
+CARRIED = (*METHODS, *(f"session.{name}" for name in SESSION))
+"""The methods that the protocol carries and a driver may declare."""
 
 RESULTS = {
     "lora_linear": "y",
@@ -54,8 +69,13 @@ RESULTS = {
     "unmerge": "W",
     "combine": "delta_W",
     "multi_adapter": "y",
+    "session.forward": "y",
+    "session.weight": "W",
 }
 """The name of the one array that these methods answer; the others answer arrays by their names."""
+
+SILENT = {"save", "session", "session.end", *CARRIED[len(METHODS) :]} - RESULTS.keys()
+"""The methods that answer no arrays."""
 
 LONGEST_LINE = 2**20
 """An answer of more bytes than this is none: arrays belong into the file."""
@@ -87,10 +107,11 @@ class Driver(Remote):
         if os.name != "posix":
             raise LoadError("a driver needs a POSIX system: Linux, macOS, or WSL on Windows")
         self.time_limit = time_limit
-        self._methods: tuple[str, ...] = ()
+        self.methods: tuple[str, ...] = ()  # all that is declared, those of a session too
         self._seq = 0
         self._calling = threading.Lock()
         self._closed = False
+        self._over: list[tuple[_Child, int]] = []
         self._folder = Path(tempfile.mkdtemp(prefix="minilora-"))
         self._living: list[_Child] = []
         weakref.finalize(self, _clean, self._living, self._folder)
@@ -103,7 +124,7 @@ class Driver(Remote):
                 if said.get(each) is not None:
                     setattr(self, each, said[each])
             self._patterns = _names(said, "checks")
-            self._methods = _methods(said, self._patterns)
+            self.methods = _methods(said, self._patterns)
         except BaseException:
             self.close()
             raise
@@ -115,7 +136,7 @@ class Driver(Remote):
         self.close()
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name in METHODS and name in self._methods:
+        if name in METHODS and name in self.methods:
             return partial(self._call, name)
         raise AttributeError(name)
 
@@ -134,11 +155,28 @@ class Driver(Remote):
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         if self._patterns and self.check and not _matches(self.check, self._patterns):
             raise Skip(f"not supported: {self.name} does not declare the check {self.check}")
+        given = dict(zip(positional(method), args, strict=False)) | kwargs
+        given |= given.pop("settings", {})
         with self._calling:
-            return self._run(method, dict(zip(positional(method), args, strict=False)) | kwargs)
+            answer = self._run(method, given)
+            if method == "session":
+                return Session(self, self._living[0], self._seq, self._over)
+            return answer
 
-    def _run(self, method: str, arguments: dict[str, Any]) -> Any:
-        arguments |= arguments.pop("settings", {})
+    def _of_session(self, session: Session, name: str, *args: Any) -> Any:
+        """The answer of one of a session's methods."""
+        arguments = dict(zip(SESSION[name], args, strict=True))
+        with self._calling:
+            while self._over:
+                child, number = self._over.pop()
+                with contextlib.suppress(Skip, Fault):  # not this call's matter
+                    if self._living == [child]:
+                        self._run("session.end", {}, number)
+            if self._living != [session.child]:
+                raise Fault("crashes", "the session ended with the driver that held it")
+            return self._run(f"session.{name}", arguments, session.number)
+
+    def _run(self, method: str, arguments: dict[str, Any], session: int | None = None) -> Any:
         arrays: dict[str, np.ndarray] = {}
         settings = _spread(arguments, (), arrays)
         if self._closed:
@@ -161,6 +199,8 @@ class Driver(Remote):
             "in": str(given),
             "out": str(answered),
         }
+        if session is not None:
+            message["session"] = session
         try:
             given.write_bytes(save({k: np.array(v, order="C") for k, v in arrays.items()}))
             answer = self._exchange(method, message)
@@ -168,7 +208,7 @@ class Driver(Remote):
                 _refuse(answer["error"])
             if answer.get("skipped"):
                 raise Skip(f"not supported: {_reason(answer['skipped'])}")
-            return None if method == "save" else _gathered(method, _read(answered))
+            return None if method in SILENT else _gathered(method, _read(answered))
         finally:
             for path in (given, answered):
                 path.unlink(missing_ok=True)
@@ -211,6 +251,26 @@ class Driver(Remote):
         for child in list(self._living):
             child.kill()
         self._living.clear()
+
+
+class Session(Remote):
+    """A session that lives in the driver, under the number of the message that opened it.
+
+    It has the methods that the driver declares as ``session.add`` and so on.
+    """
+
+    name = "a session"
+
+    def __init__(
+        self, driver: Driver, child: _Child, number: int, over: list[tuple[_Child, int]]
+    ) -> None:
+        self.driver, self.child, self.number = driver, child, number
+        weakref.finalize(self, over.append, (child, number))
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name in SESSION and f"session.{name}" in self.driver.methods:
+            return partial(self.driver._of_session, self, name)
+        raise AttributeError(name)
 
 
 def words(command: str) -> list[str]:
