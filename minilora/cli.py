@@ -156,7 +156,7 @@ def _selftest(arguments: argparse.Namespace) -> int:
                 seed=arguments.seed,
                 cases=arguments.cases,
                 quick=arguments.quick,
-                jobs=len(os.sched_getaffinity(0)) if arguments.jobs is None else arguments.jobs,
+                jobs=_processors() if arguments.jobs is None else arguments.jobs,
                 progress=progress,
             )
     except UsageError as error:
@@ -169,6 +169,11 @@ def _selftest(arguments: argparse.Namespace) -> int:
                 return _refuse(f"cannot write {path}: {error.strerror}", "selftest")
     _print(report.text())
     return HOLDS if report.exit_status == 0 else DEVIATES
+
+
+def _processors() -> int:
+    """How many processors there are for this process, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _variants(arguments: argparse.Namespace) -> int:

@@ -570,6 +570,23 @@ def _in_order(name: str) -> Any:
     return read
 
 
+def _chunks(c: Call) -> list[Call]:
+    """The call's tokens, three at a time."""
+    names = [name for name in ("x", "dy", "K") if getattr(c, name) is not None]
+    return [
+        with_(c, **{name: (lambda c, n=name, i=i: getattr(c, n)[i : i + 3]) for name in names})
+        for i in range(0, len(c.x), 3)
+    ]
+
+
+def _in_pairs(terms: Array) -> Array:
+    """The sum over the last axis: of two halves, each summed so."""
+    half = terms.shape[-1] // 2
+    two = [_in_pairs(part) for part in (terms[..., :half], terms[..., half:])] if half else []
+    total: Array = two[0] + two[1] if half else terms[..., 0]
+    return total
+
+
 SAME = equivalents(
     "linear",
     ("rows", "as it is: tokens in rows", Plain),
@@ -651,6 +668,24 @@ SAME = equivalents(
         but(
             H=lambda my, c: my.kept(c)[:, ::-1] @ c.A[:, ::-1].T,
             base=lambda my, c: c.x[:, ::-1] @ c.W[:, ::-1].T + c.b,
+        ),
+    ),
+    (
+        "in-chunks",
+        "tokens three at a time, and their gradients summed",
+        but(
+            y=lambda my, c: np.concatenate([Plain.y(my, part) for part in _chunks(c)]),
+            dx=lambda my, c: np.concatenate([Plain.dx(my, part) for part in _chunks(c)]),
+            dA=lambda my, c: sum(Plain.dA(my, part) for part in _chunks(c)),
+            dB=lambda my, c: sum(Plain.dB(my, part) for part in _chunks(c)),
+        ),
+    ),
+    (
+        "in-pairs",
+        "all sums over features in pairs of pairs",
+        but(
+            H=lambda my, c: _in_pairs(my.kept(c)[:, None] * c.A),
+            base=lambda my, c: _in_pairs(c.x[:, None] * c.W) + c.b,
         ),
     ),
     (
