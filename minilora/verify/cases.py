@@ -342,7 +342,8 @@ def sigma_change(several: Several, precision: Precision) -> Array:
     W is 0 in each; w counts with the scale, wherever it is put.
     """
     rounding = Rounding(precision)
-    variance, modulus = np.zeros(several.adapters[0].W.shape), 0.0
+    variance = np.zeros(several.adapters[0].W.shape)
+    modulus = np.zeros_like(variance)
     for a, w in zip(several.adapters, several.weights, strict=True):
         scaled = replace(a, W=np.zeros_like(a.W), B=a.B)
         number, scalable = _numbers(scaled, precision)

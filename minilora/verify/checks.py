@@ -4,11 +4,20 @@ from dataclasses import replace
 from functools import partial
 
 from minilora.verify.diagnosis import diagnose
-from minilora.verify.levels import combine, lifecycle, linear, merge, model, multi, optimizer
+from minilora.verify.levels import (
+    combine,
+    lifecycle,
+    linear,
+    merge,
+    model,
+    multi,
+    optimizer,
+    variants,
+)
 from minilora.verify.terms import Check
 
 CHECKS: tuple[Check, ...] = tuple(
     replace(check, diagnose=partial(diagnose, check))
-    for level in (linear, merge, combine, multi, lifecycle, model, optimizer)
+    for level in (linear, merge, variants, combine, multi, lifecycle, model, optimizer)
     for check in level.CHECKS
 )

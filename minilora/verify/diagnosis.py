@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 ANSWERS = {
     "linear": ("linear.forward", "linear.vjp", "linear.evaluation", "linear.zero-B"),
     "merge": ("merge.weight", "merge.unmerge"),
+    "variants": ("variants.",),
     "combine": ("combine.weighted", "combine.one"),
     "multi": ("multi.forward",),
     "lifecycle": ("lifecycle.",),
     "optimizer": ("optimizer.",),
     "model": ("model.",),
 }
-LAWS = (".balance", ".padding", ".vector", "-balance")
+LAWS = (".balance", ".padding", ".vector", "-balance", ".start", "dora.vector")
 """Of the checks of a level, those that compare answers themselves, and not a law of them."""
 
 CASES = (1, 3, 5)

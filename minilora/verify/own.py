@@ -12,9 +12,10 @@ import minilora
 from minilora.adapters import Adapter, State, combine_svd, multi_linear
 from minilora.formats.huggingface import read_model
 from minilora.formats.peft import adapter_names, read_adapter
-from minilora.lora import combine, lora_linear, merge_weight, scale
+from minilora.lora import LORA, Variant, combine, scale
 from minilora.models import Batch, logits, loss
 from minilora.optim import run
+from minilora.variants import DORA, LORA_BIAS
 
 Array = np.ndarray
 
@@ -26,6 +27,7 @@ class Own:
     and rounded once at the end.
     """
 
+    conventions: ClassVar = {"dora_norm": "detached"}
     name = "minilora"
     version = minilora.__version__
     dtypes: ClassVar = ("float64", "float32", "bfloat16", "float16")
@@ -42,8 +44,9 @@ class Own:
     ) -> dict[str, Array]:
         """y, dx, dA, dB, and dbias where there is a bias."""
         y, back = self._layer(x, W, A, B, **options)
-        dx, dA, dB = back(_columns(_wide(dy)))
+        dx, dA, dB, *others = back(_columns(_wide(dy)))
         answer = {"y": y, "dx": dx.T.reshape(x.shape), "dA": dA, "dB": dB}
+        answer |= {f"d{name}": part[:, 0] for name, part in zip(_own(options), others, strict=True)}
         if options.get("bias") is not None:
             answer["dbias"] = _wide(dy).reshape(-1, len(W)).sum(0)
         return {name: array.astype(x.dtype) for name, array in answer.items()}
@@ -62,11 +65,14 @@ class Own:
         p: float = 0.0,
         use_rslora: bool = False,
         fan_in_fan_out: bool = False,
+        **own: Any,
     ) -> tuple[Array, Any]:
         x_, W_, A_, B_ = (_wide(v) for v in (x, W, A, B))
         K = None if keep is None else _columns(keep.astype(x_.dtype)) / (1 - p)
         b = None if bias is None else _wide(bias)[:, None]
-        y, back = lora_linear(_columns(x_), W_, b, A_, B_, scale(alpha, r, use_rslora), K)
+        variant, parts = _variant(own)
+        s = scale(alpha, r, use_rslora)
+        y, back = variant.linear(_columns(x_), W_, b, A_, B_, *parts, s, K)
         return y.T.reshape(*x.shape[:-1], len(W)).astype(x.dtype), back
 
     def merge(
@@ -79,10 +85,13 @@ class Own:
         r: int,
         use_rslora: bool = False,
         fan_in_fan_out: bool = False,
+        **own: Any,
     ) -> Array:
-        """W' = W + s B A."""
+        """W' = W + s B A, or its variant's."""
         s = scale(alpha, r, use_rslora)
-        return merge_weight(_wide(W), _wide(A), _wide(B), s).astype(W.dtype)
+        variant, parts = _variant(own)
+        merged, _ = variant.merge(_wide(W), None, _wide(A), _wide(B), *parts, s)
+        return merged.astype(W.dtype)
 
     def unmerge(self, W_merged: Array, A: Array, B: Array, **options: Any) -> Array:
         """W' - s B A. (`minilora.unmerge` keeps the original instead, and gives back its bits.)"""
@@ -214,6 +223,21 @@ class Session:
     def weight(self) -> Array:
         """The weight that is held."""
         return self.state.stored()[0]
+
+
+def _own(options: Mapping[str, Any]) -> list[str]:
+    """The settings that hold a variant's own parameter."""
+    return [name for name in ("magnitude", "lora_bias") if name in options]
+
+
+def _variant(settings: Mapping[str, Any]) -> tuple[Variant, list[Array]]:
+    """The variant that settings of the contract ask for, and its own parameters as columns."""
+    kinds = {(): LORA, ("magnitude",): DORA, ("lora_bias",): LORA_BIAS}
+    names = tuple(_own(settings))
+    unknown = settings.keys() - {*names, "use_dora"}
+    if unknown or names not in kinds or settings.get("use_dora", False) != ("magnitude" in names):
+        raise NotImplementedError(f"no settings {', '.join(sorted(settings))}")
+    return kinds[names], [_wide(settings[name])[:, None] for name in names]
 
 
 def _triple(adapter: Mapping[str, Any]) -> tuple[Array, Array, Any]:

@@ -1463,3 +1463,15 @@ def test_peft_activates_another_adapter_for_a_deleted_one(torch, peft):
         model.delete_adapter("one")
     assert model(one) == 1 + 4
     assert state.activate("one").delete("one").forward(np.ones((1, 1)))[0] == 1
+
+
+def test_peft_makes_a_row_of_a_vector_with_dora(torch, peft):
+    """Seen in peft 0.21.2."""
+    layers = torch.nn.Sequential(torch.nn.Linear(2, 3))
+    x = torch.ones(2)
+    assert layers(x).shape == (3,)
+    config = peft.LoraConfig(r=1, use_dora=True, target_modules=["0"])
+    model = peft.get_peft_model(layers, config)
+    assert model(x).shape == (1, 3)
+    with model.disable_adapter():
+        assert model(x).shape == (3,)

@@ -5,7 +5,15 @@ given its name. To add one, add its line to a family in `linear`, `merge`, `seve
 `model`.
 """
 
-from minilora.verify.misreadings import lifecycle, linear, merge, model, optimizer, several
+from minilora.verify.misreadings import (
+    lifecycle,
+    linear,
+    merge,
+    model,
+    optimizer,
+    several,
+    variants,
+)
 from minilora.verify.misreadings.entry import Misreading
 from minilora.verify.misreadings.plain import Plain
 
@@ -14,6 +22,7 @@ __all__ = ["MISREADINGS", "Misreading", "Plain"]
 MISREADINGS: tuple[Misreading, ...] = (
     *linear.MISREADINGS,
     *merge.MISREADINGS,
+    *variants.MISREADINGS,
     *several.MISREADINGS,
     *lifecycle.MISREADINGS,
     *optimizer.MISREADINGS,

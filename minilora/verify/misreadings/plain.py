@@ -54,6 +54,8 @@ class Plain:
         answer |= {"dA": self.dA(c), "dB": self.dB(c)}
         if options.get("bias") is not None:
             answer["dbias"] = self.dbias(c)
+        if c.kind is not None:
+            answer[f"d{c.kind}"] = self.dpart(c)
         return {name: array.astype(x.dtype) for name, array in answer.items()}
 
     def merge(self, W: Array, A: Array, B: Array, **options: Any) -> Array:
@@ -141,6 +143,9 @@ class Plain:
         p: float = 0.0,
         use_rslora: bool = False,
         fan_in_fan_out: bool = False,
+        use_dora: bool = False,
+        magnitude: Array | None = None,
+        lora_bias: Array | None = None,
         **settings: Any,
     ) -> Call:
         """The call's arrays with tokens in rows, in float32 at least; K is 1 without dropout."""
@@ -148,6 +153,12 @@ class Plain:
             raise NotImplementedError(", ".join(settings))
         c = Call(W=_wide(W), A=_wide(A), B=_wide(B), alpha=alpha, r=r, p=p, rslora=use_rslora)
         c.conv1d, c.dropout, c.dtype = fan_in_fan_out, keep is not None, W.dtype
+        parts = {"magnitude": magnitude, "lora_bias": lora_bias}
+        c.kind = next((name for name, part in parts.items() if part is not None), None)
+        part = None if c.kind is None else parts[c.kind]
+        c.part = None if part is None else _wide(part)
+        if use_dora != (c.kind == "magnitude"):
+            raise NotImplementedError("use_dora goes with a magnitude")
         c.b = np.zeros(len(c.W), c.W.dtype) if bias is None else _wide(bias)
         if x is not None:
             c.lead, c.x = x.shape[:-1], self.rows(_wide(x))
@@ -187,7 +198,36 @@ class Plain:
 
     def branch(self, c: Call) -> Any:
         """What the adapter adds."""
-        return self.s(c) * (self.H(c) @ c.B.T)
+        if c.kind == "magnitude":
+            return self.turned(c) - self.kept(c) @ c.W.T
+        added = self.s(c) * (self.H(c) @ c.B.T)
+        return added + self.s(c) * c.part if c.kind == "lora_bias" else added
+
+    def V(self, c: Call) -> Any:
+        """DoRA's W + s B A."""
+        return c.W + self.delta(c)
+
+    def length(self, c: Call) -> Any:
+        """The norm of V's rows."""
+        return (self.V(c) ** 2).sum(1) ** 0.5
+
+    def g(self, c: Call) -> Any:
+        """What a row is multiplied by."""
+        return c.part / self.length(c)
+
+    def turned(self, c: Call) -> Any:
+        """The rescaled layer on the branch's input."""
+        return (self.kept(c) @ c.W.T + self.s(c) * (self.H(c) @ c.B.T)) * self.g(c)
+
+    def dz(self, c: Call) -> Any:
+        """The gradient by the branch before its rows are rescaled."""
+        return c.dy * self.g(c) if c.kind == "magnitude" else c.dy
+
+    def dpart(self, c: Call) -> Any:
+        """The gradient by the magnitude, or by B's bias."""
+        if c.kind == "lora_bias":
+            return self.ds(c) * c.dy.sum(0)
+        return (c.dy * self.turned(c)).sum(0) / c.part
 
     def base(self, c: Call) -> Any:
         """What the frozen layer gives."""
@@ -199,7 +239,7 @@ class Plain:
 
     def dH(self, c: Call) -> Any:
         """The gradient by u."""
-        return self.ds(c) * (c.dy @ c.B)
+        return self.ds(c) * (self.dz(c) @ c.B)
 
     def dA(self, c: Call) -> Any:
         """The gradient by A."""
@@ -207,7 +247,7 @@ class Plain:
 
     def dB(self, c: Call) -> Any:
         """The gradient by B."""
-        return self.ds(c) * (c.dy.T @ self.H(c))
+        return self.ds(c) * (self.dz(c).T @ self.H(c))
 
     def dx_base(self, c: Call) -> Any:
         """The gradient by x through the base."""
@@ -215,7 +255,10 @@ class Plain:
 
     def dx_branch(self, c: Call) -> Any:
         """The gradient by x through the branch."""
-        return c.K * (self.dH(c) @ c.A)
+        through = self.dH(c) @ c.A
+        if c.kind == "magnitude":
+            through = through + (self.dz(c) - c.dy) @ c.W
+        return c.K * through
 
     def dx(self, c: Call) -> Any:
         """Both."""
@@ -231,7 +274,7 @@ class Plain:
 
     def merged(self, c: Call) -> Any:
         """The weight with the adapter."""
-        return c.W + self.delta(c)
+        return self.V(c) * (self.g(c)[:, None] if c.kind == "magnitude" else 1)
 
     def unmerged(self, c: Call) -> Any:
         """The weight without it again; c.W is the merged one here."""
@@ -406,7 +449,7 @@ def wide(*names: str) -> dict[str, Callable[[Call], Any]]:
     """For `reads`: these arrays in float64."""
 
     def widened(name: str) -> Callable[[Call], Any]:
-        return lambda c: None if getattr(c, name) is None else np.float64(getattr(c, name))
+        return lambda c: None if getattr(c, name, None) is None else np.float64(getattr(c, name))
 
     return {name: widened(name) for name in names}
 

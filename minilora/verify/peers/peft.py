@@ -46,9 +46,12 @@ _FLOAT32_WEIGHTS = (
 )
 
 
+_VECTOR = (
+    "DoRA views its factor as (1, m) (tuners/lora/dora.py), so that a vector's output is a row"
+)
 _SCALED_LATE = (
-    "set_scale does not reach a merged weight, and unmerging takes away what the adapter is by then "
-    "and not what was added: the base weight is another one afterwards"
+    "set_scale does not reach a merged weight, and unmerging takes away what the adapter is by "
+    "then and not what was added: the base weight is another one afterwards"
 )
 _DELETED = (
     "deleting the active adapter activates another one, and a model without adapters fails with a "
@@ -75,6 +78,7 @@ class Peft:
         for check in checks
     }
     known |= {
+        "variants.dora.vector:*": _VECTOR,
         "lifecycle.scale-while-merged:*": _SCALED_LATE,
         "lifecycle.machine:*": f"{_SCALED_LATE}; {_DELETED}",
     }
@@ -105,6 +109,10 @@ class Peft:
         }
         if settings.get("bias") is not None:
             of["dbias"] = layer.get_base_layer().bias
+        if "magnitude" in settings:
+            of["dmagnitude"] = layer.lora_magnitude_vector["default"].weight
+        if "lora_bias" in settings:
+            of["dlora_bias"] = layer.lora_B["default"].bias
         y = model(of["dx"])
         gradients = torch.autograd.grad(y, list(of.values()), to_torch(dy))
         return {"y": to_numpy(y)} | {
@@ -113,6 +121,8 @@ class Peft:
 
     def merge(self, W: np.ndarray, A: np.ndarray, B: np.ndarray, **settings: Any) -> np.ndarray:
         """The base weight after merge_adapter()."""
+        if "lora_bias" in settings:  # merging needs a bias to add it to
+            settings["bias"] = np.zeros_like(settings["lora_bias"])
         model, layer = _adapted(W, A, B, **settings)
         model.merge_adapter()
         return _weight(layer)
@@ -328,6 +338,9 @@ def _adapted(
     p: float = 0.0,
     use_rslora: bool = False,
     fan_in_fan_out: bool = False,
+    use_dora: bool = False,
+    magnitude: np.ndarray | None = None,
+    lora_bias: np.ndarray | None = None,
     **unknown: Any,
 ) -> tuple[Any, Any]:
     """The model of one adapted layer, and that layer, filled with the given arrays."""
@@ -343,6 +356,8 @@ def _adapted(
         lora_alpha=plain_number(alpha),
         lora_dropout=p,
         use_rslora=use_rslora,
+        use_dora=use_dora,
+        lora_bias=lora_bias is not None,
         fan_in_fan_out=fan_in_fan_out,
         target_modules=["0"],
         bias="none" if bias is None else "all",
@@ -356,6 +371,10 @@ def _adapted(
         fill(base.bias, to_torch(bias))
     fill(layer.lora_A["default"].weight, to_torch(A))
     fill(layer.lora_B["default"].weight, to_torch(B))
+    if magnitude is not None:
+        fill(layer.lora_magnitude_vector["default"].weight, to_torch(magnitude))
+    if lora_bias is not None:
+        fill(layer.lora_B["default"].bias, to_torch(lora_bias))
     if keep is not None:
         layer.lora_dropout["default"] = GivenMask(keep, p, layer.lora_dropout["default"])
     model.train(keep is not None)

@@ -1,0 +1,268 @@
+"""Level ``variants``: a layer of DoRA, and one whose B has a bias: forward, transpose and merge.
+
+Settings: ``use_dora=True`` with ``magnitude`` (m,), and ``lora_bias`` (m,). The answers of
+``lora_linear_vjp`` have ``dmagnitude`` or ``dlora_bias`` besides. Whether DoRA's norm is held
+constant in the gradients is declared: ``conventions = {"dora_norm": "detached"}``, which is taken
+where nothing is declared, or ``"differentiated"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from minilora.lora import Variant
+from minilora.variants import DORA, DORA_FULL, LORA_BIAS, row_norm
+from minilora.verify.cases import Layer, columns, draw_layer, long
+from minilora.verify.contract import DTYPES, Precision, Subject
+from minilora.verify.terms import MONTE_CARLO, Case, Check, Comparison
+from minilora.verify.tolerance import Rounding, noisy, spread, unit_roundoff
+
+Array = np.ndarray
+
+CASES = {"quick": 4, "ci": 8, "nightly": 160}
+SAMPLES = 16
+
+PART = {"dora": "magnitude", "lora-bias": "lora_bias"}
+"""The setting that holds the variant's own parameter (m,); its gradient's name has a d before."""
+
+WORDS = {
+    "dora": "DoRA: rows of V = W + s B A rescaled to the magnitude",
+    "lora-bias": "a trained bias c of B: s (B A x + c)",
+}
+
+KINDS: dict[str, dict[str, bool]] = {
+    "": {"bias": True},
+    ".dropout": {"bias": True, "dropout": True},
+    ".rslora": {"use_rslora": True},
+}
+
+
+def draw(case: Case, kind: str, name: str) -> tuple[Layer, Array]:
+    """A layer, never of the exact lane, and the variant's parameter away from its start.
+
+    W is not 0: a row of V needs a direction, whatever B A. x has rows; `vector` is for one without.
+    """
+    odd = Case(case.check, case.dtype, case.number * 2 + 1, case.seed)
+    layer, _ = draw_layer(odd, **KINDS[kind])
+    rng = case.rng()
+    W = rng.standard_normal(layer.W.shape) * layer.W.shape[1] ** -0.5
+    rows = {name: getattr(layer, name) for name in ("x", "dy", "keep")}
+    rows = {name: v if v is None or v.ndim > 1 else v[None] for name, v in rows.items()}
+    layer = replace(layer, W=W.astype(layer.W.dtype), **rows)
+    part = rng.standard_normal(len(W))
+    if name == "dora":
+        part = row_norm(W)[0][:, 0] * rng.uniform(0.6, 1.6, len(W))
+    return layer, part.astype(layer.W.dtype)
+
+
+def _settings(name: str, part: Array) -> dict[str, Any]:
+    return {PART[name]: part} | ({"use_dora": True} if name == "dora" else {})
+
+
+def variant(name: str, subject: Subject) -> Variant:
+    """The variant's equation under the convention that the implementation declares."""
+    if name == "lora-bias":
+        return LORA_BIAS
+    declared = subject.conventions.get("dora_norm", "detached")
+    return DORA_FULL if declared == "differentiated" else DORA
+
+
+def specified(
+    of: Variant, layer: Layer, part: Array, number: Callable[[Array], Any]
+) -> dict[str, Any]:
+    """All answers by the specification over a number system.
+
+    An implementation may apply s to B and dy first. Multiplied by 1 they carry that rounding, where
+    the numbers round.
+    """
+    K = None if layer.keep is None else number(columns(layer.keep) / (1 - layer.p))
+    b = None if layer.bias is None else number(layer.bias[:, None])
+    x, W, A, c = (number(v) for v in (columns(layer.x), layer.W, layer.A, part[:, None]))
+    B, dy = (number(v) * 1.0 for v in (layer.B, columns(layer.dy)))
+    y, back = of.linear(x, W, b, A, B, c, layer.s, K)
+    dx, dA, dB, dc = back(dy)
+    merged, _ = of.merge(W, b, A, B, c, layer.s)
+    answers = {"y": y.T, "dx": dx.T, "dA": dA, "dB": dB, "dpart": dc[:, 0], "merged": merged}
+    shapes = layer.shapes()
+    return {
+        name: np.asarray(v).reshape(shapes.get(name, np.shape(v))) for name, v in answers.items()
+    }
+
+
+def sigmas(
+    of: Variant, layer: Layer, part: Array, precision: Precision, seed: tuple[int, ...]
+) -> dict[str, Array]:
+    """The standard deviation that rounding gives each element: at least that of storing it."""
+    wanted = specified(of, layer, part, long)
+
+    def run(rng: np.random.Generator) -> dict[str, Any]:
+        return specified(of, layer, part, lambda v: noisy(v, precision, rng))
+
+    sigma, rounding = spread(run, wanted, SAMPLES, seed), Rounding(precision)
+    return {
+        name: np.maximum(sigma[name], np.sqrt(rounding.stored(array.astype(float))))
+        for name, array in wanted.items()
+    }
+
+
+def _compared(
+    subject: Subject, case: Case, name: str, kind: str, got: Callable[[Layer, Array], Any]
+) -> Iterable[Comparison]:
+    layer, part = draw(case, kind, name)
+    of = variant(name, subject)
+    precision = subject.precision(case.dtype)
+    sigma = sigmas(of, layer, part, precision, (case.seed, case.number))
+    wanted = specified(of, layer, part, long)
+    for what, shown, array in got(layer, part):
+        yield Comparison(shown, array, wanted[what], sigma[what], MONTE_CARLO)
+
+
+def _forward(name: str, kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
+    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+        def got(layer: Layer, part: Array) -> Iterable[tuple[str, str, Array]]:
+            y = subject.call(
+                "lora_linear",
+                *(layer.x, layer.W, layer.A, layer.B),
+                **layer.options() | _settings(name, part),
+            )
+            yield "y", "y", subject.answer(y, "y", layer.shapes()["y"], case.dtype)
+
+        yield from _compared(subject, case, name, kind, got)
+
+    return run
+
+
+def _vjp(name: str, kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
+    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+        def got(layer: Layer, part: Array) -> Iterable[tuple[str, str, Array]]:
+            answer = subject.call(
+                "lora_linear_vjp",
+                *(layer.x, layer.W, layer.A, layer.B, layer.dy),
+                **layer.options() | _settings(name, part),
+            )
+            shapes = layer.shapes() | {f"d{PART[name]}": part.shape}
+            for own in ("y", "dx", "dA", "dB", f"d{PART[name]}"):
+                array = subject.answer(subject.entry(answer, own), own, shapes[own], case.dtype)
+                yield "dpart" if own == f"d{PART[name]}" else own, own, array
+
+        yield from _compared(subject, case, name, kind, got)
+
+    return run
+
+
+def _merge(name: str, kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
+    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+        def got(layer: Layer, part: Array) -> Iterable[tuple[str, str, Array]]:
+            W = subject.call(
+                "merge",
+                *(layer.W, layer.A, layer.B),
+                **layer.merge_options() | _settings(name, part),
+            )
+            yield "merged", "merged W", subject.answer(W, "merged W", layer.W.shape, case.dtype)
+
+        yield from _compared(subject, case, name, kind, got)
+
+    return run
+
+
+def start(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """DoRA with B = 0 and the magnitude at the rows' norms is the base."""
+    layer, _ = draw(case, "", "dora")
+    layer = replace(layer, B=np.zeros_like(layer.B))
+    part = row_norm(long(layer.W))[0][:, 0].astype(DTYPES[case.dtype])
+    of = variant("dora", subject)
+    y = subject.call(
+        "lora_linear",
+        *(layer.x, layer.W, layer.A, layer.B),
+        **layer.options() | _settings("dora", part),
+    )
+    y = subject.answer(y, "y", layer.shapes()["y"], case.dtype)
+    precision = subject.precision(case.dtype)
+    sigma = sigmas(of, layer, part, precision, (case.seed, case.number))["y"]
+    base = long(layer.x) @ long(layer.W).T
+    base = base if layer.bias is None else base + long(layer.bias)
+    # The magnitude is rounded too, once: that is worth u / √3 of each row's output.
+    rounded = np.abs(long(y)).astype(float) * unit_roundoff(precision.storage) / 3**0.5
+    yield Comparison("y against the base", y, base, np.hypot(sigma, rounded), MONTE_CARLO)
+
+
+def vector(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """One token without a batch, x (n,), gives y (m,): DoRA keeps the shape that a linear has."""
+    layer, part = draw(case, "", "dora")
+    x = layer.x.reshape(-1, layer.x.shape[-1])[:1]
+    layer = replace(layer, x=x, dy=x)
+    of = variant("dora", subject)
+    arrays = (layer.x[0], layer.W, layer.A, layer.B)
+    options = {name: v for name, v in layer.options().items() if name not in ("keep", "p")}
+    y = subject.call("lora_linear", *arrays, **options | _settings("dora", part))
+    y = subject.answer(y, "y", (len(layer.W),), case.dtype)
+    sigma = sigmas(of, _forward_only(layer), part, subject.precision(case.dtype), (case.seed, 0))
+    want = specified(of, _forward_only(layer), part, long)
+    yield Comparison("y", y, want["y"][0], sigma["y"][0], MONTE_CARLO)
+
+
+def _forward_only(layer: Layer) -> Layer:
+    """With a dy of y's shape, which nothing here depends on."""
+    return replace(layer, dy=np.zeros((len(layer.x), len(layer.W))))
+
+
+def _count(share: float) -> Callable[[str, str], int]:
+    return lambda profile, dtype: max(2, int(CASES[profile] * share))
+
+
+def _checks(name: str) -> Iterable[Check]:
+    for kind in KINDS:
+        yield Check(
+            f"variants.{name}.forward{kind}",
+            "variants",
+            ("lora_linear",),
+            f"{WORDS[name]}, forward{_more(kind)}.",
+            _forward(name, kind),
+            _count(1.0),
+        )
+        yield Check(
+            f"variants.{name}.vjp{kind}",
+            "variants",
+            ("lora_linear_vjp",),
+            f"{WORDS[name]}, every gradient{_more(kind)}.",
+            _vjp(name, kind),
+            _count(1.0),
+        )
+    yield Check(
+        f"variants.{name}.merge",
+        "variants",
+        ("merge",),
+        f"{WORDS[name]}, merged.",
+        _merge(name, ""),
+        _count(1.0),
+    )
+
+
+def _more(kind: str) -> str:
+    return {"": "", ".dropout": ", with dropout", ".rslora": ", with rsLoRA's scale"}[kind]
+
+
+CHECKS: tuple[Check, ...] = (
+    *_checks("dora"),
+    Check(
+        "variants.dora.start",
+        "variants",
+        ("lora_linear",),
+        (start.__doc__ or "").splitlines()[0],
+        start,
+        _count(0.5),
+    ),
+    Check(
+        "variants.dora.vector",
+        "variants",
+        ("lora_linear",),
+        (vector.__doc__ or "").splitlines()[0],
+        vector,
+        _count(0.5),
+    ),
+    *_checks("lora-bias"),
+)
