@@ -1,5 +1,7 @@
 """The checks as tests of pytest: what each verdict becomes, and which tests there are."""
 
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -222,6 +224,30 @@ def test_a_suite_of_ones_own_takes_the_checks_by_a_decorator(pytester):
     run.assert_outcomes(passed=5, failed=3, skipped=1)
     run.stdout.fnmatch_lines(["*test_mine?wrong scale-sigma.merge-float32? FAILED*"])
     run.stdout.fnmatch_lines(['*minilora.verify.check(implementation, case="sigma.merge:float32:*'])
+
+
+def shown(language, word):
+    """The block of code in the guide that holds a word."""
+    guide = (ROOT / "docs/how-to-verify.md").read_text()
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", guide, re.M | re.S)
+    return next(block for block in blocks if word in block)
+
+
+def test_the_guides_example_of_a_suite_runs(pytester):
+    pytester.makepyfile(
+        "from fake_checks import Right as MyLayer\n" + shown("python", "parametrize_with_checks")
+    )
+    pytester.runpytest_inprocess(*OPTIONS).assert_outcomes(passed=10)
+
+
+def test_the_guides_command_runs(pytester):
+    command = shown("sh", "--pyargs").replace("package.module:name", "fake_checks:OnlyMerge")
+    program, *arguments = shlex.split(command)
+    assert program == "pytest"
+    run = pytester.runpytest_inprocess(*OPTIONS, *arguments)
+    assert run.ret == pytest.ExitCode.NO_TESTS_COLLECTED  # the small registry has no linear.…
+    run = pytester.runpytest_inprocess(*OPTIONS, *arguments[:-1], "exact. and float32")
+    run.assert_outcomes(passed=1, deselected=7)
 
 
 def test_the_decorator_refuses_what_does_not_exist():
