@@ -37,7 +37,9 @@ NAMES = {
     "zeros_like": "ones_like",
 }  # fmt: skip
 
-COMMUTATIVE = {"min", "max", "np.minimum", "np.result_type", "total"}
+COMMUTATIVE = {
+    "min", "max", "np.minimum", "np.result_type", "np.array_equal", "total", "_twins",
+}  # fmt: skip
 """Functions whose arguments are not exchanged, since their order is no matter."""
 
 

@@ -264,6 +264,12 @@ def test_a_mode_that_is_unknown_and_a_kernel_that_does_not_fit_are_refused():
     assert unfold(x, Geometry((3,), (1,), ((0, 1),), (2,)))[0].shape == (3, 1)
 
 
+def test_a_geometry_of_other_dimensions_than_the_input_is_refused():
+    for moves in (GEOMETRIES[3], replace(GEOMETRIES[0], dilation=(1, 1))):
+        with pytest.raises(ValueError, match="zip"):
+            unfold(np.ones((1, 1, 6)), moves)
+
+
 @FEW
 @given(rng=draw.generators(), groups=st.sampled_from((1, 2, 4)), of_group=st.integers(1, 3))
 def test_groups_are_convolutions_side_by_side(rng, groups, of_group):

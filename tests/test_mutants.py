@@ -17,6 +17,9 @@ from minilora import ops
 
 ORDER = "the order of names is no matter"
 LENGTHS = "the lengths are equal by construction, or were compared above"
+RESHAPE = "NumPy takes any negative size for the one to be found"
+FULL = "what more columns there are is not read"
+IMPORTED = "the function that it makes was made when the module was imported"
 SURVIVORS = {
     "ops": {
         "rope_tables: 0 -> 1": "the array is there for its dtype alone",
@@ -24,7 +27,7 @@ SURVIVORS = {
             "whole numbers are exact, and the factor beside them is wide"
         ),
         "rope: -2 -> 2": "x has four axes",
-        "split_heads: 1 -> 2": "NumPy takes any negative size for the one to be found",
+        "split_heads: 1 -> 2": RESHAPE,
         "_exponentials: z.real -> z": (
             "NumPy orders complex numbers by their real parts, and whatever the shift, it cancels"
         ),
@@ -32,13 +35,58 @@ SURVIVORS = {
     "lora": {
         "combine: zip(adapters, weights, strict=True) -> zip(adapters, weights)": LENGTHS,
         "combine: True -> False": LENGTHS,
-        "project: zip((A, B), factors, strict=adapted) -> zip((A, B), factors)": (
-            "without an adapter there are no factors, and with one there are two"
-        ),
+        "project: zip(names, parts, strict=True) -> zip(names, parts)": LENGTHS,
+        "project: True -> False": LENGTHS,
         "draw_dropout: rng.random(shape) >= p -> rng.random(shape) > p": (
             "a number drawn equals p with a probability of 2⁻⁵³"
         ),
-        "disable: ('.A', '.B') -> ('.B', '.A')": ORDER,
+        "is_base: ('.weight', '.bias') -> ('.bias', '.weight')": ORDER,
+        "merge: (head, table) -> (table, head)": ORDER,
+        (
+            "_twins: {f'{head}.A', f'{table}.A'} <= W.keys() -> "
+            "{f'{head}.A', f'{table}.A'} < W.keys()"
+        ): "the table's weight is there too",
+    },
+    "starts": {
+        (
+            "_truncated: np.linalg.svd(M.astype(np.float64), full_matrices=False) -> "
+            "np.linalg.svd(M.astype(np.float64))"
+        ): FULL,
+        "_truncated: False -> True": FULL,
+        "orthogonal: 2 -> 1 (2)": "1 is odd",
+        (
+            "_drawn: (W, *draw_factors(rng, init, r, *W.shape)) -> "
+            "(*draw_factors(rng, init, r, *W.shape), W)"
+        ): IMPORTED,
+        (
+            "_drawn: draw_factors(rng, init, r, *W.shape) -> draw_factors(init, rng, r, *W.shape)"
+        ): IMPORTED,
+        (
+            "_drawn: draw_factors(rng, init, r, *W.shape) -> draw_factors(rng, r, init, *W.shape)"
+        ): IMPORTED,
+        (
+            "_drawn: draw_factors(rng, init, r, *W.shape) -> draw_factors(rng, init, *W.shape, r)"
+        ): IMPORTED,
+    },
+    "variants": {},
+    "layers": {
+        "adapted_fused: zip(parts, P, strict=True) -> zip(parts, P)": LENGTHS,
+        "adapted_fused: True -> False": LENGTHS,
+        "adapted_fused: zip(parts, P, pairs, strict=True) -> zip(parts, P, pairs)": LENGTHS,
+        "adapted_fused: True -> False (2)": LENGTHS,
+        "adapted_experts: np.argsort(index, kind='stable') -> np.argsort(index)": (
+            "the order of an expert's columns is no matter, since they go back to their places"
+        ),
+        "adapted_experts: zip(*dPs, strict=True) -> zip(*dPs)": LENGTHS,
+        "adapted_experts: True -> False": LENGTHS,
+        "Geometry.places: 1 -> 2 (8)": RESHAPE,
+        "unfold: 1 -> 2": RESHAPE,
+        "unfold: 1 -> 2 (4)": RESHAPE,
+        "conv: 1 -> 2 (2)": RESHAPE,
+        "conv: 1 -> 2 (4)": RESHAPE,
+        "adapted_conv: 1 -> 2 (2)": RESHAPE,
+        "adapted_conv: 1 -> 2 (4)": RESHAPE,
+        "merge_conv: 1 -> 2 (2)": RESHAPE,
     },
     "targets": {
         (
@@ -52,6 +100,8 @@ SURVIVORS = {
         ): ORDER,
     },
     "blocks": {
+        "embed: zip(names, back_y(dy), strict=True) -> zip(names, back_y(dy))": LENGTHS,
+        "embed: True -> False": LENGTHS,
         "normalise: zip(names, gradients, strict=True) -> zip(names, gradients)": LENGTHS,
         "normalise: True -> False": LENGTHS,
     },

@@ -330,6 +330,17 @@ def test_an_adapter_that_acts_on_all_tokens_is_not_the_base_before_its_invocatio
     assert not same_bits(found[2][:, ~on], base[2][:, ~on])
 
 
+@pytest.mark.parametrize("entry", VARIANTS)
+def test_half_an_adapter_is_an_error_and_not_the_base(entry):
+    variant = VARIANTS[entry]
+    parts = {f"p.{part}": np.ones(shape) for part, shape in part_shapes(variant, 2, 4, 3).items()}
+    W, tuning = {"p.weight": np.ones((4, 3))} | parts, ml.Tuning({"p": 1.0}, variant={"p": variant})
+    lora.project(np.ones((3, 2)), "p", W, tuning)
+    for name in parts.keys() - {"p.A"}:
+        with pytest.raises(KeyError, match=name):
+            lora.project(np.ones((3, 2)), "p", {k: w for k, w in W.items() if k != name}, tuning)
+
+
 # A tied table is one weight with two uses, each with an adapter of its own.
 
 
@@ -395,6 +406,12 @@ def test_twins_are_one_change_of_one_table_and_almost_twins_are_two():
         assert merged.keys() == {"embed.weight", "head.weight"}
         for found, wanted in zip(uses(merged, ml.Tuning()), uses(almost, how), strict=True):
             assert laws.same(found, wanted)
+
+
+def test_twins_stay_twins_whatever_variant_another_module_has():
+    W, *_ = TIES["both, twins"]
+    tuning = ml.Tuning(dict.fromkeys(("embed", "head"), 1), variant={"q": variants.DORA})
+    assert ml.merge(W, tuning).keys() == {"embed.weight"}
 
 
 def test_a_head_of_its_own_is_not_tied():
