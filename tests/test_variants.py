@@ -123,6 +123,22 @@ def test_fresh_parameters_have_their_shapes_the_weights_dtype_and_their_values(e
         assert (abs(parts["magnitude"] - norms) <= 8 * np.finfo(dtype).eps / 2 * norms).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@FEW
+@given(rng=draw.generators(), shape=draw.sizes(2, 2, 6))
+def test_what_starts_at_a_product_of_zero_is_the_base_bit_for_bit(dtype, rng, shape):
+    """DoRA's norm divided by itself is 1; a weight that an adapter is taken out of is rounded."""
+    W = rng.standard_normal(shape).astype(dtype)
+    x, b = (rng.standard_normal(s).astype(dtype) for s in ((shape[1], 3), (shape[0], 1)))
+    for entry in REGISTRY.values():
+        base, P = start(entry.variant, entry.init, rng, W, 2, 7 / 3)
+        y, _ = entry.variant.linear(x, base, b, *P, 7 / 3)
+        if entry.init not in ("pissa", "olora", "loftq", "orthogonal"):
+            assert same_bits(y, ops.linear(x, W, b)[0])
+        off = tuple(p + dtype(1) for p in P)
+        assert not same_bits(entry.variant.linear(x, base, b, *off, 7 / 3)[0], y)
+
+
 def test_an_unknown_start_is_refused_and_none_shares_its_parameters():
     W = np.random.default_rng(0).standard_normal((4, 6))
     one, two = (start(variants.VERA, "vera", np.random.default_rng(0), W, 2, 1.0) for _ in "12")
