@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from minilora.formats.files import (
     FormatError,
@@ -593,11 +594,13 @@ def read_adapter(
 ) -> tuple[Weights, Tuning]:
     """The adapter's arrays under internal names, in ``dtype`` or the file's, and its `Tuning`.
 
-    Beside the adapters' parts these are the modules that were trained in full and the biases; put
-    over the base's weights, ``W | adapter``, they give the adapted model. With a start that PEFT
-    takes out of the base's weights when it loads the folder ("pissa", "olora"), and where rows of a
-    table are trained alone, the adapter holds the changed weights too, and ``base``, those that it
-    is put over, has to be given. Dropout and aLoRA's invocation are in :func:`read_lora`.
+    c is the configuration of the model that the adapter is for: of the deeper one, where
+    ``replication`` says so, and not its base's. Beside the adapters' parts come the modules that
+    were trained in full and the biases; put over the base's weights, ``W | adapter``, they give the
+    adapted model. With a start that PEFT takes out of the base's weights when it loads the folder
+    ("pissa", "olora"), and where rows of a table are trained alone, the adapter holds the changed
+    weights too, and ``base``, those that it is put over, has to be given. Dropout and aLoRA's
+    invocation are in :func:`read_lora`.
 
     Errors: FormatError as :func:`read_lora`, :func:`minilora.formats.files.read_tensors` and
     :func:`minilora.formats.huggingface.collect` have it; without a ``base`` that is needed.
@@ -618,9 +621,7 @@ def read_adapter(
     if not file.exists() and file.with_suffix(".bin").exists():
         remedy = "a pickle can run code: let PEFT load it and save it as safetensors"
         raise FormatError(file, "file", "none, but a .bin", "a safetensors file", remedy)
-    pruned = [name for name, row in _pruned(settings).items() if not any(row)]
-    ends = "|".join(re.escape(name.removesuffix("E")) for name in pruned)
-    found = read_tensors(file, rf"^{re.escape(PREFIX)}({ends})[ABE]$" if pruned else None)
+    found = read_tensors(file, _pruned(file, settings))
     rows = {f"{at}.tokens": (len(ids), c.d) for at, ids in lora.tokens.items()}
     placed = adapter_names(c, [*parts, *rows, *(name for name in c.shapes() if name in beside)])
     shared = {
@@ -645,10 +646,26 @@ def read_adapter(
     return W, Tuning(scale=s, trained=choice.trained() | beside, variant=variant)
 
 
-def _pruned(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """AdaLoRA's pattern: the singular values by the names of their tensors."""
+def _pruned(file: Path, settings: Mapping[str, Any]) -> str | None:
+    """An expression for the tensors of modules of which AdaLoRA has left nothing: they are empty.
+
+    Errors: FormatError if one of them is not.
+    """
     pattern = settings["rank_pattern"] if settings["peft_type"] == "ADALORA" else {}
-    return dict(pattern)
+    gone = [name.removesuffix("E") for name, row in pattern.items() if not any(row)]
+    empty = {f"{PREFIX}{name}{part}" for name in gone for part in "ABE"}
+    if not empty:
+        return None
+    try:
+        with safe_open(file, framework="np") as tensors:
+            for name in empty.intersection(tensors.keys()):
+                shape = tensors.get_slice(name).get_shape()
+                if 0 not in shape:
+                    remedy = "rank_pattern says that nothing is left: is it another file's?"
+                    raise FormatError(file, name, f"shape {shape}", "no entry", remedy)
+    except (OSError, SafetensorError):
+        pass  # which reading it says better
+    return "|".join(rf"^{re.escape(name)}$" for name in sorted(empty))
 
 
 def _place_bases(

@@ -490,13 +490,11 @@ def test_peft_trains_the_rank_that_adaloras_scale_divides_by(torch, peft, tmp_pa
 
 def test_peft_ignores_rslora_and_alpha_pattern_in_adalora(torch, peft):
     """Seen in peft 0.21.2."""
-    settings = {"use_rslora": True, "alpha_pattern": {"q": 4}, "init_r": 4}
+    settings = {"use_rslora": True, "alpha_pattern": {"q": 16}, "init_r": 4}
     _, layer = adalora_model(torch, peft, **settings)
     s = layer.scaling["default"] / (layer.ranknum["default"].item() + 1e-5)
     assert s == adalora_scale(8, r=4)
-    assert round(s, 3) == scale(8, 4) == 2
-    assert scale(4, 4, rslora=True) == 2
-    assert scale(8, 4, rslora=True) == 4
+    assert s < scale(8, 4) < scale(16, 4) < scale(16, 4, rslora=True)
 
 
 def test_peft_loads_a_pissa_by_fewer_iterations_as_another_function(torch, peft, tmp_path):
@@ -509,17 +507,18 @@ def test_peft_loads_a_pissa_by_fewer_iterations_as_another_function(torch, peft,
         return model
 
     x = torch.eye(8)
+    rounding = W.size * 2.0**-24 * abs(W).max()
     difference = {}
     for init in ("pissa", "pissa_niter_1"):
         config = peft.LoraConfig(r=2, target_modules=["q"], init_lora_weights=init)
         model = peft.get_peft_model(base(), config)
         trained = model.base_model.model.q(x)
-        assert abs(trained.T.detach().numpy() - W).max() < 1e-5 * abs(W).max()
+        assert abs(trained.T.detach().numpy() - W).max() <= rounding
         model.save_pretrained(tmp_path / init)
         loaded = peft.PeftModel.from_pretrained(base(), tmp_path / init).base_model.model.q(x)
         difference[init] = abs(trained - loaded).max().item()
     assert difference["pissa"] == 0
-    assert difference["pissa_niter_1"] > 1e-2
+    assert difference["pissa_niter_1"] > rounding
     assert all(same(a, b) for a, b in zip(pissa(W, 2, 1), pissa(W, 2, 1), strict=True))
 
 

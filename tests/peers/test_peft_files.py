@@ -29,7 +29,7 @@ from minilora.formats.peft import (
 )
 from minilora.targets import Lora, invoked, replicate
 
-IDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 1, 4]])
+IDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 1, 4], [2, 7, 1, 8, 0]])  # with aLoRA's, without
 
 
 def quietly(f, *arguments, **settings):
