@@ -22,7 +22,7 @@ from minilora.verify.checks import CHECKS
 from minilora.verify.contract import Fault, LoadError, Skip, Subject
 from minilora.verify.diagnosis import diagnose
 from minilora.verify.own import Own
-from minilora.verify.process import Driver, _gathered, _line, _read, _understood
+from minilora.verify.process import Driver, _gathered, _line, _read, _understood, last_words
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/stat").exists(), reason="processes are looked for in /proc"
@@ -335,6 +335,17 @@ def test_whatever_stands_in_a_file_is_arrays_or_a_fault(tmp_path_factory, data):
     for method in ("lora_linear", "optimizer_steps", "model_loss"):
         with contextlib.suppress(Fault):
             _gathered(method, _read(path))
+
+
+def test_last_words_are_the_last_lines_and_the_error_before_them():
+    assert last_words("") == ""
+    assert last_words("one\n\n two\n") == "one | two"
+    trace = [f"at line {i}" for i in range(9)]
+    text = "\n".join(["Error: the first", *trace, "TypeError: no W", *trace, "node 20"])
+    assert last_words(text) == (
+        "TypeError: no W | at line 5 | at line 6 | at line 7 | at line 8 | node 20"
+    )
+    assert len(last_words("error " + "x" * 10**4 + "\n" + "y\n" * 4 + "z" * 10**4)) < 450
 
 
 def test_names_outside_of_ascii_stand_in_a_message_as_they_are():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import selectors
 import shlex
 import shutil
@@ -86,7 +87,7 @@ STOP_LIMIT = 2.0
 END_LIMIT = 1.0
 """Seconds that a driver has to end after it closed its standard output."""
 
-_LAST_WORDS = 2000
+_LAST_WORDS = 8000
 _SLICE = 0.05
 
 
@@ -403,6 +404,16 @@ def _joined(text: str) -> str:
     return " | ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
+def last_words(text: str) -> str:
+    """The last lines of a text in one, and the last before them that speaks of an error."""
+    lines = [tidy(line, 150) for line in text.splitlines() if line.strip()]
+    before, last = lines[:-5], lines[-5:]
+    headlines = [line for line in before if re.search("error|exception|panic|fatal", line, re.I)]
+    joined = " | ".join(last)
+    joined = joined if len(joined) <= 250 else f"…{joined[-249:]}"
+    return " | ".join([*headlines[-1:], joined])
+
+
 def _shown(line: bytes) -> str:
     return repr(tidy(line[:200].decode(errors="replace"), 80))
 
@@ -572,13 +583,11 @@ class _Child:
         return f"{says}; {self._words()}"
 
     def _words(self) -> str:
-        """The last lines of its standard error; of some hundred characters, the last ones."""
+        """What it said last on standard error."""
         end = monotonic() + 0.2
         while self._selector.get_map() and monotonic() < end and self._turn(_SLICE):
             pass
-        lines = self._last_words.decode(errors="replace").splitlines()[-6:]
-        said = _joined("\n".join(lines))
-        said = said if len(said) <= 400 else f"…{said[-400:]}"
+        said = last_words(self._last_words.decode(errors="replace"))
         return f"its last words on standard error: {said}" if said else "nothing on standard error"
 
     def stop(self) -> None:
