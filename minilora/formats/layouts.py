@@ -12,7 +12,7 @@ from minilora.lora import LORA, Variant, fuse
 from minilora.ops import Array
 from minilora.variants import ADALORA, LORA_BIAS, VERA
 
-Part = tuple[Array, ...]
+_Part = tuple[Array, ...]
 
 NAMES: dict[str, str] = {
     "A": "lora_A.weight",
@@ -55,7 +55,7 @@ def refusal(variant: Variant, kind: str) -> str | None:
 def to_tensors(
     variant: Variant,
     kind: str,
-    P: Sequence[Part],
+    P: Sequence[_Part],
     kernel: tuple[int, ...] = (),
     rows: Sequence[int] = (),
 ) -> dict[str, Array]:
@@ -90,7 +90,7 @@ def from_tensors(
     tensors: Mapping[str, Array],
     experts: int = 1,
     rows: Sequence[int] = (),
-) -> list[Part]:
+) -> list[_Part]:
     """The layer's arrays, a tuple for each matrix: the inverse of `to_tensors`.
 
     Errors: ValueError where PEFT has none, if a tensor is missing or left over, or if a fused
