@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import prod, sqrt
 from typing import Any
 
 import numpy as np
@@ -105,9 +105,9 @@ def _outside(layer: Layer, answers: dict[str, Array]) -> dict[str, Array]:
     return {name: turned[name].reshape(shape) for name, shape in layer.shapes().items()}
 
 
-def wanted(layer: Layer) -> dict[str, Array]:
-    """The true answers to lora_linear_vjp."""
-    return _outside(layer, specified(layer, long, long))
+def wanted(layer: Layer, number: Callable[[Array], Any] = long) -> dict[str, Array]:
+    """The true answers to lora_linear_vjp, over a number system."""
+    return _outside(layer, specified(layer, number, number))
 
 
 def _numbers(layer: Layer, precision: Precision) -> tuple[Callable[[Array], Uncertain], ...]:
@@ -132,9 +132,9 @@ def sigmas(layer: Layer, precision: Precision) -> dict[str, Array]:
     return _outside(layer, {name: answer.sigma for name, answer in answers.items()})
 
 
-def wanted_merge(layer: Layer) -> Array:
-    """The true merged weight."""
-    return merge_weight(long(layer.W), long(layer.A), long(layer.B), layer.s)
+def wanted_merge(layer: Layer, number: Callable[[Array], Any] = long) -> Array:
+    """The true merged weight, over a number system."""
+    return merge_weight(number(layer.W), number(layer.A), number(layer.B), layer.s)
 
 
 def sigma_merge(layer: Layer, precision: Precision) -> Array:
@@ -187,7 +187,7 @@ def _draw_general(
     lead, n, m, r = sizes
     shapes = {"x": (*lead, n), "W": (m, n), "A": (r, n), "B": (m, r), "dy": (*lead, m)}
     arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
-    arrays["W"] *= n**-0.5
+    arrays["W"] *= 1 / sqrt(n)  # ÷ and √ give the same bits everywhere; a power may not
     arrays = {name: array.astype(DTYPES[dtype]) for name, array in arrays.items()}
     p = float(rng.choice([0.1, 0.25, 0.3])) if dropout else 0.0
     return Layer(
@@ -328,9 +328,9 @@ def greatest_of(several: Several) -> float:
     return max(float(change.max()), *(greatest_sum(a) for a in several.adapters))
 
 
-def wanted_change(several: Several) -> Array:
-    """The true Σ w s B A."""
-    triples = [(long(a.A), long(a.B), a.s) for a in several.adapters]
+def wanted_change(several: Several, number: Callable[[Array], Any] = long) -> Array:
+    """The true Σ w s B A, over a number system."""
+    triples = [(number(a.A), number(a.B), a.s) for a in several.adapters]
     A, B = combine(triples, several.weights)
     change: Array = B @ A
     return change
@@ -347,15 +347,17 @@ def sigma_change(several: Several, precision: Precision) -> Array:
     for a, w in zip(several.adapters, several.weights, strict=True):
         scaled = replace(a, W=np.zeros_like(a.W), B=a.B)
         number, scalable = _numbers(scaled, precision)
-        change: Any = merge_weight(number(scaled.W), number(a.A), scalable(a.B), abs(w) * a.s)
+        inputs: tuple[Any, Any, Any] = number(scaled.W), number(a.A), scalable(a.B)
+        change: Any = merge_weight(*inputs, abs(w) * a.s)
         variance = variance + change.variance + rounding.stored(change.value)
         modulus = modulus + change.value**2
-    return np.sqrt(variance + rounding.summed(len(several.adapters) + 1, modulus))
+    sigma: Array = np.sqrt(variance + rounding.summed(len(several.adapters) + 1, modulus))
+    return sigma
 
 
-def wanted_by_row(several: Several) -> Array:
-    """The true y of each row with its own adapter."""
-    return _by_row(several, lambda layer: wanted(layer)["y"])
+def wanted_by_row(several: Several, number: Callable[[Array], Any] = long) -> Array:
+    """The true y of each row with its own adapter, over a number system."""
+    return _by_row(several, lambda layer: wanted(layer, number)["y"])
 
 
 def sigmas_by_row(several: Several, precision: Precision) -> Array:
