@@ -305,6 +305,12 @@ SETTINGS = [
         "a tied head's, expected the tokens of its embedding",
     ),
     ("tokens, bert", {"trainable_token_indices": {"classifier": [1]}}, "expected one table"),
+    ("tokens, bert", {"trainable_token_indices": {"embeddings": [1]}}, "ends .*expected one table"),
+    (
+        "tie",
+        {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]},
+        "modules_to_save: found model.embed_tokens of a tied model",
+    ),
     ("replication", {"layer_replication": [[0, 3]]}, r"layer_replication: found ranges: found"),
     ("replication", {"layer_replication": [[1, 1]]}, r"expected ranges of layers"),
     ("replication", {"layer_replication": [[1]]}, r"expected pairs of whole numbers"),
@@ -322,6 +328,48 @@ def test_a_setting_of_a_variant_is_refused_by_name(case, changes, says, folder):
     with pytest.raises(FormatError, match=says) as raised:
         read_lora(path, c)
     assert str(path / peft.CONFIG) in str(raised.value)
+
+
+def test_a_tie_needs_one_of_the_two_names_that_peft_knows(folder):
+    path, c = folder("tie"), MODELS["qwen2"]
+    before = read_adapter(path, c)
+    for names in (["model.embed_tokens"], ["lm_head"], ["other.lm_head", "embed_tokens"]):
+        edit(path / peft.CONFIG, target_modules=[*names, "q_proj"])
+        assert same(read_adapter(path, c)[0], before[0])
+        assert read_adapter(path, c)[1] == before[1]
+    edit(path / peft.CONFIG, target_modules=["q_proj"])
+    with pytest.raises(FormatError, match=r"tensors: found .*lm_head"):
+        read_adapter(path, c)
+
+
+def test_veras_layers_are_asked_for_beside_an_expression_too(folder):
+    path, c = folder("vera"), MODELS["llama"]
+    edit(path / peft.CONFIG, target_modules=".*(q|v)_proj", layers_to_transform=[1])
+    assert list(read_lora(path, c).targets) == ["layers.1.q", "layers.1.v"]
+    path = folder("dora")
+    edit(path / peft.CONFIG, target_modules=".*q_proj", layers_to_transform=[1])
+    with pytest.raises(FormatError, match="layers_to_transform: found it beside an expression"):
+        read_lora(path, c)
+
+
+def test_a_table_that_was_trained_for_its_rows_is_written_by_rows(folder, tmp_path):
+    c, W, tuning, lora = made("tokens")
+    whole = replace(tuning, trained=tuning.trained | {"embed.weight", "head.weight"})
+    write_adapter(tmp_path / "whole", c, W, whole, lora)
+    assert contents(tmp_path / "whole") == contents(folder("tokens"))
+    more = replace(whole, trained=whole.trained | {"layers.0.q.weight"})
+    with pytest.raises(FormatError, match="trained: found"):  # not for the rows alone
+        write_adapter(tmp_path / "more", c, W, more, lora)
+
+
+def test_a_residual_of_another_base_is_not_converted(tmp_path):
+    c, base = MODELS["llama"], weights(MODELS["llama"])
+    lora = Lora(r=2, alpha=3, variant="pissa", targets=["q"])
+    W, tuning = adapt(base, lora, c.linears(), np.random.default_rng(0))
+    write_adapter(tmp_path / "yes", c, W, tuning, lora, base=base)
+    other = base | {"layers.1.q.weight": base["layers.1.q.weight"] + 1e-9}
+    with pytest.raises(FormatError, match=r"found another layers\.1\.q\.weight, expected W's, or"):
+        write_adapter(tmp_path / "no", c, W, tuning, lora, base=other)
 
 
 def test_a_deeper_adapter_is_not_read_for_the_base(folder):

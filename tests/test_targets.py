@@ -1071,6 +1071,14 @@ def test_a_fresh_adapter_of_each_variant_changes_no_output(variant):
     assert relative_error(scores(W | moved, tuning, lora)[0], z) > GRADIENT
 
 
+def test_adalora_divides_by_the_rank_at_the_start_whatever_is_left():
+    *_, W, tuning = of_variant("adalora", r=4, rank_pattern={"q": 1, "up": 3})
+    assert {len(W[f"{at}.A"]) for at in tuning.scale} == {1, 3, 4}
+    assert {*tuning.scale.values()} == {3 / (4 + 1e-5)}
+    *_, plain = of_variant("lora", r=4, rank_pattern={"q": 1, "up": 3})
+    assert {*plain.scale.values()} == {3, 1, 3 / 4}
+
+
 def test_an_old_flag_and_a_variant_say_the_same():
     assert ml.Lora(rslora=True).rslora
     assert ml.Lora(variant="rslora").rslora
