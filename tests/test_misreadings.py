@@ -18,12 +18,13 @@ _IN_BOTH = """
     norm-eps-1e-6 norm-eps-1e-8 norm-eps-0 norm-eps-outside norm-eps-1e-5 files-eps-default
     rope-theta-off-1-permille adapter-off-1-permille block-gelu-exact block-gelu-approximate
     loss-z-loss optimizer-decay-default
-    form-tf32 rope-bfloat16 adapter-bfloat16
+    form-tf32 rope-bfloat16 adapter-bfloat16 combine-bfloat16
 """
 _IN_BFLOAT16 = """
     norm-n-1 rope-theta files-theta-default block-gelu-quick optimizer-amsgrad
     optimizer-beta2-fixed optimizer-decay-after optimizer-sgd-decay-apart
     optimizer-v-coarse unmerge-coarse unmerge-delta-coarse
+    combine-one-value-less combine-rank-one dora-norm-eps
     scale-bfloat16 form-hidden-bfloat16 merge-bfloat16 files-bfloat16 optimizer-weights-bfloat16
 """
 LOST = {

@@ -146,6 +146,24 @@ def test_the_worst_class_stands_first_and_no_line_is_too_long(few):
         assert all(len(line) <= 80 for line in report.text().splitlines())
 
 
+def test_where_a_level_has_no_cases_nothing_is_missed():
+    caught = report_of().caught
+    report = report_of(caught=caught | {"float16": {"merge-no-scale": "merge.weight"}})
+    assert report.missed["float16"] == []
+    assert [row[-2] for row in report.rows()] == ["100 %", "-", "100 %"]
+    rates = report.summary().count("100 % caught in")
+    assert (rates, report.exit_status) == (len(DTYPES), 0)
+    entries = json.loads(report.json())["misreadings"]
+    assert [len(entry["caught_by"]) for entry in entries] == [4, 3]
+
+
+def test_a_share_without_cases_is_not_put_to_its_checks(monkeypatch):
+    none = [replace(c, cases=lambda p, d: 6 * (d == "float32")) for c in selftest.of_level("merge")]
+    monkeypatch.setattr(selftest, "of_level", lambda level: none)
+    report = selftest.selftest(levels=["merge"], dtypes=["float32", "float16"], quick=True, cases=9)
+    assert [len(found) for found in report.caught.values()] == [2, 0]
+
+
 def test_almost_all_is_not_printed_as_all():
     assert selftest._percent(399, 400) == "99 %"
     assert selftest._percent(400, 400) == "100 %"

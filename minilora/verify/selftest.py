@@ -58,8 +58,9 @@ class Alarm:
 class Selftest:
     """What a self-test found.
 
-    ``caught`` has for each dtype and misreading the check that caught it, or nothing. ``named`` has
-    the names that the diagnosis gave, the nearest first. ``broken`` are misreadings that raise.
+    ``caught`` has for each dtype and misreading the check that caught it, or ""; where a level has
+    no cases in a dtype, its misreadings are absent there. ``named`` has the names that the
+    diagnosis gave, the nearest first. ``broken`` are misreadings that raise.
     """
 
     misreadings: tuple[Misreading, ...]
@@ -123,15 +124,17 @@ class Selftest:
 
     def _shares(self, ids: Sequence[str]) -> Iterator[tuple[int, int]]:
         for found in self.caught.values():
-            yield sum(bool(found[id]) for id in ids), len(ids)
+            tried = [found[id] for id in ids if id in found]
+            yield sum(map(bool, tried)), len(tried)
         if self.named:
-            yield sum(id in self.named[id] for id in ids), len(ids)
+            given = [(id, self.named[id]) for id in ids if id in self.named]
+            yield sum(id in names for id, names in given), len(given)
 
     def _rates(self, ids: Sequence[str]) -> list[str]:
         return [_percent(some, all) for some, all in self._shares(ids)]
 
     def _worst(self, ids: Sequence[str]) -> float:
-        return min((some / all for some, all in self._shares(ids)), default=1.0)
+        return min((some / all for some, all in self._shares(ids) if all), default=1.0)
 
     def header(self) -> tuple[str, ...]:
         """What stands above the rows."""
@@ -162,11 +165,13 @@ class Selftest:
         every = len(self.misreadings)
         parts = [f"{'a share, ' if self.quick else ''}{every} misreadings"]
         for dtype, found in self.caught.items():
-            parts.append(f"{_percent(sum(map(bool, found.values())), every)} caught in {dtype}")
+            rate = _percent(sum(map(bool, found.values())), len(found))
+            parts.append(f"{rate} caught in {dtype}")
         if self.named:
             own = sum(id in names for id, names in self.named.items())
             alone = sum(names == (id,) for id, names in self.named.items())
-            parts.append(f"{_percent(own, every)} named, {_percent(alone, every)} with no other")
+            rates = [_percent(some, len(self.named)) for some in (own, alone)]
+            parts.append(f"{rates[0]} named, {rates[1]} with no other")
         cases = sum(sum(each.values()) for each in self.cases.values())
         parts.append(f"{sum(map(len, self.alarms.values()))} false alarms in {cases} cases")
         return f"{', '.join(parts)}; seed {self.seed}; {self.seconds:.0f} s"
@@ -203,8 +208,12 @@ class Selftest:
             "quick": self.quick,
             "misreadings": [
                 {"id": m.id, "level": m.level, "class": m.family, "formula": m.formula}
-                | {"caught_by": {dtype: found[m.id] for dtype, found in self.caught.items()}}
-                | ({"named": self.named[m.id]} if self.named else {})
+                | {
+                    "caught_by": {
+                        d: found[m.id] for d, found in self.caught.items() if m.id in found
+                    }
+                }
+                | ({"named": self.named[m.id]} if m.id in self.named else {})
                 for m in self.misreadings
             ],
             "rights": self.rights,
@@ -219,7 +228,7 @@ class Selftest:
 
 def _percent(some: float, all: float) -> str:
     """Rounded down, so that 100 % are all."""
-    return f"{int(100 * some / all + 1e-9)} %"
+    return f"{100 * some // all:.0f} %" if all else "-"
 
 
 @cache
@@ -238,6 +247,10 @@ def _catalogue() -> dict[str, Misreading]:
 def of_level(level: str) -> list[Check]:
     """The checks of a level."""
     return [check for check in _checks().values() if check.level == level]
+
+
+def _has_cases(level: str, dtype: str) -> bool:
+    return any(check.cases("ci", dtype) for check in of_level(level))
 
 
 def deviation(check: Check, subject: Subject, case: Case) -> tuple[str, str]:
@@ -408,8 +421,9 @@ def selftest(
     wrong = [m for m in MISREADINGS if m.level in levels and not m.equivalent]
     wrong = share(wrong, seed) if quick else wrong
     rounds = {dtype: list(_rounds(levels, dtype, cases)) for dtype in dtypes}
-    work: list[Job] = [("catch", (m.id, dtype, seed)) for dtype in dtypes for m in wrong]
-    work += [("names", (m.id, NAMED_IN, seed)) for m in wrong if NAMED_IN in dtypes]
+    tried = [(m, dtype) for dtype in dtypes for m in wrong if _has_cases(m.level, dtype)]
+    work: list[Job] = [("catch", (m.id, dtype, seed)) for m, dtype in tried]
+    work += [("names", (m.id, dtype, seed)) for m, dtype in tried if dtype == NAMED_IN]
     work += [
         ("alarms", (level, dtype, number, seed, many))
         for dtype in dtypes
