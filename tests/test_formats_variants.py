@@ -337,7 +337,11 @@ def test_a_tie_needs_one_of_the_two_names_that_peft_knows(folder):
         edit(path / peft.CONFIG, target_modules=[*names, "q_proj"])
         assert same(read_adapter(path, c)[0], before[0])
         assert read_adapter(path, c)[1] == before[1]
-    edit(path / peft.CONFIG, target_modules=["q_proj"])
+    edit(path / peft.CONFIG, target_modules=["embed_tokens", "q_proj"], alpha_pattern={"head": 7})
+    assert read_adapter(path, c)[1].scale["head"] == 1.5
+    edit(path / peft.CONFIG, alpha_pattern={"lm_head": 7})
+    assert read_adapter(path, c)[1].scale["head"] == 3.5
+    edit(path / peft.CONFIG, target_modules=["q_proj"], alpha_pattern=None)
     with pytest.raises(FormatError, match=r"tensors: found .*lm_head"):
         read_adapter(path, c)
 

@@ -201,7 +201,13 @@ PEFT_SAYS = [  # the kind of model, PEFT's configuration and its arguments, the 
     ("qwen2", "Lora", {"target_modules": r".*(embed_tokens|v_proj)"}, "lora"),
     ("qwen2", "Lora", {"target_modules": ["lm_head", "v_proj"]}, "lora"),
     ("qwen2", "Lora", {"target_modules": ["lm_head"], "ensure_weight_tying": True}, "lora"),
-    ("qwen2", "Lora", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, "lora"),
+    (
+        "qwen2",
+        "Lora",
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+        | {"alpha_pattern": {"lm_head": 5}},
+        "lora",
+    ),
     ("bert", "Lora", {"target_modules": [".embeddings", "word_embeddings", "dense"]}, "lora"),
     ("llama", "Lora", Q | {"trainable_token_indices": [5, 2]}, "lora"),
     ("qwen2", "Lora", Q | {"trainable_token_indices": [5, 2]}, "lora"),
