@@ -1,8 +1,10 @@
 """minilora: the executable specification of LoRA, and the oracle that checks implementations."""
 
+from minilora.adapters import Adapter, State
 from minilora.lora import (
     Merged,
     Tuning,
+    Variant,
     combine,
     disable,
     fuse,
@@ -14,18 +16,23 @@ from minilora.lora import (
 )
 from minilora.models import GPT2, Batch, Bert, Llama, draw_weights, logits, loss
 from minilora.targets import Choice, Lora, adapt, choose
+from minilora.variants import REGISTRY
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GPT2",
+    "REGISTRY",
+    "Adapter",
     "Batch",
     "Bert",
     "Choice",
     "Llama",
     "Lora",
     "Merged",
+    "State",
     "Tuning",
+    "Variant",
     "__version__",
     "adapt",
     "choose",
