@@ -349,8 +349,8 @@ def test_last_words_are_the_last_lines_and_the_error_before_them():
 
 
 def test_names_outside_of_ascii_stand_in_a_message_as_they_are():
-    line = _line({"in": "/tmp/ü \udcff", "settings": {"a": '"'}})
-    assert line == b'{"in":"/tmp/\xc3\xbc \xff","settings":{"a":"\\""}}\n'
+    line = _line({"in": "/run/ü \udcff", "settings": {"a": '"'}})
+    assert line == b'{"in":"/run/\xc3\xbc \xff","settings":{"a":"\\""}}\n'
 
 
 def test_a_driver_that_crashes_at_each_start_again_is_a_verdict(tiny, tmp_path):
