@@ -61,8 +61,10 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_verify(commands)
+    _add_report(commands)
     _add_variants(commands)
     _add_selftest(commands)
+    _add_vectors(commands)
     return parser
 
 
@@ -95,7 +97,99 @@ def _add_verify(commands: argparse._SubParsersAction[_Parser]) -> None:
     add("--json", metavar="FILE", help="write the report as JSON")
     add("--junit", metavar="FILE", help="write the report as JUnit XML")
     add("--html", metavar="FILE", help="write the report as one HTML page")
+    add(
+        "--markdown",
+        metavar="FILE",
+        help="write the report as Markdown; $GITHUB_STEP_SUMMARY is written on",
+    )
+    add("--verbose", action="store_true", help="a line for each check, and all of each deviation")
     add("--list", action="store_true", help="list the checks and run nothing")
+
+
+def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
+    report = commands.add_parser(
+        "report",
+        help="combine JSON reports of verify into one matrix",
+        description="Shows the reports that `minilora verify --json` wrote, several of them beside "
+        "each other: implementations × checks. Exit status: 0 it is shown, whatever was found, 2 "
+        "wrong usage or a file that is no report.",
+        allow_abbrev=False,
+    )
+    report.set_defaults(run=_report, parser=report)
+    add = report.add_argument
+    add("reports", nargs="+", metavar="FILE.json", help="what verify --json wrote")
+    add("--html", metavar="FILE", help="write the matrix as one HTML page")
+    add(
+        "--markdown",
+        metavar="FILE",
+        help="write it as Markdown; $GITHUB_STEP_SUMMARY is written on",
+    )
+    add("--text", action="store_true", help="print it, as without the other two")
+    add("--verbose", action="store_true", help="a line for each check")
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from minilora.verify import pages, webpage
+    from minilora.verify.engine import UsageError
+    from minilora.verify.reading import read_report
+    from minilora.verify.report import writable
+
+    paths = {kind: getattr(arguments, kind) for kind in ("html", "markdown")}
+    for path in filter(None, paths.values()):
+        if why := writable(path):
+            return _refuse(f"cannot write {why}", "report")
+        if any(os.path.exists(path) and os.path.samefile(path, r) for r in _there(arguments)):
+            return _refuse(f"{path} is one of the reports; write somewhere else", "report")
+    try:
+        reports = [read_report(path) for path in arguments.reports]
+    except UsageError as error:
+        return _refuse(str(error), "report")
+    runs = pages.Runs(reports, arguments.reports)
+    forms = {
+        "html": lambda: webpage.html(reports, arguments.reports),
+        "markdown": lambda: pages.markdown(reports, _room(paths["markdown"]), arguments.reports),
+    }
+    for kind, path in paths.items():
+        if path and (why := _written(path, forms[kind]())):
+            return _refuse(why, "report")
+    if arguments.text or not any(paths.values()):
+        one = len(reports) == 1
+        verbose = arguments.verbose
+        _print(reports[0].text(verbose) if one else pages.text(runs, verbose))
+    return HOLDS
+
+
+def _there(arguments: argparse.Namespace) -> list[str]:
+    return [path for path in arguments.reports if os.path.exists(path)]
+
+
+def _is_summary(path: str) -> bool:
+    """Whether it is the file that GitHub collects the summary of a step in, to be written on."""
+    collected = os.environ.get("GITHUB_STEP_SUMMARY")
+    return bool(collected) and os.path.abspath(path) == os.path.abspath(collected or "")
+
+
+def _room(path: str) -> int:
+    """How many bytes of Markdown there is room for in a file."""
+    from minilora.verify.report import MARKDOWN_BYTES
+
+    there = os.path.getsize(path) if _is_summary(path) and os.path.exists(path) else 0
+    return MARKDOWN_BYTES - there
+
+
+def _written(path: str, text: str) -> str:
+    """Writes a file; why it could not be written, or nothing."""
+    from minilora.verify.report import write
+
+    try:
+        if _is_summary(path):
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(text)
+        else:
+            write(path, text)
+    except OSError as error:
+        return f"cannot write {path}: {error.strerror}"
+    return ""
 
 
 def _add_variants(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -116,6 +210,101 @@ def _add_variants(commands: argparse._SubParsersAction[_Parser]) -> None:
     add("--no-library", action="store_true", help="do not ask the real libraries")
     add("--json", metavar="FILE", help="write the table as JSON")
     add("--markdown", metavar="FILE", help="write the table as Markdown")
+
+
+def _add_vectors(commands: argparse._SubParsersAction[_Parser]) -> None:
+    vectors = commands.add_parser(
+        "vectors",
+        help="write test vectors for any language, or judge answers to them",
+        usage="minilora vectors DIR [options]\n       minilora vectors check DIR ANSWERS [options]",
+        description="Writes the checks' cases to the folder DIR: inputs, true answers, and how far "
+        "rounding may carry an answer. The bytes are the same on every machine. With check, judges "
+        "the answers in the folder ANSWERS. Exit status: 0 written, or all answers hold, 1 a "
+        "deviation or an error, 2 wrong usage or a set that was changed, 3 no answers.",
+        allow_abbrev=False,
+    )
+    vectors.set_defaults(run=_vectors, parser=vectors)
+    add = vectors.add_argument
+    add("words", nargs="+", metavar="DIR", help="the folder of the set, and that of the answers")
+    add("--level", action="append", metavar="LEVEL", help="only this level; repeatable, or a,b")
+    add("--check", action="append", metavar="CHECK", help="only this check, * for anything")
+    add("--seed", type=int, default=0, metavar="N", help="writes other vectors (default: 0)")
+    add("--case", metavar="ID", help="judges this vector alone")
+    add("--json", metavar="FILE", help="write the report as JSON")
+    add("--junit", metavar="FILE", help="write the report as JUnit XML")
+    add("--html", metavar="FILE", help="write the report as one HTML page")
+
+
+def _vectors(arguments: argparse.Namespace) -> int:
+    from minilora.formats.files import FormatError
+    from minilora.verify.engine import UsageError
+    from minilora.verify.vectors import vectors, write
+
+    if arguments.words[0] == "check":
+        return _vectors_check(arguments)
+    if len(arguments.words) > 1:
+        says = "expected one folder; to judge answers: minilora vectors check DIR ANSWERS"
+        return _refuse(f"{' '.join(arguments.words)}: {says}", "vectors")
+    (folder,) = arguments.words
+    try:
+        with _progress() as progress:
+            levels, checks = _split(arguments.level), _split(arguments.check)
+            made = vectors(levels, checks, arguments.seed, progress)
+        written = write(folder, made, arguments.seed)
+    except (UsageError, FormatError) as error:
+        return _refuse(str(error), "vectors")
+    except OSError as error:
+        return _refuse(f"cannot write {folder}: {error.strerror}", "vectors")
+    except ArithmeticError as error:
+        print(f"minilora vectors: {error}", file=sys.stderr)
+        return DEVIATES
+    checks_made, size = {v.check for v in made}, sum(map(len, written.values()))
+    _print(
+        f"{len(made)} vectors of {len(checks_made)} checks in {folder}: {len(written)} files, "
+        f"{size} bytes\n"
+    )
+    return HOLDS
+
+
+def _vectors_check(arguments: argparse.Namespace) -> int:
+    from minilora.verify.answers import Answered, judge
+    from minilora.verify.contract import LoadError
+    from minilora.verify.engine import UsageError
+    from minilora.verify.report import writable, write
+    from minilora.verify.vectors import chosen, read
+
+    if len(arguments.words) != 3:
+        return _refuse("expected minilora vectors check DIR ANSWERS", "vectors")
+    _, folder, answers = arguments.words
+    files = {kind: getattr(arguments, kind) for kind in ("json", "junit", "html")}
+    for path in filter(None, files.values()):
+        if why := writable(path):
+            return _refuse(f"cannot write {why}", "vectors")
+    command = ["minilora", "vectors", "check", folder, answers]
+    try:
+        manifest, given = read(folder)
+        given = chosen(given, _split(arguments.level), _split(arguments.check), arguments.case)
+        with _progress() as progress:
+            report = judge(
+                given,
+                Answered(answers),
+                seed=manifest["seed"],
+                command=command,
+                progress=progress,
+            )
+    except UsageError as error:
+        return _refuse(str(error), "vectors")
+    except LoadError as error:
+        print(f"minilora vectors: {error}", file=sys.stderr)
+        return NOT_LOADED
+    for kind, path in files.items():
+        try:
+            if path:
+                write(path, getattr(report, kind)())
+        except OSError as error:
+            return _refuse(f"cannot write {path}: {error.strerror}", "vectors")
+    _print(report.text())
+    return report.exit_status
 
 
 def _add_selftest(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -244,7 +433,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     command += [] if arguments.cmd is None else ["--cmd", arguments.cmd]
     if arguments.time_limit is not None:
         command += ["--time-limit", f"{limit:g}"]
-    files = {kind: getattr(arguments, kind) for kind in ("json", "junit", "html")}
+    files = {kind: getattr(arguments, kind) for kind in ("json", "junit", "html", "markdown")}
     for path in filter(None, files.values()):
         if why := writable(path):
             return _refuse(f"cannot write {why}")
@@ -274,7 +463,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         return NOT_LOADED
     except Interrupted as interrupted:
         report = interrupted.report
-    return _deliver(report, files)
+    return _deliver(report, files, arguments.verbose)
 
 
 def _no_command(arguments: argparse.Namespace) -> str:
@@ -290,18 +479,14 @@ def _no_command(arguments: argparse.Namespace) -> str:
     return ""
 
 
-def _deliver(report: Report, files: dict[str, str | None]) -> int:
+def _deliver(report: Report, files: dict[str, str | None], verbose: bool) -> int:
     """Writes the files and prints the report: the files first, for a reader may close the pipe."""
-    from minilora.verify.report import write
-
-    failures = []
+    failures: list[str] = []
     for kind, path in files.items():
         if path:
-            try:
-                write(path, getattr(report, kind)())
-            except OSError as error:
-                failures.append(f"cannot write {path}: {error.strerror}")
-    _print(report.text())
+            text = report.markdown(_room(path)) if kind == "markdown" else getattr(report, kind)()
+            failures += filter(None, [_written(path, text)])
+    _print(report.text(verbose))
     for failure in failures:
         _refuse(failure)
     return USAGE if failures else report.exit_status

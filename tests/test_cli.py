@@ -205,7 +205,7 @@ def test_known_deviations_are_no_failure(verify, tmp_path):
     assert "6 known" in out
     status, out, _ = verify("fake_checks:Right", "--known", "known.json")
     assert status == 0
-    assert "no longer fails, though known: exact.merge float64: agreed" in out
+    assert "no longer fails, though known: exact.merge, sigma.merge: agreed" in out
     (tmp_path / "known.json").write_text('[{"check": "exact.marge", "reason": "agreed"}]')
     status, _, err = verify("--known", "known.json")
     assert status == 2

@@ -15,7 +15,7 @@ from typing import Any
 
 from minilora.verify.contract import DTYPES, TIME_LIMIT, Fault, Skip, Subject, describe, near, tidy
 from minilora.verify.report import FaultSeen, Known, Report, Result
-from minilora.verify.terms import Case, Check, Judgement
+from minilora.verify.terms import Case, Check, Comparison, Judgement
 
 PROFILES = ("quick", "ci", "nightly")
 
@@ -395,14 +395,23 @@ def judged(
 ) -> tuple[list[Judgement], Skip | Fault | None]:
     """The judgements of a case, and what ended it early: those made before that count too."""
     found: list[Judgement] = []
+    worst: tuple[int, Comparison] | None = None
+    end: Skip | Fault | None = None
     try:
         for comparison in check.run(subject, case):
-            found.append(comparison.judge())  # noqa: PERF401, kept when a later step raises
-    except (Skip, Fault) as end:
-        return found, end
+            found.append(comparison.judge())  # kept when a later step raises
+            if worst is None or _worse(found[-1], found[worst[0]]):
+                worst = len(found) - 1, comparison
+    except (Skip, Fault) as stopped:
+        end = stopped
     except Exception as error:
-        return found, Fault("internal", _ours(error))
-    return found, None if found else Fault("internal", f"{check.id} compared nothing")
+        end = Fault("internal", _ours(error))
+    if worst is None:
+        return found, end or Fault("internal", f"{check.id} compared nothing")
+    i, comparison = worst
+    if found[i].verdict != "pass":
+        found[i] = replace(found[i], picture=comparison.picture())
+    return found, end
 
 
 def _ours(error: Exception) -> str:

@@ -8,22 +8,32 @@ import os
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from math import isfinite
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from minilora import __version__
 from minilora.verify.contract import DTYPES, Precision, tidy
-from minilora.verify.terms import Diagnosis, Judgement
+from minilora.verify.terms import Diagnosis, Judgement, Picture
+
+T = TypeVar("T")
 
 STATUSES = ("fail", "error", "loose", "known", "skip", "pass")
 """Worst first."""
 
 WIDTH = 80
+CELL = 11
+"""The columns of a dtype: the longest word with a z, and a blank."""
+
+MARKDOWN_BYTES = 2**20
+"""GitHub takes so much of a step's summary."""
+
 _ARRAYS_SHOWN = 4
 # Digits that tell two neighbours of a dtype apart: 1 + ⌈bits of the significand · log10 2⌉.
 _DIGITS = {"float32": 9, "bfloat16": 4, "float16": 5}
@@ -115,6 +125,7 @@ class Report:
     seconds: float
     notes: tuple[str, ...] = ()
     interrupted: bool = False
+    minilora: str = __version__
 
     def count(self, status: str) -> int:
         """How many results have this status."""
@@ -139,12 +150,10 @@ class Report:
 
         A z without bound (a difference where none is allowed) is null.
         """
-        import minilora
-
         document: dict[str, Any] = plain(
             {
                 "schema": 1,
-                "minilora": getattr(minilora, "__version__", "unknown"),
+                "minilora": self.minilora,
                 "target": {
                     "name": self.name,
                     "version": self.version,
@@ -174,11 +183,17 @@ class Report:
 
     def json(self) -> str:
         """:meth:`to_json` as text."""
-        return json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
+        text = json.dumps(self.to_json(), indent=1, allow_nan=False)
+        # A list of numbers in one line. No string holds a line break, so none is touched.
+        numbers = re.compile(r"\[\n\s+((?:null|[-+.\deE]+)(?:,\n\s+(?:null|[-+.\deE]+))*)\n\s+\]")
+        return numbers.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
-    def text(self) -> str:
-        """The report for a terminal of 80 columns, worst first."""
-        return "\n".join(_text(self)) + "\n"
+    def text(self, verbose: bool = False) -> str:
+        """The report for a terminal of 80 columns, worst first.
+
+        ``verbose`` gives each check its own line, and says all of each deviation.
+        """
+        return "\n".join(_text(self, verbose)) + "\n"
 
     def junit(self) -> str:
         """The report as JUnit XML."""
@@ -188,9 +203,15 @@ class Report:
 
     def html(self) -> str:
         """The report as one self-contained page."""
-        from minilora.verify.pages import html
+        from minilora.verify.webpage import html
 
-        return html(self)
+        return html([self])
+
+    def markdown(self, limit: int = MARKDOWN_BYTES) -> str:
+        """The report for a page that renders Markdown, of so many bytes at most."""
+        from minilora.verify.pages import markdown
+
+        return markdown([self], limit)
 
 
 def plain(value: Any) -> Any:
@@ -215,11 +236,19 @@ def plain(value: Any) -> Any:
 
 
 def _judgement_json(judgement: Judgement) -> dict[str, Any]:
-    entry = asdict(judgement)
+    entry = asdict(replace(judgement, picture=None))
+    del entry["picture"]
     for name in ("z", "rms"):
         if not isfinite(entry[name]):
             entry[name] = None
     return entry
+
+
+def _picture_json(picture: Picture | None) -> dict[str, Any] | None:
+    if picture is None:
+        return None
+    rows = [[float(f"{z:.3g}") if isfinite(z) else None for z in row] for row in picture.z]
+    return {"shape": picture.shape, "z": rows}
 
 
 def _result_json(result: Result, seed: int) -> dict[str, Any]:
@@ -234,6 +263,7 @@ def _result_json(result: Result, seed: int) -> dict[str, Any]:
     worst = None
     if result.worst is not None:
         worst = _judgement_json(result.worst) | {"case": result.worst_case}
+        worst["picture"] = _picture_json(result.worst.picture)
     return {
         "check": result.check,
         "level": result.level,
@@ -278,7 +308,15 @@ def cell(result: Result | None) -> str:
     word = result.status.upper() if result.status in ("fail", "error") else result.status
     worst = result.worst
     beyond = worst is not None and worst.excess > 1 and result.status in ("fail", "loose", "known")
-    return f"{word} {worst.z:.3g}" if worst and beyond and isfinite(worst.z) else word
+    return f"{word} {_short(worst.z)}" if worst and beyond and isfinite(worst.z) else word
+
+
+def _short(z: float) -> str:
+    """Four characters, five from 10^10 on."""
+    if z < 999.5:
+        return f"{z:.3g}"
+    figure, _, power = f"{z:.0e}".partition("e")
+    return f"{figure}e{int(power)}" if abs(int(power)) < 100 else "huge"
 
 
 def summary(report: Report) -> str:
@@ -291,51 +329,116 @@ def summary(report: Report) -> str:
     )
 
 
-def _text(report: Report) -> Iterator[str]:
-    yield from _wrapped(
+def _text(report: Report, verbose: bool) -> Iterator[str]:
+    yield from wrapped(
         f"{report.name} {report.version}".strip()
         + f"  (profile {report.profile}, seed {report.seed})"
     )
     yield ""
-    dtypes = columns(report)
-    longest = max((len(result.check) for result in report.results), default=0)
-    width = min(longest, WIDTH - 12 * len(dtypes) - 1)
-    if dtypes:
-        yield _row("", dtypes, width)
-    for check, by_dtype in rows(report):
-        yield _row(check, [cell(by_dtype.get(dtype)) for dtype in dtypes], width)
-    for _, by_dtype in rows(report):
-        deviating = [r for r in by_dtype.values() if r.status in ("fail", "error", "loose")]
-        # In full the worst one, or the one that a smallest counterexample was looked for.
-        deviating.sort(key=lambda r: (r.severity[0], not (r.smallest or r.note), r.severity[1]))
-        for i, result in enumerate(deviating):
-            if i == 0:
-                yield ""
-            yield from block(report, result) if i == 0 else _also(result)
+    yield from _table(report, verbose)
+    yield from _deviations(report, verbose)
     yield from _asides(report)
     yield ""
     if report.interrupted:
         yield "INTERRUPTED: this is what was checked so far."
-    yield from _wrapped(summary(report))
+    yield from wrapped(summary(report))
     if not report.ran:
         yield "Nothing was checked: every check was skipped."
+
+
+def _table(report: Report, verbose: bool) -> Iterator[str]:
+    """A line for each check that deviates, and one for those of a level that do alike."""
+    dtypes = columns(report)
+    lines = [
+        (name, [cell(by_dtype.get(dtype)) for dtype in dtypes])
+        for name, by_dtype in (rows(report) if verbose else grouped(report))
+    ]
+    longest = max((len(name) for name, _ in lines), default=0)
+    width = min(longest + 1, WIDTH - CELL * len(dtypes) - 1)
+    if dtypes:
+        yield _row("", dtypes, width)
+    for name, cells in lines:
+        yield _row(name, cells, width)
+
+
+def alike(checks: Sequence[tuple[str, str, T]], quiet: Callable[[T], Any]) -> list[tuple[str, T]]:
+    """(id, level, what was found) of each check, those of a level that do alike taken together.
+
+    ``quiet`` gives what they must have in common, or None of a check that stands for itself.
+    """
+    groups: dict[Any, list[tuple[str, T]]] = {}
+    for check, level, found in checks:
+        shared = quiet(found)
+        key = check if shared is None else (level, shared)
+        groups.setdefault(key, []).append((check, found))
+    return [
+        (f"{key[0]}: {len(group)} checks" if len(group) > 1 else group[0][0], group[0][1])
+        for key, group in groups.items()
+    ]
+
+
+def grouped(report: Report) -> list[tuple[str, dict[str, Result]]]:
+    """:func:`rows`, those of a level that pass or are skipped alike taken together."""
+
+    def quiet(by_dtype: dict[str, Result]) -> Any:
+        statuses = {dtype: result.status for dtype, result in by_dtype.items()}
+        return tuple(statuses.items()) if {*statuses.values()} <= {"pass", "skip"} else None
+
+    level = {result.check: result.level for result in report.results}
+    return alike([(check, level[check], found) for check, found in rows(report)], quiet)
+
+
+def _deviations(report: Report, verbose: bool) -> Iterator[str]:
+    """Each deviation in full; of those of one diagnosis or fault the first, the others by name."""
+    told: dict[tuple[str, ...], str] = {}
+    for check, by_dtype in rows(report):
+        deviating = [r for r in by_dtype.values() if r.status in ("fail", "error", "loose")]
+        # In full the worst one, or the one that a smallest counterexample was looked for.
+        deviating.sort(key=lambda r: (r.severity[0], not (r.smallest or r.note), r.severity[1]))
+        if not deviating:
+            continue
+        first, *others = deviating
+        names = tuple(each.id for each in first.diagnosis)
+        key = names or tuple(fault_words(fault) for fault in first.faults)
+        yield ""
+        if key in told and not verbose:
+            says = f"{names[0] if names else first.faults[0].kind}, as in {told[key]}: "
+            says += ", ".join(result.case.removeprefix(f"{check}:") for result in deviating)
+            yield from wrapped(f"{first.status.upper():<5} {check}   {says}")
+            continue
+        if key:
+            told[key] = check
+        yield from block(report, first)
+        before = _what(first)
+        for result in others:
+            what = _what(result)
+            says = "the same" if what == before else what
+            before = what
+            yield from wrapped(
+                f"also {result.dtype} {result.status}, case {result.case}: {says}", 2
+            )
 
 
 def _row(name: str, cells: list[str], width: int) -> str:
     overlong = f" {name}\n" if len(name) > width else ""
     name = "" if overlong else name
-    return overlong + f" {name:<{width}}" + "".join(f"  {text:<10}" for text in cells).rstrip()
+    return (overlong + f" {name:<{width}}" + "".join(f" {c:<{CELL - 1}}" for c in cells)).rstrip()
 
 
-def _wrapped(text: str, indent: int = 0, hang: int = 2) -> list[str]:
+Fold = Callable[..., list[str]]
+
+
+def wrapped(text: str, indent: int = 0, hang: int = 2, width: int = WIDTH) -> list[str]:
+    """The text in lines of this width, those after the first further in."""
     before, after = " " * indent, " " * (indent + hang)
     return textwrap.wrap(
-        text, WIDTH, initial_indent=before, subsequent_indent=after, break_on_hyphens=False
+        text, width, initial_indent=before, subsequent_indent=after, break_on_hyphens=False
     )
 
 
-def block(report: Report, result: Result) -> Iterator[str]:
+def block(report: Report, result: Result, width: int = WIDTH) -> Iterator[str]:
     """All that is known of one deviation, in lines of 80 columns (but for the command)."""
+    fold = partial(wrapped, width=width)
     how = result.precision
     precision = result.dtype
     if how.storage != result.dtype:
@@ -343,44 +446,44 @@ def block(report: Report, result: Result) -> Iterator[str]:
     if how.accumulation != result.dtype:
         precision += f" ({how.accumulation} accumulation)"
     yield f"{result.status.upper():<5} {result.check}   {precision}"
-    yield from _wrapped(result.title, 2, 0)
+    yield from fold(result.title, 2, 0)
     if result.deviating_cases:
         of = f"in {result.deviating_cases} of {result.cases} cases, first in {result.case}"
-        yield from _wrapped(of, 2)
-    yield from _array_lines(result)
+        yield from fold(of, 2)
+    yield from _array_lines(result, fold)
     for fault in result.faults:
-        yield from _wrapped(f"{fault_words(fault)}", 2)
-        yield from _wrapped(f"in {fault.cases} of {result.cases} cases, first in {fault.case}", 4)
-    yield from _diagnosis_lines(result.diagnosis)
+        yield from fold(f"{fault_words(fault)}", 2)
+        yield from fold(f"in {fault.cases} of {result.cases} cases, first in {fault.case}", 4)
+    yield from _diagnosis_lines(result.diagnosis, fold)
     if result.smallest is not None:
-        yield from _wrapped(f"SMALLEST   {example(result.smallest)}", 2, 11)
+        yield from fold(f"SMALLEST   {example(result.smallest)}", 2, 11)
     if result.note:
-        yield from _wrapped(result.note, 2)
+        yield from fold(result.note, 2)
     yield f"  REPRODUCE  {result.reproduce}"
 
 
-def _diagnosis_lines(found: Sequence[Diagnosis]) -> Iterator[str]:
+def _diagnosis_lines(found: Sequence[Diagnosis], fold: Fold) -> Iterator[str]:
     if not found:
         return
     first, *others = found
     says = f"{first.id}: {first.sentence} With that change every array of this check agrees"
-    yield from _wrapped(f"DIAGNOSIS  {says} (rms z {first.residual_z:.2g}).", 2, 11)
+    yield from fold(f"DIAGNOSIS  {says} (rms z {first.residual_z:.2g}).", 2, 11)
     if others:
         names = ", ".join(f"{each.id} ({each.sentence.rstrip('.')})" for each in others[:3])
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        yield from _wrapped(f"Not to be told apart from it by this check: {names}{more}.", 13, 0)
+        yield from fold(f"Not to be told apart from it by this check: {names}{more}.", 13, 0)
 
 
-def _array_lines(result: Result) -> Iterator[str]:
+def _array_lines(result: Result, fold: Fold) -> Iterator[str]:
     off = [judged for judged in result.arrays if judged.verdict != "pass"]
     off.sort(key=lambda judged: -judged.excess)
     for judged in off[:_ARRAYS_SHOWN]:
-        yield from _wrapped(f"{judged.array}  {judgement_words(judged)}", 2)
-        yield from _wrapped(place_words(judged, result.dtype), 4)
+        yield from fold(f"{judged.array}  {judgement_words(judged)}", 2)
+        yield from fold(place_words(judged, result.dtype), 4)
     if rest := [judged.array for judged in off[_ARRAYS_SHOWN:]]:
-        yield from _wrapped(f"and in {len(rest)} more arrays: {tidy(', '.join(rest))}", 2)
+        yield from fold(f"and in {len(rest)} more arrays: {tidy(', '.join(rest))}", 2)
     if ok := [judged.array for judged in result.arrays if judged.verdict == "pass"]:
-        yield from _wrapped(f"ok  {tidy(', '.join(ok), 200)}", 2)
+        yield from fold(f"ok  {tidy(', '.join(ok), 200)}", 2)
 
 
 def judgement_words(judged: Judgement) -> str:
@@ -433,40 +536,74 @@ def example(smallest: Mapping[str, Any]) -> str:
     return re.sub(r"(?<=\d)\.0(?![\d.e])", "", text)  # 1 for 1.0: the exact lane has integers
 
 
-def _also(result: Result) -> Iterator[str]:
+def _what(result: Result) -> str:
+    """The worst element, or the fault."""
     off = max(result.arrays, key=lambda judged: judged.excess, default=None)
     if off is not None and off.verdict != "pass":
-        what = f"{off.array} {place_words(off, result.dtype)}"
-    else:
-        what = tidy("; ".join(fault_words(fault) for fault in result.faults), 200)
-    yield from _wrapped(f"also {result.dtype} {result.status}, case {result.case}: {what}", 2)
+        return f"{off.array} {place_words(off, result.dtype)}"
+    return tidy("; ".join(fault_words(fault) for fault in result.faults), 200)
 
 
-def _asides(report: Report) -> Iterator[str]:
-    """Known deviations, and what was skipped and why."""
+def named(report: Report, results: Sequence[Result]) -> str:
+    """The checks of these results, and the dtypes where they are not all of a check's."""
+    every = Counter(result.check for result in report.results)
+    dtypes: dict[str, list[str]] = {}
+    for result in results:
+        dtypes.setdefault(result.check, []).append(result.dtype)
+    return ", ".join(
+        check if 1 < len(some) == every[check] else " ".join([check, *some])
+        for check, some in dtypes.items()
+    )
+
+
+def declared(report: Report) -> dict[tuple[str, str], list[Result]]:
+    """Of what is known, and of cases that were skipped: the words before and after the checks."""
+    reasons: dict[tuple[str, str], list[Result]] = {}
     for result in report.results:
-        name = f"{result.check} {result.dtype}"
         known = result.known
         if known and result.status in ("known", "pass"):
             found = "known" if result.status == "known" else "no longer fails, though known:"
-            yield ""
-            yield from _wrapped(f"{found} {name}: {known.reason} {known.link}".rstrip())
+            says = f": {known.reason} {known.link}".rstrip()
+            reasons.setdefault((f"{found} ", says), []).append(result)
         if result.skipped_cases and result.status != "skip":
-            yield ""
-            yield from _wrapped(
-                f"{name} skipped {result.skipped_cases} of {result.cases} cases, {result.reason}"
-            )
-    skipped: dict[str, list[str]] = {}
+            many = f" skipped {result.skipped_cases} of {result.cases} cases, {result.reason}"
+            reasons.setdefault(("", many), []).append(result)
+    return reasons
+
+
+def _whole_levels(report: Report, results: Sequence[Result]) -> list[str]:
+    """The checks of these results, and a level where they are all that it has."""
+    every: dict[str, set[str]] = {}
+    some: dict[str, dict[str, None]] = {}
+    for result in report.results:
+        every.setdefault(result.level, set()).add(result.check)
+    for result in results:
+        some.setdefault(result.level, {})[result.check] = None
+    return [
+        name
+        for level, checks in some.items()
+        for name in (
+            [f"{level}: {len(checks)} checks"] if 1 < len(checks) == len(every[level]) else checks
+        )
+    ]
+
+
+def _asides(report: Report) -> Iterator[str]:
+    """Known deviations, and what was skipped and why: each reason once."""
+    for (before, after), results in declared(report).items():
+        yield ""
+        yield from wrapped(f"{before}{named(report, results)}{after}")
+    skipped: dict[str, list[Result]] = {}
     for result in report.results:
         if result.status == "skip":
-            skipped.setdefault(result.reason, []).append(f"{result.check}:{result.dtype}")
-    for reason, names in skipped.items():
-        per_check = Counter(name.rpartition(":")[0] for name in names)
+            skipped.setdefault(result.reason, []).append(result)
+    for reason, results in skipped.items():
         yield ""
-        yield from _wrapped(f"skipped {len(names)}, {reason}: {tidy(', '.join(per_check), 400)}")
+        checks = tidy(", ".join(_whole_levels(report, results)), 400)
+        yield from wrapped(f"skipped {len(results)}, {reason}: {checks}")
     for note in report.notes:
         yield ""
-        yield from _wrapped(f"note: {note}")
+        yield from wrapped(f"note: {note}")
 
 
 def write(path: str, text: str) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import inf, prod, sqrt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from minilora.verify.contract import Subject
+
+CELLS = 32
+"""The greatest number of rows and of columns in a picture."""
 
 LOOSE = 2.0
 """How many times its unit roundoff an implementation may lose and still be called loose."""
@@ -101,17 +104,35 @@ class Comparison:
             if not (np.isfinite(sigma) & (sigma >= 0)).all():
                 raise ValueError(f"{self.array}: sigma must be finite and not negative")
 
-    def judge(self) -> Judgement:
-        """The verdict on this array, with its worst element."""
+    def _deviation(self) -> tuple[np.ndarray, np.ndarray]:
+        """|got - want| and |z| of each element; what is not a number is infinitely far off."""
         # Long double: what is wanted of a float64 implementation is known to more digits.
         got = np.asarray(self.got).astype(np.longdouble)
         want = np.asarray(self.want).astype(np.longdouble)
-        exact = self.sigma is None
-        sigma = np.broadcast_to(np.longdouble(0) if self.sigma is None else self.sigma, want.shape)
+        sigma = np.longdouble(0) if self.sigma is None else self.sigma
         with np.errstate(all="ignore"):
             difference = np.abs(got - want)
             difference = np.where(np.isnan(difference), np.longdouble(inf), difference)
-            z = np.where(difference == 0, np.longdouble(0), difference / sigma)
+            return difference, np.where(difference == 0, np.longdouble(0), difference / sigma)
+
+    def picture(self) -> Picture:
+        """Where the deviation sits."""
+        _, z = self._deviation()
+        shape = z.shape
+        z = z.reshape(-1, shape[-1]) if shape else z.reshape(1, 1)
+        for axis in (0, 1):
+            parts = min(z.shape[axis], CELLS)
+            starts = [i * z.shape[axis] // parts for i in range(parts)]
+            z = np.maximum.reduceat(z, starts, axis)
+        return Picture(shape, tuple(tuple(row) for row in z.astype(np.float64).tolist()))
+
+    def judge(self) -> Judgement:
+        """The verdict on this array, with its worst element."""
+        got, want = np.asarray(self.got), np.asarray(self.want)
+        exact = self.sigma is None
+        sigma = np.broadcast_to(0.0 if self.sigma is None else self.sigma, want.shape)
+        difference, z = self._deviation()
+        with np.errstate(all="ignore"):
             largest, rms = float(z.max()), float(np.sqrt(np.mean(z * z)))
         limits = Limits(0.0, 0.0, 0.0) if exact else self.limits
         # Where several elements are equally bad (all of z is infinite), the one farthest off.
@@ -133,11 +154,40 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """Where in an array a deviation sits: |z| of its elements.
+
+    The last axis runs to the right and all others downwards, one after another. A side longer than
+    CELLS is cut into CELLS parts, of which the i-th begins at ``i * side // CELLS``; a cell has the
+    greatest |z| of its elements.
+    """
+
+    shape: tuple[int, ...]
+    z: tuple[tuple[float, ...], ...]
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """The rows and columns of the whole array."""
+        return (prod(self.shape[:-1]), self.shape[-1]) if self.shape else (1, 1)
+
+    def cell(self, index: tuple[int, ...]) -> tuple[int, int]:
+        """The row and the column of the cell that an element lies in."""
+        rows, columns = self.sides
+        row = 0
+        for i, side in zip(index[:-1], self.shape[:-1], strict=True):
+            row = row * side + i
+        column = index[-1] if index else 0
+        # The last part that begins at or before it.
+        down, right = len(self.z), len(self.z[0])
+        return ((row + 1) * down - 1) // rows, ((column + 1) * right - 1) // columns
+
+
+@dataclass(frozen=True)
 class Judgement:
     """The verdict on one array: how many of its elements lie beyond the limit, and the worst one.
 
     z and rms are infinite where a difference stands in an element that allows none; sigma is None
-    and both limits are 0 in the exact lane.
+    and both limits are 0 in the exact lane. The worst array of a case that deviates has a picture.
     """
 
     array: str
@@ -152,6 +202,7 @@ class Judgement:
     got: float
     want: float
     sigma: float | None
+    picture: Picture | None = None
 
     @property
     def excess(self) -> float:
