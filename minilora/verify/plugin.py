@@ -6,6 +6,7 @@ its entry point, or by ``-p minilora.verify.plugin`` where the package is not in
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -53,7 +54,9 @@ def asked(config: pytest.Config) -> tuple[object, dict[str, Any]]:
                 "known": engine.read_known(path) if path else None,
                 "command": ["minilora", "verify", *filter(None, [target])],
             }
-            config.stash[_ASKED] = load(target or OWN), options
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a library's own at its import are no verdict
+                config.stash[_ASKED] = load(target or OWN), options
         except (LoadError, engine.UsageError) as error:
             raise pytest.UsageError(f"--implementation: {error}") from None
     return config.stash[_ASKED]
