@@ -351,6 +351,56 @@ def test_differing_runs_are_told(several):
     assert "INTERRUPTED" in text(Runs(several))
 
 
+def luminance(colour):
+    """The relative luminance of WCAG 2: of #rgb or #rrggbb."""
+    digits = colour.removeprefix("#")
+    digits = "".join(c * 2 for c in digits) if len(digits) == 3 else digits
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    parts = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+def contrast(one, other):
+    """(L + 0.05) / (l + 0.05) of WCAG 2, which asks for 4.5 of text and for 3 of pictures."""
+    dark, light = sorted(map(luminance, (one, other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_what_is_written_and_drawn_stands_out_by_day_and_by_night(hostile):
+    assert contrast("#000", "#ffffff") == pytest.approx(21)
+    assert contrast("#9db4d3", "#f6f8fa") < 3, "this was too faint"
+    palettes = re.findall(r":root \{(.*?)\}", html([hostile]), re.S)
+    assert len(palettes) == 2
+    for palette in palettes:
+        colours = dict(re.findall(r"--(\w+): (#\w+)", palette))
+        for ground in ("page", "box"):
+            for name in ("ink", "soft", "fail", "odd", "pass"):
+                assert contrast(colours[name], colours[ground]) >= 4.5
+        for name in ("z1", "z2", "z3", "z4", "ink"):
+            assert contrast(colours[name], colours["box"]) >= 3
+
+
+def keys(value):
+    """All keys of a document, but those that a target gave."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield key
+            if key not in ("conventions", "smallest"):
+                yield from keys(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from keys(entry)
+
+
+def test_every_key_of_the_json_is_documented(several):
+    guide = (Path(__file__).parent.parent / "docs" / "how-to-verify.md").read_text()
+    (section,) = re.findall(r"^## Read the JSON$(.*?)^## ", guide, re.M | re.S)
+    documented = set(re.findall(r"`(\w+)`", section))
+    found = {key for report in several for key in keys(json.loads(report.json()))}
+    assert {"check", "picture", "no_longer_fails", "versions"} <= found
+    assert found <= documented
+
+
 # Markdown
 
 
@@ -519,8 +569,8 @@ def test_a_combined_report_is_written_in_the_forms_that_are_asked_for(command, j
         command("report", *jsons, "--html", "m.html", "--text")[1] == command("report", *jsons)[1]
     )
     alone = command("report", "b.json")[1]
-    assert alone.startswith("wrong scale 1.2  (profile ci, seed 2)\n"), "one report is shown in full"
-    assert "SMALLEST" in alone
+    assert alone.startswith("wrong scale 1.2  (profile ci, seed 2)\n")
+    assert "SMALLEST" in alone, "one report is shown in full"
 
 
 @pytest.mark.parametrize(

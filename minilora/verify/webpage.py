@@ -32,10 +32,10 @@ DEVIATES = ("fail", "error", "loose", "known")
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de;
-  --fail: #b3123a; --odd: #8a4b00; --pass: #1a6b32; --z1: #9db4d3; --z2: #e0a526; --z3: #d9601a;
+  --fail: #b3123a; --odd: #8a4b00; --pass: #1a6b32; --z1: #6482ad; --z2: #b07a10; --z3: #c9520f;
   --z4: #b3123a; --box: #f6f8fa }
 @media (prefers-color-scheme: dark) { :root { --page: #14171b; --ink: #e6e9ed; --soft: #a3adb8;
-  --line: #3b434d; --fail: #ff8fa3; --odd: #ffc46b; --pass: #8fd6a2; --z1: #4a6a94; --z2: #b98a1d;
+  --line: #3b434d; --fail: #ff8fa3; --odd: #ffc46b; --pass: #8fd6a2; --z1: #5f82b3; --z2: #b98a1d;
   --z3: #f08a4b; --z4: #ff6f8b; --box: #1d2228 } }
 * { box-sizing: border-box }
 body { background: var(--page); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif;
@@ -54,7 +54,7 @@ th, td { border-bottom: 1px solid var(--line); padding: .25rem .4rem; text-align
 thead th { color: var(--soft); font-weight: 600; overflow-wrap: normal }
 tbody th { font: .92em ui-monospace, monospace; min-width: 7rem }
 ul { margin: 0; padding-left: 1.2rem }
-td { overflow-wrap: normal } td .no { white-space: nowrap }
+td { overflow-wrap: normal; position: relative } td .no { white-space: nowrap }
 .marks { font-family: ui-monospace, monospace; letter-spacing: .15em; white-space: nowrap }
 .fail, .error { color: var(--fail); font-weight: 700 } .loose, .known { color: var(--odd) }
 .pass { color: var(--pass) } .skip, .absent, .soft { color: var(--soft) }
