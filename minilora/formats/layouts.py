@@ -109,8 +109,8 @@ def from_tensors(
     ]
     if kind == "experts":
         A, B = P
-        A, B = A.reshape(experts, -1, A.shape[1]), B.reshape(len(B), -1, experts).transpose(2, 0, 1)
-        return list(zip(A, B, strict=True))
+        Bs = B.reshape(len(B), -1, experts).transpose(2, 0, 1)
+        return list(zip(A.reshape(experts, -1, A.shape[1]), Bs, strict=True))
     if kind == "fused":
         A, B = P
         r, q = len(A) // 2, rows[0]
