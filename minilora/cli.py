@@ -555,7 +555,9 @@ def _progress() -> Iterator[Progress | None]:
         return
     from tqdm import tqdm
 
-    with tqdm(unit=" cases", leave=False, file=sys.stderr) as bar:
+    # What is long stands last, where a narrow terminal cuts it off.
+    form = "{percentage:3.0f}% {bar:16} {n_fmt} of {total_fmt} cases, {remaining} left  {desc}"
+    with tqdm(bar_format=form, leave=False, file=sys.stderr, dynamic_ncols=True) as bar:
 
         def progress(case: str, behind: int, total: int) -> None:
             bar.total = total

@@ -172,6 +172,8 @@ WHOLE = json.loads(run(CHECKS, WrongScale(), dtypes=["float32"]).json())
             changed(WHOLE, "results", 0, "worst", "picture", "z", value=[[1], []]),
             "different length",
         ),
+        ({**WHOLE, "results": WHOLE["results"] * 2}, "exact.merge in float32 stands in it 2 times"),
+        (changed(WHOLE, "results", 0, "counterexample", "smallest", value=[1]), "no whole report"),
         ({k: v for k, v in WHOLE.items() if k != "seed"}, "no 'seed'; expected what `minilora ver"),
     ],
 )
@@ -189,6 +191,16 @@ def test_what_is_no_json_is_refused(tmp_path):
         path.write_bytes(junk)
         with pytest.raises(UsageError, match=r"r.json is no JSON: .*; expected what `minilora"):
             read_report(str(path))
+
+
+def test_a_report_without_results_has_every_form(hostile):
+    empty = replace(hostile, results=(), interrupted=True)
+    assert through_json(empty).json() == empty.json()
+    for reports in ([empty], [empty, empty]):
+        assert "Interrupted" in Page(html(reports)).text
+        assert "Interrupted" in markdown(reports, MARKDOWN_BYTES)
+        assert "INTERRUPTED" in text(Runs(reports))
+    assert "INTERRUPTED" in empty.text()
 
 
 # Where a deviation sits

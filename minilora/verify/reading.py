@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from math import inf
 from typing import Any
@@ -56,6 +57,10 @@ def from_json(document: Any, where: str) -> Report:
 
 def _report(document: Mapping[str, Any]) -> Report:
     target, summary = document["target"], document.get("summary", {})
+    results = tuple(_result(entry, i) for i, entry in enumerate(document["results"]))
+    for (check, dtype), times in Counter((r.check, r.dtype) for r in results).items():
+        if times > 1:
+            raise ValueError(f"{check} in {dtype} stands in it {times} times")
     return Report(
         name=tidy(target["name"]),
         version=tidy(target["version"]),
@@ -63,7 +68,7 @@ def _report(document: Mapping[str, Any]) -> Report:
         conventions=dict(target.get("conventions", {})),
         profile=tidy(document["profile"]),
         seed=int(document["seed"]),
-        results=tuple(_result(entry, i) for i, entry in enumerate(document["results"])),
+        results=results,
         seconds=float(summary.get("seconds", 0)),
         notes=tuple(tidy(note, 2000) for note in document.get("notes", ())),
         interrupted=bool(summary.get("interrupted", False)),
@@ -96,7 +101,7 @@ def _result(entry: Mapping[str, Any], number: int) -> Result:
             FaultSeen(tidy(f["kind"]), tidy(f["message"], 2000), tidy(f["case"]), int(f["cases"]))
             for f in entry.get("faults", ())
         ),
-        smallest=seen.get("smallest"),
+        smallest=None if seen.get("smallest") is None else dict(seen["smallest"]),
         diagnosis=tuple(
             Diagnosis(tidy(d["id"]), tidy(d["sentence"], 2000), float(d["residual_z"]))
             for d in entry["diagnosis"]
@@ -104,7 +109,7 @@ def _result(entry: Mapping[str, Any], number: int) -> Result:
         reason=tidy(entry.get("reason", ""), 2000),
         known=_known(entry.get("known")),
         note=tidy(entry.get("note", ""), 2000),
-        reproduce=tidy(entry["reproduce"], 2000),
+        reproduce=tidy(entry["reproduce"], 10**6),  # a command is whole or useless
         seconds=float(entry.get("seconds", 0)),
     )
 
