@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,7 @@ def first_without(subject: Subject, case: Case) -> Iterable[Comparison]:
 
 
 def _even(case: Case) -> Case:
-    return Case(case.check, case.dtype, case.number * 2, case.seed)
+    return replace(case, number=case.number * 2)
 
 
 def _count(share: float) -> Callable[[str, str], int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -46,10 +47,10 @@ def draw(case: Case, kind: str, name: str) -> tuple[Layer, Array]:
 
     W is not 0: a row of V needs a direction, whatever B A. x has rows; `vector` is for one without.
     """
-    odd = Case(case.check, case.dtype, case.number * 2 + 1, case.seed)
+    odd = replace(case, number=case.number * 2 + 1)
     layer, _ = draw_layer(odd, **KINDS[kind])
     rng = case.rng()
-    W = rng.standard_normal(layer.W.shape) * layer.W.shape[1] ** -0.5
+    W = rng.standard_normal(layer.W.shape) / sqrt(layer.W.shape[1])
     rows = {name: getattr(layer, name) for name in ("x", "dy", "keep")}
     rows = {name: v if v is None or v.ndim > 1 else v[None] for name, v in rows.items()}
     layer = replace(layer, W=W.astype(layer.W.dtype), **rows)
