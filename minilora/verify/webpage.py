@@ -51,7 +51,7 @@ table { border-collapse: collapse; font-size: .9rem; width: 100% }
 caption { color: var(--soft); font-size: .85rem; padding: .25rem 0; text-align: left }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .4rem; text-align: left;
   vertical-align: baseline }
-thead th { color: var(--soft); font-weight: 600; overflow-wrap: normal }
+thead th { color: var(--soft); font-weight: 600; min-width: 3.6rem }
 tbody th { font: .92em ui-monospace, monospace; min-width: 7rem }
 ul { margin: 0; padding-left: 1.2rem }
 td { overflow-wrap: normal; position: relative } td .no { white-space: nowrap }
