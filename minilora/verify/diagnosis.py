@@ -30,8 +30,10 @@ ANSWERS = {
     "lifecycle": ("lifecycle.",),
     "optimizer": ("optimizer.",),
     "model": ("model.",),
+    "train": ("train.",),
+    "init": ("init.",),
 }
-LAWS = (".balance", ".padding", ".vector", "-balance", ".start", "dora.vector")
+LAWS = (".balance", ".padding", ".vector", "-balance", ".start", "dora.vector", ".reproducible")
 """Of the checks of a level, those that compare answers themselves, and not a law of them."""
 
 CASES = (1, 3, 5)
@@ -107,7 +109,9 @@ def diagnose(check: Check, subject: Subject, dtype: str, seed: int) -> tuple[Dia
     if not has_diagnosis(check):
         return ()
     numbers = (
-        CASES if check.level not in ("model", "optimizer") else range(check.cases("ci", dtype))
+        CASES
+        if check.level not in ("model", "optimizer", "train")
+        else range(check.cases("ci", dtype))
     )
     cases = tuple(Case(check.id, dtype, number, seed) for number in numbers)
     theirs = [answers(check, subject, case) for case in cases]
@@ -125,4 +129,8 @@ def diagnose(check: Check, subject: Subject, dtype: str, seed: int) -> tuple[Dia
         if residual is not None:
             seen = f" Seen in {', '.join(m.seen)}." if m.seen else ""
             found.append(Diagnosis(m.id, f"{m.formula}.{seen}", residual))
+    if not found:
+        from minilora.verify.structure import describe
+
+        return describe(check.id, cases, theirs)
     return tuple(sorted(found, key=lambda each: each.residual_z))

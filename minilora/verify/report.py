@@ -466,6 +466,10 @@ def _diagnosis_lines(found: Sequence[Diagnosis], fold: Fold) -> Iterator[str]:
     if not found:
         return
     first, *others = found
+    if first.id.startswith("structure-"):
+        for each in found:
+            yield from fold(f"STRUCTURE  {each.sentence}", 2, 11)
+        return
     says = f"{first.id}: {first.sentence} With that change every array of this check agrees"
     yield from fold(f"DIAGNOSIS  {says} (rms z {first.residual_z:.2g}).", 2, 11)
     if others:

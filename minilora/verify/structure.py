@@ -1,0 +1,267 @@
+"""The structure of a deviation that no known misreading explains: what can be read off the numbers.
+
+Nothing is guessed. A sentence is said of an array only if, with what it says taken into account,
+the array agrees within the rounding of both sides: a factor, a transpose, another order, the scale
+that acts; or if it is a count of where the deviation lies: rows, columns, rank, steps, digits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import numpy as np
+
+from minilora.verify.cases import Layer, draw_layer
+from minilora.verify.levels.linear import KINDS
+from minilora.verify.terms import Case, Comparison, Diagnosis
+from minilora.verify.tolerance import digits, unit_roundoff
+
+Array = np.ndarray
+Answers = Sequence[Mapping[str, Comparison]]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A number that was fitted by weighted least squares, and its standard error."""
+
+    value: float
+    error: float
+
+    def __str__(self) -> str:
+        """The value with as many digits as its error leaves."""
+        if self.error == 0:
+            return f"{self.value:.9g}"
+        places = max(1, min(12, round(-np.log10(self.error / max(abs(self.value), 1e-30))) + 1))
+        return f"{self.value:.{places}g} ± {self.error:.1g}"
+
+    def agrees(self, other: float) -> bool:
+        """Whether another number lies within six standard errors, or the digits of a float64."""
+        return abs(self.value - other) <= 6 * self.error + 1e-12 * abs(other)
+
+
+def fit(got: Array, part: Array, rest: Array, sigma: Array) -> tuple[Fit, Array]:
+    """The c of got = rest + c · part by weighted least squares, and z of what it leaves."""
+    sigma = np.where(sigma > 0, sigma, np.finfo(float).tiny ** 0.5)
+    weight = (part / sigma) ** 2
+    total = float(weight.sum())
+    if total == 0:
+        return Fit(0.0, np.inf), np.full(np.shape(got), np.inf)
+    c = float(((got - rest) * part / sigma**2).sum()) / total
+    return Fit(c, 1 / sqrt(total)), (got - rest - c * part) / sigma
+
+
+def _sigma(each: Comparison) -> Array:
+    """σ of got - want; where the lane is exact, half a unit in the last place of the greatest."""
+    want = np.asarray(each.want, float)
+    if each.sigma is not None:
+        return np.broadcast_to(np.asarray(each.sigma, float), want.shape)
+    return np.full(want.shape, unit_roundoff("float64") * max(float(np.abs(want).max()), 1e-30))
+
+
+def _agree(z: Array) -> bool:
+    return bool(np.abs(z).max() <= 8 and np.sqrt((z * z).mean()) <= 2.5 * (1 + 3 / sqrt(z.size)))
+
+
+def _failing(answers: Answers) -> dict[str, list[Comparison]]:
+    """Every array that deviates in some case, with its comparisons of all cases that have it."""
+    names = dict.fromkeys(
+        name
+        for answer in answers
+        for name, each in answer.items()
+        if each.judge().verdict == "fail"
+    )
+    return {name: [answer[name] for answer in answers if name in answer] for name in names}
+
+
+def _sentences(each: list[Comparison]) -> Iterator[tuple[str, str]]:
+    """(what it is, what is said) of one array in several cases, the strongest first."""
+    got = [np.asarray(c.got, float) for c in each]
+    want = [np.asarray(c.want, float) for c in each]
+    sigma = [_sigma(c) for c in each]
+    pairs = list(zip(got, want, sigma, strict=True))
+    fits = [fit(g, w, 0 * w, s) for g, w, s in pairs]
+    if all(_agree(z) for _, z in fits):
+        values = {f"{f}" for f, _ in fits}
+        if all(f.value == 0 for f, _ in fits):
+            yield "zero", "is 0"
+        elif all(fits[0][0].agrees(f.value) for f, _ in fits):
+            yield "factor", f"is {fits[0][0]} times what it should be, in every case"
+        else:
+            yield "factor", f"is a multiple of what it should be: {', '.join(sorted(values))}"
+        return
+    square = [w.ndim == 2 and w.shape[0] == w.shape[1] and len(w) > 1 for w in want]
+    if any(square) and all(
+        _agree((g - w.T) / s) if q else True for (g, w, s), q in zip(pairs, square, strict=True)
+    ):
+        yield "transposed", "is the transpose of what it should be, where it is square"
+    for axis, word in ((0, "rows"), (-1, "columns")):
+        orders = [_order(g, w, s, axis) for g, w, s in pairs]
+        if all(order is not None for order in orders):
+            yield f"permuted-{word}", f"has its {word} in another order: {orders[0]}"
+            return
+    yield from _places(pairs)
+
+
+def _order(got: Array, want: Array, sigma: Array, axis: int) -> list[int] | None:
+    """The order in which want's rows or columns are got's, if there is one that is not theirs."""
+    if want.ndim < 2 or not 1 < want.shape[axis] <= 12:
+        return None
+    g, w, s = (np.moveaxis(v, axis, 0).reshape(v.shape[axis], -1) for v in (got, want, sigma))
+    order: list[int] = []
+    for row in g:
+        near = [k for k in range(len(w)) if k not in order and _agree((row - w[k]) / s[k])]
+        if not near:
+            return None
+        order.append(near[0])
+    return order if order != sorted(order) else None
+
+
+def _places(pairs: list[tuple[Array, Array, Array]]) -> Iterator[tuple[str, str]]:
+    """Where the deviation lies, and of which rank and how many digits it is."""
+    got, want, sigma = max(pairs, key=lambda p: p[1].size)
+    off = np.abs(got - want) > 8 * sigma
+    if off.ndim >= 2 and off.any():
+        flat = off.reshape(-1, off.shape[-1])
+        rows, columns = np.flatnonzero(flat.any(1)), np.flatnonzero(flat.any(0))
+        if len(rows) < len(flat) or len(columns) < flat.shape[1]:
+            yield (
+                "place",
+                f"differs in {len(rows)} of {len(flat)} rows ({_some(rows)}) and "
+                f"{len(columns)} of {flat.shape[1]} columns ({_some(columns)})",
+            )
+        difference = (got - want).reshape(-1, off.shape[-1])
+        values = np.linalg.svd(difference, compute_uv=False)
+        noise = float(np.sqrt((sigma * sigma).sum()))
+        rank = int((values > max(8 * noise, 1e-12 * values[0])).sum())
+        most = min(difference.shape)
+        if 0 < rank < most:
+            yield (
+                "rank",
+                f"differs by a matrix of rank {rank}, where {most} could be",
+            )
+    for dtype in ("bfloat16", "float16", "float32"):
+        u = unit_roundoff(dtype)
+        relative = np.abs(got - want) / np.maximum(np.abs(want), 1e-30)
+        fraction, _ = np.frexp(got)
+        grid = np.ldexp(fraction, digits(dtype))
+        if float(np.quantile(relative, 0.9)) <= 4 * u and (grid == np.round(grid)).all():
+            yield "digits", f"holds {dtype} numbers: it was rounded to {dtype} on the way"
+            break
+
+
+def _some(numbers: Array) -> str:
+    shown = ", ".join(map(str, numbers[:4]))
+    return shown + (", …" if len(numbers) > 4 else "")
+
+
+EXPRESSIONS: dict[str, Any] = {
+    "α/r": lambda a, r: a / r,
+    "α/√r": lambda a, r: a / sqrt(r),
+    "α": lambda a, r: a,
+    "1": lambda a, r: 1.0,
+    "0": lambda a, r: 0.0,
+    "1/r": lambda a, r: 1 / r,
+    "1/√r": lambda a, r: 1 / sqrt(r),
+    "r/α": lambda a, r: r / a,
+    "1/α": lambda a, r: 1 / a,
+    "(α/r)²": lambda a, r: (a / r) ** 2,
+    "√(α/r)": lambda a, r: sqrt(a / r),
+    "α²/r": lambda a, r: a * a / r,
+    "α/r²": lambda a, r: a / r**2,
+    "α/(r + 1)": lambda a, r: a / (r + 1),
+    "α/(2r)": lambda a, r: a / (2 * r),
+    "2α/r": lambda a, r: 2 * a / r,
+    "-α/r": lambda a, r: -a / r,
+    "α r": lambda a, r: a * r,
+    "⌊α/r⌋": lambda a, r: float(a // r),
+    "α/(r + 1e-5)": lambda a, r: a / (r + 1e-5),
+}
+"""What a scale may have been taken for; the first that fits all cases is named."""
+
+
+def scale_that_acts(layers: Sequence[Layer], answers: Answers) -> Iterator[tuple[str, str]]:
+    """s as the arrays y, dA and dB have it, each by itself, and what it is in α and r.
+
+    y - (x Wᵀ + b) = s H Bᵀ, and dA and dB are multiples of s.
+    """
+    for name in ("y", "dA", "dB"):
+        each = [answer.get(name) for answer in answers]
+        if any(c is None for c in each):
+            continue
+        fits = []
+        for layer, c in zip(layers, each, strict=True):
+            assert c is not None
+            got, want, sigma = np.asarray(c.got, float), np.asarray(c.want, float), _sigma(c)
+            rest = 0 * want
+            if name == "y":
+                x = layer.x.astype(float)
+                rest = x @ layer.W.astype(float).T
+                rest = rest if layer.bias is None else rest + layer.bias.astype(float)
+            fits.append(fit(got, (want - rest) / layer.s, rest, sigma))
+        if not all(_agree(z) for _, z in fits):
+            continue
+        known = [(layer.alpha, layer.r) for layer in layers]
+        right = [f.agrees(layer.s) for (f, _), layer in zip(fits, layers, strict=True)]
+        if all(right):
+            continue
+        named = next(
+            (
+                word
+                for word, value in EXPRESSIONS.items()
+                if all(f.agrees(value(a, r)) for (f, _), (a, r) in zip(fits, known, strict=True))
+            ),
+            None,
+        )
+        (first, _), (alpha, r) = fits[0], known[0]
+        ratio = Fit(first.value / layers[0].s, first.error / abs(layers[0].s))
+        multiples = [ratio.agrees(f.value / v.s) for (f, _), v in zip(fits, layers, strict=True)]
+        what = f"that is {named}" if named else "which is no simple expression of α and r"
+        what = f"that is {ratio} times the right one" if not named and all(multiples) else what
+        yield (
+            f"scale-{name}",
+            f"{name} has the scale {first} where α = {alpha:g} and r = {r}: {what}; "
+            f"it should be {layers[0].s:.7g}",
+        )
+
+
+def steps(answers: Answers) -> Iterator[tuple[str, str]]:
+    """Of parameters after each step: which step is the first that is wrong, and how it grows."""
+    first: dict[str, int] = {}
+    worst: dict[int, float] = {}
+    last = 0
+    for answer in answers:
+        for name, each in answer.items():
+            match = re.search(r"after step (\d+)$", name)
+            if match is None:
+                continue
+            step = int(match[1])
+            last = max(last, step)
+            judged = each.judge()
+            if judged.verdict == "fail":
+                worst[step] = max(worst.get(step, 0.0), judged.z)
+                first[name[: match.start()]] = min(first.get(name[: match.start()], step), step)
+    if worst:
+        start = min(worst)
+        grows = all(worst[k] <= worst[k + 1] for k in worst if k + 1 in worst)
+        more = " and grows with every step" if grows and len(worst) > 2 else ""
+        if len(worst) == 1 and start < last:
+            more = " and is right again afterwards"
+        when = "from the first step on" if start == 1 else f"from step {start} on, right before"
+        yield "steps", f"The parameters are wrong {when}{more}"
+
+
+def describe(check: str, cases: Sequence[Case], answers: Answers) -> tuple[Diagnosis, ...]:
+    """What can be said of the deviations of a check's cases; nothing, if nothing is certain."""
+    kind = check.removeprefix("linear.forward").removeprefix("linear.vjp")
+    layers = [draw_layer(case, **KINDS[kind])[0] for case in cases] if kind in KINDS else []
+    said = [(f"structure-{what}", sentence) for what, sentence in steps(answers)]
+    if layers:
+        said += [(f"structure-{what}", s) for what, s in scale_that_acts(layers, answers)]
+    if not said:
+        for name, each in _failing(answers).items():
+            said += [(f"structure-{what}", f"{name} {s}") for what, s in _sentences(each)]
+    return tuple(Diagnosis(name, f"{sentence}.", 0.0) for name, sentence in said[:3])

@@ -1,0 +1,138 @@
+"""What is said of a deviation that no known misreading explains, and that nothing is invented."""
+
+import re
+
+import numpy as np
+import pytest
+
+from minilora.verify import check, structure
+from minilora.verify.checks import CHECKS
+from minilora.verify.diagnosis import CASES, Direct, answers
+from minilora.verify.misreadings.plain import Plain, but, digits, then
+from minilora.verify.terms import Case, Comparison
+
+
+def said(make, check_id, dtype="float32"):
+    """The sentences of the structure of one check's cases."""
+    check = BY_ID[check_id]
+    numbers = CASES if check.level == "linear" else range(check.cases("ci", dtype))
+    cases = [Case(check_id, dtype, number, 0) for number in numbers]
+    subject = Direct(make())
+    found = structure.describe(check_id, cases, [answers(check, subject, case) for case in cases])
+    assert all(each.id.startswith("structure-") for each in found)
+    return [each.sentence for each in found]
+
+
+def added(f):
+    return but(y=lambda my, c: Plain.y(my, c) + f(c))
+
+
+def one_row_more(c):
+    return np.outer(np.arange(len(c.x)) > 1, np.ones(len(c.W))) * 0.1
+
+
+def rank_two(c):
+    rows = np.arange(1.0, len(c.x) + 1)
+    columns = np.arange(1.0, len(c.W) + 1)
+    return 0.1 * (np.outer(rows, columns) + np.outer(rows**2, columns**0.5))
+
+
+BY_ID = {check.id: check for check in CHECKS}
+ROWS = {
+    "a scale": (
+        but(s=lambda my, c: c.alpha / (c.r + 1)),
+        "linear.forward",
+        [r"y has the scale .* where α = .* and r = \d: that is α/\(r \+ 1\); it should be"],
+    ),
+    "a scale that is off": (
+        but(s=lambda my, c: 1.03 * Plain.s(my, c)),
+        "linear.forward",
+        [r"y has the scale .*: that is 1\.03\d* ± .* times the right one; it should be"],
+    ),
+    "a scale of one gradient": (
+        then(dB=lambda v, c: v * 1.3),
+        "linear.vjp",
+        [r"dB has the scale .*: that is 1\.[23]\d* ± .* times the right one"],
+    ),
+    "columns in another order": (
+        then(dA=lambda v, c: v[:, np.r_[1, 0, 2 : v.shape[1]]]),
+        "linear.vjp",
+        [r"dA has its columns in another order: \[1, 0, 2"],
+    ),
+    "some rows": (
+        added(one_row_more),
+        "linear.forward",
+        [r"y differs in \d+ of \d+ rows \(2, 3.*\) and (\d+) of \1 columns", r"of rank 1, where"],
+    ),
+    "a rank": (added(rank_two), "linear.forward", [r"differs by a matrix of rank 2, where \d"]),
+    "digits": (
+        then(y=lambda v, c: digits(v, 8)),
+        "linear.forward",
+        [r"y holds bfloat16 numbers: it was rounded to bfloat16 on the way"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_structure_is_said(name):
+    make, at, wanted = ROWS[name]
+    sentences = " ".join(said(make, at))
+    for pattern in wanted:
+        assert re.search(pattern, sentences), sentences
+
+
+def test_the_first_wrong_step_is_said():
+    late = then(update=lambda v, c: v * (1 + 0.001 * (c.k >= 3)))
+    assert said(late, "optimizer.adamw")[0].startswith("The parameters are wrong from step 4 on")
+    early = then(update=lambda v, c: v * 1.0003)
+    assert "from the first step on" in said(early, "optimizer.adamw")[0]
+
+
+def test_what_is_right_has_no_structure():
+    assert said(Plain, "linear.vjp") == []
+
+
+def test_a_report_says_it_where_no_misreading_has_a_name_for_it():
+    make, at, (pattern, *_) = ROWS["a scale"]
+    report = check(make(), levels=["linear"], dtypes=["float32"], case=f"{at}:float32:1")
+    assert re.search(pattern.replace(" ", r"\s+"), report.text())
+    assert "STRUCTURE" in report.text()
+
+
+def test_of_noise_nothing_is_said():
+    def noise(v, c):
+        rng = np.random.default_rng(v.size)
+        return v + 0.1 * rng.standard_normal(v.shape)
+
+    assert said(then(y=noise), "linear.forward") == []
+
+
+def compared(got, want, sigma=1e-6):
+    return Comparison("y", np.asarray(got), np.asarray(want), np.full(np.shape(want), sigma))
+
+
+def described(*pairs, check_id="merge.weight"):
+    answers = [{"y": compared(got, want)} for got, want in pairs]
+    cases = [Case(check_id, "float32", i, 0) for i in range(len(pairs))]
+    return [(d.id, d.sentence) for d in structure.describe(check_id, cases, answers)]
+
+
+def test_a_factor_is_said_of_all_cases_or_of_each():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 4, 5))
+    ((what, sentence),) = described((7 * a, a), (7 * b, b))
+    assert what == "structure-factor"
+    assert sentence.endswith("times what it should be, in every case.")
+    ((_, sentence),) = described((7 * a, a), (3 * b, b))
+    assert sentence.startswith("y is a multiple of what it should be: ")
+    assert described((0 * a, a), (0 * b, b)) == [("structure-zero", "y is 0.")]
+
+
+def test_a_transpose_and_an_order_of_rows_are_said():
+    a = np.random.default_rng(0).standard_normal((4, 4))
+    whats = {what for what, _ in described((a.T, a))}
+    assert "structure-transposed" in whats
+    ((what, sentence),) = described((a[[2, 0, 1, 3]], a))
+    assert (what, sentence) == ("structure-permuted-rows",
+                                "y has its rows in another order: [2, 0, 1, 3].")  # fmt: skip
+    assert described((a, a)) == []
