@@ -106,6 +106,8 @@ def _given(subject: Subject, vector: Vector, dtype: str) -> dict[str, Array] | N
     """The answers to a vector, perhaps none; None where it was refused."""
     if isinstance(given := subject.implementation, Answered):
         return None if vector.id in given.refused else given.of(vector.id, dtype)
+    if not subject.has(vector.method):
+        raise Skip(f"not supported: no method {vector.method}")
     try:
         return replayed(subject, vector, dtype)
     except Fault as fault:
@@ -216,7 +218,7 @@ def judge(
         profile=f"vectors v{VERSION}",
         seed=seed,
         conventions=conventions,
-        notes=(*report.notes, *notes),
+        notes=notes,
         results=tuple(_named(result, given, command) for result in report.results),
     )
 

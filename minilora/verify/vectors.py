@@ -13,6 +13,7 @@ one is rounded, nothing is written.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -810,13 +811,18 @@ def problems(document: Any, schema: Mapping[str, Any], at: str = "$") -> list[st
     return found
 
 
-def freeze() -> None:
-    """Adds the vectors that are new to the frozen list; one that changed is an error."""
-    made, known = vectors(), frozen()
-    files(made)
+def freeze(anew: bool = False) -> None:
+    """Adds the vectors that are new to the frozen list; one that changed is an error.
+
+    ``anew`` forgets the list first, which nobody may who has published a set.
+    """
+    made, known = vectors(), {} if anew else frozen()
+    if not anew:
+        files(made)
     now = {vector.id: fingerprint(vector) for vector in made}
-    write_files(Path(__file__).parent, {"vectors.frozen.json": lambda: pack_json({**now, **known})})
+    list_ = {"vectors.frozen.json": lambda: pack_json({**now, **known})}
+    write_files(Path(__file__).parent, list_)
 
 
 if __name__ == "__main__":
-    freeze()
+    freeze("--anew" in sys.argv)
