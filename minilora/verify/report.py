@@ -20,7 +20,7 @@ import numpy as np
 
 from minilora import __version__
 from minilora.verify.contract import DTYPES, Precision, tidy
-from minilora.verify.terms import Diagnosis, Judgement, Picture
+from minilora.verify.terms import STRUCTURE, Diagnosis, Judgement, Picture
 
 T = TypeVar("T")
 
@@ -466,7 +466,7 @@ def _diagnosis_lines(found: Sequence[Diagnosis], fold: Fold) -> Iterator[str]:
     if not found:
         return
     first, *others = found
-    if first.id.startswith("structure-"):
+    if first.id.startswith(STRUCTURE):
         for each in found:
             yield from fold(f"STRUCTURE  {each.sentence}", 2, 11)
         return

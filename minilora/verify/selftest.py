@@ -26,7 +26,7 @@ from minilora.verify.contract import DTYPES, METHODS, Fault, Skip, Subject
 from minilora.verify.diagnosis import Direct, has_diagnosis
 from minilora.verify.misreadings import MISREADINGS, Misreading
 from minilora.verify.report import WIDTH
-from minilora.verify.terms import Case, Check
+from minilora.verify.terms import STRUCTURE, Case, Check
 
 WIDE = ("float64", "float32")
 """Where each misreading must be caught: in the other dtypes, some are less than rounding."""
@@ -287,8 +287,9 @@ def names(m: Misreading, dtype: str = NAMED_IN, seed: int = 0) -> tuple[str, ...
     """What the first check of its level that has a diagnosis calls a misreading, nearest first."""
     for check in filter(has_diagnosis, of_level(m.level)):
         report = engine.run([check], m.make(), profile="quick", dtypes=[dtype], seed=seed)
-        if found := report.results[0].diagnosis:
-            return tuple(each.id for each in found)
+        found = [each.id for each in report.results[0].diagnosis]
+        if names := tuple(name for name in found if not name.startswith(STRUCTURE)):
+            return names
     return ()
 
 

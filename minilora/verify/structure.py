@@ -17,10 +17,11 @@ import numpy as np
 
 from minilora.verify.cases import Layer, draw_layer
 from minilora.verify.levels.linear import KINDS
-from minilora.verify.terms import Case, Comparison, Diagnosis
+from minilora.verify.terms import STRUCTURE, Case, Comparison, Diagnosis
 from minilora.verify.tolerance import digits, unit_roundoff
 
 Array = np.ndarray
+
 Answers = Sequence[Mapping[str, Comparison]]
 
 
@@ -258,10 +259,10 @@ def describe(check: str, cases: Sequence[Case], answers: Answers) -> tuple[Diagn
     """What can be said of the deviations of a check's cases; nothing, if nothing is certain."""
     kind = check.removeprefix("linear.forward").removeprefix("linear.vjp")
     layers = [draw_layer(case, **KINDS[kind])[0] for case in cases] if kind in KINDS else []
-    said = [(f"structure-{what}", sentence) for what, sentence in steps(answers)]
+    said = [(f"{STRUCTURE}{what}", sentence) for what, sentence in steps(answers)]
     if layers:
-        said += [(f"structure-{what}", s) for what, s in scale_that_acts(layers, answers)]
+        said += [(f"{STRUCTURE}{what}", s) for what, s in scale_that_acts(layers, answers)]
     if not said:
         for name, each in _failing(answers).items():
-            said += [(f"structure-{what}", f"{name} {s}") for what, s in _sentences(each)]
+            said += [(f"{STRUCTURE}{what}", f"{name} {s}") for what, s in _sentences(each)]
     return tuple(Diagnosis(name, f"{sentence}.", 0.0) for name, sentence in said[:3])

@@ -212,6 +212,10 @@ class Judgement:
         return max(self.z / self.limit, self.rms / self.rms_limit)
 
 
+STRUCTURE = "structure-"
+"""So begins the id of a `Diagnosis` that is no misreading but what can be read off the numbers."""
+
+
 @dataclass(frozen=True)
 class Diagnosis:
     """A known misreading that gives the answers that were got: its id, what it computes, and how
