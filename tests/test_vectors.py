@@ -193,6 +193,64 @@ def test_a_set_has_the_same_bytes_whatever_processor_the_products_are_for():
     assert product != other  # and so are those of float64 not
 
 
+# ---- the truth, by other code
+
+
+def of(array, number):
+    """Numbers of another kind, tokens in rows."""
+    rows = np.atleast_2d(array).reshape(-1, array.shape[-1])
+    return np.array([[number(v) for v in row] for row in rows.tolist()], object)
+
+
+def test_the_truth_of_a_layer_is_the_nearest_to_the_rational(made):
+    """s and the multiplier of dropout are the floats that are nearest, all else is in fractions."""
+    own = [v for v in made if v.check in ("linear.vjp", "linear.vjp.all") and v.lane == "rounding"]
+    assert len(own) >= 6
+    for vector in own:
+        a = {name: of(array, Fraction) for name, array in vector.inputs.items()}
+        alpha, r = vector.settings["alpha"], vector.settings["r"]
+        s = Fraction(alpha / (r**0.5 if vector.settings.get("use_rslora") else r))
+        K = a.get("keep", 1) * Fraction(1 / (1 - vector.settings.get("p", 0.0)))
+        h, dh = a["x"] * K, s * (a["dy"] @ a["B"])
+        truth = {
+            "y": a["x"] @ a["W"].T + a.get("bias", 0) + s * (h @ a["A"].T @ a["B"].T),
+            "dx": a["dy"] @ a["W"] + dh @ a["A"] * K,
+            "dA": dh.T @ h,
+            "dB": s * (a["dy"].T @ (h @ a["A"].T)),
+        }
+        for name, array in truth.items():
+            want = vector.outputs[name].want
+            assert (rounded(array).reshape(want.shape) == want).all()
+            off = array * (1 + Fraction(1, 2**50))
+            assert (rounded(off).reshape(want.shape) != want).any()
+
+
+def test_the_truth_with_roots_is_the_nearest_to_sixty_digits(made):
+    mpmath = pytest.importorskip("mpmath", reason="the second opinion on roots")
+    root = np.frompyfunc(mpmath.sqrt, 1, 1)
+    with mpmath.workdps(60):
+        vector = next(v for v in made if v.check == "variants.dora.vjp")
+        a = {name: of(array, mpmath.mpf) for name, array in vector.inputs.items()}
+        V = a["W"] + vector.settings["alpha"] / vector.settings["r"] * (a["B"] @ a["A"])
+        V = a["magnitude"].T * V / root((V * V).sum(1, keepdims=True))
+        y, want = a["x"] @ V.T + a["bias"], vector.outputs["y"].want
+        assert (rounded(y).reshape(want.shape) == want).all()
+
+        vector = next(v for v in made if v.check == "optimizer.clip")
+        a = {name: of(array, mpmath.mpf) for name, array in vector.inputs.items()}
+        own = vector.settings
+        p, u = {name: a[f"params.{name}"] for name in vector.outputs}, {}
+        for k in range(len(own["gradients"])):
+            g = {name: a[f"gradients.{k}.{name}"] for name in p}
+            norm = root(sum((array * array).sum() for array in g.values()))
+            factor = min(own["max_grad_norm"] / (norm + mpmath.mpf(1e-6)), 1)
+            for name in p:
+                v = g[name] * factor + own["weight_decay"] * p[name]
+                u[name] = own["momentum"] * u[name] + v if name in u else v
+                p[name] = p[name] - own["lr"] * u[name]
+                assert (rounded(p[name]) == vector.outputs[name].want[k]).all()
+
+
 # ---- ids that never change their meaning
 
 
