@@ -103,6 +103,7 @@ def _add_verify(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="write the report as Markdown; $GITHUB_STEP_SUMMARY is written on",
     )
     add("--verbose", action="store_true", help="a line for each check, and all of each deviation")
+    add("--timing", action="store_true", help="print where the time went, too")
     add("--list", action="store_true", help="list the checks and run nothing")
 
 
@@ -463,7 +464,10 @@ def _verify(arguments: argparse.Namespace) -> int:
         return NOT_LOADED
     except Interrupted as interrupted:
         report = interrupted.report
-    return _deliver(report, files, arguments.verbose)
+    status = _deliver(report, files, arguments.verbose)
+    if arguments.timing:
+        _print(f"\n{report.timing()}")
+    return status
 
 
 def _no_command(arguments: argparse.Namespace) -> str:

@@ -346,3 +346,15 @@ def test_a_narrow_encoding_is_no_error(monkeypatch):
     monkeypatch.setattr(sys, "stdout", narrow)
     assert main(["verify", "--profile", "quick"]) == 0
     assert "(check ? dtype)" in narrow.written
+
+
+def test_where_the_time_went_is_printed_by_level(verify):
+    status, out, _ = verify("--timing", "--profile", "quick")
+    assert status == 0
+    head, *rows = [line.split() for line in out.rpartition("\n\n")[2].splitlines()]
+    assert head[:3] == ["level", "cases", "seconds"]
+    assert {row[0] for row in rows} == {check.level for check in fake_checks.CHECKS}
+    for _, cases, seconds, inside, each in rows:
+        assert int(cases) > 0
+        assert 0 <= float(inside) <= float(seconds)
+        assert float(each) >= 0

@@ -345,7 +345,7 @@ def _result(
     known: Known | None,
     command: Sequence[str] | None,
 ) -> Result:
-    started = perf_counter()
+    started, spent = perf_counter(), subject.spent
     check = p.check
     subject.announce(check.id)
     reason = _unsupported(check, p.dtype, subject)
@@ -379,6 +379,7 @@ def _result(
         known=known,
         reproduce=_reproduce(command, first or tally.worst_case or p.case(p.numbers[0]).id, p.seed),
         seconds=perf_counter() - started,
+        in_target=subject.spent - spent,
     )
 
 

@@ -74,7 +74,8 @@ class Result:
     ``cases`` were tried, ``skipped_cases`` of them not supported and ``deviating_cases`` failed.
     ``worst`` is the worst array of all cases and ``worst_case`` its case; ``arrays`` are all those
     of ``case``, the first one that deviates. ``reason`` says why cases were skipped, all or some,
-    and ``known`` what was declared about this check beforehand.
+    and ``known`` what was declared about this check beforehand. Of its ``seconds`` the target's own
+    calls took ``in_target``.
     """
 
     check: str
@@ -98,6 +99,7 @@ class Result:
     note: str = ""
     reproduce: str = ""
     seconds: float = 0.0
+    in_target: float = 0.0
 
     @property
     def no_longer_fails(self) -> bool:
@@ -126,6 +128,21 @@ class Report:
     notes: tuple[str, ...] = ()
     interrupted: bool = False
     minilora: str = __version__
+
+    def timing(self) -> str:
+        """Where the time went: by level, in the target's calls and in minilora, and per case."""
+        rows = [("level", "cases", "seconds", "in the target", "minilora, ms a case")]
+        for level in dict.fromkeys(result.level for result in self.results):
+            own = [result for result in self.results if result.level == level]
+            cases, total, inside = (
+                sum(getattr(result, name) for result in own)
+                for name in ("cases", "seconds", "in_target")
+            )
+            each = f"{1000 * (total - inside) / cases:.2f}" if cases else "-"
+            rows.append((level, str(cases), f"{total:.2f}", f"{inside:.2f}", each))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        padded = (zip(row, widths, strict=True) for row in rows)
+        return "\n".join("  ".join(f"{v:>{w}}" for v, w in row) for row in padded) + "\n"
 
     def count(self, status: str) -> int:
         """How many results have this status."""
