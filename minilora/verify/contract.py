@@ -22,6 +22,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from time import perf_counter
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -41,6 +42,7 @@ METHODS: dict[str, str] = {
     "save": "model_dir, adapter_arrays, settings, out_dir",
     "load": "model_dir, adapter_dir",
     "session": "layer",
+    "init": "W, *, r, alpha, seed, **settings",
 }
 """The methods that an implementation may have, with the arguments that they are called with."""
 
@@ -274,6 +276,8 @@ class Subject:
         self.time_limit = time_limit
         if isinstance(implementation, Remote):  # a call may have to start it first
             implementation.time_limit, self.time_limit = time_limit, 2 * time_limit + 10
+        self.spent = 0.0
+        """Seconds that the implementation has taken so far."""
         self._worker: _Worker | None = None
         self._hangs: Counter[str] = Counter()
         self._home = _home(implementation)
@@ -345,6 +349,7 @@ class Subject:
         if self._hangs[method] >= HANGS_ALLOWED:
             raise Fault("hangs", f"{method} is not called any more: it hung {HANGS_ALLOWED} times")
         given = _copied((args, kwargs))
+        started = perf_counter()
         try:
             answer = self._within_limit(
                 lambda: _settled(getattr(self.implementation, method)(*given[0], **given[1]))
@@ -355,6 +360,8 @@ class Subject:
             raise Fault("hangs", f"{method} gave no answer in {self.time_limit:g} s{at}") from None
         except Raised as raised:
             raise self._verdict_on(method, raised.error) from raised.error
+        finally:
+            self.spent += perf_counter() - started
         names = positional(method)
         for i, (arg, original) in enumerate(zip(given[0], args, strict=True)):
             _unchanged(names[i] if i < len(names) else f"argument {i + 1}", arg, original)
