@@ -7,6 +7,7 @@ import pytest
 from minilora.verify import selftest
 from minilora.verify.checks import CHECKS
 from minilora.verify.contract import DTYPES
+from minilora.verify.diagnosis import WHOLE
 from minilora.verify.misreadings import MISREADINGS
 from minilora.verify.misreadings.model import model
 
@@ -27,13 +28,16 @@ _IN_BFLOAT16 = """
     combine-one-value-less combine-rank-one dora-norm-eps
     scale-bfloat16 form-hidden-bfloat16 merge-bfloat16 files-bfloat16 optimizer-weights-bfloat16
 """
+_UNTRIED = {
+    m.id for m in WRONG if m.id.startswith(("init-pissa-", "init-olora-", "init-orthogonal-"))
+}
 LOST = {
     "float64": set(),
     "float32": set(),
-    "bfloat16": {*_IN_BOTH.split(), *_IN_BFLOAT16.split()},
-    "float16": {*_IN_BOTH.split()},
+    "bfloat16": {*_IN_BOTH.split(), *_IN_BFLOAT16.split(), *_UNTRIED},
+    "float16": {*_IN_BOTH.split(), *_UNTRIED},
 }
-"""What no check sees in a dtype."""
+"""What no check sees in a dtype; what decomposes a matrix is not asked of half precisions."""
 
 
 def by_id(m):
@@ -48,7 +52,7 @@ def test_a_misreading_is_caught_by_the_check_that_it_names(m):
 @pytest.mark.parametrize("level", LEVELS)
 def test_what_is_right_passes_however_it_is_written(level):
     """A case in integers and one with rounding; one only where it takes a model or many steps."""
-    for dtype, number in (("float32", 0), ("bfloat16", 1))[level in ("model", "optimizer") :]:
+    for dtype, number in (("float32", 0), ("bfloat16", 1))[level in WHOLE :]:
         assert selftest.alarms(level, dtype, number) == []
 
 

@@ -6,18 +6,20 @@ from functools import partial
 from minilora.verify.diagnosis import diagnose
 from minilora.verify.levels import (
     combine,
+    init,
     lifecycle,
     linear,
     merge,
     model,
     multi,
     optimizer,
+    train,
     variants,
 )
 from minilora.verify.terms import Check
 
 CHECKS: tuple[Check, ...] = tuple(
     replace(check, diagnose=partial(diagnose, check))
-    for level in (linear, merge, variants, combine, multi, lifecycle, model, optimizer)
+    for level in (linear, merge, variants, combine, multi, init, lifecycle, model, optimizer, train)
     for check in level.CHECKS
 )

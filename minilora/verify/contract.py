@@ -467,8 +467,8 @@ def _home(implementation: object) -> str | None:
 
 def positional(method: str) -> list[str]:
     """The names of the arguments that a method is given without them."""
-    names = METHODS.get(method, "").split(", ")
-    return [name for name in names if "*" not in name and "=" not in name]
+    before, _, _ = METHODS.get(method, "").partition(", *")
+    return [name for name in before.split(", ") if name]
 
 
 def _copied(value: Any) -> Any:

@@ -36,6 +36,9 @@ ANSWERS = {
 LAWS = (".balance", ".padding", ".vector", "-balance", ".start", "dora.vector", ".reproducible")
 """Of the checks of a level, those that compare answers themselves, and not a law of them."""
 
+WHOLE = ("model", "optimizer", "train")
+"""Levels whose cases are long: those of the profile ci are enough."""
+
 CASES = (1, 3, 5)
 """Odd cases of a layer are of the lane with sigma, where no order of operations is excluded."""
 
@@ -108,11 +111,7 @@ def diagnose(check: Check, subject: Subject, dtype: str, seed: int) -> tuple[Dia
 
     if not has_diagnosis(check):
         return ()
-    numbers = (
-        CASES
-        if check.level not in ("model", "optimizer", "train")
-        else range(check.cases("ci", dtype))
-    )
+    numbers = CASES if check.level not in WHOLE else range(check.cases("ci", dtype))
     cases = tuple(Case(check.id, dtype, number, seed) for number in numbers)
     theirs = [answers(check, subject, case) for case in cases]
     deviates = [

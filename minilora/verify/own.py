@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,10 +12,12 @@ import numpy as np
 import minilora
 from minilora.adapters import Adapter, State, combine_svd, multi_linear
 from minilora.formats.huggingface import read_model
-from minilora.formats.peft import adapter_names, read_adapter
-from minilora.lora import LORA, Variant, combine, scale
-from minilora.models import Batch, logits, loss
+from minilora.formats.peft import adapter_names, read_adapter, read_lora
+from minilora.lora import LORA, Tuning, Variant, Weights, combine, draw_dropout, scale
+from minilora.models import Batch, Config, logits, loss, targets
+from minilora.ops import IGNORED
 from minilora.optim import run
+from minilora.starts import STARTS
 from minilora.variants import DORA, LORA_BIAS
 
 Array = np.ndarray
@@ -134,19 +137,11 @@ class Own:
         c, W = read_model(model_dir)
         factors, tuning = read_adapter(adapter_dir, c)
         dtype = W["embed.weight"].dtype
-        given = Batch(
-            batch["input_ids"],
-            batch["labels"],
-            batch["attention_mask"].astype(bool),
-            types=batch.get("token_type_ids"),
-        )
+        given = _batch(batch)
         wide = {name: _wide(array) for name, array in (W | factors).items()}
         L, back = loss(given, wide, c, tuning)
         gradients, z = back(1.0), logits(given, wide, c, tuning)[0].T
-        flat = {
-            name: g if name.endswith((".A", ".B")) or g.shape[1] > 1 else g[:, 0]
-            for name, g in gradients.items()
-        }
+        flat = {name: _flat(name, g) for name, g in gradients.items()}
         return {
             "loss": L.astype(dtype),
             "logits": z.reshape(*given.ids.shape[: 1 + c.causal], -1).astype(dtype),
@@ -171,6 +166,82 @@ class Own:
         ]
         steps = run(wide(params), parts, settings)
         return [{name: array.astype(dtype) for name, array in step.items()} for step in steps]
+
+    def init(
+        self, W: Array, *, r: int, alpha: float, seed: int, use_rslora: bool = False, **own: Any
+    ) -> dict[str, Array]:
+        """A and B at the start, and the weight beside them."""
+        name = own.pop("init_lora_weights", True)
+        name = "kaiming" if name is True else name
+        if own or name not in STARTS:
+            raise NotImplementedError(f"no start {name!r}, no settings {sorted(own)}")
+        rng, s = np.random.default_rng(seed), scale(alpha, r, use_rslora)
+        base, A, B = STARTS[name](rng, _wide(W), r, s)
+        return {key: array.astype(W.dtype) for key, array in (("A", A), ("B", B), ("W", base))}
+
+    def train(
+        self,
+        model_dir: str | Path,
+        adapter_dir: str | Path,
+        batches: Sequence[Sequence[Mapping[str, Array]]],
+        settings: Mapping[str, Any],
+    ) -> list[dict[str, Array]]:
+        """The adapter after each step, by the names in its file.
+
+        Gradient checkpointing saves memory and changes no number: here there is nothing to save.
+        """
+        c, W = read_model(model_dir)
+        factors, tuning = read_adapter(adapter_dir, c, base=W)
+        p = read_lora(adapter_dir, c).dropout
+        steps = [[_batch(batch) for batch in step] for step in batches]
+        own = {k: v for k, v in settings.items() if k != "gradient_checkpointing"}
+        names = adapter_names(c, sorted(tuning.trained))
+        return [
+            {theirs: _flat(name, after[name]) for name, theirs in names.items()}
+            for after in trained(c, W | factors, tuning, steps, own, p)
+        ]
+
+
+def trained(
+    c: Config,
+    W: Weights,
+    tuning: Tuning,
+    steps: Sequence[Sequence[Batch]],
+    settings: Mapping[str, Any],
+    p: float = 0.0,
+) -> list[Weights]:
+    """What is trained after each step, whose gradient is the mean over its micro-batches' labels.
+
+    ``settings`` are those of :func:`minilora.optim.run`. With p > 0 each batch has a mask drawn.
+    """
+    start = {name: W[name] for name in sorted(tuning.trained)}
+    rng = np.random.default_rng(0)
+    now, gradients, history = start, [], []
+    for step in steps:
+        gradients.append(parts_of(c, W | now, tuning, step, p, rng))
+        now = run(start, gradients, {"total_steps": len(steps), **settings})[-1]
+        history.append(now)
+    return history
+
+
+def parts_of(
+    c: Config,
+    W: Weights,
+    tuning: Tuning,
+    step: Sequence[Batch],
+    p: float = 0.0,
+    rng: np.random.Generator | None = None,
+) -> list[tuple[int, Weights]]:
+    """nᵢ and gᵢ of each micro-batch: how many labels count, and the gradient of their mean."""
+    parts = []
+    for batch in step:
+        if p and rng is not None:
+            shapes = {at: (W[f"{at}.A"].shape[1], batch.ids.size) for at in tuning.scale}
+            keep = draw_dropout(rng, p, shapes, W["embed.weight"].dtype)
+            tuning = replace(tuning, keep=keep)
+        _, back = loss(batch, W, c, tuning)
+        parts.append((int((targets(batch, c) != IGNORED).sum()), back(1.0)))
+    return parts
 
 
 class Session:
@@ -244,6 +315,21 @@ def _triple(adapter: Mapping[str, Any]) -> tuple[Array, Array, Any]:
     """A, B and s of an adapter of the contract."""
     s = scale(adapter["alpha"], adapter["r"], adapter.get("use_rslora", False))
     return _wide(adapter["A"]), _wide(adapter["B"]), s
+
+
+def _batch(given: Mapping[str, Array]) -> Batch:
+    """A batch of the contract."""
+    return Batch(
+        given["input_ids"],
+        given["labels"],
+        given["attention_mask"].astype(bool),
+        types=given.get("token_type_ids"),
+    )
+
+
+def _flat(name: str, array: Array) -> Array:
+    """A parameter as it lies in a file: vectors have one axis."""
+    return array if name.endswith((".A", ".B")) or array.shape[1] > 1 else array[:, 0]
 
 
 def _wide(array: Array) -> Array:

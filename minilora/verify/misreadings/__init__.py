@@ -6,12 +6,14 @@ given its name. To add one, add its line to a family in `linear`, `merge`, `seve
 """
 
 from minilora.verify.misreadings import (
+    init,
     lifecycle,
     linear,
     merge,
     model,
     optimizer,
     several,
+    train,
     variants,
 )
 from minilora.verify.misreadings.entry import Misreading
@@ -27,5 +29,7 @@ MISREADINGS: tuple[Misreading, ...] = (
     *lifecycle.MISREADINGS,
     *optimizer.MISREADINGS,
     *model.MISREADINGS,
+    *train.MISREADINGS,
+    *init.MISREADINGS,
 )
 """All of them, the lowest level first; among them some equivalents, which must pass."""

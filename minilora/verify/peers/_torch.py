@@ -1,6 +1,6 @@
 """What the PyTorch peers share: arrays in and out, the given dropout mask, loss and gradients."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,12 @@ _LLAMA = (
     "carry it too. The least float64, which fills the mask, is -inf in that softmax: a row without "
     "any key (padding on the left) is NaN, and with it the loss"
 )
-KNOWN = {"model.gpt2*:float64": _LOSS, "model.llama*:float64": _LLAMA}
+KNOWN = {
+    "model.gpt2*:float64": _LOSS,
+    "model.llama*:float64": _LLAMA,
+    "train.prompt:float64": _LOSS,
+    "train.*:float64": _LLAMA,
+}
 
 _STORED = {
     "F64": torch.float64,
@@ -137,3 +142,71 @@ def loss_and_gradients(
         "logits": to_numpy(out.logits),
         "grads": {name: to_numpy(g) for name, g in zip(trained, gradients, strict=True)},
     }
+
+
+def step_by_step(
+    model: Any,
+    trained: Mapping[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    batches: Sequence[Sequence[Mapping[str, np.ndarray]]],
+    max_grad_norm: float | None,
+) -> list[dict[str, np.ndarray]]:
+    """A training loop over the library's own loss: what is trained after each step.
+
+    Each micro-batch's mean loss is scaled by its share of the labels that count in the step.
+    """
+    model.train()
+    after = []
+    for step in batches:
+        optimizer.zero_grad()
+        # The first label of a row is predicted by nothing.
+        counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in step]
+        for batch, count in zip(step, counts, strict=True):
+            given = {name: torch.from_numpy(np.array(ids)) for name, ids in batch.items()}
+            (model(**given).loss * (count / sum(counts))).backward()
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(trained.values(), max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        after.append({name: to_numpy(tensor) for name, tensor in trained.items()})
+    return after
+
+
+def schedule_of(
+    optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """transformers' schedule that the settings name."""
+    warmup = settings.get("warmup_steps", 0)
+    schedule = settings.get("schedule", "constant")
+    if schedule == "constant" and warmup:  # the library's "constant" ignores the warm-up
+        schedule = "constant_with_warmup"
+    total = settings.get("total_steps", steps)
+    found: torch.optim.lr_scheduler.LRScheduler = transformers.get_scheduler(
+        schedule, optimizer, warmup, total
+    )
+    return found
+
+
+OPTIMIZERS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "adamw": (torch.optim.AdamW, ("betas", "eps")),
+    "sgd": (torch.optim.SGD, ("momentum",)),
+}
+"""torch's optimizers, with the settings that each has of its own."""
+
+
+def plain_optimizer(
+    tensors: Iterable[torch.Tensor], settings: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """The optimizer of the settings with one rate and one decay for all tensors."""
+    kind = settings.get("optimizer", "adamw")
+    if kind not in OPTIMIZERS:
+        raise NotImplementedError(f"no optimizer {kind!r}")
+    if settings.get("loraplus_lr_ratio") is not None:
+        raise NotImplementedError("no LoRA+")
+    make, own = OPTIMIZERS[kind]
+    given = {"lr": settings["lr"]} | {key: settings[key] for key in own if key in settings}
+    made: torch.optim.Optimizer = make(
+        list(tensors), weight_decay=settings.get("weight_decay", 0.0), **given
+    )
+    return made

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from minilora.verify.peers._torch import (
     load_base,
     loss_and_gradients,
     plain_number,
+    plain_optimizer,
+    schedule_of,
+    step_by_step,
     to_numpy,
     to_torch,
 )
@@ -86,25 +89,44 @@ class Loralib:
         layer.train()
         return _weight(layer)
 
+    def init(
+        self, W: np.ndarray, *, r: int, alpha: float, seed: int, **settings: Any
+    ) -> dict[str, np.ndarray]:
+        """A and B of a new layer, from torch's generator."""
+        if settings:
+            raise NotImplementedError(f"loralib has no settings {', '.join(settings)}")
+        m, n = W.shape
+        torch.manual_seed(seed)
+        layer = loralib.Linear(
+            n, m, r=r, lora_alpha=plain_number(alpha), bias=False, dtype=to_torch(W).dtype
+        )
+        return {"A": to_numpy(layer.lora_A), "B": to_numpy(layer.lora_B)}
+
     def model_loss(
         self, model_dir: str | Path, adapter_dir: str | Path, batch: Mapping[str, np.ndarray]
     ) -> dict[str, Any]:
         """Loss, logits and gradients of a transformers model whose adapted layers are loralib's."""
-        model = load_base(model_dir)
-        config = _adapter_config(adapter_dir)
-        tensors = load_file(Path(adapter_dir) / "adapter_model.safetensors")
-        for site in {match[1] for match in map(_LORA.fullmatch, tensors) if match}:
-            _adapt(model, site, tensors, config)
-        loralib.mark_only_lora_as_trainable(model)
-        saved = set(config.get("modules_to_save") or ())
-        trained = {}
-        for name, tensor in tensors.items():
-            path = _LORA.sub(r"\1.\2", name).removeprefix("base_model.model.")
-            if not _LORA.fullmatch(name) and not saved & set(path.split(".")):
-                raise NotImplementedError(f"loralib has no place for the adapter's tensor {name}")
-            trained[name] = model.get_parameter(path).requires_grad_()
-            fill(trained[name], tensor)
+        model, trained = _opened(model_dir, adapter_dir)
         return loss_and_gradients(model, batch, trained)
+
+    def train(
+        self,
+        model_dir: str | Path,
+        adapter_dir: str | Path,
+        batches: Sequence[Sequence[Mapping[str, np.ndarray]]],
+        settings: Mapping[str, Any],
+    ) -> list[dict[str, np.ndarray]]:
+        """A training loop as one writes it, over torch.optim and transformers' schedule."""
+        settings = dict(settings)
+        checkpointing = settings.pop("gradient_checkpointing", False)
+        model, trained = _opened(model_dir, adapter_dir)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        optimizer = plain_optimizer(trained.values(), settings)
+        scheduler = schedule_of(optimizer, settings, len(batches))
+        return step_by_step(
+            model, trained, optimizer, scheduler, batches, settings.get("max_grad_norm")
+        )
 
 
 def implementation() -> object:
@@ -152,6 +174,25 @@ def _adapted(
     elif not merge_weights:
         layer.eval()
     return layer
+
+
+def _opened(model_dir: str | Path, adapter_dir: str | Path) -> tuple[Any, dict[str, Any]]:
+    """A transformers model with loralib's layers, and what of it the adapter's file holds."""
+    model = load_base(model_dir)
+    config = _adapter_config(adapter_dir)
+    tensors = load_file(Path(adapter_dir) / "adapter_model.safetensors")
+    for site in {match[1] for match in map(_LORA.fullmatch, tensors) if match}:
+        _adapt(model, site, tensors, config)
+    loralib.mark_only_lora_as_trainable(model)
+    saved = set(config.get("modules_to_save") or ())
+    trained = {}
+    for name, tensor in tensors.items():
+        path = _LORA.sub(r"\1.\2", name).removeprefix("base_model.model.")
+        if not _LORA.fullmatch(name) and not saved & set(path.split(".")):
+            raise NotImplementedError(f"loralib has no place for the adapter's tensor {name}")
+        trained[name] = model.get_parameter(path).requires_grad_()
+        fill(trained[name], tensor)
+    return model, trained
 
 
 def _weight(layer: Any) -> np.ndarray:

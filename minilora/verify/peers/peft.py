@@ -18,12 +18,16 @@ from transformers.pytorch_utils import Conv1D
 from minilora.verify.peers._torch import (
     DTYPES,
     KNOWN,
+    OPTIMIZERS,
     PRECISION,
     GivenMask,
     fill,
     load_base,
     loss_and_gradients,
     plain_number,
+    plain_optimizer,
+    schedule_of,
+    step_by_step,
     stored_dtype,
     to_numpy,
     to_torch,
@@ -58,6 +62,11 @@ _DELETED = (
     "KeyError in its forward"
 )
 
+_FLOAT32_START = (
+    "the orthogonal start (tuners/lora/layer.py) is drawn and multiplied in float32, whatever the "
+    "layer's dtype: B A is 0 within float32's rounding"
+)
+
 
 class Peft:
     """Each call builds the library's own layer or model anew, so no state is left between calls."""
@@ -79,6 +88,7 @@ class Peft:
     }
     known |= {
         "variants.dora.vector:*": _VECTOR,
+        "init.orthogonal:float64": _FLOAT32_START,
         "lifecycle.scale-while-merged:*": _SCALED_LATE,
         "lifecycle.machine:*": f"{_SCALED_LATE}; {_DELETED}",
     }
@@ -172,34 +182,60 @@ class Peft:
             raise NotImplementedError(f"the peft peer has no layer of kind {layer['kind']}")
         return Session(layer["W"], layer.get("bias"))
 
+    def init(
+        self, W: np.ndarray, *, r: int, alpha: float, seed: int, **settings: Any
+    ) -> dict[str, np.ndarray]:
+        """A, B and the base's weight after get_peft_model, from torch's generator."""
+        if unknown := settings.keys() - {"init_lora_weights", "use_rslora"}:
+            raise NotImplementedError(f"the peft peer has no settings {', '.join(sorted(unknown))}")
+        m, n = W.shape
+        linear = torch.nn.Linear(n, m, bias=False).to(to_torch(W).dtype)
+        fill(linear.weight, to_torch(W))
+        config = peft.LoraConfig(
+            r=r, lora_alpha=plain_number(alpha), target_modules=["0"], **settings
+        )
+        torch.manual_seed(seed)
+        try:
+            model = peft.get_peft_model(
+                torch.nn.Sequential(linear), config, autocast_adapter_dtype=False
+            )
+        except TypeError as refused:  # PiSSA and OLoRA take no float64
+            raise NotImplementedError(str(refused)) from refused
+        layer = model.get_submodule("base_model.model.0")
+        factors = {"A": layer.lora_A, "B": layer.lora_B}
+        return {"W": _weight(layer)} | {
+            name: to_numpy(factor["default"].weight) for name, factor in factors.items()
+        }
+
     def model_loss(
         self, model_dir: str | Path, adapter_dir: str | Path, batch: Mapping[str, np.ndarray]
     ) -> dict[str, Any]:
         """Loss, logits and the gradient of every tensor that the adapter's file holds."""
-        base = load_base(model_dir)
-        if stored_dtype(adapter_dir) != base.dtype:
-            raise ValueError(
-                f"{adapter_dir}: stored in {stored_dtype(adapter_dir)}, expected {base.dtype} like "
-                f"{model_dir}; store base and adapter in one dtype"
-            )
-        with warnings.catch_warnings():
-            # PEFT 0.21 asks for an attribute by a name that transformers 5.24 calls deprecated.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            model = peft.PeftModel.from_pretrained(
-                base, str(adapter_dir), is_trainable=True, autocast_adapter_dtype=False
-            )
-        # With the parameters for a state dict the library itself says how each is named in a file.
-        trained = peft.get_peft_model_state_dict(
-            model, state_dict=dict(model.named_parameters()), save_embedding_layers=False
+        model = _opened(model_dir, adapter_dir)
+        return loss_and_gradients(model, batch, _trained(model, adapter_dir))
+
+    def train(
+        self,
+        model_dir: str | Path,
+        adapter_dir: str | Path,
+        batches: Sequence[Sequence[Mapping[str, np.ndarray]]],
+        settings: Mapping[str, Any],
+    ) -> list[dict[str, np.ndarray]]:
+        """A training loop as one writes it, over torch.optim and transformers' schedule."""
+        settings = dict(settings)
+        checkpointing = settings.pop("gradient_checkpointing", False)
+        model = _opened(model_dir, adapter_dir, checkpointing)
+        trained = _trained(model, adapter_dir)
+        ends = {".lora_A.weight": ".A", ".lora_B.weight": ".B"}
+        tensors = {}
+        for name, tensor in trained.items():
+            end = next((end for end in ends if name.endswith(end)), "")
+            tensors[name.removesuffix(end) + ends.get(end, "")] = tensor
+        optimizer = _optimizer(tensors, settings)
+        scheduler = schedule_of(optimizer, settings, len(batches))
+        return step_by_step(
+            model, trained, optimizer, scheduler, batches, settings.get("max_grad_norm")
         )
-        with safe_open(Path(adapter_dir) / "adapter_model.safetensors", framework="pt") as file:
-            names = set(file.keys())
-        if set(trained) != names:
-            raise ValueError(
-                f"{adapter_dir}: the library trains other tensors than the file holds: "
-                f"{', '.join(sorted(set(trained) ^ names))}"
-            )
-        return loss_and_gradients(model, batch, trained)
 
     def optimizer_steps(
         self,
@@ -214,13 +250,7 @@ class Peft:
         """
         tensors = {name: torch.nn.Parameter(to_torch(value)) for name, value in params.items()}
         optimizer = _optimizer(tensors, settings)
-        warmup = settings.get("warmup_steps", 0)
-        schedule = settings.get("schedule", "constant")
-        if schedule == "constant" and warmup:  # the library's "constant" ignores the warm-up
-            schedule = "constant_with_warmup"
-        scheduler = transformers.get_scheduler(
-            schedule, optimizer, warmup, settings.get("total_steps", len(gradients))
-        )
+        scheduler = schedule_of(optimizer, settings, len(gradients))
         after = []
         for step in gradients:
             optimizer.zero_grad()
@@ -407,6 +437,40 @@ def _with_adapters(W: np.ndarray, adapters: Sequence[Mapping[str, Any]]) -> tupl
     return model, layer
 
 
+def _opened(model_dir: str | Path, adapter_dir: str | Path, checkpointing: bool = False) -> Any:
+    """The library's model of two folders, its adapter to be trained."""
+    base = load_base(model_dir)
+    if stored_dtype(adapter_dir) != base.dtype:
+        raise ValueError(
+            f"{adapter_dir}: stored in {stored_dtype(adapter_dir)}, expected {base.dtype} like "
+            f"{model_dir}; store base and adapter in one dtype"
+        )
+    if checkpointing:
+        base.gradient_checkpointing_enable()
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks for an attribute by a name that transformers 5.24 calls deprecated.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return peft.PeftModel.from_pretrained(
+            base, str(adapter_dir), is_trainable=True, autocast_adapter_dtype=False
+        )
+
+
+def _trained(model: Any, adapter_dir: str | Path) -> dict[str, Any]:
+    """The parameters of an adapter by their names in its file."""
+    # With the parameters for a state dict the library itself says how each is named in a file.
+    trained: dict[str, Any] = peft.get_peft_model_state_dict(
+        model, state_dict=dict(model.named_parameters()), save_embedding_layers=False
+    )
+    with safe_open(Path(adapter_dir) / "adapter_model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    if set(trained) != names:
+        raise ValueError(
+            f"{adapter_dir}: the library trains other tensors than the file holds: "
+            f"{', '.join(sorted(set(trained) ^ names))}"
+        )
+    return trained
+
+
 def _weight(layer: Any) -> np.ndarray:
     """The base weight of a layer as (m, n)."""
     weight = layer.get_base_layer().weight
@@ -419,16 +483,13 @@ def _optimizer(
     """The optimizer that the settings name, with the library's LoRA+ groups where they ask."""
     if unknown := set(settings) - _OPTIMIZER_SETTINGS:
         raise NotImplementedError(f"the peft peer has no settings {', '.join(sorted(unknown))}")
-    classes = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     kind = settings.get("optimizer", "adamw")
-    if kind not in classes:
-        raise NotImplementedError(f"the peft peer has no optimizer {kind!r}")
-    own = ("betas", "eps") if kind == "adamw" else ("momentum",)
+    ratio = settings.get("loraplus_lr_ratio")
+    if ratio is None or kind not in OPTIMIZERS:
+        return plain_optimizer(tensors.values(), settings)
+    make, own = OPTIMIZERS[kind]
     given = {"lr": settings["lr"]} | {key: settings[key] for key in own if key in settings}
     decay = settings.get("weight_decay", 0.0)
-    ratio = settings.get("loraplus_lr_ratio")
-    if ratio is None:
-        return classes[kind](tensors.values(), weight_decay=decay, **given)
     if strange := [name for name in tensors if not name.endswith((".A", ".B"))]:
         raise NotImplementedError(f"LoRA+ groups are for A and B only, found {strange[0]}")
     # The library sorts by the name lora_B, and takes decay by a name of its own: the ordinary
@@ -442,5 +503,5 @@ def _optimizer(
         }
     )
     return create_loraplus_optimizer(
-        groups, classes[kind], loraplus_lr_ratio=ratio, loraplus_weight_decay=decay, **given
+        groups, make, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay, **given
     )

@@ -1,0 +1,289 @@
+"""Level ``init``: how A and B start, so that training begins at the base.
+
+What is drawn at random is judged by a statistical test whose error rate is stated: a right
+implementation fails a check with a probability of at most ERROR.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import log, sqrt
+from typing import Any
+
+import numpy as np
+from scipy.special import ndtr
+
+from minilora.lora import scale
+from minilora.verify.cases import long
+from minilora.verify.contract import DTYPES, Skip, Subject
+from minilora.verify.terms import Case, Check, Comparison, Limits
+from minilora.verify.tolerance import unit_roundoff
+
+Array = np.ndarray
+
+CASES = {"quick": 1, "ci": 1, "nightly": 20}
+
+ERROR = 1e-9
+"""The greatest probability with which a check of what is drawn fails what is right."""
+
+BOUND = Limits(1.0, 1.0, 0.0)
+"""A bound stands in the place of sigma: no element may pass it."""
+
+SIZES = ((40, 160, 24), (24, 96, 40), (50, 250, 8))
+"""m, n, r of the modules whose A are pooled."""
+
+SEEDS = 6
+POINTS = np.linspace(-2.0, 2.0, 41)
+"""Where the distribution of √n A is looked at; it lies within ± 1."""
+
+KINDS: dict[str, tuple[dict[str, Any], str, Callable[[Array, int], Array]]] = {
+    "": ({}, "A ~ U(-1/√n, 1/√n)", lambda t, r: np.clip((t + 1) / 2, 0, 1)),
+    ".gaussian": (
+        {"init_lora_weights": "gaussian"},
+        "A ~ N(0, 1/r²)",
+        lambda t, r: np.asarray(ndtr(t)),
+    ),
+}
+"""The settings, the law, and the distribution function of √n A, or of r A."""
+
+
+def start(
+    subject: Subject, W: Array, r: int, alpha: float, seed: int, dtype: str, **settings: Any
+) -> tuple[Array, Array, Array]:
+    """The A and B that an implementation starts with, and the weight beside them."""
+    answer = subject.call("init", W, r=r, alpha=alpha, seed=seed, **settings)
+    A = subject.answer(subject.entry(answer, "A"), "A", (r, W.shape[1]), dtype)
+    B = subject.answer(subject.entry(answer, "B"), "B", (len(W), r), dtype)
+    if "W" in answer:
+        return A, B, subject.answer(answer["W"], "W", W.shape, dtype)
+    return A, B, W
+
+
+def weight(case: Case, m: int, n: int) -> Array:
+    """A base weight."""
+    return (0.1 * case.rng().standard_normal((m, n))).astype(DTYPES[case.dtype])
+
+
+def _first(case: Case) -> int:
+    """The first of a case's seeds, which no other case has."""
+    return 1000 * case.seed + 50 * case.number
+
+
+def _distribution(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
+    """The part of all entries up to each point, against the distribution function there.
+
+    The greatest difference of N draws passes ε with a probability of at most 2 exp(-2 N ε²)
+    (Massart 1990), whatever the distribution; entries that are rounded by u at 1 differ by u more.
+    """
+    settings, _, distribution = KINDS[kind]
+
+    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+        pooled = []
+        for k, (m, n, r) in enumerate(SIZES):
+            W = weight(case, m, n)
+            for seed in range(SEEDS):
+                at = _first(case) + SEEDS * k + seed
+                A, _, _ = start(subject, W, r, 2.5 * r, at, case.dtype, **settings)
+                pooled.append(A.astype(np.float64).ravel() * (r if kind else sqrt(n)))
+        drawn = np.sort(np.concatenate(pooled))
+        below = np.searchsorted(drawn, POINTS, "right") / len(drawn)
+        want = distribution(POINTS, 0)
+        greatest = sqrt(log(2 / ERROR) / (2 * len(drawn))) + unit_roundoff(case.dtype)
+        what = "the part of r A up to each point" if kind else "the part of √n A up to each point"
+        yield Comparison(what, below, want, np.full(want.shape, greatest), BOUND)
+
+    return run
+
+
+def independent(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """The rows of A are independent of each other, and so are those of other seeds.
+
+    For rows a, b of n independent entries of variance 1/n, each at most √(3/n), the sum n Σ aᵢ bᵢ
+    passes t with a probability of at most 2 exp(-t² / (2 n + 2 t)) (Bernstein): products have the
+    variance 1 and are at most 3 each.
+    """
+    m, n, r = 5, 1024, 4
+    W = weight(case, m, n)
+    rows = [
+        start(subject, W, r, 2.5 * r, _first(case) + seed, case.dtype)[0] for seed in range(SEEDS)
+    ]
+    a = sqrt(3) * np.concatenate(rows).astype(np.float64)
+    above = np.triu_indices(len(a), 1)
+    level = log(2 * len(above[0]) / ERROR)
+    greatest = (level + sqrt(level**2 + 2 * level * n)) / n
+    products = (a @ a.T)[above]
+    yield Comparison(
+        "products of two rows of √3 A",
+        products,
+        np.zeros(products.shape),
+        np.full(products.shape, greatest),
+        BOUND,
+    )
+
+
+def reproducible(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """The same seed gives the same bits, whatever was drawn before."""
+    W, at = weight(case, 6, 10), _first(case)
+    A, _, _ = start(subject, W, 3, 7.0, at, case.dtype)
+    start(subject, W, 3, 7.0, at + 1, case.dtype)
+    again, _, _ = start(subject, W, 3, 7.0, at, case.dtype)
+    yield Comparison("A of the same seed", again, A)
+
+
+def zero_B(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """B = 0, every bit, for any scale."""
+    for k, (m, n, r) in enumerate(((6, 10, 3), (8, 8, 8), (3, 5, 1))):
+        for settings in ({}, {"use_rslora": True}):
+            W = weight(case, m, n)
+            try:
+                _, B, _ = start(subject, W, r, 7.0, _first(case) + k, case.dtype, **settings)
+            except Skip:
+                if not settings:
+                    raise
+                continue
+            yield Comparison(f"B of rank {r}{', rsLoRA' * bool(settings)}", B, np.zeros_like(B))
+
+
+def base(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """The base keeps its bits at the start, and so does its output."""
+    W = weight(case, 6, 10)
+    A, B, held = start(subject, W, 3, 7.0, _first(case), case.dtype)
+    yield Comparison("W", held, W)
+    if subject.has("lora_linear"):
+        x = weight(case, 5, 10)
+        adapted, plain = (
+            subject.call("lora_linear", x, held, A_, B_, alpha=7.0, r=3)
+            for A_, B_ in ((A, B), (0 * A, 0 * B))
+        )
+        y = subject.answer(adapted, "y", (5, 6), case.dtype)
+        want = subject.answer(plain, "y of the base", (5, 6), case.dtype)
+        yield Comparison("y at the start against the base's", y, want)
+
+
+C = 12
+"""A Householder QR or SVD of (m, n) is that of W + E, with ‖E‖ at most C m n u ‖W‖ in Frobenius'
+norm: theorems 19.4 and 20.3 of Higham 2002 have m n times a constant, which is a small integer."""
+
+
+def _weight_of_ranks(case: Case, m: int, n: int, r: int) -> Array:
+    """A weight whose first r singular values stand clear of the others."""
+    rng = case.rng()
+    U, V = (np.linalg.qr(rng.standard_normal((k, min(m, n))))[0] for k in (m, n))
+    values = np.where(np.arange(min(m, n)) < r, 4.0, 0.5) * rng.uniform(0.8, 1.2, min(m, n))
+    W: Array = ((U * values) @ V.T).astype(DTYPES[case.dtype])
+    return W
+
+
+def _split(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
+    """W = W' + s B A, and what A and B are.
+
+    Storing W' loses u |W'| and forming s B A at most (r + 3) u s |B| |A|, as in level merge; the
+    check's own sums are in long double. What A and B are is held within C m n u ‖W‖.
+    """
+
+    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+        for (m, n, r), rslora in (((7, 11, 3), False), ((10, 6, 2), False), ((9, 9, 4), True)):
+            W = _weight_of_ranks(case, m, n, r)
+            settings: dict[str, Any] = {"init_lora_weights": kind}
+            settings |= {"use_rslora": True} if rslora else {}
+            alpha = 2.5 * r
+            A, B, held = start(subject, W, r, alpha, _first(case), case.dtype, **settings)
+            A, B, held, W = (long(v) for v in (A, B, held, W))
+            u, s = unit_roundoff(subject.precision(case.dtype).storage), scale(alpha, r, rslora)
+            terms = s * (np.abs(B) @ np.abs(A))
+            bound = 2 * u * (np.abs(held) + np.abs(W) + (r + 3) * terms)
+            of = f" of {m} by {n}"
+            yield Comparison(
+                f"W' + s B A{of}", held + s * (B @ A), W, bound.astype(np.float64), BOUND
+            )
+            size = float(C * m * n * u * np.sqrt((W * W).sum()))
+            yield from laws[kind](W, A, B, s, of, size)
+
+    laws = {"pissa": _pissa, "olora": _olora}
+    return run
+
+
+def _pissa(W: Array, A: Array, B: Array, s: Any, of: str, size: float) -> Iterable[Comparison]:
+    """s B A is the best of its rank: no other leaves less. Bᵀ B = A Aᵀ."""
+    values = np.linalg.svd(W.astype(np.float64), compute_uv=False)[len(A) :]
+    left = W - s * (B @ A)
+    yield Comparison(
+        f"‖W - s B A‖{of}",
+        np.sqrt((left * left).sum()),
+        np.asarray(np.sqrt((values**2).sum())),
+        np.asarray(2 * size),
+        BOUND,
+    )
+    yield Comparison(
+        f"s Bᵀ B against s A Aᵀ{of}", s * (B.T @ B), s * (A @ A.T), np.asarray(4 * size), BOUND
+    )
+
+
+def _olora(W: Array, A: Array, B: Array, s: Any, of: str, size: float) -> Iterable[Comparison]:
+    """Bᵀ B = 1, A = Bᵀ W, and A has nothing below its diagonal."""
+    one = np.eye(len(A))
+    norm = float(np.sqrt((W * W).sum()))
+    yield Comparison(f"Bᵀ B{of}", B.T @ B, one, np.asarray(2 * size / norm), BOUND)
+    yield Comparison(f"A against Bᵀ W{of}", A, B.T @ W, np.asarray(4 * size), BOUND)
+    yield Comparison(f"A below its diagonal{of}", np.tril(A, -1), 0 * A)
+
+
+def orthogonal(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """The orthogonal start: B A = 0 though neither is 0, and W stays as it is."""
+    for k, (m, n, r) in enumerate(((7, 11, 4), (10, 6, 2))):
+        W = weight(case, m, n)
+        A, B, held = start(
+            subject, W, r, 7.0, _first(case) + k, case.dtype, init_lora_weights="orthogonal"
+        )
+        of = f" of {m} by {n}"
+        yield Comparison(f"W{of}", held, W)
+        zeros = [float((v == 0).all()) for v in (A, B)]
+        yield Comparison(f"whether A or B is 0{of}", np.asarray(zeros), np.zeros(2))
+        A, B = long(A), long(B)
+        u = unit_roundoff(subject.precision(case.dtype).storage)
+        norms = np.sqrt((B * B).sum(1, keepdims=True)) * np.sqrt((A * A).sum(0))
+        bound = (C * r * r * u * norms).astype(np.float64)
+        yield Comparison(f"B A{of}", B @ A, np.zeros((m, n)), bound, BOUND)
+
+
+def _cases(profile: str, dtype: str) -> int:
+    return CASES[profile]
+
+
+def _wide(profile: str, dtype: str) -> int:
+    """Nobody decomposes a matrix in a half precision."""
+    return CASES[profile] * (dtype in ("float64", "float32"))
+
+
+def _law(run: Any, cases: Callable[[str, str], int]) -> Check:
+    title = (run.__doc__ or "").splitlines()[0]
+    return Check(f"init.{run.__name__.replace('_', '-')}", "init", ("init",), title, run, cases)
+
+
+SPLITS = {
+    "pissa": "PiSSA takes the greatest singular values out of W: W = W' + s B A.",
+    "olora": "OLoRA takes the first columns of W = Q R out of it: W = W' + s B A.",
+}
+
+CHECKS: tuple[Check, ...] = (
+    _law(zero_B, _cases),
+    *(
+        Check(
+            f"init.distribution{kind}",
+            "init",
+            ("init",),
+            f"{law}: the pooled entries follow it, with an error rate of {ERROR:g}.",
+            _distribution(kind),
+            _cases,
+        )
+        for kind, (_, law, _) in KINDS.items()
+    ),
+    _law(independent, _cases),
+    _law(reproducible, _cases),
+    _law(base, _cases),
+    *(
+        Check(f"init.{kind}", "init", ("init",), title, _split(kind), _wide)
+        for kind, title in SPLITS.items()
+    ),
+    _law(orthogonal, _wide),
+)

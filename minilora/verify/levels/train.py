@@ -1,0 +1,225 @@
+"""Level ``train``: whole steps of training, from a model, its adapter and batches in files.
+
+What a loop around the layers can do wrong: the shift of the labels, those that are ignored,
+padding, the mean over micro-batches of unequal counts, clipping, the schedule, decay, LoRA+. A step
+is a list of micro-batches whose mean is over all labels that count in them, so that it is the step
+of one batch that holds them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+
+from minilora.lora import Weights
+from minilora.models import Batch, Config
+from minilora.optim import accumulate, global_norm
+from minilora.targets import Lora
+from minilora.verify.cases import long
+from minilora.verify.contract import Precision, Subject
+from minilora.verify.levels import small
+from minilora.verify.levels.model import as_dict
+from minilora.verify.levels.small import Small
+from minilora.verify.own import parts_of, trained
+from minilora.verify.terms import MONTE_CARLO, Case, Check, Comparison
+from minilora.verify.tolerance import Rounding, unit_roundoff
+
+Array = np.ndarray
+
+CASES = {"quick": 1, "ci": 1, "nightly": 20}
+STEPS = 6
+SAMPLES = 16
+
+ADAPTED = ("q", "v", "down")
+PLAIN = Lora(r=3, alpha=7, targets=ADAPTED)
+SGD = {"optimizer": "sgd", "lr": 0.25, "momentum": 0.0, "weight_decay": 0.0}
+ADAMW = {
+    "optimizer": "adamw", "lr": 0.02, "betas": (0.8, 0.95), "eps": 0.003, "weight_decay": 0.0,
+}  # fmt: skip
+
+MEDIAN = -1.0
+"""Stands for the median of the norms that a case's gradients have along the way."""
+
+Kind = tuple[Config, Lora, dict[str, Any], tuple[int, ...], str]
+
+KINDS: dict[str, Kind] = {
+    "labels": (
+        small.LLAMA, PLAIN, SGD, (3,),
+        "each token predicts the next; ignored labels and padding do not count",
+    ),
+    "prompt": (
+        small.GPT_2, Lora(r=3, alpha=7, rslora=True, targets=("qkv", "o", "down")), SGD, (3,),
+        "the answer alone is learned, the prompt is read",
+    ),
+    "accumulate": (
+        small.LLAMA, PLAIN, SGD, (3, 1, 2),
+        "a step's mean is over the labels of all its micro-batches",
+    ),
+    "clip": (
+        small.LLAMA, PLAIN, {**SGD, "lr": 0.125, "max_grad_norm": MEDIAN}, (2, 1),
+        "the step's whole gradient is clipped, which about half of the steps need",
+    ),
+    "linear": (
+        small.LLAMA, PLAIN,
+        {**ADAMW, "schedule": "linear", "warmup_steps": 2, "total_steps": STEPS + 1}, (2,),
+        "AdamW under a linear schedule with a warm-up, counted in steps",
+    ),
+    "cosine": (
+        small.LLAMA, PLAIN,
+        {**ADAMW, "schedule": "cosine", "warmup_steps": 1, "total_steps": STEPS + 2}, (1, 2),
+        "AdamW under a cosine schedule, counted in steps and not in micro-batches",
+    ),
+    "decay": (
+        small.QWEN2, Lora(r=3, alpha=7, targets=ADAPTED, bias="lora_only", also=("head.weight",)),
+        {**ADAMW, "weight_decay": 0.5}, (2,),
+        "AdamW decays all that is trained, biases and a head trained in full too",
+    ),
+    "no-decay": (
+        small.LLAMA, PLAIN, ADAMW, (2,),
+        "nothing decays where no decay is asked for",
+    ),
+    "loraplus": (
+        small.LLAMA, PLAIN, {**ADAMW, "loraplus_lr_ratio": 4.0, "weight_decay": 0.5}, (2,),
+        "LoRA+: the rate of each B is greater",
+    ),
+    "together": (
+        small.DEEP, Lora(r=2, alpha=5, rslora=True, targets=ADAPTED),
+        {
+            **ADAMW, "weight_decay": 0.25, "max_grad_norm": MEDIAN, "schedule": "linear",
+            "warmup_steps": 2, "total_steps": STEPS + 2, "loraplus_lr_ratio": 3.0,
+        },
+        (2, 1, 3),
+        "unequal micro-batches, clipping, a schedule, decay and LoRA+ at once",
+    ),
+}  # fmt: skip
+"""The model, its adapter, the settings, the rows of each micro-batch, and the law in words."""
+
+
+@lru_cache(maxsize=64)
+def drawn(kind: str, number: int, seed: int) -> tuple[Small, list[list[Batch]]]:
+    """The model of a case and the micro-batches of each step, the same in every dtype."""
+    c, lora, _, rows, _ = KINDS[kind]
+    rng = small.rng_of(Case("", "", number, seed), f"train.{kind}")
+    of = small.draw(c, lora, rng)
+    steps = [
+        [small.draw_batch(rng, c, b, 5 + (k + i) % 4, kind == "prompt") for i, b in enumerate(rows)]
+        for k in range(STEPS)
+    ]
+    return of, steps
+
+
+def history(of: Small, W: Weights, steps: list[list[Batch]], settings: Any) -> dict[str, Array]:
+    """Every trained parameter after every step, as ``name after step k``."""
+    names = of.names()
+    return {
+        f"{names[name]} after step {k}": array
+        for k, after in enumerate(trained(of.c, W, of.tuning, steps, settings), 1)
+        for name, array in after.items()
+    }
+
+
+def norms(of: Small, steps: list[list[Batch]], history: list[Weights]) -> list[float]:
+    """The norm of each step's whole gradient, before it is clipped."""
+    befores = [of.trained, *history[:-1]]
+    return [
+        float(global_norm(accumulate(parts_of(of.c, of.W | before, of.tuning, step))))
+        for before, step in zip(befores, steps, strict=True)
+    ]
+
+
+@lru_cache(maxsize=64)
+def settings_of(kind: str, number: int, seed: int) -> dict[str, Any]:
+    """The settings of a case, whose clipping about half of the steps exceed."""
+    settings = dict(KINDS[kind][2])
+    if settings.get("max_grad_norm") == MEDIAN:
+        of, steps = drawn(kind, number, seed)
+        settings["max_grad_norm"] = 1.0
+        for _ in range(2):  # where another maximum clips, the way is another
+            history = trained(of.c, of.W, of.tuning, steps, settings)
+            settings["max_grad_norm"] = round(float(np.median(norms(of, steps, history))), 2)
+    return settings
+
+
+@lru_cache(maxsize=64)
+def expected(kind: str, number: int, seed: int) -> tuple[dict[str, Array], dict[str, Array]]:
+    """What is wanted, in long double, and its σ in float32.
+
+    σ is the root mean square, over some runs of the specification in float32 whose weights are
+    rounded at random first, of what they differ by: rounding carries through the steps as it does.
+    """
+    of, steps = drawn(kind, number, seed)
+    settings = settings_of(kind, number, seed)
+    want = history(of, {name: long(v) for name, v in of.W.items()}, steps, settings)
+    rng = np.random.default_rng([number, seed])
+    u, squares = unit_roundoff("float32"), {what: np.zeros(v.shape) for what, v in want.items()}
+    for _ in range(SAMPLES):
+        W = {n: (v * (1 + u * rng.uniform(-1, 1, v.shape))).astype("f") for n, v in of.W.items()}
+        for what, array in history(of, W, steps, settings).items():
+            squares[what] += (array - want[what].astype(np.float64)) ** 2
+    return want, {what: np.sqrt(total / SAMPLES) for what, total in squares.items()}
+
+
+def sigma_of(sampled: Array, want: Array, precision: Precision) -> Array:
+    """σ of float32 scaled to a precision: rounding is proportional to u; at least that of storing.
+
+    An element may come out right in all samples by chance: it has the mean variance of the array.
+    """
+    mean = np.sqrt(np.mean(sampled**2))
+    scale = unit_roundoff(precision.accumulation) / unit_roundoff("float32")
+    stored = np.sqrt(Rounding(precision).stored(want.astype(np.float64)))
+    sigma: Array = np.maximum(scale * np.hypot(sampled, mean), stored)
+    return sigma
+
+
+def ask(subject: Subject, of: Small, where: Any, steps: Any, settings: Any, dtype: str) -> Any:
+    """The implementation's adapter after each step: (name, parameter, step, array)."""
+    given = [[as_dict(batch) for batch in step] for step in steps]
+    answer = subject.call("train", *map(str, where), given, dict(settings))
+    for k, after in enumerate(subject.items(answer, len(steps), "the list of steps"), 1):
+        for name, theirs in of.names().items():
+            shape = of.W[name].shape
+            flat = shape if shape[1] > 1 or name.endswith((".A", ".B")) else shape[:1]
+            entry = subject.entry(after, theirs, f"step {k}")
+            got = subject.answer(entry, f"{theirs} after step {k}", flat, dtype)
+            yield theirs, name, k, got.reshape(shape)
+
+
+def _steps(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
+    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+        of, steps = drawn(kind, case.number, case.seed)
+        key = (f"train-{kind}", case.number, case.seed)
+        where = small.folders(key, case.dtype, partial(_small, kind, case.number, case.seed))
+        settings = settings_of(kind, case.number, case.seed)
+        want, sampled = expected(kind, case.number, case.seed)
+        precision = subject.precision(case.dtype)
+        for theirs, _, k, got in ask(subject, of, where, steps, settings, case.dtype):
+            what = f"{theirs} after step {k}"
+            sigma = sigma_of(sampled[what], want[what], precision)
+            yield Comparison(what, got, want[what], sigma, MONTE_CARLO)
+
+    return run
+
+
+def _small(kind: str, number: int, seed: int) -> Small:
+    return drawn(kind, number, seed)[0]
+
+
+def _cases(profile: str, dtype: str) -> int:
+    """Training in a half precision is another matter: of master weights and scaled losses."""
+    return CASES[profile] * (dtype in ("float64", "float32"))
+
+
+CHECKS: tuple[Check, ...] = tuple(
+    Check(
+        f"train.{kind}",
+        "train",
+        ("train",),
+        f"{words[0].upper()}{words[1:]}.",
+        _steps(kind),
+        _cases,
+    )
+    for kind, (*_, words) in KINDS.items()
+)
