@@ -13,6 +13,7 @@ import minilora
 from minilora.adapters import Adapter, State, combine_svd, multi_linear
 from minilora.formats.huggingface import read_model
 from minilora.formats.peft import adapter_names, read_adapter, read_lora
+from minilora.layers import OneHot
 from minilora.lora import LORA, Tuning, Variant, Weights, combine, draw_dropout, scale
 from minilora.models import Batch, Config, logits, loss, targets
 from minilora.ops import IGNORED
@@ -125,10 +126,11 @@ class Own:
 
     def session(self, layer: Mapping[str, Any]) -> Session:
         """A layer whose adapters come and go."""
-        if layer["kind"] != "linear":
+        if layer["kind"] not in ("linear", "conv1d", "embedding"):
             raise NotImplementedError(f"no layer of kind {layer['kind']}")
-        bias = layer.get("bias")
-        return Session(State(layer["W"], None if bias is None else bias[:, None]))
+        bias, table = layer.get("bias"), layer["kind"] == "embedding"
+        W = layer["W"].T if table else layer["W"]
+        return Session(State(W, None if bias is None else bias[:, None]), table)
 
     def model_loss(
         self, model_dir: str | Path, adapter_dir: str | Path, batch: Mapping[str, Array]
@@ -247,8 +249,8 @@ def parts_of(
 class Session:
     """A :class:`minilora.adapters.State` that is replaced at each step."""
 
-    def __init__(self, state: State) -> None:
-        self.state = state
+    def __init__(self, state: State, table: bool = False) -> None:
+        self.state, self.table = state, table
 
     def add(self, name: str, adapter: Mapping[str, Any]) -> None:
         """Another adapter, not active yet."""
@@ -288,12 +290,14 @@ class Session:
 
     def forward(self, x: Array) -> Array:
         """y, tokens in rows."""
-        y: Array = self.state.forward(x.T)[0].T
+        columns: Any = OneHot(x, self.state.W.shape[1]) if self.table else x.T
+        y: Array = self.state.forward(columns)[0].T
         return y
 
     def weight(self) -> Array:
         """The weight that is held."""
-        return self.state.stored()[0]
+        W = self.state.stored()[0]
+        return W.T if self.table else W
 
 
 def _own(options: Mapping[str, Any]) -> list[str]:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from minilora.adapters import Adapter, State
+from minilora.layers import OneHot
 from minilora.verify.cases import Several, draw_several
 from minilora.verify.contract import Fault, Skip, Subject
 from minilora.verify.terms import Case, Check, Comparison
@@ -25,6 +27,13 @@ Step = tuple[Any, ...]
 
 CASES = {"quick": 4, "ci": 16, "nightly": 320}
 NAMES = ("one", "two", "three")
+
+KINDS = {
+    "linear": "",
+    "conv1d": ", stored (in, out)",
+    "embedding": ", of an embedding",
+}
+"""The kinds of layers, in words; a session may have no such layer."""
 
 REFUSABLE = {"add", "activate", "scale", "delete", "train", "merge"}
 """What a session may refuse while something is merged."""
@@ -38,19 +47,25 @@ class Run:
     several: Several
     state: State
     dtype: str
+    kind: str = "linear"
 
     @classmethod
-    def of(cls, subject: Subject, case: Case, bias: bool = True) -> Run:
-        """A session of a layer in small whole numbers, without adapters."""
+    def of(cls, subject: Subject, case: Case, bias: bool = True, kind: str = "linear") -> Run:
+        """A session of a layer in small whole numbers, without adapters.
+
+        An embedding's W is its table (v, d), the transpose of the state's, and it has no bias.
+        """
         several, _ = draw_several(Case(case.check, case.dtype, case.number * 2, case.seed))
         first = several.adapters[0]
+        bias = bias and kind != "embedding"
         b = case.rng().integers(-2, 3, len(first.W)) if bias else None
-        layer = {"kind": "linear", "W": first.W}
+        W = np.ascontiguousarray(first.W.T) if kind == "embedding" else first.W
+        layer = {"kind": kind, "W": W}
         if b is not None:
             layer["bias"] = b.astype(first.W.dtype)
         session = Subject(subject.call("session", layer), time_limit=subject.time_limit)
         base = None if b is None else b[:, None].astype(float)
-        return cls(session, several, State(first.W.astype(float), base), case.dtype)
+        return cls(session, several, State(first.W.astype(float), base), case.dtype, kind)
 
     def adapter(self, name: str) -> tuple[dict[str, Any], Adapter]:
         """The adapter of this name as the contract and as the state have it."""
@@ -99,15 +114,22 @@ class Run:
     def compare(self, after: str) -> Comparison:
         """The layer's output against the state's."""
         x = self.several.adapters[0].x
+        columns: Any = x.T.astype(float)
+        if self.kind == "embedding":
+            v = self.state.W.shape[1]
+            x = np.arange(7) * 5 % v  # numbers of rows, some of them twice
+            columns = OneHot(x, v)
         y = self.session.answer(
             self.session.call("forward", x), "y", (len(x), len(self.state.W)), self.dtype
         )
-        return Comparison(f"y after {after}", y, self.state.forward(x.T.astype(float))[0].T)
+        return Comparison(f"y after {after}", y, self.state.forward(columns)[0].T)
 
     def weight(self, after: str) -> Comparison:
         """The weight that the layer holds against the base's, where nothing is merged."""
-        W = self.session.answer(self.session.call("weight"), "W", self.state.W.shape, self.dtype)
-        return Comparison(f"W after {after}", W, self.state.stored()[0])
+        stored = self.state.stored()[0]
+        stored = stored.T if self.kind == "embedding" else stored
+        W = self.session.answer(self.session.call("weight"), "W", stored.shape, self.dtype)
+        return Comparison(f"W after {after}", W, stored)
 
 
 def told(step: Step) -> str:
@@ -192,9 +214,9 @@ def _script(name: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
     return run
 
 
-def weight(subject: Subject, case: Case) -> Iterable[Comparison]:
+def weight(subject: Subject, case: Case, kind: str = "linear") -> Iterable[Comparison]:
     """The weight that is held: W' while merged, and W's bits again afterwards."""
-    run = Run.of(subject, case)
+    run = Run.of(subject, case, kind=kind)
     for step in (*START, ("scale", "one", 2.0)):
         run.take(step)
     yield run.weight("activating")
@@ -204,9 +226,9 @@ def weight(subject: Subject, case: Case) -> Iterable[Comparison]:
     yield run.weight("merge() unmerge()")
 
 
-def machine(subject: Subject, case: Case) -> Iterable[Comparison]:
+def machine(subject: Subject, case: Case, kind: str = "linear") -> Iterable[Comparison]:
     """Twelve steps at random: after each the output is that of the state."""
-    run, rng = Run.of(subject, case), case.rng()
+    run, rng = Run.of(subject, case, kind=kind), case.rng()
     yield from follow(run, drawn(run, rng, 12))
 
 
@@ -240,20 +262,16 @@ CHECKS: tuple[Check, ...] = (
         Check(f"lifecycle.{name}", "lifecycle", ("session",), law, _script(name), _count(0.25))
         for name, (law, _) in SCRIPTS.items()
     ),
-    Check(
-        "lifecycle.weight",
-        "lifecycle",
-        ("session",),
-        (weight.__doc__ or "").splitlines()[0],
-        weight,
-        _count(0.25),
-    ),
-    Check(
-        "lifecycle.machine",
-        "lifecycle",
-        ("session",),
-        (machine.__doc__ or "").splitlines()[0],
-        machine,
-        _count(1.0),
+    *(
+        Check(
+            f"lifecycle.{run.__name__}{'' if kind == 'linear' else '.' + kind}",
+            "lifecycle",
+            ("session",),
+            (run.__doc__ or "").splitlines()[0].rstrip(".") + words + ".",
+            partial(run, kind=kind),
+            _count(share),
+        )
+        for kind, words in KINDS.items()
+        for run, share in ((weight, 0.25), (machine, 1.0))
     ),
 )

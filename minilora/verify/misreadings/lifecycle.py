@@ -13,10 +13,11 @@ class Session:
     """A right session, written as libraries have it: a weight that is changed in place."""
 
     def __init__(self, my: Plain, layer: Mapping[str, Any]) -> None:
-        if layer["kind"] != "linear":
-            raise NotImplementedError(f"no layer of kind {layer['kind']}")
-        self.my, self.W = my, layer["W"]
-        self.b = layer.get("bias", 0 * layer["W"][:, 0])
+        self.kind = layer["kind"]
+        if self.kind not in ("linear", "conv1d", "embedding"):
+            raise NotImplementedError(f"no layer of kind {self.kind}")
+        self.my, self.W = my, self.read(layer["W"])
+        self.b = layer.get("bias", 0 * self.W[:, 0])
         self.known: dict[str, Mapping[str, Any]] = {}
         self.factor: dict[str, float] = {}
         self.active: list[str] = []
@@ -24,6 +25,10 @@ class Session:
         """What each merged adapter has added to the weight."""
         self.off = False
         self.training = False
+
+    def read(self, W: Array) -> Any:
+        """The matrix (m, n) of a weight as it is given: of a table its transpose."""
+        return W.T if self.kind == "embedding" else W
 
     def delta(self, name: str) -> Any:
         """factor · s B A."""
@@ -102,12 +107,15 @@ class Session:
 
     def forward(self, x: Array) -> Array:
         """y, tokens in rows."""
+        if self.kind == "embedding":
+            rows: Array = self.acting().T[x]
+            return rows
         y: Array = (x @ self.acting().T + self.b).astype(x.dtype)
         return y
 
     def weight(self) -> Array:
         """The weight as it is stored."""
-        W: Array = self.W
+        W: Array = self.read(self.W)
         return W
 
 
@@ -133,7 +141,7 @@ class Planned(Session):
 
     def weight(self) -> Array:
         """The original and what is merged."""
-        total: Array = sum((self.delta(name) for name in self.added), start=self.W)
+        total: Array = self.read(sum((self.delta(name) for name in self.added), start=self.W))
         return total
 
 
@@ -438,8 +446,12 @@ LIFECYCLE = (
     *family(
         "LIFECYCLE",
         "lifecycle.weight",
-        ("weight-original", "the original weight while merged", _but(weight=lambda my: my.base())),
-        ("weight-merged", "W' always", _but(weight=lambda my: my.acting())),
+        (
+            "weight-original",
+            "the original weight while merged",
+            _but(weight=lambda my: my.read(my.base())),
+        ),
+        ("weight-merged", "W' always", _but(weight=lambda my: my.read(my.acting()))),
     ),
     *family(
         "LIFECYCLE",
@@ -454,6 +466,61 @@ LIFECYCLE = (
             "disable-unmerges",
             "disabling unmerges and does no more",
             _but(disable=_off_by_unmerging),
+        ),
+    ),
+)
+
+
+def _of_kind(kind: str, **methods: Any) -> Callable[[], Plain]:
+    """`Plain` whose session has other methods for one kind of layer."""
+
+    def only(name: str, wrong: Callable[..., Any]) -> Any:
+        right = getattr(Session, name)
+        return lambda my, *given: (wrong if my.kind == kind else right)(my, *given)
+
+    return _but(**{name: only(name, wrong) for name, wrong in methods.items()})
+
+
+LIFECYCLE += (
+    *family(
+        "LIFECYCLE",
+        "lifecycle.machine.conv1d",
+        (
+            "conv1d-twice",
+            "2 s B A where the weight is stored (in, out)",
+            _of_kind("conv1d", delta=lambda my, name: 2 * Session.delta(my, name)),
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.weight.conv1d",
+        (
+            "conv1d-unmerge-nothing",
+            "unmerging does nothing where the weight is stored (in, out)",
+            _of_kind("conv1d", take_out=lambda my, name: my.added.pop(name)),
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.machine.embedding",
+        (
+            "embedding-disable",
+            "an embedding's adapter is not disabled",
+            _of_kind("embedding", disable=lambda my: None),
+        ),
+        (
+            "embedding-merged-twice",
+            "an embedding's branch acts beside its merged table",
+            _of_kind("embedding", acting=_merged_twice),
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.weight.embedding",
+        (
+            "embedding-never-merged",
+            "an embedding's table is never merged",
+            _of_kind("embedding", weight=lambda my: my.read(my.base())),
         ),
     ),
 )

@@ -90,7 +90,7 @@ class Peft:
         "variants.dora.vector:*": _VECTOR,
         "init.orthogonal:float64": _FLOAT32_START,
         "lifecycle.scale-while-merged:*": _SCALED_LATE,
-        "lifecycle.machine:*": f"{_SCALED_LATE}; {_DELETED}",
+        "lifecycle.machine*": f"{_SCALED_LATE}; {_DELETED}",
     }
 
     def lora_linear(
@@ -178,9 +178,9 @@ class Peft:
 
     def session(self, layer: Mapping[str, Any]) -> Session:
         """A layer whose adapters come and go."""
-        if layer["kind"] != "linear":
+        if layer["kind"] not in ("linear", "conv1d", "embedding"):
             raise NotImplementedError(f"the peft peer has no layer of kind {layer['kind']}")
-        return Session(layer["W"], layer.get("bias"))
+        return Session(layer["kind"], layer["W"], layer.get("bias"))
 
     def init(
         self, W: np.ndarray, *, r: int, alpha: float, seed: int, **settings: Any
@@ -275,14 +275,19 @@ class Session:
     A model has its first adapter from the beginning; until one is activated, adapters are disabled.
     """
 
-    def __init__(self, W: np.ndarray, bias: np.ndarray | None) -> None:
+    def __init__(self, kind: str, W: np.ndarray, bias: np.ndarray | None) -> None:
         m, n = W.shape
-        weight = to_torch(W)
-        linear = torch.nn.Linear(n, m, bias=bias is not None).to(weight.dtype)
-        fill(linear.weight, weight)
+        base: Any = {
+            "linear": lambda: torch.nn.Linear(n, m, bias=bias is not None),
+            "conv1d": lambda: Conv1D(m, n),
+            "embedding": lambda: torch.nn.Embedding(m, n),
+        }[kind]()
+        weight, self._kind = to_torch(W.T if kind == "conv1d" else W), kind
+        base = base.to(weight.dtype)
+        fill(base.weight, weight)
         if bias is not None:
-            fill(linear.bias, to_torch(bias))
-        self._linear, self._model = linear, torch.nn.Sequential(linear)
+            fill(base.bias, to_torch(bias))
+        self._base, self._model = base, torch.nn.Sequential(base)
 
     def _layer(self) -> Any:
         return self._model.get_submodule("base_model.model.0")
@@ -293,6 +298,7 @@ class Session:
             r=adapter["r"],
             lora_alpha=plain_number(adapter["alpha"]),
             use_rslora=adapter.get("use_rslora", False),
+            fan_in_fan_out=self._kind == "conv1d",
             target_modules=["0"],
         )
         if isinstance(self._model, peft.PeftModel):
@@ -302,8 +308,12 @@ class Session:
                 self._model, config, adapter_name=name, autocast_adapter_dtype=False
             )
             self._model.base_model.disable_adapter_layers()
-        fill(self._layer().lora_A[name].weight, to_torch(adapter["A"]))
-        fill(self._layer().lora_B[name].weight, to_torch(adapter["B"]))
+        for part in "AB":
+            if self._kind == "embedding":
+                factor = getattr(self._layer(), f"lora_embedding_{part}")[name]
+            else:
+                factor = getattr(self._layer(), f"lora_{part}")[name].weight
+            fill(factor, to_torch(adapter[part]))
 
     def activate(self, names: Sequence[str]) -> None:
         """set_adapter of the base model, which takes several; none disables."""
@@ -348,7 +358,8 @@ class Session:
 
     def weight(self) -> np.ndarray:
         """The weight that the base layer holds."""
-        return to_numpy(self._linear.weight)
+        weight = self._base.weight
+        return to_numpy(weight.T if self._kind == "conv1d" else weight)
 
 
 def implementation() -> object:
