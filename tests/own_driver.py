@@ -47,10 +47,9 @@ def run(message):
             save_file(flat({RESULTS[method]: answer}), message["out"])
         return
     keyword = "*" in METHODS[method]
-    names = [n for n in positional(method) if n not in ("alpha", "r", "settings")]
-    arguments = [settings.pop(name) for name in names]
-    if "gradients" in names:
-        arguments.append(settings)
+    names = positional(method)
+    given = {name: settings.pop(name) for name in names if name != "settings"}
+    arguments = [given.get(name, settings) for name in names]  # what is left are the settings
     answer = getattr(own, method)(*arguments, **(settings if keyword else {}))
     if method == "session":
         sessions[message["seq"]] = answer

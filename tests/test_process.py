@@ -528,7 +528,7 @@ def test_the_command_line_starts_a_driver(tiny, tmp_path, capsys, monkeypatch):
     assert "./absent cannot be started" in capsys.readouterr().err
 
 
-SLOW = ("optimizer", "model")
+SLOW = ("optimizer", "model", "train", "grad-flow")
 CASES = [
     *(
         f"{each.id}:bfloat16:0"
@@ -537,6 +537,7 @@ CASES = [
     ),
     "optimizer.together:float32:0",
     "model.llama:float32:0",
+    "train.accumulate:float32:0",
 ]
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from minilora.verify.diagnosis import diagnose
 from minilora.verify.levels import (
     combine,
+    gradflow,
     init,
     lifecycle,
     linear,
@@ -20,6 +21,18 @@ from minilora.verify.terms import Check
 
 CHECKS: tuple[Check, ...] = tuple(
     replace(check, diagnose=partial(diagnose, check))
-    for level in (linear, merge, variants, combine, multi, init, lifecycle, model, optimizer, train)
+    for level in (
+        linear,
+        merge,
+        variants,
+        combine,
+        multi,
+        init,
+        lifecycle,
+        model,
+        optimizer,
+        train,
+        gradflow,
+    )
     for check in level.CHECKS
 )

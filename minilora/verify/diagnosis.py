@@ -32,11 +32,12 @@ ANSWERS = {
     "model": ("model.",),
     "train": ("train.",),
     "init": ("init.",),
+    "grad-flow": ("grad-flow.",),
 }
-LAWS = (".balance", ".padding", ".vector", "-balance", ".start", "dora.vector", ".reproducible")
+LAWS = (".balance", ".padding", ".vector", "-balance", "dora.start", "dora.vector", ".reproducible")
 """Of the checks of a level, those that compare answers themselves, and not a law of them."""
 
-WHOLE = ("model", "optimizer", "train")
+WHOLE = ("model", "optimizer", "train", "grad-flow")
 """Levels whose cases are long: those of the profile ci are enough."""
 
 CASES = (1, 3, 5)

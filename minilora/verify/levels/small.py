@@ -6,6 +6,7 @@ is wanted of the other.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from minilora.ops import IGNORED
 from minilora.targets import Lora, adapt
 from minilora.verify.contract import DTYPES
 from minilora.verify.levels.model import _workshop
-from minilora.verify.terms import Case
+from minilora.verify.terms import Case, Comparison
 
 Array = np.ndarray
 
@@ -62,7 +63,10 @@ class Small:
 
 
 def draw(c: Config, lora: Lora, rng: np.random.Generator) -> Small:
-    """Weights far from a start: no bias and no B is 0, no norm is 1; the adapter's part is felt."""
+    """Weights far from a start: no bias and no B is 0, no norm is 1; the adapter's part is felt.
+
+    Its numbers are those of float32.
+    """
     W, tuning = adapt(draw_weights(c, rng, 0.3), lora, c.linears(), rng)
 
     def drawn(name: str, array: Array) -> Array:
@@ -105,3 +109,15 @@ def draw_batch(rng: np.random.Generator, c: Config, b: int, t: int, prompt: bool
 def rng_of(case: Case, name: str) -> np.random.Generator:
     """The generator of a case, the same in every dtype."""
     return replace(case, check=name, dtype="").rng()
+
+
+def same_names(what: str, got: Iterable[str], want: Iterable[str]) -> Comparison:
+    """Whether the names are just these: 1 for each that is there, in the order of the alphabet."""
+    got, want = set(got), set(want)
+    every = sorted(got | want)
+    lacks = "".join(f", without {name}" for name in sorted(want - got)[:3])
+    beside = "".join(f", beside them {name}" for name in sorted(got - want)[:3])
+    is_there, belongs = (
+        np.asarray([float(name in names) for name in every]) for names in (got, want)
+    )
+    return Comparison(f"{what}{lacks}{beside}", is_there, belongs)

@@ -145,15 +145,21 @@ def settings_of(kind: str, number: int, seed: int) -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def expected(kind: str, number: int, seed: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """What is wanted, in long double, and its σ in float32.
+    """What is wanted in a case, and its σ in float32."""
+    of, steps = drawn(kind, number, seed)
+    return wanted(of, steps, settings_of(kind, number, seed), (number, seed))
+
+
+def wanted(
+    of: Small, steps: list[list[Batch]], settings: dict[str, Any], seed: tuple[int, ...]
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Every trained parameter after every step, in long double, and its σ in float32.
 
     σ is the root mean square, over some runs of the specification in float32 whose weights are
     rounded at random first, of what they differ by: rounding carries through the steps as it does.
     """
-    of, steps = drawn(kind, number, seed)
-    settings = settings_of(kind, number, seed)
     want = history(of, {name: long(v) for name, v in of.W.items()}, steps, settings)
-    rng = np.random.default_rng([number, seed])
+    rng = np.random.default_rng(seed)
     u, squares = unit_roundoff("float32"), {what: np.zeros(v.shape) for what, v in want.items()}
     for _ in range(SAMPLES):
         W = {n: (v * (1 + u * rng.uniform(-1, 1, v.shape))).astype("f") for n, v in of.W.items()}
@@ -187,6 +193,16 @@ def ask(subject: Subject, of: Small, where: Any, steps: Any, settings: Any, dtyp
             yield theirs, name, k, got.reshape(shape)
 
 
+def compared(
+    subject: Subject, dtype: str, got: Iterable[Any], want: Any, sampled: Any
+) -> Iterable[Comparison]:
+    """What was got beside what is wanted."""
+    for theirs, _, k, array in got:
+        what = f"{theirs} after step {k}"
+        sigma = sigma_of(sampled[what], want[what], subject.precision(dtype))
+        yield Comparison(what, array, want[what], sigma, MONTE_CARLO)
+
+
 def _steps(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
     def run(subject: Subject, case: Case) -> Iterable[Comparison]:
         of, steps = drawn(kind, case.number, case.seed)
@@ -194,11 +210,9 @@ def _steps(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
         where = small.folders(key, case.dtype, partial(_small, kind, case.number, case.seed))
         settings = settings_of(kind, case.number, case.seed)
         want, sampled = expected(kind, case.number, case.seed)
-        precision = subject.precision(case.dtype)
-        for theirs, _, k, got in ask(subject, of, where, steps, settings, case.dtype):
-            what = f"{theirs} after step {k}"
-            sigma = sigma_of(sampled[what], want[what], precision)
-            yield Comparison(what, got, want[what], sigma, MONTE_CARLO)
+        yield from compared(
+            subject, case.dtype, ask(subject, of, where, steps, settings, case.dtype), want, sampled
+        )
 
     return run
 

@@ -6,6 +6,7 @@ given its name. To add one, add its line to a family in `linear`, `merge`, `seve
 """
 
 from minilora.verify.misreadings import (
+    gradflow,
     init,
     lifecycle,
     linear,
@@ -31,5 +32,6 @@ MISREADINGS: tuple[Misreading, ...] = (
     *model.MISREADINGS,
     *train.MISREADINGS,
     *init.MISREADINGS,
+    *gradflow.MISREADINGS,
 )
 """All of them, the lowest level first; among them some equivalents, which must pass."""

@@ -39,6 +39,10 @@ KNOWN = {
     "train.prompt:float64": _LOSS,
     "train.*:float64": _LLAMA,
 }
+KNOWN |= {
+    f"grad-flow.{check}:float64": _LLAMA
+    for check in ("every", "checkpointing", "below", "above", "below-checkpointing", "start")
+}
 
 _STORED = {
     "F64": torch.float64,
