@@ -345,10 +345,10 @@ def sigma_change(several: Several, precision: Precision) -> Array:
     variance = np.zeros(several.adapters[0].W.shape)
     modulus = np.zeros_like(variance)
     for a, w in zip(several.adapters, several.weights, strict=True):
-        scaled = replace(a, W=np.zeros_like(a.W), B=a.B)
+        scaled = replace(a, W=np.zeros_like(a.W), alpha=abs(w) * a.alpha)
         number, scalable = _numbers(scaled, precision)
         inputs: tuple[Any, Any, Any] = number(scaled.W), number(a.A), scalable(a.B)
-        change: Any = merge_weight(*inputs, abs(w) * a.s)
+        change: Any = merge_weight(*inputs, scaled.s)
         variance = variance + change.variance + rounding.stored(change.value)
         modulus = modulus + change.value**2
     sigma: Array = np.sqrt(variance + rounding.summed(len(several.adapters) + 1, modulus))
