@@ -46,6 +46,9 @@ RUN_TIME = {
 PEERS = {"loralib", "lycoris", "peft", "torch", "transformers"}
 """What a peer's file may import."""
 
+ALONE = {"bitsandbytes", "jax", "mlx", "mlx_lm"}
+"""And one peer's file each, which comes with an extra of its own or with `libraries`."""
+
 
 def imported(source):
     """Every module that the source imports, at its top or inside a function; none is relative."""
@@ -107,7 +110,7 @@ def test_an_import_against_the_reading_order_is_seen(line):
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_only_run_time_dependencies_and_in_a_peer_its_library_are_imported(path):
-    allowed = RUN_TIME | PEERS if "peers" in path.parts else RUN_TIME
+    allowed = RUN_TIME | PEERS | ALONE if "peers" in path.parts else RUN_TIME
     assert foreign(path.read_text()) <= allowed
 
 
@@ -123,7 +126,9 @@ def test_the_declared_dependencies_are_those():
 
     assert names(project["dependencies"]) == RUN_TIME
     assert names(project["optional-dependencies"]["peers"]) == PEERS - {"lycoris"}
-    assert "lycoris-lora" in names(project["optional-dependencies"]["libraries"])
+    extras = names(project["optional-dependencies"]["libraries"])
+    extras |= names(project["optional-dependencies"]["jax"])
+    assert {"lycoris-lora", "mlx[cpu]"} | {a.replace("_", "-") for a in ALONE - {"mlx"}} <= extras
 
 
 def top_level():
@@ -159,7 +164,7 @@ def test_importing_minilora_adds_little_and_no_framework():
     runs = [fresh_import() for _ in range(3)]
     loaded = {name.split(".")[0] for name in runs[0][2]}
     assert {"minilora", "numpy", "scipy"} <= loaded
-    assert loaded.isdisjoint(PEERS | {"hypothesis", "pytest", "safetensors", "tqdm"})
+    assert loaded.isdisjoint(PEERS | ALONE | {"hypothesis", "pytest", "safetensors", "tqdm"})
     assert min(own / below for own, below, _ in runs) < 1
 
 

@@ -147,7 +147,7 @@ def load(target: str) -> object:
     The name may be an object, a class or a factory without arguments; modules are looked for in
     the current folder first. Raises LoadError.
     """
-    from minilora.verify.peers import PEERS
+    from minilora.verify.peers import EXTRAS, PEERS
 
     module, colon, name = PEERS.get(target, target).partition(":")
     if not (module and colon and name):
@@ -162,7 +162,7 @@ def load(target: str) -> object:
         if target in PEERS and isinstance(cause, ModuleNotFoundError):
             raise LoadError(
                 f"{target} cannot be checked: {cause.name} is not installed; "
-                "pip install 'minilora[peers]'"
+                f"pip install 'minilora[{EXTRAS.get(target, 'peers')}]'"
             ) from cause
         raise
 

@@ -6,6 +6,17 @@ peer, write such a file and name its factory here.
 """
 
 PEERS: dict[str, str] = {
+    "bitsandbytes": "minilora.verify.peers.bitsandbytes:implementation",
+    "jax": "minilora.verify.peers.jax:implementation",
     "loralib": "minilora.verify.peers.loralib:implementation",
+    "mlx-lm": "minilora.verify.peers.mlx_lm:implementation",
     "peft": "minilora.verify.peers.peft:implementation",
+    "torch": "minilora.verify.peers.torch:implementation",
 }
+
+EXTRAS: dict[str, str] = {
+    "bitsandbytes": "peers,libraries",
+    "jax": "jax",
+    "mlx-lm": "libraries",
+}
+"""The extras of this package that install what a peer needs, where that is not `peers`."""

@@ -1,0 +1,167 @@
+"""The peers of one short file: what they have holds or is known, and wrong on purpose is caught.
+
+Only what they need is installed is run, and a part of the checks: `minilora verify NAME` has all.
+"""
+
+import importlib
+from fnmatch import fnmatchcase
+
+import numpy as np
+import pytest
+
+from minilora.verify import check
+from minilora.verify.checks import CHECKS
+from minilora.verify.peers import EXTRAS, PEERS
+
+LEVELS = {
+    "torch": {"linear", "merge", "variants", "combine", "multi"},
+    "jax": {"linear", "merge", "variants", "combine", "multi"},
+    "mlx-lm": {"linear", "merge", "variants"},
+    "bitsandbytes": {"linear", "merge", "variants", "multi"},
+}
+"""What each has methods for."""
+
+DTYPES = {
+    "torch": ("float16",),
+    "mlx-lm": ("float64", "bfloat16"),
+    "bitsandbytes": ("bfloat16",),
+}
+
+# JAX compiles anew for each shape: a few cases, of all methods and kinds of layer.
+OF_JAX = (
+    "linear.forward:float64:1",
+    "linear.vjp.bias:float16:1",
+    "linear.vjp.all:float64:2",
+    "merge.weight.rslora:bfloat16:1",
+    "variants.dora.vjp.dropout:float32:1",
+    "variants.lora-bias.forward:float32:0",
+    "combine.weighted:float32:1",
+    "combine.svd:float16:0",
+    "multi.forward:float32:1",
+)
+
+
+def imported(name):
+    """A peer's module, or a skip where its library is not installed."""
+    try:
+        return importlib.import_module(PEERS[name].partition(":")[0])
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get(name, "peers")
+        pytest.skip(f"{error.name} is not installed: pip install 'minilora[{extra}]'")
+
+
+def results(name, *cases):
+    peer = imported(name).implementation()
+    reports = [check(peer, case=case) for case in cases]
+    if not cases:
+        how = {"levels": sorted(LEVELS[name]), "dtypes": DTYPES[name], "profile": "quick"}
+        reports = [check(peer, **how)]
+    return [result for report in reports for result in report.results]
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_all_that_a_peer_has_holds_or_is_known(name):
+    found = results(name, *(OF_JAX if name == "jax" else ()))
+    assert {result.status for result in found} <= {"pass", "known", "skip"}
+    assert {result.level for result in found if result.status != "skip"} == LEVELS[name]
+    skipped = [result.reason for result in found if result.status == "skip"]
+    assert all("no settings" in reason or "no method" in reason for reason in skipped)
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_a_known_deviation_is_one_of_a_check_that_there_is(name):
+    peer = imported(name).implementation()
+    asked = {f"{c.id}:{d}" for c in CHECKS if c.level in LEVELS[name] for d in peer.dtypes}
+    for pattern in getattr(peer, "known", {}):
+        assert any(fnmatchcase(each, pattern) for each in asked), pattern
+
+
+def without_scale(self, x):
+    return self.linear(x) + (self.dropout(x) @ self.lora_a) @ self.lora_b
+
+
+def spoil_torch(monkeypatch):
+    monkeypatch.setattr(imported("torch"), "_scale", lambda *, alpha, **_: alpha)
+
+
+def spoil_jax(monkeypatch):
+    jax = pytest.importorskip("jax")
+    jax.clear_caches()
+    monkeypatch.setattr(jax.lax, "stop_gradient", lambda x: x)
+
+
+def spoil_mlx(monkeypatch):
+    layer = pytest.importorskip("mlx_lm.tuner.lora").LoRALinear
+    monkeypatch.setattr(layer, "__call__", without_scale)
+
+
+def spoil_bitsandbytes(monkeypatch):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    right = functional.dequantize_4bit
+    monkeypatch.setattr(functional, "dequantize_4bit", lambda *a, **k: 2 * right(*a, **k))
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "case", "arrays"),
+    [
+        ("torch", spoil_torch, "linear.vjp:float64:1", {"y", "dx", "dA", "dB"}),
+        ("jax", spoil_jax, "variants.dora.vjp:float32:0", {"dA", "dB"}),
+        ("mlx-lm", spoil_mlx, "linear.vjp:float32:1", {"y", "dx", "dA", "dB"}),
+        ("bitsandbytes", spoil_bitsandbytes, "linear.vjp:float16:1", {"dx"}),
+    ],
+)
+def test_a_library_made_wrong_on_purpose_is_caught(name, spoil, case, arrays, monkeypatch):
+    imported(name)
+    assert [result.status for result in results(name, case)] == ["pass"]
+    with monkeypatch.context() as patch:
+        spoil(patch)
+        (result,) = results(name, case)
+    if name == "jax":  # what was compiled is wrong, too
+        importlib.import_module("jax").clear_caches()
+    assert result.status == "fail"
+    assert {each.array for each in result.arrays if each.verdict == "fail"} == arrays
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_settings_that_a_peer_lacks_are_not_supported(name):
+    module = imported(name)
+    x = np.ones((1, 2), np.float32)
+    given = {"alpha": 1.0, "r": 1, "use_unicorns": True}
+    with pytest.raises(NotImplementedError, match="use_unicorns"):
+        module.implementation().lora_linear(x, x, x, x[:, :1], **given)
+
+
+@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
+def test_a_weight_of_which_every_entry_has_a_block_survives_four_bits():
+    module = imported("bitsandbytes")
+    W = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
+    none = {"A": np.zeros((1, 5), np.float32), "B": np.zeros((3, 1), np.float32)}
+    peer = module.implementation()
+    assert (peer.merge(W, **none, alpha=1.0, r=1) == W).all()
+    # Negative control: entries that share a block do not.
+    packed = module.bitsandbytes.functional.quantize_4bit(
+        module.torch.from_numpy(np.resize(W, (3, 64))), quant_type="nf4"
+    )
+    together = module.bitsandbytes.functional.dequantize_4bit(*packed).numpy()
+    assert (together != np.resize(W, (3, 64))).any()
+
+
+def test_mlx_asks_for_the_mask_that_it_is_given():
+    peer = imported("mlx-lm").implementation()
+    x = np.ones((1, 2), np.float32)
+    given = {"alpha": 1.0, "r": 1, "p": 0.25}
+    peer.lora_linear(x, x, x, x[:, :1], keep=x > 0, **given)
+    with pytest.raises(ValueError, match="asked to keep"):
+        peer.lora_linear(x, x, x, x[:, :1], keep=x[:, :1] > 0, **given)
+
+
+def test_weights_of_a_concatenation_may_round_where_the_scales_do_not():
+    """0.7 s B is rounded though s is a power of two, and the check of combining knows it."""
+    (result,) = results("torch", "combine.weighted:float16:7")
+    assert result.status == "pass"
+
+
+def test_every_peer_is_named_by_itself():
+    assert set(EXTRAS) <= set(PEERS) == {*LEVELS, "loralib", "peft"}
+    for name in LEVELS:
+        assert imported(name).implementation().name == name
