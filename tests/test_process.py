@@ -528,7 +528,7 @@ def test_the_command_line_starts_a_driver(tiny, tmp_path, capsys, monkeypatch):
     assert "./absent cannot be started" in capsys.readouterr().err
 
 
-SLOW = ("optimizer", "model", "train", "grad-flow")
+SLOW = ("optimizer", "model", "train", "grad-flow", "files")
 CASES = [
     *(
         f"{each.id}:bfloat16:0"

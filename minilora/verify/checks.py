@@ -6,6 +6,7 @@ from functools import partial
 from minilora.verify.diagnosis import diagnose
 from minilora.verify.levels import (
     combine,
+    files,
     gradflow,
     init,
     lifecycle,
@@ -33,6 +34,7 @@ CHECKS: tuple[Check, ...] = tuple(
         optimizer,
         train,
         gradflow,
+        files,
     )
     for check in level.CHECKS
 )

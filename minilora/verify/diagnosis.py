@@ -32,12 +32,13 @@ ANSWERS = {
     "model": ("model.",),
     "train": ("train.",),
     "init": ("init.",),
+    "files": ("files.",),
     "grad-flow": ("grad-flow.",),
 }
 LAWS = (".balance", ".padding", ".vector", "-balance", "dora.start", "dora.vector", ".reproducible")
 """Of the checks of a level, those that compare answers themselves, and not a law of them."""
 
-WHOLE = ("model", "optimizer", "train", "grad-flow")
+WHOLE = ("model", "optimizer", "train", "grad-flow", "files")
 """Levels whose cases are long: those of the profile ci are enough."""
 
 CASES = (1, 3, 5)

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import numpy as np
 
 import minilora
 from minilora.adapters import Adapter, State, combine_svd, multi_linear
-from minilora.formats.huggingface import read_model
-from minilora.formats.peft import adapter_names, read_adapter, read_lora
+from minilora.formats.files import pack_json, write_files, write_tensors
+from minilora.formats.huggingface import names, read_model, to_file
+from minilora.formats.peft import (
+    CONFIG,
+    WEIGHTS,
+    adapter_names,
+    read_adapter,
+    read_lora,
+    write_adapter,
+)
 from minilora.layers import OneHot
 from minilora.lora import LORA, Tuning, Variant, Weights, combine, draw_dropout, scale
 from minilora.models import Batch, Config, logits, loss, targets
@@ -151,6 +161,33 @@ class Own:
                 theirs: flat[own].astype(dtype)
                 for own, theirs in adapter_names(c, gradients).items()
             },
+        }
+
+    def save(
+        self,
+        model_dir: str | Path,
+        adapter_arrays: Mapping[str, Array],
+        settings: Mapping[str, Any],
+        out_dir: str | Path,
+    ) -> None:
+        """A PEFT folder of the tensors and the settings, by way of what they mean."""
+        c, W = read_model(model_dir)
+        with TemporaryDirectory(prefix="minilora-") as name:
+            folder = Path(name)
+            write_tensors(folder / WEIGHTS, dict(adapter_arrays), {"format": "pt"})
+            write_files(folder, {CONFIG: partial(pack_json, settings)})
+            factors, tuning = read_adapter(folder, c, base=W)
+            lora = read_lora(folder, c)
+        write_adapter(out_dir, c, W | factors, tuning, lora, base=W)
+
+    def load(self, model_dir: str | Path, adapter_dir: str | Path) -> dict[str, Array]:
+        """The adapter's tensors as they lie in its file."""
+        c, W = read_model(model_dir)
+        factors, _ = read_adapter(adapter_dir, c, base=W)
+        transposed = {name: lies for name, (_, lies) in names(c).items()}
+        return {
+            theirs: _flat(name, to_file(name, factors[name], transposed.get(name, False)))
+            for name, theirs in adapter_names(c, sorted(factors)).items()
         }
 
     def optimizer_steps(
@@ -333,7 +370,8 @@ def _batch(given: Mapping[str, Array]) -> Batch:
 
 def _flat(name: str, array: Array) -> Array:
     """A parameter as it lies in a file: vectors have one axis."""
-    return array if name.endswith((".A", ".B")) or array.shape[1] > 1 else array[:, 0]
+    matrix = name.endswith((".A", ".B")) or array.ndim < 2 or array.shape[1] > 1
+    return array if matrix else array[:, 0]
 
 
 def _wide(array: Array) -> Array:

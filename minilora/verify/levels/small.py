@@ -54,9 +54,14 @@ class Small:
         return adapter_names(self.c, sorted(self.tuning.trained))
 
     def write(self, folder: Path, dtype: str) -> tuple[Path, Path]:
-        """The folders of the model and of the adapter."""
+        """The folders of the model and of the adapter.
+
+        What is trained of the base itself is another in the model's folder, where it has not been
+        trained yet: here its negative.
+        """
         W = {name: array.astype(DTYPES[dtype]) for name, array in self.W.items()}
-        base = {name: W[name] for name in self.c.shapes()}
+        old = self.tuning.trained
+        base = {name: -W[name] if name in old else W[name] for name in self.c.shapes()}
         write_model(folder / "base", self.c, base)
         write_adapter(folder / "adapter", self.c, W, self.tuning, self.lora)
         return folder / "base", folder / "adapter"
@@ -67,7 +72,8 @@ def draw(c: Config, lora: Lora, rng: np.random.Generator) -> Small:
 
     Its numbers are those of float32.
     """
-    W, tuning = adapt(draw_weights(c, rng, 0.3), lora, c.linears(), rng)
+    shapes = {at: v for at, v in c.matrices().items() if at in c.linears() or at in lora.targets}
+    W, tuning = adapt(draw_weights(c, rng, 0.3), lora, shapes, rng)
 
     def drawn(name: str, array: Array) -> Array:
         if name.endswith((".A", ".B")):

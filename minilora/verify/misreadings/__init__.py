@@ -6,6 +6,7 @@ given its name. To add one, add its line to a family in `linear`, `merge`, `seve
 """
 
 from minilora.verify.misreadings import (
+    files,
     gradflow,
     init,
     lifecycle,
@@ -32,6 +33,7 @@ MISREADINGS: tuple[Misreading, ...] = (
     *model.MISREADINGS,
     *train.MISREADINGS,
     *init.MISREADINGS,
+    *files.MISREADINGS,
     *gradflow.MISREADINGS,
 )
 """All of them, the lowest level first; among them some equivalents, which must pass."""

@@ -40,6 +40,9 @@ KNOWN = {
     "train.*:float64": _LLAMA,
 }
 KNOWN |= {
+    f"files.function.{kind}:float64": _LLAMA for kind in ("patterns", "dora", "embedding")
+} | {"files.function.rslora:float64": _LOSS}
+KNOWN |= {
     f"grad-flow.{check}:float64": _LLAMA
     for check in ("every", "checkpointing", "below", "above", "below-checkpointing", "start")
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -213,6 +214,29 @@ class Peft:
         """Loss, logits and the gradient of every tensor that the adapter's file holds."""
         model = _opened(model_dir, adapter_dir)
         return loss_and_gradients(model, batch, _trained(model, adapter_dir))
+
+    def save(
+        self,
+        model_dir: str | Path,
+        adapter_arrays: Mapping[str, np.ndarray],
+        settings: Mapping[str, Any],
+        out_dir: str | Path,
+    ) -> None:
+        """save_pretrained of a model whose adapter is filled by set_peft_model_state_dict."""
+        # A copy: a classifier's model adds the heads that it knows to the list modules_to_save.
+        config = peft.LoraConfig.from_peft_type(**copy.deepcopy(dict(settings)))
+        model = peft.get_peft_model(load_base(model_dir), config, autocast_adapter_dtype=False)
+        tensors = {name: to_torch(array) for name, array in adapter_arrays.items()}
+        result = peft.set_peft_model_state_dict(model, tensors)
+        if result.unexpected_keys:
+            raise ValueError(f"the library has no place for {', '.join(result.unexpected_keys)}")
+        model.save_pretrained(str(out_dir), save_embedding_layers=False)
+
+    def load(self, model_dir: str | Path, adapter_dir: str | Path) -> dict[str, np.ndarray]:
+        """get_peft_model_state_dict after from_pretrained."""
+        model = _opened(model_dir, adapter_dir)
+        state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        return {name: to_numpy(tensor) for name, tensor in state.items()}
 
     def train(
         self,
