@@ -21,6 +21,11 @@ WORST = {}
 """The greatest figure of each name since the test began; conftest.py prints them at the end."""
 
 
+def gamma(k):
+    """What k roundings in a row can do, relatively: k u / (1 - k u) (Higham 2002, lemma 3.1)."""
+    return k * UNIT_ROUNDOFF / (1 - k * UNIT_ROUNDOFF)
+
+
 def record_worst(name, figure):
     WORST[name] = max(WORST.get(name, 0.0), float(figure))
 

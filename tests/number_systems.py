@@ -14,7 +14,7 @@ import operator
 import mpmath
 import numpy as np
 import scipy.special
-from calculus import UNIT_ROUNDOFF
+from calculus import UNIT_ROUNDOFF, gamma
 
 mpmath.mp.dps = 40
 
@@ -115,11 +115,6 @@ class Real(Number):
 
     def erf(self):
         return Real(mpmath.erf(self.v))
-
-
-def gamma(k):
-    """What k roundings in a row can do, relatively: k u / (1 - k u) (Higham 2002, lemma 3.1)."""
-    return k * UNIT_ROUNDOFF / (1 - k * UNIT_ROUNDOFF)
 
 
 @functools.total_ordering

@@ -17,6 +17,7 @@ from calculus import (
     GRADIENT,
     UNIT_ROUNDOFF,
     derivative,
+    gamma,
     record_worst,
     relative_error,
     same_bits,
@@ -30,7 +31,6 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from number_systems import gamma
 from test_guards import captured_and_bound_again, check_shapes
 from test_lora import equal
 

@@ -6,10 +6,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import scipy.linalg
-from calculus import UNIT_ROUNDOFF, record_worst, same_bits
+from calculus import UNIT_ROUNDOFF, gamma, record_worst, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from number_systems import gamma, to_objects
+from number_systems import to_objects
 
 from minilora import laws, lora, starts
 from minilora import strategies as draw
