@@ -296,6 +296,22 @@ def test_peft_trains_in_full_what_only_ends_like_a_module_to_save(torch, peft):
     assert [name for name in names if matches(name, ["q"])] == ["q"]
 
 
+def test_peft_lists_a_classifiers_heads_again_at_each_saving(torch, peft, transformers, tmp_path):
+    """Seen in peft 0.21.2."""
+    size = {"hidden_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
+    bert = transformers.BertForSequenceClassification(transformers.BertConfig(**size))
+    mine, listed = ["classifier"], []
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=mine)
+    model = peft.get_peft_model(bert, config)
+    assert mine == ["classifier", "classifier", "score"]
+    for _ in range(3):
+        model.save_pretrained(tmp_path)
+        listed.append(json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"])
+        model = peft.PeftModel.from_pretrained(model.unload(), tmp_path)
+    assert [len(names) for names in listed] == [3, 5, 7]
+    assert {name for names in listed for name in names} == {"classifier", "score"}
+
+
 def test_peft_drops_the_bias_of_a_head_whose_tokens_are_trained(torch, peft):
     """Seen in peft 0.21.2."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -1474,3 +1490,105 @@ def test_peft_makes_a_row_of_a_vector_with_dora(torch, peft):
     assert model(x).shape == (1, 3)
     with model.disable_adapter():
         assert model(x).shape == (3,)
+
+
+def packed_layer(torch, bitsandbytes, W):
+    """A four-bit layer of W, in which entries that are alone in their blocks are exact."""
+    nn = bitsandbytes.nn
+    layer = nn.Linear4bit(W.shape[1], len(W), compute_dtype=W.dtype, quant_type="nf4")
+    how = {"quant_type": "nf4", "compress_statistics": False, "requires_grad": False}
+    layer.weight = nn.Params4bit(W, **how).to("cpu")
+    layer.bias = torch.nn.Parameter(torch.zeros(len(W), dtype=W.dtype))
+    return layer
+
+
+def test_bitsandbytes_fails_on_the_gradient_of_a_bias_from_one_token(torch, bitsandbytes):
+    """Seen in bitsandbytes 0.50.2."""
+    layer = packed_layer(torch, bitsandbytes, torch.zeros(2, 64, dtype=torch.bfloat16))
+
+    def gradient(dy):
+        x = torch.zeros(*dy.shape[:-1], 64, dtype=dy.dtype)
+        return torch.autograd.grad(layer(x), layer.bias, dy)[0].tolist()
+
+    dy = torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
+    assert gradient(dy[None]) == [1, 2]
+    with pytest.raises(RuntimeError, match="invalid gradient"):
+        gradient(dy)
+    # Two sequences of two tokens: 256 + 1 is rounded before -256 + 0 comes to it.
+    dy = torch.tensor([[[256], [-256]], [[1], [0]]], dtype=torch.bfloat16).expand(2, 2, 2)
+    assert dy.sum((0, 1)).tolist() == [1, 1]
+    assert gradient(dy) == [0, 0]
+
+
+def packs(bitsandbytes):
+    if not bitsandbytes.functional.has_avx512bf16():
+        pytest.skip("the packing is that of processors with AVX-512 for bfloat16")
+
+
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
+def test_bitsandbytes_loses_the_gradient_of_a_layer_that_was_evaluated(torch, bitsandbytes):
+    """Seen in bitsandbytes 0.50.2."""
+    packs(bitsandbytes)
+    W = torch.zeros(32, 128)
+    W[0, ::64] = torch.tensor([2.0, 3.0])
+    layer = packed_layer(torch, bitsandbytes, W)
+    layer.bias = None  # which would be added in place, and with an error
+
+    def gradient():
+        x = torch.zeros(1, 128, requires_grad=True)
+        layer.train()(x).sum().backward()
+        return x.grad if x.grad is None else x.grad[0, ::64].tolist()
+
+    assert gradient() == [2, 3]
+    with torch.no_grad():
+        layer.eval()(torch.zeros(1, 128))
+    assert gradient() is None
+
+
+def test_bitsandbytes_rounds_to_bfloat16_once_a_layer_was_evaluated(torch, bitsandbytes):
+    """Seen in bitsandbytes 0.50.2."""
+    packs(bitsandbytes)
+    w = 1 + 2**-20
+    x, W = torch.ones(1, 64), torch.zeros(32, 64)
+    W[:, 0] = w
+    layer = packed_layer(torch, bitsandbytes, W)
+    with torch.no_grad():
+        assert (layer.train()(x) == w).all()
+        assert (layer.eval()(x) == 1).all()
+        assert (layer.train()(x) == 1).all()
+        with pytest.raises(AssertionError, match="N must be divisible"):
+            packed_layer(torch, bitsandbytes, W[:5]).eval()(x)
+
+
+@pytest.fixture
+def jax():
+    return pytest.importorskip("jax", reason="pip install 'minilora[jax]'")
+
+
+def test_jax_sums_the_gradient_of_a_bias_in_half_precision(jax):
+    """Seen in jax 0.10.2."""
+    dy = np.array([[256], [1], [1]], bfloat16)
+    b = np.zeros(1, bfloat16)
+    _, back = jax.vjp(lambda b: np.zeros_like(dy) + b, b)
+    assert back(dy)[0] == 256
+    assert jax.numpy.sum(dy, 0) == 258 == bfloat16(258)
+
+
+def test_mlx_lm_drops_nothing_of_the_base_that_dora_rescales(mlx_lm, monkeypatch):
+    """Seen in mlx_lm 0.32.2."""
+    mx, layers = mlx_lm.core, pytest.importorskip("mlx_lm.tuner.dora")
+    W, x, B = np.array([[3.0, 4]]), np.ones((2, 1)), np.zeros((1, 1))
+    base = pytest.importorskip("mlx.nn").Linear(2, 1, bias=False)
+    base.weight = mx.array(W)
+    layer = layers.DoRALinear.from_base(base, r=1, dropout=0.5).train()
+    layer.m = 2 * layer.m  # of a row of norm 5
+    found, right = [], []
+    for keep in ([1, 1], [1, 0], [0, 1], [0, 0]):
+        monkeypatch.setattr(mx.random, "bernoulli", lambda *_, keep=keep: mx.array([keep]))
+        found.append(layer(mx.array(x.T)).item())
+        K = 2.0 * np.array(keep)[:, None]
+        y, _ = dora_linear(x, W, None, x.T, B, np.array([[10.0]]), 1.0, K)
+        right.append(y.item())
+    assert found == [14, 14, 14, 14]
+    assert right == [7 + 14, 7 + 6, 7 + 8, 7]
+    assert np.mean(found) == np.mean(right)
