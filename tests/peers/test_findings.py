@@ -296,6 +296,7 @@ def test_peft_trains_in_full_what_only_ends_like_a_module_to_save(torch, peft):
     assert [name for name in names if matches(name, ["q"])] == ["q"]
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_peft_lists_a_classifiers_heads_again_at_each_saving(torch, peft, transformers, tmp_path):
     """Seen in peft 0.21.2."""
     size = {"hidden_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}

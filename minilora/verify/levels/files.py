@@ -112,13 +112,26 @@ def _of(kind: str, case: Case) -> Stored:
     return stored(kind, case.dtype, case.number, case.seed)
 
 
+def arrays(got: Any) -> dict[str, Any]:
+    """What load gave, by names. Raises Fault."""
+    if not isinstance(got, Mapping):
+        raise Fault("missing", f"load gave a {type(got).__name__}, expected a dict of arrays")
+    return {str(name): array for name, array in got.items()}
+
+
+def contents(folder: Path) -> tuple[Weights, dict[str, Any]]:
+    """The tensors and the settings that save left. Raises Fault where they cannot be read."""
+    try:
+        return read_tensors(folder / WEIGHTS), read_json(folder / CONFIG)
+    except FormatError as error:
+        raise Fault("missing", f"what save left: {error}".replace(str(folder), "")) from None
+
+
 def same_tensors(
-    subject: Subject, what: str, got: Any, want: Weights, dtype: str
+    subject: Subject, what: str, got: Mapping[str, Any], want: Weights, dtype: str
 ) -> Iterable[Comparison]:
     """The same names, and under each the same bits."""
-    if not isinstance(got, Mapping):
-        raise Fault("missing", f"{what} are a {type(got).__name__}, expected a dict of arrays")
-    yield same_names(f"names {what}", map(str, got), want)
+    yield same_names(f"names {what}", got, want)
     for name, array in want.items():
         if name in got:
             there = subject.answer(got[name], f"{name} {what}", array.shape, dtype)
@@ -128,7 +141,7 @@ def same_tensors(
 def _load(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
     def run(subject: Subject, case: Case) -> Iterable[Comparison]:
         it = _of(kind, case)
-        got = subject.call("load", str(it.base), str(it.folder))
+        got = arrays(subject.call("load", str(it.base), str(it.folder)))
         yield from same_tensors(subject, "loaded", got, it.tensors, case.dtype)
 
     return run
@@ -173,7 +186,7 @@ def _save(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
         with TemporaryDirectory(prefix="minilora-") as name:
             folder = Path(name)
             saved(subject, it.base, it.tensors, it.settings, folder)
-            got = read_tensors(folder / WEIGHTS)
+            got, _ = contents(folder)
             yield from same_tensors(subject, "saved", got, it.tensors, case.dtype)
             yield from understood(it, folder)
 
@@ -191,14 +204,13 @@ def again(subject: Subject, case: Case) -> Iterable[Comparison]:
             second.mkdir()
             try:
                 saved(subject, it.base, it.tensors, it.settings, first)
-                loaded = subject.call("load", str(it.base), str(first))
-                settings = read_json(first / CONFIG)
-                once, twice = dict(loaded), second / WEIGHTS
-                saved(subject, it.base, once, settings, second)
+                want, settings = contents(first)
+                loaded = arrays(subject.call("load", str(it.base), str(first)))
+                saved(subject, it.base, loaded, settings, second)
             except Skip as skip:
                 reasons.append(skip.reason)
                 continue
-            got, want = read_tensors(twice), read_tensors(first / WEIGHTS)
+            got, _ = contents(second)
             what = f"saved again ({kind})"
             yield from same_tensors(subject, what, got, want, case.dtype)
             yield from understood(it, second)

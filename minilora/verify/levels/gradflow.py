@@ -6,7 +6,7 @@ They are seen through ``train``: a step of SGD takes a parameter's gradient away
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 
 from minilora.models import Batch
 from minilora.targets import Lora
-from minilora.verify.contract import Subject
+from minilora.verify.contract import Fault, Subject
 from minilora.verify.levels import small
 from minilora.verify.levels.model import as_dict
 from minilora.verify.levels.small import Small
@@ -125,8 +125,9 @@ def frozen(subject: Subject, case: Case) -> Iterable[Comparison]:
     what = "files that changed" + "".join(f", {name}" for name in changed)
     yield Comparison(what, np.asarray(float(len(changed))), np.asarray(0.0))
     for k, step in enumerate(subject.items(answer, len(steps), "the list of steps"), 1):
-        given_back = set(step) if isinstance(step, dict) else set()
-        yield small.same_names(f"names after step {k}", given_back, of.names().values())
+        if not isinstance(step, Mapping):
+            raise Fault("missing", f"step {k} is a {type(step).__name__}, expected a dict")
+        yield small.same_names(f"names after step {k}", map(str, step), of.names().values())
 
 
 def _ledger(folder: Path) -> dict[str, str]:

@@ -1,0 +1,175 @@
+"""Levels train, grad-flow, files and init: what their cases hold, and what they say of nonsense."""
+
+import numpy as np
+import pytest
+from scipy.stats import kstwo
+
+from minilora.formats.huggingface import read_model
+from minilora.formats.peft import read_lora
+from minilora.models import targets
+from minilora.ops import IGNORED
+from minilora.verify import check
+from minilora.verify.contract import Subject
+from minilora.verify.levels import files, init, small, train
+from minilora.verify.misreadings import MISREADINGS
+from minilora.verify.misreadings.files import Filer
+from minilora.verify.own import Own, trained
+from minilora.verify.terms import Case
+
+SEEDS = range(3)
+
+
+def crossed(norms, greatest):
+    """Whether some of the norms are clipped and some are not."""
+    return min(norms) < greatest < max(norms)
+
+
+@pytest.mark.parametrize("kind", ["clip", "together"])
+def test_clipping_is_crossed_in_both_directions(kind):
+    for seed in SEEDS:
+        of, steps = train.drawn(kind, 0, seed)
+        settings = train.settings_of(kind, 0, seed)
+        norms = train.norms(of, steps, trained(of.c, of.W, of.tuning, steps, settings))
+        assert crossed(norms, settings["max_grad_norm"])
+        assert not crossed(norms, 2 * max(norms))
+
+
+def test_micro_batches_have_unequal_counts_and_every_batch_has_all_kinds_of_labels():
+    for seed in SEEDS:
+        of, steps = train.drawn("accumulate", 0, seed)
+        unequal = []
+        for step in steps:
+            counts = {int((targets(batch, of.c) != IGNORED).sum()) for batch in step}
+            unequal.append(len(counts) > 1)
+            for batch in step:
+                assert not batch.real.all()
+                assert (batch.labels[~batch.real] == IGNORED).all()
+                assert ((targets(batch, of.c) != IGNORED).reshape(batch.ids.shape)).any(1).all()
+        assert sum(unequal) > len(steps) / 2
+        every = [batch for step in steps for batch in step]
+        assert any((batch.labels[batch.real] == IGNORED).any() for batch in every)
+
+
+def test_prompts_are_ignored_and_answers_have_more_than_one_token():
+    _, steps = train.drawn("prompt", 0, 0)
+    for (batch,) in steps:
+        learned = batch.labels != IGNORED
+        assert (learned.sum(1) > 1).all()
+        assert not learned[:, 0].any()
+        assert (np.diff((learned | ~batch.real).astype(int), axis=1) >= 0).all()
+
+
+def test_what_is_trained_of_the_base_is_another_in_the_models_folder(tmp_path):
+    of, _ = train.drawn("decay", 0, 0)
+    base, _ = of.write(tmp_path, "float64")
+    _, W = read_model(base)
+    for name, array in W.items():
+        assert np.array_equal(array, -of.W[name] if name in of.tuning.trained else of.W[name])
+    assert {name.rpartition(".")[2] for name in of.tuning.trained} >= {"bias", "weight", "A"}
+
+
+@pytest.mark.parametrize("kind", [*train.KINDS])
+def test_both_dtypes_are_given_the_same_numbers(kind):
+    of, _ = train.drawn(kind, 0, 0)
+    assert all(np.array_equal(v, v.astype(np.float32)) for v in of.W.values())
+
+
+def rate(greatest, count):
+    """The probability that count draws differ by more from their distribution."""
+    return kstwo.sf(greatest, count)
+
+
+def test_the_error_rate_of_a_distribution_is_what_it_says():
+    (found,) = init._distribution("")(Subject(Own()), Case("init.distribution", "float64", 0, 0))
+    count = sum(init.SEEDS * r * n for _, n, r in init.SIZES)
+    assert 0 < rate(found.sigma[0], count) <= init.ERROR
+    assert rate(found.sigma[0] / 2, count) > init.ERROR
+
+
+def test_the_error_rate_of_products_is_what_it_says():
+    """Of sums of products of two uniform numbers none comes near the bound, and half would."""
+    (found,) = init.independent(Subject(Own()), Case("init.independent", "float64", 0, 0))
+    rng = np.random.default_rng(0)
+    a, b = rng.uniform(-1, 1, (2, 4000, 1024)).astype(np.float32)
+    sums = 3 * np.abs((a * b).mean(1))
+    assert sums.max() < found.sigma[0]
+    assert sums.max() > found.sigma[0] / 3
+
+
+class Nothing(Filer):
+    def load(self, *given):
+        return None
+
+    def save(self, *given):
+        return None
+
+    def train(self, model, adapter, batches, settings):
+        return [None] * len(batches)
+
+    def init(self, W, **given):
+        return [W]
+
+
+class Garbage(Filer):
+    def save(self, model, arrays, settings, folder):
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            with open(f"{folder}/{name}", "w") as file:
+                file.write("?")
+
+
+class Others(Filer):
+    """Right files, that say another thing of the scale."""
+
+    def saved(self, tensors, settings):
+        return tensors, {**settings, "lora_alpha": 9, "use_rslora": not settings["use_rslora"]}
+
+
+def kinds(target, level):
+    report = check(target(), levels=[level], dtypes=["float32"], profile="quick")
+    return {r.check: (r.status, *(f.kind for f in r.faults)) for r in report.results}
+
+
+@pytest.mark.parametrize("level", ["train", "grad-flow", "files", "init"])
+def test_an_answer_that_is_none_is_the_implementations_fault(level):
+    found = kinds(Nothing, level)
+    wrong = [v for k, v in found.items() if not k.startswith("files.function")]
+    assert set(wrong) == {("error", "missing")}
+    assert {v for k, v in kinds(Filer, level).items()} <= {("pass",), ("skip",)}
+
+
+def test_a_file_that_cannot_be_read_is_the_implementations_fault():
+    found = kinds(Garbage, "files")
+    wrong = {v for k, v in found.items() if k.startswith(("files.save", "files.again"))}
+    assert wrong == {("error", "missing")}
+
+
+def test_a_folder_that_says_another_scale_is_shown_by_its_modules():
+    result = check(Others(), case="files.save.patterns:float32:0").results[0]
+    assert result.status == "fail"
+    assert result.worst.array.startswith("s of layers.0.down, layers.0.q")
+    assert check(Filer(), case="files.save.patterns:float32:0").results[0].status == "pass"
+
+
+def test_patterns_are_the_dotted_ends_of_names_and_read_as_they_are_meant():
+    it = files.stored("patterns", "float32", 0, 0)
+    lora = read_lora(it.folder, it.small.c)
+    for name, internal in (
+        ("rank_pattern", lora.rank_pattern),
+        ("alpha_pattern", lora.alpha_pattern),
+    ):
+        assert len(it.settings[name]) == len(internal) > 1
+        assert not any(end.startswith("model.") for end in it.settings[name])
+
+
+def test_the_names_that_differ_are_said():
+    same = small.same_names("names", ["a", "b"], ["b", "a"])
+    other = small.same_names("names", ["a", "c"], ["b", "a"])
+    assert same.judge().verdict == "pass"
+    assert other.judge().verdict == "fail"
+    assert other.array == "names, without b, beside them c"
+
+
+def test_a_frozen_file_that_changes_is_named():
+    wrong = next(m for m in MISREADINGS if m.id == "flow-base-file-changed")
+    result = check(wrong.make(), case="grad-flow.frozen:float32:0").results[0]
+    assert result.worst.array == "files that changed, base/config.json"
