@@ -54,6 +54,8 @@ def run(message):
     if method == "session":
         sessions[message["seq"]] = answer
         return
+    if answer is None:  # of save, which leaves files and says nothing
+        return
     answer = {RESULTS[method]: answer} if method in RESULTS else answer
     save_file(flat(answer), message["out"])
 

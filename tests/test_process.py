@@ -538,6 +538,8 @@ CASES = [
     "optimizer.together:float32:0",
     "model.llama:float32:0",
     "train.accumulate:float32:0",
+    "grad-flow.dropout:float32:0",
+    "files.again:float32:0",
 ]
 
 
