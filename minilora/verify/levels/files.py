@@ -53,9 +53,10 @@ KINDS: dict[str, tuple[Config, Lora, str]] = {
     "trained": (
         small.BERT,
         Lora(
-            r=3, alpha=7, targets=("q", "v"), bias="lora_only", also=("head.weight", "head.bias")
+            r=3, alpha=7, targets=("q", "o", "down"), alpha_pattern={"layers.0.down": 16},
+            bias="lora_only", also=("head.weight", "head.bias"),
         ),
-        "a head trained in full and biases",
+        "a head trained in full and biases, and names of which one ends like another",
     ),
     "dora": (
         small.DEEP,

@@ -1,8 +1,7 @@
 """How LoRA goes wrong: wrong implementations, each a changed line or two of a right one.
 
 Each must be caught, which shows that the checks see; each has a formula, so that a deviation can be
-given its name. To add one, add its line to a family in `linear`, `merge`, `several`, `optimizer` or
-`model`.
+given its name. To add one, add its line to a family in the module of its level.
 """
 
 from minilora.verify.misreadings import (

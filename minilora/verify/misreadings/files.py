@@ -254,6 +254,9 @@ FUNCTION = (
             _without(HEAD), _settings(modules_to_save=lambda c: None, task_type=lambda c: None)))),
         ("bias-not-used", "the base's biases", files(heeded=_both(
             _without(BIAS), _settings(bias=lambda c: "none")))),
+        ("pattern-by-last-names", "a pattern counts for all that ends with its last two names",
+         files(heeded=_settings(alpha_pattern=lambda c: {
+             ".".join(n.split(".")[-2:]): v for n, v in c["alpha_pattern"].items()}))),
     ),
     *family(
         "STORE",

@@ -361,7 +361,7 @@ SCHEDULE = (
             "m and v from 0 in every step",
             _of("state-lost"),
         ),
-        ("adam-step-from-0", "bias correction counted from 0", _of("t-from-2")),
+        ("adam-step-from-2", "bias correction counted from 2", _of("t-from-2")),
     ),
     *family(
         "TRAIN",
