@@ -22,7 +22,7 @@ SOME = (
     "merge-no-scale",
     "unmerge-nothing",
     "optimizer-betas-swapped",
-    "block-no-types",
+    pytest.param("block-no-types", marks=pytest.mark.slow),  # of whole models
 )
 
 

@@ -1,11 +1,12 @@
 """What is said of a deviation that no known misreading explains, and that nothing is invented."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from minilora.verify import check, structure
+from minilora.verify import engine, misreadings, structure
 from minilora.verify.checks import CHECKS
 from minilora.verify.diagnosis import CASES, Direct, answers
 from minilora.verify.misreadings.plain import Plain, but, digits, then
@@ -92,9 +93,10 @@ def test_what_is_right_has_no_structure():
     assert said(Plain, "linear.vjp") == []
 
 
-def test_a_report_says_it_where_no_misreading_has_a_name_for_it():
+def test_a_report_says_it_where_no_misreading_has_a_name_for_it(monkeypatch):
+    monkeypatch.setattr(misreadings, "MISREADINGS", ())
     make, at, (pattern, *_) = ROWS["a scale"]
-    report = check(make(), levels=["linear"], dtypes=["float32"], case=f"{at}:float32:1")
+    report = engine.run([replace(BY_ID[at], smallest=None)], make(), dtypes=["float32"])
     assert re.search(pattern.replace(" ", r"\s+"), report.text())
     assert "STRUCTURE" in report.text()
 

@@ -278,6 +278,7 @@ def test_a_check_needs_no_pytest():
     assert (run.stdout, run.stderr) == ("pytest is not there\n", "")
 
 
+@pytest.mark.slow
 def test_processes_share_the_tests():
     """The whole of the real registry is collected, in each process alike, and a part of it run."""
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
