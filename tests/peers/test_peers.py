@@ -534,6 +534,60 @@ def test_optimizer_settings_that_the_peer_lacks_are_not_supported() -> None:
         peer("peft").optimizer_steps(norm, [], SETTINGS)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # a GPT-2 has dropout of its own
+@pytest.mark.parametrize("name", ["peft", "loralib"])
+def test_a_step_of_training_takes_the_gradient_away(
+    name: str, files: Any, tmp_path: Path, architecture: str, checkpointing: bool
+) -> None:
+    base, dropping = files(architecture, "float32")
+    adapter = altered(dropping, tmp_path, lambda _, tensor: tensor, lora_dropout=0.0)
+    batch = tiny_batch(architecture)
+    settings = {"optimizer": "sgd", "lr": 0.125, "momentum": 0.0, "weight_decay": 0.0}
+    settings |= {"gradient_checkpointing": True} if checkpointing else {}
+    (after,) = peer(name).train(base, adapter, [[batch]], settings)
+    gradients = peer(name).model_loss(base, adapter, batch)["grads"]
+    start = {k: t.numpy() for k, t in load_file(adapter / "adapter_model.safetensors").items()}
+    assert after.keys() == start.keys() == gradients.keys()
+    for k, array in after.items():  # an eighth of a number is exact, and the difference rounds once
+        assert np.array_equal(array, start[k] - gradients[k] / 8)
+        assert not np.array_equal(array, start[k] - gradients[k] / 4)
+    (dropped,) = peer(name).train(base, dropping, [[batch]], settings)
+    assert not any(np.array_equal(dropped[k], after[k]) for k in after)
+
+
+def test_the_libraries_own_starts_leave_the_weight(library: Any) -> None:
+    if not hasattr(library, "init"):
+        pytest.skip("it has no start of its own")
+    W = draw(np.random.default_rng(0), "float32", 6, 10)
+    start, again = (library.init(W, r=3, alpha=7.0, seed=5) for _ in range(2))
+    other = library.init(W, r=3, alpha=7.0, seed=6)
+    assert np.array_equal(start["A"], again["A"])
+    assert not np.array_equal(start["A"], other["A"])
+    assert start["A"].shape == (3, 10)
+    assert not start["B"].any()
+    assert np.array_equal(start.get("W", W), W)
+    if library.name == "peft":
+        split = library.init(W, r=3, alpha=7.0, seed=5, init_lora_weights="olora")
+        assert split["B"].any()
+        assert not np.array_equal(split["W"], W)
+
+
+def test_peft_saves_and_loads_what_lies_in_the_file(files: Any, tmp_path: Path) -> None:
+    base, adapter = files("llama", "bfloat16")
+    loaded = peer("peft").load(base, adapter)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    halved = {name: array / 2 for name, array in loaded.items()}
+    peer("peft").save(base, halved, settings, tmp_path)
+    stored = load_file(adapter / "adapter_model.safetensors")
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert loaded.keys() == saved.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert np.array_equal(loaded[name], shared.to_numpy(tensor))
+        assert torch.equal(saved[name], tensor / 2)
+        assert not torch.equal(saved[name], tensor)
+
+
 def test_every_peer_says_what_it_is(library: Any) -> None:
     assert PEERS[library.name].startswith(f"minilora.verify.peers.{library.name}:")
     assert library.version[0].isdigit()

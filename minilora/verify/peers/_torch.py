@@ -151,6 +151,12 @@ def loss_and_gradients(
     }
 
 
+def compute_again(model: Any) -> None:
+    """Gradient checkpointing, by the name that transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)()
+
+
 def step_by_step(
     model: Any,
     trained: Mapping[str, torch.nn.Parameter],

@@ -19,6 +19,7 @@ from minilora.verify.peers._torch import (
     KNOWN,
     PRECISION,
     GivenMask,
+    compute_again,
     fill,
     load_base,
     loss_and_gradients,
@@ -121,7 +122,7 @@ class Loralib:
         checkpointing = settings.pop("gradient_checkpointing", False)
         model, trained = _opened(model_dir, adapter_dir)
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            compute_again(model)
         optimizer = plain_optimizer(trained.values(), settings)
         scheduler = schedule_of(optimizer, settings, len(batches))
         return step_by_step(

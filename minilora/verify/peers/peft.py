@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from minilora.verify.peers._torch import (
     OPTIMIZERS,
     PRECISION,
     GivenMask,
+    compute_again,
     fill,
     load_base,
     loss_and_gradients,
@@ -225,7 +227,8 @@ class Peft:
         """save_pretrained of a model whose adapter is filled by set_peft_model_state_dict."""
         # A copy: a classifier's model adds the heads that it knows to the list modules_to_save.
         config = peft.LoraConfig.from_peft_type(**copy.deepcopy(dict(settings)))
-        model = peft.get_peft_model(load_base(model_dir), config, autocast_adapter_dtype=False)
+        with _without_news():
+            model = peft.get_peft_model(load_base(model_dir), config, autocast_adapter_dtype=False)
         tensors = {name: to_torch(array) for name, array in adapter_arrays.items()}
         result = peft.set_peft_model_state_dict(model, tensors)
         if result.unexpected_keys:
@@ -472,6 +475,14 @@ def _with_adapters(W: np.ndarray, adapters: Sequence[Mapping[str, Any]]) -> tupl
     return model, layer
 
 
+@contextmanager
+def _without_news() -> Iterator[None]:
+    """PEFT 0.21 asks for an attribute by a name that transformers 5.24 calls deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
+
+
 def _opened(model_dir: str | Path, adapter_dir: str | Path, checkpointing: bool = False) -> Any:
     """The library's model of two folders, its adapter to be trained."""
     base = load_base(model_dir)
@@ -481,10 +492,8 @@ def _opened(model_dir: str | Path, adapter_dir: str | Path, checkpointing: bool 
             f"{model_dir}; store base and adapter in one dtype"
         )
     if checkpointing:
-        base.gradient_checkpointing_enable()
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks for an attribute by a name that transformers 5.24 calls deprecated.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        compute_again(base)
+    with _without_news():
         return peft.PeftModel.from_pretrained(
             base, str(adapter_dir), is_trainable=True, autocast_adapter_dtype=False
         )
