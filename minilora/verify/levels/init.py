@@ -98,25 +98,29 @@ def _distribution(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
 def independent(subject: Subject, case: Case) -> Iterable[Comparison]:
     """The rows of A are independent of each other, and so are those of other seeds.
 
-    For rows a, b of n independent entries of variance 1/n, each at most √(3/n), the sum n Σ aᵢ bᵢ
-    passes t with a probability of at most 2 exp(-t² / (2 n + 2 t)) (Bernstein): products have the
-    variance 1 and are at most 3 each.
+    For rows a, b of n independent entries of variance 1/n, each at most √(3/n): the sum n Σ aᵢ bᵢ
+    passes t with a probability of at most 2 exp(-t² / (2 n + 2 t)) (Bernstein), products having the
+    variance 1 and being at most 3; and |a|² falls below 1 - ε with one of at most exp(-2 n ε² / 9)
+    (Hoeffding). What is compared is the cosine, so that the size of the entries does not matter.
     """
     m, n, r = 5, 1024, 4
     W = weight(case, m, n)
-    rows = [
+    drawn = [
         start(subject, W, r, 2.5 * r, _first(case) + seed, case.dtype)[0] for seed in range(SEEDS)
     ]
-    a = sqrt(3) * np.concatenate(rows).astype(np.float64)
-    above = np.triu_indices(len(a), 1)
-    level = log(2 * len(above[0]) / ERROR)
+    rows = np.concatenate(drawn).astype(np.float64)
+    lengths = np.sqrt((rows * rows).sum(1, keepdims=True))
+    rows = rows / np.where(lengths > 0, lengths, 1)
+    above = np.triu_indices(len(rows), 1)
+    level = log(2 * len(above[0]) / (ERROR / 2))
     greatest = (level + sqrt(level**2 + 2 * level * n)) / n
-    products = (a @ a.T)[above]
+    shorter = sqrt(9 * log(len(rows) / (ERROR / 2)) / (2 * n))
+    cosines = (rows @ rows.T)[above]
     yield Comparison(
-        "products of two rows of √3 A",
-        products,
-        np.zeros(products.shape),
-        np.full(products.shape, greatest),
+        "cosines of two rows of A",
+        cosines,
+        np.zeros(cosines.shape),
+        np.full(cosines.shape, greatest / (1 - shorter)),
         BOUND,
     )
 
