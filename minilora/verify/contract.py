@@ -605,8 +605,10 @@ class _Worker:
         return answer
 
     def stop(self) -> None:
-        """Ends the thread after its calls."""
+        """Ends the thread after its calls, and waits: a library may keep state until it ends."""
         self._calls.put(None)
+        if self._thread is not threading.current_thread():
+            self._thread.join(1.0)
 
     def abandon(self) -> None:
         """Ends the thread if its call runs Python code; else leaves it behind, as a daemon."""
