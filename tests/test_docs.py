@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ def reading_order(index):
 MODULES = reading_order((DOCS / "index.md").read_text())
 
 
+@cache
 def public_names(source):
     """What a module offers: its __all__, or the names that it defines without an underscore."""
     names = {}

@@ -36,6 +36,14 @@ CONFIGS = {
     "BERT": ml.Bert(vocab=11, d=6, layers=2, heads=3, ffn=7, positions=9, types=2, classes=4),
 }
 EVERY = pytest.mark.parametrize("name", CONFIGS)
+# Qwen2 and the tied Llama are Llamas: where a test takes seconds, they are among the slow ones.
+EVERY_KIND = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("Qwen2", "Llama, tied") else name
+        for name in CONFIGS
+    ],
+)
 FEW = settings(max_examples=10)
 FLOAT64, LONG_DOUBLE = (np.finfo(dtype).eps for dtype in (np.float64, np.longdouble))
 
@@ -187,7 +195,7 @@ def shares_of_bounds(found, probes):
         yield float(abs((v * entries.astype(np.longdouble)).sum() - value)) / bound
 
 
-@EVERY
+@EVERY_KIND
 def test_float64_is_as_near_to_long_double_as_rounding_allows(name, any_number):
     model = case(name, 2, 4)
     found = loss_and_gradients(model)
@@ -609,7 +617,7 @@ def test_a_wrong_part_breaks_the_law(law, monkeypatch):
         list(map(law, drawn))
 
 
-@EVERY
+@EVERY_KIND
 def test_merging_changes_no_output_beyond_rounding(name, any_number):
     model = case(name, 2, 4, p=0)
     rng = np.random.default_rng(0)

@@ -543,6 +543,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 def test_every_check_runs_over_the_protocol_as_it_does_in_this_process():
     with Driver([sys.executable, str(Path(__file__).parent / "own_driver.py")]) as driver:
         for case in CASES:

@@ -180,6 +180,7 @@ print("and".join({i.get("architecture", "one") for i in threadpool_info()} or {"
 """
 
 
+@pytest.mark.slow
 def test_a_set_has_the_same_bytes_whatever_processor_the_products_are_for():
     """In other processes: OpenBLAS chooses its kernels when it is loaded."""
     asked = [{}, {"OPENBLAS_CORETYPE": "Nehalem", "NPY_DISABLE_CPU_FEATURES": ""}]
