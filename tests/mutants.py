@@ -21,8 +21,12 @@ FILES = (
     "test_ops", "test_lora", "test_starts", "test_variants", "test_layers", "test_laws",
     "test_targets", "test_optim", "test_models", "test_guards",
 )  # fmt: skip
-SLOW = ("allows", "entry_by_entry", "twelfth_digit", "beyond_rounding", "quotients", "is_linear")
-"""Parts of the names of tests that take long; what they see is seen by others too."""
+SLOW = (
+    *("allows", "entry_by_entry", "twelfth_digit", "beyond_rounding", "quotients", "is_linear"),
+    "peft",
+    "test_formats_variants",
+)
+"""Parts of the names of tests that take long, or a peer; what they see is seen by others too."""
 
 OTHER = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
@@ -266,7 +270,7 @@ def run(item):
 if __name__ == "__main__":
     mutator = Mutator(sys.argv[1:])
     files = [str(Path(__file__).parent / f"{name}.py") for name in FILES]
-    options = ["-q", "-p", "no:cacheprovider", "-k", f"not ({' or '.join(SLOW)})"]
+    options = ["-q", "-n0", "-p", "no:cacheprovider", "-k", f"not ({' or '.join(SLOW)})"]
     status = pytest.main([*options, *files], plugins=[mutator])
     print(json.dumps(mutator.results))
     raise SystemExit(status)

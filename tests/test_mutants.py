@@ -90,10 +90,29 @@ SURVIVORS = {
     },
     "targets": {
         (
-            "Lora.__post_init__: "
-            "(('bias', ('none', 'lora_only', 'all')), ('init', tuple(DRAW))) -> "
-            "(('init', tuple(DRAW)), ('bias', ('none', 'lora_only', 'all')))"
+            "Lora.__post_init__: (('variant', tuple(REGISTRY)), ('bias', ('none', 'lora_only', "
+            "'all')), ('init', tuple(STARTS))) -> (('bias', ('none', 'lora_only', 'all')), "
+            "('variant', tuple(REGISTRY)), ('init', tuple(STARTS)))"
         ): ORDER,
+        (
+            "Lora.__post_init__: (('variant', tuple(REGISTRY)), ('bias', ('none', 'lora_only', "
+            "'all')), ('init', tuple(STARTS))) -> (('variant', tuple(REGISTRY)), ('init', "
+            "tuple(STARTS)), ('bias', ('none', 'lora_only', 'all')))"
+        ): ORDER,
+        "Lora.__post_init__: ('vera', 'adalora') -> ('adalora', 'vera')": ORDER,
+        "Lora.__post_init__: (VERA, ADALORA) -> (ADALORA, VERA)": ORDER,
+        "choose: ('head', *TABLES) -> (*TABLES, 'head')": ORDER,
+        ("adapt: zip(*choice.shape.values(), strict=True) -> zip(*choice.shape.values())"): LENGTHS,
+        "adapt: True -> False": LENGTHS,
+        "adapt: (Array, ...) -> (..., Array)": "an annotation",
+        ("adapt: zip(variant.parts, parts, strict=True) -> zip(variant.parts, parts)"): LENGTHS,
+        "adapt: True -> False (2)": LENGTHS,
+        "invoked: 1 -> 2 (2)": RESHAPE,
+        (
+            "tied_gradients: zip(('head.A', 'head.B'), twin(dA, dB), strict=True) -> "
+            "zip(('head.A', 'head.B'), twin(dA, dB))"
+        ): LENGTHS,
+        "tied_gradients: True -> False": LENGTHS,
         (
             "choose: (*lora.rank_pattern, *lora.alpha_pattern) -> "
             "(*lora.alpha_pattern, *lora.rank_pattern)"

@@ -1244,3 +1244,63 @@ def test_a_report_counts_what_the_variant_trains():
         "vera": 2 + m,
         "adalora": 2 * (m + n) + 2,
     }
+
+
+def test_rules_take_one_number_for_a_layer_and_a_string_for_an_expression_alone():
+    assert targets.targeted("layers.1.q", ["q"], layers=1, layers_pattern="layers")
+    assert not targets.targeted("layers.2.q", ["q"], layers=1, layers_pattern="layers")
+    assert not targets.targeted("q", r"layers\.0\.q")
+    assert targets.layer_of("layers.1.up", "layers|h") is None
+
+
+def test_a_tie_asks_for_the_two_only_where_one_of_them_is_hit():
+    tied = replace(LLAMA, layers=1, tied=True)
+    lora = ml.Lora(r=2, targets=["q"], tie=True)
+    assert list(ml.choose(lora, tied.linears()).rank) == ["layers.0.q"]
+    W = ml.draw_weights(tied, np.random.default_rng(0))
+    assert "head.A" not in ml.adapt(W, lora, tied.linears(), np.random.default_rng(0))[0]
+    both = {"embed": (4, 7), "head": (7, 4)}
+    assert list(ml.choose(replace(lora, targets=["embed"]), both).rank) == ["embed", "head"]
+
+
+def test_shared_factors_are_one_array_of_the_weights_dtype():
+    W = ml.draw_weights(LLAMA, np.random.default_rng(0))
+    W = {name: w.astype(np.float32) for name, w in W.items()}
+    lora = ml.Lora(r=2, targets=["q"], variant="vera")
+    adapted, _ = ml.adapt(W, lora, LLAMA.linears(), np.random.default_rng(0))
+    assert {v.dtype for v in adapted.values()} == {np.dtype(np.float32)}
+    assert np.shares_memory(adapted["layers.0.q.A"], adapted["layers.11.q.A"])
+    W["layers.11.q.weight"] = W["layers.11.q.weight"].astype(float)
+    adapted, _ = ml.adapt(W, lora, LLAMA.linears(), np.random.default_rng(0))
+    assert adapted["layers.11.q.A"].dtype == float
+
+
+def test_tokens_without_a_row_are_refused():
+    W = ml.draw_weights(LLAMA, np.random.default_rng(0))
+    lora = ml.Lora(targets=["q"], tokens={"embed": []})
+    with pytest.raises(ValueError, match=r"tokens \[\] of embed: expected each once"):
+        ml.adapt(W, lora, LLAMA.linears(), np.random.default_rng(0))
+
+
+def test_a_replicated_model_has_the_layers_of_its_ranges():
+    base = replace(LLAMA, layers=2)
+    ranges = [(1, 2), (0, 2)]
+    W, c = targets.replicate(ml.draw_weights(base, np.random.default_rng(0)), base, ranges)
+    lora = ml.Lora(targets=["q"], replication=ranges)
+    assert "layers.2.q.A" in ml.adapt(W, lora, c.linears(), np.random.default_rng(0))[0]
+    with pytest.raises(ValueError, match="of 3 layers: replicate first"):
+        ml.adapt(W, replace(lora, replication=[(1, 2)]), c.linears(), np.random.default_rng(0))
+    with pytest.raises(ValueError, match="ranges: found none, expected"):
+        targets.replicated(3, [])
+    with pytest.raises(ValueError, match=r"ranges: found \[\(2, 4\)\], expected"):
+        targets.replicated(3, [(0, 1), (2, 4)])
+
+
+def test_activated_lora_has_a_mask_of_numbers_and_a_scale():
+    rng = np.random.default_rng(0)
+    x, W, A, B, dy = (rng.standard_normal(s) for s in ((3, 4), (2, 3), (1, 3), (2, 1), (2, 4)))
+    K = rng.random((3, 4)) / 2
+    y, back = targets.ALORA.linear(x, W, None, A, B, 7 / 3, K)
+    wanted, back_lora = ml.lora_linear(x, W, None, A, B, 7 / 3, K)
+    assert same_bits(y, wanted)
+    assert all(same_bits(a, b) for a, b in zip(back(dy), back_lora(dy), strict=True))
