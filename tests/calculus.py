@@ -2,20 +2,14 @@
 
 import numpy as np
 
-GRADIENT = 1e-13
-"""What the project promises of a gradient in float64, relative to the greatest entry of its array.
+from minilora.laws import STEP, UNIT_ROUNDOFF
+from minilora.verify.table import PROMISE
 
-It is a promise, 900 times the unit roundoff, and no estimate: what rounding does to these small
-models is a tenth of it, and the slightest error in a formula far more.
-"""
+GRADIENT = PROMISE
+"""The promise of a gradient in float64, here relative to the greatest entry of its array."""
 
 OPTIMIZER = 1e-12
 """The same promise for parameters after ten steps of an optimizer: each may add a GRADIENT."""
-
-UNIT_ROUNDOFF = np.finfo(np.float64).eps / 2
-
-STEP = 1e-30
-"""The complex step: its square vanishes beside every number here, so that it adds no error."""
 
 WORST = {}
 """The greatest figure of each name since the test began; conftest.py prints them at the end."""

@@ -318,6 +318,11 @@ def draw_several(case: Case) -> tuple[Several, bool]:
             return several, exact
 
 
+def in_exact_lane(case: Case) -> Case:
+    """The case of this number among those of the exact lane, whose numbers are even."""
+    return replace(case, number=case.number * 2)
+
+
 def greatest_of(several: Several) -> float:
     """The greatest sum of absolute terms in any array of the rows or of the combined change."""
     absolute = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import inf, prod, sqrt
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,22 @@ class Case:
         """A generator of its own, the same in every process (Python's ``hash`` is not)."""
         words = [zlib.crc32(text.encode()) for text in (self.check, self.dtype)]
         return np.random.default_rng([*words, self.number, self.seed])
+
+
+def counter(
+    cases: Mapping[str, int], share: float = 1.0, low_precision: bool = True
+) -> Callable[[str, str], int]:
+    """How many cases a check has in a profile for a dtype: a share of its level's, two at least.
+
+    Without ``low_precision`` it has none in the halves.
+    """
+
+    def count(profile: str, dtype: str) -> int:
+        if not low_precision and dtype not in ("float64", "float32"):
+            return 0
+        return max(2, int(cases[profile] * share))
+
+    return count
 
 
 @dataclass(frozen=True)

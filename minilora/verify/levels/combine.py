@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from minilora.adapters import combine_svd
-from minilora.verify.cases import Layer, Several, draw_several, long, sigma_change, wanted_change
+from minilora.verify.cases import (
+    Layer,
+    Several,
+    draw_several,
+    in_exact_lane,
+    long,
+    sigma_change,
+    wanted_change,
+)
 from minilora.verify.contract import Subject
-from minilora.verify.terms import Case, Check, Comparison, Limits
+from minilora.verify.terms import Case, Check, Comparison, Limits, counter
 from minilora.verify.tolerance import unit_roundoff
 
 Array = np.ndarray
@@ -63,7 +70,7 @@ def negative(subject: Subject, case: Case) -> Iterable[Comparison]:
 
 def zero(subject: Subject, case: Case) -> Iterable[Comparison]:
     """An adapter at weight 0 changes nothing; small whole numbers, compared by ==."""
-    several, _ = draw_several(_even(case))
+    several, _ = draw_several(in_exact_lane(case))
     first, second, *_ = several.adapters
     delta = combined(subject, [first, second], [1.0, 0.0], case.dtype)
     alone = combined(subject, [first], [1.0], case.dtype)
@@ -72,7 +79,7 @@ def zero(subject: Subject, case: Case) -> Iterable[Comparison]:
 
 def halves(subject: Subject, case: Case) -> Iterable[Comparison]:
     """½ a + ½ a = a; small whole numbers, compared by ==."""
-    several, _ = draw_several(_even(case))
+    several, _ = draw_several(in_exact_lane(case))
     for i, adapter in enumerate(several.adapters):
         delta = combined(subject, [adapter, adapter], [0.5, 0.5], case.dtype)
         alone = combined(subject, [adapter], [1.0], case.dtype)
@@ -81,7 +88,7 @@ def halves(subject: Subject, case: Case) -> Iterable[Comparison]:
 
 def order(subject: Subject, case: Case) -> Iterable[Comparison]:
     """The order of the adapters is no matter; small whole numbers, compared by ==."""
-    several, _ = draw_several(_even(case))
+    several, _ = draw_several(in_exact_lane(case))
     there = combined(subject, several.adapters, several.weights, case.dtype)
     back = combined(subject, several.adapters[::-1], several.weights[::-1], case.dtype)
     yield Comparison("ΔW in the other order", back, there)
@@ -120,17 +127,11 @@ def svd(subject: Subject, case: Case) -> Iterable[Comparison]:
         )
 
 
-def _even(case: Case) -> Case:
-    return replace(case, number=case.number * 2)
-
-
-def _count(share: float) -> Callable[[str, str], int]:
-    return lambda profile, dtype: max(2, int(CASES[profile] * share))
-
-
 def _law(run: Any, share: float) -> Check:
     title = (run.__doc__ or "").splitlines()[0]
-    return Check(f"combine.{run.__name__}", "combine", ("combine",), title, run, _count(share))
+    return Check(
+        f"combine.{run.__name__}", "combine", ("combine",), title, run, counter(CASES, share)
+    )
 
 
 CHECKS: tuple[Check, ...] = (

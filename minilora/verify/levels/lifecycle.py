@@ -18,9 +18,9 @@ import numpy as np
 
 from minilora.adapters import Adapter, State
 from minilora.layers import OneHot
-from minilora.verify.cases import Several, draw_several
+from minilora.verify.cases import Several, draw_several, in_exact_lane
 from minilora.verify.contract import Fault, Skip, Subject
-from minilora.verify.terms import Case, Check, Comparison
+from minilora.verify.terms import Case, Check, Comparison, counter
 
 Array = np.ndarray
 Step = tuple[Any, ...]
@@ -55,7 +55,7 @@ class Run:
 
         An embedding's W is its table (v, d), the transpose of the state's, and it has no bias.
         """
-        several, _ = draw_several(Case(case.check, case.dtype, case.number * 2, case.seed))
+        several, _ = draw_several(in_exact_lane(case))
         first = several.adapters[0]
         bias = bias and kind != "embedding"
         b = case.rng().integers(-2, 3, len(first.W)) if bias else None
@@ -248,18 +248,16 @@ def drawn(run: Run, rng: np.random.Generator, count: int) -> Iterator[Step]:
         yield steps[rng.integers(len(steps))]
 
 
-def _count(share: float) -> Callable[[str, str], int]:
-    def cases(profile: str, dtype: str) -> int:
-        if dtype not in ("float64", "float32"):  # a state is none of the dtype's matter
-            return 0
-        return max(2, int(CASES[profile] * share))
-
-    return cases
-
-
 CHECKS: tuple[Check, ...] = (
     *(
-        Check(f"lifecycle.{name}", "lifecycle", ("session",), law, _script(name), _count(0.25))
+        Check(
+            f"lifecycle.{name}",
+            "lifecycle",
+            ("session",),
+            law,
+            _script(name),
+            counter(CASES, 0.25, low_precision=False),
+        )
         for name, (law, _) in SCRIPTS.items()
     ),
     *(
@@ -269,7 +267,7 @@ CHECKS: tuple[Check, ...] = (
             ("session",),
             (run.__doc__ or "").splitlines()[0].rstrip(".") + words + ".",
             partial(run, kind=kind),
-            _count(share),
+            counter(CASES, share, low_precision=False),
         )
         for kind, words in KINDS.items()
         for run, share in ((weight, 0.25), (machine, 1.0))

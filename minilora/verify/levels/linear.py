@@ -11,7 +11,7 @@ import numpy as np
 from minilora.verify.cases import Layer, draw_layer, limits, long, sigmas, wanted
 from minilora.verify.contract import Subject
 from minilora.verify.smallest import Difference, Differs, Smallest, search
-from minilora.verify.terms import Case, Check, Comparison
+from minilora.verify.terms import Case, Check, Comparison, counter
 
 Array = np.ndarray
 Run = Callable[[Subject, Case], Iterable[Comparison]]
@@ -194,15 +194,6 @@ def tokens_apart(subject: Subject, case: Case) -> Iterable[Comparison]:
         yield Comparison(f"{name} summed over tokens", summed, whole[name])
 
 
-def _count(share: float = 1.0, low_precision: bool = True) -> Callable[[str, str], int]:
-    def cases(profile: str, dtype: str) -> int:
-        if not low_precision and dtype not in ("float64", "float32"):
-            return 0
-        return max(2, int(CASES[profile] * share))
-
-    return cases
-
-
 def first_difference(subject: Subject, layer: Layer, dtype: str) -> Difference | None:
     """The first of y, dx, dA, dB that is not what the equation gives, compared by ==."""
     want = wanted(layer)
@@ -229,7 +220,13 @@ def _law(run: Run, needs: tuple[str, ...], share: float, low_precision: bool = T
     differs = first_difference if "lora_linear_vjp" in needs else forward_difference
     smallest = _smallest({}, differs)
     return Check(
-        f"linear.{name}", "linear", needs, title, run, _count(share, low_precision), smallest
+        f"linear.{name}",
+        "linear",
+        needs,
+        title,
+        run,
+        counter(CASES, share, low_precision),
+        smallest,
     )
 
 
@@ -243,7 +240,7 @@ CHECKS: tuple[Check, ...] = (
             _FORWARD,
             f"y = W x + b + s B A x{WORDS[kind]}.",
             _forward_check(options),
-            _count(),
+            counter(CASES),
             _smallest(options, forward_difference),
         )
         for kind, options in KINDS.items()
@@ -255,7 +252,7 @@ CHECKS: tuple[Check, ...] = (
             _VJP,
             f"dx = Wᵀ dy + Aᵀ du, dA = du xᵀ, dB = s dy uᵀ{WORDS[kind]}.",
             _vjp_check(options),
-            _count(),
+            counter(CASES),
             _smallest(options, first_difference),
         )
         for kind, options in KINDS.items()

@@ -11,7 +11,7 @@ from minilora.verify.cases import Layer, draw_layer, limits, long, sigma_merge, 
 from minilora.verify.contract import Subject
 from minilora.verify.levels.linear import WORDS, forward
 from minilora.verify.smallest import Difference, search
-from minilora.verify.terms import Case, Check, Comparison, Limits
+from minilora.verify.terms import Case, Check, Comparison, Limits, counter
 from minilora.verify.tolerance import unit_roundoff
 
 Array = np.ndarray
@@ -117,10 +117,6 @@ def unmerge_difference(subject: Subject, layer: Layer, dtype: str) -> Difference
     return ("unmerged W", W, layer.W) if (W != layer.W).any() else None
 
 
-def _cases(share: float) -> Callable[[str, str], int]:
-    return lambda profile, dtype: max(2, int(CASES[profile] * share))
-
-
 def _law(run: Any, needs: tuple[str, ...], share: float) -> Check:
     title = (run.__doc__ or "").splitlines()[0]
     name = run.__name__.replace("_", "-")
@@ -130,7 +126,7 @@ def _law(run: Any, needs: tuple[str, ...], share: float) -> Check:
         needs,
         title,
         run,
-        _cases(share),
+        counter(CASES, share),
         lambda subject, dtype: search(subject, dtype, {}, merge_difference),
     )
 
@@ -142,7 +138,7 @@ def _weight_check(kind: str) -> Check:
         ("merge",),
         f"W' = W + s B A{WORDS[kind]}.",
         _weight(KINDS[kind]),
-        _cases(1.0),
+        counter(CASES, 1.0),
         lambda subject, dtype: search(subject, dtype, KINDS[kind], merge_difference),
     )
 
@@ -154,7 +150,7 @@ def _unmerge_check(kind: str) -> Check:
         ("merge", "unmerge"),
         f"Unmerging restores W within the rounding of W + s B A and back{WORDS[kind]}.",
         _unmerge(KINDS[kind]),
-        _cases(1.0),
+        counter(CASES, 1.0),
         lambda subject, dtype: search(subject, dtype, KINDS[kind], unmerge_difference),
     )
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +11,14 @@ from minilora.verify.cases import (
     Layer,
     Several,
     draw_several,
+    in_exact_lane,
     limits,
     sigmas_by_row,
     wanted_by_row,
 )
 from minilora.verify.contract import Subject
 from minilora.verify.levels.linear import forward
-from minilora.verify.terms import Case, Check, Comparison
+from minilora.verify.terms import Case, Check, Comparison, counter
 
 Array = np.ndarray
 
@@ -54,7 +54,7 @@ def forward_rows(subject: Subject, case: Case) -> Iterable[Comparison]:
 
 def without(subject: Subject, case: Case) -> Iterable[Comparison]:
     """Rows of -1 have the bits of a batch in which no row has an adapter."""
-    several, _ = draw_several(_even(case))
+    several, _ = draw_several(in_exact_lane(case))
     y = rows(subject, several, case.dtype)
     base = rows(subject, several, case.dtype, index=np.full_like(several.index, -1))
     none = several.index < 0
@@ -63,7 +63,7 @@ def without(subject: Subject, case: Case) -> Iterable[Comparison]:
 
 def permuted(subject: Subject, case: Case) -> Iterable[Comparison]:
     """Rows in another order, with their index, give rows in that order; compared by ==."""
-    several, _ = draw_several(_even(case))
+    several, _ = draw_several(in_exact_lane(case))
     order = case.rng().permutation(len(several.index))
     y = rows(subject, several, case.dtype)
     x = several.adapters[0].x[order]
@@ -73,7 +73,7 @@ def permuted(subject: Subject, case: Case) -> Iterable[Comparison]:
 
 def relabelled(subject: Subject, case: Case) -> Iterable[Comparison]:
     """The adapters in another order, with the index told, give the same rows; compared by ==."""
-    several, _ = draw_several(_even(case))
+    several, _ = draw_several(in_exact_lane(case))
     count = len(several.adapters)
     places = np.roll(np.arange(count), 1)  # the adapter i stands at place places[i] now
     adapters = [several.adapters[int(np.flatnonzero(places == i)[0])] for i in range(count)]
@@ -88,7 +88,7 @@ def relabelled(subject: Subject, case: Case) -> Iterable[Comparison]:
 
 def unused(subject: Subject, case: Case) -> Iterable[Comparison]:
     """An adapter that no row names is no matter; compared by ==."""
-    several, _ = draw_several(_even(case))
+    several, _ = draw_several(in_exact_lane(case))
     index = np.where(several.index == 1, 0, several.index)
     y = rows(subject, several, case.dtype, index=index)
     other = Layer(**vars(several.adapters[1]) | {"B": several.adapters[1].B[::-1]})
@@ -99,7 +99,7 @@ def unused(subject: Subject, case: Case) -> Iterable[Comparison]:
 
 def single(subject: Subject, case: Case) -> Iterable[Comparison]:
     """A batch of one adapter is its layer; small whole numbers, compared by ==."""
-    several, _ = draw_several(_even(case))
+    several, _ = draw_several(in_exact_lane(case))
     for i, adapter in enumerate(several.adapters):
         index = np.full_like(several.index, i)
         y = rows(subject, several, case.dtype, index=index)
@@ -108,7 +108,7 @@ def single(subject: Subject, case: Case) -> Iterable[Comparison]:
 
 def first_without(subject: Subject, case: Case) -> Iterable[Comparison]:
     """A batch of two rows, the first without an adapter; compared by ==."""
-    several, _ = draw_several(_even(case))
+    several, _ = draw_several(in_exact_lane(case))
     for i in range(len(several.adapters)):
         index = np.array([-1, i])
         x = several.adapters[0].x[:2]
@@ -117,18 +117,10 @@ def first_without(subject: Subject, case: Case) -> Iterable[Comparison]:
         yield Comparison(f"y of [none, adapter {i}]", y, wanted_by_row(part))
 
 
-def _even(case: Case) -> Case:
-    return replace(case, number=case.number * 2)
-
-
-def _count(share: float) -> Callable[[str, str], int]:
-    return lambda profile, dtype: max(2, int(CASES[profile] * share))
-
-
 def _law(run: Any, share: float, needs: tuple[str, ...] = ("multi_adapter",)) -> Check:
     title = (run.__doc__ or "").splitlines()[0]
     name = {"forward_rows": "forward"}.get(run.__name__, run.__name__.replace("_", "-"))
-    return Check(f"multi.{name}", "multi", needs, title, run, _count(share))
+    return Check(f"multi.{name}", "multi", needs, title, run, counter(CASES, share))
 
 
 CHECKS: tuple[Check, ...] = (

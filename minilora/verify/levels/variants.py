@@ -19,7 +19,7 @@ from minilora.lora import Variant
 from minilora.variants import DORA, DORA_FULL, LORA_BIAS, row_norm
 from minilora.verify.cases import Layer, columns, draw_layer, long
 from minilora.verify.contract import DTYPES, Precision, Subject
-from minilora.verify.terms import MONTE_CARLO, Case, Check, Comparison
+from minilora.verify.terms import MONTE_CARLO, Case, Check, Comparison, counter
 from minilora.verify.tolerance import Rounding, noisy, spread, unit_roundoff
 
 Array = np.ndarray
@@ -211,10 +211,6 @@ def _forward_only(layer: Layer) -> Layer:
     return replace(layer, dy=np.zeros((len(layer.x), len(layer.W))))
 
 
-def _count(share: float) -> Callable[[str, str], int]:
-    return lambda profile, dtype: max(2, int(CASES[profile] * share))
-
-
 def _checks(name: str) -> Iterable[Check]:
     for kind in KINDS:
         yield Check(
@@ -223,7 +219,7 @@ def _checks(name: str) -> Iterable[Check]:
             ("lora_linear",),
             f"{WORDS[name]}, forward{_more(kind)}.",
             _forward(name, kind),
-            _count(1.0),
+            counter(CASES, 1.0),
         )
         yield Check(
             f"variants.{name}.vjp{kind}",
@@ -231,7 +227,7 @@ def _checks(name: str) -> Iterable[Check]:
             ("lora_linear_vjp",),
             f"{WORDS[name]}, every gradient{_more(kind)}.",
             _vjp(name, kind),
-            _count(1.0),
+            counter(CASES, 1.0),
         )
     yield Check(
         f"variants.{name}.merge",
@@ -239,7 +235,7 @@ def _checks(name: str) -> Iterable[Check]:
         ("merge",),
         f"{WORDS[name]}, merged.",
         _merge(name, ""),
-        _count(1.0),
+        counter(CASES, 1.0),
     )
 
 
@@ -255,7 +251,7 @@ CHECKS: tuple[Check, ...] = (
         ("lora_linear",),
         (start.__doc__ or "").splitlines()[0],
         start,
-        _count(0.5),
+        counter(CASES, 0.5),
     ),
     Check(
         "variants.dora.vector",
@@ -263,7 +259,7 @@ CHECKS: tuple[Check, ...] = (
         ("lora_linear",),
         (vector.__doc__ or "").splitlines()[0],
         vector,
-        _count(0.5),
+        counter(CASES, 0.5),
     ),
     *_checks("lora-bias"),
 )
