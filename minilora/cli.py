@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from minilora import __version__
+from minilora.commands import add_all
+from minilora.console import (
+    DEVIATES,
+    HOLDS,
+    INTERRUPTED,
+    NOT_LOADED,
+    USAGE,
+    progress_bar,
+    refuse,
+    say,
+    split,
+    stdout_on_stderr,
+)
 
 if TYPE_CHECKING:
-    from minilora.verify.engine import Progress
     from minilora.verify.report import Report
 
 OWN = "minilora.verify.own:implementation"
-HOLDS, DEVIATES, USAGE, NOT_LOADED, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,6 +75,7 @@ def _parser() -> _Parser:
     _add_variants(commands)
     _add_selftest(commands)
     _add_vectors(commands)
+    add_all(commands)
     return parser
 
 
@@ -138,13 +149,13 @@ def _report(arguments: argparse.Namespace) -> int:
     paths = {kind: getattr(arguments, kind) for kind in ("html", "markdown")}
     for path in filter(None, paths.values()):
         if why := writable(path):
-            return _refuse(f"cannot write {why}", "report")
+            return refuse(f"cannot write {why}", "report")
         if any(os.path.exists(path) and os.path.samefile(path, r) for r in _there(arguments)):
-            return _refuse(f"{path} is one of the reports; write somewhere else", "report")
+            return refuse(f"{path} is one of the reports; write somewhere else", "report")
     try:
         reports = [read_report(path) for path in arguments.reports]
     except UsageError as error:
-        return _refuse(str(error), "report")
+        return refuse(str(error), "report")
     runs = pages.Runs(reports, arguments.reports)
     forms = {
         "html": lambda: webpage.html(reports, arguments.reports),
@@ -152,11 +163,11 @@ def _report(arguments: argparse.Namespace) -> int:
     }
     for kind, path in paths.items():
         if path and (why := _written(path, forms[kind]())):
-            return _refuse(why, "report")
+            return refuse(why, "report")
     if arguments.text or not any(paths.values()):
         one = len(reports) == 1
         verbose = arguments.verbose
-        _print(reports[0].text(verbose) if one else pages.text(runs, verbose))
+        say(reports[0].text(verbose) if one else pages.text(runs, verbose))
     return HOLDS
 
 
@@ -245,22 +256,22 @@ def _vectors(arguments: argparse.Namespace) -> int:
         return _vectors_check(arguments)
     if len(arguments.words) > 1:
         says = "expected one folder; to judge answers: minilora vectors check DIR ANSWERS"
-        return _refuse(f"{' '.join(arguments.words)}: {says}", "vectors")
+        return refuse(f"{' '.join(arguments.words)}: {says}", "vectors")
     (folder,) = arguments.words
     try:
-        with _progress() as progress:
-            levels, checks = _split(arguments.level), _split(arguments.check)
+        with progress_bar() as progress:
+            levels, checks = split(arguments.level), split(arguments.check)
             made = vectors(levels, checks, arguments.seed, progress)
         written = write(folder, made, arguments.seed)
     except (UsageError, FormatError) as error:
-        return _refuse(str(error), "vectors")
+        return refuse(str(error), "vectors")
     except OSError as error:
-        return _refuse(f"cannot write {folder}: {error.strerror}", "vectors")
+        return refuse(f"cannot write {folder}: {error.strerror}", "vectors")
     except ArithmeticError as error:
         print(f"minilora vectors: {error}", file=sys.stderr)
         return DEVIATES
     checks_made, size = {v.check for v in made}, sum(map(len, written.values()))
-    _print(
+    say(
         f"{len(made)} vectors of {len(checks_made)} checks in {folder}: {len(written)} files, "
         f"{size} bytes\n"
     )
@@ -275,17 +286,17 @@ def _vectors_check(arguments: argparse.Namespace) -> int:
     from minilora.verify.vectors import chosen, read
 
     if len(arguments.words) != 3:
-        return _refuse("expected minilora vectors check DIR ANSWERS", "vectors")
+        return refuse("expected minilora vectors check DIR ANSWERS", "vectors")
     _, folder, answers = arguments.words
     files = {kind: getattr(arguments, kind) for kind in ("json", "junit", "html")}
     for path in filter(None, files.values()):
         if why := writable(path):
-            return _refuse(f"cannot write {why}", "vectors")
+            return refuse(f"cannot write {why}", "vectors")
     command = ["minilora", "vectors", "check", folder, answers]
     try:
         manifest, given = read(folder)
-        given = chosen(given, _split(arguments.level), _split(arguments.check), arguments.case)
-        with _progress() as progress:
+        given = chosen(given, split(arguments.level), split(arguments.check), arguments.case)
+        with progress_bar() as progress:
             report = judge(
                 given,
                 Answered(answers),
@@ -294,7 +305,7 @@ def _vectors_check(arguments: argparse.Namespace) -> int:
                 progress=progress,
             )
     except UsageError as error:
-        return _refuse(str(error), "vectors")
+        return refuse(str(error), "vectors")
     except LoadError as error:
         print(f"minilora vectors: {error}", file=sys.stderr)
         return NOT_LOADED
@@ -303,8 +314,8 @@ def _vectors_check(arguments: argparse.Namespace) -> int:
             if path:
                 write(path, getattr(report, kind)())
         except OSError as error:
-            return _refuse(f"cannot write {path}: {error.strerror}", "vectors")
-    _print(report.text())
+            return refuse(f"cannot write {path}: {error.strerror}", "vectors")
+    say(report.text())
     return report.exit_status
 
 
@@ -337,12 +348,12 @@ def _selftest(arguments: argparse.Namespace) -> int:
     files = {kind: getattr(arguments, kind) for kind in ("json", "markdown")}
     for path in filter(None, files.values()):
         if why := writable(path):
-            return _refuse(f"cannot write {why}", "selftest")
+            return refuse(f"cannot write {why}", "selftest")
     try:
-        with _progress() as progress:
+        with progress_bar() as progress:
             report = selftest(
-                levels=_split(arguments.level),
-                dtypes=_split(arguments.dtype),
+                levels=split(arguments.level),
+                dtypes=split(arguments.dtype),
                 seed=arguments.seed,
                 cases=arguments.cases,
                 quick=arguments.quick,
@@ -350,14 +361,14 @@ def _selftest(arguments: argparse.Namespace) -> int:
                 progress=progress,
             )
     except UsageError as error:
-        return _refuse(str(error), "selftest")
+        return refuse(str(error), "selftest")
     for kind, path in files.items():
         if path:
             try:
                 write(path, getattr(report, kind)())
             except OSError as error:
-                return _refuse(f"cannot write {path}: {error.strerror}", "selftest")
-    _print(report.text())
+                return refuse(f"cannot write {path}: {error.strerror}", "selftest")
+    say(report.text())
     return HOLDS if report.exit_status == 0 else DEVIATES
 
 
@@ -374,17 +385,17 @@ def _variants(arguments: argparse.Namespace) -> int:
 
     chosen = []
     for option, known in (("variant", REGISTRY), ("kind", KINDS)):
-        asked = _split(getattr(arguments, option)) or list(known)
+        asked = split(getattr(arguments, option)) or list(known)
         if unknown := [name for name in asked if name not in known]:
             expected = f"expected some of {', '.join(known)}"
-            return _refuse(f"--{option} {', '.join(unknown)}: {expected}", "variants")
+            return refuse(f"--{option} {', '.join(unknown)}: {expected}", "variants")
         chosen.append(asked)
     files = {"json": as_json, "markdown": as_markdown}
     paths = {kind: getattr(arguments, kind) for kind in files if getattr(arguments, kind)}
     for path in paths.values():
         if why := writable(path):
-            return _refuse(f"cannot write {why}", "variants")
-    with _stdout_on_stderr(), _progress() as progress:
+            return refuse(f"cannot write {why}", "variants")
+    with stdout_on_stderr(), progress_bar() as progress:
 
         def step(number: int, total: int) -> None:
             if progress:
@@ -396,8 +407,8 @@ def _variants(arguments: argparse.Namespace) -> int:
         try:
             write(path, files[kind](table))
         except OSError as error:
-            return _refuse(f"cannot write {path}: {error.strerror}", "variants")
-    _print(as_text(table))
+            return refuse(f"cannot write {path}: {error.strerror}", "variants")
+    say(as_text(table))
     return HOLDS if all(cell.good for cell in table) else DEVIATES
 
 
@@ -407,7 +418,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from minilora.verify.engine import Interrupted, UsageError, plan, read_known, run
     from minilora.verify.report import writable
 
-    levels, dtypes = _split(arguments.level), _split(arguments.dtype)
+    levels, dtypes = split(arguments.level), split(arguments.dtype)
     limit = TIME_LIMIT if arguments.time_limit is None else arguments.time_limit
     choice = {
         "levels": levels,
@@ -420,15 +431,13 @@ def _verify(arguments: argparse.Namespace) -> int:
         plans = plan(CHECKS, **choice)
         known = read_known(arguments.known) if arguments.known else None
     except UsageError as error:
-        return _refuse(str(error))
+        return refuse(str(error))
     if arguments.cmd is not None and (why := _no_command(arguments)):
-        return _refuse(why)
+        return refuse(why)
     if not limit > 0:
-        return _refuse(f"--time-limit is {limit:g}; expected more than 0 seconds")
+        return refuse(f"--time-limit is {limit:g}; expected more than 0 seconds")
     if arguments.list:
-        _print(
-            _listed(list(dict.fromkeys((p.check.id, p.check.level, p.check.title) for p in plans)))
-        )
+        say(_listed(list(dict.fromkeys((p.check.id, p.check.level, p.check.title) for p in plans))))
         return HOLDS
     command = ["minilora", "verify", *filter(None, [arguments.target])]
     command += [] if arguments.cmd is None else ["--cmd", arguments.cmd]
@@ -437,17 +446,17 @@ def _verify(arguments: argparse.Namespace) -> int:
     files = {kind: getattr(arguments, kind) for kind in ("json", "junit", "html", "markdown")}
     for path in filter(None, files.values()):
         if why := writable(path):
-            return _refuse(f"cannot write {why}")
+            return refuse(f"cannot write {why}")
     try:
         with contextlib.ExitStack() as opened:
-            opened.enter_context(_stdout_on_stderr())
+            opened.enter_context(stdout_on_stderr())
             if arguments.cmd is None:
                 implementation = load(arguments.target or OWN)
             else:
                 from minilora.verify.process import Driver
 
                 implementation = opened.enter_context(Driver(arguments.cmd, time_limit=limit))
-            with _progress() as progress:
+            with progress_bar() as progress:
                 report = run(
                     CHECKS,
                     implementation,
@@ -458,7 +467,7 @@ def _verify(arguments: argparse.Namespace) -> int:
                     command=command,
                 )
     except UsageError as error:
-        return _refuse(str(error))
+        return refuse(str(error))
     except LoadError as error:
         print(f"minilora verify: {error}", file=sys.stderr)
         return NOT_LOADED
@@ -466,7 +475,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         report = interrupted.report
     status = _deliver(report, files, arguments.verbose)
     if arguments.timing:
-        _print(f"\n{report.timing()}")
+        say(f"\n{report.timing()}")
     return status
 
 
@@ -490,9 +499,9 @@ def _deliver(report: Report, files: dict[str, str | None], verbose: bool) -> int
         if path:
             text = report.markdown(_room(path)) if kind == "markdown" else getattr(report, kind)()
             failures += filter(None, [_written(path, text)])
-    _print(report.text(verbose))
+    say(report.text(verbose))
     for failure in failures:
-        _refuse(failure)
+        refuse(failure)
     return USAGE if failures else report.exit_status
 
 
@@ -506,66 +515,3 @@ def _listed(checks: Sequence[tuple[str, str, str]]) -> str:
             *textwrap.wrap(title, 76, initial_indent="    ", subsequent_indent="    "),
         ]
     return "\n".join(lines) + "\n"
-
-
-def _split(values: list[str] | None) -> list[str] | None:
-    """The values of a repeatable option, each of which may be a list with commas."""
-    return values and [part.strip() for value in values for part in value.split(",")]
-
-
-def _refuse(message: str, command: str = "verify") -> int:
-    print(f"minilora {command}: {message}", file=sys.stderr)
-    return USAGE
-
-
-def _print(text: str) -> None:
-    """Prints in whatever encoding the reader has, and lets a reader leave early."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more when it ends: that goes nowhere then.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextlib.contextmanager
-def _stdout_on_stderr() -> Iterator[None]:
-    """What a target prints, from Python or from compiled code, goes to standard error."""
-    try:
-        out, err = sys.stdout.fileno(), sys.stderr.fileno()
-    except (AttributeError, OSError, ValueError):  # a stream that is no file, as under a test
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-        return
-    sys.stdout.flush()
-    kept = os.dup(out)
-    os.dup2(err, out)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        with contextlib.suppress(OSError, TypeError, AttributeError):
-            ctypes.CDLL(None).fflush(None)  # C's own buffer
-        os.dup2(kept, out)
-        os.close(kept)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Progress | None]:
-    """A bar on standard error where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
-
-    # What is long stands last, where a narrow terminal cuts it off.
-    form = "{percentage:3.0f}% {bar:16} {n_fmt} of {total_fmt} cases, {remaining} left  {desc}"
-    with tqdm(bar_format=form, leave=False, file=sys.stderr, dynamic_ncols=True) as bar:
-
-        def progress(case: str, behind: int, total: int) -> None:
-            bar.total = total
-            bar.set_description_str(case.rpartition(":")[0], refresh=False)
-            bar.update(behind - bar.n)
-
-        yield progress

@@ -29,7 +29,7 @@ TOP_LEVEL = {
 (READING,) = re.findall(
     r":caption: Read\n[^`]*?\n\n([a-z_\n]+)```", (ROOT / "docs/index.md").read_text()
 )
-ORDER = [*READING.split(), "cli", "__main__"]
+ORDER = [*READING.split(), "console", "commands", "cli", "__main__"]
 
 RUN_TIME = {
     *(
