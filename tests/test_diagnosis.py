@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from minilora.verify import engine, misreadings
+from minilora.verify import diagnosis, engine, misreadings
 from minilora.verify.checks import CHECKS
 from minilora.verify.misreadings import MISREADINGS
-from minilora.verify.misreadings.plain import Plain, but, then
+from minilora.verify.misreadings.plain import Plain, but, reads, then
 from minilora.verify.selftest import names
-from minilora.verify.terms import STRUCTURE
+from minilora.verify.terms import STRUCTURE, Case
 
 BY_ID = {check.id: replace(check, smallest=None) for check in CHECKS}
 CATALOGUE = {m.id: m for m in MISREADINGS if not m.equivalent}
@@ -64,7 +64,63 @@ def test_the_report_says_the_name_the_formula_and_where_it_was_seen():
     )
     assert "DIAGNOSIS  scale-alpha: s = α. Seen in mlx-vlm 841" in report.text()
     (entry,) = report.to_json()["results"][0]["diagnosis"]
-    assert entry.keys() == {"id", "sentence", "residual_z"}
+    assert entry.keys() == {"id", "sentence", "residual_z", "separating"}
     assert entry["id"] == "scale-alpha"
     right = engine.run([BY_ID["linear.forward"]], Plain(), dtypes=["float32"])
     assert "DIAGNOSIS" not in right.text()
+
+
+def found(check, make, dtype="float32"):
+    """All that is said of one check, structure included."""
+    (result,) = engine.run([BY_ID[check]], make(), profile="quick", dtypes=[dtype]).results
+    return result.diagnosis
+
+
+def test_misreadings_that_answer_a_check_alike_are_told_apart_by_a_case_of_another():
+    ours, other = CATALOGUE["form-no-bias-with-dropout"], CATALOGUE["form-no-bias"]
+    check = BY_ID["linear.forward.all"]
+    (named,) = found(check.id, ours.make)
+    assert named.id == ours.id
+    assert named.separating
+    id, dtype, number = named.separating.split(":")
+    case = Case(id, dtype, int(number), 0)
+    first, second = (
+        diagnosis.answers(BY_ID[id], diagnosis.Direct(m.make()), case) for m in (ours, other)
+    )
+    assert diagnosis.explains([first], [second]) is None  # the case does separate them
+    assert [d.id for d in found(check.id, other.make)] == [other.id]  # either way
+
+
+def test_what_cannot_be_asked_further_leaves_all_candidates_and_names_the_case():
+    class DropoutOnly(CATALOGUE["form-no-bias-with-dropout"].make().__class__):
+        def lora_linear(self, *arguments, **options):
+            if options.get("keep") is None:
+                raise NotImplementedError("no layer without dropout")
+            return super().lora_linear(*arguments, **options)
+
+        def lora_linear_vjp(self, *arguments, **options):
+            raise NotImplementedError("no gradients")
+
+    said = found("linear.forward.all", DropoutOnly)
+    assert {"form-no-bias", "form-no-bias-with-dropout"} <= {d.id for d in said}
+    assert all(d.separating for d in said)
+
+
+def test_a_part_of_a_misreading_is_described_as_such_and_named_as_none():
+    (said, *_) = found("linear.forward.bias", reads(b=lambda c: 0.75 * c.b))
+    assert said.id == f"{STRUCTURE}part"
+    assert "0.25" in said.sentence
+    assert "form-no-bias" in said.sentence
+
+
+def test_the_matched_filter_is_1_for_what_is_read_so_and_0_for_what_is_right():
+    check, m = BY_ID["linear.vjp"], CATALOGUE["scale-off-10-ppm"]
+    cases = [Case(check.id, "float32", number, 0) for number in diagnosis.CASES]
+
+    def given(make):
+        return [diagnosis.answers(check, diagnosis.Direct(make()), case) for case in cases]
+
+    ours = given(m.make)
+    assert diagnosis.filtered(given(m.make), ours).agrees(1.0)
+    assert diagnosis.filtered(given(Plain), ours).agrees(0.0)
+    assert not diagnosis.filtered(given(Plain), ours).agrees(1.0)

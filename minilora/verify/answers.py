@@ -15,8 +15,9 @@ from safetensors import safe_open
 from minilora.formats.files import FormatError, pack, pack_json, read_json
 from minilora.verify import engine
 from minilora.verify.contract import DTYPES, Fault, LoadError, Skip, Subject, positional, tidy
-from minilora.verify.diagnosis import Direct, answers, explains
+from minilora.verify.diagnosis import Direct, answers, candidates
 from minilora.verify.flags import NOTES
+from minilora.verify.misreadings.entry import Misreading
 from minilora.verify.process import RESULTS
 from minilora.verify.report import Report, Result
 from minilora.verify.terms import Case, Check, Comparison, Diagnosis, Limits
@@ -174,21 +175,16 @@ def _check(own: Sequence[Vector], title: str, conventions: Mapping[str, str]) ->
 
 def _diagnosed(check: Check, subject: Subject, cases: Sequence[Case]) -> tuple[Diagnosis, ...]:
     """The misreadings that give the same answers to all of these cases that are answered."""
-    from minilora.verify.misreadings import MISREADINGS
-
     answered = [(case, found) for case in cases if (found := answers(check, subject, case))]
     theirs = [found for _, found in answered]
     if not any(each.judge().verdict == "fail" for found in theirs for each in found.values()):
         return ()
-    named = []
-    for m in MISREADINGS:
-        if m.level == check.level and not m.equivalent:
-            wrong = Direct(m.make())
-            ours = [answers(check, wrong, case) for case, _ in answered]
-            residual = explains(theirs, ours) if all(ours) else None
-            if residual is not None:
-                named.append(Diagnosis(m.id, f"{m.formula}.", residual))
-    return tuple(sorted(named, key=lambda each: each.residual_z))
+
+    def ours_of(m: Misreading) -> list[dict[str, Comparison]]:
+        wrong = Direct(m.make())
+        return [answers(check, wrong, case) for case, _ in answered]
+
+    return tuple(each.named() for each in candidates(check.level, theirs, ours_of))
 
 
 def judge(

@@ -8,18 +8,22 @@ none does, there is no diagnosis, and where several do, all are named.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minilora.verify.contract import Fault, Raised, Skip, Subject
-from minilora.verify.terms import Case, Check, Comparison, Diagnosis
+from minilora.verify.contract import DTYPES, Fault, Raised, Skip, Subject
+from minilora.verify.structure import Fit, agreeing, describe, fit, sigma_of
+from minilora.verify.terms import STRUCTURE, Case, Check, Comparison, Diagnosis
+from minilora.verify.tolerance import unit_roundoff
 
 if TYPE_CHECKING:
     from minilora.verify.misreadings import Misreading
+
+Array = np.ndarray
 
 ANSWERS = {
     "linear": ("linear.forward", "linear.vjp", "linear.evaluation", "linear.zero-B"),
@@ -43,6 +47,13 @@ WHOLE = ("model", "optimizer", "train", "grad-flow", "files")
 
 CASES = (1, 3, 5)
 """Odd cases of a layer are of the lane with sigma, where no order of operations is excluded."""
+
+
+FURTHER = 12
+"""So many cases of each check of the level may be asked to tell two misreadings apart."""
+
+PLAIN = ("scale", "factor", "zero", "transposed", "permuted", "steps")
+"""What is said of the structure that is plainer than a part of some misreading."""
 
 
 class Direct(Subject):
@@ -107,10 +118,126 @@ def has_diagnosis(check: Check) -> bool:
     return check.id.startswith(ANSWERS.get(check.level, ())) and not check.id.endswith(LAWS)
 
 
-def diagnose(check: Check, subject: Subject, dtype: str, seed: int) -> tuple[Diagnosis, ...]:
-    """The misreadings that explain what an implementation answers to a check, the nearest first."""
+@dataclass(frozen=True)
+class Candidate:
+    """A misreading that gives the answers that were got, and the rms z that it leaves."""
+
+    misreading: Misreading
+    residual: float
+
+    def named(self, separating: str = "") -> Diagnosis:
+        """The diagnosis in words."""
+        m = self.misreading
+        seen = f" Seen in {', '.join(m.seen)}." if m.seen else ""
+        return Diagnosis(m.id, f"{m.formula}.{seen}", self.residual, separating)
+
+
+def candidates(
+    level: str,
+    theirs: Sequence[dict[str, Comparison]],
+    ours_of: Callable[[Misreading], Sequence[dict[str, Comparison]]],
+) -> list[Candidate]:
+    """The level's misreadings that explain these answers, the nearest first."""
     from minilora.verify.misreadings import MISREADINGS  # costs time only where something is wrong
 
+    found = []
+    for m in MISREADINGS:
+        if m.level != level or m.equivalent:
+            continue
+        ours = ours_of(m)
+        residual = explains(theirs, ours) if all(ours) else None
+        if residual is not None and filtered(theirs, ours).agrees(1.0):
+            found.append(Candidate(m, residual))
+    return sorted(found, key=lambda each: each.residual)
+
+
+def filtered(theirs: Sequence[dict[str, Comparison]], ours: Sequence[dict[str, Comparison]]) -> Fit:
+    """The matched filter c = ⟨e, d⟩ / ⟨d, d⟩ over all arrays of all cases, each element over its σ.
+
+    e is what was got less what is right, d what a misreading gives less what is right: c is 1 where
+    the implementation reads so, and 0 where it does not. It sums what no single element shows.
+    """
+    pairs = list(_pairs(theirs, ours))
+    e, d = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    c, _ = fit(e, d, 0 * e, np.ones_like(e))
+    # A factor that is rounded once moves all elements alike, which the standard error leaves out.
+    dtypes = {str(each.got.dtype) for answer in theirs for each in answer.values()}
+    once = max((unit_roundoff(d) for d in dtypes if d in DTYPES), default=0.0)
+    return Fit(c.value, c.error + once)
+
+
+def _pairs(
+    theirs: Sequence[dict[str, Comparison]], ours: Sequence[dict[str, Comparison]]
+) -> Iterator[tuple[Array, Array]]:
+    """What both have beyond what is right, in each array, over σ."""
+    for their_case, our_case in zip(theirs, ours, strict=True):
+        for array in their_case.keys() & our_case.keys():
+            mine, other = their_case[array], our_case[array]
+            sigma, want = np.maximum(sigma_of(mine), 1e-300), np.asarray(mine.want, float)
+            yield tuple(
+                ((np.asarray(each.got, float) - want) / sigma).ravel() for each in (mine, other)
+            )
+
+
+def part_of(
+    level: str,
+    theirs: Sequence[dict[str, Comparison]],
+    ours_of: Callable[[Misreading], Sequence[dict[str, Comparison]]],
+) -> Diagnosis | None:
+    """The misreading of which a part c, the same in all cases, is the whole deviation."""
+    from minilora.verify.misreadings import MISREADINGS
+
+    for m in MISREADINGS:
+        if m.level != level or m.equivalent:
+            continue
+        ours = ours_of(m)
+        if not all(a.keys() <= b.keys() for a, b in zip(theirs, ours, strict=True)):
+            continue
+        c = filtered(theirs, ours)
+        if not (0 < c.value < 1 and c.value > 8 * c.error):
+            continue
+        e, d = (np.concatenate(parts) for parts in zip(*_pairs(theirs, ours), strict=True))
+        if agreeing(e - c.value * d):
+            says = f"The deviation is {c} times that of {m.id} ({m.formula}), in every case."
+            return Diagnosis(f"{STRUCTURE}part", says, 0.0)
+    return None
+
+
+def tell_apart(
+    check: Check, subject: Subject, dtype: str, seed: int, found: Sequence[Candidate]
+) -> tuple[list[Candidate], str]:
+    """Those of several candidates that remain, and the case that separated the last, or would.
+
+    Where two of them differ in a further case of the level, the implementation is asked that too.
+    If it cannot answer, the case is given all the same, and all remain.
+    """
+    from minilora.verify.checks import CHECKS
+
+    remaining, separated, would = list(found), "", ""
+    level = [each for each in CHECKS if each.level == check.level and has_diagnosis(each)]
+    for each in sorted(level, key=lambda each: each.id != check.id):
+        for number in range(min(each.cases("ci", dtype), FURTHER)):
+            if len(remaining) == 1:
+                return remaining, separated
+            case = Case(each.id, dtype, number, seed)
+            ours = [answers(each, Direct(c.misreading.make()), case) for c in remaining]
+            if not all(ours) or all(explains([a], [ours[0]]) is not None for a in ours[1:]):
+                continue
+            theirs = answers(each, subject, case)
+            left = [
+                c
+                for c, own in zip(remaining, ours, strict=True)
+                if theirs and explains([theirs], [own]) is not None
+            ]
+            if left and len(left) < len(remaining):
+                remaining, separated = left, case.id
+            elif not theirs:
+                would = would or case.id
+    return remaining, separated if len(remaining) == 1 else would
+
+
+def diagnose(check: Check, subject: Subject, dtype: str, seed: int) -> tuple[Diagnosis, ...]:
+    """The misreadings that explain what an implementation answers to a check, the nearest first."""
     if not has_diagnosis(check):
         return ()
     numbers = CASES if check.level not in WHOLE else range(check.cases("ci", dtype))
@@ -121,17 +248,16 @@ def diagnose(check: Check, subject: Subject, dtype: str, seed: int) -> tuple[Dia
     ]
     if not all(theirs) or not any(deviates):
         return ()
-    found = []
-    for m in MISREADINGS:
-        if m.level != check.level or m.equivalent:
-            continue
-        ours = given_by(m, check, cases)
-        residual = explains(theirs, ours) if all(ours) else None
-        if residual is not None:
-            seen = f" Seen in {', '.join(m.seen)}." if m.seen else ""
-            found.append(Diagnosis(m.id, f"{m.formula}.{seen}", residual))
-    if not found:
-        from minilora.verify.structure import describe
 
-        return describe(check.id, cases, theirs)
-    return tuple(sorted(found, key=lambda each: each.residual_z))
+    def ours_of(m: Misreading) -> tuple[dict[str, Comparison], ...]:
+        return given_by(m, check, cases)
+
+    found = candidates(check.level, theirs, ours_of)
+    if not found:
+        said = describe(check.id, cases, theirs)
+        if any(each.id.removeprefix(STRUCTURE).startswith(PLAIN) for each in said):
+            return said
+        part = part_of(check.level, theirs, ours_of)
+        return said if part is None else (part, *said)
+    found, separating = tell_apart(check, subject, dtype, seed, found)
+    return tuple(each.named(separating) for each in found)

@@ -103,7 +103,12 @@ def _result(entry: Mapping[str, Any], number: int) -> Result:
         ),
         smallest=None if seen.get("smallest") is None else dict(seen["smallest"]),
         diagnosis=tuple(
-            Diagnosis(tidy(d["id"]), tidy(d["sentence"], 2000), float(d["residual_z"]))
+            Diagnosis(
+                tidy(d["id"]),
+                tidy(d["sentence"], 2000),
+                float(d["residual_z"]),
+                tidy(d.get("separating", "")),
+            )
             for d in entry["diagnosis"]
         ),
         reason=tidy(entry.get("reason", ""), 2000),

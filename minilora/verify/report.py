@@ -489,10 +489,18 @@ def _diagnosis_lines(found: Sequence[Diagnosis], fold: Fold) -> Iterator[str]:
         return
     says = f"{first.id}: {first.sentence} With that change every array of this check agrees"
     yield from fold(f"DIAGNOSIS  {says} (rms z {first.residual_z:.2g}).", 2, 11)
+    if first.separating and not others:
+        yield from fold(
+            f"Case {first.separating} tells it from others that answer alike here.", 13, 0
+        )
     if others:
         names = ", ".join(f"{each.id} ({each.sentence.rstrip('.')})" for each in others[:3])
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        yield from fold(f"Not to be told apart from it by this check: {names}{more}.", 13, 0)
+        if first.separating:
+            by = f"by what was answered; {first.separating} would separate them"
+        else:
+            by = "by any case of this level"
+        yield from fold(f"Not to be told apart from it {by}: {names}{more}.", 13, 0)
 
 
 def _array_lines(result: Result, fold: Fold) -> Iterator[str]:

@@ -55,7 +55,7 @@ def fit(got: Array, part: Array, rest: Array, sigma: Array) -> tuple[Fit, Array]
     return Fit(c, 1 / sqrt(total)), (got - rest - c * part) / sigma
 
 
-def _sigma(each: Comparison) -> Array:
+def sigma_of(each: Comparison) -> Array:
     """σ of got - want; where the lane is exact, half a unit in the last place of the greatest."""
     want = np.asarray(each.want, float)
     if each.sigma is not None:
@@ -63,7 +63,8 @@ def _sigma(each: Comparison) -> Array:
     return np.full(want.shape, unit_roundoff("float64") * max(float(np.abs(want).max()), 1e-30))
 
 
-def _agree(z: Array) -> bool:
+def agreeing(z: Array) -> bool:
+    """Whether these z are no more than rounding."""
     return bool(np.abs(z).max() <= 8 and np.sqrt((z * z).mean()) <= 2.5 * (1 + 3 / sqrt(z.size)))
 
 
@@ -82,10 +83,10 @@ def _sentences(each: list[Comparison]) -> Iterator[tuple[str, str]]:
     """(what it is, what is said) of one array in several cases, the strongest first."""
     got = [np.asarray(c.got, float) for c in each]
     want = [np.asarray(c.want, float) for c in each]
-    sigma = [_sigma(c) for c in each]
+    sigma = [sigma_of(c) for c in each]
     pairs = list(zip(got, want, sigma, strict=True))
     fits = [fit(g, w, 0 * w, s) for g, w, s in pairs]
-    if all(_agree(z) for _, z in fits):
+    if all(agreeing(z) for _, z in fits):
         values = {f"{f}" for f, _ in fits}
         if all(f.value == 0 for f, _ in fits):
             yield "zero", "is 0"
@@ -96,7 +97,7 @@ def _sentences(each: list[Comparison]) -> Iterator[tuple[str, str]]:
         return
     square = [w.ndim == 2 and w.shape[0] == w.shape[1] and len(w) > 1 for w in want]
     if any(square) and all(
-        _agree((g - w.T) / s) if q else True for (g, w, s), q in zip(pairs, square, strict=True)
+        agreeing((g - w.T) / s) if q else True for (g, w, s), q in zip(pairs, square, strict=True)
     ):
         yield "transposed", "is the transpose of what it should be, where it is square"
     for axis, word in ((0, "rows"), (-1, "columns")):
@@ -114,7 +115,7 @@ def _order(got: Array, want: Array, sigma: Array, axis: int) -> list[int] | None
     g, w, s = (np.moveaxis(v, axis, 0).reshape(v.shape[axis], -1) for v in (got, want, sigma))
     order: list[int] = []
     for row in g:
-        near = [k for k in range(len(w)) if k not in order and _agree((row - w[k]) / s[k])]
+        near = [k for k in range(len(w)) if k not in order and agreeing((row - w[k]) / s[k])]
         if not near:
             return None
         order.append(near[0])
@@ -196,14 +197,14 @@ def scale_that_acts(layers: Sequence[Layer], answers: Answers) -> Iterator[tuple
         fits = []
         for layer, c in zip(layers, each, strict=True):
             assert c is not None
-            got, want, sigma = np.asarray(c.got, float), np.asarray(c.want, float), _sigma(c)
+            got, want, sigma = np.asarray(c.got, float), np.asarray(c.want, float), sigma_of(c)
             rest = 0 * want
             if name == "y":
                 x = layer.x.astype(float)
                 rest = x @ layer.W.astype(float).T
                 rest = rest if layer.bias is None else rest + layer.bias.astype(float)
             fits.append(fit(got, (want - rest) / layer.s, rest, sigma))
-        if not all(_agree(z) for _, z in fits):
+        if not all(agreeing(z) for _, z in fits):
             continue
         known = [(layer.alpha, layer.r) for layer in layers]
         right = [f.agrees(layer.s) for (f, _), layer in zip(fits, layers, strict=True)]

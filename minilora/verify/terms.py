@@ -235,11 +235,13 @@ STRUCTURE = "structure-"
 @dataclass(frozen=True)
 class Diagnosis:
     """A known misreading that gives the answers that were got: its id, what it computes, and how
-    far its answers lie from those got, in rms standard deviations of rounding."""
+    far its answers lie from those got, in rms standard deviations of rounding. ``separating`` is
+    the case that tells it from others that answered this check alike, or would, if it was asked."""
 
     id: str
     sentence: str
     residual_z: float
+    separating: str = ""
 
 
 @dataclass(frozen=True)
