@@ -3,9 +3,20 @@
 import numpy as np
 import pytest
 
+from minilora import reference
 from minilora.ops import attention, causal_mask
 from minilora.verify.contract import DTYPES, Precision
-from minilora.verify.tolerance import Rounding, Uncertain, digits, noisy, spread, unit_roundoff
+from minilora.verify.levels import model
+from minilora.verify.terms import Case
+from minilora.verify.tolerance import (
+    Draws,
+    Rounding,
+    Uncertain,
+    digits,
+    noisy,
+    spread,
+    unit_roundoff,
+)
 
 
 def precisions():
@@ -15,14 +26,15 @@ def precisions():
 @pytest.mark.parametrize("precision", precisions())
 def test_the_infinities_of_a_mask_pass_through_the_noise(precision):
     rng = np.random.default_rng(0)
+    draws = Draws(rng, 3)
     q, k, v = (rng.standard_normal((1, 2, 3, 4)) for _ in range(3))
     mask = causal_mask(np.ones((1, 4), bool))
-    o, _ = attention(*(noisy(a, precision, rng) for a in (q, k, v)), mask)
+    o, _ = attention(*(noisy(a, precision, draws) for a in (q, k, v)), mask)
     changed = v.copy()
     changed[..., 1:] += 1e3  # the future of the first token
-    o2, _ = attention(*(noisy(a, precision, rng) for a in (q, k, changed)), mask)
+    o2, _ = attention(*(noisy(a, precision, draws) for a in (q, k, changed)), mask)
     # The first token sees itself alone: o = v · 1, off by the roundings of exp, sum and product.
-    first, second = (np.asarray(each)[..., 0] for each in (o, o2))
+    first, second = (each.runs[..., 0] for each in (o, o2))
     bound = 64 * unit_roundoff(precision.storage) * np.abs(v[..., 0])
     assert (np.abs(first - v[..., 0]) <= bound).all()
     assert (np.abs(second - v[..., 0]) <= bound).all()
@@ -54,3 +66,48 @@ def test_formula_and_samples_agree_on_a_product(precision):
 
 def test_the_digits_of_each_dtype_are_those_of_its_standard():
     assert [digits(dtype) for dtype in DTYPES] == [53, 24, 8, 11]
+
+
+FLOAT32 = Precision("float32", "float32")
+
+
+class One:
+    """A generator of numbers for one run, of a name."""
+
+    def __init__(self, seed):
+        self.rng = np.random.default_rng(seed)
+
+    def random(self, shape, dtype):
+        return self.rng.random(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", reference.names())
+def test_runs_side_by_side_are_the_runs_one_after_another(name):
+    c, W, tuning, _ = model.opened(name, "float64")
+    batch = model.draw(name, Case("", "float64", 0, 0))
+
+    def loss_and_gradients(draws):
+        noisy_W = {key: noisy(array, FLOAT32, draws) for key, array in W.items()}
+        return model.answers(batch, noisy_W, c, tuning)
+
+    together = loss_and_gradients(Draws([One(7), One(8), One(9)], 3))
+    for i, seed in enumerate((7, 8, 9)):
+        alone = loss_and_gradients(Draws([One(seed)], 1))
+        for key, array in alone.items():
+            assert (together[key].runs[i] == array.runs[0]).all(), key
+    first, second = (together["loss"].runs[i] for i in (0, 1))
+    assert first != second, "each run has a noise of its own"
+
+
+def test_what_the_runs_disagree_about_or_what_has_no_noise_is_refused():
+    draws = Draws(np.random.default_rng(0), 64)
+    x = noisy(np.ones(3), FLOAT32, draws)
+    assert x[0] == 1  # no operation yet: all runs are alike
+    with pytest.raises(ValueError, match="do not agree"):
+        bool(x[0] * 1 > 1)
+    with pytest.raises(TypeError, match="no noise yet"):
+        np.linalg.norm(x)
+    with pytest.raises(TypeError, match="no noise yet"):
+        np.cumsum(x)
+    with pytest.raises(TypeError, match="no one array"):
+        np.asarray(x)

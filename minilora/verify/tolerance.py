@@ -9,11 +9,15 @@ accumulates its sums in the same or another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import prod
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from minilora.verify.contract import Precision
 
@@ -27,11 +31,13 @@ def unit_roundoff(dtype: str) -> float:
     return 2.0 ** -digits(dtype)
 
 
+@cache
 def digits(dtype: str) -> int:
     """The binary digits of a dtype's significand, the one that is not stored included."""
     return int(finfo(dtype).nmant) + 1
 
 
+@cache
 def underflow(dtype: str) -> float:
     """The greatest absolute error of rounding among the subnormal numbers."""
     return float(finfo(dtype).smallest_subnormal) / 2
@@ -138,104 +144,242 @@ FUNCTION_ULPS = 2.0
 SLEEF its 1.0 ULP functions, which PyTorch's CPU kernels call, NVIDIA its tables for CUDA."""
 
 
-class Noisy(np.ndarray):
+class Noisy(NDArrayOperatorsMixin):
     """float64 values whose every operation is followed by a rounding error drawn at random.
 
     y (1 + u U(-1, 1)) after each elementwise operation, and in products and sums an error of the
-    accumulation's variance besides.
+    accumulation's variance besides. Many runs go side by side: ``runs`` has one axis in front, a
+    run each, that the code which computes does not see; what is the same in all stands once.
     """
 
-    rounding: Rounding
-    rng: np.random.Generator
+    def __init__(self, runs: Array, source: Source) -> None:
+        self.runs, self.source = runs, source
 
-    def __array_finalize__(self, obj: Any) -> None:
-        if isinstance(obj, Noisy):
-            self.rounding, self.rng = obj.rounding, obj.rng
+    shape = property(lambda self: self.runs.shape[1:])
+    ndim = property(lambda self: self.runs.ndim - 1)
+    dtype = property(lambda self: self.runs.dtype)
+    size = property(lambda self: prod(self.shape))
+    real = property(lambda self: self)  # as nothing here is complex
+    T = property(lambda self: self.transpose(*reversed(range(self.ndim))))
+    mT = property(lambda self: self._as(self.runs.mT))
 
-    def _noisy(self, y: Any) -> Any:
-        y = np.asarray(y).view(Noisy)
-        y.rounding, y.rng = self.rounding, self.rng
-        return y
+    def _as(self, runs: Array) -> Noisy:
+        return Noisy(runs, self.source)
 
-    def _rounded(self, y: Array, accumulated: Array | None = None, units: float = 1.0) -> Any:
+    def _own(self) -> Array:
+        """The runs, each with values of its own that may be changed."""
+        if len(self.runs) < self.source.count:
+            self.runs = np.repeat(self.runs, self.source.count, 0)
+        return self.runs
+
+    def _rounded(self, y: Array, accumulated: Array | None = None, units: float = 1.0) -> Noisy:
         """y with an error uniform in ± its greatest; a sum also has the accumulation's variance.
 
         Uniform in ± a has the variance a² / 3.
         """
-        rounding = self.rounding
+        rounding, draws = self.source.rounding, self.source.draws
+        shape = (self.source.count, *y.shape[1:])
         greatest = units * rounding.u * y
         if accumulated is not None:
             greatest = np.sqrt(greatest * greatest + 3 * accumulated)
-        noise = 2 * self.rng.random(np.shape(y), dtype=np.float32) - 1
-        with np.errstate(invalid="ignore"):
-            result = y + greatest * noise
-            if rounding.tiny > 1e-30:  # float16: its subnormal numbers lie within reach
-                result = result + rounding.tiny * self.rng.uniform(-1, 1, np.shape(y))
-                result = np.where(result * y > 0, result, 0)  # rounding changes no sign
+        error = greatest * draws.signed(shape)
+        if rounding.tiny > 1e-30:  # float16: its subnormal numbers lie within reach
+            result = y + error + rounding.tiny * draws.signed(shape, np.float64)
+            result = np.where(result * y > 0, result, 0)  # rounding changes no sign
+        else:
+            result = y + error
         infinite = np.isinf(y)  # of a mask: they stay what they are
-        return self._noisy(np.where(infinite, y, result) if infinite.any() else result)
+        return self._as(np.where(infinite, y, result) if infinite.any() else result)
+
+    def _lifted(self, values: Sequence[Any]) -> list[Any]:
+        """Values that broadcast against one another as they do without the axis of the runs."""
+        most = max(np.ndim(value) for value in values)
+        return [_raised(value, most) if isinstance(value, Noisy) else value for value in values]
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        plain = [np.asarray(x) if isinstance(x, np.ndarray) else x for x in inputs]
-        out = kwargs.pop("out", None)
         if method == "at":  # the scatter of an embedding's gradient: sums of a few rows
-            getattr(ufunc, method)(*plain, **kwargs)
+            into, rows, values = inputs
+            getattr(ufunc, method)(into._own(), (slice(None), rows), values.runs)
             return None
-        y = getattr(ufunc, method)(*plain, **kwargs)
-        y = self._result(ufunc, method, plain, kwargs, y)
-        if out is None:
-            return y
-        out[0][...] = y
-        return out[0]
-
-    def _result(self, ufunc: Any, method: str, plain: list[Any], kwargs: Any, y: Any) -> Any:
-        if getattr(y, "dtype", None) != np.float64:  # comparisons
-            return y
-        if ufunc is np.matmul:
-            squares = np.matmul(plain[0] ** 2, plain[1] ** 2)
-            return self._rounded(y, self.rounding.summed(plain[0].shape[-1], squares))
-        if ufunc in EXACT:
-            return self._noisy(y)
         if method == "reduce":
-            squares = np.add.reduce(np.square(plain[0]), **kwargs)
-            terms = plain[0].size // max(1, np.size(y))
-            return self._rounded(y, self.rounding.summed(terms, squares))
-        return self._rounded(y, units=1.0 if ufunc in ARITHMETIC else 2 * FUNCTION_ULPS)
+            return self._reduced(ufunc, inputs[0], **kwargs)
+        if method != "__call__" or kwargs:
+            raise TypeError(f"{ufunc.__name__}.{method} with {sorted(kwargs)} has no noise yet")
+        plain = self._lifted(inputs)
+        with np.errstate(invalid="ignore"):
+            y = ufunc(*plain)
+            if y.dtype != np.float64 or ufunc in EXACT:
+                return self._as(y)
+            if ufunc is np.matmul:
+                squares = np.matmul(plain[0] ** 2, plain[1] ** 2)
+                return self._rounded(y, self.source.rounding.summed(plain[0].shape[-1], squares))
+            return self._rounded(y, units=1.0 if ufunc in ARITHMETIC else 2 * FUNCTION_ULPS)
+
+    def _reduced(
+        self, ufunc: Any, x: Noisy, axis: Any = 0, keepdims: bool = False, **_: Any
+    ) -> Any:
+        axes = range(x.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+        axes = tuple(a % x.ndim + 1 for a in axes)
+        y = ufunc.reduce(x.runs, axis=axes, keepdims=keepdims)
+        if y.dtype != np.float64 or ufunc in EXACT:
+            return self._as(y)
+        squares = np.square(x.runs).sum(axes, keepdims=keepdims)
+        terms = prod(x.runs.shape[a] for a in axes)
+        return self._rounded(y, self.source.rounding.summed(terms, squares))
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        # Moves (where, concatenate, reshape …) round nothing; what they lose is the class.
-        y = func(*_plain(args), **_plain(kwargs))
-        return self._noisy(y) if getattr(y, "dtype", None) == np.float64 else y
+        # Moves round nothing.
+        if func not in MOVES:
+            raise TypeError(f"np.{func.__name__} has no noise yet")
+        return MOVES[func](*args, **kwargs)
+
+    def sum(self, axis: Any = None, keepdims: bool = False) -> Any:
+        """The sum, as of an array."""
+        return self._reduced(np.add, self, axis, keepdims)
+
+    def mean(self, axis: Any = None, keepdims: bool = False) -> Any:
+        """The mean, as of an array."""
+        total = self.sum(axis, keepdims)
+        return total / (self.size // max(1, total.size))
+
+    def max(self, axis: Any = None, keepdims: bool = False) -> Any:
+        """The greatest, as of an array."""
+        return self._reduced(np.maximum, self, axis, keepdims)
+
+    def reshape(self, *shape: Any) -> Noisy:
+        """The same values in another shape."""
+        shape = shape[0] if isinstance(shape[0], tuple) else shape
+        return self._as(self.runs.reshape(len(self.runs), *shape))
+
+    def ravel(self) -> Noisy:
+        """The same values in one row."""
+        return self.reshape(-1)
+
+    def transpose(self, *axes: int) -> Noisy:
+        """The axes in another order."""
+        return self._as(self.runs.transpose(0, *(a % self.ndim + 1 for a in axes)))
+
+    def astype(self, dtype: Any) -> Noisy:
+        """A copy: this system has one dtype."""
+        return self.copy()
+
+    def copy(self) -> Noisy:
+        """A copy."""
+        return self._as(self.runs.copy())
+
+    def __array__(self, *_: Any, **__: Any) -> Array:
+        raise TypeError("the runs are several: no one array is all of them")
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __iter__(self) -> Iterator[Noisy]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, at: Any) -> Noisy:
+        return self._as(self.runs[_behind(at)])
+
+    def __setitem__(self, at: Any, value: Any) -> None:
+        self._own()[_behind(at)] = value.runs if isinstance(value, Noisy) else value
+
+    def __bool__(self) -> bool:
+        if self.runs.size != len(self.runs) or len({*map(bool, self.runs.ravel())}) > 1:
+            raise ValueError("the runs do not agree which way to go")
+        return bool(self.runs.ravel()[0])
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Noisy):
-        return value.view(np.ndarray)
-    if isinstance(value, list | tuple):
-        return type(value)(_plain(v) for v in value)
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    return value
+def _behind(at: Any) -> tuple[Any, ...]:
+    """An index of what lies behind the axis of the runs."""
+    return (slice(None), *at) if isinstance(at, tuple) else (slice(None), at)
 
 
-def noisy(array: Any, precision: Precision, rng: np.random.Generator) -> Noisy:
+def _raised(value: Noisy, ndim: int) -> Array:
+    """The runs with as many axes between the first and the others as ``ndim`` asks for."""
+    runs = value.runs
+    return runs.reshape(len(runs), *(1,) * (ndim - value.ndim), *value.shape)
+
+
+def _joined(values: Sequence[Any], axis: int = 0) -> Noisy:
+    (first, *_) = (value for value in values if isinstance(value, Noisy))
+    count = max(len(value.runs) for value in values if isinstance(value, Noisy))
+    runs = [value.runs if isinstance(value, Noisy) else np.asarray(value)[None] for value in values]
+    runs = [np.broadcast_to(each, (count, *each.shape[1:])) for each in runs]
+    return Noisy(np.concatenate(runs, axis % first.ndim + 1), first.source)
+
+
+def _chosen(condition: Any, x: Any, y: Any) -> Noisy:
+    source = next(v.source for v in (condition, x, y) if isinstance(v, Noisy))
+    most = max(map(np.ndim, (condition, x, y)))
+    parts = [_raised(v, most) if isinstance(v, Noisy) else v for v in (condition, x, y)]
+    return Noisy(np.where(*parts), source)
+
+
+def _filled(x: Noisy, value: float, dtype: Any = None) -> Noisy:
+    return Noisy(np.full((x.source.count, *x.shape), value, dtype or x.dtype), x.source)
+
+
+MOVES: dict[Any, Callable[..., Any]] = {
+    np.shape: lambda x: x.shape,
+    np.ndim: lambda x: x.ndim,
+    np.size: lambda x: x.size,
+    np.sum: lambda x, axis=None, keepdims=False, **_: x.sum(axis, keepdims),
+    np.concatenate: _joined,
+    np.stack: lambda values: _joined([value[None] for value in values]),
+    np.where: _chosen,
+    np.zeros_like: lambda x, dtype=None: _filled(x, 0, dtype),
+    np.ones_like: lambda x, dtype=None: _filled(x, 1, dtype),
+    np.empty_like: lambda x, dtype=None: _filled(x, 0, dtype),
+}
+"""What moves and makes arrays, and rounds nothing."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where noise comes from: how many runs, the precision's variances, the random numbers."""
+
+    count: int
+    rounding: Rounding
+    draws: Draws
+
+
+class Draws:
+    """Random numbers for several runs: from one generator for all, or from one for each."""
+
+    def __init__(self, rng: np.random.Generator | Sequence[Any], count: int) -> None:
+        self.rng, self.count = rng, count
+
+    def signed(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
+        """Numbers uniform in (-1, 1)."""
+        if isinstance(self.rng, np.random.Generator):
+            drawn: Array = self.rng.random(shape, dtype=dtype)
+        else:
+            drawn = np.stack([rng.random(shape[1:], dtype=dtype) for rng in self.rng])
+        return 2 * drawn - 1
+
+
+def noisy(array: Any, rounding: Precision | Rounding, draws: Draws) -> Noisy:
     """The array, exact so far, as the first operand of noisy operations."""
-    result = np.array(array, np.float64).view(Noisy)
-    result.rounding, result.rng = Rounding(precision), rng
-    return result
+    rounding = rounding if isinstance(rounding, Rounding) else Rounding(rounding)
+    return Noisy(np.array(array, np.float64)[None], Source(draws.count, rounding, draws))
 
 
 def spread(
-    run: Callable[[np.random.Generator], dict[str, Any]],
+    run: Callable[[Any], dict[str, Any]],
     wanted: dict[str, Any],
     samples: int,
     seed: Sequence[int],
 ) -> dict[str, Array]:
     """σ of each element: the root mean square, over noisy runs, of run - wanted."""
-    squares = {name: np.zeros(np.shape(value)) for name, value in wanted.items()}
-    for i in range(samples):
-        got = run(np.random.default_rng([*seed, i]))
-        for name, value in wanted.items():
-            difference = np.asarray(got[name], np.float64) - np.asarray(value, np.float64)
-            squares[name] += difference**2
-    return {name: np.sqrt(total / samples) for name, total in squares.items()}
+    return rms(run(Draws(np.random.default_rng([*seed]), samples)), wanted)
+
+
+def rms(got: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Array]:
+    """The root mean square, over the runs, of what was got less what was wanted."""
+
+    def of(name: str, value: Any) -> Array:
+        runs = got[name].runs if isinstance(got[name], Noisy) else np.asarray(got[name])[None]
+        difference = np.asarray(runs, np.float64) - np.asarray(value, np.float64)
+        spread: Array = np.sqrt(np.mean(difference**2, 0))
+        return spread
+
+    return {name: of(name, value) for name, value in wanted.items()}

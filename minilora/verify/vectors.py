@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from hashlib import sha256
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ from minilora.verify.terms import (
     Check,
     Limits,
 )
-from minilora.verify.tolerance import Noisy, Rounding, noisy, spread, unit_roundoff
+from minilora.verify.tolerance import Draws, Rounding, noisy, rms, unit_roundoff
 
 Array = np.ndarray
 
@@ -306,13 +305,9 @@ def _sampled(
 
     @cache
     def of(rounding: str) -> dict[str, Array]:
-        numbers = count()
-
-        def once(_: np.random.Generator) -> dict[str, Any]:
-            rng = Shake(f"minilora noise/{name}/{rounding}/{next(numbers)}")
-            return run(lambda v: _noisy(v, rounding, rng))
-
-        return spread(once, nearest, SAMPLES, [0])
+        runs = [Shake(f"minilora noise/{name}/{rounding}/{i}") for i in range(SAMPLES)]
+        draws = Draws(runs, SAMPLES)
+        return rms(run(lambda v: noisy(v, _rounding(rounding), draws)), nearest)
 
     found = {}
     for dtype in dtypes:
@@ -326,13 +321,13 @@ def _sampled(
     return found
 
 
-def _noisy(array: Array, rounding: str, rng: Any) -> Noisy:
-    """A noisy number of a dtype, or of the unit roundoff `FINE` without a least number."""
-    number = noisy(array, Precision(rounding or "float32", rounding or "float32"), rng)
-    if not rounding:
-        number.rounding.u = number.rounding.u_sum = FINE
-        number.rounding.tiny = 0.0
-    return number
+def _rounding(dtype: str) -> Rounding:
+    """That of a dtype; without one, the unit roundoff `FINE` and no least number."""
+    rounding = Rounding(Precision(dtype or "float32", dtype or "float32"))
+    if not dtype:
+        rounding.u = rounding.u_sum = FINE
+        rounding.tiny = 0.0
+    return rounding
 
 
 Made = tuple[dict[str, Output], dict[str, dict[str, Output]]]

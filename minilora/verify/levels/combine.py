@@ -23,7 +23,7 @@ from minilora.verify.tolerance import unit_roundoff
 
 Array = np.ndarray
 
-CASES = {"quick": 6, "ci": 24, "nightly": 480}
+CASES = {"quick": 4, "ci": 24, "nightly": 480}
 
 BOUND = Limits(1.0, 1.0, 0.0)
 """A worst case bound stands in the place of sigma: no element may pass it."""

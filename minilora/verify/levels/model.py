@@ -24,7 +24,7 @@ from minilora.tasks import draw_batch
 from minilora.verify.cases import long
 from minilora.verify.contract import DTYPES, Precision, Subject
 from minilora.verify.terms import MONTE_CARLO, Case, Check, Comparison
-from minilora.verify.tolerance import Rounding, noisy, spread
+from minilora.verify.tolerance import Draws, Rounding, noisy, spread
 
 Array = np.ndarray
 Run = Callable[[Subject, Case], Iterable[Comparison]]
@@ -125,9 +125,9 @@ def ask(subject: Subject, name: str, dtype: str, batch: Batch) -> dict[str, Arra
 
 def _outside(batch: Batch, answer: dict[str, Any], causal: bool) -> dict[str, Array]:
     """The specification's answers with logits (rows, classes) at what is visible."""
-    z = np.asarray(answer["logits"]).T
+    z = answer["logits"].T
     z = z.reshape(*batch.ids.shape, -1) if causal else z
-    return {name: np.asarray(v) for name, v in answer.items()} | {"logits": visible(batch, z)}
+    return answer | {"logits": visible(batch, z)}
 
 
 def spreads(
@@ -136,8 +136,8 @@ def spreads(
     """σ of each answer by noisy runs, at least that of storing the answer, and the oracle's own."""
     c, W, tuning, _ = opened(name, dtype)
 
-    def run(rng: np.random.Generator) -> dict[str, Array]:
-        noisy_W: Weights = {key: noisy(array, precision, rng) for key, array in W.items()}
+    def run(draws: Draws) -> dict[str, Array]:
+        noisy_W: dict[str, Any] = {key: noisy(array, precision, draws) for key, array in W.items()}
         return _outside(batch, answers(batch, noisy_W, c, tuning), c.causal)
 
     sigma = spread(run, want, samples, [samples])

@@ -22,7 +22,7 @@ from minilora.verify.terms import Case, Check, Comparison, counter
 
 Array = np.ndarray
 
-CASES = {"quick": 6, "ci": 24, "nightly": 480}
+CASES = {"quick": 4, "ci": 24, "nightly": 480}
 
 
 def rows(

@@ -133,7 +133,7 @@ def expected(
     (params, gradients), settings = draw_steps(case, kind), KINDS[kind][0]
     want = history(params, gradients, settings, long)
     sigma = spread(
-        lambda rng: history(params, gradients, settings, lambda v: noisy(v, precision, rng)),
+        lambda draws: history(params, gradients, settings, lambda v: noisy(v, precision, draws)),
         want,
         SAMPLES,
         [case.number, case.seed],
