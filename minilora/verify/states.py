@@ -203,8 +203,9 @@ class Layer:
         def back(dy: Array) -> dict[str, Array]:
             dh, others = back_after(dy.T)
             dx, parts = back_h(dh)
-            answer = {} if table else {"dx": dx.T}
-            return answer | self._named(parts) | others
+            answer: dict[str, Array] = {} if table else {"dx": dx.T}
+            answer |= self._named(parts) | others
+            return answer
 
         return after.T, back
 
@@ -226,7 +227,8 @@ class Layer:
         return h, lambda dy: (dy, {})
 
     def _tied(self, x: Array) -> tuple[Array, Back]:
-        h, back_h = self.states["embedding"].forward(OneHot(x, len(self.base["W"])))
+        columns: Any = OneHot(x, len(self.base["W"]))
+        h, back_h = self.states["embedding"].forward(columns)
         y, back_y = self.states["head"].forward(h)
 
         def back(dy: Array) -> dict[str, Array]:

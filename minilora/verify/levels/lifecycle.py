@@ -9,11 +9,12 @@ an error, and then nothing has happened.
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -176,7 +177,7 @@ class Run:
     dtype: str
     kind: str = "linear"
     saved: dict[str, tuple[str, Given]] = field(default_factory=dict)
-    _folder: Any = None
+    _folder: str = ""
 
     @classmethod
     def of(cls, subject: Subject, case: Case, bias: bool = True, kind: str = "linear") -> Run:
@@ -217,11 +218,10 @@ class Run:
 
     def _empty(self) -> str:
         """A new folder, which goes when the run does."""
-        if self._folder is None:
-            self._folder = TemporaryDirectory(prefix="minilora-")
-        folder = Path(self._folder.name) / str(len(list(Path(self._folder.name).iterdir())))
-        folder.mkdir()
-        return str(folder)
+        if not self._folder:
+            self._folder = mkdtemp(prefix="minilora-")
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        return mkdtemp(dir=self._folder)
 
     def _next(self, what: str, arguments: list[Any]) -> Layer | None:
         """The state after the step; None if it refuses."""
