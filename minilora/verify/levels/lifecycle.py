@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from tempfile import mkdtemp
 from typing import Any
 
@@ -503,7 +504,8 @@ def machine(
 ) -> Iterable[Comparison]:
     """Twelve steps at random: after each the output is that of the state."""
     run, rng = Run.of(subject, case, kind=kind), case.rng()
-    yield from follow(run, drawn(run, rng, 12, files))
+    opening: list[Step] = [("add", "one"), ("save", "one"), ("load", "two", "one")] if files else []
+    yield from follow(run, chain(opening, drawn(run, rng, 12, files)))
 
 
 def drawn(run: Run, rng: np.random.Generator, count: int, files: bool = False) -> Iterator[Step]:
@@ -513,7 +515,8 @@ def drawn(run: Run, rng: np.random.Generator, count: int, files: bool = False) -
         new = [name for name in NAMES if name not in known]
         if not known or (new and rng.random() < 0.2):
             name = str(rng.choice(new))
-            yield ("load", name, name) if name in run.saved else ("add", name)
+            of = [str(rng.choice([*run.saved]))] if run.saved and rng.random() < 0.7 else []
+            yield ("load", name, *of) if of else ("add", name)
             continue
         some = [name for name in known if rng.random() < 0.6]
         if run.kind in ALONE and {"one", "two"} <= {*some}:
@@ -524,7 +527,7 @@ def drawn(run: Run, rng: np.random.Generator, count: int, files: bool = False) -
         steps += [("disable",), ("train",), ("eval",), ("delete", one)]
         # Of DoRA another scale is another norm, which is no whole number.
         steps += [("merge",) if run.kind == "dora" and one != "one" else ("scale", one, factor)]
-        steps += [("save", one), ("save", one), ("delete", one)] if files else []
+        steps += [("save", one)] * 4 + [("delete", one)] * 2 if files else []
         yield steps[rng.integers(len(steps))]
 
 

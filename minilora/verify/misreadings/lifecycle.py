@@ -247,25 +247,48 @@ class Pair:
 
     def scale(self, name: str, factor: float) -> None:
         """The factors; a module has none."""
-        for each in self.both(name):
-            if "A" in each.known[name]:
-                each.scale(name, factor)
+        self.all(
+            lambda each: each.scale(name, factor),
+            [each for each in self.both(name) if "A" in each.known[name]],
+        )
 
     def merge(self) -> None:
-        """Both."""
-        self.first.merge()
-        self.second.merge()
+        """Both, or the one that can."""
+        self.some(lambda each: each.merge())
 
     def unmerge(self) -> None:
-        """Both."""
-        self.first.unmerge()
-        self.second.unmerge()
+        """Both, or the one that can."""
+        self.some(lambda each: each.unmerge())
 
     def delete(self, name: str) -> None:
         """Where it is."""
-        for each in self.both(name):
-            each.delete(name)
+        self.all(lambda each: each.delete(name), self.both(name))
         del self.known[name]
+
+    def some(self, do: Callable[[Session], None]) -> None:
+        """In both; refused where both refuse."""
+        refused = []
+        for each in (self.first, self.second):
+            try:
+                do(each)
+            except RuntimeError as error:
+                refused.append(error)
+        if len(refused) == 2:
+            raise refused[0]
+
+    def all(self, do: Callable[[Session], None], where: Sequence[Session]) -> None:
+        """In each of them, or in none."""
+        before = [
+            {k: v.copy() if isinstance(v, dict | list) else v for k, v in vars(each).items()}
+            for each in where
+        ]
+        try:
+            for each in where:
+                do(each)
+        except RuntimeError:
+            for each, kept in zip(where, before, strict=True):
+                vars(each).update(kept)
+            raise
 
     def train(self) -> None:
         """Both."""
@@ -838,6 +861,13 @@ def _head_not_off(my: Pair) -> None:
         my.second.disable()
 
 
+def _one_use(my: Pair, names: Sequence[str]) -> None:
+    first = [name for name in names if name in my.first.known]
+    Pair.activate(my, first if my.kind == "tied" and first else names)
+    if my.kind == "tied" and first:
+        my.second.activate([])
+
+
 def _module_outlives(my: Pair, name: str) -> None:
     """The deleted adapter's module is the base's from then on."""
     if my.kind == "full" and name in my.second.known and name in my.second.active:
@@ -894,13 +924,11 @@ def _stored_without(*keys: str) -> Callable[[Any, str], Any]:
     return stored
 
 
-def _stored_as(kind: str, **values: Any) -> Callable[[Any, str], Any]:
-    """Saved with other settings."""
-
-    def stored(my: Any, name: str) -> Any:
-        return {**my.known[name], **(values if my.kind == kind else {})}
-
-    return stored
+def _stored_first(my: Session, name: str) -> Any:
+    """As many parts, from the first on."""
+    adapter = my.known[name]
+    enable = adapter.get("enable")
+    return adapter if enable is None else {**adapter, "enable": sorted(enable, reverse=True)}
 
 
 def _stored_tied(my: Pair, name: str) -> Any:
@@ -964,13 +992,9 @@ def _load_forgets(my: Pair, name: str, folder: str) -> None:
         my.second.W = my.second.original
 
 
-def _load_replaces(my: Session, name: str, folder: str) -> None:
-    """What is loaded is all there is."""
+def _load_active(my: Session, name: str, folder: str) -> None:
     Session.load(my, name, folder)
-    if len(my.known) > 2:
-        for other in [each for each in my.known if each not in (name, *my.active)]:
-            Session.delete(my, other)
-            my.known[other], my.factor[other] = my.known[name], 1.0
+    my.active.append(name)
 
 
 class OnSum(Session):
@@ -1129,6 +1153,7 @@ LIFECYCLE += (
             _shared("head"),
             "peft 2777",
         ),
+        ("tied-head-on", "disabling leaves the tied head's adapter", _pairs(disable=_head_not_off)),
     ),
     *family(
         "LIFECYCLE",
@@ -1144,7 +1169,11 @@ LIFECYCLE += (
     *family(
         "LIFECYCLE",
         "lifecycle.machine.tied",
-        ("tied-head-on", "disabling leaves the tied head's adapter", _pairs(disable=_head_not_off)),
+        (
+            "tied-one-use",
+            "beside an adapter of the embedding none of the tied head acts",
+            _pairs(activate=_one_use),
+        ),
     ),
     *family(
         "LIFECYCLE",
@@ -1233,9 +1262,9 @@ LIFECYCLE += (
         "LIFECYCLE",
         "lifecycle.save.fused",
         (
-            "save-fused-q-and-v",
-            "which parts are adapted is not saved",
-            _but(stored=_stored_as("fused", enable=[True, True, True])),
+            "save-fused-first",
+            "how many parts are adapted is saved, and not which",
+            _but(stored=_stored_first),
         ),
     ),
     *family(
@@ -1292,7 +1321,7 @@ LIFECYCLE += (
     *family(
         "LIFECYCLE",
         "lifecycle.machine.files",
-        ("load-replaces", "loading replaces what does not act", _but(load=_load_replaces)),
+        ("load-active", "what is loaded acts at once", _but(load=_load_active)),
     ),
     *family(
         "LIFECYCLE",
