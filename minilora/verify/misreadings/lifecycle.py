@@ -939,6 +939,11 @@ def _stored_tied(my: Pair, name: str) -> Any:
     return {**adapter, "A": adapter["B"].T, "B": adapter["A"].T, "on": "embedding"}
 
 
+def _stored_half(my: Pair, name: str) -> Any:
+    adapter = my.known[name]
+    return {**adapter, "on": "embedding"} if adapter.get("on") == "both" else adapter
+
+
 def _more(my: Session, name: str) -> None:
     my.W = my.W + my.delta(name)
 
@@ -1240,7 +1245,7 @@ LIFECYCLE += (
     ),
     *family(
         "LIFECYCLE",
-        "lifecycle.dora.merge-several",
+        "lifecycle.dora.several",
         (
             "dora-on-sum",
             "DoRA is merged into what another adapter has left of W",
@@ -1274,6 +1279,16 @@ LIFECYCLE += (
             "save-tied-embedding",
             "an adapter of a tied head is saved as the embedding's",
             _pairs(stored=_stored_tied),
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.save.tied.both",
+        (
+            "save-tied-half",
+            "one change of both uses is saved as the embedding's alone",
+            _pairs(stored=_stored_half),
+            "peft 0.21",
         ),
     ),
     *family(
