@@ -1018,6 +1018,36 @@ class OnSum(Session):
         self.merging = False
 
 
+class InARow(Session):
+    """Each adapter is applied to the weight that those before it have made."""
+
+    def step(self, W: Any, name: str) -> Any:
+        """What an adapter makes of W."""
+        adapter = self.known[name]
+        if "magnitude" not in adapter:
+            return W + self.delta(name)
+        self.known[name] = self.bare(name)
+        change = self.delta(name)
+        self.known[name] = adapter
+        V = self.original + change
+        g = adapter["magnitude"][:, None] / np.sqrt((V * V).sum(1, keepdims=True))
+        return g * (W + change)
+
+    def put_in(self, name: str) -> None:
+        """After those that are in it."""
+        W = self.step(self.W, name)
+        self.added[name], self.W = W - self.W, W
+
+    def acting(self) -> Any:
+        """One after another."""
+        if self.off:
+            return self.base()
+        W = self.W
+        for name in self.active:
+            W = W if name in self.added else self.step(W, name)
+        return W
+
+
 def _dora_without_norm(my: Session, name: str) -> Any:
     adapter = my.known[name]
     if "magnitude" not in adapter:
@@ -1146,7 +1176,7 @@ LIFECYCLE += (
             "tied-embedding-merged",
             "an embedding's merged change is the tied head's too",
             _shared("embedding"),
-            "peft 2018",
+            "peft 0.21",
         ),
     ),
     *family(
@@ -1156,7 +1186,7 @@ LIFECYCLE += (
             "tied-head-merged",
             "a tied head's merged change is the embedding's too",
             _shared("head"),
-            "peft 2777",
+            "peft 2018",
         ),
         ("tied-head-on", "disabling leaves the tied head's adapter", _pairs(disable=_head_not_off)),
     ),
@@ -1221,7 +1251,12 @@ LIFECYCLE += (
             "the last module stays where no other comes",
             _pairs(activate=_module_stays),
         ),
-        ("full-not-off", "disabling leaves the module", _pairs(disable=_module_not_off)),
+        (
+            "full-not-off",
+            "disabling leaves the module",
+            _pairs(disable=_module_not_off),
+            "peft 493",
+        ),
     ),
     *family(
         "LIFECYCLE",
@@ -1250,6 +1285,11 @@ LIFECYCLE += (
             "dora-on-sum",
             "DoRA is merged into what another adapter has left of W",
             _sessions(OnSum),
+        ),
+        (
+            "dora-in-a-row",
+            "DoRA rescales what the adapters before it have added, by W's own norm",
+            _sessions(InARow),
             "peft 0.21",
         ),
     ),
