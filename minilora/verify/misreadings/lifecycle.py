@@ -1420,7 +1420,6 @@ LIFECYCLE += (
             "gradients-tied-embedding",
             "of a tied factor's gradients the embedding's alone",
             _pairs(turn=_only_first),
-            "peft 0.21",
         ),
     ),
     *family(
