@@ -7,9 +7,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from minilora.verify.contract import METHODS, positional
+from minilora.verify.contract import METHODS, SESSION, positional
 from minilora.verify.own import Own
-from minilora.verify.process import CARRIED, RESULTS, SESSION
+from minilora.verify.process import CARRIED, RESULTS
 
 
 def put(tree, path, array):
@@ -41,10 +41,11 @@ def run(message):
             del sessions[message["session"]]
             return
         name = method.removeprefix("session.")
-        arguments = [settings[argument] for argument in SESSION[name]]
+        arguments = [settings[argument] for argument in positional(name, SESSION)]
         answer = getattr(sessions[message["session"]], name)(*arguments)
-        if method in RESULTS:
-            save_file(flat({RESULTS[method]: answer}), message["out"])
+        if answer is not None:
+            answer = {RESULTS[method]: answer} if method in RESULTS else answer
+            save_file(flat(answer), message["out"])
         return
     keyword = "*" in METHODS[method]
     names = positional(method)

@@ -4,16 +4,20 @@ import numpy as np
 import pytest
 from scipy.stats import kstwo
 
+from minilora.adapters import State
 from minilora.formats.huggingface import read_model
 from minilora.formats.peft import read_lora
+from minilora.layers import adapted_fused
+from minilora.lora import lora_linear, merge_weight, scale
 from minilora.models import targets
 from minilora.ops import IGNORED
 from minilora.verify import check
 from minilora.verify.contract import Subject
-from minilora.verify.levels import files, init, small, train
+from minilora.verify.levels import files, init, lifecycle, small, train
 from minilora.verify.misreadings import MISREADINGS
 from minilora.verify.misreadings.files import Filer
 from minilora.verify.own import Own, trained
+from minilora.verify.states import Layer, whole
 from minilora.verify.terms import Case
 
 SEEDS = range(3)
@@ -175,3 +179,82 @@ def test_a_frozen_file_that_changes_is_named():
     result = check(wrong.make(), case="grad-flow.frozen:float32:0").results[0]
     assert result.worst.array == "files that changed, base/config.json"
     assert check(Own(), case="grad-flow.frozen:float32:0").results[0].status == "pass"
+
+
+def lived(kind, number, seed=0):
+    return lifecycle.drawn_layer(kind, Case(f"lifecycle.{kind}", "float64", number, seed), True)
+
+
+def absolute(given):
+    if isinstance(given, dict):
+        return {name: absolute(entry) for name, entry in given.items()}
+    return abs(given) if isinstance(given, np.ndarray) else given
+
+
+@pytest.mark.parametrize("kind", [kind for kind in lifecycle.FURTHER if kind != "dora"])
+def test_a_sessions_numbers_are_so_small_that_float32_has_every_partial_sum(kind):
+    """All are multiples of 1/16 at least, and no sum of absolute terms reaches 2^24 of them."""
+    for number in range(4):
+        drawn = lived(kind, number)
+        layer = Layer.of(absolute(drawn.layer))
+        names = [n for n in drawn.adapters if n != "two" or kind not in lifecycle.ALONE]
+        for name in names:
+            layer = layer.add(name, absolute(drawn.adapters[name])).scale(name, 2.0)
+        y, back = layer.activate(names).forward(absolute(drawn.x))
+        arrays = [y, *back(absolute(drawn.dy)).values()]
+        assert max(array.max() for array in arrays) < 2.0**24 / 16
+        assert all((array * 16 % 1 == 0).all() for array in arrays)
+        halved = layer.scale("one", 0.5).activate(["one"]).forward(drawn.x)[0]
+        assert (halved * 16 % 1 == 0).all()
+
+
+def test_rows_under_dora_have_a_norm_that_is_a_power_of_two():
+    for number in range(4):
+        drawn = lived("dora", number)
+        assert drawn.adapters["one"].get("use_dora") is None
+        for name in ("two", "three"):
+            own = drawn.adapters[name]
+            V = merge_weight(drawn.layer["W"], own["A"], own["B"], own["alpha"] / own["r"])
+            assert ((V * V).sum(1) == 4).all()
+            assert not np.array_equal(V, drawn.layer["W"])
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_fused_layers_adapter_is_that_of_its_parts(number):
+    drawn = lived("fused", number)
+    rows, W = drawn.layer["rows"], drawn.layer["W"]
+    for own in drawn.adapters.values():
+        s = scale(own["alpha"], own["r"], own.get("use_rslora", False))
+        A, B = whole(own, rows)
+        found, _ = lora_linear(drawn.x.T, W, None, A, B, s)
+        count = sum(own["enable"])
+        sizes = np.cumsum([size for size, on in zip(rows, own["enable"], strict=True) if on])
+        pairs = zip(np.split(own["A"], count), np.split(own["B"], sizes[:-1]), strict=True)
+        parts = [next(pairs) if on else None for on in own["enable"]]
+        wanted, _ = adapted_fused(lora_linear, drawn.x.T, W, None, parts, rows, s)
+        assert np.array_equal(found, wanted)
+
+
+def test_a_layer_of_one_weight_is_its_state():
+    drawn = lived("linear", 0)
+    layer = Layer.of(drawn.layer)
+    y, back = layer.forward(drawn.x)
+    wanted, back_wanted = State(drawn.layer["W"], drawn.layer["bias"][:, None]).forward(drawn.x.T)
+    assert np.array_equal(y, wanted.T)
+    assert np.array_equal(back(drawn.dy)["dx"], back_wanted(drawn.dy.T)[0].T)
+
+
+def test_what_a_layer_refuses_is_said():
+    layer = Layer.of(lived("full", 0).layer)
+    adapters = lived("full", 0).adapters
+    with pytest.raises(NotImplementedError, match="no layer of kind cubic"):
+        Layer.of({"kind": "cubic", "W": np.eye(2)})
+    with pytest.raises(ValueError, match="no adapter 'one'"):
+        layer.activate(["one"])
+    two = layer.add("one", adapters["one"]).add("two", adapters["two"])
+    with pytest.raises(ValueError, match="there is an adapter 'one' already"):
+        two.add("one", adapters["one"])
+    with pytest.raises(ValueError, match="one and two each bring head"):
+        two.activate(["one", "two"]).forward(lived("full", 0).x)
+    with pytest.raises(ValueError, match="no adapter to merge"):
+        layer.merge()

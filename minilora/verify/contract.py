@@ -46,6 +46,24 @@ METHODS: dict[str, str] = {
 }
 """The methods that an implementation may have, with the arguments that they are called with."""
 
+SESSION: dict[str, str] = {
+    "add": "name, adapter",
+    "activate": "names",
+    "disable": "",
+    "scale": "name, factor",
+    "merge": "",
+    "unmerge": "",
+    "delete": "name",
+    "train": "",
+    "eval": "",
+    "forward": "x",
+    "weight": "",
+    "save": "name, folder",
+    "load": "name, folder",
+    "gradients": "x, dy",
+}
+"""The methods of what ``session`` answers, likewise."""
+
 DTYPES: dict[str, np.dtype[Any]] = {
     "float64": np.dtype(np.float64),
     "float32": np.dtype(np.float32),
@@ -271,8 +289,15 @@ class Subject:
     runs in a thread of its own that is left behind when the time limit is over.
     """
 
-    def __init__(self, implementation: object, *, time_limit: float = TIME_LIMIT) -> None:
+    def __init__(
+        self,
+        implementation: object,
+        *,
+        time_limit: float = TIME_LIMIT,
+        methods: Mapping[str, str] = METHODS,
+    ) -> None:
         self.implementation = implementation
+        self._methods = methods
         self.time_limit = time_limit
         if isinstance(implementation, Remote):  # a call may have to start it first
             implementation.time_limit, self.time_limit = time_limit, 2 * time_limit + 10
@@ -362,7 +387,7 @@ class Subject:
             raise self._verdict_on(method, raised.error) from raised.error
         finally:
             self.spent += perf_counter() - started
-        names = positional(method)
+        names = positional(method, self._methods)
         for i, (arg, original) in enumerate(zip(given[0], args, strict=True)):
             _unchanged(names[i] if i < len(names) else f"argument {i + 1}", arg, original)
         for name, original in kwargs.items():
@@ -377,7 +402,7 @@ class Subject:
             return Skip(f"not supported: {tidy(error) or method}")
         says = describe(error, self._home)
         if isinstance(error, TypeError) and not says.endswith(")"):  # refused at the door
-            says += f"; the contract is {method}({METHODS.get(method, '…')})"
+            says += f"; the contract is {method}({self._methods.get(method, '…')})"
         return Fault("raises", says)
 
     def _within_limit(self, call: Callable[[], Any]) -> Any:
@@ -465,9 +490,9 @@ def _home(implementation: object) -> str | None:
         return None
 
 
-def positional(method: str) -> list[str]:
+def positional(method: str, methods: Mapping[str, str] = METHODS) -> list[str]:
     """The names of the arguments that a method is given without them."""
-    before, _, _ = METHODS.get(method, "").partition(", *")
+    before, _, _ = methods.get(method, "").partition(", *")
     return [name for name in before.split(", ") if name]
 
 

@@ -12,8 +12,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 import minilora
-from minilora.adapters import Adapter, State, combine_svd, multi_linear
-from minilora.formats.files import pack_json, write_files, write_tensors
+from minilora.adapters import Adapter, combine_svd, multi_linear
+from minilora.formats.files import (
+    pack_json,
+    read_json,
+    read_tensors,
+    write_files,
+    write_tensors,
+)
 from minilora.formats.huggingface import names, read_model, to_file
 from minilora.formats.peft import (
     CONFIG,
@@ -23,13 +29,13 @@ from minilora.formats.peft import (
     read_lora,
     write_adapter,
 )
-from minilora.layers import OneHot
 from minilora.lora import LORA, Tuning, Variant, Weights, combine, draw_dropout, scale
 from minilora.models import Batch, Config, logits, loss, targets
 from minilora.ops import IGNORED
 from minilora.optim import run
 from minilora.starts import STARTS
 from minilora.variants import DORA, LORA_BIAS
+from minilora.verify.states import Layer
 
 Array = np.ndarray
 
@@ -136,11 +142,7 @@ class Own:
 
     def session(self, layer: Mapping[str, Any]) -> Session:
         """A layer whose adapters come and go."""
-        if layer["kind"] not in ("linear", "conv1d", "embedding"):
-            raise NotImplementedError(f"no layer of kind {layer['kind']}")
-        bias, table = layer.get("bias"), layer["kind"] == "embedding"
-        W = layer["W"].T if table else layer["W"]
-        return Session(State(W, None if bias is None else bias[:, None]), table)
+        return Session(layer)
 
     def model_loss(
         self, model_dir: str | Path, adapter_dir: str | Path, batch: Mapping[str, Array]
@@ -284,40 +286,58 @@ def parts_of(
 
 
 class Session:
-    """A :class:`minilora.adapters.State` that is replaced at each step."""
+    """A :class:`minilora.verify.states.Layer` that is replaced at each step."""
 
-    def __init__(self, state: State, table: bool = False) -> None:
-        self.state, self.table = state, table
+    def __init__(self, layer: Mapping[str, Any]) -> None:
+        self.layer = Layer.of(layer)
 
     def add(self, name: str, adapter: Mapping[str, Any]) -> None:
         """Another adapter, not active yet."""
-        A, B, s = _triple(adapter)
-        self.state = self.state.add(name, Adapter((A, B), s))
-        self.scales = {**getattr(self, "scales", {}), name: s}
+        self.layer = self.layer.add(name, adapter)
 
     def activate(self, names: Sequence[str]) -> None:
         """Just these act."""
-        self.state = self.state.enable().activate(*names)
+        self.layer = self.layer.activate(names)
 
     def disable(self) -> None:
         """The base alone acts, until the next activation."""
-        self.state = self.state.disable()
+        self.layer = self.layer.disable()
 
     def scale(self, name: str, factor: float) -> None:
         """s is factor · α / r from now on."""
-        self.state = self.state.set_scale(name, factor * self.scales[name])
+        self.layer = self.layer.scale(name, factor)
 
     def merge(self) -> None:
         """What is active goes into the weight."""
-        self.state = self.state.merge()
+        self.layer = self.layer.merge()
 
     def unmerge(self) -> None:
         """And out of it."""
-        self.state = self.state.unmerge()
+        self.layer = self.layer.unmerge()
 
     def delete(self, name: str) -> None:
         """Without the adapter."""
-        self.state = self.state.delete(name)
+        self.layer = self.layer.delete(name)
+
+    def save(self, name: str, folder: str | Path) -> None:
+        """The adapter's arrays and settings, as they were given."""
+        adapter = flat(self.layer.given[name])
+        arrays = {k: v for k, v in adapter.items() if isinstance(v, np.ndarray)}
+        settings = {k: v for k, v in adapter.items() if k not in arrays}
+        write_tensors(Path(folder) / WEIGHTS, arrays)
+        write_files(folder, {CONFIG: partial(pack_json, settings)})
+
+    def load(self, name: str, folder: str | Path) -> None:
+        """An adapter that was saved, added."""
+        files = read_tensors(Path(folder) / WEIGHTS), read_json(Path(folder) / CONFIG)
+        adapter: dict[str, Any] = {}
+        for path, value in (files[0] | files[1]).items():
+            *outer, last = path.split(".")
+            into = adapter
+            for key in outer:
+                into = into.setdefault(key, {})
+            into[last] = value
+        self.add(name, adapter)
 
     def train(self) -> None:
         """Nothing: all that training changes is a mask."""
@@ -327,14 +347,26 @@ class Session:
 
     def forward(self, x: Array) -> Array:
         """y, tokens in rows."""
-        columns: Any = OneHot(x, self.state.W.shape[1]) if self.table else x.T
-        y: Array = self.state.forward(columns)[0].T
-        return y
+        return self.layer.forward(x)[0]
+
+    def gradients(self, x: Array, dy: Array) -> dict[str, Array]:
+        """dx, and the gradients of what acts beside the weight."""
+        gradients: dict[str, Array] = self.layer.forward(x)[1](dy)
+        return gradients
 
     def weight(self) -> Array:
         """The weight that is held."""
-        W = self.state.stored()[0]
-        return W.T if self.table else W
+        return self.layer.stored()
+
+
+def flat(adapter: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """An adapter's entries, those of an inner dict under ``outer.inner``."""
+    entries: dict[str, Any] = {}
+    for key, value in adapter.items():
+        entries |= (
+            flat(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
+        )
+    return entries
 
 
 def _own(options: Mapping[str, Any]) -> list[str]:

@@ -34,6 +34,7 @@ from safetensors.numpy import save
 
 from minilora.verify.contract import (
     METHODS,
+    SESSION,
     TIME_LIMIT,
     Fault,
     LoadError,
@@ -46,19 +47,7 @@ from minilora.verify.contract import (
 
 PROTOCOL = 1
 
-SESSION: dict[str, tuple[str, ...]] = {
-    "add": ("name", "adapter"),
-    "activate": ("names",),
-    "disable": (),
-    "scale": ("name", "factor"),
-    "merge": (),
-    "unmerge": (),
-    "delete": ("name",),
-    "train": (),
-    "eval": (),
-    "forward": ("x",),
-    "weight": (),
-}
+SESSION_ARGUMENTS = {name: positional(name, SESSION) for name in SESSION}
 """The methods of what ``session`` answers, with their arguments; ``session.add`` in a message."""
 
 CARRIED = (*METHODS, *(f"session.{name}" for name in SESSION))
@@ -75,7 +64,8 @@ RESULTS = {
 }
 """The name of the one array that these methods answer; the others answer arrays by their names."""
 
-SILENT = {"save", "session", "session.end", *CARRIED[len(METHODS) :]} - RESULTS.keys()
+ANSWERING = {*RESULTS, "session.gradients"}
+SILENT = {"save", "session", "session.end", *CARRIED[len(METHODS) :]} - ANSWERING
 """The methods that answer no arrays."""
 
 LONGEST_LINE = 2**20
@@ -166,7 +156,7 @@ class Driver(Remote):
 
     def _of_session(self, session: Session, name: str, *args: Any) -> Any:
         """The answer of one of a session's methods."""
-        arguments = dict(zip(SESSION[name], args, strict=True))
+        arguments = dict(zip(SESSION_ARGUMENTS[name], args, strict=True))
         with self._calling:
             while self._over:
                 child, number = self._over.pop()

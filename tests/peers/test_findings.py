@@ -49,6 +49,7 @@ from minilora.variants import (
     merge_lora_bias,
     start,
 )
+from minilora.verify.states import Layer
 
 NEEDED = "the peers need it: pip install 'minilora[peers]'"
 
@@ -632,6 +633,64 @@ def test_peft_loads_a_gpt2_without_the_tied_half_of_its_adapter(
         loaded = peft.PeftModel.from_pretrained(tied_gpt2(transformers), tmp_path)
     assert hasattr(loaded.get_input_embeddings(), "lora_embedding_A")
     assert not hasattr(loaded.get_output_embeddings(), "lora_A")
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Model (has|with) .tie_word_embeddings=True:UserWarning")
+def test_peft_merges_a_tied_heads_adapter_into_the_embedding_and_tied_factors_twice(
+    torch, transformers, peft
+):
+    """Seen in peft 0.21.2."""
+    only_head = peft.LoraConfig(r=1, lora_alpha=1, target_modules=["lm_head"])
+    model = peft.get_peft_model(tied_gpt2(transformers), only_head)
+    both = tied_gpt2(transformers, peft, lora_alpha=1)
+    for each, uses in ((model, 1), (both, 2)):
+        embed, head = each.get_input_embeddings(), each.get_output_embeddings()
+        embed.weight.data.fill_(1)
+        head.lora_A["default"].weight.data.fill_(1)
+        head.lora_B["default"].weight.data.fill_(2)
+        each.merge_adapter()
+        # ΔW = B A is 2 in each entry, of the one table that both hold.
+        assert embed.weight.unique() == head.weight.unique() == 1 + uses * 2
+    W = {"embed.weight": np.ones((3, 2)), "head.A": np.ones((1, 2)), "head.B": 2 * np.ones((3, 1))}
+    of_head = merge(W, Tuning(scale={"head": 1}))
+    assert (of_head["embed.weight"] == 1).all()
+    assert (of_head["head.weight"] == 1 + 2).all()
+    A, B = twin(W["head.A"], W["head.B"])
+    of_both = merge(W | {"embed.A": A, "embed.B": B}, Tuning(scale={"head": 1, "embed": 1}))
+    assert (of_both["embed.weight"] == 1 + 2).all()
+    assert "head.weight" not in of_both
+
+
+def test_peft_leaves_a_trained_bias_in_the_base(torch, peft, tmp_path):
+    """Seen in peft 0.21.2."""
+
+    def layer(b):
+        model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+        model[0].weight.data.fill_(1)
+        model[0].bias.data.fill_(b)
+        return model
+
+    config = peft.LoraConfig(r=1, target_modules=["0"], bias="lora_only")
+    trained = peft.get_peft_model(layer(1), config)
+    trained.base_model.model[0].bias.data.fill_(8)  # as training would
+    trained.save_pretrained(tmp_path)
+    model = peft.get_peft_model(layer(1), peft.LoraConfig(r=1, target_modules=["0"]), "one")
+    one = torch.ones(1, 1)
+    assert model(one) == 1 + 1
+    model.load_adapter(tmp_path, "two")
+    assert model.active_adapters == ["one"]
+    assert model(one) == 1 + 8
+    with model.disable_adapter():
+        assert model(one) == 1 + 8
+    with pytest.raises(ValueError, match="only 1 adapter with bias"):
+        model.load_adapter(tmp_path, "three")
+    given = {"A": np.ones((1, 1)), "B": np.zeros((1, 1)), "alpha": 1, "r": 1}
+    right = Layer.of({"kind": "bias", "W": np.ones((1, 1)), "bias": np.ones(1)})
+    right = right.add("one", given).activate(["one"]).add("two", given | {"bias": np.full(1, 8)})
+    assert right.forward(np.ones((1, 1)))[0] == 1 + 1
+    assert right.activate(["two"]).forward(np.ones((1, 1)))[0] == 1 + 8
+    assert right.activate(["two"]).disable().forward(np.ones((1, 1)))[0] == 1 + 1
 
 
 def test_peft_fails_where_adaloras_budget_does_not_fall(torch, peft):

@@ -9,78 +9,201 @@ an error, and then nothing has happened.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import shutil
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
 
-from minilora.adapters import Adapter, State
-from minilora.layers import OneHot
-from minilora.verify.cases import Several, draw_several, in_exact_lane
-from minilora.verify.contract import Fault, Skip, Subject
+from minilora.verify.cases import draw_several, in_exact_lane
+from minilora.verify.contract import DTYPES, SESSION, Fault, Skip, Subject
+from minilora.verify.states import Layer
 from minilora.verify.terms import Case, Check, Comparison, counter
 
 Array = np.ndarray
 Step = tuple[Any, ...]
+Given = dict[str, Any]
 
 CASES = {"quick": 4, "ci": 16, "nightly": 320}
 NAMES = ("one", "two", "three")
 
-KINDS = {
+PLAIN = {
     "linear": "",
     "conv1d": ", stored (in, out)",
     "embedding": ", of an embedding",
 }
-"""The kinds of layers, in words; a session may have no such layer."""
+FURTHER = {
+    "fused": ", of projections in one weight",
+    "tied": ", of a table that is embedding and head",
+    "bias": ", with a bias that each adapter brings along",
+    "full": ", with a head that each adapter brings along",
+    "dora": ", of DoRA beside LoRA",
+}
+KINDS = PLAIN | FURTHER
+"""The kinds of layers and adapters, in words; a session may have no such layer."""
 
-REFUSABLE = {"add", "activate", "scale", "delete", "train", "merge"}
+ALONE = ("bias", "full")
+"""Where "one" and "two" bring what only one can: no two of them act at once."""
+
+REFUSABLE = {"add", "activate", "scale", "delete", "train", "merge", "save", "load"}
 """What a session may refuse while something is merged."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A layer, the adapters by name, an input, and a gradient of the output, as a session has them.
+
+    All are small whole numbers. With |W|, |A|, |B|, |x| ≤ 2, ranks and sides ≤ 5 and s ≤ 4, doubled
+    by a factor, no sum of terms' absolute values reaches 2²¹, and all are multiples of ¼: each is a
+    number of float32. The table that is multiplied by itself has entries of ±1.
+    """
+
+    layer: Given
+    adapters: Mapping[str, Given]
+    x: Array
+    dy: Array
+
+
+def drawn_layer(kind: str, case: Case, bias: bool) -> Drawn:
+    """The layer of a case."""
+    if kind in FURTHER:
+        return _further(kind, case)
+    several, _ = draw_several(in_exact_lane(case))
+    first = several.adapters[0]
+    b = case.rng().integers(-2, 3, len(first.W)) if bias and kind != "embedding" else None
+    W = np.ascontiguousarray(first.W.T) if kind == "embedding" else first.W
+    layer = {"kind": kind, "W": W}
+    if b is not None:
+        layer["bias"] = b.astype(first.W.dtype)
+    x = np.arange(7) * 5 % len(W) if kind == "embedding" else first.x  # some rows twice
+    adapters = {
+        name: {"A": one.A, "B": one.B, **one.merge_options()}
+        for name, one in zip(NAMES, several.adapters, strict=True)
+    }
+    return Drawn(layer, adapters, x, first.dy)
+
+
+def _further(kind: str, case: Case) -> Drawn:
+    """Those of the kinds that are more than a weight and A and B."""
+    rng, dtype = case.rng(), DTYPES[case.dtype]
+    most = 1 if kind == "tied" else 2
+
+    def whole(*shape: int) -> Array:
+        signs = rng.choice([-1, 1], shape)
+        return (signs * rng.integers(1, most + 1, shape)).astype(dtype)
+
+    def factors(n: int, m: int, r: int, times: int = 1) -> Given:
+        """Those of a scale that is a power of two, by rsLoRA where r is 4."""
+        s = float(rng.choice([0.5, 1.0] if kind == "tied" else [0.5, 2.0, 4.0]))
+        given = {"A": whole(times * r, n), "B": whole(m, r), "r": r}
+        rslora: Given = {"use_rslora": True, "alpha": 2 * s} if r == 4 else {"alpha": s * r}
+        return given | rslora
+
+    if kind == "fused":
+        rows, n = (3, 3, 3) if case.number % 2 == 0 else (4, 2, 2), 5
+        layer = {"kind": kind, "W": whole(sum(rows), n), "rows": list(rows)}
+        adapters = {}
+        on = ([True, False, True], [True, True, True], [False, True, False])
+        for name, enable, r in zip(NAMES, on, (2, 4, 1), strict=True):
+            m = sum(size for size, each in zip(rows, enable, strict=True) if each)
+            adapters[name] = factors(n, m, r, sum(enable)) | {"enable": enable}
+        return Drawn(layer, adapters, whole(6, n), whole(6, sum(rows)))
+    if kind == "tied":
+        v, d = 6, 4
+        layer = {"kind": kind, "W": whole(v, d)}
+        adapters = {
+            "one": factors(v, d, 2) | {"on": "embedding"},
+            "two": factors(d, v, 4) | {"on": "head"},
+            "three": factors(v, d, 1) | {"on": "both"},
+        }
+        return Drawn(layer, adapters, np.arange(7) * 5 % v, whole(7, v))
+    if kind == "dora":
+        return _dora(rng, whole, factors)
+    n, m, out = 5, 4, 3
+    layer = {"kind": kind, "W": whole(m, n), "bias": whole(m)}
+    adapters = {name: factors(n, m, r) for name, r in zip(NAMES, (2, 4, 1), strict=True)}
+    if kind == "full":
+        layer["head"] = {"W": whole(out, m), "bias": whole(out)}
+    for name in ("one", "two"):
+        own = {"W": whole(out, m), "bias": whole(out)} if kind == "full" else whole(m)
+        adapters[name] |= {"head" if kind == "full" else "bias": own}
+    return Drawn(layer, adapters, whole(6, n), whole(6, out if kind == "full" else m))
+
+
+def _dora(
+    rng: np.random.Generator, whole: Callable[..., Array], factors: Callable[..., Given]
+) -> Drawn:
+    """LoRA as "one", and two of DoRA, whose V = W + s B A has rows of norm 2 as W has.
+
+    Every entry of W is ±1 in rows of four, and s B A turns the signs of r columns: B's columns are
+    -2/s times those of W, A's rows name them, and a whole matrix of determinant 1 mixes the ranks.
+    """
+    m, n = 5, 4
+    W = np.sign(whole(m, n))
+    adapters = {"one": factors(n, m, 2)}
+    for name, r in (("two", 1), ("three", 2)):
+        s = float(rng.choice([0.5, 2.0]))
+        columns = rng.permutation(n)[:r]
+        mixed = np.eye(r, dtype=W.dtype) + np.triu(np.ones((r, r), W.dtype), 1)
+        A = mixed @ np.eye(n, dtype=W.dtype)[columns]
+        B = (-2 / s * W[:, columns] @ np.linalg.inv(mixed).round()).astype(W.dtype)
+        magnitude = rng.choice([1, 2, 8], m).astype(W.dtype)
+        own = {"A": A, "B": B, "r": r, "alpha": s * r, "use_dora": True, "magnitude": magnitude}
+        adapters[name] = own
+    layer = {"kind": "linear", "W": W, "bias": whole(m)}
+    return Drawn(layer, adapters, whole(6, n), whole(6, m))
+
+
+def wide(given: Any) -> Any:
+    """The same with its arrays of numbers in float64."""
+    if isinstance(given, Mapping):
+        return {key: wide(entry) for key, entry in given.items()}
+    floats = isinstance(given, np.ndarray) and given.dtype.kind == "f"
+    return given.astype(np.float64) if floats else given
 
 
 @dataclass
 class Run:
     """A session beside its true state."""
 
+    subject: Subject
+    drawn: Drawn
     session: Subject
-    several: Several
-    state: State
+    state: Layer
     dtype: str
     kind: str = "linear"
+    saved: dict[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
+    _folder: str = ""
 
     @classmethod
     def of(cls, subject: Subject, case: Case, bias: bool = True, kind: str = "linear") -> Run:
-        """A session of a layer in small whole numbers, without adapters.
-
-        An embedding's W is its table (v, d), the transpose of the state's, and it has no bias.
-        """
-        several, _ = draw_several(in_exact_lane(case))
-        first = several.adapters[0]
-        bias = bias and kind != "embedding"
-        b = case.rng().integers(-2, 3, len(first.W)) if bias else None
-        W = np.ascontiguousarray(first.W.T) if kind == "embedding" else first.W
-        layer = {"kind": kind, "W": W}
-        if b is not None:
-            layer["bias"] = b.astype(first.W.dtype)
-        session = Subject(subject.call("session", layer), time_limit=subject.time_limit)
-        base = None if b is None else b[:, None].astype(float)
-        return cls(session, several, State(first.W.astype(float), base), case.dtype, kind)
-
-    def adapter(self, name: str) -> tuple[dict[str, Any], Adapter]:
-        """The adapter of this name as the contract and as the state have it."""
-        layer = self.several.adapters[NAMES.index(name)]
-        given = {"A": layer.A, "B": layer.B, **layer.merge_options()}
-        return given, Adapter((layer.A.astype(float), layer.B.astype(float)), layer.s)
+        """A session of a layer in small whole numbers, without adapters."""
+        drawn = drawn_layer(kind, case, bias)
+        session, state = _opened(subject, drawn)
+        return cls(subject, drawn, session, state, case.dtype, kind)
 
     def take(self, step: Step) -> bool:
         """The step on both sides; False if the session refused it, as it may."""
         what, *arguments = step
+        if what == "anew":
+            self.session, self.state = _opened(self.subject, self.drawn)
+            return True
+        if what == "load" and arguments[1] not in self.saved:
+            return False  # saving it was refused
         given, next_state = list(arguments), self._next(what, arguments)
-        if what == "add":
-            given.append(self.adapter(arguments[0])[0])
         if not self.session.has(what):
             raise Skip(f"no {what}")
+        if what == "add":
+            given.append(self.drawn.adapters[arguments[0]])
+        elif what == "save":
+            given.append(self._empty())
+        elif what == "load":
+            given[1] = self.saved[arguments[1]][0]
         try:
             self.session.call(what, *given)
         except Fault as fault:
@@ -88,18 +211,29 @@ class Run:
             if fault.kind != "raises" or not may:
                 raise
             return False
+        if what == "save":
+            self.saved[arguments[0]] = given[1], self.state.given[arguments[0]]
         if next_state is not None:
             self.state = next_state
         return True
 
-    def _next(self, what: str, arguments: list[Any]) -> State | None:
+    def _empty(self) -> str:
+        """A new folder, which goes when the run does."""
+        if not self._folder:
+            self._folder = mkdtemp(prefix="minilora-")
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        return mkdtemp(dir=self._folder)
+
+    def _next(self, what: str, arguments: list[Any]) -> Layer | None:
         """The state after the step; None if it refuses."""
         state = self.state
-        moves: dict[str, Callable[..., State]] = {
-            "add": lambda name: state.add(name, self.adapter(name)[1]),
-            "activate": lambda names: state.enable().activate(*names),
+        moves: dict[str, Callable[..., Layer]] = {
+            "add": lambda name: state.add(name, wide(self.drawn.adapters[name])),
+            "load": lambda name, of: state.add(name, self.saved[of][1]),
+            "save": lambda name: state,
+            "activate": state.activate,
             "disable": state.disable,
-            "scale": lambda name, factor: state.set_scale(name, factor * self.adapter(name)[1].s),
+            "scale": state.scale,
             "merge": state.merge,
             "unmerge": state.unmerge,
             "delete": state.delete,
@@ -113,23 +247,50 @@ class Run:
 
     def compare(self, after: str) -> Comparison:
         """The layer's output against the state's."""
-        x = self.several.adapters[0].x
-        columns: Any = x.T.astype(float)
-        if self.kind == "embedding":
-            v = self.state.W.shape[1]
-            x = np.arange(7) * 5 % v  # numbers of rows, some of them twice
-            columns = OneHot(x, v)
-        y = self.session.answer(
-            self.session.call("forward", x), "y", (len(x), len(self.state.W)), self.dtype
-        )
-        return Comparison(f"y after {after}", y, self.state.forward(columns)[0].T)
+        x = self.drawn.x
+        y, _ = self.state.forward(wide(x))
+        got = self.session.answer(self.session.call("forward", x), "y", y.shape, self.dtype)
+        return Comparison(f"y after {after}", got, y)
+
+    def gradients(self, after: str) -> Iterator[Comparison]:
+        """The gradients of ⟨dy, y⟩ against the state's; what is not answered is 0.
+
+        Of what an adapter brings along, none while anything is merged: a library may go on then.
+        """
+        x, dy = self.drawn.x, self.drawn.dy
+        if not self.session.has("gradients"):
+            raise Skip("no gradients")
+        _, back = self.state.forward(wide(x))
+        wanted = back(wide(dy))
+        answered = self.session.call("gradients", x, dy)
+        if not isinstance(answered, Mapping):
+            self.session.entry(answered, "dx", "gradients")
+        for name in sorted({*wanted, *answered}):
+            if self.state.merged and name.partition(".")[2] in ("bias", "head.W", "head.bias"):
+                continue
+            shape = np.shape(wanted[name]) if name in wanted else None
+            got = (
+                self.session.answer(answered[name], f"d{name}", shape, self.dtype)
+                if name in answered
+                else np.zeros(shape or ())
+            )
+            label = name if name == "dx" else f"d{name}"
+            yield Comparison(f"{label} after {after}", got, wanted.get(name, np.zeros_like(got)))
 
     def weight(self, after: str) -> Comparison:
         """The weight that the layer holds against the base's, where nothing is merged."""
-        stored = self.state.stored()[0]
-        stored = stored.T if self.kind == "embedding" else stored
+        stored = self.state.stored()
         W = self.session.answer(self.session.call("weight"), "W", stored.shape, self.dtype)
         return Comparison(f"W after {after}", W, stored)
+
+
+def _opened(subject: Subject, drawn: Drawn) -> tuple[Subject, Layer]:
+    """A new session, and the state of its layer."""
+    session = subject.call("session", drawn.layer)
+    return (
+        Subject(session, time_limit=subject.time_limit, methods=SESSION),
+        Layer.of(wide(drawn.layer)),
+    )
 
 
 def told(step: Step) -> str:
@@ -207,9 +368,112 @@ SCRIPTS: dict[str, tuple[str, tuple[Step, ...]]] = {
 """What happens to many layers one day, a check each: its law and its steps."""
 
 
-def _script(name: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
+LONE: tuple[Step, ...] = (
+    ("add", "one"), ("activate", ["one"]), ("merge",), ("merge",), ("unmerge",), ("unmerge",),
+    ("train",), ("eval",), ("merge",), ("eval",), ("train",), ("eval",),
+)  # fmt: skip
+"""What is asked of a layer that has one adapter for ever, too."""
+
+BROUGHT: tuple[Step, ...] = (
+    ("add", "one"), ("add", "three"), ("activate", ["one"]), ("activate", ["three"]),
+    ("activate", ["one", "three"]), ("disable",), ("activate", ["one"]), ("merge",), ("unmerge",),
+    ("add", "two"), ("activate", ["two"]), ("activate", []),
+)  # fmt: skip
+SAVED: tuple[Step, ...] = (
+    *START, ("save", "one"), ("save", "two"), ("anew",), ("load", "two", "two"),
+    ("load", "one", "one"), ("activate", ["one"]), ("activate", ["two"]),
+)  # fmt: skip
+
+
+def _tied(name: str) -> tuple[Step, ...]:
+    return (("add", name), ("activate", [name]), ("merge",), ("unmerge",), ("merge",), ("disable",),
+            ("activate", [name]))  # fmt: skip
+
+
+BESIDE: dict[str, tuple[str, str, tuple[Step, ...]]] = {
+    "lone": ("linear", "One adapter alone is added, activated, merged and unmerged.", LONE),
+    **{
+        f"lone.{kind}": (kind, f"One adapter alone lives the same life{KINDS[kind]}.", LONE)
+        for kind in ("conv1d", "embedding", "fused")
+    },
+    "tied.embedding": (
+        "tied",
+        "An adapter of the embedding, merged, leaves the tied head as it is.",
+        _tied("one"),
+    ),
+    "tied.head": (
+        "tied",
+        "An adapter of a tied head, merged, leaves the embedding as it is.",
+        _tied("two"),
+    ),
+    "tied.both": (
+        "tied",
+        "One change of a tied table acts in both its uses, and once in each.",
+        _tied("three"),
+    ),
+    "bias": ("bias", "A trained bias comes and goes with its adapter, and no factor.", BROUGHT),
+    "full": ("full", "A module trained in full comes and goes with its adapter.", BROUGHT),
+    "full.delete": (
+        "full",
+        "With a deleted adapter goes the module that it brought.",
+        (*START, ("delete", "two"), ("delete", "one"), ("add", "two"), ("activate", ["two"])),
+    ),
+    "dora": (
+        "dora",
+        "DoRA beside LoRA: each with its own options, in sum, and merged alone.",
+        (*START, ("activate", ["two"]), ("merge",), ("unmerge",), ("add", "three"),
+         ("activate", ["three"]), ("merge",), ("unmerge",)),
+    ),
+    "dora.several": (
+        "dora",
+        "DoRA rescales the base's rows and no other's change, in any order, merged or not.",
+        (*START, ("activate", ["one", "two"]), ("merge",), ("unmerge",),
+         ("activate", ["two", "one"]), ("merge",), ("unmerge",)),
+    ),
+    "save": ("linear", "A saved adapter is the same one in another session.", SAVED),
+    **{
+        f"save.{kind}": (kind, f"A saved adapter is the same one again{KINDS[kind]}.", SAVED)
+        for kind in FURTHER
+    },
+    "save.tied.both": (
+        "tied",
+        "One change of both uses of a tied table is the same one again.",
+        (("add", "three"), ("activate", ["three"]), ("save", "three"), ("anew",),
+         ("load", "three", "three"), ("activate", ["three"])),
+    ),
+    "save-while-merged": (
+        "linear",
+        "What is saved while merged is the adapter itself.",
+        (*START, ("merge",), ("save", "one"), ("unmerge",), ("anew",), ("load", "one", "one"),
+         ("activate", ["one"])),
+    ),
+    "load-while-merged": (
+        "linear",
+        "Loading an adapter beside a merged one changes no output.",
+        (*START, ("save", "two"), ("delete", "two"), ("merge",), ("load", "three", "two"),
+         ("unmerge",), ("activate", ["three"])),
+    ),
+    "load-while-merged.full": (
+        "full",
+        "Nor does one that brings a module along.",
+        (*START, ("save", "two"), ("delete", "two"), ("merge",), ("load", "two", "two"),
+         ("unmerge",), ("activate", ["two"])),
+    ),
+}  # fmt: skip
+"""The same for further kinds of layers, and what not every session can: kind, law and steps."""
+
+
+def _script(
+    name: str, kind: str, steps: tuple[Step, ...]
+) -> Callable[[Subject, Case], Iterable[Comparison]]:
     def run(subject: Subject, case: Case) -> Iterable[Comparison]:
-        yield from follow(Run.of(subject, case, bias=case.number % 2 == 0), SCRIPTS[name][1])
+        it = Run.of(subject, case, bias=case.number % 2 == 0, kind=kind)
+        yield from follow(it, steps)
+        if name.startswith("lone") and it.session.has("weight"):
+            it = Run.of(subject, case, kind=kind)
+            for i, step in enumerate(LONE[:5]):
+                if it.take(step) and i:
+                    yield it.weight(told(step))
 
     return run
 
@@ -226,50 +490,91 @@ def weight(subject: Subject, case: Case, kind: str = "linear") -> Iterable[Compa
     yield run.weight("merge() unmerge()")
 
 
-def machine(subject: Subject, case: Case, kind: str = "linear") -> Iterable[Comparison]:
+def gradients(subject: Subject, case: Case, kind: str = "linear") -> Iterable[Comparison]:
+    """What acts beside the weight has a gradient, what is merged, off or not active has none."""
+    run = Run.of(subject, case, kind=kind)
+    done: list[str] = []
+    steps: list[Step] = [*START, ("activate", []), ("activate", ["two"])]
+    if kind == "tied":
+        steps += [("add", "three"), ("activate", ["three"])]
+    if kind not in ALONE:
+        steps += [("activate", ["two", "one"])]
+    steps += [("disable",), ("activate", ["one"]), ("merge",), ("unmerge",), ("scale", "one", 2.0)]
+    for step in steps:
+        words = told(step)
+        done.append(words if run.take(step) else f"{words} refused")
+        yield from run.gradients(" ".join(done))
+
+
+def machine(
+    subject: Subject, case: Case, kind: str = "linear", files: bool = False
+) -> Iterable[Comparison]:
     """Twelve steps at random: after each the output is that of the state."""
     run, rng = Run.of(subject, case, kind=kind), case.rng()
-    yield from follow(run, drawn(run, rng, 12))
+    opening: list[Step] = [("add", "one"), ("save", "one"), ("load", "two", "one")] if files else []
+    yield from follow(run, chain(opening, drawn(run, rng, 12, files)))
 
 
-def drawn(run: Run, rng: np.random.Generator, count: int) -> Iterator[Step]:
+def drawn(run: Run, rng: np.random.Generator, count: int, files: bool = False) -> Iterator[Step]:
     """Steps as they may come: half of them touch what is there."""
     for _ in range(count):
-        known = list(run.state.adapters)
+        known = list(run.state.given)
         new = [name for name in NAMES if name not in known]
         if not known or (new and rng.random() < 0.2):
-            yield "add", str(rng.choice(new))
+            name = str(rng.choice(new))
+            of = [str(rng.choice([*run.saved]))] if run.saved and rng.random() < 0.7 else []
+            yield ("load", name, *of) if of else ("add", name)
             continue
         some = [name for name in known if rng.random() < 0.6]
+        if run.kind in ALONE and {"one", "two"} <= {*some}:
+            some.remove(str(rng.choice(["one", "two"])))
         one = str(rng.choice(known))
+        factor = float(rng.choice([0.5, 2.0]))
         steps: list[Step] = [("activate", some)] * 4 + [("merge",)] * 3 + [("unmerge",)] * 3
         steps += [("disable",), ("train",), ("eval",), ("delete", one)]
-        steps += [("scale", one, float(rng.choice([0.5, 2.0])))]
+        # Of DoRA another scale is another norm, which is no whole number.
+        steps += [("merge",) if run.kind == "dora" and one != "one" else ("scale", one, factor)]
+        steps += [("save", one)] * 4 + [("delete", one)] * 2 if files else []
         yield steps[rng.integers(len(steps))]
+
+
+def _check(name: str, law: str, run: Callable[..., Iterable[Comparison]], share: float) -> Check:
+    """With a share below a quarter a check has one case in the profile quick."""
+    counted = counter(CASES, share, low_precision=False)
+
+    def cases(profile: str, dtype: str) -> int:
+        count = counted(profile, dtype)
+        return min(count, 1) if profile == "quick" and share < 0.25 else count
+
+    return Check(f"lifecycle.{name}", "lifecycle", ("session",), law, run, cases)
+
+
+def _of_kinds(
+    run: Callable[..., Iterable[Comparison]], share: float, kinds: Iterable[str]
+) -> Iterator[Check]:
+    law = (run.__doc__ or "").splitlines()[0].rstrip(".")
+    for kind in kinds:
+        name = f"{run.__name__}{'' if kind == 'linear' else '.' + kind}"
+        yield _check(name, f"{law}{KINDS[kind]}.", partial(run, kind=kind), share)
 
 
 CHECKS: tuple[Check, ...] = (
     *(
-        Check(
-            f"lifecycle.{name}",
-            "lifecycle",
-            ("session",),
-            law,
-            _script(name),
-            counter(CASES, 0.25, low_precision=False),
-        )
-        for name, (law, _) in SCRIPTS.items()
+        _check(name, law, _script(name, "linear", steps), 0.25)
+        for name, (law, steps) in SCRIPTS.items()
     ),
+    *(check for kind in PLAIN for check in (*_of_kinds(weight, 0.25, [kind]),
+                                            *_of_kinds(machine, 1.0, [kind]))),
     *(
-        Check(
-            f"lifecycle.{run.__name__}{'' if kind == 'linear' else '.' + kind}",
-            "lifecycle",
-            ("session",),
-            (run.__doc__ or "").splitlines()[0].rstrip(".") + words + ".",
-            partial(run, kind=kind),
-            counter(CASES, share, low_precision=False),
-        )
-        for kind, words in KINDS.items()
-        for run, share in ((weight, 0.25), (machine, 1.0))
+        _check(name, law, _script(name, kind, steps), 0.125)
+        for name, (kind, law, steps) in BESIDE.items()
     ),
-)
+    *_of_kinds(gradients, 0.25, [kind for kind in KINDS if kind != "dora"]),
+    *_of_kinds(machine, 0.25, FURTHER),
+    _check(
+        "machine.files",
+        "Twelve steps at random, saving and loading among them.",
+        partial(machine, files=True),
+        0.25,
+    ),
+)  # fmt: skip

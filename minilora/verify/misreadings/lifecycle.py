@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from minilora.verify.misreadings.entry import Misreading, equivalents, family
 from minilora.verify.misreadings.plain import Array, Plain
@@ -14,9 +18,8 @@ class Session:
 
     def __init__(self, my: Plain, layer: Mapping[str, Any]) -> None:
         self.kind = layer["kind"]
-        if self.kind not in ("linear", "conv1d", "embedding"):
-            raise NotImplementedError(f"no layer of kind {self.kind}")
-        self.my, self.W = my, self.read(layer["W"])
+        self.my, self.layer, self.W = my, layer, self.read(layer["W"])
+        self.original = self.W
         self.b = layer.get("bias", 0 * self.W[:, 0])
         self.known: dict[str, Mapping[str, Any]] = {}
         self.factor: dict[str, float] = {}
@@ -30,9 +33,46 @@ class Session:
         """The matrix (m, n) of a weight as it is given: of a table its transpose."""
         return W.T if self.kind == "embedding" else W
 
+    def parts(self, adapter: Mapping[str, Any]) -> list[tuple[slice, slice, slice]]:
+        """Of a fused layer's adapter: the rows of W, of A and of B, part by part."""
+        rows, r = self.layer["rows"], adapter["r"]
+        found: list[tuple[slice, slice, slice]] = []
+        ends, used = np.cumsum(rows), 0
+        for end, size, on in zip(ends, rows, adapter["enable"], strict=True):
+            if on:
+                own = slice(len(found) * r, len(found) * r + r)
+                found.append((slice(end - size, end), own, slice(used, used + size)))
+                used += size
+        return found
+
     def delta(self, name: str) -> Any:
-        """factor · s B A."""
-        return self.factor[name] * self.my.delta(self.my.adapter(self.known[name]))
+        """factor · s B A, in its rows if the layer is fused; of DoRA and of a module W' - W."""
+        adapter = self.known[name]
+        if "W" in adapter:
+            return adapter["W"] - self.original
+        if self.kind == "fused":
+            whole = 0 * self.W
+            for rows, own, used in self.parts(adapter):
+                part = {**self.bare(name), "A": adapter["A"][own], "B": adapter["B"][used]}
+                whole[rows] = self.factor[name] * self.my.delta(self.my.adapter(part))
+            return whole
+        change = self.factor[name] * self.my.delta(self.my.adapter(self.bare(name)))
+        if "magnitude" not in adapter:
+            return change
+        V = self.base() + change
+        return adapter["magnitude"][:, None] / np.sqrt((V * V).sum(1, keepdims=True)) * V - (
+            V - change
+        )
+
+    def bare(self, name: str) -> dict[str, Any]:
+        """What is plain LoRA of an adapter."""
+        return {
+            k: v for k, v in self.known[name].items() if k in ("A", "B", "alpha", "r", "use_rslora")
+        }
+
+    def shift(self, name: str) -> Any:
+        """The bias that an adapter brings along, less the base's."""
+        return self.known[name].get("bias", self.b) - self.b
 
     def add(self, name: str, adapter: Mapping[str, Any]) -> None:
         """Known, and no more."""
@@ -110,13 +150,189 @@ class Session:
         if self.kind == "embedding":
             rows: Array = self.acting().T[x]
             return rows
-        y: Array = (x @ self.acting().T + self.b).astype(x.dtype)
+        y: Array = (x @ self.acting().T + self.bias()).astype(x.dtype)
         return y
+
+    def bias(self) -> Any:
+        """The bias that acts."""
+        return self.b + sum(self.shift(name) for name in ([] if self.off else self.active))
+
+    def trained(self) -> list[str]:
+        """What acts beside the weight."""
+        return [] if self.off else [name for name in self.active if name not in self.added]
+
+    def gradients(self, x: Array, dy: Array) -> dict[str, Array]:
+        """dx, and those of A and B, of a bias, of a module."""
+        answer = {} if self.kind == "embedding" else {"dx": dy @ self.acting()}
+        dW = dy.T @ (np.eye(self.W.shape[1], dtype=dy.dtype)[x] if self.kind == "embedding" else x)
+        for name in self.trained():
+            own = self.gradients_of(name, dW, dy)
+            answer |= {f"{name}.{part}": own[part].astype(dy.dtype) for part in own}
+        return answer
+
+    def gradients_of(self, name: str, dW: Array, dy: Array) -> dict[str, Any]:
+        """Those of one adapter, of the weight's and the output's."""
+        adapter = self.known[name]
+        brought = {"bias": dy.sum(0)} if "bias" in adapter else {}
+        if "W" in adapter:
+            return {"W": dW, **brought}
+        s = self.factor[name] * self.my.s(self.my.adapter(self.bare(name)))
+        A, B = adapter["A"], adapter["B"]
+        parts = self.parts(adapter) if self.kind == "fused" else [(slice(None),) * 3]
+        dA = np.concatenate([s * B[used].T @ dW[rows] for rows, _, used in parts])
+        dB = np.concatenate([s * dW[rows] @ A[own].T for rows, own, _ in parts])
+        return {"A": dA, "B": dB, **brought}
+
+    def save(self, name: str, folder: str) -> None:
+        """As it was given."""
+        (Path(folder) / "adapter").write_bytes(pickle.dumps(self.stored(name)))
+
+    def stored(self, name: str) -> Mapping[str, Any]:
+        """What is saved of an adapter."""
+        return self.known[name]
+
+    def load(self, name: str, folder: str) -> None:
+        """Added as it was saved."""
+        self.add(name, pickle.loads((Path(folder) / "adapter").read_bytes()))
 
     def weight(self) -> Array:
         """The weight as it is stored."""
         W: Array = self.read(self.W)
         return W
+
+
+class Pair:
+    """Two sessions one behind the other: a tied table's, and a layer's and a module's."""
+
+    def __init__(self, kind: type[Session], my: Plain, layer: Mapping[str, Any]) -> None:
+        self.kind = layer["kind"]
+        if self.kind == "tied":
+            inner = {"kind": "embedding", "W": layer["W"]}, {"kind": "linear", "W": layer["W"]}
+        else:
+            inner = {**layer, "kind": "linear"}, {"kind": "module", **layer["head"]}
+        self.first, self.second = (kind(my, each) for each in inner)
+        self.known: dict[str, Mapping[str, Any]] = {}
+
+    def split(self, adapter: Mapping[str, Any]) -> list[Mapping[str, Any] | None]:
+        """What of an adapter belongs to each of the two."""
+        if self.kind == "full":
+            return [{k: v for k, v in adapter.items() if k != "head"}, adapter.get("head")]
+        turned = {**adapter, "A": adapter["B"].T, "B": adapter["A"].T}
+        on = adapter["on"]
+        return [
+            None if on == "head" else adapter,
+            {"embedding": None, "head": adapter, "both": turned}[on],
+        ]
+
+    def both(self, name: str) -> list[Session]:
+        """Those that know the adapter."""
+        return [each for each in (self.first, self.second) if name in each.known]
+
+    def add(self, name: str, adapter: Mapping[str, Any]) -> None:
+        """Where it has a part."""
+        for each, own in zip((self.first, self.second), self.split(adapter), strict=True):
+            if own is not None:
+                each.add(name, own)
+        self.known[name] = adapter
+
+    def activate(self, names: Sequence[str]) -> None:
+        """In both."""
+        for each in (self.first, self.second):
+            each.activate([name for name in names if name in each.known])
+
+    def disable(self) -> None:
+        """Both."""
+        self.first.disable()
+        self.second.disable()
+
+    def scale(self, name: str, factor: float) -> None:
+        """The factors; a module has none."""
+        self.all(
+            lambda each: each.scale(name, factor),
+            [each for each in self.both(name) if "A" in each.known[name]],
+        )
+
+    def merge(self) -> None:
+        """Both, or the one that can."""
+        self.some(lambda each: each.merge())
+
+    def unmerge(self) -> None:
+        """Both, or the one that can."""
+        self.some(lambda each: each.unmerge())
+
+    def delete(self, name: str) -> None:
+        """Where it is."""
+        self.all(lambda each: each.delete(name), self.both(name))
+        del self.known[name]
+
+    def some(self, do: Callable[[Session], None]) -> None:
+        """In both; refused where both refuse."""
+        refused = []
+        for each in (self.first, self.second):
+            try:
+                do(each)
+            except RuntimeError as error:
+                refused.append(error)
+        if len(refused) == 2:
+            raise refused[0]
+
+    def all(self, do: Callable[[Session], None], where: Sequence[Session]) -> None:
+        """In each of them, or in none."""
+        before = [
+            {k: v.copy() if isinstance(v, dict | list) else v for k, v in vars(each).items()}
+            for each in where
+        ]
+        try:
+            for each in where:
+                do(each)
+        except RuntimeError:
+            for each, kept in zip(where, before, strict=True):
+                vars(each).update(kept)
+            raise
+
+    def train(self) -> None:
+        """Both."""
+        self.first.train()
+        self.second.train()
+
+    def eval(self) -> None:
+        """Both."""
+        self.first.eval()
+        self.second.eval()
+
+    def forward(self, x: Array) -> Array:
+        """The second of the first."""
+        return self.second.forward(self.first.forward(x))
+
+    def gradients(self, x: Array, dy: Array) -> dict[str, Array]:
+        """The second's, and the first's from its dx."""
+        of_second = self.second.gradients(self.first.forward(x), dy)
+        answer = self.first.gradients(x, of_second.pop("dx"))
+        for key, gradient in of_second.items():
+            name, _, part = key.partition(".")
+            if self.kind == "full":
+                answer[f"{name}.head.{part}"] = gradient
+            elif self.known[name]["on"] == "both":
+                self.turn(answer, f"{name}.{'B' if part == 'A' else 'A'}", gradient)
+            else:
+                answer[key] = gradient
+        return answer
+
+    def turn(self, answer: dict[str, Array], key: str, gradient: Array) -> None:
+        """What comes to a factor from its other use, added."""
+        answer[key] = answer[key] + gradient.T
+
+    def save(self, name: str, folder: str) -> None:
+        """As it was given."""
+        (Path(folder) / "adapter").write_bytes(pickle.dumps(self.stored(name)))
+
+    def stored(self, name: str) -> Mapping[str, Any]:
+        """What is saved of an adapter."""
+        return self.known[name]
+
+    def load(self, name: str, folder: str) -> None:
+        """Added as it was saved."""
+        self.add(name, pickle.loads((Path(folder) / "adapter").read_bytes()))
 
 
 class Planned(Session):
@@ -173,13 +389,23 @@ class Refusing(Session):
         super().scale(name, factor)
 
 
-def _sessions(kind: type[Session]) -> Callable[[], Plain]:
-    return type("Lived", (Plain,), {"session": lambda my, layer: kind(my, layer)})
+def _sessions(kind: type[Session], pair: type[Pair] = Pair) -> Callable[[], Plain]:
+    def session(my: Plain, layer: Mapping[str, Any]) -> Session | Pair:
+        if layer["kind"] in ("tied", "full"):
+            return pair(kind, my, layer)
+        return kind(my, layer)
+
+    return type("Lived", (Plain,), {"session": session})
 
 
 def _but(**methods: Any) -> Callable[[], Plain]:
     """`Plain` whose session has other methods."""
     return _sessions(type("Wrong", (Session,), methods))
+
+
+def _pairs(**methods: Any) -> Callable[[], Plain]:
+    """`Plain` whose sessions of two layers have other methods."""
+    return _sessions(Session, type("Wrong", (Pair,), methods))
 
 
 def _merge_again(my: Session) -> None:
@@ -521,6 +747,693 @@ LIFECYCLE += (
             "embedding-never-merged",
             "an embedding's table is never merged",
             _of_kind("embedding", weight=lambda my: my.read(my.base())),
+        ),
+    ),
+)
+
+
+def _interleaved(my: Session, name: str) -> Any:
+    """The blocks of A in turn, r rows by r rows, are taken as rows in turn."""
+    adapter = my.known[name]
+    if my.kind != "fused":
+        return Session.delta(my, name)
+    count = sum(adapter["enable"])
+    own = np.concatenate([adapter["A"][i::count] for i in range(count)])
+    my.known[name] = {**adapter, "A": own}
+    try:
+        return Session.delta(my, name)
+    finally:
+        my.known[name] = adapter
+
+
+def _next_rows(my: Session, adapter: Mapping[str, Any]) -> list[tuple[slice, slice, slice]]:
+    """The parts that are on, without those that are off between them."""
+    right, row, found = Session.parts(my, adapter), 0, []
+    for rows, own, used in right:
+        size = rows.stop - rows.start
+        found.append((slice(row, row + size), own, used))
+        row += size
+    return found
+
+
+def _shared_factors(my: Session, name: str) -> Any:
+    """The first part's A for all."""
+    adapter, r = my.known[name], my.known[name]["r"]
+    if my.kind != "fused":
+        return Session.delta(my, name)
+    my.known[name] = {**adapter, "A": np.tile(adapter["A"][:r], (sum(adapter["enable"]), 1))}
+    try:
+        return Session.delta(my, name)
+    finally:
+        my.known[name] = adapter
+
+
+class Shared(Pair):
+    """A table that stays one when it is merged, as where the parameter itself is changed."""
+
+    which = ("embedding", "head", "both")
+
+    def merge(self) -> None:
+        """Into the one table."""
+        self.unmerge()
+        super().merge()
+        for a, b in ((self.first, self.second), (self.second, self.first)):
+            for name, change in a.added.items():
+                if self.kind == "tied" and self.known[name]["on"] in self.which:
+                    b.W = b.W + change.T
+
+    def unmerge(self) -> None:
+        """Out of it."""
+        for a, b in ((self.first, self.second), (self.second, self.first)):
+            for name, change in a.added.items():
+                if self.kind == "tied" and self.known[name]["on"] in self.which:
+                    b.W = b.W - change.T
+        super().unmerge()
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Out of the table first."""
+        self.unmerge()
+        super().activate(names)
+
+    def delete(self, name: str) -> None:
+        """Out of the table first."""
+        self.unmerge()
+        super().delete(name)
+
+    def scale(self, name: str, factor: float) -> None:
+        """Out of the table first."""
+        self.unmerge()
+        super().scale(name, factor)
+
+
+def _shared(*which: str) -> Callable[[], Plain]:
+    """`Plain` whose tied table stays one, for the adapters in these places."""
+    return _sessions(Session, type("Wrong", (Shared,), {"which": which}))
+
+
+def _split_untied(my: Pair, adapter: Mapping[str, Any]) -> Any:
+    first, second = Pair.split(my, adapter)
+    return [first, None] if adapter.get("on") == "both" else [first, second]
+
+
+def _split_without_module(my: Pair, adapter: Mapping[str, Any]) -> Any:
+    first, second = Pair.split(my, adapter)
+    return [first, second if my.kind == "tied" else None]
+
+
+def _module_stays(my: Pair, names: Sequence[str]) -> None:
+    """Where no adapter brings a module, the last one stays."""
+    stays = [] if my.kind == "tied" else my.second.active
+    Pair.activate(my, names)
+    if stays and names and not my.second.active and stays[0] in my.second.known:
+        my.second.activate(stays)
+
+
+def _module_not_off(my: Pair) -> None:
+    my.first.disable()
+    if my.kind == "tied":
+        my.second.disable()
+
+
+def _head_not_off(my: Pair) -> None:
+    my.first.disable()
+    if my.kind == "full":
+        my.second.disable()
+
+
+def _one_use(my: Pair, names: Sequence[str]) -> None:
+    first = [name for name in names if name in my.first.known]
+    Pair.activate(my, first if my.kind == "tied" and first else names)
+    if my.kind == "tied" and first:
+        my.second.activate([])
+
+
+def _module_outlives(my: Pair, name: str) -> None:
+    """The deleted adapter's module is the base's from then on."""
+    if my.kind == "full" and name in my.second.known and name in my.second.active:
+        my.second.W, my.second.b = (my.second.known[name][part] for part in ("W", "bias"))
+        my.second.original = my.second.W
+        my.second.active = []
+    Pair.delete(my, name)
+
+
+def _module_in_sum(my: Session, name: str) -> Any:
+    """The module's weight is added to the base's."""
+    return my.known[name]["W"] if "W" in my.known[name] else Session.delta(my, name)
+
+
+def _module_scaled(my: Pair, name: str, factor: float) -> None:
+    Pair.scale(my, name, factor)
+    if my.kind == "full" and name in my.second.known:
+        module = my.second.known[name]
+        given = my.known[name]["head"]
+        my.second.known[name] = {**module, "W": (factor * given["W"]).astype(given["W"].dtype)}
+
+
+def _bias_added(my: Session, name: str) -> Any:
+    return my.known[name].get("bias", 0 * my.b)
+
+
+def _bias_scaled(my: Session, name: str) -> Any:
+    return my.factor[name] * Session.shift(my, name)
+
+
+def _bias_at_once(my: Session, name: str, adapter: Mapping[str, Any]) -> None:
+    """The base's own bias is overwritten, whichever acts."""
+    Session.add(my, name, adapter)
+    if "bias" in adapter and "W" not in adapter:
+        my.b = adapter["bias"]
+
+
+def _bias_for_ever(my: Session) -> Any:
+    """Disabling leaves it."""
+    return my.b + sum(my.shift(name) for name in my.active)
+
+
+def _bias_not_merged(my: Session) -> Any:
+    """It is forgotten when the weight is merged."""
+    return my.b + sum(my.shift(n) for n in ([] if my.off else my.active) if n not in my.added)
+
+
+def _stored_without(*keys: str) -> Callable[[Any, str], Any]:
+    """Saved without these."""
+
+    def stored(my: Any, name: str) -> Any:
+        return {k: v for k, v in my.known[name].items() if k not in keys}
+
+    return stored
+
+
+def _stored_first(my: Session, name: str) -> Any:
+    """As many parts, from the first on."""
+    adapter = my.known[name]
+    enable = adapter.get("enable")
+    return adapter if enable is None else {**adapter, "enable": sorted(enable, reverse=True)}
+
+
+def _stored_tied(my: Pair, name: str) -> Any:
+    """Whatever it was on."""
+    adapter = my.known[name]
+    if adapter.get("on") != "head":
+        return adapter
+    return {**adapter, "A": adapter["B"].T, "B": adapter["A"].T, "on": "embedding"}
+
+
+def _stored_half(my: Pair, name: str) -> Any:
+    adapter = my.known[name]
+    return {**adapter, "on": "embedding"} if adapter.get("on") == "both" else adapter
+
+
+def _more(my: Session, name: str) -> None:
+    my.W = my.W + my.delta(name)
+
+
+def _unmerge_wrong(my: Session, name: str) -> None:
+    Session.take_out(my, name)
+    _more(my, name)
+
+
+def _forgetful_merge(my: Session) -> None:
+    if my.added:
+        my.added = {}
+    else:
+        Session.merge(my)
+
+
+def _stored_plain(my: Session, name: str) -> Any:
+    """DoRA as LoRA."""
+    return {k: v for k, v in my.known[name].items() if k not in ("use_dora", "magnitude")}
+
+
+def _stored_classic(my: Session, name: str) -> Any:
+    """rsLoRA as LoRA."""
+    return {k: v for k, v in my.known[name].items() if k != "use_rslora"}
+
+
+def _stored_last(my: Session, name: str) -> Any:
+    """Whatever is asked for, the one that acts."""
+    return my.known[my.active[0] if my.active else name]
+
+
+def _stored_merged(my: Session, name: str) -> Any:
+    """While merged, nothing is left of B."""
+    adapter = my.known[name]
+    return {**adapter, "B": 0 * adapter["B"]} if name in my.added else adapter
+
+
+def _load_into_merged(my: Session, name: str, folder: str) -> None:
+    Session.load(my, name, folder)
+    if my.added:
+        my.active.append(name)
+        my.put_in(name)
+
+
+def _load_forgets(my: Pair, name: str, folder: str) -> None:
+    """What is loaded takes the module's place at once, while merged."""
+    Pair.load(my, name, folder)
+    if my.kind == "full" and my.first.added and name in my.second.known:
+        my.second.active = [name]
+        my.second.added = {}
+        my.second.W = my.second.original
+
+
+def _load_active(my: Session, name: str, folder: str) -> None:
+    Session.load(my, name, folder)
+    my.active.append(name)
+
+
+class OnSum(Session):
+    """Each merged change is taken on what the others have left."""
+
+    merging = False
+
+    def base(self) -> Any:
+        """The weight as it is, while merging."""
+        return self.W if self.merging else super().base()
+
+    def put_in(self, name: str) -> None:
+        """Into it."""
+        self.merging = True
+        super().put_in(name)
+        self.merging = False
+
+
+class InARow(Session):
+    """Each adapter is applied to the weight that those before it have made."""
+
+    def step(self, W: Any, name: str) -> Any:
+        """What an adapter makes of W."""
+        adapter = self.known[name]
+        if "magnitude" not in adapter:
+            return W + self.delta(name)
+        self.known[name] = self.bare(name)
+        change = self.delta(name)
+        self.known[name] = adapter
+        V = self.original + change
+        g = adapter["magnitude"][:, None] / np.sqrt((V * V).sum(1, keepdims=True))
+        return g * (W + change)
+
+    def put_in(self, name: str) -> None:
+        """After those that are in it."""
+        W = self.step(self.W, name)
+        self.added[name], self.W = W - self.W, W
+
+    def acting(self) -> Any:
+        """One after another."""
+        if self.off:
+            return self.base()
+        W = self.W
+        for name in self.active:
+            W = W if name in self.added else self.step(W, name)
+        return W
+
+
+def _dora_without_norm(my: Session, name: str) -> Any:
+    adapter = my.known[name]
+    if "magnitude" not in adapter:
+        return Session.delta(my, name)
+    my.known[name] = my.bare(name)
+    V = my.base() + Session.delta(my, name)
+    my.known[name] = adapter
+    return adapter["magnitude"][:, None] * V - my.base()
+
+
+def _dora_ignored(my: Session, name: str) -> Any:
+    adapter = my.known[name]
+    my.known[name] = {k: v for k, v in adapter.items() if k != "magnitude"}
+    delta = Session.delta(my, name)
+    my.known[name] = adapter
+    return delta
+
+
+def _trained_all(my: Session) -> list[str]:
+    return [] if my.off else list(my.known)
+
+
+def _trained_merged(my: Session) -> list[str]:
+    return [] if my.off else list(my.active)
+
+
+def _trained_off(my: Session) -> list[str]:
+    return [name for name in my.active if name not in my.added]
+
+
+def _unscaled(my: Session, name: str, dW: Array, dy: Array) -> Any:
+    """The factor that `scale` has set is not in the gradients."""
+    factor = my.factor[name]
+    my.factor[name] = 1.0
+    answer = Session.gradients_of(my, name, dW, dy)
+    my.factor[name] = factor
+    return answer
+
+
+def _bias_mean(my: Session, name: str, dW: Array, dy: Array) -> Any:
+    answer = Session.gradients_of(my, name, dW, dy)
+    return answer | ({"bias": dy.mean(0)} if "bias" in answer else {})
+
+
+def _full_negated(my: Session, name: str, dW: Array, dy: Array) -> Any:
+    answer = Session.gradients_of(my, name, dW, dy)
+    if "W" in answer:
+        answer["W"] = -answer["W"]
+    return answer
+
+
+def _fused_mixed(my: Session, name: str, dW: Array, dy: Array) -> Any:
+    """dA's blocks in the order of the last part first."""
+    answer = Session.gradients_of(my, name, dW, dy)
+    if my.kind == "fused":
+        r = my.known[name]["r"]
+        parts = [answer["A"][i : i + r] for i in range(0, len(answer["A"]), r)]
+        answer["A"] = np.concatenate(parts[::-1])
+    return answer
+
+
+def _by_last_use(my: Session, x: Array, dy: Array) -> Any:
+    """Of a row that is looked up more than once, the last look-up counts alone."""
+    if my.kind != "embedding":
+        return Session.gradients(my, x, dy)
+    kept = np.array([row not in x[i + 1 :] for i, row in enumerate(x)])
+    return Session.gradients(my, x[kept], dy[kept])
+
+
+def _instead(my: Pair, answer: dict[str, Array], key: str, gradient: Array) -> None:
+    """Of a tied factor's two gradients the second stays."""
+    answer[key] = gradient.T
+
+
+def _only_first(my: Pair, answer: dict[str, Array], key: str, gradient: Array) -> None:
+    """Of a tied factor's two gradients the first stays."""
+
+
+LIFECYCLE += (
+    *family(
+        "LIFECYCLE",
+        "lifecycle.lone",
+        (
+            "merged-forgotten",
+            "after a second merge what was merged is no longer taken out",
+            _but(merge=_forgetful_merge),
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.lone.conv1d",
+        (
+            "conv1d-unmerge-adds",
+            "unmerging adds once more where the weight is stored (in, out)",
+            _of_kind("conv1d", take_out=_unmerge_wrong),
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.lone.embedding",
+        (
+            "embedding-eval-adds",
+            "each evaluation merges an embedding once more",
+            _of_kind("embedding", eval=_eval_adds),
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.lone.fused",
+        ("fused-interleaved", "A's rows belong to the parts in turn", _but(delta=_interleaved)),
+        ("fused-shared-A", "the first part's A for all parts", _but(delta=_shared_factors)),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.machine.fused",
+        (
+            "fused-next-rows",
+            "the parts that are on follow each other without a gap",
+            _but(parts=_next_rows),
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.tied.embedding",
+        (
+            "tied-embedding-merged",
+            "an embedding's merged change is the tied head's too",
+            _shared("embedding"),
+            "peft 0.21",
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.tied.head",
+        (
+            "tied-head-merged",
+            "a tied head's merged change is the embedding's too",
+            _shared("head"),
+            "peft 2018",
+        ),
+        ("tied-head-on", "disabling leaves the tied head's adapter", _pairs(disable=_head_not_off)),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.tied.both",
+        (
+            "tied-both-merged",
+            "one change of both uses is merged into the one table twice",
+            _shared("both"),
+            "peft 0.21",
+        ),
+        ("tied-both-embedding", "one change of both uses acts in one", _pairs(split=_split_untied)),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.machine.tied",
+        (
+            "tied-one-use",
+            "beside an adapter of the embedding none of the tied head acts",
+            _pairs(activate=_one_use),
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.bias",
+        ("bias-added", "a trained bias is added to the base's", _but(shift=_bias_added)),
+        (
+            "bias-at-once",
+            "a trained bias takes the base's place when it is added",
+            _but(add=_bias_at_once),
+            "peft 0.21",
+        ),
+        (
+            "bias-for-ever",
+            "disabling leaves the trained bias",
+            _but(bias=_bias_for_ever),
+            "peft 0.21",
+        ),
+        ("bias-not-merged", "merging forgets the trained bias", _but(bias=_bias_not_merged)),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.machine.bias",
+        ("bias-scaled", "a factor is the trained bias's too", _but(shift=_bias_scaled)),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.full",
+        (
+            "full-ignored",
+            "what is trained in full is not used",
+            _pairs(split=_split_without_module),
+        ),
+        (
+            "full-added",
+            "a module trained in full is added to the base's",
+            _but(delta=_module_in_sum),
+        ),
+        (
+            "full-stays",
+            "the last module stays where no other comes",
+            _pairs(activate=_module_stays),
+        ),
+        (
+            "full-not-off",
+            "disabling leaves the module",
+            _pairs(disable=_module_not_off),
+            "peft 493",
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.full.delete",
+        ("full-outlives", "a deleted adapter's module stays", _pairs(delete=_module_outlives)),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.machine.full",
+        ("full-scaled", "a factor is the module's too", _pairs(scale=_module_scaled)),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.dora",
+        ("dora-ignored", "DoRA beside LoRA is LoRA too", _but(delta=_dora_ignored)),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.machine.dora",
+        ("dora-no-norm", "m ∘ V without ‖V‖, beside LoRA", _but(delta=_dora_without_norm)),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.dora.several",
+        (
+            "dora-on-sum",
+            "DoRA is merged into what another adapter has left of W",
+            _sessions(OnSum),
+        ),
+        (
+            "dora-in-a-row",
+            "DoRA rescales what the adapters before it have added, by W's own norm",
+            _sessions(InARow),
+            "peft 0.21",
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.save",
+        ("save-classic", "rsLoRA's scale is not saved", _but(stored=_stored_classic)),
+        (
+            "save-active",
+            "the active adapter is saved, whichever was asked for",
+            _but(stored=_stored_last),
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.save.fused",
+        (
+            "save-fused-first",
+            "how many parts are adapted is saved, and not which",
+            _but(stored=_stored_first),
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.save.tied",
+        (
+            "save-tied-embedding",
+            "an adapter of a tied head is saved as the embedding's",
+            _pairs(stored=_stored_tied),
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.save.tied.both",
+        (
+            "save-tied-half",
+            "one change of both uses is saved as the embedding's alone",
+            _pairs(stored=_stored_half),
+            "peft 0.21",
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.save.bias",
+        ("save-no-bias", "a trained bias is not saved", _but(stored=_stored_without("bias"))),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.save.full",
+        (
+            "save-no-head",
+            "a module trained in full is not saved",
+            _pairs(stored=_stored_without("head")),
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.save.dora",
+        ("save-no-magnitude", "DoRA's magnitude is not saved", _but(stored=_stored_plain)),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.save-while-merged",
+        ("save-merged", "what is saved while merged is 0", _but(stored=_stored_merged)),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.load-while-merged",
+        (
+            "load-merged",
+            "what is loaded beside a merged one is merged",
+            _but(load=_load_into_merged),
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.load-while-merged.full",
+        (
+            "load-full-at-once",
+            "a module that is loaded while merged acts at once",
+            _pairs(load=_load_forgets),
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.machine.files",
+        ("load-active", "what is loaded acts at once", _but(load=_load_active)),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.gradients",
+        ("gradients-all", "inactive adapters get a gradient", _but(trained=_trained_all)),
+        ("gradients-merged", "what is merged gets a gradient", _but(trained=_trained_merged)),
+        ("gradients-unscaled", "dA and dB without the factor", _but(gradients_of=_unscaled)),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.gradients.conv1d",
+        (
+            "gradients-off",
+            "a disabled adapter gets a gradient where the weight is stored (in, out)",
+            _of_kind("conv1d", trained=_trained_off),
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.gradients.embedding",
+        (
+            "gradients-last-use",
+            "of a row looked up twice the last counts",
+            _but(gradients=_by_last_use),
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.gradients.fused",
+        ("gradients-fused-order", "dA's parts in reverse", _but(gradients_of=_fused_mixed)),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.gradients.tied",
+        (
+            "gradients-tied-head",
+            "of a tied factor's gradients the head's alone",
+            _pairs(turn=_instead),
+        ),
+        (
+            "gradients-tied-embedding",
+            "of a tied factor's gradients the embedding's alone",
+            _pairs(turn=_only_first),
+        ),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.gradients.bias",
+        ("gradients-bias-mean", "the mean of dy over tokens", _but(gradients_of=_bias_mean)),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.gradients.full",
+        (
+            "gradients-full-sign",
+            "-dW of a module trained in full",
+            _but(gradients_of=_full_negated),
         ),
     ),
 )

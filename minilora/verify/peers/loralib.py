@@ -44,7 +44,10 @@ class Loralib:
     )
     dtypes = DTYPES
     precision = PRECISION
-    known = KNOWN
+    known = KNOWN | {
+        "lifecycle.machine*": "eval() merges what there is, B = 0 at first, and an adapter that is "
+        "loaded after it does not act; the next train() takes it out nevertheless"
+    }
 
     def lora_linear(
         self, x: np.ndarray, W: np.ndarray, A: np.ndarray, B: np.ndarray, **settings: Any
@@ -90,6 +93,14 @@ class Loralib:
         layer.train()
         return _weight(layer)
 
+    def session(self, layer: Mapping[str, Any]) -> "Session":
+        """A layer that has one adapter for ever."""
+        if layer["kind"] not in ("linear", "conv1d", "embedding", "fused"):
+            raise NotImplementedError(f"loralib has no layer of kind {layer['kind']}")
+        if len(set(layer.get("rows", ()))) > 1:
+            raise NotImplementedError("loralib's MergedLinear has parts of one size")
+        return Session(layer)
+
     def init(
         self, W: np.ndarray, *, r: int, alpha: float, seed: int, **settings: Any
     ) -> dict[str, np.ndarray]:
@@ -128,6 +139,76 @@ class Loralib:
         return step_by_step(
             model, trained, optimizer, scheduler, batches, settings.get("max_grad_norm")
         )
+
+
+class Session:
+    """One of the library's layers: eval() merges its only adapter, and train() takes it out again.
+
+    The adapter is there from when the layer is built; its tensors are loaded when it is to act.
+    """
+
+    def __init__(self, layer: Mapping[str, Any]) -> None:
+        self._kind, self._given = layer["kind"], dict(layer)
+        self._adapter: Mapping[str, Any] = {}
+        self._layer: Any = None
+        self._build(0, 1)
+
+    def _build(self, r: int, alpha: float, enable: Sequence[bool] = ()) -> None:
+        W, bias = self._given["W"], self._given.get("bias")
+        m, n = W.shape
+        how: dict[str, Any] = {"r": r, "lora_alpha": plain_number(alpha)}
+        dtype = to_torch(W).dtype
+        across = self._kind == "conv1d"
+        if self._kind == "embedding":
+            self._layer = loralib.Embedding(m, n, dtype=dtype, **how)
+        else:
+            how |= {"bias": bias is not None, "fan_in_fan_out": across, "dtype": dtype}
+            if self._kind == "fused":
+                enabled = [*enable] or [False] * len(self._given["rows"])
+                self._layer = loralib.MergedLinear(n, m, enable_lora=enabled, **how)
+            else:
+                self._layer = loralib.Linear(n, m, **how)
+        fill(self._layer.weight, to_torch(W.T if across else W))
+        if bias is not None:
+            fill(self._layer.bias, to_torch(bias))
+        if hasattr(self._layer, "lora_B"):  # the library draws an embedding's
+            fill(self._layer.lora_B, torch.zeros_like(self._layer.lora_B))
+
+    def add(self, name: str, adapter: Mapping[str, Any]) -> None:
+        """The layer built with its rank and alpha, B = 0."""
+        if self._adapter:
+            raise NotImplementedError("loralib has one adapter a layer")
+        if unknown := adapter.keys() - {"A", "B", "alpha", "r", "enable"}:
+            raise NotImplementedError(f"loralib has no settings {', '.join(sorted(unknown))}")
+        self._adapter = {"name": name, **adapter}
+        self._build(adapter["r"], adapter["alpha"], adapter.get("enable", ()))
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Its tensors loaded."""
+        if [*names] != [self._adapter.get("name")]:
+            raise NotImplementedError("loralib has no switch between adapters, and none")
+        tensors = {f"lora_{part}": to_torch(self._adapter[part]) for part in "AB"}
+        self._layer.load_state_dict(tensors, strict=False)
+
+    def merge(self) -> None:
+        """Which eval() does."""
+        self._layer.eval()
+
+    def unmerge(self) -> None:
+        """Which train() does."""
+        self._layer.train()
+
+    train, eval = unmerge, merge
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        """y."""
+        with torch.no_grad():
+            return to_numpy(self._layer(to_torch(x)))
+
+    def weight(self) -> np.ndarray:
+        """The weight that is held."""
+        weight = self._layer.weight
+        return to_numpy(weight.T if self._kind == "conv1d" else weight)
 
 
 def implementation() -> object:

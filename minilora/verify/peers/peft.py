@@ -65,6 +65,20 @@ _DELETED = (
     "KeyError in its forward"
 )
 
+_SHARED_TABLE = (
+    "an adapter of one use of a tied table is merged into the table itself, and so acts in the "
+    "other use too, and one of both uses (ensure_weight_tying) twice: the library warns of the "
+    "former"
+)
+_BASE_BIAS = (
+    "bias='lora_only' and 'all' train the base's own bias: it acts from when it is there, also "
+    "while disabled, of which the library warns, and only one adapter may have one"
+)
+_DORA_BEHIND = (
+    "DoRA (tuners/lora/dora.py) rescales what the adapters before it in the list have added, by "
+    "a norm of W without them: the order of the active adapters matters, merged and not"
+)
+
 _FLOAT32_START = (
     "the orthogonal start (tuners/lora/layer.py) is drawn and multiplied in float32, whatever the "
     "layer's dtype: B A is 0 within float32's rounding"
@@ -93,7 +107,19 @@ class Peft:
         "variants.dora.vector:*": _VECTOR,
         "init.orthogonal:float64": _FLOAT32_START,
         "lifecycle.scale-while-merged:*": _SCALED_LATE,
-        "lifecycle.machine*": f"{_SCALED_LATE}; {_DELETED}",
+        "lifecycle.full.delete:*": _DELETED,
+        "lifecycle.machine.tied:*": f"{_SCALED_LATE}; {_DELETED}; {_SHARED_TABLE}",
+        "lifecycle.tied.*": _SHARED_TABLE,
+        "lifecycle.machine.bias:*": f"{_SCALED_LATE}; {_DELETED}; {_BASE_BIAS}",
+        "lifecycle.machine.dora:*": f"{_SCALED_LATE}; {_DELETED}; {_DORA_BEHIND}",
+        "lifecycle.dora.several:*": _DORA_BEHIND,
+    }
+    known |= {
+        f"lifecycle.{check}:*": _BASE_BIAS for check in ("bias", "save.bias", "gradients.bias")
+    }
+    known |= {
+        f"lifecycle.machine{kind}:*": f"{_SCALED_LATE}; {_DELETED}"
+        for kind in ("", ".conv1d", ".embedding", ".full", ".files")
     }
 
     def lora_linear(
@@ -181,9 +207,9 @@ class Peft:
 
     def session(self, layer: Mapping[str, Any]) -> Session:
         """A layer whose adapters come and go."""
-        if layer["kind"] not in ("linear", "conv1d", "embedding"):
+        if layer["kind"] not in _TARGETS:
             raise NotImplementedError(f"the peft peer has no layer of kind {layer['kind']}")
-        return Session(layer["kind"], layer["W"], layer.get("bias"))
+        return Session(layer)
 
     def init(
         self, W: np.ndarray, *, r: int, alpha: float, seed: int, **settings: Any
@@ -296,37 +322,100 @@ class Peft:
         return after
 
 
+class _Tied(torch.nn.Module):
+    """Logits of the embedded, by one table; named as the library knows an embedding and a head."""
+
+    config: ClassVar = {"tie_word_embeddings": True}
+    _tied_weights_keys: ClassVar = ["lm_head.weight"]
+
+    def __init__(self, v: int, d: int) -> None:
+        super().__init__()
+        self.embed_tokens = torch.nn.Embedding(v, d)
+        self.lm_head = torch.nn.Linear(d, v, bias=False)
+        self.lm_head.weight = self.embed_tokens.weight
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.lm_head
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.lm_head(self.embed_tokens(ids))
+        return logits
+
+
+_TARGETS = {"linear": ["0"], "conv1d": ["0"], "embedding": ["0"], "bias": ["0"], "full": ["0"]} | {
+    "tied": ["embed_tokens"]
+}
+"""The modules of each kind's model that are adapted where the adapter does not say."""
+
+_ON: dict[str, dict[str, Any]] = {
+    "embedding": {"target_modules": ["embed_tokens"]},
+    "head": {"target_modules": ["lm_head"]},
+    "both": {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+}
+
+
 class Session:
-    """One layer in a PeftModel, whose own methods do what is asked.
+    """One layer in a PeftModel, or two, whose own methods do what is asked.
 
     A model has its first adapter from the beginning; until one is activated, adapters are disabled.
     """
 
-    def __init__(self, kind: str, W: np.ndarray, bias: np.ndarray | None) -> None:
+    def __init__(self, layer: Mapping[str, Any]) -> None:
+        self._kind, W, bias = layer["kind"], layer["W"], layer.get("bias")
         m, n = W.shape
+        if self._kind == "tied":
+            self._model: Any = _Tied(m, n).to(to_torch(W).dtype)
+            self._base = self._model.embed_tokens
+            fill(self._base.weight, to_torch(W))
+            return
         base: Any = {
-            "linear": lambda: torch.nn.Linear(n, m, bias=bias is not None),
             "conv1d": lambda: Conv1D(m, n),
             "embedding": lambda: torch.nn.Embedding(m, n),
-        }[kind]()
-        weight, self._kind = to_torch(W.T if kind == "conv1d" else W), kind
-        base = base.to(weight.dtype)
-        fill(base.weight, weight)
+        }.get(self._kind, lambda: torch.nn.Linear(n, m, bias=bias is not None))()
+        self._base, layers = base, [base]
+        if self._kind == "full":
+            head = layer["head"]
+            layers.append(torch.nn.Linear(*head["W"].shape[::-1]))
+        self._model = torch.nn.Sequential(*layers).to(to_torch(W).dtype)
+        fill(base.weight, to_torch(W.T if self._kind == "conv1d" else W))
         if bias is not None:
             fill(base.bias, to_torch(bias))
-        self._base, self._model = base, torch.nn.Sequential(base)
+        if self._kind == "full":
+            _fill_module(layers[1], head)
 
-    def _layer(self) -> Any:
-        return self._model.get_submodule("base_model.model.0")
+    def _module(self, name: str) -> Any:
+        return self._model.get_submodule(f"base_model.model.{name}")
+
+    def _factors(self, name: str) -> dict[str, list[tuple[torch.Tensor, bool]]]:
+        """The adapter's A and B wherever they are, and whether transposed there."""
+        found: dict[str, list[tuple[torch.Tensor, bool]]] = {"A": [], "B": []}
+        for place in ("embed_tokens", "lm_head") if self._kind == "tied" else ("0",):
+            layer = self._module(place)
+            for part, other in zip("AB", "BA", strict=True):
+                if name in getattr(layer, f"lora_embedding_{part}", {}):
+                    found[part].append((getattr(layer, f"lora_embedding_{part}")[name], False))
+                if name in getattr(layer, f"lora_{part}", {}):
+                    tensor = getattr(layer, f"lora_{part}")[name].weight
+                    twin = bool(found["B"])
+                    found[other if twin else part].append((tensor, twin))
+        return found
 
     def add(self, name: str, adapter: Mapping[str, Any]) -> None:
         """get_peft_model, or add_adapter."""
+        own: dict[str, Any] = {"target_modules": _TARGETS[self._kind]}
+        own |= _ON[adapter["on"]] if "on" in adapter else {}
+        own |= {"modules_to_save": ["1"]} if "head" in adapter else {}
+        own |= {"bias": "lora_only"} if "bias" in adapter else {}
         config = peft.LoraConfig(
             r=adapter["r"],
             lora_alpha=plain_number(adapter["alpha"]),
             use_rslora=adapter.get("use_rslora", False),
+            use_dora=adapter.get("use_dora", False),
             fan_in_fan_out=self._kind == "conv1d",
-            target_modules=["0"],
+            **own,
         )
         if isinstance(self._model, peft.PeftModel):
             self._model.add_adapter(name, config, autocast_adapter_dtype=False)
@@ -335,12 +424,16 @@ class Session:
                 self._model, config, adapter_name=name, autocast_adapter_dtype=False
             )
             self._model.base_model.disable_adapter_layers()
-        for part in "AB":
-            if self._kind == "embedding":
-                factor = getattr(self._layer(), f"lora_embedding_{part}")[name]
-            else:
-                factor = getattr(self._layer(), f"lora_{part}")[name].weight
-            fill(factor, to_torch(adapter[part]))
+        for part, places in self._factors(name).items():
+            for tensor, turned in places:
+                fill(tensor, to_torch(adapter[part].T if turned else adapter[part]))
+        if "magnitude" in adapter:
+            magnitude = self._module("0").lora_magnitude_vector[name].weight
+            fill(magnitude, to_torch(adapter["magnitude"]))
+        if "head" in adapter:
+            _fill_module(self._module("1").modules_to_save[name], adapter["head"])
+        if "bias" in adapter:  # which the library trains in the base itself
+            fill(self._base.bias, to_torch(adapter["bias"]))
 
     def activate(self, names: Sequence[str]) -> None:
         """set_adapter of the base model, which takes several; none disables."""
@@ -355,8 +448,10 @@ class Session:
         self._model.base_model.disable_adapter_layers()
 
     def scale(self, name: str, factor: float) -> None:
-        """set_scale of the layer, a factor on alpha / r."""
-        self._layer().set_scale(name, factor)
+        """set_scale of the layers that have it, a factor on alpha / r."""
+        for place in ("embed_tokens", "lm_head") if self._kind == "tied" else ("0",):
+            if name in getattr(self._module(place), "scaling", {}):
+                self._module(place).set_scale(name, factor)
 
     def merge(self) -> None:
         """merge_adapter."""
@@ -378,15 +473,70 @@ class Session:
         """Evaluation."""
         self._model.eval()
 
+    def save(self, name: str, folder: str) -> None:
+        """save_pretrained of this adapter alone, which makes a folder of its name."""
+        with _without_news():
+            self._model.save_pretrained(
+                folder, selected_adapters=[name], save_embedding_layers=False
+            )
+
+    def load(self, name: str, folder: str) -> None:
+        """from_pretrained, or load_adapter."""
+        (saved,) = (str(path) for path in Path(folder).iterdir() if path.is_dir())
+        how = {"is_trainable": True, "autocast_adapter_dtype": False}
+        if isinstance(self._model, peft.PeftModel):
+            self._model.load_adapter(saved, name, **how)
+        else:
+            self._model = peft.PeftModel.from_pretrained(
+                self._model, saved, adapter_name=name, **how
+            )
+            self._model.base_model.disable_adapter_layers()
+
     def forward(self, x: np.ndarray) -> np.ndarray:
         """y."""
         with torch.no_grad():
             return to_numpy(self._model(to_torch(x)))
 
+    def gradients(self, x: np.ndarray, dy: np.ndarray) -> dict[str, np.ndarray]:
+        """Those of ⟨dy, y⟩ by autograd, of whatever is trained."""
+        tensors: dict[str, list[tuple[torch.Tensor, bool]]] = {}
+        given = to_torch(x)
+        if x.dtype.kind == "f":
+            tensors["dx"] = [(given.requires_grad_(), False)]
+        for name, config in self._model.peft_config.items():
+            tensors |= {f"{name}.{part}": own for part, own in self._factors(name).items()}
+            if config.modules_to_save:
+                module = self._module("1").modules_to_save[name]
+                tensors |= {
+                    f"{name}.head.W": [(module.weight, False)],
+                    f"{name}.head.bias": [(module.bias, False)],
+                }
+            if config.bias != "none":
+                tensors[f"{name}.bias"] = [(self._base.bias, False)]
+        y = self._model(given)
+        answer: dict[str, np.ndarray] = {}
+        for key, places in tensors.items():
+            for tensor, turned in places:
+                if not (tensor.requires_grad and y.requires_grad):
+                    continue
+                (g,) = torch.autograd.grad(
+                    y, tensor, to_torch(dy), retain_graph=True, allow_unused=True
+                )
+                if g is not None:
+                    own = to_numpy(g.T if turned else g)
+                    answer[key] = answer[key] + own if key in answer else own
+        return answer
+
     def weight(self) -> np.ndarray:
         """The weight that the base layer holds."""
         weight = self._base.weight
         return to_numpy(weight.T if self._kind == "conv1d" else weight)
+
+
+def _fill_module(module: Any, given: Mapping[str, np.ndarray]) -> None:
+    """A linear module's weight and bias."""
+    fill(module.weight, to_torch(given["W"]))
+    fill(module.bias, to_torch(given["bias"]))
 
 
 def implementation() -> object:
