@@ -8,6 +8,7 @@ from minilora.verify import diagnosis, engine, misreadings
 from minilora.verify.checks import CHECKS
 from minilora.verify.misreadings import MISREADINGS
 from minilora.verify.misreadings.plain import Plain, but, reads, then
+from minilora.verify.own import Own
 from minilora.verify.selftest import names
 from minilora.verify.terms import STRUCTURE, Case
 
@@ -124,3 +125,37 @@ def test_the_matched_filter_is_1_for_what_is_read_so_and_0_for_what_is_right():
     assert diagnosis.filtered(given(m.make), ours).agrees(1.0)
     assert diagnosis.filtered(given(Plain), ours).agrees(0.0)
     assert not diagnosis.filtered(given(Plain), ours).agrees(1.0)
+
+
+def fewest(make, kind="linear"):
+    """The fewest steps on which a session deviates, as the check of its machine finds them."""
+    check = next(
+        c for c in CHECKS if c.id == f"lifecycle.machine{'' if kind == 'linear' else '.' + kind}"
+    )
+    return check.smallest(diagnosis.Direct(make()), "float32")
+
+
+def test_the_smallest_counterexample_of_a_layer_s_life_is_the_fewest_steps():
+    assert fewest(CATALOGUE["lifecycle-added-active"].make)["steps"] == "add('one')"
+    assert fewest(CATALOGUE["lifecycle-merge-all"].make)["steps"] == "add('one') merge()"
+
+
+def test_a_session_that_raises_is_told_by_the_steps_before_it():
+    class Raising:
+        def session(self, layer):
+            of = Own().session(layer)
+
+            def delete(name):
+                raise KeyError(name)
+
+            of.delete = delete
+            return of
+
+    found = fewest(Raising)
+    assert found["steps"] in [f"add('{name}') delete('{name}')" for name in ("one", "two", "three")]
+    assert "KeyError" in found["got"]
+
+
+@pytest.mark.parametrize("kind", ["linear", "tied", "full"])
+def test_a_right_session_has_no_such_steps(kind):
+    assert fewest(Own, kind) is None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from random import Random
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from hypothesis import HealthCheck, Phase, find, settings
@@ -63,6 +63,24 @@ def small_layers(draw: st.DrawFn, kind: dict[str, bool], dtype: str) -> Layer:
     )
 
 
+T = TypeVar("T")
+
+
+def shrunk(strategy: st.SearchStrategy[T], fails: Callable[[T], bool]) -> None:
+    """Puts examples to ``fails``, which keeps what it finds, and shrinks those that do fail."""
+    options = settings(
+        max_examples=300,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    # Raised where nothing is found, or where a target answers differently each time.
+    with contextlib.suppress(NoSuchExample, Flaky):
+        find(strategy, fails, settings=options, random=Random(0))
+
+
 def search(
     subject: Subject, dtype: str, kind: dict[str, bool], differs: Differs
 ) -> dict[str, Any] | None:
@@ -81,17 +99,7 @@ def search(
             found.append((layer, difference))
         return difference is not None
 
-    options = settings(
-        max_examples=300,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-    )
-    # Raised where nothing is found, or where a target answers differently each time.
-    with contextlib.suppress(NoSuchExample, Flaky):
-        find(small_layers(kind, dtype), fails, settings=options, random=Random(0))
+    shrunk(small_layers(kind, dtype), fails)
     if not found:
         return None
     smallest, _ = min(found, key=lambda each: _size(each[0]))

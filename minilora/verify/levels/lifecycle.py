@@ -9,19 +9,23 @@ an error, and then nothing has happened.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, combinations
 from tempfile import mkdtemp
+from time import perf_counter
 from typing import Any
 
 import numpy as np
+from hypothesis import strategies as st
 
 from minilora.verify.cases import draw_several, in_exact_lane
-from minilora.verify.contract import DTYPES, SESSION, Fault, Skip, Subject
+from minilora.verify.contract import DTYPES, SESSION, Fault, Skip, Subject, tidy
+from minilora.verify.smallest import SECONDS, Smallest, shrunk
 from minilora.verify.states import Layer
 from minilora.verify.terms import Case, Check, Comparison, counter
 
@@ -195,7 +199,7 @@ class Run:
             return True
         if what == "load" and arguments[1] not in self.saved:
             return False  # saving it was refused
-        given, next_state = list(arguments), self._next(what, arguments)
+        given, next_state = list(arguments), moved(self.state, self.drawn, self.saved, step)
         if not self.session.has(what):
             raise Skip(f"no {what}")
         if what == "add":
@@ -223,27 +227,6 @@ class Run:
             self._folder = mkdtemp(prefix="minilora-")
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         return mkdtemp(dir=self._folder)
-
-    def _next(self, what: str, arguments: list[Any]) -> Layer | None:
-        """The state after the step; None if it refuses."""
-        state = self.state
-        moves: dict[str, Callable[..., Layer]] = {
-            "add": lambda name: state.add(name, wide(self.drawn.adapters[name])),
-            "load": lambda name, of: state.add(name, self.saved[of][1]),
-            "save": lambda name: state,
-            "activate": state.activate,
-            "disable": state.disable,
-            "scale": state.scale,
-            "merge": state.merge,
-            "unmerge": state.unmerge,
-            "delete": state.delete,
-            "train": lambda: state,
-            "eval": lambda: state,
-        }
-        try:
-            return moves[what](*arguments)
-        except ValueError:
-            return None
 
     def compare(self, after: str) -> Comparison:
         """The layer's output against the state's."""
@@ -282,6 +265,30 @@ class Run:
         stored = self.state.stored()
         W = self.session.answer(self.session.call("weight"), "W", stored.shape, self.dtype)
         return Comparison(f"W after {after}", W, stored)
+
+
+def moved(
+    state: Layer, drawn: Drawn, saved: Mapping[str, tuple[str, Mapping[str, Any]]], step: Step
+) -> Layer | None:
+    """The state after the step; None if it refuses."""
+    moves: dict[str, Callable[..., Layer]] = {
+        "add": lambda name: state.add(name, wide(drawn.adapters[name])),
+        "load": lambda name, of: state.add(name, saved[of][1]),
+        "save": lambda name: state,
+        "activate": state.activate,
+        "disable": state.disable,
+        "scale": state.scale,
+        "merge": state.merge,
+        "unmerge": state.unmerge,
+        "delete": state.delete,
+        "train": lambda: state,
+        "eval": lambda: state,
+    }
+    what, *arguments = step
+    try:
+        return moves[what](*arguments)
+    except ValueError:
+        return None
 
 
 def _opened(subject: Subject, drawn: Drawn) -> tuple[Subject, Layer]:
@@ -538,7 +545,100 @@ def drawn(run: Run, rng: np.random.Generator, count: int, files: bool = False) -
         yield steps[rng.integers(len(steps))]
 
 
-def _check(name: str, law: str, run: Callable[..., Iterable[Comparison]], share: float) -> Check:
+def possible(state: Layer, kind: str) -> list[Step]:
+    """Every step that means something in a state, the plainest first."""
+    known = list(state.given)
+    steps: list[Step] = [("add", name) for name in NAMES if name not in known]
+    for size in range(len(known) + 1):
+        for some in combinations(known, size):
+            if not (kind in ALONE and {"one", "two"} <= {*some}):
+                steps += [("activate", list(some))]
+    steps += [("merge",), ("unmerge",), ("disable",), ("train",), ("eval",)]
+    steps += [("delete", name) for name in known]
+    if kind != "dora":
+        steps += [("scale", name, factor) for name in known for factor in (2.0, 0.5)]
+    return steps
+
+
+@st.composite
+def walks(draw: st.DrawFn, kind: str) -> list[Step]:
+    """Up to twelve steps, each of them possible where it is taken."""
+    given = drawn_layer(kind, Case("lifecycle.machine", "float64", 1, 0), bias=True)
+    state, steps = Layer.of(wide(given.layer)), list[Step]()
+    for _ in range(draw(st.integers(1, 12))):
+        steps.append(draw(st.sampled_from(possible(state, kind))))
+        state = moved(state, given, {}, steps[-1]) or state
+    return steps
+
+
+def _fewest_steps(kind: str) -> Smallest:
+    """The shortest way to an output that is not the state's, or to an error."""
+
+    def smallest(subject: Subject, dtype: str) -> dict[str, Any] | None:
+        end, found = perf_counter() + SECONDS, list[tuple[list[Step], dict[str, Any]]]()
+        case = Case("lifecycle.machine", dtype, 1, 0)
+
+        def fails(steps: list[Step]) -> bool:
+            if perf_counter() > end:
+                return False
+            shown = _deviation(Run.of(subject, case, kind=kind), steps)
+            if shown:
+                found.append((steps[: shown.pop("count")], shown))
+            return bool(shown)
+
+        def shortest() -> tuple[list[Step], dict[str, Any]]:
+            return min(found, key=lambda each: len(each[0]))
+
+        with contextlib.suppress(Skip):
+            shrunk(walks(kind), fails)
+        if not found:
+            return None
+        # A step may have been drawn for no more than what it makes possible afterwards.
+        while any(fails(steps) for steps in _without_one(kind, shortest()[0])):
+            pass
+        return shortest()[1]
+
+    return smallest
+
+
+def _deviation(run: Run, steps: Sequence[Step]) -> dict[str, Any]:
+    """The first step after which the output is another, and how many they are; or nothing."""
+    done: list[str] = []
+    for count, step in enumerate(steps, 1):
+        words = told(step)
+        try:
+            done.append(words if run.take(step) else f"{words} refused")
+            judged = run.compare("").judge()
+        except Fault as fault:
+            steps_told = " ".join([*done, words][:count])
+            return {"count": count, "steps": steps_told, "got": tidy(str(fault))}
+        if judged.verdict == "fail":
+            at = f"y{list(judged.index)}"
+            shown = {"count": count, "steps": " ".join(done), "array": at, "got": judged.got}
+            return shown | {"want": judged.want}
+    return {}
+
+
+def _without_one(kind: str, steps: list[Step]) -> Iterator[list[Step]]:
+    """The steps without one of them, where the others are possible still."""
+    given = drawn_layer(kind, Case("lifecycle.machine", "float64", 1, 0), bias=True)
+    for i in range(len(steps)):
+        fewer, state = steps[:i] + steps[i + 1 :], Layer.of(wide(given.layer))
+        for step in fewer:
+            if step not in possible(state, kind):
+                break
+            state = moved(state, given, {}, step) or state
+        else:
+            yield fewer
+
+
+def _check(
+    name: str,
+    law: str,
+    run: Callable[..., Iterable[Comparison]],
+    share: float,
+    smallest: Smallest | None = None,
+) -> Check:
     """With a share below a quarter a check has one case in the profile quick."""
     counted = counter(CASES, share, low_precision=False)
 
@@ -546,7 +646,7 @@ def _check(name: str, law: str, run: Callable[..., Iterable[Comparison]], share:
         count = counted(profile, dtype)
         return min(count, 1) if profile == "quick" and share < 0.25 else count
 
-    return Check(f"lifecycle.{name}", "lifecycle", ("session",), law, run, cases)
+    return Check(f"lifecycle.{name}", "lifecycle", ("session",), law, run, cases, smallest)
 
 
 def _of_kinds(
@@ -555,7 +655,8 @@ def _of_kinds(
     law = (run.__doc__ or "").splitlines()[0].rstrip(".")
     for kind in kinds:
         name = f"{run.__name__}{'' if kind == 'linear' else '.' + kind}"
-        yield _check(name, f"{law}{KINDS[kind]}.", partial(run, kind=kind), share)
+        smallest = _fewest_steps(kind) if run is machine else None
+        yield _check(name, f"{law}{KINDS[kind]}.", partial(run, kind=kind), share, smallest)
 
 
 CHECKS: tuple[Check, ...] = (
