@@ -158,7 +158,8 @@ def read(
     for split, some in rows.items():
         if not some:
             out = [each.why for each in reader.skipped if each.path == str(files[split])]
-            nothing = f"no example{f', {len(out)} lines left out, the first: {out[0]}' * bool(out)}"
+            more = f", {len(out)} lines left out, the first: {out[0]}" if out else ""
+            nothing = f"no example{more}"
             raise FormatError(files[split], "file", nothing, "one at least", "is it the right one?")
     if "valid" not in rows and valid:
         rows |= _divided(rows["train"], valid, seed)
@@ -630,19 +631,18 @@ def _class_of_text(reader: _Reader, row: Mapping[str, Any]) -> Made:
     room = reader.length - sum(map(len, around))
     if room < len(parts):
         raise ValueError(f"length {reader.length}: expected {len(parts) - room} more at least")
-    long = sum(map(len, parts)) > room
-    if long and len(parts) == 2:  # the longer one gives way, both if neither fits into half
-        shorter = min(*map(len, parts), room // 2)
-        parts = [
-            part[: max(shorter, room - min(len(other), room // 2))]
-            for part, other in zip(parts, parts[::-1], strict=True)
-        ]
+    cut = sum(map(len, parts)) > room
+    if cut and len(parts) == 2:  # the longer one gives way, and both if neither fits into half
+        least = min(*map(len, parts), room // 2)
+        first_is_longer = len(parts[0]) > len(parts[1])
+        first = room - least if first_is_longer else least
+        parts = [parts[0][:first], parts[1][: room - first]]
     ids = [*around[0], *parts[0][:room], *around[1]]
     if len(parts) == 1:
-        return reader.whole(ids, None), long
+        return reader.whole(ids, None), cut
     second = [*parts[1], *around[2]]
     types = [0] * len(ids) + [t.second] * len(second)
-    return reader.whole(ids + second, types), long
+    return reader.whole(ids + second, types), cut
 
 
 Shape = Callable[[_Reader, Mapping[str, Any]], Made]
