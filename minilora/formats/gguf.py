@@ -224,6 +224,8 @@ class Contents(Mapping[str, Any]):
             if shape[-1] % block or 0 in shape:
                 expected = f"rows of whole blocks of {block}, not empty"
                 raise self._wrong(name, f"shape {shape} of {kind.name}", expected)
+            if offset % alignment:
+                raise self._wrong(name, f"offset {offset}", f"a multiple of {alignment}")
             row = shape[-1] // block * size
             start, end = base + offset, base + offset + row * math.prod(shape[:-1])
             if end > len(self.bytes):
