@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
-from minilora.lora import Tuning, Weights, total
+from minilora.lora import Params, Tuning, Weights, total
 from minilora.models import Batch, Config, loss, targets
 from minilora.ops import IGNORED, Array
 
@@ -45,11 +45,16 @@ def counted(batch: Batch, c: Config) -> int:
     return int((targets(batch, c) != IGNORED).sum())
 
 
-def groups(batch: Batch, plan: Plan) -> list[slice]:
-    """The batch's rows in groups of about ``plan.tokens`` tokens, in their order."""
+def groups(batch: Batch, c: Config, plan: Plan) -> list[slice]:
+    """The batch's rows in groups of about ``plan.tokens`` tokens, in their order.
+
+    A group none of whose labels counts is left out.
+    """
     b, t = batch.ids.shape
     size = max(1, plan.tokens // t)
-    return [slice(start, start + size) for start in range(0, b, size)]
+    every = [slice(start, start + size) for start in range(0, b, size)]
+    labels = targets(batch, c).reshape(b, -1)
+    return [rows for rows in every if (labels[rows] != IGNORED).any()]
 
 
 def part(batch: Batch, tuning: Tuning, rows: slice) -> tuple[Batch, Tuning]:
@@ -98,7 +103,7 @@ def in_order(work: Callable[[slice], Any], parts: list[slice], threads: int) -> 
 
 def gradients(
     batch: Batch,
-    W: Weights,
+    W: Params,
     c: Config,
     tuning: Tuning,
     plan: Plan = Plan(),
@@ -115,14 +120,16 @@ def gradients(
     if min(own, n) < 1:
         raise ValueError(f"no label counts in {len(batch.ids)} rows; leave this batch out")
 
+    how = replace(tuning, recompute=plan.recompute)
+
     def work(rows: slice) -> tuple[Any, Weights]:
-        own_batch, own_tuning = part(batch, tuning, rows)
+        own_batch, own_tuning = part(batch, how, rows)
         L, back = loss(own_batch, W, c, own_tuning, n)
         return L, back(1.0)
 
     L: Any = None
     sums: Weights = {}
-    for L_group, gradients_of_group in in_order(work, groups(batch, plan), plan.threads):
+    for L_group, gradients_of_group in in_order(work, groups(batch, c, plan), plan.threads):
         L = L_group if L is None else L + L_group
         sums = total(sums, gradients_of_group)
     return L, sums
@@ -130,7 +137,7 @@ def gradients(
 
 def evaluate(
     batch: Batch,
-    W: Weights,
+    W: Params,
     c: Config,
     tuning: Tuning,
     plan: Plan = Plan(),
@@ -147,7 +154,7 @@ def evaluate(
         own_batch, own_tuning = part(batch, still, rows)
         return loss(own_batch, W, c, own_tuning, 1)[0]
 
-    return sum(in_order(work, groups(batch, plan), plan.threads)), counted(batch, c)
+    return sum(in_order(work, groups(batch, c, plan), plan.threads)), counted(batch, c)
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
