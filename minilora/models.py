@@ -341,9 +341,10 @@ def head_loss(
         columns = np.flatnonzero(counted)
         parts = np.array_split(columns, -(-v * columns.size // LOGITS))
     n = count if len(parts) == 1 else int(counted.sum()) if count is None else count
+    K = tuning.keep.get(at)
 
     def of(part: Any) -> tuple[Array, Array, Weights]:
-        keep = {at: tuning.keep[at][:, part]} if at in tuning.keep else {}
+        keep = {} if K is None else {at: K[:, part]}
         z, back_z = project(x[:, part], at, held, replace(tuning, keep=keep))
         L, back_L = cross_entropy(z, labels[part], n)
         return L, *(back_z(back_L(1.0)) if tuning.trained else (np.zeros_like(x[:, part]), {}))

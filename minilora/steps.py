@@ -8,14 +8,16 @@ are fewer groups than threads, the products run on several, and their bits are t
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
-from minilora.lora import Params, Tuning, Weights, total
+import numpy as np
+
+from minilora.lora import TABLES, Params, Tuning, Weights, draw_dropout, total
 from minilora.models import Batch, Config, loss, targets
 from minilora.ops import IGNORED, Array
 
@@ -57,6 +59,62 @@ def groups(batch: Batch, c: Config, plan: Plan) -> list[slice]:
     return [rows for rows in every if (labels[rows] != IGNORED).any()]
 
 
+@dataclass(frozen=True)
+class Dropout(Mapping[str, Array]):
+    """K of each module, drawn when it is asked for: the same bits each time, and none is held.
+
+    Every sequence of every step has masks of its own, seeded by (``seed``, ``step``, its row, the
+    module's name), so that they do not depend on how a batch is cut up or resumed. ``inputs``: of
+    each module the features of its input and its columns for each row; ``rows``: of the batch.
+    """
+
+    seed: int
+    step: int
+    p: float
+    inputs: Mapping[str, tuple[int, int]]
+    rows: range
+    dtype: Any
+
+    def __getitem__(self, at: str) -> Array:
+        shape = {at: self.inputs[at]}
+        seeds = ([self.seed, self.step, row, *at.encode()] for row in self.rows)
+        rngs = map(np.random.default_rng, seeds)
+        drawn = [draw_dropout(rng, self.p, shape, self.dtype)[at] for rng in rngs]
+        return np.concatenate(drawn, axis=1)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.inputs)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __contains__(self, at: object) -> bool:
+        return at in self.inputs
+
+    def of(self, rows: slice) -> "Dropout":
+        """That of some rows."""
+        return replace(self, rows=self.rows[rows])
+
+
+def drawn_dropout(
+    seed: int, step: int, p: float, batch: Batch, c: Config, tuning: Tuning, dtype: Any
+) -> Mapping[str, Array]:
+    """``Tuning.keep`` of a step: a K for each adapted projection; nothing where p is 0.
+
+    Errors: ValueError unless 0 ≤ p < 1, and neither seed nor step is negative.
+    """
+    if not 0 <= p < 1 or min(seed, step) < 0:
+        expected = "a rate from 0 and below 1, and both others from 0"
+        raise ValueError(f"dropout {p} with seed {seed} at step {step}: expected {expected}")
+    b, t = batch.ids.shape
+    inputs = {
+        at: (n, t if c.causal or at.startswith("layers.") else 1)
+        for at, (_, n) in c.matrices().items()
+        if at in tuning.scale and at not in TABLES
+    }
+    return Dropout(seed, step, p, inputs, range(b), dtype) if p else {}
+
+
 def part(batch: Batch, tuning: Tuning, rows: slice) -> tuple[Batch, Tuning]:
     """These rows of the batch, and their columns of the dropout multipliers."""
     b = len(batch.ids)
@@ -68,8 +126,10 @@ def part(batch: Batch, tuning: Tuning, rows: slice) -> tuple[Batch, Tuning]:
         each = K.shape[1] // b  # t columns for each row, or the one that a classifier pools
         return K[:, start * each : stop * each]
 
-    keep = {at: columns(K) for at, K in tuning.keep.items()}
-    return own, replace(tuning, keep=keep)
+    whole = tuning.keep
+    if isinstance(whole, Dropout):
+        return own, replace(tuning, keep=whole.of(rows))
+    return own, replace(tuning, keep={at: columns(K) for at, K in whole.items()})
 
 
 @cache

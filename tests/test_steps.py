@@ -237,3 +237,44 @@ def test_queries_in_blocks_attend_to_the_same(name, monkeypatch):
     agree(of(model), wanted, groups=1)
     hidden = model.config.causal
     assert set(shapes) == ({(4, 4), (6, 2)} if hidden else {(6, 4), (6, 2)})
+
+
+def dropping(model, step=3, p=0.25, seed=1):
+    keep = steps.drawn_dropout(seed, step, p, model.batch, model.config, model.tuning, float)
+    return replace(model, tuning=replace(model.tuning, keep=keep))
+
+
+@EVERY
+def test_drawn_masks_are_those_of_their_sequences_however_the_batch_is_cut(name):
+    model = dropping(case(name))
+    held = replace(model, tuning=replace(model.tuning, keep=dict(model.tuning.keep)))
+    assert held.tuning.keep.keys() == {at for at in model.tuning.scale if at != "embed"}
+    for plan in (Plan(), Plan(tokens=12), Plan(tokens=6, threads=2), Plan(recompute=True)):
+        assert same(of(model, plan), of(held, plan))
+    for other in (dropping(model, step=4), dropping(model, seed=2), dropping(model, p=0.26)):
+        assert not same(of(other), of(model))
+
+
+def test_masks_keep_their_share_and_differ_between_rows_modules_and_steps():
+    model = case("Llama", b=40, t=50)
+    p, keep = 0.25, dropping(model).tuning.keep
+    for K in (keep["layers.0.q"], keep["layers.2.down"]):
+        assert set(np.unique(K)) == {0, 1 / (1 - p)}
+        share = (K > 0).mean()
+        assert abs(share - (1 - p)) < 6 * (p * (1 - p) / K.size) ** 0.5
+    one, *others = (
+        keep["layers.0.q"][:, :50],
+        keep["layers.0.q"][:, 50:100],
+        keep["layers.0.k"][:, :50],
+        dropping(model, step=4).tuning.keep["layers.0.q"][:, :50],
+    )
+    assert not any(np.array_equal(one, other) for other in others)
+    assert steps.drawn_dropout(0, 0, 0.0, model.batch, model.config, model.tuning, float) == {}
+    assert len(keep) == len(list(keep)) == 21
+    assert "embed" not in keep
+
+
+@pytest.mark.parametrize("wrong", [{"p": 1.0}, {"p": -0.1}, {"seed": -1}, {"step": -1}])
+def test_rates_and_seeds_that_mean_nothing_are_refused(wrong):
+    with pytest.raises(ValueError, match="expected a rate from 0 and below 1"):
+        dropping(case("Llama"), **wrong)
