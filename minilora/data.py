@@ -148,21 +148,22 @@ def read(
     if str(path).startswith(BUILT_IN):
         return _drawn(str(path)[len(BUILT_IN) :], task, tokenizer, length, seed)
     reader = _Reader(task, tokenizer, length, skip_bad, mask_prompt)
-    rows = {split: reader.read(file) for split, file in _files(Path(path), task).items()}
+    files = _files(Path(path), task)
+    rows = {split: reader.read(file) for split, file in files.items()}
     if task == "classify":
         learned = tuple(classes) if classes is not None else reader.learn(rows["train"])
         rows = {split: reader.label(some, learned) for split, some in rows.items()}
     else:
         learned = ()
-    if not rows.get("valid") and valid:
+    for split, some in rows.items():
+        if not some:
+            out = [each.why for each in reader.skipped if each.path == str(files[split])]
+            more = f", {len(out)} lines left out, the first: {out[0]}" if out else ""
+            nothing = f"no example{more}"
+            raise FormatError(files[split], "file", nothing, "one at least", "is it the right one?")
+    if "valid" not in rows and valid:
         rows |= _divided(rows["train"], valid, seed)
-    found: dict[str, list[Example]] = {
-        split: [e for row in rows.get(split, []) for e in row.examples] for split in SPLITS
-    }
-    if not found["train"]:
-        why = f"; the first: {reader.skipped[0].why}" if reader.skipped else ""
-        nothing = f"no example, {len(reader.skipped)} lines left out{why}"
-        raise FormatError(path, "file", nothing, "one at least", "is it the right file?")
+    found = {split: [e for row in rows.get(split, []) for e in row.examples] for split in SPLITS}
     cut = sum(row.cut for some in rows.values() for row in some)
     digest = _digest(reader.digests)
     return Data(
@@ -266,15 +267,19 @@ def _string(row: Mapping[str, Any], key: str, empty: bool = False) -> str:
 
 def _whole(row: Mapping[str, Any], key: str) -> list[int]:
     value = row[key]
-    if not isinstance(value, list) or not value or not all(type(i) is int for i in value):
+    if not (
+        isinstance(value, list)
+        and value
+        and all(type(i) is int and -(2**31) <= i < 2**31 for i in value)
+    ):
         raise _Wrong(f"{key}: {value!r}", f"a list of whole numbers as {key}, not empty")
     return value
 
 
-Sequenced = tuple[list[int], list[bool]]
+_Sequence = tuple[list[int], list[bool]]
 """Tokens, and which are counted."""
 
-Made = tuple[list[Example], bool]
+_Made = tuple[list[Example], bool]
 """The examples that a line makes, and whether they lost an end."""
 
 
@@ -412,12 +417,17 @@ class _Reader:
             ids += parts[-1]
         return parts
 
+    def _beginning(self, ids: Sequence[int]) -> list[int]:
+        """What begins a text: the tokenizer's head, unless the text spells it itself."""
+        head = [*self.tokenizer.head]
+        return [] if [*ids[: len(head)]] == head else head
+
     def _ending(self, ids: Sequence[int]) -> list[int]:
         """What ends a text: the tokenizer's own tail, or else its end if that is not there yet."""
         t = self.tokenizer
         return [*t.tail] or ([] if t.eos is None or [*ids[-1:]] == [t.eos] else [t.eos])
 
-    def pieces(self, ids: list[int]) -> Made:
+    def pieces(self, ids: list[int]) -> _Made:
         """A text in pieces of the length, which together predict each of its tokens once.
 
         Each begins with the head, and then but for the first with the token before it.
@@ -429,7 +439,7 @@ class _Reader:
                 f"length {self.length}: expected {len(head) + 2} at least, for the {len(head)} "
                 "tokens that begin a text and two of its own"
             )
-        ids = ids + self._ending(ids)
+        ids = (ids if self._beginning(ids) else ids[len(head) :]) + self._ending(ids)
         examples = []
         for start in range(0, max(1, len(ids) - 1), room - 1):
             taken = head + ids[start : start + room]
@@ -437,7 +447,7 @@ class _Reader:
             examples.append(self.example(taken, [i >= given for i in range(len(taken))])[0][0])
         return examples, False
 
-    def example(self, ids: list[int], counted: list[bool]) -> Made:
+    def example(self, ids: list[int], counted: list[bool]) -> _Made:
         """One example, cut to the length."""
         kept = np.array(counted[: self.length], bool)
         kept[:1] = False
@@ -456,14 +466,14 @@ class _Reader:
         kinds = None if types is None else np.array(types[: len(ids)], np.int64)
         return [Example(np.array(ids, np.int64), np.zeros(len(ids), bool), None, kinds)]
 
-    def answer(self, prompt: str, completion: str) -> Sequenced:
+    def answer(self, prompt: str, completion: str) -> _Sequence:
         """What is asked, and the answer with its end."""
         asked, answered = self.follow([prompt, completion])
-        asked = [*self.tokenizer.head, *asked]
+        asked = [*self._beginning(asked), *asked]
         answered = answered + self._ending(answered)
         return asked + answered, [not self.masked] * len(asked) + [True] * len(answered)
 
-    def chat(self, messages: list[dict[str, Any]]) -> Sequenced:
+    def chat(self, messages: list[dict[str, Any]]) -> _Sequence:
         """A chat by the template, of which the assistant's turns count, up to their end.
 
         What the template writes before an answer is what it writes to ask for one.
@@ -503,7 +513,7 @@ class _Reader:
             )
         return text
 
-    def longest(self, text: str, make: Callable[[str], Sequenced]) -> Made:
+    def longest(self, text: str, make: Callable[[str], _Sequence]) -> _Made:
         """The example of the text, or of as much of its beginning as leaves the answer whole."""
         whole = make(text)
         if len(whole[0]) <= self.length:
@@ -527,21 +537,21 @@ def _label(row: Mapping[str, Any]) -> str | int:
     raise _Wrong(f"label: {label!r}", "a whole number or a name as label")
 
 
-def _of_text(reader: _Reader, row: Mapping[str, Any]) -> Made:
+def _of_text(reader: _Reader, row: Mapping[str, Any]) -> _Made:
     return reader.pieces(reader.encode(_string(row, "text")))
 
 
-def _of_prompt(reader: _Reader, row: Mapping[str, Any]) -> Made:
+def _of_prompt(reader: _Reader, row: Mapping[str, Any]) -> _Made:
     return reader.example(*reader.answer(_string(row, "prompt"), _string(row, "completion")))
 
 
-def _of_instruction(reader: _Reader, row: Mapping[str, Any]) -> Made:
+def _of_instruction(reader: _Reader, row: Mapping[str, Any]) -> _Made:
     asked, given = _string(row, "instruction"), _string(row, "input", empty=True)
     prompt = INSTRUCTION.format(asked) + (INPUT.format(given) if given.strip() else "") + RESPONSE
     return reader.example(*reader.answer(prompt, _string(row, "output")))
 
 
-def _of_messages(reader: _Reader, row: Mapping[str, Any]) -> Made:
+def _of_messages(reader: _Reader, row: Mapping[str, Any]) -> _Made:
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
         raise _Wrong(f"messages: {messages!r}", "a list of messages, not empty")
@@ -563,18 +573,18 @@ def _turns(asked: str, answered: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
 
 
-def _chat_of_prompt(reader: _Reader, row: Mapping[str, Any]) -> Made:
+def _chat_of_prompt(reader: _Reader, row: Mapping[str, Any]) -> _Made:
     turns = _turns(_string(row, "prompt"), _string(row, "completion"))
     return reader.example(*reader.chat(turns))
 
 
-def _chat_of_instruction(reader: _Reader, row: Mapping[str, Any]) -> Made:
+def _chat_of_instruction(reader: _Reader, row: Mapping[str, Any]) -> _Made:
     asked, given = _string(row, "instruction"), _string(row, "input", empty=True)
     asked += f"\n\n{given}" if given.strip() else ""
     return reader.example(*reader.chat(_turns(asked, _string(row, "output"))))
 
 
-def _summary(reader: _Reader, row: Mapping[str, Any], key: str) -> Made:
+def _summary(reader: _Reader, row: Mapping[str, Any], key: str) -> _Made:
     text, summary = _string(row, key), _string(row, "summary")
     if reader.tokenizer.template is not None:
         return reader.longest(
@@ -584,7 +594,7 @@ def _summary(reader: _Reader, row: Mapping[str, Any], key: str) -> Made:
     return reader.longest(text, lambda part: reader.answer(SUMMARY.format(part), answered))
 
 
-def _of_ids(reader: _Reader, row: Mapping[str, Any]) -> Made:
+def _of_ids(reader: _Reader, row: Mapping[str, Any]) -> _Made:
     ids = _tokens(reader, row)
     labels = _whole(row, "labels") if "labels" in row else ids
     if len(labels) != len(ids):
@@ -606,7 +616,7 @@ def _tokens(reader: _Reader, row: Mapping[str, Any]) -> list[int]:
     return ids
 
 
-def _class_of_ids(reader: _Reader, row: Mapping[str, Any]) -> Made:
+def _class_of_ids(reader: _Reader, row: Mapping[str, Any]) -> _Made:
     ids = _tokens(reader, row)
     types = _whole(row, "types") if "types" in row else None
     if types is not None and len(types) != len(ids):
@@ -614,31 +624,30 @@ def _class_of_ids(reader: _Reader, row: Mapping[str, Any]) -> Made:
     return reader.whole(ids[: reader.length], types), len(ids) > reader.length
 
 
-def _class_of_text(reader: _Reader, row: Mapping[str, Any]) -> Made:
+def _class_of_text(reader: _Reader, row: Mapping[str, Any]) -> _Made:
     t = reader.tokenizer
     parts = [reader.encode(_string(row, key)) for key in ("text", "text_pair") if key in row]
     around = [t.head, t.tail] if len(parts) == 1 else [t.head, t.middle, t.tail]
     room = reader.length - sum(map(len, around))
     if room < len(parts):
         raise ValueError(f"length {reader.length}: expected {len(parts) - room} more at least")
-    long = sum(map(len, parts)) > room
-    if long and len(parts) == 2:  # the longer one gives way, both if neither fits into half
-        shorter = min(*map(len, parts), room // 2)
-        parts = [
-            part[: max(shorter, room - min(len(other), room // 2))]
-            for part, other in zip(parts, parts[::-1], strict=True)
-        ]
+    cut = sum(map(len, parts)) > room
+    if cut and len(parts) == 2:  # the longer one gives way, and both if neither fits into half
+        least = min(*map(len, parts), room // 2)
+        first_is_longer = len(parts[0]) > len(parts[1])
+        first = room - least if first_is_longer else least
+        parts = [parts[0][:first], parts[1][: room - first]]
     ids = [*around[0], *parts[0][:room], *around[1]]
     if len(parts) == 1:
-        return reader.whole(ids, None), long
+        return reader.whole(ids, None), cut
     second = [*parts[1], *around[2]]
     types = [0] * len(ids) + [t.second] * len(second)
-    return reader.whole(ids + second, types), long
+    return reader.whole(ids + second, types), cut
 
 
-Shape = Callable[[_Reader, Mapping[str, Any]], Made]
-_IDS: dict[tuple[str, ...], Shape] = {("ids",): _of_ids}
-SHAPES: dict[str, dict[tuple[str, ...], Shape]] = {
+_Shape = Callable[[_Reader, Mapping[str, Any]], _Made]
+_IDS: dict[tuple[str, ...], _Shape] = {("ids",): _of_ids}
+SHAPES: dict[str, dict[tuple[str, ...], _Shape]] = {
     "lm": {
         ("text",): _of_text,
         ("prompt", "completion"): _of_prompt,
