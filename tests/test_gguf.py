@@ -258,7 +258,7 @@ SETTINGS = {
         "heads that share",
     ),
     "heads of gigabytes": (
-        {k: ("UINT32", 2**32 - 2) for k in map("llama.{}".format, door.SPECIAL[1:])},
+        dict.fromkeys(map("llama.{}".format, door.SPECIAL[1:]), ("UINT32", 2**32 - 2)),
         "shape",
     ),
     "no epsilon": ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon"),

@@ -586,6 +586,7 @@ def read_tokenizer(path: Path | str) -> Library:
     if not isinstance(template, str | None):
         found = type(template).__name__
         raise FormatError(path, "tokenizer.chat_template", found, "a text", remedy)
+    expected = "one whose parts agree"
     try:
         backend, begins = kinds[kind](contents, tokens, types)
         for number, special in ((3, True), (4, False)):  # control, and the user's own
@@ -595,15 +596,29 @@ def read_tokenizer(path: Path | str) -> Library:
                 if of == number
             ]
             (backend.add_special_tokens if special else backend.add_tokens)(added)
-        begins, ended = (
-            contents.get(f"tokenizer.ggml.add_{name}_token", default)
-            for name, default in (("bos", begins), ("eos", False))
-        )
-        return Library(backend, named, template, stops, begins, ended)
     except FormatError:
         raise
     except Exception as error:  # the library raises no kinder one
-        raise FormatError(path, "tokenizer", error, "one whose parts agree", remedy) from None
+        raise FormatError(path, "tokenizer", error, expected, remedy) from None
+    around = {
+        name: contents[f"tokenizer.ggml.{name}_token_id"]
+        for name, default in (("bos", begins), ("eos", False))
+        if name in named and contents.get(f"tokenizer.ggml.add_{name}_token", default)
+    }
+    if around:
+        before, after = ([name] * (name in around) for name in ("bos", "eos"))
+        one, other = [*before, "$A", *after], [*before, "$B", *after]
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=one,
+            pair=one + other,
+            special_tokens=[
+                {"id": name, "ids": [i], "tokens": [tokens[i]]} for name, i in around.items()
+            ],
+        )
+    try:
+        return Library(backend, named, template, stops)
+    except ValueError as error:
+        raise FormatError(path, "tokenizer", error, expected, remedy) from None
 
 
 def _listed(contents: Contents, what: str, kind: type, count: int | None = None) -> list[Any]:
