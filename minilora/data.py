@@ -5,7 +5,6 @@ counted unless wanted, only what is answered. A line that cannot be used is refu
 """
 
 import hashlib
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -312,7 +311,7 @@ class _Reader:
         found, expected, remedy = wrong.args
         if not self.skip_bad:
             advice = f"{remedy}, or leave such lines out with --skip-bad"
-            raise FormatError(path, f"line {line}", found, expected, advice)
+            raise FormatError(path, f"line {line}", found, expected, advice) from None
         self.skipped.append(Skipped(str(path), line, f"found {found}, expected {expected}"))
 
     def _lines(self, path: Path) -> Iterator[_Row]:
@@ -423,9 +422,10 @@ class _Reader:
         return [] if [*ids[: len(head)]] == head else head
 
     def _ending(self, ids: Sequence[int]) -> list[int]:
-        """What ends a text: the tokenizer's own tail, or else its end if that is not there yet."""
+        """What ends a text, unless it spells it itself: the tokenizer's tail, or else its end."""
         t = self.tokenizer
-        return [*t.tail] or ([] if t.eos is None or [*ids[-1:]] == [t.eos] else [t.eos])
+        end = [*t.tail] or ([] if t.eos is None else [t.eos])
+        return [] if end and [*ids[-len(end) :]] == end else end
 
     def pieces(self, ids: list[int]) -> _Made:
         """A text in pieces of the length, which together predict each of its tokens once.
@@ -518,11 +518,21 @@ class _Reader:
         whole = make(text)
         if len(whole[0]) <= self.length:
             return self.example(*whole)
-        n = bisect_right(range(len(text)), self.length, key=lambda n: len(make(text[:n])[0])) - 1
-        if n < 1:
+        high, many = len(text), len(whole[0])
+        low, few = 0, len(make("")[0])
+        step = 0
+        while high - low > 1 and few < self.length:  # tokens are about proportional to characters
+            step += 1  # and where they are not, every third step halves what is left
+            share = 0.5 if step % 3 == 0 else (self.length - few) / (many - few)
+            n = min(max(low + 1, low + int(share * (high - low))), high - 1)
+            count = len(make(text[:n])[0])
+            low, few, high, many = (
+                (n, count, high, many) if count <= self.length else (low, few, n, count)
+            )
+        if low < 1 or few > self.length:
             expected = f"shorter by more than what asks for it than the length, {self.length}"
             raise _Wrong("a summary that leaves no room for its text", expected, "raise the length")
-        return self.example(*make(text[:n]))[0], True
+        return self.example(*make(text[:low]))[0], True
 
 
 def _no_mark(data: bytes) -> bytes:

@@ -156,6 +156,17 @@ def test_what_is_asked_counts_too_where_that_is_wanted(task, made):
     assert masked.counted.sum() == len(" b<") < whole.counted.sum()
 
 
+def test_a_tokenizers_own_tail_ends_a_text_once(made):
+    tailed = Characters()
+    tailed.tail = (3, 4)
+    for text in ("a", "a\x00\x01"):
+        assert made({"text": text}, "lm", tailed).ids.tolist() == [1, 3 + ord("a"), 3, 4]
+    assert made({"text": "a\x01"}, "lm", tailed).ids.tolist()[-3:] == [4, 3, 4]
+    no_end = Characters()
+    no_end.eos = None
+    assert marked(made({"text": "ab"}, "lm", no_end)) == "<start>{ab}"
+
+
 def test_a_summary_is_asked_for_in_plain_text_without_a_template(made):
     class Plain(Characters):
         template = None
@@ -288,6 +299,20 @@ def test_a_document_is_cut_so_that_its_summary_is_whole(chat, made):
         assert (e.ids[e.counted] == whole.ids[whole.counted]).all()
     with pytest.raises(FormatError, match="a summary that leaves no room for its text"):
         made(line, "summarize", tokenizer, len(whole.ids) - 50)
+
+
+@given(st.text("ab\n", min_size=1, max_size=300), st.data())
+def test_no_more_of_a_document_is_cut_than_must_be(tmp_path_factory, document, draws):
+    """Two line feeds are one token, so that tokens and characters are not proportional."""
+    document = f"{document}b"
+    path = write(tmp_path_factory.getbasetemp() / "a.jsonl", {"document": document, "summary": "s"})
+    (whole,) = read(path, "summarize", CHARACTERS, 1000).train
+    own = len(CHARACTERS.encode(document, special=False))
+    length = draws.draw(st.integers(len(whole.ids) - own + 1, len(whole.ids)))
+    (e,) = read(path, "summarize", CHARACTERS, length).train
+    assert len(e.ids) in (length - 1, length)  # a line feed's half may be what would be too much
+    kept = text_of(e.ids).removeprefix(f"{BEGINS}Summarize this text.\n\n").partition("<end>")[0]
+    assert document.startswith(kept)
 
 
 @pytest.mark.skipif(not HAVE["tokenizers"], reason="the extra text is not installed")
