@@ -26,7 +26,7 @@ from minilora.formats.factors import named_shapes
 from minilora.formats.files import FormatError
 from minilora.formats.huggingface import names
 from minilora.lora import Tuning, merge
-from minilora.models import GPT2, Batch, Bert, Llama, draw_weights, logits
+from minilora.models import GPT2, Batch, Bert, Llama, draw_weights, logits, loss
 from minilora.quantised import dequantise, quantise
 from minilora.strategies import configurations
 from minilora.targets import Lora, adapt
@@ -220,6 +220,30 @@ def test_a_wider_dtype_holds_the_same_numbers():
     for name in narrow:
         assert wide[name].dtype == np.float64
         assert (np.asarray(wide[name]) == np.asarray(narrow[name])).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_have_the_same_bits_whether_weights_are_kept_in_the_file(name, tmp_path):
+    """Of a base in four bits, so that every look at it is an expansion."""
+    c, kind = MODELS[name], gguf.GGMLQuantizationType.Q4_1
+    data = {
+        f"{door.places(c)[at]}.weight": (gguf.quants.quantize(W, kind), kind)
+        for at, W in ((at, drawn(c)[f"{at}.weight"]) for at in c.linears())
+        if W.shape[1] % 32 == 0
+    }
+    assert len(data) > c.layers
+    path = rewritten(model_file(name), tmp_path / "m", tensors=data)
+    ats = dict.fromkeys(c.linears(), 2)
+    V, tuning = factors(c, ats, dict.fromkeys(ats, 1.5))
+    batch = Batch(IDS.reshape(2, 12), labels=IDS.reshape(2, 12))
+    found = []
+    for kept in (True, False):
+        _, W = door.read_model(path, keep_quantised=kept)
+        L, back = loss(batch, W | V, c, tuning)
+        found.append({"loss": np.asarray(L), **back(1.0)})
+    assert found[0].keys() == V.keys() | {"loss"}
+    assert all(same_bits(array, found[1][key]) for key, array in found[0].items())
+    assert not same_bits(found[0]["loss"], np.asarray(loss(batch, drawn(c) | V, c, tuning)[0]))
 
 
 def test_rows_of_q_and_k_lie_in_pairs_in_a_llama_and_as_they_are_in_a_qwen2():
