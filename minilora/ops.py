@@ -228,8 +228,9 @@ def rope_tables(positions: Array, d: int, theta: float, dtype: Any) -> tuple[Arr
     real = np.empty(0, dtype).real.dtype
     wide = np.result_type(real, np.float64) if real.kind == "f" else np.dtype(np.float64)
     frequencies = theta ** (np.arange(0, d, 2, dtype=wide) * (-1 / wide.type(d)))
-    angles = positions[:, None, None, :] * frequencies[:, None]
-    return np.cos(angles).astype(real), np.sin(angles).astype(real)
+    angles = positions * frequencies[:, None, None]  # in memory as the activations lie: (d/2, b, t)
+    cos, sin = (f(angles).astype(real).swapaxes(0, 1)[:, None] for f in (np.cos, np.sin))
+    return cos, sin
 
 
 def rope(x: Array, cos: Array, sin: Array, interleaved: bool = False) -> tuple[Array, Back]:
@@ -335,7 +336,9 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Back]:
     grouped = (b, k.shape[1], h // k.shape[1], d, t)
     scale = d**-0.5
     Q, K, V = q.reshape(grouped) * scale, k[:, :, None], v[:, :, None]
-    p, back_softmax = softmax(np.where(mask[:, None, None], K.mT @ Q, -np.inf))
+    z = K.mT @ Q
+    np.copyto(z, -np.inf, where=~mask[:, None, None])
+    p, back_softmax = softmax(z)
     o = (V @ p).reshape(q.shape)
 
     def back(do: Array) -> tuple[Array, Array, Array]:
@@ -345,6 +348,44 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Back]:
         return dq, (Q @ dz.mT).sum(2), (dO @ p.mT).sum(2)
 
     return o, back
+
+
+QUERIES = 128
+"""So many queries attend at a time."""
+
+
+def by_queries(
+    attend: Callable[..., tuple[Array, Back]], q: Array, k: Array, v: Array, mask: Array
+) -> tuple[Array, Back]:
+    """attend(q, k, v, mask), `QUERIES` at a time, over the keys up to the last that one may see.
+
+    Beyond so many tokens no score is formed that a causal mask hides from a whole block of queries,
+    and no matrix of all by all. dk and dv are the sums of the blocks'.
+
+    Shapes: q (b, h, d, t), k (b, g, d, s), v (b, g, d, s), mask (b, s, t) -> o (b, h, d, t).
+    """
+    t = q.shape[-1]
+    if t <= QUERIES:
+        return attend(q, k, v, mask)
+    outputs, backs = [], []
+    for start in range(0, t, QUERIES):
+        queries = slice(start, start + QUERIES)
+        keys = slice(np.flatnonzero(mask[:, :, queries].any((0, 2)))[-1] + 1)
+        own = q[..., queries], k[..., keys], v[..., keys], mask[:, keys, queries]
+        o, back_o = attend(*own)
+        outputs.append(o)
+        backs.append((queries, keys, back_o))
+
+    def back(do: Array) -> tuple[Array, Array, Array]:
+        dtype = np.result_type(q, k, v, do)
+        dq, dk, dv = (np.zeros_like(x, dtype=dtype) for x in (q, k, v))
+        for queries, keys, back_o in backs:
+            dq[..., queries], dk_part, dv_part = back_o(do[..., queries])
+            dk[..., keys] += dk_part
+            dv[..., keys] += dv_part
+        return dq, dk, dv
+
+    return np.concatenate(outputs, axis=-1), back
 
 
 def cross_entropy(z: Array, labels: Array, count: int | None = None) -> tuple[Array, Back]:

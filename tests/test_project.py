@@ -50,10 +50,11 @@ ALONE = {"bitsandbytes", "jax", "mlx", "mlx_lm"}
 """And one peer's file each, which comes with an extra of its own or with `libraries`."""
 
 TEXT = {
+    "minilora/formats/gguf.py": {"gguf", "tokenizers"},
     "minilora/formats/tokenizers.py": {"jinja2", "tokenizers"},
     "minilora/metrics.py": {"rouge_score"},
 }
-"""What comes with the extra `text`, by the file that imports it where it uses it."""
+"""What comes with the extras `text` and `gguf`, by the file that imports it where it uses it."""
 
 
 def imported(source):
@@ -149,7 +150,7 @@ def test_the_declared_dependencies_are_those():
     assert names(project["dependencies"]) == RUN_TIME
     assert names(project["optional-dependencies"]["peers"]) == PEERS - {"lycoris"}
     text = {name.replace("-", "_") for name in names(project["optional-dependencies"]["text"])}
-    assert text == set().union(*TEXT.values())
+    assert text | names(project["optional-dependencies"]["gguf"]) == set().union(*TEXT.values())
     extras = names(project["optional-dependencies"]["libraries"])
     extras |= names(project["optional-dependencies"]["jax"])
     assert {"lycoris-lora", "mlx[cpu]"} | {a.replace("_", "-") for a in ALONE - {"mlx"}} <= extras

@@ -1,0 +1,280 @@
+"""A step in groups: the whole batch's loss and gradients, whatever the groups and the threads."""
+
+import functools
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from calculus import GRADIENT, greatest, same_bits
+
+import minilora as ml
+from minilora import blocks, models, ops, steps
+from minilora import strategies as draw
+from minilora.ops import IGNORED
+from minilora.steps import Plan, evaluate, gradients
+
+CONFIGS = {
+    "Llama": ml.Llama(vocab=11, d=5, layers=3, heads=4, ffn=7, kv_heads=2, head_dim=2, tied=True),
+    "GPT-2": ml.GPT2(vocab=11, d=6, layers=2, heads=3, ffn=7, positions=9),
+    "BERT": ml.Bert(vocab=11, d=6, layers=2, heads=3, ffn=7, positions=9, types=2, classes=4),
+}
+EVERY = pytest.mark.parametrize("name", CONFIGS)
+
+
+@functools.cache
+def case(name, b=5, t=6):
+    """Adapters on every projection, dropout, padding and labels that do not count."""
+    return draw.draw_model(CONFIGS[name], np.random.default_rng(0), b, t)
+
+
+def of(model, plan=Plan(), count=None):  # noqa: B008
+    L, g = gradients(model.batch, model.W, model.config, model.tuning, plan, count)
+    return {"loss": np.asarray(L)} | g
+
+
+def same(found, wanted):
+    return found.keys() == wanted.keys() and all(same_bits(found[k], wanted[k]) for k in wanted)
+
+
+def agree(found, wanted, groups):
+    """Equal but for an error of GRADIENT for each group and for the whole."""
+    assert found.keys() == wanted.keys()
+    bound = (1 + groups) * GRADIENT * max(map(greatest, wanted.values()))
+    assert all(greatest(found[k] - wanted[k]) <= bound for k in wanted)
+
+
+@EVERY
+@pytest.mark.parametrize("tokens", [1, 12, 17, 1000])
+def test_groups_add_up_to_the_batch(name, tokens):
+    model = case(name)
+    L, back = model.loss()
+    wanted = {"loss": np.asarray(L)} | back(1.0)
+    agree(of(model, Plan(tokens=tokens)), wanted, groups=5)
+    if tokens == 1000:
+        assert same(of(model, Plan(tokens=tokens)), wanted)
+
+
+def test_groups_that_each_take_their_own_mean_do_not(monkeypatch):
+    model = case("Llama")
+    wanted, right = of(model), steps.loss
+    monkeypatch.setattr(steps, "loss", lambda batch, W, c, tuning, n: right(batch, W, c, tuning))
+    with pytest.raises(AssertionError):
+        agree(of(model, Plan(tokens=6)), wanted, groups=5)
+
+
+@EVERY
+def test_threads_change_no_bit(name):
+    model = case(name)
+    wanted = of(model, Plan(tokens=6))
+    assert all(same(of(model, Plan(threads=n, tokens=6)), wanted) for n in (2, 3, 5))
+    assert not same(of(model, Plan(tokens=12)), wanted)
+
+
+@EVERY
+def test_products_on_several_threads_add_up_too(name):
+    """One group and two threads: the library may then split the sums otherwise."""
+    agree(of(case(name), Plan(threads=2)), of(case(name)), groups=1)
+
+
+def test_a_part_of_a_batch_is_divided_by_the_whole():
+    model = case("GPT-2")
+    n = steps.counted(model.batch, model.config)
+    half, whole = of(model, count=2 * n), of(model)
+    agree({k: 2 * g for k, g in half.items()}, whole, groups=1)
+
+
+def test_the_threads_of_products_are_as_many_as_before():
+    def threads():
+        return [pool["num_threads"] for pool in steps._pools(True).info()]
+
+    before = threads()
+    with steps.blas_threads(1):
+        assert set(threads()) == {1}
+    assert threads() == before
+    of(case("Llama"), Plan(threads=2, tokens=6))
+    assert threads() == before
+
+
+def test_an_error_of_one_group_is_the_steps():
+    model = case("Llama")
+    ids = model.batch.ids.copy()
+    ids[3] = 11
+    wrong = replace(model, batch=replace(model.batch, ids=ids))
+    with pytest.raises(ValueError, match=r"rows of embed: found .* to 11, expected 0 to 10"):
+        of(wrong, Plan(threads=2, tokens=6))
+
+
+@EVERY
+def test_evaluation_is_the_sum_over_labels_that_count(name):
+    model = case(name)
+    still = replace(model, tuning=replace(model.tuning, keep={}))
+    nll, n = evaluate(model.batch, model.W, model.config, model.tuning, Plan(tokens=12))
+    L = np.asarray(still.loss()[0])
+    assert n == steps.counted(model.batch, model.config)
+    agree({"loss": nll / n}, {"loss": L}, groups=3)
+    dropped = np.asarray(model.loss()[0])
+    assert abs(nll / n - dropped) > 4 * GRADIENT * greatest(L)
+
+
+def test_a_group_without_labels_adds_nothing():
+    model = case("Llama")
+    labels = model.batch.labels.copy()
+    labels[:2] = IGNORED
+    model = replace(model, batch=replace(model.batch, labels=labels))
+    agree(of(model, Plan(tokens=6)), of(model), groups=5)
+    empty = replace(model, batch=replace(model.batch, labels=np.full_like(labels, IGNORED)))
+    with pytest.raises(ValueError, match="no label counts in 5 rows; leave this batch out"):
+        of(empty)
+    with pytest.raises(ValueError, match="no label counts"):
+        of(model, count=0)
+
+
+@pytest.mark.parametrize("wrong", [{"threads": 0}, {"tokens": -1}])
+def test_a_plan_without_threads_or_tokens_is_refused(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}: expected at least 1"):
+        Plan(**wrong)
+
+
+def test_memory_is_kept_warm_where_the_library_can(monkeypatch):
+    set_options = []
+
+    class Library:
+        @staticmethod
+        def mallopt(option, value):
+            set_options.append(option)
+            return 1
+
+    monkeypatch.setattr(steps.ctypes, "CDLL", lambda name: Library)
+    assert steps.warm_memory()
+    assert set_options == [steps.M_MMAP_THRESHOLD, steps.M_TRIM_THRESHOLD]
+    monkeypatch.setattr(steps.ctypes, "CDLL", lambda name: object())
+    assert not steps.warm_memory()
+
+
+@EVERY
+@pytest.mark.parametrize("below", ["", "layers.1", "head"])
+def test_recomputation_changes_no_bit(name, below):
+    """Everything trained, or nothing below the second block, or below the head."""
+    model = case(name)
+    names = frozenset(n for n in model.tuning.trained if n.startswith(below)) or frozenset(
+        n for n in model.tuning.trained if re.match(r"layers\.1", n)
+    )
+    model = replace(model, tuning=replace(model.tuning, trained=names))
+    wanted = of(model, Plan(tokens=12))
+    assert wanted.keys() == names | {"loss"}
+    assert same(of(model, Plan(tokens=12, recompute=True)), wanted)
+
+
+def runs_of_blocks(model, **plan):
+    """How often each block's forward runs in a step."""
+    runs = []
+
+    def counting(op, x, at, *arguments):
+        runs.append(at)
+        return right(op, x, at, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        right = blocks.normalise
+        patch.setattr(blocks, "normalise", counting)
+        of(model, Plan(**plan))
+    return [runs.count(f"layers.{i}.norm1") for i in range(model.config.layers)]
+
+
+def test_recomputation_runs_what_is_trained_twice_and_what_is_constant_once():
+    model = case("Llama")
+    assert runs_of_blocks(model) == [1, 1, 1]
+    assert runs_of_blocks(model, recompute=True) == [2, 2, 2]
+    upper = frozenset(n for n in model.tuning.trained if not n.startswith("layers.0"))
+    model = replace(model, tuning=replace(model.tuning, trained=upper))
+    assert runs_of_blocks(model, recompute=True) == [1, 2, 2]
+
+
+@EVERY
+def test_what_is_trained_below_a_constant_block_has_its_gradient(name):
+    """A table, BERT's first norm, the last norm: whatever a block may be under or over."""
+    model = draw.draw_model(CONFIGS[name], np.random.default_rng(0), 3, 4, everything=True)
+    every = of(model)
+    for at in {"embed.weight", "norm.weight", "layers.1.norm1.weight", "head.A"} & every.keys():
+        tuning = replace(model.tuning, trained=frozenset({at}))
+        assert same_bits(of(replace(model, tuning=tuning))[at], every[at])
+
+
+@EVERY
+def test_logits_in_blocks_add_up(name, monkeypatch):
+    model = case(name)
+    wanted = of(model)
+    formed, right = [], models.cross_entropy
+
+    def counting(z, *arguments):
+        formed.append(z.shape[1])
+        return right(z, *arguments)
+
+    monkeypatch.setattr(models, "LOGITS", 33)
+    monkeypatch.setattr(models, "cross_entropy", counting)
+    found = of(model)
+    agree(found, wanted, groups=len(formed))
+    counted = steps.counted(model.batch, model.config)
+    if name == "BERT":  # 5 rows of 4 classes
+        assert formed == [5]
+    else:
+        assert sum(formed) == counted
+        assert max(formed) <= 3
+
+
+@EVERY
+def test_queries_in_blocks_attend_to_the_same(name, monkeypatch):
+    model = case(name)
+    wanted, shapes, right = of(model), [], ops.softmax
+
+    def watching(z):
+        shapes.append(z.shape[-2:])
+        return right(z)
+
+    monkeypatch.setattr(ops, "softmax", watching)
+    monkeypatch.setattr(ops, "QUERIES", 4)
+    agree(of(model), wanted, groups=1)
+    hidden = model.config.causal
+    assert set(shapes) == ({(4, 4), (6, 2)} if hidden else {(6, 4), (6, 2)})
+
+
+def dropping(model, step=3, p=0.25, seed=1):
+    keep = steps.drawn_dropout(seed, step, p, model.batch, model.config, model.tuning, float)
+    return replace(model, tuning=replace(model.tuning, keep=keep))
+
+
+@EVERY
+def test_drawn_masks_are_those_of_their_sequences_however_the_batch_is_cut(name):
+    model = dropping(case(name))
+    held = replace(model, tuning=replace(model.tuning, keep=dict(model.tuning.keep)))
+    assert held.tuning.keep.keys() == {at for at in model.tuning.scale if at != "embed"}
+    for plan in (Plan(), Plan(tokens=12), Plan(tokens=6, threads=2), Plan(recompute=True)):
+        assert same(of(model, plan), of(held, plan))
+    for other in (dropping(model, step=4), dropping(model, seed=2), dropping(model, p=0.26)):
+        assert not same(of(other), of(model))
+
+
+def test_masks_keep_their_share_and_differ_between_rows_modules_and_steps():
+    model = case("Llama", b=40, t=50)
+    p, keep = 0.25, dropping(model).tuning.keep
+    for K in (keep["layers.0.q"], keep["layers.2.down"]):
+        assert set(np.unique(K)) == {0, 1 / (1 - p)}
+        share = (K > 0).mean()
+        assert abs(share - (1 - p)) < 6 * (p * (1 - p) / K.size) ** 0.5
+    one, *others = (
+        keep["layers.0.q"][:, :50],
+        keep["layers.0.q"][:, 50:100],
+        keep["layers.0.k"][:, :50],
+        dropping(model, step=4).tuning.keep["layers.0.q"][:, :50],
+    )
+    assert not any(np.array_equal(one, other) for other in others)
+    assert steps.drawn_dropout(0, 0, 0.0, model.batch, model.config, model.tuning, float) == {}
+    assert len(keep) == len(list(keep)) == 21
+    assert "embed" not in keep
+
+
+@pytest.mark.parametrize("wrong", [{"p": 1.0}, {"p": -0.1}, {"seed": -1}, {"step": -1}])
+def test_rates_and_seeds_that_mean_nothing_are_refused(wrong):
+    with pytest.raises(ValueError, match="expected a rate from 0 and below 1"):
+        dropping(case("Llama"), **wrong)
