@@ -334,7 +334,7 @@ def head_loss(
     Errors: those of :func:`minilora.ops.cross_entropy`.
     """
     names = {weight_of(at, W), *(name for name in W if name.startswith(f"{at}."))}
-    held = {name: np.asanyarray(W[name]) for name in names}  # once, where it is made on demand
+    held = {name: _whole(W[name]) for name in names}  # once, where it is made on demand
     counted, v = labels != IGNORED, len(held[weight_of(at, W)])
     parts: list[Any] = [slice(None)]
     if v * labels.size > LOGITS and counted.any():
@@ -359,6 +359,11 @@ def head_loss(
         return dL * dx, {name: dL * g for name, g in sums.items()}
 
     return sum(losses[1:], losses[0]), back
+
+
+def _whole(weight: Any) -> Array:
+    """A weight of any number system; where its rows are made on demand, all of them."""
+    return np.asarray(weight) if hasattr(weight, "rows") else weight
 
 
 def loss(

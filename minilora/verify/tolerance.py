@@ -318,7 +318,14 @@ def _filled(x: Noisy, value: float, dtype: Any = None) -> Noisy:
     return Noisy(np.full((x.source.count, *x.shape), value, dtype or x.dtype), x.source)
 
 
+def _copied(into: Noisy, value: Any, where: Any = True) -> None:
+    runs = into._own()
+    np.copyto(runs, _raised(value, into.ndim) if isinstance(value, Noisy) else value, where=where)
+
+
 MOVES: dict[Any, Callable[..., Any]] = {
+    np.copyto: _copied,
+    np.result_type: lambda *_: np.dtype(np.float64),
     np.shape: lambda x: x.shape,
     np.ndim: lambda x: x.ndim,
     np.size: lambda x: x.size,
