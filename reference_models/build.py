@@ -403,6 +403,11 @@ ADAPTER = {
     "fan_in_fan_out": "whether the base stores its weights (in, out), as Conv1D does",
     "inference_mode": "PEFT loads it frozen unless asked",
     "ensure_weight_tying": "nothing tied is adapted",
+    "use_dora": "no magnitudes: not DoRA",
+    "lora_bias": "no bias on B",
+    "trainable_token_indices": "no token is trained",
+    "layer_replication": "no layer stands twice",
+    "alora_invocation_tokens": "it acts from the first token on",
 }
 PARTS = {"weight": "weight", "bias": "bias", "A": "A (r, in)", "B": "B (out, r)"}
 MODULES = {
