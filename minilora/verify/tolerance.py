@@ -76,7 +76,8 @@ class Uncertain:
 
     def __init__(self, value: Array, variance: Array | float, rounding: Rounding) -> None:
         self.value = np.asarray(value, np.float64)
-        self.variance = np.broadcast_to(np.asarray(variance, np.float64), self.value.shape)
+        own, shape = np.asarray(variance, np.float64), self.value.shape
+        self.variance = own if own.shape == shape else np.broadcast_to(own, shape)
         self.rounding = rounding
 
     @property
