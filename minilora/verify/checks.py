@@ -20,15 +20,19 @@ from minilora.verify.levels import (
 )
 from minilora.verify.terms import Check
 
-WHOLE = ("model", "train", "grad-flow", "files")
-"""Levels of whole models, whose cases take a hundred times as long as a layer's."""
+LONG = ("lifecycle", "model", "train", "grad-flow", "files")
+"""Levels of whole models and whole lives, whose cases take up to a hundred times as long."""
+
+FEW = 2
+"""One case of each lane."""
 
 
 def _cases(check: Check, profile: str, dtype: str) -> int:
-    """As many as the check has, but of whole models in float32 alone where it has to be quick."""
-    if profile == "quick" and check.level in WHOLE and dtype != "float32":
-        return 0
-    return check.cases(profile, dtype)
+    """As many as the check has; where it has to be quick, what is long in float32 alone."""
+    count = check.cases(profile, dtype)
+    if profile == "quick" and dtype != "float32":
+        return 0 if check.level in LONG else min(count, FEW)
+    return count
 
 
 CHECKS: tuple[Check, ...] = tuple(
