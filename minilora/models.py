@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from minilora.blocks import bert_block, embed, gpt2_block, llama_block, normalise, stack
+from minilora.blocks import Past, bert_block, embed, gpt2_block, llama_block, normalise, stack
 from minilora.lora import Tuning, Weights, project, total
 from minilora.ops import (
     IGNORED,
@@ -178,7 +178,19 @@ def draw_weights(c: Config, rng: np.random.Generator, std: float = 0.02) -> Weig
     return {name: draw(name, shape) for name, shape in c.shapes().items()}
 
 
-def llama(batch: Batch, W: Weights, c: Llama, tuning: Tuning) -> tuple[Array, Back]:
+def mask_of(batch: Batch, past: Past | None) -> Array:
+    """The causal mask of the batch's tokens, over those of the past too.
+
+    Shapes: ids (b, t) -> mask (b, s, t), keys before queries.
+    """
+    if past is None:
+        return causal_mask(batch.real)
+    return causal_mask(past.seen(batch.real))[:, :, -batch.ids.shape[1] :]
+
+
+def llama(
+    batch: Batch, W: Weights, c: Llama, tuning: Tuning, past: Past | None = None
+) -> tuple[Array, Back]:
     """z = head(norm(blocks(embed(ids)))).
 
     Shapes: ids (b, t) -> z (v, b*t).
@@ -186,9 +198,9 @@ def llama(batch: Batch, W: Weights, c: Llama, tuning: Tuning) -> tuple[Array, Ba
     """
     x, back_embed = embed(batch.ids.ravel(), "embed", W, tuning)
     tables = rope_tables(batch.places, c.head_dim, c.theta, x.dtype)
-    mask = causal_mask(batch.real)
+    mask = mask_of(batch, past)
     x, back_blocks = stack(
-        x, c.layers, lambda x, at: llama_block(x, at, W, c, tuning, tables, mask)
+        x, c.layers, lambda x, at: llama_block(x, at, W, c, tuning, tables, mask, past)
     )
     h, back_norm = normalise(rmsnorm, x, "norm", W, c, tuning)
     z, back_head = project(h, "head", W, tuning)
@@ -202,7 +214,9 @@ def llama(batch: Batch, W: Weights, c: Llama, tuning: Tuning) -> tuple[Array, Ba
     return z, back
 
 
-def gpt2(batch: Batch, W: Weights, c: GPT2, tuning: Tuning) -> tuple[Array, Back]:
+def gpt2(
+    batch: Batch, W: Weights, c: GPT2, tuning: Tuning, past: Past | None = None
+) -> tuple[Array, Back]:
     """z = embedᵀ(norm(blocks(embed(ids) + positions))), the embedding used as the head.
 
     Shapes: ids (b, t) -> z (v, b*t).
@@ -210,9 +224,9 @@ def gpt2(batch: Batch, W: Weights, c: GPT2, tuning: Tuning) -> tuple[Array, Back
     """
     tokens, back_embed = embed(batch.ids.ravel(), "embed", W, tuning)
     places, back_positions = embed(batch.places.ravel(), "positions", W, tuning)
-    mask = causal_mask(batch.real)
+    mask = mask_of(batch, past)
     x, back_blocks = stack(
-        tokens + places, c.layers, lambda x, at: gpt2_block(x, at, W, c, tuning, mask)
+        tokens + places, c.layers, lambda x, at: gpt2_block(x, at, W, c, tuning, mask, past)
     )
     h, back_norm = normalise(layernorm, x, "norm", W, c, tuning)
     z, back_head = project(h, "head", W, tuning)
@@ -264,10 +278,16 @@ FORWARD: dict[type[Config], Callable[..., tuple[Array, Back]]] = {
 }
 
 
-def logits(batch: Batch, W: Weights, c: Config, tuning: Tuning) -> tuple[Array, Back]:
+def logits(
+    batch: Batch, W: Weights, c: Config, tuning: Tuning, past: Past | None = None
+) -> tuple[Array, Back]:
     """The logits of the model that ``c`` configures.
 
-    Errors: ValueError if a token's id, position or type lies outside its table.
+    With a ``past`` the batch holds the tokens that follow it: they see its keys and values, and
+    ``batch.positions`` counts on. There is no ``back`` then: what came before is not held.
+
+    Errors: ValueError if a token's id, position or type lies outside its table, and for the past of
+    a model that is not causal, whose earlier tokens would have to see the later ones.
     """
     rows = {"embed": batch.ids, "positions": batch.places, "types": batch.types}
     for at, n in c.tables().items():
@@ -275,7 +295,16 @@ def logits(batch: Batch, W: Weights, c: Config, tuning: Tuning) -> tuple[Array, 
         if numbers is not None and (numbers.min() < 0 or numbers.max() >= n):
             found = f"{numbers.min()} to {numbers.max()}"
             raise ValueError(f"rows of {at}: found {found}, expected 0 to {n - 1}")
-    return FORWARD[type(c)](batch, W, c, tuning)
+    if past is None:
+        return FORWARD[type(c)](batch, W, c, tuning)
+    if not c.causal:
+        raise ValueError(f"a {type(c).__name__} has no past: every token sees every other")
+    z, _ = FORWARD[type(c)](batch, W, c, tuning, past)
+    return z, _no_back
+
+
+def _no_back(dz: Array) -> Weights:
+    raise RuntimeError("a forward with a past has no back; run it over all tokens at once")
 
 
 def targets(batch: Batch, c: Config) -> Array:
