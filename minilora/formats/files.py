@@ -220,11 +220,15 @@ def check_settings(
 
 
 def write_files(
-    folder: Path | str, files: Mapping[str, Callable[[], bytes]], stale: str | None = None
+    folder: Path | str,
+    files: Mapping[str, Callable[[], bytes]],
+    stale: str | None = None,
+    durable: bool = False,
 ) -> None:
     """Write files to a folder, each whole; in place of none before all are written beside it.
 
-    A folder that is there keeps its other files. ``stale`` is an expression for the names of those
+    ``durable``: they are on the disk, and not only on their way to it, before they take a name and
+    when this returns. A folder that is there keeps its other files. ``stale`` is an expression for the names of those
     that may not stay, because a reader would take them for a part of what is written now.
 
     Errors: FormatError if the folder is a file or holds a stale file; OSError where the disk is
@@ -247,11 +251,26 @@ def write_files(
     try:
         for name, data in files.items():
             beside[name].write_bytes(data())
+            if durable:
+                _flush(beside[name])
         for name, temporary in beside.items():
             os.replace(temporary, folder / name)
+        if durable:
+            _flush(folder)
     except BaseException:
         for temporary in beside.values():
             temporary.unlink(missing_ok=True)
         if made:
             folder.rmdir()
         raise
+
+
+def _flush(path: Path) -> None:
+    """Has the system write to the disk what it holds of a file, or of a folder's names."""
+    if path.is_dir() and os.name != "posix":
+        return  # no other system opens a folder
+    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
