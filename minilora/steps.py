@@ -1,0 +1,170 @@
+"""A step of training on whatever machine there is: groups of sequences, threads, little memory.
+
+A batch is a sum over its sequences, and so are its loss and its gradients. They are formed group by
+group, each divided by what the whole batch counts, and added up in the groups' order: how many
+threads work on them, and whether activations are kept or formed again, changes no bit. Where there
+are fewer groups than threads, the products run on several, and their bits are the library's affair.
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Any
+
+from minilora.lora import Tuning, Weights, total
+from minilora.models import Batch, Config, loss, targets
+from minilora.ops import IGNORED, Array
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a step is cut up; the mathematics does not depend on it.
+
+    ``threads``: how many groups run at a time; ``tokens``: about how many a group has, of whole
+    sequences and at least one; ``recompute``: whether a block's activations are formed again for
+    its backward, from its input alone, rather than kept.
+    Errors: ValueError if there is no thread or no token.
+    """
+
+    threads: int = 1
+    tokens: int = 512
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+
+
+def counted(batch: Batch, c: Config) -> int:
+    """How many labels of the batch count: what its mean loss is divided by."""
+    return int((targets(batch, c) != IGNORED).sum())
+
+
+def groups(batch: Batch, plan: Plan) -> list[slice]:
+    """The batch's rows in groups of about ``plan.tokens`` tokens, in their order."""
+    b, t = batch.ids.shape
+    size = max(1, plan.tokens // t)
+    return [slice(start, start + size) for start in range(0, b, size)]
+
+
+def part(batch: Batch, tuning: Tuning, rows: slice) -> tuple[Batch, Tuning]:
+    """These rows of the batch, and their columns of the dropout multipliers."""
+    b = len(batch.ids)
+    arrays = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    own = replace(batch, **{name: a[rows] for name, a in arrays.items() if a is not None})
+    start, stop, _ = rows.indices(b)
+
+    def columns(K: Array) -> Array:
+        each = K.shape[1] // b  # t columns for each row, or the one that a classifier pools
+        return K[:, start * each : stop * each]
+
+    keep = {at: columns(K) for at, K in tuning.keep.items()}
+    return own, replace(tuning, keep=keep)
+
+
+@cache
+def _pools(scipy: bool) -> Any:
+    """The pools of threads of the linear algebra libraries: NumPy's and, once loaded, SciPy's."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
+
+
+@contextmanager
+def blas_threads(n: int) -> Iterator[None]:
+    """Matrix products use n threads inside, and as many as before afterwards."""
+    with _pools("scipy.special" in sys.modules).limit(limits=n, user_api="blas"):
+        yield
+
+
+def in_order(work: Callable[[slice], Any], parts: list[slice], threads: int) -> Iterator[Any]:
+    """``work`` of each part, given in their order, so many at a time.
+
+    Each thread's products run on that one thread: pools inside a pool would wait for one another.
+    Where there are fewer parts than threads, they run one by one and the products in parallel.
+    """
+    if len(parts) < threads or threads == 1:
+        with blas_threads(threads):
+            yield from map(work, parts)
+        return
+    with blas_threads(1), ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(work, parts)
+
+
+def gradients(
+    batch: Batch,
+    W: Weights,
+    c: Config,
+    tuning: Tuning,
+    plan: Plan = Plan(),
+    count: int | None = None,
+) -> tuple[Any, Weights]:
+    """L and {name: dL} of the batch, as :func:`minilora.models.loss` has them, group by group.
+
+    ``count``: what the sum is divided by, if the batch is a part of a larger one.
+
+    Errors: ValueError if no label counts; those of ``loss``.
+    """
+    own = counted(batch, c)
+    n = own if count is None else count
+    if min(own, n) < 1:
+        raise ValueError(f"no label counts in {len(batch.ids)} rows; leave this batch out")
+
+    def work(rows: slice) -> tuple[Any, Weights]:
+        own_batch, own_tuning = part(batch, tuning, rows)
+        L, back = loss(own_batch, W, c, own_tuning, n)
+        return L, back(1.0)
+
+    L: Any = None
+    sums: Weights = {}
+    for L_group, gradients_of_group in in_order(work, groups(batch, plan), plan.threads):
+        L = L_group if L is None else L + L_group
+        sums = total(sums, gradients_of_group)
+    return L, sums
+
+
+def evaluate(
+    batch: Batch,
+    W: Weights,
+    c: Config,
+    tuning: Tuning,
+    plan: Plan = Plan(),
+) -> tuple[Any, int]:
+    """The sum of the negative log-likelihoods of the labels that count, and their number.
+
+    Nothing is trained and nothing dropped, so no activation outlives its block.
+
+    Errors: those of ``loss``.
+    """
+    still = replace(tuning, trained=frozenset(), keep={})
+
+    def work(rows: slice) -> Any:
+        own_batch, own_tuning = part(batch, still, rows)
+        return loss(own_batch, W, c, own_tuning, 1)[0]
+
+    return sum(in_order(work, groups(batch, plan), plan.threads)), counted(batch, c)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Options of glibc's ``mallopt``."""
+
+LARGEST = 2**25
+"""Bytes: no older glibc keeps larger arrays, and what is larger should go back at once."""
+
+
+def warm_memory() -> bool:
+    """Freed memory stays with the process, for the next array; whether the C library can do it.
+
+    glibc gives a large array back to the system as soon as it is freed, and the system clears the
+    pages of the next one again: elementwise operations wait for that longer than they compute.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
