@@ -169,13 +169,24 @@ def read_json(path: Path | str) -> dict[str, Any]:
     number that is not finite.
     """
     try:
-        text = Path(path).read_text("utf-8")
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
-    except (OSError, ValueError, RecursionError) as error:
+        value = parse_json(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
         raise FormatError(path, "file", error, "a JSON object", "fetch or write it again") from None
     if not isinstance(value, dict):
         raise FormatError(path, "file", type(value).__name__, "an object", "is it the right file?")
     return value
+
+
+def parse_json(data: bytes) -> Any:
+    """What a text of JSON says.
+
+    Errors: ValueError if it is not in UTF-8 or damaged, names a key twice or holds a number that is
+    not finite.
+    """
+    try:
+        return json.loads(data.decode(), object_pairs_hook=_object, parse_constant=_no_constant)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
