@@ -9,18 +9,21 @@ import shutil
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minilora import reference
-from minilora.formats.files import FormatError, listed, pack_json, write_files
+from minilora.formats import mlx, peft
+from minilora.formats.files import FormatError, listed, pack_json, read_json, write_files
+from minilora.formats.huggingface import read_model
 from minilora.formats.tokenizers import Tokenizer, Words, read_tokenizer
-from minilora.lora import Weights
+from minilora.lora import Tuning, Weights
 from minilora.models import Config
 from minilora.ops import Array
+from minilora.targets import Lora
 from minilora.tasks import task
 
 REFERENCE = "reference:"
@@ -60,7 +63,8 @@ class Base:
         if self.path.suffix == ".gguf":
             from minilora.formats import gguf
 
-            return gguf.read_tokenizer(self.path)
+            found: Tokenizer = gguf.read_tokenizer(self.path)  # type: ignore[attr-defined]
+            return found
         return read_tokenizer(self.path)
 
     @cached_property
@@ -95,13 +99,94 @@ def open_base(name: str, dtype: Any = np.float32) -> Base:
 
         c, W = gguf.read_model(path, dtype=dtype)
     else:
-        from minilora.formats.huggingface import read_model
-
         if not path.is_dir():
             expected = f"a model folder, a .gguf file or {REFERENCE}NAME"
             raise FormatError(path, "model", "nothing", expected, "check the path")
         c, W = read_model(path, dtype=dtype)
     return Base(name, c, W, path)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A base with an adapter, or without: its arrays, its tuning, and which format it was in.
+
+    ``own``: the adapter's parameters, and what was trained beside them, in place of the base's.
+    """
+
+    base: Base
+    own: Weights
+    tuning: Tuning
+    kind: str = ""
+    lora: Lora | None = None
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The whole model."""
+        return weights_with(self.base.weights, self.own)
+
+
+KINDS = {"peft": "adapter_model.safetensors", "mlx": "adapters.safetensors"}
+"""The formats of adapters that are folders, and the file by which each is known."""
+
+
+def adapter_path(name: str) -> Path:
+    """Where the adapter of this name is: a path, or ``reference:NAME``."""
+    if name.startswith(REFERENCE) and name.removeprefix(REFERENCE) in reference.names():
+        return reference.folder() / name.removeprefix(REFERENCE) / "adapter"
+    return Path(name)
+
+
+def kind_of(path: Path) -> str:
+    """The adapter's format: "peft", "mlx" or "gguf".
+
+    Errors: FormatError for what is none of them.
+    """
+    if path.suffix == ".gguf":
+        return "gguf"
+    found = [kind for kind, file in KINDS.items() if (path / file).is_file()]
+    if len(found) != 1:
+        there = "both" if found else "neither"
+        remedy = "is it an adapter's folder? a model's own is given as the model"
+        raise FormatError(path, "adapter", there, " or ".join(KINDS.values()), remedy)
+    return found[0]
+
+
+def open_adapted(base: Base, adapter: str | None = None, dtype: Any = np.float32) -> Adapted:
+    """The base with the adapter over its weights, which stay where they are.
+
+    Errors: FormatError as the format's reader has it; ImportError without the library for it.
+    """
+    if adapter is None:
+        return Adapted(base, {}, Tuning())
+    path, c = adapter_path(adapter), base.config
+    kind, lora = kind_of(path), None
+    if kind == "peft":
+        lora = peft.read_lora(path, c)
+        own, tuning = peft.read_adapter(path, c, dtype, base.weights)
+    elif kind == "mlx":
+        own, tuning = mlx.read_adapter(path, c, dtype)
+    else:
+        from minilora.formats import gguf
+
+        own, tuning = gguf.read_adapter(path, c, dtype)
+    return Adapted(base, own, tuning, kind, lora)
+
+
+def base_of(model: str | None, adapter: str | None, dtype: Any = np.float32) -> Base:
+    """The model asked for; or else the one that the adapter was trained on, as its run says.
+
+    Errors: FormatError as :func:`open_base` has it, and where neither names a model.
+    """
+    if model is None and adapter is not None:
+        path = adapter_path(adapter)
+        if adapter.startswith(REFERENCE):
+            model = adapter
+        elif (path / "run.json").is_file():
+            model = read_json(path / "run.json").get("settings", {}).get("model")
+        if not isinstance(model, str):
+            remedy = "give the model that it was trained on by --model"
+            raise FormatError(path, "model", "none named", "a run.json that names one", remedy)
+    return open_base(model or REFERENCE + "llama", dtype)
 
 
 def copy_tokenizer(base: Base, folder: Path | str) -> None:
@@ -116,7 +201,7 @@ def copy_tokenizer(base: Base, folder: Path | str) -> None:
         words = base.tokenizer
         assert isinstance(words, Words)
         files = {"tokenizer.json": words.json(), "tokenizer_config.json": words.settings()}
-        write_files(folder, {name: (lambda v=v: pack_json(v)) for name, v in files.items()})
+        write_files(folder, {name: partial(pack_json, v) for name, v in files.items()})
     elif base.path.is_dir() and base.path.resolve() != folder.resolve():
         for name in BESIDE:
             if (base.path / name).is_file():
@@ -126,5 +211,5 @@ def copy_tokenizer(base: Base, folder: Path | str) -> None:
 def weights_with(base: Mapping[str, Array], changed: Mapping[str, Array]) -> Weights:
     """The base's weights and, in place of or beside them, what changed; none is copied."""
     over: Any = ChainMap(dict(changed), base)  # type: ignore[arg-type]
-    return over
-
+    whole: Weights = over
+    return whole

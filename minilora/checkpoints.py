@@ -113,7 +113,7 @@ def load(path: Path | str) -> State:
 
 def newest(folder: Path | str) -> tuple[State | None, list[FormatError]]:
     """The last state that is whole, if any, and what is wrong with those after it."""
-    wrong = []
+    wrong: list[FormatError] = []
     for path in reversed(saved(folder)):
         try:
             return load(path), wrong

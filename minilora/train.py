@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from minilora import __version__, checkpoints, data, evaluate
+from minilora import __version__, checkpoints, evaluate
 from minilora.bases import Base, copy_tokenizer, weights_with
 from minilora.checkpoints import State
+from minilora.data import SPLITS, Data, Example, order
+from minilora.data import batch as padded
 from minilora.formats import huggingface, peft
 from minilora.formats.files import pack_json, read_json, write_files
 from minilora.lora import LORA, Tuning, Weights, draw_dropout, is_base, total
@@ -34,7 +36,7 @@ DIVERGED = 3.0
 
 NOT_TRAINED: Mapping[str, str] = {
     "adalora": "its ranks follow a budget over the steps, which is not kept here: take lora",
-    "alora": "it acts from an invocation's tokens on, which a file of data does not name: take lora",
+    "alora": "it acts from an invocation's tokens on, which no line of data names: take lora",
     "loftq": "its base becomes a quantised one, which would have to go along: take pissa or lora",
     "dora-full": "PEFT and MLX hold the norm constant and would train it otherwise: take dora",
 }
@@ -50,7 +52,7 @@ class Recipe:
 
     ``steps`` of ``accumulate`` micro-batches of about ``batch_tokens`` tokens each, or as many as
     ``epochs`` have. B learns ``lora_plus`` times as fast; the rate rises over ``warmup`` steps and
-    then follows ``schedule``. Gradients are clipped to the norm ``clip``; 0 leaves them as they are.
+    then follows ``schedule``. Gradients are clipped to the norm ``clip``; 0 leaves them alone.
     ``full`` trains every weight and no adapter: the baseline. ``seed`` settles the adapters' start,
     the data's order and the dropout.
 
@@ -137,14 +139,12 @@ class Record:
     grad_norm: float
 
 
-def micro_batches(
-    examples: Sequence[data.Example], recipe: Recipe, epoch: int
-) -> list[list[int]]:
+def micro_batches(examples: Sequence[Example], recipe: Recipe, epoch: int) -> list[list[int]]:
     """The rows of each micro-batch of an epoch, in their order."""
-    return data.order(examples, recipe.batch_tokens, recipe.seed, epoch)
+    return order(examples, recipe.batch_tokens, recipe.seed, epoch)
 
 
-def steps_in(examples: Sequence[data.Example], recipe: Recipe) -> int:
+def steps_in(examples: Sequence[Example], recipe: Recipe) -> int:
     """How many steps the run has: those given, or those of all epochs."""
     if recipe.steps is not None:
         return recipe.steps
@@ -157,7 +157,7 @@ def run(
     W: Mapping[str, Array],
     c: Config,
     tuning: Tuning,
-    examples: Sequence[data.Example],
+    examples: Sequence[Example],
     recipe: Recipe,
     plan: Plan,
     pad: int = 0,
@@ -178,7 +178,7 @@ def run(
         if state.epoch != epoch:
             rows, epoch = micro_batches(examples, recipe, state.epoch), state.epoch
         chosen = rows[state.position : state.position + recipe.accumulate]
-        batches = [data.batch([examples[i] for i in own], pad) for own in chosen]
+        batches = [padded([examples[i] for i in own], pad) for own in chosen]
         counts = [counted(batch, c) for batch in batches]
         here = weights_with(W, state.params)
         L: Any = 0.0
@@ -200,9 +200,7 @@ def run(
             raise Diverged(state.step + 1, f"the loss is {loss:.4g}, at first it was {first:.4g}")
         factor = schedule(recipe.schedule, state.step, steps, recipe.warmup)
         lr = {name: rate * factor for name, rate in rates.items()}
-        params, adam = adamw(
-            state.params, g, state.adam, lr, weight_decay=recipe.weight_decay
-        )
+        params, adam = adamw(state.params, g, state.adam, lr, weight_decay=recipe.weight_decay)
         if not all(np.isfinite(p).all() for p in params.values()):
             raise Diverged(state.step + 1, "a parameter is no longer finite")
         tokens = sum(int(batch.real.sum()) for batch in batches)
@@ -224,9 +222,7 @@ def dropped(
         return tuning
     b, t = batch.ids.shape
     pooled = ("pooler", "head") if not c.causal else ()
-    shapes = {
-        at: (c.linears()[at][1], b if at in pooled else b * t) for at in tuning.scale
-    }
+    shapes = {at: (c.linears()[at][1], b if at in pooled else b * t) for at in tuning.scale}
     rng = np.random.default_rng([recipe.seed, 3, draw])
     return replace(tuning, keep=draw_dropout(rng, recipe.dropout, shapes, dtype))
 
@@ -240,7 +236,7 @@ class Job:
     """
 
     base: Base
-    data: data.Data
+    data: Data
     recipe: Recipe
     frozen: Mapping[str, Array]
     start: Weights
@@ -249,9 +245,9 @@ class Job:
     lora: Lora | None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def examples(self, split: str) -> Sequence[data.Example]:
+    def examples(self, split: str) -> Sequence[Example]:
         """Those to train on, ``train``, to validate with, ``valid``, or ``test``."""
-        found: Sequence[data.Example] = getattr(self.data, split)
+        found: Sequence[Example] = getattr(self.data, split)
         return found
 
     def weights(self, params: Mapping[str, Array]) -> Weights:
@@ -259,7 +255,7 @@ class Job:
         return weights_with(self.frozen, {**self.adapter, **params})
 
 
-def prepare(base: Base, read: data.Data, recipe: Recipe, **settings: Any) -> Job:
+def prepare(base: Base, read: Data, recipe: Recipe, **settings: Any) -> Job:
     """The model with fresh adapters, or all of it to be trained; ``settings`` go on record.
 
     Errors: ValueError as :func:`minilora.targets.adapt` has it; for a classifier with other classes
@@ -272,7 +268,9 @@ def prepare(base: Base, read: data.Data, recipe: Recipe, **settings: Any) -> Job
     classes = getattr(c, "classes", None)
     if recipe.task == "classify" and len(read.classes) != classes:
         found = f"{len(read.classes)} classes in the data, {classes} in the model"
-        raise ValueError(f"{found}: expected as many; take another model, or its own head's classes")
+        raise ValueError(
+            f"{found}: expected as many; take another model, or its own head's classes"
+        )
     said = {**vars(recipe), "model": base.name, **settings}
     if recipe.full:
         trained = {name: W[name] for name in c.shapes()}
@@ -328,7 +326,7 @@ class Outcome:
 def manifest(job: Job) -> dict[str, Any]:
     """What ``run.json`` says: the settings, what the model's and the data's files are, versions."""
     read = job.data
-    lines = {split: len(job.examples(split)) for split in data.SPLITS}
+    lines = {split: len(job.examples(split)) for split in SPLITS}
     return {
         "settings": json.loads(json.dumps(job.settings)),
         "model": {"digest": job.base.digest, "path": str(job.base.path)},
@@ -347,10 +345,11 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name in sorted(was.keys() | new.keys())
         if was.get(name) != new.get(name)
     ]
-    for what in ("model", "data"):
-        if before.get(what, {}).get("digest") != now[what]["digest"]:
-            found.append(f"the {what}'s files have changed")
-    return found
+    return found + [
+        f"the {what}'s files have changed"
+        for what in ("model", "data")
+        if before.get(what, {}).get("digest") != now[what]["digest"]
+    ]
 
 
 def begin(
@@ -383,7 +382,9 @@ def begin(
             if state.params.keys() != job.start.keys():
                 raise Refused(f"{out}: its checkpoint trains other parameters; choose a new folder")
         elif resume:
-            raise Refused(f"{out}: files, but no {MANIFEST} of a run to resume; choose a new folder")
+            raise Refused(
+                f"{out}: files, but no {MANIFEST} of a run to resume; choose a new folder"
+            )
         elif not overwrite:
             raise Refused(
                 f"{out}: there are files already; go on with that run by --resume, replace it by "
@@ -398,7 +399,15 @@ def begin(
 
 def _remove(out: Path) -> None:
     """What a run has written, its checkpoints last: as long as they are there it can be resumed."""
-    names = [MANIFEST, LOG, PLOT, peft.CONFIG, peft.WEIGHTS, huggingface.CONFIG, huggingface.WEIGHTS]
+    names = [
+        MANIFEST,
+        LOG,
+        PLOT,
+        peft.CONFIG,
+        peft.WEIGHTS,
+        huggingface.CONFIG,
+        huggingface.WEIGHTS,
+    ]
     for name in names:
         (out / name).unlink(missing_ok=True)
     checkpoints.clean(out / checkpoints.FOLDER)
@@ -476,6 +485,8 @@ def fit(
     valid = batches_of(job.data.valid, job.recipe.batch_tokens, job.base.tokenizer.pad)
     saved: State | None = None
 
+    saved_at = time.monotonic()
+
     def save() -> None:
         nonlocal saved, saved_at
         if saved is not state:
@@ -483,7 +494,6 @@ def fit(
             write_result(out, job, state.params)
         saved, saved_at = state, time.monotonic()
 
-    saved_at = time.monotonic()
     why = ""
     try:
         save()
@@ -518,13 +528,11 @@ def fit(
     return Outcome(saved or state, steps, why)
 
 
-def batches_of(examples: Sequence[data.Example], tokens: int, pad: int) -> list[Batch]:
+def batches_of(examples: Sequence[Example], tokens: int, pad: int) -> list[Batch]:
     """All examples in batches of about so many tokens."""
     if not examples:
         return []
-    return [
-        data.batch([examples[i] for i in rows], pad) for rows in data.order(examples, tokens, 0, 0)
-    ]
+    return [padded([examples[i] for i in rows], pad) for rows in order(examples, tokens, 0, 0)]
 
 
 def plot(out: Path | str) -> Path:
@@ -552,6 +560,6 @@ def plot(out: Path | str) -> Path:
     axes.set(xlabel="step", ylabel="loss in nats a label")
     axes.legend()
     drawn = io.BytesIO()
-    FigureCanvasSVG(figure).print_svg(drawn)
+    FigureCanvasSVG(figure).print_svg(drawn)  # type: ignore[no-untyped-call]
     write_files(out, {PLOT: drawn.getvalue})
     return out / PLOT

@@ -238,9 +238,10 @@ def write_files(
 ) -> None:
     """Write files to a folder, each whole; in place of none before all are written beside it.
 
-    ``durable``: they are on the disk, and not only on their way to it, before they take a name and
-    when this returns. A folder that is there keeps its other files. ``stale`` is an expression for the names of those
+    A folder that is there keeps its other files. ``stale`` is an expression for the names of those
     that may not stay, because a reader would take them for a part of what is written now.
+    ``durable``: all is on the disk, and not only on its way to it, when this returns, and each file
+    before it takes its name.
 
     Errors: FormatError if the folder is a file or holds a stale file; OSError where the disk is
     full or closed. The folder is then as it was.
