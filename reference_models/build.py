@@ -11,6 +11,7 @@ import platform
 import re
 import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from minilora import __version__
 from minilora.formats.files import pack_json, read_json, write_files
 from minilora.formats.huggingface import names, read_model, write_model
 from minilora.formats.peft import adapter_names, read_adapter, write_adapter
+from minilora.formats.tokenizers import Words
 from minilora.lora import Tuning, Weights, disable
 from minilora.models import GPT2, Batch, Bert, Config, Llama, draw_weights, logits, loss
 from minilora.optim import AdamState, adamw, clip, schedule
@@ -185,6 +187,7 @@ def build(out: Path) -> None:
         W, tuning = make(name)
         print(f"{name}: trained", flush=True)
         write_model(out / name / "base", recipe.config, disable(W))
+        write_words(out / name / "base", name)
         write_adapter(out / name / "adapter", recipe.config, W, tuning, recipe.lora)
         data = save({k: np.array(v, order="C") for k, v in vector(name, out / name).items()})
         write_files(out / "vectors", {f"{name}.safetensors": lambda data=data: data})
@@ -194,16 +197,28 @@ def build(out: Path) -> None:
         | {package: version(package) for package in ("numpy", "safetensors", "scipy")},
         "random_numbers": random_numbers(),
         "models": {name: learned(name, out / name) for name in RECIPES},
-        "files": {
-            path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for part in (*RECIPES, "vectors")
-            for path in sorted((out / part).rglob("*"))
-            if path.is_file()
-        },
+        "files": hashes(out),
     }
     write_files(out, {"manifest.json": lambda: pack_json(manifest)})
     text = readme(out, read_json(out / "manifest.json"))
     write_files(out, {"README.md": text.encode})
+
+
+def write_words(folder: Path, name: str) -> None:
+    """The tokenizer of the tasks' symbols, as words."""
+    words = Words.of(task(RECIPES[name].tasks[0]))
+    files = {"tokenizer.json": words.json(), "tokenizer_config.json": words.settings()}
+    write_files(folder, {file: partial(pack_json, value) for file, value in files.items()})
+
+
+def hashes(out: Path) -> dict[str, str]:
+    """The SHA-256 of each file of the models and the vectors."""
+    return {
+        path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for part in (*RECIPES, "vectors")
+        for path in sorted((out / part).rglob("*"))
+        if path.is_file()
+    }
 
 
 def readme(out: Path, manifest: dict[str, Any]) -> str:
@@ -445,8 +460,9 @@ forgotten the first, which the second contradicts.
 
 ## What is there, field by field
 
-`<model>/base` is a model folder, `<model>/adapter` an adapter folder, `vectors/<model>.safetensors`
-what is expected of both together, and `manifest.json` holds
+`<model>/base` is a model folder, whose tokenizer has the symbols above as words;
+`<model>/adapter` is an adapter folder, `vectors/<model>.safetensors` what is expected of both
+together, and `manifest.json` holds
 
 - `schema`: the version of this layout;
 - `versions`: of what it was built with;

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.formats.files import FormatError, listed, read_json
-from minilora.tasks import END, PAD, SPECIAL, START
+from minilora.tasks import END, PAD, SPECIAL, START, Task
 
 EXTRA = "python -m pip install 'minilora[text]'"
 """What installs ``tokenizers``, ``jinja2`` and ``rouge-score``."""
@@ -161,6 +161,11 @@ class Words(Tokenizer):
         self.middle = self.tail = () if language else (END,)
         self.named = {"bos": SPECIAL[START], "eos": SPECIAL[END], "pad": SPECIAL[PAD]}
 
+    @classmethod
+    def of(cls, task: Task) -> "Words":
+        """Those of a task."""
+        return cls(task.symbols, task.causal)
+
     def encode(self, text: str, special: bool = True) -> list[int]:  # noqa: D102
         for name in SPECIAL:
             text = text.replace(name, f" {name} ")
@@ -218,7 +223,8 @@ class Words(Tokenizer):
     def settings(self) -> dict[str, Any]:
         """The ``tokenizer_config.json`` beside it."""
         names = {f"{name}_token": text for name, text in self.named.items()}
-        return {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+        inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if self.tail else [])
+        return {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs, **names}
 
 
 class Library(Tokenizer):
