@@ -224,6 +224,8 @@ class Contents(Mapping[str, Any]):
             if shape[-1] % block or 0 in shape:
                 expected = f"rows of whole blocks of {block}, not empty"
                 raise self._wrong(name, f"shape {shape} of {kind.name}", expected)
+            if offset % alignment:
+                raise self._wrong(name, f"offset {offset}", f"a multiple of {alignment}")
             row = shape[-1] // block * size
             start, end = base + offset, base + offset + row * math.prod(shape[:-1])
             if end > len(self.bytes):
@@ -377,10 +379,10 @@ def places(c: Config) -> dict[str, str]:
 def _named(contents: Contents) -> str:
     """The architecture's name, of a file that holds what it should."""
     path, name = contents.path, contents.get("general.architecture")
-    if name not in NAMES:
+    if not isinstance(name, str) or name not in NAMES:
         expected, remedy = f"one of {', '.join(NAMES)}", "no other is implemented for GGUF"
         raise FormatError(path, "general.architecture", name, expected, remedy)
-    return str(name)
+    return name
 
 
 def _config(contents: Contents) -> Config:
@@ -389,7 +391,7 @@ def _config(contents: Contents) -> Config:
     if kind != "model":
         remedy = "read an adapter with read_adapter, beside its model"
         raise FormatError(path, "general.type", kind, "model", remedy)
-    if contents.get("split.count", 1) > 1:
+    if contents.get("split.count", 1) not in (0, 1):
         remedy = "join the parts with llama-gguf-split --merge"
         raise FormatError(path, "split.count", contents["split.count"], "a whole file", remedy)
     a = ARCHITECTURES[NAMES[name]]
@@ -468,9 +470,7 @@ def read_model(
     c = _config(contents)
     there = places(c)
     wanted = {name: _whole(there, name) for name in c.shapes()}
-    _check_head(contents, c)
-    left = contents.tensors.keys() - {"output.weight"} if not isinstance(c, Llama) else None
-    found = contents.tensors.keys() if left is None else left
+    found = contents.tensors.keys() - _repeated(contents, c)
     if missing := set(wanted.values()) - found:
         expected = f"{len(wanted)} tensors with {listed(missing)}"
         remedy = "the file is incomplete"
@@ -504,19 +504,17 @@ def _order_of(c: Config, name: str) -> Array | None:
     return None if order is None else np.argsort(order)
 
 
-def _check_head(contents: Contents, c: Config) -> None:
-    """A GPT-2's head is its embedding: a file may repeat it, and no more."""
+def _repeated(contents: Contents, c: Config) -> set[str]:
+    """A GPT-2's head is its embedding: a file may have it again, and no other."""
     head, table = (contents.tensors.get(f"{name}.weight") for name in ("output", "token_embd"))
     if isinstance(c, Llama) or head is None or table is None:
-        return
-    raw = [contents.bytes[t.start : t.end] for t in (head, table)]
-    if head.kind != table.kind or raw[0] != raw[1]:
-        found, expected = (
-            "other entries than the embedding's",
-            "token_embd.weight, to which it is tied",
-        )
+        return set()
+    one, other = (contents.bytes[t.start : t.end] for t in (head, table))
+    if head.kind != table.kind or one != other:
+        found, expected = "other entries than token_embd.weight", "those, to which it is tied"
         remedy = "a GPT-2 has no head of its own here"
         raise FormatError(contents.path, "output.weight", found, expected, remedy)
+    return {"output.weight"}
 
 
 def _blocks(
