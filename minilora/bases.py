@@ -9,7 +9,7 @@ import shutil
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,13 @@ import numpy as np
 
 from minilora import reference
 from minilora.formats import mlx, peft
-from minilora.formats.files import FormatError, listed, pack_json, read_json, write_files
+from minilora.formats.files import FormatError, listed, read_json
 from minilora.formats.huggingface import read_model
-from minilora.formats.tokenizers import Tokenizer, Words, read_tokenizer
+from minilora.formats.tokenizers import Tokenizer, read_tokenizer
 from minilora.lora import Tuning, Weights
 from minilora.models import Config
 from minilora.ops import Array
 from minilora.targets import Lora
-from minilora.tasks import task
 
 REFERENCE = "reference:"
 """What the names of the shipped models begin with."""
@@ -57,9 +56,6 @@ class Base:
 
         Errors: FormatError where the files have none; ImportError without the library for it.
         """
-        if self.reference is not None:
-            own = task(reference.tasks(self.reference)[0])
-            return Words(own.symbols, own.causal)
         if self.path.suffix == ".gguf":
             from minilora.formats import gguf
 
@@ -69,10 +65,12 @@ class Base:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the configuration's and the weights' files, in the order of their names."""
+        """SHA-256 of those of the configuration's, the weights' and the tokenizer's files."""
         files = [self.path]
         if self.path.is_dir():
-            files = sorted([self.path / "config.json", *self.path.glob("*.safetensors")])
+            beside = [self.path / name for name in ("config.json", *BESIDE)]
+            files = sorted({*beside, *self.path.glob("*.safetensors")})
+            files = [file for file in files if file.is_file()]
         sha = hashlib.sha256()
         for file in files:
             with file.open("rb") as opened:
@@ -182,7 +180,7 @@ def base_of(model: str | None, adapter: str | None, dtype: Any = np.float32) -> 
         if adapter.startswith(REFERENCE):
             model = adapter
         elif (path / "run.json").is_file():
-            model = read_json(path / "run.json").get("settings", {}).get("model")
+            model = read_json(path / "run.json").get("model", {}).get("name")
         if not isinstance(model, str):
             remedy = "give the model that it was trained on by --model"
             raise FormatError(path, "model", "none named", "a run.json that names one", remedy)
@@ -197,12 +195,7 @@ def copy_tokenizer(base: Base, folder: Path | str) -> None:
     Errors: OSError where the disk is full or closed.
     """
     folder = Path(folder)
-    if base.reference is not None:
-        words = base.tokenizer
-        assert isinstance(words, Words)
-        files = {"tokenizer.json": words.json(), "tokenizer_config.json": words.settings()}
-        write_files(folder, {name: partial(pack_json, v) for name, v in files.items()})
-    elif base.path.is_dir() and base.path.resolve() != folder.resolve():
+    if base.path.is_dir() and base.path.resolve() != folder.resolve():
         for name in BESIDE:
             if (base.path / name).is_file():
                 shutil.copyfile(base.path / name, folder / name)

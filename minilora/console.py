@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +106,19 @@ def steps_bar(done: int) -> Iterator[Callable[[Mapping[str, Any], int], None] | 
             bar.update(line["step"] - bar.n)
 
         yield watch
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """A polite request to end is taken as Ctrl-C is: what there is, is saved."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def answer(command: str, run: Callable[[argparse.Namespace], int]) -> Any:

@@ -4,11 +4,13 @@
 around it writes them down, so that a run that ends for any reason goes on to the same bits.
 """
 
+import hashlib
 import io
 import json
 import math
 import sys
 import time
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -161,16 +163,18 @@ def run(
     recipe: Recipe,
     plan: Plan,
     pad: int = 0,
+    steps: int | None = None,
 ) -> Iterator[tuple[State, Record]]:
     """The states that follow ``state``, with what each step is known by, up to the last step.
 
     A step takes the next micro-batches of its epoch, fewer at an epoch's end, and divides by the
     labels that count in all of them together: how they are divided changes no more than rounding.
-    Nothing is changed in place: whoever stops keeps the last state.
+    Nothing is changed in place: whoever stops keeps the last state. ``steps`` are those of
+    :func:`steps_in`, unless they are known already.
 
     Errors: Diverged, and those of :func:`minilora.steps.gradients`.
     """
-    steps = steps_in(examples, recipe)
+    steps = steps_in(examples, recipe) if steps is None else steps
     limit = math.log(getattr(c, "classes", c.vocab))
     rates = loraplus_rates(sorted(state.params), recipe.lr, recipe.ratio())
     rows, epoch = micro_batches(examples, recipe, state.epoch), state.epoch
@@ -180,17 +184,11 @@ def run(
         chosen = rows[state.position : state.position + recipe.accumulate]
         batches = [padded([examples[i] for i in own], pad) for own in chosen]
         counts = [counted(batch, c) for batch in batches]
-        here = weights_with(W, state.params)
-        L: Any = 0.0
-        g: Weights = {}
-        for i, (batch, n) in enumerate(zip(batches, counts, strict=True)):
-            if n:
-                draw = state.step * recipe.accumulate + i
-                own_tuning = dropped(tuning, recipe, draw, c, batch, recipe.dtype)
-                L_i, g_i = gradients(batch, here, c, own_tuning, plan, sum(counts))
-                L, g = L + L_i, total(g, g_i)
-        if not g:
+        if not any(counts):
             raise ValueError(f"step {state.step + 1}: no label counts in its examples {chosen}")
+        L, g = _summed(
+            state, batches, counts, weights_with(W, state.params), c, tuning, recipe, plan
+        )
         loss = float(L)
         first = loss if state.first is None else state.first
         g, norm = clip(g, recipe.clip or np.inf)
@@ -212,6 +210,30 @@ def run(
             state,
             Record(state.step, epoch, loss, tokens, sum(counts), rate, float(norm)),
         )
+
+
+def _summed(
+    state: State,
+    batches: Sequence[Batch],
+    counts: Sequence[int],
+    W: Weights,
+    c: Config,
+    tuning: Tuning,
+    recipe: Recipe,
+    plan: Plan,
+) -> tuple[Any, Weights]:
+    """The loss and the gradients of all micro-batches together, over all labels that count."""
+    L: Any = 0.0
+    g: Weights = {}
+    # What overflows is found in the results, and told as a divergence.
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        for i, (batch, n) in enumerate(zip(batches, counts, strict=True)):
+            if n:
+                draw = state.step * recipe.accumulate + i
+                own = dropped(tuning, recipe, draw, c, batch, recipe.dtype)
+                L_i, g_i = gradients(batch, W, c, own, plan, sum(counts))
+                L, g = L + L_i, total(g, g_i)
+    return L, g
 
 
 def dropped(
@@ -243,6 +265,7 @@ class Job:
     adapter: Weights
     tuning: Tuning
     lora: Lora | None
+    source: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def examples(self, split: str) -> Sequence[Example]:
@@ -255,8 +278,10 @@ class Job:
         return weights_with(self.frozen, {**self.adapter, **params})
 
 
-def prepare(base: Base, read: Data, recipe: Recipe, **settings: Any) -> Job:
-    """The model with fresh adapters, or all of it to be trained; ``settings`` go on record.
+def prepare(base: Base, read: Data, recipe: Recipe, source: str = "", **settings: Any) -> Job:
+    """The model with fresh adapters, or all of it to be trained.
+
+    ``source``, where the data was read, and the ``settings`` of the reading go on record.
 
     Errors: ValueError as :func:`minilora.targets.adapt` has it; for a classifier with other classes
     than the data.
@@ -271,11 +296,11 @@ def prepare(base: Base, read: Data, recipe: Recipe, **settings: Any) -> Job:
         raise ValueError(
             f"{found}: expected as many; take another model, or its own head's classes"
         )
-    said = {**vars(recipe), "model": base.name, **settings}
+    said = {**vars(recipe), **settings}
     if recipe.full:
         trained = {name: W[name] for name in c.shapes()}
         tuning = Tuning(trained=frozenset(trained))
-        return Job(base, read, recipe, W, trained, {}, tuning, None, said)
+        return Job(base, read, recipe, W, trained, {}, tuning, None, source, said)
     lora = recipe.lora()
     # A drawn start reads its weight's shape and dtype and nothing else: those of a base that is
     # expanded on demand are not expanded for it.
@@ -285,7 +310,9 @@ def prepare(base: Base, read: Data, recipe: Recipe, **settings: Any) -> Job:
     adapter = {name: w for name, w in adapted.items() if not is_base(name)}
     changed = {name: w for name, w in adapted.items() if is_base(name) and w is not seen[name]}
     start = {name: adapter[name] if name in adapter else W[name] for name in tuning.trained}
-    return Job(base, read, recipe, weights_with(W, changed), start, adapter, tuning, lora, said)
+    return Job(
+        base, read, recipe, weights_with(W, changed), start, adapter, tuning, lora, source, said
+    )
 
 
 def _outlines(W: Mapping[str, Array], c: Config) -> Weights:
@@ -326,15 +353,31 @@ class Outcome:
 def manifest(job: Job) -> dict[str, Any]:
     """What ``run.json`` says: the settings, what the model's and the data's files are, versions."""
     read = job.data
-    lines = {split: len(job.examples(split)) for split in SPLITS}
+    base, lines = job.base, {split: len(job.examples(split)) for split in SPLITS}
+    name = base.name if base.reference else str(base.path.resolve())
+    said = {"name": job.source, "digest": read.digest, "classes": list(read.classes)}
     return {
         "settings": json.loads(json.dumps(job.settings)),
-        "model": {"digest": job.base.digest, "path": str(job.base.path)},
-        "data": lines
-        | {"digest": read.digest, "skipped": len(read.skipped), "classes": list(read.classes)},
+        "model": {"name": name, "digest": base.digest},
+        "data": said | lines | {"skipped": len(read.skipped)},
+        "start": start_digest(job),
         "steps": steps_in(read.train, job.recipe),
         "versions": {"minilora": __version__, "numpy": np.__version__},
     }
+
+
+def start_digest(job: Job) -> str:
+    """SHA-256 of what was made before the first step: the adapters, and weights that they changed.
+
+    A run goes on to the same bits only where these come out the same: SVD, and the order of sums,
+    may differ from one library of linear algebra to the next.
+    """
+    sha = hashlib.sha256()
+    changed = job.frozen.maps[0] if isinstance(job.frozen, ChainMap) else {}
+    for name, array in sorted({**changed, **job.adapter}.items()):
+        sha.update(f"{name} {array.shape} {array.dtype}".encode())
+        sha.update(np.ascontiguousarray(array).tobytes())
+    return sha.hexdigest()
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -345,11 +388,12 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name in sorted(was.keys() | new.keys())
         if was.get(name) != new.get(name)
     ]
-    return found + [
-        f"the {what}'s files have changed"
-        for what in ("model", "data")
-        if before.get(what, {}).get("digest") != now[what]["digest"]
-    ]
+    for what in ("model", "data"):
+        if before.get(what, {}).get("digest") != now[what]["digest"]:
+            found += [f"the {what}'s files have changed"]
+    if not found and before.get("start") != now["start"]:
+        found += ["the adapters start otherwise: NumPy or its linear algebra is another"]
+    return found
 
 
 def begin(
@@ -398,7 +442,7 @@ def begin(
 
 
 def _remove(out: Path) -> None:
-    """What a run has written, its checkpoints last: as long as they are there it can be resumed."""
+    """What a run has written; ``run.json`` first, so that nothing left over is taken for a run."""
     names = [
         MANIFEST,
         LOG,
@@ -481,7 +525,7 @@ def fit(
     state, told = begin(out, job, resume, overwrite, accept)
     for text in told:
         tell(text)
-    c, steps = job.base.config, steps_in(job.data.train, job.recipe)
+    c, steps = job.base.config, read_json(out / MANIFEST)["steps"]
     valid = batches_of(job.data.valid, job.recipe.batch_tokens, job.base.tokenizer.pad)
     saved: State | None = None
 
@@ -501,7 +545,7 @@ def fit(
             started = time.perf_counter()
             following = run(
                 state, job.weights({}), c, job.tuning, job.data.train, job.recipe, plan,
-                job.base.tokenizer.pad,
+                job.base.tokenizer.pad, steps,
             )  # fmt: skip
             for after, record in following:
                 passed = time.perf_counter() - started
@@ -522,6 +566,10 @@ def fit(
     except KeyboardInterrupt:
         save()
         why = "interrupted"
+    except OSError as error:
+        kept = f"kept is step {saved.step if saved else 0} of {steps}"
+        said = f"{error.strerror or error}; {kept}: see to the disk and go on with --resume"
+        raise OSError(error.errno, said, error.filename or str(out)) from error
     except Diverged as error:
         why = str(error)
         _cut_log(out / LOG, saved.step if saved else 0)

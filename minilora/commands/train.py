@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from minilora.console import (
     add_command,
     add_model,
     say,
+    sigterm_interrupts,
     steps_bar,
 )
 
@@ -143,7 +143,7 @@ def _run(arguments: argparse.Namespace) -> int:
         first = data.batch([read.train[i] for i in rows], base.tokenizer.pad)
         say(data.shown(first, base.tokenizer))
         return HOLDS
-    job = prepare(base, read, recipe, data=path, skip_bad=arguments.skip_bad, **given)
+    job = prepare(base, read, recipe, path, skip_bad=arguments.skip_bad, **given)
     trained, whole = (
         sum(math.prod(array.shape) for array in held.values()) for held in (job.start, base.weights)
     )
@@ -153,9 +153,8 @@ def _run(arguments: argparse.Namespace) -> int:
         f"{cut}, {len(read.valid)} to validate with\n"
     )
     warm_memory()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: saved
     last: dict[str, Any] = {}
-    with steps_bar(0) as bar:
+    with sigterm_interrupts(), steps_bar(0) as bar:
 
         def watch(line: Any, steps: int) -> None:
             last.update(line)
