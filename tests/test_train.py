@@ -419,19 +419,38 @@ def test_what_a_killed_run_was_writing_is_no_checkpoint(tmp_path):
 # Processes
 
 COMMAND = [
-    *("train", "--lr", "0.01", "--steps", "60", "--batch-tokens", "256", "--dropout", "0.1"),
-    *("--save-every", "7", "--accumulate", "2", "--output"),
+    *("train", "--lr", "0.01", "--steps", "60", "--batch-tokens", "64", "--dropout", "0.1"),
+    *("--save-every", "7", "--accumulate", "2", "--length", "32"),
 ]
 
 
-def started(out, *more, limit=None):
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    """A file of sums as they run, each a line of text."""
+    path, rng = tmp_path_factory.mktemp("data") / "sums.jsonl", np.random.default_rng(0)
+    texts = [" ".join(map(str, rng.integers(0, 11, n))) for n in rng.integers(2, 7, 50)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def started(lines, out, *more, limit=None):
     def limited():
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     return subprocess.Popen(
-        [sys.executable, "-m", "minilora", *COMMAND, str(out), *more],
+        [
+            sys.executable,
+            "-m",
+            "minilora",
+            *COMMAND,
+            "--data",
+            str(lines),
+            "--output",
+            str(out),
+            *more,
+        ],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -452,40 +471,42 @@ def ended(process):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(lines, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    status, _, err = ended(started(out))
+    status, _, err = ended(started(lines, out))
     assert (status, err) == (0, "")
     return files(out)
 
 
-def killed_at(out, step, sign):
+def killed_at(lines, out, step, sign):
     """Starts or resumes the run and sends it a signal once its log has so many lines."""
-    process = started(out, "--resume")
+    process = started(lines, out, "--resume")
     while lines_in(out) < step and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(sign)
     return ended(process)
 
 
-def test_killed_again_and_again_a_run_ends_with_the_same_bits(uninterrupted, tmp_path):
+def test_killed_again_and_again_a_run_ends_with_the_same_bits(lines, uninterrupted, tmp_path):
     out = tmp_path / "out"
     for step in (5, 24, 41):
-        status, _, _ = killed_at(out, step, signal.SIGKILL)
+        status, _, _ = killed_at(lines, out, step, signal.SIGKILL)
         assert status == -signal.SIGKILL
         last, wrong = checkpoints.newest(out / checkpoints.FOLDER)
         assert wrong == []
         assert last.step >= 7 * (step // 7) - 7
         assert lines_in(out) - last.step <= 7 + 1
-    assert ended(started(out, "--resume"))[0] == 0
+    assert ended(started(lines, out, "--resume"))[0] == 0
     assert files(out) == uninterrupted
 
 
 @pytest.mark.slow
-def test_killed_ten_times_at_random_moments_a_run_ends_with_the_same_bits(uninterrupted, tmp_path):
+def test_killed_ten_times_at_random_moments_a_run_ends_with_the_same_bits(
+    lines, uninterrupted, tmp_path
+):
     rng, out, kills = np.random.default_rng(), tmp_path / "out", 0
     while kills < 10:
-        process = started(out, "--resume")
+        process = started(lines, out, "--resume")
         time.sleep(rng.uniform(0.4, 1.6))
         if process.poll() is None:
             process.kill()
@@ -493,31 +514,33 @@ def test_killed_ten_times_at_random_moments_a_run_ends_with_the_same_bits(uninte
         elif process.returncode == 0:
             break
         process.communicate()
-    assert ended(started(out, "--resume"))[0] == 0
+    assert ended(started(lines, out, "--resume"))[0] == 0
     assert files(out) == uninterrupted
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_saves_the_last_step_and_says_how_to_go_on(sign, uninterrupted, tmp_path):
+def test_ctrl_c_saves_the_last_step_and_says_how_to_go_on(sign, lines, uninterrupted, tmp_path):
     out = tmp_path / "out"
-    status, _, err = killed_at(out, 10, sign)
+    status, _, err = killed_at(lines, out, 10, sign)
     assert status == 130
     last, _ = checkpoints.newest(out / checkpoints.FOLDER)
     assert err == f"interrupted; saved in {out}: step {last.step} of 60; go on with --resume\n"
     assert last.step == lines_in(out) >= 10
-    assert ended(started(out, "--resume"))[0] == 0
+    assert ended(started(lines, out, "--resume"))[0] == 0
     assert files(out) == uninterrupted
 
 
-def test_a_file_that_may_grow_no_more_ends_the_run_with_what_was_saved(uninterrupted, tmp_path):
+def test_a_file_that_may_grow_no_more_ends_the_run_with_what_was_saved(
+    lines, uninterrupted, tmp_path
+):
     """The system's own refusal: files of this process may have no more bytes than the first."""
     out = tmp_path / "out"
-    status, _, err = ended(started(out, limit=100_000))
+    status, _, err = ended(started(lines, out, limit=100_000))
     assert status == 1
     assert "File too large; kept is step 0 of 60: see to the disk and go on with --resume" in err
     names = [p.name for p in (out / checkpoints.FOLDER).iterdir()]
     assert names == ["step-00000000.safetensors"]
-    assert ended(started(out, "--resume"))[0] == 0
+    assert ended(started(lines, out, "--resume"))[0] == 0
     assert files(out) == uninterrupted
 
 
@@ -573,9 +596,11 @@ print(moment)
 """
 
 
-@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
-def test_whatever_act_on_the_disk_is_the_last_the_run_ends_with_the_same_bits(every, tmp_path):
-    command = ["train", "--steps", "4", "--save-every", "1", "--batch-tokens", "64", "--output"]
+@pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.slow)])
+def test_whatever_act_on_the_disk_is_the_last_the_run_ends_with_the_same_bits(
+    every, lines, tmp_path
+):
+    command = [*COMMAND, "--steps", "4", "--save-every", "1", "--data", str(lines), "--output"]
     done = subprocess.run(
         [sys.executable, "-c", MOMENTS, str(tmp_path), *command],
         cwd=ROOT,
