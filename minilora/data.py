@@ -148,21 +148,22 @@ def read(
     if str(path).startswith(BUILT_IN):
         return _drawn(str(path)[len(BUILT_IN) :], task, tokenizer, length, seed)
     reader = _Reader(task, tokenizer, length, skip_bad, mask_prompt)
-    rows = {split: reader.read(file) for split, file in _files(Path(path), task).items()}
+    files = _files(Path(path), task)
+    rows = {split: reader.read(file) for split, file in files.items()}
     if task == "classify":
         learned = tuple(classes) if classes is not None else reader.learn(rows["train"])
         rows = {split: reader.label(some, learned) for split, some in rows.items()}
     else:
         learned = ()
-    if not rows.get("valid") and valid:
+    for split, some in rows.items():
+        if not some:
+            out = [each.why for each in reader.skipped if each.path == str(files[split])]
+            more = f", {len(out)} lines left out, the first: {out[0]}" if out else ""
+            nothing = f"no example{more}"
+            raise FormatError(files[split], "file", nothing, "one at least", "is it the right one?")
+    if "valid" not in rows and valid:
         rows |= _divided(rows["train"], valid, seed)
-    found: dict[str, list[Example]] = {
-        split: [e for row in rows.get(split, []) for e in row.examples] for split in SPLITS
-    }
-    if not found["train"]:
-        why = f"; the first: {reader.skipped[0].why}" if reader.skipped else ""
-        nothing = f"no example, {len(reader.skipped)} lines left out{why}"
-        raise FormatError(path, "file", nothing, "one at least", "is it the right file?")
+    found = {split: [e for row in rows.get(split, []) for e in row.examples] for split in SPLITS}
     cut = sum(row.cut for some in rows.values() for row in some)
     digest = _digest(reader.digests)
     return Data(
@@ -266,7 +267,11 @@ def _string(row: Mapping[str, Any], key: str, empty: bool = False) -> str:
 
 def _whole(row: Mapping[str, Any], key: str) -> list[int]:
     value = row[key]
-    if not isinstance(value, list) or not value or not all(type(i) is int for i in value):
+    if not (
+        isinstance(value, list)
+        and value
+        and all(type(i) is int and -(2**31) <= i < 2**31 for i in value)
+    ):
         raise _Wrong(f"{key}: {value!r}", f"a list of whole numbers as {key}, not empty")
     return value
 
@@ -412,6 +417,11 @@ class _Reader:
             ids += parts[-1]
         return parts
 
+    def _beginning(self, ids: Sequence[int]) -> list[int]:
+        """What begins a text: the tokenizer's head, unless the text spells it itself."""
+        head = [*self.tokenizer.head]
+        return [] if [*ids[: len(head)]] == head else head
+
     def _ending(self, ids: Sequence[int]) -> list[int]:
         """What ends a text: the tokenizer's own tail, or else its end if that is not there yet."""
         t = self.tokenizer
@@ -429,7 +439,7 @@ class _Reader:
                 f"length {self.length}: expected {len(head) + 2} at least, for the {len(head)} "
                 "tokens that begin a text and two of its own"
             )
-        ids = ids + self._ending(ids)
+        ids = (ids if self._beginning(ids) else ids[len(head) :]) + self._ending(ids)
         examples = []
         for start in range(0, max(1, len(ids) - 1), room - 1):
             taken = head + ids[start : start + room]
@@ -459,7 +469,7 @@ class _Reader:
     def answer(self, prompt: str, completion: str) -> Sequenced:
         """What is asked, and the answer with its end."""
         asked, answered = self.follow([prompt, completion])
-        asked = [*self.tokenizer.head, *asked]
+        asked = [*self._beginning(asked), *asked]
         answered = answered + self._ending(answered)
         return asked + answered, [not self.masked] * len(asked) + [True] * len(answered)
 
@@ -621,19 +631,18 @@ def _class_of_text(reader: _Reader, row: Mapping[str, Any]) -> Made:
     room = reader.length - sum(map(len, around))
     if room < len(parts):
         raise ValueError(f"length {reader.length}: expected {len(parts) - room} more at least")
-    long = sum(map(len, parts)) > room
-    if long and len(parts) == 2:  # the longer one gives way, both if neither fits into half
-        shorter = min(*map(len, parts), room // 2)
-        parts = [
-            part[: max(shorter, room - min(len(other), room // 2))]
-            for part, other in zip(parts, parts[::-1], strict=True)
-        ]
+    cut = sum(map(len, parts)) > room
+    if cut and len(parts) == 2:  # the longer one gives way, and both if neither fits into half
+        least = min(*map(len, parts), room // 2)
+        first_is_longer = len(parts[0]) > len(parts[1])
+        first = room - least if first_is_longer else least
+        parts = [parts[0][:first], parts[1][: room - first]]
     ids = [*around[0], *parts[0][:room], *around[1]]
     if len(parts) == 1:
-        return reader.whole(ids, None), long
+        return reader.whole(ids, None), cut
     second = [*parts[1], *around[2]]
     types = [0] * len(ids) + [t.second] * len(second)
-    return reader.whole(ids + second, types), long
+    return reader.whole(ids + second, types), cut
 
 
 Shape = Callable[[_Reader, Mapping[str, Any]], Made]

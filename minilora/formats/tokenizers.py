@@ -231,8 +231,6 @@ class Library(Tokenizer):
     """A tokenizer of the library ``tokenizers``, and the special tokens by their names.
 
     It neither cuts nor pads, whatever its file says: that is the reader of the data's business.
-    ``begins`` and ``ends`` say whether ``bos`` and ``eos`` are written around a text, where a
-    folder says so apart from ``tokenizer.json``.
 
     Errors: ValueError if a named token is not in the vocabulary.
     """
@@ -243,8 +241,6 @@ class Library(Tokenizer):
         named: Mapping[str, str],
         template: str | None = None,
         stops: Sequence[int] = (),
-        begins: bool | None = None,
-        ends: bool | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -260,14 +256,19 @@ class Library(Tokenizer):
         self.stops = tuple(dict.fromkeys([*own, *stops]))
         self.pad = next((i for i in (ids.get("pad"), *self.stops) if i is not None), 0)
         self.head, self.middle, self.tail = self._around()
-        if begins is not None or ends is not None:
-            self.head = (self.bos,) if begins and self.bos is not None else ()
-            self.tail = (self.eos,) if ends and self.eos is not None else ()
-            self.middle = self.tail + self.head
 
     def _around(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """The special tokens before, between and after two texts."""
-        both = self.backend.encode("a", "a")
+        """The special tokens before, between and after two texts.
+
+        They are tried with a text that has tokens: any will do.
+        """
+        for text in ("a", *self.backend.get_vocab(with_added_tokens=False)):
+            try:
+                both = self.backend.encode(text, text)
+            except Exception:  # a word that it does not know
+                continue
+            if {0, 1} <= {*both.sequence_ids}:
+                break
         texts = [i for i, one in enumerate(both.sequence_ids) if one is not None]
         first = [i for i in texts if both.sequence_ids[i] == 0]
         a, b, c, d = first[0], first[-1] + 1, texts[len(first)], texts[-1] + 1
@@ -275,7 +276,10 @@ class Library(Tokenizer):
         return tuple(both.ids[:a]), tuple(both.ids[b:c]), tuple(both.ids[d:])
 
     def encode(self, text: str, special: bool = True) -> list[int]:  # noqa: D102
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises no kinder one
+            raise ValueError(f"the tokenizer refuses {text[:40]!r}: {error}") from error
         return [*self.head, *ids, *self.tail] if special else ids
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:  # noqa: D102
@@ -296,7 +300,8 @@ def read_tokenizer(folder: Path | str) -> Tokenizer:
 
     From ``tokenizer.json``, with the special tokens and the chat template that
     ``tokenizer_config.json``, ``special_tokens_map.json``, ``chat_template.jinja`` and
-    ``generation_config.json`` name.
+    ``generation_config.json`` name. What stands around a text is what ``tokenizer.json`` says:
+    ``add_bos_token`` and the like are instructions for making one, as in transformers.
 
     Errors: FormatError if a file is missing or damaged, or the files contradict each other;
     ImportError without ``tokenizers``, unless the symbols are words of a task.
@@ -323,13 +328,8 @@ def read_tokenizer(folder: Path | str) -> Tokenizer:
         named["eos"] = _read(folder, backend, stops[0])
     if "bos" not in named and (first := _numbers(folder, "bos")):
         named["bos"] = _read(folder, backend, first[0])
-    flags = {}
-    for name in ("add_bos_token", "add_eos_token"):
-        flags[name] = settings.get(name)
-        if not isinstance(flags[name], bool | None):
-            raise FormatError(config, name, flags[name], "true or false", "correct it")
     try:
-        return Library(backend, named, _template(folder, settings), stops, *flags.values())
+        return Library(backend, named, _template(folder, settings), stops)
     except ValueError as error:
         remedy = "take both files from one model"
         raise FormatError(config, "special tokens", error, f"those of {path}", remedy) from None

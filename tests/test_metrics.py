@@ -1,0 +1,99 @@
+"""Perplexity, accuracy and ROUGE, by what defines them."""
+
+import importlib.util
+import math
+import re
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilora.metrics import ROUGE, Accuracy, accuracy, perplexity, rouge
+
+needs_rouge = pytest.mark.skipif(
+    not importlib.util.find_spec("rouge_score"), reason="the extra text is not installed"
+)
+
+
+def test_an_even_guess_among_n_has_perplexity_n():
+    for n in (1, 2, 50_000):
+        # log and exp are each right to an ulp or so of their value, and exp magnifies by the log.
+        bound = (2 + math.log(n)) * np.finfo(float).eps
+        assert abs(perplexity(math.log(n)) / n - 1) <= bound
+        assert abs(perplexity(math.log2(n)) / n - 1) > bound or n == 1
+    assert perplexity(1e4) == math.inf
+    assert math.isnan(perplexity(math.nan))
+
+
+Z = 1.959963984540054
+"""Of which a normal variable is above in 1 of 40 cases."""
+
+
+def wilson(p, k, n):
+    """What is zero at both ends of the interval: (p - k/n)² - z² p (1 - p) / n."""
+    p, share = Fraction(p), Fraction(k, n)
+    return (p - share) ** 2 - Fraction(Z) ** 2 * p * (1 - p) / n
+
+
+@given(n=st.integers(1, 5000), data=st.data())
+def test_an_interval_is_wilsons(n, data):
+    k = data.draw(st.integers(0, n))
+    got = accuracy(np.arange(n) < k)
+    assert got == Accuracy(k / n, got.low, got.high, n)
+    assert 0 <= got.low <= got.share <= got.high <= 1
+    # The equation's slope at an end is at most 2 + z²/n, and its value there the slope times the
+    # error of the end: a dozen operations on numbers up to 1 + z²/n, over 1 + z²/n.
+    slope = 2 + Z**2 / n
+    bound = 16 * np.finfo(float).eps * slope * (1 + Z**2 / n)
+    for end in (got.low, got.high):
+        assert abs(float(wilson(end, k, n))) <= bound
+    if 0 < k < n:
+        inside = (got.share + got.high) / 2
+        assert abs(float(wilson(inside, k, n))) > bound
+
+
+def test_more_confidence_is_a_wider_interval_and_more_answers_a_narrower_one():
+    right = np.arange(40) < 30
+    plain, sure = accuracy(right), accuracy(right, 0.99)
+    assert sure.low < plain.low < plain.high < sure.high
+    many = accuracy(np.tile(right, 10))
+    assert plain.low < many.low < many.share < many.high < plain.high
+
+
+@pytest.mark.parametrize("right", [[], [[True]], True])
+def test_no_answer_has_no_accuracy(right):
+    with pytest.raises(ValueError, match=r"answers of shape .*: expected \(n,\), one at least"):
+        accuracy(np.array(right))
+
+
+@needs_rouge
+def test_rouge_counts_words_pairs_and_their_order():
+    """By hand: of 4 words written and 6 wanted 3 are common, no two of them in a row."""
+    got = rouge(["one two three four"], ["three x one y two z"])
+    share = Fraction(2 * 3, 4 + 6)
+    assert got["rouge1"] == float(share)
+    assert got["rouge2"] == 0
+    assert got["rougeL"] == float(Fraction(2 * 2, 4 + 6))
+    both = rouge(["one two three four", "a"], ["three x one y two z", "a"])
+    assert both["rouge1"] == (float(share) + 1) / 2
+    assert [*got] == [*ROUGE]
+    assert rouge(["running"], ["run"])["rouge1"] == 0
+    assert rouge(["running"], ["run"], stem=True)["rouge1"] == 1
+
+
+@pytest.mark.parametrize(("written", "wanted"), [([], []), (["a"], []), (["a"], ["a", "b"])])
+def test_texts_without_their_pair_are_refused(written, wanted):
+    with pytest.raises(ValueError, match="expected as many of both, one at least"):
+        rouge(written, wanted)
+
+
+def test_rouge_without_its_library_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    with pytest.raises(
+        ImportError, match=re.escape("rouge-score: python -m pip install 'minilora[")
+    ):
+        rouge(["a"], ["a"])
