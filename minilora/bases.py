@@ -7,11 +7,10 @@ is taken for them.
 import hashlib
 import shutil
 from collections import ChainMap
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from minilora.formats import mlx, peft
 from minilora.formats.files import FormatError, listed, read_json
 from minilora.formats.huggingface import read_model
 from minilora.formats.tokenizers import Tokenizer, read_tokenizer
-from minilora.lora import Tuning, Weights
+from minilora.lora import Params, Tuning, Weights
 from minilora.models import Config
 from minilora.ops import Array
 from minilora.targets import Lora
@@ -42,7 +41,7 @@ class Base:
 
     name: str
     config: Config
-    weights: Mapping[str, Array]
+    weights: Params
     path: Path
 
     @property
@@ -118,7 +117,7 @@ class Adapted:
     lora: Lora | None = None
 
     @cached_property
-    def weights(self) -> Weights:
+    def weights(self) -> Params:
         """The whole model."""
         return weights_with(self.base.weights, self.own)
 
@@ -201,8 +200,6 @@ def copy_tokenizer(base: Base, folder: Path | str) -> None:
                 shutil.copyfile(base.path / name, folder / name)
 
 
-def weights_with(base: Mapping[str, Array], changed: Mapping[str, Array]) -> Weights:
+def weights_with(base: Params, changed: Params) -> Params:
     """The base's weights and, in place of or beside them, what changed; none is copied."""
-    over: Any = ChainMap(dict(changed), base)  # type: ignore[arg-type]
-    whole: Weights = over
-    return whole
+    return ChainMap(dict(changed), cast(dict[str, Array], base))

@@ -6,16 +6,18 @@ is assigned once. ``at`` is the block's prefix, such as ``layers.0.``; ``W`` hol
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from minilora.layers import adapted_embedding
-from minilora.lora import Tuning, Weights, adapter_of, project
+from minilora.lora import Params, Tuning, Weights, adapter_of, project
 from minilora.ops import (
     Array,
     Back,
     attention,
+    by_queries,
     embedding,
     gelu,
     gelu_tanh,
@@ -28,7 +30,7 @@ from minilora.ops import (
 )
 
 
-def embed(ids: Array, at: str, W: Weights, tuning: Tuning) -> tuple[Array, Back]:
+def embed(ids: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
     """The embedding named ``at``; ``back(dy)`` gives the gradients of what is trained of it."""
     weight = f"{at}.weight"
     variant, names = adapter_of(at, W, tuning)
@@ -49,7 +51,7 @@ def embed(ids: Array, at: str, W: Weights, tuning: Tuning) -> tuple[Array, Back]
 
 
 def normalise(
-    op: Callable[..., tuple[Array, Back]], x: Array, at: str, W: Weights, c: Any, tuning: Tuning
+    op: Callable[..., tuple[Array, Back]], x: Array, at: str, W: Params, c: Any, tuning: Tuning
 ) -> tuple[Array, Back]:
     """The norm named ``at``, by ``op``: rmsnorm with its weight, layernorm with weight and bias."""
     names = [f"{at}.{part}" for part in ("weight", "bias") if f"{at}.{part}" in W]
@@ -112,7 +114,7 @@ def so_far(past: Past | None, at: str, k: Array, v: Array) -> tuple[Array, Array
 def llama_block(
     x: Array,
     at: str,
-    W: Weights,
+    W: Params,
     c: Any,
     tuning: Tuning,
     tables: tuple[Array, Array],
@@ -134,7 +136,7 @@ def llama_block(
     q, back_rope_q = rope(split_heads(q, b, c.heads), *tables)
     k, back_rope_k = rope(split_heads(k, b, c.kv_heads), *tables)
     k, v = so_far(past, at, k, split_heads(v, b, c.kv_heads))
-    a, back_attention = attention(q, k, v, mask)
+    a, back_attention = by_queries(attention, q, k, v, mask)
     o, back_o = project(join_heads(a), at + "o", W, tuning)
     x = x + o
 
@@ -166,7 +168,7 @@ def llama_block(
 def gpt2_block(
     x: Array,
     at: str,
-    W: Weights,
+    W: Params,
     c: Any,
     tuning: Tuning,
     mask: Array,
@@ -184,7 +186,7 @@ def gpt2_block(
     qkv, back_qkv = project(h, at + "qkv", W, tuning)
     q, k, v = (split_heads(part, b, c.heads) for part in qkv.reshape(3, *x.shape))
     k, v = so_far(past, at, k, v)
-    a, back_attention = attention(q, k, v, mask)
+    a, back_attention = by_queries(attention, q, k, v, mask)
     o, back_o = project(join_heads(a), at + "o", W, tuning)
     x = x + o
 
@@ -209,7 +211,7 @@ def gpt2_block(
 
 
 def bert_block(
-    x: Array, at: str, W: Weights, c: Any, tuning: Tuning, mask: Array
+    x: Array, at: str, W: Params, c: Any, tuning: Tuning, mask: Array
 ) -> tuple[Array, Back]:
     """y = norm2(x' + down(gelu(up x'))), x' = norm1(x + o(attention of x)).
 
@@ -221,7 +223,7 @@ def bert_block(
     k, back_k = project(x, at + "k", W, tuning)
     v, back_v = project(x, at + "v", W, tuning)
     q, k, v = (split_heads(part, b, c.heads) for part in (q, k, v))
-    a, back_attention = attention(q, k, v, mask)
+    a, back_attention = by_queries(attention, q, k, v, mask)
     o, back_o = project(join_heads(a), at + "o", W, tuning)
     x, back_norm1 = normalise(layernorm, x + o, at + "norm1", W, c, tuning)
 
@@ -247,16 +249,32 @@ def bert_block(
     return y, back
 
 
-def stack(x: Array, layers: int, block: Callable[[Array, str], Any]) -> tuple[Array, Back]:
+def stack(
+    x: Array,
+    layers: int,
+    block: Callable[[Array, str], Any],
+    constant: int = 0,
+    recompute: bool = False,
+) -> tuple[Array, Back]:
     """Block upon block. ``back`` frees each block's activations as it passes, so it runs once.
+
+    The first ``constant`` blocks are those in and below which nothing is trained: nothing is kept
+    of them, and where there are any, dx is 0. With ``recompute`` a block's input alone is kept, and
+    ``back`` runs its forward again, to the same bits.
 
     Shapes: x (d, b*t) -> y (d, b*t).
     Errors: RuntimeError at a second run, whose activations are gone.
     """
-    backs: list[Back] = []
+    backs: list[Back] = [_constant] if constant else []
+
+    def upwards(x: Array, i: int) -> Any:
+        y, back_block = block(x, f"layers.{i}.")
+        if i >= constant:
+            backs.append(partial(_again, block, x, f"layers.{i}.") if recompute else back_block)
+        return y
+
     for i in range(layers):
-        x, back_block = block(x, f"layers.{i}.")
-        backs.append(back_block)
+        x = upwards(x, i)  # whose frame, and so what block i needs no more, is gone by the next
 
     def back(dy: Array) -> tuple[Array, Weights]:
         if not backs:
@@ -268,3 +286,12 @@ def stack(x: Array, layers: int, block: Callable[[Array, str], Any]) -> tuple[Ar
         return dy, gradients
 
     return x, back
+
+
+def _constant(dy: Array) -> tuple[Array, Weights]:
+    return np.zeros_like(dy), {}
+
+
+def _again(block: Callable[[Array, str], Any], x: Array, at: str, dy: Array) -> Any:
+    _, back_block = block(x, at)
+    return back_block(dy)

@@ -1,112 +1,85 @@
-"""How good a model is on examples: loss, perplexity, accuracy with its interval, ROUGE.
+"""A model on examples that it was not trained on: the loss, and how many labels it gets right.
 
-Perplexity is the exponential of the mean loss a label. An accuracy is the share of the labels that
-have the greatest logit, all that count: a classifier's classes, or a language model's next tokens.
+A label is right that has the greatest logit: a class, or of a language model the next token.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from minilora.lora import Tuning, Weights
+from minilora.lora import Params, Tuning, project
 from minilora.models import Batch, Config, logits, targets
-from minilora.ops import IGNORED, cross_entropy
+from minilora.ops import IGNORED, Array, Back, cross_entropy
 from minilora.steps import Plan
 from minilora.steps import evaluate as sums
 
-CONFIDENCE = 0.95
-"""Of the intervals."""
+COLUMNS = 256
+"""Of how many tokens at once the logits are formed: of all they may take more than the model."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Measured:
-    """What was found: the sum of negative log-likelihoods, the labels that count, those right."""
+    """What was found: the sum of negative log-likelihoods, the labels that count, which are right.
+
+    Shapes: right (count,).
+    """
 
     nll: float
     count: int
-    right: int | None = None
+    right: Array | None = None
 
     @property
     def loss(self) -> float:
         """Nats a label."""
         return self.nll / self.count
 
-    @property
-    def perplexity(self) -> float:
-        """e^loss, or infinity where that is beyond a float."""
-        return math.exp(self.loss) if self.loss < math.log(np.finfo(float).max) else math.inf
-
-    @property
-    def accuracy(self) -> float | None:
-        """The share of the labels that are right."""
-        return None if self.right is None else self.right / self.count
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """Wilson's interval of the accuracy, at `CONFIDENCE`: labels are taken as independent.
-
-        Source: Wilson 1927; ``scipy.stats.binomtest``.
-        """
-        if self.right is None:
-            return None
-        from scipy.stats import binomtest
-
-        found = binomtest(self.right, self.count).proportion_ci(CONFIDENCE, "wilson")
-        return float(found.low), float(found.high)
-
 
 def mean_loss(
-    batches: Iterable[Batch], W: Weights, c: Config, tuning: Tuning, plan: Plan
+    batches: Iterable[Batch], W: Params, c: Config, tuning: Tuning, plan: Plan
 ) -> Measured:
     """The loss over all batches, without a backward; each label counts the same.
 
-    Errors: ValueError if no label counts; those of `logits`.
+    Errors: ValueError if no label counts; those of :func:`minilora.models.logits`.
     """
     parts = [sums(batch, W, c, tuning, plan) for batch in batches]
     return _whole(Measured(math.fsum(float(L) for L, _ in parts), sum(n for _, n in parts)))
 
 
-def measure(batches: Iterable[Batch], W: Weights, c: Config, tuning: Tuning) -> Measured:
-    """The loss as :func:`mean_loss` has it, and how many labels have the greatest logit.
+def measure(batches: Iterable[Batch], W: Params, c: Config, tuning: Tuning) -> Measured:
+    """The loss as :func:`mean_loss` has it, and which of the labels that count are right.
 
     Errors: those of :func:`mean_loss`.
     """
     still = replace(tuning, trained=frozenset(), keep={})
-    nll, count, right = [], 0, 0
+    nll: list[float] = []
+    right: list[Array] = []
     for batch in batches:
         labels = targets(batch, c)
-        counted = labels != IGNORED
-        if not counted.any():
-            continue
-        z, _ = logits(batch, W, c, still)
-        nll.append(float(cross_entropy(z, labels, 1)[0]))
-        count += int(counted.sum())
-        right += int((z.argmax(0) == labels)[counted].sum())
-    return _whole(Measured(math.fsum(nll), count, right))
+        counted = np.flatnonzero(labels != IGNORED)
+
+        def head(
+            x: Array,
+            at: str,
+            W: Params,
+            tuning: Tuning,
+            labels: Array = labels,
+            of: Array = counted,
+        ) -> tuple[Array, Back]:
+            for start in range(0, len(of), COLUMNS):
+                columns = of[start : start + COLUMNS]
+                z, _ = project(x[:, columns], at, W, tuning)
+                nll.append(float(cross_entropy(z, labels[columns], 1)[0]))
+                right.append(z.argmax(0) == labels[columns])
+            return x, lambda dx: None
+
+        logits(batch, W, c, still, head)
+    found = np.concatenate([np.zeros(0, bool), *right])
+    return _whole(Measured(math.fsum(nll), len(found), found))
 
 
 def _whole(measured: Measured) -> Measured:
     if measured.count < 1:
         raise ValueError("no label counts: there is nothing to measure; give other examples")
     return measured
-
-
-def rouge(written: Sequence[str], wanted: Sequence[str]) -> Mapping[str, float]:
-    """The mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L, by the library ``rouge-score``.
-
-    Errors: ValueError unless there is one text for each; ImportError without the library.
-    Source: Lin 2004, "ROUGE: A package for automatic evaluation of summaries".
-    """
-    if not wanted or len(written) != len(wanted):
-        raise ValueError(f"{len(written)} texts for {len(wanted)}: expected one for each")
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        extra = "python -m pip install 'minilora[text]'"
-        raise ImportError(f"ROUGE needs the library rouge-score: {extra}") from error
-    kinds = ["rouge1", "rouge2", "rougeL"]
-    scorer = RougeScorer(kinds, use_stemmer=True)
-    found = [scorer.score(a, b) for a, b in zip(wanted, written, strict=True)]
-    return {kind: math.fsum(one[kind].fmeasure for one in found) / len(found) for kind in kinds}

@@ -5,14 +5,14 @@ the earlier ones in a `Past`: by the code that trains it, since a block is writt
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from minilora.blocks import Past
-from minilora.lora import Tuning, Weights
-from minilora.models import Batch, Config, logits
-from minilora.ops import Array
+from minilora.lora import Params, Tuning, project
+from minilora.models import Batch, Config, Head, logits
+from minilora.ops import Array, Back
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,18 @@ def draw(z: Array, sampling: Sampling, seed: int, step: int, row: int = 0) -> in
     return int(min(np.searchsorted(np.cumsum(p), u, side="right"), np.flatnonzero(p)[-1]))
 
 
+def last(b: int) -> Head:
+    """The head of the last token of each of b sequences, the only one that is asked for."""
+
+    def head(x: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
+        return project(x.reshape(len(x), b, -1)[:, :, -1], at, W, tuning)
+
+    return head
+
+
 def generate(
     prompts: Sequence[Sequence[int]],
-    W: Weights,
+    W: Params,
     c: Config,
     tuning: Tuning,
     *,
@@ -109,11 +118,11 @@ def generate(
     real = np.arange(longest) >= longest - np.array([[len(prompt)] for prompt in prompts])
     ids[real] = [token for prompt in prompts for token in prompt]
     past, places = Past(), np.maximum(real.cumsum(1) - 1, 0)
+    still = replace(tuning, trained=frozenset(), keep={})
     ended = np.zeros(len(prompts), bool)
     for step in range(most):
-        z, _ = logits(Batch(ids, mask=real, positions=places), W, c, tuning, past)
-        last = z.reshape(len(z), *ids.shape)[:, :, -1]
-        drawn = [draw(last[:, row], sampling, seed, step, row) for row in range(len(prompts))]
+        z, _ = logits(Batch(ids, mask=real, positions=places), W, c, still, last(len(ids)), past)
+        drawn = [draw(z[:, row], sampling, seed, step, row) for row in range(len(prompts))]
         yield [None if end else token for end, token in zip(ended, drawn, strict=True)]
         ended = ended | np.isin(drawn, list(stop))
         if ended.all():

@@ -18,6 +18,8 @@ import numpy as np
 from minilora.ops import Array, Back, dropout, linear
 
 Weights = dict[str, Array]
+Params = Mapping[str, Array]
+"""A model's parameters where they are only read: a dict, or arrays that are made on demand."""
 
 
 def scale(alpha: Any, r: int, rslora: bool = False) -> Any:
@@ -126,7 +128,8 @@ class Tuning:
 
     ``scale``: s of each adapted projection; ``keep``: its dropout multiplier K (n, tokens), none
     outside training; ``trained``: names of parameters, adapters' or the base's own; ``variant``: of
-    the projections whose adapter is not LoRA itself. Full fine-tuning is
+    the projections whose adapter is not LoRA itself; ``recompute``: ``back`` runs each block's
+    forward again, so that only its input is kept. Full fine-tuning is
     ``Tuning(trained=frozenset(weights))``.
     """
 
@@ -134,6 +137,7 @@ class Tuning:
     keep: Mapping[str, Array] = field(default_factory=dict)
     trained: frozenset[str] = frozenset()
     variant: Mapping[str, Variant] = field(default_factory=dict)
+    recompute: bool = False
 
     def wanted(self, gradients: Weights) -> Weights:
         """Those of ``gradients`` whose parameter is trained."""
@@ -155,13 +159,13 @@ TIE = {"head": "embed"}
 """A module without a weight of its own takes this one's: a head that is tied to the embedding."""
 
 
-def weight_of(at: str, W: Weights) -> str:
+def weight_of(at: str, W: Params) -> str:
     """The name of the module's weight: its own, or the one that it is tied to."""
     own = f"{at}.weight"
     return own if own in W else f"{TIE.get(at, at)}.weight"
 
 
-def adapter_of(at: str, W: Weights, tuning: Tuning) -> tuple[Variant, list[str]]:
+def adapter_of(at: str, W: Params, tuning: Tuning) -> tuple[Variant, list[str]]:
     """The variant of the module's adapter and its parameters' names; no names, no adapter.
 
     Errors: ValueError if the base's weight is trained below a variant that rescales it.
@@ -176,7 +180,7 @@ def adapter_of(at: str, W: Weights, tuning: Tuning) -> tuple[Variant, list[str]]
     return variant, names
 
 
-def project(x: Array, at: str, W: Weights, tuning: Tuning) -> tuple[Array, Back]:
+def project(x: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
     """The projection named ``at``: the one place that asks if it is adapted, trained or frozen.
 
     ``back(dy)`` gives dx and a dict with the gradients of what is trained: those of the adapter as

@@ -5,13 +5,13 @@ gradient of all that the `Tuning` names as trained. Logits lie (classes, b*t) or
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 
 from minilora.blocks import Past, bert_block, embed, gpt2_block, llama_block, normalise, stack
-from minilora.lora import Tuning, Weights, project, total
+from minilora.lora import Params, Tuning, Weights, project, total, weight_of
 from minilora.ops import (
     IGNORED,
     Array,
@@ -26,6 +26,8 @@ from minilora.ops import (
 )
 
 Shapes = dict[str, tuple[int, int]]
+Head = Callable[[Array, str, Params, Tuning], tuple[Array, Back]]
+"""What stands at the end: the projection to logits, or the loss of them."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,12 @@ def mask_of(batch: Batch, past: Past | None) -> Array:
 
 
 def llama(
-    batch: Batch, W: Weights, c: Llama, tuning: Tuning, past: Past | None = None
+    batch: Batch,
+    W: Params,
+    c: Llama,
+    tuning: Tuning,
+    head: Head = project,
+    past: Past | None = None,
 ) -> tuple[Array, Back]:
     """z = head(norm(blocks(embed(ids)))).
 
@@ -200,10 +207,13 @@ def llama(
     tables = rope_tables(batch.places, c.head_dim, c.theta, x.dtype)
     mask = mask_of(batch, past)
     x, back_blocks = stack(
-        x, c.layers, lambda x, at: llama_block(x, at, W, c, tuning, tables, mask, past)
+        x,
+        c.layers,
+        lambda x, at: llama_block(x, at, W, c, tuning, tables, mask, past),
+        *kept(c, tuning),
     )
     h, back_norm = normalise(rmsnorm, x, "norm", W, c, tuning)
-    z, back_head = project(h, "head", W, tuning)
+    z, back_head = head(h, "head", W, tuning)
 
     def back(dz: Array) -> Weights:
         dh, g_head = back_head(dz)
@@ -215,7 +225,12 @@ def llama(
 
 
 def gpt2(
-    batch: Batch, W: Weights, c: GPT2, tuning: Tuning, past: Past | None = None
+    batch: Batch,
+    W: Params,
+    c: GPT2,
+    tuning: Tuning,
+    head: Head = project,
+    past: Past | None = None,
 ) -> tuple[Array, Back]:
     """z = embedᵀ(norm(blocks(embed(ids) + positions))), the embedding used as the head.
 
@@ -226,10 +241,13 @@ def gpt2(
     places, back_positions = embed(batch.places.ravel(), "positions", W, tuning)
     mask = mask_of(batch, past)
     x, back_blocks = stack(
-        tokens + places, c.layers, lambda x, at: gpt2_block(x, at, W, c, tuning, mask, past)
+        tokens + places,
+        c.layers,
+        lambda x, at: gpt2_block(x, at, W, c, tuning, mask, past),
+        *kept(c, tuning),
     )
     h, back_norm = normalise(layernorm, x, "norm", W, c, tuning)
-    z, back_head = project(h, "head", W, tuning)
+    z, back_head = head(h, "head", W, tuning)
 
     def back(dz: Array) -> Weights:
         dh, g_head = back_head(dz)
@@ -240,7 +258,9 @@ def gpt2(
     return z, back
 
 
-def bert(batch: Batch, W: Weights, c: Bert, tuning: Tuning) -> tuple[Array, Back]:
+def bert(
+    batch: Batch, W: Params, c: Bert, tuning: Tuning, head: Head = project
+) -> tuple[Array, Back]:
     """z = head(tanh(pooler(first token of blocks(norm(embed(ids) + positions + types))))).
 
     Shapes: ids (b, t) -> z (classes, b).
@@ -253,10 +273,12 @@ def bert(batch: Batch, W: Weights, c: Bert, tuning: Tuning) -> tuple[Array, Back
     kinds, back_types = embed(types.ravel(), "types", W, tuning)
     x, back_norm = normalise(layernorm, tokens + places + kinds, "norm", W, c, tuning)
     mask = padding_mask(batch.real)
-    h, back_blocks = stack(x, c.layers, lambda x, at: bert_block(x, at, W, c, tuning, mask))
+    h, back_blocks = stack(
+        x, c.layers, lambda x, at: bert_block(x, at, W, c, tuning, mask), *kept(c, tuning)
+    )
     pooled, back_pooler = project(h[:, ::t], "pooler", W, tuning)
     act, back_tanh = tanh(pooled)
-    z, back_head = project(act, "head", W, tuning)
+    z, back_head = head(act, "head", W, tuning)
 
     def back(dz: Array) -> Weights:
         dact, g_head = back_head(dz)
@@ -271,6 +293,16 @@ def bert(batch: Batch, W: Weights, c: Bert, tuning: Tuning) -> tuple[Array, Back
     return z, back
 
 
+def kept(c: Config, tuning: Tuning) -> tuple[int, bool]:
+    """How many blocks at the bottom have nothing trained in or below them; whether to recompute."""
+    lowest = c.layers
+    for name in tuning.trained:
+        at, number, *_ = name.split(".")
+        if at not in ("head", "pooler"):
+            lowest = min(lowest, int(number) if at == "layers" else 0)
+    return lowest, tuning.recompute
+
+
 FORWARD: dict[type[Config], Callable[..., tuple[Array, Back]]] = {
     Llama: llama,
     GPT2: gpt2,
@@ -279,9 +311,14 @@ FORWARD: dict[type[Config], Callable[..., tuple[Array, Back]]] = {
 
 
 def logits(
-    batch: Batch, W: Weights, c: Config, tuning: Tuning, past: Past | None = None
+    batch: Batch,
+    W: Params,
+    c: Config,
+    tuning: Tuning,
+    head: Head = project,
+    past: Past | None = None,
 ) -> tuple[Array, Back]:
-    """The logits of the model that ``c`` configures.
+    """The logits of the model that ``c`` configures, or what else ``head`` makes in their place.
 
     With a ``past`` the batch holds the tokens that follow it: they see its keys and values, and
     ``batch.positions`` counts on. There is no ``back`` then: what came before is not held.
@@ -296,10 +333,10 @@ def logits(
             found = f"{numbers.min()} to {numbers.max()}"
             raise ValueError(f"rows of {at}: found {found}, expected 0 to {n - 1}")
     if past is None:
-        return FORWARD[type(c)](batch, W, c, tuning)
+        return FORWARD[type(c)](batch, W, c, tuning, head)
     if not c.causal:
         raise ValueError(f"a {type(c).__name__} has no past: every token sees every other")
-    z, _ = FORWARD[type(c)](batch, W, c, tuning, past)
+    z, _ = FORWARD[type(c)](batch, W, c, tuning, head, past)
     return z, _no_back
 
 
@@ -322,8 +359,51 @@ def targets(batch: Batch, c: Config) -> Array:
     return following.ravel()
 
 
+LOGITS = 2**22
+"""About so many logits are formed at a time."""
+
+
+def head_loss(
+    x: Array, at: str, W: Params, tuning: Tuning, labels: Array, count: int | None = None
+) -> tuple[Array, Back]:
+    """L = the mean cross-entropy of z = W x over the labels that count, W the projection's ``at``.
+
+    Where there would be more than `LOGITS`, only the columns whose label counts are formed, some of
+    them at a time, and each time the gradient in the same pass: z is never there as a whole.
+
+    Shapes: x (n, t), labels (t,) -> L ().
+    Errors: those of :func:`minilora.ops.cross_entropy`.
+    """
+    names = {weight_of(at, W), *(name for name in W if name.startswith(f"{at}."))}
+    held = {name: np.asanyarray(W[name]) for name in names}  # once, where it is made on demand
+    counted, v = labels != IGNORED, len(held[weight_of(at, W)])
+    parts: list[Any] = [slice(None)]
+    if v * labels.size > LOGITS and counted.any():
+        columns = np.flatnonzero(counted)
+        parts = np.array_split(columns, -(-v * columns.size // LOGITS))
+    n = count if len(parts) == 1 else int(counted.sum()) if count is None else count
+    K = tuning.keep.get(at)
+
+    def of(part: Any) -> tuple[Array, Array, Weights]:
+        keep = {} if K is None else {at: K[:, part]}
+        z, back_z = project(x[:, part], at, held, replace(tuning, keep=keep))
+        L, back_L = cross_entropy(z, labels[part], n)
+        return L, *(back_z(back_L(1.0)) if tuning.trained else (np.zeros_like(x[:, part]), {}))
+
+    losses, dxs, gradients = zip(*map(of, parts), strict=True)
+    dx = np.zeros_like(x, dtype=dxs[0].dtype)
+    for part, dx_part in zip(parts, dxs, strict=True):
+        dx[:, part] = dx_part
+    sums = total(*gradients)
+
+    def back(dL: Array) -> tuple[Array, Weights]:
+        return dL * dx, {name: dL * g for name, g in sums.items()}
+
+    return sum(losses[1:], losses[0]), back
+
+
 def loss(
-    batch: Batch, W: Weights, c: Config, tuning: Tuning, count: int | None = None
+    batch: Batch, W: Params, c: Config, tuning: Tuning, count: int | None = None
 ) -> tuple[Array, Back]:
     """The mean cross-entropy over the labels that count; language models predict the next token.
 
@@ -331,6 +411,8 @@ def loss(
     Errors: those of :func:`targets`, :func:`logits` and ``cross_entropy``.
     """
     labels = targets(batch, c)
-    z, back_logits = logits(batch, W, c, tuning)
-    L, back_loss = cross_entropy(z, labels, count)
-    return L, lambda dL: back_logits(back_loss(dL))
+
+    def head(x: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
+        return head_loss(x, at, W, tuning, labels, count)
+
+    return logits(batch, W, c, tuning, head)

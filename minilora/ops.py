@@ -347,6 +347,44 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Back]:
     return o, back
 
 
+QUERIES = 128
+"""So many queries attend at a time."""
+
+
+def by_queries(
+    attend: Callable[..., tuple[Array, Back]], q: Array, k: Array, v: Array, mask: Array
+) -> tuple[Array, Back]:
+    """attend(q, k, v, mask), `QUERIES` at a time, over the keys up to the last that one may see.
+
+    Beyond so many tokens no score is formed that a causal mask hides from a whole block of queries,
+    and no matrix of all by all. dk and dv are the sums of the blocks'.
+
+    Shapes: q (b, h, d, t), k (b, g, d, s), v (b, g, d, s), mask (b, s, t) -> o (b, h, d, t).
+    """
+    t = q.shape[-1]
+    if t <= QUERIES:
+        return attend(q, k, v, mask)
+    outputs, backs = [], []
+    for start in range(0, t, QUERIES):
+        queries = slice(start, start + QUERIES)
+        keys = slice(np.flatnonzero(mask[:, :, queries].any((0, 2)))[-1] + 1)
+        own = q[..., queries], k[..., keys], v[..., keys], mask[:, keys, queries]
+        o, back_o = attend(*own)
+        outputs.append(o)
+        backs.append((queries, keys, back_o))
+
+    def back(do: Array) -> tuple[Array, Array, Array]:
+        dtype = np.result_type(q, k, v, do)
+        dq, dk, dv = (np.zeros_like(x, dtype=dtype) for x in (q, k, v))
+        for queries, keys, back_o in backs:
+            dq[..., queries], dk_part, dv_part = back_o(do[..., queries])
+            dk[..., keys] += dk_part
+            dv[..., keys] += dv_part
+        return dq, dk, dv
+
+    return np.concatenate(outputs, axis=-1), back
+
+
 def cross_entropy(z: Array, labels: Array, count: int | None = None) -> tuple[Array, Back]:
     """L = the mean of log Σᵢ exp(zᵢ) - z[label] over the tokens whose label counts.
 

@@ -8,14 +8,16 @@ are fewer groups than threads, the products run on several, and their bits are t
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
-from minilora.lora import Tuning, Weights, total
+import numpy as np
+
+from minilora.lora import TABLES, Params, Tuning, Weights, draw_dropout, total
 from minilora.models import Batch, Config, loss, targets
 from minilora.ops import IGNORED, Array
 
@@ -45,11 +47,72 @@ def counted(batch: Batch, c: Config) -> int:
     return int((targets(batch, c) != IGNORED).sum())
 
 
-def groups(batch: Batch, plan: Plan) -> list[slice]:
-    """The batch's rows in groups of about ``plan.tokens`` tokens, in their order."""
+def groups(batch: Batch, c: Config, plan: Plan) -> list[slice]:
+    """The batch's rows in groups of about ``plan.tokens`` tokens, in their order.
+
+    A group none of whose labels counts is left out.
+    """
     b, t = batch.ids.shape
     size = max(1, plan.tokens // t)
-    return [slice(start, start + size) for start in range(0, b, size)]
+    every = [slice(start, start + size) for start in range(0, b, size)]
+    labels = targets(batch, c).reshape(b, -1)
+    return [rows for rows in every if (labels[rows] != IGNORED).any()]
+
+
+@dataclass(frozen=True)
+class Dropout(Mapping[str, Array]):
+    """K of each module, drawn when it is asked for: the same bits each time, and none is held.
+
+    Every sequence of every step has masks of its own, seeded by (``seed``, ``step``, its row, the
+    module's name), so that they do not depend on how a batch is cut up or resumed. ``inputs``: of
+    each module the features of its input and its columns for each row; ``rows``: of the batch.
+    """
+
+    seed: int
+    step: int
+    p: float
+    inputs: Mapping[str, tuple[int, int]]
+    rows: range
+    dtype: Any
+
+    def __getitem__(self, at: str) -> Array:
+        shape = {at: self.inputs[at]}
+        seeds = ([self.seed, self.step, row, *at.encode()] for row in self.rows)
+        rngs = map(np.random.default_rng, seeds)
+        drawn = [draw_dropout(rng, self.p, shape, self.dtype)[at] for rng in rngs]
+        return np.concatenate(drawn, axis=1)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.inputs)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __contains__(self, at: object) -> bool:
+        return at in self.inputs
+
+    def of(self, rows: slice) -> "Dropout":
+        """That of some rows."""
+        return replace(self, rows=self.rows[rows])
+
+
+def drawn_dropout(
+    seed: int, step: int, p: float, batch: Batch, c: Config, tuning: Tuning, dtype: Any
+) -> Mapping[str, Array]:
+    """``Tuning.keep`` of a step: a K for each adapted projection; nothing where p is 0.
+
+    Errors: ValueError unless 0 ≤ p < 1, and neither seed nor step is negative.
+    """
+    if not 0 <= p < 1 or min(seed, step) < 0:
+        expected = "a rate from 0 and below 1, and both others from 0"
+        raise ValueError(f"dropout {p} with seed {seed} at step {step}: expected {expected}")
+    b, t = batch.ids.shape
+    inputs = {
+        at: (n, t if c.causal or at.startswith("layers.") else 1)
+        for at, (_, n) in c.matrices().items()
+        if at in tuning.scale and at not in TABLES
+    }
+    return Dropout(seed, step, p, inputs, range(b), dtype) if p else {}
 
 
 def part(batch: Batch, tuning: Tuning, rows: slice) -> tuple[Batch, Tuning]:
@@ -63,8 +126,10 @@ def part(batch: Batch, tuning: Tuning, rows: slice) -> tuple[Batch, Tuning]:
         each = K.shape[1] // b  # t columns for each row, or the one that a classifier pools
         return K[:, start * each : stop * each]
 
-    keep = {at: columns(K) for at, K in tuning.keep.items()}
-    return own, replace(tuning, keep=keep)
+    whole = tuning.keep
+    if isinstance(whole, Dropout):
+        return own, replace(tuning, keep=whole.of(rows))
+    return own, replace(tuning, keep={at: columns(K) for at, K in whole.items()})
 
 
 @cache
@@ -98,7 +163,7 @@ def in_order(work: Callable[[slice], Any], parts: list[slice], threads: int) -> 
 
 def gradients(
     batch: Batch,
-    W: Weights,
+    W: Params,
     c: Config,
     tuning: Tuning,
     plan: Plan = Plan(),
@@ -115,14 +180,16 @@ def gradients(
     if min(own, n) < 1:
         raise ValueError(f"no label counts in {len(batch.ids)} rows; leave this batch out")
 
+    how = replace(tuning, recompute=plan.recompute)
+
     def work(rows: slice) -> tuple[Any, Weights]:
-        own_batch, own_tuning = part(batch, tuning, rows)
+        own_batch, own_tuning = part(batch, how, rows)
         L, back = loss(own_batch, W, c, own_tuning, n)
         return L, back(1.0)
 
     L: Any = None
     sums: Weights = {}
-    for L_group, gradients_of_group in in_order(work, groups(batch, plan), plan.threads):
+    for L_group, gradients_of_group in in_order(work, groups(batch, c, plan), plan.threads):
         L = L_group if L is None else L + L_group
         sums = total(sums, gradients_of_group)
     return L, sums
@@ -130,7 +197,7 @@ def gradients(
 
 def evaluate(
     batch: Batch,
-    W: Weights,
+    W: Params,
     c: Config,
     tuning: Tuning,
     plan: Plan = Plan(),
@@ -147,7 +214,7 @@ def evaluate(
         own_batch, own_tuning = part(batch, still, rows)
         return loss(own_batch, W, c, own_tuning, 1)[0]
 
-    return sum(in_order(work, groups(batch, plan), plan.threads)), counted(batch, c)
+    return sum(in_order(work, groups(batch, c, plan), plan.threads)), counted(batch, c)
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

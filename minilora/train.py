@@ -25,11 +25,10 @@ from minilora.data import SPLITS, Data, Example, order
 from minilora.data import batch as padded
 from minilora.formats import huggingface, peft
 from minilora.formats.files import pack_json, read_json, write_files
-from minilora.lora import LORA, Tuning, Weights, draw_dropout, is_base, total
+from minilora.lora import LORA, Params, Tuning, Weights, is_base, total
 from minilora.models import Batch, Config
-from minilora.ops import Array
 from minilora.optim import adamw, clip, loraplus_rates, schedule
-from minilora.steps import Plan, counted, gradients
+from minilora.steps import Plan, counted, drawn_dropout, gradients
 from minilora.targets import Lora, adapt
 from minilora.variants import REGISTRY
 
@@ -156,7 +155,7 @@ def steps_in(examples: Sequence[Example], recipe: Recipe) -> int:
 
 def run(
     state: State,
-    W: Mapping[str, Array],
+    W: Params,
     c: Config,
     tuning: Tuning,
     examples: Sequence[Example],
@@ -216,7 +215,7 @@ def _summed(
     state: State,
     batches: Sequence[Batch],
     counts: Sequence[int],
-    W: Weights,
+    W: Params,
     c: Config,
     tuning: Tuning,
     recipe: Recipe,
@@ -230,23 +229,12 @@ def _summed(
         for i, (batch, n) in enumerate(zip(batches, counts, strict=True)):
             if n:
                 draw = state.step * recipe.accumulate + i
-                own = dropped(tuning, recipe, draw, c, batch, recipe.dtype)
+                p = 0.0 if recipe.full else recipe.dropout
+                keep = drawn_dropout(recipe.seed, draw, p, batch, c, tuning, recipe.dtype)
+                own = replace(tuning, keep=keep)
                 L_i, g_i = gradients(batch, W, c, own, plan, sum(counts))
                 L, g = L + L_i, total(g, g_i)
     return L, g
-
-
-def dropped(
-    tuning: Tuning, recipe: Recipe, draw: int, c: Config, batch: Batch, dtype: Any
-) -> Tuning:
-    """The tuning of one micro-batch: its dropout, a function of the seed and the batch's number."""
-    if not recipe.dropout or recipe.full:
-        return tuning
-    b, t = batch.ids.shape
-    pooled = ("pooler", "head") if not c.causal else ()
-    shapes = {at: (c.linears()[at][1], b if at in pooled else b * t) for at in tuning.scale}
-    rng = np.random.default_rng([recipe.seed, 3, draw])
-    return replace(tuning, keep=draw_dropout(rng, recipe.dropout, shapes, dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,7 +248,7 @@ class Job:
     base: Base
     data: Data
     recipe: Recipe
-    frozen: Mapping[str, Array]
+    frozen: Params
     start: Weights
     adapter: Weights
     tuning: Tuning
@@ -273,7 +261,7 @@ class Job:
         found: Sequence[Example] = getattr(self.data, split)
         return found
 
-    def weights(self, params: Mapping[str, Array]) -> Weights:
+    def weights(self, params: Params) -> Params:
         """The whole model, with these trained parameters in it."""
         return weights_with(self.frozen, {**self.adapter, **params})
 
@@ -315,7 +303,7 @@ def prepare(base: Base, read: Data, recipe: Recipe, source: str = "", **settings
     )
 
 
-def _outlines(W: Mapping[str, Array], c: Config) -> Weights:
+def _outlines(W: Params, c: Config) -> Weights:
     """Arrays of the weights' shapes and dtype that take no memory."""
     dtype = next(iter(W.values())).dtype
     return {name: np.broadcast_to(dtype.type(0), shape) for name, shape in c.shapes().items()}

@@ -45,7 +45,7 @@ def in_parts(model, ends):
     parts = []
     for start, end in zip(starts, ends, strict=True):
         part = columns(model.batch, start, end)
-        z, _ = logits(part, model.W, model.config, model.tuning, past)
+        z, _ = logits(part, model.W, model.config, model.tuning, past=past)
         parts.append(z.reshape(len(z), *part.ids.shape))
     return np.concatenate(parts, axis=-1)
 
@@ -127,20 +127,20 @@ def test_a_cache_that_mixes_its_tokens_is_seen(monkeypatch, objects):
 def test_positions_that_do_not_count_on_are_seen(monkeypatch, objects):
     model = in_numbers(drawn("GPT2", b=1), Real)
     whole, past = at_once(model), Past()
-    logits(columns(model.batch, 0, 3), model.W, model.config, model.tuning, past)
+    logits(columns(model.batch, 0, 3), model.W, model.config, model.tuning, past=past)
     last = replace(columns(model.batch, 3, 4), positions=None)
-    z, _ = logits(last, model.W, model.config, model.tuning, past)
+    z, _ = logits(last, model.W, model.config, model.tuning, past=past)
     assert not same(z, whole[:, 0, 3:])
 
 
 def test_with_a_past_there_is_no_back_and_no_classifier():
     model = drawn("Llama", b=1)
-    _, back = logits(columns(model.batch, 0, 2), model.W, model.config, model.tuning, Past())
+    _, back = logits(columns(model.batch, 0, 2), model.W, model.config, model.tuning, past=Past())
     with pytest.raises(RuntimeError, match="no back"):
         back(1.0)
     W = ml.draw_weights(BERT, np.random.default_rng(0))
     with pytest.raises(ValueError, match="a Bert has no past"):
-        logits(Batch(np.array([[1, 2]])), W, BERT, ml.Tuning(), Past())
+        logits(Batch(np.array([[1, 2]])), W, BERT, ml.Tuning(), past=Past())
 
 
 def tokens_of(model, prompts, **settings):

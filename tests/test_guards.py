@@ -475,6 +475,11 @@ def calls(rng, sizes, model):
     for f in (ops.causal_mask, ops.padding_mask):
         yield f, {"real": real}, (f(real),)
 
+    given = {"q": normal(b, 2 * r, n, t), "k": normal(b, r, n, m), "v": normal(b, r, n, m)}
+    given["mask"] = np.ones((b, m, t), bool)
+    o, _ = ops.by_queries(ops.attention, **given)
+    yield ops.by_queries, given, (o,)
+
     x = normal(n, t)
     yield ops.erf, {"x": x}, (ops.erf(x),)
 
@@ -527,6 +532,10 @@ def calls(rng, sizes, model):
     yield models.mask_of, {"ids": batch.ids}, (models.mask_of(batch, None),)
     yield models.targets, arguments | {"labels": batch.labels}, (models.targets(batch, c),)
     yield models.loss, arguments, (model.loss()[0],)
+    labels = models.targets(batch, c)
+    given = {"x": normal(c.d, labels.size), "labels": labels}
+    L, _ = models.head_loss(given["x"], "head", model.W, replace(model.tuning, keep={}), labels)
+    yield models.head_loss, given, (L,)
 
 
 def calls_of_variants(rng, sizes):

@@ -1,6 +1,7 @@
 """A step in groups: the whole batch's loss and gradients, whatever the groups and the threads."""
 
 import functools
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from calculus import GRADIENT, greatest, same_bits
 
 import minilora as ml
-from minilora import steps
+from minilora import blocks, models, ops, steps
 from minilora import strategies as draw
 from minilora.ops import IGNORED
 from minilora.steps import Plan, evaluate, gradients
@@ -150,3 +151,130 @@ def test_memory_is_kept_warm_where_the_library_can(monkeypatch):
     assert set_options == [steps.M_MMAP_THRESHOLD, steps.M_TRIM_THRESHOLD]
     monkeypatch.setattr(steps.ctypes, "CDLL", lambda name: object())
     assert not steps.warm_memory()
+
+
+@EVERY
+@pytest.mark.parametrize("below", ["", "layers.1", "head"])
+def test_recomputation_changes_no_bit(name, below):
+    """Everything trained, or nothing below the second block, or below the head."""
+    model = case(name)
+    names = frozenset(n for n in model.tuning.trained if n.startswith(below)) or frozenset(
+        n for n in model.tuning.trained if re.match(r"layers\.1", n)
+    )
+    model = replace(model, tuning=replace(model.tuning, trained=names))
+    wanted = of(model, Plan(tokens=12))
+    assert wanted.keys() == names | {"loss"}
+    assert same(of(model, Plan(tokens=12, recompute=True)), wanted)
+
+
+def runs_of_blocks(model, **plan):
+    """How often each block's forward runs in a step."""
+    runs = []
+
+    def counting(op, x, at, *arguments):
+        runs.append(at)
+        return right(op, x, at, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        right = blocks.normalise
+        patch.setattr(blocks, "normalise", counting)
+        of(model, Plan(**plan))
+    return [runs.count(f"layers.{i}.norm1") for i in range(model.config.layers)]
+
+
+def test_recomputation_runs_what_is_trained_twice_and_what_is_constant_once():
+    model = case("Llama")
+    assert runs_of_blocks(model) == [1, 1, 1]
+    assert runs_of_blocks(model, recompute=True) == [2, 2, 2]
+    upper = frozenset(n for n in model.tuning.trained if not n.startswith("layers.0"))
+    model = replace(model, tuning=replace(model.tuning, trained=upper))
+    assert runs_of_blocks(model, recompute=True) == [1, 2, 2]
+
+
+@EVERY
+def test_what_is_trained_below_a_constant_block_has_its_gradient(name):
+    """A table, BERT's first norm, the last norm: whatever a block may be under or over."""
+    model = draw.draw_model(CONFIGS[name], np.random.default_rng(0), 3, 4, everything=True)
+    every = of(model)
+    for at in {"embed.weight", "norm.weight", "layers.1.norm1.weight", "head.A"} & every.keys():
+        tuning = replace(model.tuning, trained=frozenset({at}))
+        assert same_bits(of(replace(model, tuning=tuning))[at], every[at])
+
+
+@EVERY
+def test_logits_in_blocks_add_up(name, monkeypatch):
+    model = case(name)
+    wanted = of(model)
+    formed, right = [], models.cross_entropy
+
+    def counting(z, *arguments):
+        formed.append(z.shape[1])
+        return right(z, *arguments)
+
+    monkeypatch.setattr(models, "LOGITS", 33)
+    monkeypatch.setattr(models, "cross_entropy", counting)
+    found = of(model)
+    agree(found, wanted, groups=len(formed))
+    counted = steps.counted(model.batch, model.config)
+    if name == "BERT":  # 5 rows of 4 classes
+        assert formed == [5]
+    else:
+        assert sum(formed) == counted
+        assert max(formed) <= 3
+
+
+@EVERY
+def test_queries_in_blocks_attend_to_the_same(name, monkeypatch):
+    model = case(name)
+    wanted, shapes, right = of(model), [], ops.softmax
+
+    def watching(z):
+        shapes.append(z.shape[-2:])
+        return right(z)
+
+    monkeypatch.setattr(ops, "softmax", watching)
+    monkeypatch.setattr(ops, "QUERIES", 4)
+    agree(of(model), wanted, groups=1)
+    hidden = model.config.causal
+    assert set(shapes) == ({(4, 4), (6, 2)} if hidden else {(6, 4), (6, 2)})
+
+
+def dropping(model, step=3, p=0.25, seed=1):
+    keep = steps.drawn_dropout(seed, step, p, model.batch, model.config, model.tuning, float)
+    return replace(model, tuning=replace(model.tuning, keep=keep))
+
+
+@EVERY
+def test_drawn_masks_are_those_of_their_sequences_however_the_batch_is_cut(name):
+    model = dropping(case(name))
+    held = replace(model, tuning=replace(model.tuning, keep=dict(model.tuning.keep)))
+    assert held.tuning.keep.keys() == {at for at in model.tuning.scale if at != "embed"}
+    for plan in (Plan(), Plan(tokens=12), Plan(tokens=6, threads=2), Plan(recompute=True)):
+        assert same(of(model, plan), of(held, plan))
+    for other in (dropping(model, step=4), dropping(model, seed=2), dropping(model, p=0.26)):
+        assert not same(of(other), of(model))
+
+
+def test_masks_keep_their_share_and_differ_between_rows_modules_and_steps():
+    model = case("Llama", b=40, t=50)
+    p, keep = 0.25, dropping(model).tuning.keep
+    for K in (keep["layers.0.q"], keep["layers.2.down"]):
+        assert set(np.unique(K)) == {0, 1 / (1 - p)}
+        share = (K > 0).mean()
+        assert abs(share - (1 - p)) < 6 * (p * (1 - p) / K.size) ** 0.5
+    one, *others = (
+        keep["layers.0.q"][:, :50],
+        keep["layers.0.q"][:, 50:100],
+        keep["layers.0.k"][:, :50],
+        dropping(model, step=4).tuning.keep["layers.0.q"][:, :50],
+    )
+    assert not any(np.array_equal(one, other) for other in others)
+    assert steps.drawn_dropout(0, 0, 0.0, model.batch, model.config, model.tuning, float) == {}
+    assert len(keep) == len(list(keep)) == 21
+    assert "embed" not in keep
+
+
+@pytest.mark.parametrize("wrong", [{"p": 1.0}, {"p": -0.1}, {"seed": -1}, {"step": -1}])
+def test_rates_and_seeds_that_mean_nothing_are_refused(wrong):
+    with pytest.raises(ValueError, match="expected a rate from 0 and below 1"):
+        dropping(case("Llama"), **wrong)

@@ -103,9 +103,9 @@ def forgets_its_place(monkeypatch):
 
 
 def drops_by_the_clock(monkeypatch):
-    draw = train.draw_dropout
+    draw = train.drawn_dropout
     monkeypatch.setattr(
-        train, "draw_dropout", lambda rng, *rest: draw(np.random.default_rng(), *rest)
+        train, "drawn_dropout", lambda seed, *rest: draw(time.monotonic_ns() % 2**31, *rest)
     )
 
 

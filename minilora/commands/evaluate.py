@@ -40,8 +40,9 @@ def _run(arguments: argparse.Namespace) -> int:
     from minilora import data
     from minilora.bases import base_of, open_adapted
     from minilora.commands.train import data_of
-    from minilora.evaluate import CONFIDENCE, measure
+    from minilora.evaluate import measure
     from minilora.formats.files import pack_json, write_files
+    from minilora.metrics import accuracy, perplexity
     from minilora.train import batches_of
 
     if arguments.split and arguments.split not in data.SPLITS:
@@ -62,21 +63,21 @@ def _run(arguments: argparse.Namespace) -> int:
     examples = getattr(read, split)
     batches = batches_of(examples, arguments.batch_tokens, base.tokenizer.pad)
     found = measure(batches, model.weights, base.config, model.tuning)
-    assert found.interval is not None
-    low, high = found.interval
+    assert found.right is not None
+    share, low, high, _ = accuracy(found.right)
     figures: dict[str, Any] = {
         "examples": len(examples),
         "split": split,
         "labels": found.count,
         "loss": found.loss,
-        "perplexity": found.perplexity,
-        "accuracy": found.accuracy,
+        "perplexity": perplexity(found.loss),
+        "accuracy": share,
         "accuracy_interval": [low, high],
     }
     say(
         f"{path}, {split}: {len(examples)} examples, {found.count} labels\n"
-        f"loss        {found.loss:.4f}\nperplexity  {found.perplexity:.4f}\n"
-        f"accuracy    {found.accuracy:.4f}  ({low:.4f} to {high:.4f} at {CONFIDENCE:.0%})\n"
+        f"loss        {found.loss:.4f}\nperplexity  {perplexity(found.loss):.4f}\n"
+        f"accuracy    {share:.4f}  ({low:.4f} to {high:.4f} at 95%)\n"
     )
     if arguments.rouge:
         figures |= _rouge(arguments, base, model, examples[: arguments.rouge])
@@ -87,8 +88,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _rouge(arguments: argparse.Namespace, base: Any, model: Any, examples: Any) -> dict[str, float]:
-    from minilora.evaluate import rouge
     from minilora.generate import generate
+    from minilora.metrics import rouge
 
     tokenizer, written, wanted = base.tokenizer, [], []
     for example in examples:
@@ -99,7 +100,7 @@ def _rouge(arguments: argparse.Namespace, base: Any, model: Any, examples: Any) 
         )  # fmt: skip
         written.append(tokenizer.decode([token for (token,) in steps if token is not None]))
         wanted.append(tokenizer.decode(answer.tolist()))
-    found = dict(rouge(written, wanted))
+    found = rouge(written, wanted)
     for name, value in found.items():
         say(f"{name:10}  {value:.4f}\n")
     return found

@@ -1,0 +1,133 @@
+"""Frozen weights that are made when they are read: the same bits, and none of them stays."""
+
+import weakref
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from calculus import same_bits
+
+import minilora as ml
+from minilora import expanded
+from minilora.expanded import Expanded, OnDemand, Table
+from minilora.quantised import dequantise, quantise
+from minilora.steps import Plan, evaluate, gradients
+
+C = ml.Llama(vocab=70, d=32, layers=3, heads=2, ffn=64, kv_heads=1, head_dim=16, tied=True)
+RNG = np.random.default_rng(0)
+CODES = {
+    f"{at}.weight": quantise(RNG.standard_normal(shape).astype(np.float32) / 4, "q4_1")
+    for at, shape in {**C.linears(), "embed": (C.vocab, C.d)}.items()
+}
+NORMS = {
+    name: np.ones(shape, np.float32) for name, shape in C.shapes().items() if name not in CODES
+}
+LARGE = NORMS | {name: dequantise(q) for name, q in CODES.items()}
+WHOLE, TUNING = ml.adapt(LARGE, ml.Lora(r=2, targets=".*"), C.matrices(), RNG)
+ADAPTERS = {
+    name: RNG.standard_normal(WHOLE[name].shape).astype(np.float32) for name in TUNING.trained
+}
+IDS = RNG.integers(0, C.vocab, (3, 5))
+BATCH = ml.Batch(IDS, labels=IDS)
+
+
+def outcome(W, tuning=TUNING, **plan):
+    L, g = gradients(BATCH, W | ADAPTERS, C, tuning, Plan(**plan))
+    return {"loss": L} | g
+
+
+def same(found, wanted):
+    return found.keys() == wanted.keys() and all(same_bits(found[k], wanted[k]) for k in wanted)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("tables", [True, False])
+def test_expanded_weights_change_no_bit(recompute, tables):
+    """With adapters on all matrices, and without those of the tables, whose rows are looked up."""
+    tuning = TUNING
+    adapters = {n: a for n, a in ADAPTERS.items() if tables or not n.startswith(("embed", "head"))}
+    tuning = replace(TUNING, trained=frozenset(adapters))
+    small = Expanded({**NORMS, **{name: OnDemand(q) for name, q in CODES.items()}})
+    found, wanted = (
+        gradients(BATCH, W | adapters, C, tuning, Plan(recompute=recompute)) for W in (small, LARGE)
+    )
+    assert same(found[1], wanted[1])
+    assert same_bits(found[0], wanted[0])
+    other = {**LARGE, "layers.1.up.weight": LARGE["layers.1.up.weight"] + 1e-3}
+    assert not same(gradients(BATCH, other | adapters, C, tuning)[1], wanted[1])
+
+
+def watched(alive):
+    """Entries that note how many of the weights they have made are held at a time."""
+    made = []
+
+    def entry(name):
+        def make():
+            W = dequantise(CODES[name]) + 0
+            made.append(weakref.ref(W))
+            alive.append(sum(ref() is not None for ref in made))
+            return W
+
+        return make
+
+    return Expanded({**NORMS, **{name: entry(name) for name in CODES}})
+
+
+def test_with_recomputation_no_more_than_a_blocks_weights_are_held():
+    kept, again, still = [], [], []
+    outcome(watched(kept))
+    outcome(watched(again), recompute=True)
+    evaluate(BATCH, watched(still) | ADAPTERS, C, TUNING)
+    projections, tables = 7, 2  # the embedding, and the same as head
+    assert max(again) <= projections + tables
+    assert max(still) <= projections + tables
+    assert max(kept) >= 3 * projections
+
+
+def test_only_the_rows_that_are_looked_up_are_expanded():
+    asked = []
+
+    class Rows(OnDemand):
+        def rows(self, ids):
+            asked.append(len(ids))
+            return super().rows(ids)
+
+    W = Expanded({**NORMS, **{name: Rows(q) for name, q in CODES.items()}})
+    ids = np.array([3, 3, 9])
+    assert same_bits(W["embed.weight"][ids], LARGE["embed.weight"][ids])
+    assert asked == [3]
+
+
+@pytest.mark.parametrize("scheme", ["q4_0", "q8_0", "int4", "nf4"])
+def test_rows_are_those_of_the_whole(scheme, monkeypatch):
+    q = quantise(RNG.standard_normal((9, 64)).astype(np.float32), scheme)
+    entry, whole = OnDemand(q), dequantise(q)
+    assert same_bits(entry.rows(np.array([8, 0, 8])), whole[[8, 0, 8]])
+    monkeypatch.setattr(expanded, "ROWS", 4)
+    assert same_bits(entry(), whole)
+    assert (entry.shape, entry.dtype) == (whole.shape, whole.dtype)
+
+
+def test_a_table_is_a_matrix_in_products():
+    q = CODES["embed.weight"]
+    table, E = Table(OnDemand(q).rows, q.shape, q.dtype), LARGE["embed.weight"]
+    x = RNG.standard_normal((C.d, 4)).astype(np.float32)
+    assert len(table) == len(E)
+    assert same_bits(table @ x, E @ x)
+    assert same_bits(table.T @ (E @ x), E.T @ (E @ x))
+    assert np.asarray(table, np.float64).dtype == np.float64
+
+
+def test_parameters_are_counted_and_joined_without_being_made():
+    def never():
+        raise AssertionError
+
+    W = Expanded({"a.weight": never, "b.weight": np.ones(2)})
+    joined = W | {"a.A": np.zeros(2)} | Expanded({"c.weight": never})
+    assert list(joined) == ["a.weight", "b.weight", "a.A", "c.weight"]
+    assert len(joined) == 4
+    assert "a.weight" in joined
+    assert "a.bias" not in joined
+    assert joined.get("a.bias") is None
+    with pytest.raises(AssertionError):
+        joined["c.weight"]
