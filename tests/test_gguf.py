@@ -2,12 +2,14 @@
 
 import ctypes
 import importlib.util
+import json
 import math
 import re
 import struct
 import subprocess
 import sys
 import tempfile
+import unicodedata
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -700,6 +702,174 @@ def test_a_quantised_adapter_is_read(tmp_path):
     V, _ = door.read_adapter(tmp_path / "b", c)
     assert same_bits(V["layers.0.q.A"], dequantise(quantise(W["layers.0.q.A"], "q8_0")))
     assert same_bits(V["layers.0.q.B"], W["layers.0.q.B"])
+
+
+# Tokenizers
+
+LOREM = "the quick brown fox doesn't jump over 2024 lazy dogs; it's Tom's 1234567th day, isn't it? "
+TRICKY = [
+    "the lazy dogs jump",
+    "  two  spaces\n\n\tand a tab ",
+    "don't I'LL we'Ve 3.14e-5, 1234567 ½ x²",
+    "naïve café — 東京 🙂 e\u0301",
+    " a\r\n b\n",
+    "<s>it's</s> over",
+    "fox</s>",
+    "_▁_",
+]
+BYTE_LEVEL = ["gpt-2", "smollm", "qwen2", "llama-bpe"]
+
+
+def trained(kind):
+    """A tokenizer's metadata: pairs learned of a line, by ``kind`` of byte level, or by score."""
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install 'minilora[text]'")
+    level = tokenizers.pre_tokenizers.ByteLevel
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    special = ["<unk>", "<s>", "</s>"]
+    settings_ = {"vocab_size": 420, "special_tokens": special, "show_progress": False}
+    if kind in BYTE_LEVEL:
+        model.pre_tokenizer = level(add_prefix_space=False)
+        settings_["initial_alphabet"] = level.alphabet()
+    else:
+        model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    model.train_from_iterator([LOREM], tokenizers.trainers.BpeTrainer(**settings_))
+    vocab = model.get_vocab()
+    tokens = sorted(vocab, key=vocab.get)
+    types = [3 if token in special else 1 for token in tokens]
+    merges = json.loads(model.to_str())["model"]["merges"]
+    told = {"model": ("STRING", "gpt2"), "pre": ("STRING", kind)}
+    if kind not in BYTE_LEVEL:
+        single = [token for token in tokens[3:] if len(token) == 1]
+        tokens = [*tokens[:3], *(f"<0x{byte:02X}>" for byte in range(256))]
+        tokens += ["".join(merge) for merge in merges] + single
+        types = [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259)
+        scores = [0.0] * 259 + [-float(i) for i in range(len(tokens) - 259)]
+        told = {
+            "model": ("STRING", "llama"),
+            "scores": ("ARRAY", scores, gguf.GGUFValueType.FLOAT32),
+        }
+    ids = {f"{name}_token_id": ("UINT32", i) for i, name in enumerate(["unknown", "bos", "eos"])}
+    lists = {
+        "tokens": ("ARRAY", tokens, gguf.GGUFValueType.STRING),
+        "token_type": ("ARRAY", types, gguf.GGUFValueType.INT32),
+        "merges": ("ARRAY", [" ".join(merge) for merge in merges], gguf.GGUFValueType.STRING),
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in {**told, **ids, **lists}.items()}
+
+
+@cache
+def tokenizer_file(kind):
+    """A model with that tokenizer."""
+    metadata = trained(kind)
+    c = replace(MODELS["llama"], vocab=len(metadata["tokenizer.ggml.tokens"][1]))
+    folder = tempfile.TemporaryDirectory()
+    model_file.folders.append(folder)
+    door.write_model(Path(folder.name) / "f", c, drawn(c))
+    return rewritten(Path(folder.name) / "f", Path(folder.name) / "m", metadata)
+
+
+def llama_cpps_ids(path, texts, special=True):
+    """The tokens that llama.cpp makes of each text, those named in it understood."""
+    library = pytest.importorskip("llama_cpp", reason=LLAMA_CPP)
+    library.llama_log_set(silent(library), ctypes.c_void_p(0))
+    wanted = library.llama_model_default_params()
+    wanted.vocab_only = True
+    model = library.llama_model_load_from_file(str(path).encode(), wanted)
+    assert model, "llama.cpp refused the tokenizer"
+    vocab = library.llama_model_get_vocab(model)
+    room = (library.llama_token * 256)()
+    made = []
+    for text in texts:
+        raw = text.encode()
+        n = library.llama_tokenize(vocab, raw, len(raw), room, 256, special, True)
+        made.append(list(room[:n]))
+    library.llama_model_free(model)
+    return made
+
+
+@pytest.mark.parametrize("kind", [*BYTE_LEVEL, "llama"])
+def test_a_tokenizer_cuts_texts_as_llama_cpp_does(kind):
+    path = tokenizer_file(kind)
+    tokenizer = door.read_tokenizer(path)
+    theirs = llama_cpps_ids(path, TRICKY)
+    own = [tokenizer.encode(text) for text in TRICKY]
+    assert max(map(len, own)) > 8
+    for text, mine, wanted in zip(TRICKY, own, theirs, strict=True):
+        assert mine == wanted or (kind == "qwen2" and "e\u0301" in text), text
+    assert tokenizer.head == ((1,) if kind in ("llama", "llama-bpe") else ())
+    assert tokenizer.tail == ()
+    assert [tokenizer.encode(t, special=False) for t in TRICKY[:3]] == llama_cpps_ids(
+        path, TRICKY[:3], special=False
+    )
+
+
+@pytest.mark.parametrize("kind", [*BYTE_LEVEL, "llama"])
+def test_a_text_comes_back_from_its_tokens(kind):
+    tokenizer = door.read_tokenizer(tokenizer_file(kind))
+    for text in TRICKY:
+        if kind == "llama" and "</s>" in text:
+            continue  # a blank is put before what follows a special token, and stays
+        ids = tokenizer.encode(text, special=False)
+        back = unicodedata.normalize("NFC", text) if kind == "qwen2" else text
+        blank = text.replace("▁", " ") if kind == "llama" else back
+        assert tokenizer.decode(ids, special=True).strip() == blank.strip()
+    assert tokenizer.vocab == len(trained(kind)["tokenizer.ggml.tokens"][1])
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.stops) == (1, 2, (2,))
+    assert tokenizer.piece(2) == "</s>"
+
+
+def test_digits_are_cut_one_by_one_by_threes_or_not_at_all():
+    cut = {kind: door.read_tokenizer(tokenizer_file(kind)) for kind in BYTE_LEVEL}
+    ids = {kind: t.encode("1234567", special=False) for kind, t in cut.items()}
+    assert ids["smollm"] == ids["qwen2"]
+    assert len({*map(tuple, ids.values())}) == 3
+
+
+def test_what_the_metadata_say_of_the_ends_is_done(tmp_path):
+    more = {
+        "tokenizer.ggml.add_bos_token": ("BOOL", True),
+        "tokenizer.ggml.add_eos_token": ("BOOL", True),
+        "tokenizer.ggml.padding_token_id": ("UINT32", 0),
+        "tokenizer.ggml.eot_token_id": ("UINT32", 7),
+        "tokenizer.chat_template": (
+            "STRING",
+            "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
+        ),
+    }
+    path = rewritten(tokenizer_file("gpt-2"), tmp_path / "m", more)
+    tokenizer = door.read_tokenizer(path)
+    assert (tokenizer.head, tokenizer.tail, tokenizer.pad) == ((1,), (2,), 0)
+    assert tokenizer.stops == (2, 7)
+    assert tokenizer.chat([{"role": "user", "content": "fox"}]) == "<s>fox"
+    assert [tokenizer.encode("fox")] == llama_cpps_ids(path, ["fox"])
+
+
+TOKENIZERS = {
+    "another kind": ({"model": ("STRING", "t5")}, "found t5"),
+    "none": ({"model": None}, "found None"),
+    "another cut": ({"pre": ("STRING", "default")}, "found default"),
+    "no tokens": ({"tokens": None}, "tokens: found none"),
+    "fewer types": ({"token_type": ("ARRAY", [1], gguf.GGUFValueType.INT32)}, "found 1 of int"),
+    "a number beyond": ({"bos_token_id": ("UINT32", 99999)}, "below"),
+    "a token twice": (
+        {
+            "tokens": ("ARRAY", ["a", "a"], gguf.GGUFValueType.STRING),
+            "token_type": ("ARRAY", [1, 1], gguf.GGUFValueType.INT32),
+        },
+        "each once",
+    ),
+    "merges of nothing": ({"merges": ("ARRAY", ["ü ö"], gguf.GGUFValueType.STRING)}, "agree"),
+    "merges of one": ({"merges": ("ARRAY", ["ü"], gguf.GGUFValueType.STRING)}, "agree"),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_a_tokenizer_that_is_not_read_is_refused(case, tmp_path):
+    metadata, what = TOKENIZERS[case]
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
+    path = rewritten(tokenizer_file("gpt-2"), tmp_path / "m", metadata)
+    with pytest.raises(FormatError, match=what):
+        door.read_tokenizer(path)
 
 
 # What others make of the files

@@ -1,4 +1,4 @@
-"""GGUF files, as llama.cpp reads them: models of any tensor type, and LoRA adapters.
+"""GGUF files, as llama.cpp reads them: models of any tensor type, tokenizers, and LoRA adapters.
 
 A model's matrices stay in the file, mapped; what is asked for is expanded, and forgotten again.
 The library `gguf` knows types, names and block formats; the header is walked here, because a count
@@ -32,6 +32,7 @@ from minilora.formats.files import (
     listed,
 )
 from minilora.formats.huggingface import ARCHITECTURES, architecture, modules
+from minilora.formats.tokenizers import Library, lacking
 from minilora.lora import LORA, TABLES, Tuning, Weights, is_base, scale
 from minilora.models import Config, Llama
 from minilora.ops import Array
@@ -78,6 +79,12 @@ _STRING, _ARRAY = 8, 9
 
 PERMUTED = (".q", ".k")
 """The projections whose rows llama.cpp orders otherwise, in a Llama: its RoPE turns neighbours."""
+
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,%d}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Llama 3 and Qwen2 cut a text before pairs are merged, with so many digits at most in one."""
 
 ALPHA = "adapter.lora.alpha"
 MERGE = "leave it out, merge it, or keep PEFT's"
@@ -547,6 +554,135 @@ def _expands(kind: str) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+def read_tokenizer(path: Path | str) -> Library:
+    """The tokenizer that a GGUF model has in its metadata, with its chat template.
+
+    Byte-level pairs (GPT-2's, SmolLM's, Qwen2's and Llama 3's, by ``tokenizer.ggml.pre``), and
+    SentencePiece's pairs by score, as Llama 2 has them. Qwen2's texts are normalised (NFC) as its
+    own tokenizer does, and llama.cpp does not.
+
+    Errors: FormatError for another kind of tokenizer, or metadata that contradict one another;
+    ImportError without ``tokenizers``.
+    """
+    contents = Contents(path)
+    kinds = {"gpt2": _byte_level, "llama": _by_score}
+    kind = contents.get("tokenizer.ggml.model")
+    if not isinstance(kind, str) or kind not in kinds:
+        remedy = "take the tokenizer.json of the model's own folder"
+        expected = f"one of {', '.join(kinds)}"
+        raise FormatError(path, "tokenizer.ggml.model", kind, expected, remedy)
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise lacking("tokenizers", str(path)) from error
+    tokens = _listed(contents, "tokens", str)
+    types = _listed(contents, "token_type", int, len(tokens))
+    if len({*tokens}) < len(tokens):
+        twice = listed({token for token in tokens if tokens.count(token) > 1})
+        raise FormatError(path, "tokenizer.ggml.tokens", twice, "each once", "fetch it again")
+    named = {}
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator"}
+    ends = {"eot": "eot", "eom": "eom"}
+    for name, key in (names | ends).items():
+        number = contents.get(f"tokenizer.ggml.{key}_token_id")
+        if number is None:
+            continue
+        if type(number) is not int or not 0 <= number < len(tokens):
+            expected = f"a token's number, below {len(tokens)}"
+            where = f"tokenizer.ggml.{key}_token_id"
+            raise FormatError(path, where, number, expected, "fetch it again")
+        named[name] = tokens[number]
+    stops = [tokens.index(named.pop(name)) for name in ends if name in named]
+    try:
+        backend, begins = kinds[kind](contents, tokens, types)
+        for number, special in ((3, True), (4, False)):  # control, and the user's own
+            added = [
+                tokenizers.AddedToken(token, special=special, normalized=False)
+                for token, of in zip(tokens, types, strict=True)
+                if of == number
+            ]
+            (backend.add_special_tokens if special else backend.add_tokens)(added)
+        template = contents.get("tokenizer.chat_template")
+        begins, ended = (
+            contents.get(f"tokenizer.ggml.add_{name}_token", default)
+            for name, default in (("bos", begins), ("eos", False))
+        )
+        return Library(backend, named, template, stops, begins, ended)
+    except FormatError:
+        raise
+    except Exception as error:  # the library raises no kinder one
+        remedy = "fetch it again"
+        raise FormatError(path, "tokenizer", error, "one whose parts agree", remedy) from None
+
+
+def _listed(contents: Contents, what: str, kind: type, count: int | None = None) -> list[Any]:
+    """The array of the tokenizer's metadata, of that kind, and of as many as there are tokens."""
+    found = contents.get(f"tokenizer.ggml.{what}")
+    many = found if isinstance(found, list) else []
+    if not many or {*map(type, many)} != {kind} or len(many) != (count or len(many)):
+        told = f"{len(many)} of {listed({type(one).__name__ for one in many})}" if many else "none"
+        expected = f"{count or 'some'} of {kind.__name__}"
+        remedy = "take the tokenizer.json of the model's own folder"
+        raise FormatError(contents.path, f"tokenizer.ggml.{what}", told, expected, remedy)
+    return many
+
+
+def _byte_level(contents: Contents, tokens: list[str], types: list[int]) -> tuple[Any, bool]:
+    """Pairs of bytes, and whether a text begins with ``bos`` where the file does not say."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    name = contents.get("tokenizer.ggml.pre")
+    cuts: dict[str, Any] = {
+        "gpt-2": None,
+        "smollm": pre_tokenizers.Digits(individual_digits=True),
+        "qwen2": pre_tokenizers.Split(Regex(WORDS % 1), "isolated"),
+        "llama-bpe": pre_tokenizers.Split(Regex(WORDS % 3), "isolated"),
+    }
+    if not isinstance(name, str) or name not in cuts:
+        remedy = "take the tokenizer.json of the model's own folder"
+        expected = f"one of {', '.join(cuts)}"
+        raise FormatError(contents.path, "tokenizer.ggml.pre", name, expected, remedy)
+    merges = [tuple(merge.split(" ", 1)) for merge in _listed(contents, "merges", str)]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=name == "llama-bpe"))
+    whole = name in ("qwen2", "llama-bpe")  # cut as GPT-2's are, or already
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not whole)
+    cut = [] if cuts[name] is None else [cuts[name]]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*cut, letters])
+    backend.decoder = decoders.ByteLevel()
+    if name == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    return backend, name == "llama-bpe"
+
+
+def _by_score(contents: Contents, tokens: list[str], types: list[int]) -> tuple[Any, bool]:
+    """SentencePiece's pairs: of those that make a token, the one of the best score first."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    scores = _listed(contents, "scores", float, len(tokens))
+    vocab = {token: i for i, token in enumerate(tokens)}
+    ranked = sorted(range(len(tokens)), key=lambda i: -scores[i])
+    merges = [
+        (tokens[i][:cut], tokens[i][cut:])
+        for i in ranked
+        if types[i] == 1
+        for cut in range(1, len(tokens[i]))
+        if tokens[i][:cut] in vocab and tokens[i][cut:] in vocab
+    ]
+    unknown = tokens[contents.get("tokenizer.ggml.unknown_token_id", 0)]
+    backend = Tokenizer(
+        models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    prefix = bool(contents.get("tokenizer.ggml.add_space_prefix", True))
+    before = [normalizers.Prepend("▁")] * prefix
+    backend.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "▁")])
+    after = [decoders.Strip(" ", 1, 0)] * prefix
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *after]
+    )
+    return backend, True
 
 
 @contextmanager
