@@ -58,8 +58,7 @@ class Base:
         if self.path.suffix == ".gguf":
             from minilora.formats import gguf
 
-            found: Tokenizer = gguf.read_tokenizer(self.path)  # type: ignore[attr-defined]
-            return found
+            return gguf.read_tokenizer(self.path)
         return read_tokenizer(self.path)
 
     @cached_property

@@ -609,7 +609,11 @@ def read_tokenizer(path: Path | str) -> Library:
             contents.get(f"tokenizer.ggml.add_{name}_token", default)
             for name, default in (("bos", begins), ("eos", False))
         )
-        return Library(backend, named, template, stops, begins, ended)
+        made = Library(backend, named, template, stops)
+        made.head = (made.bos,) if begins and made.bos is not None else ()
+        made.tail = (made.eos,) if ended and made.eos is not None else ()
+        made.middle = made.tail + made.head
+        return made
     except FormatError:
         raise
     except Exception as error:  # the library raises no kinder one
