@@ -305,7 +305,7 @@ def prepare(base: Base, read: Data, recipe: Recipe, source: str = "", **settings
 
 def _outlines(W: Params, c: Config) -> Weights:
     """Arrays of the weights' shapes and dtype that take no memory."""
-    dtype = next(iter(W.values())).dtype
+    dtype = W["norm.weight"].dtype  # no matrix, which might have to be expanded
     return {name: np.broadcast_to(dtype.type(0), shape) for name, shape in c.shapes().items()}
 
 
