@@ -17,7 +17,7 @@ import numpy as np
 from minilora import reference
 from minilora.formats import mlx, peft
 from minilora.formats.files import FormatError, listed, read_json
-from minilora.formats.huggingface import read_model
+from minilora.formats.huggingface import read_encoder, read_model
 from minilora.formats.tokenizers import Tokenizer, read_tokenizer
 from minilora.lora import Params, Tuning, Weights
 from minilora.models import Config
@@ -76,8 +76,11 @@ class Base:
         return sha.hexdigest()
 
 
-def open_base(name: str, dtype: Any = np.float32) -> Base:
+def open_base(name: str, dtype: Any = np.float32, classes: int = 2) -> Base:
     """The model of this name: ``reference:NAME``, a Hugging Face folder, or a GGUF file.
+
+    A BERT without a classifier gets the configuration of one with so many ``classes``, and has no
+    weights of a head.
 
     Errors: FormatError as the format's reader has it, and for a name that is none of the three;
     ImportError without the library for a GGUF file.
@@ -98,7 +101,10 @@ def open_base(name: str, dtype: Any = np.float32) -> Base:
         if not path.is_dir():
             expected = f"a model folder, a .gguf file or {REFERENCE}NAME"
             raise FormatError(path, "model", "nothing", expected, "check the path")
-        c, W = read_model(path, dtype=dtype)
+        if read_json(path / "config.json").get("architectures") == ["BertModel"]:
+            c, W = read_encoder(path, classes, dtype)
+        else:
+            c, W = read_model(path, dtype=dtype)
     return Base(name, c, W, path)
 
 
@@ -168,21 +174,30 @@ def open_adapted(base: Base, adapter: str | None = None, dtype: Any = np.float32
     return Adapted(base, own, tuning, kind, lora)
 
 
+def told(adapter: str | None) -> dict[str, Any]:
+    """What the run that made the adapter says, ``run.json``, or nothing."""
+    path = adapter_path(adapter or "") / "run.json"
+    return read_json(path) if adapter is not None and path.is_file() else {}
+
+
+def classes_of(adapter: str | None) -> tuple[str, ...] | None:
+    """The classes' names in the order of the head that was trained with the adapter, if it says."""
+    return tuple(told(adapter).get("data", {}).get("classes", ())) or None
+
+
 def base_of(model: str | None, adapter: str | None, dtype: Any = np.float32) -> Base:
     """The model asked for; or else the one that the adapter was trained on, as its run says.
 
     Errors: FormatError as :func:`open_base` has it, and where neither names a model.
     """
     if model is None and adapter is not None:
-        path = adapter_path(adapter)
-        if adapter.startswith(REFERENCE):
-            model = adapter
-        elif (path / "run.json").is_file():
-            model = read_json(path / "run.json").get("model", {}).get("name")
+        named = told(adapter).get("model", {}).get("name")
+        model = adapter if adapter.startswith(REFERENCE) else named
         if not isinstance(model, str):
             remedy = "give the model that it was trained on by --model"
+            path = adapter_path(adapter)
             raise FormatError(path, "model", "none named", "a run.json that names one", remedy)
-    return open_base(model or REFERENCE + "llama", dtype)
+    return open_base(model or REFERENCE + "llama", dtype, len(classes_of(adapter) or "12"))
 
 
 def copy_tokenizer(base: Base, folder: Path | str) -> None:

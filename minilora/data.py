@@ -276,10 +276,10 @@ def _whole(row: Mapping[str, Any], key: str) -> list[int]:
     return value
 
 
-Sequenced = tuple[list[int], list[bool]]
+_Sequence = tuple[list[int], list[bool]]
 """Tokens, and which are counted."""
 
-Made = tuple[list[Example], bool]
+_Made = tuple[list[Example], bool]
 """The examples that a line makes, and whether they lost an end."""
 
 
@@ -427,7 +427,7 @@ class _Reader:
         t = self.tokenizer
         return [*t.tail] or ([] if t.eos is None or [*ids[-1:]] == [t.eos] else [t.eos])
 
-    def pieces(self, ids: list[int]) -> Made:
+    def pieces(self, ids: list[int]) -> _Made:
         """A text in pieces of the length, which together predict each of its tokens once.
 
         Each begins with the head, and then but for the first with the token before it.
@@ -447,7 +447,7 @@ class _Reader:
             examples.append(self.example(taken, [i >= given for i in range(len(taken))])[0][0])
         return examples, False
 
-    def example(self, ids: list[int], counted: list[bool]) -> Made:
+    def example(self, ids: list[int], counted: list[bool]) -> _Made:
         """One example, cut to the length."""
         kept = np.array(counted[: self.length], bool)
         kept[:1] = False
@@ -466,14 +466,14 @@ class _Reader:
         kinds = None if types is None else np.array(types[: len(ids)], np.int64)
         return [Example(np.array(ids, np.int64), np.zeros(len(ids), bool), None, kinds)]
 
-    def answer(self, prompt: str, completion: str) -> Sequenced:
+    def answer(self, prompt: str, completion: str) -> _Sequence:
         """What is asked, and the answer with its end."""
         asked, answered = self.follow([prompt, completion])
         asked = [*self._beginning(asked), *asked]
         answered = answered + self._ending(answered)
         return asked + answered, [not self.masked] * len(asked) + [True] * len(answered)
 
-    def chat(self, messages: list[dict[str, Any]]) -> Sequenced:
+    def chat(self, messages: list[dict[str, Any]]) -> _Sequence:
         """A chat by the template, of which the assistant's turns count, up to their end.
 
         What the template writes before an answer is what it writes to ask for one.
@@ -513,7 +513,7 @@ class _Reader:
             )
         return text
 
-    def longest(self, text: str, make: Callable[[str], Sequenced]) -> Made:
+    def longest(self, text: str, make: Callable[[str], _Sequence]) -> _Made:
         """The example of the text, or of as much of its beginning as leaves the answer whole."""
         whole = make(text)
         if len(whole[0]) <= self.length:
@@ -537,21 +537,21 @@ def _label(row: Mapping[str, Any]) -> str | int:
     raise _Wrong(f"label: {label!r}", "a whole number or a name as label")
 
 
-def _of_text(reader: _Reader, row: Mapping[str, Any]) -> Made:
+def _of_text(reader: _Reader, row: Mapping[str, Any]) -> _Made:
     return reader.pieces(reader.encode(_string(row, "text")))
 
 
-def _of_prompt(reader: _Reader, row: Mapping[str, Any]) -> Made:
+def _of_prompt(reader: _Reader, row: Mapping[str, Any]) -> _Made:
     return reader.example(*reader.answer(_string(row, "prompt"), _string(row, "completion")))
 
 
-def _of_instruction(reader: _Reader, row: Mapping[str, Any]) -> Made:
+def _of_instruction(reader: _Reader, row: Mapping[str, Any]) -> _Made:
     asked, given = _string(row, "instruction"), _string(row, "input", empty=True)
     prompt = INSTRUCTION.format(asked) + (INPUT.format(given) if given.strip() else "") + RESPONSE
     return reader.example(*reader.answer(prompt, _string(row, "output")))
 
 
-def _of_messages(reader: _Reader, row: Mapping[str, Any]) -> Made:
+def _of_messages(reader: _Reader, row: Mapping[str, Any]) -> _Made:
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
         raise _Wrong(f"messages: {messages!r}", "a list of messages, not empty")
@@ -573,18 +573,18 @@ def _turns(asked: str, answered: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
 
 
-def _chat_of_prompt(reader: _Reader, row: Mapping[str, Any]) -> Made:
+def _chat_of_prompt(reader: _Reader, row: Mapping[str, Any]) -> _Made:
     turns = _turns(_string(row, "prompt"), _string(row, "completion"))
     return reader.example(*reader.chat(turns))
 
 
-def _chat_of_instruction(reader: _Reader, row: Mapping[str, Any]) -> Made:
+def _chat_of_instruction(reader: _Reader, row: Mapping[str, Any]) -> _Made:
     asked, given = _string(row, "instruction"), _string(row, "input", empty=True)
     asked += f"\n\n{given}" if given.strip() else ""
     return reader.example(*reader.chat(_turns(asked, _string(row, "output"))))
 
 
-def _summary(reader: _Reader, row: Mapping[str, Any], key: str) -> Made:
+def _summary(reader: _Reader, row: Mapping[str, Any], key: str) -> _Made:
     text, summary = _string(row, key), _string(row, "summary")
     if reader.tokenizer.template is not None:
         return reader.longest(
@@ -594,7 +594,7 @@ def _summary(reader: _Reader, row: Mapping[str, Any], key: str) -> Made:
     return reader.longest(text, lambda part: reader.answer(SUMMARY.format(part), answered))
 
 
-def _of_ids(reader: _Reader, row: Mapping[str, Any]) -> Made:
+def _of_ids(reader: _Reader, row: Mapping[str, Any]) -> _Made:
     ids = _tokens(reader, row)
     labels = _whole(row, "labels") if "labels" in row else ids
     if len(labels) != len(ids):
@@ -616,7 +616,7 @@ def _tokens(reader: _Reader, row: Mapping[str, Any]) -> list[int]:
     return ids
 
 
-def _class_of_ids(reader: _Reader, row: Mapping[str, Any]) -> Made:
+def _class_of_ids(reader: _Reader, row: Mapping[str, Any]) -> _Made:
     ids = _tokens(reader, row)
     types = _whole(row, "types") if "types" in row else None
     if types is not None and len(types) != len(ids):
@@ -624,7 +624,7 @@ def _class_of_ids(reader: _Reader, row: Mapping[str, Any]) -> Made:
     return reader.whole(ids[: reader.length], types), len(ids) > reader.length
 
 
-def _class_of_text(reader: _Reader, row: Mapping[str, Any]) -> Made:
+def _class_of_text(reader: _Reader, row: Mapping[str, Any]) -> _Made:
     t = reader.tokenizer
     parts = [reader.encode(_string(row, key)) for key in ("text", "text_pair") if key in row]
     around = [t.head, t.tail] if len(parts) == 1 else [t.head, t.middle, t.tail]
@@ -645,9 +645,9 @@ def _class_of_text(reader: _Reader, row: Mapping[str, Any]) -> Made:
     return reader.whole(ids + second, types), cut
 
 
-Shape = Callable[[_Reader, Mapping[str, Any]], Made]
-_IDS: dict[tuple[str, ...], Shape] = {("ids",): _of_ids}
-SHAPES: dict[str, dict[tuple[str, ...], Shape]] = {
+_Shape = Callable[[_Reader, Mapping[str, Any]], _Made]
+_IDS: dict[tuple[str, ...], _Shape] = {("ids",): _of_ids}
+SHAPES: dict[str, dict[tuple[str, ...], _Shape]] = {
     "lm": {
         ("text",): _of_text,
         ("prompt", "completion"): _of_prompt,

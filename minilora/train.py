@@ -267,7 +267,7 @@ class Job:
 
 
 def prepare(base: Base, read: Data, recipe: Recipe, source: str = "", **settings: Any) -> Job:
-    """The model with fresh adapters, or all of it to be trained.
+    """The model with fresh adapters, or all of it to be trained; a head where a BERT has none.
 
     ``source``, where the data was read, and the ``settings`` of the reading go on record.
 
@@ -279,6 +279,13 @@ def prepare(base: Base, read: Data, recipe: Recipe, source: str = "", **settings
         fits = "lm, chat or summarize" if c.causal else "classify"
         raise ValueError(f"task {recipe.task!r} with a {type(c).__name__}: expected {fits}")
     classes = getattr(c, "classes", None)
+    if recipe.task == "classify" and "head.weight" not in W:
+        classes = len(read.classes)
+        base = replace(base, config=replace(c, classes=classes))  # type: ignore[call-arg]
+        c, shape = base.config, (classes, c.d)
+        drawn_head = 0.02 * np.random.default_rng([recipe.seed, 3]).standard_normal(shape)
+        head = {"head.weight": drawn_head, "head.bias": np.zeros((classes, 1))}
+        W = weights_with(W, {name: w.astype(recipe.dtype) for name, w in head.items()})
     if recipe.task == "classify" and len(read.classes) != classes:
         found = f"{len(read.classes)} classes in the data, {classes} in the model"
         raise ValueError(

@@ -49,6 +49,13 @@ PEERS = {"loralib", "lycoris", "peft", "torch", "transformers"}
 ALONE = {"bitsandbytes", "jax", "mlx", "mlx_lm"}
 """And one peer's file each, which comes with an extra of its own or with `libraries`."""
 
+TEXT = {
+    "minilora/formats/tokenizers.py": {"jinja2", "tokenizers"},
+    "minilora/metrics.py": {"rouge_score"},
+    "minilora/train.py": {"matplotlib"},
+}
+"""What comes with the extras `text` and `plot`, by the file that imports it where it uses it."""
+
 
 def imported(source):
     """Every module that the source imports, at its top or inside a function; none is relative."""
@@ -111,7 +118,23 @@ def test_an_import_against_the_reading_order_is_seen(line):
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_only_run_time_dependencies_and_in_a_peer_its_library_are_imported(path):
     allowed = RUN_TIME | PEERS | ALONE if "peers" in path.parts else RUN_TIME
-    assert foreign(path.read_text()) <= allowed
+    assert foreign(path.read_text()) <= allowed | TEXT.get(name_of(path), set())
+
+
+def at_the_top(source):
+    """The packages that are imported whenever the module is."""
+    body = [n for n in ast.parse(source).body if isinstance(n, ast.Import | ast.ImportFrom)]
+    return foreign("\n".join(map(ast.unparse, body)))
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_an_optional_library_is_imported_where_it_is_used(name):
+    source = (ROOT / name).read_text()
+    assert foreign(source) >= TEXT[name]
+    assert at_the_top(source) <= RUN_TIME
+    assert at_the_top(f"import {min(TEXT[name])}\n{source}") == at_the_top(source) | {
+        min(TEXT[name])
+    }
 
 
 def test_a_foreign_import_is_seen():
@@ -126,6 +149,9 @@ def test_the_declared_dependencies_are_those():
 
     assert names(project["dependencies"]) == RUN_TIME
     assert names(project["optional-dependencies"]["peers"]) == PEERS - {"lycoris"}
+    both = [*project["optional-dependencies"]["text"], *project["optional-dependencies"]["plot"]]
+    text = {name.replace("-", "_") for name in names(both)}
+    assert text == set().union(*TEXT.values())
     extras = names(project["optional-dependencies"]["libraries"])
     extras |= names(project["optional-dependencies"]["jax"])
     assert {"lycoris-lora", "mlx[cpu]"} | {a.replace("_", "-") for a in ALONE - {"mlx"}} <= extras
@@ -164,7 +190,12 @@ def test_importing_minilora_adds_little_and_no_framework():
     runs = [fresh_import() for _ in range(3)]
     loaded = {name.split(".")[0] for name in runs[0][2]}
     assert {"minilora", "numpy", "scipy"} <= loaded
-    assert loaded.isdisjoint(PEERS | ALONE | {"hypothesis", "pytest", "safetensors", "tqdm"})
+    assert loaded.isdisjoint(
+        PEERS
+        | ALONE
+        | set().union(*TEXT.values())
+        | {"hypothesis", "pytest", "safetensors", "tqdm"}
+    )
     assert min(own / below for own, below, _ in runs) < 1
 
 

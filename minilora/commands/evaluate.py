@@ -38,7 +38,7 @@ def _run(arguments: argparse.Namespace) -> int:
     import numpy as np
 
     from minilora import data
-    from minilora.bases import base_of, open_adapted
+    from minilora.bases import base_of, classes_of, open_adapted
     from minilora.commands.train import data_of
     from minilora.evaluate import measure
     from minilora.formats.files import pack_json, write_files
@@ -53,7 +53,7 @@ def _run(arguments: argparse.Namespace) -> int:
     path, task = data_of(base, arguments.data, arguments.task)
     read = data.read(
         path, task, base.tokenizer, arguments.length, skip_bad=arguments.skip_bad,
-        seed=arguments.seed,
+        seed=arguments.seed, classes=classes_of(arguments.adapter),
     )  # fmt: skip
     order = [arguments.split] if arguments.split else ["test", "valid", "train"]
     split = next((one for one in order if getattr(read, one)), None)
