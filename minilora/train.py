@@ -603,6 +603,6 @@ def plot(out: Path | str) -> Path:
     axes.set(xlabel="step", ylabel="loss in nats a label")
     axes.legend()
     drawn = io.BytesIO()
-    FigureCanvasSVG(figure).print_svg(drawn)  # type: ignore[no-untyped-call]
+    FigureCanvasSVG(figure).print_svg(drawn)
     write_files(out, {PLOT: drawn.getvalue})
     return out / PLOT
