@@ -312,7 +312,7 @@ class _Reader:
         found, expected, remedy = wrong.args
         if not self.skip_bad:
             advice = f"{remedy}, or leave such lines out with --skip-bad"
-            raise FormatError(path, f"line {line}", found, expected, advice)
+            raise FormatError(path, f"line {line}", found, expected, advice) from None
         self.skipped.append(Skipped(str(path), line, f"found {found}, expected {expected}"))
 
     def _lines(self, path: Path) -> Iterator[_Row]:
@@ -423,9 +423,10 @@ class _Reader:
         return [] if [*ids[: len(head)]] == head else head
 
     def _ending(self, ids: Sequence[int]) -> list[int]:
-        """What ends a text: the tokenizer's own tail, or else its end if that is not there yet."""
+        """What ends a text, unless it spells it itself: the tokenizer's tail, or else its end."""
         t = self.tokenizer
-        return [*t.tail] or ([] if t.eos is None or [*ids[-1:]] == [t.eos] else [t.eos])
+        end = [*t.tail] or ([] if t.eos is None else [t.eos])
+        return [] if end and [*ids[-len(end) :]] == end else end
 
     def pieces(self, ids: list[int]) -> _Made:
         """A text in pieces of the length, which together predict each of its tokens once.

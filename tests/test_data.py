@@ -156,6 +156,17 @@ def test_what_is_asked_counts_too_where_that_is_wanted(task, made):
     assert masked.counted.sum() == len(" b<") < whole.counted.sum()
 
 
+def test_a_tokenizers_own_tail_ends_a_text_once(made):
+    tailed = Characters()
+    tailed.tail = (3, 4)
+    for text in ("a", "a\x00\x01"):
+        assert made({"text": text}, "lm", tailed).ids.tolist() == [1, 3 + ord("a"), 3, 4]
+    assert made({"text": "a\x01"}, "lm", tailed).ids.tolist()[-3:] == [4, 3, 4]
+    no_end = Characters()
+    no_end.eos = None
+    assert marked(made({"text": "ab"}, "lm", no_end)) == "<start>{ab}"
+
+
 def test_a_summary_is_asked_for_in_plain_text_without_a_template(made):
     class Plain(Characters):
         template = None

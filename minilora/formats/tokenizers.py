@@ -172,8 +172,7 @@ class Words(Tokenizer):
         words = text.split()
         if unknown := [word for word in words if word not in self._ids]:
             raise ValueError(
-                f"the word {unknown[0]!r}: expected words with blanks between, of "
-                f"{' '.join(self.symbols)}"
+                f"the word {unknown[0]!r}, none of {' '.join(self.symbols)} with blanks between"
             )
         ids = [self._ids[word] for word in words]
         return [*self.head, *ids, *self.tail] if special else ids
