@@ -211,12 +211,6 @@ def test_a_kept_matrix_is_the_files_bytes_and_each_look_a_fresh_array():
     entry = W.entries[name]
     assert not entry.data.flags.owndata
     assert not entry.data.flags.writeable
-    assert "layers.0.q.weight" in W
-    assert "head.A" not in W
-    beside = W | {"head.A": one}
-    assert beside["head.A"] is one
-    assert beside.entries[name] is entry
-    assert len(beside) == len(W) + 1
     assert [*W] == [*c.shapes()]
 
 
@@ -225,7 +219,7 @@ def test_a_wider_dtype_holds_the_same_numbers():
     _, wide = door.read_model(model_file("gpt2"), np.float64)
     for name in narrow:
         assert wide[name].dtype == np.float64
-        assert (wide[name] == narrow[name]).all()
+        assert (np.asarray(wide[name]) == np.asarray(narrow[name])).all()
 
 
 def test_rows_of_q_and_k_lie_in_pairs_in_a_llama_and_as_they_are_in_a_qwen2():
@@ -262,6 +256,10 @@ SETTINGS = {
     "odd heads": (
         dict.fromkeys(map("llama.{}".format, door.SPECIAL[1:]), ("UINT32", 7)),
         "heads that share",
+    ),
+    "heads of gigabytes": (
+        dict.fromkeys(map("llama.{}".format, door.SPECIAL[1:]), ("UINT32", 2**32 - 2)),
+        "shape",
     ),
     "no epsilon": ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon"),
     "layers that are not there": ({"llama.block_count": ("UINT32", 2**32 - 1)}, "incomplete"),
@@ -863,6 +861,15 @@ TOKENIZERS = {
 }
 
 
+def test_a_token_by_score_is_no_book(tmp_path):
+    metadata = trained("llama")
+    kind, tokens, inner = metadata["tokenizer.ggml.tokens"]
+    wrong = {"tokenizer.ggml.tokens": (kind, [*tokens[:-1], "x" * 1025], inner)}
+    path = rewritten(tokenizer_file("llama"), tmp_path / "m", wrong)
+    with pytest.raises(FormatError, match="1025 characters"):
+        door.read_tokenizer(path)
+
+
 @pytest.mark.parametrize("case", TOKENIZERS)
 def test_a_tokenizer_that_is_not_read_is_refused(case, tmp_path):
     metadata, what = TOKENIZERS[case]
@@ -1083,7 +1090,7 @@ def test_a_real_model_has_the_weights_and_the_logits_that_transformers_gives_it(
     model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
     theirs = model.eval().state_dict()
     c, W = door.read_model(path)
-    W = dict(W)
+    W = {name: np.asarray(array) for name, array in W.items()}
     for name, (place, _) in names(c).items():
         assert same_bits(W[name], theirs[place].numpy().reshape(W[name].shape))
     ids = np.random.default_rng(0).integers(0, c.vocab, (1, 16))
@@ -1097,7 +1104,8 @@ def test_a_real_model_has_the_weights_and_the_logits_that_transformers_gives_it(
         rounded = {name: noisy(array, FLOAT32, rng) for name, array in W.items()}
         return {"logits": logits(batch, rounded, c, Tuning())[0]}
 
-    sigma = spread(run, wanted, 4, [0])["logits"]
+    # Few samples, so one σ for all logits of a token, whose errors come from the same state.
+    sigma = np.sqrt((spread(run, wanted, 4, [0])["logits"] ** 2).mean(0))
     result = Comparison("logits", z, wanted["logits"], sigma, MONTE_CARLO).judge()
     record_worst("transformers' logits of SmolLM2, in standard deviations", result.z)
     record_worst("transformers' logits of SmolLM2, greatest error", abs(z - wanted["logits"]).max())
@@ -1111,18 +1119,19 @@ def test_a_real_model_has_the_weights_and_the_logits_that_transformers_gives_it(
 
 
 MEMORY = """
-import resource, sys
+import re, sys
 import numpy as np
 from minilora.formats.gguf import read_model
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 
 c, W = read_model(sys.argv[1])
-before = peak()
+before, kept = peak(), []
 for i in range(c.layers):
     for name in c.block():
-        W[f"layers.{i}.{name}.weight"]
+        array = W[f"layers.{i}.{name}.weight"]
+        kept += [array] * (sys.argv[2] == "kept")
 W.entries["embed.weight"].rows(np.arange(512))
 print(1024 * (peak() - before), max(4 * m * n for m, n in c.block().values()))
 """
@@ -1131,10 +1140,13 @@ print(1024 * (peak() - before), max(4 * m * n for m, n in c.block().values()))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is Linux's, in kilobytes")
 def test_a_real_model_is_walked_through_in_the_memory_of_a_few_of_its_matrices():
-    ended = subprocess.run(
-        [sys.executable, "-c", MEMORY, smollm2()], capture_output=True, text=True, check=True
-    )
-    grown, largest = map(int, ended.stdout.split())
-    record_worst("megabytes grown while SmolLM2's matrices were expanded", grown / 2**20)
-    # A matrix, the one before it, the file's bytes of it, and the codes of a part of it.
-    assert grown < 4 * largest
+    def grown(kept):
+        command = [sys.executable, "-c", MEMORY, smollm2(), kept]
+        ended = subprocess.run(command, capture_output=True, text=True, check=True)
+        return map(int, ended.stdout.split())
+
+    passing, largest = grown("passing")
+    record_worst("megabytes grown while SmolLM2's matrices were expanded", passing / 2**20)
+    # A matrix, the one before it, the file's bytes of it, and a part of it on its way; not all 210.
+    assert passing < 10 * largest
+    assert next(grown("kept")) > 100 * largest

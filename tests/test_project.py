@@ -50,11 +50,12 @@ ALONE = {"bitsandbytes", "jax", "mlx", "mlx_lm"}
 """And one peer's file each, which comes with an extra of its own or with `libraries`."""
 
 TEXT = {
+    "minilora/formats/gguf.py": {"gguf", "tokenizers"},
     "minilora/formats/tokenizers.py": {"jinja2", "tokenizers"},
     "minilora/metrics.py": {"rouge_score"},
     "minilora/train.py": {"matplotlib"},
 }
-"""What comes with the extras `text` and `plot`, by the file that imports it where it uses it."""
+"""What comes with the extras `text`, `gguf` and `plot`, by the file that imports it."""
 
 
 def imported(source):
@@ -149,8 +150,8 @@ def test_the_declared_dependencies_are_those():
 
     assert names(project["dependencies"]) == RUN_TIME
     assert names(project["optional-dependencies"]["peers"]) == PEERS - {"lycoris"}
-    both = [*project["optional-dependencies"]["text"], *project["optional-dependencies"]["plot"]]
-    text = {name.replace("-", "_") for name in names(both)}
+    extra = [project["optional-dependencies"][name] for name in ("text", "gguf", "plot")]
+    text = {name.replace("-", "_") for some in extra for name in names(some)}
     assert text == set().union(*TEXT.values())
     extras = names(project["optional-dependencies"]["libraries"])
     extras |= names(project["optional-dependencies"]["jax"])

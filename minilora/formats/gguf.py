@@ -11,17 +11,18 @@ import mmap
 import os
 import secrets
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from minilora.expanded import Expanded
 from minilora.formats.factors import adapted_ranks, named_shapes
 from minilora.formats.files import (
     DIVERGED,
@@ -33,7 +34,7 @@ from minilora.formats.files import (
 )
 from minilora.formats.huggingface import ARCHITECTURES, architecture, modules
 from minilora.formats.tokenizers import Library, lacking
-from minilora.lora import LORA, TABLES, Tuning, Weights, is_base, scale
+from minilora.lora import LORA, TABLES, Params, Tuning, Weights, is_base, scale
 from minilora.models import Config, Llama
 from minilora.ops import Array
 from minilora.quantised import F32, dequantise, from_gguf
@@ -86,13 +87,29 @@ WORDS = (
 )
 """How Llama 3 and Qwen2 cut a text before pairs are merged, with so many digits at most in one."""
 
+TOKENS = {
+    "bos": "bos",
+    "eos": "eos",
+    "unk": "unknown",
+    "pad": "padding",
+    "sep": "seperator",
+    "eot": "eot",
+    "eom": "eom",
+}
+"""Special tokens, and what GGUF calls them: so is it spelt there."""
+
+LONGEST = 1024
+"""Characters in a token by score: each may be cut anywhere, so their number counts squared."""
+
+ELSEWHERE = "take the tokenizer.json of the model's own folder"
+
 ALPHA = "adapter.lora.alpha"
 MERGE = "leave it out, merge it, or keep PEFT's"
 KEPT = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 """The types of an adapter's tensors that come back in their own dtype; all others in float32."""
 
 
-def library() -> ModuleType:
+def library() -> Any:
     """The library `gguf`, imported where it is used.
 
     Errors: ImportError that names the extra, if it is not installed.
@@ -261,7 +278,7 @@ class Contents(Mapping[str, Any]):
 
 
 class Blocks:
-    """A weight as its file has it. Called, it gives the whole as a fresh array in ``dtype``.
+    """A weight as its file has it, an entry of `Expanded`: called, it gives a fresh array.
 
     ``order``: of the file's rows, where they are others' than the weight's. What has been read of
     the file is given back to the operating system.
@@ -323,32 +340,6 @@ class Blocks:
             self.contents.bytes.madvise(mmap.MADV_DONTNEED, start, self.tensor.end - start)
 
 
-class Stored(Mapping[str, Array]):
-    """Weights of which some are made when asked for, and kept by nobody: those that are callable.
-
-    ``entries`` has them as they are; ``|`` puts arrays beside, or in their place.
-    """
-
-    def __init__(self, entries: Mapping[str, Array | Callable[[], Array]]) -> None:
-        self.entries = dict(entries)
-
-    def __getitem__(self, name: str) -> Array:
-        entry = self.entries[name]
-        return entry() if callable(entry) else entry
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __or__(self, other: Mapping[str, Any]) -> "Stored":
-        return Stored(self.entries | dict(other.entries if isinstance(other, Stored) else other))
-
-
 def file_rows(heads: int, rows: int) -> Array:
     """Which row of the weight each row of llama.cpp's is: pair j of a head is its rows 2j, 2j + 1.
 
@@ -379,8 +370,14 @@ def places(c: Config) -> dict[str, str]:
         )
     gguf = library()
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == a.model_type)
-    known = gguf.get_tensor_name_map(number, c.layers)
-    return {at: known.get_name(path) for at, path in modules(c).items()}
+    known = gguf.get_tensor_name_map(number, 1)
+    first = {at: known.get_name(path) for at, path in modules(replace(c, layers=1)).items()}
+    named = {at: name for at, name in first.items() if not at.startswith("layers.")}
+    for at in first.keys() - named.keys():
+        named |= {
+            at.replace(".0.", f".{i}."): first[at].replace(".0.", f".{i}.") for i in range(c.layers)
+        }
+    return {at: named[at] for at in modules(c)}
 
 
 def _named(contents: Contents) -> str:
@@ -436,7 +433,7 @@ def _config(contents: Contents) -> Config:
         expected = f"a divisor of {values['d']}"
         remedy = "the heads share its features"
         raise FormatError(path, f"{prefix}{keys['heads']}", values["heads"], expected, remedy)
-    if values["layers"] > len(contents.tensors):
+    if values["layers"] > len(contents.tensors):  # before anything is made for each of them
         expected = f"{values['layers']} layers of several tensors each"
         remedy = "the file is incomplete"
         raise FormatError(path, "tensors", len(contents.tensors), expected, remedy)
@@ -463,20 +460,20 @@ def _check_rope(
 
 def read_model(
     path: Path | str, dtype: Any = np.float32, keep_quantised: bool = True
-) -> tuple[Config, Mapping[str, Array]]:
+) -> tuple[Config, Params]:
     """The configuration and the weights of a GGUF model, expanded to ``dtype``.
 
-    With ``keep_quantised`` the matrices are `Blocks` in a `Stored`, expanded at each look; without,
-    a dict of arrays. A block's entry is what float32 holds of it, so that a wider ``dtype`` holds
-    the same. A Llama's q and k come with the rows in the order of Hugging Face's files.
+    With ``keep_quantised`` the matrices are `Blocks` in an `Expanded`, made whenever they are read;
+    without, all are in a dict. A block's entry is what float32 holds of it, so that a wider
+    ``dtype`` holds the same. A Llama's q and k have their rows in Hugging Face's order.
 
     Errors: FormatError for a damaged file; for an architecture, a tensor type, a RoPE or a setting
     that is not implemented, or not known; for a head of a GPT-2 that is not its embedding.
     """
     contents = Contents(path)
     c = _config(contents)
-    there = places(c)
-    wanted = {name: _whole(there, name) for name in c.shapes()}
+    there, shapes = places(c), c.shapes()
+    wanted = {name: _whole(there, name) for name in shapes}
     found = contents.tensors.keys() - _repeated(contents, c)
     if missing := set(wanted.values()) - found:
         expected = f"{len(wanted)} tensors with {listed(missing)}"
@@ -487,14 +484,17 @@ def read_model(
         if "rope_freqs.weight" in extra:
             remedy = "the RoPE is scaled by factors, which is not implemented here"
         raise FormatError(path, "tensors", listed(extra), f"these {len(wanted)} only", remedy)
+    for name, place in wanted.items():
+        m, n = shapes[name]
+        _check(contents, place, (m, n) if n > 1 else (m,))
     entries = {
-        name: _blocks(contents, place, c.shapes()[name], dtype, _order_of(c, name))
+        name: Blocks(contents, place, shapes[name], dtype, _order_of(c, name, shapes[name][0]))
         for name, place in wanted.items()
     }
     if not keep_quantised:
         return c, {name: blocks() for name, blocks in entries.items()}
     # A norm's weight or a bias is no matrix, and nothing is saved by leaving it where it is.
-    return c, Stored(
+    return c, Expanded(
         {name: blocks if blocks.shape[1] > 1 else blocks() for name, blocks in entries.items()}
     )
 
@@ -504,10 +504,10 @@ def _whole(there: Mapping[str, str], name: str) -> str:
     return f"{there[at]}.{part}"
 
 
-def _order_of(c: Config, name: str) -> Array | None:
-    """Where in the file each row of the weight is, or None."""
+def _order_of(c: Config, name: str, m: int) -> Array | None:
+    """Where in the file each of the weight's m rows is, or None."""
     at, _, part = name.rpartition(".")
-    order = _order(c, at, c.shapes()[name][0]) if part == "weight" else None
+    order = _order(c, at, m) if part == "weight" else None
     return None if order is None else np.argsort(order)
 
 
@@ -524,24 +524,15 @@ def _repeated(contents: Contents, c: Config) -> set[str]:
     return {"output.weight"}
 
 
-def _blocks(
-    contents: Contents,
-    place: str,
-    shape: tuple[int, int],
-    dtype: Any,
-    order: Array | None = None,
-    whole: bool = True,
-) -> Blocks:
-    """The tensor as a weight of that shape; of a ``whole`` model's, (n, 1) lies as (n,)."""
-    tensor = contents.tensors[place]
-    lying = shape[:1] if whole and shape[1] == 1 else shape
-    if tensor.shape != lying:
+def _check(contents: Contents, place: str, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape, or of a type that is not expanded."""
+    path, tensor = contents.path, contents.tensors[place]
+    if tensor.shape != shape:
         remedy = "the metadata are another model's"
-        raise FormatError(contents.path, place, f"shape {tensor.shape}", f"shape {lying}", remedy)
+        raise FormatError(path, place, f"shape {tensor.shape}", f"shape {shape}", remedy)
     if not _expands(tensor.kind):
         remedy = "gguf expands none such: quantise the model to another type"
-        raise FormatError(contents.path, place, f"type {tensor.kind}", "one that is read", remedy)
-    return Blocks(contents, place, shape, dtype, order)
+        raise FormatError(path, place, f"type {tensor.kind}", "one that is read", remedy)
 
 
 @cache
@@ -568,9 +559,8 @@ def read_tokenizer(path: Path | str) -> Library:
     """
     contents = Contents(path)
     kinds = {"gpt2": _byte_level, "llama": _by_score}
-    kind = contents.get("tokenizer.ggml.model")
+    kind, remedy = contents.get("tokenizer.ggml.model"), ELSEWHERE
     if not isinstance(kind, str) or kind not in kinds:
-        remedy = "take the tokenizer.json of the model's own folder"
         expected = f"one of {', '.join(kinds)}"
         raise FormatError(path, "tokenizer.ggml.model", kind, expected, remedy)
     try:
@@ -579,22 +569,24 @@ def read_tokenizer(path: Path | str) -> Library:
         raise lacking("tokenizers", str(path)) from error
     tokens = _listed(contents, "tokens", str)
     types = _listed(contents, "token_type", int, len(tokens))
-    if len({*tokens}) < len(tokens):
-        twice = listed({token for token in tokens if tokens.count(token) > 1})
-        raise FormatError(path, "tokenizer.ggml.tokens", twice, "each once", "fetch it again")
+    if twice := [token for token, n in Counter(tokens).items() if n > 1]:
+        raise FormatError(path, "tokenizer.ggml.tokens", listed(twice), "each once", remedy)
     named = {}
-    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator"}
-    ends = {"eot": "eot", "eom": "eom"}
-    for name, key in (names | ends).items():
+    for name, key in TOKENS.items():
         number = contents.get(f"tokenizer.ggml.{key}_token_id")
         if number is None:
             continue
         if type(number) is not int or not 0 <= number < len(tokens):
             expected = f"a token's number, below {len(tokens)}"
             where = f"tokenizer.ggml.{key}_token_id"
-            raise FormatError(path, where, number, expected, "fetch it again")
+            raise FormatError(path, where, number, expected, remedy)
         named[name] = tokens[number]
-    stops = [tokens.index(named.pop(name)) for name in ends if name in named]
+    stops = [tokens.index(named.pop(name)) for name in ("eot", "eom") if name in named]
+    template = contents.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        found = type(template).__name__
+        raise FormatError(path, "tokenizer.chat_template", found, "a text", remedy)
+    expected = "one whose parts agree"
     try:
         backend, begins = kinds[kind](contents, tokens, types)
         for number, special in ((3, True), (4, False)):  # control, and the user's own
@@ -604,21 +596,29 @@ def read_tokenizer(path: Path | str) -> Library:
                 if of == number
             ]
             (backend.add_special_tokens if special else backend.add_tokens)(added)
-        template = contents.get("tokenizer.chat_template")
-        begins, ended = (
-            contents.get(f"tokenizer.ggml.add_{name}_token", default)
-            for name, default in (("bos", begins), ("eos", False))
-        )
-        made = Library(backend, named, template, stops)
-        made.head = (made.bos,) if begins and made.bos is not None else ()
-        made.tail = (made.eos,) if ended and made.eos is not None else ()
-        made.middle = made.tail + made.head
-        return made
     except FormatError:
         raise
     except Exception as error:  # the library raises no kinder one
-        remedy = "fetch it again"
-        raise FormatError(path, "tokenizer", error, "one whose parts agree", remedy) from None
+        raise FormatError(path, "tokenizer", error, expected, remedy) from None
+    around = {
+        name: contents[f"tokenizer.ggml.{name}_token_id"]
+        for name, default in (("bos", begins), ("eos", False))
+        if name in named and contents.get(f"tokenizer.ggml.add_{name}_token", default)
+    }
+    if around:
+        before, after = ([name] * (name in around) for name in ("bos", "eos"))
+        one, other = [*before, "$A", *after], [*before, "$B", *after]
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=one,
+            pair=one + other,
+            special_tokens=[
+                {"id": name, "ids": [i], "tokens": [tokens[i]]} for name, i in around.items()
+            ],
+        )
+    try:
+        return Library(backend, named, template, stops)
+    except ValueError as error:
+        raise FormatError(path, "tokenizer", error, expected, remedy) from None
 
 
 def _listed(contents: Contents, what: str, kind: type, count: int | None = None) -> list[Any]:
@@ -628,8 +628,7 @@ def _listed(contents: Contents, what: str, kind: type, count: int | None = None)
     if not many or {*map(type, many)} != {kind} or len(many) != (count or len(many)):
         told = f"{len(many)} of {listed({type(one).__name__ for one in many})}" if many else "none"
         expected = f"{count or 'some'} of {kind.__name__}"
-        remedy = "take the tokenizer.json of the model's own folder"
-        raise FormatError(contents.path, f"tokenizer.ggml.{what}", told, expected, remedy)
+        raise FormatError(contents.path, f"tokenizer.ggml.{what}", told, expected, ELSEWHERE)
     return many
 
 
@@ -645,9 +644,8 @@ def _byte_level(contents: Contents, tokens: list[str], types: list[int]) -> tupl
         "llama-bpe": pre_tokenizers.Split(Regex(WORDS % 3), "isolated"),
     }
     if not isinstance(name, str) or name not in cuts:
-        remedy = "take the tokenizer.json of the model's own folder"
         expected = f"one of {', '.join(cuts)}"
-        raise FormatError(contents.path, "tokenizer.ggml.pre", name, expected, remedy)
+        raise FormatError(contents.path, "tokenizer.ggml.pre", name, expected, ELSEWHERE)
     merges = [tuple(merge.split(" ", 1)) for merge in _listed(contents, "merges", str)]
     vocab = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=name == "llama-bpe"))
@@ -667,6 +665,9 @@ def _by_score(contents: Contents, tokens: list[str], types: list[int]) -> tuple[
 
     scores = _listed(contents, "scores", float, len(tokens))
     vocab = {token: i for i, token in enumerate(tokens)}
+    if (longest := max(map(len, tokens))) > LONGEST:
+        found, expected = f"a token of {longest} characters", f"{LONGEST} at most"
+        raise FormatError(contents.path, "tokenizer.ggml.tokens", found, expected, ELSEWHERE)
     ranked = sorted(range(len(tokens)), key=lambda i: -scores[i])
     merges = [
         (tokens[i][:cut], tokens[i][cut:])
@@ -741,7 +742,7 @@ def _narrow(path: Path | str, name: str, array: Array, dtype: Any) -> Array:
 def write_model(
     path: Path | str,
     c: Config,
-    W: Mapping[str, Array],
+    W: Params,
     *,
     dtype: Any = np.float32,
     like: Path | str | None = None,
@@ -767,7 +768,7 @@ def write_model(
         return F32 if shapes[at][1] == 1 or at.startswith("positions.") else dtype
 
     def make(at: str) -> Array:
-        array, order = W[at], _order_of(c, at)
+        array, order = np.asarray(W[at]), _order_of(c, at, shapes[at][0])
         if array.shape != shapes[at]:
             expected = f"shape {shapes[at]}"
             raise FormatError(path, at, f"shape {array.shape}", expected, "check c against W")
@@ -816,7 +817,7 @@ def _write_settings(
 
 
 def write_adapter(
-    path: Path | str, c: Config, W: Mapping[str, Array], tuning: Tuning, *, dtype: Any = None
+    path: Path | str, c: Config, W: Params, tuning: Tuning, *, dtype: Any = None
 ) -> dict[str, float]:
     """Write the adapter of W, in ``dtype`` or its own, to the file ``path``; the folded factors.
 
@@ -853,7 +854,7 @@ def write_adapter(
     return folded
 
 
-def _factors(W: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
+def _factors(W: Params) -> Iterator[tuple[str, Array]]:
     """The entries that are no base's, and none that would be expanded."""
     return ((name, W[name]) for name in W if not is_base(name))
 
@@ -932,11 +933,13 @@ def read_adapter(path: Path | str, c: Config, dtype: Any = None) -> tuple[Weight
     W: Weights = {}
     for at, r in ranks.items():
         for key, shape in named_shapes(c, at, r).items():
-            lying = shape[::-1] if at in TABLES and key.endswith(".A") else shape
-            array = _blocks(contents, found[key], lying, F32, whole=False)()
+            turned = at in TABLES and key.endswith(".A")
+            lying = shape[::-1] if turned else shape
+            _check(contents, found[key], lying)
+            array = Blocks(contents, found[key], lying, F32)()
             order = _order(c, at, len(array)) if key.endswith(".B") else None
             array = array if order is None else array[np.argsort(order)]
-            array = array if lying == shape else np.ascontiguousarray(array.T)
+            array = np.ascontiguousarray(array.T) if turned else array
             kind = KEPT.get(contents.tensors[found[key]].kind, np.dtype(F32))
             W[key] = convert(path, key, array.astype(kind), dtype)
     s = {at: scale(alpha or float(r), r) for at, r in ranks.items()}
