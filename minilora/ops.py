@@ -228,8 +228,9 @@ def rope_tables(positions: Array, d: int, theta: float, dtype: Any) -> tuple[Arr
     real = np.empty(0, dtype).real.dtype
     wide = np.result_type(real, np.float64) if real.kind == "f" else np.dtype(np.float64)
     frequencies = theta ** (np.arange(0, d, 2, dtype=wide) * (-1 / wide.type(d)))
-    angles = positions[:, None, None, :] * frequencies[:, None]
-    return np.cos(angles).astype(real), np.sin(angles).astype(real)
+    angles = positions * frequencies[:, None, None]  # in memory as the activations lie: (d/2, b, t)
+    cos, sin = (f(angles).astype(real).swapaxes(0, 1)[:, None] for f in (np.cos, np.sin))
+    return cos, sin
 
 
 def rope(x: Array, cos: Array, sin: Array, interleaved: bool = False) -> tuple[Array, Back]:
@@ -335,7 +336,9 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Back]:
     grouped = (b, k.shape[1], h // k.shape[1], d, t)
     scale = d**-0.5
     Q, K, V = q.reshape(grouped) * scale, k[:, :, None], v[:, :, None]
-    p, back_softmax = softmax(np.where(mask[:, None, None], K.mT @ Q, -np.inf))
+    z = K.mT @ Q
+    np.copyto(z, -np.inf, where=~mask[:, None, None])
+    p, back_softmax = softmax(z)
     o = (V @ p).reshape(q.shape)
 
     def back(do: Array) -> tuple[Array, Array, Array]:

@@ -1,0 +1,280 @@
+"""What a step costs here and elsewhere: time, memory and arithmetic, of the same model and batch.
+
+Each side runs in a process of its own and does one step when it is told to, in turn with the other:
+what else the machine does meets both. What is compared is the ratio of neighbours, and its median.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import IO, Any
+
+import numpy as np
+
+from minilora.formats import huggingface, peft
+from minilora.formats.files import write_tensors
+from minilora.models import Config, Llama, draw_weights
+from minilora.quantised import gguf_bytes, quantise
+from minilora.targets import Lora, adapt
+
+RANK = 8
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and its batch: b sequences of t tokens."""
+
+    c: Llama
+    b: int
+    t: int
+
+
+_SMOLLM2 = Llama(
+    vocab=49152, d=576, layers=30, heads=9, ffn=1536, kv_heads=3, head_dim=64, tied=True
+)
+SIZES = {
+    "tiny": Size(Llama(vocab=256, d=32, layers=2, heads=2, ffn=96, kv_heads=2, head_dim=16), 4, 32),
+    "small": Size(
+        Llama(vocab=1024, d=128, layers=4, heads=4, ffn=352, kv_heads=4, head_dim=32), 8, 128
+    ),
+    "medium": Size(
+        Llama(vocab=4096, d=384, layers=6, heads=6, ffn=1024, kv_heads=6, head_dim=64), 4, 256
+    ),
+    "smollm2": Size(_SMOLLM2, 1, 128),
+    "smollm2-512": Size(_SMOLLM2, 1, 512),
+}
+"""The sizes by name, the last two those of SmolLM2-135M."""
+
+SIDES = {
+    "minilora": "minilora.bench.own:Own",
+    "peft": "minilora.bench.peers.torch:Peft",
+    "peft-warm": "minilora.bench.peers.torch:Warm",
+    "torch": "minilora.bench.peers.torch:ByHand",
+}
+"""What can be measured, each with its class; beside itself, this package shows what options do."""
+
+
+def flops(c: Config, b: int, t: int, r: int = RANK) -> dict[str, int]:
+    """The multiplications and additions that a LoRA step on all linears takes at least.
+
+    Of the frozen weights one product forward and one for the gradient of its input, none for dW; of
+    the adapters one more. A causal mask leaves half of all pairs of tokens, each with two products
+    forward and four backward. Below the first adapter no gradient flows.
+    """
+    heads = getattr(c, "head_dim", c.d // c.heads) * c.heads
+    blocks = {at: m * n for at, (m, n) in c.linears().items() if at.startswith("layers.")}
+    first = sum(
+        blocks[f"layers.0.{at}"] for at in ("q", "k", "v", "qkv") if f"layers.0.{at}" in blocks
+    )
+    frozen = sum(blocks.values()) + c.vocab * c.d
+    adapters = sum(r * sum(c.linears()[at]) for at in blocks)
+    pairs = b * c.layers * heads * t * (t + 1) // 2
+    forward = 2 * b * t * (frozen + adapters) + 2 * 2 * pairs
+    backward = 2 * b * t * (frozen - first + 2 * adapters) + 4 * 2 * pairs
+    return {"forward": forward, "step": forward + backward}
+
+
+def write_case(folder: Path, size: Size, seed: int = 0) -> None:
+    """The model, an adapter with B ≠ 0 and the batch, as files that every side reads."""
+    rng = np.random.default_rng(seed)
+    base = {name: w.astype(np.float32) for name, w in draw_weights(size.c, rng).items()}
+    lora = Lora(r=RANK, alpha=2 * RANK)
+    W, tuning = adapt(base, lora, size.c.linears(), rng)
+    for name in tuning.trained:
+        W[name] = (0.02 * rng.standard_normal(W[name].shape)).astype(np.float32)
+    huggingface.write_model(folder / "model", size.c, base)
+    peft.write_adapter(folder / "adapter", size.c, W, tuning, lora)
+    ids = rng.integers(0, size.c.vocab, (size.b, size.t))
+    write_tensors(folder / "batch.safetensors", {"ids": ids})
+    codes = {name: gguf_bytes(quantise(w, "q4_1")) for name, w in base.items() if w.shape[1] > 1}
+    small = {name: codes.get(name, w) for name, w in base.items()}
+    write_tensors(folder / "quantised.safetensors", small)
+
+
+class Missing(Exception):
+    """A side's library is not installed; the message names the extra that installs it."""
+
+
+class Side:
+    """One side in a process of its own, which works when it is told to.
+
+    Errors: Missing without its library; RuntimeError with what the process said when it ended.
+    """
+
+    def __init__(self, name: str, folder: Path, threads: int, **options: Any) -> None:
+        self.name, self.error = name, folder / f"{name}-{os.urandom(4).hex()}.txt"
+        given = json.dumps({"folder": str(folder), "threads": threads, **options})
+        command = [sys.executable, "-m", "minilora.bench.worker", SIDES[name], given]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        with self.error.open("w") as error:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=error,
+                text=True,
+                env=environment,
+            )
+        answer = self._answer()
+        if "missing" in answer:
+            self.close()
+            raise Missing(
+                f"{name} cannot be measured: {answer['missing']} is not installed; "
+                "pip install 'minilora[peers]'"
+            )
+        self.versions: str = answer["versions"]
+
+    def __enter__(self) -> "Side":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.kill()
+        self.process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._stream(self.process.stdout).readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended: {self.error.read_text()[-2000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    @staticmethod
+    def _stream(stream: IO[str] | None) -> IO[str]:
+        assert stream is not None
+        return stream
+
+    def run(self, what: str, times: int = 1) -> dict[str, Any]:
+        """{"seconds", "value"}: how long ``what`` took, so many times, and what it gave last."""
+        stream = self._stream(self.process.stdin)
+        stream.write(json.dumps([what, times]) + "\n")
+        stream.flush()
+        return self._answer()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of one size, the own side first: seconds and bytes, medians of all rounds.
+
+    ``ratio``: of each kind of run, the median over rounds of own time over the peer's; ``spread``:
+    the quartiles of that; ``share``: of each, its least arithmetic over what products alone reach;
+    ``loss``: of the first step on either side.
+    """
+
+    size: str
+    threads: int
+    peer: str
+    rounds: int
+    seconds: dict[str, tuple[float, float]]
+    ratio: dict[str, float]
+    spread: dict[str, tuple[float, float]]
+    share: dict[str, float]
+    flops: dict[str, int]
+    peak_flops: float
+    memory: tuple[int, int]
+    loss: tuple[float, float]
+    versions: tuple[str, str]
+
+    @property
+    def memory_ratio(self) -> float:
+        """Own peak memory over the peer's."""
+        return self.memory[0] / self.memory[1]
+
+    def json(self) -> dict[str, Any]:
+        """All of it, for a file."""
+        return {**asdict(self), "memory_ratio": self.memory_ratio}
+
+
+KINDS = ("step", "forward")
+
+
+def measure(
+    name: str,
+    folder: Path,
+    peer: str,
+    threads: int,
+    rounds: int,
+    own: dict[str, Any] | None = None,
+    least: float = 0.1,
+) -> Result:
+    """Own side and peer in turn, ``least`` seconds or one run at a time, after a run to warm up.
+
+    Errors: those of `Side`.
+    """
+    size = SIZES[name]
+    with ExitStack() as opened:
+        sides = [
+            opened.enter_context(Side("minilora", folder, threads, **(own or {}))),
+            opened.enter_context(Side(peer, folder, threads)),
+        ]
+        losses = [side.run("step")["value"] for side in sides]
+        first = [side.run("step")["seconds"] for side in sides]
+        memory = [side.run("memory")["value"] for side in sides]
+        times = max(1, int(least / min(first)))
+        for side in sides:
+            side.run("forward")
+        taken: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
+        shares: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        peaks, cost = [], flops(size.c, size.b, size.t)
+        for i in range(rounds):
+            for kind in KINDS:
+                order = (0, 1) if i % 2 else (1, 0)  # neither is always the first
+                each = {j: sides[j].run(kind, times)["seconds"] / times for j in order}
+                taken[kind].append((each[0], each[1]))
+                peaks.append(sides[0].run("products")["value"])
+                shares[kind].append(cost[kind] / each[0] / peaks[-1])
+        versions = tuple(side.versions for side in sides)
+    ratios = {kind: [a / b for a, b in pairs] for kind, pairs in taken.items()}
+    return Result(
+        name,
+        threads,
+        peer,
+        rounds,
+        {kind: _medians(pairs) for kind, pairs in taken.items()},
+        {kind: median(r) for kind, r in ratios.items()},
+        {kind: tuple(np.quantile(r, (0.25, 0.75)).tolist()) for kind, r in ratios.items()},
+        {kind: median(s) for kind, s in shares.items()},
+        cost,
+        median(peaks),
+        (memory[0], memory[1]),
+        (losses[0], losses[1]),
+        (versions[0], versions[1]),
+    )
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results as lines of text, a row for each size and number of threads."""
+    columns = [["size", *(r.size for r in results)]]
+
+    def column(head: str, of: Callable[[Result], str]) -> None:
+        columns.append([head, *map(of, results)])
+
+    def quartiles(kind: str) -> Callable[[Result], str]:
+        return lambda r: "{:.2f} ({:.2f} to {:.2f})".format(r.ratio[kind], *r.spread[kind])
+
+    column("threads", lambda r: str(r.threads))
+    column("step", quartiles("step"))
+    column("forward", quartiles("forward"))
+    column("memory", lambda r: f"{r.memory_ratio:.2f}")
+    column("ms", lambda r: "{:.1f} over {:.1f}".format(*(1e3 * t for t in r.seconds["step"])))
+    column("MB", lambda r: "{:.0f} over {:.0f}".format(*(m / 1e6 for m in r.memory)))
+    column("GFLOP", lambda r: f"{r.flops['step'] / 1e9:.3g}")
+    column("of peak", lambda r: f"{r.share['step']:.0%}")
+    widths = [max(map(len, cells)) for cells in columns]
+    rows = zip(*columns, strict=True)
+    lines = ("  ".join(f"{cell:>{n}}" for cell, n in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(lines) + "\n"
+
+
+def _medians(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    own, others = zip(*pairs, strict=True)
+    return median(own), median(others)

@@ -1,0 +1,78 @@
+"""This package's side: a step and a forward as training and evaluation run them."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora import __version__
+from minilora.expanded import Expanded, OnDemand
+from minilora.formats.files import read_tensors
+from minilora.formats.huggingface import read_config, read_model
+from minilora.formats.peft import read_adapter
+from minilora.models import Batch
+from minilora.optim import AdamState, adamw
+from minilora.quantised import from_gguf
+from minilora.steps import Plan, blas_threads, evaluate, gradients, warm_memory
+
+RATE = 1e-4
+
+
+class Own:
+    """LoRA on the case in ``folder``; ``quantised``: from weights that stay in four bits."""
+
+    versions = f"minilora {__version__}, NumPy {np.__version__}"
+
+    def __init__(
+        self,
+        folder: str,
+        threads: int,
+        tokens: int = 512,
+        recompute: bool = False,
+        quantised: bool = False,
+    ) -> None:
+        warm_memory()
+        at = Path(folder)
+        self.plan = Plan(threads, tokens, recompute)
+        self.c = read_config(at / "model")
+        self.W: Any = _quantised(at) if quantised else read_model(at / "model")[1]
+        self.params, self.tuning = read_adapter(at / "adapter", self.c)
+        self.state = AdamState()
+        ids = read_tensors(at / "batch.safetensors")["ids"]
+        self.batch = Batch(ids, labels=ids)
+
+    def step(self) -> float:
+        """Loss, gradients and AdamW's step."""
+        W = self.W | self.params
+        L, g = gradients(self.batch, W, self.c, self.tuning, self.plan)
+        self.params, self.state = adamw(self.params, g, self.state, RATE)
+        return float(L)
+
+    def forward(self) -> float:
+        """The loss alone."""
+        nll, n = evaluate(self.batch, self.W | self.params, self.c, self.tuning, self.plan)
+        return float(nll / n)
+
+    def products(self) -> float:
+        """What a large matrix product reaches, in multiplications and additions a second."""
+        n = 1024
+        a, b = np.ones((n, n), np.float32), np.ones((n, n), np.float32)
+        best = float("inf")
+        with blas_threads(self.plan.threads):
+            for _ in range(5):
+                start = time.perf_counter()
+                a @ b
+                best = min(best, time.perf_counter() - start)
+        return 2 * n**3 / best
+
+
+def _quantised(folder: Path) -> Expanded:
+    """The weights as GGUF's blocks, each expanded when it is read."""
+    found = read_tensors(folder / "quantised.safetensors")
+    return Expanded(
+        {
+            name: OnDemand(from_gguf(data, "q4_1")) if data.dtype == np.uint8 else data
+            for name, data in found.items()
+        }
+    )

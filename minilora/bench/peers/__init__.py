@@ -1,0 +1,1 @@
+"""The other sides, each of which imports its library."""

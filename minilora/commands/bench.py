@@ -1,0 +1,96 @@
+"""``minilora bench``: what a step costs here and elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from minilora.console import HOLDS, NOT_LOADED, USAGE, refuse, say, split
+
+ROUNDS, FEWER = 15, 3
+
+
+def add(commands: Any) -> None:
+    """The options."""
+    bench = commands.add_parser(
+        "bench",
+        help="measure a LoRA step's time and memory beside another library's",
+        description="Runs the same step on the same model and batch here and in another library, "
+        "each in a process of its own and in turn, and prints the ratios: below 1 is less here. "
+        "Exit status: 0 it is measured, 2 wrong usage, 3 the library is not installed.",
+        allow_abbrev=False,
+    )
+    bench.set_defaults(run=run, parser=bench)
+    option = bench.add_argument
+    option(
+        "--peer",
+        default="peft",
+        metavar="PEER",
+        help="peft (default), peft-warm, torch or minilora",
+    )
+    option(
+        "--size",
+        action="append",
+        metavar="SIZE",
+        help="tiny, small, medium, smollm2 or smollm2-512 (default: all); repeatable, or a,b",
+    )
+    option(
+        "--threads", action="append", metavar="N", help="threads on either side (default: 1); 1,2"
+    )
+    option("--rounds", type=int, metavar="N", help=f"rounds at each size (default: {ROUNDS})")
+    option("--quick", action="store_true", help=f"{FEWER} rounds of the small sizes")
+    option("--tokens", type=int, default=512, metavar="N", help="of a group of sequences here")
+    option("--recompute", action="store_true", help="form activations again here for the backward")
+    option("--quantised", action="store_true", help="keep the frozen weights in four bits here")
+    option("--json", metavar="FILE", help="write the results as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures, and says what it is at where a person watches."""
+    import json
+    import tempfile
+    from pathlib import Path
+
+    from minilora.bench import SIDES, SIZES, Missing, measure, table, write_case
+    from minilora.console import progress_bar
+    from minilora.verify.report import writable, write
+
+    sizes = split(arguments.size) or (["tiny", "small"] if arguments.quick else list(SIZES))
+    threads = split(arguments.threads) or ["1"]
+    rounds = arguments.rounds or (FEWER if arguments.quick else ROUNDS)
+    if unknown := [name for name in sizes if name not in SIZES]:
+        return refuse(f"--size {', '.join(unknown)}: expected some of {', '.join(SIZES)}", "bench")
+    if arguments.peer not in SIDES:
+        return refuse(f"--peer {arguments.peer}: expected one of {', '.join(SIDES)}", "bench")
+    if wrong := [n for n in threads if not n.isdecimal() or int(n) < 1]:
+        return refuse(f"--threads {', '.join(wrong)}: expected numbers from 1", "bench")
+    for name, value in (("rounds", rounds), ("tokens", arguments.tokens)):
+        if value < 1:
+            return refuse(f"--{name} {value}: expected at least 1", "bench")
+    if arguments.json and (why := writable(arguments.json)):
+        return refuse(f"cannot write {why}", "bench")
+    own = {name: getattr(arguments, name) for name in ("tokens", "recompute", "quantised")}
+    results = []
+    with progress_bar() as progress:
+        for i, name in enumerate(sizes):
+            with tempfile.TemporaryDirectory() as made:
+                folder = Path(made)
+                write_case(folder, SIZES[name])
+                for j, n in enumerate(threads):
+                    if progress:
+                        done = i * len(threads) + j
+                        progress(f"{name}:", done, len(sizes) * len(threads))
+                    try:
+                        results.append(measure(name, folder, arguments.peer, int(n), rounds, own))
+                    except Missing as error:
+                        refuse(str(error), "bench")
+                        return NOT_LOADED
+    if arguments.json:
+        try:
+            write(arguments.json, json.dumps([r.json() for r in results], indent=1) + "\n")
+        except OSError as error:
+            refuse(f"cannot write {arguments.json}: {error.strerror}", "bench")
+            return USAGE
+    versions = results[0].versions
+    say(f"{versions[0]} over {versions[1]}, medians of {rounds} rounds\n{table(results)}")
+    return HOLDS
