@@ -76,8 +76,13 @@ class Base:
         return sha.hexdigest()
 
 
-def open_base(name: str, dtype: Any = np.float32, classes: int = 2) -> Base:
+def open_base(
+    name: str, dtype: Any = np.float32, classes: int = 2, quantised: bool = False
+) -> Base:
     """The model of this name: ``reference:NAME``, a Hugging Face folder, or a GGUF file.
+
+    ``quantised``: the matrices of a GGUF file stay as they are there, and are expanded whenever
+    they are read: little memory, more time, the same bits.
 
     A BERT without a classifier gets the configuration of one with so many ``classes``, and has no
     weights of a head.
@@ -96,7 +101,7 @@ def open_base(name: str, dtype: Any = np.float32, classes: int = 2) -> Base:
     if path.suffix == ".gguf":
         from minilora.formats import gguf
 
-        c, W = gguf.read_model(path, dtype=dtype)
+        c, W = gguf.read_model(path, dtype, keep_quantised=quantised)
     else:
         if not path.is_dir():
             expected = f"a model folder, a .gguf file or {REFERENCE}NAME"

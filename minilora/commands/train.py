@@ -70,7 +70,7 @@ def add(commands: Any) -> None:
     option("--seed", type=int, default=0, metavar="N", help="of start, order and dropout")
 
     option("--threads", type=int, default=1, metavar="N", help="(default: 1)")
-    option("--recompute", action="store_true", help="less memory for more time; the same bits")
+    option("--recompute", action="store_true", help="less memory, more time, the same bits")
     option("--valid", type=float, default=0.0, metavar="SHARE", help="of a file, to validate with")
     option("--count-prompt", action="store_true", help="what is asked counts, too")
     option("--skip-bad", action="store_true", help="leave out lines that cannot be used")
@@ -125,7 +125,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.dtype not in ("float32", "float64"):
         raise ValueError(f"--dtype {arguments.dtype}: expected float32 or float64")
-    base = open_base(arguments.model or "reference:llama", np.dtype(arguments.dtype))
+    name, dtype = arguments.model or "reference:llama", np.dtype(arguments.dtype)
+    base = open_base(name, dtype, quantised=arguments.recompute)
     path, task = data_of(base, arguments.data, arguments.task)
     recipe = recipe_of(arguments, task)
     plan = Plan(threads=arguments.threads, recompute=arguments.recompute)
