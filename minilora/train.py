@@ -522,16 +522,16 @@ def fit(
         tell(text)
     c, steps = job.base.config, read_json(out / MANIFEST)["steps"]
     valid = batches_of(job.data.valid, job.recipe.batch_tokens, job.base.tokenizer.pad)
-    saved: State | None = None
+    saved = -1  # the step that was saved, and not its state, which would be held
 
     saved_at = time.monotonic()
 
     def save() -> None:
         nonlocal saved, saved_at
-        if saved is not state:
+        if saved != state.step:
             checkpoints.save(out / checkpoints.FOLDER, state)
             write_result(out, job, state.params)
-        saved, saved_at = state, time.monotonic()
+        saved, saved_at = state.step, time.monotonic()
 
     why = ""
     try:
@@ -562,13 +562,15 @@ def fit(
         save()
         why = "interrupted"
     except OSError as error:
-        kept = f"kept is step {saved.step if saved else 0} of {steps}"
+        there = checkpoints.saved(out / checkpoints.FOLDER)
+        kept = f"kept is {there[-1].stem} of {steps}" if there else "nothing is kept yet"
         said = f"{error.strerror or error}; {kept}: see to the disk and go on with --resume"
         raise OSError(error.errno, said, error.filename or str(out)) from error
     except Diverged as error:
         why = str(error)
-        _cut_log(out / LOG, saved.step if saved else 0)
-    return Outcome(saved or state, steps, why)
+        _cut_log(out / LOG, saved)
+        state = checkpoints.load(out / checkpoints.FOLDER / checkpoints.name_of(saved))
+    return Outcome(state, steps, why)
 
 
 def batches_of(examples: Sequence[Example], tokens: int, pad: int) -> list[Batch]:
