@@ -412,7 +412,7 @@ def cross_entropy(z: Array, labels: Array, count: int | None = None) -> tuple[Ar
     def back(dL: Array) -> Array:
         dz: Array = e / total
         dz[at] = dz[at] - 1
-        dz = dz * counted * (dL / n)
-        return dz
+        dz *= counted
+        return dz * (dL / n)
 
     return L, back

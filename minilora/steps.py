@@ -220,8 +220,8 @@ def evaluate(
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Options of glibc's ``mallopt``."""
 
-LARGEST = 2**25
-"""Bytes: no older glibc keeps larger arrays, and what is larger should go back at once."""
+LARGEST = 10 * 2**20
+"""Bytes: of what is larger there is little, blocks of logits, and it goes back at once."""
 
 
 def warm_memory() -> bool:
