@@ -141,7 +141,8 @@ class OnDemand:
 class Expanded(Mapping[str, Array]):
     """Parameters by name: arrays, or functions without arguments that give one whenever it is read.
 
-    The function of a table, or of a head, may have ``rows``, ``shape`` and ``dtype``, as `OnDemand` has, for a `Table`.
+    That of a table or a head may have ``rows``, ``shape`` and ``dtype``, as `OnDemand` has: then
+    what is read is a `Table`.
     ``W | others`` is another one, with more parameters or others in their place.
     """
 
