@@ -339,12 +339,12 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Back]:
     z = K.mT @ Q
     np.copyto(z, -np.inf, where=~mask[:, None, None])
     p, back_softmax = softmax(z)
-    o = (V @ p).reshape(q.shape)
+    o = (V @ p).reshape(b, h, d, t)
 
     def back(do: Array) -> tuple[Array, Array, Array]:
         dO = do.reshape(grouped)
         dz = back_softmax(V.mT @ dO)
-        dq = (K @ dz * scale).reshape(q.shape)
+        dq = (K @ dz * scale).reshape(b, h, d, t)
         return dq, (Q @ dz.mT).sum(2), (dO @ p.mT).sum(2)
 
     return o, back
