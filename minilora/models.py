@@ -319,7 +319,7 @@ def targets(batch: Batch, c: Config) -> Array:
     return following.ravel()
 
 
-LOGITS = 2**22
+LOGITS = 6 * 2**20
 """About so many logits are formed at a time."""
 
 

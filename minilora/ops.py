@@ -301,7 +301,8 @@ def padding_mask(real: Array) -> Array:
 def _exponentials(z: Array) -> tuple[Array, Array, Array]:
     """exp(z - c), its sum and c, the greatest real part of each column: nothing overflows."""
     c = z.real.max(-2, keepdims=True)
-    e = np.exp(z - c)
+    e = z - c
+    e = np.exp(e, out=e)  # in its place: these arrays are the largest of all
     return e, e.sum(-2, keepdims=True), c
 
 
@@ -413,6 +414,8 @@ def cross_entropy(z: Array, labels: Array, count: int | None = None) -> tuple[Ar
         dz: Array = e / total
         dz[at] = dz[at] - 1
         dz *= counted
-        return dz * (dL / n)
+        factor = dL / n
+        dz = np.multiply(dz, factor, out=None if np.iscomplexobj(factor) else dz)
+        return dz
 
     return L, back
