@@ -40,12 +40,12 @@ SURVIVORS = {
         "by_queries: t <= QUERIES -> t < QUERIES": "one block is the whole",
         "by_queries: (0, 2) -> (2, 0)": ORDER,
         (
-            "cross_entropy: np.multiply(dz, factor, out=None if np.iscomplexobj(factor) else dz) -> "
-            "np.multiply(factor, dz, out=None if np.iscomplexobj(factor) else dz)"
+            "cross_entropy: np.multiply(dz, factor, out=None if np.iscomplexobj(factor) else dz) "
+            "-> np.multiply(factor, dz, out=None if np.iscomplexobj(factor) else dz)"
         ): ORDER,
         (
-            "cross_entropy: np.multiply(dz, factor, out=None if np.iscomplexobj(factor) else dz) -> "
-            "np.multiply(dz, factor)"
+            "cross_entropy: np.multiply(dz, factor, out=None if np.iscomplexobj(factor) else dz) "
+            "-> np.multiply(dz, factor)"
         ): MEMORY,
         "cross_entropy: None if np.iscomplexobj(factor) else dz -> None": MEMORY,
     },
