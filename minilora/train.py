@@ -27,7 +27,7 @@ from minilora.formats import huggingface, peft
 from minilora.formats.files import pack_json, read_json, write_files
 from minilora.lora import LORA, Params, Tuning, Weights, is_base, total
 from minilora.models import Batch, Config
-from minilora.optim import adamw, clip, loraplus_rates, schedule
+from minilora.optim import AdamState, adamw, clip, loraplus_rates, schedule
 from minilora.steps import Plan, counted, drawn_dropout, gradients
 from minilora.targets import Lora, adapt
 from minilora.variants import REGISTRY
@@ -182,46 +182,60 @@ def run(
             rows, epoch = micro_batches(examples, recipe, state.epoch), state.epoch
         chosen = rows[state.position : state.position + recipe.accumulate]
         batches = [padded([examples[i] for i in own], pad) for own in chosen]
-        counts = [counted(batch, c) for batch in batches]
-        if not any(counts):
-            raise ValueError(f"step {state.step + 1}: no label counts in its examples {chosen}")
-        L, g = _summed(
-            state, batches, counts, weights_with(W, state.params), c, tuning, recipe, plan
-        )
-        loss = float(L)
-        first = loss if state.first is None else state.first
-        g, norm = clip(g, recipe.clip or np.inf)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Diverged(state.step + 1, f"the loss is {loss:g}, its gradient's norm {norm:g}")
-        if loss > DIVERGED * max(first, limit):
-            raise Diverged(state.step + 1, f"the loss is {loss:.4g}, at first it was {first:.4g}")
         factor = schedule(recipe.schedule, state.step, steps, recipe.warmup)
         lr = {name: rate * factor for name, rate in rates.items()}
-        params, adam = adamw(state.params, g, state.adam, lr, weight_decay=recipe.weight_decay)
-        if not all(np.isfinite(p).all() for p in params.values()):
-            raise Diverged(state.step + 1, "a parameter is no longer finite")
+        params, adam, loss, norm = step(state, batches, W, c, tuning, recipe, plan, lr)
+        first = loss if state.first is None else state.first
+        if loss > DIVERGED * max(first, limit):
+            raise Diverged(state.step + 1, f"the loss is {loss:.4g}, at first it was {first:.4g}")
         tokens = sum(int(batch.real.sum()) for batch in batches)
+        labels = sum(counted(batch, c) for batch in batches)
         place = state.position + len(chosen)
         at = (epoch + 1, 0) if place >= len(rows) else (epoch, place)
+        record = Record(state.step + 1, epoch, loss, tokens, labels, recipe.lr * factor, norm)
         state = State(params, adam, state.step + 1, *at, state.tokens + tokens, first)
-        rate = recipe.lr * factor
-        yield (
-            state,
-            Record(state.step, epoch, loss, tokens, sum(counts), rate, float(norm)),
-        )
+        yield state, record
+
+
+def step(
+    state: State,
+    batches: Sequence[Batch],
+    W: Params,
+    c: Config,
+    tuning: Tuning,
+    recipe: Recipe,
+    plan: Plan,
+    lr: Mapping[str, float],
+) -> tuple[Weights, AdamState, float, float]:
+    """The parameters and the optimizer's means after a step, its loss, its gradients' norm.
+
+    Loss and gradients are those of all micro-batches together, over all labels that count; then
+    they are clipped, and AdamW goes by them.
+
+    Errors: ValueError if no label counts; Diverged if a number is not finite.
+    """
+    L, g = _summed(state, batches, weights_with(W, state.params), c, tuning, recipe, plan)
+    g, norm = clip(g, recipe.clip or np.inf)
+    if not (np.isfinite(L) and np.isfinite(norm)):
+        raise Diverged(state.step + 1, f"the loss is {L:g}, its gradient's norm {norm:g}")
+    params, adam = adamw(state.params, g, state.adam, lr, weight_decay=recipe.weight_decay)
+    if not all(np.isfinite(p).all() for p in params.values()):
+        raise Diverged(state.step + 1, "a parameter is no longer finite")
+    return params, adam, float(L), float(norm)
 
 
 def _summed(
     state: State,
     batches: Sequence[Batch],
-    counts: Sequence[int],
     W: Params,
     c: Config,
     tuning: Tuning,
     recipe: Recipe,
     plan: Plan,
 ) -> tuple[Any, Weights]:
-    """The loss and the gradients of all micro-batches together, over all labels that count."""
+    counts = [counted(batch, c) for batch in batches]
+    if not any(counts):
+        raise ValueError(f"step {state.step + 1}: no label counts in any of its examples")
     L: Any = 0.0
     g: Weights = {}
     # What overflows is found in the results, and told as a divergence.
