@@ -72,7 +72,7 @@ def figures(text):
 
 
 def printed_alike(one, other):
-    """Whether the losses are one number but for rounding: printed, a unit of the last digit apart."""
+    """Whether the losses are one number, but for rounding and a unit of the last digit printed."""
     apart = round(1e4 * abs(figures(one)["loss"] - figures(other)["loss"]))
     return apart <= 1
 
