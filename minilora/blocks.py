@@ -64,6 +64,53 @@ def normalise(
     return y, back
 
 
+class Past:
+    """The keys and values of the tokens so far, by block, which a later token's attention sees too.
+
+    It grows as the model runs over further tokens of the same b sequences; ``real`` (b, s) is true
+    at those that are no padding. What has run with it has no ``back``.
+    """
+
+    def __init__(self) -> None:
+        self.real: Array | None = None
+        self.held: dict[str, tuple[Array, Array]] = {}
+        self.length: dict[str, int] = {}
+
+    def seen(self, real: Array) -> Array:
+        """What is real of all tokens, once the t new ones are among them.
+
+        Shapes: real (b, t) -> real (b, s).
+        """
+        self.real = real if self.real is None else np.concatenate([self.real, real], axis=1)
+        return self.real
+
+    def extend(self, at: str, k: Array, v: Array) -> tuple[Array, Array]:
+        """All keys and values of the block, the new ones at the end.
+
+        They lie in twice the room that they need, so that a token's cost is not that of a copy.
+
+        Shapes: k (b, g, d, t), v (b, g, d, t) -> k (b, g, d, s), v (b, g, d, s).
+        """
+        start = self.length.get(at, 0)
+        end = start + k.shape[-1]
+        if start == 0 or end > self.held[at][0].shape[-1]:
+            old = self.held.get(at, (k[..., :0], v[..., :0]))
+            room = [np.empty((*new.shape[:-1], 2 * end), new.dtype) for new in (k, v)]
+            for place, before in zip(room, old, strict=True):
+                place[..., :start] = before[..., :start]
+            self.held[at] = room[0], room[1]
+        for place, new in zip(self.held[at], (k, v), strict=True):
+            place[..., start:end] = new
+        self.length[at] = end
+        keys, values = (place[..., :end] for place in self.held[at])
+        return keys, values
+
+
+def so_far(past: Past | None, at: str, k: Array, v: Array) -> tuple[Array, Array]:
+    """The keys and values that attention sees: the new ones, and those of the past, if any."""
+    return (k, v) if past is None else past.extend(at, k, v)
+
+
 def llama_block(
     x: Array,
     at: str,
@@ -72,8 +119,11 @@ def llama_block(
     tuning: Tuning,
     tables: tuple[Array, Array],
     mask: Array,
+    past: Past | None = None,
 ) -> tuple[Array, Back]:
     """y = x' + down(silu(gate h') ∘ up h'), h' = norm2(x'), x' = x + o(attention of norm1(x)).
+
+    Beside a ``past``, of s - t tokens, the mask is (b, s, t).
 
     Shapes: x (d, b*t), mask (b, t, t) -> y (d, b*t); tables as rope_tables gives them.
     Source: Touvron et al. 2023, section 2.2; Qwen2 adds biases to q, k and v.
@@ -85,7 +135,8 @@ def llama_block(
     v, back_v = project(h, at + "v", W, tuning)
     q, back_rope_q = rope(split_heads(q, b, c.heads), *tables)
     k, back_rope_k = rope(split_heads(k, b, c.kv_heads), *tables)
-    a, back_attention = by_queries(attention, q, k, split_heads(v, b, c.kv_heads), mask)
+    k, v = so_far(past, at, k, split_heads(v, b, c.kv_heads))
+    a, back_attention = by_queries(attention, q, k, v, mask)
     o, back_o = project(join_heads(a), at + "o", W, tuning)
     x = x + o
 
@@ -115,9 +166,17 @@ def llama_block(
 
 
 def gpt2_block(
-    x: Array, at: str, W: Params, c: Any, tuning: Tuning, mask: Array
+    x: Array,
+    at: str,
+    W: Params,
+    c: Any,
+    tuning: Tuning,
+    mask: Array,
+    past: Past | None = None,
 ) -> tuple[Array, Back]:
     """y = x' + down(gelu(up norm2(x'))), x' = x + o(attention of qkv(norm1(x))).
+
+    Beside a ``past``, of s - t tokens, the mask is (b, s, t).
 
     Shapes: x (d, b*t), mask (b, t, t) -> y (d, b*t).
     Source: Radford et al. 2019, section 2.3; q, k and v are one weight (3 d, d).
@@ -126,6 +185,7 @@ def gpt2_block(
     h, back_norm1 = normalise(layernorm, x, at + "norm1", W, c, tuning)
     qkv, back_qkv = project(h, at + "qkv", W, tuning)
     q, k, v = (split_heads(part, b, c.heads) for part in qkv.reshape(3, *x.shape))
+    k, v = so_far(past, at, k, v)
     a, back_attention = by_queries(attention, q, k, v, mask)
     o, back_o = project(join_heads(a), at + "o", W, tuning)
     x = x + o
@@ -208,9 +268,10 @@ def stack(
     backs: list[Back] = [_constant] if constant else []
 
     def upwards(x: Array, i: int) -> Any:
-        y, back_block = block(x, f"layers.{i}.")
+        at = f"layers.{i}."
+        y, back_block = block(x, at)
         if i >= constant:
-            backs.append(partial(_again, block, x, f"layers.{i}.") if recompute else back_block)
+            backs.append(partial(_again, block, x, at) if recompute else back_block)
         return y
 
     for i in range(layers):

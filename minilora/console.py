@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import argparse
+
     from minilora.verify.engine import Progress
 
 HOLDS, DEVIATES, USAGE, NOT_LOADED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -77,3 +81,95 @@ def progress_bar() -> Iterator[Progress | None]:
             bar.update(behind - bar.n)
 
         yield progress
+
+
+@contextlib.contextmanager
+def steps_bar(done: int) -> Iterator[Callable[[Mapping[str, Any], int], None] | None]:
+    """A bar over the steps of a run, on standard error where that is a terminal.
+
+    It shows the loss, the tokens a second, the time left and the memory.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    form = "{percentage:3.0f}% {bar:12} {n_fmt} of {total_fmt} steps, {remaining} left  {desc}"
+    with tqdm(bar_format=form, initial=done, file=sys.stderr, dynamic_ncols=True) as bar:
+
+        def watch(line: Mapping[str, Any], steps: int) -> None:
+            memory = "" if line["memory"] is None else f", {line['memory'] / 2**20:.0f} MiB"
+            valid = f", valid {line['valid_loss']:.4g}" if "valid_loss" in line else ""
+            speed = f"{line['tokens_per_second']:.0f} tokens/s"
+            bar.total = steps
+            bar.set_description_str(f"loss {line['loss']:.4g}{valid}, {speed}{memory}", False)
+            bar.update(line["step"] - bar.n)
+
+        yield watch
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """A polite request to end is taken as Ctrl-C is: what there is, is saved."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def answer(command: str, run: Callable[[argparse.Namespace], int]) -> Any:
+    """``run`` as a command: what it raises becomes a message and an exit status.
+
+    A file that cannot be read, or a library that is not installed, is `NOT_LOADED`; a setting that
+    cannot be is `USAGE`; a disk that is full or closed, or numbers that are none, `DEVIATES`.
+    """
+
+    def guarded(arguments: argparse.Namespace) -> int:
+        from minilora.formats.files import FormatError
+
+        try:
+            return run(arguments)
+        except (FormatError, ImportError) as error:
+            print(f"minilora {command}: {error}", file=sys.stderr)
+            return NOT_LOADED
+        except ValueError as error:
+            return refuse(str(error), command)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"minilora {command}: {where}{error.strerror or error}", file=sys.stderr)
+            return DEVIATES
+        except ArithmeticError as error:
+            print(f"minilora {command}: {error}", file=sys.stderr)
+            return DEVIATES
+
+    return guarded
+
+
+def add_command(commands: Any, name: str, help: str, description: str, run: Any) -> Any:
+    """A command's parser, with the exit statuses that the commands of fine-tuning share."""
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=f"{description} Exit status: 0 done, 1 the disk or the numbers failed, 2 wrong "
+        "usage, 3 a file cannot be read or a library is missing.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=answer(name, run), parser=parser)
+    return parser
+
+
+def add_model(add: Any, adapter: bool = True) -> None:
+    """The options that name a model, and an adapter on it."""
+    add(
+        "--model",
+        metavar="M",
+        help="a Hugging Face folder, a .gguf file or reference:NAME (default: the one that the "
+        "adapter was trained on, or else reference:llama)",
+    )
+    if adapter:
+        add("--adapter", metavar="A", help="an adapter of PEFT or MLX, a folder, or of llama.cpp")
+    add("--dtype", default="float32", metavar="DTYPE", help="float32 (default) or float64")

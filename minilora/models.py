@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from minilora.blocks import bert_block, embed, gpt2_block, llama_block, normalise, stack
+from minilora.blocks import Past, bert_block, embed, gpt2_block, llama_block, normalise, stack
+from minilora.expanded import by_rows
 from minilora.lora import Params, Tuning, Weights, project, total, weight_of
 from minilora.ops import (
     IGNORED,
@@ -180,8 +181,23 @@ def draw_weights(c: Config, rng: np.random.Generator, std: float = 0.02) -> Weig
     return {name: draw(name, shape) for name, shape in c.shapes().items()}
 
 
+def mask_of(batch: Batch, past: Past | None) -> Array:
+    """The causal mask of the batch's tokens, over those of the past too.
+
+    Shapes: ids (b, t) -> mask (b, s, t), keys before queries.
+    """
+    if past is None:
+        return causal_mask(batch.real)
+    return causal_mask(past.seen(batch.real))[:, :, -batch.ids.shape[1] :]
+
+
 def llama(
-    batch: Batch, W: Params, c: Llama, tuning: Tuning, head: Head = project
+    batch: Batch,
+    W: Params,
+    c: Llama,
+    tuning: Tuning,
+    head: Head = project,
+    past: Past | None = None,
 ) -> tuple[Array, Back]:
     """z = head(norm(blocks(embed(ids)))).
 
@@ -190,9 +206,12 @@ def llama(
     """
     x, back_embed = embed(batch.ids.ravel(), "embed", W, tuning)
     tables = rope_tables(batch.places, c.head_dim, c.theta, x.dtype)
-    mask = causal_mask(batch.real)
+    mask = mask_of(batch, past)
     x, back_blocks = stack(
-        x, c.layers, lambda x, at: llama_block(x, at, W, c, tuning, tables, mask), *kept(c, tuning)
+        x,
+        c.layers,
+        lambda x, at: llama_block(x, at, W, c, tuning, tables, mask, past),
+        *kept(c, tuning),
     )
     h, back_norm = normalise(rmsnorm, x, "norm", W, c, tuning)
     z, back_head = head(h, "head", W, tuning)
@@ -207,7 +226,12 @@ def llama(
 
 
 def gpt2(
-    batch: Batch, W: Params, c: GPT2, tuning: Tuning, head: Head = project
+    batch: Batch,
+    W: Params,
+    c: GPT2,
+    tuning: Tuning,
+    head: Head = project,
+    past: Past | None = None,
 ) -> tuple[Array, Back]:
     """z = embedᵀ(norm(blocks(embed(ids) + positions))), the embedding used as the head.
 
@@ -216,11 +240,11 @@ def gpt2(
     """
     tokens, back_embed = embed(batch.ids.ravel(), "embed", W, tuning)
     places, back_positions = embed(batch.places.ravel(), "positions", W, tuning)
-    mask = causal_mask(batch.real)
+    mask = mask_of(batch, past)
     x, back_blocks = stack(
         tokens + places,
         c.layers,
-        lambda x, at: gpt2_block(x, at, W, c, tuning, mask),
+        lambda x, at: gpt2_block(x, at, W, c, tuning, mask, past),
         *kept(c, tuning),
     )
     h, back_norm = normalise(layernorm, x, "norm", W, c, tuning)
@@ -288,11 +312,20 @@ FORWARD: dict[type[Config], Callable[..., tuple[Array, Back]]] = {
 
 
 def logits(
-    batch: Batch, W: Params, c: Config, tuning: Tuning, head: Head = project
+    batch: Batch,
+    W: Params,
+    c: Config,
+    tuning: Tuning,
+    head: Head = project,
+    past: Past | None = None,
 ) -> tuple[Array, Back]:
     """The logits of the model that ``c`` configures, or what else ``head`` makes in their place.
 
-    Errors: ValueError if a token's id, position or type lies outside its table.
+    With a ``past`` the batch holds the tokens that follow it: they see its keys and values, and
+    ``batch.positions`` counts on. There is no ``back`` then: what came before is not held.
+
+    Errors: ValueError if a token's id, position or type lies outside its table, and for the past of
+    a model that is not causal, whose earlier tokens would have to see the later ones.
     """
     rows = {"embed": batch.ids, "positions": batch.places, "types": batch.types}
     for at, n in c.tables().items():
@@ -300,7 +333,16 @@ def logits(
         if numbers is not None and (numbers.min() < 0 or numbers.max() >= n):
             found = f"{numbers.min()} to {numbers.max()}"
             raise ValueError(f"rows of {at}: found {found}, expected 0 to {n - 1}")
-    return FORWARD[type(c)](batch, W, c, tuning, head)
+    if past is None:
+        return FORWARD[type(c)](batch, W, c, tuning, head)
+    if not c.causal:
+        raise ValueError(f"a {type(c).__name__} has no past: every token sees every other")
+    z, _ = FORWARD[type(c)](batch, W, c, tuning, head, past)
+    return z, _no_back
+
+
+def _no_back(dz: Array) -> Weights:
+    raise RuntimeError("a forward with a past has no back; run it over all tokens at once")
 
 
 def targets(batch: Batch, c: Config) -> Array:
@@ -318,7 +360,7 @@ def targets(batch: Batch, c: Config) -> Array:
     return following.ravel()
 
 
-LOGITS = 2**22
+LOGITS = 6 * 2**20
 """About so many logits are formed at a time."""
 
 
@@ -328,18 +370,21 @@ def head_loss(
     """L = the mean cross-entropy of z = W x over the labels that count, W the projection's ``at``.
 
     Where there would be more than `LOGITS`, only the columns whose label counts are formed, some of
-    them at a time, and each time the gradient in the same pass: z is never there as a whole.
+    them at a time, and each time the gradient in the same pass: z is never there as a whole. Nor is
+    W, which is then read by blocks of rows.
 
     Shapes: x (n, t), labels (t,) -> L ().
     Errors: those of :func:`minilora.ops.cross_entropy`.
     """
-    names = {weight_of(at, W), *(name for name in W if name.startswith(f"{at}."))}
-    held = {name: _whole(W[name]) for name in names}  # once, where it is made on demand
-    counted, v = labels != IGNORED, len(held[weight_of(at, W)])
+    weight = weight_of(at, W)
+    held: dict[str, Any] = {name: W[name] for name in W if name.startswith(f"{at}.")}
+    counted, E = labels != IGNORED, W[weight]
+    large = len(E) * labels.size > LOGITS
+    held[weight] = by_rows(E) if large else _whole(E)
     parts: list[Any] = [slice(None)]
-    if v * labels.size > LOGITS and counted.any():
+    if large and counted.any():
         columns = np.flatnonzero(counted)
-        parts = np.array_split(columns, -(-v * columns.size // LOGITS))
+        parts = np.array_split(columns, -(-len(E) * columns.size // LOGITS))
     n = count if len(parts) == 1 else int(counted.sum()) if count is None else count
     K = tuning.keep.get(at)
 
@@ -347,6 +392,7 @@ def head_loss(
         keep = {} if K is None else {at: K[:, part]}
         z, back_z = project(x[:, part], at, held, replace(tuning, keep=keep))
         L, back_L = cross_entropy(z, labels[part], n)
+        del z  # the gradient takes its place
         return L, *(back_z(back_L(1.0)) if tuning.trained else (np.zeros_like(x[:, part]), {}))
 
     losses, dxs, gradients = zip(*map(of, parts), strict=True)

@@ -529,6 +529,7 @@ def calls(rng, sizes, model):
     yield blocks.stack, arguments, (blocks.stack(x, 2, lambda x, at: (x, None))[0],)
     z, _ = forward(batch, model.W, c, model.tuning)
     yield forward, arguments | {"ids": batch.ids}, (z,)
+    yield models.mask_of, {"ids": batch.ids}, (models.mask_of(batch, None),)
     yield models.targets, arguments | {"labels": batch.labels}, (models.targets(batch, c),)
     yield models.loss, arguments, (model.loss()[0],)
     labels = models.targets(batch, c)

@@ -53,8 +53,9 @@ TEXT = {
     "minilora/formats/gguf.py": {"gguf", "tokenizers"},
     "minilora/formats/tokenizers.py": {"jinja2", "tokenizers"},
     "minilora/metrics.py": {"rouge_score"},
+    "minilora/train.py": {"matplotlib"},
 }
-"""What comes with the extras `text` and `gguf`, by the file that imports it where it uses it."""
+"""What comes with the extras `text`, `gguf` and `plot`, by the file that imports it."""
 
 
 def imported(source):
@@ -149,8 +150,9 @@ def test_the_declared_dependencies_are_those():
 
     assert names(project["dependencies"]) == RUN_TIME
     assert names(project["optional-dependencies"]["peers"]) == PEERS - {"lycoris"}
-    text = {name.replace("-", "_") for name in names(project["optional-dependencies"]["text"])}
-    assert text | names(project["optional-dependencies"]["gguf"]) == set().union(*TEXT.values())
+    extra = [project["optional-dependencies"][name] for name in ("text", "gguf", "plot")]
+    text = {name.replace("-", "_") for some in extra for name in names(some)}
+    assert text == set().union(*TEXT.values())
     extras = names(project["optional-dependencies"]["libraries"])
     extras |= names(project["optional-dependencies"]["jax"])
     assert {"lycoris-lora", "mlx[cpu]"} | {a.replace("_", "-") for a in ALONE - {"mlx"}} <= extras

@@ -6,7 +6,10 @@ A module imports at its top no more than the parser needs; the rest when the com
 from importlib import import_module
 from typing import Any
 
-NAMES: tuple[str, ...] = ("bench",)
+NAMES: tuple[str, ...] = (
+    *("train", "generate", "evaluate", "merge", "inspect", "convert"),
+    "bench",
+)
 """The commands in the order of the help."""
 
 

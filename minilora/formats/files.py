@@ -79,7 +79,12 @@ def read_tensors(path: Path | str, ignore: str | None = None) -> Weights:
     try:
         with safe_open(path, framework="np") as file:
             names = [name for name in file.keys() if not (ignore and re.search(ignore, name))]  # noqa: SIM118
-            return {name: _tensor(path, name, file) for name in sorted(names)}
+        tensors: Weights = {}
+        for name in sorted(names):
+            # Opened anew, so that what has been read of the mapped file is no longer in memory.
+            with safe_open(path, framework="np") as file:
+                tensors[name] = _tensor(path, name, file)
+        return tensors
     except (OSError, SafetensorError) as error:
         raise FormatError(
             path, "file", error, "a whole safetensors file", "fetch or write it again"
@@ -231,12 +236,17 @@ def check_settings(
 
 
 def write_files(
-    folder: Path | str, files: Mapping[str, Callable[[], bytes]], stale: str | None = None
+    folder: Path | str,
+    files: Mapping[str, Callable[[], bytes]],
+    stale: str | None = None,
+    durable: bool = False,
 ) -> None:
     """Write files to a folder, each whole; in place of none before all are written beside it.
 
     A folder that is there keeps its other files. ``stale`` is an expression for the names of those
     that may not stay, because a reader would take them for a part of what is written now.
+    ``durable``: all is on the disk, and not only on its way to it, when this returns, and each file
+    before it takes its name.
 
     Errors: FormatError if the folder is a file or holds a stale file; OSError where the disk is
     full or closed. The folder is then as it was.
@@ -258,11 +268,26 @@ def write_files(
     try:
         for name, data in files.items():
             beside[name].write_bytes(data())
+            if durable:
+                _flush(beside[name])
         for name, temporary in beside.items():
             os.replace(temporary, folder / name)
+        if durable:
+            _flush(folder)
     except BaseException:
         for temporary in beside.values():
             temporary.unlink(missing_ok=True)
         if made:
             folder.rmdir()
         raise
+
+
+def _flush(path: Path) -> None:
+    """Has the system write to the disk what it holds of a file, or of a folder's names."""
+    if path.is_dir() and os.name != "posix":
+        return  # no other system opens a folder
+    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

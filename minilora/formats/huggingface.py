@@ -519,6 +519,32 @@ def read_model(path: Path | str, dtype: Any = None) -> tuple[Config, Weights]:
     return c, collect(files, first, found, places, c.shapes(), dtype)
 
 
+def read_encoder(path: Path | str, classes: int, dtype: Any = None) -> tuple[Bert, Weights]:
+    """A BERT without a classifier, ``BertModel``, as one that is to get a head of so many classes.
+
+    All weights but the head's come from the folder: the head is whoever trains it to draw.
+
+    Errors: those of :func:`read_model`.
+    """
+    folder = Path(path)
+    settings = read_json(folder / CONFIG)
+    if settings.get("architectures") != ["BertModel"]:
+        found, remedy = settings.get("architectures"), "read it with read_model"
+        raise FormatError(folder / CONFIG, "architectures", found, "BertModel alone", remedy)
+    said = {"architectures": ["BertForSequenceClassification"], "num_labels": classes}
+    c = _config(folder / CONFIG, {k: v for k, v in settings.items() if k != "id2label"} | said)
+    assert isinstance(c, Bert)
+    _, a = architecture(c)
+    found_, files = _read_weights(folder, a.buffers)
+    first = min(files.values(), default=folder / WEIGHTS)
+    places = {
+        name: (place.removeprefix(a.prefix), transposed)
+        for name, (place, transposed) in names(c).items()
+        if not name.startswith("head.")
+    }
+    return c, collect(files, first, found_, places, c.shapes(), dtype)
+
+
 def _read_weights(folder: Path, buffers: str | None) -> tuple[Weights, dict[str, Path]]:
     """The tensors of the one file or of all shards, and the file that each came from."""
     single, index = folder / WEIGHTS, folder / INDEX

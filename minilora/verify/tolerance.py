@@ -204,8 +204,16 @@ class Noisy(NDArrayOperatorsMixin):
             return None
         if method == "reduce":
             return self._reduced(ufunc, inputs[0], **kwargs)
+        out = kwargs.pop("out", None)
         if method != "__call__" or kwargs:
             raise TypeError(f"{ufunc.__name__}.{method} with {sorted(kwargs)} has no noise yet")
+        y = self._called(ufunc, inputs)
+        if out is None or out[0] is None:
+            return y
+        out[0].runs = y.runs
+        return out[0]
+
+    def _called(self, ufunc: np.ufunc, inputs: Sequence[Any]) -> Noisy:
         plain = self._lifted(inputs)
         with np.errstate(invalid="ignore"):
             y = ufunc(*plain)
@@ -326,6 +334,7 @@ def _copied(into: Noisy, value: Any, where: Any = True) -> None:
 
 MOVES: dict[Any, Callable[..., Any]] = {
     np.copyto: _copied,
+    np.iscomplexobj: lambda _: False,
     np.result_type: lambda *_: np.dtype(np.float64),
     np.shape: lambda x: x.shape,
     np.ndim: lambda x: x.ndim,

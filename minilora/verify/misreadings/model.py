@@ -140,7 +140,11 @@ ROPE = family(
     ("theta", "θ = 10000", model(rope_tables=("= theta **", "= 1e4 **"))),
     ("theta-off-1-permille", "1.001 θ", model(rope_tables=("= theta **", "= (1.001 * theta) **"))),
     ("of-model", "θ^(-2i/d_model)", model(llama=("c.theta", "c.theta ** (c.head_dim / c.d)"))),
-    ("backwards", "the angles negative", model(rope_tables=("np.sin", "-np.sin"))),
+    (
+        "backwards",
+        "the angles negative",
+        model(rope_tables=("return cos, sin", "return cos, -sin")),
+    ),
     ("none", "no angles", model(rope_tables=("angles = positions", "angles = 0 * positions"))),
     (
         "q-alone",
@@ -177,7 +181,7 @@ ROPE = family(
         "angles in bfloat16",
         model(
             digits=digits,
-            rope_tables=("* frequencies[:, None]", "* digits(frequencies, 8)[:, None]"),
+            rope_tables=("* frequencies[", "* digits(frequencies, 8)["),
         ),
     ),
     (
@@ -228,7 +232,8 @@ def _tiled(j: Array, h: int, g: int) -> Array:
     return j % g
 
 
-SCORES = "np.where(mask[:, None, None], K.mT @ Q, -np.inf)"
+MASKED = "np.copyto(z, -np.inf, where=~mask[:, None, None])"
+WEIGHED = "p, back_softmax = softmax(z)"
 
 ATTENTION = (
     *family(
@@ -246,7 +251,7 @@ ATTENTION = (
             "query t sees key t + 1",
             model(causal_mask=("np.ones((t, t), bool)", "np.ones((t, t), bool), -1")),
         ),
-        ("no-mask", "every query sees every key", model(attention=(SCORES, "K.mT @ Q"))),
+        ("no-mask", "every query sees every key", model(attention=(MASKED, "pass"))),
         (
             "strict",
             "query t does not see key t",
@@ -263,17 +268,21 @@ ATTENTION = (
             "mask ∘ softmax",
             model(
                 attention=(
-                    f"softmax({SCORES})",
-                    "softmax(K.mT @ Q)\n    p = p * mask[:, None, None]",
+                    f"{MASKED}\n    {WEIGHED}",
+                    f"{WEIGHED}\n    p = p * mask[:, None, None]",
                 )
             ),
         ),
-        ("times-mask", "softmax(mask ∘ z)", model(attention=("K.mT @ Q, -np.inf", "K.mT @ Q, 0"))),
-        ("fill-10", "-10 for -∞", model(attention=("K.mT @ Q, -np.inf", "K.mT @ Q, -10"))),
+        (
+            "times-mask",
+            "softmax(mask ∘ z)",
+            model(attention=(MASKED, "z = z * mask[:, None, None]")),
+        ),
+        ("fill-10", "-10 for -∞", model(attention=("-np.inf", "-10"))),
         (
             "over-queries",
             "softmax over the queries",
-            model(attention=(f"softmax({SCORES})", f"softmax({SCORES}.mT)\n    p = p.mT")),
+            model(attention=("softmax(z)", "softmax(z.mT)\n    p = p.mT")),
         ),
         (
             "heads-interleaved",
@@ -422,7 +431,7 @@ BLOCK = (
         (
             "no-positions",
             "no embedding of positions",
-            model(gpt2=("tokens + places, c", "tokens, c")),
+            model(gpt2=("tokens + places,", "tokens,")),
         ),
         (
             "positions-of-real",
@@ -597,10 +606,14 @@ LOSS = (
         (
             "ignored-in-back",
             "ignored labels have gradients",
-            model(cross_entropy=("dz * counted * (dL / n)", "dz * (dL / n)")),
+            model(cross_entropy=("dz *= counted", "pass")),
         ),
         ("softmax-alone", "dz = p / n", model(cross_entropy=("dz[at] - 1", "dz[at]"))),
-        ("back-not-divided", "dz = p - onehot", model(cross_entropy=("(dL / n)", "dL"))),
+        (
+            "back-not-divided",
+            "dz = p - onehot",
+            model(cross_entropy=("factor = dL / n", "factor = dL")),
+        ),
     ),
     *family(
         "LOSS",
@@ -920,7 +933,7 @@ SAME = equivalents(
         "positions counted from the first real token, with RoPE",
         model(llama=("batch.places", "np.maximum(batch.real.cumsum(1) - 1, 0)")),
     ),
-    ("fill-1e4", "-10000 for -∞", model(attention=("K.mT @ Q, -np.inf", "K.mT @ Q, -1e4"))),
+    ("fill-1e4", "-10000 for -∞", model(attention=("-np.inf", "-1e4"))),
     (
         "heads-repeated",
         "keys and values repeated for each query head",

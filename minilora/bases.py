@@ -1,0 +1,224 @@
+"""The model that is fine-tuned, by the name that a person gives it: a folder, a file, a reference.
+
+All of it is data: nothing in a model's files is executed, and their sizes are checked before memory
+is taken for them.
+"""
+
+import hashlib
+import shutil
+from collections import ChainMap
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from minilora import reference
+from minilora.formats import mlx, peft
+from minilora.formats.files import FormatError, listed, read_json
+from minilora.formats.huggingface import read_encoder, read_model
+from minilora.formats.tokenizers import Tokenizer, read_tokenizer
+from minilora.lora import Params, Tuning, Weights
+from minilora.models import Config
+from minilora.ops import Array
+from minilora.targets import Lora
+
+REFERENCE = "reference:"
+"""What the names of the shipped models begin with."""
+
+BESIDE = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"),
+    *("chat_template.jinja", "generation_config.json"),
+)
+"""The files of a model folder that go along with changed weights."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model: its name, its configuration, its weights, and where it was read from."""
+
+    name: str
+    config: Config
+    weights: Params
+    path: Path
+
+    @property
+    def reference(self) -> str | None:
+        """The name of the reference model, if it is one."""
+        return self.name.removeprefix(REFERENCE) if self.name.startswith(REFERENCE) else None
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """What turns text into this model's tokens.
+
+        Errors: FormatError where the files have none; ImportError without the library for it.
+        """
+        if self.path.suffix == ".gguf":
+            from minilora.formats import gguf
+
+            return gguf.read_tokenizer(self.path)
+        return read_tokenizer(self.path)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of those of the configuration's, the weights' and the tokenizer's files."""
+        files = [self.path]
+        if self.path.is_dir():
+            beside = [self.path / name for name in ("config.json", *BESIDE)]
+            files = sorted({*beside, *self.path.glob("*.safetensors")})
+            files = [file for file in files if file.is_file()]
+        sha = hashlib.sha256()
+        for file in files:
+            with file.open("rb") as opened:
+                sha.update(hashlib.file_digest(opened, "sha256").digest())
+        return sha.hexdigest()
+
+
+def open_base(
+    name: str, dtype: Any = np.float32, classes: int = 2, quantised: bool = False
+) -> Base:
+    """The model of this name: ``reference:NAME``, a Hugging Face folder, or a GGUF file.
+
+    ``quantised``: the matrices of a GGUF file stay as they are there, and are expanded whenever
+    they are read: little memory, more time, the same bits.
+
+    A BERT without a classifier gets the configuration of one with so many ``classes``, and has no
+    weights of a head.
+
+    Errors: FormatError as the format's reader has it, and for a name that is none of the three;
+    ImportError without the library for a GGUF file.
+    """
+    path = Path(name)
+    if name.startswith(REFERENCE):
+        known = reference.names()
+        if name.removeprefix(REFERENCE) not in known:
+            remedy = "give one of these, a model folder or a GGUF file"
+            expected = listed(REFERENCE + one for one in known)
+            raise FormatError(name, "model", "no reference model", expected, remedy)
+        path = reference.folder() / name.removeprefix(REFERENCE) / "base"
+    if path.suffix == ".gguf":
+        from minilora.formats import gguf
+
+        c, W = gguf.read_model(path, dtype, keep_quantised=quantised)
+    else:
+        if not path.is_dir():
+            expected = f"a model folder, a .gguf file or {REFERENCE}NAME"
+            raise FormatError(path, "model", "nothing", expected, "check the path")
+        if read_json(path / "config.json").get("architectures") == ["BertModel"]:
+            c, W = read_encoder(path, classes, dtype)
+        else:
+            c, W = read_model(path, dtype=dtype)
+    return Base(name, c, W, path)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A base with an adapter, or without: its arrays, its tuning, and which format it was in.
+
+    ``own``: the adapter's parameters, and what was trained beside them, in place of the base's.
+    """
+
+    base: Base
+    own: Weights
+    tuning: Tuning
+    kind: str = ""
+    lora: Lora | None = None
+
+    @cached_property
+    def weights(self) -> Params:
+        """The whole model."""
+        return weights_with(self.base.weights, self.own)
+
+
+KINDS = {"peft": "adapter_model.safetensors", "mlx": "adapters.safetensors"}
+"""The formats of adapters that are folders, and the file by which each is known."""
+
+
+def adapter_path(name: str) -> Path:
+    """Where the adapter of this name is: a path, or ``reference:NAME``."""
+    if name.startswith(REFERENCE) and name.removeprefix(REFERENCE) in reference.names():
+        return reference.folder() / name.removeprefix(REFERENCE) / "adapter"
+    return Path(name)
+
+
+def kind_of(path: Path) -> str:
+    """The adapter's format: "peft", "mlx" or "gguf".
+
+    Errors: FormatError for what is none of them.
+    """
+    if path.suffix == ".gguf":
+        return "gguf"
+    found = [kind for kind, file in KINDS.items() if (path / file).is_file()]
+    if len(found) != 1:
+        there = "both" if found else "neither"
+        remedy = "is it an adapter's folder? a model's own is given as the model"
+        raise FormatError(path, "adapter", there, " or ".join(KINDS.values()), remedy)
+    return found[0]
+
+
+def open_adapted(base: Base, adapter: str | None = None, dtype: Any = np.float32) -> Adapted:
+    """The base with the adapter over its weights, which stay where they are.
+
+    Errors: FormatError as the format's reader has it; ImportError without the library for it.
+    """
+    if adapter is None:
+        return Adapted(base, {}, Tuning())
+    path, c = adapter_path(adapter), base.config
+    kind, lora = kind_of(path), None
+    if kind == "peft":
+        lora = peft.read_lora(path, c)
+        own, tuning = peft.read_adapter(path, c, dtype, base.weights)
+    elif kind == "mlx":
+        own, tuning = mlx.read_adapter(path, c, dtype)
+    else:
+        from minilora.formats import gguf
+
+        own, tuning = gguf.read_adapter(path, c, dtype)
+    return Adapted(base, own, tuning, kind, lora)
+
+
+def told(adapter: str | None) -> dict[str, Any]:
+    """What the run that made the adapter says, ``run.json``, or nothing."""
+    path = adapter_path(adapter or "") / "run.json"
+    return read_json(path) if adapter is not None and path.is_file() else {}
+
+
+def classes_of(adapter: str | None) -> tuple[str, ...] | None:
+    """The classes' names in the order of the head that was trained with the adapter, if it says."""
+    return tuple(told(adapter).get("data", {}).get("classes", ())) or None
+
+
+def base_of(model: str | None, adapter: str | None, dtype: Any = np.float32) -> Base:
+    """The model asked for; or else the one that the adapter was trained on, as its run says.
+
+    Errors: FormatError as :func:`open_base` has it, and where neither names a model.
+    """
+    if model is None and adapter is not None:
+        named = told(adapter).get("model", {}).get("name")
+        model = adapter if adapter.startswith(REFERENCE) else named
+        if not isinstance(model, str):
+            remedy = "give the model that it was trained on by --model"
+            path = adapter_path(adapter)
+            raise FormatError(path, "model", "none named", "a run.json that names one", remedy)
+    return open_base(model or REFERENCE + "llama", dtype, len(classes_of(adapter) or "12"))
+
+
+def copy_tokenizer(base: Base, folder: Path | str) -> None:
+    """Puts the tokenizer's files, and what else is read beside the weights, into a model's folder.
+
+    Nothing is put there for a GGUF file, whose tokenizer lies in other terms.
+
+    Errors: OSError where the disk is full or closed.
+    """
+    folder = Path(folder)
+    if base.path.is_dir() and base.path.resolve() != folder.resolve():
+        for name in BESIDE:
+            if (base.path / name).is_file():
+                shutil.copyfile(base.path / name, folder / name)
+
+
+def weights_with(base: Params, changed: Params) -> Params:
+    """The base's weights and, in place of or beside them, what changed; none is copied."""
+    return ChainMap(dict(changed), cast(dict[str, Array], base))

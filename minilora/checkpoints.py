@@ -1,0 +1,122 @@
+"""Where a training run stands, as a value, and its file: whole or not there, the last two kept.
+
+A run goes on from a `State` to the same bits as without the interruption: the order of the data and
+the dropout masks are functions of the seed and the step, and all the rest is in here.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from minilora.formats.files import FormatError, pack, read_tensors, write_files
+from minilora.lora import Weights
+from minilora.optim import AdamState
+
+FOLDER = "checkpoint"
+"""The folder of the checkpoints, inside a run's."""
+
+KEPT = 2
+"""How many checkpoints stay: should the disk have damaged the last one, there is the one before."""
+
+PARTS = ("params", "m", "v")
+"""What a name of a tensor in the file begins with: the parameters, the means of g and of g²."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What is trained, the optimizer's means, and how far the data has been read.
+
+    ``step`` and ``tokens``: how many are done; ``epoch`` and ``position``: the next micro-batch, by
+    its place in the epoch's order; ``first``: the first step's loss.
+    """
+
+    params: Weights
+    adam: AdamState = field(default_factory=AdamState)
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    tokens: int = 0
+    first: float | None = None
+
+
+COUNTS = ("step", "epoch", "position", "tokens")
+
+
+def name_of(step: int) -> str:
+    """The file's name; names are in the order of the steps."""
+    return f"step-{step:08}.safetensors"
+
+
+def saved(folder: Path | str) -> list[Path]:
+    """The checkpoints that are in the folder, the earliest first."""
+    there = Path(folder).glob("step-*.safetensors")
+    return sorted(path for path in there if re.fullmatch(r"step-\d{8,}", path.stem))
+
+
+def save(folder: Path | str, state: State) -> Path:
+    """Write the state beside the earlier ones, on the disk before this returns; drop the oldest.
+
+    Errors: FormatError if an entry is not finite; OSError where the disk is full or closed. The
+    earlier checkpoints are then as they were.
+    """
+    folder, name = Path(folder), name_of(state.step)
+    numbers = {count: getattr(state, count) for count in COUNTS}
+    numbers |= {"t": state.adam.t, "first": state.first}
+    arrays = zip(PARTS, (state.params, state.adam.m, state.adam.v), strict=True)
+    tensors = {f"{part}.{at}": array for part, held in arrays for at, array in held.items()}
+    metadata = {"minilora": json.dumps(numbers, sort_keys=True, allow_nan=False)}
+    write_files(folder, {name: partial(pack, folder / name, tensors, metadata)}, durable=True)
+    for path in saved(folder)[:-KEPT]:
+        path.unlink()
+    return folder / name
+
+
+def clean(folder: Path | str) -> None:
+    """Remove what a run that was killed while it wrote has left: no checkpoint, under no name."""
+    for path in Path(folder).glob(".step-*.safetensors.*"):
+        path.unlink()
+
+
+def load(path: Path | str) -> State:
+    """The state in the file.
+
+    Errors: FormatError as :func:`minilora.formats.files.read_tensors` has it, and for a file that
+    is no checkpoint.
+    """
+    remedy = "remove this checkpoint, and the run goes on from the one before"
+    found = read_tensors(path)
+    try:
+        with safe_open(path, framework="np") as file:
+            numbers = json.loads((file.metadata() or {})["minilora"])
+        counts: dict[str, Any] = {count: numbers[count] for count in (*COUNTS, "t", "first")}
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        expected = "the counts of a run"
+        raise FormatError(path, "metadata", repr(error), expected, remedy) from None
+    held: dict[str, Weights] = {part: {} for part in PARTS}
+    for name, array in found.items():
+        part, _, at = name.partition(".")
+        if part not in held:
+            raise FormatError(path, "tensors", name, f"one of {', '.join(PARTS)}", remedy)
+        held[part][at] = array
+    means = {part: held[part].keys() for part in ("m", "v")}
+    if any(names != (held["params"].keys() if counts["t"] else set()) for names in means.values()):
+        found_ = "means of other parameters"
+        raise FormatError(path, "tensors", found_, "those of what is trained", remedy)
+    adam = AdamState(counts.pop("t"), held["m"], held["v"])
+    return State(held["params"], adam, **counts)
+
+
+def newest(folder: Path | str) -> tuple[State | None, list[FormatError]]:
+    """The last state that is whole, if any, and what is wrong with those after it."""
+    wrong: list[FormatError] = []
+    for path in reversed(saved(folder)):
+        try:
+            return load(path), wrong
+        except FormatError as error:
+            wrong.append(error)
+    return None, wrong

@@ -1,0 +1,48 @@
+"""``minilora merge``: an adapter stored in its model's weights, as a model of its own."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from minilora.console import HOLDS, add_command, add_model, say
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands,
+        "merge",
+        "store an adapter in its model's weights",
+        "Writes the model with the adapter merged into it, as a Hugging Face folder or a .gguf "
+        "file, which needs no adapter and no minilora.",
+        _run,
+    )
+    add_model(parser.add_argument)
+    parser.add_argument("--output", required=True, metavar="OUT", help="a folder, or a .gguf file")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
+    from minilora.bases import base_of, copy_tokenizer, open_adapted
+    from minilora.formats.huggingface import write_model
+    from minilora.lora import merge
+
+    if arguments.adapter is None:
+        raise ValueError("--adapter: none given; expected the adapter to merge")
+    dtype = np.dtype(arguments.dtype)
+    base = base_of(arguments.model, arguments.adapter, dtype)
+    model = open_adapted(base, arguments.adapter, dtype)
+    whole = {name: model.weights[name] for name in (*base.config.shapes(), *model.own)}
+    merged = merge(whole, model.tuning)
+    if arguments.output.endswith(".gguf"):
+        from minilora.formats import gguf
+
+        like = base.path if base.path.suffix == ".gguf" else None
+        gguf.write_model(arguments.output, base.config, merged, like=like)
+    else:
+        write_model(arguments.output, base.config, merged)
+        copy_tokenizer(base, arguments.output)
+    say(f"{arguments.output}: {base.name} with {arguments.adapter} merged\n")
+    return HOLDS

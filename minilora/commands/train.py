@@ -1,0 +1,202 @@
+"""``minilora train``: fine-tune a model on a file, and keep what was learned."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minilora.console import (
+    DEVIATES,
+    HOLDS,
+    INTERRUPTED,
+    add_command,
+    add_model,
+    say,
+    sigterm_interrupts,
+    steps_bar,
+)
+
+if TYPE_CHECKING:
+    from minilora.bases import Base
+    from minilora.train import Recipe
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands,
+        "train",
+        "fine-tune a model on a file of examples",
+        "Trains an adapter on a model's frozen weights, and writes it to the folder OUT in PEFT's "
+        "format, with a log, checkpoints and all settings. Without a model or data: a shipped "
+        "reference model, and a task that it has not learned.",
+        _run,
+    )
+    option = parser.add_argument
+    add_model(option, adapter=False)
+    option("--data", metavar="D", help="JSON lines, a folder of train/valid/test, text, task:NAME")
+    option("--task", metavar="TASK", help="lm (default), chat, summarize or classify")
+    option("--output", required=True, metavar="OUT", help="the folder of the run and its result")
+
+    option("--rank", type=int, default=8, metavar="R", help="of the adapters (default: 8)")
+    option("--alpha", type=float, metavar="A", help="the scale is A / R (default: 2 R)")
+    option("--dropout", type=float, default=0.0, metavar="P", help="of the adapters' input")
+    option(
+        "--targets",
+        default="all-linear",
+        metavar="NAMES",
+        help="q,v,… or an expression for whole names, such as 'layers.0.*' (default: all-linear)",
+    )
+    option("--variant", default="lora", metavar="NAME", help="as minilora variants lists them")
+    option("--full", action="store_true", help="train every weight and no adapter: the baseline")
+
+    option("--lr", type=float, metavar="RATE", help="(default: 0.001; with --full a tenth)")
+    option("--lora-plus", type=float, default=1.0, metavar="X", help="B learns X times as fast")
+    option(
+        "--schedule", default="cosine", metavar="KIND", help="constant, linear, cosine (default)"
+    )
+    option("--warmup", type=int, default=0, metavar="N", help="steps over which the rate rises")
+    option("--weight-decay", type=float, default=0.0, metavar="X", help="AdamW's (default: 0)")
+    option("--clip", type=float, default=1.0, metavar="X", help="norm of gradients; 0: any")
+    option("--epochs", type=int, default=1, metavar="N", help="times through the data (default: 1)")
+    option("--steps", type=int, metavar="N", help="so many steps, whatever the epochs")
+    option("--batch-tokens", type=int, default=1024, metavar="N", help="in a micro-batch")
+    option("--accumulate", type=int, default=1, metavar="N", help="micro-batches in a step")
+    option("--length", type=int, default=512, metavar="N", help="most tokens of an example")
+    option("--seed", type=int, default=0, metavar="N", help="of start, order and dropout")
+
+    option("--threads", type=int, default=1, metavar="N", help="(default: 1)")
+    option("--recompute", action="store_true", help="less memory, more time, the same bits")
+    option("--valid", type=float, default=0.0, metavar="SHARE", help="of a file, to validate with")
+    option("--count-prompt", action="store_true", help="what is asked counts, too")
+    option("--skip-bad", action="store_true", help="leave out lines that cannot be used")
+    option("--show-batch", action="store_true", help="print the first batch with its mask, and end")
+
+    option("--save-every", type=int, default=50, metavar="N", help="steps (default: 50)")
+    option("--save-minutes", type=float, default=math.inf, metavar="X", help="or minutes")
+    option("--valid-every", type=int, default=50, metavar="N", help="steps (default: 50)")
+    option("--resume", action="store_true", help="go on with the run in OUT, to the same bits")
+    option("--accept-changes", action="store_true", help="resume although settings have changed")
+    option("--overwrite", action="store_true", help="replace the run in OUT")
+
+
+def recipe_of(arguments: argparse.Namespace, task: str) -> Recipe:
+    """What decides the run's result, as the options have it."""
+    from minilora.train import Recipe
+
+    given = {f.name: getattr(arguments, f.name) for f in fields(Recipe) if f.name in arguments}
+    # Full fine-tuning is best at about a tenth of LoRA's rate, whatever the model
+    # (Schulman et al. 2025, "LoRA Without Regret").
+    given["lr"] = (1e-4 if arguments.full else 1e-3) if arguments.lr is None else arguments.lr
+    given["alpha"] = 2 * arguments.rank if arguments.alpha is None else arguments.alpha
+    given["targets"] = targets_of(arguments.targets)
+    return Recipe(**given | {"task": task})
+
+
+def targets_of(text: str) -> str | list[str]:
+    """A list of names, or an expression, where the text has a sign that no name has."""
+    if text == "all-linear" or set(text) & set("*+?|()[]^$\\"):
+        return text
+    return [name.strip() for name in text.split(",")]
+
+
+def data_of(base: Base, data: str | None, task: str | None) -> tuple[str, str]:
+    """The data and the task: of a reference model, the task that it has not learned."""
+    from minilora import reference
+
+    if data is None:
+        if base.reference is None:
+            raise ValueError("--data: none given; expected a file, a folder or task:NAME")
+        data = "task:" + reference.tasks(base.reference)[1]
+    return data, task or ("lm" if base.config.causal else "classify")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
+    from minilora import data
+    from minilora.bases import open_base
+    from minilora.steps import Plan, warm_memory
+    from minilora.train import fit, micro_batches, plot, prepare
+
+    if arguments.dtype not in ("float32", "float64"):
+        raise ValueError(f"--dtype {arguments.dtype}: expected float32 or float64")
+    name, dtype = arguments.model or "reference:llama", np.dtype(arguments.dtype)
+    base = open_base(name, dtype, quantised=arguments.recompute)
+    path, task = data_of(base, arguments.data, arguments.task)
+    recipe = recipe_of(arguments, task)
+    plan = Plan(threads=arguments.threads, recompute=arguments.recompute)
+    given: dict[str, Any] = {"mask_prompt": not arguments.count_prompt, "valid": arguments.valid}
+    read = data.read(
+        path, task, base.tokenizer, recipe.length, skip_bad=arguments.skip_bad, seed=recipe.seed,
+        **given,
+    )  # fmt: skip
+    for line in read.skipped[:5]:
+        say(f"{line.path}, line {line.line}: left out: {line.why}\n")
+    if read.skipped[5:]:
+        say(f"and {len(read.skipped) - 5} lines more\n")
+    if arguments.show_batch:
+        rows = micro_batches(read.train, recipe, 0)[0]
+        first = data.batch([read.train[i] for i in rows], base.tokenizer.pad)
+        say(data.shown(first, base.tokenizer))
+        return HOLDS
+    job = prepare(base, read, recipe, path, skip_bad=arguments.skip_bad, **given)
+    trained, whole = (
+        sum(math.prod(array.shape) for array in held.values()) for held in (job.start, base.weights)
+    )
+    cut = f", {read.cut} of them cut to {recipe.length} tokens" if read.cut else ""
+    say(
+        f"{base.name}: {whole} parameters, {trained} trained; {path}: {len(read.train)} examples"
+        f"{cut}, {len(read.valid)} to validate with\n"
+    )
+    if not arguments.recompute:
+        warm_memory()
+    last: dict[str, Any] = {}
+    with sigterm_interrupts(), steps_bar(0) as bar:
+
+        def watch(line: Any, steps: int) -> None:
+            last.update(line)
+            if bar is not None:
+                bar(line, steps)
+
+        outcome = fit(
+            Path(arguments.output),
+            job,
+            plan=plan,
+            resume=arguments.resume,
+            overwrite=arguments.overwrite,
+            accept=arguments.accept_changes,
+            save_every=arguments.save_every,
+            save_seconds=60 * arguments.save_minutes,
+            valid_every=arguments.valid_every,
+            watch=watch,
+            tell=lambda text: say(text + "\n"),
+        )
+    step, out = outcome.state.step, arguments.output
+    if outcome.why:
+        what = f"saved in {out}: step {step} of {outcome.steps}"
+        if outcome.why == "interrupted":
+            print(f"interrupted; {what}; go on with --resume", file=sys.stderr)
+            return INTERRUPTED
+        print(
+            f"minilora train: diverged at {outcome.why}; {what}; go on from there with a smaller "
+            f"rate, --resume --accept-changes --lr {recipe.lr / 4:g}, or begin anew with "
+            "--warmup, a smaller --lr or --clip",
+            file=sys.stderr,
+        )
+        return DEVIATES
+    if last:
+        valid = f", {last['valid_loss']:.4f} in validation" if "valid_loss" in last else ""
+        say(f"step {step} of {outcome.steps}: loss {last['loss']:.4f}{valid}\n")
+    else:
+        say(f"step {step} of {outcome.steps}: there was nothing left to do\n")
+    say(f"{out}: {'a model' if recipe.full else 'an adapter'}\n")
+    try:
+        plot(out)
+    except ImportError as error:
+        say(f"{error}\n")
+    return HOLDS

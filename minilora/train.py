@@ -1,0 +1,624 @@
+"""Fine-tuning: a run as a sequence of states, and the folder in which none of it is lost.
+
+:func:`run` is the mathematics: a state after another, each a function of the one before. What is
+around it writes them down, so that a run that ends for any reason goes on to the same bits.
+"""
+
+import hashlib
+import io
+import json
+import math
+import sys
+import time
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora import __version__, checkpoints, evaluate
+from minilora.bases import Base, copy_tokenizer, weights_with
+from minilora.checkpoints import State
+from minilora.data import SPLITS, Data, Example, order
+from minilora.data import batch as padded
+from minilora.formats import huggingface, peft
+from minilora.formats.files import pack_json, read_json, write_files
+from minilora.lora import LORA, Params, Tuning, Weights, is_base, total
+from minilora.models import Batch, Config
+from minilora.optim import AdamState, adamw, clip, loraplus_rates, schedule
+from minilora.steps import Plan, counted, drawn_dropout, gradients
+from minilora.targets import Lora, adapt
+from minilora.variants import REGISTRY
+
+DIVERGED = 3.0
+"""A loss so many times the first, or a uniform guess's if that is greater, has diverged."""
+
+NOT_TRAINED: Mapping[str, str] = {
+    "adalora": "its ranks follow a budget over the steps, which is not kept here: take lora",
+    "alora": "it acts from an invocation's tokens on, which no line of data names: take lora",
+    "loftq": "its base becomes a quantised one, which would have to go along: take pissa or lora",
+    "dora-full": "PEFT and MLX hold the norm constant and would train it otherwise: take dora",
+}
+"""Variants that are proven here but that no run trains, and why."""
+
+LOG, MANIFEST, PLOT = "log.jsonl", "run.json", "loss.svg"
+"""The files of a run beside its result: a line for each step, all settings, the picture."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the result of a run, beside the model and the data.
+
+    ``steps`` of ``accumulate`` micro-batches of about ``batch_tokens`` tokens each, or as many as
+    ``epochs`` have. B learns ``lora_plus`` times as fast; the rate rises over ``warmup`` steps and
+    then follows ``schedule``. Gradients are clipped to the norm ``clip``; 0 leaves them alone.
+    ``full`` trains every weight and no adapter: the baseline. ``seed`` settles the adapters' start,
+    the data's order and the dropout.
+
+    Errors: ValueError for a number outside its range, or a variant that no run trains.
+    """
+
+    task: str = "lm"
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: str | Sequence[str] = "all-linear"
+    variant: str = "lora"
+    full: bool = False
+    lr: float = 1e-3
+    lora_plus: float = 1.0
+    schedule: str = "cosine"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    steps: int | None = None
+    epochs: int = 1
+    batch_tokens: int = 1024
+    accumulate: int = 1
+    length: int = 512
+    seed: int = 0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        least = {"rank": 1, "epochs": 1, "batch_tokens": 1, "accumulate": 1, "warmup": 0, "seed": 0}
+        least |= {"length": 2} | ({} if self.steps is None else {"steps": 1})
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected {low} or more")
+        for name in ("lr", "lora_plus"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected more than 0")
+        for name in ("weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected 0 or more")
+        if self.dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype {self.dtype!r}: expected float32 or float64")
+        schedule(self.schedule, 0, 1)
+        if not self.full and self.variant in NOT_TRAINED:
+            raise ValueError(f"variant {self.variant!r}: {NOT_TRAINED[self.variant]}")
+        self.lora()
+
+    def lora(self) -> Lora:
+        """The adapters' choice."""
+        return Lora(
+            r=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            targets=self.targets,
+            variant=self.variant,
+            also=(r"head\..*",) if self.task == "classify" else (),
+        )
+
+    def ratio(self) -> float:
+        """How much faster B learns: LoRA+'s own ratio, unless another is given."""
+        return 16.0 if self.variant == "lora+" and self.lora_plus == 1 else self.lora_plus
+
+
+class Diverged(ArithmeticError):
+    """The loss, its gradient or a parameter is no longer a number to go on with.
+
+    Made of the step, and what was found there.
+    """
+
+    def __str__(self) -> str:
+        step, found = self.args
+        return f"step {step}: {found}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a step is known by: a line of the log."""
+
+    step: int
+    epoch: int
+    loss: float
+    tokens: int
+    labels: int
+    lr: float
+    grad_norm: float
+
+
+def micro_batches(examples: Sequence[Example], recipe: Recipe, epoch: int) -> list[list[int]]:
+    """The rows of each micro-batch of an epoch, in their order."""
+    return order(examples, recipe.batch_tokens, recipe.seed, epoch)
+
+
+def steps_in(examples: Sequence[Example], recipe: Recipe) -> int:
+    """How many steps the run has: those given, or those of all epochs."""
+    if recipe.steps is not None:
+        return recipe.steps
+    each = (len(micro_batches(examples, recipe, epoch)) for epoch in range(recipe.epochs))
+    return sum(-(-n // recipe.accumulate) for n in each)
+
+
+def run(
+    state: State,
+    W: Params,
+    c: Config,
+    tuning: Tuning,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    plan: Plan,
+    pad: int = 0,
+    steps: int | None = None,
+) -> Iterator[tuple[State, Record]]:
+    """The states that follow ``state``, with what each step is known by, up to the last step.
+
+    A step takes the next micro-batches of its epoch, fewer at an epoch's end, and divides by the
+    labels that count in all of them together: how they are divided changes no more than rounding.
+    Nothing is changed in place: whoever stops keeps the last state. ``steps`` are those of
+    :func:`steps_in`, unless they are known already.
+
+    Errors: Diverged, and those of :func:`minilora.steps.gradients`.
+    """
+    steps = steps_in(examples, recipe) if steps is None else steps
+    limit = math.log(getattr(c, "classes", c.vocab))
+    rates = loraplus_rates(sorted(state.params), recipe.lr, recipe.ratio())
+    rows, epoch = micro_batches(examples, recipe, state.epoch), state.epoch
+    while state.step < steps:
+        if state.epoch != epoch:
+            rows, epoch = micro_batches(examples, recipe, state.epoch), state.epoch
+        chosen = rows[state.position : state.position + recipe.accumulate]
+        batches = [padded([examples[i] for i in own], pad) for own in chosen]
+        factor = schedule(recipe.schedule, state.step, steps, recipe.warmup)
+        lr = {name: rate * factor for name, rate in rates.items()}
+        params, adam, loss, norm = step(state, batches, W, c, tuning, recipe, plan, lr)
+        first = loss if state.first is None else state.first
+        if loss > DIVERGED * max(first, limit):
+            raise Diverged(state.step + 1, f"the loss is {loss:.4g}, at first it was {first:.4g}")
+        tokens = sum(int(batch.real.sum()) for batch in batches)
+        labels = sum(counted(batch, c) for batch in batches)
+        place = state.position + len(chosen)
+        at = (epoch + 1, 0) if place >= len(rows) else (epoch, place)
+        record = Record(state.step + 1, epoch, loss, tokens, labels, recipe.lr * factor, norm)
+        state = State(params, adam, state.step + 1, *at, state.tokens + tokens, first)
+        yield state, record
+
+
+def step(
+    state: State,
+    batches: Sequence[Batch],
+    W: Params,
+    c: Config,
+    tuning: Tuning,
+    recipe: Recipe,
+    plan: Plan,
+    lr: Mapping[str, float],
+) -> tuple[Weights, AdamState, float, float]:
+    """The parameters and the optimizer's means after a step, its loss, its gradients' norm.
+
+    Loss and gradients are those of all micro-batches together, over all labels that count; then
+    they are clipped, and AdamW goes by them.
+
+    Errors: ValueError if no label counts; Diverged if a number is not finite.
+    """
+    L, g = _summed(state, batches, weights_with(W, state.params), c, tuning, recipe, plan)
+    g, norm = clip(g, recipe.clip or np.inf)
+    if not (np.isfinite(L) and np.isfinite(norm)):
+        raise Diverged(state.step + 1, f"the loss is {L:g}, its gradient's norm {norm:g}")
+    params, adam = adamw(state.params, g, state.adam, lr, weight_decay=recipe.weight_decay)
+    if not all(np.isfinite(p).all() for p in params.values()):
+        raise Diverged(state.step + 1, "a parameter is no longer finite")
+    return params, adam, float(L), float(norm)
+
+
+def _summed(
+    state: State,
+    batches: Sequence[Batch],
+    W: Params,
+    c: Config,
+    tuning: Tuning,
+    recipe: Recipe,
+    plan: Plan,
+) -> tuple[Any, Weights]:
+    counts = [counted(batch, c) for batch in batches]
+    if not any(counts):
+        raise ValueError(f"step {state.step + 1}: no label counts in any of its examples")
+    L: Any = 0.0
+    g: Weights = {}
+    # What overflows is found in the results, and told as a divergence.
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        for i, (batch, n) in enumerate(zip(batches, counts, strict=True)):
+            if n:
+                draw = state.step * recipe.accumulate + i
+                p = 0.0 if recipe.full else recipe.dropout
+                keep = drawn_dropout(recipe.seed, draw, p, batch, c, tuning, recipe.dtype)
+                own = replace(tuning, keep=keep)
+                L_i, g_i = gradients(batch, W, c, own, plan, sum(counts))
+                L, g = L + L_i, total(g, g_i)
+    return L, g
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What a run works on: a model with its fresh adapters, the data, the recipe.
+
+    ``frozen``: the weights below; ``start``: what is trained, as it begins; ``adapter``: all
+    parameters of the adapters, frozen ones among them; ``lora`` is None in full fine-tuning.
+    """
+
+    base: Base
+    data: Data
+    recipe: Recipe
+    frozen: Params
+    start: Weights
+    adapter: Weights
+    tuning: Tuning
+    lora: Lora | None
+    source: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """Those to train on, ``train``, to validate with, ``valid``, or ``test``."""
+        found: Sequence[Example] = getattr(self.data, split)
+        return found
+
+    def weights(self, params: Params) -> Params:
+        """The whole model, with these trained parameters in it."""
+        return weights_with(self.frozen, {**self.adapter, **params})
+
+
+def prepare(base: Base, read: Data, recipe: Recipe, source: str = "", **settings: Any) -> Job:
+    """The model with fresh adapters, or all of it to be trained; a head where a BERT has none.
+
+    ``source``, where the data was read, and the ``settings`` of the reading go on record.
+
+    Errors: ValueError as :func:`minilora.targets.adapt` has it; for a classifier with other classes
+    than the data.
+    """
+    c, W = base.config, base.weights
+    if (recipe.task == "classify") == c.causal:
+        fits = "lm, chat or summarize" if c.causal else "classify"
+        raise ValueError(f"task {recipe.task!r} with a {type(c).__name__}: expected {fits}")
+    classes = getattr(c, "classes", None)
+    if recipe.task == "classify" and "head.weight" not in W:
+        classes = len(read.classes)
+        base = replace(base, config=replace(c, classes=classes))  # type: ignore[call-arg]
+        c, shape = base.config, (classes, c.d)
+        drawn_head = 0.02 * np.random.default_rng([recipe.seed, 3]).standard_normal(shape)
+        head = {"head.weight": drawn_head, "head.bias": np.zeros((classes, 1))}
+        W = weights_with(W, {name: w.astype(recipe.dtype) for name, w in head.items()})
+    if recipe.task == "classify" and len(read.classes) != classes:
+        found = f"{len(read.classes)} classes in the data, {classes} in the model"
+        raise ValueError(
+            f"{found}: expected as many; take another model, or its own head's classes"
+        )
+    said = {**vars(recipe), **settings}
+    if recipe.full:
+        trained = {name: W[name] for name in c.shapes()}
+        tuning = Tuning(trained=frozenset(trained))
+        return Job(base, read, recipe, W, trained, {}, tuning, None, source, said)
+    lora = recipe.lora()
+    # A drawn start reads its weight's shape and dtype and nothing else: those of a base that is
+    # expanded on demand are not expanded for it.
+    drawn = lora.equation == LORA and lora.init in ("kaiming", "gaussian", "orthogonal")
+    seen = _outlines(W, c) if drawn else {name: W[name] for name in c.shapes()}
+    adapted, tuning = adapt(seen, lora, c.linears(), np.random.default_rng([recipe.seed, 2]))
+    adapter = {name: w for name, w in adapted.items() if not is_base(name)}
+    changed = {name: w for name, w in adapted.items() if is_base(name) and w is not seen[name]}
+    start = {name: adapter[name] if name in adapter else W[name] for name in tuning.trained}
+    return Job(
+        base, read, recipe, weights_with(W, changed), start, adapter, tuning, lora, source, said
+    )
+
+
+def _outlines(W: Params, c: Config) -> Weights:
+    """Arrays of the weights' shapes and dtype that take no memory."""
+    dtype = W["norm.weight"].dtype  # no matrix, which might have to be expanded
+    return {name: np.broadcast_to(dtype.type(0), shape) for name, shape in c.shapes().items()}
+
+
+def write_result(folder: Path | str, job: Job, params: Weights) -> None:
+    """Write what was trained: an adapter in PEFT's format, or a Hugging Face model if ``full``.
+
+    Errors: those of the format's writer; OSError where the disk is full or closed.
+    """
+    base = job.base
+    if job.lora is None:
+        huggingface.write_model(folder, base.config, params)
+        copy_tokenizer(base, folder)
+        return
+    W = {**job.adapter, **params}
+    if REGISTRY[job.lora.variant].breaks.get("kept"):  # the start changed the base
+        W = {name: job.weights(params)[name] for name in (*base.config.shapes(), *job.adapter)}
+    peft.write_adapter(folder, base.config, W, job.tuning, job.lora, base=base.weights)
+
+
+class Refused(ValueError):
+    """A run that may not begin here: the folder holds another, or the run is not the same."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """Where a run stands: its last saved state, and why it is not at its end, if it is not."""
+
+    state: State
+    steps: int
+    why: str = ""
+
+
+def manifest(job: Job) -> dict[str, Any]:
+    """What ``run.json`` says: the settings, what the model's and the data's files are, versions."""
+    read = job.data
+    base, lines = job.base, {split: len(job.examples(split)) for split in SPLITS}
+    name = base.name if base.reference else str(base.path.resolve())
+    said = {"name": job.source, "digest": read.digest, "classes": list(read.classes)}
+    return {
+        "settings": json.loads(json.dumps(job.settings)),
+        "model": {"name": name, "digest": base.digest},
+        "data": said | lines | {"skipped": len(read.skipped)},
+        "start": start_digest(job),
+        "steps": steps_in(read.train, job.recipe),
+        "versions": {"minilora": __version__, "numpy": np.__version__},
+    }
+
+
+def start_digest(job: Job) -> str:
+    """SHA-256 of what was made before the first step: the adapters, and weights that they changed.
+
+    A run goes on to the same bits only where these come out the same: SVD, and the order of sums,
+    may differ from one library of linear algebra to the next.
+    """
+    sha = hashlib.sha256()
+    changed = job.frozen.maps[0] if isinstance(job.frozen, ChainMap) else {}
+    for name, array in sorted({**changed, **job.adapter}.items()):
+        sha.update(f"{name} {array.shape} {array.dtype}".encode())
+        sha.update(np.ascontiguousarray(array).tobytes())
+    return sha.hexdigest()
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What decides a run's result and is another than it was, a sentence each."""
+    was, new = before.get("settings", {}), now["settings"]
+    found = [
+        f"{name} was {was.get(name)!r} and is {new.get(name)!r}"
+        for name in sorted(was.keys() | new.keys())
+        if was.get(name) != new.get(name)
+    ]
+    for what in ("model", "data"):
+        if before.get(what, {}).get("digest") != now[what]["digest"]:
+            found += [f"the {what}'s files have changed"]
+    if not found and before.get("start") != now["start"]:
+        found += ["the adapters start otherwise: NumPy or its linear algebra is another"]
+    return found
+
+
+def begin(
+    out: Path, job: Job, resume: bool = False, overwrite: bool = False, accept: bool = False
+) -> tuple[State, list[str]]:
+    """The state from which the run goes on, in a folder made ready for it, and what to tell.
+
+    A new run needs a folder without files. ``overwrite`` removes what an earlier run has written
+    there, and nothing else; ``resume`` goes on from its last checkpoint that is whole, or begins
+    where there is none yet. What decides the result has to be as it was, unless ``accept``.
+
+    Errors: Refused; FormatError for a damaged ``run.json``; OSError where the disk is full or
+    closed.
+    """
+    told: list[str] = []
+    now, state = manifest(job), State(job.start)
+    if out.is_dir() and any(out.iterdir()):
+        if resume and (out / MANIFEST).is_file():
+            different = changes(read_json(out / MANIFEST), now)
+            if different and not accept:
+                raise Refused(
+                    f"{out}: {'; '.join(different)}: with this the run would be another; give what "
+                    "was given, go on all the same with --accept-changes, or choose a new folder"
+                )
+            told += [f"changed: {one}" for one in different]
+            checkpoints.clean(out / checkpoints.FOLDER)
+            last, wrong = checkpoints.newest(out / checkpoints.FOLDER)
+            told += [f"left aside: {error}" for error in wrong]
+            state = last or state
+            if state.params.keys() != job.start.keys():
+                raise Refused(f"{out}: its checkpoint trains other parameters; choose a new folder")
+        elif resume:
+            raise Refused(
+                f"{out}: files, but no {MANIFEST} of a run to resume; choose a new folder"
+            )
+        elif not overwrite:
+            raise Refused(
+                f"{out}: there are files already; go on with that run by --resume, replace it by "
+                "--overwrite, or choose a new folder"
+            )
+        else:
+            _remove(out)
+    write_files(out, {MANIFEST: lambda: pack_json(now)}, durable=True)
+    _cut_log(out / LOG, state.step)
+    return state, told
+
+
+def _remove(out: Path) -> None:
+    """What a run has written; ``run.json`` first, so that nothing left over is taken for a run."""
+    names = [
+        MANIFEST,
+        LOG,
+        PLOT,
+        peft.CONFIG,
+        peft.WEIGHTS,
+        huggingface.CONFIG,
+        huggingface.WEIGHTS,
+    ]
+    for name in names:
+        (out / name).unlink(missing_ok=True)
+    checkpoints.clean(out / checkpoints.FOLDER)
+    for path in checkpoints.saved(out / checkpoints.FOLDER):
+        path.unlink()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log that are whole."""
+    lines = []
+    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue  # cut off where the run was killed
+    return lines
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drops the lines of steps that are to be done again."""
+    kept = "".join(_line(line) for line in read_log(path) if line.get("step", step + 1) <= step)
+    write_files(path.parent, {path.name: kept.encode})
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    return json.dumps(values) + "\n"
+
+
+def peak_memory() -> int | None:
+    """The most bytes of memory that the process has held, where the system tells."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+Watch = Callable[[Mapping[str, Any], int], None]
+"""Is told each line of the log, and how many steps there are."""
+
+
+def fit(
+    out: Path | str,
+    job: Job,
+    *,
+    plan: Plan = Plan(),  # noqa: B008 - it is frozen
+    resume: bool = False,
+    overwrite: bool = False,
+    accept: bool = False,
+    save_every: int = 50,
+    save_seconds: float = math.inf,
+    valid_every: int = 50,
+    watch: Watch | None = None,
+    tell: Callable[[str], None] = print,
+) -> Outcome:
+    """Run the job and keep it in the folder ``out``: its result, its log, its checkpoints.
+
+    A checkpoint is written before the first step, then after each ``save_every`` steps, or once
+    ``save_seconds`` have passed since the last, and at the end; with it the result so far. An
+    interruption (Ctrl-C) saves the last whole step. After a divergence the last checkpoint is what
+    stays, with its result.
+
+    Errors: those of :func:`begin` and :func:`run`; OSError where the disk is full or closed, when
+    what was saved before is still there.
+    """
+    out = Path(out)
+    if save_every < 1 or valid_every < 1 or not save_seconds > 0:
+        found = f"save_every {save_every}, save_seconds {save_seconds}, valid_every {valid_every}"
+        raise ValueError(f"{found}: expected more than 0 of each")
+    state, told = begin(out, job, resume, overwrite, accept)
+    for text in told:
+        tell(text)
+    c, steps = job.base.config, read_json(out / MANIFEST)["steps"]
+    valid = batches_of(job.data.valid, job.recipe.batch_tokens, job.base.tokenizer.pad)
+    saved = -1  # the step that was saved, and not its state, which would be held
+
+    saved_at = time.monotonic()
+
+    def save() -> None:
+        nonlocal saved, saved_at
+        if saved != state.step:
+            checkpoints.save(out / checkpoints.FOLDER, state)
+            write_result(out, job, state.params)
+        saved, saved_at = state.step, time.monotonic()
+
+    why = ""
+    try:
+        save()
+        with (out / LOG).open("a", encoding="utf-8") as log:
+            started = time.perf_counter()
+            following = run(
+                state, job.weights({}), c, job.tuning, job.data.train, job.recipe, plan,
+                job.base.tokenizer.pad, steps,
+            )  # fmt: skip
+            for after, record in following:
+                passed = time.perf_counter() - started
+                line = vars(record) | {"tokens_per_second": round(record.tokens / passed, 1)}
+                line["memory"] = peak_memory()
+                if valid and (after.step % valid_every == 0 or after.step == steps):
+                    W = job.weights(after.params)
+                    line["valid_loss"] = evaluate.mean_loss(valid, W, c, job.tuning, plan).loss
+                log.write(_line(line))
+                log.flush()
+                state = after
+                if after.step % save_every == 0 or time.monotonic() - saved_at >= save_seconds:
+                    save()
+                if watch is not None:
+                    watch(line, steps)
+                started = time.perf_counter()
+        save()
+    except KeyboardInterrupt:
+        save()
+        why = "interrupted"
+    except OSError as error:
+        there = checkpoints.saved(out / checkpoints.FOLDER)
+        kept = f"kept is {there[-1].stem} of {steps}" if there else "nothing is kept yet"
+        said = f"{error.strerror or error}; {kept}: see to the disk and go on with --resume"
+        raise OSError(error.errno, said, error.filename or str(out)) from error
+    except Diverged as error:
+        why = str(error)
+        _cut_log(out / LOG, saved)
+        state = checkpoints.load(out / checkpoints.FOLDER / checkpoints.name_of(saved))
+    return Outcome(state, steps, why)
+
+
+def batches_of(examples: Sequence[Example], tokens: int, pad: int) -> list[Batch]:
+    """All examples in batches of about so many tokens."""
+    if not examples:
+        return []
+    return [padded([examples[i] for i in rows], pad) for rows in order(examples, tokens, 0, 0)]
+
+
+def plot(out: Path | str) -> Path:
+    """The log's losses as a picture, ``loss.svg``, by matplotlib.
+
+    Errors: ImportError without it; ValueError for a log without steps.
+    """
+    try:
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        extra = "python -m pip install 'minilora[plot]'"
+        raise ImportError(f"the loss plot needs the library matplotlib: {extra}") from error
+    out = Path(out)
+    lines = read_log(out / LOG)
+    if not lines:
+        raise ValueError(f"{out / LOG}: no step to plot")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([one["step"] for one in lines], [one["loss"] for one in lines], label="training")
+    valid = [one for one in lines if "valid_loss" in one]
+    if valid:
+        steps, losses = zip(*((one["step"], one["valid_loss"]) for one in valid), strict=True)
+        axes.plot(steps, losses, "o-", label="validation")
+    axes.set(xlabel="step", ylabel="loss in nats a label")
+    axes.legend()
+    drawn = io.BytesIO()
+    FigureCanvasSVG(figure).print_svg(drawn)
+    write_files(out, {PLOT: drawn.getvalue})
+    return out / PLOT

@@ -1,0 +1,558 @@
+"""The commands of fine-tuning: what each prints and leaves, and how it refuses."""
+
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from calculus import GRADIENT, record_worst, relative_error, same_bits
+from test_formats import libraries as libraries
+
+from minilora import data, evaluate, logits, reference
+from minilora.bases import (
+    base_of,
+    classes_of,
+    copy_tokenizer,
+    kind_of,
+    open_adapted,
+    open_base,
+)
+from minilora.checkpoints import State
+from minilora.cli import main
+from minilora.commands.inspect import runtimes
+from minilora.commands.train import targets_of
+from minilora.formats import huggingface, mlx, peft
+from minilora.formats.files import (
+    FormatError,
+    pack_json,
+    read_json,
+    read_tensors,
+    write_files,
+    write_tensors,
+)
+from minilora.lora import Tuning
+from minilora.models import Llama, draw_weights
+from minilora.steps import Plan
+from minilora.train import Recipe, prepare, read_log, run
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def minilora(capsys, monkeypatch, tmp_path):
+    """Runs a command in an empty folder: exit status, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        try:
+            status = main([str(word) for word in words])
+        except SystemExit as left:
+            status = left.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of the reference model, and one of a classifier."""
+    folder = tmp_path_factory.mktemp("trained")
+    quick = ["--steps", "12", "--lr", "0.02", "--rank", "4"]
+    for name in ("llama", "bert"):
+        out = str(folder / name)
+        assert main(["train", "--model", f"reference:{name}", "--output", out, *quick]) == 0
+    return folder
+
+
+def figures(text):
+    return {name: float(value) for name, value in re.findall(r"^(\w+) +(\d+\.\d+)", text, re.M)}
+
+
+def printed_alike(one, other):
+    """Whether the losses are one number, but for rounding and a unit of the last digit printed."""
+    apart = round(1e4 * abs(figures(one)["loss"] - figures(other)["loss"]))
+    return apart <= 1
+
+
+def written(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# train
+
+
+def test_train_needs_no_more_than_an_output(minilora, tmp_path):
+    status, out, err = minilora("train", "--output", "run")
+    assert (status, err) == (0, "")
+    assert re.search(r"27108 parameters, 9792 trained; task:running-difference: 4096", out)
+    loss, valid = map(float, re.search(r"loss (\S+), (\S+) in validation", out).groups())
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, len(log) + 1))
+    assert round(log[-1]["loss"], 4) == loss < log[0]["loss"]
+    assert round(log[-1]["valid_loss"], 4) == valid
+    names = {"step", "epoch", "loss", "tokens", "labels", "lr", "grad_norm", "tokens_per_second"}
+    assert names <= log[0].keys()
+    assert peft.CONFIG in {path.name for path in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--model", "reference:gpt2"),
+        ("--model", "reference:bert"),
+        ("--variant", "dora", "--targets", "q,v"),
+        ("--variant", "lora+", "--schedule", "linear", "--warmup", "2"),
+        ("--targets", r"layers\.1\..*", "--rank", "2", "--alpha", "3", "--dropout", "0.1"),
+        ("--full", "--dtype", "float64"),
+        ("--threads", "2", "--recompute", "--accumulate", "2", "--weight-decay", "0.1"),
+    ],
+)
+def test_train_runs_with(options, minilora, tmp_path):
+    status, _, err = minilora("train", "--output", "run", "--steps", 3, *options)
+    assert (status, err) == (0, "")
+    said = read_json(tmp_path / "run/run.json")["settings"]
+    for name in ("variant", "schedule", "dtype"):
+        if f"--{name}" in options:
+            assert said[name] == options[options.index(f"--{name}") + 1]
+
+
+def test_recomputing_and_threads_change_no_bit(minilora, tmp_path):
+    for out, *options in (("one",), ("two", "--threads", "2", "--recompute")):
+        assert minilora("train", "--output", out, "--steps", 3, *options)[0] == 0
+    one, two = ((tmp_path / out / peft.WEIGHTS).read_bytes() for out in ("one", "two"))
+    assert one == two
+
+
+def test_a_file_of_lines_is_trained_on_and_a_bad_line_is_named_or_left_out(minilora, tmp_path):
+    path = written(tmp_path / "d.jsonl", {"text": "3 3 4 7"}, {"text": "zebra"}, {"text": "1 2"})
+    command = ("train", "--output", "run", "--data", "d.jsonl", "--steps", 2)
+    status, _, err = minilora(*command)
+    assert status == 3
+    assert "d.jsonl: line 2: found the word 'zebra'" in err
+    assert not (tmp_path / "run").exists()
+    status, out, _ = minilora(*command, "--skip-bad")
+    assert status == 0
+    assert f"{path.name}, line 2: left out: found the word 'zebra'" in out
+    assert read_json(tmp_path / "run/run.json")["data"]["skipped"] == 1
+
+
+def test_show_batch_prints_each_token_and_writes_nothing(minilora, tmp_path):
+    written(tmp_path / "d.jsonl", {"prompt": "3 3", "completion": " 4"})
+    status, out, _ = minilora("train", "--output", "run", "--data", "d.jsonl", "--show-batch")
+    assert status == 0
+    said = [line.split()[1] for line in out.splitlines()[1:]]
+    assert said == ["given", "given", "given", "predict", "predict"]
+    assert not (tmp_path / "run").exists()
+    _, out, _ = minilora(
+        "train", "--output", "run", "--data", "d.jsonl", "--show-batch", "--count-prompt"
+    )
+    said = [line.split()[1] for line in out.splitlines()[1:]]
+    assert said == ["given"] + 4 * ["predict"]
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "found"),
+    [
+        (("--rank", "0"), 2, "rank"),
+        (("--lr", "-1"), 2, "lr is -1.0"),
+        (("--lr", "nan"), 2, "lr is nan"),
+        (("--schedule", "up"), 2, "schedule 'up'"),
+        (("--variant", "adalora"), 2, "variant 'adalora': its ranks follow a budget"),
+        (("--variant", "none"), 2, "variant 'none'"),
+        (("--targets", "k_proj"), 2, r"\['k_proj'\] of the choice hit no projection"),
+        (("--dtype", "float16"), 2, "--dtype float16"),
+        (("--threads", "0"), 2, "threads is 0"),
+        (("--save-every", "0"), 2, "save_every 0"),
+        (("--length", "3"), 2, "length 3"),
+        (("--task", "classify"), 2, "task"),
+        (("--model", "reference:none"), 3, "expected reference:bert, reference:gpt2"),
+        (("--model", "nowhere"), 3, "nowhere: model: found nothing"),
+        (("--data", "nowhere.jsonl"), 3, "nowhere.jsonl: file: found nothing there"),
+        (("--lora-pluss", "2"), 2, "did you mean --lora-plus"),
+    ],
+)
+def test_train_refuses(options, status, found, minilora, tmp_path):
+    got, out, err = minilora("train", "--output", "run", *options)
+    assert got == status
+    assert re.search(found, err)
+    assert len(err.splitlines()) < 100
+    assert not (tmp_path / "run").exists()
+    assert "Traceback" not in out + err
+
+
+def test_a_divergence_is_status_1_and_says_how_to_go_on(minilora, tmp_path):
+    command = ("train", "--output", "run", "--clip", "0", "--save-every", 1)
+    status, _, err = minilora(*command, "--lr", "1e30")
+    assert status == 1
+    assert re.search(r"diverged at step 2: .*saved in run: step 1 of 27; go on from there", err)
+    way = re.search(r"--resume --accept-changes --lr \S+\d", err)[0]
+    (changed,) = [option for option in way.split() if option[0].isdigit()]
+    status, out, err = minilora(*command, *way.replace(changed, "1e-9").split())
+    assert "changed: lr was 1e+30 and is 1e-09" in out
+    assert status in (0, 1)  # what is left of the model after such a step is another question
+
+
+def test_an_output_that_is_there_is_refused(minilora, trained):
+    status, _, err = minilora("train", "--output", trained / "llama")
+    assert status == 2
+    assert "--resume" in err
+    assert "--overwrite" in err
+
+
+def test_a_plot_of_the_loss_is_drawn(minilora, tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install 'minilora[plot]'")
+    minilora("train", "--output", "run", "--steps", 3)
+    picture = (tmp_path / "run/loss.svg").read_text()
+    assert "<svg" in picture
+    assert picture.count('<g id="line2d') > 1
+
+
+def test_without_matplotlib_the_run_says_how_to_have_a_plot(minilora, tmp_path, monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_svg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    status, out, _ = minilora("train", "--output", "run", "--steps", 2)
+    assert status == 0
+    assert "python -m pip install 'minilora[plot]'" in out
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "plot" in extras["optional-dependencies"]
+
+
+def test_names_are_a_list_and_an_expression_is_one():
+    assert targets_of("all-linear") == "all-linear"
+    assert targets_of("q, v") == ["q", "v"]
+    assert targets_of("layers.0.q") == ["layers.0.q"]
+    assert targets_of(r"layers\.0\..*") == r"layers\.0\..*"
+
+
+# evaluate
+
+
+def test_evaluate_prints_the_measures_of_the_examples(minilora, trained, tmp_path):
+    status, out, _ = minilora("evaluate", "--adapter", trained / "llama", "--json", "f.json")
+    assert status == 0
+    said = read_json(tmp_path / "f.json")
+    assert figures(out) == {
+        name: round(said[name], 4) for name in ("loss", "perplexity", "accuracy")
+    }
+    base = open_base("reference:llama")
+    adapted = open_adapted(base, str(trained / "llama"))
+    read = data.read("task:running-difference", "lm", base.tokenizer, 512)
+    batch = data.batch(read.test, base.tokenizer.pad)
+    z, _ = logits(batch, adapted.weights, base.config, adapted.tuning)
+    z = z.reshape(len(z), *batch.ids.shape)
+    counted = batch.real[:, 1:]
+    right = (z.argmax(0)[:, :-1] == batch.ids[:, 1:])[counted]
+    assert said["accuracy"] == right.mean()
+    assert said["labels"] == counted.sum()
+    low, high = said["accuracy_interval"]
+    assert low < said["accuracy"] < high
+    _, out, _ = minilora("evaluate")
+    assert figures(out)["loss"] > said["loss"]
+
+
+def test_the_loss_does_not_depend_on_how_the_examples_lie_in_batches():
+    """In float64 and to the rounding of a sum of so many terms."""
+    base = open_base("reference:llama", np.float64)
+    read = data.read("task:running-sum", "lm", base.tokenizer, 512)
+    adapted = open_adapted(base)
+    given = adapted.weights, base.config, adapted.tuning
+    pad, some = base.tokenizer.pad, read.test[:40]
+    apart = [data.batch([example], pad) for example in some]
+    one, many = evaluate.measure([data.batch(some, pad)], *given), evaluate.measure(apart, *given)
+    bound = one.count * base.config.vocab * base.config.d * np.finfo(float).eps
+    assert (one.count, one.right.sum()) == (many.count, many.right.sum())
+    assert abs(one.nll / many.nll - 1) <= bound
+    losses = evaluate.mean_loss(apart, *given, Plan())
+    assert (losses.count, losses.right) == (one.count, None)
+    assert abs(losses.nll / one.nll - 1) <= bound
+    means = [evaluate.measure([batch], *given).loss for batch in apart]
+    assert abs(np.mean(means) / one.loss - 1) > bound  # the mean of means is another
+    with pytest.raises(ValueError, match="no label counts"):
+        evaluate.measure([], *given)
+
+
+def test_a_classifier_is_evaluated_by_the_classes_that_it_learned(minilora, trained, tmp_path):
+    status, out, _ = minilora("evaluate", "--adapter", trained / "bert")
+    assert status == 0
+    assert "512 examples, 512 labels" in out
+    assert classes_of(str(trained / "bert")) == ("0", "1", "2")
+    path = tmp_path / "d.jsonl"
+    rows = [{"text": "a b", "label": label} for label in ("0", "2", "2")]
+    written(path, *rows)
+    status, out, _ = minilora(
+        "evaluate", "--adapter", trained / "bert", "--data", path, "--split", "train"
+    )
+    assert status == 0, out
+    written(path, *rows, {"text": "a", "label": "7"})
+    status, _, err = minilora("evaluate", "--adapter", trained / "bert", "--data", path)
+    assert status == 3
+    assert "line 4: found label '7', expected one of the classes trained on, 0, 1, 2" in err
+
+
+def test_rouge_compares_what_the_model_writes(minilora, trained, tmp_path):
+    pytest.importorskip("rouge_score", reason="pip install 'minilora[text]'")
+    written(tmp_path / "d.jsonl", {"prompt": "3", "completion": " 8"})
+    status, out, _ = minilora(
+        "evaluate", "--adapter", "reference:llama", "--data", "d.jsonl", "--rouge", 1
+    )
+    assert status == 0
+    assert figures(out)["rouge1"] == 1.0
+    written(tmp_path / "d.jsonl", {"prompt": "3", "completion": " 4"})
+    _, out, _ = minilora(
+        "evaluate", "--adapter", "reference:llama", "--data", "d.jsonl", "--rouge", 1
+    )
+    assert figures(out)["rouge1"] == 0.0
+
+
+# generate
+
+
+def test_generate_writes_what_the_adapted_model_has_learned(minilora):
+    """Modulo 11, 0 - 3 is 8; the model that was taught sums says 0 + 3."""
+    for adapter, wanted in ((("--adapter", "reference:llama"), "3 8"), ((), "3 3")):
+        status, out, err = minilora("generate", "--prompt", "3", *adapter)
+        assert (status, err) == (0, "")
+        assert out.strip() == wanted
+
+
+def test_generate_draws_by_the_seed(minilora):
+    command = ("generate", "--temperature", "1", "--tokens", "12")
+    texts = [minilora(*command, "--seed", seed)[1] for seed in (0, 0, 1, 2, 3)]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "found"),
+    [
+        (("--prompt", "zebra"), 2, "the word 'zebra'"),
+        (("--prompt", "3", "--chat", "3"), 2, "--prompt and --chat both"),
+        (("--chat", "3"), 2, "no chat template"),
+        (("--model", "reference:bert", "--prompt", "a"), 2, "a Bert writes no text"),
+        (("--tokens", "0"), 2, "--tokens 0"),
+        (("--temperature", "-1"), 2, "temperature -1.0"),
+        (("--adapter", "nowhere"), 3, "nowhere: model: found none named"),
+        (("--adapter", "nowhere", "--model", "reference:llama"), 3, "nowhere: adapter"),
+    ],
+)
+def test_generate_refuses(options, status, found, minilora):
+    got, _, err = minilora("generate", *options)
+    assert got == status
+    assert found in err
+
+
+# merge, convert, inspect
+
+
+def test_a_merged_model_needs_no_adapter(minilora, trained):
+    status, _, _ = minilora("merge", "--adapter", trained / "llama", "--output", "merged")
+    assert status == 0
+    adapted = open_adapted(base_of(None, str(trained / "llama")), str(trained / "llama"))
+    c, W = huggingface.read_model("merged")
+    for name in c.linears():
+        at, change = f"{name}.weight", None
+        if f"{name}.A" in adapted.own:
+            s = adapted.tuning.scale[name]
+            change = s * (adapted.own[f"{name}.B"] @ adapted.own[f"{name}.A"])
+        base = adapted.base.weights[at]
+        assert same_bits(W[at], base if change is None else base + change)
+    with_it = minilora("evaluate", "--adapter", trained / "llama")[1]
+    merged = minilora("evaluate", "--model", "merged", "--data", "task:running-difference")[1]
+    assert printed_alike(with_it, merged)
+    assert not printed_alike(with_it, minilora("evaluate")[1])
+    status, _, err = minilora("merge", "--output", "other")
+    assert status == 2
+    assert "--adapter: none given" in err
+
+
+def test_an_adapter_goes_from_format_to_format_and_back_to_the_bit(minilora, trained, tmp_path):
+    pytest.importorskip("gguf", reason="pip install 'minilora[gguf]'")
+    model = ("--model", "reference:llama")
+    way = [("mlx", "a"), ("gguf", "b.gguf"), ("peft", "c")]
+    adapter = trained / "llama"
+    for kind, out in way:
+        status, text, err = minilora("convert", adapter, *model, "--to", kind, "--output", out)
+        assert (status, err) == (0, "")
+        assert "was multiplied" not in text
+        assert kind_of(tmp_path / out) == kind
+        adapter = tmp_path / out
+    base = open_base("reference:llama")
+    first, last = (open_adapted(base, str(path)) for path in (trained / "llama", adapter))
+    assert first.tuning.scale == last.tuning.scale
+    assert first.own.keys() == last.own.keys()
+    assert all(same_bits(first.own[name], last.own[name]) for name in first.own)
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "found"),
+    [
+        (("--to", "mlx", "--output", "a.gguf"), 2, "expected a folder for mlx"),
+        (("--to", "gguf", "--output", "a"), 2, "expected a .gguf file for gguf"),
+        (("--to", "onnx", "--output", "a"), 2, "invalid choice: 'onnx'"),
+    ],
+)
+def test_convert_refuses(options, status, found, minilora, trained):
+    got, _, err = minilora("convert", trained / "llama", *options)
+    assert got == status
+    assert found in err
+
+
+def test_what_a_format_cannot_say_is_refused(minilora, trained, tmp_path):
+    status, _, err = minilora("convert", trained / "bert", "--to", "mlx", "--output", "a")
+    assert status == 3
+    assert "found BERT" in err
+    assert not (tmp_path / "a").exists()
+
+
+def test_inspect_prints_the_norms_and_what_each_library_does(minilora, trained):
+    status, out, _ = minilora("inspect", trained / "llama")
+    assert status == 0
+    adapted = open_adapted(base_of(None, str(trained / "llama")), str(trained / "llama"))
+    own, s = adapted.own, adapted.tuning.scale["layers.1.down"]
+    change = np.linalg.norm(s * (own["layers.1.down.B"] @ own["layers.1.down.A"]))
+    ratio = change / np.linalg.norm(adapted.weights["layers.1.down.weight"])
+    (row,) = [line.split() for line in out.splitlines() if line.startswith("layers.1.down")]
+    assert row == ["layers.1.down", "lora", "4", "2", f"{change:.4g}", f"{ratio:.2%}"]
+    assert "14 of 15 projections adapted, 4896 parameters trained" in out
+    assert [line.split()[0] for line in out.splitlines()[-3:]] == ["peft", "mlx", "gguf"]
+    _, out, _ = minilora("inspect", trained / "bert")
+    assert "trained in full beside them: head.bias, head.weight" in out
+    assert re.search(r"^mlx +cannot have it: .*found BERT", out, re.M)
+
+
+def test_inspect_says_what_would_be_refused(trained, monkeypatch):
+    adapted = open_adapted(base_of(None, str(trained / "llama")), str(trained / "llama"))
+    assert not any("cannot" in line for line in runtimes(adapted))
+
+    def refuses(*arguments, **settings):
+        raise FormatError("a", "scale", "2 of them", "one", "keep PEFT's")
+
+    monkeypatch.setattr(mlx, "write_adapter", refuses)
+    assert [line for line in runtimes(adapted) if "cannot" in line] == [
+        "mlx   cannot have it: scale: found 2 of them, expected one; keep PEFT's"
+    ]
+
+
+# Models
+
+
+def plain_encoder(folder):
+    """The reference BERT without its classifier, as a sentence encoder's folder has it."""
+    c, W = huggingface.read_model(open_base("reference:bert").path)
+    huggingface.write_model(folder, c, W)
+    said = read_json(folder / "config.json") | {"architectures": ["BertModel"]}
+    del said["id2label"], said["label2id"]
+    tensors = read_tensors(folder / huggingface.WEIGHTS)
+    bare = {
+        name.removeprefix("bert."): w for name, w in tensors.items() if "classifier" not in name
+    }
+    write_files(folder, {"config.json": lambda: pack_json(said)})
+    write_tensors(folder / huggingface.WEIGHTS, bare)
+    copy_tokenizer(open_base("reference:bert"), folder)
+    return folder
+
+
+def test_a_bert_without_a_classifier_gets_one_for_the_datas_classes(minilora, tmp_path):
+    folder = plain_encoder(tmp_path / "encoder")
+    base = open_base(str(folder), classes=5)
+    assert base.config.classes == 5
+    assert not any(name.startswith("head") for name in base.weights)
+    rows = [{"text": text, "label": label} for text, label in (("a b", "x"), ("b c c", "y"))]
+    path = written(
+        tmp_path / "d.jsonl", *rows, {"text": "c", "label": "w"}, {"text": "a", "label": "z"}
+    )
+    command = ("train", "--model", folder, "--data", path, "--task", "classify", "--lr", "0.01")
+    status, _, err = minilora(*command, "--steps", 30, "--output", "run")
+    assert (status, err) == (0, "")
+    losses = [line["loss"] for line in read_log(tmp_path / "run/log.jsonl")]
+    assert losses[-1] < losses[0]
+    assert classes_of("run") == ("w", "x", "y", "z")
+    status, out, _ = minilora("evaluate", "--adapter", "run", "--data", path)
+    assert status == 0
+    assert figures(out)["loss"] < losses[0]
+    minilora("merge", "--adapter", "run", "--output", "merged")
+    merged = minilora("evaluate", "--model", "merged", "--data", path)[1]
+    assert printed_alike(merged, out)
+    assert huggingface.read_config("merged").classes == 4
+    with pytest.raises(FormatError, match="expected BertModel alone"):
+        huggingface.read_encoder("merged", 4)
+
+
+def test_a_classifier_of_other_classes_is_refused(minilora, tmp_path):
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+    path = written(tmp_path / "d.jsonl", *rows)
+    command = ("train", "--model", "reference:bert", "--data", path, "--output", "run")
+    status, _, err = minilora(*command)
+    assert status == 2
+    assert "2 classes in the data, 3 in the model" in err
+
+
+def test_a_base_that_stays_quantised_trains_to_the_same_bits(tmp_path):
+    pytest.importorskip("gguf", reason="pip install 'minilora[gguf]'")
+    from minilora.formats.gguf import write_model
+
+    c = Llama(vocab=14, d=32, layers=2, heads=4, ffn=64, kv_heads=2, head_dim=8)
+    W = draw_weights(c, np.random.default_rng(0), 0.3)
+    write_model(
+        tmp_path / "a.gguf", c, {n: w.astype(np.float32) for n, w in W.items()}, dtype=np.float16
+    )
+    read = data.read("task:running-sum", "lm", None, 32)
+    results = []
+    for quantised in (False, True):
+        base = open_base(str(tmp_path / "a.gguf"), quantised=quantised)
+        assert isinstance(base.weights, dict) != quantised
+        job = prepare(base, read, Recipe(steps=3, dropout=0.1))
+        plan = Plan(recompute=quantised)
+        *_, (state, _) = run(
+            State(job.start), job.weights({}), c, job.tuning, read.train, job.recipe, plan
+        )
+        results.append(state.params)
+    assert results[0].keys() == results[1].keys()
+    assert all(same_bits(results[0][name], w) for name, w in results[1].items())
+
+
+def test_a_model_merged_into_a_gguf_file_is_the_merged_model(minilora, trained):
+    pytest.importorskip("gguf", reason="pip install 'minilora[gguf]'")
+    for out in ("merged", "merged.gguf"):
+        assert minilora("merge", "--adapter", trained / "llama", "--output", out)[0] == 0
+    folder, file = open_base("merged"), open_base("merged.gguf")
+    assert all(same_bits(file.weights[name], w) for name, w in folder.weights.items())
+
+
+def test_what_is_no_adapter_or_two_is_refused(tmp_path):
+    with pytest.raises(FormatError, match="found neither"):
+        kind_of(tmp_path)
+    for name in ("adapter_model.safetensors", "adapters.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FormatError, match="found both"):
+        kind_of(tmp_path)
+
+
+# Other libraries
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_peft_computes_what_was_trained_here(name, trained, libraries, tmp_path):
+    base = open_base(f"reference:{name}", np.float64)
+    folder = tmp_path / "base"
+    huggingface.write_model(folder, base.config, dict(base.weights))
+    model = libraries.adapted(libraries.model(folder), trained / name).double()
+    adapted = open_adapted(base, str(trained / name), np.float64)
+    given, _ = reference.vector(name)
+    asked = {"input_ids": given.ids, "attention_mask": given.real.astype(int)}
+    asked |= {} if given.types is None else {"token_type_ids": given.types}
+    with libraries.torch.no_grad():
+        found = model(**{at: libraries.torch.from_numpy(a) for at, a in asked.items()}).logits
+    found = found.numpy()[given.real] if base.config.causal else found.numpy()
+
+    def off(W, tuning):
+        z, _ = logits(given, W, base.config, tuning)
+        return relative_error(found.T, z[:, given.real.ravel()] if base.config.causal else z)
+
+    figure = off(adapted.weights, adapted.tuning)
+    record_worst("logits against peft, trained here", figure)
+    assert figure <= GRADIENT < off(base.weights, Tuning())
