@@ -15,17 +15,28 @@ from minilora import data, evaluate, logits, reference
 from minilora.bases import (
     base_of,
     classes_of,
+    copy_tokenizer,
     kind_of,
     open_adapted,
     open_base,
 )
+from minilora.checkpoints import State
 from minilora.cli import main
 from minilora.commands.inspect import runtimes
 from minilora.commands.train import targets_of
 from minilora.formats import huggingface, mlx, peft
-from minilora.formats.files import FormatError, read_json
+from minilora.formats.files import (
+    FormatError,
+    pack_json,
+    read_json,
+    read_tensors,
+    write_files,
+    write_tensors,
+)
 from minilora.lora import Tuning
+from minilora.models import Llama, draw_weights
 from minilora.steps import Plan
+from minilora.train import Recipe, prepare, run
 
 ROOT = Path(__file__).parent.parent
 
@@ -417,6 +428,97 @@ def test_inspect_says_what_would_be_refused(trained, monkeypatch):
     assert [line for line in runtimes(adapted) if "cannot" in line] == [
         "mlx   cannot have it: scale: found 2 of them, expected one; keep PEFT's"
     ]
+
+
+# Models
+
+
+def plain_encoder(folder):
+    """The reference BERT without its classifier, as a sentence encoder's folder has it."""
+    c, W = huggingface.read_model(open_base("reference:bert").path)
+    huggingface.write_model(folder, c, W)
+    said = read_json(folder / "config.json") | {"architectures": ["BertModel"]}
+    del said["id2label"], said["label2id"]
+    tensors = read_tensors(folder / huggingface.WEIGHTS)
+    bare = {
+        name.removeprefix("bert."): w for name, w in tensors.items() if "classifier" not in name
+    }
+    write_files(folder, {"config.json": lambda: pack_json(said)})
+    write_tensors(folder / huggingface.WEIGHTS, bare)
+    copy_tokenizer(open_base("reference:bert"), folder)
+    return folder
+
+
+def test_a_bert_without_a_classifier_gets_one_for_the_datas_classes(minilora, tmp_path):
+    folder = plain_encoder(tmp_path / "encoder")
+    base = open_base(str(folder), classes=5)
+    assert base.config.classes == 5
+    assert not any(name.startswith("head") for name in base.weights)
+    rows = [{"text": text, "label": label} for text, label in (("a b", "x"), ("b c c", "y"))]
+    path = written(
+        tmp_path / "d.jsonl", *rows, {"text": "c", "label": "w"}, {"text": "a", "label": "z"}
+    )
+    command = ("train", "--model", folder, "--data", path, "--task", "classify", "--lr", "0.05")
+    status, _, err = minilora(*command, "--steps", 30, "--output", "run")
+    assert (status, err) == (0, "")
+    assert classes_of("run") == ("w", "x", "y", "z")
+    status, out, _ = minilora("evaluate", "--adapter", "run", "--data", path)
+    assert status == 0
+    assert figures(out)["accuracy"] == 1.0
+    minilora("merge", "--adapter", "run", "--output", "merged")
+    assert huggingface.read_config("merged").classes == 4
+    with pytest.raises(FormatError, match="expected BertModel alone"):
+        huggingface.read_encoder("merged", 4)
+
+
+def test_a_classifier_of_other_classes_is_refused(minilora, tmp_path):
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+    path = written(tmp_path / "d.jsonl", *rows)
+    command = ("train", "--model", "reference:bert", "--data", path, "--output", "run")
+    status, _, err = minilora(*command)
+    assert status == 2
+    assert "2 classes in the data, 3 in the model" in err
+
+
+def test_a_base_that_stays_quantised_trains_to_the_same_bits(tmp_path):
+    pytest.importorskip("gguf", reason="pip install 'minilora[gguf]'")
+    from minilora.formats.gguf import write_model
+
+    c = Llama(vocab=14, d=32, layers=2, heads=4, ffn=64, kv_heads=2, head_dim=8)
+    W = draw_weights(c, np.random.default_rng(0), 0.3)
+    write_model(
+        tmp_path / "a.gguf", c, {n: w.astype(np.float32) for n, w in W.items()}, dtype=np.float16
+    )
+    read = data.read("task:running-sum", "lm", None, 32)
+    results = []
+    for quantised in (False, True):
+        base = open_base(str(tmp_path / "a.gguf"), quantised=quantised)
+        assert isinstance(base.weights, dict) != quantised
+        job = prepare(base, read, Recipe(steps=3, dropout=0.1))
+        plan = Plan(recompute=quantised)
+        *_, (state, _) = run(
+            State(job.start), job.weights({}), c, job.tuning, read.train, job.recipe, plan
+        )
+        results.append(state.params)
+    assert results[0].keys() == results[1].keys()
+    assert all(same_bits(results[0][name], w) for name, w in results[1].items())
+
+
+def test_a_model_merged_into_a_gguf_file_is_the_merged_model(minilora, trained):
+    pytest.importorskip("gguf", reason="pip install 'minilora[gguf]'")
+    for out in ("merged", "merged.gguf"):
+        assert minilora("merge", "--adapter", trained / "llama", "--output", out)[0] == 0
+    folder, file = open_base("merged"), open_base("merged.gguf")
+    assert all(same_bits(file.weights[name], w) for name, w in folder.weights.items())
+
+
+def test_what_is_no_adapter_or_two_is_refused(tmp_path):
+    with pytest.raises(FormatError, match="found neither"):
+        kind_of(tmp_path)
+    for name in ("adapter_model.safetensors", "adapters.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FormatError, match="found both"):
+        kind_of(tmp_path)
 
 
 # Other libraries

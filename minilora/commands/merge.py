@@ -14,12 +14,12 @@ def add(commands: Any) -> None:
         commands,
         "merge",
         "store an adapter in its model's weights",
-        "Writes the model with the adapter merged into it as a Hugging Face folder, which needs "
-        "no adapter and no minilora.",
+        "Writes the model with the adapter merged into it, as a Hugging Face folder or a .gguf "
+        "file, which needs no adapter and no minilora.",
         _run,
     )
     add_model(parser.add_argument)
-    parser.add_argument("--output", required=True, metavar="OUT", help="a folder without a model")
+    parser.add_argument("--output", required=True, metavar="OUT", help="a folder, or a .gguf file")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -36,7 +36,13 @@ def _run(arguments: argparse.Namespace) -> int:
     model = open_adapted(base, arguments.adapter, dtype)
     whole = {name: model.weights[name] for name in (*base.config.shapes(), *model.own)}
     merged = merge(whole, model.tuning)
-    write_model(arguments.output, base.config, dict(merged))
-    copy_tokenizer(base, arguments.output)
+    if arguments.output.endswith(".gguf"):
+        from minilora.formats import gguf
+
+        like = base.path if base.path.suffix == ".gguf" else None
+        gguf.write_model(arguments.output, base.config, merged, like=like)
+    else:
+        write_model(arguments.output, base.config, merged)
+        copy_tokenizer(base, arguments.output)
     say(f"{arguments.output}: {base.name} with {arguments.adapter} merged\n")
     return HOLDS

@@ -304,16 +304,8 @@ class Blocks:
 
         Errors: FormatError if an entry is not finite.
         """
-        rows, columns = len(self.data), math.prod(self.shape) // len(self.data)
-        whole = np.empty((rows, columns), self.dtype)
-        step = max(1, 2**17 // columns)  # few enough entries for their codes to stay in a cache
-        for start in range(0, rows, step):
-            part = slice(start, start + step)
-            whole[part] = self._expand(part if self.order is None else self.order[part])
-        self._forget()
-        if not self.checked:
-            finite(self.contents.path, self.name, whole, DIVERGED)
-            self.checked = True
+        whole = self._made(self.order)
+        self.checked = True
         return whole.reshape(self.shape)
 
     def rows(self, ids: Array) -> Array:
@@ -322,9 +314,24 @@ class Blocks:
         Shapes: ids (t,) -> (t, n).
         Errors: FormatError if an entry is not finite.
         """
-        found = self._expand(ids if self.order is None else self.order[ids])
-        self._forget()
-        return finite(self.contents.path, self.name, found.astype(self.dtype), DIVERGED)
+        ids = np.asarray(ids)
+        return self._made(ids if self.order is None else self.order[ids])
+
+    def _made(self, order: Array | None) -> Array:
+        """Those rows of the file, in that order, or all of them."""
+        rows = len(self.data) if order is None else len(order)
+        columns = math.prod(self.shape) // len(self.data)
+        made = np.empty((rows, columns), self.dtype)
+        step = max(1, 2**17 // columns)  # few enough entries for their codes to stay in a cache
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            made[part] = self._expand(part if order is None else order[part])
+        if hasattr(mmap, "MADV_DONTNEED"):
+            start = self.tensor.start // mmap.PAGESIZE * mmap.PAGESIZE
+            self.contents.bytes.madvise(mmap.MADV_DONTNEED, start, self.tensor.end - start)
+        if not self.checked:
+            finite(self.contents.path, self.name, made, DIVERGED)
+        return made
 
     def _expand(self, rows: Any) -> Array:
         data, kind = self.data[rows], self.tensor.kind
@@ -333,11 +340,6 @@ class Blocks:
         gguf = library()
         known: Array = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
         return known
-
-    def _forget(self) -> None:
-        if hasattr(mmap, "MADV_DONTNEED"):
-            start = self.tensor.start // mmap.PAGESIZE * mmap.PAGESIZE
-            self.contents.bytes.madvise(mmap.MADV_DONTNEED, start, self.tensor.end - start)
 
 
 def file_rows(heads: int, rows: int) -> Array:
