@@ -881,7 +881,8 @@ def notes(found: Found) -> list[str]:
         f"Each side has the rate of {rates} with the least mean loss in its own validation over "
         f"the seeds {seeds}; {study.steps} steps of about {study.tokens} tokens, "
         f"{len(found.courses)} runs, {found.seconds:.0f} s in all. In brackets: "
-        f"{CONFIDENCE:.0%} intervals over seeds, of times over rounds; what has none was counted.",
+        f"{CONFIDENCE:.0%} intervals over seeds, of times over rounds; what has none was counted. "
+        "Each case is judged alone: of many that are near the criterion, some will pass by chance.",
         "Losses of the reference models are what they exceed the task's entropy by, exactly, in "
         "nats a label. Models so small learn in minutes, and say little of large ones: what a "
         "cost or a rank comes to depends on the width.",

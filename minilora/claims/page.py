@@ -10,6 +10,7 @@ from minilora import __version__
 from minilora.claims import (
     FULL,
     HOLDS,
+    NOT,
     PARTS,
     WHEN,
     Course,
@@ -28,7 +29,7 @@ _OWN_STYLE = """
   --s3: #6fd38a; --s4: #c9a6ff } }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem),
   1fr)) }
-svg { width: 100% } svg text { fill: var(--soft); font: 11px system-ui, sans-serif }
+figure { max-width: 30rem } svg { width: 100% } svg text { fill: var(--soft); font: 11px system-ui, sans-serif }
 svg .axis { stroke: var(--line); stroke-width: 1 }
 .s { fill: none; stroke-width: 2 } .thin { stroke-width: 1; opacity: .45 }
 .s0 { stroke: var(--s0) } .s1 { stroke: var(--s1); stroke-dasharray: 7 3 }
@@ -175,7 +176,7 @@ def _page(found: Found, judged: Sequence[Verdict]) -> Iterator[str]:
     yield from _verdicts(judged)
     yield '<h2 id="learning">Learning and forgetting</h2>'
     yield "<p>Each model goes from a task that it knows to one that contradicts it. Losses are "
-    yield "what they exceed the tasks' entropies by, in nats a label; lines are means over seeds.</p>"
+    yield "what they exceed the tasks' entropies by, in nats a label; lines are means.</p>"
     for model in found.study.models:
         yield from _learning(found, model)
     yield '<h2 id="costs">What it costs</h2>'
@@ -209,6 +210,8 @@ def _verdicts(judged: Sequence[Verdict]) -> Iterator[str]:
 
 def _said(verdict: Verdict, short: bool = False) -> str:
     kind, sign = {HOLDS: ("yes", "✓"), WHEN: ("some", "≈")}.get(verdict.word, ("no-claim", "✗"))
+    if verdict.word == NOT and not verdict.named(False):
+        kind, sign = "some", "?"
     rest = "" if short else escape(verdict.said.removeprefix(verdict.word))
     return f'<span class="{kind}">{sign} {verdict.word}</span>{rest}'
 
