@@ -31,6 +31,7 @@ from minilora.models import Batch, Config, logits, loss
 from minilora.ops import Array
 from minilora.steps import Plan, blas_threads, gradients
 from minilora.sweep import in_processes, opened
+from minilora.targets import choose
 from minilora.train import Diverged, Job, Recipe, batches_of, prepare, run, write_result
 
 HU = 'Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"'
@@ -124,10 +125,11 @@ def sides_of(study: Study, c: Config) -> list[Side]:
 
     That many as all linears have at the second rank.
     """
-    shapes = c.block()
-    all_of_them = sum(map(sum, shapes.values()))
-    attention = sum(sum(shapes[at]) for at in shapes if at in ATTENTION)
-    rank = -(-study.ranks[1] * all_of_them // attention)
+    every, attention = (
+        sum(map(sum, choose(study.recipe(c, side).lora(), c.linears()).shape.values()))
+        for side in (Side(1), Side(1, attention=True))
+    )
+    rank = -(-study.ranks[1] * every // attention)
     return [FULL, *(Side(r) for r in study.ranks), Side(rank, attention=True)]
 
 
@@ -300,9 +302,9 @@ def inference_of(job: Job, batch: Batch) -> tuple[tuple[int, int, int], int]:
         for held, tuning in ((base, Tuning()), (W, still), (merged, Tuning()))
     )
     kinds = [{n: (w.shape, w.dtype) for n, w in held.items()} for held in (base, merged)]
-    differ = len(kinds[0].items() ^ kinds[1].items()) + sum(
-        a != b for a, b in zip(plain, one, strict=False)
-    )
+    names = kinds[0].keys() | kinds[1].keys()
+    differ = sum(kinds[0].get(name) != kinds[1].get(name) for name in names)
+    differ += sum(a != b for a, b in zip(plain, one, strict=False))
     copies = {name: w.copy() for name, w in merged.items()}
     z, again = (
         np.ascontiguousarray(logits(batch, held, c, Tuning())[0]).view(np.uint8)

@@ -29,7 +29,8 @@ _OWN_STYLE = """
   --s3: #6fd38a; --s4: #c9a6ff } }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem),
   1fr)) }
-figure { max-width: 30rem } svg { width: 100% } svg text { fill: var(--soft); font: 11px system-ui, sans-serif }
+figure { max-width: 30rem } svg { width: 100% }
+svg text { fill: var(--soft); font: 11px system-ui, sans-serif }
 svg .axis { stroke: var(--line); stroke-width: 1 }
 .s { fill: none; stroke-width: 2 } .thin { stroke-width: 1; opacity: .45 }
 .s0 { stroke: var(--s0) } .s1 { stroke: var(--s1); stroke-dasharray: 7 3 }
