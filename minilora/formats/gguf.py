@@ -308,13 +308,13 @@ class Blocks:
         self.checked = True
         return whole.reshape(self.shape)
 
-    def rows(self, ids: Array) -> Array:
-        """The rows of the weight that ``ids`` name, and no others.
+    def rows(self, ids: Any) -> Array:
+        """The rows of the weight that ``ids`` name, an array or a slice, and no others.
 
         Shapes: ids (t,) -> (t, n).
         Errors: FormatError if an entry is not finite.
         """
-        ids = np.asarray(ids)
+        ids = np.arange(*ids.indices(len(self.data))) if isinstance(ids, slice) else np.asarray(ids)
         return self._made(ids if self.order is None else self.order[ids])
 
     def _made(self, order: Array | None) -> Array:
