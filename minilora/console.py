@@ -64,7 +64,7 @@ def stdout_on_stderr() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Progress | None]:
+def progress_bar(unit: str = "cases") -> Iterator[Progress | None]:
     """A bar on standard error where that is a terminal."""
     if not sys.stderr.isatty():
         yield None
@@ -72,7 +72,8 @@ def progress_bar() -> Iterator[Progress | None]:
     from tqdm import tqdm
 
     # What is long stands last, where a narrow terminal cuts it off.
-    form = "{percentage:3.0f}% {bar:16} {n_fmt} of {total_fmt} cases, {remaining} left  {desc}"
+    form = f"{{n_fmt}} of {{total_fmt}} {unit}, {{remaining}} left  {{desc}}"
+    form = "{percentage:3.0f}% {bar:16} " + form
     with tqdm(bar_format=form, leave=False, file=sys.stderr, dynamic_ncols=True) as bar:
 
         def progress(case: str, behind: int, total: int) -> None:

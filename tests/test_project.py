@@ -53,6 +53,7 @@ TEXT = {
     "minilora/formats/gguf.py": {"gguf", "tokenizers"},
     "minilora/formats/tokenizers.py": {"jinja2", "tokenizers"},
     "minilora/metrics.py": {"rouge_score"},
+    "minilora/sweep.py": {"matplotlib"},
     "minilora/train.py": {"matplotlib"},
 }
 """What comes with the extras `text`, `gguf` and `plot`, by the file that imports it."""

@@ -8,7 +8,7 @@ from typing import Any
 
 NAMES: tuple[str, ...] = (
     *("train", "generate", "evaluate", "merge", "inspect", "convert"),
-    "bench",
+    *("sweep", "claims", "bench"),
 )
 """The commands in the order of the help."""
 

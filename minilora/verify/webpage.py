@@ -30,7 +30,7 @@ MEANS = {
 }
 DEVIATES = ("fail", "error", "loose", "known")
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de;
   --fail: #b3123a; --odd: #8a4b00; --pass: #1a6b32; --z1: #6482ad; --z2: #b07a10; --z3: #c9520f;
   --z4: #b3123a; --box: #f6f8fa }
@@ -77,6 +77,7 @@ figcaption { font-size: .9rem } .frame { fill: none; stroke: var(--line) }
   tbody th { min-width: 5.5rem } .level > summary { font-size: 1rem }
   .found { padding: .4rem .5rem } h1 { font-size: 1.3rem } }
 """
+"""Of this page, and of others that look like it."""
 
 
 def html(reports: Sequence[Report], sources: Sequence[str] = ()) -> str:
@@ -94,7 +95,7 @@ def _page(runs: Runs) -> Iterator[str]:
     yield '<html lang="en"><head><meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
     yield f"<title>minilora verify {title}</title>"
-    yield f"<style>{_STYLE}</style></head><body>"
+    yield f"<style>{STYLE}</style></head><body>"
     yield f"<header><h1>{title}</h1>"
     if len(runs.reports) == 1:
         (report,) = runs.reports
