@@ -9,6 +9,7 @@ from typing import Any
 NAMES: tuple[str, ...] = (
     *("train", "generate", "evaluate", "merge", "inspect", "convert"),
     "bench",
+    "example",
 )
 """The commands in the order of the help."""
 
