@@ -5,7 +5,6 @@ counted unless wanted, only what is answered. A line that cannot be used is refu
 """
 
 import hashlib
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -519,11 +518,21 @@ class _Reader:
         whole = make(text)
         if len(whole[0]) <= self.length:
             return self.example(*whole)
-        n = bisect_right(range(len(text)), self.length, key=lambda n: len(make(text[:n])[0])) - 1
-        if n < 1:
+        high, many = len(text), len(whole[0])
+        low, few = 0, len(make("")[0])
+        step = 0
+        while high - low > 1 and few < self.length:  # tokens are about proportional to characters
+            step += 1  # and where they are not, every third step halves what is left
+            share = 0.5 if step % 3 == 0 else (self.length - few) / (many - few)
+            n = min(max(low + 1, low + int(share * (high - low))), high - 1)
+            count = len(make(text[:n])[0])
+            low, few, high, many = (
+                (n, count, high, many) if count <= self.length else (low, few, n, count)
+            )
+        if low < 1 or few > self.length:
             expected = f"shorter by more than what asks for it than the length, {self.length}"
             raise _Wrong("a summary that leaves no room for its text", expected, "raise the length")
-        return self.example(*make(text[:n]))[0], True
+        return self.example(*make(text[:low]))[0], True
 
 
 def _no_mark(data: bytes) -> bytes:

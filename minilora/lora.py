@@ -194,7 +194,9 @@ def project(x: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
     variant, names = adapter_of(at, W, tuning)
     if names:
         s, K = tuning.scale[at], tuning.keep.get(at)
-        y, back_y = variant.linear(x, W[weight], W.get(bias), *(W[name] for name in names), s, K)
+        # What rescales a weight needs all of it, where others read it in parts.
+        base = W[weight] if variant.additive else np.asanyarray(W[weight])
+        y, back_y = variant.linear(x, base, W.get(bias), *(W[name] for name in names), s, K)
     else:
         y, back_y = linear(x, W[weight], W.get(bias))
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from minilora.blocks import Past, bert_block, embed, gpt2_block, llama_block, normalise, stack
+from minilora.expanded import by_rows
 from minilora.lora import Params, Tuning, Weights, project, total, weight_of
 from minilora.ops import (
     IGNORED,
@@ -359,7 +360,7 @@ def targets(batch: Batch, c: Config) -> Array:
     return following.ravel()
 
 
-LOGITS = 2**22
+LOGITS = 6 * 2**20
 """About so many logits are formed at a time."""
 
 
@@ -369,18 +370,21 @@ def head_loss(
     """L = the mean cross-entropy of z = W x over the labels that count, W the projection's ``at``.
 
     Where there would be more than `LOGITS`, only the columns whose label counts are formed, some of
-    them at a time, and each time the gradient in the same pass: z is never there as a whole.
+    them at a time, and each time the gradient in the same pass: z is never there as a whole. Nor is
+    W, which is then read by blocks of rows.
 
     Shapes: x (n, t), labels (t,) -> L ().
     Errors: those of :func:`minilora.ops.cross_entropy`.
     """
-    names = {weight_of(at, W), *(name for name in W if name.startswith(f"{at}."))}
-    held = {name: np.asanyarray(W[name]) for name in names}  # once, where it is made on demand
-    counted, v = labels != IGNORED, len(held[weight_of(at, W)])
+    weight = weight_of(at, W)
+    held: dict[str, Any] = {name: W[name] for name in W if name.startswith(f"{at}.")}
+    counted, E = labels != IGNORED, W[weight]
+    large = len(E) * labels.size > LOGITS
+    held[weight] = by_rows(E) if large else np.asanyarray(E)
     parts: list[Any] = [slice(None)]
-    if v * labels.size > LOGITS and counted.any():
+    if large and counted.any():
         columns = np.flatnonzero(counted)
-        parts = np.array_split(columns, -(-v * columns.size // LOGITS))
+        parts = np.array_split(columns, -(-len(E) * columns.size // LOGITS))
     n = count if len(parts) == 1 else int(counted.sum()) if count is None else count
     K = tuning.keep.get(at)
 
@@ -388,6 +392,7 @@ def head_loss(
         keep = {} if K is None else {at: K[:, part]}
         z, back_z = project(x[:, part], at, held, replace(tuning, keep=keep))
         L, back_L = cross_entropy(z, labels[part], n)
+        del z  # the gradient takes its place
         return L, *(back_z(back_L(1.0)) if tuning.trained else (np.zeros_like(x[:, part]), {}))
 
     losses, dxs, gradients = zip(*map(of, parts), strict=True)

@@ -301,7 +301,8 @@ def padding_mask(real: Array) -> Array:
 def _exponentials(z: Array) -> tuple[Array, Array, Array]:
     """exp(z - c), its sum and c, the greatest real part of each column: nothing overflows."""
     c = z.real.max(-2, keepdims=True)
-    e = np.exp(z - c)
+    e = z - c
+    e = np.exp(e, out=e)  # in its place: these arrays are the largest of all
     return e, e.sum(-2, keepdims=True), c
 
 
@@ -339,12 +340,12 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Back]:
     z = K.mT @ Q
     np.copyto(z, -np.inf, where=~mask[:, None, None])
     p, back_softmax = softmax(z)
-    o = (V @ p).reshape(q.shape)
+    o = (V @ p).reshape(b, h, d, t)
 
     def back(do: Array) -> tuple[Array, Array, Array]:
         dO = do.reshape(grouped)
         dz = back_softmax(V.mT @ dO)
-        dq = (K @ dz * scale).reshape(q.shape)
+        dq = (K @ dz * scale).reshape(b, h, d, t)
         return dq, (Q @ dz.mT).sum(2), (dO @ p.mT).sum(2)
 
     return o, back
@@ -412,7 +413,9 @@ def cross_entropy(z: Array, labels: Array, count: int | None = None) -> tuple[Ar
     def back(dL: Array) -> Array:
         dz: Array = e / total
         dz[at] = dz[at] - 1
-        dz = dz * counted * (dL / n)
+        dz *= counted
+        factor = dL / n
+        dz = np.multiply(dz, factor, out=None if np.iscomplexobj(factor) else dz)
         return dz
 
     return L, back

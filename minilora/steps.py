@@ -10,7 +10,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
@@ -181,6 +181,8 @@ def gradients(
         raise ValueError(f"no label counts in {len(batch.ids)} rows; leave this batch out")
 
     how = replace(tuning, recompute=plan.recompute)
+    if plan.recompute:  # memory is dearer than time
+        release_memory()
 
     def work(rows: slice) -> tuple[Any, Weights]:
         own_batch, own_tuning = part(batch, how, rows)
@@ -217,11 +219,20 @@ def evaluate(
     return sum(in_order(work, groups(batch, c, plan), plan.threads)), counted(batch, c)
 
 
+def release_memory() -> None:
+    """What has been freed goes back to the system, where the C library can: the other way round.
+
+    In the pieces that training leaves, a later step's arrays do not all fit.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Options of glibc's ``mallopt``."""
 
-LARGEST = 2**25
-"""Bytes: no older glibc keeps larger arrays, and what is larger should go back at once."""
+LARGEST = 10 * 2**20
+"""Bytes: of what is larger there is little, blocks of logits, and it goes back at once."""
 
 
 def warm_memory() -> bool:

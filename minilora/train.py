@@ -27,7 +27,7 @@ from minilora.formats import huggingface, peft
 from minilora.formats.files import pack_json, read_json, write_files
 from minilora.lora import LORA, Params, Tuning, Weights, is_base, total
 from minilora.models import Batch, Config
-from minilora.optim import adamw, clip, loraplus_rates, schedule
+from minilora.optim import AdamState, adamw, clip, loraplus_rates, schedule
 from minilora.steps import Plan, counted, drawn_dropout, gradients
 from minilora.targets import Lora, adapt
 from minilora.variants import REGISTRY
@@ -182,46 +182,60 @@ def run(
             rows, epoch = micro_batches(examples, recipe, state.epoch), state.epoch
         chosen = rows[state.position : state.position + recipe.accumulate]
         batches = [padded([examples[i] for i in own], pad) for own in chosen]
-        counts = [counted(batch, c) for batch in batches]
-        if not any(counts):
-            raise ValueError(f"step {state.step + 1}: no label counts in its examples {chosen}")
-        L, g = _summed(
-            state, batches, counts, weights_with(W, state.params), c, tuning, recipe, plan
-        )
-        loss = float(L)
-        first = loss if state.first is None else state.first
-        g, norm = clip(g, recipe.clip or np.inf)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Diverged(state.step + 1, f"the loss is {loss:g}, its gradient's norm {norm:g}")
-        if loss > DIVERGED * max(first, limit):
-            raise Diverged(state.step + 1, f"the loss is {loss:.4g}, at first it was {first:.4g}")
         factor = schedule(recipe.schedule, state.step, steps, recipe.warmup)
         lr = {name: rate * factor for name, rate in rates.items()}
-        params, adam = adamw(state.params, g, state.adam, lr, weight_decay=recipe.weight_decay)
-        if not all(np.isfinite(p).all() for p in params.values()):
-            raise Diverged(state.step + 1, "a parameter is no longer finite")
+        params, adam, loss, norm = step(state, batches, W, c, tuning, recipe, plan, lr)
+        first = loss if state.first is None else state.first
+        if loss > DIVERGED * max(first, limit):
+            raise Diverged(state.step + 1, f"the loss is {loss:.4g}, at first it was {first:.4g}")
         tokens = sum(int(batch.real.sum()) for batch in batches)
+        labels = sum(counted(batch, c) for batch in batches)
         place = state.position + len(chosen)
         at = (epoch + 1, 0) if place >= len(rows) else (epoch, place)
+        record = Record(state.step + 1, epoch, loss, tokens, labels, recipe.lr * factor, norm)
         state = State(params, adam, state.step + 1, *at, state.tokens + tokens, first)
-        rate = recipe.lr * factor
-        yield (
-            state,
-            Record(state.step, epoch, loss, tokens, sum(counts), rate, float(norm)),
-        )
+        yield state, record
+
+
+def step(
+    state: State,
+    batches: Sequence[Batch],
+    W: Params,
+    c: Config,
+    tuning: Tuning,
+    recipe: Recipe,
+    plan: Plan,
+    lr: Mapping[str, float],
+) -> tuple[Weights, AdamState, float, float]:
+    """The parameters and the optimizer's means after a step, its loss, its gradients' norm.
+
+    Loss and gradients are those of all micro-batches together, over all labels that count; then
+    they are clipped, and AdamW goes by them.
+
+    Errors: ValueError if no label counts; Diverged if a number is not finite.
+    """
+    L, g = _summed(state, batches, weights_with(W, state.params), c, tuning, recipe, plan)
+    g, norm = clip(g, recipe.clip or np.inf)
+    if not (np.isfinite(L) and np.isfinite(norm)):
+        raise Diverged(state.step + 1, f"the loss is {L:g}, its gradient's norm {norm:g}")
+    params, adam = adamw(state.params, g, state.adam, lr, weight_decay=recipe.weight_decay)
+    if not all(np.isfinite(p).all() for p in params.values()):
+        raise Diverged(state.step + 1, "a parameter is no longer finite")
+    return params, adam, float(L), float(norm)
 
 
 def _summed(
     state: State,
     batches: Sequence[Batch],
-    counts: Sequence[int],
     W: Params,
     c: Config,
     tuning: Tuning,
     recipe: Recipe,
     plan: Plan,
 ) -> tuple[Any, Weights]:
-    """The loss and the gradients of all micro-batches together, over all labels that count."""
+    counts = [counted(batch, c) for batch in batches]
+    if not any(counts):
+        raise ValueError(f"step {state.step + 1}: no label counts in any of its examples")
     L: Any = 0.0
     g: Weights = {}
     # What overflows is found in the results, and told as a divergence.
@@ -522,16 +536,16 @@ def fit(
         tell(text)
     c, steps = job.base.config, read_json(out / MANIFEST)["steps"]
     valid = batches_of(job.data.valid, job.recipe.batch_tokens, job.base.tokenizer.pad)
-    saved: State | None = None
+    saved = -1  # the step that was saved, and not its state, which would be held
 
     saved_at = time.monotonic()
 
     def save() -> None:
         nonlocal saved, saved_at
-        if saved is not state:
+        if saved != state.step:
             checkpoints.save(out / checkpoints.FOLDER, state)
             write_result(out, job, state.params)
-        saved, saved_at = state, time.monotonic()
+        saved, saved_at = state.step, time.monotonic()
 
     why = ""
     try:
@@ -562,13 +576,15 @@ def fit(
         save()
         why = "interrupted"
     except OSError as error:
-        kept = f"kept is step {saved.step if saved else 0} of {steps}"
+        there = checkpoints.saved(out / checkpoints.FOLDER)
+        kept = f"kept is {there[-1].stem} of {steps}" if there else "nothing is kept yet"
         said = f"{error.strerror or error}; {kept}: see to the disk and go on with --resume"
         raise OSError(error.errno, said, error.filename or str(out)) from error
     except Diverged as error:
         why = str(error)
-        _cut_log(out / LOG, saved.step if saved else 0)
-    return Outcome(saved or state, steps, why)
+        _cut_log(out / LOG, saved)
+        state = checkpoints.load(out / checkpoints.FOLDER / checkpoints.name_of(saved))
+    return Outcome(state, steps, why)
 
 
 def batches_of(examples: Sequence[Example], tokens: int, pad: int) -> list[Batch]:

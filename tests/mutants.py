@@ -19,7 +19,7 @@ import pytest
 
 FILES = (
     "test_ops", "test_lora", "test_starts", "test_variants", "test_layers", "test_laws",
-    "test_targets", "test_optim", "test_models", "test_guards",
+    "test_targets", "test_optim", "test_models", "test_guards", "test_steps", "test_expanded",
 )  # fmt: skip
 SLOW = (
     *("allows", "entry_by_entry", "twelfth_digit", "beyond_rounding", "quotients", "is_linear"),

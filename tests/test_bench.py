@@ -104,9 +104,9 @@ def test_ratios_are_of_neighbours_and_their_median(folder, monkeypatch):
             if what == "memory":
                 return {"value": 10 if self.versions == "minilora" else 40}
             if what == "step" and self.kind.setdefault("steps", 0) >= 2:
-                return {"seconds": next(self.times), "value": 1.0}
+                return {"seconds": next(self.times), "cpu": 1.0, "value": 1.0}
             self.kind["steps"] = self.kind.get("steps", 0) + (what == "step")
-            return {"seconds": 1.0, "value": 1.0}
+            return {"seconds": 1.0, "cpu": 1.0, "value": 1.0}
 
     monkeypatch.setattr(bench, "Side", Timed)
     found = measure("tiny", folder, "peft", 1, rounds=3)

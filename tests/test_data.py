@@ -301,6 +301,20 @@ def test_a_document_is_cut_so_that_its_summary_is_whole(chat, made):
         made(line, "summarize", tokenizer, len(whole.ids) - 50)
 
 
+@given(st.text("ab\n", min_size=1, max_size=300), st.data())
+def test_no_more_of_a_document_is_cut_than_must_be(tmp_path_factory, document, draws):
+    """Two line feeds are one token, so that tokens and characters are not proportional."""
+    document = f"{document}b"
+    path = write(tmp_path_factory.getbasetemp() / "a.jsonl", {"document": document, "summary": "s"})
+    (whole,) = read(path, "summarize", CHARACTERS, 1000).train
+    own = len(CHARACTERS.encode(document, special=False))
+    length = draws.draw(st.integers(len(whole.ids) - own + 1, len(whole.ids)))
+    (e,) = read(path, "summarize", CHARACTERS, length).train
+    assert len(e.ids) in (length - 1, length)  # a line feed's half may be what would be too much
+    kept = text_of(e.ids).removeprefix(f"{BEGINS}Summarize this text.\n\n").partition("<end>")[0]
+    assert document.startswith(kept)
+
+
 @pytest.mark.skipif(not HAVE["tokenizers"], reason="the extra text is not installed")
 @pytest.mark.parametrize("length", range(5, 15))
 def test_texts_of_a_class_are_cut_as_the_library_cuts_them(length, tmp_path):

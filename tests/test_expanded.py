@@ -8,8 +8,8 @@ import pytest
 from calculus import same_bits
 
 import minilora as ml
-from minilora import expanded
-from minilora.expanded import Expanded, OnDemand, Table
+from minilora import expanded, models
+from minilora.expanded import Expanded, OnDemand, Table, by_rows
 from minilora.quantised import dequantise, quantise
 from minilora.steps import Plan, evaluate, gradients
 
@@ -103,19 +103,54 @@ def test_rows_are_those_of_the_whole(scheme, monkeypatch):
     q = quantise(RNG.standard_normal((9, 64)).astype(np.float32), scheme)
     entry, whole = OnDemand(q), dequantise(q)
     assert same_bits(entry.rows(np.array([8, 0, 8])), whole[[8, 0, 8]])
-    monkeypatch.setattr(expanded, "ROWS", 4)
+    assert same_bits(entry.rows(slice(2, 5)), whole[2:5])
+    monkeypatch.setattr(expanded, "ENTRIES", 4 * 64)
     assert same_bits(entry(), whole)
     assert (entry.shape, entry.dtype) == (whole.shape, whole.dtype)
 
 
-def test_a_table_is_a_matrix_in_products():
-    q = CODES["embed.weight"]
-    table, E = Table(OnDemand(q).rows, q.shape, q.dtype), LARGE["embed.weight"]
+def test_a_table_is_a_matrix_in_products(monkeypatch):
+    """In blocks of rows: the rows of E x, and a sum of their products for Eᵀ dy."""
+    monkeypatch.setattr(expanded, "ENTRIES", 32 * C.d)
+    q, E = CODES["embed.weight"], LARGE["embed.weight"]
+    table = Table(OnDemand(q).rows, q.shape, q.dtype)
     x = RNG.standard_normal((C.d, 4)).astype(np.float32)
+    dy = RNG.standard_normal((C.vocab, 4)).astype(np.float32)
+    parts = slice(0, 32), slice(32, 64), slice(64, 70)
+    assert [rows for rows, _ in table.parts()] == list(parts)
     assert len(table) == len(E)
-    assert same_bits(table @ x, E @ x)
-    assert same_bits(table.T @ (E @ x), E.T @ (E @ x))
+    assert same_bits(table @ x, np.concatenate([E[rows] @ x for rows in parts]))
+    first, second, third = (E[rows].T @ dy[rows] for rows in parts)
+    assert same_bits(table.T @ dy, first + second + third)
+    assert same_bits(by_rows(E).T @ dy, table.T @ dy)
+    assert by_rows(table) is table
+    assert same_bits(np.asarray(table.T.T), E)
+    assert same_bits(np.asarray(table.T), E.T)
     assert np.asarray(table, np.float64).dtype == np.float64
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "lora-bias"])
+def test_a_large_head_is_read_by_rows_to_the_same_bits(kind, monkeypatch):
+    """Forward and backward for each part of the columns; DoRA holds the whole in between."""
+    monkeypatch.setattr(models, "LOGITS", 90)
+    monkeypatch.setattr(expanded, "ENTRIES", 32 * C.d)
+    asked = []
+
+    class Rows(OnDemand):
+        def rows(self, at):
+            asked.append(at)
+            return super().rows(at)
+
+    lora = ml.Lora(r=2, targets=["head", "q"], variant=kind)
+    W, tuning = ml.adapt(LARGE, lora, C.matrices(), np.random.default_rng(1))
+    adapters = {name: W[name] for name in tuning.trained}
+    small = Expanded({**NORMS, **{name: Rows(q) for name, q in CODES.items()}})
+    found, wanted = (gradients(BATCH, base | adapters, C, tuning) for base in (small, LARGE))
+    assert same(found[1], wanted[1])
+    assert same_bits(found[0], wanted[0])
+    blocks = sum(at == slice(64, 70) for at in asked if isinstance(at, slice))
+    parts = -(-12 * C.vocab // 90)  # of the columns that count
+    assert blocks == (parts if kind == "dora" else 2 * parts)
 
 
 def test_parameters_are_counted_and_joined_without_being_made():
@@ -131,3 +166,19 @@ def test_parameters_are_counted_and_joined_without_being_made():
     assert joined.get("a.bias") is None
     with pytest.raises(AssertionError):
         joined["c.weight"]
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_of_a_head_made_on_demand_are_those_of_its_weight(kind, tied):
+    c = replace(C, tied=tied)
+    codes = CODES if tied else CODES | {"head.weight": CODES["embed.weight"]}
+    large = NORMS | {name: dequantise(q) for name, q in codes.items()}
+    lora = ml.Lora(r=2, targets=["head"], variant=kind)
+    W, tuning = ml.adapt(large, lora, c.matrices(), np.random.default_rng(1))
+    adapters = {name: W[name] for name in tuning.trained}
+    small = Expanded({**NORMS, **{name: OnDemand(q) for name, q in codes.items()}})
+    found, wanted = (ml.logits(BATCH, base | adapters, c, tuning)[0] for base in (small, large))
+    assert same_bits(found, wanted)
+    other = {**large, "embed.weight": -large["embed.weight"]}
+    assert not same_bits(ml.logits(BATCH, other | adapters, c, tuning)[0], wanted)

@@ -19,6 +19,7 @@ ORDER = "the order of names is no matter"
 LENGTHS = "the lengths are equal by construction, or were compared above"
 RESHAPE = "NumPy takes any negative size for the one to be found"
 FULL = "what more columns there are is not read"
+MEMORY = "the numbers are the same, in memory of their own"
 IMPORTED = "the function that it makes was made when the module was imported"
 SURVIVORS = {
     "ops": {
@@ -26,11 +27,27 @@ SURVIVORS = {
         "rope_tables: np.arange(0, d, 2, dtype=wide) -> np.arange(0, d, 2)": (
             "whole numbers are exact, and the factor beside them is wide"
         ),
+        (
+            "rope_tables: f(angles).astype(real).swapaxes(0, 1) -> "
+            "f(angles).astype(real).swapaxes(1, 0)"
+        ): ORDER,
         "rope: -2 -> 2": "x has four axes",
         "split_heads: 1 -> 2": RESHAPE,
         "_exponentials: z.real -> z": (
             "NumPy orders complex numbers by their real parts, and whatever the shift, it cancels"
         ),
+        "_exponentials: np.exp(e, out=e) -> np.exp(e)": MEMORY,
+        "by_queries: t <= QUERIES -> t < QUERIES": "one block is the whole",
+        "by_queries: (0, 2) -> (2, 0)": ORDER,
+        (
+            "cross_entropy: np.multiply(dz, factor, out=None if np.iscomplexobj(factor) else dz) "
+            "-> np.multiply(factor, dz, out=None if np.iscomplexobj(factor) else dz)"
+        ): ORDER,
+        (
+            "cross_entropy: np.multiply(dz, factor, out=None if np.iscomplexobj(factor) else dz) "
+            "-> np.multiply(dz, factor)"
+        ): MEMORY,
+        "cross_entropy: None if np.iscomplexobj(factor) else dz -> None": MEMORY,
     },
     "lora": {
         "combine: zip(adapters, weights, strict=True) -> zip(adapters, weights)": LENGTHS,

@@ -278,3 +278,18 @@ def test_masks_keep_their_share_and_differ_between_rows_modules_and_steps():
 def test_rates_and_seeds_that_mean_nothing_are_refused(wrong):
     with pytest.raises(ValueError, match="expected a rate from 0 and below 1"):
         dropping(case("Llama"), **wrong)
+
+
+def test_what_is_free_is_released_where_activations_are_recomputed(monkeypatch):
+    trims = []
+
+    class Library:
+        malloc_trim = trims.append
+
+    monkeypatch.setattr(steps.ctypes, "CDLL", lambda name: Library)
+    of(case("Llama"))
+    assert trims == []
+    of(case("Llama"), Plan(recompute=True))
+    assert trims == [0]
+    monkeypatch.setattr(steps.ctypes, "CDLL", lambda name: object())
+    of(case("Llama"), Plan(recompute=True))

@@ -379,6 +379,16 @@ def test_a_damaged_file_is_named(tmp_path, name, text, match):
 
 
 @needs_text
+@pytest.mark.parametrize("vocab", [{"two words": 3}, {}])
+def test_a_vocabulary_without_text_is_refused(tmp_path, vocab):
+    whole = Words.of(task("running-sum")).json() | {"added_tokens": [], "post_processor": None}
+    whole["model"]["vocab"] = vocab
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(FormatError, match="special tokens: found no text that has tokens"):
+        read_tokenizer(tmp_path)
+
+
+@needs_text
 def test_the_end_is_found_where_only_generations_file_names_it(tmp_path):
     folder = folders.write(tmp_path, "byte level")
     (folder / "tokenizer_config.json").unlink()

@@ -266,7 +266,9 @@ def test_a_full_disk_is_told_and_what_was_saved_stays(tmp_path, monkeypatch):
         return write(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", fails)
-    with pytest.raises(OSError, match=r"No space left on device; kept is step 2 of 6.*--resume"):
+    with pytest.raises(
+        OSError, match=r"No space left on device; kept is step-00000002 of 6.*--resume"
+    ):
         fit(out, job_of(), save_every=2)
     monkeypatch.undo()
     names = sorted(p.name for p in (out / checkpoints.FOLDER).iterdir())
@@ -274,6 +276,21 @@ def test_a_full_disk_is_told_and_what_was_saved_stays(tmp_path, monkeypatch):
     open_adapted(open_base("reference:llama"), str(out))
     fit(out, job_of(), save_every=2, resume=True)
     assert files(out) == wanted
+
+
+def test_minutes_are_an_interval_too(tmp_path, monkeypatch):
+    now, written = [0.0], []
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    save = checkpoints.save
+    monkeypatch.setattr(
+        checkpoints, "save", lambda folder, s: written.append(s.step) or save(folder, s)
+    )
+
+    def a_minute(line, steps):
+        now[0] += 60
+
+    fit(tmp_path, job_of(), save_seconds=150, watch=a_minute)
+    assert written == [0, 4, 6]
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(tmp_path, monkeypatch):
@@ -537,7 +554,10 @@ def test_a_file_that_may_grow_no_more_ends_the_run_with_what_was_saved(
     out = tmp_path / "out"
     status, _, err = ended(started(lines, out, limit=100_000))
     assert status == 1
-    assert "File too large; kept is step 0 of 60: see to the disk and go on with --resume" in err
+    assert (
+        "File too large; kept is step-00000000 of 60: see to the disk and go on with --resume"
+        in err
+    )
     names = [p.name for p in (out / checkpoints.FOLDER).iterdir()]
     assert names == ["step-00000000.safetensors"]
     assert ended(started(lines, out, "--resume"))[0] == 0

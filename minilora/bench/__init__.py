@@ -154,7 +154,7 @@ class Side:
         return stream
 
     def run(self, what: str, times: int = 1) -> dict[str, Any]:
-        """{"seconds", "value"}: how long ``what`` took, so many times, and what it gave last."""
+        """{"seconds", "cpu", "value"}: how long ``what`` took, so many times; what it gave last."""
         stream = self._stream(self.process.stdin)
         stream.write(json.dumps([what, times]) + "\n")
         stream.flush()
@@ -166,8 +166,9 @@ class Result:
     """What was measured of one size, the own side first: seconds and bytes, medians of all rounds.
 
     ``ratio``: of each kind of run, the median over rounds of own time over the peer's; ``spread``:
-    the quartiles of that; ``share``: of each, its least arithmetic over what products alone reach;
-    ``loss``: of the first step on either side.
+    the quartiles of that; ``cpu``: the same of the processors' time, which others do not take from
+    a side, and of which several threads take more than the clock; ``share``: of each, its least
+    arithmetic over what products alone reach; ``loss``: of the first step on either side.
     """
 
     size: str
@@ -177,6 +178,7 @@ class Result:
     seconds: dict[str, tuple[float, float]]
     ratio: dict[str, float]
     spread: dict[str, tuple[float, float]]
+    cpu: dict[str, float]
     share: dict[str, float]
     flops: dict[str, int]
     peak_flops: float
@@ -224,14 +226,16 @@ def measure(
             side.run("forward")
         taken: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
         shares: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        cpu: dict[str, list[float]] = {kind: [] for kind in KINDS}
         peaks, cost = [], flops(size.c, size.b, size.t)
         for i in range(rounds):
             for kind in KINDS:
                 order = (0, 1) if i % 2 else (1, 0)  # neither is always the first
-                each = {j: sides[j].run(kind, times)["seconds"] / times for j in order}
-                taken[kind].append((each[0], each[1]))
+                each = {j: sides[j].run(kind, times) for j in order}
+                taken[kind].append((each[0]["seconds"] / times, each[1]["seconds"] / times))
+                cpu[kind].append(each[0]["cpu"] / each[1]["cpu"])
                 peaks.append(sides[0].run("products")["value"])
-                shares[kind].append(cost[kind] / each[0] / peaks[-1])
+                shares[kind].append(cost[kind] / taken[kind][-1][0] / peaks[-1])
         versions = tuple(side.versions for side in sides)
     ratios = {kind: [a / b for a, b in pairs] for kind, pairs in taken.items()}
     return Result(
@@ -242,6 +246,7 @@ def measure(
         {kind: _medians(pairs) for kind, pairs in taken.items()},
         {kind: median(r) for kind, r in ratios.items()},
         {kind: tuple(np.quantile(r, (0.25, 0.75)).tolist()) for kind, r in ratios.items()},
+        {kind: median(r) for kind, r in cpu.items()},
         {kind: median(s) for kind, s in shares.items()},
         cost,
         median(peaks),
@@ -264,6 +269,7 @@ def table(results: Sequence[Result]) -> str:
     column("threads", lambda r: str(r.threads))
     column("step", quartiles("step"))
     column("forward", quartiles("forward"))
+    column("step cpu", lambda r: f"{r.cpu['step']:.2f}")
     column("memory", lambda r: f"{r.memory_ratio:.2f}")
     column("ms", lambda r: "{:.1f} over {:.1f}".format(*(1e3 * t for t in r.seconds["step"])))
     column("MB", lambda r: "{:.0f} over {:.0f}".format(*(m / 1e6 for m in r.memory)))

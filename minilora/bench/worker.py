@@ -44,10 +44,11 @@ def main(target: str, given: str) -> None:
             answer(value=peak_memory())
             continue
         run = getattr(side, what)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         for _ in range(times):
             value = run()
-        answer(seconds=time.perf_counter() - start, value=value)
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        answer(seconds=seconds, cpu=cpu, value=value)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,8 @@ def _run(arguments: argparse.Namespace) -> int:
         f"{base.name}: {whole} parameters, {trained} trained; {path}: {len(read.train)} examples"
         f"{cut}, {len(read.valid)} to validate with\n"
     )
-    warm_memory()
+    if not arguments.recompute:
+        warm_memory()
     last: dict[str, Any] = {}
     with sigterm_interrupts(), steps_bar(0) as bar:
 

@@ -79,7 +79,12 @@ def read_tensors(path: Path | str, ignore: str | None = None) -> Weights:
     try:
         with safe_open(path, framework="np") as file:
             names = [name for name in file.keys() if not (ignore and re.search(ignore, name))]  # noqa: SIM118
-            return {name: _tensor(path, name, file) for name in sorted(names)}
+        tensors: Weights = {}
+        for name in sorted(names):
+            # Opened anew, so that what has been read of the mapped file is no longer in memory.
+            with safe_open(path, framework="np") as file:
+                tensors[name] = _tensor(path, name, file)
+        return tensors
     except (OSError, SafetensorError) as error:
         raise FormatError(
             path, "file", error, "a whole safetensors file", "fetch or write it again"

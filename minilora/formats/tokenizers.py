@@ -231,7 +231,7 @@ class Library(Tokenizer):
 
     It neither cuts nor pads, whatever its file says: that is the reader of the data's business.
 
-    Errors: ValueError if a named token is not in the vocabulary.
+    Errors: ValueError if a named token is not in the vocabulary, or no text has a token.
     """
 
     def __init__(
@@ -244,7 +244,7 @@ class Library(Tokenizer):
         backend.no_truncation()
         backend.no_padding()
         self.backend, self.named, self.template = backend, dict(named), template
-        self.vocab = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+        self.vocab = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         ids = {name: backend.token_to_id(text) for name, text in self.named.items()}
         if missing := [
             f"{name}_token {self.named[name]!r}" for name, i in ids.items() if i is None
@@ -268,6 +268,8 @@ class Library(Tokenizer):
                 continue
             if {0, 1} <= {*both.sequence_ids}:
                 break
+        else:
+            raise ValueError("no text that has tokens")
         texts = [i for i, one in enumerate(both.sequence_ids) if one is not None]
         first = [i for i in texts if both.sequence_ids[i] == 0]
         a, b, c, d = first[0], first[-1] + 1, texts[len(first)], texts[-1] + 1
