@@ -88,8 +88,8 @@ SIZES: Mapping[str, Mapping[bool, Size]] = {
         True: Size(train=256, test=128, length=64),
     },
     "summaries": {
-        False: Size(test=40),
-        True: Size(train=8, test=4, length=160, written=2, tokens=16),
+        False: Size(train=64, test=20, written=5, tokens=48),
+        True: Size(train=4, test=2, length=160, written=1, tokens=8),
     },
 }
 """Of each example: whole, and where it is only to be seen to work."""
