@@ -142,7 +142,9 @@ def test_what_peft_has_trained_is_read_here(tmp_path):
     chosen = libraries.peft.LoraConfig(
         r=3, lora_alpha=7, target_modules=names, task_type="CAUSAL_LM"
     )
-    model = libraries.peft.get_peft_model(model, chosen)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = libraries.peft.get_peft_model(model, chosen)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
     for rows in np.split(examples(64), 8):
         ids = torch.from_numpy(rows)
@@ -164,12 +166,14 @@ def examples(n):
     return np.array([row for row in rows if len(row) == len(rows[0])][:n])
 
 
-def mlx_model(monkeypatch, adapter=None):
+def mlx_model(adapter=None):
+    """The base, whose rotation mlx-lm has to be told, as test_findings has it."""
     pytest.importorskip("mlx_lm", reason=MLX)
     from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model
 
-    model, _ = load_model(BASE)
+    theta = open_base("reference:llama").config.theta
+    model, _ = load_model(BASE, model_config={"rope_theta": theta})
     return model if adapter is None else load_adapters(model, str(adapter))
 
 
@@ -181,13 +185,13 @@ def mlx_logits(model):
     return z.reshape(-1, z.shape[-1]).T
 
 
-def test_mlx_lm_gives_the_logits_of_what_was_trained_here(trained, adapted, monkeypatch):
-    z = mlx_logits(mlx_model(monkeypatch, trained / "mlx"))
+def test_mlx_lm_gives_the_logits_of_what_was_trained_here(trained, adapted):
+    z = mlx_logits(mlx_model(trained / "mlx"))
     assert holds("mlx-lm's logits, trained here", z, adapted)
 
 
-def test_what_mlx_lm_has_trained_is_read_here(tmp_path, monkeypatch):
-    model = mlx_model(monkeypatch)
+def test_what_mlx_lm_has_trained_is_read_here(tmp_path):
+    model = mlx_model()
     from mlx import optimizers
     from mlx_lm.tuner.trainer import TrainingArgs, train
     from mlx_lm.tuner.utils import linear_to_lora_layers
