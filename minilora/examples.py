@@ -28,7 +28,7 @@ from minilora.data import Example
 from minilora.evaluate import answers, measure
 from minilora.formats.files import FormatError, listed, pack_json, read_json, write_files
 from minilora.lora import Params, Tuning, project
-from minilora.metrics import accuracy, difference, paired, perplexity, rouge
+from minilora.metrics import ROUGE, accuracy, difference, paired, perplexity, rouge
 from minilora.models import Config, logits
 from minilora.ops import Array, Back, cross_entropy, linear
 from minilora.steps import Plan
@@ -501,7 +501,8 @@ def told(found: Mapping[str, Any]) -> str:
     """A result, as `RESULT` has it, in lines."""
     lines = [("seed", found["seed"]), ("steps", found["steps"]), ("trained", found["parameters"])]
     if found["example"] == "sentiment":
-        for split, n in found["texts"].items():
+        for split in SHARES:
+            n = found["texts"][split]
             lines += [(split, f"{n} texts of {found['sources'][split]} sources")]
         lines += [("most frequent", f"{found['most_frequent']:.4f}")]
         for name in ("probe", "adapted"):
@@ -511,11 +512,11 @@ def told(found: Mapping[str, Any]) -> str:
         lines += [("difference", f"{d['value']:.4f}  ({d['low']:.4f} to {d['high']:.4f})")]
         lines += [("only one right", f"{d['only']} adapted, {d['other']} probe, p = {d['p']:.1e}")]
     else:
-        papers = ", ".join(f"{n} papers to {split}" for split, n in found["papers"].items())
+        papers = ", ".join(f"{found['papers'][s]} papers to {s}" for s in ("train", "test"))
         lines += [("texts", f"{papers}, {found['length']} tokens at most")]
         for when in ("before", "after"):
             one = found[when]
-            scores = ", ".join(f"{name} {value:.4f}" for name, value in one["rouge"].items())
+            scores = ", ".join(f"{name} {one['rouge'][name]:.4f}" for name in ROUGE)
             lines += [(when, f"loss {one['loss']:.4f}, perplexity {one['perplexity']:.2f}")]
             lines += [("", f"{scores}, of {found['written']} texts")]
         d = found["difference"]
