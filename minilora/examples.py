@@ -325,8 +325,8 @@ def sentiment(
 ) -> dict[str, Any]:
     """MiniLM's adapters and a head, against the best head on MiniLM as it is: `RESULT`, written.
 
-    Both see the same features' place, the same texts, and are tested on sources that neither has
-    seen. The interval of their difference is drawn over sources.
+    Both heads stand in the same place and learn from the same texts; the sources of the test are
+    others. The interval of their difference is drawn over sources.
 
     Errors: those of :func:`minilm` and :func:`rated`, and of :func:`minilora.train.fit`.
     """
