@@ -4,11 +4,14 @@ A label is right that has the greatest logit: a class, or of a language model th
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from minilora.data import Example
+from minilora.formats.tokenizers import Tokenizer
+from minilora.generate import generate
 from minilora.lora import Params, Tuning, project
 from minilora.models import Batch, Config, logits, targets
 from minilora.ops import IGNORED, Array, Back, cross_entropy
@@ -77,6 +80,27 @@ def measure(batches: Iterable[Batch], W: Params, c: Config, tuning: Tuning) -> M
         logits(batch, W, c, still, head)
     found = np.concatenate([np.zeros(0, bool), *right])
     return _whole(Measured(math.fsum(nll), len(found), found))
+
+
+def answers(
+    examples: Sequence[Example],
+    W: Params,
+    c: Config,
+    tuning: Tuning,
+    tokenizer: Tokenizer,
+    most: int,
+) -> tuple[list[str], list[str]]:
+    """What the model answers, the most probable token each time, and what was to be answered.
+
+    Errors: those of :func:`minilora.generate.generate`.
+    """
+    written, wanted = [], []
+    for example in examples:
+        asked, answer = example.parts
+        steps = generate([asked.tolist()], W, c, tuning, most=most, stop=tokenizer.stops)
+        written.append(tokenizer.decode([token for (token,) in steps if token is not None]))
+        wanted.append(tokenizer.decode(answer.tolist()))
+    return written, wanted
 
 
 def _whole(measured: Measured) -> Measured:

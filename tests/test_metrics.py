@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.metrics import ROUGE, Accuracy, accuracy, perplexity, rouge
+from minilora.metrics import ROUGE, Accuracy, accuracy, difference, paired, perplexity, rouge
 
 needs_rouge = pytest.mark.skipif(
     not importlib.util.find_spec("rouge_score"), reason="the extra text is not installed"
@@ -97,3 +97,48 @@ def test_rouge_without_its_library_names_the_extra(monkeypatch):
         ImportError, match=re.escape("rouge-score: python -m pip install 'minilora[")
     ):
         rouge(["a"], ["a"])
+
+
+def test_the_interval_holds_the_true_difference_about_as_often_as_it_says():
+    """95% of all but for four standard deviations of a binomial; a quarter of it holds fewer."""
+    rng, truth, n = np.random.default_rng(3), 0.2, 200
+    least = n * 0.95 - 4 * math.sqrt(n * 0.95 * 0.05)
+    inside, narrow = 0, 0
+    for _ in range(n):
+        counts = rng.integers(1, 5, 120)
+        found = difference(counts * (truth + rng.standard_normal(120)), counts)
+        quarter = (found.high - found.low) / 8
+        inside += found.low <= truth <= found.high
+        narrow += abs(found.value - truth) <= quarter
+    assert inside >= least > narrow
+
+
+def test_questions_of_one_source_are_worth_one():
+    rng = np.random.default_rng(0)
+    right, other = rng.random(30) < 0.8, rng.random(30) < 0.5
+    once = paired(right, other)
+    ten = paired(np.repeat(right, 10), np.repeat(other, 10), [i // 10 for i in range(300)])
+    assert ten[:3] == once[:3]
+    apart = paired(np.repeat(right, 10), np.repeat(other, 10))
+    assert apart.high - apart.low < (ten.high - ten.low) / 2
+
+
+def test_mcnemars_p_is_the_sign_test():
+    right = np.array([True] * 9 + [False] * 3 + [True] * 5)
+    other = np.array([False] * 9 + [True] * 3 + [True] * 5)
+    found = paired(right, other)
+    assert (found.only, found.other) == (9, 3)
+    wanted = Fraction(2 * sum(math.comb(12, k) for k in range(4)), 2**12)
+    assert abs(found.p / float(wanted) - 1) <= 64 * np.finfo(float).eps
+    assert paired(right, right)[3:] == (0, 0, 1.0)
+    assert paired(right, right)[:3] == (0.0, 0.0, 0.0)
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(ValueError, match="0 sources"):
+        paired([], [])
+    with pytest.raises(ValueError, match="1 sources"):
+        paired([True, False], [True, True], [1])
+    with pytest.raises(ValueError, match="no count of 0"):
+        difference(np.ones(2), np.array([1, 0]))
+    assert difference(np.ones(1), np.ones(1)) == (1.0, -math.inf, math.inf)

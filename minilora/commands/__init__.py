@@ -8,7 +8,7 @@ from typing import Any
 
 NAMES: tuple[str, ...] = (
     *("train", "generate", "evaluate", "merge", "inspect", "convert"),
-    *("sweep", "claims", "bench"),
+    *("sweep", "claims", "bench", "example"),
 )
 """The commands in the order of the help."""
 

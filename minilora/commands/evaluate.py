@@ -88,18 +88,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _rouge(arguments: argparse.Namespace, base: Any, model: Any, examples: Any) -> dict[str, float]:
-    from minilora.generate import generate
+    from minilora.evaluate import answers
     from minilora.metrics import rouge
 
-    tokenizer, written, wanted = base.tokenizer, [], []
-    for example in examples:
-        asked, answer = example.parts
-        steps = generate(
-            [asked.tolist()], model.weights, base.config, model.tuning, most=arguments.tokens,
-            stop=tokenizer.stops,
-        )  # fmt: skip
-        written.append(tokenizer.decode([token for (token,) in steps if token is not None]))
-        wanted.append(tokenizer.decode(answer.tolist()))
+    c, most = base.config, arguments.tokens
+    written, wanted = answers(examples, model.weights, c, model.tuning, base.tokenizer, most)
     found = rouge(written, wanted)
     for name, value in found.items():
         say(f"{name:10}  {value:.4f}\n")
