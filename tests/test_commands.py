@@ -120,11 +120,20 @@ def test_train_runs_with(options, minilora, tmp_path):
             assert said[name] == options[options.index(f"--{name}") + 1]
 
 
-def test_recomputing_and_threads_change_no_bit(minilora, tmp_path):
+def test_recomputing_and_threads_for_each_group_change_no_bit(minilora, tmp_path):
     for out, *options in (("one",), ("two", "--threads", "2", "--recompute")):
         assert minilora("train", "--output", out, "--steps", 3, *options)[0] == 0
     one, two = ((tmp_path / out / peft.WEIGHTS).read_bytes() for out in ("one", "two"))
     assert one == two
+
+
+def test_other_threads_are_another_run(minilora):
+    """With fewer groups than threads the products run in parallel, and sums in another order."""
+    command = ("train", "--output", "run", "--steps", 2)
+    assert minilora(*command)[0] == 0
+    status, _, err = minilora(*command, "--resume", "--threads", 2)
+    assert status == 2
+    assert "threads was 1 and is 2" in err
 
 
 def test_a_file_of_lines_is_trained_on_and_a_bad_line_is_named_or_left_out(minilora, tmp_path):

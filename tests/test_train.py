@@ -521,16 +521,18 @@ def test_killed_again_and_again_a_run_ends_with_the_same_bits(lines, uninterrupt
 def test_killed_ten_times_at_random_moments_a_run_ends_with_the_same_bits(
     lines, uninterrupted, tmp_path
 ):
-    rng, out, kills = np.random.default_rng(), tmp_path / "out", 0
+    rng, kills, runs = np.random.default_rng(), 0, 0
     while kills < 10:
+        out = tmp_path / str(runs)
         process = started(lines, out, "--resume")
-        time.sleep(rng.uniform(0.4, 1.6))
-        if process.poll() is None:
-            process.kill()
-            kills += 1
-        elif process.returncode == 0:
-            break
-        process.communicate()
+        time.sleep(rng.uniform(0.3, 1.2))
+        process.kill()
+        status, _, _ = ended(process)
+        assert status in (0, -signal.SIGKILL)
+        kills += status != 0
+        if status == 0:  # it was done before: the next one begins anew
+            assert files(out) == uninterrupted
+            runs += 1
     assert ended(started(lines, out, "--resume"))[0] == 0
     assert files(out) == uninterrupted
 

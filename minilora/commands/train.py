@@ -144,7 +144,9 @@ def _run(arguments: argparse.Namespace) -> int:
         first = data.batch([read.train[i] for i in rows], base.tokenizer.pad)
         say(data.shown(first, base.tokenizer))
         return HOLDS
-    job = prepare(base, read, recipe, path, skip_bad=arguments.skip_bad, **given)
+    given["skip_bad"] = arguments.skip_bad
+    # A library of linear algebra may sum in another order on another number of threads.
+    job = prepare(base, read, recipe, path, threads=plan.threads, **given)
     trained, whole = (
         sum(math.prod(array.shape) for array in held.values()) for held in (job.start, base.weights)
     )
