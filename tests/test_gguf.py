@@ -33,7 +33,7 @@ from minilora.targets import Lora, adapt
 from minilora.variants import DORA
 from minilora.verify.contract import Precision
 from minilora.verify.terms import MONTE_CARLO, Comparison
-from minilora.verify.tolerance import noisy, spread, unit_roundoff
+from minilora.verify.tolerance import Noisy, noisy, spread, unit_roundoff
 
 gguf = pytest.importorskip("gguf", reason="GGUF needs it: pip install 'minilora[gguf]'")
 door = pytest.importorskip("minilora.formats.gguf")
@@ -988,8 +988,10 @@ def halved(op):
 
     def inner(x):
         def half(v):
-            error = unit_roundoff("float16") * v * v.rng.uniform(-1, 1, v.shape)
-            return v + error + 2.0**-25 * v.rng.uniform(-1, 1, v.shape)
+            runs = np.broadcast_to(v.runs, (v.source.count, *v.shape))
+            signed = v.source.draws.signed
+            error = unit_roundoff("float16") * runs * signed(runs.shape)
+            return Noisy(runs + error + 2.0**-25 * signed(runs.shape), v.source)
 
         y, back = op(half(x))
         return half(y), back

@@ -48,7 +48,7 @@ def judged(found, f, W):
     wanted = {"it": f(exact)}
 
     def run(rng):
-        return {"it": np.asarray(f({name: noisy(W[name], FLOAT32, rng) for name in exact}))}
+        return {"it": f({name: noisy(W[name], FLOAT32, rng) for name in exact})}
 
     sigma = spread(run, wanted, SAMPLES, [0])["it"]
     return Comparison("it", found, wanted["it"], sigma, MONTE_CARLO).judge()
