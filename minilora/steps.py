@@ -33,7 +33,7 @@ class Plan:
     """
 
     threads: int = 1
-    tokens: int = 512
+    tokens: int = 256
     recompute: bool = False
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ class Own:
         self,
         folder: str,
         threads: int,
-        tokens: int = 512,
+        tokens: int = Plan.tokens,
         recompute: bool = False,
         quantised: bool = False,
     ) -> None:

@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
     )
     option("--rounds", type=int, metavar="N", help=f"rounds at each size (default: {ROUNDS})")
     option("--quick", action="store_true", help=f"{FEWER} rounds of the small sizes")
-    option("--tokens", type=int, default=512, metavar="N", help="of a group of sequences here")
+    option("--tokens", type=int, default=256, metavar="N", help="of a group of sequences here")
     option("--recompute", action="store_true", help="form activations again here for the backward")
     option("--quantised", action="store_true", help="keep the frozen weights in four bits here")
     option("--json", metavar="FILE", help="write the results as JSON")
