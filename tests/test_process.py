@@ -580,7 +580,7 @@ LANGUAGES = ["node", "cpp"]
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_drivers_of_the_docs_pass(language, request):
     with Driver(request.getfixturevalue(language)) as driver:
-        report = check(driver, levels=["linear", "merge", "combine"], profile="quick")
+        report = check(driver, levels=["linear", "merge", "combine"])
     assert report.exit_status == 0, report.text()
     skipped = {result.reason for result in report.results if result.reason}
     unsupported = ("fan_in_fan_out", "combination_type")

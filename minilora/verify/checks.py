@@ -1,5 +1,6 @@
 """All checks, in the order in which a fault is easiest to find: the lowest level first."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -20,18 +21,25 @@ from minilora.verify.levels import (
 )
 from minilora.verify.terms import Check
 
-LONG = ("lifecycle", "model", "train", "grad-flow", "files")
-"""Levels of whole models and whole lives, whose cases take up to a hundred times as long."""
+SHORT = ("linear", "merge")
+"""Levels that have every dtype in the profile quick, with a case of each lane: others float32."""
 
-FEW = 2
-"""One case of each lane."""
+QUICK = {
+    "lifecycle": re.compile(r"lifecycle\.(\w|-)+"),
+    "train": re.compile(r"train\.(labels|together)"),
+}
+"""Of levels whose cases are long, the checks that the profile quick has: what others build on."""
 
 
 def _cases(check: Check, profile: str, dtype: str) -> int:
-    """As many as the check has; where it has to be quick, what is long in float32 alone."""
+    """As many as the check has, or where it has to be quick fewer."""
     count = check.cases(profile, dtype)
-    if profile == "quick" and dtype != "float32":
-        return 0 if check.level in LONG else min(count, FEW)
+    if profile != "quick":
+        return count
+    if check.level in QUICK and not QUICK[check.level].fullmatch(check.id):
+        return 0
+    if dtype != "float32":
+        return min(count, 2) if check.level in SHORT else 0
     return count
 
 

@@ -286,7 +286,7 @@ def catch(m: Misreading, dtype: str, seed: int = 0, profile: str = "ci") -> tupl
 def names(m: Misreading, dtype: str = NAMED_IN, seed: int = 0) -> tuple[str, ...]:
     """What the first check of its level that has a diagnosis calls a misreading, nearest first."""
     for check in filter(has_diagnosis, of_level(m.level)):
-        report = engine.run([check], m.make(), profile="quick", dtypes=[dtype], seed=seed)
+        report = engine.run([check], m.make(), profile="ci", dtypes=[dtype], seed=seed)
         found = [each.id for each in report.results[0].diagnosis]
         if names := tuple(name for name in found if not name.startswith(STRUCTURE)):
             return names

@@ -54,7 +54,7 @@ def results(name, *cases):
     peer = imported(name).implementation()
     reports = [check(peer, case=case) for case in cases]
     if not cases:
-        how = {"levels": sorted(LEVELS[name]), "dtypes": DTYPES[name], "profile": "quick"}
+        how = {"levels": sorted(LEVELS[name]), "dtypes": DTYPES[name]}
         reports = [check(peer, **how)]
     return [result for report in reports for result in report.results]
 
