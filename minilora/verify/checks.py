@@ -26,7 +26,8 @@ SHORT = ("linear", "merge")
 
 QUICK = {
     "lifecycle": re.compile(r"lifecycle\.(\w|-)+"),
-    "train": re.compile(r"train\.(labels|together)"),
+    "train": re.compile(r"train\.together"),
+    "grad-flow": re.compile(r"grad-flow\.(every|dropout|start)"),
 }
 """Of levels whose cases are long, the checks that the profile quick has: what others build on."""
 
