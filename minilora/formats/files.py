@@ -133,6 +133,19 @@ def convert(path: Path | str, name: str, array: Array, dtype: Any) -> Array:
     return finite(path, name, converted, f"it fits in {array.dtype}: take a wider dtype")
 
 
+def narrowed(path: Path | str, name: str, array: Array, dtype: Any, reader: str) -> Array:
+    """The weight in ``dtype``, or its own: one that ``reader`` computes with, float32 at most.
+
+    Errors: FormatError for a wider one, and those of `convert`.
+    """
+    converted = convert(path, name, array, dtype)
+    if converted.dtype.name not in ("float32", "float16", "bfloat16"):
+        expected = "float32, float16 or bfloat16"
+        remedy = f"{reader} no wider one: give dtype=np.float32 if rounding is meant"
+        raise FormatError(path, name, f"dtype {converted.dtype}", expected, remedy)
+    return converted
+
+
 def pack(
     path: Path | str, arrays: Mapping[str, Array], metadata: Mapping[str, str] | None = None
 ) -> bytes:

@@ -31,6 +31,7 @@ from minilora.formats.files import (
     convert,
     finite,
     listed,
+    narrowed,
 )
 from minilora.formats.huggingface import ARCHITECTURES, architecture, modules
 from minilora.formats.tokenizers import Library, lacking
@@ -38,6 +39,9 @@ from minilora.lora import LORA, TABLES, Params, Tuning, Weights, is_base, scale
 from minilora.models import Config, Llama
 from minilora.ops import Array
 from minilora.quantised import F32, dequantise, from_gguf
+
+_READER = "llama.cpp takes"
+"""Who computes with the weights of a file, in an error's words."""
 
 HERE = ("q4_0", "q4_1", "q8_0")
 """The block types whose equation :mod:`minilora.quantised` has; the library expands the others."""
@@ -731,16 +735,6 @@ def _like(shape: tuple[int, ...], dtype: Any) -> Array:
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
-def _narrow(path: Path | str, name: str, array: Array, dtype: Any) -> Array:
-    """The array in ``dtype``, or its own: one that llama.cpp computes with."""
-    converted = convert(path, name, array, dtype)
-    if converted.dtype.name not in ("float32", "float16", "bfloat16"):
-        expected = "float32, float16 or bfloat16"
-        remedy = "llama.cpp takes no wider one: give dtype=np.float32 if rounding is meant"
-        raise FormatError(path, name, f"dtype {converted.dtype}", expected, remedy)
-    return converted
-
-
 def write_model(
     path: Path | str,
     c: Config,
@@ -775,7 +769,8 @@ def write_model(
             expected = f"shape {shapes[at]}"
             raise FormatError(path, at, f"shape {array.shape}", expected, "check c against W")
         array = array if order is None else array[np.argsort(order)]
-        return _narrow(path, at, array[:, 0] if array.shape[1] == 1 else array, narrow(at))
+        own = array[:, 0] if array.shape[1] == 1 else array
+        return narrowed(path, at, own, narrow(at), _READER)
 
     inside = {_whole(there, at): at for at in shapes}
     told = {
@@ -847,7 +842,7 @@ def write_adapter(
         B = B if order is None else B[order]
         for part, array in (("a", A.T if at in TABLES else A), ("b", B)):
             place = f"{there[at]}.weight.lora_{part}"
-            tensors[place] = _narrow(path, place, array, dtype)
+            tensors[place] = narrowed(path, place, array, dtype, _READER)
     with _written(path, architecture(c)[1].model_type) as writer:
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")

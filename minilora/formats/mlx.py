@@ -21,8 +21,8 @@ from minilora.formats.factors import adapted_ranks, named_shapes
 from minilora.formats.files import (
     FormatError,
     check_settings,
-    convert,
     listed,
+    narrowed,
     pack,
     pack_json,
     read_json,
@@ -34,6 +34,9 @@ from minilora.layers import twin
 from minilora.lora import LORA, TABLES, Tuning, Variant, Weights, adapted_in
 from minilora.models import Bert, Config
 from minilora.variants import DORA
+
+_READER = "MLX reads"
+"""Who computes with the weights of a file, in an error's words."""
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 
@@ -275,7 +278,7 @@ def write_adapter(
         settings, num_layers, keys = _said(folder, c, W, tuning, dropout)
         for name, (place, transposed) in _places(folder, c, settings).items():
             array = W[name].T if transposed else W[name][:, 0]
-            tensors[place] = _narrow(folder, name, array, dtype)
+            tensors[place] = narrowed(folder, name, array, dtype, _READER)
         parameters = {
             "rank": settings.rank,
             "scale": settings.scale,
@@ -294,7 +297,7 @@ def write_adapter(
                 found = f"shape {W[name].shape}" if name in W else "none"
                 raise FormatError(folder, name, found, f"shape {shapes.get(name)}", "check c")
             array = to_file(name, W[name], False)
-            tensors[_whole(there, name)] = _narrow(folder, name, array, dtype)
+            tensors[_whole(there, name)] = narrowed(folder, name, array, dtype, _READER)
         if not tensors:
             remedy = "adapt the weights, or say what is trained"
             raise FormatError(folder, "trained", "nothing", "adapters, or weights", remedy)
@@ -307,15 +310,6 @@ def write_adapter(
         },
         stale=r"adapter_model\..*",
     )
-
-
-def _narrow(path: Path, name: str, array: Any, dtype: Any) -> Any:
-    converted = convert(path, name, array, dtype)
-    if converted.dtype.name not in ("float32", "float16", "bfloat16"):
-        expected = "float32, float16 or bfloat16"
-        remedy = "MLX reads no wider one: give dtype=np.float32 if rounding is meant"
-        raise FormatError(path, name, f"dtype {converted.dtype}", expected, remedy)
-    return converted
 
 
 def _said(

@@ -8,7 +8,7 @@ none does, there is no diagnosis, and where several do, all are named.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -132,18 +132,21 @@ class Candidate:
         return Diagnosis(m.id, f"{m.formula}.{seen}", self.residual, separating)
 
 
+def _wrong(level: str) -> list[Misreading]:
+    """The level's misreadings that are no equivalents."""
+    from minilora.verify.misreadings import MISREADINGS  # costs time only where something is wrong
+
+    return [m for m in MISREADINGS if m.level == level and not m.equivalent]
+
+
 def candidates(
     level: str,
     theirs: Sequence[dict[str, Comparison]],
     ours_of: Callable[[Misreading], Sequence[dict[str, Comparison]]],
 ) -> list[Candidate]:
     """The level's misreadings that explain these answers, the nearest first."""
-    from minilora.verify.misreadings import MISREADINGS  # costs time only where something is wrong
-
     found = []
-    for m in MISREADINGS:
-        if m.level != level or m.equivalent:
-            continue
+    for m in _wrong(level):
         ours = ours_of(m)
         residual = explains(theirs, ours) if all(ours) else None
         if residual is not None and filtered(theirs, ours).agrees(1.0):
@@ -157,8 +160,7 @@ def filtered(theirs: Sequence[dict[str, Comparison]], ours: Sequence[dict[str, C
     e is what was got less what is right, d what a misreading gives less what is right: c is 1 where
     the implementation reads so, and 0 where it does not. It sums what no single element shows.
     """
-    pairs = list(_pairs(theirs, ours))
-    e, d = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    e, d = _whitened(theirs, ours)
     c, _ = fit(e, d, 0 * e, np.ones_like(e))
     # A factor that is rounded once moves all elements alike, which the standard error leaves out.
     dtypes = {str(each.got.dtype) for answer in theirs for each in answer.values()}
@@ -166,17 +168,19 @@ def filtered(theirs: Sequence[dict[str, Comparison]], ours: Sequence[dict[str, C
     return Fit(c.value, c.error + once)
 
 
-def _pairs(
+def _whitened(
     theirs: Sequence[dict[str, Comparison]], ours: Sequence[dict[str, Comparison]]
-) -> Iterator[tuple[Array, Array]]:
-    """What both have beyond what is right, in each array, over σ."""
+) -> tuple[Array, Array]:
+    """What both have beyond what is right, over σ, in all arrays of all cases."""
+    deviations: tuple[list[Array], list[Array]] = ([], [])
     for their_case, our_case in zip(theirs, ours, strict=True):
         for array in their_case.keys() & our_case.keys():
             mine, other = their_case[array], our_case[array]
             sigma, want = np.maximum(sigma_of(mine), 1e-300), np.asarray(mine.want, float)
-            yield tuple(
-                ((np.asarray(each.got, float) - want) / sigma).ravel() for each in (mine, other)
-            )
+            for own, each in zip(deviations, (mine, other), strict=True):
+                own.append(((np.asarray(each.got, float) - want) / sigma).ravel())
+    e, d = map(np.concatenate, deviations)
+    return e, d
 
 
 def part_of(
@@ -185,18 +189,14 @@ def part_of(
     ours_of: Callable[[Misreading], Sequence[dict[str, Comparison]]],
 ) -> Diagnosis | None:
     """The misreading of which a part c, the same in all cases, is the whole deviation."""
-    from minilora.verify.misreadings import MISREADINGS
-
-    for m in MISREADINGS:
-        if m.level != level or m.equivalent:
-            continue
+    for m in _wrong(level):
         ours = ours_of(m)
         if not all(a.keys() <= b.keys() for a, b in zip(theirs, ours, strict=True)):
             continue
         c = filtered(theirs, ours)
         if not (0 < c.value < 1 and c.value > 8 * c.error):
             continue
-        e, d = (np.concatenate(parts) for parts in zip(*_pairs(theirs, ours), strict=True))
+        e, d = _whitened(theirs, ours)
         if agreeing(e - c.value * d):
             says = f"The deviation is {c} times that of {m.id} ({m.formula}), in every case."
             return Diagnosis(f"{STRUCTURE}part", says, 0.0)

@@ -192,11 +192,6 @@ class Noisy(NDArrayOperatorsMixin):
         infinite = np.isinf(y)  # of a mask: they stay what they are
         return self._as(np.where(infinite, y, result) if infinite.any() else result)
 
-    def _lifted(self, values: Sequence[Any]) -> list[Any]:
-        """Values that broadcast against one another as they do without the axis of the runs."""
-        most = max(np.ndim(value) for value in values)
-        return [_raised(value, most) if isinstance(value, Noisy) else value for value in values]
-
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         if method == "at":  # the scatter of an embedding's gradient: sums of a few rows
             into, rows, values = inputs
@@ -214,7 +209,7 @@ class Noisy(NDArrayOperatorsMixin):
         return out[0]
 
     def _called(self, ufunc: np.ufunc, inputs: Sequence[Any]) -> Noisy:
-        plain = self._lifted(inputs)
+        plain = _lifted(inputs)
         with np.errstate(invalid="ignore"):
             y = ufunc(*plain)
             if y.dtype != np.float64 or ufunc in EXACT:
@@ -308,6 +303,12 @@ def _raised(value: Noisy, ndim: int) -> Array:
     return runs.reshape(len(runs), *(1,) * (ndim - value.ndim), *value.shape)
 
 
+def _lifted(values: Sequence[Any]) -> list[Any]:
+    """Values that broadcast against one another as they do without the axis of the runs."""
+    most = max(map(np.ndim, values))
+    return [_raised(value, most) if isinstance(value, Noisy) else value for value in values]
+
+
 def _joined(values: Sequence[Any], axis: int = 0) -> Noisy:
     (first, *_) = (value for value in values if isinstance(value, Noisy))
     count = max(len(value.runs) for value in values if isinstance(value, Noisy))
@@ -318,9 +319,7 @@ def _joined(values: Sequence[Any], axis: int = 0) -> Noisy:
 
 def _chosen(condition: Any, x: Any, y: Any) -> Noisy:
     source = next(v.source for v in (condition, x, y) if isinstance(v, Noisy))
-    most = max(map(np.ndim, (condition, x, y)))
-    parts = [_raised(v, most) if isinstance(v, Noisy) else v for v in (condition, x, y)]
-    return Noisy(np.where(*parts), source)
+    return Noisy(np.where(*_lifted((condition, x, y))), source)
 
 
 def _filled(x: Noisy, value: float, dtype: Any = None) -> Noisy:
