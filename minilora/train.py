@@ -197,6 +197,8 @@ def run(
         yield state, record
 
 
+# What overflows is found in the results, and told as a divergence.
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def step(
     state: State,
     batches: Sequence[Batch],
@@ -238,16 +240,14 @@ def _summed(
         raise ValueError(f"step {state.step + 1}: no label counts in any of its examples")
     L: Any = 0.0
     g: Weights = {}
-    # What overflows is found in the results, and told as a divergence.
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        for i, (batch, n) in enumerate(zip(batches, counts, strict=True)):
-            if n:
-                draw = state.step * recipe.accumulate + i
-                p = 0.0 if recipe.full else recipe.dropout
-                keep = drawn_dropout(recipe.seed, draw, p, batch, c, tuning, recipe.dtype)
-                own = replace(tuning, keep=keep)
-                L_i, g_i = gradients(batch, W, c, own, plan, sum(counts))
-                L, g = L + L_i, total(g, g_i)
+    for i, (batch, n) in enumerate(zip(batches, counts, strict=True)):
+        if n:
+            draw = state.step * recipe.accumulate + i
+            p = 0.0 if recipe.full else recipe.dropout
+            keep = drawn_dropout(recipe.seed, draw, p, batch, c, tuning, recipe.dtype)
+            own = replace(tuning, keep=keep)
+            L_i, g_i = gradients(batch, W, c, own, plan, sum(counts))
+            L, g = L + L_i, total(g, g_i)
     return L, g
 
 
