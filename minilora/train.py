@@ -574,6 +574,7 @@ def fit(
         save()
     except KeyboardInterrupt:
         save()
+        _cut_log(out / LOG, state.step)  # it may have come just after a line was written
         why = "interrupted"
     except OSError as error:
         there = checkpoints.saved(out / checkpoints.FOLDER)

@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from minilora.verify import diagnosis, engine, misreadings
 from minilora.verify.checks import CHECKS
+from minilora.verify.diagnosis import Direct
 from minilora.verify.misreadings import MISREADINGS
 from minilora.verify.misreadings.plain import Plain, but, reads, then
 from minilora.verify.own import Own
@@ -44,6 +46,25 @@ def test_a_misreading_that_raises_explains_nothing_and_hinders_no_other(monkeypa
     monkeypatch.setattr(misreadings, "MISREADINGS", known)
     assert names(CATALOGUE["scale-alpha"]) == ("scale-alpha",)
     assert names(raising) == ()
+
+
+def test_a_scale_far_too_great_is_named_though_it_rounds_more_than_what_is_right():
+    """α instead of α / r, summed element by element in float32 as C and JavaScript do."""
+
+    def product(x, W):
+        y = np.zeros((len(x), len(W)), np.float32)
+        for k in range(W.shape[1]):
+            y += np.outer(x[:, k], W[:, k])
+        return y
+
+    make = but(
+        base=lambda my, c: product(c.x, c.W) + c.b,
+        branch=lambda my, c: np.float32(c.alpha) * product(product(c.x, c.A), c.B),
+    )
+    check = BY_ID["linear.forward"]
+    for seed in range(16):
+        found = diagnosis.diagnose(check, Direct(make()), "float32", seed)
+        assert [each.id for each in found] == ["scale-alpha"], seed
 
 
 def test_what_is_right_gets_no_name():

@@ -79,13 +79,22 @@ def answers(check: Check, subject: Subject, case: Case) -> dict[str, Comparison]
 def agree(theirs: Comparison, ours: Comparison) -> float | None:
     """The rms z between two implementations' answers, or None where they differ.
 
-    Both have rounded, each by what its own precision loses, and their variances add.
+    Both have rounded, each by what its own precision loses, and their variances add. σ is that of
+    the right answer; what goes beyond it has been rounded too, in proportion to its size.
     """
     sigma = None
     if theirs.sigma is not None and ours.sigma is not None:
-        sigma = np.sqrt(np.square(theirs.sigma) + np.square(ours.sigma))
+        sigma = np.hypot(theirs.sigma * _growth(theirs), ours.sigma * _growth(ours))
     judged = replace(theirs, want=ours.got, sigma=sigma).judge()
     return judged.rms if judged.verdict == "pass" else None
+
+
+def _growth(answer: Comparison) -> float:
+    """1 + ‖got - want‖ / ‖want‖: how much greater than of what is right its rounding may be."""
+    got, want = (np.asarray(a, float).ravel() for a in (answer.got, answer.want))
+    size = np.linalg.norm(want)
+    grown = 1 + np.linalg.norm(got - want) / size if size else 1.0
+    return float(grown) if np.isfinite(grown) else 1.0
 
 
 def explains(
