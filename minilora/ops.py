@@ -150,7 +150,7 @@ def tanh(x: Array) -> tuple[Array, Back]:
 def silu(x: Array) -> tuple[Array, Back]:
     """y = x σ(x), σ(x) = 1 / (1 + e⁻ˣ).
 
-    With dy given:   dx = σ (1 + x (1 - σ)) ∘ dy.
+    With dy given:   dx = (σ + y (1 - σ)) ∘ dy.
 
     Shapes: x (n, t) -> y (n, t).
     Source: Elfwing, Uchibe and Doya 2018; the gate of SwiGLU, Shazeer 2020.
@@ -160,7 +160,7 @@ def silu(x: Array) -> tuple[Array, Back]:
     y = x * sigma
 
     def back(dy: Array) -> Array:
-        dx: Array = sigma * (1 + x * (1 - sigma)) * dy
+        dx: Array = (sigma + y * (1 - sigma)) * dy
         return dx
 
     return y, back
@@ -351,7 +351,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Back]:
     return o, back
 
 
-QUERIES = 128
+QUERIES = 64
 """So many queries attend at a time."""
 
 
