@@ -88,7 +88,7 @@ SIZES: Mapping[str, Mapping[bool, Size]] = {
         True: Size(train=256, test=128, length=64),
     },
     "summaries": {
-        False: Size(train=64, test=20, written=5, tokens=48),
+        False: Size(train=64, test=20, written=20, tokens=48),
         True: Size(train=4, test=2, length=160, written=1, tokens=8),
     },
 }
@@ -409,7 +409,7 @@ def summaries(
     folder = _write(out / "data", chosen)
     recipe = Recipe(
         *("summarize",), lr=1e-3, warmup=5, epochs=size.epochs, length=size.length,
-        batch_tokens=2 * size.length, seed=seed,
+        batch_tokens=size.length, accumulate=2, seed=seed,
     )  # fmt: skip
     base = open_base(str(path), quantised=True)
     read = data.read(folder, recipe.task, base.tokenizer, recipe.length)

@@ -19,7 +19,7 @@ import pytest
 
 FILES = (
     "test_ops", "test_lora", "test_starts", "test_variants", "test_layers", "test_laws",
-    "test_targets", "test_optim", "test_models", "test_guards", "test_steps", "test_expanded",
+    "test_targets", "test_optim", "test_models", "test_guards", "test_steps", "test_expanded", "test_generate",
 )  # fmt: skip
 SLOW = (
     *("allows", "entry_by_entry", "twelfth_digit", "beyond_rounding", "quotients", "is_linear"),
@@ -78,7 +78,7 @@ def variants(node):
     elif isinstance(node, ast.IfExp):
         yield node.body
         yield node.orelse
-    elif isinstance(node, ast.Attribute):
+    elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
         if node.attr in ("T", "mT", "real"):
             yield node.value
         if node.attr in NAMES:

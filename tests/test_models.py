@@ -747,3 +747,56 @@ def test_a_second_run_of_a_models_back_is_refused():
     back(1.0)
     with pytest.raises(RuntimeError, match="back has run and freed the activations"):
         back(1.0)
+
+
+@pytest.mark.parametrize("trained", [("head.A", "head.B"), ("head.weight", "embed.A"), ()])
+@pytest.mark.parametrize("count", [None, 7])
+def test_a_loss_of_logits_in_parts_is_that_of_the_projection_as_a_whole(
+    count, trained, monkeypatch
+):
+    """Dropped inputs, labels that do not count, a complex dL: of the parts as of one product."""
+    W, tuning, t = case("Llama").W, case("Llama").tuning, 9
+    rng = np.random.default_rng(1)
+    n, x = W["head.weight"].shape[1], rng.standard_normal((W["head.weight"].shape[1], t))
+    keep = {"head": 2.0 * (rng.random((n, t)) < 0.5)}
+    tuning = replace(tuning, trained=frozenset(trained), keep=keep)
+    labels = rng.integers(0, len(W["head.weight"]), t)
+    labels[[2, 5]] = ops.IGNORED
+    z, back_z = lora.project(x, "head", W, tuning)
+    wanted, back = ops.cross_entropy(z, labels, count)
+    dL = 2 + 3j
+    dx, gradients = back_z(back(dL))
+    for of_all in (True, False):
+        shapes, right = [], models.cross_entropy
+        monkeypatch.setattr(
+            models,
+            "cross_entropy",
+            lambda z, *rest, shapes=shapes, right=right: (
+                shapes.append(z.shape[1]) or right(z, *rest)
+            ),
+        )
+        monkeypatch.setattr(models, "LOGITS", len(z) * t if of_all else len(z) * t - 1)
+        L, back_L = models.head_loss(x, "head", W, tuning, labels, count)
+        assert shapes == ([t] if of_all else [t - 2])
+        monkeypatch.setattr(models, "LOGITS", 3 * len(z))
+        in_parts, back_parts = models.head_loss(x, "head", W, tuning, labels, count)
+        assert shapes[1:] == [3, 2, 2]
+        for loss, back_of in ((L, back_L), (in_parts, back_parts)):
+            assert abs(loss - wanted) <= GRADIENT * wanted
+            found = back_of(dL)
+            assert found[1].keys() == gradients.keys()
+            if not trained:  # nothing below asks for it
+                assert not found[0].any()
+                assert found[0].shape == dx.shape
+                continue
+            assert greatest(found[0] - dx) <= GRADIENT * greatest(dx)
+            for name, g in gradients.items():
+                assert greatest(found[1][name] - g) <= GRADIENT * greatest(g)
+        monkeypatch.setattr(models, "cross_entropy", right)
+    none = np.full(t, ops.IGNORED)
+    monkeypatch.setattr(models, "LOGITS", 3)
+    if count is None:
+        with pytest.raises(ValueError, match="no label counts"):
+            models.head_loss(x, "head", W, tuning, none)
+    else:
+        assert models.head_loss(x, "head", W, tuning, none, count)[0] == 0

@@ -39,6 +39,7 @@ SURVIVORS = {
         "_exponentials: np.exp(e, out=e) -> np.exp(e)": MEMORY,
         "by_queries: t <= QUERIES -> t < QUERIES": "one block is the whole",
         "by_queries: (0, 2) -> (2, 0)": ORDER,
+        "by_queries: (q, k, v) -> (q, v, k)": "keys and values have one shape",
         (
             "cross_entropy: np.multiply(dz, factor, out=None if np.iscomplexobj(factor) else dz) "
             "-> np.multiply(factor, dz, out=None if np.iscomplexobj(factor) else dz)"

@@ -594,9 +594,9 @@ def test_cross_entropy_refuses_labels_that_name_no_class_and_batches_without_any
 def test_queries_in_blocks_have_the_derivatives_of_attention(monkeypatch):
     """By a complex step, where dk is complex though k is not; and beside a longer past."""
     rng = np.random.default_rng(0)
-    q = rng.standard_normal((1, 4, 2, 5))
-    k, v = rng.standard_normal((2, 1, 2, 2, 7))
-    mask = ops.causal_mask(np.ones((1, 7), bool))[:, :, -5:]
+    q = rng.standard_normal((3, 4, 2, 5))
+    k, v = rng.standard_normal((2, 3, 2, 2, 7))
+    mask = ops.causal_mask(np.ones((3, 7), bool))[:, :, -5:]
     whole, back = ops.attention(q, k, v, mask)
     monkeypatch.setattr(ops, "QUERIES", 2)
     o, back_blocks = ops.by_queries(ops.attention, q, k, v, mask)
