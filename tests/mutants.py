@@ -19,7 +19,8 @@ import pytest
 
 FILES = (
     "test_ops", "test_lora", "test_starts", "test_variants", "test_layers", "test_laws",
-    "test_targets", "test_optim", "test_models", "test_guards", "test_steps", "test_expanded", "test_generate",
+    "test_targets", "test_optim", "test_models", "test_guards", "test_steps", "test_expanded",
+    "test_generate",
 )  # fmt: skip
 SLOW = (
     *("allows", "entry_by_entry", "twelfth_digit", "beyond_rounding", "quotients", "is_linear"),
