@@ -84,6 +84,22 @@ def test_the_cache_changes_no_digit_where_a_sum_has_one_order(name, ends, object
     assert same(in_parts(model, ends), at_once(model))
 
 
+def test_the_room_of_a_past_doubles_so_that_few_tokens_cost_a_copy():
+    """By heads and features that are more than the tokens: no other axis is taken for theirs."""
+    past, rng = Past(), np.random.default_rng(0)
+    every = rng.standard_normal((2, 40, 41, 42, 20))
+    rooms, grew = [], []
+    for t in range(every.shape[-1]):
+        k, v = past.extend("layers.0.", *every[..., t : t + 1])
+        if not rooms or past.held["layers.0."][0] is not rooms[-1]:
+            rooms.append(past.held["layers.0."][0])
+            grew.append(t + 1)
+        assert np.array_equal(k, every[0, ..., : t + 1])
+        assert np.array_equal(v, every[1, ..., : t + 1])
+    assert grew == [1, 3, 7, 15]
+    assert [room.shape[-1] for room in rooms] == [2, 6, 14, 30]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_row_with_padding_on_the_left_has_the_logits_of_the_row_alone(name, objects):
     model = in_numbers(drawn(name), Real)

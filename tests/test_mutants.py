@@ -20,6 +20,7 @@ LENGTHS = "the lengths are equal by construction, or were compared above"
 RESHAPE = "NumPy takes any negative size for the one to be found"
 FULL = "what more columns there are is not read"
 MEMORY = "the numbers are the same, in memory of their own"
+BEGIN = "at the first token nothing is copied"
 IMPORTED = "the function that it makes was made when the module was imported"
 SURVIVORS = {
     "ops": {
@@ -141,6 +142,17 @@ SURVIVORS = {
         "embed: True -> False": LENGTHS,
         "normalise: zip(names, gradients, strict=True) -> zip(names, gradients)": LENGTHS,
         "normalise: True -> False": LENGTHS,
+        "Past.extend: (k[..., :0], v[..., :0]) -> (v[..., :0], k[..., :0])": BEGIN,
+        "Past.extend: 0 -> 1 (3)": BEGIN,
+        "Past.extend: 0 -> 1 (4)": BEGIN,
+        "Past.extend: 0 -> 1 (5)": BEGIN,
+        "Past.extend: (k, v) -> (v, k)": "keys and values have one shape",
+        "Past.extend: zip(room, old, strict=True) -> zip(room, old)": LENGTHS,
+        "Past.extend: True -> False": LENGTHS,
+        (
+            "Past.extend: zip(self.held[at], (k, v), strict=True) -> zip(self.held[at], (k, v))"
+        ): LENGTHS,
+        "Past.extend: True -> False (2)": LENGTHS,
     },
     "models": {
         "Config.shapes: ('weight', 'bias') -> ('bias', 'weight')": ORDER,

@@ -191,6 +191,16 @@ def test_recomputation_runs_what_is_trained_twice_and_what_is_constant_once():
     assert runs_of_blocks(model, recompute=True) == [1, 2, 2]
 
 
+def test_below_constant_blocks_dx_is_zero():
+    x, dy = np.random.default_rng(0).standard_normal((2, 3, 4))
+    for constant in (0, 1, 2):
+        y, back = blocks.stack(x, 2, lambda x, at: (2 * x, lambda dy: (2 * dy, {})), constant)
+        dx, none = back(dy)
+        assert same_bits(y, 4 * x)
+        assert same_bits(dx, 0 * dy + 0.0 if constant else 4 * dy)
+        assert none == {}
+
+
 @EVERY
 def test_what_is_trained_below_a_constant_block_has_its_gradient(name):
     """A table, BERT's first norm, the last norm: whatever a block may be under or over."""
