@@ -20,6 +20,7 @@ LENGTHS = "the lengths are equal by construction, or were compared above"
 RESHAPE = "NumPy takes any negative size for the one to be found"
 FULL = "what more columns there are is not read"
 MEMORY = "the numbers are the same, in memory of their own"
+BITS = "a table by its rows has the bits of the whole"
 BEGIN = "at the first token nothing is copied"
 IMPORTED = "the function that it makes was made when the module was imported"
 SURVIVORS = {
@@ -159,6 +160,17 @@ SURVIVORS = {
         "Config.shapes: [*norms, 'norm'] -> ['norm', *norms]": ORDER,
         "Llama.biased: ('.q', '.k', '.v') -> ('.k', '.q', '.v')": ORDER,
         "Llama.biased: ('.q', '.k', '.v') -> ('.q', '.v', '.k')": ORDER,
+        "kept: ('head', 'pooler') -> ('pooler', 'head')": ORDER,
+        "head_loss: by_rows(E) if large else _whole(E) -> by_rows(E)": BITS,
+        "head_loss: zip(*map(of, parts), strict=True) -> zip(*map(of, parts))": LENGTHS,
+        "head_loss: True -> False": LENGTHS,
+        "head_loss: zip(parts, dxs, strict=True) -> zip(parts, dxs)": LENGTHS,
+        "head_loss: True -> False (2)": LENGTHS,
+        "_whole: np.asarray(weight) if hasattr(weight, 'rows') else weight -> weight": BITS,
+        (
+            "_whole: np.asarray(weight) if hasattr(weight, 'rows') else weight -> "
+            "np.asarray(weight)"
+        ): "numbers that are no arrays are in the tests of verify, which are not among these",
     },
     "optim": {
         "run: ('betas', 'eps', 'weight_decay') -> ('eps', 'betas', 'weight_decay')": ORDER,
