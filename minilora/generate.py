@@ -49,11 +49,13 @@ def probabilities(z: Array, sampling: Sampling) -> Array:
     if not np.isfinite(z).all():
         raise ValueError("logits that are not finite: the weights are no usable ones")
     p = np.zeros(len(z))
-    order = np.argsort(-z, kind="stable")
     if sampling.temperature == 0:
-        p[order[0]] = 1
+        p[z.argmax()] = 1
         return p
-    order = order[: sampling.top_k or None]
+    # Of a large vocabulary only those that may stay are sorted.
+    k = min(sampling.top_k or len(z), len(z))
+    likely = np.flatnonzero(z >= np.partition(z, -k)[-k])  # k, and what equals the last of them
+    order = likely[np.argsort(-z[likely], kind="stable")][:k]
     wide = z[order].astype(np.float64) / sampling.temperature
     e = np.exp(wide - wide[0])
     # Those before a token have not reached p together: the first always stays.

@@ -182,13 +182,15 @@ def draw_weights(c: Config, rng: np.random.Generator, std: float = 0.02) -> Weig
 
 
 def mask_of(batch: Batch, past: Past | None) -> Array:
-    """The causal mask of the batch's tokens, over those of the past too.
+    """The causal mask of the batch's tokens, over those of the past too, all of which they follow.
 
     Shapes: ids (b, t) -> mask (b, s, t), keys before queries.
     """
+    own, t = causal_mask(batch.real), batch.ids.shape[1]
     if past is None:
-        return causal_mask(batch.real)
-    return causal_mask(past.seen(batch.real))[:, :, -batch.ids.shape[1] :]
+        return own
+    earlier = past.seen(batch.real)[:, :-t, None]
+    return np.concatenate([earlier.repeat(t, axis=2), own], axis=1)
 
 
 def llama(

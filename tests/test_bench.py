@@ -1,14 +1,18 @@
 """What a step costs: the arithmetic counted, the processes that do it, the command."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from minilora import bench
-from minilora.bench import SIDES, SIZES, Missing, Side, flops, measure, table, write_case
-from minilora.bench.own import Own
+from minilora.bench import KINDS, SIDES, SIZES, Missing, Side, flops, measure, table, write_case
+from minilora.bench.own import NEW, Own
 from minilora.cli import main
 from minilora.formats.huggingface import read_model
 
@@ -64,6 +68,26 @@ def test_every_side_reads_the_same_case(folder):
     assert whole.step() < losses[0]
 
 
+def test_the_case_is_the_same_in_every_process(tmp_path):
+    """The order of a set of names is not."""
+    write = "import sys, pathlib, minilora.bench as b; " + (
+        "b.write_case(pathlib.Path(sys.argv[1]), b.SIZES['tiny'], int(sys.argv[2]))"
+    )
+    for name, order, seed in (("first", "1", "0"), ("second", "2", "0"), ("other", "1", "1")):
+        environment = {**os.environ, "PYTHONHASHSEED": order}
+        (tmp_path / name).mkdir()
+        command = [sys.executable, "-c", write, str(tmp_path / name), seed]
+        subprocess.run(command, check=True, env=environment)
+    files = [path.relative_to(tmp_path / "first") for path in (tmp_path / "first").rglob("*.*")]
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    assert len(weights) == 4
+    for file in weights:
+        first, second, other = (
+            (tmp_path / n / file).read_bytes() for n in ("first", "second", "other")
+        )
+        assert first == second != other
+
+
 def test_a_side_works_in_a_process_of_its_own(folder):
     with Side("minilora", folder, threads=1) as side:
         assert side.versions.startswith("minilora ")
@@ -71,6 +95,8 @@ def test_a_side_works_in_a_process_of_its_own(folder):
         assert first["value"] > later["value"] > 0
         assert later["seconds"] > 0
         assert side.run("memory")["value"] > 10**7
+        assert side.kinds == list(KINDS)
+        assert len(side.run("generate")["value"]) == NEW
         with pytest.raises(RuntimeError, match=r"minilora ended: [\s\S]*no attribute 'nothing'"):
             side.run("nothing")
     assert side.process.poll() is not None
@@ -78,36 +104,48 @@ def test_a_side_works_in_a_process_of_its_own(folder):
 
 def test_a_library_that_is_missing_is_named_with_its_extra(folder, monkeypatch):
     monkeypatch.setitem(SIDES, "absent", "minilora_absent:Side")
-    with pytest.raises(Missing, match=r"minilora_absent is not installed; pip install 'minilora\["):
+    with pytest.raises(Missing, match=r"minilora_absent is not installed.*'minilora.peers.'"):
         Side("absent", folder, threads=1)
+    monkeypatch.setitem(SIDES, "jax", "jax_absent:Side")
+    with pytest.raises(Missing, match=r"jax_absent is not installed.*'minilora.jax.'"):
+        Side("jax", folder, threads=1)
     assert main(["bench", "--peer", "absent", "--size", "tiny", "--rounds", "1"]) == 3
+
+
+class Timed:
+    """A side that has run as long as it says, in turn with the other."""
+
+    seconds: ClassVar = {"own": [1.0, 9.0, 3.0], "other": [2.0, 3.0, 4.0]}
+    tokens: ClassVar = {"own": [7, 8, 9, 9], "other": [7, 8, 5, 9]}
+    warming = 3
+
+    def __init__(self, name, *_, **__):
+        self.own, self.versions, self.steps = name == "minilora", name, 0
+        self.who = "own" if self.own else "other"
+        self.kinds = list(KINDS) if name != "torch" else ["step", "forward"]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def run(self, what, times=1):
+        seconds = 1.0
+        if what == "step":
+            self.steps += 1
+            if self.steps > self.warming:
+                seconds = self.seconds[self.who][self.steps - self.warming - 1]
+        value = {
+            "products": 1e9,
+            "memory": 10 if self.own else 40,
+            "generate": self.tokens[self.who],
+        }.get(what, 1.0)
+        return {"seconds": seconds, "cpu": 1.0, "value": value}
 
 
 def test_ratios_are_of_neighbours_and_their_median(folder, monkeypatch):
     """Two sides that take known times in turn."""
-    own, other = iter([1.0, 9.0, 3.0]), iter([2.0, 3.0, 4.0])
-
-    class Timed:
-        def __init__(self, name, *_, **__):
-            self.versions, self.times = name, own if name == "minilora" else other
-            self.kind = {}
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def run(self, what, times=1):
-            if what == "products":
-                return {"value": 1e9}
-            if what == "memory":
-                return {"value": 10 if self.versions == "minilora" else 40}
-            if what == "step" and self.kind.setdefault("steps", 0) >= 2:
-                return {"seconds": next(self.times), "cpu": 1.0, "value": 1.0}
-            self.kind["steps"] = self.kind.get("steps", 0) + (what == "step")
-            return {"seconds": 1.0, "cpu": 1.0, "value": 1.0}
-
     monkeypatch.setattr(bench, "Side", Timed)
     found = measure("tiny", folder, "peft", 1, rounds=3)
     assert found.ratio["step"] == 0.75  # of 1/2, 9/3 and 3/4
@@ -116,7 +154,38 @@ def test_ratios_are_of_neighbours_and_their_median(folder, monkeypatch):
     assert found.memory_ratio == 0.25
     cost = flops(SIZES["tiny"].c, 4, 32)["step"]
     assert found.share["step"] == cost / 3.0 / 1e9
+    assert found.share.keys() == {"step", "forward"}
     assert re.search(r"tiny +1 +0\.75 \(0\.62 to 1\.88\)", table([found]))
+
+
+def test_tokens_are_alike_up_to_the_first_that_differs(folder, monkeypatch):
+    monkeypatch.setattr(bench, "Side", Timed)
+    found = measure("tiny", folder, "peft", 1, rounds=1)
+    assert found.alike == (2, 4)
+    assert "2 of 4" in table([found])
+    monkeypatch.setitem(Timed.tokens, "other", Timed.tokens["own"])
+    assert measure("tiny", folder, "peft", 1, rounds=1).alike == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("size", "peer", "kinds", "left"),
+    [
+        ("tiny", "torch", KINDS, ["step", "forward"]),
+        ("smollm2-512", "peft", KINDS, ["step", "forward"]),
+        ("tiny", "peft", ["generate"], ["generate"]),
+        ("tiny", "torch", ["generate"], []),
+    ],
+)
+def test_only_what_both_can_do_and_what_is_asked_for_is_measured(
+    size, peer, kinds, left, folder, monkeypatch
+):
+    monkeypatch.setattr(bench, "Side", Timed)
+    found = measure(size, folder, peer, 1, rounds=1, kinds=kinds)
+    assert list(found.ratio) == left
+    heads, cells = (re.split("  +", line.strip()) for line in table([found]).splitlines())
+    row = dict(zip(heads, cells, strict=True))
+    assert [kind for kind in KINDS if row[kind] == "-"] == [k for k in KINDS if k not in left]
+    assert (row["ms"] == "-") == ("step" not in left)
 
 
 def test_the_command_prints_and_writes_what_it_measured(tmp_path, capsys):
@@ -128,6 +197,7 @@ def test_the_command_prints_and_writes_what_it_measured(tmp_path, capsys):
     (found,) = json.loads(file.read_text())
     assert found["size"] == "tiny"
     assert found["loss"][0] == found["loss"][1]
+    assert found["alike"] == [NEW, NEW]
     assert "medians of 1 rounds" in capsys.readouterr().out
 
 
@@ -135,7 +205,8 @@ def test_the_command_prints_and_writes_what_it_measured(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["--size", "huge"], "--size huge: expected some of tiny, small"),
-        (["--peer", "jax"], "--peer jax: expected one of minilora, peft"),
+        (["--peer", "mlx"], "--peer mlx: expected one of minilora, peft"),
+        (["--kind", "steps"], "--kind steps: expected some of step, forward, generate"),
         (["--threads", "1,0"], "--threads 0: expected numbers from 1"),
         (["--rounds", "-1"], "--rounds -1: expected at least 1"),
         (["--tokens", "0"], "--tokens 0: expected at least 1"),

@@ -128,6 +128,17 @@ def test_in_floating_point_the_cached_logits_are_within_their_rounding(name, mon
         assert bound < abs(true)
 
 
+def test_the_mask_over_a_past_is_the_last_columns_of_the_whole_one():
+    real = np.array([[False, True, True, True, True], [True, True, False, True, False]])
+    batch, past, end = Batch(np.zeros(real.shape, int), mask=real), Past(), 0
+    whole = ops.causal_mask(real)
+    for t in (2, 1, 2):
+        start, end = end, end + t
+        mask = models.mask_of(columns(batch, start, end), past)
+        assert np.array_equal(mask, whole[:, :end, start:end])
+    assert not np.array_equal(whole[:, :, :2], whole[:, :, -2:])  # other columns would be seen
+
+
 def values_of_the_wrong_order(past, at, k, v):
     keys, values = past.extend(at, k, v)
     return keys, values[..., ::-1]
@@ -218,6 +229,18 @@ def test_top_k_and_top_p_leave_the_most_probable():
     halves = np.log([0.5, 0.25, 0.125, 0.125])
     for p, left in ((0.4, 1), (0.6, 2), (0.8, 3), (1.0, 4)):
         assert np.count_nonzero(probabilities(halves, Sampling(1.0, top_p=p))) == left
+
+
+def test_of_equal_logits_at_the_edge_of_top_k_the_first_stay():
+    z = np.random.default_rng(0).integers(0, 4, 30).astype(float)
+    order = sorted(range(30), key=lambda i: (-z[i], i))
+    edges = {k for k in range(1, 30) if z[order[k - 1]] == z[order[k]]}
+    assert edges  # where it matters which of them
+    for k in range(1, 32):
+        left = np.flatnonzero(probabilities(z, Sampling(1.0, top_k=k)))
+        assert left.tolist() == sorted(order[:k])
+    others = sorted(range(30), key=lambda i: (-z[i], -i))
+    assert all(set(others[:k]) != set(order[:k]) for k in edges)
 
 
 def test_tokens_are_drawn_as_often_as_they_are_probable():

@@ -24,15 +24,18 @@ from minilora.quantised import gguf_bytes, quantise
 from minilora.targets import Lora, adapt
 
 RANK = 8
+KINDS = ("step", "forward", "generate")
+"""What is measured: a step of training, the loss alone, tokens drawn one by one."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model and its batch: b sequences of t tokens."""
+    """A model and its batch, b sequences of t tokens, and what is measured of them."""
 
     c: Llama
     b: int
     t: int
+    kinds: tuple[str, ...] = KINDS
 
 
 _SMOLLM2 = Llama(
@@ -47,15 +50,17 @@ SIZES = {
         Llama(vocab=4096, d=384, layers=6, heads=6, ffn=1024, kv_heads=6, head_dim=64), 4, 256
     ),
     "smollm2": Size(_SMOLLM2, 1, 128),
-    "smollm2-512": Size(_SMOLLM2, 1, 512),
+    "smollm2-512": Size(_SMOLLM2, 1, 512, KINDS[:2]),
 }
-"""The sizes by name, the last two those of SmolLM2-135M."""
+"""The sizes by name, the last two those of SmolLM2-135M, which generates alike in both."""
 
 SIDES = {
     "minilora": "minilora.bench.own:Own",
-    "peft": "minilora.bench.peers.torch:Peft",
-    "peft-warm": "minilora.bench.peers.torch:Warm",
+    "peft": "minilora.bench.peers.peft:Peft",
+    "peft-warm": "minilora.bench.peers.peft:Warm",
     "torch": "minilora.bench.peers.torch:ByHand",
+    "torch-compile": "minilora.bench.peers.torch:Compiled",
+    "jax": "minilora.bench.peers.jax:Jax",
 }
 """What can be measured, each with its class; beside itself, this package shows what options do."""
 
@@ -86,7 +91,7 @@ def write_case(folder: Path, size: Size, seed: int = 0) -> None:
     base = {name: w.astype(np.float32) for name, w in draw_weights(size.c, rng).items()}
     lora = Lora(r=RANK, alpha=2 * RANK)
     W, tuning = adapt(base, lora, size.c.linears(), rng)
-    for name in tuning.trained:
+    for name in sorted(tuning.trained):  # a set's order is another in each process
         W[name] = (0.02 * rng.standard_normal(W[name].shape)).astype(np.float32)
     huggingface.write_model(folder / "model", size.c, base)
     peft.write_adapter(folder / "adapter", size.c, W, tuning, lora)
@@ -98,12 +103,13 @@ def write_case(folder: Path, size: Size, seed: int = 0) -> None:
 
 
 class Missing(Exception):
-    """A side's library is not installed; the message names the extra that installs it."""
+    """What a side needs is not installed; the message says how to install it."""
 
 
 class Side:
     """One side in a process of its own, which works when it is told to.
 
+    ``kinds`` are those of `KINDS` that it can do.
     Errors: Missing without its library; RuntimeError with what the process said when it ended.
     """
 
@@ -124,11 +130,9 @@ class Side:
         answer = self._answer()
         if "missing" in answer:
             self.close()
-            raise Missing(
-                f"{name} cannot be measured: {answer['missing']} is not installed; "
-                "pip install 'minilora[peers]'"
-            )
+            raise Missing(f"{name} cannot be measured: {answer['missing']}")
         self.versions: str = answer["versions"]
+        self.kinds: list[str] = answer["kinds"]
 
     def __enter__(self) -> "Side":
         return self
@@ -167,8 +171,10 @@ class Result:
 
     ``ratio``: of each kind of run, the median over rounds of own time over the peer's; ``spread``:
     the quartiles of that; ``cpu``: the same of the processors' time, which others do not take from
-    a side, and of which several threads take more than the clock; ``share``: of each, its least
-    arithmetic over what products alone reach; ``loss``: of the first step on either side.
+    a side, and of which several threads take more than the clock; ``share``: of a step and a
+    forward, the least arithmetic over what products alone reach; ``loss``: of the first step on
+    either side; ``alike``: how many drawn tokens are the same on both, from the first on, and of
+    how many. Of what a side cannot do there is no entry.
     """
 
     size: str
@@ -181,9 +187,10 @@ class Result:
     cpu: dict[str, float]
     share: dict[str, float]
     flops: dict[str, int]
-    peak_flops: float
+    peak_flops: float | None
     memory: tuple[int, int]
     loss: tuple[float, float]
+    alike: tuple[int, int] | None
     versions: tuple[str, str]
 
     @property
@@ -196,9 +203,6 @@ class Result:
         return {**asdict(self), "memory_ratio": self.memory_ratio}
 
 
-KINDS = ("step", "forward")
-
-
 def measure(
     name: str,
     folder: Path,
@@ -207,9 +211,11 @@ def measure(
     rounds: int,
     own: dict[str, Any] | None = None,
     least: float = 0.1,
+    kinds: Sequence[str] = KINDS,
 ) -> Result:
     """Own side and peer in turn, ``least`` seconds or one run at a time, after a run to warm up.
 
+    Of ``kinds`` only what the size has and both sides can do.
     Errors: those of `Side`.
     """
     size = SIZES[name]
@@ -219,23 +225,29 @@ def measure(
             opened.enter_context(Side(peer, folder, threads)),
         ]
         losses = [side.run("step")["value"] for side in sides]
-        first = [side.run("step")["seconds"] for side in sides]
-        memory = [side.run("memory")["value"] for side in sides]
-        times = max(1, int(least / min(first)))
         for side in sides:
-            side.run("forward")
-        taken: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
-        shares: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        cpu: dict[str, list[float]] = {kind: [] for kind in KINDS}
+            side.run("step")
+        memory = [side.run("memory")["value"] for side in sides]
+        can = set(kinds).intersection(size.kinds, *(side.kinds for side in sides))
+        first = {kind: [side.run(kind) for side in sides] for kind in KINDS if kind in can}
+        times = {
+            kind: max(1, int(least / min(run["seconds"] for run in runs)))
+            for kind, runs in first.items()
+        }
+        alike = _alike(*(run["value"] for run in first["generate"])) if "generate" in can else None
+        taken: dict[str, list[tuple[float, float]]] = {kind: [] for kind in first}
+        cpu: dict[str, list[float]] = {kind: [] for kind in first}
         peaks, cost = [], flops(size.c, size.b, size.t)
+        shares: dict[str, list[float]] = {kind: [] for kind in first if kind in cost}
         for i in range(rounds):
-            for kind in KINDS:
+            for kind, n in times.items():
                 order = (0, 1) if i % 2 else (1, 0)  # neither is always the first
-                each = {j: sides[j].run(kind, times) for j in order}
-                taken[kind].append((each[0]["seconds"] / times, each[1]["seconds"] / times))
+                each = {j: sides[j].run(kind, n) for j in order}
+                taken[kind].append((each[0]["seconds"] / n, each[1]["seconds"] / n))
                 cpu[kind].append(each[0]["cpu"] / each[1]["cpu"])
-                peaks.append(sides[0].run("products")["value"])
-                shares[kind].append(cost[kind] / taken[kind][-1][0] / peaks[-1])
+                if kind in shares:
+                    peaks.append(sides[0].run("products")["value"])
+                    shares[kind].append(cost[kind] / taken[kind][-1][0] / peaks[-1])
         versions = tuple(side.versions for side in sides)
     ratios = {kind: [a / b for a, b in pairs] for kind, pairs in taken.items()}
     return Result(
@@ -249,9 +261,10 @@ def measure(
         {kind: median(r) for kind, r in cpu.items()},
         {kind: median(s) for kind, s in shares.items()},
         cost,
-        median(peaks),
+        median(peaks) if peaks else None,
         (memory[0], memory[1]),
         (losses[0], losses[1]),
+        alike,
         (versions[0], versions[1]),
     )
 
@@ -263,22 +276,35 @@ def table(results: Sequence[Result]) -> str:
     def column(head: str, of: Callable[[Result], str]) -> None:
         columns.append([head, *map(of, results)])
 
+    def measured(kind: str, cell: Callable[[Result], str]) -> Callable[[Result], str]:
+        return lambda r: cell(r) if kind in r.ratio else "-"
+
     def quartiles(kind: str) -> Callable[[Result], str]:
         return lambda r: "{:.2f} ({:.2f} to {:.2f})".format(r.ratio[kind], *r.spread[kind])
 
+    def milliseconds(r: Result) -> str:
+        return "{:.1f} over {:.1f}".format(*(1e3 * t for t in r.seconds["step"]))
+
     column("threads", lambda r: str(r.threads))
-    column("step", quartiles("step"))
-    column("forward", quartiles("forward"))
-    column("step cpu", lambda r: f"{r.cpu['step']:.2f}")
+    for kind in KINDS:
+        column(kind, measured(kind, quartiles(kind)))
+    column("alike", lambda r: "{} of {}".format(*r.alike) if r.alike else "-")
+    column("step cpu", measured("step", lambda r: f"{r.cpu['step']:.2f}"))
     column("memory", lambda r: f"{r.memory_ratio:.2f}")
-    column("ms", lambda r: "{:.1f} over {:.1f}".format(*(1e3 * t for t in r.seconds["step"])))
+    column("ms", measured("step", milliseconds))
     column("MB", lambda r: "{:.0f} over {:.0f}".format(*(m / 1e6 for m in r.memory)))
     column("GFLOP", lambda r: f"{r.flops['step'] / 1e9:.3g}")
-    column("of peak", lambda r: f"{r.share['step']:.0%}")
+    column("of peak", measured("step", lambda r: f"{r.share['step']:.0%}"))
     widths = [max(map(len, cells)) for cells in columns]
     rows = zip(*columns, strict=True)
     lines = ("  ".join(f"{cell:>{n}}" for cell, n in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(lines) + "\n"
+
+
+def _alike(own: Sequence[int], others: Sequence[int]) -> tuple[int, int]:
+    """How many tokens come before the first that differs, and of how many."""
+    same = [a == b for a, b in zip(own, others, strict=True)]
+    return [*same, False].index(False), len(same)
 
 
 def _medians(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:

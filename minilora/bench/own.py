@@ -1,4 +1,4 @@
-"""This package's side: a step and a forward as training and evaluation run them."""
+"""This package's side: a step, a forward and text as training, evaluation and generation run."""
 
 import time
 from pathlib import Path
@@ -11,12 +11,15 @@ from minilora.expanded import Expanded, OnDemand
 from minilora.formats.files import read_tensors
 from minilora.formats.huggingface import read_config, read_model
 from minilora.formats.peft import read_adapter
+from minilora.generate import generate
 from minilora.models import Batch
 from minilora.optim import AdamState, adamw
 from minilora.quantised import from_gguf
 from minilora.steps import Plan, blas_threads, evaluate, gradients, warm_memory
 
 RATE = 1e-4
+PROMPT, NEW = 32, 32
+"""Tokens: at most so many of the batch's first sequence are gone on from, by so many."""
 
 
 class Own:
@@ -53,6 +56,13 @@ class Own:
         """The loss alone."""
         nll, n = evaluate(self.batch, self.W | self.params, self.c, self.tuning, self.plan)
         return float(nll / n)
+
+    def generate(self) -> list[int]:
+        """The most probable tokens, `NEW` of them, with the keys and values of those before."""
+        prompt = self.batch.ids[0, :PROMPT].tolist()
+        with blas_threads(self.plan.threads):
+            rows = generate([prompt], self.W | self.params, self.c, self.tuning, most=NEW)
+            return [token for row in rows for token in row if token is not None]
 
     def products(self) -> float:
         """What a large matrix product reaches, in multiplications and additions a second."""

@@ -9,6 +9,8 @@ import time
 from importlib import import_module
 from typing import Any
 
+from minilora.bench import KINDS, Missing
+
 
 def peak_memory() -> int:
     """The most bytes that this process has held at a time.
@@ -36,8 +38,11 @@ def main(target: str, given: str) -> None:
     try:
         side = getattr(import_module(module), name)(**json.loads(given))
     except ModuleNotFoundError as error:
-        return answer(missing=error.name)
-    answer(versions=side.versions)
+        extra = "jax" if str(error.name).startswith("jax") else "peers"
+        return answer(missing=f"{error.name} is not installed; pip install 'minilora[{extra}]'")
+    except Missing as error:
+        return answer(missing=str(error))
+    answer(versions=side.versions, kinds=[kind for kind in KINDS if hasattr(side, kind)])
     for line in sys.stdin:
         what, times = json.loads(line)
         if what == "memory":

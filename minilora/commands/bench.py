@@ -14,10 +14,11 @@ def add(commands: Any) -> None:
     """The options."""
     bench = commands.add_parser(
         "bench",
-        help="measure a LoRA step's time and memory beside another library's",
+        help="measure a LoRA step's time and memory, and generation, beside another library's",
         description="Runs the same step on the same model and batch here and in another library, "
-        "each in a process of its own and in turn, and prints the ratios: below 1 is less here. "
-        "Exit status: 0 it is measured, 2 wrong usage, 3 the library is not installed.",
+        "and lets both go on from the same tokens, each in a process of its own and in turn; "
+        "prints the ratios: below 1 is less here. Exit status: 0 it is measured, 2 wrong usage, "
+        "3 the library, or what else the other side needs, is not installed.",
         allow_abbrev=False,
     )
     bench.set_defaults(run=run, parser=bench)
@@ -26,7 +27,13 @@ def add(commands: Any) -> None:
         "--peer",
         default="peft",
         metavar="PEER",
-        help="peft (default), peft-warm, torch or minilora",
+        help="peft (default), peft-warm, torch, torch-compile, jax or minilora",
+    )
+    option(
+        "--kind",
+        action="append",
+        metavar="KIND",
+        help="step, forward or generate (default: all); repeatable, or a,b",
     )
     option(
         "--size",
@@ -51,13 +58,16 @@ def run(arguments: argparse.Namespace) -> int:
     import tempfile
     from pathlib import Path
 
-    from minilora.bench import SIDES, SIZES, Missing, measure, table, write_case
+    from minilora.bench import KINDS, SIDES, SIZES, Missing, measure, table, write_case
     from minilora.console import progress_bar
     from minilora.verify.report import writable, write
 
     sizes = split(arguments.size) or (["tiny", "small"] if arguments.quick else list(SIZES))
     threads = split(arguments.threads) or ["1"]
     rounds = arguments.rounds or (FEWER if arguments.quick else ROUNDS)
+    kinds = split(arguments.kind) or list(KINDS)
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        return refuse(f"--kind {', '.join(unknown)}: expected some of {', '.join(KINDS)}", "bench")
     if unknown := [name for name in sizes if name not in SIZES]:
         return refuse(f"--size {', '.join(unknown)}: expected some of {', '.join(SIZES)}", "bench")
     if arguments.peer not in SIDES:
@@ -80,8 +90,9 @@ def run(arguments: argparse.Namespace) -> int:
                     if progress:
                         done = i * len(threads) + j
                         progress(f"{name}:", done, len(sizes) * len(threads))
+                    given = name, folder, arguments.peer, int(n), rounds, own
                     try:
-                        results.append(measure(name, folder, arguments.peer, int(n), rounds, own))
+                        results.append(measure(*given, kinds=kinds))
                     except Missing as error:
                         refuse(str(error), "bench")
                         return NOT_LOADED
@@ -92,5 +103,6 @@ def run(arguments: argparse.Namespace) -> int:
             refuse(f"cannot write {arguments.json}: {error.strerror}", "bench")
             return USAGE
     versions = results[0].versions
-    say(f"{versions[0]} over {versions[1]}, medians of {rounds} rounds\n{table(results)}")
+    sides = f"{versions[0]} over {arguments.peer} ({versions[1]})"
+    say(f"{sides}, medians of {rounds} rounds\n{table(results)}")
     return HOLDS

@@ -1,60 +1,19 @@
-"""The same step by PyTorch: through transformers and PEFT, and written by hand."""
+"""The same step by PyTorch, written by hand: as it stands, and compiled."""
 
+import os
+import shutil
+import sys
 from pathlib import Path
 
-import peft
 import torch
 import torch.nn.functional as F
-import transformers
 
+from minilora.bench import Missing
 from minilora.bench.own import RATE
 from minilora.formats.files import read_tensors
 from minilora.formats.huggingface import read_model
 from minilora.formats.peft import read_adapter
 from minilora.models import Llama
-from minilora.steps import warm_memory
-
-
-class Peft:
-    """transformers' Llama with eager attention, PEFT's LoRA and PyTorch's AdamW."""
-
-    versions = (
-        f"peft {peft.__version__}, transformers {transformers.__version__}, "
-        f"torch {torch.__version__}"
-    )
-
-    def __init__(self, folder: str, threads: int) -> None:
-        torch.set_num_threads(threads)
-        at = Path(folder)
-        base = transformers.LlamaForCausalLM.from_pretrained(
-            at / "model", attn_implementation="eager", dtype=torch.float32
-        )
-        self.model = peft.PeftModel.from_pretrained(base, at / "adapter", is_trainable=True)
-        self.model.train()
-        self.ids = torch.from_numpy(read_tensors(at / "batch.safetensors")["ids"])
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=RATE)
-
-    def step(self) -> float:
-        """Loss, gradients and AdamW's step."""
-        self.optimizer.zero_grad()
-        loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
-        loss.backward()
-        self.optimizer.step()
-        return float(loss)
-
-    def forward(self) -> float:
-        """The loss alone."""
-        with torch.no_grad():
-            return float(self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss)
-
-
-class Warm(Peft):
-    """PEFT in a process whose freed memory stays warm, as this package's does."""
-
-    def __init__(self, folder: str, threads: int) -> None:
-        warm_memory()
-        super().__init__(folder, threads)
 
 
 class ByHand:
@@ -121,9 +80,30 @@ class ByHand:
         loss = self._loss()
         loss.backward()
         self.optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     def forward(self) -> float:
         """The loss alone."""
         with torch.no_grad():
             return float(self._loss())
+
+
+class Compiled(ByHand):
+    """The same, its loss and gradients compiled by torch.compile; AdamW is PyTorch's as it is.
+
+    Errors: Missing without a C++ compiler.
+    """
+
+    def __init__(self, folder: str, threads: int) -> None:
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        if shutil.which(compiler) is None:
+            raise Missing(
+                f"torch.compile calls a C++ compiler, and {compiler} is not installed; "
+                "install it, or name another in CXX"
+            )
+        super().__init__(folder, threads)
+        self._compiled = torch.compile(super()._loss)
+
+    def _loss(self) -> torch.Tensor:
+        loss: torch.Tensor = self._compiled()
+        return loss
