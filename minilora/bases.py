@@ -8,7 +8,7 @@ import hashlib
 import shutil
 from collections import ChainMap
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +16,9 @@ import numpy as np
 
 from minilora import reference
 from minilora.formats import mlx, peft
-from minilora.formats.files import FormatError, listed, read_json
+from minilora.formats.files import FormatError, listed, pack_json, read_json, write_files
 from minilora.formats.huggingface import read_encoder, read_model
-from minilora.formats.tokenizers import Tokenizer, read_tokenizer
+from minilora.formats.tokenizers import Library, Tokenizer, read_tokenizer
 from minilora.lora import Params, Tuning, Weights
 from minilora.models import Config
 from minilora.ops import Array
@@ -208,12 +208,15 @@ def base_of(model: str | None, adapter: str | None, dtype: Any = np.float32) -> 
 def copy_tokenizer(base: Base, folder: Path | str) -> None:
     """Puts the tokenizer's files, and what else is read beside the weights, into a model's folder.
 
-    Nothing is put there for a GGUF file, whose tokenizer lies in other terms.
+    Those of a GGUF file are made of the tokenizer that its metadata describe.
 
-    Errors: OSError where the disk is full or closed.
+    Errors: OSError where the disk is full or closed; of a GGUF file those of its tokenizer.
     """
     folder = Path(folder)
-    if base.path.is_dir() and base.path.resolve() != folder.resolve():
+    if base.path.suffix == ".gguf":
+        made = cast(Library, base.tokenizer).files()
+        write_files(folder, {name: partial(pack_json, said) for name, said in made.items()})
+    elif base.path.is_dir() and base.path.resolve() != folder.resolve():
         for name in BESIDE:
             if (base.path / name).is_file():
                 shutil.copyfile(base.path / name, folder / name)

@@ -378,6 +378,21 @@ def test_a_merged_model_needs_no_adapter(minilora, trained):
     assert "--adapter: none given" in err
 
 
+def test_a_model_without_a_tokenizer_is_merged_and_says_so(minilora, trained, tmp_path):
+    gguf = pytest.importorskip("minilora.formats.gguf", reason="pip install 'minilora[gguf]'")
+    pytest.importorskip("gguf", reason="pip install 'minilora[gguf]'")
+    base = open_base("reference:llama")
+    gguf.write_model("m.gguf", base.config, base.weights)
+    command = ("merge", "--adapter", trained / "llama", "--output")
+    status, out, err = minilora(*command, "merged", "--model", "m.gguf")
+    assert (status, err) == (0, "")
+    assert "merged: no tokenizer beside the model: m.gguf: tokenizer.ggml.model: found no_" in out
+    assert {path.name for path in Path("merged").iterdir()} == {"config.json", huggingface.WEIGHTS}
+    _, out, _ = minilora(*command, "other")
+    assert "no tokenizer" not in out
+    assert (tmp_path / "other/tokenizer.json").is_file()
+
+
 def test_an_adapter_goes_from_format_to_format_and_back_to_the_bit(minilora, trained, tmp_path):
     pytest.importorskip("gguf", reason="pip install 'minilora[gguf]'")
     model = ("--model", "reference:llama")

@@ -26,6 +26,7 @@ def _run(arguments: argparse.Namespace) -> int:
     import numpy as np
 
     from minilora.bases import base_of, copy_tokenizer, open_adapted
+    from minilora.formats.files import FormatError
     from minilora.formats.huggingface import write_model
     from minilora.lora import merge
 
@@ -43,6 +44,9 @@ def _run(arguments: argparse.Namespace) -> int:
         gguf.write_model(arguments.output, base.config, merged, like=like)
     else:
         write_model(arguments.output, base.config, merged)
-        copy_tokenizer(base, arguments.output)
+        try:
+            copy_tokenizer(base, arguments.output)
+        except (FormatError, ImportError) as error:  # a model can do without
+            say(f"{arguments.output}: no tokenizer beside the model: {error}\n")
     say(f"{arguments.output}: {base.name} with {arguments.adapter} merged\n")
     return HOLDS
