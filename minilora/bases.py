@@ -17,7 +17,7 @@ import numpy as np
 from minilora import reference
 from minilora.formats import mlx, peft
 from minilora.formats.files import FormatError, listed, pack_json, read_json, write_files
-from minilora.formats.huggingface import read_encoder, read_model
+from minilora.formats.huggingface import read_encoder, read_labels, read_model
 from minilora.formats.tokenizers import Library, Tokenizer, read_tokenizer
 from minilora.lora import Params, Tuning, Weights
 from minilora.models import Config
@@ -37,12 +37,16 @@ BESIDE = (
 
 @dataclass(frozen=True)
 class Base:
-    """A model: its name, its configuration, its weights, and where it was read from."""
+    """A model: its name, its configuration, its weights, and where it was read from.
+
+    ``classes``: the names of a classifier's classes in their order, if it has any.
+    """
 
     name: str
     config: Config
     weights: Params
     path: Path
+    classes: tuple[str, ...] | None = None
 
     @property
     def reference(self) -> str | None:
@@ -90,7 +94,7 @@ def open_base(
     Errors: FormatError as the format's reader has it, and for a name that is none of the three;
     ImportError without the library for a GGUF file.
     """
-    path = Path(name)
+    path, named = Path(name), None
     if name.startswith(REFERENCE):
         known = reference.names()
         if name.removeprefix(REFERENCE) not in known:
@@ -110,7 +114,8 @@ def open_base(
             c, W = read_encoder(path, classes, dtype)
         else:
             c, W = read_model(path, dtype=dtype)
-    return Base(name, c, W, path)
+            named = read_labels(path)
+    return Base(name, c, W, path, named)
 
 
 @dataclass(frozen=True)

@@ -305,6 +305,10 @@ def prepare(base: Base, read: Data, recipe: Recipe, source: str = "", **settings
         raise ValueError(
             f"{found}: expected as many; take another model, or its own head's classes"
         )
+    if base.classes not in (None, read.classes):
+        found = f"classes {', '.join(read.classes)} in the data"
+        wanted = f"the model's, {', '.join(base.classes or ())}, in their order"
+        raise ValueError(f"{found}: expected {wanted}; read the data with classes=base.classes")
     said = {**vars(recipe), **settings}
     if recipe.full:
         trained = {name: W[name] for name in c.shapes()}
@@ -337,7 +341,7 @@ def write_result(folder: Path | str, job: Job, params: Weights) -> None:
     """
     base = job.base
     if job.lora is None:
-        huggingface.write_model(folder, base.config, params)
+        huggingface.write_model(folder, base.config, params, labels=job.data.classes or None)
         copy_tokenizer(base, folder)
         return
     W = {**job.adapter, **params}

@@ -480,6 +480,101 @@ def plain_encoder(folder):
     return folder
 
 
+MOODS = ("sour", "sweet", "bland")
+"""Classes whose order is not that of their names."""
+
+
+def named_classifier(folder):
+    """The reference BERT with names for its three classes."""
+    base = open_base("reference:bert")
+    huggingface.write_model(folder, base.config, base.weights, labels=MOODS)
+    copy_tokenizer(base, folder)
+    return folder
+
+
+def test_a_pretrained_classifiers_classes_are_found_by_name_and_kept(minilora, trained, tmp_path):
+    folder = named_classifier(tmp_path / "model")
+    assert open_base(str(folder)).classes == MOODS
+    assert open_base("reference:bert").classes is None
+    texts = ("a b", "b c c", "c a", "b b")
+    rows = [{"text": text, "label": MOODS[i % 3]} for i, text in enumerate(texts)]
+    path = written(tmp_path / "d.jsonl", *rows)
+    plain = [{"text": text, "label": i % 3} for i, text in enumerate(texts)]
+    numbers = written(tmp_path / "n.jsonl", *plain)
+    # By name they are the classes that the numbers mean, and not those that sorting gives.
+    losses = []
+    for model, file in ((folder, path), ("reference:bert", numbers), ("reference:bert", path)):
+        options = ("--data", file, "--task", "classify", "--split", "train")
+        status, out, err = minilora("evaluate", "--model", model, *options)
+        assert (status, err) == (0, "")
+        losses.append(figures(out)["loss"])
+    assert losses[0] == losses[1] != losses[2]
+    command = ("train", "--model", folder, "--task", "classify", "--steps", 2)
+    for out, *options in (("run",), ("full", "--full")):
+        assert minilora(*command, "--data", path, "--output", out, *options)[0] == 0
+        assert classes_of(out) == MOODS
+    assert minilora("merge", "--adapter", "run", "--output", "merged")[0] == 0
+    for out in ("full", "merged"):
+        assert huggingface.read_labels(out) == MOODS
+    wrong = written(tmp_path / "w.jsonl", *rows, {"text": "a", "label": "Sweet"})
+    status, _, err = minilora(*command, "--data", wrong, "--output", "no")
+    assert status == 3
+    assert "line 5: found label 'Sweet', expected one of" in err
+    assert "bland, sour, sweet" in err
+
+
+def test_names_that_a_classifier_has_learned_are_written_and_numbers_are_not(minilora, trained):
+    assert minilora("merge", "--adapter", trained / "bert", "--output", "merged")[0] == 0
+    said = read_json("merged/config.json")
+    assert said["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
+    assert huggingface.read_labels("merged") is None
+
+
+def test_transformers_reads_the_names_of_the_classes(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pip install 'minilora[peers]'")
+    named_classifier(tmp_path)
+    read = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert read.id2label == dict(enumerate(MOODS))
+    assert read.label2id == {name: i for i, name in enumerate(MOODS)}
+    read.save_pretrained(tmp_path)
+    assert huggingface.read_labels(tmp_path) == MOODS
+
+
+def test_data_of_other_classes_than_the_models_is_not_trained_on(tmp_path):
+    base = open_base(str(named_classifier(tmp_path / "model")))
+    rows = [{"text": "a b", "label": mood} for mood in MOODS]
+    path = written(tmp_path / "d.jsonl", *rows)
+    recipe = Recipe(task="classify")
+    read = data.read(path, "classify", base.tokenizer, 64)
+    with pytest.raises(ValueError, match="classes bland, sour, sweet in the data: expected the"):
+        prepare(base, read, recipe)
+    prepare(base, data.read(path, "classify", base.tokenizer, 64, classes=base.classes), recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"id2label": {"0": "a", "1": "b", "3": "c"}}, "id2label: found .*from 0 to 2"),
+        ({"id2label": {"0": "a", "1": "b", "2": 7}}, "id2label: found .*from 0 to 2"),
+        ({"id2label": {"0": "a", "1": "b", "2": "a"}}, "id2label: found .*names that differ"),
+        ({"label2id": {"sour": 1, "sweet": 0, "bland": 2}}, "label2id: found .*id2label has it"),
+    ],
+)
+def test_names_of_classes_that_contradict_themselves_are_refused(change, found, tmp_path):
+    folder = named_classifier(tmp_path)
+    said = read_json(folder / "config.json") | change
+    write_files(folder, {"config.json": lambda: pack_json(said)})
+    with pytest.raises(FormatError, match=found):
+        open_base(str(folder))
+
+
+def test_a_model_is_written_with_a_name_for_each_class_or_none(tmp_path):
+    base = open_base("reference:bert")
+    for labels in (("a", "b"), ("a", "b", "a")):
+        with pytest.raises(ValueError, match="expected 3 names that differ"):
+            huggingface.write_model(tmp_path, base.config, base.weights, labels=labels)
+
+
 def test_a_bert_without_a_classifier_gets_one_for_the_datas_classes(minilora, tmp_path):
     folder = plain_encoder(tmp_path / "encoder")
     base = open_base(str(folder), classes=5)

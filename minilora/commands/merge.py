@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     import numpy as np
 
-    from minilora.bases import base_of, copy_tokenizer, open_adapted
+    from minilora.bases import base_of, classes_of, copy_tokenizer, open_adapted
     from minilora.formats.files import FormatError
     from minilora.formats.huggingface import write_model
     from minilora.lora import merge
@@ -43,7 +43,8 @@ def _run(arguments: argparse.Namespace) -> int:
         like = base.path if base.path.suffix == ".gguf" else None
         gguf.write_model(arguments.output, base.config, merged, like=like)
     else:
-        write_model(arguments.output, base.config, merged)
+        labels = classes_of(arguments.adapter) or base.classes
+        write_model(arguments.output, base.config, merged, labels=labels)
         try:
             copy_tokenizer(base, arguments.output)
         except (FormatError, ImportError) as error:  # a model can do without
