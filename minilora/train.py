@@ -504,7 +504,8 @@ def peak_memory() -> int | None:
 
 
 Watch = Callable[[Mapping[str, Any], int], None]
-"""Is told each line of the log, and how many steps there are."""
+"""Is told each line of the log, and how many steps there are; first where the run begins, its step
+alone."""
 
 
 def fit(
@@ -554,6 +555,8 @@ def fit(
     why = ""
     try:
         save()
+        if watch is not None:
+            watch({"step": state.step}, steps)
         with (out / LOG).open("a", encoding="utf-8") as log:
             started = time.perf_counter()
             following = run(

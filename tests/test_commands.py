@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 import sys
 import tomllib
 from pathlib import Path
@@ -88,7 +89,7 @@ def written(path, *rows):
 def test_train_needs_no_more_than_an_output(minilora, tmp_path):
     status, out, err = minilora("train", "--output", "run")
     assert (status, err) == (0, "")
-    assert re.search(r"27108 parameters, 9792 trained; task:running-difference: 4096", out)
+    assert re.search(r"27108 parameters, 9792 trained\ntask:running-difference: 4096", out)
     loss, valid = map(float, re.search(r"loss (\S+), (\S+) in validation", out).groups())
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(1, len(log) + 1))
@@ -191,6 +192,41 @@ def test_train_refuses(options, status, found, minilora, tmp_path):
     assert len(err.splitlines()) < 100
     assert not (tmp_path / "run").exists()
     assert "Traceback" not in out + err
+
+
+def screen(monkeypatch, columns, *words):
+    """What the command draws on a terminal so many columns wide: a text for each carriage return.
+
+    A pseudo-terminal holds little that nobody reads: the command may not write much.
+    """
+    fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))  # POSIX has them
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(ours, "rb", 0) as drawn, open(theirs, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert main([*words]) == 0
+        monkeypatch.undo()
+        terminal.flush()
+        text = drawn.read(2**16).decode()
+    return [frame.rstrip("\n") for frame in text.split("\r") if frame.strip()]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 132])
+def test_the_bar_fits_on_the_terminal_and_begins_where_the_run_goes_on(
+    columns, tmp_path, monkeypatch
+):
+    pytest.importorskip("tqdm")
+    command = ["train", "--output", str(tmp_path / "run"), "--valid-every", "1", "--steps"]
+    frames = screen(monkeypatch, columns, *command, "2")
+    assert "0/2, " in frames[0]
+    assert max(map(len, frames)) <= columns
+    whole = (
+        r"100% .+ 2/2, 00:00 left, loss \d\.\d{3}, valid \d\.\d{3}, [\d.]+k? tok/s, [\d.]+[MG]iB"
+    )
+    assert columns < 80 or re.fullmatch(whole, frames[-1])
+    frames = screen(monkeypatch, columns, *command, "4", "--resume", "--accept-changes")
+    assert re.match(r" 50% .+ 2/4, ", frames[0])
+    assert re.match(r"100% .+ 4/4, ", frames[-1])
 
 
 def test_a_divergence_is_status_1_and_says_how_to_go_on(minilora, tmp_path):

@@ -287,7 +287,7 @@ def test_minutes_are_an_interval_too(tmp_path, monkeypatch):
     )
 
     def a_minute(line, steps):
-        now[0] += 60
+        now[0] += 60 * ("loss" in line)
 
     fit(tmp_path, job_of(), save_seconds=150, watch=a_minute)
     assert written == [0, 4, 6]
@@ -304,6 +304,14 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(tmp_path,
     (tmp_path / "file").write_text("")
     with pytest.raises(FormatError, match="found a file, expected a folder"):
         fit(tmp_path / "file", job_of())
+
+
+def test_who_looks_on_is_told_where_a_run_begins_and_each_line(tmp_path):
+    told = []
+    fit(tmp_path, job_of(), watch=Stop(2))
+    fit(tmp_path, job_of(), watch=lambda *one: told.append(one), resume=True)
+    assert told[0] == ({"step": 2}, 6)
+    assert [line for line, _ in told[1:]] == train.read_log(tmp_path / train.LOG)[2:]
 
 
 def test_files_that_are_there_are_neither_mixed_nor_removed_unasked(tmp_path):

@@ -152,13 +152,13 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     cut = f", {read.cut} of them cut to {recipe.length} tokens" if read.cut else ""
     say(
-        f"{base.name}: {whole} parameters, {trained} trained; {path}: {len(read.train)} examples"
-        f"{cut}, {len(read.valid)} to validate with\n"
+        f"{base.name}: {whole} parameters, {trained} trained\n"
+        f"{path}: {len(read.train)} examples{cut}, {len(read.valid)} to validate with\n"
     )
     if not arguments.recompute:
         warm_memory()
     last: dict[str, Any] = {}
-    with sigterm_interrupts(), steps_bar(0) as bar:
+    with sigterm_interrupts(), steps_bar() as bar:
 
         def watch(line: Any, steps: int) -> None:
             last.update(line)
@@ -191,7 +191,7 @@ def _run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return DEVIATES
-    if last:
+    if "loss" in last:
         valid = f", {last['valid_loss']:.4f} in validation" if "valid_loss" in last else ""
         say(f"step {step} of {outcome.steps}: loss {last['loss']:.4f}{valid}\n")
     else:
