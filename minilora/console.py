@@ -180,8 +180,8 @@ def add_model(add: Any, adapter: bool = True) -> None:
     add(
         "--model",
         metavar="M",
-        help="a Hugging Face folder, a .gguf file or reference:NAME (default: the one that the "
-        "adapter was trained on, or else reference:llama)",
+        help="a Hugging Face folder, a .gguf file, package:NAME or reference:NAME (default: the "
+        "one that the adapter was trained on, or else reference:llama)",
     )
     if adapter:
         add("--adapter", metavar="A", help="an adapter of PEFT or MLX, a folder, or of llama.cpp")
