@@ -35,6 +35,9 @@ PACKAGE = "package:"
 DOORS: Mapping[str, Any] = {".gguf": gguf, ".npz": glassllm}
 """The modules that read a model which is one file, by how its name ends."""
 
+BASE = "base"
+"""The folder, in an adapter's, of the model that it acts on, where that is not the one given."""
+
 BESIDE = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
     *("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"),
@@ -250,10 +253,18 @@ def classes_of(adapter: str | None) -> tuple[str, ...] | None:
 def base_of(model: str | None, adapter: str | None, dtype: Any = np.float32) -> Base:
     """The model asked for; or else the one that the adapter was trained on, as its run says.
 
-    Errors: FormatError as :func:`open_base` has it, and where neither names a model.
+    Errors: FormatError as :func:`open_base` has it; where neither names a model; for another model
+    than the adapter's own, where the run has written that.
     """
+    run = told(adapter)
+    if run.get("base"):
+        own = adapter_path(adapter or "") / BASE
+        if model is not None and Path(model).resolve() != own.resolve():
+            remedy = "leave --model out: the adapter is one on that base alone"
+            raise FormatError(adapter_path(adapter or ""), "model", model, own, remedy)
+        model = str(own)
     if model is None and adapter is not None:
-        named = told(adapter).get("model", {}).get("name")
+        named = run.get("model", {}).get("name")
         model = adapter if adapter.startswith(REFERENCE) else named
         if not isinstance(model, str):
             remedy = "give the model that it was trained on by --model"

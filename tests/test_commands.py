@@ -171,7 +171,7 @@ def test_show_batch_prints_each_token_and_writes_nothing(minilora, tmp_path):
         (("--lr", "-1"), 2, "lr is -1.0"),
         (("--lr", "nan"), 2, "lr is nan"),
         (("--schedule", "up"), 2, "schedule 'up'"),
-        (("--variant", "adalora"), 2, "variant 'adalora': its ranks follow a budget"),
+        (("--variant", "alora"), 2, "variant 'alora': it acts from an invocation's tokens on"),
         (("--variant", "none"), 2, "variant 'none'"),
         (("--targets", "k_proj"), 2, r"\['k_proj'\] of the choice hit no projection"),
         (("--dtype", "float16"), 2, "--dtype float16"),

@@ -19,7 +19,7 @@ import pytest
 from calculus import record_worst, same_bits
 
 from minilora import data, reference
-from minilora.bases import open_adapted, open_base
+from minilora.bases import base_of, open_adapted, open_base
 from minilora.cli import main
 from minilora.formats import peft
 from minilora.lora import Tuning, merge
@@ -90,7 +90,7 @@ def holds(what, found, model, merged=False):
     record_worst(f"{what}, in standard deviations", result.z)
     half = replace(tuning, scale={at: s / 2 for at, s in tuning.scale.items()})
     for wrong in (half, without(tuning)):
-        assert judged(found, logits_of(c, wrong), W).verdict == "fail"
+        assert judged(found, logits_of(c, wrong, merged), W).verdict == "fail"
     return result.verdict == "pass"
 
 
@@ -127,6 +127,8 @@ def by_transformers(libraries, folder, adapter=None):
     torch = libraries.torch
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        # PEFT takes the ranks that AdaLoRA has left for LoRA's, warns, and then goes by them.
+        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
         model = libraries.transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32
         )
@@ -145,6 +147,24 @@ def torch_logits(libraries, model):
 def test_peft_gives_the_logits_of_what_was_trained_here(trained, adapted):
     z = by_transformers(torch_libraries(), BASE, trained / "run")
     assert holds("PEFT's logits, trained here", z, adapted)
+
+
+@pytest.mark.parametrize("variant", ["adalora", "loftq", "dora-full"])
+def test_peft_gives_the_logits_of_a_variant_trained_here(variant, tmp_path):
+    libraries, out = torch_libraries(), str(tmp_path / "run")
+    steps = ["--steps", "12", "--lr", "0.02", "--rank", "4", "--targets", "q,v,down"]
+    assert main(["train", "--output", out, "--variant", variant, *steps]) == 0
+    base = base_of(None, out)
+    # LoftQ's base is the quantised one, which lies beside the adapter.
+    assert (base.path == BASE) == (variant != "loftq")
+    z = by_transformers(libraries, base.path, out)
+    # Noise is sampled of a merged DoRA: beside its weight it would need that as an array.
+    merged, read = variant == "dora-full", open_adapted(base, out)
+    assert holds(f"PEFT's logits of {variant}, trained here", z, read, merged)
+    if variant == "loftq":
+        elsewhere = by_transformers(libraries, BASE, out)
+        f = logits_of(base.config, read.tuning)
+        assert judged(elsewhere, f, dict(read.weights)).verdict == "fail"
 
 
 def test_transformers_gives_the_logits_of_a_merged_model(trained, adapted):
