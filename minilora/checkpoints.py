@@ -11,8 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from minilora.budget import Importance
 from minilora.formats.files import FormatError, pack, read_tensors, write_files
 from minilora.lora import Weights
 from minilora.optim import AdamState
@@ -23,8 +25,9 @@ FOLDER = "checkpoint"
 KEPT = 2
 """How many checkpoints stay: should the disk have damaged the last one, there is the one before."""
 
-PARTS = ("params", "m", "v")
-"""What a name of a tensor in the file begins with: the parameters, the means of g and of g²."""
+PARTS = ("params", "m", "v", "mean", "spread", "keep")
+"""What a name of a tensor in the file begins with: the parameters, the means of g and of g², and
+what AdaLoRA's budget remembers, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class State:
     """What is trained, the optimizer's means, and how far the data has been read.
 
     ``step`` and ``tokens``: how many are done; ``epoch`` and ``position``: the next micro-batch, by
-    its place in the epoch's order; ``first``: the first step's loss.
+    its place in the epoch's order; ``first``: the first step's loss; ``importance``: AdaLoRA's.
     """
 
     params: Weights
@@ -42,6 +45,7 @@ class State:
     position: int = 0
     tokens: int = 0
     first: float | None = None
+    importance: Importance = field(default_factory=Importance)
 
 
 COUNTS = ("step", "epoch", "position", "tokens")
@@ -67,8 +71,11 @@ def save(folder: Path | str, state: State) -> Path:
     folder, name = Path(folder), name_of(state.step)
     numbers = {count: getattr(state, count) for count in COUNTS}
     numbers |= {"t": state.adam.t, "first": state.first}
-    arrays = zip(PARTS, (state.params, state.adam.m, state.adam.v), strict=True)
-    tensors = {f"{part}.{at}": array for part, held in arrays for at, array in held.items()}
+    i = state.importance
+    keep = {at: array.astype(np.uint8) for at, array in i.keep.items()}
+    held = (state.params, state.adam.m, state.adam.v, i.mean, i.spread, keep)
+    arrays = zip(PARTS, held, strict=True)
+    tensors = {f"{part}.{at}": array for part, own in arrays for at, array in own.items()}
     metadata = {"minilora": json.dumps(numbers, sort_keys=True, allow_nan=False)}
     write_files(folder, {name: partial(pack, folder / name, tensors, metadata)}, durable=True)
     for path in saved(folder)[:-KEPT]:
@@ -108,7 +115,9 @@ def load(path: Path | str) -> State:
         found_ = "means of other parameters"
         raise FormatError(path, "tensors", found_, "those of what is trained", remedy)
     adam = AdamState(counts.pop("t"), held["m"], held["v"])
-    return State(held["params"], adam, **counts)
+    keep = {at: array.astype(bool) for at, array in held["keep"].items()}
+    importance = Importance(held["mean"], held["spread"], keep)
+    return State(held["params"], adam, **counts, importance=importance)
 
 
 def newest(folder: Path | str) -> tuple[State | None, list[FormatError]]:

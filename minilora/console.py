@@ -85,25 +85,37 @@ def progress_bar(unit: str = "cases") -> Iterator[Progress | None]:
 
 
 @contextlib.contextmanager
-def steps_bar(done: int) -> Iterator[Callable[[Mapping[str, Any], int], None] | None]:
+def steps_bar() -> Iterator[Callable[[Mapping[str, Any], int], None] | None]:
     """A bar over the steps of a run, on standard error where that is a terminal.
 
-    It shows the loss, the tokens a second, the time left and the memory.
+    It begins at the step from which the run goes on, and shows the time left, the loss, the last
+    one in validation, the tokens a second and the memory. It takes what the terminal has of room.
     """
     if not sys.stderr.isatty():
         yield None
         return
     from tqdm import tqdm
 
-    form = "{percentage:3.0f}% {bar:12} {n_fmt} of {total_fmt} steps, {remaining} left  {desc}"
-    with tqdm(bar_format=form, initial=done, file=sys.stderr, dynamic_ncols=True) as bar:
+    form = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt}, {remaining} left{desc}"
+    with contextlib.ExitStack() as stack:
+        bar, valid = None, ""
 
         def watch(line: Mapping[str, Any], steps: int) -> None:
-            memory = "" if line["memory"] is None else f", {line['memory'] / 2**20:.0f} MiB"
-            valid = f", valid {line['valid_loss']:.4g}" if "valid_loss" in line else ""
-            speed = f"{line['tokens_per_second']:.0f} tokens/s"
-            bar.total = steps
-            bar.set_description_str(f"loss {line['loss']:.4g}{valid}, {speed}{memory}", False)
+            nonlocal bar, valid
+            if bar is None:  # so that what is told before stands above it
+                bar = stack.enter_context(
+                    tqdm(total=steps, initial=line["step"], bar_format=form, file=sys.stderr,
+                         dynamic_ncols=True)
+                )  # fmt: skip
+            if "loss" not in line:
+                return
+            if "valid_loss" in line:
+                valid = f", valid {line['valid_loss']:#.4g}"
+            speed = f", {tqdm.format_sizeof(line['tokens_per_second'])} tok/s"
+            memory = line["memory"]
+            held = "" if memory is None else f", {tqdm.format_sizeof(memory, 'iB', 1024)}"
+            told = f", loss {line['loss']:#.4g}{valid}{speed}{held}"
+            bar.set_description_str(told, refresh=False)
             bar.update(line["step"] - bar.n)
 
         yield watch
@@ -168,8 +180,8 @@ def add_model(add: Any, adapter: bool = True) -> None:
     add(
         "--model",
         metavar="M",
-        help="a Hugging Face folder, a .gguf file or reference:NAME (default: the one that the "
-        "adapter was trained on, or else reference:llama)",
+        help="a Hugging Face folder, a .gguf file, package:NAME or reference:NAME (default: the "
+        "one that the adapter was trained on, or else reference:llama)",
     )
     if adapter:
         add("--adapter", metavar="A", help="an adapter of PEFT or MLX, a folder, or of llama.cpp")

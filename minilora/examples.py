@@ -7,7 +7,6 @@ nothing in these is executed, they are only looked into.
 
 import csv
 import hashlib
-import importlib.util
 import io
 import json
 import tarfile
@@ -23,7 +22,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from minilora import __version__, data
-from minilora.bases import Base, open_adapted, open_base
+from minilora.bases import Base, open_adapted, open_base, package_folder
 from minilora.data import Example
 from minilora.evaluate import answers, measure
 from minilora.formats.files import FormatError, listed, pack_json, read_json, write_files
@@ -116,10 +115,7 @@ def package(name: str) -> Path:
 
     Errors: ImportError that says how to install it.
     """
-    found = importlib.util.find_spec(name)
-    if found is None or found.origin is None:
-        raise ImportError(f"the package {name} is not installed: {INSTALL[name]}")
-    return Path(found.origin).parent
+    return package_folder(name, INSTALL[name])
 
 
 def minilm() -> Path:

@@ -183,7 +183,8 @@ def opened(model: str, dtype: str) -> Base:
 def _read(setting: Setting, seed: int) -> Data:
     base, recipe = opened(setting.model, setting.recipe.dtype), setting.recipe
     tokenizer, reading = base.tokenizer, dict(setting.reading)
-    return data.read(setting.data, recipe.task, tokenizer, recipe.length, seed=seed, **reading)
+    reading |= {"seed": seed, "classes": base.classes}
+    return data.read(setting.data, recipe.task, tokenizer, recipe.length, **reading)
 
 
 def run_cell(setting: Setting, folder: Path, cell: Cell) -> Row | None:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import sys
 import time
 from collections import ChainMap
@@ -18,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from minilora import __version__, checkpoints, evaluate
-from minilora.bases import Base, copy_tokenizer, weights_with
+from minilora import __version__, budget, checkpoints, evaluate
+from minilora.bases import BASE, BESIDE, Base, copy_tokenizer, weights_with
 from minilora.checkpoints import State
 from minilora.data import SPLITS, Data, Example, order
 from minilora.data import batch as padded
@@ -36,10 +37,8 @@ DIVERGED = 3.0
 """A loss so many times the first, or a uniform guess's if that is greater, has diverged."""
 
 NOT_TRAINED: Mapping[str, str] = {
-    "adalora": "its ranks follow a budget over the steps, which is not kept here: take lora",
-    "alora": "it acts from an invocation's tokens on, which no line of data names: take lora",
-    "loftq": "its base becomes a quantised one, which would have to go along: take pissa or lora",
-    "dora-full": "PEFT and MLX hold the norm constant and would train it otherwise: take dora",
+    "alora": "it acts from an invocation's tokens on, in measuring and writing too, and no line of "
+    "data names them: take lora, or train it with PEFT",
 }
 """Variants that are proven here but that no run trains, and why."""
 
@@ -101,10 +100,11 @@ class Recipe:
         self.lora()
 
     def lora(self) -> Lora:
-        """The adapters' choice."""
+        """The adapters' choice. AdaLoRA's rank is higher at the start, and the scale the same."""
+        r = budget.initial_rank(self.rank) if self.variant == "adalora" else self.rank
         return Lora(
-            r=self.rank,
-            alpha=self.alpha,
+            r=r,
+            alpha=self.alpha * r / self.rank if r != self.rank else self.alpha,
             dropout=self.dropout,
             targets=self.targets,
             variant=self.variant,
@@ -176,6 +176,8 @@ def run(
     steps = steps_in(examples, recipe) if steps is None else steps
     limit = math.log(getattr(c, "classes", c.vocab))
     rates = loraplus_rates(sorted(state.params), recipe.lr, recipe.ratio())
+    pruned = sum(name.endswith(".E") for name in state.params)
+    falls = budget.planned(recipe.rank, pruned, steps) if pruned else None
     rows, epoch = micro_batches(examples, recipe, state.epoch), state.epoch
     while state.step < steps:
         if state.epoch != epoch:
@@ -184,7 +186,9 @@ def run(
         batches = [padded([examples[i] for i in own], pad) for own in chosen]
         factor = schedule(recipe.schedule, state.step, steps, recipe.warmup)
         lr = {name: rate * factor for name, rate in rates.items()}
-        params, adam, loss, norm = step(state, batches, W, c, tuning, recipe, plan, lr)
+        params, adam, loss, norm, importance = step(
+            state, batches, W, c, tuning, recipe, plan, lr, falls
+        )
         first = loss if state.first is None else state.first
         if loss > DIVERGED * max(first, limit):
             raise Diverged(state.step + 1, f"the loss is {loss:.4g}, at first it was {first:.4g}")
@@ -193,7 +197,7 @@ def run(
         place = state.position + len(chosen)
         at = (epoch + 1, 0) if place >= len(rows) else (epoch, place)
         record = Record(state.step + 1, epoch, loss, tokens, labels, recipe.lr * factor, norm)
-        state = State(params, adam, state.step + 1, *at, state.tokens + tokens, first)
+        state = State(params, adam, state.step + 1, *at, state.tokens + tokens, first, importance)
         yield state, record
 
 
@@ -208,22 +212,30 @@ def step(
     recipe: Recipe,
     plan: Plan,
     lr: Mapping[str, float],
-) -> tuple[Weights, AdamState, float, float]:
+    falls: budget.Plan | None = None,
+) -> tuple[Weights, AdamState, float, float, budget.Importance]:
     """The parameters and the optimizer's means after a step, its loss, its gradients' norm.
 
     Loss and gradients are those of all micro-batches together, over all labels that count; then
-    they are clipped, and AdamW goes by them.
+    they are clipped, and AdamW goes by them. AdaLoRA's gradients have its penalty's added, which
+    the loss does not count; ``falls`` is the plan by which its singular values are pruned, and what
+    that remembers comes last.
 
     Errors: ValueError if no label counts; Diverged if a number is not finite.
     """
     L, g = _summed(state, batches, weights_with(W, state.params), c, tuning, recipe, plan)
-    g, norm = clip(g, recipe.clip or np.inf)
+    g, norm = clip(budget.penalised(state.params, g), recipe.clip or np.inf)
     if not (np.isfinite(L) and np.isfinite(norm)):
         raise Diverged(state.step + 1, f"the loss is {L:g}, its gradient's norm {norm:g}")
     params, adam = adamw(state.params, g, state.adam, lr, weight_decay=recipe.weight_decay)
     if not all(np.isfinite(p).all() for p in params.values()):
         raise Diverged(state.step + 1, "a parameter is no longer finite")
-    return params, adam, float(L), float(norm)
+    importance = state.importance
+    if falls is not None:
+        own = {name: p for name, p in params.items() if name.endswith((".A", ".B", ".E"))}
+        own, importance = budget.advance(own, g, importance, state.step + 1, falls)
+        params |= own
+    return params, adam, float(L), float(norm), importance
 
 
 def _summed(
@@ -305,6 +317,10 @@ def prepare(base: Base, read: Data, recipe: Recipe, source: str = "", **settings
         raise ValueError(
             f"{found}: expected as many; take another model, or its own head's classes"
         )
+    if base.classes not in (None, read.classes):
+        found = f"classes {', '.join(read.classes)} in the data"
+        wanted = f"the model's, {', '.join(base.classes or ())}, in their order"
+        raise ValueError(f"{found}: expected {wanted}; read the data with classes=base.classes")
     said = {**vars(recipe), **settings}
     if recipe.full:
         trained = {name: W[name] for name in c.shapes()}
@@ -337,13 +353,47 @@ def write_result(folder: Path | str, job: Job, params: Weights) -> None:
     """
     base = job.base
     if job.lora is None:
-        huggingface.write_model(folder, base.config, params)
+        huggingface.write_model(folder, base.config, params, labels=job.data.classes or None)
         copy_tokenizer(base, folder)
         return
-    W = {**job.adapter, **params}
-    if REGISTRY[job.lora.variant].breaks.get("kept"):  # the start changed the base
+    W, tuning, lora, below = {**job.adapter, **params}, job.tuning, job.lora, base.weights
+    if lora.variant == "adalora":
+        W, tuning, lora = _pruned(W, tuning, lora)
+    if lora.variant == "dora-full":  # what it computes is DoRA's: only its gradients are others
+        lora = replace(lora, variant="dora")
+        tuning = replace(tuning, variant=dict.fromkeys(tuning.variant, lora.equation))
+    if REGISTRY[lora.variant].breaks.get("kept"):  # the start changed the base
         W = {name: job.weights(params)[name] for name in (*base.config.shapes(), *job.adapter)}
-    peft.write_adapter(folder, base.config, W, job.tuning, job.lora, base=base.weights)
+        below = job.frozen if goes_along(job) else below
+    peft.write_adapter(folder, base.config, W, tuning, lora, base=below)
+
+
+def _pruned(W: Weights, tuning: Tuning, lora: Lora) -> tuple[Weights, Tuning, Lora]:
+    """AdaLoRA's adapter without the triplets that do not act, nor the projections without any."""
+    kept = budget.left(W)
+    ranks = {name.removesuffix(".E"): len(E) for name, E in kept.items() if name.endswith(".E")}
+    tuning = replace(tuning, trained=tuning.trained - (W.keys() - kept.keys()))
+    patterns = {re.escape(at): r for at, r in ranks.items()}
+    return kept, tuning, replace(lora, targets=[*ranks], rank_pattern=patterns)
+
+
+def goes_along(job: Job) -> bool:
+    """Whether the adapter is one on another base than the model, which is written beside it.
+
+    LoftQ's is quantised, and what that loses is no matrix of low rank.
+    """
+    return job.lora is not None and job.lora.init == "loftq"
+
+
+def write_base(folder: Path | str, job: Job) -> None:
+    """Write the base on which the adapter acts, with its tokenizer, as a Hugging Face model.
+
+    Errors: those of the format's writer; OSError where the disk is full or closed.
+    """
+    c, labels = job.base.config, job.data.classes or None
+    whole = {name: np.asarray(job.frozen[name]) for name in c.shapes()}
+    huggingface.write_model(folder, c, whole, labels=labels)
+    copy_tokenizer(job.base, folder)
 
 
 class Refused(ValueError):
@@ -370,6 +420,7 @@ def manifest(job: Job) -> dict[str, Any]:
         "model": {"name": name, "digest": base.digest},
         "data": said | lines | {"skipped": len(read.skipped)},
         "start": start_digest(job),
+        "base": BASE if goes_along(job) else None,
         "steps": steps_in(read.train, job.recipe),
         "versions": {"minilora": __version__, "numpy": np.__version__},
     }
@@ -460,6 +511,7 @@ def _remove(out: Path) -> None:
         peft.WEIGHTS,
         huggingface.CONFIG,
         huggingface.WEIGHTS,
+        *(f"{BASE}/{name}" for name in (huggingface.CONFIG, huggingface.WEIGHTS, *BESIDE)),
     ]
     for name in names:
         (out / name).unlink(missing_ok=True)
@@ -500,7 +552,8 @@ def peak_memory() -> int | None:
 
 
 Watch = Callable[[Mapping[str, Any], int], None]
-"""Is told each line of the log, and how many steps there are."""
+"""Is told each line of the log, and how many steps there are; first where the run begins, its step
+alone."""
 
 
 def fit(
@@ -549,7 +602,11 @@ def fit(
 
     why = ""
     try:
+        if goes_along(job) and state.step == 0:
+            write_base(out / BASE, job)
         save()
+        if watch is not None:
+            watch({"step": state.step}, steps)
         with (out / LOG).open("a", encoding="utf-8") as log:
             started = time.perf_counter()
             following = run(

@@ -22,13 +22,18 @@ from hypothesis import strategies as st
 
 from minilora import strategies as draw
 from minilora.budget import (
+    GAMMA,
     Importance,
     Plan,
     adalora_scale,
     advance,
     allocate,
     budget,
+    initial_rank,
+    left,
     orthogonality,
+    penalised,
+    planned,
     prune,
     sensitivity,
     smooth,
@@ -509,3 +514,58 @@ def test_the_steps_run_over_the_rationals():
     floats = advance(params, gradients, state, 0, replace(plan, beta1=0.5))[1]
     assert not isinstance(floats.mean["q.A"].ravel()[0], Fraction)
     assert np.count_nonzero(params["q.E"]) == 1
+
+
+# A run
+
+
+def triplets(rng, names="qk", r=3):
+    sizes = {"A": (r, 5), "B": (4, r), "E": (r, 1)}
+    held = {f"{at}.{part}": rationals(rng, size) for at in names for part, size in sizes.items()}
+    return held | {"head.weight": rationals(rng, (2, 4)), "head.A": rationals(rng, (2, 4))}
+
+
+def test_a_runs_gradients_have_the_penaltys_exactly():
+    rng = np.random.default_rng(0)
+    params, gamma = triplets(rng), Fraction(1, 7)
+    gradients = {name: rationals(rng, p.shape) for name, p in params.items()}
+    got = penalised(params, gradients, gamma)
+    added = {name for name in params if name[:2] in ("q.", "k.") and name[-1] in "AB"}
+    for name in params.keys() - added:
+        assert got[name] is gradients[name]
+    for at in "qk":
+        A, B = params[f"{at}.A"], params[f"{at}.B"]
+        for name, dR in zip((f"{at}.A", f"{at}.B"), orthogonality(A, B)[1](gamma), strict=True):
+            assert (got[name] - gradients[name] == dR).all()
+            assert dR.any()
+    without = {name: p for name, p in params.items() if not name.endswith(".E")}
+    assert penalised(without, gradients) == gradients
+
+
+def test_a_run_begins_with_half_as_much_again_and_ends_at_the_rank():
+    for rank, steps in itertools.product((1, 2, 8), range(1, 40)):
+        plan = planned(rank, 5, steps)
+        budgets = [plan.budget(step) for step in range(steps + 1)]
+        assert budgets[0] == 5 * initial_rank(rank)
+        assert {*budgets[steps - steps // 2 :]} == {5 * rank}
+        assert sorted(budgets, reverse=True) == budgets
+        assert initial_rank(rank) == math.ceil(Fraction(3, 2) * rank)
+    assert 0 < GAMMA < 1
+
+
+def test_what_is_left_of_a_run_is_the_same_function_and_nothing_that_is_0():
+    params = triplets(np.random.default_rng(1), "qkv")
+    params["q.E"][[0, 2]] *= 0
+    params["k.E"] = params["k.E"] * 0
+    kept = left(params)
+    assert {name for name in params if name not in kept} == {"k.A", "k.B", "k.E"}
+    assert [len(kept[f"{at}.E"]) for at in "qv"] == [1, 3]
+    for at in "qv":
+        whole, some = (
+            held[f"{at}.B"] @ (held[f"{at}.E"] * held[f"{at}.A"]) for held in (params, kept)
+        )
+        assert (whole == some).all()
+    assert all(kept[name] is params[name] for name in ("head.weight", "head.A"))
+    # At the start every singular value is 0, and all are kept.
+    fresh = params | {f"{at}.E": 0 * params[f"{at}.E"] for at in "qkv"}
+    assert left(fresh) == fresh

@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 import sys
 import tomllib
 from pathlib import Path
@@ -88,7 +89,7 @@ def written(path, *rows):
 def test_train_needs_no_more_than_an_output(minilora, tmp_path):
     status, out, err = minilora("train", "--output", "run")
     assert (status, err) == (0, "")
-    assert re.search(r"27108 parameters, 9792 trained; task:running-difference: 4096", out)
+    assert re.search(r"27108 parameters, 9792 trained\ntask:running-difference: 4096", out)
     loss, valid = map(float, re.search(r"loss (\S+), (\S+) in validation", out).groups())
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(1, len(log) + 1))
@@ -170,7 +171,7 @@ def test_show_batch_prints_each_token_and_writes_nothing(minilora, tmp_path):
         (("--lr", "-1"), 2, "lr is -1.0"),
         (("--lr", "nan"), 2, "lr is nan"),
         (("--schedule", "up"), 2, "schedule 'up'"),
-        (("--variant", "adalora"), 2, "variant 'adalora': its ranks follow a budget"),
+        (("--variant", "alora"), 2, "variant 'alora': it acts from an invocation's tokens on"),
         (("--variant", "none"), 2, "variant 'none'"),
         (("--targets", "k_proj"), 2, r"\['k_proj'\] of the choice hit no projection"),
         (("--dtype", "float16"), 2, "--dtype float16"),
@@ -191,6 +192,41 @@ def test_train_refuses(options, status, found, minilora, tmp_path):
     assert len(err.splitlines()) < 100
     assert not (tmp_path / "run").exists()
     assert "Traceback" not in out + err
+
+
+def screen(monkeypatch, columns, *words):
+    """What the command draws on a terminal so many columns wide: a text for each carriage return.
+
+    A pseudo-terminal holds little that nobody reads: the command may not write much.
+    """
+    fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))  # POSIX has them
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(ours, "rb", 0) as drawn, open(theirs, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert main([*words]) == 0
+        monkeypatch.undo()
+        terminal.flush()
+        text = drawn.read(2**16).decode()
+    return [frame.rstrip("\n") for frame in text.split("\r") if frame.strip()]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 132])
+def test_the_bar_fits_on_the_terminal_and_begins_where_the_run_goes_on(
+    columns, tmp_path, monkeypatch
+):
+    pytest.importorskip("tqdm")
+    command = ["train", "--output", str(tmp_path / "run"), "--valid-every", "1", "--steps"]
+    frames = screen(monkeypatch, columns, *command, "2")
+    assert "0/2, " in frames[0]
+    assert max(map(len, frames)) <= columns
+    whole = (
+        r"100% .+ 2/2, 00:00 left, loss \d\.\d{3}, valid \d\.\d{3}, [\d.]+k? tok/s, [\d.]+[MG]iB"
+    )
+    assert columns < 80 or re.fullmatch(whole, frames[-1])
+    frames = screen(monkeypatch, columns, *command, "4", "--resume", "--accept-changes")
+    assert re.match(r" 50% .+ 2/4, ", frames[0])
+    assert re.match(r"100% .+ 4/4, ", frames[-1])
 
 
 def test_a_divergence_is_status_1_and_says_how_to_go_on(minilora, tmp_path):
@@ -378,6 +414,21 @@ def test_a_merged_model_needs_no_adapter(minilora, trained):
     assert "--adapter: none given" in err
 
 
+def test_a_model_without_a_tokenizer_is_merged_and_says_so(minilora, trained, tmp_path):
+    gguf = pytest.importorskip("minilora.formats.gguf", reason="pip install 'minilora[gguf]'")
+    pytest.importorskip("gguf", reason="pip install 'minilora[gguf]'")
+    base = open_base("reference:llama")
+    gguf.write_model("m.gguf", base.config, base.weights)
+    command = ("merge", "--adapter", trained / "llama", "--output")
+    status, out, err = minilora(*command, "merged", "--model", "m.gguf")
+    assert (status, err) == (0, "")
+    assert "merged: no tokenizer beside the model: m.gguf: tokenizer.ggml.model: found no_" in out
+    assert {path.name for path in Path("merged").iterdir()} == {"config.json", huggingface.WEIGHTS}
+    _, out, _ = minilora(*command, "other")
+    assert "no tokenizer" not in out
+    assert (tmp_path / "other/tokenizer.json").is_file()
+
+
 def test_an_adapter_goes_from_format_to_format_and_back_to_the_bit(minilora, trained, tmp_path):
     pytest.importorskip("gguf", reason="pip install 'minilora[gguf]'")
     model = ("--model", "reference:llama")
@@ -463,6 +514,101 @@ def plain_encoder(folder):
     write_tensors(folder / huggingface.WEIGHTS, bare)
     copy_tokenizer(open_base("reference:bert"), folder)
     return folder
+
+
+MOODS = ("sour", "sweet", "bland")
+"""Classes whose order is not that of their names."""
+
+
+def named_classifier(folder):
+    """The reference BERT with names for its three classes."""
+    base = open_base("reference:bert")
+    huggingface.write_model(folder, base.config, base.weights, labels=MOODS)
+    copy_tokenizer(base, folder)
+    return folder
+
+
+def test_a_pretrained_classifiers_classes_are_found_by_name_and_kept(minilora, trained, tmp_path):
+    folder = named_classifier(tmp_path / "model")
+    assert open_base(str(folder)).classes == MOODS
+    assert open_base("reference:bert").classes is None
+    texts = ("a b", "b c c", "c a", "b b")
+    rows = [{"text": text, "label": MOODS[i % 3]} for i, text in enumerate(texts)]
+    path = written(tmp_path / "d.jsonl", *rows)
+    plain = [{"text": text, "label": i % 3} for i, text in enumerate(texts)]
+    numbers = written(tmp_path / "n.jsonl", *plain)
+    # By name they are the classes that the numbers mean, and not those that sorting gives.
+    losses = []
+    for model, file in ((folder, path), ("reference:bert", numbers), ("reference:bert", path)):
+        options = ("--data", file, "--task", "classify", "--split", "train")
+        status, out, err = minilora("evaluate", "--model", model, *options)
+        assert (status, err) == (0, "")
+        losses.append(figures(out)["loss"])
+    assert losses[0] == losses[1] != losses[2]
+    command = ("train", "--model", folder, "--task", "classify", "--steps", 2)
+    for out, *options in (("run",), ("full", "--full")):
+        assert minilora(*command, "--data", path, "--output", out, *options)[0] == 0
+        assert classes_of(out) == MOODS
+    assert minilora("merge", "--adapter", "run", "--output", "merged")[0] == 0
+    for out in ("full", "merged"):
+        assert huggingface.read_labels(out) == MOODS
+    wrong = written(tmp_path / "w.jsonl", *rows, {"text": "a", "label": "Sweet"})
+    status, _, err = minilora(*command, "--data", wrong, "--output", "no")
+    assert status == 3
+    assert "line 5: found label 'Sweet', expected one of" in err
+    assert "bland, sour, sweet" in err
+
+
+def test_names_that_a_classifier_has_learned_are_written_and_numbers_are_not(minilora, trained):
+    assert minilora("merge", "--adapter", trained / "bert", "--output", "merged")[0] == 0
+    said = read_json("merged/config.json")
+    assert said["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
+    assert huggingface.read_labels("merged") is None
+
+
+def test_transformers_reads_the_names_of_the_classes(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pip install 'minilora[peers]'")
+    named_classifier(tmp_path)
+    read = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert read.id2label == dict(enumerate(MOODS))
+    assert read.label2id == {name: i for i, name in enumerate(MOODS)}
+    read.save_pretrained(tmp_path)
+    assert huggingface.read_labels(tmp_path) == MOODS
+
+
+def test_data_of_other_classes_than_the_models_is_not_trained_on(tmp_path):
+    base = open_base(str(named_classifier(tmp_path / "model")))
+    rows = [{"text": "a b", "label": mood} for mood in MOODS]
+    path = written(tmp_path / "d.jsonl", *rows)
+    recipe = Recipe(task="classify")
+    read = data.read(path, "classify", base.tokenizer, 64)
+    with pytest.raises(ValueError, match="classes bland, sour, sweet in the data: expected the"):
+        prepare(base, read, recipe)
+    prepare(base, data.read(path, "classify", base.tokenizer, 64, classes=base.classes), recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"id2label": {"0": "a", "1": "b", "3": "c"}}, "id2label: found .*from 0 to 2"),
+        ({"id2label": {"0": "a", "1": "b", "2": 7}}, "id2label: found .*from 0 to 2"),
+        ({"id2label": {"0": "a", "1": "b", "2": "a"}}, "id2label: found .*names that differ"),
+        ({"label2id": {"sour": 1, "sweet": 0, "bland": 2}}, "label2id: found .*id2label has it"),
+    ],
+)
+def test_names_of_classes_that_contradict_themselves_are_refused(change, found, tmp_path):
+    folder = named_classifier(tmp_path)
+    said = read_json(folder / "config.json") | change
+    write_files(folder, {"config.json": lambda: pack_json(said)})
+    with pytest.raises(FormatError, match=found):
+        open_base(str(folder))
+
+
+def test_a_model_is_written_with_a_name_for_each_class_or_none(tmp_path):
+    base = open_base("reference:bert")
+    for labels in (("a", "b"), ("a", "b", "a")):
+        with pytest.raises(ValueError, match="expected 3 names that differ"):
+            huggingface.write_model(tmp_path, base.config, base.weights, labels=labels)
 
 
 def test_a_bert_without_a_classifier_gets_one_for_the_datas_classes(minilora, tmp_path):

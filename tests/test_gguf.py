@@ -22,9 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import blocks
+from minilora.bases import copy_tokenizer, open_base
 from minilora.formats.factors import named_shapes
 from minilora.formats.files import FormatError
-from minilora.formats.huggingface import names
+from minilora.formats.huggingface import names, write_model
 from minilora.lora import Tuning, merge
 from minilora.models import GPT2, Batch, Bert, Llama, draw_weights, logits, loss
 from minilora.quantised import dequantise, quantise
@@ -856,23 +857,65 @@ def test_digits_are_cut_one_by_one_by_threes_or_not_at_all():
     assert len({*map(tuple, ids.values())}) == 3
 
 
+ENDS = {
+    "tokenizer.ggml.add_bos_token": ("BOOL", True),
+    "tokenizer.ggml.add_eos_token": ("BOOL", True),
+    "tokenizer.ggml.padding_token_id": ("UINT32", 0),
+    "tokenizer.ggml.eot_token_id": ("UINT32", 7),
+    "tokenizer.chat_template": (
+        "STRING",
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
+    ),
+}
+"""What the metadata may say beside the tokens."""
+
+
 def test_what_the_metadata_say_of_the_ends_is_done(tmp_path):
-    more = {
-        "tokenizer.ggml.add_bos_token": ("BOOL", True),
-        "tokenizer.ggml.add_eos_token": ("BOOL", True),
-        "tokenizer.ggml.padding_token_id": ("UINT32", 0),
-        "tokenizer.ggml.eot_token_id": ("UINT32", 7),
-        "tokenizer.chat_template": (
-            "STRING",
-            "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
-        ),
-    }
-    path = rewritten(tokenizer_file("gpt-2"), tmp_path / "m", more)
+    path = rewritten(tokenizer_file("gpt-2"), tmp_path / "m", ENDS)
     tokenizer = door.read_tokenizer(path)
     assert (tokenizer.head, tokenizer.tail, tokenizer.pad) == ((1,), (2,), 0)
     assert tokenizer.stops == (2, 7)
     assert tokenizer.chat([{"role": "user", "content": "fox"}]) == "<s>fox"
     assert [tokenizer.encode("fox")] == llama_cpps_ids(path, ["fox"])
+
+
+@pytest.mark.parametrize("ends", [{}, ENDS], ids=["no ends", "ends"])
+@pytest.mark.parametrize("kind", [*BYTE_LEVEL, "llama"])
+def test_a_tokenizer_put_in_a_folder_is_the_same_here_and_in_transformers(kind, ends, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pip install 'minilora[peers]'")
+    base = open_base(str(rewritten(tokenizer_file(kind), tmp_path / "m.gguf", ends)))
+    folder = tmp_path / "folder"
+    write_model(folder, base.config, base.weights)
+    copy_tokenizer(base, folder)
+    ours, again = base.tokenizer, open_base(str(folder)).tokenizer
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert len(theirs) == ours.vocab
+    assert different(ours, theirs) == set()
+    parts = ("head", "middle", "tail", "bos", "eos", "stops", "pad", "named", "template", "vocab")
+    assert all(getattr(ours, part) == getattr(again, part) for part in parts)
+    assert all(ours.encode(text) == again.encode(text) for text in TRICKY)
+    said = theirs.special_tokens_map
+    assert said == {f"{name}_token": text for name, text in ours.named.items()}
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    assert (told["add_bos_token"], told["add_eos_token"]) == (bool(ours.head), bool(ours.tail))
+    chat = [{"role": "user", "content": "the fox </s> "}]
+    if ends:
+        assert ours.chat(chat) == theirs.apply_chat_template(chat, tokenize=False)
+    stops = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+    assert tuple(stops) == ours.stops == ((2, 7) if ends else (2,))
+    # Another cut of the words is seen.
+    other = tokenizer_file("smollm" if kind == "gpt-2" else "gpt-2")
+    assert different(door.read_tokenizer(other), theirs) != set()
+
+
+def different(ours, theirs):
+    """The texts of which the two make other tokens."""
+    return {
+        (text, special)
+        for text in TRICKY
+        for special in (True, False)
+        if ours.encode(text, special) != theirs(text, add_special_tokens=special).input_ids
+    }
 
 
 TOKENIZERS = {

@@ -51,6 +51,7 @@ ALONE = {"bitsandbytes", "jax", "mlx", "mlx_lm"}
 
 TEXT = {
     "minilora/formats/gguf.py": {"gguf", "tokenizers"},
+    "minilora/formats/glassllm.py": {"tokenizers"},
     "minilora/formats/tokenizers.py": {"jinja2", "tokenizers"},
     "minilora/metrics.py": {"rouge_score"},
     "minilora/sweep.py": {"matplotlib"},

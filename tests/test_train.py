@@ -15,14 +15,17 @@ import pytest
 from calculus import same_bits
 
 import minilora as ml
-from minilora import checkpoints, data, optim, reference, train
-from minilora.bases import open_adapted, open_base
+from minilora import checkpoints, data, evaluate, optim, reference, targets, train
+from minilora.bases import base_of, open_adapted, open_base
+from minilora.budget import Importance
 from minilora.checkpoints import State
 from minilora.formats.files import FormatError
 from minilora.formats.huggingface import read_model
 from minilora.optim import AdamState
+from minilora.quantised import dequantise, quantise
 from minilora.steps import Plan
 from minilora.train import Diverged, Recipe, fit, micro_batches, prepare, run, steps_in
+from minilora.variants import REGISTRY
 
 ROOT = Path(__file__).parent.parent
 PLAN = Plan()
@@ -66,6 +69,7 @@ def whole(tmp_path, job, **settings):
 
 
 VARIANTS = ["lora", "lora+", "rslora", "lora-fa", "lora-bias", "dora", "pissa", "olora", "vera"]
+VARIANTS += ["adalora", "dora-full", "loftq", "gaussian", "orthogonal"]
 KINDS = {
     **{variant: (replace(QUICK, variant=variant), "reference:llama") for variant in VARIANTS},
     "full": (replace(QUICK, full=True, lr=1e-3), "reference:llama"),
@@ -115,6 +119,21 @@ def test_a_run_that_goes_on_from_less_ends_elsewhere(flaw, tmp_path, monkeypatch
     flaw(monkeypatch)
     fit(tmp_path / "parts", job_of(), watch=Stop(3))
     fit(tmp_path / "parts", job_of(), resume=True)
+    assert files(tmp_path / "parts") != wanted
+
+
+def test_adalora_goes_on_from_what_its_budget_remembers(tmp_path, monkeypatch):
+    recipe = KINDS["adalora"][0]
+    wanted, load = whole(tmp_path, job_of(recipe)), checkpoints.load
+    # The step after the interruption is in the budget's fall.
+    fit(tmp_path / "parts", job_of(recipe), watch=Stop(1))
+    found = load(checkpoints.saved(tmp_path / "parts" / checkpoints.FOLDER)[-1]).importance
+    assert found.mean.keys() == found.spread.keys() == job_of(recipe).start.keys()
+    assert {keep.dtype for keep in found.keep.values()} == {np.dtype(bool)}
+    monkeypatch.setattr(
+        checkpoints, "load", lambda path: replace(load(path), importance=Importance())
+    )
+    fit(tmp_path / "parts", job_of(recipe), resume=True)
     assert files(tmp_path / "parts") != wanted
 
 
@@ -202,6 +221,75 @@ def test_training_lowers_the_loss_and_a_frozen_weight_keeps_its_bits(tmp_path):
         assert same_bits(adapted.weights[name], array)
 
 
+def evaluated(base, adapter, examples):
+    """The loss of what is read of a run's folder."""
+    read = open_adapted(base, str(adapter), base.weights["norm.weight"].dtype)
+    batches = train.batches_of(examples, 1024, base.tokenizer.pad)
+    return evaluate.mean_loss(batches, read.weights, base.config, read.tuning, PLAN).loss
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_written_of_a_variant_has_the_loss_of_what_was_trained(variant, tmp_path):
+    """In float64, to the rounding of sums of as many terms as there are weights and labels."""
+    job = job_of(replace(QUICK, variant=variant, dtype="float64", lr=0.03))
+    outcome = fit(tmp_path, job)
+    wanted = train.read_log(tmp_path / train.LOG)[-1]["valid_loss"]
+    base = base_of(None, str(tmp_path), np.dtype(float))
+    found = evaluated(base, tmp_path, job.data.valid)
+    count = sum(int(e.counted.sum()) for e in job.data.valid)
+    bound = (count + sum(w.size for w in base.weights.values())) * np.finfo(float).eps
+    assert abs(found / wanted - 1) <= bound
+    batches = train.batches_of(job.data.valid, 1024, base.tokenizer.pad)
+    W = job.weights(job.start)
+    before = evaluate.mean_loss(batches, W, base.config, job.tuning, PLAN).loss
+    assert abs(before / wanted - 1) > bound
+    assert outcome.state.step == 6
+
+
+def test_adalora_leaves_as_many_singular_values_as_the_rank_says(tmp_path):
+    job = job_of(replace(QUICK, variant="adalora", rank=3, steps=10))
+    fit(tmp_path, job)
+    read = open_adapted(job.base, str(tmp_path))
+    ranks = [len(E) for name, E in read.own.items() if name.endswith(".E")]
+    projections = len(targets.all_linear(job.base.config.linears()))
+    assert sum(ranks) == 3 * projections
+    assert max(ranks) <= 5
+    assert len({*ranks}) > 1
+    plain = Recipe(variant="lora", rank=3).lora()
+    assert {round(s, 4) for s in read.tuning.scale.values()} == {round(plain.alpha / 3, 4)}
+    begun = fit(tmp_path / "begun", job, watch=Stop(1)).state
+    assert len(begun.params["layers.0.q.A"]) == 5
+    assert evaluated(job.base, tmp_path / "begun", job.data.valid) > 0
+
+
+def test_loftqs_base_goes_along_and_another_is_refused(tmp_path):
+    job = job_of(replace(QUICK, variant="loftq"))
+    fit(tmp_path, job)
+    base = base_of(None, str(tmp_path))
+    name = "layers.0.q.weight"
+    quantised = dequantise(quantise(job.base.weights[name], "nf4"))
+    assert same_bits(base.weights[name], quantised)
+    assert same_bits(base.weights["embed.weight"], job.base.weights["embed.weight"])
+    assert base.tokenizer.encode("3 4") == job.base.tokenizer.encode("3 4")
+    assert base_of(str(tmp_path / "base"), str(tmp_path)).path == base.path
+    with pytest.raises(FormatError, match=r"model: found reference:llama, expected .*base; leave"):
+        base_of("reference:llama", str(tmp_path))
+    with pytest.raises(train.Refused):
+        fit(tmp_path, job)
+    fit(tmp_path, job_of(), overwrite=True)
+    assert not [*(tmp_path / "base").iterdir()]
+    assert base_of("reference:llama", str(tmp_path)).name == "reference:llama"
+
+
+def test_a_variant_that_no_run_trains_says_why_and_what_to_take():
+    for variant in train.NOT_TRAINED:
+        with pytest.raises(ValueError, match=f"variant '{variant}': .*: take lora"):
+            Recipe(variant=variant)
+    trained = REGISTRY.keys() - train.NOT_TRAINED.keys()
+    assert all(Recipe(variant=variant).lora().variant == variant for variant in trained)
+    assert trained == {*VARIANTS}
+
+
 def test_a_classifiers_head_is_trained_and_saved(tmp_path):
     recipe, model = KINDS["bert"]
     outcome = fit(tmp_path, job_of(recipe, model))
@@ -287,7 +375,7 @@ def test_minutes_are_an_interval_too(tmp_path, monkeypatch):
     )
 
     def a_minute(line, steps):
-        now[0] += 60
+        now[0] += 60 * ("loss" in line)
 
     fit(tmp_path, job_of(), save_seconds=150, watch=a_minute)
     assert written == [0, 4, 6]
@@ -304,6 +392,14 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(tmp_path,
     (tmp_path / "file").write_text("")
     with pytest.raises(FormatError, match="found a file, expected a folder"):
         fit(tmp_path / "file", job_of())
+
+
+def test_who_looks_on_is_told_where_a_run_begins_and_each_line(tmp_path):
+    told = []
+    fit(tmp_path, job_of(), watch=Stop(2))
+    fit(tmp_path, job_of(), watch=lambda *one: told.append(one), resume=True)
+    assert told[0] == ({"step": 2}, 6)
+    assert [line for line, _ in told[1:]] == train.read_log(tmp_path / train.LOG)[2:]
 
 
 def test_files_that_are_there_are_neither_mixed_nor_removed_unasked(tmp_path):

@@ -53,7 +53,7 @@ def _run(arguments: argparse.Namespace) -> int:
     path, task = data_of(base, arguments.data, arguments.task)
     read = data.read(
         path, task, base.tokenizer, arguments.length, skip_bad=arguments.skip_bad,
-        seed=arguments.seed, classes=classes_of(arguments.adapter),
+        seed=arguments.seed, classes=classes_of(arguments.adapter) or base.classes,
     )  # fmt: skip
     order = [arguments.split] if arguments.split else ["test", "valid", "train"]
     split = next((one for one in order if getattr(read, one)), None)

@@ -39,7 +39,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.example == "summaries" and arguments.archive:
         raise ValueError("--archive: only sentiment takes it")
     plan = Plan(threads, recompute=arguments.example == "summaries")
-    with sigterm_interrupts(), steps_bar(0) as bar:
+    with sigterm_interrupts(), steps_bar() as bar:
         if arguments.example == "sentiment":
             warm_memory()
             archive = arguments.archive or examples.ARCHIVE

@@ -25,7 +25,8 @@ def add(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     import numpy as np
 
-    from minilora.bases import base_of, copy_tokenizer, open_adapted
+    from minilora.bases import base_of, classes_of, copy_tokenizer, open_adapted
+    from minilora.formats.files import FormatError
     from minilora.formats.huggingface import write_model
     from minilora.lora import merge
 
@@ -42,7 +43,11 @@ def _run(arguments: argparse.Namespace) -> int:
         like = base.path if base.path.suffix == ".gguf" else None
         gguf.write_model(arguments.output, base.config, merged, like=like)
     else:
-        write_model(arguments.output, base.config, merged)
-        copy_tokenizer(base, arguments.output)
+        labels = classes_of(arguments.adapter) or base.classes
+        write_model(arguments.output, base.config, merged, labels=labels)
+        try:
+            copy_tokenizer(base, arguments.output)
+        except (FormatError, ImportError) as error:  # a model can do without
+            say(f"{arguments.output}: no tokenizer beside the model: {error}\n")
     say(f"{arguments.output}: {base.name} with {arguments.adapter} merged\n")
     return HOLDS

@@ -133,7 +133,7 @@ def _run(arguments: argparse.Namespace) -> int:
     given: dict[str, Any] = {"mask_prompt": not arguments.count_prompt, "valid": arguments.valid}
     read = data.read(
         path, task, base.tokenizer, recipe.length, skip_bad=arguments.skip_bad, seed=recipe.seed,
-        **given,
+        classes=base.classes, **given,
     )  # fmt: skip
     for line in read.skipped[:5]:
         say(f"{line.path}, line {line.line}: left out: {line.why}\n")
@@ -152,13 +152,13 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     cut = f", {read.cut} of them cut to {recipe.length} tokens" if read.cut else ""
     say(
-        f"{base.name}: {whole} parameters, {trained} trained; {path}: {len(read.train)} examples"
-        f"{cut}, {len(read.valid)} to validate with\n"
+        f"{base.name}: {whole} parameters, {trained} trained\n"
+        f"{path}: {len(read.train)} examples{cut}, {len(read.valid)} to validate with\n"
     )
     if not arguments.recompute:
         warm_memory()
     last: dict[str, Any] = {}
-    with sigterm_interrupts(), steps_bar(0) as bar:
+    with sigterm_interrupts(), steps_bar() as bar:
 
         def watch(line: Any, steps: int) -> None:
             last.update(line)
@@ -191,7 +191,7 @@ def _run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return DEVIATES
-    if last:
+    if "loss" in last:
         valid = f", {last['valid_loss']:.4f} in validation" if "valid_loss" in last else ""
         say(f"step {step} of {outcome.steps}: loss {last['loss']:.4f}{valid}\n")
     else:

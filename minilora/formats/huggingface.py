@@ -8,7 +8,7 @@ and is no part of these equations: its probabilities are passed over in reading 
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -373,6 +373,39 @@ def _classes(path: Path, settings: Mapping[str, Any]) -> int:
     return found
 
 
+def read_labels(path: Path | str) -> tuple[str, ...] | None:
+    """The classes' names in their order, ``id2label``; None where it has none but LABEL_0, ….
+
+    Errors: those of :func:`read_config`; FormatError for numbers that are not the classes', two
+    classes of one name, or a ``label2id`` that says otherwise.
+    """
+    path = Path(path) / CONFIG
+    settings = read_json(path)
+    classes = getattr(_config(path, settings), "classes", 0)
+    named, back = settings.get("id2label"), settings.get("label2id")
+    if not classes or named is None:
+        return None
+    found = [named.get(str(i)) for i in range(classes)]
+    if not all(isinstance(name, str) and name.strip() for name in found):
+        expected = f"a name for each number from 0 to {classes - 1}"
+        raise FormatError(path, "id2label", named, expected, "write them as transformers does")
+    numbers = {name: i for i, name in enumerate(found)}
+    if len(numbers) < classes:
+        remedy = "labels are found by their names: give each class its own"
+        raise FormatError(path, "id2label", named, "names that differ", remedy)
+    if found == _unnamed(classes):
+        return None
+    if back is not None and back != numbers:
+        remedy = "keep the one that the model was trained with"
+        raise FormatError(path, "label2id", back, f"{numbers}, as id2label has it", remedy)
+    return tuple(found)
+
+
+def _unnamed(classes: int) -> list[str]:
+    """What transformers calls classes that nobody has named."""
+    return [f"LABEL_{i}" for i in range(classes)]
+
+
 def _check_heads(
     path: Path, settings: Mapping[str, Any], values: Mapping[str, Any], a: Architecture
 ) -> None:
@@ -390,13 +423,14 @@ def _check_heads(
         raise FormatError(path, "head_dim", head_dim, "an even number", "RoPE turns pairs")
 
 
-def config_to_json(c: Config) -> dict[str, Any]:
+def config_to_json(c: Config, labels: Sequence[str] | None = None) -> dict[str, Any]:
     """What ``config.json`` says for ``c``, dtype and version apart.
 
     Dropout is 0 and no special token is named: with a padding token transformers would hold the
-    gradient of its embedding at 0.
+    gradient of its embedding at 0. A classifier's classes are called by ``labels``, or LABEL_0, …
+    where these are none or the classes' numbers.
 
-    Errors: FormatError if reading would refuse it.
+    Errors: FormatError if reading would refuse it; ValueError for other labels than the classes.
     """
     name, a = architecture(c)
     settings = {"architectures": [name], "model_type": a.model_type, **a.written}
@@ -404,7 +438,10 @@ def config_to_json(c: Config) -> dict[str, Any]:
     if isinstance(c, Llama):
         settings["rope_parameters"] = {"rope_theta": c.theta, "rope_type": "default"}
     if isinstance(c, Bert):
-        labels = [f"LABEL_{i}" for i in range(c.classes)]
+        numbers = [str(i) for i in range(c.classes)]
+        labels = _unnamed(c.classes) if labels is None or [*labels] == numbers else labels
+        if len({*labels}) != len(labels) or len(labels) != c.classes:
+            raise ValueError(f"labels {[*labels]}: expected {c.classes} names that differ")
         settings["id2label"] = {str(i): label for i, label in enumerate(labels)}
         settings["label2id"] = {label: i for i, label in enumerate(labels)}
     _config(Path(CONFIG), settings)
@@ -588,17 +625,24 @@ def _plain(where: Mapping[str, Any]) -> bool:
 
 
 def write_model(
-    path: Path | str, c: Config, W: Weights, *, dtype: Any = None, shard_bytes: int | None = None
+    path: Path | str,
+    c: Config,
+    W: Weights,
+    *,
+    dtype: Any = None,
+    shard_bytes: int | None = None,
+    labels: Sequence[str] | None = None,
 ) -> None:
     """Write ``config.json`` and the weights, in ``dtype`` or their own, to the folder ``path``.
 
-    Beyond ``shard_bytes`` bytes of tensors a new shard begins. The same input gives the same bytes.
+    ``labels`` are the classes' names, as :func:`config_to_json` has them. Beyond ``shard_bytes``
+    bytes of tensors a new shard begins. The same input gives the same bytes.
 
     Errors: FormatError if W is not exactly the model's weights (adapters are merged or disabled
     first) or its entries do not fit in ``dtype``; if the folder holds weights that would stay.
     """
     folder = Path(path)
-    settings, shapes = config_to_json(c), c.shapes()
+    settings, shapes = config_to_json(c, labels), c.shapes()
     if wrong := W.keys() ^ shapes.keys():
         remedy = "merge or disable adapters first, and give every weight of the model"
         found = f"{listed(wrong)} in one of the two only"

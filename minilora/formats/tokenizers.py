@@ -286,6 +286,27 @@ class Library(Tokenizer):
     def decode(self, ids: Sequence[int], special: bool = False) -> str:  # noqa: D102
         return str(self.backend.decode(list(map(int, ids)), skip_special_tokens=not special))
 
+    def files(self) -> dict[str, dict[str, Any]]:
+        """The files of a Hugging Face folder that make the same tokenizer, by their names.
+
+        Tokens that end what is generated beside ``eos`` have no place but in generation's own file.
+        """
+        inputs = ["input_ids", "attention_mask"]
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings |= {"model_input_names": inputs, "clean_up_tokenization_spaces": False}
+        settings |= {f"{name}_token": text for name, text in self.named.items()}
+        for name, around in (("bos", self.head), ("eos", self.tail)):
+            settings[f"add_{name}_token"] = getattr(self, name) in around
+        if self.template is not None:
+            settings["chat_template"] = self.template
+        files = {"tokenizer.json": json.loads(self.backend.to_str())}
+        files["tokenizer_config.json"] = settings
+        ids = {f"{name}_token_id": getattr(self, name) for name in ("bos", "pad")}
+        ids = {key: id for key, id in ids.items() if key.removesuffix("_id") in settings}
+        if self.stops:
+            files["generation_config.json"] = {**ids, "eos_token_id": [*self.stops]}
+        return files
+
     def piece(self, id: int) -> str:  # noqa: D102
         whole = self.backend.id_to_token(int(id))
         if whole is None:

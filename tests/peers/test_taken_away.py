@@ -19,10 +19,12 @@ import pytest
 from calculus import record_worst, same_bits
 
 from minilora import data, reference
-from minilora.bases import open_adapted, open_base
+from minilora.bases import base_of, open_adapted, open_base
 from minilora.cli import main
+from minilora.formats import peft
 from minilora.lora import Tuning, merge
 from minilora.models import Batch, logits, loss
+from minilora.targets import Lora
 from minilora.verify.contract import Precision
 from minilora.verify.terms import MONTE_CARLO, Comparison
 from minilora.verify.tolerance import noisy, spread
@@ -31,6 +33,23 @@ ROOT = Path(__file__).parent.parent.parent
 SAMPLES = 12
 FLOAT32 = Precision("float32", "float32")
 BASE = reference.folder() / "llama" / "base"
+TRICKY = [
+    "",
+    "  two  spaces\n\n\tand a tab ",
+    "don't I'LL we'Ve 3.14e-5, 1234567 ½ x²",
+    "naïve café — 東京 🙂 e\u0301 \u200d ﷽ \x00",
+    " a\r\n b\n",
+    "<|im_start|>user\nhello<|im_end|>\n<|endoftext|> <s>",
+    "def f(x):\n    return x ** 2\n",
+]
+CHATS = [
+    [{"role": "user", "content": "Who writes? <é>&amp;\n"}],
+    [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": " 12 + 34? "},
+        {"role": "assistant", "content": "46"},
+    ],
+]
 NEEDED = "pip install 'minilora[peers]'"
 MLX = "pip install 'minilora[libraries]'"
 
@@ -71,7 +90,7 @@ def holds(what, found, model, merged=False):
     record_worst(f"{what}, in standard deviations", result.z)
     half = replace(tuning, scale={at: s / 2 for at, s in tuning.scale.items()})
     for wrong in (half, without(tuning)):
-        assert judged(found, logits_of(c, wrong), W).verdict == "fail"
+        assert judged(found, logits_of(c, wrong, merged), W).verdict == "fail"
     return result.verdict == "pass"
 
 
@@ -108,6 +127,8 @@ def by_transformers(libraries, folder, adapter=None):
     torch = libraries.torch
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        # PEFT takes the ranks that AdaLoRA has left for LoRA's, warns, and then goes by them.
+        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
         model = libraries.transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32
         )
@@ -128,9 +149,66 @@ def test_peft_gives_the_logits_of_what_was_trained_here(trained, adapted):
     assert holds("PEFT's logits, trained here", z, adapted)
 
 
+@pytest.mark.parametrize("variant", ["adalora", "loftq", "dora-full"])
+def test_peft_gives_the_logits_of_a_variant_trained_here(variant, tmp_path):
+    libraries, out = torch_libraries(), str(tmp_path / "run")
+    steps = ["--steps", "12", "--lr", "0.02", "--rank", "4", "--targets", "q,v,down"]
+    assert main(["train", "--output", out, "--variant", variant, *steps]) == 0
+    base = base_of(None, out)
+    # LoftQ's base is the quantised one, which lies beside the adapter.
+    assert (base.path == BASE) == (variant != "loftq")
+    z = by_transformers(libraries, base.path, out)
+    # Noise is sampled of a merged DoRA: beside its weight it would need that as an array.
+    merged, read = variant == "dora-full", open_adapted(base, out)
+    assert holds(f"PEFT's logits of {variant}, trained here", z, read, merged)
+    if variant == "loftq":
+        elsewhere = by_transformers(libraries, BASE, out)
+        f = logits_of(base.config, read.tuning)
+        assert judged(elsewhere, f, dict(read.weights)).verdict == "fail"
+
+
 def test_transformers_gives_the_logits_of_a_merged_model(trained, adapted):
     z = by_transformers(torch_libraries(), trained / "merged")
     assert holds("transformers' logits, merged here", z, adapted, merged=True)
+
+
+@pytest.mark.slow
+def test_a_real_model_merged_from_gguf_is_a_whole_model_in_transformers(tmp_path):
+    """SmolLM2's file: weights, tokenizer and chat template, by a folder that names no GGUF."""
+    import test_gguf
+
+    libraries = torch_libraries()
+    base = open_base(str(test_gguf.smollm2()))
+    c, ats = base.config, [f"layers.{i}.{at}" for i in (0, 29) for at in ("q", "v", "down")]
+    V, tuning = test_gguf.factors(c, dict.fromkeys(ats, 8), dict.fromkeys(ats, 0.25))
+    chosen = Lora(r=8, alpha=2, targets=ats)
+    peft.write_adapter(tmp_path / "a", c, V, tuning, chosen)
+    out = tmp_path / "merged"
+    options = ["--model", str(base.path), "--adapter", str(tmp_path / "a"), "--output", str(out)]
+    assert main(["merge", *options]) == 0
+    theirs, ours = libraries.transformers.AutoTokenizer.from_pretrained(out), base.tokenizer
+    for text in TRICKY:
+        for special in (True, False):
+            assert ours.encode(text, special) == theirs(text, add_special_tokens=special).input_ids
+    for chat in CHATS:
+        for generate in (True, False):
+            text = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=generate)
+            assert ours.chat(chat, generate) == text
+    names = ("bos", "eos", "unk", "pad")
+    assert {n: getattr(theirs, f"{n}_token") for n in names if n in ours.named} == ours.named
+    torch = libraries.torch
+    model = libraries.transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert model.generation_config.eos_token_id == [*ours.stops]
+    ids = np.array(theirs("The capital of France is Paris; of Italy, Rome.").input_ids)
+    with torch.no_grad():
+        z = model.eval()(torch.from_numpy(ids)[None]).logits[0].numpy().T
+    merged = merge({**base.weights, **V}, tuning)
+    wanted, sigma = test_gguf.real_and_pooled(c, dict(merged), Tuning(), ids)
+    result = Comparison("it", z, wanted, sigma, MONTE_CARLO).judge()
+    record_worst("transformers' logits of SmolLM2 merged here, in standard deviations", result.z)
+    assert result.verdict == "pass"
+    plain = logits(Batch(ids[None]), base.weights, c, Tuning())[0]
+    assert Comparison("it", plain, wanted, sigma, MONTE_CARLO).judge().verdict == "fail"
 
 
 def test_what_peft_has_trained_is_read_here(tmp_path):
