@@ -5,15 +5,29 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from minilora import bench
-from minilora.bench import KINDS, SIDES, SIZES, Missing, Side, flops, measure, table, write_case
-from minilora.bench.own import NEW, Own
+from minilora.bench import (
+    KINDS,
+    SIDES,
+    SIZES,
+    Missing,
+    Side,
+    flops,
+    measure,
+    read_results,
+    table,
+    tables,
+    write_case,
+)
+from minilora.bench.own import NEW, Own, products_of
 from minilora.cli import main
+from minilora.formats.files import FormatError
 from minilora.formats.huggingface import read_model
 
 
@@ -198,14 +212,29 @@ def test_the_command_prints_and_writes_what_it_measured(tmp_path, capsys):
     assert found["size"] == "tiny"
     assert found["loss"][0] == found["loss"][1]
     assert found["alike"] == [NEW, NEW]
-    assert "medians of 1 rounds" in capsys.readouterr().out
+    (read,) = read_results(file)
+    assert json.loads(json.dumps(read.json())) == found
+    printed = capsys.readouterr().out
+    assert "medians of 1 rounds" in printed
+    assert tables([read]) in printed
+    heads = tables([read, replace(read, peer="another")]).splitlines()[::4]
+    assert [re.search("over ([a-z]*)", head)[1] for head in heads] == ["minilora", "another"]
+    file.write_text(json.dumps([{**found, "ratio": 1}]).replace('"ratio"', '"ratios"'))
+    with pytest.raises(FormatError, match="expected results of minilora bench --json"):
+        read_results(file)
+
+
+@pytest.mark.parametrize(("named", "told"), [("", False), ("Haswell", True)])
+def test_a_processor_that_is_told_to_openblas_is_told_to_the_reader(named, told, monkeypatch):
+    monkeypatch.setenv("OPENBLAS_CORETYPE", named)
+    assert products_of().endswith(" by OPENBLAS_CORETYPE") == told
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--size", "huge"], "--size huge: expected some of tiny, small"),
-        (["--peer", "mlx"], "--peer mlx: expected one of minilora, peft"),
+        (["--peer", "mlx"], "--peer mlx: expected some of minilora, peft"),
         (["--kind", "steps"], "--kind steps: expected some of step, forward, generate"),
         (["--threads", "1,0"], "--threads 0: expected numbers from 1"),
         (["--rounds", "-1"], "--rounds -1: expected at least 1"),

@@ -6,11 +6,12 @@ what else the machine does meets both. What is compared is the ratio of neighbou
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
@@ -18,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from minilora.formats import huggingface, peft
-from minilora.formats.files import write_tensors
+from minilora.formats.files import FormatError, write_tensors
 from minilora.models import Config, Llama, draw_weights
 from minilora.quantised import gguf_bytes, quantise
 from minilora.targets import Lora, adapt
@@ -174,7 +175,7 @@ class Result:
     a side, and of which several threads take more than the clock; ``share``: of a step and a
     forward, the least arithmetic over what products alone reach; ``loss``: of the first step on
     either side; ``alike``: how many drawn tokens are the same on both, from the first on, and of
-    how many. Of what a side cannot do there is no entry.
+    how many. Of what a side cannot do there is no entry. ``machine``: the processor.
     """
 
     size: str
@@ -192,6 +193,7 @@ class Result:
     loss: tuple[float, float]
     alike: tuple[int, int] | None
     versions: tuple[str, str]
+    machine: str
 
     @property
     def memory_ratio(self) -> float:
@@ -266,7 +268,18 @@ def measure(
         (losses[0], losses[1]),
         alike,
         (versions[0], versions[1]),
+        processor(),
     )
+
+
+def processor() -> str:
+    """What the system calls the processor, and how many there are."""
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        name = next(names, name)
+    return f"{name}, {os.cpu_count()} processors"
 
 
 def table(results: Sequence[Result]) -> str:
@@ -299,6 +312,32 @@ def table(results: Sequence[Result]) -> str:
     rows = zip(*columns, strict=True)
     lines = ("  ".join(f"{cell:>{n}}" for cell, n in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(lines) + "\n"
+
+
+def read_results(path: Path | str) -> list[Result]:
+    """What ``minilora bench --json`` has written.
+
+    Errors: FormatError for a file that is none.
+    """
+    names = {f.name for f in fields(Result)}
+    try:
+        found = json.loads(Path(path).read_text())
+        return [Result(**{name: each[name] for name in names}) for each in found]
+    except (ValueError, TypeError, KeyError) as error:
+        expected = "results of minilora bench --json"
+        raise FormatError(path, "results", error, expected, "measure anew") from None
+
+
+def tables(results: Sequence[Result]) -> str:
+    """A table for each peer, with the versions above it."""
+    by_peer: dict[str, list[Result]] = {}
+    for each in results:
+        by_peer.setdefault(each.peer, []).append(each)
+    heads = {
+        peer: f"{own[0].versions[0]} over {peer} ({own[0].versions[1]}), {own[0].machine}"
+        for peer, own in by_peer.items()
+    }
+    return "\n".join(f"{heads[peer]}\n{table(own)}" for peer, own in by_peer.items())
 
 
 def _alike(own: Sequence[int], others: Sequence[int]) -> tuple[int, int]:

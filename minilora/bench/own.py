@@ -1,10 +1,12 @@
 """This package's side: a step, a forward and text as training, evaluation and generation run."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_info
 
 from minilora import __version__
 from minilora.expanded import Expanded, OnDemand
@@ -22,10 +24,22 @@ PROMPT, NEW = 32, 32
 """Tokens: at most so many of the batch's first sequence are gone on from, by so many."""
 
 
+def products_of() -> str:
+    """The library of NumPy's products and the processor that it takes this one for.
+
+    OpenBLAS takes what OPENBLAS_CORETYPE names, which may be slower than what it would choose.
+    """
+    pools: list[dict[str, Any]] = threadpool_info()
+    info = next((one for one in pools if one["user_api"] == "blas"), {})
+    name, kind = info.get("internal_api", "products"), info.get("architecture", "unknown")
+    told = " by OPENBLAS_CORETYPE" if os.environ.get("OPENBLAS_CORETYPE") else ""
+    return f"{name} for {kind}{told}"
+
+
 class Own:
     """LoRA on the case in ``folder``; ``quantised``: from weights that stay in four bits."""
 
-    versions = f"minilora {__version__}, NumPy {np.__version__}"
+    versions = f"minilora {__version__}, NumPy {np.__version__}, {products_of()}"
 
     def __init__(
         self,

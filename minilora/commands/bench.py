@@ -25,9 +25,9 @@ def add(commands: Any) -> None:
     option = bench.add_argument
     option(
         "--peer",
-        default="peft",
+        action="append",
         metavar="PEER",
-        help="peft (default), peft-warm, torch, torch-compile, jax or minilora",
+        help="peft (default), peft-warm, torch, torch-compile, jax or minilora; repeatable, or a,b",
     )
     option(
         "--kind",
@@ -56,13 +56,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures, and says what it is at where a person watches."""
     import json
     import tempfile
+    from itertools import product
     from pathlib import Path
 
-    from minilora.bench import KINDS, SIDES, SIZES, Missing, measure, table, write_case
+    from minilora.bench import KINDS, SIDES, SIZES, Missing, measure, tables, write_case
     from minilora.console import progress_bar
     from minilora.verify.report import writable, write
 
     sizes = split(arguments.size) or (["tiny", "small"] if arguments.quick else list(SIZES))
+    peers = split(arguments.peer) or ["peft"]
     threads = split(arguments.threads) or ["1"]
     rounds = arguments.rounds or (FEWER if arguments.quick else ROUNDS)
     kinds = split(arguments.kind) or list(KINDS)
@@ -70,8 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
         return refuse(f"--kind {', '.join(unknown)}: expected some of {', '.join(KINDS)}", "bench")
     if unknown := [name for name in sizes if name not in SIZES]:
         return refuse(f"--size {', '.join(unknown)}: expected some of {', '.join(SIZES)}", "bench")
-    if arguments.peer not in SIDES:
-        return refuse(f"--peer {arguments.peer}: expected one of {', '.join(SIDES)}", "bench")
+    if unknown := [name for name in peers if name not in SIDES]:
+        return refuse(f"--peer {', '.join(unknown)}: expected some of {', '.join(SIDES)}", "bench")
     if wrong := [n for n in threads if not n.isdecimal() or int(n) < 1]:
         return refuse(f"--threads {', '.join(wrong)}: expected numbers from 1", "bench")
     for name, value in (("rounds", rounds), ("tokens", arguments.tokens)):
@@ -86,11 +88,12 @@ def run(arguments: argparse.Namespace) -> int:
             with tempfile.TemporaryDirectory() as made:
                 folder = Path(made)
                 write_case(folder, SIZES[name])
-                for j, n in enumerate(threads):
+                pairs = list(product(peers, threads))
+                for j, (peer, n) in enumerate(pairs):
                     if progress:
-                        done = i * len(threads) + j
-                        progress(f"{name}:", done, len(sizes) * len(threads))
-                    given = name, folder, arguments.peer, int(n), rounds, own
+                        done = i * len(pairs) + j
+                        progress(f"{name}, {peer}:", done, len(sizes) * len(pairs))
+                    given = name, folder, peer, int(n), rounds, own
                     try:
                         results.append(measure(*given, kinds=kinds))
                     except Missing as error:
@@ -102,7 +105,5 @@ def run(arguments: argparse.Namespace) -> int:
         except OSError as error:
             refuse(f"cannot write {arguments.json}: {error.strerror}", "bench")
             return USAGE
-    versions = results[0].versions
-    sides = f"{versions[0]} over {arguments.peer} ({versions[1]})"
-    say(f"{sides}, medians of {rounds} rounds\n{table(results)}")
+    say(f"medians of {rounds} rounds\n{tables(results)}")
     return HOLDS
