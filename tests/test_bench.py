@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from minilora import bench
 from minilora.bench import KINDS, SIDES, SIZES, Missing, Side, flops, measure, table, write_case
-from minilora.bench.own import NEW, Own
+from minilora.bench.own import NEW, Own, kernels
 from minilora.cli import main
 from minilora.formats.huggingface import read_model
 
@@ -100,6 +101,16 @@ def test_a_side_works_in_a_process_of_its_own(folder):
         with pytest.raises(RuntimeError, match=r"minilora ended: [\s\S]*no attribute 'nothing'"):
             side.run("nothing")
     assert side.process.poll() is not None
+
+
+def test_the_own_side_says_whose_products_it_uses(folder, monkeypatch):
+    if "openblas" not in kernels():
+        pytest.skip(f"no OpenBLAS: {kernels()}")
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("Nehalem is an x86-64 processor")
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Nehalem")
+    with Side("minilora", folder, threads=1) as side:
+        assert side.versions.endswith(", openblas for Nehalem")
 
 
 def test_a_library_that_is_missing_is_named_with_its_extra(folder, monkeypatch):

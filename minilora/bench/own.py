@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_info
 
 from minilora import __version__
 from minilora.expanded import Expanded, OnDemand
@@ -22,10 +23,19 @@ PROMPT, NEW = 32, 32
 """Tokens: at most so many of the batch's first sequence are gone on from, by so many."""
 
 
+def kernels() -> str:
+    """The library of NumPy's products and the processor that it takes this one for.
+
+    OpenBLAS goes by ``OPENBLAS_CORETYPE`` where that is set, and an older processor's are slower.
+    """
+    found = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+    return ", ".join(f"{p['internal_api']} for {p.get('architecture')}" for p in found) or "no BLAS"
+
+
 class Own:
     """LoRA on the case in ``folder``; ``quantised``: from weights that stay in four bits."""
 
-    versions = f"minilora {__version__}, NumPy {np.__version__}"
+    versions = f"minilora {__version__}, NumPy {np.__version__}, {kernels()}"
 
     def __init__(
         self,
