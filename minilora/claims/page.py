@@ -178,7 +178,7 @@ def _page(found: Found, judged: Sequence[Verdict]) -> Iterator[str]:
     yield '<h2 id="learning">Learning and forgetting</h2>'
     yield "<p>Each model goes from a task that it knows to one that contradicts it. Losses are "
     yield "what they exceed the tasks' entropies by, in nats a label; lines are means.</p>"
-    for model in found.study.models:
+    for model in found.models:
         yield from _learning(found, model)
     yield '<h2 id="costs">What it costs</h2>'
     yield from _costs(found)
@@ -227,10 +227,19 @@ def _key(sides: Sequence[Side]) -> str:
 
 
 def _learning(found: Found, model: str) -> Iterator[str]:
-    sides, study = found.sides(model), found.study
+    sides, study = found.sides(model), found.models[model]
     best = [(side, i, found.best(model, side)) for i, side in enumerate(sides)]
     steps = Axis("steps + 1", log=True, ticks=[step + 1 for step in study.looks])
-    first, second = "first task: loss over entropy", "second task: loss over entropy"
+    first, second, less = (
+        ("first task: divergence from the base", "second task: loss", "second task: less loss")
+        if study.length
+        else (
+            "first task: loss over entropy",
+            "second task: loss over entropy",
+            "second task: entropy less loss",
+        )
+    )
+    rates = sorted({lr for side in sides for lr in study.rates_of(side)})
     yield f"<h3>{escape(model)}</h3>{_key(sides)}"
     yield '<div class="grid">'
 
@@ -263,17 +272,21 @@ def _learning(found: Found, model: str) -> Iterator[str]:
                 thin=lr != found.rate(model, side),
             )
             for i, side in enumerate(sides)
-            for lr in study.rates
+            for lr in study.rates_of(side)
         ],
-        Axis("second task: entropy less loss"), Axis(first),
+        Axis(less), Axis(first),
     )  # fmt: skip
     yield chart(
         "The second task at the end against the learning rate: how each side was tuned",
         [
-            Line(side.name, [(lr, _end(found.at(model, side, lr))) for lr in study.rates], i)
+            Line(
+                side.name,
+                [(lr, _end(found.tuning(model, side, lr))) for lr in study.rates_of(side)],
+                i,
+            )
             for i, side in enumerate(sides)
         ],
-        Axis("learning rate", log=True, ticks=study.rates), Axis(second),
+        Axis("learning rate", log=True, ticks=rates), Axis(second),
     )  # fmt: skip
     ranks = [(i, side) for i, side in enumerate(sides) if side.rank and not side.attention]
     full = _end(found.best(model, FULL))
