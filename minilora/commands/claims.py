@@ -26,7 +26,12 @@ def add(commands: Any) -> None:
     option("--output", metavar="DIR", help=f"write {PAGE}, with pictures, and {FIGURES} there")
     option("--quick", action="store_true", help="one model, fewer rates and steps: under a minute")
     option("--reference-only", action="store_true", help="leave SmolLM2-135M out")
-    option("--jobs", type=int, metavar="N", help="processes at a time (default: the processors)")
+    option(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="processes at a time (default: the processors); fewer for want of memory",
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
