@@ -33,7 +33,7 @@ from minilora.claims import (
     topics,
     verdicts,
 )
-from minilora.claims.page import html, scaled
+from minilora.claims.page import Axis, from_base, html, scaled
 from minilora.cli import main
 from minilora.formats import huggingface
 from minilora.lora import Tuning
@@ -216,8 +216,10 @@ def test_the_verdicts_and_the_page_have_the_real_model(found, study):
         assert len(names) == wanted, key
     (rate, _) = (c for c in judged["rate"].cases if c.name.startswith(REAL))
     assert rate.supports is None
+    alone = replace(found, studies=found.studies[1:])
+    assert judged.keys() - {verdict.claim.key for verdict in verdicts(alone)} == {"layers"}
     page = html(found, [*judged.values()])
-    assert page.count("first task: divergence from the base") == 2
+    assert page.count(">first task: divergence<") == 2
     assert page.count("<figure>") == 2 * (5 + 1)
     said = as_json(found, [*judged.values()]).decode()
     assert study.path not in said + page
@@ -257,8 +259,22 @@ def test_so_many_processes_as_the_memory_has_room_for():
         2,
     ]
     assert jobs_within(100 * whole, 100, 4) == jobs_within(None, 100, 4) == 4
+    assert jobs_within(whole, 100, 0) == 0  # which is refused, and not mended
     memory = claims.machine_memory()
     assert memory is None or memory > 2**20
+
+
+def test_a_picture_of_a_real_model_begins_at_zero():
+    looks = (Look(0, 0.0, 3.5), Look(20, 0.1, 3.0))
+    seen = from_base(Course(REAL, FULL, 0.1, 0, looks, 3.1))
+    assert seen.looks == (Look(0, 0.0, 0.0), Look(20, 0.1, -0.5))
+
+
+def test_an_axis_has_three_ticks_or_more():
+    for low, high in ((-3.96, -3.05), (0.0, 0.98), (0.0, 1.0), (-0.5, 0.5), (3.07, 3.5)):
+        marks = Axis("x").marks(low, high)
+        assert 3 <= len(marks) <= 7
+        assert low <= marks[0] < marks[-1] <= high
 
 
 def test_a_number_is_short():

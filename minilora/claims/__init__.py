@@ -625,7 +625,7 @@ def jobs_within(memory: int | None, weights: int, jobs: int) -> int:
 
     ``weights``: a model's bytes; without a ``memory`` that is known, all do.
     """
-    return jobs if memory is None else max(1, min(jobs, memory // (COPIES * weights)))
+    return jobs if memory is None else min(jobs, max(1, memory // (COPIES * weights)))
 
 
 def machine_memory() -> int | None:
@@ -836,8 +836,8 @@ def judge(claim: Claim, figures: Figures) -> Verdict:
 
 
 def verdicts(found: Found) -> list[Verdict]:
-    """Of all `CLAIMS`."""
-    return [judge(claim, claim.of(found)) for claim in CLAIMS]
+    """Of all `CLAIMS` that have a figure: a study may have no side of attention alone."""
+    return [judge(claim, figures) for claim in CLAIMS if (figures := claim.of(found))]
 
 
 def _costs(found: Found, of: Callable[[Cost, Cost], Interval]) -> Figures:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from statistics import fmean
 
@@ -82,9 +82,9 @@ class Axis:
         if self.log:
             powers = range(math.floor(low), math.ceil(high) + 1)
             return [10.0**k for k in powers if low - 1e-9 <= k <= high + 1e-9]
-        raw = (high - low or 1.0) / 4
+        raw = (high - low or 1.0) / 3  # so that three lie within at least
         unit = 10.0 ** math.floor(math.log10(raw))
-        step = unit * next(f for f in (1, 2, 5, 10) if f * unit >= raw)
+        step = unit * max(f for f in (1, 2, 5) if f == 1 or f * unit <= raw)
         return [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
@@ -159,6 +159,13 @@ def means(courses: Sequence[Course], of: Callable[[Look], Point]) -> list[Point]
     ]
 
 
+def from_base(course: Course) -> Course:
+    """The run with the second task's loss less the base's: each seed has a text of its own."""
+    begin = course.looks[0].second
+    looks = tuple(replace(look, second=look.second - begin) for look in course.looks)
+    return replace(course, looks=looks)
+
+
 def html(found: Found, judged: Sequence[Verdict]) -> str:
     """The whole page."""
     return "\n".join(_page(found, judged)) + "\n"
@@ -230,10 +237,13 @@ def _key(sides: Sequence[Side]) -> str:
 
 def _learning(found: Found, model: str) -> Iterator[str]:
     sides, study = found.sides(model), found.models[model]
-    best = [(side, i, found.best(model, side)) for i, side in enumerate(sides)]
     steps = Axis("steps + 1", log=True, ticks=[step + 1 for step in study.looks])
     first, second, less = (
-        ("first task: divergence from the base", "second task: loss", "second task: less loss")
+        (
+            "first task: divergence",
+            "second task: loss less the base's",
+            "second task: how far its loss fell",
+        )
         if study.length
         else (
             "first task: loss over entropy",
@@ -241,6 +251,9 @@ def _learning(found: Found, model: str) -> Iterator[str]:
             "second task: entropy less loss",
         )
     )
+    if study.length:
+        found = replace(found, courses=tuple(map(from_base, found.courses)))
+    best = [(side, i, found.best(model, side)) for i, side in enumerate(sides)]
     rates = sorted({lr for side in sides for lr in study.rates_of(side)})
     yield f"<h3>{escape(model)}</h3>{_key(sides)}"
     yield '<div class="grid">'
@@ -328,9 +341,9 @@ def _costs(found: Found) -> Iterator[str]:
     for cost in found.costs:
         median = sorted(cost.seconds)[len(cost.seconds) // 2]
         cells = [
-            f"{cost.trained} ({cost.trained / cost.whole:.3g})",
+            f"{cost.trained:,} ({cost.trained / cost.whole:.3g})",
             scaled(cost.flops),
-            f"{1e3 * median:.3g}",
+            f"{1e3 * median:.4g}",
             *(scaled(cost.memory[part], "B") for part in PARTS),
             scaled(cost.disk, "B"),
         ]
