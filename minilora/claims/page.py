@@ -46,7 +46,7 @@ svg .axis { stroke: var(--line); stroke-width: 1 }
   font-weight: 600 }
 """
 
-WIDTH, HEIGHT, LEFT, BELOW = 360, 230, 46, 40
+WIDTH, HEIGHT, LEFT, BELOW = 360, 230, 54, 40
 """A picture's size, and the room for its axes' labels."""
 
 Point = tuple[float, float]
