@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 from dataclasses import replace
 from itertools import product
 
@@ -27,13 +28,14 @@ from minilora.claims import (
     jobs_within,
     notes,
     own_texts,
+    page,
     sides_of,
     states,
     subject_of,
     topics,
     verdicts,
 )
-from minilora.claims.page import Axis, from_base, html, scaled
+from minilora.claims.page import Axis, from_base, html, learns, scaled
 from minilora.cli import main
 from minilora.formats import huggingface
 from minilora.lora import Tuning
@@ -218,11 +220,11 @@ def test_the_verdicts_and_the_page_have_the_real_model(found, study):
     assert rate.supports is None
     alone = replace(found, studies=found.studies[1:])
     assert judged.keys() - {verdict.claim.key for verdict in verdicts(alone)} == {"layers"}
-    page = html(found, [*judged.values()])
-    assert page.count(">first task: divergence<") == 2
-    assert page.count("<figure>") == 2 * (5 + 1)
+    text = html(found, [*judged.values()])
+    assert text.count(">first task: divergence<") == 2
+    assert text.count("<figure>") == 2 * (5 + 1)
     said = as_json(found, [*judged.values()]).decode()
-    assert study.path not in said + page
+    assert study.path not in said + text
     assert [one["models"] for one in json.loads(said)["studies"]] == [["gpt2"], [REAL]]
     assert any("decide nothing about the claim on rates" in note for note in notes(found))
     both = replace(found, studies=(found.studies[0], replace(found.studies[1], tuning=(0, 1))))
@@ -268,6 +270,27 @@ def test_a_picture_of_a_real_model_begins_at_zero():
     looks = (Look(0, 0.0, 3.5), Look(20, 0.1, 3.0))
     seen = from_base(Course(REAL, FULL, 0.1, 0, looks, 3.1))
     assert seen.looks == (Look(0, 0.0, 0.0), Look(20, 0.1, -0.5))
+
+
+def test_a_rate_that_learns_nothing_squeezes_no_picture(monkeypatch):
+    """A run that ends far above the base, and one that diverges, are left out or drawn at it."""
+    looks = (Look(0, 0.0, 3.5), Look(20, 0.1, 3.0))
+    good = Course(REAL, FULL, 0.1, 0, looks, 3.1)
+    bad = replace(good, lr=0.2, looks=(looks[0], Look(20, 77.0, 99.0)), valid=99.0)
+    gone = replace(good, lr=0.2, why="step 2: the loss is inf", valid=math.inf)
+    assert [learns(course) for course in (good, bad, gone)] == [True, False, False]
+    study = replace(SMOL, rates=(0.1, 0.2), lora_rates=((0.1, 0.2), (0.1, 0.2)))
+    sides = sides_of(study, C)
+    for other in (bad, gone):
+        runs = tuple(replace(run, side=side) for side in sides for run in (good, other))
+        drawn = "".join(page._learning(Found((study,), runs, ()), REAL))
+        marks = re.findall(r">(-?[\d.]+)</text>", drawn)
+        assert marks
+        assert max(map(float, marks)) <= 21  # steps + 1
+    monkeypatch.setattr(page, "learns", lambda course: True)
+    runs = tuple(replace(run, side=side) for side in sides for run in (good, bad))
+    drawn = "".join(page._learning(Found((study,), runs, ()), REAL))
+    assert max(map(float, re.findall(r">(-?[\d.]+)</text>", drawn))) > 21
 
 
 def test_an_axis_has_three_ticks_or_more():

@@ -254,6 +254,7 @@ def _learning(found: Found, model: str) -> Iterator[str]:
     if study.length:
         found = replace(found, courses=tuple(map(from_base, found.courses)))
     best = [(side, i, found.best(model, side)) for i, side in enumerate(sides)]
+    begin = max(run.looks[0].second for _, _, runs in best for run in runs)
     rates = sorted({lr for side in sides for lr in study.rates_of(side)})
     yield f"<h3>{escape(model)}</h3>{_key(sides)}"
     yield '<div class="grid">'
@@ -278,7 +279,7 @@ def _learning(found: Found, model: str) -> Iterator[str]:
         along(lambda look: look.first), steps, Axis(first),
     )  # fmt: skip
     yield chart(
-        "Forgotten against learned along the path, at every rate; right is learned",
+        "Forgotten against learned along the path, at every rate that learns; right is learned",
         [
             Line(
                 side.name,
@@ -288,15 +289,17 @@ def _learning(found: Found, model: str) -> Iterator[str]:
             )
             for i, side in enumerate(sides)
             for lr in study.rates_of(side)
+            if all(map(learns, found.at(model, side, lr)))
         ],
         Axis(less), Axis(first),
     )  # fmt: skip
     yield chart(
-        "The second task at the end against the learning rate: how each side was tuned",
+        "The second task at the end against the learning rate: how each side was tuned; "
+        "what ends above the base is drawn at the base",
         [
             Line(
                 side.name,
-                [(lr, _end(found.tuning(model, side, lr))) for lr in study.rates_of(side)],
+                [(lr, _end(found.tuning(model, side, lr), begin)) for lr in study.rates_of(side)],
                 i,
             )
             for i, side in enumerate(sides)
@@ -325,11 +328,16 @@ def _learning(found: Found, model: str) -> Iterator[str]:
     yield "</div>"
 
 
-def _end(courses: Sequence[Course]) -> float:
+def learns(course: Course) -> bool:
+    """Whether the second task's loss ends below where it began; not if the run diverged."""
+    return not course.why and course.looks[-1].second < course.looks[0].second
+
+
+def _end(courses: Sequence[Course], most: float = math.inf) -> float:
     """The mean loss of the second task at the end, or none where a run diverged."""
     if any(course.why for course in courses):
         return math.nan
-    return fmean(course.looks[-1].second for course in courses)
+    return min(most, fmean(course.looks[-1].second for course in courses))
 
 
 def _costs(found: Found) -> Iterator[str]:
