@@ -4,6 +4,7 @@ import html.parser
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 
 from minilora import claims, reference, tasks
-from minilora.bases import open_base
 from minilora.claims import (
     CLAIMS,
     FULL,
     HOLDS,
     NOT,
+    SMOL,
     WHEN,
+    WHOLE,
     Asked,
     Cost,
     Course,
@@ -37,6 +39,7 @@ from minilora.claims import (
     over,
     products_of,
     sides_of,
+    subject_of,
     table,
     verdicts,
 )
@@ -47,11 +50,11 @@ from minilora.console import INTERRUPTED
 from minilora.lora import Tuning
 from minilora.optim import AdamState, adamw
 from minilora.steps import gradients
-from minilora.train import batches_of, prepare
+from minilora.train import batches_of
 
 TINY = Study(
     models=("gpt2",), ranks=(1, 2), rates=(0.003, 0.01), seeds=(0, 1), steps=3, looks=(0, 1, 3),
-    tokens=64, rounds=2, real=False,
+    tokens=64, rounds=2,
 )  # fmt: skip
 BY_KEY = {claim.key: claim for claim in CLAIMS}
 
@@ -62,8 +65,8 @@ def found():
 
 
 @pytest.fixture(scope="module")
-def base():
-    return open_base("reference:gpt2")
+def subject():
+    return subject_of(TINY, "gpt2")
 
 
 def course(side, seed, first, second, lr=0.01, valid=None):
@@ -92,7 +95,7 @@ def study_of(lora, full, cheap=0.5):
         for rate in study.rates
     ]
     costs = [cost(side, cheap if side.rank else 1.0) for side in sides]
-    return Found(study, tuple(runs), tuple(costs), "real: left out")
+    return Found((study,), tuple(runs), tuple(costs), "real: left out")
 
 
 def words(found):
@@ -210,10 +213,9 @@ def test_each_side_takes_its_own_best_rate_by_validation_alone():
         for lr, valid in zip(study.rates, valids, strict=True)
         for seed in study.seeds
     ]
-    found = Found(replace(study, models=()), tuple(runs), ())
+    found = Found((study,), tuple(runs), ())
     assert (found.rate("m", FULL), found.rate("m", Side(1))) == (0.001, 0.01)
-    edges = replace(found, study=study).at_the_edge()
-    assert edges == ["m, full: 0.001"]
+    assert found.at_the_edge() == ["m, full: 0.001"]
 
 
 def test_where_a_path_crosses_a_loss():
@@ -235,22 +237,22 @@ def test_a_product_is_counted_by_its_shape():
     assert products_of(lambda held: W @ x, {"W": W}) == []
 
 
-def test_full_fine_tuning_is_three_products_for_each_of_the_forward(base):
+def test_full_fine_tuning_is_three_products_for_each_of_the_forward(subject):
     """But for the lowest input, whose gradient no one needs, and attention's own products."""
-    job = job_of(base, TINY, FULL)
+    job = job_of(subject, TINY, FULL)
     batch = batches_of(job.data.train, 64, 0)[0]
-    W, c = dict(job.base.weights), base.config
+    W, c = dict(job.base.weights), subject.base.config
     forward = products_of(lambda h: claims.logits(batch, h, c, Tuning()), W)
     step = products_of(lambda h: claims.loss(batch, h, c, job.tuning)[1](1.0), W)
     assert claims.flops_of(step) == 3 * claims.flops_of(forward)
 
 
 @pytest.mark.parametrize("side", [FULL, Side(2)], ids=lambda side: side.name)
-def test_memory_by_part_is_that_of_the_arrays(side, base):
-    job = job_of(base, TINY, side)
+def test_memory_by_part_is_that_of_the_arrays(side, subject):
+    job = job_of(subject, TINY, side)
     batch = batches_of(job.data.train, 64, 0)[0]
     memory = memory_of(job, batch)
-    _, g = gradients(batch, job.weights(job.start), base.config, job.tuning)
+    _, g = gradients(batch, job.weights(job.start), subject.base.config, job.tuning)
     _, adam = adamw(job.start, g, AdamState(), 0.1)
     assert memory["gradients"] == sum(a.nbytes for a in g.values())
     assert memory["optimizer"] == sum(a.nbytes for a in (*adam.m.values(), *adam.v.values()))
@@ -260,8 +262,8 @@ def test_memory_by_part_is_that_of_the_arrays(side, base):
     assert more["activations"] > 2 * memory["activations"]
 
 
-def test_a_merged_model_is_a_plain_one_and_an_adapted_one_is_not(base, monkeypatch):
-    job = job_of(base, TINY, Side(2))
+def test_a_merged_model_is_a_plain_one_and_an_adapted_one_is_not(subject, monkeypatch):
+    job = job_of(subject, TINY, Side(2))
     batch = batches_of(job.data.train, 64, 0)[0]
     (plain, adapted, merged), other = inference_of(job, batch)
     assert other == 0
@@ -278,15 +280,18 @@ def test_a_merged_model_is_a_plain_one_and_an_adapted_one_is_not(base, monkeypat
         return {name: w.astype(np.float64) for name, w in adds(W, tuning).items()}
 
     monkeypatch.setattr(claims, "merge", wide)
-    assert inference_of(job, batch)[1] == len(adds({**job.adapter, **base.weights}, job.tuning))
+    assert inference_of(job, batch)[1] == len(
+        adds({**job.adapter, **subject.base.weights}, job.tuning)
+    )
 
 
 @pytest.mark.parametrize("name", reference.names())
 def test_attention_alone_has_no_fewer_parameters(name):
-    base, study = open_base(f"reference:{name}"), Study()
-    alone, same = sides_of(study, base.config)[-1], Side(study.ranks[1])
+    study = Study()
+    subject = subject_of(study, name)
+    alone, same = sides_of(study, subject.base.config)[-1], Side(study.ranks[1])
     adapters = {
-        side: prepare(base, job_of(base, study, side).data, study.recipe(base.config, side)).adapter
+        side: job_of(subject, study, side).adapter
         for side in (alone, replace(alone, rank=alone.rank - 1), same)
     }
     many, fewer, wanted = (
@@ -297,11 +302,15 @@ def test_attention_alone_has_no_fewer_parameters(name):
     assert all(re.search(r"\.(q|k|v|qkv|o)\.[AB]$", at) for at in adapters[alone])
 
 
-def test_a_run_is_the_same_again_and_begins_as_the_base(found, base):
+def test_a_run_is_the_same_again_and_begins_as_the_base(found, subject):
     """Every side begins where the base is; the excesses are those of the exact losses."""
     both = [tasks.task(name) for name in reference.tasks("gpt2")]
-    W = {name: np.asarray(w) for name, w in base.weights.items()}
-    start = [tasks.expected_loss(one, W, base.config, Tuning()) - one.entropy for one in both]
+    W = {name: np.asarray(w) for name, w in subject.base.weights.items()}
+    start = [
+        tasks.expected_loss(one, W, subject.base.config, Tuning()) - one.entropy for one in both
+    ]
+    job = job_of(subject, TINY, Side(1))
+    assert subject.first(job.weights(job.start), job.tuning) == start[0]
     for one in found.courses:
         assert [look.step for look in one.looks] == [*TINY.looks]
         assert (one.looks[0].first, one.looks[0].second) == (start[0], start[1])
@@ -318,8 +327,8 @@ def test_a_run_that_diverges_says_so():
     assert found.valid == math.inf
 
 
-def test_every_side_is_run_and_costed(found, base):
-    sides = set(sides_of(TINY, base.config))
+def test_every_side_is_run_and_costed(found, subject):
+    sides = set(sides_of(TINY, subject.base.config))
     asked = {(run.side, run.lr, run.seed) for run in found.courses}
     assert asked == {(s, lr, seed) for s in sides for lr in TINY.rates for seed in TINY.seeds}
     assert {one.side for one in found.costs} == sides
@@ -328,19 +337,32 @@ def test_every_side_is_run_and_costed(found, base):
 
 
 def test_the_real_model_left_out_is_said(found, monkeypatch):
-    assert "SmolLM2-135M was left out: the study is a quick one." in notes(found)
+    assert "SmolLM2-135M was left out: it was not asked for." in notes(found)
     monkeypatch.setattr(claims, "find_spec", lambda name: None)
     assert claims.real_path() is None
-    whole = replace(TINY, real=True)
-    monkeypatch.setattr(claims, "costs_of", lambda base, study: [])
-    monkeypatch.setattr(claims, "in_processes", lambda work, items, jobs: iter(()))
-    assert "not installed" in claims.measure(whole, 1).left_out
+    assert "not installed" in claims.lacking()
+    monkeypatch.setattr(claims, "_measured", lambda study, found, *_: found)
+    left = claims.measure(WHOLE, 1)
+    assert "not installed" in left.left_out
+    assert [study.models for study in left.studies] == [WHOLE.models]
+    monkeypatch.setitem(sys.modules, "pydoc_data", None)
+    assert "pydoc_data" in claims.lacking()
 
 
 @pytest.mark.parametrize("change", [{"seeds": (0,)}, {"ranks": (1,)}, {"rates": (0.1,)}])
 def test_a_study_of_one_is_refused(change):
     with pytest.raises(ValueError, match=f"{next(iter(change))} .*: expected two at least"):
         Study(**change)
+
+
+def test_rates_of_other_ranks_and_seeds_that_are_not_run_are_refused():
+    for own in (((0.1, 0.3),), ((0.1, 0.3), (0.1, 0.3), (0.1, 0.3))):
+        with pytest.raises(ValueError, match=r"lora_rates .*: expected a grid for each"):
+            replace(SMOL, lora_rates=own)
+    with pytest.raises(ValueError, match="no side of attention alone"):
+        replace(SMOL, attention=True)
+    with pytest.raises(ValueError, match=r"tuning \(3,\): expected some of the seeds"):
+        replace(SMOL, tuning=(3,))
 
 
 class Reads(html.parser.HTMLParser):

