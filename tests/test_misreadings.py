@@ -49,9 +49,7 @@ def test_a_misreading_is_caught_by_the_check_that_it_names(m):
     assert selftest.catch(m, "float32", profile="ci") == (m.caught_by, "")
 
 
-@pytest.mark.parametrize(
-    "level", [pytest.param(v, marks=pytest.mark.slow) if v in WHOLE else v for v in LEVELS]
-)
+@pytest.mark.parametrize("level", LEVELS)
 def test_what_is_right_passes_however_it_is_written(level):
     """A case in integers and one with rounding; one only where it takes a model or many steps."""
     for dtype, number in (("float32", 0), ("bfloat16", 1))[level in (*WHOLE, "variants") :]:

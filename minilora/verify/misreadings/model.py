@@ -926,7 +926,7 @@ SAME = equivalents(
     (
         "positions-from-1",
         "RoPE sees differences of positions alone",
-        model(rope_tables=("= positions[", "= (1 + positions)[")),
+        model(rope_tables=("positions * freq", "(1 + positions) * freq")),
     ),
     (
         "positions-of-real",
