@@ -68,12 +68,11 @@ def run(arguments: argparse.Namespace) -> int:
     threads = split(arguments.threads) or ["1"]
     rounds = arguments.rounds or (FEWER if arguments.quick else ROUNDS)
     kinds = split(arguments.kind) or list(KINDS)
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        return refuse(f"--kind {', '.join(unknown)}: expected some of {', '.join(KINDS)}", "bench")
-    if unknown := [name for name in sizes if name not in SIZES]:
-        return refuse(f"--size {', '.join(unknown)}: expected some of {', '.join(SIZES)}", "bench")
-    if unknown := [name for name in peers if name not in SIDES]:
-        return refuse(f"--peer {', '.join(unknown)}: expected some of {', '.join(SIDES)}", "bench")
+    chosen = (("kind", kinds, KINDS), ("size", sizes, SIZES), ("peer", peers, SIDES))
+    for option, given, known in chosen:
+        if unknown := [name for name in given if name not in known]:
+            expected = f"expected some of {', '.join(known)}"
+            return refuse(f"--{option} {', '.join(unknown)}: {expected}", "bench")
     if wrong := [n for n in threads if not n.isdecimal() or int(n) < 1]:
         return refuse(f"--threads {', '.join(wrong)}: expected numbers from 1", "bench")
     for name, value in (("rounds", rounds), ("tokens", arguments.tokens)):
@@ -82,20 +81,19 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json and (why := writable(arguments.json)):
         return refuse(f"cannot write {why}", "bench")
     own = {name: getattr(arguments, name) for name in ("tokens", "recompute", "quantised")}
-    results = []
+    results, pairs = [], list(product(peers, threads))
     with progress_bar() as progress:
         for i, name in enumerate(sizes):
             with tempfile.TemporaryDirectory() as made:
                 folder = Path(made)
                 write_case(folder, SIZES[name])
-                pairs = list(product(peers, threads))
                 for j, (peer, n) in enumerate(pairs):
                     if progress:
                         done = i * len(pairs) + j
                         progress(f"{name}, {peer}:", done, len(sizes) * len(pairs))
-                    given = name, folder, peer, int(n), rounds, own
+                    case = name, folder, peer, int(n), rounds, own
                     try:
-                        results.append(measure(*given, kinds=kinds))
+                        results.append(measure(*case, kinds=kinds))
                     except Missing as error:
                         refuse(str(error), "bench")
                         return NOT_LOADED
