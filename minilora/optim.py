@@ -5,7 +5,7 @@ A step takes parameters, gradients and state and returns new ones; nothing is ch
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,15 +76,61 @@ def adamw(
     Source: Loshchilov and Hutter 2019, algorithm 2; Kingma and Ba 2015, algorithm 1.
     """
     (beta1, beta2), t = betas, state.t + 1
-    new, m, v = {}, {}, {}
+    new: Weights = {}
+    means: tuple[Weights, Weights] = {}, {}
+    rates = lr if isinstance(lr, Mapping) else dict.fromkeys(params, lr)
+    for names in _alike(params, gradients, state, rates):
+        p, g, lr_p = _joined(params, names), _joined(gradients, names), rates[names[0]]
+        m, v = (_joined(old, names) if names[0] in old else 0 for old in (state.m, state.v))
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * (g * g)
+        m_hat = m / (1 - beta1**t)
+        v_hat = v / (1 - beta2**t)
+        p = (1 - lr_p * weight_decay) * p - lr_p * (m_hat / (np.sqrt(v_hat) + eps))
+        for parts, whole in zip((new, *means), (p, m, v), strict=True):
+            parts |= _parted(whole, names, params)
+    return new, AdamState(t, *means)
+
+
+JOINED = 2**16
+"""About so many entries are worked on at a time: of small arrays, the calls cost more."""
+
+
+def _alike(
+    params: Weights, gradients: Weights, state: AdamState, rates: Mapping[str, float]
+) -> Iterator[list[str]]:
+    """The names in runs of one rate and one number system, of `JOINED` entries or one array."""
+    run: list[str] = []
+    size, before = 0, None
     for name, p in params.items():
-        g, lr_p = gradients[name], _of(lr, name)
-        m[name] = beta1 * state.m.get(name, 0) + (1 - beta1) * g
-        v[name] = beta2 * state.v.get(name, 0) + (1 - beta2) * (g * g)
-        m_hat = m[name] / (1 - beta1**t)
-        v_hat = v[name] / (1 - beta2**t)
-        new[name] = (1 - lr_p * weight_decay) * p - lr_p * (m_hat / (np.sqrt(v_hat) + eps))
-    return new, AdamState(t, m, v)
+        kind = rates[name], p.dtype, gradients[name].dtype, name in state.m
+        if run and (kind != before or size + p.size > JOINED):
+            yield run
+            run, size = [], 0
+        run.append(name)
+        size, before = size + p.size, kind
+    if run:
+        yield run
+
+
+def _joined(arrays: Weights, names: Sequence[str]) -> Array:
+    """These arrays as one: what is done entry by entry is done to all of them at once."""
+    if len(names) == 1:
+        return arrays[names[0]]
+    return np.concatenate([arrays[name].ravel() for name in names])
+
+
+def _parted(whole: Array, names: Sequence[str], like: Weights) -> Weights:
+    """The arrays that `_joined` made one, each in its shape: parts of it, and no copies."""
+    if len(names) == 1:
+        return {names[0]: whole}
+    parts: Weights = {}
+    start = 0
+    for name in names:
+        end = start + like[name].size
+        parts[name] = whole[start:end].reshape(like[name].shape)
+        start = end
+    return parts
 
 
 def global_norm(gradients: Weights) -> Array:

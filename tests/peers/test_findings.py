@@ -198,9 +198,10 @@ def test_peft_replaces_a_weight_decay_for_loraplus_by_zero(torch, peft):
         optimizer.step()
         return {end: layer.get_parameter(f"lora_{end}.default.weight").item() for end in "AB"}
 
-    start = {"q.A": 1.0, "q.B": 1.0}
+    start = {"q.A": np.ones(()), "q.B": np.ones(())}
     rates = loraplus_rates(list(start), lr=0.25, ratio=2)
-    right, _ = adamw(start, dict.fromkeys(start, 0.0), AdamState(), rates, weight_decay=0.5)
+    still = dict.fromkeys(start, np.zeros(()))
+    right, _ = adamw(start, still, AdamState(), rates, weight_decay=0.5)
     assert right == {"q.A": 0.875, "q.B": 0.75}
     assert step(weight_decay=0.5) == {"A": 1, "B": 1}
     assert step(loraplus_weight_decay=0.5) == {"A": 0.875, "B": 0.75}
