@@ -5,6 +5,8 @@ starts here take A and B out of the weight W, and what is left, the residual, be
 base; W itself is the caller's to keep. Only `orthogonal` leaves W as it is.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any
@@ -97,7 +99,7 @@ def loftq(
     return Q, A, B
 
 
-Start = Callable[[np.random.Generator, Array, int, Any], tuple[Array, Array, Array]]
+Start = Callable[["np.random.Generator", Array, int, Any], tuple[Array, Array, Array]]
 
 
 def _drawn(init: str) -> Start:

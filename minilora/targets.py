@@ -3,6 +3,8 @@
 Projections are named as the models name them: ``layers.0.q``, ``layers.1.down``, ``pooler``.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

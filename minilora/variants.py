@@ -5,6 +5,8 @@ tokens it acts. The others stand here, each beside `lora_linear` line for line; 
 marked with ``≠``. Where several adapters of one projection act, their branches y - (W x + b) add.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

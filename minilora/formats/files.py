@@ -6,7 +6,6 @@ Whatever is wrong with a file is a `FormatError`; no other exception comes out o
 import json
 import os
 import re
-import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -277,7 +276,7 @@ def write_files(
     if folders := [name for name in files if (folder / name).is_dir()]:
         found = f"folders named {listed(folders)}"
         raise FormatError(folder, "folder", found, "files or nothing there", "move them away")
-    beside = {name: folder / f".{name}.{secrets.token_hex(4)}" for name in files}
+    beside = {name: folder / f".{name}.{os.urandom(4).hex()}" for name in files}
     try:
         for name, data in files.items():
             beside[name].write_bytes(data())

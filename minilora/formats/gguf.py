@@ -9,7 +9,6 @@ Source: the GGUF specification of GGML, versions 2 and 3; llama.cpp's converters
 import math
 import mmap
 import os
-import secrets
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -703,7 +702,7 @@ def _written(path: Path | str, name: str) -> Iterator[Any]:
     if path.is_dir():
         raise FormatError(path, "file", "a folder", "a file, or nothing there", "name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+    beside = path.parent / f".{path.name}.{os.urandom(4).hex()}"
     writer = library().GGUFWriter(beside, name)
     try:
         yield writer
