@@ -53,13 +53,19 @@ def embed(ids: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
 def normalise(
     op: Callable[..., tuple[Array, Back]], x: Array, at: str, W: Params, c: Any, tuning: Tuning
 ) -> tuple[Array, Back]:
-    """The norm named ``at``, by ``op``: rmsnorm with its weight, layernorm with weight and bias."""
+    """The norm named ``at``, by ``op``: rmsnorm with its weight, layernorm with weight and bias.
+
+    Where it is frozen and dy is the number 0, of which there is nothing below, so is dx.
+    """
     names = [f"{at}.{part}" for part in ("weight", "bias") if f"{at}.{part}" in W]
     y, back_op = op(x, *(W[name] for name in names), c.eps)
+    frozen = tuning.trained.isdisjoint(names)
 
     def back(dy: Array) -> tuple[Array, Weights]:
-        dx, *gradients = back_op(dy)
-        return dx, tuning.wanted(dict(zip(names, gradients, strict=True)))
+        if frozen and not np.ndim(dy):
+            return dy, {}
+        dx, *gradients = back_op(dy, frozen)
+        return dx, {} if frozen else tuning.wanted(dict(zip(names, gradients, strict=True)))
 
     return y, back
 

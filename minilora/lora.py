@@ -8,6 +8,8 @@ All parameters of a model lie in one flat dict under dotted names: ``layers.0.q.
 scale and dropout mask, says a `Tuning`.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,19 +41,20 @@ def lora_linear(
     """y = W x + b + s B A (K ∘ x), with W, b frozen, A, B trained and K the dropout multiplier.
 
     With h = K ∘ x, u = A h and du = s Bᵀ dy:
-    dx = Wᵀ dy + K ∘ (Aᵀ du),   dA = du hᵀ,   dB = s dy uᵀ.
+    dx = Wᵀ dy + K ∘ (Aᵀ du),   dA = du hᵀ,   dB = dy (s u)ᵀ;   dx = 0 of a ``constant`` x.
 
     Shapes: x (n, t), W (m, n), b (m, 1), A (r, n), B (m, r), s (), K (n, t) -> y (m, t).
     Source: Hu et al. 2021, equation 3; dropout on the branch's input as in its code.
     """
     base, back_base = linear(x, W, b)
     h, back_dropout = dropout(x, K)
-    u = A @ h
-    y = base + B @ (s * u)
+    su = s * (A @ h)
+    y = base + B @ su
 
-    def back(dy: Array) -> tuple[Array, Array, Array]:
+    def back(dy: Array, constant: bool = False) -> tuple[Any, Array, Array]:
         du = s * (B.T @ dy)
-        return back_base(dy) + back_dropout(A.T @ du), (h @ du.T).T, dy @ (s * u).T
+        dx = 0 if constant else back_base(dy) + back_dropout(A.T @ du)
+        return dx, (h @ du.T).T, dy @ su.T
 
     return y, back
 
@@ -105,20 +108,22 @@ class Variant:
 
     ``parts`` are the parameters' names after the projection's. ``linear(x, W, b, *parts, s, K)``
     gives y and ``back``, and ``back(dy)`` dx and a gradient for each part. ``merge(W, b, *parts,
-    s)`` gives W' and b' with W' x + b' = y. ``additive``: y - W x does not depend on W.
+    s)`` gives W' and b' with W' x + b' = y. ``additive``: y - W x does not depend on W. ``spares``:
+    ``back(dy, True)`` forms no dx.
     """
 
     parts: tuple[str, ...]
     linear: Callable[..., tuple[Array, Back]]
     merge: Callable[..., tuple[Array, Array | None]]
     additive: bool = True
+    spares: bool = False
 
 
 def _merge_lora(W: Array, b: Array | None, A: Array, B: Array, s: Any) -> tuple[Array, Any]:
     return merge_weight(W, A, B, s), b
 
 
-LORA = Variant(("A", "B"), lora_linear, _merge_lora)
+LORA = Variant(("A", "B"), lora_linear, _merge_lora, spares=True)
 """LoRA itself; :mod:`minilora.variants` has the others."""
 
 
@@ -129,7 +134,8 @@ class Tuning:
     ``scale``: s of each adapted projection; ``keep``: its dropout multiplier K (n, tokens), none
     outside training; ``trained``: names of parameters, adapters' or the base's own; ``variant``: of
     the projections whose adapter is not LoRA itself; ``recompute``: ``back`` runs each block's
-    forward again, so that only its input is kept. Full fine-tuning is
+    forward again, so that only its input is kept; ``constant``: projections whose input depends on
+    nothing that is trained, as the model finds them: their dx is 0. Full fine-tuning is
     ``Tuning(trained=frozenset(weights))``.
     """
 
@@ -138,6 +144,7 @@ class Tuning:
     trained: frozenset[str] = frozenset()
     variant: Mapping[str, Variant] = field(default_factory=dict)
     recompute: bool = False
+    constant: frozenset[str] = frozenset()
 
     def wanted(self, gradients: Weights) -> Weights:
         """Those of ``gradients`` whose parameter is trained."""
@@ -200,8 +207,14 @@ def project(x: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
     else:
         y, back_y = linear(x, W[weight], W.get(bias))
 
-    def back(dy: Array) -> tuple[Array, Weights]:
-        dx, *parts = back_y(dy) if names else (back_y(dy),)
+    constant = at in tuning.constant
+    spared = (True,) if constant and variant.spares else ()
+
+    def back(dy: Array) -> tuple[Any, Weights]:
+        if names:
+            dx, *parts = back_y(dy, *spared)
+        else:
+            dx, parts = 0 if constant else back_y(dy), []
         gradients: Weights = dict(zip(names, parts, strict=True))
         if weight in tuning.trained:
             gradients[weight] = dy @ x.T

@@ -6,6 +6,7 @@ gradient of all that the `Tuning` names as trained. Logits lie (classes, b*t) or
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -170,7 +171,7 @@ class Bert(Config):
         return {"pooler": (self.d, self.d), "head": (self.classes, self.d)}
 
 
-def draw_weights(c: Config, rng: np.random.Generator, std: float = 0.02) -> Weights:
+def draw_weights(c: Config, rng: "np.random.Generator", std: float = 0.02) -> Weights:
     """Fresh weights in float64: matrices N(0, std²), norms' weights 1, biases 0."""
 
     def draw(name: str, shape: tuple[int, int]) -> Array:
@@ -207,7 +208,8 @@ def llama(
     Source: Touvron et al. 2023.
     """
     x, back_embed = embed(batch.ids.ravel(), "embed", W, tuning)
-    tables = rope_tables(batch.places, c.head_dim, c.theta, x.dtype)
+    rows = 1 if batch.positions is None else None  # whose tables are those of all
+    tables = rope_tables(batch.places[:rows], c.head_dim, c.theta, x.dtype)
     mask = mask_of(batch, past)
     x, back_blocks = stack(
         x,
@@ -298,12 +300,34 @@ def bert(
 
 def kept(c: Config, tuning: Tuning) -> tuple[int, bool]:
     """How many blocks at the bottom have nothing trained in or below them; whether to recompute."""
-    lowest = c.layers
-    for name in tuning.trained:
+    return _lowest(c.layers, frozenset(tuning.trained)), tuning.recompute
+
+
+@lru_cache(maxsize=8)
+def _lowest(layers: int, trained: frozenset[str]) -> int:
+    lowest = layers
+    for name in trained:
         at, number, *_ = name.split(".")
         if at not in ("head", "pooler"):
             lowest = min(lowest, int(number) if at == "layers" else 0)
-    return lowest, tuning.recompute
+    return lowest
+
+
+FIRST = ("q", "k", "v", "qkv")
+"""The projections that read a block's input, through its first norm or as it is."""
+
+
+@lru_cache(maxsize=8)
+def constant(layers: int, trained: frozenset[str]) -> frozenset[str]:
+    """The projections that read what depends on nothing trained: `FIRST` of the lowest block.
+
+    Unless something outside the blocks is trained, or the norm between.
+    """
+    first = f"layers.{_lowest(layers, trained)}."
+    outside = ("layers.", "head.", "pooler.")
+    if any(not name.startswith(outside) or name.startswith(first + "norm1") for name in trained):
+        return frozenset()
+    return frozenset(first + at for at in FIRST)
 
 
 FORWARD: dict[type[Config], Callable[..., tuple[Array, Back]]] = {
@@ -329,14 +353,15 @@ def logits(
     Errors: ValueError if a token's id, position or type lies outside its table, and for the past of
     a model that is not causal, whose earlier tokens would have to see the later ones.
     """
-    rows = {"embed": batch.ids, "positions": batch.places, "types": batch.types}
+    rows = {"embed": "ids", "positions": "places", "types": "types"}
     for at, n in c.tables().items():
-        numbers = rows[at]
+        numbers = getattr(batch, rows[at])
         if numbers is not None and (numbers.min() < 0 or numbers.max() >= n):
             found = f"{numbers.min()} to {numbers.max()}"
             raise ValueError(f"rows of {at}: found {found}, expected 0 to {n - 1}")
     if past is None:
-        return FORWARD[type(c)](batch, W, c, tuning, head)
+        own = replace(tuning, constant=constant(c.layers, frozenset(tuning.trained)))
+        return FORWARD[type(c)](batch, W, c, own, head)
     if not c.causal:
         raise ValueError(f"a {type(c).__name__} has no past: every token sees every other")
     z, _ = FORWARD[type(c)](batch, W, c, tuning, head, past)
@@ -362,8 +387,11 @@ def targets(batch: Batch, c: Config) -> Array:
     return following.ravel()
 
 
-LOGITS = 6 * 2**20
-"""About so many logits are formed at a time."""
+LOGITS, COLUMNS = 2**18, 128
+"""So many logits are formed at a time, or those of so many tokens where these are more."""
+
+LARGE = 6 * 2**20
+"""From so many logits on, the head's weight is read by blocks of rows."""
 
 
 def head_loss(
@@ -372,46 +400,51 @@ def head_loss(
     """L = the mean cross-entropy of z = W x over the labels that count, W the projection's ``at``.
 
     Where there would be more than `LOGITS`, only the columns whose label counts are formed, some of
-    them at a time, and each time the gradient in the same pass: z is never there as a whole. Nor is
-    W, which is then read by blocks of rows.
+    them at a time, and each time the gradient in the same pass: z is never there as a whole. Nor,
+    where it is `LARGE`, is W.
 
     Shapes: x (n, t), labels (t,) -> L ().
     Errors: those of :func:`minilora.ops.cross_entropy`.
     """
-    weight = weight_of(at, W)
-    held: dict[str, Any] = {name: W[name] for name in W if name.startswith(f"{at}.")}
-    counted, E = labels != IGNORED, W[weight]
-    large = len(E) * labels.size > LOGITS
-    held[weight] = by_rows(E) if large else _whole(E)
-    parts: list[Any] = [slice(None)]
-    if large and counted.any():
-        columns = np.flatnonzero(counted)
-        parts = np.array_split(columns, -(-len(E) * columns.size // LOGITS))
-    n = count if len(parts) == 1 else int(counted.sum()) if count is None else count
+    E = W[weight_of(at, W)]
+    held = _held(E, len(E) * labels.size > LARGE, at, W)
+    most = max(COLUMNS, LOGITS // len(E))
+    columns: Any = np.flatnonzero(labels != IGNORED) if labels.size > most else slice(None)
+    n = columns.size if labels.size > most and count is None else count
     K = tuning.keep.get(at)
 
     def of(part: Any) -> tuple[Array, Array, Weights]:
-        keep = {} if K is None else {at: K[:, part]}
-        z, back_z = project(x[:, part], at, held, replace(tuning, keep=keep))
+        own = tuning if K is None else replace(tuning, keep={at: K[:, part]})
+        z, back_z = project(x[:, part], at, held, own)
         L, back_L = cross_entropy(z, labels[part], n)
         del z  # the gradient takes its place
         return L, *(back_z(back_L(1.0)) if tuning.trained else (np.zeros_like(x[:, part]), {}))
 
-    losses, dxs, gradients = zip(*map(of, parts), strict=True)
-    dx = np.zeros_like(x, dtype=dxs[0].dtype)
-    for part, dx_part in zip(parts, dxs, strict=True):
-        dx[:, part] = dx_part
-    sums = total(*gradients)
+    L, dx, gradients = _in_parts(of, columns, most, x) if labels.size > most else of(columns)
 
     def back(dL: Array) -> tuple[Array, Weights]:
-        return dL * dx, {name: dL * g for name, g in sums.items()}
+        return dL * dx, {name: dL * g for name, g in gradients.items()}
 
-    return sum(losses[1:], losses[0]), back
+    return L, back
 
 
-def _whole(weight: Any) -> Array:
-    """A weight of any number system; where its rows are made on demand, all of them."""
-    return np.asarray(weight) if hasattr(weight, "rows") else weight
+def _in_parts(
+    of: Callable[[Array], tuple[Array, Array, Weights]], columns: Array, most: int, x: Array
+) -> tuple[Array, Array, Weights]:
+    """L, dx and what else ``of`` gives of at most so many columns of x, added up."""
+    parts = np.array_split(columns, -(-columns.size // most) or 1)
+    losses, dxs, gradients = zip(*map(of, parts), strict=True)
+    dx = np.zeros_like(x, dtype=dxs[0].dtype)
+    dx[:, columns] = np.concatenate(dxs, axis=1)
+    return sum(losses[1:], losses[0]), dx, total(*gradients)
+
+
+def _held(E: Any, by_blocks: bool, at: str, W: Params) -> Params:
+    """W, in which the weight E of the projection ``at`` is read as a whole or by blocks of rows."""
+    if not by_blocks and not hasattr(E, "rows"):
+        return W
+    own: dict[str, Any] = {name: W[name] for name in W if name.startswith(f"{at}.")}
+    return own | {weight_of(at, W): by_rows(E) if by_blocks else np.asarray(E)}
 
 
 def loss(

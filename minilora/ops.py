@@ -89,22 +89,29 @@ def with_tokens(E: Array, ids: Array, rows: Array) -> tuple[Array, Back]:
     return changed, back
 
 
+def _mean(x: Array) -> Array:
+    """The mean over the features of each token; NumPy's own takes twice as long to begin."""
+    total: Array = np.add.reduce(x)
+    return total / len(x)
+
+
 def rmsnorm(x: Array, w: Array, eps: float) -> tuple[Array, Back]:
     """y = w ∘ h, h = x / √(mean(x²) + eps), the mean over the features of a token.
 
     With dh = w ∘ dy and ρ = 1 / √(mean(x²) + eps):
-    dx = ρ (dh - h mean(h ∘ dh)),   dw = the sum over tokens of h ∘ dy.
+    dx = ρ (dh - h mean(h ∘ dh)),   dw = the sum over tokens of h ∘ dy, unless w is ``frozen``.
 
     Shapes: x (n, t), w (n, 1) -> y (n, t).
     Source: Zhang and Sennrich 2019, equation 4.
     """
-    rho = 1 / np.sqrt((x * x).mean(0) + eps)
+    rho = 1 / np.sqrt(_mean(x * x) + eps)
     h = x * rho
     y = w * h
 
-    def back(dy: Array) -> tuple[Array, Array]:
+    def back(dy: Array, frozen: bool = False) -> tuple[Array, ...]:
         dh = w * dy
-        return rho * (dh - h * (h * dh).mean(0)), (h * dy).sum(1, keepdims=True)
+        dx = rho * (dh - h * _mean(h * dh))
+        return (dx,) if frozen else (dx, (h * dy).sum(1, keepdims=True))
 
     return y, back
 
@@ -113,20 +120,22 @@ def layernorm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Back]:
     """y = w ∘ h + b, h = (x - mean(x)) / √(var(x) + eps), over the features of a token.
 
     With dh = w ∘ dy and ρ = 1 / √(var(x) + eps):
-    dx = ρ (dh - mean(dh) - h mean(h ∘ dh)),   dw = sum of h ∘ dy,   db = sum of dy over tokens.
+    dx = ρ (dh - mean(dh) - h mean(h ∘ dh)),   dw = sum of h ∘ dy,   db = sum of dy over tokens,
+    both unless w and b are ``frozen``.
 
     Shapes: x (n, t), w (n, 1), b (n, 1) -> y (n, t).
     Source: Ba, Kiros and Hinton 2016, equation 4.
     """
-    centred = x - x.mean(0)
-    rho = 1 / np.sqrt((centred * centred).mean(0) + eps)
+    centred = x - _mean(x)
+    rho = 1 / np.sqrt(_mean(centred * centred) + eps)
     h = centred * rho
     y = w * h + b
 
-    def back(dy: Array) -> tuple[Array, Array, Array]:
+    def back(dy: Array, frozen: bool = False) -> tuple[Array, ...]:
         dh = w * dy
-        dx = rho * (dh - dh.mean(0) - h * (h * dh).mean(0))
-        return dx, (h * dy).sum(1, keepdims=True), dy.sum(1, keepdims=True)
+        dx = rho * (dh - _mean(dh) - h * _mean(h * dh))
+        dw_db = () if frozen else ((h * dy).sum(1, keepdims=True), dy.sum(1, keepdims=True))
+        return dx, *dw_db
 
     return y, back
 
@@ -285,9 +294,11 @@ def causal_mask(real: Array) -> Array:
 
     Shapes: real (b, t) -> mask (b, t, t), keys before queries.
     """
-    t = real.shape[1]
-    past: Array = np.triu(np.ones((t, t), bool)) & real[:, :, None]
-    return past | np.eye(t, dtype=bool)
+    t = np.arange(real.shape[1])
+    s = t[:, None]
+    past = (s <= t) & real[:, :, None]
+    mask: Array = past | (s == t)
+    return mask
 
 
 def padding_mask(real: Array) -> Array:
@@ -368,25 +379,24 @@ def by_queries(
     t = q.shape[-1]
     if t <= QUERIES:
         return attend(q, k, v, mask)
-    outputs, backs = [], []
+    dtype, backs = np.result_type(q, k, v), []
+    o = np.empty_like(q, dtype=dtype)
     for start in range(0, t, QUERIES):
         queries = slice(start, start + QUERIES)
         keys = slice(np.flatnonzero(mask[:, :, queries].any((0, 2)))[-1] + 1)
         own = q[..., queries], k[..., keys], v[..., keys], mask[:, keys, queries]
-        o, back_o = attend(*own)
-        outputs.append(o)
+        o[..., queries], back_o = attend(*own)
         backs.append((queries, keys, back_o))
 
     def back(do: Array) -> tuple[Array, Array, Array]:
-        dtype = np.result_type(q, k, v, do)
-        dq, dk, dv = (np.zeros_like(x, dtype=dtype) for x in (q, k, v))
+        dq, dk, dv = (np.zeros_like(x, dtype=np.result_type(dtype, do)) for x in (do, k, v))
         for queries, keys, back_o in backs:
             dq[..., queries], dk_part, dv_part = back_o(do[..., queries])
             dk[..., keys] += dk_part
             dv[..., keys] += dv_part
         return dq, dk, dv
 
-    return np.concatenate(outputs, axis=-1), back
+    return o, back
 
 
 def cross_entropy(z: Array, labels: Array, count: int | None = None) -> tuple[Array, Back]:

@@ -27,19 +27,26 @@ class Plan:
     """How a step is cut up; the mathematics does not depend on it.
 
     ``threads``: how many groups run at a time; ``tokens``: about how many a group has, of whole
-    sequences and at least one; ``recompute``: whether a block's activations are formed again for
-    its backward, from its input alone, rather than kept.
+    sequences and at least one, `TOKENS` unless given, or so many that one activation of a narrow
+    model has `ENTRIES`; ``recompute``: whether a block's activations are formed again for its
+    backward, from its input alone, rather than kept.
     Errors: ValueError if there is no thread or no token.
     """
 
     threads: int = 1
-    tokens: int = 256
+    tokens: int | None = None
     recompute: bool = False
 
     def __post_init__(self) -> None:
         for name in ("threads", "tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: expected at least 1")
+
+
+TOKENS, ENTRIES = 256, 3 * 2**14
+"""Of a group: fewer tokens, and its calls cost more than its arithmetic; more entries, and its
+arrays leave the processor's cache."""
 
 
 def counted(batch: Batch, c: Config) -> int:
@@ -48,15 +55,20 @@ def counted(batch: Batch, c: Config) -> int:
 
 
 def groups(batch: Batch, c: Config, plan: Plan) -> list[slice]:
-    """The batch's rows in groups of about ``plan.tokens`` tokens, in their order.
+    """The batch's rows in groups of about so many tokens as the plan says, in their order.
 
     A group none of whose labels counts is left out.
     """
+    return _groups(targets(batch, c) != IGNORED, batch, c, plan)
+
+
+def _groups(counts: Array, batch: Batch, c: Config, plan: Plan) -> list[slice]:
     b, t = batch.ids.shape
-    size = max(1, plan.tokens // t)
-    every = [slice(start, start + size) for start in range(0, b, size)]
-    labels = targets(batch, c).reshape(b, -1)
-    return [rows for rows in every if (labels[rows] != IGNORED).any()]
+    size = max(1, (plan.tokens or max(TOKENS, ENTRIES // c.d)) // t)
+    n = -(-b // size)
+    every = [slice(b * i // n, b * (i + 1) // n) for i in range(n)]
+    by_rows = counts.reshape(b, -1)
+    return [rows for rows in every if by_rows[rows].any()]
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,8 @@ def drawn_dropout(
 def part(batch: Batch, tuning: Tuning, rows: slice) -> tuple[Batch, Tuning]:
     """These rows of the batch, and their columns of the dropout multipliers."""
     b = len(batch.ids)
+    if rows.indices(b) == (0, b, 1):
+        return batch, tuning
     arrays = {f.name: getattr(batch, f.name) for f in fields(batch)}
     own = replace(batch, **{name: a[rows] for name, a in arrays.items() if a is not None})
     start, stop, _ = rows.indices(b)
@@ -140,11 +154,24 @@ def _pools(scipy: bool) -> Any:
     return ThreadpoolController()
 
 
+_limits: list[int] = []
+
+
 @contextmanager
 def blas_threads(n: int) -> Iterator[None]:
-    """Matrix products use n threads inside, and as many as before afterwards."""
-    with _pools("scipy.special" in sys.modules).limit(limits=n, user_api="blas"):
+    """Matrix products use n threads inside, and as many as before afterwards.
+
+    Inside another one of the same n there is nothing to do.
+    """
+    if _limits and _limits[-1] == n:
         yield
+        return
+    with _pools("scipy.special" in sys.modules).limit(limits=n, user_api="blas"):
+        _limits.append(n)
+        try:
+            yield
+        finally:
+            _limits.pop()
 
 
 def in_order(work: Callable[[slice], Any], parts: list[slice], threads: int) -> Iterator[Any]:
@@ -175,12 +202,13 @@ def gradients(
 
     Errors: ValueError if no label counts; those of ``loss``.
     """
-    own = counted(batch, c)
+    counts = targets(batch, c) != IGNORED
+    own = int(counts.sum())
     n = own if count is None else count
     if min(own, n) < 1:
         raise ValueError(f"no label counts in {len(batch.ids)} rows; leave this batch out")
 
-    how = replace(tuning, recompute=plan.recompute)
+    how = replace(tuning, recompute=plan.recompute) if plan.recompute else tuning
     if plan.recompute:  # memory is dearer than time
         release_memory()
 
@@ -191,7 +219,9 @@ def gradients(
 
     L: Any = None
     sums: Weights = {}
-    for L_group, gradients_of_group in in_order(work, groups(batch, c, plan), plan.threads):
+    for L_group, gradients_of_group in in_order(
+        work, _groups(counts, batch, c, plan), plan.threads
+    ):
         L = L_group if L is None else L + L_group
         sums = total(sums, gradients_of_group)
     return L, sums

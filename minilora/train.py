@@ -29,7 +29,7 @@ from minilora.formats.files import pack_json, read_json, write_files
 from minilora.lora import LORA, Params, Tuning, Weights, is_base, total
 from minilora.models import Batch, Config
 from minilora.optim import AdamState, adamw, clip, loraplus_rates, schedule
-from minilora.steps import Plan, counted, drawn_dropout, gradients
+from minilora.steps import Plan, blas_threads, counted, drawn_dropout, gradients
 from minilora.targets import Lora, adapt
 from minilora.variants import REGISTRY
 
@@ -607,7 +607,7 @@ def fit(
         save()
         if watch is not None:
             watch({"step": state.step}, steps)
-        with (out / LOG).open("a", encoding="utf-8") as log:
+        with blas_threads(1), (out / LOG).open("a", encoding="utf-8") as log:
             started = time.perf_counter()
             following = run(
                 state, job.weights({}), c, job.tuning, job.data.train, job.recipe, plan,

@@ -133,6 +133,8 @@ def test_a_table_is_a_matrix_in_products(monkeypatch):
 def test_a_large_head_is_read_by_rows_to_the_same_bits(kind, monkeypatch):
     """Forward and backward for each part of the columns; DoRA holds the whole in between."""
     monkeypatch.setattr(models, "LOGITS", 90)
+    monkeypatch.setattr(models, "COLUMNS", 1)
+    monkeypatch.setattr(models, "LARGE", 90)
     monkeypatch.setattr(expanded, "ENTRIES", 32 * C.d)
     asked = []
 
@@ -149,7 +151,7 @@ def test_a_large_head_is_read_by_rows_to_the_same_bits(kind, monkeypatch):
     assert same(found[1], wanted[1])
     assert same_bits(found[0], wanted[0])
     blocks = sum(at == slice(64, 70) for at in asked if isinstance(at, slice))
-    parts = -(-12 * C.vocab // 90)  # of the columns that count
+    parts = -(-12 // (90 // C.vocab))  # of the columns that count
     assert blocks == (parts if kind == "dora" else 2 * parts)
 
 

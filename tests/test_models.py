@@ -776,6 +776,7 @@ def test_a_loss_of_logits_in_parts_is_that_of_the_projection_as_a_whole(
                 shapes.append(z.shape[1]) or right(z, *rest)
             ),
         )
+        monkeypatch.setattr(models, "COLUMNS", 1)
         monkeypatch.setattr(models, "LOGITS", len(z) * t if of_all else len(z) * t - 1)
         L, back_L = models.head_loss(x, "head", W, tuning, labels, count)
         assert shapes == ([t] if of_all else [t - 2])

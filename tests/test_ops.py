@@ -555,6 +555,14 @@ def test_the_loss_forgets_a_constant_on_the_logits(drawn, j):
     assert error <= (z.shape[1] + 4) * UNIT_ROUNDOFF * max(abs(L), abs(shifted))
 
 
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_a_frozen_norm_gives_the_same_dx_alone(norm):
+    drawn = draw.draw_operations(np.random.default_rng(0), 2, 3, 4, 1, 5)[norm]
+    _, back = drawn()
+    (dx,) = back(drawn.dy, frozen=True)
+    assert same_bits(dx, back(drawn.dy)[0])
+
+
 def test_great_numbers_overflow_nowhere():
     great = np.array([[-1e4, -800.0, 0.0, 800.0, 1e4]])
     for f in (ops.silu, ops.gelu, ops.gelu_tanh, ops.tanh):

@@ -77,6 +77,31 @@ def test_products_on_several_threads_add_up_too(name):
     agree(of(case(name), Plan(threads=2)), of(case(name)), groups=1)
 
 
+@pytest.mark.parametrize(
+    ("b", "t", "d", "tokens", "sizes"),
+    [
+        (8, 128, 128, None, [2, 3, 3]),  # 3 of 128 tokens: 384, and 128 wide, 3 * 2**14 entries
+        (4, 256, 384, None, [1, 1, 1, 1]),
+        (4, 32, 32, None, [4]),
+        (
+            7,
+            64,
+            999,
+            None,
+            [3, 4],
+        ),  # 256 tokens at least, and no group much smaller than the others
+        (7, 64, 999, 128, [1, 2, 2, 2]),
+        (2, 999, 999, 1, [1, 1]),
+    ],
+)
+def test_groups_have_so_many_tokens_and_as_many_as_one_another(b, t, d, tokens, sizes):
+    ids = np.zeros((b, t), int)
+    c = replace(CONFIGS["Llama"], d=d)
+    rows = steps.groups(ml.Batch(ids, labels=ids), c, Plan(tokens=tokens))
+    assert [each.stop - each.start for each in rows] == sizes
+    assert [i for each in rows for i in range(b)[each]] == list(range(b))
+
+
 def test_a_part_of_a_batch_is_divided_by_the_whole():
     model = case("GPT-2")
     n = steps.counted(model.batch, model.config)
@@ -128,6 +153,21 @@ def test_a_group_without_labels_adds_nothing():
         of(empty)
     with pytest.raises(ValueError, match="no label counts"):
         of(model, count=0)
+
+
+def test_products_keep_their_threads_inside_as_many():
+    def threads():
+        return {pool["num_threads"] for pool in steps._pools(True).info()}
+
+    with steps.blas_threads(1):
+        with steps.blas_threads(1):
+            assert threads() == {1}
+        with steps.blas_threads(2), steps.blas_threads(1):
+            assert threads() == {1}
+        with pytest.raises(ValueError, match="of the work"), steps.blas_threads(2):
+            raise ValueError("of the work")
+        with steps.blas_threads(1):
+            assert threads() == {1}
 
 
 @pytest.mark.parametrize("wrong", [{"threads": 0}, {"tokens": -1}])
@@ -212,6 +252,46 @@ def test_what_is_trained_below_a_constant_block_has_its_gradient(name):
 
 
 @EVERY
+@pytest.mark.parametrize("lowest", [0, 1])
+def test_no_gradient_flows_below_what_reads_a_constant(name, lowest, monkeypatch):
+    """The gradients keep their bits, and none of the input is formed: its weight is not read."""
+    model, first = case(name), f"layers.{lowest}."
+    trained = frozenset(at for at in model.tuning.trained if at.startswith("layers."))
+    trained -= {at for at in trained if "norm1" in at or (lowest and at.startswith("layers.0."))}
+    model = replace(model, tuning=replace(model.tuning, trained=trained))
+    found, asked = of(model), []
+    right = blocks.project
+
+    def watched(x, at, W, tuning):
+        y, back = right(x, at, W, tuning)
+
+        def kept(dy):
+            dx, g = back(dy)
+            asked.append((at, np.ndim(dx)))
+            return dx, g
+
+        return y, kept
+
+    monkeypatch.setattr(blocks, "project", watched)
+    assert same(of(model), found)
+    spared = {at for at, axes in asked if axes == 0}
+    assert spared == {first + at for at in models.FIRST if f"{first}{at}.weight" in model.W}
+    monkeypatch.setattr(models, "constant", lambda layers, trained: frozenset())
+    asked.clear()
+    assert same(of(model), found)
+    assert all(axes == 2 for _, axes in asked)
+
+
+@pytest.mark.parametrize("also", ["embed.weight", "norm.weight", "layers.1.norm1.weight"])
+def test_what_is_trained_below_makes_an_input_vary(also):
+    trained = {"layers.1.q.A", "layers.2.v.B", "head.A"}
+    wanted = {f"layers.1.{at}" for at in models.FIRST}
+    assert models.constant(3, frozenset(trained)) == wanted
+    assert models.constant(3, frozenset(trained | {"layers.2.norm1.weight"})) == wanted
+    assert models.constant(3, frozenset(trained | {also})) == frozenset()
+
+
+@EVERY
 def test_logits_in_blocks_add_up(name, monkeypatch):
     model = case(name)
     wanted = of(model)
@@ -222,6 +302,7 @@ def test_logits_in_blocks_add_up(name, monkeypatch):
         return right(z, *arguments)
 
     monkeypatch.setattr(models, "LOGITS", 33)
+    monkeypatch.setattr(models, "COLUMNS", 1)
     monkeypatch.setattr(models, "cross_entropy", counting)
     found = of(model)
     agree(found, wanted, groups=len(formed))

@@ -20,7 +20,7 @@ import numpy as np
 
 from minilora.formats import huggingface, peft
 from minilora.formats.files import FormatError, write_tensors
-from minilora.models import Config, Llama, draw_weights
+from minilora.models import FIRST, Config, Llama, draw_weights
 from minilora.quantised import gguf_bytes, quantise
 from minilora.targets import Lora, adapt
 
@@ -71,13 +71,11 @@ def flops(c: Config, b: int, t: int, r: int = RANK) -> dict[str, int]:
 
     Of the frozen weights one product forward and one for the gradient of its input, none for dW; of
     the adapters one more. A causal mask leaves half of all pairs of tokens, each with two products
-    forward and four backward. Below the first adapter no gradient flows.
+    forward and four backward. No gradient flows below the projections that read the first input.
     """
     heads = getattr(c, "head_dim", c.d // c.heads) * c.heads
     blocks = {at: m * n for at, (m, n) in c.linears().items() if at.startswith("layers.")}
-    first = sum(
-        blocks[f"layers.0.{at}"] for at in ("q", "k", "v", "qkv") if f"layers.0.{at}" in blocks
-    )
+    first = sum((m + r) * n for at, (m, n) in c.block().items() if at in FIRST)
     frozen = sum(blocks.values()) + c.vocab * c.d
     adapters = sum(r * sum(c.linears()[at]) for at in blocks)
     pairs = b * c.layers * heads * t * (t + 1) // 2

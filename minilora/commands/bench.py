@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
     )
     option("--rounds", type=int, metavar="N", help=f"rounds at each size (default: {ROUNDS})")
     option("--quick", action="store_true", help=f"{FEWER} rounds of the small sizes")
-    option("--tokens", type=int, default=256, metavar="N", help="of a group of sequences here")
+    option("--tokens", type=int, metavar="N", help="of a group of sequences here")
     option("--recompute", action="store_true", help="form activations again here for the backward")
     option("--quantised", action="store_true", help="keep the frozen weights in four bits here")
     option("--json", metavar="FILE", help="write the results as JSON")
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     if wrong := [n for n in threads if not n.isdecimal() or int(n) < 1]:
         return refuse(f"--threads {', '.join(wrong)}: expected numbers from 1", "bench")
     for name, value in (("rounds", rounds), ("tokens", arguments.tokens)):
-        if value < 1:
+        if value is not None and value < 1:
             return refuse(f"--{name} {value}: expected at least 1", "bench")
     if arguments.json and (why := writable(arguments.json)):
         return refuse(f"cannot write {why}", "bench")

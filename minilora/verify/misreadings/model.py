@@ -67,19 +67,19 @@ NORM = (
     *family(
         "NORM",
         "model.llama",
-        ("eps-1e-6", "ε = 1e-6", model(rmsnorm=("(0) + eps", "(0) + 1e-6"))),
-        ("eps-1e-8", "ε = 1e-8", model(rmsnorm=("(0) + eps", "(0) + 1e-8"))),
-        ("eps-0", "ε = 0", model(rmsnorm=("(0) + eps", "(0)"))),
+        ("eps-1e-6", "ε = 1e-6", model(rmsnorm=("x) + eps", "x) + 1e-6"))),
+        ("eps-1e-8", "ε = 1e-8", model(rmsnorm=("x) + eps", "x) + 1e-8"))),
+        ("eps-0", "ε = 0", model(rmsnorm=("x) + eps", "x)"))),
         (
             "eps-outside",
             "x / (√mean(x²) + ε)",
-            model(rmsnorm=("np.sqrt((x * x).mean(0) + eps)", "(np.sqrt((x * x).mean(0)) + eps)")),
+            model(rmsnorm=("np.sqrt(_mean(x * x) + eps)", "(np.sqrt(_mean(x * x)) + eps)")),
         ),
-        ("sum", "x / √(sum(x²) + ε)", model(rmsnorm=("(x * x).mean", "(x * x).sum"))),
+        ("sum", "x / √(sum(x²) + ε)", model(rmsnorm=("_mean(x * x)", "(x * x).sum(0)"))),
         (
             "mean-subtracted",
             "LayerNorm for RMSNorm",
-            model(rmsnorm=("rho = 1", "x = x - x.mean(0)\n    rho = 1")),
+            model(rmsnorm=("rho = 1", "x = x - _mean(x)\n    rho = 1")),
         ),
         ("weight-plus-1", "(1 + w) ∘ h", model(rmsnorm=("y = w * h", "y = (1 + w) * h"))),
         ("weight-ignored", "h", model(rmsnorm=("y = w * h", "y = h"))),
@@ -101,7 +101,7 @@ NORM = (
         (
             "root-constant",
             "dx = ρ dh: √(mean(x²) + ε) without gradient",
-            model(rmsnorm=("rho * (dh - h * (h * dh).mean(0))", "rho * dh")),
+            model(rmsnorm=("rho * (dh - h * _mean(h * dh))", "rho * dh")),
         ),
         ("weight-not-in-back", "dh = dy for w ∘ dy", model(rmsnorm=("dh = w * dy", "dh = dy"))),
     ),
@@ -113,18 +113,18 @@ NORM = (
             "variance over n - 1",
             model(
                 layernorm=(
-                    "(centred * centred).mean(0)",
+                    "_mean(centred * centred)",
                     "(centred * centred).sum(0) / (len(x) - 1)",
                 )
             ),
         ),
         ("bias-ignored", "w ∘ h", model(layernorm=("y = w * h + b", "y = w * h"))),
-        ("mean-kept", "RMSNorm for LayerNorm", model(layernorm=("x - x.mean(0)", "x"))),
-        ("eps-1e-5", "ε = 1e-5", model(layernorm=("(0) + eps", "(0) + 1e-5"))),
+        ("mean-kept", "RMSNorm for LayerNorm", model(layernorm=("x - _mean(x)", "x"))),
+        ("eps-1e-5", "ε = 1e-5", model(layernorm=("centred) + eps", "centred) + 1e-5"))),
         (
             "mean-constant",
             "dx without mean(dh)",
-            model(layernorm=("dh - dh.mean(0) - h", "dh - h")),
+            model(layernorm=("dh - _mean(dh) - h", "dh - h")),
         ),
     ),
 )
@@ -249,7 +249,7 @@ ATTENTION = (
         (
             "one-future-token",
             "query t sees key t + 1",
-            model(causal_mask=("np.ones((t, t), bool)", "np.ones((t, t), bool), -1")),
+            model(causal_mask=("(s <= t)", "(s <= t + 1)")),
         ),
         ("no-mask", "every query sees every key", model(attention=(MASKED, "pass"))),
         (
@@ -257,9 +257,8 @@ ATTENTION = (
             "query t does not see key t",
             model(
                 causal_mask=(
-                    "return past | np.eye(t, dtype=bool)",
-                    "past = np.triu(past, 1)\n"
-                    "    return past | np.eye(t, dtype=bool) & ~past.any(1)[:, None]",
+                    "mask: Array = past | (s == t)",
+                    "past = np.triu(past, 1)\n    return past | (s == t) & ~past.any(1)[:, None]",
                 )
             ),
         ),
@@ -745,7 +744,7 @@ ADAPTER = (
     *family(
         "ADAPTER",
         "model.gpt2.balance",
-        ("dB-halved", "dB / 2", model(lora_linear=("dy @ (s * u).T", "dy @ (0.5 * s * u).T"))),
+        ("dB-halved", "dB / 2", model(lora_linear=("dy @ su.T", "dy @ (0.5 * su).T"))),
     ),
     *family(
         "ADAPTER",
@@ -931,7 +930,7 @@ SAME = equivalents(
     (
         "positions-of-real",
         "positions counted from the first real token, with RoPE",
-        model(llama=("batch.places", "np.maximum(batch.real.cumsum(1) - 1, 0)")),
+        model(llama=("batch.places[:rows]", "np.maximum(batch.real.cumsum(1) - 1, 0)")),
     ),
     ("fill-1e4", "-10000 for -∞", model(attention=("-np.inf", "-1e4"))),
     (
@@ -953,7 +952,7 @@ SAME = equivalents(
     (
         "variance-of-squares",
         "mean(x²) - mean(x)²",
-        model(layernorm=("(centred * centred).mean(0)", "((x * x).mean(0) - x.mean(0) ** 2)")),
+        model(layernorm=("_mean(centred * centred)", "(_mean(x * x) - _mean(x) ** 2)")),
     ),
     ("stored", "every array on the way rounded to a half precision", model(_wide=_wide)),
     (
@@ -961,7 +960,7 @@ SAME = equivalents(
         "(W + s B A) x",
         model(
             lora_linear=(
-                "y = base + B @ (s * u)",
+                "y = base + B @ su",
                 "y = (W + s * B @ A) @ h if b is None else (W + s * B @ A) @ h + b",
             )
         ),
