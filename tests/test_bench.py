@@ -15,6 +15,7 @@ import pytest
 from minilora import bench
 from minilora.bench import (
     KINDS,
+    NEW,
     SIDES,
     SIZES,
     Missing,
@@ -26,7 +27,7 @@ from minilora.bench import (
     tables,
     write_case,
 )
-from minilora.bench.own import NEW, Own, products_of
+from minilora.bench.own import Own, products_of
 from minilora.cli import main
 from minilora.formats.files import FormatError
 from minilora.formats.huggingface import read_model
@@ -124,6 +125,17 @@ def test_a_library_that_is_missing_is_named_with_its_extra(folder, monkeypatch):
     with pytest.raises(Missing, match=r"jax_absent is not installed.*'minilora.jax.'"):
         Side("jax", folder, threads=1)
     assert main(["bench", "--peer", "absent", "--size", "tiny", "--rounds", "1"]) == 3
+
+
+def test_what_is_missing_gives_up_nothing_of_the_others(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(SIDES, "absent", "minilora_absent:Side")
+    kept = tmp_path / "results.json"
+    command = ["bench", "--peer", "absent,minilora", "--size", "tiny", "--rounds", "1"]
+    assert main([*command, "--kind", "step", "--json", str(kept)]) == 3
+    out, err = capsys.readouterr()
+    assert err.count("minilora_absent is not installed") == 1
+    assert [each.peer for each in read_results(kept)] == ["minilora"]
+    assert "over minilora" in out
 
 
 class Timed:

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from minilora.bench import SIDES, SIZES, Missing, Side, write_case
-from minilora.bench.own import NEW, PROMPT, RATE, Own
+from minilora.bench import NEW, PROMPT, RATE, SIDES, SIZES, Missing, Side, write_case
+from minilora.bench.own import Own
 from minilora.generate import generate
 from minilora.models import Batch, logits
 from minilora.optim import AdamState, adamw

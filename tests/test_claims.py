@@ -338,7 +338,7 @@ def test_every_side_is_run_and_costed(found, subject):
 
 def test_the_real_model_left_out_is_said(found, monkeypatch):
     assert "SmolLM2-135M was left out: it was not asked for." in notes(found)
-    monkeypatch.setattr(claims, "find_spec", lambda name: None)
+    monkeypatch.setattr("minilora.bases.importlib.util.find_spec", lambda name: None)
     assert claims.real_path() is None
     assert "not installed" in claims.lacking()
     monkeypatch.setattr(claims, "_measured", lambda study, found, *_: found)

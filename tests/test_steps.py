@@ -153,6 +153,11 @@ def test_a_group_without_labels_adds_nothing():
         of(empty)
     with pytest.raises(ValueError, match="no label counts"):
         of(model, count=0)
+    one = np.full_like(labels, IGNORED)
+    one[3, 4] = labels[3, 4]
+    model = replace(model, batch=replace(model.batch, labels=one))
+    L, back = model.loss()
+    agree(of(model), {"loss": np.asarray(L)} | back(1.0), groups=1)
 
 
 def test_products_keep_their_threads_inside_as_many():

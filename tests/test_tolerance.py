@@ -111,3 +111,17 @@ def test_what_the_runs_disagree_about_or_what_has_no_noise_is_refused():
         np.cumsum(x)
     with pytest.raises(TypeError, match="no one array"):
         np.asarray(x)
+
+
+def test_what_is_written_into_a_part_is_there():
+    """As in NumPy, where a slice is a part of its array."""
+    draws = Draws(np.random.default_rng(0), 8)
+    x = 2.0 * noisy(np.ones((4, 3)), FLOAT32, draws)
+    y = np.zeros_like(x * 1.0)
+    np.add(x[:2], x[2:], out=y[:2])
+    assert (abs(y.runs[:, :2] - 4) < 1e-5).all()
+    assert (y.runs[:, 2:] == 0).all()
+    y[:] = 1.0
+    y[1:3] += x[:2]
+    assert (abs(y.runs[:, 1:3] - 3) < 1e-5).all()
+    assert (y.runs[:, [0, 3]] == 1).all()

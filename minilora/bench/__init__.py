@@ -28,6 +28,12 @@ RANK = 8
 KINDS = ("step", "forward", "generate")
 """What is measured: a step of training, the loss alone, tokens drawn one by one."""
 
+RATE = 1e-4
+"""The learning rate on either side."""
+
+PROMPT, NEW = 32, 32
+"""Tokens: at most so many of the batch's first sequence are gone on from, by so many."""
+
 
 @dataclass(frozen=True)
 class Size:

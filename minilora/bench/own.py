@@ -9,6 +9,7 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 from minilora import __version__
+from minilora.bench import NEW, PROMPT, RATE
 from minilora.expanded import Expanded, OnDemand
 from minilora.formats.files import read_tensors
 from minilora.formats.huggingface import read_config, read_model
@@ -18,10 +19,6 @@ from minilora.models import Batch
 from minilora.optim import AdamState, adamw
 from minilora.quantised import from_gguf
 from minilora.steps import Plan, blas_threads, evaluate, gradients, warm_memory
-
-RATE = 1e-4
-PROMPT, NEW = 32, 32
-"""Tokens: at most so many of the batch's first sequence are gone on from, by so many."""
 
 
 def products_of() -> str:

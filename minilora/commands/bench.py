@@ -82,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         return refuse(f"cannot write {why}", "bench")
     own = {name: getattr(arguments, name) for name in ("tokens", "recompute", "quantised")}
     results, pairs = [], list(product(peers, threads))
+    missing: dict[str, str] = {}
     with progress_bar() as progress:
         for i, name in enumerate(sizes):
             with tempfile.TemporaryDirectory() as made:
@@ -91,17 +92,21 @@ def run(arguments: argparse.Namespace) -> int:
                     if progress:
                         done = i * len(pairs) + j
                         progress(f"{name}, {peer}:", done, len(sizes) * len(pairs))
+                    if peer in missing:
+                        continue
                     case = name, folder, peer, int(n), rounds, own
                     try:
                         results.append(measure(*case, kinds=kinds))
-                    except Missing as error:
-                        refuse(str(error), "bench")
-                        return NOT_LOADED
-    if arguments.json:
+                    except Missing as error:  # which gives up nothing of the others
+                        missing[peer] = str(error)
+    if arguments.json and results:
         try:
             write(arguments.json, json.dumps([r.json() for r in results], indent=1) + "\n")
         except OSError as error:
             refuse(f"cannot write {arguments.json}: {error.strerror}", "bench")
             return USAGE
-    say(f"medians of {rounds} rounds\n{tables(results)}")
-    return HOLDS
+    if results:
+        say(f"medians of {rounds} rounds\n{tables(results)}")
+    for why in missing.values():
+        refuse(why, "bench")
+    return NOT_LOADED if missing else HOLDS

@@ -205,7 +205,11 @@ class Noisy(NDArrayOperatorsMixin):
         y = self._called(ufunc, inputs)
         if out is None or out[0] is None:
             return y
-        out[0].runs = y.runs
+        into = out[0].runs
+        if into.base is not None and into.shape == y.runs.shape:
+            into[...] = y.runs  # it may be a part of another array
+        else:
+            out[0].runs = y.runs
         return out[0]
 
     def _called(self, ufunc: np.ufunc, inputs: Sequence[Any]) -> Noisy:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
-from minilora.bench.own import RATE
+from minilora.bench import RATE
 from minilora.formats.files import read_tensors
 from minilora.formats.huggingface import read_model
 from minilora.formats.peft import read_adapter

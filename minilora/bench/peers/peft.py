@@ -6,7 +6,7 @@ import peft
 import torch
 import transformers
 
-from minilora.bench.own import NEW, PROMPT, RATE
+from minilora.bench import NEW, PROMPT, RATE
 from minilora.formats.files import read_tensors
 from minilora.steps import warm_memory
 

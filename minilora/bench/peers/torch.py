@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from minilora.bench import Missing
-from minilora.bench.own import RATE
+from minilora.bench import RATE, Missing
 from minilora.formats.files import read_tensors
 from minilora.formats.huggingface import read_model
 from minilora.formats.peft import read_adapter
