@@ -287,7 +287,7 @@ def join_heads(x: Array) -> Array:
 
 
 def causal_mask(real: Array) -> Array:
-    """Query t sees key s if s ≤ t and s is a real token; a padding query sees itself too.
+    """Query t sees key s if s < t and s is a real token, and itself, even where it is padding.
 
     (A column without any key would have no softmax. Padding reaches no real token, and no loss,
     unless the first real token of a row has a label that counts: padding would have to predict it.)
@@ -296,7 +296,7 @@ def causal_mask(real: Array) -> Array:
     """
     t = np.arange(real.shape[1])
     s = t[:, None]
-    past = (s <= t) & real[:, :, None]
+    past = (s < t) & real[:, :, None]
     mask: Array = past | (s == t)
     return mask
 

@@ -41,7 +41,8 @@ SURVIVORS = {
         "_exponentials: np.exp(e, out=e) -> np.exp(e)": MEMORY,
         "by_queries: t <= QUERIES -> t < QUERIES": "one block is the whole",
         "by_queries: (0, 2) -> (2, 0)": ORDER,
-        "by_queries: (q, k, v) -> (q, v, k)": "keys and values have one shape",
+        "causal_mask: s < t -> s <= t": "each sees itself anyway",
+        "by_queries: (do, k, v) -> (do, v, k)": "keys and values have one shape",
         (
             "cross_entropy: np.multiply(dz, factor, out=None if np.iscomplexobj(factor) else dz) "
             "-> np.multiply(factor, dz, out=None if np.iscomplexobj(factor) else dz)"
@@ -56,7 +57,7 @@ SURVIVORS = {
         "combine: zip(adapters, weights, strict=True) -> zip(adapters, weights)": LENGTHS,
         "combine: True -> False": LENGTHS,
         "project: zip(names, parts, strict=True) -> zip(names, parts)": LENGTHS,
-        "project: True -> False": LENGTHS,
+        "project: True -> False (2)": LENGTHS,
         "draw_dropout: rng.random(shape) >= p -> rng.random(shape) > p": (
             "a number drawn equals p with a probability of 2⁻⁵³"
         ),
@@ -139,6 +140,9 @@ SURVIVORS = {
         ): ORDER,
     },
     "blocks": {
+        "normalise: frozen and (not np.ndim(dy)) -> not np.ndim(dy)": (
+            "of what is constant below a norm, the norm is frozen"
+        ),
         "embed: zip(names, back_y(dy), strict=True) -> zip(names, back_y(dy))": LENGTHS,
         "embed: True -> False": LENGTHS,
         "normalise: zip(names, gradients, strict=True) -> zip(names, gradients)": LENGTHS,
@@ -160,19 +164,37 @@ SURVIVORS = {
         "Config.shapes: [*norms, 'norm'] -> ['norm', *norms]": ORDER,
         "Llama.biased: ('.q', '.k', '.v') -> ('.k', '.q', '.v')": ORDER,
         "Llama.biased: ('.q', '.k', '.v') -> ('.q', '.v', '.k')": ORDER,
-        "kept: ('head', 'pooler') -> ('pooler', 'head')": ORDER,
-        "head_loss: by_rows(E) if large else _whole(E) -> by_rows(E)": BITS,
-        "head_loss: zip(*map(of, parts), strict=True) -> zip(*map(of, parts))": LENGTHS,
-        "head_loss: True -> False": LENGTHS,
-        "head_loss: zip(parts, dxs, strict=True) -> zip(parts, dxs)": LENGTHS,
-        "head_loss: True -> False (2)": LENGTHS,
-        "_whole: np.asarray(weight) if hasattr(weight, 'rows') else weight -> weight": BITS,
-        (
-            "_whole: np.asarray(weight) if hasattr(weight, 'rows') else weight -> "
-            "np.asarray(weight)"
-        ): "numbers that are no arrays are in the tests of verify, which are not among these",
+        "llama: 1 if batch.positions is None else None -> None": "tables for each row, all alike",
+        "_lowest: ('head', 'pooler') -> ('pooler', 'head')": ORDER,
+        ("constant: ('layers.', 'head.', 'pooler.') -> ('head.', 'layers.', 'pooler.')"): ORDER,
+        ("constant: ('layers.', 'head.', 'pooler.') -> ('layers.', 'pooler.', 'head.')"): ORDER,
+        "head_loss: len(E) * labels.size > LARGE -> len(E) * labels.size >= LARGE": BITS,
+        "_in_parts: 1 -> 2": "of no column, a second part has none either",
+        "_in_parts: zip(*map(of, parts), strict=True) -> zip(*map(of, parts))": LENGTHS,
+        "_in_parts: True -> False": LENGTHS,
+        "_held: not by_blocks and (not hasattr(E, 'rows')) -> not by_blocks": BITS,
+        "_held: not hasattr(E, 'rows') -> hasattr(E, 'rows')": BITS,
+        "_held: by_rows(E) if by_blocks else np.asarray(E) -> by_rows(E)": BITS,
     },
     "optim": {
+        (
+            "adamw: zip((new, *means), (p, m, v), strict=True) -> zip((new, *means), (p, m, v))"
+        ): LENGTHS,
+        "adamw: True -> False": LENGTHS,
+        (
+            "_alike: (rates[name], p.dtype, gradients[name].dtype, name in state.m) -> "
+            "(p.dtype, rates[name], gradients[name].dtype, name in state.m)"
+        ): ORDER,
+        (
+            "_alike: (rates[name], p.dtype, gradients[name].dtype, name in state.m) -> "
+            "(rates[name], gradients[name].dtype, p.dtype, name in state.m)"
+        ): ORDER,
+        (
+            "_alike: (rates[name], p.dtype, gradients[name].dtype, name in state.m) -> "
+            "(rates[name], p.dtype, name in state.m, gradients[name].dtype)"
+        ): ORDER,
+        "_alike: name in state.m -> name not in state.m": "what differs, differs either way",
+        "_parted: 1 -> 0": "a run of one array is the array itself",
         "run: ('betas', 'eps', 'weight_decay') -> ('eps', 'betas', 'weight_decay')": ORDER,
         "run: ('betas', 'eps', 'weight_decay') -> ('betas', 'weight_decay', 'eps')": ORDER,
         "run: ('momentum', 'weight_decay') -> ('weight_decay', 'momentum')": ORDER,

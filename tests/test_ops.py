@@ -613,3 +613,5 @@ def test_queries_in_blocks_have_the_derivatives_of_attention(monkeypatch):
     do = rng.standard_normal(o.shape)
     for found, wanted in zip(back_blocks(1j * do), back(do), strict=True):
         assert greatest(found - 1j * wanted) <= 3 * GRADIENT * greatest(wanted)
+    turned, _ = ops.by_queries(ops.attention, q, k, 1j * v, mask)
+    assert greatest(turned - 1j * whole) <= bound

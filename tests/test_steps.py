@@ -258,10 +258,15 @@ def test_what_is_trained_below_a_constant_block_has_its_gradient(name):
 
 @EVERY
 @pytest.mark.parametrize("lowest", [0, 1])
-def test_no_gradient_flows_below_what_reads_a_constant(name, lowest, monkeypatch):
-    """The gradients keep their bits, and none of the input is formed: its weight is not read."""
+@pytest.mark.parametrize("bare", [(), (".k.A", ".o.A", ".qkv.A")])
+def test_no_gradient_flows_below_what_reads_a_constant(name, lowest, bare, monkeypatch):
+    """The gradients keep their bits, and none of the input is formed, beside an adapter or bare."""
     model, first = case(name), f"layers.{lowest}."
-    trained = frozenset(at for at in model.tuning.trained if at.startswith("layers."))
+    adapters = {at: w for at, w in model.W.items() if not at.endswith(bare)} if bare else model.W
+    model = replace(model, W=adapters)
+    trained = frozenset(
+        at for at in model.tuning.trained & model.W.keys() if at.startswith("layers.")
+    )
     trained -= {at for at in trained if "norm1" in at or (lowest and at.startswith("layers.0."))}
     model = replace(model, tuning=replace(model.tuning, trained=trained))
     found, asked = of(model), []
@@ -273,6 +278,7 @@ def test_no_gradient_flows_below_what_reads_a_constant(name, lowest, monkeypatch
         def kept(dy):
             dx, g = back(dy)
             asked.append((at, np.ndim(dx)))
+            assert np.ndim(dx) or dx == 0
             return dx, g
 
         return y, kept

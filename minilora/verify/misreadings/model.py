@@ -249,7 +249,7 @@ ATTENTION = (
         (
             "one-future-token",
             "query t sees key t + 1",
-            model(causal_mask=("(s <= t)", "(s <= t + 1)")),
+            model(causal_mask=("(s < t)", "(s < t + 2)")),
         ),
         ("no-mask", "every query sees every key", model(attention=(MASKED, "pass"))),
         (
