@@ -45,7 +45,7 @@ def embed(ids: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
         gradients = dict(zip(names, back_y(dy), strict=True))
         if weight in tuning.trained:
             gradients[weight] = back_embedding(dy)
-        return tuning.wanted(gradients)
+        return tuning.wanted(gradients.items())
 
     return y, back
 
@@ -65,7 +65,7 @@ def normalise(
         if frozen and not np.ndim(dy):
             return dy, {}
         dx, *gradients = back_op(dy, frozen)
-        return dx, {} if frozen else tuning.wanted(dict(zip(names, gradients, strict=True)))
+        return dx, {} if frozen else tuning.wanted(zip(names, gradients, strict=True))
 
     return y, back
 

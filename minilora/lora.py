@@ -146,9 +146,9 @@ class Tuning:
     recompute: bool = False
     constant: frozenset[str] = frozenset()
 
-    def wanted(self, gradients: Weights) -> Weights:
-        """Those of ``gradients`` whose parameter is trained."""
-        return {name: g for name, g in gradients.items() if name in self.trained}
+    def wanted(self, gradients: Iterable[tuple[str, Array]]) -> Weights:
+        """Those of ``gradients`` whose parameter, named beside, is trained."""
+        return {name: g for name, g in gradients if name in self.trained}
 
 
 def total(*parts: Weights) -> Weights:
@@ -215,12 +215,12 @@ def project(x: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
             dx, *parts = back_y(dy, *spared)
         else:
             dx, parts = 0 if constant else back_y(dy), []
-        gradients: Weights = dict(zip(names, parts, strict=True))
+        gradients = tuning.wanted(zip(names, parts, strict=True))
         if weight in tuning.trained:
             gradients[weight] = dy @ x.T
         if bias in tuning.trained:
             gradients[bias] = dy.sum(1, keepdims=True)
-        return dx, tuning.wanted(gradients)
+        return dx, gradients
 
     return y, back
 

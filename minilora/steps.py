@@ -1,9 +1,10 @@
 """A step of training on whatever machine there is: groups of sequences, threads, little memory.
 
 A batch is a sum over its sequences, and so are its loss and its gradients. They are formed group by
-group, each divided by what the whole batch counts, and added up in the groups' order: how many
-threads work on them, and whether activations are kept or formed again, changes no bit. Where there
-are fewer groups than threads, the products run on several, and their bits are the library's affair.
+group, each divided by what the whole batch counts, and added up in the groups' order: of groups of
+one size, how many threads work on them changes no bit, nor does it whether activations are kept or
+formed again. Where there are fewer groups than threads, the products run on several, and their bits
+are the library's affair.
 """
 
 import ctypes
@@ -27,9 +28,8 @@ class Plan:
     """How a step is cut up; the mathematics does not depend on it.
 
     ``threads``: how many groups run at a time; ``tokens``: about how many a group has, of whole
-    sequences and at least one, `TOKENS` unless given, or so many that one activation of a narrow
-    model has `ENTRIES`; ``recompute``: whether a block's activations are formed again for its
-    backward, from its input alone, rather than kept.
+    sequences and at least one, those of :meth:`size` unless given; ``recompute``: whether a block's
+    activations are formed again for its backward, from its input alone, rather than kept.
     Errors: ValueError if there is no thread or no token.
     """
 
@@ -43,10 +43,15 @@ class Plan:
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: expected at least 1")
 
+    def size(self, d: int) -> int:
+        """How many tokens a group has, of a model that is d wide."""
+        return self.tokens or max(TOKENS, (ENTRIES if self.threads == 1 else SHARED) // d)
 
-TOKENS, ENTRIES = 256, 3 * 2**14
-"""Of a group: fewer tokens, and its calls cost more than its arithmetic; more entries, and its
-arrays leave the processor's cache."""
+
+TOKENS, ENTRIES, SHARED = 256, 3 * 2**14, 2**16
+"""Of a group, so many tokens at least, as its calls would cost more than its arithmetic; if these
+are fewer, so many entries of an activation, as more would leave the processor's cache. Threads call
+in turn, and so with more entries."""
 
 
 def counted(batch: Batch, c: Config) -> int:
@@ -64,7 +69,7 @@ def groups(batch: Batch, c: Config, plan: Plan) -> list[slice]:
 
 def _groups(counts: Array, batch: Batch, c: Config, plan: Plan) -> list[slice]:
     b, t = batch.ids.shape
-    size = max(1, (plan.tokens or max(TOKENS, ENTRIES // c.d)) // t)
+    size = max(1, plan.size(c.d) // t)
     n = -(-b // size)
     every = [slice(b * i // n, b * (i + 1) // n) for i in range(n)]
     by_rows = counts.reshape(b, -1)

@@ -122,8 +122,8 @@ def test_train_runs_with(options, minilora, tmp_path):
 
 
 def test_recomputing_and_threads_for_each_group_change_no_bit(minilora, tmp_path):
-    for out, *options in (("one",), ("two", "--threads", "2", "--recompute")):
-        size = "--batch-tokens", 4096  # several groups
+    for out, *options in (("one", "--threads", "2"), ("two", "--threads", "3", "--recompute")):
+        size = "--batch-tokens", 8192  # several groups
         assert minilora("train", "--output", out, "--steps", 3, *size, *options)[0] == 0
     one, two = ((tmp_path / out / peft.WEIGHTS).read_bytes() for out in ("one", "two"))
     assert one == two

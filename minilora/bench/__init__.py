@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields
@@ -33,6 +34,10 @@ RATE = 1e-4
 
 PROMPT, NEW = 32, 32
 """Tokens: at most so many of the batch's first sequence are gone on from, by so many."""
+
+PAUSE = 0.1
+"""Seconds between runs: libraries' threads wait for more work for a while, and take the processors
+of what runs next."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +253,10 @@ def measure(
         for i in range(rounds):
             for kind, n in times.items():
                 order = (0, 1) if i % 2 else (1, 0)  # neither is always the first
-                each = {j: sides[j].run(kind, n) for j in order}
+                each = {}
+                for j in order:
+                    time.sleep(PAUSE)
+                    each[j] = sides[j].run(kind, n)
                 taken[kind].append((each[0]["seconds"] / n, each[1]["seconds"] / n))
                 cpu[kind].append(each[0]["cpu"] / each[1]["cpu"])
                 if kind in shares:
