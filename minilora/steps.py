@@ -59,15 +59,12 @@ def counted(batch: Batch, c: Config) -> int:
     return int((targets(batch, c) != IGNORED).sum())
 
 
-def groups(batch: Batch, c: Config, plan: Plan) -> list[slice]:
+def groups(batch: Batch, c: Config, plan: Plan, counts: Array | None = None) -> list[slice]:
     """The batch's rows in groups of about so many tokens as the plan says, in their order.
 
-    A group none of whose labels counts is left out.
+    A group none of whose labels counts is left out; ``counts``: which do, where that is known.
     """
-    return _groups(targets(batch, c) != IGNORED, batch, c, plan)
-
-
-def _groups(counts: Array, batch: Batch, c: Config, plan: Plan) -> list[slice]:
+    counts = targets(batch, c) != IGNORED if counts is None else counts
     b, t = batch.ids.shape
     size = max(1, plan.size(c.d) // t)
     n = -(-b // size)
@@ -224,9 +221,8 @@ def gradients(
 
     L: Any = None
     sums: Weights = {}
-    for L_group, gradients_of_group in in_order(
-        work, _groups(counts, batch, c, plan), plan.threads
-    ):
+    parts = groups(batch, c, plan, counts)
+    for L_group, gradients_of_group in in_order(work, parts, plan.threads):
         L = L_group if L is None else L + L_group
         sums = total(sums, gradients_of_group)
     return L, sums
