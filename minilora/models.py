@@ -409,8 +409,9 @@ def head_loss(
     E = W[weight_of(at, W)]
     held = _held(E, len(E) * labels.size > LARGE, at, W)
     most = max(COLUMNS, LOGITS // len(E))
-    columns: Any = np.flatnonzero(labels != IGNORED) if labels.size > most else slice(None)
-    n = columns.size if labels.size > most and count is None else count
+    parted = labels.size > most
+    columns: Any = np.flatnonzero(labels != IGNORED) if parted else slice(None)
+    n = columns.size if parted and count is None else count
     K = tuning.keep.get(at)
 
     def of(part: Any) -> tuple[Array, Array, Weights]:
@@ -420,7 +421,7 @@ def head_loss(
         del z  # the gradient takes its place
         return L, *(back_z(back_L(1.0)) if tuning.trained else (np.zeros_like(x[:, part]), {}))
 
-    L, dx, gradients = _in_parts(of, columns, most, x) if labels.size > most else of(columns)
+    L, dx, gradients = _in_parts(of, columns, most, x) if parted else of(columns)
 
     def back(dL: Array) -> tuple[Array, Weights]:
         return dL * dx, {name: dL * g for name, g in gradients.items()}

@@ -33,8 +33,8 @@ class AdamState:
     v: Weights = field(default_factory=dict)
 
 
-def _of(lr: Rates, name: str) -> float:
-    return lr[name] if isinstance(lr, Mapping) else lr
+def _each(lr: Rates, params: Weights) -> Mapping[str, float]:
+    return lr if isinstance(lr, Mapping) else dict.fromkeys(params, lr)
 
 
 def sgd(
@@ -50,13 +50,13 @@ def sgd(
     Source: Sutskever et al. 2013 with the velocity free of η, as in PyTorch's SGD, whose weight
     decay is coupled: it passes through the velocity.
     """
-    new, velocity = {}, {}
+    new, velocity, rates = {}, {}, _each(lr, params)
     for name, p in params.items():
         u = gradients[name] + weight_decay * p
         if name in state.velocity:
             u = momentum * state.velocity[name] + u
         velocity[name] = u
-        new[name] = p - _of(lr, name) * u
+        new[name] = p - rates[name] * u
     return new, SGDState(velocity)
 
 
@@ -78,7 +78,7 @@ def adamw(
     (beta1, beta2), t = betas, state.t + 1
     new: Weights = {}
     means: tuple[Weights, Weights] = {}, {}
-    rates = lr if isinstance(lr, Mapping) else dict.fromkeys(params, lr)
+    rates = _each(lr, params)
     for names in _alike(params, gradients, state, rates):
         p, g, lr_p = _joined(params, names), _joined(gradients, names), rates[names[0]]
         m, v = (_joined(old, names) if names[0] in old else 0 for old in (state.m, state.v))

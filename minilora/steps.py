@@ -11,7 +11,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
@@ -153,27 +153,19 @@ def _pools(scipy: bool) -> Any:
     """The pools of threads of the linear algebra libraries: NumPy's and, once loaded, SciPy's."""
     from threadpoolctl import ThreadpoolController
 
-    return ThreadpoolController()
-
-
-_limits: list[int] = []
+    return ThreadpoolController().select(user_api="blas")
 
 
 @contextmanager
 def blas_threads(n: int) -> Iterator[None]:
     """Matrix products use n threads inside, and as many as before afterwards.
 
-    Inside another one of the same n there is nothing to do.
+    Where they do already, nothing is set: that takes longer than to ask.
     """
-    if _limits and _limits[-1] == n:
+    pools = _pools("scipy.special" in sys.modules)
+    already = all(pool.num_threads == n for pool in pools.lib_controllers)
+    with nullcontext() if already else pools.limit(limits=n):
         yield
-        return
-    with _pools("scipy.special" in sys.modules).limit(limits=n, user_api="blas"):
-        _limits.append(n)
-        try:
-            yield
-        finally:
-            _limits.pop()
 
 
 def in_order(work: Callable[[slice], Any], parts: list[slice], threads: int) -> Iterator[Any]:

@@ -83,13 +83,7 @@ def test_products_on_several_threads_add_up_too(name):
         (8, 128, 128, None, [2, 3, 3]),  # 3 of 128 tokens: 384, and 128 wide, 3 * 2**14 entries
         (4, 256, 384, None, [1, 1, 1, 1]),
         (4, 32, 32, None, [4]),
-        (
-            7,
-            64,
-            999,
-            None,
-            [3, 4],
-        ),  # 256 tokens at least, and no group much smaller than the others
+        (7, 64, 999, None, [3, 4]),  # at least 256 tokens, and no group much smaller than others
         (7, 64, 999, 128, [1, 2, 2, 2]),
         (2, 999, 999, 1, [1, 1]),
     ],

@@ -118,10 +118,11 @@ def test_what_is_written_into_a_part_is_there():
     draws = Draws(np.random.default_rng(0), 8)
     x = 2.0 * noisy(np.ones((4, 3)), FLOAT32, draws)
     y = np.zeros_like(x * 1.0)
+    bound = 4 * 3 * unit_roundoff("float32")  # at most 4, after at most 3 operations
     np.add(x[:2], x[2:], out=y[:2])
-    assert (abs(y.runs[:, :2] - 4) < 1e-5).all()
+    assert (abs(y.runs[:, :2] - 4) <= bound).all()
     assert (y.runs[:, 2:] == 0).all()
     y[:] = 1.0
     y[1:3] += x[:2]
-    assert (abs(y.runs[:, 1:3] - 3) < 1e-5).all()
+    assert (abs(y.runs[:, 1:3] - 3) <= bound).all()
     assert (y.runs[:, [0, 3]] == 1).all()

@@ -49,8 +49,6 @@ class Own:
         warm_memory()
         at = Path(folder)
         self.plan = Plan(threads, tokens, recompute)
-        self.limit = blas_threads(1)  # as training does, for all its steps
-        self.limit.__enter__()
         self.c = read_config(at / "model")
         self.W: Any = _quantised(at) if quantised else read_model(at / "model")[1]
         self.params, self.tuning = read_adapter(at / "adapter", self.c)

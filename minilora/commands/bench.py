@@ -46,7 +46,12 @@ def add(commands: Any) -> None:
     )
     option("--rounds", type=int, metavar="N", help=f"rounds at each size (default: {ROUNDS})")
     option("--quick", action="store_true", help=f"{FEWER} rounds of the small sizes")
-    option("--tokens", type=int, metavar="N", help="of a group of sequences here")
+    option(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="of a group of sequences here (default: by the model's width, and threads)",
+    )
     option("--recompute", action="store_true", help="form activations again here for the backward")
     option("--quantised", action="store_true", help="keep the frozen weights in four bits here")
     option("--json", metavar="FILE", help="write the results as JSON")
@@ -99,14 +104,14 @@ def run(arguments: argparse.Namespace) -> int:
                         results.append(measure(*case, kinds=kinds))
                     except Missing as error:  # which gives up nothing of the others
                         missing[peer] = str(error)
+    if results:
+        say(f"medians of {rounds} rounds\n{tables(results)}")
     if arguments.json and results:
         try:
             write(arguments.json, json.dumps([r.json() for r in results], indent=1) + "\n")
         except OSError as error:
             refuse(f"cannot write {arguments.json}: {error.strerror}", "bench")
             return USAGE
-    if results:
-        say(f"medians of {rounds} rounds\n{tables(results)}")
     for why in missing.values():
         refuse(why, "bench")
     return NOT_LOADED if missing else HOLDS
