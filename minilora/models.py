@@ -194,6 +194,12 @@ def mask_of(batch: Batch, past: Past | None) -> Array:
     return np.concatenate([earlier.repeat(t, axis=2), own], axis=1)
 
 
+@lru_cache(maxsize=2)
+def _tables(t: int, d: int, theta: float, dtype: Any) -> tuple[Array, Array]:
+    """Those of the positions 0 … t - 1 in every row, for which each step asks again."""
+    return rope_tables(np.arange(t)[None], d, theta, dtype)
+
+
 def llama(
     batch: Batch,
     W: Params,
@@ -208,8 +214,9 @@ def llama(
     Source: Touvron et al. 2023.
     """
     x, back_embed = embed(batch.ids.ravel(), "embed", W, tuning)
-    rows = 1 if batch.positions is None else None  # whose tables are those of all
-    tables = rope_tables(batch.places[:rows], c.head_dim, c.theta, x.dtype)
+    of = c.head_dim, c.theta, x.dtype
+    counted = batch.positions is None
+    tables = _tables(batch.ids.shape[1], *of) if counted else rope_tables(batch.places, *of)
     mask = mask_of(batch, past)
     x, back_blocks = stack(
         x,

@@ -418,14 +418,13 @@ def cross_entropy(z: Array, labels: Array, count: int | None = None) -> tuple[Ar
         raise ValueError(f"no label counts: all {labels.size} are {IGNORED}; leave this batch out")
     e, total, c = _exponentials(z)
     at = np.where(counted, labels, 0), np.arange(labels.size)
-    L = ((np.log(total[0]) + (c[0] - z[at])) * counted).sum() / n
+    each = counted.astype(total.dtype)  # 1 or 0, in the numbers of z
+    L = ((np.log(total[0]) + (c[0] - z[at])) * each).sum() / n
 
     def back(dL: Array) -> Array:
-        dz: Array = e / total
-        dz[at] = dz[at] - 1
-        dz *= counted
-        factor = dL / n
-        dz = np.multiply(dz, factor, out=None if np.iscomplexobj(factor) else dz)
+        share = each * dL / n
+        dz: Array = e * (share / total)
+        dz[at] -= share
         return dz
 
     return L, back

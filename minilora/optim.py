@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.lora import Weights, total
+from minilora.lora import Params, Weights, total
 from minilora.ops import Array
 
 Rates = float | Mapping[str, float]
@@ -29,8 +29,8 @@ class AdamState:
     """The number of steps done, and the running means of g and g²; empty before the first."""
 
     t: int = 0
-    m: Weights = field(default_factory=dict)
-    v: Weights = field(default_factory=dict)
+    m: Params = field(default_factory=dict)
+    v: Params = field(default_factory=dict)
 
 
 def _each(lr: Rates, params: Weights) -> Mapping[str, float]:
@@ -77,8 +77,8 @@ def adamw(
     """
     (beta1, beta2), t = betas, state.t + 1
     new: Weights = {}
-    means: tuple[Weights, Weights] = {}, {}
-    rates = _each(lr, params)
+    shapes = {name: p.shape for name, p in params.items()}
+    new_m, new_v, rates = Joined(shapes), Joined(shapes), _each(lr, params)
     for names in _alike(params, gradients, state, rates):
         p, g, lr_p = _joined(params, names), _joined(gradients, names), rates[names[0]]
         m, v = (_joined(old, names) if names[0] in old else 0 for old in (state.m, state.v))
@@ -87,9 +87,9 @@ def adamw(
         m_hat = m / (1 - beta1**t)
         v_hat = v / (1 - beta2**t)
         p = (1 - lr_p * weight_decay) * p - lr_p * (m_hat / (np.sqrt(v_hat) + eps))
-        for parts, whole in zip((new, *means), (p, m, v), strict=True):
-            parts |= _parted(whole, names, params)
-    return new, AdamState(t, *means)
+        new |= _parted(p, names, shapes)
+        new_m.wholes[names], new_v.wholes[names] = m, v
+    return new, AdamState(t, new_m, new_v)
 
 
 JOINED = 2**16
@@ -98,37 +98,62 @@ JOINED = 2**16
 
 def _alike(
     params: Weights, gradients: Weights, state: AdamState, rates: Mapping[str, float]
-) -> Iterator[list[str]]:
+) -> Iterator[tuple[str, ...]]:
     """The names in runs of one rate and one number system, of `JOINED` entries or one array."""
     run: list[str] = []
     size, before = 0, None
     for name, p in params.items():
         kind = rates[name], p.dtype, gradients[name].dtype, name in state.m
         if run and (kind != before or size + p.size > JOINED):
-            yield run
+            yield tuple(run)
             run, size = [], 0
         run.append(name)
         size, before = size + p.size, kind
     if run:
-        yield run
+        yield tuple(run)
 
 
-def _joined(arrays: Weights, names: Sequence[str]) -> Array:
+class Joined(Mapping[str, Array]):
+    """Arrays of which several are kept as one; each is cut out of it when it is asked for."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.wholes: dict[tuple[str, ...], Array] = {}
+        self.shapes = shapes
+
+    def __getitem__(self, name: str) -> Array:
+        for names, whole in self.wholes.items():
+            if name in names:
+                return _parted(whole, names, self.shapes)[name]
+        raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def _joined(arrays: Params, names: tuple[str, ...]) -> Array:
     """These arrays as one: what is done entry by entry is done to all of them at once."""
+    if isinstance(arrays, Joined) and names in arrays.wholes:
+        return arrays.wholes[names]
     if len(names) == 1:
         return arrays[names[0]]
     return np.concatenate([arrays[name].ravel() for name in names])
 
 
-def _parted(whole: Array, names: Sequence[str], like: Weights) -> Weights:
+def _parted(whole: Array, names: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]) -> Weights:
     """The arrays that `_joined` made one, each in its shape: parts of it, and no copies."""
     if len(names) == 1:
         return {names[0]: whole}
     parts: Weights = {}
     start = 0
     for name in names:
-        end = start + like[name].size
-        parts[name] = whole[start:end].reshape(like[name].shape)
+        end = start + math.prod(shapes[name])
+        parts[name] = whole[start:end].reshape(shapes[name])
         start = end
     return parts
 

@@ -35,8 +35,9 @@ def model(**changes: Callable[..., Any] | Edit) -> Callable[[], Own]:
         space: dict[str, Any] = {}
         for module in (own, ops, lora, blocks, models):
             for name, value in vars(module).items():
-                ours = isinstance(value, FunctionType) and value.__module__ == module.__name__
-                space[name] = _over(space, value) if ours else space.get(name, value)
+                f = inspect.unwrap(value)  # without what a cache remembers of the specification
+                ours = isinstance(f, FunctionType) and f.__module__ == module.__name__
+                space[name] = _over(space, f) if ours else space.get(name, value)
         for name, change in changes.items():
             if isinstance(change, tuple):
                 _edit(space, space[name], *change)
@@ -383,7 +384,7 @@ BLOCK = (
         (
             "embedding-scaled",
             "the embedding times √d",
-            model(llama=("tables = rope_tables(", "x = x * c.d**0.5\n    tables = rope_tables(")),
+            model(llama=("counted = batch", "x = x * c.d**0.5\n    counted = batch")),
         ),
         (
             "head-tied",
@@ -560,8 +561,8 @@ LOSS = (
             "log₂",
             model(
                 cross_entropy=(
-                    "* counted).sum() / n",
-                    "* counted).sum() / n / np.log(z.real.dtype.type(2))",
+                    "* each).sum() / n",
+                    "* each).sum() / n / np.log(z.real.dtype.type(2))",
                 )
             ),
         ),
@@ -605,13 +606,13 @@ LOSS = (
         (
             "ignored-in-back",
             "ignored labels have gradients",
-            model(cross_entropy=("dz *= counted", "pass")),
+            model(cross_entropy=("share = each *", "share = np.ones_like(each) *")),
         ),
-        ("softmax-alone", "dz = p / n", model(cross_entropy=("dz[at] - 1", "dz[at]"))),
+        ("softmax-alone", "dz = p / n", model(cross_entropy=("dz[at] -= share", "pass"))),
         (
             "back-not-divided",
             "dz = p - onehot",
-            model(cross_entropy=("factor = dL / n", "factor = dL")),
+            model(cross_entropy=("dL / n", "dL")),
         ),
     ),
     *family(
@@ -930,7 +931,12 @@ SAME = equivalents(
     (
         "positions-of-real",
         "positions counted from the first real token, with RoPE",
-        model(llama=("batch.places[:rows]", "np.maximum(batch.real.cumsum(1) - 1, 0)")),
+        model(
+            llama=(
+                "_tables(batch.ids.shape[1], *of) if counted else rope_tables(batch.places, *of)",
+                "rope_tables(np.maximum(batch.real.cumsum(1) - 1, 0), *of)",
+            )
+        ),
     ),
     ("fill-1e4", "-10000 for -∞", model(attention=("-np.inf", "-1e4"))),
     (
