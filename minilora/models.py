@@ -182,14 +182,21 @@ def draw_weights(c: Config, rng: "np.random.Generator", std: float = 0.02) -> We
     return {name: draw(name, shape) for name, shape in c.shapes().items()}
 
 
+@lru_cache(maxsize=1)
+def _triangle(shape: tuple[int, int]) -> Array:
+    """The causal mask of tokens that are all real, for which each step asks again."""
+    return causal_mask(np.ones(shape, bool))
+
+
 def mask_of(batch: Batch, past: Past | None) -> Array:
     """The causal mask of the batch's tokens, over those of the past too, all of which they follow.
 
     Shapes: ids (b, t) -> mask (b, s, t), keys before queries.
     """
-    own, t = causal_mask(batch.real), batch.ids.shape[1]
+    own = _triangle(batch.ids.shape) if batch.mask is None else causal_mask(batch.real)
     if past is None:
         return own
+    t = batch.ids.shape[1]
     earlier = past.seen(batch.real)[:, :-t, None]
     return np.concatenate([earlier.repeat(t, axis=2), own], axis=1)
 

@@ -251,22 +251,22 @@ def rope(x: Array, cos: Array, sin: Array, interleaved: bool = False) -> tuple[A
     Shapes: x (b, h, d, t), cos (b, 1, d/2, t), sin (b, 1, d/2, t) -> y (b, h, d, t).
     Source: Su et al. 2021, equations 15 and 34.
     """
-    half = x.shape[-2] // 2
-    parts = (
-        (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(half), slice(half, None))
-    )
-    first, second = ((..., part, slice(None)) for part in parts)
+    b, h, d, t = x.shape
+    signs = np.array([-1, 1], sin.dtype)[:, None, None]
+    own, other = cos[:, :, None], signs * sin[:, :, None]  # what x₁ and x₂ are multiplied by
 
-    def turn(v: Array, sin: Array) -> Array:
-        turned = np.empty_like(v)
-        turned[first] = v[first] * cos - v[second] * sin
-        turned[second] = v[second] * cos + v[first] * sin
-        return turned
+    def turn(v: Array, plus: Callable[..., Array]) -> Array:
+        if interleaved:
+            pairs = v.reshape(b, h, d // 2, 2, t).swapaxes(2, 3)
+        else:
+            pairs = v.reshape(b, h, 2, d // 2, t)
+        turned: Array = plus(pairs * own, pairs[:, :, ::-1] * other)
+        return (turned.swapaxes(2, 3) if interleaved else turned).reshape(b, h, d, t)
 
     def back(dy: Array) -> Array:
-        return turn(dy, -sin)
+        return turn(dy, np.subtract)
 
-    return turn(x, sin), back
+    return turn(x, np.add), back
 
 
 def split_heads(x: Array, b: int, h: int) -> Array:

@@ -188,7 +188,7 @@ ROPE = family(
     (
         "not-turned-back",
         "dx = R dy for Rᵀ dy",
-        model(rope=("return turn(dy, -sin)", "return turn(dy, sin)")),
+        model(rope=("np.subtract", "np.add")),
     ),
     (
         "one-position",
