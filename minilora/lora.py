@@ -181,8 +181,7 @@ def adapter_of(at: str, W: Params, tuning: Tuning) -> tuple[Variant, list[str]]:
     names = [f"{at}.{part}" for part in variant.parts]
     if names[0] not in W:
         return variant, []
-    weight = weight_of(at, W)
-    if weight in tuning.trained and not variant.additive:
+    if not variant.additive and (weight := weight_of(at, W)) in tuning.trained:
         raise ValueError(f"{weight} is trained, but its adapter rescales it: freeze one of the two")
     return variant, names
 
@@ -203,7 +202,7 @@ def project(x: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
         s, K = tuning.scale[at], tuning.keep.get(at)
         # What rescales a weight needs all of it, where others read it in parts.
         base = W[weight] if variant.additive else np.asanyarray(W[weight])
-        y, back_y = variant.linear(x, base, W.get(bias), *(W[name] for name in names), s, K)
+        y, back_y = variant.linear(x, base, W.get(bias), *map(W.__getitem__, names), s, K)
     else:
         y, back_y = linear(x, W[weight], W.get(bias))
 

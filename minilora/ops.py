@@ -57,7 +57,7 @@ def embedding(ids: Array, E: Array) -> tuple[Array, Back]:
 
     Shapes: ids (t,), E (v, d) -> y (d, t).
     """
-    y = E[ids].T
+    y = E[ids].T.copy()  # columns beside one another, as all activations lie
 
     def back(dy: Array) -> Array:
         dE = np.zeros_like(E, dtype=dy.dtype)
@@ -334,6 +334,17 @@ def softmax(z: Array) -> tuple[Array, Back]:
     return p, back
 
 
+def _by_keys(K: Array, Q: Array) -> Array:
+    """Kᵀ Q, the keys' axis outermost in memory: what goes down the keys, as softmax does, is quick.
+
+    Shapes: K (b, g, 1, d, s), Q (b, g, n, d, t) -> (b, g, n, s, t).
+    """
+    (b, g, n, _, t), s = Q.shape, K.shape[-1]
+    z = np.empty_like(Q, dtype=np.result_type(K, Q), order="C", shape=(s, b, g, n, t))
+    product: Array = np.matmul(K.mT, Q, out=z.transpose(1, 2, 3, 0, 4))
+    return product
+
+
 def attention(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Back]:
     """o = v p, p = softmax(kᵀ q / √d), each query over the keys that its column of mask admits.
 
@@ -348,14 +359,14 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Back]:
     grouped = (b, k.shape[1], h // k.shape[1], d, t)
     scale = d**-0.5
     Q, K, V = q.reshape(grouped) * scale, k[:, :, None], v[:, :, None]
-    z = K.mT @ Q
+    z = _by_keys(K, Q)
     np.copyto(z, -np.inf, where=~mask[:, None, None])
     p, back_softmax = softmax(z)
     o = (V @ p).reshape(b, h, d, t)
 
     def back(do: Array) -> tuple[Array, Array, Array]:
         dO = do.reshape(grouped)
-        dz = back_softmax(V.mT @ dO)
+        dz = back_softmax(_by_keys(V, dO))
         dq = (K @ dz * scale).reshape(b, h, d, t)
         return dq, (Q @ dz.mT).sum(2), (dO @ p.mT).sum(2)
 

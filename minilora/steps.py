@@ -11,7 +11,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
@@ -156,16 +156,14 @@ def _pools(scipy: bool) -> Any:
     return ThreadpoolController().select(user_api="blas")
 
 
-@contextmanager
-def blas_threads(n: int) -> Iterator[None]:
-    """Matrix products use n threads inside, and as many as before afterwards.
+def blas_threads(n: int) -> AbstractContextManager[Any]:
+    """Matrix products use n threads from here on, and as many as before after a ``with`` of this.
 
     Where they do already, nothing is set: that takes longer than to ask.
     """
     pools = _pools("scipy.special" in sys.modules)
     already = all(pool.num_threads == n for pool in pools.lib_controllers)
-    with nullcontext() if already else pools.limit(limits=n):
-        yield
+    return nullcontext() if already else pools.limit(limits=n)
 
 
 def in_order(work: Callable[[slice], Any], parts: list[slice], threads: int) -> Iterator[Any]:

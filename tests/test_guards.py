@@ -479,6 +479,8 @@ def calls(rng, sizes, model):
     given["mask"] = np.ones((b, m, t), bool)
     o, _ = ops.by_queries(ops.attention, **given)
     yield ops.by_queries, given, (o,)
+    groups = {"K": normal(b, r, 1, n, m), "Q": normal(b, r, 3, n, t)}
+    yield ops._by_keys, groups, (ops._by_keys(**groups),)
 
     x = normal(n, t)
     yield ops.erf, {"x": x}, (ops.erf(x),)

@@ -412,6 +412,24 @@ def test_masks_admit_what_the_words_say(shape, rng):
         assert causal[row, key, query] == ((key <= query and real[row, key]) or itself)
 
 
+@pytest.mark.parametrize("kinds", [(float, float), (float, complex), (complex, float)])
+def test_scores_are_the_product_with_the_keys_outermost_in_memory(kinds):
+    rng = np.random.default_rng(0)
+    shapes = (2, 3, 1, 4, 5), (2, 3, 2, 4, 7)
+    K, Q = (rng.integers(-9, 9, s).astype(kind) for s, kind in zip(shapes, kinds, strict=True))
+    z = ops._by_keys(K, Q)
+    assert z.dtype == np.result_type(K, Q)
+    assert (z == K.mT @ Q).all()  # of whole numbers, so without rounding
+    assert z.transpose(3, 0, 1, 2, 4).flags.c_contiguous
+    assert not (K.mT @ Q).transpose(3, 0, 1, 2, 4).flags.c_contiguous
+
+
+def test_embedded_tokens_lie_as_activations_do():
+    y, _ = ops.embedding(np.array([2, 0]), np.arange(9.0).reshape(3, 3))
+    assert y.tolist() == [[6, 0], [7, 1], [8, 2]]
+    assert y.flags.c_contiguous
+
+
 @FEW
 @given(shape=draw.sizes(4), rng=draw.generators())
 def test_heads_are_split_feature_by_feature_and_joined_again(shape, rng):

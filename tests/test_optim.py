@@ -229,6 +229,11 @@ def test_adamw_of_joined_arrays_has_the_bits_of_each_alone(most, monkeypatch):
             assert same_bits(state.m[name], alone[name][1].m[name])
             assert same_bits(state.v[name], alone[name][1].v[name])
         assert new.keys() == params.keys()
+        for mean in (state.m, state.v):
+            assert list(mean) == list(params) and len(mean) == len(params)
+            assert "a.A" in mean and "d.A" not in mean
+            with pytest.raises(KeyError, match="d.A"):
+                mean["d.A"]
         params = new
 
 

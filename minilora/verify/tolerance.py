@@ -326,8 +326,9 @@ def _chosen(condition: Any, x: Any, y: Any) -> Noisy:
     return Noisy(np.where(*_lifted((condition, x, y))), source)
 
 
-def _filled(x: Noisy, value: float, dtype: Any = None) -> Noisy:
-    return Noisy(np.full((x.source.count, *x.shape), value, dtype or x.dtype), x.source)
+def _filled(x: Noisy, value: float, dtype: Any = None, shape: Any = None) -> Noisy:
+    runs = np.full((x.source.count, *(shape or x.shape)), value, dtype or x.dtype)
+    return Noisy(runs, x.source)
 
 
 def _copied(into: Noisy, value: Any, where: Any = True) -> None:
@@ -349,7 +350,7 @@ MOVES: dict[Any, Callable[..., Any]] = {
     np.where: _chosen,
     np.zeros_like: lambda x, dtype=None: _filled(x, 0, dtype),
     np.ones_like: lambda x, dtype=None: _filled(x, 1, dtype),
-    np.empty_like: lambda x, dtype=None: _filled(x, 0, dtype),
+    np.empty_like: lambda x, dtype=None, order="K", shape=None: _filled(x, 0, dtype, shape),
 }
 """What moves and makes arrays, and rounds nothing."""
 

@@ -441,7 +441,7 @@ BLOCK = (
         (
             "no-bias",
             "no biases beside adapters",
-            model(project=("W.get(bias), *(W", "None, *(W")),
+            model(project=("W.get(bias), *map", "None, *map")),
         ),
     ),
     *family(
