@@ -337,12 +337,12 @@ def softmax(z: Array) -> tuple[Array, Back]:
 def _by_keys(K: Array, Q: Array) -> Array:
     """Kᵀ Q, the keys' axis outermost in memory: what goes down the keys, as softmax does, is quick.
 
-    Shapes: K (b, g, 1, d, s), Q (b, g, n, d, t) -> (b, g, n, s, t).
+    Shapes: K (b, g, 1, d, s), Q (b, g, n, d, t) -> z (b, g, n, s, t).
     """
     (b, g, n, _, t), s = Q.shape, K.shape[-1]
     z = np.empty_like(Q, dtype=np.result_type(K, Q), order="C", shape=(s, b, g, n, t))
-    product: Array = np.matmul(K.mT, Q, out=z.transpose(1, 2, 3, 0, 4))
-    return product
+    z = z.transpose(1, 2, 3, 0, 4)
+    return np.matmul(K.mT, Q, out=z)
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Back]:
