@@ -57,7 +57,7 @@ def normalise(
 
     Where it is frozen and dy is the number 0, of which there is nothing below, so is dx.
     """
-    names = [f"{at}.{part}" for part in ("weight", "bias") if f"{at}.{part}" in W]
+    names = [name for name in (f"{at}.weight", f"{at}.bias") if name in W]
     y, back_op = op(x, *(W[name] for name in names), c.eps)
     frozen = tuning.trained.isdisjoint(names)
 

@@ -325,7 +325,7 @@ def softmax(z: Array) -> tuple[Array, Back]:
     Shapes: z (b, m, t) -> p (b, m, t).
     """
     e, total, _ = _exponentials(z)
-    p = e / total
+    p = np.divide(e, total, out=e)
 
     def back(dp: Array) -> Array:
         dz: Array = p * (dp - (p * dp).sum(-2, keepdims=True))

@@ -68,8 +68,8 @@ def groups(batch: Batch, c: Config, plan: Plan, counts: Array | None = None) -> 
     b, t = batch.ids.shape
     size = max(1, plan.size(c.d) // t)
     n = -(-b // size)
-    every = [slice(b * i // n, b * (i + 1) // n) for i in range(n)]
     by_rows = counts.reshape(b, -1)
+    every = (slice(b * i // n, b * (i + 1) // n) for i in range(n))
     return [rows for rows in every if by_rows[rows].any()]
 
 
@@ -214,7 +214,7 @@ def gradients(
     parts = groups(batch, c, plan, counts)
     for L_group, gradients_of_group in in_order(work, parts, plan.threads):
         L = L_group if L is None else L + L_group
-        sums = total(sums, gradients_of_group)
+        sums = total(sums, gradients_of_group) if sums else gradients_of_group
     return L, sums
 
 
