@@ -7,6 +7,7 @@ complex numbers (for derivatives by a complex step), exact rationals, rounding n
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -242,6 +243,11 @@ def rope_tables(positions: Array, d: int, theta: float, dtype: Any) -> tuple[Arr
     return cos, sin
 
 
+@cache
+def _signs(dtype: Any) -> Array:
+    return np.array([-1, 1], dtype)[:, None, None]
+
+
 def rope(x: Array, cos: Array, sin: Array, interleaved: bool = False) -> tuple[Array, Back]:
     """y = R x: the pair (x₁, x₂) becomes (x₁ cos - x₂ sin, x₂ cos + x₁ sin).
 
@@ -252,8 +258,7 @@ def rope(x: Array, cos: Array, sin: Array, interleaved: bool = False) -> tuple[A
     Source: Su et al. 2021, equations 15 and 34.
     """
     b, h, d, t = x.shape
-    signs = np.array([-1, 1], sin.dtype)[:, None, None]
-    own, other = cos[:, :, None], signs * sin[:, :, None]  # what x₁ and x₂ are multiplied by
+    own, other = cos[:, :, None], _signs(sin.dtype) * sin[:, :, None]  # of x₁ and of x₂
 
     def turn(v: Array, plus: Callable[..., Array]) -> Array:
         if interleaved:
@@ -368,7 +373,8 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Back]:
         dO = do.reshape(grouped)
         dz = back_softmax(_by_keys(V, dO))
         dq = (K @ dz * scale).reshape(b, h, d, t)
-        return dq, (Q @ dz.mT).sum(2), (dO @ p.mT).sum(2)
+        dk, dv = Q @ dz.mT, dO @ p.mT
+        return (dq, dk.sum(2), dv.sum(2)) if h > k.shape[1] else (dq, dk[:, :, 0], dv[:, :, 0])
 
     return o, back
 
