@@ -373,8 +373,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Back]:
         dO = do.reshape(grouped)
         dz = back_softmax(_by_keys(V, dO))
         dq = (K @ dz * scale).reshape(b, h, d, t)
-        dk, dv = Q @ dz.mT, dO @ p.mT
-        return (dq, dk.sum(2), dv.sum(2)) if h > k.shape[1] else (dq, dk[:, :, 0], dv[:, :, 0])
+        return dq, (Q @ dz.mT).sum(2), (dO @ p.mT).sum(2)
 
     return o, back
 

@@ -306,8 +306,8 @@ ATTENTION = (
             "dk, dv the mean over a group's queries",
             model(
                 attention=(
-                    "dk.sum(2), dv.sum(2)",
-                    "dk.mean(2), dv.mean(2)",
+                    "(Q @ dz.mT).sum(2), (dO @ p.mT).sum(2)",
+                    "(Q @ dz.mT).mean(2), (dO @ p.mT).mean(2)",
                 )
             ),
         ),
