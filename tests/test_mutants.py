@@ -33,7 +33,14 @@ SURVIVORS = {
             "rope_tables: f(angles).astype(real).swapaxes(0, 1) -> "
             "f(angles).astype(real).swapaxes(1, 0)"
         ): ORDER,
-        "rope: -2 -> 2": "x has four axes",
+        "rope: (:, :, None) -> (:, None, :)": "the axis behind is 1 too",
+        "rope: (:, :, None) -> (:, None, :) (2)": "the axis behind is 1 too",
+        (
+            "rope: v.reshape(b, h, d // 2, 2, t).swapaxes(2, 3) -> "
+            "v.reshape(b, h, d // 2, 2, t).swapaxes(3, 2)"
+        ): ORDER,
+        "rope: turned.swapaxes(2, 3) -> turned.swapaxes(3, 2)": ORDER,
+        "softmax: np.divide(e, total, out=e) -> np.divide(e, total)": MEMORY,
         "split_heads: 1 -> 2": RESHAPE,
         "_exponentials: z.real -> z": (
             "NumPy orders complex numbers by their real parts, and whatever the shift, it cancels"
@@ -43,15 +50,6 @@ SURVIVORS = {
         "by_queries: (0, 2) -> (2, 0)": ORDER,
         "causal_mask: s < t -> s <= t": "each sees itself anyway",
         "by_queries: (do, k, v) -> (do, v, k)": "keys and values have one shape",
-        (
-            "cross_entropy: np.multiply(dz, factor, out=None if np.iscomplexobj(factor) else dz) "
-            "-> np.multiply(factor, dz, out=None if np.iscomplexobj(factor) else dz)"
-        ): ORDER,
-        (
-            "cross_entropy: np.multiply(dz, factor, out=None if np.iscomplexobj(factor) else dz) "
-            "-> np.multiply(dz, factor)"
-        ): MEMORY,
-        "cross_entropy: None if np.iscomplexobj(factor) else dz -> None": MEMORY,
     },
     "lora": {
         "combine: zip(adapters, weights, strict=True) -> zip(adapters, weights)": LENGTHS,
@@ -177,10 +175,6 @@ SURVIVORS = {
         "_held: by_rows(E) if by_blocks else np.asarray(E) -> by_rows(E)": BITS,
     },
     "optim": {
-        (
-            "adamw: zip((new, *means), (p, m, v), strict=True) -> zip((new, *means), (p, m, v))"
-        ): LENGTHS,
-        "adamw: True -> False": LENGTHS,
         (
             "_alike: (rates[name], p.dtype, gradients[name].dtype, name in state.m) -> "
             "(p.dtype, rates[name], gradients[name].dtype, name in state.m)"

@@ -339,7 +339,6 @@ def _copied(into: Noisy, value: Any, where: Any = True) -> None:
 MOVES: dict[Any, Callable[..., Any]] = {
     np.copyto: _copied,
     np.atleast_1d: lambda x: x if x.ndim else x.reshape(1),
-    np.iscomplexobj: lambda _: False,
     np.result_type: lambda *_: np.dtype(np.float64),
     np.shape: lambda x: x.shape,
     np.ndim: lambda x: x.ndim,
