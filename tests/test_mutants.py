@@ -21,6 +21,7 @@ RESHAPE = "NumPy takes any negative size for the one to be found"
 FULL = "what more columns there are is not read"
 MEMORY = "the numbers are the same, in memory of their own"
 BITS = "a table by its rows has the bits of the whole"
+KEPT = "what is kept is what would be formed again"
 BEGIN = "at the first token nothing is copied"
 IMPORTED = "the function that it makes was made when the module was imported"
 SURVIVORS = {
@@ -162,7 +163,14 @@ SURVIVORS = {
         "Config.shapes: [*norms, 'norm'] -> ['norm', *norms]": ORDER,
         "Llama.biased: ('.q', '.k', '.v') -> ('.k', '.q', '.v')": ORDER,
         "Llama.biased: ('.q', '.k', '.v') -> ('.q', '.v', '.k')": ORDER,
-        "llama: 1 if batch.positions is None else None -> None": "tables for each row, all alike",
+        (
+            "mask_of: _triangle(batch.ids.shape) if batch.mask is None else "
+            "causal_mask(batch.real) -> causal_mask(batch.real)"
+        ): KEPT,
+        (
+            "llama: _tables(batch.ids.shape[1], *of) if counted else "
+            "rope_tables(batch.places, *of) -> rope_tables(batch.places, *of)"
+        ): KEPT,
         "_lowest: ('head', 'pooler') -> ('pooler', 'head')": ORDER,
         ("constant: ('layers.', 'head.', 'pooler.') -> ('head.', 'layers.', 'pooler.')"): ORDER,
         ("constant: ('layers.', 'head.', 'pooler.') -> ('layers.', 'pooler.', 'head.')"): ORDER,
