@@ -245,6 +245,7 @@ def rope_tables(positions: Array, d: int, theta: float, dtype: Any) -> tuple[Arr
 
 @cache
 def _signs(dtype: Any) -> Array:
+    """-1 for x₁ and 1 for x₂ of `rope`'s pairs: (2, 1, 1)."""
     return np.array([-1, 1], dtype)[:, None, None]
 
 
@@ -258,7 +259,8 @@ def rope(x: Array, cos: Array, sin: Array, interleaved: bool = False) -> tuple[A
     Source: Su et al. 2021, equations 15 and 34.
     """
     b, h, d, t = x.shape
-    own, other = cos[:, :, None], _signs(sin.dtype) * sin[:, :, None]  # of x₁ and of x₂
+    # What each of a pair is multiplied by, and what its partner is: (b, 1, 1 or 2, d/2, t).
+    own, other = cos[:, :, None], _signs(sin.dtype) * sin[:, :, None]
 
     def turn(v: Array, plus: Callable[..., Array]) -> Array:
         if interleaved:

@@ -327,7 +327,8 @@ def _chosen(condition: Any, x: Any, y: Any) -> Noisy:
 
 
 def _filled(x: Noisy, value: float, dtype: Any = None, shape: Any = None) -> Noisy:
-    runs = np.full((x.source.count, *(shape or x.shape)), value, dtype or x.dtype)
+    shape = x.shape if shape is None else shape  # () is one too
+    runs = np.full((x.source.count, *shape), value, dtype or x.dtype)
     return Noisy(runs, x.source)
 
 
