@@ -360,8 +360,11 @@ def trim(D: Array, density: Any) -> Array:
     Of equal moduli the first in D's order stay.
 
     Shapes: D (m, n) -> D' (m, n).
+    Errors: ValueError unless 0 ≤ density ≤ 1.
     Source: Yadav et al. 2023, "TIES-Merging", algorithm 1, step 1; on one array, as in PEFT.
     """
+    if not 0 <= density <= 1:
+        raise ValueError(f"density {density}: expected 0 to 1")
     order = np.argsort(-abs(D), axis=None, kind="stable")
     kept = np.zeros(D.size, bool)
     kept[order[: int(density * D.size)]] = True

@@ -6,7 +6,6 @@ is taken for them.
 
 import hashlib
 import importlib.util
-import shutil
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -285,9 +284,8 @@ def copy_tokenizer(base: Base, folder: Path | str) -> None:
         made = cast(Library, base.tokenizer).files()
         write_files(folder, {name: partial(pack_json, said) for name, said in made.items()})
     elif base.path.is_dir() and base.path.resolve() != folder.resolve():
-        for name in BESIDE:
-            if (base.path / name).is_file():
-                shutil.copyfile(base.path / name, folder / name)
+        there = [base.path / name for name in BESIDE if (base.path / name).is_file()]
+        write_files(folder, {path.name: path.read_bytes for path in there})
 
 
 def weights_with(base: Params, changed: Params) -> Params:

@@ -139,6 +139,8 @@ class Plan:
 
     The budgets are those of all projections together: PEFT's ``init_r`` and ``target_r`` times
     their number.
+
+    Errors: ValueError for an interval below 1.
     """
 
     initial: int
@@ -149,6 +151,10 @@ class Plan:
     interval: int = 1
     beta1: Any = 0.85
     beta2: Any = 0.85
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise ValueError(f"interval {self.interval}: expected 1 step or more")
 
     def budget(self, step: int) -> int:
         """The budget at a step."""

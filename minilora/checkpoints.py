@@ -78,7 +78,8 @@ def save(folder: Path | str, state: State) -> Path:
     tensors = {f"{part}.{at}": array for part, own in arrays for at, array in own.items()}
     metadata = {"minilora": json.dumps(numbers, sort_keys=True, allow_nan=False)}
     write_files(folder, {name: partial(pack, folder / name, tensors, metadata)}, durable=True)
-    for path in saved(folder)[:-KEPT]:
+    earlier = [path for path in saved(folder) if path.name != name]
+    for path in earlier[: 1 - KEPT]:
         path.unlink()
     return folder / name
 
@@ -129,3 +130,8 @@ def newest(folder: Path | str) -> tuple[State | None, list[FormatError]]:
         except FormatError as error:
             wrong.append(error)
     return None, wrong
+
+
+def set_aside(path: Path) -> Path:
+    """Give a damaged checkpoint another name: it would pass for later than what is saved next."""
+    return path.replace(path.with_name(f"{path.name}.damaged"))

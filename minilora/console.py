@@ -185,4 +185,10 @@ def add_model(add: Any, adapter: bool = True) -> None:
     )
     if adapter:
         add("--adapter", metavar="A", help="an adapter of PEFT or MLX, a folder, or of llama.cpp")
-    add("--dtype", default="float32", metavar="DTYPE", help="float32 (default) or float64")
+    add(
+        "--dtype",
+        default="float32",
+        choices=["float32", "float64"],
+        metavar="DTYPE",
+        help="float32 (default) or float64",
+    )

@@ -56,8 +56,9 @@ def probabilities(z: Array, sampling: Sampling) -> Array:
     k = min(sampling.top_k or len(z), len(z))
     likely = np.flatnonzero(z >= np.partition(z, -k)[-k])  # k, and what equals the last of them
     order = likely[np.argsort(-z[likely], kind="stable")][:k]
-    wide = z[order].astype(np.float64) / sampling.temperature
-    e = np.exp(wide - wide[0])
+    wide = z[order].astype(np.float64)
+    with np.errstate(over="ignore"):  # -∞ of what is out of reach, at a temperature near 0
+        e = np.exp((wide - wide[0]) / sampling.temperature)
     # Those before a token have not reached p together: the first always stays.
     left = np.concatenate([[0.0], np.cumsum(e)[:-1]]) < sampling.top_p * e.sum()
     p[order] = e * left
@@ -112,10 +113,12 @@ def generate(
     if not prompts or not all(prompts):
         raise ValueError("an empty prompt: expected a token at least, the beginning of a text")
     longest = max(map(len, prompts))
-    room = c.tables().get("positions", longest + most)
-    if longest + most > room:
+    read = longest + most - 1  # the last one drawn is not
+    room = c.tables().get("positions", read)
+    if read > room:
         found = f"{longest} tokens and {most} more"
-        raise ValueError(f"found {found}, expected at most {room}, the model's positions")
+        expected = f"{room + 1} in all: the model has {room} positions, and the last needs none"
+        raise ValueError(f"found {found}, expected at most {expected}")
     ids = np.zeros((len(prompts), longest), int)
     real = np.arange(longest) >= longest - np.array([[len(prompt)] for prompt in prompts])
     ids[real] = [token for prompt in prompts for token in prompt]

@@ -24,6 +24,14 @@ Params = Mapping[str, Array]
 """A model's parameters where they are only read: a dict, or arrays that are made on demand."""
 
 
+def number(x: Any) -> Any:
+    """x, or where it is one of NumPy's scalars, Python's: NumPy's make float64 of float32 arrays.
+
+    Of long double, which Python lacks, the scalar itself.
+    """
+    return x.item() if isinstance(x, np.generic) else x
+
+
 def scale(alpha: Any, r: int, rslora: bool = False) -> Any:
     """s = alpha / r, or alpha / √r for rsLoRA.
 
@@ -32,6 +40,7 @@ def scale(alpha: Any, r: int, rslora: bool = False) -> Any:
     """
     if r < 1:
         raise ValueError(f"rank {r}: expected at least 1")
+    alpha = number(alpha)
     return alpha / math.sqrt(r) if rslora else alpha / r
 
 
@@ -93,7 +102,8 @@ def fuse(adapters: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
     Source: MergedLinear in the code of Hu et al. 2021.
     """
     A = np.concatenate([A for A, _ in adapters])
-    B = np.zeros((sum(len(B) for _, B in adapters), len(A)), A.dtype)
+    rows = sum(len(B) for _, B in adapters)
+    B = np.zeros((rows, len(A)), np.result_type(*(B for _, B in adapters)))
     row = column = 0
     for _, B_i in adapters:
         m, r = B_i.shape
@@ -255,7 +265,8 @@ def draw_dropout(
 
     Shapes: shapes {name: (n, t)} -> {name: K (n, t)}.
     """
-    return {at: (rng.random(shape) >= p).astype(dtype) / (1 - p) for at, shape in shapes.items()}
+    q = 1 - number(p)
+    return {at: (rng.random(shape) >= p).astype(dtype) / q for at, shape in shapes.items()}
 
 
 def is_base(name: str) -> bool:

@@ -302,7 +302,7 @@ def bert(
     def back(dz: Array) -> Weights:
         dact, g_head = back_head(dz)
         dfirst, g_pooler = back_pooler(back_tanh(dact))
-        dh = np.zeros_like(h)
+        dh = np.zeros_like(h, dtype=np.result_type(h, dfirst))
         dh[:, ::t] = dfirst
         dx, g_blocks = back_blocks(dh)
         dx, g_norm = back_norm(dx)
@@ -314,15 +314,19 @@ def bert(
 
 def kept(c: Config, tuning: Tuning) -> tuple[int, bool]:
     """How many blocks at the bottom have nothing trained in or below them; whether to recompute."""
-    return _lowest(c.layers, frozenset(tuning.trained)), tuning.recompute
+    return _lowest(c.layers, c.causal, frozenset(tuning.trained)), tuning.recompute
+
+
+_ABOVE = {True: ("norm", "head"), False: ("pooler", "head")}
+"""The modules above the blocks, of a causal model or not; Bert's outer norm is below them."""
 
 
 @lru_cache(maxsize=8)
-def _lowest(layers: int, trained: frozenset[str]) -> int:
+def _lowest(layers: int, causal: bool, trained: frozenset[str]) -> int:
     lowest = layers
     for name in trained:
         at, number, *_ = name.split(".")
-        if at not in ("head", "pooler"):
+        if at not in _ABOVE[causal]:
             lowest = min(lowest, int(number) if at == "layers" else 0)
     return lowest
 
@@ -332,13 +336,13 @@ FIRST = ("q", "k", "v", "qkv")
 
 
 @lru_cache(maxsize=8)
-def constant(layers: int, trained: frozenset[str]) -> frozenset[str]:
+def constant(layers: int, causal: bool, trained: frozenset[str]) -> frozenset[str]:
     """The projections that read what depends on nothing trained: `FIRST` of the lowest block.
 
-    Unless something outside the blocks is trained, or the norm between.
+    Unless something below the blocks is trained, or the norm between.
     """
-    first = f"layers.{_lowest(layers, trained)}."
-    outside = ("layers.", "head.", "pooler.")
+    first = f"layers.{_lowest(layers, causal, trained)}."
+    outside = ("layers.", *(f"{at}." for at in _ABOVE[causal]))
     if any(not name.startswith(outside) or name.startswith(first + "norm1") for name in trained):
         return frozenset()
     return frozenset(first + at for at in FIRST)
@@ -374,7 +378,7 @@ def logits(
             found = f"{numbers.min()} to {numbers.max()}"
             raise ValueError(f"rows of {at}: found {found}, expected 0 to {n - 1}")
     if past is None:
-        own = replace(tuning, constant=constant(c.layers, frozenset(tuning.trained)))
+        own = replace(tuning, constant=constant(c.layers, c.causal, frozenset(tuning.trained)))
         return FORWARD[type(c)](batch, W, c, own, head)
     if not c.causal:
         raise ValueError(f"a {type(c).__name__} has no past: every token sees every other")

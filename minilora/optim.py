@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.lora import Params, Weights, total
+from minilora.lora import Params, Weights, number, total
 from minilora.ops import Array
 
 Rates = float | Mapping[str, float]
@@ -34,7 +34,8 @@ class AdamState:
 
 
 def _each(lr: Rates, params: Weights) -> Mapping[str, float]:
-    return lr if isinstance(lr, Mapping) else dict.fromkeys(params, lr)
+    rates = lr if isinstance(lr, Mapping) else dict.fromkeys(params, lr)
+    return {name: number(rate) for name, rate in rates.items()}
 
 
 def sgd(
@@ -172,8 +173,11 @@ def global_norm(gradients: Weights) -> Array:
 def clip(gradients: Weights, max_norm: float, eps: float = 1e-6) -> tuple[Weights, Array]:
     """g ← g min(1, max_norm / (‖g‖ + ε)) for all gradients alike; also gives ‖g‖ before.
 
+    Errors: ValueError for a norm below 0, and without gradients.
     Source: Pascanu, Mikolov and Bengio 2013, algorithm 1; the ε is PyTorch's.
     """
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm {max_norm}: expected 0 or more")
     norm = global_norm(gradients)
     factor = np.minimum(max_norm / (norm + eps), 1)
     return {name: g * factor for name, g in gradients.items()}, norm
@@ -185,13 +189,15 @@ def schedule(kind: str, k: int, total: int, warmup: int = 0) -> float:
     With the progress q = (k - warmup) / (total - warmup), at most 1, the factor is 1 for
     "constant", 1 - q for "linear" and (1 + cos πq) / 2 for "cosine".
 
-    Errors: ValueError for an unknown kind.
+    Errors: ValueError for an unknown kind, or a warmup below 0.
     Source: Loshchilov and Hutter 2017, equation 5, for the cosine; counted as in transformers.
     """
     q = min(1.0, (k - warmup) / max(1, total - warmup))
     factors = {"constant": 1.0, "linear": 1 - q, "cosine": 0.5 * (1 + math.cos(math.pi * q))}
     if kind not in factors:
         raise ValueError(f"schedule {kind!r}: expected one of {', '.join(factors)}")
+    if warmup < 0:
+        raise ValueError(f"warmup {warmup}: expected 0 steps or more")
     return k / warmup if k < warmup else factors[kind]
 
 
@@ -246,7 +252,8 @@ def run(params: Weights, gradients: Sequence[Any], settings: Mapping[str, Any]) 
     ``settings``: optimizer, lr, and as they apply betas, eps, momentum, weight_decay,
     max_grad_norm, schedule, warmup_steps, total_steps, loraplus_lr_ratio.
 
-    Errors: ValueError for an unknown optimizer or setting.
+    Errors: ValueError for an unknown optimizer or setting, and without lr; those of `clip`,
+    `schedule` and `accumulate`.
     """
     kind = settings.get("optimizer", "adamw")
     own = {"adamw": ("betas", "eps", "weight_decay"), "sgd": ("momentum", "weight_decay")}
@@ -256,6 +263,8 @@ def run(params: Weights, gradients: Sequence[Any], settings: Mapping[str, Any]) 
     known |= {"loraplus_lr_ratio", *own[kind]}
     if unknown := sorted(settings.keys() - known):
         raise ValueError(f"settings {unknown} mean nothing to {kind}; there are {sorted(known)}")
+    if "lr" not in settings:
+        raise ValueError(f"settings {sorted(settings)}: expected lr, the learning rate, among them")
     step, start = STEPS[kind]
     options = {name: settings[name] for name in own[kind] if name in settings}
     state, history = start(), []

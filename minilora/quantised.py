@@ -131,9 +131,12 @@ def quantise_affine(W: Array, bits: int, block: int = 64, symmetric: bool = Fals
     dtype, if that has 16 bits.
 
     Shapes: W (m, n) -> codes (m*n*b/8,), scale and zero (m, n/block, 1).
-    Errors: ValueError if a row is no multiple of the block, or its range is no number.
+    Errors: ValueError for other bits than 4 and 8; if a row is no multiple of the block, or its
+    range is no number.
     Source: Jacob et al. 2018, equation 1; in groups, Frantar et al. 2022, "GPTQ".
     """
+    if bits not in (4, 8):
+        raise ValueError(f"bits {bits}: expected 4 or 8")
     _checked(W, block, 2, whole=True)
     m, n = W.shape
     wide = W.astype(F32) if W.dtype in NARROW else W

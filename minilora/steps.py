@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
+from contextvars import copy_context
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
@@ -170,14 +171,16 @@ def in_order(work: Callable[[slice], Any], parts: list[slice], threads: int) -> 
     """``work`` of each part, given in their order, so many at a time.
 
     Each thread's products run on that one thread: pools inside a pool would wait for one another.
-    Where there are fewer parts than threads, they run one by one and the products in parallel.
+    What NumPy was told to do about overflows holds in each. Where there are fewer parts than
+    threads, they run one by one and the products in parallel.
     """
     if len(parts) < threads or threads == 1:
         with blas_threads(threads):
             yield from map(work, parts)
         return
+    contexts = [copy_context() for _ in parts]
     with blas_threads(1), ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(work, parts)
+        yield from pool.map(lambda own, rows: own.run(work, rows), contexts, parts)
 
 
 def gradients(

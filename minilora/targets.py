@@ -99,6 +99,9 @@ class Lora:
                 raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {known}")
         if self.layers is not None and len(self.layers) == 0:
             raise ValueError("layers: found none, expected numbers; leave it out for all layers")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if not alpha - alpha == 0:
+                raise ValueError(f"alpha {alpha}: expected a finite number")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout}: expected at least 0 and below 1")
         own, entry = self.entry.init, self.entry
@@ -275,8 +278,10 @@ def choose(lora: Lora, linears: Mapping[str, tuple[int, int]]) -> Choice:
     ``linears`` are a model's projections, or its ``matrices()``: those, the tables as (d, v), and a
     tied head. "all-linear" hits projections only, whichever is given.
 
-    Errors: ValueError if it hits nothing, or if one of its names or patterns hits nothing; if it
-    ties what is not both there, or gives the two other ranks.
+    ``exclude`` and ``layers`` may name what is not there, as in PEFT.
+
+    Errors: ValueError if it hits nothing, or if a name of ``targets`` or a pattern of ranks or
+    alphas hits nothing; if it ties what is not both there, or gives the two other ranks.
     """
     every = lora.targets == "all-linear"
     hit = [

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from minilora.checkpoints import State
 from minilora.data import SPLITS, Data, Example, order
 from minilora.data import batch as padded
 from minilora.formats import huggingface, peft
-from minilora.formats.files import pack_json, read_json, write_files
+from minilora.formats.files import FormatError, listed, pack_json, read_json, write_files
 from minilora.lora import LORA, Params, Tuning, Weights, is_base, total
 from minilora.models import Batch, Config
 from minilora.optim import AdamState, adamw, clip, loraplus_rates, schedule
@@ -44,6 +45,9 @@ NOT_TRAINED: Mapping[str, str] = {
 
 LOG, MANIFEST, PLOT = "log.jsonl", "run.json", "loss.svg"
 """The files of a run beside its result: a line for each step, all settings, the picture."""
+
+_MODEL = (huggingface.CONFIG, huggingface.WEIGHTS)
+"""The files of a model that a run writes: its result, or the base that its adapter acts on."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Recipe:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected {low} or more")
-        for name in ("lr", "lora_plus"):
+        for name in ("alpha", "lr", "lora_plus"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected more than 0")
         for name in ("weight_decay", "clip"):
@@ -463,7 +467,8 @@ def begin(
 
     A new run needs a folder without files. ``overwrite`` removes what an earlier run has written
     there, and nothing else; ``resume`` goes on from its last checkpoint that is whole, or begins
-    where there is none yet. What decides the result has to be as it was, unless ``accept``.
+    where there is none yet; those that are not get other names. What decides the result has to be
+    as it was, unless ``accept``.
 
     Errors: Refused; FormatError for a damaged ``run.json``; OSError where the disk is full or
     closed.
@@ -481,7 +486,7 @@ def begin(
             told += [f"changed: {one}" for one in different]
             checkpoints.clean(out / checkpoints.FOLDER)
             last, wrong = checkpoints.newest(out / checkpoints.FOLDER)
-            told += [f"left aside: {error}" for error in wrong]
+            told += [f"{checkpoints.set_aside(error.args[0]).name}: {error}" for error in wrong]
             state = last or state
             if state.params.keys() != job.start.keys():
                 raise Refused(f"{out}: its checkpoint trains other parameters; choose a new folder")
@@ -495,29 +500,41 @@ def begin(
                 "--overwrite, or choose a new folder"
             )
         else:
-            _remove(out)
+            _remove(out, job)
     write_files(out, {MANIFEST: lambda: pack_json(now)}, durable=True)
     _cut_log(out / LOG, state.step)
     return state, told
 
 
-def _remove(out: Path) -> None:
-    """What a run has written; ``run.json`` first, so that nothing left over is taken for a run."""
-    names = [
-        MANIFEST,
-        LOG,
-        PLOT,
-        peft.CONFIG,
-        peft.WEIGHTS,
-        huggingface.CONFIG,
-        huggingface.WEIGHTS,
-        *(f"{BASE}/{name}" for name in (huggingface.CONFIG, huggingface.WEIGHTS, *BESIDE)),
-    ]
-    for name in names:
+def _remove(out: Path, job: Job) -> None:
+    """What a run has written there, as its ``run.json`` says; its log last, by which it is known.
+
+    Errors: Refused for the folder of the job's own model, and for the result of no run.
+    """
+    own, full = (out / BASE).resolve(), (*_MODEL, *BESIDE)
+    if job.base.path.resolve() in (out.resolve(), own):
+        raise Refused(f"{out}: it holds the model that is to be trained; choose a new folder")
+    results = [PLOT, peft.CONFIG, peft.WEIGHTS]
+    known = (out / MANIFEST).is_file() or (out / LOG).is_file()
+    kept = [name for name in (*results, *_MODEL) if (out / name).exists()]
+    if kept and not known:
+        raise Refused(
+            f"{out}: {listed(kept)}, and no {MANIFEST} of a run that wrote it; move it away, or "
+            "choose a new folder"
+        )
+    before: dict[str, Any] = {}
+    with suppress(FormatError):  # it goes, damaged or not
+        before = read_json(out / MANIFEST)
+    if before.get("settings", {}).get("full"):
+        results += full
+    if before.get("base") == BASE:
+        results += [f"{BASE}/{name}" for name in full]
+    for name in (*results, MANIFEST):
         (out / name).unlink(missing_ok=True)
     checkpoints.clean(out / checkpoints.FOLDER)
     for path in checkpoints.saved(out / checkpoints.FOLDER):
         path.unlink()
+    (out / LOG).unlink(missing_ok=True)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

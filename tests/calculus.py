@@ -8,7 +8,7 @@ from minilora.verify.table import PROMISE
 GRADIENT = PROMISE
 """The promise of a gradient in float64, here relative to the greatest entry of its array."""
 
-OPTIMIZER = 1e-12
+OPTIMIZER = 10 * GRADIENT
 """The same promise for parameters after ten steps of an optimizer: each may add a GRADIENT."""
 
 WORST = {}

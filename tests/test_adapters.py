@@ -1404,3 +1404,9 @@ def test_pefts_combinations_of_lora_are_these(weights, monkeypatch):
             c * dare(p[i], keep, 0.5) for c, p, keep in zip(cs, pairs, keeps[::-1], strict=True)
         ]
         assert not np.array_equal(found[i], sum(others))
+
+
+@pytest.mark.parametrize("density", [-0.25, 1.5, np.nan])
+def test_a_density_is_a_share(density):
+    with pytest.raises(ValueError, match="expected 0 to 1"):
+        trim(np.ones((1, 4)), density)

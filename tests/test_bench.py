@@ -264,3 +264,20 @@ def test_the_own_side_says_whose_products_it_uses_and_who_chose_them(folder, mon
 def test_wrong_usage_is_status_2_and_says_what_was_expected(arguments, words, capsys):
     assert main(["bench", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_side_that_cannot_begin_leaves_no_process(folder, monkeypatch):
+    begun, right = [], subprocess.Popen
+
+    def watched(*arguments, **settings):
+        begun.append(right(*arguments, **settings))
+        return begun[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", watched)
+    monkeypatch.setitem(SIDES, "broken", "minilora.bench:nothing")
+    with pytest.raises(RuntimeError, match="broken ended"):
+        Side("broken", folder, threads=1)
+    (process,) = begun
+    assert process.poll() is not None
+    assert process.stdin.closed
+    assert process.stdout.closed

@@ -569,3 +569,8 @@ def test_what_is_left_of_a_run_is_the_same_function_and_nothing_that_is_0():
     # At the start every singular value is 0, and all are kept.
     fresh = params | {f"{at}.E": 0 * params[f"{at}.E"] for at in "qkv"}
     assert left(fresh) == fresh
+
+
+def test_no_interval_is_refused():
+    with pytest.raises(ValueError, match="interval 0: expected 1 step or more"):
+        Plan(1, 1, 0, 1, 9, interval=0)

@@ -23,6 +23,7 @@ from minilora.bases import (
 )
 from minilora.checkpoints import State
 from minilora.cli import main
+from minilora.commands.convert import write
 from minilora.commands.inspect import runtimes
 from minilora.commands.train import targets_of
 from minilora.formats import huggingface, mlx, peft
@@ -34,9 +35,10 @@ from minilora.formats.files import (
     write_files,
     write_tensors,
 )
-from minilora.lora import Tuning
+from minilora.lora import Tuning, merge
 from minilora.models import Llama, draw_weights
 from minilora.steps import Plan
+from minilora.targets import Lora, adapt
 from minilora.train import Recipe, prepare, read_log, run
 
 ROOT = Path(__file__).parent.parent
@@ -175,7 +177,8 @@ def test_show_batch_prints_each_token_and_writes_nothing(minilora, tmp_path):
         (("--variant", "alora"), 2, "variant 'alora': it acts from an invocation's tokens on"),
         (("--variant", "none"), 2, "variant 'none'"),
         (("--targets", "k_proj"), 2, r"\['k_proj'\] of the choice hit no projection"),
-        (("--dtype", "float16"), 2, "--dtype float16"),
+        (("--dtype", "float16"), 2, "argument --dtype: invalid choice: 'float16'"),
+        (("--alpha", "nan"), 2, "alpha is nan: expected more than 0"),
         (("--threads", "0"), 2, "threads is 0"),
         (("--save-every", "0"), 2, "save_every 0"),
         (("--length", "3"), 2, "length 3"),
@@ -712,3 +715,91 @@ def test_peft_computes_what_was_trained_here(name, trained, libraries, tmp_path)
     figure = off(adapted.weights, adapted.tuning)
     record_worst("logits against peft, trained here", figure)
     assert figure <= GRADIENT < off(base.weights, Tuning())
+
+
+def test_a_shipped_classifier_is_inspected_and_gguf_has_no_place_for_it(minilora):
+    status, out, err = minilora("inspect", "reference:bert")
+    assert (status, err) == (0, "")
+    assert re.search(r"^gguf +cannot have it: architecture: found bert", out, re.M)
+    for words in (
+        ("convert", "reference:bert", "--to", "gguf"),
+        ("merge", "--adapter", "reference:bert"),
+    ):
+        status, _, err = minilora(*words, "--output", "b.gguf")
+        assert status == 3
+        assert "architecture: found bert" in err
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("kind", ["mlx", "gguf"])
+def test_what_a_start_took_out_of_the_base_is_converted_too(init, kind, tmp_path):
+    """PEFT takes it out again where it loads the folder; others leave the base as it is."""
+    base, rng = open_base("reference:llama"), np.random.default_rng(0)
+    lora = Lora(r=2, alpha=2, variant=init)
+    W, tuning = adapt(dict(base.weights), lora, base.config.linears(), rng)
+    moved = {name: W[name] + W[name].dtype.type(0.1) for name in tuning.trained}
+    before = {name: W[name] for name in base.config.shapes()}
+    peft.write_adapter(tmp_path / "a", base.config, W | moved, tuning, lora, base=before)
+    said = read_json(tmp_path / "a" / peft.CONFIG) | {"init_lora_weights": init}
+    write_files(tmp_path / "a", {peft.CONFIG: lambda: pack_json(said)})
+    model = open_adapted(base, str(tmp_path / "a"))
+    out = str(tmp_path / ("b.gguf" if kind == "gguf" else "b"))
+    assert f"what {init} took out of the base" in write(out, kind, model)
+    other = open_adapted(base, out)
+    wanted, found = (merge({**one.weights}, one.tuning) for one in (model, other))
+    # Roundings of the residual, of the scale in the file, and of the two sums of r and 2r products.
+    k, u = 4 * lora.r + 7, np.finfo(np.float32).eps / 2
+    for at in model.tuning.scale:
+        name = f"{at}.weight"
+        off = abs(found[name].astype(float) - wanted[name])
+        assert (off <= k * u / (1 - k * u) * (moduli(model, at) + moduli(other, at))).all()
+        assert abs(wanted[name] - base.weights[name]).max() > 0.01
+
+
+def moduli(model, at):
+    """|W| + |s| |B| |A|, of which W' = W + s B A has its roundings."""
+    A, B = (abs(model.own[f"{at}.{part}"].astype(float)) for part in "AB")
+    return abs(model.weights[f"{at}.weight"]) + abs(model.tuning.scale[at]) * (B @ A)
+
+
+def test_trained_rows_of_a_table_are_not_lost_in_converting(tmp_path):
+    base, rng = open_base("reference:llama"), np.random.default_rng(0)
+    lora = Lora(r=2, alpha=2, targets=["q"], tokens={"embed": [3, 4]})
+    W, tuning = adapt(dict(base.weights), lora, base.config.linears(), rng)
+    peft.write_adapter(tmp_path / "a", base.config, W, tuning, lora)
+    for change, refused in ((0, False), (1, True)):
+        E = np.array(base.weights["embed.weight"])
+        E[[3, 4]] += change
+        peft.write_adapter(tmp_path / "a", base.config, W | {"embed.weight": E}, tuning, lora)
+        model = open_adapted(base, str(tmp_path / "a"))
+        for kind, out in (("mlx", tmp_path / f"m{change}"), ("gguf", tmp_path / f"{change}.gguf")):
+            if refused:
+                with pytest.raises(FormatError, match=r"weights: found embed\.weight beside them"):
+                    write(str(out), kind, model)
+            else:
+                write(str(out), kind, model)
+            assert out.exists() is not refused
+
+
+def test_a_model_folder_keeps_its_tokenizer_where_the_disk_is_full(monkeypatch, tmp_path):
+    base = open_base("reference:llama")
+    copy_tokenizer(base, tmp_path)
+    before = (tmp_path / "tokenizer.json").read_bytes()
+
+    def full(path, data):
+        with path.open("wb") as file:
+            file.write(data[:5])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        copy_tokenizer(base, tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == before
+    assert not [*tmp_path.glob(".*")]
+
+
+@pytest.mark.parametrize("option", ["--rouge", "--seed", "--tokens", "--batch-tokens", "--length"])
+def test_evaluate_refuses_a_number_below_what_makes_sense(option, minilora):
+    status, _, err = minilora("evaluate", option, "-1")
+    assert status == 2
+    assert f"{option} -1: expected" in err

@@ -25,6 +25,7 @@ from minilora.formats.files import (
     pack_json,
     read_json,
     read_tensors,
+    write_files,
     write_tensors,
 )
 from minilora.formats.huggingface import (
@@ -775,6 +776,7 @@ def test_bytes_do_not_depend_on_order_and_chance(tmp_path):
         ('{"a": 1, "b": 2, "a": 3}', "found a given twice"),
         ('{"a": NaN}', "found the number NaN"),
         ('{"a": -Infinity}', "found the number -Infinity"),
+        ('{"a": 1e999}', "found the number 1e999"),
         ('{"a": "\udcff"}', "found 'utf-8' codec can't decode"),
         ("[" * 100_000, "found maximum recursion depth exceeded"),
         ('{"a": 1' + "0" * 5000 + "}", "found Exceeds the limit"),
@@ -1612,3 +1614,34 @@ def test_peft_does_not_tie_gpt2s_embedding(libraries, folder):
     assert not libraries.torch.equal(embedding, model.get_output_embeddings().weight)
     with pytest.raises(FormatError, match=r"modules_to_save: found transformer\.wte of a tied"):
         read_adapter(libraries.saved(model, folder / "adapter"), MODELS["gpt2"])
+
+
+def renaming(monkeypatch, error):
+    """The second file's renaming fails."""
+    right, done = os.replace, []
+
+    def replace_(*arguments):
+        done.append(arguments)
+        if len(done) == 2:
+            raise error
+        right(*arguments)
+
+    monkeypatch.setattr(os, "replace", replace_)
+
+
+@pytest.mark.parametrize("error", [OSError("no"), KeyboardInterrupt()])
+def test_where_renaming_fails_each_file_is_whole(error, monkeypatch, tmp_path):
+    folder = tmp_path / "f"
+    renaming(monkeypatch, error)
+    with pytest.raises(type(error)):
+        write_files(folder, {"a": lambda: b"a", "b": lambda: b"b"})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a": b"a"}
+
+
+def test_what_cannot_be_written_leaves_no_folder(tmp_path):
+    def fails():
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        write_files(tmp_path / "x/y/z", {"a": fails})
+    assert not [*tmp_path.iterdir()]

@@ -273,10 +273,23 @@ def test_what_cannot_be_generated_is_refused():
     for prompts, most, found in (
         ([], 1, "empty prompt"),
         ([[1], []], 1, "empty prompt"),
-        ([[1, 2]], 8, "2 tokens and 8 more, expected at most 9"),
+        ([[1, 2]], 9, "2 tokens and 9 more, expected at most 10 in all"),
         ([[99]], 1, "rows of embed"),
     ):
         with pytest.raises(ValueError, match=found):
             tokens_of(model, prompts, most=most)
     with pytest.raises(ValueError, match="not finite"):
         probabilities(np.array([np.nan, 1.0]), Sampling())
+
+
+def test_a_temperature_near_zero_draws_the_most_probable():
+    z = np.array([1.0, 700.0, -700.0], np.float32)
+    assert probabilities(z, Sampling(1e-308)).tolist() == [0, 1, 0]
+
+
+def test_the_last_token_drawn_needs_no_position():
+    model = drawn("GPT2", b=1)
+    full = [1] * model.config.positions
+    assert len(tokens_of(model, [full], most=1)[0]) == 1
+    with pytest.raises(ValueError, match="the last needs none"):
+        tokens_of(model, [full], most=2)

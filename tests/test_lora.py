@@ -393,6 +393,25 @@ def test_fused_factors_keep_the_dtype():
     assert A.dtype == B.dtype == np.float32
 
 
+def test_fused_factors_are_as_wide_as_what_they_are_made_of():
+    A, B = np.ones((1, 2), np.float32), np.full((3, 1), 1 / 3)
+    _, fused = ml.fuse([(A, B), (A, B * 1j)])
+    assert same_bits(fused[:3, :1], B.astype(complex))
+    assert same_bits(fused[3:, 1:], B * 1j)
+
+
+def test_a_scalar_of_numpy_is_the_number_that_it_is():
+    alpha = np.float64(0.3)
+    assert type(ml.scale(alpha, 2)) is float
+    assert ml.scale(alpha, 2) == 0.3 / 2
+    assert ml.scale(np.longdouble(1) / 3, 1) == np.longdouble(1) / 3
+    x, W, A, B = (np.ones(shape, np.float32) for shape in ((2, 5), (3, 2), (1, 2), (3, 1)))
+    y, back = ml.lora_linear(x, W, None, A, B, ml.scale(alpha, 1))
+    assert {array.dtype for array in (y, *back(y))} == {np.dtype(np.float32)}
+    keep = lora.draw_dropout(np.random.default_rng(0), np.float64(0.5), {"q": (2, 3)}, np.float32)
+    assert keep["q"].dtype == np.float32
+
+
 def test_the_scale_is_alpha_over_r_or_over_its_root():
     assert ml.scale(Fraction(7), 3) == Fraction(7, 3)
     assert isinstance(ml.scale(Fraction(7), 3), Fraction)

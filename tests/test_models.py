@@ -139,6 +139,23 @@ def test_what_is_no_gradient_has_no_symmetric_derivative(monkeypatch):
     assert asymmetry(case("GPT-2"), np.random.default_rng(0)) > GRADIENT
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_complex_step_in_one_array_passes_through_every_backward(name):
+    """Where few arrays are complex, none on the way may be made real."""
+    model = case(name)
+    whole = {at: w.astype(complex) for at, w in model.W.items()}
+    size, rng = max(map(greatest, model.loss(model.W)[1](1.0).values())), np.random.default_rng(1)
+    for at in model.W:
+        step = random_like(rng, {at: model.W[at]})
+        alone, among = (
+            directional(lambda W: model.loss(W)[1](1.0), V, step) for V in (model.W, whole)
+        )
+        scale = max(size, *map(greatest, among.values()))
+        for part in alone:
+            assert relative_error(alone[part], among[part], scale) <= GRADIENT
+
+
 def converted(model, convert):
     """The model with all of its parameters and dropout multipliers converted."""
     W = {name: convert(w) for name, w in model.W.items()}

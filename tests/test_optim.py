@@ -496,3 +496,25 @@ def test_training_moves_the_adapters_and_leaves_every_bit_of_the_base(model):
         params, state = optim.adamw(params, back(1.0), state, 0.01)
     assert all(same_bits(frozen[name], w) for name, w in before.items())
     assert all((params[name] != model.W[name]).any() for name in params if name.endswith(".B"))
+
+
+def test_a_rate_that_is_a_scalar_of_numpy_keeps_the_dtype():
+    p = {"q.A": np.ones((1, 2), np.float32)}
+    for rate in (np.float64(0.1), {"q.A": np.float64(0.1)}):
+        assert optim.adamw(p, p, optim.AdamState(), rate)[0]["q.A"].dtype == np.float32
+        assert optim.sgd(p, p, optim.SGDState(), rate)[0]["q.A"].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({}, "expected lr, the learning rate"),
+        ({"lr": 0.1, "max_grad_norm": -1.0}, "max_norm -1.0: expected 0 or more"),
+        ({"lr": 0.1, "max_grad_norm": np.nan}, "max_norm nan: expected 0 or more"),
+        ({"lr": 0.1, "warmup_steps": -1}, "warmup -1: expected 0 steps or more"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(settings, found):
+    p = {"q.A": np.ones((1, 2))}
+    with pytest.raises(ValueError, match=found):
+        optim.run(p, [p], settings)

@@ -815,3 +815,9 @@ def test_peft_merges_onto_the_dequantised_weight_and_quantises_again(torch, bnb,
     assert all(same_bits(again.constants[name], v) for name, v in constants.items())
     onto_original = merge_onto_original(W, A, B, 1, F32)
     assert not same_bits(requantise(q, onto_original).codes, again.codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 16])
+def test_other_bits_than_four_and_eight_are_refused(bits):
+    with pytest.raises(ValueError, match=f"bits {bits}: expected 4 or 8"):
+        quantise_affine(np.ones((1, 64)), bits)

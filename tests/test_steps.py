@@ -284,19 +284,30 @@ def test_no_gradient_flows_below_what_reads_a_constant(name, lowest, bare, monke
     assert same(of(model), found)
     spared = {at for at, axes in asked if axes == 0}
     assert spared == {first + at for at in models.FIRST if f"{first}{at}.weight" in model.W}
-    monkeypatch.setattr(models, "constant", lambda layers, trained: frozenset())
+    monkeypatch.setattr(models, "constant", lambda layers, causal, trained: frozenset())
     asked.clear()
     assert same(of(model), found)
     assert all(axes == 2 for _, axes in asked)
 
 
 @pytest.mark.parametrize("also", ["embed.weight", "norm.weight", "layers.1.norm1.weight"])
-def test_what_is_trained_below_makes_an_input_vary(also):
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_is_trained_below_makes_an_input_vary(also, causal):
+    """A causal model's outer norm is above the blocks, BERT's below them."""
     trained = {"layers.1.q.A", "layers.2.v.B", "head.A"}
     wanted = {f"layers.1.{at}" for at in models.FIRST}
-    assert models.constant(3, frozenset(trained)) == wanted
-    assert models.constant(3, frozenset(trained | {"layers.2.norm1.weight"})) == wanted
-    assert models.constant(3, frozenset(trained | {also})) == frozenset()
+    above = causal and also == "norm.weight"
+    assert models.constant(3, causal, frozenset(trained)) == wanted
+    assert models.constant(3, causal, frozenset(trained | {"layers.2.norm1.weight"})) == wanted
+    found = models.constant(3, causal, frozenset(trained | {also}))
+    assert found == (wanted if above else frozenset())
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2"])
+def test_no_block_has_a_backward_for_the_last_norm_alone(name):
+    model = case(name)
+    tuning = replace(model.tuning, trained=frozenset({"norm.weight"}))
+    assert models.kept(model.config, tuning)[0] == model.config.layers
 
 
 @EVERY
@@ -392,3 +403,13 @@ def test_what_is_free_is_released_where_activations_are_recomputed(monkeypatch):
     assert trims == [0]
     monkeypatch.setattr(steps.ctypes, "CDLL", lambda name: object())
     of(case("Llama"), Plan(recompute=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_numpy_was_told_of_overflows_holds_in_each_thread(threads):
+    def work(part):
+        return np.geterr()["over"]
+
+    for told in ("ignore", "raise"):
+        with np.errstate(over=told):
+            assert [*steps.in_order(work, [slice(0, 1), slice(1, 2)], threads)] == [told] * 2

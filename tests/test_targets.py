@@ -1304,3 +1304,11 @@ def test_activated_lora_has_a_mask_of_numbers_and_a_scale():
     wanted, back_lora = ml.lora_linear(x, W, None, A, B, 7 / 3, K)
     assert same_bits(y, wanted)
     assert all(same_bits(a, b) for a, b in zip(back(dy), back_lora(dy), strict=True))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"alpha": np.nan}, {"alpha": np.inf}, {"alpha_pattern": {"q": -np.inf}}]
+)
+def test_an_alpha_that_is_no_number_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"alpha .*: expected a finite number"):
+        ml.Lora(**wrong)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -726,3 +727,51 @@ def test_whatever_act_on_the_disk_is_the_last_the_run_ends_with_the_same_bits(
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) > 30
+
+
+def test_no_run_takes_the_place_of_a_model_that_no_run_wrote(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(open_base("reference:llama").path, model)
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    own = job_of()
+    own = replace(own, base=replace(own.base, path=model))
+    with pytest.raises(train.Refused, match="it holds the model that is to be trained"):
+        fit(model, own, overwrite=True)
+    with pytest.raises(train.Refused, match=r"config.json, model.safetensors, and no run.json"):
+        fit(model, job_of(), overwrite=True)
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_what_a_full_run_wrote_is_gone_and_what_is_anothers_is_not(tmp_path):
+    out = tmp_path / "out"
+    fit(out, job_of(replace(QUICK, full=True)))
+    assert (out / "tokenizer.json").is_file()
+    fit(out, job_of(), overwrite=True)
+    left = {path.name for path in out.iterdir() if path.is_file()}
+    assert left == {"adapter_config.json", "adapter_model.safetensors", "log.jsonl", "run.json"}
+    (out / "config.json").write_text("mine")
+    fit(out, job_of(), overwrite=True)
+    assert (out / "config.json").read_text() == "mine"
+    (out / train.MANIFEST).write_text("damaged")
+    fit(out, job_of(), overwrite=True)
+    assert (out / train.MANIFEST).stat().st_size > 100
+
+
+def test_what_is_saved_after_damaged_checkpoints_stays(tmp_path):
+    fit(tmp_path, job_of(), save_every=2)
+    kept = checkpoints.saved(tmp_path / checkpoints.FOLDER)
+    for path in kept:
+        path.write_bytes(b"damaged")
+    told = []
+    outcome = fit(tmp_path, job_of(), resume=True, watch=Stop(2), tell=told.append)
+    assert (outcome.state.step, outcome.why) == (2, "interrupted")
+    assert all(
+        f"{path.name}.damaged: " in text for path, text in zip(kept[::-1], told, strict=True)
+    )
+    told.clear()
+    fit(tmp_path, job_of(), resume=True, watch=lambda *one: told.append(one[0]["step"]))
+    assert told[0] == 2
+    later = checkpoints.save(tmp_path / "c", some_state(9))
+    for path in (later, checkpoints.save(tmp_path / "c", some_state(8))):
+        path.write_bytes(b"damaged")
+    assert checkpoints.save(tmp_path / "c", some_state(1)).is_file()

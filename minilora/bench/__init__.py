@@ -137,10 +137,13 @@ class Side:
                 text=True,
                 env=environment,
             )
-        answer = self._answer()
-        if "missing" in answer:
+        try:
+            answer = self._answer()
+            if "missing" in answer:
+                raise Missing(f"{name} cannot be measured: {answer['missing']}")
+        except BaseException:
             self.close()
-            raise Missing(f"{name} cannot be measured: {answer['missing']}")
+            raise
         self.versions: str = answer["versions"]
         self.kinds: list[str] = answer["kinds"]
 

@@ -44,22 +44,58 @@ def _run(arguments: argparse.Namespace) -> int:
 def write(path: str, kind: str, model: Any) -> str:
     """Write an adapter, as :func:`minilora.bases.open_adapted` gives it; what there is to tell.
 
+    It acts on the base as it is, whatever its start has taken out of that.
+
     Errors: those of the format's writer, for what it cannot say.
     """
     from minilora.formats import mlx, peft
     from minilora.formats.factors import choice_of
 
-    c, own, tuning = model.base.config, model.own, model.tuning
-    dropout = 0.0 if model.lora is None else model.lora.dropout
+    c, told = model.base.config, ""
+    if kind != "peft" and model.lora is not None:
+        model, told = on_base(model)
+    own, tuning, lora = model.own, model.tuning, model.lora
+    dropout = 0.0 if lora is None else lora.dropout
     if kind == "peft":
-        lora = model.lora or choice_of(path, c, own, tuning, dropout)
-        peft.write_adapter(path, c, own, tuning, lora)
+        lora = lora or choice_of(path, c, own, tuning, dropout)
+        peft.write_adapter(path, c, own, tuning, lora, base=model.base.weights)
     elif kind == "mlx":
         mlx.write_adapter(path, c, own, tuning, dropout=dropout)
     else:
         from minilora.formats import gguf
 
         folded = gguf.write_adapter(path, c, own, tuning)
-        lines = [f"B of {at} was multiplied by {factor:g}\n" for at, factor in folded.items()]
-        return "".join(lines)
-    return ""
+        told += "".join(f"B of {at} was multiplied by {by:g}\n" for at, by in folded.items())
+    return told
+
+
+def on_base(model: Any) -> tuple[Any, str]:
+    """PEFT's adapter as factors on the base's own weights, and what there is to tell.
+
+    A start that PEFT takes out of the base is written with those factors beside it, at the doubled
+    rank; copies of the base's weights, which PEFT saves with an adapted table, are left out.
+    """
+    import tempfile
+    from dataclasses import replace
+
+    import numpy as np
+
+    from minilora.bases import open_adapted
+    from minilora.formats import peft
+    from minilora.lora import is_base
+
+    base, told = model.base, ""
+    if model.lora.init in peft.FROM_BASE:
+        with tempfile.TemporaryDirectory() as folder:
+            own, tuning, lora = model.own, model.tuning, model.lora
+            peft.write_adapter(folder, base.config, own, tuning, lora, base=base.weights)
+            model = open_adapted(base, folder, next(iter(own.values())).dtype)
+        told = f"what {lora.init} took out of the base is put back, at twice the rank\n"
+    own = {
+        name: array
+        for name, array in model.own.items()
+        if not is_base(name)
+        or name in model.tuning.trained
+        or not np.array_equal(array, base.weights[name])
+    }
+    return replace(model, own=own), told

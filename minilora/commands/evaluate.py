@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from minilora.console import HOLDS, USAGE, add_command, add_model, refuse, say
+from minilora.console import HOLDS, add_command, add_model, refuse, say
 
 
 def add(commands: Any) -> None:
@@ -47,6 +47,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.split and arguments.split not in data.SPLITS:
         return refuse(f"--split {arguments.split}: expected one of {data.SPLITS}", "evaluate")
+    for name, least in {"length": 2, "batch_tokens": 1, "seed": 0, "rouge": 0, "tokens": 1}.items():
+        if (value := getattr(arguments, name)) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
     dtype = np.dtype(arguments.dtype)
     base = base_of(arguments.model, arguments.adapter, dtype)
     model = open_adapted(base, arguments.adapter, dtype)
@@ -58,8 +61,7 @@ def _run(arguments: argparse.Namespace) -> int:
     order = [arguments.split] if arguments.split else ["test", "valid", "train"]
     split = next((one for one in order if getattr(read, one)), None)
     if split is None:
-        print(f"minilora evaluate: {path}: no examples in {' or '.join(order)}")
-        return USAGE
+        return refuse(f"{path}: no examples in {' or '.join(order)}", "evaluate")
     examples = getattr(read, split)
     batches = batches_of(examples, arguments.batch_tokens, base.tokenizer.pad)
     found = measure(batches, model.weights, base.config, model.tuning)

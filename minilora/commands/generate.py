@@ -40,6 +40,8 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ValueError("--prompt and --chat both; give one of them")
     if arguments.tokens < 1:
         raise ValueError(f"--tokens {arguments.tokens}: expected 1 or more")
+    if arguments.seed < 0:
+        raise ValueError(f"--seed {arguments.seed}: expected 0 or more")
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     base = base_of(arguments.model, arguments.adapter, dtype)
     model, tokenizer = open_adapted(base, arguments.adapter, dtype), base.tokenizer

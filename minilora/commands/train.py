@@ -123,8 +123,6 @@ def _run(arguments: argparse.Namespace) -> int:
     from minilora.steps import Plan, warm_memory
     from minilora.train import fit, micro_batches, plot, prepare
 
-    if arguments.dtype not in ("float32", "float64"):
-        raise ValueError(f"--dtype {arguments.dtype}: expected float32 or float64")
     name, dtype = arguments.model or "reference:llama", np.dtype(arguments.dtype)
     base = open_base(name, dtype, quantised=arguments.recompute)
     path, task = data_of(base, arguments.data, arguments.task)

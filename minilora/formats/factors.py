@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from minilora.formats.files import FormatError, listed
-from minilora.lora import LORA, Tuning, Variant, Weights, adapted_in, is_base, scale
+from minilora.lora import LORA, Params, Tuning, Variant, Weights, adapted_in, is_base, scale
 from minilora.models import Config
 from minilora.targets import Lora
 from minilora.variants import DORA, DORA_FULL, REGISTRY, part_shapes
@@ -29,13 +29,16 @@ def variant_name(variant: Variant) -> str:
 
 
 def adapted_ranks(
-    path: Path | str, c: Config, W: Weights, tuning: Tuning, known: Collection[Variant]
+    path: Path | str, c: Config, W: Params, tuning: Tuning, known: Collection[Variant]
 ) -> dict[str, int]:
     """The rank of each adapted module, once W and ``tuning`` agree on what there is to write.
 
+    W is the whole model's, or the adapters' parameters alone.
+
     Errors: FormatError without adapters; for one of a module that has none to adapt, of a variant
-    that is not ``known``, without a scale, incomplete or of another shape; and unless the adapters'
-    parameters, all of them and nothing else, are trained.
+    that is not ``known``, without a scale, incomplete or of another shape; unless the adapters'
+    parameters, all of them and nothing else, are trained; and for some of the base's weights beside
+    them, which act in place of those that the file would be loaded on.
     """
     modules = adapted_in(W)
     if not modules or tuning.scale.keys() != set(modules):
@@ -65,6 +68,11 @@ def adapted_ranks(
         found = f"{listed(wrong)} {'beside them' if wrong - names else 'frozen'}"
         remedy = "the format holds factors and nothing else: keep PEFT's"
         raise FormatError(path, "trained", found, "the adapters' parameters, all of them", remedy)
+    changed = {name for name in W if is_base(name)}
+    if changed and not changed >= c.shapes().keys():
+        remedy = "the format holds factors and nothing else: keep PEFT's, or merge it"
+        expected = "the adapters' parameters alone, or the whole model's"
+        raise FormatError(path, "weights", f"{listed(changed)} beside them", expected, remedy)
     return ranks
 
 

@@ -4,9 +4,11 @@ Whatever is wrong with a file is a `FormatError`; no other exception comes out o
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +203,12 @@ def parse_json(data: bytes) -> Any:
     not finite.
     """
     try:
-        return json.loads(data.decode(), object_pairs_hook=_object, parse_constant=_no_constant)
+        return json.loads(
+            data.decode(),
+            object_pairs_hook=_object,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
     except RecursionError as error:
         raise ValueError(str(error)) from None
 
@@ -216,6 +223,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"the number {name}")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_constant(text)
 
 
 def pack_json(value: Mapping[str, Any]) -> bytes:
@@ -261,12 +273,13 @@ def write_files(
     before it takes its name.
 
     Errors: FormatError if the folder is a file or holds a stale file; OSError where the disk is
-    full or closed. The folder is then as it was.
+    full or closed. The folder is then as it was; where it is the renaming that fails, each file is
+    the old one or the new one, whole.
     """
     folder = Path(folder)
     if folder.is_file():
         raise FormatError(folder, "folder", "a file", "a folder", "choose another name")
-    made = not folder.exists()
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     left = {entry.name for entry in folder.iterdir()} - files.keys()
     old = {name for name in left if stale and re.fullmatch(stale, name)}
@@ -289,8 +302,9 @@ def write_files(
     except BaseException:
         for temporary in beside.values():
             temporary.unlink(missing_ok=True)
-        if made:
-            folder.rmdir()
+        for each in made:
+            with suppress(OSError):  # one that something stands in
+                each.rmdir()
         raise
 
 

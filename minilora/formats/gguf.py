@@ -34,7 +34,7 @@ from minilora.formats.files import (
 )
 from minilora.formats.huggingface import ARCHITECTURES, architecture, modules
 from minilora.formats.tokenizers import Library, lacking
-from minilora.lora import LORA, TABLES, Params, Tuning, Weights, is_base, scale
+from minilora.lora import LORA, TABLES, Params, Tuning, Weights, scale
 from minilora.models import Config, Llama
 from minilora.ops import Array
 from minilora.quantised import F32, dequantise, from_gguf
@@ -366,13 +366,12 @@ def _order(c: Config, at: str, m: int) -> Array | None:
 def places(c: Config) -> dict[str, str]:
     """Internal module name -> the module's name in GGUF, as the library has it.
 
-    Errors: TypeError for an architecture that is not in `NAMES`.
+    Errors: FormatError for an architecture that is not in `NAMES`.
     """
     _, a = architecture(c)
     if a.model_type not in NAMES:
-        raise TypeError(
-            f"{a.model_type}: no pooler or classifier in GGUF; expected {', '.join(NAMES)}"
-        )
+        remedy = "a pooler or classifier has no place there: keep Hugging Face's or PEFT's"
+        raise FormatError("GGUF", "architecture", a.model_type, f"{', '.join(NAMES)}", remedy)
     gguf = library()
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == a.model_type)
     known = gguf.get_tensor_name_map(number, 1)
@@ -826,7 +825,7 @@ def write_adapter(
     trained beside factors; a tied head or its embedding, a table of positions; float64; and as
     :func:`minilora.formats.factors.adapted_ranks` has it.
     """
-    ranks = adapted_ranks(path, c, dict(_factors(W)), tuning, (LORA,))
+    ranks = adapted_ranks(path, c, W, tuning, (LORA,))
     there = places(c)
     for at in ranks:
         if reason := _unsaid(c, at):
@@ -848,11 +847,6 @@ def write_adapter(
         writer.add_float32(ALPHA, alpha)
         _write_tensors(writer, tensors, tensors.__getitem__)
     return folded
-
-
-def _factors(W: Params) -> Iterator[tuple[str, Array]]:
-    """The entries that are no base's, and none that would be expanded."""
-    return ((name, W[name]) for name in W if not is_base(name))
 
 
 def _unsaid(c: Config, at: str) -> str | None:

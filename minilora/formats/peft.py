@@ -243,7 +243,7 @@ _VECTORS = (".c", ".magnitude", ".lambda_d", ".lambda_b")
 _BASE = {"weight", "bias", "tokens"}
 _PROJECTIONS = {"A": "base_model.vera_A", "B": "base_model.vera_B"}
 _TIED = ("embed_tokens", "lm_head")  # the bare names by which alone PEFT knows what may be tied
-_FROM_BASE = ("pissa", "olora")  # the starts that PEFT takes out of the base whenever it loads it
+FROM_BASE = ("pissa", "olora")  # the starts that PEFT takes out of the base whenever it loads it
 _VARIANTS = {"use_dora": "dora", "lora_bias": "lora-bias", "alora_invocation_tokens": "alora"}
 
 _NOT_READ = {
@@ -457,7 +457,7 @@ def _deeper(path: Path, c: Config, settings: Mapping[str, Any]) -> Config:
         found, remedy = "it for a GPT-2", "PEFT finds no layers there"
     elif settings["bias"] != "none":
         found, remedy = f"it beside bias {settings['bias']}", "the copies share one bias"
-    elif settings.get("init_lora_weights") in _FROM_BASE:
+    elif settings.get("init_lora_weights") in FROM_BASE:
         found = f"it beside init_lora_weights {settings['init_lora_weights']}"
         remedy = "PEFT takes each copy's start out of the one weight that all share"
     else:
@@ -514,7 +514,7 @@ def _check_hit(path: Path, c: Config, settings: Mapping[str, Any], hit: list[str
         remedy = f"PEFT has no embedding with {bare[0]}"
         raise FormatError(path, "target_modules", listed(wrong), "projections only", remedy)
     init = settings.get("init_lora_weights")
-    if init in _FROM_BASE and "head" in hit and "head" not in c.linears():
+    if init in FROM_BASE and "head" in hit and "head" not in c.linears():
         remedy = "PEFT takes the start out of the embedding too, to which the head is tied"
         raise FormatError(path, "init_lora_weights", f"{init} of a tied head", "true", remedy)
     if init == "olora" and isinstance(c, GPT2) and any(at.startswith("layers.") for at in hit):
@@ -611,7 +611,7 @@ def read_adapter(
         remedy = "replicate the base by read_lora's replication"
         text = f"a model of {c.layers} layers"
         raise FormatError(Path(path) / CONFIG, "layer_replication", text, deeper.layers, remedy)
-    if base is None and (lora.tokens or lora.init in _FROM_BASE):
+    if base is None and (lora.tokens or lora.init in FROM_BASE):
         where = "trainable_token_indices" if lora.tokens else "init_lora_weights"
         remedy = "give base, the weights that the adapter is loaded on, which it changes"
         text = json.dumps(settings[where])
@@ -759,7 +759,7 @@ def _changed(
 ) -> Weights:
     """The weights that the adapter changes: residuals of the start, tables with trained rows."""
     changed: Weights = {}
-    if lora.init in _FROM_BASE:
+    if lora.init in FROM_BASE:
         for at, r in choice.rank.items():
             if at not in TABLES:
                 changed[f"{at}.weight"] = _start(path, base, lora, at, r, s[at])[0]
@@ -915,7 +915,7 @@ def _on_base(
     folder: Path, W: Weights, lora: Lora, choice: Choice, base: Mapping[str, Array] | None
 ) -> tuple[Lora, Choice, Weights]:
     """The adapter as one on ``base``, where the start changed the weights that it was made for."""
-    if lora.init not in (*_FROM_BASE, "loftq"):
+    if lora.init not in (*FROM_BASE, "loftq"):
         return lora, choice, W
     plain = replace(
         lora, init="kaiming", variant="lora" if lora.variant in STARTS else lora.variant
