@@ -275,7 +275,6 @@ def test_no_vector_has_changed_since_it_was_frozen(made):
     assert not changed, "see 'Add vectors' in docs/contributing.md"
 
 
-@pytest.mark.slow
 def test_the_whole_set_is_as_it_was_frozen_and_small():
     whole = vectors()
     assert {v.id: fingerprint(v) for v in whole} == frozen()

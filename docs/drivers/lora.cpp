@@ -104,16 +104,18 @@ template <class T> void write(const string& path, const Tensors<T>& tensors) {
   std::ofstream(path, std::ios::binary).write(reinterpret_cast<const char*>(&length), 8) << header << data;
 }
 
-// What a setting asks for that is not implemented here is skipped, and never ignored.
-void refuse(const Json& settings, const string& known) {
-  for (auto& [name, value] : settings.fields)
-    if (known.find(" " + name + " ") == string::npos && value.text != "false")
+// What a setting or a tensor asks for that is not implemented here is skipped, and never ignored.
+bool asked(const Json& setting) { return setting.text != "false"; }
+template <class T> bool asked(const Matrix<T>&) { return true; }
+template <class Named> void refuse(const Named& given, const string& known) {
+  for (auto& [name, value] : given)
+    if (known.find(" " + name + " ") == string::npos && asked(value))
       throw Skipped(name + " is not implemented");
 }
 
 // The factor alpha / r, or alpha / √r.
 double scale(const Json& settings) {
-  refuse(settings, " alpha r p use_rslora ");
+  refuse(settings.fields, " alpha r p use_rslora ");
   const double alpha = settings["alpha"].number(), r = settings["r"].number();
   if (bug == "scale") return alpha;
   return settings["use_rslora"].text == "true" ? alpha / std::sqrt(r) : alpha / r;
@@ -121,6 +123,7 @@ double scale(const Json& settings) {
 
 // y = x Wᵀ + b + s (K∘x) Aᵀ Bᵀ, tokens in rows, and its gradients where there is a dy.
 template <class T> Tensors<T> layer(Tensors<T>& t, const Json& settings) {
+  refuse(t, " x W A B bias dy keep ");
   const Matrix<T> &x = t["x"], &W = t["W"], &A = t["A"], &B = t["B"], &bias = t["bias"], &dy = t["dy"];
   const T s = scale(settings), kept = bug == "no-rescale" ? 1 : 1 / (1 - settings["p"].number());
   const auto K = [&](const Matrix<T>& a, bool drops = true) -> Matrix<T> {
@@ -148,10 +151,14 @@ template <class T> Tensors<T> layer(Tensors<T>& t, const Json& settings) {
 
 // The contract's methods: tensors and settings to tensors.
 template <class T> Tensors<T> answer(const string& method, Tensors<T> t, const Json& settings) {
-  if (method == "merge") return {{"W_merged", plus(t["W"], times(t["B"], t["A"], T(scale(settings))))}};
-  if (method == "unmerge") return {{"W", plus(t["W_merged"], times(t["B"], t["A"], T(-scale(settings))))}};
+  if (method == "merge" || method == "unmerge") {
+    refuse(t, " W W_merged A B ");
+    const bool in = method == "merge";
+    const T s = in ? scale(settings) : -scale(settings);
+    return {{in ? "W_merged" : "W", plus(t[in ? "W" : "W_merged"], times(t["B"], t["A"], s))}};
+  }
   if (method != "combine") return layer(t, settings);
-  refuse(settings, " adapters weights ");
+  refuse(settings.fields, " adapters weights ");
   Matrix<T> delta;
   for (size_t i = 0; i < settings["adapters"].list.size(); i++) {
     const string name = "adapters." + to_string(i);

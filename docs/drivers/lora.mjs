@@ -22,7 +22,7 @@ const times = (a, b) => matrix(a.rows, b.cols, (i, j) => {
 });
 const shaped = (a, shape) => ({ ...a, shape });
 
-// What a setting asks for that is not implemented here is skipped, and never ignored.
+// What a setting or a tensor asks for that is not implemented here is skipped, and never ignored.
 class Skipped extends Error {}
 const refuse = (others) => {
   for (const name in others) if (others[name]) throw new Skipped(`${name} is not implemented`);
@@ -36,7 +36,8 @@ const scale = ({ alpha, r, use_rslora, p: _, ...others }) => {
 };
 
 // y = x Wᵀ + b + s (K∘x) Aᵀ Bᵀ, tokens in rows, and a function for its gradients.
-const layer = ({ x, W, A, B, bias, keep }, settings) => {
+const layer = ({ x, W, A, B, bias, keep, dy: _, ...others }, settings) => {
+  refuse(others);
   const s = scale(settings);
   const kept = bug === "no-rescale" ? 1 : 1 / (1 - (settings.p ?? 0));
   const K = (v, i, j) => (keep ? v * keep.at(i, j) * kept : v);
@@ -67,8 +68,14 @@ const methods = {
     const [y, back] = layer(t, settings);
     return { y, ...back(t.dy) };
   },
-  merge: (t, settings) => ({ W_merged: plus(t.W, delta(t.A, t.B, scale(settings))) }),
-  unmerge: (t, settings) => ({ W: plus(t.W_merged, delta(t.A, t.B, -scale(settings))) }),
+  merge: ({ W, A, B, ...others }, settings) => {
+    refuse(others);
+    return { W_merged: plus(W, delta(A, B, scale(settings))) };
+  },
+  unmerge: ({ W_merged, A, B, ...others }, settings) => {
+    refuse(others);
+    return { W: plus(W_merged, delta(A, B, -scale(settings))) };
+  },
   combine: (t, { adapters, weights, ...others }) => {
     refuse(others);
     const each = (own, i) => delta(t[`adapters.${i}.A`], t[`adapters.${i}.B`], weights[i] * scale(own));
