@@ -18,7 +18,7 @@ import numpy as np
 from minilora import reference
 from minilora.formats import gguf, glassllm, mlx, peft
 from minilora.formats.files import FormatError, listed, pack_json, read_json, write_files
-from minilora.formats.huggingface import read_encoder, read_labels, read_model
+from minilora.formats.huggingface import kept_settings, read_encoder, read_labels, read_model
 from minilora.formats.tokenizers import Library, Tokenizer, read_tokenizer
 from minilora.lora import Params, Tuning, Weights
 from minilora.models import Config
@@ -62,6 +62,11 @@ class Base:
     def reference(self) -> str | None:
         """The name of the reference model, if it is one."""
         return self.name.removeprefix(REFERENCE) if self.name.startswith(REFERENCE) else None
+
+    @cached_property
+    def kept(self) -> dict[str, Any]:
+        """What changed weights keep of this model's ``config.json``, where it is a folder."""
+        return kept_settings(self.path) if self.path.is_dir() else {}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

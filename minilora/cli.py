@@ -29,8 +29,6 @@ from minilora.console import (
 if TYPE_CHECKING:
     from minilora.verify.report import Report
 
-OWN = "minilora.verify.own:implementation"
-
 
 class _Parser(argparse.ArgumentParser):
     """A parser that suggests what a mistyped option or command may have meant."""
@@ -414,7 +412,7 @@ def _variants(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from minilora.verify.checks import CHECKS
-    from minilora.verify.contract import TIME_LIMIT, LoadError, load
+    from minilora.verify.contract import OWN, TIME_LIMIT, LoadError, load
     from minilora.verify.engine import Interrupted, UsageError, plan, read_known, run
     from minilora.verify.report import writable
 

@@ -317,6 +317,11 @@ def kept(c: Config, tuning: Tuning) -> tuple[int, bool]:
     return _lowest(c.layers, c.causal, frozenset(tuning.trained)), tuning.recompute
 
 
+def ties_head(c: Config) -> bool:
+    """Whether the head has no weight of its own, and takes its embedding's."""
+    return "head" not in c.linears()
+
+
 _ABOVE = {True: ("norm", "head"), False: ("pooler", "head")}
 """The modules above the blocks, of a causal model or not; Bert's outer norm is below them."""
 

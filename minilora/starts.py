@@ -168,6 +168,10 @@ def plain_alpha(alpha: Any, rslora: bool = False) -> Any:
     return alpha * math.sqrt(2) if rslora else 2 * alpha
 
 
+LAMBDA_D = 0.1
+"""VeRA's λ_d at the start (Kopiczko, Blankevoort and Asano 2023, section 3.3)."""
+
+
 def draw_vera(rng: np.random.Generator, r: int, m: int, n: int) -> tuple[Array, Array]:
     """A ~ U(-√(6/n), √(6/n)) and B ~ U(-√(6/r), √(6/r)), once for all projections of a model.
 
@@ -182,7 +186,7 @@ def draw_vera(rng: np.random.Generator, r: int, m: int, n: int) -> tuple[Array, 
 
 
 def vera_part(A: Array, B: Array, m: int, n: int) -> tuple[Array, Array, Array, Array]:
-    """The first n columns of A, the first m rows of B, λ_d = 1/10 and λ_b = 0, of one projection.
+    """The first n columns of A, the first m rows of B, `LAMBDA_D` and λ_b = 0, of one projection.
 
     Shapes: A (r, n'), B (m', r) -> A (r, n), B (m, r), lambda_d (r, 1), lambda_b (m, 1).
     Errors: ValueError if the shared A or B is smaller than the projection.
@@ -192,5 +196,5 @@ def vera_part(A: Array, B: Array, m: int, n: int) -> tuple[Array, Array, Array, 
         raise ValueError(
             f"shared A {A.shape}, B {B.shape} for a weight {(m, n)}: draw them for the greatest"
         )
-    lambda_d = np.full((len(A), 1), 0.1, A.dtype)
+    lambda_d = np.full((len(A), 1), LAMBDA_D, A.dtype)
     return A[:, :n], B[:m], lambda_d, np.zeros((m, 1), B.dtype)

@@ -5,7 +5,6 @@ there: a sweep that was interrupted goes on with the cells that are missing, and
 checkpoint go on from it.
 """
 
-import io
 import json
 import math
 import multiprocessing
@@ -28,7 +27,17 @@ from minilora.bases import Base, open_base
 from minilora.data import Data
 from minilora.formats.files import FormatError, pack_json, read_json, write_files
 from minilora.steps import Plan, blas_threads, warm_memory
-from minilora.train import LOG, MANIFEST, Recipe, Refused, batches_of, fit, prepare, read_log
+from minilora.train import (
+    LOG,
+    MANIFEST,
+    Recipe,
+    Refused,
+    batches_of,
+    canvas,
+    fit,
+    prepare,
+    read_log,
+)
 
 RESULT, TABLE, PICTURE = "result.json", "sweep.json", "sweep.svg"
 """The files of a sweep: in each cell's folder what it came to; beside them all cells, a picture."""
@@ -351,26 +360,3 @@ def plot(out: Path | str, rows: Sequence[Row]) -> Path:
     axes.legend()
     write_files(out, {PICTURE: lambda: draw()})
     return Path(out) / PICTURE
-
-
-def canvas(size: tuple[float, float]) -> tuple[Any, Callable[[], bytes]]:
-    """A figure of matplotlib, and what draws it as SVG, the same bytes for the same figure.
-
-    Errors: ImportError that names the extra.
-    """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        extra = "python -m pip install 'minilora[plot]'"
-        raise ImportError(f"the plot needs the library matplotlib: {extra}") from error
-    figure = Figure(figsize=size, layout="constrained")
-
-    def draw() -> bytes:
-        drawn = io.BytesIO()
-        with rc_context({"svg.hashsalt": "minilora"}):
-            FigureCanvasSVG(figure).print_svg(drawn, metadata={"Date": None})
-        return drawn.getvalue()
-
-    return figure, draw

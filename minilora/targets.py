@@ -6,7 +6,7 @@ Projections are named as the models name them: ``layers.0.q``, ``layers.1.down``
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -104,6 +104,10 @@ class Lora:
                 raise ValueError(f"alpha {alpha}: expected a finite number")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout}: expected at least 0 and below 1")
+        for at in self.tokens:
+            if any(re.fullmatch(expression, f"{at}.weight") for expression in self.also):
+                expected = "rows of a table, or all of it by also"
+                raise ValueError(f"tokens of {at}, which is trained in full: expected {expected}")
         own, entry = self.entry.init, self.entry
         if self.init != own and (own != "kaiming" or self.init in ("vera", "adalora")):
             raise ValueError(f"init {self.init!r}: the variant {self.variant!r} starts as {own!r}")
@@ -260,6 +264,11 @@ def pattern_value(patterns: Mapping[str, Any], name: str, default: Any = None) -
     return next(fitting, patterns.get(name, default))
 
 
+def outers(name: str) -> Iterator[str]:
+    """The modules that a module lies in by its dotted name, the outermost first, and itself."""
+    return accumulate(name.split("."), "{}.{}".format)
+
+
 def saved_in_full(name: str, wanted: Sequence[str]) -> bool:
     """Whether ``modules_to_save`` trains the module, or one that it lies in, in full.
 
@@ -268,8 +277,7 @@ def saved_in_full(name: str, wanted: Sequence[str]) -> bool:
 
     Source: PEFT 0.21, ``_set_trainable``.
     """
-    around = accumulate(name.split("."), "{}.{}".format)
-    return any(outer.endswith(tuple(wanted)) for outer in around)
+    return any(outer.endswith(tuple(wanted)) for outer in outers(name))
 
 
 def choose(lora: Lora, linears: Mapping[str, tuple[int, int]]) -> Choice:

@@ -146,7 +146,7 @@ def expected_loss(task: Task, W: Weights, c: Config, tuning: Tuning) -> float:
 
 
 def running(name: str, sign: int) -> Task:
-    """x₁ s₁ x₂ s₂ …: uniform digits, each followed by s_i = s_{i-1} ± x_i modulo 11, from s₀ = 0.
+    """x₁ s₁ x₂ s₂ …: uniform x_i of 0 … 10, each followed by s_i = s_{i-1} ± x_i modulo 11; s₀ = 0.
 
     It ends with probability 1/4 after s₁ and after s₂, and after s₃ surely. With E[k] = 37/16 the
     expected number of digits and h the entropy of a coin:

@@ -336,6 +336,9 @@ def prepare(base: Base, read: Data, recipe: Recipe, source: str = "", **settings
     drawn = lora.equation == LORA and lora.init in ("kaiming", "gaussian", "orthogonal")
     seen = _outlines(W, c) if drawn else {name: W[name] for name in c.shapes()}
     adapted, tuning = adapt(seen, lora, c.linears(), np.random.default_rng([recipe.seed, 2]))
+    if recipe.task == "classify" and "head" in tuning.scale:
+        expected = "other projections: a classifier's head is trained in full"
+        raise ValueError(f"targets {recipe.targets!r} hit the head: expected {expected}")
     adapter = {name: w for name, w in adapted.items() if not is_base(name)}
     changed = {name: w for name, w in adapted.items() if is_base(name) and w is not seen[name]}
     start = {name: adapter[name] if name in adapter else W[name] for name in tuning.trained}
@@ -357,7 +360,9 @@ def write_result(folder: Path | str, job: Job, params: Weights) -> None:
     """
     base = job.base
     if job.lora is None:
-        huggingface.write_model(folder, base.config, params, labels=job.data.classes or None)
+        huggingface.write_model(
+            folder, base.config, params, labels=job.data.classes or None, kept=base.kept
+        )
         copy_tokenizer(base, folder)
         return
     W, tuning, lora, below = {**job.adapter, **params}, job.tuning, job.lora, base.weights
@@ -396,7 +401,7 @@ def write_base(folder: Path | str, job: Job) -> None:
     """
     c, labels = job.base.config, job.data.classes or None
     whole = {name: np.asarray(job.frozen[name]) for name in c.shapes()}
-    huggingface.write_model(folder, c, whole, labels=labels)
+    huggingface.write_model(folder, c, whole, labels=labels, kept=job.base.kept)
     copy_tokenizer(job.base, folder)
 
 
@@ -669,22 +674,39 @@ def batches_of(examples: Sequence[Example], tokens: int, pad: int) -> list[Batch
     return [padded([examples[i] for i in rows], pad) for rows in order(examples, tokens, 0, 0)]
 
 
+def canvas(size: tuple[float, float]) -> tuple[Any, Callable[[], bytes]]:
+    """A figure of matplotlib, and what draws it as SVG, the same bytes for the same figure.
+
+    Errors: ImportError that names the extra.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        extra = "python -m pip install 'minilora[plot]'"
+        raise ImportError(f"the plot needs the library matplotlib: {extra}") from error
+    figure = Figure(figsize=size, layout="constrained")
+
+    def draw() -> bytes:
+        drawn = io.BytesIO()
+        with rc_context({"svg.hashsalt": "minilora"}):
+            FigureCanvasSVG(figure).print_svg(drawn, metadata={"Date": None})
+        return drawn.getvalue()
+
+    return figure, draw
+
+
 def plot(out: Path | str) -> Path:
     """The log's losses as a picture, ``loss.svg``, by matplotlib.
 
     Errors: ImportError without it; ValueError for a log without steps.
     """
-    try:
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        extra = "python -m pip install 'minilora[plot]'"
-        raise ImportError(f"the loss plot needs the library matplotlib: {extra}") from error
     out = Path(out)
     lines = read_log(out / LOG)
     if not lines:
         raise ValueError(f"{out / LOG}: no step to plot")
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure, draw = canvas((7, 4))
     axes = figure.subplots()
     axes.plot([one["step"] for one in lines], [one["loss"] for one in lines], label="training")
     valid = [one for one in lines if "valid_loss" in one]
@@ -693,7 +715,5 @@ def plot(out: Path | str) -> Path:
         axes.plot(steps, losses, "o-", label="validation")
     axes.set(xlabel="step", ylabel="loss in nats a label")
     axes.legend()
-    drawn = io.BytesIO()
-    FigureCanvasSVG(figure).print_svg(drawn)
-    write_files(out, {PLOT: drawn.getvalue})
+    write_files(out, {PLOT: draw})
     return out / PLOT

@@ -15,7 +15,7 @@ import numpy as np
 
 from minilora.lora import LORA, Variant, lora_linear, merge_weight
 from minilora.ops import Array, Back, dropout, linear
-from minilora.starts import STARTS
+from minilora.starts import LAMBDA_D, STARTS
 
 
 def lora_bias_linear(
@@ -312,7 +312,7 @@ def start(
     """The frozen base, and the variant's parameters before the first step, in W's dtype.
 
     ``init`` is one of :data:`minilora.starts.STARTS`. The magnitude starts as the norm of W's rows,
-    0 for a row of zeros; λ_d at 0.1, the bias c, λ_b and the singular values E at 0.
+    0 for a row of zeros; λ_d at `LAMBDA_D`, the bias c, λ_b and the singular values E at 0.
 
     Shapes: W (m, n), r (), s () -> base (m, n), and the parameters as in `part_shapes`.
     Errors: ValueError as the start has it.
@@ -324,7 +324,7 @@ def start(
         V = merge_weight(base, values["A"], values["B"], s)
         values["magnitude"] = row_norm(V)[0] * V.any(1, keepdims=True)
     if "lambda_d" in values:
-        values["lambda_d"] = values["lambda_d"] + 0.1
+        values["lambda_d"] = values["lambda_d"] + LAMBDA_D
     return base, tuple(values[part].astype(W.dtype) for part in variant.parts)
 
 

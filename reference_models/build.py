@@ -365,6 +365,7 @@ CONFIG = {
     "layer_norm_epsilon": "ε of every LayerNorm",
     "layer_norm_eps": "ε of every LayerNorm",
     "rope_parameters": "RoPE's θ, unscaled",
+    "rope_theta": "the same, where older libraries look for it",
     "tie_word_embeddings": "whether the head is the table of embeddings",
     "hidden_act": "the activation",
     "activation_function": "the activation, GELU by tanh",
@@ -402,12 +403,8 @@ ADAPTER = {
     "init_lora_weights": "A uniform, B zero",
     "fan_in_fan_out": "whether the base stores its weights (in, out), as Conv1D does",
     "inference_mode": "PEFT loads it frozen unless asked",
-    "ensure_weight_tying": "nothing tied is adapted",
     "use_dora": "no magnitudes: not DoRA",
-    "lora_bias": "no bias on B",
-    "trainable_token_indices": "no token is trained",
     "layer_replication": "no layer stands twice",
-    "alora_invocation_tokens": "it acts from the first token on",
 }
 PARTS = {"weight": "weight", "bias": "bias", "A": "A (r, in)", "B": "B (out, r)"}
 MODULES = {

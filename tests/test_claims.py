@@ -148,7 +148,7 @@ def test_a_case_counts_only_where_its_whole_interval_does(figure, word):
     verdict = judge(BY_KEY["step"], {"a": figure})
     assert verdict.word == word
     undecided = figure.low < 1.0 <= figure.high
-    assert ("nor the opposite" in verdict.said) == undecided
+    assert ("neither it nor its opposite is shown" in verdict.said) == undecided
 
 
 def test_between_two_ends_both_sides_are_outside():

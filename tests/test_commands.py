@@ -5,6 +5,7 @@ import re
 import struct
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from minilora.formats.files import (
     write_tensors,
 )
 from minilora.lora import Tuning, merge
-from minilora.models import Llama, draw_weights
+from minilora.models import GPT2, Llama, draw_weights
 from minilora.steps import Plan
 from minilora.targets import Lora, adapt
 from minilora.train import Recipe, prepare, read_log, run
@@ -803,3 +804,54 @@ def test_evaluate_refuses_a_number_below_what_makes_sense(option, minilora):
     status, _, err = minilora("evaluate", option, "-1")
     assert status == 2
     assert f"{option} -1: expected" in err
+
+
+@pytest.mark.parametrize("at", ["head", "embed"])
+def test_a_tie_that_an_adapter_ends_is_merged_as_two_weights(at, minilora, tmp_path):
+    rng = np.random.default_rng(0)
+    c = Llama(vocab=9, d=8, layers=1, heads=2, ffn=6, kv_heads=1, head_dim=4, tied=True)
+    base = {name: w.astype(np.float32) for name, w in draw_weights(c, rng).items()}
+    huggingface.write_model(tmp_path / "m", c, base, kept={"eos_token_id": 7})
+    lora = Lora(r=2, alpha=2, targets=[at])
+    W, tuning = adapt(base, lora, c.matrices(), rng)
+    W[f"{at}.B"] = rng.standard_normal(W[f"{at}.B"].shape).astype(np.float32)
+    peft.write_adapter(tmp_path / "a", c, W, tuning, lora)
+    status, _, err = minilora("merge", "--model", "m", "--adapter", "a", "--output", "out")
+    assert (status, err) == (0, "")
+    c_read, merged = huggingface.read_model(tmp_path / "out")
+    assert c_read == replace(c, tied=False)
+    wanted = merge(W, tuning)
+    assert all(same_bits(merged[name], wanted[name]) for name in merged)
+    assert read_json(tmp_path / "out/config.json")["eos_token_id"] == 7
+    c = GPT2(vocab=9, d=8, layers=1, heads=2, ffn=6, positions=5)
+    base = {name: w.astype(np.float32) for name, w in draw_weights(c, rng).items()}
+    huggingface.write_model(tmp_path / "g", c, base)
+    W, tuning = adapt(base, lora, c.matrices(), rng)
+    W[f"{at}.B"] += 1
+    peft.write_adapter(tmp_path / "b", c, W, tuning, lora)
+    status, _, err = minilora("merge", "--model", "g", "--adapter", "b", "--output", "none")
+    assert status == 2
+    assert "merging gives a GPT2 head.weight: expected none" in err
+
+
+def test_a_changed_model_keeps_what_generation_needs_of_its_settings(minilora, tmp_path):
+    base = open_base("reference:llama")
+    kept = {"eos_token_id": [3, 4], "bos_token_id": 1, "max_position_embeddings": 99}
+    huggingface.write_model(tmp_path / "m", base.config, base.weights, kept=kept)
+    copy_tokenizer(base, tmp_path / "m")
+    data = ("--data", "task:running-difference", "--steps", "1")
+    assert minilora("train", "--model", "m", *data, "--output", "full", "--full")[0] == 0
+    assert minilora("train", "--model", "m", *data, "--output", "run")[0] == 0
+    assert minilora("merge", "--adapter", "run", "--output", "merged")[0] == 0
+    for folder in ("full", "merged"):
+        said = read_json(tmp_path / folder / "config.json")
+        assert {name: said[name] for name in kept} == kept
+        assert said["pad_token_id"] is None
+
+
+def test_a_classifiers_head_is_no_target(minilora):
+    status, _, err = minilora(
+        "train", "--model", "reference:bert", "--targets", "head,q", "--output", "run"
+    )
+    assert status == 2
+    assert "hit the head: expected other projections" in err

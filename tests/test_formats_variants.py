@@ -14,8 +14,15 @@ from test_formats import MODELS, contents, edit, edit_tensors, same, weights
 
 from minilora import Batch, Tuning, adapt, logits
 from minilora.formats import peft
-from minilora.formats.files import FormatError
-from minilora.formats.peft import projections, read_adapter, read_lora, write_adapter
+from minilora.formats.files import FormatError, pack_json, read_json, write_files
+from minilora.formats.huggingface import config_to_json, read_config, write_model
+from minilora.formats.peft import (
+    CONFIG,
+    projections,
+    read_adapter,
+    read_lora,
+    write_adapter,
+)
 from minilora.layers import twin
 from minilora.lora import is_base
 from minilora.targets import Lora, choose, invoked, replicate
@@ -640,3 +647,74 @@ def test_whatever_a_setting_says_no_other_exception_comes_out(case, tmp_path, da
     except FormatError as error:
         said = str(error)
     assert str(file) in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "found"),
+    [
+        ("llama", {"variant": "vera", "tokens": {"embed": [1]}}, "tokens: found it with vera"),
+        (
+            "llama",
+            {"variant": "vera", "replication": [(0, 2), (1, 2)]},
+            "replication: found it",
+        ),
+        ("llama", {"targets": ["q", "embed"], "tokens": {"embed": [1]}}, "rows of embed, which is"),
+        ("qwen2", {"replication": [(0, 2), (1, 2)]}, "replication with bias 'none' of Qwen2"),
+    ],
+)
+def test_what_peft_would_load_as_another_function_is_not_written(kind, settings, found, tmp_path):
+    lora = Lora(**{"r": 2, "alpha": 2, "targets": ["q"]} | settings)
+    c = MODELS[kind]
+    W = weights(c)
+    if lora.replication:
+        W, c = replicate(W, c, lora.replication)
+    W, tuning = adapt(W, lora, c.matrices(), np.random.default_rng(0))
+    with pytest.raises(FormatError, match=found):
+        write_adapter(tmp_path / "a", c, W, tuning, lora)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_range_beyond_the_deeper_models_layers_is_read(tmp_path):
+    """Ranges are of the base's layers, of which the model that they make may have fewer."""
+    lora, base = Lora(r=2, alpha=2, targets=["q"], replication=[(1, 2)]), MODELS["llama"]
+    W, c = replicate(weights(base), base, lora.replication)
+    W, tuning = adapt(W, lora, c.linears(), np.random.default_rng(0))
+    write_adapter(tmp_path, c, W, tuning, lora)
+    read, tuning_read = read_adapter(tmp_path, c)
+    assert same(read, {name: W[name] for name in read})
+    assert tuning_read == tuning
+    assert read_lora(tmp_path, base).replication == [(1, 2)]
+
+
+def test_rows_of_a_table_that_is_trained_in_full_contradict_it():
+    with pytest.raises(ValueError, match="tokens of embed, which is trained in full"):
+        Lora(also=[r"embed\..*"], tokens={"embed": [1]})
+
+
+@pytest.mark.parametrize("saved", [["mlp", "up_proj"], ["layers.1", "norm"], ["up_proj", "mlp"]])
+def test_modules_to_save_inside_one_another_are_refused(saved, tmp_path):
+    c, lora = MODELS["llama"], Lora(r=2, alpha=2, targets=["q"])
+    W, tuning = adapt(weights(c), lora, c.linears(), np.random.default_rng(0))
+    write_adapter(tmp_path, c, W, tuning, lora)
+    said = read_json(tmp_path / CONFIG) | {"modules_to_save": saved}
+    write_files(tmp_path, {CONFIG: lambda: pack_json(said)})
+    with pytest.raises(FormatError, match=r"modules_to_save: found .* in another of them"):
+        read_lora(tmp_path, c)
+
+
+def test_older_libraries_find_ropes_base_and_no_setting_that_they_do_not_know(tmp_path):
+    c, lora = MODELS["llama"], Lora(r=2, alpha=2, targets=["q"])
+    assert config_to_json(c)["rope_theta"] == c.theta
+    W, tuning = adapt(weights(c), lora, c.linears(), np.random.default_rng(0))
+    write_adapter(tmp_path, c, W, tuning, lora)
+    assert read_json(tmp_path / CONFIG).keys().isdisjoint(peft._NEWER)
+
+
+def test_ropes_kind_is_named_before_what_belongs_to_it(tmp_path):
+    c = MODELS["llama"]
+    write_model(tmp_path, c, weights(c))
+    said = read_json(tmp_path / "config.json")
+    said["rope_parameters"] = {"factor": 8.0, "rope_type": "llama3", "rope_theta": c.theta}
+    write_files(tmp_path, {"config.json": lambda: pack_json(said)})
+    with pytest.raises(FormatError, match='rope_type: found "llama3", expected "default"'):
+        read_config(tmp_path)

@@ -54,7 +54,6 @@ TEXT = {
     "minilora/formats/glassllm.py": {"tokenizers"},
     "minilora/formats/tokenizers.py": {"jinja2", "tokenizers"},
     "minilora/metrics.py": {"rouge_score"},
-    "minilora/sweep.py": {"matplotlib"},
     "minilora/train.py": {"matplotlib"},
 }
 """What comes with the extras `text`, `gguf` and `plot`, by the file that imports it."""

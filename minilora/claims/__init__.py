@@ -813,7 +813,7 @@ class Verdict:
         if self.word == WHEN:
             return f"{WHEN}: {'; '.join(self.named(True))}"
         open_ = self.word == NOT and not self.named(False)
-        return f"{NOT}: it is not shown, nor the opposite" if open_ else self.word
+        return f"{NOT} here: neither it nor its opposite is shown" if open_ else self.word
 
     def named(self, supports: bool | None) -> list[str]:
         """The cases that support the claim, do not, or are undecided."""

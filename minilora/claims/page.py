@@ -38,7 +38,7 @@ svg .axis { stroke: var(--line); stroke-width: 1 }
 .s3 { stroke: var(--s3); stroke-dasharray: 9 3 2 3 }
 .s4 { stroke: var(--s4); stroke-dasharray: 4 4 }
 .f0 { fill: var(--s0) } .f1 { fill: var(--s1) } .f2 { fill: var(--s2) } .f3 { fill: var(--s3) }
-.f4 { fill: var(--s4) }
+.f4 { fill: var(--s4) } .s9 { stroke: var(--soft) } .f9 { fill: var(--soft) }
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; margin: .5rem 0 }
 .key svg { display: inline; vertical-align: middle; width: 34px }
 .yes { color: var(--pass); font-weight: 700 } .some { color: var(--odd); font-weight: 700 }
@@ -279,7 +279,8 @@ def _learning(found: Found, model: str) -> Iterator[str]:
         along(lambda look: look.first), steps, Axis(first),
     )  # fmt: skip
     yield chart(
-        "Forgotten against learned along the path, at every rate that learns; right is learned",
+        "Forgotten against learned along the path, faint at other rates than the best; "
+        "right is learned",
         [
             Line(
                 side.name,
@@ -309,13 +310,13 @@ def _learning(found: Found, model: str) -> Iterator[str]:
     ranks = [(i, side) for i, side in enumerate(sides) if side.rank and not side.attention]
     full = _end(found.best(model, FULL))
     yield chart(
-        "The second task at the end against the rank, at its best rate; the line is full",
+        "The second task at the end against the rank, at its best rate; the level line is full",
         [
             Line("full", [(side.rank, full) for _, side in ranks], 0),
             Line(
                 "LoRA",
                 [(side.rank, _end(found.best(model, side))) for _, side in ranks],
-                1,
+                9,  # no side's own
                 marks=[
                     (side.rank, run.looks[-1].second)
                     for _, side in ranks

@@ -37,17 +37,39 @@ def _run(arguments: argparse.Namespace) -> int:
     model = open_adapted(base, arguments.adapter, dtype)
     whole = {name: model.weights[name] for name in (*base.config.shapes(), *model.own)}
     merged = merge(whole, model.tuning)
+    c = merged_config(base.config, merged)
     if arguments.output.endswith(".gguf"):
         from minilora.formats import gguf
 
         like = base.path if base.path.suffix == ".gguf" else None
-        gguf.write_model(arguments.output, base.config, merged, like=like)
+        length = base.kept.get("max_position_embeddings", gguf.CONTEXT)
+        gguf.write_model(arguments.output, c, merged, like=like, context=length)
+        if like is None:
+            say(f"{arguments.output}: no tokenizer in it: {base.name} has none of a GGUF file's\n")
     else:
         labels = classes_of(arguments.adapter) or base.classes
-        write_model(arguments.output, base.config, merged, labels=labels)
+        write_model(arguments.output, c, merged, labels=labels, kept=base.kept)
         try:
             copy_tokenizer(base, arguments.output)
         except (FormatError, ImportError) as error:  # a model can do without
             say(f"{arguments.output}: no tokenizer beside the model: {error}\n")
     say(f"{arguments.output}: {base.name} with {arguments.adapter} merged\n")
     return HOLDS
+
+
+def merged_config(c: Any, merged: Any) -> Any:
+    """The configuration of merged weights: a head that was tied may have a weight of its own now.
+
+    Errors: ValueError for an architecture that has no place for what the merge has made.
+    """
+    from dataclasses import replace
+
+    from minilora.formats.files import listed
+    from minilora.models import Llama, ties_head
+
+    if isinstance(c, Llama) and ties_head(c) and "head.weight" in merged:
+        c = replace(c, tied=False)
+    if over := merged.keys() - c.shapes().keys():
+        expected = "none, as no model file has a place for them: keep the adapter beside the model"
+        raise ValueError(f"merging gives a {type(c).__name__} {listed(over)}: expected {expected}")
+    return c

@@ -4,7 +4,7 @@ A door that holds no `Lora`, only factors and scales, takes (W, Tuning) in writi
 reading. So what one format said can be written to another, where that one can say it.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,12 @@ def named_shapes(c: Config, at: str, r: int, variant: Variant = LORA) -> dict[st
     """The names and shapes of the parameters that the module's adapter of rank r has."""
     shapes = part_shapes(variant, r, *c.matrices()[at])
     return {f"{at}.{part}": shape for part, shape in shapes.items()}
+
+
+def placed(there: Mapping[str, str], name: str) -> str:
+    """The parameter's name in a file that has other names for the modules."""
+    at, _, part = name.rpartition(".")
+    return f"{there[at]}.{part}"
 
 
 def variant_name(variant: Variant) -> str:

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from minilora.expanded import Expanded
-from minilora.formats.factors import adapted_ranks, named_shapes
+from minilora.formats.factors import adapted_ranks, named_shapes, placed
 from minilora.formats.files import (
     DIVERGED,
     FormatError,
@@ -35,7 +35,7 @@ from minilora.formats.files import (
 from minilora.formats.huggingface import ARCHITECTURES, architecture, modules
 from minilora.formats.tokenizers import Library, lacking
 from minilora.lora import LORA, TABLES, Params, Tuning, Weights, scale
-from minilora.models import Config, Llama
+from minilora.models import Config, Llama, ties_head
 from minilora.ops import Array
 from minilora.quantised import F32, dequantise, from_gguf
 
@@ -105,6 +105,9 @@ LONGEST = 1024
 """Characters in a token by score: each may be cut anywhere, so their number counts squared."""
 
 ELSEWHERE = "take the tokenizer.json of the model's own folder"
+
+CONTEXT = 2048
+"""The tokens that a model may have at a time, where nothing says how many."""
 
 ALPHA = "adapter.lora.alpha"
 MERGE = "leave it out, merge it, or keep PEFT's"
@@ -477,7 +480,7 @@ def read_model(
     contents = Contents(path)
     c = _config(contents)
     there, shapes = places(c), c.shapes()
-    wanted = {name: _whole(there, name) for name in shapes}
+    wanted = {name: placed(there, name) for name in shapes}
     found = contents.tensors.keys() - _repeated(contents, c)
     if missing := set(wanted.values()) - found:
         expected = f"{len(wanted)} tensors with {listed(missing)}"
@@ -501,11 +504,6 @@ def read_model(
     return c, Expanded(
         {name: blocks if blocks.shape[1] > 1 else blocks() for name, blocks in entries.items()}
     )
-
-
-def _whole(there: Mapping[str, str], name: str) -> str:
-    at, _, part = name.rpartition(".")
-    return f"{there[at]}.{part}"
 
 
 def _order_of(c: Config, name: str, m: int) -> Array | None:
@@ -740,7 +738,7 @@ def write_model(
     *,
     dtype: Any = np.float32,
     like: Path | str | None = None,
-    context: int = 2048,
+    context: int = CONTEXT,
 ) -> None:
     """Write a GGUF model, its matrices in ``dtype``; vectors and positions are float32, as there.
 
@@ -770,7 +768,7 @@ def write_model(
         own = array[:, 0] if array.shape[1] == 1 else array
         return narrowed(path, at, own, narrow(at), _READER)
 
-    inside = {_whole(there, at): at for at in shapes}
+    inside = {placed(there, at): at for at in shapes}
     told = {
         place: _like(shapes[at][:1] if shapes[at][1] == 1 else shapes[at], narrow(at))
         for place, at in inside.items()
@@ -851,7 +849,7 @@ def write_adapter(
 
 def _unsaid(c: Config, at: str) -> str | None:
     """Why llama.cpp has no such adapter, or None."""
-    tied = "head" not in c.linears()
+    tied = ties_head(c)
     if at == "head" and tied:
         return "a tied head, which has no tensor of its own there"
     if at == "embed" and tied:

@@ -6,6 +6,7 @@ and is no part of these equations: its probabilities are passed over in reading 
 """
 
 import dataclasses
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -343,6 +344,10 @@ def _theta(path: Path, settings: Mapping[str, Any]) -> float:
     if not isinstance(rope, dict):
         raise FormatError(path, where, rope, "an object", "write it as transformers does")
     kind = ("default", None)
+    for key in ("rope_type", "type"):  # before what belongs to another kind
+        if rope.get(key) not in kind:
+            remedy = "other kinds of RoPE are not implemented here: take another model"
+            raise FormatError(f"{path}: {where}", key, json.dumps(rope[key]), '"default"', remedy)
     check_settings(
         f"{path}: {where}", rope, ("rope_theta",), {"rope_type": kind, "type": kind, **_ROPE}, ""
     )
@@ -423,6 +428,20 @@ def _check_heads(
         raise FormatError(path, "head_dim", head_dim, "an even number", "RoPE turns pairs")
 
 
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+
+
+def kept_settings(path: Path | str) -> dict[str, Any]:
+    """What generation needs of a model's ``config.json`` and the logits do not.
+
+    These are its special tokens and how long a text it was made for.
+
+    Errors: FormatError for a damaged file.
+    """
+    settings = read_json(Path(path) / CONFIG)
+    return {key: settings[key] for key in _KEPT if settings.get(key) is not None}
+
+
 def config_to_json(c: Config, labels: Sequence[str] | None = None) -> dict[str, Any]:
     """What ``config.json`` says for ``c``, dtype and version apart.
 
@@ -437,6 +456,7 @@ def config_to_json(c: Config, labels: Sequence[str] | None = None) -> dict[str, 
     settings |= {key: getattr(c, f) for f, key in a.keys.items()}
     if isinstance(c, Llama):
         settings["rope_parameters"] = {"rope_theta": c.theta, "rope_type": "default"}
+        settings["rope_theta"] = c.theta  # for transformers before 5, and mlx-lm
     if isinstance(c, Bert):
         numbers = [str(i) for i in range(c.classes)]
         labels = _unnamed(c.classes) if labels is None or [*labels] == numbers else labels
@@ -632,17 +652,21 @@ def write_model(
     dtype: Any = None,
     shard_bytes: int | None = None,
     labels: Sequence[str] | None = None,
+    kept: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``config.json`` and the weights, in ``dtype`` or their own, to the folder ``path``.
 
-    ``labels`` are the classes' names, as :func:`config_to_json` has them. Beyond ``shard_bytes``
-    bytes of tensors a new shard begins. The same input gives the same bytes.
+    ``labels`` are the classes' names, as :func:`config_to_json` has them; ``kept`` are settings of
+    the model that these weights come from, :func:`kept_settings`. Beyond ``shard_bytes`` bytes of
+    tensors a new shard begins. The same input gives the same bytes.
 
     Errors: FormatError if W is not exactly the model's weights (adapters are merged or disabled
     first) or its entries do not fit in ``dtype``; if the folder holds weights that would stay.
     """
     folder = Path(path)
     settings, shapes = config_to_json(c, labels), c.shapes()
+    for key, value in (kept or {}).items():
+        settings[key] = value if settings.get(key) is None else settings[key]
     if wrong := W.keys() ^ shapes.keys():
         remedy = "merge or disable adapters first, and give every weight of the model"
         found = f"{listed(wrong)} in one of the two only"
@@ -658,15 +682,15 @@ def write_model(
         settings["dtype"] = dtypes.pop()
 
     shards = _shards(tensors, shard_bytes)
-    labels = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    called = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
-        labels = [WEIGHTS]
+        called = [WEIGHTS]
     files: dict[str, Callable[[], bytes]] = {
         label: partial(pack, folder / label, shard, {"format": "pt"})
-        for label, shard in zip(labels, shards, strict=True)
+        for label, shard in zip(called, shards, strict=True)
     }
     if len(shards) > 1:
-        where = {name: label for label, shard in zip(labels, shards, strict=True) for name in shard}
+        where = {name: label for label, shard in zip(called, shards, strict=True) for name in shard}
         size = sum(array.nbytes for array in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": where}
         files[INDEX] = partial(pack_json, index)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.formats.factors import adapted_ranks, named_shapes
+from minilora.formats.factors import adapted_ranks, named_shapes, placed
 from minilora.formats.files import (
     FormatError,
     check_settings,
@@ -32,7 +32,7 @@ from minilora.formats.files import (
 from minilora.formats.huggingface import collect, modules, to_file
 from minilora.layers import twin
 from minilora.lora import LORA, TABLES, Tuning, Variant, Weights, adapted_in
-from minilora.models import Bert, Config
+from minilora.models import Bert, Config, ties_head
 from minilora.variants import DORA
 
 _READER = "MLX reads"
@@ -220,7 +220,7 @@ def read_adapter(path: Path | str, c: Config, dtype: Any = None) -> tuple[Weight
     variant = KINDS[settings.kind]
     if variant is None:
         there = paths(file, c)
-        every = {name: _whole(there, name) for name in c.shapes()}
+        every = {name: placed(there, name) for name in c.shapes()}
         held = {name: (place, False) for name, place in every.items() if place in found}
         W = collect(files, file, found, held, c.shapes(), dtype)
         return W, Tuning(trained=frozenset(W))
@@ -237,20 +237,11 @@ def read_adapter(path: Path | str, c: Config, dtype: Any = None) -> tuple[Weight
             found[place] = found[place][:, None]
     W = collect(files, file, found, places, shapes, dtype)
     adapted = list(settings.adapted)
-    if _is_tied(c) and "embed" in adapted:
+    if ties_head(c) and "embed" in adapted:
         W["head.A"], W["head.B"] = map(np.ascontiguousarray, twin(W["embed.A"], W["embed.B"]))
         adapted.append("head")
     variants = {} if variant == LORA else dict.fromkeys(adapted, variant)
     return W, Tuning(dict.fromkeys(adapted, settings.scale), {}, frozenset(W), variants)
-
-
-def _is_tied(c: Config) -> bool:
-    return c.causal and "head" not in c.linears()
-
-
-def _whole(there: Mapping[str, str], name: str) -> str:
-    at, _, part = name.rpartition(".")
-    return f"{there[at]}.{part}"
 
 
 def write_adapter(
@@ -297,7 +288,7 @@ def write_adapter(
                 found = f"shape {W[name].shape}" if name in W else "none"
                 raise FormatError(folder, name, found, f"shape {shapes.get(name)}", "check c")
             array = to_file(name, W[name], False)
-            tensors[_whole(there, name)] = narrowed(folder, name, array, dtype, _READER)
+            tensors[placed(there, name)] = narrowed(folder, name, array, dtype, _READER)
         if not tensors:
             remedy = "adapt the weights, or say what is trained"
             raise FormatError(folder, "trained", "nothing", "adapters, or weights", remedy)
@@ -317,7 +308,7 @@ def _said(
 ) -> tuple[Settings, int, list[str]]:
     """The settings that say these adapters, and how many layers and which keys name them."""
     ranks = adapted_ranks(path, c, W, tuning, (LORA, DORA))
-    if _is_tied(c) and "head" in ranks:
+    if ties_head(c) and "head" in ranks:
         both = {"embed", "head"} <= ranks.keys()
         alike = both and all(
             np.array_equal(W[f"head.{part}"], array)
@@ -326,10 +317,10 @@ def _said(
         if not alike or tuning.scale["head"] != tuning.scale["embed"]:
             remedy = "MLX has one adapter for the two: adapt both, as twins"
             raise FormatError(path, "adapter of head", "another change", "embed's twin", remedy)
-    elif _is_tied(c) and "embed" in ranks:
+    elif ties_head(c) and "embed" in ranks:
         remedy = "in MLX it changes the tied head too: adapt the head, as its twin"
         raise FormatError(path, "adapter of embed", "no twin at the head", "one", remedy)
-    hit = tuple(at for at in ranks if at != "head" or not _is_tied(c))
+    hit = tuple(at for at in ranks if at != "head" or not ties_head(c))
     variants = {tuning.variant.get(at, LORA) for at in ranks}
     scales = {tuning.scale[at] for at in ranks}
     for what, values in (("rank", {*ranks.values()}), ("scale", scales), ("variant", variants)):

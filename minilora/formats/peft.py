@@ -7,7 +7,7 @@ Which modules an adapter has, its variant, its ranks and its scales follow from 
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from minilora.formats.files import (
 from minilora.formats.huggingface import architecture, collect, modules, names, to_file
 from minilora.layers import twin
 from minilora.lora import LORA, TABLES, Tuning, Weights, is_base, weight_of
-from minilora.models import GPT2, Bert, Config, Llama
+from minilora.models import GPT2, Bert, Config, Llama, ties_head
 from minilora.ops import Array, with_tokens
 from minilora.starts import STARTS, as_plain, draw_vera, plain_alpha
 from minilora.targets import (
@@ -39,6 +39,7 @@ from minilora.targets import (
     Lora,
     choose,
     matches,
+    outers,
     pattern_value,
     replicated,
     saved_in_full,
@@ -241,6 +242,11 @@ _TABLES = {
 }
 _VECTORS = (".c", ".magnitude", ".lambda_d", ".lambda_b")
 _BASE = {"weight", "bias", "tokens"}
+_NEWER = (
+    *("lora_bias", "alora_invocation_tokens", "trainable_token_indices"),
+    "ensure_weight_tying",
+)
+_NOT_VERAS = ("tokens", "replication")
 _PROJECTIONS = {"A": "base_model.vera_A", "B": "base_model.vera_B"}
 _TIED = ("embed_tokens", "lm_head")  # the bare names by which alone PEFT knows what may be tied
 FROM_BASE = ("pissa", "olora")  # the starts that PEFT takes out of the base whenever it loads it
@@ -447,8 +453,10 @@ def _deeper(path: Path, c: Config, settings: Mapping[str, Any]) -> Config:
     ranges = settings["layer_replication"]
     if not ranges:
         return c
+    deeper = sum(end - begin for begin, end in ranges) == c.layers  # c is the deeper one's already
+    depth = max(c.layers, *(end for _, end in ranges)) if deeper else c.layers
     try:
-        layers = len(replicated(c.layers, ranges))
+        layers = len(replicated(depth, ranges))
     except ValueError as error:
         remedy = "is it another model's?"
         raise FormatError(path, "layer_replication", error, "ranges of layers", remedy) from None
@@ -467,7 +475,7 @@ def _deeper(path: Path, c: Config, settings: Mapping[str, Any]) -> Config:
 
 def _ties(c: Config, settings: Mapping[str, Any]) -> bool:
     """Whether PEFT ties the head's factors to the embedding's: it goes by their bare names."""
-    if not (settings["ensure_weight_tying"] and c.causal and "head" not in c.linears()):
+    if not (settings["ensure_weight_tying"] and c.causal and ties_head(c)):
         return False
     if any(name.split(".")[-1] in _TIED for name in settings["modules_to_save"]):
         return False
@@ -514,7 +522,7 @@ def _check_hit(path: Path, c: Config, settings: Mapping[str, Any], hit: list[str
         remedy = f"PEFT has no embedding with {bare[0]}"
         raise FormatError(path, "target_modules", listed(wrong), "projections only", remedy)
     init = settings.get("init_lora_weights")
-    if init in FROM_BASE and "head" in hit and "head" not in c.linears():
+    if init in FROM_BASE and "head" in hit and ties_head(c):
         remedy = "PEFT takes the start out of the embedding too, to which the head is tied"
         raise FormatError(path, "init_lora_weights", f"{init} of a tied head", "true", remedy)
     if init == "olora" and isinstance(c, GPT2) and any(at.startswith("layers.") for at in hit):
@@ -534,7 +542,13 @@ def _also(path: Path, c: Config, settings: Mapping[str, Any], hit: list[str]) ->
         found = f"{listed(paths[at] for at in both)}, by the end of the name"
         remedy = "PEFT would save adapted modules in full: give whole names"
         raise FormatError(path, "modules_to_save", found, "modules without adapters", remedy)
-    if "head" not in c.linears() and saved & {"embed", "head"}:
+    around = {outer for key in paths.values() for outer in outers(key)}
+    whole = {outer for outer in around if outer.endswith(tuple(settings["modules_to_save"]))}
+    if nested := {at for at in whole if not whole.isdisjoint([*outers(at)][:-1])}:
+        found = f"{listed(nested)}, by the end of the name, in another of them"
+        remedy = "PEFT saves a copy there that was not trained: name the outer ones alone, in full"
+        raise FormatError(path, "modules_to_save", found, "no module in another", remedy)
+    if ties_head(c) and saved & {"embed", "head"}:
         ensured = settings["ensure_weight_tying"] and isinstance(c, Llama)
         if not ensured or "head" in hit:
             found = f"{listed(paths[at] for at in saved & {'embed', 'head'})} of a tied model"
@@ -567,13 +581,13 @@ def _tokens(
             expected = f"tokens from 0 to {rows - 1}, each once"
             raise FormatError(path, "trainable_token_indices", ids, expected, "mend the list")
         found[at] = ids
-    of_tied = found.pop("head", None) if "head" not in c.linears() else None
+    of_tied = found.pop("head", None) if ties_head(c) else None
     if of_tied not in (None, found.get("embed")):
         remedy = "PEFT parts the two: name the embedding alone"
         expected = "the tokens of its embedding"
         raise FormatError(path, "trainable_token_indices", "a tied head's", expected, remedy)
     taken = {at for at, key in paths.items() if saved_in_full(key, settings["modules_to_save"])}
-    taken |= {*hit, "embed"} if "head" in hit and "head" not in c.linears() else {*hit}
+    taken |= {*hit, "embed"} if "head" in hit and ties_head(c) else {*hit}
     if both := taken & found.keys():
         where = listed(paths[at] for at in both)
         remedy = "train the table in one way"
@@ -617,18 +631,22 @@ def read_adapter(
         text = json.dumps(settings[where])
         raise FormatError(Path(path) / CONFIG, where, text, "a base beside it", remedy)
     parts = choice.parts()
-    beside = _beside(lora, choice, c) | set(lora.also)
+    beside, gone = _beside(lora, choice, c) | set(lora.also), _gone(c, settings)
+    if lora.bias == "lora_only":  # PEFT trains those of what it prunes, too
+        beside |= {f"{at}.bias" for at in gone} & c.shapes().keys()
     if not file.exists() and file.with_suffix(".bin").exists():
         remedy = "a pickle can run code: let PEFT load it and save it as safetensors"
         raise FormatError(file, "file", "none, but a .bin", "a safetensors file", remedy)
-    found = read_tensors(file, _pruned(file, settings))
+    found = read_tensors(file, _pruned(file, gone))
     rows = {f"{at}.tokens": (len(ids), c.d) for at, ids in lora.tokens.items()}
     placed = adapter_names(c, [*parts, *rows, *(name for name in c.shapes() if name in beside)])
     shared = {
         part: place for part, place in _PROJECTIONS.items() if settings.get("save_projection")
     }
     placed |= {f"shared.{part}": place for part, place in shared.items()}
-    _place_bases(file, c, found, placed, choice)
+    inside = {f"{at}.bias": f"{PREFIX}{path}.base_layer.bias" for at, path in gone.items()}
+    placed |= {name: place for name, place in inside.items() if name in placed}
+    _place_bases(file, c, found, placed, {*choice.rank, *gone})
     _drop_copies(file, c, found, placed, lora)
     _fit(file, found, placed, parts)
     transposed = {name: lies for name, (_, lies) in names(c).items()}
@@ -646,14 +664,19 @@ def read_adapter(
     return W, Tuning(scale=s, trained=choice.trained() | beside, variant=variant)
 
 
-def _pruned(file: Path, settings: Mapping[str, Any]) -> str | None:
-    """An expression for the tensors of modules of which AdaLoRA has left nothing: they are empty.
+def _gone(c: Config, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The modules of which AdaLoRA has left nothing, and their paths."""
+    pattern = settings["rank_pattern"] if settings["peft_type"] == "ADALORA" else {}
+    names = {name.removesuffix(".lora_E") for name, row in pattern.items() if not any(row)}
+    return {at: path for at, path in _paths(c).items() if path in names}
+
+
+def _pruned(file: Path, gone: Mapping[str, str]) -> str | None:
+    """An expression for the tensors of the modules of which nothing is left: they are empty.
 
     Errors: FormatError if one of them is not.
     """
-    pattern = settings["rank_pattern"] if settings["peft_type"] == "ADALORA" else {}
-    gone = [name.removesuffix("E") for name, row in pattern.items() if not any(row)]
-    empty = {f"{PREFIX}{name}{part}" for name in gone for part in "ABE"}
+    empty = {f"{PREFIX}{path}.lora_{part}" for path in gone.values() for part in "ABE"}
     if not empty:
         return None
     try:
@@ -669,13 +692,13 @@ def _pruned(file: Path, settings: Mapping[str, Any]) -> str | None:
 
 
 def _place_bases(
-    file: Path, c: Config, found: Weights, placed: dict[str, str], choice: Choice
+    file: Path, c: Config, found: Weights, placed: dict[str, str], adapted: Collection[str]
 ) -> None:
     """Give a place to the base's weight of an adapted embedding and head, which PEFT writes too."""
     for at in ("embed", "head"):
-        if at in choice.rank:
+        if at in adapted:
             place = f"{PREFIX}{_paths(c)[at]}.base_layer.weight"
-            name = "embed.weight" if "head" not in c.linears() else f"{at}.weight"
+            name = "embed.weight" if ties_head(c) else f"{at}.weight"
             if place in found and name in placed:
                 twin = placed[name]
                 if not np.array_equal(found[place], found.get(twin, place)):
@@ -796,7 +819,10 @@ def _drop_copies(
         if name == head and "embed.weight" in placed:
             twin = placed["embed.weight"]
         elif lora.bias == "all" and name.endswith(".bias"):
-            twin = re.sub(r"\.(modules_to_save(\.default)?|original_module)(?=\.)", "", name)
+            # Below modules_to_save comes the adapter's name, if it comes at all.
+            inner = r"\.(modules_to_save|original_module)(?=\.)", r"\.modules_to_save\.[^.]+(?=\.)"
+            twins = (re.sub(part, "", name) for part in inner)
+            twin = next((one for one in twins if one != name and one in kept & found.keys()), name)
         else:
             continue
         if twin not in kept or twin not in found:
@@ -831,7 +857,11 @@ def write_adapter(
     """
     folder = Path(path)
     possible = c.matrices()
-    shown = {at: m for at, m in possible.items() if at in c.linears() or f"{at}.A" in W}
+    shown = {
+        at: m
+        for at, m in possible.items()
+        if at in c.linears() or f"{at}.A" in W or (lora.exclude and matches(at, lora.exclude))
+    }
     choice = choose(lora, shown)
     _check_written(folder, c, W, tuning, lora, choice)
     lora, choice, W = _on_base(folder, W, lora, choice, base)
@@ -858,7 +888,7 @@ def write_adapter(
         for part, array in _joined(folder, W, choice).items():
             tensors[_PROJECTIONS[part]] = convert(folder, f"vera_{part}", array, dtype)
     paths = _paths(c)
-    if "embed" in saved and "head" not in c.linears():
+    if "embed" in saved and ties_head(c):
         tensors[f"{PREFIX}{paths['head']}.weight"] = tensors[f"{PREFIX}{paths['embed']}.weight"]
     settings = _written(folder, c, lora, choice, saved)
     files = {
@@ -886,6 +916,14 @@ def _check_written(
     if lora.entry.variant == DORA_FULL:
         remedy = "PEFT holds the norm constant in training: for inference write it as dora"
         raise FormatError(folder, "variant", lora.variant, "dora", remedy)
+    if lora.entry.variant == VERA and (over := [n for n in _NOT_VERAS if getattr(lora, n)]):
+        remedy = "PEFT's VeRA has no such setting"
+        raise FormatError(folder, over[0], f"it with {lora.variant}", "none", remedy)
+    taken = {*choice.rank, "embed"} if "head" in choice.rank and ties_head(c) else {*choice.rank}
+    if both := taken & lora.tokens.keys():
+        remedy = "PEFT trains a table in one way: adapt it, or train rows of it"
+        text = f"rows of {listed(both)}, which is adapted, or tied to what is"
+        raise FormatError(folder, "tokens", text, "those of another table", remedy)
     bare = lora.equation in (LORA_BIAS, ADALORA, VERA, ALORA)
     if bare and (tables := listed(at for at in choice.rank if at in TABLES)):
         remedy = f"PEFT has no embedding with {lora.variant}"
@@ -905,10 +943,11 @@ def _check_written(
         if not all(np.array_equal(W[f"head.{p}"], t) for p, t in zip("AB", shared, strict=True)):
             remedy = "train them as one, by tied_gradients, or leave tie out"
             raise FormatError(folder, "head.A", "other factors", "the embedding's, tied", remedy)
-    if lora.replication and (lora.bias != "none" or isinstance(c, GPT2)):
-        found = f"replication with bias {lora.bias!r} of {type(c).__name__}"
-        remedy = "PEFT's copies share one bias, and it finds no layers in a GPT-2"
-        raise FormatError(folder, "replication", found, "bias 'none', no GPT-2", remedy)
+    kind = "Qwen2" if architecture(c)[1].model_type == "qwen2" else type(c).__name__
+    if lora.replication and (lora.bias != "none" or kind in ("GPT2", "Qwen2")):
+        found = f"replication with bias {lora.bias!r} of {kind}"
+        remedy = "PEFT's copies share one bias, and it finds no layers in these, or fails there"
+        raise FormatError(folder, "replication", found, "bias 'none', no GPT-2 or Qwen2", remedy)
 
 
 def _on_base(
@@ -995,7 +1034,7 @@ def _written(
             "save_projection": True,
             "projection_prng_key": 0,
         }
-    tied = "head" not in c.linears() and ("embed" in saved or (lora.tie and "head" in choice.rank))
+    tied = ties_head(c) and ("embed" in saved or (lora.tie and "head" in choice.rank))
     tokens = {paths[at]: [*map(int, ids)] for at, ids in lora.tokens.items()}
     settings |= {
         "lora_alpha": _plain(folder, lora.alpha),
@@ -1014,7 +1053,7 @@ def _written(
         ranks = {"init_r": lora.r, "target_r": lora.r, "rank_pattern": left or None}
         return settings | steps | ranks | {"peft_type": "ADALORA"}
     drawn = lora.init in ("gaussian", "orthogonal") and variant != LORA_BIAS
-    return settings | {
+    settings |= {
         "peft_type": "LORA",
         "r": lora.r,
         "use_rslora": lora.rslora,
@@ -1027,6 +1066,8 @@ def _written(
         "lora_bias": variant == LORA_BIAS,
         "alora_invocation_tokens": [*map(int, lora.invocation)] or None,
     }
+    # An older PEFT refuses a name that it does not know, whatever its value.
+    return {key: value for key, value in settings.items() if value or key not in _NEWER}
 
 
 def _plain(folder: Path, alpha: Any) -> int | float:
@@ -1051,7 +1092,7 @@ def _saved_in_full(
         remedy = "PEFT trains all biases of a kind and all parameters of a module, or none"
         raise FormatError(folder, "trained", f"{found} left out or over", expected, remedy)
     apart = not isinstance(c, Llama) or "head" in choice.rank
-    if "embed" in whole and "head" not in c.linears() and apart:
+    if "embed" in whole and ties_head(c) and apart:
         remedy = "PEFT would leave the head on the base's embedding: do not train it"
         raise FormatError(folder, "trained", "the tied embedding", "no tied embedding", remedy)
     return whole

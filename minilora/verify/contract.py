@@ -159,6 +159,10 @@ def _place(frames: Iterable[tuple[FrameType, int]], home: str | None) -> str:
     return f"{os.path.basename(file)}:{line}, in {name}" + (f": {source}" if source else "")
 
 
+OWN = "minilora.verify.own:implementation"
+"""The target where none is named: minilora itself."""
+
+
 def load(target: str) -> object:
     """The implementation that TARGET names: a shipped peer, or ``package.module:name``.
 

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from minilora.verify import engine
-from minilora.verify.contract import LoadError, load
+from minilora.verify.contract import OWN, LoadError, load
 
-OWN = "minilora.verify.own:implementation"
 _ASKED = pytest.StashKey[tuple[object, dict[str, Any]]]()
 
 

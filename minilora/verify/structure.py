@@ -17,7 +17,7 @@ import numpy as np
 
 from minilora.verify.cases import Layer, draw_layer
 from minilora.verify.levels.linear import KINDS
-from minilora.verify.terms import STRUCTURE, Case, Comparison, Diagnosis
+from minilora.verify.terms import MONTE_CARLO, STRUCTURE, Case, Comparison, Diagnosis
 from minilora.verify.tolerance import digits, unit_roundoff
 
 Array = np.ndarray
@@ -46,7 +46,7 @@ class Fit:
 
 def fit(got: Array, part: Array, rest: Array, sigma: Array) -> tuple[Fit, Array]:
     """The c of got = rest + c · part by weighted least squares, and z of what it leaves."""
-    sigma = np.where(sigma > 0, sigma, np.finfo(float).tiny ** 0.5)
+    sigma = np.where(sigma > 0, sigma, np.finfo(float).tiny ** 0.25)  # its inverse has a square
     weight = (part / sigma) ** 2
     total = float(weight.sum())
     if total == 0:
@@ -65,7 +65,8 @@ def sigma_of(each: Comparison) -> Array:
 
 def agreeing(z: Array) -> bool:
     """Whether these z are no more than rounding."""
-    return bool(np.abs(z).max() <= 8 and np.sqrt((z * z).mean()) <= 2.5 * (1 + 3 / sqrt(z.size)))
+    rms = np.sqrt((z * z).mean())
+    return bool(np.abs(z).max() <= MONTE_CARLO.max_z and rms <= MONTE_CARLO.rms(z.size))
 
 
 def _failing(answers: Answers) -> dict[str, list[Comparison]]:

@@ -91,6 +91,10 @@ MONTE_CARLO = Limits(8.0, 2.5, 7.5)
 """The lane whose sigma is sampled: a model. The rms limit is 2.5 (1 + 3/√n)."""
 
 
+BOUND = Limits(1.0, 1.0, 0.0)
+"""The lane in which a worst case bound stands in the place of sigma: no element may pass it."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One array of an answer beside what was wanted.

@@ -13,6 +13,9 @@ rounded but what the finding is about, and `==` can decide.
 
 import json
 import pickle
+import warnings
+from collections import OrderedDict
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -1497,12 +1500,52 @@ def test_mlx_lm_passes_over_the_base_of_rope_in_rope_parameters(mlx_lm):
     c = Llama(vocab=3, d=4, layers=1, heads=1, ffn=2, kv_heads=1, head_dim=4, theta=5e5)
     written = config_to_json(c)
     assert written["rope_parameters"] == {"rope_theta": 5e5, "rope_type": "default"}
+    assert mlx_lm.args.from_dict(written).rope_theta == written.pop("rope_theta") == 5e5
     taken = mlx_lm.args.from_dict(written).rope_theta
     assert taken == 1e4
     # The second pair of features turns by θ^(-1/2) per token.
     one = np.ones((1, 1))
     right, wrong = (rope_tables(one, 4, theta, float)[1] for theta in (c.theta, taken))
     assert (right != wrong).any()
+
+
+def test_peft_trains_nothing_of_a_module_to_save_inside_another(torch, peft):
+    """Seen in peft 0.21.2."""
+
+    def adapted(saved):
+        block = torch.nn.Sequential(OrderedDict(inner=torch.nn.Linear(2, 2, bias=False)))
+        base = torch.nn.Sequential(OrderedDict(q=torch.nn.Linear(2, 2), block=block))
+        config = peft.LoraConfig(r=1, target_modules=["q"], modules_to_save=saved)
+        return peft.get_peft_model(base, config)
+
+    for saved, count in ((["block"], 1), (["block", "inner"], 0)):
+        model = adapted(saved)
+        model(torch.ones(1, 2)).sum().backward()
+        moved = [name for name, p in model.named_parameters() if p.grad is not None]
+        assert len([name for name in moved if "lora" not in name]) == count
+        state = peft.get_peft_model_state_dict(model)
+        assert "base_model.model.block.inner.weight" in state
+        fails = pytest.raises(KeyError, match=r"model\.block\.inner\.weight")
+        with nullcontext() if count else fails:
+            peft.set_peft_model_state_dict(adapted(saved), state)
+
+
+def test_peft_fails_where_the_layers_of_a_qwen2_are_replicated(torch, peft, transformers):
+    """Seen in peft 0.21.2."""
+    settings = {**TINY, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    config = peft.LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 1), (0, 1)])
+    ids = torch.zeros((1, 2), dtype=int)
+    for kind in ("Llama", "Qwen2"):
+        own = getattr(transformers, f"{kind}Config")(**settings)
+        base = getattr(transformers, f"{kind}ForCausalLM")(own)
+        with warnings.catch_warnings():  # of transformers' next release
+            warnings.simplefilter("ignore", FutureWarning)
+            model = peft.get_peft_model(base, config)
+        if kind == "Llama":
+            assert model(ids).logits.isfinite().all()
+        else:
+            with pytest.raises(IndexError):
+                model(ids)
 
 
 def test_peft_warns_that_a_whole_bias_of_lora_b_is_a_shard(torch, peft):

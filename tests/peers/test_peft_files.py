@@ -295,10 +295,15 @@ def test_what_peft_writes_of_each_variant_is_read(kind, config, said, variant, l
     assert tuning_again == tuning
 
 
-def test_pruned_singular_values_are_read_and_written(libraries, tmp_path):
-    """Some values of q, all of one v and none of the other: what is left has the first scale."""
-    c = MODELS["llama"]
-    said = ADALORA | {"target_modules": ["q_proj", "v_proj"]}
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_pruned_singular_values_are_read_and_written(bias, libraries, tmp_path):
+    """Some values of q, all of one v and none of the other: what is left has the first scale.
+
+    PEFT keeps the bias of what is pruned to nothing under its base layer, and trains it with those
+    of the others.
+    """
+    c = MODELS["qwen2"]
+    said = ADALORA | {"target_modules": ["q_proj", "v_proj"], "bias": bias}
     model = adapted(libraries, base_model(libraries, tmp_path / "model", c), "AdaLora", said)
     at = "model.layers.{}.self_attn.{}_proj.lora_E.default"
     pattern = {at.format(0, "q"): [True, False, True, False], at.format(1, "v"): [False] * 4}
@@ -317,6 +322,9 @@ def test_pruned_singular_values_are_read_and_written(libraries, tmp_path):
     torch = libraries.torch
     theirs = model(input_ids=torch.from_numpy(IDS)).logits.detach().reshape(-1, c.vocab).numpy().T
     assert relative_error(theirs, z) <= GRADIENT
+    assert ("layers.1.v.bias" in tuning.trained) == (bias != "none")
+    if bias != "none":
+        return  # a choice of adapters has no word for the bias of what has none
     lora = read_lora(tmp_path / "adapter", c)
     write_adapter(tmp_path / "ours", c, W, tuning, lora)
     model = loaded(libraries, tmp_path / "again", c, tmp_path / "ours")

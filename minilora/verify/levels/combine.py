@@ -18,15 +18,12 @@ from minilora.verify.cases import (
     wanted_change,
 )
 from minilora.verify.contract import Subject
-from minilora.verify.terms import Case, Check, Comparison, Limits, counter
+from minilora.verify.terms import BOUND, Case, Check, Comparison, counter
 from minilora.verify.tolerance import unit_roundoff
 
 Array = np.ndarray
 
 CASES = {"quick": 4, "ci": 24, "nightly": 480}
-
-BOUND = Limits(1.0, 1.0, 0.0)
-"""A worst case bound stands in the place of sigma: no element may pass it."""
 
 
 def combined(

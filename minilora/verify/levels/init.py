@@ -16,7 +16,7 @@ from scipy.special import ndtr
 from minilora.lora import scale
 from minilora.verify.cases import long
 from minilora.verify.contract import DTYPES, Skip, Subject
-from minilora.verify.terms import Case, Check, Comparison, Limits
+from minilora.verify.terms import BOUND, Case, Check, Comparison
 from minilora.verify.tolerance import unit_roundoff
 
 Array = np.ndarray
@@ -25,9 +25,6 @@ CASES = {"quick": 1, "ci": 1, "nightly": 20}
 
 ERROR = 1e-9
 """The greatest probability with which a check of what is drawn fails what is right."""
-
-BOUND = Limits(1.0, 1.0, 0.0)
-"""A bound stands in the place of sigma: no element may pass it."""
 
 SIZES = ((40, 160, 24), (24, 96, 40), (50, 250, 8))
 """m, n, r of the modules whose A are pooled."""

@@ -11,15 +11,12 @@ from minilora.verify.cases import Layer, draw_layer, limits, long, sigma_merge, 
 from minilora.verify.contract import Subject
 from minilora.verify.levels.linear import WORDS, forward
 from minilora.verify.smallest import Difference, search
-from minilora.verify.terms import Case, Check, Comparison, Limits, counter
+from minilora.verify.terms import BOUND, Case, Check, Comparison, counter
 from minilora.verify.tolerance import unit_roundoff
 
 Array = np.ndarray
 
 CASES = {"quick": 4, "ci": 24, "nightly": 480}
-
-BOUND = Limits(1.0, 1.0, 0.0)
-"""A worst case bound stands in the place of sigma: no element may pass it."""
 
 KINDS: dict[str, dict[str, bool]] = {
     "": {},
