@@ -246,7 +246,12 @@ def open_adapted(base: Base, adapter: str | None = None, dtype: Any = np.float32
 def told(adapter: str | None) -> dict[str, Any]:
     """What the run that made the adapter says, ``run.json``, or nothing."""
     path = adapter_path(adapter or "") / "run.json"
-    return read_json(path) if adapter is not None and path.is_file() else {}
+    run = read_json(path) if adapter is not None and path.is_file() else {}
+    for part in ("settings", "model", "data"):
+        if not isinstance(run.get(part, {}), dict):
+            remedy = "it is damaged: remove it, and name the model and the data"
+            raise FormatError(path, part, run[part], "an object", remedy)
+    return run
 
 
 def classes_of(adapter: str | None) -> tuple[str, ...] | None:
@@ -260,6 +265,9 @@ def base_of(model: str | None, adapter: str | None, dtype: Any = np.float32) -> 
     Errors: FormatError as :func:`open_base` has it; where neither names a model; for another model
     than the adapter's own, where the run has written that.
     """
+    if adapter is not None and not adapter_path(adapter).exists():
+        remedy = "check the path"
+        raise FormatError(adapter_path(adapter), "adapter", "nothing there", "an adapter", remedy)
     run = told(adapter)
     if run.get("base"):
         own = adapter_path(adapter or "") / BASE
@@ -275,6 +283,19 @@ def base_of(model: str | None, adapter: str | None, dtype: Any = np.float32) -> 
             path = adapter_path(adapter)
             raise FormatError(path, "model", "none named", "a run.json that names one", remedy)
     return open_base(model or REFERENCE + "llama", dtype, len(classes_of(adapter) or "12"))
+
+
+def keep_sources(output: str, base: Base, adapter: str) -> None:
+    """Refuse to write over the model or the adapter that is read, or into a run's folder.
+
+    Errors: ValueError.
+    """
+    out = Path(output).resolve()
+    for what, path in (("model", base.path), ("adapter", adapter_path(adapter))):
+        if out == path.resolve():
+            raise ValueError(f"{output}: the {what} that is read; expected another place")
+    if (out / "run.json").is_file():
+        raise ValueError(f"{output}: the folder of a run; expected another place")
 
 
 def copy_tokenizer(base: Base, folder: Path | str) -> None:

@@ -178,7 +178,11 @@ def planned(rank: int, projections: int, steps: int) -> Plan:
     """The plan of a run of so many steps that leaves each projection ``rank`` in the mean.
 
     Nothing is pruned in the first tenth; in the second half what is chosen is only trained on.
+
+    Errors: ValueError for less than 3 steps, between which there is none to prune at.
     """
+    if steps < 3:
+        raise ValueError(f"{steps} steps: expected 3 or more, as AdaLoRA prunes before their half")
     ranks = projections * initial_rank(rank), projections * rank
     return Plan(*ranks, t_initial=steps // 10, t_final=steps // 2, total=steps)
 

@@ -123,15 +123,27 @@ def steps_bar() -> Iterator[Callable[[Mapping[str, Any], int], None] | None]:
 
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """A polite request to end is taken as Ctrl-C is: what there is, is saved."""
+    """A polite request to end is taken as Ctrl-C is: what there is, is saved.
+
+    The first one counts: a second would cut short the saving.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    seen = False
+
+    def once(number: int, frame: Any) -> None:
+        nonlocal seen
+        if not seen:
+            seen = True
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, once) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def answer(command: str, run: Callable[[argparse.Namespace], int]) -> Any:

@@ -124,6 +124,7 @@ class Row:
 
 
 _stopped = threading.Event()
+_working = threading.Lock()
 
 
 def _begin_worker() -> None:
@@ -137,13 +138,24 @@ def _begin_worker() -> None:
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     warm_memory()
+
+
+def _end_with_parent() -> None:
+    """Nobody takes the results of a worker whose parent was killed: it saves, and ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGINT)
+    with _working:
+        os._exit(1)
 
 
 def _work(work: Callable[[Any], Any], item: Any) -> Any:
     if _stopped.is_set():
         return None
-    with blas_threads(1):
+    with _working, blas_threads(1):
         try:
             return work(item)
         except KeyboardInterrupt:

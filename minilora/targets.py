@@ -102,6 +102,13 @@ class Lora:
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if not alpha - alpha == 0:
                 raise ValueError(f"alpha {alpha}: expected a finite number")
+        expressions = [v for v in (self.targets, self.exclude) if isinstance(v, str)]
+        for expression in (*expressions, *self.rank_pattern, *self.alpha_pattern, *self.also):
+            try:
+                re.compile(expression)
+            except re.error as error:
+                expected = "a name or a regular expression"
+                raise ValueError(f"{expression!r}: {error}; expected {expected}") from None
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout}: expected at least 0 and below 1")
         for at in self.tokens:

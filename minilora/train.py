@@ -8,12 +8,13 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import sys
 import time
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,8 @@ class Recipe:
         schedule(self.schedule, 0, 1)
         if not self.full and self.variant in NOT_TRAINED:
             raise ValueError(f"variant {self.variant!r}: {NOT_TRAINED[self.variant]}")
+        if not isinstance(self.targets, str):
+            object.__setattr__(self, "targets", tuple(self.targets))  # so that it can be a key
         self.lora()
 
     def lora(self) -> Lora:
@@ -302,9 +305,14 @@ def prepare(base: Base, read: Data, recipe: Recipe, source: str = "", **settings
     ``source``, where the data was read, and the ``settings`` of the reading go on record.
 
     Errors: ValueError as :func:`minilora.targets.adapt` has it; for a classifier with other classes
-    than the data.
+    than the data; for an example that is longer than the model has positions.
     """
     c, W = base.config, base.weights
+    longest = max((len(e.ids) for split in SPLITS for e in getattr(read, split)), default=0)
+    if longest > (room := c.tables().get("positions", longest)):
+        found = f"length {recipe.length}: found an example of {longest} tokens"
+        expected = f"at most {room}, the model's positions: give a smaller length"
+        raise ValueError(f"{found}, expected {expected}")
     if (recipe.task == "classify") == c.causal:
         fits = "lm, chat or summarize" if c.causal else "classify"
         raise ValueError(f"task {recipe.task!r} with a {type(c).__name__}: expected {fits}")
@@ -327,7 +335,7 @@ def prepare(base: Base, read: Data, recipe: Recipe, source: str = "", **settings
         raise ValueError(f"{found}: expected {wanted}; read the data with classes=base.classes")
     said = {**vars(recipe), **settings}
     if recipe.full:
-        trained = {name: W[name] for name in c.shapes()}
+        trained = {name: np.asarray(W[name]) for name in c.shapes()}
         tuning = Tuning(trained=frozenset(trained))
         return Job(base, read, recipe, W, trained, {}, tuning, None, source, said)
     lora = recipe.lora()
@@ -480,6 +488,10 @@ def begin(
     """
     told: list[str] = []
     now, state = manifest(job), State(job.start)
+    # What cannot run is told before any change.
+    micro_batches(job.data.train, job.recipe, 0)
+    if job.recipe.variant == "adalora":
+        budget.planned(job.recipe.rank, 1, now["steps"])
     if out.is_dir() and any(out.iterdir()):
         if resume and (out / MANIFEST).is_file():
             different = changes(read_json(out / MANIFEST), now)
@@ -489,12 +501,15 @@ def begin(
                     "was given, go on all the same with --accept-changes, or choose a new folder"
                 )
             told += [f"changed: {one}" for one in different]
-            checkpoints.clean(out / checkpoints.FOLDER)
+            _clean(out)
             last, wrong = checkpoints.newest(out / checkpoints.FOLDER)
             told += [f"{checkpoints.set_aside(error.args[0]).name}: {error}" for error in wrong]
             state = last or state
-            if state.params.keys() != job.start.keys():
-                raise Refused(f"{out}: its checkpoint trains other parameters; choose a new folder")
+            if _shapes_of(state.params) != _shapes_of(job.start):
+                raise Refused(
+                    f"{out}: its checkpoint trains other parameters, or of other shapes; choose a "
+                    "new folder"
+                )
         elif resume:
             raise Refused(
                 f"{out}: files, but no {MANIFEST} of a run to resume; choose a new folder"
@@ -509,6 +524,19 @@ def begin(
     write_files(out, {MANIFEST: lambda: pack_json(now)}, durable=True)
     _cut_log(out / LOG, state.step)
     return state, told
+
+
+def _shapes_of(params: Params) -> dict[str, tuple[int, ...]]:
+    """The parameters' shapes by name."""
+    return {name: array.shape for name, array in params.items()}
+
+
+def _clean(out: Path) -> None:
+    """Removes what a run that was killed while it wrote has left under no name of its own."""
+    checkpoints.clean(out / checkpoints.FOLDER)
+    for name in (MANIFEST, LOG, PLOT, peft.CONFIG, peft.WEIGHTS, *_MODEL, *BESIDE):
+        for path in out.glob(f".{name}.*"):
+            path.unlink()
 
 
 def _remove(out: Path, job: Job) -> None:
@@ -536,7 +564,7 @@ def _remove(out: Path, job: Job) -> None:
         results += [f"{BASE}/{name}" for name in full]
     for name in (*results, MANIFEST):
         (out / name).unlink(missing_ok=True)
-    checkpoints.clean(out / checkpoints.FOLDER)
+    _clean(out)
     for path in checkpoints.saved(out / checkpoints.FOLDER):
         path.unlink()
     (out / LOG).unlink(missing_ok=True)
@@ -546,10 +574,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log that are whole."""
     lines = []
     for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue  # cut off where the run was killed
+        with suppress(ValueError):  # cut off where the run was killed
+            found = json.loads(line)
+            lines += [found] if isinstance(found, dict) else []
     return lines
 
 
@@ -578,6 +605,47 @@ Watch = Callable[[Mapping[str, Any], int], None]
 alone."""
 
 
+def _locks() -> Any:
+    """The system's module of locks, which end with the process; none on Windows."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    return fcntl
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """The folder, made where there is none, with nobody else at work in it, if the system can tell.
+
+    Errors: Refused if somebody is; OSError where the disk is full or closed.
+    """
+    if out.is_file():  # which is told by whoever writes into it
+        yield
+        return
+    missing = [each for each in (out, *out.parents) if not each.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    number = None
+    try:
+        fcntl = _locks()
+        if fcntl is not None:
+            number = os.open(out, os.O_RDONLY)
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                remedy = "wait for it, or choose a new folder"
+                raise Refused(f"{out}: another run is at work there; {remedy}") from None
+            except OSError:  # a file system without locks
+                pass
+        yield
+    finally:
+        if number is not None:
+            os.close(number)
+        for each in missing:
+            with suppress(OSError):  # one that something stands in
+                each.rmdir()
+
+
 def fit(
     out: Path | str,
     job: Job,
@@ -602,69 +670,76 @@ def fit(
     Errors: those of :func:`begin` and :func:`run`; OSError where the disk is full or closed, when
     what was saved before is still there.
     """
+    for name, value in {
+        "save_every": save_every,
+        "valid_every": valid_every,
+        "save_minutes": save_seconds / 60,
+    }.items():
+        if not value > 0:
+            raise ValueError(f"{name} {value:g}: expected more than 0")
+    if resume and overwrite:
+        raise ValueError("resume and overwrite: expected one of the two")
     out = Path(out)
-    if save_every < 1 or valid_every < 1 or not save_seconds > 0:
-        found = f"save_every {save_every}, save_seconds {save_seconds}, valid_every {valid_every}"
-        raise ValueError(f"{found}: expected more than 0 of each")
-    state, told = begin(out, job, resume, overwrite, accept)
-    for text in told:
-        tell(text)
-    c, steps = job.base.config, read_json(out / MANIFEST)["steps"]
-    valid = batches_of(job.data.valid, job.recipe.batch_tokens, job.base.tokenizer.pad)
-    saved = -1  # the step that was saved, and not its state, which would be held
+    with alone(out):
+        state, told = begin(out, job, resume, overwrite, accept)
+        for text in told:
+            tell(text)
+        c, steps = job.base.config, read_json(out / MANIFEST)["steps"]
+        valid = batches_of(job.data.valid, job.recipe.batch_tokens, job.base.tokenizer.pad)
+        saved = -1  # the step that was saved, and not its state, which would be held
 
-    saved_at = time.monotonic()
+        saved_at = time.monotonic()
 
-    def save() -> None:
-        nonlocal saved, saved_at
-        if saved != state.step:
-            checkpoints.save(out / checkpoints.FOLDER, state)
-            write_result(out, job, state.params)
-        saved, saved_at = state.step, time.monotonic()
+        def save() -> None:
+            nonlocal saved, saved_at
+            if saved != state.step:
+                checkpoints.save(out / checkpoints.FOLDER, state)
+                write_result(out, job, state.params)
+            saved, saved_at = state.step, time.monotonic()
 
-    why = ""
-    try:
-        if goes_along(job) and state.step == 0:
-            write_base(out / BASE, job)
-        save()
-        if watch is not None:
-            watch({"step": state.step}, steps)
-        with blas_threads(1), (out / LOG).open("a", encoding="utf-8") as log:
-            started = time.perf_counter()
-            following = run(
-                state, job.weights({}), c, job.tuning, job.data.train, job.recipe, plan,
-                job.base.tokenizer.pad, steps,
-            )  # fmt: skip
-            for after, record in following:
-                passed = time.perf_counter() - started
-                line = vars(record) | {"tokens_per_second": round(record.tokens / passed, 1)}
-                line["memory"] = peak_memory()
-                if valid and (after.step % valid_every == 0 or after.step == steps):
-                    W = job.weights(after.params)
-                    line["valid_loss"] = evaluate.mean_loss(valid, W, c, job.tuning, plan).loss
-                log.write(_line(line))
-                log.flush()
-                state = after
-                if after.step % save_every == 0 or time.monotonic() - saved_at >= save_seconds:
-                    save()
-                if watch is not None:
-                    watch(line, steps)
+        why = ""
+        try:
+            if goes_along(job) and state.step == 0:
+                write_base(out / BASE, job)
+            save()
+            if watch is not None:
+                watch({"step": state.step}, steps)
+            with blas_threads(1), (out / LOG).open("a", encoding="utf-8") as log:
                 started = time.perf_counter()
-        save()
-    except KeyboardInterrupt:
-        save()
-        _cut_log(out / LOG, state.step)  # it may have come just after a line was written
-        why = "interrupted"
-    except OSError as error:
-        there = checkpoints.saved(out / checkpoints.FOLDER)
-        kept = f"kept is {there[-1].stem} of {steps}" if there else "nothing is kept yet"
-        said = f"{error.strerror or error}; {kept}: see to the disk and go on with --resume"
-        raise OSError(error.errno, said, error.filename or str(out)) from error
-    except Diverged as error:
-        why = str(error)
-        _cut_log(out / LOG, saved)
-        state = checkpoints.load(out / checkpoints.FOLDER / checkpoints.name_of(saved))
-    return Outcome(state, steps, why)
+                following = run(
+                    state, job.weights({}), c, job.tuning, job.data.train, job.recipe, plan,
+                    job.base.tokenizer.pad, steps,
+                )  # fmt: skip
+                for after, record in following:
+                    passed = time.perf_counter() - started
+                    line = vars(record) | {"tokens_per_second": round(record.tokens / passed, 1)}
+                    line["memory"] = peak_memory()
+                    if valid and (after.step % valid_every == 0 or after.step == steps):
+                        W = job.weights(after.params)
+                        line["valid_loss"] = evaluate.mean_loss(valid, W, c, job.tuning, plan).loss
+                    log.write(_line(line))
+                    log.flush()
+                    state = after
+                    if after.step % save_every == 0 or time.monotonic() - saved_at >= save_seconds:
+                        save()
+                    if watch is not None:
+                        watch(line, steps)
+                    started = time.perf_counter()
+            save()
+        except KeyboardInterrupt:
+            save()
+            _cut_log(out / LOG, state.step)  # it may have come just after a line was written
+            why = "interrupted"
+        except OSError as error:
+            there = checkpoints.saved(out / checkpoints.FOLDER)
+            kept = f"kept is {there[-1].stem} of {steps}" if there else "nothing is kept yet"
+            said = f"{error.strerror or error}; {kept}: see to the disk and go on with --resume"
+            raise OSError(error.errno, said, error.filename or str(out)) from error
+        except Diverged as error:
+            why = str(error)
+            _cut_log(out / LOG, saved)
+            state = checkpoints.load(out / checkpoints.FOLDER / checkpoints.name_of(saved))
+        return Outcome(state, steps, why)
 
 
 def batches_of(examples: Sequence[Example], tokens: int, pad: int) -> list[Batch]:

@@ -543,7 +543,7 @@ def test_a_runs_gradients_have_the_penaltys_exactly():
 
 
 def test_a_run_begins_with_half_as_much_again_and_ends_at_the_rank():
-    for rank, steps in itertools.product((1, 2, 8), range(1, 40)):
+    for rank, steps in itertools.product((1, 2, 8), range(3, 40)):
         plan = planned(rank, 5, steps)
         budgets = [plan.budget(step) for step in range(steps + 1)]
         assert budgets[0] == 5 * initial_rank(rank)
@@ -574,3 +574,9 @@ def test_what_is_left_of_a_run_is_the_same_function_and_nothing_that_is_0():
 def test_no_interval_is_refused():
     with pytest.raises(ValueError, match="interval 0: expected 1 step or more"):
         Plan(1, 1, 0, 1, 9, interval=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_in_which_nothing_can_be_pruned_is_refused(steps):
+    with pytest.raises(ValueError, match=f"{steps} steps: expected 3 or more"):
+        planned(8, 5, steps)

@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import json
 import math
+import os
 import re
 import struct
 import subprocess
@@ -1281,3 +1282,24 @@ def test_a_real_model_is_walked_through_in_the_memory_of_a_few_of_its_matrices()
     # A matrix, the one before it, the file's bytes of it, and a part of it on its way; not all 210.
     assert passing < 10 * largest
     assert next(grown("kept")) > 100 * largest
+
+
+@pytest.mark.parametrize("lost", [1, 4096])
+def test_a_file_that_comes_out_cut_off_replaces_none(lost, monkeypatch, tmp_path):
+    """As it does where the disk is full: what NumPy's tofile could not write it may not tell."""
+    path, W = tmp_path / "m.gguf", drawn(MODELS["llama"])
+    small = {name: w.astype(np.float32) for name, w in W.items()}
+    door.write_model(path, MODELS["llama"], small)
+    before, close = path.read_bytes(), gguf.GGUFWriter.close
+
+    def cut(writer):
+        close(writer)
+        for file in tmp_path.glob(".m.gguf.*"):
+            if file.stat().st_size == len(before):
+                os.truncate(file, len(before) - lost)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "close", cut)
+    with pytest.raises(OSError, match="does not come out whole; is the disk full"):
+        door.write_model(path, MODELS["llama"], small)
+    assert path.read_bytes() == before
+    assert [*tmp_path.iterdir()] == [path]

@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -241,3 +243,35 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path, capsys, monkeypatch)
 def test_wrong_usage_is_status_2_and_says_what_was_expected(arguments, words, tmp_path, capsys):
     assert main([*COMMAND, "--output", str(tmp_path / "out"), *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_targets_are_names_too(tmp_path):
+    setting = replace(SETTING, recipe=replace(SETTING.recipe, steps=1, targets=["qkv", "up"]))
+    (row,) = sweep.sweep(tmp_path, setting, CELLS[:1])
+    assert row.steps == 1
+
+
+def test_workers_end_with_a_parent_that_was_killed(tmp_path):
+    """And leave what they have saved."""
+    script = "from minilora.cli import main; main()"
+    words = ["sweep", "--output", str(tmp_path / "s"), "--ranks", "1,2", "--lrs", "0.001"]
+    words += ["--seeds", "0", "--steps", "100000", "--jobs", "2"]
+    parent = subprocess.Popen([sys.executable, "-c", script, *words], start_new_session=True)
+    pids = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    if not pids.exists():
+        parent.kill()
+        pytest.skip("this system does not list a process's children")
+    logs = tmp_path / "s"
+    within(lambda: len([*logs.glob("*/log.jsonl")]) == 2)
+    children = pids.read_text().split()
+    parent.kill()
+    parent.wait()
+    within(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
+
+
+def within(condition, seconds=60):
+    """Waits for it; a machine may be slow."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)

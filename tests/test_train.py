@@ -775,3 +775,66 @@ def test_what_is_saved_after_damaged_checkpoints_stays(tmp_path):
     for path in (later, checkpoints.save(tmp_path / "c", some_state(8))):
         path.write_bytes(b"damaged")
     assert checkpoints.save(tmp_path / "c", some_state(1)).is_file()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    told = []
+
+    def watch(line, steps):
+        if not told:
+            with pytest.raises(train.Refused, match="another run is at work there") as raised:
+                fit(tmp_path, job_of(), overwrite=True)
+            told.append(str(raised.value))
+
+    fit(tmp_path, job_of(), watch=watch)
+    assert told
+    assert whole(tmp_path / "alone", job_of()) == files(tmp_path)
+    fit(tmp_path, job_of(), overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"batch_tokens": 3}, "batch"),
+        ({"variant": "adalora", "steps": 2}, "2 steps: expected 3 or more"),
+    ],
+)
+def test_what_cannot_run_removes_nothing(change, found, tmp_path):
+    fit(tmp_path, job_of())
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=found):
+        fit(tmp_path, job_of(replace(QUICK, **change)), overwrite=True)
+    assert files(tmp_path) == before
+    with pytest.raises(ValueError, match="resume and overwrite: expected one"):
+        fit(tmp_path, job_of(), resume=True, overwrite=True)
+
+
+def test_a_resume_that_is_refused_changes_no_setting(tmp_path):
+    fit(tmp_path, job_of(), watch=Stop(2))
+    said = (tmp_path / train.MANIFEST).read_bytes()
+    with pytest.raises(train.Refused, match="or of other shapes"):
+        fit(tmp_path, job_of(replace(QUICK, rank=4)), resume=True, accept=True)
+    assert (tmp_path / train.MANIFEST).read_bytes() == said
+    fit(tmp_path, job_of(), resume=True)
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    fit(tmp_path, job_of(), watch=Stop(2))
+    for name in (".adapter_model.safetensors.0a1b2c3d", ".run.json.0a1b2c3d"):
+        (tmp_path / name).write_text("half")
+    fit(tmp_path, job_of(), resume=True)
+    assert not [*tmp_path.glob(".*")]
+
+
+def test_a_bad_expression_is_no_target():
+    for wrong in ("[", "*", "layers.(0|"):
+        with pytest.raises(ValueError, match="expected a name or a regular expression"):
+            Recipe(targets=wrong)
+
+
+def test_a_model_with_too_few_positions_is_told_before_anything_is_written():
+    job = job_of(model="reference:gpt2")
+    longest = max(len(e.ids) for e in job.data.train)
+    few = replace(job.base, config=replace(job.base.config, positions=longest - 1))
+    with pytest.raises(ValueError, match=f"an example of {longest} tokens, expected at most"):
+        prepare(few, job.data, QUICK)

@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     import numpy as np
 
-    from minilora.bases import adapter_path, base_of, kind_of, open_adapted
+    from minilora.bases import adapter_path, base_of, keep_sources, kind_of, open_adapted
 
     if (arguments.to == "gguf") != arguments.output.endswith(".gguf"):
         expected = "a .gguf file" if arguments.to == "gguf" else "a folder"
@@ -35,6 +35,7 @@ def _run(arguments: argparse.Namespace) -> int:
     dtype = np.dtype(arguments.dtype)
     base = base_of(arguments.model, arguments.adapter, dtype)
     model = open_adapted(base, arguments.adapter, dtype)
+    keep_sources(arguments.output, base, arguments.adapter)
     told = write(arguments.output, arguments.to, model)
     said = kind_of(adapter_path(arguments.adapter))
     say(f"{arguments.output}: the adapter {arguments.adapter} of {said} for {arguments.to}\n{told}")

@@ -38,7 +38,7 @@ def _run(arguments: argparse.Namespace) -> int:
     import numpy as np
 
     from minilora import data
-    from minilora.bases import base_of, classes_of, open_adapted
+    from minilora.bases import base_of, classes_of, open_adapted, told
     from minilora.commands.train import data_of
     from minilora.evaluate import measure
     from minilora.formats.files import pack_json, write_files
@@ -53,10 +53,20 @@ def _run(arguments: argparse.Namespace) -> int:
     dtype = np.dtype(arguments.dtype)
     base = base_of(arguments.model, arguments.adapter, dtype)
     model = open_adapted(base, arguments.adapter, dtype)
-    path, task = data_of(base, arguments.data, arguments.task)
+    if not base.config.causal and "head.weight" not in model.weights:
+        expected = "one: train it with --task classify, and give the --adapter"
+        raise ValueError(f"{base.name}: an encoder without a classifier; expected {expected}")
+    run = told(arguments.adapter)  # what it was trained on is what it is judged by, if unasked
+    path, task = data_of(
+        base,
+        arguments.data or run.get("data", {}).get("name"),
+        arguments.task or run.get("settings", {}).get("task"),
+    )
+    # A head without names for its classes has their numbers.
+    numbers = tuple(map(str, range(getattr(base.config, "classes", 0)))) or None
     read = data.read(
         path, task, base.tokenizer, arguments.length, skip_bad=arguments.skip_bad,
-        seed=arguments.seed, classes=classes_of(arguments.adapter) or base.classes,
+        seed=arguments.seed, classes=classes_of(arguments.adapter) or base.classes or numbers,
     )  # fmt: skip
     order = [arguments.split] if arguments.split else ["test", "valid", "train"]
     split = next((one for one in order if getattr(read, one)), None)

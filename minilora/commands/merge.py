@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     import numpy as np
 
-    from minilora.bases import base_of, classes_of, copy_tokenizer, open_adapted
+    from minilora.bases import base_of, classes_of, copy_tokenizer, keep_sources, open_adapted
     from minilora.formats.files import FormatError
     from minilora.formats.huggingface import write_model
     from minilora.lora import merge
@@ -35,6 +35,7 @@ def _run(arguments: argparse.Namespace) -> int:
     dtype = np.dtype(arguments.dtype)
     base = base_of(arguments.model, arguments.adapter, dtype)
     model = open_adapted(base, arguments.adapter, dtype)
+    keep_sources(arguments.output, base, arguments.adapter)
     whole = {name: model.weights[name] for name in (*base.config.shapes(), *model.own)}
     merged = merge(whole, model.tuning)
     c = merged_config(base.config, merged)

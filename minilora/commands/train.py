@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
         "--targets",
         default="all-linear",
         metavar="NAMES",
-        help="q,v,… or an expression for whole names, such as 'layers.0.*' (default: all-linear)",
+        help="q,v,... or an expression for whole names, such as 'layers.0.*' (default: all-linear)",
     )
     option("--variant", default="lora", metavar="NAME", help="as minilora variants lists them")
     option("--full", action="store_true", help="train every weight and no adapter: the baseline")

@@ -6,6 +6,7 @@ or a length in it has to be checked against the file before memory is taken for 
 Source: the GGUF specification of GGML, versions 2 and 3; llama.cpp's converters for the layouts.
 """
 
+import errno
 import math
 import mmap
 import os
@@ -704,7 +705,15 @@ def _written(path: Path | str, name: str) -> Iterator[Any]:
     try:
         yield writer
         writer.close()
+        try:
+            Contents(beside)  # NumPy's tofile, by which the library writes, may lose an error
+        except FormatError:
+            raise OSError("it does not come out whole") from None
         os.replace(beside, path)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise OSError(errno.ENOSPC, f"{error}; is the disk full?", str(path)) from None
     finally:
         writer.close()
         beside.unlink(missing_ok=True)
