@@ -31,7 +31,18 @@ from minilora.metrics import ROUGE, accuracy, difference, paired, perplexity, ro
 from minilora.models import Config, logits
 from minilora.ops import Array, Back, cross_entropy, linear
 from minilora.steps import Plan
-from minilora.train import LOG, Outcome, Recipe, Watch, batches_of, fit, prepare, read_log
+from minilora.train import (
+    LOG,
+    MANIFEST,
+    Job,
+    Outcome,
+    Recipe,
+    Watch,
+    batches_of,
+    fit,
+    prepare,
+    read_log,
+)
 
 RESULT = "result.json"
 """The file of an example's figures, in the folder given; what the documents print."""
@@ -349,7 +360,7 @@ def sentiment(
     strength, probed = _best_probe(x, labels, len(read.classes))
     tell(f"a head alone: {_share(probed)}")
 
-    outcome = fit(out / "adapter", job, plan=plan, watch=watch, tell=tell, save_every=10**9)
+    outcome = _fitted(out / "adapter", job, plan=plan, watch=watch, tell=tell)
     _finished(outcome)
     test = job.examples("test")
     batches = batches_of(test, tokens, base.tokenizer.pad)
@@ -405,7 +416,7 @@ def summaries(
     base = open_base(str(path), quantised=True)
     read = data.read(folder, recipe.task, base.tokenizer, recipe.length)
     job = prepare(base, read, recipe, str(folder))
-    outcome = fit(out / "adapter", job, plan=plan, watch=watch, tell=tell, save_every=10**9)
+    outcome = _fitted(out / "adapter", job, plan=plan, watch=watch, tell=tell)
     _finished(outcome)
     figures: dict[str, Any] = {
         "papers": {split: len(job.examples(split)) for split in chosen},
@@ -438,6 +449,12 @@ def summaries(
     change = losses["after"][:, 0] - losses["before"][:, 0]
     figures["difference"] = difference(change, n)._asdict()
     return _result(out, "summaries", base, outcome, figures, began, quick, seed, plan)
+
+
+def _fitted(out: Path, job: Job, **how: Any) -> Outcome:
+    """The run, which goes on where an earlier one was interrupted."""
+    begun = (out / MANIFEST).is_file()
+    return fit(out, job, resume=begun, save_every=10**9, **how)
 
 
 def _finished(outcome: Outcome) -> None:

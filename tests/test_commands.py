@@ -922,3 +922,11 @@ def test_what_is_read_is_not_written_over(command, minilora, trained, tmp_path):
         assert what in err
         now = {path.name: path.read_bytes() for path in Path(out).iterdir() if path.is_file()}
         assert now == before
+
+
+def test_text_is_written_for_as_long_as_there_are_positions_unless_told(minilora):
+    for words, status in (((), 0), (("--tokens", "64"), 2)):
+        got, out, err = minilora("generate", "--model", "reference:gpt2", "--prompt", "( [", *words)
+        assert got == status
+        assert out.startswith("( [")
+        assert ("the model has 20 positions" in err) == bool(status)

@@ -147,8 +147,11 @@ def test_sentiment_from_end_to_end_in_small(capsys, monkeypatch, tmp_path):
     assert by == d["only"] - d["other"]
     assert d["low"] <= d["value"] <= d["high"]
     assert len((out / "data" / "test.jsonl").read_text().splitlines()) == n
-    assert main(arguments) == 2  # there is a run already
-    assert "files already" in capsys.readouterr().err
+    assert main(arguments) == 0  # it goes on from the end
+    again = read_json(out / "result.json")
+    assert all(again[name] == found[name] for name in ("adapted", "probe", "paired", "texts"))
+    assert main([*arguments, "--seed", "1"]) == 2
+    assert "seed was 0 and is 1" in capsys.readouterr().err
 
 
 def test_summaries_from_end_to_end_in_small(capsys, monkeypatch, tmp_path):

@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
     )
     option = parser.add_argument
     option("example", choices=["sentiment", "summaries"], help="which one")
-    option("--output", required=True, metavar="OUT", help="a folder without an earlier one")
+    option("--output", required=True, metavar="OUT", help="a folder; what was interrupted goes on")
     option("--archive", metavar="FILE", help="the rated texts (default: vaderSentiment-0.5.zip)")
     option("--quick", action="store_true", help="a part of the texts, to see that it works")
     option("--seed", type=int, default=0, metavar="N", help="of split, start, order and dropout")

@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
     add_model(option)
     option("--prompt", metavar="TEXT", help="what the text begins with")
     option("--chat", metavar="TEXT", help="a message to answer")
-    option("--tokens", type=int, default=64, metavar="N", help="at most (default: 64)")
+    option("--tokens", type=int, metavar="N", help="at most (default: 64, or what fits)")
     option("--temperature", type=float, default=0.0, metavar="X", help="0: the most probable")
     option("--top-k", type=int, default=0, metavar="K", help="of the K most probable; 0: of all")
     option("--top-p", type=float, default=1.0, metavar="P", help="of those that reach P")
@@ -38,7 +38,7 @@ def _run(arguments: argparse.Namespace) -> int:
     dtype = np.dtype(arguments.dtype)
     if arguments.prompt is not None and arguments.chat is not None:
         raise ValueError("--prompt and --chat both; give one of them")
-    if arguments.tokens < 1:
+    if arguments.tokens is not None and arguments.tokens < 1:
         raise ValueError(f"--tokens {arguments.tokens}: expected 1 or more")
     if arguments.seed < 0:
         raise ValueError(f"--seed {arguments.seed}: expected 0 or more")
@@ -56,12 +56,14 @@ def _run(arguments: argparse.Namespace) -> int:
         first = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
         prompt = [*tokenizer.head, *tokenizer.encode(shown, special=False)]
         prompt = prompt or ([] if first is None else [first])
+    fits = base.config.tables().get("positions", len(prompt) + 64) - len(prompt) + 1
+    most = max(1, min(64, fits)) if arguments.tokens is None else arguments.tokens
     drawn: list[int] = []
     written = ""
     say(shown)
     before = tokenizer.decode(prompt)
     for row in generate(
-        [prompt], model.weights, base.config, model.tuning, most=arguments.tokens,
+        [prompt], model.weights, base.config, model.tuning, most=most,
         stop=tokenizer.stops, sampling=sampling, seed=arguments.seed,
     ):  # fmt: skip
         drawn += [token for token in row if token is not None]
