@@ -15,9 +15,9 @@ PAGES = sorted(DOCS.rglob("*.md"))
 
 
 def reading_order(index):
-    """The pages of the first toctree: a module each."""
-    (first, *_) = re.findall(r"^```\{toctree\}\n(.*?)^```$", index, re.M | re.S)
-    return [line for line in first.split() if re.fullmatch(r"[a-z_]+", line)]
+    """The pages of the toctree to read: a module each."""
+    (read,) = re.findall(r"^```\{toctree\}\n:caption: Read\n(.*?)^```$", index, re.M | re.S)
+    return [line for line in read.split() if re.fullmatch(r"[a-z_]+", line)]
 
 
 MODULES = reading_order((DOCS / "index.md").read_text())
