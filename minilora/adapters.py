@@ -100,8 +100,13 @@ class State:
     def _known(self, *names: str) -> tuple[str, ...]:
         for name in names:
             if name not in self.adapters:
-                there = ", ".join(map(repr, self.adapters)) or "none"
-                raise ValueError(f"no adapter {name!r}: expected one of {there}; add it first")
+                there = ", ".join(map(repr, self.adapters))
+                expected = (
+                    f"expected one of {there}"
+                    if there
+                    else "expected one that is there, and there is none"
+                )
+                raise ValueError(f"no adapter {name!r}: {expected}; add it first")
         if len(set(names)) < len(names):
             raise ValueError(f"{names}: expected each adapter once; its weight is in its scale")
         return names
@@ -120,13 +125,18 @@ class State:
         """Without the adapter; it acts no longer, merged or not, and no other acts in its stead.
 
         Were a merged change to stay, nothing could name it, and nothing undo it.
+
+        Errors: ValueError if there is none of that name.
         """
         self._known(name)
         rest = self.activate(*(other for other in self.active if other != name))
         return replace(rest, adapters={n: a for n, a in self.adapters.items() if n != name})
 
     def rename(self, old: str, new: str) -> "State":
-        """The same adapter under another name, in all its places: no output changes."""
+        """The same adapter under another name, in all its places: no output changes.
+
+        Errors: ValueError if there is none of the old name, or another of the new.
+        """
         self._known(old)
         if new != old and new in self.adapters:
             raise ValueError(f"there is an adapter {new!r} already: delete it or choose another")
@@ -140,7 +150,10 @@ class State:
         )
 
     def activate(self, *names: str) -> "State":
-        """Just these act, several or none; a merged one that is not among them is unmerged."""
+        """Just these act, several or none; a merged one that is not among them is unmerged.
+
+        Errors: ValueError if there is none of a name, or a name comes twice.
+        """
         self._known(*names)
         return replace(self, active=names, merged=tuple(n for n in self.merged if n in names))
 
@@ -153,13 +166,19 @@ class State:
         return replace(self, disabled=False)
 
     def swap(self, name: str, adapter: Adapter) -> "State":
-        """Another adapter under this name, of any rank and variant; merged or active as it was."""
+        """Another adapter under this name, of any rank and variant; merged or active as it was.
+
+        Errors: ValueError if there is none of that name, or the shapes do not fit W.
+        """
         self._known(name)
         adapter.check(self.W)
         return replace(self, adapters={**self.adapters, name: adapter})
 
     def set_scale(self, name: str, s: Any) -> "State":
-        """s itself, no factor on what it was: done twice it is done once."""
+        """s itself, no factor on what it was: done twice it is done once.
+
+        Errors: ValueError if there is none of that name.
+        """
         self._known(name)
         return self.swap(name, replace(self.adapters[name], s=s))
 
@@ -342,7 +361,7 @@ def combine_linear(
     factors that were never trained together.
 
     Shapes: Aᵢ (r, n), Bᵢ (m, r) -> A (r, n), B (m, r).
-    Errors: ValueError if the ranks differ.
+    Errors: ValueError if the ranks differ, or there is not one weight for each.
     Source: "linear" of PEFT's ``add_weighted_adapter``.
     """
     if len({A.shape for A, _, _ in adapters}) != 1:

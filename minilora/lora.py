@@ -299,7 +299,8 @@ def merge(W: Weights, tuning: Tuning) -> Merged:
     the head's weight then stands beside the embedding's, as its own. It stays where both adapters
     are one change, each the other's transpose.
 
-    Errors: ValueError if W is merged already (the adapter would count twice) or has no adapter.
+    Errors: ValueError if W is merged already (the adapter would count twice) or has no adapter; if
+    an embedding's adapter has a bias, for which a table has no place; those of `adapter_of`.
     """
     if isinstance(W, Merged):
         raise ValueError("these weights are merged already; unmerge them first")

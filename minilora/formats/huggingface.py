@@ -267,7 +267,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture(c: Config) -> tuple[str, Architecture]:
-    """The name and the description of the architecture that ``c`` configures."""
+    """The name and the description of the architecture that ``c`` configures.
+
+    Errors: TypeError for a configuration of none of them.
+    """
     for name, a in ARCHITECTURES.items():
         if type(c) is a.config and all(getattr(c, f) == v for f, v in a.constant.items()):
             return name, a
@@ -661,7 +664,8 @@ def write_model(
     tensors a new shard begins. The same input gives the same bytes.
 
     Errors: FormatError if W is not exactly the model's weights (adapters are merged or disabled
-    first) or its entries do not fit in ``dtype``; if the folder holds weights that would stay.
+    first) or its entries do not fit in ``dtype``; if the folder holds weights that would stay;
+    ValueError for other labels than the classes.
     """
     folder = Path(path)
     settings, shapes = config_to_json(c, labels), c.shapes()
