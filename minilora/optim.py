@@ -34,8 +34,9 @@ class AdamState:
 
 
 def _each(lr: Rates, params: Weights) -> Mapping[str, float]:
-    rates = lr if isinstance(lr, Mapping) else dict.fromkeys(params, lr)
-    return {name: number(rate) for name, rate in rates.items()}
+    if isinstance(lr, Mapping):
+        return {name: number(rate) for name, rate in lr.items()}
+    return dict.fromkeys(params, number(lr))
 
 
 def sgd(

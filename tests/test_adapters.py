@@ -615,7 +615,7 @@ def test_several_dora_adapters_rescale_the_base_each_on_its_own():
     [
         (lambda s: s.add("a", s.adapters["a"]), "already"),
         (lambda s: s.activate("zz"), "no adapter 'zz': expected one of 'a', 'b'; add it first"),
-        (lambda s: State(s.W).activate("a"), "no adapter 'a': expected one that is there, and there is none"),
+        (lambda s: State(s.W).activate("a"), "'a': expected one that is there, and there is none"),
         (lambda s: s.activate("a", "a"), "each adapter once"),
         (lambda s: s.rename("a", "b"), "already"),
         (lambda s: s.merge("b"), "not active; activate it first"),
