@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.verify.cases import Layer, draw_layer, limits, long, sigmas, wanted
+from minilora.verify.cases import LEADS, Layer, draw_layer, limits, long, sigmas, wanted
 from minilora.verify.contract import Subject
 from minilora.verify.smallest import Difference, Differs, Smallest, search
 from minilora.verify.terms import Case, Check, Comparison, counter
@@ -180,7 +180,7 @@ def mean_of_masks(subject: Subject, case: Case) -> Iterable[Comparison]:
 
 def tokens_apart(subject: Subject, case: Case) -> Iterable[Comparison]:
     """Each token's y and dx are its own: the exact lane, token by token against all at once."""
-    even = Case(case.check, case.dtype, case.number * 6, case.seed)  # x (tokens, n)
+    even = Case(case.check, case.dtype, case.number * 2 * len(LEADS), case.seed)  # x (tokens, n)
     layer, _ = draw_layer(even)
     whole = vjp(subject, layer, case.dtype)
     parts = [
