@@ -277,7 +277,7 @@ def whole_numbers(dtype: str) -> float:
 def greatest_sum(layer: Layer) -> float:
     """The greatest sum of absolute terms in any array that the layer's computation may form.
 
-    A sum that is not yet multiplied by s counts s times where s is less than 1: so do its multiples.
+    A sum without s counts s times where s is less than 1: so do the numbers that there are.
     """
     absolute = {
         name: np.abs(getattr(layer, name).astype(np.float64)) for name in ("x", "W", "A", "B", "dy")
@@ -285,7 +285,7 @@ def greatest_sum(layer: Layer) -> float:
     kept = Layer(
         **vars(layer) | absolute | {"bias": None if layer.bias is None else abs(layer.bias)}
     )
-    answers = wanted(kept)
+    answers = wanted(kept, np.float64)
     s, K = min(layer.s, 1.0), 4.0 if layer.p else 1.0
     h = columns(absolute["x"]) * K
     inner = [s * h, s * absolute["A"] @ h, s * absolute["B"].T @ columns(absolute["dy"])]
@@ -308,6 +308,23 @@ class Several:
         """These rows of x, with an index of their own."""
         parts = {name: getattr(self.adapters[0], name)[rows] for name in ("x", "dy")}
         return replace(self, adapters=[replace(a, **parts) for a in self.adapters], index=index)
+
+    def sharing(self, *names: str) -> Several:
+        """With these arrays of the first adapter for all."""
+        shared = {name: getattr(self.adapters[0], name) for name in names}
+        return replace(self, adapters=[replace(a, **shared) for a in self.adapters])
+
+    def sparser(self, rng: np.random.Generator) -> Several:
+        """With a tenth of the entries of every array 0 instead."""
+
+        def thinned(array: Array) -> Any:
+            return array * (rng.random(array.shape) < 0.9).astype(array.dtype)
+
+        names = ("x", "W", "A", "B", "dy")
+        adapters = [
+            replace(a, **{name: thinned(getattr(a, name)) for name in names}) for a in self.adapters
+        ]
+        return replace(self, adapters=adapters).sharing("x", "W", "dy")
 
 
 RANKS = ((2, 4, 1), (2, 2, 2), (1, 4, 2, 16))
@@ -349,14 +366,14 @@ def draw_several(
             )
             for r in map(int, ranks)
         ]
-        shared = {name: getattr(layers[0], name) for name in ("x", "W", "dy")}
-        layers = [replace(layer, **shared) for layer in layers]
         signs = rng.choice([-1.0, 1.0], len(ranks))
         weights = signs * rng.choice(SCALES if exact else [0.3, 0.7, 1.7], len(ranks))
         index = np.resize(np.arange(-1, len(ranks)), rows)[rng.permutation(rows)]
-        several = Several(layers, [float(w) for w in weights], index)
-        if len({layer.s for layer in layers}) > 1 and not (
-            exact and too_large(several, case.dtype)
+        several = Several(layers, [float(w) for w in weights], index).sharing("x", "W", "dy")
+        while exact and too_large(several, case.dtype):
+            several = several.sparser(rng)
+        if len({a.s for a in layers}) > 1 and all(
+            a.A.any() and a.B.any() for a in several.adapters
         ):
             return several, exact
 
@@ -377,7 +394,8 @@ def too_large(several: Several, dtype: str) -> bool:
     ]
     weights = [abs(w) for w in several.weights]
     unit = min(w * a.s for w, a in zip(weights, absolute, strict=True))
-    return float(wanted_change(Several(absolute, weights, several.index)).max()) > limit * unit
+    change = wanted_change(Several(absolute, weights, several.index), np.float64)
+    return float(change.max()) > limit * unit
 
 
 def wanted_change(several: Several, number: Callable[[Array], Any] = long) -> Array:
