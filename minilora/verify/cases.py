@@ -78,7 +78,9 @@ class Layer:
         if self.bias is not None:
             given["bias"] = self.bias
         if self.p:
-            given |= {"keep": self.keep, "p": self.p}
+            given["p"] = self.p
+        if self.keep is not None:
+            given["keep"] = self.keep
         return given
 
     def merge_options(self) -> dict[str, Any]:

@@ -204,7 +204,7 @@ def flags(
         "ZeroWeight": layer and not given["W"].any(),
         "Bias": "bias" in given,
         "Dropout": "keep" in given,
-        "Evaluation": check == "linear.evaluation",
+        "Evaluation": ".evaluation" in check,
         "Gradients": method == "lora_linear_vjp",
         "DoRA": bool(given.get("use_dora")),
         "DoraNorm": bool(given.get("use_dora")) and method == "lora_linear_vjp",

@@ -110,6 +110,7 @@ DRAWS: dict[str, tuple[tuple[str, int], ...]] = {
     "multi.forward": _SIZES,
     "multi.single": (("bfloat16", 0), ("float32", 1)),
     "optimizer.*": (("bfloat16", 0), ("float32", 1)),
+    "linear.evaluation-vjp": _SIZES[1:2] + _SIZES[4:5],
 }
 """The cases of each check that become vectors: the dtype that they are drawn in, and a number.
 
@@ -388,12 +389,19 @@ def _of_variant(method: str, given: dict[str, Any], lane: str, dtypes: Any, name
     answer = {"y": "y"} if method != "merge" else {"merged": RESULTS["merge"]}
     if method == "lora_linear_vjp":
         answer |= {"dx": "dx", "dA": "dA", "dB": "dB", "dpart": f"d{own}"}
+        answer |= {} if layer.bias is None else {"dbias": "dbias"}
 
     def outputs(of: Any) -> dict[str, Output]:
         want = specified(of, layer, part, exact)
         sigma = _sampled(lambda number: specified(of, layer, part, number), want, dtypes, name)
         return {
-            theirs: _output(want[ours], {d: sigma[d][ours] for d in dtypes}, MONTE_CARLO, lane)
+            theirs: _output(
+                want[ours],
+                {d: sigma[d][ours] for d in dtypes},
+                MONTE_CARLO,
+                lane,
+                ours == "dbias",
+            )
             for ours, theirs in answer.items()
         }
 

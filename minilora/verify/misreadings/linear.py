@@ -366,6 +366,15 @@ DROPOUT = (
     ),
     *family(
         "DROPOUT",
+        "linear.evaluation-vjp",
+        (
+            "in-evaluation-backward",
+            "dA, dB and dx's branch over 1 - p where no mask is given",
+            backward(K=lambda c: c.K if c.dropout else c.K / (1 - c.p)),
+        ),
+    ),
+    *family(
+        "DROPOUT",
         "linear.vjp.dropout",
         ("fresh-in-backward", "another mask in the gradients", backward(K=lambda c: c.K[:, ::-1])),
         ("none-in-backward", "no mask in the gradients", backward(K=lambda c: np.ones_like(c.K))),
