@@ -100,7 +100,7 @@ def unused(subject: Subject, case: Case) -> Iterable[Comparison]:
 def single(subject: Subject, case: Case) -> Iterable[Comparison]:
     """A batch of one adapter is its layer, and one without any the base; compared by ==."""
     several, _ = draw_several(in_exact_lane(case))
-    for i in range(-1, len(several.adapters)):
+    for i in (*range(len(several.adapters)), -1):
         alone = replace(several, index=np.full_like(several.index, i))
         y = rows(subject, alone, case.dtype)
         yield Comparison(f"y of adapter {i}" if i >= 0 else "y of none", y, wanted_by_row(alone))
