@@ -8,7 +8,7 @@ known mistakes; these can.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod, sqrt
 from typing import Any
@@ -22,8 +22,30 @@ from minilora.verify.tolerance import Rounding, Uncertain, digits
 
 Array = np.ndarray
 
-SIZES = ((4, 7, 5, 3), (5, 6, 6, 2), (6, 9, 4, 5), (3, 8, 8, 4), (5, 4, 9, 1))
-"""Tokens, n, m, r: distinct, and square weights with another rank, and a rank of 1."""
+SIZES = (
+    (4, 7, 5, 3, 2),
+    (5, 6, 6, 2, 4),
+    (6, 9, 4, 5, 2),
+    (3, 8, 8, 4, 4),
+    (5, 4, 9, 1, 1),
+    (2, 19, 6, 9, 4),
+    (33, 35, 37, 17, 16),
+)
+"""Tokens, n, m, r, and r in the exact lane: distinct, and square weights with another rank, a rank
+of 1, and sides beyond a kernel's tiles of 16 and 32, of which none is a multiple."""
+
+LEADS: tuple[Callable[[int], tuple[int, ...]], ...] = (
+    lambda tokens: (tokens,),
+    lambda tokens: (2, tokens),
+    lambda tokens: (),
+    lambda tokens: (1,),
+    lambda tokens: (1, tokens),
+    lambda tokens: (2, 1, tokens),
+)
+"""What x has before its features. As many as sizes less one: each size meets each in the end."""
+
+SCALES = (0.25, 4.0)
+"""Of the exact lane: powers of two, and so are their roots, which may be put on both factors."""
 
 ALPHAS = (7.0, 5.0, 16.0, 1.5)
 """None is a rank above, and alpha / r is a fraction with most of them."""
@@ -56,7 +78,9 @@ class Layer:
         if self.bias is not None:
             given["bias"] = self.bias
         if self.p:
-            given |= {"keep": self.keep, "p": self.p}
+            given["p"] = self.p
+        if self.keep is not None:
+            given["keep"] = self.keep
         return given
 
     def merge_options(self) -> dict[str, Any]:
@@ -163,11 +187,11 @@ def draw_layer(
     exact = case.number % 2 == 0
     group = case.number // 2
     rng = case.rng()
-    tokens, n, m, r = SIZES[group % len(SIZES)]
-    if exact and settings.get("use_rslora"):
-        r = 4  # √r is a power of two
-    lead = ((tokens,), (2, tokens), ())[group % 3]
-    sizes = (lead, n, m, r)
+    tokens, n, m, r, power = SIZES[group % len(SIZES)]
+    if exact:
+        # With rsLoRA, √r is a power of two as well.
+        r = (16 if power > 4 else 4) if settings.get("use_rslora") else power
+    sizes = (LEADS[group % len(LEADS)](tokens), n, m, r)
     draw = _draw_exact if exact else _draw_general
     layer = draw(rng, case.dtype, sizes, bias=bias, dropout=dropout, settings=settings)
     if case.dtype in ("bfloat16", "float16") and (group // len(SIZES)) % 2:
@@ -212,16 +236,18 @@ def _draw_exact(
 ) -> Layer:
     """Integers so small that every order of summation gives the same bits: answers compare by ==.
 
-    s is ½, 2 or 4 and p = ¾, so K is 0 or 4. Every array of the computation is a multiple of ½;
-    if the sum of its terms' absolute values stays below 2ᵖ · ½, with the p digits of the dtype,
-    each partial sum in each order is a number of the dtype. Sparser integers are drawn until so.
+    s, r, hence α, and K, which is 0 or 4, are powers of two: wherever they are applied, and √s on
+    both factors too, they move the binary point and no digit. Only where the branch joins the base
+    are multiples of s and whole numbers added. If the sum of the terms' absolute values stays
+    within `whole_numbers` there and in the sums without s, each partial sum in each order is a
+    number of the dtype. Sparser integers are drawn until so.
     """
     lead, n, m, r = sizes
     p = 0.75 if dropout else 0.0
-    s = float(rng.choice([0.5, 2.0, 4.0]))
+    s = float(rng.choice(SCALES))
     alpha = s * (r**0.5 if settings.get("use_rslora") else r)
     shapes = {"x": (*lead, n), "W": (m, n), "A": (r, n), "B": (m, r), "dy": (*lead, m)}
-    limit = 0.5 * 2.0 ** min(22, digits(dtype))
+    limit = whole_numbers(dtype) * min(s, 1.0)
     large = 5 if limit > 1000 else 2
     density = 1.0
     while True:
@@ -245,25 +271,33 @@ def _draw_exact(
         density, large = max(0.2, density * 0.97), max(1, large - (density < 0.5))
 
 
+def whole_numbers(dtype: str) -> float:
+    """How far a dtype has every whole number; float64 as far as float32 with room to spare."""
+    return 2.0 ** min(22, digits(dtype))
+
+
 def greatest_sum(layer: Layer) -> float:
-    """The greatest sum of absolute terms in any array that the layer's computation may form."""
+    """The greatest sum of absolute terms in any array that the layer's computation may form.
+
+    A sum without s counts s times where s is less than 1: so do the numbers that there are.
+    """
     absolute = {
         name: np.abs(getattr(layer, name).astype(np.float64)) for name in ("x", "W", "A", "B", "dy")
     }
     kept = Layer(
         **vars(layer) | absolute | {"bias": None if layer.bias is None else abs(layer.bias)}
     )
-    answers = wanted(kept)
-    s, K = max(layer.s, layer.alpha, 1.0), 4.0 if layer.p else 1.0  # α (B u) / r is fair too
+    answers = wanted(kept, np.float64)
+    s, K = min(layer.s, 1.0), 4.0 if layer.p else 1.0
     h = columns(absolute["x"]) * K
-    inner = [h, s * absolute["A"] @ h, s * absolute["B"].T @ columns(absolute["dy"])]
-    inner += [s * absolute["B"] @ absolute["A"] + absolute["W"], s * absolute["B"]]
+    inner = [s * h, s * absolute["A"] @ h, s * absolute["B"].T @ columns(absolute["dy"])]
+    inner += [layer.s * absolute["B"] @ absolute["A"] + absolute["W"]]
     return max(float(np.max(v)) for v in [*answers.values(), *inner])
 
 
 @dataclass(frozen=True)
 class Several:
-    """Adapters of one weight, of unequal ranks and scales, with weights, and an index of rows.
+    """Adapters of one weight, with weights, and an index of rows.
 
     x and W are those of the first, shared by all; ``index`` names each row's adapter, -1 for none.
     """
@@ -277,44 +311,72 @@ class Several:
         parts = {name: getattr(self.adapters[0], name)[rows] for name in ("x", "dy")}
         return replace(self, adapters=[replace(a, **parts) for a in self.adapters], index=index)
 
+    def sharing(self, *names: str) -> Several:
+        """With these arrays of the first adapter for all."""
+        shared = {name: getattr(self.adapters[0], name) for name in names}
+        return replace(self, adapters=[replace(a, **shared) for a in self.adapters])
 
-RANKS = (2, 4, 1)
-"""Of the adapters, in any place: that of 4, whose root is a power of two, is rsLoRA's."""
+    def sparser(self, rng: np.random.Generator) -> Several:
+        """With a tenth of the entries of every array 0 instead."""
+
+        def thinned(array: Array) -> Any:
+            return array * (rng.random(array.shape) < 0.9).astype(array.dtype)
+
+        names = ("x", "W", "A", "B", "dy")
+        adapters = [
+            replace(a, **{name: thinned(getattr(a, name)) for name in names}) for a in self.adapters
+        ]
+        return replace(self, adapters=adapters).sharing("x", "W", "dy")
 
 
-def draw_several(case: Case) -> tuple[Several, bool]:
-    """Three adapters of one weight, and whether the case belongs to the exact lane.
+RANKS = ((2, 4, 1), (2, 2, 2), (1, 4, 2, 16))
+"""Of the adapters, in any place: 4, whose root is a power of two, is rsLoRA's."""
 
-    One is rsLoRA's, the weights have both signs and are not 1, the index holds -1 and is not
-    monotone. In the exact lane the weights are powers of two, and so small that the sum of all
-    three in any order is exact, too.
+ROWS = (7, 19)
+"""How many rows an index has."""
+
+
+def draw_several(
+    case: Case,
+    sizes: Sequence[Sequence[int]] = SIZES,
+    kinds: Sequence[Sequence[int]] = RANKS,
+    counts: Sequence[int] = ROWS,
+) -> tuple[Several, bool]:
+    """Adapters of one weight, and whether the case belongs to the exact lane.
+
+    There are three of unequal ranks, or of equal ranks and other factors, or four. One is rsLoRA's,
+    unless the ranks are equal; the scales are not all the same. The weights have both signs and are
+    not 1; the index holds -1 and every adapter, and is not monotone. In the exact lane the weights
+    are powers of two as the scales are, and all so small that any sum of them is exact, too.
     """
     exact = case.number % 2 == 0
     group = case.number // 2
     rng = case.rng()
-    _, n, m, _ = SIZES[group % len(SIZES)]
+    _, n, m, *_ = sizes[group % len(sizes)]
     draw = _draw_exact if exact else _draw_general
-    signs = rng.choice([-1.0, 1.0], len(RANKS))
-    weights = rng.choice([0.5, 2.0], len(RANKS)) if exact else rng.choice([0.3, 0.7, 1.7], 3)
-    limit = 0.5 * 2.0 ** min(22, digits(case.dtype))
-    ranks = np.roll(RANKS, group)
+    ranks = np.roll(kinds[group % len(kinds)], group // len(kinds))
+    rows = counts[group % len(counts)]
     while True:
         layers = [
             draw(
                 rng,
                 case.dtype,
-                ((7,), n, m, r),
+                ((rows,), n, m, r),
                 bias=False,
                 dropout=False,
                 settings={"use_rslora": True} if r == 4 else {},
             )
             for r in map(int, ranks)
         ]
-        shared = {name: getattr(layers[0], name) for name in ("x", "W", "dy")}
-        layers = [replace(layer, **shared) for layer in layers]
-        index = np.array([1, -1, 0, 2, -1, 0, 1])[rng.permutation(7)]
-        several = Several(layers, [float(w) for w in signs * weights], index)
-        if not exact or greatest_of(several) <= limit:
+        signs = rng.choice([-1.0, 1.0], len(ranks))
+        weights = signs * rng.choice(SCALES if exact else [0.3, 0.7, 1.7], len(ranks))
+        index = np.resize(np.arange(-1, len(ranks)), rows)[rng.permutation(rows)]
+        several = Several(layers, [float(w) for w in weights], index).sharing("x", "W", "dy")
+        while exact and too_large(several, case.dtype):
+            several = several.sparser(rng)
+        if len({a.s for a in layers}) > 1 and all(
+            a.A.any() and a.B.any() for a in several.adapters
+        ):
             return several, exact
 
 
@@ -323,14 +385,19 @@ def in_exact_lane(case: Case) -> Case:
     return replace(case, number=case.number * 2)
 
 
-def greatest_of(several: Several) -> float:
-    """The greatest sum of absolute terms in any array of the rows or of the combined change."""
+def too_large(several: Several, dtype: str) -> bool:
+    """Whether a sum of absolute terms of the rows, or of the combined change, may be rounded."""
+    limit = whole_numbers(dtype)
+    if any(greatest_sum(a) > limit * min(a.s, 1.0) for a in several.adapters):
+        return True
     absolute = [
         replace(a, A=abs(a.A.astype(np.float64)), B=abs(a.B.astype(np.float64)))
         for a in several.adapters
     ]
-    change = wanted_change(Several(absolute, [2.0] * len(absolute), several.index))
-    return max(float(change.max()), *(greatest_sum(a) for a in several.adapters))
+    weights = [abs(w) for w in several.weights]
+    unit = min(w * a.s for w, a in zip(weights, absolute, strict=True))
+    change = wanted_change(Several(absolute, weights, several.index), np.float64)
+    return float(change.max()) > limit * unit
 
 
 def wanted_change(several: Several, number: Callable[[Array], Any] = long) -> Array:

@@ -307,6 +307,8 @@ class Subject:
             implementation.time_limit, self.time_limit = time_limit, 2 * time_limit + 10
         self.spent = 0.0
         """Seconds that the implementation has taken so far."""
+        self.remarks: dict[str, None] = {}
+        """What checks have remarked on, in order, each once."""
         self._worker: _Worker | None = None
         self._hangs: Counter[str] = Counter()
         self._home = _home(implementation)
@@ -359,6 +361,10 @@ class Subject:
                 f"known are {', '.join(DTYPES)}"
             )
         return Precision(*names)
+
+    def remark(self, text: str) -> None:
+        """Notes for the report what is no deviation and that a reader should know."""
+        self.remarks[text] = None
 
     def precision(self, dtype: str) -> Precision:
         """The precision declared for a dtype: the dtype itself where nothing is declared."""

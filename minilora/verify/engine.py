@@ -213,7 +213,7 @@ def run(
             seed=seed,
             results=tuple(_still_known(result, results) for result in results),
             seconds=perf_counter() - started,
-            notes=notes,
+            notes=(*notes, *subject.remarks),
             interrupted=interrupted,
         )
 

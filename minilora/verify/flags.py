@@ -114,8 +114,14 @@ NOTES: dict[str, dict[str, Any]] = {
     },
     "Unequal": {
         "bugType": "SEVERAL",
-        "description": "Three adapters of unequal ranks and scales, one of them rsLoRA's.",
+        "description": "Adapters of unequal ranks and scales, one of them rsLoRA's.",
         "effect": "The scale of one adapter is applied to all.",
+        "links": [],
+    },
+    "EqualRanks": {
+        "bugType": "SEVERAL",
+        "description": "Adapters of one rank, whose factors and scales differ.",
+        "effect": "Factors are summed one by one, or one scale is applied to all.",
         "links": [],
     },
     "Weights": {
@@ -191,6 +197,7 @@ def flags(
     layer, several = "W" in given and "A" in given, "adapters" in given
     shape, rows = np.shape(given.get("W", 0)), np.ndim(given.get("x", [[]]))
     r, alpha = given.get("r", 0), given.get("alpha", 0)
+    ranks, alphas = ({a[name] for a in given.get("adapters", ())} for name in ("r", "alpha"))
     has = {
         "Exact": lane == "exact",
         "FullPrecision": drawn != "bfloat16" and lane != "exact",
@@ -204,12 +211,13 @@ def flags(
         "ZeroWeight": layer and not given["W"].any(),
         "Bias": "bias" in given,
         "Dropout": "keep" in given,
-        "Evaluation": check == "linear.evaluation",
+        "Evaluation": ".evaluation" in check,
         "Gradients": method == "lora_linear_vjp",
         "DoRA": bool(given.get("use_dora")),
         "DoraNorm": bool(given.get("use_dora")) and method == "lora_linear_vjp",
         "LoraBias": "lora_bias" in given,
-        "Unequal": several and len(given["adapters"]) > 1,
+        "Unequal": several and len(ranks) > 1,
+        "EqualRanks": several and len(ranks) == 1 and len(alphas) > 1,
         "Weights": several and len(given.get("weights", [])) > 1,
         "Rows": "index" in given,
         "AdamW": given.get("optimizer") == "adamw",

@@ -67,6 +67,8 @@ class Limits:
     max_z: float = 6.0
     rms_z: float = 1.5
     rms_small: float = 3.0
+    loose: float = LOOSE
+    """How many times its unit roundoff may be lost and count as loose: 1 where nothing may."""
 
     def rms(self, n: int) -> float:
         """The limit of the root mean square of z over n elements."""
@@ -76,9 +78,9 @@ class Limits:
         """``pass``, ``loose`` or ``fail``.
 
         Every term of a rounding variance is proportional to the square of the unit roundoff u, so
-        sigma is proportional to u. Loose is what would pass with the unit roundoff LOOSE · u.
+        sigma is proportional to u. Loose is what would pass with that many times u.
         """
-        for name, factor in (("pass", 1.0), ("loose", LOOSE)):
+        for name, factor in (("pass", 1.0), ("loose", self.loose)):
             if z <= factor * self.max_z and rms <= factor * self.rms(n):
                 return name
         return "fail"
@@ -93,6 +95,10 @@ MONTE_CARLO = Limits(8.0, 2.5, 7.5)
 
 BOUND = Limits(1.0, 1.0, 0.0)
 """The lane in which a worst case bound stands in the place of sigma: no element may pass it."""
+
+CHANCE = Limits(1.0, 1.0, 0.0, loose=1.0)
+"""The lane of what is drawn: a bound that chance passes with a stated probability. Rounding has no
+part in it, and hence nothing is loose."""
 
 
 @dataclass(frozen=True)

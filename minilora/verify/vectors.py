@@ -88,11 +88,17 @@ FINE = 2.0**-14
 their own, float64's rounding would be as large as what is sampled."""
 
 _SIZES = (
-    *(("bfloat16", number) for number in (0, 3, 11)),
+    *(("bfloat16", number) for number in (0, 3, 15)),
     *(("float32", number) for number in (4, 7)),
     ("float64", 9),
 )
+_SHAPES = tuple(("float32", number) for number in (6, 8, 11, 13))
+"""One token, a batch of one, two axes of batches, and sides and a rank beyond a kernel's tiles."""
+
 DRAWS: dict[str, tuple[tuple[str, int], ...]] = {
+    "linear.forward": _SIZES + _SHAPES,
+    "linear.vjp": _SIZES + _SHAPES,
+    "merge.weight": _SIZES + _SHAPES[2:],
     "linear.forward*": _SIZES,
     "linear.vjp*": _SIZES,
     "linear.evaluation": _SIZES[1:2] + _SIZES[4:],
@@ -101,7 +107,7 @@ DRAWS: dict[str, tuple[tuple[str, int], ...]] = {
     "merge.unmerge*": _SIZES,
     "variants.*.forward*": (("bfloat16", 0), ("float32", 2), ("float64", 3)),
     "variants.*.vjp*": (("bfloat16", 0), ("bfloat16", 1), ("float32", 2), ("float64", 3)),
-    "variants.*.merge": (("bfloat16", 0), ("float32", 2), ("float64", 3)),
+    "variants.*.merge*": (("bfloat16", 0), ("float32", 2), ("float64", 3)),
     "variants.dora.vector": (("bfloat16", 0), ("float64", 3)),
     "combine.weighted": _SIZES,
     "combine.one": _SIZES[1:2] + _SIZES[4:],
@@ -110,8 +116,10 @@ DRAWS: dict[str, tuple[tuple[str, int], ...]] = {
     "multi.forward": _SIZES,
     "multi.single": (("bfloat16", 0), ("float32", 1)),
     "optimizer.*": (("bfloat16", 0), ("float32", 1)),
+    "linear.evaluation-vjp": _SIZES[1:2] + _SIZES[4:5],
 }
 """The cases of each check that become vectors: the dtype that they are drawn in, and a number.
+The first pattern that fits counts.
 
 Even numbers are of the exact lane. Entries are added at the end of a line; none is changed."""
 
@@ -388,12 +396,19 @@ def _of_variant(method: str, given: dict[str, Any], lane: str, dtypes: Any, name
     answer = {"y": "y"} if method != "merge" else {"merged": RESULTS["merge"]}
     if method == "lora_linear_vjp":
         answer |= {"dx": "dx", "dA": "dA", "dB": "dB", "dpart": f"d{own}"}
+        answer |= {} if layer.bias is None else {"dbias": "dbias"}
 
     def outputs(of: Any) -> dict[str, Output]:
         want = specified(of, layer, part, exact)
         sigma = _sampled(lambda number: specified(of, layer, part, number), want, dtypes, name)
         return {
-            theirs: _output(want[ours], {d: sigma[d][ours] for d in dtypes}, MONTE_CARLO, lane)
+            theirs: _output(
+                want[ours],
+                {d: sigma[d][ours] for d in dtypes},
+                MONTE_CARLO,
+                lane,
+                ours == "dbias",
+            )
             for ours, theirs in answer.items()
         }
 

@@ -75,12 +75,15 @@ def zero(subject: Subject, case: Case) -> Iterable[Comparison]:
 
 
 def halves(subject: Subject, case: Case) -> Iterable[Comparison]:
-    """½ a + ½ a = a; small whole numbers, compared by ==."""
+    """½ a + ½ a = a, twice: ¼ a, four times, is a; small whole numbers, compared by ==.
+
+    A quarter's root is a power of two and a half's is not: some put √(w s) on both factors.
+    """
     several, _ = draw_several(in_exact_lane(case))
     for i, adapter in enumerate(several.adapters):
-        delta = combined(subject, [adapter, adapter], [0.5, 0.5], case.dtype)
+        delta = combined(subject, [adapter] * 4, [0.25] * 4, case.dtype)
         alone = combined(subject, [adapter], [1.0], case.dtype)
-        yield Comparison(f"½ and ½ of adapter {i}", delta, alone)
+        yield Comparison(f"four quarters of adapter {i}", delta, alone)
 
 
 def order(subject: Subject, case: Case) -> Iterable[Comparison]:

@@ -6,7 +6,8 @@ implementation fails a check with a probability of at most ERROR.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import log, sqrt
 from typing import Any
 
@@ -16,7 +17,7 @@ from scipy.special import ndtr
 from minilora.lora import scale
 from minilora.verify.cases import long
 from minilora.verify.contract import DTYPES, Skip, Subject
-from minilora.verify.terms import BOUND, Case, Check, Comparison
+from minilora.verify.terms import BOUND, CHANCE, Case, Check, Comparison
 from minilora.verify.tolerance import unit_roundoff
 
 Array = np.ndarray
@@ -56,6 +57,19 @@ def start(
     return A, B, W
 
 
+_GAUSSIAN = ((", gaussian", {"init_lora_weights": "gaussian"}),)
+
+
+@contextmanager
+def optional(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Lets a start that is not supported be left out, but the plain one."""
+    try:
+        yield
+    except Skip:
+        if not settings:
+            raise
+
+
 def weight(case: Case, m: int, n: int) -> Array:
     """A base weight."""
     return (0.1 * case.rng().standard_normal((m, n))).astype(DTYPES[case.dtype])
@@ -87,13 +101,13 @@ def _distribution(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
         want = distribution(POINTS, 0)
         greatest = sqrt(log(2 / ERROR) / (2 * len(drawn))) + unit_roundoff(case.dtype)
         what = "the part of r A up to each point" if kind else "the part of √n A up to each point"
-        yield Comparison(what, below, want, np.full(want.shape, greatest), BOUND)
+        yield Comparison(what, below, want, np.full(want.shape, greatest), CHANCE)
 
     return run
 
 
 def independent(subject: Subject, case: Case) -> Iterable[Comparison]:
-    """The rows of A are independent of each other, and so are those of other seeds.
+    """The rows of A are independent of each other and of other seeds', and no column comes again.
 
     For rows a, b of n independent entries of variance 1/n, each at most √(3/n): the sum n Σ aᵢ bᵢ
     passes t with a probability of at most 2 exp(-t² / (2 n + 2 t)) (Bernstein), products having the
@@ -118,36 +132,53 @@ def independent(subject: Subject, case: Case) -> Iterable[Comparison]:
         cosines,
         np.zeros(cosines.shape),
         np.full(cosines.shape, greatest / (1 - shorter)),
-        BOUND,
+        CHANCE,
     )
+    # Each has an entry for every row of every seed: chance repeats none, in any dtype.
+    different = np.unique(np.concatenate(drawn).astype(np.float64), axis=1).shape[1]
+    yield Comparison("the number of different columns of A", np.asarray(different), np.asarray(n))
 
 
 def reproducible(subject: Subject, case: Case) -> Iterable[Comparison]:
-    """The same seed gives the same bits, whatever was drawn before."""
+    """The same seed gives the same bits, whatever was drawn before, and another seed others."""
     W, at = weight(case, 6, 10), _first(case)
-    A, _, _ = start(subject, W, 3, 7.0, at, case.dtype)
-    start(subject, W, 3, 7.0, at + 1, case.dtype)
-    again, _, _ = start(subject, W, 3, 7.0, at, case.dtype)
-    yield Comparison("A of the same seed", again, A)
+    for what, r, settings in _drawn(case.dtype):
+        with optional(settings):
+            A, B, _ = start(subject, W, r, 7.0, at, case.dtype, **settings)
+            other, _, _ = start(subject, W, r, 7.0, at + 1, case.dtype, **settings)
+            again = start(subject, W, r, 7.0, at, case.dtype, **settings)
+            yield Comparison(f"A of the same seed{what}", again[0], A)
+            yield Comparison(f"B of the same seed{what}", again[1], B)
+            same = np.asarray(float((other == A).all()))
+            yield Comparison(f"whether another seed gives the same A{what}", same, np.zeros(()))
+
+
+def _drawn(dtype: str) -> Iterable[tuple[str, int, dict[str, Any]]]:
+    """What is drawn, a rank, and the settings."""
+    yield "", 3, {}
+    yield " of rank 1", 1, {}
+    yield ", gaussian", 3, {"init_lora_weights": "gaussian"}
+    if _wide("ci", dtype):
+        yield ", orthogonal", 4, {"init_lora_weights": "orthogonal"}
 
 
 def zero_B(subject: Subject, case: Case) -> Iterable[Comparison]:
     """B = 0, every bit, for any scale."""
     for k, (m, n, r) in enumerate(((6, 10, 3), (8, 8, 8), (3, 5, 1))):
-        for settings in ({}, {"use_rslora": True}):
+        for what, settings in (("", {}), (", rsLoRA", {"use_rslora": True}), *_GAUSSIAN):
             W = weight(case, m, n)
-            try:
+            with optional(settings):
                 _, B, _ = start(subject, W, r, 7.0, _first(case) + k, case.dtype, **settings)
-            except Skip:
-                if not settings:
-                    raise
-                continue
-            yield Comparison(f"B of rank {r}{', rsLoRA' * bool(settings)}", B, np.zeros_like(B))
+                yield Comparison(f"B of rank {r}{what}", B, np.zeros_like(B))
 
 
 def base(subject: Subject, case: Case) -> Iterable[Comparison]:
     """The base keeps its bits at the start, and so does its output."""
     W = weight(case, 6, 10)
+    for what, settings in _GAUSSIAN:
+        with optional(settings):
+            *_, held = start(subject, W, 3, 7.0, _first(case), case.dtype, **settings)
+            yield Comparison(f"W{what}", held, W)
     A, B, held = start(subject, W, 3, 7.0, _first(case), case.dtype)
     yield Comparison("W", held, W)
     if subject.has("lora_linear"):

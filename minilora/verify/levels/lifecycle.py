@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from minilora.verify.cases import draw_several, in_exact_lane
+from minilora.verify.cases import RANKS, ROWS, SIZES, draw_several, in_exact_lane
 from minilora.verify.contract import DTYPES, SESSION, Fault, Skip, Subject, tidy
 from minilora.verify.smallest import SECONDS, Smallest, shrunk
 from minilora.verify.states import Layer
@@ -77,7 +77,7 @@ def drawn_layer(kind: str, case: Case, bias: bool) -> Drawn:
     """The layer of a case."""
     if kind in FURTHER:
         return _further(kind, case)
-    several, _ = draw_several(in_exact_lane(case))
+    several, _ = draw_several(in_exact_lane(case), SIZES[:5], RANKS[:1], ROWS[:1])
     first = several.adapters[0]
     b = case.rng().integers(-2, 3, len(first.W)) if bias and kind != "embedding" else None
     W = np.ascontiguousarray(first.W.T) if kind == "embedding" else first.W

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.verify.cases import Layer, draw_layer, limits, long, sigmas, wanted
+from minilora.verify.cases import LEADS, Layer, draw_layer, limits, long, sigmas, wanted
 from minilora.verify.contract import Subject
 from minilora.verify.smallest import Difference, Differs, Smallest, search
 from minilora.verify.terms import Case, Check, Comparison, counter
@@ -49,14 +49,22 @@ def vjp(subject: Subject, layer: Layer, dtype: str, **changed: Any) -> dict[str,
     """The implementation's y, dx, dA, dB, and dbias where it gives one."""
     arrays = {name: changed.pop(name, getattr(layer, name)) for name in ("x", "W", "A", "B", "dy")}
     answer = subject.call("lora_linear_vjp", *arrays.values(), **layer.options() | changed)
-    names = ["y", "dx", "dA", "dB"]
-    if layer.bias is not None and isinstance(answer, Mapping) and "dbias" in answer:
-        names.append("dbias")
+    names = ["y", "dx", "dA", "dB", *dbias(subject, layer, answer)]
     shapes = layer.shapes()
     return {
         name: subject.answer(subject.entry(answer, name), name, shapes[name], dtype)
         for name in names
     }
+
+
+def dbias(subject: Subject, layer: Layer, answer: Any) -> list[str]:
+    """The bias's gradient by its name, where it is answered: it is optional, and its lack noted."""
+    if layer.bias is None or not isinstance(answer, Mapping):
+        return []
+    if "dbias" not in answer:
+        subject.remark("lora_linear_vjp gives no dbias where there is a bias: it is not judged")
+        return []
+    return ["dbias"]
 
 
 def _forward_check(kind: dict[str, bool]) -> Run:
@@ -86,6 +94,15 @@ def evaluation(subject: Subject, case: Case) -> Iterable[Comparison]:
     y = forward(subject, layer, case.dtype, p=0.25)
     sigma = None if exact else sigmas(layer, subject.precision(case.dtype))["y"]
     yield Comparison("y", y, wanted(layer)["y"], sigma, limits(layer, "y"))
+
+
+def evaluation_vjp(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """A dropout rate without a mask drops nothing, and scales no gradient."""
+    layer, exact = draw_layer(case)
+    got, want = vjp(subject, layer, case.dtype, p=0.25), wanted(layer)
+    sigma = {} if exact else sigmas(layer, subject.precision(case.dtype))
+    for name, array in got.items():
+        yield Comparison(name, array, want[name], sigma.get(name), limits(layer, name))
 
 
 def balance(subject: Subject, case: Case) -> Iterable[Comparison]:
@@ -180,7 +197,7 @@ def mean_of_masks(subject: Subject, case: Case) -> Iterable[Comparison]:
 
 def tokens_apart(subject: Subject, case: Case) -> Iterable[Comparison]:
     """Each token's y and dx are its own: the exact lane, token by token against all at once."""
-    even = Case(case.check, case.dtype, case.number * 6, case.seed)  # x (tokens, n)
+    even = Case(case.check, case.dtype, case.number * 2 * len(LEADS), case.seed)  # x (tokens, n)
     layer, _ = draw_layer(even)
     whole = vjp(subject, layer, case.dtype)
     parts = [
@@ -258,6 +275,7 @@ CHECKS: tuple[Check, ...] = (
         for kind, options in KINDS.items()
     ),
     _law(evaluation, _FORWARD, 0.5),
+    _law(evaluation_vjp, _VJP, 0.25),
     _law(balance, _VJP, 0.5),
     _law(symmetry, _FORWARD, 0.25),
     _law(zero_B, _VJP, 0.25),

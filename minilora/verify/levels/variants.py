@@ -19,6 +19,7 @@ from minilora.lora import Variant
 from minilora.variants import DORA, DORA_FULL, LORA_BIAS, row_norm
 from minilora.verify.cases import Layer, columns, draw_layer, long
 from minilora.verify.contract import DTYPES, Precision, Subject
+from minilora.verify.levels.linear import dbias
 from minilora.verify.terms import MONTE_CARLO, Case, Check, Comparison, counter
 from minilora.verify.tolerance import Draws, Rounding, noisy, spread, unit_roundoff
 
@@ -39,7 +40,14 @@ KINDS: dict[str, dict[str, bool]] = {
     "": {"bias": True},
     ".dropout": {"bias": True, "dropout": True},
     ".rslora": {"use_rslora": True},
+    ".evaluation": {"bias": True},
+    ".conv1d": {"fan_in_fan_out": True},
 }
+
+ASKED = {"dora": tuple(KINDS), "lora-bias": ("", ".dropout", ".rslora", ".evaluation")}
+MERGED = {"dora": ("", ".conv1d"), "lora-bias": ("",)}
+"""The kinds of each, in two passes and merged. How W is stored matters to DoRA, whose norm is that
+of an output's row."""
 
 
 def draw(case: Case, kind: str, name: str) -> tuple[Layer, Array]:
@@ -54,6 +62,8 @@ def draw(case: Case, kind: str, name: str) -> tuple[Layer, Array]:
     rows = {name: getattr(layer, name) for name in ("x", "dy", "keep")}
     rows = {name: v if v is None or v.ndim > 1 else v[None] for name, v in rows.items()}
     layer = replace(layer, W=W.astype(layer.W.dtype), **rows)
+    if kind == ".evaluation":
+        layer = replace(layer, p=0.25)  # without a mask
     part = rng.standard_normal(len(W))
     if name == "dora":
         part = row_norm(W)[0][:, 0] * rng.uniform(0.6, 1.6, len(W))
@@ -87,7 +97,9 @@ def specified(
     y, back = of.linear(x, W, b, A, B, c, layer.s, K)
     dx, dA, dB, dc = back(dy)
     merged, _ = of.merge(W, b, A, B, c, layer.s)
+    db = number(columns(layer.dy)) @ np.ones((dy.shape[1], 1))
     answers = {"y": y.T, "dx": dx.T, "dA": dA, "dB": dB, "dpart": dc[:, 0], "merged": merged}
+    answers["dbias"] = db
     shapes = layer.shapes()
     return {name: v.reshape(shapes.get(name, np.shape(v))) for name, v in answers.items()}
 
@@ -144,7 +156,8 @@ def _vjp(name: str, kind: str) -> Callable[[Subject, Case], Iterable[Comparison]
                 **layer.options() | _settings(name, part),
             )
             shapes = layer.shapes() | {f"d{PART[name]}": part.shape}
-            for own in ("y", "dx", "dA", "dB", f"d{PART[name]}"):
+            more = dbias(subject, layer, answer)
+            for own in ("y", "dx", "dA", "dB", f"d{PART[name]}", *more):
                 array = subject.answer(subject.entry(answer, own), own, shapes[own], case.dtype)
                 yield "dpart" if own == f"d{PART[name]}" else own, own, array
 
@@ -210,7 +223,7 @@ def _forward_only(layer: Layer) -> Layer:
 
 
 def _checks(name: str) -> Iterable[Check]:
-    for kind in KINDS:
+    for kind in ASKED[name]:
         yield Check(
             f"variants.{name}.forward{kind}",
             "variants",
@@ -227,18 +240,25 @@ def _checks(name: str) -> Iterable[Check]:
             _vjp(name, kind),
             counter(CASES, 1.0),
         )
-    yield Check(
-        f"variants.{name}.merge",
-        "variants",
-        ("merge",),
-        f"{WORDS[name]}, merged.",
-        _merge(name, ""),
-        counter(CASES, 1.0),
-    )
+    for kind in MERGED[name]:
+        yield Check(
+            f"variants.{name}.merge{kind}",
+            "variants",
+            ("merge",),
+            f"{WORDS[name]}, merged{_more(kind)}.",
+            _merge(name, kind),
+            counter(CASES, 1.0),
+        )
 
 
 def _more(kind: str) -> str:
-    return {"": "", ".dropout": ", with dropout", ".rslora": ", with rsLoRA's scale"}[kind]
+    return {
+        "": "",
+        ".dropout": ", with dropout",
+        ".rslora": ", with rsLoRA's scale",
+        ".evaluation": ", with a dropout rate and no mask, which drops nothing",
+        ".conv1d": ", with the weight stored (in, out)",
+    }[kind]
 
 
 CHECKS: tuple[Check, ...] = (

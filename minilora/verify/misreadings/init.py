@@ -141,6 +141,10 @@ def _coarse(W: Array) -> Any:
     return digits(W.astype(np.float64), tolerance.digits(W.dtype.name) // 2)
 
 
+def _gaussian(how: dict[str, Any]) -> bool:
+    return how.get("init_lora_weights") == "gaussian"
+
+
 B_ZERO = family(
     "INIT",
     "init.zero-B",
@@ -153,6 +157,9 @@ B_ZERO = family(
         zero=lambda my, rng, r, m, n: 1e-6 * rng.standard_normal((m, r)))),
     ("B-eps", "B = 10⁻⁷ for 0", starts(
         zero=lambda my, rng, r, m, n: np.full((m, r), 1e-7))),
+    ("B-gaussian", "B ~ N(0, 1/r²) too, where it is asked of A", starts(
+        init=lambda my, W, **how: (a := Starter.init(my, W, **how)) | (
+            {"B": a["A"][:, :1].T.repeat(len(W), 0)} if _gaussian(how) else {}))),
     ("B-one", "B = 1", starts(zero=lambda my, rng, r, m, n: np.ones((m, r)))),
 )  # fmt: skip
 
@@ -251,11 +258,44 @@ SEEDS = (
             "neighbouring seeds alike",
             starts(rng=lambda my, seed: np.random.default_rng(seed // 2)),
         ),
+        (
+            "columns-tiled",
+            "64 columns of A, again and again",
+            _draws(lambda rng, r, m, n: np.resize(rng.uniform(-1, 1, (64, r)), (n, r)).T / n**0.5),
+        ),
     ),
     *family(
         "INIT",
         "init.reproducible",
         ("seed-ignored", "a generator that goes on from call to call", starts(rng=_again)),
+        (
+            "seed-gaussian",
+            "N(0, 1/r²) of seed 0 whatever the seed",
+            starts(
+                gaussian=lambda my, rng, r, n: np.random.default_rng(0).normal(0, 1 / r, (r, n))
+            ),
+        ),
+        (
+            "seed-gaussian-again",
+            "N(0, 1/r²) of a generator that goes on from call to call",
+            starts(gaussian=lambda my, rng, r, n: _again(my, 0).normal(0, 1 / r, (r, n))),
+        ),
+        (
+            "seed-orthogonal",
+            "the orthogonal start of seed 0 whatever the seed",
+            starts(
+                apart=lambda my, rng, m, n, r: Starter.apart(my, np.random.default_rng(0), m, n, r)
+            ),
+        ),
+        (
+            "seed-rank-1",
+            "one A for all seeds where r = 1",
+            _draws(
+                lambda rng, r, m, n: (
+                    (np.random.default_rng(n) if r == 1 else rng).uniform(-1, 1, (r, n)) / n**0.5
+                )
+            ),
+        ),
     ),
     *family(
         "INIT",
@@ -264,6 +304,16 @@ SEEDS = (
             "base-rounded",
             "W rounded to half of its digits",
             starts(beside=lambda my, W: _coarse(W)),
+        ),
+        (
+            "base-doubled-gaussian",
+            "2 W beside the gaussian start",
+            starts(
+                init=lambda my, W, **how: (
+                    Starter.init(my, W, **how)
+                    | ({"W": (2 * W).astype(W.dtype)} if _gaussian(how) else {})
+                )
+            ),
         ),
         (
             "base-zeroed",

@@ -108,6 +108,16 @@ def _batch_swapped(my: Plain, x: Array) -> Array:
     return Plain.rows(my, x.swapaxes(0, 1) if x.ndim > 2 else x)
 
 
+def _first_squeezed(my: Plain, c: Call, rows: Array) -> Array:
+    shaped = Plain.shaped(my, c, rows)
+    return shaped[0] if c.lead[:1] == (1,) else shaped
+
+
+def _batches_swapped(my: Plain, c: Call, rows: Array) -> Array:
+    shaped = Plain.shaped(my, c, rows)
+    return shaped.swapaxes(0, 1) if shaped.ndim == 4 else shaped
+
+
 LAYOUT = (
     *family(
         "LAYOUT",
@@ -168,6 +178,32 @@ LAYOUT = (
             then(branch=lambda v, c: v * upto(len(v.T) // 4 * 4, len(v.T))),
         ),
         ("one-rank", "all ranks but the first are lost", then(H=lambda H, c: H * upto(1, c.r))),
+        ("eight-ranks", "all ranks but eight are lost", then(H=lambda H, c: H * upto(8, c.r))),
+        (
+            "tile-of-features",
+            "the branch's sum over features begins anew at every 16th",
+            then(kept=lambda x, c: x * ~upto((len(x.T) - 1) // 16 * 16, len(x.T))),
+        ),
+        (
+            "tile-of-tokens",
+            "no branch at tokens beyond the 32nd",
+            then(branch=lambda v, c: v * upto(32, len(v))[:, None]),
+        ),
+        (
+            "one-token",
+            "no branch where x is (1, n): a single token",
+            then(branch=lambda v, c: 0 * v if c.lead == (1,) else v),
+        ),
+        (
+            "batch-of-one",
+            "x (1, …, n) answered without its first axis",
+            but(shaped=_first_squeezed),
+        ),
+        (
+            "batches-swapped",
+            "x (a, b, t, n) answered as (b, a, t, m)",
+            but(shaped=_batches_swapped),
+        ),
     ),
     *family(
         "LAYOUT",
@@ -326,6 +362,15 @@ DROPOUT = (
                     c.K if c.dropout else c.K * (np.random.default_rng(0).random(c.K.shape) >= c.p)
                 )
             ),
+        ),
+    ),
+    *family(
+        "DROPOUT",
+        "linear.evaluation-vjp",
+        (
+            "in-evaluation-backward",
+            "dA, dB and dx's branch over 1 - p where no mask is given",
+            backward(K=lambda c: c.K if c.dropout else c.K / (1 - c.p)),
         ),
     ),
     *family(
@@ -614,6 +659,23 @@ SAME = equivalents(
         "alpha-then-rank",
         "α (H Bᵀ) / r",
         but(branch=lambda my, c: c.alpha * (my.H(c) @ c.B.T) / (c.r**0.5 if c.rslora else c.r)),
+    ),
+    (
+        "root-on-both",
+        "((K∘x) (√s A)ᵀ) (√s B)ᵀ",
+        but(
+            branch=lambda my, c: my.kept(c) @ (my.s(c) ** 0.5 * c.A).T @ (my.s(c) ** 0.5 * c.B).T,
+            delta=lambda my, c: (my.s(c) ** 0.5 * c.B) @ (my.s(c) ** 0.5 * c.A),
+        ),
+    ),
+    (
+        "rank-on-A",
+        "α ((K∘x) (A / r)ᵀ) Bᵀ",
+        but(
+            branch=lambda my, c: (
+                c.alpha * (my.kept(c) @ (c.A / (c.r**0.5 if c.rslora else c.r)).T @ c.B.T)
+            )
+        ),
     ),
     (
         "scale-on-G",

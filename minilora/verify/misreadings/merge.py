@@ -57,6 +57,11 @@ MERGE = (
         ("alpha", "W + α B A", but(s=lambda my, c: c.alpha), "mlx-vlm 841"),
         ("root", "s = α/√r, unasked", but(s=lambda my, c: c.alpha / c.r**0.5)),
         ("scale-squared", "W + s² B A", but(delta=lambda my, c: my.s(c) * Plain.delta(my, c))),
+        (
+            "eight-ranks",
+            "all ranks but eight are lost",
+            reads(A=lambda c: c.A[:8], B=lambda c: c.B[:, :8]),
+        ),
         ("twice", "W + 2 s B A", then(delta=lambda v, c: 2 * v), "candle-lora 26"),
         ("subtracted", "W - s B A", then(delta=lambda v, c: -v)),
         ("delta-alone", "s B A", but(merged=lambda my, c: my.delta(c))),
@@ -218,6 +223,11 @@ SAME = equivalents(
     ("rows", "as it is: (Aᵀ Bᵀ)ᵀ", Plain),
     ("scale-on-A", "W + B (s A)", but(delta=lambda my, c: c.B @ (my.s(c) * c.A))),
     ("scale-on-B", "W + (s B) A", but(delta=lambda my, c: (my.s(c) * c.B) @ c.A)),
+    (
+        "root-on-both",
+        "W + (√s B) (√s A)",
+        but(delta=lambda my, c: (my.s(c) ** 0.5 * c.B) @ (my.s(c) ** 0.5 * c.A)),
+    ),
     (
         "alpha-then-rank",
         "W + α (B A) / r",

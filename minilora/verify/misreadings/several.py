@@ -70,6 +70,21 @@ def _first_factors(my: Plain, calls: list[Call], w: list[float]) -> Any:
     return sum(wi * my.s(c) * (c.B[:, :r] @ first) for c, wi in zip(calls, w, strict=True))
 
 
+def _equal_ranks(my: Plain, calls: list[Call], w: list[float]) -> Any:
+    if len({c.r for c in calls}) > 1 or len(calls) == 1:
+        return Plain.change(my, calls, w)
+    B = sum(wi * my.s(c) * c.B for c, wi in zip(calls, w, strict=True))
+    return B @ (sum(c.A for c in calls) / len(calls))
+
+
+def _by_shape(my: Plain, calls: list[Call], w: list[float]) -> Any:
+    """Adapters in a table by what they are called with: the last of a rank and an alpha."""
+    table: dict[Any, tuple[Call, float]] = {}
+    for c, wi in zip(calls, w, strict=True):
+        table[c.r, c.alpha] = c, wi + table.get((c.r, c.alpha), (c, 0.0))[1]
+    return Plain.change(my, [c for c, _ in table.values()], [wi for _, wi in table.values()])
+
+
 def _sigma(change: Any) -> Any:
     """`Plain` whose SVD keeps other singular values: a function of (σ, rank)."""
 
@@ -91,6 +106,10 @@ COMBINE = (
         ("cross-terms", "(Σ w s B)(Σ A)", but(change=_cross_terms), "peft 3013", "peft 1155"),
         ("roots", "(Σ √|w s| B)(Σ ±√|w s| A)", but(change=_roots)),
         ("first-A", "Σ w s B A₁", but(change=_first_factors)),
+        ("mean-A", "(Σ w s B)(Σ A / count) of equal ranks", but(change=_equal_ranks)),
+        ("same-shape", "the last of those that agree in r and α", but(change=_by_shape)),
+        ("eight-ranks", "all ranks but eight are lost", reads(
+            A=lambda c: c.A[:8], B=lambda c: c.B[:, :8])),
         ("weight-squared", "Σ w² s B A", _each(lambda w, _: [abs(v) * v for v in w])),
         ("sign-lost", "Σ |w| s B A", _each(lambda w, _: [abs(v) for v in w]), "peft 2918"),
         ("weights-ignored", "Σ s B A", _each(lambda w, _: [1.0] * len(w))),
@@ -185,7 +204,7 @@ COMBINE = (
         ("same-once", "an adapter that is given twice counts once", but(
             change=lambda my, calls, w: (
                 Plain.change(my, calls[:1], w[:1])
-                if len(calls) == 2 and np.array_equal(calls[0].A, calls[1].A)
+                if np.array_equal(calls[0].A, calls[-1].A)
                 else Plain.change(my, calls, w)
             ))),
     ),
@@ -317,6 +336,12 @@ MULTI = (
                 min(int(i), len(a) - 1) for i in from_call_before(my, "index", index)])),
         ("coarse", "the branch kept in half of the digits", then(branch=coarse)),
         ("none-zeroed", "0 where there is no adapter", but(none=lambda my, c: 0 * my.base(c))),
+        ("fourth", "slots for three: a fourth is slot 0", _slots(
+            lambda v, a: [0 if i > 2 else i for i in v])),
+        ("eight-rows", "the rows beyond the eighth have none", _slots(
+            lambda v, a: [i if j < 8 else -1 for j, i in enumerate(v)])),
+        ("equal-ranks", "s of slot 0 for all of equal ranks", _with_slot(
+            alpha=lambda a, i: a[0 if len({v["r"] for v in a}) == 1 else i]["alpha"])),
     ),
     *family(
         "MULTI",
@@ -346,6 +371,8 @@ MULTI = (
     *family(
         "MULTI",
         "multi.single",
+        ("all-zero", "the base alone where no index is true: all rows have slot 0", _slots(
+            lambda v, a: v if any(v) else [-1] * len(v))),
         ("one-adapter", "the base alone in a batch of one adapter", but(
             slots=lambda my, index, a: [
                 -1 if len(set(index.tolist())) == 1 else int(i) for i in index])),
@@ -369,6 +396,10 @@ SAME = (
         ("weight-on-A", "Σ B (w s A)", but(
             change=lambda my, calls, w: sum(
                 c.B @ (wi * my.s(c) * c.A) for c, wi in zip(calls, w, strict=True)))),
+        ("roots", "Σ (√|w s| B) (±√|w s| A)", but(
+            change=lambda my, calls, w: sum(
+                ((root := abs(wi * my.s(c)) ** 0.5) * c.B) @ (np.sign(wi) * root * c.A)
+                for c, wi in zip(calls, w, strict=True)))),
         ("reversed", "from the last to the first", but(
             change=lambda my, calls, w: Plain.change(my, calls[::-1], w[::-1]))),
         ("wide", "in float64, rounded at the end", reads(**wide("W", "A", "B"))),
@@ -379,6 +410,8 @@ SAME = (
         ("masked", "every adapter on all rows, masked", but(
             row=lambda my, x, W, adapters, i: my.base(my.adapter(adapters[0], W, x))
             + sum(my.branch(my.adapter(a, W, x)) * (k == i) for k, a in enumerate(adapters)))),
+        ("root-on-both", "(x (√s A)ᵀ) (√s B)ᵀ", but(
+            branch=lambda my, c: c.x @ (my.s(c) ** 0.5 * c.A).T @ (my.s(c) ** 0.5 * c.B).T)),
         ("wide", "in float64, rounded at the end", reads(**wide("W", "A", "B", "x"))),
     ),
 )  # fmt: skip

@@ -126,6 +126,7 @@ DORA = (
             / my.length(c))),
         ("dm-of-y", "dm from y, bias included", _if_dora(
             "dpart", lambda my, c: (c.dy * (my.turned(c) + c.b)).sum(0) / c.part)),
+        ("dbias-scaled", "db with m / ‖V‖", but(dbias=lambda my, c: my.dz(c).sum(0))),
         ("dm-mean", "dm / t", _if_dora("dpart", lambda my, c: Plain.dpart(my, c) / len(c.x))),
         ("dx-of-base", "dx without (g - 1) W", but(
             dx_branch=lambda my, c: c.K * (my.dH(c) @ c.A))),
@@ -140,6 +141,38 @@ DORA = (
             merged=lambda my, c: c.W + my.delta(c) * (my.g(c)[:, None] if _dora(c) else 1))),
         ("merge-unit", "V / ‖V‖", but(
             merged=lambda my, c: my.V(c) / (my.length(c)[:, None] if _dora(c) else 1))),
+    ),
+    *family(
+        "DORA",
+        "variants.dora.forward.evaluation",
+        ("evaluation-scaled", "h = x / (1 - p) without a mask", then(
+            kept=lambda x, c: x / (1 - c.p) if _dora(c) and not c.dropout else x)),
+    ),
+    *family(
+        "DORA",
+        "variants.dora.vjp.evaluation",
+        ("evaluation-backward", "du / (1 - p) without a mask", then(
+            dH=lambda v, c: v / (1 - c.p) if _dora(c) and not c.dropout else v)),
+    ),
+    *family(
+        "DORA",
+        "variants.dora.forward.conv1d",
+        ("conv1d-norm", "the norm of columns with fan_in_fan_out", _length(
+            lambda V, c, my: _columns(V, c, my) if c.conv1d else (V**2).sum(1) ** 0.5)),
+    ),
+    *family(
+        "DORA",
+        "variants.dora.vjp.conv1d",
+        ("conv1d-gradients", "dA, dB, dx with the norm of columns with fan_in_fan_out", but(
+            dz=lambda my, c: c.dy * c.part / _columns(my.V(c), c, my)
+            if _dora(c) and c.conv1d else Plain.dz(my, c))),
+    ),
+    *family(
+        "DORA",
+        "variants.dora.merge.conv1d",
+        ("conv1d-merged", "merged with the norm of columns with fan_in_fan_out", but(
+            merged=lambda my, c: my.V(c) * (c.part / _columns(my.V(c), c, my))[:, None]
+            if _dora(c) and c.conv1d else Plain.merged(my, c))),
     ),
     *family(
         "DORA",
@@ -201,6 +234,8 @@ LORA_BIAS = (
         "variants.lora-bias.vjp",
         ("dc-unscaled", "dc without s", but(
             dpart=lambda my, c: c.dy.sum(0) if c.kind == "lora_bias" else Plain.dpart(my, c))),
+        ("dbias-of-branch", "db = dc", but(
+            dbias=lambda my, c: my.dpart(c) if c.kind == "lora_bias" else Plain.dbias(my, c))),
         ("dc-zero", "dc = 0", then(dpart=lambda v, c: 0 * v if c.kind == "lora_bias" else v)),
         ("dc-mean", "dc / t", then(
             dpart=lambda v, c: v / len(c.x) if c.kind == "lora_bias" else v)),
@@ -218,6 +253,18 @@ LORA_BIAS = (
         ("dc-rslora-lost", "α/r in dc where rsLoRA was asked", but(
             dpart=lambda my, c: c.alpha / c.r * c.dy.sum(0)
             if c.kind == "lora_bias" else Plain.dpart(my, c))),
+    ),
+    *family(
+        "BIAS-B",
+        "variants.lora-bias.forward.evaluation",
+        ("evaluation-scaled", "h = x / (1 - p) without a mask", then(
+            kept=lambda x, c: x / (1 - c.p) if c.kind == "lora_bias" and not c.dropout else x)),
+    ),
+    *family(
+        "BIAS-B",
+        "variants.lora-bias.vjp.evaluation",
+        ("evaluation-backward", "du / (1 - p) without a mask", then(
+            dH=lambda v, c: v / (1 - c.p) if c.kind == "lora_bias" and not c.dropout else v)),
     ),
     *family(
         "BIAS-B",
