@@ -180,3 +180,31 @@ def test_a_session_that_raises_is_told_by_the_steps_before_it():
 @pytest.mark.parametrize("kind", ["linear", "tied", "full"])
 def test_a_right_session_has_no_such_steps(kind):
     assert fewest(Own, kind) is None
+
+
+def test_a_case_that_holds_refutes_a_misreading():
+    class MergesTwice(Own):
+        """merge adds 2 s B A, unmerge is right: together they are as if unmerge did nothing."""
+
+        def merge(self, W, A, B, *, alpha, **settings):
+            return super().merge(W, A, B, alpha=2 * alpha, **settings)
+
+    def ids(check, make):
+        return {d.id for d in found(check, make, "float64")}
+
+    assert "unmerge-nothing" not in ids("merge.unmerge", MergesTwice)
+    assert "unmerge-nothing" in ids("merge.unmerge", CATALOGUE["unmerge-nothing"].make)
+    assert "merge-twice" in ids("merge.weight", MergesTwice)
+
+
+@pytest.mark.parametrize(
+    ("declared", "says"),
+    [("differentiated", "dora_norm = 'detached'"), ("detached", ""), (None, "")],
+)
+def test_another_convention_than_the_declared_one_is_told(declared, says):
+    class Detached(Plain):
+        conventions = {} if declared is None else {"dora_norm": declared}
+
+    said = found("variants.dora.vjp", Detached)
+    assert [d.id for d in said] == ([f"{STRUCTURE}convention"] if says else [])
+    assert all(says in d.sentence for d in said)

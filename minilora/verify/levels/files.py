@@ -53,7 +53,7 @@ KINDS: dict[str, tuple[Config, Lora, str]] = {
     "trained": (
         small.BERT,
         Lora(
-            r=3, alpha=7, targets=("q", "o", "down"), alpha_pattern={"layers.0.down": 16},
+            r=3, alpha=7, targets=("q", "o", "down"), alpha_pattern={"layers.0.down": 11},
             bias="lora_only", also=("head.weight", "head.bias"),
         ),
         "a head trained in full and biases, and names of which one ends like another",
@@ -69,7 +69,7 @@ KINDS: dict[str, tuple[Config, Lora, str]] = {
         "an embedding that is adapted",
     ),
 }  # fmt: skip
-"""The model, its adapter, and what there is to store, in words."""
+"""The model, its adapter, and what there is to store, in words. No α is a library's default."""
 
 
 @dataclass(frozen=True)
