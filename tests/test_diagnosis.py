@@ -208,3 +208,83 @@ def test_another_convention_than_the_declared_one_is_told(declared, says):
     said = found("variants.dora.vjp", Detached)
     assert [d.id for d in said] == ([f"{STRUCTURE}convention"] if says else [])
     assert all(says in d.sentence for d in said)
+
+
+def report_of(make, check, **options):
+    return engine.run([BY_ID[check]], make(), dtypes=["float64"], **options)
+
+
+class Remembers(Plain):
+    """Each forward's scale grows: the first alone is right."""
+
+    grown = 1.0
+
+    def s(self, c):
+        self.grown *= 1.01
+        return super().s(c) * self.grown / 1.01
+
+
+class RemembersElsewhere(Remembers):
+    """What it remembers lies in its class, where a new instance finds it."""
+
+    def s(self, c):
+        RemembersElsewhere.grown *= 1.01
+        return Plain.s(self, c) * RemembersElsewhere.grown
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (Remembers, "the same case passes when it is asked first"),
+        (RemembersElsewhere, "asked twice, it answers in two ways"),
+        (lambda: Remembers.__new__(Remembers), "the same case passes"),
+        (CATALOGUE["scale-alpha"].make, ""),
+    ],
+)
+def test_what_depends_on_earlier_calls_is_told_with_a_command_that_repeats_it(make, says):
+    report = report_of(make, "linear.forward", command=["minilora", "verify", "it"])
+    (result,) = report.results
+    ids = [each.id for each in result.diagnosis]
+    assert (ids == [f"{STRUCTURE}earlier-calls"]) == bool(says)
+    assert says in (result.diagnosis[0].sentence if says else "")
+    whole = "minilora verify it --level linear --dtype float64 --profile ci --seed 0"
+    assert (result.reproduce == whole) == bool(says)
+
+
+def test_an_object_made_with_other_settings_is_not_compared_with_what_its_class_makes():
+    class Chosen(Plain):
+        def __init__(self):
+            self.wrong = False
+
+        def s(self, c):
+            return super().s(c) * (2 if self.wrong else 1)
+
+    def chosen():
+        it = Chosen()
+        it.wrong = True
+        return it
+
+    (result,) = report_of(chosen, "linear.forward").results
+    assert f"{STRUCTURE}earlier-calls" not in [each.id for each in result.diagnosis]
+
+
+def test_what_all_cases_that_deviate_have_in_common_is_told():
+    only_rank_1 = but(s=lambda my, c: 1.0 if c.r == 1 else c.alpha / c.r)
+    report = report_of(only_rank_1, "linear.forward")
+    assert report.results[0].only == ("r = 1",)
+    assert "  only where r = 1\n" in report.text()
+    assert report_of(CATALOGUE["scale-alpha"].make, "linear.forward").results[0].only == ()
+    assert report_of(Plain, "linear.forward").results[0].only == ()
+
+
+def test_of_two_answers_that_disagree_none_is_called_wanted():
+    class Unscaled(Own):
+        def lora_linear(self, *arrays, alpha, r, **options):
+            return super().lora_linear(*arrays, alpha=r, r=r, **options)
+
+    words = report_of(Unscaled, "merge.function").text()
+    assert "they disagree: x W'ᵀ is " in words
+    assert "want" not in words
+    words = report_of(Unscaled, "multi.single").text()
+    assert "one of its answers is " in words
+    assert "want" not in words
