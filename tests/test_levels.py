@@ -14,6 +14,7 @@ from minilora.ops import IGNORED
 from minilora.verify import check
 from minilora.verify.contract import Subject
 from minilora.verify.levels import files, init, lifecycle, small, train
+from minilora.verify.levels.model import as_dict
 from minilora.verify.misreadings import MISREADINGS
 from minilora.verify.misreadings.files import Filer
 from minilora.verify.own import Own, trained
@@ -258,3 +259,18 @@ def test_what_a_layer_refuses_is_said():
         two.activate(["one", "two"]).forward(lived("full", 0).x)
     with pytest.raises(ValueError, match="no adapter to merge"):
         layer.merge()
+
+
+def test_a_micro_batch_in_which_no_label_counts_is_worth_nothing(tmp_path):
+    of, steps = train.drawn("accumulate", 0, 0)
+    folders = tuple(map(str, of.write(tmp_path, "float64")))
+    given = [[as_dict(batch) for batch in step] for step in steps]
+    silent = given[0][0] | {"labels": np.full_like(given[0][0]["labels"], IGNORED)}
+    more = [[silent, *step, silent] for step in given]
+    settings = train.settings_of("accumulate", 0, 0)
+    for one, other in zip(
+        *(Own().train(*folders, each, settings) for each in (given, more)), strict=True
+    ):
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+    with pytest.raises(ValueError, match="labels that count"):
+        Own().train(*folders, [[silent]], settings)
