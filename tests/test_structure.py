@@ -1,6 +1,7 @@
 """What is said of a deviation that no known misreading explains, and that nothing is invented."""
 
 import re
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -168,3 +169,12 @@ def test_whole_numbers_that_any_dtype_holds_were_not_rounded():
     fine = np.random.default_rng(0).standard_normal((4, 25))
     coarse = digits(fine, 8)
     assert "structure-digits" in {what for what, _ in described((coarse, fine))}
+
+
+def test_what_is_wrong_beyond_all_bounds_is_no_fault_of_this_package():
+    rng = np.random.default_rng(0)
+    got, want = rng.standard_normal((2, 4, 5))
+    each = compared(1e200 * got, want, sigma=1e-200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        structure.describe("merge.weight", [Case("merge.weight", "float32", 0, 0)], [{"y": each}])

@@ -271,6 +271,7 @@ def steps(answers: Answers) -> Iterator[tuple[str, str]]:
         yield "steps", f"The parameters are wrong {when}{more}"
 
 
+@np.errstate(all="ignore")  # what is wrong may be wrong beyond all bounds
 def describe(check: str, cases: Sequence[Case], answers: Answers) -> tuple[Diagnosis, ...]:
     """What can be said of the deviations of a check's cases; nothing, if nothing is certain."""
     kind = check.removeprefix("linear.forward").removeprefix("linear.vjp")

@@ -323,8 +323,13 @@ def another(subject: Subject, case: Case) -> Iterable[Comparison]:
     with TemporaryDirectory(prefix="minilora-") as folder:
         write_adapter(folder, of.c, W, of.tuning, of.lora)
         second = replace(first, small=of, folder=Path(folder))
-        for kind, it in (("patterns", first), ("another", second), ("patterns", first)):
-            yield from _of_answer(subject, kind, it, case, ask(subject, kind, it, case))
+        for which, kind, it in (
+            ("the first", "patterns", first),
+            ("another", "another", second),
+            ("the first again", "patterns", first),
+        ):
+            for each in _of_answer(subject, kind, it, case, ask(subject, kind, it, case)):
+                yield replace(each, array=f"{each.array} with {which}")
 
 
 def _cases(profile: str, dtype: str) -> int:
