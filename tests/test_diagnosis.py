@@ -288,3 +288,37 @@ def test_of_two_answers_that_disagree_none_is_called_wanted():
     words = report_of(Unscaled, "multi.single").text()
     assert "one of its answers is " in words
     assert "want" not in words
+
+
+class TrainsOff:
+    """Disabled, a session has the gradients that it has otherwise; its outputs are right."""
+
+    def session(self, layer):
+        of = Own().session(layer)
+        right = of.gradients
+
+        def gradients(x, dy):
+            now, of.layer = of.layer, of.layer.activate(of.layer.active)
+            try:
+                return right(x, dy)
+            finally:
+                of.layer = now
+
+        of.gradients = gradients
+        return of
+
+
+def test_what_is_called_a_disabling_that_does_nothing_does_nothing_in_the_output_too():
+    ids = {d.id for d in found("lifecycle.gradients", TrainsOff)}
+    assert not {id for id in ids if "disable" in id}
+    wrong = CATALOGUE["lifecycle-disable-nothing"].make
+    assert "lifecycle-disable-nothing" in {d.id for d in found("lifecycle.gradients", wrong)}
+
+
+def test_a_misreading_of_one_setting_is_named_though_another_setting_is_right():
+    class PissaAlone(Own):
+        def init(self, W, **settings):
+            given = super().init(W, **settings)
+            return given | ({"W": W} if settings.get("init_lora_weights") == "pissa" else {})
+
+    assert "init-pissa-base-kept" in {d.id for d in found("init.pissa", PissaAlone, "float64")}

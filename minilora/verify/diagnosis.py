@@ -1,9 +1,9 @@
 """The name of the bug: which known misreading gives the very answers that the implementation gives.
 
 A misreading explains a failing check if it gives the same answers in several cases, within the
-rounding of both, where the implementation deviates from what is right, and deviates in no case in
-which the implementation does not. Nothing is invented: where none does, there is no diagnosis, and
-where several do, all are named.
+rounding of both, where the implementation deviates from what is right, and if no case that holds
+refutes it. Nothing is invented: where none does, there is no diagnosis, and where several do, all
+are named.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ FURTHER = 12
 """So many cases of each check of the level may be asked to tell two misreadings apart."""
 
 BOTH_LANES = (0, 1)
-"""Cases of every other check that a misreading has to fit too: of the exact lane, and of sigma."""
+"""Cases that refute a misreading if they hold: of the exact lane, and of that with sigma."""
 
 PLAIN = ("scale", "factor", "zero", "transposed", "permuted", "steps")
 """What is said of the structure that is plainer than a part of some misreading."""
@@ -217,18 +217,18 @@ def part_of(
     return None
 
 
-def refuted(m: Misreading, check: Check, subject: Subject, dtype: str, seed: int) -> bool:
+def refuted(
+    m: Misreading, ids: set[str], check: Check, subject: Subject, dtype: str, seed: int
+) -> bool:
     """Whether a case holds in which the misreading deviates.
 
-    The cases are of this check, and of others that call no further methods of the implementation:
-    another method may be right where this one is wrong.
+    The cases are of this check, and of those of the ``ids`` that call no further methods of the
+    implementation: another method may be right where this one is wrong.
     """
     from minilora.verify.checks import CHECKS
 
-    for each in CHECKS:
-        alike = each.level == check.level and {*each.needs} <= {*check.needs}
-        if not (alike and has_diagnosis(each)):
-            continue
+    others = [c for c in CHECKS if c.id in ids and {*c.needs} <= {*check.needs}]
+    for each in {check.id: check, **{c.id: c for c in others}}.values():
         for number in BOTH_LANES[: each.cases("ci", dtype)]:
             case = Case(each.id, dtype, number, seed)
             (ours,) = given_by(m, each, (case,))
@@ -313,12 +313,14 @@ def diagnose(check: Check, subject: Subject, dtype: str, seed: int) -> tuple[Dia
         return given_by(m, check, cases)
 
     def is_refuted(m: Misreading) -> bool:
-        return refuted(m, check, subject, dtype, seed)
+        best = {m.caught_by, *(c.misreading.caught_by for c in found)}
+        return refuted(m, best, check, subject, dtype, seed)
 
     if said := another_convention(check, subject, cases):
         return said
     found = candidates(check.level, theirs, ours_of)
     found, separating = tell_apart(check, subject, dtype, seed, found)
+    # Each has to hold where the others show best: what they answer alike here they may not there.
     found = [c for c in found if not is_refuted(c.misreading)]
     if not found:
         said = describe(check.id, cases, theirs)
