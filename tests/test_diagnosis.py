@@ -321,4 +321,4 @@ def test_a_misreading_of_one_setting_is_named_though_another_setting_is_right():
             given = super().init(W, **settings)
             return given | ({"W": W} if settings.get("init_lora_weights") == "pissa" else {})
 
-    assert "init-pissa-base-kept" in {d.id for d in found("init.pissa", PissaAlone, "float64")}
+    assert "init-pissa-base-kept" in {d.id for d in found("init.pissa", PissaAlone)}
