@@ -180,3 +180,145 @@ def test_a_session_that_raises_is_told_by_the_steps_before_it():
 @pytest.mark.parametrize("kind", ["linear", "tied", "full"])
 def test_a_right_session_has_no_such_steps(kind):
     assert fewest(Own, kind) is None
+
+
+def test_a_case_that_holds_refutes_a_misreading():
+    class MergesTwice(Own):
+        """merge adds 2 s B A, unmerge is right: together they are as if unmerge did nothing."""
+
+        def merge(self, W, A, B, *, alpha, **settings):
+            return super().merge(W, A, B, alpha=2 * alpha, **settings)
+
+    def ids(check, make):
+        return {d.id for d in found(check, make, "float64")}
+
+    assert "unmerge-nothing" not in ids("merge.unmerge", MergesTwice)
+    assert "unmerge-nothing" in ids("merge.unmerge", CATALOGUE["unmerge-nothing"].make)
+    assert "merge-twice" in ids("merge.weight", MergesTwice)
+
+
+@pytest.mark.parametrize(
+    ("declared", "says"),
+    [("differentiated", "dora_norm = 'detached'"), ("detached", ""), (None, "")],
+)
+def test_another_convention_than_the_declared_one_is_told(declared, says):
+    class Detached(Plain):
+        conventions = {} if declared is None else {"dora_norm": declared}
+
+    said = found("variants.dora.vjp", Detached)
+    assert [d.id for d in said] == ([f"{STRUCTURE}convention"] if says else [])
+    assert all(says in d.sentence for d in said)
+
+
+def report_of(make, check, **options):
+    return engine.run([BY_ID[check]], make(), dtypes=["float64"], **options)
+
+
+class Remembers(Plain):
+    """Each forward's scale grows: the first alone is right."""
+
+    grown = 1.0
+
+    def s(self, c):
+        self.grown *= 1.01
+        return super().s(c) * self.grown / 1.01
+
+
+class RemembersElsewhere(Remembers):
+    """What it remembers lies in its class, where a new instance finds it."""
+
+    def s(self, c):
+        RemembersElsewhere.grown *= 1.01
+        return Plain.s(self, c) * RemembersElsewhere.grown
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (Remembers, "the same case passes when it is asked first"),
+        (RemembersElsewhere, "asked twice, it answers in two ways"),
+        (lambda: Remembers.__new__(Remembers), "the same case passes"),
+        (CATALOGUE["scale-alpha"].make, ""),
+    ],
+)
+def test_what_depends_on_earlier_calls_is_told_with_a_command_that_repeats_it(make, says):
+    report = report_of(make, "linear.forward", command=["minilora", "verify", "it"])
+    (result,) = report.results
+    ids = [each.id for each in result.diagnosis]
+    assert (ids == [f"{STRUCTURE}earlier-calls"]) == bool(says)
+    assert says in (result.diagnosis[0].sentence if says else "")
+    whole = "minilora verify it --level linear --dtype float64 --profile ci --seed 0"
+    assert (result.reproduce == whole) == bool(says)
+
+
+def test_an_object_made_with_other_settings_is_not_compared_with_what_its_class_makes():
+    class Chosen(Plain):
+        def __init__(self):
+            self.wrong = False
+
+        def s(self, c):
+            return super().s(c) * (2 if self.wrong else 1)
+
+    def chosen():
+        it = Chosen()
+        it.wrong = True
+        return it
+
+    (result,) = report_of(chosen, "linear.forward").results
+    assert f"{STRUCTURE}earlier-calls" not in [each.id for each in result.diagnosis]
+
+
+def test_what_all_cases_that_deviate_have_in_common_is_told():
+    only_rank_1 = but(s=lambda my, c: 1.0 if c.r == 1 else c.alpha / c.r)
+    report = report_of(only_rank_1, "linear.forward")
+    assert report.results[0].only == ("r = 1",)
+    assert "  only where r = 1\n" in report.text()
+    assert report_of(CATALOGUE["scale-alpha"].make, "linear.forward").results[0].only == ()
+    assert report_of(Plain, "linear.forward").results[0].only == ()
+
+
+def test_of_two_answers_that_disagree_none_is_called_wanted():
+    class Unscaled(Own):
+        def lora_linear(self, *arrays, alpha, r, **options):
+            return super().lora_linear(*arrays, alpha=r, r=r, **options)
+
+    words = report_of(Unscaled, "merge.function").text()
+    assert "they disagree: x W'ᵀ is " in words
+    assert "want" not in words
+    words = report_of(Unscaled, "multi.single").text()
+    assert "one of its answers is " in words
+    assert "want" not in words
+
+
+class TrainsOff:
+    """Disabled, a session has the gradients that it has otherwise; its outputs are right."""
+
+    def session(self, layer):
+        of = Own().session(layer)
+        right = of.gradients
+
+        def gradients(x, dy):
+            now, of.layer = of.layer, of.layer.activate(of.layer.active)
+            try:
+                return right(x, dy)
+            finally:
+                of.layer = now
+
+        of.gradients = gradients
+        return of
+
+
+def test_what_is_called_a_disabling_that_does_nothing_does_nothing_in_the_output_too():
+    ids = {d.id for d in found("lifecycle.gradients", TrainsOff)}
+    assert not {id for id in ids if "disable" in id}
+    wrong = CATALOGUE["lifecycle-disable-nothing"].make
+    assert "lifecycle-disable-nothing" in {d.id for d in found("lifecycle.gradients", wrong)}
+
+
+def test_a_misreading_of_one_setting_is_named_though_another_setting_is_right():
+    class PissaAlone(Own):
+        def init(self, W, **settings):
+            given = super().init(W, **settings)
+            return given | ({"W": W} if settings.get("init_lora_weights") == "pissa" else {})
+
+    assert "init-pissa-base-kept" in {d.id for d in found("init.pissa", PissaAlone)}

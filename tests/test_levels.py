@@ -14,6 +14,7 @@ from minilora.ops import IGNORED
 from minilora.verify import check
 from minilora.verify.contract import Subject
 from minilora.verify.levels import files, init, lifecycle, small, train
+from minilora.verify.levels.model import as_dict
 from minilora.verify.misreadings import MISREADINGS
 from minilora.verify.misreadings.files import Filer
 from minilora.verify.own import Own, trained
@@ -110,6 +111,9 @@ class Nothing(Filer):
     def train(self, model, adapter, batches, settings):
         return [None] * len(batches)
 
+    def model_loss(self, *given):
+        return None
+
     def init(self, W, **given):
         return [W]
 
@@ -136,8 +140,7 @@ def kinds(target, level):
 @pytest.mark.parametrize("level", ["train", "grad-flow", "files", "init"])
 def test_an_answer_that_is_none_is_the_implementations_fault(level):
     found = kinds(Nothing, level)
-    wrong = [v for k, v in found.items() if not k.startswith("files.function")]
-    assert set(wrong) == {("error", "missing")}
+    assert set(found.values()) == {("error", "missing")}
     control = check(Filer(), case=f"{next(iter(found))}:float32:0").results[0]
     assert control.status == "pass"
 
@@ -258,3 +261,18 @@ def test_what_a_layer_refuses_is_said():
         two.activate(["one", "two"]).forward(lived("full", 0).x)
     with pytest.raises(ValueError, match="no adapter to merge"):
         layer.merge()
+
+
+def test_a_micro_batch_in_which_no_label_counts_is_worth_nothing(tmp_path):
+    of, steps = train.drawn("accumulate", 0, 0)
+    folders = tuple(map(str, of.write(tmp_path, "float64")))
+    given = [[as_dict(batch) for batch in step] for step in steps]
+    silent = given[0][0] | {"labels": np.full_like(given[0][0]["labels"], IGNORED)}
+    more = [[silent, *step, silent] for step in given]
+    settings = train.settings_of("accumulate", 0, 0)
+    for one, other in zip(
+        *(Own().train(*folders, each, settings) for each in (given, more)), strict=True
+    ):
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+    with pytest.raises(ValueError, match="labels that count"):
+        Own().train(*folders, [[silent]], settings)

@@ -1,6 +1,7 @@
 """What is said of a deviation that no known misreading explains, and that nothing is invented."""
 
 import re
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -138,3 +139,42 @@ def test_a_transpose_and_an_order_of_rows_are_said():
     assert (what, sentence) == ("structure-permuted-rows",
                                 "y has its rows in another order: [2, 0, 1, 3].")  # fmt: skip
     assert described((a, a)) == []
+
+
+def test_one_number_has_no_factor_and_truth_values_have_none():
+    loss = np.asarray(2.0)
+    assert described((22.75 * loss, loss)) == []
+    assert described((0 * loss, loss)) == []
+    ((what, _),) = described((3 * loss, loss), (3 * np.asarray(5.0), np.asarray(5.0)))
+    assert what == "structure-factor"  # two numbers, and the same factor
+    assert described((np.zeros(4), np.ones(4))) == []  # names that are not there
+
+
+def test_the_rank_of_what_is_right_is_the_greatest_that_is_spoken_of():
+    rng = np.random.default_rng(0)
+    one_token = np.outer(rng.standard_normal(5), rng.standard_normal(7))
+    other = np.outer(rng.standard_normal(5), rng.standard_normal(7))
+    assert described((one_token + other, one_token)) == []
+    full = rng.standard_normal((5, 7))
+    assert described((full + other, full)) == [
+        ("structure-rank", "y differs by a matrix of rank 1, where 5 could be.")
+    ]
+
+
+def test_whole_numbers_that_any_dtype_holds_were_not_rounded():
+    want = np.arange(1.0, 101).reshape(4, 25)
+    got = want.copy()
+    got[2, 3] += 1
+    assert not [what for what, _ in described((got, want)) if what == "structure-digits"]
+    fine = np.random.default_rng(0).standard_normal((4, 25))
+    coarse = digits(fine, 8)
+    assert "structure-digits" in {what for what, _ in described((coarse, fine))}
+
+
+def test_what_is_wrong_beyond_all_bounds_is_no_fault_of_this_package():
+    rng = np.random.default_rng(0)
+    got, want = rng.standard_normal((2, 4, 5))
+    each = compared(1e200 * got, want, sigma=1e-200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        structure.describe("merge.weight", [Case("merge.weight", "float32", 0, 0)], [{"y": each}])

@@ -309,9 +309,12 @@ class Subject:
         """Seconds that the implementation has taken so far."""
         self.remarks: dict[str, None] = {}
         """What checks have remarked on, in order, each once."""
+        self.traits: set[str] = set()
+        """What is particular about the calls of a case, in words; who asks a case empties it."""
         self._worker: _Worker | None = None
         self._hangs: Counter[str] = Counter()
         self._home = _home(implementation)
+        self._set = _settings(implementation)
         kind = implementation if isinstance(implementation, type) else type(implementation)
         self.name = tidy(self._declared("name", kind.__name__), 60)
         self.version = tidy(self._declared("version", ""), 120)
@@ -374,6 +377,19 @@ class Subject:
         """Whether the implementation has this method."""
         return _has(self.implementation, method)
 
+    def anew(self) -> Subject | None:
+        """The implementation as it was before any call, if its class makes just that one."""
+        try:
+            kind = type(self.implementation)
+            if inspect.signature(kind).parameters:
+                return None
+            made = kind()
+        except Exception:  # a module, or a class of compiled code
+            return None
+        if _settings(made) != self._set:  # it has been given other ones since it was made
+            return None
+        return Subject(made, time_limit=self.time_limit, methods=self._methods)
+
     def announce(self, check: str) -> None:
         """Says which check calls from now on, to an implementation that wants to know."""
         if isinstance(self.implementation, Remote):
@@ -383,6 +399,8 @@ class Subject:
         """What the method answers, its arrays copied. Raises Skip or Fault."""
         if self._hangs[method] >= HANGS_ALLOWED:
             raise Fault("hangs", f"{method} is not called any more: it hung {HANGS_ALLOWED} times")
+        names = positional(method, self._methods)
+        self.traits |= {*_traits(dict(zip(names, args, strict=False)) | kwargs)}
         given = _copied((args, kwargs))
         started = perf_counter()
         try:
@@ -397,7 +415,6 @@ class Subject:
             raise self._verdict_on(method, raised.error) from raised.error
         finally:
             self.spent += perf_counter() - started
-        names = positional(method, self._methods)
         for i, (arg, original) in enumerate(zip(given[0], args, strict=True)):
             _unchanged(names[i] if i < len(names) else f"argument {i + 1}", arg, original)
         for name, original in kwargs.items():
@@ -481,6 +498,29 @@ class Subject:
         if len(value) != length:
             raise Fault("missing", f"{what} has {len(value)} entries, expected {length}")
         return list(value)
+
+
+def _settings(implementation: object) -> dict[str, Any]:
+    """The attributes that say how an implementation was made: its numbers and words."""
+    own = getattr(implementation, "__dict__", {})
+    return {name: v for name, v in own.items() if isinstance(v, bool | int | float | str | tuple)}
+
+
+def _traits(given: Mapping[str, Any]) -> Iterator[str]:
+    """What is particular about the arguments of a layer: what an implementation may branch on."""
+    if given.get("r") == 1:
+        yield "r = 1"
+    arrays = [v for v in given.values() if isinstance(v, np.ndarray) and v.dtype.kind not in "iub"]
+    if arrays:
+        whole = all(bool((v == np.rint(v.astype(float))).all()) for v in arrays)
+        yield f"the numbers are {'' if whole else 'not '}whole"
+    if isinstance(W := given.get("W"), np.ndarray) and W.ndim == 2:
+        yield f"W is {'' if len(W) == len(W.T) else 'not '}square"
+    if isinstance(x := given.get("x"), np.ndarray) and x.ndim:
+        yield f"x has {x.ndim} {'axis' if x.ndim == 1 else 'axes'}"
+        yield f"there is {'one token' if x.size == x.shape[-1] else 'more than one token'}"
+        yield f"there is {'no' if given.get('bias') is None else 'a'} bias"
+        yield f"there is {'no' if given.get('keep') is None else 'a'} dropout mask"
 
 
 def _dtype_name(dtype: Any) -> str:

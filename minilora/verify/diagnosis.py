@@ -1,8 +1,9 @@
 """The name of the bug: which known misreading gives the very answers that the implementation gives.
 
 A misreading explains a failing check if it gives the same answers in several cases, within the
-rounding of both, where the implementation deviates from what is right. Nothing is invented: where
-none does, there is no diagnosis, and where several do, all are named.
+rounding of both, where the implementation deviates from what is right, and if no case that holds
+refutes it. Nothing is invented: where none does, there is no diagnosis, and where several do, all
+are named.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ CASES = (1, 3, 5)
 
 FURTHER = 12
 """So many cases of each check of the level may be asked to tell two misreadings apart."""
+
+BOTH_LANES = (0, 1)
+"""Cases that refute a misreading if they hold: of the exact lane, and of that with sigma."""
 
 PLAIN = ("scale", "factor", "zero", "transposed", "permuted", "steps")
 """What is said of the structure that is plainer than a part of some misreading."""
@@ -196,6 +200,7 @@ def part_of(
     level: str,
     theirs: Sequence[dict[str, Comparison]],
     ours_of: Callable[[Misreading], Sequence[dict[str, Comparison]]],
+    is_refuted: Callable[[Misreading], bool],
 ) -> Diagnosis | None:
     """The misreading of which a part c, the same in all cases, is the whole deviation."""
     for m in _wrong(level):
@@ -206,10 +211,57 @@ def part_of(
         if not (0 < c.value < 1 and c.value > 8 * c.error):
             continue
         e, d = _whitened(theirs, ours)
-        if agreeing(e - c.value * d):
+        if agreeing(e - c.value * d) and not is_refuted(m):
             says = f"The deviation is {c} times that of {m.id} ({m.formula}), in every case."
             return Diagnosis(f"{STRUCTURE}part", says, 0.0)
     return None
+
+
+def refuted(
+    m: Misreading, ids: set[str], check: Check, subject: Subject, dtype: str, seed: int
+) -> bool:
+    """Whether a case holds in which the misreading deviates.
+
+    The cases are of this check, and of those of the ``ids`` that call no further methods of the
+    implementation: another method may be right where this one is wrong.
+    """
+    from minilora.verify.checks import CHECKS
+
+    others = [c for c in CHECKS if c.id in ids and {*c.needs} <= {*check.needs}]
+    for each in {check.id: check, **{c.id: c for c in others}}.values():
+        for number in BOTH_LANES[: each.cases("ci", dtype)]:
+            case = Case(each.id, dtype, number, seed)
+            (ours,) = given_by(m, each, (case,))
+            if "fail" in _verdicts(ours) and _verdicts(answers(each, subject, case)) == {"pass"}:
+                return True
+    return False
+
+
+def _verdicts(answer: dict[str, Comparison]) -> set[str]:
+    """Those of a case's comparisons; none where there is no answer."""
+    return {each.judge().verdict for each in answer.values()}
+
+
+def another_convention(
+    check: Check, subject: Subject, cases: Sequence[Case]
+) -> tuple[Diagnosis, ...]:
+    """The convention by which all answers are right, where another one is declared."""
+    from minilora.verify.vectors import CONVENTIONS
+
+    declared = subject.conventions
+    try:
+        for name, values in CONVENTIONS.items():
+            for value in values:
+                subject.conventions = {**declared, name: value}
+                if name in declared and all(
+                    _verdicts(answers(check, subject, case)) == {"pass"} for case in cases
+                ):
+                    says = f"The answers are right by the convention {name} = {value!r}; "
+                    says += f"{name} = {declared[name]!r} is declared."
+                    return (Diagnosis(f"{STRUCTURE}convention", says, 0.0),)
+    finally:
+        subject.conventions = declared
+    return ()
 
 
 def tell_apart(
@@ -245,6 +297,7 @@ def tell_apart(
     return remaining, separated if len(remaining) == 1 else would
 
 
+@np.errstate(all="ignore")  # what is wrong may be wrong beyond all bounds
 def diagnose(check: Check, subject: Subject, dtype: str, seed: int) -> tuple[Diagnosis, ...]:
     """The misreadings that explain what an implementation answers to a check, the nearest first."""
     if not has_diagnosis(check):
@@ -252,21 +305,27 @@ def diagnose(check: Check, subject: Subject, dtype: str, seed: int) -> tuple[Dia
     numbers = CASES if check.level not in WHOLE else range(check.cases("ci", dtype))
     cases = tuple(Case(check.id, dtype, number, seed) for number in numbers)
     theirs = [answers(check, subject, case) for case in cases]
-    deviates = [
-        any(each.judge().verdict == "fail" for each in answer.values()) for answer in theirs
-    ]
+    deviates = ["fail" in _verdicts(answer) for answer in theirs]
     if not all(theirs) or not any(deviates):
         return ()
 
     def ours_of(m: Misreading) -> tuple[dict[str, Comparison], ...]:
         return given_by(m, check, cases)
 
+    def is_refuted(m: Misreading) -> bool:
+        best = {m.caught_by, *(c.misreading.caught_by for c in found)}
+        return refuted(m, best, check, subject, dtype, seed)
+
+    if said := another_convention(check, subject, cases):
+        return said
     found = candidates(check.level, theirs, ours_of)
+    found, separating = tell_apart(check, subject, dtype, seed, found)
+    # Each has to hold where the others show best: what they answer alike here they may not there.
+    found = [c for c in found if not is_refuted(c.misreading)]
     if not found:
         said = describe(check.id, cases, theirs)
         if any(each.id.removeprefix(STRUCTURE).startswith(PLAIN) for each in said):
             return said
-        part = part_of(check.level, theirs, ours_of)
+        part = part_of(check.level, theirs, ours_of, is_refuted)
         return said if part is None else (part, *said)
-    found, separating = tell_apart(check, subject, dtype, seed, found)
     return tuple(each.named(separating) for each in found)

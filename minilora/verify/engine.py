@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,8 +15,9 @@ from time import perf_counter
 from typing import Any
 
 from minilora.verify.contract import DTYPES, TIME_LIMIT, Fault, Skip, Subject, describe, near, tidy
+from minilora.verify.diagnosis import agree, answers
 from minilora.verify.report import FaultSeen, Known, Report, Result
-from minilora.verify.terms import Case, Check, Comparison, Judgement
+from minilora.verify.terms import STRUCTURE, Case, Check, Comparison, Diagnosis, Judgement
 
 PROFILES = ("quick", "ci", "nightly")
 
@@ -227,7 +229,12 @@ def run(
             if result.status == "fail" and p.check.id not in searched:
                 searched.add(p.check.id)
                 within = len(searched) <= SEARCHES
-                results[-1] = _with_smallest(_diagnosed(result, p, subject), p, subject, within)
+                if found := _remembers(result, p, subject):
+                    # What another call left behind has no name, and shrinks to nothing.
+                    whole = _reproduce_all(command, p, profile)
+                    results[-1] = replace(result, diagnosis=found, reproduce=whole)
+                else:
+                    results[-1] = _with_smallest(_diagnosed(result, p, subject), p, subject, within)
             behind += len(p.numbers)
     except KeyboardInterrupt:
         raise Interrupted(report(interrupted=True)) from None
@@ -289,10 +296,19 @@ class _Tally:
     reasons: list[str] = field(default_factory=list)
     first: dict[str, tuple[str, tuple[Judgement, ...]]] = field(default_factory=dict)
     deviating: int = 0
+    troubled: int = 0
     since: int = 0
     faults: dict[str, FaultSeen] = field(default_factory=dict)
     worst: Judgement | None = None
     worst_case: str = ""
+    shared: set[str] | None = None
+    elsewhere: set[str] = field(default_factory=set)
+
+    @property
+    def only(self) -> tuple[str, ...]:
+        """What all cases that deviate have in common, and no case that holds has."""
+        held = self.cases - len(self.reasons) - self.troubled
+        return tuple(sorted((self.shared or set()) - self.elsewhere)) if held else ()
 
     @property
     def over(self) -> bool:
@@ -308,8 +324,14 @@ class _Tally:
                 return status
         return "skip" if self.cases == len(self.reasons) else "pass"
 
-    def add(self, case: Case, judged: Sequence[Judgement], end: Skip | Fault | None) -> None:
-        """Takes in the comparisons of a case and how it ended."""
+    def add(
+        self,
+        case: Case,
+        judged: Sequence[Judgement],
+        end: Skip | Fault | None,
+        traits: set[str],
+    ) -> None:
+        """Takes in the comparisons of a case, how it ended, and what is particular about it."""
         self.cases += 1
         verdicts = {judgement.verdict for judgement in judged}
         if isinstance(end, Skip):
@@ -324,6 +346,11 @@ class _Tally:
         ):
             if met:
                 self.first.setdefault(status, (case.id, tuple(judged)))
+        if verdicts & {"fail", "loose"} or isinstance(end, Fault):
+            self.troubled += 1
+            self.shared = set(traits) if self.shared is None else self.shared & traits
+        elif not isinstance(end, Skip):
+            self.elsewhere |= traits
         self.deviating += bool(verdicts & {"fail", "loose"})
         self.since += bool("fail" in self.first)
         for judgement in judged:
@@ -352,7 +379,8 @@ def _result(
     tally = _Tally()
     if not reason:
         for case in cases:
-            tally.add(case, *judged(check, subject, case))
+            subject.traits = set()
+            tally.add(case, *judged(check, subject, case), subject.traits)
             if tally.over:
                 break
     status = tally.status
@@ -370,6 +398,7 @@ def _result(
         cases=tally.cases,
         skipped_cases=len(tally.reasons),
         deviating_cases=tally.deviating,
+        only=tally.only,
         worst=tally.worst,
         worst_case=tally.worst_case,
         case=first,
@@ -432,6 +461,28 @@ def _diagnosed(result: Result, p: Plan, subject: Subject) -> Result:
     return replace(result, diagnosis=found, seconds=result.seconds + perf_counter() - started)
 
 
+def _remembers(result: Result, p: Plan, subject: Subject) -> tuple[Diagnosis, ...]:
+    """Whether a case deviates by what calls before it left behind: what to say, or nothing."""
+    if any(fault.kind in ("hangs", "internal") for fault in result.faults):
+        return ()
+
+    def said(sentence: str) -> tuple[Diagnosis, ...]:
+        return (Diagnosis(f"{STRUCTURE}earlier-calls", sentence, 0.0),)
+
+    case = p.case(int(result.case.rpartition(":")[2]))
+    anew = subject.anew()
+    if anew is not None:
+        found, end = judged(p.check, anew, case)
+        if end is None and all(judgement.verdict == "pass" for judgement in found):
+            return said("It depends on earlier calls: the same case passes when it is asked first.")
+    once, twice = (answers(p.check, subject, case) for _ in range(2))
+    if any(agree(once[name], twice[name]) is None for name in once.keys() & twice.keys()):
+        return said(
+            "It depends on earlier calls, or on chance: asked twice, it answers in two ways."
+        )
+    return ()
+
+
 def _with_smallest(result: Result, p: Plan, subject: Subject, within: bool) -> Result:
     if p.check.smallest is None or any(fault.kind == "hangs" for fault in result.faults):
         return result
@@ -449,8 +500,16 @@ def _with_smallest(result: Result, p: Plan, subject: Subject, within: bool) -> R
 
 
 def _reproduce(command: Sequence[str] | None, case: str, seed: int) -> str:
-    import shlex
-
     if command is None:
         return f'minilora.verify.check(implementation, case="{case}", seed={seed})'
     return shlex.join([*command, "--case", case, "--seed", str(seed)])
+
+
+def _reproduce_all(command: Sequence[str] | None, p: Plan, profile: str) -> str:
+    """The same of all cases of a level in a dtype, for what no case shows alone."""
+    level, dtype = p.check.level, p.dtype
+    if command is None:
+        chosen = f"levels=[{level!r}], dtypes=[{dtype!r}], profile={profile!r}, seed={p.seed}"
+        return f"minilora.verify.check(implementation, {chosen})".replace("'", '"')
+    options = ["--level", level, "--dtype", dtype, "--profile", profile, "--seed", str(p.seed)]
+    return shlex.join([*command, *options])

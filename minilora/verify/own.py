@@ -273,15 +273,20 @@ def parts_of(
     p: float = 0.0,
     rng: np.random.Generator | None = None,
 ) -> list[tuple[int, Weights]]:
-    """nᵢ and gᵢ of each micro-batch: how many labels count, and the gradient of their mean."""
+    """nᵢ and gᵢ of each micro-batch: how many labels count, and the gradient of their mean.
+
+    A micro-batch in which none counts has no mean, and is worth nothing.
+    """
     parts = []
     for batch in step:
+        if not (count := int((targets(batch, c) != IGNORED).sum())):
+            continue
         if p and rng is not None:
             shapes = {at: (W[f"{at}.A"].shape[1], batch.ids.size) for at in tuning.scale}
             keep = draw_dropout(rng, p, shapes, W["embed.weight"].dtype)
             tuning = replace(tuning, keep=keep)
         _, back = loss(batch, W, c, tuning)
-        parts.append((int((targets(batch, c) != IGNORED).sum()), back(1.0)))
+        parts.append((count, back(1.0)))
     return parts
 
 

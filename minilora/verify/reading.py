@@ -96,6 +96,7 @@ def _result(entry: Mapping[str, Any], number: int) -> Result:
         worst=None if worst is None else _judgement(worst),
         worst_case="" if worst is None else tidy(worst["case"]),
         case=tidy(seen.get("case", "")),
+        only=tuple(tidy(each) for each in entry.get("only", ())),
         arrays=tuple(map(_judgement, seen.get("arrays", ()))),
         faults=tuple(
             FaultSeen(tidy(f["kind"]), tidy(f["message"], 2000), tidy(f["case"]), int(f["cases"]))

@@ -73,7 +73,8 @@ class Result:
     ``status`` is pass, loose, fail, error, known (it deviates, and that was declared) or skip.
     ``cases`` were tried, ``skipped_cases`` of them not supported and ``deviating_cases`` failed.
     ``worst`` is the worst array of all cases and ``worst_case`` its case; ``arrays`` are all those
-    of ``case``, the first one that deviates. ``reason`` says why cases were skipped, all or some,
+    of ``case``, the first one that deviates. ``only`` is what all cases that deviate have in
+    common and no case that holds has. ``reason`` says why cases were skipped, all or some,
     and ``known`` what was declared about this check beforehand. Of its ``seconds`` the target's own
     calls took ``in_target``.
     """
@@ -90,6 +91,7 @@ class Result:
     worst: Judgement | None = None
     worst_case: str = ""
     case: str = ""
+    only: tuple[str, ...] = ()
     arrays: tuple[Judgement, ...] = ()
     faults: tuple[FaultSeen, ...] = ()
     smallest: Mapping[str, Any] | None = None
@@ -291,6 +293,7 @@ def _result_json(result: Result, seed: int) -> dict[str, Any]:
         "cases": result.cases,
         "skipped_cases": result.skipped_cases,
         "deviating_cases": result.deviating_cases,
+        "only": result.only,
         "worst": worst,
         "faults": [asdict(fault) for fault in result.faults],
         "diagnosis": [asdict(each) for each in result.diagnosis],
@@ -467,6 +470,8 @@ def block(report: Report, result: Result, width: int = WIDTH) -> Iterator[str]:
     if result.deviating_cases:
         of = f"in {result.deviating_cases} of {result.cases} cases, first in {result.case}"
         yield from fold(of, 2)
+    if result.only:
+        yield from fold(f"only where {' and '.join(result.only)}", 2)
     yield from _array_lines(result, fold)
     for fault in result.faults:
         yield from fold(f"{fault_words(fault)}", 2)
@@ -508,7 +513,7 @@ def _array_lines(result: Result, fold: Fold) -> Iterator[str]:
     off.sort(key=lambda judged: -judged.excess)
     for judged in off[:_ARRAYS_SHOWN]:
         yield from fold(f"{judged.array}  {judgement_words(judged)}", 2)
-        yield from fold(place_words(judged, result.dtype), 4)
+        yield from fold(place_words(judged, result.dtype, result.check), 4)
     if rest := [judged.array for judged in off[_ARRAYS_SHOWN:]]:
         yield from fold(f"and in {len(rest)} more arrays: {tidy(', '.join(rest))}", 2)
     if ok := [judged.array for judged in result.arrays if judged.verdict == "pass"]:
@@ -528,14 +533,31 @@ def judgement_words(judged: Judgement) -> str:
     )
 
 
-def place_words(judged: Judgement, dtype: str) -> str:
-    """The worst element: where it is, what was got and wanted."""
+RELATIONS = re.compile(
+    r"linear\.(symmetry|rank-space|mean-of-masks|tokens-apart|derivative)|merge\.negative"
+    r"|combine\.(negative|zero|halves|order)|multi\.(without|permuted|relabelled|unused|single)"
+    r"|model\.\w+\.padding|init\.reproducible"
+)
+"""Checks that compare two answers of the implementation, of which either may be the wrong one."""
+
+
+def place_words(judged: Judgement, dtype: str, check: str = "") -> str:
+    """The worst element: where it is, what was got and wanted.
+
+    Of two answers of the implementation none is what is wanted: an array "one against another" has
+    both names, and the check says it of others.
+    """
     got, want = (
         f"{value:.{_DIGITS[dtype]}g}" if dtype in _DIGITS else repr(value)
         for value in (judged.got, judged.want)
     )
     sigma = "" if judged.sigma is None else f", sigma {judged.sigma:.3g}"
     where = f"at {list(judged.index)}: " if judged.index else ""
+    one, against, other = judged.array.partition(" against ")
+    if against:
+        return f"{where}they disagree: {one} is {got}, {other} is {want}{sigma}"
+    if RELATIONS.fullmatch(check):
+        return f"{where}one of its answers is {got}, the other {want}{sigma}"
     return f"{where}got {got}, want {want}{sigma}"
 
 
@@ -569,7 +591,7 @@ def _what(result: Result) -> str:
     """The worst element, or the fault."""
     off = max(result.arrays, key=lambda judged: judged.excess, default=None)
     if off is not None and off.verdict != "pass":
-        return f"{off.array} {place_words(off, result.dtype)}"
+        return f"{off.array} {place_words(off, result.dtype, result.check)}"
     return tidy("; ".join(fault_words(fault) for fault in result.faults), 200)
 
 

@@ -138,6 +138,7 @@ WHOLE = ("combine.zero", "combine.halves", "multi.single")
 
 ABSENT = {
     "optimizer.cosine": "the last bit of a cosine depends on the library of mathematics",
+    "optimizer.cosine.past": "the same",
     "optimizer.sgd-balance": "a law of the answers, which the other checks imply",
 }
 """Checks that a pattern above names and no vector is made of, and why."""

@@ -7,8 +7,9 @@ this package's own reader, which takes the scale of each module from the setting
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from minilora.formats.files import FormatError, pack_json, read_json, read_tensors, write_files
-from minilora.formats.peft import CONFIG, WEIGHTS, read_adapter
+from minilora.formats.peft import CONFIG, WEIGHTS, read_adapter, write_adapter
 from minilora.lora import Tuning, Weights
 from minilora.models import Batch, Config
 from minilora.targets import Lora
 from minilora.variants import REGISTRY
 from minilora.verify.cases import long
-from minilora.verify.contract import Fault, Skip, Subject
+from minilora.verify.contract import DTYPES, Fault, Precision, Skip, Subject
 from minilora.verify.levels import small
 from minilora.verify.levels.model import _outside, answers, as_dict, visible
 from minilora.verify.levels.small import Small, same_names
@@ -53,7 +54,7 @@ KINDS: dict[str, tuple[Config, Lora, str]] = {
     "trained": (
         small.BERT,
         Lora(
-            r=3, alpha=7, targets=("q", "o", "down"), alpha_pattern={"layers.0.down": 16},
+            r=3, alpha=7, targets=("q", "o", "down"), alpha_pattern={"layers.0.down": 11},
             bias="lora_only", also=("head.weight", "head.bias"),
         ),
         "a head trained in full and biases, and names of which one ends like another",
@@ -69,7 +70,20 @@ KINDS: dict[str, tuple[Config, Lora, str]] = {
         "an embedding that is adapted",
     ),
 }  # fmt: skip
-"""The model, its adapter, and what there is to store, in words."""
+"""The model, its adapter, and what there is to store, in words. No α is a library's default."""
+
+
+EXPRESSIONS = (
+    small.DEEP,
+    Lora(
+        r=3, alpha=7, targets=("q", "v", "down"),
+        rank_pattern={"layers.0.down": 2}, alpha_pattern={"layers.1.q": 4, "layers.0.v": 10},
+    ),
+)  # fmt: skip
+"""Patterns that are written as regular expressions."""
+
+MISSES = "proj"
+"""A pattern that hits nothing: it is the end of names, and no part of one between dots."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +100,13 @@ class Stored:
 @lru_cache(maxsize=64)
 def drawn(kind: str, number: int, seed: int) -> tuple[Small, Batch]:
     """The model of a case and a batch for it, the same in every dtype."""
-    c, lora, _ = KINDS[kind]
     rng = small.rng_of(Case("", "", number, seed), f"files.{kind}")
+    if kind == "another":
+        first, batch = drawn("patterns", number, seed)
+        of = small.draw(first.c, Lora(r=2, alpha=9, targets=("k", "o")), rng)
+        base = {name: first.W[name] for name in first.c.shapes()}
+        return replace(of, W=of.W | base), batch
+    c, lora, *_ = EXPRESSIONS if kind == "expressions" else KINDS[kind]
     of = small.draw(c, lora, rng)
     if c.causal:
         return of, small.draw_batch(rng, c, 3, 7)
@@ -104,6 +123,9 @@ def stored(kind: str, dtype: str, number: int, seed: int) -> Stored:
     settings = read_json(folder / CONFIG)
     for pattern in ("rank_pattern", "alpha_pattern"):
         short = {name.partition(".")[2]: value for name, value in settings[pattern].items()}
+        if kind == "expressions":
+            short = {re.sub(r"\.[a-z_]+\.", r"\\..*\\.", name): v for name, v in short.items()}
+            short[MISSES] = 30
         settings[pattern] = short
     write_files(folder, {CONFIG: partial(pack_json, settings)})
     return Stored(of, base, folder, read_tensors(folder / WEIGHTS), settings)
@@ -221,15 +243,14 @@ def again(subject: Subject, case: Case) -> Iterable[Comparison]:
 
 @lru_cache(maxsize=64)
 def expected(kind: str, number: int, seed: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Loss and logits in long double, and their σ in float32, sampled as in level train.
+    """Loss, logits and gradients in long double, and their σ in float32, sampled as in level train.
 
     BERT's erf has no long double: what is wanted has rounded too then, as float64 does.
     """
     of, batch = drawn(kind, number, seed)
 
     def run(W: Weights) -> dict[str, Array]:
-        every = _outside(batch, answers(batch, W, of.c, of.tuning), of.c.causal)
-        return {name: every[name] for name in ("loss", "logits")}
+        return _outside(batch, answers(batch, W, of.c, of.tuning), of.c.causal)
 
     both = 1.0 if of.c.causal else 2**0.5
     want = run({name: long(v) if of.c.causal else v for name, v in of.W.items()})
@@ -242,20 +263,73 @@ def expected(kind: str, number: int, seed: int) -> tuple[dict[str, Array], dict[
     return want, {name: both * np.sqrt(v / SAMPLES) for name, v in squares.items()}
 
 
+def ask(subject: Subject, kind: str, it: Stored, case: Case) -> Any:
+    """What an implementation answers of a folder."""
+    _, batch = drawn(kind, case.number, case.seed)
+    return subject.call("model_loss", str(it.base), str(it.folder), as_dict(batch))
+
+
+def compared(
+    kind: str, case: Case, got: Mapping[str, Array], precision: Precision
+) -> Iterable[Comparison]:
+    """Some of the answers, by the specification's names, beside what is wanted."""
+    want, sampled = expected(kind, case.number, case.seed)
+    names = drawn(kind, case.number, case.seed)[0].names()
+    for name, array in got.items():
+        sigma = sigma_of(sampled[name], want[name], precision)
+        yield Comparison(names.get(name, name), array, want[name], sigma, MONTE_CARLO)
+
+
+def _of_answer(
+    subject: Subject, kind: str, it: Stored, case: Case, answer: Any
+) -> Iterable[Comparison]:
+    """Loss and logits."""
+    _, batch = drawn(kind, case.number, case.seed)
+    classes = expected(kind, case.number, case.seed)[0]["logits"].shape[-1]
+    shape = (*batch.ids.shape, classes) if it.small.c.causal else (len(batch.ids), classes)
+    loss = subject.answer(subject.entry(answer, "loss"), "loss", (), case.dtype)
+    z = subject.answer(subject.entry(answer, "logits"), "logits", shape, case.dtype)
+    got = {"loss": loss, "logits": visible(batch, z)}
+    yield from compared(kind, case, got, subject.precision(case.dtype))
+
+
 def _function(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
     def run(subject: Subject, case: Case) -> Iterable[Comparison]:
-        it, (_, batch) = _of(kind, case), drawn(kind, case.number, case.seed)
-        answer = subject.call("model_loss", str(it.base), str(it.folder), as_dict(batch))
-        want, sampled = expected(kind, case.number, case.seed)
-        classes = want["logits"].shape[-1]
-        shape = (*batch.ids.shape, classes) if it.small.c.causal else (len(batch.ids), classes)
-        loss = subject.answer(subject.entry(answer, "loss"), "loss", (), case.dtype)
-        z = subject.answer(subject.entry(answer, "logits"), "logits", shape, case.dtype)
-        for name, got in (("loss", loss), ("logits", visible(batch, z))):
-            sigma = sigma_of(sampled[name], want[name], subject.precision(case.dtype))
-            yield Comparison(name, got, want[name], sigma, MONTE_CARLO)
+        it = _of(kind, case)
+        yield from _of_answer(subject, kind, it, case, ask(subject, kind, it, case))
 
     return run
+
+
+def _gradients(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
+    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+        it = _of(kind, case)
+        there = subject.entry(ask(subject, kind, it, case), "grads")
+        got = {}
+        for name, theirs in it.small.names().items():
+            shape = it.small.W[name].shape
+            flat = shape if shape[1] > 1 or name.endswith((".A", ".B")) else shape[:1]
+            g = subject.answer(subject.entry(there, theirs, "grads"), theirs, flat, case.dtype)
+            got[name] = g.reshape(shape)
+        yield from compared(kind, case, got, subject.precision(case.dtype))
+
+    return run
+
+
+def another(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """Of one model with one adapter and then another, each is its own function."""
+    first, (of, _) = _of("patterns", case), drawn("another", case.number, case.seed)
+    W = {name: array.astype(DTYPES[case.dtype]) for name, array in of.W.items()}
+    with TemporaryDirectory(prefix="minilora-") as folder:
+        write_adapter(folder, of.c, W, of.tuning, of.lora)
+        second = replace(first, small=of, folder=Path(folder))
+        for which, kind, it in (
+            ("the first", "patterns", first),
+            ("another", "another", second),
+            ("the first again", "patterns", first),
+        ):
+            for each in _of_answer(subject, kind, it, case, ask(subject, kind, it, case)):
+                yield replace(each, array=f"{each.array} with {which}")
 
 
 def _cases(profile: str, dtype: str) -> int:
@@ -267,6 +341,7 @@ LAWS: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
     ("function", "Stored, it is the same function: {}.", _function, ("model_loss",)),
     ("save", "Saved by its names, bit for bit, with all that its scale needs: {}.", _save,
      ("save",)),
+    ("gradients", "Stored, every tensor has its gradient: {}.", _gradients, ("model_loss",)),
 )  # fmt: skip
 
 CHECKS: tuple[Check, ...] = (
@@ -275,6 +350,15 @@ CHECKS: tuple[Check, ...] = (
         for law, title, make, needs in LAWS
         for kind, (_, _, words) in KINDS.items()
     ),
+    Check(
+        "files.function.expressions",
+        "files",
+        ("model_loss",),
+        "Stored, it is the same function: patterns that are regular expressions.",
+        _function("expressions"),
+        _cases,
+    ),
+    Check("files.another", "files", ("model_loss",), another.__doc__ or "", another, _cases),
     Check(
         "files.again",
         "files",

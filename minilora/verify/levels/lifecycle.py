@@ -182,6 +182,7 @@ class Run:
     dtype: str
     kind: str = "linear"
     saved: dict[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
+    asked: int = 0
     _folder: str = ""
 
     @classmethod
@@ -229,8 +230,9 @@ class Run:
         return mkdtemp(dir=self._folder)
 
     def compare(self, after: str) -> Comparison:
-        """The layer's output against the state's."""
-        x = self.drawn.x
+        """The layer's output against the state's, of other rows each time."""
+        self.asked += 1
+        x = np.roll(self.drawn.x, self.asked, 0)
         y, _ = self.state.forward(wide(x))
         got = self.session.answer(self.session.call("forward", x), "y", y.shape, self.dtype)
         return Comparison(f"y after {after}", got, y)
@@ -452,6 +454,13 @@ BESIDE: dict[str, tuple[str, str, tuple[Step, ...]]] = {
         "linear",
         "What is saved while merged is the adapter itself.",
         (*START, ("merge",), ("save", "one"), ("unmerge",), ("anew",), ("load", "one", "one"),
+         ("activate", ["one"])),
+    ),
+    "save-scaled": (
+        "linear",
+        "What is saved of a scaled adapter is the adapter as it was added.",
+        (*START, ("scale", "one", 2.0), ("save", "one"), ("load", "three", "one"),
+         ("activate", ["three"]), ("activate", ["one"]), ("anew",), ("load", "one", "one"),
          ("activate", ["one"])),
     ),
     "load-while-merged": (

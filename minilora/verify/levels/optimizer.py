@@ -21,12 +21,21 @@ CASES = {"quick": 1, "ci": 2, "nightly": 40}
 STEPS = 8
 SAMPLES = 16
 
-SHAPES = {
+SHAPES: dict[str, tuple[int, ...]] = {
     "layers.0.q.A": (3, 7),
     "layers.0.q.B": (5, 3),
     "layers.0.v.A": (2, 7),
     "layers.0.v.B": (4, 2),
 }
+
+OTHERS: dict[str, tuple[int, ...]] = {
+    "embed.A": (3, 7),
+    "embed.B": (5, 3),
+    "blocks.0.b.A": (2, 5),
+    "blocks.0.b.bias": (4,),
+    "head.weight": (6, 4),
+}
+"""Parameters of which most are no B, though B or b stands in their names."""
 
 BASE: dict[str, dict[str, Any]] = {
     "adamw": {"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1},
@@ -58,7 +67,15 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
         _settings("adamw", schedule="cosine", warmup_steps=2, total_steps=STEPS + 2),
         "a cosine schedule: k / warmup, then (1 + cos πq) / 2",
     ),
+    "cosine.past": (
+        _settings("adamw", schedule="cosine", warmup_steps=2, total_steps=STEPS - 3),
+        "a cosine schedule that ends before the steps do: the rate stays 0",
+    ),
     "loraplus": (_settings("adamw", loraplus_lr_ratio=5.0), "LoRA+: the rate of each B is greater"),
+    "loraplus.others": (
+        _settings("adamw", loraplus_lr_ratio=5.0),
+        "LoRA+: a bias, a head and every A have the rate that was given",
+    ),
     "sgd.linear": (
         _settings(
             "sgd", schedule="linear", warmup_steps=2, total_steps=STEPS - 2, loraplus_lr_ratio=3.0
@@ -78,20 +95,25 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def shapes_of(kind: str) -> dict[str, tuple[int, ...]]:
+    """The parameters of a kind, by their names."""
+    return OTHERS if kind == "loraplus.others" else SHAPES
+
+
 def draw_steps(case: Case, kind: str) -> tuple[dict[str, Array], Gradients]:
     """Parameters and the gradients of each step, in the dtype under test.
 
     The gradients' sizes go up and down by a factor of 4, across the clipping threshold, and each
     parameter has a size of its own, so that no norm or mean can stand for another.
     """
-    rng, dtype = case.rng(), DTYPES[case.dtype]
-    params = {name: rng.standard_normal(shape).astype(dtype) for name, shape in SHAPES.items()}
+    rng, dtype, shapes = case.rng(), DTYPES[case.dtype], shapes_of(kind)
+    params = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
 
     def gradients(size: float) -> dict[str, Array]:
-        own = np.linspace(0.5, 1.5, len(SHAPES))
+        own = np.linspace(0.5, 1.5, len(shapes))
         return {
             name: (size * f * rng.standard_normal(shape)).astype(dtype)
-            for f, (name, shape) in zip(own, SHAPES.items(), strict=True)
+            for f, (name, shape) in zip(own, shapes.items(), strict=True)
         }
 
     sizes = [0.4 * 4 ** (k % 2) for k in range(STEPS)]
@@ -150,7 +172,7 @@ def _steps(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
         steps = subject.items(answer, STEPS, "the list of steps")
         want, sigma = expected(kind, case, subject.precision(case.dtype))
         for k, after in enumerate(steps, 1):
-            for name, shape in SHAPES.items():
+            for name, shape in shapes_of(kind).items():
                 what = f"{name} after step {k}"
                 entry = subject.entry(after, name, f"step {k}")
                 got = subject.answer(entry, what, shape, case.dtype)

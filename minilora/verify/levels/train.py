@@ -85,6 +85,14 @@ KINDS: dict[str, Kind] = {
         small.LLAMA, PLAIN, {**ADAMW, "loraplus_lr_ratio": 4.0, "weight_decay": 0.5}, (2,),
         "LoRA+: the rate of each B is greater",
     ),
+    "loraplus.others": (
+        small.QWEN2,
+        Lora(
+            r=3, alpha=7, targets=("embed", "q", "down"), bias="lora_only", also=("head.weight",)
+        ),
+        {**ADAMW, "loraplus_lr_ratio": 4.0}, (2,),
+        "LoRA+: an embedding's B has its rate, and biases and a head trained in full have not",
+    ),
     "together": (
         small.DEEP, Lora(r=2, alpha=5, rslora=True, targets=ADAPTED),
         {
@@ -217,6 +225,14 @@ def _steps(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
     return run
 
 
+def again(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """Trained once more from the same folders, it starts from these again."""
+    run = _steps("labels")
+    for _ in run(subject, case):
+        pass
+    yield from run(subject, case)
+
+
 def _small(kind: str, number: int, seed: int) -> Small:
     return drawn(kind, number, seed)[0]
 
@@ -226,14 +242,17 @@ def _cases(profile: str, dtype: str) -> int:
     return CASES[profile] * (dtype in ("float64", "float32"))
 
 
-CHECKS: tuple[Check, ...] = tuple(
-    Check(
-        f"train.{kind}",
-        "train",
-        ("train",),
-        f"{words[0].upper()}{words[1:]}.",
-        _steps(kind),
-        _cases,
-    )
-    for kind, (*_, words) in KINDS.items()
+CHECKS: tuple[Check, ...] = (
+    *(
+        Check(
+            f"train.{kind}",
+            "train",
+            ("train",),
+            f"{words[0].upper()}{words[1:]}.",
+            _steps(kind),
+            _cases,
+        )
+        for kind, (*_, words) in KINDS.items()
+    ),
+    Check("train.again", "train", ("train",), again.__doc__ or "", again, _cases),
 )

@@ -358,6 +358,81 @@ SAVE = (
     ),
 )  # fmt: skip
 
+
+def _patterns(change: Callable[[str], str]) -> Callable[[], Filer]:
+    """Another expression for each that an α is given for."""
+    return files(
+        heeded=_settings(
+            alpha_pattern=lambda c: {change(n): v for n, v in c["alpha_pattern"].items()}
+        )
+    )
+
+
+def _adapter_kept(my: Any, model_dir: Any, adapter_dir: Any, batch: Any) -> Any:
+    kept = vars(my).setdefault("kept", {})
+    return Filer.model_loss(my, model_dir, kept.setdefault(model_dir, adapter_dir), batch)
+
+
+def _gradients(change: Callable[[str, Array], Any]) -> Callable[[], Filer]:
+    """Gradients as a function of their names and values."""
+
+    def model_loss(my: Any, *given: Any) -> Any:
+        answer = Filer.model_loss(my, *given)
+        return answer | {"grads": {n: change(n, g) for n, g in answer["grads"].items()}}
+
+    return type("Wrong", (Filer,), {"model_loss": model_loss})
+
+
+def _zero(*parts: str) -> Callable[[], Filer]:
+    return _gradients(lambda n, g: 0 * g if any(part in n for part in parts) else g)
+
+
+GRADIENTS = (
+    *family(
+        "STORE",
+        "files.function.expressions",
+        ("pattern-anywhere", "a pattern counts for every name that it stands in",
+         _patterns(lambda n: f".*{n}.*")),
+        ("pattern-end", "a pattern counts for every name that ends so, without a dot before it",
+         _patterns(lambda n: f".*{n}")),
+        ("pattern-no-expression", "a pattern is a name and no expression", _patterns(re.escape)),
+    ),
+    *family(
+        "STORE",
+        "files.another",
+        ("adapter-kept", "the first adapter that a model was given", type(
+            "Wrong", (Filer,), {"model_loss": _adapter_kept})),
+    ),
+    *family(
+        "STORE",
+        "files.gradients.patterns",
+        ("gradients-of-others", "gradients of the last layer are 0", _zero("layers.1.")),
+    ),
+    *family(
+        "STORE",
+        "files.gradients.rslora",
+        ("gradients-rslora", "gradients / √r", _gradients(
+            lambda n, g: g / g.dtype.type(min(g.shape) ** 0.5))),
+    ),
+    *family(
+        "STORE",
+        "files.gradients.trained",
+        ("gradients-of-head", "the gradients of a head trained in full are 0", _zero(HEAD)),
+        ("gradients-of-biases", "the gradients of biases are 0", _zero(BIAS)),
+    ),
+    *family(
+        "STORE",
+        "files.gradients.dora",
+        ("gradients-of-magnitude", "the gradients of magnitudes are 0", _zero("magnitude")),
+    ),
+    *family(
+        "STORE",
+        "files.gradients.embedding",
+        ("gradients-of-embedding", "the gradients of an embedding's factors are 0",
+         _zero("lora_embedding")),
+    ),
+)  # fmt: skip
+
 SAME = equivalents(
     "files",
     ("plain", "both files written and read as they are", Filer),
@@ -376,4 +451,4 @@ SAME = equivalents(
     ),
 )
 
-MISREADINGS: tuple[Misreading, ...] = LOAD + FUNCTION + SAVE + SAME
+MISREADINGS: tuple[Misreading, ...] = LOAD + FUNCTION + SAVE + GRADIENTS + SAME

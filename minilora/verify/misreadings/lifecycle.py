@@ -697,6 +697,54 @@ LIFECYCLE = (
 )
 
 
+def _saved_scaled(part: str) -> Callable[[Session, str], Mapping[str, Any]]:
+    """An adapter whose factor has gone into one of its parts."""
+
+    def stored(my: Session, name: str) -> Mapping[str, Any]:
+        adapter = my.known[name]
+        scaled: Any = my.factor[name] * adapter[part]
+        return {**adapter, part: scaled.astype(adapter[part].dtype) if part == "B" else scaled}
+
+    return stored
+
+
+def _save_with_factor(my: Session, name: str, folder: str) -> None:
+    saved = my.known[name], my.factor[name]
+    (Path(folder) / "adapter").write_bytes(pickle.dumps(saved))
+
+
+def _load_with_factor(my: Session, name: str, folder: str) -> None:
+    adapter, factor = pickle.loads((Path(folder) / "adapter").read_bytes())
+    my.add(name, adapter)
+    my.factor[name] = factor
+
+
+def _last_output(my: Session, x: Array) -> Array:
+    """The output of the last forward, while nothing has happened but that x is another."""
+    now = (tuple(my.active), tuple(my.added), my.off, tuple(my.factor.items()), my.W.tobytes())
+    before, y = vars(my).get("last", (None, None))
+    my.last = (now, y if now == before else Session.forward(my, x))  # type: ignore[attr-defined]
+    answer: Array = my.last[1]  # type: ignore[attr-defined]
+    return answer
+
+
+LIFECYCLE += family(
+    "LIFECYCLE",
+    "lifecycle.save-scaled",
+    ("save-factor-in-B", "B times its factor is saved", _but(stored=_saved_scaled("B"))),
+    ("save-factor-in-alpha", "α times its factor is saved", _but(stored=_saved_scaled("alpha"))),
+    (
+        "save-factor",
+        "the factor is saved too",
+        _but(save=_save_with_factor, load=_load_with_factor),
+    ),
+) + family(
+    "LIFECYCLE",
+    "lifecycle.train-eval",
+    ("output-kept", "the last output for whatever x", _but(forward=_last_output)),
+)
+
+
 def _of_kind(kind: str, **methods: Any) -> Callable[[], Plain]:
     """`Plain` whose session has other methods for one kind of layer."""
 

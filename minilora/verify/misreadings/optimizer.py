@@ -375,7 +375,50 @@ SCHEDULE = (
     ),
 )
 
+SCHEDULE += family(
+    "OPTIMIZER",
+    "optimizer.cosine.past",
+    (
+        "schedule-cosine-rises-again",
+        "(1 + cos πq) / 2 with q beyond 1",
+        but(
+            factor=lambda my, c, k: (
+                (1 + np.cos(np.pi * (k - c.warmup) / (c.total - c.warmup))) / 2
+                if c.schedule == "cosine" and k >= c.warmup
+                else Plain.factor(my, c, k)
+            )
+        ),
+        "transformers",
+    ),
+)
+
+
+def _greater(is_B: Callable[[str], bool]) -> Callable[[], Plain]:
+    """`Plain` whose B are those of these names."""
+    return but(rate=lambda my, c, name: Plain.rate(my, c, "B" if is_B(name) else "A"))
+
+
 LORAPLUS = family(
+    "OPTIMIZER",
+    "optimizer.loraplus.others",
+    ("loraplus-not-A", "η ratio for all but A", _greater(lambda name: not name.endswith(".A"))),
+    (
+        "loraplus-vectors",
+        "η ratio for B and for biases",
+        _greater(lambda name: name.endswith((".B", "bias"))),
+        "peft 0.21",
+    ),
+    (
+        "loraplus-b-in-name",
+        "η ratio where the name has a b",
+        _greater(lambda name: "b" in name.lower()),
+    ),
+    (
+        "loraplus-no-embedding",
+        "η for the B of an embedding",
+        _greater(lambda name: name.endswith(".B") and not name.startswith("embed")),
+    ),
+) + family(
     "OPTIMIZER",
     "optimizer.loraplus",
     ("loraplus-ignored", "η for B", reads(ratio=lambda c: 1.0)),
@@ -535,7 +578,7 @@ SAME = equivalents(
         "(1 + cos πq) / 2",
         but(
             factor=lambda my, c, k: (
-                (1 + np.cos(np.pi * (k - c.warmup) / (c.total - c.warmup))) / 2
+                (1 + np.cos(np.pi * (min(k, c.total) - c.warmup) / (c.total - c.warmup))) / 2
                 if c.schedule == "cosine" and k >= c.warmup
                 else Plain.factor(my, c, k)
             )

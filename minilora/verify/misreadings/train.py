@@ -416,6 +416,30 @@ LORAPLUS = family(
     ("loraplus-not-in-decay", "B decays at the rate of A", _of("loraplus-not-in-decay")),
 )
 
+LORAPLUS += family(
+    "TRAIN",
+    "train.loraplus.others",
+    ("loraplus-not-A", "all but A has the greater rate", _of("loraplus-not-A")),
+    ("loraplus-vectors", "biases have the greater rate too", _of("loraplus-vectors"), "peft 0.21"),
+    ("loraplus-no-embedding", "an embedding's B has it not", _of("loraplus-no-embedding")),
+)
+
+
+def _goes_on(my: Trainer, model: str, adapter: str, batches: Any, settings: Any) -> Any:
+    """A second training starts where the first one of the same folder ended."""
+    before = my.memory.setdefault(adapter, [])
+    done = len(before)
+    before += batches
+    own = {"total_steps": len(batches), **settings}
+    return Trainer.train(my, model, adapter, before, own)[done:]
+
+
+AGAIN = family(
+    "TRAIN",
+    "train.again",
+    ("adapter-kept", "the adapter that was trained last is trained on", trains(train=_goes_on)),
+)
+
 TOGETHER = family(
     "TRAIN",
     "train.together",
@@ -474,5 +498,5 @@ SAME = equivalents(
 )
 
 MISREADINGS: tuple[Misreading, ...] = (
-    LABELS + ACCUMULATE + CLIP + SCHEDULE + DECAY + LORAPLUS + TOGETHER + SAME
+    LABELS + ACCUMULATE + CLIP + SCHEDULE + DECAY + LORAPLUS + AGAIN + TOGETHER + SAME
 )

@@ -40,8 +40,15 @@ KNOWN = {
     "train.*:float64": _LLAMA,
 }
 KNOWN |= {
-    f"files.function.{kind}:float64": _LLAMA for kind in ("patterns", "dora", "embedding")
-} | {"files.function.rslora:float64": _LOSS}
+    f"files.{law}.{kind}:float64": _LLAMA
+    for law in ("function", "gradients")
+    for kind in ("patterns", "dora", "embedding")
+} | {
+    "files.function.expressions:float64": _LLAMA,
+    "files.another:float64": _LLAMA,
+    "files.function.rslora:float64": _LOSS,
+    "files.gradients.rslora:float64": _LOSS,
+}
 KNOWN |= {
     f"grad-flow.{check}:float64": _LLAMA
     for check in ("every", "checkpointing", "below", "above", "below-checkpointing", "start")

@@ -79,6 +79,11 @@ _DORA_BEHIND = (
     "a norm of W without them: the order of the active adapters matters, merged and not"
 )
 
+_COSINE_RISES = (
+    "get_cosine_schedule_with_warmup (transformers, optimization.py) takes the cosine of the "
+    "progress without bounding it by 1: beyond total_steps the rate rises from 0 again"
+)
+
 _FLOAT32_START = (
     "the orthogonal start (tuners/lora/layer.py) is drawn and multiplied in float32, whatever the "
     "layer's dtype: B A is 0 within float32's rounding"
@@ -106,6 +111,7 @@ class Peft:
     known |= {
         "variants.dora.vector:*": _VECTOR,
         "init.orthogonal:float64": _FLOAT32_START,
+        "optimizer.cosine.past:*": _COSINE_RISES,
         "lifecycle.scale-while-merged:*": _SCALED_LATE,
         "lifecycle.full.delete:*": _DELETED,
         "lifecycle.machine.tied:*": f"{_SCALED_LATE}; {_DELETED}; {_SHARED_TABLE}",
