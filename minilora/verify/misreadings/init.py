@@ -281,7 +281,7 @@ SEEDS = (
             starts(gaussian=lambda my, rng, r, n: _again(my, 0).normal(0, 1 / r, (r, n))),
         ),
         (
-            "seed-orthogonal",
+            "orthogonal-seed",
             "the orthogonal start of seed 0 whatever the seed",
             starts(
                 apart=lambda my, rng, m, n, r: Starter.apart(my, np.random.default_rng(0), m, n, r)
