@@ -503,7 +503,7 @@ class Subject:
 def _settings(implementation: object) -> dict[str, Any]:
     """The attributes that say how an implementation was made: its numbers and words."""
     own = getattr(implementation, "__dict__", {})
-    return {name: v for name, v in own.items() if isinstance(v, bool | int | float | str | tuple)}
+    return {name: v for name, v in own.items() if isinstance(v, bool | int | float | str)}
 
 
 def _traits(given: Mapping[str, Any]) -> Iterator[str]:
