@@ -285,7 +285,13 @@ def test_of_two_answers_that_disagree_none_is_called_wanted():
     words = report_of(Unscaled, "merge.function").text()
     assert "they disagree: x W'ᵀ is " in words
     assert "want" not in words
-    words = report_of(Unscaled, "multi.single").text()
+
+    class ByPlace(Own):
+        def multi_adapter(self, *arrays):
+            y = super().multi_adapter(*arrays)
+            return y + np.arange(len(y)).reshape(-1, 1).astype(y.dtype)
+
+    words = report_of(ByPlace, "multi.permuted").text()
     assert "one of its answers is " in words
     assert "want" not in words
 

@@ -535,7 +535,7 @@ def judgement_words(judged: Judgement) -> str:
 
 RELATIONS = re.compile(
     r"linear\.(symmetry|rank-space|mean-of-masks|tokens-apart|derivative)|merge\.negative"
-    r"|combine\.(negative|zero|halves|order)|multi\.(without|permuted|relabelled|unused|single)"
+    r"|combine\.(negative|zero|halves|order)|multi\.(without|permuted|relabelled|unused)"
     r"|model\.\w+\.padding|init\.reproducible"
 )
 """Checks that compare two answers of the implementation, of which either may be the wrong one."""

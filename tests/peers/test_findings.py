@@ -176,6 +176,21 @@ def test_transformers_ignores_the_warm_up_of_a_constant_schedule(torch, transfor
     assert list(rates("constant_with_warmup")) == right
 
 
+def test_transformers_cosine_rises_again_after_its_end(torch, transformers):
+    """Seen in transformers 5.24.0."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 0, num_training_steps=4)
+    rates = []
+    for _ in range(9):
+        rates += scheduler.get_last_lr()
+        optimizer.step()
+        scheduler.step()
+    right = [schedule("cosine", k, total=4) for k in range(9)]
+    assert right[4:] == [0] * 5
+    assert rates[4] < rates[5] < rates[6] < rates[7] < rates[8] == 1
+    assert rates[2] == right[2] == 0.5
+
+
 def peft_layer(torch, peft, w, delta, dtype):
     """A model of one weight w and an adapter whose product is delta, and its one layer."""
     base = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False, dtype=dtype))

@@ -48,6 +48,8 @@ class Bitsandbytes:
         "linear.vjp.bias:*": _ONE_TOKEN,
         "linear.vjp.all:*": _ONE_TOKEN,
         "linear.derivative:*": _ONE_TOKEN,
+        "variants.*.vjp*:bfloat16": _ONE_TOKEN,
+        "variants.*.vjp*:float16": _ONE_TOKEN,
     }
 
     def lora_linear(
