@@ -1563,6 +1563,22 @@ def test_peft_fails_where_the_layers_of_a_qwen2_are_replicated(torch, peft, tran
                 model(ids)
 
 
+def test_peft_rounds_the_gradient_of_a_bias_three_times_under_dora(torch, peft):
+    """Seen in peft 0.21.2."""
+    base = torch.nn.Sequential(torch.nn.Linear(1, 1, dtype=torch.bfloat16))
+    config = peft.LoraConfig(r=1, target_modules=["0"], use_dora=True, bias="all")
+    model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+    layer = model.base_model.model[0]
+    layer.base_layer.weight.data.fill_(1)
+    found = {}
+    for g in (2, 512):  # the magnitude over the norm
+        model.zero_grad()
+        layer.lora_magnitude_vector["default"].weight.data.fill_(g)
+        model(torch.ones(1, 1, dtype=torch.bfloat16)).backward()
+        found[g] = layer.base_layer.bias.grad.item()
+    assert found == {2: 1, 512: 0}  # 1 + 511 - 511, and 1 is right
+
+
 def test_peft_warns_that_a_whole_bias_of_lora_b_is_a_shard(torch, peft):
     """Seen in peft 0.21.2."""
     base = torch.nn.Sequential(torch.nn.Linear(4, 3))

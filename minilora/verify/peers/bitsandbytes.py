@@ -34,6 +34,9 @@ _ONE_TOKEN = (
 )
 
 
+_BIAS = f"{_ONE_TOKEN}; and DoRA of PEFT forms it as three sums, each rounded (tuners/lora/dora.py)"
+
+
 class Bitsandbytes:
     """Each call builds the library's own layer anew, so no state is left between calls."""
 
@@ -48,8 +51,10 @@ class Bitsandbytes:
         "linear.vjp.bias:*": _ONE_TOKEN,
         "linear.vjp.all:*": _ONE_TOKEN,
         "linear.derivative:*": _ONE_TOKEN,
-        "variants.*.vjp*:bfloat16": _ONE_TOKEN,
-        "variants.*.vjp*:float16": _ONE_TOKEN,
+        "variants.lora-bias.vjp*:bfloat16": _ONE_TOKEN,
+        "variants.lora-bias.vjp*:float16": _ONE_TOKEN,
+        "variants.dora.vjp*:bfloat16": _BIAS,
+        "variants.dora.vjp*:float16": _BIAS,
     }
 
     def lora_linear(

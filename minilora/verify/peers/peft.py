@@ -79,6 +79,11 @@ _DORA_BEHIND = (
     "a norm of W without them: the order of the active adapters matters, merged and not"
 )
 
+_BIAS_THRICE = (
+    "DoRA takes the bias from the base's output and leaves it there (tuners/lora/dora.py): its "
+    "gradient is sum dy + sum (g - 1) dy - sum (g - 1) dy, each rounded"
+)
+
 _COSINE_RISES = (
     "get_cosine_schedule_with_warmup (transformers, optimization.py) takes the cosine of the "
     "progress without bounding it by 1: beyond total_steps the rate rises from 0 again"
@@ -112,6 +117,7 @@ class Peft:
         "variants.dora.vector:*": _VECTOR,
         "init.orthogonal:float64": _FLOAT32_START,
         "optimizer.cosine.past:*": _COSINE_RISES,
+        "variants.dora.vjp.evaluation:bfloat16": _BIAS_THRICE,
         "lifecycle.scale-while-merged:*": _SCALED_LATE,
         "lifecycle.full.delete:*": _DELETED,
         "lifecycle.machine.tied:*": f"{_SCALED_LATE}; {_DELETED}; {_SHARED_TABLE}",
