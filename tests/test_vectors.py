@@ -463,7 +463,7 @@ def test_an_answer_to_nothing_that_was_asked_is_mentioned(made, changed):
 
 
 SEVERAL_CALLS = ("state-", "merge-piled-up", "merge-unlike-forward", "combine-negative-absolute")
-NO_VECTORS = ("combine.svd", "optimizer.cosine")
+NO_VECTORS = ("combine.svd", "optimizer.cosine", "optimizer.cosine.past")
 
 
 def seen_by_vectors(m):
@@ -499,7 +499,6 @@ def test_misreadings_are_refused_and_what_only_looks_wrong_is_not(made, level):
     assert wrong
 
 
-@pytest.mark.slow
 def test_the_whole_set_shows_the_whole_catalogue():
     whole = vectors()
     for level in MAKERS:

@@ -420,7 +420,12 @@ BESIDE: dict[str, tuple[str, str, tuple[Step, ...]]] = {
         "One change of a tied table acts in both its uses, and once in each.",
         _tied("three"),
     ),
-    "bias": ("bias", "A trained bias comes and goes with its adapter, and no factor.", BROUGHT),
+    "bias": ("bias", "A trained bias comes and goes with its adapter.", BROUGHT),
+    "bias.scaled": (
+        "bias",
+        "A factor is the change's, and not the bias's that the adapter brings along.",
+        (("add", "one"), ("activate", ["one"]), ("scale", "one", 2.0), ("scale", "one", 0.5)),
+    ),
     "full": ("full", "A module trained in full comes and goes with its adapter.", BROUGHT),
     "full.delete": (
         "full",

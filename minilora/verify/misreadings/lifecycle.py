@@ -946,6 +946,10 @@ def _bias_scaled(my: Session, name: str) -> Any:
     return my.factor[name] * Session.shift(my, name)
 
 
+def _bias_twice(my: Session, name: str) -> Any:
+    return 2 * Session.shift(my, name)
+
+
 def _bias_at_once(my: Session, name: str, adapter: Mapping[str, Any]) -> None:
     """The base's own bias is overwritten, whichever acts."""
     Session.add(my, name, adapter)
@@ -1278,8 +1282,13 @@ LIFECYCLE += (
     ),
     *family(
         "LIFECYCLE",
-        "lifecycle.machine.bias",
+        "lifecycle.bias.scaled",
         ("bias-scaled", "a factor is the trained bias's too", _but(shift=_bias_scaled)),
+    ),
+    *family(
+        "LIFECYCLE",
+        "lifecycle.machine.bias",
+        ("bias-twice", "a trained bias counts twice", _but(shift=_bias_twice)),
     ),
     *family(
         "LIFECYCLE",

@@ -127,7 +127,8 @@ class Peft:
         "lifecycle.dora.several:*": _DORA_BEHIND,
     }
     known |= {
-        f"lifecycle.{check}:*": _BASE_BIAS for check in ("bias", "save.bias", "gradients.bias")
+        f"lifecycle.{check}:*": _BASE_BIAS
+        for check in ("bias", "bias.scaled", "save.bias", "gradients.bias")
     }
     known |= {
         f"lifecycle.machine{kind}:*": f"{_SCALED_LATE}; {_DELETED}"
