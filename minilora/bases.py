@@ -25,6 +25,9 @@ from minilora.models import Config
 from minilora.ops import Array
 from minilora.targets import Lora
 
+MANIFEST = "run.json"
+"""The file of all settings in a run's folder."""
+
 REFERENCE = "reference:"
 """What the names of the shipped models begin with."""
 
@@ -245,7 +248,7 @@ def open_adapted(base: Base, adapter: str | None = None, dtype: Any = np.float32
 
 def told(adapter: str | None) -> dict[str, Any]:
     """What the run that made the adapter says, ``run.json``, or nothing."""
-    path = adapter_path(adapter or "") / "run.json"
+    path = adapter_path(adapter or "") / MANIFEST
     run = read_json(path) if adapter is not None and path.is_file() else {}
     for part in ("settings", "model", "data"):
         if not isinstance(run.get(part, {}), dict):
@@ -294,7 +297,7 @@ def keep_sources(output: str, base: Base, adapter: str) -> None:
     for what, path in (("model", base.path), ("adapter", adapter_path(adapter))):
         if out == path.resolve():
             raise ValueError(f"{output}: the {what} that is read; expected another place")
-    if (out / "run.json").is_file():
+    if (out / MANIFEST).is_file():
         raise ValueError(f"{output}: the folder of a run; expected another place")
 
 

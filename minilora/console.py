@@ -174,6 +174,17 @@ def answer(command: str, run: Callable[[argparse.Namespace], int]) -> Any:
     return guarded
 
 
+def at_least(arguments: argparse.Namespace, **least: int) -> None:
+    """Refuses an option's number, where it is given, that is less than what makes sense.
+
+    Errors: ValueError that names the option.
+    """
+    for name, low in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < low:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {low} or more")
+
+
 def add_command(commands: Any, name: str, help: str, description: str, run: Any) -> Any:
     """A command's parser, with the exit statuses that the commands of fine-tuning share."""
     parser = commands.add_parser(

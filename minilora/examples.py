@@ -22,7 +22,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from minilora import __version__, data
-from minilora.bases import Base, open_adapted, open_base, package_folder, packaged
+from minilora.bases import MANIFEST, Base, open_adapted, open_base, package_folder, packaged
 from minilora.data import Example
 from minilora.evaluate import answers, measure
 from minilora.formats.files import FormatError, listed, pack_json, read_json, write_files
@@ -33,7 +33,6 @@ from minilora.ops import Array, Back, cross_entropy, linear
 from minilora.steps import Plan
 from minilora.train import (
     LOG,
-    MANIFEST,
     Job,
     Outcome,
     Recipe,
@@ -484,7 +483,7 @@ def _result(
     archive: Path | str | None = None,
 ) -> dict[str, Any]:
     """The figures with all that they depend on, in a file."""
-    settings = read_json(out / "adapter" / "run.json")["settings"]
+    settings = read_json(out / "adapter" / MANIFEST)["settings"]
     digests = {"model": base.digest}
     if archive is not None:
         digests["archive"] = hashlib.sha256(Path(archive).read_bytes()).hexdigest()

@@ -23,13 +23,12 @@ from typing import Any
 import numpy as np
 
 from minilora import __version__, data, evaluate
-from minilora.bases import Base, open_base
+from minilora.bases import MANIFEST, Base, open_base
 from minilora.data import Data
 from minilora.formats.files import FormatError, pack_json, read_json, write_files
 from minilora.steps import Plan, blas_threads, warm_memory
 from minilora.train import (
     LOG,
-    MANIFEST,
     Recipe,
     Refused,
     batches_of,

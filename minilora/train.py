@@ -22,12 +22,20 @@ from typing import Any
 import numpy as np
 
 from minilora import __version__, budget, checkpoints, evaluate
-from minilora.bases import BASE, BESIDE, Base, copy_tokenizer, weights_with
+from minilora.bases import BASE, BESIDE, MANIFEST, Base, copy_tokenizer, weights_with
 from minilora.checkpoints import State
 from minilora.data import SPLITS, Data, Example, order
 from minilora.data import batch as padded
 from minilora.formats import huggingface, peft
-from minilora.formats.files import FormatError, listed, pack_json, read_json, write_files
+from minilora.formats.files import (
+    FormatError,
+    listed,
+    make_folder,
+    pack_json,
+    read_json,
+    remove_empty,
+    write_files,
+)
 from minilora.lora import LORA, Params, Tuning, Weights, is_base, total
 from minilora.models import Batch, Config
 from minilora.optim import AdamState, adamw, clip, loraplus_rates, schedule
@@ -44,8 +52,8 @@ NOT_TRAINED: Mapping[str, str] = {
 }
 """Variants that are proven here but that no run trains, and why."""
 
-LOG, MANIFEST, PLOT = "log.jsonl", "run.json", "loss.svg"
-"""The files of a run beside its result: a line for each step, all settings, the picture."""
+LOG, PLOT = "log.jsonl", "loss.svg"
+"""The files of a run beside its result and its settings: a line for each step, the picture."""
 
 _MODEL = (huggingface.CONFIG, huggingface.WEIGHTS)
 """The files of a model that a run writes: its result, or the base that its adapter acts on."""
@@ -623,9 +631,7 @@ def alone(out: Path) -> Iterator[None]:
     if out.is_file():  # which is told by whoever writes into it
         yield
         return
-    missing = [each for each in (out, *out.parents) if not each.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    number = None
+    made, number = make_folder(out), None
     try:
         fcntl = _locks()
         if fcntl is not None:
@@ -641,9 +647,7 @@ def alone(out: Path) -> Iterator[None]:
     finally:
         if number is not None:
             os.close(number)
-        for each in missing:
-            with suppress(OSError):  # one that something stands in
-                each.rmdir()
+        remove_empty(made)
 
 
 def fit(

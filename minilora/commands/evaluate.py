@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from minilora.console import HOLDS, add_command, add_model, refuse, say
+from minilora.console import HOLDS, add_command, add_model, at_least, refuse, say
 
 
 def add(commands: Any) -> None:
@@ -47,9 +47,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.split and arguments.split not in data.SPLITS:
         return refuse(f"--split {arguments.split}: expected one of {data.SPLITS}", "evaluate")
-    for name, least in {"length": 2, "batch_tokens": 1, "seed": 0, "rouge": 0, "tokens": 1}.items():
-        if (value := getattr(arguments, name)) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
+    at_least(arguments, length=2, batch_tokens=1, seed=0, rouge=0, tokens=1)
     dtype = np.dtype(arguments.dtype)
     base = base_of(arguments.model, arguments.adapter, dtype)
     model = open_adapted(base, arguments.adapter, dtype)

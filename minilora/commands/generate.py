@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from minilora.console import HOLDS, add_command, add_model, say
+from minilora.console import HOLDS, add_command, add_model, at_least, say
+
+TOKENS = 64
+"""How many are written, if nobody says and the model has positions for them."""
 
 
 def add(commands: Any) -> None:
@@ -22,7 +25,7 @@ def add(commands: Any) -> None:
     add_model(option)
     option("--prompt", metavar="TEXT", help="what the text begins with")
     option("--chat", metavar="TEXT", help="a message to answer")
-    option("--tokens", type=int, metavar="N", help="at most (default: 64, or what fits)")
+    option("--tokens", type=int, metavar="N", help=f"at most (default: {TOKENS}, or what fits)")
     option("--temperature", type=float, default=0.0, metavar="X", help="0: the most probable")
     option("--top-k", type=int, default=0, metavar="K", help="of the K most probable; 0: of all")
     option("--top-p", type=float, default=1.0, metavar="P", help="of those that reach P")
@@ -38,10 +41,7 @@ def _run(arguments: argparse.Namespace) -> int:
     dtype = np.dtype(arguments.dtype)
     if arguments.prompt is not None and arguments.chat is not None:
         raise ValueError("--prompt and --chat both; give one of them")
-    if arguments.tokens is not None and arguments.tokens < 1:
-        raise ValueError(f"--tokens {arguments.tokens}: expected 1 or more")
-    if arguments.seed < 0:
-        raise ValueError(f"--seed {arguments.seed}: expected 0 or more")
+    at_least(arguments, tokens=1, seed=0)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     base = base_of(arguments.model, arguments.adapter, dtype)
     model, tokenizer = open_adapted(base, arguments.adapter, dtype), base.tokenizer
@@ -56,8 +56,10 @@ def _run(arguments: argparse.Namespace) -> int:
         first = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
         prompt = [*tokenizer.head, *tokenizer.encode(shown, special=False)]
         prompt = prompt or ([] if first is None else [first])
-    fits = base.config.tables().get("positions", len(prompt) + 64) - len(prompt) + 1
-    most = max(1, min(64, fits)) if arguments.tokens is None else arguments.tokens
+    most = arguments.tokens
+    if most is None:
+        room = base.config.tables().get("positions", len(prompt) + TOKENS)
+        most = max(1, min(TOKENS, room - len(prompt) + 1))
     drawn: list[int] = []
     written = ""
     say(shown)

@@ -259,6 +259,20 @@ def check_settings(
             raise FormatError(path, key, json.dumps(value), "no setting of this name", remedy)
 
 
+def make_folder(folder: Path) -> list[Path]:
+    """Make the folder with those above it; the ones that were not there, the innermost first."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove these folders, but for those that something stands in."""
+    for each in folders:
+        with suppress(OSError):
+            each.rmdir()
+
+
 def write_files(
     folder: Path | str,
     files: Mapping[str, Callable[[], bytes]],
@@ -279,8 +293,7 @@ def write_files(
     folder = Path(folder)
     if folder.is_file():
         raise FormatError(folder, "folder", "a file", "a folder", "choose another name")
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    made = make_folder(folder)
     left = {entry.name for entry in folder.iterdir()} - files.keys()
     old = {name for name in left if stale and re.fullmatch(stale, name)}
     if old:
@@ -302,9 +315,7 @@ def write_files(
     except BaseException:
         for temporary in beside.values():
             temporary.unlink(missing_ok=True)
-        for each in made:
-            with suppress(OSError):  # one that something stands in
-                each.rmdir()
+        remove_empty(made)
         raise
 
 

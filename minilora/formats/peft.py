@@ -561,6 +561,11 @@ def _also(path: Path, c: Config, settings: Mapping[str, Any], hit: list[str]) ->
     return [name for name in c.shapes() if name.rpartition(".")[0] in saved]
 
 
+def _touched(c: Config, adapted: Collection[str]) -> set[str]:
+    """The adapted modules, and the embedding that an adapted head is tied to."""
+    return {*adapted, "embed"} if "head" in adapted and ties_head(c) else {*adapted}
+
+
 def _tokens(
     path: Path, c: Config, settings: Mapping[str, Any], hit: list[str]
 ) -> dict[str, list[int]]:
@@ -587,7 +592,7 @@ def _tokens(
         expected = "the tokens of its embedding"
         raise FormatError(path, "trainable_token_indices", "a tied head's", expected, remedy)
     taken = {at for at, key in paths.items() if saved_in_full(key, settings["modules_to_save"])}
-    taken |= {*hit, "embed"} if "head" in hit and ties_head(c) else {*hit}
+    taken |= _touched(c, hit)
     if both := taken & found.keys():
         where = listed(paths[at] for at in both)
         remedy = "train the table in one way"
@@ -919,8 +924,7 @@ def _check_written(
     if lora.entry.variant == VERA and (over := [n for n in _NOT_VERAS if getattr(lora, n)]):
         remedy = "PEFT's VeRA has no such setting"
         raise FormatError(folder, over[0], f"it with {lora.variant}", "none", remedy)
-    taken = {*choice.rank, "embed"} if "head" in choice.rank and ties_head(c) else {*choice.rank}
-    if both := taken & lora.tokens.keys():
+    if both := _touched(c, choice.rank) & lora.tokens.keys():
         remedy = "PEFT trains a table in one way: adapt it, or train rows of it"
         text = f"rows of {listed(both)}, which is adapted, or tied to what is"
         raise FormatError(folder, "tokens", text, "those of another table", remedy)

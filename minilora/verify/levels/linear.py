@@ -67,20 +67,20 @@ def dbias(subject: Subject, layer: Layer, answer: Any) -> list[str]:
     return ["dbias"]
 
 
-def _forward_check(kind: dict[str, bool]) -> Run:
+def _forward_check(kind: dict[str, bool], **changed: Any) -> Run:
     def run(subject: Subject, case: Case) -> Iterable[Comparison]:
         layer, exact = draw_layer(case, **kind)
-        y = forward(subject, layer, case.dtype)
+        y = forward(subject, layer, case.dtype, **changed)
         sigma = None if exact else sigmas(layer, subject.precision(case.dtype))["y"]
         yield Comparison("y", y, wanted(layer)["y"], sigma, limits(layer, "y"))
 
     return run
 
 
-def _vjp_check(kind: dict[str, bool]) -> Run:
+def _vjp_check(kind: dict[str, bool], **changed: Any) -> Run:
     def run(subject: Subject, case: Case) -> Iterable[Comparison]:
         layer, exact = draw_layer(case, **kind)
-        got, want = vjp(subject, layer, case.dtype), wanted(layer)
+        got, want = vjp(subject, layer, case.dtype, **changed), wanted(layer)
         sigma = {} if exact else sigmas(layer, subject.precision(case.dtype))
         for name, array in got.items():
             yield Comparison(name, array, want[name], sigma.get(name), limits(layer, name))
@@ -90,19 +90,12 @@ def _vjp_check(kind: dict[str, bool]) -> Run:
 
 def evaluation(subject: Subject, case: Case) -> Iterable[Comparison]:
     """A dropout rate without a mask drops nothing."""
-    layer, exact = draw_layer(case)
-    y = forward(subject, layer, case.dtype, p=0.25)
-    sigma = None if exact else sigmas(layer, subject.precision(case.dtype))["y"]
-    yield Comparison("y", y, wanted(layer)["y"], sigma, limits(layer, "y"))
+    return _forward_check({}, p=0.25)(subject, case)
 
 
 def evaluation_vjp(subject: Subject, case: Case) -> Iterable[Comparison]:
     """A dropout rate without a mask drops nothing, and scales no gradient."""
-    layer, exact = draw_layer(case)
-    got, want = vjp(subject, layer, case.dtype, p=0.25), wanted(layer)
-    sigma = {} if exact else sigmas(layer, subject.precision(case.dtype))
-    for name, array in got.items():
-        yield Comparison(name, array, want[name], sigma.get(name), limits(layer, name))
+    return _vjp_check({}, p=0.25)(subject, case)
 
 
 def balance(subject: Subject, case: Case) -> Iterable[Comparison]:

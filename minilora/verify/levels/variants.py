@@ -45,8 +45,10 @@ KINDS: dict[str, dict[str, bool]] = {
 }
 
 ASKED = {"dora": tuple(KINDS), "lora-bias": ("", ".dropout", ".rslora", ".evaluation")}
+"""The kinds of each variant, forward and backward."""
+
 MERGED = {"dora": ("", ".conv1d"), "lora-bias": ("",)}
-"""The kinds of each, in two passes and merged. How W is stored matters to DoRA, whose norm is that
+"""The kinds of each variant, merged. How W is stored matters to DoRA, whose norm is that
 of an output's row."""
 
 
@@ -223,32 +225,16 @@ def _forward_only(layer: Layer) -> Layer:
 
 
 def _checks(name: str) -> Iterable[Check]:
+    def check(what: str, needs: str, words: str, run: Any, kind: str) -> Check:
+        title = f"{WORDS[name]}, {words}{_more(kind)}."
+        share = counter(CASES, 1.0)
+        return Check(f"variants.{name}.{what}{kind}", "variants", (needs,), title, run, share)
+
     for kind in ASKED[name]:
-        yield Check(
-            f"variants.{name}.forward{kind}",
-            "variants",
-            ("lora_linear",),
-            f"{WORDS[name]}, forward{_more(kind)}.",
-            _forward(name, kind),
-            counter(CASES, 1.0),
-        )
-        yield Check(
-            f"variants.{name}.vjp{kind}",
-            "variants",
-            ("lora_linear_vjp",),
-            f"{WORDS[name]}, every gradient{_more(kind)}.",
-            _vjp(name, kind),
-            counter(CASES, 1.0),
-        )
+        yield check("forward", "lora_linear", "forward", _forward(name, kind), kind)
+        yield check("vjp", "lora_linear_vjp", "every gradient", _vjp(name, kind), kind)
     for kind in MERGED[name]:
-        yield Check(
-            f"variants.{name}.merge{kind}",
-            "variants",
-            ("merge",),
-            f"{WORDS[name]}, merged{_more(kind)}.",
-            _merge(name, kind),
-            counter(CASES, 1.0),
-        )
+        yield check("merge", "merge", "merged", _merge(name, kind), kind)
 
 
 def _more(kind: str) -> str:
