@@ -1,6 +1,9 @@
 """A deviation that the catalogue knows gets its name, and what it does not know gets none."""
 
+import operator
+import re
 from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -275,6 +278,39 @@ def test_what_all_cases_that_deviate_have_in_common_is_told():
     assert "  only where r = 1\n" in report.text()
     assert report_of(CATALOGUE["scale-alpha"].make, "linear.forward").results[0].only == ()
     assert report_of(Plain, "linear.forward").results[0].only == ()
+
+
+def summed_in_tiles(step):
+    """W x summed over tiles of 16 features; ``step`` takes each into the sum."""
+
+    def base(my, c):
+        tiles = range(0, c.x.shape[1], 16)
+        parts = [c.x[:, k : k + 16] @ c.W[:, k : k + 16].T for k in tiles]
+        return reduce(step, parts) + c.b
+
+    return but(base=base)
+
+
+def test_a_kernel_that_is_wrong_in_its_second_tile_is_told_from_where_on():
+    def last(total, part):
+        return part
+
+    result, *_ = report_of(summed_in_tiles(last), "linear.forward").results
+    (said,) = result.only
+    least, most = map(int, re.findall(r"\d+", said))
+    assert most <= 16 < least
+    assert said == f"there are {least} or more columns of W (it holds up to {most})"
+    right, *_ = report_of(summed_in_tiles(operator.add), "linear.forward").results
+    assert (right.status, right.only) == ("pass", ())
+
+
+def test_a_misreading_of_rare_cases_alone_is_named_by_those():
+    m = CATALOGUE["layout-one-token"]
+    wrong = Direct(m.make())
+    (named,) = diagnosis.diagnose(BY_ID["linear.forward"], wrong, "float32", 0)
+    assert named.id == m.id
+    check = replace(BY_ID["linear.forward"], cases=lambda profile, dtype: max(diagnosis.CASES) + 1)
+    assert diagnosis.telling(check, Direct(m.make()), "float32", 0) == ((), [])
 
 
 def test_of_two_answers_that_disagree_none_is_called_wanted():

@@ -692,6 +692,7 @@ def test_every_architecture_has_its_parameters_and_uses_them(name):
     assert {
         f"{at}.weight": shape for at, shape in c.linears().items()
     }.items() <= c.shapes().items()
+    assert models.ties_head(c) == (not {"head.weight", "pooler.weight"} & expected)
     gradients = case(name).loss()[1](1.0)
     assert gradients.keys() >= expected
     assert all(greatest(gradients[n]) > GRADIENT for n in expected if not n.endswith(".k.bias"))

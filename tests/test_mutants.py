@@ -171,9 +171,10 @@ SURVIVORS = {
             "llama: _tables(batch.ids.shape[1], *of) if counted else "
             "rope_tables(batch.places, *of) -> rope_tables(batch.places, *of)"
         ): KEPT,
-        "_lowest: ('head', 'pooler') -> ('pooler', 'head')": ORDER,
-        ("constant: ('layers.', 'head.', 'pooler.') -> ('head.', 'layers.', 'pooler.')"): ORDER,
-        ("constant: ('layers.', 'head.', 'pooler.') -> ('layers.', 'pooler.', 'head.')"): ORDER,
+        (
+            "constant: ('layers.', *(f'{at}.' for at in _ABOVE[causal])) -> "
+            "(*(f'{at}.' for at in _ABOVE[causal]), 'layers.')"
+        ): ORDER,
         "head_loss: len(E) * labels.size > LARGE -> len(E) * labels.size >= LARGE": BITS,
         "_in_parts: 1 -> 2": "of no column, a second part has none either",
         "_in_parts: zip(*map(of, parts), strict=True) -> zip(*map(of, parts))": LENGTHS,

@@ -344,6 +344,8 @@ def test_clipping_shortens_what_is_too_long_and_nothing_else():
         same, norm = optim.clip(g, at_least, eps=0.0)
         assert norm == 7
         assert all(same_bits(same[name], g[name]) for name in g)
+    nothing, _ = optim.clip(g, 0.0)
+    assert not any(each.any() for each in nothing.values())
     shorter, _ = optim.clip(g, 3.5, eps=7.0)
     assert all((shorter[name] == g[name] / 4).all() for name in g)
     default, _ = optim.clip(g, 3.5)

@@ -290,7 +290,8 @@ class Subject:
     """An implementation with its declarations, called safely.
 
     Arrays go in as fresh writable copies and are compared with the originals afterwards. A call
-    runs in a thread of its own that is left behind when the time limit is over.
+    runs in a thread of its own that is left behind when the time limit is over; what a ``whole``
+    has answered, a session, is called in the thread of that.
     """
 
     def __init__(
@@ -299,9 +300,11 @@ class Subject:
         *,
         time_limit: float = TIME_LIMIT,
         methods: Mapping[str, str] = METHODS,
+        whole: Subject | None = None,
     ) -> None:
         self.implementation = implementation
         self._methods = methods
+        self._whole = whole
         self.time_limit = time_limit
         if isinstance(implementation, Remote):  # a call may have to start it first
             implementation.time_limit, self.time_limit = time_limit, 2 * time_limit + 10
@@ -311,6 +314,8 @@ class Subject:
         """What checks have remarked on, in order, each once."""
         self.traits: set[str] = set()
         """What is particular about the calls of a case, in words; who asks a case empties it."""
+        self.sizes: dict[str, int] = {}
+        """The greatest sizes in the calls of a case, each by its name; emptied likewise."""
         self._worker: _Worker | None = None
         self._hangs: Counter[str] = Counter()
         self._home = _home(implementation)
@@ -390,6 +395,12 @@ class Subject:
             return None
         return Subject(made, time_limit=self.time_limit, methods=self._methods)
 
+    def session(self, layer: Any) -> Subject:
+        """The session that it opens, called as safely. Raises Skip or Fault."""
+        opened = self.call("session", layer)
+        limit = self.time_limit
+        return type(self)(opened, time_limit=limit, methods=SESSION, whole=self)
+
     def announce(self, check: str) -> None:
         """Says which check calls from now on, to an implementation that wants to know."""
         if isinstance(self.implementation, Remote):
@@ -400,7 +411,10 @@ class Subject:
         if self._hangs[method] >= HANGS_ALLOWED:
             raise Fault("hangs", f"{method} is not called any more: it hung {HANGS_ALLOWED} times")
         names = positional(method, self._methods)
-        self.traits |= {*_traits(dict(zip(names, args, strict=False)) | kwargs)}
+        named = dict(zip(names, args, strict=False)) | kwargs
+        self.traits |= {*_traits(named)}
+        for name, size in _sizes(named):
+            self.sizes[name] = max(size, self.sizes.get(name, 0))
         given = _copied((args, kwargs))
         started = perf_counter()
         try:
@@ -414,7 +428,9 @@ class Subject:
         except Raised as raised:
             raise self._verdict_on(method, raised.error) from raised.error
         finally:
-            self.spent += perf_counter() - started
+            seconds = perf_counter() - started
+            for each in filter(None, (self, self._whole)):
+                each.spent += seconds
         for i, (arg, original) in enumerate(zip(given[0], args, strict=True)):
             _unchanged(names[i] if i < len(names) else f"argument {i + 1}", arg, original)
         for name, original in kwargs.items():
@@ -433,6 +449,8 @@ class Subject:
         return Fault("raises", says)
 
     def _within_limit(self, call: Callable[[], Any]) -> Any:
+        if self._whole is not None:
+            return self._whole._within_limit(call)
         if self._worker is None:
             self._worker = _Worker()
             weakref.finalize(self, self._worker.stop)
@@ -521,6 +539,16 @@ def _traits(given: Mapping[str, Any]) -> Iterator[str]:
         yield f"there is {'one token' if x.size == x.shape[-1] else 'more than one token'}"
         yield f"there is {'no' if given.get('bias') is None else 'a'} bias"
         yield f"there is {'no' if given.get('keep') is None else 'a'} dropout mask"
+
+
+def _sizes(given: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """What a kernel may cut into pieces, whose last ones are easily wrong."""
+    if isinstance(W := given.get("W"), np.ndarray) and W.ndim == 2:
+        yield from zip(("rows of W", "columns of W"), W.shape, strict=True)
+    if isinstance(x := given.get("x"), np.ndarray) and x.ndim and x.shape[-1]:
+        yield "tokens", x.size // x.shape[-1]
+    if isinstance(r := given.get("r"), int):
+        yield "ranks", r
 
 
 def _dtype_name(dtype: Any) -> str:

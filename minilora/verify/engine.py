@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import filter as filter_names
 from fnmatch import fnmatchcase
-from math import inf
+from math import comb, inf
 from time import perf_counter
 from typing import Any
 
@@ -288,6 +288,11 @@ def declared(
     return {n: entry for n, entry in entries.items() if entry.holds_for(subject.version)}, notes
 
 
+ONE_IN = 1000
+"""That all cases that deviate are larger than all that hold is told where it would be rarer than
+this, if which ones deviate were chance: of n cases any k deviate in n! / (k! (n - k)!) ways."""
+
+
 @dataclass
 class _Tally:
     """What is known so far of one check in one dtype."""
@@ -303,12 +308,21 @@ class _Tally:
     worst_case: str = ""
     shared: set[str] | None = None
     elsewhere: set[str] = field(default_factory=set)
+    least: dict[str, int] = field(default_factory=dict)
+    most: dict[str, int] = field(default_factory=dict)
 
     @property
     def only(self) -> tuple[str, ...]:
         """What all cases that deviate have in common, and no case that holds has."""
         held = self.cases - len(self.reasons) - self.troubled
-        return tuple(sorted((self.shared or set()) - self.elsewhere)) if held else ()
+        words = sorted((self.shared or set()) - self.elsewhere) if held else []
+        rare = comb(held + self.troubled, held) > ONE_IN
+        words += [
+            f"there are {least} or more {name} (it holds up to {self.most[name]})"
+            for name, least in self.least.items()
+            if rare and least > self.most.get(name, least)
+        ]
+        return tuple(words)
 
     @property
     def over(self) -> bool:
@@ -330,6 +344,7 @@ class _Tally:
         judged: Sequence[Judgement],
         end: Skip | Fault | None,
         traits: set[str],
+        sizes: Mapping[str, int],
     ) -> None:
         """Takes in the comparisons of a case, how it ended, and what is particular about it."""
         self.cases += 1
@@ -349,13 +364,21 @@ class _Tally:
         if verdicts & {"fail", "loose"} or isinstance(end, Fault):
             self.troubled += 1
             self.shared = set(traits) if self.shared is None else self.shared & traits
+            _take_in(self.least, sizes, min)
         elif not isinstance(end, Skip):
             self.elsewhere |= traits
+            _take_in(self.most, sizes, max)
         self.deviating += bool(verdicts & {"fail", "loose"})
         self.since += bool("fail" in self.first)
         for judgement in judged:
             if self.worst is None or _worse(judgement, self.worst):
                 self.worst, self.worst_case = judgement, case.id
+
+
+def _take_in(known: dict[str, int], sizes: Mapping[str, int], which: Callable[..., int]) -> None:
+    """The least or the greatest of each size."""
+    for name, size in sizes.items():
+        known[name] = which(size, known.get(name, size))
 
 
 def _worse(a: Judgement, b: Judgement) -> bool:
@@ -379,8 +402,8 @@ def _result(
     tally = _Tally()
     if not reason:
         for case in cases:
-            subject.traits = set()
-            tally.add(case, *judged(check, subject, case), subject.traits)
+            subject.traits, subject.sizes = set(), {}
+            tally.add(case, *judged(check, subject, case), subject.traits, subject.sizes)
             if tally.over:
                 break
     status = tally.status

@@ -24,7 +24,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from minilora.verify.cases import RANKS, ROWS, SIZES, draw_several, in_exact_lane
-from minilora.verify.contract import DTYPES, SESSION, Fault, Skip, Subject, tidy
+from minilora.verify.contract import DTYPES, Fault, Skip, Subject, tidy
 from minilora.verify.smallest import SECONDS, Smallest, shrunk
 from minilora.verify.states import Layer
 from minilora.verify.terms import Case, Check, Comparison, counter
@@ -295,11 +295,7 @@ def moved(
 
 def _opened(subject: Subject, drawn: Drawn) -> tuple[Subject, Layer]:
     """A new session, and the state of its layer."""
-    session = subject.call("session", drawn.layer)
-    return (
-        Subject(session, time_limit=subject.time_limit, methods=SESSION),
-        Layer.of(wide(drawn.layer)),
-    )
+    return subject.session(drawn.layer), Layer.of(wide(drawn.layer))
 
 
 def told(step: Step) -> str:
