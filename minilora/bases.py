@@ -66,6 +66,11 @@ class Base:
         """The name of the reference model, if it is one."""
         return self.name.removeprefix(REFERENCE) if self.name.startswith(REFERENCE) else None
 
+    @property
+    def of_transformers(self) -> str | None:
+        """What transformers' ``from_pretrained`` takes for it: a user's folder, or nothing."""
+        return self.name if self.path.is_dir() and self.path == Path(self.name) else None
+
     @cached_property
     def kept(self) -> dict[str, Any]:
         """What changed weights keep of this model's ``config.json``, where it is a folder."""

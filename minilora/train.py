@@ -390,7 +390,8 @@ def write_result(folder: Path | str, job: Job, params: Weights) -> None:
     if REGISTRY[lora.variant].breaks.get("kept"):  # the start changed the base
         W = {name: job.weights(params)[name] for name in (*base.config.shapes(), *job.adapter)}
         below = job.frozen if goes_along(job) else below
-    peft.write_adapter(folder, base.config, W, tuning, lora, base=below)
+    of = None if goes_along(job) else base.of_transformers
+    peft.write_adapter(folder, base.config, W, tuning, lora, base=below, of=of)
 
 
 def _pruned(W: Weights, tuning: Tuning, lora: Lora) -> tuple[Weights, Tuning, Lora]:

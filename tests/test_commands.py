@@ -187,6 +187,8 @@ def test_show_batch_prints_each_token_and_writes_nothing(minilora, tmp_path):
         (("--model", "reference:none"), 3, "expected reference:bert, reference:gpt2"),
         (("--model", "nowhere"), 3, "nowhere: model: found nothing"),
         (("--data", "nowhere.jsonl"), 3, "nowhere.jsonl: file: found nothing there"),
+        (("--full", "--rank", "4"), 2, "--rank 4 with --full: it trains no adapter"),
+        (("--full", "--targets", "q"), 2, "--targets q with --full"),
         (("--lora-pluss", "2"), 2, "did you mean --lora-plus"),
     ],
 )

@@ -59,7 +59,8 @@ def write(path: str, kind: str, model: Any) -> str:
     dropout = 0.0 if lora is None else lora.dropout
     if kind == "peft":
         lora = lora or choice_of(path, c, own, tuning, dropout)
-        peft.write_adapter(path, c, own, tuning, lora, base=model.base.weights)
+        base = model.base
+        peft.write_adapter(path, c, own, tuning, lora, base=base.weights, of=base.of_transformers)
     elif kind == "mlx":
         mlx.write_adapter(path, c, own, tuning, dropout=dropout)
     else:

@@ -84,10 +84,22 @@ def add(commands: Any) -> None:
     option("--overwrite", action="store_true", help="replace the run in OUT")
 
 
+OF_ADAPTERS = ("rank", "alpha", "dropout", "targets", "variant", "lora_plus")
+"""What says nothing where every weight is trained."""
+
+
 def recipe_of(arguments: argparse.Namespace, task: str) -> Recipe:
-    """What decides the run's result, as the options have it."""
+    """What decides the run's result, as the options have it.
+
+    Errors: ValueError for an option of adapters where there are none.
+    """
     from minilora.train import Recipe
 
+    usual = {f.name: f.default for f in fields(Recipe)} | {"alpha": None}
+    for name in OF_ADAPTERS if arguments.full else ():
+        if (value := getattr(arguments, name)) != usual[name]:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} {value} with --full: it trains no adapter; leave one out")
     given = {f.name: getattr(arguments, f.name) for f in fields(Recipe) if f.name in arguments}
     # Full fine-tuning is best at about a tenth of LoRA's rate, whatever the model
     # (Schulman et al. 2025, "LoRA Without Regret").

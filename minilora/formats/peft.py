@@ -847,13 +847,15 @@ def write_adapter(
     *,
     dtype: Any = None,
     base: Mapping[str, Array] | None = None,
+    of: str | None = None,
 ) -> None:
     """Write the adapter of W, in ``dtype`` or its own, to the folder ``path``.
 
     Beside the adapter goes what else ``tuning`` trains. Modules are named in full, one by one, in
     the settings. Where the start changed the weights that it was put beside ("pissa", "olora",
     "loftq"), ``base`` says on which the folder will be loaded: on those of W as they are, or on
-    those from before the start, for which the adapter is written at the doubled rank. The same
+    those from before the start, for which the adapter is written at the doubled rank. ``of`` names
+    the model as ``from_pretrained`` takes it, so that PEFT's ``AutoPeftModel`` finds it. The same
     input gives the same bytes.
 
     Errors: FormatError if ``lora``, ``tuning`` and W do not agree; for what PEFT has no place or
@@ -895,7 +897,7 @@ def write_adapter(
     paths = _paths(c)
     if "embed" in saved and ties_head(c):
         tensors[f"{PREFIX}{paths['head']}.weight"] = tensors[f"{PREFIX}{paths['embed']}.weight"]
-    settings = _written(folder, c, lora, choice, saved)
+    settings = _written(folder, c, lora, choice, saved) | {"base_model_name_or_path": of}
     files = {
         WEIGHTS: partial(pack, folder / WEIGHTS, tensors, {"format": "pt"}),
         CONFIG: partial(pack_json, settings),
@@ -1022,7 +1024,6 @@ def _written(
         task = "SEQ_CLS"
     settings: dict[str, Any] = {
         "task_type": task,
-        "base_model_name_or_path": None,
         "inference_mode": True,
         "target_modules": sorted(paths[at] for at in choice.rank),
         "modules_to_save": sorted(paths[at] for at in saved) or None,

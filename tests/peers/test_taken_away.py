@@ -149,6 +149,21 @@ def test_peft_gives_the_logits_of_what_was_trained_here(trained, adapted):
     assert holds("PEFT's logits, trained here", z, adapted)
 
 
+def test_peft_finds_the_model_on_which_an_adapter_was_trained(trained, tmp_path, monkeypatch):
+    libraries, out = torch_libraries(), tmp_path / "run"
+    steps = ["--steps", "2", "--rank", "4", "--data", "task:running-sum", "--targets", "q"]
+    assert main(["train", "--model", str(BASE), "--output", str(out), *steps]) == 0
+    auto = libraries.peft.AutoPeftModelForCausalLM
+    monkeypatch.setattr(warnings, "warn", lambda *given, **options: None)  # of transformers' own
+    z = torch_logits(libraries, auto.from_pretrained(out, dtype=libraries.torch.float32).eval())
+    assert np.array_equal(z, by_transformers(libraries, BASE, out))
+    named = [
+        json.loads((run / "adapter_config.json").read_text()) for run in (out, trained / "run")
+    ]
+    # A model that comes with this package lies where nobody else has it.
+    assert [each["base_model_name_or_path"] for each in named] == [str(BASE), None]
+
+
 @pytest.mark.parametrize("variant", ["adalora", "loftq", "dora-full"])
 def test_peft_gives_the_logits_of_a_variant_trained_here(variant, tmp_path):
     libraries, out = torch_libraries(), str(tmp_path / "run")
