@@ -932,3 +932,22 @@ def test_text_is_written_for_as_long_as_there_are_positions_unless_told(minilora
         assert got == status
         assert out.startswith("( [")
         assert ("the model has 20 positions" in err) == bool(status)
+
+
+def test_a_model_that_the_adapter_was_not_trained_on_is_told(minilora, trained, tmp_path):
+    c, W = huggingface.read_model(reference.folder() / "llama/base")
+    huggingface.write_model(tmp_path / "other", c, W | {"norm.weight": W["norm.weight"] + 1})
+    adapter = str(trained / "llama")
+    for options, told in (
+        ((), False),
+        (("--model", "reference:llama"), False),
+        (("--model", "other"), True),
+    ):
+        status, _, err = minilora("inspect", adapter, *options)
+        assert status == 0
+        assert ("was trained on reference:llama, whose files were others" in err) is told
+
+
+def test_the_base_of_loftq_is_its_own(minilora):
+    assert minilora("train", "--output", "run", "--steps", "1", "--variant", "loftq")[0] == 0
+    assert minilora("inspect", "run")[::2] == (0, "")

@@ -3,8 +3,15 @@
 A module imports at its top no more than the parser needs; the rest when the command is asked for.
 """
 
+from __future__ import annotations
+
+import argparse
+import sys
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minilora.bases import Adapted
 
 NAMES: tuple[str, ...] = (
     *("train", "generate", "evaluate", "merge", "inspect", "convert"),
@@ -17,3 +24,23 @@ def add_all(commands: Any) -> None:
     """Adds every command to the parser's ``commands``."""
     for name in NAMES:
         import_module(f"minilora.commands.{name}").add(commands)
+
+
+def adapted_model(arguments: argparse.Namespace) -> Adapted:
+    """The model of the options with the adapter over it.
+
+    Shapes do not tell two models apart: where the adapter's run had other files, that is said.
+    """
+    import numpy as np
+
+    from minilora.bases import base_of, open_adapted, told
+
+    dtype = np.dtype(arguments.dtype)
+    base = base_of(arguments.model, arguments.adapter, dtype)
+    model = open_adapted(base, arguments.adapter, dtype)
+    run = told(arguments.adapter)
+    trained_on = {} if run.get("base") else run.get("model", {})  # or on a base of its own
+    if trained_on.get("digest", base.digest) != base.digest:
+        says = f"was trained on {trained_on.get('name')}, whose files were others than those of"
+        print(f"note: {arguments.adapter} {says} {base.name}", file=sys.stderr)
+    return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from minilora.commands import adapted_model
 from minilora.console import HOLDS, add_command, add_model, say
 
 
@@ -25,16 +26,14 @@ def add(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    import numpy as np
 
-    from minilora.bases import adapter_path, base_of, keep_sources, kind_of, open_adapted
+    from minilora.bases import adapter_path, keep_sources, kind_of
 
     if (arguments.to == "gguf") != arguments.output.endswith(".gguf"):
         expected = "a .gguf file" if arguments.to == "gguf" else "a folder"
         raise ValueError(f"--output {arguments.output}: expected {expected} for {arguments.to}")
-    dtype = np.dtype(arguments.dtype)
-    base = base_of(arguments.model, arguments.adapter, dtype)
-    model = open_adapted(base, arguments.adapter, dtype)
+    model = adapted_model(arguments)
+    base = model.base
     keep_sources(arguments.output, base, arguments.adapter)
     told = write(arguments.output, arguments.to, model)
     said = kind_of(adapter_path(arguments.adapter))

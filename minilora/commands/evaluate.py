@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from minilora.commands import adapted_model
 from minilora.console import HOLDS, add_command, add_model, at_least, refuse, say
 
 
@@ -35,10 +36,8 @@ def add(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    import numpy as np
-
     from minilora import data
-    from minilora.bases import base_of, classes_of, open_adapted, told
+    from minilora.bases import classes_of, told
     from minilora.commands.train import data_of
     from minilora.evaluate import measure
     from minilora.formats.files import pack_json, write_files
@@ -48,9 +47,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.split and arguments.split not in data.SPLITS:
         return refuse(f"--split {arguments.split}: expected one of {data.SPLITS}", "evaluate")
     at_least(arguments, length=2, batch_tokens=1, seed=0, rouge=0, tokens=1)
-    dtype = np.dtype(arguments.dtype)
-    base = base_of(arguments.model, arguments.adapter, dtype)
-    model = open_adapted(base, arguments.adapter, dtype)
+    model = adapted_model(arguments)
+    base = model.base
     if not base.config.causal and "head.weight" not in model.weights:
         expected = "one: train it with --task classify, and give the --adapter"
         raise ValueError(f"{base.name}: an encoder without a classifier; expected {expected}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from minilora.commands import adapted_model
 from minilora.console import HOLDS, add_command, add_model, at_least, say
 
 TOKENS = 64
@@ -33,18 +34,15 @@ def add(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    import numpy as np
 
-    from minilora.bases import base_of, open_adapted
     from minilora.generate import Sampling, generate
 
-    dtype = np.dtype(arguments.dtype)
     if arguments.prompt is not None and arguments.chat is not None:
         raise ValueError("--prompt and --chat both; give one of them")
     at_least(arguments, tokens=1, seed=0)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    base = base_of(arguments.model, arguments.adapter, dtype)
-    model, tokenizer = open_adapted(base, arguments.adapter, dtype), base.tokenizer
+    model = adapted_model(arguments)
+    base, tokenizer = model.base, model.base.tokenizer
     if not base.config.causal:
         name = type(base.config).__name__
         raise ValueError(f"a {name} writes no text; expected a language model")

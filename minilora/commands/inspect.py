@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from minilora.commands import adapted_model
 from minilora.console import HOLDS, add_command, add_model, say
 
 
@@ -23,13 +24,8 @@ def add(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    import numpy as np
 
-    from minilora.bases import base_of, open_adapted
-
-    dtype = np.dtype(arguments.dtype)
-    base = base_of(arguments.model, arguments.adapter, dtype)
-    model = open_adapted(base, arguments.adapter, dtype)
+    model = adapted_model(arguments)
     say("\n".join([*described(model), "", *runtimes(model)]) + "\n")
     return HOLDS
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from minilora.commands import adapted_model
 from minilora.console import HOLDS, add_command, add_model, say
 
 
@@ -23,18 +24,16 @@ def add(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    import numpy as np
 
-    from minilora.bases import base_of, classes_of, copy_tokenizer, keep_sources, open_adapted
+    from minilora.bases import classes_of, copy_tokenizer, keep_sources
     from minilora.formats.files import FormatError
     from minilora.formats.huggingface import write_model
     from minilora.lora import merge
 
     if arguments.adapter is None:
         raise ValueError("--adapter: none given; expected the adapter to merge")
-    dtype = np.dtype(arguments.dtype)
-    base = base_of(arguments.model, arguments.adapter, dtype)
-    model = open_adapted(base, arguments.adapter, dtype)
+    model = adapted_model(arguments)
+    base = model.base
     keep_sources(arguments.output, base, arguments.adapter)
     whole = {name: model.weights[name] for name in (*base.config.shapes(), *model.own)}
     merged = merge(whole, model.tuning)
