@@ -73,7 +73,9 @@ class Base:
 
     @cached_property
     def kept(self) -> dict[str, Any]:
-        """What changed weights keep of this model's ``config.json``, where it is a folder."""
+        """What changed weights keep of this model's settings."""
+        if self.path.suffix == ".gguf":
+            return gguf.kept_settings(self.path)
         return kept_settings(self.path) if self.path.is_dir() else {}
 
     @cached_property

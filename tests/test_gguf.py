@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from minilora import blocks
 from minilora.bases import copy_tokenizer, open_base
+from minilora.formats import huggingface
 from minilora.formats.factors import named_shapes
 from minilora.formats.files import FormatError
 from minilora.formats.huggingface import names, write_model
@@ -1303,3 +1304,19 @@ def test_a_file_that_comes_out_cut_off_replaces_none(lost, monkeypatch, tmp_path
         door.write_model(path, MODELS["llama"], small)
     assert path.read_bytes() == before
     assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_folder_made_from_a_file_keeps_what_generation_needs(tmp_path):
+    ids = {
+        "tokenizer.ggml.bos_token_id": ("UINT32", 1),
+        "tokenizer.ggml.eos_token_id": ("UINT32", 2),
+    }
+    length = {"llama.context_length": ("UINT32", 77)}
+    made = rewritten(model_file("llama"), tmp_path / "a.gguf", ids | length)
+    kept = {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 77}
+    base = open_base(str(made))
+    assert base.kept == kept
+    huggingface.write_model(tmp_path / "model", base.config, dict(base.weights), kept=base.kept)
+    assert huggingface.kept_settings(tmp_path / "model") == kept
+    unsaid = rewritten(model_file("llama"), tmp_path / "b.gguf", {"llama.context_length": None})
+    assert open_base(str(unsaid)).kept == {}

@@ -624,6 +624,22 @@ def read_tokenizer(path: Path | str) -> Library:
         raise FormatError(path, "tokenizer", error, expected, remedy) from None
 
 
+def kept_settings(path: Path | str) -> dict[str, Any]:
+    """What generation needs of a model's metadata and the logits do not, by its names in JSON.
+
+    As :func:`minilora.formats.huggingface.kept_settings` has it of a folder.
+
+    Errors: FormatError for what is no GGUF model.
+    """
+    contents = Contents(path)
+    keys = {
+        f"{at}_token_id": f"tokenizer.ggml.{TOKENS[at]}_token_id" for at in ("bos", "eos", "pad")
+    }
+    keys["max_position_embeddings"] = f"{_named(contents)}.context_length"
+    said = {name: contents.get(key) for name, key in keys.items()}
+    return {name: value for name, value in said.items() if isinstance(value, int)}
+
+
 def _listed(contents: Contents, what: str, kind: type, count: int | None = None) -> list[Any]:
     """The array of the tokenizer's metadata, of that kind, and of as many as there are tokens."""
     found = contents.get(f"tokenizer.ggml.{what}")
