@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minilora.cli import main
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -151,6 +153,23 @@ def test_a_finding_without_its_release_or_its_place_is_seen(docstring):
     release = "def test_it():\n    'Seen in torch 2.13.0 and peft 0.21.2.'"
     assert unshown(release, page) == set()
     assert unshown(release, "") == {"test_it"}
+
+
+def commands_of(page):
+    """The commands that a page of options has a section for, and those whose help it shows."""
+    shown = set(re.findall(r'^options\("(\w+)"\)$', page, re.M))
+    return set(re.findall(r"^## (\w+)$", page, re.M)), shown
+
+
+def test_the_options_of_every_command_are_shown(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    every = set(re.findall(r"^    (\w+) ", capsys.readouterr().out, re.M))
+    page = (DOCS / "commands.md").read_text()
+    assert {"verify", "train", "example"} < every
+    assert commands_of(page) == (every, every)
+    assert commands_of(page.replace("## train", "")) != (every, every)
+    assert commands_of(page.replace('options("train")', "")) != (every, every)
 
 
 def prose(page):
