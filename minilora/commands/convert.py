@@ -37,7 +37,8 @@ def _run(arguments: argparse.Namespace) -> int:
     keep_sources(arguments.output, base, arguments.adapter)
     told = write(arguments.output, arguments.to, model)
     said = kind_of(adapter_path(arguments.adapter))
-    say(f"{arguments.output}: the adapter {arguments.adapter} of {said} for {arguments.to}\n{told}")
+    of = f"{arguments.adapter} of {said} for {arguments.to}, on {base.name}"
+    say(f"{arguments.output}: the adapter {of}\n{told}")
     return HOLDS
 
 
