@@ -242,8 +242,8 @@ def test_full_fine_tuning_is_three_products_for_each_of_the_forward(subject):
     job = job_of(subject, TINY, FULL)
     batch = batches_of(job.data.train, 64, 0)[0]
     W, c = dict(job.base.weights), subject.base.config
-    forward = products_of(lambda h: claims.logits(batch, h, c, Tuning()), W)
-    step = products_of(lambda h: claims.loss(batch, h, c, job.tuning)[1](1.0), W)
+    forward = products_of(lambda h: claims.costs.logits(batch, h, c, Tuning()), W)
+    step = products_of(lambda h: claims.costs.loss(batch, h, c, job.tuning)[1](1.0), W)
     assert claims.flops_of(step) == 3 * claims.flops_of(forward)
 
 
@@ -268,18 +268,18 @@ def test_a_merged_model_is_a_plain_one_and_an_adapted_one_is_not(subject, monkey
     (plain, adapted, merged), other = inference_of(job, batch)
     assert other == 0
     assert plain == merged < adapted
-    adds = claims.merge
+    adds = claims.costs.merge
 
     def one_more(W, tuning):
         return {**adds(W, tuning), "layers.0.extra.weight": np.ones((2, 2), np.float32)}
 
-    monkeypatch.setattr(claims, "merge", one_more)
+    monkeypatch.setattr(claims.costs, "merge", one_more)
     assert inference_of(job, batch)[1] == 1
 
     def wide(W, tuning):
         return {name: w.astype(np.float64) for name, w in adds(W, tuning).items()}
 
-    monkeypatch.setattr(claims, "merge", wide)
+    monkeypatch.setattr(claims.costs, "merge", wide)
     assert inference_of(job, batch)[1] == len(
         adds({**job.adapter, **subject.base.weights}, job.tuning)
     )
@@ -341,7 +341,7 @@ def test_the_real_model_left_out_is_said(found, monkeypatch):
     monkeypatch.setattr("minilora.bases.importlib.util.find_spec", lambda name: None)
     assert claims.real_path() is None
     assert "not installed" in claims.lacking()
-    monkeypatch.setattr(claims, "_measured", lambda study, found, *_: found)
+    monkeypatch.setattr(claims.found, "_measured", lambda study, found, *_: found)
     left = claims.measure(WHOLE, 1)
     assert "not installed" in left.left_out
     assert [study.models for study in left.studies] == [WHOLE.models]

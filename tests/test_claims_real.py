@@ -80,7 +80,7 @@ def found(study):
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patched:  # other processes would read the text anew
         in_order = lambda work, items, jobs: enumerate(map(work, items))  # noqa: E731
-        patched.setattr(claims, "in_processes", in_order)
+        patched.setattr(claims.found, "in_processes", in_order)
         return claims.measure(reference, 1)
 
 
@@ -140,8 +140,8 @@ def surprise(base, texts):
 @needs_text
 def test_the_own_text_has_the_entropy_of_the_base(study, base, own, monkeypatch):
     assert abs(surprise(base, own)) < 4
-    cold = claims.Sampling(temperature=0.7)
-    monkeypatch.setattr(claims, "Sampling", lambda temperature: cold)
+    cold = claims.study.Sampling(temperature=0.7)
+    monkeypatch.setattr(claims.study, "Sampling", lambda temperature: cold)
     assert surprise(base, own_texts(base, study)) < -4
 
 
