@@ -100,6 +100,15 @@ class Config:
         tied = {"head": (self.vocab, self.d)} if self.causal else {}
         return self.linears() | tables | tied
 
+    def inputs(self, b: int, t: int) -> Shapes:
+        """What each projection reads of b rows of t tokens, (features, columns).
+
+        Those above the blocks of a classifier read one token of each row.
+        """
+        matrices = {at: n for at, (_, n) in self.matrices().items() if at not in self.tables()}
+        every = {at for at in matrices if self.causal or at.startswith("layers.")}
+        return {at: (n, b * t if at in every else b) for at, n in matrices.items()}
+
     def shapes(self) -> Shapes:
         """Every parameter."""
         shapes = {f"{at}.weight": (n, self.d) for at, n in self.tables().items()}

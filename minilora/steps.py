@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.lora import TABLES, Params, Tuning, Weights, draw_dropout, total
+from minilora.lora import Params, Tuning, Weights, draw_dropout, total
 from minilora.models import Batch, Config, loss, targets
 from minilora.ops import IGNORED, Array
 
@@ -122,11 +122,7 @@ def drawn_dropout(
         expected = "a rate from 0 and below 1, and both others from 0"
         raise ValueError(f"dropout {p} with seed {seed} at step {step}: expected {expected}")
     b, t = batch.ids.shape
-    inputs = {
-        at: (n, t if c.causal or at.startswith("layers.") else 1)
-        for at, (_, n) in c.matrices().items()
-        if at in tuning.scale and at not in TABLES
-    }
+    inputs = {at: shape for at, shape in c.inputs(1, t).items() if at in tuning.scale}
     return Dropout(seed, step, p, inputs, range(b), dtype) if p else {}
 
 

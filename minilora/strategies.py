@@ -355,13 +355,6 @@ def draw_batch(
     return models.Batch(ids, labels, real, positions, types)
 
 
-def input_shapes(c: models.Config, batch: models.Batch) -> dict[str, tuple[int, int]]:
-    """The shape (n, tokens) of each projection's input; after the pooling, a column per row."""
-    b, t = batch.ids.shape
-    single = set() if c.causal else set(c.beyond())
-    return {at: (n, b if at in single else b * t) for at, (_, n) in c.linears().items()}
-
-
 def draw_tuning(
     c: models.Config,
     W: lora.Weights,
@@ -379,7 +372,8 @@ def draw_tuning(
     W |= {name: 0.5 * rng.standard_normal(w.shape) for name, w in W.items() if name.endswith(".B")}
     keep: Mapping[str, Array] = {}
     if p:
-        keep = lora.draw_dropout(rng, p, input_shapes(c, batch), float)
+        read = c.inputs(*batch.ids.shape)
+        keep = lora.draw_dropout(rng, p, {at: read[at] for at in c.linears()}, float)
     trained = frozenset(W) if everything else tuning.trained
     return W, replace(tuning, keep=keep, trained=trained)
 

@@ -166,7 +166,7 @@ def errors(folder, factor=1.0):
     c, W, tuning = ours(folder, everything=True)
     rng = np.random.default_rng(1)
     batch = draw.draw_batch(c, rng, 4, 7)
-    keep = lora.draw_dropout(rng, 0.25, draw.input_shapes(c, batch), float)
+    keep = lora.draw_dropout(rng, 0.25, c.inputs(*batch.ids.shape), float)
     keep = {at: K for at, K in keep.items() if at in tuning.scale}
     model, parameters = theirs(folder, c, W, keep)
     for p in parameters.values():

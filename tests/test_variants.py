@@ -166,7 +166,7 @@ def adapted(name, entry, seed=0, p=0.25, b=2, t=4, depth=1, variant=None):
         P |= {f"{at}.{part}": 0.6 * rng.standard_normal(shape) for part, shape in shapes.items()}
         if "magnitude" in shapes:
             P[f"{at}.magnitude"] = 1 + 0.3 * rng.standard_normal((m, 1))
-    shapes = draw.input_shapes(c, batch)
+    shapes = c.inputs(*batch.ids.shape)
     shapes |= {"head": (c.d, b * t)} if "head" in matrices.keys() - shapes.keys() else {}
     keep = lora.draw_dropout(rng, p, shapes, float) if p else {}
     others = {name for name in W if name.endswith(".bias") or ".norm" in f".{name}"}

@@ -282,7 +282,7 @@ def parts_of(
         if not (count := int((targets(batch, c) != IGNORED).sum())):
             continue
         if p and rng is not None:
-            shapes = {at: (W[f"{at}.A"].shape[1], batch.ids.size) for at in tuning.scale}
+            shapes = {at: n for at, n in c.inputs(*batch.ids.shape).items() if at in tuning.scale}
             keep = draw_dropout(rng, p, shapes, W["embed.weight"].dtype)
             tuning = replace(tuning, keep=keep)
         _, back = loss(batch, W, c, tuning)

@@ -70,7 +70,7 @@ class Trainer(Plain):
     def part(self, W: Weights, batch: Batch, c: Config, tuning: Tuning) -> tuple[Any, Weights]:
         """The number of labels of a micro-batch and the gradient of their mean."""
         if self.dropout:
-            shapes = {at: (W[f"{at}.A"].shape[1], batch.ids.size) for at in tuning.scale}
+            shapes = {at: n for at, n in c.inputs(*batch.ids.shape).items() if at in tuning.scale}
             dtype = next(iter(W.values())).dtype
             keep = draw_dropout(self.rng, self.dropout, shapes, dtype)
             tuning = replace(tuning, keep=keep)
