@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.lora import LORA, Variant, combine
+from minilora.lora import LORA, Variant, combine, number
 from minilora.ops import Array, Back, linear
 from minilora.variants import ADALORA, LORA_BIAS, VERA, part_shapes
 
@@ -176,7 +176,7 @@ class State:
         Errors: ValueError if there is none of that name.
         """
         self._known(name)
-        return self.swap(name, replace(self.adapters[name], s=s))
+        return self.swap(name, replace(self.adapters[name], s=number(s)))
 
     def merge(self, *names: str) -> "State":
         """These, or all that are active, stored in the weight: no output changes.
@@ -314,9 +314,11 @@ def combine_exact(adapters: Sequence[Adapter], weights: Sequence[Any]) -> Adapte
     Errors: those of `lora.combine` and of `factors`.
     """
     if len(adapters) == len(weights) == 1 and (weights[0] == 1 or adapters[0].variant.additive):
-        return replace(adapters[0], s=weights[0] * adapters[0].s)
+        return replace(adapters[0], s=number(weights[0]) * adapters[0].s)
     A, B = combine([factors(adapter) for adapter in adapters], weights)
-    biases = [w * a.s * a.parts[2] for a, w in zip(adapters, weights, strict=True) if _biased(a)]
+    biases = [
+        number(w) * a.s * a.parts[2] for a, w in zip(adapters, weights, strict=True) if _biased(a)
+    ]
     return Adapter((A, B, sum(biases)), 1, LORA_BIAS) if biases else Adapter((A, B), 1)
 
 
@@ -328,7 +330,7 @@ def _weighted(weights: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
     """The wᵢ Dᵢ."""
     if not arrays or len(arrays) != len(weights):
         raise ValueError(f"{len(arrays)} adapters, {len(weights)} weights: expected one for each")
-    return [w * D for w, D in zip(weights, arrays, strict=True)]
+    return [number(w) * D for w, D in zip(weights, arrays, strict=True)]
 
 
 def combine_svd(
@@ -339,10 +341,13 @@ def combine_svd(
     With Σᵢ wᵢ ΔWᵢ = U σ Vᵀ:   B = U σ, A = Vᵀ of the r greatest σ; s is 1. For every variant.
 
     Shapes: ΔWᵢ (m, n) -> A (r, n), B (m, r), error ().
-    Errors: ValueError if r is not in 1 … min(m, n).
+    Errors: ValueError if r is not in 1 … min(m, n), or a sum is not finite.
     Source: Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
     """
-    U, sigma, Vt = np.linalg.svd(np.sum(_weighted(weights, changes), axis=0), full_matrices=False)
+    D = np.sum(_weighted(weights, changes), axis=0)
+    if not np.isfinite(D).all():
+        raise ValueError("the changes hold NaN or infinity: their sum has no singular values")
+    U, sigma, Vt = np.linalg.svd(D, full_matrices=False)
     if not 1 <= r <= len(sigma):
         raise ValueError(f"rank {r}: expected 1 to {len(sigma)}, the smaller size of the weight")
     return Vt[:r], U[:, :r] * sigma[:r], np.sqrt((sigma[r:] * sigma[r:]).sum())
@@ -375,11 +380,13 @@ def trim(D: Array, density: Any) -> Array:
     Of equal moduli the first in D's order stay.
 
     Shapes: D (m, n) -> D' (m, n).
-    Errors: ValueError unless 0 ≤ density ≤ 1.
+    Errors: ValueError unless 0 ≤ density ≤ 1, and for NaN, which has no modulus.
     Source: Yadav et al. 2023, "TIES-Merging", algorithm 1, step 1; on one array, as in PEFT.
     """
     if not 0 <= density <= 1:
         raise ValueError(f"density {density}: expected 0 to 1")
+    if (D != D).any():
+        raise ValueError("the change holds NaN: expected numbers that can be compared")
     order = np.argsort(-abs(D), axis=None, kind="stable")
     kept = np.zeros(D.size, bool)
     kept[order[: int(density * D.size)]] = True
@@ -397,14 +404,17 @@ def ties(
     all, is to be multiplied into its Dᵢ beforehand.
 
     Shapes: Dᵢ (m, n) -> D (m, n).
+    Errors: those of `trim`; ValueError if there is no change, or not one weight for each.
     Source: Yadav et al. 2023, "TIES-Merging", algorithm 1.
     """
+    _weighted(weights, changes)  # before anything is stacked
     D = np.stack([trim(change, density) for change in changes])
     signs = np.where(D > 0, 1, np.where(D < 0, -1, 0))
     elected = np.where((signs if frequency else D).sum(0) >= 0, 1, -1)
     agree = signs == elected
     weighted = np.stack(_weighted(weights, list(D)))
-    mean: Array = (weighted * agree).sum(0) / np.maximum(agree.sum(0), 1)
+    count = np.maximum(agree.sum(0), 1).astype(D.dtype)  # whole numbers would widen float32
+    mean: Array = (weighted * agree).sum(0) / count
     return mean
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from minilora.layers import adapted_embedding
-from minilora.lora import Params, Tuning, Weights, adapter_of, project
+from minilora.lora import Params, Tuning, Weights, adapter_of, base_of, project
 from minilora.ops import (
     Array,
     Back,
@@ -37,7 +37,8 @@ def embed(ids: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
     base, back_embedding = embedding(ids, W[weight])
     if names:
         factors, s = [W[name] for name in names], tuning.scale[at]
-        y, back_y = adapted_embedding(variant.linear, ids, W[weight], factors, s)
+        table = base_of(variant, weight, W)
+        y, back_y = adapted_embedding(variant.linear, ids, table, factors, s)
     else:
         y, back_y = base, lambda dy: ()
 

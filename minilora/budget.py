@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.lora import Weights
+from minilora.lora import Weights, number
 from minilora.ops import Array, Back
 
 
@@ -26,6 +26,7 @@ def adalora_scale(alpha: Any, r: int) -> Any:
     """
     if r < 1:
         raise ValueError(f"rank {r}: expected at least 1")
+    alpha = number(alpha)
     return (alpha if alpha > 0 else r) / (r + 1e-5)
 
 
@@ -163,7 +164,8 @@ class Plan:
 
 
 GAMMA = 0.1
-"""γ, by which the sum of `orthogonality` over the projections counts in a run's loss."""
+"""γ, by which the sum of `orthogonality` over the projections counts in a run's loss: a choice, as
+the method leaves it open. PEFT's ``orth_reg_weight`` is 0.5 unless given."""
 
 
 def initial_rank(rank: int) -> int:

@@ -137,10 +137,13 @@ def adapted_experts(
     gives dx and the gradients of P, 0 for an expert without columns.
 
     Shapes: x (n, t), W (e, m, n), b (e, m, 1), index (t,) -> y (m, t).
-    Errors: ValueError if index names no expert.
+    Errors: ValueError if index or ``only`` names no expert, or P has not one entry for each.
     Source: ``target_parameters`` of PEFT.
     """
     count = len(W)
+    if any(len(p) != count for p in P) or not set(only or ()) <= {*range(count)}:
+        found = f"adapters of {[len(p) for p in P]} experts, only {only}"
+        raise ValueError(f"{found}: expected {count} experts, from 0 to {count - 1}")
     if index.size and not (index.min() >= 0 and index.max() < count):
         found = f"{index.min()} to {index.max()}"
         raise ValueError(f"experts {found}: expected 0 to {count - 1}")
@@ -186,13 +189,18 @@ class Geometry:
         """The size of the output, and for each of its places and each of the kernel's the flat
         place of the input that they meet, -1 for a zero beside it.
 
-        Errors: ValueError for an unknown mode, or a kernel that does not fit in.
+        Errors: ValueError for an unknown mode, a kernel that does not fit in or has no places, or
+        a padding that reflects more than there is.
         """
         if self.mode not in PLACE:
             raise ValueError(f"padding mode {self.mode!r}: expected one of {', '.join(PLACE)}")
         flat, sizes = np.zeros((1, 1), int), []
+        if min(*self.kernel, *self.stride, *self.dilation) < 1:
+            raise ValueError(f"{self}: expected kernel, stride and dilation from 1 on")
         moves = zip(space, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         for n, k, step, (before, after), apart in moves:
+            if self.mode == "reflect" and max(before, after) >= n:
+                raise ValueError(f"a padding of {max(before, after)} reflects what {n} have not")
             size = (n + before + after - apart * (k - 1) - 1) // step + 1
             if size < 1:
                 raise ValueError(f"a kernel of {k} places, {apart} apart, does not fit into {n}")
@@ -325,14 +333,3 @@ def merge_conv(
     flat, _ = blocks_apart(W.reshape(len(W), -1), groups)
     merged, bias = variant.merge(flat, b, A, blocks_apart(B, groups)[0], *others, s)
     return merged.reshape(len(W), W.shape[1] * groups, *W.shape[2:]), bias
-
-
-def twin(A: Array, B: Array) -> tuple[Array, Array]:
-    """The same change of a tied table, seen from its other use: s (B A)ᵀ = s Aᵀ Bᵀ.
-
-    An embedding's A (r, v), B (d, r) become a head's A (r, d), B (v, r), and the other way round.
-
-    Shapes: A (r, n), B (m, r) -> A₂ (r, m), B₂ (n, r).
-    Source: ``ensure_weight_tying`` of PEFT.
-    """
-    return B.T, A.T

@@ -41,7 +41,12 @@ def scale(alpha: Any, r: int, rslora: bool = False) -> Any:
     if r < 1:
         raise ValueError(f"rank {r}: expected at least 1")
     alpha = number(alpha)
-    return alpha / math.sqrt(r) if rslora else alpha / r
+    if not rslora:
+        return alpha / r
+    root = math.isqrt(r)  # where it is whole, a fraction stays one
+    if root * root == r:
+        return alpha / root
+    return alpha / (np.sqrt(type(alpha)(r)) if isinstance(alpha, np.generic) else math.sqrt(r))
 
 
 def lora_linear(
@@ -91,7 +96,8 @@ def combine(
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"{len(adapters)} adapters, {len(weights)} weights: expected one for each")
     A = np.concatenate([A for A, _, _ in adapters])
-    B = np.concatenate([w * s * B for (_, B, s), w in zip(adapters, weights, strict=True)], axis=1)
+    scaled = zip(adapters, map(number, weights), strict=True)
+    B = np.concatenate([w * number(s) * B for (_, B, s), w in scaled], axis=1)
     return A, B
 
 
@@ -99,8 +105,11 @@ def fuse(adapters: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
     """One adapter for a fused projection (Q, K, V in one weight): A stacked, B block-diagonal.
 
     Shapes: Aᵢ (rᵢ, n), Bᵢ (mᵢ, rᵢ) -> A (Σ rᵢ, n), B (Σ mᵢ, Σ rᵢ).
+    Errors: ValueError if there is no adapter.
     Source: MergedLinear in the code of Hu et al. 2021.
     """
+    if not adapters:
+        raise ValueError("no adapter to fuse: expected at least one")
     A = np.concatenate([A for A, _ in adapters])
     rows = sum(len(B) for _, B in adapters)
     B = np.zeros((rows, len(A)), np.result_type(*(B for _, B in adapters)))
@@ -196,6 +205,11 @@ def adapter_of(at: str, W: Params, tuning: Tuning) -> tuple[Variant, list[str]]:
     return variant, names
 
 
+def base_of(variant: Variant, name: str, W: Params) -> Array:
+    """The weight below an adapter: whole where it is rescaled, where others read it in parts."""
+    return W[name] if variant.additive else np.asanyarray(W[name])
+
+
 def project(x: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
     """The projection named ``at``: the one place that asks if it is adapted, trained or frozen.
 
@@ -210,8 +224,7 @@ def project(x: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
     variant, names = adapter_of(at, W, tuning)
     if names:
         s, K = tuning.scale[at], tuning.keep.get(at)
-        # What rescales a weight needs all of it, where others read it in parts.
-        base = W[weight] if variant.additive else np.asanyarray(W[weight])
+        base = base_of(variant, weight, W)
         y, back_y = variant.linear(x, base, W.get(bias), *map(W.__getitem__, names), s, K)
     else:
         y, back_y = linear(x, W[weight], W.get(bias))
@@ -254,7 +267,10 @@ def draw_factors(
     "gaussian": A ~ N(0, 1/r²), as PEFT reads the paper's "random Gaussian".
 
     Shapes: -> A (r, n), B (m, r).
+    Errors: ValueError for another start.
     """
+    if init not in DRAW:
+        raise ValueError(f"init {init!r}: expected one of {', '.join(DRAW)}")
     return DRAW[init](rng, r, n), np.zeros((m, r))
 
 
@@ -264,9 +280,23 @@ def draw_dropout(
     """K = keep / (1 - p) for each projection, keep ~ Bernoulli(1 - p) for each entry of its input.
 
     Shapes: shapes {name: (n, t)} -> {name: K (n, t)}.
+    Errors: ValueError unless 0 ≤ p < 1.
     """
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout {p}: expected at least 0 and below 1")
     q = 1 - number(p)
     return {at: (rng.random(shape) >= p).astype(dtype) / q for at, shape in shapes.items()}
+
+
+def twin(A: Array, B: Array) -> tuple[Array, Array]:
+    """The same change of a tied table, seen from its other use: s (B A)ᵀ = s Aᵀ Bᵀ.
+
+    An embedding's A (r, v), B (d, r) become a head's A (r, d), B (v, r), and the other way round.
+
+    Shapes: A (r, n), B (m, r) -> A₂ (r, m), B₂ (n, r).
+    Source: ``ensure_weight_tying`` of PEFT.
+    """
+    return B.T, A.T
 
 
 def is_base(name: str) -> bool:
@@ -315,7 +345,7 @@ def merge(W: Weights, tuning: Tuning) -> Merged:
         if f"{at}.weight" not in merged:
             continue  # a tied head whose change is the embedding's
         variant, names = adapter_of(at, W, tuning)
-        base = W[weight_of(at, W)]
+        base = np.asanyarray(W[weight_of(at, W)])
         matrix = base.T if at in TABLES else base
         factors = [W[name] for name in names]
         change, bias = variant.merge(matrix, W.get(f"{at}.bias"), *factors, tuning.scale[at])
@@ -329,14 +359,12 @@ def merge(W: Weights, tuning: Tuning) -> Merged:
 
 
 def _twins(head: str, table: str, W: Weights, tuning: Tuning) -> bool:
-    """Whether both are adapted, and alike: A₂ = Bᵀ, B₂ = Aᵀ at one scale, by LoRA itself."""
-    return (
-        {f"{head}.A", f"{table}.A"} <= W.keys()
-        and not {head, table} & tuning.variant.keys()
-        and tuning.scale[head] == tuning.scale[table]
-        and np.array_equal(W[f"{head}.A"], W[f"{table}.B"].T)
-        and np.array_equal(W[f"{head}.B"], W[f"{table}.A"].T)
-    )
+    """Whether both are adapted, and alike: one's factors are the other's `twin`, by LoRA itself."""
+    if not {f"{head}.A", f"{table}.A"} <= W.keys() or {head, table} & tuning.variant.keys():
+        return False
+    own, other = ((W[f"{at}.A"], W[f"{at}.B"]) for at in (head, table))
+    same = all(map(np.array_equal, own, twin(*other)))
+    return same and bool(tuning.scale[head] == tuning.scale[table])
 
 
 def unmerge(W: Merged) -> Weights:

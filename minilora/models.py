@@ -194,7 +194,9 @@ def draw_weights(c: Config, rng: "np.random.Generator", std: float = 0.02) -> We
 @lru_cache(maxsize=1)
 def _triangle(shape: tuple[int, int]) -> Array:
     """The causal mask of tokens that are all real, for which each step asks again."""
-    return causal_mask(np.ones(shape, bool))
+    mask = causal_mask(np.ones(shape, bool))
+    mask.setflags(write=False)  # it is every caller's
+    return mask
 
 
 def mask_of(batch: Batch, past: Past | None) -> Array:
@@ -213,7 +215,10 @@ def mask_of(batch: Batch, past: Past | None) -> Array:
 @lru_cache(maxsize=2)
 def _tables(t: int, d: int, theta: float, dtype: Any) -> tuple[Array, Array]:
     """Those of the positions 0 … t - 1 in every row, for which each step asks again."""
-    return rope_tables(np.arange(t)[None], d, theta, dtype)
+    tables = rope_tables(np.arange(t)[None], d, theta, dtype)
+    for table in tables:
+        table.setflags(write=False)
+    return tables
 
 
 def llama(
@@ -382,8 +387,9 @@ def logits(
     With a ``past`` the batch holds the tokens that follow it: they see its keys and values, and
     ``batch.positions`` counts on. There is no ``back`` then: what came before is not held.
 
-    Errors: ValueError if a token's id, position or type lies outside its table, and for the past of
-    a model that is not causal, whose earlier tokens would have to see the later ones.
+    Errors: ValueError if a token's id, position or type lies outside its table, for a mask of other
+    numbers than 0 and 1 (what is added to scores is another thing), and for the past of a model
+    that is not causal, whose earlier tokens would have to see the later ones.
     """
     rows = {"embed": "ids", "positions": "places", "types": "types"}
     for at, n in c.tables().items():
@@ -391,6 +397,8 @@ def logits(
         if numbers is not None and (numbers.min() < 0 or numbers.max() >= n):
             found = f"{numbers.min()} to {numbers.max()}"
             raise ValueError(f"rows of {at}: found {found}, expected 0 to {n - 1}")
+    if batch.mask is not None and not ((batch.mask == 0) | (batch.mask == 1)).all():
+        raise ValueError("mask: found other numbers; expected 1 for a token and 0 for padding")
     if past is None:
         own = replace(tuning, constant=constant(c.layers, c.causal, frozenset(tuning.trained)))
         return FORWARD[type(c)](batch, W, c, own, head)

@@ -77,7 +77,10 @@ def with_tokens(E: Array, ids: Array, rows: Array) -> tuple[Array, Back]:
 
     Shapes: E (v, d), ids (k,), rows (k, d) -> E' (v, d).
     Errors: ValueError for no token of E, or one that comes twice: which of its rows would count?
+    And for rows that are not one for each.
     """
+    if rows.shape != (len(ids), E.shape[1]):
+        raise ValueError(f"rows {rows.shape}: expected {(len(ids), E.shape[1])}, one for each id")
     if len(set(ids.tolist()).intersection(range(len(E)))) < len(ids):
         raise ValueError(f"ids {ids.tolist()}: expected tokens from 0 to {len(E) - 1}, each once")
     changed = E.astype(np.result_type(E, rows))
@@ -246,7 +249,9 @@ def rope_tables(positions: Array, d: int, theta: float, dtype: Any) -> tuple[Arr
 @cache
 def _signs(dtype: Any) -> Array:
     """-1 for x₁ and 1 for x₂ of `rope`'s pairs: (2, 1, 1)."""
-    return np.array([-1, 1], dtype)[:, None, None]
+    signs = np.array([-1, 1], dtype)[:, None, None]
+    signs.setflags(write=False)
+    return signs
 
 
 def rope(x: Array, cos: Array, sin: Array, interleaved: bool = False) -> tuple[Array, Back]:
@@ -425,8 +430,11 @@ def cross_entropy(z: Array, labels: Array, count: int | None = None) -> tuple[Ar
     those of the whole batch, so that the parts add up.
 
     Shapes: z (v, t), labels (t,) -> L ().
-    Errors: ValueError if a label is neither IGNORED nor in 0 … v - 1, or if none counts.
+    Errors: ValueError if there is not a label for each token, one is neither IGNORED nor in
+    0 … v - 1, or if none counts.
     """
+    if labels.shape != z.shape[1:]:
+        raise ValueError(f"labels {labels.shape}: expected {z.shape[1:]}, one for each token")
     counted = labels != IGNORED
     wrong = labels[counted & ((labels < 0) | (labels >= len(z)))]
     if wrong.size:

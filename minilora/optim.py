@@ -52,6 +52,7 @@ def sgd(
     Source: Sutskever et al. 2013 with the velocity free of η, as in PyTorch's SGD, whose weight
     decay is coupled: it passes through the velocity.
     """
+    momentum, weight_decay = number(momentum), number(weight_decay)
     new, velocity, rates = {}, {}, _each(lr, params)
     for name, p in params.items():
         u = gradients[name] + weight_decay * p
@@ -75,9 +76,11 @@ def adamw(
 
     With m ← β₁ m + (1 - β₁) g and v ← β₂ v + (1 - β₂) g², both from 0, and t from 1.
 
-    Source: Loshchilov and Hutter 2019, algorithm 2; Kingma and Ba 2015, algorithm 1.
+    Source: Kingma and Ba 2015, algorithm 1; the decay of Loshchilov and Hutter 2019, algorithm 2,
+    times the rate as in PyTorch, where the paper has a schedule's factor alone.
     """
-    (beta1, beta2), t = betas, state.t + 1
+    beta1, beta2, eps, weight_decay = map(number, (*betas, eps, weight_decay))
+    t = state.t + 1
     new: Weights = {}
     shapes = {name: p.shape for name, p in params.items()}
     new_m, new_v, rates = Joined(shapes), Joined(shapes), _each(lr, params)
@@ -180,20 +183,20 @@ def clip(gradients: Weights, max_norm: float, eps: float = 1e-6) -> tuple[Weight
     if not max_norm >= 0:
         raise ValueError(f"max_norm {max_norm}: expected 0 or more")
     norm = global_norm(gradients)
-    factor = np.minimum(max_norm / (norm + eps), 1)
+    factor = np.minimum(number(max_norm) / (norm + number(eps)), 1)
     return {name: g * factor for name, g in gradients.items()}, norm
 
 
 def schedule(kind: str, k: int, total: int, warmup: int = 0) -> float:
     """The factor on the learning rate at step k = 0, 1, …: k / warmup first, then by ``kind``.
 
-    With the progress q = (k - warmup) / (total - warmup), at most 1, the factor is 1 for
+    With the progress q = (k - warmup) / (total - warmup), and 1 from total on, the factor is 1 for
     "constant", 1 - q for "linear" and (1 + cos πq) / 2 for "cosine".
 
     Errors: ValueError for an unknown kind, or a warmup below 0.
     Source: Loshchilov and Hutter 2017, equation 5, for the cosine; counted as in transformers.
     """
-    q = min(1.0, (k - warmup) / max(1, total - warmup))
+    q = (k - warmup) / (total - warmup) if warmup <= k < total else 1.0
     factors = {"constant": 1.0, "linear": 1 - q, "cosine": 0.5 * (1 + math.cos(math.pi * q))}
     if kind not in factors:
         raise ValueError(f"schedule {kind!r}: expected one of {', '.join(factors)}")
@@ -231,6 +234,7 @@ def accumulate(parts: Sequence[tuple[int, Weights]]) -> Weights:
 
     Errors: ValueError if no label counts or if the parts name different parameters.
     """
+    parts = [(number(n), g) for n, g in parts]
     tokens = sum(n for n, _ in parts)
     if tokens < 1:
         raise ValueError(

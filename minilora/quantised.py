@@ -346,7 +346,8 @@ def nf4_values() -> Array:
     numbers that bitsandbytes keeps in a table.
 
     Shapes: -> t (16,).
-    Source: Dettmers et al. 2023, equation 4 and appendix E; bitsandbytes' create_normal_map.
+    Source: bitsandbytes' create_normal_map; Dettmers et al. 2023, appendix E, has its numbers,
+    which are not those of the paper's equation 4, the means of neighbouring quantiles.
     """
     from scipy.special import ndtri  # where it is used: it takes longer to import than NumPy
 
@@ -443,7 +444,7 @@ def quantise_nf4(
 
     Shapes: W (m, n) -> codes (m*n/2,), absmax (m*n/block,), nested (m*n/block/256,), offset ().
     Errors: ValueError or TypeError if W is no finite weight of floats, or the block is odd.
-    Source: Dettmers et al. 2023, equations 1 to 4 and "double quantization", section 3.
+    Source: Dettmers et al. 2023, equations 1 and 2 and "double quantization", section 3.
     """
     _checked(W, block, 2, whole=False)
     w = _float32(W).reshape(-1)

@@ -18,14 +18,20 @@ from minilora.ops import Array
 from minilora.quantised import dequantise, quantise
 
 
+def _check(W: Array, what: str) -> None:
+    if np.iscomplexobj(W):
+        raise TypeError(f"a weight of {W.dtype}: expected real numbers, which files have")
+    if not np.isfinite(W).all():
+        raise ValueError(f"the weight holds NaN or infinity: it has no {what}")
+
+
 def _truncated(M: Array, r: int, s: Any) -> tuple[Array, Array]:
     """A, B of M's dtype with s B A the best approximation of M of rank r."""
     if not 1 <= r <= min(M.shape):
         raise ValueError(f"rank {r}: a weight {M.shape} has singular values 1 to {min(M.shape)}")
     if not s > 0:
         raise ValueError(f"scale {s}: expected more than 0, to divide the singular values by")
-    if not np.isfinite(M).all():
-        raise ValueError("the weight holds NaN or infinity: it has no singular values")
+    _check(M, "singular values")
     U, S, Vh = np.linalg.svd(M.astype(np.float64), full_matrices=False)
     root = np.sqrt(S[:r] / s)
     return (root[:, None] * Vh[:r]).astype(M.dtype), (U[:, :r] * root).astype(M.dtype)
@@ -35,9 +41,11 @@ def pissa(W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
     """W = R + s B A with s B A the part of the r greatest singular values: R, A, B.
 
     With U Σ Vᵀ = W:   A = √(Σ_r / s) V_rᵀ,   B = U_r √(Σ_r / s),   R = W - s B A.
+    The singular values are float64's, whatever W is, and A and B are of W's dtype.
 
     Shapes: W (m, n), r (), s () -> R (m, n), A (r, n), B (m, r).
-    Errors: ValueError if r is above min(m, n), s not above 0, or W not finite.
+    Errors: ValueError if r is above min(m, n), s not above 0, or W not finite; TypeError if W is
+    complex.
     Source: Meng, Wang and Zhang 2024, "PiSSA", equations 2 to 4; the scale as PEFT divides it out.
     """
     A, B = _truncated(W, r, s)
@@ -47,14 +55,15 @@ def pissa(W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
 def olora(W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
     """W = R + s B A with B the first r columns of Q, A the first r rows of R', Q R' = W: R, A, B.
 
+    Q and R' are float64's, whatever W is, and A and B are of W's dtype.
+
     Shapes: W (m, n), r (), s () -> R (m, n), A (r, n), B (m, r).
-    Errors: ValueError if r is above min(m, n) or W is not finite.
+    Errors: ValueError if r is above min(m, n) or W is not finite; TypeError if W is complex.
     Source: Büyükakyüz 2024, "OLoRA", algorithm 1.
     """
     if not 1 <= r <= min(W.shape):
         raise ValueError(f"rank {r}: a weight {W.shape} has 1 to {min(W.shape)} orthogonal columns")
-    if not np.isfinite(W).all():
-        raise ValueError("the weight holds NaN or infinity: it has no orthogonal factor")
+    _check(W, "orthogonal factor")
     Q, triangle = np.linalg.qr(W.astype(np.float64))
     A, B = triangle[:r].astype(W.dtype), Q[:, :r].astype(W.dtype)
     return merge_weight(W, A, B, -s), A, B

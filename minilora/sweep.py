@@ -255,7 +255,7 @@ def sweep(
 ) -> list[Row]:
     """The rows of all cells, in their order, those kept in the folder ``out`` among them.
 
-    ``watch`` is told each row that is done, the how manieth it is and of how many.
+    ``watch`` is told each row that is done, how many are done by now, and of how many.
 
     Errors: Refused where ``out`` holds the sweep of something else; those of the model's and the
     data's readers, before a process is started; those of :func:`run_cell`.

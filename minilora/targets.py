@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from minilora.budget import adalora_scale
-from minilora.layers import twin
-from minilora.lora import LORA, TABLES, Tuning, Variant, Weights, scale, weight_of
+from minilora.lora import LORA, TABLES, Tuning, Variant, Weights, scale, twin, weight_of
 from minilora.ops import Array, Back
 from minilora.starts import STARTS, draw_vera, vera_part
 from minilora.variants import (
@@ -61,7 +60,7 @@ class Lora:
     ``variant``: a name in :data:`minilora.variants.REGISTRY`; ``init``: a name in
     :data:`minilora.starts.STARTS`, the variant's own unless given; ``rslora``: s = α/√r, as with
     the variant of that name. ``invocation``: the tokens from which aLoRA acts (:func:`invoked`).
-    ``tie``: a tied head takes its embedding's factors, :func:`minilora.layers.twin`. ``tokens``:
+    ``tie``: a tied head takes its embedding's factors, :func:`minilora.lora.twin`. ``tokens``:
     rows of tables that are trained alone, by :func:`minilora.ops.with_tokens` and not by
     :func:`adapt`. ``replication``: the ranges of :func:`replicate` that the model was made with.
 
@@ -109,6 +108,9 @@ class Lora:
             except re.error as error:
                 expected = "a name or a regular expression"
                 raise ValueError(f"{expression!r}: {error}; expected {expected}") from None
+        for r in (self.r, *self.rank_pattern.values()):
+            if not (isinstance(r, int | np.integer) and r >= 1):
+                raise ValueError(f"rank {r}: expected at least 1, a whole number")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout}: expected at least 0 and below 1")
         for at in self.tokens:
@@ -434,7 +436,7 @@ def tied_gradients(gradients: Weights) -> Weights:
 
     The head's become their transposes, so that an optimizer that goes by entries keeps the two one.
 
-    Source: A₂ = B₁ᵀ and B₂ = A₁ᵀ, as :func:`minilora.layers.twin` has it, by the chain rule.
+    Source: A₂ = B₁ᵀ and B₂ = A₁ᵀ, as :func:`minilora.lora.twin` has it, by the chain rule.
     """
     dA, dB = twin(gradients["head.A"], gradients["head.B"])
     dA, dB = gradients["embed.A"] + dA, gradients["embed.B"] + dB

@@ -184,3 +184,27 @@ def test_logits_of_a_head_made_on_demand_are_those_of_its_weight(kind, tied):
     assert same_bits(found, wanted)
     other = {**large, "embed.weight": -large["embed.weight"]}
     assert not same_bits(ml.logits(BATCH, other | adapters, c, tuning)[0], wanted)
+
+
+@pytest.mark.parametrize("at", ["embed", "head", "layers.0.q"])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_every_adapter_acts_on_and_merges_into_what_is_expanded(at, variant):
+    rng = np.random.default_rng(0)
+    c = models.Llama(33, 32, 1, heads=2, ffn=32, kv_heads=1, head_dim=16, tied=True)
+    W = {name: w.astype(np.float32) for name, w in models.draw_weights(c, rng, 0.3).items()}
+    codes = {name: quantise(w, "q8_0") for name, w in W.items() if w.shape[1] > 1}
+    large = W | {name: dequantise(q) for name, q in codes.items()}
+    small = Expanded(W | {name: OnDemand(q) for name, q in codes.items()})
+    adapted, tuning = ml.adapt(
+        large, ml.Lora(r=2, targets=[at], variant=variant), c.matrices(), rng
+    )
+    own = {name: adapted[name] for name in tuning.trained}
+    ids = rng.integers(0, 33, (2, 6))
+    (L, back), (L_small, back_small) = (
+        models.loss(models.Batch(ids, labels=ids), held | own, c, tuning) for held in (large, small)
+    )
+    assert same_bits(L, L_small)
+    g, g_small = back(1.0), back_small(1.0)
+    assert all(same_bits(g[name], g_small[name]) for name in own)
+    merged, merged_small = (ml.merge(held | own, tuning) for held in (large, small))
+    assert all(same_bits(merged[name], np.asarray(merged_small[name])) for name in merged)

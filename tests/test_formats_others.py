@@ -19,7 +19,7 @@ from minilora.formats import kohya, loralib, mlx, peft
 from minilora.formats.factors import adapted_ranks, alpha_of, choice_of, named_shapes
 from minilora.formats.files import FormatError, read_json
 from minilora.formats.huggingface import modules, write_model
-from minilora.layers import Geometry, adapted_conv, twin
+from minilora.layers import Geometry, adapted_conv
 from minilora.lora import (
     LORA,
     TABLES,
@@ -28,6 +28,7 @@ from minilora.lora import (
     merge,
     merge_weight,
     scale,
+    twin,
 )
 from minilora.models import GPT2, Batch, Bert, Llama, draw_weights, logits
 from minilora.strategies import configurations, generators

@@ -23,8 +23,7 @@ from minilora.formats.peft import (
     read_lora,
     write_adapter,
 )
-from minilora.layers import twin
-from minilora.lora import is_base
+from minilora.lora import is_base, twin
 from minilora.targets import Lora, choose, invoked, replicate
 
 CASES = {

@@ -609,7 +609,7 @@ def calls_of_layers(rng, sizes):
     given = {name: kernels[name] for name in ("W", "b", "groups")}
     merged = layers.merge_conv(lora.LORA, P=P, s=2.0, **given)
     yield layers.merge_conv, given | {"c": 2 * n}, merged
-    yield layers.twin, {"A": A, "B": B}, layers.twin(A, B)
+    yield lora.twin, {"A": A, "B": B}, lora.twin(A, B)
 
 
 def functions_with_shapes():

@@ -356,9 +356,9 @@ def test_dropout_of_a_convolution_drops_entries_of_its_input_not_of_its_patches(
 @FEW
 @given(A=draw.fractions((2, 5)), B=draw.fractions((3, 2)))
 def test_a_twin_is_the_transposed_change_and_its_twin_is_the_first(A, B):
-    A2, B2 = layers.twin(A, B)
+    A2, B2 = lora.twin(A, B)
     assert (B2 @ A2 == (B @ A).T).all()
-    assert all((one == two).all() for one, two in zip(layers.twin(A2, B2), (A, B), strict=True))
+    assert all((one == two).all() for one, two in zip(lora.twin(A2, B2), (A, B), strict=True))
     table, head = whole(np.random.default_rng(0), 5, 3), Fraction(7, 3)
     merged = lora.merge_weight(table, A2, B2, head)
     assert (merged == lora.merge_weight(table.T, A, B, head).T).all()

@@ -405,6 +405,10 @@ def test_a_scalar_of_numpy_is_the_number_that_it_is():
     assert type(ml.scale(alpha, 2)) is float
     assert ml.scale(alpha, 2) == 0.3 / 2
     assert ml.scale(np.longdouble(1) / 3, 1) == np.longdouble(1) / 3
+    assert ml.scale(np.longdouble(7), 3, True) == np.longdouble(7) / np.sqrt(np.longdouble(3))
+    assert ml.scale(np.longdouble(7), 3, True) != np.longdouble(7 / math.sqrt(3))
+    assert ml.scale(Fraction(7, 2), 4, True) == Fraction(7, 4)
+    assert type(ml.scale(Fraction(7, 2), 4, True)) is Fraction
     x, W, A, B = (np.ones(shape, np.float32) for shape in ((2, 5), (3, 2), (1, 2), (3, 1)))
     y, back = ml.lora_linear(x, W, None, A, B, ml.scale(alpha, 1))
     assert {array.dtype for array in (y, *back(y))} == {np.dtype(np.float32)}

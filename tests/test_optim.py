@@ -302,17 +302,20 @@ def test_a_step_changes_neither_its_arguments_nor_its_state(kind):
 
 @pytest.mark.parametrize("kind", optim.STEPS)
 @pytest.mark.parametrize("dtype", [np.float32, np.longdouble])
-def test_steps_and_clipping_keep_the_dtype(kind, dtype):
+@pytest.mark.parametrize("number", [float, np.float64])
+def test_steps_and_clipping_keep_the_dtype(kind, dtype, number):
     step, start = optim.STEPS[kind]
     cast = [
         {n: a.astype(dtype) for n, a in reals(np.random.default_rng(i)).items()} for i in (0, 1)
     ]
     params, gradients = cast
-    clipped, norm = optim.clip(gradients, 0.1)
+    clipped, norm = optim.clip(gradients, number(0.1))
     assert norm.dtype == dtype
-    accumulated = optim.accumulate([(2, clipped), (1, gradients)])
+    accumulated = optim.accumulate([(np.int64(2), clipped), (1, gradients)])
+    how = {"weight_decay": number(0.1)}
+    how |= {"betas": (number(0.9), number(0.99))} if kind == "adamw" else {"momentum": number(0.5)}
     for _ in range(2):
-        params, state = step(params, accumulated, start(), 0.1, weight_decay=0.1)
+        params, state = step(params, accumulated, start(), number(0.1), **how)
     moments = [d for d in vars(state).values() if isinstance(d, dict)]
     assert all(a.dtype == dtype for d in (params, accumulated, *moments) for a in d.values())
 
@@ -376,8 +379,9 @@ def test_schedules_rise_and_fall_as_their_formulas_say():
         wanted = math.cos(math.pi * k / 16) ** 2
         # The half-angle formula: both sides are off by a few roundings of numbers up to 1.
         assert abs(optim.schedule("cosine", k, 8) - wanted) <= 4 * np.finfo(float).eps
-    assert optim.schedule("linear", 3, 3, warmup=3) == 1
-    assert optim.schedule("linear", 4, 3, warmup=3) == 0
+    for total, warmup in ((3, 3), (2, 4)):  # nothing is left after rising: it is over at once
+        assert optim.schedule("linear", warmup, total, warmup) == 0
+        assert optim.schedule("linear", warmup - 1, total, warmup) == (warmup - 1) / warmup
     with pytest.raises(ValueError, match="schedule 'step': expected one of constant, linear, cos"):
         optim.schedule("step", 0, 1)
 

@@ -12,7 +12,7 @@ from number_systems import Rounded, every_erf, propagated, to_objects
 from test_models import CONFIGS, converted, rounded_tables
 
 import minilora as ml
-from minilora import blocks, laws, layers, lora, models, ops, variants
+from minilora import blocks, laws, lora, models, ops, variants
 from minilora import strategies as draw
 from minilora.variants import REGISTRY, invocation, part_shapes, row_norm, start
 
@@ -385,7 +385,7 @@ def uses(W, tuning):
 NONE = dict.fromkeys(("embed.A", "embed.B"))
 ALONE = dict.fromkeys(("head.A", "head.B"))
 TWINS = dict(
-    zip(("head.A", "head.B"), layers.twin(tied()["embed.A"], tied()["embed.B"]), strict=True)
+    zip(("head.A", "head.B"), lora.twin(tied()["embed.A"], tied()["embed.B"]), strict=True)
 )
 TIES = {
     "embedding alone": (tied(**ALONE), {"embed.weight", "head.weight"}, {"head.weight"}),

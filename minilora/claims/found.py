@@ -131,7 +131,7 @@ def _before(item: tuple[Study, str]) -> tuple[list[Cost], list[Text], int]:
 
 
 Watch = Callable[[str, int, int], None]
-"""Is told what is done, the how manieth it is and of how many."""
+"""Is told what is done, how many are done by now, and of how many."""
 
 
 def measure(study: Study, jobs: int = 1, watch: Watch | None = None) -> Found:

@@ -30,8 +30,7 @@ from minilora.formats.files import (
     write_files,
 )
 from minilora.formats.huggingface import collect, modules, to_file
-from minilora.layers import twin
-from minilora.lora import LORA, TABLES, Tuning, Variant, Weights, adapted_in
+from minilora.lora import LORA, TABLES, Tuning, Variant, Weights, adapted_in, twin
 from minilora.models import Bert, Config, ties_head
 from minilora.variants import DORA
 

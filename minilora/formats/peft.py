@@ -28,8 +28,7 @@ from minilora.formats.files import (
     write_files,
 )
 from minilora.formats.huggingface import architecture, collect, modules, names, to_file
-from minilora.layers import twin
-from minilora.lora import LORA, TABLES, Tuning, Weights, is_base, weight_of
+from minilora.lora import LORA, TABLES, Tuning, Weights, is_base, twin, weight_of
 from minilora.models import GPT2, Bert, Config, Llama, ties_head
 from minilora.ops import Array, with_tokens
 from minilora.starts import STARTS, as_plain, draw_vera, plain_alpha

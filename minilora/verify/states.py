@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from minilora.adapters import Adapter, State
-from minilora.layers import OneHot, twin
-from minilora.lora import fuse, scale, total
+from minilora.layers import OneHot
+from minilora.lora import fuse, scale, total, twin
 from minilora.ops import Back, linear
 from minilora.variants import DORA
 

@@ -27,8 +27,8 @@ from minilora import Batch, Tuning, logits, lora_linear, merge, scale, unmerge
 from minilora.adapters import Adapter, State, combine_exact, combine_linear
 from minilora.budget import adalora_scale, allocate, budget, orthogonality
 from minilora.formats.huggingface import config_to_json, read_model
-from minilora.layers import Geometry, adapted_conv, twin
-from minilora.lora import merge_weight
+from minilora.layers import Geometry, adapted_conv
+from minilora.lora import merge_weight, twin
 from minilora.models import Llama
 from minilora.ops import (
     attention,
