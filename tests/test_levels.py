@@ -1,5 +1,7 @@
 """Levels train, grad-flow, files and init: what their cases hold, and what they say of nonsense."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.stats import kstwo
@@ -11,7 +13,7 @@ from minilora.layers import adapted_fused
 from minilora.lora import lora_linear, merge_weight, scale
 from minilora.models import targets
 from minilora.ops import IGNORED
-from minilora.verify import check
+from minilora.verify import cases, check
 from minilora.verify.contract import Subject
 from minilora.verify.levels import files, init, lifecycle, small, train
 from minilora.verify.levels.model import as_dict
@@ -276,3 +278,18 @@ def test_a_micro_batch_in_which_no_label_counts_is_worth_nothing(tmp_path):
         assert all(np.array_equal(one[name], other[name]) for name in one)
     with pytest.raises(ValueError, match="labels that count"):
         Own().train(*folders, [[silent]], settings)
+
+
+@pytest.mark.parametrize("kind", [{}, {"bias": True}, {"dropout": True}])
+def test_the_way_over_the_weight_is_the_specifications(kind):
+    """In whole numbers, where both are exact; with a wrong scale it is not."""
+    layer, exact = cases.draw_layer(Case("linear.vjp", "float64", 0, 0), **kind)
+    assert exact
+    plain = (lambda array: np.asarray(array, float),) * 2
+    found, wanted = cases.by_the_weight(layer, *plain), cases.specified(layer, *plain)
+    doubled = replace(layer, alpha=2 * layer.alpha)
+    wrong = cases.by_the_weight(doubled, *plain)
+    assert found.keys() == wanted.keys() - {"dbias"}
+    for name in found:
+        assert np.array_equal(found[name], wanted[name])
+        assert not np.array_equal(wrong[name], wanted[name])

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import json
 import re
 import sys
@@ -842,12 +843,32 @@ def test_declarations_are_read_and_checked():
         ("precision", {"float32": "float64"}, "is a str, expected .*storage"),
         ("precision", {"float32": {"storage": "fp8"}}, "names fp8"),
         ("known", "all", "'known' is a str"),
+        ("name", lambda self: "it", "'name' of the target is a method, expected a text"),
+        (
+            "conventions",
+            {"dora_norm": "none"},
+            r"conventions\['dora_norm'\] is 'none', expected one of detached, differentiated",
+        ),
         ("name", property(lambda self: 1 / 0), "reading 'name' .* ZeroDivisionError"),
     ],
 )
 def test_a_declaration_that_cannot_be_read_is_refused(attribute, value, words):
     with pytest.raises(LoadError, match=words):
         Subject(type("T", (Right,), {attribute: value})())
+
+
+def test_an_answer_that_has_no_end_is_told():
+    endless = type("T", (Right,), {"merge": lambda self, *_, **__: itertools.count()})
+    subject = Subject(endless())
+    with pytest.raises(Fault, match="answer of 10000 entries and more: has it no end"):
+        subject.call("merge", *(np.ones((2, 2)),) * 3, alpha=1.0, r=2)
+
+
+def test_a_number_of_python_has_no_dtype_of_its_own():
+    subject = Subject(Right())
+    assert subject.answer(0.5, "L", (), "float32") == 0.5
+    with pytest.raises(Fault, match="L is float64, expected float32"):
+        subject.answer(np.float64(0.5), "L", (), "float32")
 
 
 @pytest.mark.parametrize("name", ["Right", "factory", "right"])

@@ -14,14 +14,23 @@ from safetensors import safe_open
 
 from minilora.formats.files import FormatError, pack, pack_json, read_json
 from minilora.verify import engine
-from minilora.verify.contract import DTYPES, Fault, LoadError, Skip, Subject, positional, tidy
+from minilora.verify.contract import (
+    CONVENTIONS,
+    DTYPES,
+    Fault,
+    LoadError,
+    Skip,
+    Subject,
+    positional,
+    tidy,
+)
 from minilora.verify.diagnosis import Direct, answers, candidates
 from minilora.verify.flags import NOTES
 from minilora.verify.misreadings.entry import Misreading
 from minilora.verify.process import RESULTS
 from minilora.verify.report import Report, Result
 from minilora.verify.terms import Case, Check, Comparison, Diagnosis, Limits
-from minilora.verify.vectors import CONVENTIONS, VERSION, Vector, gathered
+from minilora.verify.vectors import VERSION, Vector, gathered
 
 Array = np.ndarray
 

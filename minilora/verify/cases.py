@@ -29,10 +29,17 @@ SIZES = (
     (3, 8, 8, 4, 4),
     (5, 4, 9, 1, 1),
     (2, 19, 6, 9, 4),
-    (33, 35, 37, 17, 16),
+    (37, 35, 37, 17, 16),
 )
 """Tokens, n, m, r, and r in the exact lane: distinct, and square weights with another rank, a rank
-of 1, and sides beyond a kernel's tiles of 16 and 32, of which none is a multiple."""
+of 1, and sides beyond a kernel's tiles of 16 and 32, of which none is a multiple; the last has as
+many tokens as features, so that what belongs to the one may be taken for the other's."""
+
+LARGE, RARELY = (131, 67, 131, 33, 32), 40
+"""One case in so many, of a long run alone, is beyond tiles of 64 and 128."""
+
+TINY = 2.0**-40
+"""By this B is made small in one case, without W: of the order of a first step, and no zero."""
 
 LEADS: tuple[Callable[[int], tuple[int, ...]], ...] = (
     lambda tokens: (tokens,),
@@ -40,7 +47,7 @@ LEADS: tuple[Callable[[int], tuple[int, ...]], ...] = (
     lambda tokens: (),
     lambda tokens: (1,),
     lambda tokens: (1, tokens),
-    lambda tokens: (2, 1, tokens),
+    lambda tokens: (2, 3, tokens),
 )
 """What x has before its features. As many as sizes less one: each size meets each in the end."""
 
@@ -146,14 +153,40 @@ def _numbers(layer: Layer, precision: Precision) -> tuple[Callable[[Array], Unce
     return (lambda array: Uncertain(array, 0.0, rounding)), scalable
 
 
+def by_the_weight(
+    layer: Layer, number: Callable[[Array], Any], scalable: Callable[[Array], Any]
+) -> dict[str, Any]:
+    """The same by way of D = s B A and G = dy hᵀ, of the weight's size, as autograd has it.
+
+    y = (W + D) x + b, or W x + b + D h where h = K ∘ x, and dA = s Bᵀ G, dB = s G Aᵀ.
+    """
+    x, W, A, dy = (number(v) for v in (columns(layer.x), layer.W, layer.A, columns(layer.dy)))
+    B = scalable(layer.B)
+    D, h = (B @ A) * layer.s, x
+    if layer.keep is None:
+        y, dx = (W + D) @ x, (W + D).T @ dy
+    else:
+        K = columns(layer.keep) / (1 - layer.p)
+        h = x * K
+        y, dx = W @ x + D @ h, W.T @ dy + (D.T @ dy) * K
+    G = dy @ h.T
+    if layer.bias is not None:
+        y = y + number(layer.bias[:, None])
+    return {"y": y, "dx": dx, "dA": (B.T @ G) * layer.s, "dB": (G @ A.T) * layer.s}
+
+
 def sigmas(layer: Layer, precision: Precision) -> dict[str, Array]:
     """The standard deviation that rounding gives each element of those answers.
 
     s B, s dy and s u are all fair places for the scale. Where the product is rounded, B and dy
     carry that rounding: the specification, which scales u, would lose less in a sum that cancels.
+    The greater one of it and of the way over the weight, which is as fair, counts.
     """
-    answers = specified(layer, *_numbers(layer, precision))
-    return _outside(layer, {name: answer.sigma for name, answer in answers.items()})
+    numbers = _numbers(layer, precision)
+    ways = specified(layer, *numbers), by_the_weight(layer, *numbers)
+    found = {name: ways[0][name].sigma for name in ways[0]}
+    found |= {name: np.maximum(found[name], other.sigma) for name, other in ways[1].items()}
+    return _outside(layer, found)
 
 
 def wanted_merge(layer: Layer, number: Callable[[Array], Any] = long) -> Array:
@@ -187,15 +220,21 @@ def draw_layer(
     exact = case.number % 2 == 0
     group = case.number // 2
     rng = case.rng()
-    tokens, n, m, r, power = SIZES[group % len(SIZES)]
+    size = LARGE if group % RARELY == RARELY - 1 else SIZES[group % len(SIZES)]
+    tokens, n, m, r, power = size
     if exact:
         # With rsLoRA, √r is a power of two as well.
         r = (16 if power > 4 else 4) if settings.get("use_rslora") else power
     sizes = (LEADS[group % len(LEADS)](tokens), n, m, r)
     draw = _draw_exact if exact else _draw_general
     layer = draw(rng, case.dtype, sizes, bias=bias, dropout=dropout, settings=settings)
-    if case.dtype in ("bfloat16", "float16") and (group // len(SIZES)) % 2:
-        layer = Layer(**vars(layer) | {"W": np.zeros_like(layer.W)})
+    none = np.zeros_like(layer.W)
+    if exact and case.dtype != "float16" and size == SIZES[3] and group >= len(SIZES):
+        b = None if layer.bias is None else np.zeros_like(layer.bias)
+        B = (layer.B * TINY).astype(layer.B.dtype)
+        layer = replace(layer, W=none, B=B, bias=b)
+    elif case.dtype in ("bfloat16", "float16") and (group // len(SIZES)) % 2:
+        layer = replace(layer, W=none)
     return layer, exact
 
 

@@ -22,6 +22,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from time import perf_counter
 from types import FrameType, ModuleType
 from typing import Any
@@ -75,6 +76,12 @@ DTYPES: dict[str, np.dtype[Any]] = {
 DEFAULT_DTYPES = ("float64", "float32")
 TIME_LIMIT = 30.0
 """Seconds that one call may take; generous, because a first call may compile or import."""
+
+MOST = 10_000
+"""So many entries has no list that is asked for: what goes on so long has no end."""
+
+CONVENTIONS = {"dora_norm": ("detached", "differentiated")}
+"""What an implementation may choose, and declares."""
 
 HANGS_ALLOWED = 2
 """After so many calls of a method that hung, it is not called again in this run."""
@@ -321,11 +328,15 @@ class Subject:
         self._home = _home(implementation)
         self._set = _settings(implementation)
         kind = implementation if isinstance(implementation, type) else type(implementation)
-        self.name = tidy(self._declared("name", kind.__name__), 60)
-        self.version = tidy(self._declared("version", ""), 120)
+        self.name = tidy(self._text("name", kind.__name__), 60)
+        self.version = tidy(self._text("version", ""), 120)
         self.dtypes = self._read_dtypes()
         self._precision = {d: self._read_precision(d) for d in self.dtypes}
         self.conventions = self._read_mapping("conventions")
+        for name, value in self.conventions.items():
+            if value not in (known := CONVENTIONS.get(name, (value,))):
+                expected = f"expected one of {', '.join(known)}"
+                raise LoadError(f"{self.name}: conventions[{name!r}] is {value!r}, {expected}")
         self.known = self._read_mapping("known")
 
     def _declared(self, attribute: str, default: Any) -> Any:
@@ -336,6 +347,12 @@ class Subject:
                 f"reading {attribute!r} of the target raises {describe(error)}"
             ) from None
         return default if value is None else value
+
+    def _text(self, attribute: str, default: str) -> Any:
+        value = self._declared(attribute, default)
+        if callable(value):
+            raise LoadError(f"{attribute!r} of the target is {_named(value)}, expected a text")
+        return value
 
     def _read_mapping(self, attribute: str) -> dict[str, Any]:
         value = self._declared(attribute, {})
@@ -488,7 +505,8 @@ class Subject:
         source = "" if isinstance(value, np.ndarray) else f" (it is {_named(value)})"
         if shape is not None and array.shape != tuple(shape):
             raise Fault("shape", f"{what} has shape {array.shape}, expected {shape}{source}")
-        if dtype is not None and array.dtype != DTYPES[dtype]:
+        given = type(value) in (int, float)  # a number of Python's has no dtype of its own
+        if dtype is not None and not given and array.dtype != DTYPES[dtype]:
             raise Fault("dtype", f"{what} is {array.dtype}, expected {dtype}{source}")
         bad = ~np.isfinite(array)
         if bad.any():
@@ -592,7 +610,9 @@ def _settled(value: Any) -> Any:
     if type(value) is dict:
         return {key: _settled(entry) for key, entry in value.items()}
     if type(value) in (list, tuple) or isinstance(value, Iterator):
-        entries = [_settled(entry) for entry in value]
+        entries = [_settled(entry) for entry in islice(value, MOST)]
+        if len(entries) == MOST:
+            raise ValueError(f"an answer of {MOST} entries and more: has it no end?")
         return tuple(entries) if type(value) is tuple else entries
     if hasattr(value, "__array__"):
         with contextlib.suppress(Exception):  # `answer` will say what NumPy said

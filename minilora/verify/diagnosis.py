@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minilora.verify.contract import DTYPES, Fault, Raised, Skip, Subject
+from minilora.verify.contract import CONVENTIONS, DTYPES, Fault, Raised, Skip, Subject
 from minilora.verify.structure import Fit, agreeing, describe, fit, sigma_of
 from minilora.verify.terms import STRUCTURE, Case, Check, Comparison, Diagnosis
 from minilora.verify.tolerance import unit_roundoff
@@ -262,8 +262,6 @@ def another_convention(
     check: Check, subject: Subject, cases: Sequence[Case]
 ) -> tuple[Diagnosis, ...]:
     """The convention by which all answers are right, where another one is declared."""
-    from minilora.verify.vectors import CONVENTIONS
-
     declared = subject.conventions
     try:
         for name, values in CONVENTIONS.items():

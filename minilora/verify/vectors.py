@@ -51,6 +51,7 @@ from minilora.verify.cases import (
     wanted_merge,
 )
 from minilora.verify.contract import (
+    CONVENTIONS,
     DTYPES,
     Precision,
     Subject,
@@ -142,9 +143,6 @@ ABSENT = {
     "optimizer.sgd-balance": "a law of the answers, which the other checks imply",
 }
 """Checks that a pattern above names and no vector is made of, and why."""
-
-CONVENTIONS = {"dora_norm": ("detached", "differentiated")}
-"""What an implementation may choose; the first is in ``out``, the others are in ``alt``."""
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,11 @@ LAYOUT = (
             then(branch=lambda v, c: 0 * v if c.lead == (1,) else v),
         ),
         (
+            "near-zero",
+            "no branch where B is nearly 0",
+            then(branch=lambda v, c: 0 * v if np.allclose(c.B, 0) else v),
+        ),
+        (
             "batch-of-one",
             "x (1, …, n) answered without its first axis",
             but(shaped=_first_squeezed),
@@ -268,6 +273,11 @@ FORM = (
         "FORM",
         "linear.forward.bias",
         ("no-bias", "b forgotten", reads(b=lambda c: 0 * c.b)),
+        (
+            "bias-of-token",
+            "b a column where there are as many tokens as features",
+            but(base=lambda my, c: c.x @ c.W.T + (c.b[:, None] if len(c.x) == len(c.b) else c.b)),
+        ),
         ("bias-twice", "2 b", reads(b=lambda c: 2 * c.b)),
         ("bias-negative", "-b", reads(b=lambda c: -c.b)),
     ),
@@ -632,6 +642,10 @@ def _in_pairs(terms: Array) -> Array:
     return total
 
 
+def _stored(c: Call, array: Array) -> Array:
+    return array.astype(c.dtype).astype(array.dtype)
+
+
 SAME = equivalents(
     "linear",
     ("rows", "as it is: tokens in rows", Plain),
@@ -693,6 +707,19 @@ SAME = equivalents(
         but(
             dA=lambda my, c: my.s(c) * c.B.T @ (c.dy.T @ my.kept(c)),
             dB=lambda my, c: my.s(c) * (c.dy.T @ my.kept(c)) @ c.A.T,
+        ),
+    ),
+    (
+        "over-the-weight",
+        "by W + s B A and dW, each rounded to the dtype, as autograd has it",
+        but(
+            y=lambda my, c: (
+                c.x @ c.W.T + c.b + my.kept(c) @ _stored(c, my.delta(c)).T
+                if c.dropout
+                else c.x @ _stored(c, my.merged(c)).T + c.b
+            ),
+            dA=lambda my, c: my.s(c) * c.B.T @ _stored(c, c.dy.T @ my.kept(c)),
+            dB=lambda my, c: my.s(c) * _stored(c, c.dy.T @ my.kept(c)) @ c.A.T,
         ),
     ),
     (

@@ -58,6 +58,11 @@ MERGE = (
         ("root", "s = α/√r, unasked", but(s=lambda my, c: c.alpha / c.r**0.5)),
         ("scale-squared", "W + s² B A", but(delta=lambda my, c: my.s(c) * Plain.delta(my, c))),
         (
+            "near-weight",
+            "W where W + s B A is nearly W",
+            then(delta=lambda d, c: 0 * d if np.allclose(c.W + d, c.W) else d),
+        ),
+        (
             "eight-ranks",
             "all ranks but eight are lost",
             reads(A=lambda c: c.A[:8], B=lambda c: c.B[:, :8]),
