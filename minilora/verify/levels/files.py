@@ -40,11 +40,11 @@ KINDS: dict[str, tuple[Config, Lora, str]] = {
     "patterns": (
         small.DEEP,
         Lora(
-            r=3, alpha=7, targets=("q", "v", "down"),
-            rank_pattern={"layers.1.q": 5, "layers.0.down": 2},
+            r=3, alpha=7.5, targets=("q", "v", "down"),
+            rank_pattern={"layers.1.q": small.DEEP.d, "layers.0.down": 2},
             alpha_pattern={"layers.1.q": 4, "layers.1.v": 10},
         ),
-        "ranks and alphas of single modules",
+        "ranks and alphas of single modules, an α with a fraction and A that is square",
     ),
     "rslora": (
         small.GPT_2,

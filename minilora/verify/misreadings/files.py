@@ -286,6 +286,10 @@ SAVE = (
         ("save-scale-as-alpha", "s saved as α", files(
             saved=_settings(lora_alpha=lambda c: c["lora_alpha"] / c["r"]))),
         ("save-alpha-is-r", "r saved as α", files(saved=_settings(lora_alpha=lambda c: c["r"]))),
+        ("save-alpha-whole", "⌊α⌋ saved as α", files(
+            saved=_settings(lora_alpha=lambda c: int(c["lora_alpha"])))),
+        ("save-square-turned", "tensors that are square saved as their transposes", files(
+            saved=_values(lambda n, v: v.T if v.shape == v.T.shape else v))),
         ("save-alpha-pattern-lost", "the α of single modules is not saved", files(
             saved=_settings(alpha_pattern=lambda c: {}))),
         ("save-rank-pattern-lost", "the ranks of single modules are not saved", files(
