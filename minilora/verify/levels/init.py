@@ -34,12 +34,12 @@ SEEDS = 6
 POINTS = np.linspace(-2.0, 2.0, 41)
 """Where the distribution of √n A is looked at; it lies within ± 1."""
 
-KINDS: dict[str, tuple[dict[str, Any], str, Callable[[Array, int], Array]]] = {
-    "": ({}, "A ~ U(-1/√n, 1/√n)", lambda t, r: np.clip((t + 1) / 2, 0, 1)),
+KINDS: dict[str, tuple[dict[str, Any], str, Callable[[Array], Array]]] = {
+    "": ({}, "A ~ U(-1/√n, 1/√n)", lambda t: np.clip((t + 1) / 2, 0, 1)),
     ".gaussian": (
         {"init_lora_weights": "gaussian"},
         "A ~ N(0, 1/r²)",
-        lambda t, r: np.asarray(ndtr(t)),
+        lambda t: np.asarray(ndtr(t)),
     ),
 }
 """The settings, the law, and the distribution function of √n A, or of r A."""
@@ -98,7 +98,7 @@ def _distribution(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
                 pooled.append(A.astype(np.float64).ravel() * (r if kind else sqrt(n)))
         drawn = np.sort(np.concatenate(pooled))
         below = np.searchsorted(drawn, POINTS, "right") / len(drawn)
-        want = distribution(POINTS, 0)
+        want = distribution(POINTS)
         greatest = sqrt(log(2 / ERROR) / (2 * len(drawn))) + unit_roundoff(case.dtype)
         what = "the part of r A up to each point" if kind else "the part of √n A up to each point"
         yield Comparison(what, below, want, np.full(want.shape, greatest), CHANCE)
