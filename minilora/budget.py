@@ -163,7 +163,10 @@ class Plan:
 
 
 GAMMA = 0.1
-"""γ, by which the sum of `orthogonality` over the projections counts in a run's loss."""
+"""γ, by which the sum of `orthogonality` over the projections counts in a run's loss: a tenth.
+
+Source: the scripts of Zhang et al. 2023 for MNLI and CNN/DailyMail.
+"""
 
 
 def initial_rank(rank: int) -> int:
