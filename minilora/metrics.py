@@ -50,7 +50,11 @@ def accuracy(right: Array, confidence: float = 0.95) -> Accuracy:
 
 
 RESAMPLES = 9999
-"""How often what was measured is drawn anew for an interval."""
+"""How often what was measured is drawn anew for an interval.
+
+So often that by chance an end of a 95% interval is off by less than a hundredth of its width, in
+standard deviations.
+"""
 
 
 class Difference(NamedTuple):

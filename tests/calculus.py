@@ -1,8 +1,11 @@
 """Derivatives by a complex step, the measure of an error, and the worst figures that tests meet."""
 
+import math
+
 import numpy as np
 
 from minilora.laws import STEP, UNIT_ROUNDOFF
+from minilora.portable import TAYLOR
 from minilora.verify.table import PROMISE
 
 GRADIENT = PROMISE
@@ -11,6 +14,10 @@ GRADIENT = PROMISE
 OPTIMIZER = 10 * GRADIENT
 """The same promise for parameters after ten steps of an optimizer: each may add a GRADIENT."""
 
+COMPLEX_ERF = 1e-13
+"""The relative error that SciPy's erf of complex numbers usually keeps below, by its source, the
+Faddeeva package of S. G. Johnson. That a complex step's derivative does, test_ops.py measures."""
+
 WORST = {}
 """The greatest figure of each name since the test began; conftest.py prints them at the end."""
 
@@ -18,6 +25,18 @@ WORST = {}
 def gamma(k):
     """What k roundings in a row can do, relatively: k u / (1 - k u) (Higham 2002, lemma 3.1)."""
     return k * UNIT_ROUNDOFF / (1 - k * UNIT_ROUNDOFF)
+
+
+def bound_of_exp(largest):
+    """How far `minilora.portable.exp` may be from NumPy's, relatively, at numbers up to a largest.
+
+    r carries the rounding of k ln 2, three roundings of numbers up to |x|; the polynomial leaves
+    out less than two of its next term at (ln 2) / 2, each of its steps rounds twice; NumPy's own is
+    2 u off.
+    """
+    terms = len(TAYLOR)
+    left_out = 2 * (math.log(2) / 2) ** terms / math.factorial(terms)
+    return (3 * largest + 2 * terms + 2) * UNIT_ROUNDOFF + left_out
 
 
 def record_worst(name, figure):

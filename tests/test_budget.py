@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 
 from minilora import strategies as draw
 from minilora.budget import (
-    GAMMA,
     Importance,
     Plan,
     adalora_scale,
@@ -550,7 +549,15 @@ def test_a_run_begins_with_half_as_much_again_and_ends_at_the_rank():
         assert {*budgets[steps - steps // 2 :]} == {5 * rank}
         assert sorted(budgets, reverse=True) == budgets
         assert initial_rank(rank) == math.ceil(Fraction(3, 2) * rank)
-    assert 0 < GAMMA < 1
+
+
+def test_a_runs_penalty_counts_a_tenth():
+    params = triplets(np.random.default_rng(0), "q")
+    gradients = {name: np.zeros_like(p) for name, p in params.items()}
+    of_a_run, a_tenth, a_fifth = (penalised(params, gradients, *g) for g in ((), (0.1,), (0.2,)))
+    for name in ("q.A", "q.B"):
+        assert (of_a_run[name] == a_tenth[name]).all()
+        assert (of_a_run[name] != a_fifth[name]).any()
 
 
 def test_what_is_left_of_a_run_is_the_same_function_and_nothing_that_is_0():

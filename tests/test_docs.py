@@ -237,6 +237,26 @@ def test_the_pages_proof_passes_what_is_right(prove):
     prove(product, x=np.linspace(1, 2, 5), w=np.linspace(3, 4, 5))
 
 
+def cancelling(wrong):
+    """y = W x whose dx is 0 but for rounding, for the dy that the proof draws; or a wrong one."""
+    dy = np.random.default_rng(1).standard_normal((5, 1))
+    W = np.random.default_rng(0).standard_normal((5, 3))
+    W[-1] = -(dy[:-1] * W[:-1]).sum(0) / dy[-1]
+
+    def f(x):
+        return W @ x, lambda dy: (wrong * W.T[:, ::-1]) @ dy[::-1]
+
+    return f
+
+
+def test_the_pages_proof_measures_a_gradient_that_cancels_by_its_terms(prove):
+    """In another order of the terms all of what is left is rounding."""
+    x = np.ones((3, 1))
+    prove(cancelling(np.ones(5)), x=x)
+    with pytest.raises(AssertionError, match="dx is not the derivative"):
+        prove(cancelling(1 + 1e-12 * np.arange(5)), x=x)
+
+
 @pytest.mark.parametrize("wrong", [{"off": 1e-12}, {"off": -2.0}, {"forgets": True}])
 def test_the_pages_proof_refuses_what_is_wrong(prove, wrong):
     with pytest.raises(AssertionError):

@@ -231,6 +231,14 @@ def test_top_k_and_top_p_leave_the_most_probable():
         assert np.count_nonzero(probabilities(halves, Sampling(1.0, top_p=p))) == left
 
 
+def test_top_p_ends_with_the_token_that_reaches_it_exactly():
+    """Of n equal logits each has the probability 1/n, and with n = 4 every sum of them is exact."""
+    equal = np.zeros(4)
+    for left in (1, 2, 3, 4):
+        p = probabilities(equal, Sampling(1.0, top_p=left / 4))
+        assert p.tolist() == [1 / left] * left + [0] * (4 - left)
+
+
 def test_of_equal_logits_at_the_edge_of_top_k_the_first_stay():
     z = np.random.default_rng(0).integers(0, 4, 30).astype(float)
     order = sorted(range(30), key=lambda i: (-z[i], i))

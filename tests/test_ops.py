@@ -6,6 +6,7 @@ import mpmath
 import numpy as np
 import pytest
 from calculus import (
+    COMPLEX_ERF,
     GRADIENT,
     UNIT_ROUNDOFF,
     derivative,
@@ -156,6 +157,19 @@ def test_float64_is_as_near_to_long_double_as_rounding_allows(name, drawn, rng):
         share = share_of_bound(found, values(rounded[argument]), rounded[argument], rng)
         record_worst("4. error of float64 / its bound, primitive equations", share)
         assert share <= 1
+
+
+def test_scipys_complex_erf_is_off_by_more_than_roundings_and_less_than_its_source_says():
+    """Its derivative by a complex step against 40 digits, wherever that is more than u."""
+    x = np.linspace(-6, 6, 2001)
+    slopes = ops.erf(x + 1j * laws.STEP).imag / laws.STEP
+    with mpmath.workdps(40):
+        wanted = [2 / mpmath.sqrt(mpmath.pi) * mpmath.exp(-(mpf(v) ** 2)) for v in x.tolist()]
+        off = [
+            float(abs(mpf(slope) / want - 1)) for slope, want in zip(slopes, wanted, strict=True)
+        ]
+    record_worst("SciPy's complex erf, over what its source says", max(off) / COMPLEX_ERF)
+    assert 8 * UNIT_ROUNDOFF < max(off) <= COMPLEX_ERF
 
 
 def test_one_rounding_to_float32_exceeds_the_bound():

@@ -4,10 +4,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from calculus import bound_of_exp
 from scipy.special import erf
 
 from minilora.ops import attention, cross_entropy, gelu, rmsnorm
-from minilora.portable import SIGNIFICAND, TAYLOR, Portable, exp, portable, to_grid
+from minilora.portable import SIGNIFICAND, Portable, exp, portable, to_grid
 
 U = np.finfo(float).eps / 2
 
@@ -88,12 +89,6 @@ def test_a_sum_of_zeros_has_no_sign():
     products = zeros.view(Portable) @ minus.view(Portable), (-zeros).view(Portable).sum(0)
     assert not any(np.signbit(np.asarray(y)).any() for y in products)
     assert np.signbit(zeros * minus).all()
-
-
-def bound_of_exp(largest):
-    """r carries the rounding of k ln 2, three roundings of numbers up to |x|; the polynomial leaves
-    out less than two of its next term, each of its steps rounds twice; NumPy's own is 2 u off."""
-    return 3 * largest * U + 2 * (np.log(2) / 2) ** 12 / 479001600 + 2 * (len(TAYLOR) + 1) * U
 
 
 def test_exp_is_as_near_as_its_arithmetic_allows():

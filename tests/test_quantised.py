@@ -700,6 +700,24 @@ def test_a_short_last_block_is_divided_and_a_whole_one_is_not(torch, bnb):
     assert differ
 
 
+def distance(number, exact):
+    return abs(Fraction(float(number)) - exact)
+
+
+def test_the_mean_of_the_blocks_is_the_true_one_rounded_once():
+    """In whole fractions no float32 is nearer to it; a sum in float32 loses more."""
+    sums_lose = []
+    for seed in range(8):
+        W = np.random.default_rng(seed).standard_normal((70, 256)).astype(F32)
+        absmax = quantise_nf4(W).constants["absmax"]
+        mean = sum(Fraction(float(a)) for a in absmax) / absmax.size
+        offset = quantise_nf4(W, double=True).constants["offset"]
+        beside = [np.nextafter(offset, F32(way)) for way in (0, np.inf)]
+        assert distance(offset, mean) <= min(distance(number, mean) for number in beside)
+        sums_lose.append(distance(absmax.mean(), mean) > distance(offset, mean))
+    assert any(sums_lose)
+
+
 def test_the_mean_alone_is_rounded_otherwise_by_pytorch(torch, bnb):
     """Any order of n - 1 sums is off by γ(n - 1) of the mean at most, the division by u more."""
     for seed in range(5):

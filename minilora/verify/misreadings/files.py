@@ -89,10 +89,6 @@ def _settings(**changes: Callable[[Settings], Any]) -> Change:
     return lambda t, c: (t, {**c, **{name: change(c) for name, change in changes.items()}})
 
 
-def _lost(name: str) -> Change:
-    return lambda t, c: (t, {key: value for key, value in c.items() if key != name})
-
-
 def _both(first: Change, second: Change) -> Change:
     return lambda t, c: second(*first(t, c))
 

@@ -12,6 +12,9 @@ import numpy as np
 from minilora.verify.misreadings.entry import Misreading, equivalents, family
 from minilora.verify.misreadings.plain import Array, Plain
 
+Entries = Mapping[str, Sequence[tuple[Any, ...]]]
+"""The check that shows each best, and what `family` takes of them."""
+
 
 class Session:
     """A right session, written as libraries have it: a weight that is changed in place."""
@@ -554,40 +557,26 @@ def _unmerge_first(my: Session) -> None:
     my.added = {}
 
 
-LIFECYCLE = (
-    *family(
-        "LIFECYCLE",
-        "lifecycle.add",
-        ("added-active", "a new adapter acts at once, beside the others", _but(add=_add_active)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.several",
+PLAIN: Entries = {
+    "lifecycle.add": [
+        ("added-active", "a new adapter acts at once, beside the others", _but(add=_add_active))
+    ],
+    "lifecycle.several": [
         ("activate-adds", "activating leaves the others active", _but(activate=_activate_more)),
         ("activate-one", "only the first of several acts", _but(activate=_activate_one)),
         ("activate-none", "activating none leaves all as it was", _but(activate=_activate_some)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.disable",
+    ],
+    "lifecycle.disable": [
         ("disable-nothing", "disabling does nothing", _but(disable=lambda my: None)),
-        (
-            "disable-merged",
-            "disabling leaves what is merged",
-            _but(acting=_off_but_merged),
-        ),
+        ("disable-merged", "disabling leaves what is merged", _but(acting=_off_but_merged)),
         ("disable-for-ever", "activating does not end it", _but(activate=_activate_still_off)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.scale",
+    ],
+    "lifecycle.scale": [
         ("scale-piled", "each factor on the last one", _but(scale=_scale_piled)),
         ("scale-nothing", "a factor is ignored", _but(scale=lambda my, name, factor: None)),
         ("scale-of-all", "a factor for all adapters", _but(scale=_scale_of_all)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.merge-twice",
+    ],
+    "lifecycle.merge-twice": [
         ("merge-twice", "merging twice adds twice", _but(merge=_merge_again)),
         ("unmerge-twice", "unmerging twice takes away twice", _but(unmerge=_unmerge_again)),
         (
@@ -600,17 +589,13 @@ LIFECYCLE = (
             "unmerging does nothing",
             _but(take_out=lambda my, name: my.added.pop(name)),
         ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.merge-several",
+    ],
+    "lifecycle.merge-several": [
         ("merge-all", "inactive adapters are merged too", _but(merge=_merge_all)),
         ("merge-first", "only the first active one is merged", _but(merge=_merge_first)),
         ("unmerge-first", "only the first merged one is unmerged", _but(unmerge=_unmerge_first)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.scale-while-merged",
+    ],
+    "lifecycle.scale-while-merged": [
         (
             "scale-late",
             "a scale set while merged acts after unmerging only",
@@ -622,45 +607,35 @@ LIFECYCLE = (
             _but(take_out=_unmerge_anew, scale=_scale_alone),
             "peft 0.21",
         ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.delete",
+    ],
+    "lifecycle.delete": [
         ("delete-all-rest", "deleting one silences the others", _but(delete=_delete_all_rest)),
         ("delete-branch", "a deleted active adapter goes on", _but(delete=_delete_leaves_branch)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.delete-while-merged",
+    ],
+    "lifecycle.delete-while-merged": [
         (
             "delete-merged",
             "a deleted merged adapter stays in the weight",
             _but(delete=_delete_leaves_merged),
         ),
         ("delete-next", "the next adapter acts in its stead", _but(delete=_delete_next)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.activate-while-merged",
+    ],
+    "lifecycle.activate-while-merged": [
         (
             "activate-merged",
             "what is merged goes on beside what is activated",
             _but(activate=_activate_over_merged),
-        ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.add-while-merged",
+        )
+    ],
+    "lifecycle.add-while-merged": [
         (
             "add-merged",
             "an adapter added beside a merged one is merged",
             _but(add=_add_into_merged),
         ),
         ("add-forgets", "adding forgets what is merged", _but(add=_add_forgets_merged)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.train-eval",
+    ],
+    "lifecycle.train-eval": [
         ("eval-adds", "each evaluation merges once more", _but(eval=_eval_adds)),
         (
             "train-forgets",
@@ -668,20 +643,16 @@ LIFECYCLE = (
             _but(train=_train_forgets),
             "microsoft/LoRA 34",
         ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.weight",
+    ],
+    "lifecycle.weight": [
         (
             "weight-original",
             "the original weight while merged",
             _but(weight=lambda my: my.read(my.base())),
         ),
         ("weight-merged", "W' always", _but(weight=lambda my: my.read(my.acting()))),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.machine",
+    ],
+    "lifecycle.machine": [
         (
             "merged-alone",
             "beside a merged adapter no other acts",
@@ -693,8 +664,8 @@ LIFECYCLE = (
             "disabling unmerges and does no more",
             _but(disable=_off_by_unmerging),
         ),
-    ),
-)
+    ],
+}
 
 
 def _saved_scaled(part: str) -> Callable[[Session, str], Mapping[str, Any]]:
@@ -728,21 +699,24 @@ def _last_output(my: Session, x: Array) -> Array:
     return answer
 
 
-LIFECYCLE += family(
-    "LIFECYCLE",
-    "lifecycle.save-scaled",
-    ("save-factor-in-B", "B times its factor is saved", _but(stored=_saved_scaled("B"))),
-    ("save-factor-in-alpha", "α times its factor is saved", _but(stored=_saved_scaled("alpha"))),
-    (
-        "save-factor",
-        "the factor is saved too",
-        _but(save=_save_with_factor, load=_load_with_factor),
-    ),
-) + family(
-    "LIFECYCLE",
-    "lifecycle.train-eval",
-    ("output-kept", "the last output for whatever x", _but(forward=_last_output)),
-)
+KEPT: Entries = {
+    "lifecycle.save-scaled": [
+        ("save-factor-in-B", "B times its factor is saved", _but(stored=_saved_scaled("B"))),
+        (
+            "save-factor-in-alpha",
+            "α times its factor is saved",
+            _but(stored=_saved_scaled("alpha")),
+        ),
+        (
+            "save-factor",
+            "the factor is saved too",
+            _but(save=_save_with_factor, load=_load_with_factor),
+        ),
+    ],
+    "lifecycle.train-eval": [
+        ("output-kept", "the last output for whatever x", _but(forward=_last_output))
+    ],
+}
 
 
 def _of_kind(kind: str, **methods: Any) -> Callable[[], Plain]:
@@ -755,28 +729,22 @@ def _of_kind(kind: str, **methods: Any) -> Callable[[], Plain]:
     return _but(**{name: only(name, wrong) for name, wrong in methods.items()})
 
 
-LIFECYCLE += (
-    *family(
-        "LIFECYCLE",
-        "lifecycle.machine.conv1d",
+TURNED: Entries = {
+    "lifecycle.machine.conv1d": [
         (
             "conv1d-twice",
             "2 s B A where the weight is stored (in, out)",
             _of_kind("conv1d", delta=lambda my, name: 2 * Session.delta(my, name)),
-        ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.weight.conv1d",
+        )
+    ],
+    "lifecycle.weight.conv1d": [
         (
             "conv1d-unmerge-nothing",
             "unmerging does nothing where the weight is stored (in, out)",
             _of_kind("conv1d", take_out=lambda my, name: my.added.pop(name)),
-        ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.machine.embedding",
+        )
+    ],
+    "lifecycle.machine.embedding": [
         (
             "embedding-disable",
             "an embedding's adapter is not disabled",
@@ -787,17 +755,15 @@ LIFECYCLE += (
             "an embedding's branch acts beside its merged table",
             _of_kind("embedding", acting=_merged_twice),
         ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.weight.embedding",
+    ],
+    "lifecycle.weight.embedding": [
         (
             "embedding-never-merged",
             "an embedding's table is never merged",
             _of_kind("embedding", weight=lambda my: my.read(my.base())),
-        ),
-    ),
-)
+        )
+    ],
+}
 
 
 def _interleaved(my: Session, name: str) -> Any:
@@ -1178,62 +1144,48 @@ def _only_first(my: Pair, answer: dict[str, Array], key: str, gradient: Array) -
     """Of a tied factor's two gradients the first stays."""
 
 
-LIFECYCLE += (
-    *family(
-        "LIFECYCLE",
-        "lifecycle.lone",
+OTHERS: Entries = {
+    "lifecycle.lone": [
         (
             "merged-forgotten",
             "after a second merge what was merged is no longer taken out",
             _but(merge=_forgetful_merge),
-        ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.lone.conv1d",
+        )
+    ],
+    "lifecycle.lone.conv1d": [
         (
             "conv1d-unmerge-adds",
             "unmerging adds once more where the weight is stored (in, out)",
             _of_kind("conv1d", take_out=_unmerge_wrong),
-        ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.lone.embedding",
+        )
+    ],
+    "lifecycle.lone.embedding": [
         (
             "embedding-eval-adds",
             "each evaluation merges an embedding once more",
             _of_kind("embedding", eval=_eval_adds),
-        ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.lone.fused",
+        )
+    ],
+    "lifecycle.lone.fused": [
         ("fused-interleaved", "A's rows belong to the parts in turn", _but(delta=_interleaved)),
         ("fused-shared-A", "the first part's A for all parts", _but(delta=_shared_factors)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.machine.fused",
+    ],
+    "lifecycle.machine.fused": [
         (
             "fused-next-rows",
             "the parts that are on follow each other without a gap",
             _but(parts=_next_rows),
-        ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.tied.embedding",
+        )
+    ],
+    "lifecycle.tied.embedding": [
         (
             "tied-embedding-merged",
             "an embedding's merged change is the tied head's too",
             _shared("embedding"),
             "peft 0.21",
-        ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.tied.head",
+        )
+    ],
+    "lifecycle.tied.head": [
         (
             "tied-head-merged",
             "a tied head's merged change is the embedding's too",
@@ -1241,10 +1193,8 @@ LIFECYCLE += (
             "peft 2018",
         ),
         ("tied-head-on", "disabling leaves the tied head's adapter", _pairs(disable=_head_not_off)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.tied.both",
+    ],
+    "lifecycle.tied.both": [
         (
             "tied-both-merged",
             "one change of both uses is merged into the one table twice",
@@ -1252,19 +1202,15 @@ LIFECYCLE += (
             "peft 0.21",
         ),
         ("tied-both-embedding", "one change of both uses acts in one", _pairs(split=_split_untied)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.machine.tied",
+    ],
+    "lifecycle.machine.tied": [
         (
             "tied-one-use",
             "beside an adapter of the embedding none of the tied head acts",
             _pairs(activate=_one_use),
-        ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.bias",
+        )
+    ],
+    "lifecycle.bias": [
         ("bias-added", "a trained bias is added to the base's", _but(shift=_bias_added)),
         (
             "bias-at-once",
@@ -1279,20 +1225,14 @@ LIFECYCLE += (
             "peft 0.21",
         ),
         ("bias-not-merged", "merging forgets the trained bias", _but(bias=_bias_not_merged)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.bias.scaled",
-        ("bias-scaled", "a factor is the trained bias's too", _but(shift=_bias_scaled)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.machine.bias",
-        ("bias-twice", "a trained bias counts twice", _but(shift=_bias_twice)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.full",
+    ],
+    "lifecycle.bias.scaled": [
+        ("bias-scaled", "a factor is the trained bias's too", _but(shift=_bias_scaled))
+    ],
+    "lifecycle.machine.bias": [
+        ("bias-twice", "a trained bias counts twice", _but(shift=_bias_twice))
+    ],
+    "lifecycle.full": [
         (
             "full-ignored",
             "what is trained in full is not used",
@@ -1314,160 +1254,112 @@ LIFECYCLE += (
             _pairs(disable=_module_not_off),
             "peft 493",
         ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.full.delete",
-        ("full-outlives", "a deleted adapter's module stays", _pairs(delete=_module_outlives)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.machine.full",
-        ("full-scaled", "a factor is the module's too", _pairs(scale=_module_scaled)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.dora",
-        ("dora-ignored", "DoRA beside LoRA is LoRA too", _but(delta=_dora_ignored)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.machine.dora",
-        ("dora-no-norm", "m ∘ V without ‖V‖, beside LoRA", _but(delta=_dora_without_norm)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.dora.several",
-        (
-            "dora-on-sum",
-            "DoRA is merged into what another adapter has left of W",
-            _sessions(OnSum),
-        ),
+    ],
+    "lifecycle.full.delete": [
+        ("full-outlives", "a deleted adapter's module stays", _pairs(delete=_module_outlives))
+    ],
+    "lifecycle.machine.full": [
+        ("full-scaled", "a factor is the module's too", _pairs(scale=_module_scaled))
+    ],
+    "lifecycle.dora": [("dora-ignored", "DoRA beside LoRA is LoRA too", _but(delta=_dora_ignored))],
+    "lifecycle.machine.dora": [
+        ("dora-no-norm", "m ∘ V without ‖V‖, beside LoRA", _but(delta=_dora_without_norm))
+    ],
+    "lifecycle.dora.several": [
+        ("dora-on-sum", "DoRA is merged into what another adapter has left of W", _sessions(OnSum)),
         (
             "dora-in-a-row",
             "DoRA rescales what the adapters before it have added, by W's own norm",
             _sessions(InARow),
             "peft 0.21",
         ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.save",
+    ],
+    "lifecycle.save": [
         ("save-classic", "rsLoRA's scale is not saved", _but(stored=_stored_classic)),
         (
             "save-active",
             "the active adapter is saved, whichever was asked for",
             _but(stored=_stored_last),
         ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.save.fused",
+    ],
+    "lifecycle.save.fused": [
         (
             "save-fused-first",
             "how many parts are adapted is saved, and not which",
             _but(stored=_stored_first),
-        ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.save.tied",
+        )
+    ],
+    "lifecycle.save.tied": [
         (
             "save-tied-embedding",
             "an adapter of a tied head is saved as the embedding's",
             _pairs(stored=_stored_tied),
-        ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.save.tied.both",
+        )
+    ],
+    "lifecycle.save.tied.both": [
         (
             "save-tied-half",
             "one change of both uses is saved as the embedding's alone",
             _pairs(stored=_stored_half),
             "peft 0.21",
-        ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.save.bias",
-        ("save-no-bias", "a trained bias is not saved", _but(stored=_stored_without("bias"))),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.save.full",
+        )
+    ],
+    "lifecycle.save.bias": [
+        ("save-no-bias", "a trained bias is not saved", _but(stored=_stored_without("bias")))
+    ],
+    "lifecycle.save.full": [
         (
             "save-no-head",
             "a module trained in full is not saved",
             _pairs(stored=_stored_without("head")),
-        ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.save.dora",
-        ("save-no-magnitude", "DoRA's magnitude is not saved", _but(stored=_stored_plain)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.save-while-merged",
-        ("save-merged", "what is saved while merged is 0", _but(stored=_stored_merged)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.load-while-merged",
+        )
+    ],
+    "lifecycle.save.dora": [
+        ("save-no-magnitude", "DoRA's magnitude is not saved", _but(stored=_stored_plain))
+    ],
+    "lifecycle.save-while-merged": [
+        ("save-merged", "what is saved while merged is 0", _but(stored=_stored_merged))
+    ],
+    "lifecycle.load-while-merged": [
         (
             "load-merged",
             "what is loaded beside a merged one is merged",
             _but(load=_load_into_merged),
-        ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.load-while-merged.full",
+        )
+    ],
+    "lifecycle.load-while-merged.full": [
         (
             "load-full-at-once",
             "a module that is loaded while merged acts at once",
             _pairs(load=_load_forgets),
-        ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.machine.files",
-        ("load-active", "what is loaded acts at once", _but(load=_load_active)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.gradients",
+        )
+    ],
+    "lifecycle.machine.files": [
+        ("load-active", "what is loaded acts at once", _but(load=_load_active))
+    ],
+    "lifecycle.gradients": [
         ("gradients-all", "inactive adapters get a gradient", _but(trained=_trained_all)),
         ("gradients-merged", "what is merged gets a gradient", _but(trained=_trained_merged)),
         ("gradients-unscaled", "dA and dB without the factor", _but(gradients_of=_unscaled)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.gradients.conv1d",
+    ],
+    "lifecycle.gradients.conv1d": [
         (
             "gradients-off",
             "a disabled adapter gets a gradient where the weight is stored (in, out)",
             _of_kind("conv1d", trained=_trained_off),
-        ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.gradients.embedding",
+        )
+    ],
+    "lifecycle.gradients.embedding": [
         (
             "gradients-last-use",
             "of a row looked up twice the last counts",
             _but(gradients=_by_last_use),
-        ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.gradients.fused",
-        ("gradients-fused-order", "dA's parts in reverse", _but(gradients_of=_fused_mixed)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.gradients.tied",
+        )
+    ],
+    "lifecycle.gradients.fused": [
+        ("gradients-fused-order", "dA's parts in reverse", _but(gradients_of=_fused_mixed))
+    ],
+    "lifecycle.gradients.tied": [
         (
             "gradients-tied-head",
             "of a tied factor's gradients the head's alone",
@@ -1478,21 +1370,20 @@ LIFECYCLE += (
             "of a tied factor's gradients the embedding's alone",
             _pairs(turn=_only_first),
         ),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.gradients.bias",
-        ("gradients-bias-mean", "the mean of dy over tokens", _but(gradients_of=_bias_mean)),
-    ),
-    *family(
-        "LIFECYCLE",
-        "lifecycle.gradients.full",
-        (
-            "gradients-full-sign",
-            "-dW of a module trained in full",
-            _but(gradients_of=_full_negated),
-        ),
-    ),
+    ],
+    "lifecycle.gradients.bias": [
+        ("gradients-bias-mean", "the mean of dy over tokens", _but(gradients_of=_bias_mean))
+    ],
+    "lifecycle.gradients.full": [
+        ("gradients-full-sign", "-dW of a module trained in full", _but(gradients_of=_full_negated))
+    ],
+}
+
+LIFECYCLE = tuple(
+    misreading
+    for checks in (PLAIN, KEPT, TURNED, OTHERS)
+    for check, entries in checks.items()
+    for misreading in family("LIFECYCLE", check, *entries)
 )
 
 SAME = equivalents(

@@ -17,12 +17,12 @@ from peft.optimizers import create_loraplus_optimizer
 from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
+from minilora.verify.peers._peft import Layer
 from minilora.verify.peers._torch import (
     DTYPES,
     KNOWN,
     OPTIMIZERS,
     PRECISION,
-    GivenMask,
     compute_again,
     fill,
     load_base,
@@ -95,7 +95,7 @@ _FLOAT32_START = (
 )
 
 
-class Peft:
+class Peft(Layer):
     """Each call builds the library's own layer or model anew, so no state is left between calls."""
 
     name = "peft"
@@ -135,61 +135,17 @@ class Peft:
         for kind in ("", ".conv1d", ".embedding", ".full", ".files")
     }
 
-    def lora_linear(
-        self, x: np.ndarray, W: np.ndarray, A: np.ndarray, B: np.ndarray, **settings: Any
-    ) -> np.ndarray:
-        """y of the adapted layer. Without `keep` the layer is in evaluation mode: no dropout."""
-        model, _ = _adapted(W, A, B, **settings)
-        with torch.no_grad():
-            return to_numpy(model(to_torch(x)))
+    def _frozen(self, W: np.ndarray, biased: bool, fan_in_fan_out: bool) -> Any:
+        m, n = W.shape
+        frozen = Conv1D(m, n) if fan_in_fan_out else torch.nn.Linear(n, m, bias=biased)
+        return frozen.to(to_torch(W).dtype)
 
-    def lora_linear_vjp(
-        self,
-        x: np.ndarray,
-        W: np.ndarray,
-        A: np.ndarray,
-        B: np.ndarray,
-        dy: np.ndarray,
-        **settings: Any,
-    ) -> dict[str, np.ndarray]:
-        """y and the gradients of ⟨dy, y⟩ by autograd through the library's forward."""
-        model, layer = _adapted(W, A, B, **settings)
-        of = {
-            "dx": to_torch(x).requires_grad_(),
-            "dA": layer.lora_A["default"].weight,
-            "dB": layer.lora_B["default"].weight,
-        }
-        if settings.get("bias") is not None:
-            of["dbias"] = layer.get_base_layer().bias
-        if "magnitude" in settings:
-            of["dmagnitude"] = layer.lora_magnitude_vector["default"].weight
-        if "lora_bias" in settings:
-            of["dlora_bias"] = layer.lora_B["default"].bias
-        y = model(of["dx"])
-        gradients = torch.autograd.grad(y, list(of.values()), to_torch(dy))
-        return {"y": to_numpy(y)} | {
-            name: to_numpy(gradient) for name, gradient in zip(of, gradients, strict=True)
-        }
+    def _hold(self, frozen: Any, W: np.ndarray) -> None:
+        fill(frozen.weight, to_torch(W.T if isinstance(frozen, Conv1D) else W))
 
-    def merge(self, W: np.ndarray, A: np.ndarray, B: np.ndarray, **settings: Any) -> np.ndarray:
-        """The base weight after merge_adapter()."""
-        if "lora_bias" in settings:  # merging needs a bias to add it to
-            settings["bias"] = np.zeros_like(settings["lora_bias"])
-        model, layer = _adapted(W, A, B, **settings)
-        model.merge_adapter()
-        return _weight(layer)
-
-    def unmerge(
-        self, W_merged: np.ndarray, A: np.ndarray, B: np.ndarray, **settings: Any
-    ) -> np.ndarray:
-        """The base weight after unmerge_adapter() of a layer that holds W_merged as merged."""
-        model, layer = _adapted(W_merged, A, B, **settings)
-        held = layer.get_base_layer().weight
-        as_merged = held.detach().clone()
-        model.merge_adapter()
-        fill(held, as_merged)
-        model.unmerge_adapter()
-        return _weight(layer)
+    def _weight(self, layer: Any) -> np.ndarray:
+        weight = layer.get_base_layer().weight
+        return to_numpy(weight.T if layer.fan_in_fan_out else weight)
 
     def combine(
         self, adapters: Sequence[Mapping[str, Any]], weights: Sequence[float], **settings: Any
@@ -199,24 +155,11 @@ class Peft:
         if unknown := kind.keys() - {"combination_type", "svd_rank"}:
             raise NotImplementedError(f"the peft peer has no settings {', '.join(sorted(unknown))}")
         A, B = adapters[0]["A"], adapters[0]["B"]
-        model, layer = _with_adapters(np.zeros((len(B), A.shape[1]), A.dtype), adapters)
+        model, layer = self._with_adapters(np.zeros((len(B), A.shape[1]), A.dtype), adapters)
         names = [f"a{i}" for i in range(len(adapters))]
         with torch.no_grad():
             model.base_model.add_weighted_adapter(names, list(weights), "all", **kind)
             return to_numpy(layer.get_delta_weight("all"))
-
-    def multi_adapter(
-        self,
-        x: np.ndarray,
-        W: np.ndarray,
-        adapters: Sequence[Mapping[str, Any]],
-        index: np.ndarray,
-    ) -> np.ndarray:
-        """y of one batch whose rows name their adapters, "__base__" for none."""
-        model, _ = _with_adapters(W, adapters)
-        names = ["__base__" if i < 0 else f"a{i}" for i in index]
-        with torch.no_grad():
-            return to_numpy(model.eval()(to_torch(x), adapter_names=names))
 
     def session(self, layer: Mapping[str, Any]) -> Session:
         """A layer whose adapters come and go."""
@@ -245,7 +188,7 @@ class Peft:
             raise NotImplementedError(str(refused)) from refused
         layer = model.get_submodule("base_model.model.0")
         factors = {"A": layer.lora_A, "B": layer.lora_B}
-        return {"W": _weight(layer)} | {
+        return {"W": self._weight(layer)} | {
             name: to_numpy(factor["default"].weight) for name, factor in factors.items()
         }
 
@@ -557,87 +500,6 @@ def implementation() -> object:
     return Peft()
 
 
-def _adapted(
-    W: np.ndarray,
-    A: np.ndarray,
-    B: np.ndarray,
-    *,
-    alpha: float,
-    r: int,
-    bias: np.ndarray | None = None,
-    keep: np.ndarray | None = None,
-    p: float = 0.0,
-    use_rslora: bool = False,
-    fan_in_fan_out: bool = False,
-    use_dora: bool = False,
-    magnitude: np.ndarray | None = None,
-    lora_bias: np.ndarray | None = None,
-    **unknown: Any,
-) -> tuple[Any, Any]:
-    """The model of one adapted layer, and that layer, filled with the given arrays."""
-    if unknown:
-        raise NotImplementedError(f"the peft peer has no settings {', '.join(unknown)}")
-    m, n = W.shape
-    weight = to_torch(W)
-    base: torch.nn.Module = (
-        Conv1D(m, n) if fan_in_fan_out else torch.nn.Linear(n, m, bias=bias is not None)
-    )
-    config = peft.LoraConfig(
-        r=r,
-        lora_alpha=plain_number(alpha),
-        lora_dropout=p,
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        lora_bias=lora_bias is not None,
-        fan_in_fan_out=fan_in_fan_out,
-        target_modules=["0"],
-        bias="none" if bias is None else "all",
-    )
-    model = peft.get_peft_model(
-        torch.nn.Sequential(base.to(weight.dtype)), config, autocast_adapter_dtype=False
-    )
-    layer = model.get_submodule("base_model.model.0")
-    fill(base.weight, weight.T if fan_in_fan_out else weight)
-    if bias is not None:
-        fill(base.bias, to_torch(bias))
-    fill(layer.lora_A["default"].weight, to_torch(A))
-    fill(layer.lora_B["default"].weight, to_torch(B))
-    if magnitude is not None:
-        fill(layer.lora_magnitude_vector["default"].weight, to_torch(magnitude))
-    if lora_bias is not None:
-        fill(layer.lora_B["default"].bias, to_torch(lora_bias))
-    if keep is not None:
-        layer.lora_dropout["default"] = GivenMask(keep, p, layer.lora_dropout["default"])
-    model.train(keep is not None)
-    return model, layer
-
-
-def _with_adapters(W: np.ndarray, adapters: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
-    """The model of one layer with the adapters a0, a1, …, and that layer, filled."""
-    m, n = W.shape
-    base = torch.nn.Sequential(torch.nn.Linear(n, m, bias=False).to(to_torch(W).dtype))
-    model: Any = None
-    for i, given in enumerate(adapters):
-        config = peft.LoraConfig(
-            r=given["r"],
-            lora_alpha=plain_number(given["alpha"]),
-            use_rslora=given.get("use_rslora", False),
-            target_modules=["0"],
-        )
-        if model is None:
-            model = peft.get_peft_model(
-                base, config, adapter_name="a0", autocast_adapter_dtype=False
-            )
-        else:
-            model.add_adapter(f"a{i}", config, autocast_adapter_dtype=False)
-    layer = model.get_submodule("base_model.model.0")
-    fill(layer.get_base_layer().weight, to_torch(W))
-    for i, given in enumerate(adapters):
-        fill(layer.lora_A[f"a{i}"].weight, to_torch(given["A"]))
-        fill(layer.lora_B[f"a{i}"].weight, to_torch(given["B"]))
-    return model, layer
-
-
 @contextmanager
 def _without_news() -> Iterator[None]:
     """PEFT 0.21 asks for an attribute by a name that transformers 5.24 calls deprecated."""
@@ -676,12 +538,6 @@ def _trained(model: Any, adapter_dir: str | Path) -> dict[str, Any]:
             f"{', '.join(sorted(set(trained) ^ names))}"
         )
     return trained
-
-
-def _weight(layer: Any) -> np.ndarray:
-    """The base weight of a layer as (m, n)."""
-    weight = layer.get_base_layer().weight
-    return to_numpy(weight.T if layer.fan_in_fan_out else weight)
 
 
 def _optimizer(
