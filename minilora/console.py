@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import os
@@ -12,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import argparse
-
     from minilora.verify.engine import Progress
 
 HOLDS, DEVIATES, USAGE, NOT_LOADED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -185,6 +184,16 @@ def at_least(arguments: argparse.Namespace, **least: int) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected {low} or more")
 
 
+class _Help(argparse.HelpFormatter):
+    """Says each option's default, unless its help says of itself what is the default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, value = action.help or "", action.default
+        if action.nargs == 0 or value in (None, "") or "default" in text:
+            return text
+        return f"{text} (default: %(default){'g' if isinstance(value, float) else 's'})"
+
+
 def add_command(commands: Any, name: str, help: str, description: str, run: Any) -> Any:
     """A command's parser, with the exit statuses that the commands of fine-tuning share."""
     parser = commands.add_parser(
@@ -193,6 +202,7 @@ def add_command(commands: Any, name: str, help: str, description: str, run: Any)
         description=f"{description} Exit status: 0 done, 1 the disk or the numbers failed, 2 wrong "
         "usage, 3 a file cannot be read or a library is missing.",
         allow_abbrev=False,
+        formatter_class=_Help,
     )
     parser.set_defaults(run=answer(name, run), parser=parser)
     return parser
@@ -213,5 +223,5 @@ def add_model(add: Any, adapter: bool = True) -> None:
         default="float32",
         choices=["float32", "float64"],
         metavar="DTYPE",
-        help="float32 (default) or float64",
+        help="float32 or float64",
     )
