@@ -17,6 +17,7 @@ import pytest
 
 from minilora.cli import main
 from minilora.commands import NAMES
+from minilora.verify.peers import PEERS
 
 TESTS = Path(__file__).parent
 # The command line in a process of its own, with the small registry in the place of the real one.
@@ -310,6 +311,14 @@ def test_the_help_imports_no_oracle_and_no_torch():
     assert (run.returncode, err) == (0, "")
     for option in ("--level", "--profile", "--known", "--junit", "--html", "--list"):
         assert option in out
+
+
+def test_the_help_names_where_the_peers_are_listed(verify, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "such as peft (any unknown name lists them)" in verify("--help")[1]
+    status, _, err = verify("unknown")
+    assert status == 3
+    assert all(name in err for name in PEERS)
 
 
 def test_every_options_default_is_shown_in_one_way(capsys, monkeypatch):
