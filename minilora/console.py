@@ -1,7 +1,8 @@
-"""What the commands of the command line share: exit statuses, printing, a progress bar."""
+"""What the commands of the command line share: exit statuses, printing, files, a progress bar."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import os
@@ -12,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import argparse
-
     from minilora.verify.engine import Progress
 
 HOLDS, DEVIATES, USAGE, NOT_LOADED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -24,7 +23,7 @@ def split(values: list[str] | None) -> list[str] | None:
     return values and [part.strip() for value in values for part in value.split(",")]
 
 
-def refuse(message: str, command: str = "verify") -> int:
+def refuse(message: str, command: str) -> int:
     """Says what is wrong with how the command was called; its exit status."""
     print(f"minilora {command}: {message}", file=sys.stderr)
     return USAGE
@@ -39,6 +38,51 @@ def say(text: str) -> None:
     except BrokenPipeError:
         # Python flushes once more when it ends: that goes nowhere then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def files_of(arguments: argparse.Namespace, *forms: str) -> dict[str, str]:
+    """The files that the options ask for, by form. What cannot be written is told before the work.
+
+    Errors: ValueError that says why.
+    """
+    from minilora.verify.report import writable
+
+    files = {form: path for form in forms if (path := getattr(arguments, form))}
+    for path in files.values():
+        if why := writable(path):
+            raise ValueError(f"cannot write {why}")
+    return files
+
+
+def write_file(path: str, text: str) -> None:
+    """Writes a file anew; the summary of a step on GitHub, where others write too, is written on.
+
+    Errors: ValueError that says why it could not be.
+    """
+    from minilora.verify.report import write
+
+    try:
+        if _is_summary(path):
+            with open(path, "a", encoding="utf-8") as file:
+                # A table would be taken for more rows of one that stands right above it.
+                file.write(f"\n{text}" if text.startswith("|") else text)
+        else:
+            write(path, text)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+
+
+def room(path: str) -> int:
+    """How many bytes of Markdown there is room for in a file."""
+    from minilora.verify.report import MARKDOWN_BYTES
+
+    there = os.path.getsize(path) if _is_summary(path) and os.path.exists(path) else 0
+    return MARKDOWN_BYTES - there
+
+
+def _is_summary(path: str) -> bool:
+    collected = os.environ.get("GITHUB_STEP_SUMMARY", "")
+    return bool(collected) and os.path.abspath(path) == os.path.abspath(collected)
 
 
 @contextlib.contextmanager
@@ -149,16 +193,15 @@ def sigterm_interrupts() -> Iterator[None]:
 def answer(command: str, run: Callable[[argparse.Namespace], int]) -> Any:
     """``run`` as a command: what it raises becomes a message and an exit status.
 
-    A file that cannot be read, or a library that is not installed, is `NOT_LOADED`; a setting that
-    cannot be is `USAGE`; a disk that is full or closed, or numbers that are none, `DEVIATES`.
+    A file or a target that cannot be read, or a library that is not installed, is `NOT_LOADED`; a
+    setting that cannot be is `USAGE`; a disk that is full or closed, or numbers that are none,
+    `DEVIATES`.
     """
 
     def guarded(arguments: argparse.Namespace) -> int:
-        from minilora.formats.files import FormatError
-
         try:
             return run(arguments)
-        except (FormatError, ImportError) as error:
+        except _not_loaded() as error:
             print(f"minilora {command}: {error}", file=sys.stderr)
             return NOT_LOADED
         except ValueError as error:
@@ -174,6 +217,14 @@ def answer(command: str, run: Callable[[argparse.Namespace], int]) -> Any:
     return guarded
 
 
+def _not_loaded() -> tuple[type[Exception], ...]:
+    """What `NOT_LOADED` stands for: looked up once there is an error, as the oracle takes long."""
+    from minilora.formats.files import FormatError
+    from minilora.verify.contract import LoadError
+
+    return FormatError, ImportError, LoadError
+
+
 def at_least(arguments: argparse.Namespace, **least: int) -> None:
     """Refuses an option's number, where it is given, that is less than what makes sense.
 
@@ -185,17 +236,50 @@ def at_least(arguments: argparse.Namespace, **least: int) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected {low} or more")
 
 
-def add_command(commands: Any, name: str, help: str, description: str, run: Any) -> Any:
-    """A command's parser, with the exit statuses that the commands of fine-tuning share."""
+class _Help(argparse.HelpFormatter):
+    """Says each option's default, unless its help says of itself what is the default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, value = action.help or "", action.default
+        if action.nargs == 0 or value in (None, "") or "default" in text:
+            return text
+        return f"{text} (default: %(default){'g' if isinstance(value, float) else 's'})"
+
+
+TUNING = (
+    "0 done, 1 the disk or the numbers failed, 2 wrong usage, 3 a file cannot be read or a library "
+    "is missing"
+)
+"""The exit statuses that the commands of fine-tuning share."""
+
+
+def add_command(
+    commands: Any, name: str, help: str, description: str, run: Any, statuses: str = TUNING
+) -> Any:
+    """A command's parser, which says each option's default and the exit statuses."""
     parser = commands.add_parser(
         name,
         help=help,
-        description=f"{description} Exit status: 0 done, 1 the disk or the numbers failed, 2 wrong "
-        "usage, 3 a file cannot be read or a library is missing.",
+        description=f"{description} Exit status: {statuses}.",
         allow_abbrev=False,
+        formatter_class=_Help,
     )
     parser.set_defaults(run=answer(name, run), parser=parser)
     return parser
+
+
+FORMS = {
+    "json": "JSON",
+    "junit": "JUnit XML",
+    "html": "one HTML page",
+    "markdown": "Markdown; $GITHUB_STEP_SUMMARY is written on",
+}
+
+
+def add_files(option: Any, what: str, *forms: str) -> None:
+    """The options that write what a command found to a file, in these of `FORMS`."""
+    for form in forms:
+        option(f"--{form}", metavar="FILE", help=f"write {what} as {FORMS[form]}")
 
 
 def add_model(add: Any, adapter: bool = True) -> None:
@@ -213,5 +297,5 @@ def add_model(add: Any, adapter: bool = True) -> None:
         default="float32",
         choices=["float32", "float64"],
         metavar="DTYPE",
-        help="float32 (default) or float64",
+        help="float32 or float64",
     )

@@ -16,6 +16,8 @@ import fake_checks
 import pytest
 
 from minilora.cli import main
+from minilora.commands import NAMES
+from minilora.verify.peers import PEERS
 
 TESTS = Path(__file__).parent
 # The command line in a process of its own, with the small registry in the place of the real one.
@@ -23,6 +25,21 @@ WITH_FAKES = (
     "import sys, fake_checks; sys.modules['minilora.verify.checks'] = fake_checks; "
     "from minilora.cli import main; sys.exit(main())"
 )
+
+# Of some options what their help says: numbers, names, and what no number says.
+DEFAULTS = {
+    "verify": [r"--seed N +draws other cases \(default: 0\)"],
+    "train": [
+        r"--batch-tokens N +in a micro-batch \(default: 1024\)",
+        r"--length N +most tokens of an example \(default: 512\)",
+        r"--clip X +.*; 0: any \(default: 1\)",
+        r"--dropout P +.* \(default: 0\)",
+        r"--schedule KIND +.* \(default: cosine\)",
+        r"--threads N +threads that share a step's work \(default: 1\)",
+        r"--save-minutes X +.* \(default: never\)",
+    ],
+    "sweep": [r"--lrs RATE,... +learning rates \(default: 0.001,0.003,0.01,0.03\)"],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -294,6 +311,25 @@ def test_the_help_imports_no_oracle_and_no_torch():
     assert (run.returncode, err) == (0, "")
     for option in ("--level", "--profile", "--known", "--junit", "--html", "--list"):
         assert option in out
+
+
+def test_the_help_names_where_the_peers_are_listed(verify, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "such as peft (any unknown name lists them)" in verify("--help")[1]
+    status, _, err = verify("unknown")
+    assert status == 3
+    assert all(name in err for name in PEERS)
+
+
+def test_every_options_default_is_shown_in_one_way(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    for command in NAMES:
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+        shown = capsys.readouterr().out
+        assert re.findall(r"\(default: (?:|None|False|inf)\)", shown) == []
+        for said in DEFAULTS.get(command, ()):
+            assert re.search(rf"^  {said}$", shown, re.M), said
 
 
 def test_python_m_minilora_is_the_command_line():

@@ -181,6 +181,19 @@ def test_the_command_prints_and_writes_the_report(tmp_path, capsys):
     assert page.read_text().startswith("| level | class | no. | float32 | named |\n| --- |")
 
 
+def test_the_summary_of_a_step_is_written_on_and_another_file_anew(tmp_path, monkeypatch):
+    summary, other = tmp_path / "summary.md", tmp_path / "other.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    options = ["--quick", "--level", "merge", "--dtype", "float32", "--cases", "9", "--jobs", "1"]
+    for page in (summary, other):
+        page.write_text("| before |\n")
+        assert main(["selftest", *options, "--markdown", str(page)]) == 0
+    table, rest = other.read_text().split("\n\n", 1)
+    assert table.startswith("| level | class |")
+    assert summary.read_text().startswith(f"| before |\n\n{table}\n\n")
+    assert rest
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

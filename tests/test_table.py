@@ -6,7 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from minilora import cli, laws, variants
+from minilora import laws, variants
+from minilora.cli import main
+from minilora.console import DEVIATES, USAGE
 from minilora.formats import layouts
 from minilora.verify import table
 
@@ -89,12 +91,23 @@ def test_the_command_prints_and_writes_the_table(tmp_path, capsys):
     files = {kind: tmp_path / kind for kind in ("json", "markdown")}
     options = [option for kind, path in files.items() for option in (f"--{kind}", str(path))]
     chosen = ["variants", "--variant", "lora,vera", "--kind", "linear", "--no-library"]
-    assert cli.main([*chosen, *options]) == 0
+    assert main([*chosen, *options]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("variant")
     assert "2 cells, 0 that do not go together" in printed
     assert len(json.loads(files["json"].read_text())["cells"]) == 2
     assert "| vera | linear |" in files["markdown"].read_text()
+
+
+def test_the_summary_of_a_step_is_written_on_and_another_file_anew(tmp_path, monkeypatch):
+    summary, other = tmp_path / "summary.md", tmp_path / "other.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    chosen = ["variants", "--variant", "lora", "--kind", "linear", "--no-library"]
+    for page in (summary, other):
+        page.write_text("| before |\n")
+        assert main([*chosen, "--markdown", str(page)]) == 0
+    assert other.read_text().startswith("| variant | kind |")
+    assert summary.read_text() == f"| before |\n\n{other.read_text()}"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +119,7 @@ def test_the_command_prints_and_writes_the_table(tmp_path, capsys):
     ],
 )
 def test_the_command_refuses_what_it_does_not_know(options, why, capsys):
-    assert cli.main(["variants", "--no-library", *options]) == cli.USAGE
+    assert main(["variants", "--no-library", *options]) == USAGE
     assert f"minilora variants: {why}" in capsys.readouterr().err
 
 
@@ -114,7 +127,7 @@ def test_the_command_fails_where_something_is_not_as_it_should_be(monkeypatch, c
     entry = replace(variants.REGISTRY["lora"], breaks={"rank": "a reason that is none"})
     monkeypatch.setitem(variants.REGISTRY, "lora", entry)
     chosen = ["variants", "--variant", "lora", "--kind", "linear", "--no-library"]
-    assert cli.main(chosen) == cli.DEVIATES
+    assert main(chosen) == DEVIATES
     assert "lora on linear: rank" in capsys.readouterr().out
 
 

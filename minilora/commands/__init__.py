@@ -1,4 +1,4 @@
-"""The commands of fine-tuning, a module each: ``add`` says its options, and its ``run`` runs it.
+"""The commands, a module each: ``add`` says its options, and its ``_run`` runs it.
 
 A module imports at its top no more than the parser needs; the rest when the command is asked for.
 """
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from minilora.bases import Adapted
 
 NAMES: tuple[str, ...] = (
+    *("verify", "report", "variants", "selftest", "vectors"),
     *("train", "generate", "evaluate", "merge", "inspect", "convert"),
     *("sweep", "claims", "bench", "example"),
 )

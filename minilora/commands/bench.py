@@ -5,24 +5,36 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from minilora.console import HOLDS, NOT_LOADED, USAGE, refuse, say, split
+from minilora.console import (
+    HOLDS,
+    NOT_LOADED,
+    add_command,
+    add_files,
+    files_of,
+    progress_bar,
+    refuse,
+    say,
+    split,
+    write_file,
+)
 
 ROUNDS, FEWER = 15, 3
 
 
 def add(commands: Any) -> None:
-    """The options."""
-    bench = commands.add_parser(
+    """Adds the command."""
+    parser = add_command(
+        commands,
         "bench",
-        help="measure a LoRA step's time and memory, and generation, beside another library's",
-        description="Runs the same step on the same model and batch here and in another library, "
-        "and lets both go on from the same tokens, each in a process of its own and in turn; "
-        "prints the ratios: below 1 is less here. Exit status: 0 it is measured, 2 wrong usage, "
-        "3 the library, or what else the other side needs, is not installed.",
-        allow_abbrev=False,
+        "measure a LoRA step's time and memory, and generation, beside another library's",
+        "Runs the same step on the same model and batch here and in another library, and lets both "
+        "go on from the same tokens, each in a process of its own and in turn; prints the ratios: "
+        "below 1 is less here.",
+        _run,
+        "0 it is measured, 2 wrong usage, 3 the library, or what else the other side needs, is not "
+        "installed",
     )
-    bench.set_defaults(run=run, parser=bench)
-    option = bench.add_argument
+    option = parser.add_argument
     option(
         "--peer",
         action="append",
@@ -54,19 +66,16 @@ def add(commands: Any) -> None:
     )
     option("--recompute", action="store_true", help="form activations again here for the backward")
     option("--quantised", action="store_true", help="keep the frozen weights in four bits here")
-    option("--json", metavar="FILE", help="write the results as JSON")
+    add_files(option, "the results", "json")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Measures, and says what it is at where a person watches."""
+def _run(arguments: argparse.Namespace) -> int:
     import json
     import tempfile
     from itertools import product
     from pathlib import Path
 
     from minilora.bench import KINDS, SIDES, SIZES, Missing, measure, tables, write_case
-    from minilora.console import progress_bar
-    from minilora.verify.report import writable, write
 
     sizes = split(arguments.size) or (["tiny", "small"] if arguments.quick else list(SIZES))
     peers = split(arguments.peer) or ["peft"]
@@ -77,14 +86,13 @@ def run(arguments: argparse.Namespace) -> int:
     for option, given, known in chosen:
         if unknown := [name for name in given if name not in known]:
             expected = f"expected some of {', '.join(known)}"
-            return refuse(f"--{option} {', '.join(unknown)}: {expected}", "bench")
+            raise ValueError(f"--{option} {', '.join(unknown)}: {expected}")
     if wrong := [n for n in threads if not n.isdecimal() or int(n) < 1]:
-        return refuse(f"--threads {', '.join(wrong)}: expected numbers from 1", "bench")
+        raise ValueError(f"--threads {', '.join(wrong)}: expected numbers from 1")
     for name, value in (("rounds", rounds), ("tokens", arguments.tokens)):
         if value is not None and value < 1:
-            return refuse(f"--{name} {value}: expected at least 1", "bench")
-    if arguments.json and (why := writable(arguments.json)):
-        return refuse(f"cannot write {why}", "bench")
+            raise ValueError(f"--{name} {value}: expected at least 1")
+    files = files_of(arguments, "json")
     own = {name: getattr(arguments, name) for name in ("tokens", "recompute", "quantised")}
     results, pairs = [], list(product(peers, threads))
     missing: dict[str, str] = {}
@@ -106,12 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
                         missing[peer] = str(error)
     if results:
         say(f"medians of {rounds} rounds\n{tables(results)}")
-    if arguments.json and results:
-        try:
-            write(arguments.json, json.dumps([r.json() for r in results], indent=1) + "\n")
-        except OSError as error:
-            refuse(f"cannot write {arguments.json}: {error.strerror}", "bench")
-            return USAGE
+    for path in files.values() if results else ():
+        write_file(path, json.dumps([r.json() for r in results], indent=1) + "\n")
     for why in missing.values():
         refuse(why, "bench")
     return NOT_LOADED if missing else HOLDS

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from minilora.commands import adapted_model
-from minilora.console import HOLDS, add_command, add_model, at_least, refuse, say
+from minilora.console import HOLDS, add_command, add_model, at_least, say
 
 
 def add(commands: Any) -> None:
@@ -45,7 +45,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from minilora.train import batches_of
 
     if arguments.split and arguments.split not in data.SPLITS:
-        return refuse(f"--split {arguments.split}: expected one of {data.SPLITS}", "evaluate")
+        raise ValueError(f"--split {arguments.split}: expected one of {data.SPLITS}")
     at_least(arguments, length=2, batch_tokens=1, seed=0, rouge=0, tokens=1)
     model = adapted_model(arguments)
     base = model.base
@@ -67,7 +67,7 @@ def _run(arguments: argparse.Namespace) -> int:
     order = [arguments.split] if arguments.split else ["test", "valid", "train"]
     split = next((one for one in order if getattr(read, one)), None)
     if split is None:
-        return refuse(f"{path}: no examples in {' or '.join(order)}", "evaluate")
+        raise ValueError(f"{path}: no examples in {' or '.join(order)}")
     examples = getattr(read, split)
     batches = batches_of(examples, arguments.batch_tokens, base.tokenizer.pad)
     found = measure(batches, model.weights, base.config, model.tuning)

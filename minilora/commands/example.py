@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
     option("--archive", metavar="FILE", help="the rated texts (default: vaderSentiment-0.5.zip)")
     option("--quick", action="store_true", help="a part of the texts, to see that it works")
     option("--seed", type=int, default=0, metavar="N", help="of split, start, order and dropout")
-    option("--threads", type=int, default=1, metavar="N", help="(default: 1)")
+    option("--threads", type=int, default=1, metavar="N", help="threads that share a step's work")
 
 
 def _run(arguments: argparse.Namespace) -> int:

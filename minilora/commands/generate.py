@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
     option("--temperature", type=float, default=0.0, metavar="X", help="0: the most probable")
     option("--top-k", type=int, default=0, metavar="K", help="of the K most probable; 0: of all")
     option("--top-p", type=float, default=1.0, metavar="P", help="of those that reach P")
-    option("--seed", type=int, default=0, metavar="N", help="of what is drawn (default: 0)")
+    option("--seed", type=int, default=0, metavar="N", help="of what is drawn")
 
 
 def _run(arguments: argparse.Namespace) -> int:

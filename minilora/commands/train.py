@@ -39,46 +39,56 @@ def add(commands: Any) -> None:
     option = parser.add_argument
     add_model(option, adapter=False)
     option("--data", metavar="D", help="JSON lines, a folder of train/valid/test, text, task:NAME")
-    option("--task", metavar="TASK", help="lm (default), chat, summarize or classify")
+    option(
+        "--task",
+        metavar="TASK",
+        help="lm, chat, summarize or classify (default: lm; of an encoder, classify)",
+    )
     option("--output", required=True, metavar="OUT", help="the folder of the run and its result")
 
-    option("--rank", type=int, default=8, metavar="R", help="of the adapters (default: 8)")
+    option("--rank", type=int, default=8, metavar="R", help="of the adapters")
     option("--alpha", type=float, metavar="A", help="the scale is A / R (default: 2 R)")
     option("--dropout", type=float, default=0.0, metavar="P", help="of the adapters' input")
     option(
         "--targets",
         default="all-linear",
         metavar="NAMES",
-        help="q,v,... or an expression for whole names, such as 'layers.0.*' (default: all-linear)",
+        help="q,v,... or an expression for whole names, such as 'layers.0.*'",
     )
     option("--variant", default="lora", metavar="NAME", help="as minilora variants lists them")
     option("--full", action="store_true", help="train every weight and no adapter: the baseline")
 
-    option("--lr", type=float, metavar="RATE", help="(default: 0.001; with --full a tenth)")
-    option("--lora-plus", type=float, default=1.0, metavar="X", help="B learns X times as fast")
     option(
-        "--schedule", default="cosine", metavar="KIND", help="constant, linear, cosine (default)"
+        "--lr", type=float, metavar="RATE", help="learning rate (default: 0.001; --full: a tenth)"
     )
+    option("--lora-plus", type=float, default=1.0, metavar="X", help="B learns X times as fast")
+    option("--schedule", default="cosine", metavar="KIND", help="constant, linear or cosine")
     option("--warmup", type=int, default=0, metavar="N", help="steps over which the rate rises")
-    option("--weight-decay", type=float, default=0.0, metavar="X", help="AdamW's (default: 0)")
+    option("--weight-decay", type=float, default=0.0, metavar="X", help="AdamW's")
     option("--clip", type=float, default=1.0, metavar="X", help="norm of gradients; 0: any")
-    option("--epochs", type=int, default=1, metavar="N", help="times through the data (default: 1)")
+    option("--epochs", type=int, default=1, metavar="N", help="times through the data")
     option("--steps", type=int, metavar="N", help="so many steps, whatever the epochs")
     option("--batch-tokens", type=int, default=1024, metavar="N", help="in a micro-batch")
     option("--accumulate", type=int, default=1, metavar="N", help="micro-batches in a step")
     option("--length", type=int, default=512, metavar="N", help="most tokens of an example")
     option("--seed", type=int, default=0, metavar="N", help="of start, order and dropout")
 
-    option("--threads", type=int, default=1, metavar="N", help="(default: 1)")
+    option("--threads", type=int, default=1, metavar="N", help="threads that share a step's work")
     option("--recompute", action="store_true", help="less memory, more time, the same bits")
     option("--valid", type=float, default=0.0, metavar="SHARE", help="of a file, to validate with")
     option("--count-prompt", action="store_true", help="what is asked counts, too")
     option("--skip-bad", action="store_true", help="leave out lines that cannot be used")
     option("--show-batch", action="store_true", help="print the first batch with its mask, and end")
 
-    option("--save-every", type=int, default=50, metavar="N", help="steps (default: 50)")
-    option("--save-minutes", type=float, default=math.inf, metavar="X", help="or minutes")
-    option("--valid-every", type=int, default=50, metavar="N", help="steps (default: 50)")
+    option("--save-every", type=int, default=50, metavar="N", help="save after every N steps")
+    option(
+        "--save-minutes",
+        type=float,
+        default=math.inf,
+        metavar="X",
+        help="save, too, X minutes after the last save (default: never)",
+    )
+    option("--valid-every", type=int, default=50, metavar="N", help="validate after every N steps")
     option("--resume", action="store_true", help="go on with the run in OUT, to the same bits")
     option("--accept-changes", action="store_true", help="resume although settings have changed")
     option("--overwrite", action="store_true", help="replace the run in OUT")
