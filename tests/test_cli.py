@@ -172,6 +172,23 @@ def test_the_command_in_the_report_reproduces_the_same_case(verify):
         assert again["counterexample"]["arrays"] == result["counterexample"]["arrays"]
 
 
+def test_a_report_stays_where_it_was_asked_for_though_the_target_goes_elsewhere(verify, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    lines = [
+        "import os",
+        "from fake_checks import Right",
+        "class Goes(Right):",
+        "    def merge(self, W, A, B, **settings):",
+        f"        os.chdir({str(elsewhere)!r})",
+        "        return super().merge(W, A, B, **settings)",
+    ]
+    (tmp_path / "goes.py").write_text("\n".join(lines))
+    assert verify("goes:Goes", "--level", "merge", "--json", "r.json")[0] == 0
+    assert (tmp_path / "r.json").is_file()
+    assert not any(elsewhere.iterdir())
+
+
 def test_levels_dtypes_and_profiles_choose(verify):
     _, out, _ = verify("--level", "merge", "--level", "linear", "--dtype", "float64,float16")
     assert re.findall(r"^ (\w+\.\w+)", out, re.M) == ["exact.merge", "sigma.merge", "dict.vjp"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.list:
         say(_listed(plans))
         return HOLDS
-    files = files_of(arguments, *FORMS)
+    files, here = files_of(arguments, *FORMS), os.getcwd()
     try:
         with stdout_on_stderr(), _target(arguments, limit) as target, progress_bar() as progress:
             report = run(
@@ -100,6 +101,7 @@ def _run(arguments: argparse.Namespace) -> int:
             )
     except Interrupted as interrupted:
         report = interrupted.report
+    os.chdir(here)  # what is checked may have gone elsewhere, and the files were asked for here
     failures = []
     for form, path in files.items():  # before the text, whose reader may close the pipe
         text = report.markdown(room(path)) if form == "markdown" else getattr(report, form)()
