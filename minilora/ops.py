@@ -441,7 +441,7 @@ def cross_entropy(z: Array, labels: Array, count: int | None = None) -> tuple[Ar
         raise ValueError(f"label {wrong[0]}: expected 0 to {len(z) - 1}, or {IGNORED} to ignore")
     n = int(counted.sum()) if count is None else count
     if n < 1:
-        raise ValueError(f"no label counts: all {labels.size} are {IGNORED}; leave this batch out")
+        raise ValueError(f"no label counts: each is {IGNORED}; leave this batch out")
     e, total, c = _exponentials(z)
     at = np.where(counted, labels, 0), np.arange(labels.size)
     each = counted.astype(total.dtype)  # 1 or 0, in the numbers of z

@@ -754,7 +754,7 @@ def test_numbers_outside_their_tables_and_batches_without_labels_are_refused():
         ({"types": ids * 0 - 1}, "rows of types: found -1 to -1, expected 0 to 1"),
         ({"labels": None}, "the batch has no labels; a loss needs them"),
         ({"labels": np.full(3, 4)}, "label 4: expected 0 to 3, or -100 to ignore"),
-        ({"labels": np.full(3, -100)}, "no label counts: all 3 are -100"),
+        ({"labels": np.full(3, -100)}, "no label counts: each is -100"),
     ):
         with pytest.raises(ValueError, match=message):
             outcome_with(**changed)
