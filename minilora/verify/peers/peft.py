@@ -125,6 +125,7 @@ class Peft:
         "lifecycle.machine.bias:*": f"{_SCALED_LATE}; {_DELETED}; {_BASE_BIAS}",
         "lifecycle.machine.dora:*": f"{_SCALED_LATE}; {_DELETED}; {_DORA_BEHIND}",
         "lifecycle.dora.several:*": _DORA_BEHIND,
+        "lifecycle.weight.bias:*": _BASE_BIAS,
     }
     known |= {
         f"lifecycle.{check}:*": _BASE_BIAS
@@ -518,6 +519,9 @@ class Session:
             tensors["dx"] = [(given.requires_grad_(), False)]
         for name, config in self._model.peft_config.items():
             tensors |= {f"{name}.{part}": own for part, own in self._factors(name).items()}
+            if config.use_dora:
+                magnitude = self._module("0").lora_magnitude_vector[name].weight
+                tensors[f"{name}.magnitude"] = [(magnitude, False)]
             if config.modules_to_save:
                 module = self._module("1").modules_to_save[name]
                 tensors |= {
