@@ -745,9 +745,9 @@ def _deviation(run: Run, steps: Sequence[Step]) -> dict[str, Any]:
 
 
 def _without_one(kind: str, steps: list[Step]) -> Iterator[list[Step]]:
-    """The steps without one of them, where the others are possible still."""
+    """The steps without one of them, the last first, where the others are possible still."""
     given = drawn_layer(kind, Case("lifecycle.machine", "float64", 1, 0), bias=True)
-    for i in range(len(steps)):
+    for i in reversed(range(len(steps))):
         fewer, state = steps[:i] + steps[i + 1 :], Layer.of(wide(given.layer))
         for step in fewer:
             if step not in possible(state, kind):

@@ -125,7 +125,6 @@ class Peft:
         "lifecycle.machine.bias:*": f"{_SCALED_LATE}; {_DELETED}; {_BASE_BIAS}",
         "lifecycle.machine.dora:*": f"{_SCALED_LATE}; {_DELETED}; {_DORA_BEHIND}",
         "lifecycle.dora.several:*": _DORA_BEHIND,
-        "lifecycle.weight.bias:*": _BASE_BIAS,
     }
     known |= {
         f"lifecycle.{check}:*": _BASE_BIAS
