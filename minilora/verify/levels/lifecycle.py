@@ -253,7 +253,7 @@ class Run:
     def compare(self, after: str) -> Comparison:
         """The layer's output against the state's: other rows each time, every third time one."""
         self.asked += 1
-        x = np.roll(self.drawn.x, self.asked, 0)[: 1 if self.asked % 3 == 0 else None]
+        x = np.roll(self.drawn.x, self.asked, 0)[: 1 if self.asked % 3 == 2 else None]
         y, _ = self.state.forward(wide(x))
         got = self.session.answer(self.session.call("forward", x), "y", y.shape, self.dtype)
         return Comparison(f"y after {after}", got, y)
