@@ -67,6 +67,9 @@ SESSION: dict[str, str] = {
 SESSION_NEEDS = ("add", "forward")
 """Those without which it is no session; the others may be absent."""
 
+ANSWERS = ("forward", "gradients", "weight")
+"""Those that are no step."""
+
 KEEPS = ("session", "add")
 """The methods whose last argument a session may hold: no later call may change it."""
 
@@ -447,8 +450,9 @@ class Subject:
             _unchanged(names[i] if i < len(names) else f"argument {i + 1}", arg, original)
         for name, original in kwargs.items():
             _unchanged(name, given[1][name], original)
-        for what, now, original in self._lent:
-            _unchanged(what, now, original, f"after {method}()")
+        if method not in ANSWERS:  # what these change is found after the next step
+            for what, now, original in self._lent:
+                _unchanged(what, now, original, f"after {method}()")
         if method in KEEPS:
             self._lent.append((names[-1], given[0][-1], args[-1]))
         return answer
