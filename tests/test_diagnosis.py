@@ -176,8 +176,31 @@ def test_a_session_that_raises_is_told_by_the_steps_before_it():
             return of
 
     found = fewest(Raising)
-    assert found["steps"] in [f"add('{name}') delete('{name}')" for name in ("one", "two", "three")]
+    assert found["steps"] in [
+        f"add('{name}') delete('{name}')" for name in ("one", "two", "onetwo")
+    ]
     assert "KeyError" in found["got"]
+
+
+def test_an_error_in_a_layer_s_life_says_the_step_and_has_the_fewest_steps():
+    class Raising(Own):
+        def session(self, layer):
+            of = super().session(layer)
+            right = of.activate
+
+            def activate(names):
+                if names == ["onetwo"]:
+                    raise KeyError(names)
+                right(names)
+
+            of.activate = activate
+            return of
+
+    machine = next(check for check in CHECKS if check.id == "lifecycle.machine")
+    (result,) = engine.run([machine], Raising(), dtypes=["float64"]).results
+    assert result.status == "error"
+    assert result.faults[0].message.startswith("activate(['onetwo']): KeyError")
+    assert result.smallest["steps"] == "add('onetwo') activate(['onetwo'])"
 
 
 @pytest.mark.parametrize("kind", ["linear", "tied", "full"])
@@ -227,6 +250,14 @@ class Remembers(Plain):
         return super().s(c) * self.grown / 1.01
 
 
+class KeepsItsBuffer(Plain):
+    """Its output goes into an array of the first call's shape."""
+
+    def y(self, c):
+        y = super().y(c)
+        return np.copyto(self.memory.setdefault("buffer", y), y) or self.memory["buffer"]
+
+
 class RemembersElsewhere(Remembers):
     """What it remembers lies in its class, where a new instance finds it."""
 
@@ -241,7 +272,9 @@ class RemembersElsewhere(Remembers):
         (Remembers, "the same case passes when it is asked first"),
         (RemembersElsewhere, "asked twice, it answers in two ways"),
         (lambda: Remembers.__new__(Remembers), "the same case passes"),
+        (KeepsItsBuffer, "the same case passes when it is asked first"),
         (CATALOGUE["scale-alpha"].make, ""),
+        (but(y=lambda my, c: c.no_such_name), ""),
     ],
 )
 def test_what_depends_on_earlier_calls_is_told_with_a_command_that_repeats_it(make, says):
@@ -278,6 +311,28 @@ def test_what_all_cases_that_deviate_have_in_common_is_told():
     assert "  only where r = 1\n" in report.text()
     assert report_of(CATALOGUE["scale-alpha"].make, "linear.forward").results[0].only == ()
     assert report_of(Plain, "linear.forward").results[0].only == ()
+
+
+def test_that_a_rank_is_greater_than_a_side_is_told():
+    small = but(s=lambda my, c: c.alpha / min(c.r, *c.W.shape))
+    (result,) = report_of(small, "linear.forward").results
+    assert result.only == ("r is greater than a side of W",)
+
+
+def test_a_case_that_deviates_and_then_asks_for_what_is_not_there_counts_once():
+    class Lone(CATALOGUE["lifecycle-merge-twice"].make().__class__):
+        def session(self, layer):
+            of = super().session(layer)
+
+            def delete(name):
+                raise NotImplementedError("it stays")
+
+            of.delete = delete
+            return of
+
+    (result,) = engine.run([BY_ID["lifecycle.machine"]], Lone(), dtypes=["float64"]).results
+    assert (result.status, result.only) == ("fail", ())
+    assert result.skipped_cases
 
 
 def summed_in_tiles(step):
@@ -355,6 +410,27 @@ def test_what_is_called_a_disabling_that_does_nothing_does_nothing_in_the_output
     assert not {id for id in ids if "disable" in id}
     wrong = CATALOGUE["lifecycle-disable-nothing"].make
     assert "lifecycle-disable-nothing" in {d.id for d in found("lifecycle.gradients", wrong)}
+
+
+def test_what_is_merged_and_has_a_gradient_is_not_taken_for_what_is_inactive():
+    wrong = CATALOGUE["lifecycle-gradients-merged"]
+    assert [d.id for d in found("lifecycle.gradients", wrong.make)] == [wrong.id]
+    assert [d.id for d in found("lifecycle.gradients", CATALOGUE["lifecycle-gradients-all"].make)]
+
+
+def test_of_a_layer_s_life_the_first_wrong_step_is_described_and_no_rank():
+    class OneMore(Own):
+        def session(self, layer):
+            of = super().session(layer)
+            right, one = of.forward, np.eye(1, len(layer["W"]), dtype=layer["W"].dtype)
+            of.forward = lambda x: right(x) + 3 * len(of.layer.active) * one
+            return of
+
+    said = found("lifecycle.several", OneMore)
+    assert [d.id for d in said] == [f"{STRUCTURE}place"]
+    first = r"y after add\('one'\) add\('two'\) activate\(\['one'\]\) differs in 7 of 7 rows "
+    where = r".* and 1 of \d columns \(0\), in lifecycle.several:float32:\d\."
+    assert re.fullmatch(first + where, said[0].sentence)
 
 
 def test_a_misreading_of_one_setting_is_named_though_another_setting_is_right():

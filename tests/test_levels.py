@@ -217,7 +217,7 @@ def test_rows_under_dora_have_a_norm_that_is_a_power_of_two():
     for number in range(4):
         drawn = lived("dora", number)
         assert drawn.adapters["one"].get("use_dora") is None
-        for name in ("two", "three"):
+        for name in ("two", "onetwo"):
             own = drawn.adapters[name]
             V = merge_weight(drawn.layer["W"], own["A"], own["B"], own["alpha"] / own["r"])
             assert ((V * V).sum(1) == 4).all()

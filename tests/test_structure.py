@@ -157,7 +157,10 @@ def test_the_rank_of_what_is_right_is_the_greatest_that_is_spoken_of():
     assert described((one_token + other, one_token)) == []
     full = rng.standard_normal((5, 7))
     assert described((full + other, full)) == [
-        ("structure-rank", "y differs by a matrix of rank 1, where 5 could be.")
+        (
+            "structure-rank",
+            "y differs by a matrix of rank 1, where 5 could be, in merge.weight:float32:0.",
+        )
     ]
 
 

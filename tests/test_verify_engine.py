@@ -431,6 +431,13 @@ def test_an_absent_method_is_a_check_that_did_not_run():
     assert "skipped 2, not supported: no method optimizer_steps: list.steps" in report.text()
 
 
+@pytest.mark.parametrize(("opened", "what"), [(None, "None"), (object(), "an object")])
+def test_what_is_no_session_is_incomplete_and_not_skipped(opened, what):
+    subject = Subject(type("T", (), {"session": lambda self, layer: opened})())
+    with pytest.raises(Fault, match=f"session answers {what} without add, forward"):
+        subject.session({"kind": "linear", "W": np.ones((2, 2))})
+
+
 def not_here(self, W, A, B, **_):
     raise NotImplementedError("no merge on this device")
 

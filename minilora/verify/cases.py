@@ -203,6 +203,26 @@ def sigma_merge(layer: Layer, precision: Precision) -> Array:
     return sigma
 
 
+def sigmas_held(layer: Layer, precision: Precision) -> dict[str, Array]:
+    """The same where s B A may be formed, and may have been added to W and taken away again.
+
+    y and dx go through the weight that acts, and dA and dB through dW = dyᵀ x. Of each element it
+    is the greater of this and of `sigmas`.
+    """
+    number, scalable = _numbers(layer, precision)
+    x, dy = number(columns(layer.x)), scalable(columns(layer.dy))
+    A, B = number(layer.A), scalable(layer.B)
+    delta = layer.s * (B @ A)
+    W = number(layer.W) + delta - delta + delta
+    y = W @ x if layer.bias is None else W @ x + number(layer.bias[:, None])
+    dW = dy @ x.T
+    held = {"y": y, "dx": W.T @ dy, "dA": layer.s * (B.T @ dW), "dB": layer.s * (dW @ A.T)}
+    held["dbias"] = dy @ np.ones((dy.value.shape[1], 1))
+    found = _outside(layer, {name: each.sigma for name, each in held.items()})
+    apart = sigmas(layer, precision)
+    return {name: np.maximum(sigma, apart[name]) for name, sigma in found.items()}
+
+
 def limits(layer: Layer, array: str) -> Limits:
     """The closed form's limits, with the elements of an array that err independently.
 

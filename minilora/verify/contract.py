@@ -65,6 +65,15 @@ SESSION: dict[str, str] = {
 }
 """The methods of what ``session`` answers, likewise."""
 
+SESSION_NEEDS = ("add", "forward")
+"""Those without which it is no session; the others may be absent."""
+
+ANSWERS = ("forward", "gradients", "weight")
+"""Those that are no step."""
+
+KEEPS = ("session", "add")
+"""The methods whose last argument a session may hold: no later call may change it."""
+
 DTYPES: dict[str, np.dtype[Any]] = {
     "float64": np.dtype(np.float64),
     "float32": np.dtype(np.float32),
@@ -323,6 +332,8 @@ class Subject:
         """What is particular about the calls of a case, in words; who asks a case empties it."""
         self.sizes: dict[str, int] = {}
         """The greatest sizes in the calls of a case, each by its name; emptied likewise."""
+        self._lent: list[tuple[str, Any, Any]] = []
+        """What a session was given to hold: its name, the array as it is now and as it was."""
         self._worker: _Worker | None = None
         self._hangs: Counter[str] = Counter()
         self._home = _home(implementation)
@@ -416,7 +427,11 @@ class Subject:
         """The session that it opens, called as safely. Raises Skip or Fault."""
         opened = self.call("session", layer)
         limit = self.time_limit
-        return type(self)(opened, time_limit=limit, methods=SESSION, whole=self)
+        session = type(self)(opened, time_limit=limit, methods=SESSION, whole=self)
+        session._lent, self._lent = self._lent, []
+        if absent := [name for name in SESSION_NEEDS if not session.has(name)]:
+            raise Fault("missing", f"session answers {_named(opened)} without {', '.join(absent)}")
+        return session
 
     def announce(self, check: str) -> None:
         """Says which check calls from now on, to an implementation that wants to know."""
@@ -452,6 +467,11 @@ class Subject:
             _unchanged(names[i] if i < len(names) else f"argument {i + 1}", arg, original)
         for name, original in kwargs.items():
             _unchanged(name, given[1][name], original)
+        if method not in ANSWERS:  # what these change is found after the next step
+            for what, now, original in self._lent:
+                _unchanged(what, now, original, f"after {method}()")
+        if method in KEEPS:
+            self._lent.append((names[-1], given[0][-1], args[-1]))
         return answer
 
     def _verdict_on(self, method: str, error: BaseException) -> Skip | Fault:
@@ -544,17 +564,26 @@ def _settings(implementation: object) -> dict[str, Any]:
 
 def _traits(given: Mapping[str, Any]) -> Iterator[str]:
     """What is particular about the arguments of a layer: what an implementation may branch on."""
-    if given.get("r") == 1:
+    r, alpha = given.get("r"), given.get("alpha")
+    if r == 1:
         yield "r = 1"
+    if isinstance(alpha, int | float) and alpha < 0:
+        yield "alpha is negative"
     arrays = [v for v in given.values() if isinstance(v, np.ndarray) and v.dtype.kind not in "iub"]
     if arrays:
         whole = all(bool((v == np.rint(v.astype(float))).all()) for v in arrays)
         yield f"the numbers are {'' if whole else 'not '}whole"
     if isinstance(W := given.get("W"), np.ndarray) and W.ndim == 2:
         yield f"W is {'' if len(W) == len(W.T) else 'not '}square"
+        if isinstance(r, int) and r > min(W.shape):
+            yield "r is greater than a side of W"
     if isinstance(x := given.get("x"), np.ndarray) and x.ndim:
         yield f"x has {x.ndim} {'axis' if x.ndim == 1 else 'axes'}"
         yield f"there is {'one token' if x.size == x.shape[-1] else 'more than one token'}"
+        if isinstance(W, np.ndarray) and W.ndim == 2 and x.shape[-1]:
+            for side, name in zip(W.shape, ("rows", "columns"), strict=True):
+                if x.size == side * x.shape[-1]:
+                    yield f"there are as many tokens as {name} of W"
         yield f"there is {'no' if given.get('bias') is None else 'a'} bias"
         yield f"there is {'no' if given.get('keep') is None else 'a'} dropout mask"
 
@@ -620,7 +649,7 @@ def _settled(value: Any) -> Any:
     return value
 
 
-def _unchanged(path: str, now: Any, original: Any) -> None:
+def _unchanged(path: str, now: Any, original: Any, when: str = "after the call") -> None:
     """Raises Fault where a call has changed an array or a container that it was given."""
     if isinstance(original, np.ndarray):
         if (now.shape, now.dtype) != (original.shape, original.dtype):
@@ -629,20 +658,20 @@ def _unchanged(path: str, now: Any, original: Any) -> None:
             where = [int(i) for i in np.argwhere(_differ(now, original))[0]]
             raise Fault(
                 "changes its inputs",
-                f"{path}{where} was {original[tuple(where)]!s} and is {now[tuple(where)]!s} "
-                "after the call",
+                f"{path}{where} was {original[tuple(where)]!s} and is {now[tuple(where)]!s} {when}",
             )
     elif type(original) is dict:
         if now.keys() != original.keys():
             changed = ", ".join(sorted(map(repr, now.keys() ^ original.keys())))
-            raise Fault("changes its inputs", f"{path} gained or lost {changed} in the call")
+            raise Fault("changes its inputs", f"{path} gained or lost {changed} {when}")
         for key in original:
-            _unchanged(f"{path}[{key!r}]", _same_kind(path, now[key], original[key]), original[key])
+            entry = _same_kind(path, now[key], original[key])
+            _unchanged(f"{path}[{key!r}]", entry, original[key], when)
     elif type(original) in (list, tuple):
         if len(now) != len(original):
             raise Fault("changes its inputs", f"{path} had {len(original)} entries, now {len(now)}")
         for i, (entry, before) in enumerate(zip(now, original, strict=True)):
-            _unchanged(f"{path}[{i}]", _same_kind(path, entry, before), before)
+            _unchanged(f"{path}[{i}]", _same_kind(path, entry, before), before, when)
 
 
 def _same_kind(path: str, now: Any, original: Any) -> Any:

@@ -111,12 +111,19 @@ def explains(theirs: Given, ours: Given) -> float | None:
     for their_case, our_case in zip(theirs, ours, strict=True):
         if not their_case.keys() <= our_case.keys():
             return None
+        if any(_beside(our_case[array]) for array in our_case.keys() - their_case.keys()):
+            return None
         for array, comparison in their_case.items():
             rms = agree(comparison, our_case[array])
             if rms is None:
                 return None
             worst = max(worst, rms)
     return worst
+
+
+def _beside(ours: Comparison) -> bool:
+    """Whether a misreading answers something where nothing should be, and others answer nothing."""
+    return not np.any(ours.want) and ours.judge().verdict == "fail"
 
 
 class Asked(Iterable[dict[str, Comparison]]):

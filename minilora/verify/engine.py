@@ -203,7 +203,8 @@ def run(
         plans = [p for p in plans if p.dtype in subject.dtypes]
     declarations, notes = declared(checks, subject, known or {})
     results: list[Result] = []
-    searched: set[str] = set()
+    asked: set[tuple[str, str]] = set()
+    searched = 0
 
     def report(interrupted: bool = False) -> Report:
         return Report(
@@ -226,15 +227,17 @@ def run(
             known_here = excuse(declarations, p.check.id, p.dtype)
             result = _result(p, subject, cases, known_here, command)
             results.append(result)
-            if result.status == "fail" and p.check.id not in searched:
-                searched.add(p.check.id)
-                within = len(searched) <= SEARCHES
+            if result.status in ("fail", "error") and (p.check.id, result.status) not in asked:
+                asked.add((p.check.id, result.status))
+                shrinks = result.status == "fail" or p.check.smallest_fault
+                searched += shrinks
                 if found := _remembers(result, p, subject):
                     # What another call left behind has no name, and shrinks to nothing.
                     whole = _reproduce_all(command, p, profile)
                     results[-1] = replace(result, diagnosis=found, reproduce=whole)
-                else:
-                    results[-1] = _with_smallest(_diagnosed(result, p, subject), p, subject, within)
+                elif shrinks:
+                    named = _diagnosed(result, p, subject)
+                    results[-1] = _with_smallest(named, p, subject, searched <= SEARCHES)
             behind += len(p.numbers)
     except KeyboardInterrupt:
         raise Interrupted(report(interrupted=True)) from None
@@ -298,6 +301,7 @@ class _Tally:
     """What is known so far of one check in one dtype."""
 
     cases: int = 0
+    held: int = 0
     reasons: list[str] = field(default_factory=list)
     first: dict[str, tuple[str, tuple[Judgement, ...]]] = field(default_factory=dict)
     deviating: int = 0
@@ -314,9 +318,8 @@ class _Tally:
     @property
     def only(self) -> tuple[str, ...]:
         """What all cases that deviate have in common, and no case that holds has."""
-        held = self.cases - len(self.reasons) - self.troubled
-        words = sorted((self.shared or set()) - self.elsewhere) if held else []
-        rare = comb(held + self.troubled, held) > ONE_IN
+        words = sorted((self.shared or set()) - self.elsewhere) if self.held else []
+        rare = comb(self.held + self.troubled, self.held) > ONE_IN
         words += [
             f"there are {least} or more {name} (it holds up to {self.most[name]})"
             for name, least in self.least.items()
@@ -366,6 +369,7 @@ class _Tally:
             self.shared = set(traits) if self.shared is None else self.shared & traits
             _take_in(self.least, sizes, min)
         elif not isinstance(end, Skip):
+            self.held += 1
             self.elsewhere |= traits
             _take_in(self.most, sizes, max)
         self.deviating += bool(verdicts & {"fail", "loose"})
@@ -474,7 +478,8 @@ def _ours(error: Exception) -> str:
 
 
 def _diagnosed(result: Result, p: Plan, subject: Subject) -> Result:
-    if p.check.diagnose is None or any(fault.kind == "hangs" for fault in result.faults):
+    hung = any(fault.kind == "hangs" for fault in result.faults)
+    if p.check.diagnose is None or result.status != "fail" or hung:
         return result
     started = perf_counter()
     try:
@@ -485,8 +490,8 @@ def _diagnosed(result: Result, p: Plan, subject: Subject) -> Result:
 
 
 def _remembers(result: Result, p: Plan, subject: Subject) -> tuple[Diagnosis, ...]:
-    """Whether a case deviates by what calls before it left behind: what to say, or nothing."""
-    if any(fault.kind in ("hangs", "internal") for fault in result.faults):
+    """Whether a case fails by what calls before it left behind: what to say, or nothing."""
+    if any(fault.kind in ("hangs", "crashes", "internal") for fault in result.faults):
         return ()
 
     def said(sentence: str) -> tuple[Diagnosis, ...]:
@@ -498,6 +503,11 @@ def _remembers(result: Result, p: Plan, subject: Subject) -> tuple[Diagnosis, ..
         found, end = judged(p.check, anew, case)
         if end is None and all(judgement.verdict == "pass" for judgement in found):
             return said("It depends on earlier calls: the same case passes when it is asked first.")
+    if result.status == "error":
+        found, end = judged(p.check, subject, case)
+        if not isinstance(end, Fault):
+            return said("It depends on earlier calls, or on chance: asked again, it answers.")
+        return ()
     once, twice = (answers(p.check, subject, case) for _ in range(2))
     if any(agree(once[name], twice[name]) is None for name in once.keys() & twice.keys()):
         return said(

@@ -15,7 +15,7 @@ import numpy as np
 
 from minilora.adapters import Adapter, State
 from minilora.layers import OneHot
-from minilora.lora import fuse, scale, total, twin
+from minilora.lora import Variant, fuse, scale, total, twin
 from minilora.ops import Back, linear
 from minilora.variants import DORA
 
@@ -65,7 +65,8 @@ def whole(adapter: Given, rows: Sequence[int]) -> tuple[Array, Array]:
 class Layer:
     """A layer of the contract with its adapters; each method gives another one or an answer.
 
-    ``given`` are the adapters as they came, ``active`` those that act where nothing is disabled.
+    ``given`` are the adapters as they came, ``active`` those that act where nothing is disabled;
+    ``dora`` is DoRA with its norm differentiated or not.
     """
 
     kind: str
@@ -74,18 +75,19 @@ class Layer:
     given: Mapping[str, Given] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     disabled: bool = False
+    dora: Variant = DORA
 
     @classmethod
-    def of(cls, layer: Given) -> Layer:
+    def of(cls, layer: Given, dora: Variant = DORA) -> Layer:
         """The layer without adapters. Raises NotImplementedError for an unknown kind."""
         kind, W = layer["kind"], layer["W"]
         if kind not in KINDS:
             raise NotImplementedError(f"no layer of kind {kind}")
         if kind == "tied":
-            return cls(kind, layer, {"embedding": State(W.T), "head": State(W)})
+            return cls(kind, layer, {"embedding": State(W.T), "head": State(W)}, dora=dora)
         b = None if kind == "bias" else layer.get("bias")
         state = State(W.T if kind == "embedding" else W, None if b is None else b[:, None])
-        return cls(kind, layer, {"": state})
+        return cls(kind, layer, {"": state}, dora=dora)
 
     def _adapters(self, adapter: Given) -> dict[str, Adapter]:
         """The adapter in each of the states that it is in."""
@@ -99,7 +101,7 @@ class Layer:
             pairs = {"embedding": (A, B), "head": head}
             return {place: Adapter(pairs[place], s) for place in PLACES[on]}
         if adapter.get("use_dora", False):
-            return {"": Adapter((A, B, adapter["magnitude"][:, None]), s, DORA)}
+            return {"": Adapter((A, B, adapter["magnitude"][:, None]), s, self.dora)}
         return {"": Adapter((A, B), s)}
 
     def _each(self, change: Callable[[State], State]) -> Layer:

@@ -69,7 +69,11 @@ def agreeing(z: Array) -> bool:
     return bool(np.abs(z).max() <= MONTE_CARLO.max_z and rms <= MONTE_CARLO.rms(z.size))
 
 
-def _failing(answers: Answers) -> dict[str, list[Comparison]]:
+Named = list[tuple[str, Comparison]]
+"""The comparisons of one array, each with the id of its case."""
+
+
+def _failing(cases: Sequence[Case], answers: Answers) -> dict[str, Named]:
     """Every array that deviates in some case, with its comparisons of all cases that have it."""
     names = dict.fromkeys(
         name
@@ -77,14 +81,18 @@ def _failing(answers: Answers) -> dict[str, list[Comparison]]:
         for name, each in answer.items()
         if each.judge().verdict == "fail"
     )
-    return {name: [answer[name] for answer in answers if name in answer] for name in names}
+    pairs = list(zip(cases, answers, strict=True))
+    return {
+        name: [(case.id, answer[name]) for case, answer in pairs if name in answer]
+        for name in names
+    }
 
 
-def _sentences(each: list[Comparison]) -> Iterator[tuple[str, str]]:
+def _sentences(each: Named) -> Iterator[tuple[str, str]]:
     """(what it is, what is said) of one array in several cases, the strongest first."""
-    got = [np.asarray(c.got, float) for c in each]
-    want = [np.asarray(c.want, float) for c in each]
-    sigma = [sigma_of(c) for c in each]
+    got = [np.asarray(c.got, float) for _, c in each]
+    want = [np.asarray(c.want, float) for _, c in each]
+    sigma = [sigma_of(c) for _, c in each]
     pairs = list(zip(got, want, sigma, strict=True))
     fits = [fit(g, w, 0 * w, s) for g, w, s in pairs]
     if all(agreeing(z) for _, z in fits):
@@ -108,7 +116,10 @@ def _sentences(each: list[Comparison]) -> Iterator[tuple[str, str]]:
         if all(order is not None for order in orders):
             yield f"permuted-{word}", f"has its {word} in another order: {orders[0]}"
             return
-    yield from _places(pairs)
+    # Of the greatest, which need not be the one that is shown.
+    (case, _), greatest = max(zip(each, pairs, strict=True), key=lambda p: p[1][1].size)
+    for what, sentence in _places(*greatest):
+        yield what, f"{sentence}, in {case}"
 
 
 def _order(got: Array, want: Array, sigma: Array, axis: int) -> list[int] | None:
@@ -125,9 +136,8 @@ def _order(got: Array, want: Array, sigma: Array, axis: int) -> list[int] | None
     return order if order != sorted(order) else None
 
 
-def _places(pairs: list[tuple[Array, Array, Array]]) -> Iterator[tuple[str, str]]:
+def _places(got: Array, want: Array, sigma: Array) -> Iterator[tuple[str, str]]:
     """Where the deviation lies, and of which rank and how many digits it is."""
-    got, want, sigma = max(pairs, key=lambda p: p[1].size)
     off = np.abs(got - want) > 8 * sigma
     if off.ndim >= 2 and off.any():
         flat = off.reshape(-1, off.shape[-1])
@@ -280,6 +290,13 @@ def describe(check: str, cases: Sequence[Case], answers: Answers) -> tuple[Diagn
     if layers:
         said += [(f"{STRUCTURE}{what}", s) for what, s in scale_that_acts(layers, answers)]
     if not said:
-        for name, each in _failing(answers).items():
-            said += [(f"{STRUCTURE}{what}", f"{name} {s}") for what, s in _sentences(each)]
+        failing = list(_failing(cases, answers).items())
+        lives = check.startswith("lifecycle.")
+        # What a life has made wrong stays so: its first step says it. The rank is an adapter's.
+        for name, each in failing[: 1 if lives else None]:
+            said += [
+                (f"{STRUCTURE}{what}", f"{name} {s}")
+                for what, s in _sentences(each)
+                if not (lives and what == "rank")
+            ]
     return tuple(Diagnosis(name, f"{sentence}.", 0.0) for name, sentence in said[:3])

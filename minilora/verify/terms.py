@@ -262,8 +262,8 @@ class Check:
     may stop with Skip or Fault (`contract`). ``cases`` gives the number of cases in a profile for
     a dtype, 0 where the check is not for that dtype. ``smallest`` looks for the smallest
     counterexample of a check that failed: a dict of values to show, of which ``got`` and ``want``
-    are the two that differ, or None. ``diagnose`` names the misreadings that explain what an
-    implementation answers, for a dtype and a seed.
+    are the two that differ, or None; with ``smallest_fault`` it finds errors too. ``diagnose``
+    names the misreadings that explain what an implementation answers, for a dtype and a seed.
     """
 
     id: str
@@ -273,4 +273,5 @@ class Check:
     run: Callable[[Subject, Case], Iterable[Comparison]]
     cases: Callable[[str, str], int]
     smallest: Callable[[Subject, str], dict[str, Any] | None] | None = None
+    smallest_fault: bool = False
     diagnose: Callable[[Subject, str, int], tuple[Diagnosis, ...]] | None = None

@@ -13,7 +13,7 @@ import contextlib
 import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, combinations
 from tempfile import mkdtemp
@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from minilora.variants import DORA, DORA_FULL
+from minilora.verify import cases as layers
 from minilora.verify.cases import RANKS, ROWS, SIZES, draw_several, in_exact_lane
 from minilora.verify.contract import DTYPES, Fault, Skip, Subject, tidy
 from minilora.verify.smallest import SECONDS, Smallest, shrunk
@@ -34,7 +36,8 @@ Step = tuple[Any, ...]
 Given = dict[str, Any]
 
 CASES = {"quick": 4, "ci": 16, "nightly": 320}
-NAMES = ("one", "two", "three")
+NAMES = ("one", "two", "onetwo")
+"""The third begins and ends as the others: a name is all of a name."""
 
 PLAIN = {
     "linear": "",
@@ -55,7 +58,16 @@ ALONE = ("bias", "full")
 """Where "one" and "two" bring what only one can: no two of them act at once."""
 
 REFUSABLE = {"add", "activate", "scale", "delete", "train", "merge", "save", "load"}
-"""What a session may refuse while something is merged."""
+"""What a session may refuse while something is merged, or it was told to merge nothing."""
+
+
+FUSED = (
+    ((3, 3, 3), ("101", "111", "010")),
+    ((4, 2, 2), ("110", "111", "011")),
+    ((3, 3), ("01", "11", "10")),
+    ((4, 2), ("10", "11", "01")),
+)
+"""The rows of a fused layer's projections, and of which each adapter is on."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +121,11 @@ def _further(kind: str, case: Case) -> Drawn:
         return given | rslora
 
     if kind == "fused":
-        rows, n = (3, 3, 3) if case.number % 2 == 0 else (4, 2, 2), 5
+        (rows, on), n = FUSED[case.number % len(FUSED)], 5
         layer = {"kind": kind, "W": whole(sum(rows), n), "rows": list(rows)}
         adapters = {}
-        on = ([True, False, True], [True, True, True], [False, True, False])
-        for name, enable, r in zip(NAMES, on, (2, 4, 1), strict=True):
+        for name, digits, r in zip(NAMES, on, (2, 4, 1), strict=True):
+            enable = [digit == "1" for digit in digits]
             m = sum(size for size, each in zip(rows, enable, strict=True) if each)
             adapters[name] = factors(n, m, r, sum(enable)) | {"enable": enable}
         return Drawn(layer, adapters, whole(6, n), whole(6, sum(rows)))
@@ -123,7 +135,7 @@ def _further(kind: str, case: Case) -> Drawn:
         adapters = {
             "one": factors(v, d, 2) | {"on": "embedding"},
             "two": factors(d, v, 4) | {"on": "head"},
-            "three": factors(v, d, 1) | {"on": "both"},
+            "onetwo": factors(v, d, 1) | {"on": "both"},
         }
         return Drawn(layer, adapters, np.arange(7) * 5 % v, whole(7, v))
     if kind == "dora":
@@ -150,7 +162,7 @@ def _dora(
     m, n = 5, 4
     W = np.sign(whole(m, n))
     adapters = {"one": factors(n, m, 2)}
-    for name, r in (("two", 1), ("three", 2)):
+    for name, r in (("two", 1), ("onetwo", 2)):
         s = float(rng.choice([0.5, 2.0]))
         columns = rng.permutation(n)[:r]
         mixed = np.eye(r, dtype=W.dtype) + np.triu(np.ones((r, r), W.dtype), 1)
@@ -183,6 +195,8 @@ class Run:
     kind: str = "linear"
     saved: dict[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
     asked: int = 0
+    holds: bool = False
+    """Whether the session took a merge of nothing, after which it may go on as merged."""
     _folder: str = ""
 
     @classmethod
@@ -192,11 +206,18 @@ class Run:
         session, state = _opened(subject, drawn)
         return cls(subject, drawn, session, state, case.dtype, kind)
 
+    def may_refuse(self, what: str, means_something: bool) -> bool:
+        """Whether the contract lets a session refuse this step."""
+        if what == "merge" and self.state.disabled:
+            return True
+        return not means_something or ((self.state.merged or self.holds) and what in REFUSABLE)
+
     def take(self, step: Step) -> bool:
         """The step on both sides; False if the session refused it, as it may."""
         what, *arguments = step
         if what == "anew":
             self.session, self.state = _opened(self.subject, self.drawn)
+            self.holds = False
             return True
         if what == "load" and arguments[1] not in self.saved:
             return False  # saving it was refused
@@ -212,10 +233,10 @@ class Run:
         try:
             self.session.call(what, *given)
         except Fault as fault:
-            may = next_state is None or (self.state.merged and what in REFUSABLE)
-            if fault.kind != "raises" or not may:
-                raise
-            return False
+            if fault.kind == "raises" and self.may_refuse(what, next_state is not None):
+                return False
+            raise Fault(fault.kind, f"{told(step)}: {fault.message}") from None
+        self.holds = (what == "merge" and next_state is None) or (self.holds and what != "unmerge")
         if what == "save":
             self.saved[arguments[0]] = given[1], self.state.given[arguments[0]]
         if next_state is not None:
@@ -230,9 +251,9 @@ class Run:
         return mkdtemp(dir=self._folder)
 
     def compare(self, after: str) -> Comparison:
-        """The layer's output against the state's, of other rows each time."""
+        """The layer's output against the state's: other rows each time, every third time one."""
         self.asked += 1
-        x = np.roll(self.drawn.x, self.asked, 0)
+        x = np.roll(self.drawn.x, self.asked, 0)[: 1 if self.asked % 3 == 2 else None]
         y, _ = self.state.forward(wide(x))
         got = self.session.answer(self.session.call("forward", x), "y", y.shape, self.dtype)
         return Comparison(f"y after {after}", got, y)
@@ -255,12 +276,12 @@ class Run:
                 continue
             shape = np.shape(wanted[name]) if name in wanted else None
             got = (
-                self.session.answer(answered[name], f"d{name}", shape, self.dtype)
+                self.session.answer(answered[name], _gradient(name), shape, self.dtype)
                 if name in answered
                 else np.zeros(shape or ())
             )
-            label = name if name == "dx" else f"d{name}"
-            yield Comparison(f"{label} after {after}", got, wanted.get(name, np.zeros_like(got)))
+            want = wanted.get(name, np.zeros_like(got))
+            yield Comparison(f"{_gradient(name)} after {after}", got, want)
 
     def weight(self, after: str) -> Comparison:
         """The weight that the layer holds against the base's, where nothing is merged."""
@@ -293,9 +314,16 @@ def moved(
         return None
 
 
+def _gradient(name: str) -> str:
+    """What is answered under a name, in words: dx, or d(one.A)."""
+    return name if name == "dx" else f"d({name})"
+
+
 def _opened(subject: Subject, drawn: Drawn) -> tuple[Subject, Layer]:
     """A new session, and the state of its layer."""
-    return subject.session(drawn.layer), Layer.of(wide(drawn.layer))
+    full = subject.conventions.get("dora_norm") == "differentiated"
+    state = Layer.of(wide(drawn.layer), DORA_FULL if full else DORA)
+    return subject.session(drawn.layer), state
 
 
 def told(step: Step) -> str:
@@ -332,7 +360,7 @@ SCRIPTS: dict[str, tuple[str, tuple[Step, ...]]] = {
     "scale": (
         "A factor on the scale counts once, however often it is set.",
         (*START, ("scale", "one", 2.0), ("scale", "one", 2.0), ("scale", "one", 0.5),
-         ("scale", "two", 4.0)),
+         ("scale", "one", -1.0), ("scale", "one", 0.0), ("scale", "two", 4.0)),
     ),
     "merge-twice": (
         "A second merge changes nothing, nor does a second unmerge.",
@@ -349,8 +377,8 @@ SCRIPTS: dict[str, tuple[str, tuple[Step, ...]]] = {
     ),
     "delete": (
         "A deleted adapter acts no longer, also if it was active.",
-        (*START, ("activate", ["one", "two"]), ("delete", "one"), ("activate", ["two"]),
-         ("add", "one"), ("activate", ["one"])),
+        (*START, ("add", "onetwo"), ("activate", ["one", "onetwo"]), ("delete", "one"),
+         ("add", "one"), ("activate", ["one"]), ("activate", ["two"])),
     ),
     "delete-while-merged": (
         "Deleting a merged adapter takes its change along.",
@@ -362,7 +390,7 @@ SCRIPTS: dict[str, tuple[str, tuple[Step, ...]]] = {
     ),
     "add-while-merged": (
         "Adding an adapter beside a merged one changes no output.",
-        (*START, ("merge",), ("add", "three"), ("unmerge",), ("activate", ["three"])),
+        (*START, ("merge",), ("add", "onetwo"), ("unmerge",), ("activate", ["onetwo"])),
     ),
     "train-eval": (
         "Without dropout training and evaluation are one function, merged or not.",
@@ -380,8 +408,8 @@ LONE: tuple[Step, ...] = (
 """What is asked of a layer that has one adapter for ever, too."""
 
 BROUGHT: tuple[Step, ...] = (
-    ("add", "one"), ("add", "three"), ("activate", ["one"]), ("activate", ["three"]),
-    ("activate", ["one", "three"]), ("disable",), ("activate", ["one"]), ("merge",), ("unmerge",),
+    ("add", "one"), ("add", "onetwo"), ("activate", ["one"]), ("activate", ["onetwo"]),
+    ("activate", ["one", "onetwo"]), ("disable",), ("activate", ["one"]), ("merge",), ("unmerge",),
     ("add", "two"), ("activate", ["two"]), ("activate", []),
 )  # fmt: skip
 SAVED: tuple[Step, ...] = (
@@ -414,7 +442,7 @@ BESIDE: dict[str, tuple[str, str, tuple[Step, ...]]] = {
     "tied.both": (
         "tied",
         "One change of a tied table acts in both its uses, and once in each.",
-        _tied("three"),
+        _tied("onetwo"),
     ),
     "bias": ("bias", "A trained bias comes and goes with its adapter.", BROUGHT),
     "bias.scaled": (
@@ -431,8 +459,8 @@ BESIDE: dict[str, tuple[str, str, tuple[Step, ...]]] = {
     "dora": (
         "dora",
         "DoRA beside LoRA: each with its own options, in sum, and merged alone.",
-        (*START, ("activate", ["two"]), ("merge",), ("unmerge",), ("add", "three"),
-         ("activate", ["three"]), ("merge",), ("unmerge",)),
+        (*START, ("activate", ["two"]), ("merge",), ("unmerge",), ("add", "onetwo"),
+         ("activate", ["onetwo"]), ("merge",), ("unmerge",)),
     ),
     "dora.several": (
         "dora",
@@ -448,8 +476,8 @@ BESIDE: dict[str, tuple[str, str, tuple[Step, ...]]] = {
     "save.tied.both": (
         "tied",
         "One change of both uses of a tied table is the same one again.",
-        (("add", "three"), ("activate", ["three"]), ("save", "three"), ("anew",),
-         ("load", "three", "three"), ("activate", ["three"])),
+        (("add", "onetwo"), ("activate", ["onetwo"]), ("save", "onetwo"), ("anew",),
+         ("load", "onetwo", "onetwo"), ("activate", ["onetwo"])),
     ),
     "save-while-merged": (
         "linear",
@@ -460,15 +488,21 @@ BESIDE: dict[str, tuple[str, str, tuple[Step, ...]]] = {
     "save-scaled": (
         "linear",
         "What is saved of a scaled adapter is the adapter as it was added.",
-        (*START, ("scale", "one", 2.0), ("save", "one"), ("load", "three", "one"),
-         ("activate", ["three"]), ("activate", ["one"]), ("anew",), ("load", "one", "one"),
+        (*START, ("scale", "one", 2.0), ("save", "one"), ("load", "onetwo", "one"),
+         ("activate", ["onetwo"]), ("activate", ["one"]), ("anew",), ("load", "one", "one"),
          ("activate", ["one"])),
+    ),
+    "load-again": (
+        "linear",
+        "What is loaded does not act yet, though one of its name did when it was deleted.",
+        (*START, ("save", "one"), ("activate", ["one", "two"]), ("delete", "one"),
+         ("load", "one", "one"), ("activate", ["one"])),
     ),
     "load-while-merged": (
         "linear",
         "Loading an adapter beside a merged one changes no output.",
-        (*START, ("save", "two"), ("delete", "two"), ("merge",), ("load", "three", "two"),
-         ("unmerge",), ("activate", ["three"])),
+        (*START, ("save", "two"), ("delete", "two"), ("merge",), ("load", "onetwo", "two"),
+         ("unmerge",), ("activate", ["onetwo"])),
     ),
     "load-while-merged.full": (
         "full",
@@ -498,8 +532,12 @@ def _script(
 def weight(subject: Subject, case: Case, kind: str = "linear") -> Iterable[Comparison]:
     """The weight that is held: W' while merged, and W's bits again afterwards."""
     run = Run.of(subject, case, kind=kind)
-    for step in (*START, ("scale", "one", 2.0)):
-        run.take(step)
+    steps: list[Step] = [*START, ("scale", "one", 2.0)]
+    if kind == "dora":
+        steps.append(("activate", ["two"]))
+    for step in steps:
+        if kind not in ALONE or step != ("add", "two"):
+            run.take(step)
     yield run.weight("activating")
     run.take(("merge",))
     yield run.weight("merge()")
@@ -513,7 +551,7 @@ def gradients(subject: Subject, case: Case, kind: str = "linear") -> Iterable[Co
     done: list[str] = []
     steps: list[Step] = [*START, ("activate", []), ("activate", ["two"])]
     if kind == "tied":
-        steps += [("add", "three"), ("activate", ["three"])]
+        steps += [("add", "onetwo"), ("activate", ["onetwo"])]
     if kind not in ALONE:
         steps += [("activate", ["two", "one"])]
     steps += [("disable",), ("activate", ["one"]), ("merge",), ("unmerge",), ("scale", "one", 2.0)]
@@ -521,6 +559,83 @@ def gradients(subject: Subject, case: Case, kind: str = "linear") -> Iterable[Co
         words = told(step)
         done.append(words if run.take(step) else f"{words} refused")
         yield from run.gradients(" ".join(done))
+
+
+def apart(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """Two layers that live at once do so apart."""
+    lives = Run.of(subject, case), Run.of(subject, replace(case, seed=case.seed + 1))
+    done: list[str] = []
+    for step in LONE[:3]:
+        for it, which in zip(lives, ("the first", "the second"), strict=True):
+            words = told(step)
+            done.append(f"{which}'s {words if it.take(step) else f'{words} refused'}")
+            for other, name in zip(lives, ("the first", "the second"), strict=True):
+                yield other.compare(f"{', '.join(done)}, of {name}")
+
+
+@dataclass
+class Numbers:
+    """A session whose numbers have all their digits, so that it rounds: what it answers has a σ.
+
+    Whole numbers pass through a half precision, and no root of theirs is a fraction. Every rank but
+    4 and 9 has one here, in the cases that are rsLoRA's.
+    """
+
+    run: Run
+    layer: layers.Layer
+
+    @classmethod
+    def of(cls, subject: Subject, case: Case) -> Numbers:
+        """One of the lane with σ, with a bias."""
+        rslora: Given = {"use_rslora": True} if case.number % 2 == 0 else {}
+        general = replace(case, number=2 * case.number + 1)
+        layer, _ = layers.draw_layer(general, bias=True, **rslora)
+        given = {"kind": "linear", "W": layer.W, "bias": layer.bias}
+        adapter = {"A": layer.A, "B": layer.B, **layer.merge_options()}
+        x, dy = (layers.columns(v).T for v in (layer.x, layer.dy))
+        drawn = Drawn(given, {"one": adapter}, x, dy)
+        return cls(Run(subject, drawn, *_opened(subject, drawn), case.dtype), layer)
+
+    def compare(self, after: str, gradients: bool = False) -> Iterator[Comparison]:
+        """The output, or the gradients, against what they should be."""
+        run, layer, drawn = self.run, self.layer, self.run.drawn
+        wanted = layers.wanted(layer)
+        sigma = layers.sigmas_held(layer, run.subject.precision(run.dtype))
+        names = {"y": "y"}
+        if gradients:
+            answered = run.session.call("gradients", drawn.x, drawn.dy)
+            names = {"dx": "dx", "dA": "one.A", "dB": "one.B"}
+        else:
+            answered = {"y": run.session.call("forward", drawn.x)}
+        for array, name in names.items():
+            want, s = wanted[array], np.broadcast_to(sigma[array], wanted[array].shape)
+            if array in ("y", "dx"):
+                want, s = (v.reshape(-1, v.shape[-1]) for v in (want, s))
+            label = _gradient(name) if gradients else name
+            got = run.session.entry(answered, name, "gradients")
+            got = run.session.answer(got, label, want.shape, run.dtype)
+            yield Comparison(f"{label} after {after}", got, want, s, layers.limits(layer, array))
+
+
+def rounding(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """Numbers with all their digits, of any rank, are rounded no more than the precision says."""
+    it = Numbers.of(subject, case)
+    done: list[str] = []
+    for step in LONE[:3] + LONE[4:5]:
+        done.append(told(step) if it.run.take(step) else f"{told(step)} refused")
+        if step[0] != "add":
+            yield from it.compare(" ".join(done))
+        if step[0] == "activate" and it.run.session.has("gradients"):
+            yield from it.compare(" ".join(done), gradients=True)
+
+
+def save_rounding(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """A saved adapter keeps all digits of its numbers."""
+    it = Numbers.of(subject, case)
+    steps: list[Step] = [("add", "one"), ("save", "one"), ("anew",), ("load", "one", "one")]
+    for step in [*steps, ("activate", ["one"])]:
+        it.run.take(step)
+    yield from it.compare(" ".join(map(told, [*steps, ("activate", ["one"])])))
 
 
 def machine(
@@ -546,7 +661,7 @@ def drawn(run: Run, rng: np.random.Generator, count: int, files: bool = False) -
         if run.kind in ALONE and {"one", "two"} <= {*some}:
             some.remove(str(rng.choice(["one", "two"])))
         one = str(rng.choice(known))
-        factor = float(rng.choice([0.5, 2.0]))
+        factor = float(rng.choice([0.5, 2.0, -1.0]))
         steps: list[Step] = [("activate", some)] * 4 + [("merge",)] * 3 + [("unmerge",)] * 3
         steps += [("disable",), ("train",), ("eval",), ("delete", one)]
         # Of DoRA another scale is another norm, which is no whole number.
@@ -566,7 +681,7 @@ def possible(state: Layer, kind: str) -> list[Step]:
     steps += [("merge",), ("unmerge",), ("disable",), ("train",), ("eval",)]
     steps += [("delete", name) for name in known]
     if kind != "dora":
-        steps += [("scale", name, factor) for name in known for factor in (2.0, 0.5)]
+        steps += [("scale", name, factor) for name in known for factor in (2.0, 0.5, -1.0)]
     return steps
 
 
@@ -630,9 +745,9 @@ def _deviation(run: Run, steps: Sequence[Step]) -> dict[str, Any]:
 
 
 def _without_one(kind: str, steps: list[Step]) -> Iterator[list[Step]]:
-    """The steps without one of them, where the others are possible still."""
+    """The steps without one of them, the last first, where the others are possible still."""
     given = drawn_layer(kind, Case("lifecycle.machine", "float64", 1, 0), bias=True)
-    for i in range(len(steps)):
+    for i in reversed(range(len(steps))):
         fewer, state = steps[:i] + steps[i + 1 :], Layer.of(wide(given.layer))
         for step in fewer:
             if step not in possible(state, kind):
@@ -656,7 +771,9 @@ def _check(
         count = counted(profile, dtype)
         return min(count, 1) if profile == "quick" and share < 0.25 else count
 
-    return Check(f"lifecycle.{name}", "lifecycle", ("session",), law, run, cases, smallest)
+    return Check(
+        f"lifecycle.{name}", "lifecycle", ("session",), law, run, cases, smallest, bool(smallest)
+    )
 
 
 def _of_kinds(
@@ -680,7 +797,11 @@ CHECKS: tuple[Check, ...] = (
         _check(name, law, _script(name, kind, steps), 0.125)
         for name, (kind, law, steps) in BESIDE.items()
     ),
-    *_of_kinds(gradients, 0.25, [kind for kind in KINDS if kind != "dora"]),
+    *_of_kinds(weight, 0.125, ("bias", "dora")),
+    *_of_kinds(gradients, 0.25, KINDS),
+    _check("apart", apart.__doc__ or "", apart, 0.125),
+    _check("rounding", rounding.__doc__ or "", rounding, 0.25),
+    _check("save.rounding", save_rounding.__doc__ or "", save_rounding, 0.125),
     *_of_kinds(machine, 0.25, FURTHER),
     _check(
         "machine.files",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from minilora.verify.misreadings.entry import Misreading, equivalents, family
-from minilora.verify.misreadings.plain import Array, Plain
+from minilora.verify.misreadings.plain import Array, Call, Plain, digits
 
 Entries = Mapping[str, Sequence[tuple[Any, ...]]]
 """The check that shows each best, and what `family` takes of them."""
@@ -181,10 +183,19 @@ class Session:
             return {"W": dW, **brought}
         s = self.factor[name] * self.my.s(self.my.adapter(self.bare(name)))
         A, B = adapter["A"], adapter["B"]
+        if "magnitude" in adapter:
+            dW, brought["magnitude"] = self.rescaled(name, dW)
         parts = self.parts(adapter) if self.kind == "fused" else [(slice(None),) * 3]
         dA = np.concatenate([s * B[used].T @ dW[rows] for rows, _, used in parts])
         dB = np.concatenate([s * dW[rows] @ A[own].T for rows, own, _ in parts])
         return {"A": dA, "B": dB, **brought}
+
+    def rescaled(self, name: str, dW: Array) -> tuple[Any, Any]:
+        """Under DoRA, those of V = W + s B A and of the magnitude; the norm is held."""
+        V = self.base() + self.factor[name] * self.my.delta(self.my.adapter(self.bare(name)))
+        norm = np.sqrt((V * V).sum(1))
+        dm = (dW * V).sum(1) / norm
+        return (self.known[name]["magnitude"] / norm)[:, None] * dW, dm
 
     def save(self, name: str, folder: str) -> None:
         """As it was given."""
@@ -239,7 +250,9 @@ class Pair:
         self.known[name] = adapter
 
     def activate(self, names: Sequence[str]) -> None:
-        """In both."""
+        """In both, of what is there."""
+        if unknown := [name for name in names if name not in self.known]:
+            raise ValueError(f"no {unknown[0]}")
         for each in (self.first, self.second):
             each.activate([name for name in names if name in each.known])
 
@@ -392,13 +405,13 @@ class Refusing(Session):
         super().scale(name, factor)
 
 
-def _sessions(kind: type[Session], pair: type[Pair] = Pair) -> Callable[[], Plain]:
+def _sessions(kind: type[Session], pair: type[Pair] = Pair, **own: Any) -> Callable[[], Plain]:
     def session(my: Plain, layer: Mapping[str, Any]) -> Session | Pair:
         if layer["kind"] in ("tied", "full"):
             return pair(kind, my, layer)
         return kind(my, layer)
 
-    return type("Lived", (Plain,), {"session": session})
+    return type("Lived", (Plain,), {"session": session, **own})
 
 
 def _but(**methods: Any) -> Callable[[], Plain]:
@@ -1379,15 +1392,245 @@ OTHERS: Entries = {
     ],
 }
 
+
+def _one_layer(my: Plain, layer: Mapping[str, Any]) -> Session:
+    """One object for all layers: the next takes the place of the last."""
+    one: Session = my.memory.setdefault("layer", object.__new__(Session))
+    one.__init__(my, layer)  # type: ignore[misc]
+    return one
+
+
+def _root_whole(my: Plain, c: Call) -> float:
+    return float(c.alpha / (isqrt(c.r) if c.rslora else c.r))
+
+
+def _merge_coarse(my: Session, name: str) -> None:
+    """The weight is rounded to 16 binary digits while anything is in it."""
+    exact = my.W + my.delta(name)
+    my.added[name] = digits(exact, 16) - my.W
+    my.W = my.W + my.added[name]
+
+
+def _stored_as(dtype: Any) -> Callable[[Session, str], Any]:
+    """Every array goes through this dtype."""
+
+    def stored(my: Session, name: str) -> Any:
+        return {
+            key: entry.astype(dtype).astype(entry.dtype) if hasattr(entry, "astype") else entry
+            for key, entry in my.known[name].items()
+        }
+
+    return stored
+
+
+def _scale_or_1(my: Session, name: str, factor: float) -> None:
+    Session.scale(my, name, factor or 1.0)
+
+
+def _scale_absolute(my: Session, name: str, factor: float) -> None:
+    Session.scale(my, name, abs(factor))
+
+
+def _scale_given(my: Session, name: str, factor: float) -> None:
+    """B itself is multiplied, in the array that was handed in."""
+    my.known[name]["B"][...] *= factor
+
+
+def _put_in_given(my: Session, name: str) -> None:
+    """The weight that was handed in is changed."""
+    Session.put_in(my, name)
+    my.layer["W"][...] = my.read(my.W)
+
+
+def _delete_beginning(my: Session, name: str) -> None:
+    for each in [each for each in my.known if each.startswith(name)]:
+        Session.delete(my, each)
+
+
+def _squeezed(my: Session, x: Array) -> Array:
+    y = Session.forward(my, x)
+    return y[0] if len(y) == 1 else y
+
+
+def _delete_noted(my: Session, name: str) -> None:
+    my.my.memory["acted"] = name if name in my.active else ""
+    Session.delete(my, name)
+
+
+def _load_noted(my: Session, name: str, folder: str) -> None:
+    Session.load(my, name, folder)
+    if name == my.my.memory.get("acted"):
+        my.active.append(name)
+
+
+def _outer_parts(my: Session, adapter: Mapping[str, Any]) -> Any:
+    """The first two of three are taken for the first and the last."""
+    if adapter["enable"] == [True, True, False]:
+        adapter = {**adapter, "enable": [True, False, True]}
+    return Session.parts(my, adapter)
+
+
+def _magnitude_by_V(my: Session, name: str, dW: Array) -> tuple[Any, Any]:
+    dV, _ = Session.rescaled(my, name, dW)
+    V = my.base() + my.factor[name] * my.my.delta(my.my.adapter(my.bare(name)))
+    return dV, (dW * V).sum(1)
+
+
+def _weight_unscaled(my: Session) -> Any:
+    """DoRA's merged weight, not rescaled."""
+    changes = [my.factor[n] * my.my.delta(my.my.adapter(my.bare(n))) for n in my.added]
+    return my.read(sum(changes, start=my.base()))
+
+
+class Strict(Refusing):
+    """A merge counts though nothing is active, is refused while disabled, and locks the rest."""
+
+    locked = False
+
+    def free(self) -> None:
+        """Not while locked."""
+        if self.locked:
+            raise RuntimeError("unmerge first")
+
+    def merge(self) -> None:
+        """Whatever is active."""
+        self.free()
+        if self.off:
+            raise RuntimeError("disabled")
+        Session.merge(self)
+        self.locked = True
+
+    def unmerge(self) -> None:
+        """Unlocked."""
+        if not self.locked:
+            raise RuntimeError("not merged")
+        Session.unmerge(self)
+        self.locked = False
+
+    def add(self, name: str, adapter: Mapping[str, Any]) -> None:
+        """Not while locked."""
+        self.free()
+        super().add(name, adapter)
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Not while locked, and of what is there."""
+        self.free()
+        if unknown := [name for name in names if name not in self.known]:
+            raise ValueError(f"no {unknown[0]}")
+        super().activate(names)
+
+    def scale(self, name: str, factor: float) -> None:
+        """Not while locked."""
+        self.free()
+        super().scale(name, factor)
+
+    def delete(self, name: str) -> None:
+        """Not while locked."""
+        self.free()
+        super().delete(name)
+
+
+class Differentiated(Session):
+    """DoRA whose norm is differentiated too, as it declares."""
+
+    def rescaled(self, name: str, dW: Array) -> tuple[Any, Any]:
+        """Each row of dV is orthogonal to V's."""
+        V = self.base() + self.factor[name] * self.my.delta(self.my.adapter(self.bare(name)))
+        dV, dm = super().rescaled(name, dW)
+        return dV - (dV * V).sum(1, keepdims=True) / (V * V).sum(1, keepdims=True) * V, dm
+
+
+def _declared() -> Plain:
+    my = _sessions(Differentiated)()
+    my.conventions = {"dora_norm": "differentiated"}  # type: ignore[attr-defined]
+    return my
+
+
+ALIVE: Entries = {
+    "lifecycle.apart": [
+        (
+            "one-layer",
+            "a second layer takes the first one's place",
+            type("Lived", (Plain,), {"session": _one_layer}),
+        ),
+    ],
+    "lifecycle.rounding": [
+        (
+            "root-whole",
+            "α/⌊√r⌋ for α/√r",
+            _sessions(Session, s=_root_whole),
+        ),
+        ("merge-coarse", "the merged weight has 16 binary digits", _but(put_in=_merge_coarse)),
+    ],
+    "lifecycle.save.rounding": [
+        ("save-float16", "what is saved is float16", _but(stored=_stored_as(np.float16))),
+        ("save-bfloat16", "what is saved is bfloat16", _but(stored=_stored_as(ml_dtypes.bfloat16))),
+    ],
+    "lifecycle.scale": [
+        ("scale-or-1", "the factor 0 is taken for none", _but(scale=_scale_or_1)),
+        ("scale-absolute", "a factor's sign is lost", _but(scale=_scale_absolute)),
+        ("scale-given", "a factor goes into the B that was handed in", _but(scale=_scale_given)),
+    ],
+    "lifecycle.lone": [
+        ("merge-given", "the W that was handed in is merged into", _but(put_in=_put_in_given)),
+        ("one-token", "y of one token has one axis", _but(forward=_squeezed)),
+    ],
+    "lifecycle.delete": [
+        (
+            "delete-beginning",
+            "what only begins with the name is deleted too",
+            _but(delete=_delete_beginning),
+        ),
+    ],
+    "lifecycle.load-again": [
+        (
+            "load-again",
+            "what is loaded acts at once if one of its name did when it was deleted",
+            _but(delete=_delete_noted, load=_load_noted),
+        ),
+    ],
+    "lifecycle.lone.fused": [
+        (
+            "fused-outer",
+            "the first two parts of three are taken for the first and the last",
+            _but(parts=_outer_parts),
+        ),
+    ],
+    "lifecycle.weight.bias": [
+        (
+            "weight-bias",
+            "the original weight while merged, beside a trained bias",
+            _of_kind("bias", weight=lambda my: my.read(my.base())),
+        ),
+    ],
+    "lifecycle.weight.dora": [
+        ("weight-dora", "W + s B A while DoRA is merged", _but(weight=_weight_unscaled)),
+    ],
+    "lifecycle.gradients.dora": [
+        (
+            "gradients-dora-unscaled",
+            "dA and dB without m/‖V‖",
+            _but(rescaled=lambda my, name, dW: (dW, Session.rescaled(my, name, dW)[1])),
+        ),
+        (
+            "gradients-dora-magnitude",
+            "dm without 1/‖V‖",
+            _but(rescaled=lambda my, name, dW: _magnitude_by_V(my, name, dW)),
+        ),
+    ],
+}
+
 LIFECYCLE = tuple(
     misreading
-    for checks in (PLAIN, KEPT, TURNED, OTHERS)
+    for checks in (PLAIN, KEPT, TURNED, OTHERS, ALIVE)
     for check, entries in checks.items()
     for misreading in family("LIFECYCLE", check, *entries)
 )
 
 SAME = equivalents(
     "lifecycle",
+    ("strict", "a merge of nothing counts, and one while disabled is refused", _sessions(Strict)),
+    ("differentiated", "DoRA's norm differentiated, as declared", _declared),
     ("in-place", "a weight changed in place", _sessions(Session)),
     ("planned", "formed from the original weight each time", _sessions(Planned)),
     ("refusing", "with errors instead of no effect", _sessions(Refusing)),

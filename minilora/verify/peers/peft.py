@@ -461,6 +461,9 @@ class Session:
             tensors["dx"] = [(given.requires_grad_(), False)]
         for name, config in self._model.peft_config.items():
             tensors |= {f"{name}.{part}": own for part, own in self._factors(name).items()}
+            if config.use_dora:
+                magnitude = self._module("0").lora_magnitude_vector[name].weight
+                tensors[f"{name}.magnitude"] = [(magnitude, False)]
             if config.modules_to_save:
                 module = self._module("1").modules_to_save[name]
                 tensors |= {
