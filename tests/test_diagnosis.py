@@ -14,6 +14,7 @@ from minilora.verify.diagnosis import Direct
 from minilora.verify.misreadings import MISREADINGS
 from minilora.verify.misreadings.plain import Plain, but, reads, then
 from minilora.verify.own import Own
+from minilora.verify.report import UNSEEN
 from minilora.verify.selftest import names
 from minilora.verify.terms import STRUCTURE, Case
 
@@ -236,8 +237,8 @@ def test_another_convention_than_the_declared_one_is_told(declared, says):
     assert all(says in d.sentence for d in said)
 
 
-def report_of(make, check, **options):
-    return engine.run([BY_ID[check]], make(), dtypes=["float64"], **options)
+def report_of(make, *checks, **options):
+    return engine.run([BY_ID[check] for check in checks], make(), dtypes=["float64"], **options)
 
 
 class Remembers(Plain):
@@ -440,3 +441,25 @@ def test_a_misreading_of_one_setting_is_named_though_another_setting_is_right():
             return given | ({"W": W} if settings.get("init_lora_weights") == "pissa" else {})
 
     assert "init-pissa-base-kept" in {d.id for d in found("init.pissa", PissaAlone)}
+
+
+def test_of_many_failing_checks_that_call_alike_the_first_are_looked_into():
+    ids = [id for id in BY_ID if BY_ID[id].needs == BY_ID["linear.forward"].needs]
+    ids = [id for id in ids if id.startswith("linear.")]
+    report = report_of(CATALOGUE["scale-alpha"].make, *ids)
+    unseen = [each.check for each in report.results if each.note == UNSEEN]
+    failed = [each.check for each in report.results if each.status == "fail"]
+    assert unseen == failed[engine.LOOKED :]
+    assert unseen
+    told = r"^FAIL  linear   (\d+) more, as others come first: (.*)$"
+    (line,) = re.findall(told, folded(report), re.M)
+    assert line == (str(len(unseen)), f"{', '.join(unseen)} (--verbose shows each)")
+    assert "as others come first" not in folded(report, verbose=True)
+    assert all(f"FAIL  {check} " in report.text(verbose=True) for check in unseen)
+    alone = report_of(CATALOGUE["scale-alpha"].make, unseen[0])
+    assert [each.id for each in alone.results[0].diagnosis] == ["scale-alpha"]
+
+
+def folded(report, **how):
+    """Its text, what is wrapped in one line."""
+    return re.sub(r"\n  +", " ", report.text(**how))

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import filter as filter_names
@@ -16,7 +17,7 @@ from typing import Any
 
 from minilora.verify.contract import DTYPES, TIME_LIMIT, Fault, Skip, Subject, describe, near, tidy
 from minilora.verify.diagnosis import agree, answers
-from minilora.verify.report import FaultSeen, Known, Report, Result
+from minilora.verify.report import UNSEEN, FaultSeen, Known, Report, Result
 from minilora.verify.terms import STRUCTURE, Case, Check, Comparison, Diagnosis, Judgement
 
 PROFILES = ("quick", "ci", "nightly")
@@ -32,6 +33,10 @@ SEARCHES = 4
 
 One search takes seconds, and a target that is wrong at the lowest level fails nearly everywhere.
 """
+
+LOOKED = 4
+"""Of the failing checks of a level that call the same methods, so many are looked into. What is
+wrong in the first is mostly wrong in the others, and to say it again would take as long again."""
 
 Progress = Callable[[str, int, int], None]
 """Called before each case with its id, the number of cases behind it and the number of all."""
@@ -204,6 +209,7 @@ def run(
     declarations, notes = declared(checks, subject, known or {})
     results: list[Result] = []
     asked: set[tuple[str, str]] = set()
+    looked: Counter[tuple[Any, ...]] = Counter()
     searched = 0
 
     def report(interrupted: bool = False) -> Report:
@@ -229,6 +235,12 @@ def run(
             results.append(result)
             if result.status in ("fail", "error") and (p.check.id, result.status) not in asked:
                 asked.add((p.check.id, result.status))
+                alike = p.check.level, p.check.needs, result.status
+                looked[alike] += 1
+                if looked[alike] > LOOKED:
+                    results[-1] = replace(result, note=UNSEEN)
+                    behind += len(p.numbers)
+                    continue
                 shrinks = result.status == "fail" or p.check.smallest_fault
                 searched += shrinks
                 if found := _remembers(result, p, subject):

@@ -24,6 +24,9 @@ from minilora.verify.terms import STRUCTURE, Diagnosis, Judgement, Picture
 
 T = TypeVar("T")
 
+UNSEEN = "Others of its level come first; the command below looks into this one."
+"""The note of a check that deviates and was not looked into."""
+
 STATUSES = ("fail", "error", "loose", "known", "skip", "pass")
 """Worst first."""
 
@@ -411,6 +414,7 @@ def grouped(report: Report) -> list[tuple[str, dict[str, Result]]]:
 def _deviations(report: Report, verbose: bool) -> Iterator[str]:
     """Each deviation in full; of those of one diagnosis or fault the first, the others by name."""
     told: dict[tuple[str, ...], str] = {}
+    unseen: dict[tuple[str, str], list[str]] = {}
     for check, by_dtype in rows(report):
         deviating = [r for r in by_dtype.values() if r.status in ("fail", "error", "loose")]
         # In full the worst one, or the one that a smallest counterexample was looked for.
@@ -420,6 +424,9 @@ def _deviations(report: Report, verbose: bool) -> Iterator[str]:
         first, *others = deviating
         names = tuple(each.id for each in first.diagnosis)
         key = names or tuple(fault_words(fault) for fault in first.faults)
+        if first.note == UNSEEN and not verbose:
+            unseen.setdefault((first.level, first.status), []).append(check)
+            continue
         yield ""
         if key in told and not verbose:
             says = f"{names[0] if names else first.faults[0].kind}, as in {told[key]}: "
@@ -437,6 +444,10 @@ def _deviations(report: Report, verbose: bool) -> Iterator[str]:
             yield from wrapped(
                 f"also {result.dtype} {result.status}, case {result.case}: {says}", 2
             )
+    for (level, status), checks in unseen.items():
+        yield ""
+        says = f"{len(checks)} more, as others come first: {', '.join(checks)}"
+        yield from wrapped(f"{status.upper():<5} {level}   {says} (--verbose shows each)")
 
 
 def _row(name: str, cells: list[str], width: int) -> str:

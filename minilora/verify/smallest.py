@@ -22,7 +22,7 @@ Array = np.ndarray
 GREATEST = 4
 """The greatest size of a dimension."""
 
-SECONDS = 4.0
+SECONDS = 2.0
 """Time for one search; what has been found by then is given."""
 
 Difference = tuple[str, Array, Array]
