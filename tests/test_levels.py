@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import kstwo
+from scipy.stats import kstwo, poisson
 
 from minilora.adapters import State
 from minilora.formats.huggingface import read_model
@@ -85,20 +85,35 @@ def rate(greatest, count):
 
 
 def test_the_error_rate_of_a_distribution_is_what_it_says():
-    (found,) = init._distribution("")(Subject(Own()), Case("init.distribution", "float64", 0, 0))
-    count = sum(init.SEEDS * r * n for _, n, r in init.SIZES)
-    assert 0 < rate(found.sigma[0], count) <= init.ERROR
-    assert rate(found.sigma[0] / 2, count) > init.ERROR
+    found = [*init._distribution("")(Subject(Own()), Case("init.distribution", "float64", 0, 0))]
+    counts = [init.SEEDS * r * n for _, n, r, *_ in init.MODULES]
+    counts.append(sum(counts))
+    for each, count in zip(found, counts, strict=True):
+        assert 0 < rate(each.sigma[0], count) <= init.ERROR / len(found)
+        assert rate(each.sigma[0] / 2, count) > init.ERROR
 
 
 def test_the_error_rate_of_products_is_what_it_says():
     """Of sums of products of two uniform numbers none comes near the bound, and half would."""
-    found, _ = init.independent(Subject(Own()), Case("init.independent", "float64", 0, 0))
+    found, *_ = init.independent(Subject(Own()), Case("init.independent", "float64", 0, 0))
     rng = np.random.default_rng(0)
     a, b = rng.uniform(-1, 1, (2, 4000, 1024)).astype(np.float32)
     sums = 3 * np.abs((a * b).mean(1))
     assert sums.max() < found.sigma[0]
     assert sums.max() > found.sigma[0] / 4
+
+
+def test_the_error_rate_of_repeated_entries_is_what_it_says():
+    """Of as few different numbers as there may be, repeats are as many as are expected."""
+    count, size = 24576, 2**22
+    bound = init.repeats(count, init.ERROR)
+    expected = count * (count - 1) / 2 * init.SMALLEST
+    assert 0 < poisson.sf(bound, expected) <= init.ERROR
+    assert poisson.sf((bound + expected) / 2, expected) > init.ERROR
+    drawn = np.random.default_rng(0).integers(0, size, count)
+    repeated = count - np.unique(drawn).size
+    assert expected / 2 < repeated < bound
+    assert count - np.unique(drawn // 4).size > bound
 
 
 class Nothing(Filer):
