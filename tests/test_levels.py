@@ -43,6 +43,9 @@ def test_micro_batches_have_unequal_counts_and_every_batch_has_all_kinds_of_labe
     for seed in SEEDS:
         of, steps = train.drawn("accumulate", 0, seed)
         unequal = []
+        silent = steps[train.SILENT].pop(1)
+        assert (targets(silent, of.c) == IGNORED).all()
+        assert (silent.labels != IGNORED).any()
         for step in steps:
             counts = {int((targets(batch, of.c) != IGNORED).sum()) for batch in step}
             unequal.append(len(counts) > 1)
@@ -53,6 +56,17 @@ def test_micro_batches_have_unequal_counts_and_every_batch_has_all_kinds_of_labe
         assert sum(unequal) > len(steps) / 2
         every = [batch for step in steps for batch in step]
         assert any((batch.labels[batch.real] == IGNORED).any() for batch in every)
+
+
+def test_padding_lies_on_either_side_and_nothing_that_it_predicts_counts():
+    of, steps = train.drawn("labels", 0, 0)
+    sides = [batch.real[:, 0].all() for (batch,) in steps]
+    assert {*sides} == {True, False}
+    for (batch,) in steps:
+        counts = (targets(batch, of.c) != IGNORED).reshape(batch.ids.shape)
+        assert counts.any(1).all()
+        assert not counts[~batch.real].any()
+        assert not batch.real.all()
 
 
 def test_prompts_are_ignored_and_answers_have_more_than_one_token():
