@@ -33,7 +33,7 @@ def crossed(norms, greatest):
 def test_clipping_is_crossed_in_both_directions(kind, seeds):
     for seed in seeds:
         of, steps = train.drawn(kind, 0, seed)
-        settings = train.settings_of(kind, 0, seed)
+        settings = train.computed(train.settings_of(kind, 0, seed))
         norms = train.norms(of, steps, trained(of.c, of.W, of.tuning, steps, settings))
         assert crossed(norms, settings["max_grad_norm"])
         assert not crossed(norms, 2 * max(norms))

@@ -136,7 +136,7 @@ def draw_steps(case: Case, kind: str) -> tuple[dict[str, Array], Gradients]:
     steps = range(MANY.get(kind, STEPS))
     if kind not in ("accumulate", "together"):
         return params, [gradients(k) for k in steps]
-    counts = [(500, 200, 1100), (3, 0, 8), (7,)]
+    counts = [(500, 200, 1100), (3, 0, 1), (7,)]
     return params, [[(n, gradients(k, n)) for n in counts[k % 3]] for k in steps]
 
 
