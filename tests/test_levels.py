@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.stats import kstwo
+from scipy.stats import kstwo, poisson
 
 from minilora.adapters import State
 from minilora.formats.huggingface import read_model
@@ -35,7 +35,7 @@ def crossed(norms, greatest):
 def test_clipping_is_crossed_in_both_directions(kind, seeds):
     for seed in seeds:
         of, steps = train.drawn(kind, 0, seed)
-        settings = train.settings_of(kind, 0, seed)
+        settings = train.computed(train.settings_of(kind, 0, seed))
         norms = train.norms(of, steps, trained(of.c, of.W, of.tuning, steps, settings))
         assert crossed(norms, settings["max_grad_norm"])
         assert not crossed(norms, 2 * max(norms))
@@ -45,6 +45,9 @@ def test_micro_batches_have_unequal_counts_and_every_batch_has_all_kinds_of_labe
     for seed in SEEDS:
         of, steps = train.drawn("accumulate", 0, seed)
         unequal = []
+        silent = steps[train.SILENT].pop(1)
+        assert (targets(silent, of.c) == IGNORED).all()
+        assert (silent.labels != IGNORED).any()
         for step in steps:
             counts = {int((targets(batch, of.c) != IGNORED).sum()) for batch in step}
             unequal.append(len(counts) > 1)
@@ -55,6 +58,17 @@ def test_micro_batches_have_unequal_counts_and_every_batch_has_all_kinds_of_labe
         assert sum(unequal) > len(steps) / 2
         every = [batch for step in steps for batch in step]
         assert any((batch.labels[batch.real] == IGNORED).any() for batch in every)
+
+
+def test_padding_lies_on_either_side_and_nothing_that_it_predicts_counts():
+    of, steps = train.drawn("labels", 0, 0)
+    sides = [batch.real[:, 0].all() for (batch,) in steps]
+    assert {*sides} == {True, False}
+    for (batch,) in steps:
+        counts = (targets(batch, of.c) != IGNORED).reshape(batch.ids.shape)
+        assert counts.any(1).all()
+        assert not counts[~batch.real].any()
+        assert not batch.real.all()
 
 
 def test_prompts_are_ignored_and_answers_have_more_than_one_token():
@@ -87,20 +101,35 @@ def rate(greatest, count):
 
 
 def test_the_error_rate_of_a_distribution_is_what_it_says():
-    (found,) = init._distribution("")(Subject(Own()), Case("init.distribution", "float64", 0, 0))
-    count = sum(init.SEEDS * r * n for _, n, r in init.SIZES)
-    assert 0 < rate(found.sigma[0], count) <= init.ERROR
-    assert rate(found.sigma[0] / 2, count) > init.ERROR
+    found = [*init._distribution("")(Subject(Own()), Case("init.distribution", "float64", 0, 0))]
+    counts = [init.SEEDS * r * n for _, n, r, *_ in init.MODULES]
+    counts.append(sum(counts))
+    for each, count in zip(found, counts, strict=True):
+        assert 0 < rate(each.sigma[0], count) <= init.ERROR / len(found)
+        assert rate(each.sigma[0] / 2, count) > init.ERROR
 
 
 def test_the_error_rate_of_products_is_what_it_says():
     """Of sums of products of two uniform numbers none comes near the bound, and half would."""
-    found, _ = init.independent(Subject(Own()), Case("init.independent", "float64", 0, 0))
+    found, *_ = init.independent(Subject(Own()), Case("init.independent", "float64", 0, 0))
     rng = np.random.default_rng(0)
     a, b = rng.uniform(-1, 1, (2, 4000, 1024)).astype(np.float32)
     sums = 3 * np.abs((a * b).mean(1))
     assert sums.max() < found.sigma[0]
     assert sums.max() > found.sigma[0] / 4
+
+
+def test_the_error_rate_of_repeated_entries_is_what_it_says():
+    """Of as few different numbers as there may be, repeats are as many as are expected."""
+    count, size = 24576, 2**22
+    bound = init.repeats(count, init.ERROR)
+    expected = count * (count - 1) / 2 * init.SMALLEST
+    assert 0 < poisson.sf(bound, expected) <= init.ERROR
+    assert poisson.sf((bound + expected) / 2, expected) > init.ERROR
+    drawn = np.random.default_rng(0).integers(0, size, count)
+    repeated = count - np.unique(drawn).size
+    assert expected / 2 < repeated < bound
+    assert count - np.unique(drawn // 4).size > bound
 
 
 class Nothing(Filer):

@@ -360,7 +360,7 @@ def test_every_input_is_exact_in_every_dtype_that_it_is_put_to(made):
 def test_every_flag_has_its_note_and_every_note_a_vector(made):
     used = {flag for vector in made for flag in vector.flags}
     assert used <= NOTES.keys()
-    others = {"LoraBias", "AdamW", "Schedule", "LoRAPlus", "Accumulation"}
+    others = {"LoraBias", "Schedule", "LoRAPlus", "Accumulation"}
     assert NOTES.keys() - used == others  # of the checks that are not made here
 
 

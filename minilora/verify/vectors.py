@@ -62,7 +62,6 @@ from minilora.verify.contract import (
 from minilora.verify.engine import UsageError
 from minilora.verify.exact import Shake, exact, rounded
 from minilora.verify.flags import NOTES, flags
-from minilora.verify.levels.optimizer import STEPS
 from minilora.verify.levels.variants import PART, SAMPLES, specified
 from minilora.verify.process import RESULTS, _spread
 from minilora.verify.terms import (
@@ -434,7 +433,7 @@ def _of_steps(method: str, given: dict[str, Any], lane: str, dtypes: Any, name: 
     powers = {"betas": tuple(exact(b)[()] for b in given["betas"])} if "betas" in given else {}
     want = run(exact, **powers)
     sigma = _sampled(run, want, dtypes, name)
-    allowed = replace(MONTE_CARLO, rms_small=MONTE_CARLO.rms_small * STEPS**0.5)
+    allowed = replace(MONTE_CARLO, rms_small=MONTE_CARLO.rms_small * len(given["gradients"]) ** 0.5)
     return {
         what: _output(value, {d: sigma[d][what] for d in dtypes}, allowed, lane)
         for what, value in want.items()

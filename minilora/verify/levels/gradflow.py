@@ -59,8 +59,7 @@ def drawn(kind: str, number: int, seed: int) -> tuple[Small, list[list[Batch]]]:
     rng = small.rng_of(Case("", "", number, seed), f"grad-flow.{kind}")
     of = small.draw(small.DEEP, lora, rng)
     if kind == "start":
-        B = {name: 0 * array for name, array in of.W.items() if name.endswith(".B")}
-        of = replace(of, W=of.W | B)
+        of = small.begun(of)
     return of, [[small.draw_batch(rng, of.c, 3, 6 + k)] for k in range(count)]
 
 

@@ -28,10 +28,25 @@ ERROR = 1e-9
 """The greatest probability with which a check of what is drawn fails what is right: of a million
 nightly runs of an implementation fewer than one fails by chance."""
 
-SIZES = ((40, 160, 24), (24, 96, 40), (50, 250, 8))
-"""m, n, r of the modules whose A are pooled."""
+MODULES: tuple[tuple[int, int, int, float, dict[str, Any]], ...] = (
+    (40, 160, 24, 60.0, {}),
+    (96, 96, 40, 10.0, {"use_rslora": True}),
+    (180, 60, 16, 4.0, {}),
+    (3, 1500, 1, 2.5, {}),
+)
+"""m, n, r, alpha and settings of the modules whose A are looked at: wide, square, tall, of rank 1.
+The distribution of A depends on n, or on r, and on nothing else."""
 
 SEEDS = 6
+
+APART = (0, 1, 2, 3, 256, 65536)
+"""How far from the first seed the seeds are whose A are compared: neighbours, and what a generator
+that keeps 8 or 16 bits of a seed takes for the first one."""
+
+SMALLEST = 2.0**-22
+"""The greatest probability of one value of |A|: 23 random bits, as float32's coarsest generators
+have, and the sign taken off."""
+
 POINTS = np.linspace(-2.0, 2.0, 41)
 """Where the distribution of √n A is looked at; it lies within ± 1."""
 
@@ -86,47 +101,72 @@ def _distribution(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
 
     The greatest difference of N draws passes ε with a probability of at most 2 exp(-2 N ε²)
     (Massart 1990), whatever the distribution; entries that are rounded by u at 1 differ by u more.
+    Each module is looked at by itself, and all together, where N is greater.
     """
     settings, _, distribution = KINDS[kind]
+    want = distribution(POINTS)
 
     def run(subject: Subject, case: Case) -> Iterable[Comparison]:
-        pooled = []
-        for k, (m, n, r) in enumerate(SIZES):
-            W = weight(case, m, n)
-            for seed in range(SEEDS):
-                at = _first(case) + SEEDS * k + seed
-                A, _, _ = start(subject, W, r, 2.5 * r, at, case.dtype, **settings)
-                pooled.append(A.astype(np.float64).ravel() * (r if kind else sqrt(n)))
-        drawn = np.sort(np.concatenate(pooled))
-        below = np.searchsorted(drawn, POINTS, "right") / len(drawn)
-        want = distribution(POINTS)
-        greatest = sqrt(log(2 / ERROR) / (2 * len(drawn))) + unit_roundoff(case.dtype)
-        what = "the part of r A up to each point" if kind else "the part of √n A up to each point"
-        yield Comparison(what, below, want, np.full(want.shape, greatest), CHANCE)
+        every: list[Array] = []
+
+        def compared(drawn: list[Array], of: str) -> Comparison:
+            pooled = np.sort(np.concatenate(drawn))
+            below = np.searchsorted(pooled, POINTS, "right") / len(pooled)
+            level = log(2 * (len(MODULES) + 1) / ERROR)
+            greatest = sqrt(level / (2 * len(pooled))) + unit_roundoff(case.dtype)
+            what = f"the part of {'r' if kind else '√n'} A up to each point{of}"
+            return Comparison(what, below, want, np.full(want.shape, greatest), CHANCE)
+
+        for k, (m, n, r, alpha, more) in enumerate(MODULES):
+            W, drawn = weight(case, m, n), []
+            with optional(more):
+                for seed in range(SEEDS):
+                    at = _first(case) + SEEDS * k + seed
+                    A, _, _ = start(subject, W, r, alpha, at, case.dtype, **settings, **more)
+                    drawn.append(A.astype(np.float64).ravel() * (r if kind else sqrt(n)))
+                yield compared(drawn, f", {m} by {n} of rank {r}{', rsLoRA' if more else ''}")
+                every += drawn
+        yield compared(every, "")
 
     return run
 
 
+def repeats(count: int, error: float) -> float:
+    """How many of so many draws may equal one before, but with a probability of ``error``.
+
+    Draw t equals one of those before with a probability of at most t `SMALLEST`, whatever they are.
+    So many of such events, of which μ are expected, pass μ + t with a probability of at most
+    exp(-t² / (2 μ + 2 t / 3)) (Bernstein; Freedman 1975 where they depend on those before).
+    """
+    level, mean = -log(error), count * (count - 1) / 2 * SMALLEST
+    return mean + level / 3 + sqrt(level**2 / 9 + 2 * level * mean)
+
+
 def independent(subject: Subject, case: Case) -> Iterable[Comparison]:
-    """The rows of A are independent of each other and of other seeds', and no column comes again.
+    """The rows of A are independent of each other and of other seeds', and nothing comes again.
 
     For rows a, b of n independent entries of variance 1/n, each at most √(3/n): the sum n Σ aᵢ bᵢ
     passes t with a probability of at most 2 exp(-t² / (2 n + 2 t)) (Bernstein), products having the
     variance 1 and being at most 3; and |a|² falls below 1 - ε with one of at most exp(-2 n ε² / 9)
     (Hoeffding). What is compared is the cosine, so that the size of the entries does not matter.
+    It compares columns of one number: entries that come again elsewhere, or with the other sign,
+    are counted, where the dtype has numbers enough to tell them from chance.
     """
     m, n, r = 5, 1024, 4
     W = weight(case, m, n)
-    drawn = [
-        start(subject, W, r, 2.5 * r, _first(case) + seed, case.dtype)[0] for seed in range(SEEDS)
-    ]
+
+    def of_seeds(**settings: Any) -> list[Array]:
+        seeds = [_first(case) + far for far in APART]
+        return [start(subject, W, r, 2.5 * r, at, case.dtype, **settings)[0] for at in seeds]
+
+    drawn = of_seeds()
     rows = np.concatenate(drawn).astype(np.float64)
     lengths = np.sqrt((rows * rows).sum(1, keepdims=True))
     rows = rows / np.where(lengths > 0, lengths, 1)
     above = np.triu_indices(len(rows), 1)
-    level = log(2 * len(above[0]) / (ERROR / 2))
+    level = log(2 * len(above[0]) / (ERROR / 4))
     greatest = (level + sqrt(level**2 + 2 * level * n)) / n
-    shorter = sqrt(9 * log(len(rows) / (ERROR / 2)) / (2 * n))
+    shorter = sqrt(9 * log(len(rows) / (ERROR / 4)) / (2 * n))
     cosines = (rows @ rows.T)[above]
     yield Comparison(
         "cosines of two rows of A",
@@ -138,6 +178,20 @@ def independent(subject: Subject, case: Case) -> Iterable[Comparison]:
     # Each has an entry for every row of every seed: chance repeats none, in any dtype.
     different = np.unique(np.concatenate(drawn).astype(np.float64), axis=1).shape[1]
     yield Comparison("the number of different columns of A", np.asarray(different), np.asarray(n))
+    if _wide("ci", case.dtype):
+        yield _again(drawn, "")
+        for what, settings in _GAUSSIAN:
+            with optional(settings):
+                yield _again(of_seeds(**settings), what)
+
+
+def _again(drawn: list[Array], what: str) -> Comparison:
+    """How many entries of A have the size of one before, in any place and of any seed."""
+    sizes = np.abs(np.concatenate(drawn))
+    count = sizes.size - np.unique(sizes).size
+    greatest = np.asarray(repeats(sizes.size, ERROR / 4))
+    name = f"how many entries of A came before, or their opposites{what}"
+    return Comparison(name, np.asarray(float(count)), np.zeros(()), greatest, CHANCE)
 
 
 def reproducible(subject: Subject, case: Case) -> Iterable[Comparison]:
@@ -178,8 +232,9 @@ def base(subject: Subject, case: Case) -> Iterable[Comparison]:
     W = weight(case, 6, 10)
     for what, settings in _GAUSSIAN:
         with optional(settings):
-            *_, held = start(subject, W, 3, 7.0, _first(case), case.dtype, **settings)
-            yield Comparison(f"W{what}", held, W)
+            for of, V in (("", W), (" of 10 by 6", weight(case, 10, 6))):
+                *_, held = start(subject, V, 3, 7.0, _first(case), case.dtype, **settings)
+                yield Comparison(f"W{of}{what}", held, V)
     A, B, held = start(subject, W, 3, 7.0, _first(case), case.dtype)
     yield Comparison("W", held, W)
     if subject.has("lora_linear"):
@@ -208,6 +263,10 @@ def _weight_of_ranks(case: Case, m: int, n: int, r: int) -> Array:
     return W
 
 
+SPLIT = ((10, 6, 2, False), (7, 11, 3, True), (9, 9, 4, True), (5, 8, 5, False))
+"""m, n, r of the weights that are taken apart, and whether with rsLoRA. One has no greater rank."""
+
+
 def _split(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
     """W = W' + s B A, and what A and B are.
 
@@ -216,12 +275,17 @@ def _split(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
     """
 
     def run(subject: Subject, case: Case) -> Iterable[Comparison]:
-        for (m, n, r), rslora in (((7, 11, 3), False), ((10, 6, 2), False), ((9, 9, 4), True)):
+        for m, n, r, rslora in SPLIT:
             W = _weight_of_ranks(case, m, n, r)
             settings: dict[str, Any] = {"init_lora_weights": kind}
-            settings |= {"use_rslora": True} if rslora else {}
-            alpha = 2.5 * r
-            A, B, held = start(subject, W, r, alpha, _first(case), case.dtype, **settings)
+            more = {"use_rslora": True} if rslora else {}
+            alpha, at = 2.5 * r, _first(case)
+            answer = None
+            with optional(more):
+                answer = start(subject, W, r, alpha, at, case.dtype, **settings, **more)
+            if answer is None:
+                continue
+            A, B, held = answer
             A, B, held, W = (long(v) for v in (A, B, held, W))
             u, s = unit_roundoff(subject.precision(case.dtype).storage), scale(alpha, r, rslora)
             terms = s * (np.abs(B) @ np.abs(A))

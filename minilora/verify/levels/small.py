@@ -85,6 +85,12 @@ def draw(c: Config, lora: Lora, rng: np.random.Generator) -> Small:
     return Small(c, {name: drawn(name, array) for name, array in W.items()}, tuning, lora)
 
 
+def begun(of: Small) -> Small:
+    """The model with B = 0, as training begins."""
+    B = {name: 0 * array for name, array in of.W.items() if name.endswith(".B")}
+    return replace(of, W=of.W | B)
+
+
 @lru_cache(maxsize=64)
 def folders(key: tuple[str, int, int], dtype: str, small: Any) -> tuple[Path, Path]:
     """The folders of ``small()``, a model that ``key`` determines."""
@@ -97,12 +103,17 @@ def draw_batch(rng: np.random.Generator, c: Config, b: int, t: int, prompt: bool
     """Rows of unequal lengths, padded on the right, a quarter of the labels ignored.
 
     With ``prompt`` the first labels of each row are ignored instead. Each row keeps a label that
-    is predicted.
+    is predicted. A classifier's labels are one for each row, of which one is ignored if there are
+    several.
     """
     ids = rng.integers(0, c.vocab, (b, t))
     length = rng.integers(3, t + 1, b)
     length[0] = t - 1
     mask = np.arange(t) < length[:, None]
+    if isinstance(c, Bert):
+        labels = rng.integers(0, c.classes, b)
+        labels[1:2] = IGNORED
+        return Batch(ids, labels, mask, types=rng.integers(0, c.types, (b, t)))
     ignored = rng.random((b, t)) < 0.25
     if prompt:
         ignored = np.arange(t) < rng.integers(1, length - 1)[:, None]
@@ -110,6 +121,23 @@ def draw_batch(rng: np.random.Generator, c: Config, b: int, t: int, prompt: bool
     last = length - 1
     labels[np.arange(b), last] = ids[np.arange(b), last]
     return Batch(ids, labels, mask)
+
+
+def padded_left(batch: Batch) -> Batch:
+    """The batch with each row's padding before it. What padding predicts does not count."""
+    _, t = batch.ids.shape
+    order = (np.arange(t) + batch.real.sum(1)[:, None]) % t
+    ids, labels, real = (
+        np.take_along_axis(array, order, 1) for array in (batch.ids, batch.labels, batch.real)
+    )
+    before = np.pad(real, ((0, 0), (1, 0)))[:, :-1]
+    return replace(batch, ids=ids, labels=np.where(before, labels, IGNORED), mask=real)
+
+
+def silent(batch: Batch) -> Batch:
+    """The batch with no label but each row's first, which nothing predicts."""
+    first = np.arange(batch.ids.shape[1]) == 0
+    return replace(batch, labels=np.where(first, batch.ids, IGNORED))
 
 
 def rng_of(case: Case, name: str) -> np.random.Generator:

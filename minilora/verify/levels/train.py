@@ -9,20 +9,23 @@ of one batch that holds them all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 
-from minilora.lora import Weights
+from minilora.lora import Variant, Weights
 from minilora.models import Batch, Config
 from minilora.optim import accumulate, global_norm
 from minilora.targets import Lora
+from minilora.variants import DORA
 from minilora.verify.cases import long
 from minilora.verify.contract import Precision, Subject
 from minilora.verify.levels import small
 from minilora.verify.levels.model import as_dict
 from minilora.verify.levels.small import Small
+from minilora.verify.levels.variants import variant
 from minilora.verify.own import parts_of, trained
 from minilora.verify.terms import MONTE_CARLO, Case, Check, Comparison
 from minilora.verify.tolerance import Rounding, unit_roundoff
@@ -32,6 +35,8 @@ Array = np.ndarray
 CASES = {"quick": 1, "ci": 1, "nightly": 20}
 STEPS = 6
 SAMPLES = 16
+SILENT = 2
+"""The step in which no label of a micro-batch counts."""
 
 ADAPTED = ("q", "v", "down")
 PLAIN = Lora(r=3, alpha=7, targets=ADAPTED)
@@ -48,7 +53,7 @@ Kind = tuple[Config, Lora, dict[str, Any], tuple[int, ...], str]
 KINDS: dict[str, Kind] = {
     "labels": (
         small.LLAMA, PLAIN, SGD, (3,),
-        "each token predicts the next; ignored labels and padding do not count",
+        "each token predicts the next; ignored labels and padding on either side do not count",
     ),
     "prompt": (
         small.GPT_2, Lora(r=3, alpha=7, rslora=True, targets=("qkv", "o", "down")), SGD, (3,),
@@ -56,11 +61,13 @@ KINDS: dict[str, Kind] = {
     ),
     "accumulate": (
         small.LLAMA, PLAIN, SGD, (3, 1, 2),
-        "a step's mean is over the labels of all its micro-batches",
+        "a step's mean is over the labels of all its micro-batches, in one of which none counts",
     ),
     "clip": (
-        small.LLAMA, PLAIN, {**SGD, "lr": 0.125, "max_grad_norm": MEDIAN}, (2, 1),
-        "the step's whole gradient is clipped, which about half of the steps need",
+        small.LLAMA, PLAIN,
+        {**SGD, "lr": 0.125, "momentum": 0.5, "weight_decay": 0.25, "max_grad_norm": MEDIAN},
+        (2, 1),
+        "the step's whole gradient is clipped, which about half of the steps need, before momentum",
     ),
     "linear": (
         small.LLAMA, PLAIN,
@@ -69,21 +76,26 @@ KINDS: dict[str, Kind] = {
     ),
     "cosine": (
         small.LLAMA, PLAIN,
-        {**ADAMW, "schedule": "cosine", "warmup_steps": 1, "total_steps": STEPS + 2}, (1, 2),
-        "AdamW under a cosine schedule, counted in steps and not in micro-batches",
+        {**ADAMW, "schedule": "cosine", "total_steps": STEPS + 2}, (1, 2),
+        "AdamW under a cosine schedule without a warm-up, counted in steps, not in micro-batches",
     ),
     "decay": (
         small.QWEN2, Lora(r=3, alpha=7, targets=ADAPTED, bias="lora_only", also=("head.weight",)),
         {**ADAMW, "weight_decay": 0.5}, (2,),
-        "AdamW decays all that is trained, biases and a head trained in full too",
+        "AdamW decays all that is trained: a bias, a head trained in full, and each A while B = 0",
     ),
     "no-decay": (
         small.LLAMA, PLAIN, ADAMW, (2,),
         "nothing decays where no decay is asked for",
     ),
     "loraplus": (
-        small.LLAMA, PLAIN, {**ADAMW, "loraplus_lr_ratio": 4.0, "weight_decay": 0.5}, (2,),
-        "LoRA+: the rate of each B is greater",
+        small.LLAMA, PLAIN,
+        {
+            **ADAMW, "loraplus_lr_ratio": 4.0, "weight_decay": 0.5, "schedule": "constant",
+            "warmup_steps": 2,
+        },
+        (2,),
+        "LoRA+: the rate of each B is greater; a constant one has a warm-up too",
     ),
     "loraplus.others": (
         small.QWEN2,
@@ -93,14 +105,28 @@ KINDS: dict[str, Kind] = {
         {**ADAMW, "loraplus_lr_ratio": 4.0}, (2,),
         "LoRA+: an embedding's B has its rate, and biases and a head trained in full have not",
     ),
+    "classifier": (
+        small.BERT,
+        Lora(
+            r=3, alpha=7, targets=("q", "o", "down"), bias="lora_only",
+            also=("head.weight", "head.bias"),
+        ),
+        ADAMW, (3, 2),
+        "a classifier's step is over the labels of its rows",
+    ),
+    "dora": (
+        small.LLAMA, Lora(r=3, alpha=7, targets=("q", "o"), variant="dora"), SGD, (2,),
+        "DoRA's magnitudes are trained",
+    ),
     "together": (
         small.DEEP, Lora(r=2, alpha=5, rslora=True, targets=ADAPTED),
         {
             **ADAMW, "weight_decay": 0.25, "max_grad_norm": MEDIAN, "schedule": "linear",
             "warmup_steps": 2, "total_steps": STEPS + 2, "loraplus_lr_ratio": 3.0,
+            "gradient_checkpointing": True,
         },
         (2, 1, 3),
-        "unequal micro-batches, clipping, a schedule, decay and LoRA+ at once",
+        "unequal micro-batches, clipping, a schedule, decay, LoRA+ and checkpointing at once",
     ),
 }  # fmt: skip
 """The model, its adapter, the settings, the rows of each micro-batch, and the law in words."""
@@ -116,7 +142,21 @@ def drawn(kind: str, number: int, seed: int) -> tuple[Small, list[list[Batch]]]:
         [small.draw_batch(rng, c, b, 5 + (k + i) % 4, kind == "prompt") for i, b in enumerate(rows)]
         for k in range(STEPS)
     ]
+    if kind == "decay":
+        of = small.begun(of)
+    if kind == "labels":
+        steps = [
+            [small.padded_left(batch) for batch in step] if k % 2 else step
+            for k, step in enumerate(steps)
+        ]
+    if kind == "accumulate":
+        steps[SILENT][1] = small.silent(steps[SILENT][1])
     return of, steps
+
+
+def computed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that change numbers."""
+    return {name: value for name, value in settings.items() if name != "gradient_checkpointing"}
 
 
 def history(of: Small, W: Weights, steps: list[list[Batch]], settings: Any) -> dict[str, Array]:
@@ -124,7 +164,7 @@ def history(of: Small, W: Weights, steps: list[list[Batch]], settings: Any) -> d
     names = of.names()
     return {
         f"{names[name]} after step {k}": array
-        for k, after in enumerate(trained(of.c, W, of.tuning, steps, settings), 1)
+        for k, after in enumerate(trained(of.c, W, of.tuning, steps, computed(settings)), 1)
         for name, array in after.items()
     }
 
@@ -146,15 +186,18 @@ def settings_of(kind: str, number: int, seed: int) -> dict[str, Any]:
         of, steps = drawn(kind, number, seed)
         settings["max_grad_norm"] = 1.0
         for _ in range(2):  # where another maximum clips, the way is another
-            history = trained(of.c, of.W, of.tuning, steps, settings)
+            history = trained(of.c, of.W, of.tuning, steps, computed(settings))
             settings["max_grad_norm"] = round(float(np.median(norms(of, steps, history))), 2)
     return settings
 
 
 @lru_cache(maxsize=64)
-def expected(kind: str, number: int, seed: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """What is wanted in a case, and its σ in float32."""
+def expected(
+    kind: str, number: int, seed: int, dora: Variant = DORA
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """What is wanted in a case, and its σ in float32. How DoRA's norm is taken is declared."""
     of, steps = drawn(kind, number, seed)
+    of = replace(of, tuning=replace(of.tuning, variant=dict.fromkeys(of.tuning.variant, dora)))
     return wanted(of, steps, settings_of(kind, number, seed), (number, seed))
 
 
@@ -165,15 +208,17 @@ def wanted(
 
     σ is the root mean square, over some runs of the specification in float32 whose weights are
     rounded at random first, of what they differ by: rounding carries through the steps as it does.
+    BERT's erf has no long double: what is wanted has rounded too then, as float64 does.
     """
-    want = history(of, {name: long(v) for name, v in of.W.items()}, steps, settings)
+    exact, both = (long, 1.0) if of.c.causal else (np.asarray, 2**0.5)
+    want = history(of, {name: exact(v) for name, v in of.W.items()}, steps, settings)
     rng = np.random.default_rng(seed)
     u, squares = unit_roundoff("float32"), {what: np.zeros(v.shape) for what, v in want.items()}
     for _ in range(SAMPLES):
         W = {n: (v * (1 + u * rng.uniform(-1, 1, v.shape))).astype("f") for n, v in of.W.items()}
         for what, array in history(of, W, steps, settings).items():
             squares[what] += (array - want[what].astype(np.float64)) ** 2
-    return want, {what: np.sqrt(total / SAMPLES) for what, total in squares.items()}
+    return want, {what: both * np.sqrt(total / SAMPLES) for what, total in squares.items()}
 
 
 def sigma_of(sampled: Array, want: Array, precision: Precision) -> Array:
@@ -217,7 +262,7 @@ def _steps(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
         key = (f"train-{kind}", case.number, case.seed)
         where = small.folders(key, case.dtype, partial(_small, kind, case.number, case.seed))
         settings = settings_of(kind, case.number, case.seed)
-        want, sampled = expected(kind, case.number, case.seed)
+        want, sampled = expected(kind, case.number, case.seed, variant("dora", subject))
         yield from compared(
             subject, case.dtype, ask(subject, of, where, steps, settings, case.dtype), want, sampled
         )

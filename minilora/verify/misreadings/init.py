@@ -25,7 +25,7 @@ class Starter(Plain):
         if own:
             raise NotImplementedError(", ".join(own))
         rng, (m, n) = self.rng(seed), W.shape
-        s = alpha * r**-0.5 if use_rslora else alpha / r
+        s = self.scale(alpha, r, use_rslora)
         if kind in ("pissa", "olora"):
             wide = W.astype(np.float64)
             A, B = self.parts(kind, wide, r, s)
@@ -41,6 +41,10 @@ class Starter(Plain):
     def rng(self, seed: int) -> Rng:
         """The generator of a seed."""
         return np.random.default_rng([seed, 7])
+
+    def scale(self, alpha: float, r: int, rslora: bool) -> Any:
+        """s."""
+        return alpha * r**-0.5 if rslora else alpha / r
 
     def uniform(self, rng: Rng, r: int, m: int, n: int) -> Any:
         """A, as the code of LoRA draws it."""
@@ -102,6 +106,21 @@ def _within(bound: Callable[[int, int, int], float]) -> Callable[[], Starter]:
 def _normal(deviation: Callable[[int, int], float]) -> Callable[[], Starter]:
     """A normal with a standard deviation that is a function of r, n."""
     return _draws(lambda rng, r, m, n: rng.standard_normal((r, n)) * deviation(r, n))
+
+
+def _factored(factor: Callable[..., float]) -> Callable[[], Starter]:
+    """A multiplied by a function of the settings: r, alpha, use_rslora, init_lora_weights."""
+
+    def init(my: Starter, W: Array, **how: Any) -> Any:
+        answer = Starter.init(my, W, **how)
+        return answer | {"A": (answer["A"] * factor(**how)).astype(W.dtype)}
+
+    return starts(init=init)
+
+
+def _rolled(row: Array, r: int) -> Array:
+    """A row r times, each time one further."""
+    return np.stack([np.roll(row, i) for i in range(r)])
 
 
 def _of_pissa(change: Callable[[Array, Array, Array, int, float], Any]) -> Callable[[], Starter]:
@@ -202,6 +221,31 @@ UNIFORM = family(
         _draws(lambda rng, r, m, n: rng.choice([-1.0, 1.0], (r, n)) / n**0.5),
     ),
     (
+        "uniform-greatest",
+        "the greater fan, U(-1/√max(m, n), 1/√max(m, n))",
+        _within(lambda r, m, n: max(m, n) ** -0.5),
+    ),
+    (
+        "uniform-tall",
+        "the fan of the output where m > n",
+        _within(lambda r, m, n: (m if m > n else n) ** -0.5),
+    ),
+    (
+        "uniform-rank-1",
+        "U(0, 1/√n) where r = 1",
+        _draws(lambda rng, r, m, n: rng.uniform(-(r > 1), 1, (r, n)) / n**0.5),
+    ),
+    (
+        "uniform-alpha",
+        "A times α/r where α < r",
+        _factored(lambda alpha, r, **how: min(1, alpha / r)),
+    ),
+    (
+        "uniform-rslora",
+        "A over r to the fourth part with rsLoRA",
+        _factored(lambda r, use_rslora=False, **how: r**-0.25 if use_rslora else 1),
+    ),
+    (
         "tenth-wider",
         "U(-1.1/√n, 1.1/√n)",
         _within(lambda r, m, n: 1.1 * n**-0.5),
@@ -231,6 +275,13 @@ GAUSSIAN = family(
         "gaussian-cut",
         "N(0, 1/r²) cut off at 1/r",
         starts(gaussian=lambda my, rng, r, n: rng.normal(0, 1 / r, (r, n)).clip(-1 / r, 1 / r)),
+    ),
+    (
+        "gaussian-rslora",
+        "N(0, 1/r) with rsLoRA",
+        _factored(
+            lambda r, use_rslora=False, **how: r**0.5 if use_rslora and _gaussian(how) else 1
+        ),
     ),
 )
 
@@ -262,6 +313,55 @@ SEEDS = (
             "columns-tiled",
             "64 columns of A, again and again",
             _draws(lambda rng, r, m, n: np.resize(rng.uniform(-1, 1, (64, r)), (n, r)).T / n**0.5),
+        ),
+        (
+            "rows-overlap",
+            "A[i, j] = u[i + j]",
+            _draws(
+                lambda rng, r, m, n: (
+                    rng.uniform(-1, 1, n + r)[np.add.outer(np.arange(r), np.arange(n))] / n**0.5
+                )
+            ),
+        ),
+        (
+            "rows-rolled",
+            "one row of A, each time one further",
+            _draws(lambda rng, r, m, n: _rolled(rng.uniform(-1, 1, n), r) / n**0.5),
+        ),
+        (
+            "rows-rolled-gaussian",
+            "one normal row of A, each time one further",
+            starts(gaussian=lambda my, rng, r, n: _rolled(rng.normal(0, 1 / r, n), r)),
+        ),
+        (
+            "rows-signed",
+            "one row of |A|, the signs drawn",
+            _draws(lambda rng, r, m, n: rng.random(n) * rng.choice([-1, 1], (r, n)) / n**0.5),
+        ),
+        (
+            "seeds-overlap",
+            "one stream of numbers, from the place on that the seed says",
+            starts(rng=lambda my, seed: np.random.Generator(np.random.PCG64(0).advance(int(seed)))),
+        ),
+        (
+            "seeds-mirrored",
+            "of neighbouring seeds one has the columns of the other, turned round",
+            starts(
+                init=lambda my, W, *, seed, **how: (
+                    (a := Starter.init(my, W, seed=seed // 2, **how))
+                    | {"A": a["A"][:, :: (-1) ** seed]}
+                )
+            ),
+        ),
+        (
+            "seeds-byte",
+            "the last 8 bits of the seed",
+            starts(rng=lambda my, seed: np.random.default_rng(seed % 256)),
+        ),
+        (
+            "entries-of-8-bits",
+            "256 numbers between ± 1/√n",
+            _draws(lambda rng, r, m, n: (rng.integers(0, 256, (r, n)) / 127.5 - 1) / n**0.5),
         ),
     ),
     *family(
@@ -306,6 +406,11 @@ SEEDS = (
             starts(beside=lambda my, W: _coarse(W)),
         ),
         (
+            "base-rounded-tall",
+            "W rounded to half of its digits where m > n",
+            starts(beside=lambda my, W: _coarse(W) if len(W) > len(W.T) else W),
+        ),
+        (
             "base-doubled-gaussian",
             "2 W beside the gaussian start",
             starts(
@@ -341,6 +446,11 @@ PARTS = (
         ("pissa-one-sided", "A = Vᵀ, B = U Σ / s", _of_pissa(_one_sided)),
         ("pissa-scale-forgotten", "W' = W - B A", starts(
             left=lambda my, W, A, B, s: W - B @ A)),
+        ("pissa-rslora-whole-root", "s = α / ⌊√r⌋ with rsLoRA", starts(
+            scale=lambda my, a, r, rslora: a / int(r**0.5) if rslora else a / r)),
+        ("pissa-greatest-rank-kept", "W' = W where r = min(m, n)", starts(
+            left=lambda my, W, A, B, s: (
+                W if len(A) == min(W.shape) else Starter.left(my, W, A, B, s)))),
         ("pissa-added", "W' = W + s B A", starts(left=lambda my, W, A, B, s: W + s * (B @ A))),
         ("pissa-coarse", "W' rounded to half of its digits", starts(
             left=lambda my, W, A, B, s: _coarse((W - s * (B @ A)).astype(np.float32)))),
@@ -355,6 +465,8 @@ PARTS = (
         ("olora-scale-halved", "B and A each over √s", starts(
             olora=lambda my, W, r, s: tuple(
                 part / s**0.5 for part in Starter.olora(my, W, r, s)))),
+        ("olora-rslora-ignored", "s = α/r where rsLoRA is asked for", starts(
+            scale=lambda my, a, r, rslora: a / r)),
         ("olora-as-pissa", "singular vectors", starts(
             olora=lambda my, W, r, s: _one_sided_left(*np.linalg.svd(W, full_matrices=False), r))),
     ),
@@ -386,6 +498,22 @@ SAME = equivalents(
         "pissa-signs",
         "singular vectors of the other sign",
         starts(pissa=lambda my, W, r, s: tuple(-part for part in Starter.pissa(my, W, r, s))),
+    ),
+    (
+        "23-bits",
+        "A of 23 random bits, as in float32",
+        _draws(lambda rng, r, m, n: (rng.integers(0, 2**23, (r, n)) / 2**22 - 1) / n**0.5),
+    ),
+    (
+        "two-uniform",
+        "normal numbers out of two uniform ones, √(-2 log u) cos 2πv",
+        starts(
+            gaussian=lambda my, rng, r, n: (
+                (-2 * np.log(1 - rng.random((r, n), np.float32))) ** 0.5
+                * np.cos(2 * np.pi * rng.random((r, n), np.float32))
+                / r
+            )
+        ),
     ),
     (
         "columns-first",

@@ -151,6 +151,13 @@ ADAMW = (
         ("weights-coarse", "p kept in half of the digits", then(stepped=coarse)),
         ("ascent", "p + η m̂ / (√v̂ + ε)", then(direction=lambda d, c: -d)),
         (
+            "still-skipped",
+            "nothing is done where all of a gradient is 0: no decay, no step along m",
+            but(
+                stepped=lambda my, c, name, p, g: Plain.stepped(my, c, name, p, g) if g.any() else p
+            ),
+        ),
+        (
             "first-step-skipped",
             "no step at k = 0",
             but(stepped=lambda my, c, name, p, g: Plain.stepped(my, c, name, p, g) if c.k else p),
@@ -181,6 +188,11 @@ ADAMW = (
             "v-not-corrected",
             "m̂ / (√v + ε)",
             but(corrected=lambda my, c, m, v: (Plain.corrected(my, c, m, v)[0], v)),
+        ),
+        (
+            "correction-ends",
+            "m / (√v + ε) from the eleventh step on",
+            but(corrected=lambda my, c, m, v: Plain.corrected(my, c, m, v) if c.k < 10 else (m, v)),
         ),
     ),
 )
@@ -225,6 +237,11 @@ CLIP = family(
     "OPTIMIZER",
     "optimizer.clip",
     ("clip-none", "g", but(clipped=lambda my, c, g: g)),
+    (
+        "clip-none-adamw",
+        "g under AdamW",
+        reads(greatest=lambda c: float("inf") if c.optimizer == "adamw" else c.greatest),
+    ),
     (
         "clip-per-tensor",
         "each gradient clipped by itself",
@@ -409,6 +426,16 @@ LORAPLUS = family(
         "peft 0.21",
     ),
     (
+        "loraplus-capital-in-name",
+        "η ratio where the name has a B",
+        _greater(lambda name: "B" in name),
+    ),
+    (
+        "loraplus-at-least-1",
+        "η max(1, ratio) for B",
+        reads(ratio=lambda c: max(1.0, c.ratio)),
+    ),
+    (
         "loraplus-b-in-name",
         "η ratio where the name has a b",
         _greater(lambda name: "b" in name.lower()),
@@ -475,6 +502,21 @@ ACCUMULATE = family(
         "accumulate-by-both",
         "Σ nᵢ gᵢ / (N times the number of parts)",
         _weighted(lambda n: [v / sum(n) / len(n) for v in n]),
+    ),
+    (
+        "accumulate-one-at-least",
+        "a micro-batch in which no label counts taken for one of one label",
+        _weighted(lambda n: [max(v, 1) / sum(max(v, 1) for v in n) for v in n]),
+    ),
+    (
+        "accumulate-labels-of-a-byte",
+        "N in 8 bits",
+        _weighted(lambda n: [v / (sum(n) % 256) for v in n]),
+    ),
+    (
+        "accumulate-momentum-default",
+        "μ = 0.9 where none is asked for",
+        reads(momentum=lambda c: c.momentum or 0.9),
     ),
     (
         "accumulate-last-part",
@@ -603,6 +645,20 @@ TOGETHER = (
             "schedule-in-velocity",
             "u = μ u + η (g + λ p), equal only while η is constant",
             but(sgd=_rate_in_velocity),
+        ),
+        (
+            "schedule-ahead-without-warmup",
+            "the factor of step k + 1 where there is no warm-up",
+            but(
+                factor=lambda my, c, k: Plain.factor(
+                    my, c, k + (not c.warmup and c.schedule != "constant")
+                )
+            ),
+        ),
+        (
+            "schedule-none-without-warmup",
+            "η where there is no warm-up",
+            reads(schedule=lambda c: c.schedule if c.warmup else "constant"),
         ),
         (
             "schedule-below-0",

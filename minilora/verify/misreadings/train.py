@@ -36,7 +36,8 @@ class Trainer(Plain):
         own = {"total_steps": len(batches), **settings}
         now, gradients, history = start, [], []
         for step in batches:
-            parts = [self.part(W | now, self.batch(c, b), c, tuning) for b in self.micro(step)]
+            given = [self.batch(c, b) for b in self.micro(step)]
+            parts = [self.part(W | now, b, c, tuning) for b in given if self.counts(b, c)]
             gradients.append(self.gone_in(parts))
             now = self.optimizer_steps(start, gradients, own)[-1]
             history.append(now)
@@ -62,6 +63,10 @@ class Trainer(Plain):
         """Its labels, each at its own token."""
         labels: Array = given["labels"]
         return labels
+
+    def counts(self, batch: Batch, c: Config) -> bool:
+        """Whether a micro-batch has a label that counts."""
+        return bool((targets(batch, c) != IGNORED).any())
 
     def counted(self, batch: Batch, c: Config) -> int:
         """How many labels count."""
@@ -100,7 +105,10 @@ def trains(**methods: Any) -> Callable[[], Trainer]:
 
 
 def _labelled(change: Callable[[Mapping[str, Array]], Array]) -> Callable[[], Trainer]:
-    return trains(labels=lambda my, given: change(given))
+    """Other labels of a text, which has one for each token."""
+    return trains(
+        labels=lambda my, given: change(given) if given["labels"].ndim > 1 else given["labels"]
+    )
 
 
 def _moved(labels: Array, by: int) -> Array:
@@ -196,11 +204,16 @@ def _of(id: str) -> Callable[[], Trainer]:
     return type("Wrong", (wrong, Trainer), {})
 
 
+def _counting(labels: Array) -> bool:
+    """Whether one of them is predicted."""
+    return bool(((labels[:, 1:] if labels.ndim > 1 else labels) != IGNORED).any())
+
+
 def _each_micro(my: Trainer, model: str, adapter: str, batches: Any, settings: Any) -> Any:
-    """A step of the optimizer after each micro-batch."""
-    alone = [[batch] for step in batches for batch in step]
-    every = Trainer.train(my, model, adapter, alone, settings)
-    ends = np.cumsum([len(step) for step in batches]) - 1
+    """A step of the optimizer after each micro-batch in which a label counts."""
+    alone = [[[batch] for batch in step if _counting(batch["labels"])] for step in batches]
+    every = Trainer.train(my, model, adapter, [step for steps in alone for step in steps], settings)
+    ends = np.cumsum([len(step) for step in alone]) - 1
     return [every[end] for end in ends]
 
 
@@ -210,6 +223,47 @@ def _decayed_base(my: Trainer, W: Weights, batch: Batch, c: Config, tuning: Tuni
         name: v if name in tuning.trained else v * v.dtype.type(0.99**k) for name, v in W.items()
     }
     return Trainer.part(my, shrunk, batch, c, tuning)
+
+
+def _unpadded(my: Trainer, c: Config, given: Mapping[str, Array]) -> Batch:
+    """Padding before a text taken for a part of it."""
+    mask = given["attention_mask"]
+    return Trainer.batch(
+        my, c, {**given, "attention_mask": mask if mask[:, 0].all() else np.ones_like(mask)}
+    )
+
+
+def _mean_of_none(my: Trainer, W: Weights, batch: Batch, c: Config, tuning: Tuning) -> Any:
+    """0 / 0 where no label counts."""
+    if Trainer.counts(my, batch, c):
+        return Trainer.part(my, W, batch, c, tuning)
+    return 0, {name: np.full_like(W[name], np.nan) for name in sorted(tuning.trained)}
+
+
+def _of_classifiers(change: Callable[..., Any]) -> Callable[[], Trainer]:
+    """The number of labels and the gradients of a classifier's micro-batch, changed."""
+
+    def part(my: Trainer, W: Weights, batch: Batch, c: Config, tuning: Tuning) -> Any:
+        n, g = Trainer.part(my, W, batch, c, tuning)
+        return (n, g) if c.causal else change(n, g, batch)
+
+    return trains(part=part)
+
+
+def _without_root(my: Trainer, W: Weights, batch: Batch, c: Config, tuning: Tuning) -> Any:
+    """rsLoRA's scale over √r where activations are computed again."""
+    if my.checkpointed:
+        scale = {at: s / len(W[f"{at}.A"]) ** 0.5 for at, s in tuning.scale.items()}
+        tuning = replace(tuning, scale=scale)
+    return Trainer.part(my, W, batch, c, tuning)
+
+
+def _unclipped(my: Trainer, model: str, adapter: str, batches: Any, settings: Any) -> Any:
+    """No clipping under checkpointing."""
+    own = dict(settings)
+    if own.get("gradient_checkpointing"):
+        own.pop("max_grad_norm", None)
+    return Trainer.train(my, model, adapter, batches, own)
 
 
 LABELS = (
@@ -246,6 +300,7 @@ LABELS = (
             "mlx-lm 1697",
         ),
         ("first-row", "the first row of a batch alone", _labelled(_rows_alone)),
+        ("padding-left-read", "padding before a text is read", trains(batch=_unpadded)),
         ("sum", "the sum over labels", _times(lambda batch, n: n)),
         ("by-batch", "divided by the number of rows", _times(lambda b, n: n / len(b.ids))),
         ("by-positions", "divided by all positions", _times(lambda b, n: n / b.ids.size)),
@@ -329,6 +384,11 @@ ACCUMULATE = family(
         trains(counted=lambda my, batch, c: int(batch.real[:, 1:].sum())),
     ),
     (
+        "mean-of-none",
+        "0 / 0 where no label of a micro-batch counts",
+        trains(counts=lambda my, batch, c: True, part=_mean_of_none),
+    ),
+    (
         "labels-not-shifted-weigh",
         "the first label of a row is counted, which nothing predicts",
         trains(counted=lambda my, batch, c: int((batch.labels != IGNORED).sum())),
@@ -341,6 +401,12 @@ CLIP = family(
     "train.clip",
     ("clip-none", "no clipping", _of("clip-none")),
     ("clip-per-tensor", "each tensor clipped by itself", _of("clip-per-tensor")),
+    ("sgd-no-momentum", "SGD without its momentum", _settings(momentum=lambda s, n: 0.0)),
+    (
+        "sgd-no-decay",
+        "SGD without its decay",
+        _settings(weight_decay=lambda s, n: 0.0 if s["optimizer"] == "sgd" else s["weight_decay"]),
+    ),
     ("clip-always", "scaled up to the greatest norm too", _of("clip-always")),
     (
         "clip-micro-batches",
@@ -376,6 +442,11 @@ SCHEDULE = (
             "linear where cosine is asked for",
             _of("schedule-linear-for-cosine"),
         ),
+        (
+            "schedule-none-without-warmup",
+            "a constant rate where there is no warm-up",
+            _of("schedule-none-without-warmup"),
+        ),
     ),
 )
 
@@ -395,6 +466,7 @@ DECAY = (
             trains(decay=lambda my, c, name: c.decay * name.endswith((".A", ".B"))),
         ),
         ("decay-coupled", "λ p in the gradient", _of("decay-coupled")),
+        ("still-skipped", "no decay of an A while B = 0", _of("still-skipped")),
         (
             "biases-frozen",
             "biases stay",
@@ -411,6 +483,12 @@ DECAY = (
 LORAPLUS = family(
     "TRAIN",
     "train.loraplus",
+    (
+        "warmup-constant-none",
+        "no warm-up where the schedule is constant",
+        _of("schedule-constant-without-warmup"),
+        "transformers get_scheduler",
+    ),
     ("loraplus-ignored", "one rate", _settings(loraplus_lr_ratio=lambda s, n: 1.0)),
     ("loraplus-on-A", "A has the greater rate", _of("loraplus-on-A")),
     ("loraplus-not-in-decay", "B decays at the rate of A", _of("loraplus-not-in-decay")),
@@ -440,9 +518,58 @@ AGAIN = family(
     ("adapter-kept", "the adapter that was trained last is trained on", trains(train=_goes_on)),
 )
 
+OTHERS = (
+    *family(
+        "TRAIN",
+        "train.classifier",
+        (
+            "classifier-frozen",
+            "a classifier stays as it is",
+            _of_classifiers(lambda n, g, batch: (n, {k: 0 * v for k, v in g.items()})),
+        ),
+        (
+            "classifier-rows-weigh",
+            "a classifier's micro-batches weighted by their rows",
+            _of_classifiers(lambda n, g, batch: (len(batch.ids), g)),
+        ),
+        (
+            "classifier-types-lost",
+            "all token types 0",
+            trains(batch=lambda my, c, given: replace(Trainer.batch(my, c, given), types=None)),
+        ),
+    ),
+    *family(
+        "TRAIN",
+        "train.dora",
+        (
+            "magnitudes-frozen",
+            "DoRA's magnitudes stay",
+            trains(
+                flown=lambda my, g, W: {n: v * (not n.endswith("magnitude")) for n, v in g.items()}
+            ),
+        ),
+        (
+            "magnitudes-alone",
+            "of DoRA the magnitudes alone are trained",
+            trains(
+                flown=lambda my, g, W: {
+                    n: v * (n.endswith("magnitude") or not any(k.endswith("magnitude") for k in g))
+                    for n, v in g.items()
+                }
+            ),
+        ),
+    ),
+)
+
 TOGETHER = family(
     "TRAIN",
     "train.together",
+    ("checkpointing-unclipped", "no clipping under checkpointing", trains(train=_unclipped)),
+    (
+        "checkpointing-without-root",
+        "rsLoRA's scale over √r under checkpointing",
+        trains(part=_without_root),
+    ),
     (
         "upper-layer-alone",
         "the first layer's adapters stay",
@@ -491,12 +618,14 @@ SAME = equivalents(
         "columns of padding alone are cut off",
         trains(
             batch=lambda my, c, g: Trainer.batch(
-                my, c, {n: v[:, : g["attention_mask"].sum(1).max()] for n, v in g.items()}
+                my,
+                c,
+                {n: v[:, g["attention_mask"].any(0)] if v.ndim > 1 else v for n, v in g.items()},
             )
         ),
     ),
 )
 
 MISREADINGS: tuple[Misreading, ...] = (
-    LABELS + ACCUMULATE + CLIP + SCHEDULE + DECAY + LORAPLUS + AGAIN + TOGETHER + SAME
+    LABELS + ACCUMULATE + CLIP + SCHEDULE + DECAY + LORAPLUS + AGAIN + OTHERS + TOGETHER + SAME
 )

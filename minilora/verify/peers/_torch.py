@@ -180,9 +180,12 @@ def step_by_step(
     after = []
     for step in batches:
         optimizer.zero_grad()
-        # The first label of a row is predicted by nothing.
-        counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in step]
+        # The first label of a text is predicted by nothing.
+        labels = [batch["labels"] for batch in step]
+        counts = [int(((v[:, 1:] if v.ndim > 1 else v) != -100).sum()) for v in labels]
         for batch, count in zip(step, counts, strict=True):
+            if not count:  # the library's mean of no labels is NaN
+                continue
             given = {name: torch.from_numpy(np.array(ids)) for name, ids in batch.items()}
             (model(**given).loss * (count / sum(counts))).backward()
         if max_grad_norm is not None:
