@@ -473,8 +473,9 @@ class Subject:
     ) -> np.ndarray:
         """The array that the implementation answered under the name ``what``.
 
-        Anything that NumPy can take is an array. Raises Fault where it is none, where its shape or
-        dtype is not the one given (None: any shape, any real dtype), and where it is not finite.
+        Anything that NumPy can take is an array, its bytes in either order. Raises Fault where it
+        is none, where its shape or dtype is not the one given (None: any shape, any real dtype),
+        and where it is not finite.
         """
         try:
             array = np.array(value)
@@ -482,6 +483,8 @@ class Subject:
             raise Fault(
                 "not an array", f"{what} is {_named(value)} that NumPy cannot take: {tidy(error)}"
             ) from None
+        if array.dtype.kind in "fiu":
+            array = array.astype(array.dtype.newbyteorder("="), copy=False)
         if array.dtype.kind not in "fiub" and array.dtype != DTYPES["bfloat16"]:
             of = "" if array.dtype.kind == "O" else f" of {array.dtype}"
             raise Fault("not an array", f"{what} is {_named(value)}{of}, expected real numbers")
@@ -528,6 +531,8 @@ def _traits(given: Mapping[str, Any]) -> Iterator[str]:
     """What is particular about the arguments of a layer: what an implementation may branch on."""
     if given.get("r") == 1:
         yield "r = 1"
+    if given.get("alpha", 0) < 0:
+        yield "alpha is negative"
     arrays = [v for v in given.values() if isinstance(v, np.ndarray) and v.dtype.kind not in "iub"]
     if arrays:
         whole = all(bool((v == np.rint(v.astype(float))).all()) for v in arrays)

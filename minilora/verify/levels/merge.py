@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from minilora.verify.contract import Subject
 from minilora.verify.levels.linear import WORDS, forward
 from minilora.verify.smallest import Difference, search
 from minilora.verify.terms import BOUND, Case, Check, Comparison, counter
-from minilora.verify.tolerance import unit_roundoff
+from minilora.verify.tolerance import digits, unit_roundoff
 
 Array = np.ndarray
 
@@ -23,6 +24,28 @@ KINDS: dict[str, dict[str, bool]] = {
     ".rslora": {"use_rslora": True},
     ".conv1d": {"fan_in_fan_out": True},
 }
+
+
+def draw(case: Case, kind: dict[str, bool]) -> tuple[Layer, bool]:
+    """A layer to be merged, and whether it belongs to the exact lane.
+
+    Of ten numbers, 7 has a negative alpha, and 9 an adapter so small that beside W, whose entries
+    are large, s B A keeps five or six binary digits: what is near to nothing is not nothing.
+    """
+    layer, exact = draw_layer(case, **kind)
+    if case.number % 10 == 7:
+        layer = replace(layer, alpha=-layer.alpha)
+    if case.number % 10 == 9:
+        layer = _small(layer, case.dtype)
+    return layer, exact
+
+
+def _small(layer: Layer, dtype: str) -> Layer:
+    """With B so small that the greatest entry of s B A lies between 32 and 64 unit roundoffs."""
+    W = np.copysign(0.5 + np.abs(long(layer.W)), layer.W).astype(layer.W.dtype)
+    greatest = np.abs(layer.s * (long(layer.B) @ long(layer.A))).max()
+    exponent = 6 - digits(dtype) - int(np.frexp(float(greatest))[1])
+    return replace(layer, W=W, B=(long(layer.B) * 2.0**exponent).astype(layer.B.dtype))
 
 
 def merged(subject: Subject, layer: Layer, dtype: str, **changed: Any) -> Array:
@@ -40,7 +63,7 @@ def unmerged(subject: Subject, layer: Layer, W_merged: Array, dtype: str) -> Arr
 
 def _weight(kind: dict[str, bool]) -> Callable[[Subject, Case], Iterable[Comparison]]:
     def run(subject: Subject, case: Case) -> Iterable[Comparison]:
-        layer, exact = draw_layer(case, **kind)
+        layer, exact = draw(case, kind)
         W = merged(subject, layer, case.dtype)
         sigma = None if exact else sigma_merge(layer, subject.precision(case.dtype))
         yield Comparison("merged W", W, wanted_merge(layer), sigma)
