@@ -294,7 +294,7 @@ CHECKS: tuple[Check, ...] = (
         _forward("dora", ".vector"),
     ),
     _vector(
-        "vjp.vector",
+        "vector-vjp",
         "lora_linear_vjp",
         "dx (n,) and the magnitude's gradient (m,) under DoRA",
         _vjp("dora", ".vector"),

@@ -238,7 +238,7 @@ DORA = (
     ),
     *family(
         "DORA",
-        "variants.dora.vjp.vector",
+        "variants.dora.vector-vjp",
         ("vector-dm-summed", "dm of a vector summed to a number", then(
             dpart=lambda v, c: v if c.lead or not _dora(c) else v.sum())),
         ("vector-dz-unscaled", "dA, dB, dx of a vector without m / ‖V‖", but(
