@@ -98,7 +98,7 @@ _SHAPES = tuple(("float32", number) for number in (6, 8, 11, 13))
 DRAWS: dict[str, tuple[tuple[str, int], ...]] = {
     "linear.forward": _SIZES + _SHAPES,
     "linear.vjp": _SIZES + _SHAPES,
-    "merge.weight": _SIZES + _SHAPES[2:],
+    "merge.weight": (*_SIZES, *_SHAPES[2:], ("float32", 9)),
     "linear.forward*": _SIZES,
     "linear.vjp*": _SIZES,
     "linear.evaluation": _SIZES[1:2] + _SIZES[4:],
