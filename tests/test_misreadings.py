@@ -20,12 +20,13 @@ _IN_BOTH = """
     rope-theta-off-1-permille adapter-off-1-permille block-gelu-exact block-gelu-approximate
     loss-z-loss optimizer-decay-default
     form-tf32 rope-bfloat16 adapter-bfloat16 combine-bfloat16
+    merge-negligible combine-one-projection
 """
 _IN_BFLOAT16 = """
     norm-n-1 rope-theta files-theta-default block-gelu-quick optimizer-amsgrad
     optimizer-beta2-fixed optimizer-decay-after optimizer-sgd-decay-apart
     optimizer-v-coarse unmerge-coarse unmerge-delta-coarse
-    combine-one-value-less combine-rank-one dora-norm-eps
+    combine-one-value-less combine-rank-one combine-rank-four
     scale-bfloat16 form-hidden-bfloat16 merge-bfloat16 files-bfloat16 optimizer-weights-bfloat16
 """
 _UNTRIED = {
@@ -37,7 +38,10 @@ LOST = {
     "float64": set(),
     "float32": set(),
     "bfloat16": {*_IN_BOTH.split(), *_IN_BFLOAT16.split(), *_UNTRIED, *_FEW},
-    "float16": {*_IN_BOTH.split(), *_UNTRIED, *_FEW, "optimizer-correction-ends"},
+    "float16": {
+        *(*_IN_BOTH.split(), *_UNTRIED, *_FEW, "optimizer-correction-ends"),
+        "dora-norm-cut-off",  # whose rows end before
+    },
 }
 """What no check sees in a dtype; what decomposes a matrix is not asked of half precisions."""
 

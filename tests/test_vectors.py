@@ -462,7 +462,10 @@ def test_an_answer_to_nothing_that_was_asked_is_mentioned(made, changed):
     assert "not asked here: linear.foward-bfloat16-0" in judge(made, Answered(target)).notes
 
 
-SEVERAL_CALLS = ("state-", "merge-piled-up", "merge-unlike-forward", "combine-negative-absolute")
+SEVERAL_CALLS = (
+    *("state-", "merge-piled-up", "merge-unlike-forward", "combine-negative-absolute"),
+    *("combine-all-zero", "multi-call-before"),
+)
 NO_VECTORS = ("combine.svd", "optimizer.cosine", "optimizer.cosine.past")
 
 

@@ -370,6 +370,19 @@ class Several:
         parts = {name: getattr(self.adapters[0], name)[rows] for name in ("x", "dy")}
         return replace(self, adapters=[replace(a, **parts) for a in self.adapters], index=index)
 
+    def longer(self, rng: np.random.Generator, index: Array) -> Several:
+        """With so many rows as an index has, each one of these, perhaps negated.
+
+        No sum of absolute terms of a row is greater than it was.
+        """
+        x, dy = self.adapters[0].x, self.adapters[0].dy
+        rows, signs = rng.integers(0, len(x), len(index)), rng.choice([-1.0, 1.0], len(index))
+        parts = {
+            name: array[rows] * signs[:, None].astype(array.dtype)
+            for name, array in (("x", x), ("dy", dy))
+        }
+        return replace(self, adapters=[replace(a, **parts) for a in self.adapters], index=index)
+
     def sharing(self, *names: str) -> Several:
         """With these arrays of the first adapter for all."""
         shared = {name: getattr(self.adapters[0], name) for name in names}
@@ -389,10 +402,16 @@ class Several:
 
 
 RANKS = ((2, 4, 1), (2, 2, 2), (1, 4, 2, 16))
-"""Of the adapters, in any place: 4, whose root is a power of two, is rsLoRA's."""
+"""Of the adapters, in any place: 4 and 16, whose roots are powers of two, are rsLoRA's."""
 
-ROWS = (7, 19)
-"""How many rows an index has."""
+ROOTS = (3, 5, 8)
+"""Ranks of which one stands in the place of 4 where there is rounding: no square is among them."""
+
+ROWS = (7, 19, 11, 131)
+"""How many rows an index has; the last has more than a kernel's tiles of 64 and of 128."""
+
+FEW = 19
+"""The greatest number of rows that are drawn; of more, the rest are made of these."""
 
 
 def draw_several(
@@ -405,8 +424,9 @@ def draw_several(
 
     There are three of unequal ranks, or of equal ranks and other factors, or four. One is rsLoRA's,
     unless the ranks are equal; the scales are not all the same. The weights have both signs and are
-    not 1; the index holds -1 and every adapter, and is not monotone. In the exact lane the weights
-    are powers of two as the scales are, and all so small that any sum of them is exact, too.
+    not 1, and of four every other time their sum is 0; the index holds -1 and every adapter, and is
+    not monotone. In the exact lane the weights are powers of two as the scales are, and all so
+    small that any sum of them is exact, too.
     """
     exact = case.number % 2 == 0
     group = case.number // 2
@@ -420,19 +440,23 @@ def draw_several(
             draw(
                 rng,
                 case.dtype,
-                ((rows,), n, m, r),
+                ((min(rows, FEW),), n, m, r if exact or r != 4 else int(rng.choice(ROOTS))),
                 bias=False,
                 dropout=False,
-                settings={"use_rslora": True} if r == 4 else {},
+                settings={"use_rslora": True} if r == 4 or (exact and r == 16) else {},
             )
             for r in map(int, ranks)
         ]
         signs = rng.choice([-1.0, 1.0], len(ranks))
         weights = signs * rng.choice(SCALES if exact else [0.3, 0.7, 1.7], len(ranks))
+        if len(ranks) == 4 and group // len(kinds) % 2 == 0:
+            weights[2:] = -weights[:2]
         index = np.resize(np.arange(-1, len(ranks)), rows)[rng.permutation(rows)]
         several = Several(layers, [float(w) for w in weights], index).sharing("x", "W", "dy")
         while exact and too_large(several, case.dtype):
             several = several.sparser(rng)
+        if rows > FEW:
+            several = several.longer(rng, index)
         if len({a.s for a in layers}) > 1 and all(
             a.A.any() and a.B.any() for a in several.adapters
         ):

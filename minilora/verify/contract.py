@@ -510,8 +510,9 @@ class Subject:
     ) -> np.ndarray:
         """The array that the implementation answered under the name ``what``.
 
-        Anything that NumPy can take is an array. Raises Fault where it is none, where its shape or
-        dtype is not the one given (None: any shape, any real dtype), and where it is not finite.
+        Anything that NumPy can take is an array, its bytes in either order. Raises Fault where it
+        is none, where its shape or dtype is not the one given (None: any shape, any real dtype),
+        and where it is not finite.
         """
         try:
             array = np.array(value)
@@ -519,6 +520,8 @@ class Subject:
             raise Fault(
                 "not an array", f"{what} is {_named(value)} that NumPy cannot take: {tidy(error)}"
             ) from None
+        if array.dtype.kind in "fiu":
+            array = array.astype(array.dtype.newbyteorder("="), copy=False)
         if array.dtype.kind not in "fiub" and array.dtype != DTYPES["bfloat16"]:
             of = "" if array.dtype.kind == "O" else f" of {array.dtype}"
             raise Fault("not an array", f"{what} is {_named(value)}{of}, expected real numbers")

@@ -98,7 +98,7 @@ _SHAPES = tuple(("float32", number) for number in (6, 8, 11, 13))
 DRAWS: dict[str, tuple[tuple[str, int], ...]] = {
     "linear.forward": _SIZES + _SHAPES,
     "linear.vjp": _SIZES + _SHAPES,
-    "merge.weight": _SIZES + _SHAPES[2:],
+    "merge.weight": (*_SIZES, *_SHAPES[2:], ("float32", 9)),
     "linear.forward*": _SIZES,
     "linear.vjp*": _SIZES,
     "linear.evaluation": _SIZES[1:2] + _SIZES[4:],
@@ -108,7 +108,7 @@ DRAWS: dict[str, tuple[tuple[str, int], ...]] = {
     "variants.*.forward*": (("bfloat16", 0), ("float32", 2), ("float64", 3)),
     "variants.*.vjp*": (("bfloat16", 0), ("bfloat16", 1), ("float32", 2), ("float64", 3)),
     "variants.*.merge*": (("bfloat16", 0), ("float32", 2), ("float64", 3)),
-    "variants.dora.vector": (("bfloat16", 0), ("float64", 3)),
+    "variants.dora.vector*": (("bfloat16", 0), ("float64", 3)),
     "combine.weighted": _SIZES,
     "combine.one": _SIZES[1:2] + _SIZES[4:],
     "combine.zero": (("bfloat16", 0), ("float32", 1)),

@@ -66,12 +66,14 @@ def negative(subject: Subject, case: Case) -> Iterable[Comparison]:
 
 
 def zero(subject: Subject, case: Case) -> Iterable[Comparison]:
-    """An adapter at weight 0 changes nothing; small whole numbers, compared by ==."""
+    """An adapter at weight 0 changes nothing, nor do all of them; whole numbers, compared by ==."""
     several, _ = draw_several(in_exact_lane(case))
     first, second, *_ = several.adapters
     delta = combined(subject, [first, second], [1.0, 0.0], case.dtype)
     alone = combined(subject, [first], [1.0], case.dtype)
     yield Comparison("ΔW with another at weight 0", delta, alone)
+    none = combined(subject, [first, second], [0.0, 0.0], case.dtype)
+    yield Comparison("ΔW of weights 0", none, np.zeros_like(none))
 
 
 def halves(subject: Subject, case: Case) -> Iterable[Comparison]:
@@ -97,10 +99,11 @@ def order(subject: Subject, case: Case) -> Iterable[Comparison]:
 def svd(subject: Subject, case: Case) -> Iterable[Comparison]:
     """By SVD the best change of its rank: as near as the singular values that it drops allow.
 
-    ‖ΔW - answer‖ ≤ √(Σ σ²) over the dropped ones (Eckart and Young 1936), and an SVD that is
-    stable, in a precision u of its arithmetic, is off by at most 4 √k (m + n) u ‖ΔW‖ in this norm
-    (Golub and Van Loan 2013, section 8.6, with the product formed anew), k = min(m, n). A rank that
-    holds all of ΔW drops none.
+    The best of all changes of a rank has ‖ΔW - answer‖ = √(Σ σ²) over the dropped ones (Eckart and
+    Young 1936): what is nearer has a greater rank. An SVD that is stable, in a precision u of its
+    arithmetic, is off by at most 4 √k (m + n) u ‖ΔW‖ in this norm (Golub and Van Loan 2013, section
+    8.6, with the product formed anew), k = min(m, n), and by no more does the distance change. A
+    rank that holds all of ΔW drops none.
     """
     several, _ = draw_several(case)
     wanted = wanted_change(several)
@@ -108,7 +111,7 @@ def svd(subject: Subject, case: Case) -> Iterable[Comparison]:
     full = min(m, n, sum(a.r for a in several.adapters))
     precision = subject.precision(case.dtype)
     u = max(unit_roundoff(precision.storage), unit_roundoff(precision.accumulation))
-    for rank in sorted({full, max(1, full - 1)}):
+    for rank in sorted({1, min(2, full), max(1, full - 1), full}):
         answer = combined(
             subject,
             several.adapters,
@@ -121,10 +124,8 @@ def svd(subject: Subject, case: Case) -> Iterable[Comparison]:
         norm = float(np.sqrt((wanted * wanted).sum()))
         difference = float(np.sqrt(((long(answer) - wanted) ** 2).sum()))
         slack = 4 * min(m, n) ** 0.5 * (m + n) * u * norm
-        excess = np.array(max(0.0, difference - float(dropped)))
-        yield Comparison(
-            f"‖ΔW - ΔW of rank {rank}‖ beyond the best", excess, 0 * excess, np.array(slack), BOUND
-        )
+        got, best = np.array(difference), np.array(float(dropped))
+        yield Comparison(f"‖ΔW - ΔW of rank {rank}‖", got, best, np.array(slack), BOUND)
 
 
 def _law(run: Any, share: float) -> Check:

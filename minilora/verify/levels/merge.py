@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from minilora.verify.contract import Subject
 from minilora.verify.levels.linear import WORDS, forward
 from minilora.verify.smallest import Difference, search
 from minilora.verify.terms import BOUND, Case, Check, Comparison, counter
-from minilora.verify.tolerance import unit_roundoff
+from minilora.verify.tolerance import digits, unit_roundoff
 
 Array = np.ndarray
 
@@ -23,6 +24,28 @@ KINDS: dict[str, dict[str, bool]] = {
     ".rslora": {"use_rslora": True},
     ".conv1d": {"fan_in_fan_out": True},
 }
+
+
+def draw(case: Case, kind: dict[str, bool]) -> tuple[Layer, bool]:
+    """A layer to be merged, and whether it belongs to the exact lane.
+
+    Of ten numbers, 7 has a negative alpha, and 9 an adapter so small that beside W, whose entries
+    are large, s B A keeps five or six binary digits: what is near to nothing is not nothing.
+    """
+    layer, exact = draw_layer(case, **kind)
+    if case.number % 10 == 7:
+        layer = replace(layer, alpha=-layer.alpha)
+    if case.number % 10 == 9:
+        layer = _small(layer, case.dtype)
+    return layer, exact
+
+
+def _small(layer: Layer, dtype: str) -> Layer:
+    """With B so small that the greatest entry of s B A is 32 to 64 times u, and |W| at least ½."""
+    W = np.copysign(0.5 + np.abs(long(layer.W)), layer.W).astype(layer.W.dtype)
+    greatest = np.abs(layer.s * (long(layer.B) @ long(layer.A))).max()
+    exponent = 6 - digits(dtype) - int(np.frexp(float(greatest))[1])
+    return replace(layer, W=W, B=(long(layer.B) * 2.0**exponent).astype(layer.B.dtype))
 
 
 def merged(subject: Subject, layer: Layer, dtype: str, **changed: Any) -> Array:
@@ -40,12 +63,27 @@ def unmerged(subject: Subject, layer: Layer, W_merged: Array, dtype: str) -> Arr
 
 def _weight(kind: dict[str, bool]) -> Callable[[Subject, Case], Iterable[Comparison]]:
     def run(subject: Subject, case: Case) -> Iterable[Comparison]:
-        layer, exact = draw_layer(case, **kind)
-        W = merged(subject, layer, case.dtype)
-        sigma = None if exact else sigma_merge(layer, subject.precision(case.dtype))
-        yield Comparison("merged W", W, wanted_merge(layer), sigma)
+        layer, exact = draw(case, kind)
+        W, want = merged(subject, layer, case.dtype), wanted_merge(layer)
+        precision = subject.precision(case.dtype)
+        if case.number % 10 == 9:  # summed into W rank by rank, each sum is rounded as W is
+            loss = unit_roundoff(precision.storage) * (_formed(layer) + np.abs(want))
+            yield Comparison("merged W", W, want, loss.astype(np.float64), BOUND)
+            return
+        yield Comparison("merged W", W, want, None if exact else sigma_merge(layer, precision))
 
     return run
+
+
+def _formed(layer: Layer) -> Array:
+    """What forming W ± s B A loses at most, in u: (r + 3) (|W| + |s| |B| |A|).
+
+    It is a sum of r + 1 terms, r of them products with a factor s, in whatever order (Higham 2002,
+    section 3.1).
+    """
+    W, A, B = (np.abs(long(v)) for v in (layer.W, layer.A, layer.B))
+    lost: Array = (layer.r + 3) * (W + abs(layer.s) * (B @ A))
+    return lost
 
 
 def function(subject: Subject, case: Case) -> Iterable[Comparison]:
@@ -79,9 +117,8 @@ def negative(subject: Subject, case: Case) -> Iterable[Comparison]:
 def _unmerge(kind: dict[str, bool]) -> Callable[[Subject, Case], Iterable[Comparison]]:
     """Unmerging restores W within u (|W| + |W'|) and what two sums lose, exactly without rounding.
 
-    Storing W' loses at most u |W'|, and storing W at most u |W|. W ± s B A is a sum of r + 1 terms,
-    r of them products with a factor s: formed in whatever order, it loses at most (r + 3) u times
-    |W| + s |B| |A| (Higham 2002, section 3.1), and merging and unmerging may differ in the order.
+    Storing W' loses at most u |W'|, and storing W at most u |W|; what forming them loses is told by
+    `_formed`, and merging and unmerging may differ in the order.
     """
 
     def run(subject: Subject, case: Case) -> Iterable[Comparison]:
@@ -93,9 +130,7 @@ def _unmerge(kind: dict[str, bool]) -> Callable[[Subject, Case], Iterable[Compar
             return
         W_merged = merged(subject, layer, case.dtype)
         W = unmerged(subject, layer, W_merged, case.dtype)
-        W_size, A_size, B_size = (np.abs(long(v)) for v in (layer.W, layer.A, layer.B))
-        terms = W_size + layer.s * (B_size @ A_size)
-        sizes = W_size + np.abs(long(W_merged)) + 2 * (layer.r + 3) * terms
+        sizes = np.abs(long(layer.W)) + np.abs(long(W_merged)) + 2 * _formed(layer)
         u = unit_roundoff(subject.precision(case.dtype).storage)
         yield Comparison("unmerged W", W, layer.W, (u * sizes).astype(np.float64), BOUND)
 

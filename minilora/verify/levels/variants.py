@@ -42,34 +42,78 @@ KINDS: dict[str, dict[str, bool]] = {
     ".rslora": {"use_rslora": True},
     ".evaluation": {"bias": True},
     ".conv1d": {"fan_in_fan_out": True},
+    ".vector": {"bias": True},
+    ".all": {},
 }
+"""What a case has beside the variant; what one of ``.all`` has, its number says (`together`)."""
 
-ASKED = {"dora": tuple(KINDS), "lora-bias": ("", ".dropout", ".rslora", ".evaluation")}
+ASKED = {
+    "dora": ("", ".dropout", ".rslora", ".evaluation", ".conv1d", ".all"),
+    "lora-bias": ("", ".dropout", ".rslora", ".evaluation", ".all"),
+}
 """The kinds of each variant, forward and backward."""
 
-MERGED = {"dora": ("", ".conv1d"), "lora-bias": ("",)}
+MERGED = {"dora": ("", ".conv1d", ".all"), "lora-bias": ("", ".all")}
 """The kinds of each variant, merged. How W is stored matters to DoRA, whose norm is that
 of an output's row."""
+
+SMALL = 20
+"""A row of DoRA's V is 2⁻²⁰ as long as the others, and its magnitude as small: no norm may be cut
+off before. float16 ends so early that its row is 2⁻⁴ as long. There is none beside a bias: to take
+the base from an output with its bias is a way to write DoRA, and rounds it by the bias's size."""
+
+
+def together(number: int) -> dict[str, bool]:
+    """Settings at once: of any three, each of the eight choices comes once in eight cases."""
+    off = [bool(number >> i & 1) for i in range(3)]
+    off.append(off[0] ^ off[1] ^ off[2])
+    names = ("dropout", "bias", "use_rslora", "fan_in_fan_out")
+    return {name: True for name, is_off in zip(names, off, strict=True) if not is_off}
 
 
 def draw(case: Case, kind: str, name: str) -> tuple[Layer, Array]:
     """A layer, never of the exact lane, and the variant's parameter away from its start.
 
-    W is not 0: a row of V needs a direction, whatever B A. x has rows; `vector` is for one without.
+    W is not 0: a row of V needs a direction, whatever B A. x has rows, but for ``.vector``, and for
+    ``.all`` of a bias of B.
     """
     odd = replace(case, number=case.number * 2 + 1)
-    layer, _ = draw_layer(odd, **KINDS[kind])
+    layer, _ = draw_layer(odd, **(together(case.number) if kind == ".all" else KINDS[kind]))
     rng = case.rng()
     W = rng.standard_normal(layer.W.shape) / sqrt(layer.W.shape[1])
     rows = {name: getattr(layer, name) for name in ("x", "dy", "keep")}
-    rows = {name: v if v is None or v.ndim > 1 else v[None] for name, v in rows.items()}
+    if name == "dora" or kind != ".all":
+        rows = {name: v if v is None or v.ndim > 1 else v[None] for name, v in rows.items()}
+    if kind == ".vector":
+        rows = {name: v if v is None else v.reshape(-1, v.shape[-1])[0] for name, v in rows.items()}
     layer = replace(layer, W=W.astype(layer.W.dtype), **rows)
     if kind == ".evaluation":
         layer = replace(layer, p=0.25)  # without a mask
     part = rng.standard_normal(len(W))
     if name == "dora":
         part = row_norm(W)[0][:, 0] * rng.uniform(0.6, 1.6, len(W))
+    if kind == ".all":
+        layer, part = _unusual(layer, part, name, rng, square=case.number % 4 == 0)
     return layer, part.astype(layer.W.dtype)
+
+
+def _unusual(
+    layer: Layer, part: Array, name: str, rng: np.random.Generator, square: bool
+) -> tuple[Layer, Array]:
+    """As many tokens as outputs, if ``square``; of DoRA, negative magnitudes and a small row."""
+    dtype = layer.W.dtype
+    if square:
+        m, n = layer.W.shape
+        keep = None if layer.keep is None else rng.random((m, n)) >= layer.p
+        x, dy = (rng.standard_normal((m, width)).astype(dtype) for width in (n, m))
+        layer = replace(layer, x=x, dy=dy, keep=keep)
+    if name == "dora":
+        small = np.ones((len(part), 1), dtype)
+        if layer.bias is None:
+            small[-1] = 2.0 ** -(4 if dtype == np.float16 else SMALL)
+        layer = replace(layer, W=layer.W * small, B=layer.B * small)
+        part = part * small[:, 0] * np.where(rng.random(len(part)) < 0.5, -1, 1)
+    return layer, part
 
 
 def _settings(name: str, part: Array) -> dict[str, Any]:
@@ -204,26 +248,6 @@ def start(subject: Subject, case: Case) -> Iterable[Comparison]:
     yield Comparison("y against the base", y, base, np.hypot(sigma, rounded), MONTE_CARLO)
 
 
-def vector(subject: Subject, case: Case) -> Iterable[Comparison]:
-    """One token without a batch, x (n,), gives y (m,): DoRA keeps the shape that a linear has."""
-    layer, part = draw(case, "", "dora")
-    x = layer.x.reshape(-1, layer.x.shape[-1])[:1]
-    layer = replace(layer, x=x, dy=x)
-    of = variant("dora", subject)
-    arrays = (layer.x[0], layer.W, layer.A, layer.B)
-    options = {name: v for name, v in layer.options().items() if name not in ("keep", "p")}
-    y = subject.call("lora_linear", *arrays, **options | _settings("dora", part))
-    y = subject.answer(y, "y", (len(layer.W),), case.dtype)
-    sigma = sigmas(of, _forward_only(layer), part, subject.precision(case.dtype), (case.seed, 0))
-    want = specified(of, _forward_only(layer), part, long)
-    yield Comparison("y", y, want["y"][0], sigma["y"][0], MONTE_CARLO)
-
-
-def _forward_only(layer: Layer) -> Layer:
-    """With a dy of y's shape, which nothing here depends on."""
-    return replace(layer, dy=np.zeros((len(layer.x), len(layer.W))))
-
-
 def _checks(name: str) -> Iterable[Check]:
     def check(what: str, needs: str, words: str, run: Any, kind: str) -> Check:
         title = f"{WORDS[name]}, {words}{_more(kind)}."
@@ -237,6 +261,11 @@ def _checks(name: str) -> Iterable[Check]:
         yield check("merge", "merge", "merged", _merge(name, kind), kind)
 
 
+def _vector(id: str, needs: str, words: str, run: Any) -> Check:
+    title = f"One token without a batch, x (n,), gives {words}."
+    return Check(f"variants.dora.{id}", "variants", (needs,), title, run, counter(CASES, 0.5))
+
+
 def _more(kind: str) -> str:
     return {
         "": "",
@@ -244,6 +273,7 @@ def _more(kind: str) -> str:
         ".rslora": ", with rsLoRA's scale",
         ".evaluation": ", with a dropout rate and no mask, which drops nothing",
         ".conv1d": ", with the weight stored (in, out)",
+        ".all": ", with some of dropout, rsLoRA, a bias and the other storage at once",
     }[kind]
 
 
@@ -257,13 +287,17 @@ CHECKS: tuple[Check, ...] = (
         start,
         counter(CASES, 0.5),
     ),
-    Check(
-        "variants.dora.vector",
-        "variants",
-        ("lora_linear",),
-        (vector.__doc__ or "").splitlines()[0],
-        vector,
-        counter(CASES, 0.5),
+    _vector(
+        "vector",
+        "lora_linear",
+        "y (m,): DoRA keeps the shape that a linear has",
+        _forward("dora", ".vector"),
+    ),
+    _vector(
+        "vector-vjp",
+        "lora_linear_vjp",
+        "dx (n,) and the magnitude's gradient (m,) under DoRA",
+        _vjp("dora", ".vector"),
     ),
     *_checks("lora-bias"),
 )

@@ -45,6 +45,11 @@ def _rows_but_the_last(delta: Array, c: Call) -> Any:
     return delta * upto(len(delta) - 1, len(delta))[:, None]
 
 
+def _swapped(W: Array) -> Array:
+    """The same numbers; NumPy knows bfloat16 in one order alone."""
+    return W.astype(W.dtype.newbyteorder()) if W.dtype.kind == "f" else W
+
+
 def _turned(delta: Array, c: Call) -> Any:
     return delta.T if square(c) else delta
 
@@ -104,6 +109,16 @@ MERGE = (
             but(merged=lambda my, c: from_first_call(my, "W", c.W) + my.delta(c)),
         ),
         ("in-place", "W itself is changed", but(merge=_in_place)),
+        (
+            "negligible",
+            "W where all of W' lies within a hundred-thousandth of it",
+            then(merged=lambda W, c: c.W if np.allclose(W, c.W) else W),
+        ),
+        (
+            "alpha-unset",
+            "α < 0 taken for 2 r",
+            reads(alpha=lambda c: c.alpha if c.alpha > 0 else 2 * c.r),
+        ),
     ),
     *family(
         "MERGE",
@@ -230,8 +245,12 @@ SAME = equivalents(
     ("scale-on-B", "W + (s B) A", but(delta=lambda my, c: (my.s(c) * c.B) @ c.A)),
     (
         "root-on-both",
-        "W + (√s B) (√s A)",
-        but(delta=lambda my, c: (my.s(c) ** 0.5 * c.B) @ (my.s(c) ** 0.5 * c.A)),
+        "W + (√|s| B) (±√|s| A)",
+        but(
+            delta=lambda my, c: (
+                ((root := abs(my.s(c)) ** 0.5) * c.B) @ (np.sign(my.s(c)) * root * c.A)
+            )
+        ),
     ),
     (
         "alpha-then-rank",
@@ -262,6 +281,11 @@ SAME = equivalents(
         but(unmerged=lambda my, c: c.W + (my.s(c) * -c.B) @ c.A),
     ),
     ("wide", "in float64, rounded at the end", reads(**wide("W", "A", "B"))),
+    (
+        "other-byte-order",
+        "W' with its bytes in the other order, as another machine has them",
+        but(merge=lambda my, *arrays, **options: _swapped(Plain.merge(my, *arrays, **options))),
+    ),
     ("stored", "s B A rounded to the dtype", then(delta=narrow)),
 )
 

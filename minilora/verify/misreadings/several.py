@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,11 @@ def _scaled(s: Any) -> Any:
     return but(change=change)
 
 
+def _rslora(c: Call, root: float) -> float:
+    """The scale with another root of the rank."""
+    return float(c.alpha / (root if c.rslora else c.r))
+
+
 def _right(c: Call) -> float:
     return float(c.alpha / (c.r**0.5 if c.rslora else c.r))
 
@@ -93,6 +99,12 @@ def _sigma(change: Any) -> Any:
         return (U * change(sigma, rank)) @ Vt
 
     return but(best=best)
+
+
+def _projected(my: Plain, delta: Array, rank: int) -> Any:
+    start = np.random.default_rng(0).standard_normal((delta.shape[1], rank + 2))
+    Q, _ = np.linalg.qr(delta.astype(np.float64) @ start)
+    return Q @ Plain.best(my, Q.T @ delta, rank)
 
 
 def _first(sigma: Array, rank: int) -> Any:
@@ -153,6 +165,10 @@ COMBINE = (
             "peft 3449",
             "peft 3761",
         ),
+        ("root-cut", "α / ⌊√r⌋ with rsLoRA", _scaled(lambda c, _: _rslora(c, isqrt(c.r)))),
+        ("half-rank", "α / (r / 2) with rsLoRA", _scaled(lambda c, _: _rslora(c, c.r / 2))),
+        ("sum-0", "1 / 16 more of each weight where their sum is 0",
+         _each(lambda w, _: [v + 0.0625 for v in w] if abs(sum(w)) < 1e-6 else w)),
         ("scale-squared", "Σ w s² B A", _scaled(lambda c, _: _right(c) ** 2)),
         (
             "smallest-rank",
@@ -197,6 +213,8 @@ COMBINE = (
         "COMBINE",
         "combine.zero",
         ("zero-is-one", "w = 0 taken for 1", _each(lambda w, _: [v or 1.0 for v in w])),
+        ("all-zero", "weights that are all 0 taken for none: the mean of all adapters",
+         _each(lambda w, _: w if any(w) else [1 / len(w)] * len(w))),
     ),
     *family(
         "COMBINE",
@@ -224,6 +242,9 @@ COMBINE = (
         ("values-rooted", "U √σ Vᵀ", _sigma(lambda v, rank: _first(v, rank) ** 0.5)),
         ("one-value-less", "rank - 1", _sigma(lambda v, rank: _first(v, rank - 1))),
         ("rank-one", "the greatest singular value alone", _sigma(lambda v, rank: _first(v, 1))),
+        ("rank-four", "rank 4 at least", _sigma(lambda v, rank: _first(v, max(4, rank)))),
+        ("one-projection", "ΔW on the image of rank + 2 random vectors, truncated: a randomised "
+         "SVD without iterations", but(best=_projected)),
     ),
 )  # fmt: skip
 
@@ -336,6 +357,14 @@ MULTI = (
                 min(int(i), len(a) - 1) for i in from_call_before(my, "index", index)])),
         ("coarse", "the branch kept in half of the digits", then(branch=coarse)),
         ("none-zeroed", "0 where there is no adapter", but(none=lambda my, c: 0 * my.base(c))),
+        ("root-cut", "α / ⌊√r⌋ with rsLoRA", _with_slot(
+            alpha=lambda a, i: a[i]["alpha"] * (
+                a[i]["r"] ** 0.5 / isqrt(a[i]["r"]) if a[i].get("use_rslora") else 1))),
+        ("half-rank", "α / (r / 2) with rsLoRA", _with_slot(
+            alpha=lambda a, i: a[i]["alpha"] * (
+                2 / a[i]["r"] ** 0.5 if a[i].get("use_rslora") else 1))),
+        ("sixty-four-rows", "the rows from the 65th on have the adapters of the first", _slots(
+            lambda v, a: [v[j % 64] for j in range(len(v))])),
         ("fourth", "slots for three: a fourth is slot 0", _slots(
             lambda v, a: [0 if i > 2 else i for i in v])),
         ("eight-rows", "the rows beyond the eighth have none", _slots(
@@ -373,6 +402,8 @@ MULTI = (
         "multi.single",
         ("all-zero", "the base alone where no index is true: all rows have slot 0", _slots(
             lambda v, a: v if any(v) else [-1] * len(v))),
+        ("one-row", "y of one row is a vector (m,)", but(
+            gathered_rows=lambda my, rows, index: rows[0] if len(rows) == 1 else rows)),
         ("one-adapter", "the base alone in a batch of one adapter", but(
             slots=lambda my, index, a: [
                 -1 if len(set(index.tolist())) == 1 else int(i) for i in index])),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from minilora.verify.misreadings.entry import Misreading, equivalents, family
-from minilora.verify.misreadings.plain import Call, Plain, but, coarse, reads, then, wide
+from minilora.verify.misreadings.plain import Call, Plain, but, coarse, reads, then, wide, with_
 
 
 def _dora(c: Call) -> bool:
@@ -58,6 +58,22 @@ def _base_dropped(my: Plain, c: Call) -> Any:
 def _base_undropped(my: Plain, c: Call) -> Any:
     """g ∘ (W x + s B A h): dropout on LoRA's branch alone."""
     return (c.x @ c.W.T + my.s(c) * (my.H(c) @ c.B.T)) * my.g(c) + c.b if _dora(c) else None
+
+
+def _over_tokens(my: Plain, c: Call) -> Any:
+    """The rescaling of outputs put on tokens, where that fits and nothing raises."""
+    turned, g = Plain.turned(my, c), my.g(c)
+    return turned / g * g[:, None] if len(turned) == len(g) > 1 else turned
+
+
+def _without_rslora(c: Call) -> Call:
+    return with_(c, rslora=lambda c: False)
+
+
+def _bias_branch(part: Any) -> Any:
+    """`Plain` with another bias of B in the output: a function of the call."""
+    return but(branch=lambda my, c: my.s(c) * (my.H(c) @ c.B.T + part(c))
+               if c.kind == "lora_bias" else Plain.branch(my, c))  # fmt: skip
 
 
 def _y(f: Any) -> Any:
@@ -194,6 +210,42 @@ DORA = (
     ),
     *family(
         "DORA",
+        "variants.dora.forward.all",
+        ("rslora-lost-in-dropout", "s = α/r with rsLoRA where there is a dropout mask", but(
+            s=lambda my, c: c.alpha / c.r if _dora(c) and c.dropout else Plain.s(my, c))),
+        ("conv1d-undropped", "no dropout with fan_in_fan_out", but(
+            kept=lambda my, c: c.x if _dora(c) and c.conv1d else Plain.kept(my, c))),
+        ("magnitude-over-tokens", "(m / ‖V‖)ᵀ where there are as many tokens as outputs",
+         _if_dora("turned", _over_tokens)),
+        ("norm-cut-off", "‖V‖, or 0.001 if that is greater", _length(
+            lambda V, c, my: np.maximum((V**2).sum(1) ** 0.5, V.dtype.type(1e-3)))),
+    ),
+    *family(
+        "DORA",
+        "variants.dora.vjp.all",
+        ("ds-rslora-lost-in-dropout", "α/r in the gradients with rsLoRA where there is a dropout "
+         "mask", but(ds=lambda my, c: c.alpha / c.r if _dora(c) and c.dropout
+                     else Plain.ds(my, c))),
+    ),
+    *family(
+        "DORA",
+        "variants.dora.merge.all",
+        ("merge-rslora-lost", "merged with α/r where rsLoRA was asked", but(
+            merged=lambda my, c: Plain.merged(my, _without_rslora(c)))),
+        ("merge-absolute", "|m| V / ‖V‖", but(
+            merged=lambda my, c: Plain.merged(my, with_(c, part=lambda c: abs(c.part)))
+            if _dora(c) else Plain.merged(my, c))),
+    ),
+    *family(
+        "DORA",
+        "variants.dora.vector-vjp",
+        ("vector-dm-summed", "dm of a vector summed to a number", then(
+            dpart=lambda v, c: v if c.lead or not _dora(c) else v.sum())),
+        ("vector-dz-unscaled", "dA, dB, dx of a vector without m / ‖V‖", but(
+            dz=lambda my, c: Plain.dz(my, c) if c.lead else c.dy)),
+    ),
+    *family(
+        "DORA",
         "variants.dora.vector",
         ("vector-to-row", "y of a vector is a row (1, m)", but(
             shaped=lambda my, c, rows: rows if not c.lead and _dora(c)
@@ -265,6 +317,27 @@ LORA_BIAS = (
         "variants.lora-bias.vjp.evaluation",
         ("evaluation-backward", "du / (1 - p) without a mask", then(
             dH=lambda v, c: v / (1 - c.p) if c.kind == "lora_bias" and not c.dropout else v)),
+    ),
+    *family(
+        "BIAS-B",
+        "variants.lora-bias.forward.all",
+        ("conv1d-ignored", "no c with fan_in_fan_out", _bias_branch(
+            lambda c: 0 if c.conv1d else c.part)),
+        ("vector-first", "c₁ for all outputs of a vector", _bias_branch(
+            lambda c: c.part if c.lead else c.part[0])),
+    ),
+    *family(
+        "BIAS-B",
+        "variants.lora-bias.vjp.all",
+        ("vector-dc-summed", "dc of a vector summed to a number", then(
+            dpart=lambda v, c: v if c.lead or c.kind != "lora_bias" else v.sum())),
+    ),
+    *family(
+        "BIAS-B",
+        "variants.lora-bias.merge.all",
+        ("merge-rslora-lost", "merged with α/r where rsLoRA was asked", but(
+            merged=lambda my, c: Plain.merged(
+                my, _without_rslora(c) if c.kind == "lora_bias" else c))),
     ),
     *family(
         "BIAS-B",

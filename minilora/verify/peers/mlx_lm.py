@@ -36,11 +36,11 @@ class MlxLm:
     }
     conventions: ClassVar = {"dora_norm": "detached"}
     known: ClassVar = {
-        f"variants.dora.{check}.dropout:*": (
+        f"variants.dora.{check}:*": (
             "DoRALinear (tuner/dora.py) rescales W x whole; DoRA's authors, and PEFT after them, "
             "rescale what is left of it by dropout"
         )
-        for check in ("forward", "vjp")
+        for check in ("forward.dropout", "vjp.dropout", "forward.all", "vjp.all")
     }
 
     def lora_linear(self, x: Any, W: Any, A: Any, B: Any, **settings: Any) -> np.ndarray:

@@ -114,7 +114,7 @@ class Peft(Layer):
         for check in checks
     }
     known |= {
-        "variants.dora.vector:*": _VECTOR,
+        "variants.dora.vector*": _VECTOR,
         "init.orthogonal:float64": _FLOAT32_START,
         "optimizer.cosine.past:*": _COSINE_RISES,
         "variants.dora.vjp.evaluation:bfloat16": _BIAS_THRICE,
