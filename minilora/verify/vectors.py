@@ -93,11 +93,13 @@ _SIZES = (
     ("float64", 9),
 )
 _SHAPES = tuple(("float32", number) for number in (6, 8, 11, 13))
-"""One token, a batch of one, two axes of batches, and sides and a rank beyond a kernel's tiles."""
+"""One token, a batch of one, two axes of batches, and sides and a rank beyond a kernel's tiles,
+with as many tokens as features. The number 20 has a B that is nearly 0."""
 
 DRAWS: dict[str, tuple[tuple[str, int], ...]] = {
-    "linear.forward": _SIZES + _SHAPES,
-    "linear.vjp": _SIZES + _SHAPES,
+    "linear.forward": (*_SIZES, *_SHAPES, ("float32", 20)),
+    "linear.vjp": (*_SIZES, *_SHAPES, ("float32", 20)),
+    "linear.forward.bias": (*_SIZES, ("float32", 13)),
     "merge.weight": (*_SIZES, *_SHAPES[2:], ("float32", 9)),
     "linear.forward*": _SIZES,
     "linear.vjp*": _SIZES,
