@@ -35,7 +35,7 @@ PACKAGE = "package:"
 """What the names of models that an installed package holds begin with."""
 
 DOORS: Mapping[str, Any] = {".gguf": gguf, ".npz": glassllm}
-"""The modules that read a model which is one file, by how its name ends."""
+"""The modules that read a model which is one file, by how its name ends; see `door`."""
 
 BASE = "base"
 """The folder, in an adapter's, of the model that it acts on, where that is not the one given."""
@@ -74,7 +74,7 @@ class Base:
     @cached_property
     def kept(self) -> dict[str, Any]:
         """What changed weights keep of this model's settings."""
-        if self.path.suffix == ".gguf":
+        if door(self.path) is gguf:
             return gguf.kept_settings(self.path)
         return kept_settings(self.path) if self.path.is_dir() else {}
 
@@ -84,8 +84,8 @@ class Base:
 
         Errors: FormatError where the files have none; ImportError without the library for it.
         """
-        if self.path.suffix in DOORS:
-            tokenizer: Tokenizer = DOORS[self.path.suffix].read_tokenizer(self.path)
+        if (module := door(self.path)) is not None:
+            tokenizer: Tokenizer = module.read_tokenizer(self.path)
             return tokenizer
         return read_tokenizer(self.path)
 
@@ -104,10 +104,15 @@ class Base:
         return sha.hexdigest()
 
 
+def door(path: Path) -> Any:
+    """The module of `DOORS` that reads the model there, or None: a folder is one by any name."""
+    return None if path.is_dir() else DOORS.get(path.suffix)
+
+
 def models_in(folder: Path) -> list[Path]:
     """The models in a folder and two deep in it: files of `DOORS`, and Hugging Face's folders."""
     depths = [folder, *folder.glob("*/"), *folder.glob("*/*/")]
-    found = {file for at in depths for kind in DOORS for file in at.glob(f"*{kind}")}
+    found = {file for at in depths for file in at.glob("*.*") if door(file) is not None}
     whole = {
         at for at in depths if (at / "config.json").is_file() and any(at.glob("*.safetensors"))
     }
@@ -168,10 +173,11 @@ def open_base(
         path = reference.folder() / name.removeprefix(REFERENCE) / "base"
     if name.startswith(PACKAGE):
         path = packaged(name)
-    if path.suffix == ".gguf":
+    module = door(path)
+    if module is gguf:
         c, W = gguf.read_model(path, dtype, keep_quantised=quantised)
-    elif path.suffix == ".npz":
-        c, W = glassllm.read_model(path, dtype)
+    elif module is not None:
+        c, W = module.read_model(path, dtype)
     else:
         if not path.is_dir():
             expected = f"a model folder, a .gguf file, {REFERENCE}NAME or {PACKAGE}NAME"
@@ -224,7 +230,7 @@ def kind_of(path: Path) -> str:
 
     Errors: FormatError for what is none of them.
     """
-    if path.suffix == ".gguf":
+    if door(path) is gguf:
         return "gguf"
     found = [kind for kind, file in KINDS.items() if (path / file).is_file()]
     if len(found) != 1:
@@ -316,7 +322,7 @@ def copy_tokenizer(base: Base, folder: Path | str) -> None:
     Errors: OSError where the disk is full or closed; of such a file those of its tokenizer.
     """
     folder = Path(folder)
-    if base.path.suffix in DOORS:
+    if door(base.path) is not None:
         made = cast(Library, base.tokenizer).files()
         write_files(folder, {name: partial(pack_json, said) for name, said in made.items()})
     elif base.path.is_dir() and base.path.resolve() != folder.resolve():

@@ -1,7 +1,9 @@
 """The commands of fine-tuning: what each prints and leaves, and how it refuses."""
 
+import errno
 import json
 import re
+import shutil
 import struct
 import sys
 import tomllib
@@ -428,7 +430,8 @@ def test_a_model_without_a_tokenizer_is_merged_and_says_so(minilora, trained, tm
     gguf.write_model("m.gguf", base.config, base.weights)
     command = ("merge", "--adapter", trained / "llama", "--output")
     status, out, err = minilora(*command, "merged", "--model", "m.gguf")
-    assert (status, err) == (0, "")
+    assert status == 0
+    assert err.startswith("note: ")  # the run had other files
     assert "merged: no tokenizer beside the model: m.gguf: tokenizer.ggml.model: found no_" in out
     assert {path.name for path in Path("merged").iterdir()} == {"config.json", huggingface.WEIGHTS}
     _, out, _ = minilora(*command, "other")
@@ -951,3 +954,54 @@ def test_a_model_that_the_adapter_was_not_trained_on_is_told(minilora, trained, 
 def test_the_base_of_loftq_is_its_own(minilora):
     assert minilora("train", "--output", "run", "--steps", "1", "--variant", "loftq")[0] == 0
     assert minilora("inspect", "run")[::2] == (0, "")
+
+
+def test_merge_leaves_a_folder_that_holds_files_as_it_is(minilora, trained, tmp_path):
+    """Those of another model would be lost, or read as a part of what is merged."""
+    model = tmp_path / "model"
+    shutil.copytree(reference.folder() / "gpt2/base", model)
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    command = ("merge", "--adapter", trained / "llama", "--output")
+    status, _, err = minilora(*command, "model")
+    assert status == 2
+    assert "--output model: found chat_template.jinja, config.json" in err
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    (tmp_path / "empty").mkdir()
+    assert minilora(*command, "empty")[0] == 0
+
+
+def test_no_adapter_is_written_beside_one_of_the_other_format(minilora, trained, tmp_path):
+    for one, other in (("mlx", "peft"), ("peft", "mlx")):
+        command = ("convert", trained / "llama", "--output", f"{one}-first", "--to")
+        assert minilora(*command, one)[0] == 0
+        folder = tmp_path / f"{one}-first"
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        status, _, err = minilora(*command, other)
+        assert status == 3
+        assert "no weights but those written; remove them first" in err
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_folder_may_be_called_as_a_file_is(minilora, trained):
+    run = ("train", "--steps", 1, "--output")
+    assert minilora(*run, "run.gguf")[0] == 0
+    assert minilora("inspect", "run.gguf")[0] == 0
+    assert minilora(*run, "full.npz", "--full")[0] == 0
+    assert minilora("merge", "--adapter", trained / "llama", "--output", "merged.npz")[0] == 0
+    for model in ("full.npz", "merged.npz"):
+        assert minilora("generate", "--model", model, "--prompt", "3", "--tokens", 2)[0] == 0
+    assert minilora("train", "--steps", 1, "--model", "merged.npz", "--data", "task:running-sum",
+                    "--output", "again.npz", "--full")[0] == 0  # fmt: skip
+    assert open_base("again.npz").tokenizer.encode("3")
+
+
+def test_a_disk_that_is_full_is_told_with_the_file(minilora, trained, monkeypatch, tmp_path):
+    def full(path, data):
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    status, _, err = minilora("merge", "--adapter", trained / "llama", "--output", "merged")
+    assert status == 1
+    assert re.search(r"minilora merge: merged/\S+: File too large", err)
+    assert not (tmp_path / "merged").exists()

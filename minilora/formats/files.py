@@ -305,9 +305,13 @@ def write_files(
     beside = {name: folder / f".{name}.{os.urandom(4).hex()}" for name in files}
     try:
         for name, data in files.items():
-            beside[name].write_bytes(data())
-            if durable:
-                _flush(beside[name])
+            whole = data()
+            try:
+                beside[name].write_bytes(whole)
+                if durable:
+                    _flush(beside[name])
+            except OSError as error:  # the system names no file where it is the writing that fails
+                raise OSError(error.errno, error.strerror, str(folder / name)) from error
         for name, temporary in beside.items():
             os.replace(temporary, folder / name)
         if durable:

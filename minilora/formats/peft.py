@@ -860,7 +860,8 @@ def write_adapter(
 
     Errors: FormatError if ``lora``, ``tuning`` and W do not agree; for what PEFT has no place or
     another function for; if a part of a module is trained that PEFT saves as a whole, or GPT-2's
-    embedding, which PEFT cannot tie to its head; if the folder holds another adapter's weights.
+    embedding, which PEFT cannot tie to its head; if the folder holds another adapter's weights,
+    in PEFT's format or MLX's.
     """
     folder = Path(path)
     possible = c.matrices()
@@ -902,7 +903,7 @@ def write_adapter(
         WEIGHTS: partial(pack, folder / WEIGHTS, tensors, {"format": "pt"}),
         CONFIG: partial(pack_json, settings),
     }
-    write_files(folder, files, stale=r"adapter_model\..*")
+    write_files(folder, files, stale=r"(adapter_model|adapters)\..*")
 
 
 def _check_written(
