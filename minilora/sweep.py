@@ -119,7 +119,7 @@ class Row:
     def judged(self) -> float:
         """What cells are compared by: ``valid``, or else ``loss``; infinite where it diverged."""
         found = self.loss if self.valid is None else self.valid
-        return math.inf if self.why or found is None else found
+        return math.inf if self.why or found is None or not math.isfinite(found) else found
 
 
 _stopped = threading.Event()
@@ -131,8 +131,9 @@ def _begin_worker() -> None:
     _stopped.clear()
 
     def stop(number: int, frame: Any) -> None:
-        if not _stopped.is_set():  # a second one would cut short what the first one has saved
-            _stopped.set()
+        first = not _stopped.is_set()  # a second one would cut short what the first one has saved
+        _stopped.set()
+        if first and _working.locked():  # a worker that waits for work is ended by its pool
             raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, stop)
@@ -152,13 +153,12 @@ def _end_with_parent() -> None:
 
 
 def _work(work: Callable[[Any], Any], item: Any) -> Any:
-    if _stopped.is_set():
+    try:
+        # What overflows is found in the results.
+        with _working, blas_threads(1), np.errstate(all="ignore"):
+            return None if _stopped.is_set() else work(item)
+    except KeyboardInterrupt:
         return None
-    with _working, blas_threads(1):
-        try:
-            return work(item)
-        except KeyboardInterrupt:
-            return None
 
 
 def in_processes(
@@ -266,15 +266,19 @@ def sweep(
         prepare(base, read, setting.at(cell), setting.data, **dict(setting.reading))
     now = {**setting.record(), "base": base.digest, "digest": read.digest, "minilora": __version__}
     now = json.loads(json.dumps(now))
-    if (out / TABLE).is_file():
-        before = read_json(out / TABLE).get("setting", {})
+    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if TABLE in there and len(there) > 1:  # alone it says what was wanted, and nothing was done
+        before = read_json(out / TABLE).get("setting")
+        if not isinstance(before, dict):
+            remedy = "it is damaged: choose a new folder"
+            raise FormatError(out / TABLE, "setting", before, "an object", remedy)
         names = sorted(name for name in now if before.get(name) != now[name])
         if names:
             told = "; ".join(
                 f"{name}: {before.get(name)!r} then, {now[name]!r} now" for name in names
             )
             raise Refused(f"{out}: the sweep of another setting ({told}); choose a new folder")
-    elif out.is_dir() and any(out.iterdir()):
+    elif there - {TABLE}:
         raise Refused(f"{out}: there are files already, of no sweep; choose a new folder")
     rows = {cell: row for cell in cells if (row := _kept(out / cell.name))}
 

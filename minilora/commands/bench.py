@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from minilora.console import HOLDS, NOT_LOADED, USAGE, refuse, say, split
+from minilora.console import HOLDS, NOT_LOADED, USAGE, answer, refuse, say, split
 
 ROUNDS, FEWER = 15, 3
 
@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
         "3 the library, or what else the other side needs, is not installed.",
         allow_abbrev=False,
     )
-    bench.set_defaults(run=run, parser=bench)
+    bench.set_defaults(run=answer("bench", run), parser=bench)
     option = bench.add_argument
     option(
         "--peer",
@@ -71,7 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     sizes = split(arguments.size) or (["tiny", "small"] if arguments.quick else list(SIZES))
     peers = split(arguments.peer) or ["peft"]
     threads = split(arguments.threads) or ["1"]
-    rounds = arguments.rounds or (FEWER if arguments.quick else ROUNDS)
+    usual = FEWER if arguments.quick else ROUNDS
+    rounds = usual if arguments.rounds is None else arguments.rounds
     kinds = split(arguments.kind) or list(KINDS)
     chosen = (("kind", kinds, KINDS), ("size", sizes, SIZES), ("peer", peers, SIDES))
     for option, given, known in chosen:

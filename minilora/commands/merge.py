@@ -51,6 +51,8 @@ def _run(arguments: argparse.Namespace) -> int:
         like = base.path if door(base.path) is gguf else None
         length = base.kept.get("max_position_embeddings", gguf.CONTEXT)
         gguf.write_model(arguments.output, c, merged, like=like, context=length)
+        if arguments.dtype == "float64":
+            say(f"{arguments.output}: in float32, the widest that llama.cpp computes with\n")
         if like is None:
             say(f"{arguments.output}: no tokenizer in it: {base.name} has none of a GGUF file's\n")
     else:

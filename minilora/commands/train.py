@@ -15,6 +15,7 @@ from minilora.console import (
     INTERRUPTED,
     add_command,
     add_model,
+    at_least,
     say,
     sigterm_interrupts,
     steps_bar,
@@ -49,7 +50,8 @@ def add(commands: Any) -> None:
         "--targets",
         default="all-linear",
         metavar="NAMES",
-        help="q,v,... or an expression for whole names, such as 'layers.0.*' (default: all-linear)",
+        help="q,v,... or an expression for whole names, such as 'layers\\.0\\..*' "
+        "(default: all-linear)",
     )
     option("--variant", default="lora", metavar="NAME", help="as minilora variants lists them")
     option("--full", action="store_true", help="train every weight and no adapter: the baseline")
@@ -84,6 +86,14 @@ def add(commands: Any) -> None:
     option("--overwrite", action="store_true", help="replace the run in OUT")
 
 
+LEAST = {
+    **dict.fromkeys(("rank", "epochs", "steps", "batch_tokens", "accumulate", "threads"), 1),
+    **dict.fromkeys(("save_every", "valid_every"), 1),
+    **dict.fromkeys(("warmup", "seed"), 0),
+    "length": 2,
+}
+"""What the numbers of these options are at least."""
+
 OF_ADAPTERS = ("rank", "alpha", "dropout", "targets", "variant", "lora_plus")
 """What says nothing where every weight is trained."""
 
@@ -96,6 +106,9 @@ def recipe_of(arguments: argparse.Namespace, task: str) -> Recipe:
     from minilora.train import Recipe
 
     usual = {f.name: f.default for f in fields(Recipe)} | {"alpha": None}
+    # The default itself, and no 1 that was given, leaves the ratio to the variant.
+    if arguments.lora_plus is arguments.parser.get_default("lora_plus"):
+        arguments.lora_plus = None
     for name in OF_ADAPTERS if arguments.full else ():
         if (value := getattr(arguments, name)) != usual[name]:
             option = f"--{name.replace('_', '-')}"
@@ -127,6 +140,25 @@ def data_of(base: Base, data: str | None, task: str | None) -> tuple[str, str]:
     return data, task or ("lm" if base.config.causal else "classify")
 
 
+WIDE, FAST = 64, 1
+"""A scale and a rate above these are no usual ones: a half of them helps no more than all."""
+
+
+def _way_on(recipe: Recipe) -> str:
+    """What to do after a divergence."""
+    scale = recipe.alpha / recipe.rank
+    if not recipe.full and scale > WIDE:
+        return (
+            f"the scale, alpha / rank, is {scale:g}: begin anew with a smaller --alpha, such as "
+            f"{2 * recipe.rank}"
+        )
+    lr = recipe.lr / 4 if recipe.lr <= FAST else 1e-4 if recipe.full else 1e-3
+    return (
+        f"go on from there with a smaller rate, --resume --accept-changes --lr {lr:g}, or begin "
+        "anew with --warmup, a smaller --lr or --clip"
+    )
+
+
 def _run(arguments: argparse.Namespace) -> int:
     import numpy as np
 
@@ -135,6 +167,9 @@ def _run(arguments: argparse.Namespace) -> int:
     from minilora.steps import Plan, warm_memory
     from minilora.train import fit, micro_batches, plot, prepare
 
+    at_least(arguments, **LEAST)
+    if not arguments.save_minutes > 0:
+        raise ValueError(f"--save-minutes {arguments.save_minutes:g}: expected more than 0")
     name, dtype = arguments.model or "reference:llama", np.dtype(arguments.dtype)
     base = open_base(name, dtype, quantised=arguments.recompute)
     path, task = data_of(base, arguments.data, arguments.task)
@@ -195,17 +230,16 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"interrupted; {what}; go on with --resume", file=sys.stderr)
             return INTERRUPTED
         print(
-            f"minilora train: diverged at {outcome.why}; {what}; go on from there with a smaller "
-            f"rate, --resume --accept-changes --lr {recipe.lr / 4:g}, or begin anew with "
-            "--warmup, a smaller --lr or --clip",
-            file=sys.stderr,
+            f"minilora train: diverged at {outcome.why}; {what}; {_way_on(recipe)}", file=sys.stderr
         )
         return DEVIATES
     if "loss" in last:
         valid = f", {last['valid_loss']:.4f} in validation" if "valid_loss" in last else ""
         say(f"step {step} of {outcome.steps}: loss {last['loss']:.4f}{valid}\n")
     else:
-        say(f"step {step} of {outcome.steps}: there was nothing left to do\n")
+        say(
+            f"{out} is at step {step}, and {outcome.steps} were asked for: nothing was left to do\n"
+        )
     say(f"{out}: {'a model' if recipe.full else 'an adapter'}\n")
     try:
         plot(out)
