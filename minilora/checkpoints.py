@@ -122,8 +122,11 @@ def load(path: Path | str) -> State:
     right = all(shapes[part] == (params if counts["t"] else {}) for part in ("m", "v"))
     right &= all(shapes[part].items() <= params.items() for part in ("mean", "spread"))
     right &= {f"{at}.E": shape for at, shape in shapes["keep"].items()}.items() <= params.items()
+    numbers_of = [array for part, own in held.items() if part != "keep" for array in own.values()]
+    right &= {array.dtype.kind for array in numbers_of} <= {"f"}
+    right &= len({array.dtype for array in numbers_of}) <= 1
     if not right:
-        found_ = "means of other parameters, or of other shapes"
+        found_ = "means of other parameters, or of other shapes or dtypes"
         raise FormatError(path, "tensors", found_, "those of what is trained", remedy)
     adam = AdamState(counts.pop("t"), held["m"], held["v"])
     keep = {at: array.astype(bool) for at, array in held["keep"].items()}

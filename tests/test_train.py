@@ -573,12 +573,14 @@ def test_a_mean_of_another_shape_is_a_damage(part, tmp_path):
         last = checkpoints.save(tmp_path, whole)
     with safe_open(last, framework="np") as file:
         metadata = file.metadata()
-    for name, array in {f"{part}.q.A": np.ones((2, 4)), f"{part}.z": np.ones((2, 1))}.items():
+    A, z = f"{part}.q.A", f"{part}.z"
+    dtypes = [(A, np.ones((2, 3), dtype)) for dtype in (np.float32, np.int32)]
+    for name, array in [(A, np.ones((2, 4))), (z, np.ones((2, 1))), *dtypes]:
         if name != "keep.q.A":
             write_tensors(last, read_tensors(last) | {name: array}, metadata)
             state, wrong = checkpoints.newest(tmp_path)
             assert state.step == 1
-            assert "means of other parameters, or of other shapes" in str(wrong[0])
+            assert "means of other parameters, or of other shapes or dtypes" in str(wrong[0])
             checkpoints.save(tmp_path, whole)
 
 
