@@ -126,6 +126,19 @@ _stopped = threading.Event()
 _working = threading.Lock()
 
 
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+"""The signals that stop a worker."""
+
+
+def _mask(how: str) -> None:
+    """Has the signals that stop wait, ``SIG_BLOCK``, or come, where the system can have them wait.
+
+    A process that is started takes this over: a signal waits until there is somebody to heed it.
+    """
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(getattr(signal, how), _STOPS)
+
+
 def _begin_worker() -> None:
     """A worker leaves its linear algebra one thread, and is stopped by the first signal alone."""
     _stopped.clear()
@@ -136,8 +149,9 @@ def _begin_worker() -> None:
         if first and _working.locked():  # a worker that waits for work is ended by its pool
             raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    for number in _STOPS:
+        signal.signal(number, stop)
+    _mask("SIG_UNBLOCK")
     threading.Thread(target=_end_with_parent, daemon=True).start()
     warm_memory()
 
@@ -178,7 +192,11 @@ def in_processes(
     most = max(1, min(jobs, len(items)))
     with ProcessPoolExecutor(most, mp_context=context, initializer=_begin_worker) as pool:
         before = set(multiprocessing.active_children())
-        waiting = {pool.submit(_work, work, item): i for i, item in enumerate(items)}
+        _mask("SIG_BLOCK")
+        try:
+            waiting = {pool.submit(_work, work, item): i for i, item in enumerate(items)}
+        finally:
+            _mask("SIG_UNBLOCK")
         own = set(multiprocessing.active_children()) - before
         try:
             for done in as_completed(waiting):

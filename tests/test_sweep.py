@@ -226,6 +226,13 @@ def test_whoever_leaves_early_does_not_wait_for_the_work():
     following.close()
 
 
+def test_a_worker_that_is_stopped_says_nothing(capfd):
+    """Whether it works, waits for work, or is not there yet."""
+    with pytest.raises(Diverged, match="step -1: below zero"):
+        list(in_processes(square, [-1] * 4, 4))
+    assert capfd.readouterr().err == ""
+
+
 def one_then_slow(x):
     if x:
         slow(x)
