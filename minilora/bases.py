@@ -35,7 +35,7 @@ PACKAGE = "package:"
 """What the names of models that an installed package holds begin with."""
 
 DOORS: Mapping[str, Any] = {".gguf": gguf, ".npz": glassllm}
-"""The modules that read a model which is one file, by how its name ends."""
+"""The modules that read a model which is one file, by how its name ends; see `door`."""
 
 BASE = "base"
 """The folder, in an adapter's, of the model that it acts on, where that is not the one given."""
@@ -74,7 +74,7 @@ class Base:
     @cached_property
     def kept(self) -> dict[str, Any]:
         """What changed weights keep of this model's settings."""
-        if self.path.suffix == ".gguf":
+        if door(self.path) is gguf:
             return gguf.kept_settings(self.path)
         return kept_settings(self.path) if self.path.is_dir() else {}
 
@@ -84,8 +84,8 @@ class Base:
 
         Errors: FormatError where the files have none; ImportError without the library for it.
         """
-        if self.path.suffix in DOORS:
-            tokenizer: Tokenizer = DOORS[self.path.suffix].read_tokenizer(self.path)
+        if (module := door(self.path)) is not None:
+            tokenizer: Tokenizer = module.read_tokenizer(self.path)
             return tokenizer
         return read_tokenizer(self.path)
 
@@ -104,10 +104,15 @@ class Base:
         return sha.hexdigest()
 
 
+def door(path: Path) -> Any:
+    """The module of `DOORS` that reads the model there, or None: a folder is one by any name."""
+    return None if path.is_dir() else DOORS.get(path.suffix)
+
+
 def models_in(folder: Path) -> list[Path]:
     """The models in a folder and two deep in it: files of `DOORS`, and Hugging Face's folders."""
     depths = [folder, *folder.glob("*/"), *folder.glob("*/*/")]
-    found = {file for at in depths for kind in DOORS for file in at.glob(f"*{kind}")}
+    found = {file for at in depths for file in at.glob("*.*") if door(file) is not None}
     whole = {
         at for at in depths if (at / "config.json").is_file() and any(at.glob("*.safetensors"))
     }
@@ -117,9 +122,18 @@ def models_in(folder: Path) -> list[Path]:
 def package_folder(name: str, remedy: str) -> Path:
     """The folder of an installed package, which is not imported.
 
-    Errors: ImportError with the remedy.
+    Errors: ImportError with the remedy; FormatError for what is no package.
     """
-    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    named = f"{PACKAGE}{name}"
+    if not name.isidentifier():
+        raise FormatError(named, "package", "no name of one", "a package's name", "correct it")
+    try:
+        found = importlib.util.find_spec(name)
+        alone = found is not None and found.submodule_search_locations is None
+    except ValueError:  # __main__, which was found by no name
+        found, alone = None, True
+    if alone:
+        raise FormatError(named, "package", "a module", "a package, a folder", "name another")
     if found is None or found.origin is None:
         raise ImportError(f"the package {name} is not installed: {remedy}")
     return Path(found.origin).parent
@@ -168,10 +182,11 @@ def open_base(
         path = reference.folder() / name.removeprefix(REFERENCE) / "base"
     if name.startswith(PACKAGE):
         path = packaged(name)
-    if path.suffix == ".gguf":
+    module = door(path)
+    if module is gguf:
         c, W = gguf.read_model(path, dtype, keep_quantised=quantised)
-    elif path.suffix == ".npz":
-        c, W = glassllm.read_model(path, dtype)
+    elif module is not None:
+        c, W = module.read_model(path, dtype)
     else:
         if not path.is_dir():
             expected = f"a model folder, a .gguf file, {REFERENCE}NAME or {PACKAGE}NAME"
@@ -224,8 +239,12 @@ def kind_of(path: Path) -> str:
 
     Errors: FormatError for what is none of them.
     """
-    if path.suffix == ".gguf":
+    if door(path) is gguf:
         return "gguf"
+    if path.is_file():
+        remedy = "give the folder that it is in, if that is an adapter's"
+        expected = "an adapter's folder, or a .gguf file"
+        raise FormatError(path, "adapter", "another file", expected, remedy)
     found = [kind for kind, file in KINDS.items() if (path / file).is_file()]
     if len(found) != 1:
         there = "both" if found else "neither"
@@ -256,12 +275,38 @@ def open_adapted(base: Base, adapter: str | None = None, dtype: Any = np.float32
 def told(adapter: str | None) -> dict[str, Any]:
     """What the run that made the adapter says, ``run.json``, or nothing."""
     path = adapter_path(adapter or "") / MANIFEST
-    run = read_json(path) if adapter is not None and path.is_file() else {}
+    return read_run(path) if adapter is not None and path.is_file() else {}
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """What a run's ``run.json`` says, each part that is read of the kind that is expected.
+
+    Errors: FormatError for a damaged file.
+    """
+    run = read_json(path)
+    remedy = "it is damaged: remove it, and name the model and the data"
     for part in ("settings", "model", "data"):
-        if not isinstance(run.get(part, {}), dict):
-            remedy = "it is damaged: remove it, and name the model and the data"
+        if not isinstance(run.setdefault(part, {}), dict):
             raise FormatError(path, part, run[part], "an object", remedy)
+    for part, key, kind, expected in _SAID:
+        value = run[part].get(key)
+        inside = value if isinstance(value, list) else ()
+        fits = isinstance(value, kind) and all(isinstance(one, str) for one in inside)
+        if key in run[part] and not fits:
+            raise FormatError(path, f"{part}.{key}", value, expected, remedy)
     return run
+
+
+_SAID: tuple[tuple[str, str, Any, str], ...] = (
+    ("model", "name", str, "a text"),
+    ("data", "name", str, "a text"),
+    ("data", "classes", list, "a list of texts"),
+    ("settings", "task", str, "a text"),
+    ("settings", "valid", float | int, "a number"),
+    ("settings", "seed", int, "a whole number"),
+    ("settings", "length", int, "a whole number"),
+)
+"""What is read of a run's file, by part and name, with the kind that it is of."""
 
 
 def classes_of(adapter: str | None) -> tuple[str, ...] | None:
@@ -275,9 +320,12 @@ def base_of(model: str | None, adapter: str | None, dtype: Any = np.float32) -> 
     Errors: FormatError as :func:`open_base` has it; where neither names a model; for another model
     than the adapter's own, where the run has written that.
     """
-    if adapter is not None and not adapter_path(adapter).exists():
-        remedy = "check the path"
-        raise FormatError(adapter_path(adapter), "adapter", "nothing there", "an adapter", remedy)
+    if adapter is not None:
+        path = adapter_path(adapter)
+        if not path.exists():
+            expected = "an adapter"
+            raise FormatError(path, "adapter", "nothing there", expected, "check the path")
+        kind_of(path)  # what is no adapter is told before what it lacks
     run = told(adapter)
     if run.get("base"):
         own = adapter_path(adapter or "") / BASE
@@ -316,7 +364,7 @@ def copy_tokenizer(base: Base, folder: Path | str) -> None:
     Errors: OSError where the disk is full or closed; of such a file those of its tokenizer.
     """
     folder = Path(folder)
-    if base.path.suffix in DOORS:
+    if door(base.path) is not None:
         made = cast(Library, base.tokenizer).files()
         write_files(folder, {name: partial(pack_json, said) for name, said in made.items()})
     elif base.path.is_dir() and base.path.resolve() != folder.resolve():

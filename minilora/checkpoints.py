@@ -5,7 +5,9 @@ the dropout masks are functions of the seed and the step, and all the rest is in
 """
 
 import json
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -93,8 +95,9 @@ def clean(folder: Path | str) -> None:
 def load(path: Path | str) -> State:
     """The state in the file.
 
-    Errors: FormatError as :func:`minilora.formats.files.read_tensors` has it, and for a file that
-    is no checkpoint.
+    Errors: FormatError as :func:`minilora.formats.files.read_tensors` has it; for a file that is no
+    checkpoint; for counts that no run has, or another step's than its name says; for means of other
+    parameters than those that are trained.
     """
     remedy = "remove this checkpoint, and the run goes on from the one before"
     found = read_tensors(path)
@@ -105,20 +108,49 @@ def load(path: Path | str) -> State:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         expected = "the counts of a run"
         raise FormatError(path, "metadata", repr(error), expected, remedy) from None
+    if not _possible(counts) or name_of(counts["step"]) != Path(path).name:
+        raise FormatError(path, "metadata", counts, "the counts of that step of a run", remedy)
     held: dict[str, Weights] = {part: {} for part in PARTS}
     for name, array in found.items():
         part, _, at = name.partition(".")
         if part not in held:
             raise FormatError(path, "tensors", name, f"one of {', '.join(PARTS)}", remedy)
         held[part][at] = array
-    means = {part: held[part].keys() for part in ("m", "v")}
-    if any(names != (held["params"].keys() if counts["t"] else set()) for names in means.values()):
-        found_ = "means of other parameters"
+    shapes = {part: {at: array.shape for at, array in own.items()} for part, own in held.items()}
+    params = shapes["params"]
+    # Adam has means of all that is trained; AdaLoRA remembers some of it, and a choice for each E.
+    right = all(shapes[part] == (params if counts["t"] else {}) for part in ("m", "v"))
+    right &= all(shapes[part].items() <= params.items() for part in ("mean", "spread"))
+    right &= {f"{at}.E": shape for at, shape in shapes["keep"].items()}.items() <= params.items()
+    numbers_of = [array for part, own in held.items() if part != "keep" for array in own.values()]
+    right &= {array.dtype.kind for array in numbers_of} <= {"f"}
+    right &= len({array.dtype for array in numbers_of}) <= 1
+    if not right:
+        found_ = "means of other parameters, or of other shapes or dtypes"
         raise FormatError(path, "tensors", found_, "those of what is trained", remedy)
     adam = AdamState(counts.pop("t"), held["m"], held["v"])
     keep = {at: array.astype(bool) for at, array in held["keep"].items()}
     importance = Importance(held["mean"], held["spread"], keep)
     return State(held["params"], adam, **counts, importance=importance)
+
+
+def _possible(counts: Mapping[str, Any]) -> bool:
+    """Whether a run can have these counts.
+
+    Each step makes one of Adam's, takes a token at least, and ends an epoch at most.
+    """
+    whole = [counts[name] for name in (*COUNTS, "t")]
+    if not all(type(n) is int and n >= 0 for n in whole):
+        return False
+    step, epoch, position, tokens, t = whole
+    first = counts["first"]
+    known = type(first) is float and math.isfinite(first)
+    return (
+        t == step
+        and epoch <= step <= tokens
+        and position <= tokens < 2**63
+        and (first is None if step == 0 else known)
+    )
 
 
 def newest(folder: Path | str) -> tuple[State | None, list[FormatError]]:

@@ -29,8 +29,16 @@ def refuse(message: str, command: str) -> int:
     return USAGE
 
 
+def open_streams() -> None:
+    """Where a stream was closed, what goes to it goes nowhere, and no other file gets its place."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
+
+
 def say(text: str) -> None:
     """Prints in whatever encoding the reader has, and lets a reader leave early."""
+    open_streams()
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
@@ -110,6 +118,7 @@ def stdout_on_stderr() -> Iterator[None]:
 @contextlib.contextmanager
 def progress_bar(unit: str = "cases") -> Iterator[Progress | None]:
     """A bar on standard error where that is a terminal."""
+    open_streams()
     if not sys.stderr.isatty():
         yield None
         return
@@ -135,6 +144,7 @@ def steps_bar() -> Iterator[Callable[[Mapping[str, Any], int], None] | None]:
     It begins at the step from which the run goes on, and shows the time left, the loss, the last
     one in validation, the tokens a second and the memory. It takes what the terminal has of room.
     """
+    open_streams()
     if not sys.stderr.isatty():
         yield None
         return
@@ -194,13 +204,19 @@ def answer(command: str, run: Callable[[argparse.Namespace], int]) -> Any:
     """``run`` as a command: what it raises becomes a message and an exit status.
 
     A file or a target that cannot be read, or a library that is not installed, is `NOT_LOADED`; a
-    setting that cannot be is `USAGE`; a disk that is full or closed, or numbers that are none,
+    setting that cannot be is `USAGE`; a disk or memory that is full, or numbers that are none,
     `DEVIATES`.
     """
 
     def guarded(arguments: argparse.Namespace) -> int:
+        import numpy as np
+
         try:
-            return run(arguments)
+            open_streams()
+            _check_texts(arguments)
+            # What overflows is found in the results, and told in words.
+            with np.errstate(all="ignore"):
+                return run(arguments)
         except _not_loaded() as error:
             print(f"minilora {command}: {error}", file=sys.stderr)
             return NOT_LOADED
@@ -212,6 +228,11 @@ def answer(command: str, run: Callable[[argparse.Namespace], int]) -> Any:
             return DEVIATES
         except ArithmeticError as error:
             print(f"minilora {command}: {error}", file=sys.stderr)
+            return DEVIATES
+        except MemoryError as error:
+            remedy = "take a smaller model or rank, or shorter texts"
+            said = f"there is not enough memory: {str(error) or 'none is left'}; {remedy}"
+            print(f"minilora {command}: {said}", file=sys.stderr)
             return DEVIATES
 
     return guarded
@@ -225,15 +246,35 @@ def _not_loaded() -> tuple[type[Exception], ...]:
     return FormatError, ImportError, LoadError
 
 
+TEXTS = ("prompt", "chat")
+"""The options whose values are texts for a model, which may be empty."""
+
+
+def _check_texts(arguments: argparse.Namespace) -> None:
+    """Errors: ValueError for an option without its value, or a text that is none."""
+    for name, value in vars(arguments).items():
+        option = f"--{name.replace('_', '-')}"
+        if value == "" and name not in TEXTS:
+            raise ValueError(f"{option} '': expected a value; leave it out, or give one")
+        if name in TEXTS and value is not None:
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{option} {value!r}: expected a text in UTF-8") from None
+
+
 def at_least(arguments: argparse.Namespace, **least: int) -> None:
     """Refuses an option's number, where it is given, that is less than what makes sense.
+
+    More than 64 bits hold is no number of anything, either.
 
     Errors: ValueError that names the option.
     """
     for name, low in least.items():
         value = getattr(arguments, name)
-        if value is not None and value < low:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {low} or more")
+        if value is not None and not low <= value < 2**63:
+            expected = f"{low} or more" if value < low else "less than 2**63"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {expected}")
 
 
 class _Help(argparse.HelpFormatter):

@@ -78,8 +78,9 @@ class Skipped(NamedTuple):
 class Data:
     """Examples to train on, to validate and to test with, and where they came from.
 
-    ``skipped`` are the lines left out, ``cut`` is how many examples were longer than the length and
-    lost their end, ``digest`` identifies what was read, ``classes`` names the labels in order.
+    ``skipped`` are the lines left out, ``cut`` is how many of those to train on were longer than
+    the length and lost their end, ``digest`` identifies what was read, ``classes`` names the labels
+    in order.
     """
 
     train: list[Example]
@@ -163,7 +164,7 @@ def read(
     if "valid" not in rows and valid:
         rows |= _divided(rows["train"], valid, seed)
     found = {split: [e for row in rows.get(split, []) for e in row.examples] for split in SPLITS}
-    cut = sum(row.cut for some in rows.values() for row in some)
+    cut = sum(row.cut for row in rows["train"])
     digest = _digest(reader.digests)
     return Data(
         found["train"], found["valid"], found["test"], tuple(reader.skipped), digest, learned, cut
@@ -378,13 +379,15 @@ class _Reader:
         return tuple(map(str, sorted(labels)))
 
     def label(self, rows: list[_Row], classes: tuple[str, ...]) -> list[_Row]:
-        """The lines with their classes' numbers, found by name, or else by the number itself."""
+        """The lines with their classes' numbers, found by name.
+
+        A number is a name too: where none of a model's classes is called so, nothing says which
+        one it means.
+        """
         numbers = {name: i for i, name in enumerate(classes)}
         labelled = []
         for row in rows:
             number = numbers.get(str(row.label))
-            if number is None and type(row.label) is int and 0 <= row.label < len(classes):
-                number = row.label
             if number is None:
                 expected = f"one of the classes trained on, {listed(classes, 20)}"
                 self._refuse(row.path, row.line, _Wrong(f"label {row.label!r}", expected))
@@ -404,15 +407,19 @@ class _Reader:
         """The tokens of texts that follow one another, none special but those that they spell.
 
         As those of one text if these begin with the tokens of what stands before. Where a token
-        would lie across the border the texts are taken apart: that is what a model meets that is
-        asked the one and answers the other.
+        would lie across the border, or the one text has none, the texts are taken apart: that is
+        what a model meets that is asked the one and answers the other.
         """
         parts: list[list[int]] = []
         before, ids = "", list[int]()
         for text in texts:
             before += text
-            both = self.encode(before)
-            parts.append(both[len(ids) :] if both[: len(ids)] == ids else self.encode(text))
+            try:
+                both = self.encode(before)
+                joined = both[: len(ids)] == ids
+            except _Wrong:  # as where two words without a blank between them are none
+                joined = False
+            parts.append(both[len(ids) :] if joined else self.encode(text))
             ids += parts[-1]
         return parts
 
@@ -687,6 +694,17 @@ TASKS = tuple(SHAPES)
 """To go on with a text, to answer in a chat, to name a text's class, to sum it up."""
 
 
+def _width(lengths: Array, tokens: int) -> int:
+    """How many examples make a window: those of so many batches of the mean length."""
+    return WINDOW * max(1, tokens * len(lengths) // int(lengths.sum()))
+
+
+def one_window(examples: Sequence[Example], tokens: int) -> bool:
+    """Whether :func:`order` sorts all examples at once: each epoch has batches of one shape."""
+    lengths = np.array([len(e.ids) for e in examples], int)
+    return len(lengths) <= _width(lengths, tokens)
+
+
 def order(examples: Sequence[Example], tokens: int, seed: int, epoch: int) -> list[list[int]]:
     """The batches of an epoch, as numbers of examples: each example once, in a shuffled order.
 
@@ -705,7 +723,7 @@ def order(examples: Sequence[Example], tokens: int, seed: int, epoch: int) -> li
     if not len(lengths):
         return []
     shuffled = np.argsort(_keys([seed, 2, epoch], len(lengths)), kind="stable")
-    width = WINDOW * max(1, int(tokens * len(lengths) // lengths.sum()))
+    width = _width(lengths, tokens)
     batches: list[list[int]] = []
     for start in range(0, len(shuffled), width):
         window = shuffled[start : start + width]

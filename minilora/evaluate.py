@@ -11,7 +11,7 @@ import numpy as np
 
 from minilora.data import Example
 from minilora.formats.tokenizers import Tokenizer
-from minilora.generate import generate
+from minilora.generate import fitting, generate
 from minilora.lora import Params, Tuning, project
 from minilora.models import Batch, Config, logits, targets
 from minilora.ops import IGNORED, Array, Back, cross_entropy
@@ -92,12 +92,15 @@ def answers(
 ) -> tuple[list[str], list[str]]:
     """What the model answers, the most probable token each time, and what was to be answered.
 
+    An answer has ``most`` tokens, or those that the model has positions for.
+
     Errors: those of :func:`minilora.generate.generate`.
     """
     written, wanted = [], []
     for example in examples:
         asked, answer = example.parts
-        steps = generate([asked.tolist()], W, c, tuning, most=most, stop=tokenizer.stops)
+        n = fitting(c, len(asked), most)
+        steps = generate([asked.tolist()], W, c, tuning, most=n, stop=tokenizer.stops)
         written.append(tokenizer.decode([token for (token,) in steps if token is not None]))
         wanted.append(tokenizer.decode(answer.tolist()))
     return written, wanted

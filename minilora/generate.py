@@ -89,6 +89,12 @@ def last(b: int) -> Head:
     return head
 
 
+def fitting(c: Config, given: int, most: int) -> int:
+    """How many tokens may follow so many, up to ``most``: one at least, as far as positions go."""
+    read = given + most - 1  # the last one drawn is not
+    return max(1, most - max(0, read - c.tables().get("positions", read)))
+
+
 def generate(
     prompts: Sequence[Sequence[int]],
     W: Params,

@@ -31,7 +31,7 @@ class Plan:
     ``threads``: how many groups run at a time; ``tokens``: about how many a group has, of whole
     sequences and at least one, those of :meth:`size` unless given; ``recompute``: whether a block's
     activations are formed again for its backward, from its input alone, rather than kept.
-    Errors: ValueError if there is no thread or no token.
+    Errors: ValueError if there is no thread, more than a system can have, or no token.
     """
 
     threads: int = 1
@@ -43,11 +43,16 @@ class Plan:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: expected at least 1")
+        if self.threads > MOST:
+            raise ValueError(f"threads is {self.threads}: expected {MOST} at most")
 
     def size(self, d: int) -> int:
         """How many tokens a group has, of a model that is d wide."""
         return self.tokens or max(TOKENS, (ENTRIES if self.threads == 1 else SHARED) // d)
 
+
+MOST = 2**22
+"""Threads that there can be at a time, PID_MAX_LIMIT in Linux; elsewhere there are fewer."""
 
 TOKENS, ENTRIES, SHARED = 256, 3 * 2**14, 2**16
 """Of a group, so many tokens at least, as its calls would cost more than its arithmetic; if these

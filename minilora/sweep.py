@@ -119,11 +119,24 @@ class Row:
     def judged(self) -> float:
         """What cells are compared by: ``valid``, or else ``loss``; infinite where it diverged."""
         found = self.loss if self.valid is None else self.valid
-        return math.inf if self.why or found is None else found
+        return math.inf if self.why or found is None or not math.isfinite(found) else found
 
 
 _stopped = threading.Event()
 _working = threading.Lock()
+
+
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+"""The signals that stop a worker."""
+
+
+def _mask(how: str) -> None:
+    """Has the signals that stop wait, ``SIG_BLOCK``, or come, where the system can have them wait.
+
+    A process that is started takes this over: a signal waits until there is somebody to heed it.
+    """
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(getattr(signal, how), _STOPS)
 
 
 def _begin_worker() -> None:
@@ -131,12 +144,14 @@ def _begin_worker() -> None:
     _stopped.clear()
 
     def stop(number: int, frame: Any) -> None:
-        if not _stopped.is_set():  # a second one would cut short what the first one has saved
-            _stopped.set()
+        first = not _stopped.is_set()  # a second one would cut short what the first one has saved
+        _stopped.set()
+        if first and _working.locked():  # a worker that waits for work is ended by its pool
             raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    for number in _STOPS:
+        signal.signal(number, stop)
+    _mask("SIG_UNBLOCK")
     threading.Thread(target=_end_with_parent, daemon=True).start()
     warm_memory()
 
@@ -152,13 +167,12 @@ def _end_with_parent() -> None:
 
 
 def _work(work: Callable[[Any], Any], item: Any) -> Any:
-    if _stopped.is_set():
+    try:
+        # What overflows is found in the results.
+        with _working, blas_threads(1), np.errstate(all="ignore"):
+            return None if _stopped.is_set() else work(item)
+    except KeyboardInterrupt:
         return None
-    with _working, blas_threads(1):
-        try:
-            return work(item)
-        except KeyboardInterrupt:
-            return None
 
 
 def in_processes(
@@ -178,7 +192,11 @@ def in_processes(
     most = max(1, min(jobs, len(items)))
     with ProcessPoolExecutor(most, mp_context=context, initializer=_begin_worker) as pool:
         before = set(multiprocessing.active_children())
-        waiting = {pool.submit(_work, work, item): i for i, item in enumerate(items)}
+        _mask("SIG_BLOCK")
+        try:
+            waiting = {pool.submit(_work, work, item): i for i, item in enumerate(items)}
+        finally:
+            _mask("SIG_UNBLOCK")
         own = set(multiprocessing.active_children()) - before
         try:
             for done in as_completed(waiting):
@@ -266,15 +284,19 @@ def sweep(
         prepare(base, read, setting.at(cell), setting.data, **dict(setting.reading))
     now = {**setting.record(), "base": base.digest, "digest": read.digest, "minilora": __version__}
     now = json.loads(json.dumps(now))
-    if (out / TABLE).is_file():
-        before = read_json(out / TABLE).get("setting", {})
+    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if TABLE in there and len(there) > 1:  # alone it says what was wanted, and nothing was done
+        before = read_json(out / TABLE).get("setting")
+        if not isinstance(before, dict):
+            remedy = "it is damaged: choose a new folder"
+            raise FormatError(out / TABLE, "setting", before, "an object", remedy)
         names = sorted(name for name in now if before.get(name) != now[name])
         if names:
             told = "; ".join(
                 f"{name}: {before.get(name)!r} then, {now[name]!r} now" for name in names
             )
             raise Refused(f"{out}: the sweep of another setting ({told}); choose a new folder")
-    elif out.is_dir() and any(out.iterdir()):
+    elif there - {TABLE}:
         raise Refused(f"{out}: there are files already, of no sweep; choose a new folder")
     rows = {cell: row for cell in cells if (row := _kept(out / cell.name))}
 

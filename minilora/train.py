@@ -22,9 +22,17 @@ from typing import Any
 import numpy as np
 
 from minilora import __version__, budget, checkpoints, evaluate
-from minilora.bases import BASE, BESIDE, MANIFEST, Base, copy_tokenizer, weights_with
+from minilora.bases import (
+    BASE,
+    BESIDE,
+    MANIFEST,
+    Base,
+    copy_tokenizer,
+    read_run,
+    weights_with,
+)
 from minilora.checkpoints import State
-from minilora.data import SPLITS, Data, Example, order
+from minilora.data import SPLITS, Data, Example, one_window, order
 from minilora.data import batch as padded
 from minilora.formats import huggingface, peft
 from minilora.formats.files import (
@@ -46,6 +54,9 @@ from minilora.variants import REGISTRY
 DIVERGED = 3.0
 """A loss so many times the first, or a uniform guess's if that is greater, has diverged."""
 
+CHECKED = 8
+"""Of so many examples the loss is formed once more after the last step, to be judged by."""
+
 NOT_TRAINED: Mapping[str, str] = {
     "alora": "it acts from an invocation's tokens on, in measuring and writing too, and no line of "
     "data names them: take lora, or train it with PEFT",
@@ -64,7 +75,8 @@ class Recipe:
     """All that decides the result of a run, beside the model and the data.
 
     ``steps`` of ``accumulate`` micro-batches of about ``batch_tokens`` tokens each, or as many as
-    ``epochs`` have. B learns ``lora_plus`` times as fast; the rate rises over ``warmup`` steps and
+    ``epochs`` have. B learns ``lora_plus`` times as fast, by default 16 times with the variant
+    "lora+" and else as fast as the rest; the rate rises over ``warmup`` steps and
     then follows ``schedule``. Gradients are clipped to the norm ``clip``; 0 leaves them alone.
     ``full`` trains every weight and no adapter: the baseline. ``seed`` settles the adapters' start,
     the data's order and the dropout.
@@ -80,7 +92,7 @@ class Recipe:
     variant: str = "lora"
     full: bool = False
     lr: float = 1e-3
-    lora_plus: float = 1.0
+    lora_plus: float | None = None
     schedule: str = "cosine"
     warmup: int = 0
     weight_decay: float = 0.0
@@ -97,10 +109,12 @@ class Recipe:
         least = {"rank": 1, "epochs": 1, "batch_tokens": 1, "accumulate": 1, "warmup": 0, "seed": 0}
         least |= {"length": 2} | ({} if self.steps is None else {"steps": 1})
         for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected {low} or more")
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or value < low:
+                expected = f"expected {low} or more, a whole number"
+                raise ValueError(f"{name} is {value}: {expected}")
         for name in ("alpha", "lr", "lora_plus"):
-            if not 0 < getattr(self, name) < math.inf:
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected more than 0")
         for name in ("weight_decay", "clip"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -128,7 +142,8 @@ class Recipe:
 
     def ratio(self) -> float:
         """How much faster B learns: LoRA+'s own ratio, unless another is given."""
-        return 16.0 if self.variant == "lora+" and self.lora_plus == 1 else self.lora_plus
+        usual = 16.0 if self.variant == "lora+" else 1.0
+        return usual if self.lora_plus is None else self.lora_plus
 
 
 class Diverged(ArithmeticError):
@@ -164,8 +179,13 @@ def steps_in(examples: Sequence[Example], recipe: Recipe) -> int:
     """How many steps the run has: those given, or those of all epochs."""
     if recipe.steps is not None:
         return recipe.steps
-    each = (len(micro_batches(examples, recipe, epoch)) for epoch in range(recipe.epochs))
-    return sum(-(-n // recipe.accumulate) for n in each)
+    # Where all examples are sorted at once, no shuffle changes the lengths in the batches.
+    alike = one_window(examples, recipe.batch_tokens)
+    each = (
+        -(-len(micro_batches(examples, recipe, epoch)) // recipe.accumulate)
+        for epoch in range(1 if alike else recipe.epochs)
+    )
+    return sum(each) * (recipe.epochs if alike else 1)
 
 
 def run(
@@ -189,12 +209,13 @@ def run(
     Errors: Diverged, and those of :func:`minilora.steps.gradients`.
     """
     steps = steps_in(examples, recipe) if steps is None else steps
-    limit = math.log(getattr(c, "classes", c.vocab))
     rates = loraplus_rates(sorted(state.params), recipe.lr, recipe.ratio())
     pruned = sum(name.endswith(".E") for name in state.params)
     falls = budget.planned(recipe.rank, pruned, steps) if pruned else None
     rows, epoch = micro_batches(examples, recipe, state.epoch), state.epoch
     while state.step < steps:
+        if state.position >= len(rows):  # the batches are others than when it was saved
+            state = replace(state, epoch=state.epoch + 1, position=0)
         if state.epoch != epoch:
             rows, epoch = micro_batches(examples, recipe, state.epoch), state.epoch
         chosen = rows[state.position : state.position + recipe.accumulate]
@@ -205,8 +226,7 @@ def run(
             state, batches, W, c, tuning, recipe, plan, lr, falls
         )
         first = loss if state.first is None else state.first
-        if loss > DIVERGED * max(first, limit):
-            raise Diverged(state.step + 1, f"the loss is {loss:.4g}, at first it was {first:.4g}")
+        _check(state.step + 1, loss, first, c)
         tokens = sum(int(batch.real.sum()) for batch in batches)
         labels = sum(counted(batch, c) for batch in batches)
         place = state.position + len(chosen)
@@ -214,6 +234,13 @@ def run(
         record = Record(state.step + 1, epoch, loss, tokens, labels, recipe.lr * factor, norm)
         state = State(params, adam, state.step + 1, *at, state.tokens + tokens, first, importance)
         yield state, record
+
+
+def _check(step: int, loss: float, first: float | None, c: Config) -> None:
+    """Errors: Diverged unless the loss is one to go on with."""
+    first = loss if first is None else first
+    if not loss <= DIVERGED * max(first, math.log(getattr(c, "classes", c.vocab))):
+        raise Diverged(step, f"the loss is {loss:.4g}, at first it was {first:.4g}")
 
 
 # What overflows is found in the results, and told as a divergence.
@@ -503,7 +530,7 @@ def begin(
         budget.planned(job.recipe.rank, 1, now["steps"])
     if out.is_dir() and any(out.iterdir()):
         if resume and (out / MANIFEST).is_file():
-            different = changes(read_json(out / MANIFEST), now)
+            different = changes(read_run(out / MANIFEST), now)
             if different and not accept:
                 raise Refused(
                     f"{out}: {'; '.join(different)}: with this the run would be another; give what "
@@ -566,7 +593,7 @@ def _remove(out: Path, job: Job) -> None:
         )
     before: dict[str, Any] = {}
     with suppress(FormatError):  # it goes, damaged or not
-        before = read_json(out / MANIFEST)
+        before = read_run(out / MANIFEST)
     if before.get("settings", {}).get("full"):
         results += full
     if before.get("base") == BASE:
@@ -596,7 +623,7 @@ def _cut_log(path: Path, step: int) -> None:
 
 
 def _line(values: Mapping[str, Any]) -> str:
-    return json.dumps(values) + "\n"
+    return json.dumps(values, allow_nan=False) + "\n"
 
 
 def peak_memory() -> int | None:
@@ -669,8 +696,8 @@ def fit(
 
     A checkpoint is written before the first step, then after each ``save_every`` steps, or once
     ``save_seconds`` have passed since the last, and at the end; with it the result so far. An
-    interruption (Ctrl-C) saves the last whole step. After a divergence the last checkpoint is what
-    stays, with its result.
+    interruption (Ctrl-C) saves the last whole step. After a divergence, in validation or after the
+    last step too, the last checkpoint is what stays, with its result.
 
     Errors: those of :func:`begin` and :func:`run`; OSError where the disk is full or closed, when
     what was saved before is still there.
@@ -690,7 +717,10 @@ def fit(
         for text in told:
             tell(text)
         c, steps = job.base.config, read_json(out / MANIFEST)["steps"]
-        valid = batches_of(job.data.valid, job.recipe.batch_tokens, job.base.tokenizer.pad)
+        valid, shown = (
+            batches_of(some, job.recipe.batch_tokens, job.base.tokenizer.pad)
+            for some in (job.data.valid, job.data.train[:CHECKED])
+        )
         saved = -1  # the step that was saved, and not its state, which would be held
 
         saved_at = time.monotonic()
@@ -720,8 +750,11 @@ def fit(
                     line = vars(record) | {"tokens_per_second": round(record.tokens / passed, 1)}
                     line["memory"] = peak_memory()
                     if valid and (after.step % valid_every == 0 or after.step == steps):
-                        W = job.weights(after.params)
-                        line["valid_loss"] = evaluate.mean_loss(valid, W, c, job.tuning, plan).loss
+                        line["valid_loss"] = held = _loss(valid, job, after, plan)
+                        if not math.isfinite(held):
+                            raise Diverged(after.step, f"the loss in validation is {held:g}")
+                    if after.step == steps:  # no step comes that would find what this one has done
+                        _check(after.step, _loss(shown, job, after, plan), after.first, c)
                     log.write(_line(line))
                     log.flush()
                     state = after
@@ -745,6 +778,12 @@ def fit(
             _cut_log(out / LOG, saved)
             state = checkpoints.load(out / checkpoints.FOLDER / checkpoints.name_of(saved))
         return Outcome(state, steps, why)
+
+
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
+def _loss(batches: Sequence[Batch], job: Job, state: State, plan: Plan) -> float:
+    W = job.weights(state.params)
+    return evaluate.mean_loss(batches, W, job.base.config, job.tuning, plan).loss
 
 
 def batches_of(examples: Sequence[Example], tokens: int, pad: int) -> list[Batch]:

@@ -257,6 +257,8 @@ def test_the_own_side_says_whose_products_it_uses_and_who_chose_them(folder, mon
         (["--kind", "steps"], "--kind steps: expected some of step, forward, generate"),
         (["--threads", "1,0"], "--threads 0: expected numbers from 1"),
         (["--rounds", "-1"], "--rounds -1: expected at least 1"),
+        (["--rounds", "0"], "--rounds 0: expected at least 1"),
+        (["--json", ""], "--json '': expected a value"),
         (["--tokens", "0"], "--tokens 0: expected at least 1"),
         (["--json", "/no/such/folder/x"], "cannot write"),
     ],

@@ -1,8 +1,12 @@
 """The commands of fine-tuning: what each prints and leaves, and how it refuses."""
 
+import errno
 import json
+import os
 import re
+import shutil
 import struct
+import subprocess
 import sys
 import tomllib
 from dataclasses import replace
@@ -180,8 +184,8 @@ def test_show_batch_prints_each_token_and_writes_nothing(minilora, tmp_path):
         (("--targets", "k_proj"), 2, r"\['k_proj'\] of the choice hit no projection"),
         (("--dtype", "float16"), 2, "argument --dtype: invalid choice: 'float16'"),
         (("--alpha", "nan"), 2, "alpha is nan: expected more than 0"),
-        (("--threads", "0"), 2, "threads is 0"),
-        (("--save-every", "0"), 2, "save_every 0"),
+        (("--threads", "0"), 2, "--threads 0: expected 1 or more"),
+        (("--save-every", "0"), 2, "--save-every 0: expected 1 or more"),
         (("--length", "3"), 2, "length 3"),
         (("--task", "classify"), 2, "task"),
         (("--model", "reference:none"), 3, "expected reference:bert, reference:gpt2"),
@@ -190,6 +194,19 @@ def test_show_batch_prints_each_token_and_writes_nothing(minilora, tmp_path):
         (("--full", "--rank", "4"), 2, "--rank 4 with --full: it trains no adapter"),
         (("--full", "--targets", "q"), 2, "--targets q with --full"),
         (("--lora-pluss", "2"), 2, "did you mean --lora-plus"),
+        (("--threads", "99999999999999999999"), 2, r"--threads 9+: expected less than 2\*\*63"),
+        (("--threads", "9999999"), 2, "threads is 9999999: expected 4194304 at most"),
+        (("--batch-tokens", "1" + 21 * "0"), 2, r"--batch-tokens 10+: expected less than 2\*\*63"),
+        (("--epochs", "0"), 2, "--epochs 0: expected 1 or more"),
+        (("--save-minutes", "0"), 2, "--save-minutes 0: expected more than 0"),
+        (("--model", ""), 2, "--model '': expected a value"),
+        (("--data", ""), 2, "--data '': expected a value"),
+        (("--output", ""), 2, "--output '': expected a value"),
+        (("--rank", "100000000000"), 1, "there is not enough memory: .*; take a smaller model"),
+        (("--model", "package:os"), 3, "package:os: package: found a module, expected a package"),
+        (("--model", "package:sys"), 3, "package:sys: package: found a module"),
+        (("--model", "package:__main__"), 3, "package:__main__: package: found a module"),
+        (("--model", "package:"), 3, "package:: package: found no name of one"),
     ],
 )
 def test_train_refuses(options, status, found, minilora, tmp_path):
@@ -953,3 +970,323 @@ def test_a_model_that_the_adapter_was_not_trained_on_is_told(minilora, trained, 
 def test_the_base_of_loftq_is_its_own(minilora):
     assert minilora("train", "--output", "run", "--steps", "1", "--variant", "loftq")[0] == 0
     assert minilora("inspect", "run")[::2] == (0, "")
+
+
+def test_merge_leaves_a_folder_that_holds_files_as_it_is(minilora, trained, tmp_path):
+    """Those of another model would be lost, or read as a part of what is merged."""
+    model = tmp_path / "model"
+    shutil.copytree(reference.folder() / "gpt2/base", model)
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    command = ("merge", "--adapter", trained / "llama", "--output")
+    status, _, err = minilora(*command, "model")
+    assert status == 2
+    assert "--output model: found chat_template.jinja, config.json" in err
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    (tmp_path / "empty").mkdir()
+    assert minilora(*command, "empty")[0] == 0
+
+
+def test_no_adapter_is_written_beside_one_of_the_other_format(minilora, trained, tmp_path):
+    for one, other in (("mlx", "peft"), ("peft", "mlx")):
+        command = ("convert", trained / "llama", "--output", f"{one}-first", "--to")
+        assert minilora(*command, one)[0] == 0
+        folder = tmp_path / f"{one}-first"
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        status, _, err = minilora(*command, other)
+        assert status == 3
+        assert "no weights but those written; remove them first" in err
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_folder_may_be_called_as_a_file_is(minilora, trained):
+    run = ("train", "--steps", 1, "--output")
+    assert minilora(*run, "run.gguf")[0] == 0
+    assert minilora("inspect", "run.gguf")[0] == 0
+    assert minilora(*run, "full.npz", "--full")[0] == 0
+    assert minilora("merge", "--adapter", trained / "llama", "--output", "merged.npz")[0] == 0
+    for model in ("full.npz", "merged.npz"):
+        assert minilora("generate", "--model", model, "--prompt", "3", "--tokens", 2)[0] == 0
+    assert minilora("train", "--steps", 1, "--model", "merged.npz", "--data", "task:running-sum",
+                    "--output", "again.npz", "--full")[0] == 0  # fmt: skip
+    assert open_base("again.npz").tokenizer.encode("3")
+
+
+def test_a_disk_that_is_full_is_told_with_the_file(minilora, trained, monkeypatch, tmp_path):
+    def full(path, data):
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    status, _, err = minilora("merge", "--adapter", trained / "llama", "--output", "merged")
+    assert status == 1
+    assert re.search(r"minilora merge: merged/\S+: File too large", err)
+    assert not (tmp_path / "merged").exists()
+
+
+# What a hostile user met
+
+
+def test_a_run_that_diverges_in_its_last_step_is_no_success(minilora, tmp_path):
+    """Found in validation, or where there is none in what it was trained on."""
+    row = {"prompt": "3", "completion": " 8"}
+    written(tmp_path / "d.jsonl", *[row] * 10)
+    command = ("train", "--data", "d.jsonl", "--steps", 1, "--lr", "1e30", "--output")
+    for out, *options, found in (
+        ("run", "--valid", "0.5", "the loss in validation is nan"),
+        ("other", "the loss is nan, at first it was"),
+    ):
+        status, _, err = minilora(*command, out, *options)
+        assert status == 1
+        assert f"minilora train: diverged at step 1: {found}" in err
+        assert "Warning" not in err
+        assert "step 0 of 1; go on from there with a smaller rate" in err
+        assert "--lr 0.001, " in err  # and not a fourth of what is a thousand times too much
+        assert (tmp_path / out / "log.jsonl").read_text() == ""
+        again = minilora(*command, out, *options, "--overwrite", "--lr", "0.01")
+        assert again[0] == 0
+        for line in (tmp_path / out / "log.jsonl").read_text().splitlines():
+            json.loads(line, parse_constant=pytest.fail)
+
+
+def test_where_the_scale_is_too_large_a_smaller_one_is_advised(minilora):
+    status, _, err = minilora("train", "--output", "run", "--steps", 2, "--alpha", "1e300")
+    assert status == 1
+    assert "is 1.25e+299: begin anew with a smaller --alpha, such as 16" in err
+
+
+def beyond(folder):
+    """A model whose weights are numbers, and whose loss is none."""
+    c, W = huggingface.read_model(reference.folder() / "llama/base")
+    huggingface.write_model(folder, c, W | {"norm.weight": np.full_like(W["norm.weight"], 3e38)})
+    copy_tokenizer(open_base("reference:llama"), folder)
+    return folder
+
+
+def test_a_loss_that_is_none_is_no_measure(minilora, tmp_path):
+    model = beyond(tmp_path / "model")
+    command = ("evaluate", "--model", model, "--data", "task:running-sum", "--json", "f.json")
+    status, out, err = minilora(*command)
+    assert (status, out) == (1, "")
+    assert "task:running-sum, test: the loss is nan: these are no usable weights" in err
+    assert "Warning" not in err
+    assert not (tmp_path / "f.json").exists()
+    status, _, err = minilora("generate", "--model", model, "--prompt", "3")
+    assert status == 2
+    assert "Warning" not in err
+
+
+def test_no_number_of_json_is_infinite(minilora, monkeypatch, tmp_path):
+    """A perplexity may be: the loss is measured here, and its exponential is none."""
+    measured = evaluate.measure
+    huge = lambda *given: replace(measured(*given), nll=1e9)  # noqa: E731
+    monkeypatch.setattr(evaluate, "measure", huge)
+    status, out, _ = minilora("evaluate", "--json", "f.json")
+    assert status == 0
+    assert "perplexity  inf" in out
+    assert read_json(tmp_path / "f.json")["perplexity"] is None
+
+
+def test_a_run_is_judged_by_the_lines_that_it_held_out(minilora, tmp_path):
+    digits = range(10)
+    rows = [{"prompt": f"{a}", "completion": f" {b}"} for a in digits for b in digits]
+    path = written(tmp_path / "d.jsonl", *rows)
+    command = ("train", "--data", path, "--steps", 2, "--valid", "0.1", "--seed", 3, "--length", 9)
+    status, out, _ = minilora(*command, "--output", "run")
+    assert status == 0
+    loss = re.search(r"loss \S+, (\S+) in validation", out)[1]
+    for more in ((), ("--split", "valid"), ("--data", path)):
+        status, out, _ = minilora("evaluate", "--adapter", "run", *more)
+        assert status == 0
+        assert f"{path}, valid: 10 examples, 20 labels\nloss        {loss}\n" in out
+    assert "train: 90 examples" in minilora("evaluate", "--adapter", "run", "--split", "train")[1]
+    for option, was in (("--seed", 3), ("--length", 9)):
+        status, _, err = minilora("evaluate", "--adapter", "run", option, 8)
+        assert status == 2
+        assert f"{option} 8: expected {was}, as it was trained" in err
+    other = written(tmp_path / "e.jsonl", *rows)
+    assert "train: 100 examples" in minilora("evaluate", "--adapter", "run", "--data", other)[1]
+    written(path, *rows[1:])
+    status, _, err = minilora("evaluate", "--adapter", "run")
+    assert status == 3
+    assert "d.jsonl: file: found another content, expected the file that the run" in err
+
+
+def test_what_is_cut_is_counted_of_the_examples_to_train_on(minilora, tmp_path):
+    long = [{"prompt": "1", "completion": " 2 3 4 5 6"} for _ in range(10)]
+    (tmp_path / "d").mkdir()
+    written(tmp_path / "d/train.jsonl", {"prompt": "1", "completion": " 2"}, long[0])
+    written(tmp_path / "d/valid.jsonl", *long)
+    command = ("train", "--data", "d", "--steps", 1, "--length", 5, "--output", "run")
+    assert "2 examples, 1 of them cut to 5 tokens, 10 to" in minilora(*command)[1]
+
+
+DAMAGES = [
+    *[{part: value} for part in ("settings", "model", "data") for value in ([], None, "text")],
+    *[{"data": {"classes": value}} for value in (5, None, "ab", [1, 2])],
+    *[{"data": {"name": 5}}, {"settings": {"valid": "x"}}, {"settings": {"seed": None}}],
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=json.dumps)
+def test_a_damaged_run_is_told_and_may_be_replaced(damage, minilora, trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "llama", run)
+    (run / "run.json").write_text(json.dumps(read_json(run / "run.json") | damage))
+    train = ("train", "--output", "run", "--steps", 1)
+    for command in (("evaluate", "--adapter", "run"), ("inspect", "run"), (*train, "--resume")):
+        status, _, err = minilora(*command)
+        assert status == 3
+        assert "run.json: " in err
+        assert "it is damaged" in err
+    assert minilora(*train, "--overwrite")[0] == 0
+
+
+def test_memory_that_is_not_there_is_told(minilora, monkeypatch):
+    def eats(*arguments, **settings):
+        raise MemoryError
+
+    monkeypatch.setattr(data, "read", eats)
+    status, _, err = minilora("train", "--output", "run")
+    assert status == 1
+    assert "there is not enough memory: none is left; take a smaller model" in err
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_stream_that_is_closed_ends_no_command(streams, tmp_path):
+    command = f"{sys.executable} -m minilora train --output run --steps 1 {streams}"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run" / peft.WEIGHTS).is_file()
+
+
+@pytest.mark.parametrize("name", ["model", "adapter", "data", "json", "split"])
+def test_an_option_without_its_value_is_refused(name, minilora):
+    status, _, err = minilora("evaluate", f"--{name}", "")
+    assert status == 2
+    assert f"--{name} '': expected a value" in err
+
+
+def test_a_prompt_may_be_empty_and_is_text(minilora):
+    assert minilora("generate", "--prompt", "", "--tokens", 2)[0] == 0
+    status, _, err = minilora("generate", "--prompt", "3 \udcff")
+    assert status == 2
+    assert "--prompt '3 \\udcff': expected a text in UTF-8" in err
+
+
+def test_lora_plus_is_what_was_given(minilora):
+    command = ("train", "--variant", "lora+", "--steps", 1, "--output")
+    for out, options, ratio in (("a", (), 16.0), ("b", ("--lora-plus", "1"), 1.0)):
+        assert minilora(*command, out, *options)[0] == 0
+        said = read_json(f"{out}/run.json")["settings"]["lora_plus"]
+        assert Recipe(variant="lora+", lora_plus=said).ratio() == ratio
+    assert Recipe().ratio() == 1.0
+
+
+def test_the_expression_of_the_help_hits_one_layer(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    (example,) = re.findall(r"such as '(\S+)'", " ".join(capsys.readouterr().out.split()))
+    assert re.fullmatch(example, "layers.0.q")
+    assert not re.fullmatch(example.replace("0", "1"), "layers.10.q")
+
+
+def test_answers_are_as_long_as_there_are_positions(minilora, tmp_path):
+    pytest.importorskip("rouge_score", reason="pip install 'minilora[text]'")
+    written(tmp_path / "d.jsonl", {"prompt": "( [", "completion": " ] )"})
+    command = ("evaluate", "--rouge", 1, "--data", "d.jsonl", "--model")
+    status, out, err = minilora(*command, "reference:gpt2")
+    assert (status, err) == (0, "")
+    assert "rouge1" in out
+    status, out, err = minilora(*command, "reference:bert")
+    assert (status, out) == (2, "")
+    assert "--rouge: a Bert writes no text" in err
+
+
+def test_evaluate_says_before_it_measures_that_it_cannot_write(minilora):
+    status, out, err = minilora("evaluate", "--json", ".")
+    assert (status, out) == (2, "")
+    assert "--json: cannot write . is a folder" in err
+
+
+def test_an_alora_is_shown_and_told_in_words(minilora, tmp_path):
+    """A file that PEFT writes differs from LoRA's by the setting that names the tokens."""
+    shutil.copytree(reference.folder() / "llama/adapter", tmp_path / "alora")
+    said = read_json("alora/adapter_config.json")
+    plain = {"modules_to_save": None, "use_rslora": False, "alora_invocation_tokens": [3, 4]}
+    (tmp_path / "alora/adapter_config.json").write_bytes(pack_json(said | plain))
+    model = ("--model", "reference:llama")
+    status, out, err = minilora("inspect", "alora", *model)
+    assert (status, err) == (0, "")
+    assert re.search(r"^layers\.0\.\w+ +alora ", out, re.M)
+    assert "the tokens 3 4, and on no other" in out
+    for command in (
+        ("evaluate", "--adapter", "alora", "--data", "task:running-sum"),
+        ("generate", "--adapter", "alora", "--prompt", "3"),
+    ):
+        status, out, err = minilora(*command, *model)
+        assert (status, out) == (2, "")
+        assert "found an aLoRA, which acts from the tokens of its invocation on" in err
+    status, _, err = minilora("convert", "alora", "--to", "mlx", "--output", "m", *model)
+    assert status == 3
+    assert "found alora, expected lora or dora" in err
+
+
+def test_an_adapter_of_more_layers_is_told_in_words(minilora, tmp_path):
+    shutil.copytree(reference.folder() / "llama/adapter", tmp_path / "deep")
+    said = read_json("deep/adapter_config.json")
+    plain = {"modules_to_save": None, "layer_replication": [[0, 2], [1, 2]]}
+    (tmp_path / "deep/adapter_config.json").write_bytes(pack_json(said | plain))
+    status, _, err = minilora("inspect", "deep", "--model", "reference:llama")
+    assert status == 3
+    assert "no command repeats a base's layers: merge it with PEFT" in err
+
+
+def test_a_dtype_is_named_as_the_option_that_it_is(minilora, trained):
+    run = trained / "llama"
+    wide = ("--dtype", "float64", "--output")
+    status, _, err = minilora("convert", run, "--to", "mlx", *wide, "m")
+    assert status == 3
+    assert "take float32, --dtype float32, if rounding is meant" in err
+    pytest.importorskip("gguf", reason="pip install 'minilora[gguf]'")
+    status, out, _ = minilora("merge", "--adapter", run, *wide, "m.gguf")
+    assert status == 0
+    assert "m.gguf: in float32, the widest that llama.cpp computes with" in out
+
+
+def test_a_file_is_no_adapters_folder(minilora, trained, tmp_path):
+    path = written(tmp_path / "d.jsonl", {"text": "1"})
+    for file in (path, trained / "llama" / peft.WEIGHTS):
+        status, _, err = minilora("evaluate", "--adapter", file)
+        assert status == 3
+        assert "found another file, expected an adapter's folder" in err
+
+
+def test_a_run_with_more_steps_than_asked_for_says_so(minilora):
+    command = ("train", "--output", "run", "--steps")
+    assert minilora(*command, 4)[0] == 0
+    status, out, _ = minilora(*command, 2, "--resume", "--accept-changes")
+    assert status == 0
+    assert "run is at step 4, and 2 were asked for: nothing was left to do" in out
+
+
+def test_words_that_touch_are_taken_apart_at_the_border(minilora, tmp_path):
+    written(tmp_path / "d.jsonl", {"prompt": "1 2", "completion": "3 4"})
+    command = ("train", "--data", "d.jsonl", "--show-batch", "--output", "run")
+    status, out, _ = minilora(*command)
+    assert status == 0
+    words = re.findall(r"(given|predict) +\d+  “(.)”$", out, re.M)
+    assert words == [("given", "1"), ("given", "2"), ("predict", "3"), ("predict", "4")]
+    written(tmp_path / "d.jsonl", {"prompt": "1 2", "completion": "3 99"})
+    status, _, err = minilora(*command)
+    assert status == 3
+    assert "the word '99'" in err
+
+
+def test_more_layers_than_tensors_are_told_before_a_name_is_made_for_each(tmp_path):
+    folder = plain_encoder(tmp_path / "encoder")
+    said = read_json(folder / "config.json")
+    (folder / "config.json").write_bytes(pack_json(said | {"num_hidden_layers": 10**12}))
+    with pytest.raises(FormatError, match=r"expected 1000000000000 layers of several tensors"):
+        open_base(str(folder))

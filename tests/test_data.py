@@ -576,7 +576,7 @@ def test_classes_are_learned_sorted_and_named(tmp_path):
     assert [e.label for e in got.train + got.test] == [1, 0, 1, 0]
     got = read(labelled(tmp_path / "b", [10, 2, 10]), "classify", TYPED, 9)
     assert (got.classes, [e.label for e in got.train]) == (("2", "10"), [1, 0, 1])
-    named = read(labelled(tmp_path / "c", [1, 0], [1]), "classify", TYPED, 9, classes=["n", "p"])
+    named = read(labelled(tmp_path / "c", ["p", "n"], ["p"]), "classify", TYPED, 9, classes="np")
     assert (named.classes, [e.label for e in named.test]) == (("n", "p"), [1])
     assert not named.train[0].counted.any()
 
@@ -588,9 +588,12 @@ def test_a_class_that_was_not_trained_on_is_refused_and_one_alone_too(tmp_path):
         read(folder, "classify", TYPED, 9)
     got = read(folder, "classify", TYPED, 9, skip_bad=True)
     assert [len(got.test), len(got.skipped)] == [1, 1]
-    for label in (-1, 2):
+    for label in (-1, 0, 2):  # no class is called so, and no place says which is meant
         with pytest.raises(FormatError, match=f"line 1: found label {label}, expected one of the"):
             read(labelled(tmp_path / "b", [label]), "classify", TYPED, 9, classes=["n", "p"])
+    for trained_on in ([5, 6, 7], ["a", "b", "c"]):
+        with pytest.raises(FormatError, match=r"test\.jsonl: line 1: found label 0, expected one"):
+            read(labelled(tmp_path / "d", trained_on, [0, 1]), "classify", TYPED, 9)
     with pytest.raises(FormatError, match="labels: found one class, 'x', expected two"):
         read(labelled(tmp_path / "c", ["x", "x"]), "classify", TYPED, 9)
 

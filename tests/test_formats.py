@@ -443,6 +443,11 @@ CONFIG_REFUSALS = [
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window: found true"),
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: found"),
     ("qwen2", {"layer_types": 3}, "layer_types: found 3, expected full_attention for each"),
+    (
+        "qwen2",
+        {"num_hidden_layers": 10**15, "layer_types": []},
+        r"layer_types: found \[\], expected",
+    ),
     ("qwen2", {"attention_bias": False}, "attention_bias: found false, expected no setting"),
     ("gpt2", {"activation_function": "gelu"}, "activation_function: found"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights: found false"),
@@ -1614,6 +1619,23 @@ def test_peft_does_not_tie_gpt2s_embedding(libraries, folder):
     assert not libraries.torch.equal(embedding, model.get_output_embeddings().weight)
     with pytest.raises(FormatError, match=r"modules_to_save: found transformer\.wte of a tied"):
         read_adapter(libraries.saved(model, folder / "adapter"), MODELS["gpt2"])
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True")
+def test_a_tied_head_that_peft_leaves_out_of_its_settings_is_named(libraries, folder):
+    """Seen in peft 0.21.2: it would not load the factors again that it has written."""
+    model = libraries.adapt(
+        libraries.model(folder / "gpt2"),
+        target_modules=["wte", "lm_head", "c_attn"],
+        ensure_weight_tying=True,
+    )
+    path = libraries.saved(model, folder / "adapter")
+    with pytest.raises(FormatError, match="target_modules: found no head, whose factors are in"):
+        read_adapter(path, MODELS["gpt2"])
+    named = read_json(path / "adapter_config.json")["target_modules"]
+    edit(path / "adapter_config.json", target_modules=[*named, "lm_head"])
+    W, _ = read_adapter(path, MODELS["gpt2"])
+    assert {"embed.A", "head.A"} <= W.keys()
 
 
 def renaming(monkeypatch, error):

@@ -348,7 +348,7 @@ def test_a_tie_needs_one_of_the_two_names_that_peft_knows(folder):
     edit(path / peft.CONFIG, alpha_pattern={"lm_head": 7})
     assert read_adapter(path, c)[1].scale["head"] == 3.5
     edit(path / peft.CONFIG, target_modules=["q_proj"], alpha_pattern=None)
-    with pytest.raises(FormatError, match=r"tensors: found .*lm_head"):
+    with pytest.raises(FormatError, match=r"target_modules: found no head, whose factors"):
         read_adapter(path, c)
 
 
@@ -384,7 +384,9 @@ def test_a_residual_of_another_base_is_not_converted(tmp_path):
 
 def test_a_deeper_adapter_is_not_read_for_the_base(folder):
     path = folder("replication")
-    with pytest.raises(FormatError, match="found a model of 2 layers, expected 3; replicate the"):
+    with pytest.raises(
+        FormatError, match=r"found a model of 2 layers, expected 3; .*replicate the"
+    ):
         read_adapter(path, MODELS["llama"])
     read_adapter(path, made("replication")[0])
 

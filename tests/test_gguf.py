@@ -1,6 +1,7 @@
 """GGUF: models and adapters written, read, refused, and seen by llama.cpp and transformers."""
 
 import ctypes
+import errno
 import importlib.util
 import json
 import math
@@ -1304,6 +1305,23 @@ def test_a_file_that_comes_out_cut_off_replaces_none(lost, monkeypatch, tmp_path
         door.write_model(path, MODELS["llama"], small)
     assert path.read_bytes() == before
     assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_file_that_cannot_be_closed_leaves_nothing_behind(monkeypatch, tmp_path):
+    """As on a full disk, where closing writes what was held back."""
+
+    close = gguf.GGUFWriter.close
+
+    def full(writer):
+        close(writer)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "close", full)
+    path, W = tmp_path / "m.gguf", drawn(MODELS["llama"])
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        door.write_model(path, MODELS["llama"], W)
+    assert raised.value.filename == str(path)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_a_folder_made_from_a_file_keeps_what_generation_needs(tmp_path):

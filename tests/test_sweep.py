@@ -15,6 +15,7 @@ from minilora import data, sweep
 from minilora.bases import open_base
 from minilora.cli import main
 from minilora.console import INTERRUPTED
+from minilora.formats.files import FormatError
 from minilora.steps import Plan, blas_threads
 from minilora.sweep import Cell, Row, Setting, best, by_group, grid, in_processes, table
 from minilora.train import Diverged, Recipe, Refused, fit, prepare
@@ -141,6 +142,37 @@ def test_a_cell_that_diverged_is_a_row_and_never_the_best(tmp_path):
     assert best([wild, fine]) == (1, 2.0, 1e-2)
 
 
+def test_a_cell_that_diverges_in_its_last_step_is_a_row_too(tmp_path):
+    """What it comes to is no number, and no number is what it is judged by."""
+    cells = grid([1], [], [1e-2, 1e30], [0])
+    fine, wild = sweep.sweep(tmp_path, replace(SETTING, recipe=Recipe(steps=1)), cells, 1)
+    assert (fine.why, wild.why[:8]) == ("", "step 1: ")
+    assert wild.judged == math.inf
+    assert table([fine, wild]).splitlines()[2].split()[3:] == ["1", "-", "-", "-", "1"]
+    assert replace(fine, valid=math.nan).judged == math.inf
+    assert sweep.sweep(tmp_path, replace(SETTING, recipe=Recipe(steps=1)), cells, 1) == [fine, wild]
+
+
+def test_a_sweep_that_was_refused_is_told_in_a_line_and_may_be_corrected(tmp_path):
+    command = [sys.executable, "-m", "minilora", *COMMAND, "--output", str(tmp_path / "out")]
+    wrong = [*command, "--batch-tokens", "3"]
+    done = subprocess.run(wrong, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "a batch's: raise the batch's tokens" in done.stderr
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    other = subprocess.run(wrong, capture_output=True, text=True, check=False)
+    assert "the sweep of another setting (batch_tokens: 64 then, 3 now)" in other.stderr
+
+
+@pytest.mark.parametrize("damage", [None, [], "text"])
+def test_a_damaged_table_is_told(damage, whole, tmp_path):
+    (tmp_path / sweep.TABLE).write_text(json.dumps({"setting": damage}))
+    (tmp_path / "r1").mkdir()
+    with pytest.raises(FormatError, match=r"setting: found .*, expected an object"):
+        sweep.sweep(tmp_path, SETTING, CELLS, 1)
+
+
 def rows_of(*losses):
     """A row for each loss, rates 1, 2, …, two seeds each with the loss ± 1/4."""
     return [
@@ -194,6 +226,13 @@ def test_whoever_leaves_early_does_not_wait_for_the_work():
     following.close()
 
 
+def test_a_worker_that_is_stopped_says_nothing(capfd):
+    """Whether it works, waits for work, or is not there yet."""
+    with pytest.raises(Diverged, match="step -1: below zero"):
+        list(in_processes(square, [-1] * 4, 4))
+    assert capfd.readouterr().err == ""
+
+
 def one_then_slow(x):
     if x:
         slow(x)
@@ -237,7 +276,7 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path, capsys, monkeypatch)
         (["--ranks", "0"], "rank is 0: expected 1 or more"),
         (["--lrs", "fast"], "--lrs fast: expected numbers"),
         (["--seeds", ","], "no seeds: expected at least one"),
-        (["--jobs", "0"], "0 processes: expected at least 1"),
+        (["--jobs", "0"], "--jobs 0: expected 1 or more"),
     ],
 )
 def test_wrong_usage_is_status_2_and_says_what_was_expected(arguments, words, tmp_path, capsys):

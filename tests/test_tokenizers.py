@@ -365,6 +365,7 @@ def test_a_folder_without_its_file_says_what_to_do(tmp_path, there, match):
         ("tokenizer_config.json", '{"chat_template": 3}', "chat_template: found int"),
         ("generation_config.json", '{"eos_token_id": -1}', "eos_token_id: found -1"),
         ("generation_config.json", '{"eos_token_id": [1, "2"]}', "eos_token_id: found"),
+        ("tokenizer_config.json", '{"chat_template": 5}', r"json: chat_template: found int, .*it$"),
         ("config.json", '{"bos_token_id": 9999}', "token 9999: found none in tokenizer"),
     ],
 )

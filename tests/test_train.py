@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from calculus import same_bits
+from safetensors import safe_open
 
 import minilora as ml
 from minilora import checkpoints, data, evaluate, optim, reference, targets, train
 from minilora.bases import base_of, open_adapted, open_base
 from minilora.budget import Importance
 from minilora.checkpoints import State
-from minilora.formats.files import FormatError
+from minilora.formats.files import FormatError, read_tensors, write_tensors
 from minilora.formats.huggingface import read_model
 from minilora.optim import AdamState
 from minilora.quantised import dequantise, quantise
@@ -190,6 +191,27 @@ def test_an_epoch_visits_each_example_once_and_its_last_step_may_be_smaller():
     labels = sum(int(e.counted.sum()) for e in job.data.train)
     for epoch in (0, 1):
         assert sum(r.labels for _, r in reached if r.epoch == epoch) == labels
+
+
+def test_steps_are_counted_without_making_what_each_epoch_repeats(monkeypatch):
+    made = []
+
+    def counted(*arguments):
+        made.append(arguments)
+        return micro_batches(*arguments)
+
+    job = job_of()
+    monkeypatch.setattr(train, "micro_batches", counted)
+    for tokens in (64, 2048):  # in several windows, and in one
+        lengths = [len(e.ids) for e in job.data.train] * 30
+        recipe = replace(QUICK, steps=None, epochs=6, batch_tokens=tokens)
+        several = job.data.train * 30
+        made.clear()
+        steps = steps_in(several, recipe)
+        assert len(made) == (6 if sum(lengths) > 64 * tokens else 1)
+        each = [len(micro_batches(several, recipe, epoch)) for epoch in range(6)]
+        assert steps == sum(-(-n // recipe.accumulate) for n in each)
+    assert len(made) == 1
 
 
 def test_warm_up_and_schedule_are_the_optimizers():
@@ -518,6 +540,58 @@ def test_a_damaged_checkpoint_is_left_aside_and_the_one_before_is_taken(damage, 
     state, wrong = checkpoints.newest(tmp_path)
     assert state.step == 1
     assert [error.args[0] for error in wrong] == [last]
+
+
+COUNTS = [
+    *[{name: value} for name in (*checkpoints.COUNTS, "t") for value in ("2", None, [], 0.5, -1)],
+    *[{name: 10**30} for name in (*checkpoints.COUNTS, "t")],
+    *[{"first": value} for value in ("1", None, [1.0], True)],
+    *[{"step": 1}, {"t": 1}, {"epoch": 3}, {"tokens": 1}, {"position": 568}],
+]
+
+
+@pytest.mark.parametrize("damage", COUNTS, ids=json.dumps)
+def test_counts_that_no_run_has_are_a_damage(damage, tmp_path):
+    checkpoints.save(tmp_path, some_state(1))
+    last = checkpoints.save(tmp_path, some_state(2))
+    with safe_open(last, framework="np") as file:
+        counts = json.loads(file.metadata()["minilora"])
+    write_tensors(last, read_tensors(last), {"minilora": json.dumps(counts)})
+    assert checkpoints.load(last).step == 2
+    write_tensors(last, read_tensors(last), {"minilora": json.dumps(counts | damage)})
+    state, wrong = checkpoints.newest(tmp_path)
+    assert state.step == 1
+    assert [error.args[:2] for error in wrong] == [(last, "metadata")]
+
+
+@pytest.mark.parametrize("part", ["m", "v", "mean", "spread", "keep"])
+def test_a_mean_of_another_shape_is_a_damage(part, tmp_path):
+    W = {"q.A": np.ones((2, 3)), "q.E": np.ones((2, 1))}
+    remembered = Importance(W, W, {"q": np.ones((2, 1), bool)})
+    for step in (1, 2):
+        whole = State(W, AdamState(step, W, W), step, 1, 1, 99, 0.5, remembered)
+        last = checkpoints.save(tmp_path, whole)
+    with safe_open(last, framework="np") as file:
+        metadata = file.metadata()
+    A, z = f"{part}.q.A", f"{part}.z"
+    dtypes = [(A, np.ones((2, 3), dtype)) for dtype in (np.float32, np.int32)]
+    for name, array in [(A, np.ones((2, 4))), (z, np.ones((2, 1))), *dtypes]:
+        if name != "keep.q.A":
+            write_tensors(last, read_tensors(last) | {name: array}, metadata)
+            state, wrong = checkpoints.newest(tmp_path)
+            assert state.step == 1
+            assert "means of other parameters, or of other shapes or dtypes" in str(wrong[0])
+            checkpoints.save(tmp_path, whole)
+
+
+def test_a_place_beyond_the_epochs_end_is_the_next_ones_beginning():
+    """As where the batches are larger than those that were counted."""
+    job = job_of()
+    n = len(micro_batches(job.data.train, job.recipe, 0))
+    [(beyond, _), *_] = states(job, state=State(job.start, position=n + 5))
+    [(begun, _), *_] = states(job, state=State(job.start, epoch=1))
+    assert (beyond.epoch, beyond.position) == (begun.epoch, begun.position)
+    assert all(same_bits(beyond.params[name], array) for name, array in begun.params.items())
 
 
 def test_what_a_killed_run_was_writing_is_no_checkpoint(tmp_path):

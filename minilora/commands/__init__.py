@@ -27,6 +27,21 @@ def add_all(commands: Any) -> None:
         import_module(f"minilora.commands.{name}").add(commands)
 
 
+def computing_model(arguments: argparse.Namespace) -> Adapted:
+    """The model of the options, for a command that lets it compute.
+
+    Errors: ValueError for an adapter that acts on some tokens only, which no command looks for.
+    """
+    model = adapted_model(arguments)
+    if model.lora is not None and model.lora.invocation:
+        says = "an aLoRA, which acts from the tokens of its invocation on"
+        raise ValueError(
+            f"{arguments.adapter}: found {says}; expected an adapter that acts on every token: "
+            "compute with it in PEFT, or see what it is with minilora inspect"
+        )
+    return model
+
+
 def adapted_model(arguments: argparse.Namespace) -> Adapted:
     """The model of the options with the adapter over it.
 

@@ -80,7 +80,8 @@ def _run(arguments: argparse.Namespace) -> int:
     sizes = split(arguments.size) or (["tiny", "small"] if arguments.quick else list(SIZES))
     peers = split(arguments.peer) or ["peft"]
     threads = split(arguments.threads) or ["1"]
-    rounds = arguments.rounds or (FEWER if arguments.quick else ROUNDS)
+    usual = FEWER if arguments.quick else ROUNDS
+    rounds = usual if arguments.rounds is None else arguments.rounds
     kinds = split(arguments.kind) or list(KINDS)
     chosen = (("kind", kinds, KINDS), ("size", sizes, SIZES), ("peer", peers, SIDES))
     for option, given, known in chosen:

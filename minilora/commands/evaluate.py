@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
-from minilora.commands import adapted_model
+from minilora.commands import computing_model
 from minilora.console import HOLDS, add_command, add_model, at_least, say
+
+LENGTH = 512
+"""The most tokens of an example, unless it is said or a run's own data is read again."""
 
 
 def add(commands: Any) -> None:
@@ -23,47 +27,59 @@ def add(commands: Any) -> None:
     add_model(option)
     option("--data", metavar="D", help="JSON lines, a folder of train/valid/test, text, task:NAME")
     option("--task", metavar="TASK", help="lm (default), chat, summarize or classify")
-    option("--split", default="", metavar="SPLIT", help="test, valid or train (default: the first)")
-    option("--length", type=int, default=512, metavar="N", help="most tokens of an example")
+    option("--split", metavar="SPLIT", help="test, valid or train (default: the first there is)")
+    option("--length", type=int, metavar="N", help=f"most tokens of an example (default: {LENGTH})")
     option("--batch-tokens", type=int, default=1024, metavar="N", help="at a time")
-    option("--seed", type=int, default=0, metavar="N", help="of the examples of task:NAME")
+    option("--seed", type=int, metavar="N", help="of the examples of task:NAME (default: 0)")
     option("--skip-bad", action="store_true", help="leave out lines that cannot be used")
     option("--rouge", type=int, default=0, metavar="N", help="write answers to N examples")
-    option("--tokens", type=int, default=128, metavar="N", help="most of an answer")
+    option("--tokens", type=int, default=128, metavar="N", help="most of an answer, if they fit")
     option("--json", metavar="FILE", help="write the figures as JSON")
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    import math
     from pathlib import Path
 
     from minilora import data
     from minilora.bases import classes_of, told
     from minilora.commands.train import data_of
     from minilora.evaluate import measure
-    from minilora.formats.files import pack_json, write_files
+    from minilora.formats.files import DIVERGED, FormatError, pack_json, write_files
     from minilora.metrics import accuracy, perplexity
     from minilora.train import batches_of
+    from minilora.verify.report import writable
 
     if arguments.split and arguments.split not in data.SPLITS:
         raise ValueError(f"--split {arguments.split}: expected one of {data.SPLITS}")
+    if arguments.json and (why := writable(arguments.json)):
+        raise ValueError(f"--json: cannot write {why}")
     at_least(arguments, length=2, batch_tokens=1, seed=0, rouge=0, tokens=1)
-    model = adapted_model(arguments)
+    model = computing_model(arguments)
     base = model.base
     if not base.config.causal and "head.weight" not in model.weights:
         expected = "one: train it with --task classify, and give the --adapter"
         raise ValueError(f"{base.name}: an encoder without a classifier; expected {expected}")
+    if arguments.rouge and not base.config.causal:
+        name = type(base.config).__name__
+        raise ValueError(f"--rouge: a {name} writes no text; expected a language model")
     run = told(arguments.adapter)  # what it was trained on is what it is judged by, if unasked
     path, task = data_of(
         base,
         arguments.data or run.get("data", {}).get("name"),
         arguments.task or run.get("settings", {}).get("task"),
     )
+    reading = _as_divided(arguments, path, run)
     # A head without names for its classes has their numbers.
     numbers = tuple(map(str, range(getattr(base.config, "classes", 0)))) or None
     read = data.read(
-        path, task, base.tokenizer, arguments.length, skip_bad=arguments.skip_bad,
-        seed=arguments.seed, classes=classes_of(arguments.adapter) or base.classes or numbers,
+        path, task, base.tokenizer, **reading,
+        classes=classes_of(arguments.adapter) or base.classes or numbers,
     )  # fmt: skip
+    if reading["valid"] and read.digest != run["data"].get("digest"):
+        expected = "the file that the run was trained on, of which it held a part out"
+        remedy = "give it back, or rename what is to be measured, and name it by --data"
+        raise FormatError(path, "file", "another content", expected, remedy)
     order = [arguments.split] if arguments.split else ["test", "valid", "train"]
     split = next((one for one in order if getattr(read, one)), None)
     if split is None:
@@ -72,19 +88,22 @@ def _run(arguments: argparse.Namespace) -> int:
     batches = batches_of(examples, arguments.batch_tokens, base.tokenizer.pad)
     found = measure(batches, model.weights, base.config, model.tuning)
     assert found.right is not None
+    if not math.isfinite(found.loss):
+        raise ArithmeticError(f"{path}, {split}: the loss is {found.loss}: {DIVERGED}")
     share, low, high, _ = accuracy(found.right)
+    undecided = perplexity(found.loss)
     figures: dict[str, Any] = {
         "examples": len(examples),
         "split": split,
         "labels": found.count,
         "loss": found.loss,
-        "perplexity": perplexity(found.loss),
+        "perplexity": undecided if math.isfinite(undecided) else None,  # JSON has no infinity
         "accuracy": share,
         "accuracy_interval": [low, high],
     }
     say(
         f"{path}, {split}: {len(examples)} examples, {found.count} labels\n"
-        f"loss        {found.loss:.4f}\nperplexity  {perplexity(found.loss):.4f}\n"
+        f"loss        {found.loss:.4f}\nperplexity  {undecided:.4f}\n"
         f"accuracy    {share:.4f}  ({low:.4f} to {high:.4f} at 95%)\n"
     )
     if arguments.rouge:
@@ -93,6 +112,26 @@ def _run(arguments: argparse.Namespace) -> int:
         file = Path(arguments.json)
         write_files(file.parent, {file.name: lambda: pack_json(figures)})
     return HOLDS
+
+
+def _as_divided(arguments: argparse.Namespace, path: str, run: Any) -> dict[str, Any]:
+    """How the examples are read: a run's own, of which a share was held out, as the run read them.
+
+    Errors: ValueError for an option by which other lines would be held out.
+    """
+    usual = {"length": LENGTH, "seed": 0, "valid": 0.0, "skip_bad": False}
+    said, own = run.get("settings", {}), run.get("data", {}).get("name")
+    same = own is not None and os.path.realpath(path) == os.path.realpath(own)
+    if same and said.get("valid"):
+        usual |= {name: said[name] for name in usual if name in said}
+        for name in ("length", "seed"):
+            if getattr(arguments, name) not in (None, usual[name]):
+                found, expected = getattr(arguments, name), f"{usual[name]}, as it was trained"
+                what = "other lines of the run's own data would be held out"
+                raise ValueError(f"--{name} {found}: expected {expected}: {what}")
+    given = {name: getattr(arguments, name) for name in ("length", "seed")}
+    given["skip_bad"] = arguments.skip_bad or None
+    return usual | {name: value for name, value in given.items() if value is not None}
 
 
 def _rouge(arguments: argparse.Namespace, base: Any, model: Any, examples: Any) -> dict[str, float]:

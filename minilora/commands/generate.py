@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from minilora.commands import adapted_model
+from minilora.commands import computing_model
 from minilora.console import HOLDS, add_command, add_model, at_least, say
 
 TOKENS = 64
@@ -35,13 +35,13 @@ def add(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
 
-    from minilora.generate import Sampling, generate
+    from minilora.generate import Sampling, fitting, generate
 
     if arguments.prompt is not None and arguments.chat is not None:
         raise ValueError("--prompt and --chat both; give one of them")
     at_least(arguments, tokens=1, seed=0)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    model = adapted_model(arguments)
+    model = computing_model(arguments)
     base, tokenizer = model.base, model.base.tokenizer
     if not base.config.causal:
         name = type(base.config).__name__
@@ -56,8 +56,7 @@ def _run(arguments: argparse.Namespace) -> int:
         prompt = prompt or ([] if first is None else [first])
     most = arguments.tokens
     if most is None:
-        room = base.config.tables().get("positions", len(prompt) + TOKENS)
-        most = max(1, min(TOKENS, room - len(prompt) + 1))
+        most = fitting(base.config, len(prompt), TOKENS)
     drawn: list[int] = []
     written = ""
     say(shown)

@@ -37,6 +37,7 @@ def described(model: Any) -> list[str]:
     from minilora.adapters import Adapter
     from minilora.formats.factors import variant_name
     from minilora.lora import LORA, TABLES, adapted_in, weight_of
+    from minilora.targets import ALORA
 
     W, tuning, own = model.weights, model.tuning, model.own
     rows = []
@@ -45,7 +46,8 @@ def described(model: Any) -> list[str]:
         weight = W[weight_of(at, W)]
         M = weight.T if at in TABLES else weight
         parts = tuple(own[f"{at}.{part}"] for part in variant.parts)
-        change, _ = Adapter(parts, tuning.scale[at], variant).change(M, W.get(f"{at}.bias"))
+        acting = LORA if variant == ALORA else variant  # on the tokens on which it acts
+        change, _ = Adapter(parts, tuning.scale[at], acting).change(M, W.get(f"{at}.bias"))
         ratio = np.linalg.norm(change) / np.linalg.norm(M)
         rows.append(
             [at, variant_name(variant), str(len(own[f"{at}.A"])), f"{tuning.scale[at]:g}",
@@ -62,6 +64,11 @@ def described(model: Any) -> list[str]:
         lines.append(f"and {len(rows) - hit} tables or tied heads")
     if beside:
         lines.append(f"trained in full beside them: {', '.join(beside)}")
+    if model.lora is not None and model.lora.invocation:
+        tokens = " ".join(map(str, model.lora.invocation))
+        lines.append(
+            f"alora acts from the last invocation on, the tokens {tokens}, and on no other"
+        )
     idle = [row[0] for row in rows if row[4] == "0"]
     if idle:
         lines.append(f"no change yet, B is 0: {', '.join(idle)}")

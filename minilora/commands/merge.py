@@ -25,8 +25,10 @@ def add(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
 
-    from minilora.bases import classes_of, copy_tokenizer, keep_sources
-    from minilora.formats.files import FormatError
+    from pathlib import Path
+
+    from minilora.bases import classes_of, copy_tokenizer, door, keep_sources
+    from minilora.formats.files import FormatError, listed
     from minilora.formats.huggingface import write_model
     from minilora.lora import merge
 
@@ -35,15 +37,22 @@ def _run(arguments: argparse.Namespace) -> int:
     model = adapted_model(arguments)
     base = model.base
     keep_sources(arguments.output, base, arguments.adapter)
+    out = Path(arguments.output)
+    if out.is_dir() and (there := sorted(path.name for path in out.iterdir())):
+        # Another model's files would be lost, or be read as a part of this one.
+        found, expected = listed(there), "a folder without files, or none"
+        raise ValueError(f"--output {out}: found {found}, expected {expected}; choose another")
     whole = {name: model.weights[name] for name in (*base.config.shapes(), *model.own)}
     merged = merge(whole, model.tuning)
     c = merged_config(base.config, merged)
     if arguments.output.endswith(".gguf"):
         from minilora.formats import gguf
 
-        like = base.path if base.path.suffix == ".gguf" else None
+        like = base.path if door(base.path) is gguf else None
         length = base.kept.get("max_position_embeddings", gguf.CONTEXT)
         gguf.write_model(arguments.output, c, merged, like=like, context=length)
+        if arguments.dtype == "float64":
+            say(f"{arguments.output}: in float32, the widest that llama.cpp computes with\n")
         if like is None:
             say(f"{arguments.output}: no tokenizer in it: {base.name} has none of a GGUF file's\n")
     else:

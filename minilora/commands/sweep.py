@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from minilora.console import HOLDS, INTERRUPTED, add_command, add_model, say, sigterm_interrupts
+from minilora.console import (
+    HOLDS,
+    INTERRUPTED,
+    add_command,
+    add_model,
+    at_least,
+    say,
+    sigterm_interrupts,
+)
 
 
 def add(commands: Any) -> None:
@@ -25,7 +33,7 @@ def add(commands: Any) -> None:
     option("--task", metavar="TASK", help="as minilora train has it")
     option("--output", required=True, metavar="OUT", help="the folder of the sweep")
     option("--ranks", default="1,2,4,8", metavar="R,...", help="of the adapters")
-    option("--alphas", default="", metavar="A,...", help="the scale is A / R (default: 2 R alone)")
+    option("--alphas", metavar="A,...", help="the scale is A / R (default: 2 R alone)")
     option("--lrs", default="0.001,0.003,0.01,0.03", metavar="RATE,...", help="learning rates")
     option("--seeds", default="0,1,2", metavar="N,...", help="of start, order and dropout")
     option("--jobs", type=int, metavar="N", help="processes at a time (default: the processors)")
@@ -62,9 +70,11 @@ def _run(arguments: argparse.Namespace) -> int:
     from minilora.sweep import Setting, grid, opened, plot, sweep, table
     from minilora.train import Recipe
 
+    least = {"epochs": 1, "steps": 1, "batch_tokens": 1, "accumulate": 1, "length": 2, "warmup": 0}
+    at_least(arguments, jobs=1, **least)
     cells = grid(
         numbers(arguments.ranks, "--ranks", int),
-        numbers(arguments.alphas, "--alphas", float),
+        numbers(arguments.alphas or "", "--alphas", float),
         numbers(arguments.lrs, "--lrs", float),
         numbers(arguments.seeds, "--seeds", int),
     )

@@ -15,6 +15,7 @@ from minilora.console import (
     INTERRUPTED,
     add_command,
     add_model,
+    at_least,
     say,
     sigterm_interrupts,
     steps_bar,
@@ -53,7 +54,7 @@ def add(commands: Any) -> None:
         "--targets",
         default="all-linear",
         metavar="NAMES",
-        help="q,v,... or an expression for whole names, such as 'layers.0.*'",
+        help="q,v,... or an expression for whole names, such as 'layers\\.0\\..*'",
     )
     option("--variant", default="lora", metavar="NAME", help="as minilora variants lists them")
     option("--full", action="store_true", help="train every weight and no adapter: the baseline")
@@ -61,7 +62,12 @@ def add(commands: Any) -> None:
     option(
         "--lr", type=float, metavar="RATE", help="learning rate (default: 0.001; --full: a tenth)"
     )
-    option("--lora-plus", type=float, default=1.0, metavar="X", help="B learns X times as fast")
+    option(
+        "--lora-plus",
+        type=float,
+        metavar="X",
+        help="B learns X times as fast (default: 1; 16 with --variant lora+)",
+    )
     option("--schedule", default="cosine", metavar="KIND", help="constant, linear or cosine")
     option("--warmup", type=int, default=0, metavar="N", help="steps over which the rate rises")
     option("--weight-decay", type=float, default=0.0, metavar="X", help="AdamW's")
@@ -93,6 +99,14 @@ def add(commands: Any) -> None:
     option("--accept-changes", action="store_true", help="resume although settings have changed")
     option("--overwrite", action="store_true", help="replace the run in OUT")
 
+
+LEAST = {
+    **dict.fromkeys(("rank", "epochs", "steps", "batch_tokens", "accumulate", "threads"), 1),
+    **dict.fromkeys(("save_every", "valid_every"), 1),
+    **dict.fromkeys(("warmup", "seed"), 0),
+    "length": 2,
+}
+"""What the numbers of these options are at least."""
 
 OF_ADAPTERS = ("rank", "alpha", "dropout", "targets", "variant", "lora_plus")
 """What says nothing where every weight is trained."""
@@ -137,6 +151,25 @@ def data_of(base: Base, data: str | None, task: str | None) -> tuple[str, str]:
     return data, task or ("lm" if base.config.causal else "classify")
 
 
+WIDE, FAST = 64, 1
+"""A scale and a rate above these are no usual ones: a half of them helps no more than all."""
+
+
+def _way_on(recipe: Recipe) -> str:
+    """What to do after a divergence."""
+    scale = recipe.alpha / recipe.rank
+    if not recipe.full and scale > WIDE:
+        return (
+            f"the scale, alpha / rank, is {scale:g}: begin anew with a smaller --alpha, such as "
+            f"{2 * recipe.rank}"
+        )
+    lr = recipe.lr / 4 if recipe.lr <= FAST else 1e-4 if recipe.full else 1e-3
+    return (
+        f"go on from there with a smaller rate, --resume --accept-changes --lr {lr:g}, or begin "
+        "anew with --warmup, a smaller --lr or --clip"
+    )
+
+
 def _run(arguments: argparse.Namespace) -> int:
     import numpy as np
 
@@ -145,6 +178,9 @@ def _run(arguments: argparse.Namespace) -> int:
     from minilora.steps import Plan, warm_memory
     from minilora.train import fit, micro_batches, plot, prepare
 
+    at_least(arguments, **LEAST)
+    if not arguments.save_minutes > 0:
+        raise ValueError(f"--save-minutes {arguments.save_minutes:g}: expected more than 0")
     name, dtype = arguments.model or "reference:llama", np.dtype(arguments.dtype)
     base = open_base(name, dtype, quantised=arguments.recompute)
     path, task = data_of(base, arguments.data, arguments.task)
@@ -205,17 +241,16 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"interrupted; {what}; go on with --resume", file=sys.stderr)
             return INTERRUPTED
         print(
-            f"minilora train: diverged at {outcome.why}; {what}; go on from there with a smaller "
-            f"rate, --resume --accept-changes --lr {recipe.lr / 4:g}, or begin anew with "
-            "--warmup, a smaller --lr or --clip",
-            file=sys.stderr,
+            f"minilora train: diverged at {outcome.why}; {what}; {_way_on(recipe)}", file=sys.stderr
         )
         return DEVIATES
     if "loss" in last:
         valid = f", {last['valid_loss']:.4f} in validation" if "valid_loss" in last else ""
         say(f"step {step} of {outcome.steps}: loss {last['loss']:.4f}{valid}\n")
     else:
-        say(f"step {step} of {outcome.steps}: there was nothing left to do\n")
+        say(
+            f"{out} is at step {step}, and {outcome.steps} were asked for: nothing was left to do\n"
+        )
     say(f"{out}: {'a model' if recipe.full else 'an adapter'}\n")
     try:
         plot(out)

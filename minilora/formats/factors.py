@@ -13,7 +13,7 @@ import numpy as np
 from minilora.formats.files import FormatError, listed
 from minilora.lora import LORA, Params, Tuning, Variant, Weights, adapted_in, is_base, scale
 from minilora.models import Config
-from minilora.targets import Lora
+from minilora.targets import ALORA, Lora
 from minilora.variants import DORA, DORA_FULL, REGISTRY, part_shapes
 
 
@@ -30,8 +30,9 @@ def placed(there: Mapping[str, str], name: str) -> str:
 
 
 def variant_name(variant: Variant) -> str:
-    """The variant's first name in the registry."""
-    return next((name for name, e in REGISTRY.items() if e.variant == variant), repr(variant))
+    """The variant's first name in the registry; aLoRA's equation is LoRA's, where it acts."""
+    named = [("alora", ALORA), *((name, e.variant) for name, e in REGISTRY.items())]
+    return next((name for name, one in named if one == variant), repr(variant))
 
 
 def adapted_ranks(
@@ -56,7 +57,7 @@ def adapted_ranks(
         variant = tuning.variant.get(at, LORA)
         if variant not in known:
             expected = " or ".join(map(variant_name, known))
-            remedy = "the format has no place for it: merge it, or keep PEFT's"
+            remedy = "the format has no place for it: keep PEFT's, or merge it if that can be"
             raise FormatError(path, f"variant of {at}", variant_name(variant), expected, remedy)
         if at not in c.matrices():
             remedy = "is it another model's?"

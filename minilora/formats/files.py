@@ -142,7 +142,7 @@ def narrowed(path: Path | str, name: str, array: Array, dtype: Any, reader: str)
     converted = convert(path, name, array, dtype)
     if converted.dtype.name not in ("float32", "float16", "bfloat16"):
         expected = "float32, float16 or bfloat16"
-        remedy = f"{reader} no wider one: give dtype=np.float32 if rounding is meant"
+        remedy = f"{reader} no wider one: take float32, --dtype float32, if rounding is meant"
         raise FormatError(path, name, f"dtype {converted.dtype}", expected, remedy)
     return converted
 
@@ -305,9 +305,14 @@ def write_files(
     beside = {name: folder / f".{name}.{os.urandom(4).hex()}" for name in files}
     try:
         for name, data in files.items():
-            beside[name].write_bytes(data())
-            if durable:
-                _flush(beside[name])
+            whole = data()
+            try:
+                beside[name].write_bytes(whole)
+                if durable:
+                    _flush(beside[name])
+            except OSError as error:  # the system names no file where it is the writing that fails
+                said = error.strerror or str(error)
+                raise OSError(error.errno, said, str(folder / name)) from error
         for name, temporary in beside.items():
             os.replace(temporary, folder / name)
         if durable:

@@ -13,7 +13,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -727,11 +727,11 @@ def _written(path: Path | str, name: str) -> Iterator[Any]:
             raise OSError("it does not come out whole") from None
         os.replace(beside, path)
     except OSError as error:
-        if error.errno is not None:
-            raise
-        raise OSError(errno.ENOSPC, f"{error}; is the disk full?", str(path)) from None
+        said = error.strerror or f"{error}; is the disk full?"
+        raise OSError(error.errno or errno.ENOSPC, said, str(path)) from None
     finally:
-        writer.close()
+        with suppress(OSError):  # of what it could not write on a full disk, which is told above
+            writer.close()
         beside.unlink(missing_ok=True)
 
 

@@ -317,7 +317,8 @@ def _config(path: Path, settings: Mapping[str, Any]) -> Config:
     if a.config is Bert:
         values["classes"] = _classes(path, settings)
     kinds = settings.get("layer_types")
-    if kinds is not None and kinds != ["full_attention"] * values["layers"]:
+    full = isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
+    if kinds is not None and not (full and len(kinds) == values["layers"]):
         remedy = "sliding windows are not implemented here"
         raise FormatError(path, "layer_types", kinds, "full_attention for each layer", remedy)
     _check_heads(path, settings, values, a)
@@ -560,9 +561,7 @@ def read_model(path: Path | str, dtype: Any = None) -> tuple[Config, Weights]:
     _, a = architecture(c)
     found, files = _read_weights(folder, a.buffers)
     first = min(files.values(), default=folder / WEIGHTS)
-    if c.layers > len(found):
-        expected = f"{c.layers} layers of several tensors each"
-        raise FormatError(first, "tensors", len(found), expected, f"compare with {CONFIG}")
+    _check_layers(first, c, found)
     places = names(c)
     if not any(name.startswith(a.prefix) for name in found):
         places = {
@@ -577,6 +576,13 @@ def read_model(path: Path | str, dtype: Any = None) -> tuple[Config, Weights]:
             raise FormatError(files[head], head, found_, expected, remedy)
         del found[head]
     return c, collect(files, first, found, places, c.shapes(), dtype)
+
+
+def _check_layers(path: Path, c: Config, found: Weights) -> None:
+    """Refuse more layers than tensors, before a name is made for each."""
+    if c.layers > len(found):
+        expected = f"{c.layers} layers of several tensors each"
+        raise FormatError(path, "tensors", len(found), expected, f"compare with {CONFIG}")
 
 
 def read_encoder(path: Path | str, classes: int, dtype: Any = None) -> tuple[Bert, Weights]:
@@ -597,6 +603,7 @@ def read_encoder(path: Path | str, classes: int, dtype: Any = None) -> tuple[Ber
     _, a = architecture(c)
     found_, files = _read_weights(folder, a.buffers)
     first = min(files.values(), default=folder / WEIGHTS)
+    _check_layers(first, c, found_)
     places = {
         name: (place.removeprefix(a.prefix), transposed)
         for name, (place, transposed) in names(c).items()

@@ -626,7 +626,10 @@ def read_adapter(
     file = Path(path) / WEIGHTS
     settings, lora, deeper, choice = _read_lora(Path(path) / CONFIG, c)
     if deeper.layers != c.layers:
-        remedy = "replicate the base by read_lora's replication"
+        remedy = (
+            "no command repeats a base's layers: merge it with PEFT and go on with that model, or "
+            "in Python replicate the base by read_lora's replication"
+        )
         text = f"a model of {c.layers} layers"
         raise FormatError(Path(path) / CONFIG, "layer_replication", text, deeper.layers, remedy)
     if base is None and (lora.tokens or lora.init in FROM_BASE):
@@ -652,6 +655,13 @@ def read_adapter(
     placed |= {name: place for name, place in inside.items() if name in placed}
     _place_bases(file, c, found, placed, {*choice.rank, *gone})
     _drop_copies(file, c, found, placed, lora)
+    head = f"{PREFIX}{_paths(c)['head']}.lora_"
+    if settings.get("ensure_weight_tying") and any(
+        place.startswith(head) for place in found.keys() - {*placed.values()}
+    ):
+        remedy = "PEFT left it out, and would not load the head's factors again: name it there, too"
+        text = f"no head, whose factors are in {WEIGHTS}"
+        raise FormatError(Path(path) / CONFIG, "target_modules", text, "both of the tie", remedy)
     _fit(file, found, placed, parts)
     transposed = {name: lies for name, (_, lies) in names(c).items()}
     places = {name: (place, transposed.get(name, False)) for name, place in placed.items()}
@@ -859,7 +869,8 @@ def write_adapter(
 
     Errors: FormatError if ``lora``, ``tuning`` and W do not agree; for what PEFT has no place or
     another function for; if a part of a module is trained that PEFT saves as a whole, or GPT-2's
-    embedding, which PEFT cannot tie to its head; if the folder holds another adapter's weights.
+    embedding, which PEFT cannot tie to its head; if the folder holds another adapter's weights,
+    in PEFT's format or MLX's.
     """
     folder = Path(path)
     possible = c.matrices()
@@ -901,7 +912,7 @@ def write_adapter(
         WEIGHTS: partial(pack, folder / WEIGHTS, tensors, {"format": "pt"}),
         CONFIG: partial(pack_json, settings),
     }
-    write_files(folder, files, stale=r"adapter_model\..*")
+    write_files(folder, files, stale=r"(adapter_model|adapters)\..*")
 
 
 def _check_written(

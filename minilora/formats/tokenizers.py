@@ -350,8 +350,9 @@ def read_tokenizer(folder: Path | str) -> Tokenizer:
         named["eos"] = _read(folder, backend, stops[0])
     if "bos" not in named and (first := _numbers(folder, "bos")):
         named["bos"] = _read(folder, backend, first[0])
+    template = _template(folder, settings)
     try:
-        return Library(backend, named, _template(folder, settings), stops)
+        return Library(backend, named, template, stops)
     except ValueError as error:
         remedy = "take both files from one model"
         raise FormatError(config, "special tokens", error, f"those of {path}", remedy) from None
