@@ -207,7 +207,12 @@ def adapter_of(at: str, W: Params, tuning: Tuning) -> tuple[Variant, list[str]]:
 
 def base_of(variant: Variant, name: str, W: Params) -> Array:
     """The weight below an adapter: whole where it is rescaled, where others read it in parts."""
-    return W[name] if variant.additive else np.asanyarray(W[name])
+    return W[name] if variant.additive else whole(W[name])
+
+
+def whole(w: Any) -> Any:
+    """A weight that is read by its rows, as `minilora.expanded` has them, as one array."""
+    return np.asarray(w) if hasattr(w, "rows") else w
 
 
 def project(x: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
@@ -345,7 +350,7 @@ def merge(W: Weights, tuning: Tuning) -> Merged:
         if f"{at}.weight" not in merged:
             continue  # a tied head whose change is the embedding's
         variant, names = adapter_of(at, W, tuning)
-        base = np.asanyarray(W[weight_of(at, W)])
+        base = whole(W[weight_of(at, W)])
         matrix = base.T if at in TABLES else base
         factors = [W[name] for name in names]
         change, bias = variant.merge(matrix, W.get(f"{at}.bias"), *factors, tuning.scale[at])

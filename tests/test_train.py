@@ -912,3 +912,10 @@ def test_a_model_with_too_few_positions_is_told_before_anything_is_written():
     few = replace(job.base, config=replace(job.base.config, positions=longest - 1))
     with pytest.raises(ValueError, match=f"an example of {longest} tokens, expected at most"):
         prepare(few, job.data, QUICK)
+
+
+@pytest.mark.parametrize("name", ["rank", "steps", "epochs", "batch_tokens", "length", "seed"])
+def test_what_is_counted_is_a_whole_number(name):
+    replace(QUICK, **{name: np.int64(2)})
+    with pytest.raises(ValueError, match=f"{name} is 2.5: expected . or more, a whole number"):
+        replace(QUICK, **{name: 2.5})
