@@ -13,15 +13,16 @@ from minilora.layers import adapted_fused
 from minilora.lora import lora_linear, merge_weight, scale
 from minilora.models import targets
 from minilora.ops import IGNORED
+from minilora.variants import DORA, DORA_FULL
 from minilora.verify import cases, check
-from minilora.verify.contract import Subject
-from minilora.verify.levels import files, init, lifecycle, small, train
+from minilora.verify.contract import Precision, Subject
+from minilora.verify.levels import files, init, lifecycle, small, train, variants
 from minilora.verify.levels.model import as_dict
 from minilora.verify.misreadings import MISREADINGS
 from minilora.verify.misreadings.files import Filer
 from minilora.verify.own import Own, trained
 from minilora.verify.states import Layer, whole
-from minilora.verify.terms import Case
+from minilora.verify.terms import MONTE_CARLO, Case, Comparison
 
 SEEDS = range(3)
 
@@ -322,3 +323,23 @@ def test_the_way_over_the_weight_is_the_specifications(kind):
     for name in found:
         assert np.array_equal(found[name], wanted[name])
         assert not np.array_equal(wrong[name], wanted[name])
+
+
+@pytest.mark.parametrize("of", [DORA, DORA_FULL], ids=["detached", "differentiated"])
+@pytest.mark.parametrize("number", [0, 1, 3, 5])
+def test_doras_way_over_the_weight_is_the_specifications(of, number):
+    """In long double they agree as far as float64 could ask for; with a wrong scale they do not."""
+    case = Case("variants.dora.vjp.all", "float64", number, 0)
+    layer, part = variants.draw(case, ".all", "dora")
+    wanted = variants.specified(of, layer, part, cases.long)
+    sigma = variants.sigmas(of, layer, part, Precision("float64", "float64"), (0, number))
+
+    def verdicts(layer):
+        found = variants.by_the_weight(of, layer, part, cases.long)
+        return {
+            name: Comparison(name, array, wanted[name], sigma[name], MONTE_CARLO).judge().verdict
+            for name, array in found.items()
+        }
+
+    assert set(verdicts(layer).values()) == {"pass"}
+    assert set(verdicts(replace(layer, alpha=2 * layer.alpha)).values()) == {"fail"}
