@@ -55,7 +55,8 @@ DIVERGED = 3.0
 """A loss so many times the first, or a uniform guess's if that is greater, has diverged."""
 
 CHECKED = 8
-"""Of so many examples the loss is formed once more after the last step, to be judged by."""
+"""Of so many examples, or of as many as a micro-batch has, the loss is formed once more after the
+last step, to be judged by."""
 
 NOT_TRAINED: Mapping[str, str] = {
     "alora": "it acts from an invocation's tokens on, in measuring and writing too, and no line of "
@@ -754,7 +755,7 @@ def fit(
                         if not math.isfinite(held):
                             raise Diverged(after.step, f"the loss in validation is {held:g}")
                     if after.step == steps:  # no step comes that would find what this one has done
-                        _check(after.step, _loss(shown, job, after, plan), after.first, c)
+                        _check(after.step, _loss(shown[:1], job, after, plan), after.first, c)
                     log.write(_line(line))
                     log.flush()
                     state = after
