@@ -18,7 +18,7 @@ LEVELS = list(dict.fromkeys(check.level for check in CHECKS))
 _IN_BOTH = """
     norm-eps-1e-6 norm-eps-1e-8 norm-eps-0 norm-eps-outside norm-eps-1e-5 files-eps-default
     rope-theta-off-1-permille adapter-off-1-permille block-gelu-exact block-gelu-approximate
-    loss-z-loss optimizer-decay-default optimizer-clip-no-eps
+    loss-z-loss optimizer-decay-default
     form-tf32 rope-bfloat16 adapter-bfloat16 combine-bfloat16
     merge-negligible combine-one-projection
 """

@@ -237,7 +237,6 @@ CLIP = family(
     "OPTIMIZER",
     "optimizer.clip",
     ("clip-none", "g", but(clipped=lambda my, c, g: g)),
-    ("clip-no-eps", "g min(1, max / ‖g‖)", but(norm=lambda my, c, g: Plain.norm(my, c, g) - 1e-6)),
     (
         "clip-none-adamw",
         "g under AdamW",
