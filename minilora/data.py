@@ -120,6 +120,7 @@ def read(
     valid: float = 0.0,
     seed: int = 0,
     classes: Sequence[str] | None = None,
+    by_place: bool = False,
 ) -> Data:
     """The examples of a file, a folder or a built-in task, none longer than ``length`` tokens.
 
@@ -129,7 +130,9 @@ def read(
     :mod:`minilora.tasks`. Where there is no file to validate with, the share ``valid`` of the lines
     is taken, drawn from ``seed``. ``mask_prompt`` counts only the answers. ``skip_bad`` leaves out
     lines that cannot be used instead of refusing them. ``classes`` are those of a model that is
-    already trained; they are learned from the lines to train on, and sorted, unless given.
+    already trained; they are learned from the lines to train on, and sorted, unless given. With
+    ``by_place`` a number that is no class's name means the one at its place among them, as
+    ``id2label`` of a pretrained model counts them.
 
     What is too long: a text is cut into pieces that together predict each token once; a document is
     cut so that its summary is whole; all else loses its end, and a line none of whose tokens would
@@ -152,7 +155,8 @@ def read(
     rows = {split: reader.read(file) for split, file in files.items()}
     if task == "classify":
         learned = tuple(classes) if classes is not None else reader.learn(rows["train"])
-        rows = {split: reader.label(some, learned) for split, some in rows.items()}
+        named = classes is None or not by_place or any(name.isdecimal() for name in learned)
+        rows = {split: reader.label(some, learned, not named) for split, some in rows.items()}
     else:
         learned = ()
     for split, some in rows.items():
@@ -378,16 +382,18 @@ class _Reader:
             raise FormatError(rows[0].path, "labels", found, expected, "is it the right file?")
         return tuple(map(str, sorted(labels)))
 
-    def label(self, rows: list[_Row], classes: tuple[str, ...]) -> list[_Row]:
-        """The lines with their classes' numbers, found by name.
+    def label(self, rows: list[_Row], classes: tuple[str, ...], places: bool) -> list[_Row]:
+        """The lines with their classes' numbers, found by name, or else by their ``places``.
 
-        A number is a name too: where none of a model's classes is called so, nothing says which
-        one it means.
+        A number is a name too: of classes that were learned from labels, where none is called so,
+        nothing says which one it means.
         """
         numbers = {name: i for i, name in enumerate(classes)}
         labelled = []
         for row in rows:
             number = numbers.get(str(row.label))
+            if number is None and places and type(row.label) is int:
+                number = row.label if 0 <= row.label < len(classes) else None
             if number is None:
                 expected = f"one of the classes trained on, {listed(classes, 20)}"
                 self._refuse(row.path, row.line, _Wrong(f"label {row.label!r}", expected))

@@ -581,6 +581,23 @@ def test_classes_are_learned_sorted_and_named(tmp_path):
     assert not named.train[0].counted.any()
 
 
+def test_a_number_is_a_pretrained_models_class_by_its_place(tmp_path):
+    folder = labelled(tmp_path / "a", ["p", 0, 1], [1])
+
+    def numbers(classes, **how):
+        got = read(folder, "classify", TYPED, 9, classes=classes, **how)
+        return [e.label for e in got.train + got.test]
+
+    assert numbers(["n", "p"], by_place=True) == [1, 0, 1, 1]
+    with pytest.raises(FormatError, match="line 2: found label 0, expected one of"):
+        numbers(["n", "p"])
+    with pytest.raises(FormatError, match="line 2: found label 0, expected one of"):
+        numbers(["1", "p"], by_place=True)  # 1 is a name there, and 0 is none
+    far = labelled(tmp_path / "b", ["p", 2], ["n"])
+    with pytest.raises(FormatError, match="line 2: found label 2, expected one of"):
+        read(far, "classify", TYPED, 9, classes=["n", "p"], by_place=True)
+
+
 def test_a_class_that_was_not_trained_on_is_refused_and_one_alone_too(tmp_path):
     folder = labelled(tmp_path / "a", ["x", "y"], ["x", "z"])
     match = r"test\.jsonl: line 2: found label 'z', expected one of the classes trained on, x, y"

@@ -72,9 +72,10 @@ def _run(arguments: argparse.Namespace) -> int:
     reading = _as_divided(arguments, path, run)
     # A head without names for its classes has their numbers.
     numbers = tuple(map(str, range(getattr(base.config, "classes", 0)))) or None
+    learned = classes_of(arguments.adapter)
     read = data.read(
         path, task, base.tokenizer, **reading,
-        classes=classes_of(arguments.adapter) or base.classes or numbers,
+        classes=learned or base.classes or numbers, by_place=not learned,
     )  # fmt: skip
     if reading["valid"] and read.digest != run["data"].get("digest"):
         expected = "the file that the run was trained on, of which it held a part out"

@@ -189,7 +189,7 @@ def _run(arguments: argparse.Namespace) -> int:
     given: dict[str, Any] = {"mask_prompt": not arguments.count_prompt, "valid": arguments.valid}
     read = data.read(
         path, task, base.tokenizer, recipe.length, skip_bad=arguments.skip_bad, seed=recipe.seed,
-        classes=base.classes, **given,
+        classes=base.classes, by_place=True, **given,
     )  # fmt: skip
     for line in read.skipped[:5]:
         say(f"{line.path}, line {line.line}: left out: {line.why}\n")
