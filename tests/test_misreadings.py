@@ -20,7 +20,7 @@ _IN_BOTH = """
     rope-theta-off-1-permille adapter-off-1-permille block-gelu-exact block-gelu-approximate
     loss-z-loss optimizer-decay-default
     form-tf32 rope-bfloat16 adapter-bfloat16 combine-bfloat16
-    merge-negligible combine-one-projection
+    combine-one-projection
 """
 _IN_BFLOAT16 = """
     norm-n-1 rope-theta files-theta-default block-gelu-quick optimizer-amsgrad
@@ -40,7 +40,8 @@ LOST = {
     "bfloat16": {*_IN_BOTH.split(), *_IN_BFLOAT16.split(), *_UNTRIED, *_FEW},
     "float16": {
         *(*_IN_BOTH.split(), *_UNTRIED, *_FEW, "optimizer-correction-ends"),
-        "dora-norm-cut-off",  # whose rows end before
+        *("dora-norm-cut-off", "merge-negligible"),  # whose numbers end before
+        *("layout-near-zero", "merge-near-weight"),
     },
 }
 """What no check sees in a dtype; what decomposes a matrix is not asked of half precisions."""
