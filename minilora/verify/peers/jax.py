@@ -32,8 +32,10 @@ class Jax:
     }
     conventions: ClassVar = {"dora_norm": "detached"}
     known: ClassVar = {
-        f"linear.vjp.{kind}:{dtype}": _SUMMED
-        for kind, dtype in product(("bias", "all"), ("bfloat16", "float16"))
+        f"{check}:{dtype}": _SUMMED
+        for check, dtype in product(
+            ("linear.vjp.bias", "linear.vjp.all", "variants.*.vjp*"), ("bfloat16", "float16")
+        )
     }
 
     def lora_linear(self, x: Any, W: Any, A: Any, B: Any, **settings: Any) -> np.ndarray:
