@@ -13,7 +13,7 @@ import numpy as np
 
 from minilora.blocks import Past, bert_block, embed, gpt2_block, llama_block, normalise, stack
 from minilora.expanded import by_rows
-from minilora.lora import Params, Tuning, Weights, project, total, weight_of
+from minilora.lora import Params, Tuning, Weights, project, total, weight_of, whole
 from minilora.ops import (
     IGNORED,
     Array,
@@ -485,7 +485,7 @@ def _held(E: Any, by_blocks: bool, at: str, W: Params) -> Params:
     if not by_blocks and not hasattr(E, "rows"):
         return W
     own: dict[str, Any] = {name: W[name] for name in W if name.startswith(f"{at}.")}
-    return own | {weight_of(at, W): by_rows(E) if by_blocks else np.asarray(E)}
+    return own | {weight_of(at, W): by_rows(E) if by_blocks else whole(E)}
 
 
 def loss(

@@ -181,7 +181,7 @@ SURVIVORS = {
         "_in_parts: True -> False": LENGTHS,
         "_held: not by_blocks and (not hasattr(E, 'rows')) -> not by_blocks": BITS,
         "_held: not hasattr(E, 'rows') -> hasattr(E, 'rows')": BITS,
-        "_held: by_rows(E) if by_blocks else np.asarray(E) -> by_rows(E)": BITS,
+        "_held: by_rows(E) if by_blocks else whole(E) -> by_rows(E)": BITS,
     },
     "optim": {
         (

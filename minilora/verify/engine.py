@@ -239,17 +239,13 @@ def run(
                 looked[alike] += 1
                 if looked[alike] > LOOKED:
                     results[-1] = replace(result, note=UNSEEN)
-                    behind += len(p.numbers)
-                    continue
-                shrinks = result.status == "fail" or p.check.smallest_fault
-                searched += shrinks
-                if found := _remembers(result, p, subject):
-                    # What another call left behind has no name, and shrinks to nothing.
-                    whole = _reproduce_all(command, p, profile)
-                    results[-1] = replace(result, diagnosis=found, reproduce=whole)
-                elif shrinks:
-                    named = _diagnosed(result, p, subject)
-                    results[-1] = _with_smallest(named, p, subject, searched <= SEARCHES)
+                else:
+                    shrinks = result.status == "fail" or p.check.smallest_fault
+                    searched += shrinks
+                    again = _reproduce_all(command, p, profile)
+                    results[-1] = _looked_into(
+                        result, p, subject, again, shrinks, searched <= SEARCHES
+                    )
             behind += len(p.numbers)
     except KeyboardInterrupt:
         raise Interrupted(report(interrupted=True)) from None
@@ -487,6 +483,20 @@ def _ours(error: Exception) -> str:
     places = traceback.extract_tb(error.__traceback__)[1:]
     chain = " < ".join(f"{place.name}:{place.lineno}" for place in reversed(places))
     return f"{describe(error)}; called from {chain}" if chain else describe(error)
+
+
+def _looked_into(
+    result: Result, p: Plan, subject: Subject, again: str, shrinks: bool, within: bool
+) -> Result:
+    """With what can be said of a deviation: that it depends on earlier calls, or its name.
+
+    What another call left behind has no name, and shrinks to nothing: ``again`` repeats them all.
+    """
+    if found := _remembers(result, p, subject):
+        return replace(result, diagnosis=found, reproduce=again)
+    if not shrinks:
+        return result
+    return _with_smallest(_diagnosed(result, p, subject), p, subject, within)
 
 
 def _diagnosed(result: Result, p: Plan, subject: Subject) -> Result:
