@@ -1,7 +1,6 @@
 """minilora: the executable specification of LoRA, and the oracle that checks implementations."""
 
-from minilora.adapters import Adapter, State
-from minilora.lora import (
+from minilora.spec.lora import (
     Merged,
     Tuning,
     Variant,
@@ -14,9 +13,10 @@ from minilora.lora import (
     scale,
     unmerge,
 )
-from minilora.models import GPT2, Batch, Bert, Llama, draw_weights, logits, loss
-from minilora.targets import Choice, Lora, adapt, choose
-from minilora.variants import REGISTRY
+from minilora.spec.models import GPT2, Batch, Bert, Llama, draw_weights, logits, loss
+from minilora.spec.multi_adapter import Adapter, State
+from minilora.spec.target_modules import Choice, Lora, adapt, choose
+from minilora.spec.variants import REGISTRY
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,7 @@
 """Makes the reference models anew, all from seeds:   python reference_models/build.py [FOLDER]
 
 Without FOLDER they replace those beside this script. The weights are trained on portable arrays
-(minilora.portable), so that models and adapters come out the same on every machine, byte for byte.
+(reproducible_math), so that models and adapters come out the same on every machine, byte for byte.
 """
 
 import hashlib
@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from reproducible_math import portable
 from safetensors.numpy import load_file, save
 
 from minilora import __version__
-from minilora.formats.files import pack_json, read_json, write_files
-from minilora.formats.huggingface import names, read_model, write_model
-from minilora.formats.peft import adapter_names, read_adapter, write_adapter
-from minilora.formats.tokenizers import Words
-from minilora.lora import Tuning, Weights, disable
-from minilora.models import GPT2, Batch, Bert, Config, Llama, draw_weights, logits, loss
-from minilora.optim import AdamState, adamw, clip, schedule
-from minilora.portable import portable
-from minilora.targets import Lora, adapt
-from minilora.tasks import TASKS, Task, draw_batch, expected_loss, task
+from minilora.io.formats.files import pack_json, read_json, write_files
+from minilora.io.formats.huggingface import names, read_model, write_model
+from minilora.io.formats.peft import adapter_names, read_adapter, write_adapter
+from minilora.io.formats.tokenizers import Words
+from minilora.io.synthetic_data import TASKS, Task, draw_batch, expected_loss, task
+from minilora.spec.lora import Tuning, Weights, disable
+from minilora.spec.models import GPT2, Batch, Bert, Config, Llama, draw_weights, logits, loss
+from minilora.spec.optim import AdamState, adamw, clip, schedule
+from minilora.spec.target_modules import Lora, adapt
 
 ROWS, WARMUP, MAX_NORM, STD = 32, 10, 1.0, 0.1
 """Of training: sequences a step, steps of warm-up, clipping, the first weights' spread."""
@@ -451,7 +451,7 @@ out.
 ## What they have learned
 
 The tasks are distributions over finitely many examples with rational probabilities
-(`minilora.tasks`), so entropy and expected loss are finite sums, exact, in nats a label. What the
+(`synthetic_data`), so entropy and expected loss are finite sums, exact, in nats a label. What the
 loss exceeds the entropy by is a Kullback-Leibler divergence: 0 would be perfect. The base has
 learned the first task; with the adapter, trained on the second only, it has learned that and
 forgotten the first, which the second contradicts.
@@ -492,7 +492,7 @@ together, and `manifest.json` holds
 
 ### Vectors
 
-The batch is `minilora.tasks.draw_batch` of the adapter's task with seed <SEED>: rows padded on the
+The batch is `synthetic_data.draw_batch` of the adapter's task with seed <SEED>: rows padded on the
 left and on the right, ignored labels, unequal counts of labels; for classes, padding on the right
 and one ignored label. The rest is computed in float64 from the float32 files.
 
@@ -501,7 +501,7 @@ and one ignored label. The rest is computed in float64 from the float32 files.
 ## Making them anew
 
 `python reference_models/build.py [FOLDER]`, one process. Training runs the package's own equations
-on portable arrays (`minilora.portable`): no sum and no product of matrices rounds, and what else
+on portable arrays (`reproducible_math`): no sum and no product of matrices rounds, and what else
 there is rounds as IEEE 754 says, so that neither the processor, nor the linear algebra library, nor
 the number of threads changes a bit. The random numbers are those of NumPy's `default_rng`, which
 NumPy may change with a new version, and seldom does. So models and adapters come out byte for byte

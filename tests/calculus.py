@@ -3,10 +3,10 @@
 import math
 
 import numpy as np
+from reproducible_math import TAYLOR
 
-from minilora.laws import STEP, UNIT_ROUNDOFF
-from minilora.portable import TAYLOR
-from minilora.verify.table import PROMISE
+from minilora.verify.properties.laws import STEP, UNIT_ROUNDOFF
+from minilora.verify.properties.variant_matrix import PROMISE
 
 GRADIENT = PROMISE
 """The promise of a gradient in float64, here relative to the greatest entry of its array."""
@@ -28,7 +28,7 @@ def gamma(k):
 
 
 def bound_of_exp(largest):
-    """How far `minilora.portable.exp` may be from NumPy's, relatively, at numbers up to a largest.
+    """How far `reproducible_math.exp` may be from NumPy's, relatively, at numbers up to a largest.
 
     r carries the rounding of k ln 2, three roundings of numbers up to |x|; the polynomial leaves
     out less than two of its next term at (ln 2) / 2, each of its steps rounds twice; NumPy's own is

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from minilora.verify.contract import DTYPES, Subject
-from minilora.verify.terms import Case, Check, Comparison
+from minilora.verify.core.types import Case, Check, Comparison
+from minilora.verify.implementation.contract import DTYPES, Subject
 
 ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 ALPHA, RANK = 7, 3

@@ -3,7 +3,7 @@
 NumPy's arithmetic calls the operators of the entries, and its functions, such as ``np.exp``, their
 methods of that name; so the code under test runs on them as it stands. `erf` alone comes from
 SciPy, which has it for float32, float64 and complex numbers only: `every_erf` has it for the
-others, and the tests put it in its place in ``minilora.ops``.
+others, and the tests put it in its place in ``minilora.spec.ops``.
 """
 
 import functools

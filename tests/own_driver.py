@@ -7,9 +7,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from minilora.verify.contract import METHODS, SESSION, positional
-from minilora.verify.own import Own
-from minilora.verify.process import CARRIED, RESULTS
+from minilora.verify.implementation.contract import METHODS, SESSION, positional
+from minilora.verify.implementation.minilora_impl import Own
+from minilora.verify.implementation.protocol import CARRIED, RESULTS
 
 
 def put(tree, path, array):

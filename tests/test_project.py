@@ -3,7 +3,6 @@
 import ast
 import importlib
 import json
-import re
 import subprocess
 import sys
 import tomllib
@@ -25,11 +24,17 @@ TOP_LEVEL = {
     "tests",
 }
 
-# Each module may import those before it: the reading order, as the docs have it, and the fronts.
-(READING,) = re.findall(
-    r":caption: Read\n[^`]*?\n\n([a-z_\n]+)```", (ROOT / "docs/index.md").read_text()
-)
-ORDER = [*READING.split(), "console", "commands", "cli", "__main__"]
+ROOMS = {
+    "spec": {"io"},  # models reads tables by blocks of rows
+    "io": {"spec"},
+    "training": {"spec", "io"},
+    "verify": {"spec", "io"},
+    "testing": {"spec"},
+    "studies": {"spec", "io", "training", "verify"},
+    "cli": {"spec", "io", "training", "verify", "studies"},
+    "__main__": {"cli"},
+}
+"""What each package may import of the others: one way, and verify never imports training."""
 
 RUN_TIME = {
     *(
@@ -50,11 +55,11 @@ ALONE = {"bitsandbytes", "jax", "mlx", "mlx_lm"}
 """And one peer's file each, which comes with an extra of its own or with `libraries`."""
 
 TEXT = {
-    "minilora/formats/gguf.py": {"gguf", "tokenizers"},
-    "minilora/formats/glassllm.py": {"tokenizers"},
-    "minilora/formats/tokenizers.py": {"jinja2", "tokenizers"},
-    "minilora/metrics.py": {"rouge_score"},
-    "minilora/train.py": {"matplotlib"},
+    "minilora/io/formats/gguf.py": {"gguf", "tokenizers"},
+    "minilora/io/formats/glassllm.py": {"tokenizers"},
+    "minilora/io/formats/tokenizers.py": {"jinja2", "tokenizers"},
+    "minilora/training/metrics.py": {"rouge_score"},
+    "minilora/training/train.py": {"matplotlib"},
 }
 """What comes with the extras `text`, `gguf` and `plot`, by the file that imports it."""
 
@@ -71,11 +76,15 @@ def imported(source):
     return modules
 
 
-def against_the_order(module, source):
-    """The imports of ``module`` that come after it in the order, and so would run both ways."""
-    parts = [name.split(".") for name in imported(source) if name.startswith("minilora.")]
-    later = ORDER[ORDER.index(module) + 1 :]
-    return sorted({part[1] for part in parts} & set(later))
+def rooms_of(source):
+    """The packages of minilora that the source imports; names of minilora itself lie in spec."""
+    own = [name.split(".") for name in imported(source) if name.startswith("minilora.")]
+    return {part[1] for part in own if part[1] != "__version__"}
+
+
+def forbidden(room, source):
+    """The packages that ``room`` imports and may not."""
+    return sorted(rooms_of(source) - ROOMS[room] - {room})
 
 
 def foreign(source):
@@ -91,35 +100,40 @@ def module_of(path):
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 
 
+def is_peer(path):
+    return "peers" in path.parts or path.name == "libraries.py"
+
+
 def name_of(path):
     return path.relative_to(ROOT).as_posix()
 
 
-def test_every_module_has_its_place_in_the_reading_order():
-    assert {module_of(path) for path in FILES} == set(ORDER)
+def test_every_file_lies_in_a_room():
+    assert {module_of(path) for path in FILES} == set(ROOMS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_imports_run_in_the_reading_order(path):
-    assert against_the_order(module_of(path), path.read_text()) == []
+def test_packages_import_one_way(path):
+    assert forbidden(module_of(path), path.read_text()) == []
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        "import minilora.models",
-        "from minilora import models",
-        "def f():\n from minilora.models import loss",
+        "import minilora.training.data",
+        "from minilora.training import data",
+        "def f():\n from minilora.training.data import batch",
     ],
 )
-def test_an_import_against_the_reading_order_is_seen(line):
-    assert against_the_order("models", line) == []
-    assert against_the_order("blocks", line) == ["models"]
+def test_an_import_the_wrong_way_is_seen(line):
+    assert forbidden("studies", line) == []
+    assert forbidden("verify", line) == ["training"]
+    assert forbidden("spec", line) == ["training"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_only_run_time_dependencies_and_in_a_peer_its_library_are_imported(path):
-    allowed = RUN_TIME | PEERS | ALONE if "peers" in path.parts else RUN_TIME
+    allowed = RUN_TIME | PEERS | ALONE if is_peer(path) else RUN_TIME
     assert foreign(path.read_text()) <= allowed | TEXT.get(name_of(path), set())
 
 

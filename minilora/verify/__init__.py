@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from minilora.verify.contract import TIME_LIMIT, Fault, LoadError, Skip, Subject, resolve
-from minilora.verify.contract import load as load_target
+from minilora.verify.core.types import Case, Check, Comparison, Limits
 from minilora.verify.engine import Interrupted, Progress, UsageError, run
-from minilora.verify.report import Report, Result
-from minilora.verify.terms import Case, Check, Comparison, Limits
+from minilora.verify.implementation.contract import (
+    TIME_LIMIT,
+    Fault,
+    LoadError,
+    Skip,
+    Subject,
+    resolve,
+)
+from minilora.verify.implementation.contract import load as load_target
+from minilora.verify.report.report import Report, Result
 
 if TYPE_CHECKING:
     import pytest
@@ -54,7 +61,7 @@ def check(
     Raises LoadError where the implementation cannot be used and UsageError where a level, dtype,
     profile or case does not exist.
     """
-    from minilora.verify.checks import CHECKS
+    from minilora.verify.checks.registry import CHECKS
 
     name = getattr(implementation, "__qualname__", type(implementation).__qualname__)
     return run(
@@ -88,7 +95,7 @@ def parametrize_with_checks(
 
     Raises LoadError and UsageError as `check` does. Needs pytest, which nothing else here imports.
     """
-    from minilora.verify.suite import parametrized
+    from minilora.verify.pytest_suite import parametrized
 
     return parametrized(
         implementations, levels=levels, dtypes=dtypes, profile=profile, seed=seed, known=known

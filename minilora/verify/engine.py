@@ -15,10 +15,19 @@ from math import comb, inf
 from time import perf_counter
 from typing import Any
 
-from minilora.verify.contract import DTYPES, TIME_LIMIT, Fault, Skip, Subject, describe, near, tidy
-from minilora.verify.diagnosis import agree, answers
-from minilora.verify.report import UNSEEN, FaultSeen, Known, Report, Result
-from minilora.verify.terms import STRUCTURE, Case, Check, Comparison, Diagnosis, Judgement
+from minilora.verify.core.types import STRUCTURE, Case, Check, Comparison, Diagnosis, Judgement
+from minilora.verify.diagnosis.diagnose import agree, answers
+from minilora.verify.implementation.contract import (
+    DTYPES,
+    TIME_LIMIT,
+    Fault,
+    Skip,
+    Subject,
+    describe,
+    near,
+    tidy,
+)
+from minilora.verify.report.report import UNSEEN, FaultSeen, Known, Report, Result
 
 PROFILES = ("quick", "ci", "nightly")
 

@@ -22,11 +22,11 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from minilora.verify import engine
-from minilora.verify.contract import DTYPES, METHODS, Fault, Skip, Subject
-from minilora.verify.diagnosis import Direct, has_diagnosis
-from minilora.verify.misreadings import MISREADINGS, Misreading
-from minilora.verify.report import WIDTH
-from minilora.verify.terms import STRUCTURE, Case, Check
+from minilora.verify.core.types import STRUCTURE, Case, Check
+from minilora.verify.diagnosis.diagnose import Direct, has_diagnosis
+from minilora.verify.implementation.contract import DTYPES, METHODS, Fault, Skip, Subject
+from minilora.verify.mutants import MISREADINGS, Misreading
+from minilora.verify.report.report import WIDTH
 
 WIDE = ("float64", "float32")
 """Where each misreading must be caught: in the other dtypes, some are less than rounding."""
@@ -234,7 +234,7 @@ def _percent(some: float, all: float) -> str:
 @cache
 def _checks() -> dict[str, Check]:
     """By their ids, without the search for a smallest counterexample, which takes seconds each."""
-    from minilora.verify.checks import CHECKS
+    from minilora.verify.checks.registry import CHECKS
 
     return {check.id: replace(check, smallest=None) for check in CHECKS}
 
@@ -296,7 +296,7 @@ def names(m: Misreading, dtype: str = NAMED_IN, seed: int = 0) -> tuple[str, ...
 @cache
 def rights(level: str) -> dict[str, Callable[[], object]]:
     """Implementations of a level that are right, however they are written."""
-    from minilora.verify.own import Own
+    from minilora.verify.implementation.minilora_impl import Own
 
     same = {m.id: m.make for m in MISREADINGS if m.equivalent and m.level == level}
     return {"minilora": Own, **same}

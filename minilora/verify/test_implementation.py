@@ -3,8 +3,8 @@
 import pytest
 
 from minilora.verify.engine import UsageError
-from minilora.verify.plugin import asked
-from minilora.verify.suite import OneCheck, each
+from minilora.verify.pytest_plugin import asked
+from minilora.verify.pytest_suite import OneCheck, each
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

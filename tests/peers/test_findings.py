@@ -24,13 +24,14 @@ from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 
 from minilora import Batch, Tuning, logits, lora_linear, merge, scale, unmerge
-from minilora.adapters import Adapter, State, combine_exact, combine_linear
-from minilora.budget import adalora_scale, allocate, budget, orthogonality
-from minilora.formats.huggingface import config_to_json, read_model
-from minilora.layers import Geometry, adapted_conv
-from minilora.lora import merge_weight, twin
-from minilora.models import Llama
-from minilora.ops import (
+from minilora.io.formats.huggingface import config_to_json, read_model
+from minilora.spec.adalora import adalora_scale, allocate, budget, orthogonality
+from minilora.spec.initialization import loftq, olora, orthogonal, pissa
+from minilora.spec.layers import Geometry, adapted_conv
+from minilora.spec.lora import merge_weight, twin
+from minilora.spec.models import Llama
+from minilora.spec.multi_adapter import Adapter, State, combine_exact, combine_linear
+from minilora.spec.ops import (
     attention,
     cross_entropy,
     embedding,
@@ -39,11 +40,16 @@ from minilora.ops import (
     rope_tables,
     with_tokens,
 )
-from minilora.optim import AdamState, adamw, lorafa_gradient, loraplus_rates, schedule
-from minilora.quantised import dequantise, dequantise_dynamic, quantise, quantise_dynamic
-from minilora.starts import loftq, olora, orthogonal, pissa
-from minilora.targets import all_linear, layer_of, matches, saved_in_full, tied_gradients
-from minilora.variants import (
+from minilora.spec.optim import AdamState, adamw, lorafa_gradient, loraplus_rates, schedule
+from minilora.spec.quantization import dequantise, dequantise_dynamic, quantise, quantise_dynamic
+from minilora.spec.target_modules import (
+    all_linear,
+    layer_of,
+    matches,
+    saved_in_full,
+    tied_gradients,
+)
+from minilora.spec.variants import (
     DORA,
     LORA_BIAS,
     adalora_linear,
@@ -52,7 +58,7 @@ from minilora.variants import (
     merge_lora_bias,
     start,
 )
-from minilora.verify.states import Layer
+from minilora.verify.implementation.sessions import Layer
 
 NEEDED = "the peers need it: pip install 'minilora[peers]'"
 

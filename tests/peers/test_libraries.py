@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 from calculus import GRADIENT, record_worst, same_bits
 
-from minilora.laws import KINDS, answers
-from minilora.layers import PLACE
-from minilora.lora import DRAW, merge_weight
-from minilora.ops import linear
-from minilora.quantised import dequantise, quantise
-from minilora.starts import loftq, olora, orthogonal, pissa
-from minilora.variants import (
+from minilora.spec.initialization import loftq, olora, orthogonal, pissa
+from minilora.spec.layers import PLACE
+from minilora.spec.lora import DRAW, merge_weight
+from minilora.spec.ops import linear
+from minilora.spec.quantization import dequantise, quantise
+from minilora.spec.variants import (
     REGISTRY,
     dora_full_linear,
     dora_linear,
@@ -21,13 +20,14 @@ from minilora.variants import (
     rescaled_linear,
     row_norm,
 )
+from minilora.verify.properties.laws import KINDS, answers
 
 NEEDED = "the peers need it: pip install 'minilora[peers]'"
 torch = pytest.importorskip("torch", reason=NEEDED)
 pytest.importorskip("transformers", reason=NEEDED)
 pytest.importorskip("peft", reason=NEEDED)
 pytest.importorskip("loralib", reason=NEEDED)
-peers = importlib.import_module("minilora.verify.peers.layers")
+peers = importlib.import_module("minilora.verify.properties.libraries")
 deviation = peers.deviation
 
 CELLS = [(entry, kind) for kind in KINDS for entry in REGISTRY if entry not in KINDS[kind].lacks]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from minilora.verify import check
-from minilora.verify.checks import CHECKS
+from minilora.verify.checks.registry import CHECKS
 from minilora.verify.peers import EXTRAS, PEERS
 
 LEVELS = {

@@ -16,9 +16,9 @@ from test_formats import libraries as libraries
 from test_formats_variants import CASES, base_of, made, parts_of
 
 from minilora import Batch, adapt, logits
-from minilora.formats.files import FormatError, read_json, read_tensors
-from minilora.formats.huggingface import names, write_model
-from minilora.formats.peft import (
+from minilora.io.formats.files import FormatError, read_json, read_tensors
+from minilora.io.formats.huggingface import names, write_model
+from minilora.io.formats.peft import (
     CONFIG,
     WEIGHTS,
     adapter_names,
@@ -27,7 +27,7 @@ from minilora.formats.peft import (
     read_lora,
     write_adapter,
 )
-from minilora.targets import Lora, invoked, replicate
+from minilora.spec.target_modules import Lora, invoked, replicate
 
 IDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 1, 4], [2, 7, 1, 8, 0]])  # with aLoRA's, without
 

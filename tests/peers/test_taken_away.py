@@ -18,21 +18,22 @@ import numpy as np
 import pytest
 from calculus import record_worst, same_bits
 
-from minilora import data, reference
-from minilora.bases import base_of, open_adapted, open_base
-from minilora.cli import main
-from minilora.formats import peft
-from minilora.lora import Tuning, merge
-from minilora.models import Batch, logits, loss
-from minilora.targets import Lora
-from minilora.verify.contract import Precision
-from minilora.verify.terms import MONTE_CARLO, Comparison
-from minilora.verify.tolerance import noisy, spread
+from minilora.cli.main import main
+from minilora.io import reference_models
+from minilora.io.formats import peft
+from minilora.io.loading import base_of, open_adapted, open_base
+from minilora.spec.lora import Tuning, merge
+from minilora.spec.models import Batch, logits, loss
+from minilora.spec.target_modules import Lora
+from minilora.training import data
+from minilora.verify.core.tolerance import noisy, spread
+from minilora.verify.core.types import MONTE_CARLO, Comparison
+from minilora.verify.implementation.contract import Precision
 
 ROOT = Path(__file__).parent.parent.parent
 SAMPLES = 12
 FLOAT32 = Precision("float32", "float32")
-BASE = reference.folder() / "llama" / "base"
+BASE = reference_models.folder() / "llama" / "base"
 TRICKY = [
     "",
     "  two  spaces\n\n\tand a tab ",
@@ -319,7 +320,7 @@ def test_peft_trains_on_from_where_it_was(trained, adapted, tmp_path):
     rows = examples(32)
     lines = "".join(json.dumps({"ids": row.tolist()}) + "\n" for row in rows)
     (tmp_path / "some.jsonl").write_text(lines)
-    script = [sys.executable, ROOT / "docs/going_on.py", BASE, trained / "run"]
+    script = [sys.executable, ROOT / "docs/continue_with_peft.py", BASE, trained / "run"]
     ended = subprocess.run(
         [*script, tmp_path / "some.jsonl", tmp_path / "out", "20"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

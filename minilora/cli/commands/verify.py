@@ -1,0 +1,163 @@
+"""``minilora verify``: check an implementation of LoRA."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from minilora.cli.console import (
+    HOLDS,
+    USAGE,
+    add_command,
+    add_files,
+    files_of,
+    progress_bar,
+    refuse,
+    room,
+    say,
+    split,
+    stdout_on_stderr,
+    write_file,
+)
+
+if TYPE_CHECKING:
+    from minilora.verify.engine import Plan
+
+FORMS = ("json", "junit", "html", "markdown")
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands,
+        "verify",
+        "check an implementation of LoRA",
+        "Checks an implementation of LoRA against the equations.",
+        _run,
+        "0 all hold, 1 a deviation or an error, 2 wrong usage, 3 the target cannot be loaded or "
+        "every check was skipped",
+    )
+    option = parser.add_argument
+    option(
+        "target",
+        nargs="?",
+        metavar="TARGET",
+        help="a shipped peer, such as peft (any unknown name lists them), or package.module:name "
+        "of an object, a class or a factory without arguments; without it, minilora itself",
+    )
+    option("--cmd", metavar="CMD", help="start a driver in another language, and check it")
+    option("--level", action="append", metavar="LEVEL", help="only this level; repeatable, or a,b")
+    option("--profile", default="ci", metavar="PROFILE", help="quick, ci (the default) or nightly")
+    option("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable, or a,b")
+    option("--seed", type=int, default=0, metavar="N", help="draws other cases")
+    option("--case", metavar="CHECK:DTYPE:N", help="only this case, as a report names it")
+    option(
+        "--known", metavar="FILE", help="JSON list of known deviations: check, dtype, reason, link"
+    )
+    option("--time-limit", type=float, metavar="SECONDS", help="for one call (default: 30)")
+    add_files(option, "the report", *FORMS)
+    option(
+        "--verbose", action="store_true", help="a line for each check, and all of each deviation"
+    )
+    option("--timing", action="store_true", help="print where the time went, too")
+    option("--list", action="store_true", help="list the checks and run nothing")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from minilora.verify.checks.registry import CHECKS
+    from minilora.verify.engine import Interrupted, plan, read_known, run
+    from minilora.verify.implementation.contract import TIME_LIMIT
+
+    choice = {
+        "levels": split(arguments.level),
+        "profile": arguments.profile,
+        "dtypes": split(arguments.dtype),
+        "seed": arguments.seed,
+        "case": arguments.case,
+    }
+    plans = plan(CHECKS, **choice)
+    known = read_known(arguments.known) if arguments.known else None
+    command = _command(arguments)
+    limit = TIME_LIMIT if arguments.time_limit is None else arguments.time_limit
+    if not limit > 0:
+        raise ValueError(f"--time-limit is {limit:g}; expected more than 0 seconds")
+    if arguments.list:
+        say(_listed(plans))
+        return HOLDS
+    files, here = files_of(arguments, *FORMS), os.getcwd()
+    try:
+        with stdout_on_stderr(), _target(arguments, limit) as target, progress_bar() as progress:
+            report = run(
+                CHECKS,
+                target,
+                **choice,
+                known=known,
+                time_limit=limit,
+                progress=progress,
+                command=command,
+            )
+    except Interrupted as interrupted:
+        report = interrupted.report
+    os.chdir(here)  # what is checked may have gone elsewhere, and the files were asked for here
+    failures = []
+    for form, path in files.items():  # before the text, whose reader may close the pipe
+        text = report.markdown(room(path)) if form == "markdown" else getattr(report, form)()
+        try:
+            write_file(path, text)
+        except ValueError as error:
+            failures.append(str(error))
+    say(report.text(arguments.verbose))
+    for failure in failures:
+        refuse(failure, "verify")
+    if arguments.timing:
+        say(f"\n{report.timing()}")
+    return USAGE if failures else report.exit_status
+
+
+def _command(arguments: argparse.Namespace) -> list[str]:
+    """The command line that a report repeats, without the choice of cases.
+
+    Errors: ValueError where ``--cmd`` is no command, or is not alone.
+    """
+    command = ["minilora", "verify", *filter(None, [arguments.target])]
+    if arguments.cmd is not None:
+        from minilora.verify.implementation.protocol import words
+
+        if arguments.target is not None:
+            raise ValueError(f"TARGET {arguments.target!r} and --cmd both; give one of them")
+        try:
+            words(arguments.cmd)
+        except ValueError as error:
+            raise ValueError(f"--cmd: {error}") from None
+        command += ["--cmd", arguments.cmd]
+    if arguments.time_limit is not None:
+        command += ["--time-limit", f"{arguments.time_limit:g}"]
+    return command
+
+
+def _target(
+    arguments: argparse.Namespace, limit: float
+) -> contextlib.AbstractContextManager[object]:
+    """What is checked, while it is open. Raises LoadError."""
+    from minilora.verify.implementation.contract import OWN, load
+
+    if arguments.cmd is None:
+        return contextlib.nullcontext(load(arguments.target or OWN))
+    from minilora.verify.implementation.protocol import Driver
+
+    return Driver(arguments.cmd, time_limit=limit)
+
+
+def _listed(plans: Sequence[Plan]) -> str:
+    import textwrap
+
+    lines = []
+    for check in dict.fromkeys(plan.check for plan in plans):
+        lines += [
+            f"{check.id}  ({check.level})",
+            *textwrap.wrap(check.title, 76, initial_indent="    ", subsequent_indent="    "),
+        ]
+    return "\n".join(lines) + "\n"

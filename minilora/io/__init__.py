@@ -1,0 +1,1 @@
+"""Files: the formats of other libraries, opening a model, the reference models, synthetic tasks."""

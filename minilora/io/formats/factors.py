@@ -1,0 +1,137 @@
+"""What the adapters' doors share: what a `Tuning` says of each adapted module, checked.
+
+A door that holds no `Lora`, only factors and scales, takes (W, Tuning) in writing and gives them in
+reading. So what one format said can be written to another, where that one can say it.
+"""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.io.formats.files import FormatError, listed
+from minilora.spec.lora import LORA, Params, Tuning, Variant, Weights, adapted_in, is_base, scale
+from minilora.spec.models import Config
+from minilora.spec.target_modules import ALORA, Lora
+from minilora.spec.variants import DORA, DORA_FULL, REGISTRY, part_shapes
+
+
+def named_shapes(c: Config, at: str, r: int, variant: Variant = LORA) -> dict[str, tuple[int, int]]:
+    """The names and shapes of the parameters that the module's adapter of rank r has."""
+    shapes = part_shapes(variant, r, *c.matrices()[at])
+    return {f"{at}.{part}": shape for part, shape in shapes.items()}
+
+
+def placed(there: Mapping[str, str], name: str) -> str:
+    """The parameter's name in a file that has other names for the modules."""
+    at, _, part = name.rpartition(".")
+    return f"{there[at]}.{part}"
+
+
+def variant_name(variant: Variant) -> str:
+    """The variant's first name in the registry; aLoRA's equation is LoRA's, where it acts."""
+    named = [("alora", ALORA), *((name, e.variant) for name, e in REGISTRY.items())]
+    return next((name for name, one in named if one == variant), repr(variant))
+
+
+def adapted_ranks(
+    path: Path | str, c: Config, W: Params, tuning: Tuning, known: Collection[Variant]
+) -> dict[str, int]:
+    """The rank of each adapted module, once W and ``tuning`` agree on what there is to write.
+
+    W is the whole model's, or the adapters' parameters alone.
+
+    Errors: FormatError without adapters; for one of a module that has none to adapt, of a variant
+    that is not ``known``, without a scale, incomplete or of another shape; unless the adapters'
+    parameters, all of them and nothing else, are trained; and for some of the base's weights beside
+    them, which act in place of those that the file would be loaded on.
+    """
+    modules = adapted_in(W)
+    if not modules or tuning.scale.keys() != set(modules):
+        found = listed(tuning.scale.keys() ^ set(modules)) or "no adapter"
+        remedy = "give the weights and the tuning that belong together"
+        raise FormatError(path, "adapters", found, "a scale for each adapter", remedy)
+    ranks, names = {}, set()
+    for at in modules:
+        variant = tuning.variant.get(at, LORA)
+        if variant not in known:
+            expected = " or ".join(map(variant_name, known))
+            remedy = "the format has no place for it: keep PEFT's, or merge it if that can be"
+            raise FormatError(path, f"variant of {at}", variant_name(variant), expected, remedy)
+        if at not in c.matrices():
+            remedy = "is it another model's?"
+            raise FormatError(path, f"{at}.A", f"no module {at}", f"one of {c}", remedy)
+        ranks[at] = len(W[f"{at}.A"])
+        for name, shape in named_shapes(c, at, ranks[at], variant).items():
+            found = f"shape {W[name].shape}" if name in W else "none"
+            if found != f"shape {shape}":
+                raise FormatError(path, name, found, f"shape {shape}", "check W against c")
+            names.add(name)
+    if over := {name for name in W if not is_base(name)} - names:
+        remedy = "the tuning names no variant that has it"
+        raise FormatError(path, "parameters", listed(over), "those of the variants", remedy)
+    if wrong := tuning.trained ^ names:
+        found = f"{listed(wrong)} {'beside them' if wrong - names else 'frozen'}"
+        remedy = "the format holds factors and nothing else: keep PEFT's"
+        raise FormatError(path, "trained", found, "the adapters' parameters, all of them", remedy)
+    changed = {name for name in W if is_base(name)}
+    if changed and not changed >= c.shapes().keys():
+        remedy = "the format holds factors and nothing else: keep PEFT's, or merge it"
+        expected = "the adapters' parameters alone, or the whole model's"
+        raise FormatError(path, "weights", f"{listed(changed)} beside them", expected, remedy)
+    return ranks
+
+
+def alpha_of(s: Any, r: int, rslora: bool = False) -> int | float | None:
+    """An alpha with scale(alpha, r) == s exactly, or None where no float64 is one.
+
+    If s = α/r rounded, then α lies within two of the floats beside the rounded s r.
+    """
+    wanted = float(s)  # beside a float32, NumPy would compare in float32
+    if wanted != s:
+        return None
+    near = wanted * (r**0.5 if rslora else r)
+    around = [near, *(np.nextafter(near, way) for way in (-np.inf, np.inf))]
+    around += [np.nextafter(a, way) for a, way in zip(around[1:], (-np.inf, np.inf), strict=True)]
+    for alpha in map(float, around):
+        if np.isfinite(alpha) and scale(alpha, r, rslora) == wanted:
+            return int(alpha) if alpha.is_integer() else alpha
+    return None
+
+
+def choice_of(
+    path: Path | str, c: Config, W: Weights, tuning: Tuning, dropout: float = 0.0
+) -> Lora:
+    """A `Lora` that chooses these adapters, for what is written with one: a PEFT folder ``path``.
+
+    Modules are named in full, ranks and alphas one by one.
+
+    Errors: FormatError as :func:`adapted_ranks` has it, for LoRA and DoRA; for two variants; for
+    scales that are neither alpha / r nor alpha / √r of any float64 alphas.
+    """
+    ranks = adapted_ranks(path, c, W, tuning, (LORA, DORA, DORA_FULL))
+    variants = {variant_name(tuning.variant.get(at, LORA)) for at in ranks}
+    if len(variants) > 1:
+        found = listed(variants)
+        raise FormatError(path, "variant", found, "one for all adapters", "write two files")
+    for rslora in (False, True):
+        alphas = {at: alpha_of(tuning.scale[at], r, rslora) for at, r in ranks.items()}
+        if None not in alphas.values():
+            break
+    else:
+        without = [at for at, r in ranks.items() if alpha_of(tuning.scale[at], r) is None]
+        found = f"{tuning.scale[without[0]]!r} of {without[0]} at rank {ranks[without[0]]}"
+        remedy = "no alpha gives it exactly: put the factor into B"
+        raise FormatError(path, "scale", found, "alpha / r of a float64 alpha", remedy)
+    first = next(iter(ranks))
+    return Lora(
+        r=ranks[first],
+        alpha=alphas[first],
+        rslora=rslora,
+        variant=variants.pop(),
+        dropout=dropout,
+        targets=list(ranks),
+        rank_pattern={at: r for at, r in ranks.items() if r != ranks[first]},
+        alpha_pattern={at: alpha for at, alpha in alphas.items() if alpha != alphas[first]},
+    )

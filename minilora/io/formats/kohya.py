@@ -1,0 +1,169 @@
+"""Adapters in one file as kohya's sd-scripts and LyCORIS write them: ``lora_down``, ``lora_up``.
+
+A tensor's name is a prefix and the module's path with underscores for its dots, then a dot and the
+part. So names are only understood beside the model: which dots there were, its modules tell. The
+scale is ``alpha`` divided by the rank of the tensor, module by module.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.io.formats.factors import adapted_ranks, named_shapes
+from minilora.io.formats.files import FormatError, convert, listed, read_tensors, write_tensors
+from minilora.io.formats.huggingface import architecture, collect, modules
+from minilora.spec.lora import LORA, TABLES, Tuning, Weights, scale
+from minilora.spec.models import Config
+from minilora.spec.ops import Array
+from minilora.spec.variants import DORA_FULL
+
+PREFIX = "lycoris"
+"""What LyCORIS puts before a name; sd-scripts have lora_unet, and lora_te for text encoders."""
+
+PARTS = {"A": "lora_down.weight", "B": "lora_up.weight", "magnitude": "dora_scale"}
+"""What a part is called in the file."""
+
+
+def underscored(paths: Mapping[str, str]) -> dict[str, list[str]]:
+    """Each path with underscores for its dots -> the internal names that it may stand for."""
+    names: dict[str, list[str]] = {}
+    for at, path in paths.items():
+        names.setdefault(path.replace(".", "_"), []).append(at)
+    return names
+
+
+def matrices(down: Array, up: Array) -> tuple[Array, Array]:
+    """A, B of a convolution's factors: kernels as matrices over patches.
+
+    Shapes: down (r, c, …), up (m, r, 1, …) -> A (r, c*kernel), B (m, r).
+    Errors: ValueError if ``up`` is no kernel of a single place over down's channels.
+    """
+    if up.shape[1:] != (len(down), *(1,) * (down.ndim - 2)):
+        raise ValueError(f"up {up.shape} beside down {down.shape}: expected (m, r, 1, …)")
+    return down.reshape(len(down), -1), up.reshape(len(up), -1)
+
+
+def kernels(A: Array, B: Array, kernel: Sequence[int]) -> tuple[Array, Array]:
+    """The factors of a convolution whose A and B act on patches: what :func:`matrices` undoes.
+
+    Shapes: A (r, c*kernel), B (m, r) -> down (r, c, …), up (m, r, 1, …).
+    """
+    return A.reshape(len(A), -1, *kernel), B.reshape(*B.shape, *(1,) * len(kernel))
+
+
+def _names(c: Config) -> dict[str, list[str]]:
+    return underscored(modules(c) | {"head": architecture(c)[1].outer["head"]})
+
+
+def _module(path: Path, c: Config, key: str, prefix: str) -> str:
+    """The module that the file's name is of."""
+    name = key.partition(".")[0]
+    if not name.startswith(f"{prefix}_"):
+        remedy = "give the file's own prefix"
+        raise FormatError(path, key, f"no prefix {prefix}", f"names from {prefix}_ on", remedy)
+    known = _names(c)
+    found = known.get(name.removeprefix(f"{prefix}_"), [])
+    if len(found) != 1:
+        what = f"a name of {' and '.join(found)}" if found else "no module's name"
+        expected = f"the name of one, like {listed(known, 2)}"
+        raise FormatError(path, key, what, expected, "is it another model's, or prefix?")
+    if found[0] in TABLES or found[0] not in c.matrices():
+        remedy = "sd-scripts and LyCORIS adapt projections and convolutions only"
+        raise FormatError(path, key, f"an adapter of {found[0]}", "a projection's", remedy)
+    return found[0]
+
+
+def read_adapter(
+    path: Path | str, c: Config, *, prefix: str = PREFIX, dtype: Any = None
+) -> tuple[Weights, Tuning]:
+    """The adapter's arrays under internal names, in ``dtype`` or the file's, and its `Tuning`.
+
+    An alpha that is absent or 0 is the rank, s = 1. With ``dora_scale`` (m, 1) the adapter is DoRA
+    with its norm differentiated, as LyCORIS trains it.
+
+    Errors: FormatError as `files.read_tensors` has it; for a name that is no
+    module's, or several modules'; for parts that compute another function (``lora_mid`` of Tucker's
+    decomposition, ``hada_…``, ``lokr_…``, ``diff``, …); for a ``dora_scale`` over the columns.
+    """
+    path = Path(path)
+    found = read_tensors(path)
+    parts: dict[str, dict[str, str]] = {}
+    for key in found:
+        part = key.partition(".")[2]
+        at = _module(path, c, key, prefix)
+        if part not in (*PARTS.values(), "alpha"):
+            remedy = "it computes another function, which is not implemented here"
+            if part == "lora_mid.weight":
+                remedy = f"Tucker's decomposition: {remedy}"
+            expected = f"one of {', '.join(PARTS.values())}, alpha"
+            raise FormatError(path, key, f"the part {part!r}", expected, remedy)
+        parts.setdefault(at, {})[part] = key
+    if not parts:
+        raise FormatError(path, "tensors", "none", "an adapter's", "is it the right file?")
+    places: dict[str, tuple[str, bool]] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    s, variants = {}, {}
+    for at, keys in parts.items():
+        name = next(iter(keys.values())).partition(".")[0]
+        variant = DORA_FULL if PARTS["magnitude"] in keys else LORA
+        down = found.get(keys.get(PARTS["A"], ""))
+        r = 1 if down is None else len(down) if down.ndim else 0
+        shapes |= named_shapes(c, at, r, variant)
+        places |= {f"{at}.{part}": (f"{name}.{PARTS[part]}", False) for part in variant.parts}
+        alpha = found.pop(keys["alpha"]) if "alpha" in keys else np.zeros(())
+        if alpha.size != 1:
+            remedy = "write it as sd-scripts do"
+            raise FormatError(path, keys["alpha"], f"shape {alpha.shape}", "one number", remedy)
+        s[at] = scale(float(alpha.reshape(())) or r, max(r, 1))
+        if variant != LORA:
+            variants[at] = variant
+            _check_magnitude(path, c, at, keys[PARTS["magnitude"]], found)
+    W = collect(dict.fromkeys(found, path), path, found, places, shapes, dtype)
+    return W, Tuning(s, {}, frozenset(W), variants)
+
+
+def _check_magnitude(path: Path, c: Config, at: str, key: str, found: Weights) -> None:
+    m, n = c.matrices()[at]
+    if found[key].shape == (1, n) != (m, 1):
+        remedy = "LyCORIS wrote it with wd_on_output off: norms of columns, not implemented here"
+        raise FormatError(path, key, f"shape {(1, n)}", f"shape {(m, 1)}", remedy)
+
+
+def write_adapter(
+    path: Path | str,
+    c: Config,
+    W: Weights,
+    tuning: Tuning,
+    *,
+    prefix: str = PREFIX,
+    dtype: Any = None,
+) -> None:
+    """Write the adapter of W, in ``dtype`` or its own, to the file ``path``.
+
+    Alphas are float32, as both libraries read them. The same input gives the same bytes.
+
+    Errors: FormatError for what the format cannot say: an adapter of an embedding; a scale that is
+    not alpha / r of a float32 alpha, or 0, since an alpha of 0 is the rank; DoRA with the norm held
+    constant, which LyCORIS differentiates; and as
+    `factors.adapted_ranks` has it.
+    """
+    path = Path(path)
+    ranks = adapted_ranks(path, c, W, tuning, (LORA, DORA_FULL))
+    written = {at: name for name, found in _names(c).items() for at in found}
+    tensors: Weights = {}
+    for at, r in ranks.items():
+        name, s = f"{prefix}_{written[at]}", tuning.scale[at]
+        _module(path, c, name, prefix)
+        with np.errstate(over="ignore"):
+            alpha = np.asarray(float(s) * r, np.float32)
+        if not alpha or float(s) != s or scale(float(alpha), r) != float(s):
+            remedy = "put a factor into B, so that the rest is one"
+            expected = f"not 0, and alpha / {r} of a float32 alpha"
+            raise FormatError(path, f"scale of {at}", repr(s), expected, remedy)
+        tensors[f"{name}.alpha"] = alpha
+        for part in tuning.variant.get(at, LORA).parts:
+            place = f"{name}.{PARTS[part]}"
+            tensors[place] = convert(path, place, W[f"{at}.{part}"], dtype)
+    write_tensors(path, tensors, {"format": "pt"})

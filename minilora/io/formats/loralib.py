@@ -1,0 +1,214 @@
+"""State dicts of loralib, the code of Hu et al.: ``<path>.lora_A`` and ``<path>.lora_B``.
+
+They are read only. A pickle can run code and is left to PyTorch: the door takes the arrays, or a
+safetensors file of them. The scale is in no state dict, and no ``enable_lora``: the caller says
+them.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.io.formats.files import DIVERGED, FormatError, convert, finite, listed, read_tensors
+from minilora.io.formats.huggingface import architecture, collect, modules, names
+from minilora.spec.lora import Tuning, Weights, fuse, merge, scale
+from minilora.spec.models import Config
+from minilora.spec.ops import Array
+
+SOURCE = "state dict"
+"""What an error names where there is no file."""
+
+
+def merged_linear_factors(
+    A: Array, B: Array, m: int, enabled: Sequence[bool]
+) -> tuple[Array, Array]:
+    """A, B of a MergedLinear as one LoRA: B's blocks on the rows of the parts that are enabled.
+
+    The weight has m rows in len(enabled) parts of one size; the k enabled ones have factors, and
+    the rows of the others are 0. s = alpha / r, r that of one part.
+
+    Shapes: A (r*k, n), B (m/parts*k, r) -> A (r*k, n), B (m, r*k).
+    Errors: ValueError if the factors are not of that shape.
+    """
+    k, r = sum(map(bool, enabled)), B.shape[1]
+    rows = m // max(len(enabled), 1)
+    if not k or m % len(enabled) or A.shape[0] != r * k or B.shape[0] != rows * k:
+        raise ValueError(
+            f"A {A.shape}, B {B.shape} for {m} rows in {len(enabled)} parts, {k} of them enabled"
+        )
+    _, blocks = fuse([(A[r * i : r * (i + 1)], B[rows * i : rows * (i + 1)]) for i in range(k)])
+    whole = np.zeros((m, r * k), B.dtype)
+    whole[np.repeat(np.asarray(enabled, bool), rows)] = blocks
+    return A, whole
+
+
+def conv_factors(A: Array, B: Array, kernel: int, groups: int = 1) -> tuple[Array, Array]:
+    """A', B' with s B' A' the change of the Conv2d's weight as a matrix over patches, exactly.
+
+    loralib reshapes the product: k/g rows of B A, one after another, are an output channel's. So
+    B' has that many rows of B side by side and A' has A as often on its diagonal: the rank is
+    r k²/g. s = alpha / r.
+
+    Shapes: A (r*k, c*k), B (m/groups*k, r*k) -> A' (r*k*k/groups, c/groups*k*k), B' (m, r*k*k/g).
+    Errors: ValueError if the kernel's size is no multiple of the groups: a row is then split
+    between channels, and no such B' exists; merge with loralib.
+    """
+    if kernel % groups:
+        raise ValueError(f"kernel {kernel}, groups {groups}: expected a multiple; merge instead")
+    q = kernel // groups
+    if len(B) % q:
+        raise ValueError(f"B {B.shape}: expected a multiple of {q} rows")
+    stretched = np.zeros((q, A.shape[0], q, A.shape[1]), A.dtype)
+    stretched[np.arange(q), :, np.arange(q)] = A
+    return stretched.reshape(q * A.shape[0], -1), B.reshape(len(B) // q, -1)
+
+
+def _read(source: Path | str | Mapping[str, Array], ignore: str | None) -> tuple[Path, Weights]:
+    if isinstance(source, Mapping):
+        path, found = Path(SOURCE), {}
+        for name, array in source.items():
+            if ignore and re.search(ignore, name):
+                continue
+            if not isinstance(array, np.ndarray):
+                remedy = "give tensor.numpy(), float32 where it is bfloat16"
+                raise FormatError(path, name, type(array).__name__, "a NumPy array", remedy)
+            found[name] = finite(path, name, array, DIVERGED)
+        return path, found
+    path = Path(source)
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError:
+        start = b""  # what is wrong, read_tensors says
+    if start.startswith((b"PK\x03\x04", b"\x80")) and path.suffix != ".safetensors":
+        remedy = "it can run code: torch.load(…, weights_only=True) it, and give the arrays"
+        raise FormatError(path, "file", "a pickle", "a safetensors file, or arrays", remedy)
+    return path, read_tensors(path, ignore)
+
+
+def read_adapter(
+    source: Path | str | Mapping[str, Array],
+    c: Config,
+    *,
+    alpha: Any = None,
+    enabled: Sequence[bool] | None = None,
+    base: Weights | None = None,
+    dtype: Any = None,
+) -> tuple[Weights, Tuning]:
+    """The adapter's arrays under internal names, in ``dtype`` or their own, and its `Tuning`.
+
+    ``alpha`` is lora_alpha, and ``enabled`` the MergedLinears' enable_lora, needed where a part is
+    left out. Biases come as trained. A whole model's state dict is read beside the ``base`` only:
+    saved in eval mode its weights are merged, and nothing but the base tells. What differs from the
+    base beside the adapted weights comes as trained.
+
+    Errors: FormatError as `files.read_tensors` and
+    `huggingface.collect` have it; without alpha; for a pickle; for a name
+    that is no parameter's, a factor alone or of another shape; for an adapted weight that is not
+    the base's.
+    """
+    a = architecture(c)[1]
+    path, found = _read(source, a.buffers)
+    if alpha is None:
+        remedy = "give the lora_alpha of the training: no file of loralib's has it"
+        raise FormatError(path, "alpha", "none", "a number", remedy)
+    paths = modules(c) | {"head": a.outer["head"]}
+    factors: Weights = {}
+    s = {}
+    for at, there in paths.items():
+        keys = [f"{there}.lora_A", f"{there}.lora_B"]
+        if not found.keys() & set(keys):
+            continue
+        A, B, r = _factors(path, c, at, keys, found, enabled)
+        s[at] = scale(alpha, r)
+        for part, array, key in (("A", A, keys[0]), ("B", B, keys[1])):
+            factors[f"{at}.{part}"] = convert(path, key, array, dtype)
+    if not factors:
+        expected = "<path>.lora_A and <path>.lora_B"
+        raise FormatError(path, "tensors", listed(found) or "none", expected, "is it loralib's?")
+    tuning = Tuning(s, trained=frozenset(factors))
+    beside = _beside(path, c, found, factors, tuning, base, dtype)
+    return factors | beside, Tuning(s, trained=frozenset(factors) | beside.keys())
+
+
+def _factors(
+    path: Path,
+    c: Config,
+    at: str,
+    keys: list[str],
+    found: Weights,
+    enabled: Sequence[bool] | None,
+) -> tuple[Array, Array, int]:
+    """A and B of the module, taken out of ``found``, and the rank that alpha is divided by."""
+    for key in keys:
+        if key not in found or found[key].ndim != 2:
+            what = f"shape {found[key].shape}" if key in found else "none"
+            raise FormatError(path, key, what, "both factors, matrices", "save it again")
+    A, B = (found.pop(key) for key in keys)
+    m, n = c.matrices()[at]
+    r = B.shape[1]
+    if A.shape == (r, n) and B.shape == (m, r):
+        return A, B, r
+    parts = [True] * (len(A) // r) if len(B) == m else enabled
+    shapes = f"shapes {A.shape} and {B.shape}"
+    if parts is None and A.shape[1] == n and len(A) % r == 0:
+        remedy = "give enabled, the enable_lora of its MergedLinear: it is in no file"
+        raise FormatError(path, keys[0], shapes, "all parts of the weight", remedy)
+    try:
+        if A.shape[1] != n:
+            raise ValueError(f"{A.shape[1]} columns")
+        return *merged_linear_factors(A, B, m, parts or ()), r
+    except ValueError as error:
+        expected = f"(r, {n}) and ({m}, r), or a MergedLinear's; {error}"
+        remedy = "is it another model's, or a convolution's?"
+        raise FormatError(path, keys[0], shapes, expected, remedy) from None
+
+
+def _beside(
+    path: Path,
+    c: Config,
+    found: Weights,
+    factors: Weights,
+    tuning: Tuning,
+    base: Weights | None,
+    dtype: Any,
+) -> Weights:
+    """What the state dict holds beside the factors and is no copy of the base's."""
+    head, places = f"{architecture(c)[1].outer['head']}.weight", names(c)
+    embed = places["embed.weight"][0]
+    if "head.weight" not in places and head in found and embed in found:
+        if not np.array_equal(found[head], found[embed]):
+            raise FormatError(path, head, "other entries", f"those of {embed}", "they are tied")
+        del found[head]
+    held = {name: place for name, place in places.items() if place[0] in found}
+    W = collect(dict.fromkeys(found, path), path, found, held, c.shapes(), dtype)
+    weights = [name for name in W if not name.endswith(".bias")]
+    if base is None:
+        if weights:
+            remedy = (
+                "saved in eval mode it is merged, which nothing in it tells: give base, the weights"
+                " before training, or take lora.lora_state_dict(model)"
+            )
+            what = listed(held[name][0] for name in weights)
+            raise FormatError(path, "tensors", what, "factors and biases only", remedy)
+        return W
+    if gone := [name for name in W if name not in base]:
+        raise FormatError(path, "base", f"no {listed(gone)}", "all of the weights", "give them all")
+    changed = {name: v for name, v in W.items() if not np.array_equal(v, base[name])}
+    if wrong := [name for name in changed if f"{name.removesuffix('.weight')}.A" in factors]:
+        merged = merge({**base, **factors}, tuning)
+        off_base = max(_distance(W[name], base[name]) for name in wrong)
+        off_merged = max(_distance(W[name], merged[name]) for name in wrong)
+        found_ = "other weights than the base's"
+        if off_merged < off_base:
+            found_ += ", near the merged ones"
+        remedy = "it was saved in eval mode, or has another base: model.train() before saving"
+        raise FormatError(path, listed(held[name][0] for name in wrong), found_, "W", remedy)
+    return changed
+
+
+def _distance(x: Array, y: Array) -> float:
+    return float(np.max(np.abs(np.asarray(x, float) - np.asarray(y, float))))

@@ -1,0 +1,209 @@
+"""How an adapter starts from the weight that it adapts: the base's output, split in another way.
+
+Where A is drawn and B = 0 (`lora.draw_factors`), the base keeps its weight. The
+starts here take A and B out of the weight W, and what is left, the residual, becomes the frozen
+base; W itself is the caller's to keep. Only `orthogonal` leaves W as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from minilora.spec.lora import DRAW, draw_factors, merge_weight
+from minilora.spec.ops import Array
+from minilora.spec.quantization import dequantise, quantise
+
+
+def _check(W: Array, what: str) -> None:
+    if np.iscomplexobj(W):
+        raise TypeError(f"a weight of {W.dtype}: expected real numbers, which files have")
+    if not np.isfinite(W).all():
+        raise ValueError(f"the weight holds NaN or infinity: it has no {what}")
+
+
+def _truncated(M: Array, r: int, s: Any) -> tuple[Array, Array]:
+    """A, B of M's dtype with s B A the best approximation of M of rank r."""
+    if not 1 <= r <= min(M.shape):
+        raise ValueError(f"rank {r}: a weight {M.shape} has singular values 1 to {min(M.shape)}")
+    if not s > 0:
+        raise ValueError(f"scale {s}: expected more than 0, to divide the singular values by")
+    _check(M, "singular values")
+    U, S, Vh = np.linalg.svd(M.astype(np.float64), full_matrices=False)
+    root = np.sqrt(S[:r] / s)
+    return (root[:, None] * Vh[:r]).astype(M.dtype), (U[:, :r] * root).astype(M.dtype)
+
+
+def pissa(W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
+    """W = R + s B A with s B A the part of the r greatest singular values: R, A, B.
+
+    With U Σ Vᵀ = W:   A = √(Σ_r / s) V_rᵀ,   B = U_r √(Σ_r / s),   R = W - s B A.
+    The singular values are float64's, whatever W is, and A and B are of W's dtype.
+
+    Shapes: W (m, n), r (), s () -> R (m, n), A (r, n), B (m, r).
+    Errors: ValueError if r is above min(m, n), s not above 0, or W not finite; TypeError if W is
+    complex.
+    Source: Meng, Wang and Zhang 2024, "PiSSA", equations 2 to 4; the scale as PEFT divides it out.
+    """
+    A, B = _truncated(W, r, s)
+    return merge_weight(W, A, B, -s), A, B
+
+
+def olora(W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
+    """W = R + s B A with B the first r columns of Q, A the first r rows of R', Q R' = W: R, A, B.
+
+    Q and R' are float64's, whatever W is, and A and B are of W's dtype.
+
+    Shapes: W (m, n), r (), s () -> R (m, n), A (r, n), B (m, r).
+    Errors: ValueError if r is above min(m, n) or W is not finite; TypeError if W is complex.
+    Source: Büyükakyüz 2024, "OLoRA", algorithm 1.
+    """
+    if not 1 <= r <= min(W.shape):
+        raise ValueError(f"rank {r}: a weight {W.shape} has 1 to {min(W.shape)} orthogonal columns")
+    _check(W, "orthogonal factor")
+    Q, triangle = np.linalg.qr(W.astype(np.float64))
+    A, B = triangle[:r].astype(W.dtype), Q[:, :r].astype(W.dtype)
+    return merge_weight(W, A, B, -s), A, B
+
+
+def orthogonal(rng: np.random.Generator, r: int, m: int, n: int) -> tuple[Array, Array]:
+    """B A = 0 though neither is 0: A in the span of half of an orthonormal basis, B in the rest.
+
+    With Q orthogonal (r, r), its even rows P and odd rows P':   A = Pᵀ N / 10,   B = N' P' / 10,
+    N and N' standard normal; P' Pᵀ = 0.
+
+    Shapes: -> A (r, n), B (m, r).
+    Errors: ValueError if r is odd.
+    Source: ``init_lora_weights="orthogonal"`` of PEFT.
+    """
+    if r % 2 or r < 2:
+        raise ValueError(f"rank {r}: the orthogonal start halves it; expected an even rank")
+    Q, _ = np.linalg.qr(rng.standard_normal((r, r)))
+    A = Q[0::2].T @ rng.standard_normal((r // 2, n)) / 10
+    return A, rng.standard_normal((m, r // 2)) @ Q[1::2] / 10
+
+
+def loftq(
+    W: Array, r: int, s: Any, quantise: Callable[[Array], Array], steps: int = 1
+) -> tuple[Array, Array, Array]:
+    """W ≈ Q + s B A with Q quantised: Q ← quantise(W - s B A), s B A ← the best for W - Q, in turn.
+
+    ``quantise`` gives the dequantised weight. The start is as near to W as Q and rank r allow, and
+    nearer than Q alone; it is not W. The scale counts: what acts is s B A.
+
+    Shapes: W (m, n), r (), s () -> Q (m, n), A (r, n), B (m, r).
+    Errors: those of `pissa`; ValueError if ``steps`` is below 1.
+    Source: Li et al. 2023, "LoftQ", algorithm 1, there with s = 1.
+    """
+    if steps < 1:
+        raise ValueError(f"{steps} steps: expected at least 1")
+    left = W
+    for _ in range(steps):
+        Q = quantise(left)
+        A, B = _truncated(W - Q, r, s)
+        left = merge_weight(W, A, B, -s)
+    return Q, A, B
+
+
+Start = Callable[["np.random.Generator", Array, int, Any], tuple[Array, Array, Array]]
+
+
+def _drawn(init: str) -> Start:
+    def start(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
+        return W, *draw_factors(rng, init, r, *W.shape)
+
+    return start
+
+
+def _orthogonal(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
+    return W, *orthogonal(rng, r, *W.shape)
+
+
+def _embedding(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
+    m, n = W.shape
+    return W, np.zeros((r, n)), rng.standard_normal((m, r))
+
+
+def _vera(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
+    return W, *draw_vera(rng, r, *W.shape)
+
+
+def _adalora(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
+    m, n = W.shape
+    return W, 0.02 * rng.standard_normal((r, n)), 0.02 * rng.standard_normal((m, r))
+
+
+def _loftq(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
+    def nf4(V: Array) -> Array:
+        return dequantise(quantise(V.astype(np.float32), "nf4")).astype(V.dtype)
+
+    return loftq(W, r, s, nf4)
+
+
+STARTS: dict[str, Start] = {
+    **{init: _drawn(init) for init in DRAW},
+    "orthogonal": _orthogonal,
+    "pissa": lambda rng, W, r, s: pissa(W, r, s),
+    "olora": lambda rng, W, r, s: olora(W, r, s),
+    "loftq": _loftq,
+    "embedding": _embedding,
+    "vera": _vera,
+    "adalora": _adalora,
+}
+"""How A and B start, by name: (rng, W, r, s) -> the frozen base, A, B.
+
+"embedding": A = 0 and B normal, as loralib and PEFT start a table's; "vera": `draw_vera` for one
+module (its vectors make the product 0); "adalora": both N(0, 0.02²) (its singular values are 0);
+"loftq": one step with NF4. With another quantiser or more steps, call `loftq`.
+"""
+
+
+def as_plain(A: Array, B: Array, A0: Array, B0: Array) -> tuple[Array, Array]:
+    """B₂ A₂ = B A - B₀ A₀: an adapter trained from the start A₀, B₀, as one on the original weight.
+
+    R + s B A = W + s (B A - B₀ A₀), at the same scale s and the doubled rank: see `plain_alpha`.
+
+    Shapes: A (r, n), B (m, r), A0 (q, n), B0 (m, q) -> A₂ (r+q, n), B₂ (m, r+q).
+    Source: Meng, Wang and Zhang 2024, "PiSSA", appendix on the conversion to LoRA.
+    """
+    return np.concatenate([A, A0]), np.concatenate([B, -B0], axis=1)
+
+
+def plain_alpha(alpha: Any, rslora: bool = False) -> Any:
+    """α₂ that gives rank 2 r the scale that α gives rank r: 2 α, and √2 α for rsLoRA."""
+    return alpha * math.sqrt(2) if rslora else 2 * alpha
+
+
+LAMBDA_D = 0.1
+"""VeRA's λ_d at the start (Kopiczko, Blankevoort and Asano 2023, section 3.3)."""
+
+
+def draw_vera(rng: np.random.Generator, r: int, m: int, n: int) -> tuple[Array, Array]:
+    """A ~ U(-√(6/n), √(6/n)) and B ~ U(-√(6/r), √(6/r)), once for all projections of a model.
+
+    m and n are the greatest of the projections' heights and widths; each takes its part of the two
+    with `vera_part`. The bounds are kaiming-uniform's for the drawn shapes.
+
+    Shapes: -> A (r, n), B (m, r).
+    Source: Kopiczko, Blankevoort and Asano 2023, "VeRA", section 3.3; drawn in PEFT's order.
+    """
+    A = rng.uniform(-((6 / n) ** 0.5), (6 / n) ** 0.5, (r, n))
+    return A, rng.uniform(-((6 / r) ** 0.5), (6 / r) ** 0.5, (m, r))
+
+
+def vera_part(A: Array, B: Array, m: int, n: int) -> tuple[Array, Array, Array, Array]:
+    """The first n columns of A, the first m rows of B, `LAMBDA_D` and λ_b = 0, of one projection.
+
+    Shapes: A (r, n'), B (m', r) -> A (r, n), B (m, r), lambda_d (r, 1), lambda_b (m, 1).
+    Errors: ValueError if the shared A or B is smaller than the projection.
+    Source: PEFT; the start is that of Kopiczko, Blankevoort and Asano 2023, section 3.3.
+    """
+    if m > len(B) or n > A.shape[1]:
+        raise ValueError(
+            f"shared A {A.shape}, B {B.shape} for a weight {(m, n)}: draw them for the greatest"
+        )
+    lambda_d = np.full((len(A), 1), LAMBDA_D, A.dtype)
+    return A[:, :n], B[:m], lambda_d, np.zeros((m, 1), B.dtype)

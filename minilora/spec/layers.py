@@ -1,0 +1,335 @@
+"""Every kind of layer that LoRA adapts, as the projection that it is: doors, and no new equation.
+
+An adapter acts on a matrix W (m, n) and on columns x (n, t). An embedding is such a product with
+columns that have a single 1; a convolution, with columns that are its patches; a weight stored (in,
+out), its transpose; fused projections and experts, parts of one weight. So each variant works on
+each kind, with its own equation. ``f`` is a `Variant.linear`, ``P`` its parameters.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from minilora.spec.lora import Variant
+from minilora.spec.ops import Array, Back, linear
+
+Linear = Callable[..., tuple[Array, Back]]
+
+
+class OneHot:
+    """The matrix (v, t) whose column j is 1 in row ids_j and 0 elsewhere, never formed.
+
+    M @ OneHot takes columns of M, OneHot @ N adds up rows of N, and its transpose does the same the
+    other way round: the products of an embedding, exact and cheap.
+    """
+
+    __array_ufunc__ = None  # NumPy leaves the products to this class
+
+    def __init__(self, ids: Array, v: int, transposed: bool = False) -> None:
+        self.ids, self.v, self.transposed = ids, v, transposed
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(v, t), or (t, v) of the transpose."""
+        shape = self.v, len(self.ids)
+        return shape[::-1] if self.transposed else shape
+
+    @property
+    def T(self) -> "OneHot":
+        """The transpose."""
+        return OneHot(self.ids, self.v, not self.transposed)
+
+    def __rmatmul__(self, M: Array) -> Array:
+        return self._sum(M.T).T if self.transposed else M[:, self.ids]
+
+    def __matmul__(self, N: Array) -> Array:
+        return N[self.ids] if self.transposed else self._sum(N)
+
+    def _sum(self, N: Array) -> Array:
+        """Row i: the sum of the rows j of N with ids_j = i."""
+        total = np.zeros((self.v, N.shape[1]), N.dtype)
+        np.add.at(total, self.ids, N)
+        return total
+
+
+def adapted_embedding(
+    f: Linear, ids: Array, E: Array, P: Sequence[Array], s: Any, factor: Any = None
+) -> tuple[Array, Back]:
+    """y = factor · f(onehot(ids), Eᵀ, P, s): an embedding's row i is a weight's column i.
+
+    A (r, v) has a column for each token and B (d, r) a row for each feature: the change of the
+    table is s (B A)ᵀ. Nothing is dropped of its input. ``factor`` is the embedding's own, √d in
+    Gemma: it scales the adapter too. ``back(dy)`` gives the gradients of P.
+
+    Shapes: ids (t,), E (v, d) -> y (d, t).
+    Source: the Embedding of Hu et al.'s code, whose A is (r, v) and B (d, r).
+    """
+    y, back_f = f(OneHot(ids, len(E)), E.T, None, *P, s)
+    y = y if factor is None else factor * y
+
+    def back(dy: Array) -> tuple[Array, ...]:
+        _, *dP = back_f(dy if factor is None else factor * dy)
+        return tuple(dP)
+
+    return y, back
+
+
+def adapted_fused(
+    f: Linear,
+    x: Array,
+    W: Array,
+    b: Array | None,
+    P: Sequence[Sequence[Array] | None],
+    rows: Sequence[int],
+    s: Any,
+    K: Array | None = None,
+) -> tuple[Array, Back]:
+    """y = y₁ over y₂ over …, yᵢ = f(x, Wᵢ, bᵢ, Pᵢ, s, K), Wᵢ the next rows_i rows of W.
+
+    Q, K and V in one weight, any of them adapted: Pᵢ is None for a part that is not. Under grouped
+    heads the parts' rows differ. ``back(dy)`` gives dx and, for each adapted part, its gradients.
+
+    Shapes: x (n, t), W (m, n), b (m, 1), K (n, t) -> y (m, t).
+    Errors: ValueError if the rows do not add up to W's, or not one P is given for each part.
+    Source: MergedLinear of Hu et al.'s code, there with parts of one size.
+    """
+    if sum(rows) != len(W) or len(P) != len(rows):
+        raise ValueError(f"{len(P)} adapters for rows {tuple(rows)} of a weight {W.shape}")
+    ends = np.cumsum([0, *rows])
+    parts = [slice(start, end) for start, end in pairwise(ends)]
+    pairs = [
+        (linear if Pi is None else f)(
+            x, W[i], None if b is None else b[i], *(() if Pi is None else (*Pi, s, K))
+        )
+        for i, Pi in zip(parts, P, strict=True)
+    ]
+    y = np.concatenate([yi for yi, _ in pairs])
+
+    def back(dy: Array) -> tuple[Any, ...]:
+        dx: Any = 0
+        gradients = []
+        for i, Pi, (_, back_i) in zip(parts, P, pairs, strict=True):
+            dxi, *dP = (back_i(dy[i]),) if Pi is None else back_i(dy[i])
+            dx = dx + dxi
+            gradients += [] if Pi is None else [tuple(dP)]
+        return dx, *gradients
+
+    return y, back
+
+
+def adapted_experts(
+    f: Linear,
+    x: Array,
+    W: Array,
+    b: Array | None,
+    P: Sequence[Array],
+    index: Array,
+    s: Any,
+    only: Sequence[int] | None = None,
+) -> tuple[Array, Back]:
+    """y_j = f(x_j, W_e, b_e, P_e, s), e = index_j: a column goes through the expert it is sent to.
+
+    Each expert has a matrix and, unless ``only`` leaves it out, an adapter of its own: P's arrays
+    have one entry per expert. A token that goes to several experts is several columns. ``back(dy)``
+    gives dx and the gradients of P, 0 for an expert without columns.
+
+    Shapes: x (n, t), W (e, m, n), b (e, m, 1), index (t,) -> y (m, t).
+    Errors: ValueError if index or ``only`` names no expert, or P has not one entry for each.
+    Source: ``target_parameters`` of PEFT.
+    """
+    count = len(W)
+    if any(len(p) != count for p in P) or not set(only or ()) <= {*range(count)}:
+        found = f"adapters of {[len(p) for p in P]} experts, only {only}"
+        raise ValueError(f"{found}: expected {count} experts, from 0 to {count - 1}")
+    if index.size and not (index.min() >= 0 and index.max() < count):
+        found = f"{index.min()} to {index.max()}"
+        raise ValueError(f"experts {found}: expected 0 to {count - 1}")
+    adapts = set(range(count)) if only is None else set(only)
+    order = np.argsort(index, kind="stable")  # the columns of expert 0, then those of 1, …
+    places = np.split(order, np.searchsorted(index[order], np.arange(1, count)))
+    pairs = []
+    for e, columns in enumerate(places):
+        own = None if b is None else b[e]
+        parts = (*(p[e] for p in P), s) if e in adapts else ()
+        pairs.append((f if e in adapts else linear)(x[:, columns], W[e], own, *parts))
+    home = np.argsort(order)
+    y = np.concatenate([ye for ye, _ in pairs], axis=1)[:, home]
+
+    def back(dy: Array) -> tuple[Array, ...]:
+        dxs, dPs = [], []
+        for e, (_, back_e) in enumerate(pairs):
+            dye = dy[:, places[e]]
+            dxe, *gradients = back_e(dye) if e in adapts else (back_e(dye),)
+            dxs.append(dxe)
+            dPs.append(gradients or [np.zeros_like(p[e]) for p in P])
+        dx = np.concatenate(dxs, axis=1)[:, home]
+        return dx, *(np.stack(d) for d in zip(*dPs, strict=True))
+
+    return y, back
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution's kernel moves, an entry per dimension of space.
+
+    ``padding``: (before, after); ``mode``: what stands there, "zeros", "reflect", "replicate" or
+    "circular", as PyTorch names them.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    mode: str = "zeros"
+
+    def places(self, space: Sequence[int]) -> tuple[tuple[int, ...], Array]:
+        """The size of the output, and for each of its places and each of the kernel's the flat
+        place of the input that they meet, -1 for a zero beside it.
+
+        Errors: ValueError for an unknown mode, a kernel that does not fit in or has no places, or
+        a padding that reflects more than there is.
+        """
+        if self.mode not in PLACE:
+            raise ValueError(f"padding mode {self.mode!r}: expected one of {', '.join(PLACE)}")
+        flat, sizes = np.zeros((1, 1), int), []
+        if min(*self.kernel, *self.stride, *self.dilation) < 1:
+            raise ValueError(f"{self}: expected kernel, stride and dilation from 1 on")
+        moves = zip(space, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        for n, k, step, (before, after), apart in moves:
+            if self.mode == "reflect" and max(before, after) >= n:
+                raise ValueError(f"a padding of {max(before, after)} reflects what {n} have not")
+            size = (n + before + after - apart * (k - 1) - 1) // step + 1
+            if size < 1:
+                raise ValueError(f"a kernel of {k} places, {apart} apart, does not fit into {n}")
+            p = step * np.arange(size)[:, None] + apart * np.arange(k) - before
+            q = np.where((p < 0) | (p >= n), PLACE[self.mode](p, n), p)
+            whole = flat[:, None, :, None] * n + q[:, None]
+            beside = (flat[:, None, :, None] < 0) | (q[:, None] < 0)
+            flat = np.where(beside, -1, whole).reshape(len(flat) * size, -1)
+            sizes.append(size)
+        return tuple(sizes), flat
+
+
+PLACE: dict[str, Callable[[Array, int], Array]] = {
+    "zeros": lambda p, n: np.full_like(p, -1),
+    "reflect": lambda p, n: n - 1 - abs(n - 1 - abs(p)),
+    "replicate": lambda p, n: p.clip(0, n - 1),
+    "circular": lambda p, n: p % n,
+}
+"""The place inside 0 … n - 1 that stands for a place p outside, by the mode; -1 is a zero."""
+
+
+def unfold(x: Array, geometry: Geometry) -> tuple[Array, Back]:
+    """y's column at (row, place) holds x's patch there, so that a convolution is W y.
+
+    With dy given:   dx sums each entry of dy where it came from.
+
+    Shapes: x (c, b, …) -> y (c*kernel, b*places).
+    """
+    c, b, *space = x.shape
+    _, flat = geometry.places(space)
+    inside = flat >= 0
+    patches = np.where(inside, x.reshape(c, b, -1)[:, :, flat], np.zeros((), x.dtype))
+    y = patches.transpose(0, 3, 1, 2).reshape(c * flat.shape[1], -1)
+
+    def back(dy: Array) -> Array:
+        d = dy.reshape(c, flat.shape[1], b, len(flat)).transpose(0, 2, 3, 1)
+        dx = np.zeros((int(np.prod(space)), c, b), dy.dtype)
+        np.add.at(dx, flat[inside], np.moveaxis(d[:, :, inside], 2, 0))
+        return np.moveaxis(dx, 0, 2).reshape(x.shape)
+
+    return y, back
+
+
+def blocks_apart(W: Array, groups: int) -> tuple[Array, Back]:
+    """y is W's rows in g groups, each moved to columns of its own, and 0 elsewhere.
+
+    So a grouped convolution's weight becomes a plain one's. With dy given:   dW is dy's blocks.
+
+    Shapes: W (m, n), groups () -> y (m, n*groups).
+    Errors: ValueError if the rows do not divide by the groups.
+    """
+    m, n = W.shape
+    if m % groups:
+        raise ValueError(f"{m} rows in {groups} groups: expected a multiple")
+    own = np.arange(m)[:, None], np.arange(n) + n * (np.arange(m) // (m // groups))[:, None]
+    y = np.zeros((m, n * groups), W.dtype)
+    y[own] = W
+
+    def back(dy: Array) -> Array:
+        dW: Array = dy[own]
+        return dW
+
+    return y, back
+
+
+def conv(
+    x: Array, W: Array, b: Array | None, geometry: Geometry, groups: int = 1
+) -> tuple[Array, Back]:
+    """y = W unfold(x) + b, the weight's kernels flat, with W and b constant.
+
+    With dy given:   dx = unfold's back(Wᵀ dy).
+
+    Shapes: x (c, b, …), W (m, c/groups, …), b (m, 1) -> y (m, b, …).
+    """
+    columns, back_unfold = unfold(x, geometry)
+    z, back_linear = linear(columns, blocks_apart(W.reshape(len(W), -1), groups)[0], b)
+    y = z.reshape(len(W), x.shape[1], *geometry.places(x.shape[2:])[0])
+
+    def back(dy: Array) -> Array:
+        dx: Array = back_unfold(back_linear(dy.reshape(len(W), -1)))
+        return dx
+
+    return y, back
+
+
+def adapted_conv(
+    f: Linear,
+    x: Array,
+    W: Array,
+    b: Array | None,
+    P: Sequence[Array],
+    s: Any,
+    K: Array | None,
+    geometry: Geometry,
+    groups: int = 1,
+) -> tuple[Array, Back]:
+    """y = f(unfold(x), W, b, P, s, unfold(K)): a convolution's kernel is a matrix over patches.
+
+    A (r, c·kernel) is itself a convolution to r channels, which moves as W does, and B (m, r) one
+    of a single place. In groups W is (m, c/g, …) and B (m, r/g), block-diagonal both; A sees all
+    channels, so that what W' becomes is no longer in groups.
+
+    Shapes: x (c, b, …), W (m, c/groups, …), b (m, 1) -> y (m, b, …).
+    Source: Conv2d of PEFT, whose A moves as W does but for dilation and padding mode.
+    """
+    columns, back_unfold = unfold(x, geometry)
+    kept = None if K is None else unfold(K, geometry)[0]
+    flat, _ = blocks_apart(W.reshape(len(W), -1), groups)
+    A, B, *others = P
+    whole, back_blocks = blocks_apart(B, groups)
+    z, back_f = f(columns, flat, b, A, whole, *others, s, kept)
+    sizes, _ = geometry.places(x.shape[2:])
+    y = z.reshape(len(W), x.shape[1], *sizes)
+
+    def back(dy: Array) -> tuple[Array, ...]:
+        dcolumns, dA, dB, *gradients = back_f(dy.reshape(len(W), -1))
+        return back_unfold(dcolumns), dA, back_blocks(dB), *gradients
+
+    return y, back
+
+
+def merge_conv(
+    variant: Variant, W: Array, b: Array | None, P: Sequence[Array], s: Any, groups: int = 1
+) -> tuple[Array, Array | None]:
+    """W' of the variant in the convolution's shape; out of groups if it was in groups.
+
+    Shapes: W (m, c/groups, …), b (m, 1) -> W' (m, c, …), b' (m, 1).
+    """
+    A, B, *others = P
+    flat, _ = blocks_apart(W.reshape(len(W), -1), groups)
+    merged, bias = variant.merge(flat, b, A, blocks_apart(B, groups)[0], *others, s)
+    return merged.reshape(len(W), W.shape[1] * groups, *W.shape[2:]), bias

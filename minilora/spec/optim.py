@@ -1,0 +1,290 @@
+"""Optimizers as pure functions over flat dicts of parameters and gradients.
+
+A step takes parameters, gradients and state and returns new ones; nothing is changed in place.
+``lr`` is one number, or a dict with one for each parameter, as :func:`loraplus_rates` makes.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from minilora.spec.lora import Params, Weights, number, total
+from minilora.spec.ops import Array
+
+Rates = float | Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class SGDState:
+    """The velocity of each parameter; empty before the first step."""
+
+    velocity: Weights = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """The number of steps done, and the running means of g and g²; empty before the first."""
+
+    t: int = 0
+    m: Params = field(default_factory=dict)
+    v: Params = field(default_factory=dict)
+
+
+def _each(lr: Rates, params: Weights) -> Mapping[str, float]:
+    if isinstance(lr, Mapping):
+        return {name: number(rate) for name, rate in lr.items()}
+    return dict.fromkeys(params, number(lr))
+
+
+def sgd(
+    params: Weights,
+    gradients: Weights,
+    state: SGDState,
+    lr: Rates,
+    momentum: float = 0,
+    weight_decay: float = 0,
+) -> tuple[Weights, SGDState]:
+    """p ← p - η u, u ← μ u + g + λ p, and u = g + λ p at the first step.
+
+    Source: Sutskever et al. 2013 with the velocity free of η, as in PyTorch's SGD, whose weight
+    decay is coupled: it passes through the velocity.
+    """
+    momentum, weight_decay = number(momentum), number(weight_decay)
+    new, velocity, rates = {}, {}, _each(lr, params)
+    for name, p in params.items():
+        u = gradients[name] + weight_decay * p
+        if name in state.velocity:
+            u = momentum * state.velocity[name] + u
+        velocity[name] = u
+        new[name] = p - rates[name] * u
+    return new, SGDState(velocity)
+
+
+def adamw(
+    params: Weights,
+    gradients: Weights,
+    state: AdamState,
+    lr: Rates,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> tuple[Weights, AdamState]:
+    """p ← (1 - η λ) p - η m̂ / (√v̂ + ε), m̂ = m / (1 - β₁ᵗ), v̂ = v / (1 - β₂ᵗ).
+
+    With m ← β₁ m + (1 - β₁) g and v ← β₂ v + (1 - β₂) g², both from 0, and t from 1.
+
+    Source: Kingma and Ba 2015, algorithm 1; the decay of Loshchilov and Hutter 2019, algorithm 2,
+    times the rate as in PyTorch, where the paper has a schedule's factor alone.
+    """
+    beta1, beta2, eps, weight_decay = map(number, (*betas, eps, weight_decay))
+    t = state.t + 1
+    new: Weights = {}
+    shapes = {name: p.shape for name, p in params.items()}
+    new_m, new_v, rates = Joined(shapes), Joined(shapes), _each(lr, params)
+    for names in _alike(params, gradients, state, rates):
+        p, g, lr_p = _joined(params, names), _joined(gradients, names), rates[names[0]]
+        m, v = (_joined(old, names) if names[0] in old else 0 for old in (state.m, state.v))
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * (g * g)
+        m_hat = m / (1 - beta1**t)
+        v_hat = v / (1 - beta2**t)
+        p = (1 - lr_p * weight_decay) * p - lr_p * (m_hat / (np.sqrt(v_hat) + eps))
+        new |= _parted(p, names, shapes)
+        new_m.wholes[names], new_v.wholes[names] = m, v
+    return new, AdamState(t, new_m, new_v)
+
+
+JOINED = 2**16
+"""About so many entries are worked on at a time: of small arrays, the calls cost more."""
+
+
+def _alike(
+    params: Weights, gradients: Weights, state: AdamState, rates: Mapping[str, float]
+) -> Iterator[tuple[str, ...]]:
+    """The names in runs of one rate and one number system, of `JOINED` entries or one array."""
+    run: list[str] = []
+    size, before = 0, None
+    for name, p in params.items():
+        kind = rates[name], p.dtype, gradients[name].dtype, name in state.m
+        if run and (kind != before or size + p.size > JOINED):
+            yield tuple(run)
+            run, size = [], 0
+        run.append(name)
+        size, before = size + p.size, kind
+    if run:
+        yield tuple(run)
+
+
+class Joined(Mapping[str, Array]):
+    """Arrays of which several are kept as one; each is cut out of it when it is asked for."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.wholes: dict[tuple[str, ...], Array] = {}
+        self.shapes = shapes
+
+    def __getitem__(self, name: str) -> Array:
+        for names, whole in self.wholes.items():
+            if name in names:
+                return _parted(whole, names, self.shapes)[name]
+        raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def _joined(arrays: Params, names: tuple[str, ...]) -> Array:
+    """These arrays as one: what is done entry by entry is done to all of them at once."""
+    if isinstance(arrays, Joined) and names in arrays.wholes:
+        return arrays.wholes[names]
+    if len(names) == 1:
+        return arrays[names[0]]
+    return np.concatenate([arrays[name].ravel() for name in names])
+
+
+def _parted(whole: Array, names: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]) -> Weights:
+    """The arrays that `_joined` made one, each in its shape: parts of it, and no copies."""
+    if len(names) == 1:
+        return {names[0]: whole}
+    parts: Weights = {}
+    start = 0
+    for name in names:
+        end = start + math.prod(shapes[name])
+        parts[name] = whole[start:end].reshape(shapes[name])
+        start = end
+    return parts
+
+
+def global_norm(gradients: Weights) -> Array:
+    """‖g‖ = √(the sum of squares of all gradients together).
+
+    Errors: ValueError if there is no gradient.
+    """
+    if not gradients:
+        raise ValueError("no gradients: nothing is trained")
+    norm: Array = np.sqrt(sum((g * g).sum() for g in gradients.values()))
+    return norm
+
+
+def clip(gradients: Weights, max_norm: float, eps: float = 1e-6) -> tuple[Weights, Array]:
+    """g ← g min(1, max_norm / (‖g‖ + ε)) for all gradients alike; also gives ‖g‖ before.
+
+    Errors: ValueError for a norm below 0, and without gradients.
+    Source: Pascanu, Mikolov and Bengio 2013, algorithm 1; the ε is PyTorch's.
+    """
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm {max_norm}: expected 0 or more")
+    norm = global_norm(gradients)
+    factor = np.minimum(number(max_norm) / (norm + number(eps)), 1)
+    return {name: g * factor for name, g in gradients.items()}, norm
+
+
+def schedule(kind: str, k: int, total: int, warmup: int = 0) -> float:
+    """The factor on the learning rate at step k = 0, 1, …: k / warmup first, then by ``kind``.
+
+    With the progress q = (k - warmup) / (total - warmup), and 1 from total on, the factor is 1 for
+    "constant", 1 - q for "linear" and (1 + cos πq) / 2 for "cosine".
+
+    Errors: ValueError for an unknown kind, or a warmup below 0.
+    Source: Loshchilov and Hutter 2017, equation 5, for the cosine; counted as in transformers.
+    """
+    q = (k - warmup) / (total - warmup) if warmup <= k < total else 1.0
+    factors = {"constant": 1.0, "linear": 1 - q, "cosine": 0.5 * (1 + math.cos(math.pi * q))}
+    if kind not in factors:
+        raise ValueError(f"schedule {kind!r}: expected one of {', '.join(factors)}")
+    if warmup < 0:
+        raise ValueError(f"warmup {warmup}: expected 0 steps or more")
+    return k / warmup if k < warmup else factors[kind]
+
+
+def loraplus_rates(names: Sequence[str], lr: float, ratio: float) -> dict[str, float]:
+    """η for every parameter, and η · ratio for each B.
+
+    Source: Hayou, Ghosh and Yu 2024, "LoRA+", section 4.
+    """
+    return {name: lr * ratio if name.endswith(".B") else lr for name in names}
+
+
+def lorafa_gradient(dB: Array, A: Array, s: Any) -> Array:
+    """g = dB (A Aᵀ)⁻¹ / s²: with A frozen, the step of B that changes W most like the full one.
+
+    Of all g, the change s g A is nearest to dW = ∂L/∂W: (s g A - dW) Aᵀ = 0, since dB = s dW Aᵀ.
+
+    Shapes: dB (m, r), A (r, n), s () -> g (m, r).
+    Errors: numpy.linalg.LinAlgError if A's rows depend on one another.
+    Source: the optimizer that PEFT names LoRA-FA, there with A Aᵀ + 10⁻⁸ I; Zhang et al. 2023,
+    "LoRA-FA", section 3, train B with dB itself.
+    """
+    g: Array = np.linalg.solve(A @ A.T, dB.T).T / s**2
+    return g
+
+
+def accumulate(parts: Sequence[tuple[int, Weights]]) -> Weights:
+    """g = Σᵢ nᵢ gᵢ / Σᵢ nᵢ over micro-batches: gᵢ the mean over the nᵢ labels that count there.
+
+    This is the gradient of the whole batch's mean; the mean of the gᵢ is not, when the nᵢ differ.
+
+    Errors: ValueError if no label counts or if the parts name different parameters.
+    """
+    parts = [(number(n), g) for n, g in parts]
+    tokens = sum(n for n, _ in parts)
+    if tokens < 1:
+        raise ValueError(
+            f"{len(parts)} micro-batches with {tokens} labels that count: nothing to do"
+        )
+    names = parts[0][1].keys()
+    if any(g.keys() != names for _, g in parts):
+        raise ValueError("the micro-batches' gradients name different parameters")
+    weighted = total(*({name: n * g[name] for name in names} for n, g in parts))
+    return {name: g / tokens for name, g in weighted.items()}
+
+
+STEPS: Mapping[str, Any] = {"adamw": (adamw, AdamState), "sgd": (sgd, SGDState)}
+
+
+def run(params: Weights, gradients: Sequence[Any], settings: Mapping[str, Any]) -> list[Weights]:
+    """The parameters after each step: accumulate, clip, schedule, step.
+
+    ``gradients`` holds one item a step: a dict, or (count, dict) pairs, one a micro-batch.
+    ``settings``: optimizer, lr, and as they apply betas, eps, momentum, weight_decay,
+    max_grad_norm, schedule, warmup_steps, total_steps, loraplus_lr_ratio.
+
+    Errors: ValueError for an unknown optimizer or setting, and without lr; those of `clip`,
+    `schedule` and `accumulate`.
+    """
+    kind = settings.get("optimizer", "adamw")
+    own = {"adamw": ("betas", "eps", "weight_decay"), "sgd": ("momentum", "weight_decay")}
+    if kind not in own:
+        raise ValueError(f"optimizer {kind!r}: expected one of {', '.join(own)}")
+    known = {"optimizer", "lr", "max_grad_norm", "schedule", "warmup_steps", "total_steps"}
+    known |= {"loraplus_lr_ratio", *own[kind]}
+    if unknown := sorted(settings.keys() - known):
+        raise ValueError(f"settings {unknown} mean nothing to {kind}; there are {sorted(known)}")
+    if "lr" not in settings:
+        raise ValueError(f"settings {sorted(settings)}: expected lr, the learning rate, among them")
+    step, start = STEPS[kind]
+    options = {name: settings[name] for name in own[kind] if name in settings}
+    state, history = start(), []
+    rates = loraplus_rates(list(params), settings["lr"], settings.get("loraplus_lr_ratio") or 1.0)
+    for k, item in enumerate(gradients):
+        g = item if isinstance(item, dict) else accumulate(item)
+        if settings.get("max_grad_norm") is not None:
+            g, _ = clip(g, settings["max_grad_norm"])
+        factor = schedule(
+            settings.get("schedule", "constant"),
+            k,
+            settings.get("total_steps", len(gradients)),
+            settings.get("warmup_steps", 0),
+        )
+        lr = {name: rate * factor for name, rate in rates.items()}
+        params, state = step(params, g, state, lr, **options)
+        history.append(params)
+    return history

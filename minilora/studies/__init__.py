@@ -1,0 +1,1 @@
+"""What is measured with all of it: claims, benchmarks, sweeps and examples."""

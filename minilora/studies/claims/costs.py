@@ -1,0 +1,176 @@
+"""What a side costs: parameters, products one by one, seconds, bytes by part and on disk."""
+
+import math
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from minilora.spec.lora import Tuning, Weights, merge
+from minilora.spec.models import Batch, logits, loss
+from minilora.spec.ops import Array
+from minilora.studies.claims.study import Side, Study, job_of, sides_of, size, subject_of
+from minilora.training.checkpoints import State
+from minilora.training.gradients import Plan, blas_threads
+from minilora.training.train import Job, batches_of, run, write_result
+
+
+class Counted(Array):
+    """An array that notes the shapes of every matrix product that it comes into."""
+
+    products: ClassVar[list[tuple[int, ...]]] = []
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        plain = [np.asarray(v) if isinstance(v, Counted) else v for v in inputs]
+        if "out" in options:
+            options["out"] = tuple(np.asarray(v) for v in options["out"])
+        y = getattr(ufunc, method)(*plain, **options)
+        if ufunc is np.matmul:
+            Counted.products.append((*y.shape, plain[0].shape[-1]))
+        return y.view(Counted) if isinstance(y, np.ndarray) else y
+
+
+def products_of(work: Callable[[Weights], Any], W: Mapping[str, Array]) -> list[tuple[int, ...]]:
+    """The shapes of every matrix product in ``work``, of the weights as arrays that note them.
+
+    Each is the result's shape and, last, how many products each entry sums.
+    """
+    Counted.products.clear()
+    with blas_threads(1):
+        work({name: np.asarray(w).view(Counted) for name, w in W.items()})
+    return list(Counted.products)
+
+
+def flops_of(products: Iterable[tuple[int, ...]]) -> int:
+    """Their multiplications and additions."""
+    return sum(2 * math.prod(shape) for shape in products)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a side costs on a model.
+
+    ``trained`` of ``whole`` parameters; ``flops`` of a step's products, counted; ``seconds`` of
+    each round's step, in turn with full fine-tuning's; ``memory`` in bytes by part: weights,
+    gradients and optimizer by their arrays' sizes, activations as traced between the forward and
+    the backward; ``disk``: bytes of the result's files. ``forward``: FLOPs of the base's forward,
+    of the adapted model's and of the merged one's. ``other``: how many of the merged model's
+    products and weights are not those of the base in number, shape and dtype, and of its logits'
+    entries have other bits than those of a model that never had an adapter and has its weights.
+    """
+
+    model: str
+    side: Side
+    trained: int
+    whole: int
+    flops: int
+    seconds: tuple[float, ...]
+    memory: Mapping[str, int]
+    disk: int
+    forward: tuple[int, int, int]
+    other: int
+
+
+PARTS = ("weights", "gradients", "optimizer", "activations")
+"""Of the memory."""
+
+
+def memory_of(job: Job, batch: Batch) -> dict[str, int]:
+    """The bytes of each of `PARTS` in a step."""
+    c, W = job.base.config, job.weights(job.start)
+    own = sum(w.nbytes for w in job.start.values())
+    unchanged = sum(W[name].nbytes for name in W if name not in job.start)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        held = loss(batch, W, c, job.tuning)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    del held
+    sizes = (unchanged + own, own, 2 * own, max(0, after - before))
+    return dict(zip(PARTS, sizes, strict=True))
+
+
+def inference_of(job: Job, batch: Batch) -> tuple[tuple[int, int, int], int]:
+    """``Cost.forward`` and ``Cost.other``, with an adapter whose B is not zero."""
+    c, base = job.base.config, {name: np.asarray(w) for name, w in job.base.weights.items()}
+    still = replace(job.tuning, trained=frozenset(), keep={})
+    rng = np.random.default_rng(0)
+    moved = {
+        name: w + np.asarray(0.01 * rng.standard_normal(w.shape), w.dtype)
+        for name, w in job.start.items()
+    }
+    W = {name: np.asarray(w) for name, w in job.weights(moved).items()}
+    merged: Weights = dict(merge(W, job.tuning)) if job.lora is not None else W
+
+    def forward(tuning: Tuning) -> Callable[[Weights], Any]:
+        return lambda held: logits(batch, held, c, tuning)
+
+    plain, adapted, one = (
+        products_of(forward(tuning), held)
+        for held, tuning in ((base, Tuning()), (W, still), (merged, Tuning()))
+    )
+    kinds = [{n: (w.shape, w.dtype) for n, w in held.items()} for held in (base, merged)]
+    names = kinds[0].keys() | kinds[1].keys()
+    differ = sum(kinds[0].get(name) != kinds[1].get(name) for name in names)
+    differ += sum(a != b for a, b in zip(plain, one, strict=False))
+    copies = {name: w.copy() for name, w in merged.items()}
+    z, again = (
+        np.ascontiguousarray(logits(batch, held, c, Tuning())[0]).view(np.uint8)
+        for held in (merged, copies)
+    )
+    differ += abs(len(plain) - len(one)) + int((z != again).sum())
+    return (flops_of(plain), flops_of(adapted), flops_of(one)), differ
+
+
+def timed(jobs: Sequence[Job], rounds: int) -> list[list[float]]:
+    """The seconds of each job's steps, in turn, after one to warm up."""
+    following = [
+        run(State(j.start), j.weights({}), j.base.config, j.tuning, j.data.train, j.recipe, Plan())
+        for j in jobs
+    ]
+    taken: list[list[float]] = [[] for _ in jobs]
+    for i in range(rounds + 1):
+        for own, steps in zip(taken, following, strict=True):
+            started = time.perf_counter()
+            next(steps)
+            if i:
+                own.append(time.perf_counter() - started)
+    return taken
+
+
+def costs_of(study: Study, model: str) -> list[Cost]:
+    """What each side costs on the study's model."""
+    subject = subject_of(study, model)
+    sides = sides_of(study, subject.base.config)
+    jobs = [job_of(subject, study, side) for side in sides]
+    longer = [replace(j, recipe=replace(j.recipe, steps=study.rounds + 1)) for j in jobs]
+    taken = timed(longer, study.rounds)
+    batches = [batches_of(job.data.train, study.tokens, 0)[0] for job in jobs]
+    return [_cost(model, *one) for one in zip(sides, jobs, batches, taken, strict=True)]
+
+
+def _cost(model: str, side: Side, job: Job, batch: Batch, seconds: Sequence[float]) -> Cost:
+    c, whole = job.base.config, size(job.base.weights.values())
+    W = dict(job.weights(job.start).items())
+    step = products_of(lambda held: loss(batch, held, c, job.tuning)[1](1.0), W)
+    forward, other = inference_of(job, batch)
+    return Cost(
+        model, side, size(job.start.values()), whole, flops_of(step), tuple(seconds),
+        memory_of(job, batch), disk_of(job), forward, other,
+    )  # fmt: skip
+
+
+def disk_of(job: Job) -> int:
+    """The bytes of the result's files; of a large model, which is not written, its weights'."""
+    if job.lora is None and job.base.reference is None:
+        return sum(w.nbytes for w in job.start.values())
+    with tempfile.TemporaryDirectory() as folder:
+        write_result(folder, job, job.start)
+        return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))

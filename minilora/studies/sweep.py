@@ -1,0 +1,396 @@
+"""Many runs at once: every rank, alpha, learning rate and seed of a grid, each in one thread.
+
+A cell is what ``minilora train`` does with its four numbers, in a folder of its own, and it is kept
+there: a sweep that was interrupted goes on with the cells that are missing, and those with a
+checkpoint go on from it.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora import __version__
+from minilora.io.formats.files import FormatError, pack_json, read_json, write_files
+from minilora.io.loading import MANIFEST, Base, open_base
+from minilora.training import data, evaluate
+from minilora.training.data import Data
+from minilora.training.gradients import Plan, blas_threads, warm_memory
+from minilora.training.train import (
+    LOG,
+    Recipe,
+    Refused,
+    batches_of,
+    canvas,
+    fit,
+    prepare,
+    read_log,
+)
+
+RESULT, TABLE, PICTURE = "result.json", "sweep.json", "sweep.svg"
+"""The files of a sweep: in each cell's folder what it came to; beside them all cells, a picture."""
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """A point of the grid."""
+
+    rank: int
+    alpha: float
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return f"r{self.rank}-a{self.alpha:g}-lr{self.lr:g}-s{self.seed}"
+
+
+def grid(
+    ranks: Sequence[int], alphas: Sequence[float], lrs: Sequence[float], seeds: Sequence[int]
+) -> list[Cell]:
+    """Every combination once, in order; without alphas, alpha is 2 r.
+
+    Errors: ValueError where a list is empty, or two cells would share a folder.
+    """
+    lists = (("ranks", ranks), ("learning rates", lrs), ("seeds", seeds))
+    for what, values in lists:
+        if not values:
+            raise ValueError(f"no {what}: expected at least one")
+    cells = sorted(
+        {
+            Cell(r, alpha, lr, seed)
+            for r, lr, seed in product(ranks, lrs, seeds)
+            for alpha in (alphas or [2.0 * r])
+        }
+    )
+    if len({cell.name for cell in cells}) < len(cells):
+        raise ValueError("two alphas or rates agree in six digits: leave one out")
+    return cells
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cells share: the model, the data and its reading, the recipe but for the cell's."""
+
+    model: str
+    data: str
+    recipe: Recipe
+    reading: tuple[tuple[str, Any], ...] = ()
+
+    def at(self, cell: Cell) -> Recipe:
+        """The cell's recipe."""
+        return replace(self.recipe, **asdict(cell))
+
+    def record(self) -> dict[str, Any]:
+        """All of it, as it is written down; a cell's numbers are not in it."""
+        own = Cell.__dataclass_fields__
+        recipe = {name: v for name, v in vars(self.recipe).items() if name not in own}
+        return {"model": self.model, "data": self.data, **recipe, **dict(self.reading)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A finished cell: its losses in nats a label, its steps and seconds; ``why`` it ended early.
+
+    ``valid`` is the loss in validation, or none without examples for it; ``loss`` that of the last
+    step in training.
+    """
+
+    cell: Cell
+    steps: int
+    seconds: float
+    loss: float | None
+    valid: float | None = None
+    why: str = ""
+
+    @property
+    def judged(self) -> float:
+        """What cells are compared by: ``valid``, or else ``loss``; infinite where it diverged."""
+        found = self.loss if self.valid is None else self.valid
+        return math.inf if self.why or found is None or not math.isfinite(found) else found
+
+
+_stopped = threading.Event()
+_working = threading.Lock()
+
+
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+"""The signals that stop a worker."""
+
+
+def _mask(how: str) -> None:
+    """Has the signals that stop wait, ``SIG_BLOCK``, or come, where the system can have them wait.
+
+    A process that is started takes this over: a signal waits until there is somebody to heed it.
+    """
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(getattr(signal, how), _STOPS)
+
+
+def _begin_worker() -> None:
+    """A worker leaves its linear algebra one thread, and is stopped by the first signal alone."""
+    _stopped.clear()
+
+    def stop(number: int, frame: Any) -> None:
+        first = not _stopped.is_set()  # a second one would cut short what the first one has saved
+        _stopped.set()
+        if first and _working.locked():  # a worker that waits for work is ended by its pool
+            raise KeyboardInterrupt
+
+    for number in _STOPS:
+        signal.signal(number, stop)
+    _mask("SIG_UNBLOCK")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    warm_memory()
+
+
+def _end_with_parent() -> None:
+    """Nobody takes the results of a worker whose parent was killed: it saves, and ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGINT)
+    with _working:
+        os._exit(1)
+
+
+def _work(work: Callable[[Any], Any], item: Any) -> Any:
+    try:
+        # What overflows is found in the results.
+        with _working, blas_threads(1), np.errstate(all="ignore"):
+            return None if _stopped.is_set() else work(item)
+    except KeyboardInterrupt:
+        return None
+
+
+def in_processes(
+    work: Callable[[Any], Any], items: Sequence[Any], jobs: int
+) -> Iterator[tuple[int, Any]]:
+    """(i, work(items[i])) as they are done, so many at a time, each process with one thread.
+
+    ``work`` and the items go to other processes: a module's function, and plain values. Whoever
+    leaves early, by Ctrl-C too, has the workers stopped; each is waited for until it has saved.
+
+    Errors: ValueError unless there is a process at least; the first that ``work`` raises.
+    """
+    if jobs < 1:
+        raise ValueError(f"{jobs} processes: expected at least 1")
+    # Not forked: a library's threads would not be there in the copy, but their locks would.
+    context = multiprocessing.get_context("spawn")
+    most = max(1, min(jobs, len(items)))
+    with ProcessPoolExecutor(most, mp_context=context, initializer=_begin_worker) as pool:
+        before = set(multiprocessing.active_children())
+        _mask("SIG_BLOCK")
+        try:
+            waiting = {pool.submit(_work, work, item): i for i, item in enumerate(items)}
+        finally:
+            _mask("SIG_UNBLOCK")
+        own = set(multiprocessing.active_children()) - before
+        try:
+            for done in as_completed(waiting):
+                yield waiting[done], done.result()
+        except BaseException:
+            for future in waiting:
+                future.cancel()
+            own |= set(multiprocessing.active_children()) - before
+            for process in own:
+                if process.is_alive() and process.pid is not None:
+                    os.kill(process.pid, signal.SIGINT)
+            raise
+
+
+@cache
+def opened(model: str, dtype: str) -> Base:
+    """The model, opened once in each process."""
+    return open_base(model, np.dtype(dtype))
+
+
+@cache
+def _read(setting: Setting, seed: int) -> Data:
+    base, recipe = opened(setting.model, setting.recipe.dtype), setting.recipe
+    tokenizer, reading = base.tokenizer, dict(setting.reading)
+    reading |= {"seed": seed, "classes": base.classes}
+    return data.read(setting.data, recipe.task, tokenizer, recipe.length, **reading)
+
+
+def run_cell(setting: Setting, folder: Path, cell: Cell) -> Row | None:
+    """Trains the cell in ``folder``, from its checkpoint where there is one; None: interrupted.
+
+    Errors: those of `train.fit`.
+    """
+    recipe = setting.at(cell)
+    base, read = opened(setting.model, recipe.dtype), _read(setting, cell.seed)
+    job = prepare(base, read, recipe, setting.data, **dict(setting.reading))
+    started, begun = time.monotonic(), (folder / MANIFEST).exists()
+    outcome = fit(
+        folder, job, resume=begun, overwrite=not begun, valid_every=2**31, tell=lambda text: None
+    )
+    if outcome.why == "interrupted":
+        return None
+    valid = None
+    batches = batches_of(read.valid, recipe.batch_tokens, base.tokenizer.pad)
+    if batches and not outcome.why:
+        W = job.weights(outcome.state.params)
+        valid = evaluate.mean_loss(batches, W, job.base.config, job.tuning, Plan()).loss
+    lines = read_log(folder / LOG)
+    loss = lines[-1]["loss"] if lines else None
+    seconds = round(time.monotonic() - started, 3)
+    row = Row(cell, outcome.state.step, seconds, loss, valid, outcome.why)
+    write_files(folder, {RESULT: lambda: pack_json(asdict(row))})
+    return row
+
+
+def _kept(folder: Path) -> Row | None:
+    """The result of a cell that is finished."""
+    if not (folder / RESULT).is_file():
+        return None
+    found = read_json(folder / RESULT)
+    try:
+        return Row(Cell(**found.pop("cell")), **found)
+    except (TypeError, KeyError) as error:
+        remedy = "remove it, and the cell's run is judged again"
+        raise FormatError(folder / RESULT, "file", error, "a cell's result", remedy) from None
+
+
+def sweep(
+    out: Path | str,
+    setting: Setting,
+    cells: Sequence[Cell],
+    jobs: int = 1,
+    watch: Callable[[Row, int, int], None] | None = None,
+) -> list[Row]:
+    """The rows of all cells, in their order, those kept in the folder ``out`` among them.
+
+    ``watch`` is told each row that is done, how many are done by now, and of how many.
+
+    Errors: Refused where ``out`` holds the sweep of something else; those of the model's and the
+    data's readers, before a process is started; those of :func:`run_cell`.
+    """
+    out = Path(out)
+    base, read = opened(setting.model, setting.recipe.dtype), _read(setting, 0)
+    for cell in cells[:1]:
+        prepare(base, read, setting.at(cell), setting.data, **dict(setting.reading))
+    now = {**setting.record(), "base": base.digest, "digest": read.digest, "minilora": __version__}
+    now = json.loads(json.dumps(now))
+    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if TABLE in there and len(there) > 1:  # alone it says what was wanted, and nothing was done
+        before = read_json(out / TABLE).get("setting")
+        if not isinstance(before, dict):
+            remedy = "it is damaged: choose a new folder"
+            raise FormatError(out / TABLE, "setting", before, "an object", remedy)
+        names = sorted(name for name in now if before.get(name) != now[name])
+        if names:
+            told = "; ".join(
+                f"{name}: {before.get(name)!r} then, {now[name]!r} now" for name in names
+            )
+            raise Refused(f"{out}: the sweep of another setting ({told}); choose a new folder")
+    elif there - {TABLE}:
+        raise Refused(f"{out}: there are files already, of no sweep; choose a new folder")
+    rows = {cell: row for cell in cells if (row := _kept(out / cell.name))}
+
+    def write() -> None:
+        held = [asdict(rows[cell]) for cell in cells if cell in rows]
+        write_files(out, {TABLE: lambda: pack_json({"setting": now, "rows": held})})
+
+    write()
+    missing = [cell for cell in cells if cell not in rows]
+    for row in rows.values():
+        if watch is not None:
+            watch(row, len(rows), len(cells))
+    work = partial(_work_on, setting, out)
+    for _, found in in_processes(work, missing, jobs) if missing else ():
+        if found is None:
+            raise KeyboardInterrupt
+        rows[found.cell] = found
+        write()
+        if watch is not None:
+            watch(found, len(rows), len(cells))
+    return [rows[cell] for cell in cells]
+
+
+def _work_on(setting: Setting, out: Path, cell: Cell) -> Row | None:
+    return run_cell(setting, out / cell.name, cell)
+
+
+Group = tuple[int, float, float]
+"""Rank, alpha and learning rate: what the seeds of a cell have in common."""
+
+
+def by_group(rows: Sequence[Row]) -> dict[Group, list[float]]:
+    """What the cells of each group are judged by, a number for each seed."""
+    groups: dict[Group, list[float]] = {}
+    for row in rows:
+        c = row.cell
+        groups.setdefault((c.rank, c.alpha, c.lr), []).append(row.judged)
+    return groups
+
+
+def best(rows: Sequence[Row]) -> Group:
+    """The group with the least mean loss; the first of equals.
+
+    Errors: ValueError without rows, or where all have diverged.
+    """
+    means = {group: float(np.mean(losses)) for group, losses in by_group(rows).items()}
+    if not means or not math.isfinite(min(means.values())):
+        raise ValueError(f"{len(rows)} cells and no loss: try smaller learning rates")
+    return min(means, key=lambda group: means[group])
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line for each group: its mean loss, the least and the greatest over its seeds; * the best.
+
+    ``diverged`` counts the seeds that have no loss; the others make the mean only where all do.
+    """
+    try:
+        first: Group | None = best(rows)
+    except ValueError:
+        first = None
+    lines = [["rank", "alpha", "lr", "seeds", "loss", "least", "greatest", "diverged", ""]]
+    for (rank, alpha, lr), losses in by_group(rows).items():
+        figures = (float(np.mean(losses)), min(losses), max(losses))
+        said = [f"{x:.4f}" if math.isfinite(x) else "-" for x in figures]
+        diverged = sum(not math.isfinite(loss) for loss in losses)
+        mark = "*" if (rank, alpha, lr) == first else ""
+        counts = str(diverged) if diverged else ""
+        lines.append([str(rank), f"{alpha:g}", f"{lr:g}", str(len(losses)), *said, counts, mark])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ("  ".join(f"{x:>{n}}" for x, n in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(line.rstrip() for line in padded) + "\n"
+
+
+def plot(out: Path | str, rows: Sequence[Row]) -> Path:
+    """The loss against the learning rate, a line for each rank and alpha, as ``sweep.svg``.
+
+    A mark is a seed, a line their mean.
+
+    Errors: ImportError without matplotlib; ValueError where no cell has a loss.
+    """
+    best(rows)
+    figure, draw = canvas((7, 4))
+    axes = figure.subplots()
+    groups = by_group(rows)
+    for rank, alpha in sorted({group[:2] for group in groups}):
+        points = sorted((g[2], y) for g, y in groups.items() if g[:2] == (rank, alpha))
+        rates = [lr for lr, _ in points]
+        (line,) = axes.plot(
+            rates, [np.mean(y) for _, y in points], label=f"rank {rank}, alpha {alpha:g}"
+        )
+        for lr, losses in points:
+            axes.plot([lr] * len(losses), losses, ".", color=line.get_color())
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss in nats a label")
+    axes.legend()
+    write_files(out, {PICTURE: lambda: draw()})
+    return Path(out) / PICTURE

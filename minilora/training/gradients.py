@@ -1,0 +1,273 @@
+"""A step of training on whatever machine there is: groups of sequences, threads, little memory.
+
+A batch is a sum over its sequences, and so are its loss and its gradients. They are formed group by
+group, each divided by what the whole batch counts, and added up in the groups' order: of groups of
+one size, how many threads work on them changes no bit, nor does it whether activations are kept or
+formed again. Where there are fewer groups than threads, the products run on several, and their bits
+are the library's affair.
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
+from contextvars import copy_context
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from minilora.spec.lora import Params, Tuning, Weights, draw_dropout, total
+from minilora.spec.models import Batch, Config, loss, targets
+from minilora.spec.ops import IGNORED, Array
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a step is cut up; the mathematics does not depend on it.
+
+    ``threads``: how many groups run at a time; ``tokens``: about how many a group has, of whole
+    sequences and at least one, those of :meth:`size` unless given; ``recompute``: whether a block's
+    activations are formed again for its backward, from its input alone, rather than kept.
+    Errors: ValueError if there is no thread, more than a system can have, or no token.
+    """
+
+    threads: int = 1
+    tokens: int | None = None
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: expected at least 1")
+        if self.threads > MOST:
+            raise ValueError(f"threads is {self.threads}: expected {MOST} at most")
+
+    def size(self, d: int) -> int:
+        """How many tokens a group has, of a model that is d wide."""
+        return self.tokens or max(TOKENS, (ENTRIES if self.threads == 1 else SHARED) // d)
+
+
+MOST = 2**22
+"""Threads that there can be at a time, PID_MAX_LIMIT in Linux; elsewhere there are fewer."""
+
+TOKENS, ENTRIES, SHARED = 256, 3 * 2**14, 2**16
+"""Of a group, so many tokens at least, as its calls would cost more than its arithmetic; if these
+are fewer, so many entries of an activation, as more would leave the processor's cache. Threads call
+in turn, and so with more entries."""
+
+
+def counted(batch: Batch, c: Config) -> int:
+    """How many labels of the batch count: what its mean loss is divided by."""
+    return int((targets(batch, c) != IGNORED).sum())
+
+
+def groups(batch: Batch, c: Config, plan: Plan, counts: Array | None = None) -> list[slice]:
+    """The batch's rows in groups of about so many tokens as the plan says, in their order.
+
+    A group none of whose labels counts is left out; ``counts``: which do, where that is known.
+    """
+    counts = targets(batch, c) != IGNORED if counts is None else counts
+    b, t = batch.ids.shape
+    size = max(1, plan.size(c.d) // t)
+    n = -(-b // size)
+    by_rows = counts.reshape(b, -1)
+    every = (slice(b * i // n, b * (i + 1) // n) for i in range(n))
+    return [rows for rows in every if by_rows[rows].any()]
+
+
+@dataclass(frozen=True)
+class Dropout(Mapping[str, Array]):
+    """K of each module, drawn when it is asked for: the same bits each time, and none is held.
+
+    Every sequence of every step has masks of its own, seeded by (``seed``, ``step``, its row, the
+    module's name), so that they do not depend on how a batch is cut up or resumed. ``inputs``: of
+    each module the features of its input and its columns for each row; ``rows``: of the batch.
+    """
+
+    seed: int
+    step: int
+    p: float
+    inputs: Mapping[str, tuple[int, int]]
+    rows: range
+    dtype: Any
+
+    def __getitem__(self, at: str) -> Array:
+        shape = {at: self.inputs[at]}
+        seeds = ([self.seed, self.step, row, *at.encode()] for row in self.rows)
+        rngs = map(np.random.default_rng, seeds)
+        drawn = [draw_dropout(rng, self.p, shape, self.dtype)[at] for rng in rngs]
+        return np.concatenate(drawn, axis=1)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.inputs)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __contains__(self, at: object) -> bool:
+        return at in self.inputs
+
+    def of(self, rows: slice) -> "Dropout":
+        """That of some rows."""
+        return replace(self, rows=self.rows[rows])
+
+
+def drawn_dropout(
+    seed: int, step: int, p: float, batch: Batch, c: Config, tuning: Tuning, dtype: Any
+) -> Mapping[str, Array]:
+    """``Tuning.keep`` of a step: a K for each adapted projection; nothing where p is 0.
+
+    Errors: ValueError unless 0 ≤ p < 1, and neither seed nor step is negative.
+    """
+    if not 0 <= p < 1 or min(seed, step) < 0:
+        expected = "a rate from 0 and below 1, and both others from 0"
+        raise ValueError(f"dropout {p} with seed {seed} at step {step}: expected {expected}")
+    b, t = batch.ids.shape
+    inputs = {at: shape for at, shape in c.inputs(1, t).items() if at in tuning.scale}
+    return Dropout(seed, step, p, inputs, range(b), dtype) if p else {}
+
+
+def part(batch: Batch, tuning: Tuning, rows: slice) -> tuple[Batch, Tuning]:
+    """These rows of the batch, and their columns of the dropout multipliers."""
+    b = len(batch.ids)
+    if rows.indices(b) == (0, b, 1):
+        return batch, tuning
+    arrays = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    own = replace(batch, **{name: a[rows] for name, a in arrays.items() if a is not None})
+    start, stop, _ = rows.indices(b)
+
+    def columns(K: Array) -> Array:
+        each = K.shape[1] // b  # t columns for each row, or the one that a classifier pools
+        return K[:, start * each : stop * each]
+
+    whole = tuning.keep
+    if isinstance(whole, Dropout):
+        return own, replace(tuning, keep=whole.of(rows))
+    return own, replace(tuning, keep={at: columns(K) for at, K in whole.items()})
+
+
+@cache
+def _pools(scipy: bool) -> Any:
+    """The pools of threads of the linear algebra libraries: NumPy's and, once loaded, SciPy's."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas")
+
+
+def blas_threads(n: int) -> AbstractContextManager[Any]:
+    """Matrix products use n threads from here on, and as many as before after a ``with`` of this.
+
+    Where they do already, nothing is set: that takes longer than to ask.
+    """
+    pools = _pools("scipy.special" in sys.modules)
+    already = all(pool.num_threads == n for pool in pools.lib_controllers)
+    return nullcontext() if already else pools.limit(limits=n)
+
+
+def in_order(work: Callable[[slice], Any], parts: list[slice], threads: int) -> Iterator[Any]:
+    """``work`` of each part, given in their order, so many at a time.
+
+    Each thread's products run on that one thread: pools inside a pool would wait for one another.
+    What NumPy was told to do about overflows holds in each. Where there are fewer parts than
+    threads, they run one by one and the products in parallel.
+    """
+    if len(parts) < threads or threads == 1:
+        with blas_threads(threads):
+            yield from map(work, parts)
+        return
+    contexts = [copy_context() for _ in parts]
+    with blas_threads(1), ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(lambda own, rows: own.run(work, rows), contexts, parts)
+
+
+def gradients(
+    batch: Batch,
+    W: Params,
+    c: Config,
+    tuning: Tuning,
+    plan: Plan = Plan(),
+    count: int | None = None,
+) -> tuple[Any, Weights]:
+    """L and {name: dL} of the batch, as `models.loss` has them, group by group.
+
+    ``count``: what the sum is divided by, if the batch is a part of a larger one.
+
+    Errors: ValueError if no label counts; those of ``loss``.
+    """
+    counts = targets(batch, c) != IGNORED
+    own = int(counts.sum())
+    n = own if count is None else count
+    if min(own, n) < 1:
+        raise ValueError(f"no label counts in {len(batch.ids)} rows; leave this batch out")
+
+    how = replace(tuning, recompute=plan.recompute) if plan.recompute else tuning
+    if plan.recompute:  # memory is dearer than time
+        release_memory()
+
+    def work(rows: slice) -> tuple[Any, Weights]:
+        own_batch, own_tuning = part(batch, how, rows)
+        L, back = loss(own_batch, W, c, own_tuning, n)
+        return L, back(1.0)
+
+    L: Any = None
+    sums: Weights = {}
+    parts = groups(batch, c, plan, counts)
+    for L_group, gradients_of_group in in_order(work, parts, plan.threads):
+        L = L_group if L is None else L + L_group
+        sums = total(sums, gradients_of_group) if sums else gradients_of_group
+    return L, sums
+
+
+def evaluate(
+    batch: Batch,
+    W: Params,
+    c: Config,
+    tuning: Tuning,
+    plan: Plan = Plan(),
+) -> tuple[Any, int]:
+    """The sum of the negative log-likelihoods of the labels that count, and their number.
+
+    Nothing is trained and nothing dropped, so no activation outlives its block.
+
+    Errors: those of ``loss``.
+    """
+    still = replace(tuning, trained=frozenset(), keep={})
+
+    def work(rows: slice) -> Any:
+        own_batch, own_tuning = part(batch, still, rows)
+        return loss(own_batch, W, c, own_tuning, 1)[0]
+
+    return sum(in_order(work, groups(batch, c, plan), plan.threads)), counted(batch, c)
+
+
+def release_memory() -> None:
+    """What has been freed goes back to the system, where the C library can: the other way round.
+
+    In the pieces that training leaves, a later step's arrays do not all fit.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Options of glibc's ``mallopt``."""
+
+LARGEST = 10 * 2**20
+"""Bytes: of what is larger there is little, blocks of logits, and it goes back at once."""
+
+
+def warm_memory() -> bool:
+    """Freed memory stays with the process, for the next array; whether the C library can do it.
+
+    glibc gives a large array back to the system as soon as it is freed, and the system clears the
+    pages of the next one again: elementwise operations wait for that longer than they compute.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

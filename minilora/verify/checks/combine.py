@@ -1,0 +1,146 @@
+"""Level ``combine``: several adapters as one change of the weight, Σ w s B A."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from minilora.spec.multi_adapter import combine_svd
+from minilora.verify.core.inputs import (
+    Layer,
+    Several,
+    draw_several,
+    in_exact_lane,
+    long,
+    sigma_change,
+    wanted_change,
+)
+from minilora.verify.core.tolerance import unit_roundoff
+from minilora.verify.core.types import BOUND, Case, Check, Comparison, counter
+from minilora.verify.implementation.contract import Subject
+
+Array = np.ndarray
+
+CASES = {"quick": 4, "ci": 24, "nightly": 480}
+
+
+def combined(
+    subject: Subject,
+    adapters: Sequence[Layer],
+    weights: Sequence[float],
+    dtype: str,
+    **settings: Any,
+) -> Array:
+    """The implementation's combined change of the weight."""
+    given = [{"A": a.A, "B": a.B, **a.merge_options()} for a in adapters]
+    delta = subject.call("combine", given, [float(w) for w in weights], **settings)
+    return subject.answer(delta, "ΔW", adapters[0].W.shape, dtype)
+
+
+def weighted(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """ΔW = Σ wᵢ sᵢ Bᵢ Aᵢ over adapters of unequal ranks and scales, with weights of both signs."""
+    several, exact = draw_several(case)
+    delta = combined(subject, several.adapters, several.weights, case.dtype)
+    sigma = None if exact else sigma_change(several, subject.precision(case.dtype))
+    yield Comparison("ΔW", delta, wanted_change(several), sigma)
+
+
+def one(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """One adapter at weight 1 is itself: ΔW = s B A."""
+    several, exact = draw_several(case)
+    for i, adapter in enumerate(several.adapters):
+        alone = Several([adapter], [1.0], several.index)
+        delta = combined(subject, [adapter], [1.0], case.dtype)
+        sigma = None if exact else sigma_change(alone, subject.precision(case.dtype))
+        yield Comparison(f"ΔW of adapter {i} alone", delta, wanted_change(alone), sigma)
+
+
+def negative(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """The weight -1 takes away what 1 adds, bit for bit."""
+    several, _ = draw_several(case)
+    for i, adapter in enumerate(several.adapters):
+        there, back = (combined(subject, [adapter], [w], case.dtype) for w in (1.0, -1.0))
+        yield Comparison(f"ΔW of adapter {i} at weight -1", back, -there)
+
+
+def zero(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """An adapter at weight 0 changes nothing, nor do all of them; whole numbers, compared by ==."""
+    several, _ = draw_several(in_exact_lane(case))
+    first, second, *_ = several.adapters
+    delta = combined(subject, [first, second], [1.0, 0.0], case.dtype)
+    alone = combined(subject, [first], [1.0], case.dtype)
+    yield Comparison("ΔW with another at weight 0", delta, alone)
+    none = combined(subject, [first, second], [0.0, 0.0], case.dtype)
+    yield Comparison("ΔW of weights 0", none, np.zeros_like(none))
+
+
+def halves(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """½ a + ½ a = a, twice: ¼ a, four times, is a; small whole numbers, compared by ==.
+
+    A quarter's root is a power of two and a half's is not: some put √(w s) on both factors.
+    """
+    several, _ = draw_several(in_exact_lane(case))
+    for i, adapter in enumerate(several.adapters):
+        delta = combined(subject, [adapter] * 4, [0.25] * 4, case.dtype)
+        alone = combined(subject, [adapter], [1.0], case.dtype)
+        yield Comparison(f"four quarters of adapter {i}", delta, alone)
+
+
+def order(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """The order of the adapters is no matter; small whole numbers, compared by ==."""
+    several, _ = draw_several(in_exact_lane(case))
+    there = combined(subject, several.adapters, several.weights, case.dtype)
+    back = combined(subject, several.adapters[::-1], several.weights[::-1], case.dtype)
+    yield Comparison("ΔW in the other order", back, there)
+
+
+def svd(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """By SVD the best change of its rank: as near as the singular values that it drops allow.
+
+    The best of all changes of a rank has ‖ΔW - answer‖ = √(Σ σ²) over the dropped ones (Eckart and
+    Young 1936): what is nearer has a greater rank. An SVD that is stable, in a precision u of its
+    arithmetic, is off by at most 4 √k (m + n) u ‖ΔW‖ in this norm (Golub and Van Loan 2013, section
+    8.6, with the product formed anew), k = min(m, n), and by no more does the distance change. A
+    rank that holds all of ΔW drops none.
+    """
+    several, _ = draw_several(case)
+    wanted = wanted_change(several)
+    m, n = wanted.shape
+    full = min(m, n, sum(a.r for a in several.adapters))
+    precision = subject.precision(case.dtype)
+    u = max(unit_roundoff(precision.storage), unit_roundoff(precision.accumulation))
+    for rank in sorted({1, min(2, full), max(1, full - 1), full}):
+        answer = combined(
+            subject,
+            several.adapters,
+            several.weights,
+            case.dtype,
+            combination_type="svd",
+            svd_rank=rank,
+        )
+        _, _, dropped = combine_svd([wanted.astype(float)], [1.0], rank)
+        norm = float(np.sqrt((wanted * wanted).sum()))
+        difference = float(np.sqrt(((long(answer) - wanted) ** 2).sum()))
+        slack = 4 * min(m, n) ** 0.5 * (m + n) * u * norm
+        got, best = np.array(difference), np.array(float(dropped))
+        yield Comparison(f"‖ΔW - ΔW of rank {rank}‖", got, best, np.array(slack), BOUND)
+
+
+def _law(run: Any, share: float) -> Check:
+    title = (run.__doc__ or "").splitlines()[0]
+    return Check(
+        f"combine.{run.__name__}", "combine", ("combine",), title, run, counter(CASES, share)
+    )
+
+
+CHECKS: tuple[Check, ...] = (
+    _law(weighted, 1.0),
+    _law(one, 0.5),
+    _law(negative, 0.25),
+    _law(zero, 0.25),
+    _law(halves, 0.25),
+    _law(order, 0.25),
+    _law(svd, 0.25),
+)

@@ -1,0 +1,155 @@
+"""Level ``grad-flow``: gradients reach every adapter and nothing else, whatever lies in between.
+
+They are seen through ``train``: a step of SGD takes a parameter's gradient away from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from minilora.spec.models import Batch
+from minilora.spec.target_modules import Lora
+from minilora.verify.checks import tiny_models
+from minilora.verify.checks.model import as_dict
+from minilora.verify.checks.tiny_models import Small
+from minilora.verify.checks.train import SGD, ask, compared, wanted
+from minilora.verify.core.types import Case, Check, Comparison
+from minilora.verify.implementation.contract import Fault, Subject
+
+Array = np.ndarray
+
+CASES = {"quick": 1, "ci": 1, "nightly": 20}
+
+EVERY = Lora(r=3, alpha=7)
+"""Every projection of every layer but the head."""
+
+KINDS: dict[str, tuple[Lora, dict[str, Any], int]] = {
+    "every": (EVERY, {}, 1),
+    "checkpointing": (EVERY, {"gradient_checkpointing": True}, 2),
+    "below": (replace(EVERY, layers=(0,)), {}, 3),
+    "above": (replace(EVERY, layers=(1,)), {}, 3),
+    "below-checkpointing": (replace(EVERY, layers=(0,)), {"gradient_checkpointing": True}, 2),
+    "start": (EVERY, {}, 1),
+    "dropout": (replace(EVERY, dropout=0.25), {}, 1),
+    "frozen": (EVERY, {}, 2),
+}
+"""What is adapted, the settings beside SGD's, and the number of steps."""
+
+WORDS = {
+    "every": "Every A and every B of two layers has its gradient.",
+    "checkpointing": "With gradient checkpointing every gradient is the same.",
+    "below": "Gradients reach the first layer through a frozen one above it.",
+    "above": "Gradients reach the last layer, and the frozen one below it stays.",
+    "below-checkpointing": "With checkpointing they reach it through a frozen layer too.",
+}
+
+
+@lru_cache(maxsize=64)
+def drawn(kind: str, number: int, seed: int) -> tuple[Small, list[list[Batch]]]:
+    """The model of two layers of a case, and a batch for each step."""
+    lora, _, count = KINDS[kind]
+    rng = tiny_models.rng_of(Case("", "", number, seed), f"grad-flow.{kind}")
+    of = tiny_models.draw(tiny_models.DEEP, lora, rng)
+    if kind == "start":
+        of = tiny_models.begun(of)
+    return of, [[tiny_models.draw_batch(rng, of.c, 3, 6 + k)] for k in range(count)]
+
+
+@lru_cache(maxsize=64)
+def expected(kind: str, number: int, seed: int) -> tuple[dict[str, Array], dict[str, Array]]:
+    """What is wanted without dropout, and its σ in float32."""
+    return wanted(*drawn(kind, number, seed), SGD, (number, seed))
+
+
+def _asked(subject: Subject, case: Case, kind: str) -> list[Any]:
+    """The adapter after each step."""
+    of, steps = drawn(kind, case.number, case.seed)
+    key = (f"grad-flow-{kind}", case.number, case.seed)
+    where = tiny_models.folders(key, case.dtype, partial(_small, kind, case.number, case.seed))
+    return list(ask(subject, of, where, steps, {**SGD, **KINDS[kind][1]}, case.dtype))
+
+
+def _small(kind: str, number: int, seed: int) -> Small:
+    return drawn(kind, number, seed)[0]
+
+
+def _flow(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
+    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+        got = _asked(subject, case, kind)
+        yield from compared(subject, case.dtype, got, *expected(kind, case.number, case.seed))
+
+    return run
+
+
+def start(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """Where B = 0, the first step leaves every bit of A, and every B has its gradient."""
+    of, _ = drawn("start", case.number, case.seed)
+    got = _asked(subject, case, "start")
+    for theirs, name, k, array in got:
+        if name.endswith(".A"):
+            yield Comparison(f"{theirs} after step {k}", array, of.W[name].astype(array.dtype))
+    B = [each for each in got if each[1].endswith(".B")]
+    yield from compared(subject, case.dtype, B, *expected("start", case.number, case.seed))
+
+
+def dropout(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """Through dropout every A and B has a gradient, and it is another than without."""
+    of, _ = drawn("dropout", case.number, case.seed)
+    got = _asked(subject, case, "dropout")
+    moved = [float((array != of.W[name]).any()) for _, name, _, array in got]
+    yield Comparison("whether A and B move", np.asarray(moved), np.ones(len(moved)))
+    plain = compared(subject, case.dtype, got, *expected("dropout", case.number, case.seed))
+    other = [float(each.judge().verdict == "fail") for each in plain]
+    yield Comparison("whether dropout acts", np.asarray(other), np.ones(len(other)))
+
+
+def frozen(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """Training gives back the adapter's tensors and no other, and no file changes."""
+    of, steps = drawn("frozen", case.number, case.seed)
+    with TemporaryDirectory(prefix="minilora-") as folder:
+        where = of.write(Path(folder), case.dtype)
+        before = _ledger(Path(folder))
+        given = [[as_dict(batch) for batch in step] for step in steps]
+        answer = subject.call("train", *map(str, where), given, SGD)
+        after = _ledger(Path(folder))
+    changed = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
+    what = "files that changed" + "".join(f", {name}" for name in changed)
+    yield Comparison(what, np.asarray(float(len(changed))), np.asarray(0.0))
+    for k, step in enumerate(subject.items(answer, len(steps), "the list of steps"), 1):
+        if not isinstance(step, Mapping):
+            raise Fault("missing", f"step {k} is a {type(step).__name__}, expected a dict")
+        yield tiny_models.same_names(f"names after step {k}", map(str, step), of.names().values())
+
+
+def _ledger(folder: Path) -> dict[str, str]:
+    """A hash of every file."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _cases(profile: str, dtype: str) -> int:
+    return CASES[profile] * (dtype in ("float64", "float32"))
+
+
+def _check(name: str, title: str, run: Any) -> Check:
+    return Check(f"grad-flow.{name}", "grad-flow", ("train",), title, run, _cases)
+
+
+CHECKS: tuple[Check, ...] = (
+    *(_check(kind, words, _flow(kind)) for kind, words in WORDS.items()),
+    *(
+        _check(run.__name__, (run.__doc__ or "").splitlines()[0], run)
+        for run in (start, dropout, frozen)
+    ),
+)

@@ -1,0 +1,279 @@
+"""Level ``linear``: one LoRA linear, forward and transpose, by the equation and with itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from minilora.verify.core.inputs import LEADS, Layer, draw_layer, limits, long, sigmas, wanted
+from minilora.verify.core.shrinking import Difference, Differs, Smallest, search
+from minilora.verify.core.types import Case, Check, Comparison, counter
+from minilora.verify.implementation.contract import Subject
+
+Array = np.ndarray
+Run = Callable[[Subject, Case], Iterable[Comparison]]
+
+CASES = {"quick": 6, "ci": 24, "nightly": 480}
+
+KINDS: dict[str, dict[str, bool]] = {
+    "": {},
+    ".bias": {"bias": True},
+    ".dropout": {"dropout": True},
+    ".rslora": {"use_rslora": True},
+    ".conv1d": {"fan_in_fan_out": True},
+    ".all": {"bias": True, "dropout": True, "use_rslora": True},
+}
+"""What a case has beside x, W, A, B; conv1d is the storage (n, m) of GPT-2's weights."""
+
+WORDS = {
+    "": "",
+    ".bias": ", with a bias",
+    ".dropout": ", with a dropout mask on the branch's input",
+    ".rslora": ", with rsLoRA's scale α/√r",
+    ".conv1d": ", with the weight stored (in, out)",
+    ".all": ", with bias, dropout and rsLoRA at once",
+}
+
+
+def forward(subject: Subject, layer: Layer, dtype: str, **changed: Any) -> Array:
+    """The implementation's y, of the right shape and dtype; ``changed`` replaces arguments."""
+    arrays = {name: changed.pop(name, getattr(layer, name)) for name in ("x", "W", "A", "B")}
+    y = subject.call("lora_linear", *arrays.values(), **layer.options() | changed)
+    return subject.answer(y, "y", (*arrays["x"].shape[:-1], len(layer.W)), dtype)
+
+
+def vjp(subject: Subject, layer: Layer, dtype: str, **changed: Any) -> dict[str, Array]:
+    """The implementation's y, dx, dA, dB, and dbias where it gives one."""
+    arrays = {name: changed.pop(name, getattr(layer, name)) for name in ("x", "W", "A", "B", "dy")}
+    answer = subject.call("lora_linear_vjp", *arrays.values(), **layer.options() | changed)
+    names = ["y", "dx", "dA", "dB", *dbias(subject, layer, answer)]
+    shapes = layer.shapes()
+    return {
+        name: subject.answer(subject.entry(answer, name), name, shapes[name], dtype)
+        for name in names
+    }
+
+
+def dbias(subject: Subject, layer: Layer, answer: Any) -> list[str]:
+    """The bias's gradient by its name, where it is answered: it is optional, and its lack noted."""
+    if layer.bias is None or not isinstance(answer, Mapping):
+        return []
+    if "dbias" not in answer:
+        subject.remark("lora_linear_vjp gives no dbias where there is a bias: it is not judged")
+        return []
+    return ["dbias"]
+
+
+def _forward_check(kind: dict[str, bool], **changed: Any) -> Run:
+    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+        layer, exact = draw_layer(case, **kind)
+        y = forward(subject, layer, case.dtype, **changed)
+        sigma = None if exact else sigmas(layer, subject.precision(case.dtype))["y"]
+        yield Comparison("y", y, wanted(layer)["y"], sigma, limits(layer, "y"))
+
+    return run
+
+
+def _vjp_check(kind: dict[str, bool], **changed: Any) -> Run:
+    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+        layer, exact = draw_layer(case, **kind)
+        got, want = vjp(subject, layer, case.dtype, **changed), wanted(layer)
+        sigma = {} if exact else sigmas(layer, subject.precision(case.dtype))
+        for name, array in got.items():
+            yield Comparison(name, array, want[name], sigma.get(name), limits(layer, name))
+
+    return run
+
+
+def evaluation(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """A dropout rate without a mask drops nothing."""
+    return _forward_check({}, p=0.25)(subject, case)
+
+
+def evaluation_vjp(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """A dropout rate without a mask drops nothing, and scales no gradient."""
+    return _vjp_check({}, p=0.25)(subject, case)
+
+
+def balance(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """Bᵀ dB = dA Aᵀ, an r by r identity for every loss that sees A and B through B A alone."""
+    layer, exact = draw_layer(case, dropout=case.number % 4 > 1)
+    got = vjp(subject, layer, case.dtype)
+    A, B, dA, dB = (long(v) for v in (layer.A, layer.B, got["dA"], got["dB"]))
+    sigma = None
+    if not exact:
+        s = sigmas(layer, subject.precision(case.dtype))
+        sigma = np.sqrt(np.float64((B * B).T @ s["dB"] ** 2 + s["dA"] ** 2 @ (A * A).T))
+    yield Comparison("Bᵀ dB against dA Aᵀ", B.T @ dB, dA @ A.T, sigma, limits(layer, "dA"))
+
+
+def symmetry(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """Signs and powers of two pass through a bilinear layer without any rounding, bit for bit."""
+    layer, _ = draw_layer(case)
+    y = forward(subject, layer, case.dtype)
+    yield Comparison("y(-x) against -y(x)", forward(subject, layer, case.dtype, x=-layer.x), -y)
+    signs = np.where(case.rng().random(layer.r) < 0.5, -1, 1).astype(layer.A.dtype)
+    flipped = forward(subject, layer, case.dtype, A=signs[:, None] * layer.A, B=layer.B * signs)
+    yield Comparison("y with rows of A and columns of B negated", flipped, y)
+    if case.dtype != "float16":  # whose subnormal numbers are too near for powers of two
+        four = layer.x.dtype.type(4)
+        yield Comparison(
+            "y(4x) against 4 y(x)", forward(subject, layer, case.dtype, x=four * layer.x), four * y
+        )
+        half = layer.x.dtype.type(0.5)
+        scaled = forward(subject, layer, case.dtype, A=layer.A / half, B=layer.B * half)
+        yield Comparison("y with A doubled and B halved", scaled, y)
+
+
+def zero_B(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """With B = 0 the layer is its base, whatever A; dA = 0 exactly, and dB is what trains first."""
+    layer, exact = draw_layer(case, bias=case.number % 4 > 1)
+    layer = Layer(**vars(layer) | {"B": np.zeros_like(layer.B)})
+    got, want = vjp(subject, layer, case.dtype), wanted(layer)
+    other = vjp(subject, layer, case.dtype, A=-layer.A[::-1] - layer.A)
+    yield Comparison("y with another A", other["y"], got["y"])
+    yield Comparison("dA", got["dA"], np.zeros_like(got["dA"]))
+    sigma = None if exact else sigmas(layer, subject.precision(case.dtype))["dB"]
+    yield Comparison("dB", got["dB"], want["dB"], sigma, limits(layer, "dB"))
+
+
+def derivative(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """The gradients are those of the implementation's own forward.
+
+    y is affine in each of x, A and B, so that the central difference along an integer direction E
+    is the derivative itself, without a rest: ⟨dy, y(A + E) - y(A - E)⟩ / 2 = ⟨dA, E⟩.
+    """
+    even = Case(case.check, case.dtype, case.number * 2, case.seed)
+    layer, _ = draw_layer(even, bias=case.number % 2 > 0, dropout=case.number % 4 > 1)
+    got, rng = vjp(subject, layer, case.dtype), case.rng()
+    dy = long(layer.dy)
+    for name in ("x", "A", "B"):
+        array = getattr(layer, name)
+        E = rng.integers(-1, 2, array.shape).astype(array.dtype)
+        up, down = (
+            forward(subject, layer, case.dtype, **{name: v}) for v in (array + E, array - E)
+        )
+        slope = (dy * (long(up) - long(down))).sum() / 2
+        yield Comparison(f"⟨d{name}, E⟩", (long(got[f"d{name}"]) * E).sum(), slope)
+
+
+def rank_space(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """A → R A, B → B R⁻¹ changes neither y nor dx; dA → R⁻ᵀ dA, dB → dB Rᵀ; exact in integers."""
+    even = Case(case.check, case.dtype, case.number * 2, case.seed)
+    layer, _ = draw_layer(even)
+    R = np.eye(layer.r, dtype=layer.A.dtype)
+    R[0, 1:] = 1
+    inverse = 2 * np.eye(layer.r, dtype=layer.A.dtype) - R
+    a = vjp(subject, layer, case.dtype)
+    b = vjp(subject, layer, case.dtype, A=R @ layer.A, B=layer.B @ inverse)
+    want = {"y": a["y"], "dx": a["dx"], "dA": inverse.T @ a["dA"], "dB": a["dB"] @ R.T}
+    for name, array in want.items():
+        yield Comparison(f"{name} after a change of basis", b[name], array)
+
+
+def mean_of_masks(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """The mean of y over all 2ⁿ masks at p = ½ is y without dropout."""
+    even = Case(case.check, case.dtype, case.number * 2, case.seed)
+    layer, _ = draw_layer(even)
+    narrow = {"x": layer.x.reshape(-1, layer.x.shape[-1])[:2, :4], "W": layer.W[:, :4]}
+    layer = Layer(**vars(layer) | narrow | {"A": layer.A[:, :4]})
+    total = np.zeros((len(layer.x), len(layer.W)), np.longdouble)
+    for bits in product((True, False), repeat=4):
+        keep = np.broadcast_to(np.array(bits), layer.x.shape)
+        total += long(forward(subject, layer, case.dtype, keep=keep, p=0.5))
+    y = forward(subject, layer, case.dtype)
+    yield Comparison("mean of y over all masks", total / 16, y)
+
+
+def tokens_apart(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """Each token's y and dx are its own: the exact lane, token by token against all at once."""
+    even = Case(case.check, case.dtype, case.number * 2 * len(LEADS), case.seed)  # x (tokens, n)
+    layer, _ = draw_layer(even)
+    whole = vjp(subject, layer, case.dtype)
+    parts = [
+        vjp(subject, Layer(**vars(layer) | {"x": layer.x[i], "dy": layer.dy[i]}), case.dtype)
+        for i in range(len(layer.x))
+    ]
+    for name in ("y", "dx"):
+        yield Comparison(f"{name} token by token", np.stack([p[name] for p in parts]), whole[name])
+    for name in ("dA", "dB"):
+        summed = np.sum([long(p[name]) for p in parts], axis=0)
+        yield Comparison(f"{name} summed over tokens", summed, whole[name])
+
+
+def first_difference(subject: Subject, layer: Layer, dtype: str) -> Difference | None:
+    """The first of y, dx, dA, dB that is not what the equation gives, compared by ==."""
+    want = wanted(layer)
+    if subject.has("lora_linear_vjp"):
+        got = vjp(subject, layer, dtype)
+    else:
+        got = {"y": forward(subject, layer, dtype)}
+    return next(((n, v, want[n]) for n, v in got.items() if (v != want[n]).any()), None)
+
+
+def forward_difference(subject: Subject, layer: Layer, dtype: str) -> Difference | None:
+    """The same for the forward alone."""
+    y, want = forward(subject, layer, dtype), wanted(layer)["y"]
+    return ("y", y, want) if (y != want).any() else None
+
+
+def _smallest(kind: dict[str, bool], differs: Differs) -> Smallest:
+    return lambda subject, dtype: search(subject, dtype, kind, differs)
+
+
+def _law(run: Run, needs: tuple[str, ...], share: float, low_precision: bool = True) -> Check:
+    title = (run.__doc__ or "").splitlines()[0]
+    name = run.__name__.replace("_", "-")
+    differs = first_difference if "lora_linear_vjp" in needs else forward_difference
+    smallest = _smallest({}, differs)
+    return Check(
+        f"linear.{name}",
+        "linear",
+        needs,
+        title,
+        run,
+        counter(CASES, share, low_precision),
+        smallest,
+    )
+
+
+_FORWARD, _VJP = ("lora_linear",), ("lora_linear_vjp",)
+
+CHECKS: tuple[Check, ...] = (
+    *(
+        Check(
+            f"linear.forward{kind}",
+            "linear",
+            _FORWARD,
+            f"y = W x + b + s B A x{WORDS[kind]}.",
+            _forward_check(options),
+            counter(CASES),
+            _smallest(options, forward_difference),
+        )
+        for kind, options in KINDS.items()
+    ),
+    *(
+        Check(
+            f"linear.vjp{kind}",
+            "linear",
+            _VJP,
+            f"dx = Wᵀ dy + Aᵀ du, dA = du xᵀ, dB = s dy uᵀ{WORDS[kind]}.",
+            _vjp_check(options),
+            counter(CASES),
+            _smallest(options, first_difference),
+        )
+        for kind, options in KINDS.items()
+    ),
+    _law(evaluation, _FORWARD, 0.5),
+    _law(evaluation_vjp, _VJP, 0.25),
+    _law(balance, _VJP, 0.5),
+    _law(symmetry, _FORWARD, 0.25),
+    _law(zero_B, _VJP, 0.25),
+    _law(derivative, _FORWARD + _VJP, 0.25, low_precision=False),
+    _law(rank_space, _VJP, 0.25, low_precision=False),
+    _law(mean_of_masks, _FORWARD, 0.1, low_precision=False),
+    _law(tokens_apart, _VJP, 0.1),
+)

@@ -1,0 +1,204 @@
+"""Level ``merge``: the adapter added to the weight and taken out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from minilora.verify.checks.linear import WORDS, forward
+from minilora.verify.core.inputs import (
+    Layer,
+    draw_layer,
+    limits,
+    long,
+    sigma_merge,
+    sigmas,
+    wanted_merge,
+)
+from minilora.verify.core.shrinking import Difference, search
+from minilora.verify.core.tolerance import digits, unit_roundoff
+from minilora.verify.core.types import BOUND, Case, Check, Comparison, counter
+from minilora.verify.implementation.contract import Subject
+
+Array = np.ndarray
+
+CASES = {"quick": 4, "ci": 24, "nightly": 480}
+
+KINDS: dict[str, dict[str, bool]] = {
+    "": {},
+    ".rslora": {"use_rslora": True},
+    ".conv1d": {"fan_in_fan_out": True},
+}
+
+
+def draw(case: Case, kind: dict[str, bool]) -> tuple[Layer, bool]:
+    """A layer to be merged, and whether it belongs to the exact lane.
+
+    Of ten numbers, 7 has a negative alpha, and 9 an adapter so small that beside W, whose entries
+    are large, s B A keeps five or six binary digits: what is near to nothing is not nothing.
+    """
+    layer, exact = draw_layer(case, **kind)
+    if case.number % 10 == 7:
+        layer = replace(layer, alpha=-layer.alpha)
+    if case.number % 10 == 9:
+        layer = _small(layer, case.dtype)
+    return layer, exact
+
+
+def _small(layer: Layer, dtype: str) -> Layer:
+    """With B so small that the greatest entry of s B A is 32 to 64 times u, and |W| at least ½."""
+    W = np.copysign(0.5 + np.abs(long(layer.W)), layer.W).astype(layer.W.dtype)
+    greatest = np.abs(layer.s * (long(layer.B) @ long(layer.A))).max()
+    exponent = 6 - digits(dtype) - int(np.frexp(float(greatest))[1])
+    return replace(layer, W=W, B=(long(layer.B) * 2.0**exponent).astype(layer.B.dtype))
+
+
+def merged(subject: Subject, layer: Layer, dtype: str, **changed: Any) -> Array:
+    """The implementation's merged weight."""
+    arrays = [changed.pop(name, getattr(layer, name)) for name in ("W", "A", "B")]
+    W = subject.call("merge", *arrays, **layer.merge_options() | changed)
+    return subject.answer(W, "merged W", layer.W.shape, dtype)
+
+
+def unmerged(subject: Subject, layer: Layer, W_merged: Array, dtype: str) -> Array:
+    """The weight that the implementation takes the adapter out of."""
+    W = subject.call("unmerge", W_merged, layer.A, layer.B, **layer.merge_options())
+    return subject.answer(W, "unmerged W", layer.W.shape, dtype)
+
+
+def _weight(kind: dict[str, bool]) -> Callable[[Subject, Case], Iterable[Comparison]]:
+    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+        layer, exact = draw(case, kind)
+        W, want = merged(subject, layer, case.dtype), wanted_merge(layer)
+        precision = subject.precision(case.dtype)
+        if case.number % 10 == 9:  # summed into W rank by rank, each sum is rounded as W is
+            loss = unit_roundoff(precision.storage) * (_formed(layer) + np.abs(want))
+            yield Comparison("merged W", W, want, loss.astype(np.float64), BOUND)
+            return
+        yield Comparison("merged W", W, want, None if exact else sigma_merge(layer, precision))
+
+    return run
+
+
+def _formed(layer: Layer) -> Array:
+    """What forming W ± s B A loses at most, in u: (r + 3) (|W| + |s| |B| |A|).
+
+    It is a sum of r + 1 terms, r of them products with a factor s, in whatever order (Higham 2002,
+    section 3.1).
+    """
+    W, A, B = (np.abs(long(v)) for v in (layer.W, layer.A, layer.B))
+    lost: Array = (layer.r + 3) * (W + abs(layer.s) * (B @ A))
+    return lost
+
+
+def function(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """The merged weight computes what the adapted layer computes: x W'ᵀ = y."""
+    layer, exact = draw_layer(case)
+    y, W = forward(subject, layer, case.dtype), merged(subject, layer, case.dtype)
+    sigma = None
+    if not exact:
+        precision = subject.precision(case.dtype)
+        carried = np.float64(layer.x) ** 2 @ sigma_merge(layer, precision).T ** 2
+        sigma = np.sqrt(sigmas(layer, precision)["y"] ** 2 + carried)
+    yield Comparison("x W'ᵀ against y", long(layer.x) @ long(W).T, y, sigma, limits(layer, "y"))
+
+
+def zero_B(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """With B = 0 a merge leaves every bit of W."""
+    layer, _ = draw_layer(case)
+    W = merged(subject, layer, case.dtype, B=np.zeros_like(layer.B))
+    yield Comparison("merged W", W, layer.W)
+
+
+def negative(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """Merging the negated adapter takes away what merging the adapter adds."""
+    layer, exact = draw_layer(case)
+    there = long(merged(subject, layer, case.dtype)) - long(layer.W)
+    back = long(layer.W) - long(merged(subject, layer, case.dtype, B=-layer.B))
+    sigma = None if exact else sigma_merge(layer, subject.precision(case.dtype)) * 2**0.5
+    yield Comparison("W'(B) - W against W - W'(-B)", there, back, sigma)
+
+
+def _unmerge(kind: dict[str, bool]) -> Callable[[Subject, Case], Iterable[Comparison]]:
+    """Unmerging restores W within u (|W| + |W'|) and what two sums lose, exactly without rounding.
+
+    Storing W' loses at most u |W'|, and storing W at most u |W|; what forming them loses is told by
+    `_formed`, and merging and unmerging may differ in the order.
+    """
+
+    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+        layer, exact = draw_layer(case, **kind)
+        if exact:
+            W_merged = wanted_merge(layer).astype(layer.W.dtype)
+            W = unmerged(subject, layer, W_merged, case.dtype)
+            yield Comparison("unmerged W", W, layer.W)
+            return
+        W_merged = merged(subject, layer, case.dtype)
+        W = unmerged(subject, layer, W_merged, case.dtype)
+        sizes = np.abs(long(layer.W)) + np.abs(long(W_merged)) + 2 * _formed(layer)
+        u = unit_roundoff(subject.precision(case.dtype).storage)
+        yield Comparison("unmerged W", W, layer.W, (u * sizes).astype(np.float64), BOUND)
+
+    return run
+
+
+def merge_difference(subject: Subject, layer: Layer, dtype: str) -> Difference | None:
+    """Whether the merged weight is not what the equation gives, compared by ==."""
+    W, want = merged(subject, layer, dtype), wanted_merge(layer)
+    return ("merged W", W, want) if (want != W).any() else None
+
+
+def unmerge_difference(subject: Subject, layer: Layer, dtype: str) -> Difference | None:
+    """Whether unmerging the exact merged weight does not give W, compared by ==."""
+    W = unmerged(subject, layer, wanted_merge(layer).astype(layer.W.dtype), dtype)
+    return ("unmerged W", W, layer.W) if (W != layer.W).any() else None
+
+
+def _law(run: Any, needs: tuple[str, ...], share: float) -> Check:
+    title = (run.__doc__ or "").splitlines()[0]
+    name = run.__name__.replace("_", "-")
+    return Check(
+        f"merge.{name}",
+        "merge",
+        needs,
+        title,
+        run,
+        counter(CASES, share),
+        lambda subject, dtype: search(subject, dtype, {}, merge_difference),
+    )
+
+
+def _weight_check(kind: str) -> Check:
+    return Check(
+        f"merge.weight{kind}",
+        "merge",
+        ("merge",),
+        f"W' = W + s B A{WORDS[kind]}.",
+        _weight(KINDS[kind]),
+        counter(CASES, 1.0),
+        lambda subject, dtype: search(subject, dtype, KINDS[kind], merge_difference),
+    )
+
+
+def _unmerge_check(kind: str) -> Check:
+    return Check(
+        f"merge.unmerge{kind}",
+        "merge",
+        ("merge", "unmerge"),
+        f"Unmerging restores W within the rounding of W + s B A and back{WORDS[kind]}.",
+        _unmerge(KINDS[kind]),
+        counter(CASES, 1.0),
+        lambda subject, dtype: search(subject, dtype, KINDS[kind], unmerge_difference),
+    )
+
+
+CHECKS: tuple[Check, ...] = (
+    *(_weight_check(kind) for kind in KINDS),
+    _law(function, ("merge", "lora_linear"), 0.5),
+    _law(zero_B, ("merge",), 0.25),
+    _law(negative, ("merge",), 0.25),
+    *(_unmerge_check(kind) for kind in KINDS),
+)

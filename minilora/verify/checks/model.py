@@ -1,0 +1,285 @@
+"""Level ``model``: loss, logits and every adapter gradient of whole models, from files."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.io import reference_models
+from minilora.io.formats.files import pack_json, read_json, read_tensors, write_files, write_tensors
+from minilora.io.formats.huggingface import read_model
+from minilora.io.formats.peft import adapter_names, read_adapter
+from minilora.io.synthetic_data import draw_batch
+from minilora.spec.lora import Tuning, Weights
+from minilora.spec.models import Batch, Config, logits, targets
+from minilora.spec.ops import IGNORED, cross_entropy
+from minilora.verify.core.inputs import long
+from minilora.verify.core.tolerance import Draws, Rounding, noisy, spread
+from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison
+from minilora.verify.implementation.contract import DTYPES, Precision, Subject
+
+Array = np.ndarray
+Run = Callable[[Subject, Case], Iterable[Comparison]]
+
+CASES = {"quick": 1, "ci": 1, "nightly": 20}
+SAMPLES, MORE_SAMPLES = 16, 256
+SUSPICIOUS = 6.0, 12.0
+"""z between these is looked at again: 16 samples know sigma to 18 % only, 256 to 4 %."""
+
+
+@cache
+def _workshop() -> Path:
+    """A folder for the models in each dtype, gone when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="minilora-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@cache
+def stored(name: str, dtype: str) -> tuple[Path, Path]:
+    """The folders of the reference model and of its adapter, in the dtype under test."""
+    source, target = reference_models.folder() / name, _workshop() / f"{name}-{dtype}"
+    for part in ("base", "adapter"):
+        (target / part).mkdir(parents=True, exist_ok=True)  # it may have failed before, half-way
+        for path in sorted((source / part).iterdir()):
+            if path.suffix == ".safetensors":
+                arrays = {k: v.astype(DTYPES[dtype]) for k, v in read_tensors(path).items()}
+                write_tensors(target / part / path.name, arrays, {"format": "pt"})
+            elif path.name == "config.json":
+                config = read_json(path) | {"dtype": dtype}
+                write_files(target / part, {path.name: partial(pack_json, config)})
+            else:
+                shutil.copyfile(path, target / part / path.name)
+    return target / "base", target / "adapter"
+
+
+@cache
+def opened(name: str, dtype: str) -> tuple[Config, Weights, Tuning, dict[str, str]]:
+    """What is in those folders, in float64, and the names of the adapter's tensors in its file."""
+    base, adapter = stored(name, dtype)
+    c, W = read_model(base, np.float64)
+    factors, tuning = read_adapter(adapter, c, np.float64)
+    return c, W | factors, tuning, adapter_names(c, tuning.trained)
+
+
+def answers(batch: Batch, W: Weights, c: Config, tuning: Tuning) -> dict[str, Any]:
+    """Loss, logits and gradients by the specification, over any number system."""
+    z, back_logits = logits(batch, W, c, tuning)
+    L, back_loss = cross_entropy(z, targets(batch, c))
+    gradients: Weights = back_logits(back_loss(1.0))
+    return {"loss": L, "logits": z, **gradients}
+
+
+def draw(name: str, case: Case) -> Batch:
+    """The batch of a case: padding on both sides, ignored labels, unequal counts.
+
+    The same for all laws of a model, whose spreads are then sampled once.
+    """
+    shared = replace(case, check=f"model.{name}")
+    return draw_batch(reference_models.tasks(name)[1], shared.rng())
+
+
+def as_dict(batch: Batch) -> dict[str, Array]:
+    """A batch as the contract has it: int64 arrays under Hugging Face's names."""
+    given = {"input_ids": batch.ids, "labels": batch.labels, "attention_mask": batch.real}
+    if batch.types is not None:
+        given["token_type_ids"] = batch.types
+    return {name: array.astype(np.int64) for name, array in given.items() if array is not None}
+
+
+def visible(batch: Batch, z: Array) -> Array:
+    """The logits (rows, classes) that mean something: at real tokens, or of each sequence."""
+    return z[batch.real] if z.ndim == 3 else z
+
+
+def ask(subject: Subject, name: str, dtype: str, batch: Batch) -> dict[str, Array]:
+    """The implementation's loss, logits and gradients, by the names of the specification."""
+    c, W, _, names = opened(name, dtype)
+    base, adapter = stored(name, dtype)
+    answer = subject.call("model_loss", str(base), str(adapter), as_dict(batch))
+    classes = len(W["head.weight"]) if "head.weight" in W else c.vocab
+    shape = (*batch.ids.shape, classes) if c.causal else (len(batch.ids), classes)
+    got = {
+        "loss": subject.answer(subject.entry(answer, "loss"), "loss", (), dtype),
+        "logits": subject.answer(subject.entry(answer, "logits"), "logits", shape, dtype),
+    }
+    gradients = subject.entry(answer, "grads")
+    for own, theirs in names.items():
+        wanted = (
+            W[own].shape if W[own].shape[1] > 1 or own.endswith((".A", ".B")) else (len(W[own]),)
+        )
+        g = subject.answer(
+            subject.entry(gradients, theirs, "grads"), f"grads[{theirs!r}]", wanted, dtype
+        )
+        got[own] = g.reshape(W[own].shape)
+    return got
+
+
+def _outside(batch: Batch, answer: dict[str, Any], causal: bool) -> dict[str, Array]:
+    """The specification's answers with logits (rows, classes) at what is visible."""
+    z = answer["logits"].T
+    z = z.reshape(*batch.ids.shape, -1) if causal else z
+    return answer | {"logits": visible(batch, z)}
+
+
+def spreads(
+    batch: Batch, name: str, dtype: str, precision: Precision, want: dict[str, Array], samples: int
+) -> dict[str, Array]:
+    """σ of each answer by noisy runs, at least that of storing the answer, and the oracle's own."""
+    c, W, tuning, _ = opened(name, dtype)
+
+    def run(draws: Draws) -> dict[str, Array]:
+        noisy_W: dict[str, Any] = {key: noisy(array, precision, draws) for key, array in W.items()}
+        return _outside(batch, answers(batch, noisy_W, c, tuning), c.causal)
+
+    sigma = spread(run, want, samples, [samples])
+    rounding = Rounding(precision)
+    # Where the answer is in float64 too, it and the oracle's have rounded independently.
+    both = 2**0.5 if precision.accumulation == "float64" else 1.0
+    return {
+        key: both * np.maximum(sigma[key], np.sqrt(rounding.stored(value)))
+        for key, value in want.items()
+    }
+
+
+@lru_cache(maxsize=128)
+def expected(
+    name: str, dtype: str, number: int, seed: int, precision: Precision
+) -> tuple[Batch, dict[str, Array], dict[str, Array]]:
+    """The batch of a case, its true answers and their σ."""
+    batch = draw(name, Case("", dtype, number, seed))
+    c, W, tuning, _ = opened(name, dtype)
+    want = _outside(batch, answers(batch, W, c, tuning), c.causal)
+    return batch, want, spreads(batch, name, dtype, precision, want, SAMPLES)
+
+
+def _of(name: str, subject: Subject, case: Case) -> Any:
+    return expected(name, case.dtype, case.number, case.seed, subject.precision(case.dtype))
+
+
+def compared(
+    subject: Subject, name: str, dtype: str, batch: Batch, want: dict[str, Array], sigma: Any
+) -> list[Comparison]:
+    """Loss, logits and gradients beside what is wanted; what is suspicious is sampled again."""
+    got, names = ask(subject, name, dtype, batch), opened(name, dtype)[-1]
+    got["logits"] = visible(batch, got["logits"])
+
+    def comparisons(sigma: dict[str, Array]) -> list[Comparison]:
+        return [
+            Comparison(names.get(key, key), got[key], want[key], sigma[key], MONTE_CARLO)
+            for key in want
+        ]
+
+    first = comparisons(sigma)
+    low, high = SUSPICIOUS
+    if not low < max(each.judge().z for each in first) <= high:
+        return first
+    precision = subject.precision(dtype)
+    return comparisons(spreads(batch, name, dtype, precision, want, MORE_SAMPLES))
+
+
+def _whole(name: str) -> Run:
+    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+        batch, want, sigma = _of(name, subject, case)
+        return compared(subject, name, case.dtype, batch, want, sigma)
+
+    return run
+
+
+@lru_cache(maxsize=16)
+def expected_of_vector(
+    name: str, dtype: str, precision: Precision
+) -> tuple[Batch, dict[str, Array], dict[str, Array]]:
+    """The same of the stored vector."""
+    batch, stored_answers = reference_models.vector(name)
+    _, W, _, names = opened(name, dtype)
+    want = {
+        own: stored_answers[f"grads.{theirs}"].reshape(W[own].shape)
+        for own, theirs in names.items()
+    }
+    want["loss"] = stored_answers["loss"]
+    want["logits"] = visible(batch, stored_answers["logits"])
+    return batch, want, spreads(batch, name, dtype, precision, want, SAMPLES)
+
+
+def _vector(name: str) -> Run:
+    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+        of_vector = expected_of_vector(name, case.dtype, subject.precision(case.dtype))
+        return compared(subject, name, case.dtype, *of_vector)
+
+    return run
+
+
+def _balance(name: str) -> Run:
+    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+        batch, _, sigma = _of(name, subject, case)
+        _, W, tuning, _ = opened(name, case.dtype)
+        got = ask(subject, name, case.dtype, batch)
+        for at in tuning.scale:
+            A, B = W[f"{at}.A"], W[f"{at}.B"]
+            dA, dB = long(got[f"{at}.A"]), long(got[f"{at}.B"])
+            variance = (B**2).T @ sigma[f"{at}.B"] ** 2 + sigma[f"{at}.A"] ** 2 @ (A**2).T
+            left, right = long(B).T @ dB, dA @ long(A).T
+            what = f"Bᵀ dB against dA Aᵀ at {at}"
+            yield Comparison(what, left, right, np.sqrt(variance), MONTE_CARLO)
+
+    return run
+
+
+def _padding(name: str) -> Run:
+    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+        batch, want, sigma = _of(name, subject, case)
+        c, _, _, names = opened(name, case.dtype)
+        got = ask(subject, name, case.dtype, batch)
+        more = ask(subject, name, case.dtype, _padded(batch, c.causal))
+        for key in (key for key in want if key != "logits"):
+            what = f"{names.get(key, key)} with two more columns of padding"
+            yield Comparison(what, more[key], got[key], 2**0.5 * sigma[key], MONTE_CARLO)
+
+    return run
+
+
+def _padded(batch: Batch, causal: bool) -> Batch:
+    """The batch with two columns of padding on the right, which change nothing."""
+
+    def wider(array: Array | None, value: int) -> Array | None:
+        return None if array is None else np.pad(array, ((0, 0), (0, 2)), constant_values=value)
+
+    return replace(
+        batch,
+        ids=np.pad(batch.ids, ((0, 0), (0, 2)), constant_values=1),
+        mask=wider(batch.real, 0),
+        labels=wider(batch.labels, IGNORED) if causal else batch.labels,
+        types=wider(batch.types, 0),
+    )
+
+
+def _once(profile: str, dtype: str) -> int:
+    """The vectors are of the stored float32 files, which only float32 and float64 hold exactly."""
+    return int(dtype in ("float64", "float32"))
+
+
+def _cases(share: float) -> Callable[[str, str], int]:
+    return lambda profile, dtype: max(1, int(CASES[profile] * share))
+
+
+LAWS: tuple[tuple[str, str, Any, Callable[[str, str], int]], ...] = (
+    ("", "Loss, logits and every adapter gradient of {}.", _whole, _cases(1.0)),
+    (".vector", "The stored vector of {}: loss, logits and gradients.", _vector, _once),
+    (".balance", "Bᵀ dB = dA Aᵀ at every site of {}.", _balance, _cases(0.5)),
+    (".padding", "More padding on the right changes nothing in {}.", _padding, _cases(0.5)),
+)
+
+CHECKS: tuple[Check, ...] = tuple(
+    Check(f"model.{name}{law}", "model", ("model_loss",), title.format(name), make(name), cases)
+    for name in reference_models.names()
+    for law, title, make, cases in LAWS
+)

@@ -1,0 +1,139 @@
+"""Level ``multi``: one batch whose rows use different adapters, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from minilora.verify.core.inputs import (
+    Layer,
+    Several,
+    draw_several,
+    in_exact_lane,
+    limits,
+    sigmas_by_row,
+    wanted_by_row,
+)
+from minilora.verify.core.types import Case, Check, Comparison, counter
+from minilora.verify.implementation.contract import Subject
+
+Array = np.ndarray
+
+CASES = {"quick": 4, "ci": 24, "nightly": 480}
+
+
+def rows(
+    subject: Subject,
+    several: Several,
+    dtype: str,
+    x: Array | None = None,
+    adapters: Sequence[Layer] | None = None,
+    index: Array | None = None,
+) -> Array:
+    """The implementation's y, a row for each of x."""
+    adapters = several.adapters if adapters is None else adapters
+    first = several.adapters[0]
+    x = first.x if x is None else x
+    given = [{"A": a.A, "B": a.B, **a.merge_options()} for a in adapters]
+    index = several.index if index is None else index
+    y = subject.call("multi_adapter", x, first.W, given, index)
+    return subject.answer(y, "y", (len(x), len(first.W)), dtype)
+
+
+def forward_rows(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """Row j is x Wᵀ + s x Aᵀ Bᵀ with the adapter that index_j names, or x Wᵀ for -1."""
+    several, exact = draw_several(case)
+    y = rows(subject, several, case.dtype)
+    sigma = None if exact else sigmas_by_row(several, subject.precision(case.dtype))
+    limit = limits(several.adapters[0], "y")
+    yield Comparison("y", y, wanted_by_row(several), sigma, limit)
+
+
+def without(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """Rows of -1 have the bits of a batch in which no row has an adapter."""
+    several, _ = draw_several(in_exact_lane(case))
+    y = rows(subject, several, case.dtype)
+    base = rows(subject, several, case.dtype, index=np.full_like(several.index, -1))
+    none = several.index < 0
+    yield Comparison("y of rows without an adapter", y[none], base[none])
+
+
+def permuted(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """Rows in another order, with their index, give rows in that order; compared by ==."""
+    several, _ = draw_several(in_exact_lane(case))
+    order = case.rng().permutation(len(several.index))
+    y = rows(subject, several, case.dtype)
+    x = several.adapters[0].x[order]
+    moved = rows(subject, several, case.dtype, x=x, index=several.index[order])
+    yield Comparison("y of permuted rows", moved, y[order])
+
+
+def relabelled(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """The adapters in another order, with the index told, give the same rows; compared by ==."""
+    several, _ = draw_several(in_exact_lane(case))
+    count = len(several.adapters)
+    places = np.roll(np.arange(count), 1)  # the adapter i stands at place places[i] now
+    adapters = [several.adapters[int(np.flatnonzero(places == i)[0])] for i in range(count)]
+    index = np.where(several.index < 0, -1, places[several.index])
+    y = rows(subject, several, case.dtype)
+    yield Comparison(
+        "y with the adapters relabelled",
+        rows(subject, several, case.dtype, adapters=adapters, index=index),
+        y,
+    )
+
+
+def unused(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """An adapter that no row names is no matter; compared by ==."""
+    several, _ = draw_several(in_exact_lane(case))
+    index = np.where(several.index == 1, 0, several.index)
+    y = rows(subject, several, case.dtype, index=index)
+    other = Layer(**vars(several.adapters[1]) | {"B": several.adapters[1].B[::-1]})
+    adapters = [several.adapters[0], other, *several.adapters[2:]]
+    again = rows(subject, several, case.dtype, adapters=adapters, index=index)
+    yield Comparison("y with another unused adapter", again, y)
+
+
+def single(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """A batch of one adapter is its layer, and one without any the base; compared by ==.
+
+    Every other case has a batch of one row.
+    """
+    several, _ = draw_several(in_exact_lane(case))
+    if case.number % 2:
+        several = several.of_rows(slice(1), several.index[:1])
+    for i in (*range(len(several.adapters)), -1):
+        alone = replace(several, index=np.full_like(several.index, i))
+        y = rows(subject, alone, case.dtype)
+        yield Comparison(f"y of adapter {i}" if i >= 0 else "y of none", y, wanted_by_row(alone))
+
+
+def first_without(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """A batch of two rows, the first without an adapter; compared by ==."""
+    several, _ = draw_several(in_exact_lane(case))
+    for i in range(len(several.adapters)):
+        index = np.array([-1, i])
+        x = several.adapters[0].x[:2]
+        part = several.of_rows(slice(2), index)
+        y = rows(subject, several, case.dtype, x=x, index=index)
+        yield Comparison(f"y of [none, adapter {i}]", y, wanted_by_row(part))
+
+
+def _law(run: Any, share: float) -> Check:
+    title = (run.__doc__ or "").splitlines()[0]
+    name = {"forward_rows": "forward"}.get(run.__name__, run.__name__.replace("_", "-"))
+    return Check(f"multi.{name}", "multi", ("multi_adapter",), title, run, counter(CASES, share))
+
+
+CHECKS: tuple[Check, ...] = (
+    _law(forward_rows, 1.0),
+    _law(without, 0.25),
+    _law(permuted, 0.25),
+    _law(relabelled, 0.25),
+    _law(unused, 0.25),
+    _law(single, 0.25),
+    _law(first_without, 0.25),
+)

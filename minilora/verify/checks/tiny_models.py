@@ -1,0 +1,157 @@
+"""Small models with adapters in folders, for checks that a model of one layer shows as well.
+
+Their numbers are those of float32, in whatever dtype they are stored: what is wanted of one dtype
+is wanted of the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.io.formats.huggingface import write_model
+from minilora.io.formats.peft import adapter_names, write_adapter
+from minilora.spec.lora import Tuning, Weights
+from minilora.spec.models import GPT2, Batch, Bert, Config, Llama, draw_weights
+from minilora.spec.ops import IGNORED
+from minilora.spec.target_modules import Lora, adapt
+from minilora.verify.checks.model import _workshop
+from minilora.verify.core.types import Case, Comparison
+from minilora.verify.implementation.contract import DTYPES
+
+Array = np.ndarray
+
+LLAMA = Llama(
+    vocab=13, d=12, layers=1, heads=2, ffn=10, kv_heads=1, head_dim=6, eps=3e-5, theta=2000.0
+)
+QWEN2 = replace(LLAMA, qkv_bias=True)
+DEEP = replace(LLAMA, layers=2)
+GPT_2 = GPT2(vocab=13, d=12, layers=1, heads=3, ffn=10, positions=9, eps=2e-5)
+BERT = Bert(vocab=13, d=12, layers=1, heads=3, ffn=10, positions=9, types=2, classes=4, eps=4e-6)
+
+
+@dataclass(frozen=True)
+class Small:
+    """A model with its adapter: all weights, what is trained of them, and how they were chosen."""
+
+    c: Config
+    W: Weights
+    tuning: Tuning
+    lora: Lora
+
+    @property
+    def trained(self) -> Weights:
+        """The parameters that are trained."""
+        return {name: self.W[name] for name in sorted(self.tuning.trained)}
+
+    def names(self) -> dict[str, str]:
+        """The name of each trained parameter in the adapter's file."""
+        return adapter_names(self.c, sorted(self.tuning.trained))
+
+    def write(self, folder: Path, dtype: str) -> tuple[Path, Path]:
+        """The folders of the model and of the adapter.
+
+        What is trained of the base itself is another in the model's folder, where it has not been
+        trained yet: here its negative.
+        """
+        W = {name: array.astype(DTYPES[dtype]) for name, array in self.W.items()}
+        old = self.tuning.trained
+        base = {name: -W[name] if name in old else W[name] for name in self.c.shapes()}
+        write_model(folder / "base", self.c, base)
+        write_adapter(folder / "adapter", self.c, W, self.tuning, self.lora)
+        return folder / "base", folder / "adapter"
+
+
+def draw(c: Config, lora: Lora, rng: np.random.Generator) -> Small:
+    """Weights far from a start: no bias and no B is 0, no norm is 1; the adapter's part is felt.
+
+    Its numbers are those of float32.
+    """
+    shapes = {at: v for at, v in c.matrices().items() if at in c.linears() or at in lora.targets}
+    W, tuning = adapt(draw_weights(c, rng, 0.3), lora, shapes, rng)
+
+    def drawn(name: str, array: Array) -> Array:
+        if name.endswith((".A", ".B")):
+            array = 0.3 * rng.standard_normal(array.shape)
+        elif array.shape[1] == 1:
+            array = array + 0.2 * rng.standard_normal(array.shape)
+        return array.astype(np.float32).astype(np.float64)
+
+    return Small(c, {name: drawn(name, array) for name, array in W.items()}, tuning, lora)
+
+
+def begun(of: Small) -> Small:
+    """The model with B = 0, as training begins."""
+    B = {name: 0 * array for name, array in of.W.items() if name.endswith(".B")}
+    return replace(of, W=of.W | B)
+
+
+@lru_cache(maxsize=64)
+def folders(key: tuple[str, int, int], dtype: str, small: Any) -> tuple[Path, Path]:
+    """The folders of ``small()``, a model that ``key`` determines."""
+    name = "-".join(map(str, (*key, dtype)))
+    made: Small = small()
+    return made.write(_workshop() / name, dtype)
+
+
+def draw_batch(rng: np.random.Generator, c: Config, b: int, t: int, prompt: bool = False) -> Batch:
+    """Rows of unequal lengths, padded on the right, a quarter of the labels ignored.
+
+    With ``prompt`` the first labels of each row are ignored instead. Each row keeps a label that
+    is predicted. A classifier's labels are one for each row, of which one is ignored if there are
+    several.
+    """
+    ids = rng.integers(0, c.vocab, (b, t))
+    length = rng.integers(3, t + 1, b)
+    length[0] = t - 1
+    mask = np.arange(t) < length[:, None]
+    if isinstance(c, Bert):
+        labels = rng.integers(0, c.classes, b)
+        labels[1:2] = IGNORED
+        return Batch(ids, labels, mask, types=rng.integers(0, c.types, (b, t)))
+    ignored = rng.random((b, t)) < 0.25
+    if prompt:
+        ignored = np.arange(t) < rng.integers(1, length - 1)[:, None]
+    labels = np.where(mask & ~ignored, ids, IGNORED)
+    last = length - 1
+    labels[np.arange(b), last] = ids[np.arange(b), last]
+    return Batch(ids, labels, mask)
+
+
+def padded_left(batch: Batch) -> Batch:
+    """The batch with each row's padding before it. What padding predicts does not count."""
+    _, t = batch.ids.shape
+    order = (np.arange(t) + batch.real.sum(1)[:, None]) % t
+    ids, labels, real = (
+        np.take_along_axis(array, order, 1) for array in (batch.ids, batch.labels, batch.real)
+    )
+    before = np.pad(real, ((0, 0), (1, 0)))[:, :-1]
+    return replace(batch, ids=ids, labels=np.where(before, labels, IGNORED), mask=real)
+
+
+def silent(batch: Batch) -> Batch:
+    """The batch with no label but each row's first, which nothing predicts."""
+    first = np.arange(batch.ids.shape[1]) == 0
+    return replace(batch, labels=np.where(first, batch.ids, IGNORED))
+
+
+def rng_of(case: Case, name: str) -> np.random.Generator:
+    """The generator of a case, the same in every dtype."""
+    return replace(case, check=name, dtype="").rng()
+
+
+def same_names(what: str, got: Iterable[str], want: Iterable[str]) -> Comparison:
+    """Whether the names are just these: 1 for each that is there, in the order of the alphabet."""
+    got, want = set(got), set(want)
+    every = sorted(got | want)
+    lacks = "".join(f", without {name}" for name in sorted(want - got)[:3])
+    beside = "".join(f", beside them {name}" for name in sorted(got - want)[:3])
+    is_there, belongs = (
+        np.asarray([float(name in names) for name in every]) for names in (got, want)
+    )
+    return Comparison(f"{what}{lacks}{beside}", is_there, belongs)

@@ -1,0 +1,344 @@
+"""Level ``variants``: a layer of DoRA, and one whose B has a bias: forward, transpose and merge.
+
+Settings: ``use_dora=True`` with ``magnitude`` (m,), and ``lora_bias`` (m,). The answers of
+``lora_linear_vjp`` have ``dmagnitude`` or ``dlora_bias`` besides. Whether DoRA's norm is held
+constant in the gradients is declared: ``conventions = {"dora_norm": "detached"}``, which is taken
+where nothing is declared, or ``"differentiated"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from math import sqrt
+from typing import Any
+
+import numpy as np
+
+from minilora.spec.lora import Variant
+from minilora.spec.variants import DORA, DORA_FULL, LORA_BIAS, row_norm
+from minilora.verify.checks.linear import dbias
+from minilora.verify.core.inputs import Layer, columns, draw_layer, long
+from minilora.verify.core.tolerance import Draws, Rounding, noisy, spread, unit_roundoff
+from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison, counter
+from minilora.verify.implementation.contract import DTYPES, Precision, Subject
+
+Array = np.ndarray
+
+CASES = {"quick": 2, "ci": 8, "nightly": 160}
+SAMPLES = 16
+
+PART = {"dora": "magnitude", "lora-bias": "lora_bias"}
+"""The setting that holds the variant's own parameter (m,); its gradient's name has a d before."""
+
+WORDS = {
+    "dora": "DoRA: rows of V = W + s B A rescaled to the magnitude",
+    "lora-bias": "a trained bias c of B: s (B A x + c)",
+}
+
+KINDS: dict[str, dict[str, bool]] = {
+    "": {"bias": True},
+    ".dropout": {"bias": True, "dropout": True},
+    ".rslora": {"use_rslora": True},
+    ".evaluation": {"bias": True},
+    ".conv1d": {"fan_in_fan_out": True},
+    ".vector": {"bias": True},
+    ".all": {},
+}
+"""What a case has beside the variant; what one of ``.all`` has, its number says (`together`)."""
+
+ASKED = {
+    "dora": ("", ".dropout", ".rslora", ".evaluation", ".conv1d", ".all"),
+    "lora-bias": ("", ".dropout", ".rslora", ".evaluation", ".all"),
+}
+"""The kinds of each variant, forward and backward."""
+
+MERGED = {"dora": ("", ".conv1d", ".all"), "lora-bias": ("", ".all")}
+"""The kinds of each variant, merged. How W is stored matters to DoRA, whose norm is that
+of an output's row."""
+
+SMALL = 20
+"""A row of DoRA's V is 2⁻²⁰ as long as the others, and its magnitude as small: no norm may be cut
+off before. float16 ends so early that its row is 2⁻⁴ as long. There is none beside a bias: to take
+the base from an output with its bias is a way to write DoRA, and rounds it by the bias's size."""
+
+
+def together(number: int) -> dict[str, bool]:
+    """Settings at once: of any three, each of the eight choices comes once in eight cases."""
+    off = [bool(number >> i & 1) for i in range(3)]
+    off.append(off[0] ^ off[1] ^ off[2])
+    names = ("dropout", "bias", "use_rslora", "fan_in_fan_out")
+    return {name: True for name, is_off in zip(names, off, strict=True) if not is_off}
+
+
+def draw(case: Case, kind: str, name: str) -> tuple[Layer, Array]:
+    """A layer, never of the exact lane, and the variant's parameter away from its start.
+
+    W is not 0: a row of V needs a direction, whatever B A. x has rows, but for ``.vector``, and for
+    ``.all`` of a bias of B.
+    """
+    odd = replace(case, number=case.number * 2 + 1)
+    layer, _ = draw_layer(odd, **(together(case.number) if kind == ".all" else KINDS[kind]))
+    rng = case.rng()
+    W = rng.standard_normal(layer.W.shape) / sqrt(layer.W.shape[1])
+    rows = {name: getattr(layer, name) for name in ("x", "dy", "keep")}
+    if name == "dora" or kind != ".all":
+        rows = {name: v if v is None or v.ndim > 1 else v[None] for name, v in rows.items()}
+    if kind == ".vector":
+        rows = {name: v if v is None else v.reshape(-1, v.shape[-1])[0] for name, v in rows.items()}
+    layer = replace(layer, W=W.astype(layer.W.dtype), **rows)
+    if kind == ".evaluation":
+        layer = replace(layer, p=0.25)  # without a mask
+    part = rng.standard_normal(len(W))
+    if name == "dora":
+        part = row_norm(W)[0][:, 0] * rng.uniform(0.6, 1.6, len(W))
+    if kind == ".all":
+        layer, part = _unusual(layer, part, name, rng, square=case.number % 4 == 0)
+    return layer, part.astype(layer.W.dtype)
+
+
+def _unusual(
+    layer: Layer, part: Array, name: str, rng: np.random.Generator, square: bool
+) -> tuple[Layer, Array]:
+    """As many tokens as outputs, if ``square``; of DoRA, negative magnitudes and a small row."""
+    dtype = layer.W.dtype
+    if square:
+        m, n = layer.W.shape
+        keep = None if layer.keep is None else rng.random((m, n)) >= layer.p
+        x, dy = (rng.standard_normal((m, width)).astype(dtype) for width in (n, m))
+        layer = replace(layer, x=x, dy=dy, keep=keep)
+    if name == "dora":
+        small = np.ones((len(part), 1), dtype)
+        if layer.bias is None:
+            small[-1] = 2.0 ** -(4 if dtype == np.float16 else SMALL)
+        layer = replace(layer, W=layer.W * small, B=layer.B * small)
+        part = part * small[:, 0] * np.where(rng.random(len(part)) < 0.5, -1, 1)
+    return layer, part
+
+
+def _settings(name: str, part: Array) -> dict[str, Any]:
+    return {PART[name]: part} | ({"use_dora": True} if name == "dora" else {})
+
+
+def variant(name: str, subject: Subject) -> Variant:
+    """The variant's equation under the convention that the implementation declares."""
+    if name == "lora-bias":
+        return LORA_BIAS
+    declared = subject.conventions.get("dora_norm", "detached")
+    return DORA_FULL if declared == "differentiated" else DORA
+
+
+def specified(
+    of: Variant, layer: Layer, part: Array, number: Callable[[Array], Any]
+) -> dict[str, Any]:
+    """All answers by the specification over a number system.
+
+    An implementation may apply s to B and dy first. Multiplied by 1 they carry that rounding, where
+    the numbers round.
+    """
+    K = None if layer.keep is None else number(columns(layer.keep) / (1 - layer.p))
+    b = None if layer.bias is None else number(layer.bias[:, None])
+    x, W, A, c = (number(v) for v in (columns(layer.x), layer.W, layer.A, part[:, None]))
+    B, dy = (number(v) * 1.0 for v in (layer.B, columns(layer.dy)))
+    y, back = of.linear(x, W, b, A, B, c, layer.s, K)
+    dx, dA, dB, dc = back(dy)
+    merged, _ = of.merge(W, b, A, B, c, layer.s)
+    db = number(columns(layer.dy)) @ np.ones((dy.shape[1], 1))
+    answers = {"y": y.T, "dx": dx.T, "dA": dA, "dB": dB, "dpart": dc[:, 0], "merged": merged}
+    answers["dbias"] = db
+    shapes = layer.shapes()
+    return {name: v.reshape(shapes.get(name, np.shape(v))) for name, v in answers.items()}
+
+
+def by_the_weight(
+    of: Variant, layer: Layer, part: Array, number: Callable[[Array], Any]
+) -> dict[str, Any]:
+    """The same answers by way of the weight V' = m ∘ V / ‖V‖ and of G = dy hᵀ, as autograd has it.
+
+    y = V' h + W (x - h) + b,   dm = ⟨G_i, V_i⟩ / ‖V_i‖,   dA = s Bᵀ dV,   dB = s dV Aᵀ with
+    dV = m / ‖V‖ ∘ G, less its part along each row of V where the norm is differentiated.
+    """
+    x, W, A, m = (number(v) for v in (columns(layer.x), layer.W, layer.A, part[:, None]))
+    B, dy = (number(v) * 1.0 for v in (layer.B, columns(layer.dy)))
+    K = 1.0 if layer.keep is None else columns(layer.keep) / (1 - layer.p)
+    V = W + (B @ A) * layer.s
+    length = row_norm(V)[0]
+    turned, h = V * (m / length), x * K
+    y, dx = turned @ h, (turned.T @ dy) * K
+    if layer.keep is not None:
+        y, dx = y + W @ (x - h), dx + (W.T @ dy) * (1 - K)
+    if layer.bias is not None:
+        y = y + number(layer.bias[:, None])
+    G = dy @ h.T
+    along = (G * V).sum(1, keepdims=True)
+    dV = G * (m / length)
+    if of is DORA_FULL:
+        dV = dV - V * (along * (m / length) / (length * length))
+    dm = along / length
+    answers = {"y": y.T, "dx": dx.T, "dA": (B.T @ dV) * layer.s, "dB": (dV @ A.T) * layer.s}
+    answers |= {"dpart": dm[:, 0], "merged": turned}
+    shapes = layer.shapes()
+    return {name: v.reshape(shapes.get(name, np.shape(v))) for name, v in answers.items()}
+
+
+def sigmas(
+    of: Variant,
+    layer: Layer,
+    part: Array,
+    precision: Precision,
+    seed: tuple[int, ...],
+    way: Callable[..., dict[str, Any]] = specified,
+) -> dict[str, Array]:
+    """The standard deviation that rounding gives each element: at least that of storing it."""
+    wanted = way(of, layer, part, long)
+
+    def run(draws: Draws) -> dict[str, Any]:
+        return way(of, layer, part, lambda v: noisy(v, precision, draws))
+
+    sigma, rounding = spread(run, wanted, SAMPLES, seed), Rounding(precision)
+    return {
+        name: np.maximum(sigma[name], np.sqrt(rounding.stored(array.astype(float))))
+        for name, array in wanted.items()
+    }
+
+
+def _compared(
+    subject: Subject, case: Case, name: str, kind: str, got: Callable[[Layer, Array], Any]
+) -> Iterable[Comparison]:
+    layer, part = draw(case, kind, name)
+    of = variant(name, subject)
+    precision = subject.precision(case.dtype)
+    known = of, layer, part, precision, (case.seed, case.number)
+    sigma, wanted, other = sigmas(*known), specified(of, layer, part, long), None
+    for what, shown, array in got(layer, part):
+        found = Comparison(shown, array, wanted[what], sigma[what], MONTE_CARLO)
+        if name == "dora" and what != "dbias" and found.judge().verdict != "pass":
+            # Another way is as fair, and is looked at where the first one has not the room.
+            other = sigmas(*known, by_the_weight) if other is None else other
+            found = replace(found, sigma=np.maximum(sigma[what], other[what]))
+        yield found
+
+
+def _forward(name: str, kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
+    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+        def got(layer: Layer, part: Array) -> Iterable[tuple[str, str, Array]]:
+            y = subject.call(
+                "lora_linear",
+                *(layer.x, layer.W, layer.A, layer.B),
+                **layer.options() | _settings(name, part),
+            )
+            yield "y", "y", subject.answer(y, "y", layer.shapes()["y"], case.dtype)
+
+        yield from _compared(subject, case, name, kind, got)
+
+    return run
+
+
+def _vjp(name: str, kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
+    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+        def got(layer: Layer, part: Array) -> Iterable[tuple[str, str, Array]]:
+            answer = subject.call(
+                "lora_linear_vjp",
+                *(layer.x, layer.W, layer.A, layer.B, layer.dy),
+                **layer.options() | _settings(name, part),
+            )
+            shapes = layer.shapes() | {f"d{PART[name]}": part.shape}
+            more = dbias(subject, layer, answer)
+            for own in ("y", "dx", "dA", "dB", f"d{PART[name]}", *more):
+                array = subject.answer(subject.entry(answer, own), own, shapes[own], case.dtype)
+                yield "dpart" if own == f"d{PART[name]}" else own, own, array
+
+        yield from _compared(subject, case, name, kind, got)
+
+    return run
+
+
+def _merge(name: str, kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
+    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+        def got(layer: Layer, part: Array) -> Iterable[tuple[str, str, Array]]:
+            W = subject.call(
+                "merge",
+                *(layer.W, layer.A, layer.B),
+                **layer.merge_options() | _settings(name, part),
+            )
+            yield "merged", "merged W", subject.answer(W, "merged W", layer.W.shape, case.dtype)
+
+        yield from _compared(subject, case, name, kind, got)
+
+    return run
+
+
+def start(subject: Subject, case: Case) -> Iterable[Comparison]:
+    """DoRA with B = 0 and the magnitude at the rows' norms is the base."""
+    layer, _ = draw(case, "", "dora")
+    layer = replace(layer, B=np.zeros_like(layer.B))
+    part = row_norm(long(layer.W))[0][:, 0].astype(DTYPES[case.dtype])
+    of = variant("dora", subject)
+    y = subject.call(
+        "lora_linear",
+        *(layer.x, layer.W, layer.A, layer.B),
+        **layer.options() | _settings("dora", part),
+    )
+    y = subject.answer(y, "y", layer.shapes()["y"], case.dtype)
+    precision = subject.precision(case.dtype)
+    sigma = sigmas(of, layer, part, precision, (case.seed, case.number))["y"]
+    base = long(layer.x) @ long(layer.W).T
+    base = base if layer.bias is None else base + long(layer.bias)
+    # The magnitude is rounded too, once: that is worth u / √3 of each row's output.
+    rounded = np.abs(long(y)).astype(float) * unit_roundoff(precision.storage) / 3**0.5
+    yield Comparison("y against the base", y, base, np.hypot(sigma, rounded), MONTE_CARLO)
+
+
+def _checks(name: str) -> Iterable[Check]:
+    def check(what: str, needs: str, words: str, run: Any, kind: str) -> Check:
+        title = f"{WORDS[name]}, {words}{_more(kind)}."
+        share = counter(CASES, 1.0)
+        return Check(f"variants.{name}.{what}{kind}", "variants", (needs,), title, run, share)
+
+    for kind in ASKED[name]:
+        yield check("forward", "lora_linear", "forward", _forward(name, kind), kind)
+        yield check("vjp", "lora_linear_vjp", "every gradient", _vjp(name, kind), kind)
+    for kind in MERGED[name]:
+        yield check("merge", "merge", "merged", _merge(name, kind), kind)
+
+
+def _vector(id: str, needs: str, words: str, run: Any) -> Check:
+    title = f"One token without a batch, x (n,), gives {words}."
+    return Check(f"variants.dora.{id}", "variants", (needs,), title, run, counter(CASES, 0.5))
+
+
+def _more(kind: str) -> str:
+    return {
+        "": "",
+        ".dropout": ", with dropout",
+        ".rslora": ", with rsLoRA's scale",
+        ".evaluation": ", with a dropout rate and no mask, which drops nothing",
+        ".conv1d": ", with the weight stored (in, out)",
+        ".all": ", with some of dropout, rsLoRA, a bias and the other storage at once",
+    }[kind]
+
+
+CHECKS: tuple[Check, ...] = (
+    *_checks("dora"),
+    Check(
+        "variants.dora.start",
+        "variants",
+        ("lora_linear",),
+        (start.__doc__ or "").splitlines()[0],
+        start,
+        counter(CASES, 0.5),
+    ),
+    _vector(
+        "vector",
+        "lora_linear",
+        "y (m,): DoRA keeps the shape that a linear has",
+        _forward("dora", ".vector"),
+    ),
+    _vector(
+        "vector-vjp",
+        "lora_linear_vjp",
+        "dx (n,) and the magnitude's gradient (m,) under DoRA",
+        _vjp("dora", ".vector"),
+    ),
+    *_checks("lora-bias"),
+)

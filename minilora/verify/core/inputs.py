@@ -1,0 +1,528 @@
+"""The drawn inputs of a layer's checks: pure functions of a case, and deliberately not typical.
+
+Nothing hides: sizes are all distinct (or square, where a transpose does not raise), alpha is not r,
+B is not zero, biases are not zero, data have mean zero, dropout is not one half. In half of the low
+precision cases W = 0, so that the branch is not drowned. Typical inputs cannot see a fifth of the
+known mistakes; these can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod, sqrt
+from typing import Any
+
+import numpy as np
+
+from minilora.spec.lora import combine, lora_linear, merge_weight, scale
+from minilora.verify.core.tolerance import Rounding, Uncertain, digits
+from minilora.verify.core.types import CLOSED_FORM, Case, Limits
+from minilora.verify.implementation.contract import DTYPES, Precision
+
+Array = np.ndarray
+
+SIZES = (
+    (4, 7, 5, 3, 2),
+    (5, 6, 6, 2, 4),
+    (6, 9, 4, 5, 2),
+    (3, 8, 8, 4, 4),
+    (5, 4, 9, 1, 1),
+    (2, 19, 6, 9, 4),
+    (37, 35, 37, 17, 16),
+)
+"""Tokens, n, m, r, and r in the exact lane: distinct, and square weights with another rank, a rank
+of 1, and sides beyond a kernel's tiles of 16 and 32, of which none is a multiple; the last has as
+many tokens as features, so that what belongs to the one may be taken for the other's."""
+
+LARGE, RARELY = (131, 67, 131, 33, 32), 40
+"""One case in so many, of a long run alone, is beyond tiles of 64 and 128."""
+
+TINY = 2.0**-40
+"""By this B is made small in one case, without W: of the order of a first step, and no zero."""
+
+LEADS: tuple[Callable[[int], tuple[int, ...]], ...] = (
+    lambda tokens: (tokens,),
+    lambda tokens: (2, tokens),
+    lambda tokens: (),
+    lambda tokens: (1,),
+    lambda tokens: (1, tokens),
+    lambda tokens: (2, 3, tokens),
+)
+"""What x has before its features. As many as sizes less one: each size meets each in the end."""
+
+SCALES = (0.25, 4.0)
+"""Of the exact lane: powers of two, and so are their roots, which may be put on both factors."""
+
+ALPHAS = (7.0, 5.0, 16.0, 1.5)
+"""None is a rank above, and alpha / r is a fraction with most of them."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One LoRA linear with inputs in the dtype under test; x, keep and dy lie (…, features)."""
+
+    x: Array
+    W: Array
+    A: Array
+    B: Array
+    dy: Array
+    alpha: float
+    r: int
+    bias: Array | None = None
+    keep: Array | None = None
+    p: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def s(self) -> float:
+        """The scale that alpha, r and the settings ask for."""
+        return float(scale(self.alpha, self.r, self.settings.get("use_rslora", False)))
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the contract's methods: what the case has, no more."""
+        given: dict[str, Any] = {"alpha": self.alpha, "r": self.r, **self.settings}
+        if self.bias is not None:
+            given["bias"] = self.bias
+        if self.p:
+            given["p"] = self.p
+        if self.keep is not None:
+            given["keep"] = self.keep
+        return given
+
+    def merge_options(self) -> dict[str, Any]:
+        """The same for merge and unmerge, which know neither bias nor dropout."""
+        return {"alpha": self.alpha, "r": self.r, **self.settings}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the answers of lora_linear_vjp."""
+        m = len(self.W)
+        shapes = {"y": (*self.x.shape[:-1], m), "dx": self.x.shape}
+        return shapes | {"dA": self.A.shape, "dB": self.B.shape, "dbias": (m,)}
+
+
+def columns(x: Array) -> Array:
+    """(…, n) as the outside has it, turned to (n, tokens)."""
+    return x.reshape(-1, x.shape[-1]).T
+
+
+def specified(
+    layer: Layer, number: Callable[[Array], Any], scalable: Callable[[Array], Any]
+) -> dict[str, Any]:
+    """y, dx, dA, dB and dbias by the specification's own code over a number system.
+
+    ``number`` turns an array into that system's: long double, or `Uncertain`; ``scalable`` does so
+    for B and dy, to which an implementation may apply s first. Activations come back as (features,
+    tokens).
+    """
+    K = None if layer.keep is None else number(columns(layer.keep) / (1 - layer.p))
+    b = None if layer.bias is None else number(layer.bias[:, None])
+    x, W, A = (number(v) for v in (columns(layer.x), layer.W, layer.A))
+    dy = columns(layer.dy)
+    y, back = lora_linear(x, W, b, A, scalable(layer.B), layer.s, K)
+    dx, dA, dB = back(scalable(dy))
+    dbias = number(dy) @ np.ones((dy.shape[1], 1))
+    return {"y": y, "dx": dx, "dA": dA, "dB": dB, "dbias": dbias}
+
+
+def long(array: Array) -> Array:
+    """As long double: what is wanted is known to more digits than any answer has."""
+    return np.asarray(array).astype(np.longdouble)
+
+
+def _outside(layer: Layer, answers: dict[str, Array]) -> dict[str, Array]:
+    """(features, tokens) turned back to the shapes of the contract."""
+    turned = {name: v.T if name in ("y", "dx") else v for name, v in answers.items()}
+    return {name: turned[name].reshape(shape) for name, shape in layer.shapes().items()}
+
+
+def wanted(layer: Layer, number: Callable[[Array], Any] = long) -> dict[str, Array]:
+    """The true answers to lora_linear_vjp, over a number system."""
+    return _outside(layer, specified(layer, number, number))
+
+
+def _numbers(layer: Layer, precision: Precision) -> tuple[Callable[[Array], Uncertain], ...]:
+    """Makers of inputs as both sides have them, and of inputs that s may have been applied to."""
+    rounding = Rounding(precision)
+    exact = np.frexp(layer.s)[0] == 0.5  # a power of two rounds nothing
+
+    def scalable(array: Array) -> Uncertain:
+        value = array.astype(np.float64)
+        return Uncertain(value, 0.0 if exact else rounding.stored(value), rounding)
+
+    return (lambda array: Uncertain(array, 0.0, rounding)), scalable
+
+
+def by_the_weight(
+    layer: Layer, number: Callable[[Array], Any], scalable: Callable[[Array], Any]
+) -> dict[str, Any]:
+    """The same by way of D = s B A and G = dy hᵀ, of the weight's size, as autograd has it.
+
+    y = (W + D) x + b, or W x + b + D h where h = K ∘ x, and dA = s Bᵀ G, dB = s G Aᵀ.
+    """
+    x, W, A, dy = (number(v) for v in (columns(layer.x), layer.W, layer.A, columns(layer.dy)))
+    B = scalable(layer.B)
+    D, h = (B @ A) * layer.s, x
+    if layer.keep is None:
+        y, dx = (W + D) @ x, (W + D).T @ dy
+    else:
+        K = columns(layer.keep) / (1 - layer.p)
+        h = x * K
+        y, dx = W @ x + D @ h, W.T @ dy + (D.T @ dy) * K
+    G = dy @ h.T
+    if layer.bias is not None:
+        y = y + number(layer.bias[:, None])
+    return {"y": y, "dx": dx, "dA": (B.T @ G) * layer.s, "dB": (G @ A.T) * layer.s}
+
+
+def sigmas(layer: Layer, precision: Precision) -> dict[str, Array]:
+    """The standard deviation that rounding gives each element of those answers.
+
+    s B, s dy and s u are all fair places for the scale. Where the product is rounded, B and dy
+    carry that rounding: the specification, which scales u, would lose less in a sum that cancels.
+    The greater one of it and of the way over the weight, which is as fair, counts.
+    """
+    numbers = _numbers(layer, precision)
+    ways = specified(layer, *numbers), by_the_weight(layer, *numbers)
+    found = {name: ways[0][name].sigma for name in ways[0]}
+    found |= {name: np.maximum(found[name], other.sigma) for name, other in ways[1].items()}
+    return _outside(layer, found)
+
+
+def wanted_merge(layer: Layer, number: Callable[[Array], Any] = long) -> Array:
+    """The true merged weight, over a number system."""
+    return merge_weight(number(layer.W), number(layer.A), number(layer.B), layer.s)
+
+
+def sigma_merge(layer: Layer, precision: Precision) -> Array:
+    """The standard deviation of its elements."""
+    number, scalable = _numbers(layer, precision)
+    inputs: tuple[Any, Any, Any] = number(layer.W), number(layer.A), scalable(layer.B)
+    merged: Any = merge_weight(*inputs, layer.s)
+    sigma: Array = merged.sigma
+    return sigma
+
+
+def sigmas_held(layer: Layer, precision: Precision) -> dict[str, Array]:
+    """The same where s B A may be formed, and may have been added to W and taken away again.
+
+    y and dx go through the weight that acts, and dA and dB through dW = dyᵀ x. Of each element it
+    is the greater of this and of `sigmas`.
+    """
+    number, scalable = _numbers(layer, precision)
+    x, dy = number(columns(layer.x)), scalable(columns(layer.dy))
+    A, B = number(layer.A), scalable(layer.B)
+    delta = layer.s * (B @ A)
+    W = number(layer.W) + delta - delta + delta
+    y = W @ x if layer.bias is None else W @ x + number(layer.bias[:, None])
+    dW = dy @ x.T
+    held = {"y": y, "dx": W.T @ dy, "dA": layer.s * (B.T @ dW), "dB": layer.s * (dW @ A.T)}
+    held["dbias"] = dy @ np.ones((dy.value.shape[1], 1))
+    found = _outside(layer, {name: each.sigma for name, each in held.items()})
+    apart = sigmas(layer, precision)
+    return {name: np.maximum(sigma, apart[name]) for name, sigma in found.items()}
+
+
+def limits(layer: Layer, array: str) -> Limits:
+    """The closed form's limits, with the elements of an array that err independently.
+
+    All of y, dx, dA and dB err through u or du, which have r entries a token: no array holds more
+    independent errors than that, and the rms of few is allowed to be larger.
+    """
+    independent = min(layer.r * columns(layer.x).shape[1], size := prod(layer.shapes()[array]))
+    return replace(CLOSED_FORM, rms_small=CLOSED_FORM.rms_small * (size / independent) ** 0.5)
+
+
+def draw_layer(
+    case: Case, *, bias: bool = False, dropout: bool = False, **settings: Any
+) -> tuple[Layer, bool]:
+    """The layer of a case, and whether it belongs to the exact lane, as the even numbers do."""
+    exact = case.number % 2 == 0
+    group = case.number // 2
+    rng = case.rng()
+    size = LARGE if group % RARELY == RARELY - 1 else SIZES[group % len(SIZES)]
+    tokens, n, m, r, power = size
+    if exact:
+        # With rsLoRA, √r is a power of two as well.
+        r = (16 if power > 4 else 4) if settings.get("use_rslora") else power
+    sizes = (LEADS[group % len(LEADS)](tokens), n, m, r)
+    draw = _draw_exact if exact else _draw_general
+    layer = draw(rng, case.dtype, sizes, bias=bias, dropout=dropout, settings=settings)
+    none = np.zeros_like(layer.W)
+    if exact and case.dtype != "float16" and size == SIZES[3] and group >= len(SIZES):
+        b = None if layer.bias is None else np.zeros_like(layer.bias)
+        B = (layer.B * TINY).astype(layer.B.dtype)
+        layer = replace(layer, W=none, B=B, bias=b)
+    elif case.dtype in ("bfloat16", "float16") and (group // len(SIZES)) % 2:
+        layer = replace(layer, W=none)
+    return layer, exact
+
+
+def _draw_general(
+    rng: np.random.Generator,
+    dtype: str,
+    sizes: tuple[tuple[int, ...], int, int, int],
+    *,
+    bias: bool,
+    dropout: bool,
+    settings: dict[str, Any],
+) -> Layer:
+    lead, n, m, r = sizes
+    shapes = {"x": (*lead, n), "W": (m, n), "A": (r, n), "B": (m, r), "dy": (*lead, m)}
+    arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    arrays["W"] *= 1 / sqrt(n)  # ÷ and √ give the same bits everywhere; a power may not
+    arrays = {name: array.astype(DTYPES[dtype]) for name, array in arrays.items()}
+    p = float(rng.choice([0.1, 0.25, 0.3])) if dropout else 0.0
+    return Layer(
+        **arrays,
+        alpha=float(rng.choice(ALPHAS)),
+        r=r,
+        bias=rng.standard_normal(m).astype(DTYPES[dtype]) if bias else None,
+        keep=rng.random((*lead, n)) >= p if dropout else None,
+        p=p,
+        settings=settings,
+    )
+
+
+def _draw_exact(
+    rng: np.random.Generator,
+    dtype: str,
+    sizes: tuple[tuple[int, ...], int, int, int],
+    *,
+    bias: bool,
+    dropout: bool,
+    settings: dict[str, Any],
+) -> Layer:
+    """Integers so small that every order of summation gives the same bits: answers compare by ==.
+
+    s, r, hence α, and K, which is 0 or 4, are powers of two: wherever they are applied, and √s on
+    both factors too, they move the binary point and no digit. Only where the branch joins the base
+    are multiples of s and whole numbers added. If the sum of the terms' absolute values stays
+    within `whole_numbers` there and in the sums without s, each partial sum in each order is a
+    number of the dtype. Sparser integers are drawn until so.
+    """
+    lead, n, m, r = sizes
+    p = 0.75 if dropout else 0.0
+    s = float(rng.choice(SCALES))
+    alpha = s * (r**0.5 if settings.get("use_rslora") else r)
+    shapes = {"x": (*lead, n), "W": (m, n), "A": (r, n), "B": (m, r), "dy": (*lead, m)}
+    limit = whole_numbers(dtype) * min(s, 1.0)
+    large = 5 if limit > 1000 else 2
+    density = 1.0
+    while True:
+        arrays = {
+            name: rng.integers(-large, large + 1, shape) * (rng.random(shape) < density)
+            for name, shape in shapes.items()
+        }
+        keep = rng.random((*lead, n)) >= p if dropout else None
+        b = rng.integers(-large, large + 1, m) if bias else None
+        layer = Layer(
+            **{name: array.astype(DTYPES[dtype]) for name, array in arrays.items()},
+            alpha=alpha,
+            r=r,
+            bias=None if b is None else b.astype(DTYPES[dtype]),
+            keep=keep,
+            p=p,
+            settings=settings,
+        )
+        if greatest_sum(layer) <= limit and (density < 0.4 or (layer.A.any() and layer.B.any())):
+            return layer
+        density, large = max(0.2, density * 0.97), max(1, large - (density < 0.5))
+
+
+def whole_numbers(dtype: str) -> float:
+    """How far a dtype has every whole number; float64 as far as float32 with room to spare."""
+    return 2.0 ** min(22, digits(dtype))
+
+
+def greatest_sum(layer: Layer) -> float:
+    """The greatest sum of absolute terms in any array that the layer's computation may form.
+
+    A sum without s counts s times where s is less than 1: so do the numbers that there are.
+    """
+    absolute = {
+        name: np.abs(getattr(layer, name).astype(np.float64)) for name in ("x", "W", "A", "B", "dy")
+    }
+    kept = Layer(
+        **vars(layer) | absolute | {"bias": None if layer.bias is None else abs(layer.bias)}
+    )
+    answers = wanted(kept, np.float64)
+    s, K = min(layer.s, 1.0), 4.0 if layer.p else 1.0
+    h = columns(absolute["x"]) * K
+    inner = [s * h, s * absolute["A"] @ h, s * absolute["B"].T @ columns(absolute["dy"])]
+    inner += [layer.s * absolute["B"] @ absolute["A"] + absolute["W"]]
+    return max(float(np.max(v)) for v in [*answers.values(), *inner])
+
+
+@dataclass(frozen=True)
+class Several:
+    """Adapters of one weight, with weights, and an index of rows.
+
+    x and W are those of the first, shared by all; ``index`` names each row's adapter, -1 for none.
+    """
+
+    adapters: list[Layer]
+    weights: list[float]
+    index: Array
+
+    def of_rows(self, rows: slice, index: Array) -> Several:
+        """These rows of x, with an index of their own."""
+        parts = {name: getattr(self.adapters[0], name)[rows] for name in ("x", "dy")}
+        return replace(self, adapters=[replace(a, **parts) for a in self.adapters], index=index)
+
+    def longer(self, rng: np.random.Generator, index: Array) -> Several:
+        """With so many rows as an index has, each one of these, perhaps negated.
+
+        No sum of absolute terms of a row is greater than it was.
+        """
+        x, dy = self.adapters[0].x, self.adapters[0].dy
+        rows, signs = rng.integers(0, len(x), len(index)), rng.choice([-1.0, 1.0], len(index))
+        parts = {
+            name: array[rows] * signs[:, None].astype(array.dtype)
+            for name, array in (("x", x), ("dy", dy))
+        }
+        return replace(self, adapters=[replace(a, **parts) for a in self.adapters], index=index)
+
+    def sharing(self, *names: str) -> Several:
+        """With these arrays of the first adapter for all."""
+        shared = {name: getattr(self.adapters[0], name) for name in names}
+        return replace(self, adapters=[replace(a, **shared) for a in self.adapters])
+
+    def sparser(self, rng: np.random.Generator) -> Several:
+        """With a tenth of the entries of every array 0 instead."""
+
+        def thinned(array: Array) -> Any:
+            return array * (rng.random(array.shape) < 0.9).astype(array.dtype)
+
+        names = ("x", "W", "A", "B", "dy")
+        adapters = [
+            replace(a, **{name: thinned(getattr(a, name)) for name in names}) for a in self.adapters
+        ]
+        return replace(self, adapters=adapters).sharing("x", "W", "dy")
+
+
+RANKS = ((2, 4, 1), (2, 2, 2), (1, 4, 2, 16))
+"""Of the adapters, in any place: 4 and 16, whose roots are powers of two, are rsLoRA's."""
+
+ROOTS = (3, 5, 8)
+"""Ranks of which one stands in the place of 4 where there is rounding: no square is among them."""
+
+ROWS = (7, 19, 11, 131)
+"""How many rows an index has; the last has more than a kernel's tiles of 64 and of 128."""
+
+FEW = 19
+"""The greatest number of rows that are drawn; of more, the rest are made of these."""
+
+
+def draw_several(
+    case: Case,
+    sizes: Sequence[Sequence[int]] = SIZES,
+    kinds: Sequence[Sequence[int]] = RANKS,
+    counts: Sequence[int] = ROWS,
+) -> tuple[Several, bool]:
+    """Adapters of one weight, and whether the case belongs to the exact lane.
+
+    There are three of unequal ranks, or of equal ranks and other factors, or four. One is rsLoRA's,
+    unless the ranks are equal; the scales are not all the same. The weights have both signs and are
+    not 1, and of four every other time their sum is 0; the index holds -1 and every adapter, and is
+    not monotone. In the exact lane the weights are powers of two as the scales are, and all so
+    small that any sum of them is exact, too.
+    """
+    exact = case.number % 2 == 0
+    group = case.number // 2
+    rng = case.rng()
+    _, n, m, *_ = sizes[group % len(sizes)]
+    draw = _draw_exact if exact else _draw_general
+    ranks = np.roll(kinds[group % len(kinds)], group // len(kinds))
+    rows = counts[group % len(counts)]
+    while True:
+        layers = [
+            draw(
+                rng,
+                case.dtype,
+                ((min(rows, FEW),), n, m, r if exact or r != 4 else int(rng.choice(ROOTS))),
+                bias=False,
+                dropout=False,
+                settings={"use_rslora": True} if r == 4 or (exact and r == 16) else {},
+            )
+            for r in map(int, ranks)
+        ]
+        signs = rng.choice([-1.0, 1.0], len(ranks))
+        weights = signs * rng.choice(SCALES if exact else [0.3, 0.7, 1.7], len(ranks))
+        if len(ranks) == 4 and group // len(kinds) % 2 == 0:
+            weights[2:] = -weights[:2]
+        index = np.resize(np.arange(-1, len(ranks)), rows)[rng.permutation(rows)]
+        several = Several(layers, [float(w) for w in weights], index).sharing("x", "W", "dy")
+        while exact and too_large(several, case.dtype):
+            several = several.sparser(rng)
+        if rows > FEW:
+            several = several.longer(rng, index)
+        if len({a.s for a in layers}) > 1 and all(
+            a.A.any() and a.B.any() for a in several.adapters
+        ):
+            return several, exact
+
+
+def in_exact_lane(case: Case) -> Case:
+    """The case of this number among those of the exact lane, whose numbers are even."""
+    return replace(case, number=case.number * 2)
+
+
+def too_large(several: Several, dtype: str) -> bool:
+    """Whether a sum of absolute terms of the rows, or of the combined change, may be rounded."""
+    limit = whole_numbers(dtype)
+    if any(greatest_sum(a) > limit * min(a.s, 1.0) for a in several.adapters):
+        return True
+    absolute = [
+        replace(a, A=abs(a.A.astype(np.float64)), B=abs(a.B.astype(np.float64)))
+        for a in several.adapters
+    ]
+    weights = [abs(w) for w in several.weights]
+    unit = min(w * a.s for w, a in zip(weights, absolute, strict=True))
+    change = wanted_change(Several(absolute, weights, several.index), np.float64)
+    return float(change.max()) > limit * unit
+
+
+def wanted_change(several: Several, number: Callable[[Array], Any] = long) -> Array:
+    """The true Σ w s B A, over a number system."""
+    triples = [(number(a.A), number(a.B), a.s) for a in several.adapters]
+    A, B = combine(triples, several.weights)
+    change: Array = B @ A
+    return change
+
+
+def sigma_change(several: Several, precision: Precision) -> Array:
+    """The standard deviation of its elements: each w s B A rounded, and their sum.
+
+    W is 0 in each; w counts with the scale, wherever it is put.
+    """
+    rounding = Rounding(precision)
+    variance = np.zeros(several.adapters[0].W.shape)
+    modulus = np.zeros_like(variance)
+    for a, w in zip(several.adapters, several.weights, strict=True):
+        scaled = replace(a, W=np.zeros_like(a.W), alpha=abs(w) * a.alpha)
+        number, scalable = _numbers(scaled, precision)
+        inputs: tuple[Any, Any, Any] = number(scaled.W), number(a.A), scalable(a.B)
+        change: Any = merge_weight(*inputs, scaled.s)
+        variance = variance + change.variance + rounding.stored(change.value)
+        modulus = modulus + change.value**2
+    sigma: Array = np.sqrt(variance + rounding.summed(len(several.adapters) + 1, modulus))
+    return sigma
+
+
+def wanted_by_row(several: Several, number: Callable[[Array], Any] = long) -> Array:
+    """The true y of each row with its own adapter, over a number system."""
+    return _by_row(several, lambda layer: wanted(layer, number)["y"])
+
+
+def sigmas_by_row(several: Several, precision: Precision) -> Array:
+    """The standard deviation of its elements."""
+    return _by_row(several, lambda layer: sigmas(layer, precision)["y"])
+
+
+def _by_row(several: Several, answer: Callable[[Layer], Array]) -> Array:
+    """Each row from the layer that its index names; for -1, from one whose B is 0."""
+    first = several.adapters[0]
+    base = replace(first, B=np.zeros_like(first.B))
+    answers = [answer(layer) for layer in (*several.adapters, base)]
+    return np.stack([answers[i][j] for j, i in enumerate(several.index)])

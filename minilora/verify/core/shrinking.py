@@ -1,0 +1,153 @@
+"""The smallest counterexample: hypothesis shrinks a failing layer, in the exact lane, by ==."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from random import Random
+from time import perf_counter
+from typing import Any, TypeVar
+
+import numpy as np
+from hypothesis import HealthCheck, Phase, find, settings
+from hypothesis import strategies as st
+from hypothesis.errors import Flaky, NoSuchExample
+
+from minilora.verify.core.inputs import Layer, greatest_sum
+from minilora.verify.implementation.contract import DTYPES, Fault, Skip, Subject
+
+Array = np.ndarray
+
+GREATEST = 4
+"""The greatest size of a dimension."""
+
+SECONDS = 2.0
+"""Time for one search; what has been found by then is given."""
+
+Difference = tuple[str, Array, Array]
+"""The name of an array, what was got and what was wanted."""
+
+Differs = Callable[[Subject, Layer, str], Difference | None]
+Smallest = Callable[[Subject, str], dict[str, Any] | None]
+
+
+@st.composite
+def small_layers(draw: st.DrawFn, kind: dict[str, bool], dtype: str) -> Layer:
+    """Layers of one to three tokens and features with entries -2 … 2, simplest first.
+
+    r and s are powers of two and their roots too, as in the exact lane.
+    """
+    size = st.integers(1, 3)
+    tokens, n, m = draw(size), draw(size), draw(size)
+    r = 4 if kind.get("use_rslora") else draw(st.sampled_from((1, 2, 4)))
+
+    def array(*shape: int) -> Array:
+        # Entries are drawn for the greatest size, so that a smaller one leaves the others alone.
+        entries = draw(st.lists(st.integers(-2, 2), min_size=GREATEST**2, max_size=GREATEST**2))
+        square = np.array(entries, DTYPES[dtype]).reshape(GREATEST, GREATEST)
+        return square[tuple(slice(size) for size in shape)]
+
+    s = draw(st.sampled_from((1.0, 4.0, 0.25)))
+    settings = {key: True for key in ("use_rslora", "fan_in_fan_out") if kind.get(key)}
+    return Layer(
+        x=array(tokens, n),
+        W=array(m, n),
+        A=array(r, n),
+        B=array(m, r),
+        dy=array(tokens, m),
+        alpha=s * (r**0.5 if kind.get("use_rslora") else r),
+        r=r,
+        bias=array(m, 1)[:, 0] if kind.get("bias") else None,
+        keep=array(tokens, n) > 0 if kind.get("dropout") else None,
+        p=0.75 if kind.get("dropout") else 0.0,
+        settings=settings,
+    )
+
+
+T = TypeVar("T")
+
+
+def shrunk(strategy: st.SearchStrategy[T], fails: Callable[[T], bool]) -> None:
+    """Puts examples to ``fails``, which keeps what it finds, and shrinks those that do fail."""
+    options = settings(
+        max_examples=300,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    # Raised where nothing is found, or where a target answers differently each time.
+    with contextlib.suppress(NoSuchExample, Flaky):
+        find(strategy, fails, settings=options, random=Random(0))
+
+
+def search(
+    subject: Subject, dtype: str, kind: dict[str, bool], differs: Differs
+) -> dict[str, Any] | None:
+    """The smallest layer on which ``differs`` finds a difference, in words, or None."""
+    end = perf_counter() + SECONDS
+    found: list[tuple[Layer, tuple[str, Array, Array]]] = []
+
+    def fails(layer: Layer) -> bool:
+        if perf_counter() > end or greatest_sum(layer) > 64:
+            return False
+        try:
+            difference = differs(subject, layer, dtype)
+        except (Fault, Skip):
+            return False
+        if difference is not None:
+            found.append((layer, difference))
+        return difference is not None
+
+    shrunk(small_layers(kind, dtype), fails)
+    if not found:
+        return None
+    smallest, _ = min(found, key=lambda each: _size(each[0]))
+    while smaller := next((each for each in _parts(smallest, kind) if fails(each)), None):
+        smallest = smaller
+    layer, (what, got, want) = min(found, key=lambda each: _size(each[0]))
+    shown: dict[str, Any] = {"array": what, "x": layer.x, "W": layer.W, "A": layer.A, "B": layer.B}
+    shown |= {"dy": layer.dy} if what in ("dx", "dA", "dB", "dbias") else {}
+    shown |= {} if layer.bias is None else {"bias": layer.bias}
+    shown |= {} if layer.keep is None else {"keep": layer.keep, "p": layer.p}
+    shown |= {"alpha": layer.alpha, "r": layer.r, **layer.settings}
+    return shown | {"got": got, "want": want}
+
+
+SIDES = {
+    "tokens": {"x": 0, "dy": 0, "keep": 0},
+    "n": {"x": 1, "W": 1, "A": 1, "keep": 1},
+    "m": {"W": 0, "B": 0, "dy": 1, "bias": 0},
+    "r": {"A": 0, "B": 1},
+}
+"""The axis of each array along which a dimension lies."""
+
+
+def _parts(layer: Layer, kind: dict[str, bool]) -> Iterator[Layer]:
+    """The layer without one of its tokens, features or ranks, of the same scale."""
+    for side, axes in SIDES.items():
+        if side == "r" and (layer.r != 2 or kind.get("use_rslora")):
+            continue  # r stays a power of two
+        length = _length(layer, side)
+        for i in range(length if length > 1 else 0):
+            arrays = {
+                name: np.delete(array, i, axis)
+                for name, axis in axes.items()
+                if (array := getattr(layer, name)) is not None
+            }
+            r = len(arrays["A"]) if side == "r" else layer.r
+            yield replace(layer, **arrays, r=r, alpha=layer.alpha * r / layer.r)
+
+
+def _length(layer: Layer, side: str) -> int:
+    name, axis = next(iter(SIDES[side].items()))
+    length: int = getattr(layer, name).shape[axis]
+    return length
+
+
+def _size(layer: Layer) -> tuple[int, float]:
+    arrays = [layer.x, layer.W, layer.A, layer.B, layer.dy]
+    entries = np.concatenate([np.abs(array.astype(np.float64)).ravel() for array in arrays])
+    return entries.size, float(entries.sum())

@@ -1,0 +1,425 @@
+"""minilora itself as an implementation: what is verified where no target is named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+
+import numpy as np
+
+import minilora
+from minilora.io.formats.files import (
+    pack_json,
+    read_json,
+    read_tensors,
+    write_files,
+    write_tensors,
+)
+from minilora.io.formats.huggingface import names, read_model, to_file
+from minilora.io.formats.peft import (
+    CONFIG,
+    WEIGHTS,
+    adapter_names,
+    read_adapter,
+    read_lora,
+    write_adapter,
+)
+from minilora.spec.initialization import STARTS
+from minilora.spec.lora import LORA, Tuning, Variant, Weights, combine, draw_dropout, scale
+from minilora.spec.models import Batch, Config, logits, loss, targets
+from minilora.spec.multi_adapter import Adapter, combine_svd, multi_linear
+from minilora.spec.ops import IGNORED
+from minilora.spec.optim import run
+from minilora.spec.variants import DORA, LORA_BIAS
+from minilora.verify.implementation.sessions import Layer
+
+Array = np.ndarray
+
+
+class Own:
+    """The specification behind the contract's methods.
+
+    NumPy has no products of bfloat16 or float16 worth the name, so those are computed in float32
+    and rounded once at the end.
+    """
+
+    conventions: ClassVar = {"dora_norm": "detached"}
+    name = "minilora"
+    version = minilora.__version__
+    dtypes: ClassVar = ("float64", "float32", "bfloat16", "float16")
+    precision: ClassVar = {
+        half: {"storage": half, "accumulation": "float32"} for half in ("bfloat16", "float16")
+    }
+
+    def lora_linear(self, x: Array, W: Array, A: Array, B: Array, **options: Any) -> Array:
+        """y = W x + b + s B A (K ∘ x)."""
+        return self._layer(x, W, A, B, **options)[0]
+
+    def lora_linear_vjp(
+        self, x: Array, W: Array, A: Array, B: Array, dy: Array, **options: Any
+    ) -> dict[str, Array]:
+        """y, dx, dA, dB, and dbias where there is a bias."""
+        y, back = self._layer(x, W, A, B, **options)
+        dx, dA, dB, *others = back(_columns(_wide(dy)))
+        answer = {"y": y, "dx": dx.T.reshape(x.shape), "dA": dA, "dB": dB}
+        answer |= {f"d{name}": part[:, 0] for name, part in zip(_own(options), others, strict=True)}
+        if options.get("bias") is not None:
+            answer["dbias"] = _wide(dy).reshape(-1, len(W)).sum(0)
+        return {name: array.astype(x.dtype) for name, array in answer.items()}
+
+    def _layer(
+        self,
+        x: Array,
+        W: Array,
+        A: Array,
+        B: Array,
+        *,
+        alpha: float,
+        r: int,
+        bias: Array | None = None,
+        keep: Array | None = None,
+        p: float = 0.0,
+        use_rslora: bool = False,
+        fan_in_fan_out: bool = False,
+        **own: Any,
+    ) -> tuple[Array, Any]:
+        x_, W_, A_, B_ = (_wide(v) for v in (x, W, A, B))
+        K = None if keep is None else _columns(keep.astype(x_.dtype)) / (1 - p)
+        b = None if bias is None else _wide(bias)[:, None]
+        variant, parts = _variant(own)
+        s = scale(alpha, r, use_rslora)
+        y, back = variant.linear(_columns(x_), W_, b, A_, B_, *parts, s, K)
+        return y.T.reshape(*x.shape[:-1], len(W)).astype(x.dtype), back
+
+    def merge(
+        self,
+        W: Array,
+        A: Array,
+        B: Array,
+        *,
+        alpha: float,
+        r: int,
+        use_rslora: bool = False,
+        fan_in_fan_out: bool = False,
+        **own: Any,
+    ) -> Array:
+        """W' = W + s B A, or its variant's."""
+        s = scale(alpha, r, use_rslora)
+        variant, parts = _variant(own)
+        merged, _ = variant.merge(_wide(W), None, _wide(A), _wide(B), *parts, s)
+        return merged.astype(W.dtype)
+
+    def unmerge(self, W_merged: Array, A: Array, B: Array, **options: Any) -> Array:
+        """W' - s B A. (`minilora.unmerge` keeps the original instead, and gives back its bits.)"""
+        return self.merge(W_merged, A, -B, **options)
+
+    def combine(
+        self, adapters: Sequence[Mapping[str, Any]], weights: Sequence[float], **settings: Any
+    ) -> Array:
+        """Σ w s B A, or with ``combination_type="svd"`` the best change of rank ``svd_rank``."""
+        if unknown := settings.keys() - {"combination_type", "svd_rank"}:
+            raise NotImplementedError(f"no settings {', '.join(sorted(unknown))}")
+        dtype = adapters[0]["A"].dtype
+        A, B = combine([_triple(adapter) for adapter in adapters], weights)
+        change: Array = B @ A
+        if settings.get("combination_type") == "svd":
+            A, B, _ = combine_svd([change], [1.0], settings["svd_rank"])
+            change = B @ A
+        return change.astype(dtype)
+
+    def multi_adapter(
+        self, x: Array, W: Array, adapters: Sequence[Mapping[str, Any]], index: Array
+    ) -> Array:
+        """y = x Wᵀ + s x Aᵀ Bᵀ, each row with its own adapter; -1 is none."""
+        several = [Adapter((A, B), s) for A, B, s in map(_triple, adapters)]
+        y, *_ = multi_linear(_wide(x).T, _wide(W), None, several, np.asarray(index))
+        rows: Array = y.T.astype(x.dtype)
+        return rows
+
+    def session(self, layer: Mapping[str, Any]) -> Session:
+        """A layer whose adapters come and go."""
+        return Session(layer)
+
+    def model_loss(
+        self, model_dir: str | Path, adapter_dir: str | Path, batch: Mapping[str, Array]
+    ) -> dict[str, Any]:
+        """Loss, logits with a row for each token, and the gradients by their names in the file."""
+        c, W = read_model(model_dir)
+        factors, tuning = read_adapter(adapter_dir, c)
+        dtype = W["embed.weight"].dtype
+        given = _batch(batch)
+        wide = {name: _wide(array) for name, array in (W | factors).items()}
+        L, back = loss(given, wide, c, tuning)
+        gradients, z = back(1.0), logits(given, wide, c, tuning)[0].T
+        flat = {name: _flat(name, g) for name, g in gradients.items()}
+        return {
+            "loss": L.astype(dtype),
+            "logits": z.reshape(*given.ids.shape[: 1 + c.causal], -1).astype(dtype),
+            "grads": {
+                theirs: flat[own].astype(dtype)
+                for own, theirs in adapter_names(c, gradients).items()
+            },
+        }
+
+    def save(
+        self,
+        model_dir: str | Path,
+        adapter_arrays: Mapping[str, Array],
+        settings: Mapping[str, Any],
+        out_dir: str | Path,
+    ) -> None:
+        """A PEFT folder of the tensors and the settings, by way of what they mean."""
+        c, W = read_model(model_dir)
+        with TemporaryDirectory(prefix="minilora-") as name:
+            folder = Path(name)
+            write_tensors(folder / WEIGHTS, dict(adapter_arrays), {"format": "pt"})
+            write_files(folder, {CONFIG: partial(pack_json, settings)})
+            factors, tuning = read_adapter(folder, c, base=W)
+            lora = read_lora(folder, c)
+        write_adapter(out_dir, c, W | factors, tuning, lora, base=W)
+
+    def load(self, model_dir: str | Path, adapter_dir: str | Path) -> dict[str, Array]:
+        """The adapter's tensors as they lie in its file."""
+        c, W = read_model(model_dir)
+        factors, _ = read_adapter(adapter_dir, c, base=W)
+        transposed = {name: lies for name, (_, lies) in names(c).items()}
+        return {
+            theirs: _flat(name, to_file(name, factors[name], transposed.get(name, False)))
+            for name, theirs in adapter_names(c, sorted(factors)).items()
+        }
+
+    def optimizer_steps(
+        self, params: Mapping[str, Array], gradients: Sequence[Any], settings: Mapping[str, Any]
+    ) -> list[dict[str, Array]]:
+        """The parameters after each step; a half precision has its master weights in float32."""
+        dtype = next(iter(params.values())).dtype
+
+        def wide(g: Mapping[str, Array]) -> dict[str, Array]:
+            return {name: _wide(array) for name, array in g.items()}
+
+        parts = [
+            wide(g) if isinstance(g, Mapping) else [(n, wide(part)) for n, part in g]
+            for g in gradients
+        ]
+        steps = run(wide(params), parts, settings)
+        return [{name: array.astype(dtype) for name, array in step.items()} for step in steps]
+
+    def init(
+        self, W: Array, *, r: int, alpha: float, seed: int, use_rslora: bool = False, **own: Any
+    ) -> dict[str, Array]:
+        """A and B at the start, and the weight beside them."""
+        name = own.pop("init_lora_weights", True)
+        name = "kaiming" if name is True else name
+        if own or name not in STARTS:
+            raise NotImplementedError(f"no start {name!r}, no settings {sorted(own)}")
+        rng, s = np.random.default_rng(seed), scale(alpha, r, use_rslora)
+        base, A, B = STARTS[name](rng, _wide(W), r, s)
+        return {key: array.astype(W.dtype) for key, array in (("A", A), ("B", B), ("W", base))}
+
+    def train(
+        self,
+        model_dir: str | Path,
+        adapter_dir: str | Path,
+        batches: Sequence[Sequence[Mapping[str, Array]]],
+        settings: Mapping[str, Any],
+    ) -> list[dict[str, Array]]:
+        """The adapter after each step, by the names in its file.
+
+        Gradient checkpointing saves memory and changes no number: here there is nothing to save.
+        """
+        c, W = read_model(model_dir)
+        factors, tuning = read_adapter(adapter_dir, c, base=W)
+        p = read_lora(adapter_dir, c).dropout
+        steps = [[_batch(batch) for batch in step] for step in batches]
+        own = {k: v for k, v in settings.items() if k != "gradient_checkpointing"}
+        names = adapter_names(c, sorted(tuning.trained))
+        return [
+            {theirs: _flat(name, after[name]) for name, theirs in names.items()}
+            for after in trained(c, W | factors, tuning, steps, own, p)
+        ]
+
+
+def trained(
+    c: Config,
+    W: Weights,
+    tuning: Tuning,
+    steps: Sequence[Sequence[Batch]],
+    settings: Mapping[str, Any],
+    p: float = 0.0,
+) -> list[Weights]:
+    """What is trained after each step, whose gradient is the mean over its micro-batches' labels.
+
+    ``settings`` are those of `optim.run`. With p > 0 each batch has a mask drawn.
+    """
+    start = {name: W[name] for name in sorted(tuning.trained)}
+    rng = np.random.default_rng(0)
+    now, gradients, history = start, [], []
+    for step in steps:
+        gradients.append(parts_of(c, W | now, tuning, step, p, rng))
+        now = run(start, gradients, {"total_steps": len(steps), **settings})[-1]
+        history.append(now)
+    return history
+
+
+def parts_of(
+    c: Config,
+    W: Weights,
+    tuning: Tuning,
+    step: Sequence[Batch],
+    p: float = 0.0,
+    rng: np.random.Generator | None = None,
+) -> list[tuple[int, Weights]]:
+    """nᵢ and gᵢ of each micro-batch: how many labels count, and the gradient of their mean.
+
+    A micro-batch in which none counts has no mean, and is worth nothing.
+    """
+    parts = []
+    for batch in step:
+        if not (count := int((targets(batch, c) != IGNORED).sum())):
+            continue
+        if p and rng is not None:
+            shapes = {at: n for at, n in c.inputs(*batch.ids.shape).items() if at in tuning.scale}
+            keep = draw_dropout(rng, p, shapes, W["embed.weight"].dtype)
+            tuning = replace(tuning, keep=keep)
+        _, back = loss(batch, W, c, tuning)
+        parts.append((count, back(1.0)))
+    return parts
+
+
+class Session:
+    """A `sessions.Layer` that is replaced at each step."""
+
+    def __init__(self, layer: Mapping[str, Any]) -> None:
+        self.layer = Layer.of(layer)
+
+    def add(self, name: str, adapter: Mapping[str, Any]) -> None:
+        """Another adapter, not active yet."""
+        self.layer = self.layer.add(name, adapter)
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Just these act."""
+        self.layer = self.layer.activate(names)
+
+    def disable(self) -> None:
+        """The base alone acts, until the next activation."""
+        self.layer = self.layer.disable()
+
+    def scale(self, name: str, factor: float) -> None:
+        """s is factor · α / r from now on."""
+        self.layer = self.layer.scale(name, factor)
+
+    def merge(self) -> None:
+        """What is active goes into the weight."""
+        self.layer = self.layer.merge()
+
+    def unmerge(self) -> None:
+        """And out of it."""
+        self.layer = self.layer.unmerge()
+
+    def delete(self, name: str) -> None:
+        """Without the adapter."""
+        self.layer = self.layer.delete(name)
+
+    def save(self, name: str, folder: str | Path) -> None:
+        """The adapter's arrays and settings, as they were given."""
+        adapter = flat(self.layer.given[name])
+        arrays = {k: v for k, v in adapter.items() if isinstance(v, np.ndarray)}
+        settings = {k: v for k, v in adapter.items() if k not in arrays}
+        write_tensors(Path(folder) / WEIGHTS, arrays)
+        write_files(folder, {CONFIG: partial(pack_json, settings)})
+
+    def load(self, name: str, folder: str | Path) -> None:
+        """An adapter that was saved, added."""
+        files = read_tensors(Path(folder) / WEIGHTS), read_json(Path(folder) / CONFIG)
+        adapter: dict[str, Any] = {}
+        for path, value in (files[0] | files[1]).items():
+            *outer, last = path.split(".")
+            into = adapter
+            for key in outer:
+                into = into.setdefault(key, {})
+            into[last] = value
+        self.add(name, adapter)
+
+    def train(self) -> None:
+        """Nothing: all that training changes is a mask."""
+
+    def eval(self) -> None:
+        """Nothing either."""
+
+    def forward(self, x: Array) -> Array:
+        """y, tokens in rows."""
+        return self.layer.forward(x)[0]
+
+    def gradients(self, x: Array, dy: Array) -> dict[str, Array]:
+        """dx, and the gradients of what acts beside the weight."""
+        gradients: dict[str, Array] = self.layer.forward(x)[1](dy)
+        return gradients
+
+    def weight(self) -> Array:
+        """The weight that is held."""
+        return self.layer.stored()
+
+
+def flat(adapter: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """An adapter's entries, those of an inner dict under ``outer.inner``."""
+    entries: dict[str, Any] = {}
+    for key, value in adapter.items():
+        entries |= (
+            flat(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
+        )
+    return entries
+
+
+def _own(options: Mapping[str, Any]) -> list[str]:
+    """The settings that hold a variant's own parameter."""
+    return [name for name in ("magnitude", "lora_bias") if name in options]
+
+
+def _variant(settings: Mapping[str, Any]) -> tuple[Variant, list[Array]]:
+    """The variant that settings of the contract ask for, and its own parameters as columns."""
+    kinds = {(): LORA, ("magnitude",): DORA, ("lora_bias",): LORA_BIAS}
+    names = tuple(_own(settings))
+    unknown = settings.keys() - {*names, "use_dora"}
+    if unknown or names not in kinds or settings.get("use_dora", False) != ("magnitude" in names):
+        raise NotImplementedError(f"no settings {', '.join(sorted(settings))}")
+    return kinds[names], [_wide(settings[name])[:, None] for name in names]
+
+
+def _triple(adapter: Mapping[str, Any]) -> tuple[Array, Array, Any]:
+    """A, B and s of an adapter of the contract."""
+    s = scale(adapter["alpha"], adapter["r"], adapter.get("use_rslora", False))
+    return _wide(adapter["A"]), _wide(adapter["B"]), s
+
+
+def _batch(given: Mapping[str, Array]) -> Batch:
+    """A batch of the contract."""
+    return Batch(
+        given["input_ids"],
+        given["labels"],
+        given["attention_mask"].astype(bool),
+        types=given.get("token_type_ids"),
+    )
+
+
+def _flat(name: str, array: Array) -> Array:
+    """A parameter as it lies in a file: vectors have one axis."""
+    matrix = name.endswith((".A", ".B")) or array.ndim < 2 or array.shape[1] > 1
+    return array if matrix else array[:, 0]
+
+
+def _wide(array: Array) -> Array:
+    """float16 and bfloat16 as float32."""
+    return array if array.dtype in (np.float64, np.float32) else array.astype(np.float32)
+
+
+def _columns(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1]).T
+
+
+def implementation() -> object:
+    """What ``minilora verify`` checks without a target."""
+    return Own()

@@ -1,0 +1,1 @@
+"""The laws of LoRA over variants and kinds of layers."""

@@ -1,0 +1,134 @@
+"""The checks as tests of pytest: one for each check and dtype, and for each part of many cases.
+
+What the other modules say of a result is said here in pytest's words: a skip with its reason, an
+expected failure, a failure that shows the report's own text.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any
+
+import pytest
+
+from minilora.verify import engine
+from minilora.verify.core.types import Check
+from minilora.verify.implementation.contract import Subject, load, resolve
+from minilora.verify.report.report import Known, Report, block
+
+_SEARCHED: Counter[str] = Counter()
+"""How often a smallest counterexample was looked for, by the subject's name: `engine.SEARCHES`."""
+
+
+@dataclass(frozen=True)
+class OneCheck:
+    """A check in one dtype, or the i-th of n parts of its cases, as a test calls it.
+
+    ``strict`` says that ``known`` was declared of this very check and dtype, and nothing else, so
+    that it must not pass.
+    """
+
+    check: Check
+    dtype: str
+    profile: str = "ci"
+    seed: int = 0
+    part: tuple[int, int] = (0, 1)
+    known: Known | None = None
+    strict: bool = False
+    command: tuple[str, ...] | None = None
+
+    @property
+    def id(self) -> str:
+        """The test's name in brackets."""
+        i, n = self.part
+        return f"{self.check.id}-{self.dtype}" + (f"-{i + 1}of{n}" if n > 1 else "")
+
+    def __call__(self, implementation: object) -> None:
+        """Puts the check to the implementation: passes, skips, fails or fails as expected."""
+        name = Subject(implementation).name
+        check = self.check
+        if _SEARCHED[name] >= engine.SEARCHES:
+            check = replace(check, smallest=None)
+        report = engine.run(
+            [check],
+            implementation,
+            profile=self.profile,
+            dtypes=[self.dtype],
+            seed=self.seed,
+            known={} if self.known is None else {f"{check.id}:{self.dtype}": self.known},
+            part=self.part,
+            command=self.command,
+        )
+        _SEARCHED[name] += report.results[0].status == "fail"
+        self._say(report)
+
+    def _say(self, report: Report) -> None:
+        (result,) = report.results
+        if result.status == "skip":
+            pytest.skip(result.reason)
+        if result.status == "known":
+            pytest.xfail(self._declared())
+        if result.no_longer_fails and self.strict:
+            says = f"[XPASS(strict)] no longer fails, though known: {self._declared()}"
+            pytest.fail(says, pytrace=False)
+        # Where known deviations are to run as if they were not (--runxfail), xfail does nothing.
+        if result.status in ("fail", "error", "known"):
+            pytest.fail(_text(report), pytrace=False)
+
+    def _declared(self) -> str:
+        return "" if self.known is None else f"{self.known.reason} {self.known.link}".rstrip()
+
+
+def _text(report: Report) -> str:
+    about = f"{report.name} {report.version}".strip()
+    return f"{about}: " + "\n".join(block(report, report.results[0]))
+
+
+def each(
+    implementation: object,
+    *,
+    levels: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    profile: str = "ci",
+    seed: int = 0,
+    known: Mapping[str, Any] | None = None,
+    command: Sequence[str] | None = None,
+) -> Iterator[OneCheck]:
+    """The checks for an implementation, in the dtypes that it takes unless others are asked for.
+
+    More cases than the profile ci has are cut into parts of about as many. Raises UsageError.
+    """
+    from minilora.verify.checks.registry import CHECKS
+
+    subject = Subject(implementation)
+    declarations, _ = engine.declared(CHECKS, subject, known or {})
+    asked = dtypes or subject.dtypes
+    for p in engine.plan(CHECKS, levels=levels, profile=profile, dtypes=asked, seed=seed):
+        n = ceil(len(p.numbers) / (p.check.cases("ci", p.dtype) or len(p.numbers)))
+        one = OneCheck(
+            check=p.check,
+            dtype=p.dtype,
+            profile=profile,
+            seed=seed,
+            known=engine.excuse(declarations, p.check.id, p.dtype),
+            strict=n == 1 and f"{p.check.id}:{p.dtype}" in declarations,
+            command=None if command is None else tuple(command),
+        )
+        yield from (replace(one, part=(i, n)) for i in range(n))
+
+
+def parametrized(implementations: Sequence[object], **options: Any) -> pytest.MarkDecorator:
+    """What `minilora.verify.parametrize_with_checks` gives."""
+    parameters = []
+    for given in implementations:
+        shown = getattr(given, "__qualname__", type(given).__qualname__)
+        implementation = load(given) if isinstance(given, str) else resolve(given, shown)
+        name = Subject(implementation).name
+        parameters += [
+            pytest.param(implementation, one, id=f"{name}-{one.id}")
+            for one in each(implementation, **options)
+        ]
+    return pytest.mark.parametrize(("implementation", "check"), parameters)

@@ -1,0 +1,389 @@
+"""One or several reports as one HTML page that needs nothing else: no script, no other file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from html import escape
+
+from minilora.verify.core.types import Judgement, Picture
+from minilora.verify.report.pages import Runs, printable
+from minilora.verify.report.report import (
+    STATUSES,
+    Report,
+    Result,
+    block,
+    cell,
+    judgement_words,
+    place_words,
+    summary,
+)
+
+SIGNS = {"fail": "✗", "error": "!", "loose": "≈", "known": "k", "skip": "–", "pass": "✓"}
+ABSENT = "·"
+MEANS = {
+    "fail": "deviates by more than rounding",
+    "error": "gives no answer to compare",
+    "loose": "within twice the unit roundoff",
+    "known": "deviates, as was declared",
+    "skip": "not supported",
+    "pass": "within rounding",
+}
+DEVIATES = ("fail", "error", "loose", "known")
+
+STYLE = """
+:root { color-scheme: light dark; --page: #fff; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de;
+  --fail: #b3123a; --odd: #8a4b00; --pass: #1a6b32; --z1: #6482ad; --z2: #b07a10; --z3: #c9520f;
+  --z4: #b3123a; --box: #f6f8fa }
+@media (prefers-color-scheme: dark) { :root { --page: #14171b; --ink: #e6e9ed; --soft: #a3adb8;
+  --line: #3b434d; --fail: #ff8fa3; --odd: #ffc46b; --pass: #8fd6a2; --z1: #5f82b3; --z2: #b98a1d;
+  --z3: #f08a4b; --z4: #ff6f8b; --box: #1d2228 } }
+* { box-sizing: border-box }
+body { background: var(--page); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif;
+  margin: 0 auto; max-width: 70rem; padding: 1rem; overflow-wrap: anywhere }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem }
+h2 { font-size: 1.25rem; margin: 1.5rem 0 .5rem } h3, h4, h5 { font-size: 1rem; margin: 0 }
+h3, h4 { display: inline } h5 { margin: .75rem 0 .25rem }
+section p { margin: .3rem 0 }
+a { color: inherit } a:focus-visible, summary:focus-visible, [tabindex]:focus-visible {
+  outline: 3px solid var(--odd); outline-offset: 2px }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .9rem; width: 100% }
+caption { color: var(--soft); font-size: .85rem; padding: .25rem 0; text-align: left }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem .4rem; text-align: left;
+  vertical-align: baseline }
+thead th { color: var(--soft); font-weight: 600; min-width: 3.6rem }
+tbody th { font: .92em ui-monospace, monospace; min-width: 7rem }
+ul { margin: 0; padding-left: 1.2rem }
+td { overflow-wrap: normal; position: relative } td .no { white-space: nowrap }
+.marks { font-family: ui-monospace, monospace; letter-spacing: .15em; white-space: nowrap }
+.fail, .error { color: var(--fail); font-weight: 700 } .loose, .known { color: var(--odd) }
+.pass { color: var(--pass) } .skip, .absent, .soft { color: var(--soft) }
+details { border-top: 1px solid var(--line) } details details { margin-left: .5rem }
+summary { cursor: pointer; padding: .45rem 0 } .level > summary { font-size: 1.1rem }
+.found { background: var(--box); border-left: 4px solid var(--line); margin: .5rem 0;
+  padding: .5rem .75rem } .found.fail, .found.error { border-color: var(--fail); color: inherit;
+  font-weight: inherit } .found.loose, .found.known { border-color: var(--odd); color: inherit }
+.found p { margin: .2rem 0; padding-left: calc(var(--in, 0) * .5rem) }
+code, .run { font-family: ui-monospace, monospace; font-size: .85em }
+.run { border: 1px solid var(--line); display: block; padding: .3rem .5rem; user-select: all }
+figure { margin: .5rem 0 } svg { display: block; max-width: 100%; height: auto }
+figcaption { font-size: .9rem } .frame { fill: none; stroke: var(--line) }
+.z1 { fill: var(--z1) } .z2 { fill: var(--z2) } .z3 { fill: var(--z3) } .z4 { fill: var(--z4) }
+.mark { fill: none; stroke: var(--ink); stroke-width: 2 }
+.hidden { clip-path: inset(50%); height: 1px; overflow: hidden; position: absolute; width: 1px;
+  white-space: nowrap }
+@media (max-width: 40rem) { body { padding: .6rem } table { font-size: .78rem }
+  th, td { padding: .25rem .15rem } thead th { font-size: .72rem }
+  tbody th { min-width: 5.5rem } .level > summary { font-size: 1rem }
+  .found { padding: .4rem .5rem } h1 { font-size: 1.3rem } }
+"""
+"""Of this page, and of others that look like it."""
+
+
+def html(reports: Sequence[Report], sources: Sequence[str] = ()) -> str:
+    """The levels and checks of each implementation, worst first, each with all that was found.
+
+    ``sources`` are the files that the reports were read from.
+    """
+    runs = Runs(reports, sources)
+    return printable("\n".join(_page(runs)) + "\n")
+
+
+def _page(runs: Runs) -> Iterator[str]:
+    title = escape(", ".join(runs.labels))
+    yield "<!doctype html>"
+    yield '<html lang="en"><head><meta charset="utf-8">'
+    yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    yield f"<title>minilora verify {title}</title>"
+    yield f"<style>{STYLE}</style></head><body>"
+    yield f"<header><h1>{title}</h1>"
+    if len(runs.reports) == 1:
+        (report,) = runs.reports
+        if more := report.version.partition(" ")[2]:
+            yield f"<p>{escape(more)}</p>"
+        yield f"<p>Profile {escape(report.profile)}, seed {report.seed}, checked by minilora "
+        yield f"{escape(report.minilora)}. {escape(summary(report))}</p>"
+    yield "</header><main>"
+    yield from _runs(runs)
+    yield '<h2 id="levels">Levels</h2>'
+    yield from _overview(runs)
+    yield '<h2 id="checks">Checks</h2>'
+    yield from _legend(runs)
+    for i, (level, checks) in enumerate(runs.levels.items()):
+        yield from _level(runs, level, checks, first=i == 0)
+    yield "</main></body></html>"
+
+
+def _runs(runs: Runs) -> Iterator[str]:
+    if len(runs.reports) > 1:
+        yield "<h2>Runs</h2><ul>"
+        for i, report in enumerate(runs.reports):
+            more = report.version.partition(" ")[2]
+            how = f"{more} profile {report.profile}, seed {report.seed}, minilora {report.minilora}"
+            source = f", from {runs.sources[i]}" if runs.sources else ""
+            yield f"<li><strong>{escape(runs.labels[i])}</strong> {escape(how.strip() + source)}. "
+            yield f"{escape(summary(report))}</li>"
+        yield "</ul>"
+    if runs.differ:
+        yield f"<p><strong>The runs differ in {escape(runs.differ)}.</strong></p>"
+    for label, report in zip(runs.labels, runs.reports, strict=True):
+        whose = f"{escape(label)}: " if len(runs.reports) > 1 else ""
+        if report.interrupted:
+            yield f"<p><strong>{whose}Interrupted: what was checked so far.</strong></p>"
+        if report.conventions:
+            choices = ", ".join(f"{key} = {value}" for key, value in report.conventions.items())
+            yield f"<p>{whose}conventions: {escape(choices)}</p>"
+        yield from (f"<p>{whose}{escape(note)}</p>" for note in report.notes)
+
+
+def _opened(caption: str, extra: str = "") -> str:
+    """A table that scrolls sideways, with the keyboard too."""
+    name = escape(caption)
+    return (
+        f'<div class="wide" role="region" aria-label="{name}" tabindex="0"><table>'
+        f"<caption>{name}{extra}</caption>"
+    )
+
+
+def _head(names: Sequence[str]) -> str:
+    cells = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    return f"<thead><tr>{cells}</tr></thead>"
+
+
+def _overview(runs: Runs) -> Iterator[str]:
+    yield _opened("Checks that hold, of those of each level")
+    yield _head(["level", *runs.labels]) + "<tbody>"
+    for level, checks in runs.levels.items():
+        name = escape(level)
+        yield f'<tr><th scope="row"><a href="#level-{name}">{name}</a></th>'
+        for i in range(len(runs.reports)):
+            worst, words = runs.score(checks, i)
+            yield f'<td class="{worst}">{SIGNS.get(worst, ABSENT)} {escape(words)}</td>'
+        yield "</tr>"
+    yield "</tbody></table></div>"
+
+
+def _legend(runs: Runs) -> Iterator[str]:
+    present = [status for status in STATUSES if any(r.count(status) for r in runs.reports)]
+    signs = [
+        f'<span class="no"><span class="{status}">{SIGNS[status]} {status}</span> '
+        f"{MEANS[status]}</span>"
+        for status in present
+    ]
+    yield f'<p class="soft">{", ".join(signs)}, {ABSENT} not made.'
+    if len(runs.reports) > 1:
+        yield f"A cell has a sign for each of {', '.join(runs.dtypes)}."
+    yield "</p>"
+
+
+def _level(runs: Runs, level: str, checks: Sequence[str], first: bool) -> Iterator[str]:
+    name = escape(level)
+    found = [result for check in checks for result in runs.results(check)]
+    worst = min(found, key=lambda result: result.severity).status
+    opened = " open" if worst in DEVIATES else ""
+    yield f'<details class="level"{opened}><summary><h3>{name}</h3> '
+    yield f'<span class="{worst}">{SIGNS[worst]} {worst}</span> '
+    yield f'<span class="soft">{len(checks)} check{"s" * (len(checks) > 1)}</span></summary>'
+    yield f'<div id="level-{name}">'
+    yield _opened(f"Checks of {level}, worst first")
+    many = len(runs.reports) > 1
+    yield _head(["check", *(runs.labels if many else runs.dtypes)]) + "<tbody>"
+    for check in checks:
+        link = f'<a href="#{escape(check)}">{escape(check).replace(".", ".<wbr>")}</a>'
+        yield f'<tr><th scope="row">{link}</th>'
+        if many:
+            yield "".join(_marks(runs, check, i) for i in range(len(runs.reports)))
+        else:
+            yield "".join(_cell(runs.found(check, 0).get(dtype)) for dtype in runs.dtypes)
+        yield "</tr>"
+    yield "</tbody></table></div>"
+    for i, check in enumerate(checks):
+        yield from _details(runs, check, opened=first and i == 0)
+    yield "</div></details>"
+
+
+def _cell(result: Result | None) -> str:
+    if result is None:
+        return f'<td class="absent">{ABSENT}<span class="hidden"> not made</span></td>'
+    word, _, z = cell(result).partition(" ")
+    z = f' <span class="no">{z}</span>' if z else ""
+    return (
+        f'<td class="{result.status}"><span class="no"><span aria-hidden="true">'
+        f"{SIGNS[result.status]}</span> {word}</span>{z}</td>"
+    )
+
+
+def _marks(runs: Runs, check: str, i: int) -> str:
+    """One cell of the matrix: a sign for each dtype, with a link where something deviates."""
+    found = runs.found(check, i)
+    signs, words = [], []
+    for dtype in runs.dtypes:
+        result = found.get(dtype)
+        status = result.status if result else "absent"
+        signs.append(f'<span class="{status}">{SIGNS.get(status, ABSENT)}</span>')
+        words += [f"{dtype} {cell(result)}"] if result else []
+    says = f'<span class="hidden">{escape(", ".join(words) or "not made")}</span>'
+    shown = f'<span class="marks" aria-hidden="true">{"".join(signs)}</span>{says}'
+    if any(result.status in DEVIATES for result in found.values()):
+        worst = min(found.values(), key=lambda result: result.severity)
+        z = cell(worst).partition(" ")[2]
+        z = f' <span class="no {worst.status}" aria-hidden="true">{z}</span>' if z else ""
+        shown = f'<a href="#{escape(check)}@{i + 1}">{shown}</a>{z}'
+    return f"<td>{shown}</td>"
+
+
+def _details(runs: Runs, check: str, opened: bool) -> Iterator[str]:
+    """What was found of a check; the worst check of all is open, where it fails."""
+    results = runs.results(check)
+    worst = min(results, key=lambda result: result.severity)
+    shown = " open" if opened and worst.status in ("fail", "error") else ""
+    yield f'<details{shown}><summary><span class="{worst.status}">{SIGNS[worst.status]} '
+    yield f"{worst.status}</span> <h4><code>{escape(check)}</code></h4> "
+    yield f'<span class="soft">{escape(worst.title)}</span></summary><div id="{escape(check)}">'
+    for i, (label, report) in enumerate(zip(runs.labels, runs.reports, strict=True)):
+        found = sorted(runs.found(check, i).values(), key=lambda result: result.severity)
+        if not found:
+            continue
+        yield f'<section id="{escape(check)}@{i + 1}">'
+        if len(runs.reports) > 1:
+            yield f"<h5>{escape(label)}</h5>"
+        for j, result in enumerate(found):
+            yield from _result(report, result, whole=j == 0)
+        if passing := [_passes(result) for result in found if result.status == "pass"]:
+            yield f"<p>{'; '.join(passing)}.</p>"
+        yield "</section>"
+    yield "</div></details>"
+
+
+def _result(report: Report, result: Result, whole: bool) -> Iterator[str]:
+    """All of a deviation, folded unless it is the worst of its check; why it was skipped."""
+    if result.status in DEVIATES:
+        if not whole:
+            yield f'<details><summary><span class="{result.status}">{SIGNS[result.status]} '
+            yield f"{escape(cell(result))}</span> {result.dtype}</summary>"
+        yield f'<div class="found {result.status}">'
+        if result.worst and result.worst.picture and result.worst.elements > 1:
+            yield from _figure(result, result.worst, result.worst.picture)
+        yield from _lines(report, result)
+        yield "</div>" + ("" if whole else "</details>")
+    if result.known:
+        no_more = ", but no longer fails" if result.no_longer_fails else ""
+        says = f"{result.known.reason} {result.known.link}".rstrip()
+        yield f"<p>{result.dtype}: known{no_more}. {escape(says)}</p>"
+    if result.reason:
+        many = f"{result.skipped_cases} of {result.cases} cases " if result.cases else ""
+        yield f"<p>{result.dtype}: {many}skipped, {escape(result.reason)}</p>"
+
+
+def _passes(result: Result) -> str:
+    z = f", largest z {result.worst.z:.3g}" if result.worst and result.worst.sigma else ""
+    return f"{result.dtype}: {result.cases} case{'s' * (result.cases != 1)} within rounding{z}"
+
+
+def _lines(report: Report, result: Result) -> Iterator[str]:
+    """The report's own text, each of its lines as long as the page is wide."""
+    for line in block(report, result, width=10**6):
+        text = line.strip()
+        if text == result.title:  # which the summary has said
+            continue
+        if text.startswith("REPRODUCE"):
+            yield f'<p>REPRODUCE <span class="run">{escape(result.reproduce)}</span></p>'
+        else:
+            yield f'<p style="--in:{len(line) - len(line.lstrip())}">{escape(text)}</p>'
+
+
+STEP = 10
+"""The units of a cell's side."""
+
+SIZES = (0, 3, 5, 8, 10)
+"""The side of a square by how far off the cell is: what `grade` counts."""
+
+WORDS = (
+    "",
+    "within the limit",
+    "beyond it, by less than a thousandth of the worst",
+    "by less than a tenth of the worst",
+    "by a tenth of the worst or more",
+)
+
+
+def grade(z: float, limit: float, worst: float) -> int:
+    """How far off a cell is, from 0 to 4: equal, in the limit, then by powers of the worst."""
+    if z == 0:
+        return 0
+    if z <= limit:
+        return 1
+    return 4 if z == worst else 2 + sum(z * part >= worst for part in (1000, 10))
+
+
+def _figure(result: Result, worst: Judgement, picture: Picture) -> Iterator[str]:
+    greatest = max(map(max, picture.z))
+    grades = [[grade(z, worst.limit, greatest) for z in row] for row in picture.z]
+    rows, columns = len(grades), len(grades[0])
+    squares: dict[int, list[str]] = {}
+    for i, row in enumerate(grades):
+        for j, level in enumerate(row):
+            if size := SIZES[level]:
+                x, y = (STEP * k + (STEP - size) // 2 for k in (j, i))
+                squares.setdefault(level, []).append(f"M{x} {y}h{size}v{size}h-{size}z")
+    i, j = picture.cell(worst.index)
+    wide, high = STEP * columns, STEP * rows
+    side = min(16, 320 // columns)
+    box = f"-8 -8 {wide + 16} {high + 16}"
+    words = (
+        f"{worst.array}, {shape_words(picture)}: {where_words(picture, grades)}; "
+        f"the worst element at {list(worst.index)}"
+    )
+    yield f'<figure><svg role="img" aria-label="{escape(words)}" viewBox="{box}" '
+    yield f'width="{(wide + 16) * side // STEP}" height="{(high + 16) * side // STEP}">'
+    yield f'<rect class="frame" x="-1" y="-1" width="{wide + 2}" height="{high + 2}"/>'
+    for level in sorted(squares):
+        yield f'<path class="z{level}" d="{"".join(squares[level])}"/>'
+    ring = STEP // 2
+    yield f'<circle class="mark" cx="{STEP * j + ring}" cy="{STEP * i + ring}" r="{ring + 2}"/>'
+    yield "</svg><figcaption>"
+    means = {**dict(enumerate(WORDS)), **({4: "differs"} if worst.sigma is None else {})}
+    keys = [f"{_swatch(level)} {means[level]}" for level in sorted(squares)]
+    yield f"|z| of {escape(words)} (the ring), in {escape(result.worst_case)}. "
+    if result.worst_case != result.case:  # whose figures stand below
+        yield escape(
+            f"{judgement_words(worst)}; {place_words(worst, result.dtype, result.check)}. "
+        )
+    yield f'<span class="soft">{", ".join(keys)}</span></figcaption></figure>'
+
+
+def _swatch(level: int) -> str:
+    size = SIZES[level]
+    at = (STEP - size) // 2
+    square = f'<path class="z{level}" d="M{at} {at}h{size}v{size}h-{size}z"/>'
+    style = "display:inline;vertical-align:middle"
+    return (
+        f'<svg aria-hidden="true" style="{style}" width="14" height="14" viewBox="-1 -1 12 12">'
+        f'<rect class="frame" width="10" height="10"/>{square}</svg>'
+    )
+
+
+def shape_words(picture: Picture) -> str:
+    """The array's shape, and that a picture is coarser."""
+    shape = " × ".join(map(str, picture.shape)) or "one number"
+    coarse = picture.sides != (len(picture.z), len(picture.z[0]))
+    drawn = f" drawn as {len(picture.z)} × {len(picture.z[0])}" if coarse else ""
+    return shape + drawn
+
+
+def where_words(picture: Picture, grades: Sequence[Sequence[int]]) -> str:
+    """Which rows and columns hold what lies beyond the limit."""
+    off = [(i, j) for i, row in enumerate(grades) for j, level in enumerate(row) if level > 1]
+    many, wide = len(picture.z), len(picture.z[0])
+    if not off:
+        return "no element alone is beyond the limit, but all are too far off together"
+    if len(off) == many * wide:
+        return "beyond the limit everywhere"
+    rows, columns = sorted({i for i, _ in off}), sorted({j for _, j in off})
+    said = [
+        f"in {name} {', '.join(map(str, chosen))} alone"
+        for name, chosen, all_of_them in (("row", rows, many), ("column", columns, wide))
+        if len(chosen) <= 3 and len(chosen) < all_of_them
+    ]
+    spread = f"in {len(rows)} of {many} rows and {len(columns)} of {wide} columns"
+    return "beyond the limit " + (" and ".join(said) or spread)

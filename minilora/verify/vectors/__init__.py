@@ -1,0 +1,1 @@
+"""Test vectors: the cases of the checks as files for any language."""

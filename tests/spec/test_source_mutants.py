@@ -1,0 +1,265 @@
+"""The tests are tested: nearly every small error in the source makes one of them fail.
+
+What no test sees is listed here with the reason why nothing is to be seen.
+"""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import source_mutants
+
+from minilora.spec import ops
+
+ORDER = "the order of names is no matter"
+LENGTHS = "the lengths are equal by construction, or were compared above"
+RESHAPE = "NumPy takes any negative size for the one to be found"
+FULL = "what more columns there are is not read"
+MEMORY = "the numbers are the same, in memory of their own"
+BITS = "a table by its rows has the bits of the whole"
+KEPT = "what is kept is what would be formed again"
+BEGIN = "at the first token nothing is copied"
+IMPORTED = "the function that it makes was made when the module was imported"
+SURVIVORS = {
+    "ops": {
+        "rope_tables: 0 -> 1": "the array is there for its dtype alone",
+        "rope_tables: np.arange(0, d, 2, dtype=wide) -> np.arange(0, d, 2)": (
+            "whole numbers are exact, and the factor beside them is wide"
+        ),
+        (
+            "rope_tables: f(angles).astype(real).swapaxes(0, 1) -> "
+            "f(angles).astype(real).swapaxes(1, 0)"
+        ): ORDER,
+        "rope: (:, :, None) -> (:, None, :)": "the axis behind is 1 too",
+        "rope: (:, :, None) -> (:, None, :) (2)": "the axis behind is 1 too",
+        (
+            "rope: v.reshape(b, h, d // 2, 2, t).swapaxes(2, 3) -> "
+            "v.reshape(b, h, d // 2, 2, t).swapaxes(3, 2)"
+        ): ORDER,
+        "rope: turned.swapaxes(2, 3) -> turned.swapaxes(3, 2)": ORDER,
+        "softmax: np.divide(e, total, out=e) -> np.divide(e, total)": MEMORY,
+        "split_heads: 1 -> 2": RESHAPE,
+        "_exponentials: z.real -> z": (
+            "NumPy orders complex numbers by their real parts, and whatever the shift, it cancels"
+        ),
+        "_exponentials: np.exp(e, out=e) -> np.exp(e)": MEMORY,
+        "by_queries: t <= QUERIES -> t < QUERIES": "one block is the whole",
+        "by_queries: (0, 2) -> (2, 0)": ORDER,
+        "causal_mask: s < t -> s <= t": "each sees itself anyway",
+        "by_queries: (do, k, v) -> (do, v, k)": "keys and values have one shape",
+    },
+    "lora": {
+        "combine: zip(adapters, weights, strict=True) -> zip(adapters, weights)": LENGTHS,
+        "combine: True -> False": LENGTHS,
+        "project: zip(names, parts, strict=True) -> zip(names, parts)": LENGTHS,
+        "project: True -> False (2)": LENGTHS,
+        "draw_dropout: rng.random(shape) >= p -> rng.random(shape) > p": (
+            "a number drawn equals p with a probability of 2⁻⁵³"
+        ),
+        "is_base: ('.weight', '.bias') -> ('.bias', '.weight')": ORDER,
+        "merge: (head, table) -> (table, head)": ORDER,
+        (
+            "_twins: {f'{head}.A', f'{table}.A'} <= W.keys() -> "
+            "{f'{head}.A', f'{table}.A'} < W.keys()"
+        ): "the table's weight is there too",
+    },
+    "initialization": {
+        (
+            "_truncated: np.linalg.svd(M.astype(np.float64), full_matrices=False) -> "
+            "np.linalg.svd(M.astype(np.float64))"
+        ): FULL,
+        "_truncated: False -> True": FULL,
+        "orthogonal: 2 -> 1 (2)": "1 is odd",
+        (
+            "_drawn: (W, *draw_factors(rng, init, r, *W.shape)) -> "
+            "(*draw_factors(rng, init, r, *W.shape), W)"
+        ): IMPORTED,
+        (
+            "_drawn: draw_factors(rng, init, r, *W.shape) -> draw_factors(init, rng, r, *W.shape)"
+        ): IMPORTED,
+        (
+            "_drawn: draw_factors(rng, init, r, *W.shape) -> draw_factors(rng, r, init, *W.shape)"
+        ): IMPORTED,
+        (
+            "_drawn: draw_factors(rng, init, r, *W.shape) -> draw_factors(rng, init, *W.shape, r)"
+        ): IMPORTED,
+    },
+    "variants": {},
+    "layers": {
+        "adapted_fused: zip(parts, P, strict=True) -> zip(parts, P)": LENGTHS,
+        "adapted_fused: True -> False": LENGTHS,
+        "adapted_fused: zip(parts, P, pairs, strict=True) -> zip(parts, P, pairs)": LENGTHS,
+        "adapted_fused: True -> False (2)": LENGTHS,
+        "adapted_experts: np.argsort(index, kind='stable') -> np.argsort(index)": (
+            "the order of an expert's columns is no matter, since they go back to their places"
+        ),
+        "adapted_experts: zip(*dPs, strict=True) -> zip(*dPs)": LENGTHS,
+        "adapted_experts: True -> False": LENGTHS,
+        "Geometry.places: 1 -> 2 (8)": RESHAPE,
+        "unfold: 1 -> 2": RESHAPE,
+        "unfold: 1 -> 2 (4)": RESHAPE,
+        "conv: 1 -> 2 (2)": RESHAPE,
+        "conv: 1 -> 2 (4)": RESHAPE,
+        "adapted_conv: 1 -> 2 (2)": RESHAPE,
+        "adapted_conv: 1 -> 2 (4)": RESHAPE,
+        "merge_conv: 1 -> 2 (2)": RESHAPE,
+    },
+    "target_modules": {
+        (
+            "Lora.__post_init__: (('variant', tuple(REGISTRY)), ('bias', ('none', 'lora_only', "
+            "'all')), ('init', tuple(STARTS))) -> (('bias', ('none', 'lora_only', 'all')), "
+            "('variant', tuple(REGISTRY)), ('init', tuple(STARTS)))"
+        ): ORDER,
+        (
+            "Lora.__post_init__: (('variant', tuple(REGISTRY)), ('bias', ('none', 'lora_only', "
+            "'all')), ('init', tuple(STARTS))) -> (('variant', tuple(REGISTRY)), ('init', "
+            "tuple(STARTS)), ('bias', ('none', 'lora_only', 'all')))"
+        ): ORDER,
+        "Lora.__post_init__: ('vera', 'adalora') -> ('adalora', 'vera')": ORDER,
+        "Lora.__post_init__: (VERA, ADALORA) -> (ADALORA, VERA)": ORDER,
+        "choose: ('head', *TABLES) -> (*TABLES, 'head')": ORDER,
+        ("adapt: zip(*choice.shape.values(), strict=True) -> zip(*choice.shape.values())"): LENGTHS,
+        "adapt: True -> False": LENGTHS,
+        "adapt: (Array, ...) -> (..., Array)": "an annotation",
+        ("adapt: zip(variant.parts, parts, strict=True) -> zip(variant.parts, parts)"): LENGTHS,
+        "adapt: True -> False (2)": LENGTHS,
+        "invoked: 1 -> 2 (2)": RESHAPE,
+        (
+            "tied_gradients: zip(('head.A', 'head.B'), twin(dA, dB), strict=True) -> "
+            "zip(('head.A', 'head.B'), twin(dA, dB))"
+        ): LENGTHS,
+        "tied_gradients: True -> False": LENGTHS,
+        (
+            "choose: (*lora.rank_pattern, *lora.alpha_pattern) -> "
+            "(*lora.alpha_pattern, *lora.rank_pattern)"
+        ): ORDER,
+    },
+    "blocks": {
+        "normalise: frozen and (not np.ndim(dy)) -> not np.ndim(dy)": (
+            "of what is constant below a norm, the norm is frozen"
+        ),
+        "embed: zip(names, back_y(dy), strict=True) -> zip(names, back_y(dy))": LENGTHS,
+        "embed: True -> False": LENGTHS,
+        "normalise: zip(names, gradients, strict=True) -> zip(names, gradients)": LENGTHS,
+        "normalise: True -> False": LENGTHS,
+        "Past.extend: (k[..., :0], v[..., :0]) -> (v[..., :0], k[..., :0])": BEGIN,
+        "Past.extend: 0 -> 1 (3)": BEGIN,
+        "Past.extend: 0 -> 1 (4)": BEGIN,
+        "Past.extend: 0 -> 1 (5)": BEGIN,
+        "Past.extend: (k, v) -> (v, k)": "keys and values have one shape",
+        "Past.extend: zip(room, old, strict=True) -> zip(room, old)": LENGTHS,
+        "Past.extend: True -> False": LENGTHS,
+        (
+            "Past.extend: zip(self.held[at], (k, v), strict=True) -> zip(self.held[at], (k, v))"
+        ): LENGTHS,
+        "Past.extend: True -> False (2)": LENGTHS,
+    },
+    "models": {
+        "Config.shapes: ('weight', 'bias') -> ('bias', 'weight')": ORDER,
+        "Config.shapes: [*norms, 'norm'] -> ['norm', *norms]": ORDER,
+        "Llama.biased: ('.q', '.k', '.v') -> ('.k', '.q', '.v')": ORDER,
+        "Llama.biased: ('.q', '.k', '.v') -> ('.q', '.v', '.k')": ORDER,
+        (
+            "mask_of: _triangle(batch.ids.shape) if batch.mask is None else "
+            "causal_mask(batch.real) -> causal_mask(batch.real)"
+        ): KEPT,
+        (
+            "llama: _tables(batch.ids.shape[1], *of) if counted else "
+            "rope_tables(batch.places, *of) -> rope_tables(batch.places, *of)"
+        ): KEPT,
+        (
+            "constant: ('layers.', *(f'{at}.' for at in _ABOVE[causal])) -> "
+            "(*(f'{at}.' for at in _ABOVE[causal]), 'layers.')"
+        ): ORDER,
+        "head_loss: len(E) * labels.size > LARGE -> len(E) * labels.size >= LARGE": BITS,
+        "_in_parts: 1 -> 2": "of no column, a second part has none either",
+        "_in_parts: zip(*map(of, parts), strict=True) -> zip(*map(of, parts))": LENGTHS,
+        "_in_parts: True -> False": LENGTHS,
+        "_held: not by_blocks and (not hasattr(E, 'rows')) -> not by_blocks": BITS,
+        "_held: not hasattr(E, 'rows') -> hasattr(E, 'rows')": BITS,
+        "_held: by_rows(E) if by_blocks else whole(E) -> by_rows(E)": BITS,
+    },
+    "optim": {
+        (
+            "_alike: (rates[name], p.dtype, gradients[name].dtype, name in state.m) -> "
+            "(p.dtype, rates[name], gradients[name].dtype, name in state.m)"
+        ): ORDER,
+        (
+            "_alike: (rates[name], p.dtype, gradients[name].dtype, name in state.m) -> "
+            "(rates[name], gradients[name].dtype, p.dtype, name in state.m)"
+        ): ORDER,
+        (
+            "_alike: (rates[name], p.dtype, gradients[name].dtype, name in state.m) -> "
+            "(rates[name], p.dtype, name in state.m, gradients[name].dtype)"
+        ): ORDER,
+        "_alike: name in state.m -> name not in state.m": "what differs, differs either way",
+        "_parted: 1 -> 0": "a run of one array is the array itself",
+        "run: ('betas', 'eps', 'weight_decay') -> ('eps', 'betas', 'weight_decay')": ORDER,
+        "run: ('betas', 'eps', 'weight_decay') -> ('betas', 'weight_decay', 'eps')": ORDER,
+        "run: ('momentum', 'weight_decay') -> ('weight_decay', 'momentum')": ORDER,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def results():
+    command = [sys.executable, source_mutants.__file__, *SURVIVORS]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", SURVIVORS)
+def test_every_mutant_that_lives_is_listed_with_its_reason(module, results):
+    assert results[module]["count"] > 50
+    assert set(results[module]["survivors"]) == SURVIVORS[module].keys()
+
+
+SOURCE = '''
+def f(x, n=2):
+    """Not mutated: 1 + 1."""
+    if x is None:
+        raise ValueError(f"{n + 1}")
+    y: int = g(x.T, n)
+    return y @ x - 0.5
+'''
+
+
+def test_mutants_differ_in_one_place_each():
+    assert [key for _, key, _ in source_mutants.mutants(SOURCE)] == [
+        "f: 2 -> 3",
+        "f: 2 -> 1",
+        "f: if x is None: -> if not x is None:",
+        "f: x is None -> x is not None",
+        "f: g(x.T, n) -> g(n, x.T)",
+        "f: x.T -> x",
+        "f: y @ x - 0.5 -> y @ x + 0.5",
+        "f: y @ x - 0.5 -> y @ x",
+        "f: y @ x -> x @ y",
+        "f: 0.5 -> 0.5005",
+    ]
+    trees = {ast.dump(tree) for _, _, tree in source_mutants.mutants(SOURCE)}
+    assert len(trees) == 10
+    assert ast.dump(ast.parse(SOURCE)) not in trees
+
+
+def test_a_mutant_is_killed_by_the_test_that_sees_it_and_lives_with_another(monkeypatch):
+    monkeypatch.setattr(source_mutants, "run", lambda test: test())
+    source = Path(ops.__file__).read_text()
+    tree = next(
+        t for _, key, t in source_mutants.mutants(source) if key == "tanh: 1 - y * y -> 1 + y * y"
+    )
+    x = np.ones((1, 1))
+
+    def slope_is_below_one():
+        return ops.tanh(x)[1](x) < 1
+
+    assert source_mutants.killed(ops.tanh, tree, [slope_is_below_one])
+    assert not source_mutants.killed(ops.tanh, tree, [lambda: ops.tanh(x)[0] < 1])
+    assert not source_mutants.killed(ops.tanh, tree, [])
+    assert slope_is_below_one()

@@ -1,0 +1,303 @@
+"""Generation: the cache changes no logits, and each token is drawn as the settings say."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from number_systems import Real, Rounded, propagated, to_objects, values
+
+import minilora as ml
+from minilora import testing as draw
+from minilora.spec import blocks, models, ops
+from minilora.spec.blocks import Past
+from minilora.spec.models import Batch, logits
+from minilora.training.generate import Sampling, generate, probabilities
+from minilora.training.generate import draw as draw_token
+
+MODELS = {
+    "Llama": ml.Llama(vocab=11, d=4, layers=2, heads=4, ffn=5, kv_heads=2, head_dim=2, eps=0.1),
+    "Qwen2": ml.Llama(
+        vocab=7, d=4, layers=2, heads=2, ffn=5, kv_heads=1, head_dim=2, tied=True, qkv_bias=True
+    ),
+    "GPT2": ml.GPT2(vocab=9, d=4, layers=2, heads=2, ffn=5, positions=9),
+}
+BERT = ml.Bert(vocab=9, d=4, layers=1, heads=2, ffn=5, positions=9, types=2, classes=3)
+
+
+def drawn(name, b=2, t=4):
+    rng = np.random.default_rng(sum(map(ord, name)))
+    model = draw.draw_model(MODELS[name], rng, b=b, t=t, padding="none", p=0.0)
+    real = np.arange(t) >= np.arange(b)[:, None]  # row i begins with i columns of padding
+    places = np.maximum(real.cumsum(1) - 1, 0)
+    return replace(model, batch=replace(model.batch, mask=real, positions=places))
+
+
+def columns(batch, start, end):
+    """Some of a batch's tokens, in their own places."""
+    return Batch(
+        batch.ids[:, start:end], mask=batch.real[:, start:end], positions=batch.places[:, start:end]
+    )
+
+
+def in_parts(model, ends):
+    """The logits (v, b, t) of the batch, run part after part with a `Past`."""
+    past, starts = Past(), [0, *ends[:-1]]
+    parts = []
+    for start, end in zip(starts, ends, strict=True):
+        part = columns(model.batch, start, end)
+        z, _ = logits(part, model.W, model.config, model.tuning, past=past)
+        parts.append(z.reshape(len(z), *part.ids.shape))
+    return np.concatenate(parts, axis=-1)
+
+
+def at_once(model):
+    z, _ = logits(model.batch, model.W, model.config, model.tuning)
+    return z.reshape(len(z), *model.batch.ids.shape)
+
+
+def in_numbers(model, number):
+    """The model with numbers of another kind as entries, whose sums run term after term."""
+    W = {name: to_objects(w, number) for name, w in model.W.items()}
+    return replace(model, W=W)
+
+
+@pytest.fixture
+def objects(monkeypatch):
+    """RoPE's tables as entries of an object array are as they are in float64."""
+    tables = ops.rope_tables
+
+    def wide(positions, d, theta, dtype):
+        made = tables(positions, d, theta, np.dtype(float))
+        return tuple(to_objects(v, Real) for v in made) if np.dtype(dtype).hasobject else made
+
+    monkeypatch.setattr(models, "rope_tables", wide)
+
+
+def same(a, b):
+    return a.shape == b.shape and all(x == y for x, y in zip(a.ravel(), b.ravel(), strict=True))
+
+
+@pytest.mark.parametrize("ends", [(1, 2, 3, 4), (3, 4), (2, 4)])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_cache_changes_no_digit_where_a_sum_has_one_order(name, ends, objects):
+    model = in_numbers(drawn(name, b=1, t=4), Real)
+    assert same(in_parts(model, ends), at_once(model))
+
+
+def test_the_room_of_a_past_doubles_so_that_few_tokens_cost_a_copy():
+    """By heads and features that are more than the tokens: no other axis is taken for theirs."""
+    past, rng = Past(), np.random.default_rng(0)
+    every = rng.standard_normal((2, 40, 41, 42, 20))
+    rooms, grew = [], []
+    for t in range(every.shape[-1]):
+        k, v = past.extend("layers.0.", *every[..., t : t + 1])
+        if not rooms or past.held["layers.0."][0] is not rooms[-1]:
+            rooms.append(past.held["layers.0."][0])
+            grew.append(t + 1)
+        assert np.array_equal(k, every[0, ..., : t + 1])
+        assert np.array_equal(v, every[1, ..., : t + 1])
+    assert grew == [1, 3, 7, 15]
+    assert [room.shape[-1] for room in rooms] == [2, 6, 14, 30]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_row_with_padding_on_the_left_has_the_logits_of_the_row_alone(name, objects):
+    model = in_numbers(drawn(name), Real)
+    z, real = in_parts(model, (2, 3, 4)), model.batch.real
+    assert not real.all()
+    for row in range(2):
+        own = Batch(model.batch.ids[row : row + 1][:, real[row]])
+        alone = at_once(replace(model, batch=own))
+        assert same(z[:, row, real[row]], alone[:, 0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_in_floating_point_the_cached_logits_are_within_their_rounding(name, monkeypatch):
+    model = drawn(name, b=1, t=3)
+    counting = in_numbers(model, Rounded)
+    tables = ops.rope_tables
+    monkeypatch.setattr(
+        models, "rope_tables", lambda p, d, theta, dtype: tables(p, d, theta, np.dtype(float))
+    )
+    exact = at_once(counting)
+    cached, whole = in_parts(model, (2, 3)), at_once(model)
+    for at in ((0, 0, 2), (3, 0, 1), (5, 0, 2)):
+        bound, true = propagated([exact[at]], [1.0]), values(exact)[at]
+        assert abs(cached[at] - true) <= bound
+        assert abs(whole[at] - true) <= bound
+        assert bound < abs(true)
+
+
+def test_the_mask_over_a_past_is_the_last_columns_of_the_whole_one():
+    real = np.array([[False, True, True, True, True], [True, True, False, True, False]])
+    batch, past, end = Batch(np.zeros(real.shape, int), mask=real), Past(), 0
+    whole = ops.causal_mask(real)
+    for t in (2, 1, 2):
+        start, end = end, end + t
+        mask = models.mask_of(columns(batch, start, end), past)
+        assert np.array_equal(mask, whole[:, :end, start:end])
+    assert not np.array_equal(whole[:, :, :2], whole[:, :, -2:])  # other columns would be seen
+
+
+def values_of_the_wrong_order(past, at, k, v):
+    keys, values = past.extend(at, k, v)
+    return keys, values[..., ::-1]
+
+
+def test_a_cache_that_mixes_its_tokens_is_seen(monkeypatch, objects):
+    model = in_numbers(drawn("Llama", b=1), Real)
+    whole = at_once(model)
+    monkeypatch.setattr(blocks, "so_far", values_of_the_wrong_order)
+    assert not same(in_parts(model, (3, 4)), whole)
+
+
+def test_positions_that_do_not_count_on_are_seen(monkeypatch, objects):
+    model = in_numbers(drawn("GPT2", b=1), Real)
+    whole, past = at_once(model), Past()
+    logits(columns(model.batch, 0, 3), model.W, model.config, model.tuning, past=past)
+    last = replace(columns(model.batch, 3, 4), positions=None)
+    z, _ = logits(last, model.W, model.config, model.tuning, past=past)
+    assert not same(z, whole[:, 0, 3:])
+
+
+def test_with_a_past_there_is_no_back_and_no_classifier():
+    model = drawn("Llama", b=1)
+    _, back = logits(columns(model.batch, 0, 2), model.W, model.config, model.tuning, past=Past())
+    with pytest.raises(RuntimeError, match="no back"):
+        back(1.0)
+    W = ml.draw_weights(BERT, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="a Bert has no past"):
+        logits(Batch(np.array([[1, 2]])), W, BERT, ml.Tuning(), past=Past())
+
+
+def tokens_of(model, prompts, **settings):
+    steps = list(generate(prompts, model.W, model.config, model.tuning, **settings))
+    return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_are_those_of_the_whole_forward(name):
+    model, tokens = drawn(name), [1, 4]
+    for _ in range(5):
+        z, _ = logits(Batch(np.array([tokens])), model.W, model.config, model.tuning)
+        tokens = [*tokens, int(z[:, -1].argmax())]
+    assert tokens_of(model, [[1, 4]], most=5) == [tokens[2:]]
+
+
+def test_prompts_of_several_lengths_do_not_see_one_another():
+    model, prompts = drawn("Llama"), [[1, 2, 3], [4], [5, 6]]
+    together = tokens_of(model, prompts, most=4)
+    assert together == [tokens_of(model, [prompt], most=4)[0] for prompt in prompts]
+
+
+def test_a_row_stops_at_its_stop_and_the_others_go_on():
+    model = drawn("Llama")
+    free = tokens_of(model, [[1, 2], [4, 3]], most=6)
+    stop = next(token for token in free[0] if token not in free[1])
+    first, second = tokens_of(model, [[1, 2], [4, 3]], most=6, stop=[stop])
+    assert first == free[0][: free[0].index(stop) + 1]
+    assert second == free[1]
+
+
+def test_the_seed_alone_decides_what_is_drawn():
+    model = drawn("GPT2", b=1)
+    settings = {"most": 6, "sampling": Sampling(2.0)}
+    made = [tokens_of(model, [[1, 2]], seed=seed, **settings) for seed in (0, 0, 1, 2, 3)]
+    assert made[0] == made[1]
+    assert len({str(m) for m in made}) > 1
+
+
+Z = np.array([1.0, 3.0, 2.0, 3.0])
+
+
+def test_temperature_0_takes_the_first_of_the_most_probable():
+    assert (probabilities(Z, Sampling()) == [0, 1, 0, 0]).all()
+    assert draw_token(Z, Sampling(), 0, 0) == 1
+
+
+def test_a_probability_is_the_softmax_of_the_logits_over_the_temperature():
+    p, cold = probabilities(Z, Sampling(1.0)), probabilities(2 * Z, Sampling(2.0))
+    assert (p == cold).all()
+    softmax, _ = ops.softmax(Z[None, :, None])
+    # exp, a sum of four, a division: each side is off by less than 16 roundings
+    assert abs(p / softmax[0, :, 0] - 1).max() <= 16 * np.finfo(float).eps
+
+
+def test_top_k_and_top_p_leave_the_most_probable():
+    assert np.flatnonzero(probabilities(Z, Sampling(1.0, top_k=3))).tolist() == [1, 2, 3]
+    assert np.flatnonzero(probabilities(Z, Sampling(1.0, top_k=1))).tolist() == [1]
+    halves = np.log([0.5, 0.25, 0.125, 0.125])
+    for p, left in ((0.4, 1), (0.6, 2), (0.8, 3), (1.0, 4)):
+        assert np.count_nonzero(probabilities(halves, Sampling(1.0, top_p=p))) == left
+
+
+def test_top_p_ends_with_the_token_that_reaches_it_exactly():
+    """Of n equal logits each has the probability 1/n, and with n = 4 every sum of them is exact."""
+    equal = np.zeros(4)
+    for left in (1, 2, 3, 4):
+        p = probabilities(equal, Sampling(1.0, top_p=left / 4))
+        assert p.tolist() == [1 / left] * left + [0] * (4 - left)
+
+
+def test_of_equal_logits_at_the_edge_of_top_k_the_first_stay():
+    z = np.random.default_rng(0).integers(0, 4, 30).astype(float)
+    order = sorted(range(30), key=lambda i: (-z[i], i))
+    edges = {k for k in range(1, 30) if z[order[k - 1]] == z[order[k]]}
+    assert edges  # where it matters which of them
+    for k in range(1, 32):
+        left = np.flatnonzero(probabilities(z, Sampling(1.0, top_k=k)))
+        assert left.tolist() == sorted(order[:k])
+    others = sorted(range(30), key=lambda i: (-z[i], -i))
+    assert all(set(others[:k]) != set(order[:k]) for k in edges)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable():
+    n, sampling = 4000, Sampling(1.0, top_k=3)
+    drawn = [draw_token(Z, sampling, 5, step) for step in range(n)]
+    p = probabilities(Z, sampling)
+    sigma = np.sqrt(n * p * (1 - p))
+    off = abs(np.bincount(drawn, minlength=4) - n * p)
+    assert (off <= 4 * sigma).all()
+    assert (abs(np.bincount(drawn, minlength=4) - n * p[::-1]) > 4 * sigma[::-1]).any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"temperature": -1}, "temperature -1"),
+        ({"temperature": np.nan}, "temperature nan"),
+        ({"top_k": -1}, "top_k -1"),
+        ({"top_p": 0}, "top_p 0"),
+        ({"top_p": 1.5}, "top_p 1.5"),
+    ],
+)
+def test_a_setting_outside_its_range_is_refused(settings, found):
+    with pytest.raises(ValueError, match=found):
+        Sampling(**settings)
+
+
+def test_what_cannot_be_generated_is_refused():
+    model = drawn("GPT2", b=1)
+    for prompts, most, found in (
+        ([], 1, "empty prompt"),
+        ([[1], []], 1, "empty prompt"),
+        ([[1, 2]], 9, "2 tokens and 9 more, expected at most 10 in all"),
+        ([[99]], 1, "rows of embed"),
+    ):
+        with pytest.raises(ValueError, match=found):
+            tokens_of(model, prompts, most=most)
+    with pytest.raises(ValueError, match="not finite"):
+        probabilities(np.array([np.nan, 1.0]), Sampling())
+
+
+def test_a_temperature_near_zero_draws_the_most_probable():
+    z = np.array([1.0, 700.0, -700.0], np.float32)
+    assert probabilities(z, Sampling(1e-308)).tolist() == [0, 1, 0]
+
+
+def test_the_last_token_drawn_needs_no_position():
+    model = drawn("GPT2", b=1)
+    full = [1] * model.config.positions
+    assert len(tokens_of(model, [full], most=1)[0]) == 1
+    with pytest.raises(ValueError, match="the last needs none"):
+        tokens_of(model, [full], most=2)

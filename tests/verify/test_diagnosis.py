@@ -1,0 +1,466 @@
+"""A deviation that the catalogue knows gets its name, and what it does not know gets none."""
+
+import operator
+import re
+from dataclasses import replace
+from functools import reduce
+
+import numpy as np
+import pytest
+
+from minilora.verify import engine, mutants
+from minilora.verify.checks.registry import CHECKS
+from minilora.verify.core.types import STRUCTURE, Case
+from minilora.verify.diagnosis import diagnose
+from minilora.verify.diagnosis.diagnose import Direct
+from minilora.verify.implementation.minilora_impl import Own
+from minilora.verify.mutants import MISREADINGS
+from minilora.verify.mutants.reference import Plain, but, reads, then
+from minilora.verify.report.report import UNSEEN
+from minilora.verify.selftest import names
+
+BY_ID = {check.id: replace(check, smallest=None) for check in CHECKS}
+CATALOGUE = {m.id: m for m in MISREADINGS if not m.equivalent}
+
+# One of each level and family; the self-test takes all.
+SOME = (
+    "scale-alpha",
+    "scale-off-10-ppm",
+    "dropout-on-base",
+    "merge-no-scale",
+    "unmerge-nothing",
+    "optimizer-betas-swapped",
+    pytest.param("block-no-types", marks=pytest.mark.slow),  # of whole models
+)
+
+
+def only(check, make):
+    """The status of one check, and the misreadings that it is explained by."""
+    (result,) = engine.run([BY_ID[check]], make(), profile="quick", dtypes=["float32"]).results
+    return result.status, tuple(d for d in result.diagnosis if not d.id.startswith(STRUCTURE))
+
+
+@pytest.mark.parametrize("id", SOME)
+def test_a_misreading_is_named(id):
+    assert names(CATALOGUE[id])[0] == id
+
+
+def test_a_misreading_that_raises_explains_nothing_and_hinders_no_other(monkeypatch):
+    raising = replace(CATALOGUE["scale-squared"], make=but(s=lambda my, c: c.no_such_name))
+    known = (raising, CATALOGUE["scale-alpha"])
+    monkeypatch.setattr(mutants, "MISREADINGS", known)
+    assert names(CATALOGUE["scale-alpha"]) == ("scale-alpha",)
+    assert names(raising) == ()
+
+
+def test_a_scale_far_too_great_is_named_though_it_rounds_more_than_what_is_right():
+    """α instead of α / r, summed element by element in float32 as C and JavaScript do."""
+
+    def product(x, W):
+        y = np.zeros((len(x), len(W)), np.float32)
+        for k in range(W.shape[1]):
+            y += np.outer(x[:, k], W[:, k])
+        return y
+
+    make = but(
+        base=lambda my, c: product(c.x, c.W) + c.b,
+        branch=lambda my, c: np.float32(c.alpha) * product(product(c.x, c.A), c.B),
+    )
+    check = BY_ID["linear.forward"]
+    for seed in range(16):
+        found = diagnose.diagnose(check, Direct(make()), "float32", seed)
+        assert [each.id for each in found] == ["scale-alpha"], seed
+
+
+def test_what_is_right_gets_no_name():
+    assert only("linear.vjp", Plain) == ("pass", ())
+
+
+def test_a_deviation_that_is_not_in_the_catalogue_gets_no_name():
+    assert only("linear.vjp", then(s=lambda s, c: 1.37 * s)) == ("fail", ())
+
+
+def test_two_faults_at_once_get_no_name_of_one():
+    both = but(s=lambda my, c: 1.37 * c.alpha, dB=lambda my, c: 0 * c.B)
+    assert only("linear.vjp", both) == ("fail", ())
+
+
+def test_the_report_says_the_name_the_formula_and_where_it_was_seen():
+    report = engine.run(
+        [BY_ID["linear.forward"]], CATALOGUE["scale-alpha"].make(), dtypes=["float32"]
+    )
+    assert "DIAGNOSIS  scale-alpha: s = α. Seen in mlx-vlm 841" in report.text()
+    (entry,) = report.to_json()["results"][0]["diagnosis"]
+    assert entry.keys() == {"id", "sentence", "residual_z", "separating"}
+    assert entry["id"] == "scale-alpha"
+    right = engine.run([BY_ID["linear.forward"]], Plain(), dtypes=["float32"])
+    assert "DIAGNOSIS" not in right.text()
+
+
+def found(check, make, dtype="float32"):
+    """All that is said of one check, structure included."""
+    (result,) = engine.run([BY_ID[check]], make(), profile="quick", dtypes=[dtype]).results
+    return result.diagnosis
+
+
+def test_misreadings_that_answer_a_check_alike_are_told_apart_by_a_case_of_another():
+    ours, other = CATALOGUE["form-no-bias-with-dropout"], CATALOGUE["form-no-bias"]
+    check = BY_ID["linear.forward.all"]
+    (named,) = found(check.id, ours.make)
+    assert named.id == ours.id
+    assert named.separating
+    id, dtype, number = named.separating.split(":")
+    case = Case(id, dtype, int(number), 0)
+    first, second = (
+        diagnose.answers(BY_ID[id], diagnose.Direct(m.make()), case) for m in (ours, other)
+    )
+    assert diagnose.explains([first], [second]) is None  # the case does separate them
+    assert [d.id for d in found(check.id, other.make)] == [other.id]  # either way
+
+
+def test_what_cannot_be_asked_further_leaves_all_candidates_and_names_the_case():
+    class DropoutOnly(CATALOGUE["form-no-bias-with-dropout"].make().__class__):
+        def lora_linear(self, *arguments, **options):
+            if options.get("keep") is None:
+                raise NotImplementedError("no layer without dropout")
+            return super().lora_linear(*arguments, **options)
+
+        def lora_linear_vjp(self, *arguments, **options):
+            raise NotImplementedError("no gradients")
+
+    said = found("linear.forward.all", DropoutOnly)
+    assert {"form-no-bias", "form-no-bias-with-dropout"} <= {d.id for d in said}
+    assert all(d.separating for d in said)
+
+
+def test_a_part_of_a_misreading_is_described_as_such_and_named_as_none():
+    (said, *_) = found("linear.forward.bias", reads(b=lambda c: 0.75 * c.b))
+    assert said.id == f"{STRUCTURE}part"
+    assert "0.25" in said.sentence
+    assert "form-no-bias" in said.sentence
+
+
+def test_the_matched_filter_is_1_for_what_is_read_so_and_0_for_what_is_right():
+    check, m = BY_ID["linear.vjp"], CATALOGUE["scale-off-10-ppm"]
+    cases = [Case(check.id, "float32", number, 0) for number in diagnose.CASES]
+
+    def given(make):
+        return [diagnose.answers(check, diagnose.Direct(make()), case) for case in cases]
+
+    ours = given(m.make)
+    assert diagnose.filtered(given(m.make), ours).agrees(1.0)
+    assert diagnose.filtered(given(Plain), ours).agrees(0.0)
+    assert not diagnose.filtered(given(Plain), ours).agrees(1.0)
+
+
+def fewest(make, kind="linear"):
+    """The fewest steps on which a session deviates, as the check of its machine finds them."""
+    check = next(
+        c for c in CHECKS if c.id == f"lifecycle.machine{'' if kind == 'linear' else '.' + kind}"
+    )
+    return check.smallest(diagnose.Direct(make()), "float32")
+
+
+def test_the_smallest_counterexample_of_a_layer_s_life_is_the_fewest_steps():
+    assert fewest(CATALOGUE["lifecycle-added-active"].make)["steps"] == "add('one')"
+    assert fewest(CATALOGUE["lifecycle-merge-all"].make)["steps"] == "add('one') merge()"
+
+
+def test_a_session_that_raises_is_told_by_the_steps_before_it():
+    class Raising:
+        def session(self, layer):
+            of = Own().session(layer)
+
+            def delete(name):
+                raise KeyError(name)
+
+            of.delete = delete
+            return of
+
+    found = fewest(Raising)
+    assert found["steps"] in [
+        f"add('{name}') delete('{name}')" for name in ("one", "two", "onetwo")
+    ]
+    assert "KeyError" in found["got"]
+
+
+def test_an_error_in_a_layer_s_life_says_the_step_and_has_the_fewest_steps():
+    class Raising(Own):
+        def session(self, layer):
+            of = super().session(layer)
+            right = of.activate
+
+            def activate(names):
+                if names == ["onetwo"]:
+                    raise KeyError(names)
+                right(names)
+
+            of.activate = activate
+            return of
+
+    machine = next(check for check in CHECKS if check.id == "lifecycle.machine")
+    (result,) = engine.run([machine], Raising(), dtypes=["float64"]).results
+    assert result.status == "error"
+    assert result.faults[0].message.startswith("activate(['onetwo']): KeyError")
+    assert result.smallest["steps"] == "add('onetwo') activate(['onetwo'])"
+
+
+@pytest.mark.parametrize("kind", ["linear", "tied", "full"])
+def test_a_right_session_has_no_such_steps(kind):
+    assert fewest(Own, kind) is None
+
+
+def test_a_case_that_holds_refutes_a_misreading():
+    class MergesTwice(Own):
+        """merge adds 2 s B A, unmerge is right: together they are as if unmerge did nothing."""
+
+        def merge(self, W, A, B, *, alpha, **settings):
+            return super().merge(W, A, B, alpha=2 * alpha, **settings)
+
+    def ids(check, make):
+        return {d.id for d in found(check, make, "float64")}
+
+    assert "unmerge-nothing" not in ids("merge.unmerge", MergesTwice)
+    assert "unmerge-nothing" in ids("merge.unmerge", CATALOGUE["unmerge-nothing"].make)
+    assert "merge-twice" in ids("merge.weight", MergesTwice)
+
+
+@pytest.mark.parametrize(
+    ("declared", "says"),
+    [("differentiated", "dora_norm = 'detached'"), ("detached", ""), (None, "")],
+)
+def test_another_convention_than_the_declared_one_is_told(declared, says):
+    class Detached(Plain):
+        conventions = {} if declared is None else {"dora_norm": declared}
+
+    said = found("variants.dora.vjp", Detached)
+    assert [d.id for d in said] == ([f"{STRUCTURE}convention"] if says else [])
+    assert all(says in d.sentence for d in said)
+
+
+def report_of(make, *checks, **options):
+    return engine.run([BY_ID[check] for check in checks], make(), dtypes=["float64"], **options)
+
+
+class Remembers(Plain):
+    """Each forward's scale grows: the first alone is right."""
+
+    grown = 1.0
+
+    def s(self, c):
+        self.grown *= 1.01
+        return super().s(c) * self.grown / 1.01
+
+
+class KeepsItsBuffer(Plain):
+    """Its output goes into an array of the first call's shape."""
+
+    def y(self, c):
+        y = super().y(c)
+        return np.copyto(self.memory.setdefault("buffer", y), y) or self.memory["buffer"]
+
+
+class RemembersElsewhere(Remembers):
+    """What it remembers lies in its class, where a new instance finds it."""
+
+    def s(self, c):
+        RemembersElsewhere.grown *= 1.01
+        return Plain.s(self, c) * RemembersElsewhere.grown
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (Remembers, "the same case passes when it is asked first"),
+        (RemembersElsewhere, "asked twice, it answers in two ways"),
+        (lambda: Remembers.__new__(Remembers), "the same case passes"),
+        (KeepsItsBuffer, "the same case passes when it is asked first"),
+        (CATALOGUE["scale-alpha"].make, ""),
+        (but(y=lambda my, c: c.no_such_name), ""),
+    ],
+)
+def test_what_depends_on_earlier_calls_is_told_with_a_command_that_repeats_it(make, says):
+    report = report_of(make, "linear.forward", command=["minilora", "verify", "it"])
+    (result,) = report.results
+    ids = [each.id for each in result.diagnosis]
+    assert (ids == [f"{STRUCTURE}earlier-calls"]) == bool(says)
+    assert says in (result.diagnosis[0].sentence if says else "")
+    whole = "minilora verify it --level linear --dtype float64 --profile ci --seed 0"
+    assert (result.reproduce == whole) == bool(says)
+
+
+def test_an_object_made_with_other_settings_is_not_compared_with_what_its_class_makes():
+    class Chosen(Plain):
+        def __init__(self):
+            self.wrong = False
+
+        def s(self, c):
+            return super().s(c) * (2 if self.wrong else 1)
+
+    def chosen():
+        it = Chosen()
+        it.wrong = True
+        return it
+
+    (result,) = report_of(chosen, "linear.forward").results
+    assert f"{STRUCTURE}earlier-calls" not in [each.id for each in result.diagnosis]
+
+
+def test_what_all_cases_that_deviate_have_in_common_is_told():
+    only_rank_1 = but(s=lambda my, c: 1.0 if c.r == 1 else c.alpha / c.r)
+    report = report_of(only_rank_1, "linear.forward")
+    assert report.results[0].only == ("r = 1",)
+    assert "  only where r = 1\n" in report.text()
+    assert report_of(CATALOGUE["scale-alpha"].make, "linear.forward").results[0].only == ()
+    assert report_of(Plain, "linear.forward").results[0].only == ()
+
+
+def test_that_a_rank_is_greater_than_a_side_is_told():
+    small = but(s=lambda my, c: c.alpha / min(c.r, *c.W.shape))
+    (result,) = report_of(small, "linear.forward").results
+    assert result.only == ("r is greater than a side of W",)
+
+
+def test_a_case_that_deviates_and_then_asks_for_what_is_not_there_counts_once():
+    class Lone(CATALOGUE["lifecycle-merge-twice"].make().__class__):
+        def session(self, layer):
+            of = super().session(layer)
+
+            def delete(name):
+                raise NotImplementedError("it stays")
+
+            of.delete = delete
+            return of
+
+    (result,) = engine.run([BY_ID["lifecycle.machine"]], Lone(), dtypes=["float64"]).results
+    assert (result.status, result.only) == ("fail", ())
+    assert result.skipped_cases
+
+
+def summed_in_tiles(step):
+    """W x summed over tiles of 16 features; ``step`` takes each into the sum."""
+
+    def base(my, c):
+        tiles = range(0, c.x.shape[1], 16)
+        parts = [c.x[:, k : k + 16] @ c.W[:, k : k + 16].T for k in tiles]
+        return reduce(step, parts) + c.b
+
+    return but(base=base)
+
+
+def test_a_kernel_that_is_wrong_in_its_second_tile_is_told_from_where_on():
+    def last(total, part):
+        return part
+
+    result, *_ = report_of(summed_in_tiles(last), "linear.forward").results
+    (said,) = result.only
+    least, most = map(int, re.findall(r"\d+", said))
+    assert most <= 16 < least
+    assert said == f"there are {least} or more columns of W (it holds up to {most})"
+    right, *_ = report_of(summed_in_tiles(operator.add), "linear.forward").results
+    assert (right.status, right.only) == ("pass", ())
+
+
+def test_a_misreading_of_rare_cases_alone_is_named_by_those():
+    m = CATALOGUE["layout-one-token"]
+    wrong = Direct(m.make())
+    (named,) = diagnose.diagnose(BY_ID["linear.forward"], wrong, "float32", 0)
+    assert named.id == m.id
+    check = replace(BY_ID["linear.forward"], cases=lambda profile, dtype: max(diagnose.CASES) + 1)
+    assert diagnose.telling(check, Direct(m.make()), "float32", 0) == ((), [])
+
+
+def test_of_two_answers_that_disagree_none_is_called_wanted():
+    class Unscaled(Own):
+        def lora_linear(self, *arrays, alpha, r, **options):
+            return super().lora_linear(*arrays, alpha=r, r=r, **options)
+
+    words = report_of(Unscaled, "merge.function").text()
+    assert "they disagree: x W'ᵀ is " in words
+    assert "want" not in words
+
+    class ByPlace(Own):
+        def multi_adapter(self, *arrays):
+            y = super().multi_adapter(*arrays)
+            return y + np.arange(len(y)).reshape(-1, 1).astype(y.dtype)
+
+    words = report_of(ByPlace, "multi.permuted").text()
+    assert "one of its answers is " in words
+    assert "want" not in words
+
+
+class TrainsOff:
+    """Disabled, a session has the gradients that it has otherwise; its outputs are right."""
+
+    def session(self, layer):
+        of = Own().session(layer)
+        right = of.gradients
+
+        def gradients(x, dy):
+            now, of.layer = of.layer, of.layer.activate(of.layer.active)
+            try:
+                return right(x, dy)
+            finally:
+                of.layer = now
+
+        of.gradients = gradients
+        return of
+
+
+def test_what_is_called_a_disabling_that_does_nothing_does_nothing_in_the_output_too():
+    ids = {d.id for d in found("lifecycle.gradients", TrainsOff)}
+    assert not {id for id in ids if "disable" in id}
+    wrong = CATALOGUE["lifecycle-disable-nothing"].make
+    assert "lifecycle-disable-nothing" in {d.id for d in found("lifecycle.gradients", wrong)}
+
+
+def test_what_is_merged_and_has_a_gradient_is_not_taken_for_what_is_inactive():
+    wrong = CATALOGUE["lifecycle-gradients-merged"]
+    assert [d.id for d in found("lifecycle.gradients", wrong.make)] == [wrong.id]
+    assert [d.id for d in found("lifecycle.gradients", CATALOGUE["lifecycle-gradients-all"].make)]
+
+
+def test_of_a_layer_s_life_the_first_wrong_step_is_described_and_no_rank():
+    class OneMore(Own):
+        def session(self, layer):
+            of = super().session(layer)
+            right, one = of.forward, np.eye(1, len(layer["W"]), dtype=layer["W"].dtype)
+            of.forward = lambda x: right(x) + 3 * len(of.layer.active) * one
+            return of
+
+    said = found("lifecycle.several", OneMore)
+    assert [d.id for d in said] == [f"{STRUCTURE}place"]
+    first = r"y after add\('one'\) add\('two'\) activate\(\['one'\]\) differs in 7 of 7 rows "
+    where = r".* and 1 of \d columns \(0\), in lifecycle.several:float32:\d\."
+    assert re.fullmatch(first + where, said[0].sentence)
+
+
+def test_a_misreading_of_one_setting_is_named_though_another_setting_is_right():
+    class PissaAlone(Own):
+        def init(self, W, **settings):
+            given = super().init(W, **settings)
+            return given | ({"W": W} if settings.get("init_lora_weights") == "pissa" else {})
+
+    assert "init-pissa-base-kept" in {d.id for d in found("init.pissa", PissaAlone)}
+
+
+def test_of_many_failing_checks_that_call_alike_the_first_are_looked_into():
+    ids = [id for id in BY_ID if BY_ID[id].needs == BY_ID["linear.forward"].needs]
+    ids = [id for id in ids if id.startswith("linear.")]
+    report = report_of(CATALOGUE["scale-alpha"].make, *ids)
+    unseen = [each.check for each in report.results if each.note == UNSEEN]
+    failed = [each.check for each in report.results if each.status == "fail"]
+    assert unseen == failed[engine.LOOKED :]
+    assert unseen
+    told = r"^FAIL  linear   (\d+) more, as others come first: (.*)$"
+    (line,) = re.findall(told, folded(report), re.M)
+    assert line == (str(len(unseen)), f"{', '.join(unseen)} (--verbose shows each)")
+    assert "as others come first" not in folded(report, verbose=True)
+    assert all(f"FAIL  {check} " in report.text(verbose=True) for check in unseen)
+    alone = report_of(CATALOGUE["scale-alpha"].make, unseen[0])
+    assert [each.id for each in alone.results[0].diagnosis] == ["scale-alpha"]
+
+
+def folded(report, **how):
+    """Its text, what is wrapped in one line."""
+    return re.sub(r"\n  +", " ", report.text(**how))

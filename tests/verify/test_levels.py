@@ -1,0 +1,347 @@
+"""Levels train, grad-flow, files and init: what their cases hold, and what they say of nonsense."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import kstwo, poisson
+
+from minilora.io.formats.huggingface import read_model
+from minilora.io.formats.peft import read_lora
+from minilora.spec.layers import adapted_fused
+from minilora.spec.lora import lora_linear, merge_weight, scale
+from minilora.spec.models import targets
+from minilora.spec.multi_adapter import State
+from minilora.spec.ops import IGNORED
+from minilora.spec.variants import DORA, DORA_FULL
+from minilora.verify import check
+from minilora.verify.checks import files, init, lifecycle, tiny_models, train, variants
+from minilora.verify.checks.model import as_dict
+from minilora.verify.core import inputs
+from minilora.verify.core.types import MONTE_CARLO, Case, Comparison
+from minilora.verify.implementation.contract import Precision, Subject
+from minilora.verify.implementation.minilora_impl import Own, trained
+from minilora.verify.implementation.sessions import Layer, whole
+from minilora.verify.mutants import MISREADINGS
+from minilora.verify.mutants.files import Filer
+
+SEEDS = range(3)
+
+
+def crossed(norms, greatest):
+    """Whether some of the norms are clipped and some are not."""
+    return min(norms) < greatest < max(norms)
+
+
+@pytest.mark.parametrize(("kind", "seeds"), [("clip", SEEDS), ("together", [0])])
+def test_clipping_is_crossed_in_both_directions(kind, seeds):
+    for seed in seeds:
+        of, steps = train.drawn(kind, 0, seed)
+        settings = train.computed(train.settings_of(kind, 0, seed))
+        norms = train.norms(of, steps, trained(of.c, of.W, of.tuning, steps, settings))
+        assert crossed(norms, settings["max_grad_norm"])
+        assert not crossed(norms, 2 * max(norms))
+
+
+def test_micro_batches_have_unequal_counts_and_every_batch_has_all_kinds_of_labels():
+    for seed in SEEDS:
+        of, steps = train.drawn("accumulate", 0, seed)
+        unequal = []
+        steps = [[*step] for step in steps]  # the case's own are kept
+        silent = steps[train.SILENT].pop(1)
+        assert (targets(silent, of.c) == IGNORED).all()
+        assert (silent.labels != IGNORED).any()
+        for step in steps:
+            counts = {int((targets(batch, of.c) != IGNORED).sum()) for batch in step}
+            unequal.append(len(counts) > 1)
+            for batch in step:
+                assert not batch.real.all()
+                assert (batch.labels[~batch.real] == IGNORED).all()
+                assert ((targets(batch, of.c) != IGNORED).reshape(batch.ids.shape)).any(1).all()
+        assert sum(unequal) > len(steps) / 2
+        every = [batch for step in steps for batch in step]
+        assert any((batch.labels[batch.real] == IGNORED).any() for batch in every)
+
+
+def test_padding_lies_on_either_side_and_nothing_that_it_predicts_counts():
+    of, steps = train.drawn("labels", 0, 0)
+    sides = [batch.real[:, 0].all() for (batch,) in steps]
+    assert {*sides} == {True, False}
+    for (batch,) in steps:
+        counts = (targets(batch, of.c) != IGNORED).reshape(batch.ids.shape)
+        assert counts.any(1).all()
+        assert not counts[~batch.real].any()
+        assert not batch.real.all()
+
+
+def test_prompts_are_ignored_and_answers_have_more_than_one_token():
+    _, steps = train.drawn("prompt", 0, 0)
+    for (batch,) in steps:
+        learned = batch.labels != IGNORED
+        assert (learned.sum(1) > 1).all()
+        assert not learned[:, 0].any()
+        assert (np.diff((learned | ~batch.real).astype(int), axis=1) >= 0).all()
+
+
+def test_what_is_trained_of_the_base_is_another_in_the_models_folder(tmp_path):
+    of, _ = train.drawn("decay", 0, 0)
+    base, _ = of.write(tmp_path, "float64")
+    _, W = read_model(base)
+    for name, array in W.items():
+        assert np.array_equal(array, -of.W[name] if name in of.tuning.trained else of.W[name])
+    assert {name.rpartition(".")[2] for name in of.tuning.trained} >= {"bias", "weight", "A"}
+
+
+@pytest.mark.parametrize("kind", [*train.KINDS])
+def test_both_dtypes_are_given_the_same_numbers(kind):
+    of, _ = train.drawn(kind, 0, 0)
+    assert all(np.array_equal(v, v.astype(np.float32)) for v in of.W.values())
+
+
+def rate(greatest, count):
+    """The probability that count draws differ by more from their distribution."""
+    return kstwo.sf(greatest, count)
+
+
+def test_the_error_rate_of_a_distribution_is_what_it_says():
+    found = [*init._distribution("")(Subject(Own()), Case("init.distribution", "float64", 0, 0))]
+    counts = [init.SEEDS * r * n for _, n, r, *_ in init.MODULES]
+    counts.append(sum(counts))
+    for each, count in zip(found, counts, strict=True):
+        assert 0 < rate(each.sigma[0], count) <= init.ERROR / len(found)
+        assert rate(each.sigma[0] / 2, count) > init.ERROR
+
+
+def test_the_error_rate_of_products_is_what_it_says():
+    """Of sums of products of two uniform numbers none comes near the bound, and half would."""
+    found, *_ = init.independent(Subject(Own()), Case("init.independent", "float64", 0, 0))
+    rng = np.random.default_rng(0)
+    a, b = rng.uniform(-1, 1, (2, 4000, 1024)).astype(np.float32)
+    sums = 3 * np.abs((a * b).mean(1))
+    assert sums.max() < found.sigma[0]
+    assert sums.max() > found.sigma[0] / 4
+
+
+def test_the_error_rate_of_repeated_entries_is_what_it_says():
+    """Of as few different numbers as there may be, repeats are as many as are expected."""
+    count, size = 24576, 2**22
+    bound = init.repeats(count, init.ERROR)
+    expected = count * (count - 1) / 2 * init.SMALLEST
+    assert 0 < poisson.sf(bound, expected) <= init.ERROR
+    assert poisson.sf((bound + expected) / 2, expected) > init.ERROR
+    drawn = np.random.default_rng(0).integers(0, size, count)
+    repeated = count - np.unique(drawn).size
+    assert expected / 2 < repeated < bound
+    assert count - np.unique(drawn // 4).size > bound
+
+
+class Nothing(Filer):
+    def load(self, *given):
+        return None
+
+    def save(self, *given):
+        return None
+
+    def train(self, model, adapter, batches, settings):
+        return [None] * len(batches)
+
+    def model_loss(self, *given):
+        return None
+
+    def init(self, W, **given):
+        return [W]
+
+
+class Garbage(Filer):
+    def save(self, model, arrays, settings, folder):
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            with open(f"{folder}/{name}", "w") as file:
+                file.write("?")
+
+
+class Others(Filer):
+    """Right files, that say another thing of the scale."""
+
+    def saved(self, tensors, settings):
+        return tensors, {**settings, "lora_alpha": 9, "use_rslora": not settings["use_rslora"]}
+
+
+def kinds(target, level):
+    report = check(target(), levels=[level], dtypes=["float32"], profile="quick")
+    return {r.check: (r.status, *(f.kind for f in r.faults)) for r in report.results}
+
+
+@pytest.mark.parametrize("level", ["train", "grad-flow", "files", "init"])
+def test_an_answer_that_is_none_is_the_implementations_fault(level):
+    found = kinds(Nothing, level)
+    assert set(found.values()) == {("error", "missing")}
+    control = check(Filer(), case=f"{next(iter(found))}:float32:0").results[0]
+    assert control.status == "pass"
+
+
+def test_a_file_that_cannot_be_read_is_the_implementations_fault():
+    found = kinds(Garbage, "files")
+    wrong = {v for k, v in found.items() if k.startswith(("files.save", "files.again"))}
+    assert wrong == {("error", "missing")}
+
+
+def test_a_folder_that_says_another_scale_is_shown_by_its_modules():
+    result = check(Others(), case="files.save.patterns:float32:0").results[0]
+    assert result.status == "fail"
+    assert result.worst.array.startswith("s of layers.0.down, layers.0.q")
+    assert check(Filer(), case="files.save.patterns:float32:0").results[0].status == "pass"
+
+
+def test_patterns_are_the_dotted_ends_of_names_and_read_as_they_are_meant():
+    it = files.stored("patterns", "float32", 0, 0)
+    lora = read_lora(it.folder, it.small.c)
+    for name, internal in (
+        ("rank_pattern", lora.rank_pattern),
+        ("alpha_pattern", lora.alpha_pattern),
+    ):
+        assert len(it.settings[name]) == len(internal) > 1
+        assert not any(end.startswith("model.") for end in it.settings[name])
+
+
+def test_the_names_that_differ_are_said():
+    same = tiny_models.same_names("names", ["a", "b"], ["b", "a"])
+    other = tiny_models.same_names("names", ["a", "c"], ["b", "a"])
+    assert same.judge().verdict == "pass"
+    assert other.judge().verdict == "fail"
+    assert other.array == "names, without b, beside them c"
+
+
+def test_a_frozen_file_that_changes_is_named():
+    wrong = next(m for m in MISREADINGS if m.id == "flow-base-file-changed")
+    result = check(wrong.make(), case="grad-flow.frozen:float32:0").results[0]
+    assert result.worst.array == "files that changed, base/config.json"
+    assert check(Own(), case="grad-flow.frozen:float32:0").results[0].status == "pass"
+
+
+def lived(kind, number, seed=0):
+    return lifecycle.drawn_layer(kind, Case(f"lifecycle.{kind}", "float64", number, seed), True)
+
+
+def absolute(given):
+    if isinstance(given, dict):
+        return {name: absolute(entry) for name, entry in given.items()}
+    return abs(given) if isinstance(given, np.ndarray) else given
+
+
+@pytest.mark.parametrize("kind", [kind for kind in lifecycle.FURTHER if kind != "dora"])
+def test_a_sessions_numbers_are_so_small_that_float32_has_every_partial_sum(kind):
+    """All are multiples of 1/16 at least, and no sum of absolute terms reaches 2^24 of them."""
+    for number in range(4):
+        drawn = lived(kind, number)
+        layer = Layer.of(absolute(drawn.layer))
+        names = [n for n in drawn.adapters if n != "two" or kind not in lifecycle.ALONE]
+        for name in names:
+            layer = layer.add(name, absolute(drawn.adapters[name])).scale(name, 2.0)
+        y, back = layer.activate(names).forward(absolute(drawn.x))
+        arrays = [y, *back(absolute(drawn.dy)).values()]
+        assert max(array.max() for array in arrays) < 2.0**24 / 16
+        assert all((array * 16 % 1 == 0).all() for array in arrays)
+        halved = layer.scale("one", 0.5).activate(["one"]).forward(drawn.x)[0]
+        assert (halved * 16 % 1 == 0).all()
+
+
+def test_rows_under_dora_have_a_norm_that_is_a_power_of_two():
+    for number in range(4):
+        drawn = lived("dora", number)
+        assert drawn.adapters["one"].get("use_dora") is None
+        for name in ("two", "onetwo"):
+            own = drawn.adapters[name]
+            V = merge_weight(drawn.layer["W"], own["A"], own["B"], own["alpha"] / own["r"])
+            assert ((V * V).sum(1) == 4).all()
+            assert not np.array_equal(V, drawn.layer["W"])
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_fused_layers_adapter_is_that_of_its_parts(number):
+    drawn = lived("fused", number)
+    rows, W = drawn.layer["rows"], drawn.layer["W"]
+    for own in drawn.adapters.values():
+        s = scale(own["alpha"], own["r"], own.get("use_rslora", False))
+        A, B = whole(own, rows)
+        found, _ = lora_linear(drawn.x.T, W, None, A, B, s)
+        count = sum(own["enable"])
+        sizes = np.cumsum([size for size, on in zip(rows, own["enable"], strict=True) if on])
+        pairs = zip(np.split(own["A"], count), np.split(own["B"], sizes[:-1]), strict=True)
+        parts = [next(pairs) if on else None for on in own["enable"]]
+        wanted, _ = adapted_fused(lora_linear, drawn.x.T, W, None, parts, rows, s)
+        assert np.array_equal(found, wanted)
+
+
+def test_a_layer_of_one_weight_is_its_state():
+    drawn = lived("linear", 0)
+    layer = Layer.of(drawn.layer)
+    y, back = layer.forward(drawn.x)
+    wanted, back_wanted = State(drawn.layer["W"], drawn.layer["bias"][:, None]).forward(drawn.x.T)
+    assert np.array_equal(y, wanted.T)
+    assert np.array_equal(back(drawn.dy)["dx"], back_wanted(drawn.dy.T)[0].T)
+
+
+def test_what_a_layer_refuses_is_said():
+    layer = Layer.of(lived("full", 0).layer)
+    adapters = lived("full", 0).adapters
+    with pytest.raises(NotImplementedError, match="no layer of kind cubic"):
+        Layer.of({"kind": "cubic", "W": np.eye(2)})
+    with pytest.raises(ValueError, match="no adapter 'one'"):
+        layer.activate(["one"])
+    two = layer.add("one", adapters["one"]).add("two", adapters["two"])
+    with pytest.raises(ValueError, match="there is an adapter 'one' already"):
+        two.add("one", adapters["one"])
+    with pytest.raises(ValueError, match="one and two each bring head"):
+        two.activate(["one", "two"]).forward(lived("full", 0).x)
+    with pytest.raises(ValueError, match="no adapter to merge"):
+        layer.merge()
+
+
+def test_a_micro_batch_in_which_no_label_counts_is_worth_nothing(tmp_path):
+    of, steps = train.drawn("accumulate", 0, 0)
+    folders = tuple(map(str, of.write(tmp_path, "float64")))
+    given = [[as_dict(batch) for batch in step] for step in steps]
+    silent = given[0][0] | {"labels": np.full_like(given[0][0]["labels"], IGNORED)}
+    more = [[silent, *step, silent] for step in given]
+    settings = train.settings_of("accumulate", 0, 0)
+    for one, other in zip(
+        *(Own().train(*folders, each, settings) for each in (given, more)), strict=True
+    ):
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+    with pytest.raises(ValueError, match="labels that count"):
+        Own().train(*folders, [[silent]], settings)
+
+
+@pytest.mark.parametrize("kind", [{}, {"bias": True}, {"dropout": True}])
+def test_the_way_over_the_weight_is_the_specifications(kind):
+    """In whole numbers, where both are exact; with a wrong scale it is not."""
+    layer, exact = inputs.draw_layer(Case("linear.vjp", "float64", 0, 0), **kind)
+    assert exact
+    plain = (lambda array: np.asarray(array, float),) * 2
+    found, wanted = inputs.by_the_weight(layer, *plain), inputs.specified(layer, *plain)
+    doubled = replace(layer, alpha=2 * layer.alpha)
+    wrong = inputs.by_the_weight(doubled, *plain)
+    assert found.keys() == wanted.keys() - {"dbias"}
+    for name in found:
+        assert np.array_equal(found[name], wanted[name])
+        assert not np.array_equal(wrong[name], wanted[name])
+
+
+@pytest.mark.parametrize("of", [DORA, DORA_FULL], ids=["detached", "differentiated"])
+@pytest.mark.parametrize("number", [0, 1, 3, 5])
+def test_doras_way_over_the_weight_is_the_specifications(of, number):
+    """In long double they agree as far as float64 could ask for; with a wrong scale they do not."""
+    case = Case("variants.dora.vjp.all", "float64", number, 0)
+    layer, part = variants.draw(case, ".all", "dora")
+    wanted = variants.specified(of, layer, part, inputs.long)
+    sigma = variants.sigmas(of, layer, part, Precision("float64", "float64"), (0, number))
+
+    def verdicts(layer):
+        found = variants.by_the_weight(of, layer, part, inputs.long)
+        return {
+            name: Comparison(name, array, wanted[name], sigma[name], MONTE_CARLO).judge().verdict
+            for name, array in found.items()
+        }
+
+    assert set(verdicts(layer).values()) == {"pass"}
+    assert set(verdicts(replace(layer, alpha=2 * layer.alpha)).values()) == {"fail"}

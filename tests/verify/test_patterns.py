@@ -1,0 +1,184 @@
+"""What is said of a deviation that no known misreading explains, and that nothing is invented."""
+
+import re
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from minilora.verify import engine, mutants
+from minilora.verify.checks.registry import CHECKS
+from minilora.verify.core.types import Case, Comparison
+from minilora.verify.diagnosis import patterns
+from minilora.verify.diagnosis.diagnose import CASES, Direct, answers
+from minilora.verify.mutants.reference import Plain, but, digits, then
+
+
+def said(make, check_id, dtype="float32"):
+    """The sentences of the structure of one check's cases."""
+    check = BY_ID[check_id]
+    numbers = CASES if check.level == "linear" else range(check.cases("ci", dtype))
+    cases = [Case(check_id, dtype, number, 0) for number in numbers]
+    subject = Direct(make())
+    found = patterns.describe(check_id, cases, [answers(check, subject, case) for case in cases])
+    assert all(each.id.startswith("structure-") for each in found)
+    return [each.sentence for each in found]
+
+
+def added(f):
+    return but(y=lambda my, c: Plain.y(my, c) + f(c))
+
+
+def one_row_more(c):
+    return np.outer(np.arange(len(c.x)) > 1, np.ones(len(c.W))) * 0.1
+
+
+def rank_two(c):
+    rows = np.arange(1.0, len(c.x) + 1)
+    columns = np.arange(1.0, len(c.W) + 1)
+    return 0.1 * (np.outer(rows, columns) + np.outer(rows**2, columns**0.5))
+
+
+BY_ID = {check.id: check for check in CHECKS}
+ROWS = {
+    "a scale": (
+        but(s=lambda my, c: c.alpha / (c.r + 1)),
+        "linear.forward",
+        [r"y has the scale .* where α = .* and r = \d: that is α/\(r \+ 1\); it should be"],
+    ),
+    "a scale that is off": (
+        but(s=lambda my, c: 1.03 * Plain.s(my, c)),
+        "linear.forward",
+        [r"y has the scale .*: that is 1\.03\d* ± .* times the right one; it should be"],
+    ),
+    "a scale of one gradient": (
+        then(dB=lambda v, c: v * 1.3),
+        "linear.vjp",
+        [r"dB has the scale .*: that is 1\.[23]\d* ± .* times the right one"],
+    ),
+    "columns in another order": (
+        then(dA=lambda v, c: v[:, np.r_[1, 0, 2 : v.shape[1]]]),
+        "linear.vjp",
+        [r"dA has its columns in another order: \[1, 0, 2"],
+    ),
+    "some rows": (
+        added(one_row_more),
+        "linear.forward",
+        [r"y differs in \d+ of \d+ rows \(2, 3.*\) and (\d+) of \1 columns", r"of rank 1, where"],
+    ),
+    "a rank": (added(rank_two), "linear.forward", [r"differs by a matrix of rank 2, where \d"]),
+    "digits": (
+        then(y=lambda v, c: digits(v, 8)),
+        "linear.forward",
+        [r"y holds bfloat16 numbers: it was rounded to bfloat16 on the way"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_structure_is_said(name):
+    make, at, wanted = ROWS[name]
+    sentences = " ".join(said(make, at))
+    for pattern in wanted:
+        assert re.search(pattern, sentences), sentences
+
+
+def test_the_first_wrong_step_is_said():
+    late = then(update=lambda v, c: v * (1 + 0.001 * (c.k >= 3)))
+    assert said(late, "optimizer.adamw")[0].startswith("The parameters are wrong from step 4 on")
+    early = then(update=lambda v, c: v * 1.0003)
+    assert "from the first step on" in said(early, "optimizer.adamw")[0]
+
+
+def test_what_is_right_has_no_structure():
+    assert said(Plain, "linear.vjp") == []
+
+
+def test_a_report_says_it_where_no_misreading_has_a_name_for_it(monkeypatch):
+    monkeypatch.setattr(mutants, "MISREADINGS", ())
+    make, at, (pattern, *_) = ROWS["a scale"]
+    report = engine.run([replace(BY_ID[at], smallest=None)], make(), dtypes=["float32"])
+    assert re.search(pattern.replace(" ", r"\s+"), report.text())
+    assert "STRUCTURE" in report.text()
+
+
+def test_of_noise_nothing_is_said():
+    def noise(v, c):
+        rng = np.random.default_rng(v.size)
+        return v + 0.1 * rng.standard_normal(v.shape)
+
+    assert said(then(y=noise), "linear.forward") == []
+
+
+def compared(got, want, sigma=1e-6):
+    return Comparison("y", np.asarray(got), np.asarray(want), np.full(np.shape(want), sigma))
+
+
+def described(*pairs, check_id="merge.weight"):
+    answers = [{"y": compared(got, want)} for got, want in pairs]
+    cases = [Case(check_id, "float32", i, 0) for i in range(len(pairs))]
+    return [(d.id, d.sentence) for d in patterns.describe(check_id, cases, answers)]
+
+
+def test_a_factor_is_said_of_all_cases_or_of_each():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 4, 5))
+    ((what, sentence),) = described((7 * a, a), (7 * b, b))
+    assert what == "structure-factor"
+    assert sentence.endswith("times what it should be, in every case.")
+    ((_, sentence),) = described((7 * a, a), (3 * b, b))
+    assert sentence.startswith("y is a multiple of what it should be: ")
+    assert described((0 * a, a), (0 * b, b)) == [("structure-zero", "y is 0.")]
+
+
+def test_a_transpose_and_an_order_of_rows_are_said():
+    a = np.random.default_rng(0).standard_normal((4, 4))
+    whats = {what for what, _ in described((a.T, a))}
+    assert "structure-transposed" in whats
+    ((what, sentence),) = described((a[[2, 0, 1, 3]], a))
+    assert (what, sentence) == ("structure-permuted-rows",
+                                "y has its rows in another order: [2, 0, 1, 3].")  # fmt: skip
+    assert described((a, a)) == []
+
+
+def test_one_number_has_no_factor_and_truth_values_have_none():
+    loss = np.asarray(2.0)
+    assert described((22.75 * loss, loss)) == []
+    assert described((0 * loss, loss)) == []
+    ((what, _),) = described((3 * loss, loss), (3 * np.asarray(5.0), np.asarray(5.0)))
+    assert what == "structure-factor"  # two numbers, and the same factor
+    assert described((np.zeros(4), np.ones(4))) == []  # names that are not there
+
+
+def test_the_rank_of_what_is_right_is_the_greatest_that_is_spoken_of():
+    rng = np.random.default_rng(0)
+    one_token = np.outer(rng.standard_normal(5), rng.standard_normal(7))
+    other = np.outer(rng.standard_normal(5), rng.standard_normal(7))
+    assert described((one_token + other, one_token)) == []
+    full = rng.standard_normal((5, 7))
+    assert described((full + other, full)) == [
+        (
+            "structure-rank",
+            "y differs by a matrix of rank 1, where 5 could be, in merge.weight:float32:0.",
+        )
+    ]
+
+
+def test_whole_numbers_that_any_dtype_holds_were_not_rounded():
+    want = np.arange(1.0, 101).reshape(4, 25)
+    got = want.copy()
+    got[2, 3] += 1
+    assert not [what for what, _ in described((got, want)) if what == "structure-digits"]
+    fine = np.random.default_rng(0).standard_normal((4, 25))
+    coarse = digits(fine, 8)
+    assert "structure-digits" in {what for what, _ in described((coarse, fine))}
+
+
+def test_what_is_wrong_beyond_all_bounds_is_no_fault_of_this_package():
+    rng = np.random.default_rng(0)
+    got, want = rng.standard_normal((2, 4, 5))
+    each = compared(1e200 * got, want, sigma=1e-200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patterns.describe("merge.weight", [Case("merge.weight", "float32", 0, 0)], [{"y": each}])
