@@ -4,6 +4,7 @@
 specification that no test notices. A mutant changes one place in one function; its code takes the
 place of the function's own, so that every module that has imported the function runs it. The
 tests are those of the specification, without the peers; each mutant meets those that call it.
+"""
 
 import ast
 import importlib
