@@ -2,7 +2,7 @@
 
 from minilora.spec.lora import (
     Merged,
-    Tuning,
+    TrainableSpec,
     Variant,
     combine,
     disable,
@@ -15,7 +15,7 @@ from minilora.spec.lora import (
 )
 from minilora.spec.models import GPT2, Batch, Bert, Llama, draw_weights, logits, loss
 from minilora.spec.multi_adapter import Adapter, State
-from minilora.spec.target_modules import Choice, Lora, adapt, choose
+from minilora.spec.target_modules import LoraConfig, ResolvedTargets, inject, resolve_targets
 from minilora.spec.variants import REGISTRY
 
 __version__ = "0.1.0"
@@ -26,25 +26,25 @@ __all__ = [
     "Adapter",
     "Batch",
     "Bert",
-    "Choice",
     "Llama",
-    "Lora",
+    "LoraConfig",
     "Merged",
+    "ResolvedTargets",
     "State",
-    "Tuning",
+    "TrainableSpec",
     "Variant",
     "__version__",
-    "adapt",
-    "choose",
     "combine",
     "disable",
     "draw_weights",
     "fuse",
+    "inject",
     "logits",
     "lora_linear",
     "loss",
     "merge",
     "project",
+    "resolve_targets",
     "scale",
     "unmerge",
 ]

@@ -305,7 +305,7 @@ class Model:
 
     config: models.Config
     W: lora.Weights
-    tuning: lora.Tuning
+    tuning: lora.TrainableSpec
     batch: models.Batch
 
     def loss(self, W: lora.Weights | None = None, count: int | None = None) -> tuple[Array, Back]:
@@ -362,13 +362,13 @@ def draw_tuning(
     rng: np.random.Generator,
     p: float = 0.25,
     everything: bool = False,
-) -> tuple[lora.Weights, lora.Tuning]:
+) -> tuple[lora.Weights, lora.TrainableSpec]:
     """The weights with an adapter on every projection, of unequal ranks and with B ≠ 0.
 
     ``p`` is the rate of dropout, 0 for none; with ``everything`` the base is trained too.
     """
-    choice = target_modules.Lora(r=2, alpha=7 / 3, targets=".*", rank_pattern={"k|up|qkv": 3})
-    W, tuning = target_modules.adapt(W, choice, c.linears(), rng)
+    choice = target_modules.LoraConfig(r=2, alpha=7 / 3, targets=".*", rank_pattern={"k|up|qkv": 3})
+    W, tuning = target_modules.inject(W, choice, c.linears(), rng)
     W |= {name: 0.5 * rng.standard_normal(w.shape) for name, w in W.items() if name.endswith(".B")}
     keep: Mapping[str, Array] = {}
     if p:

@@ -26,10 +26,10 @@ from minilora.io.formats.huggingface import names, read_model, write_model
 from minilora.io.formats.peft import adapter_names, read_adapter, write_adapter
 from minilora.io.formats.tokenizers import Words
 from minilora.io.synthetic_data import TASKS, Task, draw_batch, expected_loss, task
-from minilora.spec.lora import Tuning, Weights, disable
+from minilora.spec.lora import TrainableSpec, Weights, disable
 from minilora.spec.models import GPT2, Batch, Bert, Config, Llama, draw_weights, logits, loss
 from minilora.spec.optim import AdamState, adamw, clip, schedule
-from minilora.spec.target_modules import Lora, adapt
+from minilora.spec.target_modules import LoraConfig, inject
 
 ROWS, WARMUP, MAX_NORM, STD = 32, 10, 1.0, 0.1
 """Of training: sequences a step, steps of warm-up, clipping, the first weights' spread."""
@@ -53,45 +53,51 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainConfig:
     """A model, the tasks of its base and of its adapter, and how both are trained."""
 
     config: Config
     tasks: tuple[str, str]
     base: Plan
-    lora: Lora
+    lora: LoraConfig
     adapter: Plan
 
 
 # No two sizes of a model are equal, but for BERT's two blocks and two types, and no constant is the
 # usual one, so that none can be mistaken for another, or be passed over, without a trace.
 RECIPES = {
-    "llama": Recipe(
+    "llama": TrainConfig(
         Llama(14, 36, 2, 12, 56, kv_heads=4, head_dim=6, eps=3e-5, theta=2000.0, tied=False),
         ("running-sum", "running-difference"),
         Plan(400, 8e-3, 0.01),
-        Lora(r=3, alpha=7),
+        LoraConfig(r=3, alpha=7),
         Plan(600, 1e-2),
     ),
-    "gpt2": Recipe(
+    "gpt2": TrainConfig(
         GPT2(7, 42, 2, 3, 90, positions=20, eps=2e-5),
         ("nested-brackets", "queued-brackets"),
         Plan(400, 5e-3, 0.01),
-        Lora(r=6, alpha=8, rslora=True),
+        LoraConfig(r=6, alpha=8, rslora=True),
         Plan(300, 1e-2),
     ),
-    "bert": Recipe(
+    "bert": TrainConfig(
         Bert(6, 40, 2, 4, 72, positions=16, types=2, classes=3, eps=4e-6),
         ("more-a", "more-b"),
         Plan(500, 3e-3, 0.01),
-        Lora(r=7, alpha=16),
+        LoraConfig(r=7, alpha=16),
         Plan(400, 5e-3),
     ),
 }
 
 
 def train(
-    chosen: Task, W: Weights, c: Config, tuning: Tuning, plan: Plan, seed: int, until: int | None
+    chosen: Task,
+    W: Weights,
+    c: Config,
+    tuning: TrainableSpec,
+    plan: Plan,
+    seed: int,
+    until: int | None,
 ) -> Weights:
     """The weights after the plan's steps, or after the first ``until`` of them, in float32."""
     rng = np.random.default_rng(seed)
@@ -106,14 +112,14 @@ def train(
     return {name: np.asarray(array, np.float32) for name, array in (fixed | params).items()}
 
 
-def make(name: str, until: int | None = None) -> tuple[Weights, Tuning]:
+def make(name: str, until: int | None = None) -> tuple[Weights, TrainableSpec]:
     """The base, trained on the first task, and its adapter, trained on the second."""
     recipe, seed = RECIPES[name], 10 * list(RECIPES).index(name)
     c, (first, second) = recipe.config, map(task, recipe.tasks)
     W = draw_weights(c, np.random.default_rng(seed), STD)
-    everything = Tuning(trained=frozenset(W))
+    everything = TrainableSpec(trained=frozenset(W))
     W = train(first, W, c, everything, recipe.base, seed + 1, until)
-    W, tuning = adapt(W, recipe.lora, c.linears(), np.random.default_rng(seed + 2))
+    W, tuning = inject(W, recipe.lora, c.linears(), np.random.default_rng(seed + 2))
     return train(second, W, c, tuning, recipe.adapter, seed + 3, until), tuning
 
 
@@ -132,7 +138,7 @@ def random_numbers() -> str:
     return digest({str(i): np.asarray(portable(draw)) for i, draw in enumerate(draws)})
 
 
-def opened(folder: Path) -> tuple[Config, Weights, Tuning]:
+def opened(folder: Path) -> tuple[Config, Weights, TrainableSpec]:
     """The base with its adapter from the files, in float64."""
     c, W = read_model(folder / "base", np.float64)
     factors, tuning = read_adapter(folder / "adapter", c, np.float64)
@@ -157,7 +163,7 @@ def given(batch: Batch) -> Weights:
     return {key: np.asarray(v, np.int64) for key, v in arrays.items() if v is not None}
 
 
-def expected(batch: Batch, W: Weights, c: Config, tuning: Tuning) -> Weights:
+def expected(batch: Batch, W: Weights, c: Config, tuning: TrainableSpec) -> Weights:
     """``loss``, ``logits`` with a row per token, 0 at padding, ``grads.<tensor of the file>``."""
     L, back = loss(batch, W, c, tuning)
     z = logits(batch, W, c, tuning)[0].T
@@ -175,7 +181,7 @@ def learned(name: str, folder: Path) -> dict[str, Any]:
     return {
         "tasks": [one.name for one in tasks],
         "entropy": [round(one.entropy, DIGITS) for one in tasks],
-        "base_loss": [round(expected_loss(one, base, c, Tuning()), DIGITS) for one in tasks],
+        "base_loss": [round(expected_loss(one, base, c, TrainableSpec()), DIGITS) for one in tasks],
         "adapter_loss": [round(expected_loss(one, W, c, tuning), DIGITS) for one in tasks],
         "early": digest(make(name, EARLY)[0]),
     }

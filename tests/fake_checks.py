@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from minilora.verify.core.types import Case, Check, Comparison
-from minilora.verify.implementation.contract import DTYPES, Subject
+from minilora.verify.implementation.contract import DTYPES, GuardedImplementation
 
 ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 ALPHA, RANK = 7, 3
@@ -23,7 +23,7 @@ def operands(case: Case, whole: bool) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return tuple(draw(shape).astype(DTYPES[case.dtype]) for shape in shapes)  # type: ignore[return-value]
 
 
-def run_exact(subject: Subject, case: Case) -> Iterator[Comparison]:
+def run_exact(subject: GuardedImplementation, case: Case) -> Iterator[Comparison]:
     W, A, B = operands(case, whole=True)
     answer = subject.call("merge", W, A, B, alpha=RANK, r=RANK)
     got = subject.answer(answer, "W'", W.shape, case.dtype)
@@ -31,7 +31,7 @@ def run_exact(subject: Subject, case: Case) -> Iterator[Comparison]:
     yield Comparison("W'", got, want)
 
 
-def run_sigma(subject: Subject, case: Case) -> Iterator[Comparison]:
+def run_sigma(subject: GuardedImplementation, case: Case) -> Iterator[Comparison]:
     W, A, B = operands(case, whole=False)
     answer = subject.call("merge", W, A, B, alpha=ALPHA, r=RANK)
     got = subject.answer(answer, "W'", W.shape, case.dtype)
@@ -41,7 +41,7 @@ def run_sigma(subject: Subject, case: Case) -> Iterator[Comparison]:
     yield Comparison("W'", got, want, sigma)
 
 
-def run_dict(subject: Subject, case: Case) -> Iterator[Comparison]:
+def run_dict(subject: GuardedImplementation, case: Case) -> Iterator[Comparison]:
     W, A, B = operands(case, whole=True)
     x, dy = np.ones(5, W.dtype), np.ones(4, W.dtype)
     answer = subject.call("lora_linear_vjp", x, W, A, B, dy, alpha=RANK, r=RANK)
@@ -49,7 +49,7 @@ def run_dict(subject: Subject, case: Case) -> Iterator[Comparison]:
     yield Comparison("dx", dx, (W + B @ A).T.astype(float) @ dy.astype(float))
 
 
-def run_list(subject: Subject, case: Case) -> Iterator[Comparison]:
+def run_list(subject: GuardedImplementation, case: Case) -> Iterator[Comparison]:
     params = {"a": np.ones(3, DTYPES[case.dtype])}
     steps = subject.call("optimizer_steps", params, [{"a": params["a"]}] * 2, {"lr": 0.5})
     for i, step in enumerate(subject.items(steps, 2)):
@@ -57,7 +57,7 @@ def run_list(subject: Subject, case: Case) -> Iterator[Comparison]:
         yield Comparison(f"a after {i + 1}", a, np.full(3, 1 - (i + 1) / 2))
 
 
-def smallest(subject: Subject, dtype: str) -> dict[str, Any] | None:
+def smallest(subject: GuardedImplementation, dtype: str) -> dict[str, Any] | None:
     one = np.ones((1, 1), DTYPES[dtype])
     got = subject.answer(subject.call("merge", 0 * one, one, one, alpha=1, r=1), "W'")
     return {"W": 0 * one, "A": one, "B": one, "got": got[0, 0], "want": 1.0}

@@ -20,10 +20,10 @@ from minilora.io.formats import gguf, glassllm, mlx, peft
 from minilora.io.formats.files import FormatError, listed, pack_json, read_json, write_files
 from minilora.io.formats.huggingface import kept_settings, read_encoder, read_labels, read_model
 from minilora.io.formats.tokenizers import Library, Tokenizer, read_tokenizer
-from minilora.spec.lora import Params, Tuning, Weights
+from minilora.spec.lora import Params, TrainableSpec, Weights
 from minilora.spec.models import Config
 from minilora.spec.ops import Array
-from minilora.spec.target_modules import Lora
+from minilora.spec.target_modules import LoraConfig
 
 MANIFEST = "run.json"
 """The file of all settings in a run's folder."""
@@ -213,9 +213,9 @@ class Adapted:
 
     base: Base
     own: Weights
-    tuning: Tuning
+    tuning: TrainableSpec
     kind: str = ""
-    lora: Lora | None = None
+    lora: LoraConfig | None = None
 
     @cached_property
     def weights(self) -> Params:
@@ -259,7 +259,7 @@ def open_adapted(base: Base, adapter: str | None = None, dtype: Any = np.float32
     Errors: FormatError as the format's reader has it; ImportError without the library for it.
     """
     if adapter is None:
-        return Adapted(base, {}, Tuning())
+        return Adapted(base, {}, TrainableSpec())
     path, c = adapter_path(adapter), base.config
     kind, lora = kind_of(path), None
     if kind == "peft":

@@ -15,7 +15,7 @@ from itertools import accumulate, product
 
 import numpy as np
 
-from minilora.spec.lora import Tuning, Weights
+from minilora.spec.lora import TrainableSpec, Weights
 from minilora.spec.models import Batch, Config, loss
 from minilora.spec.ops import IGNORED, Array
 
@@ -128,7 +128,7 @@ def _log(x: Fraction) -> float:
     return math.log(x.numerator) - math.log(x.denominator)
 
 
-def expected_loss(task: Task, W: Weights, c: Config, tuning: Tuning) -> float:
+def expected_loss(task: Task, W: Weights, c: Config, tuning: TrainableSpec) -> float:
     """Σ P nll / the expected number of labels, over all examples: the exact expected loss.
 
     nll is the sum of an example's negative log likelihoods, as `models.loss` has

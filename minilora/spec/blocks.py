@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from minilora.spec.layers import adapted_embedding
-from minilora.spec.lora import Params, Tuning, Weights, adapter_of, base_of, project
+from minilora.spec.lora import Params, TrainableSpec, Weights, adapter_of, frozen_weight, project
 from minilora.spec.ops import (
     Array,
     Back,
@@ -30,14 +30,14 @@ from minilora.spec.ops import (
 )
 
 
-def embed(ids: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
+def embed(ids: Array, at: str, W: Params, tuning: TrainableSpec) -> tuple[Array, Back]:
     """The embedding named ``at``; ``back(dy)`` gives the gradients of what is trained of it."""
     weight = f"{at}.weight"
     variant, names = adapter_of(at, W, tuning)
     base, back_embedding = embedding(ids, W[weight])
     if names:
         factors, s = [W[name] for name in names], tuning.scale[at]
-        table = base_of(variant, weight, W)
+        table = frozen_weight(variant, weight, W)
         y, back_y = adapted_embedding(variant.linear, ids, table, factors, s)
     else:
         y, back_y = base, lambda dy: ()
@@ -52,7 +52,12 @@ def embed(ids: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
 
 
 def normalise(
-    op: Callable[..., tuple[Array, Back]], x: Array, at: str, W: Params, c: Any, tuning: Tuning
+    op: Callable[..., tuple[Array, Back]],
+    x: Array,
+    at: str,
+    W: Params,
+    c: Any,
+    tuning: TrainableSpec,
 ) -> tuple[Array, Back]:
     """The norm named ``at``, by ``op``: rmsnorm with its weight, layernorm with weight and bias.
 
@@ -123,7 +128,7 @@ def llama_block(
     at: str,
     W: Params,
     c: Any,
-    tuning: Tuning,
+    tuning: TrainableSpec,
     tables: tuple[Array, Array],
     mask: Array,
     past: Past | None = None,
@@ -177,7 +182,7 @@ def gpt2_block(
     at: str,
     W: Params,
     c: Any,
-    tuning: Tuning,
+    tuning: TrainableSpec,
     mask: Array,
     past: Past | None = None,
 ) -> tuple[Array, Back]:
@@ -218,7 +223,7 @@ def gpt2_block(
 
 
 def bert_block(
-    x: Array, at: str, W: Params, c: Any, tuning: Tuning, mask: Array
+    x: Array, at: str, W: Params, c: Any, tuning: TrainableSpec, mask: Array
 ) -> tuple[Array, Back]:
     """y = norm2(x' + down(gelu(up x'))), x' = norm1(x + o(attention of x)).
 

@@ -5,7 +5,7 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, e
 All parameters of a model lie in one flat dict under dotted names: ``layers.0.q.weight`` (m, n),
 ``layers.0.q.bias`` (m, 1), and, where the projection is adapted, ``layers.0.q.A`` (r, n) and
 ``layers.0.q.B`` (m, r), or what else its `Variant` has. What is trained, and with which variant,
-scale and dropout mask, says a `Tuning`.
+scale and dropout mask, says a `TrainableSpec`.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ LORA = Variant(("A", "B"), lora_linear, _merge_lora, spares=True)
 
 
 @dataclass(frozen=True)
-class Tuning:
+class TrainableSpec:
     """What is trained. All that ``trained`` does not name is constant; no gradient of it is formed.
 
     ``scale``: s of each adapted projection; ``keep``: its dropout multiplier K (n, tokens), none
@@ -155,7 +155,7 @@ class Tuning:
     the projections whose adapter is not LoRA itself; ``recompute``: ``back`` runs each block's
     forward again, so that only its input is kept; ``constant``: projections whose input depends on
     nothing that is trained, as the model finds them: their dx is 0. Full fine-tuning is
-    ``Tuning(trained=frozenset(weights))``.
+    ``TrainableSpec(trained=frozenset(weights))``.
     """
 
     scale: Mapping[str, Any] = field(default_factory=dict)
@@ -170,7 +170,7 @@ class Tuning:
         return {name: g for name, g in gradients if name in self.trained}
 
 
-def total(*parts: Weights) -> Weights:
+def sum_gradients(*parts: Weights) -> Weights:
     """The sum of gradients by name: a tied weight receives one from each of its uses."""
     sums: Weights = {}
     for name, g in (item for part in parts for item in part.items()):
@@ -191,7 +191,7 @@ def weight_of(at: str, W: Params) -> str:
     return own if own in W else f"{TIE.get(at, at)}.weight"
 
 
-def adapter_of(at: str, W: Params, tuning: Tuning) -> tuple[Variant, list[str]]:
+def adapter_of(at: str, W: Params, tuning: TrainableSpec) -> tuple[Variant, list[str]]:
     """The variant of the module's adapter and its parameters' names; no names, no adapter.
 
     Errors: ValueError if the base's weight is trained below a variant that rescales it.
@@ -205,17 +205,17 @@ def adapter_of(at: str, W: Params, tuning: Tuning) -> tuple[Variant, list[str]]:
     return variant, names
 
 
-def base_of(variant: Variant, name: str, W: Params) -> Array:
+def frozen_weight(variant: Variant, name: str, W: Params) -> Array:
     """The weight below an adapter: whole where it is rescaled, where others read it in parts."""
-    return W[name] if variant.additive else whole(W[name])
+    return W[name] if variant.additive else to_dense(W[name])
 
 
-def whole(w: Any) -> Any:
+def to_dense(w: Any) -> Any:
     """A weight that is read by its rows, as `minilora.io.lazy_weights` has them, as one array."""
     return np.asarray(w) if hasattr(w, "rows") else w
 
 
-def project(x: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
+def project(x: Array, at: str, W: Params, tuning: TrainableSpec) -> tuple[Array, Back]:
     """The projection named ``at``: the one place that asks if it is adapted, trained or frozen.
 
     ``back(dy)`` gives dx and a dict with the gradients of what is trained: those of the adapter as
@@ -229,7 +229,7 @@ def project(x: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
     variant, names = adapter_of(at, W, tuning)
     if names:
         s, K = tuning.scale[at], tuning.keep.get(at)
-        base = base_of(variant, weight, W)
+        base = frozen_weight(variant, weight, W)
         y, back_y = variant.linear(x, base, W.get(bias), *map(W.__getitem__, names), s, K)
     else:
         y, back_y = linear(x, W[weight], W.get(bias))
@@ -327,7 +327,7 @@ class Merged(Weights):
         self.original = dict(original)
 
 
-def merge(W: Weights, tuning: Tuning) -> Merged:
+def merge(W: Weights, tuning: TrainableSpec) -> Merged:
     """Every adapted weight replaced by its variant's W', a new array; the others are shared.
 
     An embedding's matrix is its table's transpose. A tie ends where only one of the two changes:
@@ -350,7 +350,7 @@ def merge(W: Weights, tuning: Tuning) -> Merged:
         if f"{at}.weight" not in merged:
             continue  # a tied head whose change is the embedding's
         variant, names = adapter_of(at, W, tuning)
-        base = whole(W[weight_of(at, W)])
+        base = to_dense(W[weight_of(at, W)])
         matrix = base.T if at in TABLES else base
         factors = [W[name] for name in names]
         change, bias = variant.merge(matrix, W.get(f"{at}.bias"), *factors, tuning.scale[at])
@@ -363,7 +363,7 @@ def merge(W: Weights, tuning: Tuning) -> Merged:
     return Merged(merged, W)
 
 
-def _twins(head: str, table: str, W: Weights, tuning: Tuning) -> bool:
+def _twins(head: str, table: str, W: Weights, tuning: TrainableSpec) -> bool:
     """Whether both are adapted, and alike: one's factors are the other's `twin`, by LoRA itself."""
     if not {f"{head}.A", f"{table}.A"} <= W.keys() or {head, table} & tuning.variant.keys():
         return False

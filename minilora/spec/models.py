@@ -1,7 +1,8 @@
 """Three architectures in full: Llama (and Qwen2), GPT-2, BERT with a classification head.
 
 Each gives ``logits, back``, and :func:`loss` gives ``loss, back``: ``back(1.0)`` is a dict with the
-gradient of all that the `Tuning` names as trained. Logits lie (classes, b*t) or (classes, b).
+gradient of all that the `TrainableSpec` names as trained. Logits lie (classes, b*t) or (classes,
+b).
 """
 
 from collections.abc import Callable
@@ -13,7 +14,15 @@ import numpy as np
 
 from minilora.io.lazy_weights import by_rows
 from minilora.spec.blocks import Past, bert_block, embed, gpt2_block, llama_block, normalise, stack
-from minilora.spec.lora import Params, Tuning, Weights, project, total, weight_of, whole
+from minilora.spec.lora import (
+    Params,
+    TrainableSpec,
+    Weights,
+    project,
+    sum_gradients,
+    to_dense,
+    weight_of,
+)
 from minilora.spec.ops import (
     IGNORED,
     Array,
@@ -28,7 +37,7 @@ from minilora.spec.ops import (
 )
 
 Shapes = dict[str, tuple[int, int]]
-Head = Callable[[Array, str, Params, Tuning], tuple[Array, Back]]
+Head = Callable[[Array, str, Params, TrainableSpec], tuple[Array, Back]]
 """What stands at the end: the projection to logits, or the loss of them."""
 
 
@@ -225,7 +234,7 @@ def llama(
     batch: Batch,
     W: Params,
     c: Llama,
-    tuning: Tuning,
+    tuning: TrainableSpec,
     head: Head = project,
     past: Past | None = None,
 ) -> tuple[Array, Back]:
@@ -252,7 +261,7 @@ def llama(
         dh, g_head = back_head(dz)
         dx, g_norm = back_norm(dh)
         dx, g_blocks = back_blocks(dx)
-        return total(back_embed(dx), g_blocks, g_norm, g_head)
+        return sum_gradients(back_embed(dx), g_blocks, g_norm, g_head)
 
     return z, back
 
@@ -261,7 +270,7 @@ def gpt2(
     batch: Batch,
     W: Params,
     c: GPT2,
-    tuning: Tuning,
+    tuning: TrainableSpec,
     head: Head = project,
     past: Past | None = None,
 ) -> tuple[Array, Back]:
@@ -286,13 +295,13 @@ def gpt2(
         dh, g_head = back_head(dz)
         dx, g_norm = back_norm(dh)
         dx, g_blocks = back_blocks(dx)
-        return total(back_embed(dx), back_positions(dx), g_blocks, g_norm, g_head)
+        return sum_gradients(back_embed(dx), back_positions(dx), g_blocks, g_norm, g_head)
 
     return z, back
 
 
 def bert(
-    batch: Batch, W: Params, c: Bert, tuning: Tuning, head: Head = project
+    batch: Batch, W: Params, c: Bert, tuning: TrainableSpec, head: Head = project
 ) -> tuple[Array, Back]:
     """z = head(tanh(pooler(first token of blocks(norm(embed(ids) + positions + types))))).
 
@@ -321,12 +330,12 @@ def bert(
         dx, g_blocks = back_blocks(dh)
         dx, g_norm = back_norm(dx)
         g_tables = back_embed(dx) | back_positions(dx) | back_types(dx)
-        return total(g_tables, g_norm, g_blocks, g_pooler, g_head)
+        return sum_gradients(g_tables, g_norm, g_blocks, g_pooler, g_head)
 
     return z, back
 
 
-def kept(c: Config, tuning: Tuning) -> tuple[int, bool]:
+def kept(c: Config, tuning: TrainableSpec) -> tuple[int, bool]:
     """How many blocks at the bottom have nothing trained in or below them; whether to recompute."""
     return _lowest(c.layers, c.causal, frozenset(tuning.trained)), tuning.recompute
 
@@ -378,7 +387,7 @@ def logits(
     batch: Batch,
     W: Params,
     c: Config,
-    tuning: Tuning,
+    tuning: TrainableSpec,
     head: Head = project,
     past: Past | None = None,
 ) -> tuple[Array, Back]:
@@ -412,7 +421,7 @@ def _no_back(dz: Array) -> Weights:
     raise RuntimeError("a forward with a past has no back; run it over all tokens at once")
 
 
-def targets(batch: Batch, c: Config) -> Array:
+def shifted_labels(batch: Batch, c: Config) -> Array:
     """The label that each column of logits is to predict: for language models, the next token's.
 
     Shapes: labels (b, t) -> targets (b*t,), or labels (b,) -> targets (b,).
@@ -435,7 +444,7 @@ LARGE = 6 * 2**20
 
 
 def head_loss(
-    x: Array, at: str, W: Params, tuning: Tuning, labels: Array, count: int | None = None
+    x: Array, at: str, W: Params, tuning: TrainableSpec, labels: Array, count: int | None = None
 ) -> tuple[Array, Back]:
     """L = the mean cross-entropy of z = W x over the labels that count, W the projection's ``at``.
 
@@ -477,7 +486,7 @@ def _in_parts(
     losses, dxs, gradients = zip(*map(of, parts), strict=True)
     dx = np.zeros_like(x, dtype=dxs[0].dtype)
     dx[:, columns] = np.concatenate(dxs, axis=1)
-    return sum(losses[1:], losses[0]), dx, total(*gradients)
+    return sum(losses[1:], losses[0]), dx, sum_gradients(*gradients)
 
 
 def _held(E: Any, by_blocks: bool, at: str, W: Params) -> Params:
@@ -485,20 +494,20 @@ def _held(E: Any, by_blocks: bool, at: str, W: Params) -> Params:
     if not by_blocks and not hasattr(E, "rows"):
         return W
     own: dict[str, Any] = {name: W[name] for name in W if name.startswith(f"{at}.")}
-    return own | {weight_of(at, W): by_rows(E) if by_blocks else whole(E)}
+    return own | {weight_of(at, W): by_rows(E) if by_blocks else to_dense(E)}
 
 
 def loss(
-    batch: Batch, W: Params, c: Config, tuning: Tuning, count: int | None = None
+    batch: Batch, W: Params, c: Config, tuning: TrainableSpec, count: int | None = None
 ) -> tuple[Array, Back]:
     """The mean cross-entropy over the labels that count; language models predict the next token.
 
     Shapes: -> L (); ``count`` as in `ops.cross_entropy`.
-    Errors: those of :func:`targets`, :func:`logits` and ``cross_entropy``.
+    Errors: those of :func:`shifted_labels`, :func:`logits` and ``cross_entropy``.
     """
-    labels = targets(batch, c)
+    labels = shifted_labels(batch, c)
 
-    def head(x: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
+    def head(x: Array, at: str, W: Params, tuning: TrainableSpec) -> tuple[Array, Back]:
         return head_loss(x, at, W, tuning, labels, count)
 
     return logits(batch, W, c, tuning, head)

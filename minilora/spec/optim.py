@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.spec.lora import Params, Weights, number, total
+from minilora.spec.lora import Params, Weights, number, sum_gradients
 from minilora.spec.ops import Array
 
 Rates = float | Mapping[str, float]
@@ -243,7 +243,7 @@ def accumulate(parts: Sequence[tuple[int, Weights]]) -> Weights:
     names = parts[0][1].keys()
     if any(g.keys() != names for _, g in parts):
         raise ValueError("the micro-batches' gradients name different parameters")
-    weighted = total(*({name: n * g[name] for name in names} for n, g in parts))
+    weighted = sum_gradients(*({name: n * g[name] for name in names} for n, g in parts))
     return {name: g / tokens for name, g in weighted.items()}
 
 

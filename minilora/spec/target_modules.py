@@ -15,7 +15,7 @@ import numpy as np
 
 from minilora.spec.adalora import adalora_scale
 from minilora.spec.initialization import STARTS, draw_vera, vera_part
-from minilora.spec.lora import LORA, TABLES, Tuning, Variant, Weights, scale, twin, weight_of
+from minilora.spec.lora import LORA, TABLES, TrainableSpec, Variant, Weights, scale, twin, weight_of
 from minilora.spec.ops import Array, Back
 from minilora.spec.variants import (
     ADALORA,
@@ -46,7 +46,7 @@ ALORA = Variant(("A", "B"), _alora_linear, _merge_alora)
 
 
 @dataclass(frozen=True)
-class Lora:
+class LoraConfig:
     """A choice of adapters: where, of which rank and scale, and what is trained beside them.
 
     ``targets``: "all-linear" (every projection but the head), a regular expression that must match
@@ -62,7 +62,7 @@ class Lora:
     the variant of that name. ``invocation``: the tokens from which aLoRA acts (:func:`invoked`).
     ``tie``: a tied head takes its embedding's factors, `lora.twin`. ``tokens``:
     rows of tables that are trained alone, by `ops.with_tokens` and not by
-    :func:`adapt`. ``replication``: the ranges of :func:`replicate` that the model was made with.
+    :func:`inject`. ``replication``: the ranges of :func:`replicate` that the model was made with.
 
     Errors: ValueError for what contradicts itself, or names no variant, start or bias.
     """
@@ -143,8 +143,8 @@ class Lora:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a `Lora` hit: for each adapted module its rank, its alpha and its shape (m, n)."""
+class ResolvedTargets:
+    """What a `LoraConfig` hit: for each adapted module its rank, its alpha and its shape (m, n)."""
 
     rank: Mapping[str, int]
     alpha: Mapping[str, Any]
@@ -289,7 +289,7 @@ def saved_in_full(name: str, wanted: Sequence[str]) -> bool:
     return any(outer.endswith(tuple(wanted)) for outer in outers(name))
 
 
-def choose(lora: Lora, linears: Mapping[str, tuple[int, int]]) -> Choice:
+def resolve_targets(lora: LoraConfig, linears: Mapping[str, tuple[int, int]]) -> ResolvedTargets:
     """The modules among ``linears`` (name to shape) that ``lora`` hits.
 
     ``linears`` are a model's projections, or its ``matrices()``: those, the tables as (d, v), and a
@@ -335,10 +335,10 @@ def choose(lora: Lora, linears: Mapping[str, tuple[int, int]]) -> Choice:
     if lora.tie and twins <= rank.keys() and rank["head"] != rank["embed"]:
         raise ValueError(f"tie: ranks {rank['embed']} and {rank['head']}, expected one")
     shapes = {at: linears[at] for at in hit}
-    return Choice(rank, own(lora.alpha_pattern, lora.alpha), shapes, lora.variant)
+    return ResolvedTargets(rank, own(lora.alpha_pattern, lora.alpha), shapes, lora.variant)
 
 
-def scales(lora: Lora, choice: Choice) -> dict[str, Any]:
+def scales(lora: LoraConfig, choice: ResolvedTargets) -> dict[str, Any]:
     """s of each adapted module: α / r, or α / √r; AdaLoRA's has the choice's one r, VeRA's is 1."""
     if lora.entry.variant == VERA:
         return dict.fromkeys(choice.rank, 1)
@@ -347,25 +347,26 @@ def scales(lora: Lora, choice: Choice) -> dict[str, Any]:
     return {at: scale(choice.alpha[at], r, lora.rslora) for at, r in choice.rank.items()}
 
 
-def adapt(
+def inject(
     W: Weights,
-    lora: Lora,
+    lora: LoraConfig,
     linears: Mapping[str, tuple[int, int]],
     rng: np.random.Generator,
-) -> tuple[Weights, Tuning]:
+) -> tuple[Weights, TrainableSpec]:
     """The weights with fresh adapters beside each chosen module, and what is trained of them.
 
     The adapters have their weight's dtype. A start that takes them out of the weight leaves its
     residual in what is returned, and W as it was; tables start as "embedding" under every ``init``.
     VeRA's A and B are parts of one draw.
 
-    Errors: those of :func:`choose` and of the start; ValueError if W has adapters already, if an
-    expression of ``lora.also`` matches no parameter, if a table has no such adapter, no such row,
-    or the head to tie has a weight of its own; if W is not made of ``lora.replication``.
+    Errors: those of :func:`resolve_targets` and of the start; ValueError if W has adapters
+    already, if an expression of ``lora.also`` matches no parameter, if a table has no such
+    adapter, no such row, or the head to tie has a weight of its own; if W is not made of
+    ``lora.replication``.
     """
     if any(name.endswith(".A") for name in W):
         raise ValueError("the weights have adapters already; disable or merge them first")
-    choice = choose(lora, linears)
+    choice = resolve_targets(lora, linears)
     _check_tables(W, lora, choice)
     s = scales(lora, choice)
     variant = lora.entry.variant
@@ -398,10 +399,12 @@ def adapt(
     if lora.bias == "lora_only":
         beside |= {f"{at}.bias" for at in choice.rank if f"{at}.bias" in W}
     variants = {} if lora.equation == LORA else dict.fromkeys(choice.rank, lora.equation)
-    return {**W, **changed}, Tuning(scale=s, trained=choice.trained() | beside, variant=variants)
+    return {**W, **changed}, TrainableSpec(
+        scale=s, trained=choice.trained() | beside, variant=variants
+    )
 
 
-def _check_tables(W: Weights, lora: Lora, choice: Choice) -> None:
+def _check_tables(W: Weights, lora: LoraConfig, choice: ResolvedTargets) -> None:
     """Refuse what a table, a tied head or a replicated model cannot have."""
     entry = lora.entry
     plain = {"A", "B"} <= {*entry.trained} <= {"A", "B", "magnitude"} and lora.equation != ALORA
@@ -420,7 +423,7 @@ def _check_tables(W: Weights, lora: Lora, choice: Choice) -> None:
         raise ValueError(f"replication {lora.replication} of {len(layers)} layers: replicate first")
 
 
-def invoked(tuning: Tuning, ids: Array, tokens: Sequence[int]) -> Tuning:
+def invoked(tuning: TrainableSpec, ids: Array, tokens: Sequence[int]) -> TrainableSpec:
     """The tuning of one batch under aLoRA: K is 0 before the last invocation, beside its dropout.
 
     Shapes: ids (b, t).
@@ -463,7 +466,7 @@ def replicated(layers: int, ranges: Sequence[tuple[int, int]]) -> list[int]:
 def replicate(W: Weights, c: Any, ranges: Sequence[tuple[int, int]]) -> tuple[Weights, Any]:
     """A deeper model of the same layers: weights and configuration of what :func:`replicated` says.
 
-    The copies share their arrays, so that a frozen base takes no more memory; :func:`adapt` then
+    The copies share their arrays, so that a frozen base takes no more memory; :func:`inject` then
     gives each of them adapters of its own. What is trained of the base itself parts, copy by copy:
     for one trained array, sum its gradients.
 

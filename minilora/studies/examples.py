@@ -24,7 +24,7 @@ from scipy.optimize import minimize
 from minilora import __version__
 from minilora.io.formats.files import FormatError, listed, pack_json, read_json, write_files
 from minilora.io.loading import MANIFEST, Base, open_adapted, open_base, package_folder, packaged
-from minilora.spec.lora import Params, Tuning, project
+from minilora.spec.lora import Params, TrainableSpec, project
 from minilora.spec.models import Config, logits
 from minilora.spec.ops import Array, Back, cross_entropy, linear
 from minilora.training import data
@@ -36,7 +36,7 @@ from minilora.training.train import (
     LOG,
     Job,
     Outcome,
-    Recipe,
+    TrainConfig,
     Watch,
     batches_of,
     fit,
@@ -260,12 +260,12 @@ def features(examples: Sequence[Example], W: Params, c: Config, tokens: int) -> 
     """
     seen: list[Array] = []
 
-    def head(x: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
+    def head(x: Array, at: str, W: Params, tuning: TrainableSpec) -> tuple[Array, Back]:
         seen.append(x)
         return x, lambda dx: None
 
     for batch in batches_of(examples, tokens, 0):
-        logits(batch, W, c, Tuning(), head)
+        logits(batch, W, c, TrainableSpec(), head)
     places = np.argsort(_rows(examples, tokens))
     return np.concatenate(seen, 1)[:, places]
 
@@ -288,7 +288,7 @@ def probe(x: Array, labels: Array, classes: int, strength: float) -> tuple[Array
     def loss(flat: Array) -> tuple[float, Array]:
         W, b = np.split(flat.reshape(shape), [len(x)], axis=1)
         head = {"head.weight": W, "head.bias": b}
-        z, back_z = project(x, "head", head, Tuning(trained=frozenset(head)))
+        z, back_z = project(x, "head", head, TrainableSpec(trained=frozenset(head)))
         L, back_L = cross_entropy(z, labels)
         _, g = back_z(back_L(1.0))
         decayed = [g["head.weight"] + strength * W, g["head.bias"]]
@@ -341,7 +341,7 @@ def sentiment(
         out / "data",
         {s: [{"text": t.text, "label": str(t.label)} for t in own] for s, own in splits.items()},
     )
-    recipe = Recipe(
+    recipe = TrainConfig(
         "classify",
         lr=1e-3,
         dropout=0.1,
@@ -409,7 +409,7 @@ def summaries(
     splits = papers()
     chosen = {"train": splits["train"][: size.train], "test": splits["test"][: size.test]}
     folder = _write(out / "data", chosen)
-    recipe = Recipe(
+    recipe = TrainConfig(
         *("summarize",), lr=1e-3, warmup=5, epochs=size.epochs, length=size.length,
         batch_tokens=size.length, accumulate=2, seed=seed,
     )  # fmt: skip

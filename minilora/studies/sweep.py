@@ -30,8 +30,8 @@ from minilora.training.data import Data
 from minilora.training.gradients import Plan, blas_threads, warm_memory
 from minilora.training.train import (
     LOG,
-    Recipe,
     Refused,
+    TrainConfig,
     batches_of,
     canvas,
     fit,
@@ -87,10 +87,10 @@ class Setting:
 
     model: str
     data: str
-    recipe: Recipe
+    recipe: TrainConfig
     reading: tuple[tuple[str, Any], ...] = ()
 
-    def at(self, cell: Cell) -> Recipe:
+    def at(self, cell: Cell) -> TrainConfig:
         """The cell's recipe."""
         return replace(self.recipe, **asdict(cell))
 

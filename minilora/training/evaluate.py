@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from minilora.io.formats.tokenizers import Tokenizer
-from minilora.spec.lora import Params, Tuning, project
-from minilora.spec.models import Batch, Config, logits, targets
+from minilora.spec.lora import Params, TrainableSpec, project
+from minilora.spec.models import Batch, Config, logits, shifted_labels
 from minilora.spec.ops import IGNORED, Array, Back, cross_entropy
 from minilora.training.data import Example
 from minilora.training.generate import fitting, generate
@@ -40,7 +40,7 @@ class Measured:
 
 
 def mean_loss(
-    batches: Iterable[Batch], W: Params, c: Config, tuning: Tuning, plan: Plan
+    batches: Iterable[Batch], W: Params, c: Config, tuning: TrainableSpec, plan: Plan
 ) -> Measured:
     """The loss over all batches, without a backward; each label counts the same.
 
@@ -50,7 +50,7 @@ def mean_loss(
     return _whole(Measured(math.fsum(float(L) for L, _ in parts), sum(n for _, n in parts)))
 
 
-def measure(batches: Iterable[Batch], W: Params, c: Config, tuning: Tuning) -> Measured:
+def measure(batches: Iterable[Batch], W: Params, c: Config, tuning: TrainableSpec) -> Measured:
     """The loss as :func:`mean_loss` has it, and which of the labels that count are right.
 
     Errors: those of :func:`mean_loss`.
@@ -59,14 +59,14 @@ def measure(batches: Iterable[Batch], W: Params, c: Config, tuning: Tuning) -> M
     nll: list[float] = []
     right: list[Array] = []
     for batch in batches:
-        labels = targets(batch, c)
+        labels = shifted_labels(batch, c)
         counted = np.flatnonzero(labels != IGNORED)
 
         def head(
             x: Array,
             at: str,
             W: Params,
-            tuning: Tuning,
+            tuning: TrainableSpec,
             labels: Array = labels,
             of: Array = counted,
         ) -> tuple[Array, Back]:
@@ -86,7 +86,7 @@ def answers(
     examples: Sequence[Example],
     W: Params,
     c: Config,
-    tuning: Tuning,
+    tuning: TrainableSpec,
     tokenizer: Tokenizer,
     most: int,
 ) -> tuple[list[str], list[str]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from minilora.spec.blocks import Past
-from minilora.spec.lora import Params, Tuning, project
+from minilora.spec.lora import Params, TrainableSpec, project
 from minilora.spec.models import Batch, Config, Head, logits
 from minilora.spec.ops import Array, Back
 
@@ -83,7 +83,7 @@ def draw(z: Array, sampling: Sampling, seed: int, step: int, row: int = 0) -> in
 def last(b: int) -> Head:
     """The head of the last token of each of b sequences, the only one that is asked for."""
 
-    def head(x: Array, at: str, W: Params, tuning: Tuning) -> tuple[Array, Back]:
+    def head(x: Array, at: str, W: Params, tuning: TrainableSpec) -> tuple[Array, Back]:
         return project(x.reshape(len(x), b, -1)[:, :, -1], at, W, tuning)
 
     return head
@@ -99,7 +99,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     W: Params,
     c: Config,
-    tuning: Tuning,
+    tuning: TrainableSpec,
     *,
     most: int = 64,
     stop: Collection[int] = (),

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from minilora.spec.lora import Params, Tuning, Weights, draw_dropout, total
-from minilora.spec.models import Batch, Config, loss, targets
+from minilora.spec.lora import Params, TrainableSpec, Weights, draw_dropout, sum_gradients
+from minilora.spec.models import Batch, Config, loss, shifted_labels
 from minilora.spec.ops import IGNORED, Array
 
 
@@ -62,7 +62,7 @@ in turn, and so with more entries."""
 
 def counted(batch: Batch, c: Config) -> int:
     """How many labels of the batch count: what its mean loss is divided by."""
-    return int((targets(batch, c) != IGNORED).sum())
+    return int((shifted_labels(batch, c) != IGNORED).sum())
 
 
 def groups(batch: Batch, c: Config, plan: Plan, counts: Array | None = None) -> list[slice]:
@@ -70,7 +70,7 @@ def groups(batch: Batch, c: Config, plan: Plan, counts: Array | None = None) -> 
 
     A group none of whose labels counts is left out; ``counts``: which do, where that is known.
     """
-    counts = targets(batch, c) != IGNORED if counts is None else counts
+    counts = shifted_labels(batch, c) != IGNORED if counts is None else counts
     b, t = batch.ids.shape
     size = max(1, plan.size(c.d) // t)
     n = -(-b // size)
@@ -117,9 +117,9 @@ class Dropout(Mapping[str, Array]):
 
 
 def drawn_dropout(
-    seed: int, step: int, p: float, batch: Batch, c: Config, tuning: Tuning, dtype: Any
+    seed: int, step: int, p: float, batch: Batch, c: Config, tuning: TrainableSpec, dtype: Any
 ) -> Mapping[str, Array]:
-    """``Tuning.keep`` of a step: a K for each adapted projection; nothing where p is 0.
+    """``TrainableSpec.keep`` of a step: a K for each adapted projection; nothing where p is 0.
 
     Errors: ValueError unless 0 ≤ p < 1, and neither seed nor step is negative.
     """
@@ -131,7 +131,7 @@ def drawn_dropout(
     return Dropout(seed, step, p, inputs, range(b), dtype) if p else {}
 
 
-def part(batch: Batch, tuning: Tuning, rows: slice) -> tuple[Batch, Tuning]:
+def part(batch: Batch, tuning: TrainableSpec, rows: slice) -> tuple[Batch, TrainableSpec]:
     """These rows of the batch, and their columns of the dropout multipliers."""
     b = len(batch.ids)
     if rows.indices(b) == (0, b, 1):
@@ -188,7 +188,7 @@ def gradients(
     batch: Batch,
     W: Params,
     c: Config,
-    tuning: Tuning,
+    tuning: TrainableSpec,
     plan: Plan = Plan(),
     count: int | None = None,
 ) -> tuple[Any, Weights]:
@@ -198,7 +198,7 @@ def gradients(
 
     Errors: ValueError if no label counts; those of ``loss``.
     """
-    counts = targets(batch, c) != IGNORED
+    counts = shifted_labels(batch, c) != IGNORED
     own = int(counts.sum())
     n = own if count is None else count
     if min(own, n) < 1:
@@ -218,7 +218,7 @@ def gradients(
     parts = groups(batch, c, plan, counts)
     for L_group, gradients_of_group in in_order(work, parts, plan.threads):
         L = L_group if L is None else L + L_group
-        sums = total(sums, gradients_of_group) if sums else gradients_of_group
+        sums = sum_gradients(sums, gradients_of_group) if sums else gradients_of_group
     return L, sums
 
 
@@ -226,7 +226,7 @@ def evaluate(
     batch: Batch,
     W: Params,
     c: Config,
-    tuning: Tuning,
+    tuning: TrainableSpec,
     plan: Plan = Plan(),
 ) -> tuple[Any, int]:
     """The sum of the negative log-likelihoods of the labels that count, and their number.

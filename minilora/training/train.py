@@ -42,10 +42,10 @@ from minilora.io.loading import (
     weights_with,
 )
 from minilora.spec import adalora
-from minilora.spec.lora import LORA, Params, Tuning, Weights, is_base, total
+from minilora.spec.lora import LORA, Params, TrainableSpec, Weights, is_base, sum_gradients
 from minilora.spec.models import Batch, Config
 from minilora.spec.optim import AdamState, adamw, clip, loraplus_rates, schedule
-from minilora.spec.target_modules import Lora, adapt
+from minilora.spec.target_modules import LoraConfig, inject
 from minilora.spec.variants import REGISTRY
 from minilora.training import checkpoints, evaluate
 from minilora.training.checkpoints import State
@@ -74,7 +74,7 @@ _MODEL = (huggingface.CONFIG, huggingface.WEIGHTS)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainConfig:
     """All that decides the result of a run, beside the model and the data.
 
     ``steps`` of ``accumulate`` micro-batches of about ``batch_tokens`` tokens each, or as many as
@@ -131,10 +131,10 @@ class Recipe:
             object.__setattr__(self, "targets", tuple(self.targets))  # so that it can be a key
         self.lora()
 
-    def lora(self) -> Lora:
+    def lora(self) -> LoraConfig:
         """The adapters' choice. AdaLoRA's rank is higher at the start, and the scale the same."""
         r = adalora.initial_rank(self.rank) if self.variant == "adalora" else self.rank
-        return Lora(
+        return LoraConfig(
             r=r,
             alpha=self.alpha * r / self.rank if r != self.rank else self.alpha,
             dropout=self.dropout,
@@ -173,12 +173,12 @@ class Record:
     grad_norm: float
 
 
-def micro_batches(examples: Sequence[Example], recipe: Recipe, epoch: int) -> list[list[int]]:
+def micro_batches(examples: Sequence[Example], recipe: TrainConfig, epoch: int) -> list[list[int]]:
     """The rows of each micro-batch of an epoch, in their order."""
     return order(examples, recipe.batch_tokens, recipe.seed, epoch)
 
 
-def steps_in(examples: Sequence[Example], recipe: Recipe) -> int:
+def steps_in(examples: Sequence[Example], recipe: TrainConfig) -> int:
     """How many steps the run has: those given, or those of all epochs."""
     if recipe.steps is not None:
         return recipe.steps
@@ -195,9 +195,9 @@ def run(
     state: State,
     W: Params,
     c: Config,
-    tuning: Tuning,
+    tuning: TrainableSpec,
     examples: Sequence[Example],
-    recipe: Recipe,
+    recipe: TrainConfig,
     plan: Plan,
     pad: int = 0,
     steps: int | None = None,
@@ -253,8 +253,8 @@ def step(
     batches: Sequence[Batch],
     W: Params,
     c: Config,
-    tuning: Tuning,
-    recipe: Recipe,
+    tuning: TrainableSpec,
+    recipe: TrainConfig,
     plan: Plan,
     lr: Mapping[str, float],
     falls: adalora.Plan | None = None,
@@ -288,8 +288,8 @@ def _summed(
     batches: Sequence[Batch],
     W: Params,
     c: Config,
-    tuning: Tuning,
-    recipe: Recipe,
+    tuning: TrainableSpec,
+    recipe: TrainConfig,
     plan: Plan,
 ) -> tuple[Any, Weights]:
     counts = [counted(batch, c) for batch in batches]
@@ -304,7 +304,7 @@ def _summed(
             keep = drawn_dropout(recipe.seed, draw, p, batch, c, tuning, recipe.dtype)
             own = replace(tuning, keep=keep)
             L_i, g_i = gradients(batch, W, c, own, plan, sum(counts))
-            L, g = L + L_i, total(g, g_i)
+            L, g = L + L_i, sum_gradients(g, g_i)
     return L, g
 
 
@@ -318,12 +318,12 @@ class Job:
 
     base: Base
     data: Data
-    recipe: Recipe
+    recipe: TrainConfig
     frozen: Params
     start: Weights
     adapter: Weights
-    tuning: Tuning
-    lora: Lora | None
+    tuning: TrainableSpec
+    lora: LoraConfig | None
     source: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -337,12 +337,12 @@ class Job:
         return weights_with(self.frozen, {**self.adapter, **params})
 
 
-def prepare(base: Base, read: Data, recipe: Recipe, source: str = "", **settings: Any) -> Job:
+def prepare(base: Base, read: Data, recipe: TrainConfig, source: str = "", **settings: Any) -> Job:
     """The model with fresh adapters, or all of it to be trained; a head where a BERT has none.
 
     ``source``, where the data was read, and the ``settings`` of the reading go on record.
 
-    Errors: ValueError as `target_modules.adapt` has it; for a classifier with other classes
+    Errors: ValueError as `target_modules.inject` has it; for a classifier with other classes
     than the data; for an example that is longer than the model has positions.
     """
     c, W = base.config, base.weights
@@ -374,14 +374,14 @@ def prepare(base: Base, read: Data, recipe: Recipe, source: str = "", **settings
     said = {**vars(recipe), **settings}
     if recipe.full:
         trained = {name: np.asarray(W[name]) for name in c.shapes()}
-        tuning = Tuning(trained=frozenset(trained))
+        tuning = TrainableSpec(trained=frozenset(trained))
         return Job(base, read, recipe, W, trained, {}, tuning, None, source, said)
     lora = recipe.lora()
     # A drawn start reads its weight's shape and dtype and nothing else: those of a base that is
     # expanded on demand are not expanded for it.
     drawn = lora.equation == LORA and lora.init in ("kaiming", "gaussian", "orthogonal")
     seen = _outlines(W, c) if drawn else {name: W[name] for name in c.shapes()}
-    adapted, tuning = adapt(seen, lora, c.linears(), np.random.default_rng([recipe.seed, 2]))
+    adapted, tuning = inject(seen, lora, c.linears(), np.random.default_rng([recipe.seed, 2]))
     if recipe.task == "classify" and "head" in tuning.scale:
         expected = "other projections: a classifier's head is trained in full"
         raise ValueError(f"targets {recipe.targets!r} hit the head: expected {expected}")
@@ -424,7 +424,9 @@ def write_result(folder: Path | str, job: Job, params: Weights) -> None:
     peft.write_adapter(folder, base.config, W, tuning, lora, base=below, of=of)
 
 
-def _pruned(W: Weights, tuning: Tuning, lora: Lora) -> tuple[Weights, Tuning, Lora]:
+def _pruned(
+    W: Weights, tuning: TrainableSpec, lora: LoraConfig
+) -> tuple[Weights, TrainableSpec, LoraConfig]:
     """AdaLoRA's adapter without the triplets that do not act, nor the projections without any."""
     kept = adalora.left(W)
     ranks = {name.removesuffix(".E"): len(E) for name, E in kept.items() if name.endswith(".E")}

@@ -10,9 +10,9 @@ from minilora.verify.engine import Interrupted, Progress, UsageError, run
 from minilora.verify.implementation.contract import (
     TIME_LIMIT,
     Fault,
+    GuardedImplementation,
     LoadError,
     Skip,
-    Subject,
     resolve,
 )
 from minilora.verify.implementation.contract import load as load_target
@@ -26,13 +26,13 @@ __all__ = [
     "Check",
     "Comparison",
     "Fault",
+    "GuardedImplementation",
     "Interrupted",
     "Limits",
     "LoadError",
     "Report",
     "Result",
     "Skip",
-    "Subject",
     "UsageError",
     "check",
     "load_target",

@@ -21,8 +21,8 @@ from minilora.verify.implementation.contract import (
     DTYPES,
     TIME_LIMIT,
     Fault,
+    GuardedImplementation,
     Skip,
-    Subject,
     describe,
     near,
     tidy,
@@ -212,7 +212,7 @@ def run(
     plans = plan(
         checks, levels=levels, profile=profile, dtypes=dtypes, seed=seed, case=case, part=part
     )
-    subject = Subject(implementation, time_limit=time_limit)
+    subject = GuardedImplementation(implementation, time_limit=time_limit)
     if case is None and not dtypes:
         plans = [p for p in plans if p.dtype in subject.dtypes]
     declarations, notes = declared(checks, subject, known or {})
@@ -287,7 +287,7 @@ def _announced(p: Plan, progress: Progress | None, behind: int, total: int) -> I
 
 
 def declared(
-    checks: Sequence[Check], subject: Subject, known: Mapping[str, Any]
+    checks: Sequence[Check], subject: GuardedImplementation, known: Mapping[str, Any]
 ) -> tuple[dict[str, Known], tuple[str, ...]]:
     """The known deviations that apply to the subject's version, and remarks on the others.
 
@@ -411,7 +411,7 @@ def _worse(a: Judgement, b: Judgement) -> bool:
 
 def _result(
     p: Plan,
-    subject: Subject,
+    subject: GuardedImplementation,
     cases: Iterator[Case],
     known: Known | None,
     command: Sequence[str] | None,
@@ -456,7 +456,7 @@ def _result(
     )
 
 
-def _unsupported(check: Check, dtype: str, subject: Subject) -> str:
+def _unsupported(check: Check, dtype: str, subject: GuardedImplementation) -> str:
     if absent := [method for method in check.needs if not subject.has(method)]:
         return f"not supported: no method {', '.join(absent)}"
     if dtype not in subject.dtypes:
@@ -465,7 +465,7 @@ def _unsupported(check: Check, dtype: str, subject: Subject) -> str:
 
 
 def judged(
-    check: Check, subject: Subject, case: Case
+    check: Check, subject: GuardedImplementation, case: Case
 ) -> tuple[list[Judgement], Skip | Fault | None]:
     """The judgements of a case, and what ended it early: those made before that count too."""
     found: list[Judgement] = []
@@ -495,7 +495,7 @@ def _ours(error: Exception) -> str:
 
 
 def _looked_into(
-    result: Result, p: Plan, subject: Subject, again: str, shrinks: bool, within: bool
+    result: Result, p: Plan, subject: GuardedImplementation, again: str, shrinks: bool, within: bool
 ) -> Result:
     """With what can be said of a deviation: that it depends on earlier calls, or its name.
 
@@ -508,7 +508,7 @@ def _looked_into(
     return _with_smallest(_diagnosed(result, p, subject), p, subject, within)
 
 
-def _diagnosed(result: Result, p: Plan, subject: Subject) -> Result:
+def _diagnosed(result: Result, p: Plan, subject: GuardedImplementation) -> Result:
     hung = any(fault.kind == "hangs" for fault in result.faults)
     if p.check.diagnose is None or result.status != "fail" or hung:
         return result
@@ -520,7 +520,7 @@ def _diagnosed(result: Result, p: Plan, subject: Subject) -> Result:
     return replace(result, diagnosis=found, seconds=result.seconds + perf_counter() - started)
 
 
-def _remembers(result: Result, p: Plan, subject: Subject) -> tuple[Diagnosis, ...]:
+def _remembers(result: Result, p: Plan, subject: GuardedImplementation) -> tuple[Diagnosis, ...]:
     """Whether a case fails by what calls before it left behind: what to say, or nothing."""
     if any(fault.kind in ("hangs", "crashes", "internal") for fault in result.faults):
         return ()
@@ -547,7 +547,7 @@ def _remembers(result: Result, p: Plan, subject: Subject) -> tuple[Diagnosis, ..
     return ()
 
 
-def _with_smallest(result: Result, p: Plan, subject: Subject, within: bool) -> Result:
+def _with_smallest(result: Result, p: Plan, subject: GuardedImplementation, within: bool) -> Result:
     if p.check.smallest is None or any(fault.kind == "hangs" for fault in result.faults):
         return result
     if not within:

@@ -16,7 +16,7 @@ import pytest
 
 from minilora.verify import engine
 from minilora.verify.core.types import Check
-from minilora.verify.implementation.contract import Subject, load, resolve
+from minilora.verify.implementation.contract import GuardedImplementation, load, resolve
 from minilora.verify.report.report import Known, Report, block
 
 _SEARCHED: Counter[str] = Counter()
@@ -48,7 +48,7 @@ class OneCheck:
 
     def __call__(self, implementation: object) -> None:
         """Puts the check to the implementation: passes, skips, fails or fails as expected."""
-        name = Subject(implementation).name
+        name = GuardedImplementation(implementation).name
         check = self.check
         if _SEARCHED[name] >= engine.SEARCHES:
             check = replace(check, smallest=None)
@@ -103,7 +103,7 @@ def each(
     """
     from minilora.verify.checks.registry import CHECKS
 
-    subject = Subject(implementation)
+    subject = GuardedImplementation(implementation)
     declarations, _ = engine.declared(CHECKS, subject, known or {})
     asked = dtypes or subject.dtypes
     for p in engine.plan(CHECKS, levels=levels, profile=profile, dtypes=asked, seed=seed):
@@ -126,7 +126,7 @@ def parametrized(implementations: Sequence[object], **options: Any) -> pytest.Ma
     for given in implementations:
         shown = getattr(given, "__qualname__", type(given).__qualname__)
         implementation = load(given) if isinstance(given, str) else resolve(given, shown)
-        name = Subject(implementation).name
+        name = GuardedImplementation(implementation).name
         parameters += [
             pytest.param(implementation, one, id=f"{name}-{one.id}")
             for one in each(implementation, **options)

@@ -1,7 +1,7 @@
-"""Who checks the checks: every misreading is to be caught and nearly each named; what is right
+"""Who checks the checks: every mutant is to be caught and nearly each named; what is right
 passes.
 
-The catalogue of misreadings is put to the checks as other implementations are. A wrong one that
+The catalogue of mutants is put to the checks as other implementations are. A wrong one that
 passes, or a right one that does not, is a defect of this package.
 """
 
@@ -24,12 +24,18 @@ from threadpoolctl import threadpool_limits
 from minilora.verify import engine
 from minilora.verify.core.types import STRUCTURE, Case, Check
 from minilora.verify.diagnosis.diagnose import Direct, has_diagnosis
-from minilora.verify.implementation.contract import DTYPES, METHODS, Fault, Skip, Subject
-from minilora.verify.mutants import MISREADINGS, Misreading
+from minilora.verify.implementation.contract import (
+    DTYPES,
+    METHODS,
+    Fault,
+    GuardedImplementation,
+    Skip,
+)
+from minilora.verify.mutants import MUTANTS, Mutant
 from minilora.verify.report.report import WIDTH
 
 WIDE = ("float64", "float32")
-"""Where each misreading must be caught: in the other dtypes, some are less than rounding."""
+"""Where each mutant must be caught: in the other dtypes, some are less than rounding."""
 
 NAMED_IN = "float32"
 NAMED = 0.9
@@ -39,7 +45,7 @@ CASES, FEW_CASES = 10_000, 1_000
 """How many cases the right implementations are put to in each dtype, and how many in a hurry."""
 
 FAULTS = {"changes its inputs", "nan", "shape"}
-"""The faults that a misreading may be caught by. An exception would only show that it is broken."""
+"""The faults that a mutant may be caught by. An exception would only show that it is broken."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -58,12 +64,12 @@ class Alarm:
 class Selftest:
     """What a self-test found.
 
-    ``caught`` has for each dtype and misreading the check that caught it, or ""; where a level has
-    no cases in a dtype, its misreadings are absent there. ``named`` has the names that the
-    diagnosis gave, the nearest first. ``broken`` are misreadings that raise.
+    ``caught`` has for each dtype and mutant the check that caught it, or ""; where a level has
+    no cases in a dtype, its mutants are absent there. ``named`` has the names that the
+    diagnosis gave, the nearest first. ``broken`` are mutants that raise.
     """
 
-    misreadings: tuple[Misreading, ...]
+    mutants: tuple[Mutant, ...]
     caught: dict[str, dict[str, str]]
     broken: dict[str, str]
     named: dict[str, tuple[str, ...]]
@@ -76,7 +82,7 @@ class Selftest:
 
     @property
     def missed(self) -> dict[str, list[str]]:
-        """The misreadings that no check catches, by the dtype."""
+        """The mutants that no check catches, by the dtype."""
         return {
             dtype: [id for id, check in found.items() if not check]
             for dtype, found in self.caught.items()
@@ -113,10 +119,10 @@ class Selftest:
     def rows(self) -> list[tuple[str, ...]]:
         """Level, class, number, rate of each dtype, rate of names: the worst class first."""
         groups: dict[tuple[str, str], list[str]] = {}
-        for m in self.misreadings:
+        for m in self.mutants:
             groups.setdefault((m.level, m.family), []).append(m.id)
         ordered = sorted(groups.items(), key=lambda group: self._worst(group[1]))
-        everything = [m.id for m in self.misreadings]
+        everything = [m.id for m in self.mutants]
         return [
             (level, family, str(len(ids)), *self._rates(ids))
             for (level, family), ids in [*ordered, (("all", ""), everything)]
@@ -162,8 +168,8 @@ class Selftest:
 
     def summary(self) -> str:
         """The rates in a sentence, and what falls short."""
-        every = len(self.misreadings)
-        parts = [f"{'a share, ' if self.quick else ''}{every} misreadings"]
+        every = len(self.mutants)
+        parts = [f"{'a share, ' if self.quick else ''}{every} mutants"]
         for dtype, found in self.caught.items():
             rate = _percent(sum(map(bool, found.values())), len(found))
             parts.append(f"{rate} caught in {dtype}")
@@ -206,7 +212,7 @@ class Selftest:
             "schema": 1,
             "seed": self.seed,
             "quick": self.quick,
-            "misreadings": [
+            "mutants": [
                 {"id": m.id, "level": m.level, "class": m.family, "formula": m.formula}
                 | {
                     "caught_by": {
@@ -214,7 +220,7 @@ class Selftest:
                     }
                 }
                 | ({"named": self.named[m.id]} if m.id in self.named else {})
-                for m in self.misreadings
+                for m in self.mutants
             ],
             "rights": self.rights,
             "cases": self.cases,
@@ -240,8 +246,8 @@ def _checks() -> dict[str, Check]:
 
 
 @cache
-def _catalogue() -> dict[str, Misreading]:
-    return {m.id: m for m in MISREADINGS}
+def _catalogue() -> dict[str, Mutant]:
+    return {m.id: m for m in MUTANTS}
 
 
 def of_level(level: str) -> list[Check]:
@@ -253,7 +259,7 @@ def _has_cases(level: str, dtype: str) -> bool:
     return any(check.cases("ci", dtype) for check in of_level(level))
 
 
-def deviation(check: Check, subject: Subject, case: Case) -> tuple[str, str]:
+def deviation(check: Check, subject: GuardedImplementation, case: Case) -> tuple[str, str]:
     """How a case does not pass, ("", "") where it does: pass, loose or fail, or a fault's kind."""
     found, end = engine.judged(check, subject, case)
     worst = max(found, key=lambda each: each.excess, default=None)
@@ -264,8 +270,8 @@ def deviation(check: Check, subject: Subject, case: Case) -> tuple[str, str]:
     return ("skip", end.reason) if isinstance(end, Skip) else ("", "")
 
 
-def catch(m: Misreading, dtype: str, seed: int = 0, profile: str = "ci") -> tuple[str, str]:
-    """The check that catches a misreading, or "", and why it is broken, or "".
+def catch(m: Mutant, dtype: str, seed: int = 0, profile: str = "ci") -> tuple[str, str]:
+    """The check that catches a mutant, or "", and why it is broken, or "".
 
     It is put to the check that it names first, and then to all others of its level, until one of
     them fails: to be loose is not to be caught.
@@ -283,8 +289,8 @@ def catch(m: Misreading, dtype: str, seed: int = 0, profile: str = "ci") -> tupl
     return "", ""
 
 
-def names(m: Misreading, dtype: str = NAMED_IN, seed: int = 0) -> tuple[str, ...]:
-    """What the first check of its level that has a diagnosis calls a misreading, nearest first."""
+def names(m: Mutant, dtype: str = NAMED_IN, seed: int = 0) -> tuple[str, ...]:
+    """What the first check of its level that has a diagnosis calls a mutant, nearest first."""
     for check in filter(has_diagnosis, of_level(m.level)):
         report = engine.run([check], m.make(), profile="ci", dtypes=[dtype], seed=seed)
         found = [each.id for each in report.results[0].diagnosis]
@@ -298,7 +304,7 @@ def rights(level: str) -> dict[str, Callable[[], object]]:
     """Implementations of a level that are right, however they are written."""
     from minilora.verify.implementation.minilora_impl import Own
 
-    same = {m.id: m.make for m in MISREADINGS if m.equivalent and m.level == level}
+    same = {m.id: m.make for m in MUTANTS if m.equivalent and m.level == level}
     return {"minilora": Own, **same}
 
 
@@ -387,10 +393,10 @@ def _all_done(jobs: list[Job], processes: int, progress: Progress | None) -> Ite
         pool.shutdown(cancel_futures=True)
 
 
-def share(misreadings: Sequence[Misreading], seed: int) -> list[Misreading]:
+def share(mutants: Sequence[Mutant], seed: int) -> list[Mutant]:
     """One of each class; another seed takes another."""
-    groups: dict[tuple[str, str], list[Misreading]] = {}
-    for m in misreadings:
+    groups: dict[tuple[str, str], list[Mutant]] = {}
+    for m in mutants:
         groups.setdefault((m.level, m.family), []).append(m)
     return [group[seed % len(group)] for group in groups.values()]
 
@@ -408,7 +414,7 @@ def selftest(
     """Puts the whole catalogue to the checks, in the profile ci.
 
     ``cases`` counts the cases of right implementations in each dtype. With ``quick``, one
-    misreading of each class and fewer cases. ``jobs`` processes share the work; what is found is
+    mutant of each class and fewer cases. ``jobs`` processes share the work; what is found is
     the same for any number of them. Raises engine.UsageError.
     """
     started = perf_counter()
@@ -419,7 +425,7 @@ def selftest(
     cases = (FEW_CASES if quick else CASES) if cases is None else cases
     if cases < 0 or jobs < 1:
         raise engine.UsageError(f"{cases} cases by {jobs} processes; expected 0 and 1 at least")
-    wrong = [m for m in MISREADINGS if m.level in levels and not m.equivalent]
+    wrong = [m for m in MUTANTS if m.level in levels and not m.equivalent]
     wrong = share(wrong, seed) if quick else wrong
     rounds = {dtype: list(_rounds(levels, dtype, cases)) for dtype in dtypes}
     tried = [(m, dtype) for dtype in dtypes for m in wrong if _has_cases(m.level, dtype)]
@@ -451,7 +457,7 @@ def selftest(
         for dtype in dtypes
     }
     return Selftest(
-        misreadings=tuple(wrong),
+        mutants=tuple(wrong),
         caught=caught,
         broken=broken,
         named=named,

@@ -40,13 +40,13 @@ from minilora.io.loading import (
     open_adapted,
     open_base,
 )
-from minilora.spec.lora import Tuning, merge
+from minilora.spec.lora import TrainableSpec, merge
 from minilora.spec.models import GPT2, Llama, draw_weights
-from minilora.spec.target_modules import Lora, adapt
+from minilora.spec.target_modules import LoraConfig, inject
 from minilora.training import data, evaluate
 from minilora.training.checkpoints import State
 from minilora.training.gradients import Plan
-from minilora.training.train import Recipe, prepare, read_log, run
+from minilora.training.train import TrainConfig, prepare, read_log, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -613,7 +613,7 @@ def test_data_of_other_classes_than_the_models_is_not_trained_on(tmp_path):
     base = open_base(str(named_classifier(tmp_path / "model")))
     rows = [{"text": "a b", "label": mood} for mood in MOODS]
     path = written(tmp_path / "d.jsonl", *rows)
-    recipe = Recipe(task="classify")
+    recipe = TrainConfig(task="classify")
     read = data.read(path, "classify", base.tokenizer, 64)
     with pytest.raises(ValueError, match="classes bland, sour, sweet in the data: expected the"):
         prepare(base, read, recipe)
@@ -693,7 +693,7 @@ def test_a_base_that_stays_quantised_trains_to_the_same_bits(tmp_path):
     for quantised in (False, True):
         base = open_base(str(tmp_path / "a.gguf"), quantised=quantised)
         assert isinstance(base.weights, dict) != quantised
-        job = prepare(base, read, Recipe(steps=3, dropout=0.1))
+        job = prepare(base, read, TrainConfig(steps=3, dropout=0.1))
         plan = Plan(recompute=quantised)
         *_, (state, _) = run(
             State(job.start), job.weights({}), c, job.tuning, read.train, job.recipe, plan
@@ -743,7 +743,7 @@ def test_peft_computes_what_was_trained_here(name, trained, libraries, tmp_path)
 
     figure = off(adapted.weights, adapted.tuning)
     record_worst("logits against peft, trained here", figure)
-    assert figure <= GRADIENT < off(base.weights, Tuning())
+    assert figure <= GRADIENT < off(base.weights, TrainableSpec())
 
 
 def test_a_shipped_classifier_is_inspected_and_gguf_has_no_place_for_it(minilora):
@@ -764,8 +764,8 @@ def test_a_shipped_classifier_is_inspected_and_gguf_has_no_place_for_it(minilora
 def test_what_a_start_took_out_of_the_base_is_converted_too(init, kind, tmp_path):
     """PEFT takes it out again where it loads the folder; others leave the base as it is."""
     base, rng = open_base("reference:llama"), np.random.default_rng(0)
-    lora = Lora(r=2, alpha=2, variant=init)
-    W, tuning = adapt(dict(base.weights), lora, base.config.linears(), rng)
+    lora = LoraConfig(r=2, alpha=2, variant=init)
+    W, tuning = inject(dict(base.weights), lora, base.config.linears(), rng)
     moved = {name: W[name] + W[name].dtype.type(0.1) for name in tuning.trained}
     before = {name: W[name] for name in base.config.shapes()}
     peft.write_adapter(tmp_path / "a", base.config, W | moved, tuning, lora, base=before)
@@ -793,8 +793,8 @@ def moduli(model, at):
 
 def test_trained_rows_of_a_table_are_not_lost_in_converting(tmp_path):
     base, rng = open_base("reference:llama"), np.random.default_rng(0)
-    lora = Lora(r=2, alpha=2, targets=["q"], tokens={"embed": [3, 4]})
-    W, tuning = adapt(dict(base.weights), lora, base.config.linears(), rng)
+    lora = LoraConfig(r=2, alpha=2, targets=["q"], tokens={"embed": [3, 4]})
+    W, tuning = inject(dict(base.weights), lora, base.config.linears(), rng)
     peft.write_adapter(tmp_path / "a", base.config, W, tuning, lora)
     for change, refused in ((0, False), (1, True)):
         E = np.array(base.weights["embed.weight"])
@@ -840,8 +840,8 @@ def test_a_tie_that_an_adapter_ends_is_merged_as_two_weights(at, minilora, tmp_p
     c = Llama(vocab=9, d=8, layers=1, heads=2, ffn=6, kv_heads=1, head_dim=4, tied=True)
     base = {name: w.astype(np.float32) for name, w in draw_weights(c, rng).items()}
     huggingface.write_model(tmp_path / "m", c, base, kept={"eos_token_id": 7})
-    lora = Lora(r=2, alpha=2, targets=[at])
-    W, tuning = adapt(base, lora, c.matrices(), rng)
+    lora = LoraConfig(r=2, alpha=2, targets=[at])
+    W, tuning = inject(base, lora, c.matrices(), rng)
     W[f"{at}.B"] = rng.standard_normal(W[f"{at}.B"].shape).astype(np.float32)
     peft.write_adapter(tmp_path / "a", c, W, tuning, lora)
     status, _, err = minilora("merge", "--model", "m", "--adapter", "a", "--output", "out")
@@ -854,7 +854,7 @@ def test_a_tie_that_an_adapter_ends_is_merged_as_two_weights(at, minilora, tmp_p
     c = GPT2(vocab=9, d=8, layers=1, heads=2, ffn=6, positions=5)
     base = {name: w.astype(np.float32) for name, w in draw_weights(c, rng).items()}
     huggingface.write_model(tmp_path / "g", c, base)
-    W, tuning = adapt(base, lora, c.matrices(), rng)
+    W, tuning = inject(base, lora, c.matrices(), rng)
     W[f"{at}.B"] += 1
     peft.write_adapter(tmp_path / "b", c, W, tuning, lora)
     status, _, err = minilora("merge", "--model", "g", "--adapter", "b", "--output", "none")
@@ -1182,8 +1182,8 @@ def test_lora_plus_is_what_was_given(minilora):
     for out, options, ratio in (("a", (), 16.0), ("b", ("--lora-plus", "1"), 1.0)):
         assert minilora(*command, out, *options)[0] == 0
         said = read_json(f"{out}/run.json")["settings"]["lora_plus"]
-        assert Recipe(variant="lora+", lora_plus=said).ratio() == ratio
-    assert Recipe().ratio() == 1.0
+        assert TrainConfig(variant="lora+", lora_plus=said).ratio() == ratio
+    assert TrainConfig().ratio() == 1.0
 
 
 def test_the_expression_of_the_help_hits_one_layer(capsys):

@@ -6,6 +6,7 @@ import pickle
 import re
 import struct
 import warnings
+from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -36,9 +37,9 @@ from minilora.io.formats.huggingface import (
     write_model,
 )
 from minilora.io.formats.peft import adapter_names, read_adapter, read_lora, write_adapter
-from minilora.spec.lora import Tuning, scale
+from minilora.spec.lora import TrainableSpec, scale
 from minilora.spec.models import GPT2, Batch, Bert, Llama, draw_weights, logits
-from minilora.spec.target_modules import Lora, adapt, choose
+from minilora.spec.target_modules import LoraConfig, inject, resolve_targets
 
 MODELS = {
     "llama": Llama(
@@ -101,7 +102,7 @@ def folder(tmp_path):
 
 # What the settings of an adapter may say, each said at least once.
 LORAS = {
-    "llama": Lora(
+    "llama": LoraConfig(
         r=3,
         alpha=5,
         rslora=True,
@@ -111,8 +112,8 @@ LORAS = {
         alpha_pattern={"down": 7.5},
         also=["norm.weight", "embed.weight", r"layers\.0\.gate\.weight"],
     ),
-    "qwen2": Lora(r=2, alpha=3, bias="all", also=["embed.weight"], init="gaussian"),
-    "gpt2": Lora(
+    "qwen2": LoraConfig(r=2, alpha=3, bias="all", also=["embed.weight"], init="gaussian"),
+    "gpt2": LoraConfig(
         r=2,
         alpha=1,
         bias="all",
@@ -120,7 +121,7 @@ LORAS = {
         alpha_pattern={"layers.0.qkv": 4},
         also=["norm.weight", "positions.weight", r"layers\.1\.up\.weight"],
     ),
-    "bert": Lora(
+    "bert": LoraConfig(
         r=2,
         alpha=4,
         bias="lora_only",
@@ -137,7 +138,7 @@ def adapted(kind, seed=1):
     """A model with a trained adapter: its weights, tuning and choice."""
     c, lora = MODELS[kind], LORAS[kind]
     rng = np.random.default_rng(seed)
-    W, tuning = adapt(weights(c), lora, c.linears(), rng)
+    W, tuning = inject(weights(c), lora, c.linears(), rng)
     moved = {k: W[k] + 0.3 * rng.standard_normal(W[k].shape) for k in sorted(tuning.trained)}
     return c, W | moved, tuning, lora
 
@@ -183,8 +184,8 @@ def test_a_model_read_back_is_the_model_written(kind, shard_bytes, tmp_path):
 def test_a_model_read_back_computes_the_same_bits(kind, folder):
     c, W = MODELS[kind], weights(MODELS[kind])
     c_read, W_read = read_model(folder / kind)
-    z, _ = logits(batch(c), W, c, Tuning())
-    z_read, _ = logits(batch(c), W_read, c_read, Tuning())
+    z, _ = logits(batch(c), W, c, TrainableSpec())
+    z_read, _ = logits(batch(c), W_read, c_read, TrainableSpec())
     assert z.tobytes() == z_read.tobytes()
 
 
@@ -805,7 +806,7 @@ def test_an_adapter_read_back_is_the_adapter_written(kind, adapters):
     z, _ = logits(batch(c), W, c, tuning)
     z_read, _ = logits(batch(c), read_model(adapters / kind)[1] | read, c, tuning_read)
     assert z.tobytes() == z_read.tobytes()
-    z_base, _ = logits(batch(c), weights(c), c, Tuning())
+    z_base, _ = logits(batch(c), weights(c), c, TrainableSpec())
     assert abs(z - z_base).max() > 0.01
 
 
@@ -813,7 +814,7 @@ def test_an_adapter_read_back_is_the_adapter_written(kind, adapters):
 def test_the_choice_read_back_is_the_choice_written(kind, adapters):
     c, _, _, lora = adapted(kind)
     read = read_lora(adapters / f"{kind}-adapter", c)
-    assert choose(read, c.linears()) == choose(lora, c.linears())
+    assert resolve_targets(read, c.linears()) == resolve_targets(lora, c.linears())
     assert (read.r, read.alpha, read.rslora, read.dropout) == (
         lora.r,
         lora.alpha,
@@ -823,8 +824,8 @@ def test_the_choice_read_back_is_the_choice_written(kind, adapters):
     assert (read.bias, read.init) == (lora.bias, lora.init)
     W = weights(c)
     assert (
-        adapt(W, read, c.linears(), np.random.default_rng(0))[1]
-        == (adapt(W, lora, c.linears(), np.random.default_rng(0))[1])
+        inject(W, read, c.linears(), np.random.default_rng(0))[1]
+        == (inject(W, lora, c.linears(), np.random.default_rng(0))[1])
     )
 
 
@@ -967,7 +968,7 @@ def test_ranks_and_scales_follow_the_first_pattern_that_fits(adapters):
         rank_pattern={"layers.1.self_attn.q_proj": 2, "q_proj": 3, "^v_proj": 5},
         alpha_pattern={".*v_proj": 20.5, "layers.0.self_attn.v_proj": 1},
     )
-    choice = choose(lora, MODELS["llama"].linears())
+    choice = resolve_targets(lora, MODELS["llama"].linears())
     found = {at: scale(choice.alpha[at], r, lora.rslora) for at, r in choice.rank.items()}
     assert found == {
         "layers.0.q": 12 / 3,
@@ -1147,11 +1148,11 @@ def test_only_what_the_choice_says_is_written(tmp_path):
     other = {**tuning.scale, "layers.0.q": 1.0}
     for wrong, says in (
         ((weights(c), tuning, lora), r"factors: found head\.A.* in one of the two, expected the"),
-        ((W, tuning, Lora(targets=["q"])), r"factors: found head\.A"),
+        ((W, tuning, LoraConfig(targets=["q"])), r"factors: found head\.A"),
         ((W | {"layers.0.q.A": np.ones((4, 8))}, tuning, lora), r"q\.A: found shape \(4, 8\), exp"),
-        ((W, Tuning(scale=other, trained=tuning.trained), lora), r"scale of layers\.0\.q: found 1"),
-        ((W, Tuning(scale={}, trained=tuning.trained), lora), "scale of .*: found None"),
-        ((W, Tuning(tuning.scale, trained=tuning.trained | {"layers.0.q.weight"}), lora),
+        ((W, replace(tuning, scale=other), lora), r"scale of layers\.0\.q: found 1"),
+        ((W, TrainableSpec(scale={}, trained=tuning.trained), lora), "scale of .*: found None"),
+        ((W, TrainableSpec(tuning.scale, trained=tuning.trained | {"layers.0.q.weight"}), lora),
          r"trained: found layers\.0\.q left out or over"),
     ):  # fmt: skip
         with pytest.raises(FormatError, match=says):
@@ -1161,12 +1162,12 @@ def test_only_what_the_choice_says_is_written(tmp_path):
         (["norm.bias"], "none", r"trained: found norm\.weight left out or over"),
         (["embed.weight"], "none", "found the tied embedding, expected no tied embedding"),
     ):
-        lora = Lora(also=also, bias=bias)
-        W, tuning = adapt(weights(biased), lora, biased.linears(), np.random.default_rng(0))
+        lora = LoraConfig(also=also, bias=bias)
+        W, tuning = inject(weights(biased), lora, biased.linears(), np.random.default_rng(0))
         with pytest.raises(FormatError, match=says):
             write_adapter(tmp_path / "no", biased, W, tuning, lora)
-    rule = Lora(bias="all")
-    W, tuning = adapt(weights(biased), Lora(), biased.linears(), np.random.default_rng(0))
+    rule = LoraConfig(bias="all")
+    W, tuning = inject(weights(biased), LoraConfig(), biased.linears(), np.random.default_rng(0))
     with pytest.raises(FormatError, match=r"left out or over, expected bias 'all' and whole"):
         write_adapter(tmp_path / "no", biased, W, tuning, rule)
     assert not (tmp_path / "no").exists()
@@ -1175,8 +1176,8 @@ def test_only_what_the_choice_says_is_written(tmp_path):
 def test_alpha_is_written_if_json_has_it(tmp_path):
     c = MODELS["gpt2"]
     for alpha, written in ((np.float32(2.5), 2.5), (np.int64(3), 3), (Fraction(1, 2), None)):
-        lora = Lora(r=1, alpha=alpha, targets=["qkv"])
-        W, tuning = adapt(weights(c), lora, c.linears(), np.random.default_rng(0))
+        lora = LoraConfig(r=1, alpha=alpha, targets=["qkv"])
+        W, tuning = inject(weights(c), lora, c.linears(), np.random.default_rng(0))
         if written is None:
             with pytest.raises(
                 FormatError, match=r"alpha: found Fraction\(1, 2\), expected an int"
@@ -1215,8 +1216,8 @@ class Damaged:
 def damaged(tmp_path_factory):
     folder = tmp_path_factory.mktemp("damaged")
     c = GPT2(vocab=3, d=2, layers=1, heads=1, ffn=3, positions=2)
-    lora = Lora(r=1, alpha=2, targets=["qkv"], bias="all", also=["norm.weight"])
-    W, tuning = adapt(weights(c), lora, c.linears(), np.random.default_rng(0))
+    lora = LoraConfig(r=1, alpha=2, targets=["qkv"], bias="all", also=["norm.weight"])
+    W, tuning = inject(weights(c), lora, c.linears(), np.random.default_rng(0))
     write_model(folder / "model", c, weights(c), dtype=np.float32)
     write_adapter(folder / "adapter", c, W, tuning, lora, dtype=ml_dtypes.bfloat16)
     return {
@@ -1442,7 +1443,7 @@ def test_transformers_computes_the_model_that_is_written(kind, shard_bytes, libr
     write_model(tmp_path, c, W, shard_bytes=shard_bytes)
     model = libraries.model(tmp_path)
     assert model.dtype == libraries.torch.float64
-    assert agree("transformers", deviation(libraries, model, W, c, Tuning()))
+    assert agree("transformers", deviation(libraries, model, W, c, TrainableSpec()))
 
 
 @every_model
@@ -1450,7 +1451,7 @@ def test_a_name_in_the_place_of_another_is_noticed(kind, libraries, tmp_path):
     c, W = MODELS[kind], weights(MODELS[kind])
     first, second = "layers.0.norm1.weight", "layers.1.norm1.weight"
     write_model(tmp_path, c, W | {first: W[second], second: W[first]})
-    assert deviation(libraries, libraries.model(tmp_path), W, c, Tuning()) > 1e9 * GRADIENT
+    assert deviation(libraries, libraries.model(tmp_path), W, c, TrainableSpec()) > 1e9 * GRADIENT
 
 
 @every_model
@@ -1579,7 +1580,7 @@ def test_what_peft_writes_is_read(kind, said_, scales, beside, libraries, folder
     W = weights(c) | read
     assert agree("peft", deviation(libraries, model, W, c, tuning))
     # The base without the adapter is another function.
-    assert deviation(libraries, model, weights(c), c, Tuning()) > 1e9 * GRADIENT
+    assert deviation(libraries, model, weights(c), c, TrainableSpec()) > 1e9 * GRADIENT
 
 
 @pytest.mark.parametrize(("kind", "changes", "hit"), TARGETS)

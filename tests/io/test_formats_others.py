@@ -23,7 +23,7 @@ from minilora.spec.layers import Geometry, adapted_conv
 from minilora.spec.lora import (
     LORA,
     TABLES,
-    Tuning,
+    TrainableSpec,
     lora_linear,
     merge,
     merge_weight,
@@ -31,7 +31,7 @@ from minilora.spec.lora import (
     twin,
 )
 from minilora.spec.models import GPT2, Batch, Bert, Llama, draw_weights, logits
-from minilora.spec.target_modules import Lora, adapt
+from minilora.spec.target_modules import LoraConfig, inject
 from minilora.spec.variants import DORA, DORA_FULL, VERA
 from minilora.testing import configurations, generators
 
@@ -49,7 +49,8 @@ def is_tied(c):
 
 
 def adapters(c, ranks, scales, seed=0, variant=LORA, dtype=F32, whole=False):
-    """Factors for the modules, no two entries alike, or small whole numbers, and their Tuning."""
+    """Factors for the modules, no two entries alike, or small whole numbers, and their
+    TrainableSpec."""
     rng = np.random.default_rng(seed)
     W = {}
     for at, r in ranks.items():
@@ -57,7 +58,7 @@ def adapters(c, ranks, scales, seed=0, variant=LORA, dtype=F32, whole=False):
             drawn = rng.integers(-3, 4, shape) if whole else rng.standard_normal(shape)
             W[name] = drawn.astype(dtype)
     variants = {} if variant is LORA else dict.fromkeys(ranks, variant)
-    return W, Tuning(dict(scales), {}, frozenset(W), variants)
+    return W, TrainableSpec(dict(scales), {}, frozenset(W), variants)
 
 
 def twinned(c, W, tuning):
@@ -149,7 +150,7 @@ def lora_choices(c):
     """Choices of adapters as PEFT has them, with and without what MLX cannot say."""
     at = st.sampled_from([*c.linears()])
     return st.builds(
-        lambda r, alpha, rslora, targets, patterns: Lora(
+        lambda r, alpha, rslora, targets, patterns: LoraConfig(
             r, alpha, rslora, 0.0, sorted(targets | patterns.keys()), rank_pattern=patterns
         ),
         st.integers(1, 3),
@@ -165,7 +166,7 @@ def lora_choices(c):
 def test_from_peft_and_back_everything_is_kept_or_refused(c, data, rng):
     """PEFT → MLX → PEFT and PEFT → kohya → PEFT: the same tensors and scales, or a refusal."""
     lora = data.draw(lora_choices(c))
-    W, tuning = adapt(
+    W, tuning = inject(
         {k: v.astype(F32) for k, v in draw_weights(c, rng).items()}, lora, c.linears(), rng
     )
     W = {k: W[k] + rng.standard_normal(W[k].shape).astype(F32) for k in sorted(tuning.trained)}
@@ -370,7 +371,7 @@ def test_what_mlx_cannot_say_is_refused_by_name(tmp_path):
     third = replace(tuning, scale=dict.fromkeys(ats, np.longdouble(1) / 3))
     says("scale: found .*0.333.*expected a float64", tuning=third)
     D, dora = adapters(c, {"layers.0.q": 2}, {"layers.0.q": 1.5}, variant=DORA)
-    mixed = Tuning(tuning.scale, {}, frozenset(W | D), dora.variant)
+    mixed = TrainableSpec(tuning.scale, {}, frozenset(W | D), dora.variant)
     says("variant: found 2 of them, expected one", c, W | D, mixed)
     full = adapters(c, {"layers.0.q": 2}, {"layers.0.q": 1.5}, variant=DORA_FULL)
     says("variant of layers.0.q: found dora-full, expected lora or dora", c, *full)
@@ -392,8 +393,8 @@ def test_what_mlx_cannot_say_is_refused_by_name(tmp_path):
     says("parameters: found layers.0.q.E", W=W | {"layers.0.q.E": np.ones((2, 1), F32)})
     odd = adapters(MODELS["llama"], {"layers.2.q": 2}, {"layers.2.q": 1.5})
     says("found no module layers.2.q", MODELS["tied"], *odd)
-    says("trained: found nothing, expected adapters, or weights", W={}, tuning=Tuning())
-    says("norm.weight: found none", W={}, tuning=Tuning(trained=frozenset({"norm.weight"})))
+    says("trained: found nothing, expected adapters, or weights", W={}, tuning=TrainableSpec())
+    says("norm.weight: found none", W={}, tuning=TrainableSpec(trained=frozenset({"norm.weight"})))
     bert = adapters(MODELS["bert"], {"layers.0.q": 2}, {"layers.0.q": 1.5})
     says("architecture: found BERT, expected a Llama, Qwen2 or GPT-2", MODELS["bert"], *bert)
 
@@ -433,9 +434,9 @@ def test_full_fine_tuning_comes_back_bit_for_bit(tmp_path):
         names = frozenset({"layers.1.o.weight", "layers.1.norm1.weight", "norm.weight"})
         names |= {"layers.1.o.bias"} & base.keys()
         path = tmp_path / kind
-        mlx.write_adapter(path, c, base, Tuning(trained=names))
+        mlx.write_adapter(path, c, base, TrainableSpec(trained=names))
         W, tuning = mlx.read_adapter(path, c)
-        assert same((W, tuning), ({k: base[k] for k in names}, Tuning(trained=names)))
+        assert same((W, tuning), ({k: base[k] for k in names}, TrainableSpec(trained=names)))
         there = "model.layers.1.self_attn.o_proj" if kind == "llama" else "model.h.1.attn.c_proj"
         tensors = load_file(path / mlx.WEIGHTS)
         assert tensors[f"{there}.weight"].tobytes() == W["layers.1.o.weight"].tobytes()
@@ -618,11 +619,11 @@ def test_a_choice_has_one_variant(tmp_path):
         found = choice_of(tmp_path, c, W, tuning, dropout=0.25)
         assert (found.variant, found.r, found.alpha, found.dropout) == (name, 2, 3, 0.25)
     V, other = adapters(c, {"layers.1.q": 2}, {"layers.1.q": 1.5})
-    both = Tuning(tuning.scale | other.scale, {}, frozenset(W | V), tuning.variant)
+    both = TrainableSpec(tuning.scale | other.scale, {}, frozenset(W | V), tuning.variant)
     says = "variant: found dora-full, lora, expected one for all"
     refused(lambda: choice_of(tmp_path, c, W | V, both), says)
     with pytest.raises(FormatError, match="no adapter, expected a scale"):
-        adapted_ranks("a", c, {}, Tuning(), (LORA,))
+        adapted_ranks("a", c, {}, TrainableSpec(), (LORA,))
 
 
 # loralib: state dicts.
@@ -983,7 +984,9 @@ def test_mlx_takes_what_full_fine_tuning_trained(mlx_lm, tmp_path):
     c = MODELS["gpt2"]
     base, other = whole_numbers(c), whole_numbers(c, seed=6)
     names = frozenset({"layers.1.qkv.weight", "layers.1.norm1.bias", "norm.weight"})
-    mlx.write_adapter(tmp_path, c, base | {k: other[k] for k in names}, Tuning(trained=names))
+    mlx.write_adapter(
+        tmp_path, c, base | {k: other[k] for k in names}, TrainableSpec(trained=names)
+    )
     model = mlx_lm.flat(mlx_lm.load(mlx_lm.model(c, base), tmp_path).parameters())
     wanted = mlx_lm.flat(mlx_lm.model(c, base | {k: other[k] for k in names}).parameters())
     assert all((np.array(model[k]) == np.array(wanted[k])).all() for k in model)

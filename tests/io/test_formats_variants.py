@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from test_formats import MODELS, contents, edit, edit_tensors, same, weights
 
-from minilora import Batch, Tuning, adapt, logits
+from minilora import Batch, TrainableSpec, inject, logits
 from minilora.io.formats import peft
 from minilora.io.formats.files import FormatError, pack_json, read_json, write_files
 from minilora.io.formats.huggingface import config_to_json, read_config, write_model
@@ -24,46 +24,75 @@ from minilora.io.formats.peft import (
     write_adapter,
 )
 from minilora.spec.lora import is_base, twin
-from minilora.spec.target_modules import Lora, choose, invoked, replicate
+from minilora.spec.target_modules import LoraConfig, invoked, replicate, resolve_targets
 
 CASES = {
-    "dora": ("llama", Lora(r=3, alpha=5, variant="dora", rank_pattern={"1.q": 2})),
-    "dora, rslora, gpt2": ("gpt2", Lora(r=2, alpha=5, variant="dora", rslora=True, bias="all")),
-    "dora, bert": ("bert", Lora(r=2, alpha=3, variant="dora", bias="lora_only", init="gaussian")),
-    "dora of tables": ("llama", Lora(r=2, alpha=3, variant="dora", targets=["embed", "up"])),
-    "bias": ("gpt2", Lora(r=2, alpha=3, variant="lora-bias", alpha_pattern={"qkv": 7})),
-    "bias, no base's": ("llama", Lora(r=2, alpha=3, variant="lora-bias", targets=["q", "head"])),
-    "orthogonal": ("bert", Lora(r=4, alpha=3, init="orthogonal", targets=["q", "pooler"])),
-    "vera": ("llama", Lora(r=3, variant="vera", targets=["q", "down", "v"])),
-    "vera, gpt2": ("gpt2", Lora(r=3, variant="vera", targets=["qkv", "down"], bias="lora_only")),
-    "vera, bert": ("bert", Lora(r=2, variant="vera", also=["head.weight", "head.bias"])),
-    "adalora": ("llama", Lora(r=4, alpha=6, variant="adalora", rank_pattern={"0.q": 2, "up": 3})),
-    "adalora, gpt2": ("gpt2", Lora(r=3, alpha=2.5, variant="adalora", bias="all")),
-    "adalora, bert": ("bert", Lora(r=3, alpha=0, variant="adalora", targets=["q", "pooler"])),
-    "alora": ("llama", Lora(r=3, alpha=5, variant="alora", invocation=[1, 4])),
+    "dora": ("llama", LoraConfig(r=3, alpha=5, variant="dora", rank_pattern={"1.q": 2})),
+    "dora, rslora, gpt2": (
+        "gpt2",
+        LoraConfig(r=2, alpha=5, variant="dora", rslora=True, bias="all"),
+    ),
+    "dora, bert": (
+        "bert",
+        LoraConfig(r=2, alpha=3, variant="dora", bias="lora_only", init="gaussian"),
+    ),
+    "dora of tables": ("llama", LoraConfig(r=2, alpha=3, variant="dora", targets=["embed", "up"])),
+    "bias": ("gpt2", LoraConfig(r=2, alpha=3, variant="lora-bias", alpha_pattern={"qkv": 7})),
+    "bias, no base's": (
+        "llama",
+        LoraConfig(r=2, alpha=3, variant="lora-bias", targets=["q", "head"]),
+    ),
+    "orthogonal": ("bert", LoraConfig(r=4, alpha=3, init="orthogonal", targets=["q", "pooler"])),
+    "vera": ("llama", LoraConfig(r=3, variant="vera", targets=["q", "down", "v"])),
+    "vera, gpt2": (
+        "gpt2",
+        LoraConfig(r=3, variant="vera", targets=["qkv", "down"], bias="lora_only"),
+    ),
+    "vera, bert": ("bert", LoraConfig(r=2, variant="vera", also=["head.weight", "head.bias"])),
+    "adalora": (
+        "llama",
+        LoraConfig(r=4, alpha=6, variant="adalora", rank_pattern={"0.q": 2, "up": 3}),
+    ),
+    "adalora, gpt2": ("gpt2", LoraConfig(r=3, alpha=2.5, variant="adalora", bias="all")),
+    "adalora, bert": ("bert", LoraConfig(r=3, alpha=0, variant="adalora", targets=["q", "pooler"])),
+    "alora": ("llama", LoraConfig(r=3, alpha=5, variant="alora", invocation=[1, 4])),
     "alora, rslora, gpt2": (
         "gpt2",
-        Lora(r=3, alpha=5, variant="alora", rslora=True, invocation=[4], targets=["qkv", "down"]),
+        LoraConfig(
+            r=3, alpha=5, variant="alora", rslora=True, invocation=[4], targets=["qkv", "down"]
+        ),
     ),
-    "tables": ("llama", Lora(r=2, alpha=3, targets=["embed", "q"], rank_pattern={"embed": 3})),
-    "tables, gpt2": ("gpt2", Lora(r=2, alpha=3, targets=["embed", "positions"], bias="all")),
-    "tables, bert": ("bert", Lora(r=2, alpha=3, targets=["embed", "positions", "types", "v"])),
-    "tied head": ("qwen2", Lora(r=2, alpha=3, targets=["head", "q"])),
-    "tied head, gpt2": ("gpt2", Lora(r=2, alpha=3, targets=["head"])),
-    "head and table": ("qwen2", Lora(r=2, alpha=3, targets=["head", "embed"])),
-    "tie": ("qwen2", Lora(r=2, alpha=3, targets=["embed", "q"], tie=True)),
-    "tie, gpt2": ("gpt2", Lora(r=2, alpha=3, targets=["head"], tie=True, rslora=True)),
-    "tokens": ("llama", Lora(r=2, alpha=3, targets=["q"], tokens={"embed": [9, 3], "head": [4]})),
-    "tokens, tied": ("qwen2", Lora(r=2, alpha=3, targets=["q"], tokens={"embed": [9, 3]})),
-    "tokens, bert": ("bert", Lora(r=2, alpha=3, targets=["q"], tokens={"positions": [0, 2]})),
+    "tables": (
+        "llama",
+        LoraConfig(r=2, alpha=3, targets=["embed", "q"], rank_pattern={"embed": 3}),
+    ),
+    "tables, gpt2": ("gpt2", LoraConfig(r=2, alpha=3, targets=["embed", "positions"], bias="all")),
+    "tables, bert": (
+        "bert",
+        LoraConfig(r=2, alpha=3, targets=["embed", "positions", "types", "v"]),
+    ),
+    "tied head": ("qwen2", LoraConfig(r=2, alpha=3, targets=["head", "q"])),
+    "tied head, gpt2": ("gpt2", LoraConfig(r=2, alpha=3, targets=["head"])),
+    "head and table": ("qwen2", LoraConfig(r=2, alpha=3, targets=["head", "embed"])),
+    "tie": ("qwen2", LoraConfig(r=2, alpha=3, targets=["embed", "q"], tie=True)),
+    "tie, gpt2": ("gpt2", LoraConfig(r=2, alpha=3, targets=["head"], tie=True, rslora=True)),
+    "tokens": (
+        "llama",
+        LoraConfig(r=2, alpha=3, targets=["q"], tokens={"embed": [9, 3], "head": [4]}),
+    ),
+    "tokens, tied": ("qwen2", LoraConfig(r=2, alpha=3, targets=["q"], tokens={"embed": [9, 3]})),
+    "tokens, bert": ("bert", LoraConfig(r=2, alpha=3, targets=["q"], tokens={"positions": [0, 2]})),
     "tokens, adalora": (
         "llama",
-        Lora(r=2, alpha=3, variant="adalora", targets=["q"], tokens={"embed": [3]}),
+        LoraConfig(r=2, alpha=3, variant="adalora", targets=["q"], tokens={"embed": [3]}),
     ),
-    "replication": ("llama", Lora(r=2, alpha=3, targets=["q", "up"], replication=[(0, 2), (1, 2)])),
+    "replication": (
+        "llama",
+        LoraConfig(r=2, alpha=3, targets=["q", "up"], replication=[(0, 2), (1, 2)]),
+    ),
     "replication, bert": (
         "bert",
-        Lora(r=2, alpha=3, variant="dora", targets=["v"], replication=[(0, 2), (1, 2)]),
+        LoraConfig(r=2, alpha=3, variant="dora", targets=["v"], replication=[(0, 2), (1, 2)]),
     ),
 }
 
@@ -81,7 +110,7 @@ def made(case, seed=1):
     if lora.replication:
         W, c = replicate(W, c, lora.replication)
     rng = np.random.default_rng(seed)
-    W, tuning = adapt(W, lora, c.matrices(), rng)
+    W, tuning = inject(W, lora, c.matrices(), rng)
     W |= {k: W[k] + 0.3 * rng.standard_normal(W[k].shape) for k in sorted(tuning.trained)}
     if lora.tie:
         W["head.A"], W["head.B"] = twin(W["embed.A"], W["embed.B"])
@@ -126,7 +155,7 @@ def test_a_variant_read_back_is_the_variant_written(case, folder):
     z, _ = logits(batch, W, c, now)
     z_read, _ = logits(batch, base | read, c, batch_for(c, tuning_read, lora)[1])
     assert z.tobytes() == z_read.tobytes()
-    z_base, _ = logits(batch, base, c, Tuning())
+    z_base, _ = logits(batch, base, c, TrainableSpec())
     assert abs(z - z_base).max() > 1e-3
 
 
@@ -135,8 +164,8 @@ def test_the_choice_of_a_variant_read_back_is_the_choice_written(case, folder):
     c, _, _, lora = made(case)
     for known in (c, MODELS[CASES[case][0]]):  # the deeper model's configuration or the base's
         read = read_lora(folder(case), known)
-        assert choose(read, c.matrices()) == replace(
-            choose(lora, c.matrices()), alpha=choose(read, c.matrices()).alpha
+        assert resolve_targets(read, c.matrices()) == replace(
+            resolve_targets(lora, c.matrices()), alpha=resolve_targets(read, c.matrices()).alpha
         )
         for name in ("variant", "rslora", "bias", "init", "tie"):
             assert getattr(read, name) == getattr(lora, name)
@@ -144,7 +173,7 @@ def test_the_choice_of_a_variant_read_back_is_the_choice_written(case, folder):
             assert list(getattr(read, name)) == list(getattr(lora, name))
         assert read.tokens == lora.tokens
         if lora.variant != "vera":
-            assert choose(read, c.matrices()) == choose(lora, c.matrices())
+            assert resolve_targets(read, c.matrices()) == resolve_targets(lora, c.matrices())
 
 
 @every_case
@@ -374,8 +403,8 @@ def test_a_table_that_was_trained_for_its_rows_is_written_by_rows(folder, tmp_pa
 
 def test_a_residual_of_another_base_is_not_converted(tmp_path):
     c, base = MODELS["llama"], weights(MODELS["llama"])
-    lora = Lora(r=2, alpha=3, variant="pissa", targets=["q"])
-    W, tuning = adapt(base, lora, c.linears(), np.random.default_rng(0))
+    lora = LoraConfig(r=2, alpha=3, variant="pissa", targets=["q"])
+    W, tuning = inject(base, lora, c.linears(), np.random.default_rng(0))
     write_adapter(tmp_path / "yes", c, W, tuning, lora, base=base)
     other = base | {"layers.1.q.weight": base["layers.1.q.weight"] + 1e-9}
     with pytest.raises(FormatError, match=r"found another layers\.1\.q\.weight, expected W's, or"):
@@ -494,11 +523,11 @@ def test_an_embeddings_weight_beside_its_adapter_is_read_once(folder):
 
 def fresh(kind, folder, base=None, **chosen):
     """A fresh adapter, written at once."""
-    c, lora = MODELS[kind], Lora(**{"r": 2, **chosen})
+    c, lora = MODELS[kind], LoraConfig(**{"r": 2, **chosen})
     W = weights(c)
     if lora.replication:
         W, c = replicate(W, c, lora.replication)
-    W, tuning = adapt(W, lora, c.matrices(), np.random.default_rng(0))
+    W, tuning = inject(W, lora, c.matrices(), np.random.default_rng(0))
     write_adapter(folder, c, W, tuning, lora, base=base)
 
 
@@ -532,8 +561,8 @@ def test_a_pruned_module_has_no_tensors_but_empty_ones(folder):
 
 def test_a_quantised_start_is_written_for_the_quantised_base(tmp_path):
     c, base = MODELS["llama"], weights(MODELS["llama"])
-    lora = Lora(r=2, alpha=3, variant="loftq", targets=["q"])
-    W, tuning = adapt(base, lora, c.linears(), np.random.default_rng(0))
+    lora = LoraConfig(r=2, alpha=3, variant="loftq", targets=["q"])
+    W, tuning = inject(base, lora, c.linears(), np.random.default_rng(0))
     write_adapter(tmp_path, c, W, tuning, lora, base=W)
     assert json.loads((tmp_path / peft.CONFIG).read_text())["init_lora_weights"] is True
     read, found = read_adapter(tmp_path, c)
@@ -664,12 +693,12 @@ def test_whatever_a_setting_says_no_other_exception_comes_out(case, tmp_path, da
     ],
 )
 def test_what_peft_would_load_as_another_function_is_not_written(kind, settings, found, tmp_path):
-    lora = Lora(**{"r": 2, "alpha": 2, "targets": ["q"]} | settings)
+    lora = LoraConfig(**{"r": 2, "alpha": 2, "targets": ["q"]} | settings)
     c = MODELS[kind]
     W = weights(c)
     if lora.replication:
         W, c = replicate(W, c, lora.replication)
-    W, tuning = adapt(W, lora, c.matrices(), np.random.default_rng(0))
+    W, tuning = inject(W, lora, c.matrices(), np.random.default_rng(0))
     with pytest.raises(FormatError, match=found):
         write_adapter(tmp_path / "a", c, W, tuning, lora)
     assert not (tmp_path / "a").exists()
@@ -677,9 +706,9 @@ def test_what_peft_would_load_as_another_function_is_not_written(kind, settings,
 
 def test_a_range_beyond_the_deeper_models_layers_is_read(tmp_path):
     """Ranges are of the base's layers, of which the model that they make may have fewer."""
-    lora, base = Lora(r=2, alpha=2, targets=["q"], replication=[(1, 2)]), MODELS["llama"]
+    lora, base = LoraConfig(r=2, alpha=2, targets=["q"], replication=[(1, 2)]), MODELS["llama"]
     W, c = replicate(weights(base), base, lora.replication)
-    W, tuning = adapt(W, lora, c.linears(), np.random.default_rng(0))
+    W, tuning = inject(W, lora, c.linears(), np.random.default_rng(0))
     write_adapter(tmp_path, c, W, tuning, lora)
     read, tuning_read = read_adapter(tmp_path, c)
     assert same(read, {name: W[name] for name in read})
@@ -689,13 +718,13 @@ def test_a_range_beyond_the_deeper_models_layers_is_read(tmp_path):
 
 def test_rows_of_a_table_that_is_trained_in_full_contradict_it():
     with pytest.raises(ValueError, match="tokens of embed, which is trained in full"):
-        Lora(also=[r"embed\..*"], tokens={"embed": [1]})
+        LoraConfig(also=[r"embed\..*"], tokens={"embed": [1]})
 
 
 @pytest.mark.parametrize("saved", [["mlp", "up_proj"], ["layers.1", "norm"], ["up_proj", "mlp"]])
 def test_modules_to_save_inside_one_another_are_refused(saved, tmp_path):
-    c, lora = MODELS["llama"], Lora(r=2, alpha=2, targets=["q"])
-    W, tuning = adapt(weights(c), lora, c.linears(), np.random.default_rng(0))
+    c, lora = MODELS["llama"], LoraConfig(r=2, alpha=2, targets=["q"])
+    W, tuning = inject(weights(c), lora, c.linears(), np.random.default_rng(0))
     write_adapter(tmp_path, c, W, tuning, lora)
     said = read_json(tmp_path / CONFIG) | {"modules_to_save": saved}
     write_files(tmp_path, {CONFIG: lambda: pack_json(said)})
@@ -704,9 +733,9 @@ def test_modules_to_save_inside_one_another_are_refused(saved, tmp_path):
 
 
 def test_older_libraries_find_ropes_base_and_no_setting_that_they_do_not_know(tmp_path):
-    c, lora = MODELS["llama"], Lora(r=2, alpha=2, targets=["q"])
+    c, lora = MODELS["llama"], LoraConfig(r=2, alpha=2, targets=["q"])
     assert config_to_json(c)["rope_theta"] == c.theta
-    W, tuning = adapt(weights(c), lora, c.linears(), np.random.default_rng(0))
+    W, tuning = inject(weights(c), lora, c.linears(), np.random.default_rng(0))
     write_adapter(tmp_path, c, W, tuning, lora)
     assert read_json(tmp_path / CONFIG).keys().isdisjoint(peft._NEWER)
 

@@ -29,10 +29,10 @@ from minilora.io.formats.files import FormatError
 from minilora.io.formats.huggingface import names, write_model
 from minilora.io.loading import copy_tokenizer, open_base
 from minilora.spec import blocks
-from minilora.spec.lora import Tuning, merge
+from minilora.spec.lora import TrainableSpec, merge
 from minilora.spec.models import GPT2, Batch, Bert, Llama, draw_weights, logits, loss
 from minilora.spec.quantization import dequantise, quantise
-from minilora.spec.target_modules import Lora, adapt
+from minilora.spec.target_modules import LoraConfig, inject
 from minilora.spec.variants import DORA
 from minilora.testing import configurations
 from minilora.verify.core.tolerance import Noisy, noisy, spread, unit_roundoff
@@ -71,7 +71,7 @@ def factors(c, ranks, scales, seed=0, dtype=F32):
     for at, r in ranks.items():
         shapes |= named_shapes(c, at, r)
     W = {name: (0.3 * rng.standard_normal(shape)).astype(dtype) for name, shape in shapes.items()}
-    return W, Tuning(dict(scales), {}, frozenset(W))
+    return W, TrainableSpec(dict(scales), {}, frozenset(W))
 
 
 @cache
@@ -641,8 +641,8 @@ def test_what_one_alpha_does_not_say_is_folded_into_b_and_named(tmp_path):
 
 def test_rslora_is_an_alpha_in_the_file(tmp_path):
     c, r = MODELS["llama"], 3
-    W, tuning = adapt(
-        drawn(c), Lora(r=r, alpha=5, rslora=True), c.linears(), np.random.default_rng(0)
+    W, tuning = inject(
+        drawn(c), LoraConfig(r=r, alpha=5, rslora=True), c.linears(), np.random.default_rng(0)
     )
     assert door.write_adapter(tmp_path / "a", c, W, tuning) == {}
     _, told = door.read_adapter(tmp_path / "a", c)
@@ -1076,7 +1076,7 @@ def adapted(name, seed=0):
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_gives_the_logits_of_a_model_written_here(name, monkeypatch):
     c, W = MODELS[name], drawn(MODELS[name])
-    result = judged(by_llama_cpp(model_file(name), IDS), c, W, Tuning(), monkeypatch)
+    result = judged(by_llama_cpp(model_file(name), IDS), c, W, TrainableSpec(), monkeypatch)
     record_worst(f"llama.cpp's logits of {name}, in standard deviations", result.z)
     assert result.verdict == "pass"
 
@@ -1090,7 +1090,7 @@ def test_llama_cpp_gives_the_logits_of_an_adapter_written_here(name, tmp_path, m
     record_worst(f"llama.cpp's logits of {name}, adapted, in standard deviations", result.z)
     assert result.verdict == "pass"
     # It is the adapter that is seen, and a user's scale is a factor on it.
-    assert judged(z, c, W, Tuning(), monkeypatch).verdict == "fail"
+    assert judged(z, c, W, TrainableSpec(), monkeypatch).verdict == "fail"
     half = by_llama_cpp(model_file(name), IDS, tmp_path / "a", 0.5)
     halves = replace(tuning, scale={at: s / 2 for at, s in tuning.scale.items()})
     assert judged(half, c, W | V, halves, monkeypatch).verdict == "pass"
@@ -1110,7 +1110,7 @@ def test_llama_cpp_gives_the_logits_of_a_merged_model(tmp_path, monkeypatch):
     merged = merge(W | V, tuning)
     door.write_model(tmp_path / "m", c, merged)
     z = by_llama_cpp(tmp_path / "m", IDS)
-    assert judged(z, c, merged, Tuning(), monkeypatch).verdict == "pass"
+    assert judged(z, c, merged, TrainableSpec(), monkeypatch).verdict == "pass"
 
 
 MISTAKES = {
@@ -1142,7 +1142,7 @@ def test_llama_cpps_gelu_is_a_table_in_float16(monkeypatch):
     c, W = MODELS["gpt2"], drawn(MODELS["gpt2"])
     z = by_llama_cpp(model_file("gpt2"), IDS)
     monkeypatch.setattr(sys.modules[__name__], "halved", lambda op: op)
-    assert judged(z, c, W, Tuning(), monkeypatch).verdict == "fail"
+    assert judged(z, c, W, TrainableSpec(), monkeypatch).verdict == "fail"
 
 
 ABORTED = """
@@ -1241,14 +1241,14 @@ def test_a_real_model_has_the_weights_and_the_logits_that_transformers_gives_it(
     ids = np.random.default_rng(0).integers(0, c.vocab, (1, 16))
     with torch.no_grad():
         z = model(torch.tensor(ids)).logits[0].numpy().T
-    wanted, sigma = real_and_pooled(c, W, Tuning(), ids[0])
+    wanted, sigma = real_and_pooled(c, W, TrainableSpec(), ids[0])
     result = Comparison("logits", z, wanted, sigma, MONTE_CARLO).judge()
     record_worst("transformers' logits of SmolLM2, in standard deviations", result.z)
     record_worst("transformers' logits of SmolLM2, greatest error", abs(z - wanted).max())
     assert result.verdict == "pass"
     # Rows in llama.cpp's order still look like a model.
     mixed = W | {"layers.0.q.weight": W["layers.0.q.weight"][door.file_rows(9, c.d)]}
-    other = logits(Batch(ids), mixed, c, Tuning())[0]
+    other = logits(Batch(ids), mixed, c, TrainableSpec())[0]
     assert Comparison("logits", other, wanted, sigma, MONTE_CARLO).judge().verdict == "fail"
 
 

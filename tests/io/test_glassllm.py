@@ -14,7 +14,7 @@ from minilora.cli.main import main
 from minilora.io.formats import glassllm
 from minilora.io.formats.files import FormatError
 from minilora.io.loading import copy_tokenizer, open_adapted, open_base, packaged
-from minilora.spec.lora import Tuning
+from minilora.spec.lora import TrainableSpec
 from minilora.spec.models import Batch, Llama, draw_weights, logits
 
 C = Llama(vocab=40, d=24, layers=2, heads=4, ffn=64, kv_heads=2, head_dim=6, eps=1e-6, tied=True)
@@ -217,13 +217,13 @@ def test_tokens_and_logits_are_the_packages(language, tmp_path):
     assert [base.tokenizer.encode(text) for text in texts] == [*map(tokenizer.encode, texts)]
     ids = np.array(base.tokenizer.encode("Alice was beginning to get very tired"))
     z = theirs.forward(ids).data[0].T
-    wanted, sigma = real_and_pooled(base.config, base.weights, Tuning(), ids)
+    wanted, sigma = real_and_pooled(base.config, base.weights, TrainableSpec(), ids)
     result = Comparison("logits", z, wanted, sigma, MONTE_CARLO).judge()
     record_worst(f"glassllm's logits, {language}, in standard deviations", result.z)
     assert result.verdict == "pass"
     name = "layers.0.q.weight"
     mixed = base.weights | {name: np.roll(base.weights[name], 1, 0)}
-    other = logits(Batch(ids[None]), mixed, base.config, Tuning())[0]
+    other = logits(Batch(ids[None]), mixed, base.config, TrainableSpec())[0]
     assert Comparison("logits", other, wanted, sigma, MONTE_CARLO).judge().verdict == "fail"
     copy_tokenizer(base, tmp_path)
     assert (tmp_path / "tokenizer.json").is_file()

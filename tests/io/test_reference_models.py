@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from minilora.io import reference_models
 from minilora.io.formats.huggingface import read_model
 from minilora.io.synthetic_data import TASKS, draw_batch, expected_loss, task
-from minilora.spec.lora import Tuning, disable
+from minilora.spec.lora import TrainableSpec, disable
 from minilora.verify.core.tolerance import Rounding, noisy, spread
 from minilora.verify.core.types import MONTE_CARLO
 from minilora.verify.implementation.contract import Precision
@@ -163,7 +163,7 @@ def test_each_has_learned_its_task_and_not_the_other(name):
     c, W, tuning = build.opened(FOLDER / name)
     tasks = [task(one) for one in reference_models.tasks(name)]
     found = {
-        "base_loss": [expected_loss(one, disable(W), c, Tuning()) for one in tasks],
+        "base_loss": [expected_loss(one, disable(W), c, TrainableSpec()) for one in tasks],
         "adapter_loss": [expected_loss(one, W, c, tuning) for one in tasks],
         "entropy": [one.entropy for one in tasks],
     }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from minilora.io.synthetic_data import END, PAD, START, TASKS, Task, draw_batch, expected_loss, task
-from minilora.spec.lora import Tuning
+from minilora.spec.lora import TrainableSpec
 from minilora.spec.models import GPT2, Bert, draw_weights
 from minilora.spec.ops import IGNORED
 
@@ -168,8 +168,8 @@ def test_a_model_that_knows_nothing_loses_the_logarithm_of_its_choices(name):
     nothing = {at: 0 * w for at, w in W.items()}
     wanted = math.log(c.vocab if chosen.causal else 3)
     bound = 2 * sum(e.counted for e in chosen.examples) * U * wanted
-    assert abs(expected_loss(chosen, nothing, c, Tuning()) - wanted) <= bound
-    assert abs(expected_loss(chosen, W, c, Tuning()) - wanted) > bound
+    assert abs(expected_loss(chosen, nothing, c, TrainableSpec()) - wanted) <= bound
+    assert abs(expected_loss(chosen, W, c, TrainableSpec()) - wanted) > bound
 
 
 def few(name):
@@ -200,7 +200,7 @@ def test_the_expected_loss_weighs_every_example_by_its_probability(name, monkeyp
 
     monkeypatch.setattr("minilora.io.synthetic_data.loss", whole_numbers)
     wanted = sum(e.probability * value(e.ids, e.label) for e in chosen.examples) / chosen.counted
-    found = Fraction(expected_loss(chosen, {}, None, Tuning()))
+    found = Fraction(expected_loss(chosen, {}, None, TrainableSpec()))
     assert abs(found - wanted) <= Fraction(5 * U) * wanted
     evenly = Fraction(sum(value(e.ids, e.label) for e in chosen.examples), len(chosen.examples))
     assert abs(found - evenly / chosen.counted) > Fraction(5 * U) * wanted

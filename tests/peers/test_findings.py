@@ -23,7 +23,7 @@ import pytest
 from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 
-from minilora import Batch, Tuning, logits, lora_linear, merge, scale, unmerge
+from minilora import Batch, TrainableSpec, logits, lora_linear, merge, scale, unmerge
 from minilora.io.formats.huggingface import config_to_json, read_model
 from minilora.spec.adalora import adalora_scale, allocate, budget, orthogonality
 from minilora.spec.initialization import loftq, olora, orthogonal, pissa
@@ -161,7 +161,7 @@ def test_transformers_gives_nan_for_a_float64_llama_padded_on_the_left(
 
     model.save_pretrained(tmp_path)
     c, W = read_model(tmp_path)
-    z, _ = logits(Batch(ids, mask=mask), W, c, Tuning())
+    z, _ = logits(Batch(ids, mask=mask), W, c, TrainableSpec())
     assert np.isfinite(z).all()
 
 
@@ -678,11 +678,11 @@ def test_peft_merges_a_tied_heads_adapter_into_the_embedding_and_tied_factors_tw
         # ΔW = B A is 2 in each entry, of the one table that both hold.
         assert embed.weight.unique() == head.weight.unique() == 1 + uses * 2
     W = {"embed.weight": np.ones((3, 2)), "head.A": np.ones((1, 2)), "head.B": 2 * np.ones((3, 1))}
-    of_head = merge(W, Tuning(scale={"head": 1}))
+    of_head = merge(W, TrainableSpec(scale={"head": 1}))
     assert (of_head["embed.weight"] == 1).all()
     assert (of_head["head.weight"] == 1 + 2).all()
     A, B = twin(W["head.A"], W["head.B"])
-    of_both = merge(W | {"embed.A": A, "embed.B": B}, Tuning(scale={"head": 1, "embed": 1}))
+    of_both = merge(W | {"embed.A": A, "embed.B": B}, TrainableSpec(scale={"head": 1, "embed": 1}))
     assert (of_both["embed.weight"] == 1 + 2).all()
     assert "head.weight" not in of_both
 
@@ -1185,7 +1185,7 @@ def test_peft_and_loralib_do_not_restore_a_weight_by_unmerging(torch, peft, lora
 
     one = np.ones((1, 1), np.float32)
     W = {"q.weight": w * one, "q.A": one, "q.B": one}
-    merged = merge(W, Tuning(scale={"q": 1}))
+    merged = merge(W, TrainableSpec(scale={"q": 1}))
     assert merged["q.weight"] == 1
     assert unmerge(merged)["q.weight"] == w
 

@@ -119,7 +119,7 @@ def test_a_layer_and_its_gradients_are_the_formula(
         assert value.dtype == DTYPE[dtype]
         assert within(value, want[name], size[name], bound), name
 
-    # Negative controls: misreadings of scale, mask and base that the same bound refuses.
+    # Negative controls: mutants of scale, mask and base that the same bound refuses.
     scaled = formula(a, 1.25 * alpha / r, p)
     assert not any(within(got[k], scaled[k], size[k], bound) for k in ("y", "dx", "dA", "dB"))
     unmasked = formula(a | {"keep": np.ones_like(a["keep"])}, alpha / r, 0.0)

@@ -15,7 +15,7 @@ from test_formats import MODELS, same, weights
 from test_formats import libraries as libraries
 from test_formats_variants import CASES, base_of, made, parts_of
 
-from minilora import Batch, adapt, logits
+from minilora import Batch, inject, logits
 from minilora.io.formats.files import FormatError, read_json, read_tensors
 from minilora.io.formats.huggingface import names, write_model
 from minilora.io.formats.peft import (
@@ -27,7 +27,7 @@ from minilora.io.formats.peft import (
     read_lora,
     write_adapter,
 )
-from minilora.spec.target_modules import Lora, invoked, replicate
+from minilora.spec.target_modules import LoraConfig, invoked, replicate
 
 IDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 1, 4], [2, 7, 1, 8, 0]])  # with aLoRA's, without
 
@@ -423,12 +423,12 @@ def test_a_start_is_written_for_the_base_as_it_was_or_as_it_is(init, chosen, lib
     c, base = MODELS["llama"], weights(MODELS["llama"])
     chosen = dict(chosen)
     tables = chosen.pop("tables", ("embed",))
-    lora = Lora(
+    lora = LoraConfig(
         r=2, alpha=3, init=init, targets=["q", "down", *tables],
         rank_pattern={"1.q": 3}, alpha_pattern={"down": 5}, **chosen,
     )  # fmt: skip
     rng = np.random.default_rng(0)
-    W, tuning = adapt(base, lora, c.matrices(), rng)
+    W, tuning = inject(base, lora, c.matrices(), rng)
     W |= {k: W[k] + 0.3 * rng.standard_normal(W[k].shape) for k in sorted(tuning.trained)}
     z, _ = logits(Batch(IDS), W, c, tuning)
     residual = {name: W[name] for name in base}

@@ -22,9 +22,9 @@ from minilora.cli.main import main
 from minilora.io import reference_models
 from minilora.io.formats import peft
 from minilora.io.loading import base_of, open_adapted, open_base
-from minilora.spec.lora import Tuning, merge
+from minilora.spec.lora import TrainableSpec, merge
 from minilora.spec.models import Batch, logits, loss
-from minilora.spec.target_modules import Lora
+from minilora.spec.target_modules import LoraConfig
 from minilora.training import data
 from minilora.verify.core.tolerance import noisy, spread
 from minilora.verify.core.types import MONTE_CARLO, Comparison
@@ -78,7 +78,7 @@ def logits_of(c, tuning, merged=False):
     """The specification's logits, a function of the weights; by weights merged first."""
 
     def f(W):
-        own, told = (merge(W, tuning), Tuning()) if merged else (W, tuning)
+        own, told = (merge(W, tuning), TrainableSpec()) if merged else (W, tuning)
         return logits(batch_of(c), own, c, told)[0]
 
     return f
@@ -197,7 +197,7 @@ def test_a_real_model_merged_from_gguf_is_a_whole_model_in_transformers(tmp_path
     base = open_base(str(test_gguf.smollm2()))
     c, ats = base.config, [f"layers.{i}.{at}" for i in (0, 29) for at in ("q", "v", "down")]
     V, tuning = test_gguf.factors(c, dict.fromkeys(ats, 8), dict.fromkeys(ats, 0.25))
-    chosen = Lora(r=8, alpha=2, targets=ats)
+    chosen = LoraConfig(r=8, alpha=2, targets=ats)
     peft.write_adapter(tmp_path / "a", c, V, tuning, chosen)
     out = tmp_path / "merged"
     options = ["--model", str(base.path), "--adapter", str(tmp_path / "a"), "--output", str(out)]
@@ -219,11 +219,11 @@ def test_a_real_model_merged_from_gguf_is_a_whole_model_in_transformers(tmp_path
     with torch.no_grad():
         z = model.eval()(torch.from_numpy(ids)[None]).logits[0].numpy().T
     merged = merge({**base.weights, **V}, tuning)
-    wanted, sigma = test_gguf.real_and_pooled(c, dict(merged), Tuning(), ids)
+    wanted, sigma = test_gguf.real_and_pooled(c, dict(merged), TrainableSpec(), ids)
     result = Comparison("it", z, wanted, sigma, MONTE_CARLO).judge()
     record_worst("transformers' logits of SmolLM2 merged here, in standard deviations", result.z)
     assert result.verdict == "pass"
-    plain = logits(Batch(ids[None]), base.weights, c, Tuning())[0]
+    plain = logits(Batch(ids[None]), base.weights, c, TrainableSpec())[0]
     assert Comparison("it", plain, wanted, sigma, MONTE_CARLO).judge().verdict == "fail"
 
 

@@ -494,7 +494,7 @@ def calls(rng, sizes, model):
     yield lora.combine, {"Aᵢ": As, "Bᵢ": Bs}, both
     Bs = [normal(m + k, k) for k in ranks]
     yield lora.fuse, {"Aᵢ": As, "Bᵢ": Bs}, lora.fuse(list(zip(As, Bs, strict=True)))
-    projected, _ = lora.project(x, "p", {"p.weight": W}, ml.Tuning())
+    projected, _ = lora.project(x, "p", {"p.weight": W}, ml.TrainableSpec())
     yield lora.project, {"x": x, "m": m}, (projected,)
     factors = lora.draw_factors(rng, "kaiming", r, m, n)
     yield lora.draw_factors, {"r": r, "m": m, "n": n}, factors
@@ -532,9 +532,13 @@ def calls(rng, sizes, model):
     z, _ = forward(batch, model.W, c, model.tuning)
     yield forward, arguments | {"ids": batch.ids}, (z,)
     yield models.mask_of, {"ids": batch.ids}, (models.mask_of(batch, None),)
-    yield models.targets, arguments | {"labels": batch.labels}, (models.targets(batch, c),)
+    yield (
+        models.shifted_labels,
+        arguments | {"labels": batch.labels},
+        (models.shifted_labels(batch, c),),
+    )
     yield models.loss, arguments, (model.loss()[0],)
-    labels = models.targets(batch, c)
+    labels = models.shifted_labels(batch, c)
     given = {"x": normal(c.d, labels.size), "labels": labels}
     L, _ = models.head_loss(given["x"], "head", model.W, replace(model.tuning, keep={}), labels)
     yield models.head_loss, given, (L,)

@@ -439,7 +439,7 @@ def test_a_projection_gives_the_gradients_of_what_is_trained_and_no_other(layer,
     W = weights_of(layer)
     trained = frozenset(f"{at}.{part}" for at in ("p", "plain") for part in data)
     keep = {} if layer.K is None else {"p": layer.K}
-    tuning = ml.Tuning({"p": layer.s}, keep, trained)
+    tuning = ml.TrainableSpec({"p": layer.s}, keep, trained)
     for at, f in (("p", ml.lora_linear), ("plain", None)):
         y, back = ml.project(layer.x, at, W, tuning)
         dx, gradients = back(layer.dy)
@@ -465,7 +465,7 @@ def test_a_projection_gives_the_gradients_of_what_is_trained_and_no_other(layer,
 @given(layer=draw.layers("rational"))
 def test_merging_makes_new_weights_and_unmerging_gives_the_old_ones_back(layer):
     W = weights_of(layer)
-    tuning = ml.Tuning({"p": layer.s})
+    tuning = ml.TrainableSpec({"p": layer.s})
     before = {name: array.copy() for name, array in W.items()}
     merged = ml.merge(W, tuning)
     assert merged.keys() == {name for name in W if not name.endswith((".A", ".B"))}
@@ -476,21 +476,21 @@ def test_merging_makes_new_weights_and_unmerging_gives_the_old_ones_back(layer):
     assert restored.keys() == W.keys()
     assert all(restored[name] is W[name] for name in W)
     y, _ = ml.project(layer.x, "p", W, tuning)
-    assert equal(ml.project(layer.x, "p", merged, ml.Tuning())[0], y)
+    assert equal(ml.project(layer.x, "p", merged, ml.TrainableSpec())[0], y)
 
 
 def test_unmerging_by_subtraction_would_not_restore_the_bits():
     rng = np.random.default_rng(0)
     W, A, B = (rng.standard_normal(shape) for shape in ((9, 8), (2, 8), (9, 2)))
     weights = {"p.weight": W, "p.A": A, "p.B": B}
-    merged = ml.merge(weights, ml.Tuning({"p": 7 / 3}))
+    merged = ml.merge(weights, ml.TrainableSpec({"p": 7 / 3}))
     assert same_bits(ml.unmerge(merged)["p.weight"], W)
     assert not same_bits(lora.merge_weight(merged["p.weight"], A, B, -7 / 3), W)
 
 
 def test_merging_twice_and_unmerging_what_is_not_merged_are_refused():
     W = weights_of(fixed_layer())
-    tuning = ml.Tuning({"p": 1})
+    tuning = ml.TrainableSpec({"p": 1})
     merged = ml.merge(W, tuning)
     with pytest.raises(ValueError, match="merged already; unmerge them first"):
         ml.merge(merged, tuning)
@@ -502,7 +502,7 @@ def test_merging_twice_and_unmerging_what_is_not_merged_are_refused():
 
 def test_what_was_merged_stays_though_its_dict_changes():
     W = weights_of(fixed_layer())
-    merged = ml.merge(W, ml.Tuning({"p": 1}))
+    merged = ml.merge(W, ml.TrainableSpec({"p": 1}))
     del W["p.A"]
     assert "p.A" in ml.unmerge(merged)
     ml.unmerge(merged).clear()
@@ -518,7 +518,7 @@ def test_disabling_leaves_the_base_alone():
 
 def test_gradients_of_one_name_are_summed_and_nothing_is_changed():
     one, two = {"a": np.ones(2), "b": np.ones(1)}, {"a": np.full(2, 5.0)}
-    summed = lora.total(one, two, {}, two)
+    summed = lora.sum_gradients(one, two, {}, two)
     assert {name: g.tolist() for name, g in summed.items()} == {"a": [11, 11], "b": [1]}
     assert one["a"].tolist() == [1, 1]
     assert two["a"].tolist() == [5, 5]

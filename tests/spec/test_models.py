@@ -357,7 +357,7 @@ def parts_of_a_batch_add_up(model):
     total = {}
     for i in range(len(model.batch.ids)):
         L, back = rows(model, [i]).loss(count=n)
-        total = lora.total(total, {"loss": np.asarray(L)} | back(1.0))
+        total = lora.sum_gradients(total, {"loss": np.asarray(L)} | back(1.0))
     agree(total, wanted, promises=1 + len(model.batch.ids))
 
 

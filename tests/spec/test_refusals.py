@@ -26,7 +26,7 @@ def masked(kind):
     c = ml.GPT2(vocab=5, d=4, layers=1, heads=2, ffn=4, positions=3)
     W = models.draw_weights(c, np.random.default_rng(0))
     batch = ml.Batch(np.zeros((1, 3), int), mask=np.array([[1, 1, 0]]) * kind)
-    return ml.logits(batch, W, c, ml.Tuning())
+    return ml.logits(batch, W, c, ml.TrainableSpec())
 
 
 REFUSED = {
@@ -43,8 +43,8 @@ REFUSED = {
     "reflection": lambda n: layers.Geometry((1,), (1,), ((n, 0),), (1,), "reflect").places([3]),
     "an expert's adapter": lambda n: experts(n),
     "the expert adapted": lambda e: experts(only=[e]),
-    "rank": lambda r: ml.Lora(r=r),
-    "rank of one": lambda r: ml.Lora(rank_pattern={"q": r}),
+    "rank": lambda r: ml.LoraConfig(r=r),
+    "rank of one": lambda r: ml.LoraConfig(rank_pattern={"q": r}),
     "mask": masked,
 }
 RIGHT_AND_WRONG = {

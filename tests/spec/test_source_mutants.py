@@ -110,23 +110,25 @@ SURVIVORS = {
     },
     "target_modules": {
         (
-            "Lora.__post_init__: (('variant', tuple(REGISTRY)), ('bias', ('none', 'lora_only', "
+            "LoraConfig.__post_init__: (('variant', tuple(REGISTRY)), ('bias', ('none', 'lora_only', "
             "'all')), ('init', tuple(STARTS))) -> (('bias', ('none', 'lora_only', 'all')), "
             "('variant', tuple(REGISTRY)), ('init', tuple(STARTS)))"
         ): ORDER,
         (
-            "Lora.__post_init__: (('variant', tuple(REGISTRY)), ('bias', ('none', 'lora_only', "
+            "LoraConfig.__post_init__: (('variant', tuple(REGISTRY)), ('bias', ('none', 'lora_only', "
             "'all')), ('init', tuple(STARTS))) -> (('variant', tuple(REGISTRY)), ('init', "
             "tuple(STARTS)), ('bias', ('none', 'lora_only', 'all')))"
         ): ORDER,
-        "Lora.__post_init__: ('vera', 'adalora') -> ('adalora', 'vera')": ORDER,
-        "Lora.__post_init__: (VERA, ADALORA) -> (ADALORA, VERA)": ORDER,
-        "choose: ('head', *TABLES) -> (*TABLES, 'head')": ORDER,
-        ("adapt: zip(*choice.shape.values(), strict=True) -> zip(*choice.shape.values())"): LENGTHS,
-        "adapt: True -> False": LENGTHS,
-        "adapt: (Array, ...) -> (..., Array)": "an annotation",
-        ("adapt: zip(variant.parts, parts, strict=True) -> zip(variant.parts, parts)"): LENGTHS,
-        "adapt: True -> False (2)": LENGTHS,
+        "LoraConfig.__post_init__: ('vera', 'adalora') -> ('adalora', 'vera')": ORDER,
+        "LoraConfig.__post_init__: (VERA, ADALORA) -> (ADALORA, VERA)": ORDER,
+        "resolve_targets: ('head', *TABLES) -> (*TABLES, 'head')": ORDER,
+        (
+            "inject: zip(*choice.shape.values(), strict=True) -> zip(*choice.shape.values())"
+        ): LENGTHS,
+        "inject: True -> False": LENGTHS,
+        "inject: (Array, ...) -> (..., Array)": "an annotation",
+        ("inject: zip(variant.parts, parts, strict=True) -> zip(variant.parts, parts)"): LENGTHS,
+        "inject: True -> False (2)": LENGTHS,
         "invoked: 1 -> 2 (2)": RESHAPE,
         (
             "tied_gradients: zip(('head.A', 'head.B'), twin(dA, dB), strict=True) -> "
@@ -134,7 +136,7 @@ SURVIVORS = {
         ): LENGTHS,
         "tied_gradients: True -> False": LENGTHS,
         (
-            "choose: (*lora.rank_pattern, *lora.alpha_pattern) -> "
+            "resolve_targets: (*lora.rank_pattern, *lora.alpha_pattern) -> "
             "(*lora.alpha_pattern, *lora.rank_pattern)"
         ): ORDER,
     },

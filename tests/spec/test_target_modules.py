@@ -27,7 +27,7 @@ BERT = ml.Bert(vocab=11, d=6, layers=2, heads=3, ffn=7, positions=9, types=2, cl
 
 
 def hit(linears=None, **choice):
-    return list(ml.choose(ml.Lora(**choice), linears or LLAMA.linears()).rank)
+    return list(ml.resolve_targets(ml.LoraConfig(**choice), linears or LLAMA.linears()).rank)
 
 
 def test_all_linear_is_every_projection_but_the_head():
@@ -65,7 +65,7 @@ def test_what_is_named_in_full_is_hit_in_any_layer():
     ]
     assert hit(targets=["q", "3.up"], layers=[1]) == ["layers.1.q"]
     with pytest.raises(ValueError, match="layers: found none, expected numbers; leave it out"):
-        ml.Lora(layers=[])
+        ml.LoraConfig(layers=[])
 
 
 def test_excluded_projections_are_not_hit():
@@ -74,8 +74,8 @@ def test_excluded_projections_are_not_hit():
 
 
 def test_patterns_give_ranks_and_alphas_of_their_own():
-    choice = ml.choose(
-        ml.Lora(
+    choice = ml.resolve_targets(
+        ml.LoraConfig(
             r=2,
             alpha=5,
             layers=[1, 11],
@@ -94,7 +94,9 @@ def test_patterns_give_ranks_and_alphas_of_their_own():
 
 
 def test_a_choice_reports_what_it_hit():
-    choice = ml.choose(ml.Lora(r=2, alpha=3, targets=["q", "down"], layers=[4]), LLAMA.linears())
+    choice = ml.resolve_targets(
+        ml.LoraConfig(r=2, alpha=3, targets=["q", "down"], layers=[4]), LLAMA.linears()
+    )
     assert str(choice) == (
         "layers.4.q: r 2, alpha 3, 26 parameters\n"
         "layers.4.down: r 2, alpha 3, 24 parameters\n"
@@ -152,14 +154,14 @@ def test_a_choice_that_hits_nothing_is_refused_by_what_it_names(choice, message)
 )
 def test_settings_that_mean_nothing_are_refused(choice, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        ml.Lora(**choice)
-    assert ml.Lora(dropout=0.0).dropout == 0
+        ml.LoraConfig(**choice)
+    assert ml.LoraConfig(dropout=0.0).dropout == 0
 
 
 def adapted(c=LLAMA, dtype=np.float64, **choice):
     rng = np.random.default_rng(0)
     W = {name: w.astype(dtype) for name, w in ml.draw_weights(c, rng).items()}
-    return W, *ml.adapt(W, ml.Lora(**choice), c.linears(), rng)
+    return W, *ml.inject(W, ml.LoraConfig(**choice), c.linears(), rng)
 
 
 def test_adapters_stand_beside_the_very_weights_in_their_dtype():
@@ -202,7 +204,7 @@ def test_biases_and_other_parameters_are_trained_as_the_choice_says():
 def test_adapters_upon_adapters_and_parameters_that_do_not_exist_are_refused():
     _, W, _ = adapted()
     with pytest.raises(ValueError, match="adapters already; disable or merge them first"):
-        ml.adapt(W, ml.Lora(), LLAMA.linears(), np.random.default_rng(0))
+        ml.inject(W, ml.LoraConfig(), LLAMA.linears(), np.random.default_rng(0))
     with pytest.raises(ValueError, match=r"\['norm'\] match no parameter; there are: embed.weight"):
         adapted(also=["norm", "norm.weight"])
     with pytest.raises(ValueError, match="rank 0: expected at least 1"):
@@ -219,13 +221,13 @@ def test_adapters_upon_adapters_and_parameters_that_do_not_exist_are_refused():
 def test_a_freshly_adapted_model_is_the_base_to_the_bit(c, rng, r, init):
     base = draw.draw_model(c, rng, p=0)
     W = ml.disable(base.W)
-    adapted, tuning = ml.adapt(W, ml.Lora(r=r, targets=".*", init=init), c.linears(), rng)
+    adapted, tuning = ml.inject(W, ml.LoraConfig(r=r, targets=".*", init=init), c.linears(), rng)
     assert tuning.scale.keys() == c.linears().keys()
     assert {at: adapted[f"{at}.A"].shape for at in c.linears()} == {
         at: (r, n) for at, (_, n) in c.linears().items()
     }
     model = replace(base, W=adapted, tuning=tuning)
-    plain = replace(base, W=W, tuning=ml.Tuning())
+    plain = replace(base, W=W, tuning=ml.TrainableSpec())
     assert np.array_equal(model.logits(), plain.logits())
     gradients = model.loss()[1](1.0)
     assert not any(g.any() for name, g in gradients.items() if name.endswith(".A"))
@@ -839,8 +841,8 @@ def test_a_replicated_model_is_the_model_with_its_layers_copied(c, rng, data):
     assert {name: w.shape for name, w in deeper.items()} == d.shapes()
     copied = {name: w.copy() for name, w in deeper.items()}
     batch = draw.draw_batch(c, rng, 2, 3, "both")
-    z, _ = ml.logits(batch, deeper, d, ml.Tuning())
-    assert same_bits(z, ml.logits(batch, copied, d, ml.Tuning())[0])
+    z, _ = ml.logits(batch, deeper, d, ml.TrainableSpec())
+    assert same_bits(z, ml.logits(batch, copied, d, ml.TrainableSpec())[0])
 
 
 def test_another_replication_is_noticed():
@@ -857,7 +859,7 @@ def test_another_replication_is_noticed():
 def test_the_copies_share_the_base_and_have_adapters_of_their_own():
     rng = np.random.default_rng(0)
     base, c = target_modules.replicate(ml.draw_weights(BERT, rng), BERT, [(0, 2), (1, 2)])
-    W, tuning = ml.adapt(base, ml.Lora(r=2, targets=["q"]), c.linears(), rng)
+    W, tuning = ml.inject(base, ml.LoraConfig(r=2, targets=["q"]), c.linears(), rng)
     assert W["layers.1.q.weight"] is W["layers.2.q.weight"]
     assert not np.array_equal(W["layers.1.q.A"], W["layers.2.q.A"])
     assert tuning.scale.keys() == {"layers.0.q", "layers.1.q", "layers.2.q"}
@@ -905,7 +907,9 @@ def test_peft_computes_and_trains_a_replicated_model_with_its_adapters(pefts, tm
     rng = np.random.default_rng(0)
     base = draw.draw_parameters(TINY_BERT, rng)
     deeper, c = target_modules.replicate(base, TINY_BERT, RANGES)
-    W, tuning = ml.adapt(deeper, ml.Lora(r=2, alpha=3, targets=["v", "down"]), c.linears(), rng)
+    W, tuning = ml.inject(
+        deeper, ml.LoraConfig(r=2, alpha=3, targets=["v", "down"]), c.linears(), rng
+    )
     W |= {name: 0.3 * rng.standard_normal(w.shape) for name, w in W.items() if name.endswith(".B")}
     config = LoraConfig(
         r=2,
@@ -1005,7 +1009,7 @@ def test_peft_trains_the_tokens_of_a_tied_model_through_both_uses(pefts, tmp_pat
 
     batch = ml.Batch(np.array([[5, 0, 2, 5], [1, 2, 3, 4]]))
     E, back_E = ops.with_tokens(W["embed.weight"], trained, rows)
-    tuning = ml.Tuning(trained=frozenset({"embed.weight"}))
+    tuning = ml.TrainableSpec(trained=frozenset({"embed.weight"}))
     z, back = ml.logits(batch, W | {"embed.weight": E}, c, tuning)
     theirs = model(torch.from_numpy(batch.ids)).logits
     dz = rng.standard_normal(z.shape)
@@ -1029,12 +1033,12 @@ def of_variant(variant, c=TIED, seed=0, **choice):
     """The base's weights, and an adapter of the variant beside them."""
     rng = np.random.default_rng(seed)
     W = ml.draw_weights(c, rng, std=0.4)
-    lora = ml.Lora(
+    lora = ml.LoraConfig(
         **{"r": 2, "alpha": 3, "variant": variant}
         | ({"invocation": [1]} if variant == "alora" else {})
         | choice
     )
-    return lora, W, *ml.adapt(W, lora, c.matrices(), rng)
+    return lora, W, *ml.inject(W, lora, c.matrices(), rng)
 
 
 def scores(W, tuning, lora, c=TIED):
@@ -1057,7 +1061,7 @@ def test_a_fresh_adapter_of_each_variant_changes_no_output(variant):
     assert all(
         same_bits(base[name], before[name]) for name in base
     )  # the caller's stay as they were
-    z, _ = ml.logits(ml.Batch(IDS), base, TIED, ml.Tuning())
+    z, _ = ml.logits(ml.Batch(IDS), base, TIED, ml.TrainableSpec())
     found, _ = scores(W, tuning, lora)
     kept = all(W[name] is base[name] for name in base)
     assert kept == ("kept" not in entry.breaks)
@@ -1087,8 +1091,8 @@ def test_adalora_divides_by_the_rank_at_the_start_whatever_is_left():
 
 
 def test_an_old_flag_and_a_variant_say_the_same():
-    assert ml.Lora(rslora=True).rslora
-    assert ml.Lora(variant="rslora").rslora
+    assert ml.LoraConfig(rslora=True).rslora
+    assert ml.LoraConfig(variant="rslora").rslora
     *_, W, tuning = of_variant("rslora")
     *_, W_flag, tuning_flag = of_variant("lora", rslora=True)
     assert tuning == tuning_flag
@@ -1128,7 +1132,7 @@ def test_a_table_starts_with_a_of_zeros_under_every_start(variant):
     assert W["embed.A"].shape == (2, 11)
     assert W["embed.B"].shape == (6, 2)
     assert W["embed.weight"] is base["embed.weight"]
-    z, _ = ml.logits(ml.Batch(IDS), base, TIED, ml.Tuning())
+    z, _ = ml.logits(ml.Batch(IDS), base, TIED, ml.TrainableSpec())
     found, back = ml.logits(ml.Batch(IDS), W, TIED, tuning)
     assert relative_error(found, z) <= GRADIENT
     assert back(np.ones_like(z))["embed.A"].any()
@@ -1145,7 +1149,7 @@ def test_a_tied_heads_residual_stands_beside_the_embedding():
     _, base, W, tuning = of_variant("pissa", targets=["head"])
     assert W["embed.weight"] is base["embed.weight"]
     assert (W["head.weight"] != base["embed.weight"]).any()
-    z, _ = ml.logits(ml.Batch(IDS), base, TIED, ml.Tuning())
+    z, _ = ml.logits(ml.Batch(IDS), base, TIED, ml.TrainableSpec())
     assert relative_error(ml.logits(ml.Batch(IDS), W, TIED, tuning)[0], z) <= GRADIENT
 
 
@@ -1191,7 +1195,7 @@ def test_alora_acts_from_the_invocation_on_and_never_without_one():
         ml.logits(ml.Batch(IDS), W, TIED, tuning)
     with pytest.raises(ValueError, match="a weight on all: it has no merge"):
         ml.merge(W, tuning)
-    z, _ = ml.logits(ml.Batch(IDS), base, TIED, ml.Tuning())
+    z, _ = ml.logits(ml.Batch(IDS), base, TIED, ml.TrainableSpec())
     found, _ = scores(W, tuning, lora)
     on = np.array([[False, False, False, True], [False, False, False, True]]).ravel()
     assert np.array_equal(found[:, ~on], z[:, ~on])
@@ -1233,12 +1237,14 @@ def test_only_a_tied_head_can_be_tied():
     with pytest.raises(ValueError, match="tie: the head has a weight of its own"):
         of_variant("lora", c, targets=["embed"], tie=True)
     with pytest.raises(ValueError, match=re.escape("give the model's matrices()")):
-        ml.choose(ml.Lora(targets=["head"], tie=True), c.linears())
+        ml.resolve_targets(ml.LoraConfig(targets=["head"], tie=True), c.linears())
 
 
 def test_a_report_counts_what_the_variant_trains():
     def counted(variant):
-        choice = ml.choose(ml.Lora(r=2, targets=["q"], variant=variant), TIED.linears())
+        choice = ml.resolve_targets(
+            ml.LoraConfig(r=2, targets=["q"], variant=variant), TIED.linears()
+        )
         assert choice.trained() <= {*choice.parts()}
         return int(str(choice).split()[-2])
 
@@ -1262,41 +1268,44 @@ def test_rules_take_one_number_for_a_layer_and_a_string_for_an_expression_alone(
 
 def test_a_tie_asks_for_the_two_only_where_one_of_them_is_hit():
     tied = replace(LLAMA, layers=1, tied=True)
-    lora = ml.Lora(r=2, targets=["q"], tie=True)
-    assert list(ml.choose(lora, tied.linears()).rank) == ["layers.0.q"]
+    lora = ml.LoraConfig(r=2, targets=["q"], tie=True)
+    assert list(ml.resolve_targets(lora, tied.linears()).rank) == ["layers.0.q"]
     W = ml.draw_weights(tied, np.random.default_rng(0))
-    assert "head.A" not in ml.adapt(W, lora, tied.linears(), np.random.default_rng(0))[0]
+    assert "head.A" not in ml.inject(W, lora, tied.linears(), np.random.default_rng(0))[0]
     both = {"embed": (4, 7), "head": (7, 4)}
-    assert list(ml.choose(replace(lora, targets=["embed"]), both).rank) == ["embed", "head"]
+    assert list(ml.resolve_targets(replace(lora, targets=["embed"]), both).rank) == [
+        "embed",
+        "head",
+    ]
 
 
 def test_shared_factors_are_one_array_of_the_weights_dtype():
     W = ml.draw_weights(LLAMA, np.random.default_rng(0))
     W = {name: w.astype(np.float32) for name, w in W.items()}
-    lora = ml.Lora(r=2, targets=["q"], variant="vera")
-    adapted, _ = ml.adapt(W, lora, LLAMA.linears(), np.random.default_rng(0))
+    lora = ml.LoraConfig(r=2, targets=["q"], variant="vera")
+    adapted, _ = ml.inject(W, lora, LLAMA.linears(), np.random.default_rng(0))
     assert {v.dtype for v in adapted.values()} == {np.dtype(np.float32)}
     assert np.shares_memory(adapted["layers.0.q.A"], adapted["layers.11.q.A"])
     W["layers.11.q.weight"] = W["layers.11.q.weight"].astype(float)
-    adapted, _ = ml.adapt(W, lora, LLAMA.linears(), np.random.default_rng(0))
+    adapted, _ = ml.inject(W, lora, LLAMA.linears(), np.random.default_rng(0))
     assert adapted["layers.11.q.A"].dtype == float
 
 
 def test_tokens_without_a_row_are_refused():
     W = ml.draw_weights(LLAMA, np.random.default_rng(0))
-    lora = ml.Lora(targets=["q"], tokens={"embed": []})
+    lora = ml.LoraConfig(targets=["q"], tokens={"embed": []})
     with pytest.raises(ValueError, match=r"tokens \[\] of embed: expected each once"):
-        ml.adapt(W, lora, LLAMA.linears(), np.random.default_rng(0))
+        ml.inject(W, lora, LLAMA.linears(), np.random.default_rng(0))
 
 
 def test_a_replicated_model_has_the_layers_of_its_ranges():
     base = replace(LLAMA, layers=2)
     ranges = [(1, 2), (0, 2)]
     W, c = target_modules.replicate(ml.draw_weights(base, np.random.default_rng(0)), base, ranges)
-    lora = ml.Lora(targets=["q"], replication=ranges)
-    assert "layers.2.q.A" in ml.adapt(W, lora, c.linears(), np.random.default_rng(0))[0]
+    lora = ml.LoraConfig(targets=["q"], replication=ranges)
+    assert "layers.2.q.A" in ml.inject(W, lora, c.linears(), np.random.default_rng(0))[0]
     with pytest.raises(ValueError, match="of 3 layers: replicate first"):
-        ml.adapt(W, replace(lora, replication=[(1, 2)]), c.linears(), np.random.default_rng(0))
+        ml.inject(W, replace(lora, replication=[(1, 2)]), c.linears(), np.random.default_rng(0))
     with pytest.raises(ValueError, match="ranges: found none, expected"):
         target_modules.replicated(3, [])
     with pytest.raises(ValueError, match=r"ranges: found \[\(2, 4\)\], expected"):
@@ -1318,4 +1327,4 @@ def test_activated_lora_has_a_mask_of_numbers_and_a_scale():
 )
 def test_an_alpha_that_is_no_number_is_refused(wrong):
     with pytest.raises(ValueError, match=r"alpha .*: expected a finite number"):
-        ml.Lora(**wrong)
+        ml.LoraConfig(**wrong)

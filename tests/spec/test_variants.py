@@ -171,7 +171,7 @@ def adapted(name, entry, seed=0, p=0.25, b=2, t=4, depth=1, variant=None):
     shapes |= {"head": (c.d, b * t)} if "head" in matrices.keys() - shapes.keys() else {}
     keep = lora.draw_dropout(rng, p, shapes, float) if p else {}
     others = {name for name in W if name.endswith(".bias") or ".norm" in f".{name}"}
-    tuning = ml.Tuning(
+    tuning = ml.TrainableSpec(
         {at: (3 + i % 3) / 4 for i, at in enumerate(matrices)},
         keep,
         frozenset(P) | (W.keys() if variant.additive else others),
@@ -269,10 +269,10 @@ def test_an_embedding_has_no_bias_to_merge_one_into():
         "embed.c": np.ones((d, 1)),
     }
     scale, variant = model.tuning.scale | {"embed": 1.0}, dict(model.tuning.variant)
-    tuning = ml.Tuning(scale, variant=variant | {"embed": variants.LORA_BIAS})
+    tuning = ml.TrainableSpec(scale, variant=variant | {"embed": variants.LORA_BIAS})
     with pytest.raises(ValueError, match="the adapter of embed has a bias; an embedding has none"):
         ml.merge(W, tuning)
-    ml.merge(W, ml.Tuning(scale, variant=variant))
+    ml.merge(W, ml.TrainableSpec(scale, variant=variant))
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,10 @@ def test_an_adapter_that_acts_on_all_tokens_is_not_the_base_before_its_invocatio
 def test_half_an_adapter_is_an_error_and_not_the_base(entry):
     variant = VARIANTS[entry]
     parts = {f"p.{part}": np.ones(shape) for part, shape in part_shapes(variant, 2, 4, 3).items()}
-    W, tuning = {"p.weight": np.ones((4, 3))} | parts, ml.Tuning({"p": 1.0}, variant={"p": variant})
+    W, tuning = (
+        {"p.weight": np.ones((4, 3))} | parts,
+        ml.TrainableSpec({"p": 1.0}, variant={"p": variant}),
+    )
     lora.project(np.ones((3, 2)), "p", W, tuning)
     for name in parts.keys() - {"p.A"}:
         with pytest.raises(KeyError, match=name):
@@ -400,11 +403,11 @@ TIES = {
 def test_merging_a_tied_table_changes_no_use_of_it(name):
     """The weights that it leaves, which of them are the very table, and what each use gives."""
     W, expected, untouched = TIES[name]
-    tuning = ml.Tuning({"embed": Fraction(7, 3), "head": Fraction(7, 3)})
+    tuning = ml.TrainableSpec({"embed": Fraction(7, 3), "head": Fraction(7, 3)})
     merged = ml.merge(W, tuning)
     assert merged.keys() == expected
     assert {name for name in merged if merged[name] is W["embed.weight"]} == untouched
-    for found, wanted in zip(uses(merged, ml.Tuning()), uses(W, tuning), strict=True):
+    for found, wanted in zip(uses(merged, ml.TrainableSpec()), uses(W, tuning), strict=True):
         assert laws.same(found, wanted)
     restored = ml.unmerge(merged)
     assert restored.keys() == W.keys()
@@ -413,32 +416,32 @@ def test_merging_a_tied_table_changes_no_use_of_it(name):
 
 def test_twins_are_one_change_of_one_table_and_almost_twins_are_two():
     W, _, _ = TIES["both, twins"]
-    tuning = ml.Tuning({"embed": Fraction(7, 3), "head": Fraction(7, 3)})
+    tuning = ml.TrainableSpec({"embed": Fraction(7, 3), "head": Fraction(7, 3)})
     other = W["head.A"].copy()
     other[0, 0] += 1
     rescaled = replace(tuning, scale=tuning.scale | {"head": Fraction(2)})
-    bias = ml.Tuning(tuning.scale, variant={"head": variants.VERA})
+    bias = ml.TrainableSpec(tuning.scale, variant={"head": variants.VERA})
     vectors = {"head.lambda_d": W["head.A"][:, :1], "head.lambda_b": W["head.B"][:, :1]}
     for almost, how in ((W | {"head.A": other}, tuning), (W, rescaled), (W | vectors, bias)):
         merged = ml.merge(almost, how)
         assert merged.keys() == {"embed.weight", "head.weight"}
-        for found, wanted in zip(uses(merged, ml.Tuning()), uses(almost, how), strict=True):
+        for found, wanted in zip(uses(merged, ml.TrainableSpec()), uses(almost, how), strict=True):
             assert laws.same(found, wanted)
 
 
 def test_twins_stay_twins_whatever_variant_another_module_has():
     W, *_ = TIES["both, twins"]
-    tuning = ml.Tuning(dict.fromkeys(("embed", "head"), 1), variant={"q": variants.DORA})
+    tuning = ml.TrainableSpec(dict.fromkeys(("embed", "head"), 1), variant={"q": variants.DORA})
     assert ml.merge(W, tuning).keys() == {"embed.weight"}
 
 
 def test_a_head_of_its_own_is_not_tied():
     W = tied(**{"head.weight": tied()["embed.weight"] * 2})
-    tuning = ml.Tuning({"embed": Fraction(7, 3), "head": Fraction(7, 3)})
+    tuning = ml.TrainableSpec({"embed": Fraction(7, 3), "head": Fraction(7, 3)})
     for alone in ({}, NONE, ALONE):
         case = {name: w for name, w in W.items() if name not in alone}
         merged = ml.merge(case, tuning)
-        for found, wanted in zip(uses(merged, ml.Tuning()), uses(case, tuning), strict=True):
+        for found, wanted in zip(uses(merged, ml.TrainableSpec()), uses(case, tuning), strict=True):
             assert laws.same(found, wanted)
 
 
@@ -450,8 +453,8 @@ def touching_the_table(W, tuning):
 
 def test_a_merge_of_the_head_into_the_table_changes_the_embedding():
     W, *_ = TIES["head alone"]
-    tuning = ml.Tuning({"head": Fraction(7, 3)})
-    wrong = uses(touching_the_table(W, tuning), ml.Tuning())
+    tuning = ml.TrainableSpec({"head": Fraction(7, 3)})
+    wrong = uses(touching_the_table(W, tuning), ml.TrainableSpec())
     right = uses(W, tuning)
     assert laws.same(wrong[1], right[1])
     assert not laws.same(wrong[0], right[0])

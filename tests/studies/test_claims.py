@@ -14,7 +14,7 @@ import pytest
 from minilora.cli.console import INTERRUPTED
 from minilora.cli.main import main
 from minilora.io import reference_models, synthetic_data
-from minilora.spec.lora import Tuning
+from minilora.spec.lora import TrainableSpec
 from minilora.spec.optim import AdamState, adamw
 from minilora.studies import claims
 from minilora.studies.claims import (
@@ -243,7 +243,7 @@ def test_full_fine_tuning_is_three_products_for_each_of_the_forward(subject):
     job = job_of(subject, TINY, FULL)
     batch = batches_of(job.data.train, 64, 0)[0]
     W, c = dict(job.base.weights), subject.base.config
-    forward = products_of(lambda h: claims.costs.logits(batch, h, c, Tuning()), W)
+    forward = products_of(lambda h: claims.costs.logits(batch, h, c, TrainableSpec()), W)
     step = products_of(lambda h: claims.costs.loss(batch, h, c, job.tuning)[1](1.0), W)
     assert claims.flops_of(step) == 3 * claims.flops_of(forward)
 
@@ -308,7 +308,7 @@ def test_a_run_is_the_same_again_and_begins_as_the_base(found, subject):
     both = [synthetic_data.task(name) for name in reference_models.tasks("gpt2")]
     W = {name: np.asarray(w) for name, w in subject.base.weights.items()}
     start = [
-        synthetic_data.expected_loss(one, W, subject.base.config, Tuning()) - one.entropy
+        synthetic_data.expected_loss(one, W, subject.base.config, TrainableSpec()) - one.entropy
         for one in both
     ]
     job = job_of(subject, TINY, Side(1))

@@ -13,7 +13,7 @@ from scipy.special import log_softmax
 
 from minilora.cli.main import main
 from minilora.io.formats import huggingface
-from minilora.spec.lora import Tuning
+from minilora.spec.lora import TrainableSpec
 from minilora.spec.models import Batch, Llama, draw_weights
 from minilora.studies import claims
 from minilora.studies.claims import (
@@ -101,8 +101,8 @@ def test_the_divergence_of_the_next_tokens_adds_up_to_that_of_the_sequences():
     there, back, direct, size = 0.0, 0.0, 0.0, 0.0
     for x in product(range(v), repeat=2):
         p0 = math.exp(log_p(z0, x))
-        there += p0 * 2 * divergence(of(z0, x), W, of(z, x), W, Tuning(), 3)
-        back += p0 * 2 * divergence(of(z, x), W, of(z0, x), W, Tuning(), 3)
+        there += p0 * 2 * divergence(of(z0, x), W, of(z, x), W, TrainableSpec(), 3)
+        back += p0 * 2 * divergence(of(z, x), W, of(z0, x), W, TrainableSpec(), 3)
         direct += p0 * (log_p(z0, x) - log_p(z, x))
         size += p0 * (abs(log_p(z0, x)) + abs(log_p(z, x)))
     # Sums of v and of v² terms whose logarithms and exponentials round once more each.
@@ -118,16 +118,16 @@ def test_only_places_with_a_next_token_count():
     h0, h = rng.standard_normal((2, 3, 8))
     other = h.copy()
     other[:, [3, 7]] += 1
-    first = divergence(h0, W, h, W, Tuning(), 4)
-    assert divergence(h0, W, other, W, Tuning(), 4) == first > 0
+    first = divergence(h0, W, h, W, TrainableSpec(), 4)
+    assert divergence(h0, W, other, W, TrainableSpec(), 4) == first > 0
     other[:, 2] += [1, 0, 0]
-    assert divergence(h0, W, other, W, Tuning(), 4) != first
+    assert divergence(h0, W, other, W, TrainableSpec(), 4) != first
 
 
 def surprise(base, texts):
     """How many standard deviations the texts' loss is from the entropy of the base's own text."""
     batch = Batch(np.array(texts).reshape(-1, len(texts[0][0])))
-    h = states(batch, base.weights, base.config, Tuning())
+    h = states(batch, base.weights, base.config, TrainableSpec())
     z = base.weights["embed.weight"].astype(float) @ h
     log_p = log_softmax(z, axis=0).reshape(len(z), *batch.ids.shape)[:, :, :-1]
     entropy = -(np.exp(log_p) * log_p).sum(0)

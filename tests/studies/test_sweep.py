@@ -19,9 +19,9 @@ from minilora.studies import sweep
 from minilora.studies.sweep import Cell, Row, Setting, best, by_group, grid, in_processes, table
 from minilora.training import data
 from minilora.training.gradients import Plan, blas_threads
-from minilora.training.train import Diverged, Recipe, Refused, fit, prepare
+from minilora.training.train import Diverged, Refused, TrainConfig, fit, prepare
 
-SETTING = Setting("reference:gpt2", "task:queued-brackets", Recipe(steps=4, batch_tokens=64))
+SETTING = Setting("reference:gpt2", "task:queued-brackets", TrainConfig(steps=4, batch_tokens=64))
 CELLS = grid([1, 2], [], [1e-3, 1e-2], [3])
 RESULTS = ("adapter_model.safetensors", "adapter_config.json")
 
@@ -136,7 +136,7 @@ def test_another_setting_or_a_folder_of_other_files_is_refused(whole, tmp_path):
 
 def test_a_cell_that_diverged_is_a_row_and_never_the_best(tmp_path):
     cells = grid([1], [], [1e-2, 1e39], [0])
-    fine, wild = sweep.sweep(tmp_path, replace(SETTING, recipe=Recipe(steps=8)), cells, 1)
+    fine, wild = sweep.sweep(tmp_path, replace(SETTING, recipe=TrainConfig(steps=8)), cells, 1)
     assert fine.why == ""
     assert "loss" in wild.why or "parameter" in wild.why
     assert wild.judged == math.inf
@@ -146,12 +146,15 @@ def test_a_cell_that_diverged_is_a_row_and_never_the_best(tmp_path):
 def test_a_cell_that_diverges_in_its_last_step_is_a_row_too(tmp_path):
     """What it comes to is no number, and no number is what it is judged by."""
     cells = grid([1], [], [1e-2, 1e30], [0])
-    fine, wild = sweep.sweep(tmp_path, replace(SETTING, recipe=Recipe(steps=1)), cells, 1)
+    fine, wild = sweep.sweep(tmp_path, replace(SETTING, recipe=TrainConfig(steps=1)), cells, 1)
     assert (fine.why, wild.why[:8]) == ("", "step 1: ")
     assert wild.judged == math.inf
     assert table([fine, wild]).splitlines()[2].split()[3:] == ["1", "-", "-", "-", "1"]
     assert replace(fine, valid=math.nan).judged == math.inf
-    assert sweep.sweep(tmp_path, replace(SETTING, recipe=Recipe(steps=1)), cells, 1) == [fine, wild]
+    assert sweep.sweep(tmp_path, replace(SETTING, recipe=TrainConfig(steps=1)), cells, 1) == [
+        fine,
+        wild,
+    ]
 
 
 def test_a_sweep_that_was_refused_is_told_in_a_line_and_may_be_corrected(tmp_path):

@@ -16,7 +16,7 @@ from minilora.io import reference_models
 from minilora.io.formats.files import FormatError
 from minilora.io.formats.tokenizers import Words, read_tokenizer
 from minilora.io.synthetic_data import END, PAD, SPECIAL, TASKS, task
-from minilora.spec.models import targets
+from minilora.spec.models import shifted_labels
 from minilora.spec.ops import IGNORED
 from minilora.training import data
 from minilora.training.data import Example, batch, order, read, shown
@@ -759,7 +759,7 @@ def test_a_batch_has_the_examples_and_labels_what_counts(draws):
     class Causal:
         causal = True
 
-    following = targets(got, Causal).reshape(got.ids.shape)
+    following = shifted_labels(got, Causal).reshape(got.ids.shape)
     for row, e in enumerate(examples):
         n = len(e.ids)
         assert (got.ids[row, :n] == e.ids).all()

@@ -167,7 +167,7 @@ def test_with_a_past_there_is_no_back_and_no_classifier():
         back(1.0)
     W = ml.draw_weights(BERT, np.random.default_rng(0))
     with pytest.raises(ValueError, match="a Bert has no past"):
-        logits(Batch(np.array([[1, 2]])), W, BERT, ml.Tuning(), past=Past())
+        logits(Batch(np.array([[1, 2]])), W, BERT, ml.TrainableSpec(), past=Past())
 
 
 def tokens_of(model, prompts, **settings):

@@ -29,11 +29,19 @@ from minilora.spec.variants import REGISTRY
 from minilora.training import checkpoints, data, evaluate, train
 from minilora.training.checkpoints import State
 from minilora.training.gradients import Plan
-from minilora.training.train import Diverged, Recipe, fit, micro_batches, prepare, run, steps_in
+from minilora.training.train import (
+    Diverged,
+    TrainConfig,
+    fit,
+    micro_batches,
+    prepare,
+    run,
+    steps_in,
+)
 
 ROOT = Path(__file__).parents[2]
 PLAN = Plan()
-QUICK = Recipe(lr=0.01, steps=6, batch_tokens=128, accumulate=2, dropout=0.1)
+QUICK = TrainConfig(lr=0.01, steps=6, batch_tokens=128, accumulate=2, dropout=0.1)
 TIMES = ("tokens_per_second", "memory")
 
 
@@ -280,7 +288,7 @@ def test_adalora_leaves_as_many_singular_values_as_the_rank_says(tmp_path):
     assert sum(ranks) == 3 * projections
     assert max(ranks) <= 5
     assert len({*ranks}) > 1
-    plain = Recipe(variant="lora", rank=3).lora()
+    plain = TrainConfig(variant="lora", rank=3).lora()
     assert {round(s, 4) for s in read.tuning.scale.values()} == {round(plain.alpha / 3, 4)}
     begun = fit(tmp_path / "begun", job, watch=Stop(1)).state
     assert len(begun.params["layers.0.q.A"]) == 5
@@ -309,9 +317,9 @@ def test_loftqs_base_goes_along_and_another_is_refused(tmp_path):
 def test_a_variant_that_no_run_trains_says_why_and_what_to_take():
     for variant in train.NOT_TRAINED:
         with pytest.raises(ValueError, match=f"variant '{variant}': .*: take lora"):
-            Recipe(variant=variant)
+            TrainConfig(variant=variant)
     trained = REGISTRY.keys() - train.NOT_TRAINED.keys()
-    assert all(Recipe(variant=variant).lora().variant == variant for variant in trained)
+    assert all(TrainConfig(variant=variant).lora().variant == variant for variant in trained)
     assert trained == {*VARIANTS}
 
 
@@ -905,7 +913,7 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
 def test_a_bad_expression_is_no_target():
     for wrong in ("[", "*", "layers.(0|"):
         with pytest.raises(ValueError, match="expected a name or a regular expression"):
-            Recipe(targets=wrong)
+            TrainConfig(targets=wrong)
 
 
 def test_a_model_with_too_few_positions_is_told_before_anything_is_written():

@@ -14,13 +14,13 @@ from minilora.verify.core.types import STRUCTURE, Case
 from minilora.verify.diagnosis import diagnose
 from minilora.verify.diagnosis.diagnose import Direct
 from minilora.verify.implementation.minilora_impl import Own
-from minilora.verify.mutants import MISREADINGS
+from minilora.verify.mutants import MUTANTS
 from minilora.verify.mutants.reference import Plain, but, reads, then
 from minilora.verify.report.report import UNSEEN
 from minilora.verify.selftest import names
 
 BY_ID = {check.id: replace(check, smallest=None) for check in CHECKS}
-CATALOGUE = {m.id: m for m in MISREADINGS if not m.equivalent}
+CATALOGUE = {m.id: m for m in MUTANTS if not m.equivalent}
 
 # One of each level and family; the self-test takes all.
 SOME = (
@@ -35,7 +35,7 @@ SOME = (
 
 
 def only(check, make):
-    """The status of one check, and the misreadings that it is explained by."""
+    """The status of one check, and the mutants that it is explained by."""
     (result,) = engine.run([BY_ID[check]], make(), profile="quick", dtypes=["float32"]).results
     return result.status, tuple(d for d in result.diagnosis if not d.id.startswith(STRUCTURE))
 
@@ -48,7 +48,7 @@ def test_a_misreading_is_named(id):
 def test_a_misreading_that_raises_explains_nothing_and_hinders_no_other(monkeypatch):
     raising = replace(CATALOGUE["scale-squared"], make=but(s=lambda my, c: c.no_such_name))
     known = (raising, CATALOGUE["scale-alpha"])
-    monkeypatch.setattr(mutants, "MISREADINGS", known)
+    monkeypatch.setattr(mutants, "MUTANTS", known)
     assert names(CATALOGUE["scale-alpha"]) == ("scale-alpha",)
     assert names(raising) == ()
 

@@ -10,7 +10,7 @@ from minilora.io.formats.huggingface import read_model
 from minilora.io.formats.peft import read_lora
 from minilora.spec.layers import adapted_fused
 from minilora.spec.lora import lora_linear, merge_weight, scale
-from minilora.spec.models import targets
+from minilora.spec.models import shifted_labels
 from minilora.spec.multi_adapter import State
 from minilora.spec.ops import IGNORED
 from minilora.spec.variants import DORA, DORA_FULL
@@ -19,10 +19,10 @@ from minilora.verify.checks import files, init, lifecycle, tiny_models, train, v
 from minilora.verify.checks.model import as_dict
 from minilora.verify.core import inputs
 from minilora.verify.core.types import MONTE_CARLO, Case, Comparison
-from minilora.verify.implementation.contract import Precision, Subject
+from minilora.verify.implementation.contract import GuardedImplementation, Precision
 from minilora.verify.implementation.minilora_impl import Own, trained
 from minilora.verify.implementation.sessions import Layer, whole
-from minilora.verify.mutants import MISREADINGS
+from minilora.verify.mutants import MUTANTS
 from minilora.verify.mutants.files import Filer
 
 SEEDS = range(3)
@@ -49,15 +49,17 @@ def test_micro_batches_have_unequal_counts_and_every_batch_has_all_kinds_of_labe
         unequal = []
         steps = [[*step] for step in steps]  # the case's own are kept
         silent = steps[train.SILENT].pop(1)
-        assert (targets(silent, of.c) == IGNORED).all()
+        assert (shifted_labels(silent, of.c) == IGNORED).all()
         assert (silent.labels != IGNORED).any()
         for step in steps:
-            counts = {int((targets(batch, of.c) != IGNORED).sum()) for batch in step}
+            counts = {int((shifted_labels(batch, of.c) != IGNORED).sum()) for batch in step}
             unequal.append(len(counts) > 1)
             for batch in step:
                 assert not batch.real.all()
                 assert (batch.labels[~batch.real] == IGNORED).all()
-                assert ((targets(batch, of.c) != IGNORED).reshape(batch.ids.shape)).any(1).all()
+                assert (
+                    ((shifted_labels(batch, of.c) != IGNORED).reshape(batch.ids.shape)).any(1).all()
+                )
         assert sum(unequal) > len(steps) / 2
         every = [batch for step in steps for batch in step]
         assert any((batch.labels[batch.real] == IGNORED).any() for batch in every)
@@ -68,7 +70,7 @@ def test_padding_lies_on_either_side_and_nothing_that_it_predicts_counts():
     sides = [batch.real[:, 0].all() for (batch,) in steps]
     assert {*sides} == {True, False}
     for (batch,) in steps:
-        counts = (targets(batch, of.c) != IGNORED).reshape(batch.ids.shape)
+        counts = (shifted_labels(batch, of.c) != IGNORED).reshape(batch.ids.shape)
         assert counts.any(1).all()
         assert not counts[~batch.real].any()
         assert not batch.real.all()
@@ -104,7 +106,11 @@ def rate(greatest, count):
 
 
 def test_the_error_rate_of_a_distribution_is_what_it_says():
-    found = [*init._distribution("")(Subject(Own()), Case("init.distribution", "float64", 0, 0))]
+    found = [
+        *init._distribution("")(
+            GuardedImplementation(Own()), Case("init.distribution", "float64", 0, 0)
+        )
+    ]
     counts = [init.SEEDS * r * n for _, n, r, *_ in init.MODULES]
     counts.append(sum(counts))
     for each, count in zip(found, counts, strict=True):
@@ -114,7 +120,9 @@ def test_the_error_rate_of_a_distribution_is_what_it_says():
 
 def test_the_error_rate_of_products_is_what_it_says():
     """Of sums of products of two uniform numbers none comes near the bound, and half would."""
-    found, *_ = init.independent(Subject(Own()), Case("init.independent", "float64", 0, 0))
+    found, *_ = init.independent(
+        GuardedImplementation(Own()), Case("init.independent", "float64", 0, 0)
+    )
     rng = np.random.default_rng(0)
     a, b = rng.uniform(-1, 1, (2, 4000, 1024)).astype(np.float32)
     sums = 3 * np.abs((a * b).mean(1))
@@ -212,7 +220,7 @@ def test_the_names_that_differ_are_said():
 
 
 def test_a_frozen_file_that_changes_is_named():
-    wrong = next(m for m in MISREADINGS if m.id == "flow-base-file-changed")
+    wrong = next(m for m in MUTANTS if m.id == "flow-base-file-changed")
     result = check(wrong.make(), case="grad-flow.frozen:float32:0").results[0]
     assert result.worst.array == "files that changed, base/config.json"
     assert check(Own(), case="grad-flow.frozen:float32:0").results[0].status == "pass"

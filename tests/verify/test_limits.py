@@ -15,7 +15,7 @@ from scipy.special import erf
 from minilora.verify.checks import combine, init, merge, optimizer
 from minilora.verify.core.tolerance import Draws, noisy, unit_roundoff
 from minilora.verify.core.types import Case
-from minilora.verify.implementation.contract import DTYPES, Precision, Subject
+from minilora.verify.implementation.contract import DTYPES, GuardedImplementation, Precision
 from minilora.verify.implementation.minilora_impl import Own
 
 U = unit_roundoff("float32")
@@ -34,7 +34,7 @@ class Erring(Own):
 
 def verdicts(check, run, implementation):
     """The different verdicts on some cases, those of them that round: the odd ones."""
-    subject = Subject(implementation)
+    subject = GuardedImplementation(implementation)
     cases = [Case(check, "float64", number, seed) for number in (1, 3) for seed in range(5)]
     return {found.judge().verdict for case in cases for found in run(subject, case)}
 

@@ -8,10 +8,10 @@ from minilora.verify import selftest
 from minilora.verify.checks.registry import CHECKS
 from minilora.verify.diagnosis.diagnose import WHOLE
 from minilora.verify.implementation.contract import DTYPES
-from minilora.verify.mutants import MISREADINGS
+from minilora.verify.mutants import MUTANTS
 from minilora.verify.mutants.model import model
 
-WRONG = [m for m in MISREADINGS if not m.equivalent]
+WRONG = [m for m in MUTANTS if not m.equivalent]
 LEVELS = list(dict.fromkeys(check.level for check in CHECKS))
 
 # Less than rounding in both halves, or in one; and rounding no coarser than that of the dtype.
@@ -63,9 +63,9 @@ def test_what_is_right_passes_however_it_is_written(level):
         assert selftest.alarms(level, dtype, number) == []
 
 
-def uncontrolled(misreadings):
-    """The checks that no misreading names as the one that catches it."""
-    return {check.id for check in CHECKS} - {m.caught_by for m in misreadings}
+def uncontrolled(mutants):
+    """The checks that no mutant names as the one that catches it."""
+    return {check.id for check in CHECKS} - {m.caught_by for m in mutants}
 
 
 def test_every_check_has_a_misreading_that_it_catches():
@@ -78,8 +78,8 @@ def test_a_check_without_a_misreading_is_seen():
 
 
 def test_misreadings_have_names_and_formulas_of_their_own():
-    assert max(Counter(m.id for m in MISREADINGS).values()) == 1
-    for m in MISREADINGS:
+    assert max(Counter(m.id for m in MUTANTS).values()) == 1
+    for m in MUTANTS:
         assert m.id.startswith(m.family.lower() + "-")
         assert m.formula
         assert m.equivalent != bool(m.caught_by)

@@ -1,4 +1,4 @@
-"""What is said of a deviation that no known misreading explains, and that nothing is invented."""
+"""What is said of a deviation that no known mutant explains, and that nothing is invented."""
 
 import re
 import warnings
@@ -96,7 +96,7 @@ def test_what_is_right_has_no_structure():
 
 
 def test_a_report_says_it_where_no_misreading_has_a_name_for_it(monkeypatch):
-    monkeypatch.setattr(mutants, "MISREADINGS", ())
+    monkeypatch.setattr(mutants, "MUTANTS", ())
     make, at, (pattern, *_) = ROWS["a scale"]
     report = engine.run([replace(BY_ID[at], smallest=None)], make(), dtypes=["float32"])
     assert re.search(pattern.replace(" ", r"\s+"), report.text())

@@ -20,7 +20,7 @@ from minilora.cli.main import main
 from minilora.verify import check
 from minilora.verify.checks.registry import CHECKS
 from minilora.verify.diagnosis.diagnose import diagnose
-from minilora.verify.implementation.contract import Fault, LoadError, Skip, Subject
+from minilora.verify.implementation.contract import Fault, GuardedImplementation, LoadError, Skip
 from minilora.verify.implementation.minilora_impl import Own
 from minilora.verify.implementation.protocol import (
     Driver,
@@ -103,7 +103,7 @@ def tiny(tmp_path):
 
 def merge(driver, alpha):
     """The answer to a merge through the contract: an array, or Skip or Fault."""
-    subject = Subject(driver, time_limit=driver.time_limit)
+    subject = GuardedImplementation(driver, time_limit=driver.time_limit)
     W, A, B = np.zeros((2, 2)), np.zeros((1, 2)), np.zeros((2, 1))
     answer = subject.call("merge", W, A, B, alpha=alpha, r=1)
     return subject.answer(answer, "merged W", (2, 2), "float64")
@@ -147,7 +147,7 @@ def test_the_messages_are_those_of_the_protocol(tiny, tmp_path):
 
 def test_the_driver_declares_what_it_is(tiny):
     body = "said |= {'dtypes': ['float32'], 'precision': {'float32': {'accumulation': 'float64'}}}"
-    subject = Subject(tiny(body))
+    subject = GuardedImplementation(tiny(body))
     assert (subject.name, subject.version) == ("tiny", "0.1 (Python)")
     assert subject.dtypes == ("float32",)
     assert subject.precision("float32").accumulation == "float64"
@@ -232,7 +232,7 @@ def bad(m):
 
 def test_a_method_that_hangs_twice_is_not_called_again(tiny):
     driver = tiny("def bad(m):\n    time.sleep(60)\n", time_limit=0.2)
-    subject = Subject(driver, time_limit=0.2)
+    subject = GuardedImplementation(driver, time_limit=0.2)
     W = np.zeros((2, 2))
     for words in ("in 0.2 s", "in 0.2 s", "is not called any more"):
         with pytest.raises(Fault, match=words):
@@ -292,16 +292,16 @@ def run(m):
 """
     driver = tiny(body)
     layer = {"kind": "linear", "W": np.zeros((2, 2))}
-    first = Subject(driver).call("session", layer)
+    first = GuardedImplementation(driver).call("session", layer)
     del first
-    second = Subject(Subject(driver).call("session", layer))
+    second = GuardedImplementation(GuardedImplementation(driver).call("session", layer))
     assert (second.has("merge"), second.has("add")) == (True, False)
     assert second.call("weight").shape == (2, 2)
     with pytest.raises(Fault, match="exit status 4"):
         second.call("merge")
     with pytest.raises(Fault, match="the session ended with the driver that held it"):
         second.call("weight")
-    assert Subject(driver).call("session", layer).number == 6
+    assert GuardedImplementation(driver).call("session", layer).number == 6
     assert log.read_text().splitlines() == [
         "session None {'layer': {'kind': 'linear'}}",
         "session None {'layer': {'kind': 'linear'}}",
@@ -321,7 +321,7 @@ def run(m):
 """
     driver = tiny(body)
     assert merge(driver, 1).shape == (2, 2)
-    assert Subject(driver).version == ""
+    assert GuardedImplementation(driver).version == ""
 
 
 @settings(max_examples=50)
@@ -398,7 +398,7 @@ def test_a_driver_that_does_not_start_is_told_why(tiny, body, words):
 
 def test_a_declaration_that_cannot_be_read_is_refused(tiny):
     with pytest.raises(LoadError, match="'dtypes' names float33"):
-        Subject(tiny("said['dtypes'] = ['float33']"))
+        GuardedImplementation(tiny("said['dtypes'] = ['float33']"))
 
 
 @pytest.mark.parametrize(
@@ -431,7 +431,10 @@ def test_a_command_that_cannot_be_started_is_told_why(tmp_path, monkeypatch, com
 def test_checks_may_be_declared_for_methods(tiny):
     body = "said['checks'] = ['merge.zero-*', 'linear.forward']; del said['methods']"
     driver = tiny(body)
-    assert (Subject(driver).has("merge"), Subject(driver).has("unmerge")) == (True, False)
+    assert (
+        GuardedImplementation(driver).has("merge"),
+        GuardedImplementation(driver).has("unmerge"),
+    ) == (True, False)
     driver.check = "merge.weight"
     with pytest.raises(Skip, match=r"tiny does not declare the check merge\.weight"):
         merge(driver, 1)
@@ -610,7 +613,7 @@ def test_each_mistake_put_into_the_drivers_is_caught_and_named(language, request
     by_id = {each.id: each for each in CHECKS}
     for bug, (where, name) in BUGS.items():
         with Driver([*command, bug]) as driver:
-            found = diagnose(by_id[where], Subject(driver), "float32", 0)
+            found = diagnose(by_id[where], GuardedImplementation(driver), "float32", 0)
         assert [each.id for each in found] == [name], bug
     with Driver([*command, "none"]) as driver:
-        assert diagnose(by_id["linear.vjp"], Subject(driver), "float32", 0) == ()
+        assert diagnose(by_id["linear.vjp"], GuardedImplementation(driver), "float32", 0) == ()

@@ -1,4 +1,4 @@
-"""The self-test finds what falls short: a misreading that is missed or misnamed, a false alarm."""
+"""The self-test finds what falls short: a mutant that is missed or misnamed, a false alarm."""
 
 import json
 import re
@@ -9,15 +9,15 @@ import pytest
 from minilora.cli.main import main
 from minilora.verify import engine, selftest
 from minilora.verify.implementation.contract import DTYPES
-from minilora.verify.mutants import MISREADINGS, Misreading
+from minilora.verify.mutants import MUTANTS, Mutant
 from minilora.verify.mutants.reference import Plain, but, digits, then
 from minilora.verify.selftest import Selftest
 
-CATALOGUE = {m.id: m for m in MISREADINGS}
+CATALOGUE = {m.id: m for m in MUTANTS}
 
 
 def of_one(make, caught_by="merge.weight"):
-    return Misreading("merge-odd", "MERGE", "merge", "odd", (), make, caught_by)
+    return Mutant("merge-odd", "MERGE", "merge", "odd", (), make, caught_by)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def few():
 def test_a_share_is_caught_named_and_without_a_false_alarm(few):
     assert few.shortfalls == []
     assert few.exit_status == 0
-    assert {m.family for m in few.misreadings} == {"MERGE", "UNMERGE"}
+    assert {m.family for m in few.mutants} == {"MERGE", "UNMERGE"}
     assert [sum(each.values()) for each in few.cases.values()] == [200, 200]
     assert all(len(names) > 5 for names in few.rights.values())
 
@@ -41,9 +41,9 @@ def test_any_number_of_processes_finds_the_same(few):
 
 
 def test_another_seed_takes_another_share_and_other_cases(few):
-    other = selftest.share(few.misreadings[:1] + tuple(CATALOGUE.values()), 1)
-    assert other != selftest.share(few.misreadings[:1] + tuple(CATALOGUE.values()), 0)
-    assert len(other) == len({(m.level, m.family) for m in MISREADINGS})
+    other = selftest.share(few.mutants[:1] + tuple(CATALOGUE.values()), 1)
+    assert other != selftest.share(few.mutants[:1] + tuple(CATALOGUE.values()), 0)
+    assert len(other) == len({(m.level, m.family) for m in MUTANTS})
 
 
 def test_what_is_right_is_not_caught():
@@ -82,10 +82,10 @@ def test_a_right_one_that_does_not_pass_is_an_alarm(monkeypatch):
 
 
 def report_of(**changes):
-    """A report of two misreadings of two classes, all well but for the changes."""
+    """A report of two mutants of two classes, all well but for the changes."""
     ms = (CATALOGUE["merge-no-scale"], CATALOGUE["scale-alpha"])
     all_well = Selftest(
-        misreadings=ms,
+        mutants=ms,
         caught={dtype: {m.id: m.caught_by for m in ms} for dtype in DTYPES},
         broken={},
         named={m.id: (m.id,) for m in ms},
@@ -153,7 +153,7 @@ def test_where_a_level_has_no_cases_nothing_is_missed():
     assert [row[-2] for row in report.rows()] == ["100 %", "-", "100 %"]
     rates = report.summary().count("100 % caught in")
     assert (rates, report.exit_status) == (len(DTYPES), 0)
-    entries = json.loads(report.json())["misreadings"]
+    entries = json.loads(report.json())["mutants"]
     assert [len(entry["caught_by"]) for entry in entries] == [4, 3]
 
 
@@ -177,7 +177,7 @@ def test_the_command_prints_and_writes_the_report(tmp_path, capsys):
     assert "0 false alarms in 90 cases" in re.sub(r"\s+", " ", printed)
     document = json.loads(out.read_text())
     assert document["schema"] == 1
-    assert all(m["caught_by"]["float32"] for m in document["misreadings"])
+    assert all(m["caught_by"]["float32"] for m in document["mutants"])
     assert page.read_text().startswith("| level | class | no. | float32 | named |\n| --- |")
 
 

@@ -28,7 +28,7 @@ from minilora.verify.engine import UsageError
 from minilora.verify.implementation import minilora_impl
 from minilora.verify.implementation.contract import Fault, Skip
 from minilora.verify.implementation.minilora_impl import Own
-from minilora.verify.mutants import MISREADINGS, Plain
+from minilora.verify.mutants import MUTANTS, Plain
 from minilora.verify.vectors.tags import NOTES
 from minilora.verify.vectors.vector_answers import Answered, _checks, answer, compared, judge
 from minilora.verify.vectors.vectors import (
@@ -492,7 +492,7 @@ def holds(given, implementation):
 def test_misreadings_are_refused_and_what_only_looks_wrong_is_not(made, level):
     """Some of each level, evenly from all that a check of these vectors shows best."""
     own = [v for v in made if v.level == level and v.result != "invalid"]
-    known = [m for m in MISREADINGS if m.level == level]
+    known = [m for m in MUTANTS if m.level == level]
     shown = {v.check for v in own}
     wrong = [m for m in known if m.caught_by in shown and seen_by_vectors(m)]
     for m in wrong[:: max(1, len(wrong) // 30)]:
@@ -506,7 +506,7 @@ def test_the_whole_set_shows_the_whole_catalogue():
     whole = vectors()
     for level in MAKERS:
         own = [v for v in whole if v.level == level and v.result != "invalid"]
-        for m in (m for m in MISREADINGS if m.level == level and seen_by_vectors(m)):
+        for m in (m for m in MUTANTS if m.level == level and seen_by_vectors(m)):
             assert holds(own, m.make()) == m.equivalent, m.id
 
 
@@ -523,7 +523,7 @@ class FloatsOnly:
 
 
 def test_wrong_answers_get_the_name_of_the_misreading(made, folder, tmp_path, capsys):
-    m = next(m for m in MISREADINGS if m.id == "scale-alpha")
+    m = next(m for m in MUTANTS if m.id == "scale-alpha")
     target = put(tmp_path, answer(made, FloatsOnly(m.make())))
     wanted = ["vectors", "check", str(folder), str(target), "--check", "linear.vjp"]
     assert main([*wanted, "--json", str(tmp_path / "r.json")]) == 1

@@ -37,10 +37,10 @@ from minilora.verify.implementation.contract import (
     HANGS_ALLOWED,
     METHODS,
     Fault,
+    GuardedImplementation,
     LoadError,
     Precision,
     Skip,
-    Subject,
     load,
 )
 from minilora.verify.report.report import plain, write
@@ -214,7 +214,7 @@ def test_what_is_no_answer_is_an_error_in_plain_words(merge, kind, words):
 
 
 def test_a_list_of_numbers_is_an_array_where_any_dtype_will_do():
-    subject = Subject(Right())
+    subject = GuardedImplementation(Right())
     assert subject.answer([1.0, 2.0], "y", (2,)).tolist() == [1.0, 2.0]
     assert subject.answer(0.25, "loss", ()).item() == 0.25
     assert subject.answer(np.ones(1, ml_dtypes.bfloat16), "y", (1,), "bfloat16").dtype == "bfloat16"
@@ -292,7 +292,7 @@ def test_the_callers_arrays_are_safe_from_the_target():
     W = np.zeros((2, 2))
     W.setflags(write=False)
     with pytest.raises(Fault, match="changes its inputs"):
-        Subject(type("T", (), {"merge": spoil})()).call("merge", W, W, W)
+        GuardedImplementation(type("T", (), {"merge": spoil})()).call("merge", W, W, W)
     assert not W.any()
 
 
@@ -304,7 +304,7 @@ def test_an_output_buffer_used_again_does_not_change_an_earlier_answer():
             self.buffer[:] = W
             return self.buffer
 
-    subject = Subject(Reuses())
+    subject = GuardedImplementation(Reuses())
     first, second = (subject.call("merge", np.full(1, v), 0, 0) for v in (1.0, 2.0))
     assert (first.item(), second.item()) == (1.0, 2.0)
 
@@ -433,7 +433,7 @@ def test_an_absent_method_is_a_check_that_did_not_run():
 
 @pytest.mark.parametrize(("opened", "what"), [(None, "None"), (object(), "an object")])
 def test_what_is_no_session_is_incomplete_and_not_skipped(opened, what):
-    subject = Subject(type("T", (), {"session": lambda self, layer: opened})())
+    subject = GuardedImplementation(type("T", (), {"session": lambda self, layer: opened})())
     with pytest.raises(Fault, match=f"session answers {what} without add, forward"):
         subject.session({"kind": "linear", "W": np.ones((2, 2))})
 
@@ -830,12 +830,15 @@ def test_declarations_are_read_and_checked():
         dtypes: ClassVar = [np.float32, "bfloat16"]
         precision: ClassVar = {"bfloat16": {"storage": "bfloat16", "accumulation": "float32"}}
 
-    subject = Subject(Declares())
+    subject = GuardedImplementation(Declares())
     assert subject.dtypes == ("float32", "bfloat16")
     assert subject.precision("bfloat16") == Precision("bfloat16", "float32")
     assert subject.precision("float32") == Precision("float32", "float32")
-    assert Subject(OnlyMerge()).dtypes == ("float64", "float32")
-    assert (Subject(OnlyMerge()).name, Subject(OnlyMerge()).version) == ("OnlyMerge", "")
+    assert GuardedImplementation(OnlyMerge()).dtypes == ("float64", "float32")
+    assert (
+        GuardedImplementation(OnlyMerge()).name,
+        GuardedImplementation(OnlyMerge()).version,
+    ) == ("OnlyMerge", "")
     wrong = type("T", (Declares,), {"merge": lambda s, W, A, B, **_: W})()
     text = run([EXACT], wrong, dtypes=["bfloat16"]).text()
     assert "FAIL  exact.merge   bfloat16 (float32 accumulation)" in text
@@ -861,18 +864,18 @@ def test_declarations_are_read_and_checked():
 )
 def test_a_declaration_that_cannot_be_read_is_refused(attribute, value, words):
     with pytest.raises(LoadError, match=words):
-        Subject(type("T", (Right,), {attribute: value})())
+        GuardedImplementation(type("T", (Right,), {attribute: value})())
 
 
 def test_an_answer_that_has_no_end_is_told():
     endless = type("T", (Right,), {"merge": lambda self, *_, **__: itertools.count()})
-    subject = Subject(endless())
+    subject = GuardedImplementation(endless())
     with pytest.raises(Fault, match="answer of 10000 entries and more: has it no end"):
         subject.call("merge", *(np.ones((2, 2)),) * 3, alpha=1.0, r=2)
 
 
 def test_a_number_of_python_has_no_dtype_of_its_own():
-    subject = Subject(Right())
+    subject = GuardedImplementation(Right())
     assert subject.answer(0.5, "L", (), "float32") == 0.5
     with pytest.raises(Fault, match="L is float64, expected float32"):
         subject.answer(np.float64(0.5), "L", (), "float32")
@@ -933,7 +936,7 @@ def test_a_shipped_peer_whose_library_is_absent_names_the_extra(tmp_path, monkey
 
 
 def test_a_call_gives_a_skip_or_a_fault_and_nothing_else():
-    subject = Subject(type("T", (), {"merge": not_here, "load": lambda *_: 1 / 0})())
+    subject = GuardedImplementation(type("T", (), {"merge": not_here, "load": lambda *_: 1 / 0})())
     with pytest.raises(Skip):
         subject.call("merge", np.ones(1), 0, 0)
     with pytest.raises(Fault, match="ZeroDivisionError"):

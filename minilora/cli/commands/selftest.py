@@ -22,8 +22,8 @@ def add(commands: Any) -> None:
     parser = add_command(
         commands,
         "selftest",
-        "check the checks, by every known misreading of the equations",
-        "Puts every misreading of the catalogue to the checks, each of which must be caught, and "
+        "check the checks, by every known mutant of the equations",
+        "Puts every mutant of the catalogue to the checks, each of which must be caught, and "
         "many cases of implementations that are right, none of which may be.",
         _run,
         "0 all is well, 1 a rate falls short, 2 wrong usage",
@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
     option("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable, or a,b")
     option("--seed", type=int, default=0, metavar="N", help="draws other cases")
     option("--cases", type=int, metavar="N", help="cases of what is right, in each dtype")
-    option("--quick", action="store_true", help="one misreading of each class, and fewer cases")
+    option("--quick", action="store_true", help="one mutant of each class, and fewer cases")
     option("--jobs", type=int, metavar="N", help="processes (default: one for each processor)")
     add_files(option, "the report", "json", "markdown")
 

@@ -68,7 +68,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from minilora.cli.commands.train import data_of, targets_of
     from minilora.cli.console import progress_bar
     from minilora.studies.sweep import Setting, grid, opened, plot, sweep, table
-    from minilora.training.train import Recipe
+    from minilora.training.train import TrainConfig
 
     least = {"epochs": 1, "steps": 1, "batch_tokens": 1, "accumulate": 1, "length": 2, "warmup": 0}
     at_least(arguments, jobs=1, **least)
@@ -79,10 +79,10 @@ def _run(arguments: argparse.Namespace) -> int:
         numbers(arguments.seeds, "--seeds", int),
     )
     name = arguments.model or "reference:llama"
-    given = {f.name: getattr(arguments, f.name) for f in fields(Recipe) if f.name in arguments}
+    given = {f.name: getattr(arguments, f.name) for f in fields(TrainConfig) if f.name in arguments}
     given["targets"] = targets_of(arguments.targets)
     path, task = data_of(opened(name, arguments.dtype), arguments.data, arguments.task)
-    recipe = Recipe(**given | {"task": task})
+    recipe = TrainConfig(**given | {"task": task})
     setting = Setting(name, path, recipe, (("valid", arguments.valid),))
     for cell in cells:
         setting.at(cell)  # a number out of its range is told before anything runs

@@ -23,7 +23,7 @@ from minilora.cli.console import (
 
 if TYPE_CHECKING:
     from minilora.io.loading import Base
-    from minilora.training.train import Recipe
+    from minilora.training.train import TrainConfig
 
 
 def add(commands: Any) -> None:
@@ -112,25 +112,25 @@ OF_ADAPTERS = ("rank", "alpha", "dropout", "targets", "variant", "lora_plus")
 """What says nothing where every weight is trained."""
 
 
-def recipe_of(arguments: argparse.Namespace, task: str) -> Recipe:
+def recipe_of(arguments: argparse.Namespace, task: str) -> TrainConfig:
     """What decides the run's result, as the options have it.
 
     Errors: ValueError for an option of adapters where there are none.
     """
-    from minilora.training.train import Recipe
+    from minilora.training.train import TrainConfig
 
-    usual = {f.name: f.default for f in fields(Recipe)} | {"alpha": None}
+    usual = {f.name: f.default for f in fields(TrainConfig)} | {"alpha": None}
     for name in OF_ADAPTERS if arguments.full else ():
         if (value := getattr(arguments, name)) != usual[name]:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} {value} with --full: it trains no adapter; leave one out")
-    given = {f.name: getattr(arguments, f.name) for f in fields(Recipe) if f.name in arguments}
+    given = {f.name: getattr(arguments, f.name) for f in fields(TrainConfig) if f.name in arguments}
     # Full fine-tuning is best at about a tenth of LoRA's rate, whatever the model
     # (Schulman et al. 2025, "LoRA Without Regret").
     given["lr"] = (1e-4 if arguments.full else 1e-3) if arguments.lr is None else arguments.lr
     given["alpha"] = 2 * arguments.rank if arguments.alpha is None else arguments.alpha
     given["targets"] = targets_of(arguments.targets)
-    return Recipe(**given | {"task": task})
+    return TrainConfig(**given | {"task": task})
 
 
 def targets_of(text: str) -> str | list[str]:
@@ -155,7 +155,7 @@ WIDE, FAST = 64, 1
 """A scale and a rate above these are no usual ones: a half of them helps no more than all."""
 
 
-def _way_on(recipe: Recipe) -> str:
+def _way_on(recipe: TrainConfig) -> str:
     """What to do after a divergence."""
     scale = recipe.alpha / recipe.rank
     if not recipe.full and scale > WIDE:

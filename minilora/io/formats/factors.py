@@ -1,7 +1,7 @@
-"""What the adapters' doors share: what a `Tuning` says of each adapted module, checked.
+"""What the adapters' doors share: what a `TrainableSpec` says of each adapted module, checked.
 
-A door that holds no `Lora`, only factors and scales, takes (W, Tuning) in writing and gives them in
-reading. So what one format said can be written to another, where that one can say it.
+A door that holds no `LoraConfig`, only factors and scales, takes (W, TrainableSpec) in writing and
+gives them in reading. So what one format said can be written to another, where that one can say it.
 """
 
 from collections.abc import Collection, Mapping
@@ -11,9 +11,18 @@ from typing import Any
 import numpy as np
 
 from minilora.io.formats.files import FormatError, listed
-from minilora.spec.lora import LORA, Params, Tuning, Variant, Weights, adapted_in, is_base, scale
+from minilora.spec.lora import (
+    LORA,
+    Params,
+    TrainableSpec,
+    Variant,
+    Weights,
+    adapted_in,
+    is_base,
+    scale,
+)
 from minilora.spec.models import Config
-from minilora.spec.target_modules import ALORA, Lora
+from minilora.spec.target_modules import ALORA, LoraConfig
 from minilora.spec.variants import DORA, DORA_FULL, REGISTRY, part_shapes
 
 
@@ -36,7 +45,7 @@ def variant_name(variant: Variant) -> str:
 
 
 def adapted_ranks(
-    path: Path | str, c: Config, W: Params, tuning: Tuning, known: Collection[Variant]
+    path: Path | str, c: Config, W: Params, tuning: TrainableSpec, known: Collection[Variant]
 ) -> dict[str, int]:
     """The rank of each adapted module, once W and ``tuning`` agree on what there is to write.
 
@@ -101,9 +110,10 @@ def alpha_of(s: Any, r: int, rslora: bool = False) -> int | float | None:
 
 
 def choice_of(
-    path: Path | str, c: Config, W: Weights, tuning: Tuning, dropout: float = 0.0
-) -> Lora:
-    """A `Lora` that chooses these adapters, for what is written with one: a PEFT folder ``path``.
+    path: Path | str, c: Config, W: Weights, tuning: TrainableSpec, dropout: float = 0.0
+) -> LoraConfig:
+    """A `LoraConfig` that chooses these adapters, for what is written with one: a PEFT folder
+    ``path``.
 
     Modules are named in full, ranks and alphas one by one.
 
@@ -125,7 +135,7 @@ def choice_of(
         remedy = "no alpha gives it exactly: put the factor into B"
         raise FormatError(path, "scale", found, "alpha / r of a float64 alpha", remedy)
     first = next(iter(ranks))
-    return Lora(
+    return LoraConfig(
         r=ranks[first],
         alpha=alphas[first],
         rslora=rslora,

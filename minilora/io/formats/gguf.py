@@ -35,7 +35,7 @@ from minilora.io.formats.files import (
 from minilora.io.formats.huggingface import ARCHITECTURES, architecture, modules
 from minilora.io.formats.tokenizers import Library, lacking
 from minilora.io.lazy_weights import Expanded
-from minilora.spec.lora import LORA, TABLES, Params, Tuning, Weights, scale
+from minilora.spec.lora import LORA, TABLES, Params, TrainableSpec, Weights, scale
 from minilora.spec.models import Config, Llama, ties_head
 from minilora.spec.ops import Array
 from minilora.spec.quantization import F32, dequantise, from_gguf
@@ -835,7 +835,7 @@ def _write_settings(
 
 
 def write_adapter(
-    path: Path | str, c: Config, W: Params, tuning: Tuning, *, dtype: Any = None
+    path: Path | str, c: Config, W: Params, tuning: TrainableSpec, *, dtype: Any = None
 ) -> dict[str, float]:
     """Write the adapter of W, in ``dtype`` or its own, to the file ``path``; the folded factors.
 
@@ -885,7 +885,7 @@ def _unsaid(c: Config, at: str) -> str | None:
 
 
 def _alpha(
-    path: Path | str, ranks: Mapping[str, int], tuning: Tuning
+    path: Path | str, ranks: Mapping[str, int], tuning: TrainableSpec
 ) -> tuple[float, dict[str, float]]:
     """The alpha that most modules have, and the factor of those that have another."""
     with np.errstate(over="ignore", under="ignore"):
@@ -904,8 +904,9 @@ def _alpha(
     }
 
 
-def read_adapter(path: Path | str, c: Config, dtype: Any = None) -> tuple[Weights, Tuning]:
-    """The adapter's arrays under internal names, in ``dtype`` or the file's, and its `Tuning`.
+def read_adapter(path: Path | str, c: Config, dtype: Any = None) -> tuple[Weights, TrainableSpec]:
+    """The adapter's arrays under internal names, in ``dtype`` or the file's, and its
+    `TrainableSpec`.
 
     An alpha that is absent or 0 means s = 1, as in llama.cpp.
 
@@ -956,4 +957,4 @@ def read_adapter(path: Path | str, c: Config, dtype: Any = None) -> tuple[Weight
             kind = KEPT.get(contents.tensors[found[key]].kind, np.dtype(F32))
             W[key] = convert(path, key, array.astype(kind), dtype)
     s = {at: scale(alpha or float(r), r) for at, r in ranks.items()}
-    return W, Tuning(s, {}, frozenset(W))
+    return W, TrainableSpec(s, {}, frozenset(W))

@@ -14,7 +14,7 @@ import numpy as np
 from minilora.io.formats.factors import adapted_ranks, named_shapes
 from minilora.io.formats.files import FormatError, convert, listed, read_tensors, write_tensors
 from minilora.io.formats.huggingface import architecture, collect, modules
-from minilora.spec.lora import LORA, TABLES, Tuning, Weights, scale
+from minilora.spec.lora import LORA, TABLES, TrainableSpec, Weights, scale
 from minilora.spec.models import Config
 from minilora.spec.ops import Array
 from minilora.spec.variants import DORA_FULL
@@ -77,8 +77,9 @@ def _module(path: Path, c: Config, key: str, prefix: str) -> str:
 
 def read_adapter(
     path: Path | str, c: Config, *, prefix: str = PREFIX, dtype: Any = None
-) -> tuple[Weights, Tuning]:
-    """The adapter's arrays under internal names, in ``dtype`` or the file's, and its `Tuning`.
+) -> tuple[Weights, TrainableSpec]:
+    """The adapter's arrays under internal names, in ``dtype`` or the file's, and its
+    `TrainableSpec`.
 
     An alpha that is absent or 0 is the rank, s = 1. With ``dora_scale`` (m, 1) the adapter is DoRA
     with its norm differentiated, as LyCORIS trains it.
@@ -121,7 +122,7 @@ def read_adapter(
             variants[at] = variant
             _check_magnitude(path, c, at, keys[PARTS["magnitude"]], found)
     W = collect(dict.fromkeys(found, path), path, found, places, shapes, dtype)
-    return W, Tuning(s, {}, frozenset(W), variants)
+    return W, TrainableSpec(s, {}, frozenset(W), variants)
 
 
 def _check_magnitude(path: Path, c: Config, at: str, key: str, found: Weights) -> None:
@@ -135,7 +136,7 @@ def write_adapter(
     path: Path | str,
     c: Config,
     W: Weights,
-    tuning: Tuning,
+    tuning: TrainableSpec,
     *,
     prefix: str = PREFIX,
     dtype: Any = None,

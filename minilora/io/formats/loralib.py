@@ -14,7 +14,7 @@ import numpy as np
 
 from minilora.io.formats.files import DIVERGED, FormatError, convert, finite, listed, read_tensors
 from minilora.io.formats.huggingface import architecture, collect, modules, names
-from minilora.spec.lora import Tuning, Weights, fuse, merge, scale
+from minilora.spec.lora import TrainableSpec, Weights, fuse, merge, scale
 from minilora.spec.models import Config
 from minilora.spec.ops import Array
 
@@ -97,8 +97,9 @@ def read_adapter(
     enabled: Sequence[bool] | None = None,
     base: Weights | None = None,
     dtype: Any = None,
-) -> tuple[Weights, Tuning]:
-    """The adapter's arrays under internal names, in ``dtype`` or their own, and its `Tuning`.
+) -> tuple[Weights, TrainableSpec]:
+    """The adapter's arrays under internal names, in ``dtype`` or their own, and its
+    `TrainableSpec`.
 
     ``alpha`` is lora_alpha, and ``enabled`` the MergedLinears' enable_lora, needed where a part is
     left out. Biases come as trained. A whole model's state dict is read beside the ``base`` only:
@@ -129,9 +130,9 @@ def read_adapter(
     if not factors:
         expected = "<path>.lora_A and <path>.lora_B"
         raise FormatError(path, "tensors", listed(found) or "none", expected, "is it loralib's?")
-    tuning = Tuning(s, trained=frozenset(factors))
+    tuning = TrainableSpec(s, trained=frozenset(factors))
     beside = _beside(path, c, found, factors, tuning, base, dtype)
-    return factors | beside, Tuning(s, trained=frozenset(factors) | beside.keys())
+    return factors | beside, TrainableSpec(s, trained=frozenset(factors) | beside.keys())
 
 
 def _factors(
@@ -172,7 +173,7 @@ def _beside(
     c: Config,
     found: Weights,
     factors: Weights,
-    tuning: Tuning,
+    tuning: TrainableSpec,
     base: Weights | None,
     dtype: Any,
 ) -> Weights:

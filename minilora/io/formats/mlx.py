@@ -30,7 +30,7 @@ from minilora.io.formats.files import (
     write_files,
 )
 from minilora.io.formats.huggingface import collect, modules, to_file
-from minilora.spec.lora import LORA, TABLES, Tuning, Variant, Weights, adapted_in, twin
+from minilora.spec.lora import LORA, TABLES, TrainableSpec, Variant, Weights, adapted_in, twin
 from minilora.spec.models import Bert, Config, ties_head
 from minilora.spec.variants import DORA
 
@@ -202,8 +202,9 @@ def _places(path: Path, c: Config, settings: Settings) -> dict[str, tuple[str, b
     }
 
 
-def read_adapter(path: Path | str, c: Config, dtype: Any = None) -> tuple[Weights, Tuning]:
-    """The adapter's arrays under internal names, in ``dtype`` or the file's, and its `Tuning`.
+def read_adapter(path: Path | str, c: Config, dtype: Any = None) -> tuple[Weights, TrainableSpec]:
+    """The adapter's arrays under internal names, in ``dtype`` or the file's, and its
+    `TrainableSpec`.
 
     An adapted embedding whose head is tied to it changes both, so that the head's adapter comes
     too, as the embedding's twin. Of full fine-tuning the trained weights come. Dropout acts in
@@ -222,7 +223,7 @@ def read_adapter(path: Path | str, c: Config, dtype: Any = None) -> tuple[Weight
         every = {name: placed(there, name) for name in c.shapes()}
         held = {name: (place, False) for name, place in every.items() if place in found}
         W = collect(files, file, found, held, c.shapes(), dtype)
-        return W, Tuning(trained=frozenset(W))
+        return W, TrainableSpec(trained=frozenset(W))
 
     places = _places(file, c, settings)
     shapes: dict[str, tuple[int, int]] = {}
@@ -240,14 +241,14 @@ def read_adapter(path: Path | str, c: Config, dtype: Any = None) -> tuple[Weight
         W["head.A"], W["head.B"] = map(np.ascontiguousarray, twin(W["embed.A"], W["embed.B"]))
         adapted.append("head")
     variants = {} if variant == LORA else dict.fromkeys(adapted, variant)
-    return W, Tuning(dict.fromkeys(adapted, settings.scale), {}, frozenset(W), variants)
+    return W, TrainableSpec(dict.fromkeys(adapted, settings.scale), {}, frozenset(W), variants)
 
 
 def write_adapter(
     path: Path | str,
     c: Config,
     W: Weights,
-    tuning: Tuning,
+    tuning: TrainableSpec,
     *,
     dropout: float = 0.0,
     dtype: Any = None,
@@ -303,7 +304,7 @@ def write_adapter(
 
 
 def _said(
-    path: Path, c: Config, W: Weights, tuning: Tuning, dropout: float
+    path: Path, c: Config, W: Weights, tuning: TrainableSpec, dropout: float
 ) -> tuple[Settings, int, list[str]]:
     """The settings that say these adapters, and how many layers and which keys name them."""
     ranks = adapted_ranks(path, c, W, tuning, (LORA, DORA))

@@ -29,18 +29,18 @@ from minilora.io.formats.files import (
 )
 from minilora.io.formats.huggingface import architecture, collect, modules, names, to_file
 from minilora.spec.initialization import STARTS, as_plain, draw_vera, plain_alpha
-from minilora.spec.lora import LORA, TABLES, Tuning, Weights, is_base, twin, weight_of
+from minilora.spec.lora import LORA, TABLES, TrainableSpec, Weights, is_base, twin, weight_of
 from minilora.spec.models import GPT2, Bert, Config, Llama, ties_head
 from minilora.spec.ops import Array, with_tokens
 from minilora.spec.target_modules import (
     ALORA,
-    Choice,
-    Lora,
-    choose,
+    LoraConfig,
+    ResolvedTargets,
     matches,
     outers,
     pattern_value,
     replicated,
+    resolve_targets,
     saved_in_full,
     scales,
     targeted,
@@ -306,7 +306,7 @@ def adapter_names(c: Config, names: Iterable[str]) -> dict[str, str]:
     return places
 
 
-def read_lora(path: Path | str, c: Config) -> Lora:
+def read_lora(path: Path | str, c: Config) -> LoraConfig:
     """The choice of adapters that ``adapter_config.json`` makes, in internal names.
 
     Where the adapter is for a deeper model of the base's layers (``replication``), c is the
@@ -320,7 +320,7 @@ def read_lora(path: Path | str, c: Config) -> Lora:
     return _read_lora(Path(path) / CONFIG, c)[1]
 
 
-def _read_lora(path: Path, c: Config) -> tuple[dict[str, Any], Lora, Config, Choice]:
+def _read_lora(path: Path, c: Config) -> tuple[dict[str, Any], LoraConfig, Config, ResolvedTargets]:
     """The settings, the choice they make, the configuration it is for, and what it comes to."""
     settings = _settings(path)
     c = _deeper(path, c, settings)
@@ -363,7 +363,7 @@ def _read_lora(path: Path, c: Config) -> tuple[dict[str, Any], Lora, Config, Cho
         variant = name if settings.get(setting) else variant
     init = settings.get("init_lora_weights")
     try:
-        lora = Lora(
+        lora = LoraConfig(
             r=settings["init_r"] if kind == "ADALORA" else settings["r"],
             alpha=settings.get("lora_alpha", 1),
             rslora=settings.get("use_rslora", False),
@@ -380,7 +380,7 @@ def _read_lora(path: Path, c: Config) -> tuple[dict[str, Any], Lora, Config, Cho
             tokens=_tokens(path, c, settings, hit),
             replication=[(begin, end) for begin, end in settings["layer_replication"]],
         )
-        choice = choose(lora, c.matrices())
+        choice = resolve_targets(lora, c.matrices())
     except FormatError:
         raise
     except ValueError as error:
@@ -600,7 +600,7 @@ def _tokens(
     return found
 
 
-def _beside(lora: Lora, choice: Choice, c: Config) -> set[str]:
+def _beside(lora: LoraConfig, choice: ResolvedTargets, c: Config) -> set[str]:
     """The biases that are trained beside the factors."""
     biases = {name for name in c.shapes() if name.endswith(".bias")}
     of_adapted = {f"{at}.bias" for at in choice.rank}
@@ -609,8 +609,9 @@ def _beside(lora: Lora, choice: Choice, c: Config) -> set[str]:
 
 def read_adapter(
     path: Path | str, c: Config, dtype: Any = None, base: Mapping[str, Array] | None = None
-) -> tuple[Weights, Tuning]:
-    """The adapter's arrays under internal names, in ``dtype`` or the file's, and its `Tuning`.
+) -> tuple[Weights, TrainableSpec]:
+    """The adapter's arrays under internal names, in ``dtype`` or the file's, and its
+    `TrainableSpec`.
 
     c is the configuration of the model that the adapter is for: of the deeper one, where
     ``replication`` says so, and not its base's. Beside the adapters' parts come the modules that
@@ -675,7 +676,7 @@ def read_adapter(
         W |= _changed(Path(path) / CONFIG, base, W, lora, choice, s)
     W = {name: w for name, w in W.items() if not name.startswith("shared.") and name not in rows}
     variant = {} if lora.equation == LORA else dict.fromkeys(s, lora.equation)
-    return W, Tuning(scale=s, trained=choice.trained() | beside, variant=variant)
+    return W, TrainableSpec(scale=s, trained=choice.trained() | beside, variant=variant)
 
 
 def _gone(c: Config, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -743,7 +744,7 @@ def _shared_parts(
     file: Path,
     W: Weights,
     settings: Mapping[str, Any],
-    choice: Choice,
+    choice: ResolvedTargets,
     greatest: tuple[int, int],
     dtype: Any,
 ) -> Weights:
@@ -790,8 +791,8 @@ def _changed(
     path: Path,
     base: Mapping[str, Array],
     W: Weights,
-    lora: Lora,
-    choice: Choice,
+    lora: LoraConfig,
+    choice: ResolvedTargets,
     s: Mapping[str, Any],
 ) -> Weights:
     """The weights that the adapter changes: residuals of the start, tables with trained rows."""
@@ -807,7 +808,7 @@ def _changed(
 
 
 def _start(
-    path: Path, base: Mapping[str, Array], lora: Lora, at: str, r: int, s: Any
+    path: Path, base: Mapping[str, Array], lora: LoraConfig, at: str, r: int, s: Any
 ) -> tuple[Array, Array, Array]:
     """The residual of the base's weight, and the A and B that are taken out of it."""
     try:
@@ -818,7 +819,7 @@ def _start(
 
 
 def _drop_copies(
-    file: Path, c: Config, found: Weights, placed: Mapping[str, str], lora: Lora
+    file: Path, c: Config, found: Weights, placed: Mapping[str, str], lora: LoraConfig
 ) -> None:
     """Take out of ``found`` what PEFT writes twice.
 
@@ -851,8 +852,8 @@ def write_adapter(
     path: Path | str,
     c: Config,
     W: Weights,
-    tuning: Tuning,
-    lora: Lora,
+    tuning: TrainableSpec,
+    lora: LoraConfig,
     *,
     dtype: Any = None,
     base: Mapping[str, Array] | None = None,
@@ -879,7 +880,7 @@ def write_adapter(
         for at, m in possible.items()
         if at in c.linears() or f"{at}.A" in W or (lora.exclude and matches(at, lora.exclude))
     }
-    choice = choose(lora, shown)
+    choice = resolve_targets(lora, shown)
     _check_written(folder, c, W, tuning, lora, choice)
     lora, choice, W = _on_base(folder, W, lora, choice, base)
     parts = choice.parts()
@@ -916,10 +917,15 @@ def write_adapter(
 
 
 def _check_written(
-    folder: Path, c: Config, W: Weights, tuning: Tuning, lora: Lora, choice: Choice
+    folder: Path,
+    c: Config,
+    W: Weights,
+    tuning: TrainableSpec,
+    lora: LoraConfig,
+    choice: ResolvedTargets,
 ) -> None:
     """Refuse what does not agree, and what PEFT would compute otherwise."""
-    remedy = "give the Lora that the adapter was made with"
+    remedy = "give the LoraConfig that the adapter was made with"
     parts = choice.parts()
     if wrong := {name for name in W if not is_base(name)} ^ parts.keys():
         found, expected = listed(wrong), f"the {len(parts)} factors that lora chooses"
@@ -967,8 +973,12 @@ def _check_written(
 
 
 def _on_base(
-    folder: Path, W: Weights, lora: Lora, choice: Choice, base: Mapping[str, Array] | None
-) -> tuple[Lora, Choice, Weights]:
+    folder: Path,
+    W: Weights,
+    lora: LoraConfig,
+    choice: ResolvedTargets,
+    base: Mapping[str, Array] | None,
+) -> tuple[LoraConfig, ResolvedTargets, Weights]:
     """The adapter as one on ``base``, where the start changed the weights that it was made for."""
     if lora.init not in (*FROM_BASE, "loftq"):
         return lora, choice, W
@@ -1009,7 +1019,7 @@ def _on_base(
     )
 
 
-def _joined(folder: Path, W: Weights, choice: Choice) -> Weights:
+def _joined(folder: Path, W: Weights, choice: ResolvedTargets) -> Weights:
     """VeRA's A and B of which each module has a part."""
     wide = max(choice.shape, key=lambda at: choice.shape[at][1])
     high = max(choice.shape, key=lambda at: choice.shape[at][0])
@@ -1023,7 +1033,7 @@ def _joined(folder: Path, W: Weights, choice: Choice) -> Weights:
 
 
 def _written(
-    folder: Path, c: Config, lora: Lora, choice: Choice, saved: set[str]
+    folder: Path, c: Config, lora: LoraConfig, choice: ResolvedTargets, saved: set[str]
 ) -> dict[str, Any]:
     """The settings that reading resolves to this choice."""
     paths, variant = _paths(c), lora.entry.variant
@@ -1095,7 +1105,7 @@ def _plain(folder: Path, alpha: Any) -> int | float:
 
 
 def _saved_in_full(
-    folder: Path, c: Config, lora: Lora, choice: Choice, beside: frozenset[str]
+    folder: Path, c: Config, lora: LoraConfig, choice: ResolvedTargets, beside: frozenset[str]
 ) -> set[str]:
     """The modules that hold what is trained beside the factors and their biases."""
     biases = _beside(lora, choice, c)

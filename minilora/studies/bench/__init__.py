@@ -23,7 +23,7 @@ from minilora.io.formats import huggingface, peft
 from minilora.io.formats.files import FormatError, write_tensors
 from minilora.spec.models import FIRST, Config, Llama, draw_weights
 from minilora.spec.quantization import gguf_bytes, quantise
-from minilora.spec.target_modules import Lora, adapt
+from minilora.spec.target_modules import LoraConfig, inject
 
 RANK = 8
 KINDS = ("step", "forward", "generate")
@@ -99,8 +99,8 @@ def write_case(folder: Path, size: Size, seed: int = 0) -> None:
     """The model, an adapter with B ≠ 0 and the batch, as files that every side reads."""
     rng = np.random.default_rng(seed)
     base = {name: w.astype(np.float32) for name, w in draw_weights(size.c, rng).items()}
-    lora = Lora(r=RANK, alpha=2 * RANK)
-    W, tuning = adapt(base, lora, size.c.linears(), rng)
+    lora = LoraConfig(r=RANK, alpha=2 * RANK)
+    W, tuning = inject(base, lora, size.c.linears(), rng)
     for name in sorted(tuning.trained):  # a set's order is another in each process
         W[name] = (0.02 * rng.standard_normal(W[name].shape)).astype(np.float32)
     huggingface.write_model(folder / "model", size.c, base)

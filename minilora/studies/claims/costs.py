@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from minilora.spec.lora import Tuning, Weights, merge
+from minilora.spec.lora import TrainableSpec, Weights, merge
 from minilora.spec.models import Batch, logits, loss
 from minilora.spec.ops import Array
 from minilora.studies.claims.study import Side, Study, job_of, sides_of, size, subject_of
@@ -109,12 +109,12 @@ def inference_of(job: Job, batch: Batch) -> tuple[tuple[int, int, int], int]:
     W = {name: np.asarray(w) for name, w in job.weights(moved).items()}
     merged: Weights = dict(merge(W, job.tuning)) if job.lora is not None else W
 
-    def forward(tuning: Tuning) -> Callable[[Weights], Any]:
+    def forward(tuning: TrainableSpec) -> Callable[[Weights], Any]:
         return lambda held: logits(batch, held, c, tuning)
 
     plain, adapted, one = (
         products_of(forward(tuning), held)
-        for held, tuning in ((base, Tuning()), (W, still), (merged, Tuning()))
+        for held, tuning in ((base, TrainableSpec()), (W, still), (merged, TrainableSpec()))
     )
     kinds = [{n: (w.shape, w.dtype) for n, w in held.items()} for held in (base, merged)]
     names = kinds[0].keys() | kinds[1].keys()
@@ -122,7 +122,7 @@ def inference_of(job: Job, batch: Batch) -> tuple[tuple[int, int, int], int]:
     differ += sum(a != b for a, b in zip(plain, one, strict=False))
     copies = {name: w.copy() for name, w in merged.items()}
     z, again = (
-        np.ascontiguousarray(logits(batch, held, c, Tuning())[0]).view(np.uint8)
+        np.ascontiguousarray(logits(batch, held, c, TrainableSpec())[0]).view(np.uint8)
         for held in (merged, copies)
     )
     differ += abs(len(plain) - len(one)) + int((z != again).sum())

@@ -12,17 +12,17 @@ from scipy.special import log_softmax
 from minilora.io import reference_models, synthetic_data
 from minilora.io.formats.tokenizers import Tokenizer
 from minilora.io.loading import Base
-from minilora.spec.lora import Params, Tuning, project
+from minilora.spec.lora import Params, TrainableSpec, project
 from minilora.spec.models import Batch, Config, logits
 from minilora.spec.ops import Array
-from minilora.spec.target_modules import choose
+from minilora.spec.target_modules import resolve_targets
 from minilora.studies.sweep import opened
 from minilora.training import evaluate
 from minilora.training.checkpoints import State
 from minilora.training.data import BUILT_IN, Data, Example, read
 from minilora.training.generate import Sampling, generate
 from minilora.training.gradients import Plan
-from minilora.training.train import Diverged, Job, Recipe, batches_of, prepare, run
+from minilora.training.train import Diverged, Job, TrainConfig, batches_of, prepare, run
 
 ATTENTION = ("q", "k", "v", "qkv", "o")
 """The projections of attention, by their names in a block."""
@@ -106,10 +106,10 @@ class Study:
         """The seeds with which every rate is run."""
         return self.tuning or self.seeds
 
-    def recipe(self, c: Config, side: Side, lr: float = 1e-3, seed: int = 0) -> Recipe:
+    def recipe(self, c: Config, side: Side, lr: float = 1e-3, seed: int = 0) -> TrainConfig:
         """How the side trains the model."""
         names = sorted({at for at in c.block() if at in ATTENTION})
-        return Recipe(
+        return TrainConfig(
             task="lm" if c.causal else "classify",
             full=not side.rank,
             rank=side.rank or 1,
@@ -154,7 +154,7 @@ def sides_of(study: Study, c: Config) -> list[Side]:
     if not study.attention:
         return sides
     every, attention = (
-        sum(map(sum, choose(study.recipe(c, side).lora(), c.linears()).shape.values()))
+        sum(map(sum, resolve_targets(study.recipe(c, side).lora(), c.linears()).shape.values()))
         for side in (Side(1), Side(1, attention=True))
     )
     rank = -(-study.ranks[1] * every // attention)
@@ -203,12 +203,12 @@ class Course:
     why: str = ""
 
 
-Loss = Callable[[Params, Tuning], float]
+Loss = Callable[[Params, TrainableSpec], float]
 """A task's, of a model's weights."""
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class GuardedImplementation:
     """A model, the second task's examples with their name, and the loss on either task."""
 
     base: Base
@@ -220,7 +220,9 @@ class Subject:
     @cached_property
     def begin(self) -> tuple[float, float]:
         """Both losses of the base, where every side begins."""
-        return self.first(self.base.weights, Tuning()), self.second(self.base.weights, Tuning())
+        return self.first(self.base.weights, TrainableSpec()), self.second(
+            self.base.weights, TrainableSpec()
+        )
 
 
 def model_of(study: Study, model: str) -> Base:
@@ -229,7 +231,7 @@ def model_of(study: Study, model: str) -> Base:
 
 
 @cache
-def subject_of(study: Study, model: str, seed: int = 0, own: Text = ()) -> Subject:
+def subject_of(study: Study, model: str, seed: int = 0, own: Text = ()) -> GuardedImplementation:
     """The study's model with its two tasks, made once in each process.
 
     A reference model has those of its own. A real one has the text that comes with Python, and the
@@ -241,7 +243,7 @@ def subject_of(study: Study, model: str, seed: int = 0, own: Text = ()) -> Subje
     c, names = base.config, reference_models.tasks(model)
 
     def loss_on(task: synthetic_data.Task) -> Loss:
-        def excess(W: Params, tuning: Tuning) -> float:
+        def excess(W: Params, tuning: TrainableSpec) -> float:
             held = {name: np.asarray(w) for name, w in W.items()}
             return synthetic_data.expected_loss(task, held, c, tuning) - task.entropy
 
@@ -249,26 +251,28 @@ def subject_of(study: Study, model: str, seed: int = 0, own: Text = ()) -> Subje
 
     source, recipe = BUILT_IN + names[1], study.recipe(c, FULL)
     data = read(source, recipe.task, base.tokenizer, recipe.length, seed=seed)
-    return Subject(base, data, source, *(loss_on(synthetic_data.task(name)) for name in names))
+    return GuardedImplementation(
+        base, data, source, *(loss_on(synthetic_data.task(name)) for name in names)
+    )
 
 
-def _real(base: Base, study: Study, seed: int, own: Text) -> Subject:
+def _real(base: Base, study: Study, seed: int, own: Text) -> GuardedImplementation:
     data = topics(base, study.length, seed)
     held, c = batches_of(data.test, EVALUATED, 0), base.config
     batch = Batch(np.array(own))
 
     @cache
     def base_states() -> Array:
-        return states(batch, base.weights, c, Tuning())
+        return states(batch, base.weights, c, TrainableSpec())
 
-    def first(W: Params, tuning: Tuning) -> float:
+    def first(W: Params, tuning: TrainableSpec) -> float:
         reached = states(batch, W, c, tuning)
         return divergence(base_states(), base.weights, reached, W, tuning, study.length)
 
-    def second(W: Params, tuning: Tuning) -> float:
+    def second(W: Params, tuning: TrainableSpec) -> float:
         return evaluate.mean_loss(held, W, c, tuning, Plan(tokens=EVALUATED)).loss
 
-    return Subject(base, data, "pydoc_data.topics", first, second)
+    return GuardedImplementation(base, data, "pydoc_data.topics", first, second)
 
 
 @cache
@@ -303,20 +307,22 @@ def own_texts(base: Base, study: Study) -> list[Text]:
     n, start = len(study.seeds), base.tokenizer.bos
     assert start is not None
     drawn = generate(
-        [[start]] * (OWN * n), base.weights, base.config, Tuning(), most=study.length - 1,
+        [[start]] * (OWN * n), base.weights, base.config, TrainableSpec(), most=study.length - 1,
         sampling=Sampling(temperature=1.0), seed=0,
     )  # fmt: skip
     rows = [(start, *row) for row in np.array([*drawn]).T.tolist()]
     return [tuple(rows[i * OWN : (i + 1) * OWN]) for i in range(n)]
 
 
-def states(batch: Batch, W: Params, c: Config, tuning: Tuning) -> Array:
+def states(batch: Batch, W: Params, c: Config, tuning: TrainableSpec) -> Array:
     """What the head makes logits of. Shapes: ids (b, t) -> (d, b*t)."""
     still = replace(tuning, trained=frozenset(), keep={})
     return logits(batch, W, c, still, lambda x, at, W, tuning: (x, lambda dx: None))[0]
 
 
-def divergence(h0: Array, W0: Params, h: Array, W: Params, tuning: Tuning, length: int) -> float:
+def divergence(
+    h0: Array, W0: Params, h: Array, W: Params, tuning: TrainableSpec, length: int
+) -> float:
     """KL(p₀ ‖ p) of the next token in nats, the mean over the contexts, from states to the heads.
 
     With z₀ = head(h₀) and z = head(h) it is Σ p₀ (log p₀ - log p) over the vocabulary. Over a
@@ -329,13 +335,15 @@ def divergence(h0: Array, W0: Params, h: Array, W: Params, tuning: Tuning, lengt
     contexts = np.flatnonzero(np.arange(h.shape[1]) % length < length - 1)
     for start in range(0, len(contexts), evaluate.COLUMNS):
         at = contexts[start : start + evaluate.COLUMNS]
-        log_p0 = log_softmax(project(h0[:, at], "head", W0, Tuning())[0], axis=0)
+        log_p0 = log_softmax(project(h0[:, at], "head", W0, TrainableSpec())[0], axis=0)
         log_p = log_softmax(project(h[:, at], "head", W, still)[0], axis=0)
         sums.append(float((np.exp(log_p0) * (log_p0 - log_p)).sum(dtype=np.float64)))
     return math.fsum(sums) / len(contexts)
 
 
-def job_of(subject: Subject, study: Study, side: Side, lr: float = 1e-3, seed: int = 0) -> Job:
+def job_of(
+    subject: GuardedImplementation, study: Study, side: Side, lr: float = 1e-3, seed: int = 0
+) -> Job:
     """The side's run on the subject, by the task that the model has not learned."""
     recipe = study.recipe(subject.base.config, side, lr, seed)
     return prepare(subject.base, subject.data, recipe, subject.source)

@@ -19,7 +19,7 @@ from minilora.verify.core.inputs import (
 )
 from minilora.verify.core.tolerance import unit_roundoff
 from minilora.verify.core.types import BOUND, Case, Check, Comparison, counter
-from minilora.verify.implementation.contract import Subject
+from minilora.verify.implementation.contract import GuardedImplementation
 
 Array = np.ndarray
 
@@ -27,7 +27,7 @@ CASES = {"quick": 4, "ci": 24, "nightly": 480}
 
 
 def combined(
-    subject: Subject,
+    subject: GuardedImplementation,
     adapters: Sequence[Layer],
     weights: Sequence[float],
     dtype: str,
@@ -39,7 +39,7 @@ def combined(
     return subject.answer(delta, "ΔW", adapters[0].W.shape, dtype)
 
 
-def weighted(subject: Subject, case: Case) -> Iterable[Comparison]:
+def weighted(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """ΔW = Σ wᵢ sᵢ Bᵢ Aᵢ over adapters of unequal ranks and scales, with weights of both signs."""
     several, exact = draw_several(case)
     delta = combined(subject, several.adapters, several.weights, case.dtype)
@@ -47,7 +47,7 @@ def weighted(subject: Subject, case: Case) -> Iterable[Comparison]:
     yield Comparison("ΔW", delta, wanted_change(several), sigma)
 
 
-def one(subject: Subject, case: Case) -> Iterable[Comparison]:
+def one(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """One adapter at weight 1 is itself: ΔW = s B A."""
     several, exact = draw_several(case)
     for i, adapter in enumerate(several.adapters):
@@ -57,7 +57,7 @@ def one(subject: Subject, case: Case) -> Iterable[Comparison]:
         yield Comparison(f"ΔW of adapter {i} alone", delta, wanted_change(alone), sigma)
 
 
-def negative(subject: Subject, case: Case) -> Iterable[Comparison]:
+def negative(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """The weight -1 takes away what 1 adds, bit for bit."""
     several, _ = draw_several(case)
     for i, adapter in enumerate(several.adapters):
@@ -65,7 +65,7 @@ def negative(subject: Subject, case: Case) -> Iterable[Comparison]:
         yield Comparison(f"ΔW of adapter {i} at weight -1", back, -there)
 
 
-def zero(subject: Subject, case: Case) -> Iterable[Comparison]:
+def zero(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """An adapter at weight 0 changes nothing, nor do all of them; whole numbers, compared by ==."""
     several, _ = draw_several(in_exact_lane(case))
     first, second, *_ = several.adapters
@@ -76,7 +76,7 @@ def zero(subject: Subject, case: Case) -> Iterable[Comparison]:
     yield Comparison("ΔW of weights 0", none, np.zeros_like(none))
 
 
-def halves(subject: Subject, case: Case) -> Iterable[Comparison]:
+def halves(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """½ a + ½ a = a, twice: ¼ a, four times, is a; small whole numbers, compared by ==.
 
     A quarter's root is a power of two and a half's is not: some put √(w s) on both factors.
@@ -88,7 +88,7 @@ def halves(subject: Subject, case: Case) -> Iterable[Comparison]:
         yield Comparison(f"four quarters of adapter {i}", delta, alone)
 
 
-def order(subject: Subject, case: Case) -> Iterable[Comparison]:
+def order(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """The order of the adapters is no matter; small whole numbers, compared by ==."""
     several, _ = draw_several(in_exact_lane(case))
     there = combined(subject, several.adapters, several.weights, case.dtype)
@@ -96,7 +96,7 @@ def order(subject: Subject, case: Case) -> Iterable[Comparison]:
     yield Comparison("ΔW in the other order", back, there)
 
 
-def svd(subject: Subject, case: Case) -> Iterable[Comparison]:
+def svd(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """By SVD the best change of its rank: as near as the singular values that it drops allow.
 
     The best of all changes of a rank has ‖ΔW - answer‖ = √(Σ σ²) over the dropped ones (Eckart and

@@ -19,9 +19,9 @@ import numpy as np
 
 from minilora.io.formats.files import FormatError, pack_json, read_json, read_tensors, write_files
 from minilora.io.formats.peft import CONFIG, WEIGHTS, read_adapter, write_adapter
-from minilora.spec.lora import Tuning, Weights
+from minilora.spec.lora import TrainableSpec, Weights
 from minilora.spec.models import Batch, Config
-from minilora.spec.target_modules import Lora
+from minilora.spec.target_modules import LoraConfig
 from minilora.spec.variants import REGISTRY
 from minilora.verify.checks import tiny_models
 from minilora.verify.checks.model import _outside, answers, as_dict, visible
@@ -30,16 +30,22 @@ from minilora.verify.checks.train import SAMPLES, sigma_of
 from minilora.verify.core.inputs import long
 from minilora.verify.core.tolerance import unit_roundoff
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison
-from minilora.verify.implementation.contract import DTYPES, Fault, Precision, Skip, Subject
+from minilora.verify.implementation.contract import (
+    DTYPES,
+    Fault,
+    GuardedImplementation,
+    Precision,
+    Skip,
+)
 
 Array = np.ndarray
 
 CASES = {"quick": 1, "ci": 1, "nightly": 20}
 
-KINDS: dict[str, tuple[Config, Lora, str]] = {
+KINDS: dict[str, tuple[Config, LoraConfig, str]] = {
     "patterns": (
         tiny_models.DEEP,
-        Lora(
+        LoraConfig(
             r=3, alpha=7.5, targets=("q", "v", "down"),
             rank_pattern={"layers.1.q": tiny_models.DEEP.d, "layers.0.down": 2},
             alpha_pattern={"layers.1.q": 4, "layers.1.v": 10},
@@ -48,12 +54,12 @@ KINDS: dict[str, tuple[Config, Lora, str]] = {
     ),
     "rslora": (
         tiny_models.GPT_2,
-        Lora(r=3, alpha=7, rslora=True, targets=("qkv", "o", "down"), rank_pattern={"o": 5}),
+        LoraConfig(r=3, alpha=7, rslora=True, targets=("qkv", "o", "down"), rank_pattern={"o": 5}),
         "rsLoRA on fused and transposed weights",
     ),
     "trained": (
         tiny_models.BERT,
-        Lora(
+        LoraConfig(
             r=3, alpha=7, targets=("q", "o", "down"), alpha_pattern={"layers.0.down": 11},
             bias="lora_only", also=("head.weight", "head.bias"),
         ),
@@ -61,12 +67,12 @@ KINDS: dict[str, tuple[Config, Lora, str]] = {
     ),
     "dora": (
         tiny_models.DEEP,
-        Lora(r=3, alpha=7, targets=("k", "o"), variant="dora"),
+        LoraConfig(r=3, alpha=7, targets=("k", "o"), variant="dora"),
         "DoRA's magnitudes",
     ),
     "embedding": (
         tiny_models.LLAMA,
-        Lora(r=3, alpha=7, targets=("embed", "q")),
+        LoraConfig(r=3, alpha=7, targets=("embed", "q")),
         "an embedding that is adapted",
     ),
 }  # fmt: skip
@@ -75,7 +81,7 @@ KINDS: dict[str, tuple[Config, Lora, str]] = {
 
 EXPRESSIONS = (
     tiny_models.DEEP,
-    Lora(
+    LoraConfig(
         r=3, alpha=7, targets=("q", "v", "down"),
         rank_pattern={"layers.0.down": 2}, alpha_pattern={"layers.1.q": 4, "layers.0.v": 10},
     ),
@@ -103,7 +109,7 @@ def drawn(kind: str, number: int, seed: int) -> tuple[Small, Batch]:
     rng = tiny_models.rng_of(Case("", "", number, seed), f"files.{kind}")
     if kind == "another":
         first, batch = drawn("patterns", number, seed)
-        of = tiny_models.draw(first.c, Lora(r=2, alpha=9, targets=("k", "o")), rng)
+        of = tiny_models.draw(first.c, LoraConfig(r=2, alpha=9, targets=("k", "o")), rng)
         base = {name: first.W[name] for name in first.c.shapes()}
         return replace(of, W=of.W | base), batch
     c, lora, *_ = EXPRESSIONS if kind == "expressions" else KINDS[kind]
@@ -151,7 +157,7 @@ def contents(folder: Path) -> tuple[Weights, dict[str, Any]]:
 
 
 def same_tensors(
-    subject: Subject, what: str, got: Mapping[str, Any], want: Weights, dtype: str
+    subject: GuardedImplementation, what: str, got: Mapping[str, Any], want: Weights, dtype: str
 ) -> Iterable[Comparison]:
     """The same names, and under each the same bits."""
     yield same_names(f"names {what}", got, want)
@@ -161,8 +167,8 @@ def same_tensors(
             yield Comparison(f"{name} {what}", there, array)
 
 
-def _load(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
-    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+def _load(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         it = _of(kind, case)
         got = arrays(subject.call("load", str(it.base), str(it.folder)))
         yield from same_tensors(subject, "loaded", got, it.tensors, case.dtype)
@@ -171,7 +177,11 @@ def _load(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
 
 
 def saved(
-    subject: Subject, base: Path, tensors: Weights, settings: dict[str, Any], folder: Path
+    subject: GuardedImplementation,
+    base: Path,
+    tensors: Weights,
+    settings: dict[str, Any],
+    folder: Path,
 ) -> None:
     """An adapter saved by the implementation. Raises Fault where no file is there after."""
     subject.call("save", str(base), tensors, settings, str(folder))
@@ -197,14 +207,14 @@ def understood(it: Stored, folder: Path) -> Iterable[Comparison]:
     yield Comparison("the equation of each module, by its number", got, want)
 
 
-def _number(tuning: Tuning, at: str) -> int:
+def _number(tuning: TrainableSpec, at: str) -> int:
     """Which of the variants a module has; 0 is LoRA itself."""
     known = [entry.variant for entry in REGISTRY.values()]
     return known.index(tuning.variant[at]) + 1 if at in tuning.variant else 0
 
 
-def _save(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
-    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+def _save(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         it = _of(kind, case)
         with TemporaryDirectory(prefix="minilora-") as name:
             folder = Path(name)
@@ -216,7 +226,7 @@ def _save(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
     return run
 
 
-def again(subject: Subject, case: Case) -> Iterable[Comparison]:
+def again(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Saved, loaded and saved again: the same tensors, the same scales."""
     reasons = []
     for kind in KINDS:
@@ -263,7 +273,7 @@ def expected(kind: str, number: int, seed: int) -> tuple[dict[str, Array], dict[
     return want, {name: both * np.sqrt(v / SAMPLES) for name, v in squares.items()}
 
 
-def ask(subject: Subject, kind: str, it: Stored, case: Case) -> Any:
+def ask(subject: GuardedImplementation, kind: str, it: Stored, case: Case) -> Any:
     """What an implementation answers of a folder."""
     _, batch = drawn(kind, case.number, case.seed)
     return subject.call("model_loss", str(it.base), str(it.folder), as_dict(batch))
@@ -281,7 +291,7 @@ def compared(
 
 
 def _of_answer(
-    subject: Subject, kind: str, it: Stored, case: Case, answer: Any
+    subject: GuardedImplementation, kind: str, it: Stored, case: Case, answer: Any
 ) -> Iterable[Comparison]:
     """Loss and logits."""
     _, batch = drawn(kind, case.number, case.seed)
@@ -293,16 +303,16 @@ def _of_answer(
     yield from compared(kind, case, got, subject.precision(case.dtype))
 
 
-def _function(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
-    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+def _function(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         it = _of(kind, case)
         yield from _of_answer(subject, kind, it, case, ask(subject, kind, it, case))
 
     return run
 
 
-def _gradients(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
-    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+def _gradients(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         it = _of(kind, case)
         there = subject.entry(ask(subject, kind, it, case), "grads")
         got = {}
@@ -316,7 +326,7 @@ def _gradients(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
     return run
 
 
-def another(subject: Subject, case: Case) -> Iterable[Comparison]:
+def another(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Of one model with one adapter and then another, each is its own function."""
     first, (of, _) = _of("patterns", case), drawn("another", case.number, case.seed)
     W = {name: array.astype(DTYPES[case.dtype]) for name, array in of.W.items()}

@@ -16,22 +16,22 @@ from typing import Any
 import numpy as np
 
 from minilora.spec.models import Batch
-from minilora.spec.target_modules import Lora
+from minilora.spec.target_modules import LoraConfig
 from minilora.verify.checks import tiny_models
 from minilora.verify.checks.model import as_dict
 from minilora.verify.checks.tiny_models import Small
 from minilora.verify.checks.train import SGD, ask, compared, wanted
 from minilora.verify.core.types import Case, Check, Comparison
-from minilora.verify.implementation.contract import Fault, Subject
+from minilora.verify.implementation.contract import Fault, GuardedImplementation
 
 Array = np.ndarray
 
 CASES = {"quick": 1, "ci": 1, "nightly": 20}
 
-EVERY = Lora(r=3, alpha=7)
+EVERY = LoraConfig(r=3, alpha=7)
 """Every projection of every layer but the head."""
 
-KINDS: dict[str, tuple[Lora, dict[str, Any], int]] = {
+KINDS: dict[str, tuple[LoraConfig, dict[str, Any], int]] = {
     "every": (EVERY, {}, 1),
     "checkpointing": (EVERY, {"gradient_checkpointing": True}, 2),
     "below": (replace(EVERY, layers=(0,)), {}, 3),
@@ -69,7 +69,7 @@ def expected(kind: str, number: int, seed: int) -> tuple[dict[str, Array], dict[
     return wanted(*drawn(kind, number, seed), SGD, (number, seed))
 
 
-def _asked(subject: Subject, case: Case, kind: str) -> list[Any]:
+def _asked(subject: GuardedImplementation, case: Case, kind: str) -> list[Any]:
     """The adapter after each step."""
     of, steps = drawn(kind, case.number, case.seed)
     key = (f"grad-flow-{kind}", case.number, case.seed)
@@ -81,15 +81,15 @@ def _small(kind: str, number: int, seed: int) -> Small:
     return drawn(kind, number, seed)[0]
 
 
-def _flow(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
-    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+def _flow(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         got = _asked(subject, case, kind)
         yield from compared(subject, case.dtype, got, *expected(kind, case.number, case.seed))
 
     return run
 
 
-def start(subject: Subject, case: Case) -> Iterable[Comparison]:
+def start(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Where B = 0, the first step leaves every bit of A, and every B has its gradient."""
     of, _ = drawn("start", case.number, case.seed)
     got = _asked(subject, case, "start")
@@ -100,7 +100,7 @@ def start(subject: Subject, case: Case) -> Iterable[Comparison]:
     yield from compared(subject, case.dtype, B, *expected("start", case.number, case.seed))
 
 
-def dropout(subject: Subject, case: Case) -> Iterable[Comparison]:
+def dropout(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Through dropout every A and B has a gradient, and it is another than without."""
     of, _ = drawn("dropout", case.number, case.seed)
     got = _asked(subject, case, "dropout")
@@ -111,7 +111,7 @@ def dropout(subject: Subject, case: Case) -> Iterable[Comparison]:
     yield Comparison("whether dropout acts", np.asarray(other), np.ones(len(other)))
 
 
-def frozen(subject: Subject, case: Case) -> Iterable[Comparison]:
+def frozen(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Training gives back the adapter's tensors and no other, and no file changes."""
     of, steps = drawn("frozen", case.number, case.seed)
     with TemporaryDirectory(prefix="minilora-") as folder:

@@ -18,7 +18,7 @@ from minilora.spec.lora import scale
 from minilora.verify.core.inputs import long
 from minilora.verify.core.tolerance import unit_roundoff
 from minilora.verify.core.types import BOUND, CHANCE, Case, Check, Comparison
-from minilora.verify.implementation.contract import DTYPES, Skip, Subject
+from minilora.verify.implementation.contract import DTYPES, GuardedImplementation, Skip
 
 Array = np.ndarray
 
@@ -62,7 +62,13 @@ KINDS: dict[str, tuple[dict[str, Any], str, Callable[[Array], Array]]] = {
 
 
 def start(
-    subject: Subject, W: Array, r: int, alpha: float, seed: int, dtype: str, **settings: Any
+    subject: GuardedImplementation,
+    W: Array,
+    r: int,
+    alpha: float,
+    seed: int,
+    dtype: str,
+    **settings: Any,
 ) -> tuple[Array, Array, Array]:
     """The A and B that an implementation starts with, and the weight beside them."""
     answer = subject.call("init", W, r=r, alpha=alpha, seed=seed, **settings)
@@ -96,7 +102,7 @@ def _first(case: Case) -> int:
     return 1000 * case.seed + 50 * case.number
 
 
-def _distribution(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
+def _distribution(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
     """The part of all entries up to each point, against the distribution function there.
 
     The greatest difference of N draws passes ε with a probability of at most 2 exp(-2 N ε²)
@@ -106,7 +112,7 @@ def _distribution(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
     settings, _, distribution = KINDS[kind]
     want = distribution(POINTS)
 
-    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         every: list[Array] = []
 
         def compared(drawn: list[Array], of: str) -> Comparison:
@@ -142,7 +148,7 @@ def repeats(count: int, error: float) -> float:
     return mean + level / 3 + sqrt(level**2 / 9 + 2 * level * mean)
 
 
-def independent(subject: Subject, case: Case) -> Iterable[Comparison]:
+def independent(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """The rows of A are independent of each other and of other seeds', and nothing comes again.
 
     For rows a, b of n independent entries of variance 1/n, each at most √(3/n): the sum n Σ aᵢ bᵢ
@@ -194,7 +200,7 @@ def _again(drawn: list[Array], what: str) -> Comparison:
     return Comparison(name, np.asarray(float(count)), np.zeros(()), greatest, CHANCE)
 
 
-def reproducible(subject: Subject, case: Case) -> Iterable[Comparison]:
+def reproducible(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """The same seed gives the same bits, whatever was drawn before, and another seed others."""
     W, at = weight(case, 6, 10), _first(case)
     for what, r, settings in _drawn(case.dtype):
@@ -217,7 +223,7 @@ def _drawn(dtype: str) -> Iterable[tuple[str, int, dict[str, Any]]]:
         yield ", orthogonal", 4, {"init_lora_weights": "orthogonal"}
 
 
-def zero_B(subject: Subject, case: Case) -> Iterable[Comparison]:
+def zero_B(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """B = 0, every bit, for any scale."""
     for k, (m, n, r) in enumerate(((6, 10, 3), (8, 8, 8), (3, 5, 1))):
         for what, settings in (("", {}), (", rsLoRA", {"use_rslora": True}), *_GAUSSIAN):
@@ -227,7 +233,7 @@ def zero_B(subject: Subject, case: Case) -> Iterable[Comparison]:
                 yield Comparison(f"B of rank {r}{what}", B, np.zeros_like(B))
 
 
-def base(subject: Subject, case: Case) -> Iterable[Comparison]:
+def base(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """The base keeps its bits at the start, and so does its output."""
     W = weight(case, 6, 10)
     for what, settings in _GAUSSIAN:
@@ -267,14 +273,14 @@ SPLIT = ((10, 6, 2, False), (7, 11, 3, True), (9, 9, 4, True), (5, 8, 5, False))
 """m, n, r of the weights that are taken apart, and whether with rsLoRA. One has no greater rank."""
 
 
-def _split(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
+def _split(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
     """W = W' + s B A, and what A and B are.
 
     Storing W' loses u |W'| and forming s B A at most (r + 3) u s |B| |A|, as in level merge; the
     check's own sums are in long double. What A and B are is held within C m n u ‖W‖.
     """
 
-    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         for m, n, r, rslora in SPLIT:
             W = _weight_of_ranks(case, m, n, r)
             settings: dict[str, Any] = {"init_lora_weights": kind}
@@ -326,7 +332,7 @@ def _olora(W: Array, A: Array, B: Array, s: Any, of: str, size: float) -> Iterab
     yield Comparison(f"A below its diagonal{of}", np.tril(A, -1), 0 * A)
 
 
-def orthogonal(subject: Subject, case: Case) -> Iterable[Comparison]:
+def orthogonal(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """The orthogonal start: B A = 0 though neither is 0, and W stays as it is."""
     for k, (m, n, r) in enumerate(((7, 11, 4), (10, 6, 2))):
         W = weight(case, m, n)

@@ -28,7 +28,7 @@ from minilora.verify.core import inputs
 from minilora.verify.core.inputs import RANKS, ROWS, SIZES, draw_several, in_exact_lane
 from minilora.verify.core.shrinking import SECONDS, Smallest, shrunk
 from minilora.verify.core.types import Case, Check, Comparison, counter
-from minilora.verify.implementation.contract import DTYPES, Fault, Skip, Subject, tidy
+from minilora.verify.implementation.contract import DTYPES, Fault, GuardedImplementation, Skip, tidy
 from minilora.verify.implementation.sessions import Layer
 
 Array = np.ndarray
@@ -187,9 +187,9 @@ def wide(given: Any) -> Any:
 class Run:
     """A session beside its true state."""
 
-    subject: Subject
+    subject: GuardedImplementation
     drawn: Drawn
-    session: Subject
+    session: GuardedImplementation
     state: Layer
     dtype: str
     kind: str = "linear"
@@ -200,7 +200,9 @@ class Run:
     _folder: str = ""
 
     @classmethod
-    def of(cls, subject: Subject, case: Case, bias: bool = True, kind: str = "linear") -> Run:
+    def of(
+        cls, subject: GuardedImplementation, case: Case, bias: bool = True, kind: str = "linear"
+    ) -> Run:
         """A session of a layer in small whole numbers, without adapters."""
         drawn = drawn_layer(kind, case, bias)
         session, state = _opened(subject, drawn)
@@ -319,7 +321,7 @@ def _gradient(name: str) -> str:
     return name if name == "dx" else f"d({name})"
 
 
-def _opened(subject: Subject, drawn: Drawn) -> tuple[Subject, Layer]:
+def _opened(subject: GuardedImplementation, drawn: Drawn) -> tuple[GuardedImplementation, Layer]:
     """A new session, and the state of its layer."""
     full = subject.conventions.get("dora_norm") == "differentiated"
     state = Layer.of(wide(drawn.layer), DORA_FULL if full else DORA)
@@ -516,8 +518,8 @@ BESIDE: dict[str, tuple[str, str, tuple[Step, ...]]] = {
 
 def _script(
     name: str, kind: str, steps: tuple[Step, ...]
-) -> Callable[[Subject, Case], Iterable[Comparison]]:
-    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         it = Run.of(subject, case, bias=case.number % 2 == 0, kind=kind)
         yield from follow(it, steps)
         if name.startswith("lone") and it.session.has("weight"):
@@ -529,7 +531,9 @@ def _script(
     return run
 
 
-def weight(subject: Subject, case: Case, kind: str = "linear") -> Iterable[Comparison]:
+def weight(
+    subject: GuardedImplementation, case: Case, kind: str = "linear"
+) -> Iterable[Comparison]:
     """The weight that is held: W' while merged, and W's bits again afterwards."""
     run = Run.of(subject, case, kind=kind)
     steps: list[Step] = [*START, ("scale", "one", 2.0)]
@@ -545,7 +549,9 @@ def weight(subject: Subject, case: Case, kind: str = "linear") -> Iterable[Compa
     yield run.weight("merge() unmerge()")
 
 
-def gradients(subject: Subject, case: Case, kind: str = "linear") -> Iterable[Comparison]:
+def gradients(
+    subject: GuardedImplementation, case: Case, kind: str = "linear"
+) -> Iterable[Comparison]:
     """What acts beside the weight has a gradient, what is merged, off or not active has none."""
     run = Run.of(subject, case, kind=kind)
     done: list[str] = []
@@ -561,7 +567,7 @@ def gradients(subject: Subject, case: Case, kind: str = "linear") -> Iterable[Co
         yield from run.gradients(" ".join(done))
 
 
-def apart(subject: Subject, case: Case) -> Iterable[Comparison]:
+def apart(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Two layers that live at once do so apart."""
     lives = Run.of(subject, case), Run.of(subject, replace(case, seed=case.seed + 1))
     done: list[str] = []
@@ -585,7 +591,7 @@ class Numbers:
     layer: inputs.Layer
 
     @classmethod
-    def of(cls, subject: Subject, case: Case) -> Numbers:
+    def of(cls, subject: GuardedImplementation, case: Case) -> Numbers:
         """One of the lane with σ, with a bias."""
         rslora: Given = {"use_rslora": True} if case.number % 2 == 0 else {}
         general = replace(case, number=2 * case.number + 1)
@@ -617,7 +623,7 @@ class Numbers:
             yield Comparison(f"{label} after {after}", got, want, s, inputs.limits(layer, array))
 
 
-def rounding(subject: Subject, case: Case) -> Iterable[Comparison]:
+def rounding(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Numbers with all their digits, of any rank, are rounded no more than the precision says."""
     it = Numbers.of(subject, case)
     done: list[str] = []
@@ -629,7 +635,7 @@ def rounding(subject: Subject, case: Case) -> Iterable[Comparison]:
             yield from it.compare(" ".join(done), gradients=True)
 
 
-def save_rounding(subject: Subject, case: Case) -> Iterable[Comparison]:
+def save_rounding(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """A saved adapter keeps all digits of its numbers."""
     it = Numbers.of(subject, case)
     steps: list[Step] = [("add", "one"), ("save", "one"), ("anew",), ("load", "one", "one")]
@@ -639,7 +645,7 @@ def save_rounding(subject: Subject, case: Case) -> Iterable[Comparison]:
 
 
 def machine(
-    subject: Subject, case: Case, kind: str = "linear", files: bool = False
+    subject: GuardedImplementation, case: Case, kind: str = "linear", files: bool = False
 ) -> Iterable[Comparison]:
     """Twelve steps at random: after each the output is that of the state."""
     run, rng = Run.of(subject, case, kind=kind), case.rng()
@@ -699,7 +705,7 @@ def walks(draw: st.DrawFn, kind: str) -> list[Step]:
 def _fewest_steps(kind: str) -> Smallest:
     """The shortest way to an output that is not the state's, or to an error."""
 
-    def smallest(subject: Subject, dtype: str) -> dict[str, Any] | None:
+    def smallest(subject: GuardedImplementation, dtype: str) -> dict[str, Any] | None:
         end, found = perf_counter() + SECONDS, list[tuple[list[Step], dict[str, Any]]]()
         case = Case("lifecycle.machine", dtype, 1, 0)
 

@@ -11,10 +11,10 @@ import numpy as np
 from minilora.verify.core.inputs import LEADS, Layer, draw_layer, limits, long, sigmas, wanted
 from minilora.verify.core.shrinking import Difference, Differs, Smallest, search
 from minilora.verify.core.types import Case, Check, Comparison, counter
-from minilora.verify.implementation.contract import Subject
+from minilora.verify.implementation.contract import GuardedImplementation
 
 Array = np.ndarray
-Run = Callable[[Subject, Case], Iterable[Comparison]]
+Run = Callable[[GuardedImplementation, Case], Iterable[Comparison]]
 
 CASES = {"quick": 6, "ci": 24, "nightly": 480}
 
@@ -38,14 +38,16 @@ WORDS = {
 }
 
 
-def forward(subject: Subject, layer: Layer, dtype: str, **changed: Any) -> Array:
+def forward(subject: GuardedImplementation, layer: Layer, dtype: str, **changed: Any) -> Array:
     """The implementation's y, of the right shape and dtype; ``changed`` replaces arguments."""
     arrays = {name: changed.pop(name, getattr(layer, name)) for name in ("x", "W", "A", "B")}
     y = subject.call("lora_linear", *arrays.values(), **layer.options() | changed)
     return subject.answer(y, "y", (*arrays["x"].shape[:-1], len(layer.W)), dtype)
 
 
-def vjp(subject: Subject, layer: Layer, dtype: str, **changed: Any) -> dict[str, Array]:
+def vjp(
+    subject: GuardedImplementation, layer: Layer, dtype: str, **changed: Any
+) -> dict[str, Array]:
     """The implementation's y, dx, dA, dB, and dbias where it gives one."""
     arrays = {name: changed.pop(name, getattr(layer, name)) for name in ("x", "W", "A", "B", "dy")}
     answer = subject.call("lora_linear_vjp", *arrays.values(), **layer.options() | changed)
@@ -57,7 +59,7 @@ def vjp(subject: Subject, layer: Layer, dtype: str, **changed: Any) -> dict[str,
     }
 
 
-def dbias(subject: Subject, layer: Layer, answer: Any) -> list[str]:
+def dbias(subject: GuardedImplementation, layer: Layer, answer: Any) -> list[str]:
     """The bias's gradient by its name, where it is answered: it is optional, and its lack noted."""
     if layer.bias is None or not isinstance(answer, Mapping):
         return []
@@ -68,7 +70,7 @@ def dbias(subject: Subject, layer: Layer, answer: Any) -> list[str]:
 
 
 def _forward_check(kind: dict[str, bool], **changed: Any) -> Run:
-    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         layer, exact = draw_layer(case, **kind)
         y = forward(subject, layer, case.dtype, **changed)
         sigma = None if exact else sigmas(layer, subject.precision(case.dtype))["y"]
@@ -78,7 +80,7 @@ def _forward_check(kind: dict[str, bool], **changed: Any) -> Run:
 
 
 def _vjp_check(kind: dict[str, bool], **changed: Any) -> Run:
-    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         layer, exact = draw_layer(case, **kind)
         got, want = vjp(subject, layer, case.dtype, **changed), wanted(layer)
         sigma = {} if exact else sigmas(layer, subject.precision(case.dtype))
@@ -88,17 +90,17 @@ def _vjp_check(kind: dict[str, bool], **changed: Any) -> Run:
     return run
 
 
-def evaluation(subject: Subject, case: Case) -> Iterable[Comparison]:
+def evaluation(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """A dropout rate without a mask drops nothing."""
     return _forward_check({}, p=0.25)(subject, case)
 
 
-def evaluation_vjp(subject: Subject, case: Case) -> Iterable[Comparison]:
+def evaluation_vjp(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """A dropout rate without a mask drops nothing, and scales no gradient."""
     return _vjp_check({}, p=0.25)(subject, case)
 
 
-def balance(subject: Subject, case: Case) -> Iterable[Comparison]:
+def balance(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Bᵀ dB = dA Aᵀ, an r by r identity for every loss that sees A and B through B A alone."""
     layer, exact = draw_layer(case, dropout=case.number % 4 > 1)
     got = vjp(subject, layer, case.dtype)
@@ -110,7 +112,7 @@ def balance(subject: Subject, case: Case) -> Iterable[Comparison]:
     yield Comparison("Bᵀ dB against dA Aᵀ", B.T @ dB, dA @ A.T, sigma, limits(layer, "dA"))
 
 
-def symmetry(subject: Subject, case: Case) -> Iterable[Comparison]:
+def symmetry(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Signs and powers of two pass through a bilinear layer without any rounding, bit for bit."""
     layer, _ = draw_layer(case)
     y = forward(subject, layer, case.dtype)
@@ -128,7 +130,7 @@ def symmetry(subject: Subject, case: Case) -> Iterable[Comparison]:
         yield Comparison("y with A doubled and B halved", scaled, y)
 
 
-def zero_B(subject: Subject, case: Case) -> Iterable[Comparison]:
+def zero_B(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """With B = 0 the layer is its base, whatever A; dA = 0 exactly, and dB is what trains first."""
     layer, exact = draw_layer(case, bias=case.number % 4 > 1)
     layer = Layer(**vars(layer) | {"B": np.zeros_like(layer.B)})
@@ -140,7 +142,7 @@ def zero_B(subject: Subject, case: Case) -> Iterable[Comparison]:
     yield Comparison("dB", got["dB"], want["dB"], sigma, limits(layer, "dB"))
 
 
-def derivative(subject: Subject, case: Case) -> Iterable[Comparison]:
+def derivative(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """The gradients are those of the implementation's own forward.
 
     y is affine in each of x, A and B, so that the central difference along an integer direction E
@@ -160,7 +162,7 @@ def derivative(subject: Subject, case: Case) -> Iterable[Comparison]:
         yield Comparison(f"⟨d{name}, E⟩", (long(got[f"d{name}"]) * E).sum(), slope)
 
 
-def rank_space(subject: Subject, case: Case) -> Iterable[Comparison]:
+def rank_space(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """A → R A, B → B R⁻¹ changes neither y nor dx; dA → R⁻ᵀ dA, dB → dB Rᵀ; exact in integers."""
     even = Case(case.check, case.dtype, case.number * 2, case.seed)
     layer, _ = draw_layer(even)
@@ -174,7 +176,7 @@ def rank_space(subject: Subject, case: Case) -> Iterable[Comparison]:
         yield Comparison(f"{name} after a change of basis", b[name], array)
 
 
-def mean_of_masks(subject: Subject, case: Case) -> Iterable[Comparison]:
+def mean_of_masks(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """The mean of y over all 2ⁿ masks at p = ½ is y without dropout."""
     even = Case(case.check, case.dtype, case.number * 2, case.seed)
     layer, _ = draw_layer(even)
@@ -188,7 +190,7 @@ def mean_of_masks(subject: Subject, case: Case) -> Iterable[Comparison]:
     yield Comparison("mean of y over all masks", total / 16, y)
 
 
-def tokens_apart(subject: Subject, case: Case) -> Iterable[Comparison]:
+def tokens_apart(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Each token's y and dx are its own: the exact lane, token by token against all at once."""
     even = Case(case.check, case.dtype, case.number * 2 * len(LEADS), case.seed)  # x (tokens, n)
     layer, _ = draw_layer(even)
@@ -204,7 +206,7 @@ def tokens_apart(subject: Subject, case: Case) -> Iterable[Comparison]:
         yield Comparison(f"{name} summed over tokens", summed, whole[name])
 
 
-def first_difference(subject: Subject, layer: Layer, dtype: str) -> Difference | None:
+def first_difference(subject: GuardedImplementation, layer: Layer, dtype: str) -> Difference | None:
     """The first of y, dx, dA, dB that is not what the equation gives, compared by ==."""
     want = wanted(layer)
     if subject.has("lora_linear_vjp"):
@@ -214,7 +216,9 @@ def first_difference(subject: Subject, layer: Layer, dtype: str) -> Difference |
     return next(((n, v, want[n]) for n, v in got.items() if (v != want[n]).any()), None)
 
 
-def forward_difference(subject: Subject, layer: Layer, dtype: str) -> Difference | None:
+def forward_difference(
+    subject: GuardedImplementation, layer: Layer, dtype: str
+) -> Difference | None:
     """The same for the forward alone."""
     y, want = forward(subject, layer, dtype), wanted(layer)["y"]
     return ("y", y, want) if (y != want).any() else None

@@ -21,7 +21,7 @@ from minilora.verify.core.inputs import (
 from minilora.verify.core.shrinking import Difference, search
 from minilora.verify.core.tolerance import digits, unit_roundoff
 from minilora.verify.core.types import BOUND, Case, Check, Comparison, counter
-from minilora.verify.implementation.contract import Subject
+from minilora.verify.implementation.contract import GuardedImplementation
 
 Array = np.ndarray
 
@@ -56,21 +56,21 @@ def _small(layer: Layer, dtype: str) -> Layer:
     return replace(layer, W=W, B=(long(layer.B) * 2.0**exponent).astype(layer.B.dtype))
 
 
-def merged(subject: Subject, layer: Layer, dtype: str, **changed: Any) -> Array:
+def merged(subject: GuardedImplementation, layer: Layer, dtype: str, **changed: Any) -> Array:
     """The implementation's merged weight."""
     arrays = [changed.pop(name, getattr(layer, name)) for name in ("W", "A", "B")]
     W = subject.call("merge", *arrays, **layer.merge_options() | changed)
     return subject.answer(W, "merged W", layer.W.shape, dtype)
 
 
-def unmerged(subject: Subject, layer: Layer, W_merged: Array, dtype: str) -> Array:
+def unmerged(subject: GuardedImplementation, layer: Layer, W_merged: Array, dtype: str) -> Array:
     """The weight that the implementation takes the adapter out of."""
     W = subject.call("unmerge", W_merged, layer.A, layer.B, **layer.merge_options())
     return subject.answer(W, "unmerged W", layer.W.shape, dtype)
 
 
-def _weight(kind: dict[str, bool]) -> Callable[[Subject, Case], Iterable[Comparison]]:
-    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+def _weight(kind: dict[str, bool]) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         layer, exact = draw(case, kind)
         W, want = merged(subject, layer, case.dtype), wanted_merge(layer)
         precision = subject.precision(case.dtype)
@@ -94,7 +94,7 @@ def _formed(layer: Layer) -> Array:
     return lost
 
 
-def function(subject: Subject, case: Case) -> Iterable[Comparison]:
+def function(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """The merged weight computes what the adapted layer computes: x W'ᵀ = y."""
     layer, exact = draw_layer(case)
     y, W = forward(subject, layer, case.dtype), merged(subject, layer, case.dtype)
@@ -106,14 +106,14 @@ def function(subject: Subject, case: Case) -> Iterable[Comparison]:
     yield Comparison("x W'ᵀ against y", long(layer.x) @ long(W).T, y, sigma, limits(layer, "y"))
 
 
-def zero_B(subject: Subject, case: Case) -> Iterable[Comparison]:
+def zero_B(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """With B = 0 a merge leaves every bit of W."""
     layer, _ = draw_layer(case)
     W = merged(subject, layer, case.dtype, B=np.zeros_like(layer.B))
     yield Comparison("merged W", W, layer.W)
 
 
-def negative(subject: Subject, case: Case) -> Iterable[Comparison]:
+def negative(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Merging the negated adapter takes away what merging the adapter adds."""
     layer, exact = draw_layer(case)
     there = long(merged(subject, layer, case.dtype)) - long(layer.W)
@@ -122,14 +122,16 @@ def negative(subject: Subject, case: Case) -> Iterable[Comparison]:
     yield Comparison("W'(B) - W against W - W'(-B)", there, back, sigma)
 
 
-def _unmerge(kind: dict[str, bool]) -> Callable[[Subject, Case], Iterable[Comparison]]:
+def _unmerge(
+    kind: dict[str, bool],
+) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
     """Unmerging restores W within u (|W| + |W'|) and what two sums lose, exactly without rounding.
 
     Storing W' loses at most u |W'|, and storing W at most u |W|; what forming them loses is told by
     `_formed`, and merging and unmerging may differ in the order.
     """
 
-    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         layer, exact = draw_layer(case, **kind)
         if exact:
             W_merged = wanted_merge(layer).astype(layer.W.dtype)
@@ -145,13 +147,15 @@ def _unmerge(kind: dict[str, bool]) -> Callable[[Subject, Case], Iterable[Compar
     return run
 
 
-def merge_difference(subject: Subject, layer: Layer, dtype: str) -> Difference | None:
+def merge_difference(subject: GuardedImplementation, layer: Layer, dtype: str) -> Difference | None:
     """Whether the merged weight is not what the equation gives, compared by ==."""
     W, want = merged(subject, layer, dtype), wanted_merge(layer)
     return ("merged W", W, want) if (want != W).any() else None
 
 
-def unmerge_difference(subject: Subject, layer: Layer, dtype: str) -> Difference | None:
+def unmerge_difference(
+    subject: GuardedImplementation, layer: Layer, dtype: str
+) -> Difference | None:
     """Whether unmerging the exact merged weight does not give W, compared by ==."""
     W = unmerged(subject, layer, wanted_merge(layer).astype(layer.W.dtype), dtype)
     return ("unmerged W", W, layer.W) if (W != layer.W).any() else None

@@ -18,16 +18,16 @@ from minilora.io.formats.files import pack_json, read_json, read_tensors, write_
 from minilora.io.formats.huggingface import read_model
 from minilora.io.formats.peft import adapter_names, read_adapter
 from minilora.io.synthetic_data import draw_batch
-from minilora.spec.lora import Tuning, Weights
-from minilora.spec.models import Batch, Config, logits, targets
+from minilora.spec.lora import TrainableSpec, Weights
+from minilora.spec.models import Batch, Config, logits, shifted_labels
 from minilora.spec.ops import IGNORED, cross_entropy
 from minilora.verify.core.inputs import long
 from minilora.verify.core.tolerance import Draws, Rounding, noisy, spread
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison
-from minilora.verify.implementation.contract import DTYPES, Precision, Subject
+from minilora.verify.implementation.contract import DTYPES, GuardedImplementation, Precision
 
 Array = np.ndarray
-Run = Callable[[Subject, Case], Iterable[Comparison]]
+Run = Callable[[GuardedImplementation, Case], Iterable[Comparison]]
 
 CASES = {"quick": 1, "ci": 1, "nightly": 20}
 SAMPLES, MORE_SAMPLES = 16, 256
@@ -62,7 +62,7 @@ def stored(name: str, dtype: str) -> tuple[Path, Path]:
 
 
 @cache
-def opened(name: str, dtype: str) -> tuple[Config, Weights, Tuning, dict[str, str]]:
+def opened(name: str, dtype: str) -> tuple[Config, Weights, TrainableSpec, dict[str, str]]:
     """What is in those folders, in float64, and the names of the adapter's tensors in its file."""
     base, adapter = stored(name, dtype)
     c, W = read_model(base, np.float64)
@@ -70,10 +70,10 @@ def opened(name: str, dtype: str) -> tuple[Config, Weights, Tuning, dict[str, st
     return c, W | factors, tuning, adapter_names(c, tuning.trained)
 
 
-def answers(batch: Batch, W: Weights, c: Config, tuning: Tuning) -> dict[str, Any]:
+def answers(batch: Batch, W: Weights, c: Config, tuning: TrainableSpec) -> dict[str, Any]:
     """Loss, logits and gradients by the specification, over any number system."""
     z, back_logits = logits(batch, W, c, tuning)
-    L, back_loss = cross_entropy(z, targets(batch, c))
+    L, back_loss = cross_entropy(z, shifted_labels(batch, c))
     gradients: Weights = back_logits(back_loss(1.0))
     return {"loss": L, "logits": z, **gradients}
 
@@ -100,7 +100,7 @@ def visible(batch: Batch, z: Array) -> Array:
     return z[batch.real] if z.ndim == 3 else z
 
 
-def ask(subject: Subject, name: str, dtype: str, batch: Batch) -> dict[str, Array]:
+def ask(subject: GuardedImplementation, name: str, dtype: str, batch: Batch) -> dict[str, Array]:
     """The implementation's loss, logits and gradients, by the names of the specification."""
     c, W, _, names = opened(name, dtype)
     base, adapter = stored(name, dtype)
@@ -161,12 +161,17 @@ def expected(
     return batch, want, spreads(batch, name, dtype, precision, want, SAMPLES)
 
 
-def _of(name: str, subject: Subject, case: Case) -> Any:
+def _of(name: str, subject: GuardedImplementation, case: Case) -> Any:
     return expected(name, case.dtype, case.number, case.seed, subject.precision(case.dtype))
 
 
 def compared(
-    subject: Subject, name: str, dtype: str, batch: Batch, want: dict[str, Array], sigma: Any
+    subject: GuardedImplementation,
+    name: str,
+    dtype: str,
+    batch: Batch,
+    want: dict[str, Array],
+    sigma: Any,
 ) -> list[Comparison]:
     """Loss, logits and gradients beside what is wanted; what is suspicious is sampled again."""
     got, names = ask(subject, name, dtype, batch), opened(name, dtype)[-1]
@@ -187,7 +192,7 @@ def compared(
 
 
 def _whole(name: str) -> Run:
-    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         batch, want, sigma = _of(name, subject, case)
         return compared(subject, name, case.dtype, batch, want, sigma)
 
@@ -211,7 +216,7 @@ def expected_of_vector(
 
 
 def _vector(name: str) -> Run:
-    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         of_vector = expected_of_vector(name, case.dtype, subject.precision(case.dtype))
         return compared(subject, name, case.dtype, *of_vector)
 
@@ -219,7 +224,7 @@ def _vector(name: str) -> Run:
 
 
 def _balance(name: str) -> Run:
-    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         batch, _, sigma = _of(name, subject, case)
         _, W, tuning, _ = opened(name, case.dtype)
         got = ask(subject, name, case.dtype, batch)
@@ -235,7 +240,7 @@ def _balance(name: str) -> Run:
 
 
 def _padding(name: str) -> Run:
-    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         batch, want, sigma = _of(name, subject, case)
         c, _, _, names = opened(name, case.dtype)
         got = ask(subject, name, case.dtype, batch)

@@ -18,7 +18,7 @@ from minilora.verify.core.inputs import (
     wanted_by_row,
 )
 from minilora.verify.core.types import Case, Check, Comparison, counter
-from minilora.verify.implementation.contract import Subject
+from minilora.verify.implementation.contract import GuardedImplementation
 
 Array = np.ndarray
 
@@ -26,7 +26,7 @@ CASES = {"quick": 4, "ci": 24, "nightly": 480}
 
 
 def rows(
-    subject: Subject,
+    subject: GuardedImplementation,
     several: Several,
     dtype: str,
     x: Array | None = None,
@@ -43,7 +43,7 @@ def rows(
     return subject.answer(y, "y", (len(x), len(first.W)), dtype)
 
 
-def forward_rows(subject: Subject, case: Case) -> Iterable[Comparison]:
+def forward_rows(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Row j is x Wᵀ + s x Aᵀ Bᵀ with the adapter that index_j names, or x Wᵀ for -1."""
     several, exact = draw_several(case)
     y = rows(subject, several, case.dtype)
@@ -52,7 +52,7 @@ def forward_rows(subject: Subject, case: Case) -> Iterable[Comparison]:
     yield Comparison("y", y, wanted_by_row(several), sigma, limit)
 
 
-def without(subject: Subject, case: Case) -> Iterable[Comparison]:
+def without(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Rows of -1 have the bits of a batch in which no row has an adapter."""
     several, _ = draw_several(in_exact_lane(case))
     y = rows(subject, several, case.dtype)
@@ -61,7 +61,7 @@ def without(subject: Subject, case: Case) -> Iterable[Comparison]:
     yield Comparison("y of rows without an adapter", y[none], base[none])
 
 
-def permuted(subject: Subject, case: Case) -> Iterable[Comparison]:
+def permuted(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Rows in another order, with their index, give rows in that order; compared by ==."""
     several, _ = draw_several(in_exact_lane(case))
     order = case.rng().permutation(len(several.index))
@@ -71,7 +71,7 @@ def permuted(subject: Subject, case: Case) -> Iterable[Comparison]:
     yield Comparison("y of permuted rows", moved, y[order])
 
 
-def relabelled(subject: Subject, case: Case) -> Iterable[Comparison]:
+def relabelled(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """The adapters in another order, with the index told, give the same rows; compared by ==."""
     several, _ = draw_several(in_exact_lane(case))
     count = len(several.adapters)
@@ -86,7 +86,7 @@ def relabelled(subject: Subject, case: Case) -> Iterable[Comparison]:
     )
 
 
-def unused(subject: Subject, case: Case) -> Iterable[Comparison]:
+def unused(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """An adapter that no row names is no matter; compared by ==."""
     several, _ = draw_several(in_exact_lane(case))
     index = np.where(several.index == 1, 0, several.index)
@@ -97,7 +97,7 @@ def unused(subject: Subject, case: Case) -> Iterable[Comparison]:
     yield Comparison("y with another unused adapter", again, y)
 
 
-def single(subject: Subject, case: Case) -> Iterable[Comparison]:
+def single(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """A batch of one adapter is its layer, and one without any the base; compared by ==.
 
     Every other case has a batch of one row.
@@ -111,7 +111,7 @@ def single(subject: Subject, case: Case) -> Iterable[Comparison]:
         yield Comparison(f"y of adapter {i}" if i >= 0 else "y of none", y, wanted_by_row(alone))
 
 
-def first_without(subject: Subject, case: Case) -> Iterable[Comparison]:
+def first_without(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """A batch of two rows, the first without an adapter; compared by ==."""
     several, _ = draw_several(in_exact_lane(case))
     for i in range(len(several.adapters)):

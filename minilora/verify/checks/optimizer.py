@@ -12,7 +12,7 @@ from minilora.spec.optim import run
 from minilora.verify.core.inputs import long
 from minilora.verify.core.tolerance import Rounding, noisy, spread, underflow
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison
-from minilora.verify.implementation.contract import DTYPES, Precision, Subject
+from minilora.verify.implementation.contract import DTYPES, GuardedImplementation, Precision
 
 Array = np.ndarray
 Gradients = list[Any]
@@ -182,8 +182,8 @@ def expected(
     return want, {what: np.maximum(sigma[what], last[what]) for what in want}
 
 
-def _steps(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
-    def check(subject: Subject, case: Case) -> Iterable[Comparison]:
+def _steps(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
+    def check(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         params, gradients = draw_steps(case, kind)
         answer = subject.call("optimizer_steps", params, gradients, settings_of(kind, case.number))
         steps = subject.items(answer, len(gradients), "the list of steps")
@@ -198,7 +198,7 @@ def _steps(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
     return check
 
 
-def sgd_balance(subject: Subject, case: Case) -> Iterable[Comparison]:
+def sgd_balance(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """A step of SGD keeps A Aᵀ - Bᵀ B, but for λ and for η² (dA dAᵀ - dBᵀ dB).
 
     A' A'ᵀ - B'ᵀ B' = (1 - ηλ)² (A Aᵀ - Bᵀ B) + η² (dA dAᵀ - dBᵀ dB), if Bᵀ dB = dA Aᵀ.

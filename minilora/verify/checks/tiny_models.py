@@ -16,10 +16,10 @@ import numpy as np
 
 from minilora.io.formats.huggingface import write_model
 from minilora.io.formats.peft import adapter_names, write_adapter
-from minilora.spec.lora import Tuning, Weights
+from minilora.spec.lora import TrainableSpec, Weights
 from minilora.spec.models import GPT2, Batch, Bert, Config, Llama, draw_weights
 from minilora.spec.ops import IGNORED
-from minilora.spec.target_modules import Lora, adapt
+from minilora.spec.target_modules import LoraConfig, inject
 from minilora.verify.checks.model import _workshop
 from minilora.verify.core.types import Case, Comparison
 from minilora.verify.implementation.contract import DTYPES
@@ -41,8 +41,8 @@ class Small:
 
     c: Config
     W: Weights
-    tuning: Tuning
-    lora: Lora
+    tuning: TrainableSpec
+    lora: LoraConfig
 
     @property
     def trained(self) -> Weights:
@@ -67,13 +67,13 @@ class Small:
         return folder / "base", folder / "adapter"
 
 
-def draw(c: Config, lora: Lora, rng: np.random.Generator) -> Small:
+def draw(c: Config, lora: LoraConfig, rng: np.random.Generator) -> Small:
     """Weights far from a start: no bias and no B is 0, no norm is 1; the adapter's part is felt.
 
     Its numbers are those of float32.
     """
     shapes = {at: v for at, v in c.matrices().items() if at in c.linears() or at in lora.targets}
-    W, tuning = adapt(draw_weights(c, rng, 0.3), lora, shapes, rng)
+    W, tuning = inject(draw_weights(c, rng, 0.3), lora, shapes, rng)
 
     def drawn(name: str, array: Array) -> Array:
         if name.endswith((".A", ".B")):

@@ -18,7 +18,7 @@ import numpy as np
 from minilora.spec.lora import Variant, Weights
 from minilora.spec.models import Batch, Config
 from minilora.spec.optim import accumulate, global_norm
-from minilora.spec.target_modules import Lora
+from minilora.spec.target_modules import LoraConfig
 from minilora.spec.variants import DORA
 from minilora.verify.checks import tiny_models
 from minilora.verify.checks.model import as_dict
@@ -27,7 +27,7 @@ from minilora.verify.checks.variants import variant
 from minilora.verify.core.inputs import long
 from minilora.verify.core.tolerance import Rounding, unit_roundoff
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison
-from minilora.verify.implementation.contract import Precision, Subject
+from minilora.verify.implementation.contract import GuardedImplementation, Precision
 from minilora.verify.implementation.minilora_impl import parts_of, trained
 
 Array = np.ndarray
@@ -39,7 +39,7 @@ SILENT = 2
 """The step in which no label of a micro-batch counts."""
 
 ADAPTED = ("q", "v", "down")
-PLAIN = Lora(r=3, alpha=7, targets=ADAPTED)
+PLAIN = LoraConfig(r=3, alpha=7, targets=ADAPTED)
 SGD = {"optimizer": "sgd", "lr": 0.25, "momentum": 0.0, "weight_decay": 0.0}
 ADAMW = {
     "optimizer": "adamw", "lr": 0.02, "betas": (0.8, 0.95), "eps": 0.003, "weight_decay": 0.0,
@@ -48,7 +48,7 @@ ADAMW = {
 MEDIAN = -1.0
 """Stands for the median of the norms that a case's gradients have along the way."""
 
-Kind = tuple[Config, Lora, dict[str, Any], tuple[int, ...], str]
+Kind = tuple[Config, LoraConfig, dict[str, Any], tuple[int, ...], str]
 
 KINDS: dict[str, Kind] = {
     "labels": (
@@ -56,8 +56,8 @@ KINDS: dict[str, Kind] = {
         "each token predicts the next; ignored labels and padding on either side do not count",
     ),
     "prompt": (
-        tiny_models.GPT_2, Lora(r=3, alpha=7, rslora=True, targets=("qkv", "o", "down")), SGD, (3,),
-        "the answer alone is learned, the prompt is read",
+        tiny_models.GPT_2, LoraConfig(r=3, alpha=7, rslora=True, targets=("qkv", "o", "down")),
+        SGD, (3,), "the answer alone is learned, the prompt is read",
     ),
     "accumulate": (
         tiny_models.LLAMA, PLAIN, SGD, (3, 1, 2),
@@ -81,7 +81,7 @@ KINDS: dict[str, Kind] = {
     ),
     "decay": (
         tiny_models.QWEN2,
-        Lora(r=3, alpha=7, targets=ADAPTED, bias="lora_only", also=("head.weight",)),
+        LoraConfig(r=3, alpha=7, targets=ADAPTED, bias="lora_only", also=("head.weight",)),
         {**ADAMW, "weight_decay": 0.5}, (2,),
         "AdamW decays all that is trained: a bias, a head trained in full, and each A while B = 0",
     ),
@@ -100,7 +100,7 @@ KINDS: dict[str, Kind] = {
     ),
     "loraplus.others": (
         tiny_models.QWEN2,
-        Lora(
+        LoraConfig(
             r=3, alpha=7, targets=("embed", "q", "down"), bias="lora_only", also=("head.weight",)
         ),
         {**ADAMW, "loraplus_lr_ratio": 4.0}, (2,),
@@ -108,7 +108,7 @@ KINDS: dict[str, Kind] = {
     ),
     "classifier": (
         tiny_models.BERT,
-        Lora(
+        LoraConfig(
             r=3, alpha=7, targets=("q", "o", "down"), bias="lora_only",
             also=("head.weight", "head.bias"),
         ),
@@ -116,11 +116,11 @@ KINDS: dict[str, Kind] = {
         "a classifier's step is over the labels of its rows",
     ),
     "dora": (
-        tiny_models.LLAMA, Lora(r=3, alpha=7, targets=("q", "o"), variant="dora"), SGD, (2,),
+        tiny_models.LLAMA, LoraConfig(r=3, alpha=7, targets=("q", "o"), variant="dora"), SGD, (2,),
         "DoRA's magnitudes are trained",
     ),
     "together": (
-        tiny_models.DEEP, Lora(r=2, alpha=5, rslora=True, targets=ADAPTED),
+        tiny_models.DEEP, LoraConfig(r=2, alpha=5, rslora=True, targets=ADAPTED),
         {
             **ADAMW, "weight_decay": 0.25, "max_grad_norm": MEDIAN, "schedule": "linear",
             "warmup_steps": 2, "total_steps": STEPS + 2, "loraplus_lr_ratio": 3.0,
@@ -237,7 +237,9 @@ def sigma_of(sampled: Array, want: Array, precision: Precision) -> Array:
     return sigma
 
 
-def ask(subject: Subject, of: Small, where: Any, steps: Any, settings: Any, dtype: str) -> Any:
+def ask(
+    subject: GuardedImplementation, of: Small, where: Any, steps: Any, settings: Any, dtype: str
+) -> Any:
     """The implementation's adapter after each step: (name, parameter, step, array)."""
     given = [[as_dict(batch) for batch in step] for step in steps]
     answer = subject.call("train", *map(str, where), given, dict(settings))
@@ -251,7 +253,7 @@ def ask(subject: Subject, of: Small, where: Any, steps: Any, settings: Any, dtyp
 
 
 def compared(
-    subject: Subject, dtype: str, got: Iterable[Any], want: Any, sampled: Any
+    subject: GuardedImplementation, dtype: str, got: Iterable[Any], want: Any, sampled: Any
 ) -> Iterable[Comparison]:
     """What was got beside what is wanted."""
     for theirs, _, k, array in got:
@@ -260,8 +262,8 @@ def compared(
         yield Comparison(what, array, want[what], sigma, MONTE_CARLO)
 
 
-def _steps(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
-    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+def _steps(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         of, steps = drawn(kind, case.number, case.seed)
         key = (f"train-{kind}", case.number, case.seed)
         where = tiny_models.folders(key, case.dtype, partial(_small, kind, case.number, case.seed))
@@ -274,7 +276,7 @@ def _steps(kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
     return run
 
 
-def again(subject: Subject, case: Case) -> Iterable[Comparison]:
+def again(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Trained once more from the same folders, it starts from these again."""
     run = _steps("labels")
     for _ in run(subject, case):

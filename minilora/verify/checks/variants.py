@@ -21,7 +21,7 @@ from minilora.verify.checks.linear import dbias
 from minilora.verify.core.inputs import Layer, columns, draw_layer, long
 from minilora.verify.core.tolerance import Draws, Rounding, noisy, spread, unit_roundoff
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison, counter
-from minilora.verify.implementation.contract import DTYPES, Precision, Subject
+from minilora.verify.implementation.contract import DTYPES, GuardedImplementation, Precision
 
 Array = np.ndarray
 
@@ -120,7 +120,7 @@ def _settings(name: str, part: Array) -> dict[str, Any]:
     return {PART[name]: part} | ({"use_dora": True} if name == "dora" else {})
 
 
-def variant(name: str, subject: Subject) -> Variant:
+def variant(name: str, subject: GuardedImplementation) -> Variant:
     """The variant's equation under the convention that the implementation declares."""
     if name == "lora-bias":
         return LORA_BIAS
@@ -203,7 +203,11 @@ def sigmas(
 
 
 def _compared(
-    subject: Subject, case: Case, name: str, kind: str, got: Callable[[Layer, Array], Any]
+    subject: GuardedImplementation,
+    case: Case,
+    name: str,
+    kind: str,
+    got: Callable[[Layer, Array], Any],
 ) -> Iterable[Comparison]:
     layer, part = draw(case, kind, name)
     of = variant(name, subject)
@@ -219,8 +223,8 @@ def _compared(
         yield found
 
 
-def _forward(name: str, kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
-    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+def _forward(name: str, kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         def got(layer: Layer, part: Array) -> Iterable[tuple[str, str, Array]]:
             y = subject.call(
                 "lora_linear",
@@ -234,8 +238,8 @@ def _forward(name: str, kind: str) -> Callable[[Subject, Case], Iterable[Compari
     return run
 
 
-def _vjp(name: str, kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
-    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+def _vjp(name: str, kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         def got(layer: Layer, part: Array) -> Iterable[tuple[str, str, Array]]:
             answer = subject.call(
                 "lora_linear_vjp",
@@ -253,8 +257,8 @@ def _vjp(name: str, kind: str) -> Callable[[Subject, Case], Iterable[Comparison]
     return run
 
 
-def _merge(name: str, kind: str) -> Callable[[Subject, Case], Iterable[Comparison]]:
-    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+def _merge(name: str, kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         def got(layer: Layer, part: Array) -> Iterable[tuple[str, str, Array]]:
             W = subject.call(
                 "merge",
@@ -268,7 +272,7 @@ def _merge(name: str, kind: str) -> Callable[[Subject, Case], Iterable[Compariso
     return run
 
 
-def start(subject: Subject, case: Case) -> Iterable[Comparison]:
+def start(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """DoRA with B = 0 and the magnitude at the rows' norms is the base."""
     layer, _ = draw(case, "", "dora")
     layer = replace(layer, B=np.zeros_like(layer.B))

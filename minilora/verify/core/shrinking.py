@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import Flaky, NoSuchExample
 
 from minilora.verify.core.inputs import Layer, greatest_sum
-from minilora.verify.implementation.contract import DTYPES, Fault, Skip, Subject
+from minilora.verify.implementation.contract import DTYPES, Fault, GuardedImplementation, Skip
 
 Array = np.ndarray
 
@@ -28,8 +28,8 @@ SECONDS = 2.0
 Difference = tuple[str, Array, Array]
 """The name of an array, what was got and what was wanted."""
 
-Differs = Callable[[Subject, Layer, str], Difference | None]
-Smallest = Callable[[Subject, str], dict[str, Any] | None]
+Differs = Callable[[GuardedImplementation, Layer, str], Difference | None]
+Smallest = Callable[[GuardedImplementation, str], dict[str, Any] | None]
 
 
 @st.composite
@@ -84,7 +84,7 @@ def shrunk(strategy: st.SearchStrategy[T], fails: Callable[[T], bool]) -> None:
 
 
 def search(
-    subject: Subject, dtype: str, kind: dict[str, bool], differs: Differs
+    subject: GuardedImplementation, dtype: str, kind: dict[str, bool], differs: Differs
 ) -> dict[str, Any] | None:
     """The smallest layer on which ``differs`` finds a difference, in words, or None."""
     end = perf_counter() + SECONDS

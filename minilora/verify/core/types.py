@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from minilora.verify.implementation.contract import Subject
+    from minilora.verify.implementation.contract import GuardedImplementation
 
 CELLS = 32
 """The greatest number of rows and of columns in a picture."""
@@ -239,12 +239,12 @@ class Judgement:
 
 
 STRUCTURE = "structure-"
-"""So begins the id of a `Diagnosis` that is no misreading but what can be read off the numbers."""
+"""So begins the id of a `Diagnosis` that is no mutant but what can be read off the numbers."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A known misreading that gives the answers that were got: its id, what it computes, and how
+    """A known mutant that gives the answers that were got: its id, what it computes, and how
     far its answers lie from those got, in rms standard deviations of rounding. ``separating`` is
     the case that tells it from others that answered this check alike, or would, if it was asked."""
 
@@ -263,15 +263,15 @@ class Check:
     a dtype, 0 where the check is not for that dtype. ``smallest`` looks for the smallest
     counterexample of a check that failed: a dict of values to show, of which ``got`` and ``want``
     are the two that differ, or None; with ``smallest_fault`` it finds errors too. ``diagnose``
-    names the misreadings that explain what an implementation answers, for a dtype and a seed.
+    names the mutants that explain what an implementation answers, for a dtype and a seed.
     """
 
     id: str
     level: str
     needs: tuple[str, ...]
     title: str
-    run: Callable[[Subject, Case], Iterable[Comparison]]
+    run: Callable[[GuardedImplementation, Case], Iterable[Comparison]]
     cases: Callable[[str, str], int]
-    smallest: Callable[[Subject, str], dict[str, Any] | None] | None = None
+    smallest: Callable[[GuardedImplementation, str], dict[str, Any] | None] | None = None
     smallest_fault: bool = False
-    diagnose: Callable[[Subject, str, int], tuple[Diagnosis, ...]] | None = None
+    diagnose: Callable[[GuardedImplementation, str, int], tuple[Diagnosis, ...]] | None = None

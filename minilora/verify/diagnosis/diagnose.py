@@ -1,6 +1,6 @@
-"""The name of the bug: which known misreading gives the very answers that the implementation gives.
+"""The name of the bug: which known mutant gives the very answers that the implementation gives.
 
-A misreading explains a failing check if it gives the same answers in several cases, within the
+A mutant explains a failing check if it gives the same answers in several cases, within the
 rounding of both, where the implementation deviates from what is right, and if no case that holds
 refutes it. Nothing is invented: where none does, there is no diagnosis, and where several do, all
 are named.
@@ -24,13 +24,13 @@ from minilora.verify.implementation.contract import (
     CONVENTIONS,
     DTYPES,
     Fault,
+    GuardedImplementation,
     Raised,
     Skip,
-    Subject,
 )
 
 if TYPE_CHECKING:
-    from minilora.verify.mutants import Misreading
+    from minilora.verify.mutants import Mutant
 
 Array = np.ndarray
 
@@ -62,17 +62,17 @@ CASES = (1, 3, 5)
 
 
 FURTHER = 12
-"""So many cases of each check of the level may be asked to tell two misreadings apart."""
+"""So many cases of each check of the level may be asked to tell two mutants apart."""
 
 BOTH_LANES = (0, 1)
-"""Cases that refute a misreading if they hold: of the exact lane, and of that with sigma."""
+"""Cases that refute a mutant if they hold: of the exact lane, and of that with sigma."""
 
 PLAIN = ("scale", "factor", "zero", "transposed", "permuted", "steps")
-"""What is said of the structure that is plainer than a part of some misreading."""
+"""What is said of the structure that is plainer than a part of some mutant."""
 
 
-class Direct(Subject):
-    """A misreading is ours: it is called without a thread of its own."""
+class Direct(GuardedImplementation):
+    """A mutant is ours: it is called without a thread of its own."""
 
     def _within_limit(self, call: Callable[[], Any]) -> Any:
         with warnings.catch_warnings():
@@ -83,7 +83,7 @@ class Direct(Subject):
                 raise Raised(error) from error
 
 
-def answers(check: Check, subject: Subject, case: Case) -> dict[str, Comparison]:
+def answers(check: Check, subject: GuardedImplementation, case: Case) -> dict[str, Comparison]:
     """The comparisons of a case by the array's name; none where the implementation gives none."""
     try:
         return {each.array: each for each in check.run(subject, case)}
@@ -129,17 +129,17 @@ def explains(theirs: Given, ours: Given) -> float | None:
 
 
 def _beside(ours: Comparison) -> bool:
-    """Whether a misreading answers something where nothing should be, and others answer nothing."""
+    """Whether a mutant answers something where nothing should be, and others answer nothing."""
     return not np.any(ours.want) and ours.judge().verdict == "fail"
 
 
 class Asked(Iterable[dict[str, Comparison]]):
     """What an implementation answers to these cases, each put to it when it is first looked at.
 
-    The first case refutes most misreadings, and the further ones need not be put to them.
+    The first case refutes most mutants, and the further ones need not be put to them.
     """
 
-    def __init__(self, check: Check, subject: Subject, cases: Sequence[Case]) -> None:
+    def __init__(self, check: Check, subject: GuardedImplementation, cases: Sequence[Case]) -> None:
         self._next = (answers(check, subject, case) for case in cases)
         self._given: list[dict[str, Comparison]] = []
 
@@ -153,8 +153,8 @@ class Asked(Iterable[dict[str, Comparison]]):
 
 
 @lru_cache(maxsize=1024)
-def given_by(m: Misreading, check: Check, cases: tuple[Case, ...]) -> Asked:
-    """What a misreading answers to these cases."""
+def given_by(m: Mutant, check: Check, cases: tuple[Case, ...]) -> Asked:
+    """What a mutant answers to these cases."""
     return Asked(check, Direct(m.make()), cases)
 
 
@@ -165,31 +165,31 @@ def has_diagnosis(check: Check) -> bool:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A misreading that gives the answers that were got, and the rms z that it leaves."""
+    """A mutant that gives the answers that were got, and the rms z that it leaves."""
 
-    misreading: Misreading
+    mutant: Mutant
     residual: float
 
     def named(self, separating: str = "") -> Diagnosis:
         """The diagnosis in words."""
-        m = self.misreading
+        m = self.mutant
         seen = f" Seen in {', '.join(m.seen)}." if m.seen else ""
         return Diagnosis(m.id, f"{m.formula}.{seen}", self.residual, separating)
 
 
-def _wrong(level: str) -> list[Misreading]:
-    """The level's misreadings that are no equivalents."""
-    from minilora.verify.mutants import MISREADINGS  # costs time only where something is wrong
+def _wrong(level: str) -> list[Mutant]:
+    """The level's mutants that are no equivalents."""
+    from minilora.verify.mutants import MUTANTS  # costs time only where something is wrong
 
-    return [m for m in MISREADINGS if m.level == level and not m.equivalent]
+    return [m for m in MUTANTS if m.level == level and not m.equivalent]
 
 
 def candidates(
     level: str,
     theirs: Given,
-    ours_of: Callable[[Misreading], Given],
+    ours_of: Callable[[Mutant], Given],
 ) -> list[Candidate]:
-    """The level's misreadings that explain these answers, the nearest first."""
+    """The level's mutants that explain these answers, the nearest first."""
     found = []
     for m in _wrong(level):
         ours = ours_of(m)
@@ -202,7 +202,7 @@ def candidates(
 def filtered(theirs: Given, ours: Given) -> Fit:
     """The matched filter c = ⟨e, d⟩ / ⟨d, d⟩ over all arrays of all cases, each element over its σ.
 
-    e is what was got less what is right, d what a misreading gives less what is right: c is 1 where
+    e is what was got less what is right, d what a mutant gives less what is right: c is 1 where
     the implementation reads so, and 0 where it does not. It sums what no single element shows.
     """
     e, d = _whitened(theirs, ours)
@@ -229,10 +229,10 @@ def _whitened(theirs: Given, ours: Given) -> tuple[Array, Array]:
 def part_of(
     level: str,
     theirs: Given,
-    ours_of: Callable[[Misreading], Given],
-    is_refuted: Callable[[Misreading], bool],
+    ours_of: Callable[[Mutant], Given],
+    is_refuted: Callable[[Mutant], bool],
 ) -> Diagnosis | None:
-    """The misreading of which a part c, the same in all cases, is the whole deviation."""
+    """The mutant of which a part c, the same in all cases, is the whole deviation."""
     for m in _wrong(level):
         ours = ours_of(m)
         if not all(a.keys() <= b.keys() for a, b in zip(theirs, ours, strict=True)):
@@ -248,9 +248,9 @@ def part_of(
 
 
 def refuted(
-    m: Misreading, ids: set[str], check: Check, subject: Subject, dtype: str, seed: int
+    m: Mutant, ids: set[str], check: Check, subject: GuardedImplementation, dtype: str, seed: int
 ) -> bool:
-    """Whether a case holds in which the misreading deviates.
+    """Whether a case holds in which the mutant deviates.
 
     The cases are of this check, and of those of the ``ids`` that call no further methods of the
     implementation: another method may be right where this one is wrong.
@@ -273,7 +273,7 @@ def _verdicts(answer: dict[str, Comparison]) -> set[str]:
 
 
 def another_convention(
-    check: Check, subject: Subject, cases: Sequence[Case]
+    check: Check, subject: GuardedImplementation, cases: Sequence[Case]
 ) -> tuple[Diagnosis, ...]:
     """The convention by which all answers are right, where another one is declared."""
     declared = subject.conventions
@@ -293,7 +293,7 @@ def another_convention(
 
 
 def tell_apart(
-    check: Check, subject: Subject, dtype: str, seed: int, found: Sequence[Candidate]
+    check: Check, subject: GuardedImplementation, dtype: str, seed: int, found: Sequence[Candidate]
 ) -> tuple[list[Candidate], str]:
     """Those of several candidates that remain, and the case that separated the last, or would.
 
@@ -309,7 +309,7 @@ def tell_apart(
             if len(remaining) == 1:
                 return remaining, separated
             case = Case(each.id, dtype, number, seed)
-            ours = [answers(each, Direct(c.misreading.make()), case) for c in remaining]
+            ours = [answers(each, Direct(c.mutant.make()), case) for c in remaining]
             if not all(ours) or all(explains([a], [ours[0]]) is not None for a in ours[1:]):
                 continue
             theirs = answers(each, subject, case)
@@ -326,7 +326,7 @@ def tell_apart(
 
 
 def telling(
-    check: Check, subject: Subject, dtype: str, seed: int
+    check: Check, subject: GuardedImplementation, dtype: str, seed: int
 ) -> tuple[tuple[Case, ...], list[dict[str, Comparison]]]:
     """The cases by which a deviation is to be known, and what is answered to them.
 
@@ -346,19 +346,21 @@ def telling(
 
 
 @np.errstate(all="ignore")  # what is wrong may be wrong beyond all bounds
-def diagnose(check: Check, subject: Subject, dtype: str, seed: int) -> tuple[Diagnosis, ...]:
-    """The misreadings that explain what an implementation answers to a check, the nearest first."""
+def diagnose(
+    check: Check, subject: GuardedImplementation, dtype: str, seed: int
+) -> tuple[Diagnosis, ...]:
+    """The mutants that explain what an implementation answers to a check, the nearest first."""
     if not has_diagnosis(check):
         return ()
     cases, theirs = telling(check, subject, dtype, seed)
     if not theirs or not all(theirs):
         return ()
 
-    def ours_of(m: Misreading) -> Given:
+    def ours_of(m: Mutant) -> Given:
         return given_by(m, check, cases)
 
-    def is_refuted(m: Misreading) -> bool:
-        best = {m.caught_by, *(c.misreading.caught_by for c in found)}
+    def is_refuted(m: Mutant) -> bool:
+        best = {m.caught_by, *(c.mutant.caught_by for c in found)}
         return refuted(m, best, check, subject, dtype, seed)
 
     if said := another_convention(check, subject, cases):
@@ -366,7 +368,7 @@ def diagnose(check: Check, subject: Subject, dtype: str, seed: int) -> tuple[Dia
     found = candidates(check.level, theirs, ours_of)
     found, separating = tell_apart(check, subject, dtype, seed, found)
     # Each has to hold where the others show best: what they answer alike here they may not there.
-    found = [c for c in found if not is_refuted(c.misreading)]
+    found = [c for c in found if not is_refuted(c.mutant)]
     if not found:
         said = describe(check.id, cases, theirs)
         if any(each.id.removeprefix(STRUCTURE).startswith(PLAIN) for each in said):

@@ -1,4 +1,4 @@
-"""The structure of a deviation that no known misreading explains: what can be read off the numbers.
+"""The structure of a deviation that no known mutant explains: what can be read off the numbers.
 
 Nothing is guessed. A sentence is said of an array only if, with what it says taken into account,
 the array agrees within the rounding of both sides: a factor, a transpose, another order, the scale

@@ -302,7 +302,7 @@ def _named(value: object) -> str:
     return "None" if value is None else f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
-class Subject:
+class GuardedImplementation:
     """An implementation with its declarations, called safely.
 
     Arrays go in as fresh writable copies and are compared with the originals afterwards. A call
@@ -316,7 +316,7 @@ class Subject:
         *,
         time_limit: float = TIME_LIMIT,
         methods: Mapping[str, str] = METHODS,
-        whole: Subject | None = None,
+        whole: GuardedImplementation | None = None,
     ) -> None:
         self.implementation = implementation
         self._methods = methods
@@ -410,7 +410,7 @@ class Subject:
         """Whether the implementation has this method."""
         return _has(self.implementation, method)
 
-    def anew(self) -> Subject | None:
+    def anew(self) -> GuardedImplementation | None:
         """The implementation as it was before any call, if its class makes just that one."""
         try:
             kind = type(self.implementation)
@@ -421,9 +421,9 @@ class Subject:
             return None
         if _settings(made) != self._set:  # it has been given other ones since it was made
             return None
-        return Subject(made, time_limit=self.time_limit, methods=self._methods)
+        return GuardedImplementation(made, time_limit=self.time_limit, methods=self._methods)
 
-    def session(self, layer: Any) -> Subject:
+    def session(self, layer: Any) -> GuardedImplementation:
         """The session that it opens, called as safely. Raises Skip or Fault."""
         opened = self.call("session", layer)
         limit = self.time_limit

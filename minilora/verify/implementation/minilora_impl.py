@@ -29,8 +29,8 @@ from minilora.io.formats.peft import (
     write_adapter,
 )
 from minilora.spec.initialization import STARTS
-from minilora.spec.lora import LORA, Tuning, Variant, Weights, combine, draw_dropout, scale
-from minilora.spec.models import Batch, Config, logits, loss, targets
+from minilora.spec.lora import LORA, TrainableSpec, Variant, Weights, combine, draw_dropout, scale
+from minilora.spec.models import Batch, Config, logits, loss, shifted_labels
 from minilora.spec.multi_adapter import Adapter, combine_svd, multi_linear
 from minilora.spec.ops import IGNORED
 from minilora.spec.optim import run
@@ -246,7 +246,7 @@ class Own:
 def trained(
     c: Config,
     W: Weights,
-    tuning: Tuning,
+    tuning: TrainableSpec,
     steps: Sequence[Sequence[Batch]],
     settings: Mapping[str, Any],
     p: float = 0.0,
@@ -268,7 +268,7 @@ def trained(
 def parts_of(
     c: Config,
     W: Weights,
-    tuning: Tuning,
+    tuning: TrainableSpec,
     step: Sequence[Batch],
     p: float = 0.0,
     rng: np.random.Generator | None = None,
@@ -279,7 +279,7 @@ def parts_of(
     """
     parts = []
     for batch in step:
-        if not (count := int((targets(batch, c) != IGNORED).sum())):
+        if not (count := int((shifted_labels(batch, c) != IGNORED).sum())):
             continue
         if p and rng is not None:
             shapes = {at: n for at, n in c.inputs(*batch.ids.shape).items() if at in tuning.scale}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from minilora.spec.layers import OneHot
-from minilora.spec.lora import Variant, fuse, scale, total, twin
+from minilora.spec.lora import Variant, fuse, scale, sum_gradients, twin
 from minilora.spec.multi_adapter import Adapter, State
 from minilora.spec.ops import Back, linear
 from minilora.spec.variants import DORA
@@ -240,7 +240,7 @@ class Layer:
                 name: twin(*parts) if self.given[name]["on"] == "both" else parts
                 for name, parts in of_head.items()
             }
-            return total(self._named(of_table), self._named(turned))
+            return sum_gradients(self._named(of_table), self._named(turned))
 
         return y.T, back
 

@@ -17,22 +17,22 @@ from minilora.verify.mutants import (
     train,
     variants,
 )
-from minilora.verify.mutants.mutant import Misreading
+from minilora.verify.mutants.mutant import Mutant
 from minilora.verify.mutants.reference import Plain
 
-__all__ = ["MISREADINGS", "Misreading", "Plain"]
+__all__ = ["MUTANTS", "Mutant", "Plain"]
 
-MISREADINGS: tuple[Misreading, ...] = (
-    *linear.MISREADINGS,
-    *merge.MISREADINGS,
-    *variants.MISREADINGS,
-    *multi.MISREADINGS,
-    *lifecycle.MISREADINGS,
-    *optimizer.MISREADINGS,
-    *model.MISREADINGS,
-    *train.MISREADINGS,
-    *init.MISREADINGS,
-    *files.MISREADINGS,
-    *gradflow.MISREADINGS,
+MUTANTS: tuple[Mutant, ...] = (
+    *linear.MUTANTS,
+    *merge.MUTANTS,
+    *variants.MUTANTS,
+    *multi.MUTANTS,
+    *lifecycle.MUTANTS,
+    *optimizer.MUTANTS,
+    *model.MUTANTS,
+    *train.MUTANTS,
+    *init.MUTANTS,
+    *files.MUTANTS,
+    *gradflow.MUTANTS,
 )
 """All of them, the lowest level first; among them some equivalents, which must pass."""

@@ -14,7 +14,7 @@ import numpy as np
 from minilora.io.formats.files import pack_json, read_json, read_tensors, write_files, write_tensors
 from minilora.io.formats.peft import CONFIG, WEIGHTS
 from minilora.verify.implementation.minilora_impl import Own
-from minilora.verify.mutants.mutant import Misreading, equivalents, family
+from minilora.verify.mutants.mutant import Mutant, equivalents, family
 from minilora.verify.mutants.reference import Array, digits
 
 Tensors = dict[str, Array]
@@ -451,4 +451,4 @@ SAME = equivalents(
     ),
 )
 
-MISREADINGS: tuple[Misreading, ...] = LOAD + FUNCTION + SAVE + GRADIENTS + SAME
+MUTANTS: tuple[Mutant, ...] = LOAD + FUNCTION + SAVE + GRADIENTS + SAME

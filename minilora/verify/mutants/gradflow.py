@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minilora.spec.lora import Tuning, Weights
+from minilora.spec.lora import TrainableSpec, Weights
 from minilora.spec.models import Batch, Config
-from minilora.verify.mutants.mutant import Misreading, equivalents, family
+from minilora.verify.mutants.mutant import Mutant, equivalents, family
 from minilora.verify.mutants.reference import Array
 from minilora.verify.mutants.train import Trainer, trains
 
@@ -55,7 +55,9 @@ def _factor(letter: str) -> Callable[[str, Weights], bool]:
     return lambda name, g: name.endswith(letter)
 
 
-def _one_after_another(my: Trainer, W: Weights, batch: Batch, c: Config, tuning: Tuning) -> Any:
+def _one_after_another(
+    my: Trainer, W: Weights, batch: Batch, c: Config, tuning: TrainableSpec
+) -> Any:
     """A's gradient where B has made its step."""
     n, g = Trainer.part(my, W, batch, c, tuning)
     stepped = {k: W[k] - W[k].dtype.type(0.25) * v for k, v in g.items() if k.endswith(".B")}
@@ -63,13 +65,13 @@ def _one_after_another(my: Trainer, W: Weights, batch: Batch, c: Config, tuning:
     return n, {k: later[k] if k.endswith(".A") else v for k, v in g.items()}
 
 
-def _lifted(my: Trainer, W: Weights, batch: Batch, c: Config, tuning: Tuning) -> Any:
+def _lifted(my: Trainer, W: Weights, batch: Batch, c: Config, tuning: TrainableSpec) -> Any:
     """A B of 0 taken for a small number."""
     small = {k: v + v.dtype.type(1e-3) for k, v in W.items() if k.endswith(".B") and not v.any()}
     return Trainer.part(my, W | small, batch, c, tuning)
 
 
-def _evaluating(my: Trainer, W: Weights, batch: Batch, c: Config, tuning: Tuning) -> Any:
+def _evaluating(my: Trainer, W: Weights, batch: Batch, c: Config, tuning: TrainableSpec) -> Any:
     my.dropout = 0.0
     return Trainer.part(my, W, batch, c, tuning)
 
@@ -77,7 +79,7 @@ def _evaluating(my: Trainer, W: Weights, batch: Batch, c: Config, tuning: Tuning
 def _trained_too(names: Callable[[Weights], set[str]]) -> Callable[[], Trainer]:
     """Parameters of the base are trained with the adapters, and not given back."""
 
-    def tuned(my: Trainer, c: Config, W: Weights, tuning: Tuning) -> Tuning:
+    def tuned(my: Trainer, c: Config, W: Weights, tuning: TrainableSpec) -> TrainableSpec:
         my.memory["asked"] = len(tuning.trained)
         return replace(tuning, trained=tuning.trained | names(W))
 
@@ -223,4 +225,4 @@ SAME = equivalents(
     ),
 )
 
-MISREADINGS: tuple[Misreading, ...] = EVERY + SAME
+MUTANTS: tuple[Mutant, ...] = EVERY + SAME

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minilora.verify.core import tolerance
-from minilora.verify.mutants.mutant import Misreading, equivalents, family
+from minilora.verify.mutants.mutant import Mutant, equivalents, family
 from minilora.verify.mutants.reference import Array, Plain, digits
 
 Rng = np.random.Generator
@@ -522,4 +522,4 @@ SAME = equivalents(
     ),
 )
 
-MISREADINGS: tuple[Misreading, ...] = B_ZERO + UNIFORM + GAUSSIAN + SEEDS + PARTS + SAME
+MUTANTS: tuple[Mutant, ...] = B_ZERO + UNIFORM + GAUSSIAN + SEEDS + PARTS + SAME

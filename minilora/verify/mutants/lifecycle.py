@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from minilora.verify.mutants.mutant import Misreading, equivalents, family
+from minilora.verify.mutants.mutant import Mutant, equivalents, family
 from minilora.verify.mutants.reference import Array, Call, Plain, digits
 
 Entries = Mapping[str, Sequence[tuple[Any, ...]]]
@@ -1621,10 +1621,10 @@ ALIVE: Entries = {
 }
 
 LIFECYCLE = tuple(
-    misreading
+    mutant
     for checks in (PLAIN, KEPT, TURNED, OTHERS, ALIVE)
     for check, entries in checks.items()
-    for misreading in family("LIFECYCLE", check, *entries)
+    for mutant in family("LIFECYCLE", check, *entries)
 )
 
 SAME = equivalents(
@@ -1637,4 +1637,4 @@ SAME = equivalents(
     ("eval-merges", "evaluation merges", _but(eval=_eval_merges)),
 )
 
-MISREADINGS: tuple[Misreading, ...] = LIFECYCLE + SAME
+MUTANTS: tuple[Mutant, ...] = LIFECYCLE + SAME

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.verify.mutants.mutant import Misreading, equivalents, family
+from minilora.verify.mutants.mutant import Mutant, equivalents, family
 from minilora.verify.mutants.reference import (
     Array,
     Call,
@@ -801,4 +801,4 @@ SAME = equivalents(
     ),
 )
 
-MISREADINGS: tuple[Misreading, ...] = SCALE + LAYOUT + FORM + DROPOUT + BACKWARD + STATE + SAME
+MUTANTS: tuple[Mutant, ...] = SCALE + LAYOUT + FORM + DROPOUT + BACKWARD + STATE + SAME

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.verify.mutants.mutant import Misreading, equivalents, family
+from minilora.verify.mutants.mutant import Mutant, equivalents, family
 from minilora.verify.mutants.reference import (
     Array,
     Call,
@@ -289,4 +289,4 @@ SAME = equivalents(
     ("stored", "s B A rounded to the dtype", then(delta=narrow)),
 )
 
-MISREADINGS: tuple[Misreading, ...] = MERGE + UNMERGE + SAME
+MUTANTS: tuple[Mutant, ...] = MERGE + UNMERGE + SAME

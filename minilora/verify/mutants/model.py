@@ -17,7 +17,7 @@ from minilora.spec.models import GPT2, Batch, Bert, Config, Llama
 from minilora.spec.ops import Array, Back
 from minilora.verify.implementation import minilora_impl
 from minilora.verify.implementation.minilora_impl import Own
-from minilora.verify.mutants.mutant import Misreading, equivalents, family
+from minilora.verify.mutants.mutant import Mutant, equivalents, family
 from minilora.verify.mutants.reference import digits
 
 Edit = tuple[str, str]
@@ -507,7 +507,7 @@ BLOCK = (
 def _mean_of_rows(batch: Batch, W: Any, c: Config, tuning: Any) -> tuple[Any, Back]:
     """The mean over sequences of each one's mean."""
     assert batch.labels is not None
-    count = (models.targets(batch, c).reshape(len(batch.ids), -1) != ops.IGNORED).sum(1)
+    count = (models.shifted_labels(batch, c).reshape(len(batch.ids), -1) != ops.IGNORED).sum(1)
     rows = [
         models.loss(
             replace(batch, labels=np.where(np.arange(len(count)) == i, batch.labels.T, -100).T),
@@ -517,7 +517,7 @@ def _mean_of_rows(batch: Batch, W: Any, c: Config, tuning: Any) -> tuple[Any, Ba
     ]
 
     def back(dL: Any) -> Any:
-        return lora.total(*({n: g / len(rows) for n, g in b(dL).items()} for _, b in rows))
+        return lora.sum_gradients(*({n: g / len(rows) for n, g in b(dL).items()} for _, b in rows))
 
     return sum(L for L, _ in rows) / len(rows), back
 
@@ -530,25 +530,37 @@ LOSS = (
             "no-shift",
             "token t predicted at t",
             model(
-                targets=("following[:, :-1] = batch.labels[:, 1:]", "following[:] = batch.labels")
+                shifted_labels=(
+                    "following[:, :-1] = batch.labels[:, 1:]",
+                    "following[:] = batch.labels",
+                )
             ),
         ),
         (
             "double-shift",
             "token t + 2 predicted at t",
-            model(targets=("[:, :-1] = batch.labels[:, 1:]", "[:, :-2] = batch.labels[:, 2:]")),
+            model(
+                shifted_labels=("[:, :-1] = batch.labels[:, 1:]", "[:, :-2] = batch.labels[:, 2:]")
+            ),
             "transformers 47394",
             "transformers 37830",
         ),
         (
             "shift-back",
             "token t - 1 predicted at t",
-            model(targets=("[:, :-1] = batch.labels[:, 1:]", "[:, 1:] = batch.labels[:, :-1]")),
+            model(
+                shifted_labels=("[:, :-1] = batch.labels[:, 1:]", "[:, 1:] = batch.labels[:, :-1]")
+            ),
         ),
         (
             "ignored-as-0",
             "ignored labels as class 0",
-            model(targets=("return following.ravel()", "return np.maximum(following, 0).ravel()")),
+            model(
+                shifted_labels=(
+                    "return following.ravel()",
+                    "return np.maximum(following, 0).ravel()",
+                )
+            ),
         ),
         ("sum", "the sum over labels", model(cross_entropy=("n = int(counted.sum())", "n = 1"))),
         (
@@ -585,7 +597,7 @@ LOSS = (
             "padding-trained",
             "labels at padding too",
             model(
-                targets=(
+                shifted_labels=(
                     "= batch.labels[:, 1:]",
                     "= np.where(batch.real, batch.labels, batch.ids)[:, 1:]",
                 )
@@ -596,7 +608,7 @@ LOSS = (
             "first-row",
             "the first sequence alone",
             model(
-                targets=(
+                shifted_labels=(
                     "return following.ravel()",
                     "following[1:] = IGNORED\n    return following.ravel()",
                 )
@@ -973,7 +985,7 @@ SAME = equivalents(
     ),
 )
 
-MISREADINGS: tuple[Misreading, ...] = (
+MUTANTS: tuple[Mutant, ...] = (
     *(NORM + ROPE + ATTENTION + BLOCK + LOSS + ADAPTER + FILES),
     *SAME,
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.verify.mutants.mutant import Misreading, equivalents, family
+from minilora.verify.mutants.mutant import Mutant, equivalents, family
 from minilora.verify.mutants.reference import (
     Array,
     Call,
@@ -447,4 +447,4 @@ SAME = (
     ),
 )  # fmt: skip
 
-MISREADINGS: tuple[Misreading, ...] = COMBINE + MULTI + SAME
+MUTANTS: tuple[Mutant, ...] = COMBINE + MULTI + SAME

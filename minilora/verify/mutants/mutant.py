@@ -1,4 +1,4 @@
-"""One misreading, and a family of them."""
+"""One mutant, and a family of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Misreading:
+class Mutant:
     """One way to read the equations wrongly.
 
     ``formula`` is what is computed instead, in the notation y = x Wᵀ + b + s H Bᵀ, H = (K∘x) Aᵀ,
@@ -27,18 +27,18 @@ class Misreading:
     equivalent: bool = False
 
 
-def family(name: str, caught_by: str, *entries: tuple[Any, ...]) -> tuple[Misreading, ...]:
-    """Misreadings (name, formula, make, where it was seen …) that one check shows best."""
+def family(name: str, caught_by: str, *entries: tuple[Any, ...]) -> tuple[Mutant, ...]:
+    """Mutants (name, formula, make, where it was seen …) that one check shows best."""
     level = caught_by.partition(".")[0]
     return tuple(
-        Misreading(f"{name.lower()}-{own}", name, level, formula, tuple(seen), make, caught_by)
+        Mutant(f"{name.lower()}-{own}", name, level, formula, tuple(seen), make, caught_by)
         for own, formula, make, *seen in entries
     )
 
 
-def equivalents(level: str, *entries: tuple[Any, ...]) -> tuple[Misreading, ...]:
+def equivalents(level: str, *entries: tuple[Any, ...]) -> tuple[Mutant, ...]:
     """The same function in other ways (name, formula, make): right, and hence to pass."""
     return tuple(
-        Misreading(f"same-{level}-{own}", "SAME", level, formula, (), make, equivalent=True)
+        Mutant(f"same-{level}-{own}", "SAME", level, formula, (), make, equivalent=True)
         for own, formula, make in entries
     )

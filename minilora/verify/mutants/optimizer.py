@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.verify.mutants.mutant import Misreading, equivalents, family
+from minilora.verify.mutants.mutant import Mutant, equivalents, family
 from minilora.verify.mutants.reference import (
     Array,
     Call,
@@ -685,6 +685,6 @@ TOGETHER = (
 )
 
 
-MISREADINGS: tuple[Misreading, ...] = (
+MUTANTS: tuple[Mutant, ...] = (
     ADAMW + SGD + CLIP + SCHEDULE + LORAPLUS + ACCUMULATE + TOGETHER + SAME
 )

@@ -1,6 +1,6 @@
 """A right implementation written unlike the specification, and how to make it wrong.
 
-Tokens lie in rows, the order of operations is another, and every quantity is a method. A misreading
+Tokens lie in rows, the order of operations is another, and every quantity is a method. A mutant
 replaces one or two of them.
 """
 
@@ -38,7 +38,7 @@ class Plain:
 
     def __init__(self) -> None:
         self.memory: dict[str, Any] = {}
-        """What misreadings keep from call to call; a right one keeps nothing."""
+        """What mutants keep from call to call; a right one keeps nothing."""
 
     def lora_linear(self, x: Array, W: Array, A: Array, B: Array, **options: Any) -> Array:
         """The layer's output."""

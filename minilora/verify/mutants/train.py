@@ -10,11 +10,11 @@ import numpy as np
 
 from minilora.io.formats.huggingface import read_model
 from minilora.io.formats.peft import adapter_names, read_adapter, read_lora
-from minilora.spec.lora import Tuning, Weights, draw_dropout, total
-from minilora.spec.models import Batch, Config, loss, targets
+from minilora.spec.lora import TrainableSpec, Weights, draw_dropout, sum_gradients
+from minilora.spec.models import Batch, Config, loss, shifted_labels
 from minilora.spec.ops import IGNORED
-from minilora.verify.mutants.mutant import Misreading, equivalents, family
-from minilora.verify.mutants.optimizer import MISREADINGS as OPTIMIZERS
+from minilora.verify.mutants.mutant import Mutant, equivalents, family
+from minilora.verify.mutants.optimizer import MUTANTS as OPTIMIZERS
 from minilora.verify.mutants.reference import Array, Plain
 
 Parts = list[tuple[Any, Weights]]
@@ -44,7 +44,7 @@ class Trainer(Plain):
         names = adapter_names(c, sorted(tuning.trained))
         return [self.told({names[n]: self.flat(v) for n, v in p.items()}) for p in history]
 
-    def tuned(self, c: Config, W: Weights, tuning: Tuning) -> Tuning:
+    def tuned(self, c: Config, W: Weights, tuning: TrainableSpec) -> TrainableSpec:
         """What is trained."""
         return tuning
 
@@ -66,13 +66,15 @@ class Trainer(Plain):
 
     def counts(self, batch: Batch, c: Config) -> bool:
         """Whether a micro-batch has a label that counts."""
-        return bool((targets(batch, c) != IGNORED).any())
+        return bool((shifted_labels(batch, c) != IGNORED).any())
 
     def counted(self, batch: Batch, c: Config) -> int:
         """How many labels count."""
-        return int((targets(batch, c) != IGNORED).sum())
+        return int((shifted_labels(batch, c) != IGNORED).sum())
 
-    def part(self, W: Weights, batch: Batch, c: Config, tuning: Tuning) -> tuple[Any, Weights]:
+    def part(
+        self, W: Weights, batch: Batch, c: Config, tuning: TrainableSpec
+    ) -> tuple[Any, Weights]:
         """The number of labels of a micro-batch and the gradient of their mean."""
         if self.dropout:
             shapes = {at: n for at, n in c.inputs(*batch.ids.shape).items() if at in tuning.scale}
@@ -130,7 +132,7 @@ def _rows_alone(given: Mapping[str, Array]) -> Array:
 def _times(factor: Callable[[Batch, int], float]) -> Callable[[], Trainer]:
     """Gradients multiplied by a function of the micro-batch and its number of labels."""
 
-    def part(my: Trainer, W: Weights, batch: Batch, c: Config, tuning: Tuning) -> Any:
+    def part(my: Trainer, W: Weights, batch: Batch, c: Config, tuning: TrainableSpec) -> Any:
         n, g = Trainer.part(my, W, batch, c, tuning)
         times = np.asarray(factor(batch, n)).astype(next(iter(g.values())).dtype)
         return n, {name: times * array for name, array in g.items()}
@@ -149,7 +151,7 @@ def _weighted(weigh: Callable[[list[Any]], list[Any]]) -> Callable[[], Trainer]:
 
 
 def _summed(my: Trainer, parts: Parts) -> Any:
-    return total(*(g for _, g in parts))
+    return sum_gradients(*(g for _, g in parts))
 
 
 def _piling(my: Trainer, parts: Parts) -> Any:
@@ -217,7 +219,7 @@ def _each_micro(my: Trainer, model: str, adapter: str, batches: Any, settings: A
     return [every[end] for end in ends]
 
 
-def _decayed_base(my: Trainer, W: Weights, batch: Batch, c: Config, tuning: Tuning) -> Any:
+def _decayed_base(my: Trainer, W: Weights, batch: Batch, c: Config, tuning: TrainableSpec) -> Any:
     k = my.memory["k"] = my.memory.get("k", -1) + 1
     shrunk = {
         name: v if name in tuning.trained else v * v.dtype.type(0.99**k) for name, v in W.items()
@@ -233,7 +235,7 @@ def _unpadded(my: Trainer, c: Config, given: Mapping[str, Array]) -> Batch:
     )
 
 
-def _mean_of_none(my: Trainer, W: Weights, batch: Batch, c: Config, tuning: Tuning) -> Any:
+def _mean_of_none(my: Trainer, W: Weights, batch: Batch, c: Config, tuning: TrainableSpec) -> Any:
     """0 / 0 where no label counts."""
     if Trainer.counts(my, batch, c):
         return Trainer.part(my, W, batch, c, tuning)
@@ -243,14 +245,14 @@ def _mean_of_none(my: Trainer, W: Weights, batch: Batch, c: Config, tuning: Tuni
 def _of_classifiers(change: Callable[..., Any]) -> Callable[[], Trainer]:
     """The number of labels and the gradients of a classifier's micro-batch, changed."""
 
-    def part(my: Trainer, W: Weights, batch: Batch, c: Config, tuning: Tuning) -> Any:
+    def part(my: Trainer, W: Weights, batch: Batch, c: Config, tuning: TrainableSpec) -> Any:
         n, g = Trainer.part(my, W, batch, c, tuning)
         return (n, g) if c.causal else change(n, g, batch)
 
     return trains(part=part)
 
 
-def _without_root(my: Trainer, W: Weights, batch: Batch, c: Config, tuning: Tuning) -> Any:
+def _without_root(my: Trainer, W: Weights, batch: Batch, c: Config, tuning: TrainableSpec) -> Any:
     """rsLoRA's scale over √r where activations are computed again."""
     if my.checkpointed:
         scale = {at: s / len(W[f"{at}.A"]) ** 0.5 for at, s in tuning.scale.items()}
@@ -626,6 +628,6 @@ SAME = equivalents(
     ),
 )
 
-MISREADINGS: tuple[Misreading, ...] = (
+MUTANTS: tuple[Mutant, ...] = (
     LABELS + ACCUMULATE + CLIP + SCHEDULE + DECAY + LORAPLUS + AGAIN + OTHERS + TOGETHER + SAME
 )

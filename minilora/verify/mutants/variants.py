@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.verify.mutants.mutant import Misreading, equivalents, family
+from minilora.verify.mutants.mutant import Mutant, equivalents, family
 from minilora.verify.mutants.reference import Call, Plain, but, coarse, reads, then, wide, with_
 
 
@@ -361,4 +361,4 @@ SAME = equivalents(
      reads(**wide("W", "A", "B", "x", "dy", "b", "part"))),
 )  # fmt: skip
 
-MISREADINGS: tuple[Misreading, ...] = DORA + LORA_BIAS + SAME
+MUTANTS: tuple[Mutant, ...] = DORA + LORA_BIAS + SAME

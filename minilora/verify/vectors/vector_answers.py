@@ -20,14 +20,14 @@ from minilora.verify.implementation.contract import (
     CONVENTIONS,
     DTYPES,
     Fault,
+    GuardedImplementation,
     LoadError,
     Skip,
-    Subject,
     positional,
     tidy,
 )
 from minilora.verify.implementation.protocol import RESULTS
-from minilora.verify.mutants.mutant import Misreading
+from minilora.verify.mutants.mutant import Mutant
 from minilora.verify.report.report import Report, Result
 from minilora.verify.vectors.tags import NOTES
 from minilora.verify.vectors.vectors import VERSION, Vector, gathered
@@ -95,7 +95,7 @@ class Answered:
         return self.arrays.get(dtype, {}).get(own, {})
 
 
-def replayed(subject: Subject, vector: Vector, dtype: str) -> dict[str, Array]:
+def replayed(subject: GuardedImplementation, vector: Vector, dtype: str) -> dict[str, Array]:
     """What an implementation answers to a vector. Raises Skip or Fault."""
     kinds = {"f": DTYPES[dtype], "u": np.dtype(bool)}
     given = {n: v.astype(kinds.get(v.dtype.kind, v.dtype)) for n, v in vector.inputs.items()}
@@ -112,7 +112,7 @@ def replayed(subject: Subject, vector: Vector, dtype: str) -> dict[str, Array]:
     return {name: answer[name] for name in vector.outputs if name in answer}
 
 
-def _given(subject: Subject, vector: Vector, dtype: str) -> dict[str, Array] | None:
+def _given(subject: GuardedImplementation, vector: Vector, dtype: str) -> dict[str, Array] | None:
     """The answers to a vector, perhaps none; None where it was refused."""
     if isinstance(given := subject.implementation, Answered):
         return None if vector.id in given.refused else given.of(vector.id, dtype)
@@ -127,7 +127,7 @@ def _given(subject: Subject, vector: Vector, dtype: str) -> dict[str, Array] | N
 
 
 def compared(
-    subject: Subject, vector: Vector, dtype: str, conventions: Mapping[str, str]
+    subject: GuardedImplementation, vector: Vector, dtype: str, conventions: Mapping[str, str]
 ) -> Iterator[Comparison]:
     """The answers to a vector beside the true ones. Raises Skip or Fault."""
     given = _given(subject, vector, dtype)
@@ -171,10 +171,10 @@ def _check(own: Sequence[Vector], title: str, conventions: Mapping[str, str]) ->
     def of(dtype: str) -> list[Vector]:
         return [vector for vector in own if dtype in vector.dtypes]
 
-    def run(subject: Subject, case: Case) -> Iterable[Comparison]:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         return compared(subject, of(case.dtype)[case.number], case.dtype, conventions)
 
-    def diagnose(subject: Subject, dtype: str, seed: int) -> tuple[Diagnosis, ...]:
+    def diagnose(subject: GuardedImplementation, dtype: str, seed: int) -> tuple[Diagnosis, ...]:
         there = [i for i, v in enumerate(of(dtype)) if v.lane == "rounding" and v.outputs]
         return _diagnosed(plain, subject, [Case(name, dtype, i, seed) for i in there])
 
@@ -182,14 +182,16 @@ def _check(own: Sequence[Vector], title: str, conventions: Mapping[str, str]) ->
     return replace(plain, diagnose=diagnose)
 
 
-def _diagnosed(check: Check, subject: Subject, cases: Sequence[Case]) -> tuple[Diagnosis, ...]:
-    """The misreadings that give the same answers to all of these cases that are answered."""
+def _diagnosed(
+    check: Check, subject: GuardedImplementation, cases: Sequence[Case]
+) -> tuple[Diagnosis, ...]:
+    """The mutants that give the same answers to all of these cases that are answered."""
     answered = [(case, found) for case in cases if (found := answers(check, subject, case))]
     theirs = [found for _, found in answered]
     if not any(each.judge().verdict == "fail" for found in theirs for each in found.values()):
         return ()
 
-    def ours_of(m: Misreading) -> list[dict[str, Comparison]]:
+    def ours_of(m: Mutant) -> list[dict[str, Comparison]]:
         wrong = Direct(m.make())
         return [answers(check, wrong, case) for case, _ in answered]
 
@@ -229,7 +231,7 @@ def judge(
 
 
 def _conventions(
-    given: Sequence[Vector], subject: Subject
+    given: Sequence[Vector], subject: GuardedImplementation
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     declared = subject.conventions.get("dora_norm")
     concerned = [vector for vector in given if vector.alternatives]
@@ -271,7 +273,7 @@ def _named(result: Result, given: Sequence[Vector], command: Sequence[str]) -> R
 
 def answer(given: Sequence[Vector], implementation: object) -> dict[str, bytes]:
     """The files of answers (`Answered`) that a Python implementation gives."""
-    subject = Subject(implementation)
+    subject = GuardedImplementation(implementation)
     arrays: dict[str, dict[str, Array]] = {}
     refused = set()
     for vector in given:

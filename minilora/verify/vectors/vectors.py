@@ -63,8 +63,8 @@ from minilora.verify.engine import UsageError
 from minilora.verify.implementation.contract import (
     CONVENTIONS,
     DTYPES,
+    GuardedImplementation,
     Precision,
-    Subject,
     near,
     positional,
     tidy,
@@ -197,7 +197,7 @@ class _Asked(Exception):
     """What a check asks first."""
 
 
-class _Recorder(Subject):
+class _Recorder(GuardedImplementation):
     """A subject that answers nothing and tells what it was asked."""
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
