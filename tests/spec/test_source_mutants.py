@@ -111,13 +111,13 @@ SURVIVORS = {
     "target_modules": {
         (
             "LoraConfig.__post_init__: (('variant', tuple(REGISTRY)), ('bias', ('none', "
-            "'lora_only', 'all')), ('init', tuple(STARTS))) -> (('bias', ('none', 'lora_only', 'all')), "
-            "('variant', tuple(REGISTRY)), ('init', tuple(STARTS)))"
+            "'lora_only', 'all')), ('init', tuple(STARTS))) -> (('bias', ('none', 'lora_only', "
+            "'all')), ('variant', tuple(REGISTRY)), ('init', tuple(STARTS)))"
         ): ORDER,
         (
             "LoraConfig.__post_init__: (('variant', tuple(REGISTRY)), ('bias', ('none', "
-            "'lora_only', 'all')), ('init', tuple(STARTS))) -> (('variant', tuple(REGISTRY)), ('init', "
-            "tuple(STARTS)), ('bias', ('none', 'lora_only', 'all')))"
+            "'lora_only', 'all')), ('init', tuple(STARTS))) -> (('variant', tuple(REGISTRY)), "
+            "('init', tuple(STARTS)), ('bias', ('none', 'lora_only', 'all')))"
         ): ORDER,
         "LoraConfig.__post_init__: ('vera', 'adalora') -> ('adalora', 'vera')": ORDER,
         "LoraConfig.__post_init__: (VERA, ADALORA) -> (ADALORA, VERA)": ORDER,
