@@ -325,6 +325,8 @@ def _work_on(setting: Setting, out: Path, cell: Cell) -> Row | None:
     return run_cell(setting, out / cell.name, cell)
 
 
+LEGEND = "* the least mean loss"
+
 Group = tuple[int, float, float]
 """Rank, alpha and learning rate: what the seeds of a cell have in common."""
 
@@ -350,25 +352,29 @@ def best(rows: Sequence[Row]) -> Group:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for each group: its mean loss, the least and the greatest over its seeds; * the best.
+    """A line for each group: its mean loss, the least and the greatest over its seeds.
 
-    ``diverged`` counts the seeds that have no loss; the others make the mean only where all do.
+    The group with the least mean loss is marked ``*`` before its rank, which the line below the
+    table explains. ``diverged`` counts the seeds without a finite loss; a group with one has no
+    mean.
     """
     try:
-        first: Group | None = best(rows)
+        best_group: Group | None = best(rows)
     except ValueError:
-        first = None
-    lines = [["rank", "alpha", "lr", "seeds", "loss", "least", "greatest", "diverged", ""]]
+        best_group = None
+    lines = [["", "rank", "alpha", "lr", "seeds", "loss", "least", "greatest", "diverged"]]
     for (rank, alpha, lr), losses in by_group(rows).items():
         figures = (float(np.mean(losses)), min(losses), max(losses))
-        said = [f"{x:.4f}" if math.isfinite(x) else "-" for x in figures]
+        texts = [f"{x:.4f}" if math.isfinite(x) else "-" for x in figures]
         diverged = sum(not math.isfinite(loss) for loss in losses)
-        mark = "*" if (rank, alpha, lr) == first else ""
-        counts = str(diverged) if diverged else ""
-        lines.append([str(rank), f"{alpha:g}", f"{lr:g}", str(len(losses)), *said, counts, mark])
+        mark = "*" if (rank, alpha, lr) == best_group else ""
+        lines.append(
+            [mark, str(rank), f"{alpha:g}", f"{lr:g}", str(len(losses)), *texts, str(diverged)]
+        )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = ("  ".join(f"{x:>{n}}" for x, n in zip(line, widths, strict=True)) for line in lines)
-    return "\n".join(line.rstrip() for line in padded) + "\n"
+    padded = ["  ".join(f"{x:>{n}}" for x, n in zip(line, widths, strict=True)) for line in lines]
+    legend = [LEGEND] if best_group else []
+    return "\n".join(line.rstrip() for line in [*padded, *legend]) + "\n"
 
 
 def plot(out: Path | str, rows: Sequence[Row]) -> Path:

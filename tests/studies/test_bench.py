@@ -15,22 +15,11 @@ import pytest
 from minilora.cli.main import main
 from minilora.io.formats.files import FormatError
 from minilora.io.formats.huggingface import read_model
-from minilora.studies import bench
-from minilora.studies.bench import (
-    KINDS,
-    NEW,
-    SIDES,
-    SIZES,
-    Missing,
-    Side,
-    flops,
-    measure,
-    read_results,
-    table,
-    tables,
-    write_case,
-)
-from minilora.studies.bench.own import Own, products_of
+from minilora.studies.bench.cases import KINDS, NEW, SIZES, flops, write_case
+from minilora.studies.bench.measure import measure
+from minilora.studies.bench.minilora_side import MiniloraSide, products_of
+from minilora.studies.bench.results import read_results, table, tables
+from minilora.studies.bench.sides import SIDES, Missing, Side
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +46,7 @@ class Counted(np.ndarray):
 
 def test_the_arithmetic_counted_is_what_the_products_do(folder):
     """All of it is done, and beyond it nothing but pairs that the mask hides."""
-    size, own = SIZES["tiny"], Own(str(folder), 1)
+    size, own = SIZES["tiny"], MiniloraSide(str(folder), 1)
     W = {name: w.view(Counted) for name, w in (own.W | own.params).items()}
     own.W, own.params = W, {name: W[name] for name in own.params}
     Counted.done = 0
@@ -76,8 +65,8 @@ def test_every_side_reads_the_same_case(folder):
     c, W = read_model(folder / "model")
     assert c == SIZES["tiny"].c
     assert {name: w.shape for name, w in W.items()} == c.shapes()
-    whole, quantised = Own(str(folder), 1), Own(str(folder), 1, quantised=True)
-    again = Own(str(folder), 1, recompute=True)
+    whole, quantised = MiniloraSide(str(folder), 1), MiniloraSide(str(folder), 1, quantised=True)
+    again = MiniloraSide(str(folder), 1, gradient_checkpointing=True)
     losses = [side.step() for side in (whole, quantised, again)]
     assert losses[2] == losses[0] != losses[1]
     assert whole.step() < losses[0]
@@ -85,7 +74,7 @@ def test_every_side_reads_the_same_case(folder):
 
 def test_the_case_is_the_same_in_every_process(tmp_path):
     """The order of a set of names is not."""
-    write = "import sys, pathlib, minilora.studies.bench as b; " + (
+    write = "import sys, pathlib, minilora.studies.bench.cases as b; " + (
         "b.write_case(pathlib.Path(sys.argv[1]), b.SIZES['tiny'], int(sys.argv[2]))"
     )
     for name, order, seed in (("first", "1", "0"), ("second", "2", "0"), ("other", "1", "1")):
@@ -172,7 +161,7 @@ class Timed:
 
 def test_ratios_are_of_neighbours_and_their_median(folder, monkeypatch):
     """Two sides that take known times in turn."""
-    monkeypatch.setattr(bench, "Side", Timed)
+    monkeypatch.setattr("minilora.studies.bench.measure.Side", Timed)
     found = measure("tiny", folder, "peft", 1, rounds=3)
     assert found.ratio["step"] == 0.75  # of 1/2, 9/3 and 3/4
     assert found.spread["step"] == (0.625, 1.875)
@@ -185,7 +174,7 @@ def test_ratios_are_of_neighbours_and_their_median(folder, monkeypatch):
 
 
 def test_tokens_are_alike_up_to_the_first_that_differs(folder, monkeypatch):
-    monkeypatch.setattr(bench, "Side", Timed)
+    monkeypatch.setattr("minilora.studies.bench.measure.Side", Timed)
     found = measure("tiny", folder, "peft", 1, rounds=1)
     assert found.alike == (2, 4)
     assert "2 of 4" in table([found])
@@ -205,7 +194,7 @@ def test_tokens_are_alike_up_to_the_first_that_differs(folder, monkeypatch):
 def test_only_what_both_can_do_and_what_is_asked_for_is_measured(
     size, peer, kinds, left, folder, monkeypatch
 ):
-    monkeypatch.setattr(bench, "Side", Timed)
+    monkeypatch.setattr("minilora.studies.bench.measure.Side", Timed)
     found = measure(size, folder, peer, 1, rounds=1, kinds=kinds)
     assert list(found.ratio) == left
     heads, cells = (re.split("  +", line.strip()) for line in table([found]).splitlines())
@@ -259,7 +248,7 @@ def test_the_own_side_says_whose_products_it_uses_and_who_chose_them(folder, mon
         (["--rounds", "-1"], "--rounds -1: expected at least 1"),
         (["--rounds", "0"], "--rounds 0: expected at least 1"),
         (["--json", ""], "--json '': expected a value"),
-        (["--tokens", "0"], "--tokens 0: expected at least 1"),
+        (["--group-tokens", "0"], "--group-tokens 0: expected at least 1"),
         (["--json", "/no/such/folder/x"], "cannot write"),
     ],
 )
@@ -276,7 +265,7 @@ def test_a_side_that_cannot_begin_leaves_no_process(folder, monkeypatch):
         return begun[-1]
 
     monkeypatch.setattr(subprocess, "Popen", watched)
-    monkeypatch.setitem(SIDES, "broken", "minilora.studies.bench:nothing")
+    monkeypatch.setitem(SIDES, "broken", "minilora.studies.bench.cases:nothing")
     with pytest.raises(RuntimeError, match="broken ended"):
         Side("broken", folder, threads=1)
     (process,) = begun

@@ -8,8 +8,9 @@ import pytest
 
 from minilora.spec.models import Batch, logits
 from minilora.spec.optim import AdamState, adamw
-from minilora.studies.bench import NEW, PROMPT, RATE, SIDES, SIZES, Missing, Side, write_case
-from minilora.studies.bench.own import Own
+from minilora.studies.bench.cases import NEW, PROMPT, RATE, SIZES, write_case
+from minilora.studies.bench.minilora_side import MiniloraSide
+from minilora.studies.bench.sides import SIDES, Missing, Side
 from minilora.training.generate import generate
 from minilora.training.gradients import gradients
 from minilora.verify.core.tolerance import noisy, spread
@@ -66,7 +67,7 @@ def scaled(tuning, factor):
 @pytest.fixture(scope="module")
 def expected(folder):
     """The losses in float64, their σ in float32, and those of three mistakes."""
-    own = Own(str(folder), 1)
+    own = MiniloraSide(str(folder), 1)
     W = wide(own)
     want = losses(W, own)
 
@@ -116,7 +117,7 @@ def drawn(own, W, tuning):
 @quiet
 def test_every_side_draws_the_tokens_of_float64(folder):
     """Each is ahead of the second by more than rounding to float32 is allowed to change."""
-    own = Own(str(folder), 1)
+    own = MiniloraSide(str(folder), 1)
     W = wide(own)
     prompt, tokens = drawn(own, W, own.tuning)
     text = Batch(np.array([prompt + tokens[:-1]]))

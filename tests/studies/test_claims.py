@@ -16,40 +16,43 @@ from minilora.cli.main import main
 from minilora.io import reference_models, synthetic_data
 from minilora.spec.lora import TrainableSpec
 from minilora.spec.optim import AdamState, adamw
-from minilora.studies import claims
-from minilora.studies.claims import (
-    CLAIMS,
+from minilora.studies.claims import costs
+from minilora.studies.claims import results as results_module
+from minilora.studies.claims import study as study_module
+from minilora.studies.claims import verdicts as verdicts_module
+from minilora.studies.claims.charts import Axis, Line, chart
+from minilora.studies.claims.costs import Cost, inference_of, memory_of, products_of
+from minilora.studies.claims.page import html as page_of
+from minilora.studies.claims.results import Results
+from minilora.studies.claims.study import (
     FULL,
-    HOLDS,
-    NOT,
     SMOL,
-    WHEN,
     WHOLE,
     Asked,
-    Cost,
     Course,
-    Found,
-    Interval,
     Look,
     Side,
     Study,
+    follow,
+    job_of,
+    sides_of,
+    studied_model,
+)
+from minilora.studies.claims.verdicts import (
+    CLAIMS,
+    HOLDS,
+    NOT,
+    UNDECIDED,
+    WHEN,
+    Interval,
     crossing,
     exact,
-    follow,
-    inference_of,
-    job_of,
     judge,
-    memory_of,
     notes,
     over,
-    products_of,
-    sides_of,
-    subject_of,
     table,
     verdicts,
 )
-from minilora.studies.claims.page import Axis, Line, chart
-from minilora.studies.claims.page import html as page_of
 from minilora.training.gradients import gradients
 from minilora.training.train import batches_of
 
@@ -61,13 +64,13 @@ BY_KEY = {claim.key: claim for claim in CLAIMS}
 
 
 @pytest.fixture(scope="module")
-def found():
-    return claims.measure(TINY, 1)
+def results():
+    return results_module.measure(TINY, 1)
 
 
 @pytest.fixture(scope="module")
 def subject():
-    return subject_of(TINY, "gpt2")
+    return studied_model(TINY, "gpt2")
 
 
 def course(side, seed, first, second, lr=0.01, valid=None):
@@ -78,7 +81,7 @@ def course(side, seed, first, second, lr=0.01, valid=None):
 
 def cost(side, scale):
     """The cost of full fine-tuning, times a number."""
-    memory = dict.fromkeys(claims.PARTS, int(1000 * scale))
+    memory = dict.fromkeys(costs.PARTS, int(1000 * scale))
     seconds = tuple(scale * s for s in (1.0, 1.01, 1.02))
     forward = (10, 12, 10)
     trained, flops, disk = (int(1000 * scale) for _ in range(3))
@@ -96,15 +99,15 @@ def study_of(lora, full, cheap=0.5):
         for rate in study.rates
     ]
     costs = [cost(side, cheap if side.rank else 1.0) for side in sides]
-    return Found((study,), tuple(runs), tuple(costs), "real: left out")
+    return Results((study,), tuple(runs), tuple(costs), "real: left out")
 
 
-def words(found):
-    return {verdict.claim.key: verdict.word for verdict in verdicts(found)}
+def words(results):
+    return {verdict.claim.key: verdict.word for verdict in verdicts(results)}
 
 
-def test_every_claim_has_a_criterion_a_source_and_a_verdict(found):
-    assert words(found).keys() == BY_KEY.keys()
+def test_every_claim_has_a_criterion_a_source_and_a_verdict(results):
+    assert words(results).keys() == BY_KEY.keys()
     for claim in CLAIMS:
         assert math.isfinite(claim.least) or math.isfinite(claim.most)
         assert re.search(r"lies (above|below) \d", claim.criterion)
@@ -131,7 +134,7 @@ def test_a_claim_that_holds_in_some_cases_names_them():
     claim = BY_KEY["parameters"]
     verdict = judge(claim, {"a": exact(0.5), "b": exact(2.0), "c": Interval(1.0, 0.9, 1.1)})
     assert verdict.word == WHEN
-    assert verdict.said == "holds when: a"
+    assert verdict.sentence == "holds when: a"
     assert (verdict.named(False), verdict.named(None)) == (["b"], ["c"])
 
 
@@ -139,23 +142,22 @@ def test_a_claim_that_holds_in_some_cases_names_them():
     ("figure", "word"),
     [
         (Interval(0.5, 0.4, 0.6), HOLDS),
-        (Interval(0.5, 0.4, 1.0), NOT),  # it may lie on the end itself
+        (Interval(0.5, 0.4, 1.0), UNDECIDED),  # it may lie on the end itself
         (Interval(1.5, 1.0, 2.0), NOT),
-        (Interval(math.inf, 0.5, math.inf), NOT),
-        (Interval(math.nan, -math.inf, math.inf), NOT),
+        (Interval(math.inf, 0.5, math.inf), UNDECIDED),
+        (Interval(math.nan, -math.inf, math.inf), UNDECIDED),
     ],
 )
 def test_a_case_counts_only_where_its_whole_interval_does(figure, word):
     verdict = judge(BY_KEY["step"], {"a": figure})
     assert verdict.word == word
-    undecided = figure.low < 1.0 <= figure.high
-    assert ("neither it nor its opposite is shown" in verdict.said) == undecided
+    assert verdict.sentence == word
 
 
 def test_between_two_ends_both_sides_are_outside():
     claim = BY_KEY["rate"]
-    found = [judge(claim, {"a": exact(x)}).word for x in (0.0, 1.0, 2.0)]
-    assert found == [NOT, HOLDS, NOT]
+    results = [judge(claim, {"a": exact(x)}).word for x in (0.0, 1.0, 2.0)]
+    assert results == [NOT, HOLDS, NOT]
 
 
 def test_no_figure_is_no_verdict():
@@ -168,9 +170,9 @@ def coverage(interval, n, draws=600):
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(draws):
-        found = interval([*rng.standard_normal(n)])
-        hits += found.low <= 0 <= found.high
-    wanted = claims.CONFIDENCE
+        results = interval([*rng.standard_normal(n)])
+        hits += results.low <= 0 <= results.high
+    wanted = verdicts_module.CONFIDENCE
     return (hits - draws * wanted) / math.sqrt(draws * wanted * (1 - wanted))
 
 
@@ -201,8 +203,8 @@ def test_a_run_that_diverged_decides_for_nobody():
         replace(run, why="step 2: the loss is inf", valid=math.inf) if run.side.rank else run
         for run in there.courses
     )
-    found = words(replace(there, courses=broken))
-    assert found["quality"] == found["training"] == found["forgets-less"] == NOT
+    results = words(replace(there, courses=broken))
+    assert results["quality"] == results["training"] == results["forgets-less"] == NOT
 
 
 def test_each_side_takes_its_own_best_rate_by_validation_alone():
@@ -214,9 +216,9 @@ def test_each_side_takes_its_own_best_rate_by_validation_alone():
         for lr, valid in zip(study.rates, valids, strict=True)
         for seed in study.seeds
     ]
-    found = Found((study,), tuple(runs), ())
-    assert (found.rate("m", FULL), found.rate("m", Side(1))) == (0.001, 0.01)
-    assert found.at_the_edge() == ["m, full: 0.001"]
+    results = Results((study,), tuple(runs), ())
+    assert (results.rate("m", FULL), results.rate("m", Side(1))) == (0.001, 0.01)
+    assert results.at_the_edge() == ["m, full: 0.001"]
 
 
 def test_where_a_path_crosses_a_loss():
@@ -234,7 +236,7 @@ def test_where_a_path_crosses_a_loss():
 def test_a_product_is_counted_by_its_shape():
     W, x = np.ones((3, 4)), np.ones((4, 5))
     assert products_of(lambda held: held["W"] @ x, {"W": W}) == [(3, 5, 4)]
-    assert claims.flops_of([(3, 5, 4), (2, 2, 2)]) == 2 * 60 + 2 * 8
+    assert costs.flops_of([(3, 5, 4), (2, 2, 2)]) == 2 * 60 + 2 * 8
     assert products_of(lambda held: W @ x, {"W": W}) == []
 
 
@@ -243,9 +245,9 @@ def test_full_fine_tuning_is_three_products_for_each_of_the_forward(subject):
     job = job_of(subject, TINY, FULL)
     batch = batches_of(job.data.train, 64, 0)[0]
     W, c = dict(job.base.weights), subject.base.config
-    forward = products_of(lambda h: claims.costs.logits(batch, h, c, TrainableSpec()), W)
-    step = products_of(lambda h: claims.costs.loss(batch, h, c, job.tuning)[1](1.0), W)
-    assert claims.flops_of(step) == 3 * claims.flops_of(forward)
+    forward = products_of(lambda h: costs.logits(batch, h, c, TrainableSpec()), W)
+    step = products_of(lambda h: costs.loss(batch, h, c, job.tuning)[1](1.0), W)
+    assert costs.flops_of(step) == 3 * costs.flops_of(forward)
 
 
 @pytest.mark.parametrize("side", [FULL, Side(2)], ids=lambda side: side.name)
@@ -269,18 +271,18 @@ def test_a_merged_model_is_a_plain_one_and_an_adapted_one_is_not(subject, monkey
     (plain, adapted, merged), other = inference_of(job, batch)
     assert other == 0
     assert plain == merged < adapted
-    adds = claims.costs.merge
+    adds = costs.merge
 
     def one_more(W, tuning):
         return {**adds(W, tuning), "layers.0.extra.weight": np.ones((2, 2), np.float32)}
 
-    monkeypatch.setattr(claims.costs, "merge", one_more)
+    monkeypatch.setattr(costs, "merge", one_more)
     assert inference_of(job, batch)[1] == 1
 
     def wide(W, tuning):
         return {name: w.astype(np.float64) for name, w in adds(W, tuning).items()}
 
-    monkeypatch.setattr(claims.costs, "merge", wide)
+    monkeypatch.setattr(costs, "merge", wide)
     assert inference_of(job, batch)[1] == len(
         adds({**job.adapter, **subject.base.weights}, job.tuning)
     )
@@ -289,21 +291,21 @@ def test_a_merged_model_is_a_plain_one_and_an_adapted_one_is_not(subject, monkey
 @pytest.mark.parametrize("name", reference_models.names())
 def test_attention_alone_has_no_fewer_parameters(name):
     study = Study()
-    subject = subject_of(study, name)
+    subject = studied_model(study, name)
     alone, same = sides_of(study, subject.base.config)[-1], Side(study.ranks[1])
     adapters = {
         side: job_of(subject, study, side).adapter
         for side in (alone, replace(alone, rank=alone.rank - 1), same)
     }
     many, fewer, wanted = (
-        claims.size(w for at, w in held.items() if not at.startswith("head"))
+        study_module.size(w for at, w in held.items() if not at.startswith("head"))
         for held in adapters.values()
     )
     assert fewer < wanted <= many
     assert all(re.search(r"\.(q|k|v|qkv|o)\.[AB]$", at) for at in adapters[alone])
 
 
-def test_a_run_is_the_same_again_and_begins_as_the_base(found, subject):
+def test_a_run_is_the_same_again_and_begins_as_the_base(results, subject):
     """Every side begins where the base is; the excesses are those of the exact losses."""
     both = [synthetic_data.task(name) for name in reference_models.tasks("gpt2")]
     W = {name: np.asarray(w) for name, w in subject.base.weights.items()}
@@ -313,42 +315,42 @@ def test_a_run_is_the_same_again_and_begins_as_the_base(found, subject):
     ]
     job = job_of(subject, TINY, Side(1))
     assert subject.first(job.weights(job.start), job.tuning) == start[0]
-    for one in found.courses:
+    for one in results.courses:
         assert [look.step for look in one.looks] == [*TINY.looks]
         assert (one.looks[0].first, one.looks[0].second) == (start[0], start[1])
         assert one.looks[-1].second != one.looks[0].second
-    last = found.courses[-1]
+    last = results.courses[-1]
     assert follow(Asked(TINY, "gpt2", last.side, last.lr, last.seed)) == last
-    assert len({run.looks[-1] for run in found.courses}) == len(found.courses)
+    assert len({run.looks[-1] for run in results.courses}) == len(results.courses)
 
 
 def test_a_run_that_diverges_says_so():
     wild = replace(TINY, rates=(0.01, 1e39))
-    found = follow(Asked(wild, "gpt2", Side(1), 1e39, 0))
-    assert found.why
-    assert found.valid == math.inf
+    results = follow(Asked(wild, "gpt2", Side(1), 1e39, 0))
+    assert results.why
+    assert results.valid == math.inf
 
 
-def test_every_side_is_run_and_costed(found, subject):
+def test_every_side_is_run_and_costed(results, subject):
     sides = set(sides_of(TINY, subject.base.config))
-    asked = {(run.side, run.lr, run.seed) for run in found.courses}
+    asked = {(run.side, run.lr, run.seed) for run in results.courses}
     assert asked == {(s, lr, seed) for s in sides for lr in TINY.rates for seed in TINY.seeds}
-    assert {one.side for one in found.costs} == sides
-    assert all(len(one.seconds) == TINY.rounds for one in found.costs)
-    assert all(one.disk > 4 * one.trained for one in found.costs)
+    assert {one.side for one in results.costs} == sides
+    assert all(len(one.seconds) == TINY.rounds for one in results.costs)
+    assert all(one.disk > 4 * one.trained for one in results.costs)
 
 
-def test_the_real_model_left_out_is_said(found, monkeypatch):
-    assert "SmolLM2-135M was left out: it was not asked for." in notes(found)
+def test_the_real_model_left_out_is_said(results, monkeypatch):
+    assert "SmolLM2-135M was left out: it was not asked for." in notes(results)
     monkeypatch.setattr("minilora.io.loading.importlib.util.find_spec", lambda name: None)
-    assert claims.real_path() is None
-    assert "not installed" in claims.lacking()
-    monkeypatch.setattr(claims.found, "_measured", lambda study, found, *_: found)
-    left = claims.measure(WHOLE, 1)
+    assert results_module.real_path() is None
+    assert "not installed" in results_module.lacking()
+    monkeypatch.setattr(results_module, "_measured", lambda study, results, *_: results)
+    left = results_module.measure(WHOLE, 1)
     assert "not installed" in left.left_out
     assert [study.models for study in left.studies] == [WHOLE.models]
     monkeypatch.setitem(sys.modules, "pydoc_data", None)
-    assert "pydoc_data" in claims.lacking()
+    assert "pydoc_data" in results_module.lacking()
 
 
 @pytest.mark.parametrize("change", [{"seeds": (0,)}, {"ranks": (1,)}, {"rates": (0.1,)}])
@@ -389,9 +391,9 @@ class Reads(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_needs_nothing_else_and_says_every_verdict(found):
-    judged = verdicts(found)
-    text = page_of(found, judged)
+def test_the_page_needs_nothing_else_and_says_every_verdict(results):
+    judged = verdicts(results)
+    text = page_of(results, judged)
     reads = Reads()
     reads.feed(text)
     assert reads.open == []
@@ -407,10 +409,10 @@ def test_the_page_needs_nothing_else_and_says_every_verdict(found):
 
 def test_the_page_and_the_table_follow_the_figures():
     one, other = study_of((0.5, 0.3), (0.9, 0.1)), study_of((0.9, 0.1), (0.5, 0.3))
-    lines = [table(found, verdicts(found)).splitlines() for found in (one, other)]
+    lines = [table(results, verdicts(results)).splitlines() for results in (one, other)]
     assert "LoRA forgets less. HOLDS" in lines[0]
     assert "LoRA forgets less. DOES NOT HOLD" in lines[1]
-    pages = [page_of(found, verdicts(found)) for found in (one, other)]
+    pages = [page_of(results, verdicts(results)) for results in (one, other)]
     marks = [page.count("✓ holds") for page in pages]
     assert marks[0] != marks[1]
 
@@ -419,18 +421,18 @@ def test_a_picture_leaves_out_what_is_no_number_and_needs_a_point():
     line = Line("a", [(1.0, 1.0), (2.0, math.nan), (3.0, 2.0)], 0)
     drawn = chart("two points", [line], Axis("x"), Axis("y", log=True))
     assert drawn.count("<circle") == 2
-    with pytest.raises(ValueError, match="nothing: nothing to draw"):
+    with pytest.raises(ValueError, match="nothing: no finite point"):
         chart("nothing", [Line("a", [(1.0, math.inf)], 0)], Axis("x"), Axis("y"))
 
 
-def test_the_command_writes_a_page_and_its_figures(found, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(claims, "measure", lambda study, jobs, watch: found)
+def test_the_command_writes_a_page_and_its_figures(results, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(results_module, "measure", lambda study, jobs, watch: results)
     out = tmp_path / "out"
     assert main(["claims", "--quick", "--output", str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["claims.html", "claims.json"]
     said = json.loads(Path(out / "claims.json").read_text())
-    assert {key: one["verdict"] for key, one in said["claims"].items()} == words(found)
-    assert len(said["runs"]) == len(found.courses)
+    assert {key: one["verdict"] for key, one in said["claims"].items()} == words(results)
+    assert len(said["runs"]) == len(results.courses)
     assert "LoRA trains fewer parameters." in capsys.readouterr().out
 
 
@@ -438,7 +440,7 @@ def test_an_interrupted_command_writes_nothing(tmp_path, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(claims, "measure", interrupted)
+    monkeypatch.setattr(results_module, "measure", interrupted)
     assert main(["claims", "--output", str(tmp_path / "out")]) == INTERRUPTED
     assert not (tmp_path / "out").exists()
     assert "nothing was written" in capsys.readouterr().err

@@ -15,31 +15,30 @@ from minilora.cli.main import main
 from minilora.io.formats import huggingface
 from minilora.spec.lora import TrainableSpec
 from minilora.spec.models import Batch, Llama, draw_weights
-from minilora.studies import claims
-from minilora.studies.claims import (
+from minilora.studies.claims import page
+from minilora.studies.claims import results as results_module
+from minilora.studies.claims import study as study_module
+from minilora.studies.claims.charts import Axis
+from minilora.studies.claims.page import from_base, html, learns, scaled
+from minilora.studies.claims.results import Results, jobs_within
+from minilora.studies.claims.study import (
     FULL,
     REAL,
     SMOL,
     Asked,
     Course,
-    Found,
     Look,
     Side,
-    as_json,
     divergence,
     follow,
     job_of,
-    jobs_within,
-    notes,
     own_texts,
-    page,
     sides_of,
     states,
-    subject_of,
+    studied_model,
     topics,
-    verdicts,
 )
-from minilora.studies.claims.page import Axis, from_base, html, learns, scaled
+from minilora.studies.claims.verdicts import as_json, notes, verdicts
 
 needs_text = pytest.mark.skipif(
     not importlib.util.find_spec("tokenizers"), reason="the extra text is not installed"
@@ -64,7 +63,7 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(study):
-    return claims.model_of(study, REAL)
+    return study_module.model_of(study, REAL)
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +72,15 @@ def own(study, base):
 
 
 @pytest.fixture(scope="module")
-def found(study):
-    reference = claims.Study(
+def results(study):
+    reference = study_module.Study(
         models=("gpt2",), ranks=(1, 2), rates=(0.003, 0.01), seeds=(0, 1), steps=1, looks=(0, 1),
         tokens=64, rounds=2, real=study,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patched:  # other processes would read the text anew
         in_order = lambda work, items, jobs: enumerate(map(work, items))  # noqa: E731
-        patched.setattr(claims.found, "in_processes", in_order)
-        return claims.measure(reference, 1)
+        patched.setattr(results_module, "in_processes", in_order)
+        return results_module.measure(reference, 1)
 
 
 def test_the_divergence_of_the_next_tokens_adds_up_to_that_of_the_sequences():
@@ -140,14 +139,14 @@ def surprise(base, texts):
 @needs_text
 def test_the_own_text_has_the_entropy_of_the_base(study, base, own, monkeypatch):
     assert abs(surprise(base, own)) < 4
-    cold = claims.study.Sampling(temperature=0.7)
-    monkeypatch.setattr(claims.study, "Sampling", lambda temperature: cold)
+    cold = study_module.Sampling(temperature=0.7)
+    monkeypatch.setattr(study_module, "Sampling", lambda temperature: cold)
     assert surprise(base, own_texts(base, study)) < -4
 
 
 @needs_text
 def test_every_seed_has_a_text_of_its_own(study, base, own):
-    assert [len(texts) for texts in own] == [claims.OWN] * len(study.seeds)
+    assert [len(texts) for texts in own] == [study_module.OWN] * len(study.seeds)
     rows = [row for texts in own for row in texts]
     assert len(set(rows)) == len(rows)
     assert {(len(row), row[0]) for row in rows} == {(study.length, base.tokenizer.bos)}
@@ -158,7 +157,7 @@ def test_every_seed_has_a_text_of_its_own(study, base, own):
 def test_the_text_held_out_is_not_trained_on(study, base):
     data = topics(base, study.length, 0)
     texts = [{tuple(e.ids) for e in part} for part in (data.train, data.valid, data.test)]
-    assert [len(data.valid), len(data.test)] == [claims.HELD] * 2
+    assert [len(data.valid), len(data.test)] == [study_module.HELD] * 2
     assert {len(row) for some in texts for row in some} == {study.length}
     again, other = topics(base, study.length, 0), topics(base, study.length, 1)
     assert all((a.ids == b.ids).all() for a, b in zip(data.test, again.test, strict=True))
@@ -175,7 +174,7 @@ def test_the_text_held_out_is_not_trained_on(study, base):
 @pytest.mark.parametrize("side", [FULL, Side(2)], ids=lambda side: side.name)
 def test_every_side_begins_where_the_base_is(side, study, own):
     """B is zero, so that nothing has diverged, to the bit; a B that is not has."""
-    subject = subject_of(study, REAL, 0, own[0])
+    subject = studied_model(study, REAL, 0, own[0])
     job = job_of(subject, study, side)
     W = job.weights(job.start)
     assert (subject.first(W, job.tuning), subject.second(W, job.tuning)) == subject.begin
@@ -197,37 +196,39 @@ def test_a_run_learns_the_text_and_forgets_its_own(study, own):
 
 
 @needs_text
-def test_every_rate_is_run_with_the_seeds_that_tune_and_the_best_with_the_others(found, study):
-    runs = [run for run in found.courses if run.model == REAL]
+def test_every_rate_is_run_with_the_seeds_that_tune_and_the_best_with_the_others(results, study):
+    runs = [run for run in results.courses if run.model == REAL]
     sides = sides_of(study, C)
     assert sides == [FULL, Side(1), Side(2)]
     tuned = {(side, lr, 0) for side in sides for lr in study.rates_of(side)}
-    best = {(side, found.rate(REAL, side), 1) for side in sides}
+    best = {(side, results.rate(REAL, side), 1) for side in sides}
     assert {(run.side, run.lr, run.seed) for run in runs} == tuned | best
     assert len(runs) == len(tuned | best)
-    assert {len(found.best(REAL, side)) for side in sides} == {2}
-    assert {cost.side for cost in found.costs if cost.model == REAL} == set(sides)
+    assert {len(results.best(REAL, side)) for side in sides} == {2}
+    assert {cost.side for cost in results.costs if cost.model == REAL} == set(sides)
 
 
 @needs_text
-def test_the_verdicts_and_the_page_have_the_real_model(found, study):
-    judged = {verdict.claim.key: verdict for verdict in verdicts(found)}
+def test_the_verdicts_and_the_page_have_the_real_model(results, study):
+    judged = {verdict.claim.key: verdict for verdict in verdicts(results)}
     for key, verdict in judged.items():
         names = [case.name for case in verdict.cases if case.name.startswith(REAL)]
         wanted = {"layers": 0, "rank": 1}.get(key, len(study.ranks))
         assert len(names) == wanted, key
     (rate, _) = (c for c in judged["rate"].cases if c.name.startswith(REAL))
     assert rate.supports is None
-    alone = replace(found, studies=found.studies[1:])
+    alone = replace(results, studies=results.studies[1:])
     assert judged.keys() - {verdict.claim.key for verdict in verdicts(alone)} == {"layers"}
-    text = html(found, [*judged.values()])
+    text = html(results, [*judged.values()])
     assert text.count(">first task: divergence<") == 2
     assert text.count("<figure>") == 2 * (5 + 1)
-    said = as_json(found, [*judged.values()]).decode()
+    said = as_json(results, [*judged.values()]).decode()
     assert study.path not in said + text
     assert [one["models"] for one in json.loads(said)["studies"]] == [["gpt2"], [REAL]]
-    assert any("decide nothing about the claim on rates" in note for note in notes(found))
-    both = replace(found, studies=(found.studies[0], replace(found.studies[1], tuning=(0, 1))))
+    assert any("decide nothing about the claim on rates" in note for note in notes(results))
+    both = replace(
+        results, studies=(results.studies[0], replace(results.studies[1], tuning=(0, 1)))
+    )
     assert not any("decide nothing" in note for note in notes(both))
 
 
@@ -244,17 +245,17 @@ def test_a_side_is_tuned_by_its_own_rates_and_the_seeds_that_tune():
         for i, lr in enumerate(study.rates_of(side))
         for seed in study.seeds
     ]
-    found = Found((study,), tuple(runs), ())
-    rates = [found.rate(REAL, side) for side in (FULL, Side(2), Side(16))]
+    results = Results((study,), tuple(runs), ())
+    rates = [results.rate(REAL, side) for side in (FULL, Side(2), Side(16))]
     assert rates == [0.1, 1.0, 3.0]
-    every = replace(found, studies=(replace(study, tuning=()),))
+    every = replace(results, studies=(replace(study, tuning=()),))
     assert [every.rate(REAL, side) for side in (FULL, Side(2), Side(16))] == [0.2, 2.0, 4.0]
-    assert len(found.tuning(REAL, FULL, 0.1)) == 1
-    assert len(found.at(REAL, FULL, 0.1)) == 2
+    assert len(results.tuning(REAL, FULL, 0.1)) == 1
+    assert len(results.at(REAL, FULL, 0.1)) == 2
 
 
 def test_so_many_processes_as_the_memory_has_room_for():
-    whole = claims.COPIES * 100
+    whole = results_module.COPIES * 100
     assert [jobs_within(memory, 100, 4) for memory in (whole - 1, whole, 3 * whole - 1)] == [
         1,
         1,
@@ -262,7 +263,7 @@ def test_so_many_processes_as_the_memory_has_room_for():
     ]
     assert jobs_within(100 * whole, 100, 4) == jobs_within(None, 100, 4) == 4
     assert jobs_within(whole, 100, 0) == 0  # which is refused, and not mended
-    memory = claims.machine_memory()
+    memory = results_module.machine_memory()
     assert memory is None or memory > 2**20
 
 
@@ -283,13 +284,13 @@ def test_a_rate_that_learns_nothing_squeezes_no_picture(monkeypatch):
     sides = sides_of(study, C)
     for other in (bad, gone):
         runs = tuple(replace(run, side=side) for side in sides for run in (good, other))
-        drawn = "".join(page._learning(Found((study,), runs, ()), REAL))
+        drawn = "".join(page._learning(Results((study,), runs, ()), REAL))
         marks = re.findall(r">(-?[\d.]+)</text>", drawn)
         assert marks
         assert max(map(float, marks)) <= 21  # steps + 1
     monkeypatch.setattr(page, "learns", lambda course: True)
     runs = tuple(replace(run, side=side) for side in sides for run in (good, bad))
-    drawn = "".join(page._learning(Found((study,), runs, ()), REAL))
+    drawn = "".join(page._learning(Results((study,), runs, ()), REAL))
     assert max(map(float, re.findall(r">(-?[\d.]+)</text>", drawn))) > 21
 
 
@@ -313,8 +314,8 @@ def test_the_command_says_which_study(monkeypatch):
         asked.append(study)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(claims, "measure", measure)
+    monkeypatch.setattr(results_module, "measure", measure)
     for more in ([], ["--reference-only"], ["--quick"]):
         main(["claims", *more])
-    assert asked == [claims.WHOLE, claims.Study(), claims.QUICK]
+    assert asked == [study_module.WHOLE, study_module.Study(), study_module.QUICK]
     assert [study.real for study in asked] == [SMOL, None, None]

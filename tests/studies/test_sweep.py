@@ -16,7 +16,17 @@ from minilora.cli.main import main
 from minilora.io.formats.files import FormatError
 from minilora.io.loading import open_base
 from minilora.studies import sweep
-from minilora.studies.sweep import Cell, Row, Setting, best, by_group, grid, in_processes, table
+from minilora.studies.sweep import (
+    LEGEND,
+    Cell,
+    Row,
+    Setting,
+    best,
+    by_group,
+    grid,
+    in_processes,
+    table,
+)
 from minilora.training import data
 from minilora.training.gradients import Plan, blas_threads
 from minilora.training.train import Diverged, Refused, TrainConfig, fit, prepare
@@ -199,7 +209,8 @@ def test_the_table_marks_the_best_and_counts_what_diverged():
     rows[0] = replace(rows[0], why="step 2: the loss is inf")
     lines = [line.split() for line in table(rows).splitlines()]
     assert lines[1] == ["1", "2", "1", "2", "-", "3.2500", "-", "1"]
-    assert lines[2] == ["1", "2", "2", "2", "1.0000", "0.7500", "1.2500", "*"]
+    assert lines[2] == ["*", "1", "2", "2", "2", "1.0000", "0.7500", "1.2500", "0"]
+    assert lines[-1] == LEGEND.split()
     assert "*" not in table([replace(row, why="diverged") for row in rows])
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from minilora.cli.console import (
     HOLDS,
@@ -18,7 +20,10 @@ from minilora.cli.console import (
     write_file,
 )
 
-ROUNDS, FEWER = 15, 3
+if TYPE_CHECKING:
+    from minilora.studies.bench.results import Result
+
+ROUNDS, QUICK_ROUNDS = 15, 3
 
 
 def add(commands: Any) -> None:
@@ -26,13 +31,12 @@ def add(commands: Any) -> None:
     parser = add_command(
         commands,
         "bench",
-        "measure a LoRA step's time and memory, and generation, beside another library's",
-        "Runs the same step on the same model and batch here and in another library, and lets both "
-        "go on from the same tokens, each in a process of its own and in turn; prints the ratios: "
-        "below 1 is less here.",
+        "compare the time and memory of a training step, and of generation, with another library",
+        "Run the same training step on the same model and batch in minilora and in another "
+        "library, then generate from the same prompt. Each runs in its own process, in turn. Print "
+        "the ratios minilora / library: below 1, minilora takes less.",
         _run,
-        "0 it is measured, 2 wrong usage, 3 the library, or what else the other side needs, is not "
-        "installed",
+        "0 measured, 2 wrong usage, 3 the library or one of its requirements is not installed",
     )
     option = parser.add_argument
     option(
@@ -57,66 +61,106 @@ def add(commands: Any) -> None:
         "--threads", action="append", metavar="N", help="threads on either side (default: 1); 1,2"
     )
     option("--rounds", type=int, metavar="N", help=f"rounds at each size (default: {ROUNDS})")
-    option("--quick", action="store_true", help=f"{FEWER} rounds of the small sizes")
+    option("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds of the small sizes")
     option(
-        "--tokens",
+        "--group-tokens",
         type=int,
         metavar="N",
-        help="of a group of sequences here (default: by the model's width, and threads)",
+        help="minilora's tokens per group of sequences (default: by the model's width and threads)",
     )
-    option("--recompute", action="store_true", help="form activations again here for the backward")
-    option("--quantised", action="store_true", help="keep the frozen weights in four bits here")
+    option("--gradient-checkpointing", action="store_true", help="minilora recomputes activations")
+    option("--quantised", action="store_true", help="minilora keeps frozen weights in four bits")
     add_files(option, "the results", "json")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     import json
+
+    from minilora.studies.bench.results import tables
+
+    plan = _plan_of(arguments)
+    files = files_of(arguments, "json")
+    results, missing = _measure_all(plan)
+    if results:
+        say(f"medians of {plan.rounds} rounds\n{tables(results)}")
+        for path in files.values():
+            write_file(path, json.dumps([r.json() for r in results], indent=1) + "\n")
+    for error in missing.values():
+        refuse(error, "bench")
+    return NOT_LOADED if missing else HOLDS
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the options ask for."""
+
+    sizes: list[str]
+    peers: list[str]
+    threads: list[int]
+    kinds: list[str]
+    rounds: int
+    options: dict[str, Any]
+
+
+def _plan_of(arguments: argparse.Namespace) -> _Plan:
+    """Errors: ValueError that names the option, its value and what was expected."""
+    from minilora.studies.bench.cases import KINDS, SIZES
+    from minilora.studies.bench.sides import SIDES
+
+    def chosen(option: str, default: Sequence[str], known: Iterable[str]) -> list[str]:
+        names = split(getattr(arguments, option)) or list(default)
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(
+                f"--{option} {', '.join(unknown)}: expected some of {', '.join(known)}"
+            )
+        return names
+
+    threads = split(arguments.threads) or ["1"]
+    if wrong := [n for n in threads if not n.isdecimal() or int(n) < 1]:
+        raise ValueError(f"--threads {', '.join(wrong)}: expected numbers from 1")
+    default = QUICK_ROUNDS if arguments.quick else ROUNDS
+    rounds = default if arguments.rounds is None else arguments.rounds
+    for name, value in (("rounds", rounds), ("group-tokens", arguments.group_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: expected at least 1")
+    options = ("group_tokens", "gradient_checkpointing", "quantised")
+    return _Plan(
+        kinds=chosen("kind", list(KINDS), KINDS),
+        sizes=chosen("size", ["tiny", "small"] if arguments.quick else list(SIZES), SIZES),
+        peers=chosen("peer", ["peft"], SIDES),
+        threads=[int(n) for n in threads],
+        rounds=rounds,
+        options={name: getattr(arguments, name) for name in options},
+    )
+
+
+def _measure_all(plan: _Plan) -> tuple[list[Result], dict[str, str]]:
+    """The results, and what each peer that could not start lacks."""
     import tempfile
     from itertools import product
     from pathlib import Path
 
-    from minilora.studies.bench import KINDS, SIDES, SIZES, Missing, measure, tables, write_case
+    from minilora.studies.bench.cases import SIZES, write_case
+    from minilora.studies.bench.measure import measure
+    from minilora.studies.bench.sides import Missing
 
-    sizes = split(arguments.size) or (["tiny", "small"] if arguments.quick else list(SIZES))
-    peers = split(arguments.peer) or ["peft"]
-    threads = split(arguments.threads) or ["1"]
-    usual = FEWER if arguments.quick else ROUNDS
-    rounds = usual if arguments.rounds is None else arguments.rounds
-    kinds = split(arguments.kind) or list(KINDS)
-    chosen = (("kind", kinds, KINDS), ("size", sizes, SIZES), ("peer", peers, SIDES))
-    for option, given, known in chosen:
-        if unknown := [name for name in given if name not in known]:
-            expected = f"expected some of {', '.join(known)}"
-            raise ValueError(f"--{option} {', '.join(unknown)}: {expected}")
-    if wrong := [n for n in threads if not n.isdecimal() or int(n) < 1]:
-        raise ValueError(f"--threads {', '.join(wrong)}: expected numbers from 1")
-    for name, value in (("rounds", rounds), ("tokens", arguments.tokens)):
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: expected at least 1")
-    files = files_of(arguments, "json")
-    own = {name: getattr(arguments, name) for name in ("tokens", "recompute", "quantised")}
-    results, pairs = [], list(product(peers, threads))
+    results: list[Result] = []
     missing: dict[str, str] = {}
+    pairs = list(product(plan.peers, plan.threads))
     with progress_bar() as progress:
-        for i, name in enumerate(sizes):
-            with tempfile.TemporaryDirectory() as made:
-                folder = Path(made)
-                write_case(folder, SIZES[name])
-                for j, (peer, n) in enumerate(pairs):
+        for i, size in enumerate(plan.sizes):
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = Path(temporary)
+                write_case(folder, SIZES[size])
+                for j, (peer, threads) in enumerate(pairs):
                     if progress:
                         done = i * len(pairs) + j
-                        progress(f"{name}, {peer}:", done, len(sizes) * len(pairs))
+                        progress(f"{size}, {peer}:", done, len(plan.sizes) * len(pairs))
                     if peer in missing:
                         continue
-                    case = name, folder, peer, int(n), rounds, own
+                    case = size, folder, peer, threads, plan.rounds, plan.options
                     try:
-                        results.append(measure(*case, kinds=kinds))
-                    except Missing as error:  # which gives up nothing of the others
+                        results.append(measure(*case, kinds=plan.kinds))
+                    except Missing as error:  # the other peers are measured all the same
                         missing[peer] = str(error)
-    if results:
-        say(f"medians of {rounds} rounds\n{tables(results)}")
-    for path in files.values() if results else ():
-        write_file(path, json.dumps([r.json() for r in results], indent=1) + "\n")
-    for why in missing.values():
-        refuse(why, "bench")
-    return NOT_LOADED if missing else HOLDS
+    return results, missing

@@ -40,8 +40,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from minilora.cli.console import progress_bar
     from minilora.io.formats.files import write_files
-    from minilora.studies.claims import QUICK, WHOLE, Study, as_json, measure, table, verdicts
     from minilora.studies.claims.page import html
+    from minilora.studies.claims.results import measure
+    from minilora.studies.claims.study import QUICK, WHOLE, Study
+    from minilora.studies.claims.verdicts import as_json, table, verdicts
 
     jobs = arguments.jobs if arguments.jobs is not None else os.cpu_count() or 1
     if jobs < 1:
@@ -49,15 +51,15 @@ def _run(arguments: argparse.Namespace) -> int:
     study = QUICK if arguments.quick else Study() if arguments.reference_only else WHOLE
     try:
         with sigterm_interrupts(), progress_bar("runs") as bar:
-            found = measure(study, jobs, bar)
+            results = measure(study, jobs, bar)
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return INTERRUPTED
-    judged = verdicts(found)
-    say(table(found, judged))
+    judged = verdicts(results)
+    say(table(results, judged))
     if arguments.output is not None:
-        page = html(found, judged)
-        files = {PAGE: page.encode, FIGURES: lambda: as_json(found, judged)}
+        page = html(results, judged)
+        files = {PAGE: page.encode, FIGURES: lambda: as_json(results, judged)}
         write_files(arguments.output, files)
         say(f"{os.path.join(arguments.output, PAGE)}\n")
     return HOLDS

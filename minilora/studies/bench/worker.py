@@ -9,7 +9,8 @@ import time
 from importlib import import_module
 from typing import Any
 
-from minilora.studies.bench import KINDS, Missing
+from minilora.studies.bench.cases import KINDS
+from minilora.studies.bench.sides import Missing
 
 
 def peak_memory() -> int:

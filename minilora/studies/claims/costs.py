@@ -14,7 +14,7 @@ import numpy as np
 from minilora.spec.lora import TrainableSpec, Weights, merge
 from minilora.spec.models import Batch, logits, loss
 from minilora.spec.ops import Array
-from minilora.studies.claims.study import Side, Study, job_of, sides_of, size, subject_of
+from minilora.studies.claims.study import Side, Study, job_of, sides_of, size, studied_model
 from minilora.training.checkpoints import State
 from minilora.training.gradients import Plan, blas_threads
 from minilora.training.train import Job, batches_of, run, write_result
@@ -147,9 +147,9 @@ def timed(jobs: Sequence[Job], rounds: int) -> list[list[float]]:
 
 def costs_of(study: Study, model: str) -> list[Cost]:
     """What each side costs on the study's model."""
-    subject = subject_of(study, model)
-    sides = sides_of(study, subject.base.config)
-    jobs = [job_of(subject, study, side) for side in sides]
+    studied = studied_model(study, model)
+    sides = sides_of(study, studied.base.config)
+    jobs = [job_of(studied, study, side) for side in sides]
     longer = [replace(j, recipe=replace(j.recipe, steps=study.rounds + 1)) for j in jobs]
     taken = timed(longer, study.rounds)
     batches = [batches_of(job.data.train, study.tokens, 0)[0] for job in jobs]

@@ -7,20 +7,11 @@ from html import escape
 from statistics import fmean
 
 from minilora import __version__
-from minilora.studies.claims import (
-    FULL,
-    HOLDS,
-    NOT,
-    PARTS,
-    WHEN,
-    Course,
-    Found,
-    Look,
-    Side,
-    Verdict,
-    case_words,
-    notes,
-)
+from minilora.studies.claims.charts import Axis, Line, Point, bars, chart
+from minilora.studies.claims.costs import PARTS
+from minilora.studies.claims.results import Results
+from minilora.studies.claims.study import FULL, Course, Look, Side
+from minilora.studies.claims.verdicts import HOLDS, NOT, UNDECIDED, WHEN, Verdict, case_words, notes
 from minilora.verify.report.html import STYLE
 
 _OWN_STYLE = """
@@ -46,109 +37,6 @@ svg .axis { stroke: var(--line); stroke-width: 1 }
   font-weight: 600 }
 """
 
-WIDTH, HEIGHT, LEFT, BELOW = 360, 230, 54, 40
-"""A picture's size, and the room for its axes' labels."""
-
-Point = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Line:
-    """Points joined in order; ``style`` numbers its colour and dashes; ``marks`` are seeds' own."""
-
-    label: str
-    points: Sequence[Point]
-    style: int
-    thin: bool = False
-    marks: Sequence[Point] = ()
-
-
-@dataclass(frozen=True)
-class Axis:
-    """An axis: its words, whether it is logarithmic, its ticks if they are known."""
-
-    words: str
-    log: bool = False
-    ticks: Sequence[float] = ()
-
-    def place(self, value: float) -> float:
-        """Where the value lies, before it is scaled."""
-        return math.log10(max(value, 1e-6)) if self.log else value
-
-    def marks(self, low: float, high: float) -> list[float]:
-        """Ticks between two places: those given, powers of ten, or a few round numbers."""
-        if self.ticks:
-            return list(self.ticks)
-        if self.log:
-            powers = range(math.floor(low), math.ceil(high) + 1)
-            return [10.0**k for k in powers if low - 1e-9 <= k <= high + 1e-9]
-        raw = (high - low or 1.0) / 3  # so that three lie within at least
-        unit = 10.0 ** math.floor(math.log10(raw))
-        step = unit * max(f for f in (1, 2, 5) if f == 1 or f * unit <= raw)
-        return [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> str:
-    """Lines as an inline SVG with its title below; points that are no numbers are left out.
-
-    Errors: ValueError without a point.
-    """
-    points = [p for line in lines for p in (*line.points, *line.marks) if all(map(_finite, p))]
-    if not points:
-        raise ValueError(f"{title}: nothing to draw")
-    ends = []
-    for axis, values in ((x, [p[0] for p in points]), (y, [p[1] for p in points])):
-        places = [axis.place(v) for v in (*values, *axis.ticks)]
-        low, high = min(places), max(places)
-        spare = 0.04 * (high - low) or 0.5
-        ends.append((low - spare, high + spare))
-    (x0, x1), (y0, y1) = ends
-
-    def at(point: Point) -> str:
-        across = LEFT + (x.place(point[0]) - x0) / (x1 - x0) * (WIDTH - LEFT - 8)
-        down = 8 + (y1 - y.place(point[1])) / (y1 - y0) * (HEIGHT - BELOW - 8)
-        return f"{across:.1f} {down:.1f}"
-
-    drawn = [
-        f'<path class="axis" fill="none" d="M{LEFT} 8V{HEIGHT - BELOW}H{WIDTH - 8}"/>',
-        f'<text x="{(WIDTH + LEFT) // 2}" y="{HEIGHT - 6}" text-anchor="middle">'
-        f"{escape(x.words)}</text>",
-        f'<text transform="translate(11 {(HEIGHT - BELOW) // 2}) rotate(-90)" '
-        f'text-anchor="middle">{escape(y.words)}</text>',
-    ]
-    for value in x.marks(x0, x1):
-        across, _ = at((value, _back(y, y0))).split()
-        drawn.append(
-            f'<text x="{across}" y="{HEIGHT - BELOW + 14}" text-anchor="middle">{value:g}</text>'
-        )
-    for value in y.marks(y0, y1):
-        _, down = at((_back(x, x0), value)).split()
-        drawn.append(f'<path class="axis" d="M{LEFT} {down}h-4"/>')
-        drawn.append(f'<text x="{LEFT - 6}" y="{down}" dy="4" text-anchor="end">{value:.4g}</text>')
-    for line in lines:
-        kept = [at(p) for p in line.points if all(map(_finite, p))]
-        thin = " thin" if line.thin else ""
-        if len(kept) > 1:
-            drawn.append(f'<path class="s s{line.style}{thin}" d="M{"L".join(kept)}"/>')
-        dots = kept if not line.marks else [at(p) for p in line.marks if all(map(_finite, p))]
-        for dot in dots:
-            across, down = dot.split()
-            radius = 1.5 if line.thin else 2.5
-            drawn.append(f'<circle class="f{line.style}" cx="{across}" cy="{down}" r="{radius}"/>')
-    picture = "".join(drawn)
-    return (
-        f'<figure><svg role="img" aria-label="{escape(title)}" viewBox="0 0 {WIDTH} {HEIGHT}">'
-        f"{picture}</svg><figcaption>{escape(title)}</figcaption></figure>"
-    )
-
-
-def _finite(value: float) -> bool:
-    return math.isfinite(value)
-
-
-def _back(axis: Axis, place: float) -> float:
-    return float(10**place) if axis.log else place
-
 
 def means(courses: Sequence[Course], of: Callable[[Look], Point]) -> list[Point]:
     """The means of each look over the seeds; a run that diverged ends the line."""
@@ -166,19 +54,19 @@ def from_base(course: Course) -> Course:
     return replace(course, looks=looks)
 
 
-def html(found: Found, judged: Sequence[Verdict]) -> str:
+def html(results: Results, judged: Sequence[Verdict]) -> str:
     """The whole page."""
-    return "\n".join(_page(found, judged)) + "\n"
+    return "\n".join(_page(results, judged)) + "\n"
 
 
-def _page(found: Found, judged: Sequence[Verdict]) -> Iterator[str]:
+def _page(results: Results, judged: Sequence[Verdict]) -> Iterator[str]:
     yield "<!doctype html>"
     yield '<html lang="en"><head><meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
     yield "<title>What LoRA is said to bring, measured</title>"
     yield f"<style>{STYLE}{_OWN_STYLE}</style></head><body>"
     yield "<header><h1>What LoRA is said to bring, measured</h1>"
-    yield f"<p>By minilora {escape(__version__)}, on {', '.join(_models(found))}, against full "
+    yield f"<p>By minilora {escape(__version__)}, on {', '.join(_models(results))}, against full "
     yield "fine-tuning. A verdict follows from a criterion that was stated before.</p>"
     yield "</header><main>"
     yield from _verdicts(judged)
@@ -187,17 +75,17 @@ def _page(found: Found, judged: Sequence[Verdict]) -> Iterator[str]:
     yield "losses are what they exceed the tasks' entropies by. A real model goes from what it "
     yield "knows to a text; what it forgets is how far it diverges from the base. All in nats a "
     yield "label; lines are means.</p>"
-    for model in found.models:
-        yield from _learning(found, model)
+    for model in results.models:
+        yield from _learning(results, model)
     yield '<h2 id="costs">What it costs</h2>'
-    yield from _costs(found)
+    yield from _costs(results)
     yield '<h2 id="how">How it was measured</h2><ul>'
-    yield from (f"<li>{escape(note)}</li>" for note in notes(found))
+    yield from (f"<li>{escape(note)}</li>" for note in notes(results))
     yield "</ul></main></body></html>"
 
 
-def _models(found: Found) -> list[str]:
-    return list(dict.fromkeys(cost.model for cost in found.costs))
+def _models(results: Results) -> list[str]:
+    return list(dict.fromkeys(cost.model for cost in results.costs))
 
 
 def _verdicts(judged: Sequence[Verdict]) -> Iterator[str]:
@@ -206,23 +94,30 @@ def _verdicts(judged: Sequence[Verdict]) -> Iterator[str]:
     for verdict in judged:
         key, says = escape(verdict.claim.key), escape(verdict.claim.says)
         yield f'<tr><th scope="row"><a href="#{key}">{says}</a></th>'
-        yield f"<td>{_said(verdict)}</td></tr>"
+        yield f"<td>{_word(verdict)}</td></tr>"
     yield "</tbody></table>"
     for verdict in judged:
         claim = verdict.claim
         yield f'<details id="{escape(claim.key)}"><summary><h3>{escape(claim.says)}</h3> '
-        yield f"{_said(verdict, short=True)}</summary>"
+        yield f"{_word(verdict, short=True)}</summary>"
         yield f"<p>It holds if {escape(claim.criterion)}.</p><ul>"
         for case in verdict.cases:
             yield f"<li>{escape(case_words(claim, case))}</li>"
         yield f'</ul><p class="soft">{escape(claim.source)}</p></details>'
 
 
-def _said(verdict: Verdict, short: bool = False) -> str:
-    kind, sign = {HOLDS: ("yes", "✓"), WHEN: ("some", "≈")}.get(verdict.word, ("no-claim", "✗"))
-    if verdict.word == NOT and not verdict.named(False):
-        kind, sign = "some", "?"
-    rest = "" if short else escape(verdict.said.removeprefix(verdict.word))
+_SIGNS = {
+    HOLDS: ("yes", "✓"),
+    WHEN: ("some", "≈"),
+    NOT: ("no-claim", "✗"),
+    UNDECIDED: ("some", "?"),
+}
+
+
+def _word(verdict: Verdict, short: bool = False) -> str:
+    """The verdict with its sign, and unless ``short`` the cases in which the claim holds."""
+    kind, sign = _SIGNS[verdict.word]
+    rest = "" if short else escape(verdict.sentence.removeprefix(verdict.word))
     return f'<span class="{kind}">{sign} {verdict.word}</span>{rest}'
 
 
@@ -235,98 +130,110 @@ def _key(sides: Sequence[Side]) -> str:
     return f'<p class="key">{"".join(keys)}</p>'
 
 
-def _learning(found: Found, model: str) -> Iterator[str]:
-    sides, study = found.sides(model), found.models[model]
-    steps = Axis("steps + 1", log=True, ticks=[step + 1 for step in study.looks])
-    first, second, less = (
-        (
-            "first task: divergence",
-            "second task: loss less the base's",
-            "second task: how far its loss fell",
-        )
-        if study.length
-        else (
-            "first task: loss over entropy",
-            "second task: loss over entropy",
-            "second task: entropy less loss",
-        )
-    )
+def _learning(results: Results, model: str) -> Iterator[str]:
+    sides, study = results.sides(model), results.models[model]
     if study.length:
-        found = replace(found, courses=tuple(map(from_base, found.courses)))
-    best = [(side, i, found.best(model, side)) for i, side in enumerate(sides)]
-    begin = max(run.looks[0].second for _, _, runs in best for run in runs)
-    rates = sorted({lr for side in sides for lr in study.rates_of(side)})
+        results = replace(results, courses=tuple(map(from_base, results.courses)))
+    words = _REAL if study.length else _REFERENCE
     yield f"<h3>{escape(model)}</h3>{_key(sides)}"
     yield '<div class="grid">'
-
-    def along(of: Callable[[Look], float]) -> list[Line]:
-        return [
-            Line(
-                side.name,
-                means(runs, lambda look: (look.step + 1, of(look))),
-                i,
-                marks=[(look.step + 1, of(look)) for run in runs for look in run.looks],
-            )
-            for side, i, runs in best
-        ]
-
-    yield chart(
-        "Learned: the second task along the path, at each side's best rate",
-        along(lambda look: look.second), steps, Axis(second),
-    )  # fmt: skip
-    yield chart(
-        "Forgotten: the first task along the path, at each side's best rate",
-        along(lambda look: look.first), steps, Axis(first),
-    )  # fmt: skip
-    yield chart(
-        "Forgotten against learned along the path, faint at other rates than the best; "
-        "right is learned",
-        [
-            Line(
-                side.name,
-                means(found.at(model, side, lr), lambda look: (-look.second, look.first)),
-                i,
-                thin=lr != found.rate(model, side),
-            )
-            for i, side in enumerate(sides)
-            for lr in study.rates_of(side)
-            if all(map(learns, found.at(model, side, lr)))
-        ],
-        Axis(less), Axis(first),
-    )  # fmt: skip
-    yield chart(
-        "The second task at the end against the learning rate: how each side was tuned; "
-        "what ends above the base is drawn at the base",
-        [
-            Line(
-                side.name,
-                [(lr, _end(found.tuning(model, side, lr), begin)) for lr in study.rates_of(side)],
-                i,
-            )
-            for i, side in enumerate(sides)
-        ],
-        Axis("learning rate", log=True, ticks=rates), Axis(second),
-    )  # fmt: skip
-    ranks = [(i, side) for i, side in enumerate(sides) if side.rank and not side.attention]
-    full = _end(found.best(model, FULL))
-    yield chart(
-        "The second task at the end against the rank, at its best rate; the level line is full",
-        [
-            Line("full", [(side.rank, full) for _, side in ranks], 0),
-            Line(
-                "LoRA",
-                [(side.rank, _end(found.best(model, side))) for _, side in ranks],
-                9,  # no side's own
-                marks=[
-                    (side.rank, run.looks[-1].second)
-                    for _, side in ranks
-                    for run in found.best(model, side)
-                ],
-            ),
-        ],
-        Axis("rank", log=True, ticks=study.ranks), Axis(second),
-    )  # fmt: skip
+    yield _along(results, model, "Learned: the second", words.second, lambda look: look.second)
+    yield _along(results, model, "Forgotten: the first", words.first, lambda look: look.first)
+    yield _forgotten_against_learned(results, model, words)
+    yield _against_rate(results, model, words)
+    yield _against_rank(results, model, words)
     yield "</div>"
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """The labels of the axes: both tasks' losses, and how much the second task's fell."""
+
+    first: str
+    second: str
+    fall: str
+
+
+_REAL = _Axes(
+    "first task: divergence",
+    "second task: loss less the base's",
+    "second task: how far its loss fell",
+)
+_REFERENCE = _Axes(
+    "first task: loss over entropy",
+    "second task: loss over entropy",
+    "second task: entropy less loss",
+)
+
+
+def _along(
+    results: Results, model: str, what: str, label: str, loss: Callable[[Look], float]
+) -> str:
+    """A task's loss against the steps."""
+    lines = []
+    for i, side in enumerate(results.sides(model)):
+        courses = results.best(model, side)
+        points = means(courses, lambda look: (look.step + 1, loss(look)))
+        marks = [(look.step + 1, loss(look)) for run in courses for look in run.looks]
+        lines.append(Line(side.name, points, i, marks=marks))
+    steps = Axis("steps + 1", log=True, ticks=[s + 1 for s in results.models[model].looks])
+    title = f"{what} task along the path, at each side's best rate"
+    return chart(title, lines, steps, Axis(label))
+
+
+def _forgotten_against_learned(results: Results, model: str, words: _Axes) -> str:
+    lines = [
+        Line(
+            side.name,
+            means(results.at(model, side, lr), lambda look: (-look.second, look.first)),
+            i,
+            thin=lr != results.rate(model, side),
+        )
+        for i, side in enumerate(results.sides(model))
+        for lr in results.models[model].rates_of(side)
+        if all(map(learns, results.at(model, side, lr)))
+    ]
+    title = (
+        "Forgotten against learned along the path, faint at other rates than the best; "
+        "right is learned"
+    )
+    return chart(title, lines, Axis(words.fall), Axis(words.first))
+
+
+def _against_rate(results: Results, model: str, words: _Axes) -> str:
+    sides, study = results.sides(model), results.models[model]
+    base = max(run.looks[0].second for side in sides for run in results.best(model, side))
+    lines = [
+        Line(
+            side.name,
+            [(lr, _end(results.tuning(model, side, lr), base)) for lr in study.rates_of(side)],
+            i,
+        )
+        for i, side in enumerate(sides)
+    ]
+    rates = sorted({lr for side in sides for lr in study.rates_of(side)})
+    title = (
+        "The second task at the end against the learning rate: how each side was tuned; "
+        "what ends above the base is drawn at the base"
+    )
+    return chart(title, lines, Axis("learning rate", log=True, ticks=rates), Axis(words.second))
+
+
+def _against_rank(results: Results, model: str, words: _Axes) -> str:
+    ranks = [side for side in results.sides(model) if side.rank and not side.attention]
+    full = _end(results.best(model, FULL))
+    lora = Line(
+        "LoRA",
+        [(side.rank, _end(results.best(model, side))) for side in ranks],
+        9,  # a style that no side has
+        marks=[
+            (side.rank, run.looks[-1].second) for side in ranks for run in results.best(model, side)
+        ],
+    )
+    lines = [Line("full", [(side.rank, full) for side in ranks], 0), lora]
+    title = "The second task at the end against the rank, at its best rate; the level line is full"
+    axis = Axis("rank", log=True, ticks=results.models[model].ranks)
+    return chart(title, lines, axis, Axis(words.second))
 
 
 def learns(course: Course) -> bool:
@@ -341,13 +248,13 @@ def _end(courses: Sequence[Course], most: float = math.inf) -> float:
     return min(most, fmean(course.looks[-1].second for course in courses))
 
 
-def _costs(found: Found) -> Iterator[str]:
+def _costs(results: Results) -> Iterator[str]:
     heads = ("", "parameters trained", "FLOPs a step", "ms a step", *PARTS, "disk")
     yield '<div class="wide" role="region" aria-label="Costs" tabindex="0"><table>'
     yield "<caption>FLOPs are counted; times are medians of rounds, in turn."
     yield "</caption><thead><tr>"
     yield "".join(f'<th scope="col">{head}</th>' for head in heads) + "</tr></thead><tbody>"
-    for cost in found.costs:
+    for cost in results.costs:
         median = sorted(cost.seconds)[len(cost.seconds) // 2]
         cells = [
             f"{cost.trained:,} ({cost.trained / cost.whole:.3g})",
@@ -368,8 +275,16 @@ def _costs(found: Found) -> Iterator[str]:
         for i, part in enumerate(PARTS)
     )
     yield f'<p class="key">{keys}</p><div class="grid">'
-    for model in _models(found):
-        yield _bars(found, model)
+    for model in _models(results):
+        costs = [cost for cost in results.costs if cost.model == model]
+        rows = [
+            (
+                f"{cost.side.name}: {scaled(sum(cost.memory.values()), 'B')}",
+                [cost.memory[part] for part in PARTS],
+            )
+            for cost in costs
+        ]
+        yield bars(f"Memory of a step, {model}", rows)
     yield "</div>"
 
 
@@ -379,28 +294,3 @@ def scaled(value: float, unit: str = "") -> str:
         if value >= power:
             return f"{value / power:.4g} {prefix}{unit}"
     return f"{value:.4g} {unit}".strip()
-
-
-def _bars(found: Found, model: str) -> str:
-    costs = [cost for cost in found.costs if cost.model == model]
-    greatest = max(sum(cost.memory.values()) for cost in costs)
-    drawn, high = [], 34
-    for i, cost in enumerate(costs):
-        across, down = 0.0, high * i
-        whole = sum(cost.memory.values())
-        drawn.append(
-            f'<text x="0" y="{down + 12}">{escape(cost.side.name)}: {scaled(whole, "B")}</text>'
-        )
-        for k, part in enumerate(PARTS):
-            wide = WIDTH * cost.memory[part] / greatest
-            drawn.append(
-                f'<rect class="f{k + 1}" x="{across:.1f}" y="{down + 16}" width="{wide:.1f}" '
-                'height="12"/>'
-            )
-            across += wide
-    title = f"Memory of a step, {model}"
-    return (
-        f'<figure><svg role="img" aria-label="{escape(title)}" '
-        f'viewBox="0 0 {WIDTH} {high * len(costs)}">{"".join(drawn)}</svg>'
-        f"<figcaption>{escape(title)}</figcaption></figure>"
-    )

@@ -208,7 +208,7 @@ Loss = Callable[[Params, TrainableSpec], float]
 
 
 @dataclass(frozen=True, eq=False)
-class GuardedImplementation:
+class StudiedModel:
     """A model, the second task's examples with their name, and the loss on either task."""
 
     base: Base
@@ -231,7 +231,7 @@ def model_of(study: Study, model: str) -> Base:
 
 
 @cache
-def subject_of(study: Study, model: str, seed: int = 0, own: Text = ()) -> GuardedImplementation:
+def studied_model(study: Study, model: str, seed: int = 0, own: Text = ()) -> StudiedModel:
     """The study's model with its two tasks, made once in each process.
 
     A reference model has those of its own. A real one has the text that comes with Python, and the
@@ -251,12 +251,10 @@ def subject_of(study: Study, model: str, seed: int = 0, own: Text = ()) -> Guard
 
     source, recipe = BUILT_IN + names[1], study.recipe(c, FULL)
     data = read(source, recipe.task, base.tokenizer, recipe.length, seed=seed)
-    return GuardedImplementation(
-        base, data, source, *(loss_on(synthetic_data.task(name)) for name in names)
-    )
+    return StudiedModel(base, data, source, *(loss_on(synthetic_data.task(name)) for name in names))
 
 
-def _real(base: Base, study: Study, seed: int, own: Text) -> GuardedImplementation:
+def _real(base: Base, study: Study, seed: int, own: Text) -> StudiedModel:
     data = topics(base, study.length, seed)
     held, c = batches_of(data.test, EVALUATED, 0), base.config
     batch = Batch(np.array(own))
@@ -272,7 +270,7 @@ def _real(base: Base, study: Study, seed: int, own: Text) -> GuardedImplementati
     def second(W: Params, tuning: TrainableSpec) -> float:
         return evaluate.mean_loss(held, W, c, tuning, Plan(tokens=EVALUATED)).loss
 
-    return GuardedImplementation(base, data, "pydoc_data.topics", first, second)
+    return StudiedModel(base, data, "pydoc_data.topics", first, second)
 
 
 @cache
@@ -295,8 +293,8 @@ def topics(base: Base, length: int, seed: int) -> Data:
     if len(rows) < 6 * HELD:
         raise ValueError(f"{len(rows)} sequences of {length} tokens: expected {6 * HELD} or more")
     shuffled = np.random.default_rng([seed, 4]).permutation(rows)
-    found = [Example(row, np.arange(length) > 0) for row in shuffled]
-    return Data(found[2 * HELD :], found[:HELD], found[HELD : 2 * HELD])
+    examples = [Example(row, np.arange(length) > 0) for row in shuffled]
+    return Data(examples[2 * HELD :], examples[:HELD], examples[HELD : 2 * HELD])
 
 
 def own_texts(base: Base, study: Study) -> list[Text]:
@@ -341,20 +339,18 @@ def divergence(
     return math.fsum(sums) / len(contexts)
 
 
-def job_of(
-    subject: GuardedImplementation, study: Study, side: Side, lr: float = 1e-3, seed: int = 0
-) -> Job:
-    """The side's run on the subject, by the task that the model has not learned."""
-    recipe = study.recipe(subject.base.config, side, lr, seed)
-    return prepare(subject.base, subject.data, recipe, subject.source)
+def job_of(studied: StudiedModel, study: Study, side: Side, lr: float = 1e-3, seed: int = 0) -> Job:
+    """The side's run on the studied, by the task that the model has not learned."""
+    recipe = study.recipe(studied.base.config, side, lr, seed)
+    return prepare(studied.base, studied.data, recipe, studied.source)
 
 
 def follow(asked: Asked) -> Course:
     """Runs it, and looks at both tasks on the way."""
     study = asked.study
-    subject = subject_of(study, asked.model, asked.seed, asked.own)
-    job = job_of(subject, study, asked.side, asked.lr, asked.seed)
-    c, looks = job.base.config, [Look(0, *subject.begin)]
+    studied = studied_model(study, asked.model, asked.seed, asked.own)
+    job = job_of(studied, study, asked.side, asked.lr, asked.seed)
+    c, looks = job.base.config, [Look(0, *studied.begin)]
     state, why, valid = State(job.start), "", math.inf
     try:
         for after, _ in run(
@@ -364,7 +360,7 @@ def follow(asked: Asked) -> Course:
             if state.step in study.looks:
                 W = job.weights(state.params)
                 looks.append(
-                    Look(state.step, subject.first(W, job.tuning), subject.second(W, job.tuning))
+                    Look(state.step, studied.first(W, job.tuning), studied.second(W, job.tuning))
                 )
         held = batches_of(job.data.valid, EVALUATED, 0)
         W = job.weights(state.params)

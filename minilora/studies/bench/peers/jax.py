@@ -12,7 +12,7 @@ from minilora.io.formats.files import read_tensors
 from minilora.io.formats.huggingface import read_model
 from minilora.io.formats.peft import read_adapter
 from minilora.spec.models import Llama
-from minilora.studies.bench import RATE
+from minilora.studies.bench.cases import RATE
 
 Tensor = Any
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from minilora.io.formats.files import read_tensors
-from minilora.studies.bench import NEW, PROMPT, RATE
+from minilora.studies.bench.cases import NEW, PROMPT, RATE
 from minilora.training.gradients import warm_memory
 
 

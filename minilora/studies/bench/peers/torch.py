@@ -12,7 +12,8 @@ from minilora.io.formats.files import read_tensors
 from minilora.io.formats.huggingface import read_model
 from minilora.io.formats.peft import read_adapter
 from minilora.spec.models import Llama
-from minilora.studies.bench import RATE, Missing
+from minilora.studies.bench.cases import RATE
+from minilora.studies.bench.sides import Missing
 
 
 class ByHand:

@@ -16,7 +16,7 @@ from minilora.io.lazy_weights import Expanded, OnDemand
 from minilora.spec.models import Batch
 from minilora.spec.optim import AdamState, adamw
 from minilora.spec.quantization import from_gguf
-from minilora.studies.bench import NEW, PROMPT, RATE
+from minilora.studies.bench.cases import NEW, PROMPT, RATE
 from minilora.training.generate import generate
 from minilora.training.gradients import Plan, blas_threads, evaluate, gradients, warm_memory
 
@@ -33,7 +33,7 @@ def products_of() -> str:
     return f"{name} for {kind}{told}"
 
 
-class Own:
+class MiniloraSide:
     """LoRA on the case in ``folder``; ``quantised``: from weights that stay in four bits."""
 
     versions = f"minilora {__version__}, NumPy {np.__version__}, {products_of()}"
@@ -42,13 +42,13 @@ class Own:
         self,
         folder: str,
         threads: int,
-        tokens: int | None = None,
-        recompute: bool = False,
+        group_tokens: int | None = None,
+        gradient_checkpointing: bool = False,
         quantised: bool = False,
     ) -> None:
         warm_memory()
         at = Path(folder)
-        self.plan = Plan(threads, tokens, recompute)
+        self.plan = Plan(threads, group_tokens, gradient_checkpointing)
         self.c = read_config(at / "model")
         self.W: Any = _quantised(at) if quantised else read_model(at / "model")[1]
         self.params, self.tuning = read_adapter(at / "adapter", self.c)

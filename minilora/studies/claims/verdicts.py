@@ -10,7 +10,7 @@ from scipy.stats import t as student
 
 from minilora.io.formats.files import pack_json
 from minilora.studies.claims.costs import Cost
-from minilora.studies.claims.found import Found
+from minilora.studies.claims.results import Results
 from minilora.studies.claims.study import FULL, HELD, OWN, Course, Side
 
 HU = 'Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"'
@@ -71,7 +71,7 @@ class Claim:
     says: str
     figure: str
     source: str
-    of: Callable[[Found], Figures]
+    of: Callable[[Results], Figures]
     least: float = -math.inf
     most: float = math.inf
     shown: Callable[[float], str] = "{:.3g}".format
@@ -87,8 +87,8 @@ class Claim:
         return f"{self.figure} lies {' and '.join(ends)}"
 
 
-HOLDS, WHEN, NOT = "holds", "holds when", "does not hold"
-"""The verdicts: in every case, in some, in none."""
+HOLDS, WHEN, NOT, UNDECIDED = "holds", "holds when", "does not hold", "undecided"
+"""The verdicts: every case supports the claim, some do, none does; no case decides."""
 
 
 @dataclass(frozen=True)
@@ -109,17 +109,18 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """`HOLDS` if every case supports the claim, `NOT` if none does, otherwise `WHEN`."""
-        support = [case.supports is True for case in self.cases]
-        return HOLDS if all(support) else WHEN if any(support) else NOT
+        """`HOLDS`, `WHEN`, `NOT`, or `UNDECIDED` where no case supports it and none opposes it."""
+        support = [case.supports for case in self.cases]
+        if all(support):
+            return HOLDS
+        if any(support):
+            return WHEN
+        return NOT if False in support else UNDECIDED
 
     @property
-    def said(self) -> str:
-        """The verdict in words: with the cases that it holds in, or that none was decided."""
-        if self.word == WHEN:
-            return f"{WHEN}: {'; '.join(self.named(True))}"
-        open_ = self.word == NOT and not self.named(False)
-        return f"{NOT} here: neither it nor its opposite is shown" if open_ else self.word
+    def sentence(self) -> str:
+        """The verdict, with the cases in which the claim holds where it does not hold in all."""
+        return f"{WHEN}: {'; '.join(self.named(True))}" if self.word == WHEN else self.word
 
     def named(self, supports: bool | None) -> list[str]:
         """The cases that support the claim, do not, or are undecided."""
@@ -143,15 +144,15 @@ def judge(claim: Claim, figures: Figures) -> Verdict:
     return Verdict(claim, tuple(cases))
 
 
-def verdicts(found: Found) -> list[Verdict]:
+def verdicts(results: Results) -> list[Verdict]:
     """Of all `CLAIMS` that have a figure: a study may have no side of attention alone."""
-    return [judge(claim, figures) for claim in CLAIMS if (figures := claim.of(found))]
+    return [judge(claim, figures) for claim in CLAIMS if (figures := claim.of(results))]
 
 
-def _costs(found: Found, of: Callable[[Cost, Cost], Interval]) -> Figures:
+def _costs(results: Results, of: Callable[[Cost, Cost], Interval]) -> Figures:
     """A figure of LoRA's cost and full fine-tuning's, for each model and rank."""
-    chosen = [cost for cost in found.costs if cost.side.rank and not cost.side.attention]
-    return {f"{c.model}, {c.side.name}": of(c, found.cost(c.model, FULL)) for c in chosen}
+    chosen = [cost for cost in results.costs if cost.side.rank and not cost.side.attention]
+    return {f"{c.model}, {c.side.name}": of(c, results.cost(c.model, FULL)) for c in chosen}
 
 
 def _ratio_of_times(lora: Cost, full: Cost) -> Interval:
@@ -159,13 +160,13 @@ def _ratio_of_times(lora: Cost, full: Cost) -> Interval:
     return Interval(*map(math.exp, vars(over(logs)).values()))
 
 
-def _pairs(found: Found, of: Callable[[Course, Course], float], wider: float = 0.0) -> Figures:
+def _pairs(results: Results, of: Callable[[Course, Course], float], wider: float = 0.0) -> Figures:
     """A figure of LoRA's run and full fine-tuning's with the same seed, each at its best rate."""
     figures: Figures = {}
-    for model, study in found.models.items():
-        full = found.best(model, FULL)
+    for model, study in results.models.items():
+        full = results.best(model, FULL)
         for rank in study.ranks:
-            both = zip(found.best(model, Side(rank)), full, strict=True)
+            both = zip(results.best(model, Side(rank)), full, strict=True)
             values = [of(a, b) if not a.why + b.why else math.inf for a, b in both]
             figures[f"{model}, rank {rank}"] = over(values, wider)
     return figures
@@ -197,18 +198,18 @@ def _level(a: Course, b: Course) -> float:
     return max(min(look.second for look in course.looks) for course in (a, b))
 
 
-def _same_loss(found: Found) -> Figures:
+def _same_loss(results: Results) -> Figures:
     def of(lora: Course, full: Course) -> float:
         level = _level(lora, full)
         each = []
         for course in (lora, full):
-            step = fmean(found.cost(course.model, course.side).seconds)
+            step = fmean(results.cost(course.model, course.side).seconds)
             each.append(max(1.0, crossing(course, level)[0]) * step)
         return math.log(each[0] / each[1])
 
     return {
         name: Interval(*map(math.exp, vars(figure).values()))
-        for name, figure in _pairs(found, of).items()
+        for name, figure in _pairs(results, of).items()
     }
 
 
@@ -217,10 +218,10 @@ def _forgets_at_the_same(lora: Course, full: Course) -> float:
     return crossing(lora, level)[1] - crossing(full, level)[1]
 
 
-def _rank_gain(found: Found) -> Figures:
+def _rank_gain(results: Results) -> Figures:
     figures = {}
-    for model, study in found.models.items():
-        few, many = (found.best(model, Side(study.ranks[i])) for i in (0, -1))
+    for model, study in results.models.items():
+        few, many = (results.best(model, Side(study.ranks[i])) for i in (0, -1))
         pairs = zip(few, many, strict=True)
         figures[model] = over(
             [(a.looks[-1].second - b.looks[-1].second) / learned(b) for a, b in pairs]
@@ -228,25 +229,25 @@ def _rank_gain(found: Found) -> Figures:
     return figures
 
 
-def _layers(found: Found) -> Figures:
+def _layers(results: Results) -> Figures:
     figures = {}
-    for model, study in found.models.items():
-        for alone in [side for side in found.sides(model) if side.attention]:
-            both = (found.best(model, alone), found.best(model, Side(study.ranks[1])))
+    for model, study in results.models.items():
+        for alone in [side for side in results.sides(model) if side.attention]:
+            both = (results.best(model, alone), results.best(model, Side(study.ranks[1])))
             pairs = zip(*both, strict=True)
             figures[model] = over([a.looks[-1].second - b.looks[-1].second for a, b in pairs])
     return figures
 
 
-def _rates(found: Found) -> Figures:
+def _rates(results: Results) -> Figures:
     """Decades between either side's best rates, seed by seed; of a lone seed they show nothing."""
     figures: Figures = {}
 
     def own(model: str, side: Side, seed: int) -> float:
-        runs = [p for p in found.courses if (p.model, p.side, p.seed) == (model, side, seed)]
+        runs = [p for p in results.courses if (p.model, p.side, p.seed) == (model, side, seed)]
         return min(runs, key=lambda p: p.valid).lr
 
-    for model, study in found.models.items():
+    for model, study in results.models.items():
         for side in map(Side, study.ranks):
             grids = (study.rates_of(side), study.rates_of(FULL))
             steps = [math.log10(b / a) for grid in grids for a, b in pairwise(sorted(grid))]
@@ -276,7 +277,7 @@ CLAIMS: tuple[Claim, ...] = (
         "LoRA trains fewer parameters.",
         "the share of all parameters that is trained",
         f"{HU}, section 4.2",
-        lambda found: _costs(found, lambda c, _: exact(c.trained / c.whole)),
+        lambda results: _costs(results, lambda c, _: exact(c.trained / c.whole)),
         most=1.0,
         shown=_percent,
     ),
@@ -285,7 +286,7 @@ CLAIMS: tuple[Claim, ...] = (
         "A step takes about two thirds of the arithmetic.",
         "the counted FLOPs of a step's products, over full fine-tuning's,",
         f"{SCHULMAN}, on compute: slightly more than 2/3",
-        lambda found: _costs(found, lambda c, full: exact(c.flops / full.flops)),
+        lambda results: _costs(results, lambda c, full: exact(c.flops / full.flops)),
         most=0.75,
     ),
     Claim(
@@ -293,7 +294,7 @@ CLAIMS: tuple[Claim, ...] = (
         "A step is faster.",
         "the time of a step over full fine-tuning's, of rounds in turn,",
         f"{HU}, section 4.2",
-        lambda found: _costs(found, _ratio_of_times),
+        lambda results: _costs(results, _ratio_of_times),
         most=1.0,
     ),
     Claim(
@@ -309,8 +310,8 @@ CLAIMS: tuple[Claim, ...] = (
         "Training takes less memory.",
         "the bytes of weights, gradients, optimizer and activations over full fine-tuning's",
         f"{HU}, section 4.2",
-        lambda found: _costs(
-            found,
+        lambda results: _costs(
+            results,
             lambda c, full: exact(sum(c.memory.values()) / sum(full.memory.values())),
         ),
         most=1.0,
@@ -321,7 +322,7 @@ CLAIMS: tuple[Claim, ...] = (
         "the number of products, of weights (their shape and dtype) and of bytes of logits in "
         "which the merged model is no plain one",
         f"{HU}, section 4.1",
-        lambda found: _costs(found, lambda c, _: exact(c.other)),
+        lambda results: _costs(results, lambda c, _: exact(c.other)),
         most=1.0,
         shown="{:.0f}".format,
     ),
@@ -330,7 +331,7 @@ CLAIMS: tuple[Claim, ...] = (
         "LoRA learns as well as full fine-tuning.",
         "how far the second task's loss falls, over how far it falls in full fine-tuning,",
         f"{HU}, section 5; {SCHULMAN}; against {BIDERMAN}",
-        lambda found: _pairs(found, lambda a, b: learned(a) / learned(b)),
+        lambda results: _pairs(results, lambda a, b: learned(a) / learned(b)),
         least=0.95,
     ),
     Claim(
@@ -347,7 +348,7 @@ CLAIMS: tuple[Claim, ...] = (
         "LoRA learns less.",
         "the second task's loss at the end less that of full fine-tuning",
         BIDERMAN,
-        lambda found: _pairs(found, lambda a, b: a.looks[-1].second - b.looks[-1].second),
+        lambda results: _pairs(results, lambda a, b: a.looks[-1].second - b.looks[-1].second),
         least=0.0,
     ),
     Claim(
@@ -355,7 +356,7 @@ CLAIMS: tuple[Claim, ...] = (
         "LoRA forgets less.",
         "the first task's loss at the end less that of full fine-tuning",
         BIDERMAN,
-        lambda found: _pairs(found, lambda a, b: a.looks[-1].first - b.looks[-1].first),
+        lambda results: _pairs(results, lambda a, b: a.looks[-1].first - b.looks[-1].first),
         most=0.0,
     ),
     Claim(
@@ -364,7 +365,7 @@ CLAIMS: tuple[Claim, ...] = (
         "the first task's loss less that of full fine-tuning, where either first has the least "
         "loss on the second that both reach,",
         BIDERMAN,
-        lambda found: _pairs(found, _forgets_at_the_same),
+        lambda results: _pairs(results, _forgets_at_the_same),
         most=0.0,
     ),
     Claim(
@@ -391,7 +392,7 @@ CLAIMS: tuple[Claim, ...] = (
         "An adapter's file is small.",
         "the bytes of the adapter over the whole model's",
         f"{HU}, section 4.2",
-        lambda found: _costs(found, lambda c, full: exact(c.disk / full.disk)),
+        lambda results: _costs(results, lambda c, full: exact(c.disk / full.disk)),
         most=0.1,
         shown=_percent,
     ),
@@ -399,16 +400,16 @@ CLAIMS: tuple[Claim, ...] = (
 """The claims, their criteria stated before anything is measured."""
 
 
-def table(found: Found, judged: Sequence[Verdict]) -> str:
+def table(results: Results, judged: Sequence[Verdict]) -> str:
     """The verdicts as lines of text, each with its criterion and its figures."""
     lines = []
     for verdict in judged:
         claim = verdict.claim
-        said = verdict.said.replace(verdict.word, verdict.word.upper(), 1)
-        lines += [f"{claim.says} {said}", f"  holds if {claim.criterion}"]
+        sentence = verdict.sentence.replace(verdict.word, verdict.word.upper(), 1)
+        lines += [f"{claim.says} {sentence}", f"  holds if {claim.criterion}"]
         lines += [f"  {case_words(claim, case)}" for case in verdict.cases]
         lines.append(f"  {claim.source}")
-    lines += notes(found)
+    lines += notes(results)
     return "\n".join(lines) + "\n"
 
 
@@ -420,18 +421,18 @@ def case_words(claim: Claim, case: Case) -> str:
     return f"{case.name}: {show(figure.mean)}{spread}, {word}"
 
 
-def notes(found: Found) -> list[str]:
+def notes(results: Results) -> list[str]:
     """How it was measured, and what to keep in mind."""
 
     def listed(values: Iterable[float]) -> str:
         return ", ".join(f"{x:g}" for x in values)
 
     said = [
-        f"{len(found.courses)} runs, {found.seconds:.0f} s in all. In brackets: {CONFIDENCE:.0%} "
+        f"{len(results.courses)} runs in {results.seconds:.0f} s. In brackets: {CONFIDENCE:.0%} "
         "intervals over seeds, of times over rounds; what has none was counted. Each case is "
         "judged alone: of many that are near the criterion, some will pass by chance."
     ]
-    for study in found.studies:
+    for study in results.studies:
         rates = listed(study.rates)
         if study.lora_rates:
             ranks = zip(study.ranks, study.lora_rates, strict=True)
@@ -458,14 +459,14 @@ def notes(found: Found) -> list[str]:
                 f"Of {', '.join(study.models)} the best rates are those of one seed: they are "
                 "shown, and decide nothing about the claim on rates."
             )
-    if edge := found.at_the_edge():
+    if edge := results.at_the_edge():
         said.append(f"Best at an end of the grid, so that others may be better: {'; '.join(edge)}.")
-    if diverged := [p for p in found.courses if p.why]:
+    if diverged := [p for p in results.courses if p.why]:
         said.append(f"{len(diverged)} of the runs diverged; none of these is a best one.")
-    return [*said, f"{found.left_out}."] if found.left_out else said
+    return [*said, f"{results.left_out}."] if results.left_out else said
 
 
-def as_json(found: Found, judged: Sequence[Verdict]) -> bytes:
+def as_json(results: Results, judged: Sequence[Verdict]) -> bytes:
     """All that was measured and what follows from it, as the bytes of a JSON file."""
 
     def plain(x: float) -> float | None:
@@ -487,8 +488,8 @@ def as_json(found: Found, judged: Sequence[Verdict]) -> bytes:
         }
         for verdict in judged
     }
-    runs = [{**asdict(course), "valid": plain(course.valid)} for course in found.courses]
-    costs = [asdict(cost) for cost in found.costs]
-    studies = [asdict(replace(study, path="")) for study in found.studies]
-    said = {"claims": claims, "notes": notes(found), "studies": studies}
+    runs = [{**asdict(course), "valid": plain(course.valid)} for course in results.courses]
+    costs = [asdict(cost) for cost in results.costs]
+    studies = [asdict(replace(study, path="")) for study in results.studies]
+    said = {"claims": claims, "notes": notes(results), "studies": studies}
     return pack_json({**said, "costs": costs, "runs": runs})

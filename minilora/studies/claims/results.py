@@ -1,4 +1,4 @@
-"""A study that runs, what is timed first and alone; and all that it has found."""
+"""A study that runs, what is timed first and alone; and all that it has results."""
 
 import os
 import time
@@ -37,7 +37,7 @@ def real_path() -> Path | None:
 
 
 @dataclass(frozen=True)
-class Found:
+class Results:
     """All that studies have measured, each of models of its own."""
 
     studies: tuple[Study, ...]
@@ -77,8 +77,8 @@ class Found:
 
     def cost(self, model: str, side: Side) -> Cost:
         """What the side costs."""
-        (found,) = [c for c in self.costs if (c.model, c.side) == (model, side)]
-        return found
+        (cost,) = [c for c in self.costs if (c.model, c.side) == (model, side)]
+        return cost
 
     def at_the_edge(self) -> list[str]:
         """The sides whose best rate is their grid's least or greatest: others may be better."""
@@ -134,7 +134,7 @@ Watch = Callable[[str, int, int], None]
 """Is told what is done, how many are done by now, and of how many."""
 
 
-def measure(study: Study, jobs: int = 1, watch: Watch | None = None) -> Found:
+def measure(study: Study, jobs: int = 1, watch: Watch | None = None) -> Results:
     """Runs the study, so many runs at a time; what is timed runs before and alone.
 
     The real model is left out where what it needs is not installed.
@@ -145,13 +145,13 @@ def measure(study: Study, jobs: int = 1, watch: Watch | None = None) -> Found:
     why = "it was not asked for" if study.real is None else "" if study.real.path else lacking()
     if study.real is not None and not why:
         studies.append(replace(study.real, path=study.real.path or str(real_path())))
-    found = Found(tuple(studies), (), (), f"{REAL} was left out: {why}" if why else "")
+    results = Results(tuple(studies), (), (), f"{REAL} was left out: {why}" if why else "")
     for one in studies:
-        found = _measured(one, found, jobs, watch)
-    return replace(found, seconds=time.monotonic() - started)
+        results = _measured(one, results, jobs, watch)
+    return replace(results, seconds=time.monotonic() - started)
 
 
-def _measured(study: Study, found: Found, jobs: int, watch: Watch | None) -> Found:
+def _measured(study: Study, results: Results, jobs: int, watch: Watch | None) -> Results:
     """With a study's costs and its courses: at every rate, then at the best with other seeds."""
     say = watch or (lambda text, done, total: None)
     costs: list[Cost] = []
@@ -166,7 +166,7 @@ def _measured(study: Study, found: Found, jobs: int, watch: Watch | None) -> Fou
             costs += before[0]
             own |= {(model, seed): text for seed, text in zip(study.seeds, before[1], strict=True)}
             sides[model], most = [cost.side for cost in before[0]], max(most, before[2])
-    found = replace(found, costs=(*found.costs, *costs))
+    results = replace(results, costs=(*results.costs, *costs))
     rest = [seed for seed in study.seeds if seed not in study.tuned_by]
     each = [(model, side) for model in study.models for side in sides[model]]
     of_rates = [(*one, lr) for one in each for lr in study.rates_of(one[1])]
@@ -184,6 +184,6 @@ def _measured(study: Study, found: Found, jobs: int, watch: Watch | None) -> Fou
             say(f"{course.model}, {course.side.name}", done, total)
         return [runs[i] for i in sorted(runs)]
 
-    found = replace(found, courses=(*found.courses, *courses(of_rates, study.tuned_by)))
-    best = [(*one, found.rate(*one)) for one in each] if rest else []
-    return replace(found, courses=(*found.courses, *courses(best, rest)))
+    results = replace(results, courses=(*results.courses, *courses(of_rates, study.tuned_by)))
+    best = [(*one, results.rate(*one)) for one in each] if rest else []
+    return replace(results, courses=(*results.courses, *courses(best, rest)))

@@ -1,0 +1,84 @@
+"""The models that are measured, as files that every side reads."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minilora.io.formats import huggingface, peft
+from minilora.io.formats.files import write_tensors
+from minilora.spec.models import FIRST, Config, Llama, draw_weights
+from minilora.spec.quantization import gguf_bytes, quantise
+from minilora.spec.target_modules import LoraConfig, inject
+
+RANK = 8
+KINDS = ("step", "forward", "generate")
+"""What is measured: a step of training, the loss alone, tokens drawn one by one."""
+
+RATE = 1e-4
+"""The learning rate on either side."""
+
+PROMPT, NEW = 32, 32
+"""Tokens: at most so many of the batch's first sequence are gone on from, by so many."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and its batch, b sequences of t tokens, and what is measured of them."""
+
+    c: Llama
+    b: int
+    t: int
+    kinds: tuple[str, ...] = KINDS
+
+
+_SMOLLM2 = Llama(
+    vocab=49152, d=576, layers=30, heads=9, ffn=1536, kv_heads=3, head_dim=64, tied=True
+)
+SIZES = {
+    "tiny": Size(Llama(vocab=256, d=32, layers=2, heads=2, ffn=96, kv_heads=2, head_dim=16), 4, 32),
+    "small": Size(
+        Llama(vocab=1024, d=128, layers=4, heads=4, ffn=352, kv_heads=4, head_dim=32), 8, 128
+    ),
+    "medium": Size(
+        Llama(vocab=4096, d=384, layers=6, heads=6, ffn=1024, kv_heads=6, head_dim=64), 4, 256
+    ),
+    "smollm2": Size(_SMOLLM2, 1, 128),
+    "smollm2-512": Size(_SMOLLM2, 1, 512, KINDS[:2]),
+}
+"""The sizes by name, the last two those of SmolLM2-135M, which generates alike in both."""
+
+
+def flops(c: Config, b: int, t: int, r: int = RANK) -> dict[str, int]:
+    """The multiplications and additions that a LoRA step on all linears takes at least.
+
+    Of the frozen weights one product forward and one for the gradient of its input, none for dW; of
+    the adapters one more. A causal mask leaves half of all pairs of tokens, each with two products
+    forward and four backward. No gradient flows below the projections that read the first input.
+    """
+    heads = getattr(c, "head_dim", c.d // c.heads) * c.heads
+    blocks = {at: m * n for at, (m, n) in c.linears().items() if at.startswith("layers.")}
+    first = sum((m + r) * n for at, (m, n) in c.block().items() if at in FIRST)
+    frozen = sum(blocks.values()) + c.vocab * c.d
+    adapters = sum(r * sum(c.linears()[at]) for at in blocks)
+    pairs = b * c.layers * heads * t * (t + 1) // 2
+    forward = 2 * b * t * (frozen + adapters) + 2 * 2 * pairs
+    backward = 2 * b * t * (frozen - first + 2 * adapters) + 4 * 2 * pairs
+    return {"forward": forward, "step": forward + backward}
+
+
+def write_case(folder: Path, size: Size, seed: int = 0) -> None:
+    """The model, an adapter with B ≠ 0 and the batch, as files that every side reads."""
+    rng = np.random.default_rng(seed)
+    base = {name: w.astype(np.float32) for name, w in draw_weights(size.c, rng).items()}
+    lora = LoraConfig(r=RANK, alpha=2 * RANK)
+    W, tuning = inject(base, lora, size.c.linears(), rng)
+    for name in sorted(tuning.trained):  # a set's order is another in each process
+        W[name] = (0.02 * rng.standard_normal(W[name].shape)).astype(np.float32)
+    huggingface.write_model(folder / "model", size.c, base)
+    peft.write_adapter(folder / "adapter", size.c, W, tuning, lora)
+    ids = rng.integers(0, size.c.vocab, (size.b, size.t))
+    write_tensors(folder / "batch.safetensors", {"ids": ids})
+    codes = {name: gguf_bytes(quantise(w, "q4_1")) for name, w in base.items() if w.shape[1] > 1}
+    small = {name: codes.get(name, w) for name, w in base.items()}
+    write_tensors(folder / "quantised.safetensors", small)
