@@ -367,7 +367,9 @@ def draw_tuning(
 
     ``p`` is the rate of dropout, 0 for none; with ``everything`` the base is trained too.
     """
-    choice = target_modules.LoraConfig(r=2, alpha=7 / 3, targets=".*", rank_pattern={"k|up|qkv": 3})
+    choice = target_modules.LoraConfig(
+        r=2, lora_alpha=7 / 3, target_modules=".*", rank_pattern={"k|up|qkv": 3}
+    )
     W, tuning = target_modules.inject(W, choice, c.linears(), rng)
     W |= {name: 0.5 * rng.standard_normal(w.shape) for name, w in W.items() if name.endswith(".B")}
     keep: Mapping[str, Array] = {}

@@ -47,62 +47,70 @@ ALORA = Variant(("A", "B"), _alora_linear, _merge_alora)
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """A choice of adapters: where, of which rank and scale, and what is trained beside them.
+    """Which modules get an adapter, of which rank and scale, and what is trained beside them.
 
-    ``targets``: "all-linear" (every projection but the head), a regular expression that must match
-    a module's whole name, or names, each matching a name or its dotted end; ``exclude`` likewise
-    takes away; ``layers`` keeps those of these numbers, and what is named in full. How all these
-    match is said at :func:`targeted` and :func:`pattern_value`. ``rank_pattern`` and
-    ``alpha_pattern`` map an expression for a name's dotted end to a rank or alpha of its own.
-    ``bias``: "none", "lora_only" or "all"; ``also``: expressions for whole names of parameters
-    trained in full (norms, embeddings, heads).
+    The fields have PEFT's names. ``target_modules``: "all-linear" (every projection but the head),
+    a regular expression that must match a module's whole name, or names, each matching a name or
+    its dotted end; ``exclude_modules`` likewise takes away; ``layers_to_transform`` keeps those of
+    these numbers, and what is named in full (:func:`targeted`). ``rank_pattern`` and
+    ``alpha_pattern`` map an expression for a name's dotted end to a rank or alpha of its own
+    (:func:`pattern_value`). ``bias``: "none", "lora_only" or "all"; ``modules_to_save``:
+    expressions for whole names of parameters trained in full (norms, embeddings, heads).
 
-    ``variant``: a name in `variants.REGISTRY`; ``init``: a name in
-    `initialization.STARTS`, the variant's own unless given; ``rslora``: s = α/√r, as with
-    the variant of that name. ``invocation``: the tokens from which aLoRA acts (:func:`invoked`).
-    ``tie``: a tied head takes its embedding's factors, `lora.twin`. ``tokens``:
-    rows of tables that are trained alone, by `ops.with_tokens` and not by
-    :func:`inject`. ``replication``: the ranges of :func:`replicate` that the model was made with.
+    ``variant``: a name in `variants.REGISTRY`; ``init_lora_weights``: a name in
+    `initialization.STARTS`, the variant's own unless given; ``use_rslora``: s = α/√r, as with
+    the variant of that name. ``alora_invocation_tokens``: the tokens from which aLoRA acts
+    (:func:`invoked`). ``ensure_weight_tying``: a tied head takes its embedding's factors,
+    `lora.twin`. ``trainable_token_indices``: rows of tables that are trained alone, by
+    `ops.with_tokens` and not by :func:`inject`. ``layer_replication``: the ranges of
+    :func:`replicate` that the model was made with.
 
     Errors: ValueError for what contradicts itself, or names no variant, start or bias.
     """
 
     r: int = 8
-    alpha: Any = 8
-    rslora: bool = False
-    dropout: float = 0.0
-    targets: str | Sequence[str] = "all-linear"
-    exclude: str | Sequence[str] = ()
-    layers: Sequence[int] | None = None
+    lora_alpha: Any = 8
+    use_rslora: bool = False
+    lora_dropout: float = 0.0
+    target_modules: str | Sequence[str] = "all-linear"
+    exclude_modules: str | Sequence[str] = ()
+    layers_to_transform: Sequence[int] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, Any] = field(default_factory=dict)
     bias: str = "none"
-    also: Sequence[str] = ()
-    init: str = ""
+    modules_to_save: Sequence[str] = ()
+    init_lora_weights: str = ""
     variant: str = "lora"
-    invocation: Sequence[int] = ()
-    tie: bool = False
-    tokens: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    replication: Sequence[tuple[int, int]] = ()
+    alora_invocation_tokens: Sequence[int] = ()
+    ensure_weight_tying: bool = False
+    trainable_token_indices: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    layer_replication: Sequence[tuple[int, int]] = ()
 
     def __post_init__(self) -> None:
         if self.variant in REGISTRY:
-            object.__setattr__(self, "init", self.init or self.entry.init)
-            object.__setattr__(self, "rslora", self.rslora or self.entry.rslora)
+            object.__setattr__(self, "init_lora_weights", self.init_lora_weights or self.entry.init)
+            object.__setattr__(self, "use_rslora", self.use_rslora or self.entry.rslora)
         for name, known in (
             ("variant", tuple(REGISTRY)),
             ("bias", ("none", "lora_only", "all")),
-            ("init", tuple(STARTS)),
+            ("init_lora_weights", tuple(STARTS)),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {known}")
-        if self.layers is not None and len(self.layers) == 0:
-            raise ValueError("layers: found none, expected numbers; leave it out for all layers")
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
+        if self.layers_to_transform is not None and len(self.layers_to_transform) == 0:
+            raise ValueError(
+                "layers_to_transform: found none, expected numbers; leave it out for all"
+            )
+        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             if not alpha - alpha == 0:
-                raise ValueError(f"alpha {alpha}: expected a finite number")
-        expressions = [v for v in (self.targets, self.exclude) if isinstance(v, str)]
-        for expression in (*expressions, *self.rank_pattern, *self.alpha_pattern, *self.also):
+                raise ValueError(f"lora_alpha {alpha}: expected a finite number")
+        expressions = [v for v in (self.target_modules, self.exclude_modules) if isinstance(v, str)]
+        for expression in (
+            *expressions,
+            *self.rank_pattern,
+            *self.alpha_pattern,
+            *self.modules_to_save,
+        ):
             try:
                 re.compile(expression)
             except re.error as error:
@@ -111,21 +119,28 @@ class LoraConfig:
         for r in (self.r, *self.rank_pattern.values()):
             if not (isinstance(r, int | np.integer) and r >= 1):
                 raise ValueError(f"rank {r}: expected at least 1, a whole number")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout}: expected at least 0 and below 1")
-        for at in self.tokens:
-            if any(re.fullmatch(expression, f"{at}.weight") for expression in self.also):
-                expected = "rows of a table, or all of it by also"
-                raise ValueError(f"tokens of {at}, which is trained in full: expected {expected}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout {self.lora_dropout}: expected at least 0 and below 1")
+        for at in self.trainable_token_indices:
+            if any(re.fullmatch(expression, f"{at}.weight") for expression in self.modules_to_save):
+                expected = "rows of it, or all of it by modules_to_save"
+                raise ValueError(f"trainable_token_indices of {at}: expected {expected}, not both")
         own, entry = self.entry.init, self.entry
-        if self.init != own and (own != "kaiming" or self.init in ("vera", "adalora")):
-            raise ValueError(f"init {self.init!r}: the variant {self.variant!r} starts as {own!r}")
-        if (self.variant == "alora") != bool(self.invocation):
+        if self.init_lora_weights != own and (
+            own != "kaiming" or self.init_lora_weights in ("vera", "adalora")
+        ):
+            expected = f"{own!r}, as the variant {self.variant!r} starts"
+            raise ValueError(f"init_lora_weights {self.init_lora_weights!r}: expected {expected}")
+        if (self.variant == "alora") != bool(self.alora_invocation_tokens):
             expected = "the tokens of aLoRA's invocation, and none for another variant"
-            raise ValueError(f"invocation {list(self.invocation)}: expected {expected}")
-        if self.tie and self.equation != LORA:
-            raise ValueError(f"tie: factors are shared by LoRA itself only, not {self.variant!r}")
-        shared = {"rslora": "no rsLoRA's scale", "alpha_pattern": "one scale for all modules"}
+            raise ValueError(
+                f"alora_invocation_tokens {list(self.alora_invocation_tokens)}: expected {expected}"
+            )
+        if self.ensure_weight_tying and self.equation != LORA:
+            raise ValueError(
+                f"ensure_weight_tying: factors are shared by LoRA itself only, not {self.variant!r}"
+            )
+        shared = {"use_rslora": "no rsLoRA's scale", "alpha_pattern": "one scale for all modules"}
         shared |= {"rank_pattern": "one rank for all modules"} if entry.variant == VERA else {}
         for name, why in shared.items() if entry.variant in (VERA, ADALORA) else ():
             if getattr(self, name):
@@ -295,33 +310,35 @@ def resolve_targets(lora: LoraConfig, linears: Mapping[str, tuple[int, int]]) ->
     ``linears`` are a model's projections, or its ``matrices()``: those, the tables as (d, v), and a
     tied head. "all-linear" hits projections only, whichever is given.
 
-    ``exclude`` and ``layers`` may name what is not there, as in PEFT.
+    ``exclude_modules`` and ``layers_to_transform`` may name what is not there, as in PEFT.
 
-    Errors: ValueError if it hits nothing, or if a name of ``targets`` or a pattern of ranks or
-    alphas hits nothing; if it ties what is not both there, or gives the two other ranks.
+    Errors: ValueError if it hits nothing, or if a name of ``target_modules`` or a pattern of ranks
+    or alphas hits nothing; if it ties what is not both there, or gives the two other ranks.
     """
-    every = lora.targets == "all-linear"
+    every = lora.target_modules == "all-linear"
     hit = [
         at
         for at in (all_linear(linears, ("head", *TABLES)) if every else linears)
         if targeted(
             at,
-            ".*" if every else lora.targets,
-            exclude=lora.exclude,
-            layers=lora.layers,
+            ".*" if every else lora.target_modules,
+            exclude=lora.exclude_modules,
+            layers=lora.layers_to_transform,
             layers_pattern="layers",
         )
     ]
     twins = {"embed", "head"}
-    if lora.tie and twins.intersection(hit):
+    if lora.ensure_weight_tying and twins.intersection(hit):
         if not twins <= linears.keys():
-            raise ValueError("tie: expected an embedding and a head; give the model's matrices()")
+            raise ValueError(
+                "ensure_weight_tying: expected an embedding and a head; give the model's matrices()"
+            )
         hit = [at for at in linears if at in twins.union(hit)]
 
     def own(patterns: Mapping[str, Any], default: Any) -> dict[str, Any]:
         return {at: pattern_value(patterns, at, default) for at in hit}
 
-    names = [] if isinstance(lora.targets, str) else list(lora.targets)
+    names = [] if isinstance(lora.target_modules, str) else list(lora.target_modules)
     idle = [name for name in names if not any(matches(at, [name]) for at in linears)]
     idle += [
         p
@@ -329,13 +346,15 @@ def resolve_targets(lora: LoraConfig, linears: Mapping[str, tuple[int, int]]) ->
         if not any(own({p: True}, False).values())
     ]
     if not hit or idle:
-        what = f"{idle} of the choice" if idle else f"targets {lora.targets!r}"
+        what = f"{idle} of the choice" if idle else f"target_modules {lora.target_modules!r}"
         raise ValueError(f"{what} hit no projection; there are: {', '.join(linears)}")
     rank = own(lora.rank_pattern, lora.r)
-    if lora.tie and twins <= rank.keys() and rank["head"] != rank["embed"]:
-        raise ValueError(f"tie: ranks {rank['embed']} and {rank['head']}, expected one")
+    if lora.ensure_weight_tying and twins <= rank.keys() and rank["head"] != rank["embed"]:
+        raise ValueError(
+            f"ensure_weight_tying: ranks {rank['embed']} and {rank['head']}, expected one"
+        )
     shapes = {at: linears[at] for at in hit}
-    return ResolvedTargets(rank, own(lora.alpha_pattern, lora.alpha), shapes, lora.variant)
+    return ResolvedTargets(rank, own(lora.alpha_pattern, lora.lora_alpha), shapes, lora.variant)
 
 
 def scales(lora: LoraConfig, choice: ResolvedTargets) -> dict[str, Any]:
@@ -343,8 +362,8 @@ def scales(lora: LoraConfig, choice: ResolvedTargets) -> dict[str, Any]:
     if lora.entry.variant == VERA:
         return dict.fromkeys(choice.rank, 1)
     if lora.entry.variant == ADALORA:
-        return dict.fromkeys(choice.rank, adalora_scale(lora.alpha, lora.r))
-    return {at: scale(choice.alpha[at], r, lora.rslora) for at, r in choice.rank.items()}
+        return dict.fromkeys(choice.rank, adalora_scale(lora.lora_alpha, lora.r))
+    return {at: scale(choice.alpha[at], r, lora.use_rslora) for at, r in choice.rank.items()}
 
 
 def inject(
@@ -360,9 +379,9 @@ def inject(
     VeRA's A and B are parts of one draw.
 
     Errors: those of :func:`resolve_targets` and of the start; ValueError if W has adapters
-    already, if an expression of ``lora.also`` matches no parameter, if a table has no such
-    adapter, no such row, or the head to tie has a weight of its own; if W is not made of
-    ``lora.replication``.
+    already, if an expression of ``lora.modules_to_save`` matches no parameter, if a table has no
+    such adapter, no such row, or the head to tie has a weight of its own; if W is not made of
+    ``lora.layer_replication``.
     """
     if any(name.endswith(".A") for name in W):
         raise ValueError("the weights have adapters already; disable or merge them first")
@@ -383,15 +402,15 @@ def inject(
             A, B = (f.astype(M.dtype, copy=False) for f in (A, B))
             parts = vera_part(A, B, *M.shape)
         else:
-            init = "embedding" if at in TABLES else lora.init
+            init = "embedding" if at in TABLES else lora.init_lora_weights
             base, parts = start(variant, init, rng, M, r, s[at])
         changed |= {f"{at}.{part}": v for part, v in zip(variant.parts, parts, strict=True)}
         if base is not M:
             changed[f"{at}.weight"] = base
-    if lora.tie and "head" in choice.rank:
+    if lora.ensure_weight_tying and "head" in choice.rank:
         changed["head.A"], changed["head.B"] = twin(changed["embed.A"], changed["embed.B"])
-    beside = {name for name in W if any(re.fullmatch(p, name) for p in lora.also)}
-    idle = [p for p in lora.also if not any(re.fullmatch(p, name) for name in W)]
+    beside = {name for name in W if any(re.fullmatch(p, name) for p in lora.modules_to_save)}
+    idle = [p for p in lora.modules_to_save if not any(re.fullmatch(p, name) for name in W)]
     if idle:
         raise ValueError(f"{idle} match no parameter; there are: {', '.join(W)}")
     if lora.bias == "all":
@@ -411,16 +430,22 @@ def _check_tables(W: Weights, lora: LoraConfig, choice: ResolvedTargets) -> None
     for at in TABLES:
         if at in choice.rank and not plain:
             raise ValueError(f"{at} is a table: it has no adapter of the variant {lora.variant!r}")
-    if lora.tie and "head" in choice.rank and "head.weight" in W:
-        raise ValueError("tie: the head has a weight of its own; expected a tied model")
-    for at, ids in lora.tokens.items():
+    if lora.ensure_weight_tying and "head" in choice.rank and "head.weight" in W:
+        raise ValueError(
+            "ensure_weight_tying: the head has a weight of its own; expected a tied model"
+        )
+    for at, ids in lora.trainable_token_indices.items():
         rows = len(W[f"{at}.weight"]) if f"{at}.weight" in W else 0
         if len({*ids} & {*range(rows)}) < len(ids) or not ids:
             expected = f"expected each once, from 0 to {rows - 1}"
-            raise ValueError(f"tokens {list(ids)} of {at}: {expected}")
+            raise ValueError(f"trainable_token_indices {list(ids)} of {at}: {expected}")
     layers = {int(name.split(".")[1]) for name in W if name.startswith("layers.")}
-    if lora.replication and len(layers) != sum(end - begin for begin, end in lora.replication):
-        raise ValueError(f"replication {lora.replication} of {len(layers)} layers: replicate first")
+    if lora.layer_replication and len(layers) != sum(
+        end - begin for begin, end in lora.layer_replication
+    ):
+        raise ValueError(
+            f"layer_replication {lora.layer_replication} of {len(layers)} layers: replicate first"
+        )
 
 
 def invoked(tuning: TrainableSpec, ids: Array, tokens: Sequence[int]) -> TrainableSpec:

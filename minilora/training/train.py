@@ -136,11 +136,11 @@ class TrainConfig:
         r = adalora.initial_rank(self.rank) if self.variant == "adalora" else self.rank
         return LoraConfig(
             r=r,
-            alpha=self.alpha * r / self.rank if r != self.rank else self.alpha,
-            dropout=self.dropout,
-            targets=self.targets,
+            lora_alpha=self.alpha * r / self.rank if r != self.rank else self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.targets,
             variant=self.variant,
-            also=(r"head\..*",) if self.task == "classify" else (),
+            modules_to_save=(r"head\..*",) if self.task == "classify" else (),
         )
 
     def ratio(self) -> float:
@@ -379,7 +379,11 @@ def prepare(base: Base, read: Data, recipe: TrainConfig, source: str = "", **set
     lora = recipe.lora()
     # A drawn start reads its weight's shape and dtype and nothing else: those of a base that is
     # expanded on demand are not expanded for it.
-    drawn = lora.equation == LORA and lora.init in ("kaiming", "gaussian", "orthogonal")
+    drawn = lora.equation == LORA and lora.init_lora_weights in (
+        "kaiming",
+        "gaussian",
+        "orthogonal",
+    )
     seen = _outlines(W, c) if drawn else {name: W[name] for name in c.shapes()}
     adapted, tuning = inject(seen, lora, c.linears(), np.random.default_rng([recipe.seed, 2]))
     if recipe.task == "classify" and "head" in tuning.scale:
@@ -432,7 +436,7 @@ def _pruned(
     ranks = {name.removesuffix(".E"): len(E) for name, E in kept.items() if name.endswith(".E")}
     tuning = replace(tuning, trained=tuning.trained - (W.keys() - kept.keys()))
     patterns = {re.escape(at): r for at, r in ranks.items()}
-    return kept, tuning, replace(lora, targets=[*ranks], rank_pattern=patterns)
+    return kept, tuning, replace(lora, target_modules=[*ranks], rank_pattern=patterns)
 
 
 def goes_along(job: Job) -> bool:
@@ -440,7 +444,7 @@ def goes_along(job: Job) -> bool:
 
     LoftQ's is quantised, and what that loses is no matrix of low rank.
     """
-    return job.lora is not None and job.lora.init == "loftq"
+    return job.lora is not None and job.lora.init_lora_weights == "loftq"
 
 
 def write_base(folder: Path | str, job: Job) -> None:

@@ -764,7 +764,7 @@ def test_a_shipped_classifier_is_inspected_and_gguf_has_no_place_for_it(minilora
 def test_what_a_start_took_out_of_the_base_is_converted_too(init, kind, tmp_path):
     """PEFT takes it out again where it loads the folder; others leave the base as it is."""
     base, rng = open_base("reference:llama"), np.random.default_rng(0)
-    lora = LoraConfig(r=2, alpha=2, variant=init)
+    lora = LoraConfig(r=2, lora_alpha=2, variant=init)
     W, tuning = inject(dict(base.weights), lora, base.config.linears(), rng)
     moved = {name: W[name] + W[name].dtype.type(0.1) for name in tuning.trained}
     before = {name: W[name] for name in base.config.shapes()}
@@ -793,7 +793,9 @@ def moduli(model, at):
 
 def test_trained_rows_of_a_table_are_not_lost_in_converting(tmp_path):
     base, rng = open_base("reference:llama"), np.random.default_rng(0)
-    lora = LoraConfig(r=2, alpha=2, targets=["q"], tokens={"embed": [3, 4]})
+    lora = LoraConfig(
+        r=2, lora_alpha=2, target_modules=["q"], trainable_token_indices={"embed": [3, 4]}
+    )
     W, tuning = inject(dict(base.weights), lora, base.config.linears(), rng)
     peft.write_adapter(tmp_path / "a", base.config, W, tuning, lora)
     for change, refused in ((0, False), (1, True)):
@@ -840,7 +842,7 @@ def test_a_tie_that_an_adapter_ends_is_merged_as_two_weights(at, minilora, tmp_p
     c = Llama(vocab=9, d=8, layers=1, heads=2, ffn=6, kv_heads=1, head_dim=4, tied=True)
     base = {name: w.astype(np.float32) for name, w in draw_weights(c, rng).items()}
     huggingface.write_model(tmp_path / "m", c, base, kept={"eos_token_id": 7})
-    lora = LoraConfig(r=2, alpha=2, targets=[at])
+    lora = LoraConfig(r=2, lora_alpha=2, target_modules=[at])
     W, tuning = inject(base, lora, c.matrices(), rng)
     W[f"{at}.B"] = rng.standard_normal(W[f"{at}.B"].shape).astype(np.float32)
     peft.write_adapter(tmp_path / "a", c, W, tuning, lora)

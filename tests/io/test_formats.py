@@ -104,32 +104,38 @@ def folder(tmp_path):
 LORAS = {
     "llama": LoraConfig(
         r=3,
-        alpha=5,
-        rslora=True,
-        dropout=0.1,
-        targets=["q", "down", "head"],
+        lora_alpha=5,
+        use_rslora=True,
+        lora_dropout=0.1,
+        target_modules=["q", "down", "head"],
         rank_pattern={"layers.1.q": 2},
         alpha_pattern={"down": 7.5},
-        also=["norm.weight", "embed.weight", r"layers\.0\.gate\.weight"],
+        modules_to_save=["norm.weight", "embed.weight", r"layers\.0\.gate\.weight"],
     ),
-    "qwen2": LoraConfig(r=2, alpha=3, bias="all", also=["embed.weight"], init="gaussian"),
+    "qwen2": LoraConfig(
+        r=2,
+        lora_alpha=3,
+        bias="all",
+        modules_to_save=["embed.weight"],
+        init_lora_weights="gaussian",
+    ),
     "gpt2": LoraConfig(
         r=2,
-        alpha=1,
+        lora_alpha=1,
         bias="all",
-        targets=r"layers\.\d\.(qkv|down)",
+        target_modules=r"layers\.\d\.(qkv|down)",
         alpha_pattern={"layers.0.qkv": 4},
-        also=["norm.weight", "positions.weight", r"layers\.1\.up\.weight"],
+        modules_to_save=["norm.weight", "positions.weight", r"layers\.1\.up\.weight"],
     ),
     "bert": LoraConfig(
         r=2,
-        alpha=4,
+        lora_alpha=4,
         bias="lora_only",
-        targets=["q", "v", "o", "pooler"],
-        layers=None,
-        exclude=["layers.0.o"],
+        target_modules=["q", "v", "o", "pooler"],
+        layers_to_transform=None,
+        exclude_modules=["layers.0.o"],
         rank_pattern={"v": 1},
-        also=["head.weight", "head.bias"],
+        modules_to_save=["head.weight", "head.bias"],
     ),
 }
 
@@ -815,13 +821,13 @@ def test_the_choice_read_back_is_the_choice_written(kind, adapters):
     c, _, _, lora = adapted(kind)
     read = read_lora(adapters / f"{kind}-adapter", c)
     assert resolve_targets(read, c.linears()) == resolve_targets(lora, c.linears())
-    assert (read.r, read.alpha, read.rslora, read.dropout) == (
+    assert (read.r, read.lora_alpha, read.use_rslora, read.lora_dropout) == (
         lora.r,
-        lora.alpha,
-        lora.rslora,
-        lora.dropout,
+        lora.lora_alpha,
+        lora.use_rslora,
+        lora.lora_dropout,
     )
-    assert (read.bias, read.init) == (lora.bias, lora.init)
+    assert (read.bias, read.init_lora_weights) == (lora.bias, lora.init_lora_weights)
     W = weights(c)
     assert (
         inject(W, read, c.linears(), np.random.default_rng(0))[1]
@@ -877,7 +883,7 @@ def said(adapters, kind, **changes):
 
 
 def targets(adapters, kind, **changes):
-    return sorted(said(adapters, kind, modules_to_save=None, **changes).targets)
+    return sorted(said(adapters, kind, modules_to_save=None, **changes).target_modules)
 
 
 def layers(*ends, of=(0, 1)):
@@ -947,13 +953,13 @@ def test_targets_are_resolved_as_peft_resolves_them(kind, changes, hit, adapters
 
 def test_what_is_saved_in_full_is_not_adapted(adapters):
     lora = said(adapters, "bert", target_modules=["dense", "query"], modules_to_save=["pooler"])
-    assert sorted(lora.targets) == layers("q", "o", "up", "down")
-    assert {*lora.also} == {"pooler.weight", "pooler.bias", "head.weight", "head.bias"}
+    assert sorted(lora.target_modules) == layers("q", "o", "up", "down")
+    assert {*lora.modules_to_save} == {"pooler.weight", "pooler.bias", "head.weight", "head.bias"}
     # Modules are found by the end of their name, no dot asked: norm is layernorm, too.
     norms = {"norm.weight", "layers.0.norm1.weight", "layers.1.norm1.weight"}
     norms |= {"layers.0.norm2.weight", "layers.1.norm2.weight"}
     lora = said(adapters, "llama", modules_to_save=["norm"], target_modules=["q_proj"])
-    assert {*lora.also} == norms
+    assert {*lora.modules_to_save} == norms
 
 
 def test_ranks_and_scales_follow_the_first_pattern_that_fits(adapters):
@@ -969,7 +975,7 @@ def test_ranks_and_scales_follow_the_first_pattern_that_fits(adapters):
         alpha_pattern={".*v_proj": 20.5, "layers.0.self_attn.v_proj": 1},
     )
     choice = resolve_targets(lora, MODELS["llama"].linears())
-    found = {at: scale(choice.alpha[at], r, lora.rslora) for at, r in choice.rank.items()}
+    found = {at: scale(choice.alpha[at], r, lora.use_rslora) for at, r in choice.rank.items()}
     assert found == {
         "layers.0.q": 12 / 3,
         "layers.1.q": 12 / 2,
@@ -1148,7 +1154,7 @@ def test_only_what_the_choice_says_is_written(tmp_path):
     other = {**tuning.scale, "layers.0.q": 1.0}
     for wrong, says in (
         ((weights(c), tuning, lora), r"factors: found head\.A.* in one of the two, expected the"),
-        ((W, tuning, LoraConfig(targets=["q"])), r"factors: found head\.A"),
+        ((W, tuning, LoraConfig(target_modules=["q"])), r"factors: found head\.A"),
         ((W | {"layers.0.q.A": np.ones((4, 8))}, tuning, lora), r"q\.A: found shape \(4, 8\), exp"),
         ((W, replace(tuning, scale=other), lora), r"scale of layers\.0\.q: found 1"),
         ((W, TrainableSpec(scale={}, trained=tuning.trained), lora), "scale of .*: found None"),
@@ -1162,7 +1168,7 @@ def test_only_what_the_choice_says_is_written(tmp_path):
         (["norm.bias"], "none", r"trained: found norm\.weight left out or over"),
         (["embed.weight"], "none", "found the tied embedding, expected no tied embedding"),
     ):
-        lora = LoraConfig(also=also, bias=bias)
+        lora = LoraConfig(modules_to_save=also, bias=bias)
         W, tuning = inject(weights(biased), lora, biased.linears(), np.random.default_rng(0))
         with pytest.raises(FormatError, match=says):
             write_adapter(tmp_path / "no", biased, W, tuning, lora)
@@ -1176,7 +1182,7 @@ def test_only_what_the_choice_says_is_written(tmp_path):
 def test_alpha_is_written_if_json_has_it(tmp_path):
     c = MODELS["gpt2"]
     for alpha, written in ((np.float32(2.5), 2.5), (np.int64(3), 3), (Fraction(1, 2), None)):
-        lora = LoraConfig(r=1, alpha=alpha, targets=["qkv"])
+        lora = LoraConfig(r=1, lora_alpha=alpha, target_modules=["qkv"])
         W, tuning = inject(weights(c), lora, c.linears(), np.random.default_rng(0))
         if written is None:
             with pytest.raises(
@@ -1216,7 +1222,9 @@ class Damaged:
 def damaged(tmp_path_factory):
     folder = tmp_path_factory.mktemp("damaged")
     c = GPT2(vocab=3, d=2, layers=1, heads=1, ffn=3, positions=2)
-    lora = LoraConfig(r=1, alpha=2, targets=["qkv"], bias="all", also=["norm.weight"])
+    lora = LoraConfig(
+        r=1, lora_alpha=2, target_modules=["qkv"], bias="all", modules_to_save=["norm.weight"]
+    )
     W, tuning = inject(weights(c), lora, c.linears(), np.random.default_rng(0))
     write_model(folder / "model", c, weights(c), dtype=np.float32)
     write_adapter(folder / "adapter", c, W, tuning, lora, dtype=ml_dtypes.bfloat16)

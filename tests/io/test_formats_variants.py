@@ -27,72 +27,136 @@ from minilora.spec.lora import is_base, twin
 from minilora.spec.target_modules import LoraConfig, invoked, replicate, resolve_targets
 
 CASES = {
-    "dora": ("llama", LoraConfig(r=3, alpha=5, variant="dora", rank_pattern={"1.q": 2})),
+    "dora": ("llama", LoraConfig(r=3, lora_alpha=5, variant="dora", rank_pattern={"1.q": 2})),
     "dora, rslora, gpt2": (
         "gpt2",
-        LoraConfig(r=2, alpha=5, variant="dora", rslora=True, bias="all"),
+        LoraConfig(r=2, lora_alpha=5, variant="dora", use_rslora=True, bias="all"),
     ),
     "dora, bert": (
         "bert",
-        LoraConfig(r=2, alpha=3, variant="dora", bias="lora_only", init="gaussian"),
+        LoraConfig(
+            r=2, lora_alpha=3, variant="dora", bias="lora_only", init_lora_weights="gaussian"
+        ),
     ),
-    "dora of tables": ("llama", LoraConfig(r=2, alpha=3, variant="dora", targets=["embed", "up"])),
-    "bias": ("gpt2", LoraConfig(r=2, alpha=3, variant="lora-bias", alpha_pattern={"qkv": 7})),
+    "dora of tables": (
+        "llama",
+        LoraConfig(r=2, lora_alpha=3, variant="dora", target_modules=["embed", "up"]),
+    ),
+    "bias": ("gpt2", LoraConfig(r=2, lora_alpha=3, variant="lora-bias", alpha_pattern={"qkv": 7})),
     "bias, no base's": (
         "llama",
-        LoraConfig(r=2, alpha=3, variant="lora-bias", targets=["q", "head"]),
+        LoraConfig(r=2, lora_alpha=3, variant="lora-bias", target_modules=["q", "head"]),
     ),
-    "orthogonal": ("bert", LoraConfig(r=4, alpha=3, init="orthogonal", targets=["q", "pooler"])),
-    "vera": ("llama", LoraConfig(r=3, variant="vera", targets=["q", "down", "v"])),
+    "orthogonal": (
+        "bert",
+        LoraConfig(
+            r=4, lora_alpha=3, init_lora_weights="orthogonal", target_modules=["q", "pooler"]
+        ),
+    ),
+    "vera": ("llama", LoraConfig(r=3, variant="vera", target_modules=["q", "down", "v"])),
     "vera, gpt2": (
         "gpt2",
-        LoraConfig(r=3, variant="vera", targets=["qkv", "down"], bias="lora_only"),
+        LoraConfig(r=3, variant="vera", target_modules=["qkv", "down"], bias="lora_only"),
     ),
-    "vera, bert": ("bert", LoraConfig(r=2, variant="vera", also=["head.weight", "head.bias"])),
+    "vera, bert": (
+        "bert",
+        LoraConfig(r=2, variant="vera", modules_to_save=["head.weight", "head.bias"]),
+    ),
     "adalora": (
         "llama",
-        LoraConfig(r=4, alpha=6, variant="adalora", rank_pattern={"0.q": 2, "up": 3}),
+        LoraConfig(r=4, lora_alpha=6, variant="adalora", rank_pattern={"0.q": 2, "up": 3}),
     ),
-    "adalora, gpt2": ("gpt2", LoraConfig(r=3, alpha=2.5, variant="adalora", bias="all")),
-    "adalora, bert": ("bert", LoraConfig(r=3, alpha=0, variant="adalora", targets=["q", "pooler"])),
-    "alora": ("llama", LoraConfig(r=3, alpha=5, variant="alora", invocation=[1, 4])),
+    "adalora, gpt2": ("gpt2", LoraConfig(r=3, lora_alpha=2.5, variant="adalora", bias="all")),
+    "adalora, bert": (
+        "bert",
+        LoraConfig(r=3, lora_alpha=0, variant="adalora", target_modules=["q", "pooler"]),
+    ),
+    "alora": (
+        "llama",
+        LoraConfig(r=3, lora_alpha=5, variant="alora", alora_invocation_tokens=[1, 4]),
+    ),
     "alora, rslora, gpt2": (
         "gpt2",
         LoraConfig(
-            r=3, alpha=5, variant="alora", rslora=True, invocation=[4], targets=["qkv", "down"]
+            r=3,
+            lora_alpha=5,
+            variant="alora",
+            use_rslora=True,
+            alora_invocation_tokens=[4],
+            target_modules=["qkv", "down"],
         ),
     ),
     "tables": (
         "llama",
-        LoraConfig(r=2, alpha=3, targets=["embed", "q"], rank_pattern={"embed": 3}),
+        LoraConfig(r=2, lora_alpha=3, target_modules=["embed", "q"], rank_pattern={"embed": 3}),
     ),
-    "tables, gpt2": ("gpt2", LoraConfig(r=2, alpha=3, targets=["embed", "positions"], bias="all")),
+    "tables, gpt2": (
+        "gpt2",
+        LoraConfig(r=2, lora_alpha=3, target_modules=["embed", "positions"], bias="all"),
+    ),
     "tables, bert": (
         "bert",
-        LoraConfig(r=2, alpha=3, targets=["embed", "positions", "types", "v"]),
+        LoraConfig(r=2, lora_alpha=3, target_modules=["embed", "positions", "types", "v"]),
     ),
-    "tied head": ("qwen2", LoraConfig(r=2, alpha=3, targets=["head", "q"])),
-    "tied head, gpt2": ("gpt2", LoraConfig(r=2, alpha=3, targets=["head"])),
-    "head and table": ("qwen2", LoraConfig(r=2, alpha=3, targets=["head", "embed"])),
-    "tie": ("qwen2", LoraConfig(r=2, alpha=3, targets=["embed", "q"], tie=True)),
-    "tie, gpt2": ("gpt2", LoraConfig(r=2, alpha=3, targets=["head"], tie=True, rslora=True)),
+    "tied head": ("qwen2", LoraConfig(r=2, lora_alpha=3, target_modules=["head", "q"])),
+    "tied head, gpt2": ("gpt2", LoraConfig(r=2, lora_alpha=3, target_modules=["head"])),
+    "head and table": ("qwen2", LoraConfig(r=2, lora_alpha=3, target_modules=["head", "embed"])),
+    "tie": (
+        "qwen2",
+        LoraConfig(r=2, lora_alpha=3, target_modules=["embed", "q"], ensure_weight_tying=True),
+    ),
+    "tie, gpt2": (
+        "gpt2",
+        LoraConfig(
+            r=2, lora_alpha=3, target_modules=["head"], ensure_weight_tying=True, use_rslora=True
+        ),
+    ),
     "tokens": (
         "llama",
-        LoraConfig(r=2, alpha=3, targets=["q"], tokens={"embed": [9, 3], "head": [4]}),
+        LoraConfig(
+            r=2,
+            lora_alpha=3,
+            target_modules=["q"],
+            trainable_token_indices={"embed": [9, 3], "head": [4]},
+        ),
     ),
-    "tokens, tied": ("qwen2", LoraConfig(r=2, alpha=3, targets=["q"], tokens={"embed": [9, 3]})),
-    "tokens, bert": ("bert", LoraConfig(r=2, alpha=3, targets=["q"], tokens={"positions": [0, 2]})),
+    "tokens, tied": (
+        "qwen2",
+        LoraConfig(
+            r=2, lora_alpha=3, target_modules=["q"], trainable_token_indices={"embed": [9, 3]}
+        ),
+    ),
+    "tokens, bert": (
+        "bert",
+        LoraConfig(
+            r=2, lora_alpha=3, target_modules=["q"], trainable_token_indices={"positions": [0, 2]}
+        ),
+    ),
     "tokens, adalora": (
         "llama",
-        LoraConfig(r=2, alpha=3, variant="adalora", targets=["q"], tokens={"embed": [3]}),
+        LoraConfig(
+            r=2,
+            lora_alpha=3,
+            variant="adalora",
+            target_modules=["q"],
+            trainable_token_indices={"embed": [3]},
+        ),
     ),
     "replication": (
         "llama",
-        LoraConfig(r=2, alpha=3, targets=["q", "up"], replication=[(0, 2), (1, 2)]),
+        LoraConfig(
+            r=2, lora_alpha=3, target_modules=["q", "up"], layer_replication=[(0, 2), (1, 2)]
+        ),
     ),
     "replication, bert": (
         "bert",
-        LoraConfig(r=2, alpha=3, variant="dora", targets=["v"], replication=[(0, 2), (1, 2)]),
+        LoraConfig(
+            r=2,
+            lora_alpha=3,
+            variant="dora",
+            target_modules=["v"],
+            layer_replication=[(0, 2), (1, 2)],
+        ),
     ),
 }
 
@@ -100,21 +164,25 @@ CASES = {
 def base_of(case):
     kind, lora = CASES[case]
     c = MODELS[kind]
-    return replicate(weights(c), c, lora.replication)[0] if lora.replication else weights(c)
+    return (
+        replicate(weights(c), c, lora.layer_replication)[0]
+        if lora.layer_replication
+        else weights(c)
+    )
 
 
 def made(case, seed=1):
     """A model with a trained adapter: its configuration, weights, tuning and choice."""
     kind, lora = CASES[case]
     c, W = MODELS[kind], weights(MODELS[kind])
-    if lora.replication:
-        W, c = replicate(W, c, lora.replication)
+    if lora.layer_replication:
+        W, c = replicate(W, c, lora.layer_replication)
     rng = np.random.default_rng(seed)
     W, tuning = inject(W, lora, c.matrices(), rng)
     W |= {k: W[k] + 0.3 * rng.standard_normal(W[k].shape) for k in sorted(tuning.trained)}
-    if lora.tie:
+    if lora.ensure_weight_tying:
         W["head.A"], W["head.B"] = twin(W["embed.A"], W["embed.B"])
-    for at, ids in lora.tokens.items():
+    for at, ids in lora.trainable_token_indices.items():
         W[f"{at}.weight"] = W[f"{at}.weight"].copy()
         W[f"{at}.weight"][ids] += 0.3 * rng.standard_normal((len(ids), c.d))
     return c, W, tuning, lora
@@ -129,7 +197,9 @@ every_case = pytest.mark.parametrize("case", CASES)
 
 def batch_for(c, tuning, lora):
     ids = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 1, 4]])
-    return Batch(ids), invoked(tuning, ids, lora.invocation) if lora.invocation else tuning
+    return Batch(ids), invoked(
+        tuning, ids, lora.alora_invocation_tokens
+    ) if lora.alora_invocation_tokens else tuning
 
 
 @pytest.fixture
@@ -167,11 +237,11 @@ def test_the_choice_of_a_variant_read_back_is_the_choice_written(case, folder):
         assert resolve_targets(read, c.matrices()) == replace(
             resolve_targets(lora, c.matrices()), alpha=resolve_targets(read, c.matrices()).alpha
         )
-        for name in ("variant", "rslora", "bias", "init", "tie"):
+        for name in ("variant", "use_rslora", "bias", "init_lora_weights", "ensure_weight_tying"):
             assert getattr(read, name) == getattr(lora, name)
-        for name in ("invocation", "replication"):
+        for name in ("alora_invocation_tokens", "layer_replication"):
             assert list(getattr(read, name)) == list(getattr(lora, name))
-        assert read.tokens == lora.tokens
+        assert read.trainable_token_indices == lora.trainable_token_indices
         if lora.variant != "vera":
             assert resolve_targets(read, c.matrices()) == resolve_targets(lora, c.matrices())
 
@@ -302,7 +372,7 @@ SETTINGS = [
         "olora of a GPT-2",
     ),
     ("tie", {"use_dora": True}, "use_dora: found it beside ensure_weight_tying, expected neither"),
-    ("tie", {"rank_pattern": {"lm_head": 5}}, "tie: ranks 2 and 5, expected one"),
+    ("tie", {"rank_pattern": {"lm_head": 5}}, "ensure_weight_tying: ranks 2 and 5"),
     ("adalora", {"rank_pattern": {E[:-1] + "A": [True] * 4}}, "rank_pattern: found model.*lora_A"),
     ("adalora", {"rank_pattern": {E: [True]}}, "another length of .*expected 4 entries, as init_r"),
     ("adalora", {"rank_pattern": {E: [1, 1, 0, 0]}}, "rank_pattern: found .*lists of true and fal"),
@@ -384,7 +454,7 @@ def test_a_tie_needs_one_of_the_two_names_that_peft_knows(folder):
 def test_veras_layers_are_asked_for_beside_an_expression_too(folder):
     path, c = folder("vera"), MODELS["llama"]
     edit(path / peft.CONFIG, target_modules=".*(q|v)_proj", layers_to_transform=[1])
-    assert list(read_lora(path, c).targets) == ["layers.1.q", "layers.1.v"]
+    assert list(read_lora(path, c).target_modules) == ["layers.1.q", "layers.1.v"]
     path = folder("dora")
     edit(path / peft.CONFIG, target_modules=".*q_proj", layers_to_transform=[1])
     with pytest.raises(FormatError, match="layers_to_transform: found it beside an expression"):
@@ -403,7 +473,7 @@ def test_a_table_that_was_trained_for_its_rows_is_written_by_rows(folder, tmp_pa
 
 def test_a_residual_of_another_base_is_not_converted(tmp_path):
     c, base = MODELS["llama"], weights(MODELS["llama"])
-    lora = LoraConfig(r=2, alpha=3, variant="pissa", targets=["q"])
+    lora = LoraConfig(r=2, lora_alpha=3, variant="pissa", target_modules=["q"])
     W, tuning = inject(base, lora, c.linears(), np.random.default_rng(0))
     write_adapter(tmp_path / "yes", c, W, tuning, lora, base=base)
     other = base | {"layers.1.q.weight": base["layers.1.q.weight"] + 1e-9}
@@ -427,7 +497,7 @@ def test_what_changes_the_base_asks_for_it(folder):
     ):
         read_adapter(path, c)
     with pytest.raises(FormatError, match=r"base: found none, expected one"):
-        fresh("llama", path, init="pissa")
+        fresh("llama", path, init_lora_weights="pissa")
 
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -525,8 +595,8 @@ def fresh(kind, folder, base=None, **chosen):
     """A fresh adapter, written at once."""
     c, lora = MODELS[kind], LoraConfig(**{"r": 2, **chosen})
     W = weights(c)
-    if lora.replication:
-        W, c = replicate(W, c, lora.replication)
+    if lora.layer_replication:
+        W, c = replicate(W, c, lora.layer_replication)
     W, tuning = inject(W, lora, c.matrices(), np.random.default_rng(0))
     write_adapter(folder, c, W, tuning, lora, base=base)
 
@@ -561,7 +631,7 @@ def test_a_pruned_module_has_no_tensors_but_empty_ones(folder):
 
 def test_a_quantised_start_is_written_for_the_quantised_base(tmp_path):
     c, base = MODELS["llama"], weights(MODELS["llama"])
-    lora = LoraConfig(r=2, alpha=3, variant="loftq", targets=["q"])
+    lora = LoraConfig(r=2, lora_alpha=3, variant="loftq", target_modules=["q"])
     W, tuning = inject(base, lora, c.linears(), np.random.default_rng(0))
     write_adapter(tmp_path, c, W, tuning, lora, base=W)
     assert json.loads((tmp_path / peft.CONFIG).read_text())["init_lora_weights"] is True
@@ -574,7 +644,11 @@ def test_a_quantised_start_is_written_for_the_quantised_base(tmp_path):
 
 UNLIKE = [  # what differs, and the choices of a fresh adapter
     ("variant: found dora-full, expected dora; PEFT holds", "llama", {"variant": "dora-full"}),
-    ("found alora, expected another for a cl", "bert", {"variant": "alora", "invocation": [1]}),
+    (
+        "found alora, expected another for a cl",
+        "bert",
+        {"variant": "alora", "alora_invocation_tokens": [1]},
+    ),
     (
         "rank_pattern: found more than r 2 of layers.0.q",
         "llama",
@@ -583,20 +657,29 @@ UNLIKE = [  # what differs, and the choices of a fresh adapter
     (
         "rank_pattern: found alpha 0, expected ranks up to r, alpha above",
         "llama",
-        {"variant": "adalora", "rank_pattern": {"0.q": 1}, "alpha": 0},
+        {"variant": "adalora", "rank_pattern": {"0.q": 1}, "lora_alpha": 0},
     ),
     (
-        "replication: found replication with bias 'all' of Bert",
+        "layer_replication: found .* of Bert",
         "bert",
-        {"replication": [(0, 2), (0, 1)], "bias": "all"},
+        {"layer_replication": [(0, 2), (0, 1)], "bias": "all"},
     ),
-    ("replication: found .* of GPT2", "gpt2", {"replication": [(0, 2), (0, 1)]}),
-    ("trained: found the tied embedding", "qwen2", {"targets": ["head"], "also": ["embed.weight"]}),
+    ("layer_replication: found .* of GPT2", "gpt2", {"layer_replication": [(0, 2), (0, 1)]}),
+    (
+        "trained: found the tied embedding",
+        "qwen2",
+        {"target_modules": ["head"], "modules_to_save": ["embed.weight"]},
+    ),
     ("found another layers.0.q.weight", "llama", {"variant": "loftq", "base": True}),
     (
         "found another layers.0.q.weight",
         "llama",
-        {"variant": "alora", "init": "olora", "invocation": [1], "base": True},
+        {
+            "variant": "alora",
+            "init_lora_weights": "olora",
+            "alora_invocation_tokens": [1],
+            "base": True,
+        },
     ),
 ]
 
@@ -645,7 +728,7 @@ def test_the_choice_and_the_tuning_agree_when_a_variant_is_written(tmp_path):
             (replace(tuning, variant={}), lora),
         ),
         ("factors: found .*magnitude", (tuning, replace(lora, variant="lora"))),
-        ("scale of .*: found", (tuning, replace(lora, rslora=True))),
+        ("scale of .*: found", (tuning, replace(lora, use_rslora=True))),
     ):
         with pytest.raises(FormatError, match=says):
             write_adapter(tmp_path / "no", c, W, *wrong)
@@ -682,22 +765,30 @@ def test_whatever_a_setting_says_no_other_exception_comes_out(case, tmp_path, da
 @pytest.mark.parametrize(
     ("kind", "settings", "found"),
     [
-        ("llama", {"variant": "vera", "tokens": {"embed": [1]}}, "tokens: found it with vera"),
         (
             "llama",
-            {"variant": "vera", "replication": [(0, 2), (1, 2)]},
-            "replication: found it",
+            {"variant": "vera", "trainable_token_indices": {"embed": [1]}},
+            "trainable_token_indices: found it with vera",
         ),
-        ("llama", {"targets": ["q", "embed"], "tokens": {"embed": [1]}}, "rows of embed, which is"),
-        ("qwen2", {"replication": [(0, 2), (1, 2)]}, "replication with bias 'none' of Qwen2"),
+        (
+            "llama",
+            {"variant": "vera", "layer_replication": [(0, 2), (1, 2)]},
+            "layer_replication: found it",
+        ),
+        (
+            "llama",
+            {"target_modules": ["q", "embed"], "trainable_token_indices": {"embed": [1]}},
+            "rows of embed, which is",
+        ),
+        ("qwen2", {"layer_replication": [(0, 2), (1, 2)]}, "layer_replication: found .* of Qwen2"),
     ],
 )
 def test_what_peft_would_load_as_another_function_is_not_written(kind, settings, found, tmp_path):
-    lora = LoraConfig(**{"r": 2, "alpha": 2, "targets": ["q"]} | settings)
+    lora = LoraConfig(**{"r": 2, "lora_alpha": 2, "target_modules": ["q"]} | settings)
     c = MODELS[kind]
     W = weights(c)
-    if lora.replication:
-        W, c = replicate(W, c, lora.replication)
+    if lora.layer_replication:
+        W, c = replicate(W, c, lora.layer_replication)
     W, tuning = inject(W, lora, c.matrices(), np.random.default_rng(0))
     with pytest.raises(FormatError, match=found):
         write_adapter(tmp_path / "a", c, W, tuning, lora)
@@ -706,24 +797,27 @@ def test_what_peft_would_load_as_another_function_is_not_written(kind, settings,
 
 def test_a_range_beyond_the_deeper_models_layers_is_read(tmp_path):
     """Ranges are of the base's layers, of which the model that they make may have fewer."""
-    lora, base = LoraConfig(r=2, alpha=2, targets=["q"], replication=[(1, 2)]), MODELS["llama"]
-    W, c = replicate(weights(base), base, lora.replication)
+    lora, base = (
+        LoraConfig(r=2, lora_alpha=2, target_modules=["q"], layer_replication=[(1, 2)]),
+        MODELS["llama"],
+    )
+    W, c = replicate(weights(base), base, lora.layer_replication)
     W, tuning = inject(W, lora, c.linears(), np.random.default_rng(0))
     write_adapter(tmp_path, c, W, tuning, lora)
     read, tuning_read = read_adapter(tmp_path, c)
     assert same(read, {name: W[name] for name in read})
     assert tuning_read == tuning
-    assert read_lora(tmp_path, base).replication == [(1, 2)]
+    assert read_lora(tmp_path, base).layer_replication == [(1, 2)]
 
 
 def test_rows_of_a_table_that_is_trained_in_full_contradict_it():
-    with pytest.raises(ValueError, match="tokens of embed, which is trained in full"):
-        LoraConfig(also=[r"embed\..*"], tokens={"embed": [1]})
+    with pytest.raises(ValueError, match="trainable_token_indices of embed"):
+        LoraConfig(modules_to_save=[r"embed\..*"], trainable_token_indices={"embed": [1]})
 
 
 @pytest.mark.parametrize("saved", [["mlp", "up_proj"], ["layers.1", "norm"], ["up_proj", "mlp"]])
 def test_modules_to_save_inside_one_another_are_refused(saved, tmp_path):
-    c, lora = MODELS["llama"], LoraConfig(r=2, alpha=2, targets=["q"])
+    c, lora = MODELS["llama"], LoraConfig(r=2, lora_alpha=2, target_modules=["q"])
     W, tuning = inject(weights(c), lora, c.linears(), np.random.default_rng(0))
     write_adapter(tmp_path, c, W, tuning, lora)
     said = read_json(tmp_path / CONFIG) | {"modules_to_save": saved}
@@ -733,7 +827,7 @@ def test_modules_to_save_inside_one_another_are_refused(saved, tmp_path):
 
 
 def test_older_libraries_find_ropes_base_and_no_setting_that_they_do_not_know(tmp_path):
-    c, lora = MODELS["llama"], LoraConfig(r=2, alpha=2, targets=["q"])
+    c, lora = MODELS["llama"], LoraConfig(r=2, lora_alpha=2, target_modules=["q"])
     assert config_to_json(c)["rope_theta"] == c.theta
     W, tuning = inject(weights(c), lora, c.linears(), np.random.default_rng(0))
     write_adapter(tmp_path, c, W, tuning, lora)

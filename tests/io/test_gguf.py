@@ -642,7 +642,10 @@ def test_what_one_alpha_does_not_say_is_folded_into_b_and_named(tmp_path):
 def test_rslora_is_an_alpha_in_the_file(tmp_path):
     c, r = MODELS["llama"], 3
     W, tuning = inject(
-        drawn(c), LoraConfig(r=r, alpha=5, rslora=True), c.linears(), np.random.default_rng(0)
+        drawn(c),
+        LoraConfig(r=r, lora_alpha=5, use_rslora=True),
+        c.linears(),
+        np.random.default_rng(0),
     )
     assert door.write_adapter(tmp_path / "a", c, W, tuning) == {}
     _, told = door.read_adapter(tmp_path / "a", c)

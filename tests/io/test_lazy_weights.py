@@ -24,7 +24,7 @@ NORMS = {
     name: np.ones(shape, np.float32) for name, shape in C.shapes().items() if name not in CODES
 }
 LARGE = NORMS | {name: dequantise(q) for name, q in CODES.items()}
-WHOLE, TUNING = ml.inject(LARGE, ml.LoraConfig(r=2, targets=".*"), C.matrices(), RNG)
+WHOLE, TUNING = ml.inject(LARGE, ml.LoraConfig(r=2, target_modules=".*"), C.matrices(), RNG)
 ADAPTERS = {
     name: RNG.standard_normal(WHOLE[name].shape).astype(np.float32) for name in TUNING.trained
 }
@@ -144,7 +144,7 @@ def test_a_large_head_is_read_by_rows_to_the_same_bits(kind, monkeypatch):
             asked.append(at)
             return super().rows(at)
 
-    lora = ml.LoraConfig(r=2, targets=["head", "q"], variant=kind)
+    lora = ml.LoraConfig(r=2, target_modules=["head", "q"], variant=kind)
     W, tuning = ml.inject(LARGE, lora, C.matrices(), np.random.default_rng(1))
     adapters = {name: W[name] for name in tuning.trained}
     small = Expanded({**NORMS, **{name: Rows(q) for name, q in CODES.items()}})
@@ -177,7 +177,7 @@ def test_logits_of_a_head_made_on_demand_are_those_of_its_weight(kind, tied):
     c = replace(C, tied=tied)
     codes = CODES if tied else CODES | {"head.weight": CODES["embed.weight"]}
     large = NORMS | {name: dequantise(q) for name, q in codes.items()}
-    lora = ml.LoraConfig(r=2, targets=["head"], variant=kind)
+    lora = ml.LoraConfig(r=2, target_modules=["head"], variant=kind)
     W, tuning = ml.inject(large, lora, c.matrices(), np.random.default_rng(1))
     adapters = {name: W[name] for name in tuning.trained}
     small = Expanded({**NORMS, **{name: OnDemand(q) for name, q in codes.items()}})
@@ -197,7 +197,7 @@ def test_every_adapter_acts_on_and_merges_into_what_is_expanded(at, variant):
     large = W | {name: dequantise(q) for name, q in codes.items()}
     small = Expanded(W | {name: OnDemand(q) for name, q in codes.items()})
     adapted, tuning = ml.inject(
-        large, ml.LoraConfig(r=2, targets=[at], variant=variant), c.matrices(), rng
+        large, ml.LoraConfig(r=2, target_modules=[at], variant=variant), c.matrices(), rng
     )
     own = {name: adapted[name] for name in tuning.trained}
     ids = rng.integers(0, 33, (2, 6))

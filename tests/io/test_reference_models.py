@@ -327,7 +327,7 @@ def test_a_models_sizes_are_all_different_and_its_scale_is_a_fraction():
         sizes = [*counts, *heads, recipe.lora.r]
         repeated = {n for n in sizes if sizes.count(n) > 1}
         assert repeated <= ({2} if name == "bert" else set())  # two blocks, two types
-        assert recipe.lora.alpha % recipe.lora.r
+        assert recipe.lora.lora_alpha % recipe.lora.r
 
 
 def test_the_folder_is_small():

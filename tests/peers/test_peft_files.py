@@ -56,14 +56,14 @@ def loaded(libraries, path, c, adapter):
 
 def trained_here(c, W, tuning, lora, ids):
     """The logits and their gradients for one and the same dz, by the names in the file."""
-    tables = {f"{at}.weight" for at in lora.tokens}
+    tables = {f"{at}.weight" for at in lora.trainable_token_indices}
     tuning = replace(tuning, trained=tuning.trained | tables)
-    if lora.invocation:
-        tuning = invoked(tuning, ids, lora.invocation)
+    if lora.alora_invocation_tokens:
+        tuning = invoked(tuning, ids, lora.alora_invocation_tokens)
     z, back = logits(Batch(ids), W, c, tuning)
     dz = np.random.default_rng(7).standard_normal(z.shape)
     gradients = back(dz)
-    for at, rows in lora.tokens.items():
+    for at, rows in lora.trainable_token_indices.items():
         gradients[f"{at}.tokens"] = gradients.pop(f"{at}.weight")[[*rows]]
     transposed = {name: lies for name, (_, lies) in names(c).items()}
     return (
@@ -271,7 +271,7 @@ def adapted(libraries, model, kind, said):
 
 def base_for(c, lora):
     W = weights(c)
-    return replicate(W, c, lora.replication) if lora.replication else (W, c)
+    return replicate(W, c, lora.layer_replication) if lora.layer_replication else (W, c)
 
 
 @pytest.mark.parametrize(("kind", "config", "said", "variant"), PEFT_SAYS)
@@ -285,7 +285,7 @@ def test_what_peft_writes_of_each_variant_is_read(kind, config, said, variant, l
     assert lora.variant == variant
     base, c = base_for(c, lora)
     read, tuning = read_adapter(tmp_path / "adapter", c, base=base)
-    changed = {f"{at}.weight" for at in (*lora.tokens, "embed", "head")}
+    changed = {f"{at}.weight" for at in (*lora.trainable_token_indices, "embed", "head")}
     assert {name for name in read if name.endswith(".weight")} <= changed
     found = errors(libraries, model, c, base | read, tuning, lora)
     assert agree(f"written by PEFT, {variant}", found), found
@@ -395,7 +395,7 @@ def test_a_start_is_taken_out_of_the_base_when_it_is_loaded(kind, init, said, li
     said = {"r": 2, "lora_alpha": 3, "init_lora_weights": init} | said
     model = adapted(libraries, base_model(libraries, tmp_path / "model", c), "Lora", said)
     quietly(model.save_pretrained, tmp_path / "adapter")
-    assert read_lora(tmp_path / "adapter", c).init == init
+    assert read_lora(tmp_path / "adapter", c).init_lora_weights == init
     with pytest.raises(FormatError, match=f'init_lora_weights: found "{init}", expected a base'):
         read_adapter(tmp_path / "adapter", c)
     base = weights(c)
@@ -417,14 +417,15 @@ def test_a_start_is_taken_out_of_the_base_when_it_is_loaded(kind, init, said, li
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize(
-    "chosen", [{}, {"rslora": True}, {"variant": "dora"}, {"variant": "lora-bias", "tables": ()}]
+    "chosen",
+    [{}, {"use_rslora": True}, {"variant": "dora"}, {"variant": "lora-bias", "tables": ()}],
 )
 def test_a_start_is_written_for_the_base_as_it_was_or_as_it_is(init, chosen, libraries, tmp_path):
     c, base = MODELS["llama"], weights(MODELS["llama"])
     chosen = dict(chosen)
     tables = chosen.pop("tables", ("embed",))
     lora = LoraConfig(
-        r=2, alpha=3, init=init, targets=["q", "down", *tables],
+        r=2, lora_alpha=3, init_lora_weights=init, target_modules=["q", "down", *tables],
         rank_pattern={"1.q": 3}, alpha_pattern={"down": 5}, **chosen,
     )  # fmt: skip
     rng = np.random.default_rng(0)

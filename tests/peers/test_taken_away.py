@@ -197,7 +197,7 @@ def test_a_real_model_merged_from_gguf_is_a_whole_model_in_transformers(tmp_path
     base = open_base(str(test_gguf.smollm2()))
     c, ats = base.config, [f"layers.{i}.{at}" for i in (0, 29) for at in ("q", "v", "down")]
     V, tuning = test_gguf.factors(c, dict.fromkeys(ats, 8), dict.fromkeys(ats, 0.25))
-    chosen = LoraConfig(r=8, alpha=2, targets=ats)
+    chosen = LoraConfig(r=8, lora_alpha=2, target_modules=ats)
     peft.write_adapter(tmp_path / "a", c, V, tuning, chosen)
     out = tmp_path / "merged"
     options = ["--model", str(base.path), "--adapter", str(tmp_path / "a"), "--output", str(out)]

@@ -37,48 +37,52 @@ def test_all_linear_is_every_projection_but_the_head():
 
 
 def test_names_match_a_whole_name_or_its_dotted_end_and_no_part_of_a_word():
-    assert hit(targets=["q", "layers.3.up"]) == [
+    assert hit(target_modules=["q", "layers.3.up"]) == [
         at for at in LLAMA.linears() if at.endswith(".q") or at == "layers.3.up"
     ]
     linears = {"a.up": (2, 3), "a.pup": (2, 3), "up": (2, 3), "up.a": (2, 3)}
-    assert hit(linears, targets=["up"]) == ["a.up", "up"]
+    assert hit(linears, target_modules=["up"]) == ["a.up", "up"]
 
 
 def test_a_string_is_an_expression_for_whole_names():
-    assert hit(targets=r"layers\.1\.[qv]") == ["layers.1.q", "layers.1.v"]
-    assert hit(targets=r".*\.1\.q") == ["layers.1.q"]
-    assert hit(targets=".*")[-1] == "head"
+    assert hit(target_modules=r"layers\.1\.[qv]") == ["layers.1.q", "layers.1.v"]
+    assert hit(target_modules=r".*\.1\.q") == ["layers.1.q"]
+    assert hit(target_modules=".*")[-1] == "head"
     with pytest.raises(ValueError, match="'q' hit no projection"):
-        hit(targets="q")
+        hit(target_modules="q")
 
 
 def test_layers_are_numbers_and_no_beginnings_of_numbers():
-    assert hit(targets=["q"], layers=[1, 10]) == ["layers.1.q", "layers.10.q"]
-    assert all(at.startswith("layers.0.") for at in hit(layers=[0]))
+    assert hit(target_modules=["q"], layers_to_transform=[1, 10]) == ["layers.1.q", "layers.10.q"]
+    assert all(at.startswith("layers.0.") for at in hit(layers_to_transform=[0]))
 
 
 def test_what_is_named_in_full_is_hit_in_any_layer():
-    assert hit(targets=["q", "layers.3.up", "head"], layers=[1]) == [
+    assert hit(target_modules=["q", "layers.3.up", "head"], layers_to_transform=[1]) == [
         "layers.1.q",
         "layers.3.up",
         "head",
     ]
-    assert hit(targets=["q", "3.up"], layers=[1]) == ["layers.1.q"]
-    with pytest.raises(ValueError, match="layers: found none, expected numbers; leave it out"):
-        ml.LoraConfig(layers=[])
+    assert hit(target_modules=["q", "3.up"], layers_to_transform=[1]) == ["layers.1.q"]
+    with pytest.raises(ValueError, match="layers_to_transform: found none"):
+        ml.LoraConfig(layers_to_transform=[])
 
 
 def test_excluded_projections_are_not_hit():
-    assert hit(targets=["q", "v"], exclude=["v"], layers=[2]) == ["layers.2.q"]
-    assert hit(targets=["q", "v"], exclude=r"layers\.2\.q", layers=[2]) == ["layers.2.v"]
+    assert hit(target_modules=["q", "v"], exclude_modules=["v"], layers_to_transform=[2]) == [
+        "layers.2.q"
+    ]
+    assert hit(
+        target_modules=["q", "v"], exclude_modules=r"layers\.2\.q", layers_to_transform=[2]
+    ) == ["layers.2.v"]
 
 
 def test_patterns_give_ranks_and_alphas_of_their_own():
     choice = ml.resolve_targets(
         ml.LoraConfig(
             r=2,
-            alpha=5,
-            layers=[1, 11],
+            lora_alpha=5,
+            layers_to_transform=[1, 11],
             rank_pattern={r"layers\.1\.q": 7, "q|up": 3},
             alpha_pattern={"up": 4.5},
         ),
@@ -95,7 +99,8 @@ def test_patterns_give_ranks_and_alphas_of_their_own():
 
 def test_a_choice_reports_what_it_hit():
     choice = ml.resolve_targets(
-        ml.LoraConfig(r=2, alpha=3, targets=["q", "down"], layers=[4]), LLAMA.linears()
+        ml.LoraConfig(r=2, lora_alpha=3, target_modules=["q", "down"], layers_to_transform=[4]),
+        LLAMA.linears(),
     )
     assert str(choice) == (
         "layers.4.q: r 2, alpha 3, 26 parameters\n"
@@ -107,12 +112,18 @@ def test_a_choice_reports_what_it_hit():
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({"targets": "nothing"}, "targets 'nothing' hit no projection; there are: layers.0.q,"),
-        ({"targets": ["q", "w"]}, "['w'] of the choice hit no projection"),
-        ({"targets": ["q"], "layers": [12]}, "targets ['q'] hit no projection"),
-        ({"targets": ["q"], "exclude": ["q"]}, "targets ['q'] hit no projection"),
+        (
+            {"target_modules": "nothing"},
+            "target_modules 'nothing'",
+        ),
+        ({"target_modules": ["q", "w"]}, "['w'] of the choice hit no projection"),
+        ({"target_modules": ["q"], "layers_to_transform": [12]}, "target_modules ['q']"),
+        ({"target_modules": ["q"], "exclude_modules": ["q"]}, "target_modules ['q']"),
         ({"rank_pattern": {"w": 3}}, "['w'] of the choice hit no projection"),
-        ({"targets": ["q"], "alpha_pattern": {"v": 3}}, "['v'] of the choice hit no projection"),
+        (
+            {"target_modules": ["q"], "alpha_pattern": {"v": 3}},
+            "['v'] of the choice hit no projection",
+        ),
         ({"rank_pattern": {"ayers.0.q": 3}}, "['ayers.0.q'] of the choice hit no projection"),
     ],
 )
@@ -125,26 +136,41 @@ def test_a_choice_that_hits_nothing_is_refused_by_what_it_names(choice, message)
     ("choice", "message"),
     [
         ({"bias": "some"}, "bias 'some': expected one of ('none', 'lora_only', 'all')"),
-        ({"init": "zero"}, "init 'zero': expected one of ('kaiming', 'gaussian', "),
-        ({"dropout": 1.0}, "dropout 1.0: expected at least 0 and below 1"),
-        ({"dropout": -0.1}, "dropout -0.1: expected at least 0 and below 1"),
+        (
+            {"init_lora_weights": "zero"},
+            "init_lora_weights 'zero': expected one of ('kaiming', 'gaussian', ",
+        ),
+        ({"lora_dropout": 1.0}, "lora_dropout 1.0"),
+        ({"lora_dropout": -0.1}, "lora_dropout -0.1"),
         ({"variant": "lokr"}, "variant 'lokr': expected one of ('lora', 'gaussian', 'rslora', "),
-        ({"variant": "vera", "init": "gaussian"}, "init 'gaussian': the variant 'vera' starts as"),
-        ({"variant": "pissa", "init": "olora"}, "init 'olora': the variant 'pissa' starts as 'pi"),
-        ({"init": "adalora"}, "init 'adalora': the variant 'lora' starts as 'kaiming'"),
+        (
+            {"variant": "vera", "init_lora_weights": "gaussian"},
+            "init_lora_weights 'gaussian'",
+        ),
+        (
+            {"variant": "pissa", "init_lora_weights": "olora"},
+            "init_lora_weights 'olora'",
+        ),
+        (
+            {"init_lora_weights": "adalora"},
+            "init_lora_weights 'adalora'",
+        ),
         (
             {"variant": "alora"},
-            "invocation []: expected the tokens of aLoRA's invocation, and none",
+            "alora_invocation_tokens []",
         ),
         (
-            {"invocation": [1]},
-            "invocation [1]: expected the tokens of aLoRA's invocation, and none",
+            {"alora_invocation_tokens": [1]},
+            "alora_invocation_tokens [1]",
         ),
         (
-            {"variant": "dora", "tie": True},
-            "tie: factors are shared by LoRA itself only, not 'dora'",
+            {"variant": "dora", "ensure_weight_tying": True},
+            "ensure_weight_tying: ",
         ),
-        ({"variant": "vera", "rslora": True}, "rslora: found it, but vera has no rsLoRA's scale"),
+        (
+            {"variant": "vera", "use_rslora": True},
+            "use_rslora: ",
+        ),
         ({"variant": "vera", "rank_pattern": {"q": 1}}, "rank_pattern: found it, but vera has one"),
         (
             {"variant": "adalora", "alpha_pattern": {"q": 1}},
@@ -155,7 +181,7 @@ def test_a_choice_that_hits_nothing_is_refused_by_what_it_names(choice, message)
 def test_settings_that_mean_nothing_are_refused(choice, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         ml.LoraConfig(**choice)
-    assert ml.LoraConfig(dropout=0.0).dropout == 0
+    assert ml.LoraConfig(lora_dropout=0.0).lora_dropout == 0
 
 
 def adapted(c=LLAMA, dtype=np.float64, **choice):
@@ -165,7 +191,7 @@ def adapted(c=LLAMA, dtype=np.float64, **choice):
 
 
 def test_adapters_stand_beside_the_very_weights_in_their_dtype():
-    base, W, tuning = adapted(dtype=np.float32, r=3, targets=["k"], layers=[2])
+    base, W, tuning = adapted(dtype=np.float32, r=3, target_modules=["k"], layers_to_transform=[2])
     assert all(W[name] is base[name] for name in base)
     assert W.keys() - base.keys() == tuning.trained == {"layers.2.k.A", "layers.2.k.B"}
     A, B = W["layers.2.k.A"], W["layers.2.k.B"]
@@ -177,9 +203,9 @@ def test_adapters_stand_beside_the_very_weights_in_their_dtype():
 
 
 def test_the_scale_of_each_adapter_follows_from_its_own_rank_and_alpha():
-    choice = {"r": 4, "alpha": 7, "rank_pattern": {"v": 9}, "alpha_pattern": {"o": 3}}
-    _, _, tuning = adapted(layers=[0], **choice)
-    _, _, stabilised = adapted(layers=[0], rslora=True, **choice)
+    choice = {"r": 4, "lora_alpha": 7, "rank_pattern": {"v": 9}, "alpha_pattern": {"o": 3}}
+    _, _, tuning = adapted(layers_to_transform=[0], **choice)
+    _, _, stabilised = adapted(layers_to_transform=[0], use_rslora=True, **choice)
     for at, plain, rooted in (("q", 7 / 4, 7 / 2), ("v", 7 / 9, 7 / 3), ("o", 3 / 4, 3 / 2)):
         assert tuning.scale[f"layers.0.{at}"] == plain
         assert stabilised.scale[f"layers.0.{at}"] == rooted
@@ -193,10 +219,12 @@ def test_biases_and_other_parameters_are_trained_as_the_choice_says():
         ("lora_only", {"layers.1.q.bias", "layers.2.q.bias"}),
         ("all", biases),
     ):
-        _, W, tuning = adapted(targets=["q", "o"], layers=[1, 2], bias=bias)
+        _, W, tuning = adapted(target_modules=["q", "o"], layers_to_transform=[1, 2], bias=bias)
         assert {name for name in tuning.trained if name.endswith(".bias")} == wanted
         assert {name for name in W if name.endswith((".A", ".B"))} <= tuning.trained
-    _, _, tuning = adapted(also=[r"layers\.0\.norm.\.weight", "embed.weight"], targets=["q"])
+    _, _, tuning = adapted(
+        modules_to_save=[r"layers\.0\.norm.\.weight", "embed.weight"], target_modules=["q"]
+    )
     beside = {name for name in tuning.trained if not name.endswith((".A", ".B"))}
     assert beside == {"layers.0.norm1.weight", "layers.0.norm2.weight", "embed.weight"}
 
@@ -206,7 +234,7 @@ def test_adapters_upon_adapters_and_parameters_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match="adapters already; disable or merge them first"):
         ml.inject(W, ml.LoraConfig(), LLAMA.linears(), np.random.default_rng(0))
     with pytest.raises(ValueError, match=r"\['norm'\] match no parameter; there are: embed.weight"):
-        adapted(also=["norm", "norm.weight"])
+        adapted(modules_to_save=["norm", "norm.weight"])
     with pytest.raises(ValueError, match="rank 0: expected at least 1"):
         adapted(r=0)
 
@@ -221,7 +249,9 @@ def test_adapters_upon_adapters_and_parameters_that_do_not_exist_are_refused():
 def test_a_freshly_adapted_model_is_the_base_to_the_bit(c, rng, r, init):
     base = draw.draw_model(c, rng, p=0)
     W = ml.disable(base.W)
-    adapted, tuning = ml.inject(W, ml.LoraConfig(r=r, targets=".*", init=init), c.linears(), rng)
+    adapted, tuning = ml.inject(
+        W, ml.LoraConfig(r=r, target_modules=".*", init_lora_weights=init), c.linears(), rng
+    )
     assert tuning.scale.keys() == c.linears().keys()
     assert {at: adapted[f"{at}.A"].shape for at in c.linears()} == {
         at: (r, n) for at, (_, n) in c.linears().items()
@@ -716,7 +746,7 @@ def test_peft_refuses_layers_beside_an_expression(pefts):
 
     with pytest.raises(ValueError, match="layers_to_transform"):
         LoraConfig(target_modules=".*q", layers_to_transform=[1])
-    assert hit(targets=r".*\.q", layers=[1]) == ["layers.1.q"]
+    assert hit(target_modules=r".*\.q", layers_to_transform=[1]) == ["layers.1.q"]
 
 
 @pytest.mark.filterwarnings("ignore:The following .* keys did not match any:RuntimeWarning")
@@ -859,7 +889,7 @@ def test_another_replication_is_noticed():
 def test_the_copies_share_the_base_and_have_adapters_of_their_own():
     rng = np.random.default_rng(0)
     base, c = target_modules.replicate(ml.draw_weights(BERT, rng), BERT, [(0, 2), (1, 2)])
-    W, tuning = ml.inject(base, ml.LoraConfig(r=2, targets=["q"]), c.linears(), rng)
+    W, tuning = ml.inject(base, ml.LoraConfig(r=2, target_modules=["q"]), c.linears(), rng)
     assert W["layers.1.q.weight"] is W["layers.2.q.weight"]
     assert not np.array_equal(W["layers.1.q.A"], W["layers.2.q.A"])
     assert tuning.scale.keys() == {"layers.0.q", "layers.1.q", "layers.2.q"}
@@ -908,7 +938,7 @@ def test_peft_computes_and_trains_a_replicated_model_with_its_adapters(pefts, tm
     base = draw.draw_parameters(TINY_BERT, rng)
     deeper, c = target_modules.replicate(base, TINY_BERT, RANGES)
     W, tuning = ml.inject(
-        deeper, ml.LoraConfig(r=2, alpha=3, targets=["v", "down"]), c.linears(), rng
+        deeper, ml.LoraConfig(r=2, lora_alpha=3, target_modules=["v", "down"]), c.linears(), rng
     )
     W |= {name: 0.3 * rng.standard_normal(w.shape) for name, w in W.items() if name.endswith(".B")}
     config = LoraConfig(
@@ -1034,15 +1064,19 @@ def of_variant(variant, c=TIED, seed=0, **choice):
     rng = np.random.default_rng(seed)
     W = ml.draw_weights(c, rng, std=0.4)
     lora = ml.LoraConfig(
-        **{"r": 2, "alpha": 3, "variant": variant}
-        | ({"invocation": [1]} if variant == "alora" else {})
+        **{"r": 2, "lora_alpha": 3, "variant": variant}
+        | ({"alora_invocation_tokens": [1]} if variant == "alora" else {})
         | choice
     )
     return lora, W, *ml.inject(W, lora, c.matrices(), rng)
 
 
 def scores(W, tuning, lora, c=TIED):
-    now = target_modules.invoked(tuning, IDS, lora.invocation) if lora.invocation else tuning
+    now = (
+        target_modules.invoked(tuning, IDS, lora.alora_invocation_tokens)
+        if lora.alora_invocation_tokens
+        else tuning
+    )
     return ml.logits(ml.Batch(IDS), W, c, now)
 
 
@@ -1091,10 +1125,10 @@ def test_adalora_divides_by_the_rank_at_the_start_whatever_is_left():
 
 
 def test_an_old_flag_and_a_variant_say_the_same():
-    assert ml.LoraConfig(rslora=True).rslora
-    assert ml.LoraConfig(variant="rslora").rslora
+    assert ml.LoraConfig(use_rslora=True).use_rslora
+    assert ml.LoraConfig(variant="rslora").use_rslora
     *_, W, tuning = of_variant("rslora")
-    *_, W_flag, tuning_flag = of_variant("lora", rslora=True)
+    *_, W_flag, tuning_flag = of_variant("lora", use_rslora=True)
     assert tuning == tuning_flag
     assert all(same_bits(W[name], W_flag[name]) for name in W)
     *_, plain = of_variant("lora")
@@ -1119,14 +1153,14 @@ def test_all_linear_hits_no_table_and_no_head_whatever_could_be_adapted():
     assert TIED.matrices()["embed"] == (6, 11)
     assert TIED.matrices()["head"] == (11, 6)
     assert {*BERT.matrices()} - {*BERT.linears()} == {"embed", "positions", "types"}
-    assert hit(TIED.matrices(), targets=["embed", "head"]) == ["embed", "head"]
+    assert hit(TIED.matrices(), target_modules=["embed", "head"]) == ["embed", "head"]
     with pytest.raises(ValueError, match=re.escape("['embed'] of the choice hit no projection")):
-        hit(TIED.linears(), targets=["embed", "q"])
+        hit(TIED.linears(), target_modules=["embed", "q"])
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "pissa", "orthogonal", "rslora"])
 def test_a_table_starts_with_a_of_zeros_under_every_start(variant):
-    _, base, W, tuning = of_variant(variant, targets=["embed"])
+    _, base, W, tuning = of_variant(variant, target_modules=["embed"])
     assert not W["embed.A"].any()
     assert W["embed.B"].all()
     assert W["embed.A"].shape == (2, 11)
@@ -1141,12 +1175,12 @@ def test_a_table_starts_with_a_of_zeros_under_every_start(variant):
 @pytest.mark.parametrize("variant", ["vera", "adalora", "lora-bias", "lora-fa", "alora"])
 def test_a_table_has_no_adapter_of_other_variants(variant):
     with pytest.raises(ValueError, match=f"embed is a table: .* of the variant '{variant}'"):
-        of_variant(variant, targets=["embed", "q"])
-    of_variant(variant, targets=["q"])
+        of_variant(variant, target_modules=["embed", "q"])
+    of_variant(variant, target_modules=["q"])
 
 
 def test_a_tied_heads_residual_stands_beside_the_embedding():
-    _, base, W, tuning = of_variant("pissa", targets=["head"])
+    _, base, W, tuning = of_variant("pissa", target_modules=["head"])
     assert W["embed.weight"] is base["embed.weight"]
     assert (W["head.weight"] != base["embed.weight"]).any()
     z, _ = ml.logits(ml.Batch(IDS), base, TIED, ml.TrainableSpec())
@@ -1155,18 +1189,18 @@ def test_a_tied_heads_residual_stands_beside_the_embedding():
 
 def test_a_tied_head_takes_the_embeddings_factors():
     for names in (["embed"], ["head", "q"], ["embed", "head"]):
-        _, _, W, tuning = of_variant("lora", targets=names, tie=True)
+        _, _, W, tuning = of_variant("lora", target_modules=names, ensure_weight_tying=True)
         assert same_bits(W["head.A"], W["embed.B"].T)
         assert same_bits(W["head.B"], W["embed.A"].T)
         assert {"head.A", "head.B", "embed.A", "embed.B"} <= tuning.trained
-    _, _, W, _ = of_variant("lora", targets=["embed", "head"])
+    _, _, W, _ = of_variant("lora", target_modules=["embed", "head"])
     assert not np.array_equal(W["head.A"], W["embed.B"].T)
 
 
 @pytest.mark.parametrize("part", ["A", "B"])
 def test_tied_factors_have_the_sum_of_both_gradients(part):
     """Beside a complex step through both uses of the one factor."""
-    _, _, W, tuning = of_variant("lora", targets=["embed"], tie=True)
+    _, _, W, tuning = of_variant("lora", target_modules=["embed"], ensure_weight_tying=True)
     rng = np.random.default_rng(1)
     W |= {name: W[name] + rng.standard_normal(W[name].shape) for name in ("embed.A", "embed.B")}
 
@@ -1189,7 +1223,7 @@ def test_tied_factors_have_the_sum_of_both_gradients(part):
 
 
 def test_alora_acts_from_the_invocation_on_and_never_without_one():
-    lora, base, W, tuning = of_variant("alora", targets=["q", "down"])
+    lora, base, W, tuning = of_variant("alora", target_modules=["q", "down"])
     W |= {name: W[name] + 1 for name in tuning.trained}
     with pytest.raises(ValueError, match="give the batch's tuning, by invoked"):
         ml.logits(ml.Batch(IDS), W, TIED, tuning)
@@ -1211,39 +1245,52 @@ def test_alora_acts_from_the_invocation_on_and_never_without_one():
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({"tokens": {"embed": [11]}}, "tokens [11] of embed: expected each once, from 0 to 10"),
-        ({"tokens": {"embed": [1, 1]}}, "tokens [1, 1] of embed: expected each once"),
         (
-            {"tokens": {"positions": [1]}},
-            "tokens [1] of positions: expected each once, from 0 to -1",
+            {"trainable_token_indices": {"embed": [11]}},
+            "trainable_token_indices [11] of embed: expected each once, from 0 to 10",
         ),
-        ({"replication": [(0, 1), (0, 1)]}, "of 1 layers: replicate first"),
-        ({"init": "orthogonal", "r": 3}, "rank 3: the orthogonal start halves it"),
-        ({"init": "pissa", "r": 7}, "rank 7"),
         (
-            {"tie": True, "targets": ["embed"], "rank_pattern": {"head": 3}},
-            "tie: ranks 2 and 3, expected one",
+            {"trainable_token_indices": {"embed": [1, 1]}},
+            "trainable_token_indices [1, 1] of embed",
+        ),
+        (
+            {"trainable_token_indices": {"positions": [1]}},
+            "trainable_token_indices [1] of positions",
+        ),
+        ({"layer_replication": [(0, 1), (0, 1)]}, "of 1 layers: replicate first"),
+        ({"init_lora_weights": "orthogonal", "r": 3}, "rank 3: the orthogonal start halves it"),
+        ({"init_lora_weights": "pissa", "r": 7}, "rank 7"),
+        (
+            {"ensure_weight_tying": True, "target_modules": ["embed"], "rank_pattern": {"head": 3}},
+            "ensure_weight_tying: ranks 2 and 3",
         ),
     ],
 )
 def test_what_a_model_does_not_have_is_refused(choice, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         of_variant("lora", **choice)
-    of_variant("lora", tokens={"embed": [1, 10]}, replication=[(0, 1)], init="pissa")
+    of_variant(
+        "lora",
+        trainable_token_indices={"embed": [1, 10]},
+        layer_replication=[(0, 1)],
+        init_lora_weights="pissa",
+    )
 
 
 def test_only_a_tied_head_can_be_tied():
     c = replace(TIED, tied=False)
-    with pytest.raises(ValueError, match="tie: the head has a weight of its own"):
-        of_variant("lora", c, targets=["embed"], tie=True)
+    with pytest.raises(ValueError, match="ensure_weight_tying: "):
+        of_variant("lora", c, target_modules=["embed"], ensure_weight_tying=True)
     with pytest.raises(ValueError, match=re.escape("give the model's matrices()")):
-        ml.resolve_targets(ml.LoraConfig(targets=["head"], tie=True), c.linears())
+        ml.resolve_targets(
+            ml.LoraConfig(target_modules=["head"], ensure_weight_tying=True), c.linears()
+        )
 
 
 def test_a_report_counts_what_the_variant_trains():
     def counted(variant):
         choice = ml.resolve_targets(
-            ml.LoraConfig(r=2, targets=["q"], variant=variant), TIED.linears()
+            ml.LoraConfig(r=2, target_modules=["q"], variant=variant), TIED.linears()
         )
         assert choice.trained() <= {*choice.parts()}
         return int(str(choice).split()[-2])
@@ -1268,12 +1315,12 @@ def test_rules_take_one_number_for_a_layer_and_a_string_for_an_expression_alone(
 
 def test_a_tie_asks_for_the_two_only_where_one_of_them_is_hit():
     tied = replace(LLAMA, layers=1, tied=True)
-    lora = ml.LoraConfig(r=2, targets=["q"], tie=True)
+    lora = ml.LoraConfig(r=2, target_modules=["q"], ensure_weight_tying=True)
     assert list(ml.resolve_targets(lora, tied.linears()).rank) == ["layers.0.q"]
     W = ml.draw_weights(tied, np.random.default_rng(0))
     assert "head.A" not in ml.inject(W, lora, tied.linears(), np.random.default_rng(0))[0]
     both = {"embed": (4, 7), "head": (7, 4)}
-    assert list(ml.resolve_targets(replace(lora, targets=["embed"]), both).rank) == [
+    assert list(ml.resolve_targets(replace(lora, target_modules=["embed"]), both).rank) == [
         "embed",
         "head",
     ]
@@ -1282,7 +1329,7 @@ def test_a_tie_asks_for_the_two_only_where_one_of_them_is_hit():
 def test_shared_factors_are_one_array_of_the_weights_dtype():
     W = ml.draw_weights(LLAMA, np.random.default_rng(0))
     W = {name: w.astype(np.float32) for name, w in W.items()}
-    lora = ml.LoraConfig(r=2, targets=["q"], variant="vera")
+    lora = ml.LoraConfig(r=2, target_modules=["q"], variant="vera")
     adapted, _ = ml.inject(W, lora, LLAMA.linears(), np.random.default_rng(0))
     assert {v.dtype for v in adapted.values()} == {np.dtype(np.float32)}
     assert np.shares_memory(adapted["layers.0.q.A"], adapted["layers.11.q.A"])
@@ -1293,8 +1340,8 @@ def test_shared_factors_are_one_array_of_the_weights_dtype():
 
 def test_tokens_without_a_row_are_refused():
     W = ml.draw_weights(LLAMA, np.random.default_rng(0))
-    lora = ml.LoraConfig(targets=["q"], tokens={"embed": []})
-    with pytest.raises(ValueError, match=r"tokens \[\] of embed: expected each once"):
+    lora = ml.LoraConfig(target_modules=["q"], trainable_token_indices={"embed": []})
+    with pytest.raises(ValueError, match=r"trainable_token_indices \[\] of embed"):
         ml.inject(W, lora, LLAMA.linears(), np.random.default_rng(0))
 
 
@@ -1302,10 +1349,12 @@ def test_a_replicated_model_has_the_layers_of_its_ranges():
     base = replace(LLAMA, layers=2)
     ranges = [(1, 2), (0, 2)]
     W, c = target_modules.replicate(ml.draw_weights(base, np.random.default_rng(0)), base, ranges)
-    lora = ml.LoraConfig(targets=["q"], replication=ranges)
+    lora = ml.LoraConfig(target_modules=["q"], layer_replication=ranges)
     assert "layers.2.q.A" in ml.inject(W, lora, c.linears(), np.random.default_rng(0))[0]
     with pytest.raises(ValueError, match="of 3 layers: replicate first"):
-        ml.inject(W, replace(lora, replication=[(1, 2)]), c.linears(), np.random.default_rng(0))
+        ml.inject(
+            W, replace(lora, layer_replication=[(1, 2)]), c.linears(), np.random.default_rng(0)
+        )
     with pytest.raises(ValueError, match="ranges: found none, expected"):
         target_modules.replicated(3, [])
     with pytest.raises(ValueError, match=r"ranges: found \[\(2, 4\)\], expected"):
@@ -1323,7 +1372,7 @@ def test_activated_lora_has_a_mask_of_numbers_and_a_scale():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"alpha": np.nan}, {"alpha": np.inf}, {"alpha_pattern": {"q": -np.inf}}]
+    "wrong", [{"lora_alpha": np.nan}, {"lora_alpha": np.inf}, {"alpha_pattern": {"q": -np.inf}}]
 )
 def test_an_alpha_that_is_no_number_is_refused(wrong):
     with pytest.raises(ValueError, match=r"alpha .*: expected a finite number"):

@@ -33,7 +33,7 @@ def computing_model(arguments: argparse.Namespace) -> Adapted:
     Errors: ValueError for an adapter that acts on some tokens only, which no command looks for.
     """
     model = adapted_model(arguments)
-    if model.lora is not None and model.lora.invocation:
+    if model.lora is not None and model.lora.alora_invocation_tokens:
         says = "an aLoRA, which acts from the tokens of its invocation on"
         raise ValueError(
             f"{arguments.adapter}: found {says}; expected an adapter that acts on every token: "

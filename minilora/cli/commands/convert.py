@@ -56,7 +56,7 @@ def write(path: str, kind: str, model: Any) -> str:
     if kind != "peft" and model.lora is not None:
         model, told = on_base(model)
     own, tuning, lora = model.own, model.tuning, model.lora
-    dropout = 0.0 if lora is None else lora.dropout
+    dropout = 0.0 if lora is None else lora.lora_dropout
     if kind == "peft":
         lora = lora or choice_of(path, c, own, tuning, dropout)
         base = model.base
@@ -87,12 +87,14 @@ def on_base(model: Any) -> tuple[Any, str]:
     from minilora.spec.lora import is_base
 
     base, told = model.base, ""
-    if model.lora.init in peft.FROM_BASE:
+    if model.lora.init_lora_weights in peft.FROM_BASE:
         with tempfile.TemporaryDirectory() as folder:
             own, tuning, lora = model.own, model.tuning, model.lora
             peft.write_adapter(folder, base.config, own, tuning, lora, base=base.weights)
             model = open_adapted(base, folder, next(iter(own.values())).dtype)
-        told = f"what {lora.init} took out of the base is put back, at twice the rank\n"
+        told = (
+            f"what {lora.init_lora_weights} took out of the base is put back, at twice the rank\n"
+        )
     own = {
         name: array
         for name, array in model.own.items()

@@ -64,8 +64,8 @@ def described(model: Any) -> list[str]:
         lines.append(f"and {len(rows) - hit} tables or tied heads")
     if beside:
         lines.append(f"trained in full beside them: {', '.join(beside)}")
-    if model.lora is not None and model.lora.invocation:
-        tokens = " ".join(map(str, model.lora.invocation))
+    if model.lora is not None and model.lora.alora_invocation_tokens:
+        tokens = " ".join(map(str, model.lora.alora_invocation_tokens))
         lines.append(
             f"alora acts from the last invocation on, the tokens {tokens}, and on no other"
         )

@@ -137,11 +137,11 @@ def choice_of(
     first = next(iter(ranks))
     return LoraConfig(
         r=ranks[first],
-        alpha=alphas[first],
-        rslora=rslora,
+        lora_alpha=alphas[first],
+        use_rslora=rslora,
         variant=variants.pop(),
-        dropout=dropout,
-        targets=list(ranks),
+        lora_dropout=dropout,
+        target_modules=list(ranks),
         rank_pattern={at: r for at, r in ranks.items() if r != ranks[first]},
         alpha_pattern={at: alpha for at, alpha in alphas.items() if alpha != alphas[first]},
     )

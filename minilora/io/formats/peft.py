@@ -245,7 +245,7 @@ _NEWER = (
     *("lora_bias", "alora_invocation_tokens", "trainable_token_indices"),
     "ensure_weight_tying",
 )
-_NOT_VERAS = ("tokens", "replication")
+_NOT_VERAS = ("trainable_token_indices", "layer_replication")
 _PROJECTIONS = {"A": "base_model.vera_A", "B": "base_model.vera_B"}
 _TIED = ("embed_tokens", "lm_head")  # the bare names by which alone PEFT knows what may be tied
 FROM_BASE = ("pissa", "olora")  # the starts that PEFT takes out of the base whenever it loads it
@@ -309,10 +309,10 @@ def adapter_names(c: Config, names: Iterable[str]) -> dict[str, str]:
 def read_lora(path: Path | str, c: Config) -> LoraConfig:
     """The choice of adapters that ``adapter_config.json`` makes, in internal names.
 
-    Where the adapter is for a deeper model of the base's layers (``replication``), c is the
-    configuration of either. Patterns come resolved: ``targets``, ``rank_pattern`` and
-    ``alpha_pattern`` name modules, ``also`` names parameters. Where several patterns fit a module,
-    the first in the file counts; PEFT sorts them when it writes.
+    Where the adapter is for a deeper model of the base's layers (``layer_replication``), c is the
+    configuration of either. Patterns come resolved: ``target_modules``, ``rank_pattern`` and
+    ``alpha_pattern`` name modules, ``modules_to_save`` names parameters. Where several
+    patterns fit a module, the first in the file counts; PEFT sorts them when it writes.
 
     Errors: FormatError for a damaged file; for an unknown setting, or one that changes the function
     to one that is not implemented; for a choice that hits nothing, or what has no such adapter.
@@ -365,20 +365,20 @@ def _read_lora(path: Path, c: Config) -> tuple[dict[str, Any], LoraConfig, Confi
     try:
         lora = LoraConfig(
             r=settings["init_r"] if kind == "ADALORA" else settings["r"],
-            alpha=settings.get("lora_alpha", 1),
-            rslora=settings.get("use_rslora", False),
-            dropout=float(settings.get("lora_dropout", settings.get("vera_dropout", 0))),
-            targets=hit,
+            lora_alpha=settings.get("lora_alpha", 1),
+            use_rslora=settings.get("use_rslora", False),
+            lora_dropout=float(settings.get("lora_dropout", settings.get("vera_dropout", 0))),
+            target_modules=hit,
             rank_pattern={at: r for at, r in own["rank_pattern"].items() if r},
             alpha_pattern={at: v for at, v in own["alpha_pattern"].items() if v is not None},
             bias=settings["bias"].replace("vera", "lora"),
-            also=_also(path, c, settings, hit),
-            init=init if isinstance(init, str) and init in STARTS else "",
+            modules_to_save=_also(path, c, settings, hit),
+            init_lora_weights=init if isinstance(init, str) and init in STARTS else "",
             variant=variant,
-            invocation=settings.get("alora_invocation_tokens", ()),
-            tie=tie,
-            tokens=_tokens(path, c, settings, hit),
-            replication=[(begin, end) for begin, end in settings["layer_replication"]],
+            alora_invocation_tokens=settings.get("alora_invocation_tokens", ()),
+            ensure_weight_tying=tie,
+            trainable_token_indices=_tokens(path, c, settings, hit),
+            layer_replication=[(begin, end) for begin, end in settings["layer_replication"]],
         )
         choice = resolve_targets(lora, c.matrices())
     except FormatError:
@@ -614,12 +614,12 @@ def read_adapter(
     `TrainableSpec`.
 
     c is the configuration of the model that the adapter is for: of the deeper one, where
-    ``replication`` says so, and not its base's. Beside the adapters' parts come the modules that
-    were trained in full and the biases; put over the base's weights, ``W | adapter``, they give the
-    adapted model. With a start that PEFT takes out of the base's weights when it loads the folder
-    ("pissa", "olora"), and where rows of a table are trained alone, the adapter holds the changed
-    weights too, and ``base``, those that it is put over, has to be given. Dropout and aLoRA's
-    invocation are in :func:`read_lora`.
+    ``layer_replication`` says so, and not its base's. Beside the adapters' parts come the modules
+    that were trained in full and the biases; put over the base's weights, ``W | adapter``, they
+    give the adapted model. With a start that PEFT takes out of the base's weights when it loads the
+    folder ("pissa", "olora"), and where rows of a table are trained alone, the adapter holds the
+    changed weights too, and ``base``, those that it is put over, has to be given. Dropout and
+    aLoRA's invocation are in :func:`read_lora`.
 
     Errors: FormatError as :func:`read_lora`, `files.read_tensors` and
     `huggingface.collect` have it; without a ``base`` that is needed.
@@ -629,24 +629,24 @@ def read_adapter(
     if deeper.layers != c.layers:
         remedy = (
             "no command repeats a base's layers: merge it with PEFT and go on with that model, or "
-            "in Python replicate the base by read_lora's replication"
+            "in Python replicate the base by read_lora's layer_replication"
         )
         text = f"a model of {c.layers} layers"
         raise FormatError(Path(path) / CONFIG, "layer_replication", text, deeper.layers, remedy)
-    if base is None and (lora.tokens or lora.init in FROM_BASE):
-        where = "trainable_token_indices" if lora.tokens else "init_lora_weights"
+    if base is None and (lora.trainable_token_indices or lora.init_lora_weights in FROM_BASE):
+        where = "trainable_token_indices" if lora.trainable_token_indices else "init_lora_weights"
         remedy = "give base, the weights that the adapter is loaded on, which it changes"
         text = json.dumps(settings[where])
         raise FormatError(Path(path) / CONFIG, where, text, "a base beside it", remedy)
     parts = choice.parts()
-    beside, gone = _beside(lora, choice, c) | set(lora.also), _gone(c, settings)
+    beside, gone = _beside(lora, choice, c) | set(lora.modules_to_save), _gone(c, settings)
     if lora.bias == "lora_only":  # PEFT trains those of what it prunes, too
         beside |= {f"{at}.bias" for at in gone} & c.shapes().keys()
     if not file.exists() and file.with_suffix(".bin").exists():
         remedy = "a pickle can run code: let PEFT load it and save it as safetensors"
         raise FormatError(file, "file", "none, but a .bin", "a safetensors file", remedy)
     found = read_tensors(file, _pruned(file, gone))
-    rows = {f"{at}.tokens": (len(ids), c.d) for at, ids in lora.tokens.items()}
+    rows = {f"{at}.tokens": (len(ids), c.d) for at, ids in lora.trainable_token_indices.items()}
     placed = adapter_names(c, [*parts, *rows, *(name for name in c.shapes() if name in beside)])
     shared = {
         part: place for part, place in _PROJECTIONS.items() if settings.get("save_projection")
@@ -797,11 +797,11 @@ def _changed(
 ) -> Weights:
     """The weights that the adapter changes: residuals of the start, tables with trained rows."""
     changed: Weights = {}
-    if lora.init in FROM_BASE:
+    if lora.init_lora_weights in FROM_BASE:
         for at, r in choice.rank.items():
             if at not in TABLES:
                 changed[f"{at}.weight"] = _start(path, base, lora, at, r, s[at])[0]
-    for at, ids in lora.tokens.items():
+    for at, ids in lora.trainable_token_indices.items():
         table = base[f"{at}.weight"]
         changed[f"{at}.weight"], _ = with_tokens(table, np.array(ids), W[f"{at}.tokens"])
     return changed
@@ -812,10 +812,10 @@ def _start(
 ) -> tuple[Array, Array, Array]:
     """The residual of the base's weight, and the A and B that are taken out of it."""
     try:
-        return STARTS[lora.init](np.random.default_rng(0), base[f"{at}.weight"], r, s)
+        return STARTS[lora.init_lora_weights](np.random.default_rng(0), base[f"{at}.weight"], r, s)
     except ValueError as error:
         remedy = "is it another model's?"
-        raise FormatError(path, lora.init, error, f"a start of {at}", remedy) from None
+        raise FormatError(path, lora.init_lora_weights, error, f"a start of {at}", remedy) from None
 
 
 def _drop_copies(
@@ -878,7 +878,9 @@ def write_adapter(
     shown = {
         at: m
         for at, m in possible.items()
-        if at in c.linears() or f"{at}.A" in W or (lora.exclude and matches(at, lora.exclude))
+        if at in c.linears()
+        or f"{at}.A" in W
+        or (lora.exclude_modules and matches(at, lora.exclude_modules))
     }
     choice = resolve_targets(lora, shown)
     _check_written(folder, c, W, tuning, lora, choice)
@@ -887,10 +889,16 @@ def write_adapter(
     beside = tuning.trained - {
         f"{at}.{part}" for at in choice.rank for part in lora.entry.variant.parts
     }
-    beside -= {f"{at}.weight" for at in lora.tokens}
+    beside -= {f"{at}.weight" for at in lora.trainable_token_indices}
     saved = _saved_in_full(folder, c, lora, choice, beside)
-    rows = {f"{at}.tokens": (len(ids), c.d) for at, ids in lora.tokens.items()}
-    W = {**W, **{f"{at}.tokens": W[f"{at}.weight"][[*ids]] for at, ids in lora.tokens.items()}}
+    rows = {f"{at}.tokens": (len(ids), c.d) for at, ids in lora.trainable_token_indices.items()}
+    W = {
+        **W,
+        **{
+            f"{at}.tokens": W[f"{at}.weight"][[*ids]]
+            for at, ids in lora.trainable_token_indices.items()
+        },
+    }
     shapes = c.shapes() | parts | rows
 
     tensors: Weights = {}
@@ -942,10 +950,10 @@ def _check_written(
     if lora.entry.variant == VERA and (over := [n for n in _NOT_VERAS if getattr(lora, n)]):
         remedy = "PEFT's VeRA has no such setting"
         raise FormatError(folder, over[0], f"it with {lora.variant}", "none", remedy)
-    if both := _touched(c, choice.rank) & lora.tokens.keys():
+    if both := _touched(c, choice.rank) & lora.trainable_token_indices.keys():
         remedy = "PEFT trains a table in one way: adapt it, or train rows of it"
         text = f"rows of {listed(both)}, which is adapted, or tied to what is"
-        raise FormatError(folder, "tokens", text, "those of another table", remedy)
+        raise FormatError(folder, "trainable_token_indices", text, "those of another table", remedy)
     bare = lora.equation in (LORA_BIAS, ADALORA, VERA, ALORA)
     if bare and (tables := listed(at for at in choice.rank if at in TABLES)):
         remedy = f"PEFT has no embedding with {lora.variant}"
@@ -956,20 +964,24 @@ def _check_written(
     if lora.entry.variant == ADALORA:
         over = [at for at, r in choice.rank.items() if r > lora.r]
         pruned = any(r != lora.r for r in choice.rank.values())
-        if over or (pruned and not lora.alpha > 0):
-            found = f"more than r {lora.r} of {listed(over)}" if over else f"alpha {lora.alpha}"
+        if over or (pruned and not lora.lora_alpha > 0):
+            found = (
+                f"more than r {lora.r} of {listed(over)}" if over else f"alpha {lora.lora_alpha}"
+            )
             remedy = "PEFT prunes from r on, and takes the rank for an alpha of 0"
             raise FormatError(folder, "rank_pattern", found, "ranks up to r, alpha above 0", remedy)
-    if lora.tie and "head" in choice.rank:
+    if lora.ensure_weight_tying and "head" in choice.rank:
         shared = twin(W["embed.A"], W["embed.B"])
         if not all(np.array_equal(W[f"head.{p}"], t) for p, t in zip("AB", shared, strict=True)):
-            remedy = "train them as one, by tied_gradients, or leave tie out"
+            remedy = "train them as one, by tied_gradients, or leave ensure_weight_tying out"
             raise FormatError(folder, "head.A", "other factors", "the embedding's, tied", remedy)
     kind = "Qwen2" if architecture(c)[1].model_type == "qwen2" else type(c).__name__
-    if lora.replication and (lora.bias != "none" or kind in ("GPT2", "Qwen2")):
-        found = f"replication with bias {lora.bias!r} of {kind}"
+    if lora.layer_replication and (lora.bias != "none" or kind in ("GPT2", "Qwen2")):
+        found = f"layer_replication with bias {lora.bias!r} of {kind}"
         remedy = "PEFT's copies share one bias, and it finds no layers in these, or fails there"
-        raise FormatError(folder, "replication", found, "bias 'none', no GPT-2 or Qwen2", remedy)
+        raise FormatError(
+            folder, "layer_replication", found, "bias 'none', no GPT-2 or Qwen2", remedy
+        )
 
 
 def _on_base(
@@ -980,20 +992,26 @@ def _on_base(
     base: Mapping[str, Array] | None,
 ) -> tuple[LoraConfig, ResolvedTargets, Weights]:
     """The adapter as one on ``base``, where the start changed the weights that it was made for."""
-    if lora.init not in (*FROM_BASE, "loftq"):
+    if lora.init_lora_weights not in (*FROM_BASE, "loftq"):
         return lora, choice, W
     plain = replace(
-        lora, init="kaiming", variant="lora" if lora.variant in STARTS else lora.variant
+        lora,
+        init_lora_weights="kaiming",
+        variant="lora" if lora.variant in STARTS else lora.variant,
     )
     if base is None:
         remedy = "give base, the weights that the folder will be loaded on"
-        raise FormatError(folder, "base", "none", f"one, as {lora.init} changed W's", remedy)
+        raise FormatError(
+            folder, "base", "none", f"one, as {lora.init_lora_weights} changed W's", remedy
+        )
     weights = {at: weight_of(at, W) for at in choice.rank if at not in TABLES}
     before = {at: base[weight_of(at, {**base})] for at in weights}
     if all(np.array_equal(W[name], before[at]) for at, name in weights.items()):
         return plain, choice, W
     s = scales(lora, choice)
-    same_sum = lora.equation != ALORA and lora.init != "loftq"  # V = R + s B A is all that acts
+    same_sum = (
+        lora.equation != ALORA and lora.init_lora_weights != "loftq"
+    )  # V = R + s B A is all that acts
     changed: Weights = {}
     for at, name in weights.items():
         residual, A0, B0 = _start(
@@ -1001,15 +1019,15 @@ def _on_base(
         )
         if not same_sum or not np.array_equal(W[name], residual):
             remedy = "write the base of W beside it, with write_model, and give that"
-            expected = f"W's, or one of which {lora.init} made W's"
+            expected = f"W's, or one of which {lora.init_lora_weights} made W's"
             raise FormatError(folder, "base", f"another {at}.weight", expected, remedy)
         changed[f"{at}.A"], changed[f"{at}.B"] = as_plain(W[f"{at}.A"], W[f"{at}.B"], A0, B0)
     doubled = {at: r if at in TABLES else 2 * r for at, r in choice.rank.items()}
     alpha = {
-        at: a if at in TABLES else plain_alpha(a, lora.rslora) for at, a in choice.alpha.items()
+        at: a if at in TABLES else plain_alpha(a, lora.use_rslora) for at, a in choice.alpha.items()
     }
     plain = replace(
-        plain, r=2 * lora.r, alpha=plain_alpha(lora.alpha, lora.rslora),
+        plain, r=2 * lora.r, lora_alpha=plain_alpha(lora.lora_alpha, lora.use_rslora),
         rank_pattern=doubled, alpha_pattern=alpha,
     )  # fmt: skip
     return (
@@ -1054,18 +1072,20 @@ def _written(
         return settings | {
             "peft_type": "VERA",
             "r": lora.r,
-            "vera_dropout": lora.dropout,
+            "vera_dropout": lora.lora_dropout,
             "bias": lora.bias.replace("lora", "vera"),
             "save_projection": True,
             "projection_prng_key": 0,
         }
-    tied = ties_head(c) and ("embed" in saved or (lora.tie and "head" in choice.rank))
-    tokens = {paths[at]: [*map(int, ids)] for at, ids in lora.tokens.items()}
+    tied = ties_head(c) and (
+        "embed" in saved or (lora.ensure_weight_tying and "head" in choice.rank)
+    )
+    tokens = {paths[at]: [*map(int, ids)] for at, ids in lora.trainable_token_indices.items()}
     settings |= {
-        "lora_alpha": _plain(folder, lora.alpha),
-        "lora_dropout": lora.dropout,
+        "lora_alpha": _plain(folder, lora.lora_alpha),
+        "lora_dropout": lora.lora_dropout,
         "trainable_token_indices": tokens or None,
-        "layer_replication": [[*pair] for pair in lora.replication] or None,
+        "layer_replication": [[*pair] for pair in lora.layer_replication] or None,
         "ensure_weight_tying": tied,
     }
     if variant == ADALORA:
@@ -1077,19 +1097,19 @@ def _written(
         steps = {"total_step": 1, "tinit": 0, "tfinal": 0}  # of no training; PEFT asks for some
         ranks = {"init_r": lora.r, "target_r": lora.r, "rank_pattern": left or None}
         return settings | steps | ranks | {"peft_type": "ADALORA"}
-    drawn = lora.init in ("gaussian", "orthogonal") and variant != LORA_BIAS
+    drawn = lora.init_lora_weights in ("gaussian", "orthogonal") and variant != LORA_BIAS
     settings |= {
         "peft_type": "LORA",
         "r": lora.r,
-        "use_rslora": lora.rslora,
+        "use_rslora": lora.use_rslora,
         "rank_pattern": {paths[at]: r for at, r in choice.rank.items() if r != lora.r},
         "alpha_pattern": {
-            paths[at]: _plain(folder, v) for at, v in choice.alpha.items() if v != lora.alpha
+            paths[at]: _plain(folder, v) for at, v in choice.alpha.items() if v != lora.lora_alpha
         },
-        "init_lora_weights": lora.init if drawn else True,
+        "init_lora_weights": lora.init_lora_weights if drawn else True,
         "use_dora": lora.variant == "dora",
         "lora_bias": variant == LORA_BIAS,
-        "alora_invocation_tokens": [*map(int, lora.invocation)] or None,
+        "alora_invocation_tokens": [*map(int, lora.alora_invocation_tokens)] or None,
     }
     # An older PEFT refuses a name that it does not know, whatever its value.
     return {key: value for key, value in settings.items() if value or key not in _NEWER}

@@ -71,7 +71,7 @@ def write_case(folder: Path, size: Size, seed: int = 0) -> None:
     """The model, an adapter with B ≠ 0 and the batch, as files that every side reads."""
     rng = np.random.default_rng(seed)
     base = {name: w.astype(np.float32) for name, w in draw_weights(size.c, rng).items()}
-    lora = LoraConfig(r=RANK, alpha=2 * RANK)
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK)
     W, tuning = inject(base, lora, size.c.linears(), rng)
     for name in sorted(tuning.trained):  # a set's order is another in each process
         W[name] = (0.02 * rng.standard_normal(W[name].shape)).astype(np.float32)

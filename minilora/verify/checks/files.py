@@ -46,7 +46,7 @@ KINDS: dict[str, tuple[Config, LoraConfig, str]] = {
     "patterns": (
         tiny_models.DEEP,
         LoraConfig(
-            r=3, alpha=7.5, targets=("q", "v", "down"),
+            r=3, lora_alpha=7.5, target_modules=("q", "v", "down"),
             rank_pattern={"layers.1.q": tiny_models.DEEP.d, "layers.0.down": 2},
             alpha_pattern={"layers.1.q": 4, "layers.1.v": 10},
         ),
@@ -54,25 +54,29 @@ KINDS: dict[str, tuple[Config, LoraConfig, str]] = {
     ),
     "rslora": (
         tiny_models.GPT_2,
-        LoraConfig(r=3, alpha=7, rslora=True, targets=("qkv", "o", "down"), rank_pattern={"o": 5}),
+        LoraConfig(
+            r=3, lora_alpha=7, use_rslora=True, target_modules=("qkv", "o", "down"),
+            rank_pattern={"o": 5},
+        ),
         "rsLoRA on fused and transposed weights",
     ),
     "trained": (
         tiny_models.BERT,
         LoraConfig(
-            r=3, alpha=7, targets=("q", "o", "down"), alpha_pattern={"layers.0.down": 11},
-            bias="lora_only", also=("head.weight", "head.bias"),
+            r=3, lora_alpha=7, target_modules=("q", "o", "down"),
+            alpha_pattern={"layers.0.down": 11}, bias="lora_only",
+            modules_to_save=("head.weight", "head.bias"),
         ),
         "a head trained in full and biases, and names of which one ends like another",
     ),
     "dora": (
         tiny_models.DEEP,
-        LoraConfig(r=3, alpha=7, targets=("k", "o"), variant="dora"),
+        LoraConfig(r=3, lora_alpha=7, target_modules=("k", "o"), variant="dora"),
         "DoRA's magnitudes",
     ),
     "embedding": (
         tiny_models.LLAMA,
-        LoraConfig(r=3, alpha=7, targets=("embed", "q")),
+        LoraConfig(r=3, lora_alpha=7, target_modules=("embed", "q")),
         "an embedding that is adapted",
     ),
 }  # fmt: skip
@@ -82,7 +86,7 @@ KINDS: dict[str, tuple[Config, LoraConfig, str]] = {
 EXPRESSIONS = (
     tiny_models.DEEP,
     LoraConfig(
-        r=3, alpha=7, targets=("q", "v", "down"),
+        r=3, lora_alpha=7, target_modules=("q", "v", "down"),
         rank_pattern={"layers.0.down": 2}, alpha_pattern={"layers.1.q": 4, "layers.0.v": 10},
     ),
 )  # fmt: skip
@@ -109,7 +113,9 @@ def drawn(kind: str, number: int, seed: int) -> tuple[Small, Batch]:
     rng = tiny_models.rng_of(Case("", "", number, seed), f"files.{kind}")
     if kind == "another":
         first, batch = drawn("patterns", number, seed)
-        of = tiny_models.draw(first.c, LoraConfig(r=2, alpha=9, targets=("k", "o")), rng)
+        of = tiny_models.draw(
+            first.c, LoraConfig(r=2, lora_alpha=9, target_modules=("k", "o")), rng
+        )
         base = {name: first.W[name] for name in first.c.shapes()}
         return replace(of, W=of.W | base), batch
     c, lora, *_ = EXPRESSIONS if kind == "expressions" else KINDS[kind]

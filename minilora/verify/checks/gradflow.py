@@ -28,17 +28,21 @@ Array = np.ndarray
 
 CASES = {"quick": 1, "ci": 1, "nightly": 20}
 
-EVERY = LoraConfig(r=3, alpha=7)
+EVERY = LoraConfig(r=3, lora_alpha=7)
 """Every projection of every layer but the head."""
 
 KINDS: dict[str, tuple[LoraConfig, dict[str, Any], int]] = {
     "every": (EVERY, {}, 1),
     "checkpointing": (EVERY, {"gradient_checkpointing": True}, 2),
-    "below": (replace(EVERY, layers=(0,)), {}, 3),
-    "above": (replace(EVERY, layers=(1,)), {}, 3),
-    "below-checkpointing": (replace(EVERY, layers=(0,)), {"gradient_checkpointing": True}, 2),
+    "below": (replace(EVERY, layers_to_transform=(0,)), {}, 3),
+    "above": (replace(EVERY, layers_to_transform=(1,)), {}, 3),
+    "below-checkpointing": (
+        replace(EVERY, layers_to_transform=(0,)),
+        {"gradient_checkpointing": True},
+        2,
+    ),
     "start": (EVERY, {}, 1),
-    "dropout": (replace(EVERY, dropout=0.25), {}, 1),
+    "dropout": (replace(EVERY, lora_dropout=0.25), {}, 1),
     "frozen": (EVERY, {}, 2),
 }
 """What is adapted, the settings beside SGD's, and the number of steps."""

@@ -72,7 +72,9 @@ def draw(c: Config, lora: LoraConfig, rng: np.random.Generator) -> Small:
 
     Its numbers are those of float32.
     """
-    shapes = {at: v for at, v in c.matrices().items() if at in c.linears() or at in lora.targets}
+    shapes = {
+        at: v for at, v in c.matrices().items() if at in c.linears() or at in lora.target_modules
+    }
     W, tuning = inject(draw_weights(c, rng, 0.3), lora, shapes, rng)
 
     def drawn(name: str, array: Array) -> Array:

@@ -39,7 +39,7 @@ SILENT = 2
 """The step in which no label of a micro-batch counts."""
 
 ADAPTED = ("q", "v", "down")
-PLAIN = LoraConfig(r=3, alpha=7, targets=ADAPTED)
+PLAIN = LoraConfig(r=3, lora_alpha=7, target_modules=ADAPTED)
 SGD = {"optimizer": "sgd", "lr": 0.25, "momentum": 0.0, "weight_decay": 0.0}
 ADAMW = {
     "optimizer": "adamw", "lr": 0.02, "betas": (0.8, 0.95), "eps": 0.003, "weight_decay": 0.0,
@@ -56,7 +56,8 @@ KINDS: dict[str, Kind] = {
         "each token predicts the next; ignored labels and padding on either side do not count",
     ),
     "prompt": (
-        tiny_models.GPT_2, LoraConfig(r=3, alpha=7, rslora=True, targets=("qkv", "o", "down")),
+        tiny_models.GPT_2,
+        LoraConfig(r=3, lora_alpha=7, use_rslora=True, target_modules=("qkv", "o", "down")),
         SGD, (3,), "the answer alone is learned, the prompt is read",
     ),
     "accumulate": (
@@ -81,7 +82,10 @@ KINDS: dict[str, Kind] = {
     ),
     "decay": (
         tiny_models.QWEN2,
-        LoraConfig(r=3, alpha=7, targets=ADAPTED, bias="lora_only", also=("head.weight",)),
+        LoraConfig(
+            r=3, lora_alpha=7, target_modules=ADAPTED, bias="lora_only",
+            modules_to_save=("head.weight",),
+        ),
         {**ADAMW, "weight_decay": 0.5}, (2,),
         "AdamW decays all that is trained: a bias, a head trained in full, and each A while B = 0",
     ),
@@ -101,7 +105,8 @@ KINDS: dict[str, Kind] = {
     "loraplus.others": (
         tiny_models.QWEN2,
         LoraConfig(
-            r=3, alpha=7, targets=("embed", "q", "down"), bias="lora_only", also=("head.weight",)
+            r=3, lora_alpha=7, target_modules=("embed", "q", "down"), bias="lora_only",
+            modules_to_save=("head.weight",),
         ),
         {**ADAMW, "loraplus_lr_ratio": 4.0}, (2,),
         "LoRA+: an embedding's B has its rate, and biases and a head trained in full have not",
@@ -109,18 +114,19 @@ KINDS: dict[str, Kind] = {
     "classifier": (
         tiny_models.BERT,
         LoraConfig(
-            r=3, alpha=7, targets=("q", "o", "down"), bias="lora_only",
-            also=("head.weight", "head.bias"),
+            r=3, lora_alpha=7, target_modules=("q", "o", "down"), bias="lora_only",
+            modules_to_save=("head.weight", "head.bias"),
         ),
         ADAMW, (3, 2),
         "a classifier's step is over the labels of its rows",
     ),
     "dora": (
-        tiny_models.LLAMA, LoraConfig(r=3, alpha=7, targets=("q", "o"), variant="dora"), SGD, (2,),
+        tiny_models.LLAMA,
+        LoraConfig(r=3, lora_alpha=7, target_modules=("q", "o"), variant="dora"), SGD, (2,),
         "DoRA's magnitudes are trained",
     ),
     "together": (
-        tiny_models.DEEP, LoraConfig(r=2, alpha=5, rslora=True, targets=ADAPTED),
+        tiny_models.DEEP, LoraConfig(r=2, lora_alpha=5, use_rslora=True, target_modules=ADAPTED),
         {
             **ADAMW, "weight_decay": 0.25, "max_grad_norm": MEDIAN, "schedule": "linear",
             "warmup_steps": 2, "total_steps": STEPS + 2, "loraplus_lr_ratio": 3.0,

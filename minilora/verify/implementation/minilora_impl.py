@@ -233,7 +233,7 @@ class Own:
         """
         c, W = read_model(model_dir)
         factors, tuning = read_adapter(adapter_dir, c, base=W)
-        p = read_lora(adapter_dir, c).dropout
+        p = read_lora(adapter_dir, c).lora_dropout
         steps = [[_batch(batch) for batch in step] for step in batches]
         own = {k: v for k, v in settings.items() if k != "gradient_checkpointing"}
         names = adapter_names(c, sorted(tuning.trained))

@@ -29,7 +29,7 @@ class Trainer(Plain):
         """The adapter after each step, by the names in its file."""
         c, W = read_model(model_dir)
         factors, tuning = read_adapter(adapter_dir, c, base=W)
-        self.dropout, self.rng = read_lora(adapter_dir, c).dropout, np.random.default_rng(1)
+        self.dropout, self.rng = read_lora(adapter_dir, c).lora_dropout, np.random.default_rng(1)
         self.checkpointed = settings.get("gradient_checkpointing", False)
         tuning = self.tuned(c, W, tuning)
         W, start = W | factors, {name: (W | factors)[name] for name in sorted(tuning.trained)}
