@@ -1,22 +1,30 @@
-"""minilora: the executable specification of LoRA, and the oracle that checks implementations."""
+"""minilora: the executable specification of LoRA, and the oracle that checks implementations.
 
-from minilora.spec.lora import (
-    Merged,
-    TrainableSpec,
-    Variant,
-    combine,
-    disable,
-    fuse,
-    lora_linear,
-    merge,
-    project,
-    scale,
-    unmerge,
-)
-from minilora.spec.models import GPT2, Batch, Bert, Llama, draw_weights, logits, loss
-from minilora.spec.multi_adapter import Adapter, State
-from minilora.spec.target_modules import LoraConfig, ResolvedTargets, inject, resolve_targets
-from minilora.spec.variants import REGISTRY
+The names below are imported when they are first used, so that a program that only loads the pytest
+plugin does not load NumPy.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minilora.spec.lora import (
+        Merged,
+        TrainableSpec,
+        Variant,
+        combine,
+        disable,
+        fuse,
+        lora_linear,
+        merge,
+        project,
+        scale,
+        unmerge,
+    )
+    from minilora.spec.models import GPT2, Batch, Bert, Llama, draw_weights, logits, loss
+    from minilora.spec.multi_adapter import Adapter, State
+    from minilora.spec.target_modules import LoraConfig, ResolvedTargets, inject, resolve_targets
+    from minilora.spec.variants import REGISTRY
 
 __version__ = "0.1.0"
 
@@ -48,3 +56,19 @@ __all__ = [
     "scale",
     "unmerge",
 ]
+
+_MODULES = ("lora", "models", "multi_adapter", "target_modules", "variants")
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from the module of `minilora.spec` that defines it."""
+    if name in __all__:
+        for module in map(import_module, (f"minilora.spec.{module}" for module in _MODULES)):
+            if hasattr(module, name):
+                globals()[name] = getattr(module, name)
+                return globals()[name]
+    raise AttributeError(f"module 'minilora' has no attribute {name!r}", name=name, obj=__name__)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import minilora
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minilora"
 
@@ -30,6 +32,7 @@ ROOMS = {
     "training": {"spec", "io"},
     "verify": {"spec", "io"},
     "testing": {"spec"},
+    "pytest_plugin": {"verify"},
     "studies": {"spec", "io", "training", "verify"},
     "cli": {"spec", "io", "training", "verify", "studies"},
     "__main__": {"cli"},
@@ -37,22 +40,27 @@ ROOMS = {
 """What each package may import of the others: one way, and verify never imports training."""
 
 RUN_TIME = {
-    *(
-        "hypothesis",
-        "ml_dtypes",
-        "numpy",
-        "pytest",
-        "safetensors",
-        "scipy",
-        "threadpoolctl",
-        "tqdm",
-    ),
+    "hypothesis",
+    "ml_dtypes",
+    "numpy",
+    "safetensors",
+    "scipy",
+    "threadpoolctl",
+    "tqdm",
 }
 PEERS = {"loralib", "lycoris", "peft", "torch", "transformers"}
 """What a peer's file may import."""
 
 ALONE = {"bitsandbytes", "jax", "mlx", "mlx_lm"}
 """And one peer's file each, which comes with an extra of its own or with `libraries`."""
+
+PYTEST = {
+    "minilora/pytest_plugin.py",
+    "minilora/verify/__init__.py",
+    "minilora/verify/pytest_suite.py",
+    "minilora/verify/test_implementation.py",
+}
+"""What only pytest imports, or who has it: the extra `pytest`."""
 
 TEXT = {
     "minilora/io/formats/gguf.py": {"gguf", "tokenizers"},
@@ -133,8 +141,10 @@ def test_an_import_the_wrong_way_is_seen(line):
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_only_run_time_dependencies_and_in_a_peer_its_library_are_imported(path):
+    name = name_of(path)
     allowed = RUN_TIME | PEERS | ALONE if is_peer(path) else RUN_TIME
-    assert foreign(path.read_text()) <= allowed | TEXT.get(name_of(path), set())
+    allowed = allowed | TEXT.get(name, set()) | ({"pytest"} if name in PYTEST else set())
+    assert foreign(path.read_text()) <= allowed
 
 
 def at_the_top(source):
@@ -185,34 +195,40 @@ def test_the_top_level_holds_what_it_should_and_no_more():
     assert top_level() == TOP_LEVEL
 
 
-MEASURE = """
-import json, sys, time
-start = time.perf_counter()
-import numpy, scipy.special
-between = time.perf_counter()
-import minilora
-print(json.dumps([time.perf_counter() - between, between - start, list(sys.modules)]))
-"""
-
-
-def fresh_import():
-    run = [sys.executable, "-W", "error", "-c", MEASURE]
+def modules_after(code):
+    """The packages and modules that a fresh interpreter has loaded after the code."""
+    code = f"import json, sys\n{code}\nprint(json.dumps(list(sys.modules)))"
+    run = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    modules = set(json.loads(done.stdout))
+    return modules, {name.split(".")[0] for name in modules} - set(sys.stdlib_module_names)
 
 
-def test_importing_minilora_adds_little_and_no_framework():
-    """Less time than the two libraries that it stands on, the best of three on a busy machine."""
-    runs = [fresh_import() for _ in range(3)]
-    loaded = {name.split(".")[0] for name in runs[0][2]}
-    assert {"minilora", "numpy", "scipy"} <= loaded
-    assert loaded.isdisjoint(
-        PEERS
-        | ALONE
-        | set().union(*TEXT.values())
-        | {"hypothesis", "pytest", "safetensors", "tqdm"}
-    )
-    assert min(own / below for own, below, _ in runs) < 1
+def test_importing_minilora_loads_nothing_else():
+    for module in ("minilora", "minilora.pytest_plugin"):
+        modules, packages = modules_after(
+            f"import pytest; before = set(sys.modules)\nimport {module}"
+        )
+        assert "numpy" not in packages
+        assert {name for name in modules if name.startswith("minilora")} <= {"minilora", module}
+
+
+def test_the_first_name_of_minilora_loads_the_specification_and_no_more_packages():
+    _, before = modules_after("import numpy, scipy.special")
+    modules, after = modules_after("import minilora; minilora.lora_linear")
+    assert "minilora.spec.lora" in modules
+    assert after - before == {"minilora"}
+
+
+@pytest.mark.parametrize("name", minilora.__all__)
+def test_every_public_name_is_there(name):
+    assert name in dir(minilora)
+    assert getattr(minilora, name) is not None
+
+
+def test_an_unknown_public_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="lora_linaer"):
+        minilora.lora_linaer  # noqa: B018
 
 
 def test_what_the_entry_points_name_is_there():

@@ -6,6 +6,7 @@ expected failure, a failure that shows the report's own text.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +17,19 @@ import pytest
 
 from minilora.verify import engine
 from minilora.verify.core.types import Check
-from minilora.verify.implementation.contract import GuardedImplementation, load, resolve
+from minilora.verify.implementation.contract import (
+    OWN,
+    GuardedImplementation,
+    LoadError,
+    load,
+    resolve,
+)
 from minilora.verify.report.report import Known, Report, block
 
 _SEARCHED: Counter[str] = Counter()
 """How often a smallest counterexample was looked for, by the subject's name: `engine.SEARCHES`."""
+
+_OPTIONS = pytest.StashKey[tuple[object, dict[str, Any]]]()
 
 
 @dataclass(frozen=True)
@@ -132,3 +141,26 @@ def parametrized(implementations: Sequence[object], **options: Any) -> pytest.Ma
             for one in each(implementation, **options)
         ]
     return pytest.mark.parametrize(("implementation", "check"), parameters)
+
+
+def from_options(config: pytest.Config) -> tuple[object, dict[str, Any]]:
+    """The implementation to check, and the options of `each`, from pytest's command line.
+
+    Raises pytest.UsageError if the implementation or the file of known deviations does not load.
+    """
+    if _OPTIONS not in config.stash:
+        target = config.getoption("--minilora-implementation", None)
+        path = config.getoption("--minilora-known", None)
+        try:
+            options = {
+                "profile": config.getoption("--minilora-profile", "ci"),
+                "seed": config.getoption("--minilora-seed", 0),
+                "known": engine.read_known(path) if path else None,
+                "command": ["minilora", "verify", *filter(None, [target])],
+            }
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a library's warning at import is not a verdict
+                config.stash[_OPTIONS] = load(target or OWN), options
+        except (LoadError, engine.UsageError) as error:
+            raise pytest.UsageError(f"--minilora-implementation: {error}") from None
+    return config.stash[_OPTIONS]

@@ -1,15 +1,14 @@
-"""What ``pytest --pyargs minilora.verify --implementation TARGET`` collects."""
+"""What ``pytest --pyargs minilora.verify --minilora-implementation TARGET`` collects."""
 
 import pytest
 
 from minilora.verify.engine import UsageError
-from minilora.verify.pytest_plugin import asked
-from minilora.verify.pytest_suite import OneCheck, each
+from minilora.verify.pytest_suite import OneCheck, each, from_options
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each check and dtype."""
-    implementation, options = asked(metafunc.config)
+    implementation, options = from_options(metafunc.config)
     try:
         checks = list(each(implementation, **options))
     except UsageError as error:

@@ -18,7 +18,7 @@ from minilora.verify.report.report import Known
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parents[2]
-OPTIONS = ("-p", "minilora.verify.pytest_plugin", "-p", "no:cacheprovider")
+OPTIONS = ("-p", "minilora.pytest_plugin", "-p", "no:cacheprovider")
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def front(pytester):
     """Runs `pytest --pyargs minilora.verify …` in this process."""
 
     def run(*arguments, target="fake_checks:Right"):
-        package = ("--pyargs", "minilora.verify", "--implementation", target)
+        package = ("--pyargs", "minilora.verify", "--minilora-implementation", target)
         return pytester.runpytest_inprocess(*OPTIONS, *package, *arguments)
 
     return run
@@ -187,7 +187,7 @@ def test_the_smallest_counterexample_is_looked_for_in_a_few_tests_only(monkeypat
 def test_a_target_that_does_not_load_ends_the_run_with_what_is_wrong(front, arguments, words):
     run = front(**arguments)
     assert run.ret == pytest.ExitCode.USAGE_ERROR
-    run.stderr.fnmatch_lines([f"ERROR: --implementation: *{words}*"])
+    run.stderr.fnmatch_lines([f"ERROR: --minilora-implementation: *{words}*"])
 
 
 def test_a_profile_or_a_file_that_does_not_exist_is_refused(front):
@@ -255,11 +255,30 @@ def test_the_decorator_refuses_what_does_not_exist():
         parametrize_with_checks([fake_checks.Right], levels=["mrge"])
 
 
-def python(*arguments):
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
+def python(*arguments, **variables):
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"} | variables
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT
     )
+
+
+def test_the_plugin_leaves_other_suites_alone(tmp_path):
+    """It takes no option of a general name, and loads nothing that the suite does not ask for."""
+    (tmp_path / "conftest.py").write_text(
+        "def pytest_addoption(parser):\n    parser.addoption('--implementation')\n"
+    )
+    (tmp_path / "test_other.py").write_text(
+        "import sys\n"
+        "def test_other(request):\n"
+        "    assert request.config.getoption('--implementation') == 'theirs'\n"
+        "    assert request.config.pluginmanager.hasplugin('minilora.pytest_plugin')\n"
+        "    loaded = {name for name in sys.modules if name.startswith('minilora')}\n"
+        "    assert loaded == {'minilora', 'minilora.pytest_plugin'}\n"
+        "    assert not {'numpy', 'scipy', 'hypothesis'} & set(sys.modules)\n"
+    )
+    options = (*OPTIONS, "--implementation", "theirs")
+    run = python("-m", "pytest", *options, str(tmp_path), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    assert "1 passed" in run.stdout, run.stdout + run.stderr
 
 
 def test_a_check_needs_no_pytest():
