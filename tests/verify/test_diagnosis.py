@@ -156,7 +156,7 @@ def test_the_matched_filter_is_1_for_what_is_read_so_and_0_for_what_is_right():
 def fewest(make, kind="linear"):
     """The fewest steps on which a session deviates, as the check of its machine finds them."""
     check = next(
-        c for c in CHECKS if c.id == f"lifecycle.machine{'' if kind == 'linear' else '.' + kind}"
+        c for c in CHECKS if c.id == f"lifecycle.random-steps{'' if kind == 'linear' else '.' + kind}"
     )
     return check.smallest(diagnose.Direct(make()), "float32")
 
@@ -198,7 +198,7 @@ def test_an_error_in_a_layer_s_life_says_the_step_and_has_the_fewest_steps():
             of.activate = activate
             return of
 
-    machine = next(check for check in CHECKS if check.id == "lifecycle.machine")
+    machine = next(check for check in CHECKS if check.id == "lifecycle.random-steps")
     (result,) = engine.run([machine], Raising(), dtypes=["float64"]).results
     assert result.status == "error"
     assert result.faults[0].message.startswith("activate(['onetwo']): KeyError")
@@ -332,7 +332,7 @@ def test_a_case_that_deviates_and_then_asks_for_what_is_not_there_counts_once():
             of.delete = delete
             return of
 
-    (result,) = engine.run([BY_ID["lifecycle.machine"]], Lone(), dtypes=["float64"]).results
+    (result,) = engine.run([BY_ID["lifecycle.random-steps"]], Lone(), dtypes=["float64"]).results
     assert (result.status, result.only) == ("fail", ())
     assert result.skipped_cases
 
@@ -375,7 +375,7 @@ def test_of_two_answers_that_disagree_none_is_called_wanted():
         def lora_linear(self, *arrays, alpha, r, **options):
             return super().lora_linear(*arrays, alpha=r, r=r, **options)
 
-    words = report_of(Unscaled, "merge.function").text()
+    words = report_of(Unscaled, "merge.forward").text()
     assert "they disagree: x W'ᵀ is " in words
     assert "want" not in words
 
@@ -384,7 +384,7 @@ def test_of_two_answers_that_disagree_none_is_called_wanted():
             y = super().multi_adapter(*arrays)
             return y + np.arange(len(y)).reshape(-1, 1).astype(y.dtype)
 
-    words = report_of(ByPlace, "multi.permuted").text()
+    words = report_of(ByPlace, "multi.row-order").text()
     assert "one of its answers is " in words
     assert "want" not in words
 

@@ -545,11 +545,11 @@ CASES = [
         for each in CHECKS
         if each.level not in SLOW and each.cases("quick", "bfloat16")
     ),
-    "optimizer.together:float32:0",
+    "optimizer.combined:float32:0",
     "model.llama:float32:0",
-    "train.accumulate:float32:0",
+    "train.gradient-accumulation:float32:0",
     "grad-flow.dropout:float32:0",
-    "files.again:float32:0",
+    "files.resave:float32:0",
 ]
 
 

@@ -171,7 +171,7 @@ SAME = """
 import hashlib, numpy as np
 from threadpoolctl import threadpool_info
 from minilora.verify.vectors.vectors import files, vectors
-made = vectors(checks=["linear.vjp", "combine.weighted", "variants.dora.vector"])
+made = vectors(checks=["linear.vjp", "combine.weighted", "variants.dora.unbatched"])
 found = files(made)
 x = np.random.default_rng(0).standard_normal((40, 40))
 print("and".join({i.get("architecture", "one") for i in threadpool_info()} or {"one"}),
@@ -198,7 +198,7 @@ def test_a_set_has_the_same_bytes_whatever_processor_the_products_are_for():
 def test_nothing_of_a_vector_is_drawn_by_numpy(made, monkeypatch):
     """Whose generators may give other numbers in another version."""
     monkeypatch.setattr(np.random, "default_rng", lambda *_: None)
-    checks = ["linear.vjp.all", "merge.weight", "combine.weighted", "combine.zero", "multi.*"]
+    checks = ["linear.vjp.all", "merge.weight", "combine.weighted", "combine.zero-weight", "multi.*"]
     again = vectors(checks=[*checks, "optimizer.clip"])
     known = {v.id: fingerprint(v) for v in made}
     assert all(known[v.id] == fingerprint(v) for v in again)
@@ -466,7 +466,7 @@ SEVERAL_CALLS = (
     *("state-", "merge-piled-up", "merge-unlike-forward", "combine-negative-absolute"),
     *("combine-all-zero", "multi-call-before"),
 )
-NO_VECTORS = ("combine.svd", "optimizer.cosine", "optimizer.cosine.past")
+NO_VECTORS = ("combine.svd", "optimizer.cosine-schedule", "optimizer.cosine-schedule.past-end")
 
 
 def seen_by_vectors(m):

@@ -47,7 +47,7 @@ def weighted(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]
     yield Comparison("ΔW", delta, wanted_change(several), sigma)
 
 
-def one(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+def single(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """One adapter at weight 1 is itself: ΔW = s B A."""
     several, exact = draw_several(case)
     for i, adapter in enumerate(several.adapters):
@@ -57,7 +57,7 @@ def one(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         yield Comparison(f"ΔW of adapter {i} alone", delta, wanted_change(alone), sigma)
 
 
-def negative(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+def negative_weight(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """The weight -1 takes away what 1 adds, bit for bit."""
     several, _ = draw_several(case)
     for i, adapter in enumerate(several.adapters):
@@ -65,7 +65,7 @@ def negative(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]
         yield Comparison(f"ΔW of adapter {i} at weight -1", back, -there)
 
 
-def zero(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+def zero_weight(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """An adapter at weight 0 changes nothing, nor do all of them; whole numbers, compared by ==."""
     several, _ = draw_several(in_exact_lane(case))
     first, second, *_ = several.adapters
@@ -131,15 +131,20 @@ def svd(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
 def _law(run: Any, share: float) -> Check:
     title = (run.__doc__ or "").splitlines()[0]
     return Check(
-        f"combine.{run.__name__}", "combine", ("combine",), title, run, counter(CASES, share)
+        f"combine.{run.__name__.replace('_', '-')}",
+        "combine",
+        ("combine",),
+        title,
+        run,
+        counter(CASES, share),
     )
 
 
 CHECKS: tuple[Check, ...] = (
     _law(weighted, 1.0),
-    _law(one, 0.5),
-    _law(negative, 0.25),
-    _law(zero, 0.25),
+    _law(single, 0.5),
+    _law(negative_weight, 0.25),
+    _law(zero_weight, 0.25),
     _law(halves, 0.25),
     _law(order, 0.25),
     _law(svd, 0.25),

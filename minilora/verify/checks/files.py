@@ -60,7 +60,7 @@ KINDS: dict[str, tuple[Config, LoraConfig, str]] = {
         ),
         "rsLoRA on fused and transposed weights",
     ),
-    "trained": (
+    "modules-to-save": (
         tiny_models.BERT,
         LoraConfig(
             r=3, lora_alpha=7, target_modules=("q", "o", "down"),
@@ -111,14 +111,14 @@ class Stored:
 def drawn(kind: str, number: int, seed: int) -> tuple[Small, Batch]:
     """The model of a case and a batch for it, the same in every dtype."""
     rng = tiny_models.rng_of(Case("", "", number, seed), f"files.{kind}")
-    if kind == "another":
+    if kind == "second-adapter":
         first, batch = drawn("patterns", number, seed)
         of = tiny_models.draw(
             first.c, LoraConfig(r=2, lora_alpha=9, target_modules=("k", "o")), rng
         )
         base = {name: first.W[name] for name in first.c.shapes()}
         return replace(of, W=of.W | base), batch
-    c, lora, *_ = EXPRESSIONS if kind == "expressions" else KINDS[kind]
+    c, lora, *_ = EXPRESSIONS if kind == "regex" else KINDS[kind]
     of = tiny_models.draw(c, lora, rng)
     if c.causal:
         return of, tiny_models.draw_batch(rng, c, 3, 7)
@@ -135,7 +135,7 @@ def stored(kind: str, dtype: str, number: int, seed: int) -> Stored:
     settings = read_json(folder / CONFIG)
     for pattern in ("rank_pattern", "alpha_pattern"):
         short = {name.partition(".")[2]: value for name, value in settings[pattern].items()}
-        if kind == "expressions":
+        if kind == "regex":
             short = {re.sub(r"\.[a-z_]+\.", r"\\..*\\.", name): v for name, v in short.items()}
             short[MISSES] = 30
         settings[pattern] = short
@@ -232,7 +232,7 @@ def _save(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Compari
     return run
 
 
-def again(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+def resave(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Saved, loaded and saved again: the same tensors, the same scales."""
     reasons = []
     for kind in KINDS:
@@ -332,16 +332,16 @@ def _gradients(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Co
     return run
 
 
-def another(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+def second_adapter(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Of one model with one adapter and then another, each is its own function."""
-    first, (of, _) = _of("patterns", case), drawn("another", case.number, case.seed)
+    first, (of, _) = _of("patterns", case), drawn("second-adapter", case.number, case.seed)
     W = {name: array.astype(DTYPES[case.dtype]) for name, array in of.W.items()}
     with TemporaryDirectory(prefix="minilora-") as folder:
         write_adapter(folder, of.c, W, of.tuning, of.lora)
         second = replace(first, small=of, folder=Path(folder))
         for which, kind, it in (
             ("the first", "patterns", first),
-            ("another", "another", second),
+            ("another", "second-adapter", second),
             ("the first again", "patterns", first),
         ):
             for each in _of_answer(subject, kind, it, case, ask(subject, kind, it, case)):
@@ -354,7 +354,7 @@ def _cases(profile: str, dtype: str) -> int:
 
 LAWS: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
     ("load", "Loaded by its names, bit for bit: {}.", _load, ("load",)),
-    ("function", "Stored, it is the same function: {}.", _function, ("model_loss",)),
+    ("outputs", "Stored, it is the same function: {}.", _function, ("model_loss",)),
     ("save", "Saved by its names, bit for bit, with all that its scale needs: {}.", _save,
      ("save",)),
     ("gradients", "Stored, every tensor has its gradient: {}.", _gradients, ("model_loss",)),
@@ -367,20 +367,27 @@ CHECKS: tuple[Check, ...] = (
         for kind, (_, _, words) in KINDS.items()
     ),
     Check(
-        "files.function.expressions",
+        "files.outputs.regex",
         "files",
         ("model_loss",),
         "Stored, it is the same function: patterns that are regular expressions.",
-        _function("expressions"),
+        _function("regex"),
         _cases,
     ),
-    Check("files.another", "files", ("model_loss",), another.__doc__ or "", another, _cases),
     Check(
-        "files.again",
+        "files.second-adapter",
+        "files",
+        ("model_loss",),
+        second_adapter.__doc__ or "",
+        second_adapter,
+        _cases,
+    ),
+    Check(
+        "files.resave",
         "files",
         ("save", "load"),
-        (again.__doc__ or "").splitlines()[0],
-        again,
+        (resave.__doc__ or "").splitlines()[0],
+        resave,
         _cases,
     ),
 )

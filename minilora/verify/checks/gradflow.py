@@ -32,27 +32,27 @@ EVERY = LoraConfig(r=3, lora_alpha=7)
 """Every projection of every layer but the head."""
 
 KINDS: dict[str, tuple[LoraConfig, dict[str, Any], int]] = {
-    "every": (EVERY, {}, 1),
+    "all-layers": (EVERY, {}, 1),
     "checkpointing": (EVERY, {"gradient_checkpointing": True}, 2),
-    "below": (replace(EVERY, layers_to_transform=(0,)), {}, 3),
-    "above": (replace(EVERY, layers_to_transform=(1,)), {}, 3),
-    "below-checkpointing": (
+    "first-layer": (replace(EVERY, layers_to_transform=(0,)), {}, 3),
+    "last-layer": (replace(EVERY, layers_to_transform=(1,)), {}, 3),
+    "first-layer-checkpointing": (
         replace(EVERY, layers_to_transform=(0,)),
         {"gradient_checkpointing": True},
         2,
     ),
-    "start": (EVERY, {}, 1),
+    "zero-B": (EVERY, {}, 1),
     "dropout": (replace(EVERY, lora_dropout=0.25), {}, 1),
     "frozen": (EVERY, {}, 2),
 }
 """What is adapted, the settings beside SGD's, and the number of steps."""
 
 WORDS = {
-    "every": "Every A and every B of two layers has its gradient.",
+    "all-layers": "Every A and every B of two layers has its gradient.",
     "checkpointing": "With gradient checkpointing every gradient is the same.",
-    "below": "Gradients reach the first layer through a frozen one above it.",
-    "above": "Gradients reach the last layer, and the frozen one below it stays.",
-    "below-checkpointing": "With checkpointing they reach it through a frozen layer too.",
+    "first-layer": "Gradients reach the first layer through a frozen one above it.",
+    "last-layer": "Gradients reach the last layer, and the frozen one below it stays.",
+    "first-layer-checkpointing": "With checkpointing they reach it through a frozen layer too.",
 }
 
 
@@ -62,7 +62,7 @@ def drawn(kind: str, number: int, seed: int) -> tuple[Small, list[list[Batch]]]:
     lora, _, count = KINDS[kind]
     rng = tiny_models.rng_of(Case("", "", number, seed), f"grad-flow.{kind}")
     of = tiny_models.draw(tiny_models.DEEP, lora, rng)
-    if kind == "start":
+    if kind == "zero-B":
         of = tiny_models.begun(of)
     return of, [[tiny_models.draw_batch(rng, of.c, 3, 6 + k)] for k in range(count)]
 
@@ -93,15 +93,15 @@ def _flow(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Compari
     return run
 
 
-def start(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+def zero_B(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Where B = 0, the first step leaves every bit of A, and every B has its gradient."""
-    of, _ = drawn("start", case.number, case.seed)
-    got = _asked(subject, case, "start")
+    of, _ = drawn("zero-B", case.number, case.seed)
+    got = _asked(subject, case, "zero-B")
     for theirs, name, k, array in got:
         if name.endswith(".A"):
             yield Comparison(f"{theirs} after step {k}", array, of.W[name].astype(array.dtype))
     B = [each for each in got if each[1].endswith(".B")]
-    yield from compared(subject, case.dtype, B, *expected("start", case.number, case.seed))
+    yield from compared(subject, case.dtype, B, *expected("zero-B", case.number, case.seed))
 
 
 def dropout(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
@@ -153,7 +153,7 @@ def _check(name: str, title: str, run: Any) -> Check:
 CHECKS: tuple[Check, ...] = (
     *(_check(kind, words, _flow(kind)) for kind, words in WORDS.items()),
     *(
-        _check(run.__name__, (run.__doc__ or "").splitlines()[0], run)
-        for run in (start, dropout, frozen)
+        _check(run.__name__.replace("_", "-"), (run.__doc__ or "").splitlines()[0], run)
+        for run in (zero_B, dropout, frozen)
     ),
 )

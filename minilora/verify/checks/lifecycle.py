@@ -54,6 +54,9 @@ FURTHER = {
 KINDS = PLAIN | FURTHER
 """The kinds of layers and adapters, in words; a session may have no such layer."""
 
+SUFFIXES = {kind: kind for kind in KINDS} | {"full": "modules-to-save"}
+"""What the id of a check says of a kind."""
+
 ALONE = ("bias", "full")
 """Where "one" and "two" bring what only one can: no two of them act at once."""
 
@@ -403,7 +406,7 @@ SCRIPTS: dict[str, tuple[str, tuple[Step, ...]]] = {
 """What happens to many layers one day, a check each: its law and its steps."""
 
 
-LONE: tuple[Step, ...] = (
+SINGLE: tuple[Step, ...] = (
     ("add", "one"), ("activate", ["one"]), ("merge",), ("merge",), ("unmerge",), ("unmerge",),
     ("train",), ("eval",), ("merge",), ("eval",), ("train",), ("eval",),
 )  # fmt: skip
@@ -426,9 +429,17 @@ def _tied(name: str) -> tuple[Step, ...]:
 
 
 BESIDE: dict[str, tuple[str, str, tuple[Step, ...]]] = {
-    "lone": ("linear", "One adapter alone is added, activated, merged and unmerged.", LONE),
+    "single-adapter": (
+        "linear",
+        "One adapter alone is added, activated, merged and unmerged.",
+        SINGLE,
+    ),
     **{
-        f"lone.{kind}": (kind, f"One adapter alone lives the same life{KINDS[kind]}.", LONE)
+        f"single-adapter.{kind}": (
+            kind,
+            f"One adapter alone lives the same life{KINDS[kind]}.",
+            SINGLE,
+        )
         for kind in ("conv1d", "embedding", "fused")
     },
     "tied.embedding": (
@@ -452,8 +463,12 @@ BESIDE: dict[str, tuple[str, str, tuple[Step, ...]]] = {
         "A factor is the change's, and not the bias's that the adapter brings along.",
         (("add", "one"), ("activate", ["one"]), ("scale", "one", 2.0), ("scale", "one", 0.5)),
     ),
-    "full": ("full", "A module trained in full comes and goes with its adapter.", BROUGHT),
-    "full.delete": (
+    "modules-to-save": (
+        "full",
+        "A module trained in full comes and goes with its adapter.",
+        BROUGHT,
+    ),
+    "modules-to-save.delete": (
         "full",
         "With a deleted adapter goes the module that it brought.",
         (*START, ("delete", "two"), ("delete", "one"), ("add", "two"), ("activate", ["two"])),
@@ -472,7 +487,11 @@ BESIDE: dict[str, tuple[str, str, tuple[Step, ...]]] = {
     ),
     "save": ("linear", "A saved adapter is the same one in another session.", SAVED),
     **{
-        f"save.{kind}": (kind, f"A saved adapter is the same one again{KINDS[kind]}.", SAVED)
+        f"save.{SUFFIXES[kind]}": (
+            kind,
+            f"A saved adapter is the same one again{KINDS[kind]}.",
+            SAVED,
+        )
         for kind in FURTHER
     },
     "save.tied.both": (
@@ -494,7 +513,7 @@ BESIDE: dict[str, tuple[str, str, tuple[Step, ...]]] = {
          ("activate", ["onetwo"]), ("activate", ["one"]), ("anew",), ("load", "one", "one"),
          ("activate", ["one"])),
     ),
-    "load-again": (
+    "load-after-delete": (
         "linear",
         "What is loaded does not act yet, though one of its name did when it was deleted.",
         (*START, ("save", "one"), ("activate", ["one", "two"]), ("delete", "one"),
@@ -506,7 +525,7 @@ BESIDE: dict[str, tuple[str, str, tuple[Step, ...]]] = {
         (*START, ("save", "two"), ("delete", "two"), ("merge",), ("load", "onetwo", "two"),
          ("unmerge",), ("activate", ["onetwo"])),
     ),
-    "load-while-merged.full": (
+    "load-while-merged.modules-to-save": (
         "full",
         "Nor does one that brings a module along.",
         (*START, ("save", "two"), ("delete", "two"), ("merge",), ("load", "two", "two"),
@@ -522,9 +541,9 @@ def _script(
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         it = Run.of(subject, case, bias=case.number % 2 == 0, kind=kind)
         yield from follow(it, steps)
-        if name.startswith("lone") and it.session.has("weight"):
+        if name.startswith("single-adapter") and it.session.has("weight"):
             it = Run.of(subject, case, kind=kind)
-            for i, step in enumerate(LONE[:5]):
+            for i, step in enumerate(SINGLE[:5]):
                 if it.take(step) and i:
                     yield it.weight(told(step))
 
@@ -567,11 +586,11 @@ def gradients(
         yield from run.gradients(" ".join(done))
 
 
-def apart(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+def isolation(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Two layers that live at once do so apart."""
     lives = Run.of(subject, case), Run.of(subject, replace(case, seed=case.seed + 1))
     done: list[str] = []
-    for step in LONE[:3]:
+    for step in SINGLE[:3]:
         for it, which in zip(lives, ("the first", "the second"), strict=True):
             words = told(step)
             done.append(f"{which}'s {words if it.take(step) else f'{words} refused'}")
@@ -627,7 +646,7 @@ def rounding(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]
     """Numbers with all their digits, of any rank, are rounded no more than the precision says."""
     it = Numbers.of(subject, case)
     done: list[str] = []
-    for step in LONE[:3] + LONE[4:5]:
+    for step in SINGLE[:3] + SINGLE[4:5]:
         done.append(told(step) if it.run.take(step) else f"{told(step)} refused")
         if step[0] != "add":
             yield from it.compare(" ".join(done))
@@ -644,7 +663,7 @@ def save_rounding(subject: GuardedImplementation, case: Case) -> Iterable[Compar
     yield from it.compare(" ".join(map(told, [*steps, ("activate", ["one"])])))
 
 
-def machine(
+def random_steps(
     subject: GuardedImplementation, case: Case, kind: str = "linear", files: bool = False
 ) -> Iterable[Comparison]:
     """Twelve steps at random: after each the output is that of the state."""
@@ -694,7 +713,7 @@ def possible(state: Layer, kind: str) -> list[Step]:
 @st.composite
 def walks(draw: st.DrawFn, kind: str) -> list[Step]:
     """Up to twelve steps, each of them possible where it is taken."""
-    given = drawn_layer(kind, Case("lifecycle.machine", "float64", 1, 0), bias=True)
+    given = drawn_layer(kind, Case("lifecycle.random-steps", "float64", 1, 0), bias=True)
     state, steps = Layer.of(wide(given.layer)), list[Step]()
     for _ in range(draw(st.integers(1, 12))):
         steps.append(draw(st.sampled_from(possible(state, kind))))
@@ -707,7 +726,7 @@ def _fewest_steps(kind: str) -> Smallest:
 
     def smallest(subject: GuardedImplementation, dtype: str) -> dict[str, Any] | None:
         end, found = perf_counter() + SECONDS, list[tuple[list[Step], dict[str, Any]]]()
-        case = Case("lifecycle.machine", dtype, 1, 0)
+        case = Case("lifecycle.random-steps", dtype, 1, 0)
 
         def fails(steps: list[Step]) -> bool:
             if perf_counter() > end:
@@ -752,7 +771,7 @@ def _deviation(run: Run, steps: Sequence[Step]) -> dict[str, Any]:
 
 def _without_one(kind: str, steps: list[Step]) -> Iterator[list[Step]]:
     """The steps without one of them, the last first, where the others are possible still."""
-    given = drawn_layer(kind, Case("lifecycle.machine", "float64", 1, 0), bias=True)
+    given = drawn_layer(kind, Case("lifecycle.random-steps", "float64", 1, 0), bias=True)
     for i in reversed(range(len(steps))):
         fewer, state = steps[:i] + steps[i + 1 :], Layer.of(wide(given.layer))
         for step in fewer:
@@ -787,8 +806,9 @@ def _of_kinds(
 ) -> Iterator[Check]:
     law = (run.__doc__ or "").splitlines()[0].rstrip(".")
     for kind in kinds:
-        name = f"{run.__name__}{'' if kind == 'linear' else '.' + kind}"
-        smallest = _fewest_steps(kind) if run is machine else None
+        name = run.__name__.replace("_", "-")
+        name += "" if kind == "linear" else f".{SUFFIXES[kind]}"
+        smallest = _fewest_steps(kind) if run is random_steps else None
         yield _check(name, f"{law}{KINDS[kind]}.", partial(run, kind=kind), share, smallest)
 
 
@@ -798,21 +818,21 @@ CHECKS: tuple[Check, ...] = (
         for name, (law, steps) in SCRIPTS.items()
     ),
     *(check for kind in PLAIN for check in (*_of_kinds(weight, 0.25, [kind]),
-                                            *_of_kinds(machine, 1.0, [kind]))),
+                                            *_of_kinds(random_steps, 1.0, [kind]))),
     *(
         _check(name, law, _script(name, kind, steps), 0.125)
         for name, (kind, law, steps) in BESIDE.items()
     ),
     *_of_kinds(weight, 0.125, ("bias", "dora")),
     *_of_kinds(gradients, 0.25, KINDS),
-    _check("apart", apart.__doc__ or "", apart, 0.125),
+    _check("isolation", isolation.__doc__ or "", isolation, 0.125),
     _check("rounding", rounding.__doc__ or "", rounding, 0.25),
     _check("save.rounding", save_rounding.__doc__ or "", save_rounding, 0.125),
-    *_of_kinds(machine, 0.25, FURTHER),
+    *_of_kinds(random_steps, 0.25, FURTHER),
     _check(
-        "machine.files",
+        "random-steps.files",
         "Twelve steps at random, saving and loading among them.",
-        partial(machine, files=True),
+        partial(random_steps, files=True),
         0.25,
     ),
 )  # fmt: skip

@@ -142,7 +142,7 @@ def zero_B(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     yield Comparison("dB", got["dB"], want["dB"], sigma, limits(layer, "dB"))
 
 
-def derivative(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+def gradcheck(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """The gradients are those of the implementation's own forward.
 
     y is affine in each of x, A and B, so that the central difference along an integer direction E
@@ -162,7 +162,7 @@ def derivative(subject: GuardedImplementation, case: Case) -> Iterable[Compariso
         yield Comparison(f"⟨d{name}, E⟩", (long(got[f"d{name}"]) * E).sum(), slope)
 
 
-def rank_space(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+def basis_change(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """A → R A, B → B R⁻¹ changes neither y nor dx; dA → R⁻ᵀ dA, dB → dB Rᵀ; exact in integers."""
     even = Case(case.check, case.dtype, case.number * 2, case.seed)
     layer, _ = draw_layer(even)
@@ -176,7 +176,7 @@ def rank_space(subject: GuardedImplementation, case: Case) -> Iterable[Compariso
         yield Comparison(f"{name} after a change of basis", b[name], array)
 
 
-def mean_of_masks(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+def dropout_mean(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """The mean of y over all 2ⁿ masks at p = ½ is y without dropout."""
     even = Case(case.check, case.dtype, case.number * 2, case.seed)
     layer, _ = draw_layer(even)
@@ -190,7 +190,7 @@ def mean_of_masks(subject: GuardedImplementation, case: Case) -> Iterable[Compar
     yield Comparison("mean of y over all masks", total / 16, y)
 
 
-def tokens_apart(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+def token_independence(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Each token's y and dx are its own: the exact lane, token by token against all at once."""
     even = Case(case.check, case.dtype, case.number * 2 * len(LEADS), case.seed)  # x (tokens, n)
     layer, _ = draw_layer(even)
@@ -276,8 +276,8 @@ CHECKS: tuple[Check, ...] = (
     _law(balance, _VJP, 0.5),
     _law(symmetry, _FORWARD, 0.25),
     _law(zero_B, _VJP, 0.25),
-    _law(derivative, _FORWARD + _VJP, 0.25, low_precision=False),
-    _law(rank_space, _VJP, 0.25, low_precision=False),
-    _law(mean_of_masks, _FORWARD, 0.1, low_precision=False),
-    _law(tokens_apart, _VJP, 0.1),
+    _law(gradcheck, _FORWARD + _VJP, 0.25, low_precision=False),
+    _law(basis_change, _VJP, 0.25, low_precision=False),
+    _law(dropout_mean, _FORWARD, 0.1, low_precision=False),
+    _law(token_independence, _VJP, 0.1),
 )

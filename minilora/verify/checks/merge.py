@@ -94,7 +94,7 @@ def _formed(layer: Layer) -> Array:
     return lost
 
 
-def function(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+def forward_of_merged(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """The merged weight computes what the adapted layer computes: x W'ᵀ = y."""
     layer, exact = draw_layer(case)
     y, W = forward(subject, layer, case.dtype), merged(subject, layer, case.dtype)
@@ -163,7 +163,7 @@ def unmerge_difference(
 
 def _law(run: Any, needs: tuple[str, ...], share: float) -> Check:
     title = (run.__doc__ or "").splitlines()[0]
-    name = run.__name__.replace("_", "-")
+    name = run.__name__.removesuffix("_of_merged").replace("_", "-")
     return Check(
         f"merge.{name}",
         "merge",
@@ -201,7 +201,7 @@ def _unmerge_check(kind: str) -> Check:
 
 CHECKS: tuple[Check, ...] = (
     *(_weight_check(kind) for kind in KINDS),
-    _law(function, ("merge", "lora_linear"), 0.5),
+    _law(forward_of_merged, ("merge", "lora_linear"), 0.5),
     _law(zero_B, ("merge",), 0.25),
     _law(negative, ("merge",), 0.25),
     *(_unmerge_check(kind) for kind in KINDS),

@@ -65,32 +65,32 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
         _settings("sgd", max_grad_norm=6.0),
         "all gradients scaled alike to a greatest common norm, which half of the steps exceed",
     ),
-    "linear": (
+    "linear-schedule": (
         _settings("adamw", schedule="linear", warmup_steps=3, total_steps=STEPS + 1),
         "a linear schedule: k / warmup, then down to 0 at the last step",
     ),
-    "cosine": (
+    "cosine-schedule": (
         _settings("adamw", schedule="cosine", warmup_steps=2, total_steps=STEPS + 2),
         "a cosine schedule: k / warmup, then (1 + cos πq) / 2",
     ),
-    "cosine.past": (
+    "cosine-schedule.past-end": (
         _settings("adamw", schedule="cosine", total_steps=STEPS - 3),
         "a cosine schedule without a warm-up that ends before the steps do: the rate stays 0",
     ),
     "loraplus": (_settings("adamw", loraplus_lr_ratio=5.0), "LoRA+: the rate of each B is greater"),
-    "loraplus.others": (
+    "loraplus.other-params": (
         _settings("adamw", loraplus_lr_ratio=0.2),
         "LoRA+ with a smaller rate for B: a bias, a head and every A have the rate that was given",
     ),
-    "sgd.linear": (
+    "sgd.linear-schedule": (
         _settings("sgd", schedule="linear", total_steps=STEPS - 2, loraplus_lr_ratio=3.0),
         "SGD with LoRA+ under a linear schedule without a warm-up that ends before the steps do",
     ),
-    "together": (
+    "combined": (
         _settings("adamw", warmup_steps=3, max_grad_norm=6.0, loraplus_lr_ratio=5.0),
         "AdamW with micro-batches, clipping, LoRA+ and a warm-up at once",
     ),
-    "accumulate": (
+    "gradient-accumulation": (
         _settings("sgd", max_grad_norm=6.0),
         "micro-batches weighted by their number of labels that count",
     ),
@@ -99,7 +99,7 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
 
 ODD: dict[str, dict[str, Any]] = {
     "clip": _settings("adamw", max_grad_norm=6.0),
-    "accumulate": {"optimizer": "sgd", "lr": 0.03, "max_grad_norm": 6.0},
+    "gradient-accumulation": {"optimizer": "sgd", "lr": 0.03, "max_grad_norm": 6.0},
 }
 """Settings of the cases of odd numbers, where they are others."""
 
@@ -112,7 +112,7 @@ def settings_of(kind: str, number: int) -> dict[str, Any]:
 
 def shapes_of(kind: str) -> dict[str, tuple[int, ...]]:
     """The parameters of a kind, by their names."""
-    return OTHERS if kind == "loraplus.others" else SHAPES
+    return OTHERS if kind == "loraplus.other-params" else SHAPES
 
 
 def draw_steps(case: Case, kind: str) -> tuple[dict[str, Array], Gradients]:
@@ -134,7 +134,7 @@ def draw_steps(case: Case, kind: str) -> tuple[dict[str, Array], Gradients]:
         }
 
     steps = range(MANY.get(kind, STEPS))
-    if kind not in ("accumulate", "together"):
+    if kind not in ("gradient-accumulation", "combined"):
         return params, [gradients(k) for k in steps]
     counts = [(500, 200, 1100), (3, 0, 1), (7,)]
     return params, [[(n, gradients(k, n)) for n in counts[k % 3]] for k in steps]

@@ -26,8 +26,8 @@ SHORT = ("linear", "merge")
 
 QUICK = {
     "lifecycle": re.compile(r"lifecycle\.(\w|-)+"),
-    "train": re.compile(r"train\.together"),
-    "grad-flow": re.compile(r"grad-flow\.(every|dropout|start)"),
+    "train": re.compile(r"train\.combined"),
+    "grad-flow": re.compile(r"grad-flow\.(all-layers|dropout|zero-B)"),
 }
 """Of levels whose cases are long, the checks that the profile quick has: what others build on."""
 

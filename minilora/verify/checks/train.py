@@ -60,7 +60,7 @@ KINDS: dict[str, Kind] = {
         LoraConfig(r=3, lora_alpha=7, use_rslora=True, target_modules=("qkv", "o", "down")),
         SGD, (3,), "the answer alone is learned, the prompt is read",
     ),
-    "accumulate": (
+    "gradient-accumulation": (
         tiny_models.LLAMA, PLAIN, SGD, (3, 1, 2),
         "a step's mean is over the labels of all its micro-batches, in one of which none counts",
     ),
@@ -70,17 +70,17 @@ KINDS: dict[str, Kind] = {
         (2, 1),
         "the step's whole gradient is clipped, which about half of the steps need, before momentum",
     ),
-    "linear": (
+    "linear-schedule": (
         tiny_models.LLAMA, PLAIN,
         {**ADAMW, "schedule": "linear", "warmup_steps": 2, "total_steps": STEPS + 1}, (2,),
         "AdamW under a linear schedule with a warm-up, counted in steps",
     ),
-    "cosine": (
+    "cosine-schedule": (
         tiny_models.LLAMA, PLAIN,
         {**ADAMW, "schedule": "cosine", "total_steps": STEPS + 2}, (1, 2),
         "AdamW under a cosine schedule without a warm-up, counted in steps, not in micro-batches",
     ),
-    "decay": (
+    "weight-decay": (
         tiny_models.QWEN2,
         LoraConfig(
             r=3, lora_alpha=7, target_modules=ADAPTED, bias="lora_only",
@@ -89,7 +89,7 @@ KINDS: dict[str, Kind] = {
         {**ADAMW, "weight_decay": 0.5}, (2,),
         "AdamW decays all that is trained: a bias, a head trained in full, and each A while B = 0",
     ),
-    "no-decay": (
+    "no-weight-decay": (
         tiny_models.LLAMA, PLAIN, ADAMW, (2,),
         "nothing decays where no decay is asked for",
     ),
@@ -102,7 +102,7 @@ KINDS: dict[str, Kind] = {
         (2,),
         "LoRA+: the rate of each B is greater; a constant one has a warm-up too",
     ),
-    "loraplus.others": (
+    "loraplus.other-params": (
         tiny_models.QWEN2,
         LoraConfig(
             r=3, lora_alpha=7, target_modules=("embed", "q", "down"), bias="lora_only",
@@ -125,7 +125,7 @@ KINDS: dict[str, Kind] = {
         LoraConfig(r=3, lora_alpha=7, target_modules=("q", "o"), variant="dora"), SGD, (2,),
         "DoRA's magnitudes are trained",
     ),
-    "together": (
+    "combined": (
         tiny_models.DEEP, LoraConfig(r=2, lora_alpha=5, use_rslora=True, target_modules=ADAPTED),
         {
             **ADAMW, "weight_decay": 0.25, "max_grad_norm": MEDIAN, "schedule": "linear",
@@ -152,14 +152,14 @@ def drawn(kind: str, number: int, seed: int) -> tuple[Small, list[list[Batch]]]:
         ]
         for k in range(STEPS)
     ]
-    if kind == "decay":
+    if kind == "weight-decay":
         of = tiny_models.begun(of)
     if kind == "labels":
         steps = [
             [tiny_models.padded_left(batch) for batch in step] if k % 2 else step
             for k, step in enumerate(steps)
         ]
-    if kind == "accumulate":
+    if kind == "gradient-accumulation":
         steps[SILENT][1] = tiny_models.silent(steps[SILENT][1])
     return of, steps
 
@@ -282,7 +282,7 @@ def _steps(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Compar
     return run
 
 
-def again(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+def repeat(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Trained once more from the same folders, it starts from these again."""
     run = _steps("labels")
     for _ in run(subject, case):
@@ -311,5 +311,5 @@ CHECKS: tuple[Check, ...] = (
         )
         for kind, (*_, words) in KINDS.items()
     ),
-    Check("train.again", "train", ("train",), again.__doc__ or "", again, _cases),
+    Check("train.repeat", "train", ("train",), repeat.__doc__ or "", repeat, _cases),
 )

@@ -42,7 +42,7 @@ KINDS: dict[str, dict[str, bool]] = {
     ".rslora": {"use_rslora": True},
     ".evaluation": {"bias": True},
     ".conv1d": {"fan_in_fan_out": True},
-    ".vector": {"bias": True},
+    ".unbatched": {"bias": True},
     ".all": {},
 }
 """What a case has beside the variant; what one of ``.all`` has, its number says (`together`)."""
@@ -74,8 +74,8 @@ def together(number: int) -> dict[str, bool]:
 def draw(case: Case, kind: str, name: str) -> tuple[Layer, Array]:
     """A layer, never of the exact lane, and the variant's parameter away from its start.
 
-    W is not 0: a row of V needs a direction, whatever B A. x has rows, but for ``.vector``, and for
-    ``.all`` of a bias of B.
+    W is not 0: a row of V needs a direction, whatever B A. x has rows, but for
+    ``.unbatched``, and for ``.all`` of a bias of B.
     """
     odd = replace(case, number=case.number * 2 + 1)
     layer, _ = draw_layer(odd, **(together(case.number) if kind == ".all" else KINDS[kind]))
@@ -84,7 +84,7 @@ def draw(case: Case, kind: str, name: str) -> tuple[Layer, Array]:
     rows = {name: getattr(layer, name) for name in ("x", "dy", "keep")}
     if name == "dora" or kind != ".all":
         rows = {name: v if v is None or v.ndim > 1 else v[None] for name, v in rows.items()}
-    if kind == ".vector":
+    if kind == ".unbatched":
         rows = {name: v if v is None else v.reshape(-1, v.shape[-1])[0] for name, v in rows.items()}
     layer = replace(layer, W=W.astype(layer.W.dtype), **rows)
     if kind == ".evaluation":
@@ -306,7 +306,7 @@ def _checks(name: str) -> Iterable[Check]:
         yield check("merge", "merge", "merged", _merge(name, kind), kind)
 
 
-def _vector(id: str, needs: str, words: str, run: Any) -> Check:
+def _unbatched(id: str, needs: str, words: str, run: Any) -> Check:
     title = f"One token without a batch, x (n,), gives {words}."
     return Check(f"variants.dora.{id}", "variants", (needs,), title, run, counter(CASES, 0.5))
 
@@ -325,24 +325,24 @@ def _more(kind: str) -> str:
 CHECKS: tuple[Check, ...] = (
     *_checks("dora"),
     Check(
-        "variants.dora.start",
+        "variants.dora.init",
         "variants",
         ("lora_linear",),
         (start.__doc__ or "").splitlines()[0],
         start,
         counter(CASES, 0.5),
     ),
-    _vector(
-        "vector",
+    _unbatched(
+        "unbatched",
         "lora_linear",
         "y (m,): DoRA keeps the shape that a linear has",
-        _forward("dora", ".vector"),
+        _forward("dora", ".unbatched"),
     ),
-    _vector(
-        "vector-vjp",
+    _unbatched(
+        "unbatched-vjp",
         "lora_linear_vjp",
         "dx (n,) and the magnitude's gradient (m,) under DoRA",
-        _vjp("dora", ".vector"),
+        _vjp("dora", ".unbatched"),
     ),
     *_checks("lora-bias"),
 )

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minilora.verify.core.seeds import seed_text
+
 if TYPE_CHECKING:
     from minilora.verify.implementation.contract import GuardedImplementation
 
@@ -36,7 +38,7 @@ class Case:
 
     def rng(self) -> np.random.Generator:
         """A generator of its own, the same in every process (Python's ``hash`` is not)."""
-        words = [zlib.crc32(text.encode()) for text in (self.check, self.dtype)]
+        words = [zlib.crc32(text.encode()) for text in (seed_text(self.check), self.dtype)]
         return np.random.default_rng([*words, self.number, self.seed])
 
 

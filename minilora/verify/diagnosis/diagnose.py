@@ -41,7 +41,7 @@ ANSWERS = {
     "linear": ("linear.forward", "linear.vjp", "linear.evaluation", "linear.zero-B"),
     "merge": ("merge.weight", "merge.unmerge"),
     "variants": ("variants.",),
-    "combine": ("combine.weighted", "combine.one"),
+    "combine": ("combine.weighted", "combine.single"),
     "multi": ("multi.forward",),
     "lifecycle": ("lifecycle.",),
     "optimizer": ("optimizer.",),
@@ -51,7 +51,15 @@ ANSWERS = {
     "files": ("files.",),
     "grad-flow": ("grad-flow.",),
 }
-LAWS = (".balance", ".padding", ".vector", "-balance", "dora.start", "dora.vector", ".reproducible")
+LAWS = (
+    ".balance",
+    ".padding",
+    ".vector",
+    "-balance",
+    "dora.init",
+    "dora.unbatched",
+    ".reproducible",
+)
 """Of the checks of a level, those that compare answers themselves, and not a law of them."""
 
 WHOLE = ("model", "optimizer", "train", "grad-flow", "files")

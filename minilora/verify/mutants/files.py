@@ -185,7 +185,7 @@ LOAD = (
     ),
     *family(
         "STORE",
-        "files.load.trained",
+        "files.load.modules-to-save",
         ("load-head-lost", "the head is not loaded", files(loaded=_without(HEAD))),
         ("load-head-of-base", "the head stays as it was", files(loaded=_base_of(HEAD))),
         ("load-bias-lost", "the biases are not loaded", files(loaded=_without(BIAS))),
@@ -215,7 +215,7 @@ LOAD = (
 FUNCTION = (
     *family(
         "STORE",
-        "files.function.patterns",
+        "files.outputs.patterns",
         ("alpha-pattern-ignored", "one α for all modules", files(
             heeded=_settings(alpha_pattern=lambda c: {}))),
         ("rank-pattern-unscaled", "α / r with one r for all modules", files(
@@ -235,7 +235,7 @@ FUNCTION = (
     ),
     *family(
         "STORE",
-        "files.function.rslora",
+        "files.outputs.rslora",
         ("rslora-ignored", "α / r where rsLoRA is asked for", files(
             heeded=_settings(use_rslora=lambda c: False))),
         ("rslora-one-rank", "α / √r with one r for all modules", files(
@@ -245,7 +245,7 @@ FUNCTION = (
     ),
     *family(
         "STORE",
-        "files.function.trained",
+        "files.outputs.modules-to-save",
         ("head-not-used", "the base's head", files(heeded=_both(
             _without(HEAD), _settings(modules_to_save=lambda c: None, task_type=lambda c: None)))),
         ("bias-not-used", "the base's biases", files(heeded=_both(
@@ -256,7 +256,7 @@ FUNCTION = (
     ),
     *family(
         "STORE",
-        "files.function.dora",
+        "files.outputs.dora",
         ("dora-not-used", "LoRA where DoRA is asked for", files(heeded=_both(
             _without("magnitude"), _settings(use_dora=lambda c: False)))),
         ("magnitude-1", "m = 1", files(
@@ -264,7 +264,7 @@ FUNCTION = (
     ),
     *family(
         "STORE",
-        "files.function.embedding",
+        "files.outputs.embedding",
         ("embedding-not-used", "the base's embedding", files(
             heeded=_values(lambda n, v: 0 * v if "lora_embedding_B" in n else v))),
         ("embedding-unscaled", "B A for s B A of an embedding", files(
@@ -320,7 +320,7 @@ SAVE = (
     ),
     *family(
         "STORE",
-        "files.save.trained",
+        "files.save.modules-to-save",
         ("save-head-lost", "the head trained in full is not saved", files(saved=_both(
             _without(HEAD), _settings(modules_to_save=lambda c: None)))),
         ("save-bias-lost", "the trained biases are not saved", files(saved=_both(
@@ -348,7 +348,7 @@ SAVE = (
     ),
     *family(
         "STORE",
-        "files.again",
+        "files.resave",
         ("again-alpha-grows", "α doubles whenever it is saved", files(
             saved=_settings(lora_alpha=lambda c: 2 * c["lora_alpha"]))),
         ("again-names-grow", "names get another prefix whenever they are saved", files(
@@ -390,7 +390,7 @@ def _zero(*parts: str) -> Callable[[], Filer]:
 GRADIENTS = (
     *family(
         "STORE",
-        "files.function.expressions",
+        "files.outputs.regex",
         ("pattern-anywhere", "a pattern counts for every name that it stands in",
          _patterns(lambda n: f".*{n}.*")),
         ("pattern-end", "a pattern counts for every name that ends so, without a dot before it",
@@ -399,7 +399,7 @@ GRADIENTS = (
     ),
     *family(
         "STORE",
-        "files.another",
+        "files.second-adapter",
         ("adapter-kept", "the first adapter that a model was given", type(
             "Wrong", (Filer,), {"model_loss": _adapter_kept})),
     ),
@@ -416,7 +416,7 @@ GRADIENTS = (
     ),
     *family(
         "STORE",
-        "files.gradients.trained",
+        "files.gradients.modules-to-save",
         ("gradients-of-head", "the gradients of a head trained in full are 0", _zero(HEAD)),
         ("gradients-of-biases", "the gradients of biases are 0", _zero(BIAS)),
     ),

@@ -111,7 +111,7 @@ def _writes(which: str, name: str) -> Callable[[], Trainer]:
 EVERY = (
     *family(
         "FLOW",
-        "grad-flow.every",
+        "grad-flow.all-layers",
         ("A-none", "no A has a gradient: dA = 0", _cut(_factor(".A"))),
         ("B-none", "no B has a gradient: dB = 0", _cut(_factor(".B"))),
         ("first-layer-none", "the first layer's adapters have none", _cut(_first)),
@@ -145,20 +145,20 @@ EVERY = (
     ),
     *family(
         "FLOW",
-        "grad-flow.below",
+        "grad-flow.first-layer",
         ("frozen-stops", "gradients end at a frozen layer", _cut(_lower_alone)),
         ("frozen-A-stops", "A's gradients end at a frozen layer",
          _cut(lambda n, g: _lower_alone(n, g) and n.endswith(".A"))),
     ),
     *family(
         "FLOW",
-        "grad-flow.below-checkpointing",
+        "grad-flow.first-layer-checkpointing",
         ("checkpointing-frozen-stops", "under checkpointing gradients end at a frozen layer",
          _cut_where(_recomputing, _lower_alone), "transformers 26221"),
     ),
     *family(
         "FLOW",
-        "grad-flow.above",
+        "grad-flow.last-layer",
         ("embedding-trained", "the embedding is trained too",
          _trained_too(lambda W: {"embed.weight"})),
         ("norms-trained", "the norms are trained too",
@@ -168,7 +168,7 @@ EVERY = (
     ),
     *family(
         "FLOW",
-        "grad-flow.start",
+        "grad-flow.zero-B",
         ("start-A-after-B", "A's gradient where B has made its step",
          trains(part=_one_after_another)),
         ("start-B-lifted", "B = 0 taken for a thousandth", trains(part=_lifted)),

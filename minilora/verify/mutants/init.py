@@ -399,7 +399,7 @@ SEEDS = (
     ),
     *family(
         "INIT",
-        "init.base",
+        "init.base-unchanged",
         (
             "base-rounded",
             "W rounded to half of its digits",

@@ -665,7 +665,7 @@ PLAIN: Entries = {
         ),
         ("weight-merged", "W' always", _but(weight=lambda my: my.read(my.acting()))),
     ],
-    "lifecycle.machine": [
+    "lifecycle.random-steps": [
         (
             "merged-alone",
             "beside a merged adapter no other acts",
@@ -743,7 +743,7 @@ def _of_kind(kind: str, **methods: Any) -> Callable[[], Plain]:
 
 
 TURNED: Entries = {
-    "lifecycle.machine.conv1d": [
+    "lifecycle.random-steps.conv1d": [
         (
             "conv1d-twice",
             "2 s B A where the weight is stored (in, out)",
@@ -757,7 +757,7 @@ TURNED: Entries = {
             _of_kind("conv1d", take_out=lambda my, name: my.added.pop(name)),
         )
     ],
-    "lifecycle.machine.embedding": [
+    "lifecycle.random-steps.embedding": [
         (
             "embedding-disable",
             "an embedding's adapter is not disabled",
@@ -1158,32 +1158,32 @@ def _only_first(my: Pair, answer: dict[str, Array], key: str, gradient: Array) -
 
 
 OTHERS: Entries = {
-    "lifecycle.lone": [
+    "lifecycle.single-adapter": [
         (
             "merged-forgotten",
             "after a second merge what was merged is no longer taken out",
             _but(merge=_forgetful_merge),
         )
     ],
-    "lifecycle.lone.conv1d": [
+    "lifecycle.single-adapter.conv1d": [
         (
             "conv1d-unmerge-adds",
             "unmerging adds once more where the weight is stored (in, out)",
             _of_kind("conv1d", take_out=_unmerge_wrong),
         )
     ],
-    "lifecycle.lone.embedding": [
+    "lifecycle.single-adapter.embedding": [
         (
             "embedding-eval-adds",
             "each evaluation merges an embedding once more",
             _of_kind("embedding", eval=_eval_adds),
         )
     ],
-    "lifecycle.lone.fused": [
+    "lifecycle.single-adapter.fused": [
         ("fused-interleaved", "A's rows belong to the parts in turn", _but(delta=_interleaved)),
         ("fused-shared-A", "the first part's A for all parts", _but(delta=_shared_factors)),
     ],
-    "lifecycle.machine.fused": [
+    "lifecycle.random-steps.fused": [
         (
             "fused-next-rows",
             "the parts that are on follow each other without a gap",
@@ -1216,7 +1216,7 @@ OTHERS: Entries = {
         ),
         ("tied-both-embedding", "one change of both uses acts in one", _pairs(split=_split_untied)),
     ],
-    "lifecycle.machine.tied": [
+    "lifecycle.random-steps.tied": [
         (
             "tied-one-use",
             "beside an adapter of the embedding none of the tied head acts",
@@ -1242,10 +1242,10 @@ OTHERS: Entries = {
     "lifecycle.bias.scaled": [
         ("bias-scaled", "a factor is the trained bias's too", _but(shift=_bias_scaled))
     ],
-    "lifecycle.machine.bias": [
+    "lifecycle.random-steps.bias": [
         ("bias-twice", "a trained bias counts twice", _but(shift=_bias_twice))
     ],
-    "lifecycle.full": [
+    "lifecycle.modules-to-save": [
         (
             "full-ignored",
             "what is trained in full is not used",
@@ -1268,14 +1268,14 @@ OTHERS: Entries = {
             "peft 493",
         ),
     ],
-    "lifecycle.full.delete": [
+    "lifecycle.modules-to-save.delete": [
         ("full-outlives", "a deleted adapter's module stays", _pairs(delete=_module_outlives))
     ],
-    "lifecycle.machine.full": [
+    "lifecycle.random-steps.modules-to-save": [
         ("full-scaled", "a factor is the module's too", _pairs(scale=_module_scaled))
     ],
     "lifecycle.dora": [("dora-ignored", "DoRA beside LoRA is LoRA too", _but(delta=_dora_ignored))],
-    "lifecycle.machine.dora": [
+    "lifecycle.random-steps.dora": [
         ("dora-no-norm", "m ∘ V without ‖V‖, beside LoRA", _but(delta=_dora_without_norm))
     ],
     "lifecycle.dora.several": [
@@ -1320,7 +1320,7 @@ OTHERS: Entries = {
     "lifecycle.save.bias": [
         ("save-no-bias", "a trained bias is not saved", _but(stored=_stored_without("bias")))
     ],
-    "lifecycle.save.full": [
+    "lifecycle.save.modules-to-save": [
         (
             "save-no-head",
             "a module trained in full is not saved",
@@ -1340,14 +1340,14 @@ OTHERS: Entries = {
             _but(load=_load_into_merged),
         )
     ],
-    "lifecycle.load-while-merged.full": [
+    "lifecycle.load-while-merged.modules-to-save": [
         (
             "load-full-at-once",
             "a module that is loaded while merged acts at once",
             _pairs(load=_load_forgets),
         )
     ],
-    "lifecycle.machine.files": [
+    "lifecycle.random-steps.files": [
         ("load-active", "what is loaded acts at once", _but(load=_load_active))
     ],
     "lifecycle.gradients": [
@@ -1387,7 +1387,7 @@ OTHERS: Entries = {
     "lifecycle.gradients.bias": [
         ("gradients-bias-mean", "the mean of dy over tokens", _but(gradients_of=_bias_mean))
     ],
-    "lifecycle.gradients.full": [
+    "lifecycle.gradients.modules-to-save": [
         ("gradients-full-sign", "-dW of a module trained in full", _but(gradients_of=_full_negated))
     ],
 }
@@ -1547,7 +1547,7 @@ def _declared() -> Plain:
 
 
 ALIVE: Entries = {
-    "lifecycle.apart": [
+    "lifecycle.isolation": [
         (
             "one-layer",
             "a second layer takes the first one's place",
@@ -1571,7 +1571,7 @@ ALIVE: Entries = {
         ("scale-absolute", "a factor's sign is lost", _but(scale=_scale_absolute)),
         ("scale-given", "a factor goes into the B that was handed in", _but(scale=_scale_given)),
     ],
-    "lifecycle.lone": [
+    "lifecycle.single-adapter": [
         ("merge-given", "the W that was handed in is merged into", _but(put_in=_put_in_given)),
         ("one-token", "y of one token has one axis", _but(forward=_squeezed)),
     ],
@@ -1582,14 +1582,14 @@ ALIVE: Entries = {
             _but(delete=_delete_beginning),
         ),
     ],
-    "lifecycle.load-again": [
+    "lifecycle.load-after-delete": [
         (
             "load-again",
             "what is loaded acts at once if one of its name did when it was deleted",
             _but(delete=_delete_noted, load=_load_noted),
         ),
     ],
-    "lifecycle.lone.fused": [
+    "lifecycle.single-adapter.fused": [
         (
             "fused-outer",
             "the first two parts of three are taken for the first and the last",

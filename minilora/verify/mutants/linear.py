@@ -289,7 +289,7 @@ FORM = (
     ),
     *family(
         "FORM",
-        "linear.rank-space",
+        "linear.basis-change",
         ("tanh", "tanh(H) for H", then(H=lambda H, c: np.tanh(H))),
     ),
 )
@@ -353,7 +353,7 @@ DROPOUT = (
     ),
     *family(
         "DROPOUT",
-        "linear.mean-of-masks",
+        "linear.dropout-mean",
         ("not-divided", "K = keep", reads(K=lambda c: np.sign(c.K))),
     ),
     *family(
@@ -483,7 +483,7 @@ BACKWARD = (
     ),
     *family(
         "BACKWARD",
-        "linear.derivative",
+        "linear.gradcheck",
         ("dA-not-scaled", "dA / s", but(dA=lambda my, c: Plain.dA(my, c) / my.s(c))),
     ),
     *family(
@@ -494,7 +494,7 @@ BACKWARD = (
     ),
     *family(
         "BACKWARD",
-        "linear.tokens-apart",
+        "linear.token-independence",
         ("dA-mean", "dA / t", then(dA=lambda g, c: g / len(c.x))),
         (
             "mean-over-tokens",

@@ -141,7 +141,7 @@ MERGE = (
     ),
     *family(
         "MERGE",
-        "merge.function",
+        "merge.forward",
         (
             "never",
             "W: evaluation does not merge",

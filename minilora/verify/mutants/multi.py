@@ -198,20 +198,20 @@ COMBINE = (
     ),
     *family(
         "COMBINE",
-        "combine.one",
+        "combine.single",
         ("one-merged", "B A of one adapter alone, its scale folded in twice",
          but(change=lambda my, calls, w: Plain.change(my, calls, w)
              * (my.s(calls[0]) if len(calls) == 1 else 1))),
     ),
     *family(
         "COMBINE",
-        "combine.negative",
+        "combine.negative-weight",
         ("negative-absolute", "|w| where there is one adapter",
          _each(lambda w, calls: [abs(v) for v in w] if len(w) == 1 else w)),
     ),
     *family(
         "COMBINE",
-        "combine.zero",
+        "combine.zero-weight",
         ("zero-is-one", "w = 0 taken for 1", _each(lambda w, _: [v or 1.0 for v in w])),
         ("all-zero", "weights that are all 0 taken for none: the mean of all adapters",
          _each(lambda w, _: w if any(w) else [1 / len(w)] * len(w))),
@@ -374,25 +374,25 @@ MULTI = (
     ),
     *family(
         "MULTI",
-        "multi.without",
+        "multi.base-rows",
         ("none-off", "rows without an adapter off by 2⁻⁷ where others have one", but(
             slots=_mixed, none=lambda my, c: my.base(c) * (1 + 2.0**-7 * my.memory["mixed"]))),
     ),
     *family(
         "MULTI",
-        "multi.permuted",
+        "multi.row-order",
         ("by-place", "the adapter of a row's place", _slots(
             lambda v, a: [j % len(a) if i >= 0 else i for j, i in enumerate(v)])),
     ),
     *family(
         "MULTI",
-        "multi.relabelled",
+        "multi.adapter-order",
         ("remembered", "the adapters of the first call stay loaded",
          but(multi_adapter=_loaded_once)),
     ),
     *family(
         "MULTI",
-        "multi.unused",
+        "multi.unused-adapter",
         ("unused-added", "unused adapters are added to slot 0", but(
             row=lambda my, x, W, adapters, i: Plain.row(my, x, W, adapters, i)
             + (my.branch(my.adapter(adapters[1], W, x)) * 2.0**-3 if i == 0 else 0))),
@@ -410,7 +410,7 @@ MULTI = (
     ),
     *family(
         "MULTI",
-        "multi.first-without",
+        "multi.base-row-first",
         ("none-and-one", "none for all rows if the first has none",
          _slots(_all_none), "sglang 5928"),
     ),

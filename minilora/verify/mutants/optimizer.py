@@ -304,7 +304,7 @@ CLIP = family(
 SCHEDULE = (
     *family(
         "OPTIMIZER",
-        "optimizer.linear",
+        "optimizer.linear-schedule",
         ("schedule-none", "η", but(factor=lambda my, c, k: 1.0)),
         (
             "schedule-one-ahead",
@@ -364,7 +364,7 @@ SCHEDULE = (
     ),
     *family(
         "OPTIMIZER",
-        "optimizer.cosine",
+        "optimizer.cosine-schedule",
         (
             "schedule-linear-for-cosine",
             "1 - q",
@@ -394,7 +394,7 @@ SCHEDULE = (
 
 SCHEDULE += family(
     "OPTIMIZER",
-    "optimizer.cosine.past",
+    "optimizer.cosine-schedule.past-end",
     (
         "schedule-cosine-rises-again",
         "(1 + cos πq) / 2 with q beyond 1",
@@ -417,7 +417,7 @@ def _greater(is_B: Callable[[str], bool]) -> Callable[[], Plain]:
 
 LORAPLUS = family(
     "OPTIMIZER",
-    "optimizer.loraplus.others",
+    "optimizer.loraplus.other-params",
     ("loraplus-not-A", "η ratio for all but A", _greater(lambda name: not name.endswith(".A"))),
     (
         "loraplus-vectors",
@@ -483,7 +483,7 @@ def _weighted(weights: Callable[[Sequence[int]], Sequence[float]]) -> Callable[[
 
 ACCUMULATE = family(
     "OPTIMIZER",
-    "optimizer.accumulate",
+    "optimizer.gradient-accumulation",
     (
         "accumulate-mean-of-means",
         "the mean of the gᵢ",
@@ -640,7 +640,7 @@ SAME = equivalents(
 TOGETHER = (
     *family(
         "OPTIMIZER",
-        "optimizer.sgd.linear",
+        "optimizer.sgd.linear-schedule",
         (
             "schedule-in-velocity",
             "u = μ u + η (g + λ p), equal only while η is constant",
@@ -672,7 +672,7 @@ TOGETHER = (
     ),
     *family(
         "OPTIMIZER",
-        "optimizer.together",
+        "optimizer.combined",
         (
             "schedule-constant-without-warmup",
             "no warm-up where the schedule is constant",

@@ -355,7 +355,7 @@ LABELS = (
 
 ACCUMULATE = family(
     "TRAIN",
-    "train.accumulate",
+    "train.gradient-accumulation",
     (
         "mean-of-means",
         "the mean of the micro-batches' means",
@@ -420,7 +420,7 @@ CLIP = family(
 SCHEDULE = (
     *family(
         "TRAIN",
-        "train.linear",
+        "train.linear-schedule",
         ("schedule-none", "a constant rate", _settings(schedule=lambda s, n: "constant")),
         ("schedule-ahead", "the factor of the step after", _of("schedule-one-ahead")),
         ("schedule-no-warmup", "no warm-up", _settings(warmup_steps=lambda s, n: 0)),
@@ -433,7 +433,7 @@ SCHEDULE = (
     ),
     *family(
         "TRAIN",
-        "train.cosine",
+        "train.cosine-schedule",
         (
             "schedule-of-micro-batches",
             "the schedule as long as there are micro-batches",
@@ -455,7 +455,7 @@ SCHEDULE = (
 DECAY = (
     *family(
         "TRAIN",
-        "train.decay",
+        "train.weight-decay",
         ("decay-none", "λ = 0", _settings(weight_decay=lambda s, n: 0.0)),
         (
             "decay-biases-spared",
@@ -477,7 +477,7 @@ DECAY = (
     ),
     *family(
         "TRAIN",
-        "train.no-decay",
+        "train.no-weight-decay",
         ("decay-default", "λ = 0.01 where 0 is asked for", _of("decay-default")),
     ),
 )
@@ -498,7 +498,7 @@ LORAPLUS = family(
 
 LORAPLUS += family(
     "TRAIN",
-    "train.loraplus.others",
+    "train.loraplus.other-params",
     ("loraplus-not-A", "all but A has the greater rate", _of("loraplus-not-A")),
     ("loraplus-vectors", "biases have the greater rate too", _of("loraplus-vectors"), "peft 0.21"),
     ("loraplus-no-embedding", "an embedding's B has it not", _of("loraplus-no-embedding")),
@@ -516,7 +516,7 @@ def _goes_on(my: Trainer, model: str, adapter: str, batches: Any, settings: Any)
 
 AGAIN = family(
     "TRAIN",
-    "train.again",
+    "train.repeat",
     ("adapter-kept", "the adapter that was trained last is trained on", trains(train=_goes_on)),
 )
 
@@ -565,7 +565,7 @@ OTHERS = (
 
 TOGETHER = family(
     "TRAIN",
-    "train.together",
+    "train.combined",
     ("checkpointing-unclipped", "no clipping under checkpointing", trains(train=_unclipped)),
     (
         "checkpointing-without-root",

@@ -192,7 +192,7 @@ DORA = (
     ),
     *family(
         "DORA",
-        "variants.dora.start",
+        "variants.dora.init",
         ("norm-eps", "‖V‖ + 0.01", _length(lambda V, c, my: (V**2).sum(1) ** 0.5 + 0.01)),
     ),
     *family(
@@ -238,7 +238,7 @@ DORA = (
     ),
     *family(
         "DORA",
-        "variants.dora.vector-vjp",
+        "variants.dora.unbatched-vjp",
         ("vector-dm-summed", "dm of a vector summed to a number", then(
             dpart=lambda v, c: v if c.lead or not _dora(c) else v.sum())),
         ("vector-dz-unscaled", "dA, dB, dx of a vector without m / ‖V‖", but(
@@ -246,7 +246,7 @@ DORA = (
     ),
     *family(
         "DORA",
-        "variants.dora.vector",
+        "variants.dora.unbatched",
         ("vector-to-row", "y of a vector is a row (1, m)", but(
             shaped=lambda my, c, rows: rows if not c.lead and _dora(c)
             else Plain.shaped(my, c, rows)), "peft 0.21"),

@@ -41,17 +41,24 @@ KNOWN = {
 }
 KNOWN |= {
     f"files.{law}.{kind}:float64": _LLAMA
-    for law in ("function", "gradients")
+    for law in ("outputs", "gradients")
     for kind in ("patterns", "dora", "embedding")
 } | {
-    "files.function.expressions:float64": _LLAMA,
-    "files.another:float64": _LLAMA,
-    "files.function.rslora:float64": _LOSS,
+    "files.outputs.regex:float64": _LLAMA,
+    "files.second-adapter:float64": _LLAMA,
+    "files.outputs.rslora:float64": _LOSS,
     "files.gradients.rslora:float64": _LOSS,
 }
 KNOWN |= {
     f"grad-flow.{check}:float64": _LLAMA
-    for check in ("every", "checkpointing", "below", "above", "below-checkpointing", "start")
+    for check in (
+        "all-layers",
+        "checkpointing",
+        "first-layer",
+        "last-layer",
+        "first-layer-checkpointing",
+        "zero-B",
+    )
 }
 
 _STORED = {

@@ -40,11 +40,11 @@ class Bitsandbytes(Layer):
     precision: ClassVar = {dtype: PRECISION[dtype] for dtype in dtypes}
     conventions: ClassVar = {"dora_norm": "detached"}
     known: ClassVar = {
-        "variants.dora.vector*": "DoRA of PEFT views its factor as (1, m), so that a vector's "
+        "variants.dora.unbatched*": "DoRA of PEFT views its factor as (1, m), so that a vector's "
         "output is a row (tuners/lora/dora.py)",
         "linear.vjp.bias:*": _ONE_TOKEN,
         "linear.vjp.all:*": _ONE_TOKEN,
-        "linear.derivative:*": _ONE_TOKEN,
+        "linear.gradcheck:*": _ONE_TOKEN,
         "variants.lora-bias.vjp*:bfloat16": _ONE_TOKEN,
         "variants.lora-bias.vjp*:float16": _ONE_TOKEN,
         "variants.dora.vjp*:bfloat16": _BIAS,

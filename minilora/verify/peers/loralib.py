@@ -45,8 +45,8 @@ class Loralib:
     dtypes = DTYPES
     precision = PRECISION
     known = KNOWN | {
-        "lifecycle.machine*": "eval() merges what there is, B = 0 at first, and an adapter that is "
-        "loaded after it does not act; the next train() takes it out nevertheless"
+        "lifecycle.random-steps*": "eval() merges what there is, B = 0 at first, and an "
+        "adapter that is loaded after it does not act; the next train() takes it out nevertheless"
     }
 
     def lora_linear(

@@ -109,22 +109,22 @@ class Peft(Layer):
         f"combine.{check}:*": reason
         for checks, reason in (
             (("weighted", "order", "svd"), _COMBINED_SCALE),
-            (("one", "zero", "halves"), f"{_COMBINED_SCALE}; {_FLOAT32_WEIGHTS}"),
+            (("single", "zero-weight", "halves"), f"{_COMBINED_SCALE}; {_FLOAT32_WEIGHTS}"),
         )
         for check in checks
     }
     known |= {
-        "variants.dora.vector*": _VECTOR,
+        "variants.dora.unbatched*": _VECTOR,
         "init.orthogonal:float64": _FLOAT32_START,
-        "optimizer.cosine.past:*": _COSINE_RISES,
+        "optimizer.cosine-schedule.past-end:*": _COSINE_RISES,
         "variants.dora.vjp*:bfloat16": _BIAS_THRICE,
         "variants.dora.vjp*:float16": _BIAS_THRICE,
         "lifecycle.scale-while-merged:*": _SCALED_LATE,
-        "lifecycle.full.delete:*": _DELETED,
-        "lifecycle.machine.tied:*": f"{_SCALED_LATE}; {_DELETED}; {_SHARED_TABLE}",
+        "lifecycle.modules-to-save.delete:*": _DELETED,
+        "lifecycle.random-steps.tied:*": f"{_SCALED_LATE}; {_DELETED}; {_SHARED_TABLE}",
         "lifecycle.tied.*": _SHARED_TABLE,
-        "lifecycle.machine.bias:*": f"{_SCALED_LATE}; {_DELETED}; {_BASE_BIAS}",
-        "lifecycle.machine.dora:*": f"{_SCALED_LATE}; {_DELETED}; {_DORA_BEHIND}",
+        "lifecycle.random-steps.bias:*": f"{_SCALED_LATE}; {_DELETED}; {_BASE_BIAS}",
+        "lifecycle.random-steps.dora:*": f"{_SCALED_LATE}; {_DELETED}; {_DORA_BEHIND}",
         "lifecycle.dora.several:*": _DORA_BEHIND,
     }
     known |= {
@@ -132,8 +132,8 @@ class Peft(Layer):
         for check in ("bias", "bias.scaled", "save.bias", "gradients.bias")
     }
     known |= {
-        f"lifecycle.machine{kind}:*": f"{_SCALED_LATE}; {_DELETED}"
-        for kind in ("", ".conv1d", ".embedding", ".full", ".files")
+        f"lifecycle.random-steps{kind}:*": f"{_SCALED_LATE}; {_DELETED}"
+        for kind in ("", ".conv1d", ".embedding", ".modules-to-save", ".files")
     }
 
     def _frozen(self, W: np.ndarray, biased: bool, fan_in_fan_out: bool) -> Any:

@@ -545,8 +545,9 @@ def judgement_words(judged: Judgement) -> str:
 
 
 RELATIONS = re.compile(
-    r"linear\.(symmetry|rank-space|mean-of-masks|tokens-apart|derivative)|merge\.negative"
-    r"|combine\.(negative|zero|halves|order)|multi\.(without|permuted|relabelled|unused)"
+    r"linear\.(symmetry|basis-change|dropout-mean|token-independence|gradcheck)|merge\.negative"
+    r"|combine\.(negative-weight|zero-weight|halves|order)"
+    r"|multi\.(base-rows|row-order|adapter-order|unused-adapter)"
     r"|model\.\w+\.padding|init\.reproducible"
 )
 """Checks that compare two answers of the implementation, of which either may be the wrong one."""

@@ -51,6 +51,7 @@ from minilora.verify.core.inputs import (
     wanted_change,
     wanted_merge,
 )
+from minilora.verify.core.seeds import seed_text
 from minilora.verify.core.tolerance import Draws, Rounding, noisy, rms, unit_roundoff
 from minilora.verify.core.types import (
     CLOSED_FORM,
@@ -109,10 +110,10 @@ DRAWS: dict[str, tuple[tuple[str, int], ...]] = {
     "variants.*.forward*": (("bfloat16", 0), ("float32", 2), ("float64", 3)),
     "variants.*.vjp*": (("bfloat16", 0), ("bfloat16", 1), ("float32", 2), ("float64", 3)),
     "variants.*.merge*": (("bfloat16", 0), ("float32", 2), ("float64", 3)),
-    "variants.dora.vector*": (("bfloat16", 0), ("float64", 3)),
+    "variants.dora.unbatched*": (("bfloat16", 0), ("float64", 3)),
     "combine.weighted": _SIZES,
-    "combine.one": _SIZES[1:2] + _SIZES[4:],
-    "combine.zero": (("bfloat16", 0), ("float32", 1)),
+    "combine.single": _SIZES[1:2] + _SIZES[4:],
+    "combine.zero-weight": (("bfloat16", 0), ("float32", 1)),
     "combine.halves": (("bfloat16", 0), ("float32", 1)),
     "multi.forward": _SIZES,
     "multi.single": (("bfloat16", 0), ("float32", 1)),
@@ -134,12 +135,12 @@ HOLD = {
 SAMPLED = ("variants", "optimizer")
 """The levels whose sigmas are sampled; they have no exact lane."""
 
-WHOLE = ("combine.zero", "combine.halves", "multi.single")
+WHOLE = ("combine.zero-weight", "combine.halves", "multi.single")
 """The checks whose cases are all of small whole numbers."""
 
 ABSENT = {
-    "optimizer.cosine": "the last bit of a cosine depends on the library of mathematics",
-    "optimizer.cosine.past": "the same",
+    "optimizer.cosine-schedule": "the last bit of a cosine depends on the library of mathematics",
+    "optimizer.cosine-schedule.past-end": "the same",
     "optimizer.sgd-balance": "a law of the answers, which the other checks imply",
 }
 """Checks that a pattern above names and no vector is made of, and why."""
@@ -190,7 +191,9 @@ class Drawn(Case):
 
     def rng(self) -> Any:
         """A generator with a stream of its own."""
-        return Shake(f"minilora vectors/{self.check}/{self.dtype}/{self.number}/{self.seed}")
+        return Shake(
+            f"minilora vectors/{seed_text(self.check)}/{self.dtype}/{self.number}/{self.seed}"
+        )
 
 
 class _Asked(Exception):
@@ -472,7 +475,8 @@ def make(check: Check, drawn: str, number: int, seed: int) -> Vector:
     settings_and_arrays = _flat(given)
     inputs = settings_and_arrays[1]
     dtypes = tuple(d for d in HOLD[drawn] if check.cases("ci", d) and _held(inputs, d))
-    outputs, alternatives = MAKERS[check.level](method, given, lane, dtypes, name)
+    noise = name_of(seed_text(check.id), drawn, number, seed)
+    outputs, alternatives = MAKERS[check.level](method, given, lane, dtypes, noise)
     return Vector(
         id=name,
         check=check.id,
