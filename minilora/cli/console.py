@@ -163,8 +163,8 @@ def steps_bar() -> Iterator[Callable[[Mapping[str, Any], int], None] | None]:
                 )  # fmt: skip
             if "loss" not in line:
                 return
-            if "valid_loss" in line:
-                valid = f", valid {line['valid_loss']:#.4g}"
+            if "val_loss" in line:
+                valid = f", valid {line['val_loss']:#.4g}"
             speed = f", {tqdm.format_sizeof(line['tokens_per_second'])} tok/s"
             memory = line["memory"]
             held = "" if memory is None else f", {tqdm.format_sizeof(memory, 'iB', 1024)}"

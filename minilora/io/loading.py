@@ -302,9 +302,9 @@ _SAID: tuple[tuple[str, str, Any, str], ...] = (
     ("data", "name", str, "a text"),
     ("data", "classes", list, "a list of texts"),
     ("settings", "task", str, "a text"),
-    ("settings", "valid", float | int, "a number"),
+    ("settings", "val_fraction", float | int, "a number"),
     ("settings", "seed", int, "a whole number"),
-    ("settings", "length", int, "a whole number"),
+    ("settings", "max_length", int, "a whole number"),
 )
 """What is read of a run's file, by part and name, with the kind that it is of."""
 

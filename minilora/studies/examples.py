@@ -343,14 +343,14 @@ def sentiment(
     )
     recipe = TrainConfig(
         "classify",
-        lr=1e-3,
+        learning_rate=1e-3,
         dropout=0.1,
-        warmup=10,
-        epochs=size.epochs,
-        length=size.length,
+        warmup_steps=10,
+        num_train_epochs=size.epochs,
+        max_length=size.length,
         seed=seed,
     )
-    read = data.read(folder, recipe.task, base.tokenizer, recipe.length)
+    read = data.read(folder, recipe.task, base.tokenizer, recipe.max_length)
     tell(f"{', '.join(f'{len(own)} texts to {split}' for split, own in splits.items())}")
 
     job = prepare(base, read, recipe, str(folder))
@@ -410,18 +410,18 @@ def summaries(
     chosen = {"train": splits["train"][: size.train], "test": splits["test"][: size.test]}
     folder = _write(out / "data", chosen)
     recipe = TrainConfig(
-        *("summarize",), lr=1e-3, warmup=5, epochs=size.epochs, length=size.length,
-        batch_tokens=size.length, accumulate=2, seed=seed,
+        *("summarize",), learning_rate=1e-3, warmup_steps=5, num_train_epochs=size.epochs,
+        max_length=size.length, batch_tokens=size.length, gradient_accumulation_steps=2, seed=seed,
     )  # fmt: skip
     base = open_base(str(path), quantised=True)
-    read = data.read(folder, recipe.task, base.tokenizer, recipe.length)
+    read = data.read(folder, recipe.task, base.tokenizer, recipe.max_length)
     job = prepare(base, read, recipe, str(folder))
     outcome = _fitted(out / "adapter", job, plan=plan, watch=watch, tell=tell)
     _finished(outcome)
     figures: dict[str, Any] = {
         "papers": {split: len(job.examples(split)) for split in chosen},
         "cut": read.cut,
-        "length": recipe.length,
+        "length": recipe.max_length,
     }
     figures |= _spent(out / "adapter")
 

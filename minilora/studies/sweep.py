@@ -49,13 +49,13 @@ class Cell:
 
     rank: int
     alpha: float
-    lr: float
+    learning_rate: float
     seed: int
 
     @property
     def name(self) -> str:
         """The name of its folder."""
-        return f"r{self.rank}-a{self.alpha:g}-lr{self.lr:g}-s{self.seed}"
+        return f"r{self.rank}-a{self.alpha:g}-lr{self.learning_rate:g}-s{self.seed}"
 
 
 def grid(
@@ -223,7 +223,7 @@ def _read(setting: Setting, seed: int) -> Data:
     base, recipe = opened(setting.model, setting.recipe.dtype), setting.recipe
     tokenizer, reading = base.tokenizer, dict(setting.reading)
     reading |= {"seed": seed, "classes": base.classes}
-    return data.read(setting.data, recipe.task, tokenizer, recipe.length, **reading)
+    return data.read(setting.data, recipe.task, tokenizer, recipe.max_length, **reading)
 
 
 def run_cell(setting: Setting, folder: Path, cell: Cell) -> Row | None:
@@ -236,7 +236,7 @@ def run_cell(setting: Setting, folder: Path, cell: Cell) -> Row | None:
     job = prepare(base, read, recipe, setting.data, **dict(setting.reading))
     started, begun = time.monotonic(), (folder / MANIFEST).exists()
     outcome = fit(
-        folder, job, resume=begun, overwrite=not begun, valid_every=2**31, tell=lambda text: None
+        folder, job, resume=begun, overwrite=not begun, val_every=2**31, tell=lambda text: None
     )
     if outcome.why == "interrupted":
         return None
@@ -336,7 +336,7 @@ def by_group(rows: Sequence[Row]) -> dict[Group, list[float]]:
     groups: dict[Group, list[float]] = {}
     for row in rows:
         c = row.cell
-        groups.setdefault((c.rank, c.alpha, c.lr), []).append(row.judged)
+        groups.setdefault((c.rank, c.alpha, c.learning_rate), []).append(row.judged)
     return groups
 
 

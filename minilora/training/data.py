@@ -113,22 +113,23 @@ def read(
     path: Path | str,
     task: str,
     tokenizer: Tokenizer | None,
-    length: int,
+    max_length: int,
     *,
-    skip_bad: bool = False,
-    mask_prompt: bool = True,
-    valid: float = 0.0,
+    skip_invalid: bool = False,
+    train_on_prompt: bool = False,
+    val_fraction: float = 0.0,
     seed: int = 0,
     classes: Sequence[str] | None = None,
     by_place: bool = False,
 ) -> Data:
-    """The examples of a file, a folder or a built-in task, none longer than ``length`` tokens.
+    """The examples of a file, a folder or a built-in task, none longer than ``max_length`` tokens.
 
     ``task`` is one of `TASKS`, and says what lines may look like, as `SHAPES` lists them. A file
     is one of JSON lines (``.jsonl``), or for ``lm`` plain text (``.txt``); a folder has a file for
     each of `SPLITS`, of which only that to train on must be there; ``task:NAME`` draws from
-    `synthetic_data`. Where there is no file to validate with, the share ``valid`` of the lines
-    is taken, drawn from ``seed``. ``mask_prompt`` counts only the answers. ``skip_bad`` leaves out
+    `synthetic_data`. Where there is no file to validate with, the share ``val_fraction`` of the
+    lines is taken, drawn from ``seed``. ``train_on_prompt`` computes the loss on prompt tokens,
+    too. ``skip_invalid`` leaves out
     lines that cannot be used instead of refusing them. ``classes`` are those of a model that is
     already trained; they are learned from the lines to train on, and sorted, unless given. With
     ``by_place`` a number that is no class's name means the one at its place among them, as
@@ -142,15 +143,19 @@ def read(
     """
     if task not in TASKS:
         raise ValueError(f"task {task!r}: expected one of {', '.join(TASKS)}")
-    if length < 2:
-        raise ValueError(f"length {length}: expected at least 2 tokens, one to predict the other")
-    if not 0 <= valid < 1:
-        raise ValueError(f"valid {valid}: expected a share of the lines, at least 0 and below 1")
+    if max_length < 2:
+        raise ValueError(
+            f"max_length {max_length}: expected at least 2 tokens, one to predict the other"
+        )
+    if not 0 <= val_fraction < 1:
+        raise ValueError(
+            f"val_fraction {val_fraction}: expected a share of the lines, at least 0 and below 1"
+        )
     if task == "chat" and tokenizer is not None:
         _ = tokenizer.render  # without a template it says so before any line is read
     if str(path).startswith(BUILT_IN):
-        return _drawn(str(path)[len(BUILT_IN) :], task, tokenizer, length, seed)
-    reader = _Reader(task, tokenizer, length, skip_bad, mask_prompt)
+        return _drawn(str(path)[len(BUILT_IN) :], task, tokenizer, max_length, seed)
+    reader = _Reader(task, tokenizer, max_length, skip_invalid, not train_on_prompt)
     files = _files(Path(path), task)
     rows = {split: reader.read(file) for split, file in files.items()}
     if task == "classify":
@@ -165,8 +170,8 @@ def read(
             more = f", {len(out)} lines left out, the first: {out[0]}" if out else ""
             nothing = f"no example{more}"
             raise FormatError(files[split], "file", nothing, "one at least", "is it the right one?")
-    if "valid" not in rows and valid:
-        rows |= _divided(rows["train"], valid, seed)
+    if "valid" not in rows and val_fraction:
+        rows |= _divided(rows["train"], val_fraction, seed)
     found = {split: [e for row in rows.get(split, []) for e in row.examples] for split in SPLITS}
     cut = sum(row.cut for row in rows["train"])
     digest = _digest(reader.digests)
@@ -222,7 +227,7 @@ def _divided(rows: list[_Row], share: float, seed: int) -> dict[str, list[_Row]]
     }
 
 
-def _drawn(name: str, task: str, tokenizer: Tokenizer | None, length: int, seed: int) -> Data:
+def _drawn(name: str, task: str, tokenizer: Tokenizer | None, max_length: int, seed: int) -> Data:
     """Examples of a built-in task, drawn by their probabilities."""
     chosen = synthetic_data.task(name)
     fits = "lm" if chosen.causal else "classify"
@@ -238,8 +243,10 @@ def _drawn(name: str, task: str, tokenizer: Tokenizer | None, length: int, seed:
             f"tokens are {' '.join(symbols)}: take a reference model that has them"
         )
     longest = max(len(e.ids) for e in chosen.examples)
-    if length < longest:
-        raise ValueError(f"length {length}: {BUILT_IN}{name} has sequences of up to {longest}")
+    if max_length < longest:
+        raise ValueError(
+            f"max_length {max_length}: {BUILT_IN}{name} has sequences of up to {longest}"
+        )
 
     def example(row: int) -> Example:
         e = chosen.examples[row]
@@ -291,9 +298,19 @@ class _Reader:
     """Lines to examples, for one task, tokenizer and length."""
 
     def __init__(
-        self, task: str, tokenizer: Tokenizer | None, length: int, skip_bad: bool, masked: bool
+        self,
+        task: str,
+        tokenizer: Tokenizer | None,
+        max_length: int,
+        skip_invalid: bool,
+        masked: bool,
     ) -> None:
-        self.task, self.length, self.skip_bad, self.masked = task, length, skip_bad, masked
+        self.task, self.max_length, self.skip_invalid, self.masked = (
+            task,
+            max_length,
+            skip_invalid,
+            masked,
+        )
         self.given = tokenizer
         self.skipped: list[Skipped] = []
         self.digests: dict[str, str] = {}
@@ -312,10 +329,10 @@ class _Reader:
             raise FormatError(path, "file", error, "a readable file", "see to it") from error
 
     def _refuse(self, path: Path, line: int, wrong: _Wrong) -> None:
-        """An error, or with ``skip_bad`` an entry in the list of what was left out."""
+        """An error, or with ``skip_invalid`` an entry in the list of what was left out."""
         found, expected, remedy = wrong.args
-        if not self.skip_bad:
-            advice = f"{remedy}, or leave such lines out with --skip-bad"
+        if not self.skip_invalid:
+            advice = f"{remedy}, or leave such lines out with --skip-invalid"
             raise FormatError(path, f"line {line}", found, expected, advice) from None
         self.skipped.append(Skipped(str(path), line, f"found {found}, expected {expected}"))
 
@@ -446,11 +463,11 @@ class _Reader:
         Each begins with the head, and then but for the first with the token before it.
         """
         head = [*self.tokenizer.head]
-        room = self.length - len(head)
+        room = self.max_length - len(head)
         if room < 2:
             raise ValueError(
-                f"length {self.length}: expected {len(head) + 2} at least, for the {len(head)} "
-                "tokens that begin a text and two of its own"
+                f"max_length {self.max_length}: expected {len(head) + 2} at least, for the "
+                f"{len(head)} tokens that begin a text and two of its own"
             )
         ids = (ids if self._beginning(ids) else ids[len(head) :]) + self._ending(ids)
         examples = []
@@ -462,17 +479,17 @@ class _Reader:
 
     def example(self, ids: list[int], counted: list[bool]) -> _Made:
         """One example, cut to the length."""
-        kept = np.array(counted[: self.length], bool)
+        kept = np.array(counted[: self.max_length], bool)
         kept[:1] = False
         if not kept.any():
             n = len(ids) - sum(counted)
-            if len(ids) > self.length:
+            if len(ids) > self.max_length:
                 found = f"{n} tokens before the first that is to be predicted"
-                expected = f"fewer than the length, {self.length}"
+                expected = f"fewer than the length, {self.max_length}"
                 raise _Wrong(found, expected, "shorten it or raise the length")
             raise _Wrong(f"{len(ids)} tokens, none to predict from one before", "one at least")
-        cut = len(ids) > self.length
-        return [Example(np.array(ids[: self.length], np.int64), kept)], cut
+        cut = len(ids) > self.max_length
+        return [Example(np.array(ids[: self.max_length], np.int64), kept)], cut
 
     def whole(self, ids: list[int], types: list[int] | None) -> list[Example]:
         """An example of a class, of which no token is predicted."""
@@ -529,21 +546,23 @@ class _Reader:
     def longest(self, text: str, make: Callable[[str], _Sequence]) -> _Made:
         """The example of the text, or of as much of its beginning as leaves the answer whole."""
         whole = make(text)
-        if len(whole[0]) <= self.length:
+        if len(whole[0]) <= self.max_length:
             return self.example(*whole)
         high, many = len(text), len(whole[0])
         low, few = 0, len(make("")[0])
         step = 0
-        while high - low > 1 and few < self.length:  # tokens are about proportional to characters
+        while (
+            high - low > 1 and few < self.max_length
+        ):  # tokens are about proportional to characters
             step += 1  # and where they are not, every third step halves what is left
-            share = 0.5 if step % 3 == 0 else (self.length - few) / (many - few)
+            share = 0.5 if step % 3 == 0 else (self.max_length - few) / (many - few)
             n = min(max(low + 1, low + int(share * (high - low))), high - 1)
             count = len(make(text[:n])[0])
             low, few, high, many = (
-                (n, count, high, many) if count <= self.length else (low, few, n, count)
+                (n, count, high, many) if count <= self.max_length else (low, few, n, count)
             )
-        if low < 1 or few > self.length:
-            expected = f"shorter by more than what asks for it than the length, {self.length}"
+        if low < 1 or few > self.max_length:
+            expected = f"shorter by more than what asks for it than the length, {self.max_length}"
             raise _Wrong("a summary that leaves no room for its text", expected, "raise the length")
         return self.example(*make(text[:low]))[0], True
 
@@ -644,16 +663,18 @@ def _class_of_ids(reader: _Reader, row: Mapping[str, Any]) -> _Made:
     types = _whole(row, "types") if "types" in row else None
     if types is not None and len(types) != len(ids):
         raise _Wrong(f"{len(types)} types of {len(ids)} ids", "as many of both")
-    return reader.whole(ids[: reader.length], types), len(ids) > reader.length
+    return reader.whole(ids[: reader.max_length], types), len(ids) > reader.max_length
 
 
 def _class_of_text(reader: _Reader, row: Mapping[str, Any]) -> _Made:
     t = reader.tokenizer
     parts = [reader.encode(_string(row, key)) for key in ("text", "text_pair") if key in row]
     around = [t.head, t.tail] if len(parts) == 1 else [t.head, t.middle, t.tail]
-    room = reader.length - sum(map(len, around))
+    room = reader.max_length - sum(map(len, around))
     if room < len(parts):
-        raise ValueError(f"length {reader.length}: expected {len(parts) - room} more at least")
+        raise ValueError(
+            f"max_length {reader.max_length}: expected {len(parts) - room} more at least"
+        )
     cut = sum(map(len, parts)) > room
     if cut and len(parts) == 2:  # the longer one gives way, and both if neither fits into half
         least = min(*map(len, parts), room // 2)

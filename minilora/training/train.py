@@ -77,10 +77,12 @@ _MODEL = (huggingface.CONFIG, huggingface.WEIGHTS)
 class TrainConfig:
     """All that decides the result of a run, beside the model and the data.
 
-    ``steps`` of ``accumulate`` micro-batches of about ``batch_tokens`` tokens each, or as many as
-    ``epochs`` have. B learns ``lora_plus`` times as fast, by default 16 times with the variant
-    "lora+" and else as fast as the rest; the rate rises over ``warmup`` steps and
-    then follows ``schedule``. Gradients are clipped to the norm ``clip``; 0 leaves them alone.
+    Names are those of ``transformers.TrainingArguments`` and ``peft.LoraConfig`` where the meaning
+    is the same. ``max_steps`` of ``gradient_accumulation_steps`` micro-batches of about
+    ``batch_tokens`` tokens each, or as many as ``num_train_epochs`` have. B learns
+    ``loraplus_lr_ratio`` times as fast, by default 16 times with the variant "lora+" and else as
+    fast as the rest; the rate rises over ``warmup_steps`` and then follows ``lr_scheduler``.
+    Gradients are clipped to the norm ``max_grad_norm``; 0 disables clipping.
     ``full`` trains every weight and no adapter: the baseline. ``seed`` settles the adapters' start,
     the data's order and the dropout.
 
@@ -91,44 +93,53 @@ class TrainConfig:
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    targets: str | Sequence[str] = "all-linear"
+    target_modules: str | Sequence[str] = "all-linear"
     variant: str = "lora"
     full: bool = False
-    lr: float = 1e-3
-    lora_plus: float | None = None
-    schedule: str = "cosine"
-    warmup: int = 0
+    learning_rate: float = 1e-3
+    loraplus_lr_ratio: float | None = None
+    lr_scheduler: str = "cosine"
+    warmup_steps: int = 0
     weight_decay: float = 0.0
-    clip: float = 1.0
-    steps: int | None = None
-    epochs: int = 1
+    max_grad_norm: float = 1.0
+    max_steps: int | None = None
+    num_train_epochs: int = 1
     batch_tokens: int = 1024
-    accumulate: int = 1
-    length: int = 512
+    gradient_accumulation_steps: int = 1
+    max_length: int = 512
     seed: int = 0
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        least = {"rank": 1, "epochs": 1, "batch_tokens": 1, "accumulate": 1, "warmup": 0, "seed": 0}
-        least |= {"length": 2} | ({} if self.steps is None else {"steps": 1})
+        least = {
+            "rank": 1,
+            "num_train_epochs": 1,
+            "batch_tokens": 1,
+            "gradient_accumulation_steps": 1,
+            "warmup_steps": 0,
+            "seed": 0,
+        }
+        least |= {"max_length": 2} | ({} if self.max_steps is None else {"max_steps": 1})
         for name, low in least.items():
             value = getattr(self, name)
             if not isinstance(value, int | np.integer) or value < low:
                 expected = f"expected {low} or more, a whole number"
                 raise ValueError(f"{name} is {value}: {expected}")
-        for name in ("alpha", "lr", "lora_plus"):
+        for name in ("alpha", "learning_rate", "loraplus_lr_ratio"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected more than 0")
-        for name in ("weight_decay", "clip"):
+        for name in ("weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 0 or more")
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"dtype {self.dtype!r}: expected float32 or float64")
-        schedule(self.schedule, 0, 1)
+        schedule(self.lr_scheduler, 0, 1)
         if not self.full and self.variant in NOT_TRAINED:
             raise ValueError(f"variant {self.variant!r}: {NOT_TRAINED[self.variant]}")
-        if not isinstance(self.targets, str):
-            object.__setattr__(self, "targets", tuple(self.targets))  # so that it can be a key
+        if not isinstance(self.target_modules, str):
+            object.__setattr__(
+                self, "target_modules", tuple(self.target_modules)
+            )  # so that it can be a key
         self.lora()
 
     def lora(self) -> LoraConfig:
@@ -138,7 +149,7 @@ class TrainConfig:
             r=r,
             lora_alpha=self.alpha * r / self.rank if r != self.rank else self.alpha,
             lora_dropout=self.dropout,
-            target_modules=self.targets,
+            target_modules=self.target_modules,
             variant=self.variant,
             modules_to_save=(r"head\..*",) if self.task == "classify" else (),
         )
@@ -146,7 +157,7 @@ class TrainConfig:
     def ratio(self) -> float:
         """How much faster B learns: LoRA+'s own ratio, unless another is given."""
         usual = 16.0 if self.variant == "lora+" else 1.0
-        return usual if self.lora_plus is None else self.lora_plus
+        return usual if self.loraplus_lr_ratio is None else self.loraplus_lr_ratio
 
 
 class Diverged(ArithmeticError):
@@ -169,7 +180,7 @@ class Record:
     loss: float
     tokens: int
     labels: int
-    lr: float
+    learning_rate: float
     grad_norm: float
 
 
@@ -180,15 +191,15 @@ def micro_batches(examples: Sequence[Example], recipe: TrainConfig, epoch: int) 
 
 def steps_in(examples: Sequence[Example], recipe: TrainConfig) -> int:
     """How many steps the run has: those given, or those of all epochs."""
-    if recipe.steps is not None:
-        return recipe.steps
+    if recipe.max_steps is not None:
+        return recipe.max_steps
     # Where all examples are sorted at once, no shuffle changes the lengths in the batches.
     alike = one_window(examples, recipe.batch_tokens)
     each = (
-        -(-len(micro_batches(examples, recipe, epoch)) // recipe.accumulate)
-        for epoch in range(1 if alike else recipe.epochs)
+        -(-len(micro_batches(examples, recipe, epoch)) // recipe.gradient_accumulation_steps)
+        for epoch in range(1 if alike else recipe.num_train_epochs)
     )
-    return sum(each) * (recipe.epochs if alike else 1)
+    return sum(each) * (recipe.num_train_epochs if alike else 1)
 
 
 def run(
@@ -212,7 +223,7 @@ def run(
     Errors: Diverged, and those of `gradients.gradients`.
     """
     steps = steps_in(examples, recipe) if steps is None else steps
-    rates = loraplus_rates(sorted(state.params), recipe.lr, recipe.ratio())
+    rates = loraplus_rates(sorted(state.params), recipe.learning_rate, recipe.ratio())
     pruned = sum(name.endswith(".E") for name in state.params)
     falls = adalora.planned(recipe.rank, pruned, steps) if pruned else None
     rows, epoch = micro_batches(examples, recipe, state.epoch), state.epoch
@@ -221,9 +232,9 @@ def run(
             state = replace(state, epoch=state.epoch + 1, position=0)
         if state.epoch != epoch:
             rows, epoch = micro_batches(examples, recipe, state.epoch), state.epoch
-        chosen = rows[state.position : state.position + recipe.accumulate]
+        chosen = rows[state.position : state.position + recipe.gradient_accumulation_steps]
         batches = [padded([examples[i] for i in own], pad) for own in chosen]
-        factor = schedule(recipe.schedule, state.step, steps, recipe.warmup)
+        factor = schedule(recipe.lr_scheduler, state.step, steps, recipe.warmup_steps)
         lr = {name: rate * factor for name, rate in rates.items()}
         params, adam, loss, norm, importance = step(
             state, batches, W, c, tuning, recipe, plan, lr, falls
@@ -234,7 +245,9 @@ def run(
         labels = sum(counted(batch, c) for batch in batches)
         place = state.position + len(chosen)
         at = (epoch + 1, 0) if place >= len(rows) else (epoch, place)
-        record = Record(state.step + 1, epoch, loss, tokens, labels, recipe.lr * factor, norm)
+        record = Record(
+            state.step + 1, epoch, loss, tokens, labels, recipe.learning_rate * factor, norm
+        )
         state = State(params, adam, state.step + 1, *at, state.tokens + tokens, first, importance)
         yield state, record
 
@@ -269,7 +282,7 @@ def step(
     Errors: ValueError if no label counts; Diverged if a number is not finite.
     """
     L, g = _summed(state, batches, weights_with(W, state.params), c, tuning, recipe, plan)
-    g, norm = clip(adalora.penalised(state.params, g), recipe.clip or np.inf)
+    g, norm = clip(adalora.penalised(state.params, g), recipe.max_grad_norm or np.inf)
     if not (np.isfinite(L) and np.isfinite(norm)):
         raise Diverged(state.step + 1, f"the loss is {L:g}, its gradient's norm {norm:g}")
     params, adam = adamw(state.params, g, state.adam, lr, weight_decay=recipe.weight_decay)
@@ -299,7 +312,7 @@ def _summed(
     g: Weights = {}
     for i, (batch, n) in enumerate(zip(batches, counts, strict=True)):
         if n:
-            draw = state.step * recipe.accumulate + i
+            draw = state.step * recipe.gradient_accumulation_steps + i
             p = 0.0 if recipe.full else recipe.dropout
             keep = drawn_dropout(recipe.seed, draw, p, batch, c, tuning, recipe.dtype)
             own = replace(tuning, keep=keep)
@@ -348,8 +361,8 @@ def prepare(base: Base, read: Data, recipe: TrainConfig, source: str = "", **set
     c, W = base.config, base.weights
     longest = max((len(e.ids) for split in SPLITS for e in getattr(read, split)), default=0)
     if longest > (room := c.tables().get("positions", longest)):
-        found = f"length {recipe.length}: found an example of {longest} tokens"
-        expected = f"at most {room}, the model's positions: give a smaller length"
+        found = f"max_length {recipe.max_length}: found an example of {longest} tokens"
+        expected = f"at most {room}, the model's positions: give a smaller max_length"
         raise ValueError(f"{found}, expected {expected}")
     if (recipe.task == "classify") == c.causal:
         fits = "lm, chat or summarize" if c.causal else "classify"
@@ -388,7 +401,9 @@ def prepare(base: Base, read: Data, recipe: TrainConfig, source: str = "", **set
     adapted, tuning = inject(seen, lora, c.linears(), np.random.default_rng([recipe.seed, 2]))
     if recipe.task == "classify" and "head" in tuning.scale:
         expected = "other projections: a classifier's head is trained in full"
-        raise ValueError(f"targets {recipe.targets!r} hit the head: expected {expected}")
+        raise ValueError(
+            f"target_modules {recipe.target_modules!r} hit the head: expected {expected}"
+        )
     adapter = {name: w for name, w in adapted.items() if not is_base(name)}
     changed = {name: w for name, w in adapted.items() if is_base(name) and w is not seen[name]}
     start = {name: adapter[name] if name in adapter else W[name] for name in tuning.trained}
@@ -697,7 +712,7 @@ def fit(
     accept: bool = False,
     save_every: int = 50,
     save_seconds: float = math.inf,
-    valid_every: int = 50,
+    val_every: int = 50,
     watch: Watch | None = None,
     tell: Callable[[str], None] = print,
 ) -> Outcome:
@@ -713,7 +728,7 @@ def fit(
     """
     for name, value in {
         "save_every": save_every,
-        "valid_every": valid_every,
+        "val_every": val_every,
         "save_minutes": save_seconds / 60,
     }.items():
         if not value > 0:
@@ -758,8 +773,8 @@ def fit(
                     passed = time.perf_counter() - started
                     line = vars(record) | {"tokens_per_second": round(record.tokens / passed, 1)}
                     line["memory"] = peak_memory()
-                    if valid and (after.step % valid_every == 0 or after.step == steps):
-                        line["valid_loss"] = held = _loss(valid, job, after, plan)
+                    if valid and (after.step % val_every == 0 or after.step == steps):
+                        line["val_loss"] = held = _loss(valid, job, after, plan)
                         if not math.isfinite(held):
                             raise Diverged(after.step, f"the loss in validation is {held:g}")
                     if after.step == steps:  # no step comes that would find what this one has done
@@ -837,9 +852,9 @@ def plot(out: Path | str) -> Path:
     figure, draw = canvas((7, 4))
     axes = figure.subplots()
     axes.plot([one["step"] for one in lines], [one["loss"] for one in lines], label="training")
-    valid = [one for one in lines if "valid_loss" in one]
+    valid = [one for one in lines if "val_loss" in one]
     if valid:
-        steps, losses = zip(*((one["step"], one["valid_loss"]) for one in valid), strict=True)
+        steps, losses = zip(*((one["step"], one["val_loss"]) for one in valid), strict=True)
         axes.plot(steps, losses, "o-", label="validation")
     axes.set(xlabel="step", ylabel="loss in nats a label")
     axes.legend()

@@ -31,14 +31,14 @@ DEFAULTS = {
     "verify": [r"--seed N +draws other cases \(default: 0\)"],
     "train": [
         r"--batch-tokens N +in a micro-batch \(default: 1024\)",
-        r"--length N +most tokens of an example \(default: 512\)",
-        r"--clip X +.*; 0: any \(default: 1\)",
+        r"--max-length N +most tokens of an example \(default: 512\)",
+        r"--max-grad-norm X +.*; 0: any \(default: 1\)",
         r"--dropout P +.* \(default: 0\)",
-        r"--schedule KIND +.* \(default: cosine\)",
+        r"--lr-scheduler KIND +.* \(default: cosine\)",
         r"--threads N +threads that share a step's work \(default: 1\)",
         r"--save-minutes X +.* \(default: never\)",
     ],
-    "sweep": [r"--lrs RATE,... +learning rates \(default: 0.001,0.003,0.01,0.03\)"],
+    "sweep": [r"--learning-rates RATE,...\n +learning rates \(default: 0.001,0.003,0.01,0.03\)"],
 }
 
 

@@ -70,7 +70,7 @@ def minilora(capsys, monkeypatch, tmp_path):
 def trained(tmp_path_factory):
     """A run of the reference model, and one of a classifier."""
     folder = tmp_path_factory.mktemp("trained")
-    quick = ["--steps", "12", "--lr", "0.02", "--rank", "4"]
+    quick = ["--max-steps", "12", "--learning-rate", "0.02", "--rank", "4"]
     for name in ("llama", "bert"):
         out = str(folder / name)
         assert main(["train", "--model", f"reference:{name}", "--output", out, *quick]) == 0
@@ -103,8 +103,17 @@ def test_train_needs_no_more_than_an_output(minilora, tmp_path):
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(1, len(log) + 1))
     assert round(log[-1]["loss"], 4) == loss < log[0]["loss"]
-    assert round(log[-1]["valid_loss"], 4) == valid
-    names = {"step", "epoch", "loss", "tokens", "labels", "lr", "grad_norm", "tokens_per_second"}
+    assert round(log[-1]["val_loss"], 4) == valid
+    names = {
+        "step",
+        "epoch",
+        "loss",
+        "tokens",
+        "labels",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+    }
     assert names <= log[0].keys()
     assert peft.CONFIG in {path.name for path in (tmp_path / "run").iterdir()}
 
@@ -114,33 +123,44 @@ def test_train_needs_no_more_than_an_output(minilora, tmp_path):
     [
         ("--model", "reference:gpt2"),
         ("--model", "reference:bert"),
-        ("--variant", "dora", "--targets", "q,v"),
-        ("--variant", "lora+", "--schedule", "linear", "--warmup", "2"),
-        ("--targets", r"layers\.1\..*", "--rank", "2", "--alpha", "3", "--dropout", "0.1"),
+        ("--variant", "dora", "--target-modules", "q,v"),
+        ("--variant", "lora+", "--lr-scheduler", "linear", "--warmup-steps", "2"),
+        ("--target-modules", r"layers\.1\..*", "--rank", "2", "--alpha", "3", "--dropout", "0.1"),
         ("--full", "--dtype", "float64"),
-        ("--threads", "2", "--recompute", "--accumulate", "2", "--weight-decay", "0.1"),
+        (
+            "--threads",
+            "2",
+            "--gradient-checkpointing",
+            "--gradient-accumulation-steps",
+            "2",
+            "--weight-decay",
+            "0.1",
+        ),
     ],
 )
 def test_train_runs_with(options, minilora, tmp_path):
-    status, _, err = minilora("train", "--output", "run", "--steps", 3, *options)
+    status, _, err = minilora("train", "--output", "run", "--max-steps", 3, *options)
     assert (status, err) == (0, "")
     said = read_json(tmp_path / "run/run.json")["settings"]
-    for name in ("variant", "schedule", "dtype"):
+    for name in ("variant", "lr_scheduler", "dtype"):
         if f"--{name}" in options:
             assert said[name] == options[options.index(f"--{name}") + 1]
 
 
 def test_recomputing_and_threads_for_each_group_change_no_bit(minilora, tmp_path):
-    for out, *options in (("one", "--threads", "2"), ("two", "--threads", "3", "--recompute")):
+    for out, *options in (
+        ("one", "--threads", "2"),
+        ("two", "--threads", "3", "--gradient-checkpointing"),
+    ):
         size = "--batch-tokens", 8192  # several groups
-        assert minilora("train", "--output", out, "--steps", 3, *size, *options)[0] == 0
+        assert minilora("train", "--output", out, "--max-steps", 3, *size, *options)[0] == 0
     one, two = ((tmp_path / out / peft.WEIGHTS).read_bytes() for out in ("one", "two"))
     assert one == two
 
 
 def test_other_threads_are_another_run(minilora):
     """With fewer groups than threads the products run in parallel, and sums in another order."""
-    command = ("train", "--output", "run", "--steps", 2)
+    command = ("train", "--output", "run", "--max-steps", 2)
     assert minilora(*command)[0] == 0
     status, _, err = minilora(*command, "--resume", "--threads", 2)
     assert status == 2
@@ -149,12 +169,12 @@ def test_other_threads_are_another_run(minilora):
 
 def test_a_file_of_lines_is_trained_on_and_a_bad_line_is_named_or_left_out(minilora, tmp_path):
     path = written(tmp_path / "d.jsonl", {"text": "3 3 4 7"}, {"text": "zebra"}, {"text": "1 2"})
-    command = ("train", "--output", "run", "--data", "d.jsonl", "--steps", 2)
+    command = ("train", "--output", "run", "--data", "d.jsonl", "--max-steps", 2)
     status, _, err = minilora(*command)
     assert status == 3
     assert "d.jsonl: line 2: found the word 'zebra'" in err
     assert not (tmp_path / "run").exists()
-    status, out, _ = minilora(*command, "--skip-bad")
+    status, out, _ = minilora(*command, "--skip-invalid")
     assert status == 0
     assert f"{path.name}, line 2: left out: found the word 'zebra'" in out
     assert read_json(tmp_path / "run/run.json")["data"]["skipped"] == 1
@@ -168,7 +188,7 @@ def test_show_batch_prints_each_token_and_writes_nothing(minilora, tmp_path):
     assert said == ["given", "given", "given", "predict", "predict"]
     assert not (tmp_path / "run").exists()
     _, out, _ = minilora(
-        "train", "--output", "run", "--data", "d.jsonl", "--show-batch", "--count-prompt"
+        "train", "--output", "run", "--data", "d.jsonl", "--show-batch", "--train-on-prompt"
     )
     said = [line.split()[1] for line in out.splitlines()[1:]]
     assert said == ["given"] + 4 * ["predict"]
@@ -178,28 +198,28 @@ def test_show_batch_prints_each_token_and_writes_nothing(minilora, tmp_path):
     ("options", "status", "found"),
     [
         (("--rank", "0"), 2, "rank"),
-        (("--lr", "-1"), 2, "lr is -1.0"),
-        (("--lr", "nan"), 2, "lr is nan"),
-        (("--schedule", "up"), 2, "schedule 'up'"),
+        (("--learning-rate", "-1"), 2, "learning_rate is -1.0"),
+        (("--learning-rate", "nan"), 2, "learning_rate is nan"),
+        (("--lr-scheduler", "up"), 2, "schedule 'up'"),
         (("--variant", "alora"), 2, "variant 'alora': it acts from an invocation's tokens on"),
         (("--variant", "none"), 2, "variant 'none'"),
-        (("--targets", "k_proj"), 2, r"\['k_proj'\] of the choice hit no projection"),
+        (("--target-modules", "k_proj"), 2, r"\['k_proj'\] of the choice hit no projection"),
         (("--dtype", "float16"), 2, "argument --dtype: invalid choice: 'float16'"),
         (("--alpha", "nan"), 2, "alpha is nan: expected more than 0"),
         (("--threads", "0"), 2, "--threads 0: expected 1 or more"),
         (("--save-every", "0"), 2, "--save-every 0: expected 1 or more"),
-        (("--length", "3"), 2, "length 3"),
+        (("--max-length", "3"), 2, "length 3"),
         (("--task", "classify"), 2, "task"),
         (("--model", "reference:none"), 3, "expected reference:bert, reference:gpt2"),
         (("--model", "nowhere"), 3, "nowhere: model: found nothing"),
         (("--data", "nowhere.jsonl"), 3, "nowhere.jsonl: file: found nothing there"),
         (("--full", "--rank", "4"), 2, "--rank 4 with --full: it trains no adapter"),
-        (("--full", "--targets", "q"), 2, "--targets q with --full"),
-        (("--lora-pluss", "2"), 2, "did you mean --lora-plus"),
+        (("--full", "--target-modules", "q"), 2, "--target-modules q with --full"),
+        (("--loraplus-lr-rato", "2"), 2, "did you mean --loraplus-lr-ratio"),
         (("--threads", "99999999999999999999"), 2, r"--threads 9+: expected less than 2\*\*63"),
         (("--threads", "9999999"), 2, "threads is 9999999: expected 4194304 at most"),
         (("--batch-tokens", "1" + 21 * "0"), 2, r"--batch-tokens 10+: expected less than 2\*\*63"),
-        (("--epochs", "0"), 2, "--epochs 0: expected 1 or more"),
+        (("--num-train-epochs", "0"), 2, "--num-train-epochs 0: expected 1 or more"),
         (("--save-minutes", "0"), 2, "--save-minutes 0: expected more than 0"),
         (("--model", ""), 2, "--model '': expected a value"),
         (("--data", ""), 2, "--data '': expected a value"),
@@ -242,7 +262,7 @@ def test_the_bar_fits_on_the_terminal_and_begins_where_the_run_goes_on(
     columns, tmp_path, monkeypatch
 ):
     pytest.importorskip("tqdm")
-    command = ["train", "--output", str(tmp_path / "run"), "--valid-every", "1", "--steps"]
+    command = ["train", "--output", str(tmp_path / "run"), "--val-every", "1", "--max-steps"]
     frames = screen(monkeypatch, columns, *command, "2")
     assert "0/2, " in frames[0]
     assert max(map(len, frames)) <= columns
@@ -256,14 +276,14 @@ def test_the_bar_fits_on_the_terminal_and_begins_where_the_run_goes_on(
 
 
 def test_a_divergence_is_status_1_and_says_how_to_go_on(minilora, tmp_path):
-    command = ("train", "--output", "run", "--clip", "0", "--save-every", 1)
-    status, _, err = minilora(*command, "--lr", "1e30")
+    command = ("train", "--output", "run", "--max-grad-norm", "0", "--save-every", 1)
+    status, _, err = minilora(*command, "--learning-rate", "1e30")
     assert status == 1
     assert re.search(r"diverged at step 2: .*saved in run: step 1 of 27; go on from there", err)
-    way = re.search(r"--resume --accept-changes --lr \S+\d", err)[0]
+    way = re.search(r"--resume --accept-changes --learning-rate \S+\d", err)[0]
     (changed,) = [option for option in way.split() if option[0].isdigit()]
     status, out, err = minilora(*command, *way.replace(changed, "1e-9").split())
-    assert "changed: lr was 1e+30 and is 1e-09" in out
+    assert "changed: learning_rate was 1e+30 and is 1e-09" in out
     assert status in (0, 1)  # what is left of the model after such a step is another question
 
 
@@ -276,7 +296,7 @@ def test_an_output_that_is_there_is_refused(minilora, trained):
 
 def test_a_plot_of_the_loss_is_drawn(minilora, tmp_path):
     pytest.importorskip("matplotlib", reason="pip install 'minilora[plot]'")
-    minilora("train", "--output", "run", "--steps", 3)
+    minilora("train", "--output", "run", "--max-steps", 3)
     picture = (tmp_path / "run/loss.svg").read_text()
     assert "<svg" in picture
     assert picture.count('<g id="line2d') > 1
@@ -285,7 +305,7 @@ def test_a_plot_of_the_loss_is_drawn(minilora, tmp_path):
 def test_without_matplotlib_the_run_says_how_to_have_a_plot(minilora, tmp_path, monkeypatch):
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_svg"):
         monkeypatch.setitem(sys.modules, name, None)
-    status, out, _ = minilora("train", "--output", "run", "--steps", 2)
+    status, out, _ = minilora("train", "--output", "run", "--max-steps", 2)
     assert status == 0
     assert "python -m pip install 'minilora[plot]'" in out
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -391,7 +411,7 @@ def test_generate_writes_what_the_adapted_model_has_learned(minilora):
 
 
 def test_generate_draws_by_the_seed(minilora):
-    command = ("generate", "--temperature", "1", "--tokens", "12")
+    command = ("generate", "--temperature", "1", "--max-new-tokens", "12")
     texts = [minilora(*command, "--seed", seed)[1] for seed in (0, 0, 1, 2, 3)]
     assert texts[0] == texts[1]
     assert len(set(texts)) > 1
@@ -404,7 +424,7 @@ def test_generate_draws_by_the_seed(minilora):
         (("--prompt", "3", "--chat", "3"), 2, "--prompt and --chat both"),
         (("--chat", "3"), 2, "no chat template"),
         (("--model", "reference:bert", "--prompt", "a"), 2, "a Bert writes no text"),
-        (("--tokens", "0"), 2, "--tokens 0"),
+        (("--max-new-tokens", "0"), 2, "--max-new-tokens 0"),
         (("--temperature", "-1"), 2, "temperature -1.0"),
         (("--adapter", "nowhere"), 3, "nowhere: adapter: found nothing there"),
         (("--adapter", "nowhere", "--model", "reference:llama"), 3, "nowhere: adapter"),
@@ -578,7 +598,7 @@ def test_a_pretrained_classifiers_classes_are_found_by_name_and_kept(minilora, t
     )
     assert status == 3
     assert "line 1: found label 'sour', expected one of the classes trained on, 0, 1, 2" in err
-    command = ("train", "--model", folder, "--task", "classify", "--steps", 2)
+    command = ("train", "--model", folder, "--task", "classify", "--max-steps", 2)
     for out, *options in (("run",), ("full", "--full")):
         assert minilora(*command, "--data", path, "--output", out, *options)[0] == 0
         assert classes_of(out) == MOODS
@@ -653,8 +673,18 @@ def test_a_bert_without_a_classifier_gets_one_for_the_datas_classes(minilora, tm
     path = written(
         tmp_path / "d.jsonl", *rows, {"text": "c", "label": "w"}, {"text": "a", "label": "z"}
     )
-    command = ("train", "--model", folder, "--data", path, "--task", "classify", "--lr", "0.01")
-    status, _, err = minilora(*command, "--steps", 30, "--output", "run")
+    command = (
+        "train",
+        "--model",
+        folder,
+        "--data",
+        path,
+        "--task",
+        "classify",
+        "--learning-rate",
+        "0.01",
+    )
+    status, _, err = minilora(*command, "--max-steps", 30, "--output", "run")
     assert (status, err) == (0, "")
     losses = [line["loss"] for line in read_log(tmp_path / "run/log.jsonl")]
     assert losses[-1] < losses[0]
@@ -693,7 +723,7 @@ def test_a_base_that_stays_quantised_trains_to_the_same_bits(tmp_path):
     for quantised in (False, True):
         base = open_base(str(tmp_path / "a.gguf"), quantised=quantised)
         assert isinstance(base.weights, dict) != quantised
-        job = prepare(base, read, TrainConfig(steps=3, dropout=0.1))
+        job = prepare(base, read, TrainConfig(max_steps=3, dropout=0.1))
         plan = Plan(recompute=quantised)
         *_, (state, _) = run(
             State(job.start), job.weights({}), c, job.tuning, read.train, job.recipe, plan
@@ -829,7 +859,9 @@ def test_a_model_folder_keeps_its_tokenizer_where_the_disk_is_full(monkeypatch, 
     assert not [*tmp_path.glob(".*")]
 
 
-@pytest.mark.parametrize("option", ["--rouge", "--seed", "--tokens", "--batch-tokens", "--length"])
+@pytest.mark.parametrize(
+    "option", ["--rouge", "--seed", "--max-new-tokens", "--batch-tokens", "--max-length"]
+)
 def test_evaluate_refuses_a_number_below_what_makes_sense(option, minilora):
     status, _, err = minilora("evaluate", option, "-1")
     assert status == 2
@@ -869,7 +901,7 @@ def test_a_changed_model_keeps_what_generation_needs_of_its_settings(minilora, t
     kept = {"eos_token_id": [3, 4], "bos_token_id": 1, "max_position_embeddings": 99}
     huggingface.write_model(tmp_path / "m", base.config, base.weights, kept=kept)
     copy_tokenizer(base, tmp_path / "m")
-    data = ("--data", "task:running-difference", "--steps", "1")
+    data = ("--data", "task:running-difference", "--max-steps", "1")
     assert minilora("train", "--model", "m", *data, "--output", "full", "--full")[0] == 0
     assert minilora("train", "--model", "m", *data, "--output", "run")[0] == 0
     assert minilora("merge", "--adapter", "run", "--output", "merged")[0] == 0
@@ -881,7 +913,7 @@ def test_a_changed_model_keeps_what_generation_needs_of_its_settings(minilora, t
 
 def test_a_classifiers_head_is_no_target(minilora):
     status, _, err = minilora(
-        "train", "--model", "reference:bert", "--targets", "head,q", "--output", "run"
+        "train", "--model", "reference:bert", "--target-modules", "head,q", "--output", "run"
     )
     assert status == 2
     assert "hit the head: expected other projections" in err
@@ -928,7 +960,7 @@ def test_an_encoder_without_a_classifier_is_not_judged(minilora, tmp_path):
 
 
 def test_an_adapter_is_judged_by_what_it_was_trained_on(minilora, trained, tmp_path):
-    asked = ("train", "--data", "task:running-sum", "--steps", "2", "--output", "run")
+    asked = ("train", "--data", "task:running-sum", "--max-steps", "2", "--output", "run")
     assert minilora(*asked)[0] == 0
     assert minilora("evaluate", "--adapter", "run")[1].startswith("task:running-sum, ")
 
@@ -939,7 +971,7 @@ def test_what_is_read_is_not_written_over(command, minilora, trained, tmp_path):
     for out, what in ((run, "the adapter that is read"), ("reference", None)):
         words = ["--adapter", run] if command == "merge" else [run, "--to", "peft"]
         if what is None:
-            minilora("train", "--steps", "1", "--output", out)
+            minilora("train", "--max-steps", "1", "--output", out)
             what = "the folder of a run"
         before = {path.name: path.read_bytes() for path in Path(out).iterdir() if path.is_file()}
         status, _, err = minilora(command, *words, "--output", out)
@@ -950,7 +982,7 @@ def test_what_is_read_is_not_written_over(command, minilora, trained, tmp_path):
 
 
 def test_text_is_written_for_as_long_as_there_are_positions_unless_told(minilora):
-    for words, status in (((), 0), (("--tokens", "64"), 2)):
+    for words, status in (((), 0), (("--max-new-tokens", "64"), 2)):
         got, out, err = minilora("generate", "--model", "reference:gpt2", "--prompt", "( [", *words)
         assert got == status
         assert out.startswith("( [")
@@ -972,7 +1004,7 @@ def test_a_model_that_the_adapter_was_not_trained_on_is_told(minilora, trained, 
 
 
 def test_the_base_of_loftq_is_its_own(minilora):
-    assert minilora("train", "--output", "run", "--steps", "1", "--variant", "loftq")[0] == 0
+    assert minilora("train", "--output", "run", "--max-steps", "1", "--variant", "loftq")[0] == 0
     assert minilora("inspect", "run")[::2] == (0, "")
 
 
@@ -1004,15 +1036,18 @@ def test_no_adapter_is_written_beside_one_of_the_other_format(minilora, trained,
 
 
 def test_a_folder_may_be_called_as_a_file_is(minilora, trained):
-    run = ("train", "--steps", 1, "--output")
+    run = ("train", "--max-steps", 1, "--output")
     assert minilora(*run, "run.gguf")[0] == 0
     assert minilora("inspect", "run.gguf")[0] == 0
     assert minilora(*run, "full.npz", "--full")[0] == 0
     assert minilora("merge", "--adapter", trained / "llama", "--output", "merged.npz")[0] == 0
     for model in ("full.npz", "merged.npz"):
-        assert minilora("generate", "--model", model, "--prompt", "3", "--tokens", 2)[0] == 0
-    assert minilora("train", "--steps", 1, "--model", "merged.npz", "--data", "task:running-sum",
-                    "--output", "again.npz", "--full")[0] == 0  # fmt: skip
+        assert (
+            minilora("generate", "--model", model, "--prompt", "3", "--max-new-tokens", 2)[0] == 0
+        )
+    assert minilora("train", "--max-steps", 1, "--model", "merged.npz",
+                    "--data", "task:running-sum", "--output", "again.npz",
+                    "--full")[0] == 0  # fmt: skip
     assert open_base("again.npz").tokenizer.encode("3")
 
 
@@ -1034,9 +1069,18 @@ def test_a_run_that_diverges_in_its_last_step_is_no_success(minilora, tmp_path):
     """Found in validation, or where there is none in what it was trained on."""
     row = {"prompt": "3", "completion": " 8"}
     written(tmp_path / "d.jsonl", *[row] * 10)
-    command = ("train", "--data", "d.jsonl", "--steps", 1, "--lr", "1e30", "--output")
+    command = (
+        "train",
+        "--data",
+        "d.jsonl",
+        "--max-steps",
+        1,
+        "--learning-rate",
+        "1e30",
+        "--output",
+    )
     for out, *options, found in (
-        ("run", "--valid", "0.5", "the loss in validation is nan"),
+        ("run", "--val-fraction", "0.5", "the loss in validation is nan"),
         ("other", "the loss is nan, at first it was"),
     ):
         status, _, err = minilora(*command, out, *options)
@@ -1044,16 +1088,18 @@ def test_a_run_that_diverges_in_its_last_step_is_no_success(minilora, tmp_path):
         assert f"minilora train: diverged at step 1: {found}" in err
         assert "Warning" not in err
         assert "step 0 of 1; go on from there with a smaller rate" in err
-        assert "--lr 0.001, " in err  # and not a fourth of what is a thousand times too much
+        assert (
+            "--learning-rate 0.001, " in err
+        )  # and not a fourth of what is a thousand times too much
         assert (tmp_path / out / "log.jsonl").read_text() == ""
-        again = minilora(*command, out, *options, "--overwrite", "--lr", "0.01")
+        again = minilora(*command, out, *options, "--overwrite", "--learning-rate", "0.01")
         assert again[0] == 0
         for line in (tmp_path / out / "log.jsonl").read_text().splitlines():
             json.loads(line, parse_constant=pytest.fail)
 
 
 def test_where_the_scale_is_too_large_a_smaller_one_is_advised(minilora):
-    status, _, err = minilora("train", "--output", "run", "--steps", 2, "--alpha", "1e300")
+    status, _, err = minilora("train", "--output", "run", "--max-steps", 2, "--alpha", "1e300")
     assert status == 1
     assert "is 1.25e+299: begin anew with a smaller --alpha, such as 16" in err
 
@@ -1094,7 +1140,19 @@ def test_a_run_is_judged_by_the_lines_that_it_held_out(minilora, tmp_path):
     digits = range(10)
     rows = [{"prompt": f"{a}", "completion": f" {b}"} for a in digits for b in digits]
     path = written(tmp_path / "d.jsonl", *rows)
-    command = ("train", "--data", path, "--steps", 2, "--valid", "0.1", "--seed", 3, "--length", 9)
+    command = (
+        "train",
+        "--data",
+        path,
+        "--max-steps",
+        2,
+        "--val-fraction",
+        "0.1",
+        "--seed",
+        3,
+        "--max-length",
+        9,
+    )
     status, out, _ = minilora(*command, "--output", "run")
     assert status == 0
     loss = re.search(r"loss \S+, (\S+) in validation", out)[1]
@@ -1103,7 +1161,7 @@ def test_a_run_is_judged_by_the_lines_that_it_held_out(minilora, tmp_path):
         assert status == 0
         assert f"{path}, valid: 10 examples, 20 labels\nloss        {loss}\n" in out
     assert "train: 90 examples" in minilora("evaluate", "--adapter", "run", "--split", "train")[1]
-    for option, was in (("--seed", 3), ("--length", 9)):
+    for option, was in (("--seed", 3), ("--max-length", 9)):
         status, _, err = minilora("evaluate", "--adapter", "run", option, 8)
         assert status == 2
         assert f"{option} 8: expected {was}, as it was trained" in err
@@ -1120,14 +1178,14 @@ def test_what_is_cut_is_counted_of_the_examples_to_train_on(minilora, tmp_path):
     (tmp_path / "d").mkdir()
     written(tmp_path / "d/train.jsonl", {"prompt": "1", "completion": " 2"}, long[0])
     written(tmp_path / "d/valid.jsonl", *long)
-    command = ("train", "--data", "d", "--steps", 1, "--length", 5, "--output", "run")
+    command = ("train", "--data", "d", "--max-steps", 1, "--max-length", 5, "--output", "run")
     assert "2 examples, 1 of them cut to 5 tokens, 10 to" in minilora(*command)[1]
 
 
 DAMAGES = [
     *[{part: value} for part in ("settings", "model", "data") for value in ([], None, "text")],
     *[{"data": {"classes": value}} for value in (5, None, "ab", [1, 2])],
-    *[{"data": {"name": 5}}, {"settings": {"valid": "x"}}, {"settings": {"seed": None}}],
+    *[{"data": {"name": 5}}, {"settings": {"val_fraction": "x"}}, {"settings": {"seed": None}}],
 ]
 
 
@@ -1136,7 +1194,7 @@ def test_a_damaged_run_is_told_and_may_be_replaced(damage, minilora, trained, tm
     run = tmp_path / "run"
     shutil.copytree(trained / "llama", run)
     (run / "run.json").write_text(json.dumps(read_json(run / "run.json") | damage))
-    train = ("train", "--output", "run", "--steps", 1)
+    train = ("train", "--output", "run", "--max-steps", 1)
     for command in (("evaluate", "--adapter", "run"), ("inspect", "run"), (*train, "--resume")):
         status, _, err = minilora(*command)
         assert status == 3
@@ -1157,7 +1215,7 @@ def test_memory_that_is_not_there_is_told(minilora, monkeypatch):
 
 @pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-"])
 def test_a_stream_that_is_closed_ends_no_command(streams, tmp_path):
-    command = f"{sys.executable} -m minilora train --output run --steps 1 {streams}"
+    command = f"{sys.executable} -m minilora train --output run --max-steps 1 {streams}"
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 0
@@ -1173,18 +1231,18 @@ def test_an_option_without_its_value_is_refused(name, minilora):
 
 
 def test_a_prompt_may_be_empty_and_is_text(minilora):
-    assert minilora("generate", "--prompt", "", "--tokens", 2)[0] == 0
+    assert minilora("generate", "--prompt", "", "--max-new-tokens", 2)[0] == 0
     status, _, err = minilora("generate", "--prompt", "3 \udcff")
     assert status == 2
     assert "--prompt '3 \\udcff': expected a text in UTF-8" in err
 
 
 def test_lora_plus_is_what_was_given(minilora):
-    command = ("train", "--variant", "lora+", "--steps", 1, "--output")
-    for out, options, ratio in (("a", (), 16.0), ("b", ("--lora-plus", "1"), 1.0)):
+    command = ("train", "--variant", "lora+", "--max-steps", 1, "--output")
+    for out, options, ratio in (("a", (), 16.0), ("b", ("--loraplus-lr-ratio", "1"), 1.0)):
         assert minilora(*command, out, *options)[0] == 0
-        said = read_json(f"{out}/run.json")["settings"]["lora_plus"]
-        assert TrainConfig(variant="lora+", lora_plus=said).ratio() == ratio
+        said = read_json(f"{out}/run.json")["settings"]["loraplus_lr_ratio"]
+        assert TrainConfig(variant="lora+", loraplus_lr_ratio=said).ratio() == ratio
     assert TrainConfig().ratio() == 1.0
 
 
@@ -1268,7 +1326,7 @@ def test_a_file_is_no_adapters_folder(minilora, trained, tmp_path):
 
 
 def test_a_run_with_more_steps_than_asked_for_says_so(minilora):
-    command = ("train", "--output", "run", "--steps")
+    command = ("train", "--output", "run", "--max-steps")
     assert minilora(*command, 4)[0] == 0
     status, out, _ = minilora(*command, 2, "--resume", "--accept-changes")
     assert status == 0

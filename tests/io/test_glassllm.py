@@ -92,7 +92,7 @@ def test_it_is_trained_on_and_merged_into_a_folder_with_its_tokenizer(
     path = written(tmp_path / "m.npz", weights)
     (tmp_path / "d.txt").write_text("ab abc cab!\n" * 20)
     base = open_base(str(path))
-    quick = ["--steps", "2", "--length", "16", "--batch-tokens", "64"]
+    quick = ["--max-steps", "2", "--max-length", "16", "--batch-tokens", "64"]
     assert main(["train", "--model", "m.npz", "--data", "d.txt", "--output", "run", *quick]) == 0
     assert main(["merge", "--adapter", "run", "--output", "merged"]) == 0
     merged, adapted = open_base("merged"), open_adapted(base, "run")

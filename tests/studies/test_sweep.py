@@ -31,7 +31,9 @@ from minilora.training import data
 from minilora.training.gradients import Plan, blas_threads
 from minilora.training.train import Diverged, Refused, TrainConfig, fit, prepare
 
-SETTING = Setting("reference:gpt2", "task:queued-brackets", TrainConfig(steps=4, batch_tokens=64))
+SETTING = Setting(
+    "reference:gpt2", "task:queued-brackets", TrainConfig(max_steps=4, batch_tokens=64)
+)
 CELLS = grid([1, 2], [], [1e-3, 1e-2], [3])
 RESULTS = ("adapter_model.safetensors", "adapter_config.json")
 
@@ -83,7 +85,7 @@ def test_a_cell_is_what_training_does(cell, whole, tmp_path):
     lines = (tmp_path / "alone/log.jsonl").read_text().splitlines()
     (row,) = [row for row in rows if row.cell == cell]
     assert row.loss == json.loads(lines[-1])["loss"]
-    assert row.valid == json.loads(lines[-1])["valid_loss"]
+    assert row.valid == json.loads(lines[-1])["val_loss"]
 
 
 def test_what_is_finished_is_kept_and_what_is_missing_is_done(whole, tmp_path):
@@ -135,8 +137,8 @@ def test_a_larger_grid_adds_to_what_is_there(whole, tmp_path):
 
 
 def test_another_setting_or_a_folder_of_other_files_is_refused(whole, tmp_path):
-    other = replace(SETTING, recipe=replace(SETTING.recipe, steps=5))
-    with pytest.raises(Refused, match=r"another setting \(steps: 4 then, 5 now\)"):
+    other = replace(SETTING, recipe=replace(SETTING.recipe, max_steps=5))
+    with pytest.raises(Refused, match=r"another setting \(max_steps: 4 then, 5 now\)"):
         sweep.sweep(whole[0], other, CELLS, 1)
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(Refused, match="files already, of no sweep"):
@@ -146,7 +148,7 @@ def test_another_setting_or_a_folder_of_other_files_is_refused(whole, tmp_path):
 
 def test_a_cell_that_diverged_is_a_row_and_never_the_best(tmp_path):
     cells = grid([1], [], [1e-2, 1e39], [0])
-    fine, wild = sweep.sweep(tmp_path, replace(SETTING, recipe=TrainConfig(steps=8)), cells, 1)
+    fine, wild = sweep.sweep(tmp_path, replace(SETTING, recipe=TrainConfig(max_steps=8)), cells, 1)
     assert fine.why == ""
     assert "loss" in wild.why or "parameter" in wild.why
     assert wild.judged == math.inf
@@ -156,12 +158,12 @@ def test_a_cell_that_diverged_is_a_row_and_never_the_best(tmp_path):
 def test_a_cell_that_diverges_in_its_last_step_is_a_row_too(tmp_path):
     """What it comes to is no number, and no number is what it is judged by."""
     cells = grid([1], [], [1e-2, 1e30], [0])
-    fine, wild = sweep.sweep(tmp_path, replace(SETTING, recipe=TrainConfig(steps=1)), cells, 1)
+    fine, wild = sweep.sweep(tmp_path, replace(SETTING, recipe=TrainConfig(max_steps=1)), cells, 1)
     assert (fine.why, wild.why[:8]) == ("", "step 1: ")
     assert wild.judged == math.inf
     assert table([fine, wild]).splitlines()[2].split()[3:] == ["1", "-", "-", "-", "1"]
     assert replace(fine, valid=math.nan).judged == math.inf
-    assert sweep.sweep(tmp_path, replace(SETTING, recipe=TrainConfig(steps=1)), cells, 1) == [
+    assert sweep.sweep(tmp_path, replace(SETTING, recipe=TrainConfig(max_steps=1)), cells, 1) == [
         fine,
         wild,
     ]
@@ -254,8 +256,18 @@ def one_then_slow(x):
     return x
 
 
-COMMAND = ["sweep", "--model", "reference:gpt2", "--ranks", "1", "--lrs", "0.01", "--seeds", "0"]
-COMMAND += ["--steps", "2", "--jobs", "1", "--batch-tokens", "64"]
+COMMAND = [
+    "sweep",
+    "--model",
+    "reference:gpt2",
+    "--ranks",
+    "1",
+    "--learning-rates",
+    "0.01",
+    "--seeds",
+    "0",
+]
+COMMAND += ["--max-steps", "2", "--jobs", "1", "--batch-tokens", "64"]
 
 
 def test_the_command_prints_a_table_and_draws_it(tmp_path, capsys):
@@ -289,7 +301,7 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path, capsys, monkeypatch)
     [
         (["--ranks", "1,x"], "--ranks 1,x: expected whole numbers with commas between"),
         (["--ranks", "0"], "rank is 0: expected 1 or more"),
-        (["--lrs", "fast"], "--lrs fast: expected numbers"),
+        (["--learning-rates", "fast"], "--learning-rates fast: expected numbers"),
         (["--seeds", ","], "no seeds: expected at least one"),
         (["--jobs", "0"], "--jobs 0: expected 1 or more"),
     ],
@@ -300,7 +312,9 @@ def test_wrong_usage_is_status_2_and_says_what_was_expected(arguments, words, tm
 
 
 def test_targets_are_names_too(tmp_path):
-    setting = replace(SETTING, recipe=replace(SETTING.recipe, steps=1, targets=["qkv", "up"]))
+    setting = replace(
+        SETTING, recipe=replace(SETTING.recipe, max_steps=1, target_modules=["qkv", "up"])
+    )
     (row,) = sweep.sweep(tmp_path, setting, CELLS[:1])
     assert row.steps == 1
 
@@ -308,8 +322,16 @@ def test_targets_are_names_too(tmp_path):
 def test_workers_end_with_a_parent_that_was_killed(tmp_path):
     """And leave what they have saved."""
     script = "from minilora.cli.main import main; main()"
-    words = ["sweep", "--output", str(tmp_path / "s"), "--ranks", "1,2", "--lrs", "0.001"]
-    words += ["--seeds", "0", "--steps", "100000", "--jobs", "2"]
+    words = [
+        "sweep",
+        "--output",
+        str(tmp_path / "s"),
+        "--ranks",
+        "1,2",
+        "--learning-rates",
+        "0.001",
+    ]
+    words += ["--seeds", "0", "--max-steps", "100000", "--jobs", "2"]
     parent = subprocess.Popen([sys.executable, "-c", script, *words], start_new_session=True)
     pids = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     if not pids.exists():

@@ -70,9 +70,9 @@ def write(path, *lines):
 def made(tmp_path):
     """The one example that a line makes."""
 
-    def make(line, task, tokenizer=CHARACTERS, length=200, **settings):
+    def make(line, task, tokenizer=CHARACTERS, max_length=200, **settings):
         (example,) = read(
-            write(tmp_path / "a.jsonl", line), task, tokenizer, length, **settings
+            write(tmp_path / "a.jsonl", line), task, tokenizer, max_length, **settings
         ).train
         return example
 
@@ -151,7 +151,7 @@ def test_what_is_answered_counts_with_its_end_and_what_is_asked_does_not(task, l
 @pytest.mark.parametrize("task", ["lm", "chat"])
 def test_what_is_asked_counts_too_where_that_is_wanted(task, made):
     line = {"prompt": "a?", "completion": " b"}
-    masked, whole = made(line, task), made(line, task, mask_prompt=False)
+    masked, whole = made(line, task), made(line, task, train_on_prompt=True)
     assert (masked.ids == whole.ids).all()
     assert whole.counted.tolist() == [False] + [True] * (len(whole.ids) - 1)
     assert masked.counted.sum() == len(" b<") < whole.counted.sum()
@@ -209,7 +209,7 @@ def test_the_assistants_tokens_are_those_that_transformers_marks(tmp_path, n):
     assert e.counted.tolist() == [bool(x) for x in other["assistant_masks"]]
     assert e.counted.any()
     path = write(tmp_path / "a.jsonl", {"messages": CHAT[: n + 1]})
-    (whole,) = read(path, "chat", read_tokenizer(folder), 200, mask_prompt=False).train
+    (whole,) = read(path, "chat", read_tokenizer(folder), 200, train_on_prompt=True).train
     assert whole.counted.tolist() != e.counted.tolist()
 
 
@@ -278,14 +278,14 @@ def test_pieces_of_a_text_predict_each_of_its_tokens_once(
 
 def test_an_answer_that_is_too_long_loses_its_end_and_is_counted(made, tmp_path):
     line = {"prompt": "ab", "completion": "cdef"}
-    assert marked(made(line, "lm", length=8)) == "<start>ab{cdef<end>}"
-    assert marked(made(line, "lm", length=5)) == "<start>ab{cd}"
+    assert marked(made(line, "lm", max_length=8)) == "<start>ab{cdef<end>}"
+    assert marked(made(line, "lm", max_length=5)) == "<start>ab{cd}"
     path = write(tmp_path / "b.jsonl", line, line)
     assert [read(path, "lm", CHARACTERS, n).cut for n in (7, 8)] == [2, 0]
     with pytest.raises(
         FormatError, match=r"found 3 tokens before .*, expected fewer than the length, 3"
     ):
-        made(line, "lm", length=3)
+        made(line, "lm", max_length=3)
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -342,14 +342,14 @@ def test_a_pair_without_room_is_refused(tmp_path):
 
 def test_a_length_without_room_is_refused(made):
     for settings, match in (
-        ({"length": 1}, "length 1: expected at least 2"),
-        ({"valid": 1.0}, r"valid 1\.0: expected a share"),
-        ({"valid": -0.1}, r"valid -0\.1: expected a share"),
+        ({"max_length": 1}, "max_length 1: expected at least 2"),
+        ({"val_fraction": 1.0}, r"val_fraction 1\.0: expected a share"),
+        ({"val_fraction": -0.1}, r"val_fraction -0\.1: expected a share"),
     ):
         with pytest.raises(ValueError, match=match):
             made({"text": "ab"}, "lm", **settings)
     with pytest.raises(ValueError, match="length 2: expected 3 at least"):
-        made({"text": "ab"}, "lm", length=2)
+        made({"text": "ab"}, "lm", max_length=2)
     with pytest.raises(ValueError, match="task 'translate': expected one of lm, chat, classify"):
         made({"text": "ab"}, "translate")
 
@@ -422,11 +422,11 @@ def test_a_bad_line_is_refused_by_its_number_and_can_be_skipped(task, line, matc
     length = 100 if task in ("chat", "summarize") else 60
     path = write(tmp_path / "a.jsonl", good, other, line, good)
     with pytest.raises(
-        FormatError, match=f"^{re.escape(str(path))}: line 3: found .*--skip-bad$"
+        FormatError, match=f"^{re.escape(str(path))}: line 3: found .*--skip-invalid$"
     ) as e:
         read(path, task, CHARACTERS, length)
     assert re.search(match, str(e.value))
-    got = read(path, task, CHARACTERS, length, skip_bad=True)
+    got = read(path, task, CHARACTERS, length, skip_invalid=True)
     assert [(each.path, each.line) for each in got.skipped] == [(str(path), 3)]
     assert len(got.train) == 3
     without = read(write(path, good, other, good), task, CHARACTERS, length)
@@ -440,7 +440,7 @@ def test_a_bad_line_is_refused_by_its_number_and_can_be_skipped(task, line, matc
             task,
             CHARACTERS,
             length,
-            skip_bad=True,
+            skip_invalid=True,
         )
 
 
@@ -497,7 +497,7 @@ def texts(examples):
 def test_a_folder_has_a_file_for_each_split(tmp_path):
     folder = folder_of(tmp_path / "a", train="abc", valid="d", test="ef")
     (folder / "README.md").touch()
-    got = read(folder, "lm", CHARACTERS, 9, valid=0.5)
+    got = read(folder, "lm", CHARACTERS, 9, val_fraction=0.5)
     assert [texts(x) for x in (got.train, got.valid, got.test)] == [[*"abc"], ["d"], [*"ef"]]
 
 
@@ -528,13 +528,13 @@ def test_a_share_of_the_lines_validates_and_every_line_is_on_one_side(
 ):
     lines = [{"text": chr(65 + i) * 12} for i in range(n)]
     path = write(tmp_path_factory.getbasetemp() / "share.jsonl", *lines)
-    got = read(path, "lm", CHARACTERS, 9, valid=share, seed=seed)  # each line is two pieces
+    got = read(path, "lm", CHARACTERS, 9, val_fraction=share, seed=seed)  # each line is two pieces
     train, valid = ({text_of(e.ids[1:])[0] for e in x} for x in (got.train, got.valid))
     assert not train & valid
     assert len(train | valid) == n
     assert len(valid) == max(1, round(share * n))
     assert len(got.train + got.valid) == 2 * n
-    again = read(path, "lm", CHARACTERS, 9, valid=share, seed=seed)
+    again = read(path, "lm", CHARACTERS, 9, val_fraction=share, seed=seed)
     assert [texts(x) for x in (again.train, again.valid)] == [
         texts(x) for x in (got.train, got.valid)
     ]
@@ -542,11 +542,14 @@ def test_a_share_of_the_lines_validates_and_every_line_is_on_one_side(
 
 def test_another_seed_validates_with_other_lines_and_none_is_left_to_train_on(tmp_path):
     path = write(tmp_path / "a.jsonl", *({"text": chr(65 + i)} for i in range(26)))
-    sides = {tuple(texts(read(path, "lm", CHARACTERS, 9, valid=0.5, seed=s).valid)) for s in (0, 1)}
+    sides = {
+        tuple(texts(read(path, "lm", CHARACTERS, 9, val_fraction=0.5, seed=s).valid))
+        for s in (0, 1)
+    }
     assert len(sides) == 2
     assert read(path, "lm", CHARACTERS, 9).valid == []
     with pytest.raises(ValueError, match=r"1 lines: a share of 0\.5 .* leaves none to train on"):
-        read(write(path, {"text": "a"}), "lm", CHARACTERS, 9, valid=0.5)
+        read(write(path, {"text": "a"}), "lm", CHARACTERS, 9, val_fraction=0.5)
 
 
 def test_the_digest_is_what_sha256sum_prints(tmp_path):
@@ -560,7 +563,7 @@ def test_the_digest_is_what_sha256sum_prints(tmp_path):
     assert both == hashlib.sha256(lines.stdout).hexdigest()
     write(folder / "valid.jsonl", {"text": "e"})
     assert read(folder, "lm", CHARACTERS, 9).digest != both
-    assert read(folder / "train.jsonl", "lm", CHARACTERS, 9, skip_bad=True).digest == one
+    assert read(folder / "train.jsonl", "lm", CHARACTERS, 9, skip_invalid=True).digest == one
 
 
 def labelled(folder, train, test=()):
@@ -604,7 +607,7 @@ def test_a_class_that_was_not_trained_on_is_refused_and_one_alone_too(tmp_path):
     match = r"test\.jsonl: line 2: found label 'z', expected one of the classes trained on, x, y"
     with pytest.raises(FormatError, match=match):
         read(folder, "classify", TYPED, 9)
-    got = read(folder, "classify", TYPED, 9, skip_bad=True)
+    got = read(folder, "classify", TYPED, 9, skip_invalid=True)
     assert [len(got.test), len(got.skipped)] == [1, 1]
     for label in (-1, 0, 2):  # no class is called so, and no place says which is meant
         with pytest.raises(FormatError, match=f"line 1: found label {label}, expected one of the"):

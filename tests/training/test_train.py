@@ -41,14 +41,16 @@ from minilora.training.train import (
 
 ROOT = Path(__file__).parents[2]
 PLAN = Plan()
-QUICK = TrainConfig(lr=0.01, steps=6, batch_tokens=128, accumulate=2, dropout=0.1)
+QUICK = TrainConfig(
+    learning_rate=0.01, max_steps=6, batch_tokens=128, gradient_accumulation_steps=2, dropout=0.1
+)
 TIMES = ("tokens_per_second", "memory")
 
 
 def job_of(recipe=QUICK, model="reference:llama", examples=40):
     base = open_base(model, np.dtype(recipe.dtype))
     name = "task:" + reference_models.tasks(base.reference)[1]
-    read = data.read(name, recipe.task, base.tokenizer, recipe.length, seed=recipe.seed)
+    read = data.read(name, recipe.task, base.tokenizer, recipe.max_length, seed=recipe.seed)
     read = replace(read, train=read.train[:examples], valid=read.valid[:10])
     return prepare(base, read, recipe, name)
 
@@ -84,7 +86,7 @@ VARIANTS = ["lora", "lora+", "rslora", "lora-fa", "lora-bias", "dora", "pissa", 
 VARIANTS += ["adalora", "dora-full", "loftq", "gaussian", "orthogonal"]
 KINDS = {
     **{variant: (replace(QUICK, variant=variant), "reference:llama") for variant in VARIANTS},
-    "full": (replace(QUICK, full=True, lr=1e-3), "reference:llama"),
+    "full": (replace(QUICK, full=True, learning_rate=1e-3), "reference:llama"),
     "gpt2": (QUICK, "reference:gpt2"),
     "bert": (replace(QUICK, task="classify"), "reference:bert"),
     "float64": (replace(QUICK, dtype="float64"), "reference:llama"),
@@ -94,15 +96,15 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_interrupted_run_goes_on_to_the_same_bits(kind, tmp_path):
     recipe, model = KINDS[kind]
-    wanted = whole(tmp_path, job_of(recipe, model), save_every=2, valid_every=2)
+    wanted = whole(tmp_path, job_of(recipe, model), save_every=2, val_every=2)
     out = tmp_path / "parts"
     for step in (1, 3, 4):
         stopped = fit(
-            out, job_of(recipe, model), save_every=2, valid_every=2, resume=True, watch=Stop(step)
+            out, job_of(recipe, model), save_every=2, val_every=2, resume=True, watch=Stop(step)
         )
         assert stopped.why == "interrupted"
         assert stopped.state.step in (step - 1, step)
-    fit(out, job_of(recipe, model), save_every=2, valid_every=2, resume=True)
+    fit(out, job_of(recipe, model), save_every=2, val_every=2, resume=True)
     assert files(out) == wanted
 
 
@@ -173,28 +175,32 @@ def test_a_run_changes_nothing_in_place():
 
 def test_a_step_is_that_of_the_whole_batch_however_it_is_divided():
     """In float64, to the rounding of a sum of as many terms as there are tokens and weights."""
-    job = job_of(replace(QUICK, dtype="float64", dropout=0.0, accumulate=100, steps=1))
+    job = job_of(
+        replace(QUICK, dtype="float64", dropout=0.0, gradient_accumulation_steps=100, max_steps=1)
+    )
     ((divided, _),) = states(job)
     rows = [i for some in micro_batches(job.data.train, job.recipe, 0) for i in some]
     together = data.batch([job.data.train[i] for i in rows], job.base.tokenizer.pad)
     _, back = ml.loss(together, job.weights({}), job.base.config, job.tuning)
-    g, _ = optim.clip(back(1.0), job.recipe.clip)
-    wanted, _ = optim.adamw(job.start, g, AdamState(), job.recipe.lr, weight_decay=0.0)
+    g, _ = optim.clip(back(1.0), job.recipe.max_grad_norm)
+    wanted, _ = optim.adamw(job.start, g, AdamState(), job.recipe.learning_rate, weight_decay=0.0)
     # Adam's first step is η g / (|g| + ε): a relative error of g, n u of the largest term, moves
     # it by no more than η times that error over the entry's own size.
     n, u = together.ids.size * sum(w.size for w in job.start.values()), np.finfo(float).eps / 2
     for name, array in wanted.items():
         error = n * u * abs(g[name]).max() / (abs(g[name]) + 1e-8)
-        assert (abs(divided.params[name] - array) <= job.recipe.lr * error + u).all()
+        assert (abs(divided.params[name] - array) <= job.recipe.learning_rate * error + u).all()
     mean = {name: g_ / 2 for name, g_ in g.items()}
-    other, _ = optim.adamw(job.start, mean, AdamState(t=1), job.recipe.lr, weight_decay=0.0)
+    other, _ = optim.adamw(
+        job.start, mean, AdamState(t=1), job.recipe.learning_rate, weight_decay=0.0
+    )
     assert any((abs(other[name] - wanted[name]) > 1e-3).any() for name in wanted)
 
 
 def test_an_epoch_visits_each_example_once_and_its_last_step_may_be_smaller():
-    job = job_of(replace(QUICK, steps=None, epochs=2, accumulate=1))
+    job = job_of(replace(QUICK, max_steps=None, num_train_epochs=2, gradient_accumulation_steps=1))
     n = len(micro_batches(job.data.train, job.recipe, 0))
-    job = replace(job, recipe=replace(job.recipe, accumulate=n - 1))
+    job = replace(job, recipe=replace(job.recipe, gradient_accumulation_steps=n - 1))
     assert steps_in(job.data.train, job.recipe) == 4
     reached = states(job)
     assert [record.epoch for _, record in reached] == [0, 0, 1, 1]
@@ -214,27 +220,27 @@ def test_steps_are_counted_without_making_what_each_epoch_repeats(monkeypatch):
     monkeypatch.setattr(train, "micro_batches", counted)
     for tokens in (64, 2048):  # in several windows, and in one
         lengths = [len(e.ids) for e in job.data.train] * 30
-        recipe = replace(QUICK, steps=None, epochs=6, batch_tokens=tokens)
+        recipe = replace(QUICK, max_steps=None, num_train_epochs=6, batch_tokens=tokens)
         several = job.data.train * 30
         made.clear()
         steps = steps_in(several, recipe)
         assert len(made) == (6 if sum(lengths) > 64 * tokens else 1)
         each = [len(micro_batches(several, recipe, epoch)) for epoch in range(6)]
-        assert steps == sum(-(-n // recipe.accumulate) for n in each)
+        assert steps == sum(-(-n // recipe.gradient_accumulation_steps) for n in each)
     assert len(made) == 1
 
 
 def test_warm_up_and_schedule_are_the_optimizers():
-    job = job_of(replace(QUICK, warmup=2, schedule="linear"))
-    rates = [record.lr for _, record in states(job)]
+    job = job_of(replace(QUICK, warmup_steps=2, lr_scheduler="linear"))
+    rates = [record.learning_rate for _, record in states(job)]
     assert rates == [0.01 * optim.schedule("linear", k, 6, 2) for k in range(6)]
 
 
 def test_lora_plus_has_b_learn_faster():
-    job = job_of(replace(QUICK, steps=1))
+    job = job_of(replace(QUICK, max_steps=1))
     ((plain, _),), ((plus, _),) = (
         states(job),
-        states(job, recipe=replace(job.recipe, lora_plus=4.0)),
+        states(job, recipe=replace(job.recipe, loraplus_lr_ratio=4.0)),
     )
     for name, start in job.start.items():
         a, b = plain.params[name] - start, plus.params[name] - start
@@ -242,10 +248,10 @@ def test_lora_plus_has_b_learn_faster():
 
 
 def test_training_lowers_the_loss_and_a_frozen_weight_keeps_its_bits(tmp_path):
-    job = job_of(replace(QUICK, steps=30, dropout=0.0), examples=400)
-    outcome = fit(tmp_path, job, valid_every=1)
+    job = job_of(replace(QUICK, max_steps=30, dropout=0.0), examples=400)
+    outcome = fit(tmp_path, job, val_every=1)
     log = train.read_log(tmp_path / train.LOG)
-    assert log[-1]["valid_loss"] < log[0]["valid_loss"] / 1.5
+    assert log[-1]["val_loss"] < log[0]["val_loss"] / 1.5
     base = open_base("reference:llama")
     adapted = open_adapted(base, str(tmp_path))
     for name, array in base.weights.items():
@@ -264,9 +270,9 @@ def evaluated(base, adapter, examples):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_is_written_of_a_variant_has_the_loss_of_what_was_trained(variant, tmp_path):
     """In float64, to the rounding of sums of as many terms as there are weights and labels."""
-    job = job_of(replace(QUICK, variant=variant, dtype="float64", lr=0.03))
+    job = job_of(replace(QUICK, variant=variant, dtype="float64", learning_rate=0.03))
     outcome = fit(tmp_path, job)
-    wanted = train.read_log(tmp_path / train.LOG)[-1]["valid_loss"]
+    wanted = train.read_log(tmp_path / train.LOG)[-1]["val_loss"]
     base = base_of(None, str(tmp_path), np.dtype(float))
     found = evaluated(base, tmp_path, job.data.valid)
     count = sum(int(e.counted.sum()) for e in job.data.valid)
@@ -280,7 +286,7 @@ def test_what_is_written_of_a_variant_has_the_loss_of_what_was_trained(variant, 
 
 
 def test_adalora_leaves_as_many_singular_values_as_the_rank_says(tmp_path):
-    job = job_of(replace(QUICK, variant="adalora", rank=3, steps=10))
+    job = job_of(replace(QUICK, variant="adalora", rank=3, max_steps=10))
     fit(tmp_path, job)
     read = open_adapted(job.base, str(tmp_path))
     ranks = [len(E) for name, E in read.own.items() if name.endswith(".E")]
@@ -348,7 +354,7 @@ def test_full_fine_tuning_writes_a_model_with_its_tokenizer(tmp_path):
 
 
 def test_a_divergence_keeps_the_last_checkpoint_and_its_adapter(tmp_path):
-    job = job_of(replace(QUICK, lr=1e30, steps=20))
+    job = job_of(replace(QUICK, learning_rate=1e30, max_steps=20))
     outcome = fit(tmp_path, job, save_every=1)
     assert outcome.why.startswith(f"step {outcome.state.step + 1}: ")
     last, _ = checkpoints.newest(tmp_path / checkpoints.FOLDER)
@@ -456,11 +462,14 @@ def test_files_that_are_there_are_neither_mixed_nor_removed_unasked(tmp_path):
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        ({"lr": 0.02}, "lr was 0.01 and is 0.02"),
+        ({"learning_rate": 0.02}, "learning_rate was 0.01 and is 0.02"),
         ({"seed": 1}, "seed was 0 and is 1"),
-        ({"steps": 9}, "steps was 6 and is 9"),
-        ({"targets": ["q"]}, r"targets was 'all-linear' and is \['q'\]"),
-        ({"accumulate": 1, "rank": 4}, "accumulate was 2 and is 1; rank was 8 and is 4"),
+        ({"max_steps": 9}, "max_steps was 6 and is 9"),
+        ({"target_modules": ["q"]}, r"target_modules was 'all-linear' and is \['q'\]"),
+        (
+            {"gradient_accumulation_steps": 1, "rank": 4},
+            "gradient_accumulation_steps was 2 and is 1; rank was 8 and is 4",
+        ),
     ],
 )
 def test_a_setting_that_has_changed_is_refused_by_its_name(change, found, tmp_path):
@@ -474,9 +483,9 @@ def test_a_setting_that_has_changed_is_refused_by_its_name(change, found, tmp_pa
 def test_a_change_that_is_accepted_is_told_and_the_run_goes_on_from_where_it_was(tmp_path):
     fit(tmp_path, job_of(), watch=Stop(3))
     told = []
-    changed = job_of(replace(QUICK, lr=0.001))
+    changed = job_of(replace(QUICK, learning_rate=0.001))
     outcome = fit(tmp_path, changed, resume=True, accept=True, tell=told.append)
-    assert told == ["changed: lr was 0.01 and is 0.001"]
+    assert told == ["changed: learning_rate was 0.01 and is 0.001"]
     assert outcome.state.step == 6
     assert [line["step"] for line in train.read_log(tmp_path / train.LOG)] == [1, 2, 3, 4, 5, 6]
 
@@ -617,8 +626,18 @@ def test_what_a_killed_run_was_writing_is_no_checkpoint(tmp_path):
 # Processes
 
 COMMAND = [
-    *("train", "--lr", "0.01", "--steps", "60", "--batch-tokens", "64", "--dropout", "0.1"),
-    *("--save-every", "7", "--accumulate", "2", "--length", "32"),
+    *(
+        "train",
+        "--learning-rate",
+        "0.01",
+        "--max-steps",
+        "60",
+        "--batch-tokens",
+        "64",
+        "--dropout",
+        "0.1",
+    ),
+    *("--save-every", "7", "--gradient-accumulation-steps", "2", "--max-length", "32"),
 ]
 
 
@@ -801,7 +820,7 @@ print(moment)
 def test_whatever_act_on_the_disk_is_the_last_the_run_ends_with_the_same_bits(
     every, lines, tmp_path
 ):
-    command = [*COMMAND, "--steps", "4", "--save-every", "1", "--data", str(lines), "--output"]
+    command = [*COMMAND, "--max-steps", "4", "--save-every", "1", "--data", str(lines), "--output"]
     done = subprocess.run(
         [sys.executable, "-c", MOMENTS, str(tmp_path), *command],
         cwd=ROOT,
@@ -880,7 +899,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     ("change", "found"),
     [
         ({"batch_tokens": 3}, "batch"),
-        ({"variant": "adalora", "steps": 2}, "2 steps: expected 3 or more"),
+        ({"variant": "adalora", "max_steps": 2}, "2 steps: expected 3 or more"),
     ],
 )
 def test_what_cannot_run_removes_nothing(change, found, tmp_path):
@@ -913,7 +932,7 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
 def test_a_bad_expression_is_no_target():
     for wrong in ("[", "*", "layers.(0|"):
         with pytest.raises(ValueError, match="expected a name or a regular expression"):
-            TrainConfig(targets=wrong)
+            TrainConfig(target_modules=wrong)
 
 
 def test_a_model_with_too_few_positions_is_told_before_anything_is_written():
@@ -924,7 +943,9 @@ def test_a_model_with_too_few_positions_is_told_before_anything_is_written():
         prepare(few, job.data, QUICK)
 
 
-@pytest.mark.parametrize("name", ["rank", "steps", "epochs", "batch_tokens", "length", "seed"])
+@pytest.mark.parametrize(
+    "name", ["rank", "max_steps", "num_train_epochs", "batch_tokens", "max_length", "seed"]
+)
 def test_what_is_counted_is_a_whole_number(name):
     replace(QUICK, **{name: np.int64(2)})
     with pytest.raises(ValueError, match=f"{name} is 2.5: expected . or more, a whole number"):

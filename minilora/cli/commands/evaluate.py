@@ -28,12 +28,20 @@ def add(commands: Any) -> None:
     option("--data", metavar="D", help="JSON lines, a folder of train/valid/test, text, task:NAME")
     option("--task", metavar="TASK", help="lm (default), chat, summarize or classify")
     option("--split", metavar="SPLIT", help="test, valid or train (default: the first there is)")
-    option("--length", type=int, metavar="N", help=f"most tokens of an example (default: {LENGTH})")
+    option(
+        "--max-length", type=int, metavar="N", help=f"most tokens of an example (default: {LENGTH})"
+    )
     option("--batch-tokens", type=int, default=1024, metavar="N", help="at a time")
     option("--seed", type=int, metavar="N", help="of the examples of task:NAME (default: 0)")
-    option("--skip-bad", action="store_true", help="leave out lines that cannot be used")
+    option("--skip-invalid", action="store_true", help="leave out lines that cannot be used")
     option("--rouge", type=int, default=0, metavar="N", help="write answers to N examples")
-    option("--tokens", type=int, default=128, metavar="N", help="most of an answer, if they fit")
+    option(
+        "--max-new-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="most of an answer, if they fit",
+    )
     option("--json", metavar="FILE", help="write the figures as JSON")
 
 
@@ -54,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--split {arguments.split}: expected one of {data.SPLITS}")
     if arguments.json and (why := writable(arguments.json)):
         raise ValueError(f"--json: cannot write {why}")
-    at_least(arguments, length=2, batch_tokens=1, seed=0, rouge=0, tokens=1)
+    at_least(arguments, max_length=2, batch_tokens=1, seed=0, rouge=0, max_new_tokens=1)
     model = computing_model(arguments)
     base = model.base
     if not base.config.causal and "head.weight" not in model.weights:
@@ -77,7 +85,7 @@ def _run(arguments: argparse.Namespace) -> int:
         path, task, base.tokenizer, **reading,
         classes=learned or base.classes or numbers, by_place=not learned,
     )  # fmt: skip
-    if reading["valid"] and read.digest != run["data"].get("digest"):
+    if reading["val_fraction"] and read.digest != run["data"].get("digest"):
         expected = "the file that the run was trained on, of which it held a part out"
         remedy = "give it back, or rename what is to be measured, and name it by --data"
         raise FormatError(path, "file", "another content", expected, remedy)
@@ -120,18 +128,18 @@ def _as_divided(arguments: argparse.Namespace, path: str, run: Any) -> dict[str,
 
     Errors: ValueError for an option by which other lines would be held out.
     """
-    usual = {"length": LENGTH, "seed": 0, "valid": 0.0, "skip_bad": False}
+    usual = {"max_length": LENGTH, "seed": 0, "val_fraction": 0.0, "skip_invalid": False}
     said, own = run.get("settings", {}), run.get("data", {}).get("name")
     same = own is not None and os.path.realpath(path) == os.path.realpath(own)
-    if same and said.get("valid"):
+    if same and said.get("val_fraction"):
         usual |= {name: said[name] for name in usual if name in said}
-        for name in ("length", "seed"):
+        for name in ("max_length", "seed"):
             if getattr(arguments, name) not in (None, usual[name]):
                 found, expected = getattr(arguments, name), f"{usual[name]}, as it was trained"
                 what = "other lines of the run's own data would be held out"
-                raise ValueError(f"--{name} {found}: expected {expected}: {what}")
-    given = {name: getattr(arguments, name) for name in ("length", "seed")}
-    given["skip_bad"] = arguments.skip_bad or None
+                raise ValueError(f"--{name.replace('_', '-')} {found}: expected {expected}: {what}")
+    given = {name: getattr(arguments, name) for name in ("max_length", "seed")}
+    given["skip_invalid"] = arguments.skip_invalid or None
     return usual | {name: value for name, value in given.items() if value is not None}
 
 
@@ -139,7 +147,7 @@ def _rouge(arguments: argparse.Namespace, base: Any, model: Any, examples: Any) 
     from minilora.training.evaluate import answers
     from minilora.training.metrics import rouge
 
-    c, most = base.config, arguments.tokens
+    c, most = base.config, arguments.max_new_tokens
     written, wanted = answers(examples, model.weights, c, model.tuning, base.tokenizer, most)
     found = rouge(written, wanted)
     for name, value in found.items():

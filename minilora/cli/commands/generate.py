@@ -26,7 +26,9 @@ def add(commands: Any) -> None:
     add_model(option)
     option("--prompt", metavar="TEXT", help="what the text begins with")
     option("--chat", metavar="TEXT", help="a message to answer")
-    option("--tokens", type=int, metavar="N", help=f"at most (default: {TOKENS}, or what fits)")
+    option(
+        "--max-new-tokens", type=int, metavar="N", help=f"at most (default: {TOKENS}, or what fits)"
+    )
     option("--temperature", type=float, default=0.0, metavar="X", help="0: the most probable")
     option("--top-k", type=int, default=0, metavar="K", help="of the K most probable; 0: of all")
     option("--top-p", type=float, default=1.0, metavar="P", help="of those that reach P")
@@ -39,7 +41,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.prompt is not None and arguments.chat is not None:
         raise ValueError("--prompt and --chat both; give one of them")
-    at_least(arguments, tokens=1, seed=0)
+    at_least(arguments, max_new_tokens=1, seed=0)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     model = computing_model(arguments)
     base, tokenizer = model.base, model.base.tokenizer
@@ -54,7 +56,7 @@ def _run(arguments: argparse.Namespace) -> int:
         first = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
         prompt = [*tokenizer.head, *tokenizer.encode(shown, special=False)]
         prompt = prompt or ([] if first is None else [first])
-    most = arguments.tokens
+    most = arguments.max_new_tokens
     if most is None:
         most = fitting(base.config, len(prompt), TOKENS)
     drawn: list[int] = []

@@ -34,20 +34,37 @@ def add(commands: Any) -> None:
     option("--output", required=True, metavar="OUT", help="the folder of the sweep")
     option("--ranks", default="1,2,4,8", metavar="R,...", help="of the adapters")
     option("--alphas", metavar="A,...", help="the scale is A / R (default: 2 R alone)")
-    option("--lrs", default="0.001,0.003,0.01,0.03", metavar="RATE,...", help="learning rates")
+    option(
+        "--learning-rates",
+        default="0.001,0.003,0.01,0.03",
+        metavar="RATE,...",
+        help="learning rates",
+    )
     option("--seeds", default="0,1,2", metavar="N,...", help="of start, order and dropout")
     option("--jobs", type=int, metavar="N", help="processes at a time (default: the processors)")
-    option("--targets", default="all-linear", metavar="NAMES", help="as minilora train has it")
+    option(
+        "--target-modules", default="all-linear", metavar="NAMES", help="as minilora train has it"
+    )
     option("--variant", default="lora", metavar="NAME", help="as minilora variants lists them")
     option("--dropout", type=float, default=0.0, metavar="P", help="of the adapters' input")
-    option("--schedule", default="cosine", metavar="KIND", help="constant, linear or cosine")
-    option("--warmup", type=int, default=0, metavar="N", help="steps over which the rate rises")
-    option("--epochs", type=int, default=1, metavar="N", help="times through the data")
-    option("--steps", type=int, metavar="N", help="so many steps, whatever the epochs")
+    option("--lr-scheduler", default="cosine", metavar="KIND", help="constant, linear or cosine")
+    option(
+        "--warmup-steps", type=int, default=0, metavar="N", help="steps over which the rate rises"
+    )
+    option("--num-train-epochs", type=int, default=1, metavar="N", help="times through the data")
+    option("--max-steps", type=int, metavar="N", help="so many steps, whatever the epochs")
     option("--batch-tokens", type=int, default=1024, metavar="N", help="in a micro-batch")
-    option("--accumulate", type=int, default=1, metavar="N", help="micro-batches in a step")
-    option("--length", type=int, default=512, metavar="N", help="most tokens of an example")
-    option("--valid", type=float, default=0.0, metavar="SHARE", help="of a file, to judge by")
+    option(
+        "--gradient-accumulation-steps",
+        type=int,
+        default=1,
+        metavar="N",
+        help="micro-batches in a step",
+    )
+    option("--max-length", type=int, default=512, metavar="N", help="most tokens of an example")
+    option(
+        "--val-fraction", type=float, default=0.0, metavar="SHARE", help="of a file, to judge by"
+    )
 
 
 def numbers(text: str, option: str, kind: type[int] | type[float]) -> list[Any]:
@@ -70,20 +87,27 @@ def _run(arguments: argparse.Namespace) -> int:
     from minilora.studies.sweep import Setting, grid, opened, plot, sweep, table
     from minilora.training.train import TrainConfig
 
-    least = {"epochs": 1, "steps": 1, "batch_tokens": 1, "accumulate": 1, "length": 2, "warmup": 0}
+    least = {
+        "num_train_epochs": 1,
+        "max_steps": 1,
+        "batch_tokens": 1,
+        "gradient_accumulation_steps": 1,
+        "max_length": 2,
+        "warmup_steps": 0,
+    }
     at_least(arguments, jobs=1, **least)
     cells = grid(
         numbers(arguments.ranks, "--ranks", int),
         numbers(arguments.alphas or "", "--alphas", float),
-        numbers(arguments.lrs, "--lrs", float),
+        numbers(arguments.learning_rates, "--learning-rates", float),
         numbers(arguments.seeds, "--seeds", int),
     )
     name = arguments.model or "reference:llama"
     given = {f.name: getattr(arguments, f.name) for f in fields(TrainConfig) if f.name in arguments}
-    given["targets"] = targets_of(arguments.targets)
+    given["target_modules"] = targets_of(arguments.target_modules)
     path, task = data_of(opened(name, arguments.dtype), arguments.data, arguments.task)
     recipe = TrainConfig(**given | {"task": task})
-    setting = Setting(name, path, recipe, (("valid", arguments.valid),))
+    setting = Setting(name, path, recipe, (("val_fraction", arguments.val_fraction),))
     for cell in cells:
         setting.at(cell)  # a number out of its range is told before anything runs
     jobs = arguments.jobs if arguments.jobs is not None else os.cpu_count() or 1

@@ -51,7 +51,7 @@ def add(commands: Any) -> None:
     option("--alpha", type=float, metavar="A", help="the scale is A / R (default: 2 R)")
     option("--dropout", type=float, default=0.0, metavar="P", help="of the adapters' input")
     option(
-        "--targets",
+        "--target-modules",
         default="all-linear",
         metavar="NAMES",
         help="q,v,... or an expression for whole names, such as 'layers\\.0\\..*'",
@@ -60,30 +60,53 @@ def add(commands: Any) -> None:
     option("--full", action="store_true", help="train every weight and no adapter: the baseline")
 
     option(
-        "--lr", type=float, metavar="RATE", help="learning rate (default: 0.001; --full: a tenth)"
+        "--learning-rate",
+        type=float,
+        metavar="RATE",
+        help="learning rate (default: 0.001; --full: a tenth)",
     )
     option(
-        "--lora-plus",
+        "--loraplus-lr-ratio",
         type=float,
         metavar="X",
         help="B learns X times as fast (default: 1; 16 with --variant lora+)",
     )
-    option("--schedule", default="cosine", metavar="KIND", help="constant, linear or cosine")
-    option("--warmup", type=int, default=0, metavar="N", help="steps over which the rate rises")
+    option("--lr-scheduler", default="cosine", metavar="KIND", help="constant, linear or cosine")
+    option(
+        "--warmup-steps", type=int, default=0, metavar="N", help="steps over which the rate rises"
+    )
     option("--weight-decay", type=float, default=0.0, metavar="X", help="AdamW's")
-    option("--clip", type=float, default=1.0, metavar="X", help="norm of gradients; 0: any")
-    option("--epochs", type=int, default=1, metavar="N", help="times through the data")
-    option("--steps", type=int, metavar="N", help="so many steps, whatever the epochs")
+    option(
+        "--max-grad-norm", type=float, default=1.0, metavar="X", help="norm of gradients; 0: any"
+    )
+    option("--num-train-epochs", type=int, default=1, metavar="N", help="times through the data")
+    option("--max-steps", type=int, metavar="N", help="so many steps, whatever the epochs")
     option("--batch-tokens", type=int, default=1024, metavar="N", help="in a micro-batch")
-    option("--accumulate", type=int, default=1, metavar="N", help="micro-batches in a step")
-    option("--length", type=int, default=512, metavar="N", help="most tokens of an example")
+    option(
+        "--gradient-accumulation-steps",
+        type=int,
+        default=1,
+        metavar="N",
+        help="micro-batches in a step",
+    )
+    option("--max-length", type=int, default=512, metavar="N", help="most tokens of an example")
     option("--seed", type=int, default=0, metavar="N", help="of start, order and dropout")
 
     option("--threads", type=int, default=1, metavar="N", help="threads that share a step's work")
-    option("--recompute", action="store_true", help="less memory, more time, the same bits")
-    option("--valid", type=float, default=0.0, metavar="SHARE", help="of a file, to validate with")
-    option("--count-prompt", action="store_true", help="what is asked counts, too")
-    option("--skip-bad", action="store_true", help="leave out lines that cannot be used")
+    option(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="less memory, more time, the same bits",
+    )
+    option(
+        "--val-fraction",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of a file, to validate with",
+    )
+    option("--train-on-prompt", action="store_true", help="what is asked counts, too")
+    option("--skip-invalid", action="store_true", help="leave out lines that cannot be used")
     option("--show-batch", action="store_true", help="print the first batch with its mask, and end")
 
     option("--save-every", type=int, default=50, metavar="N", help="save after every N steps")
@@ -94,21 +117,31 @@ def add(commands: Any) -> None:
         metavar="X",
         help="save, too, X minutes after the last save (default: never)",
     )
-    option("--valid-every", type=int, default=50, metavar="N", help="validate after every N steps")
+    option("--val-every", type=int, default=50, metavar="N", help="validate after every N steps")
     option("--resume", action="store_true", help="go on with the run in OUT, to the same bits")
     option("--accept-changes", action="store_true", help="resume although settings have changed")
     option("--overwrite", action="store_true", help="replace the run in OUT")
 
 
 LEAST = {
-    **dict.fromkeys(("rank", "epochs", "steps", "batch_tokens", "accumulate", "threads"), 1),
-    **dict.fromkeys(("save_every", "valid_every"), 1),
-    **dict.fromkeys(("warmup", "seed"), 0),
-    "length": 2,
+    **dict.fromkeys(
+        (
+            "rank",
+            "num_train_epochs",
+            "max_steps",
+            "batch_tokens",
+            "gradient_accumulation_steps",
+            "threads",
+        ),
+        1,
+    ),
+    **dict.fromkeys(("save_every", "val_every"), 1),
+    **dict.fromkeys(("warmup_steps", "seed"), 0),
+    "max_length": 2,
 }
 """What the numbers of these options are at least."""
 
-OF_ADAPTERS = ("rank", "alpha", "dropout", "targets", "variant", "lora_plus")
+OF_ADAPTERS = ("rank", "alpha", "dropout", "target_modules", "variant", "loraplus_lr_ratio")
 """What says nothing where every weight is trained."""
 
 
@@ -127,9 +160,13 @@ def recipe_of(arguments: argparse.Namespace, task: str) -> TrainConfig:
     given = {f.name: getattr(arguments, f.name) for f in fields(TrainConfig) if f.name in arguments}
     # Full fine-tuning is best at about a tenth of LoRA's rate, whatever the model
     # (Schulman et al. 2025, "LoRA Without Regret").
-    given["lr"] = (1e-4 if arguments.full else 1e-3) if arguments.lr is None else arguments.lr
+    given["learning_rate"] = (
+        (1e-4 if arguments.full else 1e-3)
+        if arguments.learning_rate is None
+        else arguments.learning_rate
+    )
     given["alpha"] = 2 * arguments.rank if arguments.alpha is None else arguments.alpha
-    given["targets"] = targets_of(arguments.targets)
+    given["target_modules"] = targets_of(arguments.target_modules)
     return TrainConfig(**given | {"task": task})
 
 
@@ -163,10 +200,10 @@ def _way_on(recipe: TrainConfig) -> str:
             f"the scale, alpha / rank, is {scale:g}: begin anew with a smaller --alpha, such as "
             f"{2 * recipe.rank}"
         )
-    lr = recipe.lr / 4 if recipe.lr <= FAST else 1e-4 if recipe.full else 1e-3
+    lr = recipe.learning_rate / 4 if recipe.learning_rate <= FAST else 1e-4 if recipe.full else 1e-3
     return (
-        f"go on from there with a smaller rate, --resume --accept-changes --lr {lr:g}, or begin "
-        "anew with --warmup, a smaller --lr or --clip"
+        "go on from there with a smaller rate, --resume --accept-changes --learning-rate "
+        f"{lr:g}, or begin anew with --warmup-steps, a smaller --learning-rate or --max-grad-norm"
     )
 
 
@@ -182,14 +219,17 @@ def _run(arguments: argparse.Namespace) -> int:
     if not arguments.save_minutes > 0:
         raise ValueError(f"--save-minutes {arguments.save_minutes:g}: expected more than 0")
     name, dtype = arguments.model or "reference:llama", np.dtype(arguments.dtype)
-    base = open_base(name, dtype, quantised=arguments.recompute)
+    base = open_base(name, dtype, quantised=arguments.gradient_checkpointing)
     path, task = data_of(base, arguments.data, arguments.task)
     recipe = recipe_of(arguments, task)
-    plan = Plan(threads=arguments.threads, recompute=arguments.recompute)
-    given: dict[str, Any] = {"mask_prompt": not arguments.count_prompt, "valid": arguments.valid}
+    plan = Plan(threads=arguments.threads, recompute=arguments.gradient_checkpointing)
+    given: dict[str, Any] = {
+        "train_on_prompt": arguments.train_on_prompt,
+        "val_fraction": arguments.val_fraction,
+    }
     read = data.read(
-        path, task, base.tokenizer, recipe.length, skip_bad=arguments.skip_bad, seed=recipe.seed,
-        classes=base.classes, by_place=True, **given,
+        path, task, base.tokenizer, recipe.max_length, skip_invalid=arguments.skip_invalid,
+        seed=recipe.seed, classes=base.classes, by_place=True, **given,
     )  # fmt: skip
     for line in read.skipped[:5]:
         say(f"{line.path}, line {line.line}: left out: {line.why}\n")
@@ -200,18 +240,18 @@ def _run(arguments: argparse.Namespace) -> int:
         first = data.batch([read.train[i] for i in rows], base.tokenizer.pad)
         say(data.shown(first, base.tokenizer))
         return HOLDS
-    given["skip_bad"] = arguments.skip_bad
+    given["skip_invalid"] = arguments.skip_invalid
     # A library of linear algebra may sum in another order on another number of threads.
     job = prepare(base, read, recipe, path, threads=plan.threads, **given)
     trained, whole = (
         sum(math.prod(array.shape) for array in held.values()) for held in (job.start, base.weights)
     )
-    cut = f", {read.cut} of them cut to {recipe.length} tokens" if read.cut else ""
+    cut = f", {read.cut} of them cut to {recipe.max_length} tokens" if read.cut else ""
     say(
         f"{base.name}: {whole} parameters, {trained} trained\n"
         f"{path}: {len(read.train)} examples{cut}, {len(read.valid)} to validate with\n"
     )
-    if not arguments.recompute:
+    if not arguments.gradient_checkpointing:
         warm_memory()
     last: dict[str, Any] = {}
     with sigterm_interrupts(), steps_bar() as bar:
@@ -230,7 +270,7 @@ def _run(arguments: argparse.Namespace) -> int:
             accept=arguments.accept_changes,
             save_every=arguments.save_every,
             save_seconds=60 * arguments.save_minutes,
-            valid_every=arguments.valid_every,
+            val_every=arguments.val_every,
             watch=watch,
             tell=lambda text: say(text + "\n"),
         )
@@ -245,7 +285,7 @@ def _run(arguments: argparse.Namespace) -> int:
         )
         return DEVIATES
     if "loss" in last:
-        valid = f", {last['valid_loss']:.4f} in validation" if "valid_loss" in last else ""
+        valid = f", {last['val_loss']:.4f} in validation" if "val_loss" in last else ""
         say(f"step {step} of {outcome.steps}: loss {last['loss']:.4f}{valid}\n")
     else:
         say(

@@ -150,7 +150,7 @@ def costs_of(study: Study, model: str) -> list[Cost]:
     studied = studied_model(study, model)
     sides = sides_of(study, studied.base.config)
     jobs = [job_of(studied, study, side) for side in sides]
-    longer = [replace(j, recipe=replace(j.recipe, steps=study.rounds + 1)) for j in jobs]
+    longer = [replace(j, recipe=replace(j.recipe, max_steps=study.rounds + 1)) for j in jobs]
     taken = timed(longer, study.rounds)
     batches = [batches_of(job.data.train, study.tokens, 0)[0] for job in jobs]
     return [_cost(model, *one) for one in zip(sides, jobs, batches, taken, strict=True)]

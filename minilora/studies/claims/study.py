@@ -114,10 +114,10 @@ class Study:
             full=not side.rank,
             rank=side.rank or 1,
             alpha=2 * (side.rank or 1),
-            targets=names if side.attention else "all-linear",
-            lr=lr,
-            warmup=self.steps // 20,
-            steps=self.steps,
+            target_modules=names if side.attention else "all-linear",
+            learning_rate=lr,
+            warmup_steps=self.steps // 20,
+            max_steps=self.steps,
             batch_tokens=self.tokens,
             seed=seed,
         )
@@ -250,7 +250,7 @@ def studied_model(study: Study, model: str, seed: int = 0, own: Text = ()) -> St
         return excess
 
     source, recipe = BUILT_IN + names[1], study.recipe(c, FULL)
-    data = read(source, recipe.task, base.tokenizer, recipe.length, seed=seed)
+    data = read(source, recipe.task, base.tokenizer, recipe.max_length, seed=seed)
     return StudiedModel(base, data, source, *(loss_on(synthetic_data.task(name)) for name in names))
 
 
