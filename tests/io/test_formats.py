@@ -31,12 +31,12 @@ from minilora.io.formats.files import (
 )
 from minilora.io.formats.huggingface import (
     config_to_json,
-    names,
     read_config,
     read_model,
+    tensor_names,
     write_model,
 )
-from minilora.io.formats.peft import adapter_names, read_adapter, read_lora, write_adapter
+from minilora.io.formats.peft import adapter_names, read_adapter, read_lora_config, write_adapter
 from minilora.spec.lora import TrainableSpec, scale
 from minilora.spec.models import GPT2, Batch, Bert, Llama, draw_weights, logits
 from minilora.spec.target_modules import LoraConfig, inject, resolve_targets
@@ -160,14 +160,14 @@ def adapters(folder):
 @every_model
 def test_every_parameter_has_a_place_of_its_own(kind):
     c = MODELS[kind]
-    places = names(c)
+    places = tensor_names(c)
     assert places.keys() == c.shapes().keys()
     assert len({place for place, _ in places.values()}) == len(places)
 
 
 def test_only_gpt2_keeps_projections_transposed():
     for c in MODELS.values():
-        transposed = {name for name, (_, lies) in names(c).items() if lies}
+        transposed = {name for name, (_, lies) in tensor_names(c).items() if lies}
         weights_ = {f"{at}.weight" for at in c.linears()} if isinstance(c, GPT2) else set()
         assert transposed == weights_
 
@@ -239,7 +239,7 @@ def test_a_weight_too_large_for_the_dtype_is_refused(folder):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
 def test_names_without_the_base_models_prefix_are_read(kind, folder):
-    prefix = huggingface.architecture(MODELS[kind])[1].prefix
+    prefix = huggingface.architecture_of(MODELS[kind])[1].prefix
     path = folder / kind / huggingface.WEIGHTS
     save_file({k.removeprefix(prefix): v for k, v in read_tensors(path).items()}, path)
     assert same(read_model(folder / kind)[1], weights(MODELS[kind]))
@@ -485,7 +485,7 @@ def test_a_setting_that_changes_the_function_is_refused(kind, change, says, fold
 
 @every_model
 def test_settings_known_to_change_no_logit_pass(kind, folder):
-    a = huggingface.architecture(MODELS[kind])[1]
+    a = huggingface.architecture_of(MODELS[kind])[1]
     untouched = {"architectures", "model_type", "id2label", "num_labels"}
     inert = set((huggingface.INERT + a.inert).split()) - untouched
     edit(folder / kind / "config.json", **dict.fromkeys(inert, 0.1), of_the_future=None)
@@ -495,11 +495,11 @@ def test_settings_known_to_change_no_logit_pass(kind, folder):
 @every_model
 def test_a_fixed_setting_has_no_other_value(kind, adapters):
     c = MODELS[kind]
-    a = huggingface.architecture(c)[1]
+    a = huggingface.architecture_of(c)[1]
     model, adapter = adapters / kind, adapters / f"{kind}-adapter"
     for fixed, path, read in (
         (huggingface.FIXED | a.fixed, model / "config.json", lambda: read_config(model)),
-        (peft.FIXED, adapter / "adapter_config.json", lambda: read_lora(adapter, c)),
+        (peft.FIXED, adapter / "adapter_config.json", lambda: read_lora_config(adapter, c)),
     ):
         text = path.read_text()
         for key, values in fixed.items():
@@ -819,7 +819,7 @@ def test_an_adapter_read_back_is_the_adapter_written(kind, adapters):
 @every_model
 def test_the_choice_read_back_is_the_choice_written(kind, adapters):
     c, _, _, lora = adapted(kind)
-    read = read_lora(adapters / f"{kind}-adapter", c)
+    read = read_lora_config(adapters / f"{kind}-adapter", c)
     assert resolve_targets(read, c.linears()) == resolve_targets(lora, c.linears())
     assert (read.r, read.lora_alpha, read.use_rslora, read.lora_dropout) == (
         lora.r,
@@ -841,7 +841,7 @@ def test_writing_an_adapter_that_was_read_gives_the_same_bytes(kind, adapters):
     c = MODELS[kind]
     W, tuning = read_adapter(path, c)
     shuffled = {k: np.asfortranarray(W[k]) for k in reversed(W)}
-    write_adapter(adapters / "again", c, shuffled, tuning, read_lora(path, c))
+    write_adapter(adapters / "again", c, shuffled, tuning, read_lora_config(path, c))
     assert contents(adapters / "again") == contents(path)
 
 
@@ -879,7 +879,7 @@ def said(adapters, kind, **changes):
     """The choice that the adapter's settings make after these changes."""
     path = adapters / f"{kind}-adapter"
     edit(path / "adapter_config.json", **changes)
-    return read_lora(path, MODELS[kind])
+    return read_lora_config(path, MODELS[kind])
 
 
 def targets(adapters, kind, **changes):
@@ -1319,7 +1319,7 @@ def every_setting(tmp_path_factory):
     found = {}
     for kind, c in MODELS.items():
         write_adapter(folder, c, *adapted(kind)[1:])
-        a = huggingface.architecture(c)[1]
+        a = huggingface.architecture_of(c)[1]
         names_ = [*huggingface.FIXED, *a.fixed, *a.keys.values(), *a.special, "architectures"]
         adapter = read_json(folder / peft.CONFIG)
         found[kind] = (folder, config_to_json(c), names_, adapter, [*peft.FIXED, *peft.READ])
@@ -1333,7 +1333,7 @@ def test_whatever_a_setting_says_no_other_exception_comes_out(every_setting, kin
     folder, model, names_, adapter, adapter_names_ = every_setting[kind]
     for base, possible, file, read in (
         (model, names_, huggingface.CONFIG, read_config),
-        (adapter, adapter_names_, peft.CONFIG, lambda path: read_lora(path, MODELS[kind])),
+        (adapter, adapter_names_, peft.CONFIG, lambda path: read_lora_config(path, MODELS[kind])),
     ):
         changes = data.draw(st.dictionaries(st.sampled_from(possible), JSON, max_size=2))
         (folder / file).write_text(json.dumps(base | changes))
@@ -1464,7 +1464,7 @@ def test_a_name_in_the_place_of_another_is_noticed(kind, libraries, tmp_path):
 
 @every_model
 def test_what_a_file_leaves_out_is_what_transformers_takes(kind, libraries, tmp_path):
-    a = huggingface.architecture(MODELS[kind])[1]
+    a = huggingface.architecture_of(MODELS[kind])[1]
     left_out = {*a.written, "id2label", "label2id", "rope_parameters"}
     left_out |= {a.keys[field] for field in a.absent}
     written = config_to_json(MODELS[kind])
@@ -1597,7 +1597,7 @@ def test_peft_resolves_targets_so(kind, changes, hit, libraries, folder):
     if kind == "bert":
         changes = {"task_type": "SEQ_CLS"} | changes
     model = libraries.adapt(libraries.model(folder / kind), **changes)
-    paths = huggingface.modules(c)
+    paths = huggingface.module_paths(c)
     assert sorted(model.targeted_module_names) == sorted(paths[at] for at in hit)
 
 

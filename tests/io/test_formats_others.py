@@ -16,9 +16,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from minilora.io.formats import kohya, loralib, mlx, peft
-from minilora.io.formats.factors import adapted_ranks, alpha_of, choice_of, named_shapes
+from minilora.io.formats.factors import (
+    alpha_of,
+    check_factors,
+    config_from_factors,
+    parameter_shapes,
+)
 from minilora.io.formats.files import FormatError, read_json
-from minilora.io.formats.huggingface import modules, write_model
+from minilora.io.formats.huggingface import module_paths, write_model
 from minilora.spec.layers import Geometry, adapted_conv
 from minilora.spec.lora import (
     LORA,
@@ -54,7 +59,7 @@ def adapters(c, ranks, scales, seed=0, variant=LORA, dtype=F32, whole=False):
     rng = np.random.default_rng(seed)
     W = {}
     for at, r in ranks.items():
-        for name, shape in named_shapes(c, at, r, variant).items():
+        for name, shape in parameter_shapes(c, at, r, variant).items():
             drawn = rng.integers(-3, 4, shape) if whole else rng.standard_normal(shape)
             W[name] = drawn.astype(dtype)
     variants = {} if variant is LORA else dict.fromkeys(ranks, variant)
@@ -191,7 +196,7 @@ def test_from_peft_and_back_everything_is_kept_or_refused(c, data, rng):
             door.write_adapter(at / name, c, *first)
             there = door.read_adapter(at / name, c)
             assert same(there, first)
-            peft.write_adapter(at / "two", c, *there, choice_of(at, c, *there))
+            peft.write_adapter(at / "two", c, *there, config_from_factors(at, c, *there))
             assert same(peft.read_adapter(at / "two", c), first)
             tensors = [(at / n / peft.WEIGHTS).read_bytes() for n in ("one", "two")]
             assert tensors[0] == tensors[1]
@@ -467,7 +472,7 @@ def test_mlxs_tensors_are_all_there_and_of_their_shape(tmp_path):
 
 def test_an_adapter_of_pefts_is_not_made_unreadable(tmp_path):
     c, W, tuning = made(ats=("layers.2.q",))
-    peft.write_adapter(tmp_path, c, W, tuning, choice_of(tmp_path, c, W, tuning))
+    peft.write_adapter(tmp_path, c, W, tuning, config_from_factors(tmp_path, c, W, tuning))
     refused(lambda: mlx.write_adapter(tmp_path, c, W, tuning), "found adapter_model.safetensors")
     assert same(peft.read_adapter(tmp_path, c), (W, tuning))
 
@@ -482,10 +487,10 @@ def test_names_with_underscores_are_resolved_by_the_models_modules(tmp_path, mon
         "a_c": ["three"],
     }
     for c_ in MODELS.values():
-        assert all(len(found) == 1 for found in kohya.underscored(modules(c_)).values())
+        assert all(len(found) == 1 for found in kohya.underscored(module_paths(c_)).values())
     file = tmp_path / "a.safetensors"
     kohya.write_adapter(file, c, W, tuning)
-    paths = modules(c) | {"layers.1.q": "model.layers_2.self_attn.q_proj"}
+    paths = module_paths(c) | {"layers.1.q": "model.layers_2.self_attn.q_proj"}
     monkeypatch.setattr(kohya, "modules", lambda c: paths)
     says = "found a name of layers.1.q and layers.2.q, expected the name of one"
     refused(lambda: kohya.read_adapter(file, c), says)
@@ -607,7 +612,7 @@ def test_a_scale_that_no_alpha_gives_has_none(tmp_path):
     ranks, scales = {"layers.0.q": 1, "layers.1.q": 3}, {"layers.0.q": 1.5, "layers.1.q": s}
     made_ = adapters(MODELS["llama"], ranks, scales)
     says = r"scale: found .* of layers\.1\.q at rank 3, expected alpha / r of a float64 alpha"
-    refused(lambda: choice_of(tmp_path, MODELS["llama"], *made_), says)
+    refused(lambda: config_from_factors(tmp_path, MODELS["llama"], *made_), says)
     assert alpha_of(np.longdouble(1) / 3, 1) is None
     assert alpha_of(F32(0.1), 1) == float(F32(0.1)) != 0.1
 
@@ -616,14 +621,14 @@ def test_a_choice_has_one_variant(tmp_path):
     c = MODELS["llama"]
     for variant, name in ((LORA, "lora"), (DORA, "dora"), (DORA_FULL, "dora-full")):
         W, tuning = adapters(c, {"layers.0.q": 2}, {"layers.0.q": 1.5}, variant=variant)
-        found = choice_of(tmp_path, c, W, tuning, dropout=0.25)
+        found = config_from_factors(tmp_path, c, W, tuning, dropout=0.25)
         assert (found.variant, found.r, found.alpha, found.dropout) == (name, 2, 3, 0.25)
     V, other = adapters(c, {"layers.1.q": 2}, {"layers.1.q": 1.5})
     both = TrainableSpec(tuning.scale | other.scale, {}, frozenset(W | V), tuning.variant)
     says = "variant: found dora-full, lora, expected one for all"
-    refused(lambda: choice_of(tmp_path, c, W | V, both), says)
+    refused(lambda: config_from_factors(tmp_path, c, W | V, both), says)
     with pytest.raises(FormatError, match="no adapter, expected a scale"):
-        adapted_ranks("a", c, {}, TrainableSpec(), (LORA,))
+        check_factors("a", c, {}, TrainableSpec(), (LORA,))
 
 
 # loralib: state dicts.
@@ -694,7 +699,7 @@ def test_a_state_dict_is_read_with_what_is_not_in_it(tmp_path):
     assert W["layers.0.qkv.bias"].shape == (24, 1)
     assert (W["layers.0.qkv.B"][8:16] == 0).all()
     assert W["layers.0.qkv.B"][:8].any()
-    assert adapted_ranks(
+    assert check_factors(
         "a",
         c,
         {k: v for k, v in W.items() if "bias" not in k},
@@ -1083,7 +1088,7 @@ def test_what_lycoris_saves_is_read(how, lycoris, tmp_path):
     merged = merge(wide, tuning)
     modules_ = {module.lora_name: module for module in network.loras}
     for at in c.linears():
-        module = modules_[f"lycoris_{modules(c)[at].replace('.', '_')}"]
+        module = modules_[f"lycoris_{module_paths(c)[at].replace('.', '_')}"]
         assert module.lora_down.weight.detach().numpy().tobytes() == W[f"{at}.A"].tobytes()
         w, A, B = (wide[f"{at}.{x}"] for x in ("weight", "A", "B"))
         around = abs(w) + 2 / 3 * abs(B) @ abs(A)

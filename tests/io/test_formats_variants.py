@@ -18,9 +18,9 @@ from minilora.io.formats.files import FormatError, pack_json, read_json, write_f
 from minilora.io.formats.huggingface import config_to_json, read_config, write_model
 from minilora.io.formats.peft import (
     CONFIG,
-    projections,
     read_adapter,
-    read_lora,
+    read_lora_config,
+    vera_projections,
     write_adapter,
 )
 from minilora.spec.lora import is_base, twin
@@ -233,7 +233,7 @@ def test_a_variant_read_back_is_the_variant_written(case, folder):
 def test_the_choice_of_a_variant_read_back_is_the_choice_written(case, folder):
     c, _, _, lora = made(case)
     for known in (c, MODELS[CASES[case][0]]):  # the deeper model's configuration or the base's
-        read = read_lora(folder(case), known)
+        read = read_lora_config(folder(case), known)
         assert resolve_targets(read, c.matrices()) == replace(
             resolve_targets(lora, c.matrices()), alpha=resolve_targets(read, c.matrices()).alpha
         )
@@ -252,7 +252,7 @@ def test_writing_a_variant_that_was_read_gives_the_same_bytes(case, folder, tmp_
     base = base_of(case)
     read, tuning = read_adapter(path, c, base=base)
     shuffled = {k: np.asfortranarray(read[k]) for k in reversed(read)}
-    write_adapter(tmp_path / "again", c, base | shuffled, tuning, read_lora(path, c))
+    write_adapter(tmp_path / "again", c, base | shuffled, tuning, read_lora_config(path, c))
     assert contents(tmp_path / "again") == contents(path)
 
 
@@ -294,7 +294,7 @@ def test_names_of_every_part_in_a_file(folder):
 
 def test_veras_projections_are_the_last_24_bits_of_the_mersenne_twister():
     """The first output of its reference seed is known from its authors."""
-    (A,), _ = projections(5489, 1, 1, 1)
+    (A,), _ = vera_projections(5489, 1, 1, 1)
     bound = np.float32(6**0.5)
     drawn = np.float64(bound - -bound) * (3499211612 % 2**24 / 2**24) - np.float64(bound)
     assert np.float32(drawn) == A
@@ -323,24 +323,24 @@ def test_what_another_kind_reads_is_refused_by_name(folder):
         for key, value in said.items():
             edit(path / peft.CONFIG, **{key: value})
             with pytest.raises(FormatError, match=f"{key}: found .*, expected no setting of this"):
-                read_lora(path, MODELS["llama"])
+                read_lora_config(path, MODELS["llama"])
             edit(path / peft.CONFIG, **{key: ...})
-        read_lora(path, MODELS["llama"])
+        read_lora_config(path, MODELS["llama"])
 
 
 @pytest.mark.parametrize(("case", "kind"), [("adalora", "ADALORA"), ("vera", "VERA")])
 def test_the_settings_of_a_kind_are_fixed_or_inert_or_read(case, kind, folder):
     path, c = folder(case), MODELS["llama"]
-    before = read_lora(path, c)
+    before = read_lora_config(path, c)
     text = (path / peft.CONFIG).read_text()
     for key, values in peft.KINDS[kind].fixed.items():
         for value in (v for v in ("other", 1, True) if v not in values and key != "peft_type"):
             edit(path / peft.CONFIG, **{key: value})
             with pytest.raises(FormatError, match=f"{key}: found {json.dumps(value)}, exp"):
-                read_lora(path, c)
+                read_lora_config(path, c)
             (path / peft.CONFIG).write_text(text)
     edit(path / peft.CONFIG, **dict.fromkeys(peft.KINDS[kind].inert.split(), 0.5))
-    assert read_lora(path, c) == before
+    assert read_lora_config(path, c) == before
 
 
 E = "model.layers.0.self_attn.q_proj.lora_E"
@@ -428,10 +428,10 @@ SETTINGS = [
 @pytest.mark.parametrize(("case", "changes", "says"), SETTINGS)
 def test_a_setting_of_a_variant_is_refused_by_name(case, changes, says, folder):
     path, c = folder(case), MODELS[CASES[case][0]]
-    read_lora(path, c)
+    read_lora_config(path, c)
     edit(path / peft.CONFIG, **changes)
     with pytest.raises(FormatError, match=says) as raised:
-        read_lora(path, c)
+        read_lora_config(path, c)
     assert str(path / peft.CONFIG) in str(raised.value)
 
 
@@ -454,11 +454,11 @@ def test_a_tie_needs_one_of_the_two_names_that_peft_knows(folder):
 def test_veras_layers_are_asked_for_beside_an_expression_too(folder):
     path, c = folder("vera"), MODELS["llama"]
     edit(path / peft.CONFIG, target_modules=".*(q|v)_proj", layers_to_transform=[1])
-    assert list(read_lora(path, c).target_modules) == ["layers.1.q", "layers.1.v"]
+    assert list(read_lora_config(path, c).target_modules) == ["layers.1.q", "layers.1.v"]
     path = folder("dora")
     edit(path / peft.CONFIG, target_modules=".*q_proj", layers_to_transform=[1])
     with pytest.raises(FormatError, match="layers_to_transform: found it beside an expression"):
-        read_lora(path, c)
+        read_lora_config(path, c)
 
 
 def test_a_table_that_was_trained_for_its_rows_is_written_by_rows(folder, tmp_path):
@@ -755,7 +755,7 @@ def test_whatever_a_setting_says_no_other_exception_comes_out(case, tmp_path, da
     names = st.sampled_from([*kind.read, *kind.fixed])
     file.write_text(json.dumps(whole | data.draw(st.dictionaries(names, JSON, max_size=2))))
     try:
-        read_lora(tmp_path, c)
+        read_lora_config(tmp_path, c)
         said = str(file)
     except FormatError as error:
         said = str(error)
@@ -807,7 +807,7 @@ def test_a_range_beyond_the_deeper_models_layers_is_read(tmp_path):
     read, tuning_read = read_adapter(tmp_path, c)
     assert same(read, {name: W[name] for name in read})
     assert tuning_read == tuning
-    assert read_lora(tmp_path, base).layer_replication == [(1, 2)]
+    assert read_lora_config(tmp_path, base).layer_replication == [(1, 2)]
 
 
 def test_rows_of_a_table_that_is_trained_in_full_contradict_it():
@@ -823,7 +823,7 @@ def test_modules_to_save_inside_one_another_are_refused(saved, tmp_path):
     said = read_json(tmp_path / CONFIG) | {"modules_to_save": saved}
     write_files(tmp_path, {CONFIG: lambda: pack_json(said)})
     with pytest.raises(FormatError, match=r"modules_to_save: found .* in another of them"):
-        read_lora(tmp_path, c)
+        read_lora_config(tmp_path, c)
 
 
 def test_older_libraries_find_ropes_base_and_no_setting_that_they_do_not_know(tmp_path):

@@ -24,9 +24,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.io.formats import huggingface
-from minilora.io.formats.factors import named_shapes
+from minilora.io.formats.factors import parameter_shapes
 from minilora.io.formats.files import FormatError
-from minilora.io.formats.huggingface import names, write_model
+from minilora.io.formats.huggingface import tensor_names, write_model
 from minilora.io.loading import copy_tokenizer, open_base
 from minilora.spec import blocks
 from minilora.spec.lora import TrainableSpec, merge
@@ -69,7 +69,7 @@ def factors(c, ranks, scales, seed=0, dtype=F32):
     rng = np.random.default_rng(seed)
     shapes = {}
     for at, r in ranks.items():
-        shapes |= named_shapes(c, at, r)
+        shapes |= parameter_shapes(c, at, r)
     W = {name: (0.3 * rng.standard_normal(shape)).astype(dtype) for name, shape in shapes.items()}
     return W, TrainableSpec(dict(scales), {}, frozenset(W))
 
@@ -1239,7 +1239,7 @@ def test_a_real_model_has_the_weights_and_the_logits_that_transformers_gives_it(
     theirs = model.eval().state_dict()
     c, W = door.read_model(path)
     W = {name: np.asarray(array) for name, array in W.items()}
-    for name, (place, _) in names(c).items():
+    for name, (place, _) in tensor_names(c).items():
         assert same_bits(W[name], theirs[place].numpy().reshape(W[name].shape))
     ids = np.random.default_rng(0).integers(0, c.vocab, (1, 16))
     with torch.no_grad():
@@ -1338,6 +1338,6 @@ def test_a_folder_made_from_a_file_keeps_what_generation_needs(tmp_path):
     base = open_base(str(made))
     assert base.kept == kept
     huggingface.write_model(tmp_path / "model", base.config, dict(base.weights), kept=base.kept)
-    assert huggingface.kept_settings(tmp_path / "model") == kept
+    assert huggingface.generation_settings(tmp_path / "model") == kept
     unsaid = rewritten(model_file("llama"), tmp_path / "b.gguf", {"llama.context_length": None})
     assert open_base(str(unsaid)).kept == {}

@@ -13,7 +13,7 @@ from calculus import record_worst, same_bits
 from minilora.cli.main import main
 from minilora.io.formats import glassllm
 from minilora.io.formats.files import FormatError
-from minilora.io.loading import copy_tokenizer, open_adapted, open_base, packaged
+from minilora.io.loading import copy_tokenizer, open_adapted, open_base, package_model
 from minilora.spec.lora import TrainableSpec
 from minilora.spec.models import Batch, Llama, draw_weights, logits
 
@@ -178,7 +178,7 @@ def a_package(tmp_path, monkeypatch, weights):
 
 
 def test_a_model_in_a_package_is_found_by_name(a_package):
-    assert packaged("package:glass_like/weights/en.npz") == a_package / "en.npz"
+    assert package_model("package:glass_like/weights/en.npz") == a_package / "en.npz"
     with pytest.raises(FormatError, match=r"found package:glass_like/weights/en\.npz, package:"):
         open_base("package:glass_like")
     with pytest.raises(FormatError, match="expected one; name one that is there"):

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from minilora.io import reference_models
 from minilora.io.formats.files import FormatError
-from minilora.io.formats.tokenizers import Library, Tokenizer, Words, compiled, read_tokenizer
+from minilora.io.formats.tokenizers import (
+    LibraryTokenizer,
+    Tokenizer,
+    WordTokenizer,
+    compile_template,
+    read_tokenizer,
+)
 from minilora.io.synthetic_data import END, PAD, SPECIAL, START, TASKS, task
 
 HAVE = {name: importlib.util.find_spec(name) for name in ("jinja2", "tokenizers", "transformers")}
@@ -170,7 +176,7 @@ def test_a_template_in_a_file_of_its_own_comes_first(tmp_path):
     ],
 )
 def test_a_template_that_fails_or_reaches_out_is_refused(template):
-    class Only(Words):
+    class Only(WordTokenizer):
         pass
 
     tokenizer = Only(task("running-sum").symbols, True)
@@ -185,12 +191,15 @@ def test_a_template_that_fails_or_reaches_out_is_refused(template):
 @needs_jinja
 def test_a_template_that_is_none_is_refused():
     with pytest.raises(ValueError, match=r"the chat template is none: .*endfor"):
-        compiled("{% for m in messages %}")
+        compile_template("{% for m in messages %}")
 
 
 @needs_jinja
 def test_a_template_does_not_see_the_date():
-    assert compiled("{{ strftime_now is defined }} {{ date_string is defined }}")() == "False False"
+    assert (
+        compile_template("{{ strftime_now is defined }} {{ date_string is defined }}")()
+        == "False False"
+    )
 
 
 def test_a_chat_without_a_template_says_what_to_do():
@@ -261,7 +270,7 @@ def test_a_reference_model_has_the_words_of_its_tasks_and_needs_no_extra(name, m
 @pytest.mark.parametrize("name", ["running-sum", "nested-brackets", "more-a"])
 @given(data=st.data())
 def test_words_are_the_tokens_that_the_library_makes_of_the_same_file(name, data):
-    words = Words.of(task(name))
+    words = WordTokenizer.of(task(name))
     backend = folders.tokenizers.Tokenizer.from_str(json.dumps(words.json()))
     parts = st.lists(st.sampled_from([*words.symbols, " ", "\n", "\t\t"]))
     text = " ".join(data.draw(parts)) + "".join(data.draw(st.lists(st.sampled_from(SPECIAL))))
@@ -270,7 +279,7 @@ def test_words_are_the_tokens_that_the_library_makes_of_the_same_file(name, data
     ids = words.encode(text)
     assert words.decode(ids) == backend.decode(ids)
     assert words.decode(ids, special=True) == backend.decode(ids, skip_special_tokens=False)
-    library = Library(backend, words.named)
+    library = LibraryTokenizer(backend, words.named)
     assert vars(library)["stops"] == words.stops
     for name in ("bos", "eos", "pad", "vocab", "head", "middle", "tail", "second"):
         assert getattr(library, name) == getattr(words, name)
@@ -288,7 +297,7 @@ def test_transformers_reads_a_reference_models_tokenizer(name):
 
 
 def test_an_unknown_word_is_named():
-    words = Words.of(task("running-sum"))
+    words = WordTokenizer.of(task("running-sum"))
     with pytest.raises(
         ValueError, match=r"the word '11', none of <pad> .* 10 with blanks between$"
     ):
@@ -296,9 +305,9 @@ def test_an_unknown_word_is_named():
 
 
 def test_a_file_of_other_words_is_the_librarys(tmp_path, monkeypatch):
-    whole = Words.of(task("running-sum")).json()
+    whole = WordTokenizer.of(task("running-sum")).json()
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
-    assert isinstance(read_tokenizer(tmp_path), Words)
+    assert isinstance(read_tokenizer(tmp_path), WordTokenizer)
     whole["pre_tokenizer"] = {"type": "Whitespace"}  # which takes punctuation apart
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
     monkeypatch.setitem(sys.modules, "tokenizers", None)
@@ -306,12 +315,12 @@ def test_a_file_of_other_words_is_the_librarys(tmp_path, monkeypatch):
         read_tokenizer(tmp_path)
     monkeypatch.undo()
     if HAVE["tokenizers"]:
-        assert isinstance(read_tokenizer(tmp_path), Library)
+        assert isinstance(read_tokenizer(tmp_path), LibraryTokenizer)
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_the_words_of_every_task_come_back_from_their_file(name, tmp_path):
-    words = Words.of(task(name))
+    words = WordTokenizer.of(task(name))
     (tmp_path / "tokenizer.json").write_text(json.dumps(words.json()))
     read = read_tokenizer(tmp_path)
     assert (read.symbols, read.tail) == (words.symbols, words.tail)
@@ -325,16 +334,16 @@ def test_a_chat_without_jinja2_names_the_extra(monkeypatch):
     with pytest.raises(
         ImportError, match=re.escape("jinja2: python -m pip install 'minilora[text]")
     ):
-        compiled("")
+        compile_template("")
 
 
 @needs_jinja
 def test_a_jinja2_whose_sandbox_leaks_is_refused(monkeypatch):
     monkeypatch.setattr("minilora.io.formats.tokenizers.version", lambda name: "3.1.5")
     with pytest.raises(ImportError, match=r"jinja2 3\.1\.5: .* needs 3\.1\.6"):
-        compiled("")
+        compile_template("")
     monkeypatch.setattr("minilora.io.formats.tokenizers.version", lambda name: "4.0")
-    assert compiled("text")() == "text"
+    assert compile_template("text")() == "text"
 
 
 @pytest.mark.parametrize(
@@ -382,7 +391,10 @@ def test_a_damaged_file_is_named(tmp_path, name, text, match):
 @needs_text
 @pytest.mark.parametrize("vocab", [{"two words": 3}, {}])
 def test_a_vocabulary_without_text_is_refused(tmp_path, vocab):
-    whole = Words.of(task("running-sum")).json() | {"added_tokens": [], "post_processor": None}
+    whole = WordTokenizer.of(task("running-sum")).json() | {
+        "added_tokens": [],
+        "post_processor": None,
+    }
     whole["model"]["vocab"] = vocab
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
     with pytest.raises(FormatError, match="special tokens: found no text that has tokens"):

@@ -17,14 +17,14 @@ from test_formats_variants import CASES, base_of, made, parts_of
 
 from minilora import Batch, inject, logits
 from minilora.io.formats.files import FormatError, read_json, read_tensors
-from minilora.io.formats.huggingface import names, write_model
+from minilora.io.formats.huggingface import tensor_names, write_model
 from minilora.io.formats.peft import (
     CONFIG,
     WEIGHTS,
     adapter_names,
-    projections,
     read_adapter,
-    read_lora,
+    read_lora_config,
+    vera_projections,
     write_adapter,
 )
 from minilora.spec.target_modules import LoraConfig, invoked, replicate
@@ -65,7 +65,7 @@ def trained_here(c, W, tuning, lora, ids):
     gradients = back(dz)
     for at, rows in lora.trainable_token_indices.items():
         gradients[f"{at}.tokens"] = gradients.pop(f"{at}.weight")[[*rows]]
-    transposed = {name: lies for name, (_, lies) in names(c).items()}
+    transposed = {name: lies for name, (_, lies) in tensor_names(c).items()}
     return (
         z,
         dz,
@@ -281,7 +281,7 @@ def test_what_peft_writes_of_each_variant_is_read(kind, config, said, variant, l
     quietly(model.save_pretrained, tmp_path / "adapter")
     if config == "Vera":
         model.double()
-    lora = read_lora(tmp_path / "adapter", c)
+    lora = read_lora_config(tmp_path / "adapter", c)
     assert lora.variant == variant
     base, c = base_for(c, lora)
     read, tuning = read_adapter(tmp_path / "adapter", c, base=base)
@@ -325,7 +325,7 @@ def test_pruned_singular_values_are_read_and_written(bias, libraries, tmp_path):
     assert ("layers.1.v.bias" in tuning.trained) == (bias != "none")
     if bias != "none":
         return  # a choice of adapters has no word for the bias of what has none
-    lora = read_lora(tmp_path / "adapter", c)
+    lora = read_lora_config(tmp_path / "adapter", c)
     write_adapter(tmp_path / "ours", c, W, tuning, lora)
     model = loaded(libraries, tmp_path / "again", c, tmp_path / "ours")
     found = errors(libraries, model, c, W, tuning, lora)
@@ -355,14 +355,14 @@ def test_veras_projections_are_drawn_as_peft_draws_them(key, r, m, n, libraries)
 
     torch = libraries.torch
     generator = torch.Generator().manual_seed(key)
-    A, B = projections(key, r, m, n)
+    A, B = vera_projections(key, r, m, n)
     for ours, shape in ((A, (r, n)), (B, (m, r))):
         theirs = _kaiming_init(shape, generator=generator).numpy()
         assert ours.dtype == theirs.dtype == np.float32
         assert ours.tobytes() == theirs.tobytes()
-    other = projections(key + 1, r, m, n)
+    other = vera_projections(key + 1, r, m, n)
     assert other[0].tobytes() != A.tobytes()
-    assert projections(key, r, n, m)[1].tobytes() != B.tobytes() or m == n == 1
+    assert vera_projections(key, r, n, m)[1].tobytes() != B.tobytes() or m == n == 1
 
 
 @pytest.fixture
@@ -395,12 +395,12 @@ def test_a_start_is_taken_out_of_the_base_when_it_is_loaded(kind, init, said, li
     said = {"r": 2, "lora_alpha": 3, "init_lora_weights": init} | said
     model = adapted(libraries, base_model(libraries, tmp_path / "model", c), "Lora", said)
     quietly(model.save_pretrained, tmp_path / "adapter")
-    assert read_lora(tmp_path / "adapter", c).init_lora_weights == init
+    assert read_lora_config(tmp_path / "adapter", c).init_lora_weights == init
     with pytest.raises(FormatError, match=f'init_lora_weights: found "{init}", expected a base'):
         read_adapter(tmp_path / "adapter", c)
     base = weights(c)
     read, tuning = read_adapter(tmp_path / "adapter", c, base=base)
-    lora = read_lora(tmp_path / "adapter", c)
+    lora = read_lora_config(tmp_path / "adapter", c)
     found = errors(libraries, model, c, base | read, tuning, lora)
     times = condition(init, base, read)
     assert times < 1e6  # so that what is allowed is far below what is wrong

@@ -21,7 +21,7 @@ from calculus import record_worst, same_bits
 from minilora.cli.main import main
 from minilora.io import reference_models
 from minilora.io.formats import peft
-from minilora.io.loading import base_of, open_adapted, open_base
+from minilora.io.loading import open_adapted, open_base, open_base_of
 from minilora.spec.lora import TrainableSpec, merge
 from minilora.spec.models import Batch, logits, loss
 from minilora.spec.target_modules import LoraConfig
@@ -197,7 +197,7 @@ def test_peft_gives_the_logits_of_a_variant_trained_here(variant, tmp_path):
         "q,v,down",
     ]
     assert main(["train", "--output", out, "--variant", variant, *steps]) == 0
-    base = base_of(None, out)
+    base = open_base_of(None, out)
     # LoftQ's base is the quantised one, which lies beside the adapter.
     assert (base.path == BASE) == (variant != "loftq")
     z = by_transformers(libraries, base.path, out)

@@ -16,7 +16,7 @@ from calculus import GRADIENT, OPTIMIZER, greatest, record_worst, relative_error
 import minilora as ml
 from minilora import testing as draw
 from minilora.io.formats.files import read_json
-from minilora.io.formats.huggingface import modules, names, read_model
+from minilora.io.formats.huggingface import module_paths, read_model, tensor_names
 from minilora.io.formats.peft import adapter_names, read_adapter
 from minilora.spec import lora, optim
 
@@ -141,7 +141,9 @@ def theirs(folder, c, W, keep):
     model = quietly(peft.PeftModel.from_pretrained, model, folder / "adapter", is_trainable=True)
     model = model.eval()
     for at, K in keep.items():
-        model.get_submodule(f"base_model.model.{modules(c)[at]}").lora_dropout["default"] = Kept(K)
+        model.get_submodule(f"base_model.model.{module_paths(c)[at]}").lora_dropout["default"] = (
+            Kept(K)
+        )
     parameters = {n.replace(".default", ""): p for n, p in model.named_parameters()}
     return model, {name: parameters[place] for name, place in adapter_names(c, W).items()}
 
@@ -149,7 +151,7 @@ def theirs(folder, c, W, keep):
 def as_ours(c, name, array):
     """Conv1D's weights lie transposed, and vectors are columns here."""
     array = array.detach().numpy()
-    array = array.T if names(c).get(name, ("", False))[1] else array
+    array = array.T if tensor_names(c).get(name, ("", False))[1] else array
     return array.reshape(len(array), -1)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora import testing as draw
 from minilora.io.formats.huggingface import names as names_in_files
-from minilora.io.formats.huggingface import to_file, write_model
+from minilora.io.formats.huggingface import to_file_layout, write_model
 from minilora.io.formats.peft import adapter_names
 from minilora.spec import ops, target_modules
 from minilora.spec.initialization import STARTS
@@ -925,7 +925,9 @@ def test_peft_replicates_the_same_layers_and_shares_their_weights(pefts, c, tmp_
     assert theirs.keys() == deeper.keys()
     assert len(theirs) == len(list(model.named_parameters(remove_duplicate=False)))
     for name, (_, transposed) in names_in_files(d).items():
-        assert same_bits(theirs[name].detach().numpy(), to_file(name, deeper[name], transposed))
+        assert same_bits(
+            theirs[name].detach().numpy(), to_file_layout(name, deeper[name], transposed)
+        )
     for a, b in itertools.combinations(deeper, 2):
         assert (deeper[a] is deeper[b]) == (theirs[a] is theirs[b])
 

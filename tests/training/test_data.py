@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from minilora.io import reference_models
 from minilora.io.formats.files import FormatError
-from minilora.io.formats.tokenizers import Words, read_tokenizer
+from minilora.io.formats.tokenizers import WordTokenizer, read_tokenizer
 from minilora.io.synthetic_data import END, PAD, SPECIAL, TASKS, task
 from minilora.spec.models import shifted_labels
 from minilora.spec.ops import IGNORED
@@ -31,11 +31,11 @@ needs_transformers = pytest.mark.skipif(
 if HAVE["tokenizers"]:
     import tokenizer_folders as folders
 
-WORDS = Words.of(task("running-sum"))
-TYPED = Words.of(task("more-a"))
+WORDS = WordTokenizer.of(task("running-sum"))
+TYPED = WordTokenizer.of(task("more-a"))
 
 
-class Characters(Words):
+class Characters(WordTokenizer):
     """A token each for bytes, but two line feeds in a row are one; chats are rendered here."""
 
     def __init__(self):
@@ -641,7 +641,7 @@ def test_a_text_of_a_class_stands_between_the_tokens_that_its_model_expects(tmp_
 def test_a_built_in_task_is_drawn_from_its_distribution(name):
     chosen = task(name)
     kind = "lm" if chosen.causal else "classify"
-    got = read(f"task:{name}", kind, Words.of(chosen), 32, seed=3)
+    got = read(f"task:{name}", kind, WordTokenizer.of(chosen), 32, seed=3)
     assert [len(x) for x in (got.train, got.valid, got.test)] == [*data.DRAWN.values()]
     possible = {(e.ids, e.label) for e in chosen.examples}
     drawn = [(tuple(e.ids.tolist()), e.label) for e in got.train]
@@ -665,7 +665,13 @@ def test_a_built_in_task_is_drawn_from_its_distribution(name):
         ("more-a", "lm", None, 32, "with the task lm: expected classify"),
         ("sums", "lm", None, 32, "task 'sums': expected one of running-sum"),
         ("running-sum", "lm", TYPED, 32, "found a model with 6 tokens, .* whose tokens are <pad>"),
-        ("nested-brackets", "lm", Words([*SPECIAL, *"abcd"], True), 32, "found a model with 7"),
+        (
+            "nested-brackets",
+            "lm",
+            WordTokenizer([*SPECIAL, *"abcd"], True),
+            32,
+            "found a model with 7",
+        ),
         ("running-sum", "lm", WORDS, 7, "length 7: task:running-sum has sequences of up to 8"),
     ],
 )

@@ -20,7 +20,7 @@ import minilora as ml
 from minilora.io import reference_models
 from minilora.io.formats.files import FormatError, read_tensors, write_tensors
 from minilora.io.formats.huggingface import read_model
-from minilora.io.loading import base_of, open_adapted, open_base
+from minilora.io.loading import open_adapted, open_base, open_base_of
 from minilora.spec import optim, target_modules
 from minilora.spec.adalora import Importance
 from minilora.spec.optim import AdamState
@@ -273,7 +273,7 @@ def test_what_is_written_of_a_variant_has_the_loss_of_what_was_trained(variant, 
     job = job_of(replace(QUICK, variant=variant, dtype="float64", learning_rate=0.03))
     outcome = fit(tmp_path, job)
     wanted = train.read_log(tmp_path / train.LOG)[-1]["val_loss"]
-    base = base_of(None, str(tmp_path), np.dtype(float))
+    base = open_base_of(None, str(tmp_path), np.dtype(float))
     found = evaluated(base, tmp_path, job.data.valid)
     count = sum(int(e.counted.sum()) for e in job.data.valid)
     bound = (count + sum(w.size for w in base.weights.values())) * np.finfo(float).eps
@@ -304,20 +304,20 @@ def test_adalora_leaves_as_many_singular_values_as_the_rank_says(tmp_path):
 def test_loftqs_base_goes_along_and_another_is_refused(tmp_path):
     job = job_of(replace(QUICK, variant="loftq"))
     fit(tmp_path, job)
-    base = base_of(None, str(tmp_path))
+    base = open_base_of(None, str(tmp_path))
     name = "layers.0.q.weight"
     quantised = dequantise(quantise(job.base.weights[name], "nf4"))
     assert same_bits(base.weights[name], quantised)
     assert same_bits(base.weights["embed.weight"], job.base.weights["embed.weight"])
     assert base.tokenizer.encode("3 4") == job.base.tokenizer.encode("3 4")
-    assert base_of(str(tmp_path / "base"), str(tmp_path)).path == base.path
+    assert open_base_of(str(tmp_path / "base"), str(tmp_path)).path == base.path
     with pytest.raises(FormatError, match=r"model: found reference:llama, expected .*base; leave"):
-        base_of("reference:llama", str(tmp_path))
+        open_base_of("reference:llama", str(tmp_path))
     with pytest.raises(train.Refused):
         fit(tmp_path, job)
     fit(tmp_path, job_of(), overwrite=True)
     assert not [*(tmp_path / "base").iterdir()]
-    assert base_of("reference:llama", str(tmp_path)).name == "reference:llama"
+    assert open_base_of("reference:llama", str(tmp_path)).name == "reference:llama"
 
 
 def test_a_variant_that_no_run_trains_says_why_and_what_to_take():

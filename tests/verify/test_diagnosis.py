@@ -156,7 +156,9 @@ def test_the_matched_filter_is_1_for_what_is_read_so_and_0_for_what_is_right():
 def fewest(make, kind="linear"):
     """The fewest steps on which a session deviates, as the check of its machine finds them."""
     check = next(
-        c for c in CHECKS if c.id == f"lifecycle.random-steps{'' if kind == 'linear' else '.' + kind}"
+        c
+        for c in CHECKS
+        if c.id == f"lifecycle.random-steps{'' if kind == 'linear' else '.' + kind}"
     )
     return check.smallest(diagnose.Direct(make()), "float32")
 

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import kstwo, poisson
 
 from minilora.io.formats.huggingface import read_model
-from minilora.io.formats.peft import read_lora
+from minilora.io.formats.peft import read_lora_config
 from minilora.spec.layers import adapted_fused
 from minilora.spec.lora import lora_linear, merge_weight, scale
 from minilora.spec.models import shifted_labels
@@ -202,7 +202,7 @@ def test_a_folder_that_says_another_scale_is_shown_by_its_modules():
 
 def test_patterns_are_the_dotted_ends_of_names_and_read_as_they_are_meant():
     it = files.stored("patterns", "float32", 0, 0)
-    lora = read_lora(it.folder, it.small.c)
+    lora = read_lora_config(it.folder, it.small.c)
     for name, internal in (
         ("rank_pattern", lora.rank_pattern),
         ("alpha_pattern", lora.alpha_pattern),

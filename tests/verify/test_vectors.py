@@ -198,7 +198,13 @@ def test_a_set_has_the_same_bytes_whatever_processor_the_products_are_for():
 def test_nothing_of_a_vector_is_drawn_by_numpy(made, monkeypatch):
     """Whose generators may give other numbers in another version."""
     monkeypatch.setattr(np.random, "default_rng", lambda *_: None)
-    checks = ["linear.vjp.all", "merge.weight", "combine.weighted", "combine.zero-weight", "multi.*"]
+    checks = [
+        "linear.vjp.all",
+        "merge.weight",
+        "combine.weighted",
+        "combine.zero-weight",
+        "multi.*",
+    ]
     again = vectors(checks=[*checks, "optimizer.clip"])
     known = {v.id: fingerprint(v) for v in made}
     assert all(known[v.id] == fingerprint(v) for v in again)

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minilora.io.loading import Adapted
+    from minilora.io.loading import AdaptedModel
 
 NAMES: tuple[str, ...] = (
     *("verify", "report", "variants", "selftest", "vectors"),
@@ -27,7 +27,7 @@ def add_all(commands: Any) -> None:
         import_module(f"minilora.cli.commands.{name}").add(commands)
 
 
-def computing_model(arguments: argparse.Namespace) -> Adapted:
+def computing_model(arguments: argparse.Namespace) -> AdaptedModel:
     """The model of the options, for a command that lets it compute.
 
     Errors: ValueError for an adapter that acts on some tokens only, which no command looks for.
@@ -42,19 +42,19 @@ def computing_model(arguments: argparse.Namespace) -> Adapted:
     return model
 
 
-def adapted_model(arguments: argparse.Namespace) -> Adapted:
+def adapted_model(arguments: argparse.Namespace) -> AdaptedModel:
     """The model of the options with the adapter over it.
 
     Shapes do not tell two models apart: where the adapter's run had other files, that is said.
     """
     import numpy as np
 
-    from minilora.io.loading import base_of, open_adapted, told
+    from minilora.io.loading import open_adapted, open_base_of, run_of
 
     dtype = np.dtype(arguments.dtype)
-    base = base_of(arguments.model, arguments.adapter, dtype)
+    base = open_base_of(arguments.model, arguments.adapter, dtype)
     model = open_adapted(base, arguments.adapter, dtype)
-    run = told(arguments.adapter)
+    run = run_of(arguments.adapter)
     trained_on = {} if run.get("base") else run.get("model", {})  # or on a base of its own
     if trained_on.get("digest", base.digest) != base.digest:
         says = f"was trained on {trained_on.get('name')}, whose files were others than those of"

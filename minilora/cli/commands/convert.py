@@ -27,16 +27,16 @@ def add(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
 
-    from minilora.io.loading import adapter_path, keep_sources, kind_of
+    from minilora.io.loading import adapter_format, adapter_path, check_output
 
     if (arguments.to == "gguf") != arguments.output.endswith(".gguf"):
         expected = "a .gguf file" if arguments.to == "gguf" else "a folder"
         raise ValueError(f"--output {arguments.output}: expected {expected} for {arguments.to}")
     model = adapted_model(arguments)
     base = model.base
-    keep_sources(arguments.output, base, arguments.adapter)
+    check_output(arguments.output, base, arguments.adapter)
     told = write(arguments.output, arguments.to, model)
-    said = kind_of(adapter_path(arguments.adapter))
+    said = adapter_format(adapter_path(arguments.adapter))
     of = f"{arguments.adapter} of {said} for {arguments.to}, on {base.name}"
     say(f"{arguments.output}: the adapter {of}\n{told}")
     return HOLDS
@@ -50,7 +50,7 @@ def write(path: str, kind: str, model: Any) -> str:
     Errors: those of the format's writer, for what it cannot say.
     """
     from minilora.io.formats import mlx, peft
-    from minilora.io.formats.factors import choice_of
+    from minilora.io.formats.factors import config_from_factors
 
     c, told = model.base.config, ""
     if kind != "peft" and model.lora is not None:
@@ -58,7 +58,7 @@ def write(path: str, kind: str, model: Any) -> str:
     own, tuning, lora = model.own, model.tuning, model.lora
     dropout = 0.0 if lora is None else lora.lora_dropout
     if kind == "peft":
-        lora = lora or choice_of(path, c, own, tuning, dropout)
+        lora = lora or config_from_factors(path, c, own, tuning, dropout)
         base = model.base
         peft.write_adapter(path, c, own, tuning, lora, base=base.weights, of=base.of_transformers)
     elif kind == "mlx":
@@ -87,7 +87,7 @@ def on_base(model: Any) -> tuple[Any, str]:
     from minilora.spec.lora import is_base
 
     base, told = model.base, ""
-    if model.lora.init_lora_weights in peft.FROM_BASE:
+    if model.lora.init_lora_weights in peft.INIT_FROM_BASE:
         with tempfile.TemporaryDirectory() as folder:
             own, tuning, lora = model.own, model.tuning, model.lora
             peft.write_adapter(folder, base.config, own, tuning, lora, base=base.weights)

@@ -50,8 +50,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from minilora.cli.commands.train import data_of
-    from minilora.io.formats.files import DIVERGED, FormatError, pack_json, write_files
-    from minilora.io.loading import classes_of, told
+    from minilora.io.formats.files import NOT_FINITE, FormatError, pack_json, write_files
+    from minilora.io.loading import class_names, run_of
     from minilora.training import data
     from minilora.training.evaluate import measure
     from minilora.training.metrics import accuracy, perplexity
@@ -71,7 +71,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.rouge and not base.config.causal:
         name = type(base.config).__name__
         raise ValueError(f"--rouge: a {name} writes no text; expected a language model")
-    run = told(arguments.adapter)  # what it was trained on is what it is judged by, if unasked
+    run = run_of(arguments.adapter)  # what it was trained on is what it is judged by, if unasked
     path, task = data_of(
         base,
         arguments.data or run.get("data", {}).get("name"),
@@ -80,7 +80,7 @@ def _run(arguments: argparse.Namespace) -> int:
     reading = _as_divided(arguments, path, run)
     # A head without names for its classes has their numbers.
     numbers = tuple(map(str, range(getattr(base.config, "classes", 0)))) or None
-    learned = classes_of(arguments.adapter)
+    learned = class_names(arguments.adapter)
     read = data.read(
         path, task, base.tokenizer, **reading,
         classes=learned or base.classes or numbers, by_place=not learned,
@@ -98,7 +98,7 @@ def _run(arguments: argparse.Namespace) -> int:
     found = measure(batches, model.weights, base.config, model.tuning)
     assert found.right is not None
     if not math.isfinite(found.loss):
-        raise ArithmeticError(f"{path}, {split}: the loss is {found.loss}: {DIVERGED}")
+        raise ArithmeticError(f"{path}, {split}: the loss is {found.loss}: {NOT_FINITE}")
     share, low, high, _ = accuracy(found.right)
     undecided = perplexity(found.loss)
     figures: dict[str, Any] = {

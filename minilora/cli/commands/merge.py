@@ -29,14 +29,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from minilora.io.formats.files import FormatError, listed
     from minilora.io.formats.huggingface import write_model
-    from minilora.io.loading import classes_of, copy_tokenizer, door, keep_sources
+    from minilora.io.loading import check_output, class_names, copy_tokenizer, door
     from minilora.spec.lora import merge
 
     if arguments.adapter is None:
         raise ValueError("--adapter: none given; expected the adapter to merge")
     model = adapted_model(arguments)
     base = model.base
-    keep_sources(arguments.output, base, arguments.adapter)
+    check_output(arguments.output, base, arguments.adapter)
     out = Path(arguments.output)
     if out.is_dir() and (there := sorted(path.name for path in out.iterdir())):
         # Another model's files would be lost, or be read as a part of this one.
@@ -56,7 +56,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if like is None:
             say(f"{arguments.output}: no tokenizer in it: {base.name} has none of a GGUF file's\n")
     else:
-        labels = classes_of(arguments.adapter) or base.classes
+        labels = class_names(arguments.adapter) or base.classes
         write_model(arguments.output, c, merged, labels=labels, kept=base.kept)
         try:
             copy_tokenizer(base, arguments.output)

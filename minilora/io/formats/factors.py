@@ -26,13 +26,15 @@ from minilora.spec.target_modules import ALORA, LoraConfig
 from minilora.spec.variants import DORA, DORA_FULL, REGISTRY, part_shapes
 
 
-def named_shapes(c: Config, at: str, r: int, variant: Variant = LORA) -> dict[str, tuple[int, int]]:
+def parameter_shapes(
+    c: Config, at: str, r: int, variant: Variant = LORA
+) -> dict[str, tuple[int, int]]:
     """The names and shapes of the parameters that the module's adapter of rank r has."""
     shapes = part_shapes(variant, r, *c.matrices()[at])
     return {f"{at}.{part}": shape for part, shape in shapes.items()}
 
 
-def placed(there: Mapping[str, str], name: str) -> str:
+def file_name(there: Mapping[str, str], name: str) -> str:
     """The parameter's name in a file that has other names for the modules."""
     at, _, part = name.rpartition(".")
     return f"{there[at]}.{part}"
@@ -44,7 +46,7 @@ def variant_name(variant: Variant) -> str:
     return next((name for name, one in named if one == variant), repr(variant))
 
 
-def adapted_ranks(
+def check_factors(
     path: Path | str, c: Config, W: Params, tuning: TrainableSpec, known: Collection[Variant]
 ) -> dict[str, int]:
     """The rank of each adapted module, once W and ``tuning`` agree on what there is to write.
@@ -72,7 +74,7 @@ def adapted_ranks(
             remedy = "is it another model's?"
             raise FormatError(path, f"{at}.A", f"no module {at}", f"one of {c}", remedy)
         ranks[at] = len(W[f"{at}.A"])
-        for name, shape in named_shapes(c, at, ranks[at], variant).items():
+        for name, shape in parameter_shapes(c, at, ranks[at], variant).items():
             found = f"shape {W[name].shape}" if name in W else "none"
             if found != f"shape {shape}":
                 raise FormatError(path, name, found, f"shape {shape}", "check W against c")
@@ -109,7 +111,7 @@ def alpha_of(s: Any, r: int, rslora: bool = False) -> int | float | None:
     return None
 
 
-def choice_of(
+def config_from_factors(
     path: Path | str, c: Config, W: Weights, tuning: TrainableSpec, dropout: float = 0.0
 ) -> LoraConfig:
     """A `LoraConfig` that chooses these adapters, for what is written with one: a PEFT folder
@@ -117,10 +119,10 @@ def choice_of(
 
     Modules are named in full, ranks and alphas one by one.
 
-    Errors: FormatError as :func:`adapted_ranks` has it, for LoRA and DoRA; for two variants; for
+    Errors: FormatError as :func:`check_factors` has it, for LoRA and DoRA; for two variants; for
     scales that are neither alpha / r nor alpha / √r of any float64 alphas.
     """
-    ranks = adapted_ranks(path, c, W, tuning, (LORA, DORA, DORA_FULL))
+    ranks = check_factors(path, c, W, tuning, (LORA, DORA, DORA_FULL))
     variants = {variant_name(tuning.variant.get(at, LORA)) for at in ranks}
     if len(variants) > 1:
         found = listed(variants)

@@ -20,7 +20,7 @@ from safetensors.numpy import save
 from minilora.spec.lora import Weights
 from minilora.spec.ops import Array
 
-DTYPES: dict[str, np.dtype[Any]] = {
+WEIGHT_DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -28,14 +28,14 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 """The dtypes that weights may have, by their names in a safetensors file."""
 
-NUMBERS = DTYPES | {
+TENSOR_DTYPES = WEIGHT_DTYPES | {
     f"{letter}{bits}": np.dtype(f"{kind}{bits}")
     for letter, kind in (("I", "int"), ("U", "uint"))
     for bits in (8, 16, 32, 64)
 }
 """The dtypes that tensors may have: token ids are whole numbers."""
 
-DIVERGED = "these are no usable weights: take an earlier checkpoint"
+NOT_FINITE = "these are no usable weights: take an earlier checkpoint"
 
 
 class FormatError(ValueError):
@@ -95,15 +95,17 @@ def read_tensors(path: Path | str, ignore: str | None = None) -> Weights:
 def _tensor(path: Path | str, name: str, file: Any) -> Array:
     view = file.get_slice(name)
     dtype, shape = view.get_dtype(), view.get_shape()
-    if dtype not in NUMBERS:
+    if dtype not in TENSOR_DTYPES:
         remedy = "convert it, and dequantise what is quantised"
-        raise FormatError(path, name, f"dtype {dtype}", f"one of {', '.join(NUMBERS)}", remedy)
+        raise FormatError(
+            path, name, f"dtype {dtype}", f"one of {', '.join(TENSOR_DTYPES)}", remedy
+        )
     if 0 in shape:
         raise FormatError(path, name, f"shape {shape}", "at least one entry", "write it again")
-    return finite(path, name, file.get_tensor(name), DIVERGED)
+    return check_finite(path, name, file.get_tensor(name), NOT_FINITE)
 
 
-def finite(path: Path | str, name: str, array: Array, remedy: str) -> Array:
+def check_finite(path: Path | str, name: str, array: Array, remedy: str) -> Array:
     """The array itself.
 
     Errors: FormatError if an entry is not finite.
@@ -117,7 +119,7 @@ def finite(path: Path | str, name: str, array: Array, remedy: str) -> Array:
     return array
 
 
-def convert(path: Path | str, name: str, array: Array, dtype: Any) -> Array:
+def to_dtype(path: Path | str, name: str, array: Array, dtype: Any) -> Array:
     """The weight in ``dtype``, or as it is for None.
 
     Errors: FormatError if the array holds whole numbers, or an entry too large for the dtype.
@@ -129,17 +131,17 @@ def convert(path: Path | str, name: str, array: Array, dtype: Any) -> Array:
         return array
     with np.errstate(over="ignore"):
         converted = array.astype(dtype)
-    if converted.dtype not in DTYPES.values():  # wider than any file's
+    if converted.dtype not in WEIGHT_DTYPES.values():  # wider than any file's
         return converted
-    return finite(path, name, converted, f"it fits in {array.dtype}: take a wider dtype")
+    return check_finite(path, name, converted, f"it fits in {array.dtype}: take a wider dtype")
 
 
-def narrowed(path: Path | str, name: str, array: Array, dtype: Any, reader: str) -> Array:
+def to_narrow_dtype(path: Path | str, name: str, array: Array, dtype: Any, reader: str) -> Array:
     """The weight in ``dtype``, or its own: one that ``reader`` computes with, float32 at most.
 
     Errors: FormatError for a wider one, and those of `convert`.
     """
-    converted = convert(path, name, array, dtype)
+    converted = to_dtype(path, name, array, dtype)
     if converted.dtype.name not in ("float32", "float16", "bfloat16"):
         expected = "float32, float16 or bfloat16"
         remedy = f"{reader} no wider one: take float32, --dtype float32, if rounding is meant"
@@ -159,13 +161,13 @@ def pack(
         raise ValueError(f"metadata {listed(metadata)}: one entry at most has reproducible bytes")
     plain: Weights = {}
     for name, array in arrays.items():
-        dtype = next((d for d in NUMBERS.values() if d.name == array.dtype.name), None)
+        dtype = next((d for d in TENSOR_DTYPES.values() if d.name == array.dtype.name), None)
         if dtype is None or array.size == 0:
             found = f"dtype {array.dtype}, shape {array.shape}"
-            expected = f"entries in one of {', '.join(d.name for d in NUMBERS.values())}"
+            expected = f"entries in one of {', '.join(d.name for d in TENSOR_DTYPES.values())}"
             raise FormatError(path, name, found, expected, "nothing was written; convert it")
         # The library takes an array's memory as it lies, whatever its strides say.
-        plain[name] = finite(path, name, np.asarray(array, dtype, order="C"), DIVERGED)
+        plain[name] = check_finite(path, name, np.asarray(array, dtype, order="C"), NOT_FINITE)
     return save(plain, dict(metadata) if metadata else None)
 
 

@@ -22,18 +22,18 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from minilora.io.formats.factors import adapted_ranks, named_shapes, placed
+from minilora.io.formats.factors import check_factors, file_name, parameter_shapes
 from minilora.io.formats.files import (
-    DIVERGED,
+    NOT_FINITE,
     FormatError,
+    check_finite,
     check_settings,
-    convert,
-    finite,
     listed,
-    narrowed,
+    to_dtype,
+    to_narrow_dtype,
 )
-from minilora.io.formats.huggingface import ARCHITECTURES, architecture, modules
-from minilora.io.formats.tokenizers import Library, lacking
+from minilora.io.formats.huggingface import ARCHITECTURES, architecture_of, module_paths
+from minilora.io.formats.tokenizers import LibraryTokenizer, missing_library
 from minilora.io.lazy_weights import Expanded
 from minilora.spec.lora import LORA, TABLES, Params, TrainableSpec, Weights, scale
 from minilora.spec.models import Config, Llama, ties_head
@@ -337,7 +337,7 @@ class Blocks:
             start = self.tensor.start // mmap.PAGESIZE * mmap.PAGESIZE
             self.contents.bytes.madvise(mmap.MADV_DONTNEED, start, self.tensor.end - start)
         if not self.checked:
-            finite(self.contents.path, self.name, made, DIVERGED)
+            check_finite(self.contents.path, self.name, made, NOT_FINITE)
         return made
 
     def _expand(self, rows: Any) -> Array:
@@ -372,20 +372,20 @@ def places(c: Config) -> dict[str, str]:
 
     Errors: FormatError for an architecture that is not in `NAMES`.
     """
-    _, a = architecture(c)
+    _, a = architecture_of(c)
     if a.model_type not in NAMES:
         remedy = "a pooler or classifier has no place there: keep Hugging Face's or PEFT's"
         raise FormatError("GGUF", "architecture", a.model_type, f"{', '.join(NAMES)}", remedy)
     gguf = library()
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == a.model_type)
     known = gguf.get_tensor_name_map(number, 1)
-    first = {at: known.get_name(path) for at, path in modules(replace(c, layers=1)).items()}
+    first = {at: known.get_name(path) for at, path in module_paths(replace(c, layers=1)).items()}
     named = {at: name for at, name in first.items() if not at.startswith("layers.")}
     for at in first.keys() - named.keys():
         named |= {
             at.replace(".0.", f".{i}."): first[at].replace(".0.", f".{i}.") for i in range(c.layers)
         }
-    return {at: named[at] for at in modules(c)}
+    return {at: named[at] for at in module_paths(c)}
 
 
 def _named(contents: Contents) -> str:
@@ -481,7 +481,7 @@ def read_model(
     contents = Contents(path)
     c = _config(contents)
     there, shapes = places(c), c.shapes()
-    wanted = {name: placed(there, name) for name in shapes}
+    wanted = {name: file_name(there, name) for name in shapes}
     found = contents.tensors.keys() - _repeated(contents, c)
     if missing := set(wanted.values()) - found:
         expected = f"{len(wanted)} tensors with {listed(missing)}"
@@ -550,7 +550,7 @@ def _expands(kind: str) -> bool:
     return True
 
 
-def read_tokenizer(path: Path | str) -> Library:
+def read_tokenizer(path: Path | str) -> LibraryTokenizer:
     """The tokenizer that a GGUF model has in its metadata, with its chat template.
 
     Byte-level pairs (GPT-2's, SmolLM's, Qwen2's and Llama 3's, by ``tokenizer.ggml.pre``), and
@@ -569,7 +569,7 @@ def read_tokenizer(path: Path | str) -> Library:
     try:
         import tokenizers
     except ImportError as error:
-        raise lacking("tokenizers", str(path)) from error
+        raise missing_library("tokenizers", str(path)) from error
     tokens = _listed(contents, "tokens", str)
     types = _listed(contents, "token_type", int, len(tokens))
     if twice := [token for token, n in Counter(tokens).items() if n > 1]:
@@ -619,15 +619,15 @@ def read_tokenizer(path: Path | str) -> Library:
             ],
         )
     try:
-        return Library(backend, named, template, stops)
+        return LibraryTokenizer(backend, named, template, stops)
     except ValueError as error:
         raise FormatError(path, "tokenizer", error, expected, remedy) from None
 
 
-def kept_settings(path: Path | str) -> dict[str, Any]:
+def generation_settings(path: Path | str) -> dict[str, Any]:
     """What generation needs of a model's metadata and the logits do not, by its names in JSON.
 
-    As `huggingface.kept_settings` has it of a folder.
+    As `huggingface.generation_settings` has it of a folder.
 
     Errors: FormatError for what is no GGUF model.
     """
@@ -775,7 +775,7 @@ def write_model(
     not fit in ``dtype``; for a GPT-2 of another context; if ``like`` is another architecture's.
     """
     there, shapes = places(c), c.shapes()
-    name = architecture(c)[1].model_type
+    name = architecture_of(c)[1].model_type
     if set(W) != shapes.keys():
         found = f"{listed(set(W) ^ shapes.keys())} in one of the two only"
         remedy = "merge or disable adapters first, and give every weight of the model"
@@ -791,9 +791,9 @@ def write_model(
             raise FormatError(path, at, f"shape {array.shape}", expected, "check c against W")
         array = array if order is None else array[np.argsort(order)]
         own = array[:, 0] if array.shape[1] == 1 else array
-        return narrowed(path, at, own, narrow(at), _READER)
+        return to_narrow_dtype(path, at, own, narrow(at), _READER)
 
-    inside = {placed(there, at): at for at in shapes}
+    inside = {file_name(there, at): at for at in shapes}
     told = {
         place: _like(shapes[at][:1] if shapes[at][1] == 1 else shapes[at], narrow(at))
         for place, at in inside.items()
@@ -846,9 +846,9 @@ def write_adapter(
 
     Errors: FormatError for what llama.cpp cannot say or do: variants other than LoRA; what is
     trained beside factors; a tied head or its embedding, a table of positions; float64; and as
-    `factors.adapted_ranks` has it.
+    `factors.check_factors` has it.
     """
-    ranks = adapted_ranks(path, c, W, tuning, (LORA,))
+    ranks = check_factors(path, c, W, tuning, (LORA,))
     there = places(c)
     for at in ranks:
         if reason := _unsaid(c, at):
@@ -863,8 +863,8 @@ def write_adapter(
         B = B if order is None else B[order]
         for part, array in (("a", A.T if at in TABLES else A), ("b", B)):
             place = f"{there[at]}.weight.lora_{part}"
-            tensors[place] = narrowed(path, place, array, dtype, _READER)
-    with _written(path, architecture(c)[1].model_type) as writer:
+            tensors[place] = to_narrow_dtype(path, place, array, dtype, _READER)
+    with _written(path, architecture_of(c)[1].model_type) as writer:
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32(ALPHA, alpha)
@@ -915,7 +915,7 @@ def read_adapter(path: Path | str, c: Config, dtype: Any = None) -> tuple[Weight
     the other; and for what llama.cpp does not apply, as :func:`write_adapter` has it.
     """
     contents = Contents(path)
-    name = architecture(c)[1].model_type
+    name = architecture_of(c)[1].model_type
     said = {key: contents[key] for key in contents if key.startswith("adapter.")}
     said |= {key: contents.get(key) for key in ("general.type", "general.architecture")}
     expected = {"general.type": "adapter", "adapter.type": "lora", "general.architecture": name}
@@ -946,7 +946,7 @@ def read_adapter(path: Path | str, c: Config, dtype: Any = None) -> tuple[Weight
         raise FormatError(path, "tensors", missing, "lora_a and lora_b of each", "write it again")
     W: Weights = {}
     for at, r in ranks.items():
-        for key, shape in named_shapes(c, at, r).items():
+        for key, shape in parameter_shapes(c, at, r).items():
             turned = at in TABLES and key.endswith(".A")
             lying = shape[::-1] if turned else shape
             _check(contents, found[key], lying)
@@ -955,6 +955,6 @@ def read_adapter(path: Path | str, c: Config, dtype: Any = None) -> tuple[Weight
             array = array if order is None else array[np.argsort(order)]
             array = np.ascontiguousarray(array.T) if turned else array
             kind = KEPT.get(contents.tensors[found[key]].kind, np.dtype(F32))
-            W[key] = convert(path, key, array.astype(kind), dtype)
+            W[key] = to_dtype(path, key, array.astype(kind), dtype)
     s = {at: scale(alpha or float(r), r) for at, r in ranks.items()}
     return W, TrainableSpec(s, {}, frozenset(W))

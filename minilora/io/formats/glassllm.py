@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 
 from minilora.io.formats.files import (
-    DIVERGED,
-    DTYPES,
+    NOT_FINITE,
+    WEIGHT_DTYPES,
     FormatError,
+    check_finite,
     check_settings,
-    convert,
-    finite,
     listed,
     read_json,
+    to_dtype,
 )
 from minilora.io.formats.gguf import PERMUTED, file_rows
-from minilora.io.formats.tokenizers import Library, lacking
+from minilora.io.formats.tokenizers import LibraryTokenizer, missing_library
 from minilora.spec.lora import Weights
 from minilora.spec.models import Llama
 from minilora.spec.ops import Array
@@ -142,16 +142,16 @@ def _weight(
     m, n = shape = c.shapes()[name]
     at = name.removesuffix(".weight")
     lying = shape if at == "embed" else (m,) if n == 1 else (n, m)
-    array = finite(path, place, _array(path, file, place, "f", lying), DIVERGED)
-    if array.dtype not in DTYPES.values():
-        raise FormatError(path, place, array.dtype, f"one of {listed(DTYPES)}", _REMEDY)
+    array = check_finite(path, place, _array(path, file, place, "f", lying), NOT_FINITE)
+    if array.dtype not in WEIGHT_DTYPES.values():
+        raise FormatError(path, place, array.dtype, f"one of {listed(WEIGHT_DTYPES)}", _REMEDY)
     array = array if at == "embed" else array.T.reshape(shape)
     if at.endswith(PERMUTED):
         array = array[np.argsort(file_rows(m // c.head_dim, m))]
-    return convert(path, place, np.ascontiguousarray(array), dtype)
+    return to_dtype(path, place, np.ascontiguousarray(array), dtype)
 
 
-def read_tokenizer(path: Path | str) -> Library:
+def read_tokenizer(path: Path | str) -> LibraryTokenizer:
     """The tokenizer of the model in that file: pairs of characters, blanks as ▁, NFC.
 
     Errors: FormatError without its file, or for one that is none; ImportError without
@@ -172,7 +172,7 @@ def read_tokenizer(path: Path | str) -> Library:
             pre_tokenizers,
         )
     except ImportError as error:
-        raise lacking("tokenizers", str(path)) from error
+        raise missing_library("tokenizers", str(path)) from error
     said = read_json(path)
     check_settings(path, said, ("alphabet", "merges"), {"version": (1,)}, "")
     try:
@@ -187,6 +187,6 @@ def read_tokenizer(path: Path | str) -> Library:
         backend.pre_tokenizer = pre_tokenizers.Split(chunks, "isolated")
         backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
         backend.add_special_tokens([AddedToken(t, normalized=False) for t in SPECIAL.values()])
-        return Library(backend, SPECIAL)
+        return LibraryTokenizer(backend, SPECIAL)
     except Exception as error:  # the library raises no kinder one
         raise FormatError(path, "tokenizer", error, "an alphabet and merges", _REMEDY) from None

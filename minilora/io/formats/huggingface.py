@@ -20,12 +20,12 @@ import numpy as np
 from minilora.io.formats.files import (
     FormatError,
     check_settings,
-    convert,
     listed,
     pack,
     pack_json,
     read_json,
     read_tensors,
+    to_dtype,
     write_files,
 )
 from minilora.spec.lora import Weights
@@ -266,7 +266,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 """The architectures that are read and written, by their names in ``config.json``."""
 
 
-def architecture(c: Config) -> tuple[str, Architecture]:
+def architecture_of(c: Config) -> tuple[str, Architecture]:
     """The name and the description of the architecture that ``c`` configures.
 
     Errors: TypeError for a configuration of none of them.
@@ -435,7 +435,7 @@ def _check_heads(
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
 
 
-def kept_settings(path: Path | str) -> dict[str, Any]:
+def generation_settings(path: Path | str) -> dict[str, Any]:
     """What generation needs of a model's ``config.json`` and the logits do not.
 
     These are its special tokens and how long a text it was made for.
@@ -455,7 +455,7 @@ def config_to_json(c: Config, labels: Sequence[str] | None = None) -> dict[str, 
 
     Errors: FormatError if reading would refuse it; ValueError for other labels than the classes.
     """
-    name, a = architecture(c)
+    name, a = architecture_of(c)
     settings = {"architectures": [name], "model_type": a.model_type, **a.written}
     settings |= {key: getattr(c, f) for f, key in a.keys.items()}
     if isinstance(c, Llama):
@@ -472,9 +472,9 @@ def config_to_json(c: Config, labels: Sequence[str] | None = None) -> dict[str, 
     return settings
 
 
-def modules(c: Config) -> dict[str, str]:
+def module_paths(c: Config) -> dict[str, str]:
     """Internal module name -> the module's path in transformers: ``layers.0.q`` and the like."""
-    _, a = architecture(c)
+    _, a = architecture_of(c)
     named = dict(a.outer)
     for i in range(c.layers):
         named |= {f"layers.{i}.{at}": f"{a.blocks}.{i}.{path}" for at, path in a.block.items()}
@@ -482,12 +482,12 @@ def modules(c: Config) -> dict[str, str]:
     return {at: path for at, path in named.items() if at in held}
 
 
-def names(c: Config) -> dict[str, tuple[str, bool]]:
+def tensor_names(c: Config) -> dict[str, tuple[str, bool]]:
     """Internal parameter name -> (the file's tensor name, whether it lies transposed there).
 
     GPT-2's projections lie transposed, (in, out). Vectors are (n,) in files and (n, 1) inside.
     """
-    paths, linears = modules(c), c.linears()
+    paths, linears = module_paths(c), c.linears()
     places = {}
     for name in c.shapes():
         at, _, part = name.rpartition(".")
@@ -501,12 +501,12 @@ def _is_vector(name: str) -> bool:
     return part == "bias" or at.rpartition(".")[2].startswith("norm")
 
 
-def to_file(name: str, array: Array, transposed: bool) -> Array:
+def to_file_layout(name: str, array: Array, transposed: bool) -> Array:
     """The parameter as it lies in a file."""
     return array[:, 0] if _is_vector(name) else array.T if transposed else array
 
 
-def collect(
+def to_internal(
     files: Mapping[str, Path],
     path: Path,
     found: Weights,
@@ -539,7 +539,7 @@ def collect(
             raise FormatError(files[place], place, f"shape {array.shape}", f"shape {lying}", remedy)
         # Laid out as it was before it was written, so that products give the same bits.
         inside = np.ascontiguousarray(array.T if transposed else array).reshape(shape)
-        W[name] = convert(files[place], place, inside, dtype)
+        W[name] = to_dtype(files[place], place, inside, dtype)
     return W
 
 
@@ -558,11 +558,11 @@ def read_model(path: Path | str, dtype: Any = None) -> tuple[Config, Weights]:
         expected = f"a folder with {CONFIG}"
         raise FormatError(folder, "folder", "a file or nothing", expected, "check the path")
     c = read_config(folder)
-    _, a = architecture(c)
+    _, a = architecture_of(c)
     found, files = _read_weights(folder, a.buffers)
     first = min(files.values(), default=folder / WEIGHTS)
     _check_layers(first, c, found)
-    places = names(c)
+    places = tensor_names(c)
     if not any(name.startswith(a.prefix) for name in found):
         places = {
             name: (place.removeprefix(a.prefix), transposed)
@@ -575,7 +575,7 @@ def read_model(path: Path | str, dtype: Any = None) -> tuple[Config, Weights]:
             remedy = "a head of its own needs tie_word_embeddings false, and a Llama or Qwen2"
             raise FormatError(files[head], head, found_, expected, remedy)
         del found[head]
-    return c, collect(files, first, found, places, c.shapes(), dtype)
+    return c, to_internal(files, first, found, places, c.shapes(), dtype)
 
 
 def _check_layers(path: Path, c: Config, found: Weights) -> None:
@@ -600,16 +600,16 @@ def read_encoder(path: Path | str, classes: int, dtype: Any = None) -> tuple[Ber
     said = {"architectures": ["BertForSequenceClassification"], "num_labels": classes}
     c = _config(folder / CONFIG, {k: v for k, v in settings.items() if k != "id2label"} | said)
     assert isinstance(c, Bert)
-    _, a = architecture(c)
+    _, a = architecture_of(c)
     found_, files = _read_weights(folder, a.buffers)
     first = min(files.values(), default=folder / WEIGHTS)
     _check_layers(first, c, found_)
     places = {
         name: (place.removeprefix(a.prefix), transposed)
-        for name, (place, transposed) in names(c).items()
+        for name, (place, transposed) in tensor_names(c).items()
         if not name.startswith("head.")
     }
-    return c, collect(files, first, found_, places, c.shapes(), dtype)
+    return c, to_internal(files, first, found_, places, c.shapes(), dtype)
 
 
 def _read_weights(folder: Path, buffers: str | None) -> tuple[Weights, dict[str, Path]]:
@@ -667,8 +667,8 @@ def write_model(
     """Write ``config.json`` and the weights, in ``dtype`` or their own, to the folder ``path``.
 
     ``labels`` are the classes' names, as :func:`config_to_json` has them; ``kept`` are settings of
-    the model that these weights come from, :func:`kept_settings`. Beyond ``shard_bytes`` bytes of
-    tensors a new shard begins. The same input gives the same bytes.
+    the model that these weights come from, :func:`generation_settings`. Beyond ``shard_bytes``
+    bytes of tensors a new shard begins. The same input gives the same bytes.
 
     Errors: FormatError if W is not exactly the model's weights (adapters are merged or disabled
     first) or its entries do not fit in ``dtype``; if the folder holds weights that would stay;
@@ -683,11 +683,11 @@ def write_model(
         found = f"{listed(wrong)} in one of the two only"
         raise FormatError(folder, "weights", found, f"the {len(shapes)} of {c}", remedy)
     tensors: Weights = {}
-    for name, (place, transposed) in names(c).items():
+    for name, (place, transposed) in tensor_names(c).items():
         if W[name].shape != shapes[name]:
             found = f"shape {W[name].shape}"
             raise FormatError(folder, name, found, f"shape {shapes[name]}", "check c against W")
-        tensors[place] = convert(folder, name, to_file(name, W[name], transposed), dtype)
+        tensors[place] = to_dtype(folder, name, to_file_layout(name, W[name], transposed), dtype)
     dtypes = {array.dtype.name for array in tensors.values()}
     if len(dtypes) == 1:
         settings["dtype"] = dtypes.pop()

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from minilora.io.formats.factors import adapted_ranks, named_shapes
-from minilora.io.formats.files import FormatError, convert, listed, read_tensors, write_tensors
-from minilora.io.formats.huggingface import architecture, collect, modules
+from minilora.io.formats.factors import check_factors, parameter_shapes
+from minilora.io.formats.files import FormatError, listed, read_tensors, to_dtype, write_tensors
+from minilora.io.formats.huggingface import architecture_of, module_paths, to_internal
 from minilora.spec.lora import LORA, TABLES, TrainableSpec, Weights, scale
 from minilora.spec.models import Config
 from minilora.spec.ops import Array
@@ -54,7 +54,7 @@ def kernels(A: Array, B: Array, kernel: Sequence[int]) -> tuple[Array, Array]:
 
 
 def _names(c: Config) -> dict[str, list[str]]:
-    return underscored(modules(c) | {"head": architecture(c)[1].outer["head"]})
+    return underscored(module_paths(c) | {"head": architecture_of(c)[1].outer["head"]})
 
 
 def _module(path: Path, c: Config, key: str, prefix: str) -> str:
@@ -111,7 +111,7 @@ def read_adapter(
         variant = DORA_FULL if PARTS["magnitude"] in keys else LORA
         down = found.get(keys.get(PARTS["A"], ""))
         r = 1 if down is None else len(down) if down.ndim else 0
-        shapes |= named_shapes(c, at, r, variant)
+        shapes |= parameter_shapes(c, at, r, variant)
         places |= {f"{at}.{part}": (f"{name}.{PARTS[part]}", False) for part in variant.parts}
         alpha = found.pop(keys["alpha"]) if "alpha" in keys else np.zeros(())
         if alpha.size != 1:
@@ -121,7 +121,7 @@ def read_adapter(
         if variant != LORA:
             variants[at] = variant
             _check_magnitude(path, c, at, keys[PARTS["magnitude"]], found)
-    W = collect(dict.fromkeys(found, path), path, found, places, shapes, dtype)
+    W = to_internal(dict.fromkeys(found, path), path, found, places, shapes, dtype)
     return W, TrainableSpec(s, {}, frozenset(W), variants)
 
 
@@ -148,10 +148,10 @@ def write_adapter(
     Errors: FormatError for what the format cannot say: an adapter of an embedding; a scale that is
     not alpha / r of a float32 alpha, or 0, since an alpha of 0 is the rank; DoRA with the norm held
     constant, which LyCORIS differentiates; and as
-    `factors.adapted_ranks` has it.
+    `factors.check_factors` has it.
     """
     path = Path(path)
-    ranks = adapted_ranks(path, c, W, tuning, (LORA, DORA_FULL))
+    ranks = check_factors(path, c, W, tuning, (LORA, DORA_FULL))
     written = {at: name for name, found in _names(c).items() for at in found}
     tensors: Weights = {}
     for at, r in ranks.items():
@@ -166,5 +166,5 @@ def write_adapter(
         tensors[f"{name}.alpha"] = alpha
         for part in tuning.variant.get(at, LORA).parts:
             place = f"{name}.{PARTS[part]}"
-            tensors[place] = convert(path, place, W[f"{at}.{part}"], dtype)
+            tensors[place] = to_dtype(path, place, W[f"{at}.{part}"], dtype)
     write_tensors(path, tensors, {"format": "pt"})

@@ -12,8 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from minilora.io.formats.files import DIVERGED, FormatError, convert, finite, listed, read_tensors
-from minilora.io.formats.huggingface import architecture, collect, modules, names
+from minilora.io.formats.files import (
+    NOT_FINITE,
+    FormatError,
+    check_finite,
+    listed,
+    read_tensors,
+    to_dtype,
+)
+from minilora.io.formats.huggingface import architecture_of, module_paths, tensor_names, to_internal
 from minilora.spec.lora import TrainableSpec, Weights, fuse, merge, scale
 from minilora.spec.models import Config
 from minilora.spec.ops import Array
@@ -75,7 +82,7 @@ def _read(source: Path | str | Mapping[str, Array], ignore: str | None) -> tuple
             if not isinstance(array, np.ndarray):
                 remedy = "give tensor.numpy(), float32 where it is bfloat16"
                 raise FormatError(path, name, type(array).__name__, "a NumPy array", remedy)
-            found[name] = finite(path, name, array, DIVERGED)
+            found[name] = check_finite(path, name, array, NOT_FINITE)
         return path, found
     path = Path(source)
     try:
@@ -111,12 +118,12 @@ def read_adapter(
     that is no parameter's, a factor alone or of another shape; for an adapted weight that is not
     the base's.
     """
-    a = architecture(c)[1]
+    a = architecture_of(c)[1]
     path, found = _read(source, a.buffers)
     if alpha is None:
         remedy = "give the lora_alpha of the training: no file of loralib's has it"
         raise FormatError(path, "alpha", "none", "a number", remedy)
-    paths = modules(c) | {"head": a.outer["head"]}
+    paths = module_paths(c) | {"head": a.outer["head"]}
     factors: Weights = {}
     s = {}
     for at, there in paths.items():
@@ -126,7 +133,7 @@ def read_adapter(
         A, B, r = _factors(path, c, at, keys, found, enabled)
         s[at] = scale(alpha, r)
         for part, array, key in (("A", A, keys[0]), ("B", B, keys[1])):
-            factors[f"{at}.{part}"] = convert(path, key, array, dtype)
+            factors[f"{at}.{part}"] = to_dtype(path, key, array, dtype)
     if not factors:
         expected = "<path>.lora_A and <path>.lora_B"
         raise FormatError(path, "tensors", listed(found) or "none", expected, "is it loralib's?")
@@ -178,14 +185,14 @@ def _beside(
     dtype: Any,
 ) -> Weights:
     """What the state dict holds beside the factors and is no copy of the base's."""
-    head, places = f"{architecture(c)[1].outer['head']}.weight", names(c)
+    head, places = f"{architecture_of(c)[1].outer['head']}.weight", tensor_names(c)
     embed = places["embed.weight"][0]
     if "head.weight" not in places and head in found and embed in found:
         if not np.array_equal(found[head], found[embed]):
             raise FormatError(path, head, "other entries", f"those of {embed}", "they are tied")
         del found[head]
     held = {name: place for name, place in places.items() if place[0] in found}
-    W = collect(dict.fromkeys(found, path), path, found, held, c.shapes(), dtype)
+    W = to_internal(dict.fromkeys(found, path), path, found, held, c.shapes(), dtype)
     weights = [name for name in W if not name.endswith(".bias")]
     if base is None:
         if weights:

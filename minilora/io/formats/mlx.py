@@ -17,19 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from minilora.io.formats.factors import adapted_ranks, named_shapes, placed
+from minilora.io.formats.factors import check_factors, file_name, parameter_shapes
 from minilora.io.formats.files import (
     FormatError,
     check_settings,
     listed,
-    narrowed,
     pack,
     pack_json,
     read_json,
     read_tensors,
+    to_narrow_dtype,
     write_files,
 )
-from minilora.io.formats.huggingface import collect, modules, to_file
+from minilora.io.formats.huggingface import module_paths, to_file_layout, to_internal
 from minilora.spec.lora import LORA, TABLES, TrainableSpec, Variant, Weights, adapted_in, twin
 from minilora.spec.models import Bert, Config, ties_head
 from minilora.spec.variants import DORA
@@ -80,7 +80,7 @@ def paths(path: Path | str, c: Config) -> dict[str, str]:
     if isinstance(c, Bert):
         remedy = "write it for PEFT"
         raise FormatError(path, "architecture", "BERT", "a Llama, Qwen2 or GPT-2", remedy)
-    return {at: re.sub(r"^transformer\.", "model.", there) for at, there in modules(c).items()}
+    return {at: re.sub(r"^transformer\.", "model.", there) for at, there in module_paths(c).items()}
 
 
 def _within(at: str, there: str) -> tuple[int, str] | None:
@@ -220,22 +220,22 @@ def read_adapter(path: Path | str, c: Config, dtype: Any = None) -> tuple[Weight
     variant = KINDS[settings.kind]
     if variant is None:
         there = paths(file, c)
-        every = {name: placed(there, name) for name in c.shapes()}
+        every = {name: file_name(there, name) for name in c.shapes()}
         held = {name: (place, False) for name, place in every.items() if place in found}
-        W = collect(files, file, found, held, c.shapes(), dtype)
+        W = to_internal(files, file, found, held, c.shapes(), dtype)
         return W, TrainableSpec(trained=frozenset(W))
 
     places = _places(file, c, settings)
     shapes: dict[str, tuple[int, int]] = {}
     for at in settings.adapted:
-        shapes |= named_shapes(c, at, settings.rank, variant)
+        shapes |= parameter_shapes(c, at, settings.rank, variant)
     for name, (place, _) in places.items():
         if name.endswith(".magnitude") and place in found:
             if found[place].ndim != 1:
                 found_, expected = f"shape {found[place].shape}", f"shape {shapes[name][:1]}"
                 raise FormatError(file, place, found_, expected, "write it as mlx-lm does")
             found[place] = found[place][:, None]
-    W = collect(files, file, found, places, shapes, dtype)
+    W = to_internal(files, file, found, places, shapes, dtype)
     adapted = list(settings.adapted)
     if ties_head(c) and "embed" in adapted:
         W["head.A"], W["head.B"] = map(np.ascontiguousarray, twin(W["embed.A"], W["embed.B"]))
@@ -260,7 +260,7 @@ def write_adapter(
 
     Errors: FormatError for what the format cannot say: two ranks, scales or variants; what else is
     trained beside adapters; a tied head whose adapter is not the embedding's twin; float64, which
-    MLX does not read; and as `factors.adapted_ranks` has it.
+    MLX does not read; and as `factors.check_factors` has it.
     """
     folder = Path(path)
     there = paths(folder, c)
@@ -269,7 +269,7 @@ def write_adapter(
         settings, num_layers, keys = _said(folder, c, W, tuning, dropout)
         for name, (place, transposed) in _places(folder, c, settings).items():
             array = W[name].T if transposed else W[name][:, 0]
-            tensors[place] = narrowed(folder, name, array, dtype, _READER)
+            tensors[place] = to_narrow_dtype(folder, name, array, dtype, _READER)
         parameters = {
             "rank": settings.rank,
             "scale": settings.scale,
@@ -287,8 +287,8 @@ def write_adapter(
             if name not in W or shapes.get(name) != W[name].shape:
                 found = f"shape {W[name].shape}" if name in W else "none"
                 raise FormatError(folder, name, found, f"shape {shapes.get(name)}", "check c")
-            array = to_file(name, W[name], False)
-            tensors[placed(there, name)] = narrowed(folder, name, array, dtype, _READER)
+            array = to_file_layout(name, W[name], False)
+            tensors[file_name(there, name)] = to_narrow_dtype(folder, name, array, dtype, _READER)
         if not tensors:
             remedy = "adapt the weights, or say what is trained"
             raise FormatError(folder, "trained", "nothing", "adapters, or weights", remedy)
@@ -307,7 +307,7 @@ def _said(
     path: Path, c: Config, W: Weights, tuning: TrainableSpec, dropout: float
 ) -> tuple[Settings, int, list[str]]:
     """The settings that say these adapters, and how many layers and which keys name them."""
-    ranks = adapted_ranks(path, c, W, tuning, (LORA, DORA))
+    ranks = check_factors(path, c, W, tuning, (LORA, DORA))
     if ties_head(c) and "head" in ranks:
         both = {"embed", "head"} <= ranks.keys()
         alike = both and all(

@@ -19,15 +19,21 @@ from safetensors import SafetensorError, safe_open
 from minilora.io.formats.files import (
     FormatError,
     check_settings,
-    convert,
     listed,
     pack,
     pack_json,
     read_json,
     read_tensors,
+    to_dtype,
     write_files,
 )
-from minilora.io.formats.huggingface import architecture, collect, modules, names, to_file
+from minilora.io.formats.huggingface import (
+    architecture_of,
+    module_paths,
+    tensor_names,
+    to_file_layout,
+    to_internal,
+)
 from minilora.spec.initialization import STARTS, as_plain, draw_vera, plain_alpha
 from minilora.spec.lora import LORA, TABLES, TrainableSpec, Weights, is_base, twin, weight_of
 from minilora.spec.models import GPT2, Bert, Config, Llama, ties_head
@@ -248,7 +254,10 @@ _NEWER = (
 _NOT_VERAS = ("trainable_token_indices", "layer_replication")
 _PROJECTIONS = {"A": "base_model.vera_A", "B": "base_model.vera_B"}
 _TIED = ("embed_tokens", "lm_head")  # the bare names by which alone PEFT knows what may be tied
-FROM_BASE = ("pissa", "olora")  # the starts that PEFT takes out of the base whenever it loads it
+INIT_FROM_BASE = (
+    "pissa",
+    "olora",
+)  # the starts that PEFT takes out of the base whenever it loads it
 _VARIANTS = {"use_dora": "dora", "lora_bias": "lora-bias", "alora_invocation_tokens": "alora"}
 
 _NOT_READ = {
@@ -266,7 +275,7 @@ _NOT_READ = {
 
 def _paths(c: Config) -> dict[str, str]:
     """The modules' paths, a tied head's among them."""
-    return modules(c) | {"head": architecture(c)[1].outer["head"]}
+    return module_paths(c) | {"head": architecture_of(c)[1].outer["head"]}
 
 
 def adapter_names(c: Config, names: Iterable[str]) -> dict[str, str]:
@@ -306,7 +315,7 @@ def adapter_names(c: Config, names: Iterable[str]) -> dict[str, str]:
     return places
 
 
-def read_lora(path: Path | str, c: Config) -> LoraConfig:
+def read_lora_config(path: Path | str, c: Config) -> LoraConfig:
     """The choice of adapters that ``adapter_config.json`` makes, in internal names.
 
     Where the adapter is for a deeper model of the base's layers (``layer_replication``), c is the
@@ -443,7 +452,7 @@ def _complete(path: Path, c: Config, settings: dict[str, Any]) -> None:
         settings["modules_to_save"] = [*settings["modules_to_save"], "classifier", "score"]
     if str(settings["target_modules"]).lower() == "all-linear":
         left_out = {"head"} if c.causal or task == "SEQ_CLS" else set()
-        paths = modules(c)
+        paths = module_paths(c)
         settings["target_modules"] = [paths[at] for at in c.linears() if at not in left_out]
 
 
@@ -464,7 +473,7 @@ def _deeper(path: Path, c: Config, settings: Mapping[str, Any]) -> Config:
         found, remedy = "it for a GPT-2", "PEFT finds no layers there"
     elif settings["bias"] != "none":
         found, remedy = f"it beside bias {settings['bias']}", "the copies share one bias"
-    elif settings.get("init_lora_weights") in FROM_BASE:
+    elif settings.get("init_lora_weights") in INIT_FROM_BASE:
         found = f"it beside init_lora_weights {settings['init_lora_weights']}"
         remedy = "PEFT takes each copy's start out of the one weight that all share"
     else:
@@ -521,7 +530,7 @@ def _check_hit(path: Path, c: Config, settings: Mapping[str, Any], hit: list[str
         remedy = f"PEFT has no embedding with {bare[0]}"
         raise FormatError(path, "target_modules", listed(wrong), "projections only", remedy)
     init = settings.get("init_lora_weights")
-    if init in FROM_BASE and "head" in hit and ties_head(c):
+    if init in INIT_FROM_BASE and "head" in hit and ties_head(c):
         remedy = "PEFT takes the start out of the embedding too, to which the head is tied"
         raise FormatError(path, "init_lora_weights", f"{init} of a tied head", "true", remedy)
     if init == "olora" and isinstance(c, GPT2) and any(at.startswith("layers.") for at in hit):
@@ -619,9 +628,9 @@ def read_adapter(
     give the adapted model. With a start that PEFT takes out of the base's weights when it loads the
     folder ("pissa", "olora"), and where rows of a table are trained alone, the adapter holds the
     changed weights too, and ``base``, those that it is put over, has to be given. Dropout and
-    aLoRA's invocation are in :func:`read_lora`.
+    aLoRA's invocation are in :func:`read_lora_config`.
 
-    Errors: FormatError as :func:`read_lora`, `files.read_tensors` and
+    Errors: FormatError as :func:`read_lora_config`, `files.read_tensors` and
     `huggingface.collect` have it; without a ``base`` that is needed.
     """
     file = Path(path) / WEIGHTS
@@ -629,11 +638,11 @@ def read_adapter(
     if deeper.layers != c.layers:
         remedy = (
             "no command repeats a base's layers: merge it with PEFT and go on with that model, or "
-            "in Python replicate the base by read_lora's layer_replication"
+            "in Python replicate the base by read_lora_config's layer_replication"
         )
         text = f"a model of {c.layers} layers"
         raise FormatError(Path(path) / CONFIG, "layer_replication", text, deeper.layers, remedy)
-    if base is None and (lora.trainable_token_indices or lora.init_lora_weights in FROM_BASE):
+    if base is None and (lora.trainable_token_indices or lora.init_lora_weights in INIT_FROM_BASE):
         where = "trainable_token_indices" if lora.trainable_token_indices else "init_lora_weights"
         remedy = "give base, the weights that the adapter is loaded on, which it changes"
         text = json.dumps(settings[where])
@@ -664,11 +673,11 @@ def read_adapter(
         text = f"no head, whose factors are in {WEIGHTS}"
         raise FormatError(Path(path) / CONFIG, "target_modules", text, "both of the tie", remedy)
     _fit(file, found, placed, parts)
-    transposed = {name: lies for name, (_, lies) in names(c).items()}
+    transposed = {name: lies for name, (_, lies) in tensor_names(c).items()}
     places = {name: (place, transposed.get(name, False)) for name, place in placed.items()}
     m, n = (max(shape) for shape in zip(*choice.shape.values(), strict=True))
     shapes = c.shapes() | parts | rows | {"shared.A": (lora.r, n), "shared.B": (m, lora.r)}
-    W = collect(dict.fromkeys(found, file), file, found, places, shapes, dtype)
+    W = to_internal(dict.fromkeys(found, file), file, found, places, shapes, dtype)
     s = scales(lora, choice)
     if lora.entry.variant == VERA:
         W |= _shared_parts(file, W, settings, choice, (m, n), dtype)
@@ -753,8 +762,8 @@ def _shared_parts(
     if settings["save_projection"]:
         A, B = W["shared.A"], W["shared.B"]
     else:
-        drawn = projections(settings["projection_prng_key"], settings["r"], m, n)
-        A, B = (convert(file, "vera", factor, dtype) for factor in drawn)
+        drawn = vera_projections(settings["projection_prng_key"], settings["r"], m, n)
+        A, B = (to_dtype(file, "vera", factor, dtype) for factor in drawn)
     return {
         name: part
         for at, (m, n) in choice.shape.items()
@@ -776,7 +785,7 @@ class _TorchsDraws:
         return drawn
 
 
-def projections(key: int, r: int, m: int, n: int) -> tuple[Array, Array]:
+def vera_projections(key: int, r: int, m: int, n: int) -> tuple[Array, Array]:
     """VeRA's A (r, n) and B (m, r) in float32, as PEFT draws them from ``projection_prng_key``.
 
     PyTorch seeds a Mersenne Twister, as NumPy's older generator does, by the key's last 32 bits.
@@ -797,7 +806,7 @@ def _changed(
 ) -> Weights:
     """The weights that the adapter changes: residuals of the start, tables with trained rows."""
     changed: Weights = {}
-    if lora.init_lora_weights in FROM_BASE:
+    if lora.init_lora_weights in INIT_FROM_BASE:
         for at, r in choice.rank.items():
             if at not in TABLES:
                 changed[f"{at}.weight"] = _start(path, base, lora, at, r, s[at])[0]
@@ -829,7 +838,7 @@ def _drop_copies(
     Errors: FormatError if what should be a copy differs.
     """
     kept = set(placed.values())
-    head = f"{PREFIX}{architecture(c)[1].outer['head']}.weight"
+    head = f"{PREFIX}{architecture_of(c)[1].outer['head']}.weight"
     for name in found.keys() - kept:
         if name == head and "embed.weight" in placed:
             twin = placed["embed.weight"]
@@ -902,17 +911,17 @@ def write_adapter(
     shapes = c.shapes() | parts | rows
 
     tensors: Weights = {}
-    transposed = {name: lies for name, (_, lies) in names(c).items()}
+    transposed = {name: lies for name, (_, lies) in tensor_names(c).items()}
     for name, place in adapter_names(c, [*parts, *rows, *sorted(beside)]).items():
         if name not in W or W[name].shape != shapes[name]:
             found = f"shape {W[name].shape}" if name in W else "none"
             raise FormatError(folder, name, found, f"shape {shapes[name]}", "check it against c")
-        lying = to_file(name, W[name], transposed.get(name, False))
+        lying = to_file_layout(name, W[name], transposed.get(name, False))
         lying = lying[:, 0] if name.endswith(_VECTORS) else lying
-        tensors[place] = convert(folder, name, lying, dtype)
+        tensors[place] = to_dtype(folder, name, lying, dtype)
     if lora.entry.variant == VERA:
         for part, array in _joined(folder, W, choice).items():
-            tensors[_PROJECTIONS[part]] = convert(folder, f"vera_{part}", array, dtype)
+            tensors[_PROJECTIONS[part]] = to_dtype(folder, f"vera_{part}", array, dtype)
     paths = _paths(c)
     if "embed" in saved and ties_head(c):
         tensors[f"{PREFIX}{paths['head']}.weight"] = tensors[f"{PREFIX}{paths['embed']}.weight"]
@@ -975,7 +984,7 @@ def _check_written(
         if not all(np.array_equal(W[f"head.{p}"], t) for p, t in zip("AB", shared, strict=True)):
             remedy = "train them as one, by tied_gradients, or leave ensure_weight_tying out"
             raise FormatError(folder, "head.A", "other factors", "the embedding's, tied", remedy)
-    kind = "Qwen2" if architecture(c)[1].model_type == "qwen2" else type(c).__name__
+    kind = "Qwen2" if architecture_of(c)[1].model_type == "qwen2" else type(c).__name__
     if lora.layer_replication and (lora.bias != "none" or kind in ("GPT2", "Qwen2")):
         found = f"layer_replication with bias {lora.bias!r} of {kind}"
         remedy = "PEFT's copies share one bias, and it finds no layers in these, or fails there"
@@ -992,7 +1001,7 @@ def _on_base(
     base: Mapping[str, Array] | None,
 ) -> tuple[LoraConfig, ResolvedTargets, Weights]:
     """The adapter as one on ``base``, where the start changed the weights that it was made for."""
-    if lora.init_lora_weights not in (*FROM_BASE, "loftq"):
+    if lora.init_lora_weights not in (*INIT_FROM_BASE, "loftq"):
         return lora, choice, W
     plain = replace(
         lora,

@@ -26,7 +26,7 @@ OTHERS = ("vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "tekken.
 """Files of vocabularies that are no ``tokenizer.json``."""
 
 
-def lacking(name: str, what: str) -> ImportError:
+def missing_library(name: str, what: str) -> ImportError:
     """The error that the library ``name``, which ``what`` needs, is not installed."""
     return ImportError(f"{what} needs the library {name}: {EXTRA}")
 
@@ -93,10 +93,10 @@ class Tokenizer(ABC):
                 "tokenizer_config.json nor chat_template.jinja; give prompt and completion with "
                 "the task lm, or take a model that was tuned to chats"
             )
-        return compiled(self.template)
+        return compile_template(self.template)
 
 
-def compiled(template: str) -> Callable[..., str]:
+def compile_template(template: str) -> Callable[..., str]:
     """A chat template's function, in the environment that templates are written for.
 
     Errors: ValueError if it is no template; what it raises when it runs is one too. ImportError
@@ -107,7 +107,7 @@ def compiled(template: str) -> Callable[..., str]:
         from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
-        raise lacking("jinja2", "a chat template") from error
+        raise missing_library("jinja2", "a chat template") from error
 
     if tuple(int(part) for part in version("jinja2").split(".")[:3] if part.isdigit()) < (3, 1, 6):
         raise ImportError(f"jinja2 {version('jinja2')}: a chat template needs 3.1.6 or later")
@@ -147,7 +147,7 @@ def compiled(template: str) -> Callable[..., str]:
     return render
 
 
-class Words(Tokenizer):
+class WordTokenizer(Tokenizer):
     """The symbols of a task of `synthetic_data`, written as words.
 
     A language begins with its start; two words of a class stand between a start and two ends.
@@ -162,7 +162,7 @@ class Words(Tokenizer):
         self.named = {"bos": SPECIAL[START], "eos": SPECIAL[END], "pad": SPECIAL[PAD]}
 
     @classmethod
-    def of(cls, task: Task) -> "Words":
+    def of(cls, task: Task) -> "WordTokenizer":
         """Those of a task."""
         return cls(task.symbols, task.causal)
 
@@ -226,7 +226,7 @@ class Words(Tokenizer):
         return {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs, **names}
 
 
-class Library(Tokenizer):
+class LibraryTokenizer(Tokenizer):
     """A tokenizer of the library ``tokenizers``, and the special tokens by their names.
 
     It neither cuts nor pads, whatever its file says: that is the reader of the data's business.
@@ -352,13 +352,13 @@ def read_tokenizer(folder: Path | str) -> Tokenizer:
         named["bos"] = _read(folder, backend, first[0])
     template = _template(folder, settings)
     try:
-        return Library(backend, named, template, stops)
+        return LibraryTokenizer(backend, named, template, stops)
     except ValueError as error:
         remedy = "take both files from one model"
         raise FormatError(config, "special tokens", error, f"those of {path}", remedy) from None
 
 
-def _words(whole: Mapping[str, Any]) -> Words | None:
+def _words(whole: Mapping[str, Any]) -> WordTokenizer | None:
     """The tokenizer of words that would write this very file, if there is one."""
     vocab = (
         (whole.get("model") or {}).get("vocab") if isinstance(whole.get("model"), dict) else None
@@ -368,7 +368,7 @@ def _words(whole: Mapping[str, Any]) -> Words | None:
     ):
         return None
     for language in (True, False):
-        words = Words(sorted(vocab, key=lambda word: vocab[word]), language)
+        words = WordTokenizer(sorted(vocab, key=lambda word: vocab[word]), language)
         if words.symbols[: len(SPECIAL)] == SPECIAL and words.json() == whole:
             return words
     return None
@@ -378,7 +378,7 @@ def _backend(path: Path) -> Any:
     try:
         from tokenizers import Tokenizer as Backend
     except ImportError as error:
-        raise lacking("tokenizers", str(path)) from error
+        raise missing_library("tokenizers", str(path)) from error
     try:
         return Backend.from_file(str(path))
     except Exception as error:  # the library raises no kinder one

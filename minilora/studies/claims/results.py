@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 
-from minilora.io.loading import packaged
+from minilora.io.loading import package_model
 from minilora.studies.claims.costs import Cost, costs_of
 from minilora.studies.claims.study import (
     PACKAGE,
@@ -31,7 +31,7 @@ def real_path() -> Path | None:
     Errors: FormatError unless the package holds just one model.
     """
     try:
-        return packaged(PACKAGE)
+        return package_model(PACKAGE)
     except ImportError:
         return None
 

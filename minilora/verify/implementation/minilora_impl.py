@@ -19,13 +19,13 @@ from minilora.io.formats.files import (
     write_files,
     write_tensors,
 )
-from minilora.io.formats.huggingface import names, read_model, to_file
+from minilora.io.formats.huggingface import read_model, tensor_names, to_file_layout
 from minilora.io.formats.peft import (
     CONFIG,
     WEIGHTS,
     adapter_names,
     read_adapter,
-    read_lora,
+    read_lora_config,
     write_adapter,
 )
 from minilora.spec.initialization import STARTS
@@ -179,16 +179,16 @@ class Own:
             write_tensors(folder / WEIGHTS, dict(adapter_arrays), {"format": "pt"})
             write_files(folder, {CONFIG: partial(pack_json, settings)})
             factors, tuning = read_adapter(folder, c, base=W)
-            lora = read_lora(folder, c)
+            lora = read_lora_config(folder, c)
         write_adapter(out_dir, c, W | factors, tuning, lora, base=W)
 
     def load(self, model_dir: str | Path, adapter_dir: str | Path) -> dict[str, Array]:
         """The adapter's tensors as they lie in its file."""
         c, W = read_model(model_dir)
         factors, _ = read_adapter(adapter_dir, c, base=W)
-        transposed = {name: lies for name, (_, lies) in names(c).items()}
+        transposed = {name: lies for name, (_, lies) in tensor_names(c).items()}
         return {
-            theirs: _flat(name, to_file(name, factors[name], transposed.get(name, False)))
+            theirs: _flat(name, to_file_layout(name, factors[name], transposed.get(name, False)))
             for name, theirs in adapter_names(c, sorted(factors)).items()
         }
 
@@ -233,7 +233,7 @@ class Own:
         """
         c, W = read_model(model_dir)
         factors, tuning = read_adapter(adapter_dir, c, base=W)
-        p = read_lora(adapter_dir, c).lora_dropout
+        p = read_lora_config(adapter_dir, c).lora_dropout
         steps = [[_batch(batch) for batch in step] for step in batches]
         own = {k: v for k, v in settings.items() if k != "gradient_checkpointing"}
         names = adapter_names(c, sorted(tuning.trained))

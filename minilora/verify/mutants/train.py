@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from minilora.io.formats.huggingface import read_model
-from minilora.io.formats.peft import adapter_names, read_adapter, read_lora
+from minilora.io.formats.peft import adapter_names, read_adapter, read_lora_config
 from minilora.spec.lora import TrainableSpec, Weights, draw_dropout, sum_gradients
 from minilora.spec.models import Batch, Config, loss, shifted_labels
 from minilora.spec.ops import IGNORED
@@ -29,7 +29,10 @@ class Trainer(Plain):
         """The adapter after each step, by the names in its file."""
         c, W = read_model(model_dir)
         factors, tuning = read_adapter(adapter_dir, c, base=W)
-        self.dropout, self.rng = read_lora(adapter_dir, c).lora_dropout, np.random.default_rng(1)
+        self.dropout, self.rng = (
+            read_lora_config(adapter_dir, c).lora_dropout,
+            np.random.default_rng(1),
+        )
         self.checkpointed = settings.get("gradient_checkpointing", False)
         tuning = self.tuned(c, W, tuning)
         W, start = W | factors, {name: (W | factors)[name] for name in sorted(tuning.trained)}
