@@ -6,7 +6,10 @@ from pathlib import Path
 here = Path(__file__).parent
 
 # The cells run the source that the pages show, whatever is installed, and the tests' derivative.
-shown = [str(here.parent / folder) for folder in (".", "docs", "tests", "tests/io", "tests/spec", "reference_models")]
+shown = [
+    str(here.parent / folder)
+    for folder in (".", "docs", "tests", "tests/io", "tests/spec", "reference_models")
+]
 os.environ["PYTHONPATH"] = os.pathsep.join([*shown, *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

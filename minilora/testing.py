@@ -377,7 +377,7 @@ def draw_tuning(
         read = c.inputs(*batch.ids.shape)
         keep = lora.draw_dropout(rng, p, {at: read[at] for at in c.linears()}, float)
     trained = frozenset(W) if everything else tuning.trained
-    return W, replace(tuning, keep=keep, trained=trained)
+    return W, replace(tuning, dropout_scale=keep, trained=trained)
 
 
 def draw_model(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.spec.lora import Weights, number
+from minilora.spec.lora import Weights, python_scalar
 from minilora.spec.ops import Array, Back
 
 
@@ -26,7 +26,7 @@ def adalora_scale(alpha: Any, r: int) -> Any:
     """
     if r < 1:
         raise ValueError(f"rank {r}: expected at least 1")
-    alpha = number(alpha)
+    alpha = python_scalar(alpha)
     return (alpha if alpha > 0 else r) / (r + 1e-5)
 
 

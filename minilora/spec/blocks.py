@@ -46,7 +46,7 @@ def embed(ids: Array, at: str, W: Params, tuning: TrainableSpec) -> tuple[Array,
         gradients = dict(zip(names, back_y(dy), strict=True))
         if weight in tuning.trained:
             gradients[weight] = back_embedding(dy)
-        return tuning.wanted(gradients.items())
+        return tuning.trained_only(gradients.items())
 
     return y, back
 
@@ -71,7 +71,7 @@ def normalise(
         if frozen and not np.ndim(dy):
             return dy, {}
         dx, *gradients = back_op(dy, frozen)
-        return dx, {} if frozen else tuning.wanted(zip(names, gradients, strict=True))
+        return dx, {} if frozen else tuning.trained_only(zip(names, gradients, strict=True))
 
     return y, back
 

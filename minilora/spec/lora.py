@@ -24,7 +24,7 @@ Params = Mapping[str, Array]
 """A model's parameters where they are only read: a dict, or arrays that are made on demand."""
 
 
-def number(x: Any) -> Any:
+def python_scalar(x: Any) -> Any:
     """x, or where it is one of NumPy's scalars, Python's: NumPy's make float64 of float32 arrays.
 
     Of long double, which Python lacks, the scalar itself.
@@ -40,7 +40,7 @@ def scale(alpha: Any, r: int, rslora: bool = False) -> Any:
     """
     if r < 1:
         raise ValueError(f"rank {r}: expected at least 1")
-    alpha = number(alpha)
+    alpha = python_scalar(alpha)
     if not rslora:
         return alpha / r
     root = math.isqrt(r)  # where it is whole, a fraction stays one
@@ -96,8 +96,8 @@ def combine(
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"{len(adapters)} adapters, {len(weights)} weights: expected one for each")
     A = np.concatenate([A for A, _, _ in adapters])
-    scaled = zip(adapters, map(number, weights), strict=True)
-    B = np.concatenate([w * number(s) * B for (_, B, s), w in scaled], axis=1)
+    scaled = zip(adapters, map(python_scalar, weights), strict=True)
+    B = np.concatenate([w * python_scalar(s) * B for (_, B, s), w in scaled], axis=1)
     return A, B
 
 
@@ -150,22 +150,22 @@ LORA = Variant(("A", "B"), lora_linear, _merge_lora, spares=True)
 class TrainableSpec:
     """What is trained. All that ``trained`` does not name is constant; no gradient of it is formed.
 
-    ``scale``: s of each adapted projection; ``keep``: its dropout multiplier K (n, tokens), none
-    outside training; ``trained``: names of parameters, adapters' or the base's own; ``variant``: of
-    the projections whose adapter is not LoRA itself; ``recompute``: ``back`` runs each block's
-    forward again, so that only its input is kept; ``constant``: projections whose input depends on
+    ``scale``: s of each adapted projection; ``dropout_scale``: its dropout multiplier K (n,
+    tokens), none outside training; ``trained``: names of parameters, adapters' or the base's own;
+    ``variant``: of the projections whose adapter is not LoRA itself; ``recompute``: ``back`` runs
+    each block's forward again, so that only its input is kept; ``constant``: projections whose input depends on
     nothing that is trained, as the model finds them: their dx is 0. Full fine-tuning is
     ``TrainableSpec(trained=frozenset(weights))``.
     """
 
     scale: Mapping[str, Any] = field(default_factory=dict)
-    keep: Mapping[str, Array] = field(default_factory=dict)
+    dropout_scale: Mapping[str, Array] = field(default_factory=dict)
     trained: frozenset[str] = frozenset()
     variant: Mapping[str, Variant] = field(default_factory=dict)
     recompute: bool = False
     constant: frozenset[str] = frozenset()
 
-    def wanted(self, gradients: Iterable[tuple[str, Array]]) -> Weights:
+    def trained_only(self, gradients: Iterable[tuple[str, Array]]) -> Weights:
         """Those of ``gradients`` whose parameter, named beside, is trained."""
         return {name: g for name, g in gradients if name in self.trained}
 
@@ -228,7 +228,7 @@ def project(x: Array, at: str, W: Params, tuning: TrainableSpec) -> tuple[Array,
     weight, bias = weight_of(at, W), f"{at}.bias"
     variant, names = adapter_of(at, W, tuning)
     if names:
-        s, K = tuning.scale[at], tuning.keep.get(at)
+        s, K = tuning.scale[at], tuning.dropout_scale.get(at)
         base = frozen_weight(variant, weight, W)
         y, back_y = variant.linear(x, base, W.get(bias), *map(W.__getitem__, names), s, K)
     else:
@@ -242,7 +242,7 @@ def project(x: Array, at: str, W: Params, tuning: TrainableSpec) -> tuple[Array,
             dx, *parts = back_y(dy, *spared)
         else:
             dx, parts = 0 if constant else back_y(dy), []
-        gradients = tuning.wanted(zip(names, parts, strict=True))
+        gradients = tuning.trained_only(zip(names, parts, strict=True))
         if weight in tuning.trained:
             gradients[weight] = dy @ x.T
         if bias in tuning.trained:
@@ -289,7 +289,7 @@ def draw_dropout(
     """
     if not 0 <= p < 1:
         raise ValueError(f"dropout {p}: expected at least 0 and below 1")
-    q = 1 - number(p)
+    q = 1 - python_scalar(p)
     return {at: (rng.random(shape) >= p).astype(dtype) / q for at, shape in shapes.items()}
 
 

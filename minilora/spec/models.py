@@ -62,7 +62,7 @@ class Batch:
         return np.ones(self.ids.shape, bool) if self.mask is None else self.mask.astype(bool)
 
     @property
-    def places(self) -> Array:
+    def position_ids(self) -> Array:
         """``positions``, or 0 … t - 1 in every row."""
         counted = np.broadcast_to(np.arange(self.ids.shape[1]), self.ids.shape)
         return counted if self.positions is None else self.positions
@@ -89,11 +89,11 @@ class Config:
         """The projections of one block, (out, in)."""
         raise NotImplementedError
 
-    def beyond(self) -> Shapes:
+    def extra_linears(self) -> Shapes:
         """The projections outside the blocks, (out, in)."""
         return {}
 
-    def biased(self, at: str) -> bool:
+    def has_bias(self, at: str) -> bool:
         """Whether the projection has a bias."""
         return True
 
@@ -101,7 +101,7 @@ class Config:
         """Every projection, (out, in)."""
         parts = self.block().items()
         blocks = {f"layers.{i}.{at}": shape for i in range(self.layers) for at, shape in parts}
-        return blocks | self.beyond()
+        return blocks | self.extra_linears()
 
     def matrices(self) -> Shapes:
         """All that can be adapted: the projections, then the tables as (d, v), and a tied head."""
@@ -122,7 +122,9 @@ class Config:
         """Every parameter."""
         shapes = {f"{at}.weight": (n, self.d) for at, n in self.tables().items()}
         for at, (m, n) in self.linears().items():
-            shapes |= {f"{at}.weight": (m, n)} | ({f"{at}.bias": (m, 1)} if self.biased(at) else {})
+            shapes |= {f"{at}.weight": (m, n)} | (
+                {f"{at}.bias": (m, 1)} if self.has_bias(at) else {}
+            )
         norms = [f"layers.{i}.{at}" for i in range(self.layers) for at in self.norms]
         parts = ("weight", "bias") if self.norm_bias else ("weight",)
         return shapes | {f"{at}.{part}": (self.d, 1) for at in [*norms, "norm"] for part in parts}
@@ -146,10 +148,10 @@ class Llama(Config):
         attention = {"q": (h, d), "k": (g, d), "v": (g, d), "o": (d, h)}
         return attention | {"gate": (f, d), "up": (f, d), "down": (d, f)}
 
-    def beyond(self) -> Shapes:  # noqa: D102
+    def extra_linears(self) -> Shapes:  # noqa: D102
         return {} if self.tied else {"head": (self.vocab, self.d)}
 
-    def biased(self, at: str) -> bool:  # noqa: D102
+    def has_bias(self, at: str) -> bool:  # noqa: D102
         return self.qkv_bias and at.endswith((".q", ".k", ".v"))
 
 
@@ -185,7 +187,7 @@ class Bert(Config):
         d, f = self.d, self.ffn
         return dict.fromkeys("qkvo", (d, d)) | {"up": (f, d), "down": (d, f)}
 
-    def beyond(self) -> Shapes:  # noqa: D102
+    def extra_linears(self) -> Shapes:  # noqa: D102
         return {"pooler": (self.d, self.d), "head": (self.classes, self.d)}
 
 
@@ -246,7 +248,7 @@ def llama(
     x, back_embed = embed(batch.ids.ravel(), "embed", W, tuning)
     of = c.head_dim, c.theta, x.dtype
     counted = batch.positions is None
-    tables = _tables(batch.ids.shape[1], *of) if counted else rope_tables(batch.places, *of)
+    tables = _tables(batch.ids.shape[1], *of) if counted else rope_tables(batch.position_ids, *of)
     mask = mask_of(batch, past)
     x, back_blocks = stack(
         x,
@@ -280,7 +282,7 @@ def gpt2(
     Source: Radford et al. 2019.
     """
     tokens, back_embed = embed(batch.ids.ravel(), "embed", W, tuning)
-    places, back_positions = embed(batch.places.ravel(), "positions", W, tuning)
+    places, back_positions = embed(batch.position_ids.ravel(), "positions", W, tuning)
     mask = mask_of(batch, past)
     x, back_blocks = stack(
         tokens + places,
@@ -311,7 +313,7 @@ def bert(
     t = batch.ids.shape[1]
     types = np.zeros_like(batch.ids) if batch.types is None else batch.types
     tokens, back_embed = embed(batch.ids.ravel(), "embed", W, tuning)
-    places, back_positions = embed(batch.places.ravel(), "positions", W, tuning)
+    places, back_positions = embed(batch.position_ids.ravel(), "positions", W, tuning)
     kinds, back_types = embed(types.ravel(), "types", W, tuning)
     x, back_norm = normalise(layernorm, tokens + places + kinds, "norm", W, c, tuning)
     mask = padding_mask(batch.real)
@@ -400,7 +402,7 @@ def logits(
     numbers than 0 and 1 (what is added to scores is another thing), and for the past of a model
     that is not causal, whose earlier tokens would have to see the later ones.
     """
-    rows = {"embed": "ids", "positions": "places", "types": "types"}
+    rows = {"embed": "ids", "positions": "position_ids", "types": "types"}
     for at, n in c.tables().items():
         numbers = getattr(batch, rows[at])
         if numbers is not None and (numbers.min() < 0 or numbers.max() >= n):
@@ -461,10 +463,10 @@ def head_loss(
     parted = labels.size > most
     columns: Any = np.flatnonzero(labels != IGNORED) if parted else slice(None)
     n = columns.size if parted and count is None else count
-    K = tuning.keep.get(at)
+    K = tuning.dropout_scale.get(at)
 
     def of(part: Any) -> tuple[Array, Array, Weights]:
-        own = tuning if K is None else replace(tuning, keep={at: K[:, part]})
+        own = tuning if K is None else replace(tuning, dropout_scale={at: K[:, part]})
         z, back_z = project(x[:, part], at, held, own)
         L, back_L = cross_entropy(z, labels[part], n)
         del z  # the gradient takes its place

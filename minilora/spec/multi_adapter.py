@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.spec.lora import LORA, Variant, combine, number
+from minilora.spec.lora import LORA, Variant, combine, python_scalar
 from minilora.spec.ops import Array, Back, linear
 from minilora.spec.variants import ADALORA, LORA_BIAS, VERA, part_shapes
 
@@ -176,7 +176,7 @@ class State:
         Errors: ValueError if there is none of that name.
         """
         self._known(name)
-        return self.swap(name, replace(self.adapters[name], s=number(s)))
+        return self.swap(name, replace(self.adapters[name], s=python_scalar(s)))
 
     def merge(self, *names: str) -> "State":
         """These, or all that are active, stored in the weight: no output changes.
@@ -314,10 +314,12 @@ def combine_exact(adapters: Sequence[Adapter], weights: Sequence[Any]) -> Adapte
     Errors: those of `lora.combine` and of `factors`.
     """
     if len(adapters) == len(weights) == 1 and (weights[0] == 1 or adapters[0].variant.additive):
-        return replace(adapters[0], s=number(weights[0]) * adapters[0].s)
+        return replace(adapters[0], s=python_scalar(weights[0]) * adapters[0].s)
     A, B = combine([factors(adapter) for adapter in adapters], weights)
     biases = [
-        number(w) * a.s * a.parts[2] for a, w in zip(adapters, weights, strict=True) if _biased(a)
+        python_scalar(w) * a.s * a.parts[2]
+        for a, w in zip(adapters, weights, strict=True)
+        if _biased(a)
     ]
     return Adapter((A, B, sum(biases)), 1, LORA_BIAS) if biases else Adapter((A, B), 1)
 
@@ -330,7 +332,7 @@ def _weighted(weights: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
     """The wᵢ Dᵢ."""
     if not arrays or len(arrays) != len(weights):
         raise ValueError(f"{len(arrays)} adapters, {len(weights)} weights: expected one for each")
-    return [number(w) * D for w, D in zip(weights, arrays, strict=True)]
+    return [python_scalar(w) * D for w, D in zip(weights, arrays, strict=True)]
 
 
 def combine_svd(

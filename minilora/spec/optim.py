@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.spec.lora import Params, Weights, number, sum_gradients
+from minilora.spec.lora import Params, Weights, python_scalar, sum_gradients
 from minilora.spec.ops import Array
 
 Rates = float | Mapping[str, float]
@@ -35,8 +35,8 @@ class AdamState:
 
 def _each(lr: Rates, params: Weights) -> Mapping[str, float]:
     if isinstance(lr, Mapping):
-        return {name: number(rate) for name, rate in lr.items()}
-    return dict.fromkeys(params, number(lr))
+        return {name: python_scalar(rate) for name, rate in lr.items()}
+    return dict.fromkeys(params, python_scalar(lr))
 
 
 def sgd(
@@ -52,7 +52,7 @@ def sgd(
     Source: Sutskever et al. 2013 with the velocity free of η, as in PyTorch's SGD, whose weight
     decay is coupled: it passes through the velocity.
     """
-    momentum, weight_decay = number(momentum), number(weight_decay)
+    momentum, weight_decay = python_scalar(momentum), python_scalar(weight_decay)
     new, velocity, rates = {}, {}, _each(lr, params)
     for name, p in params.items():
         u = gradients[name] + weight_decay * p
@@ -79,7 +79,7 @@ def adamw(
     Source: Kingma and Ba 2015, algorithm 1; the decay of Loshchilov and Hutter 2019, algorithm 2,
     times the rate as in PyTorch, where the paper has a schedule's factor alone.
     """
-    beta1, beta2, eps, weight_decay = map(number, (*betas, eps, weight_decay))
+    beta1, beta2, eps, weight_decay = map(python_scalar, (*betas, eps, weight_decay))
     t = state.t + 1
     new: Weights = {}
     shapes = {name: p.shape for name, p in params.items()}
@@ -183,7 +183,7 @@ def clip(gradients: Weights, max_norm: float, eps: float = 1e-6) -> tuple[Weight
     if not max_norm >= 0:
         raise ValueError(f"max_norm {max_norm}: expected 0 or more")
     norm = global_norm(gradients)
-    factor = np.minimum(number(max_norm) / (norm + number(eps)), 1)
+    factor = np.minimum(python_scalar(max_norm) / (norm + python_scalar(eps)), 1)
     return {name: g * factor for name, g in gradients.items()}, norm
 
 
@@ -234,7 +234,7 @@ def accumulate(parts: Sequence[tuple[int, Weights]]) -> Weights:
 
     Errors: ValueError if no label counts or if the parts name different parameters.
     """
-    parts = [(number(n), g) for n, g in parts]
+    parts = [(python_scalar(n), g) for n, g in parts]
     tokens = sum(n for n, _ in parts)
     if tokens < 1:
         raise ValueError(

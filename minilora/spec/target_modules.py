@@ -455,8 +455,11 @@ def invoked(tuning: TrainableSpec, ids: Array, tokens: Sequence[int]) -> Trainab
     Errors: those of `variants.invocation`.
     """
     on = invocation(ids, np.asarray(tokens)).reshape(1, -1)
-    keep = {at: on * tuning.keep[at] if at in tuning.keep else on for at in tuning.scale}
-    return replace(tuning, keep=keep)
+    keep = {
+        at: on * tuning.dropout_scale[at] if at in tuning.dropout_scale else on
+        for at in tuning.scale
+    }
+    return replace(tuning, dropout_scale=keep)
 
 
 def tied_gradients(gradients: Weights) -> Weights:

@@ -37,7 +37,7 @@ from minilora.spec.ops import Array, Back, cross_entropy, linear
 from minilora.training import data
 from minilora.training.data import Example
 from minilora.training.evaluate import answers, measure
-from minilora.training.gradients import Plan
+from minilora.training.gradients import ExecutionPlan
 from minilora.training.metrics import ROUGE, accuracy, difference, paired, perplexity, rouge
 from minilora.training.train import (
     LOG,
@@ -328,7 +328,7 @@ def sentiment(
     *,
     quick: bool = False,
     seed: int = 0,
-    plan: Plan = Plan(),  # noqa: B008 - it is frozen
+    plan: ExecutionPlan = ExecutionPlan(),  # noqa: B008 - it is frozen
     watch: Watch | None = None,
     tell: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -399,7 +399,7 @@ def summaries(
     *,
     quick: bool = False,
     seed: int = 0,
-    plan: Plan = Plan(recompute=True),  # noqa: B008 - it is frozen
+    plan: ExecutionPlan = ExecutionPlan(gradient_checkpointing=True),  # noqa: B008 - it is frozen
     watch: Watch | None = None,
     tell: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -487,7 +487,7 @@ def _result(
     began: float,
     quick: bool,
     seed: int,
-    plan: Plan,
+    plan: ExecutionPlan,
     archive: Path | str | None = None,
 ) -> dict[str, Any]:
     """The figures with all that they depend on, in a file."""

@@ -27,7 +27,7 @@ from minilora.io.formats.files import FormatError, pack_json, read_json, write_f
 from minilora.io.loading import MANIFEST, Base, open_base
 from minilora.training import data, evaluate
 from minilora.training.data import Data
-from minilora.training.gradients import Plan, blas_threads, warm_memory
+from minilora.training.gradients import ExecutionPlan, blas_threads, warm_memory
 from minilora.training.train import (
     LOG,
     Refused,
@@ -244,7 +244,7 @@ def run_cell(setting: Setting, folder: Path, cell: Cell) -> Row | None:
     batches = batches_of(read.valid, recipe.batch_tokens, base.tokenizer.pad)
     if batches and not outcome.why:
         W = job.weights(outcome.state.params)
-        valid = evaluate.mean_loss(batches, W, job.base.config, job.tuning, Plan()).loss
+        valid = evaluate.mean_loss(batches, W, job.base.config, job.tuning, ExecutionPlan()).loss
     lines = read_log(folder / LOG)
     loss = lines[-1]["loss"] if lines else None
     seconds = round(time.monotonic() - started, 3)

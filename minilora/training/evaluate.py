@@ -15,7 +15,7 @@ from minilora.spec.models import Batch, Config, logits, shifted_labels
 from minilora.spec.ops import IGNORED, Array, Back, cross_entropy
 from minilora.training.data import Example
 from minilora.training.generate import fitting, generate
-from minilora.training.gradients import Plan
+from minilora.training.gradients import ExecutionPlan
 from minilora.training.gradients import evaluate as sums
 
 COLUMNS = 256
@@ -40,7 +40,7 @@ class Measured:
 
 
 def mean_loss(
-    batches: Iterable[Batch], W: Params, c: Config, tuning: TrainableSpec, plan: Plan
+    batches: Iterable[Batch], W: Params, c: Config, tuning: TrainableSpec, plan: ExecutionPlan
 ) -> Measured:
     """The loss over all batches, without a backward; each label counts the same.
 
@@ -55,7 +55,7 @@ def measure(batches: Iterable[Batch], W: Params, c: Config, tuning: TrainableSpe
 
     Errors: those of :func:`mean_loss`.
     """
-    still = replace(tuning, trained=frozenset(), keep={})
+    still = replace(tuning, trained=frozenset(), dropout_scale={})
     nll: list[float] = []
     right: list[Array] = []
     for batch in batches:

@@ -129,7 +129,7 @@ def generate(
     real = np.arange(longest) >= longest - np.array([[len(prompt)] for prompt in prompts])
     ids[real] = [token for prompt in prompts for token in prompt]
     past, places = Past(), np.maximum(real.cumsum(1) - 1, 0)
-    still = replace(tuning, trained=frozenset(), keep={})
+    still = replace(tuning, trained=frozenset(), dropout_scale={})
     ended = np.zeros(len(prompts), bool)
     for step in range(most):
         z, _ = logits(Batch(ids, mask=real, positions=places), W, c, still, last(len(ids)), past)

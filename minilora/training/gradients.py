@@ -25,18 +25,19 @@ from minilora.spec.ops import IGNORED, Array
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExecutionPlan:
     """How a step is cut up; the mathematics does not depend on it.
 
     ``threads``: how many groups run at a time; ``tokens``: about how many a group has, of whole
-    sequences and at least one, those of :meth:`size` unless given; ``recompute``: whether a block's
-    activations are formed again for its backward, from its input alone, rather than kept.
+    sequences and at least one, those of :meth:`size` unless given;
+    ``gradient_checkpointing``: whether a block's activations are formed again for its backward,
+    from its input alone, rather than kept.
     Errors: ValueError if there is no thread, more than a system can have, or no token.
     """
 
     threads: int = 1
     tokens: int | None = None
-    recompute: bool = False
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for name in ("threads", "tokens"):
@@ -65,7 +66,9 @@ def counted(batch: Batch, c: Config) -> int:
     return int((shifted_labels(batch, c) != IGNORED).sum())
 
 
-def groups(batch: Batch, c: Config, plan: Plan, counts: Array | None = None) -> list[slice]:
+def groups(
+    batch: Batch, c: Config, plan: ExecutionPlan, counts: Array | None = None
+) -> list[slice]:
     """The batch's rows in groups of about so many tokens as the plan says, in their order.
 
     A group none of whose labels counts is left out; ``counts``: which do, where that is known.
@@ -144,10 +147,10 @@ def part(batch: Batch, tuning: TrainableSpec, rows: slice) -> tuple[Batch, Train
         each = K.shape[1] // b  # t columns for each row, or the one that a classifier pools
         return K[:, start * each : stop * each]
 
-    whole = tuning.keep
+    whole = tuning.dropout_scale
     if isinstance(whole, Dropout):
-        return own, replace(tuning, keep=whole.of(rows))
-    return own, replace(tuning, keep={at: columns(K) for at, K in whole.items()})
+        return own, replace(tuning, dropout_scale=whole.of(rows))
+    return own, replace(tuning, dropout_scale={at: columns(K) for at, K in whole.items()})
 
 
 @cache
@@ -189,7 +192,7 @@ def gradients(
     W: Params,
     c: Config,
     tuning: TrainableSpec,
-    plan: Plan = Plan(),
+    plan: ExecutionPlan = ExecutionPlan(),
     count: int | None = None,
 ) -> tuple[Any, Weights]:
     """L and {name: dL} of the batch, as `models.loss` has them, group by group.
@@ -204,8 +207,12 @@ def gradients(
     if min(own, n) < 1:
         raise ValueError(f"no label counts in {len(batch.ids)} rows; leave this batch out")
 
-    how = replace(tuning, recompute=plan.recompute) if plan.recompute else tuning
-    if plan.recompute:  # memory is dearer than time
+    how = (
+        replace(tuning, recompute=plan.gradient_checkpointing)
+        if plan.gradient_checkpointing
+        else tuning
+    )
+    if plan.gradient_checkpointing:  # memory is dearer than time
         release_memory()
 
     def work(rows: slice) -> tuple[Any, Weights]:
@@ -227,7 +234,7 @@ def evaluate(
     W: Params,
     c: Config,
     tuning: TrainableSpec,
-    plan: Plan = Plan(),
+    plan: ExecutionPlan = ExecutionPlan(),
 ) -> tuple[Any, int]:
     """The sum of the negative log-likelihoods of the labels that count, and their number.
 
@@ -235,7 +242,7 @@ def evaluate(
 
     Errors: those of ``loss``.
     """
-    still = replace(tuning, trained=frozenset(), keep={})
+    still = replace(tuning, trained=frozenset(), dropout_scale={})
 
     def work(rows: slice) -> Any:
         own_batch, own_tuning = part(batch, still, rows)

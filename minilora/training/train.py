@@ -51,7 +51,13 @@ from minilora.training import checkpoints, evaluate
 from minilora.training.checkpoints import State
 from minilora.training.data import SPLITS, Data, Example, one_window, order
 from minilora.training.data import batch as padded
-from minilora.training.gradients import Plan, blas_threads, counted, drawn_dropout, gradients
+from minilora.training.gradients import (
+    ExecutionPlan,
+    blas_threads,
+    counted,
+    drawn_dropout,
+    gradients,
+)
 
 DIVERGED = 3.0
 """A loss so many times the first, or a uniform guess's if that is greater, has diverged."""
@@ -209,7 +215,7 @@ def run(
     tuning: TrainableSpec,
     examples: Sequence[Example],
     recipe: TrainConfig,
-    plan: Plan,
+    plan: ExecutionPlan,
     pad: int = 0,
     steps: int | None = None,
 ) -> Iterator[tuple[State, Record]]:
@@ -268,7 +274,7 @@ def step(
     c: Config,
     tuning: TrainableSpec,
     recipe: TrainConfig,
-    plan: Plan,
+    plan: ExecutionPlan,
     lr: Mapping[str, float],
     falls: adalora.Plan | None = None,
 ) -> tuple[Weights, AdamState, float, float, adalora.Importance]:
@@ -303,7 +309,7 @@ def _summed(
     c: Config,
     tuning: TrainableSpec,
     recipe: TrainConfig,
-    plan: Plan,
+    plan: ExecutionPlan,
 ) -> tuple[Any, Weights]:
     counts = [counted(batch, c) for batch in batches]
     if not any(counts):
@@ -315,7 +321,7 @@ def _summed(
             draw = state.step * recipe.gradient_accumulation_steps + i
             p = 0.0 if recipe.full else recipe.dropout
             keep = drawn_dropout(recipe.seed, draw, p, batch, c, tuning, recipe.dtype)
-            own = replace(tuning, keep=keep)
+            own = replace(tuning, dropout_scale=keep)
             L_i, g_i = gradients(batch, W, c, own, plan, sum(counts))
             L, g = L + L_i, sum_gradients(g, g_i)
     return L, g
@@ -706,7 +712,7 @@ def fit(
     out: Path | str,
     job: Job,
     *,
-    plan: Plan = Plan(),  # noqa: B008 - it is frozen
+    plan: ExecutionPlan = ExecutionPlan(),  # noqa: B008 - it is frozen
     resume: bool = False,
     overwrite: bool = False,
     accept: bool = False,
@@ -805,7 +811,7 @@ def fit(
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
-def _loss(batches: Sequence[Batch], job: Job, state: State, plan: Plan) -> float:
+def _loss(batches: Sequence[Batch], job: Job, state: State, plan: ExecutionPlan) -> float:
     W = job.weights(state.params)
     return evaluate.mean_loss(batches, W, job.base.config, job.tuning, plan).loss
 

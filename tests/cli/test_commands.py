@@ -45,7 +45,7 @@ from minilora.spec.models import GPT2, Llama, draw_weights
 from minilora.spec.target_modules import LoraConfig, inject
 from minilora.training import data, evaluate
 from minilora.training.checkpoints import State
-from minilora.training.gradients import Plan
+from minilora.training.gradients import ExecutionPlan
 from minilora.training.train import TrainConfig, prepare, read_log, run
 
 ROOT = Path(__file__).parents[2]
@@ -357,7 +357,7 @@ def test_the_loss_does_not_depend_on_how_the_examples_lie_in_batches():
     bound = one.count * base.config.vocab * base.config.d * np.finfo(float).eps
     assert (one.count, one.right.sum()) == (many.count, many.right.sum())
     assert abs(one.nll / many.nll - 1) <= bound
-    losses = evaluate.mean_loss(apart, *given, Plan())
+    losses = evaluate.mean_loss(apart, *given, ExecutionPlan())
     assert (losses.count, losses.right) == (one.count, None)
     assert abs(losses.nll / one.nll - 1) <= bound
     means = [evaluate.measure([batch], *given).loss for batch in apart]
@@ -724,7 +724,7 @@ def test_a_base_that_stays_quantised_trains_to_the_same_bits(tmp_path):
         base = open_base(str(tmp_path / "a.gguf"), quantised=quantised)
         assert isinstance(base.weights, dict) != quantised
         job = prepare(base, read, TrainConfig(max_steps=3, dropout=0.1))
-        plan = Plan(recompute=quantised)
+        plan = ExecutionPlan(gradient_checkpointing=quantised)
         *_, (state, _) = run(
             State(job.start), job.weights({}), c, job.tuning, read.train, job.recipe, plan
         )

@@ -12,7 +12,7 @@ from minilora.io import lazy_weights
 from minilora.io.lazy_weights import Expanded, OnDemand, Table, by_rows
 from minilora.spec import models
 from minilora.spec.quantization import dequantise, quantise
-from minilora.training.gradients import Plan, evaluate, gradients
+from minilora.training.gradients import ExecutionPlan, evaluate, gradients
 
 C = ml.Llama(vocab=70, d=32, layers=3, heads=2, ffn=64, kv_heads=1, head_dim=16, tied=True)
 RNG = np.random.default_rng(0)
@@ -33,7 +33,7 @@ BATCH = ml.Batch(IDS, labels=IDS)
 
 
 def outcome(W, tuning=TUNING, **plan):
-    L, g = gradients(BATCH, W | ADAPTERS, C, tuning, Plan(**plan))
+    L, g = gradients(BATCH, W | ADAPTERS, C, tuning, ExecutionPlan(**plan))
     return {"loss": L} | g
 
 
@@ -50,7 +50,8 @@ def test_expanded_weights_change_no_bit(recompute, tables):
     tuning = replace(TUNING, trained=frozenset(adapters))
     small = Expanded({**NORMS, **{name: OnDemand(q) for name, q in CODES.items()}})
     found, wanted = (
-        gradients(BATCH, W | adapters, C, tuning, Plan(recompute=recompute)) for W in (small, LARGE)
+        gradients(BATCH, W | adapters, C, tuning, ExecutionPlan(gradient_checkpointing=recompute))
+        for W in (small, LARGE)
     )
     assert same(found[1], wanted[1])
     assert same_bits(found[0], wanted[0])
@@ -77,7 +78,7 @@ def watched(alive):
 def test_with_recomputation_no_more_than_a_blocks_weights_are_held():
     kept, again, still = [], [], []
     outcome(watched(kept))
-    outcome(watched(again), recompute=True)
+    outcome(watched(again), gradient_checkpointing=True)
     evaluate(BATCH, watched(still) | ADAPTERS, C, TUNING)
     projections, tables = 7, 2  # the embedding, and the same as head
     assert max(again) <= projections + tables

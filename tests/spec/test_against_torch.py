@@ -183,13 +183,13 @@ class Textbook:
         self.W, self.c, self.tuning = W, model.config, model.tuning
         self.b, self.t = model.batch.ids.shape
         self.real = torch.tensor(model.batch.real)
-        self.positions = torch.tensor(model.batch.places)
+        self.positions = torch.tensor(model.batch.position_ids)
 
     def project(self, x, at):
         at = f"layers.0.{at}"
         bias = self.W.get(f"{at}.bias")
         y = F.linear(x, self.W[f"{at}.weight"], None if bias is None else bias[:, 0])
-        K = self.tuning.keep.get(at)
+        K = self.tuning.dropout_scale.get(at)
         if K is not None:
             x = x * torch.tensor(K).T.reshape(self.b, self.t, -1)
         return y + self.tuning.scale[at] * F.linear(
@@ -246,7 +246,7 @@ def ours(model, x):
     c, real = model.config, model.batch.real
     arguments = x, "layers.0.", model.W, c, model.tuning
     if isinstance(c, ml.Llama):
-        tables = ops.rope_tables(model.batch.places, c.head_dim, c.theta, x.dtype)
+        tables = ops.rope_tables(model.batch.position_ids, c.head_dim, c.theta, x.dtype)
         return blocks.llama_block(*arguments, tables, ops.causal_mask(real))
     if isinstance(c, ml.GPT2):
         return blocks.gpt2_block(*arguments, ops.causal_mask(real))

@@ -176,7 +176,7 @@ def errors(folder, factor=1.0):
     L = their_loss(model, batch)
     L.backward()
     scale = {at: s * factor for at, s in tuning.scale.items()}
-    found_L, back = ml.loss(batch, W, c, replace(tuning, keep=keep, scale=scale))
+    found_L, back = ml.loss(batch, W, c, replace(tuning, dropout_scale=keep, scale=scale))
     found = back(1.0)
     wanted = {name: as_ours(c, name, p.grad) for name, p in parameters.items()}
     assert found.keys() == wanted.keys()

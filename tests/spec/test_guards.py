@@ -373,7 +373,7 @@ def test_every_model_keeps_the_dtype(c, dtype, monkeypatch):
     if dtype is np.longdouble:
         monkeypatch.setattr(ops, "erf", every_erf)
     model = draw.draw_model(c, np.random.default_rng(0), everything=True)
-    tuning = replace(model.tuning, keep=cast(model.tuning.keep, dtype))
+    tuning = replace(model.tuning, dropout_scale=cast(model.tuning.dropout_scale, dtype))
     L, back = replace(model, W=cast(model.W, dtype), tuning=tuning).loss()
     assert {L.dtype, *(g.dtype for g in back(1.0).values())} == {np.dtype(dtype)}
 
@@ -517,7 +517,7 @@ def calls(rng, sizes, model):
     }
     common = x, "layers.0.", model.W, c, model.tuning
     if isinstance(c, ml.Llama):
-        tables = ops.rope_tables(batch.places, c.head_dim, c.theta, float)
+        tables = ops.rope_tables(batch.position_ids, c.head_dim, c.theta, float)
         mask = ops.causal_mask(batch.real)
         block, forward = blocks.llama_block, models.llama
         y, back = block(*common, tables, mask)
@@ -540,7 +540,9 @@ def calls(rng, sizes, model):
     yield models.loss, arguments, (model.loss()[0],)
     labels = models.shifted_labels(batch, c)
     given = {"x": normal(c.d, labels.size), "labels": labels}
-    L, _ = models.head_loss(given["x"], "head", model.W, replace(model.tuning, keep={}), labels)
+    L, _ = models.head_loss(
+        given["x"], "head", model.W, replace(model.tuning, dropout_scale={}), labels
+    )
     yield models.head_loss, given, (L,)
 
 

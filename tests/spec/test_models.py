@@ -159,8 +159,8 @@ def test_a_complex_step_in_one_array_passes_through_every_backward(name):
 def converted(model, convert):
     """The model with all of its parameters and dropout multipliers converted."""
     W = {name: convert(w) for name, w in model.W.items()}
-    keep = {at: convert(K) for at, K in model.tuning.keep.items()}
-    return replace(model, W=W, tuning=replace(model.tuning, keep=keep))
+    keep = {at: convert(K) for at, K in model.tuning.dropout_scale.items()}
+    return replace(model, W=W, tuning=replace(model.tuning, dropout_scale=keep))
 
 
 def rounded_tables(positions, d, theta, dtype):
@@ -277,7 +277,7 @@ def outcome(model):
 
 def factors_follow_from_the_weights_gradient(model):
     """At every projection dB = s dW Aᵀ and dA = s Bᵀ dW, where there is no dropout."""
-    model = replace(model, tuning=replace(model.tuning, keep={}))
+    model = replace(model, tuning=replace(model.tuning, dropout_scale={}))
     gradients = model.loss()[1](1.0)
     for at, s in model.tuning.scale.items():
         A, B = model.W[f"{at}.A"], model.W[f"{at}.B"]
@@ -335,8 +335,11 @@ def rows(model, index):
         for name in ("ids", "labels", "mask", "positions", "types")
     }
     columns = np.arange(b * t).reshape(b, t)[index].ravel()
-    keep = {at: K[:, index if K.shape[1] == b else columns] for at, K in model.tuning.keep.items()}
-    return replace(model, batch=ml.Batch(**parts), tuning=replace(model.tuning, keep=keep))
+    keep = {
+        at: K[:, index if K.shape[1] == b else columns]
+        for at, K in model.tuning.dropout_scale.items()
+    }
+    return replace(model, batch=ml.Batch(**parts), tuning=replace(model.tuning, dropout_scale=keep))
 
 
 def the_order_of_rows_is_no_matter(model):
@@ -364,7 +367,7 @@ def parts_of_a_batch_add_up(model):
 def padded(model, columns, left):
     """The batch with more columns, of padding with arbitrary tokens, to the left or the right."""
     b = len(model.batch.ids)
-    batch = replace(model.batch, positions=model.batch.places, mask=model.batch.real)
+    batch = replace(model.batch, positions=model.batch.position_ids, mask=model.batch.real)
     wide = {}
     fills = {"ids": 1, "labels": ops.IGNORED, "mask": False, "positions": 0, "types": 0}
     for name, fill in fills.items():
@@ -445,8 +448,10 @@ def the_order_of_heads_is_no_matter(model):
                 arrays[name] = turned(arrays[name], 3 if at == "qkv" else 1)
             if at == "o" and part in ("weight", "A"):
                 arrays[name] = turned(arrays[name].T).T
-    keep = {at: turned(K) if at.endswith(".o") else K for at, K in model.tuning.keep.items()}
-    agree(outcome(replace(model, W=W, tuning=replace(model.tuning, keep=keep))), wanted)
+    keep = {
+        at: turned(K) if at.endswith(".o") else K for at, K in model.tuning.dropout_scale.items()
+    }
+    agree(outcome(replace(model, W=W, tuning=replace(model.tuning, dropout_scale=keep))), wanted)
 
 
 def the_loss_is_the_mean_over_labels_that_count(model):
@@ -502,7 +507,11 @@ def gradients_are_of_what_is_trained_alone(model):
 def nothing_is_changed_in_place(model):
     """Parameters, multipliers and batch keep their bits."""
     batch = [getattr(model.batch, n) for n in ("ids", "labels", "mask", "positions", "types")]
-    arrays = [*model.W.values(), *model.tuning.keep.values(), *(a for a in batch if a is not None)]
+    arrays = [
+        *model.W.values(),
+        *model.tuning.dropout_scale.values(),
+        *(a for a in batch if a is not None),
+    ]
     before = [a.copy() for a in arrays]
     model.loss()[1](1.0)
     assert all(same_bits(a, b) for a, b in zip(arrays, before, strict=True))
@@ -778,7 +787,7 @@ def test_a_loss_of_logits_in_parts_is_that_of_the_projection_as_a_whole(
     rng = np.random.default_rng(1)
     n, x = W["head.weight"].shape[1], rng.standard_normal((W["head.weight"].shape[1], t))
     keep = {"head": 2.0 * (rng.random((n, t)) < 0.5)}
-    tuning = replace(tuning, trained=frozenset(trained), keep=keep)
+    tuning = replace(tuning, trained=frozenset(trained), dropout_scale=keep)
     labels = rng.integers(0, len(W["head.weight"]), t)
     labels[[2, 5]] = ops.IGNORED
     z, back_z = lora.project(x, "head", W, tuning)

@@ -123,7 +123,7 @@ def test_nothing_to_accumulate_and_parts_of_different_models_are_refused():
 def test_micro_batches_accumulate_to_the_gradient_of_the_whole_batch(model):
     labels = model.batch.labels[:, 1:] if model.config.causal else model.batch.labels
     counts = (labels != -100).reshape(len(labels), -1).sum(1)
-    model = replace(model, tuning=replace(model.tuning, keep={}))
+    model = replace(model, tuning=replace(model.tuning, dropout_scale={}))
     parts = []
     for i in np.flatnonzero(counts):
         names = ("ids", "labels", "mask", "positions", "types")

@@ -163,15 +163,15 @@ SURVIVORS = {
     "models": {
         "Config.shapes: ('weight', 'bias') -> ('bias', 'weight')": ORDER,
         "Config.shapes: [*norms, 'norm'] -> ['norm', *norms]": ORDER,
-        "Llama.biased: ('.q', '.k', '.v') -> ('.k', '.q', '.v')": ORDER,
-        "Llama.biased: ('.q', '.k', '.v') -> ('.q', '.v', '.k')": ORDER,
+        "Llama.has_bias: ('.q', '.k', '.v') -> ('.k', '.q', '.v')": ORDER,
+        "Llama.has_bias: ('.q', '.k', '.v') -> ('.q', '.v', '.k')": ORDER,
         (
             "mask_of: _triangle(batch.ids.shape) if batch.mask is None else "
             "causal_mask(batch.real) -> causal_mask(batch.real)"
         ): KEPT,
         (
             "llama: _tables(batch.ids.shape[1], *of) if counted else "
-            "rope_tables(batch.places, *of) -> rope_tables(batch.places, *of)"
+            "rope_tables(batch.position_ids, *of) -> rope_tables(batch.position_ids, *of)"
         ): KEPT,
         (
             "constant: ('layers.', *(f'{at}.' for at in _ABOVE[causal])) -> "

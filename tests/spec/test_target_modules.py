@@ -199,7 +199,7 @@ def test_adapters_stand_beside_the_very_weights_in_their_dtype():
     assert A.dtype == B.dtype == np.float32
     assert A.all()
     assert not B.any()
-    assert not tuning.keep
+    assert not tuning.dropout_scale
 
 
 def test_the_scale_of_each_adapter_follows_from_its_own_rank_and_alpha():
@@ -1239,9 +1239,9 @@ def test_alora_acts_from_the_invocation_on_and_never_without_one():
     never = target_modules.invoked(tuning, IDS, [7])
     assert np.array_equal(ml.logits(ml.Batch(IDS), W, TIED, never)[0], z)
     K = {"layers.0.q": np.full((6, 8), 2.0)}
-    both = target_modules.invoked(replace(tuning, keep=K), IDS, [1])
-    assert np.array_equal(both.keep["layers.0.q"], 2 * np.broadcast_to(on, (6, 8)))
-    assert np.array_equal(both.keep["layers.0.down"], on[None])
+    both = target_modules.invoked(replace(tuning, dropout_scale=K), IDS, [1])
+    assert np.array_equal(both.dropout_scale["layers.0.q"], 2 * np.broadcast_to(on, (6, 8)))
+    assert np.array_equal(both.dropout_scale["layers.0.down"], on[None])
 
 
 @pytest.mark.parametrize(

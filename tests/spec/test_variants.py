@@ -307,7 +307,7 @@ def invoked(seed=0, everywhere=False):
     keep = {
         name: np.broadcast_to(on.reshape(1, -1) * 1.0, (n, on.size)) for name, (_, n) in at.items()
     }
-    tuning = replace(model.tuning, keep=keep)
+    tuning = replace(model.tuning, dropout_scale=keep)
     return replace(model, W=W, tuning=tuning, batch=batch), invocation(ids, tokens)
 
 

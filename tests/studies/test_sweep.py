@@ -28,7 +28,7 @@ from minilora.studies.sweep import (
     table,
 )
 from minilora.training import data
-from minilora.training.gradients import Plan, blas_threads
+from minilora.training.gradients import ExecutionPlan, blas_threads
 from minilora.training.train import Diverged, Refused, TrainConfig, fit, prepare
 
 SETTING = Setting(
@@ -77,7 +77,9 @@ def test_a_cell_is_what_training_does(cell, whole, tmp_path):
     base = open_base(SETTING.model)
     read = data.read(SETTING.data, "lm", base.tokenizer, 512, seed=cell.seed)
     with blas_threads(1):
-        outcome = fit(tmp_path / "alone", prepare(base, read, recipe, SETTING.data), plan=Plan())
+        outcome = fit(
+            tmp_path / "alone", prepare(base, read, recipe, SETTING.data), plan=ExecutionPlan()
+        )
     assert outcome.why == ""
     assert result_of(tmp_path / "alone") == result_of(out / cell.name)
     others = [other for other in CELLS if other != cell]

@@ -35,7 +35,9 @@ def drawn(name, b=2, t=4):
 def columns(batch, start, end):
     """Some of a batch's tokens, in their own places."""
     return Batch(
-        batch.ids[:, start:end], mask=batch.real[:, start:end], positions=batch.places[:, start:end]
+        batch.ids[:, start:end],
+        mask=batch.real[:, start:end],
+        positions=batch.position_ids[:, start:end],
     )
 
 

@@ -13,7 +13,7 @@ from minilora import testing as draw
 from minilora.spec import blocks, models, ops
 from minilora.spec.ops import IGNORED
 from minilora.training import gradients as module
-from minilora.training.gradients import Plan, evaluate, gradients
+from minilora.training.gradients import ExecutionPlan, evaluate, gradients
 
 CONFIGS = {
     "Llama": ml.Llama(vocab=11, d=5, layers=3, heads=4, ffn=7, kv_heads=2, head_dim=2, tied=True),
@@ -29,7 +29,7 @@ def case(name, b=5, t=6):
     return draw.draw_model(CONFIGS[name], np.random.default_rng(0), b, t)
 
 
-def of(model, plan=Plan(), count=None):  # noqa: B008
+def of(model, plan=ExecutionPlan(), count=None):  # noqa: B008
     L, g = gradients(model.batch, model.W, model.config, model.tuning, plan, count)
     return {"loss": np.asarray(L)} | g
 
@@ -51,9 +51,9 @@ def test_groups_add_up_to_the_batch(name, tokens):
     model = case(name)
     L, back = model.loss()
     wanted = {"loss": np.asarray(L)} | back(1.0)
-    agree(of(model, Plan(tokens=tokens)), wanted, groups=5)
+    agree(of(model, ExecutionPlan(tokens=tokens)), wanted, groups=5)
     if tokens == 1000:
-        assert same(of(model, Plan(tokens=tokens)), wanted)
+        assert same(of(model, ExecutionPlan(tokens=tokens)), wanted)
 
 
 def test_groups_that_each_take_their_own_mean_do_not(monkeypatch):
@@ -61,21 +61,21 @@ def test_groups_that_each_take_their_own_mean_do_not(monkeypatch):
     wanted, right = of(model), module.loss
     monkeypatch.setattr(module, "loss", lambda batch, W, c, tuning, n: right(batch, W, c, tuning))
     with pytest.raises(AssertionError):
-        agree(of(model, Plan(tokens=6)), wanted, groups=5)
+        agree(of(model, ExecutionPlan(tokens=6)), wanted, groups=5)
 
 
 @EVERY
 def test_threads_change_no_bit(name):
     model = case(name)
-    wanted = of(model, Plan(tokens=6))
-    assert all(same(of(model, Plan(threads=n, tokens=6)), wanted) for n in (2, 3, 5))
-    assert not same(of(model, Plan(tokens=12)), wanted)
+    wanted = of(model, ExecutionPlan(tokens=6))
+    assert all(same(of(model, ExecutionPlan(threads=n, tokens=6)), wanted) for n in (2, 3, 5))
+    assert not same(of(model, ExecutionPlan(tokens=12)), wanted)
 
 
 @EVERY
 def test_products_on_several_threads_add_up_too(name):
     """One group and two threads: the library may then split the sums otherwise."""
-    agree(of(case(name), Plan(threads=2)), of(case(name)), groups=1)
+    agree(of(case(name), ExecutionPlan(threads=2)), of(case(name)), groups=1)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_products_on_several_threads_add_up_too(name):
 def test_groups_have_so_many_tokens_and_as_many_as_one_another(b, t, d, tokens, sizes, threads):
     ids = np.zeros((b, t), int)
     c = replace(CONFIGS["Llama"], d=d)
-    rows = module.groups(ml.Batch(ids, labels=ids), c, Plan(threads, tokens))
+    rows = module.groups(ml.Batch(ids, labels=ids), c, ExecutionPlan(threads, tokens))
     if d == 128 and threads > 1:
         sizes = [4, 4]  # 2**16 entries, since threads call in turn
     assert [each.stop - each.start for each in rows] == sizes
@@ -115,7 +115,7 @@ def test_the_threads_of_products_are_as_many_as_before():
     with module.blas_threads(1):
         assert set(threads()) == {1}
     assert threads() == before
-    of(case("Llama"), Plan(threads=2, tokens=6))
+    of(case("Llama"), ExecutionPlan(threads=2, tokens=6))
     assert threads() == before
 
 
@@ -125,14 +125,14 @@ def test_an_error_of_one_group_is_the_steps():
     ids[3] = 11
     wrong = replace(model, batch=replace(model.batch, ids=ids))
     with pytest.raises(ValueError, match=r"rows of embed: found .* to 11, expected 0 to 10"):
-        of(wrong, Plan(threads=2, tokens=6))
+        of(wrong, ExecutionPlan(threads=2, tokens=6))
 
 
 @EVERY
 def test_evaluation_is_the_sum_over_labels_that_count(name):
     model = case(name)
-    still = replace(model, tuning=replace(model.tuning, keep={}))
-    nll, n = evaluate(model.batch, model.W, model.config, model.tuning, Plan(tokens=12))
+    still = replace(model, tuning=replace(model.tuning, dropout_scale={}))
+    nll, n = evaluate(model.batch, model.W, model.config, model.tuning, ExecutionPlan(tokens=12))
     L = np.asarray(still.loss()[0])
     assert n == module.counted(model.batch, model.config)
     agree({"loss": nll / n}, {"loss": L}, groups=3)
@@ -145,7 +145,7 @@ def test_a_group_without_labels_adds_nothing():
     labels = model.batch.labels.copy()
     labels[:2] = IGNORED
     model = replace(model, batch=replace(model.batch, labels=labels))
-    agree(of(model, Plan(tokens=6)), of(model), groups=5)
+    agree(of(model, ExecutionPlan(tokens=6)), of(model), groups=5)
     empty = replace(model, batch=replace(model.batch, labels=np.full_like(labels, IGNORED)))
     with pytest.raises(ValueError, match="no label counts in 5 rows; leave this batch out"):
         of(empty)
@@ -177,7 +177,7 @@ def test_products_keep_their_threads_inside_as_many():
 def test_a_plan_without_threads_or_tokens_is_refused(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"{name} is {value}: expected at least 1"):
-        Plan(**wrong)
+        ExecutionPlan(**wrong)
 
 
 def test_memory_is_kept_warm_where_the_library_can(monkeypatch):
@@ -205,9 +205,9 @@ def test_recomputation_changes_no_bit(name, below):
         n for n in model.tuning.trained if re.match(r"layers\.1", n)
     )
     model = replace(model, tuning=replace(model.tuning, trained=names))
-    wanted = of(model, Plan(tokens=12))
+    wanted = of(model, ExecutionPlan(tokens=12))
     assert wanted.keys() == names | {"loss"}
-    assert same(of(model, Plan(tokens=12, recompute=True)), wanted)
+    assert same(of(model, ExecutionPlan(tokens=12, gradient_checkpointing=True)), wanted)
 
 
 def runs_of_blocks(model, **plan):
@@ -221,17 +221,17 @@ def runs_of_blocks(model, **plan):
     with pytest.MonkeyPatch.context() as patch:
         right = blocks.normalise
         patch.setattr(blocks, "normalise", counting)
-        of(model, Plan(**plan))
+        of(model, ExecutionPlan(**plan))
     return [runs.count(f"layers.{i}.norm1") for i in range(model.config.layers)]
 
 
 def test_recomputation_runs_what_is_trained_twice_and_what_is_constant_once():
     model = case("Llama")
     assert runs_of_blocks(model) == [1, 1, 1]
-    assert runs_of_blocks(model, recompute=True) == [2, 2, 2]
+    assert runs_of_blocks(model, gradient_checkpointing=True) == [2, 2, 2]
     upper = frozenset(n for n in model.tuning.trained if not n.startswith("layers.0"))
     model = replace(model, tuning=replace(model.tuning, trained=upper))
-    assert runs_of_blocks(model, recompute=True) == [1, 2, 2]
+    assert runs_of_blocks(model, gradient_checkpointing=True) == [1, 2, 2]
 
 
 def test_below_constant_blocks_dx_is_zero():
@@ -352,15 +352,22 @@ def test_queries_in_blocks_attend_to_the_same(name, monkeypatch):
 
 def dropping(model, step=3, p=0.25, seed=1):
     keep = module.drawn_dropout(seed, step, p, model.batch, model.config, model.tuning, float)
-    return replace(model, tuning=replace(model.tuning, keep=keep))
+    return replace(model, tuning=replace(model.tuning, dropout_scale=keep))
 
 
 @EVERY
 def test_drawn_masks_are_those_of_their_sequences_however_the_batch_is_cut(name):
     model = dropping(case(name))
-    held = replace(model, tuning=replace(model.tuning, keep=dict(model.tuning.keep)))
-    assert held.tuning.keep.keys() == {at for at in model.tuning.scale if at != "embed"}
-    for plan in (Plan(), Plan(tokens=12), Plan(tokens=6, threads=2), Plan(recompute=True)):
+    held = replace(
+        model, tuning=replace(model.tuning, dropout_scale=dict(model.tuning.dropout_scale))
+    )
+    assert held.tuning.dropout_scale.keys() == {at for at in model.tuning.scale if at != "embed"}
+    for plan in (
+        ExecutionPlan(),
+        ExecutionPlan(tokens=12),
+        ExecutionPlan(tokens=6, threads=2),
+        ExecutionPlan(gradient_checkpointing=True),
+    ):
         assert same(of(model, plan), of(held, plan))
     for other in (dropping(model, step=4), dropping(model, seed=2), dropping(model, p=0.26)):
         assert not same(of(other), of(model))
@@ -368,7 +375,7 @@ def test_drawn_masks_are_those_of_their_sequences_however_the_batch_is_cut(name)
 
 def test_masks_keep_their_share_and_differ_between_rows_modules_and_steps():
     model = case("Llama", b=40, t=50)
-    p, keep = 0.25, dropping(model).tuning.keep
+    p, keep = 0.25, dropping(model).tuning.dropout_scale
     for K in (keep["layers.0.q"], keep["layers.2.down"]):
         assert set(np.unique(K)) == {0, 1 / (1 - p)}
         share = (K > 0).mean()
@@ -377,7 +384,7 @@ def test_masks_keep_their_share_and_differ_between_rows_modules_and_steps():
         keep["layers.0.q"][:, :50],
         keep["layers.0.q"][:, 50:100],
         keep["layers.0.k"][:, :50],
-        dropping(model, step=4).tuning.keep["layers.0.q"][:, :50],
+        dropping(model, step=4).tuning.dropout_scale["layers.0.q"][:, :50],
     )
     assert not any(np.array_equal(one, other) for other in others)
     assert module.drawn_dropout(0, 0, 0.0, model.batch, model.config, model.tuning, float) == {}
@@ -400,10 +407,10 @@ def test_what_is_free_is_released_where_activations_are_recomputed(monkeypatch):
     monkeypatch.setattr(module.ctypes, "CDLL", lambda name: Library)
     of(case("Llama"))
     assert trims == []
-    of(case("Llama"), Plan(recompute=True))
+    of(case("Llama"), ExecutionPlan(gradient_checkpointing=True))
     assert trims == [0]
     monkeypatch.setattr(module.ctypes, "CDLL", lambda name: object())
-    of(case("Llama"), Plan(recompute=True))
+    of(case("Llama"), ExecutionPlan(gradient_checkpointing=True))
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -28,7 +28,7 @@ from minilora.spec.quantization import dequantise, quantise
 from minilora.spec.variants import REGISTRY
 from minilora.training import checkpoints, data, evaluate, train
 from minilora.training.checkpoints import State
-from minilora.training.gradients import Plan
+from minilora.training.gradients import ExecutionPlan
 from minilora.training.train import (
     Diverged,
     TrainConfig,
@@ -40,7 +40,7 @@ from minilora.training.train import (
 )
 
 ROOT = Path(__file__).parents[2]
-PLAN = Plan()
+PLAN = ExecutionPlan()
 QUICK = TrainConfig(
     learning_rate=0.01, max_steps=6, batch_tokens=128, gradient_accumulation_steps=2, dropout=0.1
 )

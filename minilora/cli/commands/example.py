@@ -31,14 +31,14 @@ def add(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from minilora.studies import examples
-    from minilora.training.gradients import Plan, warm_memory
+    from minilora.training.gradients import ExecutionPlan, warm_memory
 
     given: dict[str, Any] = {"quick": arguments.quick, "seed": arguments.seed}
     given["tell"] = lambda text: say(text + "\n")
     threads, out = arguments.threads, arguments.output
     if arguments.example == "summaries" and arguments.archive:
         raise ValueError("--archive: only sentiment takes it")
-    plan = Plan(threads, recompute=arguments.example == "summaries")
+    plan = ExecutionPlan(threads, gradient_checkpointing=arguments.example == "summaries")
     with sigterm_interrupts(), steps_bar() as bar:
         if arguments.example == "sentiment":
             warm_memory()

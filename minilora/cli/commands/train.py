@@ -212,7 +212,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from minilora.io.loading import open_base
     from minilora.training import data
-    from minilora.training.gradients import Plan, warm_memory
+    from minilora.training.gradients import ExecutionPlan, warm_memory
     from minilora.training.train import fit, micro_batches, plot, prepare
 
     at_least(arguments, **LEAST)
@@ -222,7 +222,9 @@ def _run(arguments: argparse.Namespace) -> int:
     base = open_base(name, dtype, quantised=arguments.gradient_checkpointing)
     path, task = data_of(base, arguments.data, arguments.task)
     recipe = recipe_of(arguments, task)
-    plan = Plan(threads=arguments.threads, recompute=arguments.gradient_checkpointing)
+    plan = ExecutionPlan(
+        threads=arguments.threads, gradient_checkpointing=arguments.gradient_checkpointing
+    )
     given: dict[str, Any] = {
         "train_on_prompt": arguments.train_on_prompt,
         "val_fraction": arguments.val_fraction,

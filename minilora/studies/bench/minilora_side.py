@@ -18,7 +18,13 @@ from minilora.spec.optim import AdamState, adamw
 from minilora.spec.quantization import from_gguf
 from minilora.studies.bench.cases import NEW, PROMPT, RATE
 from minilora.training.generate import generate
-from minilora.training.gradients import Plan, blas_threads, evaluate, gradients, warm_memory
+from minilora.training.gradients import (
+    ExecutionPlan,
+    blas_threads,
+    evaluate,
+    gradients,
+    warm_memory,
+)
 
 
 def products_of() -> str:
@@ -48,7 +54,7 @@ class MiniloraSide:
     ) -> None:
         warm_memory()
         at = Path(folder)
-        self.plan = Plan(threads, group_tokens, gradient_checkpointing)
+        self.plan = ExecutionPlan(threads, group_tokens, gradient_checkpointing)
         self.c = read_config(at / "model")
         self.W: Any = _quantised(at) if quantised else read_model(at / "model")[1]
         self.params, self.tuning = read_adapter(at / "adapter", self.c)

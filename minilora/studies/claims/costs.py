@@ -16,7 +16,7 @@ from minilora.spec.models import Batch, logits, loss
 from minilora.spec.ops import Array
 from minilora.studies.claims.study import Side, Study, job_of, sides_of, size, studied_model
 from minilora.training.checkpoints import State
-from minilora.training.gradients import Plan, blas_threads
+from minilora.training.gradients import ExecutionPlan, blas_threads
 from minilora.training.train import Job, batches_of, run, write_result
 
 
@@ -100,7 +100,7 @@ def memory_of(job: Job, batch: Batch) -> dict[str, int]:
 def inference_of(job: Job, batch: Batch) -> tuple[tuple[int, int, int], int]:
     """``Cost.forward`` and ``Cost.other``, with an adapter whose B is not zero."""
     c, base = job.base.config, {name: np.asarray(w) for name, w in job.base.weights.items()}
-    still = replace(job.tuning, trained=frozenset(), keep={})
+    still = replace(job.tuning, trained=frozenset(), dropout_scale={})
     rng = np.random.default_rng(0)
     moved = {
         name: w + np.asarray(0.01 * rng.standard_normal(w.shape), w.dtype)
@@ -132,7 +132,15 @@ def inference_of(job: Job, batch: Batch) -> tuple[tuple[int, int, int], int]:
 def timed(jobs: Sequence[Job], rounds: int) -> list[list[float]]:
     """The seconds of each job's steps, in turn, after one to warm up."""
     following = [
-        run(State(j.start), j.weights({}), j.base.config, j.tuning, j.data.train, j.recipe, Plan())
+        run(
+            State(j.start),
+            j.weights({}),
+            j.base.config,
+            j.tuning,
+            j.data.train,
+            j.recipe,
+            ExecutionPlan(),
+        )
         for j in jobs
     ]
     taken: list[list[float]] = [[] for _ in jobs]

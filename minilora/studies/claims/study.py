@@ -21,7 +21,7 @@ from minilora.training import evaluate
 from minilora.training.checkpoints import State
 from minilora.training.data import BUILT_IN, Data, Example, read
 from minilora.training.generate import Sampling, generate
-from minilora.training.gradients import Plan
+from minilora.training.gradients import ExecutionPlan
 from minilora.training.train import Diverged, Job, TrainConfig, batches_of, prepare, run
 
 ATTENTION = ("q", "k", "v", "qkv", "o")
@@ -268,7 +268,7 @@ def _real(base: Base, study: Study, seed: int, own: Text) -> StudiedModel:
         return divergence(base_states(), base.weights, reached, W, tuning, study.length)
 
     def second(W: Params, tuning: TrainableSpec) -> float:
-        return evaluate.mean_loss(held, W, c, tuning, Plan(tokens=EVALUATED)).loss
+        return evaluate.mean_loss(held, W, c, tuning, ExecutionPlan(tokens=EVALUATED)).loss
 
     return StudiedModel(base, data, "pydoc_data.topics", first, second)
 
@@ -314,7 +314,7 @@ def own_texts(base: Base, study: Study) -> list[Text]:
 
 def states(batch: Batch, W: Params, c: Config, tuning: TrainableSpec) -> Array:
     """What the head makes logits of. Shapes: ids (b, t) -> (d, b*t)."""
-    still = replace(tuning, trained=frozenset(), keep={})
+    still = replace(tuning, trained=frozenset(), dropout_scale={})
     return logits(batch, W, c, still, lambda x, at, W, tuning: (x, lambda dx: None))[0]
 
 
@@ -329,7 +329,7 @@ def divergence(
 
     Shapes: h0 (d, b*length), h (d, b*length).
     """
-    still, sums = replace(tuning, trained=frozenset(), keep={}), []
+    still, sums = replace(tuning, trained=frozenset(), dropout_scale={}), []
     contexts = np.flatnonzero(np.arange(h.shape[1]) % length < length - 1)
     for start in range(0, len(contexts), evaluate.COLUMNS):
         at = contexts[start : start + evaluate.COLUMNS]
@@ -354,7 +354,7 @@ def follow(asked: Asked) -> Course:
     state, why, valid = State(job.start), "", math.inf
     try:
         for after, _ in run(
-            state, job.weights({}), c, job.tuning, job.data.train, job.recipe, Plan()
+            state, job.weights({}), c, job.tuning, job.data.train, job.recipe, ExecutionPlan()
         ):
             state = after
             if state.step in study.looks:
@@ -364,7 +364,7 @@ def follow(asked: Asked) -> Course:
                 )
         held = batches_of(job.data.valid, EVALUATED, 0)
         W = job.weights(state.params)
-        valid = evaluate.mean_loss(held, W, c, job.tuning, Plan(tokens=EVALUATED)).loss
+        valid = evaluate.mean_loss(held, W, c, job.tuning, ExecutionPlan(tokens=EVALUATED)).loss
     except Diverged as error:
         why = str(error)
     return Course(asked.model, asked.side, asked.lr, asked.seed, tuple(looks), valid, why)

@@ -284,7 +284,7 @@ def parts_of(
         if p and rng is not None:
             shapes = {at: n for at, n in c.inputs(*batch.ids.shape).items() if at in tuning.scale}
             keep = draw_dropout(rng, p, shapes, W["embed.weight"].dtype)
-            tuning = replace(tuning, keep=keep)
+            tuning = replace(tuning, dropout_scale=keep)
         _, back = loss(batch, W, c, tuning)
         parts.append((count, back(1.0)))
     return parts

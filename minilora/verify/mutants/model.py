@@ -436,7 +436,12 @@ BLOCK = (
         (
             "positions-of-real",
             "positions counted from the first real token",
-            model(gpt2=("batch.places.ravel()", "np.maximum(batch.real.cumsum(1) - 1, 0).ravel()")),
+            model(
+                gpt2=(
+                    "batch.position_ids.ravel()",
+                    "np.maximum(batch.real.cumsum(1) - 1, 0).ravel()",
+                )
+            ),
         ),
         (
             "no-bias",
@@ -452,8 +457,9 @@ BLOCK = (
             "positions counted so that the last column has the last of all",
             model(
                 gpt2=(
-                    "batch.places.ravel()",
-                    "(batch.places.ravel() - batch.ids.shape[1]) % len(W['positions.weight'])",
+                    "batch.position_ids.ravel()",
+                    "(batch.position_ids.ravel() - batch.ids.shape[1])"
+                    " % len(W['positions.weight'])",
                 )
             ),
         ),
@@ -945,7 +951,8 @@ SAME = equivalents(
         "positions counted from the first real token, with RoPE",
         model(
             llama=(
-                "_tables(batch.ids.shape[1], *of) if counted else rope_tables(batch.places, *of)",
+                "_tables(batch.ids.shape[1], *of) if counted"
+                " else rope_tables(batch.position_ids, *of)",
                 "rope_tables(np.maximum(batch.real.cumsum(1) - 1, 0), *of)",
             )
         ),

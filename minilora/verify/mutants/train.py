@@ -83,7 +83,7 @@ class Trainer(Plain):
             shapes = {at: n for at, n in c.inputs(*batch.ids.shape).items() if at in tuning.scale}
             dtype = next(iter(W.values())).dtype
             keep = draw_dropout(self.rng, self.dropout, shapes, dtype)
-            tuning = replace(tuning, keep=keep)
+            tuning = replace(tuning, dropout_scale=keep)
         _, back = loss(batch, W, c, tuning)
         return self.counted(batch, c), self.flown(back(1.0), W)
 
