@@ -33,7 +33,7 @@ def crossed(norms, greatest):
     return min(norms) < greatest < max(norms)
 
 
-@pytest.mark.parametrize(("kind", "seeds"), [("clip", SEEDS), ("together", [0])])
+@pytest.mark.parametrize(("kind", "seeds"), [("clip", SEEDS), ("combined", [0])])
 def test_clipping_is_crossed_in_both_directions(kind, seeds):
     for seed in seeds:
         of, steps = train.drawn(kind, 0, seed)
@@ -45,7 +45,7 @@ def test_clipping_is_crossed_in_both_directions(kind, seeds):
 
 def test_micro_batches_have_unequal_counts_and_every_batch_has_all_kinds_of_labels():
     for seed in SEEDS:
-        of, steps = train.drawn("accumulate", 0, seed)
+        of, steps = train.drawn("gradient-accumulation", 0, seed)
         unequal = []
         steps = [[*step] for step in steps]  # the case's own are kept
         silent = steps[train.SILENT].pop(1)
@@ -86,7 +86,7 @@ def test_prompts_are_ignored_and_answers_have_more_than_one_token():
 
 
 def test_what_is_trained_of_the_base_is_another_in_the_models_folder(tmp_path):
-    of, _ = train.drawn("decay", 0, 0)
+    of, _ = train.drawn("weight-decay", 0, 0)
     base, _ = of.write(tmp_path, "float64")
     _, W = read_model(base)
     for name, array in W.items():
@@ -306,12 +306,12 @@ def test_what_a_layer_refuses_is_said():
 
 
 def test_a_micro_batch_in_which_no_label_counts_is_worth_nothing(tmp_path):
-    of, steps = train.drawn("accumulate", 0, 0)
+    of, steps = train.drawn("gradient-accumulation", 0, 0)
     folders = tuple(map(str, of.write(tmp_path, "float64")))
     given = [[as_dict(batch) for batch in step] for step in steps]
     silent = given[0][0] | {"labels": np.full_like(given[0][0]["labels"], IGNORED)}
     more = [[silent, *step, silent] for step in given]
-    settings = train.settings_of("accumulate", 0, 0)
+    settings = train.settings_of("gradient-accumulation", 0, 0)
     for one, other in zip(
         *(Own().train(*folders, each, settings) for each in (given, more)), strict=True
     ):
