@@ -21,7 +21,7 @@ from reproducible_math import portable
 from safetensors.numpy import load_file, save
 
 from minilora import __version__
-from minilora.io.formats.files import pack_json, read_json, write_files
+from minilora.io.files import pack_json, read_json, write_files
 from minilora.io.formats.huggingface import read_model, tensor_names, write_model
 from minilora.io.formats.peft import adapter_names, read_adapter, write_adapter
 from minilora.io.formats.tokenizers import WordTokenizer

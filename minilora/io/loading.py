@@ -16,8 +16,8 @@ from typing import Any, cast
 import numpy as np
 
 from minilora.io import reference_models
+from minilora.io.files import FormatError, listed, pack_json, read_json, write_files
 from minilora.io.formats import gguf, glassllm, mlx, peft
-from minilora.io.formats.files import FormatError, listed, pack_json, read_json, write_files
 from minilora.io.formats.huggingface import (
     generation_settings,
     read_encoder,

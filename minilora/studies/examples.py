@@ -22,7 +22,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from minilora import __version__
-from minilora.io.formats.files import FormatError, listed, pack_json, read_json, write_files
+from minilora.io.files import FormatError, listed, pack_json, read_json, write_files
 from minilora.io.loading import (
     MANIFEST,
     Base,

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from minilora import __version__
-from minilora.io.formats.files import FormatError, pack_json, read_json, write_files
+from minilora.io.files import FormatError, pack_json, read_json, write_files
 from minilora.io.loading import MANIFEST, Base, open_base
 from minilora.training import data, evaluate
 from minilora.training.data import Data

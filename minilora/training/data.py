@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora.io import synthetic_data
-from minilora.io.formats.files import FormatError, listed, parse_json
+from minilora.io.files import FormatError, listed, parse_json
 from minilora.io.formats.tokenizers import Tokenizer
 from minilora.spec.models import Batch
 from minilora.spec.ops import IGNORED, Array

@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 
 from minilora import __version__
-from minilora.io.formats import huggingface, peft
-from minilora.io.formats.files import (
+from minilora.io.files import (
     FormatError,
     listed,
     make_folder,
@@ -32,6 +31,7 @@ from minilora.io.formats.files import (
     remove_empty,
     write_files,
 )
+from minilora.io.formats import huggingface, peft
 from minilora.io.loading import (
     BASE_FOLDER,
     MANIFEST,

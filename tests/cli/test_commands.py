@@ -23,8 +23,7 @@ from minilora.cli.commands.inspect import runtimes
 from minilora.cli.commands.train import targets_of
 from minilora.cli.main import main
 from minilora.io import reference_models
-from minilora.io.formats import huggingface, mlx, peft
-from minilora.io.formats.files import (
+from minilora.io.files import (
     FormatError,
     pack_json,
     read_json,
@@ -32,6 +31,7 @@ from minilora.io.formats.files import (
     write_files,
     write_tensors,
 )
+from minilora.io.formats import huggingface, mlx, peft
 from minilora.io.loading import (
     adapter_format,
     class_names,

@@ -18,8 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save, save_file
 
-from minilora.io.formats import huggingface, peft
-from minilora.io.formats.files import (
+from minilora.io.files import (
     FormatError,
     check_settings,
     listed,
@@ -29,6 +28,7 @@ from minilora.io.formats.files import (
     write_files,
     write_tensors,
 )
+from minilora.io.formats import huggingface, peft
 from minilora.io.formats.huggingface import (
     config_to_json,
     read_config,

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from minilora.io.files import FormatError, read_json
 from minilora.io.formats import kohya, loralib, mlx, peft
 from minilora.io.formats.factors import (
     alpha_of,
@@ -22,7 +23,6 @@ from minilora.io.formats.factors import (
     config_from_factors,
     parameter_shapes,
 )
-from minilora.io.formats.files import FormatError, read_json
 from minilora.io.formats.huggingface import module_paths, write_model
 from minilora.spec.layers import Geometry, adapted_conv
 from minilora.spec.lora import (

@@ -23,9 +23,9 @@ from calculus import record_worst, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minilora.io.files import FormatError
 from minilora.io.formats import huggingface
 from minilora.io.formats.factors import parameter_shapes
-from minilora.io.formats.files import FormatError
 from minilora.io.formats.huggingface import tensor_names, write_model
 from minilora.io.loading import copy_tokenizer, open_base
 from minilora.spec import blocks

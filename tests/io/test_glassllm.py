@@ -11,8 +11,8 @@ import pytest
 from calculus import record_worst, same_bits
 
 from minilora.cli.main import main
+from minilora.io.files import FormatError
 from minilora.io.formats import glassllm
-from minilora.io.formats.files import FormatError
 from minilora.io.loading import copy_tokenizer, open_adapted, open_base, package_model
 from minilora.spec.lora import TrainableSpec
 from minilora.spec.models import Batch, Llama, draw_weights, logits

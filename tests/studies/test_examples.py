@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from minilora.cli.main import main
 from minilora.io import loading, reference_models, synthetic_data
-from minilora.io.formats.files import FormatError, read_json
+from minilora.io.files import FormatError, read_json
 from minilora.io.loading import open_base
 from minilora.spec.ops import cross_entropy, linear
 from minilora.studies import examples

@@ -13,7 +13,7 @@ import pytest
 
 from minilora.cli.console import INTERRUPTED
 from minilora.cli.main import main
-from minilora.io.formats.files import FormatError
+from minilora.io.files import FormatError
 from minilora.io.loading import open_base
 from minilora.studies import sweep
 from minilora.studies.sweep import (

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 import minilora as ml
 from minilora.io import reference_models
-from minilora.io.formats.files import FormatError, read_tensors, write_tensors
+from minilora.io.files import FormatError, read_tensors, write_tensors
 from minilora.io.formats.huggingface import read_model
 from minilora.io.loading import open_adapted, open_base, open_base_of
 from minilora.spec import optim, target_modules

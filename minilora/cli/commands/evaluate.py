@@ -50,7 +50,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from minilora.cli.commands.train import data_of
-    from minilora.io.formats.files import NOT_FINITE, FormatError, pack_json, write_files
+    from minilora.io.files import NOT_FINITE, FormatError, pack_json, write_files
     from minilora.io.loading import class_names, run_of
     from minilora.training import data
     from minilora.training.evaluate import measure

@@ -96,7 +96,7 @@ def runtimes(model: Any) -> list[str]:
     from pathlib import Path
 
     from minilora.cli.commands.convert import write
-    from minilora.io.formats.files import FormatError
+    from minilora.io.files import FormatError
 
     scales = sorted({f"{s:g}" for s in model.tuning.scale.values()})
     does = {

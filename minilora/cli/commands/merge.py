@@ -27,7 +27,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from pathlib import Path
 
-    from minilora.io.formats.files import FormatError, listed
+    from minilora.io.files import FormatError, listed
     from minilora.io.formats.huggingface import write_model
     from minilora.io.loading import check_output, class_names, copy_tokenizer, door
     from minilora.spec.lora import merge
@@ -73,7 +73,7 @@ def merged_config(c: Any, merged: Any) -> Any:
     """
     from dataclasses import replace
 
-    from minilora.io.formats.files import listed
+    from minilora.io.files import listed
     from minilora.spec.models import Llama, ties_head
 
     if isinstance(c, Llama) and ties_head(c) and "head.weight" in merged:

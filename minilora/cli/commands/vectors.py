@@ -45,7 +45,7 @@ def add(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from minilora.io.formats.files import FormatError
+    from minilora.io.files import FormatError
     from minilora.verify.vectors.vectors import vectors, write
 
     if arguments.words[0] == "check":

@@ -22,8 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from minilora.io.formats.factors import check_factors, file_name, parameter_shapes
-from minilora.io.formats.files import (
+from minilora.io.files import (
     NOT_FINITE,
     FormatError,
     check_finite,
@@ -32,6 +31,7 @@ from minilora.io.formats.files import (
     to_dtype,
     to_narrow_dtype,
 )
+from minilora.io.formats.factors import check_factors, file_name, parameter_shapes
 from minilora.io.formats.huggingface import ARCHITECTURES, architecture_of, module_paths
 from minilora.io.formats.tokenizers import LibraryTokenizer, missing_library
 from minilora.io.lazy_weights import Expanded

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.io.formats.files import (
+from minilora.io.files import (
     NOT_FINITE,
     WEIGHT_DTYPES,
     FormatError,

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.io.formats.files import (
+from minilora.io.files import (
     FormatError,
     check_settings,
     listed,

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from minilora.io.files import FormatError, listed, read_tensors, to_dtype, write_tensors
 from minilora.io.formats.factors import check_factors, parameter_shapes
-from minilora.io.formats.files import FormatError, listed, read_tensors, to_dtype, write_tensors
 from minilora.io.formats.huggingface import architecture_of, module_paths, to_internal
 from minilora.spec.lora import LORA, TABLES, TrainableSpec, Weights, scale
 from minilora.spec.models import Config

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.io.formats.files import (
+from minilora.io.files import (
     NOT_FINITE,
     FormatError,
     check_finite,

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.io.formats.factors import check_factors, file_name, parameter_shapes
-from minilora.io.formats.files import (
+from minilora.io.files import (
     FormatError,
     check_settings,
     listed,
@@ -29,6 +28,7 @@ from minilora.io.formats.files import (
     to_narrow_dtype,
     write_files,
 )
+from minilora.io.formats.factors import check_factors, file_name, parameter_shapes
 from minilora.io.formats.huggingface import module_paths, to_file_layout, to_internal
 from minilora.spec.lora import LORA, TABLES, TrainableSpec, Variant, Weights, adapted_in, twin
 from minilora.spec.models import Bert, Config, ties_head

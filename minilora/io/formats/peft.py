@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from minilora.io.formats.files import (
+from minilora.io.files import (
     FormatError,
     check_settings,
     listed,

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from minilora.io.formats.files import FormatError, listed, read_json
+from minilora.io.files import FormatError, listed, read_json
 from minilora.io.synthetic_data import END, PAD, SPECIAL, START, Task
 
 EXTRA = "python -m pip install 'minilora[text]'"

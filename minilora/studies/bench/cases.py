@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from minilora.io.files import write_tensors
 from minilora.io.formats import huggingface, peft
-from minilora.io.formats.files import write_tensors
 from minilora.spec.models import FIRST, Config, Llama, draw_weights
 from minilora.spec.quantization import gguf_bytes, quantise
 from minilora.spec.target_modules import LoraConfig, inject

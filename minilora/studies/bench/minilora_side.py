@@ -9,7 +9,7 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 from minilora import __version__
-from minilora.io.formats.files import read_tensors
+from minilora.io.files import read_tensors
 from minilora.io.formats.huggingface import read_config, read_model
 from minilora.io.formats.peft import read_adapter
 from minilora.io.lazy_weights import Expanded, OnDemand

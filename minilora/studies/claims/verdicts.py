@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 
 from scipy.stats import t as student
 
-from minilora.io.formats.files import pack_json
+from minilora.io.files import pack_json
 from minilora.studies.claims.costs import Cost
 from minilora.studies.claims.results import Results
 from minilora.studies.claims.study import FULL, HELD, OWN, Course, Side

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 import minilora
-from minilora.io.formats.files import (
+from minilora.io.files import (
     pack_json,
     read_json,
     read_tensors,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.io.formats.files import pack_json, read_json, read_tensors, write_files, write_tensors
+from minilora.io.files import pack_json, read_json, read_tensors, write_files, write_tensors
 from minilora.io.formats.peft import CONFIG, WEIGHTS
 from minilora.verify.implementation.minilora_impl import Own
 from minilora.verify.mutants.mutant import Mutant, equivalents, family

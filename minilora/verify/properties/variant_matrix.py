@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.io.formats.files import read_tensors, write_tensors
+from minilora.io.files import read_tensors, write_tensors
 from minilora.io.formats.layouts import from_tensors, refusal, to_tensors
 from minilora.spec.variants import REGISTRY
 from minilora.verify.properties.laws import KINDS, LAWS, Case, derivative_error, draw_case, holds

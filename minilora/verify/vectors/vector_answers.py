@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from minilora.io.formats.files import FormatError, pack, pack_json, read_json
+from minilora.io.files import FormatError, pack, pack_json, read_json
 from minilora.verify import engine
 from minilora.verify.core.types import Case, Check, Comparison, Diagnosis, Limits
 from minilora.verify.diagnosis.diagnose import Direct, answers, candidates

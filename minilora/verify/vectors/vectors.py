@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from minilora.io import reference_models
-from minilora.io.formats.files import (
+from minilora.io.files import (
     FormatError,
     pack,
     pack_json,

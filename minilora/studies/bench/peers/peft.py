@@ -6,7 +6,7 @@ import peft
 import torch
 import transformers
 
-from minilora.io.formats.files import read_tensors
+from minilora.io.files import read_tensors
 from minilora.studies.bench.cases import NEW, PROMPT, RATE
 from minilora.training.gradients import warm_memory
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from minilora.io.formats.files import read_tensors
+from minilora.io.files import read_tensors
 from minilora.io.formats.huggingface import read_model
 from minilora.io.formats.peft import read_adapter
 from minilora.spec.models import Llama
