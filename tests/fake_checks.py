@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.types import Case, Check, Comparison
-from minilora.verify.implementation.contract import DTYPES, GuardedImplementation
+from minilora.verify.implementation.guard import GuardedImplementation
 
 ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 ALPHA, RANK = 7, 3

@@ -241,7 +241,7 @@ def answer(command: str, run: Callable[[argparse.Namespace], int]) -> Any:
 def _not_loaded() -> tuple[type[Exception], ...]:
     """What `NOT_LOADED` stands for: looked up once there is an error, as the oracle takes long."""
     from minilora.io.files import FormatError
-    from minilora.verify.implementation.contract import LoadError
+    from minilora.verify.core.errors import LoadError
 
     return FormatError, ImportError, LoadError
 

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from minilora.verify.core.errors import Fault, LoadError, Skip, UsageError
 from minilora.verify.core.types import Case, Check, Comparison, Limits
-from minilora.verify.engine import Interrupted, Progress, UsageError, run
-from minilora.verify.implementation.contract import (
-    TIME_LIMIT,
-    Fault,
-    GuardedImplementation,
-    LoadError,
-    Skip,
-    resolve,
-)
-from minilora.verify.implementation.contract import load as load_target
+from minilora.verify.engine import Interrupted, Progress, run
+from minilora.verify.implementation.contract import TIME_LIMIT
+from minilora.verify.implementation.guard import GuardedImplementation
+from minilora.verify.loading import load as load_target
+from minilora.verify.loading import resolve
 from minilora.verify.report.report import Report, Result
 
 if TYPE_CHECKING:

@@ -15,18 +15,12 @@ from math import comb, inf
 from time import perf_counter
 from typing import Any
 
+from minilora.verify.core.dtypes import DTYPES
+from minilora.verify.core.errors import Fault, Skip, UsageError, describe, near, tidy
 from minilora.verify.core.types import STRUCTURE, Case, Check, Comparison, Diagnosis, Judgement
 from minilora.verify.diagnosis.diagnose import agree, answers
-from minilora.verify.implementation.contract import (
-    DTYPES,
-    TIME_LIMIT,
-    Fault,
-    GuardedImplementation,
-    Skip,
-    describe,
-    near,
-    tidy,
-)
+from minilora.verify.implementation.contract import TIME_LIMIT
+from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.report.report import UNSEEN, FaultSeen, Known, Report, Result
 
 PROFILES = ("quick", "ci", "nightly")
@@ -49,10 +43,6 @@ wrong in the first is mostly wrong in the others, and to say it again would take
 
 Progress = Callable[[str, int, int], None]
 """Called before each case with its id, the number of cases behind it and the number of all."""
-
-
-class UsageError(ValueError):
-    """A level, dtype, profile, case or file that does not exist; the message says what does."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -16,14 +16,10 @@ from typing import Any
 import pytest
 
 from minilora.verify import engine
+from minilora.verify.core.errors import LoadError, UsageError
 from minilora.verify.core.types import Check
-from minilora.verify.implementation.contract import (
-    OWN,
-    GuardedImplementation,
-    LoadError,
-    load,
-    resolve,
-)
+from minilora.verify.implementation.guard import GuardedImplementation
+from minilora.verify.loading import OWN, load, resolve
 from minilora.verify.report.report import Known, Report, block
 
 _SEARCHED: Counter[str] = Counter()
@@ -161,6 +157,6 @@ def from_options(config: pytest.Config) -> tuple[object, dict[str, Any]]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a library's warning at import is not a verdict
                 config.stash[_OPTIONS] = load(target or OWN), options
-        except (LoadError, engine.UsageError) as error:
+        except (LoadError, UsageError) as error:
             raise pytest.UsageError(f"--minilora-implementation: {error}") from None
     return config.stash[_OPTIONS]

@@ -22,15 +22,12 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from minilora.verify import engine
+from minilora.verify.core.dtypes import DTYPES
+from minilora.verify.core.errors import Fault, Skip, UsageError
 from minilora.verify.core.types import STRUCTURE, Case, Check
 from minilora.verify.diagnosis.diagnose import Direct, has_diagnosis
-from minilora.verify.implementation.contract import (
-    DTYPES,
-    METHODS,
-    Fault,
-    GuardedImplementation,
-    Skip,
-)
+from minilora.verify.implementation.contract import METHODS
+from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.mutants import MUTANTS, Mutant
 from minilora.verify.report.report import WIDTH
 
@@ -415,7 +412,7 @@ def selftest(
 
     ``cases`` counts the cases of right implementations in each dtype. With ``quick``, one
     mutant of each class and fewer cases. ``jobs`` processes share the work; what is found is
-    the same for any number of them. Raises engine.UsageError.
+    the same for any number of them. Raises UsageError.
     """
     started = perf_counter()
     every = list(_checks().values())
@@ -424,7 +421,7 @@ def selftest(
     dtypes = [dtype for dtype in DTYPES if not dtypes or dtype in dtypes]
     cases = (FEW_CASES if quick else CASES) if cases is None else cases
     if cases < 0 or jobs < 1:
-        raise engine.UsageError(f"{cases} cases by {jobs} processes; expected 0 and 1 at least")
+        raise UsageError(f"{cases} cases by {jobs} processes; expected 0 and 1 at least")
     wrong = [m for m in MUTANTS if m.level in levels and not m.equivalent]
     wrong = share(wrong, seed) if quick else wrong
     rounds = {dtype: list(_rounds(levels, dtype, cases)) for dtype in dtypes}

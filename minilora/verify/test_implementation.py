@@ -2,7 +2,7 @@
 
 import pytest
 
-from minilora.verify.engine import UsageError
+from minilora.verify.core.errors import UsageError
 from minilora.verify.pytest_suite import OneCheck, each, from_options
 
 

@@ -35,9 +35,9 @@ from minilora.spec.quantization import dequantise, quantise
 from minilora.spec.target_modules import LoraConfig, inject
 from minilora.spec.variants import DORA
 from minilora.testing import configurations
+from minilora.verify.core.dtypes import Precision
 from minilora.verify.core.tolerance import Noisy, noisy, spread, unit_roundoff
 from minilora.verify.core.types import MONTE_CARLO, Comparison
-from minilora.verify.implementation.contract import Precision
 
 gguf = pytest.importorskip("gguf", reason="GGUF needs it: pip install 'minilora[gguf]'")
 door = pytest.importorskip("minilora.io.formats.gguf")

@@ -19,9 +19,9 @@ from minilora.io import reference_models
 from minilora.io.formats.huggingface import read_model
 from minilora.io.synthetic_data import TASKS, draw_batch, expected_loss, task
 from minilora.spec.lora import TrainableSpec, disable
+from minilora.verify.core.dtypes import Precision
 from minilora.verify.core.tolerance import Rounding, noisy, spread
 from minilora.verify.core.types import MONTE_CARLO
-from minilora.verify.implementation.contract import Precision
 
 FOLDER = reference_models.folder()
 SCRIPT = FOLDER / "build.py"

@@ -26,9 +26,9 @@ from minilora.spec.lora import TrainableSpec, merge
 from minilora.spec.models import Batch, logits, loss
 from minilora.spec.target_modules import LoraConfig
 from minilora.training import data
+from minilora.verify.core.dtypes import Precision
 from minilora.verify.core.tolerance import noisy, spread
 from minilora.verify.core.types import MONTE_CARLO, Comparison
-from minilora.verify.implementation.contract import Precision
 
 ROOT = Path(__file__).parent.parent.parent
 SAMPLES = 12

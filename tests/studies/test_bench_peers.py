@@ -13,9 +13,9 @@ from minilora.studies.bench.minilora_side import MiniloraSide
 from minilora.studies.bench.sides import SIDES, Missing, Side
 from minilora.training.generate import generate
 from minilora.training.gradients import gradients
+from minilora.verify.core.dtypes import Precision
 from minilora.verify.core.tolerance import noisy, spread
 from minilora.verify.core.types import MONTE_CARLO, Comparison
-from minilora.verify.implementation.contract import Precision
 
 FLOAT32 = Precision("float32", "float32")
 STEPS, SAMPLES = 3, 12

@@ -18,8 +18,9 @@ from minilora.verify import check
 from minilora.verify.checks import files, init, lifecycle, tiny_models, train, variants
 from minilora.verify.checks.model import as_dict
 from minilora.verify.core import inputs
+from minilora.verify.core.dtypes import Precision
 from minilora.verify.core.types import MONTE_CARLO, Case, Comparison
-from minilora.verify.implementation.contract import GuardedImplementation, Precision
+from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.minilora_impl import Own, trained
 from minilora.verify.implementation.sessions import Layer, whole
 from minilora.verify.mutants import MUTANTS

@@ -13,9 +13,10 @@ import pytest
 from scipy.special import erf
 
 from minilora.verify.checks import combine, init, merge, optimizer
+from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.tolerance import Draws, noisy, unit_roundoff
 from minilora.verify.core.types import Case
-from minilora.verify.implementation.contract import DTYPES, GuardedImplementation, Precision
+from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.minilora_impl import Own
 
 U = unit_roundoff("float32")

@@ -6,8 +6,8 @@ import pytest
 
 from minilora.verify import selftest
 from minilora.verify.checks.registry import CHECKS
+from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.diagnosis.diagnose import WHOLE
-from minilora.verify.implementation.contract import DTYPES
 from minilora.verify.mutants import MUTANTS
 from minilora.verify.mutants.model import model
 

@@ -19,8 +19,9 @@ from safetensors.numpy import save
 from minilora.cli.main import main
 from minilora.verify import check
 from minilora.verify.checks.registry import CHECKS
+from minilora.verify.core.errors import Fault, LoadError, Skip
 from minilora.verify.diagnosis.diagnose import diagnose
-from minilora.verify.implementation.contract import Fault, GuardedImplementation, LoadError, Skip
+from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.minilora_impl import Own
 from minilora.verify.implementation.protocol import (
     Driver,

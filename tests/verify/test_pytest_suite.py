@@ -12,8 +12,8 @@ import fake_checks
 import pytest
 
 from minilora.verify import check, engine, parametrize_with_checks, pytest_suite
-from minilora.verify.engine import UsageError
-from minilora.verify.implementation.contract import DTYPES
+from minilora.verify.core.dtypes import DTYPES
+from minilora.verify.core.errors import UsageError
 from minilora.verify.report.report import Known
 
 pytest_plugins = ["pytester"]

@@ -8,7 +8,7 @@ import pytest
 
 from minilora.cli.main import main
 from minilora.verify import engine, selftest
-from minilora.verify.implementation.contract import DTYPES
+from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.mutants import MUTANTS, Mutant
 from minilora.verify.mutants.reference import Plain, but, digits, then
 from minilora.verify.selftest import Selftest

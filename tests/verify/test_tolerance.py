@@ -6,6 +6,7 @@ import pytest
 from minilora.io import reference_models
 from minilora.spec.ops import attention, causal_mask
 from minilora.verify.checks import model
+from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.tolerance import (
     Draws,
     Rounding,
@@ -16,7 +17,6 @@ from minilora.verify.core.tolerance import (
     unit_roundoff,
 )
 from minilora.verify.core.types import Case
-from minilora.verify.implementation.contract import DTYPES, Precision
 
 
 def precisions():

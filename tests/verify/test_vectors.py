@@ -22,11 +22,10 @@ from minilora.spec.lora import merge_weight
 from minilora.spec.variants import DORA_FULL
 from minilora.verify.checks.registry import CHECKS
 from minilora.verify.core.bigfloat import BITS, Exact, Shake, _exact, exact, rounded
+from minilora.verify.core.errors import Fault, Skip, UsageError
 from minilora.verify.core.types import Case
 from minilora.verify.diagnosis.diagnose import Direct
-from minilora.verify.engine import UsageError
 from minilora.verify.implementation import minilora_impl
-from minilora.verify.implementation.contract import Fault, Skip
 from minilora.verify.implementation.minilora_impl import Own
 from minilora.verify.mutants import MUTANTS, Plain
 from minilora.verify.vectors.tags import NOTES

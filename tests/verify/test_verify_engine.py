@@ -23,6 +23,8 @@ from fake_checks import CHECKS, OnlyMerge, Right, WrongScale
 import minilora.verify
 from minilora.verify import check as check_module_or_function
 from minilora.verify import peers
+from minilora.verify.core.dtypes import Precision
+from minilora.verify.core.errors import Fault, LoadError, Skip
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison, Limits
 from minilora.verify.engine import (
     CASES_AFTER_A_DEVIATION,
@@ -33,16 +35,9 @@ from minilora.verify.engine import (
     read_known,
     run,
 )
-from minilora.verify.implementation.contract import (
-    HANGS_ALLOWED,
-    METHODS,
-    Fault,
-    GuardedImplementation,
-    LoadError,
-    Precision,
-    Skip,
-    load,
-)
+from minilora.verify.implementation.contract import METHODS
+from minilora.verify.implementation.guard import HANGS_ALLOWED, GuardedImplementation
+from minilora.verify.loading import load
 from minilora.verify.report.report import plain, write
 
 EXACT, SIGMA, DICT, LIST = CHECKS

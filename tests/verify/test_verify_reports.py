@@ -15,9 +15,10 @@ import pytest
 from fake_checks import CHECKS, OnlyMerge, Right, WrongScale
 
 from minilora.cli.main import main
+from minilora.verify.core.dtypes import Precision
+from minilora.verify.core.errors import UsageError
 from minilora.verify.core.types import CELLS, Comparison, Diagnosis, Judgement, Picture
-from minilora.verify.engine import UsageError, run
-from minilora.verify.implementation.contract import Precision
+from minilora.verify.engine import run
 from minilora.verify.report.html import grade, html, where_words
 from minilora.verify.report.load_report import from_json, read_report
 from minilora.verify.report.pages import Runs, markdown, text

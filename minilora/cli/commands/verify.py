@@ -142,7 +142,7 @@ def _target(
     arguments: argparse.Namespace, limit: float
 ) -> contextlib.AbstractContextManager[object]:
     """What is checked, while it is open. Raises LoadError."""
-    from minilora.verify.implementation.contract import OWN, load
+    from minilora.verify.loading import OWN, load
 
     if arguments.cmd is None:
         return contextlib.nullcontext(load(arguments.target or OWN))

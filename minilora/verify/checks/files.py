@@ -27,16 +27,12 @@ from minilora.verify.checks import tiny_models
 from minilora.verify.checks.model import _outside, answers, as_dict, visible
 from minilora.verify.checks.tiny_models import Small, same_names
 from minilora.verify.checks.train import SAMPLES, sigma_of
+from minilora.verify.core.dtypes import DTYPES, Precision
+from minilora.verify.core.errors import Fault, Skip
 from minilora.verify.core.inputs import long
 from minilora.verify.core.tolerance import unit_roundoff
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison
-from minilora.verify.implementation.contract import (
-    DTYPES,
-    Fault,
-    GuardedImplementation,
-    Precision,
-    Skip,
-)
+from minilora.verify.implementation.guard import GuardedImplementation
 
 Array = np.ndarray
 

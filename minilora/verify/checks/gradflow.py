@@ -21,8 +21,9 @@ from minilora.verify.checks import tiny_models
 from minilora.verify.checks.model import as_dict
 from minilora.verify.checks.tiny_models import Small
 from minilora.verify.checks.train import SGD, ask, compared, wanted
+from minilora.verify.core.errors import Fault
 from minilora.verify.core.types import Case, Check, Comparison
-from minilora.verify.implementation.contract import Fault, GuardedImplementation
+from minilora.verify.implementation.guard import GuardedImplementation
 
 Array = np.ndarray
 

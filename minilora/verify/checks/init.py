@@ -15,10 +15,12 @@ import numpy as np
 from scipy.special import ndtr
 
 from minilora.spec.lora import scale
+from minilora.verify.core.dtypes import DTYPES
+from minilora.verify.core.errors import Skip
 from minilora.verify.core.inputs import long
 from minilora.verify.core.tolerance import unit_roundoff
 from minilora.verify.core.types import BOUND, CHANCE, Case, Check, Comparison
-from minilora.verify.implementation.contract import DTYPES, GuardedImplementation, Skip
+from minilora.verify.implementation.guard import GuardedImplementation
 
 Array = np.ndarray
 

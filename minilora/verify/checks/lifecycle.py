@@ -25,10 +25,12 @@ from hypothesis import strategies as st
 
 from minilora.spec.variants import DORA, DORA_FULL
 from minilora.verify.core import inputs
+from minilora.verify.core.dtypes import DTYPES
+from minilora.verify.core.errors import Fault, Skip, tidy
 from minilora.verify.core.inputs import RANKS, ROWS, SIZES, draw_several, in_exact_lane
 from minilora.verify.core.shrinking import SECONDS, Smallest, shrunk
 from minilora.verify.core.types import Case, Check, Comparison, counter
-from minilora.verify.implementation.contract import DTYPES, Fault, GuardedImplementation, Skip, tidy
+from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.sessions import Layer
 
 Array = np.ndarray

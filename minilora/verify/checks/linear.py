@@ -11,7 +11,7 @@ import numpy as np
 from minilora.verify.core.inputs import LEADS, Layer, draw_layer, limits, long, sigmas, wanted
 from minilora.verify.core.shrinking import Difference, Differs, Smallest, search
 from minilora.verify.core.types import Case, Check, Comparison, counter
-from minilora.verify.implementation.contract import GuardedImplementation
+from minilora.verify.implementation.guard import GuardedImplementation
 
 Array = np.ndarray
 Run = Callable[[GuardedImplementation, Case], Iterable[Comparison]]

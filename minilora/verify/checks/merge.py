@@ -21,7 +21,7 @@ from minilora.verify.core.inputs import (
 from minilora.verify.core.shrinking import Difference, search
 from minilora.verify.core.tolerance import digits, unit_roundoff
 from minilora.verify.core.types import BOUND, Case, Check, Comparison, counter
-from minilora.verify.implementation.contract import GuardedImplementation
+from minilora.verify.implementation.guard import GuardedImplementation
 
 Array = np.ndarray
 

@@ -21,10 +21,11 @@ from minilora.io.synthetic_data import draw_batch
 from minilora.spec.lora import TrainableSpec, Weights
 from minilora.spec.models import Batch, Config, logits, shifted_labels
 from minilora.spec.ops import IGNORED, cross_entropy
+from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.inputs import long
 from minilora.verify.core.tolerance import Draws, Rounding, noisy, spread
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison
-from minilora.verify.implementation.contract import DTYPES, GuardedImplementation, Precision
+from minilora.verify.implementation.guard import GuardedImplementation
 
 Array = np.ndarray
 Run = Callable[[GuardedImplementation, Case], Iterable[Comparison]]

@@ -18,7 +18,7 @@ from minilora.verify.core.inputs import (
     wanted_by_row,
 )
 from minilora.verify.core.types import Case, Check, Comparison, counter
-from minilora.verify.implementation.contract import GuardedImplementation
+from minilora.verify.implementation.guard import GuardedImplementation
 
 Array = np.ndarray
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from minilora.spec.optim import run
+from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.inputs import long
 from minilora.verify.core.tolerance import Rounding, noisy, spread, underflow
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison
-from minilora.verify.implementation.contract import DTYPES, GuardedImplementation, Precision
+from minilora.verify.implementation.guard import GuardedImplementation
 
 Array = np.ndarray
 Gradients = list[Any]

@@ -21,8 +21,8 @@ from minilora.spec.models import GPT2, Batch, Bert, Config, Llama, draw_weights
 from minilora.spec.ops import IGNORED
 from minilora.spec.target_modules import LoraConfig, inject
 from minilora.verify.checks.model import _workshop
+from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.types import Case, Comparison
-from minilora.verify.implementation.contract import DTYPES
 
 Array = np.ndarray
 

@@ -24,10 +24,11 @@ from minilora.verify.checks import tiny_models
 from minilora.verify.checks.model import as_dict
 from minilora.verify.checks.tiny_models import Small
 from minilora.verify.checks.variants import variant
+from minilora.verify.core.dtypes import Precision
 from minilora.verify.core.inputs import long
 from minilora.verify.core.tolerance import Rounding, unit_roundoff
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison
-from minilora.verify.implementation.contract import GuardedImplementation, Precision
+from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.minilora_impl import parts_of, trained
 
 Array = np.ndarray

@@ -18,10 +18,11 @@ import numpy as np
 from minilora.spec.lora import Variant
 from minilora.spec.variants import DORA, DORA_FULL, LORA_BIAS, row_norm
 from minilora.verify.checks.linear import dbias
+from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.inputs import Layer, columns, draw_layer, long
 from minilora.verify.core.tolerance import Draws, Rounding, noisy, spread, unit_roundoff
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison, counter
-from minilora.verify.implementation.contract import DTYPES, GuardedImplementation, Precision
+from minilora.verify.implementation.guard import GuardedImplementation
 
 Array = np.ndarray
 

@@ -14,8 +14,10 @@ from hypothesis import HealthCheck, Phase, find, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky, NoSuchExample
 
+from minilora.verify.core.dtypes import DTYPES
+from minilora.verify.core.errors import Fault, Skip
 from minilora.verify.core.inputs import Layer, greatest_sum
-from minilora.verify.implementation.contract import DTYPES, Fault, GuardedImplementation, Skip
+from minilora.verify.implementation.guard import GuardedImplementation
 
 Array = np.ndarray
 

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from minilora.verify.implementation.contract import Precision
+from minilora.verify.core.dtypes import Precision
 
 Array = np.ndarray
 

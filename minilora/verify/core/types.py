@@ -13,7 +13,7 @@ import numpy as np
 from minilora.verify.core.seeds import seed_text
 
 if TYPE_CHECKING:
-    from minilora.verify.implementation.contract import GuardedImplementation
+    from minilora.verify.implementation.guard import GuardedImplementation
 
 CELLS = 32
 """The greatest number of rows and of columns in a picture."""

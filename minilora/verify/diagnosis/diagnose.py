@@ -17,17 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minilora.verify.core.dtypes import DTYPES
+from minilora.verify.core.errors import Fault, Skip
 from minilora.verify.core.tolerance import unit_roundoff
 from minilora.verify.core.types import STRUCTURE, Case, Check, Comparison, Diagnosis
 from minilora.verify.diagnosis.patterns import Fit, agreeing, describe, fit, sigma_of
-from minilora.verify.implementation.contract import (
-    CONVENTIONS,
-    DTYPES,
-    Fault,
-    GuardedImplementation,
-    Raised,
-    Skip,
-)
+from minilora.verify.implementation.contract import CONVENTIONS
+from minilora.verify.implementation.guard import GuardedImplementation
+from minilora.verify.implementation.worker import Raised
 
 if TYPE_CHECKING:
     from minilora.verify.mutants import Mutant

@@ -32,18 +32,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from minilora.verify.implementation.contract import (
-    METHODS,
-    SESSION,
-    TIME_LIMIT,
-    Fault,
-    LoadError,
-    Remote,
-    Skip,
-    near,
-    positional,
-    tidy,
-)
+from minilora.verify.core.errors import Fault, LoadError, Skip, near, tidy
+from minilora.verify.implementation.contract import METHODS, SESSION, TIME_LIMIT, Remote, positional
 
 PROTOCOL = 1
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from math import inf
 from typing import Any
 
+from minilora.verify.core.dtypes import DTYPES, Precision
+from minilora.verify.core.errors import UsageError, tidy
 from minilora.verify.core.types import Diagnosis, Judgement, Picture
-from minilora.verify.engine import UsageError
-from minilora.verify.implementation.contract import DTYPES, Precision, tidy
 from minilora.verify.report.report import STATUSES, FaultSeen, Known, Report, Result
 
 SCHEMA = 1

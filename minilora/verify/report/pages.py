@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from minilora.verify.implementation.contract import DTYPES
+from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.report.report import (
     STATUSES,
     Report,

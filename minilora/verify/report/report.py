@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from minilora import __version__
+from minilora.verify.core.dtypes import DTYPES, Precision
+from minilora.verify.core.errors import tidy
 from minilora.verify.core.types import STRUCTURE, Diagnosis, Judgement, Picture
-from minilora.verify.implementation.contract import DTYPES, Precision, tidy
 
 T = TypeVar("T")
 

@@ -14,18 +14,12 @@ from safetensors import safe_open
 
 from minilora.io.files import FormatError, pack, pack_json, read_json
 from minilora.verify import engine
+from minilora.verify.core.dtypes import DTYPES
+from minilora.verify.core.errors import Fault, LoadError, Skip, tidy
 from minilora.verify.core.types import Case, Check, Comparison, Diagnosis, Limits
 from minilora.verify.diagnosis.diagnose import Direct, answers, candidates
-from minilora.verify.implementation.contract import (
-    CONVENTIONS,
-    DTYPES,
-    Fault,
-    GuardedImplementation,
-    LoadError,
-    Skip,
-    positional,
-    tidy,
-)
+from minilora.verify.implementation.contract import CONVENTIONS, positional
+from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.protocol import RESULTS
 from minilora.verify.mutants.mutant import Mutant
 from minilora.verify.report.report import Report, Result

@@ -38,6 +38,8 @@ from minilora.spec.variants import DORA, DORA_FULL, LORA_BIAS
 from minilora.verify import engine
 from minilora.verify.checks.variants import PART, SAMPLES, specified
 from minilora.verify.core.bigfloat import Shake, exact, rounded
+from minilora.verify.core.dtypes import DTYPES, Precision
+from minilora.verify.core.errors import UsageError, near, tidy
 from minilora.verify.core.inputs import (
     Layer,
     Several,
@@ -60,16 +62,8 @@ from minilora.verify.core.types import (
     Check,
     Limits,
 )
-from minilora.verify.engine import UsageError
-from minilora.verify.implementation.contract import (
-    CONVENTIONS,
-    DTYPES,
-    GuardedImplementation,
-    Precision,
-    near,
-    positional,
-    tidy,
-)
+from minilora.verify.implementation.contract import CONVENTIONS, positional
+from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.protocol import RESULTS, _spread
 from minilora.verify.vectors.tags import NOTES, flags
 

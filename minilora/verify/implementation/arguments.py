@@ -1,0 +1,133 @@
+"""The arguments of a call: copied, compared afterwards, and described."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from minilora.verify.core.errors import Fault, type_words
+
+MAX_ENTRIES = 10_000
+"""So many entries has no list that is asked for: what goes on so long has no end."""
+
+
+def settings_of(implementation: object) -> dict[str, Any]:
+    """The attributes that say how an implementation was made: its numbers and words."""
+    own = getattr(implementation, "__dict__", {})
+    return {name: v for name, v in own.items() if isinstance(v, bool | int | float | str)}
+
+
+def traits_of(given: Mapping[str, Any]) -> Iterator[str]:
+    """What is particular about the arguments of a layer: what an implementation may branch on."""
+    r, alpha = given.get("r"), given.get("alpha")
+    if r == 1:
+        yield "r = 1"
+    if isinstance(alpha, int | float) and alpha < 0:
+        yield "alpha is negative"
+    arrays = [v for v in given.values() if isinstance(v, np.ndarray) and v.dtype.kind not in "iub"]
+    if arrays:
+        whole = all(bool((v == np.rint(v.astype(float))).all()) for v in arrays)
+        yield f"the numbers are {'' if whole else 'not '}whole"
+    if isinstance(W := given.get("W"), np.ndarray) and W.ndim == 2:
+        yield f"W is {'' if len(W) == len(W.T) else 'not '}square"
+        if isinstance(r, int) and r > min(W.shape):
+            yield "r is greater than a side of W"
+    if isinstance(x := given.get("x"), np.ndarray) and x.ndim:
+        yield f"x has {x.ndim} {'axis' if x.ndim == 1 else 'axes'}"
+        yield f"there is {'one token' if x.size == x.shape[-1] else 'more than one token'}"
+        if isinstance(W, np.ndarray) and W.ndim == 2 and x.shape[-1]:
+            for side, name in zip(W.shape, ("rows", "columns"), strict=True):
+                if x.size == side * x.shape[-1]:
+                    yield f"there are as many tokens as {name} of W"
+        yield f"there is {'no' if given.get('bias') is None else 'a'} bias"
+        yield f"there is {'no' if given.get('keep') is None else 'a'} dropout mask"
+
+
+def sizes_of(given: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """What a kernel may cut into pieces, whose last ones are easily wrong."""
+    if isinstance(W := given.get("W"), np.ndarray) and W.ndim == 2:
+        yield from zip(("rows of W", "columns of W"), W.shape, strict=True)
+    if isinstance(x := given.get("x"), np.ndarray) and x.ndim and x.shape[-1]:
+        yield "tokens", x.size // x.shape[-1]
+    if isinstance(r := given.get("r"), int):
+        yield "ranks", r
+
+
+def copied(value: Any) -> Any:
+    """The value with every array in it copied, in C order."""
+    if isinstance(value, np.ndarray):
+        return np.array(value, order="C")
+    if type(value) is dict:
+        return {key: copied(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(copied(entry) for entry in value)
+    return value
+
+
+def settled(value: Any) -> Any:
+    """The answer with everything lazy computed and every array copied, within the time limit.
+
+    A copy, because an implementation may use its output buffer again in the next call.
+    """
+    if type(value) is dict:
+        return {key: settled(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple) or isinstance(value, Iterator):
+        entries = [settled(entry) for entry in islice(value, MAX_ENTRIES)]
+        if len(entries) == MAX_ENTRIES:
+            raise ValueError(f"an answer of {MAX_ENTRIES} entries and more: has it no end?")
+        return tuple(entries) if type(value) is tuple else entries
+    if hasattr(value, "__array__"):
+        with contextlib.suppress(Exception):  # `answer` will say what NumPy said
+            return np.array(value)
+    return value
+
+
+def require_unchanged(path: str, now: Any, original: Any, when: str = "after the call") -> None:
+    """Raises Fault where a call has changed an array or a container that it was given."""
+    if isinstance(original, np.ndarray):
+        if (now.shape, now.dtype) != (original.shape, original.dtype):
+            raise Fault("changes its inputs", f"{path} is now {now.dtype} of shape {now.shape}")
+        if now.tobytes() != original.tobytes():
+            where = [int(i) for i in np.argwhere(_differ(now, original))[0]]
+            raise Fault(
+                "changes its inputs",
+                f"{path}{where} was {original[tuple(where)]!s} and is {now[tuple(where)]!s} {when}",
+            )
+    elif type(original) is dict:
+        if now.keys() != original.keys():
+            changed = ", ".join(sorted(map(repr, now.keys() ^ original.keys())))
+            raise Fault("changes its inputs", f"{path} gained or lost {changed} {when}")
+        for key in original:
+            entry = _same_kind(path, now[key], original[key])
+            require_unchanged(f"{path}[{key!r}]", entry, original[key], when)
+    elif type(original) in (list, tuple):
+        if len(now) != len(original):
+            raise Fault("changes its inputs", f"{path} had {len(original)} entries, now {len(now)}")
+        for i, (entry, before) in enumerate(zip(now, original, strict=True)):
+            require_unchanged(f"{path}[{i}]", _same_kind(path, entry, before), before, when)
+
+
+def _same_kind(path: str, now: Any, original: Any) -> Any:
+    """An entry of a container, after the test that it was not replaced by something else."""
+    replaced = type(now) is not type(original)
+    container = isinstance(original, (np.ndarray, dict, list, tuple))
+    if not (replaced or container or now is original):
+        replaced = bool(now != original)
+    if replaced:
+        raise Fault(
+            "changes its inputs",
+            f"an entry of {path} was replaced by {type_words(now)} in the call",
+        )
+    return now
+
+
+def _differ(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Where two arrays of one shape and dtype differ in their bytes; 0-d arrays give one index."""
+    size = max(a.dtype.itemsize, 1)
+    bytes_a = np.frombuffer(a.tobytes(), np.uint8).reshape(*a.shape, size)
+    bytes_b = np.frombuffer(b.tobytes(), np.uint8).reshape(*b.shape, size)
+    return np.asarray((bytes_a != bytes_b).any(axis=-1))

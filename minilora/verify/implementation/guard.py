@@ -1,0 +1,328 @@
+"""A target, called safely, and its answers.
+
+Nothing that a target does reaches the caller as anything but an answer, a Skip or a Fault. One
+limit is left: a call into compiled code that keeps Python's interpreter lock, or that kills the
+process, cannot be stopped from inside the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping
+from time import perf_counter
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from minilora.verify.core.dtypes import DTYPES, Precision
+from minilora.verify.core.errors import Fault, LoadError, Skip, describe, tidy, type_words
+from minilora.verify.implementation.arguments import (
+    copied,
+    require_unchanged,
+    settings_of,
+    settled,
+    sizes_of,
+    traits_of,
+)
+from minilora.verify.implementation.contract import (
+    ANSWERS,
+    CONVENTIONS,
+    DEFAULT_DTYPES,
+    KEEPS,
+    METHODS,
+    SESSION,
+    SESSION_NEEDS,
+    TIME_LIMIT,
+    Remote,
+    has_method,
+    positional,
+)
+from minilora.verify.implementation.worker import Raised, TimedOut, Worker
+
+HANGS_ALLOWED = 2
+"""After so many calls of a method that hung, it is not called again in this run."""
+
+
+class GuardedImplementation:
+    """An implementation with its declarations, called safely.
+
+    Arrays go in as fresh writable copies and are compared with the originals afterwards. A call
+    runs in a thread of its own that is left behind when the time limit is over; what a ``whole``
+    has answered, a session, is called in the thread of that.
+    """
+
+    def __init__(
+        self,
+        implementation: object,
+        *,
+        time_limit: float = TIME_LIMIT,
+        methods: Mapping[str, str] = METHODS,
+        whole: GuardedImplementation | None = None,
+    ) -> None:
+        self.implementation = implementation
+        self._methods = methods
+        self._whole = whole
+        self.time_limit = time_limit
+        if isinstance(implementation, Remote):  # a call may have to start it first
+            implementation.time_limit, self.time_limit = time_limit, 2 * time_limit + 10
+        self.spent = 0.0
+        """Seconds that the implementation has taken so far."""
+        self.remarks: dict[str, None] = {}
+        """What checks have remarked on, in order, each once."""
+        self.traits: set[str] = set()
+        """What is particular about the calls of a case, in words; who asks a case empties it."""
+        self.sizes: dict[str, int] = {}
+        """The greatest sizes in the calls of a case, each by its name; emptied likewise."""
+        self._lent: list[tuple[str, Any, Any]] = []
+        """What a session was given to hold: its name, the array as it is now and as it was."""
+        self._worker: Worker | None = None
+        self._hangs: Counter[str] = Counter()
+        self._home = _home(implementation)
+        self._set = settings_of(implementation)
+        kind = implementation if isinstance(implementation, type) else type(implementation)
+        self.name = tidy(self._text("name", kind.__name__), 60)
+        self.version = tidy(self._text("version", ""), 120)
+        self.dtypes = self._read_dtypes()
+        self._precision = {d: self._read_precision(d) for d in self.dtypes}
+        self.conventions = self._read_mapping("conventions")
+        for name, value in self.conventions.items():
+            if value not in (known := CONVENTIONS.get(name, (value,))):
+                expected = f"expected one of {', '.join(known)}"
+                raise LoadError(f"{self.name}: conventions[{name!r}] is {value!r}, {expected}")
+        self.known = self._read_mapping("known")
+
+    def _declared(self, attribute: str, default: Any) -> Any:
+        try:
+            value = getattr(self.implementation, attribute, None)
+        except Exception as error:
+            raise LoadError(
+                f"reading {attribute!r} of the target raises {describe(error)}"
+            ) from None
+        return default if value is None else value
+
+    def _text(self, attribute: str, default: str) -> Any:
+        value = self._declared(attribute, default)
+        if callable(value):
+            raise LoadError(f"{attribute!r} of the target is {type_words(value)}, expected a text")
+        return value
+
+    def _read_mapping(self, attribute: str) -> dict[str, Any]:
+        value = self._declared(attribute, {})
+        if not isinstance(value, Mapping):
+            raise LoadError(f"{self.name}: {attribute!r} is {type_words(value)}, expected a dict")
+        return {str(key): entry for key, entry in value.items()}
+
+    def _read_dtypes(self) -> tuple[str, ...]:
+        value = self._declared("dtypes", DEFAULT_DTYPES)
+        try:
+            names = {_dtype_name(d) for d in ((value,) if isinstance(value, str) else value)}
+        except TypeError:
+            raise LoadError(
+                f"{self.name}: 'dtypes' is {type_words(value)}, expected names"
+            ) from None
+        if unknown := sorted(names - set(DTYPES)):
+            raise LoadError(
+                f"{self.name}: 'dtypes' names {', '.join(unknown)}; known are {', '.join(DTYPES)}"
+            )
+        return tuple(d for d in DTYPES if d in names)
+
+    def _read_precision(self, dtype: str) -> Precision:
+        entry = self._read_mapping("precision").get(dtype, {})
+        if not isinstance(entry, Mapping):
+            raise LoadError(
+                f"{self.name}: precision[{dtype!r}] is {type_words(entry)}, "
+                'expected {"storage": dtype, "accumulation": dtype}'
+            )
+        names = [_dtype_name(entry.get(k, dtype)) for k in ("storage", "accumulation")]
+        if unknown := [n for n in names if n not in DTYPES]:
+            raise LoadError(
+                f"{self.name}: precision[{dtype!r}] names {', '.join(unknown)}; "
+                f"known are {', '.join(DTYPES)}"
+            )
+        return Precision(*names)
+
+    def remark(self, text: str) -> None:
+        """Notes for the report what is no deviation and that a reader should know."""
+        self.remarks[text] = None
+
+    def precision(self, dtype: str) -> Precision:
+        """The precision declared for a dtype: the dtype itself where nothing is declared."""
+        return self._precision.get(dtype, Precision(dtype, dtype))
+
+    def has(self, method: str) -> bool:
+        """Whether the implementation has this method."""
+        return has_method(self.implementation, method)
+
+    def anew(self) -> GuardedImplementation | None:
+        """The implementation as it was before any call, if its class makes just that one."""
+        try:
+            kind = type(self.implementation)
+            if inspect.signature(kind).parameters:
+                return None
+            made = kind()
+        except Exception:  # a module, or a class of compiled code
+            return None
+        if settings_of(made) != self._set:  # it has been given other ones since it was made
+            return None
+        return GuardedImplementation(made, time_limit=self.time_limit, methods=self._methods)
+
+    def session(self, layer: Any) -> GuardedImplementation:
+        """The session that it opens, called as safely. Raises Skip or Fault."""
+        opened = self.call("session", layer)
+        limit = self.time_limit
+        session = type(self)(opened, time_limit=limit, methods=SESSION, whole=self)
+        session._lent, self._lent = self._lent, []
+        if absent := [name for name in SESSION_NEEDS if not session.has(name)]:
+            raise Fault(
+                "missing", f"session answers {type_words(opened)} without {', '.join(absent)}"
+            )
+        return session
+
+    def announce(self, check: str) -> None:
+        """Says which check calls from now on, to an implementation that wants to know."""
+        if isinstance(self.implementation, Remote):
+            self.implementation.check = check
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """What the method answers, its arrays copied. Raises Skip or Fault."""
+        if self._hangs[method] >= HANGS_ALLOWED:
+            raise Fault("hangs", f"{method} is not called any more: it hung {HANGS_ALLOWED} times")
+        names = positional(method, self._methods)
+        named = dict(zip(names, args, strict=False)) | kwargs
+        self.traits |= {*traits_of(named)}
+        for name, size in sizes_of(named):
+            self.sizes[name] = max(size, self.sizes.get(name, 0))
+        given = copied((args, kwargs))
+        started = perf_counter()
+        try:
+            answer = self._within_limit(
+                lambda: settled(getattr(self.implementation, method)(*given[0], **given[1]))
+            )
+        except TimedOut as late:
+            self._hangs[method] += 1
+            at = f" ({late.place})" if late.place else ""
+            raise Fault("hangs", f"{method} gave no answer in {self.time_limit:g} s{at}") from None
+        except Raised as raised:
+            raise self._verdict_on(method, raised.error) from raised.error
+        finally:
+            seconds = perf_counter() - started
+            for each in filter(None, (self, self._whole)):
+                each.spent += seconds
+        for i, (arg, original) in enumerate(zip(given[0], args, strict=True)):
+            require_unchanged(names[i] if i < len(names) else f"argument {i + 1}", arg, original)
+        for name, original in kwargs.items():
+            require_unchanged(name, given[1][name], original)
+        if method not in ANSWERS:  # what these change is found after the next step
+            for what, now, original in self._lent:
+                require_unchanged(what, now, original, f"after {method}()")
+        if method in KEEPS:
+            self._lent.append((names[-1], given[0][-1], args[-1]))
+        return answer
+
+    def _verdict_on(self, method: str, error: BaseException) -> Skip | Fault:
+        if isinstance(error, Skip | Fault) and isinstance(self.implementation, Remote):
+            self._hangs[method] += isinstance(error, Fault) and error.kind == "hangs"
+            return error
+        if isinstance(error, NotImplementedError):
+            return Skip(f"not supported: {tidy(error) or method}")
+        says = describe(error, self._home)
+        if isinstance(error, TypeError) and not says.endswith(")"):  # refused at the door
+            says += f"; the contract is {method}({self._methods.get(method, '…')})"
+        return Fault("raises", says)
+
+    def _within_limit(self, call: Callable[[], Any]) -> Any:
+        if self._whole is not None:
+            return self._whole._within_limit(call)
+        if self._worker is None:
+            self._worker = Worker()
+            weakref.finalize(self, self._worker.stop)
+        # A target's warnings are no verdict, and what it prints is kept out of a report.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            try:
+                return self._worker.call(call, self.time_limit, self._home)
+            except (TimedOut, KeyboardInterrupt):
+                self._worker.abandon()
+                self._worker = None
+                raise
+
+    def answer(
+        self,
+        value: Any,
+        what: str,
+        shape: tuple[int, ...] | None = None,
+        dtype: str | None = None,
+    ) -> np.ndarray:
+        """The array that the implementation answered under the name ``what``.
+
+        Anything that NumPy can take is an array, its bytes in either order. Raises Fault where it
+        is none, where its shape or dtype is not the one given (None: any shape, any real dtype),
+        and where it is not finite.
+        """
+        try:
+            array = np.array(value)
+        except Exception as error:
+            raise Fault(
+                "not an array",
+                f"{what} is {type_words(value)} that NumPy cannot take: {tidy(error)}",
+            ) from None
+        if array.dtype.kind in "fiu":
+            array = array.astype(array.dtype.newbyteorder("="), copy=False)
+        if array.dtype.kind not in "fiub" and array.dtype != DTYPES["bfloat16"]:
+            of = "" if array.dtype.kind == "O" else f" of {array.dtype}"
+            raise Fault("not an array", f"{what} is {type_words(value)}{of}, expected real numbers")
+        source = "" if isinstance(value, np.ndarray) else f" (it is {type_words(value)})"
+        if shape is not None and array.shape != tuple(shape):
+            raise Fault("shape", f"{what} has shape {array.shape}, expected {shape}{source}")
+        given = type(value) in (int, float)  # a number of Python's has no dtype of its own
+        if dtype is not None and not given and array.dtype != DTYPES[dtype]:
+            raise Fault("dtype", f"{what} is {array.dtype}, expected {dtype}{source}")
+        bad = ~np.isfinite(array)
+        if bad.any():
+            where = [int(i) for i in np.argwhere(bad)[0]]
+            raise Fault(
+                "nan",
+                f"{what} holds {int(np.isnan(array).sum())} NaN and {int(np.isinf(array).sum())} "
+                f"infinite of {array.size} values, the first at {where}",
+            )
+        return array
+
+    def entry(self, value: Any, key: str, what: str = "the answer") -> Any:
+        """``value[key]``. Raises Fault where the value is no mapping or has no such key."""
+        if not isinstance(value, Mapping):
+            raise Fault("missing", f"{what} is {type_words(value)}, expected a dict with {key!r}")
+        if key not in value:
+            keys = tidy(", ".join(repr(k) for k in value)) or "nothing"
+            raise Fault("missing", f"{what} has no {key!r}; it holds {keys}")
+        return value[key]
+
+    def items(self, value: Any, length: int, what: str = "the answer") -> list[Any]:
+        """The value as a list of this length. Raises Fault."""
+        if not isinstance(value, list | tuple):
+            raise Fault("missing", f"{what} is {type_words(value)}, expected a list of {length}")
+        if len(value) != length:
+            raise Fault("missing", f"{what} has {len(value)} entries, expected {length}")
+        return list(value)
+
+
+def _dtype_name(dtype: Any) -> str:
+    try:
+        return str(np.dtype(dtype))
+    except TypeError:
+        return str(dtype).split(".")[-1]  # torch.float32
+
+
+def _home(implementation: object) -> str | None:
+    """The file that the implementation's class, or the module itself, was written in."""
+    try:
+        return inspect.getfile(
+            implementation if isinstance(implementation, ModuleType) else type(implementation)
+        )
+    except (TypeError, OSError):
+        return None
