@@ -16,8 +16,9 @@ from minilora.io import loading, reference_models, synthetic_data
 from minilora.io.files import FormatError, read_json
 from minilora.io.loading import open_base
 from minilora.spec.ops import cross_entropy, linear
-from minilora.studies import examples
-from minilora.studies.examples import RATED, Rated, divided, probe, rated
+from minilora.studies import example_data, examples
+from minilora.studies.example_data import RATED, Rated, divided, rated
+from minilora.studies.examples import probe
 
 
 def archive(path, files):
@@ -69,7 +70,7 @@ def test_an_archive_that_is_another_is_refused_by_file_and_line(tmp_path):
 def test_a_member_that_is_too_large_is_not_taken_out(tmp_path, monkeypatch):
     path = archive(tmp_path / "a.zip", files(["1\t1\t" + "fine " * 999], ["1_1\t1\tfine"]))
     assert len(rated(path)) == 2
-    monkeypatch.setattr(examples, "LARGEST", 4000)
+    monkeypatch.setattr(example_data, "LARGEST", 4000)
     with pytest.raises(FormatError, match="found one of 4999 bytes"):
         rated(path)
 
@@ -172,14 +173,14 @@ def test_summaries_from_end_to_end_in_small(capsys, monkeypatch, tmp_path):
 
 
 def test_papers_are_read_and_others_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(examples, "package", lambda name: tmp_path)
+    monkeypatch.setattr(example_data, "package", lambda name: tmp_path)
     (tmp_path / "dataset").mkdir()
     row = {"sentences": {"abstract": ["A b .", "C ."], "conclusion": ["D ."]}}
     row["summary"] = {"outcome": "It works.", "approach": "They try."}
     for name in ("train", "val", "test"):
         (tmp_path / "dataset" / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     wanted = {"document": "A b . C . D .", "summary": "It works."}
-    assert examples.papers() == {split: [wanted] for split in ("train", "valid", "test")}
+    assert example_data.papers() == {split: [wanted] for split in ("train", "valid", "test")}
     (tmp_path / "dataset" / "val.jsonl").write_text('{"summary": {}}\n')
     with pytest.raises(FormatError, match=r"val\.jsonl.*'sentences'.*aclsum==0\.1\.2"):
-        examples.papers()
+        example_data.papers()

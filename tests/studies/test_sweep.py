@@ -16,6 +16,7 @@ from minilora.cli.main import main
 from minilora.io.files import FormatError
 from minilora.io.loading import open_base
 from minilora.studies import sweep
+from minilora.studies.processes import in_processes
 from minilora.studies.sweep import (
     LEGEND,
     Cell,
@@ -24,7 +25,6 @@ from minilora.studies.sweep import (
     best,
     by_group,
     grid,
-    in_processes,
     table,
 )
 from minilora.training import data

@@ -22,7 +22,7 @@ from minilora.studies.claims.study import (
     model_of,
     own_texts,
 )
-from minilora.studies.sweep import in_processes
+from minilora.studies.processes import in_processes
 
 
 def real_path() -> Path | None:
@@ -139,7 +139,7 @@ def measure(study: Study, jobs: int = 1, watch: Watch | None = None) -> Results:
 
     The real model is left out where what it needs is not installed.
 
-    Errors: those of `sweep.in_processes`.
+    Errors: those of `processes.in_processes`.
     """
     started, studies = time.monotonic(), [replace(study, real=None)]
     why = "it was not asked for" if study.real is None else "" if study.real.path else lacking()
