@@ -14,8 +14,9 @@ import numpy as np
 from minilora.io.files import pack_json, read_json, read_tensors, write_files, write_tensors
 from minilora.io.formats.peft import CONFIG, WEIGHTS
 from minilora.verify.implementation.minilora_impl import Own
-from minilora.verify.mutants.mutant import Mutant, equivalents, family
+from minilora.verify.mutants.mutant import Mutant
 from minilora.verify.mutants.reference import Array, digits
+from minilora.verify.mutants.transition import equivalents, family
 
 Tensors = dict[str, Array]
 Settings = dict[str, Any]

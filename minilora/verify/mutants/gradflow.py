@@ -9,9 +9,10 @@ from typing import Any
 
 from minilora.spec.lora import TrainableSpec, Weights
 from minilora.spec.models import Batch, Config
-from minilora.verify.mutants.mutant import Mutant, equivalents, family
+from minilora.verify.mutants.mutant import Mutant
 from minilora.verify.mutants.reference import Array
 from minilora.verify.mutants.train import Trainer, trains
+from minilora.verify.mutants.transition import equivalents, family
 
 
 def _cut(which: Callable[[str, Weights], bool], factor: float = 0.0) -> Callable[[], Trainer]:

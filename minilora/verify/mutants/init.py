@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from minilora.verify.core import tolerance
-from minilora.verify.mutants.mutant import Mutant, equivalents, family
+from minilora.verify.mutants.mutant import Mutant
 from minilora.verify.mutants.reference import Array, Plain, digits
+from minilora.verify.mutants.transition import equivalents, family
 
 Rng = np.random.Generator
 

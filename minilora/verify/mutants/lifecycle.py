@@ -11,8 +11,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from minilora.verify.mutants.mutant import Mutant, equivalents, family
+from minilora.verify.mutants.mutant import Mutant
 from minilora.verify.mutants.reference import Array, Call, Plain, digits
+from minilora.verify.mutants.transition import equivalents, family
 
 Entries = Mapping[str, Sequence[tuple[Any, ...]]]
 """The check that shows each best, and what `family` takes of them."""

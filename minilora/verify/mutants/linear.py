@@ -6,599 +6,31 @@ from typing import Any
 
 import numpy as np
 
-from minilora.verify.mutants.mutant import Mutant, equivalents, family
-from minilora.verify.mutants.reference import (
-    Array,
-    Call,
-    Plain,
-    backward,
-    but,
-    coarse,
-    digits,
-    from_call_before,
-    from_first_call,
-    narrow,
-    piled_up,
-    reads,
-    square,
-    then,
-    upto,
-    wide,
-    with_,
-)
+from minilora.verify.mutants.mutant import Mutant, Reference, Same, Table, equivalents, mutants
+from minilora.verify.mutants.references.helpers import Array
+from minilora.verify.mutants.references.linear import Linear
 
 
-def _b_unless_dropout(c: Call) -> Array:
-    b: Array = 0 * c.b if c.dropout else c.b
-    return b
+def turned_batches(v: Array, shape: tuple[int, ...]) -> Array:
+    """`shaped`, with the two axes of batches exchanged where there are two."""
+    array = v.reshape(*shape, v.shape[-1])
+    return array.swapaxes(0, 1) if array.ndim == 4 else array
 
 
-SCALE = (
-    *family(
-        "SCALE",
-        "linear.forward",
-        ("alpha", "s = α", but(s=lambda my, c: c.alpha), "mlx-vlm 841", "mlx-vlm 845"),
-        ("root", "s = α/√r, unasked", but(s=lambda my, c: c.alpha / c.r**0.5)),
-        ("inverse", "s = r/α", then(s=lambda s, c: 1 / s)),
-        ("of-rank-alone", "s = 1/r", but(s=lambda my, c: 1 / c.r)),
-        ("one", "s = 1", but(s=lambda my, c: 1.0)),
-        ("zero", "s = 0: no adapter at all", but(s=lambda my, c: 0.0)),
-        ("squared", "s = (α/r)²", then(s=lambda s, c: s**2), "peft 3111"),
-        ("floor", "s = ⌊α/r⌋", then(s=lambda s, c: s // 1)),
-        ("whole-alpha", "s = ⌊α⌋/r", but(s=lambda my, c: int(c.alpha) / c.r)),
-        ("bfloat16", "s = α/r rounded to bfloat16", then(s=lambda s, c: digits(s, 8))),
-        ("off-10-ppm", "s = 1.00001 α/r", then(s=lambda s, c: 1.00001 * s)),
-        ("off-1-percent", "s = 1.01 α/r", then(s=lambda s, c: 1.01 * s)),
-        ("negative", "s = -α/r", then(s=lambda s, c: -s)),
-        ("stacked-rank", "s = α/(3 r), the rank of three stacked A", then(s=lambda s, c: s / 3)),
-        ("rank-from-B", "s = α/m, r from B's wrong axis", but(s=lambda my, c: c.alpha / len(c.B))),
-        (
-            "rank-from-A",
-            "s = α/n, r from A's wrong axis",
-            but(s=lambda my, c: c.alpha / len(c.A.T)),
-        ),
-        (
-            "first-call",
-            "s of the first call: another adapter's",
-            but(s=lambda my, c: from_first_call(my, "s", Plain.s(my, c))),
-            "diffusers 14409",
-        ),
-        ("of-base", "y = s (x Wᵀ + b + H Bᵀ)", but(base=lambda my, c: my.s(c) * Plain.base(my, c))),
-    ),
-    *family(
-        "SCALE",
-        "linear.forward.rslora",
-        (
-            "rslora-ignored",
-            "s = α/r with rsLoRA",
-            but(s=lambda my, c: c.alpha / c.r),
-            "TensorRT-LLM 1668",
-            "peft 2733",
-        ),
-        (
-            "rslora-of-alpha",
-            "s = √(α/r) with rsLoRA",
-            but(s=lambda my, c: (c.alpha / c.r) ** (0.5 if c.rslora else 1)),
-        ),
-    ),
-    *family(
-        "SCALE",
-        "linear.forward.bias",
-        ("of-bias", "y = x Wᵀ + s b + s H Bᵀ", but(base=lambda my, c: c.x @ c.W.T + my.s(c) * c.b)),
-    ),
-    *family(
-        "SCALE",
-        "linear.vjp",
-        ("backward-squared", "s² in all gradients", but(ds=lambda my, c: my.s(c) ** 2)),
-        ("backward-one", "no s in any gradient", but(ds=lambda my, c: 1.0)),
-    ),
-    *family(
-        "SCALE",
-        "linear.vjp.rslora",
-        (
-            "backward-rslora-ignored",
-            "s = α/r in the gradients",
-            but(ds=lambda my, c: c.alpha / c.r),
-        ),
-    ),
-)
+def threes(x: Array) -> list[slice]:
+    """The tokens, three at a time."""
+    return [slice(i, i + 3) for i in range(0, len(x), 3)]
 
 
-def _batch_swapped(my: Plain, x: Array) -> Array:
-    return Plain.rows(my, x.swapaxes(0, 1) if x.ndim > 2 else x)
+def in_pairs(terms: Array) -> Array:
+    """The sum over the last axis: of two halves, each summed so."""
+    half = terms.shape[-1] // 2
+    two = [in_pairs(part) for part in (terms[..., :half], terms[..., half:])] if half else []
+    total: Array = two[0] + two[1] if half else terms[..., 0]
+    return total
 
 
-def _first_squeezed(my: Plain, c: Call, rows: Array) -> Array:
-    shaped = Plain.shaped(my, c, rows)
-    return shaped[0] if c.lead[:1] == (1,) else shaped
-
-
-def _batches_swapped(my: Plain, c: Call, rows: Array) -> Array:
-    shaped = Plain.shaped(my, c, rows)
-    return shaped.swapaxes(0, 1) if shaped.ndim == 4 else shaped
-
-
-LAYOUT = (
-    *family(
-        "LAYOUT",
-        "linear.forward",
-        ("reshape-A", "A.reshape(n, r) for Aᵀ", reads(A=lambda c: c.A.reshape(-1, c.r).T)),
-        ("reshape-B", "B.reshape(r, m) for Bᵀ", reads(B=lambda c: c.B.reshape(c.r, -1).T)),
-        (
-            "file-turned",
-            "A (n, r), B (r, m) expected of a file, and reshaped",
-            reads(A=lambda c: c.A.reshape(-1, c.r).T, B=lambda c: c.B.reshape(c.r, -1).T),
-            "vmlx-swift 320",
-        ),
-        (
-            "A-for-B",
-            "A and Bᵀ swapped, that is (B A)ᵀ for B A, where m = n",
-            reads(A=lambda c: c.B.T if square(c) else c.A, B=lambda c: c.A.T if square(c) else c.B),
-        ),
-        ("W-turned", "x W for x Wᵀ where m = n", reads(W=lambda c: c.W.T if square(c) else c.W)),
-        ("A-shifted", "column j of A for column j + 1", reads(A=lambda c: np.roll(c.A, 1, 1))),
-        ("B-shifted", "row i of B for row i + 1", reads(B=lambda c: np.roll(c.B, 1, 0))),
-        ("ranks-reversed", "A's rows from the last, B's columns not", reads(A=lambda c: c.A[::-1])),
-        (
-            "reshape-x",
-            "x.reshape(n, t) for xᵀ",
-            but(rows=lambda my, x: x.reshape(x.shape[-1], -1).T),
-        ),
-        ("reshape-y", "y (m, t) reshaped for yᵀ", then(y=lambda y, c: y.T.reshape(y.shape))),
-        ("batch-swapped", "x (b, t, n) read as (t, b, n)", but(rows=_batch_swapped)),
-        (
-            "first-sequence",
-            "y = 0 in all sequences of a batch but the first",
-            then(y=lambda y, c: y * upto(c.lead[-1], len(y))[:, None] if c.lead else y),
-        ),
-        (
-            "vector-batched",
-            "x (n,) answered with (1, m)",
-            but(shaped=lambda my, c, rows: Plain.shaped(my, c, rows) if c.lead else rows),
-        ),
-        (
-            "last-token",
-            "y = 0 at the last token",
-            then(y=lambda y, c: y * upto(len(y) - 1, len(y))[:, None]),
-        ),
-        ("first-token", "the first token's branch at all", then(H=lambda H, c: H[:1] + 0 * H)),
-        (
-            "tail-of-features",
-            "the sum over features stops at a multiple of 4",
-            then(kept=lambda x, c: x * upto(len(x.T) // 4 * 4, len(x.T))),
-        ),
-        (
-            "tail-of-ranks",
-            "the sum over ranks stops at a multiple of 2",
-            then(H=lambda H, c: H * upto(c.r // 2 * 2, c.r)),
-        ),
-        (
-            "tail-of-outputs",
-            "the outputs beyond a multiple of 4 have no branch",
-            then(branch=lambda v, c: v * upto(len(v.T) // 4 * 4, len(v.T))),
-        ),
-        ("one-rank", "all ranks but the first are lost", then(H=lambda H, c: H * upto(1, c.r))),
-        ("eight-ranks", "all ranks but eight are lost", then(H=lambda H, c: H * upto(8, c.r))),
-        (
-            "tile-of-features",
-            "the branch's sum over features begins anew at every 16th",
-            then(kept=lambda x, c: x * ~upto((len(x.T) - 1) // 16 * 16, len(x.T))),
-        ),
-        (
-            "tile-of-tokens",
-            "no branch at tokens beyond the 32nd",
-            then(branch=lambda v, c: v * upto(32, len(v))[:, None]),
-        ),
-        (
-            "one-token",
-            "no branch where x is (1, n): a single token",
-            then(branch=lambda v, c: 0 * v if c.lead == (1,) else v),
-        ),
-        (
-            "near-zero",
-            "no branch where B is nearly 0",
-            then(branch=lambda v, c: 0 * v if np.allclose(c.B, 0) else v),
-        ),
-        (
-            "batch-of-one",
-            "x (1, …, n) answered without its first axis",
-            but(shaped=_first_squeezed),
-        ),
-        (
-            "batches-swapped",
-            "x (a, b, t, n) answered as (b, a, t, m)",
-            but(shaped=_batches_swapped),
-        ),
-    ),
-    *family(
-        "LAYOUT",
-        "linear.forward.conv1d",
-        (
-            "conv1d-turned",
-            "x W with fan_in_fan_out, where m = n",
-            reads(W=lambda c: c.W.T if c.conv1d and square(c) else c.W),
-        ),
-        (
-            "conv1d-reshaped",
-            "W.reshape(n, m)ᵀ with fan_in_fan_out",
-            reads(W=lambda c: c.W.reshape(c.W.shape[::-1]).T if c.conv1d else c.W),
-        ),
-    ),
-)
-
-FORM = (
-    *family(
-        "FORM",
-        "linear.forward",
-        ("no-base", "y = s H Bᵀ", then(base=lambda v, c: 0 * v)),
-        ("base-twice", "y = 2 (x Wᵀ + b) + s H Bᵀ", then(base=lambda v, c: 2 * v)),
-        ("branch-twice", "y = x Wᵀ + b + 2 s H Bᵀ", then(branch=lambda v, c: 2 * v)),
-        (
-            "base-of-sum",
-            "y = (x + s H Bᵀ) Wᵀ + b where m = n",
-            but(
-                y=lambda my, c: (
-                    my.base(with_(c, x=lambda c: c.x + my.branch(c)))
-                    if square(c)
-                    else Plain.y(my, c)
-                )
-            ),
-        ),
-        (
-            "branch-of-base",
-            "H = (x Wᵀ + b) Aᵀ where m = n",
-            but(kept=lambda my, c: my.base(c) if square(c) else Plain.kept(my, c)),
-        ),
-        ("residual", "y + x where m = n", then(base=lambda v, c: v + c.x if square(c) else v)),
-        ("softsign", "H / (1 + |H|) for H", then(H=lambda H, c: H / (1 + abs(H)))),
-        ("rank-mean", "the mean over ranks for the sum", then(branch=lambda v, c: v / c.r)),
-        ("clamped", "s H Bᵀ between -6 and 6", then(branch=lambda v, c: v.clip(-6, 6))),
-        (
-            "unit-A",
-            "A's rows at length 1",
-            reads(A=lambda c: c.A / np.maximum((c.A**2).sum(1, keepdims=True), 1e-9) ** 0.5),
-        ),
-        ("hidden-bfloat16", "H rounded to bfloat16", then(H=lambda H, c: digits(H, 8))),
-        ("hidden-coarse", "H kept in half of the digits", then(H=coarse)),
-        ("branch-coarse", "s H Bᵀ kept in half of the digits", then(branch=coarse)),
-        ("base-coarse", "x Wᵀ kept in half of the digits", then(base=coarse)),
-        ("tf32", "x with 11 binary digits in products", then(kept=lambda x, c: digits(x, 11))),
-    ),
-    *family(
-        "FORM",
-        "linear.forward.all",
-        ("no-bias-with-dropout", "b forgotten where there is a mask", reads(b=_b_unless_dropout)),
-    ),
-    *family(
-        "FORM",
-        "linear.forward.bias",
-        ("no-bias", "b forgotten", reads(b=lambda c: 0 * c.b)),
-        (
-            "bias-of-token",
-            "b a column where there are as many tokens as features",
-            but(base=lambda my, c: c.x @ c.W.T + (c.b[:, None] if len(c.x) == len(c.b) else c.b)),
-        ),
-        ("bias-twice", "2 b", reads(b=lambda c: 2 * c.b)),
-        ("bias-negative", "-b", reads(b=lambda c: -c.b)),
-    ),
-    *family(
-        "FORM",
-        "linear.symmetry",
-        ("relu", "max(H, 0) for H", then(H=lambda H, c: np.maximum(H, 0))),
-        ("absolute-B", "|B| for B", reads(B=lambda c: abs(c.B))),
-    ),
-    *family(
-        "FORM",
-        "linear.basis-change",
-        ("tanh", "tanh(H) for H", then(H=lambda H, c: np.tanh(H))),
-    ),
-)
-
-DROPOUT = (
-    *family(
-        "DROPOUT",
-        "linear.forward.dropout",
-        ("on-base", "(K∘x) Wᵀ too", but(base=lambda my, c: my.kept(c) @ c.W.T + c.b)),
-        (
-            "on-base-alone",
-            "(K∘x) Wᵀ and H = x Aᵀ",
-            but(base=lambda my, c: Plain.kept(my, c) @ c.W.T + c.b, kept=lambda my, c: c.x),
-        ),
-        (
-            "on-hidden",
-            "K∘(x Aᵀ)",
-            but(kept=lambda my, c: c.x, H=lambda my, c: c.K[:, : c.r] * (c.x @ c.A.T)),
-        ),
-        (
-            "on-branch",
-            "K∘(s H Bᵀ)",
-            but(
-                kept=lambda my, c: c.x,
-                branch=lambda my, c: np.resize(c.K, (len(c.x), len(c.B))) * Plain.branch(my, c),
-            ),
-        ),
-        ("by-p", "K = keep / p", reads(K=lambda c: c.K * ((1 - c.p) / c.p) if c.dropout else c.K)),
-        (
-            "times-rate",
-            "K = keep (1 - p)",
-            reads(K=lambda c: c.K * (1 - c.p) ** 2 if c.dropout else c.K),
-        ),
-        (
-            "by-count",
-            "K = keep / the share that is kept",
-            reads(K=lambda c: c.K / (c.K.mean() or 1)),
-        ),
-        ("twice", "K∘K∘x", reads(K=lambda c: c.K**2)),
-        ("never", "K = 1", reads(K=lambda c: np.ones_like(c.K))),
-        (
-            "inverted",
-            "keep read as what to drop",
-            reads(K=lambda c: 1 / (1 - c.p) - c.K if c.dropout else c.K),
-        ),
-        ("one-token", "the first token's mask for all", reads(K=lambda c: c.K[:1] + 0 * c.K)),
-        (
-            "whole-tokens",
-            "the first feature's mask for all",
-            reads(K=lambda c: c.K[:, :1] + 0 * c.K),
-        ),
-        (
-            "first-call",
-            "the first call's mask for all",
-            but(
-                read=lambda my, c: (
-                    with_(c, K=lambda c: from_first_call(my, "K", c.K)) if c.dropout else c
-                )
-            ),
-        ),
-    ),
-    *family(
-        "DROPOUT",
-        "linear.dropout-mean",
-        ("not-divided", "K = keep", reads(K=lambda c: np.sign(c.K))),
-    ),
-    *family(
-        "DROPOUT",
-        "linear.evaluation",
-        (
-            "in-evaluation",
-            "(1 - p) s H Bᵀ where no mask is given",
-            reads(K=lambda c: c.K if c.dropout else c.K * (1 - c.p)),
-        ),
-        (
-            "drawn-in-evaluation",
-            "a mask of its own where none is given",
-            reads(
-                K=lambda c: (
-                    c.K if c.dropout else c.K * (np.random.default_rng(0).random(c.K.shape) >= c.p)
-                )
-            ),
-        ),
-    ),
-    *family(
-        "DROPOUT",
-        "linear.evaluation-vjp",
-        (
-            "in-evaluation-backward",
-            "dA, dB and dx's branch over 1 - p where no mask is given",
-            backward(K=lambda c: c.K if c.dropout else c.K / (1 - c.p)),
-        ),
-    ),
-    *family(
-        "DROPOUT",
-        "linear.vjp.dropout",
-        ("fresh-in-backward", "another mask in the gradients", backward(K=lambda c: c.K[:, ::-1])),
-        ("none-in-backward", "no mask in the gradients", backward(K=lambda c: np.ones_like(c.K))),
-        (
-            "not-divided-in-backward",
-            "K = keep in the gradients",
-            backward(K=lambda c: np.sign(c.K)),
-        ),
-        ("dA-undropped", "dA = dHᵀ x", but(dA=lambda my, c: my.dH(c).T @ c.x)),
-        (
-            "dB-undropped",
-            "dB = s Gᵀ (x Aᵀ)",
-            but(dB=lambda my, c: my.ds(c) * c.dy.T @ (c.x @ c.A.T)),
-        ),
-        ("dx-undropped", "dx = G W + dH A", but(dx_branch=lambda my, c: my.dH(c) @ c.A)),
-        ("dx-all-dropped", "dx = K∘(G W + dH A)", then(dx_base=lambda v, c: c.K * v)),
-    ),
-)
-
-
-def _dA_after_step_of_B(my: Plain, c: Call) -> Any:
-    return Plain.dA(my, with_(c, B=lambda c: c.B - 0.01 * my.dB(c)))
-
-
-BACKWARD = (
-    *family(
-        "BACKWARD",
-        "linear.vjp",
-        (
-            "factors-scaled-twice",
-            "s dA, s dB",
-            but(
-                dA=lambda my, c: my.s(c) * Plain.dA(my, c),
-                dB=lambda my, c: my.s(c) * Plain.dB(my, c),
-            ),
-        ),
-        ("dA-zero", "dA = 0", then(dA=lambda g, c: 0 * g)),
-        ("dB-zero", "dB = 0", then(dB=lambda g, c: 0 * g)),
-        (
-            "all-zero",
-            "no gradient reaches the adapter",
-            then(dA=lambda g, c: 0 * g, dB=lambda g, c: 0 * g),
-            "transformers 26221",
-            "microsoft/LoRA 120",
-            "peft 1142",
-        ),
-        ("dA-negative", "-dA", then(dA=lambda g, c: -g)),
-        ("dx-negative", "-dx", then(dx=lambda g, c: -g)),
-        ("twice", "2 dA, 2 dB", then(dA=lambda g, c: 2 * g, dB=lambda g, c: 2 * g)),
-        (
-            "first-token",
-            "the gradients of the first token alone",
-            backward(dy=lambda c: c.dy * upto(1, len(c.dy))[:, None]),
-        ),
-        (
-            "last-token",
-            "the gradients without the last token",
-            backward(dy=lambda c: c.dy * upto(len(c.dy) - 1, len(c.dy))[:, None]),
-        ),
-        ("dx-without-branch", "dx = G W", then(dx_branch=lambda g, c: 0 * g)),
-        ("dx-without-base", "dx = K∘(dH A)", then(dx_base=lambda g, c: 0 * g)),
-        (
-            "dx-not-scaled",
-            "dx = G W + K∘(G B A)",
-            but(dx_branch=lambda my, c: c.K * (c.dy @ c.B @ c.A)),
-        ),
-        (
-            "dx-scaled-whole",
-            "dx = s (G W + K∘(G B A))",
-            but(dx_base=lambda my, c: my.s(c) * (c.dy @ c.W)),
-        ),
-        (
-            "dx-W-turned",
-            "dx = G Wᵀ + K∘(dH A) where m = n",
-            but(dx_base=lambda my, c: c.dy @ (c.W.T if square(c) else c.W)),
-        ),
-        (
-            "dH-of-A",
-            "dH = s G Aᵀ where m = n",
-            but(dH=lambda my, c: my.ds(c) * (c.dy @ (c.A.T if square(c) else c.B))),
-        ),
-        ("dA-reshaped", "((K∘x)ᵀ dH).reshape(r, n)", then(dA=lambda g, c: g.T.reshape(g.shape))),
-        ("dB-reshaped", "(Hᵀ G).reshape(m, r)", then(dB=lambda g, c: g.T.reshape(g.shape))),
-        ("dH-coarse", "dH kept in half of the digits", then(dH=coarse)),
-        ("dA-coarse", "dA kept in half of the digits", then(dA=coarse)),
-        (
-            "clipped",
-            "dA, dB between -1 and 1",
-            then(dA=lambda g, c: g.clip(-1, 1), dB=lambda g, c: g.clip(-1, 1)),
-        ),
-        (
-            "y-without-branch",
-            "y = x Wᵀ + b where gradients are asked for",
-            then(branch=lambda v, c: v if c.dy is None else 0 * v),
-        ),
-    ),
-    *family(
-        "BACKWARD",
-        "linear.gradcheck",
-        ("dA-not-scaled", "dA / s", but(dA=lambda my, c: Plain.dA(my, c) / my.s(c))),
-    ),
-    *family(
-        "BACKWARD",
-        "linear.balance",
-        ("dB-not-scaled", "dB / s", but(dB=lambda my, c: Plain.dB(my, c) / my.s(c))),
-        ("dA-rows-shifted", "row i of dA for row i + 1", then(dA=lambda g, c: np.roll(g, 1, 0))),
-    ),
-    *family(
-        "BACKWARD",
-        "linear.token-independence",
-        ("dA-mean", "dA / t", then(dA=lambda g, c: g / len(c.x))),
-        (
-            "mean-over-tokens",
-            "dA / t, dB / t",
-            then(dA=lambda g, c: g / len(c.x), dB=lambda g, c: g / len(c.x)),
-        ),
-    ),
-    *family(
-        "BACKWARD",
-        "linear.zero-B",
-        ("dB-zero-at-zero-B", "dB = 0 while B = 0", then(dB=lambda g, c: g * c.B.any())),
-        ("dA-after-step-of-B", "dA with the B after its step", but(dA=_dA_after_step_of_B)),
-        ("decay-inside", "dA + 0.01 A", then(dA=lambda g, c: g + 0.01 * c.A)),
-    ),
-    *family(
-        "BACKWARD",
-        "linear.vjp.all",
-        (
-            "dbias-with-dropout",
-            "db = 0 where there is a mask",
-            then(dbias=lambda g, c: 0 * g if c.dropout else g),
-        ),
-    ),
-    *family(
-        "BACKWARD",
-        "linear.vjp.bias",
-        ("dbias-zero", "db = 0", then(dbias=lambda g, c: 0 * g)),
-        ("dbias-mean", "db / t", then(dbias=lambda g, c: g / len(c.x))),
-        ("dbias-scaled", "s db", but(dbias=lambda my, c: my.s(c) * Plain.dbias(my, c))),
-        ("dbias-first-token", "db of the first token alone", then(dbias=lambda g, c: c.dy[0])),
-    ),
-    *family(
-        "BACKWARD",
-        "linear.vjp.conv1d",
-        (
-            "dx-conv1d-turned",
-            "dx = G Wᵀ + K∘(dH A) with fan_in_fan_out, where m = n",
-            but(dx_base=lambda my, c: c.dy @ (c.W.T if c.conv1d and square(c) else c.W)),
-        ),
-    ),
-)
-
-
-def _overwriting(number: int) -> Any:
-    """`Plain.lora_linear` that leaves one of its arrays halved."""
-
-    def lora_linear(my: Plain, *arrays: Array, **options: Any) -> Array:
-        y = Plain.lora_linear(my, *arrays, **options)
-        arrays[number][...] = 0.5 * arrays[number].astype(np.float64)
-        return y
-
-    return lora_linear
-
-
-def _every_other_call(my: Plain, c: Call) -> Any:
-    my.memory["on"] = not my.memory.get("on", False)
-    return my.memory["on"] * Plain.branch(my, c)
-
-
-def _recalled(name: str, recall: Any = from_first_call) -> Any:
-    """`Plain` that takes an array from an earlier call."""
-    return but(read=lambda my, c: with_(c, **{name: lambda c: recall(my, name, getattr(c, name))}))
-
-
-STATE = (
-    *family(
-        "STATE",
-        "linear.forward",
-        ("A-cached", "A of the first call for all", _recalled("A")),
-        ("W-cached", "W of the first call for all", _recalled("W")),
-        ("B-before", "B of the call before", _recalled("B", from_call_before)),
-        (
-            "output-not-cleared",
-            "y added to the branch of earlier calls",
-            but(branch=lambda my, c: piled_up(my, "y", Plain.branch(my, c))),
-        ),
-        ("every-other-call", "y = x Wᵀ + b in every second call", but(branch=_every_other_call)),
-        ("x-overwritten", "x changed in place", but(lora_linear=_overwriting(0))),
-        ("W-overwritten", "W changed in place", but(lora_linear=_overwriting(1))),
-        ("B-overwritten", "B changed in place", but(lora_linear=_overwriting(3))),
-    ),
-    *family(
-        "STATE",
-        "linear.forward.bias",
-        ("bias-cached", "b of the first call for all", _recalled("b")),
-    ),
-    *family(
-        "STATE",
-        "linear.vjp",
-        (
-            "hidden-before",
-            "dB with H of the call before",
-            but(dB=lambda my, c: my.ds(c) * c.dy.T @ from_call_before(my, "H", my.H(c))),
-        ),
-        (
-            "gradients-pile-up",
-            "dA added to the dA of earlier calls",
-            but(dA=lambda my, c: piled_up(my, "dA", Plain.dA(my, c))),
-        ),
-    ),
-)
-
-
-class _InOrder(np.ndarray):
+class InOrder(np.ndarray):
     """Products whose sums run in order, every term and partial sum rounded to the dtype stored."""
 
     stored: Any = None
@@ -614,191 +46,386 @@ class _InOrder(np.ndarray):
         return total
 
 
-def _in_order(name: str) -> Any:
-    def read(c: Call) -> Any:
-        array = getattr(c, name)
-        if array is not None:
-            array = array.view(_InOrder)
-            array.stored = c.dtype
-        return array
-
-    return read
+def in_order(array: Array | None, dtype: Any) -> Any:
+    """The array as `InOrder`."""
+    if array is None:
+        return None
+    ordered = array.view(InOrder)
+    ordered.stored = dtype
+    return ordered
 
 
-def _chunks(c: Call) -> list[Call]:
-    """The call's tokens, three at a time."""
-    names = [name for name in ("x", "dy", "K") if getattr(c, name) is not None]
-    return [
-        with_(c, **{name: (lambda c, n=name, i=i: getattr(c, n)[i : i + 3]) for name in names})
-        for i in range(0, len(c.x), 3)
-    ]
+LINEAR = Reference((Linear,), globals())
 
+# fmt: off
+SCALE: Table = {
+    "linear.forward": [
+        ("alpha", "s = α", {"ds = s": "ds = s = alpha"}, "mlx-vlm 841", "mlx-vlm 845"),
+        ("root", "s = α/√r, unasked", {"ds = s": "ds = s = alpha / r**0.5"}),
+        ("inverse", "s = r/α", {"ds = s": "ds = s = 1 / s"}),
+        ("of-rank-alone", "s = 1/r", {"ds = s": "ds = s = 1 / r"}),
+        ("one", "s = 1", {"ds = s": "ds = s = 1.0"}),
+        ("zero", "s = 0: no adapter at all", {"ds = s": "ds = s = 0.0"}),
+        ("squared", "s = (α/r)²", {"ds = s": "ds = s = s**2"}, "peft 3111"),
+        ("floor", "s = ⌊α/r⌋", {"ds = s": "ds = s = s // 1"}),
+        ("whole-alpha", "s = ⌊α⌋/r", {"ds = s": "ds = s = int(alpha) / r"}),
+        ("bfloat16", "s = α/r rounded to bfloat16", {"ds = s": "ds = s = digits(s, 8)"}),
+        ("off-10-ppm", "s = 1.00001 α/r", {"ds = s": "ds = s = 1.00001 * s"}),
+        ("off-1-percent", "s = 1.01 α/r", {"ds = s": "ds = s = 1.01 * s"}),
+        ("negative", "s = -α/r", {"ds = s": "ds = s = -s"}),
+        ("stacked-rank", "s = α/(3 r), the rank of three stacked A", {"ds = s": "ds = s = s / 3"}),
+        ("rank-from-B", "s = α/m, r from B's wrong axis", {"ds = s": "ds = s = alpha / len(B)"}),
+        ("rank-from-A", "s = α/n, r from A's wrong axis", {"ds = s": "ds = s = alpha / len(A.T)"}),
+        ("first-call", "s of the first call: another adapter's",
+         {"ds = s": 'ds = s = first_call(self.memory, "s", s)'}, "diffusers 14409"),
+        ("of-base", "y = s (x Wᵀ + b + H Bᵀ)", {"base = x @ W.T + b": "base = s * (x @ W.T + b)"}),
+    ],
+    "linear.forward.rslora": [
+        ("rslora-ignored", "s = α/r with rsLoRA",
+         {"ds = s": "ds = s = alpha / r"}, "TensorRT-LLM 1668", "peft 2733"),
+        ("rslora-of-alpha", "s = √(α/r) with rsLoRA",
+         {"ds = s": "ds = s = (alpha / r) ** (0.5 if use_rslora else 1)"}),
+    ],
+    "linear.forward.bias": [
+        ("of-bias", "y = x Wᵀ + s b + s H Bᵀ", {"base = x @ W.T + b": "base = x @ W.T + s * b"}),
+    ],
+    "linear.vjp": [
+        ("backward-squared", "s² in all gradients", {"ds = s": "ds = s**2"}),
+        ("backward-one", "no s in any gradient", {"ds = s": "ds = 1.0"}),
+    ],
+    "linear.vjp.rslora": [
+        ("backward-rslora-ignored", "s = α/r in the gradients", {"ds = s": "ds = alpha / r"}),
+    ],
+}
+LAYOUT: Table = {
+    "linear.forward": [
+        ("reshape-A", "A.reshape(n, r) for Aᵀ", {"# arrays": "A = A.reshape(-1, r).T"}),
+        ("reshape-B", "B.reshape(r, m) for Bᵀ", {"# arrays": "B = B.reshape(r, -1).T"}),
+        ("file-turned", "A (n, r), B (r, m) expected of a file, and reshaped",
+         {"# arrays": "A, B = A.reshape(-1, r).T, B.reshape(r, -1).T"}, "vmlx-swift 320"),
+        ("A-for-B", "A and Bᵀ swapped, that is (B A)ᵀ for B A, where m = n",
+         {"# arrays": "A, B = (B.T, A.T) if square(W) else (A, B)"}),
+        ("W-turned", "x W for x Wᵀ where m = n", {"# arrays": "W = W.T if square(W) else W"}),
+        ("A-shifted", "column j of A for column j + 1", {"# arrays": "A = np.roll(A, 1, 1)"}),
+        ("B-shifted", "row i of B for row i + 1", {"# arrays": "B = np.roll(B, 1, 0)"}),
+        ("ranks-reversed", "A's rows from the last, B's columns not", {"# arrays": "A = A[::-1]"}),
+        ("reshape-x", "x.reshape(n, t) for xᵀ",
+         {"shape, dropout =": "rows = lambda x: x.reshape(x.shape[-1], -1).T; shape, dropout ="}),
+        ("reshape-y", "y (m, t) reshaped for yᵀ", {"# output": "y = y.T.reshape(y.shape)"}),
+        ("batch-swapped", "x (b, t, n) read as (t, b, n)",
+         {"shape, dropout =":
+              "rows = lambda x: (x.swapaxes(0, 1) if x.ndim > 2 else x).reshape(-1, "
+              "x.shape[-1]); shape, dropout ="}),
+        ("first-sequence", "y = 0 in all sequences of a batch but the first",
+         {"# output": "y = y * upto(shape[-1], len(y))[:, None] if shape else y"}),
+        ("vector-batched", "x (n,) answered with (1, m)", {"# output": "shape = shape or (1,)"}),
+        ("last-token", "y = 0 at the last token",
+         {"# output": "y = y * upto(len(y) - 1, len(y))[:, None]"}),
+        ("first-token", "the first token's branch at all",
+         {"H = h @ A.T": "H = h @ A.T; H = H[:1] + 0 * H"}),
+        ("tail-of-features", "the sum over features stops at a multiple of 4",
+         {"h = x * K": "h = x * K * upto(len(W.T) // 4 * 4, len(W.T))"}),
+        ("tail-of-ranks", "the sum over ranks stops at a multiple of 2",
+         {"H = h @ A.T": "H = h @ A.T * upto(r // 2 * 2, r)"}),
+        ("tail-of-outputs", "the outputs beyond a multiple of 4 have no branch",
+         {"# branch": "branch = branch * upto(len(W) // 4 * 4, len(W))"}),
+        ("one-rank", "all ranks but the first are lost",
+         {"H = h @ A.T": "H = h @ A.T * upto(1, r)"}),
+        ("eight-ranks", "all ranks but eight are lost",
+         {"H = h @ A.T": "H = h @ A.T * upto(8, r)"}),
+        ("tile-of-features", "the branch's sum over features begins anew at every 16th",
+         {"h = x * K": "h = x * K * ~upto((len(W.T) - 1) // 16 * 16, len(W.T))"}),
+        ("tile-of-tokens", "no branch at tokens beyond the 32nd",
+         {"# branch": "branch = branch * upto(32, len(x))[:, None]"}),
+        ("one-token", "no branch where x is (1, n): a single token",
+         {"# branch": "branch = 0 * branch if shape == (1,) else branch"}),
+        ("near-zero", "no branch where B is nearly 0",
+         {"# branch": "branch = 0 * branch if np.allclose(B, 0) else branch"}),
+        ("batch-of-one", "x (1, …, n) answered without its first axis",
+         {"# output": "shape = shape[1:] if shape[:1] == (1,) else shape"}),
+        ("batches-swapped", "x (a, b, t, n) answered as (b, a, t, m)",
+         {"# output": "shaped = turned_batches"}),
+    ],
+    "linear.forward.conv1d": [
+        ("conv1d-turned", "x W with fan_in_fan_out, where m = n",
+         {"# arrays": "W = W.T if fan_in_fan_out and square(W) else W"}),
+        ("conv1d-reshaped", "W.reshape(n, m)ᵀ with fan_in_fan_out",
+         {"# arrays": "W = W.reshape(W.shape[::-1]).T if fan_in_fan_out else W"}),
+    ],
+}
+FORM: Table = {
+    "linear.forward": [
+        ("no-base", "y = s H Bᵀ", {"base = x @ W.T + b": "base = 0 * (x @ W.T + b)"}),
+        ("base-twice", "y = 2 (x Wᵀ + b) + s H Bᵀ",
+         {"base = x @ W.T + b": "base = 2 * (x @ W.T + b)"}),
+        ("branch-twice", "y = x Wᵀ + b + 2 s H Bᵀ", {"# branch": "branch = 2 * branch"}),
+        ("base-of-sum", "y = (x + s H Bᵀ) Wᵀ + b where m = n",
+         {"y = base + branch": "y = (x + branch) @ W.T + b if square(W) else base + branch"}),
+        ("branch-of-base", "H = (x Wᵀ + b) Aᵀ where m = n",
+         {"h = x * K": "h = x @ W.T + b if square(W) else x * K"}),
+        ("residual", "y + x where m = n",
+         {"y = base + branch": "y = base + branch + x if square(W) else base + branch"}),
+        ("softsign", "H / (1 + |H|) for H", {"H = h @ A.T": "H = h @ A.T; H = H / (1 + abs(H))"}),
+        ("rank-mean", "the mean over ranks for the sum", {"# branch": "branch = branch / r"}),
+        ("clamped", "s H Bᵀ between -6 and 6", {"# branch": "branch = branch.clip(-6, 6)"}),
+        ("unit-A", "A's rows at length 1",
+         {"# arrays": "A = A / np.maximum((A**2).sum(1, keepdims=True), 1e-9) ** 0.5"}),
+        ("hidden-bfloat16", "H rounded to bfloat16", {"H = h @ A.T": "H = digits(h @ A.T, 8)"}),
+        ("hidden-coarse", "H kept in half of the digits",
+         {"H = h @ A.T": "H = coarse(h @ A.T, dtype)"}),
+        ("branch-coarse", "s H Bᵀ kept in half of the digits",
+         {"# branch": "branch = coarse(branch, dtype)"}),
+        ("base-coarse", "x Wᵀ kept in half of the digits",
+         {"base = x @ W.T + b": "base = coarse(x @ W.T + b, dtype)"}),
+        ("tf32", "x with 11 binary digits in products", {"h = x * K": "h = digits(x * K, 11)"}),
+    ],
+    "linear.forward.all": [
+        ("no-bias-with-dropout", "b forgotten where there is a mask",
+         {"# arrays": "b = 0 * b if dropout else b"}),
+    ],
+    "linear.forward.bias": [
+        ("no-bias", "b forgotten", {"# arrays": "b = 0 * b"}),
+        ("bias-of-token", "b a column where there are as many tokens as features",
+         {"base = x @ W.T + b": "base = x @ W.T + (b[:, None] if len(x) == len(b) else b)"}),
+        ("bias-twice", "2 b", {"# arrays": "b = 2 * b"}),
+        ("bias-negative", "-b", {"# arrays": "b = -b"}),
+    ],
+    "linear.symmetry": [
+        ("relu", "max(H, 0) for H", {"H = h @ A.T": "H = np.maximum(h @ A.T, 0)"}),
+        ("absolute-B", "|B| for B", {"# arrays": "B = abs(B)"}),
+    ],
+    "linear.basis-change": [
+        ("tanh", "tanh(H) for H", {"H = h @ A.T": "H = np.tanh(h @ A.T)"}),
+    ],
+}
+DROPOUT: Table = {
+    "linear.forward.dropout": [
+        ("on-base", "(K∘x) Wᵀ too", {"base = x @ W.T + b": "base = h @ W.T + b"}),
+        ("on-base-alone", "(K∘x) Wᵀ and H = x Aᵀ",
+         {"h = x * K": "h = x", "base = x @ W.T + b": "base = (x * K) @ W.T + b"}),
+        ("on-hidden", "K∘(x Aᵀ)",
+         {"h = x * K": "h = x", "H = h @ A.T": "H = K[:, :r] * (x @ A.T)"}),
+        ("on-branch", "K∘(s H Bᵀ)",
+         {"h = x * K": "h = x", "# branch": "branch = np.resize(K, branch.shape) * branch"}),
+        ("by-p", "K = keep / p", {"# inputs": "K = K * ((1 - p) / p) if dropout else K"}),
+        ("times-rate", "K = keep (1 - p)", {"# inputs": "K = K * (1 - p) ** 2 if dropout else K"}),
+        ("by-count", "K = keep / the share that is kept", {"# inputs": "K = K / (K.mean() or 1)"}),
+        ("twice", "K∘K∘x", {"# inputs": "K = K**2"}),
+        ("never", "K = 1", {"# inputs": "K = np.ones_like(K)"}),
+        ("inverted", "keep read as what to drop",
+         {"# inputs": "K = 1 / (1 - p) - K if dropout else K"}),
+        ("one-token", "the first token's mask for all", {"# inputs": "K = K[:1] + 0 * K"}),
+        ("whole-tokens", "the first feature's mask for all", {"# inputs": "K = K[:, :1] + 0 * K"}),
+        ("first-call", "the first call's mask for all",
+         {"# inputs": 'K = first_call(self.memory, "K", K) if dropout else K'}),
+    ],
+    "linear.dropout-mean": [
+        ("not-divided", "K = keep", {"# inputs": "K = np.sign(K)"}),
+    ],
+    "linear.evaluation": [
+        ("in-evaluation", "(1 - p) s H Bᵀ where no mask is given",
+         {"# inputs": "K = K if dropout else K * (1 - p)"}),
+        ("drawn-in-evaluation", "a mask of its own where none is given",
+         {"# inputs": "K = K if dropout else K * (np.random.default_rng(0).random(K.shape) >= p)"}),
+    ],
+    "linear.evaluation-vjp": [
+        ("in-evaluation-backward", "dA, dB and dx's branch over 1 - p where no mask is given",
+         {"# through the branch": "K = K if dropout else K / (1 - p); h = x * K; H = h @ A.T"}),
+    ],
+    "linear.vjp.dropout": [
+        ("fresh-in-backward", "another mask in the gradients",
+         {"# through the branch": "K = K[:, ::-1]; h = x * K; H = h @ A.T"}),
+        ("none-in-backward", "no mask in the gradients",
+         {"# through the branch": "K = np.ones_like(K); h = x * K; H = h @ A.T"}),
+        ("not-divided-in-backward", "K = keep in the gradients",
+         {"# through the branch": "K = np.sign(K); h = x * K; H = h @ A.T"}),
+        ("dA-undropped", "dA = dHᵀ x", {"dA = dH.T @ h": "dA = dH.T @ x"}),
+        ("dB-undropped", "dB = s Gᵀ (x Aᵀ)",
+         {"dB = ds * (dz.T @ H)": "dB = ds * dy.T @ (x @ A.T)"}),
+        ("dx-undropped", "dx = G W + dH A", {"dx_branch = K * dx_branch": "pass"}),
+        ("dx-all-dropped", "dx = K∘(G W + dH A)", {"dx_base = dy @ W": "dx_base = K * (dy @ W)"}),
+    ],
+}
+BACKWARD: Table = {
+    "linear.vjp": [
+        ("factors-scaled-twice", "s dA, s dB", {"# gradients": "dA, dB = s * dA, s * dB"}),
+        ("dA-zero", "dA = 0", {"# gradients": "dA = 0 * dA"}),
+        ("dB-zero", "dB = 0", {"# gradients": "dB = 0 * dB"}),
+        ("all-zero", "no gradient reaches the adapter",
+         {"# gradients":
+              "dA, dB = 0 * dA, 0 * dB"}, "transformers 26221", "microsoft/LoRA 120", "peft 1142"),
+        ("dA-negative", "-dA", {"# gradients": "dA = -dA"}),
+        ("dx-negative", "-dx", {"# gradients": "dx = -dx"}),
+        ("twice", "2 dA, 2 dB", {"# gradients": "dA, dB = 2 * dA, 2 * dB"}),
+        ("first-token", "the gradients of the first token alone",
+         {"# through the branch": "dy = dy * upto(1, len(dy))[:, None]"}),
+        ("last-token", "the gradients without the last token",
+         {"# through the branch": "dy = dy * upto(len(dy) - 1, len(dy))[:, None]"}),
+        ("dx-without-branch", "dx = G W", {"dx = dx_branch + dx_base": "dx = dx_base"}),
+        ("dx-without-base", "dx = K∘(dH A)", {"dx = dx_branch + dx_base": "dx = dx_branch"}),
+        ("dx-not-scaled", "dx = G W + K∘(G B A)",
+         {"dx_branch = K * dx_branch": "dx_branch = K * (dy @ B @ A)"}),
+        ("dx-scaled-whole", "dx = s (G W + K∘(G B A))",
+         {"dx_base = dy @ W": "dx_base = s * (dy @ W)"}),
+        ("dx-W-turned", "dx = G Wᵀ + K∘(dH A) where m = n",
+         {"dx_base = dy @ W": "dx_base = dy @ (W.T if square(W) else W)"}),
+        ("dH-of-A", "dH = s G Aᵀ where m = n",
+         {"dH = ds * (dz @ B)": "dH = ds * (dy @ (A.T if square(W) else B))"}),
+        ("dA-reshaped", "((K∘x)ᵀ dH).reshape(r, n)",
+         {"# gradients": "dA = dA.T.reshape(dA.shape)"}),
+        ("dB-reshaped", "(Hᵀ G).reshape(m, r)", {"# gradients": "dB = dB.T.reshape(dB.shape)"}),
+        ("dH-coarse", "dH kept in half of the digits",
+         {"dH = ds * (dz @ B)": "dH = coarse(ds * (dz @ B), dtype)"}),
+        ("dA-coarse", "dA kept in half of the digits", {"# gradients": "dA = coarse(dA, dtype)"}),
+        ("clipped", "dA, dB between -1 and 1",
+         {"# gradients": "dA, dB = dA.clip(-1, 1), dB.clip(-1, 1)"}),
+        ("y-without-branch", "y = x Wᵀ + b where gradients are asked for",
+         {"# branch": "branch = branch if dy is None else 0 * branch"}),
+    ],
+    "linear.gradcheck": [
+        ("dA-not-scaled", "dA / s", {"# gradients": "dA = dA / s"}),
+    ],
+    "linear.balance": [
+        ("dB-not-scaled", "dB / s", {"# gradients": "dB = dB / s"}),
+        ("dA-rows-shifted", "row i of dA for row i + 1", {"# gradients": "dA = np.roll(dA, 1, 0)"}),
+    ],
+    "linear.token-independence": [
+        ("dA-mean", "dA / t", {"# gradients": "dA = dA / len(x)"}),
+        ("mean-over-tokens", "dA / t, dB / t",
+         {"# gradients": "dA, dB = dA / len(x), dB / len(x)"}),
+    ],
+    "linear.zero-B": [
+        ("dB-zero-at-zero-B", "dB = 0 while B = 0", {"# gradients": "dB = dB * B.any()"}),
+        ("dA-after-step-of-B", "dA with the B after its step",
+         {"# gradients": "dA = (ds * (dz @ (B - 0.01 * dB))).T @ h"}),
+        ("decay-inside", "dA + 0.01 A", {"# gradients": "dA = dA + 0.01 * A"}),
+    ],
+    "linear.vjp.all": [
+        ("dbias-with-dropout", "db = 0 where there is a mask",
+         {"# gradients": "dbias = 0 * dbias if dropout else dbias"}),
+    ],
+    "linear.vjp.bias": [
+        ("dbias-zero", "db = 0", {"# gradients": "dbias = 0 * dbias"}),
+        ("dbias-mean", "db / t", {"# gradients": "dbias = dbias / len(x)"}),
+        ("dbias-scaled", "s db", {"# gradients": "dbias = s * dbias"}),
+        ("dbias-first-token", "db of the first token alone", {"# gradients": "dbias = dy[0]"}),
+    ],
+    "linear.vjp.conv1d": [
+        ("dx-conv1d-turned", "dx = G Wᵀ + K∘(dH A) with fan_in_fan_out, where m = n",
+         {"dx_base = dy @ W": "dx_base = dy @ (W.T if fan_in_fan_out and square(W) else W)"}),
+    ],
+}
+STATE: Table = {
+    "linear.forward": [
+        ("A-cached", "A of the first call for all",
+         {"# arrays": 'A = first_call(self.memory, "A", A)'}),
+        ("W-cached", "W of the first call for all",
+         {"# arrays": 'W = first_call(self.memory, "W", W)'}),
+        ("B-before", "B of the call before", {"# arrays": 'B = call_before(self.memory, "B", B)'}),
+        ("output-not-cleared", "y added to the branch of earlier calls",
+         {"# branch": 'branch = piled_up(self.memory, "y", branch)'}),
+        ("every-other-call", "y = x Wᵀ + b in every second call",
+         {"# branch":
+              'self.memory["on"] = not self.memory.get("on"); branch = self.memory["on"] * '
+              "branch"}),
+        ("x-overwritten", "x changed in place",
+         {'x, **options)["y"].astype(x.dtype)':
+              'x, **options)["y"].astype(x.dtype); x[...] = 0.5 * x.astype(np.float64)'}),
+        ("W-overwritten", "W changed in place",
+         {'x, **options)["y"].astype(x.dtype)':
+              'x, **options)["y"].astype(x.dtype); W[...] = 0.5 * W.astype(np.float64)'}),
+        ("B-overwritten", "B changed in place",
+         {'x, **options)["y"].astype(x.dtype)':
+              'x, **options)["y"].astype(x.dtype); B[...] = 0.5 * B.astype(np.float64)'}),
+    ],
+    "linear.forward.bias": [
+        ("bias-cached", "b of the first call for all",
+         {"# arrays": 'b = first_call(self.memory, "b", b)'}),
+    ],
+    "linear.vjp": [
+        ("hidden-before", "dB with H of the call before",
+         {"dB = ds * (dz.T @ H)": 'dB = ds * dy.T @ call_before(self.memory, "H", H)'}),
+        ("gradients-pile-up", "dA added to the dA of earlier calls",
+         {"# gradients": 'dA = piled_up(self.memory, "dA", dA)'}),
+    ],
+}
+SAME: Same = [
+    ("rows", "as it is: tokens in rows", {}),
+    ("merged", "y = x (W + s B A)ᵀ + b, dx = G (W + s B A), without dropout",
+     {"y = base + branch": "y = base + branch if dropout else x @ (W + s * (A.T @ B.T).T).T + b",
+      "dx = dx_branch + dx_base":
+          "dx = dx_branch + dx_base if dropout else dy @ (W + s * (A.T @ B.T).T)"}),
+    ("scale-on-A", "H = (K∘x) (s A)ᵀ", {"branch = s * (H @ B.T)": "branch = h @ (s * A).T @ B.T"}),
+    ("scale-on-B", "H (s B)ᵀ", {"branch = s * (H @ B.T)": "branch = H @ (s * B).T"}),
+    ("scale-on-H", "(s H) Bᵀ", {"branch = s * (H @ B.T)": "branch = (s * H) @ B.T"}),
+    ("scale-on-x", "(s K∘x) Aᵀ Bᵀ", {"branch = s * (H @ B.T)": "branch = (s * h) @ A.T @ B.T"}),
+    ("alpha-then-rank", "α (H Bᵀ) / r",
+     {"branch = s * (H @ B.T)": "branch = alpha * (H @ B.T) / (r**0.5 if use_rslora else r)"}),
+    ("root-on-both", "((K∘x) (√s A)ᵀ) (√s B)ᵀ",
+     {"branch = s * (H @ B.T)": "branch = h @ (s**0.5 * A).T @ (s**0.5 * B).T"}),
+    ("rank-on-A", "α ((K∘x) (A / r)ᵀ) Bᵀ",
+     {"branch = s * (H @ B.T)":
+          "branch = alpha * (h @ (A / (r**0.5 if use_rslora else r)).T @ B.T)"}),
+    ("scale-on-G", "(s G) B, (s G)ᵀ H",
+     {"dH = ds * (dz @ B)": "dH = (s * dy) @ B", "dB = ds * (dz.T @ H)": "dB = (s * dy).T @ H"}),
+    ("scale-last", "s ((G B)ᵀ (K∘x))", {"dA = dH.T @ h": "dA = s * ((dy @ B).T @ h)"}),
+    ("through-dW", "dA = s Bᵀ dW, dB = s dW Aᵀ, dW = Gᵀ (K∘x)",
+     {"dA = dH.T @ h": "dA = s * B.T @ (dy.T @ h)",
+      "dB = ds * (dz.T @ H)": "dB = s * (dy.T @ h) @ A.T"}),
+    ("over-the-weight", "by W + s B A and dW, each rounded to the dtype, as autograd has it",
+     {"y = base + branch":
+          "y = base + h @ narrow(s * (A.T @ B.T).T, dtype).T if dropout else x @ narrow(W + s * "
+          "(A.T @ B.T).T, dtype).T + b",
+      "dA = dH.T @ h": "dA = s * B.T @ narrow(dy.T @ h, dtype)",
+      "dB = ds * (dz.T @ H)": "dB = s * narrow(dy.T @ h, dtype) @ A.T"}),
+    ("keep-then-divide", "K after the sum: ((keep∘x) Aᵀ) / (1 - p)",
+     {"h = x * K": "h = np.sign(K) * x",
+      "H = h @ A.T": "H = (h @ A.T) / (1 - p if dropout else 1)",
+      "dA = dH.T @ h": "dA = (dH.T @ h) / (1 - p if dropout else 1)"}),
+    ("base-last", "(s H Bᵀ + b) + x Wᵀ", {"y = base + branch": "y = (branch + b) + x @ W.T"}),
+    ("token-by-token", "dA and dB summed over tokens, one after another",
+     {"dA = dH.T @ h": "dA = sum(u[:, None] * v for u, v in zip(dH, h, strict=True))",
+      "dB = ds * (dz.T @ H)":
+          "dB = sum(s * (u[:, None] * v) for u, v in zip(dy, H, strict=True))"}),
+    ("rank-by-rank", "s Σᵢ Hᵢ Bᵢᵀ, one rank after another",
+     {"branch = s * (H @ B.T)":
+          "branch = s * sum(u[:, None] * v for u, v in zip(H.T, B.T, strict=True))"}),
+    ("features-from-the-last", "all sums over features from the last",
+     {"H = h @ A.T": "H = h[:, ::-1] @ A[:, ::-1].T",
+      "base = x @ W.T + b": "base = x[:, ::-1] @ W[:, ::-1].T + b"}),
+    ("in-chunks", "tokens three at a time, and their gradients summed",
+     {"y = base + branch":
+          "y = np.concatenate([x[i] @ W.T + b + s * (h[i] @ A.T @ B.T) for i in threes(x)])",
+      "dx = dx_branch + dx_base":
+          "dx = np.concatenate([K[i] * (ds * (dy[i] @ B) @ A) + dy[i] @ W for i in threes(x)])",
+      "dA = dH.T @ h": "dA = sum((ds * (dy[i] @ B)).T @ h[i] for i in threes(x))",
+      "dB = ds * (dz.T @ H)": "dB = sum(ds * (dy[i].T @ (h[i] @ A.T)) for i in threes(x))"}),
+    ("in-pairs", "all sums over features in pairs of pairs",
+     {"H = h @ A.T": "H = in_pairs(h[:, None] * A)",
+      "base = x @ W.T + b": "base = in_pairs(x[:, None] * W) + b"}),
+    ("wide", "in float64, rounded at the end",
+     {"# inputs": "x, dy, K = doubled(x, dy, K)", "# arrays": "W, A, B, b = doubled(W, A, B, b)"}),
+    ("stored", "every array rounded to the dtype",
+     {"h = x * K": "h = narrow(x * K, dtype)",
+      "H = h @ A.T": "H = narrow(h @ A.T, dtype)",
+      "# branch": "branch = narrow(branch, dtype)",
+      "base = x @ W.T + b": "base = narrow(x @ W.T + b, dtype)",
+      "dH = ds * (dz @ B)": "dH = narrow(ds * (dz @ B), dtype)",
+      "dx_base = dy @ W": "dx_base = narrow(dy @ W, dtype)",
+      "dx_branch = K * dx_branch": "dx_branch = narrow(K * dx_branch, dtype)"}),
+    ("sums-stored", "every partial sum rounded to the dtype",
+     {"precision: ClassVar = {": "precision: ClassVar = {} and {",
+      "# inputs": "x, dy, K = (in_order(v, dtype) for v in (x, dy, K))",
+      "# arrays": "W, A, B = (in_order(v, dtype) for v in (W, A, B))"}),
+]
+# fmt: on
 
-def _in_pairs(terms: Array) -> Array:
-    """The sum over the last axis: of two halves, each summed so."""
-    half = terms.shape[-1] // 2
-    two = [_in_pairs(part) for part in (terms[..., :half], terms[..., half:])] if half else []
-    total: Array = two[0] + two[1] if half else terms[..., 0]
-    return total
-
-
-def _stored(c: Call, array: Array) -> Array:
-    return array.astype(c.dtype).astype(array.dtype)
-
-
-SAME = equivalents(
-    "linear",
-    ("rows", "as it is: tokens in rows", Plain),
-    (
-        "merged",
-        "y = x (W + s B A)ᵀ + b, dx = G (W + s B A), without dropout",
-        but(
-            y=lambda my, c: Plain.y(my, c) if c.dropout else c.x @ my.merged(c).T + c.b,
-            dx=lambda my, c: Plain.dx(my, c) if c.dropout else c.dy @ my.merged(c),
-        ),
-    ),
-    (
-        "scale-on-A",
-        "H = (K∘x) (s A)ᵀ",
-        but(branch=lambda my, c: my.kept(c) @ (my.s(c) * c.A).T @ c.B.T),
-    ),
-    ("scale-on-B", "H (s B)ᵀ", but(branch=lambda my, c: my.H(c) @ (my.s(c) * c.B).T)),
-    ("scale-on-H", "(s H) Bᵀ", but(branch=lambda my, c: (my.s(c) * my.H(c)) @ c.B.T)),
-    (
-        "scale-on-x",
-        "(s K∘x) Aᵀ Bᵀ",
-        but(branch=lambda my, c: (my.s(c) * my.kept(c)) @ c.A.T @ c.B.T),
-    ),
-    (
-        "alpha-then-rank",
-        "α (H Bᵀ) / r",
-        but(branch=lambda my, c: c.alpha * (my.H(c) @ c.B.T) / (c.r**0.5 if c.rslora else c.r)),
-    ),
-    (
-        "root-on-both",
-        "((K∘x) (√s A)ᵀ) (√s B)ᵀ",
-        but(
-            branch=lambda my, c: my.kept(c) @ (my.s(c) ** 0.5 * c.A).T @ (my.s(c) ** 0.5 * c.B).T,
-            delta=lambda my, c: (my.s(c) ** 0.5 * c.B) @ (my.s(c) ** 0.5 * c.A),
-        ),
-    ),
-    (
-        "rank-on-A",
-        "α ((K∘x) (A / r)ᵀ) Bᵀ",
-        but(
-            branch=lambda my, c: (
-                c.alpha * (my.kept(c) @ (c.A / (c.r**0.5 if c.rslora else c.r)).T @ c.B.T)
-            )
-        ),
-    ),
-    (
-        "scale-on-G",
-        "(s G) B, (s G)ᵀ H",
-        but(dH=lambda my, c: (my.s(c) * c.dy) @ c.B, dB=lambda my, c: (my.s(c) * c.dy).T @ my.H(c)),
-    ),
-    (
-        "scale-last",
-        "s ((G B)ᵀ (K∘x))",
-        but(dA=lambda my, c: my.s(c) * ((c.dy @ c.B).T @ my.kept(c))),
-    ),
-    (
-        "through-dW",
-        "dA = s Bᵀ dW, dB = s dW Aᵀ, dW = Gᵀ (K∘x)",
-        but(
-            dA=lambda my, c: my.s(c) * c.B.T @ (c.dy.T @ my.kept(c)),
-            dB=lambda my, c: my.s(c) * (c.dy.T @ my.kept(c)) @ c.A.T,
-        ),
-    ),
-    (
-        "over-the-weight",
-        "by W + s B A and dW, each rounded to the dtype, as autograd has it",
-        but(
-            y=lambda my, c: (
-                c.x @ c.W.T + c.b + my.kept(c) @ _stored(c, my.delta(c)).T
-                if c.dropout
-                else c.x @ _stored(c, my.merged(c)).T + c.b
-            ),
-            dA=lambda my, c: my.s(c) * c.B.T @ _stored(c, c.dy.T @ my.kept(c)),
-            dB=lambda my, c: my.s(c) * _stored(c, c.dy.T @ my.kept(c)) @ c.A.T,
-        ),
-    ),
-    (
-        "keep-then-divide",
-        "K after the sum: ((keep∘x) Aᵀ) / (1 - p)",
-        but(
-            kept=lambda my, c: np.sign(c.K) * c.x,
-            H=lambda my, c: Plain.H(my, c) / (1 - c.p if c.dropout else 1),
-            dA=lambda my, c: Plain.dA(my, c) / (1 - c.p if c.dropout else 1),
-        ),
-    ),
-    ("base-last", "(s H Bᵀ + b) + x Wᵀ", but(y=lambda my, c: (my.branch(c) + c.b) + c.x @ c.W.T)),
-    (
-        "token-by-token",
-        "dA and dB summed over tokens, one after another",
-        but(
-            dA=lambda my, c: sum(g[:, None] * x for g, x in zip(my.dH(c), my.kept(c), strict=True)),
-            dB=lambda my, c: sum(
-                my.s(c) * (g[:, None] * H) for g, H in zip(c.dy, my.H(c), strict=True)
-            ),
-        ),
-    ),
-    (
-        "rank-by-rank",
-        "s Σᵢ Hᵢ Bᵢᵀ, one rank after another",
-        but(
-            branch=lambda my, c: (
-                my.s(c) * sum(H[:, None] * B for H, B in zip(my.H(c).T, c.B.T, strict=True))
-            )
-        ),
-    ),
-    (
-        "features-from-the-last",
-        "all sums over features from the last",
-        but(
-            H=lambda my, c: my.kept(c)[:, ::-1] @ c.A[:, ::-1].T,
-            base=lambda my, c: c.x[:, ::-1] @ c.W[:, ::-1].T + c.b,
-        ),
-    ),
-    (
-        "in-chunks",
-        "tokens three at a time, and their gradients summed",
-        but(
-            y=lambda my, c: np.concatenate([Plain.y(my, part) for part in _chunks(c)]),
-            dx=lambda my, c: np.concatenate([Plain.dx(my, part) for part in _chunks(c)]),
-            dA=lambda my, c: sum(Plain.dA(my, part) for part in _chunks(c)),
-            dB=lambda my, c: sum(Plain.dB(my, part) for part in _chunks(c)),
-        ),
-    ),
-    (
-        "in-pairs",
-        "all sums over features in pairs of pairs",
-        but(
-            H=lambda my, c: _in_pairs(my.kept(c)[:, None] * c.A),
-            base=lambda my, c: _in_pairs(c.x[:, None] * c.W) + c.b,
-        ),
-    ),
-    (
-        "wide",
-        "in float64, rounded at the end",
-        reads(**wide("x", "W", "A", "B", "b", "K", "dy")),
-    ),
-    (
-        "stored",
-        "every array rounded to the dtype",
-        then(
-            **dict.fromkeys(("kept", "H", "branch", "base", "dH", "dx_base", "dx_branch"), narrow)
-        ),
-    ),
-    (
-        "sums-stored",
-        "every partial sum rounded to the dtype",
-        but(
-            precision={},
-            read=lambda my, c: with_(
-                c, **{n: _in_order(n) for n in ("x", "W", "A", "B", "dy", "K") if hasattr(c, n)}
-            ),
-        ),
-    ),
+MUTANTS: tuple[Mutant, ...] = (
+    *mutants(LINEAR, "SCALE", SCALE),
+    *mutants(LINEAR, "LAYOUT", LAYOUT),
+    *mutants(LINEAR, "FORM", FORM),
+    *mutants(LINEAR, "DROPOUT", DROPOUT),
+    *mutants(LINEAR, "BACKWARD", BACKWARD),
+    *mutants(LINEAR, "STATE", STATE),
+    *equivalents(LINEAR, "linear", SAME),
 )
-
-MUTANTS: tuple[Mutant, ...] = SCALE + LAYOUT + FORM + DROPOUT + BACKWARD + STATE + SAME

@@ -17,8 +17,9 @@ from minilora.spec.models import GPT2, Batch, Bert, Config, Llama
 from minilora.spec.ops import Array, Back
 from minilora.verify.implementation import minilora_impl
 from minilora.verify.implementation.minilora_impl import Own
-from minilora.verify.mutants.mutant import Mutant, equivalents, family
+from minilora.verify.mutants.mutant import Mutant
 from minilora.verify.mutants.reference import digits
+from minilora.verify.mutants.transition import equivalents, family
 
 Edit = tuple[str, str]
 """A piece of a function's source, which stands there once, and what replaces it."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.verify.mutants.mutant import Mutant, equivalents, family
+from minilora.verify.mutants.mutant import Mutant
 from minilora.verify.mutants.reference import (
     Array,
     Call,
@@ -19,6 +19,7 @@ from minilora.verify.mutants.reference import (
     reads,
     then,
 )
+from minilora.verify.mutants.transition import equivalents, family
 
 
 def _rate_of(A: float, B: float) -> Callable[[], Plain]:

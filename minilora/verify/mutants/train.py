@@ -13,9 +13,10 @@ from minilora.io.formats.peft import adapter_names, read_adapter, read_lora_conf
 from minilora.spec.lora import TrainableSpec, Weights, draw_dropout, sum_gradients
 from minilora.spec.models import Batch, Config, loss, shifted_labels
 from minilora.spec.ops import IGNORED
-from minilora.verify.mutants.mutant import Mutant, equivalents, family
+from minilora.verify.mutants.mutant import Mutant
 from minilora.verify.mutants.optimizer import MUTANTS as OPTIMIZERS
 from minilora.verify.mutants.reference import Array, Plain
+from minilora.verify.mutants.transition import equivalents, family
 
 Parts = list[tuple[Any, Weights]]
 

@@ -1,0 +1,1 @@
+"""Right implementations in straight source text, which the catalogue's mutants edit."""

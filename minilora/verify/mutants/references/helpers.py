@@ -1,0 +1,84 @@
+"""Small functions that references are written with, and that mutants put into them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minilora.verify.core.tolerance import unit_roundoff
+
+Array = np.ndarray
+
+HALVES = ("bfloat16", "float16")
+
+
+def wide(array: Array) -> Array:
+    """float16 and bfloat16 as float32."""
+    return array.astype(np.float32) if array.dtype.name in HALVES else array
+
+
+def doubled(*arrays: Any) -> list[Any]:
+    """The arrays in float64; None stays None."""
+    return [None if array is None else np.float64(array) for array in arrays]
+
+
+def rows(x: Array) -> Array:
+    """A row for each token: (…, n) as (t, n)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def shaped(v: Array, shape: tuple[int, ...]) -> Array:
+    """Rows of tokens in the shape of x again."""
+    return v.reshape(*shape, v.shape[-1])
+
+
+def upto(stop: int, length: int) -> Array:
+    """1 at the first ``stop`` of ``length`` places, and 0 beyond."""
+    return np.arange(length) < stop
+
+
+def digits(number: Any, count: int) -> Any:
+    """Rounded to so many binary digits: an array in the dtype that it has, or a float."""
+    fraction, exponent = np.frexp(number)
+    rounded = np.ldexp(np.round(fraction * 2.0**count) * 0.5**count, exponent)
+    return rounded.astype(number.dtype) if isinstance(number, np.ndarray) else float(rounded)
+
+
+def coarse(array: Array, dtype: Any) -> Any:
+    """Rounded to half of the digits of the dtype under test."""
+    return digits(array, round(-np.log2(unit_roundoff(str(dtype)))) // 2)
+
+
+def narrow(array: Array, dtype: Any) -> Any:
+    """Rounded to the dtype under test, as an array that is stored on the way is."""
+    return array.astype(dtype).astype(array.dtype)
+
+
+def square(W: Array) -> bool:
+    """Whether m = n, where a transpose is not noticed by its shape."""
+    return bool(W.shape[0] == W.shape[1])
+
+
+def product(adapter: Any) -> Any:
+    """B A of an adapter, without its scale."""
+    return wide(adapter["B"]) @ wide(adapter["A"])
+
+
+def first_call(memory: dict[str, Any], name: str, value: Any) -> Any:
+    """What the first call had under this name, as long as its shape fits."""
+    kept = memory.setdefault(name, value)
+    return kept if np.shape(kept) == np.shape(value) else value
+
+
+def call_before(memory: dict[str, Any], name: str, value: Any) -> Any:
+    """What the call before had under this name, if its shape fits."""
+    kept, memory[name] = memory.get(name, value), value
+    return kept if np.shape(kept) == np.shape(value) else value
+
+
+def piled_up(memory: dict[str, Any], name: str, value: Array) -> Any:
+    """Added to what the calls before gave under this name, if its shape fits."""
+    kept = memory.get(name, value * 0)
+    memory[name] = kept + value if kept.shape == value.shape else value
+    return memory[name]
