@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -259,6 +260,23 @@ def check_settings(
         if value is not None and key not in {*read, *fixed, *inert.split()}:
             remedy = "it may change the function computed: remove it only if it does not"
             raise FormatError(path, key, json.dumps(value), "no setting of this name", remedy)
+
+
+def typed(path: Path | str, key: str, value: Any, kind: Any) -> Any:
+    """The setting's value as int (at least 1), float (finite and not negative) or bool.
+
+    Errors: FormatError for another value.
+    """
+    fits = {
+        int: type(value) is int and 1 <= value <= sys.maxsize,
+        float: type(value) in (int, float) and 0 <= value <= sys.float_info.max,
+        bool: type(value) is bool,
+    }
+    if not fits[kind]:
+        expected = {int: "a whole number from 1", float: "a number from 0", bool: "true or false"}
+        remedy = "take it from the model's original file"
+        raise FormatError(path, key, value, expected[kind], remedy)
+    return kind(value)
 
 
 def make_folder(folder: Path) -> list[Path]:

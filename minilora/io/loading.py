@@ -20,6 +20,7 @@ from minilora.io.files import FormatError, listed, pack_json, read_json, write_f
 from minilora.io.formats import gguf, glassllm, mlx, peft
 from minilora.io.formats.huggingface import (
     generation_settings,
+    headless,
     read_encoder,
     read_labels,
     read_model,
@@ -201,7 +202,7 @@ def open_base(
             found = listed(inside) or "no config.json, and no model in any folder of it"
             remedy = "name the one that is meant" if inside else "check the path"
             raise FormatError(path, "model", found, "a model's own folder", remedy)
-        if read_json(path / "config.json").get("architectures") == ["BertModel"]:
+        if headless(path):
             c, W = read_encoder(path, classes, dtype)
         else:
             c, W = read_model(path, dtype=dtype)

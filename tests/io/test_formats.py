@@ -18,6 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save, save_file
 
+from minilora.io import architectures
+from minilora.io.architectures import tensor_names
 from minilora.io.files import (
     FormatError,
     check_settings,
@@ -29,13 +31,7 @@ from minilora.io.files import (
     write_tensors,
 )
 from minilora.io.formats import huggingface, peft
-from minilora.io.formats.huggingface import (
-    config_to_json,
-    read_config,
-    read_model,
-    tensor_names,
-    write_model,
-)
+from minilora.io.formats.huggingface import config_to_json, read_config, read_model, write_model
 from minilora.io.formats.peft import adapter_names, read_adapter, read_lora_config, write_adapter
 from minilora.spec.lora import TrainableSpec, scale
 from minilora.spec.models import GPT2, Batch, Bert, Llama, draw_weights, logits
@@ -239,7 +235,7 @@ def test_a_weight_too_large_for_the_dtype_is_refused(folder):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
 def test_names_without_the_base_models_prefix_are_read(kind, folder):
-    prefix = huggingface.architecture_of(MODELS[kind])[1].prefix
+    prefix = architectures.architecture_of(MODELS[kind]).prefix
     path = folder / kind / huggingface.WEIGHTS
     save_file({k.removeprefix(prefix): v for k, v in read_tensors(path).items()}, path)
     assert same(read_model(folder / kind)[1], weights(MODELS[kind]))
@@ -485,7 +481,7 @@ def test_a_setting_that_changes_the_function_is_refused(kind, change, says, fold
 
 @every_model
 def test_settings_known_to_change_no_logit_pass(kind, folder):
-    a = huggingface.architecture_of(MODELS[kind])[1]
+    a = architectures.architecture_of(MODELS[kind])
     untouched = {"architectures", "model_type", "id2label", "num_labels"}
     inert = set((huggingface.INERT + a.inert).split()) - untouched
     edit(folder / kind / "config.json", **dict.fromkeys(inert, 0.1), of_the_future=None)
@@ -495,7 +491,7 @@ def test_settings_known_to_change_no_logit_pass(kind, folder):
 @every_model
 def test_a_fixed_setting_has_no_other_value(kind, adapters):
     c = MODELS[kind]
-    a = huggingface.architecture_of(c)[1]
+    a = architectures.architecture_of(c)
     model, adapter = adapters / kind, adapters / f"{kind}-adapter"
     for fixed, path, read in (
         (huggingface.FIXED | a.fixed, model / "config.json", lambda: read_config(model)),
@@ -512,7 +508,7 @@ def test_a_fixed_setting_has_no_other_value(kind, adapters):
 
 
 def test_the_three_lists_of_settings_are_apart():
-    for a in huggingface.ARCHITECTURES.values():
+    for a in architectures.ARCHITECTURES.values():
         fixed = {*huggingface.FIXED, *a.fixed}
         read = {*a.keys.values(), *a.special}
         assert not fixed & read
@@ -732,7 +728,7 @@ def test_a_failure_leaves_the_folder_as_it_was(fails, folder, monkeypatch):
         raise OSError("no space left")
 
     if fails == "pack":  # the last of several files to be made
-        monkeypatch.setattr(huggingface, "pack_json", fail)
+        monkeypatch.setattr(huggingface.model, "pack_json", fail)
     else:
         monkeypatch.setattr(os, "replace", fail)
     for path in (folder / "gpt2", folder / "new"):
@@ -1319,7 +1315,7 @@ def every_setting(tmp_path_factory):
     found = {}
     for kind, c in MODELS.items():
         write_adapter(folder, c, *adapted(kind)[1:])
-        a = huggingface.architecture_of(c)[1]
+        a = architectures.architecture_of(c)
         names_ = [*huggingface.FIXED, *a.fixed, *a.keys.values(), *a.special, "architectures"]
         adapter = read_json(folder / peft.CONFIG)
         found[kind] = (folder, config_to_json(c), names_, adapter, [*peft.FIXED, *peft.READ])
@@ -1464,7 +1460,7 @@ def test_a_name_in_the_place_of_another_is_noticed(kind, libraries, tmp_path):
 
 @every_model
 def test_what_a_file_leaves_out_is_what_transformers_takes(kind, libraries, tmp_path):
-    a = huggingface.architecture_of(MODELS[kind])[1]
+    a = architectures.architecture_of(MODELS[kind])
     left_out = {*a.written, "id2label", "label2id", "rope_parameters"}
     left_out |= {a.keys[field] for field in a.absent}
     written = config_to_json(MODELS[kind])
@@ -1597,7 +1593,7 @@ def test_peft_resolves_targets_so(kind, changes, hit, libraries, folder):
     if kind == "bert":
         changes = {"task_type": "SEQ_CLS"} | changes
     model = libraries.adapt(libraries.model(folder / kind), **changes)
-    paths = huggingface.module_paths(c)
+    paths = architectures.module_paths(c)
     assert sorted(model.targeted_module_names) == sorted(paths[at] for at in hit)
 
 

@@ -369,7 +369,7 @@ SETTINGS = [
     (
         "tables, gpt2",
         {"init_lora_weights": "olora", "target_modules": ["c_fc"]},
-        "olora of a GPT-2",
+        "olora of a gpt2",
     ),
     ("tie", {"use_dora": True}, "use_dora: found it beside ensure_weight_tying, expected neither"),
     ("tie", {"rank_pattern": {"lm_head": 5}}, "ensure_weight_tying: ranks 2 and 5"),
@@ -421,7 +421,7 @@ SETTINGS = [
     ("replication", {"layer_replication": [[1]]}, r"expected pairs of whole numbers"),
     ("replication", {"bias": "all"}, "found it beside bias all, expected none; the copies share"),
     ("replication", {"init_lora_weights": "pissa"}, "it beside init_lora_weights pissa"),
-    ("tables, gpt2", {"layer_replication": [[0, 2]]}, "found it for a GPT-2, expected none"),
+    ("tables, gpt2", {"layer_replication": [[0, 2]]}, "found it for a gpt2, expected none"),
 ]
 
 
@@ -660,11 +660,11 @@ UNLIKE = [  # what differs, and the choices of a fresh adapter
         {"variant": "adalora", "rank_pattern": {"0.q": 1}, "lora_alpha": 0},
     ),
     (
-        "layer_replication: found .* of Bert",
+        "layer_replication: found .* of a bert",
         "bert",
         {"layer_replication": [(0, 2), (0, 1)], "bias": "all"},
     ),
-    ("layer_replication: found .* of GPT2", "gpt2", {"layer_replication": [(0, 2), (0, 1)]}),
+    ("layer_replication: found .* of a gpt2", "gpt2", {"layer_replication": [(0, 2), (0, 1)]}),
     (
         "trained: found the tied embedding",
         "qwen2",
@@ -780,7 +780,11 @@ def test_whatever_a_setting_says_no_other_exception_comes_out(case, tmp_path, da
             {"target_modules": ["q", "embed"], "trainable_token_indices": {"embed": [1]}},
             "rows of embed, which is",
         ),
-        ("qwen2", {"layer_replication": [(0, 2), (1, 2)]}, "layer_replication: found .* of Qwen2"),
+        (
+            "qwen2",
+            {"layer_replication": [(0, 2), (1, 2)]},
+            "layer_replication: found .* of a qwen2",
+        ),
     ],
 )
 def test_what_peft_would_load_as_another_function_is_not_written(kind, settings, found, tmp_path):

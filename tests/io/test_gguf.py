@@ -23,10 +23,12 @@ from calculus import record_worst, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minilora.io.architectures import ARCHITECTURES, tensor_names
+from minilora.io.architectures.llama import LLAMA
 from minilora.io.files import FormatError
 from minilora.io.formats import huggingface
 from minilora.io.formats.factors import parameter_shapes
-from minilora.io.formats.huggingface import tensor_names, write_model
+from minilora.io.formats.huggingface import write_model
 from minilora.io.loading import copy_tokenizer, open_base
 from minilora.spec import blocks
 from minilora.spec.lora import TrainableSpec, merge
@@ -1129,7 +1131,7 @@ def test_a_mistake_in_the_files_is_seen_in_llama_cpps_logits(mistake, tmp_path, 
     with monkeypatch.context() as patch:
         base, told = model_file("llama"), tuning
         if MISTAKES[mistake] == "order":
-            patch.setattr(door, "PERMUTED", ())
+            patch.setitem(ARCHITECTURES, LLAMA.name, replace(LLAMA, permuted=()))
         elif MISTAKES[mistake] == "alpha":
             told = replace(tuning, scale={at: s / 2 for at, s in tuning.scale.items()})
         else:

@@ -15,8 +15,9 @@ from calculus import GRADIENT, OPTIMIZER, greatest, record_worst, relative_error
 
 import minilora as ml
 from minilora import testing as draw
+from minilora.io.architectures import module_paths, tensor_names
 from minilora.io.files import read_json
-from minilora.io.formats.huggingface import module_paths, read_model, tensor_names
+from minilora.io.formats.huggingface import read_model
 from minilora.io.formats.peft import adapter_names, read_adapter
 from minilora.spec import lora, optim
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora import testing as draw
-from minilora.io.formats.huggingface import names as names_in_files
-from minilora.io.formats.huggingface import to_file_layout, write_model
+from minilora.io.architectures import tensor_names as names_in_files
+from minilora.io.architectures import to_file_layout
+from minilora.io.formats.huggingface import write_model
 from minilora.io.formats.peft import adapter_names
 from minilora.spec import ops, target_modules
 from minilora.spec.initialization import STARTS

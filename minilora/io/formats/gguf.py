@@ -22,6 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from minilora.io.architectures import ARCHITECTURES, Architecture, architecture_of, module_paths
 from minilora.io.files import (
     NOT_FINITE,
     FormatError,
@@ -32,11 +33,11 @@ from minilora.io.files import (
     to_narrow_dtype,
 )
 from minilora.io.formats.factors import check_factors, file_name, parameter_shapes
-from minilora.io.formats.huggingface import ARCHITECTURES, architecture_of, module_paths
+from minilora.io.formats.tensors import check_complete
 from minilora.io.formats.tokenizers import LibraryTokenizer, missing_library
 from minilora.io.lazy_weights import Expanded
 from minilora.spec.lora import LORA, TABLES, Params, TrainableSpec, Weights, scale
-from minilora.spec.models import Config, Llama, ties_head
+from minilora.spec.models import Config, ties_head
 from minilora.spec.ops import Array
 from minilora.spec.quantization import F32, dequantise, from_gguf
 
@@ -46,8 +47,8 @@ _READER = "llama.cpp takes"
 HERE = ("q4_0", "q4_1", "q8_0")
 """The block types whose equation `quantization` has; the library expands the others."""
 
-NAMES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "gpt2": "GPT2LMHeadModel"}
-"""The architectures, by their names in GGUF and in ``config.json``."""
+KNOWN = {a.model_type: a for a in ARCHITECTURES.values() if a.gguf is not None}
+"""The architectures that llama.cpp has, by their names there."""
 
 KEYS: Mapping[str, str] = {
     "d": "embedding_length",
@@ -55,16 +56,7 @@ KEYS: Mapping[str, str] = {
     "heads": "attention.head_count",
     "ffn": "feed_forward_length",
 }
-"""A configuration's fields and what GGUF calls them, in every architecture; then in each:"""
-
-OWN_KEYS: Mapping[str, Mapping[str, str]] = {
-    "gpt2": {"positions": "context_length", "eps": "attention.layer_norm_epsilon"},
-    "llama": {
-        "kv_heads": "attention.head_count_kv",
-        "eps": "attention.layer_norm_rms_epsilon",
-        "theta": "rope.freq_base",
-    },
-}
+"""A configuration's fields and what GGUF calls them, in every architecture."""
 
 SPECIAL = ("vocab_size", "attention.key_length", "attention.value_length", "rope.dimension_count")
 INERT = "context_length tensor_data_layout rope.scaling.original_context_length"
@@ -81,9 +73,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
 
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
-
-PERMUTED = (".q", ".k")
-"""The projections whose rows llama.cpp orders otherwise, in a Llama: its RoPE turns neighbours."""
 
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,%d}"
@@ -362,20 +351,20 @@ def file_rows(heads: int, rows: int) -> Array:
 
 def _order(c: Config, at: str, m: int) -> Array | None:
     """:func:`file_rows` of the module, or None if its rows lie as here."""
-    if isinstance(c, Llama) and not c.qkv_bias and at.endswith(PERMUTED):
-        return file_rows(c.heads if at.endswith(".q") else c.kv_heads, m)
+    if at.endswith(architecture_of(c).permuted):
+        return file_rows(c.heads if at.endswith(".q") else getattr(c, "kv_heads", c.heads), m)
     return None
 
 
 def places(c: Config) -> dict[str, str]:
     """Internal module name -> the module's name in GGUF, as the library has it.
 
-    Errors: FormatError for an architecture that is not in `NAMES`.
+    Errors: FormatError for an architecture that is not in `KNOWN`.
     """
-    _, a = architecture_of(c)
-    if a.model_type not in NAMES:
+    a = architecture_of(c)
+    if a.gguf is None:
         remedy = "a pooler or classifier has no place there: keep Hugging Face's or PEFT's"
-        raise FormatError("GGUF", "architecture", a.model_type, f"{', '.join(NAMES)}", remedy)
+        raise FormatError("GGUF", "architecture", a.model_type, f"{', '.join(KNOWN)}", remedy)
     gguf = library()
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == a.model_type)
     known = gguf.get_tensor_name_map(number, 1)
@@ -388,11 +377,16 @@ def places(c: Config) -> dict[str, str]:
     return {at: named[at] for at in module_paths(c)}
 
 
+def _keys(a: Architecture) -> dict[str, str]:
+    """A configuration's fields and what GGUF calls them."""
+    return {**KEYS, **(a.gguf or {})}
+
+
 def _named(contents: Contents) -> str:
     """The architecture's name, of a file that holds what it should."""
     path, name = contents.path, contents.get("general.architecture")
-    if not isinstance(name, str) or name not in NAMES:
-        expected, remedy = f"one of {', '.join(NAMES)}", "no other is implemented for GGUF"
+    if not isinstance(name, str) or name not in KNOWN:
+        expected, remedy = f"one of {', '.join(KNOWN)}", "no other is implemented for GGUF"
         raise FormatError(path, "general.architecture", name, expected, remedy)
     return name
 
@@ -406,8 +400,8 @@ def _config(contents: Contents) -> Config:
     if contents.get("split.count", 1) not in (0, 1):
         remedy = "join the parts with llama-gguf-split --merge"
         raise FormatError(path, "split.count", contents["split.count"], "a whole file", remedy)
-    a = ARCHITECTURES[NAMES[name]]
-    keys = {**KEYS, **OWN_KEYS.get(name, OWN_KEYS["llama"])}
+    a = KNOWN[name]
+    keys = _keys(a)
     prefix = f"{name}."
     said = {key[len(prefix) :]: contents[key] for key in contents if key.startswith(prefix)}
     for key, value in said.items():  # one for each layer
@@ -434,10 +428,10 @@ def _config(contents: Contents) -> Config:
         remedy = "is it a whole model?"
         raise FormatError(path, "token_embd.weight", "none", "the embedding", remedy)
     values["vocab"] = number("vocab_size", table.shape[0], (int,))
-    if a.config is Llama:
+    if a.has_field("theta"):
         _check_rope(path, prefix, said, values, number)
         values["tied"] = "output.weight" not in contents.tensors
-    if values["d"] % values["heads"] and a.config is not Llama:
+    elif values["d"] % values["heads"]:
         expected = f"a divisor of {values['d']}"
         remedy = "the heads share its features"
         raise FormatError(path, f"{prefix}{keys['heads']}", values["heads"], expected, remedy)
@@ -451,7 +445,7 @@ def _config(contents: Contents) -> Config:
 def _check_rope(
     path: Path, prefix: str, said: Mapping[str, Any], values: dict[str, Any], number: Any
 ) -> None:
-    """The heads of a Llama and its RoPE, into ``values``."""
+    """The heads and RoPE of an architecture that has it, into ``values``."""
     d, heads = values["d"], values["heads"]
     values["theta"] = number("rope.freq_base", 10000.0, (float,))
     values["kv_heads"] = number("attention.head_count_kv", heads, (int,))
@@ -515,14 +509,14 @@ def _order_of(c: Config, name: str, m: int) -> Array | None:
 
 
 def _repeated(contents: Contents, c: Config) -> set[str]:
-    """A GPT-2's head is its embedding: a file may have it again, and no other."""
+    """The head of a model that ties it: a file may have the embedding again there, and no other."""
     head, table = (contents.tensors.get(f"{name}.weight") for name in ("output", "token_embd"))
-    if isinstance(c, Llama) or head is None or table is None:
+    if architecture_of(c).has_field("tied") or head is None or table is None:
         return set()
     one, other = (contents.bytes[t.start : t.end] for t in (head, table))
     if head.kind != table.kind or one != other:
         found, expected = "other entries than token_embd.weight", "those, to which it is tied"
-        remedy = "a GPT-2 has no head of its own here"
+        remedy = f"a {architecture_of(c).model_type} has no head of its own here"
         raise FormatError(contents.path, "output.weight", found, expected, remedy)
     return {"output.weight"}
 
@@ -775,11 +769,7 @@ def write_model(
     not fit in ``dtype``; for a GPT-2 of another context; if ``like`` is another architecture's.
     """
     there, shapes = places(c), c.shapes()
-    name = architecture_of(c)[1].model_type
-    if set(W) != shapes.keys():
-        found = f"{listed(set(W) ^ shapes.keys())} in one of the two only"
-        remedy = "merge or disable adapters first, and give every weight of the model"
-        raise FormatError(path, "weights", found, f"the {len(shapes)} of {c}", remedy)
+    check_complete(path, c, W)
 
     def narrow(at: str) -> Any:
         return F32 if shapes[at][1] == 1 or at.startswith("positions.") else dtype
@@ -798,15 +788,16 @@ def write_model(
         place: _like(shapes[at][:1] if shapes[at][1] == 1 else shapes[at], narrow(at))
         for place, at in inside.items()
     }
-    with _written(path, name) as writer:
-        _write_settings(path, writer, c, name, like, context)
+    with _written(path, architecture_of(c).model_type) as writer:
+        _write_settings(path, writer, c, like, context)
         _write_tensors(writer, told, lambda place: make(inside[place]))
 
 
 def _write_settings(
-    path: Path | str, writer: Any, c: Config, name: str, like: Path | str | None, context: int
+    path: Path | str, writer: Any, c: Config, like: Path | str | None, context: int
 ) -> None:
-    gguf = library()
+    gguf, a = library(), architecture_of(c)
+    name = a.model_type
     writer.add_type("model")
     other = Contents(like) if like is not None else None
     if other is None:
@@ -821,16 +812,15 @@ def _write_settings(
                 types = [gguf.GGUFValueType(k) for k in (kind, inner) if k is not None]
                 writer.add_key_value(key, other[key], *types)
         context = other.get(f"{name}.context_length", context)
-    keys = {**KEYS, **OWN_KEYS.get(name, OWN_KEYS["llama"])}
-    for field, key in keys.items():
+    for field, key in _keys(a).items():
         value = getattr(c, field)
         (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(
             f"{name}.{key}", value
         )
     writer.add_uint32(f"{name}.vocab_size", c.vocab)
-    if isinstance(c, Llama):
+    if a.has_field("head_dim"):
         for key in SPECIAL[1:]:
-            writer.add_uint32(f"{name}.{key}", c.head_dim)
+            writer.add_uint32(f"{name}.{key}", getattr(c, "head_dim"))  # noqa: B009 - of this class
         writer.add_uint32(f"{name}.context_length", context)
 
 
@@ -864,7 +854,7 @@ def write_adapter(
         for part, array in (("a", A.T if at in TABLES else A), ("b", B)):
             place = f"{there[at]}.weight.lora_{part}"
             tensors[place] = to_narrow_dtype(path, place, array, dtype, _READER)
-    with _written(path, architecture_of(c)[1].model_type) as writer:
+    with _written(path, architecture_of(c).model_type) as writer:
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32(ALPHA, alpha)
@@ -915,7 +905,7 @@ def read_adapter(path: Path | str, c: Config, dtype: Any = None) -> tuple[Weight
     the other; and for what llama.cpp does not apply, as :func:`write_adapter` has it.
     """
     contents = Contents(path)
-    name = architecture_of(c)[1].model_type
+    name = architecture_of(c).model_type
     said = {key: contents[key] for key in contents if key.startswith("adapter.")}
     said |= {key: contents.get(key) for key in ("general.type", "general.architecture")}
     expected = {"general.type": "adapter", "adapter.type": "lora", "general.architecture": name}

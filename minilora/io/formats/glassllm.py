@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.io.architectures.llama import LLAMA
 from minilora.io.files import (
     NOT_FINITE,
     WEIGHT_DTYPES,
@@ -23,7 +24,7 @@ from minilora.io.files import (
     read_json,
     to_dtype,
 )
-from minilora.io.formats.gguf import PERMUTED, file_rows
+from minilora.io.formats.gguf import file_rows
 from minilora.io.formats.tokenizers import LibraryTokenizer, missing_library
 from minilora.spec.lora import Weights
 from minilora.spec.models import Llama
@@ -146,7 +147,7 @@ def _weight(
     if array.dtype not in WEIGHT_DTYPES.values():
         raise FormatError(path, place, array.dtype, f"one of {listed(WEIGHT_DTYPES)}", _REMEDY)
     array = array if at == "embed" else array.T.reshape(shape)
-    if at.endswith(PERMUTED):
+    if at.endswith(LLAMA.permuted):
         array = array[np.argsort(file_rows(m // c.head_dim, m))]
     return to_dtype(path, place, np.ascontiguousarray(array), dtype)
 

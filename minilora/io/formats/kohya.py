@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from minilora.io.architectures import architecture_of
 from minilora.io.files import FormatError, listed, read_tensors, to_dtype, write_tensors
 from minilora.io.formats.factors import check_factors, parameter_shapes
-from minilora.io.formats.huggingface import architecture_of, module_paths, to_internal
+from minilora.io.formats.tensors import to_internal
 from minilora.spec.lora import LORA, TABLES, TrainableSpec, Weights, scale
 from minilora.spec.models import Config
 from minilora.spec.ops import Array
@@ -54,7 +55,7 @@ def kernels(A: Array, B: Array, kernel: Sequence[int]) -> tuple[Array, Array]:
 
 
 def _names(c: Config) -> dict[str, list[str]]:
-    return underscored(module_paths(c) | {"head": architecture_of(c)[1].outer["head"]})
+    return underscored(architecture_of(c).paths(c))
 
 
 def _module(path: Path, c: Config, key: str, prefix: str) -> str:
@@ -121,7 +122,7 @@ def read_adapter(
         if variant != LORA:
             variants[at] = variant
             _check_magnitude(path, c, at, keys[PARTS["magnitude"]], found)
-    W = to_internal(dict.fromkeys(found, path), path, found, places, shapes, dtype)
+    W = to_internal(path, found, places, shapes, dtype)
     return W, TrainableSpec(s, {}, frozenset(W), variants)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.io.architectures import architecture_of, tensor_names
 from minilora.io.files import (
     NOT_FINITE,
     FormatError,
@@ -20,7 +21,7 @@ from minilora.io.files import (
     read_tensors,
     to_dtype,
 )
-from minilora.io.formats.huggingface import architecture_of, module_paths, tensor_names, to_internal
+from minilora.io.formats.tensors import drop_tied_head, to_internal
 from minilora.spec.lora import TrainableSpec, Weights, fuse, merge, scale
 from minilora.spec.models import Config
 from minilora.spec.ops import Array
@@ -118,12 +119,12 @@ def read_adapter(
     that is no parameter's, a factor alone or of another shape; for an adapted weight that is not
     the base's.
     """
-    a = architecture_of(c)[1]
+    a = architecture_of(c)
     path, found = _read(source, a.buffers)
     if alpha is None:
         remedy = "give the lora_alpha of the training: no file of loralib's has it"
         raise FormatError(path, "alpha", "none", "a number", remedy)
-    paths = module_paths(c) | {"head": a.outer["head"]}
+    paths = a.paths(c)
     factors: Weights = {}
     s = {}
     for at, there in paths.items():
@@ -185,14 +186,10 @@ def _beside(
     dtype: Any,
 ) -> Weights:
     """What the state dict holds beside the factors and is no copy of the base's."""
-    head, places = f"{architecture_of(c)[1].outer['head']}.weight", tensor_names(c)
-    embed = places["embed.weight"][0]
-    if "head.weight" not in places and head in found and embed in found:
-        if not np.array_equal(found[head], found[embed]):
-            raise FormatError(path, head, "other entries", f"those of {embed}", "they are tied")
-        del found[head]
+    places = tensor_names(c)
+    drop_tied_head(dict.fromkeys(found, path), found, places, architecture_of(c))
     held = {name: place for name, place in places.items() if place[0] in found}
-    W = to_internal(dict.fromkeys(found, path), path, found, held, c.shapes(), dtype)
+    W = to_internal(path, found, held, c.shapes(), dtype)
     weights = [name for name in W if not name.endswith(".bias")]
     if base is None:
         if weights:

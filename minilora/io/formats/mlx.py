@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.io.architectures import ARCHITECTURES, architecture_of, module_paths, to_file_layout
 from minilora.io.files import (
     FormatError,
     check_settings,
@@ -29,9 +30,9 @@ from minilora.io.files import (
     write_files,
 )
 from minilora.io.formats.factors import check_factors, file_name, parameter_shapes
-from minilora.io.formats.huggingface import module_paths, to_file_layout, to_internal
+from minilora.io.formats.tensors import to_internal
 from minilora.spec.lora import LORA, TABLES, TrainableSpec, Variant, Weights, adapted_in, twin
-from minilora.spec.models import Bert, Config, ties_head
+from minilora.spec.models import Config, ties_head
 from minilora.spec.variants import DORA
 
 _READER = "MLX reads"
@@ -77,10 +78,13 @@ def paths(path: Path | str, c: Config) -> dict[str, str]:
 
     Errors: FormatError for a BERT, which mlx-lm does not have.
     """
-    if isinstance(c, Bert):
-        remedy = "write it for PEFT"
-        raise FormatError(path, "architecture", "BERT", "a Llama, Qwen2 or GPT-2", remedy)
-    return {at: re.sub(r"^transformer\.", "model.", there) for at, there in module_paths(c).items()}
+    a = architecture_of(c)
+    if a.mlx_prefix is None:
+        known = listed(a.model_type for a in ARCHITECTURES.values() if a.mlx_prefix is not None)
+        remedy = "mlx-lm has no such model: write it for PEFT"
+        raise FormatError(path, "architecture", a.model_type, f"one of {known}", remedy)
+    prefix = re.compile(f"^{re.escape(a.prefix)}")
+    return {at: prefix.sub(a.mlx_prefix, there) for at, there in module_paths(c).items()}
 
 
 def _within(at: str, there: str) -> tuple[int, str] | None:
@@ -216,13 +220,12 @@ def read_adapter(path: Path | str, c: Config, dtype: Any = None) -> tuple[Weight
     """
     file, settings = Path(path) / WEIGHTS, read_settings(path, c)
     found = read_tensors(file)
-    files = dict.fromkeys(found, file)
     variant = KINDS[settings.kind]
     if variant is None:
         there = paths(file, c)
         every = {name: file_name(there, name) for name in c.shapes()}
         held = {name: (place, False) for name, place in every.items() if place in found}
-        W = to_internal(files, file, found, held, c.shapes(), dtype)
+        W = to_internal(file, found, held, c.shapes(), dtype)
         return W, TrainableSpec(trained=frozenset(W))
 
     places = _places(file, c, settings)
@@ -235,7 +238,7 @@ def read_adapter(path: Path | str, c: Config, dtype: Any = None) -> tuple[Weight
                 found_, expected = f"shape {found[place].shape}", f"shape {shapes[name][:1]}"
                 raise FormatError(file, place, found_, expected, "write it as mlx-lm does")
             found[place] = found[place][:, None]
-    W = to_internal(files, file, found, places, shapes, dtype)
+    W = to_internal(file, found, places, shapes, dtype)
     adapted = list(settings.adapted)
     if ties_head(c) and "embed" in adapted:
         W["head.A"], W["head.B"] = map(np.ascontiguousarray, twin(W["embed.A"], W["embed.B"]))

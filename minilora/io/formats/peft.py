@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from minilora.io.architectures import architecture_of, module_paths, tensor_names, to_file_layout
 from minilora.io.files import (
     FormatError,
     check_settings,
@@ -27,16 +28,10 @@ from minilora.io.files import (
     to_dtype,
     write_files,
 )
-from minilora.io.formats.huggingface import (
-    architecture_of,
-    module_paths,
-    tensor_names,
-    to_file_layout,
-    to_internal,
-)
+from minilora.io.formats.tensors import to_internal
 from minilora.spec.initialization import STARTS, as_plain, draw_vera, plain_alpha
 from minilora.spec.lora import LORA, TABLES, TrainableSpec, Weights, is_base, twin, weight_of
-from minilora.spec.models import GPT2, Bert, Config, Llama, ties_head
+from minilora.spec.models import Config, ties_head
 from minilora.spec.ops import Array, with_tokens
 from minilora.spec.target_modules import (
     ALORA,
@@ -275,7 +270,7 @@ _NOT_READ = {
 
 def _paths(c: Config) -> dict[str, str]:
     """The modules' paths, a tied head's among them."""
-    return module_paths(c) | {"head": architecture_of(c)[1].outer["head"]}
+    return architecture_of(c).paths(c)
 
 
 def adapter_names(c: Config, names: Iterable[str]) -> dict[str, str]:
@@ -440,7 +435,7 @@ def _settings(path: Path) -> dict[str, Any]:
 def _complete(path: Path, c: Config, settings: dict[str, Any]) -> None:
     """Put in what PEFT adds to the settings by the task and for "all-linear"."""
     task = settings["task_type"]
-    known = ("", "SEQ_CLS" if isinstance(c, Bert) else "CAUSAL_LM")
+    known = ("", "CAUSAL_LM" if c.causal else "SEQ_CLS")
     if task not in known:
         expected = f"null or {json.dumps(known[1])}"
         remedy = "other values compute a function that is not implemented here"
@@ -469,8 +464,8 @@ def _deeper(path: Path, c: Config, settings: Mapping[str, Any]) -> Config:
         remedy = "is it another model's?"
         raise FormatError(path, "layer_replication", error, "ranges of layers", remedy) from None
     found = "it"
-    if isinstance(c, GPT2):
-        found, remedy = "it for a GPT-2", "PEFT finds no layers there"
+    if not architecture_of(c).reads_replication:
+        found, remedy = f"it for a {architecture_of(c).model_type}", "PEFT finds no layers there"
     elif settings["bias"] != "none":
         found, remedy = f"it beside bias {settings['bias']}", "the copies share one bias"
     elif settings.get("init_lora_weights") in INIT_FROM_BASE:
@@ -533,9 +528,19 @@ def _check_hit(path: Path, c: Config, settings: Mapping[str, Any], hit: list[str
     if init in INIT_FROM_BASE and "head" in hit and ties_head(c):
         remedy = "PEFT takes the start out of the embedding too, to which the head is tied"
         raise FormatError(path, "init_lora_weights", f"{init} of a tied head", "true", remedy)
-    if init == "olora" and isinstance(c, GPT2) and any(at.startswith("layers.") for at in hit):
+    if (
+        init == "olora"
+        and architecture_of(c).transposed
+        and any(at.startswith("layers.") for at in hit)
+    ):
         remedy = "PEFT starts Conv1D with the factors of the transpose"
-        raise FormatError(path, "init_lora_weights", f"{init} of a GPT-2", "true", remedy)
+        raise FormatError(
+            path,
+            "init_lora_weights",
+            f"{init} of a {architecture_of(c).model_type}",
+            "true",
+            remedy,
+        )
     tied = {"embed", "head"} <= {*hit} and _ties(c, settings)
     if tied and (mixed := [name for name in _VARIANTS if settings.get(name)]):
         remedy = "the two share A and B, and nothing else"
@@ -557,7 +562,7 @@ def _also(path: Path, c: Config, settings: Mapping[str, Any], hit: list[str]) ->
         remedy = "PEFT saves a copy there that was not trained: name the outer ones alone, in full"
         raise FormatError(path, "modules_to_save", found, "no module in another", remedy)
     if ties_head(c) and saved & {"embed", "head"}:
-        ensured = settings["ensure_weight_tying"] and isinstance(c, Llama)
+        ensured = settings["ensure_weight_tying"] and architecture_of(c).heeds_weight_tying
         if not ensured or "head" in hit:
             found = f"{listed(paths[at] for at in saved & {'embed', 'head'})} of a tied model"
             remedy = (
@@ -677,7 +682,7 @@ def read_adapter(
     places = {name: (place, transposed.get(name, False)) for name, place in placed.items()}
     m, n = (max(shape) for shape in zip(*choice.shape.values(), strict=True))
     shapes = c.shapes() | parts | rows | {"shared.A": (lora.r, n), "shared.B": (m, lora.r)}
-    W = to_internal(dict.fromkeys(found, file), file, found, places, shapes, dtype)
+    W = to_internal(file, found, places, shapes, dtype)
     s = scales(lora, choice)
     if lora.entry.variant == VERA:
         W |= _shared_parts(file, W, settings, choice, (m, n), dtype)
@@ -838,7 +843,7 @@ def _drop_copies(
     Errors: FormatError if what should be a copy differs.
     """
     kept = set(placed.values())
-    head = f"{PREFIX}{architecture_of(c)[1].outer['head']}.weight"
+    head = f"{PREFIX}{architecture_of(c).outer['head']}.weight"
     for name in found.keys() - kept:
         if name == head and "embed.weight" in placed:
             twin = placed["embed.weight"]
@@ -984,12 +989,12 @@ def _check_written(
         if not all(np.array_equal(W[f"head.{p}"], t) for p, t in zip("AB", shared, strict=True)):
             remedy = "train them as one, by tied_gradients, or leave ensure_weight_tying out"
             raise FormatError(folder, "head.A", "other factors", "the embedding's, tied", remedy)
-    kind = "Qwen2" if architecture_of(c)[1].model_type == "qwen2" else type(c).__name__
-    if lora.layer_replication and (lora.bias != "none" or kind in ("GPT2", "Qwen2")):
-        found = f"layer_replication with bias {lora.bias!r} of {kind}"
-        remedy = "PEFT's copies share one bias, and it finds no layers in these, or fails there"
+    a = architecture_of(c)
+    if lora.layer_replication and (lora.bias != "none" or not a.writes_replication):
+        found = f"layer_replication with bias {lora.bias!r} of a {a.model_type}"
+        remedy = "PEFT's copies share one bias, and in gpt2 and qwen2 it finds no layers, or fails"
         raise FormatError(
-            folder, "layer_replication", found, "bias 'none', no GPT-2 or Qwen2", remedy
+            folder, "layer_replication", found, "bias 'none', and a llama or bert", remedy
         )
 
 
@@ -1075,7 +1080,7 @@ def _written(
         "target_modules": sorted(paths[at] for at in choice.rank),
         "modules_to_save": sorted(paths[at] for at in saved) or None,
         "bias": lora.bias,
-        "fan_in_fan_out": isinstance(c, GPT2),
+        "fan_in_fan_out": architecture_of(c).transposed,
     }
     if variant == VERA:
         return settings | {
@@ -1145,7 +1150,7 @@ def _saved_in_full(
         expected = f"bias {lora.bias!r} and whole modules that are not adapted"
         remedy = "PEFT trains all biases of a kind and all parameters of a module, or none"
         raise FormatError(folder, "trained", f"{found} left out or over", expected, remedy)
-    apart = not isinstance(c, Llama) or "head" in choice.rank
+    apart = not architecture_of(c).heeds_weight_tying or "head" in choice.rank
     if "embed" in whole and ties_head(c) and apart:
         remedy = "PEFT would leave the head on the base's embedding: do not train it"
         raise FormatError(folder, "trained", "the tied embedding", "no tied embedding", remedy)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 import minilora
+from minilora.io.architectures import tensor_names, to_file_layout
 from minilora.io.files import (
     pack_json,
     read_json,
@@ -19,7 +20,7 @@ from minilora.io.files import (
     write_files,
     write_tensors,
 )
-from minilora.io.formats.huggingface import read_model, tensor_names, to_file_layout
+from minilora.io.formats.huggingface import read_model
 from minilora.io.formats.peft import (
     CONFIG,
     WEIGHTS,
