@@ -1,9 +1,15 @@
 """How Sphinx builds these pages: ``python -m sphinx -W -b html docs OUT``, without a network."""
 
 import os
+import sys
 from pathlib import Path
 
 here = Path(__file__).parent
+sys.path[:0] = [str(here / "extensions"), str(here.parent), str(here)]
+
+import generated  # noqa: E402
+
+generated.write()
 
 # The cells run the source that the pages show, whatever is installed, and the tests' derivative.
 shown = [
@@ -15,8 +21,32 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 project = "minilora"
 author = "the minilora contributors"
-extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx-mathjax-offline"]
-exclude_patterns = ["_build"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "layout",
+    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build", "downloads", "extensions"]
+
+# Modules are imported without the libraries that they compare with, installed or not.
+autodoc_mock_imports = [
+    "bitsandbytes",
+    "jax",
+    "llama_cpp",
+    "loralib",
+    "mlx",
+    "mlx_lm",
+    "peft",
+    "torch",
+    "transformers",
+]
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 80
+add_module_names = False
+toc_object_entries_show_parents = "hide"
 
 html_theme = "furo"
 html_title = "minilora"
@@ -31,9 +61,9 @@ numfig_secnum_depth = 1
 # d of a gradient stands upright: dx is one name, as in the code.
 mathjax3_config = {"tex": {"macros": {"d": r"\mathrm{d}"}}}
 
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["config.cache"]
+suppress_warnings = ["config.cache", "ref.python"]  # of classes of one name in two modules
 
 nb_execution_mode = "force"
 nb_execution_show_tb = True

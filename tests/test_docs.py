@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -13,21 +14,23 @@ from minilora.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.rglob("*.md"))
+GENERATED = ("_build", "api", "downloads", "findings")
+PAGES = [
+    path for path in sorted(DOCS.rglob("*.md")) if path.relative_to(DOCS).parts[0] not in GENERATED
+]
+MODULES = re.findall(r"^(spec/[a-z_]+)$", (DOCS / "index.md").read_text(), re.M)
+"""The modules whose equations have a page written by hand, in the reading order."""
 
 
-def modules_of(index):
-    """The modules that have a page of their own, as ``spec/ops``, in the order of the toctrees."""
-    rooms = "|".join(sorted(path.parent.name for path in ROOT.glob("minilora/*/__init__.py")))
-    found = re.findall(rf"^((?:{rooms})/[a-z_]+|testing)$", index, re.M)
-    return [name for name in found if name not in ("io/reproducible_math", "verify/verify")]
+def loaded(path):
+    """A module of the documentation, which no package holds."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-MODULES = modules_of((DOCS / "index.md").read_text())
-
-
-LIES = {"verify/laws": "verify/properties/laws"}
-"""Pages whose module lies deeper."""
+GENERATE = loaded(DOCS / "extensions" / "generated.py")
 
 
 @cache
@@ -45,15 +48,8 @@ def public_names(source):
     return {name for name in names if not name.startswith("_")}
 
 
-def sources(module):
-    """The module's source, or those of a package that says nothing of what is public."""
-    package = ROOT / "minilora" / LIES.get(module, module)
-    if not package.is_dir():
-        return [package.with_suffix(".py").read_text()]
-    door = (package / "__init__.py").read_text()
-    if public_names(door):
-        return [door]
-    return [path.read_text() for path in sorted(package.glob("*.py"))]
+def source(module):
+    return (ROOT / "minilora" / f"{module}.py").read_text()
 
 
 def described(page):
@@ -67,7 +63,7 @@ def described(page):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_public_name_is_described(module):
-    names = set().union(*map(public_names, sources(module)))
+    names = public_names(source(module))
     assert names
     assert names - described((DOCS / f"{module}.md").read_text()) == set()
 
@@ -108,9 +104,8 @@ def lacking(name, page):
 EQUATIONS = [
     (module, node.name)
     for module in MODULES
-    for source in sources(module)
-    for node in ast.parse(source).body
-    if isinstance(node, ast.FunctionDef) and node.name in public_names(source)
+    for node in ast.parse(source(module)).body
+    if isinstance(node, ast.FunctionDef) and node.name in public_names(source(module))
     if states_an_equation(node)
 ]
 
@@ -132,32 +127,78 @@ def test_a_section_without_its_proof_is_seen():
         assert lacking("linear", page.replace(cut, "")) == [what]
 
 
-def unshown(findings, page):
-    """The findings without their reproduction on the page, or without the release they are of."""
-    functions = [node for node in ast.parse(findings).body if isinstance(node, ast.FunctionDef)]
-    tests = [node for node in functions if node.name.startswith("test_")]
-    assert tests
-    shown = set(re.findall(r"^:pyobject: (\w+)$", page, re.M))
-    seen = re.compile(r"Seen in (and |\w+ [\d.]+\d ?)+\.")
-    return {
-        node.name
-        for node in tests
-        if node.name not in shown or not seen.fullmatch(ast.get_docstring(node) or "")
+def test_every_module_of_the_specification_is_in_the_reading_order():
+    modules = {f"spec/{path.stem}" for path in ROOT.glob("minilora/spec/[a-z]*.py")}
+    assert set(MODULES) == modules
+
+
+def test_every_other_module_has_a_page_of_its_docstrings():
+    documented = {Path(page).stem for page in GENERATE.api()}
+    for path in sorted((ROOT / "minilora").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        public = any(part.startswith("_") for part in name.split(".")) is False
+        if public and name.count(".") and ".spec" not in name and GENERATE.offers(path):
+            assert name in documented
+
+
+SEEN = re.compile(r"Seen in (and |\w+ [\d.]+\d ?)+\.")
+
+
+def incomplete(docstring):
+    """What a finding's docstring lacks: its title, what is right, where it was seen."""
+    title, *rest = GENERATE.paragraphs(docstring)
+    wanted = {
+        "title": re.fullmatch(r"[^\n]+\.", title) and not SEEN.fullmatch(title),
+        "right": any(paragraph.startswith("**Right.**") for paragraph in rest),
+        "release": bool(rest) and SEEN.fullmatch(rest[-1]),
     }
+    return [what for what, there in wanted.items() if not there]
 
 
-def test_every_finding_is_shown_with_the_release_it_was_seen_in():
-    findings = (ROOT / "tests/peers/test_findings.py").read_text()
-    assert unshown(findings, (DOCS / "findings.md").read_text()) == set()
+FINDINGS = [
+    node
+    for node in ast.parse(GENERATE.FINDINGS.read_text()).body
+    if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+]
 
 
-@pytest.mark.parametrize("docstring", ["Seen in a library.", "Seen in torch 2.", "Seen in 2.13."])
-def test_a_finding_without_its_release_or_its_place_is_seen(docstring):
-    page = ":pyobject: test_it\n"
-    assert unshown(f"def test_it():\n    '{docstring}'", page) == {"test_it"}
-    release = "def test_it():\n    'Seen in torch 2.13.0 and peft 0.21.2.'"
-    assert unshown(release, page) == set()
-    assert unshown(release, "") == {"test_it"}
+@pytest.mark.parametrize("test", FINDINGS, ids=lambda test: test.name)
+def test_a_finding_says_what_is_right_and_where_it_was_seen(test):
+    assert incomplete(ast.get_docstring(test)) == []
+
+
+@pytest.mark.parametrize(
+    ("docstring", "lacks"),
+    [
+        ("Seen in torch 2.13.0.", ["title", "right", "release"]),
+        ("A title.\n\nSeen in torch 2.13.0.", ["right"]),
+        ("A title.\n\n**Right.** This.\n\nSeen in torch.", ["release"]),
+        ("A title.\n\n**Right.** This.\n\nSeen in 2.13.", ["release"]),
+        ("A title.\n\n**Right.** This.\n\nSeen in torch 2.13.0 and peft 0.21.2.", []),
+    ],
+)
+def test_an_incomplete_finding_is_seen(docstring, lacks):
+    assert incomplete(docstring) == lacks
+
+
+def test_every_finding_is_on_the_page_of_its_library():
+    pages = GENERATE.findings()
+    text = "".join(pages.values())
+    assert len(re.findall("^## ", text, re.M)) == len(FINDINGS)
+    assert all(text.count(f"def {test.name}(") == 1 for test in FINDINGS)
+    listed = re.findall(r"^(findings/[\w-]+)$", (DOCS / "findings.md").read_text(), re.M)
+    assert {f"{name}.md" for name in listed} == pages.keys()
+
+
+def test_a_notebook_has_the_cells_of_its_page_and_no_output():
+    (name,) = GENERATE.NOTEBOOKS
+    page = (DOCS / f"{name}.md").read_text()
+    cells = json.loads(GENERATE.notebook(page))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) == page.count("```{code-cell}") > 0
+    assert not any(cell["outputs"] for cell in code)
+    for cell in code:
+        ast.parse(cell["source"])
 
 
 def commands_of(page):
@@ -224,10 +265,7 @@ def test_a_tolerance_in_a_cell_is_seen(cell):
 @pytest.fixture(scope="module")
 def prove():
     """The function that the pages run."""
-    spec = importlib.util.spec_from_file_location("proof", DOCS / "proof.py")
-    proof = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(proof)
-    return proof.prove
+    return loaded(DOCS / "proof.py").prove
 
 
 def product(x, w, off=0.0, forgets=False):

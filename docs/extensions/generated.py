@@ -1,0 +1,242 @@
+"""The pages that are made when the documentation is built, from the code and from the tests.
+
+``findings/LIBRARY.md`` comes from the docstrings in ``tests/peers/test_findings.py``; ``api/`` has
+a page for each module, and ``downloads/`` the pages that are offered as notebooks. Git ignores
+them.
+"""
+
+import ast
+import json
+import re
+import shutil
+from pathlib import Path
+
+DOCS = Path(__file__).parent.parent
+ROOT = DOCS.parent
+FINDINGS = ROOT / "tests" / "peers" / "test_findings.py"
+LIBRARIES = {
+    "transformers": "transformers",
+    "peft": "PEFT",
+    "loralib": "loralib",
+    "bitsandbytes": "bitsandbytes",
+    "lycoris": "LyCORIS",
+    "mlx_lm": "mlx-lm",
+    "jax": "JAX",
+}
+"""The libraries by the second word of a test's name, and what they are called."""
+
+PACKAGES = ("io", "training", "verify", "studies", "cli", "testing")
+"""Those whose modules get a page each; `spec` has pages written by hand."""
+
+BESIDE = {"verify": ("pytest_plugin.py",)}
+
+MODULE = """# {title}
+
+```{{eval-rst}}
+.. automodule:: {name}
+   :members:
+   :ignore-module-all:
+   :member-order: bysource
+```
+"""
+
+PACKAGE = """# minilora.{package}
+
+{said}
+
+{rows}
+
+```{{toctree}}
+:hidden:
+:maxdepth: 1
+
+{entries}
+```
+"""
+
+NOTEBOOKS = ("lora-in-ten-minutes",)
+
+
+def slug(title):
+    """The anchor that MyST gives a heading."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+
+
+def paragraphs(docstring):
+    """A docstring's paragraphs, each in one line, but those that are code or a list."""
+    parts = re.split(r"\n\n+", docstring.strip())
+    return [p if p.startswith(("```", "- ")) else " ".join(p.split("\n")) for p in parts]
+
+
+def source_of(node, lines):
+    """A function's source without its docstring and decorators."""
+    first = node.body[1] if ast.get_docstring(node) else node.body[0]
+    before, after = (
+        lines[node.lineno - 1 : node.body[0].lineno - 1],
+        lines[first.lineno - 1 : node.end_lineno],
+    )
+    return "\n".join([*before, *after])
+
+
+def helpers_of(test, helpers):
+    """The helper functions and constants that a test uses, those that these use among them."""
+    used, left = [], [test]
+    while left:
+        names = {node.id for node in ast.walk(left.pop()) if isinstance(node, ast.Name)}
+        new = [name for name in helpers if name in names and name not in used]
+        used += new
+        left += [helpers[name] for name in new]
+    return [name for name in helpers if name in used]
+
+
+def finding(test, code, anchors):
+    """A section of Markdown for one finding; ``anchors`` say on which page a title is."""
+    title, *rest, seen = paragraphs(ast.get_docstring(test))
+    cut = next((i for i, p in enumerate(rest) if p.startswith("**Consequence.**")), len(rest))
+    text = "\n\n".join([*rest[:cut], "@code", *rest[cut:], f"*{seen}*"])
+    text = re.sub(r"\]\(#([^)]+)\)", lambda m: f"]({anchors[m[1]]}.md#{m[1]})", text)
+    text = re.sub(r"\]\((?!https?:|\w+\.md#)([^)]+)\)", r"](../\1)", text)
+    shown = (
+        "```{raw} html\n<details><summary>Reproduction</summary>\n```\n\n"
+        f"```python\n{code}\n```\n\n"
+        "```{raw} html\n</details>\n```"
+    )
+    return f"## {title.removesuffix('.')}\n\n{text.replace('@code', shown)}\n"
+
+
+def library_of(test):
+    return LIBRARIES.get(test.name.split("_")[1]) or LIBRARIES["_".join(test.name.split("_")[1:3])]
+
+
+def findings():
+    """{page: text}: the findings of each library, in the order of the tests."""
+    source = FINDINGS.read_text()
+    lines, tree = source.splitlines(), ast.parse(source)
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    tests = [node for node in functions if node.name.startswith("test_")]
+    helpers = {n.targets[0].id: n for n in tree.body if isinstance(n, ast.Assign)}
+    fixtures = {n.name for n in functions for d in n.decorator_list if "fixture" in ast.unparse(d)}
+    helpers |= {n.name: n for n in functions if n not in tests and n.name not in fixtures}
+    pages = dict.fromkeys(LIBRARIES.values(), "")
+    titles = {t: paragraphs(ast.get_docstring(t))[0].removesuffix(".") for t in tests}
+    anchors = {slug(titles[test]): slug(library_of(test)) for test in tests}
+    for test in tests:
+        parts = [
+            source_of(helpers[name], lines)
+            if isinstance(helpers[name], ast.FunctionDef)
+            else ast.get_source_segment(source, helpers[name])
+            for name in helpers_of(test, helpers)
+            if name != "NEEDED"
+        ]
+        pages[library_of(test)] += (
+            finding(test, "\n\n\n".join([*parts, source_of(test, lines)]), anchors) + "\n"
+        )
+    counts = {title: text.count("\n## ") + text.startswith("## ") for title, text in pages.items()}
+    return {
+        f"findings/{slug(title)}.md": (
+            f"# {title}\n\n{counts[title]} findings. [What a finding is](../findings.md).\n\n{text}"
+        )
+        for title, text in pages.items()
+    }
+
+
+def summary(path):
+    """The first sentence of a module's docstring."""
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return paragraphs(docstring)[0] if docstring else ""
+
+
+def offers(path):
+    """Whether a module defines anything that is public."""
+    tree = ast.parse(path.read_text())
+    named = (ast.FunctionDef, ast.ClassDef)
+    return any(isinstance(node, named) and not node.name.startswith("_") for node in tree.body)
+
+
+def escaped(text):
+    """A docstring's sentence as Markdown: code stays code, all other signs stand for themselves."""
+    text = re.sub(r":\w+:`([^`]*)`", r"`\1`", text).replace("``", "`")
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(
+        part if part.startswith("`") else re.sub(r"([*_<>|$\[\]~#])", r"\\\1", part)
+        for part in parts
+    )
+
+
+def modules_of(package):
+    """The files of a package, and those at the top that belong to it."""
+    base = ROOT / "minilora" / package
+    files = sorted(base.rglob("*.py")) if base.is_dir() else [base.with_suffix(".py")]
+    return [*files, *(ROOT / "minilora" / name for name in BESIDE.get(package, ()))]
+
+
+def api():
+    """{page: text}: a list of each package's modules, and a page for each module."""
+    pages = {}
+    for package in PACKAGES:
+        rows, entries = [], []
+        for path in modules_of(package):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            name = ".".join(part for part in parts if part != "__init__")
+            if any(re.match("_[^_]", part) for part in parts) or not offers(path):
+                continue
+            pages[f"api/{package}/{name}.md"] = MODULE.format(
+                title=name.removeprefix("minilora."), name=name
+            )
+            rows.append(f"- [`{name}`]({package}/{name}.md): {escaped(summary(path))}")
+            entries.append(f"{package}/{name}")
+        said = escaped(summary(modules_of(package)[0]))
+        pages[f"api/{package}.md"] = PACKAGE.format(
+            package=package, said=said, rows="\n".join(rows), entries="\n".join(entries)
+        )
+    return pages
+
+
+def notebook(page):
+    """A page in MyST as a notebook: its prose as Markdown, its cells as code, and no output."""
+    text = re.sub(r"\A---\n.*?\n---\n", "", page, flags=re.S)
+    cells = []
+    for part in re.split(r"(^```\{code-cell\}.*?^```$)", text, flags=re.M | re.S):
+        if part.startswith("```{code-cell}"):
+            code = re.sub(r"\A.*?\n(:tags:.*\n+)?", "", part).removesuffix("```").strip()
+            cells.append(
+                {"cell_type": "code", "execution_count": None, "outputs": [], "source": code}
+            )
+        elif said := as_markdown(part):
+            cells.append({"cell_type": "markdown", "source": said})
+    for number, cell in enumerate(cells):
+        cell |= {"id": f"cell-{number}", "metadata": {}}
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    return json.dumps(
+        {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}, indent=1
+    )
+
+
+def as_markdown(text):
+    """MyST's directives as what any notebook shows: equations as $$, the rest left out."""
+    text = re.sub(r"```\{math\}\n(?::label:.*\n)?(.*?)```", r"$$\n\1$$", text, flags=re.S)
+    text = re.sub(r"^(`{3,})\{.*?^\1$", "", text, flags=re.M | re.S)
+    text = re.sub(r"\{download\}`([^`<]*)<[^`]*>`", r"\1", text)
+    text = re.sub(r"(?<!!)\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", text)
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def write():
+    """Write all pages; leave those that have not changed, so that Sphinx does not read them."""
+    pages = findings() | api()
+    for name in NOTEBOOKS:
+        pages[f"downloads/{name}.ipynb"] = notebook((DOCS / f"{name}.md").read_text())
+    for folder in ("findings", "api", "downloads"):
+        for path in sorted((DOCS / folder).rglob("*.*")):
+            if path.is_file() and path.relative_to(DOCS).as_posix() not in pages:
+                path.unlink()
+    for name, text in pages.items():
+        path = DOCS / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file() or path.read_text() != text:
+            path.write_text(text)
+
+
+def remove():
+    for folder in ("findings", "api", "downloads"):
+        shutil.rmtree(DOCS / folder, ignore_errors=True)

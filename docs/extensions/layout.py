@@ -1,0 +1,133 @@
+"""How the pages look: equations beside their code, and docstrings as reStructuredText."""
+
+import re
+
+from docutils import nodes
+
+WIDE = ("spec/", "lora-in-ten-minutes")
+"""Pages on which an equation stands beside its code where the window is wide enough."""
+
+
+def is_code(node):
+    """A function that is shown, and not a cell that is run."""
+    return isinstance(node, nodes.literal_block) or "literal-block-wrapper" in node.get(
+        "classes", ()
+    )
+
+
+def is_cell(node):
+    return "cell" in node.get("classes", ())
+
+
+def box(name, children):
+    container = nodes.container(classes=[name])
+    container += children
+    return container
+
+
+def beside(section):
+    """Put what leads up to a function, its equation among it, beside the function's code."""
+    children, start = list(section.children), 0
+    result = []
+    while start < len(children):
+        rest = children[start:]
+        code = next((i for i, node in enumerate(rest) if is_code(node)), None)
+        math = next((i for i, node in enumerate(rest) if isinstance(node, nodes.math_block)), None)
+        if code is None or math is None or math > code:
+            end = 1 if code is None or math is None else code + 1
+            result += rest[:end]
+            start += end
+            continue
+        first = 0
+        while isinstance(rest[first], (nodes.title, nodes.target)):
+            first += 1
+        # What stands before the last cell or section before the equation is none of its text.
+        for i in range(math):
+            if is_cell(rest[i]) or isinstance(rest[i], (nodes.section, nodes.table)):
+                first = i + 1
+        after = code + 1
+        proof = rest[after : after + 1] if after < len(rest) and is_cell(rest[after]) else []
+        parts = [box("equation-text", rest[first:code]), box("equation-code", [rest[code]])]
+        parts += [box("equation-proof", proof)] if proof else []
+        result += [*rest[:first], box("equation", parts)]
+        start += after + len(proof)
+    section.children = []
+    section += result
+
+
+def contents(doctree):
+    """A line with a link to each section, in place of the sidebar that the code takes."""
+    (page,) = [node for node in doctree.children if isinstance(node, nodes.section)][:1]
+    sections = [node for node in page.children if isinstance(node, nodes.section)]
+    row = nodes.paragraph(classes=["page-contents"])
+    for section in sections:
+        title = section.next_node(nodes.title)
+        link = nodes.reference("", title.astext(), internal=True, refid=section["ids"][0])
+        row += [link, nodes.Text(" ")]
+    if len(sections) > 2:
+        page.insert(page.index(sections[0]), row)
+
+
+def arrange(app, doctree):
+    if not app.env.docname.startswith(WIDE):
+        return
+    if app.env.docname.startswith("spec/"):
+        contents(doctree)
+    for section in list(doctree.findall(nodes.section)):
+        beside(section)
+
+
+def without_sidebar(app, pagename, templatename, context, doctree):
+    """Furo's table of contents gives its place to the code."""
+    if pagename.startswith("spec/"):
+        context["meta"] = (context.get("meta") or {}) | {"hide-toc": "true"}
+
+
+INLINE = re.compile(r"``(.+?)``|:[a-z:]+:`~?([^`]+)`|`([^`<]+?) <([^`>]+)>`_|`([^`]+)`")
+
+
+def inline(text):
+    """A sentence of a docstring: code stays code, all other signs stand for themselves."""
+    result, end = "", 0
+    for match in INLINE.finditer(text):
+        result += plain(text[end : match.start()])
+        if match[3]:
+            result += f"`{match[3]} <{match[4]}>`__"
+        else:
+            code = next(part for part in (match[1], match[2], match[5]) if part).strip()
+            result += f"\\ ``{code}``\\ "
+        end = match.end()
+    return result + plain(text[end:])
+
+
+def plain(text):
+    return re.sub(r"([\\*_|`])", r"\\\1", text)
+
+
+def as_rst(lines):
+    """The lines of a docstring as reStructuredText that means what a reader of the source sees."""
+    result = []
+    for block in re.split(r"\n\s*\n", "\n".join(lines).strip("\n")):
+        rows = block.split("\n")
+        if rows[0].startswith((" ", ">>>")):
+            result += ["::", "", *(f"    {row}" for row in rows), ""]
+        elif rows[0].startswith(("- ", "* ")):
+            items = re.split(r"^[-*] ", block, flags=re.M)[1:]
+            result += [f"- {inline(' '.join(item.split()))}" for item in items] + [""]
+        else:
+            labelled = re.split(r"^((?:Shapes|Errors|Source|Sources):)", block, flags=re.M)
+            result += [inline(" ".join(labelled[0].split())), ""] if labelled[0].strip() else []
+            for label, said in zip(labelled[1::2], labelled[2::2], strict=True):
+                result += [f"**{label}** {inline(' '.join(said.split()))}", ""]
+    return result
+
+
+def docstring(app, what, name, obj, options, lines):
+    lines[:] = as_rst(list(lines))
+
+
+def setup(app):
+    app.connect("doctree-read", arrange)
+    app.connect("html-page-context", without_sidebar, priority=400)
+    app.connect("autodoc-process-docstring", docstring)
+    return {"parallel_read_safe": True}
