@@ -596,7 +596,6 @@ def test_an_entry_that_is_not_finite_is_named(folder):
     [
         (np.ones((16, 8), np.int32), "found dtype int32, expected floating-point numbers"),
         (np.ones((16, 8), bool), "found dtype BOOL, expected one of F64, F32, BF16, F16"),
-        (np.ones((16, 8), np.complex64), "found dtype C64"),
         (np.ones((16, 8), ml_dtypes.float8_e4m3fn), "found dtype F8_E4M3"),
         (np.ones((0, 8)), "found shape [0, 8], expected at least one entry"),
     ],
