@@ -2,9 +2,9 @@
 
 import json
 
-import pytest
+from extras import optional
 
-tokenizers = pytest.importorskip("tokenizers", reason="the extra text is not installed")
+tokenizers = optional("tokenizers")
 
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
 

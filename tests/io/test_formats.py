@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from calculus import GRADIENT, record_worst, relative_error
+from extras import optional
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save, save_file
@@ -596,7 +597,6 @@ def test_an_entry_that_is_not_finite_is_named(folder):
     [
         (np.ones((16, 8), np.int32), "found dtype int32, expected floating-point numbers"),
         (np.ones((16, 8), bool), "found dtype BOOL, expected one of F64, F32, BF16, F16"),
-        (np.ones((16, 8), ml_dtypes.float8_e4m3fn), "found dtype F8_E4M3"),
         (np.ones((0, 8)), "found shape [0, 8], expected at least one entry"),
     ],
 )
@@ -754,9 +754,7 @@ def test_tensors_come_back_whatever_their_layout_in_memory(tmp_path):
     found = read_tensors(tmp_path / "x.safetensors")
     assert all(np.array_equal(found[name], arrays[name]) for name in arrays)
     assert found["c"].dtype == np.float32
-    # The library alone takes the memory for the array.
-    save_file({"b": x.T}, tmp_path / "alone")
-    assert not np.array_equal(read_tensors(tmp_path / "alone")["b"], x.T)
+    assert not np.array_equal(found["b"], x.reshape(3, 2))  # the memory as it lies
 
 
 def test_bytes_do_not_depend_on_order_and_chance(tmp_path):
@@ -1414,10 +1412,9 @@ def libraries():
     transformers takes their norms and RoPE's tables in float32 whatever the model's dtype (and the
     softmax, in its eager attention, for which its "sdpa" stands here).
     """
-    needed = "pip install 'minilora[peers]'"
-    torch = pytest.importorskip("torch", reason=needed)
-    transformers = pytest.importorskip("transformers", reason=needed)
-    peft_library = pytest.importorskip("peft", reason=needed)
+    torch = optional("torch")
+    transformers = optional("transformers")
+    peft_library = optional("peft")
     from transformers.models.llama import modeling_llama
     from transformers.models.qwen2 import modeling_qwen2
 

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from calculus import GRADIENT, record_worst, relative_error
+from extras import optional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -781,8 +782,6 @@ def test_a_state_dict_saved_in_eval_mode_is_known_by_the_base_only():
 
 # Seen by the libraries. With small whole numbers nothing is rounded, and == decides.
 
-NEEDED = "the library is not installed"
-
 
 def whole_numbers(c, seed=5):
     """A base's weights, small whole numbers in float32."""
@@ -793,8 +792,8 @@ def whole_numbers(c, seed=5):
 @pytest.fixture(scope="module")
 def mlx_lm():
     """mlx-lm's models and its loader, on the CPU."""
-    core = pytest.importorskip("mlx.core", reason=f"{NEEDED}: pip install 'mlx[cpu]' mlx-lm")
-    pytest.importorskip("mlx_lm", reason=NEEDED)
+    core = optional("mlx.core")
+    optional("mlx_lm")
     from mlx.utils import tree_flatten, tree_unflatten
     from mlx_lm.models import gpt2, llama, qwen2
     from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
@@ -1007,9 +1006,9 @@ def test_mlx_reads_no_float64(mlx_lm, tmp_path):
 @pytest.fixture(scope="module")
 def lycoris():
     """LyCORIS, and transformers' models with whole numbers as weights."""
-    torch = pytest.importorskip("torch", reason=NEEDED)
-    transformers = pytest.importorskip("transformers", reason=NEEDED)
-    library = pytest.importorskip("lycoris", reason=f"{NEEDED}: pip install lycoris-lora")
+    torch = optional("torch")
+    transformers = optional("transformers")
+    library = optional("lycoris")
     from lycoris.wrapper import LycorisNetwork
     from safetensors.torch import save_file as save
 
@@ -1143,12 +1142,12 @@ def test_lycoris_convolution_is_a_matrix_over_patches(lycoris):
 
 @pytest.fixture(scope="module")
 def lora_library():
-    torch = pytest.importorskip("torch", reason=NEEDED)
-    transformers = pytest.importorskip("transformers", reason=NEEDED)
+    torch = optional("torch")
+    transformers = optional("transformers")
     return SimpleNamespace(
         torch=torch,
         transformers=transformers,
-        loralib=pytest.importorskip("loralib", reason=NEEDED),
+        loralib=optional("loralib"),
     )
 
 

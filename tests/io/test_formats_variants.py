@@ -7,6 +7,7 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import pytest
+from extras import optional
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -304,7 +305,7 @@ def test_veras_projections_are_the_last_24_bits_of_the_mersenne_twister():
 @pytest.mark.parametrize("kind", peft.KINDS)
 def test_every_setting_of_pefts_configurations_is_known(kind):
     """A new field of a new release is none of the three, and then refused by name."""
-    library = pytest.importorskip("peft", reason="the peers are not installed")
+    library = optional("peft")
     config = {"LORA": "LoraConfig", "ADALORA": "AdaLoraConfig", "VERA": "VeraConfig"}[kind]
     fields = {f.name for f in dataclasses.fields(getattr(library, config))}
     lists = [{*peft.KINDS[kind].read}, {*peft.KINDS[kind].fixed}, {*peft.KINDS[kind].inert.split()}]

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from calculus import record_worst, same_bits
+from extras import optional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,8 +42,8 @@ from minilora.verify.core.dtypes import Precision
 from minilora.verify.core.tolerance import Noisy, noisy, spread, unit_roundoff
 from minilora.verify.core.types import MONTE_CARLO, Comparison
 
-gguf = pytest.importorskip("gguf", reason="GGUF needs it: pip install 'minilora[gguf]'")
-door = pytest.importorskip("minilora.io.formats.gguf")
+gguf = optional("gguf")
+door = importlib.import_module("minilora.io.formats.gguf")
 
 F32 = np.float32
 MODELS = {
@@ -762,7 +763,7 @@ BYTE_LEVEL = ["gpt-2", "smollm", "qwen2", "llama-bpe"]
 
 def trained(kind):
     """A tokenizer's metadata: pairs learned of a line, by ``kind`` of byte level, or by score."""
-    tokenizers = pytest.importorskip("tokenizers", reason="pip install 'minilora[text]'")
+    tokenizers = optional("tokenizers")
     level = tokenizers.pre_tokenizers.ByteLevel
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     special = ["<unk>", "<s>", "</s>"]
@@ -810,7 +811,7 @@ def tokenizer_file(kind):
 
 def llama_cpps_ids(path, texts, special=True):
     """The tokens that llama.cpp makes of each text, those named in it understood."""
-    library = pytest.importorskip("llama_cpp", reason=LLAMA_CPP)
+    library = optional("llama_cpp")
     library.llama_log_set(silent(library), ctypes.c_void_p(0))
     wanted = library.llama_model_default_params()
     wanted.vocab_only = True
@@ -890,7 +891,7 @@ def test_what_the_metadata_say_of_the_ends_is_done(tmp_path):
 @pytest.mark.parametrize("ends", [{}, ENDS], ids=["no ends", "ends"])
 @pytest.mark.parametrize("kind", [*BYTE_LEVEL, "llama"])
 def test_a_tokenizer_put_in_a_folder_is_the_same_here_and_in_transformers(kind, ends, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="pip install 'minilora[peers]'")
+    transformers = optional("transformers")
     base = open_base(str(rewritten(tokenizer_file(kind), tmp_path / "m.gguf", ends)))
     folder = tmp_path / "folder"
     write_model(folder, base.config, base.weights)
@@ -983,12 +984,10 @@ def test_a_tokenizer_that_is_not_read_is_refused(case, tmp_path):
 
 # What others make of the files
 
-LLAMA_CPP = "llama.cpp is not installed: pip install 'minilora[llama-cpp]'"
-
 
 def by_llama_cpp(path, ids, adapter=None, scale=1.0):
     """llama.cpp's logits (v, t), computed in float32 as far as it goes: its cache too."""
-    library = pytest.importorskip("llama_cpp", reason=LLAMA_CPP)
+    library = optional("llama_cpp")
     library.llama_log_set(silent(library), ctypes.c_void_p(0))
     library.llama_backend_init()
     model = library.llama_model_load_from_file(
@@ -1165,7 +1164,7 @@ t.by_llama_cpp(t.model_file(sys.argv[1]), t.IDS, sys.argv[2])
 @pytest.mark.parametrize("name", ["tied", "gpt2"])
 def test_llama_cpp_ends_the_process_over_an_adapted_embedding_that_is_the_head(name, tmp_path):
     """Seen in llama_cpp_python 0.3.36: its head takes the embedding's factors as they lie."""
-    pytest.importorskip("llama_cpp", reason=LLAMA_CPP)
+    optional("llama_cpp")
     ended = subprocess.run(
         [sys.executable, "-c", ABORTED, name, tmp_path / "a"],
         cwd=Path(__file__).parent,
@@ -1205,8 +1204,8 @@ def real_and_pooled(c, W, tuning, ids):
 
 @pytest.mark.slow
 def test_llama_cpp_gives_a_real_models_logits_with_an_adapter_written_here(tmp_path):
-    pytest.importorskip("llama_cpp", reason=LLAMA_CPP)
-    pytest.importorskip("tokenizers", reason="pip install 'minilora[text]'")
+    optional("llama_cpp")
+    optional("tokenizers")
     path, whole = smollm2(), tmp_path / "m"
     text = "The capital of France is Paris; of Italy, Rome."
     ids = np.array(door.read_tokenizer(path).encode(text))
@@ -1234,8 +1233,8 @@ def test_llama_cpp_gives_a_real_models_logits_with_an_adapter_written_here(tmp_p
 
 @pytest.mark.slow
 def test_a_real_model_has_the_weights_and_the_logits_that_transformers_gives_it():
-    torch = pytest.importorskip("torch", reason="pip install 'minilora[peers]'")
-    transformers = pytest.importorskip("transformers", reason="pip install 'minilora[peers]'")
+    torch = optional("torch")
+    transformers = optional("transformers")
     path = smollm2()
     model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
     theirs = model.eval().state_dict()

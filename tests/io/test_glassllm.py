@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from calculus import record_worst, same_bits
+from extras import optional
 
 from minilora.cli.main import main
 from minilora.io.files import FormatError
@@ -76,7 +77,7 @@ def test_a_file_is_read_to_the_bit_whatever_the_order_of_its_rows(tmp_path, weig
 
 
 def test_its_tokenizer_merges_characters_within_chunks(tmp_path, weights):
-    pytest.importorskip("tokenizers", reason="pip install 'minilora[text]'")
+    optional("tokenizers")
     tokenizer = open_base(str(written(tmp_path / "m.npz", weights))).tokenizer
     pieces = [tokenizer.piece(i) for i in tokenizer.encode("ab abc\n  ba!x e\u0301")]
     assert pieces == ["ab", " ab", "c", "\n", " ", " ", "b", "a", "!", "<unk>", " ", "é"]
@@ -87,7 +88,7 @@ def test_its_tokenizer_merges_characters_within_chunks(tmp_path, weights):
 def test_it_is_trained_on_and_merged_into_a_folder_with_its_tokenizer(
     tmp_path, weights, monkeypatch
 ):
-    pytest.importorskip("tokenizers", reason="pip install 'minilora[text]'")
+    optional("tokenizers")
     monkeypatch.chdir(tmp_path)
     path = written(tmp_path / "m.npz", weights)
     (tmp_path / "d.txt").write_text("ab abc cab!\n" * 20)
@@ -147,7 +148,7 @@ def test_a_file_that_claims_more_than_it_holds_is_refused(tmp_path, weights):
 
 
 def test_a_damaged_tokenizer_is_refused(tmp_path, weights):
-    pytest.importorskip("tokenizers", reason="pip install 'minilora[text]'")
+    optional("tokenizers")
     path = written(tmp_path / "m.npz", weights)
     beside = tmp_path / f"m{glassllm.BESIDE}"
     for text, found in (

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from calculus import same_bits
+from extras import optional
 
 from minilora.io.formats.layouts import from_tensors, refusal, to_tensors
 from minilora.spec.variants import REGISTRY
@@ -112,8 +113,8 @@ def module(torch, kind, case):
 @pytest.mark.filterwarnings("ignore:.*tensor.s. have invalid shape")  # a finding: it is a bias
 @pytest.mark.parametrize(("entry", "kind"), CELLS)
 def test_pefts_modules_have_these_tensors(entry, kind):
-    torch = pytest.importorskip("torch", reason="the peers are not installed")
-    peft = pytest.importorskip("peft", reason="the peers are not installed")
+    torch = optional("torch")
+    peft = optional("peft")
     case, kernel, rows = drawn(entry, kind)
     where = {"target_parameters": ["0.w"]} if kind == "experts" else {"target_modules": ["0"]}
     options = {"lora-bias": {"lora_bias": True}, "dora": {"use_dora": True}}.get(entry, {})

@@ -13,6 +13,7 @@ import warnings
 
 import numpy as np
 import pytest
+from extras import optional
 from safetensors.numpy import load_file
 
 from minilora.io import reference_models
@@ -236,9 +237,9 @@ def in_transformers(name, monkeypatch):
     transformers casts three of Llama's values to float32 whatever the model's dtype: the norms'
     input, RoPE's angles, the attention's softmax. Here they stay in float64.
     """
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    peft = pytest.importorskip("peft")
+    torch = optional("torch")
+    transformers = optional("transformers")
+    peft = optional("peft")
     from transformers.models.llama import modeling_llama
 
     def norm(self, x):
@@ -275,7 +276,7 @@ def in_transformers(name, monkeypatch):
 
 @EVERY
 def test_transformers_and_peft_give_the_same_logits_from_the_files(name, monkeypatch):
-    torch = pytest.importorskip("torch")
+    torch = optional("torch")
     model = in_transformers(name, monkeypatch)
     batch, stored = reference_models.vector(name)
     _, sigma = expected(name)

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from extras import optional
 from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 
@@ -60,32 +61,30 @@ from minilora.spec.variants import (
 )
 from minilora.verify.implementation.sessions import Layer
 
-NEEDED = "the peers need it: pip install 'minilora[peers]'"
-
 
 @pytest.fixture
 def torch():
-    return pytest.importorskip("torch", reason=NEEDED)
+    return optional("torch")
 
 
 @pytest.fixture
 def transformers(torch):
-    return pytest.importorskip("transformers", reason=NEEDED)
+    return optional("transformers")
 
 
 @pytest.fixture
 def peft(torch):
-    return pytest.importorskip("peft", reason=NEEDED)
+    return optional("peft")
 
 
 @pytest.fixture
 def loralib(torch):
-    return pytest.importorskip("loralib", reason=NEEDED)
+    return optional("loralib")
 
 
 @pytest.fixture
 def bitsandbytes(torch):
-    return pytest.importorskip("bitsandbytes", reason=NEEDED)
+    return optional("bitsandbytes")
 
 
 TINY = {"vocab_size": 5, "hidden_size": 4, "num_hidden_layers": 2, "num_attention_heads": 1}
@@ -2203,14 +2202,14 @@ def test_peft_rounds_lorafas_gradient_to_bfloat16(torch, peft):
 
 @pytest.fixture
 def lycoris(torch):
-    return pytest.importorskip("lycoris", reason="pip install lycoris-lora")
+    return optional("lycoris")
 
 
 @pytest.fixture
 def mlx_lm():
-    core = pytest.importorskip("mlx.core", reason="pip install 'mlx[cpu]' mlx-lm")
-    models = pytest.importorskip("mlx_lm.models.llama", reason="pip install mlx-lm")
-    tuner = pytest.importorskip("mlx_lm.tuner.utils", reason="pip install mlx-lm")
+    core = optional("mlx.core")
+    models = optional("mlx_lm.models.llama")
+    tuner = optional("mlx_lm.tuner.utils")
     core.set_default_device(core.cpu)
     sizes = {"hidden_size": 2, "num_hidden_layers": 2, "intermediate_size": 2, "vocab_size": 3}
     args = models.ModelArgs("llama", num_attention_heads=1, rms_norm_eps=1e-5, **sizes)
@@ -2698,7 +2697,7 @@ def test_bitsandbytes_rounds_to_bfloat16_once_a_layer_was_evaluated(torch, bitsa
 
 @pytest.fixture
 def jax():
-    return pytest.importorskip("jax", reason="pip install 'minilora[jax]'")
+    return optional("jax")
 
 
 def test_jax_sums_the_gradient_of_a_bias_in_half_precision(jax):
@@ -2738,9 +2737,9 @@ def test_mlx_lm_drops_nothing_of_the_base_that_dora_rescales(mlx_lm, monkeypatch
 
     Seen in mlx_lm 0.32.2.
     """
-    mx, layers = mlx_lm.core, pytest.importorskip("mlx_lm.tuner.dora")
+    mx, layers = mlx_lm.core, optional("mlx_lm.tuner.dora")
     W, x, B = np.array([[3.0, 4]]), np.ones((2, 1)), np.zeros((1, 1))
-    base = pytest.importorskip("mlx.nn").Linear(2, 1, bias=False)
+    base = optional("mlx.nn").Linear(2, 1, bias=False)
     base.weight = mx.array(W)
     layer = layers.DoRALinear.from_base(base, r=1, dropout=0.5).train()
     layer.m = 2 * layer.m  # of a row of norm 5

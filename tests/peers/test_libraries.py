@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from calculus import GRADIENT, record_worst, same_bits
+from extras import optional
 
 from minilora.spec.initialization import loftq, olora, orthogonal, pissa
 from minilora.spec.layers import PLACE
@@ -22,11 +23,10 @@ from minilora.spec.variants import (
 )
 from minilora.verify.properties.laws import KINDS, answers
 
-NEEDED = "the peers need it: pip install 'minilora[peers]'"
-torch = pytest.importorskip("torch", reason=NEEDED)
-pytest.importorskip("transformers", reason=NEEDED)
-pytest.importorskip("peft", reason=NEEDED)
-pytest.importorskip("loralib", reason=NEEDED)
+torch = optional("torch")
+optional("transformers")
+optional("peft")
+optional("loralib")
 peers = importlib.import_module("minilora.verify.properties.libraries")
 deviation = peers.deviation
 
@@ -75,14 +75,14 @@ NO_MERGE = {
 COMPARED = [cell for cell in CELLS if cell not in NONE]
 
 
-def needs(entry):
+def skip_without_library(entry):
     if entry == "dora-full":
-        pytest.importorskip("lycoris", reason="pip install lycoris-lora")
+        optional("lycoris")
 
 
 @pytest.mark.parametrize(("entry", "kind"), COMPARED)
 def test_a_variant_on_a_kind_of_layer_is_the_librarys(entry, kind):
-    needs(entry)
+    skip_without_library(entry)
     for seed, square in ((0, False), (1, True)):
         found = deviation(entry, kind, seed, square)
         record_worst("variants on kinds of layers against the libraries", found.worst)
@@ -92,7 +92,7 @@ def test_a_variant_on_a_kind_of_layer_is_the_librarys(entry, kind):
 @pytest.mark.parametrize(("entry", "kind"), NONE)
 def test_what_no_library_has_it_refuses_still(entry, kind):
     """Seen in peft 0.21.2 and lycoris_lora 4.1.3."""
-    needs(entry)
+    skip_without_library(entry)
     for compare in (deviation, peers.merge_deviation):
         found = compare(entry, kind)
         assert found.worst is None
@@ -102,7 +102,7 @@ def test_what_no_library_has_it_refuses_still(entry, kind):
 @pytest.mark.parametrize(("entry", "kind"), COMPARED)
 def test_the_merged_weight_is_the_librarys(entry, kind):
     """Seen in peft 0.21.2 and lycoris_lora 4.1.3."""
-    needs(entry)
+    skip_without_library(entry)
     for seed, square in ((0, False), (1, True)):
         found = peers.merge_deviation(entry, kind, seed, square)
         if (entry, kind) in NO_MERGE:
@@ -126,7 +126,7 @@ def test_second_opinions_are_asked():
 
 
 def test_convolutions_with_dilation_are_compared_with_lycoris():
-    needs("dora-full")
+    skip_without_library("dora-full")
     for kind in ("conv1", "conv2"):
         for entry in ("lora", "dora-full"):
             assert "lycoris" in deviation(entry, kind).by
@@ -150,7 +150,7 @@ OWN = ("lora", "lora-bias", "dora", "dora-full", "vera", "adalora", "alora")
 
 @pytest.mark.parametrize(("entry", "kind"), [cell for cell in COMPARED if cell[0] in OWN])
 def test_another_scale_is_not_merged_by_the_library(entry, kind):
-    needs(entry)
+    skip_without_library(entry)
 
     def wrong(case):
         return replace(case, s=case.s * OFF).merged()
@@ -161,7 +161,7 @@ def test_another_scale_is_not_merged_by_the_library(entry, kind):
 
 @pytest.mark.parametrize(("entry", "kind"), [cell for cell in COMPARED if cell[0] in OWN])
 def test_another_scale_and_other_parameters_are_not_the_librarys(entry, kind):
-    needs(entry)
+    skip_without_library(entry)
     seen = deviation(entry, kind, ours=lambda case: answers(replace(case, s=case.s * OFF)))
     assert seen.worst > GRADIENT
     for part in REGISTRY[entry].variant.parts:
@@ -182,7 +182,7 @@ def test_dropout_left_out_is_seen(kind):
 def test_a_norm_held_is_not_one_differentiated(kind):
     held = deviation("dora", kind, ours=lambda case: answers(case, dora_full_linear))
     assert held.worst > GRADIENT
-    needs("dora-full")
+    skip_without_library("dora-full")
     full = deviation("dora-full", kind, ours=lambda case: answers(case, dora_linear))
     assert full.worst > GRADIENT
 
@@ -364,7 +364,7 @@ def test_the_gaussian_start_is_pefts_bit_for_bit_from_the_same_numbers():
 @pytest.fixture
 def quantising_on_the_cpu(monkeypatch):
     """PEFT sends LoftQ's weight to a GPU, whatever there is: here that name means the CPU."""
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+    bitsandbytes = optional("bitsandbytes")
     for kind in (torch.Tensor, bitsandbytes.nn.Params4bit):
         to = kind.to
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 import pytest
+from extras import optional
 
 from minilora.verify import check
 from minilora.verify.checks.registry import CHECKS
@@ -85,18 +86,18 @@ def spoil_torch(monkeypatch):
 
 
 def spoil_jax(monkeypatch):
-    jax = pytest.importorskip("jax")
+    jax = optional("jax")
     jax.clear_caches()
     monkeypatch.setattr(jax.lax, "stop_gradient", lambda x: x)
 
 
 def spoil_mlx(monkeypatch):
-    layer = pytest.importorskip("mlx_lm.tuner.lora").LoRALinear
+    layer = optional("mlx_lm.tuner.lora").LoRALinear
     monkeypatch.setattr(layer, "__call__", without_scale)
 
 
 def spoil_bitsandbytes(monkeypatch):
-    functional = pytest.importorskip("bitsandbytes.functional")
+    functional = optional("bitsandbytes.functional")
     right = functional.dequantize_4bit
     monkeypatch.setattr(functional, "dequantize_4bit", lambda *a, **k: 2 * right(*a, **k))
 

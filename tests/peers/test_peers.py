@@ -10,14 +10,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from extras import optional
 
 from minilora.verify.peers import PEERS
 
-NEEDED = "the peers need it: pip install 'minilora[peers]'"
-torch = pytest.importorskip("torch", reason=NEEDED)
-transformers = pytest.importorskip("transformers", reason=NEEDED)
-pytest.importorskip("peft", reason=NEEDED)
-pytest.importorskip("loralib", reason=NEEDED)
+torch = optional("torch")
+transformers = optional("transformers")
+optional("peft")
+optional("loralib")
 shared = importlib.import_module("minilora.verify.peers._torch")
 files_of = importlib.import_module("safetensors.torch")
 load_file, save_file = files_of.load_file, files_of.save_file

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from calculus import record_worst, same_bits
+from extras import optional
 
 from minilora.cli.main import main
 from minilora.io import reference_models
@@ -51,8 +52,6 @@ CHATS = [
         {"role": "assistant", "content": "46"},
     ],
 ]
-NEEDED = "pip install 'minilora[peers]'"
-MLX = "pip install 'minilora[libraries]'"
 
 
 def batch_of(c):
@@ -128,7 +127,7 @@ def adapted(trained):
 
 def torch_libraries():
     names = ("torch", "transformers", "peft")
-    found = SimpleNamespace(**{name: pytest.importorskip(name, reason=NEEDED) for name in names})
+    found = SimpleNamespace(**{name: optional(name) for name in names})
     found.transformers.utils.logging.disable_progress_bar()
     return found
 
@@ -289,7 +288,7 @@ def examples(n):
 
 def mlx_model(adapter=None):
     """The base, whose rotation mlx-lm has to be told, as test_findings has it."""
-    pytest.importorskip("mlx_lm", reason=MLX)
+    optional("mlx_lm")
     from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model
 

@@ -17,6 +17,7 @@ from calculus import (
     relative_error,
     same_bits,
 )
+from extras import optional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,7 +41,6 @@ from minilora.spec.adalora import (
 )
 
 FEW = settings(max_examples=10)
-NEEDED = "the peers are not installed"
 
 
 # Orthogonality
@@ -96,7 +96,7 @@ def test_the_penaltys_gradients_are_its_derivatives(rng, r, m, n):
 
 
 def test_the_penaltys_gradients_are_pytorchs():
-    torch = pytest.importorskip("torch", reason=NEEDED)
+    torch = optional("torch")
     rng = np.random.default_rng(0)
     A, B = rng.standard_normal((3, 5)), rng.standard_normal((4, 3))
     theirs = [torch.tensor(a, requires_grad=True) for a in (A, B)]
@@ -187,7 +187,7 @@ def test_the_budget_is_pefts_at_every_step_unless_the_fall_is_a_whole_number(tar
     3 · 2u and what pow adds, 2u, and the product and the sum round numbers below 2⁹: 10 · 2⁹ u in
     all, and a little, do not come as far. Where it is one, the cut may be the number below.
     """
-    pytest.importorskip("peft", reason=NEEDED)
+    optional("peft")
     t_initial, t_final, span = times
     settings = (target + more, target, t_initial, t_final, t_initial + t_final + span)
     assert 11 * 2**9 * UNIT_ROUNDOFF < 2.0**-16 <= span**-3
@@ -198,7 +198,7 @@ def test_the_budget_is_pefts_at_every_step_unless_the_fall_is_a_whole_number(tar
 
 
 def test_a_budget_counted_one_step_late_is_not_pefts():
-    pytest.importorskip("peft", reason=NEEDED)
+    optional("peft")
     settings = (24, 16, 3, 5, 20)
     assert off_pefts(settings) == []
     assert off_pefts(settings, lambda t, *rest: budget(t - 1, *rest)) != []
@@ -206,8 +206,8 @@ def test_a_budget_counted_one_step_late_is_not_pefts():
 
 
 def test_the_scale_is_pefts_and_stays_a_little_below_loras():
-    torch = pytest.importorskip("torch", reason=NEEDED)
-    peft = pytest.importorskip("peft", reason=NEEDED)
+    torch = optional("torch")
+    peft = optional("peft")
     for alpha, r in ((8, 4), (1, 3), (0, 4), (-2, 5)):
         config = peft.AdaLoraConfig(
             init_r=r, target_r=1, lora_alpha=alpha, total_step=9, target_modules=["q"]
@@ -380,8 +380,8 @@ def parameters(model):
 
 def steps_beside_peft(plan, seed, ours=advance):
     """Run both with the same moves and gradients; each step's parameters, moments and state."""
-    torch = pytest.importorskip("torch", reason=NEEDED)
-    peft = pytest.importorskip("peft", reason=NEEDED)
+    torch = optional("torch")
+    peft = optional("peft")
     rng = np.random.default_rng(seed)
     model = their_model(torch, peft, plan)
     theirs = parameters(model)

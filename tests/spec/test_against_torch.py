@@ -11,13 +11,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from calculus import GRADIENT, OPTIMIZER, greatest, record_worst, relative_error
+from extras import optional
 from hypothesis import given, settings
 
 import minilora as ml
 from minilora import testing as draw
 from minilora.spec import blocks, lora, ops, optim
 
-torch = pytest.importorskip("torch", reason="the peers are not installed")
+torch = optional("torch")
 F = torch.nn.functional
 
 FEW = settings(max_examples=10)

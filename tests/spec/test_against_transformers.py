@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from calculus import GRADIENT, OPTIMIZER, greatest, record_worst, relative_error
+from extras import optional
 
 import minilora as ml
 from minilora import testing as draw
@@ -21,10 +22,9 @@ from minilora.io.formats.huggingface import read_model
 from minilora.io.formats.peft import adapter_names, read_adapter
 from minilora.spec import lora, optim
 
-REASON = "the peers are not installed"
-torch = pytest.importorskip("torch", reason=REASON)
-transformers = pytest.importorskip("transformers", reason=REASON)
-peft = pytest.importorskip("peft", reason=REASON)
+torch = optional("torch")
+transformers = optional("transformers")
+peft = optional("peft")
 SIZES = {"vocab_size": 23, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA = SIZES | {
     "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3,

@@ -22,6 +22,7 @@ from calculus import (
     relative_error,
     same_bits,
 )
+from extras import optional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -53,8 +54,6 @@ from minilora.spec.multi_adapter import (
 )
 from minilora.spec.ops import linear
 from minilora.spec.variants import ADALORA, LORA_BIAS, REGISTRY, VERA, part_shapes
-
-PEERS = "the peers are not installed"
 
 EXACT = settings(max_examples=6)
 RATIONAL = {"lora": LORA, "lora-bias": LORA_BIAS, "vera": VERA, "adalora": ADALORA}
@@ -1225,8 +1224,8 @@ def test_a_wrong_dare_is_refused(wrong):
 
 
 def test_trimming_and_electing_are_pefts_to_the_bit():
-    torch = pytest.importorskip("torch", reason=PEERS)
-    utils = pytest.importorskip("peft.utils.merge_utils", reason=PEERS)
+    torch = optional("torch")
+    utils = optional("peft.utils.merge_utils")
     rng = np.random.default_rng(9)
     changes = [normal(rng, (5, 7)) for _ in range(3)]
     weights = [0.5, -0.75, 2.0]
@@ -1256,8 +1255,8 @@ def test_trimming_and_electing_are_pefts_to_the_bit():
 
 def peft_model(adapters, W, b, **settings):
     """A PEFT model of one float64 linear layer, with these adapters' parameters and scales."""
-    torch = pytest.importorskip("torch", reason=PEERS)
-    peft = pytest.importorskip("peft", reason=PEERS)
+    torch = optional("torch")
+    peft = optional("peft")
     base = torch.nn.Sequential()
     base.add_module("q", torch.nn.Linear(*W.shape[::-1], dtype=torch.float64))
     base.q.weight.data, base.q.bias.data = torch.tensor(W), torch.tensor(b[:, 0])
@@ -1353,7 +1352,7 @@ def test_pefts_combinations_of_lora_are_these(weights, monkeypatch):
     scales = (3.0, 1.5) if weights[0] == 0.75 else (9.0, 0.5)
     adapters = {n: replace(a, s=s) for (n, a), s in zip(adapters.items(), scales, strict=True)}
     model, layer = peft_model(adapters, W, b)
-    torch = pytest.importorskip("torch", reason=PEERS)
+    torch = optional("torch")
     triples = [factors(a) for a in adapters.values()]
     roots = [abs(w * s) ** 0.5 for w, s in zip(weights, scales, strict=True)]
     signed = [np.copysign(root, w) for w, root in zip(weights, roots, strict=True)]

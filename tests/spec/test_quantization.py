@@ -10,6 +10,7 @@ import mpmath
 import numpy as np
 import pytest
 from calculus import GRADIENT, derivative, record_worst, relative_error, same_bits
+from extras import optional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -579,7 +580,7 @@ def test_what_is_wrong_with_a_weight_or_a_scheme_is_said():
 
 @pytest.mark.parametrize("scheme", GGUF)
 def test_the_bytes_are_those_of_gguf(scheme):
-    gguf = pytest.importorskip("gguf", reason="the peers are not installed")
+    gguf = optional("gguf")
     kind = gguf.GGMLQuantizationType[scheme.upper()]
     for seed in range(5):
         W = weights(seed, (40, 96))
@@ -603,14 +604,14 @@ def test_the_bytes_are_those_of_gguf(scheme):
 
 @pytest.fixture(scope="module")
 def torch():
-    torch = pytest.importorskip("torch", reason="the peers are not installed")
+    torch = optional("torch")
     with torch.compiler.set_stance("force_eager"):  # bitsandbytes compiles where rows are odd
         yield torch
 
 
 @pytest.fixture(scope="module")
 def bnb(torch):
-    return pytest.importorskip("bitsandbytes", reason="the peers are not installed")
+    return optional("bitsandbytes")
 
 
 def tensor(torch, W):
@@ -764,7 +765,7 @@ def test_the_dynamic_codes_are_those_of_bitsandbytes(torch, bnb):
 
 def qlora_of_peft(torch, bnb, W, A, B, double, alpha=3):
     """PEFT's adapter beside bitsandbytes' Linear4bit, with these factors, and its weight here."""
-    peft = pytest.importorskip("peft", reason="the peers are not installed")
+    peft = optional("peft")
     m, n = W.shape
     base = bnb.nn.Linear4bit(
         n, m, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=double

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from calculus import GRADIENT, record_worst, relative_error, same_bits
+from extras import optional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -644,9 +645,8 @@ def test_another_rule_is_refused(wrong):
 @pytest.fixture(scope="module")
 def pefts():
     """The same rules as PEFT's own functions have them; two are told from what they do."""
-    reason = "the peers are not installed"
-    torch = pytest.importorskip("torch", reason=reason)
-    pytest.importorskip("peft", reason=reason)
+    torch = optional("torch")
+    optional("peft")
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils.other import _set_trainable, get_pattern_key
 
@@ -792,8 +792,8 @@ def test_peft_adapts_what_the_rules_hit_with_their_ranks_and_alphas(pefts, drawn
 
 
 def test_all_linear_is_pefts(pefts):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers", reason="the peers are not installed")
+    torch = optional("torch")
+    transformers = optional("transformers")
     from peft import LoraConfig
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers as include
 
@@ -904,7 +904,7 @@ TINY_BERT = replace(BERT, layers=3)
 
 def of_transformers(c, W, folder):
     """The model as transformers loads it, in float64."""
-    transformers = pytest.importorskip("transformers", reason="the peers are not installed")
+    transformers = optional("transformers")
     write_model(folder, c, W)
     cls = {ml.Llama: "LlamaForCausalLM", ml.GPT2: "GPT2LMHeadModel"}
     cls = cls.get(type(c), "BertForSequenceClassification")

@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 from calculus import GRADIENT, greatest, record_worst, relative_error, same_bits
+from extras import optional
 
 from minilora.spec.adalora import adalora_scale
 from minilora.spec.initialization import draw_vera, vera_part
 from minilora.spec.optim import loraplus_rates
 from minilora.spec.variants import adalora_linear, merge_adalora, merge_vera, vera_linear
 
-torch = pytest.importorskip("torch", reason="the peers are not installed")
-peft = pytest.importorskip("peft", reason="the peers are not installed")
+torch = optional("torch")
+peft = optional("peft")
 
 N, M, R, T = 5, 4, 3, 6
 

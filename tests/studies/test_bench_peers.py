@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from extras import optional
 
 from minilora.spec.models import Batch, logits
 from minilora.spec.optim import AdamState, adamw
@@ -33,9 +34,8 @@ def folder(tmp_path_factory):
 def side(name, folder):
     """The side in this process, if its library is there."""
     module, _, of = SIDES[name].partition(":")
-    extra = "jax" if name == "jax" else "peers"
     for library in {"minilora": (), "jax": ("jax",)}.get(name, ("torch", "peft")):
-        pytest.importorskip(library, reason=f"pip install 'minilora[{extra}]'")
+        optional(library)
     return getattr(importlib.import_module(module), of)(str(folder), 1)
 
 
@@ -137,7 +137,7 @@ def test_every_side_draws_the_tokens_of_float64(folder):
 
 
 def test_without_a_compiler_there_is_nothing_compiled(folder, monkeypatch):
-    pytest.importorskip("torch", reason="pip install 'minilora[peers]'")
+    optional("torch")
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(Missing, match=r"torch-compile cannot .* no-such-compiler is not installed"):
         Side("torch-compile", folder, threads=1)

@@ -1,6 +1,5 @@
 """A study of a real model: its own text, how far it goes from it, and two rounds of runs."""
 
-import importlib.util
 import json
 import math
 import re
@@ -9,6 +8,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from extras import needs
 from scipy.special import log_softmax
 
 from minilora.cli.main import main
@@ -40,9 +40,7 @@ from minilora.studies.claims.study import (
 )
 from minilora.studies.claims.verdicts import as_json, notes, verdicts
 
-needs_text = pytest.mark.skipif(
-    not importlib.util.find_spec("tokenizers"), reason="the extra text is not installed"
-)
+needs_text = needs("tokenizers")
 C = Llama(vocab=0, d=16, layers=1, heads=2, ffn=32, kv_heads=1, head_dim=8, tied=True)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from extras import optional
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -157,7 +158,7 @@ def test_sentiment_from_end_to_end_in_small(capsys, monkeypatch, tmp_path):
 
 
 def test_summaries_from_end_to_end_in_small(capsys, monkeypatch, tmp_path):
-    pytest.importorskip("rouge_score", reason="pip install 'minilora[text]'")
+    optional("rouge_score")
     monkeypatch.setattr(examples, "smollm2", lambda: reference_models.folder() / "llama" / "base")
     row = {"document": "3 1 4", "summary": "5 9"}
     monkeypatch.setattr(examples, "papers", lambda: {"train": [row] * 4, "test": [row] * 2})

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from extras import optional
 
 from minilora.cli.console import INTERRUPTED
 from minilora.cli.main import main
@@ -273,7 +274,7 @@ COMMAND += ["--max-steps", "2", "--jobs", "1", "--batch-tokens", "64"]
 
 
 def test_the_command_prints_a_table_and_draws_it(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+    optional("matplotlib")
     assert main([*COMMAND, "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[0].split()[:4] == ["rank", "alpha", "lr", "seeds"]

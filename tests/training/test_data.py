@@ -9,6 +9,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from extras import needs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,14 +22,9 @@ from minilora.spec.ops import IGNORED
 from minilora.training import data
 from minilora.training.data import Example, batch, order, read, shown
 
-HAVE = {name: importlib.util.find_spec(name) for name in ("jinja2", "tokenizers", "transformers")}
-needs_text = pytest.mark.skipif(
-    not (HAVE["jinja2"] and HAVE["tokenizers"]), reason="the extra text is not installed"
-)
-needs_transformers = pytest.mark.skipif(
-    not all(HAVE.values()), reason="the extras text and peers are not installed"
-)
-if HAVE["tokenizers"]:
+needs_text = needs("jinja2", "tokenizers")
+needs_transformers = needs("jinja2", "tokenizers", "transformers")
+if importlib.util.find_spec("tokenizers"):
     import tokenizer_folders as folders
 
 WORDS = WordTokenizer.of(task("running-sum"))
@@ -316,7 +312,7 @@ def test_no_more_of_a_document_is_cut_than_must_be(tmp_path_factory, document, d
     assert document.startswith(kept)
 
 
-@pytest.mark.skipif(not HAVE["tokenizers"], reason="the extra text is not installed")
+@needs("tokenizers")
 @pytest.mark.parametrize("length", range(5, 15))
 def test_texts_of_a_class_are_cut_as_the_library_cuts_them(length, tmp_path):
     backend = folders.tokenizers.Tokenizer.from_str(json.dumps(TYPED.json()))

@@ -1,6 +1,5 @@
 """Perplexity, accuracy and ROUGE, by what defines them."""
 
-import importlib.util
 import math
 import re
 import sys
@@ -8,6 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from extras import needs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,9 +22,7 @@ from minilora.training.metrics import (
     rouge,
 )
 
-needs_rouge = pytest.mark.skipif(
-    not importlib.util.find_spec("rouge_score"), reason="the extra text is not installed"
-)
+needs_rouge = needs("rouge_score")
 
 
 def test_an_even_guess_among_n_has_perplexity_n():

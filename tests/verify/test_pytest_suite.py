@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import fake_checks
 import pytest
+from extras import optional
 
 from minilora.verify import check, engine, parametrize_with_checks, pytest_suite
 from minilora.verify.core.dtypes import DTYPES
@@ -300,7 +301,7 @@ def test_a_check_needs_no_pytest():
 @pytest.mark.slow
 def test_processes_share_the_tests():
     """The whole of the real registry is collected, in each process alike, and a part of it run."""
-    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    optional("xdist")
     run = python(
         *("-m", "pytest", "-n2", "-q", *OPTIONS, "--pyargs", "minilora.verify"),
         *("--minilora-profile", "quick", "-k", "merge.weight and float32"),

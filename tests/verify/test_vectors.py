@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from extras import optional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -246,7 +247,7 @@ def test_the_truth_of_a_layer_is_the_nearest_to_the_rational(made):
 
 
 def test_the_truth_with_roots_is_the_nearest_to_sixty_digits(made):
-    mpmath = pytest.importorskip("mpmath", reason="the second opinion on roots")
+    mpmath = optional("mpmath")
     root = np.frompyfunc(mpmath.sqrt, 1, 1)
     with mpmath.workdps(60):
         vector = next(v for v in made if v.check == "variants.dora.vjp")
@@ -344,7 +345,7 @@ def test_the_manifest_keeps_its_schema(folder):
 
 
 def test_the_schema_means_the_same_to_a_library(folder):
-    jsonschema = pytest.importorskip("jsonschema", reason="only a second opinion")
+    jsonschema = optional("jsonschema")
     manifest = json.loads((folder / MANIFEST).read_text())
     jsonschema.Draft202012Validator.check_schema(schema())
     jsonschema.validate(manifest, schema())
