@@ -1,0 +1,71 @@
+"""A right training loop: the specification's loss under the reference's optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from minilora.io.formats.huggingface import read_model
+from minilora.io.formats.peft import adapter_names, read_adapter, read_lora_config
+from minilora.spec.lora import TrainableSpec, Weights, draw_dropout
+from minilora.spec.models import Batch, Config, loss, shifted_labels
+from minilora.spec.ops import IGNORED
+from minilora.verify.mutants.references.helpers import Array
+from minilora.verify.mutants.references.optimizer import Optimizer
+
+
+class Training(Optimizer):
+    def train(
+        self, model_dir: str, adapter_dir: str, batches: Sequence[Any], settings: Mapping[str, Any]
+    ) -> list[dict[str, Array]]:
+        """The adapter after each step, by the names in its file."""
+        # start
+        settings = {"total_steps": len(batches), **settings}
+        c, W = read_model(model_dir)
+        factors, spec = read_adapter(adapter_dir, c, base=W)
+        self.dropout = read_lora_config(adapter_dir, c).lora_dropout
+        self.rng = np.random.default_rng(1)
+        self.checkpointing = settings.get("gradient_checkpointing", False)
+        # trained
+        W = W | factors
+        start = {name: W[name] for name in sorted(spec.trained)}
+        now, gradients, history = start, [], []
+        for step in batches:
+            # batches of the step
+            given = [self.batch(batch) for batch in step]
+            given = [b for b in given if (shifted_labels(b, c) != IGNORED).any()]
+            parts = [self.part(W | now, batch, c, spec) for batch in given]
+            # accumulate
+            gradients.append(parts)
+            now = self.optimizer_steps(start, gradients, settings)[-1]
+            history.append(now)
+        names = adapter_names(c, sorted(spec.trained))
+        vectors = {name for name, array in start.items() if array.shape[1] == 1}
+        answer = [{names[n]: v[:, 0] if n in vectors else v for n, v in p.items()} for p in history]
+        # answer
+        return answer
+
+    def batch(self, given: Mapping[str, Array]) -> Batch:
+        """A batch of the contract."""
+        # given
+        ids, labels, mask = given["input_ids"], given["labels"], given["attention_mask"]
+        types, text = given.get("token_type_ids"), labels.ndim > 1
+        # labels
+        return Batch(ids, labels, mask.astype(bool), types=types)
+
+    def part(self, W: Weights, batch: Batch, c: Config, spec: TrainableSpec) -> tuple[Any, Weights]:
+        """The number of labels of a micro-batch and the gradient of their mean."""
+        n = int((shifted_labels(batch, c) != IGNORED).sum())
+        # part
+        if self.dropout:
+            shapes = {at: n for at, n in c.inputs(*batch.ids.shape).items() if at in spec.scale}
+            dtype = next(iter(W.values())).dtype
+            keep = draw_dropout(self.rng, self.dropout, shapes, dtype)
+            spec = replace(spec, dropout_scale=keep)
+        _, back = loss(batch, W, c, spec)
+        g = back(1.0)
+        # back
+        return n, g
