@@ -67,7 +67,7 @@ TEXT = {
     "minilora/io/formats/glassllm.py": {"tokenizers"},
     "minilora/io/formats/tokenizers.py": {"jinja2", "tokenizers"},
     "minilora/training/metrics.py": {"rouge_score"},
-    "minilora/training/train.py": {"matplotlib"},
+    "minilora/training/plot.py": {"matplotlib"},
 }
 """What comes with the extras `text`, `gguf` and `plot`, by the file that imports it."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from minilora.verify.engine import Progress
 
-HOLDS, DEVIATES, USAGE, NOT_LOADED, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FAILED, USAGE, NOT_LOADED, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def split(values: list[str] | None) -> list[str] | None:
@@ -205,7 +205,7 @@ def answer(command: str, run: Callable[[argparse.Namespace], int]) -> Any:
 
     A file or a target that cannot be read, or a library that is not installed, is `NOT_LOADED`; a
     setting that cannot be is `USAGE`; a disk or memory that is full, or numbers that are none,
-    `DEVIATES`.
+    `FAILED`.
     """
 
     def guarded(arguments: argparse.Namespace) -> int:
@@ -225,15 +225,15 @@ def answer(command: str, run: Callable[[argparse.Namespace], int]) -> Any:
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             print(f"minilora {command}: {where}{error.strerror or error}", file=sys.stderr)
-            return DEVIATES
+            return FAILED
         except ArithmeticError as error:
             print(f"minilora {command}: {error}", file=sys.stderr)
-            return DEVIATES
+            return FAILED
         except MemoryError as error:
             remedy = "take a smaller model or rank, or shorter texts"
             said = f"there is not enough memory: {str(error) or 'none is left'}; {remedy}"
             print(f"minilora {command}: {said}", file=sys.stderr)
-            return DEVIATES
+            return FAILED
 
     return guarded
 

@@ -39,21 +39,14 @@ from minilora.studies.example_data import (
     write_splits,
 )
 from minilora.training import data
-from minilora.training.data import Example
+from minilora.training.config import TrainConfig
+from minilora.training.data import Example, batches_of
 from minilora.training.evaluate import answers, measure
+from minilora.training.fit import FitOptions, Outcome, Watch, fit
 from minilora.training.gradients import ExecutionPlan
 from minilora.training.metrics import ROUGE, accuracy, difference, paired, perplexity, rouge
-from minilora.training.train import (
-    LOG,
-    Job,
-    Outcome,
-    TrainConfig,
-    Watch,
-    batches_of,
-    fit,
-    prepare,
-    read_log,
-)
+from minilora.training.run import Run, prepare
+from minilora.training.run_folder import LOG, read_log
 
 RESULT = "result.json"
 """The file of an example's figures, in the folder given; what the documents print."""
@@ -164,7 +157,7 @@ def sentiment(
     Both heads stand in the same place and learn from the same texts; the sources of the test are
     others. The interval of their difference is drawn over sources.
 
-    Errors: those of :func:`minilm` and :func:`rated`, and of `train.fit`.
+    Errors: those of :func:`minilm` and :func:`rated`, and of `fit.fit`.
     """
     began, out, size = time.perf_counter(), Path(out), SIZES["sentiment"][quick]
     base = open_base(str(minilm()))
@@ -175,7 +168,7 @@ def sentiment(
         out / "data",
         {s: [{"text": t.text, "label": str(t.label)} for t in own] for s, own in splits.items()},
     )
-    recipe = TrainConfig(
+    config = TrainConfig(
         "classify",
         learning_rate=1e-3,
         dropout=0.1,
@@ -184,21 +177,21 @@ def sentiment(
         max_length=size.length,
         seed=seed,
     )
-    read = data.read(folder, recipe.task, base.tokenizer, recipe.max_length)
+    read = data.read(folder, config.task, base.tokenizer, config.max_length)
     tell(f"{', '.join(f'{len(own)} texts to {split}' for split, own in splits.items())}")
 
-    job = prepare(base, read, recipe, str(folder))
-    c, tokens = job.base.config, recipe.batch_tokens
-    x = {s: features(job.examples(s), base.weights, c, tokens) for s in SHARES}
-    labels = {s: np.array([e.label for e in job.examples(s)]) for s in SHARES}
+    run = prepare(base, read, config, str(folder), plan)
+    c, tokens = run.base.config, config.batch_tokens
+    x = {s: features(run.examples(s), base.weights, c, tokens) for s in SHARES}
+    labels = {s: np.array([e.label for e in run.examples(s)]) for s in SHARES}
     strength, probed = _best_probe(x, labels, len(read.classes))
     tell(f"a head alone: {_share(probed)}")
 
-    outcome = _fitted(out / "adapter", job, plan=plan, watch=watch, tell=tell)
+    outcome = _fitted(out / "adapter", run, watch=watch, tell=tell)
     _finished(outcome)
-    test = job.examples("test")
+    test = run.examples("test")
     batches = batches_of(test, tokens, base.tokenizer.pad)
-    found = measure(batches, job.weights(outcome.state.params), c, job.tuning)
+    found = measure(batches, run.weights(outcome.state.params), c, run.spec)
     assert found.right is not None
     adapted = found.right[np.argsort(_rows(test, tokens))]
     tell(f"with adapters: {_share(adapted)}")
@@ -236,32 +229,32 @@ def summaries(
     had held when training was over. Loss and texts are of papers that it was not trained on; the
     interval of the loss's difference is drawn over papers.
 
-    Errors: those of :func:`smollm2` and :func:`papers`, and of `train.fit`.
+    Errors: those of :func:`smollm2` and :func:`papers`, and of `fit.fit`.
     """
     began, out, size = time.perf_counter(), Path(out), SIZES["summaries"][quick]
     path = smollm2()
     splits = papers()
     chosen = {"train": splits["train"][: size.train], "test": splits["test"][: size.test]}
     folder = write_splits(out / "data", chosen)
-    recipe = TrainConfig(
+    config = TrainConfig(
         *("summarize",), learning_rate=1e-3, warmup_steps=5, num_train_epochs=size.epochs,
         max_length=size.length, batch_tokens=size.length, gradient_accumulation_steps=2, seed=seed,
     )  # fmt: skip
     base = open_base(str(path), quantised=True)
-    read = data.read(folder, recipe.task, base.tokenizer, recipe.max_length)
-    job = prepare(base, read, recipe, str(folder))
-    outcome = _fitted(out / "adapter", job, plan=plan, watch=watch, tell=tell)
+    read = data.read(folder, config.task, base.tokenizer, config.max_length)
+    run = prepare(base, read, config, str(folder), plan)
+    outcome = _fitted(out / "adapter", run, watch=watch, tell=tell)
     _finished(outcome)
     figures: dict[str, Any] = {
-        "papers": {split: len(job.examples(split)) for split in chosen},
+        "papers": {split: len(run.examples(split)) for split in chosen},
         "cut": read.cut,
-        "length": recipe.max_length,
+        "length": config.max_length,
     }
     figures |= _spent(out / "adapter")
 
     # Texts are written in full weights, which a token at a time would have to be made anew.
     whole = open_base(str(path))
-    test = job.examples("test")
+    test = run.examples("test")
     losses = {}
     for when, adapter in {"before": None, "after": str(out / "adapter")}.items():
         model = open_adapted(whole, adapter)
@@ -285,17 +278,17 @@ def summaries(
     return _result(out, "summaries", base, outcome, figures, began, quick, seed, plan)
 
 
-def _fitted(out: Path, job: Job, **how: Any) -> Outcome:
+def _fitted(out: Path, run: Run, **how: Any) -> Outcome:
     """The run, which goes on where an earlier one was interrupted."""
     begun = (out / MANIFEST).is_file()
-    return fit(out, job, resume=begun, save_every=10**9, **how)
+    return fit(out, run, FitOptions(resume=begun, save_every=10**9), **how)
 
 
 def _finished(outcome: Outcome) -> None:
-    if outcome.why == "interrupted":
+    if outcome.stop_reason == "interrupted":
         raise KeyboardInterrupt(outcome.state.step)
-    if outcome.why:
-        raise ArithmeticError(f"diverged at {outcome.why}: take another seed")
+    if outcome.stop_reason:
+        raise ArithmeticError(f"diverged at {outcome.stop_reason}: take another seed")
 
 
 def _spent(run: Path) -> dict[str, Any]:

@@ -22,18 +22,13 @@ from minilora.io.files import FormatError, pack_json, read_json, write_files
 from minilora.io.loading import MANIFEST, Base, open_base
 from minilora.studies.processes import in_processes
 from minilora.training import data, evaluate
-from minilora.training.data import Data
+from minilora.training.config import TrainConfig
+from minilora.training.data import Data, batches_of
+from minilora.training.fit import FitOptions, fit
 from minilora.training.gradients import ExecutionPlan
-from minilora.training.train import (
-    LOG,
-    Refused,
-    TrainConfig,
-    batches_of,
-    canvas,
-    fit,
-    prepare,
-    read_log,
-)
+from minilora.training.plot import canvas
+from minilora.training.run import prepare
+from minilora.training.run_folder import LOG, Refused, read_log
 
 RESULT, TABLE, PICTURE = "result.json", "sweep.json", "sweep.svg"
 """The files of a sweep: in each cell's folder what it came to; beside them all cells, a picture."""
@@ -79,22 +74,22 @@ def grid(
 
 @dataclass(frozen=True)
 class Setting:
-    """What all cells share: the model, the data and its reading, the recipe but for the cell's."""
+    """What all cells share: the model, the data and its reading, the config but for the cell's."""
 
     model: str
     data: str
-    recipe: TrainConfig
+    config: TrainConfig
     reading: tuple[tuple[str, Any], ...] = ()
 
     def at(self, cell: Cell) -> TrainConfig:
-        """The cell's recipe."""
-        return replace(self.recipe, **asdict(cell))
+        """The cell's config."""
+        return replace(self.config, **asdict(cell))
 
     def record(self) -> dict[str, Any]:
         """All of it, as it is written down; a cell's numbers are not in it."""
         own = Cell.__dataclass_fields__
-        recipe = {name: v for name, v in vars(self.recipe).items() if name not in own}
-        return {"model": self.model, "data": self.data, **recipe, **dict(self.reading)}
+        config = {name: v for name, v in vars(self.config).items() if name not in own}
+        return {"model": self.model, "data": self.data, **config, **dict(self.reading)}
 
 
 @dataclass(frozen=True)
@@ -127,35 +122,34 @@ def opened(model: str, dtype: str) -> Base:
 
 @cache
 def _read(setting: Setting, seed: int) -> Data:
-    base, recipe = opened(setting.model, setting.recipe.dtype), setting.recipe
+    base, config = opened(setting.model, setting.config.dtype), setting.config
     tokenizer, reading = base.tokenizer, dict(setting.reading)
     reading |= {"seed": seed, "classes": base.classes}
-    return data.read(setting.data, recipe.task, tokenizer, recipe.max_length, **reading)
+    return data.read(setting.data, config.task, tokenizer, config.max_length, **reading)
 
 
 def run_cell(setting: Setting, folder: Path, cell: Cell) -> Row | None:
     """Trains the cell in ``folder``, from its checkpoint where there is one; None: interrupted.
 
-    Errors: those of `train.fit`.
+    Errors: those of `fit.fit`.
     """
-    recipe = setting.at(cell)
-    base, read = opened(setting.model, recipe.dtype), _read(setting, cell.seed)
-    job = prepare(base, read, recipe, setting.data, **dict(setting.reading))
+    config = setting.at(cell)
+    base, read = opened(setting.model, config.dtype), _read(setting, cell.seed)
+    run = prepare(base, read, config, setting.data, **dict(setting.reading))
     started, begun = time.monotonic(), (folder / MANIFEST).exists()
-    outcome = fit(
-        folder, job, resume=begun, overwrite=not begun, val_every=2**31, tell=lambda text: None
-    )
-    if outcome.why == "interrupted":
+    options = FitOptions(resume=begun, overwrite=not begun, val_every=2**31)
+    outcome = fit(folder, run, options, tell=lambda text: None)
+    if outcome.stop_reason == "interrupted":
         return None
     valid = None
-    batches = batches_of(read.valid, recipe.batch_tokens, base.tokenizer.pad)
-    if batches and not outcome.why:
-        W = job.weights(outcome.state.params)
-        valid = evaluate.mean_loss(batches, W, job.base.config, job.tuning, ExecutionPlan()).loss
+    batches = batches_of(read.valid, config.batch_tokens, base.tokenizer.pad)
+    if batches and not outcome.stop_reason:
+        W = run.weights(outcome.state.params)
+        valid = evaluate.mean_loss(batches, W, run.c, run.spec, ExecutionPlan()).loss
     lines = read_log(folder / LOG)
     loss = lines[-1]["loss"] if lines else None
     seconds = round(time.monotonic() - started, 3)
-    row = Row(cell, outcome.state.step, seconds, loss, valid, outcome.why)
+    row = Row(cell, outcome.state.step, seconds, loss, valid, outcome.stop_reason)
     write_files(folder, {RESULT: lambda: pack_json(asdict(row))})
     return row
 
@@ -187,7 +181,7 @@ def sweep(
     data's readers, before a process is started; those of :func:`run_cell`.
     """
     out = Path(out)
-    base, read = opened(setting.model, setting.recipe.dtype), _read(setting, 0)
+    base, read = opened(setting.model, setting.config.dtype), _read(setting, 0)
     for cell in cells[:1]:
         prepare(base, read, setting.at(cell), setting.data, **dict(setting.reading))
     now = {**setting.record(), "base": base.digest, "digest": read.digest, "minilora": __version__}

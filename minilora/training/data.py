@@ -794,6 +794,13 @@ def batch(examples: Sequence[Example], pad: int) -> Batch:
     return Batch(ids, labels, mask, types=types)
 
 
+def batches_of(examples: Sequence[Example], tokens: int, pad: int) -> list[Batch]:
+    """All examples in batches of at most ``tokens`` tokens."""
+    if not examples:
+        return []
+    return [batch([examples[i] for i in rows], pad) for rows in order(examples, tokens, 0, 0)]
+
+
 def shown(batch: Batch, tokenizer: Tokenizer | None) -> str:
     """A batch token by token: its place, its number, how it reads, and whether it is predicted.
 

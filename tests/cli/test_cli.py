@@ -278,7 +278,7 @@ def test_what_a_target_prints_is_not_in_the_report(tmp_path):
         "        ctypes.CDLL(None).puts(b'garbage of C')\n"
         "        return super().merge(*a, **k)\n"
     )
-    out, err = process("verify", "chatty:T", cwd=tmp_path).communicate(timeout=30)
+    out, err = process("verify", "chatty:T", cwd=tmp_path).communicate()
     assert "garbage" not in out
     assert out.startswith("right 1.2")
     for source in ("at import", "of Python", "of a descriptor", "of C"):
@@ -289,7 +289,7 @@ def test_a_reader_who_leaves_early_sees_no_traceback():
     run = process("verify", "fake_checks:WrongScale", "--profile", "quick")
     run.stdout.close()
     assert run.stderr.read() == ""
-    assert run.wait(timeout=30) == 1
+    assert run.wait() == 1
     run.stderr.close()
 
 
@@ -302,11 +302,10 @@ def test_an_interrupt_prints_what_was_checked_so_far(tmp_path):
         "        time.sleep(99)\n"
     )
     run = process("verify", "slow_target:T", "--json", "r.json", cwd=tmp_path)
-    deadline = time.monotonic() + 20
-    while not (tmp_path / "reached").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "reached").exists() and run.poll() is None:
         time.sleep(0.01)
     run.send_signal(signal.SIGINT)
-    out, err = run.communicate(timeout=30)
+    out, err = run.communicate()
     assert run.returncode == 130
     assert "Traceback" not in err
     assert "INTERRUPTED" in out
@@ -324,7 +323,7 @@ def test_the_help_imports_no_oracle_and_no_torch():
         "assert not heavy, heavy"
     )
     run = process("verify", "--help", code=code)
-    out, err = run.communicate(timeout=30)
+    out, err = run.communicate()
     assert (run.returncode, err) == (0, "")
     for option in ("--level", "--profile", "--known", "--junit", "--html", "--list"):
         assert option in out

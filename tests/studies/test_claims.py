@@ -34,7 +34,7 @@ from minilora.studies.claims.study import (
     Side,
     Study,
     follow,
-    job_of,
+    run_of,
     sides_of,
     studied_model,
 )
@@ -53,8 +53,8 @@ from minilora.studies.claims.verdicts import (
     table,
     verdicts,
 )
+from minilora.training.data import batches_of
 from minilora.training.gradients import gradients
-from minilora.training.train import batches_of
 
 TINY = Study(
     models=("gpt2",), ranks=(1, 2), rates=(0.003, 0.01), seeds=(0, 1), steps=3, looks=(0, 1, 3),
@@ -242,33 +242,33 @@ def test_a_product_is_counted_by_its_shape():
 
 def test_full_fine_tuning_is_three_products_for_each_of_the_forward(subject):
     """But for the lowest input, whose gradient no one needs, and attention's own products."""
-    job = job_of(subject, TINY, FULL)
-    batch = batches_of(job.data.train, 64, 0)[0]
-    W, c = dict(job.base.weights), subject.base.config
+    run = run_of(subject, TINY, FULL)
+    batch = batches_of(run.data.train, 64, 0)[0]
+    W, c = dict(run.base.weights), subject.base.config
     forward = products_of(lambda h: costs.logits(batch, h, c, TrainableSpec()), W)
-    step = products_of(lambda h: costs.loss(batch, h, c, job.tuning)[1](1.0), W)
+    step = products_of(lambda h: costs.loss(batch, h, c, run.spec)[1](1.0), W)
     assert costs.flops_of(step) == 3 * costs.flops_of(forward)
 
 
 @pytest.mark.parametrize("side", [FULL, Side(2)], ids=lambda side: side.name)
 def test_memory_by_part_is_that_of_the_arrays(side, subject):
-    job = job_of(subject, TINY, side)
-    batch = batches_of(job.data.train, 64, 0)[0]
-    memory = memory_of(job, batch)
-    _, g = gradients(batch, job.weights(job.start), subject.base.config, job.tuning)
-    _, adam = adamw(job.start, g, AdamState(), 0.1)
+    run = run_of(subject, TINY, side)
+    batch = batches_of(run.data.train, 64, 0)[0]
+    memory = memory_of(run, batch)
+    _, g = gradients(batch, run.weights(run.initial), subject.base.config, run.spec)
+    _, adam = adamw(run.initial, g, AdamState(), 0.1)
     assert memory["gradients"] == sum(a.nbytes for a in g.values())
     assert memory["optimizer"] == sum(a.nbytes for a in (*adam.m.values(), *adam.v.values()))
-    whole = sum(w.nbytes for w in job.base.weights.values())
+    whole = sum(w.nbytes for w in run.base.weights.values())
     assert memory["weights"] == whole + (memory["gradients"] if side.rank else 0)
-    more = memory_of(job, batches_of(job.data.train, 256, 0)[0])
+    more = memory_of(run, batches_of(run.data.train, 256, 0)[0])
     assert more["activations"] > 2 * memory["activations"]
 
 
 def test_a_merged_model_is_a_plain_one_and_an_adapted_one_is_not(subject, monkeypatch):
-    job = job_of(subject, TINY, Side(2))
-    batch = batches_of(job.data.train, 64, 0)[0]
-    (plain, adapted, merged), other = inference_of(job, batch)
+    run = run_of(subject, TINY, Side(2))
+    batch = batches_of(run.data.train, 64, 0)[0]
+    (plain, adapted, merged), other = inference_of(run, batch)
     assert other == 0
     assert plain == merged < adapted
     adds = costs.merge
@@ -277,14 +277,14 @@ def test_a_merged_model_is_a_plain_one_and_an_adapted_one_is_not(subject, monkey
         return {**adds(W, tuning), "layers.0.extra.weight": np.ones((2, 2), np.float32)}
 
     monkeypatch.setattr(costs, "merge", one_more)
-    assert inference_of(job, batch)[1] == 1
+    assert inference_of(run, batch)[1] == 1
 
     def wide(W, tuning):
         return {name: w.astype(np.float64) for name, w in adds(W, tuning).items()}
 
     monkeypatch.setattr(costs, "merge", wide)
-    assert inference_of(job, batch)[1] == len(
-        adds({**job.adapter, **subject.base.weights}, job.tuning)
+    assert inference_of(run, batch)[1] == len(
+        adds({**run.adapter, **subject.base.weights}, run.spec)
     )
 
 
@@ -294,7 +294,7 @@ def test_attention_alone_has_no_fewer_parameters(name):
     subject = studied_model(study, name)
     alone, same = sides_of(study, subject.base.config)[-1], Side(study.ranks[1])
     adapters = {
-        side: job_of(subject, study, side).adapter
+        side: run_of(subject, study, side).adapter
         for side in (alone, replace(alone, rank=alone.rank - 1), same)
     }
     many, fewer, wanted = (
@@ -313,8 +313,8 @@ def test_a_run_is_the_same_again_and_begins_as_the_base(results, subject):
         synthetic_data.expected_loss(one, W, subject.base.config, TrainableSpec()) - one.entropy
         for one in both
     ]
-    job = job_of(subject, TINY, Side(1))
-    assert subject.first(job.weights(job.start), job.tuning) == start[0]
+    run = run_of(subject, TINY, Side(1))
+    assert subject.first(run.weights(run.initial), run.spec) == start[0]
     for one in results.courses:
         assert [look.step for look in one.looks] == [*TINY.looks]
         assert (one.looks[0].first, one.looks[0].second) == (start[0], start[1])

@@ -31,8 +31,8 @@ from minilora.studies.claims.study import (
     Side,
     divergence,
     follow,
-    job_of,
     own_texts,
+    run_of,
     sides_of,
     states,
     studied_model,
@@ -173,13 +173,13 @@ def test_the_text_held_out_is_not_trained_on(study, base):
 def test_every_side_begins_where_the_base_is(side, study, own):
     """B is zero, so that nothing has diverged, to the bit; a B that is not has."""
     subject = studied_model(study, REAL, 0, own[0])
-    job = job_of(subject, study, side)
-    W = job.weights(job.start)
-    assert (subject.first(W, job.tuning), subject.second(W, job.tuning)) == subject.begin
+    run = run_of(subject, study, side)
+    W = run.weights(run.start)
+    assert (subject.first(W, run.tuning), subject.second(W, run.tuning)) == subject.begin
     assert subject.begin[0] == 0
-    moved = job.weights({name: w + np.float32(0.01) for name, w in job.start.items()})
-    assert subject.first(moved, job.tuning) > 0
-    assert subject.second(moved, job.tuning) != subject.begin[1]
+    moved = run.weights({name: w + np.float32(0.01) for name, w in run.start.items()})
+    assert subject.first(moved, run.tuning) > 0
+    assert subject.second(moved, run.tuning) != subject.begin[1]
 
 
 @needs_text

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from minilora.cli.console import DEVIATES, USAGE
+from minilora.cli.console import FAILED, USAGE
 from minilora.cli.main import main
 from minilora.io.formats import layouts
 from minilora.spec import variants
@@ -127,7 +127,7 @@ def test_the_command_fails_where_something_is_not_as_it_should_be(monkeypatch, c
     entry = replace(variants.REGISTRY["lora"], breaks={"rank": "a reason that is none"})
     monkeypatch.setitem(variants.REGISTRY, "lora", entry)
     chosen = ["variants", "--variant", "lora", "--kind", "linear", "--no-library"]
-    assert main(chosen) == DEVIATES
+    assert main(chosen) == FAILED
     assert "lora on linear: rank" in capsys.readouterr().out
 
 

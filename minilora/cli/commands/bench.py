@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minilora.cli.console import (
-    HOLDS,
     NOT_LOADED,
+    OK,
     add_command,
     add_files,
     files_of,
@@ -87,7 +87,7 @@ def _run(arguments: argparse.Namespace) -> int:
             write_file(path, json.dumps([r.json() for r in results], indent=1) + "\n")
     for error in missing.values():
         refuse(error, "bench")
-    return NOT_LOADED if missing else HOLDS
+    return NOT_LOADED if missing else OK
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from minilora.cli.console import HOLDS, INTERRUPTED, add_command, say, sigterm_interrupts
+from minilora.cli.console import INTERRUPTED, OK, add_command, say, sigterm_interrupts
 
 PAGE, FIGURES = "claims.html", "claims.json"
 
@@ -62,4 +62,4 @@ def _run(arguments: argparse.Namespace) -> int:
         files = {PAGE: page.encode, FIGURES: lambda: as_json(results, judged)}
         write_files(arguments.output, files)
         say(f"{os.path.join(arguments.output, PAGE)}\n")
-    return HOLDS
+    return OK

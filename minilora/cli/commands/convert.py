@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from minilora.cli.commands import adapted_model
-from minilora.cli.console import HOLDS, add_command, add_model, say
+from minilora.cli.console import OK, add_command, add_model, say
 
 
 def add(commands: Any) -> None:
@@ -39,7 +39,7 @@ def _run(arguments: argparse.Namespace) -> int:
     said = adapter_format(adapter_path(arguments.adapter))
     of = f"{arguments.adapter} of {said} for {arguments.to}, on {base.name}"
     say(f"{arguments.output}: the adapter {of}\n{told}")
-    return HOLDS
+    return OK
 
 
 def write(path: str, kind: str, model: Any) -> str:

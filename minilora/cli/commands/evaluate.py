@@ -4,152 +4,208 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minilora.cli.commands import computing_model
-from minilora.cli.console import HOLDS, add_command, add_model, at_least, say
+from minilora.cli.commands.train import add_data
+from minilora.cli.console import OK, add_command, add_model, at_least, say
 
-LENGTH = 512
-"""The most tokens of an example, unless it is said or a run's own data is read again."""
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from minilora.io.loading import AdaptedModel, Base
+    from minilora.training.data import Data, Example
+
+MAX_LENGTH = 512
+"""The default of ``--max-length``, unless the run's own data is read again."""
+
+READING = {"max_length": MAX_LENGTH, "seed": 0, "val_fraction": 0.0, "skip_invalid": False}
+"""The defaults of how examples are read."""
 
 
 def add(commands: Any) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = add_command(
         commands,
         "evaluate",
-        "loss, perplexity, accuracy and ROUGE of a model",
-        "Prints the loss, the perplexity and the accuracy of a model, with an adapter or without, "
-        "on examples; and with --rouge, how near the texts that it writes are to those wanted.",
+        "measure loss, perplexity, accuracy and ROUGE of a model",
+        "Print the loss, the perplexity and the accuracy of a model, with or without an adapter, "
+        "on examples; with --rouge, also compare generated answers with the expected ones.",
         _run,
     )
     option = parser.add_argument
     add_model(option)
-    option("--data", metavar="D", help="JSON lines, a folder of train/valid/test, text, task:NAME")
-    option("--task", metavar="TASK", help="lm (default), chat, summarize or classify")
-    option("--split", metavar="SPLIT", help="test, valid or train (default: the first there is)")
+    add_data(option)
+    option("--split", metavar="SPLIT", help="test, valid or train (default: the first that exists)")
     option(
-        "--max-length", type=int, metavar="N", help=f"most tokens of an example (default: {LENGTH})"
+        "--max-length",
+        type=int,
+        metavar="N",
+        help=f"maximum tokens per example (default: {MAX_LENGTH})",
     )
-    option("--batch-tokens", type=int, default=1024, metavar="N", help="at a time")
-    option("--seed", type=int, metavar="N", help="of the examples of task:NAME (default: 0)")
-    option("--skip-invalid", action="store_true", help="leave out lines that cannot be used")
-    option("--rouge", type=int, default=0, metavar="N", help="write answers to N examples")
+    option("--batch-tokens", type=int, default=1024, metavar="N", help="maximum tokens per batch")
+    option("--seed", type=int, metavar="N", help="seed of the examples of task:NAME (default: 0)")
+    option("--skip-invalid", action="store_true", help="skip invalid lines instead of stopping")
+    option("--rouge", type=int, default=0, metavar="N", help="generate answers to N examples")
     option(
         "--max-new-tokens",
         type=int,
         default=128,
         metavar="N",
-        help="most of an answer, if they fit",
+        help="maximum tokens per generated answer",
     )
     option("--json", metavar="FILE", help="write the figures as JSON")
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    import math
     from pathlib import Path
 
-    from minilora.cli.commands.train import data_of
-    from minilora.io.files import NOT_FINITE, FormatError, pack_json, write_files
-    from minilora.io.loading import class_names, run_of
-    from minilora.training import data
-    from minilora.training.evaluate import measure
-    from minilora.training.metrics import accuracy, perplexity
-    from minilora.training.train import batches_of
+    from minilora.io.files import pack_json, write_files
+    from minilora.io.loading import run_of
+    from minilora.training.data import SPLITS
     from minilora.verify.report.report import writable
 
-    if arguments.split and arguments.split not in data.SPLITS:
-        raise ValueError(f"--split {arguments.split}: expected one of {data.SPLITS}")
-    if arguments.json and (why := writable(arguments.json)):
-        raise ValueError(f"--json: cannot write {why}")
+    if arguments.split and arguments.split not in SPLITS:
+        raise ValueError(f"--split {arguments.split}: expected one of {', '.join(SPLITS)}")
+    if arguments.json and (error := writable(arguments.json)):
+        raise ValueError(f"--json: cannot write {error}")
     at_least(arguments, max_length=2, batch_tokens=1, seed=0, rouge=0, max_new_tokens=1)
     model = computing_model(arguments)
-    base = model.base
-    if not base.config.causal and "head.weight" not in model.weights:
-        expected = "one: train it with --task classify, and give the --adapter"
-        raise ValueError(f"{base.name}: an encoder without a classifier; expected {expected}")
-    if arguments.rouge and not base.config.causal:
-        name = type(base.config).__name__
-        raise ValueError(f"--rouge: a {name} writes no text; expected a language model")
-    run = run_of(arguments.adapter)  # what it was trained on is what it is judged by, if unasked
-    path, task = data_of(
+    _check_model(arguments, model)
+    path, data = _read(arguments, model.base, run_of(arguments.adapter))
+    split, examples = _chosen_split(arguments, path, data)
+    figures = {"examples": len(examples), "split": split}
+    figures |= _measured(arguments, model, examples, f"{path}, {split}")
+    if arguments.rouge:
+        figures |= _rouge(arguments, model, examples[: arguments.rouge])
+    if arguments.json:
+        file = Path(arguments.json)
+        write_files(file.parent, {file.name: lambda: pack_json(figures)})
+    return OK
+
+
+def _check_model(arguments: argparse.Namespace, model: AdaptedModel) -> None:
+    """Errors: ValueError for a model that cannot be evaluated, or not with ``--rouge``."""
+    c, name = model.base.config, model.base.name
+    if not c.causal and "head.weight" not in model.weights:
+        raise ValueError(
+            f"{name}: found an encoder without a classifier's head: train one with --task classify,"
+            " and give it as --adapter"
+        )
+    if arguments.rouge and not c.causal:
+        raise ValueError(
+            f"--rouge: a {type(c).__name__} generates no text: expected a language model"
+        )
+
+
+def _read(arguments: argparse.Namespace, base: Base, run: Mapping[str, Any]) -> tuple[str, Data]:
+    """The data and where it is; by default those that the adapter was trained on.
+
+    Errors: FormatError if the run held out a part of a file that has changed since.
+    """
+    from minilora.cli.commands.train import data_and_task
+    from minilora.io.files import FormatError
+    from minilora.io.loading import class_names
+    from minilora.training.data import read
+
+    path, task = data_and_task(
         base,
         arguments.data or run.get("data", {}).get("name"),
         arguments.task or run.get("settings", {}).get("task"),
     )
-    reading = _as_divided(arguments, path, run)
-    # A head without names for its classes has their numbers.
+    reading = _reading(arguments, path, run)
+    # The classes of a head without names are numbers.
     numbers = tuple(map(str, range(getattr(base.config, "classes", 0)))) or None
-    learned = class_names(arguments.adapter)
-    read = data.read(
+    trained = class_names(arguments.adapter)
+    data = read(
         path, task, base.tokenizer, **reading,
-        classes=learned or base.classes or numbers, by_place=not learned,
+        classes=trained or base.classes or numbers, by_place=not trained,
     )  # fmt: skip
-    if reading["val_fraction"] and read.digest != run["data"].get("digest"):
-        expected = "the file that the run was trained on, of which it held a part out"
-        remedy = "give it back, or rename what is to be measured, and name it by --data"
-        raise FormatError(path, "file", "another content", expected, remedy)
-    order = [arguments.split] if arguments.split else ["test", "valid", "train"]
-    split = next((one for one in order if getattr(read, one)), None)
-    if split is None:
-        raise ValueError(f"{path}: no examples in {' or '.join(order)}")
-    examples = getattr(read, split)
+    if reading["val_fraction"] and data.digest != run["data"].get("digest"):
+        expected = "the file of the training run, which held out a part of it"
+        remedy = "restore the file, or rename it and name it by --data"
+        raise FormatError(path, "file", "other contents", expected, remedy)
+    return path, data
+
+
+def _reading(arguments: argparse.Namespace, path: str, run: Mapping[str, Any]) -> dict[str, Any]:
+    """How the examples are read: as the run did, if it held out a part of this file.
+
+    Errors: ValueError for an option that would hold out other lines.
+    """
+    defaults = dict(READING)
+    settings, trained_on = run.get("settings", {}), run.get("data", {}).get("name")
+    same = trained_on is not None and os.path.realpath(path) == os.path.realpath(trained_on)
+    if same and settings.get("val_fraction"):
+        defaults |= {name: settings[name] for name in READING if name in settings}
+        for name in ("max_length", "seed"):
+            value = getattr(arguments, name)
+            if value not in (None, defaults[name]):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {value}: expected {defaults[name]}, as in "
+                    "training: with another value other lines would be held out"
+                )
+    values = {name: getattr(arguments, name) for name in ("max_length", "seed")}
+    values["skip_invalid"] = arguments.skip_invalid or None
+    return defaults | {name: value for name, value in values.items() if value is not None}
+
+
+def _chosen_split(
+    arguments: argparse.Namespace, path: str, data: Data
+) -> tuple[str, Sequence[Example]]:
+    """The first split that has examples, or the one that is asked for."""
+    splits = [arguments.split] if arguments.split else ["test", "valid", "train"]
+    for split in splits:
+        if getattr(data, split):
+            return split, getattr(data, split)
+    raise ValueError(f"{path}: no examples in {' or '.join(splits)}")
+
+
+def _measured(
+    arguments: argparse.Namespace, model: AdaptedModel, examples: Sequence[Example], name: str
+) -> dict[str, Any]:
+    """The figures of the examples, which are printed too."""
+    import math
+
+    from minilora.io.files import NOT_FINITE
+    from minilora.training.data import batches_of
+    from minilora.training.evaluate import measure
+    from minilora.training.metrics import accuracy, perplexity
+
+    base = model.base
     batches = batches_of(examples, arguments.batch_tokens, base.tokenizer.pad)
-    found = measure(batches, model.weights, base.config, model.tuning)
-    assert found.right is not None
-    if not math.isfinite(found.loss):
-        raise ArithmeticError(f"{path}, {split}: the loss is {found.loss}: {NOT_FINITE}")
-    share, low, high, _ = accuracy(found.right)
-    undecided = perplexity(found.loss)
-    figures: dict[str, Any] = {
-        "examples": len(examples),
-        "split": split,
-        "labels": found.count,
-        "loss": found.loss,
-        "perplexity": undecided if math.isfinite(undecided) else None,  # JSON has no infinity
+    result = measure(batches, model.weights, base.config, model.tuning)
+    assert result.right is not None
+    if not math.isfinite(result.loss):
+        raise ArithmeticError(f"{name}: the loss is {result.loss}: {NOT_FINITE}")
+    share, low, high, _ = accuracy(result.right)
+    p = perplexity(result.loss)
+    say(
+        f"{name}: {len(examples)} examples, {result.count} labels\n"
+        f"loss        {result.loss:.4f}\nperplexity  {p:.4f}\n"
+        f"accuracy    {share:.4f}  ({low:.4f} to {high:.4f} at 95%)\n"
+    )
+    return {
+        "labels": result.count,
+        "loss": result.loss,
+        "perplexity": p if math.isfinite(p) else None,  # JSON has no infinity
         "accuracy": share,
         "accuracy_interval": [low, high],
     }
-    say(
-        f"{path}, {split}: {len(examples)} examples, {found.count} labels\n"
-        f"loss        {found.loss:.4f}\nperplexity  {undecided:.4f}\n"
-        f"accuracy    {share:.4f}  ({low:.4f} to {high:.4f} at 95%)\n"
-    )
-    if arguments.rouge:
-        figures |= _rouge(arguments, base, model, examples[: arguments.rouge])
-    if arguments.json:
-        file = Path(arguments.json)
-        write_files(file.parent, {file.name: lambda: pack_json(figures)})
-    return HOLDS
 
 
-def _as_divided(arguments: argparse.Namespace, path: str, run: Any) -> dict[str, Any]:
-    """How the examples are read: a run's own, of which a share was held out, as the run read them.
-
-    Errors: ValueError for an option by which other lines would be held out.
-    """
-    usual = {"max_length": LENGTH, "seed": 0, "val_fraction": 0.0, "skip_invalid": False}
-    said, own = run.get("settings", {}), run.get("data", {}).get("name")
-    same = own is not None and os.path.realpath(path) == os.path.realpath(own)
-    if same and said.get("val_fraction"):
-        usual |= {name: said[name] for name in usual if name in said}
-        for name in ("max_length", "seed"):
-            if getattr(arguments, name) not in (None, usual[name]):
-                found, expected = getattr(arguments, name), f"{usual[name]}, as it was trained"
-                what = "other lines of the run's own data would be held out"
-                raise ValueError(f"--{name.replace('_', '-')} {found}: expected {expected}: {what}")
-    given = {name: getattr(arguments, name) for name in ("max_length", "seed")}
-    given["skip_invalid"] = arguments.skip_invalid or None
-    return usual | {name: value for name, value in given.items() if value is not None}
-
-
-def _rouge(arguments: argparse.Namespace, base: Any, model: Any, examples: Any) -> dict[str, float]:
+def _rouge(
+    arguments: argparse.Namespace, model: AdaptedModel, examples: Sequence[Example]
+) -> dict[str, float]:
+    """ROUGE of generated answers, which is printed too."""
     from minilora.training.evaluate import answers
     from minilora.training.metrics import rouge
 
-    c, most = base.config, arguments.max_new_tokens
-    written, wanted = answers(examples, model.weights, c, model.tuning, base.tokenizer, most)
-    found = rouge(written, wanted)
-    for name, value in found.items():
+    base = model.base
+    generated, expected = answers(
+        examples, model.weights, base.config, model.tuning, base.tokenizer, arguments.max_new_tokens
+    )
+    scores = rouge(generated, expected)
+    for name, value in scores.items():
         say(f"{name:10}  {value:.4f}\n")
-    return found
+    return scores

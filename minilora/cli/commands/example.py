@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from minilora.cli.console import HOLDS, add_command, say, sigterm_interrupts, steps_bar
+from minilora.cli.console import OK, add_command, say, sigterm_interrupts, steps_bar
 
 
 def add(commands: Any) -> None:
@@ -31,20 +31,24 @@ def add(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from minilora.studies import examples
+    from minilora.studies.example_data import ARCHIVE
     from minilora.training.gradients import ExecutionPlan, warm_memory
 
-    given: dict[str, Any] = {"quick": arguments.quick, "seed": arguments.seed}
-    given["tell"] = lambda text: say(text + "\n")
-    threads, out = arguments.threads, arguments.output
     if arguments.example == "summaries" and arguments.archive:
-        raise ValueError("--archive: only sentiment takes it")
-    plan = ExecutionPlan(threads, gradient_checkpointing=arguments.example == "summaries")
+        raise ValueError("--archive: expected only with sentiment")
+    options: dict[str, Any] = {
+        "quick": arguments.quick,
+        "seed": arguments.seed,
+        "tell": lambda text: say(text + "\n"),
+    }
+    out, small = arguments.output, arguments.example == "summaries"
+    options["plan"] = ExecutionPlan(arguments.threads, gradient_checkpointing=small)
     with sigterm_interrupts(), steps_bar() as bar:
         if arguments.example == "sentiment":
             warm_memory()
-            archive = arguments.archive or examples.ARCHIVE
-            found = examples.sentiment(out, archive, plan=plan, watch=bar, **given)
+            archive = arguments.archive or ARCHIVE
+            figures = examples.sentiment(out, archive, watch=bar, **options)
         else:
-            found = examples.summaries(out, plan=plan, watch=bar, **given)
-    say(examples.told(found))
-    return HOLDS
+            figures = examples.summaries(out, watch=bar, **options)
+    say(examples.told(figures))
+    return OK

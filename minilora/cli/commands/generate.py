@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from minilora.cli.commands import computing_model
-from minilora.cli.console import HOLDS, add_command, add_model, at_least, say
+from minilora.cli.console import OK, add_command, add_model, at_least, say
 
 TOKENS = 64
 """How many are written, if nobody says and the model has positions for them."""
@@ -73,4 +73,4 @@ def _run(arguments: argparse.Namespace) -> int:
             say(text.removeprefix(written))
             written = text
     say("\n")
-    return HOLDS
+    return OK

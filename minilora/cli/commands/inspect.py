@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from minilora.cli.commands import adapted_model
-from minilora.cli.console import HOLDS, add_command, add_model, say
+from minilora.cli.console import OK, add_command, add_model, say
 
 
 def add(commands: Any) -> None:
@@ -27,7 +27,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     model = adapted_model(arguments)
     say("\n".join([*described(model), "", *runtimes(model)]) + "\n")
-    return HOLDS
+    return OK
 
 
 def described(model: Any) -> list[str]:

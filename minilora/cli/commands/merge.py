@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from minilora.cli.commands import adapted_model
-from minilora.cli.console import HOLDS, add_command, add_model, say
+from minilora.cli.console import OK, add_command, add_model, say
 
 
 def add(commands: Any) -> None:
@@ -63,7 +63,7 @@ def _run(arguments: argparse.Namespace) -> int:
         except (FormatError, ImportError) as error:  # a model can do without
             say(f"{arguments.output}: no tokenizer beside the model: {error}\n")
     say(f"{arguments.output}: {base.name} with {arguments.adapter} merged\n")
-    return HOLDS
+    return OK
 
 
 def merged_config(c: Any, merged: Any) -> Any:

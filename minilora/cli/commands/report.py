@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from minilora.cli.console import HOLDS, add_command, add_files, files_of, room, say, write_file
+from minilora.cli.console import OK, add_command, add_files, files_of, room, say, write_file
 
 
 def add(commands: Any) -> None:
@@ -48,4 +48,4 @@ def _run(arguments: argparse.Namespace) -> int:
         verbose = arguments.verbose
         runs = pages.Runs(reports, sources)
         say(reports[0].text(verbose) if len(reports) == 1 else pages.text(runs, verbose))
-    return HOLDS
+    return OK

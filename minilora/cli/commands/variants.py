@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 from minilora.cli.console import (
-    DEVIATES,
-    HOLDS,
+    FAILED,
+    OK,
     add_command,
     add_files,
     files_of,
@@ -66,4 +66,4 @@ def _run(arguments: argparse.Namespace) -> int:
     for form, path in files.items():
         write_file(path, forms[form](table))
     say(as_text(table))
-    return HOLDS if all(cell.good for cell in table) else DEVIATES
+    return OK if all(cell.good for cell in table) else FAILED

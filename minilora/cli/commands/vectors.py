@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from minilora.cli.console import (
-    HOLDS,
+    OK,
     add_command,
     add_files,
     files_of,
@@ -67,7 +67,7 @@ def _run(arguments: argparse.Namespace) -> int:
         f"{len(made)} vectors of {len(checks)} checks in {folder}: {len(written)} files, "
         f"{size} bytes\n"
     )
-    return HOLDS
+    return OK
 
 
 def _check(arguments: argparse.Namespace) -> int:

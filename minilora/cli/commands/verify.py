@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from minilora.cli.console import (
-    HOLDS,
+    OK,
     USAGE,
     add_command,
     add_files,
@@ -86,7 +86,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--time-limit is {limit:g}; expected more than 0 seconds")
     if arguments.list:
         say(_listed(plans))
-        return HOLDS
+        return OK
     files, here = files_of(arguments, *FORMS), os.getcwd()
     try:
         with stdout_on_stderr(), _target(arguments, limit) as target, progress_bar() as progress:

@@ -14,10 +14,13 @@ import numpy as np
 from minilora.spec.lora import TrainableSpec, Weights, merge
 from minilora.spec.models import Batch, logits, loss
 from minilora.spec.ops import Array
-from minilora.studies.claims.study import Side, Study, job_of, sides_of, size, studied_model
-from minilora.training.checkpoints import State
-from minilora.training.gradients import ExecutionPlan, blas_threads
-from minilora.training.train import Job, batches_of, run, write_result
+from minilora.studies.claims.study import Side, Study, run_of, sides_of, size, studied_model
+from minilora.training.checkpoints import TrainState
+from minilora.training.data import batches_of
+from minilora.training.gradients import blas_threads
+from minilora.training.loop import train_steps
+from minilora.training.result import write_result
+from minilora.training.run import Run
 
 
 class Counted(Array):
@@ -80,15 +83,15 @@ PARTS = ("weights", "gradients", "optimizer", "activations")
 """Of the memory."""
 
 
-def memory_of(job: Job, batch: Batch) -> dict[str, int]:
+def memory_of(run: Run, batch: Batch) -> dict[str, int]:
     """The bytes of each of `PARTS` in a step."""
-    c, W = job.base.config, job.weights(job.start)
-    own = sum(w.nbytes for w in job.start.values())
-    unchanged = sum(W[name].nbytes for name in W if name not in job.start)
+    c, W = run.base.config, run.weights(run.initial)
+    own = sum(w.nbytes for w in run.initial.values())
+    unchanged = sum(W[name].nbytes for name in W if name not in run.initial)
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
-        held = loss(batch, W, c, job.tuning)
+        held = loss(batch, W, c, run.spec)
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -97,17 +100,17 @@ def memory_of(job: Job, batch: Batch) -> dict[str, int]:
     return dict(zip(PARTS, sizes, strict=True))
 
 
-def inference_of(job: Job, batch: Batch) -> tuple[tuple[int, int, int], int]:
+def inference_of(run: Run, batch: Batch) -> tuple[tuple[int, int, int], int]:
     """``Cost.forward`` and ``Cost.other``, with an adapter whose B is not zero."""
-    c, base = job.base.config, {name: np.asarray(w) for name, w in job.base.weights.items()}
-    still = replace(job.tuning, trained=frozenset(), dropout_scale={})
+    c, base = run.base.config, {name: np.asarray(w) for name, w in run.base.weights.items()}
+    still = replace(run.spec, trained=frozenset(), dropout_scale={})
     rng = np.random.default_rng(0)
     moved = {
         name: w + np.asarray(0.01 * rng.standard_normal(w.shape), w.dtype)
-        for name, w in job.start.items()
+        for name, w in run.initial.items()
     }
-    W = {name: np.asarray(w) for name, w in job.weights(moved).items()}
-    merged: Weights = dict(merge(W, job.tuning)) if job.lora is not None else W
+    W = {name: np.asarray(w) for name, w in run.weights(moved).items()}
+    merged: Weights = dict(merge(W, run.spec)) if run.lora is not None else W
 
     def forward(tuning: TrainableSpec) -> Callable[[Weights], Any]:
         return lambda held: logits(batch, held, c, tuning)
@@ -129,21 +132,10 @@ def inference_of(job: Job, batch: Batch) -> tuple[tuple[int, int, int], int]:
     return (flops_of(plain), flops_of(adapted), flops_of(one)), differ
 
 
-def timed(jobs: Sequence[Job], rounds: int) -> list[list[float]]:
-    """The seconds of each job's steps, in turn, after one to warm up."""
-    following = [
-        run(
-            State(j.start),
-            j.weights({}),
-            j.base.config,
-            j.tuning,
-            j.data.train,
-            j.recipe,
-            ExecutionPlan(),
-        )
-        for j in jobs
-    ]
-    taken: list[list[float]] = [[] for _ in jobs]
+def timed(runs: Sequence[Run], rounds: int) -> list[list[float]]:
+    """The seconds of each run's steps, in turn, after one to warm up."""
+    following = [train_steps(run, TrainState(run.initial)) for run in runs]
+    taken: list[list[float]] = [[] for _ in runs]
     for i in range(rounds + 1):
         for own, steps in zip(taken, following, strict=True):
             started = time.perf_counter()
@@ -157,28 +149,28 @@ def costs_of(study: Study, model: str) -> list[Cost]:
     """What each side costs on the study's model."""
     studied = studied_model(study, model)
     sides = sides_of(study, studied.base.config)
-    jobs = [job_of(studied, study, side) for side in sides]
-    longer = [replace(j, recipe=replace(j.recipe, max_steps=study.rounds + 1)) for j in jobs]
+    runs = [run_of(studied, study, side) for side in sides]
+    longer = [replace(run, config=replace(run.config, max_steps=study.rounds + 1)) for run in runs]
     taken = timed(longer, study.rounds)
-    batches = [batches_of(job.data.train, study.tokens, 0)[0] for job in jobs]
-    return [_cost(model, *one) for one in zip(sides, jobs, batches, taken, strict=True)]
+    batches = [batches_of(run.data.train, study.tokens, 0)[0] for run in runs]
+    return [_cost(model, *one) for one in zip(sides, runs, batches, taken, strict=True)]
 
 
-def _cost(model: str, side: Side, job: Job, batch: Batch, seconds: Sequence[float]) -> Cost:
-    c, whole = job.base.config, size(job.base.weights.values())
-    W = dict(job.weights(job.start).items())
-    step = products_of(lambda held: loss(batch, held, c, job.tuning)[1](1.0), W)
-    forward, other = inference_of(job, batch)
+def _cost(model: str, side: Side, run: Run, batch: Batch, seconds: Sequence[float]) -> Cost:
+    c, whole = run.base.config, size(run.base.weights.values())
+    W = dict(run.weights(run.initial).items())
+    step = products_of(lambda held: loss(batch, held, c, run.spec)[1](1.0), W)
+    forward, other = inference_of(run, batch)
     return Cost(
-        model, side, size(job.start.values()), whole, flops_of(step), tuple(seconds),
-        memory_of(job, batch), disk_of(job), forward, other,
+        model, side, size(run.initial.values()), whole, flops_of(step), tuple(seconds),
+        memory_of(run, batch), disk_of(run), forward, other,
     )  # fmt: skip
 
 
-def disk_of(job: Job) -> int:
+def disk_of(run: Run) -> int:
     """The bytes of the result's files; of a large model, which is not written, its weights'."""
-    if job.lora is None and job.base.reference is None:
-        return sum(w.nbytes for w in job.start.values())
+    if run.lora is None and run.base.reference is None:
+        return sum(w.nbytes for w in run.initial.values())
     with tempfile.TemporaryDirectory() as folder:
-        write_result(folder, job, job.start)
+        write_result(folder, run, run.initial)
         return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))

@@ -18,11 +18,13 @@ from minilora.spec.ops import Array
 from minilora.spec.target_modules import resolve_targets
 from minilora.studies.sweep import opened
 from minilora.training import evaluate
-from minilora.training.checkpoints import State
-from minilora.training.data import BUILT_IN, Data, Example, read
+from minilora.training.checkpoints import TrainState
+from minilora.training.config import TrainConfig
+from minilora.training.data import BUILT_IN, Data, Example, batches_of, read
 from minilora.training.generate import Sampling, generate
 from minilora.training.gradients import ExecutionPlan
-from minilora.training.train import Diverged, Job, TrainConfig, batches_of, prepare, run
+from minilora.training.loop import Diverged, train_steps
+from minilora.training.run import Run, prepare
 
 ATTENTION = ("q", "k", "v", "qkv", "o")
 """The projections of attention, by their names in a block."""
@@ -106,7 +108,7 @@ class Study:
         """The seeds with which every rate is run."""
         return self.tuning or self.seeds
 
-    def recipe(self, c: Config, side: Side, lr: float = 1e-3, seed: int = 0) -> TrainConfig:
+    def config(self, c: Config, side: Side, lr: float = 1e-3, seed: int = 0) -> TrainConfig:
         """How the side trains the model."""
         names = sorted({at for at in c.block() if at in ATTENTION})
         return TrainConfig(
@@ -154,7 +156,12 @@ def sides_of(study: Study, c: Config) -> list[Side]:
     if not study.attention:
         return sides
     every, attention = (
-        sum(map(sum, resolve_targets(study.recipe(c, side).lora(), c.linears()).shape.values()))
+        sum(
+            map(
+                sum,
+                resolve_targets(study.config(c, side).lora_config(), c.linears()).shape.values(),
+            )
+        )
         for side in (Side(1), Side(1, attention=True))
     )
     rank = -(-study.ranks[1] * every // attention)
@@ -249,8 +256,8 @@ def studied_model(study: Study, model: str, seed: int = 0, own: Text = ()) -> St
 
         return excess
 
-    source, recipe = BUILT_IN + names[1], study.recipe(c, FULL)
-    data = read(source, recipe.task, base.tokenizer, recipe.max_length, seed=seed)
+    source, config = BUILT_IN + names[1], study.config(c, FULL)
+    data = read(source, config.task, base.tokenizer, config.max_length, seed=seed)
     return StudiedModel(base, data, source, *(loss_on(synthetic_data.task(name)) for name in names))
 
 
@@ -339,32 +346,30 @@ def divergence(
     return math.fsum(sums) / len(contexts)
 
 
-def job_of(studied: StudiedModel, study: Study, side: Side, lr: float = 1e-3, seed: int = 0) -> Job:
+def run_of(studied: StudiedModel, study: Study, side: Side, lr: float = 1e-3, seed: int = 0) -> Run:
     """The side's run on the studied, by the task that the model has not learned."""
-    recipe = study.recipe(studied.base.config, side, lr, seed)
-    return prepare(studied.base, studied.data, recipe, studied.source)
+    config = study.config(studied.base.config, side, lr, seed)
+    return prepare(studied.base, studied.data, config, studied.source)
 
 
 def follow(asked: Asked) -> Course:
     """Runs it, and looks at both tasks on the way."""
     study = asked.study
     studied = studied_model(study, asked.model, asked.seed, asked.own)
-    job = job_of(studied, study, asked.side, asked.lr, asked.seed)
-    c, looks = job.base.config, [Look(0, *studied.begin)]
-    state, why, valid = State(job.start), "", math.inf
+    run = run_of(studied, study, asked.side, asked.lr, asked.seed)
+    c, looks = run.base.config, [Look(0, *studied.begin)]
+    state, why, valid = TrainState(run.initial), "", math.inf
     try:
-        for after, _ in run(
-            state, job.weights({}), c, job.tuning, job.data.train, job.recipe, ExecutionPlan()
-        ):
+        for after, _ in train_steps(run, state):
             state = after
             if state.step in study.looks:
-                W = job.weights(state.params)
+                W = run.weights(state.params)
                 looks.append(
-                    Look(state.step, studied.first(W, job.tuning), studied.second(W, job.tuning))
+                    Look(state.step, studied.first(W, run.spec), studied.second(W, run.spec))
                 )
-        held = batches_of(job.data.valid, EVALUATED, 0)
-        W = job.weights(state.params)
-        valid = evaluate.mean_loss(held, W, c, job.tuning, ExecutionPlan(tokens=EVALUATED)).loss
+        held = batches_of(run.data.valid, EVALUATED, 0)
+        W = run.weights(state.params)
+        valid = evaluate.mean_loss(held, W, c, run.spec, ExecutionPlan(tokens=EVALUATED)).loss
     except Diverged as error:
         why = str(error)
     return Course(asked.model, asked.side, asked.lr, asked.seed, tuple(looks), valid, why)

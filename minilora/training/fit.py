@@ -1,0 +1,203 @@
+"""Training with files: a run in its folder, with its log, checkpoints and result.
+
+A run that ends for any reason can be resumed, to the same bits as without the interruption.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.io.loading import BASE_FOLDER
+from minilora.training import checkpoints
+from minilora.training.checkpoints import TrainState
+from minilora.training.data import batches_of
+from minilora.training.evaluate import mean_loss
+from minilora.training.gradients import blas_threads
+from minilora.training.loop import Diverged, check_loss, train_steps
+from minilora.training.result import write_base, write_result, writes_own_base
+from minilora.training.run import Run
+from minilora.training.run_folder import LOG, cut_log, lock_folder, log_line, open_folder
+
+CHECKED = 8
+"""After the last step the loss is computed once more, on the first micro-batch of this many
+examples: no later step would notice that the last one diverged."""
+
+Watch = Callable[[Mapping[str, Any], int], None]
+"""Called with each line of the log and the number of steps; first with the step alone, when the run
+starts."""
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How a run is saved; it does not change the result.
+
+    ``resume`` continues the run in the folder, ``accept_changes`` even if its settings or files
+    have changed; ``overwrite`` replaces it. A checkpoint is saved before the first step, every
+    ``save_every`` steps, once ``save_minutes`` have passed since the last, and at the end. The loss
+    on the validation examples is computed every ``val_every`` steps and at the end.
+
+    Errors: ValueError for an interval that is not positive, or for ``resume`` with ``overwrite``.
+    """
+
+    resume: bool = False
+    overwrite: bool = False
+    accept_changes: bool = False
+    save_every: int = 50
+    save_minutes: float = math.inf
+    val_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("save_every", "val_every", "save_minutes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name):g}: expected more than 0")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite: expected one of the two")
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The last saved state of a run, and why it stopped before its last step, if it did.
+
+    ``stop_reason``: "" (it did not), "interrupted", or how it diverged.
+    """
+
+    state: TrainState
+    steps: int
+    stop_reason: str = ""
+
+
+def fit(
+    out: Path | str,
+    run: Run,
+    options: FitOptions = FitOptions(),
+    watch: Watch | None = None,
+    tell: Callable[[str], None] = print,
+) -> Outcome:
+    """Train and keep the run in the folder ``out``: its result, its log, its checkpoints.
+
+    Ctrl-C saves the last complete step. After a divergence, in validation or after the last step,
+    too, the last checkpoint and its result stay. ``tell`` is called with messages for the user.
+
+    Errors: those of `run_folder.open_folder` and `loop.train_steps`; OSError if the disk is full or
+    not writable: what was saved before stays.
+    """
+    out = Path(out)
+    with lock_folder(out):
+        state, messages = open_folder(
+            out, run, options.resume, options.overwrite, options.accept_changes
+        )
+        for message in messages:
+            tell(message)
+        fitting = _Fitting(out, run, options, state, watch)
+        try:
+            fitting.train()
+        except KeyboardInterrupt:
+            fitting.save()
+            cut_log(out / LOG, fitting.state.step)  # the last line's step may not have been taken
+            return Outcome(fitting.state, run.total_steps, "interrupted")
+        except OSError as error:
+            saved = checkpoints.saved(out / checkpoints.FOLDER)
+            kept = f"saved: {saved[-1].stem} of {run.total_steps}" if saved else "nothing is saved"
+            text = f"{error.strerror or error}; {kept}: check the disk, then use --resume"
+            raise OSError(error.errno, text, error.filename or str(out)) from error
+        except Diverged as error:
+            return Outcome(fitting.restore(), run.total_steps, str(error))
+        return Outcome(fitting.state, run.total_steps)
+
+
+class _Fitting:
+    """A run that is being trained: its state, and what of it is saved."""
+
+    def __init__(
+        self, out: Path, run: Run, options: FitOptions, state: TrainState, watch: Watch | None
+    ) -> None:
+        self.out, self.run, self.options, self.state, self.watch = out, run, options, state, watch
+        self.saved_step = -1
+        self.saved_at = time.monotonic()
+        tokens, pad, data = run.config.batch_tokens, run.pad, run.data
+        self.validation = batches_of(data.valid, tokens, pad)
+        self.last_check = batches_of(data.train[:CHECKED], tokens, pad)[:1]
+
+    def train(self) -> None:
+        """Train from the state to the last step."""
+        run, out = self.run, self.out
+        if writes_own_base(run) and self.state.step == 0:
+            write_base(out / BASE_FOLDER, run)
+        self.save()
+        self._show({"step": self.state.step})
+        with blas_threads(1), (out / LOG).open("a", encoding="utf-8") as log:
+            started = time.perf_counter()
+            for after, record in train_steps(run, self.state):
+                seconds = time.perf_counter() - started
+                line: dict[str, Any] = vars(record) | {
+                    "tokens_per_second": round(record.tokens / seconds, 1),
+                    "memory": peak_memory(),
+                }
+                line |= self._checked(after)
+                log.write(log_line(line))
+                log.flush()
+                self.state = after
+                if self._save_is_due():
+                    self.save()
+                self._show(line)
+                started = time.perf_counter()
+        self.save()
+
+    def _checked(self, state: TrainState) -> dict[str, float]:
+        """The validation loss, if it is due. Errors: Diverged."""
+        step, last = state.step, state.step == self.run.total_steps
+        losses = {}
+        if self.validation and (step % self.options.val_every == 0 or last):
+            losses["val_loss"] = val_loss = run_loss(self.run, state, self.validation)
+            if not math.isfinite(val_loss):
+                raise Diverged(step, f"the loss in validation is {val_loss:g}")
+        if last:
+            assert state.first_loss is not None
+            loss = run_loss(self.run, state, self.last_check)
+            check_loss(step, loss, state.first_loss, self.run.c)
+        return losses
+
+    def _save_is_due(self) -> bool:
+        minutes = (time.monotonic() - self.saved_at) / 60
+        return self.state.step % self.options.save_every == 0 or (
+            minutes >= self.options.save_minutes
+        )
+
+    def _show(self, line: Mapping[str, Any]) -> None:
+        if self.watch is not None:
+            self.watch(line, self.run.total_steps)
+
+    def save(self) -> None:
+        """Write a checkpoint and the result, unless this step's are written."""
+        if self.saved_step != self.state.step:
+            checkpoints.save(self.out / checkpoints.FOLDER, self.state)
+            write_result(self.out, self.run, self.state.params)
+        self.saved_step, self.saved_at = self.state.step, time.monotonic()
+
+    def restore(self) -> TrainState:
+        """The state that was saved last; the log ends there, too."""
+        cut_log(self.out / LOG, self.saved_step)
+        name = checkpoints.name_of(self.saved_step)
+        return checkpoints.load(self.out / checkpoints.FOLDER / name)
+
+
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
+def run_loss(run: Run, state: TrainState, batches: Any) -> float:
+    """The mean loss of the model in this state on the batches."""
+    return mean_loss(batches, run.weights(state.params), run.c, run.spec, run.plan).loss
+
+
+def peak_memory() -> int | None:
+    """The most bytes of memory that the process has used; None if the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
