@@ -55,6 +55,27 @@ def beside(section):
     section += result
 
 
+GATHERED = re.compile(r"\s*\\begin\{gathered\}(.*)\\end\{gathered\}\s*", re.S)
+
+
+def one_below_another(tex):
+    r"""Equations that share a line, with \\qquad between them, each in a line of its own."""
+    match = GATHERED.fullmatch(tex)
+    lines, depth = [""], 0
+    parts = re.split(r"(\\begin\{\w+\}|\\end\{\w+\}|[{}]|\\qquad)", match[1] if match else tex)
+    for part in parts:
+        if part == r"\qquad" and depth == 0:
+            lines.append("")
+            continue
+        depth += part == "{" or part.startswith(r"\begin")
+        depth -= part == "}" or part.startswith(r"\end")
+        lines[-1] += part
+    if len(lines) == 1:
+        return tex
+    body = " \\\\\n".join(line.strip() for line in lines)
+    return f"\\begin{{gathered}}\n{body}\n\\end{{gathered}}"
+
+
 def contents(doctree):
     """A line with a link to each section, in place of the sidebar that the code takes."""
     (page,) = [node for node in doctree.children if isinstance(node, nodes.section)][:1]
@@ -73,6 +94,10 @@ def arrange(app, doctree):
         return
     if app.env.docname.startswith("spec/"):
         contents(doctree)
+    for math in doctree.findall(nodes.math_block):
+        tex = one_below_another(math.astext())
+        math.rawsource = tex
+        math[:] = [nodes.Text(tex)]
     for section in list(doctree.findall(nodes.section)):
         beside(section)
 
