@@ -86,7 +86,8 @@ def contents(doctree):
         link = nodes.reference("", title.astext(), internal=True, refid=section["ids"][0])
         row += [link, nodes.Text(" ")]
     if len(sections) > 2:
-        page.insert(page.index(sections[0]), row)
+        first = next(n for n in page if not isinstance(n, nodes.title | nodes.paragraph))
+        page.insert(page.index(first), row)
 
 
 def arrange(app, doctree):
