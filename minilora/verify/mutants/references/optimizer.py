@@ -64,7 +64,7 @@ class Optimizer:
         return steps
 
     def accumulated(self, item: Any, max_norm: float) -> dict[str, Any]:
-        """The gradient of a step: of one batch, or the mean over all labels of its micro-batches."""
+        """The gradient of a step: of a batch, or the mean over all labels of its micro-batches."""
         if isinstance(item, Mapping):
             return {name: wide(array) for name, array in item.items()}
         n = [count for count, _ in item]
