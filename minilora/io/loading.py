@@ -4,125 +4,49 @@ All of it is data: nothing in a model's files is executed, and their sizes are c
 is taken for them.
 """
 
-import hashlib
 import importlib.util
 from collections import ChainMap
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from minilora.io import reference_models
-from minilora.io.files import FormatError, listed, pack_json, read_json, write_files
-from minilora.io.formats import gguf, glassllm, mlx, peft
-from minilora.io.formats.huggingface import (
-    generation_settings,
-    headless,
-    read_encoder,
-    read_labels,
-    read_model,
-)
-from minilora.io.formats.tokenizers import LibraryTokenizer, Tokenizer, read_tokenizer
+from minilora.io.files import FormatError, listed, read_json
+from minilora.io.formats.format import REFERENCE as REFERENCE
+from minilora.io.formats.format import Base as Base
+from minilora.io.formats.format import Format, ReadOptions
+from minilora.io.formats.registry import adapter_formats, model_formats
 from minilora.spec.lora import Params, TrainableSpec, Weights
-from minilora.spec.models import Config
 from minilora.spec.ops import Array
 from minilora.spec.target_modules import LoraConfig
 
 MANIFEST = "run.json"
 """The file of all settings in a run's folder."""
 
-REFERENCE = "reference:"
-"""What the names of the shipped models begin with."""
-
 PACKAGE = "package:"
 """What the names of models that an installed package holds begin with."""
-
-DOORS: Mapping[str, Any] = {".gguf": gguf, ".npz": glassllm}
-"""The modules that read a model which is one file, by how its name ends; see `door`."""
 
 BASE_FOLDER = "base"
 """The folder, in an adapter's, of the model that it acts on, where that is not the one given."""
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
-    *("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"),
-    *("chat_template.jinja", "generation_config.json"),
-)
-"""The files of a model folder that go along with changed weights."""
 
-
-@dataclass(frozen=True)
-class Base:
-    """A model: its name, its configuration, its weights, and where it was read from.
-
-    ``classes``: the names of a classifier's classes in their order, if it has any.
-    """
-
-    name: str
-    config: Config
-    weights: Params
-    path: Path
-    classes: tuple[str, ...] | None = None
-
-    @property
-    def reference(self) -> str | None:
-        """The name of the reference model, if it is one."""
-        return self.name.removeprefix(REFERENCE) if self.name.startswith(REFERENCE) else None
-
-    @property
-    def of_transformers(self) -> str | None:
-        """What transformers' ``from_pretrained`` takes for it: a user's folder, or nothing."""
-        return self.name if self.path.is_dir() and self.path == Path(self.name) else None
-
-    @cached_property
-    def kept(self) -> dict[str, Any]:
-        """What changed weights keep of this model's settings."""
-        if door(self.path) is gguf:
-            return gguf.generation_settings(self.path)
-        return generation_settings(self.path) if self.path.is_dir() else {}
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """What turns text into this model's tokens.
-
-        Errors: FormatError where the files have none; ImportError without the library for it.
-        """
-        if (module := door(self.path)) is not None:
-            tokenizer: Tokenizer = module.read_tokenizer(self.path)
-            return tokenizer
-        return read_tokenizer(self.path)
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of those of the configuration's, the weights' and the tokenizer's files."""
-        files = [self.path, *self.path.parent.glob(f"{self.path.stem}{glassllm.BESIDE}")]
-        if self.path.is_dir():
-            beside = [self.path / name for name in ("config.json", *TOKENIZER_FILES)]
-            files = sorted({*beside, *self.path.glob("*.safetensors")})
-            files = [file for file in files if file.is_file()]
-        sha = hashlib.sha256()
-        for file in files:
-            with file.open("rb") as opened:
-                sha.update(hashlib.file_digest(opened, "sha256").digest())
-        return sha.hexdigest()
-
-
-def door(path: Path) -> Any:
-    """The module of `DOORS` that reads the model there, or None: a folder is one by any name."""
-    return None if path.is_dir() else DOORS.get(path.suffix)
+def model_format(path: Path) -> Format | None:
+    """The format of the model there, which is told by the name of a file or what a folder holds."""
+    for f in model_formats():
+        if f.fits(path) or (f.model_file and (path / f.model_file).is_file()):
+            return f
+    return None
 
 
 def models_in(folder: Path) -> list[Path]:
-    """The models in a folder and two deep in it: files of `DOORS`, and Hugging Face's folders."""
+    """The models in a folder and two deep in it: single files, and folders with weights."""
     depths = [folder, *folder.glob("*/"), *folder.glob("*/*/")]
-    found = {file for at in depths for file in at.glob("*.*") if door(file) is not None}
-    whole = {
-        at for at in depths if (at / "config.json").is_file() and any(at.glob("*.safetensors"))
-    }
-    return sorted(found | whole)
+    files = {file for at in depths for file in at.glob("*.*") if not file.is_dir()}
+    folders = {at for at in depths if any(at.glob("*.safetensors"))}
+    return sorted(path for path in files | folders if model_format(path) is not None)
 
 
 def package_folder(name: str, remedy: str) -> Path:
@@ -162,15 +86,15 @@ def package_model(name: str) -> Path:
 
 
 def open_base(
-    name: str, dtype: Any = np.float32, classes: int = 2, quantised: bool = False
+    name: str, dtype: Any = np.float32, classes: int = 2, keep_quantized: bool = False
 ) -> Base:
-    """The model of this name: a Hugging Face folder, a GGUF file, or an ``.npz`` of glassllm.
+    """The model of this name: a folder or a file in one of the formats that hold models.
 
     ``reference:NAME`` is one that comes with minilora, ``package:NAME`` one in an installed package
-    (`packaged`).
+    (`package_model`).
 
-    ``quantised``: the matrices of a GGUF file stay as they are there, and are expanded whenever
-    they are read: little memory, more time, the same bits.
+    ``keep_quantized``: the matrices of a GGUF file stay as they are there, and are expanded
+    whenever they are read: little memory, more time, the same bits.
 
     A BERT without a classifier gets the configuration of one with so many ``classes``, and has no
     weights of a head.
@@ -178,59 +102,54 @@ def open_base(
     Errors: FormatError as the format's reader has it, and for a name that is none of these;
     ImportError without the library for a GGUF file, or without the package.
     """
-    path, named = Path(name), None
+    path = _model_path(name)
+    f = model_format(path)
+    if f is None or f.read_model is None:
+        raise _no_model(path)
+    c, W, labels = f.read_model(path, ReadOptions(dtype, classes, keep_quantized))
+    return Base(name, c, W, path, f, labels)
+
+
+def _model_path(name: str) -> Path:
+    """The path of the model that a user names."""
     if name.startswith(REFERENCE):
         known = reference_models.names()
         if name.removeprefix(REFERENCE) not in known:
             remedy = "give one of these, a model folder or a GGUF file"
             expected = listed(REFERENCE + one for one in known)
             raise FormatError(name, "model", "no reference model", expected, remedy)
-        path = reference_models.folder() / name.removeprefix(REFERENCE) / "base"
-    if name.startswith(PACKAGE):
-        path = package_model(name)
-    module = door(path)
-    if module is gguf:
-        c, W = gguf.read_model(path, dtype, keep_quantised=quantised)
-    elif module is not None:
-        c, W = module.read_model(path, dtype)
-    else:
-        if not path.is_dir():
-            expected = f"a model folder, a .gguf file, {REFERENCE}NAME or {PACKAGE}NAME"
-            raise FormatError(path, "model", "nothing", expected, "check the path")
-        if not (path / "config.json").is_file():
-            inside = models_in(path)
-            found = listed(inside) or "no config.json, and no model in any folder of it"
-            remedy = "name the one that is meant" if inside else "check the path"
-            raise FormatError(path, "model", found, "a model's own folder", remedy)
-        if headless(path):
-            c, W = read_encoder(path, classes, dtype)
-        else:
-            c, W = read_model(path, dtype=dtype)
-            named = read_labels(path)
-    return Base(name, c, W, path, named)
+        return reference_models.folder() / name.removeprefix(REFERENCE) / "base"
+    return package_model(name) if name.startswith(PACKAGE) else Path(name)
+
+
+def _no_model(path: Path) -> FormatError:
+    if not path.is_dir():
+        files = listed(f"{f.suffix} file" for f in model_formats() if f.suffix)
+        expected = f"a model folder, a {files}, {REFERENCE}NAME or {PACKAGE}NAME"
+        return FormatError(path, "model", "nothing", expected, "check the path")
+    inside = models_in(path)
+    found = listed(inside) or "no config.json, and no model in any folder of it"
+    remedy = "name the one that is meant" if inside else "check the path"
+    return FormatError(path, "model", found, "a model's own folder", remedy)
 
 
 @dataclass(frozen=True)
 class AdaptedModel:
     """A base with an adapter, or without: its arrays, its tuning, and which format it was in.
 
-    ``own``: the adapter's parameters, and what was trained beside them, in place of the base's.
+    ``changed``: the adapter's parameters, and what was trained beside them, in place of the base's.
     """
 
     base: Base
-    own: Weights
+    changed: Weights
     tuning: TrainableSpec
-    kind: str = ""
-    lora: LoraConfig | None = None
+    format: Format | None = None
+    config: LoraConfig | None = None
 
     @cached_property
     def weights(self) -> Params:
         """The whole model."""
-        return weights_with(self.base.weights, self.own)
-
-
-KINDS = {"peft": "adapter_model.safetensors", "mlx": "adapters.safetensors"}
-"""The formats of adapters that are folders, and the file by which each is known."""
+        return weights_with(self.base.weights, self.changed)
 
 
 def adapter_path(name: str) -> Path:
@@ -240,23 +159,26 @@ def adapter_path(name: str) -> Path:
     return Path(name)
 
 
-def adapter_format(path: Path) -> str:
-    """The adapter's format: "peft", "mlx" or "gguf".
+def adapter_format(path: Path) -> Format:
+    """The adapter's format.
 
-    Errors: FormatError for what is none of them.
+    Errors: FormatError for what is in none of them, and for a folder that is in two.
     """
-    if door(path) is gguf:
-        return "gguf"
+    formats = adapter_formats()
+    if not path.is_dir() and (fitting := [f for f in formats if f.fits(path)]):
+        return fitting[0]
     if path.is_file():
+        suffixes = listed(f.suffix for f in formats if f.suffix)
         remedy = "give the folder that it is in, if that is an adapter's"
-        expected = "an adapter's folder, or a .gguf file"
+        expected = f"an adapter's folder, or a {suffixes} file"
         raise FormatError(path, "adapter", "another file", expected, remedy)
-    found = [kind for kind, file in KINDS.items() if (path / file).is_file()]
-    if len(found) != 1:
-        there = "both" if found else "neither"
+    present = [f for f in formats if f.adapter_file and (path / f.adapter_file).is_file()]
+    if len(present) != 1:
+        found = "both" if present else "neither"
+        expected = " or ".join(f.adapter_file for f in formats if f.adapter_file)
         remedy = "is it an adapter's folder? a model's own is given as the model"
-        raise FormatError(path, "adapter", there, " or ".join(KINDS.values()), remedy)
-    return found[0]
+        raise FormatError(path, "adapter", found, expected, remedy)
+    return present[0]
 
 
 def open_adapted(base: Base, adapter: str | None = None, dtype: Any = np.float32) -> AdaptedModel:
@@ -266,16 +188,11 @@ def open_adapted(base: Base, adapter: str | None = None, dtype: Any = np.float32
     """
     if adapter is None:
         return AdaptedModel(base, {}, TrainableSpec())
-    path, c = adapter_path(adapter), base.config
-    kind, lora = adapter_format(path), None
-    if kind == "peft":
-        lora = peft.read_lora_config(path, c)
-        own, tuning = peft.read_adapter(path, c, dtype, base.weights)
-    elif kind == "mlx":
-        own, tuning = mlx.read_adapter(path, c, dtype)
-    else:
-        own, tuning = gguf.read_adapter(path, c, dtype)
-    return AdaptedModel(base, own, tuning, kind, lora)
+    path = adapter_path(adapter)
+    f = adapter_format(path)
+    assert f.read_adapter is not None  # of all adapter_formats
+    weights, tuning, config = f.read_adapter(path, base.config, dtype, base.weights)
+    return AdaptedModel(base, weights, tuning, f, config)
 
 
 def run_of(adapter: str | None) -> dict[str, Any]:
@@ -360,22 +277,6 @@ def check_output(output: str, base: Base, adapter: str) -> None:
             raise ValueError(f"{output}: the {what} that is read; expected another place")
     if (out / MANIFEST).is_file():
         raise ValueError(f"{output}: the folder of a run; expected another place")
-
-
-def copy_tokenizer(base: Base, folder: Path | str) -> None:
-    """Puts the tokenizer's files, and what else is read beside the weights, into a model's folder.
-
-    Those of a model that is one file are made of the tokenizer that it describes.
-
-    Errors: OSError where the disk is full or closed; of such a file those of its tokenizer.
-    """
-    folder = Path(folder)
-    if door(base.path) is not None:
-        made = cast(LibraryTokenizer, base.tokenizer).files()
-        write_files(folder, {name: partial(pack_json, said) for name, said in made.items()})
-    elif base.path.is_dir() and base.path.resolve() != folder.resolve():
-        there = [base.path / name for name in TOKENIZER_FILES if (base.path / name).is_file()]
-        write_files(folder, {path.name: path.read_bytes for path in there})
 
 
 def weights_with(base: Params, changed: Params) -> Params:

@@ -240,7 +240,7 @@ def summaries(
         *("summarize",), learning_rate=1e-3, warmup_steps=5, num_train_epochs=size.epochs,
         max_length=size.length, batch_tokens=size.length, gradient_accumulation_steps=2, seed=seed,
     )  # fmt: skip
-    base = open_base(str(path), quantised=True)
+    base = open_base(str(path), keep_quantized=True)
     read = data.read(folder, config.task, base.tokenizer, config.max_length)
     run = prepare(base, read, config, str(folder), plan)
     outcome = _fitted(out / "adapter", run, watch=watch, tell=tell)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from minilora.io.formats import huggingface, peft
-from minilora.io.loading import copy_tokenizer
+from minilora.io.formats.huggingface import copy_tokenizer
 from minilora.spec import adalora
 from minilora.spec.lora import TrainableSpec, Weights
 from minilora.spec.target_modules import LoraConfig
@@ -25,7 +25,9 @@ def write_result(folder: Path | str, run: Run, params: Weights) -> None:
     base, lora = run.base, run.lora
     if lora is None:
         labels = run.data.classes or None
-        huggingface.write_model(folder, base.config, params, labels=labels, kept=base.kept)
+        huggingface.write_model(
+            folder, base.config, params, labels=labels, kept=base.generation_settings
+        )
         copy_tokenizer(base, folder)
         return
     W, spec, base_weights = {**run.adapter, **params}, run.spec, base.weights
@@ -37,7 +39,7 @@ def write_result(folder: Path | str, run: Run, params: Weights) -> None:
     if REGISTRY[lora.variant].breaks.get("kept"):  # the start changed the base
         W = {name: run.weights(params)[name] for name in (*base.config.shapes(), *run.adapter)}
         base_weights = run.frozen if writes_own_base(run) else base_weights
-    of = None if writes_own_base(run) else base.of_transformers
+    of = None if writes_own_base(run) else base.name_or_path
     peft.write_adapter(folder, base.config, W, spec, lora, base=base_weights, of=of)
 
 
@@ -67,5 +69,5 @@ def write_base(folder: Path | str, run: Run) -> None:
     """
     c, labels = run.c, run.data.classes or None
     weights = {name: np.asarray(run.frozen[name]) for name in c.shapes()}
-    huggingface.write_model(folder, c, weights, labels=labels, kept=run.base.kept)
+    huggingface.write_model(folder, c, weights, labels=labels, kept=run.base.generation_settings)
     copy_tokenizer(run.base, folder)

@@ -21,7 +21,8 @@ from minilora.io.files import (
     write_files,
 )
 from minilora.io.formats import huggingface, peft
-from minilora.io.loading import BASE_FOLDER, MANIFEST, TOKENIZER_FILES, read_run
+from minilora.io.formats.huggingface import TOKENIZER_FILES
+from minilora.io.loading import BASE_FOLDER, MANIFEST, read_run
 from minilora.spec.lora import Params
 from minilora.training import checkpoints
 from minilora.training.checkpoints import TrainState

@@ -21,11 +21,11 @@ from extras import needs, optional
 from test_formats import libraries as libraries
 
 from minilora import logits
-from minilora.cli.commands.convert import write
 from minilora.cli.commands.inspect import runtimes
 from minilora.cli.commands.train import target_modules
 from minilora.cli.main import main
 from minilora.io import reference_models
+from minilora.io.conversion import write_adapter
 from minilora.io.files import (
     FormatError,
     pack_json,
@@ -35,10 +35,11 @@ from minilora.io.files import (
     write_tensors,
 )
 from minilora.io.formats import huggingface, mlx, peft
+from minilora.io.formats.huggingface import copy_tokenizer
+from minilora.io.formats.registry import FORMATS
 from minilora.io.loading import (
     adapter_format,
     class_names,
-    copy_tokenizer,
     open_adapted,
     open_base,
     open_base_of,
@@ -465,9 +466,9 @@ def test_a_merged_model_needs_no_adapter(minilora, trained):
     c, W = huggingface.read_model("merged")
     for name in c.linears():
         at, change = f"{name}.weight", None
-        if f"{name}.A" in adapted.own:
+        if f"{name}.A" in adapted.changed:
             s = adapted.tuning.scale[name]
-            change = s * (adapted.own[f"{name}.B"] @ adapted.own[f"{name}.A"])
+            change = s * (adapted.changed[f"{name}.B"] @ adapted.changed[f"{name}.A"])
         base = adapted.base.weights[at]
         assert same_bits(W[at], base if change is None else base + change)
     with_it = minilora("evaluate", "--adapter", trained / "llama")[1]
@@ -506,13 +507,13 @@ def test_an_adapter_goes_from_format_to_format_and_back_to_the_bit(minilora, tra
         status, text, err = minilora("convert", adapter, *model, "--to", kind, "--output", out)
         assert (status, err) == (0, "")
         assert "was multiplied" not in text
-        assert adapter_format(tmp_path / out) == kind
+        assert adapter_format(tmp_path / out).name == kind
         adapter = tmp_path / out
     base = open_base("reference:llama")
     first, last = (open_adapted(base, str(path)) for path in (trained / "llama", adapter))
     assert first.tuning.scale == last.tuning.scale
-    assert first.own.keys() == last.own.keys()
-    assert all(same_bits(first.own[name], last.own[name]) for name in first.own)
+    assert first.changed.keys() == last.changed.keys()
+    assert all(same_bits(first.changed[name], last.changed[name]) for name in first.changed)
 
 
 @pytest.mark.parametrize(
@@ -532,7 +533,7 @@ def test_convert_refuses(options, status, found, minilora, trained):
 def test_what_a_format_cannot_say_is_refused(minilora, trained, tmp_path):
     status, _, err = minilora("convert", trained / "bert", "--to", "mlx", "--output", "a")
     assert status == 3
-    assert "found BERT" in err
+    assert "found bert" in err
     assert not (tmp_path / "a").exists()
 
 
@@ -540,7 +541,7 @@ def test_inspect_prints_the_norms_and_what_each_library_does(minilora, trained):
     status, out, _ = minilora("inspect", trained / "llama")
     assert status == 0
     adapted = open_adapted(open_base_of(None, str(trained / "llama")), str(trained / "llama"))
-    own, s = adapted.own, adapted.tuning.scale["layers.1.down"]
+    own, s = adapted.changed, adapted.tuning.scale["layers.1.down"]
     change = np.linalg.norm(s * (own["layers.1.down.B"] @ own["layers.1.down.A"]))
     ratio = change / np.linalg.norm(adapted.weights["layers.1.down.weight"])
     (row,) = [line.split() for line in out.splitlines() if line.startswith("layers.1.down")]
@@ -549,7 +550,7 @@ def test_inspect_prints_the_norms_and_what_each_library_does(minilora, trained):
     assert [line.split()[0] for line in out.splitlines()[-3:]] == ["peft", "mlx", "gguf"]
     _, out, _ = minilora("inspect", trained / "bert")
     assert "trained in full beside them: head.bias, head.weight" in out
-    assert re.search(r"^mlx +cannot have it: .*found BERT", out, re.M)
+    assert re.search(r"^mlx +cannot have it: .*found bert", out, re.M)
 
 
 def test_inspect_says_what_would_be_refused(trained, monkeypatch):
@@ -742,7 +743,7 @@ def test_a_base_that_stays_quantised_trains_to_the_same_bits(tmp_path):
     read = data.read("task:running-sum", "lm", None, 32)
     results = []
     for quantised in (False, True):
-        base = open_base(str(tmp_path / "a.gguf"), quantised=quantised)
+        base = open_base(str(tmp_path / "a.gguf"), keep_quantized=quantised)
         assert isinstance(base.weights, dict) != quantised
         plan = ExecutionPlan(gradient_checkpointing=quantised)
         run = prepare(base, read, TrainConfig(max_steps=3, dropout=0.1), plan=plan)
@@ -822,7 +823,7 @@ def test_what_a_start_took_out_of_the_base_is_converted_too(init, kind, tmp_path
     write_files(tmp_path / "a", {peft.CONFIG: lambda: pack_json(said)})
     model = open_adapted(base, str(tmp_path / "a"))
     out = str(tmp_path / ("b.gguf" if kind == "gguf" else "b"))
-    assert f"what {init} took out of the base" in write(out, kind, model)
+    assert f"what {init} took out of the base" in write_adapter(out, FORMATS[kind], model)[0]
     other = open_adapted(base, out)
     wanted, found = (merge({**one.weights}, one.tuning) for one in (model, other))
     # Roundings of the residual, of the scale in the file, and of the two sums of r and 2r products.
@@ -836,7 +837,7 @@ def test_what_a_start_took_out_of_the_base_is_converted_too(init, kind, tmp_path
 
 def moduli(model, at):
     """|W| + |s| |B| |A|, of which W' = W + s B A has its roundings."""
-    A, B = (abs(model.own[f"{at}.{part}"].astype(float)) for part in "AB")
+    A, B = (abs(model.changed[f"{at}.{part}"].astype(float)) for part in "AB")
     return abs(model.weights[f"{at}.weight"]) + abs(model.tuning.scale[at]) * (B @ A)
 
 
@@ -855,9 +856,9 @@ def test_trained_rows_of_a_table_are_not_lost_in_converting(kind, tmp_path):
         out = tmp_path / f"{change}.{kind}"
         if refused:
             with pytest.raises(FormatError, match=r"weights: found embed\.weight"):
-                write(str(out), kind, model)
+                write_adapter(out, FORMATS[kind], model)
         else:
-            write(str(out), kind, model)
+            write_adapter(out, FORMATS[kind], model)
         assert out.exists() is not refused
 
 

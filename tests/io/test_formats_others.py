@@ -769,7 +769,7 @@ def test_a_state_dict_saved_in_eval_mode_is_known_by_the_base_only():
         lambda: loralib.read_adapter(
             given | {"lm_head.weight": whole["transformer.wte.weight"] + 1}, c, **told
         ),
-        "found other entries, expected those of",
+        "found other entries than the embedding's",
     )
     factors = {k: v for k, v in read[0].items() if "bias" not in k}
     merged = merge(base | factors, read[1])

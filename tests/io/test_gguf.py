@@ -29,8 +29,8 @@ from minilora.io.architectures.llama import LLAMA
 from minilora.io.files import FormatError
 from minilora.io.formats import huggingface
 from minilora.io.formats.factors import parameter_shapes
-from minilora.io.formats.huggingface import write_model
-from minilora.io.loading import copy_tokenizer, open_base
+from minilora.io.formats.huggingface import copy_tokenizer, write_model
+from minilora.io.loading import open_base
 from minilora.spec import blocks
 from minilora.spec.lora import TrainableSpec, merge
 from minilora.spec.models import GPT2, Batch, Bert, Llama, draw_weights, logits, loss
@@ -128,7 +128,7 @@ def test_a_model_comes_back_bit_for_bit(c, seed):
         path = Path(folder) / "m.gguf"
         door.write_model(path, c, W)
         for kept in (True, False):
-            told, V = door.read_model(path, keep_quantised=kept)
+            told, V = door.read_model(path, keep_quantized=kept)
             assert told == c
             assert V.keys() == W.keys()
             assert all(same_bits(V[name], W[name]) for name in W)
@@ -245,7 +245,7 @@ def test_gradients_have_the_same_bits_whether_weights_are_kept_in_the_file(name,
     batch = Batch(IDS.reshape(2, 12), labels=IDS.reshape(2, 12))
     found = []
     for kept in (True, False):
-        _, W = door.read_model(path, keep_quantised=kept)
+        _, W = door.read_model(path, keep_quantized=kept)
         L, back = loss(batch, W | V, c, tuning)
         found.append({"loss": np.asarray(L), **back(1.0)})
     assert found[0].keys() == V.keys() | {"loss"}
@@ -348,7 +348,7 @@ def test_tensors_that_are_not_the_models_are_refused(tmp_path):
                 FormatError, match=r"blk\.0\.ffn_up\.weight: found 1 entries that are"
             ):
                 look()
-        refused(out, "not finite", keep_quantised=False)
+        refused(out, "not finite", keep_quantized=False)
     whole = np.ones((32, 32), np.int8)
     refused(
         rewritten(
@@ -1337,8 +1337,10 @@ def test_a_folder_made_from_a_file_keeps_what_generation_needs(tmp_path):
     made = rewritten(model_file("llama"), tmp_path / "a.gguf", ids | length)
     kept = {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 77}
     base = open_base(str(made))
-    assert base.kept == kept
-    huggingface.write_model(tmp_path / "model", base.config, dict(base.weights), kept=base.kept)
+    assert base.generation_settings == kept
+    huggingface.write_model(
+        tmp_path / "model", base.config, dict(base.weights), kept=base.generation_settings
+    )
     assert huggingface.generation_settings(tmp_path / "model") == kept
     unsaid = rewritten(model_file("llama"), tmp_path / "b.gguf", {"llama.context_length": None})
-    assert open_base(str(unsaid)).kept == {}
+    assert open_base(str(unsaid)).generation_settings == {}

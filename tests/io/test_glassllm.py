@@ -14,7 +14,8 @@ from extras import optional
 from minilora.cli.main import main
 from minilora.io.files import FormatError
 from minilora.io.formats import glassllm
-from minilora.io.loading import copy_tokenizer, open_adapted, open_base, package_model
+from minilora.io.formats.huggingface import copy_tokenizer
+from minilora.io.loading import open_adapted, open_base, package_model
 from minilora.spec.lora import TrainableSpec
 from minilora.spec.models import Batch, Llama, draw_weights, logits
 

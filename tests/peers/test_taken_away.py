@@ -274,7 +274,7 @@ def test_what_peft_has_trained_is_read_here(tmp_path):
     model.save_pretrained(tmp_path / "a")
     z = torch_logits(libraries, model.eval())
     read = open_adapted(open_base("reference:llama"), str(tmp_path / "a"))
-    assert read.kind == "peft"
+    assert read.format.name == "peft"
     assert holds("PEFT's logits, trained by PEFT", z, read)
 
 
@@ -325,7 +325,7 @@ def test_what_mlx_lm_has_trained_is_read_here(tmp_path):
     said = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": chosen}
     (tmp_path / "adapter_config.json").write_text(json.dumps(said))
     read = open_adapted(open_base("reference:llama"), str(tmp_path))
-    assert read.kind == "mlx"
+    assert read.format.name == "mlx"
     assert holds("mlx-lm's logits, trained by mlx-lm", mlx_logits(model), read)
 
 
@@ -367,4 +367,6 @@ def test_peft_trains_on_from_where_it_was(trained, adapted, tmp_path):
     # What it has saved is another adapter, with that loss.
     again = open_adapted(adapted.base, str(tmp_path / "out"))
     assert judged(np.array([last]), mean(again.tuning), dict(again.weights)).verdict == "pass"
-    assert not any(same_bits(again.own[name], adapted.own[name]) for name in adapted.own)
+    assert not any(
+        same_bits(again.changed[name], adapted.changed[name]) for name in adapted.changed
+    )

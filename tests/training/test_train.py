@@ -290,7 +290,7 @@ def test_adalora_leaves_as_many_singular_values_as_the_rank_says(tmp_path):
     run = run_of(replace(QUICK, variant="adalora", rank=3, max_steps=10))
     fit(tmp_path, run)
     read = open_adapted(run.base, str(tmp_path))
-    ranks = [len(E) for name, E in read.own.items() if name.endswith(".E")]
+    ranks = [len(E) for name, E in read.changed.items() if name.endswith(".E")]
     projections = len(target_modules.all_linear(run.base.config.linears()))
     assert sum(ranks) == 3 * projections
     assert max(ranks) <= 5

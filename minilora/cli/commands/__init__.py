@@ -33,7 +33,7 @@ def computing_model(arguments: argparse.Namespace) -> AdaptedModel:
     Errors: ValueError for an adapter that acts on some tokens only, which no command looks for.
     """
     model = adapted_model(arguments)
-    if model.lora is not None and model.lora.alora_invocation_tokens:
+    if model.config is not None and model.config.alora_invocation_tokens:
         says = "an aLoRA, which acts from the tokens of its invocation on"
         raise ValueError(
             f"{arguments.adapter}: found {says}; expected an adapter that acts on every token: "

@@ -39,7 +39,7 @@ def described(model: Any) -> list[str]:
     from minilora.spec.multi_adapter import Adapter
     from minilora.spec.target_modules import ALORA
 
-    W, tuning, own = model.weights, model.tuning, model.own
+    W, tuning, own = model.weights, model.tuning, model.changed
     rows = []
     for at in adapted_in(own):
         variant = tuning.variant.get(at, LORA)
@@ -64,8 +64,8 @@ def described(model: Any) -> list[str]:
         lines.append(f"and {len(rows) - hit} tables or tied heads")
     if beside:
         lines.append(f"trained in full beside them: {', '.join(beside)}")
-    if model.lora is not None and model.lora.alora_invocation_tokens:
-        tokens = " ".join(map(str, model.lora.alora_invocation_tokens))
+    if model.config is not None and model.config.alora_invocation_tokens:
+        tokens = " ".join(map(str, model.config.alora_invocation_tokens))
         lines.append(
             f"alora acts from the last invocation on, the tokens {tokens}, and on no other"
         )
@@ -95,24 +95,21 @@ def runtimes(model: Any) -> list[str]:
     import tempfile
     from pathlib import Path
 
-    from minilora.cli.commands.convert import write
+    from minilora.io.conversion import write_adapter
     from minilora.io.files import FormatError
+    from minilora.io.formats.registry import adapter_formats
 
-    scales = sorted({f"{s:g}" for s in model.tuning.scale.values()})
-    does = {
-        "peft": f"scale alpha / r, or alpha / √r with use_rslora: {', '.join(scales)}",
-        "mlx": f"scale as it stands in the file: {', '.join(scales)}",
-        "gguf": f"llama.cpp: --lora-scaled times alpha / r; {', '.join(scales)} at 1",
-    }
+    scales = ", ".join(sorted({f"{s:g}" for s in model.tuning.scale.values()}))
     lines = []
-    for kind, text in does.items():
+    for f in adapter_formats():
+        text = f.scaling.format(scales=scales)
         with tempfile.TemporaryDirectory() as folder:
             try:
-                write(str(Path(folder) / f"adapter.{kind}"), kind, model)
+                write_adapter(Path(folder) / f"adapter{f.suffix}", f, model)
             except FormatError as error:
                 _, where, found, expected, remedy = error.args
                 text = f"cannot have it: {where}: found {found}, expected {expected}; {remedy}"
             except (ImportError, ValueError) as error:
                 text = f"not tried: {error}"
-        lines.append(f"{kind:5} {text}")
+        lines.append(f"{f.name:5} {text}")
     return lines

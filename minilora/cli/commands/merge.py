@@ -27,9 +27,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from pathlib import Path
 
-    from minilora.io.files import FormatError, listed
-    from minilora.io.formats.huggingface import write_model
-    from minilora.io.loading import check_output, class_names, copy_tokenizer, door
+    from minilora.io.files import listed
+    from minilora.io.formats import huggingface
+    from minilora.io.formats.registry import model_formats
+    from minilora.io.loading import check_output, class_names
     from minilora.spec.lora import merge
 
     if arguments.adapter is None:
@@ -42,26 +43,15 @@ def _run(arguments: argparse.Namespace) -> int:
         # Another model's files would be lost, or be read as a part of this one.
         found, expected = listed(there), "a folder without files, or none"
         raise ValueError(f"--output {out}: found {found}, expected {expected}; choose another")
-    whole = {name: model.weights[name] for name in (*base.config.shapes(), *model.own)}
+    whole = {name: model.weights[name] for name in (*base.config.shapes(), *model.changed)}
     merged = merge(whole, model.tuning)
     c = merged_config(base.config, merged)
-    if arguments.output.endswith(".gguf"):
-        from minilora.io.formats import gguf
-
-        like = base.path if door(base.path) is gguf else None
-        length = base.kept.get("max_position_embeddings", gguf.CONTEXT)
-        gguf.write_model(arguments.output, c, merged, like=like, context=length)
-        if arguments.dtype == "float64":
-            say(f"{arguments.output}: in float32, the widest that llama.cpp computes with\n")
-        if like is None:
-            say(f"{arguments.output}: no tokenizer in it: {base.name} has none of a GGUF file's\n")
-    else:
-        labels = class_names(arguments.adapter) or base.classes
-        write_model(arguments.output, c, merged, labels=labels, kept=base.kept)
-        try:
-            copy_tokenizer(base, arguments.output)
-        except (FormatError, ImportError) as error:  # a model can do without
-            say(f"{arguments.output}: no tokenizer beside the model: {error}\n")
+    labels = class_names(arguments.adapter) or base.classes
+    writers = [f.write_model for f in model_formats() if f.write_model and f.fits(out)]
+    write_model = writers[0] if writers else huggingface.FORMAT.write_model
+    assert write_model is not None
+    for note in write_model(out, c, merged, base, labels):
+        say(f"{arguments.output}: {note}\n")
     say(f"{arguments.output}: {base.name} with {arguments.adapter} merged\n")
     return OK
 
@@ -73,10 +63,11 @@ def merged_config(c: Any, merged: Any) -> Any:
     """
     from dataclasses import replace
 
+    from minilora.io.architectures import architecture_of
     from minilora.io.files import listed
-    from minilora.spec.models import Llama, ties_head
+    from minilora.spec.models import ties_head
 
-    if isinstance(c, Llama) and ties_head(c) and "head.weight" in merged:
+    if architecture_of(c).has_field("tied") and ties_head(c) and "head.weight" in merged:
         c = replace(c, tied=False)
     if over := merged.keys() - c.shapes().keys():
         expected = "none, as no model file has a place for them: keep the adapter beside the model"

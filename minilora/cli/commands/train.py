@@ -283,7 +283,7 @@ def _run(arguments: argparse.Namespace) -> int:
     at_least(arguments, **LEAST)
     options = FitOptions(**{f.name: getattr(arguments, f.name) for f in fields(FitOptions)})
     name, dtype = arguments.model or "reference:llama", np.dtype(arguments.dtype)
-    base = open_base(name, dtype, quantised=arguments.gradient_checkpointing)
+    base = open_base(name, dtype, keep_quantized=arguments.gradient_checkpointing)
     path, task = data_and_task(base, arguments.data, arguments.task)
     config = config_of(arguments, task)
     plan = ExecutionPlan(

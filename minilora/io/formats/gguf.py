@@ -33,6 +33,7 @@ from minilora.io.files import (
     to_narrow_dtype,
 )
 from minilora.io.formats.factors import check_factors, file_name, parameter_shapes
+from minilora.io.formats.format import AdapterWeights, Base, Format, LoadedModel, ReadOptions
 from minilora.io.formats.tensors import check_complete
 from minilora.io.formats.tokenizers import LibraryTokenizer, missing_library
 from minilora.io.lazy_weights import Expanded
@@ -461,11 +462,11 @@ def _check_rope(
 
 
 def read_model(
-    path: Path | str, dtype: Any = np.float32, keep_quantised: bool = True
+    path: Path | str, dtype: Any = np.float32, keep_quantized: bool = True
 ) -> tuple[Config, Params]:
     """The configuration and the weights of a GGUF model, expanded to ``dtype``.
 
-    With ``keep_quantised`` the matrices are `Blocks` in an `Expanded`, made whenever they are read;
+    With ``keep_quantized`` the matrices are `Blocks` in an `Expanded`, made whenever they are read;
     without, all are in a dict. A block's entry is what float32 holds of it, so that a wider
     ``dtype`` holds the same. A Llama's q and k have their rows in Hugging Face's order.
 
@@ -493,7 +494,7 @@ def read_model(
         name: Blocks(contents, place, shapes[name], dtype, _order_of(c, name, shapes[name][0]))
         for name, place in wanted.items()
     }
-    if not keep_quantised:
+    if not keep_quantized:
         return c, {name: blocks() for name, blocks in entries.items()}
     # A norm's weight or a bias is no matrix, and nothing is saved by leaving it where it is.
     return c, Expanded(
@@ -948,3 +949,44 @@ def read_adapter(path: Path | str, c: Config, dtype: Any = None) -> tuple[Weight
             W[key] = to_dtype(path, key, array.astype(kind), dtype)
     s = {at: scale(alpha or float(r), r) for at, r in ranks.items()}
     return W, TrainableSpec(s, {}, frozenset(W))
+
+
+def _read_model(path: Path, options: ReadOptions) -> LoadedModel:
+    return LoadedModel(*read_model(path, options.dtype, options.keep_quantized))
+
+
+def _write_model(
+    path: Path, c: Config, W: Params, base: Base, labels: Sequence[str] | None
+) -> list[str]:
+    like = base.path if base.format is FORMAT else None
+    context = base.generation_settings.get("max_position_embeddings", CONTEXT)
+    write_model(path, c, W, like=like, context=context)
+    notes = []
+    if any(np.asarray(W[name]).dtype == np.float64 for name in W):
+        notes.append("in float32, the widest that llama.cpp computes with")
+    if like is None:
+        notes.append(f"no tokenizer in it: {base.name} has none of a GGUF file's")
+    return notes
+
+
+def _read_adapter(path: Path, c: Config, dtype: Any, base: Params) -> AdapterWeights:
+    return AdapterWeights(*read_adapter(path, c, dtype))
+
+
+def _write_adapter(path: Path, c: Config, adapter: AdapterWeights, base: Base) -> list[str]:
+    folded = write_adapter(path, c, adapter.weights, adapter.tuning)
+    return [f"B of {at} was multiplied by {factor:g}" for at, factor in folded.items()]
+
+
+FORMAT = Format(
+    name="gguf",
+    library="llama.cpp",
+    suffix=".gguf",
+    read_model=_read_model,
+    read_tokenizer=read_tokenizer,
+    generation_settings=generation_settings,
+    write_model=_write_model,
+    read_adapter=_read_adapter,
+    write_adapter=_write_adapter,
+    scaling="llama.cpp: --lora-scaled times alpha / r; {scales} at 1",
+)

@@ -24,6 +24,7 @@ from minilora.io.files import (
     read_json,
     to_dtype,
 )
+from minilora.io.formats.format import Format, LoadedModel
 from minilora.io.formats.gguf import file_rows
 from minilora.io.formats.tokenizers import LibraryTokenizer, missing_library
 from minilora.spec.lora import Weights
@@ -191,3 +192,18 @@ def read_tokenizer(path: Path | str) -> LibraryTokenizer:
         return LibraryTokenizer(backend, SPECIAL)
     except Exception as error:  # the library raises no kinder one
         raise FormatError(path, "tokenizer", error, "an alphabet and merges", _REMEDY) from None
+
+
+def _files(path: Path) -> list[Path]:
+    beside = path.with_name(path.name.removesuffix(FORMAT.suffix) + BESIDE)
+    return [path, *([beside] if beside.is_file() else [])]
+
+
+FORMAT = Format(
+    name="glassllm",
+    library="glassllm",
+    suffix=".npz",
+    read_model=lambda path, options: LoadedModel(*read_model(path, options.dtype)),
+    read_tokenizer=read_tokenizer,
+    files=_files,
+)

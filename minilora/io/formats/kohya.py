@@ -14,8 +14,9 @@ import numpy as np
 from minilora.io.architectures import architecture_of
 from minilora.io.files import FormatError, listed, read_tensors, to_dtype, write_tensors
 from minilora.io.formats.factors import check_factors, parameter_shapes
+from minilora.io.formats.format import AdapterWeights, Base, Format
 from minilora.io.formats.tensors import to_internal
-from minilora.spec.lora import LORA, TABLES, TrainableSpec, Weights, scale
+from minilora.spec.lora import LORA, TABLES, Params, TrainableSpec, Weights, scale
 from minilora.spec.models import Config
 from minilora.spec.ops import Array
 from minilora.spec.variants import DORA_FULL
@@ -169,3 +170,22 @@ def write_adapter(
             place = f"{name}.{PARTS[part]}"
             tensors[place] = to_dtype(path, place, W[f"{at}.{part}"], dtype)
     write_tensors(path, tensors, {"format": "pt"})
+
+
+def _read(path: Path, c: Config, dtype: Any, base: Params) -> AdapterWeights:
+    return AdapterWeights(*read_adapter(path, c, dtype=dtype))
+
+
+def _write(path: Path, c: Config, adapter: AdapterWeights, base: Base) -> list[str]:
+    write_adapter(path, c, adapter.weights, adapter.tuning)
+    return []
+
+
+FORMAT = Format(
+    name="kohya",
+    library="sd-scripts and LyCORIS",
+    read_adapter=_read,
+    write_adapter=_write,
+    scaling="alpha / r: {scales}",
+)
+"""Not recognised by a file: any safetensors file may be one, and its prefix is the user's."""

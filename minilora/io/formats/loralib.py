@@ -21,6 +21,7 @@ from minilora.io.files import (
     read_tensors,
     to_dtype,
 )
+from minilora.io.formats.format import Format
 from minilora.io.formats.tensors import drop_tied_head, to_internal
 from minilora.spec.lora import TrainableSpec, Weights, fuse, merge, scale
 from minilora.spec.models import Config
@@ -217,3 +218,7 @@ def _beside(
 
 def _distance(x: Array, y: Array) -> float:
     return float(np.max(np.abs(np.asarray(x, float) - np.asarray(y, float))))
+
+
+FORMAT = Format(name="loralib", library="loralib")
+"""Read by :func:`read_adapter` alone: the scale is in no file."""

@@ -30,8 +30,18 @@ from minilora.io.files import (
     write_files,
 )
 from minilora.io.formats.factors import check_factors, file_name, parameter_shapes
+from minilora.io.formats.format import AdapterWeights, Base, Format
 from minilora.io.formats.tensors import to_internal
-from minilora.spec.lora import LORA, TABLES, TrainableSpec, Variant, Weights, adapted_in, twin
+from minilora.spec.lora import (
+    LORA,
+    TABLES,
+    Params,
+    TrainableSpec,
+    Variant,
+    Weights,
+    adapted_in,
+    twin,
+)
 from minilora.spec.models import Config, ties_head
 from minilora.spec.variants import DORA
 
@@ -354,3 +364,23 @@ def _named(path: Path, c: Config, hit: tuple[str, ...]) -> tuple[int, list[str]]
         outer = {there[at] for at in hit if _within(at, there[at]) is None}
         return c.layers - first, sorted(inside[first] | outer)
     return c.layers, sorted(there[at] for at in hit)
+
+
+def _read(path: Path, c: Config, dtype: Any, base: Params) -> AdapterWeights:
+    return AdapterWeights(*read_adapter(path, c, dtype))
+
+
+def _write(path: Path, c: Config, adapter: AdapterWeights, base: Base) -> list[str]:
+    dropout = 0.0 if adapter.config is None else adapter.config.lora_dropout
+    write_adapter(path, c, adapter.weights, adapter.tuning, dropout=dropout)
+    return []
+
+
+FORMAT = Format(
+    name="mlx",
+    library="MLX",
+    adapter_file=WEIGHTS,
+    read_adapter=_read,
+    write_adapter=_write,
+    scaling="scale as it stands in the file: {scales}",
+)

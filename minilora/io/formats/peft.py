@@ -28,9 +28,20 @@ from minilora.io.files import (
     to_dtype,
     write_files,
 )
+from minilora.io.formats.factors import config_from_factors
+from minilora.io.formats.format import AdapterWeights, Base, Format
 from minilora.io.formats.tensors import to_internal
 from minilora.spec.initialization import STARTS, as_plain, draw_vera, plain_alpha
-from minilora.spec.lora import LORA, TABLES, TrainableSpec, Weights, is_base, twin, weight_of
+from minilora.spec.lora import (
+    LORA,
+    TABLES,
+    Params,
+    TrainableSpec,
+    Weights,
+    is_base,
+    twin,
+    weight_of,
+)
 from minilora.spec.models import Config, ties_head
 from minilora.spec.ops import Array, with_tokens
 from minilora.spec.target_modules import (
@@ -1155,3 +1166,25 @@ def _saved_in_full(
         remedy = "PEFT would leave the head on the base's embedding: do not train it"
         raise FormatError(folder, "trained", "the tied embedding", "no tied embedding", remedy)
     return whole
+
+
+def _read(path: Path, c: Config, dtype: Any, base: Params) -> AdapterWeights:
+    return AdapterWeights(*read_adapter(path, c, dtype, base), read_lora_config(path, c))
+
+
+def _write(path: Path, c: Config, adapter: AdapterWeights, base: Base) -> list[str]:
+    weights, tuning, config = adapter
+    config = config or config_from_factors(path, c, weights, tuning)
+    write_adapter(path, c, weights, tuning, config, base=base.weights, of=base.name_or_path)
+    return []
+
+
+FORMAT = Format(
+    name="peft",
+    library="PEFT",
+    adapter_file=WEIGHTS,
+    read_adapter=_read,
+    write_adapter=_write,
+    holds_config=True,
+    scaling="scale alpha / r, or alpha / √r with use_rslora: {scales}",
+)

@@ -9,6 +9,7 @@ from minilora.io.formats.huggingface.config import (
     read_config,
     read_labels,
 )
+from minilora.io.formats.huggingface.format import FORMAT
 from minilora.io.formats.huggingface.model import (
     INDEX,
     WEIGHTS,
@@ -17,14 +18,18 @@ from minilora.io.formats.huggingface.model import (
     read_model,
     write_model,
 )
+from minilora.io.formats.huggingface.tokenizer import TOKENIZER_FILES, copy_tokenizer
 
 __all__ = [
     "CONFIG",
     "FIXED",
+    "FORMAT",
     "INDEX",
     "INERT",
+    "TOKENIZER_FILES",
     "WEIGHTS",
     "config_to_json",
+    "copy_tokenizer",
     "generation_settings",
     "headless",
     "read_config",
