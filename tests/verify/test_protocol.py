@@ -20,7 +20,6 @@ from minilora.cli.main import main
 from minilora.verify import check
 from minilora.verify.checks.registry import CHECKS
 from minilora.verify.core.errors import Fault, LoadError, Skip
-from minilora.verify.diagnosis.diagnose import diagnose
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.minilora_impl import Own
 from minilora.verify.implementation.protocol import (
@@ -97,7 +96,7 @@ def tiny(tmp_path):
             path = tmp_path / "tiny.py"
             path.write_text(HEAD + body + TAIL)
             command = [sys.executable, "-I", "-S", str(path)]
-            return opened.enter_context(Driver(command, **options))
+            return opened.enter_context(Driver(command, CHECKS, **options))
 
         yield start
 
@@ -426,7 +425,7 @@ def test_a_command_that_cannot_be_started_is_told_why(tmp_path, monkeypatch, com
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(mode)
     with pytest.raises(LoadError, match=words):
-        Driver(command)
+        Driver(command, CHECKS)
 
 
 def test_checks_may_be_declared_for_methods(tiny):
@@ -490,7 +489,7 @@ def test_a_driver_is_closed_in_the_middle_of_a_call(tiny):
 def test_a_driver_that_nobody_holds_ends(tiny, tmp_path):
     path = tmp_path / "forgotten.py"
     path.write_text(HEAD + "said['name'] = str(os.getpid())\n" + TAIL)
-    driver = Driver([sys.executable, "-I", "-S", str(path)])
+    driver = Driver([sys.executable, "-I", "-S", str(path)], CHECKS)
     pid, folder = driver.name, driver._folder
     del driver
     assert gone(pid)
@@ -556,7 +555,9 @@ CASES = [
 
 @pytest.mark.slow
 def test_every_check_runs_over_the_protocol_as_it_does_in_this_process():
-    with Driver([sys.executable, str(Path(__file__).parents[1] / "own_driver.py")]) as driver:
+    with Driver(
+        [sys.executable, str(Path(__file__).parents[1] / "own_driver.py")], CHECKS
+    ) as driver:
         for case in CASES:
             (theirs,), (ours,) = check(driver, case=case).results, check(Own(), case=case).results
             assert (ours.status, ours.worst) == (theirs.status, theirs.worst), theirs
@@ -590,7 +591,7 @@ LANGUAGES = ["node", "cpp"]
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_drivers_of_the_docs_pass(language, request):
-    with Driver(request.getfixturevalue(language)) as driver:
+    with Driver(request.getfixturevalue(language), CHECKS) as driver:
         report = check(driver)
     assert report.exit_status == 0, report.text()
     skipped = {result.reason for result in report.results if result.reason}
@@ -613,8 +614,8 @@ def test_each_mistake_put_into_the_drivers_is_caught_and_named(language, request
     command = request.getfixturevalue(language)
     by_id = {each.id: each for each in CHECKS}
     for bug, (where, name) in BUGS.items():
-        with Driver([*command, bug]) as driver:
-            found = diagnose(by_id[where], GuardedImplementation(driver), "float32", 0)
+        with Driver([*command, bug], CHECKS) as driver:
+            found = by_id[where].diagnose(GuardedImplementation(driver), "float32", 0)
         assert [each.id for each in found] == [name], bug
-    with Driver([*command, "none"]) as driver:
-        assert diagnose(by_id["linear.vjp"], GuardedImplementation(driver), "float32", 0) == ()
+    with Driver([*command, "none"], CHECKS) as driver:
+        assert by_id["linear.vjp"].diagnose(GuardedImplementation(driver), "float32", 0) == ()

@@ -15,6 +15,7 @@ from extras import optional
 from minilora.verify import check, engine, parametrize_with_checks, pytest_suite
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.errors import UsageError
+from minilora.verify.plan import plan
 from minilora.verify.report.report import Known
 
 pytest_plugins = ["pytester"]
@@ -26,7 +27,7 @@ OPTIONS = ("-p", "minilora.pytest_plugin", "-p", "no:cacheprovider")
 def fakes(monkeypatch):
     """The small registry in the place of the real one."""
     monkeypatch.setitem(sys.modules, "minilora.verify.checks.registry", fake_checks)
-    monkeypatch.setattr(pytest_suite, "_SEARCHED", pytest_suite.Counter())
+    monkeypatch.setattr(pytest_suite, "_SHRUNK", pytest_suite.Counter())
 
 
 @pytest.fixture
@@ -142,8 +143,8 @@ def test_many_cases_are_cut_into_parts_that_hold_each_case_once():
     assert [o.id for o in parts] == [f"exact.merge-float32-{i}of20" for i in range(1, 21)]
     numbers = []
     for one in parts:
-        (plan,) = engine.plan([one.check], profile="nightly", dtypes=["float32"], part=one.part)
-        numbers += plan.numbers
+        (part,) = plan([one.check], profile="nightly", dtypes=["float32"], part=one.part)
+        numbers += part.numbers
     assert numbers == list(range(100))
     assert verdict(parts[3], fake_checks.Right()) == "pass"
 
@@ -162,7 +163,7 @@ def test_a_case_in_the_last_part_is_seen_there_and_named():
 
 
 def test_the_smallest_counterexample_is_looked_for_in_a_few_tests_only(monkeypatch):
-    monkeypatch.setattr(engine, "SEARCHES", 1)
+    monkeypatch.setattr(engine, "MAX_SHRINKS", 1)
     searched = []
     monkeypatch.setattr(fake_checks, "smallest", lambda subject, dtype: searched.append(dtype))
     checks = [

@@ -21,7 +21,7 @@ from minilora.cli.main import main
 from minilora.io.files import write_files
 from minilora.spec.lora import merge_weight
 from minilora.spec.variants import DORA_FULL
-from minilora.verify.checks.registry import CHECKS
+from minilora.verify.checks.registry import CHECKS, LEVELS
 from minilora.verify.core.bigfloat import BITS, Exact, Shake, _exact, exact, rounded
 from minilora.verify.core.errors import Fault, Skip, UsageError
 from minilora.verify.core.types import Case
@@ -29,27 +29,12 @@ from minilora.verify.diagnosis.diagnose import Direct
 from minilora.verify.implementation import minilora_impl
 from minilora.verify.implementation.minilora_impl import Own
 from minilora.verify.mutants import MUTANTS, Plain
+from minilora.verify.vectors.files import MANIFEST, files, frozen, problems, read, schema, write
 from minilora.verify.vectors.tags import NOTES
+from minilora.verify.vectors.truth import SIGMA_BITS, coarse
+from minilora.verify.vectors.vector import fingerprint, gathered
 from minilora.verify.vectors.vector_answers import Answered, _checks, answer, compared, judge
-from minilora.verify.vectors.vectors import (
-    HOLD,
-    INVALID,
-    MAKERS,
-    MANIFEST,
-    SIGMA_BITS,
-    coarse,
-    draws,
-    files,
-    fingerprint,
-    frozen,
-    gathered,
-    name_of,
-    problems,
-    read,
-    schema,
-    vectors,
-    write,
-)
+from minilora.verify.vectors.vectors import HOLD, INVALID, draws, name_of, vectors
 
 DOCS = Path(__file__).parents[2] / "docs" / "vectors"
 CHOSEN = ["linear.*", "merge.*", "combine.*", "multi.*", "variants.dora.vjp", "optimizer.clip"]
@@ -183,7 +168,8 @@ def test_a_sigma_that_floating_point_could_round_either_way_is_refused():
 SAME = """
 import hashlib, numpy as np
 from threadpoolctl import threadpool_info
-from minilora.verify.vectors.vectors import files, vectors
+from minilora.verify.vectors.files import files
+from minilora.verify.vectors.vectors import vectors
 made = vectors(checks=["linear.vjp", "combine.weighted", "variants.dora.unbatched"])
 found = files(made)
 x = np.random.default_rng(0).standard_normal((40, 40))
@@ -299,7 +285,7 @@ def test_every_frozen_id_is_made_again():
     ids = {name_of(c.id, drawn, n, 0) for c in CHECKS for drawn, n in draws(c.id)}
     for check, flag, _ in INVALID:
         ids.add(f"{name_of(check, *draws(check)[0], 0)}-{flag}")
-    assert ids == frozen().keys(), "what is new: python -m minilora.verify.vectors.vectors"
+    assert ids == frozen().keys(), "what is new: python -m minilora.verify.vectors"
 
 
 def test_a_changed_meaning_is_seen(made):
@@ -502,7 +488,10 @@ def holds(given, implementation):
     return True
 
 
-@pytest.mark.parametrize("level", MAKERS)
+WITH_VECTORS = [level.name for level in LEVELS if level.vectors]
+
+
+@pytest.mark.parametrize("level", WITH_VECTORS)
 def test_misreadings_are_refused_and_what_only_looks_wrong_is_not(made, level):
     """Some of each level, evenly from all that a check of these vectors shows best."""
     own = [v for v in made if v.level == level and v.result != "invalid"]
@@ -519,7 +508,7 @@ def test_misreadings_are_refused_and_what_only_looks_wrong_is_not(made, level):
 @pytest.mark.slow
 def test_the_whole_set_shows_the_whole_catalogue():
     whole = vectors()
-    for level in MAKERS:
+    for level in WITH_VECTORS:
         own = [v for v in whole if v.level == level and v.result != "invalid"]
         for m in (m for m in MUTANTS if m.level == level and seen_by_vectors(m)):
             assert holds(own, m.make()) == m.equivalent, m.id

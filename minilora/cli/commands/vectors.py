@@ -46,7 +46,8 @@ def add(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from minilora.io.files import FormatError
-    from minilora.verify.vectors.vectors import vectors, write
+    from minilora.verify.vectors.files import write
+    from minilora.verify.vectors.vectors import vectors
 
     if arguments.words[0] == "check":
         return _check(arguments)
@@ -71,8 +72,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from minilora.verify.vectors.files import read
     from minilora.verify.vectors.vector_answers import Answered, judge
-    from minilora.verify.vectors.vectors import chosen, read
+    from minilora.verify.vectors.vectors import chosen
 
     if len(arguments.words) != 3:
         raise ValueError("expected minilora vectors check DIR ANSWERS")

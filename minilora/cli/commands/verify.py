@@ -24,7 +24,7 @@ from minilora.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from minilora.verify.engine import Plan
+    from minilora.verify.plan import CheckPlan
 
 FORMS = ("json", "junit", "html", "markdown")
 
@@ -68,8 +68,10 @@ def add(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from minilora.verify.checks.registry import CHECKS
-    from minilora.verify.engine import Interrupted, plan, read_known, run
+    from minilora.verify.engine import Interrupted, run
     from minilora.verify.implementation.contract import TIME_LIMIT
+    from minilora.verify.known import read_known
+    from minilora.verify.plan import plan
 
     choice = {
         "levels": split(arguments.level),
@@ -146,12 +148,13 @@ def _target(
 
     if arguments.cmd is None:
         return contextlib.nullcontext(load(arguments.target or OWN))
+    from minilora.verify.checks.registry import CHECKS
     from minilora.verify.implementation.protocol import Driver
 
-    return Driver(arguments.cmd, time_limit=limit)
+    return Driver(arguments.cmd, CHECKS, time_limit=limit)
 
 
-def _listed(plans: Sequence[Plan]) -> str:
+def _listed(plans: Sequence[CheckPlan]) -> str:
     import textwrap
 
     lines = []

@@ -17,6 +17,7 @@ from minilora.verify.core.inputs import (
     sigma_change,
     wanted_change,
 )
+from minilora.verify.core.level import VECTOR_SIZES, Level
 from minilora.verify.core.tolerance import unit_roundoff
 from minilora.verify.core.types import BOUND, Case, Check, Comparison, counter
 from minilora.verify.implementation.guard import GuardedImplementation
@@ -140,7 +141,7 @@ def _law(run: Any, share: float) -> Check:
     )
 
 
-CHECKS: tuple[Check, ...] = (
+_CHECKS: tuple[Check, ...] = (
     _law(weighted, 1.0),
     _law(single, 0.5),
     _law(negative_weight, 0.25),
@@ -148,4 +149,18 @@ CHECKS: tuple[Check, ...] = (
     _law(halves, 0.25),
     _law(order, 0.25),
     _law(svd, 0.25),
+)
+
+LEVEL = Level(
+    "combine",
+    _CHECKS,
+    answers=("weighted*", "single*"),
+    relations=("negative-weight", "zero-weight", "halves", "order"),
+    vectors={
+        "weighted": VECTOR_SIZES,
+        "single": VECTOR_SIZES[1:2] + VECTOR_SIZES[4:],
+        "zero-weight": (("bfloat16", 0), ("float32", 1)),
+        "halves": (("bfloat16", 0), ("float32", 1)),
+    },
+    exact=("zero-weight", "halves"),
 )

@@ -30,6 +30,7 @@ from minilora.verify.checks.train import SAMPLES, sigma_of
 from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.errors import Fault, Skip
 from minilora.verify.core.inputs import long
+from minilora.verify.core.level import Level
 from minilora.verify.core.tolerance import unit_roundoff
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison
 from minilora.verify.implementation.guard import GuardedImplementation
@@ -356,7 +357,7 @@ LAWS: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
     ("gradients", "Stored, every tensor has its gradient: {}.", _gradients, ("model_loss",)),
 )  # fmt: skip
 
-CHECKS: tuple[Check, ...] = (
+_CHECKS: tuple[Check, ...] = (
     *(
         Check(f"files.{law}.{kind}", "files", needs, title.format(words), make(kind), _cases)
         for law, title, make, needs in LAWS
@@ -387,3 +388,5 @@ CHECKS: tuple[Check, ...] = (
         _cases,
     ),
 )
+
+LEVEL = Level("files", _CHECKS, cases=None)

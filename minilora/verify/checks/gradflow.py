@@ -22,6 +22,7 @@ from minilora.verify.checks.model import as_dict
 from minilora.verify.checks.tiny_models import Small
 from minilora.verify.checks.train import SGD, ask, compared, wanted
 from minilora.verify.core.errors import Fault
+from minilora.verify.core.level import Level
 from minilora.verify.core.types import Case, Check, Comparison
 from minilora.verify.implementation.guard import GuardedImplementation
 
@@ -151,10 +152,12 @@ def _check(name: str, title: str, run: Any) -> Check:
     return Check(f"grad-flow.{name}", "grad-flow", ("train",), title, run, _cases)
 
 
-CHECKS: tuple[Check, ...] = (
+_CHECKS: tuple[Check, ...] = (
     *(_check(kind, words, _flow(kind)) for kind, words in WORDS.items()),
     *(
         _check(run.__name__.replace("_", "-"), (run.__doc__ or "").splitlines()[0], run)
         for run in (zero_B, dropout, frozen)
     ),
 )
+
+LEVEL = Level("grad-flow", _CHECKS, cases=None, quick="all-layers|dropout|zero-B")

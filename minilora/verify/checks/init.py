@@ -18,6 +18,7 @@ from minilora.spec.lora import scale
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.errors import Skip
 from minilora.verify.core.inputs import long
+from minilora.verify.core.level import Level
 from minilora.verify.core.tolerance import unit_roundoff
 from minilora.verify.core.types import BOUND, CHANCE, Case, Check, Comparison
 from minilora.verify.implementation.guard import GuardedImplementation
@@ -371,7 +372,7 @@ SPLITS = {
     "olora": "OLoRA takes the first columns of W = Q R out of it: W = W' + s B A.",
 }
 
-CHECKS: tuple[Check, ...] = (
+_CHECKS: tuple[Check, ...] = (
     _law(zero_B, _cases),
     *(
         Check(
@@ -393,3 +394,5 @@ CHECKS: tuple[Check, ...] = (
     ),
     _law(orthogonal, _wide),
 )
+
+LEVEL = Level("init", _CHECKS, laws=("reproducible",), relations=("reproducible",))

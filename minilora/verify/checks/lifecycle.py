@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, combinations
 from tempfile import mkdtemp
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,8 @@ from minilora.verify.core import inputs
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.errors import Fault, Skip, tidy
 from minilora.verify.core.inputs import RANKS, ROWS, SIZES, draw_several, in_exact_lane
-from minilora.verify.core.shrinking import SECONDS, Smallest, shrunk
+from minilora.verify.core.level import Level
+from minilora.verify.core.shrinking import Budget, Smallest, shrunk
 from minilora.verify.core.types import Case, Check, Comparison, counter
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.sessions import Layer
@@ -723,15 +723,20 @@ def walks(draw: st.DrawFn, kind: str) -> list[Step]:
     return steps
 
 
+MAX_WALKS = 400
+"""How many walks the search for the shortest one takes, at most."""
+
+
 def _fewest_steps(kind: str) -> Smallest:
     """The shortest way to an output that is not the state's, or to an error."""
 
     def smallest(subject: GuardedImplementation, dtype: str) -> dict[str, Any] | None:
-        end, found = perf_counter() + SECONDS, list[tuple[list[Step], dict[str, Any]]]()
+        budget = Budget(MAX_WALKS)
+        found: list[tuple[list[Step], dict[str, Any]]] = []
         case = Case("lifecycle.random-steps", dtype, 1, 0)
 
         def fails(steps: list[Step]) -> bool:
-            if perf_counter() > end:
+            if not budget.spend():
                 return False
             shown = _deviation(Run.of(subject, case, kind=kind), steps)
             if shown:
@@ -814,7 +819,7 @@ def _of_kinds(
         yield _check(name, f"{law}{KINDS[kind]}.", partial(run, kind=kind), share, smallest)
 
 
-CHECKS: tuple[Check, ...] = (
+_CHECKS: tuple[Check, ...] = (
     *(
         _check(name, law, _script(name, "linear", steps), 0.25)
         for name, (law, steps) in SCRIPTS.items()
@@ -838,3 +843,5 @@ CHECKS: tuple[Check, ...] = (
         0.25,
     ),
 )  # fmt: skip
+
+LEVEL = Level("lifecycle", _CHECKS, is_history=True, quick=r"(\w|-)+")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from minilora.verify.core.inputs import LEADS, Layer, draw_layer, limits, long, sigmas, wanted
+from minilora.verify.core.level import VECTOR_SHAPES, VECTOR_SIZES, Level
 from minilora.verify.core.shrinking import Difference, Differs, Smallest, search
 from minilora.verify.core.types import Case, Check, Comparison, counter
 from minilora.verify.implementation.guard import GuardedImplementation
@@ -224,6 +225,12 @@ def forward_difference(
     return ("y", y, want) if (y != want).any() else None
 
 
+def layer_of(case: Case) -> Layer | None:
+    """The layer of a case of a check of the forward or the transpose; None for any other check."""
+    kind = case.check.removeprefix("linear.forward").removeprefix("linear.vjp")
+    return draw_layer(case, **KINDS[kind])[0] if kind in KINDS else None
+
+
 def _smallest(kind: dict[str, bool], differs: Differs) -> Smallest:
     return lambda subject, dtype: search(subject, dtype, kind, differs)
 
@@ -246,7 +253,7 @@ def _law(run: Run, needs: tuple[str, ...], share: float, low_precision: bool = T
 
 _FORWARD, _VJP = ("lora_linear",), ("lora_linear_vjp",)
 
-CHECKS: tuple[Check, ...] = (
+_CHECKS: tuple[Check, ...] = (
     *(
         Check(
             f"linear.forward{kind}",
@@ -280,4 +287,23 @@ CHECKS: tuple[Check, ...] = (
     _law(basis_change, _VJP, 0.25, low_precision=False),
     _law(dropout_mean, _FORWARD, 0.1, low_precision=False),
     _law(token_independence, _VJP, 0.1),
+)
+
+LEVEL = Level(
+    "linear",
+    _CHECKS,
+    answers=("forward*", "vjp*", "evaluation*", "zero-B*"),
+    relations=("symmetry", "basis-change", "dropout-mean", "token-independence", "gradcheck"),
+    layer=layer_of,
+    quick_dtypes=True,
+    vectors={
+        "forward": (*VECTOR_SIZES, *VECTOR_SHAPES, ("float32", 20)),
+        "vjp": (*VECTOR_SIZES, *VECTOR_SHAPES, ("float32", 20)),
+        "forward.bias": (*VECTOR_SIZES, ("float32", 13)),
+        "forward*": VECTOR_SIZES,
+        "vjp*": VECTOR_SIZES,
+        "evaluation": VECTOR_SIZES[1:2] + VECTOR_SIZES[4:],
+        "zero-B": VECTOR_SIZES[1:2] + VECTOR_SIZES[4:5],
+        "evaluation-vjp": VECTOR_SIZES[1:2] + VECTOR_SIZES[4:5],
+    },
 )

@@ -18,6 +18,7 @@ from minilora.verify.core.inputs import (
     sigmas,
     wanted_merge,
 )
+from minilora.verify.core.level import VECTOR_SHAPES, VECTOR_SIZES, Level
 from minilora.verify.core.shrinking import Difference, search
 from minilora.verify.core.tolerance import digits, unit_roundoff
 from minilora.verify.core.types import BOUND, Case, Check, Comparison, counter
@@ -199,10 +200,23 @@ def _unmerge_check(kind: str) -> Check:
     )
 
 
-CHECKS: tuple[Check, ...] = (
+_CHECKS: tuple[Check, ...] = (
     *(_weight_check(kind) for kind in KINDS),
     _law(forward_of_merged, ("merge", "lora_linear"), 0.5),
     _law(zero_B, ("merge",), 0.25),
     _law(negative, ("merge",), 0.25),
     *(_unmerge_check(kind) for kind in KINDS),
+)
+
+LEVEL = Level(
+    "merge",
+    _CHECKS,
+    answers=("weight*", "unmerge*"),
+    relations=("negative",),
+    quick_dtypes=True,
+    vectors={
+        "weight": (*VECTOR_SIZES, *VECTOR_SHAPES[2:], ("float32", 9)),
+        "weight*": VECTOR_SIZES,
+        "unmerge*": VECTOR_SIZES,
+    },
 )

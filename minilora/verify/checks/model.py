@@ -23,6 +23,7 @@ from minilora.spec.models import Batch, Config, logits, shifted_labels
 from minilora.spec.ops import IGNORED, cross_entropy
 from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.inputs import long
+from minilora.verify.core.level import Level
 from minilora.verify.core.tolerance import Draws, Rounding, noisy, spread
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison
 from minilora.verify.implementation.guard import GuardedImplementation
@@ -284,8 +285,16 @@ LAWS: tuple[tuple[str, str, Any, Callable[[str, str], int]], ...] = (
     (".padding", "More padding on the right changes nothing in {}.", _padding, _cases(0.5)),
 )
 
-CHECKS: tuple[Check, ...] = tuple(
+_CHECKS: tuple[Check, ...] = tuple(
     Check(f"model.{name}{law}", "model", ("model_loss",), title.format(name), make(name), cases)
     for name in reference_models.names()
     for law, title, make, cases in LAWS
+)
+
+LEVEL = Level(
+    "model",
+    _CHECKS,
+    laws=("*.balance", "*.padding", "*.vector"),
+    relations=("*.padding",),
+    cases=None,
 )

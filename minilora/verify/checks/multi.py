@@ -17,6 +17,7 @@ from minilora.verify.core.inputs import (
     sigmas_by_row,
     wanted_by_row,
 )
+from minilora.verify.core.level import VECTOR_SIZES, Level
 from minilora.verify.core.types import Case, Check, Comparison, counter
 from minilora.verify.implementation.guard import GuardedImplementation
 
@@ -128,7 +129,7 @@ def _law(run: Any, share: float) -> Check:
     return Check(f"multi.{name}", "multi", ("multi_adapter",), title, run, counter(CASES, share))
 
 
-CHECKS: tuple[Check, ...] = (
+_CHECKS: tuple[Check, ...] = (
     _law(forward_rows, 1.0),
     _law(base_rows, 0.25),
     _law(row_order, 0.25),
@@ -136,4 +137,13 @@ CHECKS: tuple[Check, ...] = (
     _law(unused_adapter, 0.25),
     _law(single, 0.25),
     _law(base_row_first, 0.25),
+)
+
+LEVEL = Level(
+    "multi",
+    _CHECKS,
+    answers=("forward*",),
+    relations=("base-rows", "row-order", "adapter-order", "unused-adapter"),
+    vectors={"forward": VECTOR_SIZES, "single": (("bfloat16", 0), ("float32", 1))},
+    exact=("single",),
 )

@@ -11,6 +11,7 @@ import numpy as np
 from minilora.spec.optim import run
 from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.inputs import long
+from minilora.verify.core.level import Level
 from minilora.verify.core.tolerance import Rounding, noisy, spread, underflow
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison
 from minilora.verify.implementation.guard import GuardedImplementation
@@ -243,7 +244,7 @@ def _cases_of(kind: str) -> Callable[[str, str], int]:
     return lambda profile, dtype: CASES[profile] * (eps > underflow(dtype))
 
 
-CHECKS: tuple[Check, ...] = (
+_CHECKS: tuple[Check, ...] = (
     *(
         Check(
             f"optimizer.{kind}",
@@ -263,4 +264,18 @@ CHECKS: tuple[Check, ...] = (
         sgd_balance,
         _cases,
     ),
+)
+
+LEVEL = Level(
+    "optimizer",
+    _CHECKS,
+    laws=("sgd-balance",),
+    cases=None,
+    has_exact_lane=False,
+    vectors={"*": (("bfloat16", 0), ("float32", 1))},
+    no_vectors={
+        "cosine-schedule": "the last bit of a cosine depends on the library of mathematics",
+        "cosine-schedule.past-end": "the same",
+        "sgd-balance": "a law of the answers, which the other checks imply",
+    },
 )

@@ -26,6 +26,7 @@ from minilora.verify.checks.tiny_models import Small
 from minilora.verify.checks.variants import variant
 from minilora.verify.core.dtypes import Precision
 from minilora.verify.core.inputs import long
+from minilora.verify.core.level import Level
 from minilora.verify.core.tolerance import Rounding, unit_roundoff
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison
 from minilora.verify.implementation.guard import GuardedImplementation
@@ -300,7 +301,7 @@ def _cases(profile: str, dtype: str) -> int:
     return CASES[profile] * (dtype in ("float64", "float32"))
 
 
-CHECKS: tuple[Check, ...] = (
+_CHECKS: tuple[Check, ...] = (
     *(
         Check(
             f"train.{kind}",
@@ -314,3 +315,5 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check("train.repeat", "train", ("train",), repeat.__doc__ or "", repeat, _cases),
 )
+
+LEVEL = Level("train", _CHECKS, cases=None, quick="combined")

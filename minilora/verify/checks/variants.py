@@ -20,6 +20,7 @@ from minilora.spec.variants import DORA, DORA_FULL, LORA_BIAS, row_norm
 from minilora.verify.checks.linear import dbias
 from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.inputs import Layer, columns, draw_layer, long
+from minilora.verify.core.level import Level
 from minilora.verify.core.tolerance import Draws, Rounding, noisy, spread, unit_roundoff
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison, counter
 from minilora.verify.implementation.guard import GuardedImplementation
@@ -323,7 +324,7 @@ def _more(kind: str) -> str:
     }[kind]
 
 
-CHECKS: tuple[Check, ...] = (
+_CHECKS: tuple[Check, ...] = (
     *_checks("dora"),
     Check(
         "variants.dora.init",
@@ -346,4 +347,17 @@ CHECKS: tuple[Check, ...] = (
         _vjp("dora", ".unbatched"),
     ),
     *_checks("lora-bias"),
+)
+
+LEVEL = Level(
+    "variants",
+    _CHECKS,
+    laws=("dora.init", "dora.unbatched"),
+    has_exact_lane=False,
+    vectors={
+        "*.forward*": (("bfloat16", 0), ("float32", 2), ("float64", 3)),
+        "*.vjp*": (("bfloat16", 0), ("bfloat16", 1), ("float32", 2), ("float64", 3)),
+        "*.merge*": (("bfloat16", 0), ("float32", 2), ("float64", 3)),
+        "dora.unbatched*": (("bfloat16", 0), ("float64", 3)),
+    },
 )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import Random
-from time import perf_counter
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from hypothesis import HealthCheck, Phase, find, settings
@@ -17,21 +16,23 @@ from hypothesis.errors import Flaky, NoSuchExample
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.errors import Fault, Skip
 from minilora.verify.core.inputs import Layer, greatest_sum
-from minilora.verify.implementation.guard import GuardedImplementation
+
+if TYPE_CHECKING:
+    from minilora.verify.implementation.guard import GuardedImplementation
 
 Array = np.ndarray
 
 GREATEST = 4
 """The greatest size of a dimension."""
 
-SECONDS = 2.0
-"""Time for one search; what has been found by then is given."""
+MAX_EVALUATIONS = 1000
+"""How many examples one search puts to an implementation, at most."""
 
 Difference = tuple[str, Array, Array]
 """The name of an array, what was got and what was wanted."""
 
-Differs = Callable[[GuardedImplementation, Layer, str], Difference | None]
-Smallest = Callable[[GuardedImplementation, str], dict[str, Any] | None]
+Differs = Callable[["GuardedImplementation", Layer, str], Difference | None]
+Smallest = Callable[["GuardedImplementation", str], dict[str, Any] | None]
 
 
 @st.composite
@@ -70,6 +71,18 @@ def small_layers(draw: st.DrawFn, kind: dict[str, bool], dtype: str) -> Layer:
 T = TypeVar("T")
 
 
+@dataclass
+class Budget:
+    """Counts evaluations, so that a search ends on a slow machine as it does on a fast one."""
+
+    left: int = MAX_EVALUATIONS
+
+    def spend(self) -> bool:
+        """Takes one evaluation; False if none is left."""
+        self.left -= 1
+        return self.left >= 0
+
+
 def shrunk(strategy: st.SearchStrategy[T], fails: Callable[[T], bool]) -> None:
     """Puts examples to ``fails``, which keeps what it finds, and shrinks those that do fail."""
     options = settings(
@@ -89,11 +102,11 @@ def search(
     subject: GuardedImplementation, dtype: str, kind: dict[str, bool], differs: Differs
 ) -> dict[str, Any] | None:
     """The smallest layer on which ``differs`` finds a difference, in words, or None."""
-    end = perf_counter() + SECONDS
+    budget = Budget()
     found: list[tuple[Layer, tuple[str, Array, Array]]] = []
 
     def fails(layer: Layer) -> bool:
-        if perf_counter() > end or greatest_sum(layer) > 64:
+        if greatest_sum(layer) > 64 or not budget.spend():
             return False
         try:
             difference = differs(subject, layer, dtype)

@@ -264,8 +264,10 @@ class Check:
     may stop with Skip or Fault (`contract`). ``cases`` gives the number of cases in a profile for
     a dtype, 0 where the check is not for that dtype. ``smallest`` looks for the smallest
     counterexample of a check that failed: a dict of values to show, of which ``got`` and ``want``
-    are the two that differ, or None; with ``smallest_fault`` it finds errors too. ``diagnose``
-    names the mutants that explain what an implementation answers, for a dtype and a seed.
+    are the two that differ, or None; with ``smallest_fault`` it finds errors too. With
+    ``is_relation`` it compares two answers of the implementation, of which either may be wrong.
+    ``diagnose`` names the mutants that explain what an implementation answers, for a dtype and a
+    seed.
     """
 
     id: str
@@ -276,4 +278,5 @@ class Check:
     cases: Callable[[str, str], int]
     smallest: Callable[[GuardedImplementation, str], dict[str, Any] | None] | None = None
     smallest_fault: bool = False
+    is_relation: bool = False
     diagnose: Callable[[GuardedImplementation, str, int], tuple[Diagnosis, ...]] | None = None

@@ -1,85 +1,52 @@
-"""The structure of a deviation that no known mutant explains: what can be read off the numbers.
+"""The pattern of a deviation that no mutant of the catalogue explains.
 
-Nothing is guessed. A sentence is said of an array only if, with what it says taken into account,
-the array agrees within the rounding of both sides: a factor, a transpose, another order, the scale
-that acts; or if it is a count of where the deviation lies: rows, columns, rank, steps, digits.
+Nothing is guessed. A sentence is said of an array only if the array agrees, within the rounding of
+both sides, once what the sentence says is taken into account (a factor, a transpose, another order,
+another scale), or if it counts where the deviation lies: rows, columns, rank, steps, digits.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import sqrt
-from typing import Any
 
 import numpy as np
 
-from minilora.verify.checks.linear import KINDS
-from minilora.verify.core.inputs import Layer, draw_layer
+from minilora.verify.core.inputs import Layer
+from minilora.verify.core.level import Level
 from minilora.verify.core.tolerance import digits, unit_roundoff
-from minilora.verify.core.types import MONTE_CARLO, STRUCTURE, Case, Comparison, Diagnosis
+from minilora.verify.core.types import STRUCTURE, Case, Comparison, Diagnosis
+from minilora.verify.diagnosis.fit import Fit, agreeing, fit, sigma_of
 
 Array = np.ndarray
 
 Answers = Sequence[Mapping[str, Comparison]]
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A number that was fitted by weighted least squares, and its standard error."""
-
-    value: float
-    error: float
-
-    def __str__(self) -> str:
-        """The value with as many digits as its error leaves."""
-        if self.error == 0:
-            return f"{self.value:.9g}"
-        places = max(1, min(12, round(-np.log10(self.error / max(abs(self.value), 1e-30))) + 1))
-        return f"{self.value:.{places}g} ± {self.error:.1g}"
-
-    def agrees(self, other: float) -> bool:
-        """Whether another number lies within six standard errors, or the digits of a float64."""
-        return abs(self.value - other) <= 6 * self.error + 1e-12 * abs(other)
-
-
-def fit(got: Array, part: Array, rest: Array, sigma: Array) -> tuple[Fit, Array]:
-    """The c of got = rest + c · part by weighted least squares, and z of what it leaves."""
-    sigma = np.where(sigma > 0, sigma, np.finfo(float).tiny ** 0.25)  # its inverse has a square
-    weight = (part / sigma) ** 2
-    total = float(weight.sum())
-    if total == 0:
-        return Fit(0.0, np.inf), np.full(np.shape(got), np.inf)
-    c = float(((got - rest) * part / sigma**2).sum()) / total
-    return Fit(c, 1 / sqrt(total)), (got - rest - c * part) / sigma
-
-
-def sigma_of(each: Comparison) -> Array:
-    """σ of got - want; where the lane is exact, half a unit in the last place of the greatest."""
-    want = np.asarray(each.want, float)
-    if each.sigma is not None:
-        return np.broadcast_to(np.asarray(each.sigma, float), want.shape)
-    return np.full(want.shape, unit_roundoff("float64") * max(float(np.abs(want).max()), 1e-30))
-
-
-def agreeing(z: Array) -> bool:
-    """Whether these z are no more than rounding."""
-    rms = np.sqrt((z * z).mean())
-    return bool(np.abs(z).max() <= MONTE_CARLO.max_z and rms <= MONTE_CARLO.rms(z.size))
-
+"""The comparisons of each case, by the array's name."""
 
 Named = list[tuple[str, Comparison]]
 """The comparisons of one array, each with the id of its case."""
 
+Triple = tuple[Array, Array, Array]
+"""An array that was got, the one that was wanted, and σ of their difference."""
 
-def _failing(cases: Sequence[Case], answers: Answers) -> dict[str, Named]:
+Finding = tuple[str, str]
+"""The kind of a pattern, and its sentence."""
+
+MAX_FINDINGS = 3
+"""The greatest number of patterns that are told of a check."""
+
+MAX_PERMUTED = 12
+"""The longest axis whose order is looked for."""
+
+
+def failing_arrays(cases: Sequence[Case], answers: Answers) -> dict[str, Named]:
     """Every array that deviates in some case, with its comparisons of all cases that have it."""
     names = dict.fromkeys(
         name
         for answer in answers
-        for name, each in answer.items()
-        if each.judge().verdict == "fail"
+        for name, comparison in answer.items()
+        if comparison.judge().verdict == "fail"
     )
     pairs = list(zip(cases, answers, strict=True))
     return {
@@ -88,43 +55,54 @@ def _failing(cases: Sequence[Case], answers: Answers) -> dict[str, Named]:
     }
 
 
-def _sentences(each: Named) -> Iterator[tuple[str, str]]:
-    """(what it is, what is said) of one array in several cases, the strongest first."""
-    got = [np.asarray(c.got, float) for _, c in each]
-    want = [np.asarray(c.want, float) for _, c in each]
-    sigma = [sigma_of(c) for _, c in each]
-    pairs = list(zip(got, want, sigma, strict=True))
-    fits = [fit(g, w, 0 * w, s) for g, w, s in pairs]
+def array_patterns(comparisons: Named) -> Iterator[Finding]:
+    """The patterns of one array in several cases, the strongest first."""
+    triples = [
+        (np.asarray(c.got, float), np.asarray(c.want, float), sigma_of(c)) for _, c in comparisons
+    ]
+    fits = [fit(got, want, 0 * want, sigma) for got, want, sigma in triples]
     if all(agreeing(z) for _, z in fits):
-        if len(np.unique(np.concatenate([w[w != 0] for w in want]))) < 2:
-            return  # one number is a multiple of any other
-        values = {f"{f}" for f, _ in fits}
-        if all(f.value == 0 for f, _ in fits):
-            yield "zero", "is 0"
-        elif all(fits[0][0].agrees(f.value) for f, _ in fits):
-            yield "factor", f"is {fits[0][0]} times what it should be, in every case"
-        else:
-            yield "factor", f"is a multiple of what it should be: {', '.join(sorted(values))}"
+        yield from _factor([f for f, _ in fits], [want for _, want, _ in triples])
         return
-    square = [w.ndim == 2 and w.shape[0] == w.shape[1] and len(w) > 1 for w in want]
-    if any(square) and all(
-        agreeing((g - w.T) / s) if q else True for (g, w, s), q in zip(pairs, square, strict=True)
-    ):
-        yield "transposed", "is the transpose of what it should be, where it is square"
+    if _is_transposed(triples):
+        yield "transposed", "is the transpose of the correct array, where it is square"
     for axis, word in ((0, "rows"), (-1, "columns")):
-        orders = [_order(g, w, s, axis) for g, w, s in pairs]
+        orders = [_order(*triple, axis) for triple in triples]
         if all(order is not None for order in orders):
             yield f"permuted-{word}", f"has its {word} in another order: {orders[0]}"
             return
-    # Of the greatest, which need not be the one that is shown.
-    (case, _), greatest = max(zip(each, pairs, strict=True), key=lambda p: p[1][1].size)
-    for what, sentence in _places(*greatest):
-        yield what, f"{sentence}, in {case}"
+    # Of the largest, which need not be the one that is shown.
+    (case, _), largest = max(zip(comparisons, triples, strict=True), key=lambda p: p[1][1].size)
+    for kind, sentence in _places(*largest):
+        yield kind, f"{sentence}, in {case}"
+
+
+def _factor(fits: Sequence[Fit], wants: Sequence[Array]) -> Iterator[Finding]:
+    """The factor between an array and the correct one, in each case."""
+    if len(np.unique(np.concatenate([want[want != 0] for want in wants]))) < 2:
+        return  # one number is a multiple of any other
+    if all(f.value == 0 for f in fits):
+        yield "zero", "is 0"
+    elif all(fits[0].agrees(f.value) for f in fits):
+        yield "factor", f"is {fits[0]} times the correct value, in every case"
+    else:
+        values = ", ".join(sorted({f"{f}" for f in fits}))
+        yield "factor", f"is a multiple of the correct value: {values}"
+
+
+def _is_transposed(triples: Sequence[Triple]) -> bool:
+    """Whether every square array, and there is one, is the transpose of the correct one."""
+    square = [
+        triple
+        for triple in triples
+        if triple[1].ndim == 2 and triple[1].shape[0] == triple[1].shape[1] > 1
+    ]
+    return bool(square) and all(agreeing((got - want.T) / sigma) for got, want, sigma in square)
 
 
 def _order(got: Array, want: Array, sigma: Array, axis: int) -> list[int] | None:
     """The order in which want's rows or columns are got's, if there is one that is not theirs."""
-    if want.ndim < 2 or not 1 < want.shape[axis] <= 12:
+    if want.ndim < 2 or not 1 < want.shape[axis] <= MAX_PERMUTED:
         return None
     g, w, s = (np.moveaxis(v, axis, 0).reshape(v.shape[axis], -1) for v in (got, want, sigma))
     order: list[int] = []
@@ -136,37 +114,52 @@ def _order(got: Array, want: Array, sigma: Array, axis: int) -> list[int] | None
     return order if order != sorted(order) else None
 
 
-def _places(got: Array, want: Array, sigma: Array) -> Iterator[tuple[str, str]]:
+def _places(got: Array, want: Array, sigma: Array) -> Iterator[Finding]:
     """Where the deviation lies, and of which rank and how many digits it is."""
     off = np.abs(got - want) > 8 * sigma
     if off.ndim >= 2 and off.any():
-        flat = off.reshape(-1, off.shape[-1])
-        rows, columns = np.flatnonzero(flat.any(1)), np.flatnonzero(flat.any(0))
-        if len(rows) < len(flat) or len(columns) < flat.shape[1]:
-            yield (
-                "place",
-                f"differs in {len(rows)} of {len(flat)} rows ({_some(rows)}) and "
-                f"{len(columns)} of {flat.shape[1]} columns ({_some(columns)})",
-            )
-        # What is right has the greatest rank that there could be: a layer's width bounds it, or the
-        # number of tokens, and not only the sides of the array.
-        rank, most = _rank(got - want, sigma), _rank(want, sigma)
-        if 0 < rank < most:
-            yield (
-                "rank",
-                f"differs by a matrix of rank {rank}, where {most} could be",
-            )
+        yield from _rows_and_columns(off)
+        yield from _rank_of_difference(got, want, sigma)
+    yield from _rounded_to(got, want, off)
+
+
+def _rows_and_columns(off: Array) -> Iterator[Finding]:
+    flat = off.reshape(-1, off.shape[-1])
+    rows, columns = np.flatnonzero(flat.any(1)), np.flatnonzero(flat.any(0))
+    if len(rows) < len(flat) or len(columns) < flat.shape[1]:
+        yield (
+            "place",
+            f"differs in {len(rows)} of {len(flat)} rows ({_some(rows)}) and "
+            f"{len(columns)} of {flat.shape[1]} columns ({_some(columns)})",
+        )
+
+
+def _rank_of_difference(got: Array, want: Array, sigma: Array) -> Iterator[Finding]:
+    """The rank of the difference, where it is less than that of the correct array.
+
+    That is the greatest that there could be: a layer's width bounds it, or the number of tokens,
+    and not the sides of the array alone.
+    """
+    rank, most = _rank(got - want, sigma), _rank(want, sigma)
+    if 0 < rank < most:
+        yield "rank", f"differs by a matrix of rank {rank}, where {most} is possible"
+
+
+def _rounded_to(got: Array, want: Array, off: Array) -> Iterator[Finding]:
+    """The dtype that the array was rounded to.
+
+    None of the numbers that deviate was one of this dtype before, as a small integer is.
+    """
     relative = (np.abs(got - want) / np.maximum(np.abs(want), 1e-30))[off]
     for dtype in ("bfloat16", "float16", "float32"):
-        # Of those that deviate none was a number of this dtype before, as a small whole one is.
         rounded = off.any() and _holds(dtype, got).all() and not _holds(dtype, want[off]).any()
         if rounded and float(np.quantile(relative, 0.9)) <= 4 * unit_roundoff(dtype):
-            yield "digits", f"holds {dtype} numbers: it was rounded to {dtype} on the way"
-            break
+            yield "digits", f"holds {dtype} numbers: a step before rounds to {dtype}"
+            return
 
 
 def _rank(matrix: Array, sigma: Array) -> int:
-    """The rank, its last axis against all others, but for noise."""
+    """The numerical rank above noise, the last axis against all others."""
     values = np.linalg.svd(matrix.reshape(-1, matrix.shape[-1]), compute_uv=False)
     noise = float(np.sqrt((sigma * sigma).sum()))
     return int((values > max(8 * noise, 1e-12 * values[0])).sum())
@@ -185,7 +178,7 @@ def _some(numbers: Array) -> str:
     return shown + (", …" if len(numbers) > 4 else "")
 
 
-EXPRESSIONS: dict[str, Any] = {
+EXPRESSIONS: dict[str, Callable[[float, int], float]] = {
     "α/r": lambda a, r: a / r,
     "α/√r": lambda a, r: a / sqrt(r),
     "α": lambda a, r: a,
@@ -207,96 +200,110 @@ EXPRESSIONS: dict[str, Any] = {
     "⌊α/r⌋": lambda a, r: float(a // r),
     "α/(r + 1e-5)": lambda a, r: a / (r + 1e-5),
 }
-"""What a scale may have been taken for; the first that fits all cases is named."""
+"""What a scale may be instead; the first that fits all cases is named."""
 
 
-def scale_that_acts(layers: Sequence[Layer], answers: Answers) -> Iterator[tuple[str, str]]:
-    """s as the arrays y, dA and dB have it, each by itself, and what it is in α and r.
+def scale_patterns(layers: Sequence[Layer], answers: Answers) -> Iterator[Finding]:
+    """The scale in each of y, dA and dB, where it is not s, and what it is in α and r.
 
     y - (x Wᵀ + b) = s H Bᵀ, and dA and dB are multiples of s.
     """
     for name in ("y", "dA", "dB"):
-        each = [answer.get(name) for answer in answers]
-        if any(c is None for c in each):
+        comparisons = [answer[name] for answer in answers if name in answer]
+        if len(comparisons) < len(answers):
             continue
-        fits = []
-        for layer, c in zip(layers, each, strict=True):
-            assert c is not None
-            got, want, sigma = np.asarray(c.got, float), np.asarray(c.want, float), sigma_of(c)
-            rest = 0 * want
-            if name == "y":
-                x = layer.x.astype(float)
-                rest = x @ layer.W.astype(float).T
-                rest = rest if layer.bias is None else rest + layer.bias.astype(float)
-            fits.append(fit(got, (want - rest) / layer.s, rest, sigma))
-        if not all(agreeing(z) for _, z in fits):
-            continue
-        known = [(layer.alpha, layer.r) for layer in layers]
-        right = [f.agrees(layer.s) for (f, _), layer in zip(fits, layers, strict=True)]
-        if all(right):
-            continue
-        named = next(
-            (
-                word
-                for word, value in EXPRESSIONS.items()
-                if all(f.agrees(value(a, r)) for (f, _), (a, r) in zip(fits, known, strict=True))
-            ),
-            None,
-        )
-        (first, _), (alpha, r) = fits[0], known[0]
-        ratio = Fit(first.value / layers[0].s, first.error / abs(layers[0].s))
-        multiples = [ratio.agrees(f.value / v.s) for (f, _), v in zip(fits, layers, strict=True)]
-        what = f"that is {named}" if named else "which is no simple expression of α and r"
-        what = f"that is {ratio} times the right one" if not named and all(multiples) else what
-        yield (
-            f"scale-{name}",
-            f"{name} has the scale {first} where α = {alpha:g} and r = {r}: {what}; "
-            f"it should be {layers[0].s:.7g}",
-        )
+        pairs = zip(layers, comparisons, strict=True)
+        fits = [_scale_of(layer, comparison, name) for layer, comparison in pairs]
+        scales = [f for f, _ in fits]
+        if all(agreeing(z) for _, z in fits) and not _all_agree(scales, [v.s for v in layers]):
+            yield f"scale-{name}", _scale_words(name, scales, layers)
 
 
-def steps(answers: Answers) -> Iterator[tuple[str, str]]:
-    """Of parameters after each step: which step is the first that is wrong, and how it grows."""
-    first: dict[str, int] = {}
+def _scale_of(layer: Layer, comparison: Comparison, name: str) -> tuple[Fit, Array]:
+    """The scale of one array of one case, and z of the residual."""
+    got, want = np.asarray(comparison.got, float), np.asarray(comparison.want, float)
+    rest = 0 * want
+    if name == "y":
+        rest = layer.x.astype(float) @ layer.W.astype(float).T
+        rest = rest if layer.bias is None else rest + layer.bias.astype(float)
+    return fit(got, (want - rest) / layer.s, rest, sigma_of(comparison))
+
+
+def _all_agree(fits: Sequence[Fit], values: Sequence[float]) -> bool:
+    return all(f.agrees(value) for f, value in zip(fits, values, strict=True))
+
+
+def _scale_words(name: str, scales: Sequence[Fit], layers: Sequence[Layer]) -> str:
+    known = [(layer.alpha, layer.r) for layer in layers]
+    named = next(
+        (
+            word
+            for word, value in EXPRESSIONS.items()
+            if _all_agree(scales, [value(a, r) for a, r in known])
+        ),
+        None,
+    )
+    (alpha, r), right = known[0], layers[0].s
+    ratio = Fit(scales[0].value / right, scales[0].error / abs(right))
+    if named:
+        words = f"that is {named}"
+    elif all(ratio.agrees(f.value / v.s) for f, v in zip(scales, layers, strict=True)):
+        words = f"that is {ratio} times the correct one"
+    else:
+        words = "no simple expression of α and r"
+    return (
+        f"{name} has the scale {scales[0]} at α = {alpha:g} and r = {r}: {words}; "
+        f"the correct scale is {right:.7g}"
+    )
+
+
+def step_patterns(answers: Answers) -> Iterator[Finding]:
+    """Of parameters after each step: which step is the first wrong one, and how the error grows."""
     worst: dict[int, float] = {}
     last = 0
-    for answer in answers:
-        for name, each in answer.items():
-            match = re.search(r"after step (\d+)$", name)
-            if match is None:
-                continue
-            step = int(match[1])
-            last = max(last, step)
-            judged = each.judge()
-            if judged.verdict == "fail":
-                worst[step] = max(worst.get(step, 0.0), judged.z)
-                first[name[: match.start()]] = min(first.get(name[: match.start()], step), step)
+    for name, comparison in (item for answer in answers for item in answer.items()):
+        match = re.search(r"after step (\d+)$", name)
+        if match is None:
+            continue
+        step = int(match[1])
+        last = max(last, step)
+        judged = comparison.judge()
+        if judged.verdict == "fail":
+            worst[step] = max(worst.get(step, 0.0), judged.z)
     if worst:
-        start = min(worst)
-        grows = all(worst[k] <= worst[k + 1] for k in worst if k + 1 in worst)
-        more = " and grows with every step" if grows and len(worst) > 2 else ""
-        if len(worst) == 1 and start < last:
-            more = " and is right again afterwards"
-        when = "from the first step on" if start == 1 else f"from step {start} on, right before"
-        yield "steps", f"The parameters are wrong {when}{more}"
+        yield "steps", f"The parameters are wrong {_when(worst, last)}"
+
+
+def _when(worst: Mapping[int, float], last: int) -> str:
+    """From which step on, by the worst z of each wrong step, and how it goes on."""
+    first = min(worst)
+    when = "from the first step on" if first == 1 else f"from step {first} on, right before"
+    if len(worst) == 1 and first < last:
+        return f"{when} and right again afterwards"
+    grows = all(worst[k] <= worst[k + 1] for k in worst if k + 1 in worst)
+    return f"{when} and further off with every step" if grows and len(worst) > 2 else when
 
 
 @np.errstate(all="ignore")  # what is wrong may be wrong beyond all bounds
-def describe(check: str, cases: Sequence[Case], answers: Answers) -> tuple[Diagnosis, ...]:
-    """What can be said of the deviations of a check's cases; nothing, if nothing is certain."""
-    kind = check.removeprefix("linear.forward").removeprefix("linear.vjp")
-    layers = [draw_layer(case, **KINDS[kind])[0] for case in cases] if kind in KINDS else []
-    said = [(f"{STRUCTURE}{what}", sentence) for what, sentence in steps(answers)]
-    if layers:
-        said += [(f"{STRUCTURE}{what}", s) for what, s in scale_that_acts(layers, answers)]
-    if not said:
-        failing = list(_failing(cases, answers).items())
-        lives = check.startswith("lifecycle.")
-        # What a life has made wrong stays so: its first step says it. The rank is an adapter's.
-        for name, each in failing[: 1 if lives else None]:
-            said += [
-                (f"{STRUCTURE}{what}", f"{name} {s}")
-                for what, s in _sentences(each)
-                if not (lives and what == "rank")
-            ]
-    return tuple(Diagnosis(name, f"{sentence}.", 0.0) for name, sentence in said[:3])
+def describe(level: Level, cases: Sequence[Case], answers: Answers) -> tuple[Diagnosis, ...]:
+    """The patterns of the deviations in a check's cases; nothing where nothing is certain."""
+    layers = [layer for case in cases if (layer := level.layer(case)) is not None]
+    found = [*step_patterns(answers), *(scale_patterns(layers, answers) if layers else ())]
+    if not found:
+        found = list(_of_arrays(level, cases, answers))
+    return tuple(
+        Diagnosis(f"{STRUCTURE}{kind}", f"{sentence}.", 0.0)
+        for kind, sentence in found[:MAX_FINDINGS]
+    )
+
+
+def _of_arrays(level: Level, cases: Sequence[Case], answers: Answers) -> Iterator[Finding]:
+    """The patterns of each array that deviates.
+
+    In a history a wrong state stays wrong: its first array tells. The rank is an adapter's there.
+    """
+    failing = list(failing_arrays(cases, answers).items())
+    for name, comparisons in failing[: 1 if level.is_history else None]:
+        for kind, sentence in array_patterns(comparisons):
+            if not (level.is_history and kind == "rank"):
+                yield kind, f"{name} {sentence}"

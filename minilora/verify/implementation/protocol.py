@@ -33,6 +33,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from minilora.verify.core.errors import Fault, LoadError, Skip, near, tidy
+from minilora.verify.core.types import Check
 from minilora.verify.implementation.contract import METHODS, SESSION, TIME_LIMIT, Remote, positional
 
 PROTOCOL = 1
@@ -74,13 +75,20 @@ _SLICE = 0.05
 class Driver(Remote):
     """An implementation that answers from another process.
 
-    ``command`` starts it, without a shell; ``time_limit`` is in seconds a call and for the start.
+    ``command`` starts it, without a shell; ``checks`` are those that it may name; ``time_limit`` is
+    in seconds a call and for the start.
     It has the methods that the driver declares. `close` ends it, as leaving a ``with`` block does.
 
     Raises LoadError where the command cannot be started or does not speak the protocol.
     """
 
-    def __init__(self, command: str | Sequence[str], *, time_limit: float = TIME_LIMIT) -> None:
+    def __init__(
+        self,
+        command: str | Sequence[str],
+        checks: Sequence[Check],
+        *,
+        time_limit: float = TIME_LIMIT,
+    ) -> None:
         try:
             self.command = words(command) if isinstance(command, str) else list(command)
         except ValueError as error:
@@ -105,7 +113,7 @@ class Driver(Remote):
                 if said.get(each) is not None:
                     setattr(self, each, said[each])
             self._patterns = _names(said, "checks")
-            self.methods = _methods(said, self._patterns)
+            self.methods = _methods(said, self._patterns, checks)
         except BaseException:
             self.close()
             raise
@@ -159,7 +167,7 @@ class Driver(Remote):
 
     def _run(self, method: str, arguments: dict[str, Any], session: int | None = None) -> Any:
         arrays: dict[str, np.ndarray] = {}
-        settings = _spread(arguments, (), arrays)
+        settings = split_arrays(arguments, (), arrays)
         if self._closed:
             raise Fault("crashes", f"{method} is not called: the driver was closed")
         if not self._living:
@@ -277,7 +285,7 @@ def _line(message: Mapping[str, Any]) -> bytes:
     return text.encode(errors="surrogateescape") + b"\n"
 
 
-def _spread(value: Any, path: tuple[str, ...], arrays: dict[str, np.ndarray]) -> Any:
+def split_arrays(value: Any, path: tuple[str, ...], arrays: dict[str, np.ndarray]) -> Any:
     """The value as JSON; its arrays go to ``arrays`` under their paths.
 
     An object lacks what is there, and a list has null in its place.
@@ -286,11 +294,11 @@ def _spread(value: Any, path: tuple[str, ...], arrays: dict[str, np.ndarray]) ->
         arrays[".".join(path)] = value
         return None
     if isinstance(value, Mapping):
-        plain = {str(k): _spread(v, (*path, str(k)), arrays) for k, v in value.items()}
+        plain = {str(k): split_arrays(v, (*path, str(k)), arrays) for k, v in value.items()}
         gone = {str(k) for k, v in value.items() if isinstance(v, np.ndarray)}
         return {k: v for k, v in plain.items() if k not in gone}
     if isinstance(value, list | tuple):
-        return [_spread(entry, (*path, str(i)), arrays) for i, entry in enumerate(value)]
+        return [split_arrays(entry, (*path, str(i)), arrays) for i, entry in enumerate(value)]
     if isinstance(value, np.generic):
         return value.item()
     return str(value) if isinstance(value, Path) else value
@@ -409,13 +417,13 @@ def _matches(check: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(check, pattern) for pattern in patterns)
 
 
-def _methods(said: Mapping[str, Any], patterns: Sequence[str]) -> tuple[str, ...]:
+def _methods(
+    said: Mapping[str, Any], patterns: Sequence[str], checks: Sequence[Check]
+) -> tuple[str, ...]:
     """The methods that the driver declares, or that the checks need that it declares."""
-    from minilora.verify.checks.registry import CHECKS
-
     for pattern in patterns:
-        if not any(_matches(check.id, [pattern]) for check in CHECKS):
-            suggested = near(pattern, [check.id for check in CHECKS])
+        if not any(_matches(check.id, [pattern]) for check in checks):
+            suggested = near(pattern, [check.id for check in checks])
             raise LoadError(f"the driver declares the check {pattern!r}; there is none{suggested}")
     methods = _names(said, "methods")
     for name in methods:
@@ -425,7 +433,7 @@ def _methods(said: Mapping[str, Any], patterns: Sequence[str]) -> tuple[str, ...
                 f"protocol carries {', '.join(CARRIED)}"
             )
     if not methods:
-        needed = {need for c in CHECKS if _matches(c.id, patterns) for need in c.needs}
+        needed = {need for c in checks if _matches(c.id, patterns) for need in c.needs}
         methods = tuple(name for name in CARRIED if name in needed)
     if not methods:
         raise LoadError(

@@ -346,9 +346,7 @@ def _figure(result: Result, worst: Judgement, picture: Picture) -> Iterator[str]
     keys = [f"{_swatch(level)} {means[level]}" for level in sorted(squares)]
     yield f"|z| of {escape(words)} (the ring), in {escape(result.worst_case)}. "
     if result.worst_case != result.case:  # whose figures stand below
-        yield escape(
-            f"{judgement_words(worst)}; {place_words(worst, result.dtype, result.check)}. "
-        )
+        yield escape(f"{judgement_words(worst)}; {place_words(worst, result)}. ")
     yield f'<span class="soft">{", ".join(keys)}</span></figcaption></figure>'
 
 

@@ -88,6 +88,7 @@ def _result(entry: Mapping[str, Any], number: int) -> Result:
         level=tidy(entry["level"]),
         title=tidy(entry["title"], 2000),
         dtype=entry["dtype"],
+        is_relation=bool(entry.get("relation", False)),
         precision=Precision(**entry["precision"]),
         status=entry["status"],
         cases=int(entry["cases"]),

@@ -25,8 +25,10 @@ from minilora.verify.core.types import STRUCTURE, Diagnosis, Judgement, Picture
 
 T = TypeVar("T")
 
-UNSEEN = "Others of its level come first; the command below looks into this one."
-"""The note of a check that deviates and was not looked into."""
+NOT_DIAGNOSED = "Not diagnosed (limit reached). Run the command below to diagnose it."
+NOT_SHRUNK = (
+    "No smallest counterexample (limit reached). Run the command below to look for one as well."
+)
 
 STATUSES = ("fail", "error", "loose", "known", "skip", "pass")
 """Worst first."""
@@ -92,6 +94,7 @@ class Result:
     cases: int = 0
     skipped_cases: int = 0
     deviating_cases: int = 0
+    is_relation: bool = False
     worst: Judgement | None = None
     worst_case: str = ""
     case: str = ""
@@ -292,6 +295,7 @@ def _result_json(result: Result, seed: int) -> dict[str, Any]:
         "level": result.level,
         "title": result.title,
         "dtype": result.dtype,
+        "relation": result.is_relation,
         "precision": asdict(result.precision),
         "status": result.status,
         "cases": result.cases,
@@ -425,7 +429,7 @@ def _deviations(report: Report, verbose: bool) -> Iterator[str]:
         first, *others = deviating
         names = tuple(each.id for each in first.diagnosis)
         key = names or tuple(fault_words(fault) for fault in first.faults)
-        if first.note == UNSEEN and not verbose:
+        if first.note == NOT_DIAGNOSED and not verbose:
             unseen.setdefault((first.level, first.status), []).append(check)
             continue
         yield ""
@@ -525,7 +529,7 @@ def _array_lines(result: Result, fold: Fold) -> Iterator[str]:
     off.sort(key=lambda judged: -judged.excess)
     for judged in off[:_ARRAYS_SHOWN]:
         yield from fold(f"{judged.array}  {judgement_words(judged)}", 2)
-        yield from fold(place_words(judged, result.dtype, result.check), 4)
+        yield from fold(place_words(judged, result), 4)
     if rest := [judged.array for judged in off[_ARRAYS_SHOWN:]]:
         yield from fold(f"and in {len(rest)} more arrays: {tidy(', '.join(rest))}", 2)
     if ok := [judged.array for judged in result.arrays if judged.verdict == "pass"]:
@@ -545,23 +549,14 @@ def judgement_words(judged: Judgement) -> str:
     )
 
 
-RELATIONS = re.compile(
-    r"linear\.(symmetry|basis-change|dropout-mean|token-independence|gradcheck)|merge\.negative"
-    r"|combine\.(negative-weight|zero-weight|halves|order)"
-    r"|multi\.(base-rows|row-order|adapter-order|unused-adapter)"
-    r"|model\.\w+\.padding|init\.reproducible"
-)
-"""Checks that compare two answers of the implementation, of which either may be the wrong one."""
-
-
-def place_words(judged: Judgement, dtype: str, check: str = "") -> str:
+def place_words(judged: Judgement, result: Result) -> str:
     """The worst element: where it is, what was got and wanted.
 
-    Of two answers of the implementation none is what is wanted: an array "one against another" has
-    both names, and the check says it of others.
+    Of two answers of the implementation either may be wrong: an array "one against another" has
+    both names; of other arrays the check says it.
     """
     got, want = (
-        f"{value:.{_DIGITS[dtype]}g}" if dtype in _DIGITS else repr(value)
+        f"{value:.{_DIGITS[result.dtype]}g}" if result.dtype in _DIGITS else repr(value)
         for value in (judged.got, judged.want)
     )
     sigma = "" if judged.sigma is None else f", sigma {judged.sigma:.3g}"
@@ -569,7 +564,7 @@ def place_words(judged: Judgement, dtype: str, check: str = "") -> str:
     one, against, other = judged.array.partition(" against ")
     if against:
         return f"{where}they disagree: {one} is {got}, {other} is {want}{sigma}"
-    if RELATIONS.fullmatch(check):
+    if result.is_relation:
         return f"{where}one of its answers is {got}, the other {want}{sigma}"
     return f"{where}got {got}, want {want}{sigma}"
 
@@ -604,7 +599,7 @@ def _what(result: Result) -> str:
     """The worst element, or the fault."""
     off = max(result.arrays, key=lambda judged: judged.excess, default=None)
     if off is not None and off.verdict != "pass":
-        return f"{off.array} {place_words(off, result.dtype, result.check)}"
+        return f"{off.array} {place_words(off, result)}"
     return tidy("; ".join(fault_words(fault) for fault in result.faults), 200)
 
 
