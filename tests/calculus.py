@@ -5,7 +5,8 @@ import math
 import numpy as np
 from reproducible_math import TAYLOR
 
-from minilora.verify.properties.laws import STEP, UNIT_ROUNDOFF
+from minilora.verify.properties.derivatives import STEP
+from minilora.verify.properties.laws import UNIT_ROUNDOFF
 from minilora.verify.properties.variant_matrix import PROMISE
 
 GRADIENT = PROMISE

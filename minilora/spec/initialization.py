@@ -1,19 +1,20 @@
-"""How an adapter starts from the weight that it adapts: the base's output, split in another way.
+"""How A and B start beside the weight W: the output is the base's, or near it.
 
-Where A is drawn and B = 0 (`lora.draw_factors`), the base keeps its weight. The
-starts here take A and B out of the weight W, and what is left, the residual, becomes the frozen
-base; W itself is the caller's to keep. Only `orthogonal` leaves W as it is.
+Where A is drawn and B = 0 (`lora.draw_factors`), the frozen base is W itself, and so with
+`orthogonal`, where B A = 0. `pissa`, `olora` and `loftq` take A and B out of W: the residual
+becomes the frozen base, and the array W stays unchanged.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from minilora.spec.lora import DRAW, draw_factors, merge_weight
+from minilora.spec.lora import draw_factors, merge_weight
 from minilora.spec.ops import Array
 from minilora.spec.quantization import dequantise, quantise
 
@@ -108,56 +109,87 @@ def loftq(
     return Q, A, B
 
 
-Start = Callable[["np.random.Generator", Array, int, Any], tuple[Array, Array, Array]]
+Split = tuple[Array, Array, Array]
+"""The frozen base (m, n), A (r, n) and B (m, r)."""
 
 
-def _drawn(init: str) -> Start:
-    def start(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
+@dataclass(frozen=True)
+class Initialization:
+    """A way to start A and B, and what becomes of the frozen weight.
+
+    ``start(rng, W, r, s)`` gives the frozen base, A and B. ``base``: "kept", where it is W itself
+    and only the shape and the dtype of W are read; "residual", W - s B A; or "quantized".
+    ``rounded``: B A is 0 but for rounding, though neither A nor B is 0.
+    ``shared``: A and B are drawn once, for the greatest height and width of all adapted weights,
+    and each takes its part by `shared_part`. ``general``: every variant may start so; else only
+    the one whose entry names it. ``in_peft``: PEFT's ``init_lora_weights`` has a value of this
+    name.
+    """
+
+    start: Callable[[np.random.Generator, Array, int, Any], Split]
+    base: str = "kept"
+    rounded: bool = False
+    shared: bool = False
+    general: bool = True
+    in_peft: bool = False
+
+
+def _drawn(init: str) -> Callable[[np.random.Generator, Array, int, Any], Split]:
+    def start(rng: np.random.Generator, W: Array, r: int, s: Any) -> Split:
         return W, *draw_factors(rng, init, r, *W.shape)
 
     return start
 
 
-def _orthogonal(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
+def _orthogonal(rng: np.random.Generator, W: Array, r: int, s: Any) -> Split:
     return W, *orthogonal(rng, r, *W.shape)
 
 
-def _embedding(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
-    m, n = W.shape
-    return W, np.zeros((r, n)), rng.standard_normal((m, r))
+def _pissa(rng: np.random.Generator, W: Array, r: int, s: Any) -> Split:
+    return pissa(W, r, s)
 
 
-def _vera(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
-    return W, *draw_vera(rng, r, *W.shape)
+def _olora(rng: np.random.Generator, W: Array, r: int, s: Any) -> Split:
+    return olora(W, r, s)
 
 
-def _adalora(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
-    m, n = W.shape
-    return W, 0.02 * rng.standard_normal((r, n)), 0.02 * rng.standard_normal((m, r))
-
-
-def _loftq(rng: np.random.Generator, W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
+def _loftq(rng: np.random.Generator, W: Array, r: int, s: Any) -> Split:
     def nf4(V: Array) -> Array:
         return dequantise(quantise(V.astype(np.float32), "nf4")).astype(V.dtype)
 
     return loftq(W, r, s, nf4)
 
 
-STARTS: dict[str, Start] = {
-    **{init: _drawn(init) for init in DRAW},
-    "orthogonal": _orthogonal,
-    "pissa": lambda rng, W, r, s: pissa(W, r, s),
-    "olora": lambda rng, W, r, s: olora(W, r, s),
-    "loftq": _loftq,
-    "embedding": _embedding,
-    "vera": _vera,
-    "adalora": _adalora,
-}
-"""How A and B start, by name: (rng, W, r, s) -> the frozen base, A, B.
+def _embedding(rng: np.random.Generator, W: Array, r: int, s: Any) -> Split:
+    m, n = W.shape
+    return W, np.zeros((r, n)), rng.standard_normal((m, r))
 
-"embedding": A = 0 and B normal, as loralib and PEFT start a table's; "vera": `draw_vera` for one
-module (its vectors make the product 0); "adalora": both N(0, 0.02²) (its singular values are 0);
-"loftq": one step with NF4. With another quantiser or more steps, call `loftq`.
+
+def _vera(rng: np.random.Generator, W: Array, r: int, s: Any) -> Split:
+    return W, *draw_vera(rng, r, *W.shape)
+
+
+def _adalora(rng: np.random.Generator, W: Array, r: int, s: Any) -> Split:
+    m, n = W.shape
+    return W, 0.02 * rng.standard_normal((r, n)), 0.02 * rng.standard_normal((m, r))
+
+
+INITIALIZATIONS: dict[str, Initialization] = {
+    "kaiming": Initialization(_drawn("kaiming")),
+    "gaussian": Initialization(_drawn("gaussian"), in_peft=True),
+    "orthogonal": Initialization(_orthogonal, rounded=True, in_peft=True),
+    "pissa": Initialization(_pissa, base="residual", in_peft=True),
+    "olora": Initialization(_olora, base="residual", in_peft=True),
+    "loftq": Initialization(_loftq, base="quantized"),
+    "embedding": Initialization(_embedding),
+    "vera": Initialization(_vera, shared=True, general=False),
+    "adalora": Initialization(_adalora, general=False),
+}
+"""How A and B start, by name.
+
+"embedding": A = 0 and B normal, as loralib and PEFT start a table's; "vera": `draw_vera` (its
+vectors make the product 0); "adalora": both N(0, 0.02²) (its singular values are 0); "loftq": one
+step with NF4. With another quantiser or more steps, call `loftq`.
 """
 
 
@@ -177,15 +209,11 @@ def plain_alpha(alpha: Any, rslora: bool = False) -> Any:
     return alpha * math.sqrt(2) if rslora else 2 * alpha
 
 
-LAMBDA_D = 0.1
-"""VeRA's λ_d at the start (Kopiczko, Blankevoort and Asano 2023, section 3.3)."""
-
-
 def draw_vera(rng: np.random.Generator, r: int, m: int, n: int) -> tuple[Array, Array]:
     """A ~ U(-√(6/n), √(6/n)) and B ~ U(-√(6/r), √(6/r)), once for all projections of a model.
 
     m and n are the greatest of the projections' heights and widths; each takes its part of the two
-    with `vera_part`. The bounds are kaiming-uniform's for the drawn shapes.
+    with `shared_part`. The bounds are kaiming-uniform's for the drawn shapes.
 
     Shapes: -> A (r, n), B (m, r).
     Source: Kopiczko, Blankevoort and Asano 2023, "VeRA", section 3.3; drawn in PEFT's order.
@@ -194,16 +222,15 @@ def draw_vera(rng: np.random.Generator, r: int, m: int, n: int) -> tuple[Array, 
     return A, rng.uniform(-((6 / r) ** 0.5), (6 / r) ** 0.5, (m, r))
 
 
-def vera_part(A: Array, B: Array, m: int, n: int) -> tuple[Array, Array, Array, Array]:
-    """The first n columns of A, the first m rows of B, `LAMBDA_D` and λ_b = 0, of one projection.
+def shared_part(A: Array, B: Array, m: int, n: int) -> tuple[Array, Array]:
+    """A weight's part of factors that all share: the first n columns of A, the first m rows of B.
 
-    Shapes: A (r, n'), B (m', r) -> A (r, n), B (m, r), lambda_d (r, 1), lambda_b (m, 1).
-    Errors: ValueError if the shared A or B is smaller than the projection.
-    Source: PEFT; the start is that of Kopiczko, Blankevoort and Asano 2023, section 3.3.
+    Shapes: A (r, n'), B (m', r) -> A (r, n), B (m, r).
+    Errors: ValueError if the shared A or B is smaller than the weight.
+    Source: PEFT's VeRA.
     """
     if m > len(B) or n > A.shape[1]:
         raise ValueError(
             f"shared A {A.shape}, B {B.shape} for a weight {(m, n)}: draw them for the greatest"
         )
-    lambda_d = np.full((len(A), 1), LAMBDA_D, A.dtype)
-    return A[:, :n], B[:m], lambda_d, np.zeros((m, 1), B.dtype)
+    return A[:, :n], B[:m]

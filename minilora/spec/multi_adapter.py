@@ -14,7 +14,7 @@ import numpy as np
 
 from minilora.spec.lora import LORA, Variant, combine, python_scalar
 from minilora.spec.ops import Array, Back, linear
-from minilora.spec.variants import ADALORA, LORA_BIAS, VERA, part_shapes
+from minilora.spec.variants import LORA_BIAS, extended, part_shapes
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,26 +284,24 @@ def multi_linear(
     return joined(base, [branch for branch, _ in pairs]), back
 
 
-FACTORS: dict[Variant, Any] = {
-    LORA: lambda A, B: (A, B),
-    LORA_BIAS: lambda A, B, c: (A, B),
-    VERA: lambda A, B, lambda_d, lambda_b: (lambda_d * A, lambda_b * B),
-    ADALORA: lambda A, B, E: (E * A, B),
-}
-"""The variants whose ΔW is s B A, with their A and B; DoRA's is of full rank."""
-
-
 def factors(adapter: Adapter) -> tuple[Array, Array, Any]:
     """A, B and s with ΔW = s B A.
 
     Errors: ValueError if the variant has none: work on `Adapter.change`, as `combine_svd` does.
     """
-    if adapter.variant not in FACTORS:
+    A, B, _ = _factors(adapter)
+    return A, B, adapter.s
+
+
+def _factors(adapter: Adapter) -> tuple[Array, Array, Array | None]:
+    """A, B and c with ΔW = s B A, Δb = s c; c is None without Δb."""
+    form = extended(adapter.variant).factors
+    if form is None:
         raise ValueError(
             f"a variant of {', '.join(adapter.variant.parts)} changes W by more than s B A: "
             "combine the changes ΔW, not the factors"
         )
-    return *FACTORS[adapter.variant](*adapter.parts), adapter.s
+    return form(*adapter.parts)
 
 
 def combine_exact(adapters: Sequence[Adapter], weights: Sequence[Any]) -> Adapter:
@@ -317,15 +315,11 @@ def combine_exact(adapters: Sequence[Adapter], weights: Sequence[Any]) -> Adapte
         return replace(adapters[0], s=python_scalar(weights[0]) * adapters[0].s)
     A, B = combine([factors(adapter) for adapter in adapters], weights)
     biases = [
-        python_scalar(w) * a.s * a.parts[2]
-        for a, w in zip(adapters, weights, strict=True)
-        if _biased(a)
+        python_scalar(w) * adapter.s * c
+        for w, adapter in zip(weights, adapters, strict=True)
+        if (c := _factors(adapter)[2]) is not None
     ]
     return Adapter((A, B, sum(biases)), 1, LORA_BIAS) if biases else Adapter((A, B), 1)
-
-
-def _biased(adapter: Adapter) -> bool:
-    return adapter.variant is LORA_BIAS
 
 
 def _weighted(weights: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:

@@ -13,36 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from minilora.spec.adalora import adalora_scale
-from minilora.spec.initialization import STARTS, draw_vera, vera_part
-from minilora.spec.lora import LORA, TABLES, TrainableSpec, Variant, Weights, scale, twin, weight_of
-from minilora.spec.ops import Array, Back
-from minilora.spec.variants import (
-    ADALORA,
-    REGISTRY,
-    VERA,
-    Entry,
-    invocation,
-    part_shapes,
-    start,
-)
-
-
-def _alora_linear(
-    x: Array, W: Array, b: Array | None, A: Array, B: Array, s: Any, K: Array | None = None
-) -> tuple[Array, Back]:
-    """LoRA's y, once K says on which tokens it acts."""
-    if K is None:
-        raise ValueError("aLoRA acts from its invocation on: give the batch's tuning, by invoked")
-    return LORA.linear(x, W, b, A, B, s, K)
-
-
-def _merge_alora(*parts: Any) -> tuple[Array, Array | None]:
-    raise ValueError("aLoRA acts on some tokens only, and a weight on all: it has no merge")
-
-
-ALORA = Variant(("A", "B"), _alora_linear, _merge_alora)
-"""LoRA's equation for aLoRA, which refuses to act where no batch's tokens are given."""
+from minilora.spec.initialization import INITIALIZATIONS, shared_part
+from minilora.spec.lora import LORA, TABLES, TrainableSpec, Variant, Weights, twin, weight_of
+from minilora.spec.ops import Array
+from minilora.spec.variants import REGISTRY, Entry, fresh_parts, invocation, part_shapes
 
 
 @dataclass(frozen=True)
@@ -58,7 +32,7 @@ class LoraConfig:
     expressions for whole names of parameters trained in full (norms, embeddings, heads).
 
     ``variant``: a name in `variants.REGISTRY`; ``init_lora_weights``: a name in
-    `initialization.STARTS`, the variant's own unless given; ``use_rslora``: s = α/√r, as with
+    `initialization.INITIALIZATIONS`, the variant's own unless given; ``use_rslora``: s = α/√r, as
     the variant of that name. ``alora_invocation_tokens``: the tokens from which aLoRA acts
     (:func:`invoked`). ``ensure_weight_tying``: a tied head takes its embedding's factors,
     `lora.twin`. ``trainable_token_indices``: rows of tables that are trained alone, by
@@ -87,64 +61,68 @@ class LoraConfig:
     layer_replication: Sequence[tuple[int, int]] = ()
 
     def __post_init__(self) -> None:
-        if self.variant in REGISTRY:
-            object.__setattr__(self, "init_lora_weights", self.init_lora_weights or self.entry.init)
-            object.__setattr__(self, "use_rslora", self.use_rslora or self.entry.rslora)
-        for name, known in (
-            ("variant", tuple(REGISTRY)),
-            ("bias", ("none", "lora_only", "all")),
-            ("init_lora_weights", tuple(STARTS)),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {known}")
+        self._check_names()
+        init = self.init_lora_weights or self.entry.init
+        object.__setattr__(self, "init_lora_weights", init)
+        object.__setattr__(self, "use_rslora", self.use_rslora or self.entry.rslora)
+        self._check_patterns()
+        self._check_numbers()
+        self._check_variant()
+
+    def _check_names(self) -> None:
+        known: dict[str, Iterable[str]] = {
+            "variant": REGISTRY,
+            "bias": ("none", "lora_only", "all"),
+            "init_lora_weights": ("", *INITIALIZATIONS),
+        }
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                expected = f"expected one of {', '.join(filter(None, values))}"
+                raise ValueError(f"{name} {getattr(self, name)!r}: {expected}")
+
+    def _check_patterns(self) -> None:
+        """Refuse what is no regular expression, and a table that is trained in two ways."""
+        whole = [p for p in (self.target_modules, self.exclude_modules) if isinstance(p, str)]
+        for pattern in (*whole, *self.rank_pattern, *self.alpha_pattern, *self.modules_to_save):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                expected = "a name or a regular expression"
+                raise ValueError(f"{pattern!r}: {error}; expected {expected}") from None
+        for at in self.trainable_token_indices:
+            if any(re.fullmatch(pattern, f"{at}.weight") for pattern in self.modules_to_save):
+                expected = "rows of it, or all of it by modules_to_save"
+                raise ValueError(f"trainable_token_indices of {at}: expected {expected}, not both")
+
+    def _check_numbers(self) -> None:
         if self.layers_to_transform is not None and len(self.layers_to_transform) == 0:
-            raise ValueError(
-                "layers_to_transform: found none, expected numbers; leave it out for all"
-            )
+            expected = "numbers; leave it out for all layers"
+            raise ValueError(f"layers_to_transform: found none, expected {expected}")
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             if not alpha - alpha == 0:
                 raise ValueError(f"lora_alpha {alpha}: expected a finite number")
-        expressions = [v for v in (self.target_modules, self.exclude_modules) if isinstance(v, str)]
-        for expression in (
-            *expressions,
-            *self.rank_pattern,
-            *self.alpha_pattern,
-            *self.modules_to_save,
-        ):
-            try:
-                re.compile(expression)
-            except re.error as error:
-                expected = "a name or a regular expression"
-                raise ValueError(f"{expression!r}: {error}; expected {expected}") from None
         for r in (self.r, *self.rank_pattern.values()):
             if not (isinstance(r, int | np.integer) and r >= 1):
                 raise ValueError(f"rank {r}: expected at least 1, a whole number")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout {self.lora_dropout}: expected at least 0 and below 1")
-        for at in self.trainable_token_indices:
-            if any(re.fullmatch(expression, f"{at}.weight") for expression in self.modules_to_save):
-                expected = "rows of it, or all of it by modules_to_save"
-                raise ValueError(f"trainable_token_indices of {at}: expected {expected}, not both")
-        own, entry = self.entry.init, self.entry
-        if self.init_lora_weights != own and (
-            own != "kaiming" or self.init_lora_weights in ("vera", "adalora")
-        ):
-            expected = f"{own!r}, as the variant {self.variant!r} starts"
-            raise ValueError(f"init_lora_weights {self.init_lora_weights!r}: expected {expected}")
-        if (self.variant == "alora") != bool(self.alora_invocation_tokens):
+
+    def _check_variant(self) -> None:
+        """Refuse what the variant does not take."""
+        entry, init = self.entry, self.init_lora_weights
+        if init != entry.init and not (entry.init == "kaiming" and INITIALIZATIONS[init].general):
+            expected = f"{entry.init!r}, as the variant {self.variant!r} starts"
+            raise ValueError(f"init_lora_weights {init!r}: expected {expected}")
+        tokens = list(self.alora_invocation_tokens)
+        if (entry.injected is not None) != bool(tokens):
             expected = "the tokens of aLoRA's invocation, and none for another variant"
-            raise ValueError(
-                f"alora_invocation_tokens {list(self.alora_invocation_tokens)}: expected {expected}"
-            )
+            raise ValueError(f"alora_invocation_tokens {tokens}: expected {expected}")
         if self.ensure_weight_tying and self.equation != LORA:
-            raise ValueError(
-                f"ensure_weight_tying: factors are shared by LoRA itself only, not {self.variant!r}"
-            )
-        shared = {"use_rslora": "no rsLoRA's scale", "alpha_pattern": "one scale for all modules"}
-        shared |= {"rank_pattern": "one rank for all modules"} if entry.variant == VERA else {}
-        for name, why in shared.items() if entry.variant in (VERA, ADALORA) else ():
+            expected = f"LoRA's own factors, found the variant {self.variant!r}"
+            raise ValueError(f"ensure_weight_tying: expected {expected}")
+        for name, why in entry.refuses.items():
             if getattr(self, name):
-                raise ValueError(f"{name}: found it, but {self.variant} has {why}; leave it out")
+                raise ValueError(f"{name}: not with {self.variant}, {why}; leave it out")
 
     @property
     def entry(self) -> Entry:
@@ -153,8 +131,8 @@ class LoraConfig:
 
     @property
     def equation(self) -> Variant:
-        """What the adapted modules compute: the entry's, or :data:`ALORA`."""
-        return ALORA if self.variant == "alora" else self.entry.variant
+        """What the adapted modules compute."""
+        return self.entry.equation
 
 
 @dataclass(frozen=True)
@@ -305,65 +283,78 @@ def saved_in_full(name: str, wanted: Sequence[str]) -> bool:
 
 
 def resolve_targets(lora: LoraConfig, linears: Mapping[str, tuple[int, int]]) -> ResolvedTargets:
-    """The modules among ``linears`` (name to shape) that ``lora`` hits.
+    """The modules among ``linears`` (name to shape) that ``lora`` matches.
 
     ``linears`` are a model's projections, or its ``matrices()``: those, the tables as (d, v), and a
-    tied head. "all-linear" hits projections only, whichever is given.
+    tied head. "all-linear" matches projections only, whichever is given.
 
     ``exclude_modules`` and ``layers_to_transform`` may name what is not there, as in PEFT.
 
-    Errors: ValueError if it hits nothing, or if a name of ``target_modules`` or a pattern of ranks
-    or alphas hits nothing; if it ties what is not both there, or gives the two other ranks.
+    Errors: ValueError if it matches nothing, or if a name of ``target_modules`` or a pattern of
+    ranks or alphas matches nothing; if it ties what is not both there, or gives the two other
+    ranks.
     """
-    every = lora.target_modules == "all-linear"
-    hit = [
+    matched = _matched(lora, linears)
+    _check_matched(lora, linears, matched)
+    rank = {at: pattern_value(lora.rank_pattern, at, lora.r) for at in matched}
+    alpha = {at: pattern_value(lora.alpha_pattern, at, lora.lora_alpha) for at in matched}
+    if lora.ensure_weight_tying and TIED.issubset(rank) and rank["head"] != rank["embed"]:
+        raise ValueError(
+            f"ensure_weight_tying: ranks {rank['embed']} and {rank['head']}, expected one"
+        )
+    return ResolvedTargets(rank, alpha, {at: linears[at] for at in matched}, lora.variant)
+
+
+TIED = {"embed", "head"}
+
+
+def _matched(lora: LoraConfig, linears: Mapping[str, tuple[int, int]]) -> list[str]:
+    """The modules that get an adapter; of a tied pair, both or none."""
+    possible: Iterable[str] = linears
+    wanted = lora.target_modules
+    if wanted == "all-linear":
+        possible, wanted = all_linear(linears, ("head", *TABLES)), ".*"
+    matched = {
         at
-        for at in (all_linear(linears, ("head", *TABLES)) if every else linears)
+        for at in possible
         if targeted(
             at,
-            ".*" if every else lora.target_modules,
+            wanted,
             exclude=lora.exclude_modules,
             layers=lora.layers_to_transform,
             layers_pattern="layers",
         )
-    ]
-    twins = {"embed", "head"}
-    if lora.ensure_weight_tying and twins.intersection(hit):
-        if not twins <= linears.keys():
-            raise ValueError(
-                "ensure_weight_tying: expected an embedding and a head; give the model's matrices()"
-            )
-        hit = [at for at in linears if at in twins.union(hit)]
+    }
+    if lora.ensure_weight_tying and TIED & matched:
+        if not TIED.issubset(linears):
+            expected = "an embedding and a head; give the model's matrices()"
+            raise ValueError(f"ensure_weight_tying: expected {expected}")
+        matched |= TIED
+    return [at for at in linears if at in matched]
 
-    def own(patterns: Mapping[str, Any], default: Any) -> dict[str, Any]:
-        return {at: pattern_value(patterns, at, default) for at in hit}
 
-    names = [] if isinstance(lora.target_modules, str) else list(lora.target_modules)
+def _check_matched(
+    lora: LoraConfig, linears: Mapping[str, tuple[int, int]], matched: Sequence[str]
+) -> None:
+    """Refuse a configuration of which something matches nothing."""
+    names = [] if isinstance(lora.target_modules, str) else lora.target_modules
     idle = [name for name in names if not any(matches(at, [name]) for at in linears)]
     idle += [
-        p
-        for p in (*lora.rank_pattern, *lora.alpha_pattern)
-        if not any(own({p: True}, False).values())
+        pattern
+        for pattern in (*lora.rank_pattern, *lora.alpha_pattern)
+        if not any(pattern_value({pattern: True}, at, False) for at in matched)
     ]
-    if not hit or idle:
-        what = f"{idle} of the choice" if idle else f"target_modules {lora.target_modules!r}"
-        raise ValueError(f"{what} hit no projection; there are: {', '.join(linears)}")
-    rank = own(lora.rank_pattern, lora.r)
-    if lora.ensure_weight_tying and twins <= rank.keys() and rank["head"] != rank["embed"]:
+    if not matched or idle:
+        wrong = idle or repr(lora.target_modules)
         raise ValueError(
-            f"ensure_weight_tying: ranks {rank['embed']} and {rank['head']}, expected one"
+            f"target_modules: {wrong} match no module; there are: {', '.join(linears)}"
         )
-    shapes = {at: linears[at] for at in hit}
-    return ResolvedTargets(rank, own(lora.alpha_pattern, lora.lora_alpha), shapes, lora.variant)
 
 
-def scales(lora: LoraConfig, choice: ResolvedTargets) -> dict[str, Any]:
-    """s of each adapted module: α / r, or α / √r; AdaLoRA's has the choice's one r, VeRA's is 1."""
-    if lora.entry.variant == VERA:
-        return dict.fromkeys(choice.rank, 1)
-    if lora.entry.variant == ADALORA:
-        return dict.fromkeys(choice.rank, adalora_scale(lora.lora_alpha, lora.r))
-    return {at: scale(choice.alpha[at], r, lora.use_rslora) for at, r in choice.rank.items()}
+def scales(lora: LoraConfig, targets: ResolvedTargets) -> dict[str, Any]:
+    """s of each adapted module: α / r, or α / √r, or as its variant's entry has it."""
+    of = lora.entry.scale
+    return {at: of(targets.alpha[at], r, lora.r, lora.use_rslora) for at, r in targets.rank.items()}
 
 
 def inject(
@@ -374,78 +365,95 @@ def inject(
 ) -> tuple[Weights, TrainableSpec]:
     """The weights with fresh adapters beside each chosen module, and what is trained of them.
 
-    The adapters have their weight's dtype. A start that takes them out of the weight leaves its
-    residual in what is returned, and W as it was; tables start as "embedding" under every ``init``.
-    VeRA's A and B are parts of one draw.
+    The adapters have their weight's dtype. An initialization that takes them out of the weight
+    leaves its residual in what is returned, and W as it was; tables start as "embedding" whatever
+    ``init_lora_weights`` says. Where an initialization is shared (VeRA's), A and B are parts of
+    one draw.
 
-    Errors: those of :func:`resolve_targets` and of the start; ValueError if W has adapters
+    Errors: those of :func:`resolve_targets` and of the initialization; ValueError if W has adapters
     already, if an expression of ``lora.modules_to_save`` matches no parameter, if a table has no
     such adapter, no such row, or the head to tie has a weight of its own; if W is not made of
     ``lora.layer_replication``.
     """
     if any(name.endswith(".A") for name in W):
         raise ValueError("the weights have adapters already; disable or merge them first")
-    choice = resolve_targets(lora, linears)
-    _check_tables(W, lora, choice)
-    s = scales(lora, choice)
-    variant = lora.entry.variant
-    if variant == VERA:
-        heights, widths = zip(*choice.shape.values(), strict=True)
-        dtype = W[weight_of(next(iter(choice.rank)), W)].dtype
-        A, B = (f.astype(dtype) for f in draw_vera(rng, lora.r, max(heights), max(widths)))
+    targets = resolve_targets(lora, linears)
+    _check_tables(W, lora, targets)
+    _check_layers(W, lora.layer_replication)
+    s = scales(lora, targets)
+    factors = _shared_factors(W, lora, targets, rng)
     changed: Weights = {}
-    for at, r in choice.rank.items():
+    for at, r in targets.rank.items():
         weight = W[weight_of(at, W)]
         M = weight.T if at in TABLES else weight
-        base, parts = M, tuple[Array, ...]()
-        if variant == VERA:
-            A, B = (f.astype(M.dtype, copy=False) for f in (A, B))
-            parts = vera_part(A, B, *M.shape)
+        if factors:
+            base = M
+            A, B = shared_part(*factors, *M.shape)
         else:
             init = "embedding" if at in TABLES else lora.init_lora_weights
-            base, parts = start(variant, init, rng, M, r, s[at])
-        changed |= {f"{at}.{part}": v for part, v in zip(variant.parts, parts, strict=True)}
+            base, A, B = INITIALIZATIONS[init].start(rng, M, r, s[at])
+        parts = fresh_parts(lora.equation, base, A, B, s[at])
+        changed |= {f"{at}.{part}": v for part, v in zip(lora.equation.parts, parts, strict=True)}
         if base is not M:
             changed[f"{at}.weight"] = base
-    if lora.ensure_weight_tying and "head" in choice.rank:
+    if lora.ensure_weight_tying and "head" in targets.rank:
         changed["head.A"], changed["head.B"] = twin(changed["embed.A"], changed["embed.B"])
-    beside = {name for name in W if any(re.fullmatch(p, name) for p in lora.modules_to_save)}
+    trained = targets.trained() | _trained_of_base(W, lora, targets)
+    variants = {} if lora.equation == LORA else dict.fromkeys(targets.rank, lora.equation)
+    return {**W, **changed}, TrainableSpec(scale=s, trained=trained, variant=variants)
+
+
+def _shared_factors(
+    W: Weights, lora: LoraConfig, targets: ResolvedTargets, rng: np.random.Generator
+) -> tuple[Array, Array] | None:
+    """A and B for the greatest height and width, where all modules share one draw."""
+    init = INITIALIZATIONS[lora.init_lora_weights]
+    if not init.shared:
+        return None
+    heights, widths = zip(*targets.shape.values(), strict=True)
+    dtype = W[weight_of(next(iter(targets.rank)), W)].dtype
+    outline = np.broadcast_to(dtype.type(0), (max(heights), max(widths)))
+    _, A, B = init.start(rng, outline, lora.r, 1)
+    return A.astype(dtype), B.astype(dtype)
+
+
+def _trained_of_base(W: Weights, lora: LoraConfig, targets: ResolvedTargets) -> set[str]:
+    """The base's parameters that are trained: ``modules_to_save`` and ``bias``.
+
+    Errors: ValueError for an expression that matches no parameter.
+    """
     idle = [p for p in lora.modules_to_save if not any(re.fullmatch(p, name) for name in W)]
     if idle:
-        raise ValueError(f"{idle} match no parameter; there are: {', '.join(W)}")
+        raise ValueError(f"modules_to_save: {idle} match no parameter; there are: {', '.join(W)}")
+    trained = {name for name in W if any(re.fullmatch(p, name) for p in lora.modules_to_save)}
     if lora.bias == "all":
-        beside |= {name for name in W if name.endswith(".bias")}
+        trained |= {name for name in W if name.endswith(".bias")}
     if lora.bias == "lora_only":
-        beside |= {f"{at}.bias" for at in choice.rank if f"{at}.bias" in W}
-    variants = {} if lora.equation == LORA else dict.fromkeys(choice.rank, lora.equation)
-    return {**W, **changed}, TrainableSpec(
-        scale=s, trained=choice.trained() | beside, variant=variants
-    )
+        trained |= {f"{at}.bias" for at in targets.rank} & W.keys()
+    return trained
 
 
-def _check_tables(W: Weights, lora: LoraConfig, choice: ResolvedTargets) -> None:
-    """Refuse what a table, a tied head or a replicated model cannot have."""
-    entry = lora.entry
-    plain = {"A", "B"} <= {*entry.trained} <= {"A", "B", "magnitude"} and lora.equation != ALORA
+def _check_tables(W: Weights, lora: LoraConfig, targets: ResolvedTargets) -> None:
+    """Refuse what a table or a tied head cannot have."""
     for at in TABLES:
-        if at in choice.rank and not plain:
+        if at in targets.rank and not lora.entry.tables:
             raise ValueError(f"{at} is a table: it has no adapter of the variant {lora.variant!r}")
-    if lora.ensure_weight_tying and "head" in choice.rank and "head.weight" in W:
+    if lora.ensure_weight_tying and "head" in targets.rank and "head.weight" in W:
         raise ValueError(
             "ensure_weight_tying: the head has a weight of its own; expected a tied model"
         )
     for at, ids in lora.trainable_token_indices.items():
-        rows = len(W[f"{at}.weight"]) if f"{at}.weight" in W else 0
+        rows = len(W.get(f"{at}.weight", ()))
         if len({*ids} & {*range(rows)}) < len(ids) or not ids:
             expected = f"expected each once, from 0 to {rows - 1}"
             raise ValueError(f"trainable_token_indices {list(ids)} of {at}: {expected}")
+
+
+def _check_layers(W: Weights, ranges: Sequence[tuple[int, int]]) -> None:
+    """Refuse a model that ``layer_replication`` has not made."""
     layers = {int(name.split(".")[1]) for name in W if name.startswith("layers.")}
-    if lora.layer_replication and len(layers) != sum(
-        end - begin for begin, end in lora.layer_replication
-    ):
-        raise ValueError(
-            f"layer_replication {lora.layer_replication} of {len(layers)} layers: replicate first"
-        )
+    if ranges and len(layers) != sum(end - begin for begin, end in ranges):
+        raise ValueError(f"layer_replication {ranges} of {len(layers)} layers: replicate first")
 
 
 def invoked(tuning: TrainableSpec, ids: Array, tokens: Sequence[int]) -> TrainableSpec:

@@ -7,20 +7,20 @@ from extras import optional
 
 from minilora.io.formats.layouts import from_tensors, refusal, to_tensors
 from minilora.spec.variants import REGISTRY
-from minilora.verify.properties.laws import KINDS, draw_case
+from minilora.verify.properties.layer_kinds import KINDS, draw_case
 
 ENTRIES = ("lora", "lora-bias", "dora", "vera", "adalora")
 CELLS = [
     (entry, kind)
     for entry in ENTRIES
     for kind in KINDS
-    if entry not in KINDS[kind].lacks and not refusal(REGISTRY[entry].variant, kind)
+    if kind not in REGISTRY[entry].lacks and not refusal(REGISTRY[entry].variant, kind)
 ]
 REFUSED = [
     (entry, kind)
     for entry in ENTRIES
     for kind in KINDS
-    if entry not in KINDS[kind].lacks and (entry, kind) not in CELLS
+    if kind not in REGISTRY[entry].lacks and (entry, kind) not in CELLS
 ]
 
 

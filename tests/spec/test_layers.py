@@ -13,7 +13,7 @@ from minilora import testing as draw
 from minilora.spec import layers, lora, ops, variants
 from minilora.spec.layers import Geometry, OneHot, unfold
 from minilora.spec.lora import lora_linear
-from minilora.verify.properties import laws
+from minilora.verify.properties import exact_numbers, layer_kinds
 
 FEW = settings(max_examples=10)
 
@@ -322,13 +322,13 @@ def test_a_convolutions_adapter_is_two_convolutions_and_merges_into_one(rng, gro
 @pytest.mark.parametrize("entry", ["lora", "lora-bias", "dora", "vera", "adalora"])
 @pytest.mark.parametrize("kind", ["conv1", "conv2"])
 def test_a_convolution_merges_by_its_variant(entry, kind):
-    case = laws.draw_case(entry, kind, np.random.default_rng(1))
+    case = layer_kinds.draw_case(entry, kind, np.random.default_rng(1))
     groups, wanted = case.extra["groups"], case.merged()
     W, b = layers.merge_conv(case.variant, case.W, case.b, case.P[0], case.s, groups)
-    assert laws.same(W, wanted.W)
-    assert laws.same(b, wanted.b)
+    assert exact_numbers.same(W, wanted.W)
+    assert exact_numbers.same(b, wanted.b)
     W, _ = layers.merge_conv(lora.LORA, case.W, case.b, case.P[0][:2], case.s + 1, groups)
-    assert not laws.same(W, wanted.W)
+    assert not exact_numbers.same(W, wanted.W)
 
 
 def test_places_beside_the_input_are_marked_by_minus_one():
@@ -368,12 +368,12 @@ def test_a_twin_is_the_transposed_change_and_its_twin_is_the_first(A, B):
 @pytest.mark.parametrize("entry", ["lora-bias", "dora", "dora-full", "vera", "adalora"])
 def test_a_variant_needs_nothing_of_a_kind_but_its_matrix_and_columns(entry):
     """An embedding by rows is the linear by columns with a single 1, with every part's gradient."""
-    case = laws.draw_case(entry, "linear", np.random.default_rng(0))
+    case = layer_kinds.draw_case(entry, "linear", np.random.default_rng(0))
     ids = np.array([3, 0, 3, 1])
     f = variants.REGISTRY[entry].variant.linear
     y, back = layers.adapted_embedding(f, ids, case.W.T, case.P[0], case.s)
-    columns = laws._exactly(dense(ids, case.W.shape[1]))
+    columns = exact_numbers.exactly(dense(ids, case.W.shape[1]))
     wanted, wanted_back = f(columns, case.W, None, *case.P[0], case.s)
-    assert laws.same(y, wanted)
+    assert exact_numbers.same(y, wanted)
     for found, want in zip(back(case.dy), wanted_back(case.dy)[1:], strict=True):
-        assert laws.same(found, want)
+        assert exact_numbers.same(found, want)

@@ -24,7 +24,7 @@ from number_systems import Rounded, every_erf, propagated, to_objects, values
 
 from minilora import testing as draw
 from minilora.spec import ops, variants
-from minilora.verify.properties import laws
+from minilora.verify.properties import derivatives
 
 EVERY = pytest.mark.parametrize("name", draw.OPERATIONS)
 FEW = settings(max_examples=6)
@@ -33,7 +33,7 @@ FEW = settings(max_examples=6)
 def with_norm_held(operation):
     """DoRA as its ``back`` sees it; every other operation as it is."""
     held = operation.f is variants.dora_linear
-    return replace(operation, f=laws.norm_held) if held else operation
+    return replace(operation, f=derivatives.constant_norm_linear) if held else operation
 
 
 def contracted(operation):
@@ -106,7 +106,7 @@ def test_the_derivative_of_back_is_symmetric(name, drawn, rng):
 def test_the_norm_that_dora_holds_would_be_seen_if_it_were_not_held(monkeypatch):
     drawn = draw.draw_operations(np.random.default_rng(0), 2, 3, 4, 1, 5)["dora_linear"]
     assert error_of_gradients(drawn) <= GRADIENT
-    monkeypatch.setattr(laws, "norm_held", variants.dora_linear)
+    monkeypatch.setattr(derivatives, "constant_norm_linear", variants.dora_linear)
     assert error_of_gradients(drawn) > GRADIENT
     assert asymmetry(drawn, np.random.default_rng(1)) > GRADIENT
 
@@ -163,7 +163,7 @@ def test_float64_is_as_near_to_long_double_as_rounding_allows(name, drawn, rng):
 def test_scipys_complex_erf_is_off_by_more_than_roundings_and_less_than_its_source_says():
     """Its derivative by a complex step against 40 digits, wherever that is more than u."""
     x = np.linspace(-6, 6, 2001)
-    slopes = ops.erf(x + 1j * laws.STEP).imag / laws.STEP
+    slopes = ops.erf(x + 1j * derivatives.STEP).imag / derivatives.STEP
     with mpmath.workdps(40):
         wanted = [2 / mpmath.sqrt(mpmath.pi) * mpmath.exp(-(mpf(v) ** 2)) for v in x.tolist()]
         off = [

@@ -15,7 +15,7 @@ import minilora as ml
 from minilora import testing as draw
 from minilora.spec import blocks, lora, models, ops, variants
 from minilora.spec.variants import REGISTRY, invocation, part_shapes, row_norm, start
-from minilora.verify.properties import laws
+from minilora.verify.properties import derivatives, exact_numbers, layer_kinds
 
 FEW = settings(max_examples=6)
 OWN = {entry: REGISTRY[entry].variant for entry in REGISTRY if REGISTRY[entry].variant != lora.LORA}
@@ -46,7 +46,7 @@ def test_dora_leaves_a_row_of_zeros_what_it_is():
 def gradient_of_the_direction(f, case):
     """V and the whole dV of an exact case: dB = s dV Aᵀ where A = I and s = 1."""
     magnitude = case.P[0][2]
-    A = laws._exactly(np.eye(case.W.shape[1]))
+    A = exact_numbers.exactly(np.eye(case.W.shape[1]))
     V = lora.merge_weight(case.W, *case.P[0][:2], case.s)
     _, back = f(case.x, 0 * V, None, A, V, magnitude, Fraction(1))
     return V, back(case.dy)[2]
@@ -56,23 +56,23 @@ def gradient_of_the_direction(f, case):
 @given(rng=draw.generators())
 def test_each_row_of_doras_whole_gradient_is_orthogonal_to_its_direction(rng):
     """A longer row is the same row: nothing is gained along it. With the norm held it is."""
-    case = laws.draw_case("dora-full", "linear", rng)
+    case = layer_kinds.draw_case("dora-full", "linear", rng)
     V, dV = gradient_of_the_direction(variants.dora_full_linear, case)
-    assert laws.same((V * dV).sum(1), 0 * V[:, 0])
+    assert exact_numbers.same((V * dV).sum(1), 0 * V[:, 0])
     V, dV = gradient_of_the_direction(variants.dora_linear, case)
-    assert not laws.same((V * dV).sum(1), 0 * V[:, 0])
+    assert not exact_numbers.same((V * dV).sum(1), 0 * V[:, 0])
 
 
 @FEW
 @given(rng=draw.generators(), entry=st.sampled_from(("dora", "dora-full")))
 def test_the_merged_rows_have_the_magnitudes_for_norms(rng, entry):
-    case = laws.draw_case(entry, "linear", rng)
+    case = layer_kinds.draw_case(entry, "linear", rng)
     A, B, magnitude = case.P[0]
     merged, b = case.variant.merge(case.W, case.b, A, B, magnitude, case.s)
-    assert laws.same(row_norm(merged)[0], abs(magnitude))
+    assert exact_numbers.same(row_norm(merged)[0], abs(magnitude))
     assert b is case.b
     other, _ = case.variant.merge(case.W, case.b, A, B, 2 * magnitude, case.s)
-    assert not laws.same(row_norm(other)[0], abs(magnitude))
+    assert not exact_numbers.same(row_norm(other)[0], abs(magnitude))
 
 
 def by_looking(ids, tokens):
@@ -115,7 +115,7 @@ def test_fresh_parameters_have_their_shapes_the_weights_dtype_and_their_values(e
     assert base.dtype == dtype
     assert {p.dtype for p in P} == {np.dtype(dtype)}
     assert {part: p.shape for part, p in parts.items()} == part_shapes(known.variant, 2, 4, 6)
-    assert (base is W) == ("kept" not in known.breaks)
+    assert (base is W) == ("frozen-weight" not in known.breaks)
     constants = {"c": 0, "lambda_d": dtype(0.1), "lambda_b": 0, "E": 0}
     for part in constants.keys() & parts.keys():
         assert (parts[part] == constants[part]).all()
@@ -182,7 +182,7 @@ def adapted(name, entry, seed=0, p=0.25, b=2, t=4, depth=1, variant=None):
 
 def held(model):
     """The model as DoRA's ``back`` sees it."""
-    known = {variants.DORA: replace(variants.DORA, linear=laws.norm_held)}
+    known = {variants.DORA: replace(variants.DORA, linear=derivatives.constant_norm_linear)}
     variant = {at: known.get(v, v) for at, v in model.tuning.variant.items()}
     return replace(model, tuning=replace(model.tuning, variant=variant))
 
@@ -408,7 +408,7 @@ def test_merging_a_tied_table_changes_no_use_of_it(name):
     assert merged.keys() == expected
     assert {name for name in merged if merged[name] is W["embed.weight"]} == untouched
     for found, wanted in zip(uses(merged, ml.TrainableSpec()), uses(W, tuning), strict=True):
-        assert laws.same(found, wanted)
+        assert exact_numbers.same(found, wanted)
     restored = ml.unmerge(merged)
     assert restored.keys() == W.keys()
     assert all(restored[name] is w for name, w in W.items())
@@ -426,7 +426,7 @@ def test_twins_are_one_change_of_one_table_and_almost_twins_are_two():
         merged = ml.merge(almost, how)
         assert merged.keys() == {"embed.weight", "head.weight"}
         for found, wanted in zip(uses(merged, ml.TrainableSpec()), uses(almost, how), strict=True):
-            assert laws.same(found, wanted)
+            assert exact_numbers.same(found, wanted)
 
 
 def test_twins_stay_twins_whatever_variant_another_module_has():
@@ -442,7 +442,7 @@ def test_a_head_of_its_own_is_not_tied():
         case = {name: w for name, w in W.items() if name not in alone}
         merged = ml.merge(case, tuning)
         for found, wanted in zip(uses(merged, ml.TrainableSpec()), uses(case, tuning), strict=True):
-            assert laws.same(found, wanted)
+            assert exact_numbers.same(found, wanted)
 
 
 def touching_the_table(W, tuning):
@@ -456,5 +456,5 @@ def test_a_merge_of_the_head_into_the_table_changes_the_embedding():
     tuning = ml.TrainableSpec({"head": Fraction(7, 3)})
     wrong = uses(touching_the_table(W, tuning), ml.TrainableSpec())
     right = uses(W, tuning)
-    assert laws.same(wrong[1], right[1])
-    assert not laws.same(wrong[0], right[0])
+    assert exact_numbers.same(wrong[1], right[1])
+    assert not exact_numbers.same(wrong[0], right[0])

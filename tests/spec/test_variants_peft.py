@@ -6,9 +6,16 @@ from calculus import GRADIENT, greatest, record_worst, relative_error, same_bits
 from extras import optional
 
 from minilora.spec.adalora import adalora_scale
-from minilora.spec.initialization import draw_vera, vera_part
+from minilora.spec.initialization import draw_vera, shared_part
 from minilora.spec.optim import loraplus_rates
-from minilora.spec.variants import adalora_linear, merge_adalora, merge_vera, vera_linear
+from minilora.spec.variants import (
+    VERA,
+    adalora_linear,
+    fresh_parts,
+    merge_adalora,
+    merge_vera,
+    vera_linear,
+)
 
 torch = optional("torch")
 peft = optional("peft")
@@ -138,7 +145,7 @@ def test_veras_shared_factors_are_pefts_bit_for_bit_from_the_same_numbers(key):
         layer = model.base_model.model[at]
         assert same_bits(A, layer.vera_A["default"].numpy())
         assert same_bits(B, layer.vera_B["default"].numpy())
-        part = vera_part(A, B, m, n)
+        part = fresh_parts(VERA, np.zeros((m, n), np.float32), *shared_part(A, B, m, n), 1.0)
         assert [p.shape for p in part] == [(R, n), (m, R), (R, 1), (m, 1)]
         assert same_bits(part[2][:, 0], layer.vera_lambda_d["default"].detach().numpy())
         assert same_bits(part[3][:, 0], layer.vera_lambda_b["default"].detach().numpy())
@@ -152,7 +159,8 @@ def test_veras_shared_factors_are_pefts_bit_for_bit_from_the_same_numbers(key):
 
 def test_a_fresh_vera_changes_no_output_and_only_lambda_b_has_a_gradient():
     rng = np.random.default_rng(0)
-    parts = vera_part(*draw_vera(rng, R, M + 1, N + 1), M, N)
+    shared = shared_part(*draw_vera(rng, R, M + 1, N + 1), M, N)
+    parts = fresh_parts(VERA, np.zeros((M, N)), *shared, 1.0)
     x, W, dy = (rng.standard_normal(shape) for shape in ((N, T), (M, N), (M, T)))
     y, back = vera_linear(x, W, None, *parts, 1.0)
     assert (y == W @ x).all()
@@ -167,8 +175,8 @@ def test_a_projection_that_is_greater_than_the_shared_factors_is_refused():
     A, B = draw_vera(np.random.default_rng(0), R, M, N)
     for m, n in ((M + 1, N), (M, N + 1)):
         with pytest.raises(ValueError, match="draw them for the greatest"):
-            vera_part(A, B, m, n)
-    assert same_bits(vera_part(A, B, M, N)[0], A)
+            shared_part(A, B, m, n)
+    assert same_bits(shared_part(A, B, M, N)[0], A)
 
 
 def test_loraplus_gives_each_matrix_the_rate_that_peft_gives_it():

@@ -12,12 +12,16 @@ from hypothesis import strategies as st
 
 from minilora import testing as draw
 from minilora.spec import initialization, layers, lora, variants
+from minilora.spec.initialization import INITIALIZATIONS
 from minilora.spec.ops import linear
 from minilora.spec.variants import REGISTRY
-from minilora.verify.properties import laws
-from minilora.verify.properties.laws import KINDS, LAWS, Exact, derivative_error, draw_case, holds
+from minilora.verify.properties import exact_numbers, laws, layer_kinds
+from minilora.verify.properties.derivatives import derivative_error
+from minilora.verify.properties.exact_numbers import SqrtFraction
+from minilora.verify.properties.laws import LAWS, holds
+from minilora.verify.properties.layer_kinds import KINDS, draw_case
 
-CELLS = [(entry, kind) for kind in KINDS for entry in REGISTRY if entry not in KINDS[kind].lacks]
+CELLS = [(entry, kind) for kind in KINDS for entry in REGISTRY if kind not in REGISTRY[entry].lacks]
 LIKE_LORA = {
     entry
     for entry in REGISTRY
@@ -30,7 +34,11 @@ EVERY = pytest.mark.parametrize(("entry", "kind"), CELLS, ids=lambda name: name)
 
 def laws_for(entry, kind):
     """The laws to try in a quick run; LoRA's equation is not run over every kind ten times."""
-    return ("merged", "starts", "kept") if entry in LIKE_LORA and kind != "linear" else LAWS
+    return (
+        ("merge", "initial-output", "frozen-weight")
+        if entry in LIKE_LORA and kind != "linear"
+        else LAWS
+    )
 
 
 def case_of(entry, kind, exact=True, square=False):
@@ -42,7 +50,7 @@ def as_the_registry_says(entry, kind, case, names=LAWS, another=None):
     for law in names:
         kept = holds(law, case)
         if kept is None:
-            assert law == "masks"
+            assert law == "dropout-mean"
             assert case.K is None
         elif law not in REGISTRY[entry].breaks:
             assert kept, law
@@ -93,8 +101,7 @@ def test_the_laws_are_those_that_the_registry_speaks_of_each_with_its_sentence()
         assert entry.breaks.keys() <= LAWS.keys()
         assert all(entry.breaks.values())
         assert set(entry.trained) <= set(entry.variant.parts)
-    for kind in KINDS.values():
-        assert kind.lacks.keys() <= REGISTRY.keys()
+        assert entry.lacks.keys() <= KINDS.keys()
 
 
 def test_a_registry_that_says_otherwise_is_refused(monkeypatch):
@@ -130,7 +137,9 @@ def attribute(module, name, wrong):
 
 
 def start(init, wrong):
-    return lambda monkeypatch: monkeypatch.setitem(initialization.STARTS, init, wrong)
+    return lambda patch: patch.setitem(
+        INITIALIZATIONS, init, replace(INITIALIZATIONS[init], start=wrong)
+    )
 
 
 def answering(f, **formulas):
@@ -207,7 +216,7 @@ def embedding_with_its_factor_on_the_base(case, f):
 
 def experts_with_one_a(case, f):
     A = case.P[0][0]
-    return laws._experts(replace(case, P=tuple((A, *rest) for _, *rest in case.P)), f)
+    return layer_kinds._experts(replace(case, P=tuple((A, *rest) for _, *rest in case.P)), f)
 
 
 def interleaved(W, groups):
@@ -224,7 +233,7 @@ def with_a_flipped(case, f):
     A, *rest = case.P[0]
     kernels = A.reshape(len(A), -1, *case.extra["geometry"].kernel)
     turned = np.flip(kernels, tuple(range(2, kernels.ndim))).reshape(A.shape)
-    return laws._conv(replace(case, P=((turned, *rest),)), f)
+    return layer_kinds._conv(replace(case, P=((turned, *rest),)), f)
 
 
 def with_a_moving_otherwise(**change):
@@ -233,8 +242,8 @@ def with_a_moving_otherwise(**change):
     def wrong(case, f):
         moves = replace(case.extra["geometry"], **change)
         moved = replace(case, extra=case.extra | {"geometry": moves})
-        branch = laws._conv(moved, f)[0] - KINDS[case.kind].base(moved)[0]
-        return KINDS[case.kind].base(case)[0] + branch, laws._conv(case, f)[1]
+        branch = layer_kinds._conv(moved, f)[0] - KINDS[case.kind].base(moved)[0]
+        return KINDS[case.kind].base(case)[0] + branch, layer_kinds._conv(case, f)[1]
 
     return wrong
 
@@ -283,35 +292,36 @@ LORA, BIAS, DORA, FULL, VERA, ADALORA = (
 )
 DERIVATIVE = "derivative"
 WRONG = {
-    "dora by columns": ("dora", "linear", "merged", variant("dora", linear=dora(columns))),
-    "dora by one norm": ("dora", "fused", "merged", variant("dora", linear=dora(frobenius))),
+    "dora by columns": ("dora", "linear", "merge", variant("dora", linear=dora(columns))),
+    "dora by one norm": ("dora", "fused", "merge", variant("dora", linear=dora(frobenius))),
     "dora by the norm of W": (
-        "dora", "linear", "merged", variant("dora", linear=dora(of_the_weight_alone)),
+        "dora", "linear", "merge", variant("dora", linear=dora(of_the_weight_alone)),
     ),
     "dora without s in the norm": (
-        "dora", "linear", "merged", variant("dora", linear=dora(without_the_scale)),
+        "dora", "linear", "merge", variant("dora", linear=dora(without_the_scale)),
     ),
     "dora by the squared norm": (
-        "dora", "experts", "merged", variant("dora", linear=dora(squared)),
+        "dora", "experts", "merge", variant("dora", linear=dora(squared)),
     ),
     "dora by the sum of moduli": (
-        "dora", "conv1", "merged", variant("dora", linear=dora(sum_of_moduli)),
+        "dora", "conv1", "merge", variant("dora", linear=dora(sum_of_moduli)),
     ),
     "dora without its magnitude": (
-        "dora", "linear", "merged", variant("dora", linear=dora(factor=lambda m, v: 1 / v)),
+        "dora", "linear", "merge", variant("dora", linear=dora(factor=lambda m, v: 1 / v)),
     ),
     "dora with 1 + m / v": (
-        "dora", "tied", "merged", variant("dora", linear=dora(factor=lambda m, v: 1 + m / v)),
+        "dora", "tied", "merge", variant("dora", linear=dora(factor=lambda m, v: 1 + m / v)),
     ),
     "dora that scales the bias": (
-        "dora", "linear", "merged", variant("dora", linear=dora(bias=lambda b, g: g * b)),
+        "dora", "linear", "merge", variant("dora", linear=dora(bias=lambda b, g: g * b)),
     ),
     "dora that merges its directions": (
-        "dora", "linear", "merged",
+        "dora", "linear", "merge",
         variant("dora", merge=lambda W, b, A, B, m, s: variants.merge_dora(W, b, A, B, m / m, s)),
     ),
     "dora started at a magnitude of 1": (
-        "dora", "linear", "starts", attribute(laws, "row_norm", lambda V: (1 + 0 * V[:, :1], None)),
+        "dora", "linear", "initial-output",
+        attribute(laws, "row_norm", lambda V: (1 + 0 * V[:, :1], None)),
     ),
     "dora without dm": (
         "dora", "linear", DERIVATIVE,
@@ -323,13 +333,13 @@ WRONG = {
     "dora with its norm differentiated": (
         "dora", "linear", DERIVATIVE, variant("dora", linear=FULL),
     ),
-    "vera on the whole": ("vera", "linear", "merged", variant("vera", linear=vera_on_the_whole)),
+    "vera on the whole": ("vera", "linear", "merge", variant("vera", linear=vera_on_the_whole)),
     "vera without λ_d": (
-        "vera", "fused", "merged",
+        "vera", "fused", "merge",
         variant("vera", linear=given(VERA, lambda_d=lambda lambda_d, **_: lambda_d / lambda_d)),
     ),
     "vera with λ_d in the other order": (
-        "vera", "linear", "merged",
+        "vera", "linear", "merge",
         variant("vera", linear=given(VERA, lambda_d=lambda lambda_d, **_: lambda_d[::-1])),
     ),
     "vera's dB without λ_d": (
@@ -337,7 +347,7 @@ WRONG = {
         variant("vera", linear=answering(VERA, d2=lambda d, A, B, lambda_d, *_: d / lambda_d.T)),
     ),
     "adalora with its values squared": (
-        "adalora", "linear", "merged",
+        "adalora", "linear", "merge",
         variant("adalora", linear=given(ADALORA, E=lambda E, **_: E * E)),
     ),
     "adalora's dE without s": (
@@ -345,75 +355,78 @@ WRONG = {
         variant("adalora", linear=answering(ADALORA, d3=lambda d, A, B, E, s, *_: d / s)),
     ),
     "lora-bias with c outside the scale": (
-        "lora-bias", "linear", "merged",
+        "lora-bias", "linear", "merge",
         variant("lora-bias", linear=given(BIAS, c=lambda c, s, **_: c / s)),
     ),
     "an embedding with its factor on the base alone": (
-        "lora", "embedding", "merged",
+        "lora", "embedding", "merge",
         kind("embedding", forward=embedding_with_its_factor_on_the_base),
     ),
     "a tied merge that touches the table": (
-        "lora", "tied", "merged", kind("tied", put=laws._put),
+        "lora", "tied", "merge", kind("tied", put=layer_kinds._put),
     ),
     "experts with one A": (
-        "lora", "experts", "merged", kind("experts", forward=experts_with_one_a),
+        "lora", "experts", "merge", kind("experts", forward=experts_with_one_a),
     ),
     "groups interleaved": (
-        "lora", "conv1", "merged", attribute(layers, "blocks_apart", interleaved),
+        "lora", "conv1", "merge", attribute(layers, "blocks_apart", interleaved),
     ),
-    "a flipped kernel": ("lora", "conv2", "merged", kind("conv2", forward=with_a_flipped)),
+    "a flipped kernel": ("lora", "conv2", "merge", kind("conv2", forward=with_a_flipped)),
     "an A padded otherwise": (
-        "lora", "conv1", "merged",
+        "lora", "conv1", "merge",
         kind("conv1", forward=with_a_moving_otherwise(padding=((0, 1),))),
     ),
     "an adapter of V on K": (
-        "lora", "fused", "merged", kind("fused", forward=with_values_adapter_on_the_keys),
+        "lora", "fused", "merge", kind("fused", forward=with_values_adapter_on_the_keys),
     ),
     "a merge that forgets the transpose": (
-        "lora", "transposed", "merged", kind("transposed", put=laws._put),
+        "lora", "transposed", "merge", kind("transposed", put=layer_kinds._put),
     ),
     "an invocation that is not heeded": (
-        "alora", "linear", "merged",
-        attribute(laws.Case, "still", lambda case: replace(case, K=None)),
+        "alora", "linear", "merge",
+        attribute(layer_kinds.LayerCase, "without_dropout", lambda case: replace(case, K=None)),
     ),
-    "a start with B drawn too": ("lora", "linear", "starts", start("kaiming", with_b_drawn_too)),
-    "a start from a copy": ("lora", "linear", "kept", start("kaiming", of_a_copy)),
+    "a start with B drawn too": (
+        "lora", "linear", "initial-output", start("kaiming", with_b_drawn_too),
+    ),
+    "a start from a copy": ("lora", "linear", "frozen-weight", start("kaiming", of_a_copy)),
     "a start that its entry denies": (
-        "pissa", "linear", "kept", start("pissa", initialization.STARTS["kaiming"]),
+        "pissa", "linear", "frozen-weight", start("pissa", INITIALIZATIONS["kaiming"].start),
     ),
     "a residual without s": (
-        "pissa", "linear", "starts", start("pissa", pissa_without_s_in_its_residual),
+        "pissa", "linear", "initial-output", start("pissa", pissa_without_s_in_its_residual),
     ),
     "a loftq that quantises nothing": (
-        "loftq", "linear", "starts", start("loftq", initialization.STARTS["pissa"]),
+        "loftq", "linear", "initial-output", start("loftq", INITIALIZATIONS["pissa"].start),
     ),
     "a branch with a constant": (
-        "lora", "linear", "zero", variant("lora", linear=answering(LORA, y=lambda y, *_: y + 1)),
+        "lora", "linear", "zero-B", variant("lora", linear=answering(LORA, y=lambda y, *_: y + 1)),
     ),
     "dB without s": (
         "lora", "conv2", "balance",
         variant("lora", linear=answering(LORA, d2=lambda d, A, B, s, *_: d / s)),
     ),
     "components in another order": (
-        "lora", "linear", "basis",
+        "lora", "linear", "basis-change",
         variant("lora", linear=given(LORA, A=lambda A, **_: A[::-1])),
     ),
     "the scale squared": (
-        "lora", "linear", "scale", variant("lora", linear=given(LORA, s=lambda s, **_: s * s)),
+        "lora", "linear", "rescaling", variant("lora", linear=given(LORA, s=lambda s, **_: s * s)),
     ),
     "a merge of full rank": ("lora", "linear", "rank", variant("lora", merge=lora_of_full_rank)),
     "a bent branch": (
-        "lora", "linear", "adds",
+        "lora", "linear", "concatenation",
         variant("lora", linear=answering(LORA, y=lambda y, x, A, B, *_: y + (B @ (A @ x)) ** 2)),
     ),
     "adapters combined without their scales": (
-        "lora", "linear", "one", attribute(laws, "combine", combined_without_scales),
+        "lora", "linear", "single-combination", attribute(laws, "combine", combined_without_scales),
     ),
     "dropout twice": (
-        "lora", "linear", "masks", variant("lora", linear=given(LORA, K=lambda K, **_: K * K)),
+        "lora", "linear", "dropout-mean",
+        variant("lora", linear=given(LORA, K=lambda K, **_: K * K)),
     ),
     "tokens that see each other": (
-        "lora", "linear", "tokens",
+        "lora", "linear", "token-independence",
         variant("lora", linear=answering(LORA, y=lambda y, *_: y + y.sum(1, keepdims=True))),
     ),
 }  # fmt: skip
@@ -450,7 +463,7 @@ def test_a_gradient_off_in_the_twelfth_digit_is_no_derivative(monkeypatch):
 
 
 def test_exact_numbers_stay_exact_and_have_the_roots_that_they_have():
-    a, b = Exact(9, 4), Exact(-3, 2)
+    a, b = SqrtFraction(9, 4), SqrtFraction(-3, 2)
     for name in ("add", "sub", "mul", "truediv"):
         operate = getattr(operator, name)
         for other in (b, Fraction(-3, 2), -3):
@@ -458,34 +471,34 @@ def test_exact_numbers_stay_exact_and_have_the_roots_that_they_have():
                 (operate(a, other), operate(Fraction(9, 4), Fraction(other))),
                 (operate(other, a), operate(Fraction(other), Fraction(9, 4))),
             ):
-                assert type(found) is Exact
+                assert type(found) is SqrtFraction
                 assert found == wanted
-    assert type(-a) is Exact
-    assert a.sqrt() == Exact(3, 2)
-    assert type(a.sqrt()) is Exact
+    assert type(-a) is SqrtFraction
+    assert a.sqrt() == SqrtFraction(3, 2)
+    assert type(a.sqrt()) is SqrtFraction
     assert Fraction(9, 4) * Fraction(4, 9) == 1
     with pytest.raises(ArithmeticError, match="the root of 1/2 is irrational"):
-        Exact(1, 2).sqrt()
+        SqrtFraction(1, 2).sqrt()
     assert type(a + 0.5) is float
 
 
 def test_only_exact_entries_of_one_shape_are_the_same():
-    a = np.array([[Exact(1, 3), Exact(2)]])
-    assert laws.same(a, a.copy())
-    assert laws.same(None, None)
-    for other in (a.T, a + Exact(1, 10**30), a.astype(float), a[0], None):
-        assert not laws.same(a, other)
-        assert not laws.same(other, a)
-    assert not laws.same(np.array([2.0]), np.array([Exact(2)]))
+    a = np.array([[SqrtFraction(1, 3), SqrtFraction(2)]])
+    assert exact_numbers.same(a, a.copy())
+    assert exact_numbers.same(None, None)
+    for other in (a.T, a + SqrtFraction(1, 10**30), a.astype(float), a[0], None):
+        assert not exact_numbers.same(a, other)
+        assert not exact_numbers.same(other, a)
+    assert not exact_numbers.same(np.array([2.0]), np.array([SqrtFraction(2)]))
 
 
 def test_a_law_that_leads_out_of_the_rationals_is_not_kept():
     case = case_of("dora", "linear")
-    assert holds("merged", case)
+    assert holds("merge", case)
     moved = replace(case, W=case.W + 1)  # whose norms are no longer rational
     with pytest.raises(ArithmeticError):
-        LAWS["merged"](moved)
-    assert holds("merged", moved) is False
+        LAWS["merge"](moved)
+    assert holds("merge", moved) is False
 
 
 def test_a_case_is_nowhere_special():
@@ -497,11 +510,11 @@ def test_a_case_is_nowhere_special():
                 case.variant, case.r, *W.shape
             )
             assert min(W.shape) > case.r
-        assert case.s == Exact(7, 4)
+        assert case.s == SqrtFraction(7, 4)
         assert all(p.any() for part in case.P for p in part)
         assert of == "embedding" or case.K is None or 0 in case.K
         assert case.forward()[0].shape == case.base()[0].shape == case.dy.shape
-        assert not laws.same(case.forward()[0], case.base()[0])
+        assert not exact_numbers.same(case.forward()[0], case.base()[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -515,13 +528,15 @@ def test_a_square_case_is_square(kind):
 def test_the_base_of_a_kind_is_the_layer_whose_parameters_are_zero():
     for of in KINDS:
         case = case_of("lora", of)
-        y, dx, _ = laws.answers(case.with_parts(B=lambda B: 0 * B))
+        y, dx, _ = layer_kinds.answers(case.with_parts(B=lambda B: 0 * B))
         base, back = case.base()
-        assert laws.same(y, base)
-        assert laws.same(back(case.dy), dx)
+        assert exact_numbers.same(y, base)
+        assert exact_numbers.same(back(case.dy), dx)
 
 
 def test_a_linear_kind_is_a_linear():
-    case = case_of("lora", "linear").still()
+    case = case_of("lora", "linear").without_dropout()
     y, _ = case.merged().base()
-    assert laws.same(y, linear(case.x, lora.merge_weight(case.W, *case.P[0], case.s), case.b)[0])
+    assert exact_numbers.same(
+        y, linear(case.x, lora.merge_weight(case.W, *case.P[0], case.s), case.b)[0]
+    )

@@ -37,7 +37,7 @@ def described(model: Any) -> list[str]:
     from minilora.io.formats.factors import variant_name
     from minilora.spec.lora import LORA, TABLES, adapted_in, weight_of
     from minilora.spec.multi_adapter import Adapter
-    from minilora.spec.target_modules import ALORA
+    from minilora.spec.variants import ALORA
 
     W, tuning, own = model.weights, model.tuning, model.changed
     rows = []

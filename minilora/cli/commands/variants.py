@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from minilora.spec.variants import REGISTRY
-    from minilora.verify.properties.laws import KINDS
+    from minilora.verify.properties.layer_kinds import KINDS
     from minilora.verify.properties.variant_matrix import as_json, as_markdown, as_text, cells
 
     chosen = []

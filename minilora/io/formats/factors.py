@@ -22,7 +22,7 @@ from minilora.spec.lora import (
     scale,
 )
 from minilora.spec.models import Config
-from minilora.spec.target_modules import ALORA, LoraConfig
+from minilora.spec.target_modules import LoraConfig
 from minilora.spec.variants import DORA, DORA_FULL, REGISTRY, part_shapes
 
 
@@ -41,9 +41,9 @@ def file_name(there: Mapping[str, str], name: str) -> str:
 
 
 def variant_name(variant: Variant) -> str:
-    """The variant's first name in the registry; aLoRA's equation is LoRA's, where it acts."""
-    named = [("alora", ALORA), *((name, e.variant) for name, e in REGISTRY.items())]
-    return next((name for name, one in named if one == variant), repr(variant))
+    """The variant's first name in the registry."""
+    names = (name for name, entry in REGISTRY.items() if entry.equation == variant)
+    return next(names, repr(variant))
 
 
 def check_factors(

@@ -10,28 +10,9 @@ import numpy as np
 
 from minilora.spec.lora import LORA, Variant, fuse
 from minilora.spec.ops import Array
-from minilora.spec.variants import ADALORA, LORA_BIAS, VERA
+from minilora.spec.variants import extended
 
 _Part = tuple[Array, ...]
-
-NAMES: dict[str, str] = {
-    "A": "lora_A.weight",
-    "B": "lora_B.weight",
-    "c": "lora_B.bias",
-    "magnitude": "lora_magnitude_vector",
-}
-"""A tensor's name after the module's path, in PEFT's LoRA."""
-
-OTHERS: dict[tuple[str, ...], dict[str, str]] = {
-    VERA.parts: {
-        "A": "vera_A",
-        "B": "vera_B",
-        "lambda_d": "vera_lambda_d",
-        "lambda_b": "vera_lambda_b",
-    },
-    ADALORA.parts: {"A": "lora_A", "B": "lora_B", "E": "lora_E"},
-}
-"""The names of VeRA (whose A and B stand once for all modules) and of AdaLoRA, by their parts."""
 
 
 def refusal(variant: Variant, kind: str) -> str | None:
@@ -39,16 +20,12 @@ def refusal(variant: Variant, kind: str) -> str | None:
 
     The reasons are PEFT's own refusals, or what its module cannot say.
     """
-    if variant is VERA and kind not in ("linear", "transposed", "tied"):
-        return "PEFT's VeRA adapts weights (out, in) and (in, out) alone"
-    if variant is ADALORA and kind not in ("linear", "transposed", "tied", "conv2"):
-        return "PEFT's AdaLoRA adapts weights (out, in) and (in, out) and 2-D convolutions alone"
+    if kind in (refuses := extended(variant).peft.refuses):
+        return refuses[kind]
     if kind == "experts" and variant is not LORA:
         return "PEFT's target_parameters takes LoRA itself alone"
     if kind == "fused" and variant is not LORA:
         return "PEFT adapts the fused weight as a whole: LoRA itself alone can be fused to that"
-    if kind == "embedding" and variant is LORA_BIAS:
-        return "PEFT refuses lora_bias on an embedding"
     return None
 
 
@@ -125,17 +102,17 @@ def from_tensors(
 def _name(variant: Variant, kind: str, part: str) -> str:
     if kind == "embedding" and part in ("A", "B"):
         return f"lora_embedding_{part}"
-    return OTHERS.get(variant.parts, NAMES)[part]
+    return extended(variant).peft.tensors[part]
 
 
 def _flat(array: Array, part: str, kernel: tuple[int, ...], variant: Variant) -> Array:
     """The array as the tensor lies: a kernel's shape, a vector for a column."""
+    if extended(variant).peft.flat:
+        return array
     if part == "A":
-        return (
-            array.reshape(len(array), -1, *kernel) if kernel and variant is not ADALORA else array
-        )
+        return array.reshape(len(array), -1, *kernel) if kernel else array
     if part == "B":
-        return array.reshape(*array.shape, *(1,) * len(kernel)) if variant is not ADALORA else array
+        return array.reshape(*array.shape, *(1,) * len(kernel))
     if part == "magnitude" and kernel:
         return array.reshape(1, -1, *(1,) * len(kernel))
-    return array if part == "E" else array[:, 0]
+    return array[:, 0]

@@ -31,7 +31,7 @@ from minilora.io.files import (
 from minilora.io.formats.factors import config_from_factors
 from minilora.io.formats.format import AdapterWeights, Base, Format
 from minilora.io.formats.tensors import to_internal
-from minilora.spec.initialization import STARTS, as_plain, draw_vera, plain_alpha
+from minilora.spec.initialization import INITIALIZATIONS, as_plain, draw_vera, plain_alpha
 from minilora.spec.lora import (
     LORA,
     TABLES,
@@ -45,7 +45,6 @@ from minilora.spec.lora import (
 from minilora.spec.models import Config, ties_head
 from minilora.spec.ops import Array, with_tokens
 from minilora.spec.target_modules import (
-    ALORA,
     LoraConfig,
     ResolvedTargets,
     matches,
@@ -57,7 +56,7 @@ from minilora.spec.target_modules import (
     scales,
     targeted,
 )
-from minilora.spec.variants import ADALORA, DORA_FULL, LORA_BIAS, VERA
+from minilora.spec.variants import ADALORA, ALORA, DORA_FULL, LORA_BIAS, VERA
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -388,7 +387,7 @@ def _read_lora(path: Path, c: Config) -> tuple[dict[str, Any], LoraConfig, Confi
             alpha_pattern={at: v for at, v in own["alpha_pattern"].items() if v is not None},
             bias=settings["bias"].replace("vera", "lora"),
             modules_to_save=_also(path, c, settings, hit),
-            init_lora_weights=init if isinstance(init, str) and init in STARTS else "",
+            init_lora_weights=init if isinstance(init, str) and init in INITIALIZATIONS else "",
             variant=variant,
             alora_invocation_tokens=settings.get("alora_invocation_tokens", ()),
             ensure_weight_tying=tie,
@@ -837,7 +836,8 @@ def _start(
 ) -> tuple[Array, Array, Array]:
     """The residual of the base's weight, and the A and B that are taken out of it."""
     try:
-        return STARTS[lora.init_lora_weights](np.random.default_rng(0), base[f"{at}.weight"], r, s)
+        start = INITIALIZATIONS[lora.init_lora_weights].start
+        return start(np.random.default_rng(0), base[f"{at}.weight"], r, s)
     except ValueError as error:
         remedy = "is it another model's?"
         raise FormatError(path, lora.init_lora_weights, error, f"a start of {at}", remedy) from None
@@ -1022,7 +1022,7 @@ def _on_base(
     plain = replace(
         lora,
         init_lora_weights="kaiming",
-        variant="lora" if lora.variant in STARTS else lora.variant,
+        variant="lora" if lora.variant in INITIALIZATIONS else lora.variant,
     )
     if base is None:
         remedy = "give base, the weights that the folder will be loaded on"

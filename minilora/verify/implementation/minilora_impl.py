@@ -29,7 +29,7 @@ from minilora.io.formats.peft import (
     read_lora_config,
     write_adapter,
 )
-from minilora.spec.initialization import STARTS
+from minilora.spec.initialization import INITIALIZATIONS
 from minilora.spec.lora import LORA, TrainableSpec, Variant, Weights, combine, draw_dropout, scale
 from minilora.spec.models import Batch, Config, logits, loss, shifted_labels
 from minilora.spec.multi_adapter import Adapter, combine_svd, multi_linear
@@ -215,10 +215,10 @@ class Own:
         """A and B at the start, and the weight beside them."""
         name = own.pop("init_lora_weights", True)
         name = "kaiming" if name is True else name
-        if own or name not in STARTS:
+        if own or name not in INITIALIZATIONS:
             raise NotImplementedError(f"no start {name!r}, no settings {sorted(own)}")
         rng, s = np.random.default_rng(seed), scale(alpha, r, use_rslora)
-        base, A, B = STARTS[name](rng, _wide(W), r, s)
+        base, A, B = INITIALIZATIONS[name].start(rng, _wide(W), r, s)
         return {key: array.astype(W.dtype) for key, array in (("A", A), ("B", B), ("W", base))}
 
     def train(

@@ -24,7 +24,7 @@ from minilora.spec.adalora import adalora_scale
 from minilora.spec.layers import Geometry
 from minilora.spec.variants import ADALORA, REGISTRY, VERA
 from minilora.verify.peers._torch import GivenMask, fill, plain_number, to_numpy, to_torch
-from minilora.verify.properties.laws import Case, answers, draw_case
+from minilora.verify.properties.layer_kinds import LayerCase, answers, draw_case
 
 Answers = tuple[np.ndarray, Any, list[dict[str, np.ndarray]]]
 """y, dx (None where x are row numbers), and the gradients of each matrix's parameters by name."""
@@ -60,13 +60,13 @@ class Asked:
     ``merged`` merges, and refuses with `Unsupported`; ``by`` says how the library was asked.
     """
 
-    case: Case
+    case: LayerCase
     answers: Answers
     merged: Callable[[], Base]
     by: str
 
 
-Side = Callable[[Case, np.random.Generator], Asked]
+Side = Callable[[LayerCase, np.random.Generator], Asked]
 
 
 def deviation(
@@ -74,7 +74,7 @@ def deviation(
     kind: str,
     seed: int = 0,
     square: bool = False,
-    ours: Callable[[Case], Answers] = answers,
+    ours: Callable[[LayerCase], Answers] = answers,
 ) -> Deviation:
     """The greatest deviation of y, dx and every gradient, over all libraries that have the cell.
 
@@ -99,13 +99,13 @@ def merge_deviation(
     kind: str,
     seed: int = 0,
     square: bool = False,
-    ours: Callable[[Case], Case] = Case.merged,
+    ours: Callable[[LayerCase], LayerCase] = LayerCase.merged,
 ) -> Deviation:
     """The greatest deviation of the merged weight and bias, likewise."""
 
     def error(asked: Asked) -> float:
         W, b = asked.merged()
-        merged = ours(asked.case.still())
+        merged = ours(asked.case.without_dropout())
         return max(_error(asked.case, merged.W, W), _error(asked.case, merged.b, b))
 
     return _greatest(entry, kind, seed, square, error)
@@ -139,7 +139,7 @@ def _sides(entry: str, kind: str) -> list[Side]:
     return [*_PEFT.get(kind, [_peft]), *second.get(kind, [_loralib])]
 
 
-def _error(case: Case, found: Any, wanted: Any) -> float:
+def _error(case: LayerCase, found: Any, wanted: Any) -> float:
     """The greatest difference, relative to the greatest entry of ``wanted`` or of the case."""
     if found is None and wanted is None:
         return 0.0
@@ -205,7 +205,7 @@ def _convolution(m: int, n: int, geometry: Geometry, groups: int) -> torch.nn.Mo
     return layer
 
 
-def _model(case: Case, transposed: bool) -> torch.nn.ModuleDict:
+def _model(case: LayerCase, transposed: bool) -> torch.nn.ModuleDict:
     """The layer of the case without its adapter, in PyTorch's own modules and float32."""
     *e, m, n = case.W.shape[:3] if case.kind == "experts" else case.W.shape[:2]
     layer: torch.nn.Module
@@ -227,14 +227,14 @@ def _model(case: Case, transposed: bool) -> torch.nn.ModuleDict:
     return model
 
 
-def _fill_base(case: Case, layer: torch.nn.Module) -> None:
+def _fill_base(case: LayerCase, layer: torch.nn.Module) -> None:
     W = case.W.transpose(0, 2, 1) if getattr(layer, "is_transposed", False) else case.W
     fill(layer.weight, to_torch(W))
     if case.b is not None:
         fill(layer.bias, to_torch(case.b.reshape(layer.bias.shape)))
 
 
-def _base(case: Case, layer: torch.nn.Module) -> Base:
+def _base(case: LayerCase, layer: torch.nn.Module) -> Base:
     """What `_fill_base` puts in, taken out again."""
     W, b = to_numpy(layer.weight), getattr(layer, "bias", None)
     W = W.transpose(0, 2, 1) if getattr(layer, "is_transposed", False) else W
@@ -248,7 +248,7 @@ def _padded(x: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     return F.pad(x, sizes, mode)
 
 
-def _enter(case: Case, model: torch.nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+def _enter(case: LayerCase, model: torch.nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
     """x in the layout that the layer takes."""
     if case.kind == "embedding":
         return x
@@ -258,7 +258,7 @@ def _enter(case: Case, model: torch.nn.ModuleDict, x: torch.Tensor) -> torch.Ten
     return _padded(x.transpose(0, 1), case.extra["geometry"]) if "geometry" in case.extra else x.mT
 
 
-def _run(case: Case, layer: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
+def _run(case: LayerCase, layer: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
     """The layer's y in minilora's layout."""
     if case.kind == "experts":
         y = layer(x, torch.from_numpy(case.extra["index"]))
@@ -269,7 +269,7 @@ def _run(case: Case, layer: Callable[..., Any], x: torch.Tensor) -> torch.Tensor
     return torch.transpose(y, 0, 1)
 
 
-def _keep(case: Case) -> np.ndarray:
+def _keep(case: LayerCase) -> np.ndarray:
     """What dropout keeps, in the layout that it sees."""
     kept = to_torch(np.asarray(case.K != 0, float)).transpose(0, 1)
     if "geometry" in case.extra:
@@ -280,7 +280,7 @@ def _keep(case: Case) -> np.ndarray:
 
 
 def _answers(
-    case: Case,
+    case: LayerCase,
     model: torch.nn.ModuleDict,
     layer: Callable[..., Any],
     tensors: dict[str, torch.Tensor],
@@ -300,11 +300,13 @@ def _answers(
     return to_numpy(y), dx, per_matrix
 
 
-def _named(case: Case) -> list[dict[str, np.ndarray]]:
+def _named(case: LayerCase) -> list[dict[str, np.ndarray]]:
     return [dict(zip(case.variant.parts, part, strict=True)) for part in case.P]
 
 
-def _fill_parts(case: Case, tensors: dict[str, torch.Tensor]) -> Callable[..., list[np.ndarray]]:
+def _fill_parts(
+    case: LayerCase, tensors: dict[str, torch.Tensor]
+) -> Callable[..., list[np.ndarray]]:
     """Put the case's only matrix's parameters into tensors of as many entries in the same order."""
     (named,) = _named(case)
     for name, tensor in tensors.items():
@@ -315,7 +317,9 @@ def _fill_parts(case: Case, tensors: dict[str, torch.Tensor]) -> Callable[..., l
     return lambda name, gradient: [gradient.reshape(named[name].shape)]
 
 
-def _fill_experts(case: Case, tensors: dict[str, torch.Tensor]) -> Callable[..., list[np.ndarray]]:
+def _fill_experts(
+    case: LayerCase, tensors: dict[str, torch.Tensor]
+) -> Callable[..., list[np.ndarray]]:
     """PEFT's layout: the rows of A (e·r, n) by the expert, the columns of B (m, r·e) by the rank.
 
     So the columns of expert i are i, i + e, i + 2 e, …
@@ -336,7 +340,7 @@ def _fill_experts(case: Case, tensors: dict[str, torch.Tensor]) -> Callable[...,
     return unpack
 
 
-def _config(case: Case, p: float) -> peft.PeftConfig:
+def _config(case: LayerCase, p: float) -> peft.PeftConfig:
     """PEFT's configuration of the variant on the module or the parameter."""
     entry, alpha = REGISTRY[case.entry], plain_number(case.alpha)
     at: dict[str, Any] = {"target_modules": ["layer"]}
@@ -370,7 +374,7 @@ def _default(parts: Any) -> torch.Tensor:
     return tensor
 
 
-def _peft_tensors(case: Case, layer: Any) -> dict[str, torch.Tensor]:
+def _peft_tensors(case: LayerCase, layer: Any) -> dict[str, torch.Tensor]:
     find: dict[str, Callable[[], torch.Tensor]] = {
         "A": lambda: _default(layer.lora_A),
         "B": lambda: _default(layer.lora_B),
@@ -388,7 +392,7 @@ def _peft_tensors(case: Case, layer: Any) -> dict[str, torch.Tensor]:
     return {name: find[name]() for name in case.variant.parts}
 
 
-def _injected(case: Case, model: torch.nn.ModuleDict, p: float) -> tuple[Any, str]:
+def _injected(case: LayerCase, model: torch.nn.ModuleDict, p: float) -> tuple[Any, str]:
     """The layer that PEFT puts into the model, started as the variant starts, and what is not so.
 
     PiSSA and OLoRA refuse float64: the model is of float32 here.
@@ -420,7 +424,7 @@ def _injected(case: Case, model: torch.nn.ModuleDict, p: float) -> tuple[Any, st
     return injected, note
 
 
-def _peft(case: Case, rng: np.random.Generator, transposed: bool = False) -> Asked:
+def _peft(case: LayerCase, rng: np.random.Generator, transposed: bool = False) -> Asked:
     if case.kind == "fused":
         return _apart(case, rng)
     if case.variant is VERA:
@@ -457,15 +461,15 @@ def _peft(case: Case, rng: np.random.Generator, transposed: bool = False) -> Ask
     return Asked(case, _answers(case, model, layer, tensors, unpack), merged, PEFT + how)
 
 
-def _peft_transposed(case: Case, rng: np.random.Generator) -> Asked:
+def _peft_transposed(case: LayerCase, rng: np.random.Generator) -> Asked:
     return _peft(case, rng, transposed=True)
 
 
-def _peft_unscaled(case: Case, rng: np.random.Generator) -> Asked:
+def _peft_unscaled(case: LayerCase, rng: np.random.Generator) -> Asked:
     return _peft(replace(case, extra={"factor": 1.0}), rng)
 
 
-def _apart(case: Case, rng: np.random.Generator, side: Side | None = None) -> Asked:
+def _apart(case: LayerCase, rng: np.random.Generator, side: Side | None = None) -> Asked:
     """The fused layer's parts as layers of their own, Q and V adapted: no library has it fused."""
     q, k, _ = case.extra["rows"]
     rows = [slice(q), slice(q, q + k), slice(q + k, None)]
@@ -496,7 +500,7 @@ def _apart(case: Case, rng: np.random.Generator, side: Side | None = None) -> As
     return Asked(case, answers, merged, f"{parts[0].by}, each part a layer of its own")
 
 
-def _moved(case: Case, rng: np.random.Generator, plain: bool, groups: bool) -> Case:
+def _moved(case: LayerCase, rng: np.random.Generator, plain: bool, groups: bool) -> LayerCase:
     """The convolution as a library has it: ``plain`` without dilation; out of groups if not."""
     if not groups and case.extra["groups"] > 1:
         case = case.with_matrices([(W, b) for W, b, _ in case.matrices()])
@@ -508,7 +512,7 @@ def _moved(case: Case, rng: np.random.Generator, plain: bool, groups: bool) -> C
     return replace(case, dy=dy, extra=case.extra | {"geometry": geometry})
 
 
-def _peft_conv(case: Case, rng: np.random.Generator, groups: bool = True) -> Asked:
+def _peft_conv(case: LayerCase, rng: np.random.Generator, groups: bool = True) -> Asked:
     """Padding stands before the layer: PEFT's A knows no padding mode, and nothing of dilation."""
     lora = case.variant is not ADALORA
     # In groups AdaLoRA fails, and DoRA takes the norms of another matrix.
@@ -518,11 +522,11 @@ def _peft_conv(case: Case, rng: np.random.Generator, groups: bool = True) -> Ask
     return replace(asked, by=f"{asked.by}, without {' and '.join(left_out)}")
 
 
-def _peft_whole_conv(case: Case, rng: np.random.Generator) -> Asked:
+def _peft_whole_conv(case: LayerCase, rng: np.random.Generator) -> Asked:
     return _peft_conv(case, rng, groups=False)
 
 
-def _loralib(case: Case, rng: np.random.Generator) -> Asked:
+def _loralib(case: LayerCase, rng: np.random.Generator) -> Asked:
     ranks: dict[str, Any] = {"r": case.r, "lora_alpha": plain_number(case.alpha)}
     ranks["merge_weights"] = False
     name = LORALIB
@@ -558,11 +562,11 @@ def _loralib(case: Case, rng: np.random.Generator) -> Asked:
     return Asked(case, _answers(case, model, layer, tensors, unpack), merged, name)
 
 
-def _lycoris(case: Case, rng: np.random.Generator) -> Asked:
+def _lycoris(case: LayerCase, rng: np.random.Generator) -> Asked:
     """LyCORIS rebuilds W' in each forward; what it drops is no input, so nothing is dropped."""
     if case.kind == "fused":
         return _apart(case, rng, _lycoris)
-    case = case.still()
+    case = case.without_dropout()
     if "geometry" in case.extra:  # in groups its A sees its own channels only
         case = _moved(case, rng, plain=False, groups=False)
     try:

@@ -21,7 +21,9 @@ import numpy as np
 from minilora.io.files import read_tensors, write_tensors
 from minilora.io.formats.layouts import from_tensors, refusal, to_tensors
 from minilora.spec.variants import REGISTRY
-from minilora.verify.properties.laws import KINDS, LAWS, Case, derivative_error, draw_case, holds
+from minilora.verify.properties.derivatives import derivative_error
+from minilora.verify.properties.laws import LAWS, holds
+from minilora.verify.properties.layer_kinds import LayerCase, draw_case
 
 PROMISE = 1e-13
 """What the project promises of a gradient in float64, relative to what it sums up.
@@ -72,10 +74,10 @@ class Cell:
 
 def cell(entry: str, kind: str, seed: int = 0, library: bool = True) -> Cell:
     """The cell's checks, run now; without ``library`` the real one is not asked."""
-    if why := KINDS[kind].lacks.get(entry):
+    if why := REGISTRY[entry].lacks.get(kind):
         return Cell(entry, kind, lacks=why)
 
-    def draw(number: int, exact: bool) -> Case:
+    def draw(number: int, exact: bool) -> LayerCase:
         rng = np.random.default_rng((seed, number))
         return draw_case(entry, kind, rng, exact, square=number % 2 == 1)
 
@@ -116,7 +118,7 @@ def _library(entry: str, kind: str, seed: int) -> tuple[str | None, float | None
     return (None, None, found.by) if found.worst is None else (found.by, found.worst, None)
 
 
-def _file(case: Case) -> tuple[str | None, str | None]:
+def _file(case: LayerCase) -> tuple[str | None, str | None]:
     """The name of the format in which the adapter came back with the same bits, or the reason."""
     if why := refusal(case.variant, case.kind):
         return None, why

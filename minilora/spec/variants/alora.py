@@ -1,0 +1,93 @@
+"""aLoRA: LoRA's equation, on the tokens from an invocation on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minilora.spec.lora import lora_linear
+from minilora.spec.ops import Array, Back
+from minilora.spec.variants.entry import (
+    LORA_TENSORS,
+    NO_TABLE,
+    Entry,
+    ExtendedVariant,
+    Peft,
+)
+
+
+def invocation(ids: Array, tokens: Array) -> Array:
+    """on = 1 from the last place on where a row of ids has the invocation's tokens, 0 before it.
+
+    It multiplies x in the branch, as K does. A row without the invocation is 0 throughout. What a
+    token before the invocation computes is the base model's, and so is its key and value: a cache
+    that the base model has filled serves.
+
+    Shapes: ids (b, t), tokens (k,) -> on (b, t).
+    Errors: ValueError without tokens.
+    Source: Greenewald et al. 2025, "Activated LoRA", section 3.
+    """
+    k, t = len(tokens), ids.shape[1]
+    if k < 1:
+        raise ValueError("no invocation tokens: expected at least one")
+    found = np.zeros(ids.shape, bool)
+    for i in range(t - k + 1):
+        found[:, i] = (ids[:, i : i + k] == tokens).all(1)
+    last = np.where(found.any(1), t - 1 - found[:, ::-1].argmax(1), t)
+    on: Array = np.arange(t) >= last[:, None]
+    return on
+
+
+def alora_linear(
+    x: Array, W: Array, b: Array | None, A: Array, B: Array, s: Any, K: Array | None = None
+) -> tuple[Array, Back]:
+    """LoRA's y, with K = 0 on the tokens before the invocation.
+
+    Shapes: as in `lora_linear`.
+    Errors: ValueError without K.
+    """
+    if K is None:
+        raise ValueError("aLoRA acts from its invocation on: give the batch's tuning, by invoked")
+    return lora_linear(x, W, b, A, B, s, K)
+
+
+def merge_alora(*parts: Any) -> tuple[Array, Array | None]:
+    """Refuse: a weight acts on all tokens.
+
+    Errors: ValueError.
+    """
+    raise ValueError("aLoRA acts on some tokens only, and a weight on all: it has no merge")
+
+
+ALORA = ExtendedVariant(
+    ("A", "B"),
+    alora_linear,
+    merge_alora,
+    peft=Peft(setting="alora_invocation_tokens", tensors=LORA_TENSORS, refuses=NO_TABLE),
+)
+"""LoRA's equation for aLoRA, which refuses to act where no batch's tokens are given."""
+
+
+_NO_TEXT = "its columns are no tokens of a text: there is no invocation"
+
+
+ENTRIES = {
+    "alora": Entry(
+        "The branch acts from an invocation's tokens on: its input is 0 before.",
+        "Greenewald et al. 2025, section 3",
+        injected=ALORA,
+        breaks={"merge": "it acts on some tokens only, and a weight acts on all"},
+        lacks={
+            "embedding": "its input is a number, which has no part to switch off",
+            "experts": "columns come in the order of their experts, not of the text",
+            "conv1": _NO_TEXT,
+            "conv2": _NO_TEXT,
+        },
+        untrained=(
+            "it acts from an invocation's tokens on, in measuring and writing too, and no line of "
+            "data names them: take lora, or train it with PEFT"
+        ),
+        tables=False,
+    ),
+}
