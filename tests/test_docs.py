@@ -49,7 +49,10 @@ def public_names(source):
 
 
 def source(module):
-    return (ROOT / "minilora" / f"{module}.py").read_text()
+    """The module's source, or that of all modules of a package."""
+    package = ROOT / "minilora" / module
+    files = sorted(package.glob("*.py")) if package.is_dir() else [package.with_suffix(".py")]
+    return "\n".join(path.read_text() for path in files)
 
 
 def described(page):
@@ -128,7 +131,9 @@ def test_a_section_without_its_proof_is_seen():
 
 
 def test_every_module_of_the_specification_is_in_the_reading_order():
-    modules = {f"spec/{path.stem}" for path in ROOT.glob("minilora/spec/[a-z]*.py")}
+    spec = ROOT / "minilora" / "spec"
+    paths = [*spec.glob("[a-z]*.py"), *(path.parent for path in spec.glob("*/__init__.py"))]
+    modules = {f"spec/{path.stem}" for path in paths}
     assert set(MODULES) == modules
 
 

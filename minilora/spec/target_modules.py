@@ -16,7 +16,7 @@ import numpy as np
 from minilora.spec.initialization import INITIALIZATIONS, shared_part
 from minilora.spec.lora import LORA, TABLES, TrainableSpec, Variant, Weights, twin, weight_of
 from minilora.spec.ops import Array
-from minilora.spec.variants import REGISTRY, Entry, fresh_parts, invocation, part_shapes
+from minilora.spec.variants import REGISTRY, Entry, extended, fresh_parts, invocation, part_shapes
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,13 @@ class LoraConfig:
     def entry(self) -> Entry:
         """The variant in the registry."""
         return REGISTRY[self.variant]
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether `inject` reads the adapted weights' entries, beside their shapes and dtypes."""
+        columns = extended(self.equation).columns.values()
+        kept = INITIALIZATIONS[self.init_lora_weights].base == "kept"
+        return not kept or any(callable(column.start) for column in columns)
 
     @property
     def equation(self) -> Variant:
@@ -298,14 +305,14 @@ def resolve_targets(lora: LoraConfig, linears: Mapping[str, tuple[int, int]]) ->
     _check_matched(lora, linears, matched)
     rank = {at: pattern_value(lora.rank_pattern, at, lora.r) for at in matched}
     alpha = {at: pattern_value(lora.alpha_pattern, at, lora.lora_alpha) for at in matched}
-    if lora.ensure_weight_tying and TIED.issubset(rank) and rank["head"] != rank["embed"]:
+    if lora.ensure_weight_tying and _TIED.issubset(rank) and rank["head"] != rank["embed"]:
         raise ValueError(
             f"ensure_weight_tying: ranks {rank['embed']} and {rank['head']}, expected one"
         )
     return ResolvedTargets(rank, alpha, {at: linears[at] for at in matched}, lora.variant)
 
 
-TIED = {"embed", "head"}
+_TIED = {"embed", "head"}
 
 
 def _matched(lora: LoraConfig, linears: Mapping[str, tuple[int, int]]) -> list[str]:
@@ -325,30 +332,34 @@ def _matched(lora: LoraConfig, linears: Mapping[str, tuple[int, int]]) -> list[s
             layers_pattern="layers",
         )
     }
-    if lora.ensure_weight_tying and TIED & matched:
-        if not TIED.issubset(linears):
+    if lora.ensure_weight_tying and _TIED & matched:
+        if not _TIED.issubset(linears):
             expected = "an embedding and a head; give the model's matrices()"
             raise ValueError(f"ensure_weight_tying: expected {expected}")
-        matched |= TIED
+        matched |= _TIED
     return [at for at in linears if at in matched]
 
 
 def _check_matched(
     lora: LoraConfig, linears: Mapping[str, tuple[int, int]], matched: Sequence[str]
 ) -> None:
-    """Refuse a configuration of which something matches nothing."""
+    """Refuse a name or a pattern that matches nothing."""
     names = [] if isinstance(lora.target_modules, str) else lora.target_modules
-    idle = [name for name in names if not any(matches(at, [name]) for at in linears)]
-    idle += [
-        pattern
-        for pattern in (*lora.rank_pattern, *lora.alpha_pattern)
-        if not any(pattern_value({pattern: True}, at, False) for at in matched)
-    ]
-    if not matched or idle:
-        wrong = idle or repr(lora.target_modules)
-        raise ValueError(
-            f"target_modules: {wrong} match no module; there are: {', '.join(linears)}"
-        )
+    idle = {"target_modules": [n for n in names if not any(matches(at, [n]) for at in linears)]}
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        idle[field_name] = [
+            pattern
+            for pattern in getattr(lora, field_name)
+            if not any(pattern_value({pattern: True}, at, False) for at in matched)
+        ]
+    if not matched and not idle["target_modules"]:
+        idle = {"target_modules": [lora.target_modules]}
+    for field_name, unmatched in idle.items():
+        if unmatched:
+            wrong = ", ".join(map(repr, unmatched))
+            raise ValueError(
+                f"{field_name}: {wrong} matches no module; there are: {', '.join(linears)}"
+            )
 
 
 def scales(lora: LoraConfig, targets: ResolvedTargets) -> dict[str, Any]:

@@ -9,12 +9,7 @@ import numpy as np
 from minilora.spec import adalora
 from minilora.spec.optim import schedule
 from minilora.spec.target_modules import LoraConfig
-
-NOT_TRAINED: Mapping[str, str] = {
-    "alora": "it acts only after an invocation sequence, which training data does not mark: use "
-    "lora, or train it with PEFT",
-}
-"""The variants that cannot be trained here, and why."""
+from minilora.spec.variants import REGISTRY
 
 
 @dataclass(frozen=True)
@@ -70,15 +65,16 @@ class TrainConfig:
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"dtype {self.dtype!r}: expected float32 or float64")
         schedule(self.lr_scheduler, 0, 1)
-        if not self.full and self.variant in NOT_TRAINED:
-            raise ValueError(f"variant {self.variant!r}: {NOT_TRAINED[self.variant]}")
+        entry = REGISTRY.get(self.variant)
+        if entry is not None and entry.untrained and not self.full:
+            raise ValueError(f"variant {self.variant!r}: {entry.untrained}")
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))  # hashable
         self.lora_config()
 
     def lora_config(self) -> LoraConfig:
         """The adapters' configuration. AdaLoRA starts at a higher rank with the same scale."""
-        r = adalora.initial_rank(self.rank) if self.variant == "adalora" else self.rank
+        r = adalora.initial_rank(self.rank) if REGISTRY[self.variant].pruned else self.rank
         return LoraConfig(
             r=r,
             lora_alpha=self.alpha * r / self.rank if r != self.rank else self.alpha,
@@ -91,7 +87,7 @@ class TrainConfig:
     @property
     def lr_ratio(self) -> float:
         """The learning rate of B over that of the other parameters."""
-        default = 16.0 if self.variant == "lora+" else 1.0
+        default = REGISTRY[self.variant].lr_ratio
         return default if self.loraplus_lr_ratio is None else self.loraplus_lr_ratio
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from minilora.io.formats import huggingface, peft
 from minilora.io.formats.huggingface import copy_tokenizer
 from minilora.spec import adalora
+from minilora.spec.initialization import INITIALIZATIONS
 from minilora.spec.lora import TrainableSpec, Weights
 from minilora.spec.target_modules import LoraConfig
-from minilora.spec.variants import REGISTRY
 from minilora.training.run import Run
 
 
@@ -31,12 +31,12 @@ def write_result(folder: Path | str, run: Run, params: Weights) -> None:
         copy_tokenizer(base, folder)
         return
     W, spec, base_weights = {**run.adapter, **params}, run.spec, base.weights
-    if lora.variant == "adalora":
+    if lora.entry.pruned:
         W, spec, lora = _without_pruned(W, spec, lora)
-    if lora.variant == "dora-full":
-        lora = replace(lora, variant="dora")
+    if lora.entry.written_as:
+        lora = replace(lora, variant=lora.entry.written_as)
         spec = replace(spec, variant=dict.fromkeys(spec.variant, lora.equation))
-    if REGISTRY[lora.variant].breaks.get("kept"):  # the start changed the base
+    if INITIALIZATIONS[lora.init_lora_weights].base != "kept":
         W = {name: run.weights(params)[name] for name in (*base.config.shapes(), *run.adapter)}
         base_weights = run.frozen if writes_own_base(run) else base_weights
     of = None if writes_own_base(run) else base.name_or_path
@@ -59,7 +59,10 @@ def writes_own_base(run: Run) -> bool:
 
     LoftQ's adapter acts on the quantized base; the difference has no low rank.
     """
-    return run.lora is not None and run.lora.init_lora_weights == "loftq"
+    return (
+        run.lora is not None
+        and INITIALIZATIONS[run.lora.init_lora_weights].base == "quantized"
+    )
 
 
 def write_base(folder: Path | str, run: Run) -> None:

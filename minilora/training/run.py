@@ -136,12 +136,9 @@ def _injected(
 ) -> tuple[Params, Weights, Weights, TrainableSpec]:
     """``Run``'s frozen, adapter, initial and spec, of the model with fresh adapters."""
     lora, rng = config.lora_config(), np.random.default_rng([config.seed, 2])
-    # A random start reads only a weight's shape and dtype: a lazy weight is not expanded for it.
-    random = lora.init_lora_weights in ("kaiming", "gaussian", "orthogonal")
+    # A lazy weight is not expanded where inject reads only its shape and dtype.
     weights = (
-        _placeholders(W, c)
-        if random and lora.equation == LORA
-        else {name: W[name] for name in c.shapes()}
+        {name: W[name] for name in c.shapes()} if lora.reads_weights else _placeholders(W, c)
     )
     adapted, spec = inject(weights, lora, c.linears(), rng)
     if config.task == "classify" and "head" in spec.scale:

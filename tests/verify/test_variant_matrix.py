@@ -9,7 +9,7 @@ import pytest
 from minilora.cli.console import FAILED, USAGE
 from minilora.cli.main import main
 from minilora.io.formats import layouts
-from minilora.spec import variants
+from minilora.spec import lora, variants
 from minilora.verify.properties import exact_numbers, laws, variant_matrix
 
 ENTRIES, KINDS = ["lora", "dora", "alora"], ["linear", "embedding", "conv1"]
@@ -53,7 +53,7 @@ def test_every_form_of_the_table_has_every_cell_and_reason(cells):
 
 
 def test_a_law_that_does_not_hold_is_shown(monkeypatch):
-    wrong = replace(variants.LORA, linear=lambda *a: variants.lora_linear(*a[:5], 2 * a[5], *a[6:]))
+    wrong = replace(lora.LORA, linear=lambda *a: lora.lora_linear(*a[:5], 2 * a[5], *a[6:]))
     entry = replace(variants.REGISTRY["lora"], variant=wrong)
     monkeypatch.setitem(variants.REGISTRY, "lora", entry)
     cell = variant_matrix.cell("lora", "linear", library=False)

@@ -44,7 +44,8 @@ def alora_linear(
 ) -> tuple[Array, Back]:
     """LoRA's y, with K = 0 on the tokens before the invocation.
 
-    Shapes: as in `lora_linear`.
+    The shapes are those of `lora_linear`.
+
     Errors: ValueError without K.
     """
     if K is None:
@@ -85,8 +86,8 @@ ENTRIES = {
             "conv2": _NO_TEXT,
         },
         untrained=(
-            "it acts from an invocation's tokens on, in measuring and writing too, and no line of "
-            "data names them: take lora, or train it with PEFT"
+            "it acts only after an invocation sequence, which training data does not mark: use "
+            "lora, or train it with PEFT"
         ),
         tables=False,
     ),
