@@ -345,7 +345,9 @@ def _check_matched(
 ) -> None:
     """Refuse a name or a pattern that matches nothing."""
     names = [] if isinstance(lora.target_modules, str) else lora.target_modules
-    idle = {"target_modules": [n for n in names if not any(matches(at, [n]) for at in linears)]}
+    idle: dict[str, list[Any]] = {
+        "target_modules": [n for n in names if not any(matches(at, [n]) for at in linears)]
+    }
     for field_name in ("rank_pattern", "alpha_pattern"):
         idle[field_name] = [
             pattern

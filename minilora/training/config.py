@@ -1,7 +1,7 @@
 """The settings that decide the result of a training run."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np

@@ -59,10 +59,7 @@ def writes_own_base(run: Run) -> bool:
 
     LoftQ's adapter acts on the quantized base; the difference has no low rank.
     """
-    return (
-        run.lora is not None
-        and INITIALIZATIONS[run.lora.init_lora_weights].base == "quantized"
-    )
+    return run.lora is not None and INITIALIZATIONS[run.lora.init_lora_weights].base == "quantized"
 
 
 def write_base(folder: Path | str, run: Run) -> None:

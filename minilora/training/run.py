@@ -9,7 +9,7 @@ import numpy as np
 
 from minilora.io.loading import Base, weights_with
 from minilora.spec import adalora
-from minilora.spec.lora import LORA, Params, TrainableSpec, Weights, is_base
+from minilora.spec.lora import Params, TrainableSpec, Weights, is_base
 from minilora.spec.models import Config
 from minilora.spec.optim import loraplus_rates
 from minilora.spec.target_modules import LoraConfig, inject
@@ -137,9 +137,7 @@ def _injected(
     """``Run``'s frozen, adapter, initial and spec, of the model with fresh adapters."""
     lora, rng = config.lora_config(), np.random.default_rng([config.seed, 2])
     # A lazy weight is not expanded where inject reads only its shape and dtype.
-    weights = (
-        {name: W[name] for name in c.shapes()} if lora.reads_weights else _placeholders(W, c)
-    )
+    weights = {name: W[name] for name in c.shapes()} if lora.reads_weights else _placeholders(W, c)
     adapted, spec = inject(weights, lora, c.linears(), rng)
     if config.task == "classify" and "head" in spec.scale:
         raise ValueError(

@@ -50,7 +50,7 @@ def test_a_string_is_an_expression_for_whole_names():
     assert hit(target_modules=r"layers\.1\.[qv]") == ["layers.1.q", "layers.1.v"]
     assert hit(target_modules=r".*\.1\.q") == ["layers.1.q"]
     assert hit(target_modules=".*")[-1] == "head"
-    with pytest.raises(ValueError, match="^target_modules: 'q'"):
+    with pytest.raises(ValueError, match=r"^target_modules: 'q'"):
         hit(target_modules="q")
 
 
@@ -1124,7 +1124,7 @@ def test_all_linear_hits_no_table_and_no_head_whatever_could_be_adapted():
     assert TIED.matrices()["head"] == (11, 6)
     assert {*BERT.matrices()} - {*BERT.linears()} == {"embed", "positions", "types"}
     assert hit(TIED.matrices(), target_modules=["embed", "head"]) == ["embed", "head"]
-    with pytest.raises(ValueError, match="^target_modules: 'embed'"):
+    with pytest.raises(ValueError, match=r"^target_modules: 'embed'"):
         hit(TIED.linears(), target_modules=["embed", "q"])
 
 
