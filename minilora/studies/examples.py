@@ -39,9 +39,10 @@ from minilora.studies.example_data import (
     write_splits,
 )
 from minilora.training import data
+from minilora.training.batching import batches_of, order
 from minilora.training.config import TrainConfig
-from minilora.training.data import Example, batches_of
 from minilora.training.evaluate import answers, measure
+from minilora.training.example import Example
 from minilora.training.fit import FitOptions, Outcome, Watch, fit
 from minilora.training.gradients import ExecutionPlan
 from minilora.training.metrics import ROUGE, accuracy, difference, paired, perplexity, rouge
@@ -99,7 +100,7 @@ def features(examples: Sequence[Example], W: Params, c: Config, tokens: int) -> 
 
 def _rows(examples: Sequence[Example], tokens: int) -> list[int]:
     """The numbers of the examples in the order in which `batches_of` has them."""
-    return [i for rows in data.order(examples, tokens, 0, 0) for i in rows]
+    return [i for rows in order(examples, tokens, 0, 0) for i in rows]
 
 
 def probe(x: Array, labels: Array, classes: int, strength: float) -> tuple[Array, Array]:
@@ -247,7 +248,7 @@ def summaries(
     _finished(outcome)
     figures: dict[str, Any] = {
         "papers": {split: len(run.examples(split)) for split in chosen},
-        "cut": read.cut,
+        "cut": read.truncated,
         "length": config.max_length,
     }
     figures |= _spent(out / "adapter")

@@ -22,8 +22,9 @@ from minilora.io.files import FormatError, pack_json, read_json, write_files
 from minilora.io.loading import MANIFEST, Base, open_base
 from minilora.studies.processes import in_processes
 from minilora.training import data, evaluate
+from minilora.training.batching import batches_of
 from minilora.training.config import TrainConfig
-from minilora.training.data import Data, batches_of
+from minilora.training.example import Data
 from minilora.training.fit import FitOptions, fit
 from minilora.training.gradients import ExecutionPlan
 from minilora.training.plot import canvas

@@ -13,7 +13,7 @@ from minilora.io.formats.tokenizers import Tokenizer
 from minilora.spec.lora import Params, TrainableSpec, project
 from minilora.spec.models import Batch, Config, logits, shifted_labels
 from minilora.spec.ops import IGNORED, Array, Back, cross_entropy
-from minilora.training.data import Example
+from minilora.training.example import Example
 from minilora.training.generate import fitting, generate
 from minilora.training.gradients import ExecutionPlan
 from minilora.training.gradients import evaluate as sums
@@ -98,7 +98,7 @@ def answers(
     """
     written, wanted = [], []
     for example in examples:
-        asked, answer = example.parts
+        asked, answer = example.prompt_and_answer
         n = fitting(c, len(asked), most)
         steps = generate([asked.tolist()], W, c, tuning, most=n, stop=tokenizer.stops)
         written.append(tokenizer.decode([token for (token,) in steps if token is not None]))

@@ -15,8 +15,8 @@ import numpy as np
 
 from minilora.io.loading import BASE_FOLDER
 from minilora.training import checkpoints
+from minilora.training.batching import batches_of
 from minilora.training.checkpoints import TrainState
-from minilora.training.data import batches_of
 from minilora.training.evaluate import mean_loss
 from minilora.training.gradients import blas_threads
 from minilora.training.loop import Diverged, check_loss, train_steps

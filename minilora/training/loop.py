@@ -14,8 +14,8 @@ from minilora.spec import adalora
 from minilora.spec.lora import Weights, sum_gradients
 from minilora.spec.models import Batch, Config
 from minilora.spec.optim import adamw, clip, schedule
+from minilora.training.batching import batch as padded
 from minilora.training.checkpoints import TrainState
-from minilora.training.data import batch as padded
 from minilora.training.gradients import counted, drawn_dropout, gradients
 from minilora.training.run import Run
 

@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from minilora.io.files import FormatError
 from minilora.io.loading import Base, weights_with
 from minilora.spec import adalora
 from minilora.spec.lora import Params, TrainableSpec, Weights, is_base
 from minilora.spec.models import Config
 from minilora.spec.optim import loraplus_rates
 from minilora.spec.target_modules import LoraConfig, inject
+from minilora.training.batching import one_window, order
 from minilora.training.config import TrainConfig
-from minilora.training.data import SPLITS, Data, Example, one_window, order
+from minilora.training.example import SPLITS, Data, Example
 from minilora.training.gradients import ExecutionPlan
 
 
@@ -45,10 +47,13 @@ class Run:
         """The model's configuration."""
         return self.base.config
 
-    @property
+    @cached_property
     def pad(self) -> int:
-        """The token that fills up the shorter sequences of a batch."""
-        return self.base.tokenizer.pad
+        """The token that pads the shorter sequences of a batch; 0 if there is no tokenizer."""
+        try:
+            return self.base.tokenizer.pad
+        except (FormatError, ImportError):
+            return 0
 
     def weights(self, params: Params) -> Params:
         """All weights of the model, with these values of the trained parameters."""

@@ -26,7 +26,7 @@ from minilora.io.loading import BASE_FOLDER, MANIFEST, read_run
 from minilora.spec.lora import Params
 from minilora.training import checkpoints
 from minilora.training.checkpoints import TrainState
-from minilora.training.data import SPLITS
+from minilora.training.example import SPLITS
 from minilora.training.result import writes_own_base
 from minilora.training.run import Run
 

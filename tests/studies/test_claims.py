@@ -53,7 +53,7 @@ from minilora.studies.claims.verdicts import (
     table,
     verdicts,
 )
-from minilora.training.data import batches_of
+from minilora.training.batching import batches_of
 from minilora.training.gradients import gradients
 
 TINY = Study(

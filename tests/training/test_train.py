@@ -27,7 +27,7 @@ from minilora.spec.adalora import Importance
 from minilora.spec.optim import AdamState
 from minilora.spec.quantization import dequantise, quantise
 from minilora.spec.variants import REGISTRY
-from minilora.training import checkpoints, data, evaluate, loop
+from minilora.training import batching, checkpoints, data, evaluate, loop
 from minilora.training import fit as fit_module
 from minilora.training import run as run_module
 from minilora.training.checkpoints import TrainState
@@ -181,7 +181,7 @@ def test_a_step_is_that_of_the_whole_batch_however_it_is_divided():
     )
     ((divided, _),) = states(run)
     rows = [i for some in micro_batches(run.data.train, run.config, 0) for i in some]
-    together = data.batch([run.data.train[i] for i in rows], run.base.tokenizer.pad)
+    together = batching.batch([run.data.train[i] for i in rows], run.base.tokenizer.pad)
     _, back = ml.loss(together, run.weights({}), run.base.config, run.spec)
     g, _ = optim.clip(back(1.0), run.config.max_grad_norm)
     wanted, _ = optim.adamw(run.initial, g, AdamState(), run.config.learning_rate, weight_decay=0.0)
@@ -205,7 +205,7 @@ def test_an_epoch_visits_each_example_once_and_its_last_step_may_be_smaller():
     assert total_steps(run.data.train, run.config) == 4
     reached = states(run)
     assert [record.epoch for _, record in reached] == [0, 0, 1, 1]
-    labels = sum(int(e.counted.sum()) for e in run.data.train)
+    labels = sum(int(e.loss_mask.sum()) for e in run.data.train)
     for epoch in (0, 1):
         assert sum(r.labels for _, r in reached if r.epoch == epoch) == labels
 
@@ -264,7 +264,7 @@ def test_training_lowers_the_loss_and_a_frozen_weight_keeps_its_bits(tmp_path):
 def evaluated(base, adapter, examples):
     """The loss of what is read of a run's folder."""
     read = open_adapted(base, str(adapter), base.weights["norm.weight"].dtype)
-    batches = data.batches_of(examples, 1024, base.tokenizer.pad)
+    batches = batching.batches_of(examples, 1024, base.tokenizer.pad)
     return evaluate.mean_loss(batches, read.weights, base.config, read.tuning, PLAN).loss
 
 
@@ -276,10 +276,10 @@ def test_what_is_written_of_a_variant_has_the_loss_of_what_was_trained(variant, 
     wanted = read_log(tmp_path / LOG)[-1]["val_loss"]
     base = open_base_of(None, str(tmp_path), np.dtype(float))
     found = evaluated(base, tmp_path, run.data.valid)
-    count = sum(int(e.counted.sum()) for e in run.data.valid)
+    count = sum(int(e.loss_mask.sum()) for e in run.data.valid)
     bound = (count + sum(w.size for w in base.weights.values())) * np.finfo(float).eps
     assert abs(found / wanted - 1) <= bound
-    batches = data.batches_of(run.data.valid, 1024, base.tokenizer.pad)
+    batches = batching.batches_of(run.data.valid, 1024, base.tokenizer.pad)
     W = run.weights(run.initial)
     before = evaluate.mean_loss(batches, W, base.config, run.spec, PLAN).loss
     assert abs(before / wanted - 1) > bound

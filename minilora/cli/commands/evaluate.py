@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from minilora.io.loading import AdaptedModel, Base
-    from minilora.training.data import Data, Example
+    from minilora.training.example import Data, Example
 
 MAX_LENGTH = 512
 """The default of ``--max-length``, unless the run's own data is read again."""
@@ -62,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from minilora.io.files import pack_json, write_files
     from minilora.io.loading import run_of
-    from minilora.training.data import SPLITS
+    from minilora.training.example import SPLITS
     from minilora.verify.report.report import writable
 
     if arguments.split and arguments.split not in SPLITS:
@@ -119,7 +119,7 @@ def _read(arguments: argparse.Namespace, base: Base, run: Mapping[str, Any]) -> 
     trained = class_names(arguments.adapter)
     data = read(
         path, task, base.tokenizer, **reading,
-        classes=trained or base.classes or numbers, by_place=not trained,
+        classes=trained or base.classes or numbers, numeric_labels=not trained,
     )  # fmt: skip
     if reading["val_fraction"] and data.digest != run["data"].get("digest"):
         expected = "the file of the training run, which held out a part of it"
@@ -168,7 +168,7 @@ def _measured(
     import math
 
     from minilora.io.files import NOT_FINITE
-    from minilora.training.data import batches_of
+    from minilora.training.batching import batches_of
     from minilora.training.evaluate import measure
     from minilora.training.metrics import accuracy, perplexity
 

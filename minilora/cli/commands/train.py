@@ -23,7 +23,7 @@ from minilora.cli.console import (
 if TYPE_CHECKING:
     from minilora.io.loading import Base
     from minilora.training.config import TrainConfig
-    from minilora.training.data import Data
+    from minilora.training.example import Data
     from minilora.training.fit import FitOptions, Outcome
     from minilora.training.run import Run
 
@@ -300,7 +300,7 @@ def _run(arguments: argparse.Namespace) -> int:
     trained, total = (
         sum(math.prod(w.shape) for w in weights.values()) for weights in (run.initial, base.weights)
     )
-    cut = f", {data.cut} of them cut to {config.max_length} tokens" if data.cut else ""
+    cut = f", {data.truncated} of them cut to {config.max_length} tokens" if data.truncated else ""
     say(
         f"{base.name}: {total} parameters, {trained} trained\n"
         f"{path}: {len(data.train)} examples{cut}, {len(data.valid)} for validation\n"
@@ -321,17 +321,17 @@ def _read(arguments: argparse.Namespace, base: Base, path: str, config: TrainCon
     data = read(
         path, config.task, base.tokenizer, config.max_length, skip_invalid=arguments.skip_invalid,
         train_on_prompt=arguments.train_on_prompt, val_fraction=arguments.val_fraction,
-        seed=config.seed, classes=base.classes, by_place=True,
+        seed=config.seed, classes=base.classes, numeric_labels=True,
     )  # fmt: skip
     for line in data.skipped[:5]:
-        say(f"{line.path}, line {line.line}: skipped: {line.why}\n")
+        say(f"{line.path}, line {line.line}: skipped: {line.reason}\n")
     if data.skipped[5:]:
         say(f"and {len(data.skipped) - 5} more lines\n")
     return data
 
 
 def _show_batch(base: Base, data: Data, config: TrainConfig) -> None:
-    from minilora.training.data import batch, shown
+    from minilora.training.batching import batch, shown
     from minilora.training.run import micro_batches
 
     rows = micro_batches(data.train, config, 0)[0]

@@ -15,8 +15,8 @@ from minilora.spec.lora import TrainableSpec, Weights, merge
 from minilora.spec.models import Batch, logits, loss
 from minilora.spec.ops import Array
 from minilora.studies.claims.study import Side, Study, run_of, sides_of, size, studied_model
+from minilora.training.batching import batches_of
 from minilora.training.checkpoints import TrainState
-from minilora.training.data import batches_of
 from minilora.training.gradients import blas_threads
 from minilora.training.loop import train_steps
 from minilora.training.result import write_result

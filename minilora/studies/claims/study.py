@@ -18,9 +18,11 @@ from minilora.spec.ops import Array
 from minilora.spec.target_modules import resolve_targets
 from minilora.studies.sweep import opened
 from minilora.training import evaluate
+from minilora.training.batching import batches_of
 from minilora.training.checkpoints import TrainState
 from minilora.training.config import TrainConfig
-from minilora.training.data import BUILT_IN, Data, Example, batches_of, read
+from minilora.training.data import BUILT_IN, read
+from minilora.training.example import Data, Example
 from minilora.training.generate import Sampling, generate
 from minilora.training.gradients import ExecutionPlan
 from minilora.training.loop import Diverged, train_steps
