@@ -178,7 +178,62 @@ def test_tokens_need_no_tokenizer(made):
     e = made({"ids": [5, 6, 7], "labels": [5, IGNORED, 7]}, "lm", None)
     assert (e.ids.tolist(), e.loss_mask.tolist()) == ([5, 6, 7], [False, False, True])
     assert made({"ids": [5, 6, 7]}, "chat", None).loss_mask.tolist() == [False, True, True]
-    with pytest.raises(ValueError, match="line 1: found a chat template"
+    with pytest.raises(ValueError, match="no tokenizer"):
+        made({"text": "a"}, "lm", None)
+
+
+def test_text_that_is_asked_and_answered_is_found_again(made):
+    asked, answered = made({"messages": CHAT}, "chat").prompt_and_answer
+    assert text_of(asked).endswith("[user]c?<end>\n[assistant]")
+    assert text_of(answered) == "d.<end>"
+    asked, answered = made({"ids": [3, 4]}, "lm").prompt_and_answer
+    assert (asked.tolist(), answered.tolist()) == ([3], [4])
+    nothing = Example(np.arange(3), np.zeros(3, bool), 1)
+    assert [part.tolist() for part in nothing.prompt_and_answer] == [[0, 1, 2], []]
+
+
+@needs_transformers
+@pytest.mark.parametrize("n", range(2, 6))
+def test_the_assistants_tokens_are_those_that_transformers_marks(tmp_path, n):
+    from transformers import AutoTokenizer
+
+    folder = folders.write(tmp_path, "byte level")
+    other = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        CHAT[: n + 1], return_assistant_tokens_mask=True, return_dict=True
+    )
+    path = write(tmp_path / "a.jsonl", {"messages": CHAT[: n + 1]})
+    (e,) = read(path, "chat", read_tokenizer(folder), 200).train
+    assert e.ids.tolist() == other["input_ids"]
+    assert e.loss_mask.tolist() == [bool(x) for x in other["assistant_masks"]]
+    assert e.loss_mask.any()
+    path = write(tmp_path / "a.jsonl", {"messages": CHAT[: n + 1]})
+    (whole,) = read(path, "chat", read_tokenizer(folder), 200, train_on_prompt=True).train
+    assert whole.loss_mask.tolist() != e.loss_mask.tolist()
+
+
+@needs_text
+def test_a_template_that_writes_the_beginning_is_the_only_one_to_write_it(tmp_path):
+    tokenizer = read_tokenizer(folders.write(tmp_path, "sentence piece"))
+    path = write(tmp_path / "a.jsonl", {"messages": CHAT[1:]})
+    (e,) = read(path, "chat", tokenizer, 200).train
+    assert (e.ids == tokenizer.bos).sum() == 1
+    assert e.ids[0] == tokenizer.bos
+    assert e.ids[e.loss_mask].tolist().count(tokenizer.eos) == 2
+    (plain,) = read(write(tmp_path / "b.jsonl", {"text": "a"}), "lm", tokenizer, 200).train
+    assert plain.ids[[0, -1]].tolist() == [tokenizer.bos, tokenizer.eos]
+
+
+def test_a_template_that_writes_an_earlier_turn_anew_is_refused(made):
+    class Forgetful(Characters):
+        def chat(self, messages, generate=False):
+            last = len(messages) - 1
+            messages = [
+                m | {"content": f"({m['content']})"} if i == last and not generate else m
+                for i, m in enumerate(messages)
+            ]
+            return super().chat(messages, generate)
+
+    match = "line 1: found a chat template that "
     with pytest.raises(FormatError, match=match):
         made({"messages": CHAT}, "chat", Forgetful())
 
@@ -225,9 +280,7 @@ def test_an_answer_that_is_too_long_loses_its_end_and_is_counted(made, tmp_path)
     assert marked(made(line, "lm", max_length=5)) == "<start>ab{cd}"
     path = write(tmp_path / "b.jsonl", line, line)
     assert [read(path, "lm", CHARACTERS, n).truncated for n in (7, 8)] == [2, 0]
-    with pytest.raises(
-        FormatError, match=r"found 3 tokens before .*max_length, 3"
-    ):
+    with pytest.raises(FormatError, match=r"found 3 tokens before .*max_length, 3"):
         made(line, "lm", max_length=3)
 
 
@@ -353,7 +406,7 @@ BAD = [
     ("classify", {"text": "a", "label": " "}, "label: ' '"),
     ("classify", {"text": "a", "label": "1"}, "label '1'"),
     ("classify", {"ids": [1], "types": [0, 0], "label": 1}, "2 types of 1 ids"),
-    ("summarize", {"document": "a", "text": "a", "summary": "b"}, "the keys document, summary, text"),
+    ("summarize", {"document": "a", "text": "a", "summary": "b"}, "the keys document, summary"),
     ("summarize", {"document": "a", "summary": "b" * 99}, "a summary that leaves no room"),
 ]
 
@@ -375,9 +428,7 @@ def test_a_bad_line_is_refused_by_its_number_and_can_be_skipped(task, line, matc
     without = read(write(path, good, other, good), task, CHARACTERS, length)
     assert [e.ids.tolist() for e in without.train] == [e.ids.tolist() for e in got.train]
     assert without.skipped == ()
-    with pytest.raises(
-        FormatError, match="file: found no example, 1 lines "
-    ):
+    with pytest.raises(FormatError, match="file: found no example, 1 lines "):
         read(
             write(path, line if task != "classify" else b""),
             task,
