@@ -14,6 +14,7 @@ import warnings
 import numpy as np
 import pytest
 from extras import optional
+from marks import others_slow
 from safetensors.numpy import load_file
 
 from minilora.io import reference_models
@@ -120,6 +121,7 @@ print(json.dumps([plain, early]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="there is no older code to choose"
 )
@@ -157,7 +159,7 @@ def test_the_script_makes_the_same_bytes_again(tmp_path):
     assert {path for path in again if not path.startswith("vectors/")} == set()
 
 
-@EVERY
+@pytest.mark.parametrize("name", others_slow(reference_models.names(), "llama"))
 def test_each_has_learned_its_task_and_not_the_other(name):
     """The manifest says what the files give; off its own task a model loses a hundred times more
     beyond the entropy."""

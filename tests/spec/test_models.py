@@ -17,6 +17,7 @@ from calculus import (
     same_bits,
 )
 from hypothesis import given, settings
+from marks import others_slow
 from mpmath import mpf
 from number_systems import Real, Rounded, every_erf, propagated, to_objects, values
 
@@ -37,13 +38,7 @@ CONFIGS = {
 }
 EVERY = pytest.mark.parametrize("name", CONFIGS)
 # Qwen2 and the tied Llama are Llamas: where a test takes seconds, they are among the slow ones.
-EVERY_KIND = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("Qwen2", "Llama, tied") else name
-        for name in CONFIGS
-    ],
-)
+EVERY_KIND = pytest.mark.parametrize("name", others_slow(CONFIGS, "Llama", "GPT-2", "BERT"))
 FEW = settings(max_examples=10)
 FLOAT64, LONG_DOUBLE = (np.finfo(dtype).eps for dtype in (np.float64, np.longdouble))
 
@@ -70,7 +65,7 @@ def error_of_gradients(model):
     return max(relative_error(found[k], wanted[k], scale_of(k, wanted)) for k in wanted)
 
 
-@EVERY
+@EVERY_KIND
 def test_every_gradient_is_the_derivative_entry_by_entry(name):
     error = error_of_gradients(case(name))
     record_worst(f"1. complex step, each entry, {name}", error)
@@ -212,7 +207,7 @@ def shares_of_bounds(found, probes):
         yield float(abs((v * entries.astype(np.longdouble)).sum() - value)) / bound
 
 
-@EVERY_KIND
+@pytest.mark.parametrize("name", others_slow(CONFIGS, "Llama"))
 def test_float64_is_as_near_to_long_double_as_rounding_allows(name, any_number):
     model = case(name, 2, 4)
     found = loss_and_gradients(model)

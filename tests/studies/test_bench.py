@@ -116,6 +116,7 @@ def test_a_library_that_is_missing_is_named_with_its_extra(folder, monkeypatch):
     assert main(["bench", "--peer", "absent", "--size", "tiny", "--rounds", "1"]) == 3
 
 
+@pytest.mark.slow
 def test_what_is_missing_gives_up_nothing_of_the_others(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(SIDES, "absent", "minilora_absent:Side")
     kept = tmp_path / "results.json"

@@ -133,6 +133,7 @@ def test_a_cell_cut_short_goes_on_from_its_checkpoint(whole, tmp_path):
     assert result_of(tmp_path / cell.name) == result_of(out / cell.name)
 
 
+@pytest.mark.slow
 def test_a_larger_grid_adds_to_what_is_there(whole, tmp_path):
     few = sweep.sweep(tmp_path, SETTING, CELLS[:1], 1)
     told = []
@@ -174,6 +175,7 @@ def test_a_cell_that_diverges_in_its_last_step_is_a_row_too(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_refused_is_told_in_a_line_and_may_be_corrected(tmp_path):
     command = [sys.executable, "-m", "minilora", *COMMAND, "--output", str(tmp_path / "out")]
     wrong = [*command, "--batch-tokens", "3"]
@@ -248,6 +250,7 @@ def test_whoever_leaves_early_does_not_wait_for_the_work():
     following.close()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_stopped_says_nothing(capfd):
     """Whether it works, waits for work, or is not there yet."""
     with pytest.raises(Diverged, match="step -1: below zero"):

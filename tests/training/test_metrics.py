@@ -108,7 +108,7 @@ def test_rouge_without_its_library_names_the_extra(monkeypatch):
 
 def test_the_interval_holds_the_true_difference_about_as_often_as_it_says():
     """95% of all but for four standard deviations of a binomial; a quarter of it holds fewer."""
-    rng, truth, n = np.random.default_rng(3), 0.2, 200
+    rng, truth, n = np.random.default_rng(3), 0.2, 60
     least = n * 0.95 - 4 * math.sqrt(n * 0.95 * 0.05)
     inside, narrow = 0, 0
     for _ in range(n):

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from calculus import same_bits
+from marks import others_slow
 from safetensors import safe_open
 
 import minilora as ml
@@ -96,7 +97,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", others_slow(KINDS, "lora", "adalora", "bert", "full"))
 def test_an_interrupted_run_goes_on_to_the_same_bits(kind, tmp_path):
     config, model = KINDS[kind]
     wanted = whole(tmp_path, run_of(config, model), save_every=2, val_every=2)
@@ -268,7 +269,7 @@ def evaluated(base, adapter, examples):
     return evaluate.mean_loss(batches, read.weights, base.config, read.tuning, PLAN).loss
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", others_slow(VARIANTS, "lora", "dora", "pissa", "adalora"))
 def test_what_is_written_of_a_variant_has_the_loss_of_what_was_trained(variant, tmp_path):
     """In float64, to the rounding of sums of as many terms as there are weights and labels."""
     run = run_of(replace(QUICK, variant=variant, dtype="float64", learning_rate=0.03))
@@ -704,6 +705,7 @@ def killed_at(lines, out, step, sign):
     return ended(process)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_a_run_ends_with_the_same_bits(lines, uninterrupted, tmp_path):
     out = tmp_path / "out"
     for step in (5, 24, 41):
@@ -737,7 +739,9 @@ def test_killed_ten_times_at_random_moments_a_run_ends_with_the_same_bits(
     assert files(out) == uninterrupted
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_ctrl_c_saves_the_last_step_and_says_how_to_go_on(sign, lines, uninterrupted, tmp_path):
     out = tmp_path / "out"
     status, _, err = killed_at(lines, out, 10, sign)
@@ -751,6 +755,7 @@ def test_ctrl_c_saves_the_last_step_and_says_how_to_go_on(sign, lines, uninterru
     assert files(out) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_file_that_may_grow_no_more_ends_the_run_with_what_was_saved(
     lines, uninterrupted, tmp_path
 ):
@@ -818,7 +823,7 @@ print(moment)
 """
 
 
-@pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [43, pytest.param(1, marks=pytest.mark.slow)])
 def test_whatever_act_on_the_disk_is_the_last_the_run_ends_with_the_same_bits(
     every, lines, tmp_path
 ):

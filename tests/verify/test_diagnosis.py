@@ -7,6 +7,7 @@ from functools import reduce
 
 import numpy as np
 import pytest
+from marks import others_slow
 
 from minilora.verify import engine, mutants
 from minilora.verify.checks import linear
@@ -69,7 +70,7 @@ def test_a_scale_far_too_great_is_named_though_it_rounds_more_than_what_is_right
         branch=lambda my, c: np.float32(c.alpha) * product(product(c.x, c.A), c.B),
     )
     check = BY_ID["linear.forward"]
-    for seed in range(16):
+    for seed in range(4):
         found = check.diagnose(Direct(make()), "float32", seed)
         assert [each.id for each in found] == ["scale-alpha"], seed
 
@@ -209,7 +210,9 @@ def test_an_error_in_a_layer_s_life_says_the_step_and_has_the_fewest_steps():
     assert result.smallest["steps"] == "add('onetwo') activate(['onetwo'])"
 
 
-@pytest.mark.parametrize("kind", ["linear", "tied", "modules-to-save"])
+@pytest.mark.parametrize(
+    "kind", others_slow(["linear", "tied", "modules-to-save"], "modules-to-save")
+)
 def test_a_right_session_has_no_such_steps(kind):
     assert fewest(Own, kind) is None
 
@@ -413,6 +416,7 @@ class TrainsOff:
         return of
 
 
+@pytest.mark.slow
 def test_what_is_called_a_disabling_that_does_nothing_does_nothing_in_the_output_too():
     ids = {d.id for d in found("lifecycle.gradients", TrainsOff)}
     assert not {id for id in ids if "disable" in id}

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+from marks import others_slow
 
 from minilora.verify import selftest
 from minilora.verify.checks.registry import CHECKS, LEVELS
@@ -54,7 +55,10 @@ def test_a_misreading_is_caught_by_the_check_that_it_names(m):
     assert selftest.catch(m, "float32", profile="ci") == (m.caught_by, "")
 
 
-@pytest.mark.parametrize("level", LEVELS, ids=lambda level: level.name)
+QUICK = [level for level in LEVELS if level.name not in ("lifecycle", "model")]
+
+
+@pytest.mark.parametrize("level", others_slow(LEVELS, *QUICK), ids=lambda level: level.name)
 def test_what_is_right_passes_however_it_is_written(level):
     """A case in integers and one with rounding; one only where it takes a model or many steps."""
     for dtype, number in (("float32", 0), ("bfloat16", 1))[

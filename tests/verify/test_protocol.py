@@ -589,6 +589,7 @@ def cpp(tmp_path_factory):
 LANGUAGES = ["node", "cpp"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_drivers_of_the_docs_pass(language, request):
     with Driver(request.getfixturevalue(language), CHECKS) as driver:
@@ -609,6 +610,7 @@ BUGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_each_mistake_put_into_the_drivers_is_caught_and_named(language, request):
     command = request.getfixturevalue(language)

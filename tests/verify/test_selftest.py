@@ -34,6 +34,7 @@ def test_a_share_is_caught_named_and_without_a_false_alarm(few):
     assert all(len(names) > 5 for names in few.rights.values())
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_finds_the_same(few):
     options = {"levels": ["merge"], "dtypes": ["float32", "float16"], "quick": True, "cases": 200}
     two = selftest.selftest(**options, jobs=2)
