@@ -17,9 +17,10 @@ from minilora.io import loading, reference_models, synthetic_data
 from minilora.io.files import FormatError, read_json
 from minilora.io.loading import open_base
 from minilora.spec.ops import cross_entropy, linear
-from minilora.studies import example_data, examples
-from minilora.studies.example_data import RATED, Rated, divided, rated
-from minilora.studies.examples import probe
+from minilora.studies.examples import sentiment, summaries, texts
+from minilora.studies.examples.probe import probe
+from minilora.studies.examples.result import result_lines
+from minilora.studies.examples.texts import RATED, Rated, divided, rated
 
 
 def archive(path, files):
@@ -71,7 +72,7 @@ def test_an_archive_that_is_another_is_refused_by_file_and_line(tmp_path):
 def test_a_member_that_is_too_large_is_not_taken_out(tmp_path, monkeypatch):
     path = archive(tmp_path / "a.zip", files(["1\t1\t" + "fine " * 999], ["1_1\t1\tfine"]))
     assert len(rated(path)) == 2
-    monkeypatch.setattr(example_data, "LARGEST", 4000)
+    monkeypatch.setattr(texts, "LARGEST", 4000)
     with pytest.raises(FormatError, match="found one of 4999 bytes"):
         rated(path)
 
@@ -83,19 +84,21 @@ def shares_a_source(sides):
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.floats(-4, 4)), min_size=1), st.integers(0, 9))
 def test_no_source_is_on_two_sides_and_no_labelled_text_is_lost(drawn, seed):
-    texts = [Rated(f"{i}", rating, f"s {n}") for i, (n, rating) in enumerate(drawn)]
-    sides = divided(texts, seed)
+    rated_texts = [Rated(f"{i}", rating, f"s {n}") for i, (n, rating) in enumerate(drawn)]
+    sides = divided(rated_texts, seed)
     assert not shares_a_source(sides)
     kept = [one for own in sides.values() for one in own]
-    assert sorted(kept, key=texts.index) == [one for one in texts if one.label is not None]
-    assert divided(texts[::-1], seed) == sides
+    assert sorted(kept, key=rated_texts.index) == [
+        one for one in rated_texts if one.label is not None
+    ]
+    assert divided(rated_texts[::-1], seed) == sides
 
 
 def test_the_split_follows_the_seed_and_a_straddling_source_would_be_seen():
-    texts = [Rated(f"{i}", 1.0, f"s {i % 50}") for i in range(200)]
-    assert divided(texts, 0) != divided(texts, 1)
-    assert [len(own) for own in divided(texts, 0).values()] == [140, 20, 40]
-    assert shares_a_source({"train": texts[:100], "test": texts[100:]})
+    rated_texts = [Rated(f"{i}", 1.0, f"s {i % 50}") for i in range(200)]
+    assert divided(rated_texts, 0) != divided(rated_texts, 1)
+    assert [len(own) for own in divided(rated_texts, 0).values()] == [140, 20, 40]
+    assert shares_a_source({"train": rated_texts[:100], "test": rated_texts[100:]})
 
 
 def test_no_other_head_is_better_than_the_probe():
@@ -126,8 +129,8 @@ def test_what_is_missing_is_named_with_what_gets_it(capsys, monkeypatch, tmp_pat
 def test_sentiment_from_end_to_end_in_small(capsys, monkeypatch, tmp_path):
     whole = open_base("reference:bert")
     bare = {name: w for name, w in whole.weights.items() if not name.startswith("head.")}
-    monkeypatch.setattr(examples, "minilm", lambda: whole.path)
-    monkeypatch.setattr(examples, "open_base", lambda name: replace(whole, weights=bare))
+    monkeypatch.setattr(sentiment, "minilm", lambda: whole.path)
+    monkeypatch.setattr(sentiment, "open_base", lambda name: replace(whole, weights=bare))
     symbols = synthetic_data.task(reference_models.tasks("bert")[0]).symbols
     rng = np.random.default_rng(0)
 
@@ -142,7 +145,7 @@ def test_sentiment_from_end_to_end_in_small(capsys, monkeypatch, tmp_path):
     assert main(arguments) == 0
     found = read_json(out / "result.json")
     printed = capsys.readouterr().out
-    assert examples.told(found) in printed
+    assert result_lines(found) in printed
     n = found["texts"]["test"]
     assert found["adapted"]["n"] == found["probe"]["n"] == n
     d = found["paired"]
@@ -159,14 +162,14 @@ def test_sentiment_from_end_to_end_in_small(capsys, monkeypatch, tmp_path):
 
 def test_summaries_from_end_to_end_in_small(capsys, monkeypatch, tmp_path):
     optional("rouge_score")
-    monkeypatch.setattr(examples, "smollm2", lambda: reference_models.folder() / "llama" / "base")
+    monkeypatch.setattr(summaries, "smollm2", lambda: reference_models.folder() / "llama" / "base")
     row = {"document": "3 1 4", "summary": "5 9"}
-    monkeypatch.setattr(examples, "papers", lambda: {"train": [row] * 4, "test": [row] * 2})
-    monkeypatch.setattr(examples.data, "SUMMARY", "{}")
+    monkeypatch.setattr(summaries, "papers", lambda: {"train": [row] * 4, "test": [row] * 2})
+    monkeypatch.setattr("minilora.training.line_shapes.SUMMARY", "{}")
     out = tmp_path / "out"
     assert main(["example", "summaries", "--output", str(out), "--quick"]) == 0
     found = read_json(out / "result.json")
-    assert examples.told(found) in capsys.readouterr().out
+    assert result_lines(found) in capsys.readouterr().out
     change = found["after"]["loss"] - found["before"]["loss"]
     # Both are sums of the same two equal terms over the same count.
     assert abs(found["difference"]["value"] - change) <= 8 * np.finfo(float).eps * 10
@@ -174,14 +177,14 @@ def test_summaries_from_end_to_end_in_small(capsys, monkeypatch, tmp_path):
 
 
 def test_papers_are_read_and_others_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(example_data, "package", lambda name: tmp_path)
+    monkeypatch.setattr(texts, "package", lambda name: tmp_path)
     (tmp_path / "dataset").mkdir()
     row = {"sentences": {"abstract": ["A b .", "C ."], "conclusion": ["D ."]}}
     row["summary"] = {"outcome": "It works.", "approach": "They try."}
     for name in ("train", "val", "test"):
         (tmp_path / "dataset" / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     wanted = {"document": "A b . C . D .", "summary": "It works."}
-    assert example_data.papers() == {split: [wanted] for split in ("train", "valid", "test")}
+    assert texts.papers() == {split: [wanted] for split in ("train", "valid", "test")}
     (tmp_path / "dataset" / "val.jsonl").write_text('{"summary": {}}\n')
     with pytest.raises(FormatError, match=r"val\.jsonl.*'sentences'.*aclsum==0\.1\.2"):
-        example_data.papers()
+        texts.papers()

@@ -16,18 +16,11 @@ from minilora.cli.console import INTERRUPTED
 from minilora.cli.main import main
 from minilora.io.files import FormatError
 from minilora.io.loading import open_base
-from minilora.studies import sweep
 from minilora.studies.processes import in_processes
-from minilora.studies.sweep import (
-    LEGEND,
-    Cell,
-    Row,
-    Setting,
-    best,
-    by_group,
-    grid,
-    table,
-)
+from minilora.studies.sweep import run as sweep
+from minilora.studies.sweep.grid import Cell, Setting, grid
+from minilora.studies.sweep.results import LEGEND, PICTURE, best, by_group, table
+from minilora.studies.sweep.run import Row
 from minilora.training import data
 from minilora.training.config import TrainConfig
 from minilora.training.fit import fit
@@ -144,10 +137,10 @@ def test_a_larger_grid_adds_to_what_is_there(whole, tmp_path):
 
 def test_another_setting_or_a_folder_of_other_files_is_refused(whole, tmp_path):
     other = replace(SETTING, config=replace(SETTING.config, max_steps=5))
-    with pytest.raises(Refused, match=r"another setting \(max_steps: 4 then, 5 now\)"):
+    with pytest.raises(Refused, match=r"another setting \(max_steps was 4 and is 5\)"):
         sweep.sweep(whole[0], other, CELLS, 1)
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(Refused, match="files already, of no sweep"):
+    with pytest.raises(Refused, match="holds no sweep"):
         sweep.sweep(tmp_path, SETTING, CELLS, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
@@ -185,7 +178,7 @@ def test_a_sweep_that_was_refused_is_told_in_a_line_and_may_be_corrected(tmp_pat
     assert "a batch's: raise the batch's tokens" in done.stderr
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     other = subprocess.run(wrong, capture_output=True, text=True, check=False)
-    assert "the sweep of another setting (batch_tokens: 64 then, 3 now)" in other.stderr
+    assert "the sweep of another setting (batch_tokens was 64 and is 3)" in other.stderr
 
 
 @pytest.mark.parametrize("damage", [None, [], "text"])
@@ -283,7 +276,7 @@ def test_the_command_prints_a_table_and_draws_it(tmp_path, capsys):
     assert main([*COMMAND, "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[0].split()[:4] == ["rank", "alpha", "lr", "seeds"]
-    assert "<svg" in (tmp_path / "out" / sweep.PICTURE).read_text()
+    assert "<svg" in (tmp_path / "out" / PICTURE).read_text()
 
 
 def test_without_the_library_the_table_is_all_and_a_line_says_so(tmp_path, capsys, monkeypatch):
@@ -291,7 +284,7 @@ def test_without_the_library_the_table_is_all_and_a_line_says_so(tmp_path, capsy
     assert main([*COMMAND, "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "pip install 'minilora[plot]'" in printed.splitlines()[-1]
-    assert not (tmp_path / "out" / sweep.PICTURE).exists()
+    assert not (tmp_path / "out" / PICTURE).exists()
     assert (tmp_path / "out" / sweep.TABLE).exists()
 
 

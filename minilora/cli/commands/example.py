@@ -30,25 +30,26 @@ def add(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from minilora.studies import examples
-    from minilora.studies.example_data import ARCHIVE
+    from minilora.studies.examples.result import Settings, result_lines
+    from minilora.studies.examples.sentiment import sentiment
+    from minilora.studies.examples.summaries import summaries
+    from minilora.studies.examples.texts import ARCHIVE
     from minilora.training.gradients import ExecutionPlan, warm_memory
 
     if arguments.example == "summaries" and arguments.archive:
-        raise ValueError("--archive: expected only with sentiment")
-    options: dict[str, Any] = {
-        "quick": arguments.quick,
-        "seed": arguments.seed,
-        "tell": lambda text: say(text + "\n"),
-    }
-    out, small = arguments.output, arguments.example == "summaries"
-    options["plan"] = ExecutionPlan(arguments.threads, gradient_checkpointing=small)
+        raise ValueError("--archive: only sentiment takes it")
     with sigterm_interrupts(), steps_bar() as bar:
+        settings = Settings(
+            quick=arguments.quick,
+            seed=arguments.seed,
+            plan=ExecutionPlan(arguments.threads),
+            watch=bar,
+            tell=lambda text: say(text + "\n"),
+        )
         if arguments.example == "sentiment":
             warm_memory()
-            archive = arguments.archive or ARCHIVE
-            figures = examples.sentiment(out, archive, watch=bar, **options)
+            result = sentiment(arguments.output, arguments.archive or ARCHIVE, settings)
         else:
-            figures = examples.summaries(out, watch=bar, **options)
-    say(examples.told(figures))
+            result = summaries(arguments.output, settings)
+    say(result_lines(result))
     return OK

@@ -72,7 +72,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from minilora.cli.commands.train import LEAST_OF_SCHEDULE, data_and_task, target_modules
     from minilora.cli.console import progress_bar
-    from minilora.studies.sweep import Setting, grid, opened, plot, sweep, table
+    from minilora.studies.sweep.grid import Setting, grid
+    from minilora.studies.sweep.results import plot, table
+    from minilora.studies.sweep.run import opened, sweep
     from minilora.training.config import TrainConfig
 
     at_least(arguments, jobs=1, **LEAST_OF_SCHEDULE)

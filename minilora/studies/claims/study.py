@@ -16,7 +16,7 @@ from minilora.spec.lora import Params, TrainableSpec, project
 from minilora.spec.models import Batch, Config, logits
 from minilora.spec.ops import Array
 from minilora.spec.target_modules import resolve_targets
-from minilora.studies.sweep import opened
+from minilora.studies.sweep.run import opened
 from minilora.training import evaluate
 from minilora.training.batching import batches_of
 from minilora.training.checkpoints import TrainState

@@ -1,0 +1,1 @@
+"""A grid of runs over rank, alpha, learning rate and seed: grid, run, results."""
