@@ -53,11 +53,11 @@ def files_of(arguments: argparse.Namespace, *forms: str) -> dict[str, str]:
 
     Errors: ValueError that says why.
     """
-    from minilora.verify.report.report import writable
+    from minilora.io.files import why_not_writable
 
     files = {form: path for form in forms if (path := getattr(arguments, form))}
     for path in files.values():
-        if why := writable(path):
+        if why := why_not_writable(path):
             raise ValueError(f"cannot write {why}")
     return files
 
@@ -67,7 +67,7 @@ def write_file(path: str, text: str) -> None:
 
     Errors: ValueError that says why it could not be.
     """
-    from minilora.verify.report.report import write
+    from minilora.io.files import write_text
 
     try:
         if _is_summary(path):
@@ -75,14 +75,14 @@ def write_file(path: str, text: str) -> None:
                 # A table would be taken for more rows of one that stands right above it.
                 file.write(f"\n{text}" if text.startswith("|") else text)
         else:
-            write(path, text)
+            write_text(path, text)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from None
 
 
 def room(path: str) -> int:
     """How many bytes of Markdown there is room for in a file."""
-    from minilora.verify.report.report import MARKDOWN_BYTES
+    from minilora.verify.report.markdown import MARKDOWN_BYTES
 
     there = os.path.getsize(path) if _is_summary(path) and os.path.exists(path) else 0
     return MARKDOWN_BYTES - there

@@ -3,6 +3,7 @@
 Whatever is wrong with a file is a `FormatError`; no other exception comes out of reading one.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -353,3 +354,40 @@ def _flush(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a text file, whole or not at all. Errors: OSError.
+
+    A link keeps pointing to the file; a device or a pipe is written as it is.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "w", encoding="utf-8") as out:
+            out.write(text)
+        return
+    path = os.path.realpath(path)
+    beside = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(beside, "x", encoding="utf-8", errors="backslashreplace") as out:
+            out.write(text)
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(beside)
+        raise
+
+
+def why_not_writable(path: str) -> str:
+    """Why a file cannot be written to this path, or nothing."""
+    if os.path.isdir(path):
+        return f"{path} is a folder"
+    if os.path.exists(path) and not os.path.isfile(path):
+        return ""
+    beside = f"{os.path.realpath(path)}.{os.getpid()}.tmp"
+    try:
+        with open(beside, "x", encoding="utf-8"):
+            pass
+        os.remove(beside)
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return ""

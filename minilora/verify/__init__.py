@@ -12,7 +12,8 @@ from minilora.verify.implementation.contract import TIME_LIMIT
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.loading import load as load_target
 from minilora.verify.loading import resolve
-from minilora.verify.report.report import Report, Result
+from minilora.verify.report.report import Report
+from minilora.verify.report.result import Result
 
 if TYPE_CHECKING:
     import pytest

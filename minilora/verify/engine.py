@@ -17,7 +17,8 @@ from minilora.verify.implementation.contract import TIME_LIMIT
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.known import declared, known_for
 from minilora.verify.plan import CheckPlan, plan
-from minilora.verify.report.report import NOT_DIAGNOSED, NOT_SHRUNK, Known, Report, Result
+from minilora.verify.report.report import Report
+from minilora.verify.report.result import NOT_DIAGNOSED, NOT_SHRUNK, Known, Result
 from minilora.verify.tally import Tally, is_worse
 
 MAX_SHRINKS = 4

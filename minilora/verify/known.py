@@ -13,7 +13,7 @@ from minilora.verify.core.errors import UsageError, tidy
 from minilora.verify.core.types import Check
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.plan import require_known
-from minilora.verify.report.report import Known
+from minilora.verify.report.result import Known
 
 FIELDS = {"check", "dtype", "reason", "link", "versions"}
 

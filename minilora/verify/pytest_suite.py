@@ -22,7 +22,9 @@ from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.known import declared, known_for, read_known
 from minilora.verify.loading import OWN, load, resolve
 from minilora.verify.plan import plan
-from minilora.verify.report.report import Known, Report, block
+from minilora.verify.report.report import Report
+from minilora.verify.report.result import Known
+from minilora.verify.report.words import deviation_lines
 
 _SHRUNK: Counter[str] = Counter()
 """How many searches for a smallest counterexample each subject had, up to `engine.MAX_SHRINKS`."""
@@ -91,7 +93,7 @@ class OneCheck:
 
 def _text(report: Report) -> str:
     about = f"{report.name} {report.version}".strip()
-    return f"{about}: " + "\n".join(block(report, report.results[0]))
+    return f"{about}: " + "\n".join(deviation_lines(report, report.results[0]))
 
 
 def each(

@@ -30,7 +30,7 @@ from minilora.verify.implementation.contract import METHODS
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.mutants import MUTANTS, Mutant
 from minilora.verify.plan import levels_of, plan
-from minilora.verify.report.report import WIDTH
+from minilora.verify.report.words import WIDTH
 
 WIDE = ("float64", "float32")
 """Where each mutant must be caught: in the other dtypes, some are less than rounding."""

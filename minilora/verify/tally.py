@@ -8,7 +8,7 @@ from math import comb, inf
 
 from minilora.verify.core.errors import Fault, Skip
 from minilora.verify.core.types import Case, Judgement
-from minilora.verify.report.report import FaultSeen
+from minilora.verify.report.result import FaultSeen
 
 CASES_AFTER_A_DEVIATION = 20
 """So many cases are still tried after the first that deviates, to find the worst one."""

@@ -19,7 +19,7 @@ from minilora.verify.diagnosis.diagnose import Direct
 from minilora.verify.implementation.minilora_impl import Own
 from minilora.verify.mutants import MUTANTS
 from minilora.verify.mutants.reference import Plain, but, reads, then
-from minilora.verify.report.report import NOT_DIAGNOSED
+from minilora.verify.report.result import NOT_DIAGNOSED
 from minilora.verify.selftest import names
 
 BY_ID = {check.id: replace(check, smallest=None) for check in CHECKS}

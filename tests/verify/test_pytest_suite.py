@@ -16,7 +16,7 @@ from minilora.verify import check, engine, parametrize_with_checks, pytest_suite
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.errors import UsageError
 from minilora.verify.plan import plan
-from minilora.verify.report.report import Known
+from minilora.verify.report.result import Known
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parents[2]

@@ -21,6 +21,7 @@ import pytest
 from fake_checks import CHECKS, OnlyMerge, Right, WrongScale
 
 import minilora.verify
+from minilora.io.files import write_text
 from minilora.verify import check as check_module_or_function
 from minilora.verify import peers
 from minilora.verify.core.dtypes import Precision
@@ -32,7 +33,9 @@ from minilora.verify.implementation.guard import HANGS_ALLOWED, GuardedImplement
 from minilora.verify.known import read_known
 from minilora.verify.loading import load
 from minilora.verify.plan import plan
-from minilora.verify.report.report import plain, write
+from minilora.verify.report.document import plain
+from minilora.verify.report.html import html
+from minilora.verify.report.junit import junit
 from minilora.verify.tally import CASES_AFTER_A_DEVIATION
 
 EXACT, SIGMA, DICT, LIST = CHECKS
@@ -786,7 +789,7 @@ def test_the_terminal_report_fits_in_80_columns_worst_first(odd):
 
 
 def test_the_junit_file_parses_and_counts(odd):
-    suite = ET.fromstring(odd.junit()).find("testsuite")
+    suite = ET.fromstring(junit(odd)).find("testsuite")
     assert suite.get("tests") == str(len(odd.results)) == str(len(suite.findall("testcase")))
     assert len(suite.findall("testcase/failure")) == int(suite.get("failures")) == 5
     assert len(suite.findall("testcase/error")) == int(suite.get("errors")) == 4
@@ -794,7 +797,7 @@ def test_the_junit_file_parses_and_counts(odd):
 
 
 def test_the_page_holds_every_check_and_nothing_of_another_site(odd):
-    page = odd.html()
+    page = html([odd])
     for check in CHECKS:
         assert f'id="{check.id}"' in page
     assert "http" not in page
@@ -807,10 +810,10 @@ def test_the_page_holds_every_check_and_nothing_of_another_site(odd):
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "r.json"
-    write(str(path), "one")
+    write_text(str(path), "one")
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        write(str(path), "two")
+        write_text(str(path), "two")
     assert path.read_text() == "one"
     assert list(tmp_path.iterdir()) == [path], "nothing is left beside it"
 

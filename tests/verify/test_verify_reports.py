@@ -21,8 +21,12 @@ from minilora.verify.core.types import CELLS, Comparison, Diagnosis, Judgement, 
 from minilora.verify.engine import run
 from minilora.verify.report.html import grade, html, where_words
 from minilora.verify.report.load_report import from_json, read_report
-from minilora.verify.report.pages import Runs, markdown, text
-from minilora.verify.report.report import MARKDOWN_BYTES, FaultSeen, Report, Result, cell, grouped
+from minilora.verify.report.markdown import MARKDOWN_BYTES, markdown
+from minilora.verify.report.matrix import matrix
+from minilora.verify.report.report import Report
+from minilora.verify.report.result import FaultSeen, Result
+from minilora.verify.report.runs import Runs
+from minilora.verify.report.words import cell, grouped_rows
 
 VOID = {"meta", "wbr", "rect", "path", "circle", "br"}
 
@@ -114,8 +118,8 @@ def test_a_report_is_the_same_when_it_was_read_from_its_json(several, tmp_path):
         again = read_report(str(path))
         assert again.json() == report.json()
         assert again.text() == report.text()
-        assert again.html() == report.html()
-        assert again.markdown() == report.markdown()
+        assert html([again]) == html([report])
+        assert markdown([again], MARKDOWN_BYTES) == markdown([report], MARKDOWN_BYTES)
         assert again.exit_status == report.exit_status
 
 
@@ -136,8 +140,8 @@ def test_a_report_of_an_earlier_version_lacks_what_came_later(hostile):
     again = from_json(document, "r.json")
     assert [r.check for r in again.results] == [r.check for r in hostile.results]
     assert again.minilora == "unknown"
-    assert "<svg role" not in again.html()
-    assert "<svg role" in hostile.html()
+    assert "<svg role" not in html([again])
+    assert "<svg role" in html([hostile])
 
 
 def changed(document, *path, value):
@@ -200,7 +204,7 @@ def test_a_report_without_results_has_every_form(hostile):
     for reports in ([empty], [empty, empty]):
         assert "Interrupted" in Page(html(reports)).text
         assert "Interrupted" in markdown(reports, MARKDOWN_BYTES)
-        assert "INTERRUPTED" in text(Runs(reports))
+        assert "INTERRUPTED" in matrix(Runs(reports))
     assert "INTERRUPTED" in empty.text()
 
 
@@ -307,8 +311,8 @@ def test_what_a_target_says_is_text_and_no_markup(hostile, several):
         assert all(c.isprintable() or c == "\n" for c in whole)
         whole.encode()
     forged = replace(hostile, name="a\ud800\x00<b>", notes=("<b>\x07",))
-    forged.html().encode()
-    assert "<b>" not in forged.html()
+    html([forged]).encode()
+    assert "<b>" not in html([forged])
 
 
 def test_the_page_is_for_phones_for_dark_rooms_and_for_screen_readers(several):
@@ -354,14 +358,14 @@ def test_differing_runs_are_told(several):
     says = "The runs differ in profile (ci, quick); seed (0, 3); minilora (0.1.0, 0.0.9)"
     says = says.replace("0.1.0", several[0].minilora)
     assert says in Page(html(several)).text
-    assert says in text(Runs(several)).replace("\n  ", " ")
+    assert says in matrix(Runs(several)).replace("\n  ", " ")
     assert says in markdown(several, MARKDOWN_BYTES)
     same = [several[0], several[0]]
-    for form in (html(same), text(Runs(same)), markdown(same, MARKDOWN_BYTES)):
+    for form in (html(same), matrix(Runs(same)), markdown(same, MARKDOWN_BYTES)):
         assert "The runs differ" not in form
     assert "right 1.2 #2" in Runs([several[1]] * 2).labels
     assert "Interrupted" in html(several)
-    assert "INTERRUPTED" in text(Runs(several))
+    assert "INTERRUPTED" in matrix(Runs(several))
 
 
 def luminance(colour):
@@ -430,7 +434,7 @@ def test_the_table_of_markdown_has_as_many_cells_in_each_line(hostile, several):
 
 
 def test_markdown_takes_nothing_from_a_target_as_markup(hostile):
-    whole = hostile.markdown()
+    whole = markdown([hostile], MARKDOWN_BYTES)
     blocks = re.findall(r"^(`{3,})text\n(.*?)\n\1$", whole, re.M | re.S)
     bad = [r for r in hostile.results if r.status in ("fail", "error", "loose")]
     assert len(blocks) == len(bad)
@@ -446,14 +450,14 @@ def test_markdown_takes_nothing_from_a_target_as_markup(hostile):
 
 
 def test_markdown_stays_within_its_room_and_counts_what_is_left_out(hostile):
-    whole = hostile.markdown()
+    whole = markdown([hostile], MARKDOWN_BYTES)
     for limit in (3000, 1500, 100, 0):
-        cut = hostile.markdown(limit)
+        cut = markdown([hostile], limit)
         assert len(cut.encode()) <= limit
-    assert re.search(r"^\d+ of \d+ deviations are left out here", hostile.markdown(3000), re.M)
+    assert re.search(r"^\d+ of \d+ deviations are left out here", markdown([hostile], 3000), re.M)
     assert "left out" not in whole
-    assert len(many_deviations().markdown().encode()) <= MARKDOWN_BYTES == 2**20
-    assert "left out" in many_deviations().markdown()
+    assert len(markdown([many_deviations()], MARKDOWN_BYTES).encode()) <= MARKDOWN_BYTES == 2**20
+    assert "left out" in markdown([many_deviations()], MARKDOWN_BYTES)
 
 
 def many_deviations():
@@ -485,7 +489,7 @@ def test_checks_of_a_level_that_do_alike_share_a_line_unless_all_are_asked_for()
         result("merge.b", "pass"),
         *(result(f"multi.{i}", "skip", reason="none") for i in range(2)),
     )
-    names = [name for name, _ in grouped(report)]
+    names = [name for name, _ in grouped_rows(report)]
     assert names == ["merge.a", "multi: 2 checks", "linear: 3 checks", "linear.narrow", "merge.b"]
     assert "skipped 2, none: multi: 2 checks" in report.text()
     assert "linear.1" not in report.text()
@@ -526,7 +530,7 @@ def test_a_reason_that_several_checks_share_is_given_once():
     report = run(CHECKS, WrongScale(), known={"*.merge": "the scale"})
     assert report.text().count("the scale") == 1
     assert "known exact.merge, sigma.merge: the scale" in report.text()
-    assert report.markdown().count("the scale") == 1
+    assert markdown([report], MARKDOWN_BYTES).count("the scale") == 1
     part = run(CHECKS, WrongScale(), known={"*.merge:float32": "the scale"})
     assert "known exact.merge float32, sigma.merge float32: the scale" in part.text()
 

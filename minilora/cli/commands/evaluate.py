@@ -60,14 +60,13 @@ def add(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from minilora.io.files import pack_json, write_files
+    from minilora.io.files import pack_json, why_not_writable, write_files
     from minilora.io.loading import run_of
     from minilora.training.example import SPLITS
-    from minilora.verify.report.report import writable
 
     if arguments.split and arguments.split not in SPLITS:
         raise ValueError(f"--split {arguments.split}: expected one of {', '.join(SPLITS)}")
-    if arguments.json and (error := writable(arguments.json)):
+    if arguments.json and (error := why_not_writable(arguments.json)):
         raise ValueError(f"--json: cannot write {error}")
     at_least(arguments, max_length=2, batch_tokens=1, seed=0, rouge=0, max_new_tokens=1)
     model = computing_model(arguments)

@@ -29,8 +29,11 @@ def add(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from minilora.verify.report import html, pages
+    from minilora.verify.report.html import html
     from minilora.verify.report.load_report import read_report
+    from minilora.verify.report.markdown import markdown
+    from minilora.verify.report.matrix import matrix
+    from minilora.verify.report.runs import Runs
 
     sources = arguments.reports
     files = files_of(arguments, "html", "markdown")
@@ -40,12 +43,12 @@ def _run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{path} is one of the reports; write somewhere else")
     reports = [read_report(path) for path in sources]
     if "html" in files:
-        write_file(files["html"], html.html(reports, sources))
+        write_file(files["html"], html(reports, sources))
     if "markdown" in files:
         path = files["markdown"]
-        write_file(path, pages.markdown(reports, room(path), sources))
+        write_file(path, markdown(reports, room(path), sources))
     if arguments.text or not files:
         verbose = arguments.verbose
-        runs = pages.Runs(reports, sources)
-        say(reports[0].text(verbose) if len(reports) == 1 else pages.text(runs, verbose))
+        runs = Runs(reports, sources)
+        say(reports[0].text(verbose) if len(reports) == 1 else matrix(runs, verbose))
     return OK

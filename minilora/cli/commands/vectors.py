@@ -72,6 +72,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from minilora.verify.report.forms import rendered
     from minilora.verify.vectors.files import read
     from minilora.verify.vectors.vector_answers import Answered, judge
     from minilora.verify.vectors.vectors import chosen
@@ -91,6 +92,6 @@ def _check(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     for form, path in files.items():
-        write_file(path, getattr(report, form)())
+        write_file(path, rendered(report, form))
     say(report.text())
     return report.exit_status

@@ -72,6 +72,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from minilora.verify.implementation.contract import TIME_LIMIT
     from minilora.verify.known import read_known
     from minilora.verify.plan import plan
+    from minilora.verify.report.forms import rendered
 
     choice = {
         "levels": split(arguments.level),
@@ -106,7 +107,7 @@ def _run(arguments: argparse.Namespace) -> int:
     os.chdir(here)  # what is checked may have gone elsewhere, and the files were asked for here
     failures = []
     for form, path in files.items():  # before the text, whose reader may close the pipe
-        text = report.markdown(room(path)) if form == "markdown" else getattr(report, form)()
+        text = rendered(report, form, room(path))
         try:
             write_file(path, text)
         except ValueError as error:

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from minilora.verify.core.types import Judgement, Picture
-from minilora.verify.report.pages import Runs, printable
-from minilora.verify.report.report import (
-    STATUSES,
-    Report,
-    Result,
-    block,
+from minilora.verify.report.report import Report
+from minilora.verify.report.result import STATUSES, Result
+from minilora.verify.report.runs import Runs, printable
+from minilora.verify.report.words import (
     cell,
+    deviation_lines,
     judgement_words,
     place_words,
     summary,
@@ -282,7 +281,7 @@ def _passes(result: Result) -> str:
 
 def _lines(report: Report, result: Result) -> Iterator[str]:
     """The report's own text, each of its lines as long as the page is wide."""
-    for line in block(report, result, width=10**6):
+    for line in deviation_lines(report, result, width=10**6):
         text = line.strip()
         if text == result.title:  # which the summary has said
             continue

@@ -11,7 +11,8 @@ from typing import Any
 from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.errors import UsageError, tidy
 from minilora.verify.core.types import Diagnosis, Judgement, Picture
-from minilora.verify.report.report import STATUSES, FaultSeen, Known, Report, Result
+from minilora.verify.report.report import Report
+from minilora.verify.report.result import STATUSES, FaultSeen, Known, Result
 
 SCHEMA = 1
 WRITES = "what `minilora verify TARGET --json FILE` writes"

@@ -22,7 +22,8 @@ from minilora.verify.implementation.contract import CONVENTIONS, positional
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.protocol import RESULTS
 from minilora.verify.mutants.mutant import Mutant
-from minilora.verify.report.report import Report, Result
+from minilora.verify.report.report import Report
+from minilora.verify.report.result import Result
 from minilora.verify.vectors.files import VERSION
 from minilora.verify.vectors.tags import NOTES
 from minilora.verify.vectors.vector import Vector, gathered

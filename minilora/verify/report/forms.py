@@ -1,0 +1,17 @@
+"""A report in each form that a file may have."""
+
+from __future__ import annotations
+
+from minilora.verify.report.html import html
+from minilora.verify.report.junit import junit
+from minilora.verify.report.markdown import MARKDOWN_BYTES, markdown
+from minilora.verify.report.report import Report
+
+
+def rendered(report: Report, form: str, limit: int = MARKDOWN_BYTES) -> str:
+    """The report as json, junit, html or markdown; ``limit`` is that of Markdown, in bytes."""
+    if form == "markdown":
+        return markdown([report], limit)
+    if form == "html":
+        return html([report])
+    return junit(report) if form == "junit" else report.json()

@@ -1,0 +1,44 @@
+"""A report as JUnit XML."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+from minilora.verify.report.report import Report
+from minilora.verify.report.runs import headline, printable
+from minilora.verify.report.words import deviation_lines
+
+
+def junit(report: Report) -> str:
+    """One test case per check and dtype; what is known or skipped counts as skipped."""
+    suite = ET.Element(
+        "testsuite",
+        name=printable(f"minilora verify {report.name} {report.version}".strip()),
+        tests=str(len(report.results)),
+        failures=str(report.count("fail")),
+        errors=str(report.count("error")),
+        skipped=str(report.count("skip") + report.count("known")),
+        time=f"{report.seconds:.3f}",
+    )
+    for result in report.results:
+        case = ET.SubElement(
+            suite,
+            "testcase",
+            classname=result.level,
+            name=f"{result.check}[{result.dtype}]",
+            time=f"{result.seconds:.3f}",
+        )
+        details = printable("\n".join(deviation_lines(report, result)))
+        if result.status in ("fail", "error"):
+            tag = "failure" if result.status == "fail" else "error"
+            ET.SubElement(case, tag, message=printable(headline(result))).text = details
+        elif result.status == "skip":
+            ET.SubElement(case, "skipped", message=printable(result.reason))
+        elif result.status == "known" and result.known:
+            ET.SubElement(case, "skipped", message=printable(f"known: {result.known.reason}"))
+        elif result.status == "loose":
+            ET.SubElement(case, "system-out").text = details
+    suites = ET.Element("testsuites")
+    suites.append(suite)
+    ET.indent(suites)
+    return ET.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"
