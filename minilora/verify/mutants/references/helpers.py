@@ -33,6 +33,11 @@ def shaped(v: Array, shape: tuple[int, ...]) -> Array:
     return v.reshape(*shape, v.shape[-1])
 
 
+def uniform(rng: np.random.Generator, shape: Any) -> Any:
+    """Numbers between -1 and 1."""
+    return 2 * rng.random(shape) - 1
+
+
 def upto(stop: int, length: int) -> Array:
     """1 at the first ``stop`` of ``length`` places, and 0 beyond."""
     return np.arange(length) < stop
