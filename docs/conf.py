@@ -51,6 +51,8 @@ toc_object_entries_show_parents = "hide"
 html_theme = "furo"
 html_title = "minilora"
 html_show_copyright = False
+html_use_index = False
+html_domain_indices = False
 html_static_path = ["_static"]
 html_css_files = ["minilora.css"]
 
