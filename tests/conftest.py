@@ -38,8 +38,21 @@ def pytest_pyfunc_call(pyfuncitem):
         raise
 
 
-def pytest_terminal_summary(terminalreporter):
-    """Print the greatest figure of each name."""
+def pytest_report_teststatus(report, config):
+    """Print no dot for a test that passed or was skipped, unless asked by -v."""
+    if config.get_verbosity() <= 0 and report.outcome != "failed":
+        expected = hasattr(report, "wasxfail")
+        category = {"passed": "xpassed", "skipped": "xfailed"} if expected else {}
+        if report.when == "call" or report.skipped:
+            return category.get(report.outcome, report.outcome), "", ""
+    return None
+
+
+SHOWN = 5
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Print the greatest of the figures that the tests recorded, all of them by -v."""
     worst = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
@@ -47,7 +60,10 @@ def pytest_terminal_summary(terminalreporter):
                 if key == "worst" and report.when == "call":
                     name, figure = entry
                     worst[name] = max(worst.get(name, 0.0), figure)
-    if worst:
-        terminalreporter.section("worst figures")
-        for name, figure in sorted(worst.items()):
+    shown = sorted(worst.items(), key=lambda item: -item[1])
+    if config.get_verbosity() <= 0:
+        shown = shown[:SHOWN]
+    if shown:
+        terminalreporter.section(f"{len(shown)} worst figures of {len(worst)}")
+        for name, figure in shown:
             terminalreporter.write_line(f"{figure:9.2e}  {name}")
