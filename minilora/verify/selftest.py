@@ -1,18 +1,15 @@
-"""Who checks the checks: every mutant is to be caught and nearly each named; what is right
-passes.
+"""The self-test of the checks: every mutant must be caught, nearly each named, and right ones pass.
 
-The catalogue of mutants is put to the checks as other implementations are. A wrong one that
-passes, or a right one that does not, is a defect of this package.
+The catalogue of mutants is put to the checks as any implementation is. A mutant that passes, or a
+right implementation that does not, is a defect of this package.
 """
 
 from __future__ import annotations
 
-import json
 import signal
-import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import count
 from multiprocessing import get_context
@@ -30,209 +27,15 @@ from minilora.verify.implementation.contract import METHODS
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.mutants import MUTANTS, Mutant
 from minilora.verify.plan import levels_of, plan
-from minilora.verify.report.words import WIDTH
-
-WIDE = ("float64", "float32")
-"""Where each mutant must be caught: in the other dtypes, some are less than rounding."""
-
-NAMED_IN = "float32"
-NAMED = 0.9
-"""The share of the catalogue that the diagnosis must name, in that dtype."""
+from minilora.verify.report.selftest import NAMED_IN, Alarm, Selftest
 
 CASES, FEW_CASES = 10_000, 1_000
-"""How many cases the right implementations are put to in each dtype, and how many in a hurry."""
+"""The number of cases of right implementations in each dtype, and with ``quick``."""
 
 FAULTS = {"changes its inputs", "nan", "shape"}
 """The faults that a mutant may be caught by. An exception would only show that it is broken."""
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """A case in which an implementation that is right did not pass."""
-
-    right: str
-    case: str
-    seed: int
-    says: str
-
-
-@dataclass(frozen=True)
-class Selftest:
-    """What a self-test found.
-
-    ``caught`` has for each dtype and mutant the check that caught it, or ""; where a level has
-    no cases in a dtype, its mutants are absent there. ``named`` has the names that the
-    diagnosis gave, the nearest first. ``broken`` are mutants that raise.
-    """
-
-    mutants: tuple[Mutant, ...]
-    caught: dict[str, dict[str, str]]
-    broken: dict[str, str]
-    named: dict[str, tuple[str, ...]]
-    cases: dict[str, dict[str, int]]
-    alarms: dict[str, tuple[Alarm, ...]]
-    rights: dict[str, tuple[str, ...]]
-    seed: int
-    quick: bool
-    seconds: float = 0.0
-
-    @property
-    def missed(self) -> dict[str, list[str]]:
-        """The mutants that no check catches, by the dtype."""
-        return {
-            dtype: [id for id, check in found.items() if not check]
-            for dtype, found in self.caught.items()
-        }
-
-    @property
-    def misnamed(self) -> dict[str, tuple[str, ...]]:
-        """Those that are given names, but not their own."""
-        return {id: names for id, names in self.named.items() if names and id not in names}
-
-    @property
-    def unnamed(self) -> list[str]:
-        """Those that are given no name."""
-        return [id for id, names in self.named.items() if not names]
-
-    @property
-    def shortfalls(self) -> list[str]:
-        """What is not as it has to be; nothing where all is well."""
-        missed = self.missed
-        short = [f"not caught in {d}: {', '.join(missed[d])}" for d in WIDE if missed.get(d)]
-        short += [f"{id} is broken: {why}" for id, why in self.broken.items()]
-        named = len(self.named) - len(self.misnamed) - len(self.unnamed)
-        if self.named and not self.quick and named < NAMED * len(self.named):
-            short.append(f"{named} of {len(self.named)} named, fewer than {_percent(NAMED, 1)}")
-        for dtype, alarms in self.alarms.items():
-            short += [f"{len(alarms)} false alarms in {dtype}"] * bool(alarms)
-        return short
-
-    @property
-    def exit_status(self) -> int:
-        """0 all is well, 1 something falls short."""
-        return 1 if self.shortfalls else 0
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """Level, class, number, rate of each dtype, rate of names: the worst class first."""
-        groups: dict[tuple[str, str], list[str]] = {}
-        for m in self.mutants:
-            groups.setdefault((m.level, m.family), []).append(m.id)
-        ordered = sorted(groups.items(), key=lambda group: self._worst(group[1]))
-        everything = [m.id for m in self.mutants]
-        return [
-            (level, family, str(len(ids)), *self._rates(ids))
-            for (level, family), ids in [*ordered, (("all", ""), everything)]
-        ]
-
-    def _shares(self, ids: Sequence[str]) -> Iterator[tuple[int, int]]:
-        for found in self.caught.values():
-            tried = [found[id] for id in ids if id in found]
-            yield sum(map(bool, tried)), len(tried)
-        if self.named:
-            given = [(id, self.named[id]) for id in ids if id in self.named]
-            yield sum(id in names for id, names in given), len(given)
-
-    def _rates(self, ids: Sequence[str]) -> list[str]:
-        return [_percent(some, all) for some, all in self._shares(ids)]
-
-    def _worst(self, ids: Sequence[str]) -> float:
-        return min((some / all for some, all in self._shares(ids) if all), default=1.0)
-
-    def header(self) -> tuple[str, ...]:
-        """What stands above the rows."""
-        return ("level", "class", "no.", *self.caught, *(["named"] if self.named else []))
-
-    def notes(self) -> Iterator[tuple[str, str]]:
-        """(what, which) of everything that the table only counts."""
-        for dtype, ids in self.missed.items():
-            if ids:
-                yield f"not caught in {dtype}", ", ".join(ids)
-        if self.misnamed:
-            each = (f"{id} as {', '.join(names)}" for id, names in self.misnamed.items())
-            yield f"named wrongly in {NAMED_IN}", "; ".join(each)
-        if self.unnamed:
-            yield f"not named in {NAMED_IN}", ", ".join(self.unnamed)
-        for dtype, cases in self.cases.items():
-            alarms = self.alarms[dtype]
-            levels = ", ".join(f"{level} {number}" for level, number in cases.items())
-            total = sum(cases.values())
-            yield dtype, f"{len(alarms)} false alarms in {total} cases of what is right ({levels})"
-            for alarm in alarms[:5]:
-                yield f"{alarm.right}", f"{alarm.case}, seed {alarm.seed}: {alarm.says}"
-        rights = ", ".join(f"{level} {len(names)}" for level, names in self.rights.items())
-        yield "implementations that are right", rights
-
-    def summary(self) -> str:
-        """The rates in a sentence, and what falls short."""
-        every = len(self.mutants)
-        parts = [f"{'a share, ' if self.quick else ''}{every} mutants"]
-        for dtype, found in self.caught.items():
-            rate = _percent(sum(map(bool, found.values())), len(found))
-            parts.append(f"{rate} caught in {dtype}")
-        if self.named:
-            own = sum(id in names for id, names in self.named.items())
-            alone = sum(names == (id,) for id, names in self.named.items())
-            rates = [_percent(some, len(self.named)) for some in (own, alone)]
-            parts.append(f"{rates[0]} named, {rates[1]} with no other")
-        cases = sum(sum(each.values()) for each in self.cases.values())
-        parts.append(f"{sum(map(len, self.alarms.values()))} false alarms in {cases} cases")
-        return f"{', '.join(parts)}; seed {self.seed}; {self.seconds:.0f} s"
-
-    def text(self) -> str:
-        """The report for a terminal of 80 columns, worst first."""
-        out = []
-        for level, family, *figures in (self.header(), *self.rows()):
-            out.append(f"{level:<9} {family:<9}" + "".join(f"{text:>9}" for text in figures))
-        out.append("")
-        for what, which in self.notes():
-            out += textwrap.wrap(
-                f"{what}: {which}", WIDTH, subsequent_indent="  ", break_on_hyphens=False
-            )
-        out += ["", *textwrap.wrap(self.summary(), WIDTH)]
-        for short in self.shortfalls:
-            out += textwrap.wrap(f"FALLS SHORT  {short}", WIDTH, subsequent_indent=" " * 13)
-        return "\n".join(out) + "\n"
-
-    def markdown(self) -> str:
-        """The report as Markdown, for a page or the summary of a build."""
-        header = self.header()
-        lines = [header, tuple("---" if i < 2 else "---:" for i in range(len(header)))]
-        out = ["| " + " | ".join(line) + " |" for line in [*lines, *self.rows()]]
-        out += ["", *(f"- {what}: {which}" for what, which in self.notes()), "", self.summary()]
-        out += ["", *(f"**FALLS SHORT** {short}" for short in self.shortfalls)]
-        return "\n".join(out).rstrip() + "\n"
-
-    def json(self) -> str:
-        """The report as one document of JSON."""
-        document: dict[str, Any] = {
-            "schema": 1,
-            "seed": self.seed,
-            "quick": self.quick,
-            "mutants": [
-                {"id": m.id, "level": m.level, "class": m.family, "formula": m.formula}
-                | {
-                    "caught_by": {
-                        d: found[m.id] for d, found in self.caught.items() if m.id in found
-                    }
-                }
-                | ({"named": self.named[m.id]} if m.id in self.named else {})
-                for m in self.mutants
-            ],
-            "rights": self.rights,
-            "cases": self.cases,
-            "alarms": {dtype: list(map(asdict, each)) for dtype, each in self.alarms.items()},
-            "shortfalls": self.shortfalls,
-            "exit_status": self.exit_status,
-            "seconds": round(self.seconds, 3),
-        }
-        return json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def _percent(some: float, all: float) -> str:
-    """Rounded down, so that 100 % are all."""
-    return f"{100 * some // all:.0f} %" if all else "-"
 
 
 @cache
@@ -259,8 +62,8 @@ def _has_cases(level: str, dtype: str) -> bool:
 
 def deviation(check: Check, subject: GuardedImplementation, case: Case) -> tuple[str, str]:
     """How a case does not pass, ("", "") where it does: pass, loose or fail, or a fault's kind."""
-    found, end = engine.judged(check, subject, case)
-    worst = max(found, key=lambda each: each.excess, default=None)
+    judgements, end = engine.judged(check, subject, case)
+    worst = max(judgements, key=lambda judged: judged.excess, default=None)
     if worst is not None and worst.verdict != "pass":
         return worst.verdict, f"{worst.array} z {worst.z:.3g} rms {worst.rms:.3g}"
     if isinstance(end, Fault):
@@ -288,11 +91,11 @@ def catch(m: Mutant, dtype: str, seed: int = 0, profile: str = "ci") -> tuple[st
 
 
 def names(m: Mutant, dtype: str = NAMED_IN, seed: int = 0) -> tuple[str, ...]:
-    """What the first check of its level that has a diagnosis calls a mutant, nearest first."""
+    """The names that the first check with a diagnosis gives a mutant of its level, nearest first."""
     for check in (check for check in of_level(m.level) if check.diagnose):
         report = engine.run([check], m.make(), profile="ci", dtypes=[dtype], seed=seed)
-        found = [each.id for each in report.results[0].diagnosis]
-        if names := tuple(name for name in found if not name.startswith(STRUCTURE)):
+        ids = [diagnosis.id for diagnosis in report.results[0].diagnosis]
+        if names := tuple(id for id in ids if not id.startswith(STRUCTURE)):
             return names
     return ()
 
@@ -355,10 +158,11 @@ def _rounds(levels: Sequence[str], dtype: str, cases: int) -> Iterator[tuple[str
 
 
 Job = tuple[str, tuple[Any, ...]]
+"""The kind of a job (catch, names or alarms) and the plain arguments of its function."""
 
 
 def _done(job: Job) -> Any:
-    """A job by its name and plain arguments, so that any process can do it."""
+    """The result of a job, in any process."""
     kind, arguments = job
     if kind == "alarms":
         return alarms(*arguments)
@@ -366,24 +170,28 @@ def _done(job: Job) -> Any:
     return catch(m, *arguments[1:]) if kind == "catch" else names(m, *arguments[1:])
 
 
-def _alone() -> None:
+def _start_process() -> None:
     """A process of a pool: one thread of BLAS, and an interrupt is the parent's."""
     threadpool_limits(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _all_done(jobs: list[Job], processes: int, progress: Progress | None) -> Iterable[Any]:
-    def announced(results: Iterable[Any]) -> Iterator[Any]:
-        for number, result in enumerate(results, 1):
+def _all_done(
+    jobs: Sequence[Job], processes: int, progress: Progress | None
+) -> Iterator[tuple[Job, Any]]:
+    """Each job with its result, in their order."""
+
+    def announced(results: Iterable[Any]) -> Iterator[tuple[Job, Any]]:
+        for number, (job, result) in enumerate(zip(jobs, results, strict=True), 1):
             if progress:
-                progress(f"{jobs[number - 1][0]}:", number, len(jobs))
-            yield result
+                progress(f"{job[0]}:", number, len(jobs))
+            yield job, result
 
     if processes < 2:
         with threadpool_limits(1):
             yield from announced(map(_done, jobs))
         return
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _alone)
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_process)
     try:
         # Several at once, for neighbours share the answers that are wanted of them.
         yield from announced(pool.map(_done, jobs, chunksize=4))
@@ -392,7 +200,7 @@ def _all_done(jobs: list[Job], processes: int, progress: Progress | None) -> Ite
 
 
 def share(mutants: Sequence[Mutant], seed: int) -> list[Mutant]:
-    """One of each class; another seed takes another."""
+    """One of each family; another seed takes another."""
     groups: dict[tuple[str, str], list[Mutant]] = {}
     for m in mutants:
         groups.setdefault((m.level, m.family), []).append(m)
@@ -411,58 +219,80 @@ def selftest(
 ) -> Selftest:
     """Puts the whole catalogue to the checks, in the profile ci.
 
-    ``cases`` counts the cases of right implementations in each dtype. With ``quick``, one
-    mutant of each class and fewer cases. ``jobs`` processes share the work; what is found is
-    the same for any number of them. Raises UsageError.
+    ``cases`` counts the cases of right implementations in each dtype. With ``quick``, one mutant of
+    each family and fewer cases. ``jobs`` processes share the work; the result is the same for any
+    number of them. Raises UsageError.
     """
     started = perf_counter()
-    every = list(_checks().values())
-    plan(every, levels=levels, dtypes=dtypes, seed=seed)  # refuses what does not exist
-    levels = [level for level in levels_of(every) if not levels or level in levels]
+    checks = list(_checks().values())
+    plan(checks, levels=levels, dtypes=dtypes, seed=seed)  # refuses what does not exist
+    levels = [level for level in levels_of(checks) if not levels or level in levels]
     dtypes = [dtype for dtype in DTYPES if not dtypes or dtype in dtypes]
     cases = (FEW_CASES if quick else CASES) if cases is None else cases
     if cases < 0 or jobs < 1:
-        raise UsageError(f"{cases} cases by {jobs} processes; expected 0 and 1 at least")
-    wrong = [m for m in MUTANTS if m.level in levels and not m.equivalent]
-    wrong = share(wrong, seed) if quick else wrong
+        raise UsageError(f"{cases} cases by {jobs} processes; expected at least 0 and 1")
+    mutants = [m for m in MUTANTS if m.level in levels and not m.equivalent]
+    mutants = share(mutants, seed) if quick else mutants
     rounds = {dtype: list(_rounds(levels, dtype, cases)) for dtype in dtypes}
-    tried = [(m, dtype) for dtype in dtypes for m in wrong if _has_cases(m.level, dtype)]
-    work: list[Job] = [("catch", (m.id, dtype, seed)) for m, dtype in tried]
-    work += [("names", (m.id, dtype, seed)) for m, dtype in tried if dtype == NAMED_IN]
-    work += [
-        ("alarms", (level, dtype, number, seed, many))
-        for dtype in dtypes
-        for level, number, many in rounds[dtype]
-    ]
-    found = list(zip(work, _all_done(work, jobs, progress), strict=True))
-    caught: dict[str, dict[str, str]] = {dtype: {} for dtype in dtypes}
-    broken: dict[str, str] = {}
-    named: dict[str, tuple[str, ...]] = {}
-    met: dict[str, list[Alarm]] = {dtype: [] for dtype in dtypes}
-    for (kind, arguments), result in found:
-        if kind == "catch":
-            id, dtype, _ = arguments
-            caught[dtype][id], why = result
-            broken |= {id: why} if why else {}
-        elif kind == "names":
-            named[arguments[0]] = result
-        else:
-            met[arguments[1]] += result
-    counted = {
-        dtype: {
-            level: sum(many for one, _, many in rounds[dtype] if one == level) for level in levels
-        }
-        for dtype in dtypes
-    }
+    work = [*_mutant_jobs(mutants, dtypes, seed), *_alarm_jobs(rounds, seed)]
+    results = _collected(dtypes, _all_done(work, jobs, progress))
     return Selftest(
-        mutants=tuple(wrong),
-        caught=caught,
-        broken=broken,
-        named=named,
-        cases=counted,
-        alarms={dtype: tuple(each) for dtype, each in met.items()},
+        mutants=tuple(mutants),
+        caught=results.caught,
+        broken=results.broken,
+        named=results.named,
+        cases={dtype: _cases_by_level(levels, rounds[dtype]) for dtype in dtypes},
+        alarms={dtype: tuple(alarms) for dtype, alarms in results.alarms.items()},
         rights={level: tuple(rights(level)) for level in levels},
         seed=seed,
         quick=quick,
         seconds=perf_counter() - started,
     )
+
+
+def _mutant_jobs(mutants: Sequence[Mutant], dtypes: Sequence[str], seed: int) -> list[Job]:
+    """Each mutant to be caught in each dtype, then to be named in one."""
+    tried = [(m, dtype) for dtype in dtypes for m in mutants if _has_cases(m.level, dtype)]
+    jobs: list[Job] = [("catch", (m.id, dtype, seed)) for m, dtype in tried]
+    return jobs + [("names", (m.id, dtype, seed)) for m, dtype in tried if dtype == NAMED_IN]
+
+
+def _alarm_jobs(rounds: Mapping[str, Sequence[tuple[str, int, int]]], seed: int) -> list[Job]:
+    """The rounds of right implementations in each dtype."""
+    return [
+        ("alarms", (level, dtype, number, seed, count))
+        for dtype, of_dtype in rounds.items()
+        for level, number, count in of_dtype
+    ]
+
+
+def _cases_by_level(
+    levels: Sequence[str], rounds: Sequence[tuple[str, int, int]]
+) -> dict[str, int]:
+    return {
+        level: sum(count for of_level, _, count in rounds if of_level == level) for level in levels
+    }
+
+
+@dataclass
+class _Results:
+    """The results of the jobs, by dtype and mutant."""
+
+    caught: dict[str, dict[str, str]]
+    alarms: dict[str, list[Alarm]]
+    broken: dict[str, str] = field(default_factory=dict)
+    named: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def _collected(dtypes: Sequence[str], done: Iterable[tuple[Job, Any]]) -> _Results:
+    results = _Results({dtype: {} for dtype in dtypes}, {dtype: [] for dtype in dtypes})
+    for (kind, arguments), result in done:
+        if kind == "catch":
+            id, dtype, _ = arguments
+            results.caught[dtype][id], why = result
+            results.broken |= {id: why} if why else {}
+        elif kind == "names":
+            results.named[arguments[0]] = result
+        else:
+            results.alarms[arguments[1]] += result
+    return results

@@ -11,7 +11,7 @@ from minilora.verify import engine, selftest
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.mutants import MUTANTS, Mutant
 from minilora.verify.mutants.reference import Plain, but, digits, then
-from minilora.verify.selftest import Selftest
+from minilora.verify.report.selftest import Alarm, Selftest, percent
 
 CATALOGUE = {m.id: m for m in MUTANTS}
 
@@ -108,7 +108,7 @@ def named(*names):
     return report_of().named | {"scale-alpha": names}
 
 
-alarm = selftest.Alarm("minilora", "merge.weight:float16:1", 0, "fail: W' z 9 rms 3")
+alarm = Alarm("minilora", "merge.weight:float16:1", 0, "fail: W' z 9 rms 3")
 
 
 @pytest.mark.parametrize(
@@ -166,8 +166,8 @@ def test_a_share_without_cases_is_not_put_to_its_checks(monkeypatch):
 
 
 def test_almost_all_is_not_printed_as_all():
-    assert selftest._percent(399, 400) == "99 %"
-    assert selftest._percent(400, 400) == "100 %"
+    assert percent(399, 400) == "99 %"
+    assert percent(400, 400) == "100 %"
 
 
 def test_the_command_prints_and_writes_the_report(tmp_path, capsys):
@@ -200,7 +200,7 @@ def test_the_summary_of_a_step_is_written_on_and_another_file_anew(tmp_path, mon
     [
         (["--level", "mrge"], "no level 'mrge' (did you mean 'merge'?)"),
         (["--dtype", "float8"], "no dtype 'float8'"),
-        (["--jobs", "0"], "expected 0 and 1 at least"),
+        (["--jobs", "0"], "0 processes"),
         (["--seed", "-1"], "the seed is -1"),
         (["--json", "no/such/folder.json"], "cannot write no/such/folder.json"),
     ],

@@ -435,18 +435,15 @@ def draw_several(
     draw = _draw_exact if exact else _draw_general
     ranks = np.roll(kinds[group % len(kinds)], group // len(kinds))
     rows = counts[group % len(counts)]
+
+    def adapter(r: int) -> Layer:
+        rank = r if exact or r != 4 else int(rng.choice(ROOTS))
+        settings = {"use_rslora": True} if r == 4 or (exact and r == 16) else {}
+        sizes = ((min(rows, FEW),), n, m, rank)
+        return draw(rng, case.dtype, sizes, bias=False, dropout=False, settings=settings)
+
     while True:
-        layers = [
-            draw(
-                rng,
-                case.dtype,
-                ((min(rows, FEW),), n, m, r if exact or r != 4 else int(rng.choice(ROOTS))),
-                bias=False,
-                dropout=False,
-                settings={"use_rslora": True} if r == 4 or (exact and r == 16) else {},
-            )
-            for r in map(int, ranks)
-        ]
+        layers = [adapter(int(r)) for r in ranks]
         signs = rng.choice([-1.0, 1.0], len(ranks))
         weights = signs * rng.choice(SCALES if exact else [0.3, 0.7, 1.7], len(ranks))
         if len(ranks) == 4 and group // len(kinds) % 2 == 0:
@@ -457,10 +454,13 @@ def draw_several(
             several = several.sparser(rng)
         if rows > FEW:
             several = several.longer(rng, index)
-        if len({a.s for a in layers}) > 1 and all(
-            a.A.any() and a.B.any() for a in several.adapters
-        ):
+        if _is_telling(several.adapters, {a.s for a in layers}):
             return several, exact
+
+
+def _is_telling(adapters: Sequence[Layer], scales: set[float]) -> bool:
+    """Whether the scales are not all the same, and no adapter is 0."""
+    return len(scales) > 1 and all(a.A.any() and a.B.any() for a in adapters)
 
 
 def in_exact_lane(case: Case) -> Case:

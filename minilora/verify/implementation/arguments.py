@@ -23,8 +23,23 @@ def settings_of(implementation: object) -> dict[str, Any]:
 
 def traits_of(given: Mapping[str, Any]) -> Iterator[str]:
     """What is particular about the arguments of a layer: what an implementation may branch on."""
-    r, alpha = given.get("r"), given.get("alpha")
-    if r == 1:
+    yield from _scale_traits(given)
+    W, x = _matrix(given.get("W")), given.get("x")
+    if W is not None:
+        yield from _weight_traits(W, given.get("r"))
+    if isinstance(x, np.ndarray) and x.ndim:
+        yield from _input_traits(x, W)
+        yield f"there is {'no' if given.get('bias') is None else 'a'} bias"
+        yield f"there is {'no' if given.get('keep') is None else 'a'} dropout mask"
+
+
+def _matrix(value: Any) -> np.ndarray | None:
+    return value if isinstance(value, np.ndarray) and value.ndim == 2 else None
+
+
+def _scale_traits(given: Mapping[str, Any]) -> Iterator[str]:
+    alpha = given.get("alpha")
+    if given.get("r") == 1:
         yield "r = 1"
     if isinstance(alpha, int | float) and alpha < 0:
         yield "alpha is negative"
@@ -32,19 +47,21 @@ def traits_of(given: Mapping[str, Any]) -> Iterator[str]:
     if arrays:
         whole = all(bool((v == np.rint(v.astype(float))).all()) for v in arrays)
         yield f"the numbers are {'' if whole else 'not '}whole"
-    if isinstance(W := given.get("W"), np.ndarray) and W.ndim == 2:
-        yield f"W is {'' if len(W) == len(W.T) else 'not '}square"
-        if isinstance(r, int) and r > min(W.shape):
-            yield "r is greater than a side of W"
-    if isinstance(x := given.get("x"), np.ndarray) and x.ndim:
-        yield f"x has {x.ndim} {'axis' if x.ndim == 1 else 'axes'}"
-        yield f"there is {'one token' if x.size == x.shape[-1] else 'more than one token'}"
-        if isinstance(W, np.ndarray) and W.ndim == 2 and x.shape[-1]:
-            for side, name in zip(W.shape, ("rows", "columns"), strict=True):
-                if x.size == side * x.shape[-1]:
-                    yield f"there are as many tokens as {name} of W"
-        yield f"there is {'no' if given.get('bias') is None else 'a'} bias"
-        yield f"there is {'no' if given.get('keep') is None else 'a'} dropout mask"
+
+
+def _weight_traits(W: np.ndarray, r: Any) -> Iterator[str]:
+    yield f"W is {'' if len(W) == len(W.T) else 'not '}square"
+    if isinstance(r, int) and r > min(W.shape):
+        yield "r is greater than a side of W"
+
+
+def _input_traits(x: np.ndarray, W: np.ndarray | None) -> Iterator[str]:
+    yield f"x has {x.ndim} {'axis' if x.ndim == 1 else 'axes'}"
+    yield f"there is {'one token' if x.size == x.shape[-1] else 'more than one token'}"
+    if W is not None and x.shape[-1]:
+        for side, name in zip(W.shape, ("rows", "columns"), strict=True):
+            if x.size == side * x.shape[-1]:
+                yield f"there are as many tokens as {name} of W"
 
 
 def sizes_of(given: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

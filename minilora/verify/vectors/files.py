@@ -65,21 +65,30 @@ def files(made: Sequence[Vector], seed: int = 0) -> dict[str, bytes]:
         "conventions": {name: list(values) for name, values in CONVENTIONS.items()},
         "notes": {f: NOTES[f] for f in NOTES if any(f in vector.flags for vector in made)},
         "vectors": [entry_of(vector) for vector in made],
-        "references": [
-            {"check": f"model.{name}.vector", "file": file, "sha256": digest}
-            for name in reference_models.names()
-            for file, digest in reference_models.manifest()["files"].items()
-            if file == f"vectors/{name}.safetensors"
-        ],
-        "absent": {
-            f"{level.name}.{check}": why
-            for level in LEVELS
-            for check, why in level.no_vectors.items()
-        },
+        "references": _references(),
+        "absent": _absent(),
         "files": {name: sha256(data).hexdigest() for name, data in found.items()},
     }
     manifest["hash"] = sha256(canonical(manifest)).hexdigest()
     return {**found, MANIFEST: pack_json(manifest)}
+
+
+def _absent() -> dict[str, str]:
+    """The checks of which no vector is made, and why."""
+    return {
+        f"{level.name}.{check}": why for level in LEVELS for check, why in level.no_vectors.items()
+    }
+
+
+def _references() -> list[dict[str, str]]:
+    """The stored vectors of the reference models."""
+    digests = reference_models.manifest()["files"]
+    files = {name: f"vectors/{name}.safetensors" for name in reference_models.names()}
+    return [
+        {"check": f"model.{name}.vector", "file": file, "sha256": digests[file]}
+        for name, file in files.items()
+        if file in digests
+    ]
 
 
 def _require_frozen(made: Sequence[Vector]) -> None:
