@@ -152,8 +152,16 @@ def docstring(app, what, name, obj, options, lines):
     lines[:] = as_rst(list(lines))
 
 
+def signature(app, what, name, obj, options, signature, returned):
+    """Default factories as ``...``, with which Sphinx can read the signature and link its types."""
+    if signature and "<factory>" in signature:
+        signature = re.sub(r"~?(?:\w+\.)+(\w+)", r"\1", signature).replace("<factory>", "...")
+    return signature, returned
+
+
 def setup(app):
     app.connect("doctree-read", arrange)
     app.connect("html-page-context", without_sidebar, priority=400)
     app.connect("autodoc-process-docstring", docstring)
+    app.connect("autodoc-process-signature", signature)
     return {"parallel_read_safe": True}
