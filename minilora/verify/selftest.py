@@ -91,7 +91,7 @@ def catch(m: Mutant, dtype: str, seed: int = 0, profile: str = "ci") -> tuple[st
 
 
 def names(m: Mutant, dtype: str = NAMED_IN, seed: int = 0) -> tuple[str, ...]:
-    """The names that the first check with a diagnosis gives a mutant of its level, nearest first."""
+    """The names that the first check with a diagnosis gives a mutant, nearest first."""
     for check in (check for check in of_level(m.level) if check.diagnose):
         report = engine.run([check], m.make(), profile="ci", dtypes=[dtype], seed=seed)
         ids = [diagnosis.id for diagnosis in report.results[0].diagnosis]
