@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from minilora.verify.implementation.contract import METHODS, SESSION, positional
-from minilora.verify.implementation.minilora_impl import Own
+from minilora.verify.implementation.minilora_impl import Minilora
 from minilora.verify.implementation.protocol import CARRIED, RESULTS
 
 
@@ -61,7 +61,7 @@ def run(message):
     save_file(flat(answer), message["out"])
 
 
-own = Own()
+own = Minilora()
 sessions = {}
 implementation = {
     "name": own.name,

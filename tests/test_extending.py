@@ -10,7 +10,7 @@ from minilora.verify.core.inputs import draw_layer, limits, sigmas, wanted
 from minilora.verify.core.level import Level
 from minilora.verify.core.types import Case, Check, Comparison, counter
 from minilora.verify.implementation.guard import GuardedImplementation
-from minilora.verify.implementation.minilora_impl import Own
+from minilora.verify.implementation.minilora_impl import Minilora
 from minilora.verify.mutants.mutant import Mutant
 from minilora.verify.plan import levels_of
 from minilora.verify.vectors import files, vectors
@@ -46,7 +46,7 @@ LEVEL = Level(
 )
 
 
-class Halved(Own):
+class Halved(Minilora):
     def lora_linear(self, *arrays: np.ndarray, alpha: float, **options: object) -> np.ndarray:
         return super().lora_linear(*arrays, alpha=alpha / 2, **options)
 
@@ -68,7 +68,7 @@ def with_toy(monkeypatch) -> list[Check]:
 def test_a_level_is_one_value_that_run_diagnosis_and_report_read(monkeypatch):
     checks = with_toy(monkeypatch)
     assert levels_of(checks)[-1] == "toy"
-    report = engine.run(checks, Own(), levels=["toy"], dtypes=["float64", "float32"])
+    report = engine.run(checks, Minilora(), levels=["toy"], dtypes=["float64", "float32"])
     assert [(r.check, r.level, r.status) for r in report.results] == 2 * [
         ("toy.doubled", "toy", "pass")
     ]
@@ -96,5 +96,5 @@ def test_the_self_test_puts_the_mutants_of_a_level_to_it(monkeypatch):
     checks = with_toy(monkeypatch)
     monkeypatch.setattr(selftest, "_checks", lambda: {check.id: check for check in checks})
     assert selftest.catch(MUTANT, "float32") == ("toy.doubled", "")
-    right = Mutant("toy-right", "toy", "toy", "s", (), Own, "toy.doubled", equivalent=True)
+    right = Mutant("toy-right", "toy", "toy", "s", (), Minilora, "toy.doubled", equivalent=True)
     assert selftest.catch(right, "float32") == ("", "")

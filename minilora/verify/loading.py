@@ -12,7 +12,7 @@ from typing import Any
 from minilora.verify.core.errors import LoadError, describe, near, tidy, type_words
 from minilora.verify.implementation.contract import METHODS, has_method
 
-OWN = "minilora.verify.implementation.minilora_impl:implementation"
+DEFAULT_TARGET = "minilora.verify.implementation.minilora_impl:implementation"
 """The target where none is named: minilora itself."""
 
 

@@ -20,7 +20,7 @@ from minilora.verify.core.errors import LoadError, UsageError
 from minilora.verify.core.types import Check
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.known import declared, known_for, read_known
-from minilora.verify.loading import OWN, load, resolve
+from minilora.verify.loading import DEFAULT_TARGET, load, resolve
 from minilora.verify.plan import plan
 from minilora.verify.report.report import Report
 from minilora.verify.report.result import Known
@@ -160,7 +160,7 @@ def from_options(config: pytest.Config) -> tuple[object, dict[str, Any]]:
             }
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a library's warning at import is not a verdict
-                config.stash[_OPTIONS] = load(target or OWN), options
+                config.stash[_OPTIONS] = load(target or DEFAULT_TARGET), options
         except (LoadError, UsageError) as error:
             raise pytest.UsageError(f"--minilora-implementation: {error}") from None
     return config.stash[_OPTIONS]

@@ -103,10 +103,10 @@ def names(m: Mutant, dtype: str = NAMED_IN, seed: int = 0) -> tuple[str, ...]:
 @cache
 def rights(level: str) -> dict[str, Callable[[], object]]:
     """Implementations of a level that are right, however they are written."""
-    from minilora.verify.implementation.minilora_impl import Own
+    from minilora.verify.implementation.minilora_impl import Minilora
 
     same = {m.id: m.make for m in MUTANTS if m.equivalent and m.level == level}
-    return {"minilora": Own, **same}
+    return {"minilora": Minilora, **same}
 
 
 @cache

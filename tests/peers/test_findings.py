@@ -59,7 +59,7 @@ from minilora.spec.variants import (
     merge_lora_bias,
     start,
 )
-from minilora.verify.implementation.sessions import Layer
+from minilora.verify.implementation.sessions import LayerState
 
 
 @pytest.fixture
@@ -1087,7 +1087,7 @@ def test_peft_leaves_a_trained_bias_in_the_base(torch, peft, tmp_path):
     with pytest.raises(ValueError, match="only 1 adapter with bias"):
         model.load_adapter(tmp_path, "three")
     given = {"A": np.ones((1, 1)), "B": np.zeros((1, 1)), "alpha": 1, "r": 1}
-    right = Layer.of({"kind": "bias", "W": np.ones((1, 1)), "bias": np.ones(1)})
+    right = LayerState.of({"kind": "bias", "W": np.ones((1, 1)), "bias": np.ones(1)})
     right = right.add("one", given).activate(["one"]).add("two", given | {"bias": np.full(1, 8)})
     assert right.forward(np.ones((1, 1)))[0] == 1 + 1
     assert right.activate(["two"]).forward(np.ones((1, 1)))[0] == 1 + 8

@@ -16,7 +16,7 @@ from minilora.verify.core.level import FIRST_CASES
 from minilora.verify.core.types import STRUCTURE, Case
 from minilora.verify.diagnosis import diagnose
 from minilora.verify.diagnosis.diagnose import Direct
-from minilora.verify.implementation.minilora_impl import Own
+from minilora.verify.implementation.minilora_impl import Minilora
 from minilora.verify.mutants import MUTANTS
 from minilora.verify.mutants.reference import Plain, but, reads, then
 from minilora.verify.report.result import NOT_DIAGNOSED
@@ -174,7 +174,7 @@ def test_the_smallest_counterexample_of_a_layer_s_life_is_the_fewest_steps():
 def test_a_session_that_raises_is_told_by_the_steps_before_it():
     class Raising:
         def session(self, layer):
-            of = Own().session(layer)
+            of = Minilora().session(layer)
 
             def delete(name):
                 raise KeyError(name)
@@ -190,7 +190,7 @@ def test_a_session_that_raises_is_told_by_the_steps_before_it():
 
 
 def test_an_error_in_a_layer_s_life_says_the_step_and_has_the_fewest_steps():
-    class Raising(Own):
+    class Raising(Minilora):
         def session(self, layer):
             of = super().session(layer)
             right = of.activate
@@ -214,11 +214,11 @@ def test_an_error_in_a_layer_s_life_says_the_step_and_has_the_fewest_steps():
     "kind", others_slow(["linear", "tied", "modules-to-save"], "modules-to-save")
 )
 def test_a_right_session_has_no_such_steps(kind):
-    assert fewest(Own, kind) is None
+    assert fewest(Minilora, kind) is None
 
 
 def test_a_case_that_holds_refutes_a_misreading():
-    class MergesTwice(Own):
+    class MergesTwice(Minilora):
         """merge adds 2 s B A, unmerge is right: together they are as if unmerge did nothing."""
 
         def merge(self, W, A, B, *, alpha, **settings):
@@ -380,7 +380,7 @@ def test_a_misreading_of_rare_cases_alone_is_named_by_those():
 
 
 def test_of_two_answers_that_disagree_none_is_called_wanted():
-    class Unscaled(Own):
+    class Unscaled(Minilora):
         def lora_linear(self, *arrays, alpha, r, **options):
             return super().lora_linear(*arrays, alpha=r, r=r, **options)
 
@@ -388,7 +388,7 @@ def test_of_two_answers_that_disagree_none_is_called_wanted():
     assert "they disagree: x W'ᵀ is " in words
     assert "want" not in words
 
-    class ByPlace(Own):
+    class ByPlace(Minilora):
         def multi_adapter(self, *arrays):
             y = super().multi_adapter(*arrays)
             return y + np.arange(len(y)).reshape(-1, 1).astype(y.dtype)
@@ -402,7 +402,7 @@ class TrainsOff:
     """Disabled, a session has the gradients that it has otherwise; its outputs are right."""
 
     def session(self, layer):
-        of = Own().session(layer)
+        of = Minilora().session(layer)
         right = of.gradients
 
         def gradients(x, dy):
@@ -431,7 +431,7 @@ def test_what_is_merged_and_has_a_gradient_is_not_taken_for_what_is_inactive():
 
 
 def test_of_a_layer_s_life_the_first_wrong_step_is_described_and_no_rank():
-    class OneMore(Own):
+    class OneMore(Minilora):
         def session(self, layer):
             of = super().session(layer)
             right, one = of.forward, np.eye(1, len(layer["W"]), dtype=layer["W"].dtype)
@@ -446,7 +446,7 @@ def test_of_a_layer_s_life_the_first_wrong_step_is_described_and_no_rank():
 
 
 def test_a_misreading_of_one_setting_is_named_though_another_setting_is_right():
-    class PissaAlone(Own):
+    class PissaAlone(Minilora):
         def init(self, W, **settings):
             given = super().init(W, **settings)
             return given | ({"W": W} if settings.get("init_lora_weights") == "pissa" else {})

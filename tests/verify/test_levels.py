@@ -21,8 +21,8 @@ from minilora.verify.core import inputs
 from minilora.verify.core.dtypes import Precision
 from minilora.verify.core.types import MONTE_CARLO, Case, Comparison
 from minilora.verify.implementation.guard import GuardedImplementation
-from minilora.verify.implementation.minilora_impl import Own, trained
-from minilora.verify.implementation.sessions import Layer, whole
+from minilora.verify.implementation.minilora_impl import Minilora, trained
+from minilora.verify.implementation.sessions import LayerState, whole
 from minilora.verify.mutants import MUTANTS
 from minilora.verify.mutants.files import Filer
 
@@ -109,7 +109,7 @@ def rate(greatest, count):
 def test_the_error_rate_of_a_distribution_is_what_it_says():
     found = [
         *init._distribution("")(
-            GuardedImplementation(Own()), Case("init.distribution", "float64", 0, 0)
+            GuardedImplementation(Minilora()), Case("init.distribution", "float64", 0, 0)
         )
     ]
     counts = [init.SEEDS * r * n for _, n, r, *_ in init.MODULES]
@@ -122,7 +122,7 @@ def test_the_error_rate_of_a_distribution_is_what_it_says():
 def test_the_error_rate_of_products_is_what_it_says():
     """Of sums of products of two uniform numbers none comes near the bound, and half would."""
     found, *_ = init.independent(
-        GuardedImplementation(Own()), Case("init.independent", "float64", 0, 0)
+        GuardedImplementation(Minilora()), Case("init.independent", "float64", 0, 0)
     )
     rng = np.random.default_rng(0)
     a, b = rng.uniform(-1, 1, (2, 4000, 1024)).astype(np.float32)
@@ -224,7 +224,7 @@ def test_a_frozen_file_that_changes_is_named():
     wrong = next(m for m in MUTANTS if m.id == "flow-base-file-changed")
     result = check(wrong.make(), case="grad-flow.frozen:float32:0").results[0]
     assert result.worst.array == "files that changed, base/config.json"
-    assert check(Own(), case="grad-flow.frozen:float32:0").results[0].status == "pass"
+    assert check(Minilora(), case="grad-flow.frozen:float32:0").results[0].status == "pass"
 
 
 def lived(kind, number, seed=0):
@@ -242,7 +242,7 @@ def test_a_sessions_numbers_are_so_small_that_float32_has_every_partial_sum(kind
     """All are multiples of 1/16 at least, and no sum of absolute terms reaches 2^24 of them."""
     for number in range(4):
         drawn = lived(kind, number)
-        layer = Layer.of(absolute(drawn.layer))
+        layer = LayerState.of(absolute(drawn.layer))
         names = [n for n in drawn.adapters if n != "two" or kind not in lifecycle.ALONE]
         for name in names:
             layer = layer.add(name, absolute(drawn.adapters[name])).scale(name, 2.0)
@@ -283,7 +283,7 @@ def test_a_fused_layers_adapter_is_that_of_its_parts(number):
 
 def test_a_layer_of_one_weight_is_its_state():
     drawn = lived("linear", 0)
-    layer = Layer.of(drawn.layer)
+    layer = LayerState.of(drawn.layer)
     y, back = layer.forward(drawn.x)
     wanted, back_wanted = State(drawn.layer["W"], drawn.layer["bias"][:, None]).forward(drawn.x.T)
     assert np.array_equal(y, wanted.T)
@@ -291,10 +291,10 @@ def test_a_layer_of_one_weight_is_its_state():
 
 
 def test_what_a_layer_refuses_is_said():
-    layer = Layer.of(lived("full", 0).layer)
+    layer = LayerState.of(lived("full", 0).layer)
     adapters = lived("full", 0).adapters
     with pytest.raises(NotImplementedError, match="no layer of kind cubic"):
-        Layer.of({"kind": "cubic", "W": np.eye(2)})
+        LayerState.of({"kind": "cubic", "W": np.eye(2)})
     with pytest.raises(ValueError, match="no adapter 'one'"):
         layer.activate(["one"])
     two = layer.add("one", adapters["one"]).add("two", adapters["two"])
@@ -314,11 +314,11 @@ def test_a_micro_batch_in_which_no_label_counts_is_worth_nothing(tmp_path):
     more = [[silent, *step, silent] for step in given]
     settings = train.settings_of("gradient-accumulation", 0, 0)
     for one, other in zip(
-        *(Own().train(*folders, each, settings) for each in (given, more)), strict=True
+        *(Minilora().train(*folders, each, settings) for each in (given, more)), strict=True
     ):
         assert all(np.array_equal(one[name], other[name]) for name in one)
     with pytest.raises(ValueError, match="labels that count"):
-        Own().train(*folders, [[silent]], settings)
+        Minilora().train(*folders, [[silent]], settings)
 
 
 @pytest.mark.parametrize("kind", [{}, {"bias": True}, {"dropout": True}])

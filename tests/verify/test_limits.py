@@ -17,14 +17,14 @@ from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.tolerance import Draws, noisy, unit_roundoff
 from minilora.verify.core.types import Case
 from minilora.verify.implementation.guard import GuardedImplementation
-from minilora.verify.implementation.minilora_impl import Own
+from minilora.verify.implementation.minilora_impl import Minilora
 
 U = unit_roundoff("float32")
 WITHIN = 1 - 2**-20
 """As good as 1: the answers carry float64's own rounding besides."""
 
 
-class Erring(Own):
+class Erring(Minilora):
     """The specification's answers with an error of ``size`` times what the test derives."""
 
     precision: ClassVar = {"float64": {"storage": "float32", "accumulation": "float32"}}

@@ -21,7 +21,7 @@ from minilora.verify import check
 from minilora.verify.checks.registry import CHECKS
 from minilora.verify.core.errors import Fault, LoadError, Skip
 from minilora.verify.implementation.guard import GuardedImplementation
-from minilora.verify.implementation.minilora_impl import Own
+from minilora.verify.implementation.minilora_impl import Minilora
 from minilora.verify.implementation.protocol import (
     Driver,
     _gathered,
@@ -559,7 +559,10 @@ def test_every_check_runs_over_the_protocol_as_it_does_in_this_process():
         [sys.executable, str(Path(__file__).parents[1] / "own_driver.py")], CHECKS
     ) as driver:
         for case in CASES:
-            (theirs,), (ours,) = check(driver, case=case).results, check(Own(), case=case).results
+            (theirs,), (ours,) = (
+                check(driver, case=case).results,
+                check(Minilora(), case=case).results,
+            )
             assert (ours.status, ours.worst) == (theirs.status, theirs.worst), theirs
             assert ours.status == "pass"
 

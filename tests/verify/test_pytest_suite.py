@@ -288,8 +288,8 @@ def test_a_check_needs_no_pytest():
         import sys
         sys.modules["pytest"] = None  # an import of it raises
         from minilora.verify import check
-        from minilora.verify.implementation.minilora_impl import Own
-        assert check(Own(), levels=["merge"], profile="quick").exit_status == 0
+        from minilora.verify.implementation.minilora_impl import Minilora
+        assert check(Minilora(), levels=["merge"], profile="quick").exit_status == 0
         try:
             import minilora.verify.pytest_suite
         except ImportError:

@@ -27,7 +27,7 @@ from minilora.verify.core.errors import Fault, Skip, UsageError
 from minilora.verify.core.types import Case
 from minilora.verify.diagnosis.diagnose import Direct
 from minilora.verify.implementation import minilora_impl
-from minilora.verify.implementation.minilora_impl import Own
+from minilora.verify.implementation.minilora_impl import Minilora
 from minilora.verify.mutants import MUTANTS, Plain
 from minilora.verify.vectors.files import MANIFEST, files, frozen, problems, read, schema, write
 from minilora.verify.vectors.tags import NOTES
@@ -74,7 +74,7 @@ def put(target, contents):
 @pytest.fixture(scope="module")
 def answered(made, tmp_path_factory):
     """minilora's own answers."""
-    return put(tmp_path_factory.mktemp("answers"), answer(made, Own()))
+    return put(tmp_path_factory.mktemp("answers"), answer(made, Minilora()))
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_nothing_of_a_vector_is_drawn_by_numpy(made, monkeypatch):
     assert all(known[v.id] == fingerprint(v) for v in again)
     with pytest.raises(AttributeError):
         next(c for c in CHECKS if c.id == "merge.weight").run(
-            Direct(Own()), Case("merge.weight", "float64", 1, 0)
+            Direct(Minilora()), Case("merge.weight", "float64", 1, 0)
         ).__next__()
 
 
@@ -408,8 +408,8 @@ def test_minilora_s_own_answers_hold_in_every_dtype(made, folder, answered, caps
 
 def test_a_method_that_is_absent_is_skipped(made):
     class Forward:
-        lora_linear = Own.lora_linear
-        _layer = Own._layer
+        lora_linear = Minilora.lora_linear
+        _layer = Minilora._layer
 
     found = status(judge(made, Forward()))
     assert {s for (check, _), s in found.items() if "forward" in check and "linear" in check} == {
@@ -546,7 +546,7 @@ def test_wrong_answers_get_the_name_of_the_misreading(few, small, tmp_path, caps
 def test_dora_s_norm_may_be_held_or_differentiated_and_not_both(made, monkeypatch):
     dora = [v for v in made if v.check == "variants.dora.vjp"]
     monkeypatch.setattr(minilora_impl, "DORA", DORA_FULL)
-    full = Own()
+    full = Minilora()
     full.conventions = {}
     report = judge(dora, full)
     assert set(status(report).values()) == {"pass"}
@@ -555,7 +555,7 @@ def test_dora_s_norm_may_be_held_or_differentiated_and_not_both(made, monkeypatc
     full.conventions = {"dora_norm": "detached"}
     assert "fail" in status(judge(dora, full)).values()
 
-    class Mixed(Own):
+    class Mixed(Minilora):
         conventions = {}  # noqa: RUF012
         calls = 0
 
@@ -576,7 +576,7 @@ DORA_HELD = minilora_impl.DORA
 def test_what_is_invalid_is_to_be_refused(made, changed):
     invalid = [v for v in made if v.result == "invalid"]
     assert len(invalid) == len(INVALID)
-    refusing = Direct(Own())
+    refusing = Direct(Minilora())
     for vector in invalid:
         (only,) = compared(refusing, vector, "float64", {"dora_norm": "detached"})
         assert only.judge().verdict == "pass"

@@ -145,10 +145,10 @@ def _target(
     arguments: argparse.Namespace, limit: float
 ) -> contextlib.AbstractContextManager[object]:
     """What is checked, while it is open. Raises LoadError."""
-    from minilora.verify.loading import OWN, load
+    from minilora.verify.loading import DEFAULT_TARGET, load
 
     if arguments.cmd is None:
-        return contextlib.nullcontext(load(arguments.target or OWN))
+        return contextlib.nullcontext(load(arguments.target or DEFAULT_TARGET))
     from minilora.verify.checks.registry import CHECKS
     from minilora.verify.implementation.protocol import Driver
 

@@ -31,7 +31,7 @@ from minilora.verify.core.level import Level
 from minilora.verify.core.shrinking import Budget, Smallest, shrunk
 from minilora.verify.core.types import Case, Check, Comparison, counter
 from minilora.verify.implementation.guard import GuardedImplementation
-from minilora.verify.implementation.sessions import Layer
+from minilora.verify.implementation.sessions import LayerState
 
 Array = np.ndarray
 Step = tuple[Any, ...]
@@ -195,7 +195,7 @@ class Run:
     subject: GuardedImplementation
     drawn: Drawn
     session: GuardedImplementation
-    state: Layer
+    state: LayerState
     dtype: str
     kind: str = "linear"
     saved: dict[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
@@ -298,10 +298,10 @@ class Run:
 
 
 def moved(
-    state: Layer, drawn: Drawn, saved: Mapping[str, tuple[str, Mapping[str, Any]]], step: Step
-) -> Layer | None:
+    state: LayerState, drawn: Drawn, saved: Mapping[str, tuple[str, Mapping[str, Any]]], step: Step
+) -> LayerState | None:
     """The state after the step; None if it refuses."""
-    moves: dict[str, Callable[..., Layer]] = {
+    moves: dict[str, Callable[..., LayerState]] = {
         "add": lambda name: state.add(name, wide(drawn.adapters[name])),
         "load": lambda name, of: state.add(name, saved[of][1]),
         "save": lambda name: state,
@@ -326,10 +326,12 @@ def _gradient(name: str) -> str:
     return name if name == "dx" else f"d({name})"
 
 
-def _opened(subject: GuardedImplementation, drawn: Drawn) -> tuple[GuardedImplementation, Layer]:
+def _opened(
+    subject: GuardedImplementation, drawn: Drawn
+) -> tuple[GuardedImplementation, LayerState]:
     """A new session, and the state of its layer."""
     full = subject.conventions.get("dora_norm") == "differentiated"
-    state = Layer.of(wide(drawn.layer), DORA_FULL if full else DORA)
+    state = LayerState.of(wide(drawn.layer), DORA_FULL if full else DORA)
     return subject.session(drawn.layer), state
 
 
@@ -697,7 +699,7 @@ def drawn(run: Run, rng: np.random.Generator, count: int, files: bool = False) -
         yield steps[rng.integers(len(steps))]
 
 
-def possible(state: Layer, kind: str) -> list[Step]:
+def possible(state: LayerState, kind: str) -> list[Step]:
     """Every step that means something in a state, the plainest first."""
     known = list(state.given)
     steps: list[Step] = [("add", name) for name in NAMES if name not in known]
@@ -716,7 +718,7 @@ def possible(state: Layer, kind: str) -> list[Step]:
 def walks(draw: st.DrawFn, kind: str) -> list[Step]:
     """Up to twelve steps, each of them possible where it is taken."""
     given = drawn_layer(kind, Case("lifecycle.random-steps", "float64", 1, 0), bias=True)
-    state, steps = Layer.of(wide(given.layer)), list[Step]()
+    state, steps = LayerState.of(wide(given.layer)), list[Step]()
     for _ in range(draw(st.integers(1, 12))):
         steps.append(draw(st.sampled_from(possible(state, kind))))
         state = moved(state, given, {}, steps[-1]) or state
@@ -780,7 +782,7 @@ def _without_one(kind: str, steps: list[Step]) -> Iterator[list[Step]]:
     """The steps without one of them, the last first, where the others are possible still."""
     given = drawn_layer(kind, Case("lifecycle.random-steps", "float64", 1, 0), bias=True)
     for i in reversed(range(len(steps))):
-        fewer, state = steps[:i] + steps[i + 1 :], Layer.of(wide(given.layer))
+        fewer, state = steps[:i] + steps[i + 1 :], LayerState.of(wide(given.layer))
         for step in fewer:
             if step not in possible(state, kind):
                 break

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,12 +36,12 @@ from minilora.spec.multi_adapter import Adapter, combine_svd, multi_linear
 from minilora.spec.ops import IGNORED
 from minilora.spec.optim import run
 from minilora.spec.variants import DORA, LORA_BIAS
-from minilora.verify.implementation.sessions import Layer
+from minilora.verify.implementation.sessions import LayerState
 
 Array = np.ndarray
 
 
-class Own:
+class Minilora:
     """The specification behind the contract's methods.
 
     NumPy has no products of bfloat16 or float16 worth the name, so those are computed in float32
@@ -65,9 +65,7 @@ class Own:
     ) -> dict[str, Array]:
         """y, dx, dA, dB, and dbias where there is a bias."""
         y, back = self._layer(x, W, A, B, **options)
-        dx, dA, dB, *others = back(_columns(_wide(dy)))
-        answer = {"y": y, "dx": dx.T.reshape(x.shape), "dA": dA, "dB": dB}
-        answer |= {f"d{name}": part[:, 0] for name, part in zip(_own(options), others, strict=True)}
+        answer = {"y": y, **back(dy)}
         if options.get("bias") is not None:
             answer["dbias"] = _wide(dy).reshape(-1, len(W)).sum(0)
         return {name: array.astype(x.dtype) for name, array in answer.items()}
@@ -86,15 +84,27 @@ class Own:
         p: float = 0.0,
         use_rslora: bool = False,
         fan_in_fan_out: bool = False,
-        **own: Any,
-    ) -> tuple[Array, Any]:
+        **settings: Any,
+    ) -> tuple[Array, Callable[[Array], dict[str, Array]]]:
+        """y, and the gradients by the contract's names."""
         x_, W_, A_, B_ = (_wide(v) for v in (x, W, A, B))
         K = None if keep is None else _columns(keep.astype(x_.dtype)) / (1 - p)
         b = None if bias is None else _wide(bias)[:, None]
-        variant, parts = _variant(own)
+        variant, parts = _variant(settings)
         s = scale(alpha, r, use_rslora)
-        y, back = variant.linear(_columns(x_), W_, b, A_, B_, *parts, s, K)
-        return y.T.reshape(*x.shape[:-1], len(W)).astype(x.dtype), back
+        y, back = variant.linear(_columns(x_), W_, b, A_, B_, *parts.values(), s, K)
+
+        def gradients(dy: Array) -> dict[str, Array]:
+            dx, dA, dB, *of_parts = back(_columns(_wide(dy)))
+            named = zip(parts, of_parts, strict=True)
+            return {
+                "dx": dx.T.reshape(x.shape),
+                "dA": dA,
+                "dB": dB,
+                **{f"d{name}": gradient[:, 0] for name, gradient in named},
+            }
+
+        return y.T.reshape(*x.shape[:-1], len(W)).astype(x.dtype), gradients
 
     def merge(
         self,
@@ -106,12 +116,12 @@ class Own:
         r: int,
         use_rslora: bool = False,
         fan_in_fan_out: bool = False,
-        **own: Any,
+        **settings: Any,
     ) -> Array:
         """W' = W + s B A, or its variant's."""
         s = scale(alpha, r, use_rslora)
-        variant, parts = _variant(own)
-        merged, _ = variant.merge(_wide(W), None, _wide(A), _wide(B), *parts, s)
+        variant, parts = _variant(settings)
+        merged, _ = variant.merge(_wide(W), None, _wide(A), _wide(B), *parts.values(), s)
         return merged.astype(W.dtype)
 
     def unmerge(self, W_merged: Array, A: Array, B: Array, **options: Any) -> Array:
@@ -141,9 +151,9 @@ class Own:
         rows: Array = y.T.astype(x.dtype)
         return rows
 
-    def session(self, layer: Mapping[str, Any]) -> Session:
-        """A layer whose adapters come and go."""
-        return Session(layer)
+    def session(self, layer: Mapping[str, Any]) -> MiniloraSession:
+        """A session with a layer, without adapters."""
+        return MiniloraSession(layer)
 
     def model_loss(
         self, model_dir: str | Path, adapter_dir: str | Path, batch: Mapping[str, Array]
@@ -210,13 +220,20 @@ class Own:
         return [{name: array.astype(dtype) for name, array in step.items()} for step in steps]
 
     def init(
-        self, W: Array, *, r: int, alpha: float, seed: int, use_rslora: bool = False, **own: Any
+        self,
+        W: Array,
+        *,
+        r: int,
+        alpha: float,
+        seed: int,
+        use_rslora: bool = False,
+        **settings: Any,
     ) -> dict[str, Array]:
-        """A and B at the start, and the weight beside them."""
-        name = own.pop("init_lora_weights", True)
+        """The initial A and B, and the base weight beside them."""
+        name = settings.pop("init_lora_weights", True)
         name = "kaiming" if name is True else name
-        if own or name not in INITIALIZATIONS:
-            raise NotImplementedError(f"no start {name!r}, no settings {sorted(own)}")
+        if settings or name not in INITIALIZATIONS:
+            raise NotImplementedError(f"no initialization {name!r}, no settings {sorted(settings)}")
         rng, s = np.random.default_rng(seed), scale(alpha, r, use_rslora)
         base, A, B = INITIALIZATIONS[name].start(rng, _wide(W), r, s)
         return {key: array.astype(W.dtype) for key, array in (("A", A), ("B", B), ("W", base))}
@@ -236,11 +253,11 @@ class Own:
         factors, tuning = read_adapter(adapter_dir, c, base=W)
         p = read_lora_config(adapter_dir, c).lora_dropout
         steps = [[_batch(batch) for batch in step] for step in batches]
-        own = {k: v for k, v in settings.items() if k != "gradient_checkpointing"}
+        numerical = {k: v for k, v in settings.items() if k != "gradient_checkpointing"}
         names = adapter_names(c, sorted(tuning.trained))
         return [
             {theirs: _flat(name, after[name]) for name, theirs in names.items()}
-            for after in trained(c, W | factors, tuning, steps, own, p)
+            for after in trained(c, W | factors, tuning, steps, numerical, p)
         ]
 
 
@@ -252,7 +269,7 @@ def trained(
     settings: Mapping[str, Any],
     p: float = 0.0,
 ) -> list[Weights]:
-    """What is trained after each step, whose gradient is the mean over its micro-batches' labels.
+    """The trained parameters after each step; its gradient is the mean over its labels.
 
     ``settings`` are those of `optim.run`. With p > 0 each batch has a mask drawn.
     """
@@ -291,38 +308,38 @@ def parts_of(
     return parts
 
 
-class Session:
-    """A `sessions.Layer` that is replaced at each step."""
+class MiniloraSession:
+    """A `sessions.LayerState` that is replaced at each step."""
 
     def __init__(self, layer: Mapping[str, Any]) -> None:
-        self.layer = Layer.of(layer)
+        self.layer = LayerState.of(layer)
 
     def add(self, name: str, adapter: Mapping[str, Any]) -> None:
-        """Another adapter, not active yet."""
+        """Adds an adapter, not active yet."""
         self.layer = self.layer.add(name, adapter)
 
     def activate(self, names: Sequence[str]) -> None:
-        """Just these act."""
+        """Makes these adapters active, and no other."""
         self.layer = self.layer.activate(names)
 
     def disable(self) -> None:
-        """The base alone acts, until the next activation."""
+        """Applies the base alone, until the next activation."""
         self.layer = self.layer.disable()
 
     def scale(self, name: str, factor: float) -> None:
-        """s is factor · α / r from now on."""
+        """Sets s = factor · α / r."""
         self.layer = self.layer.scale(name, factor)
 
     def merge(self) -> None:
-        """What is active goes into the weight."""
+        """Merges the active adapters into the weight."""
         self.layer = self.layer.merge()
 
     def unmerge(self) -> None:
-        """And out of it."""
+        """Takes them out again."""
         self.layer = self.layer.unmerge()
 
     def delete(self, name: str) -> None:
-        """Without the adapter."""
+        """Removes an adapter."""
         self.layer = self.layer.delete(name)
 
     def save(self, name: str, folder: str | Path) -> None:
@@ -334,7 +351,7 @@ class Session:
         write_files(folder, {CONFIG: partial(pack_json, settings)})
 
     def load(self, name: str, folder: str | Path) -> None:
-        """An adapter that was saved, added."""
+        """Adds a saved adapter."""
         files = read_tensors(Path(folder) / WEIGHTS), read_json(Path(folder) / CONFIG)
         adapter: dict[str, Any] = {}
         for path, value in (files[0] | files[1]).items():
@@ -346,22 +363,22 @@ class Session:
         self.add(name, adapter)
 
     def train(self) -> None:
-        """Nothing: all that training changes is a mask."""
+        """Does nothing: training changes masks alone."""
 
     def eval(self) -> None:
-        """Nothing either."""
+        """Does nothing, as train."""
 
     def forward(self, x: Array) -> Array:
         """y, tokens in rows."""
         return self.layer.forward(x)[0]
 
     def gradients(self, x: Array, dy: Array) -> dict[str, Array]:
-        """dx, and the gradients of what acts beside the weight."""
+        """dx, and the gradients of the adapters that are active and not merged."""
         gradients: dict[str, Array] = self.layer.forward(x)[1](dy)
         return gradients
 
     def weight(self) -> Array:
-        """The weight that is held."""
+        """The weight as it is stored."""
         return self.layer.stored()
 
 
@@ -375,19 +392,15 @@ def flat(adapter: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return entries
 
 
-def _own(options: Mapping[str, Any]) -> list[str]:
-    """The settings that hold a variant's own parameter."""
-    return [name for name in ("magnitude", "lora_bias") if name in options]
-
-
-def _variant(settings: Mapping[str, Any]) -> tuple[Variant, list[Array]]:
-    """The variant that settings of the contract ask for, and its own parameters as columns."""
-    kinds = {(): LORA, ("magnitude",): DORA, ("lora_bias",): LORA_BIAS}
-    names = tuple(_own(settings))
+def _variant(settings: Mapping[str, Any]) -> tuple[Variant, dict[str, Array]]:
+    """The variant that settings of the contract ask for, and its further parameters as columns."""
+    variants = {(): LORA, ("magnitude",): DORA, ("lora_bias",): LORA_BIAS}
+    names = tuple(name for name in ("magnitude", "lora_bias") if name in settings)
     unknown = settings.keys() - {*names, "use_dora"}
-    if unknown or names not in kinds or settings.get("use_dora", False) != ("magnitude" in names):
+    is_dora = settings.get("use_dora", False)
+    if unknown or names not in variants or is_dora != ("magnitude" in names):
         raise NotImplementedError(f"no settings {', '.join(sorted(settings))}")
-    return kinds[names], [_wide(settings[name])[:, None] for name in names]
+    return variants[names], {name: _wide(settings[name])[:, None] for name in names}
 
 
 def _triple(adapter: Mapping[str, Any]) -> tuple[Array, Array, Any]:
@@ -418,9 +431,10 @@ def _wide(array: Array) -> Array:
 
 
 def _columns(x: Array) -> Array:
+    """Tokens as columns."""
     return x.reshape(-1, x.shape[-1]).T
 
 
 def implementation() -> object:
-    """What ``minilora verify`` checks without a target."""
-    return Own()
+    """The default target of ``minilora verify``."""
+    return Minilora()

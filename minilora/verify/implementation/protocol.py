@@ -149,10 +149,10 @@ class Driver(Remote):
         with self._calling:
             answer = self._run(method, given)
             if method == "session":
-                return Session(self, self._living[0], self._seq, self._over)
+                return RemoteSession(self, self._living[0], self._seq, self._over)
             return answer
 
-    def _of_session(self, session: Session, name: str, *args: Any) -> Any:
+    def _of_session(self, session: RemoteSession, name: str, *args: Any) -> Any:
         """The answer of one of a session's methods."""
         arguments = dict(zip(SESSION_ARGUMENTS[name], args, strict=True))
         with self._calling:
@@ -242,7 +242,7 @@ class Driver(Remote):
         self._living.clear()
 
 
-class Session(Remote):
+class RemoteSession(Remote):
     """A session that lives in the driver, under the number of the message that opened it.
 
     It has the methods that the driver declares as ``session.add`` and so on.

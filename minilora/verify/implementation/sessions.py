@@ -62,7 +62,7 @@ def whole(adapter: Given, rows: Sequence[int]) -> tuple[Array, Array]:
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class LayerState:
     """A layer of the contract with its adapters; each method gives another one or an answer.
 
     ``given`` are the adapters as they came, ``active`` those that act where nothing is disabled;
@@ -78,7 +78,7 @@ class Layer:
     dora: Variant = DORA
 
     @classmethod
-    def of(cls, layer: Given, dora: Variant = DORA) -> Layer:
+    def of(cls, layer: Given, dora: Variant = DORA) -> LayerState:
         """The layer without adapters. Raises NotImplementedError for an unknown kind."""
         kind, W = layer["kind"], layer["W"]
         if kind not in KINDS:
@@ -104,7 +104,7 @@ class Layer:
             return {"": Adapter((A, B, adapter["magnitude"][:, None]), s, self.dora)}
         return {"": Adapter((A, B), s)}
 
-    def _each(self, change: Callable[[State], State]) -> Layer:
+    def _each(self, change: Callable[[State], State]) -> LayerState:
         return replace(self, states={place: change(s) for place, s in self.states.items()})
 
     def _there(self, *names: str) -> None:
@@ -112,7 +112,7 @@ class Layer:
             if name not in self.given:
                 raise ValueError(f"no adapter {name!r}: expected one of {', '.join(self.given)}")
 
-    def add(self, name: str, adapter: Given) -> Layer:
+    def add(self, name: str, adapter: Given) -> LayerState:
         """Another adapter, which does not act yet."""
         if name in self.given:
             raise ValueError(f"there is an adapter {name!r} already")
@@ -123,7 +123,7 @@ class Layer:
         }
         return replace(self, states=states, given={**self.given, name: adapter})
 
-    def activate(self, names: Sequence[str]) -> Layer:
+    def activate(self, names: Sequence[str]) -> LayerState:
         """Just these act, and nothing is disabled."""
         self._there(*names)
         active = replace(self, active=tuple(names), disabled=False)
@@ -131,11 +131,11 @@ class Layer:
             lambda state: state.enable().activate(*(n for n in names if n in state.adapters))
         )
 
-    def disable(self) -> Layer:
+    def disable(self) -> LayerState:
         """The base alone acts."""
         return replace(self, disabled=True)._each(State.disable)
 
-    def scale(self, name: str, factor: float) -> Layer:
+    def scale(self, name: str, factor: float) -> LayerState:
         """s is factor · alpha / r: of the factors, not of a bias or a module."""
         self._there(name)
         own = {place: factor * a.s for place, a in self._adapters(self.given[name]).items()}
@@ -152,7 +152,7 @@ class Layer:
         """Whether anything is."""
         return any(state.merged for state in self.states.values())
 
-    def _some(self, change: Callable[[State], State]) -> Layer:
+    def _some(self, change: Callable[[State], State]) -> LayerState:
         """The change in each state that does not refuse it. Raises ValueError where all do."""
         states, refused = dict(self.states), []
         for place, state in self.states.items():
@@ -164,15 +164,15 @@ class Layer:
             raise refused[0]
         return replace(self, states=states)
 
-    def merge(self) -> Layer:
+    def merge(self) -> LayerState:
         """What is active goes into the weights."""
         return self._some(State.merge)
 
-    def unmerge(self) -> Layer:
+    def unmerge(self) -> LayerState:
         """And out of them."""
         return self._some(State.unmerge)
 
-    def delete(self, name: str) -> Layer:
+    def delete(self, name: str) -> LayerState:
         """Without the adapter."""
         self._there(name)
         rest = self._each(lambda state: state.delete(name) if name in state.adapters else state)

@@ -16,7 +16,7 @@ from minilora.spec import blocks, lora, models, ops
 from minilora.spec.models import GPT2, Batch, Bert, Config, Llama
 from minilora.spec.ops import Array, Back
 from minilora.verify.implementation import minilora_impl
-from minilora.verify.implementation.minilora_impl import Own
+from minilora.verify.implementation.minilora_impl import Minilora
 from minilora.verify.mutants.mutant import Mutant
 from minilora.verify.mutants.reference import digits
 from minilora.verify.mutants.transition import equivalents, family
@@ -25,14 +25,14 @@ Edit = tuple[str, str]
 """A piece of a function's source, which stands there once, and what replaces it."""
 
 
-def model(**changes: Callable[..., Any] | Edit) -> Callable[[], Own]:
-    """`Own` with other functions of these names, wherever its model calls them: new, or edited.
+def model(**changes: Callable[..., Any] | Edit) -> Callable[[], Minilora]:
+    """`Minilora` with other functions of these names, wherever its model calls them, new or edited.
 
     The specification stays as it is: all its functions are made again over a namespace of their
     own, so that they call one another there.
     """
 
-    def make() -> Own:
+    def make() -> Minilora:
         space: dict[str, Any] = {}
         for module in (minilora_impl, ops, lora, blocks, models):
             for name, value in vars(module).items():
@@ -46,7 +46,9 @@ def model(**changes: Callable[..., Any] | Edit) -> Callable[[], Own]:
                 space[name] = change
         space["LORA"] = replace(lora.LORA, linear=space["lora_linear"])
         space["FORWARD"] = {Llama: space["llama"], GPT2: space["gpt2"], Bert: space["bert"]}
-        wrong: Own = type("Wrong", (Own,), {"model_loss": _over(space, Own.model_loss)})()
+        wrong: Minilora = type(
+            "Wrong", (Minilora,), {"model_loss": _over(space, Minilora.model_loss)}
+        )()
         return wrong
 
     return make

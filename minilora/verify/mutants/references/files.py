@@ -10,7 +10,7 @@ from typing import Any
 
 from minilora.io.files import pack_json, read_json, read_tensors, write_files, write_tensors
 from minilora.io.formats.peft import CONFIG, WEIGHTS
-from minilora.verify.implementation.minilora_impl import Own
+from minilora.verify.implementation.minilora_impl import Minilora
 from minilora.verify.mutants.references.helpers import Array
 
 
@@ -20,7 +20,7 @@ def write_folder(path: str | Path, t: Mapping[str, Array], c: Mapping[str, Any])
     write_files(Path(path), {CONFIG: partial(pack_json, dict(c))})
 
 
-class Files(Own):
+class Files(Minilora):
     def save(self, model_dir: Any, adapter_arrays: Any, settings: Any, out_dir: Any) -> None:
         """Both files."""
         t, c = {**adapter_arrays}, {**settings}

@@ -55,4 +55,6 @@ class Initialization(Linear):
             B = np.zeros((m, r))
             # LoRA
         # start
-        return {name: array.astype(W.dtype) for name, array in zip("ABW", (A, B, beside), strict=True)}
+        return {
+            name: array.astype(W.dtype) for name, array in zip("ABW", (A, B, beside), strict=True)
+        }
