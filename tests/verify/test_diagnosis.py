@@ -18,7 +18,9 @@ from minilora.verify.diagnosis import diagnose
 from minilora.verify.diagnosis.diagnose import Direct
 from minilora.verify.implementation.minilora_impl import Minilora
 from minilora.verify.mutants import MUTANTS
-from minilora.verify.mutants.reference import Plain, but, reads, then
+from minilora.verify.mutants.linear import LINEAR
+from minilora.verify.mutants.mutant import Reference
+from minilora.verify.mutants.references.linear import Linear
 from minilora.verify.report.result import NOT_DIAGNOSED
 from minilora.verify.selftest import names
 
@@ -37,6 +39,11 @@ SOME = (
 )
 
 
+def wrong(old, new):
+    """A layer with one edit of the reference's text."""
+    return LINEAR.edited({old: new})
+
+
 def only(check, make):
     """The status of one check, and the mutants that it is explained by."""
     (result,) = engine.run([BY_ID[check]], make(), profile="quick", dtypes=["float32"]).results
@@ -49,7 +56,7 @@ def test_a_misreading_is_named(id):
 
 
 def test_a_misreading_that_raises_explains_nothing_and_hinders_no_other(monkeypatch):
-    raising = replace(CATALOGUE["scale-squared"], make=but(s=lambda my, c: c.no_such_name))
+    raising = replace(CATALOGUE["scale-squared"], make=wrong("ds = s", "ds = s = no_such_name"))
     known = (raising, CATALOGUE["scale-alpha"])
     monkeypatch.setattr(mutants, "MUTANTS", known)
     assert names(CATALOGUE["scale-alpha"]) == ("scale-alpha",)
@@ -65,9 +72,11 @@ def test_a_scale_far_too_great_is_named_though_it_rounds_more_than_what_is_right
             y += np.outer(x[:, k], W[:, k])
         return y
 
-    make = but(
-        base=lambda my, c: product(c.x, c.W) + c.b,
-        branch=lambda my, c: np.float32(c.alpha) * product(product(c.x, c.A), c.B),
+    make = Reference((Linear,), {"product": product}).edited(
+        {
+            "base = x @ W.T + b": "base = product(x, W) + b",
+            "branch = s * (H @ B.T)": "branch = np.float32(alpha) * product(product(x, A), B)",
+        }
     )
     check = BY_ID["linear.forward"]
     for seed in range(4):
@@ -76,15 +85,15 @@ def test_a_scale_far_too_great_is_named_though_it_rounds_more_than_what_is_right
 
 
 def test_what_is_right_gets_no_name():
-    assert only("linear.vjp", Plain) == ("pass", ())
+    assert only("linear.vjp", Linear) == ("pass", ())
 
 
 def test_a_deviation_that_is_not_in_the_catalogue_gets_no_name():
-    assert only("linear.vjp", then(s=lambda s, c: 1.37 * s)) == ("fail", ())
+    assert only("linear.vjp", wrong("ds = s", "ds = s = 1.37 * s")) == ("fail", ())
 
 
 def test_two_faults_at_once_get_no_name_of_one():
-    both = but(s=lambda my, c: 1.37 * c.alpha, dB=lambda my, c: 0 * c.B)
+    both = LINEAR.edited({"ds = s": "ds = s = 1.37 * alpha", "# gradients": "dB = 0 * B"})
     assert only("linear.vjp", both) == ("fail", ())
 
 
@@ -96,7 +105,7 @@ def test_the_report_says_the_name_the_formula_and_where_it_was_seen():
     (entry,) = report.to_json()["results"][0]["diagnosis"]
     assert entry.keys() == {"id", "sentence", "residual_z", "separating"}
     assert entry["id"] == "scale-alpha"
-    right = engine.run([BY_ID["linear.forward"]], Plain(), dtypes=["float32"])
+    right = engine.run([BY_ID["linear.forward"]], Linear(), dtypes=["float32"])
     assert "DIAGNOSIS" not in right.text()
 
 
@@ -137,7 +146,7 @@ def test_what_cannot_be_asked_further_leaves_all_candidates_and_names_the_case()
 
 
 def test_a_part_of_a_misreading_is_described_as_such_and_named_as_none():
-    (said, *_) = found("linear.forward.bias", reads(b=lambda c: 0.75 * c.b))
+    (said, *_) = found("linear.forward.bias", wrong("# arrays", "b = 0.75 * b"))
     assert said.id == f"{STRUCTURE}part"
     assert "0.25" in said.sentence
     assert "form-no-bias" in said.sentence
@@ -152,8 +161,8 @@ def test_the_matched_filter_is_1_for_what_is_read_so_and_0_for_what_is_right():
 
     ours = given(m.make)
     assert diagnose.matched_filter(given(m.make), ours).agrees(1.0)
-    assert diagnose.matched_filter(given(Plain), ours).agrees(0.0)
-    assert not diagnose.matched_filter(given(Plain), ours).agrees(1.0)
+    assert diagnose.matched_filter(given(Linear), ours).agrees(0.0)
+    assert not diagnose.matched_filter(given(Linear), ours).agrees(1.0)
 
 
 def fewest(make, kind="linear"):
@@ -237,7 +246,7 @@ def test_a_case_that_holds_refutes_a_misreading():
     [("differentiated", "dora_norm = 'detached'"), ("detached", ""), (None, "")],
 )
 def test_another_convention_than_the_declared_one_is_told(declared, says):
-    class Detached(Plain):
+    class Detached(Linear):
         conventions = {} if declared is None else {"dora_norm": declared}
 
     said = found("variants.dora.vjp", Detached)
@@ -249,30 +258,28 @@ def report_of(make, *checks, **options):
     return engine.run([BY_ID[check] for check in checks], make(), dtypes=["float64"], **options)
 
 
-class Remembers(Plain):
+class Remembers(Linear):
     """Each forward's scale grows: the first alone is right."""
 
     grown = 1.0
 
-    def s(self, c):
+    def scale(self, *settings, **options):
         self.grown *= 1.01
-        return super().s(c) * self.grown / 1.01
+        return super().scale(*settings, **options) * self.grown / 1.01
 
 
-class KeepsItsBuffer(Plain):
+def keeps_its_buffer():
     """Its output goes into an array of the first call's shape."""
-
-    def y(self, c):
-        y = super().y(c)
-        return np.copyto(self.memory.setdefault("buffer", y), y) or self.memory["buffer"]
+    into = 'y = np.copyto(self.memory.setdefault("buffer", y), y) or self.memory["buffer"]'
+    return wrong("# output", into)()
 
 
 class RemembersElsewhere(Remembers):
     """What it remembers lies in its class, where a new instance finds it."""
 
-    def s(self, c):
+    def scale(self, *settings, **options):
         RemembersElsewhere.grown *= 1.01
-        return Plain.s(self, c) * RemembersElsewhere.grown
+        return Linear.scale(self, *settings, **options) * RemembersElsewhere.grown
 
 
 @pytest.mark.parametrize(
@@ -281,9 +288,9 @@ class RemembersElsewhere(Remembers):
         (Remembers, "the same case passes"),
         (RemembersElsewhere, "asked twice"),
         (lambda: Remembers.__new__(Remembers), "the same case passes"),
-        (KeepsItsBuffer, "the same case passes"),
+        (keeps_its_buffer, "the same case passes"),
         (CATALOGUE["scale-alpha"].make, ""),
-        (but(y=lambda my, c: c.no_such_name), ""),
+        (wrong("# output", "no_such_name"), ""),
     ],
 )
 def test_what_depends_on_earlier_calls_is_told_with_a_command_that_repeats_it(make, says):
@@ -297,12 +304,13 @@ def test_what_depends_on_earlier_calls_is_told_with_a_command_that_repeats_it(ma
 
 
 def test_an_object_made_with_other_settings_is_not_compared_with_what_its_class_makes():
-    class Chosen(Plain):
+    class Chosen(Linear):
         def __init__(self):
+            super().__init__()
             self.wrong = False
 
-        def s(self, c):
-            return super().s(c) * (2 if self.wrong else 1)
+        def scale(self, *settings, **options):
+            return super().scale(*settings, **options) * (2 if self.wrong else 1)
 
     def chosen():
         it = Chosen()
@@ -314,16 +322,16 @@ def test_an_object_made_with_other_settings_is_not_compared_with_what_its_class_
 
 
 def test_what_all_cases_that_deviate_have_in_common_is_told():
-    only_rank_1 = but(s=lambda my, c: 1.0 if c.r == 1 else c.alpha / c.r)
+    only_rank_1 = wrong("ds = s", "ds = s = 1.0 if r == 1 else alpha / r")
     report = report_of(only_rank_1, "linear.forward")
     assert report.results[0].only == ("r = 1",)
     assert "  only where r = 1\n" in report.text()
     assert report_of(CATALOGUE["scale-alpha"].make, "linear.forward").results[0].only == ()
-    assert report_of(Plain, "linear.forward").results[0].only == ()
+    assert report_of(Linear, "linear.forward").results[0].only == ()
 
 
 def test_that_a_rank_is_greater_than_a_side_is_told():
-    small = but(s=lambda my, c: c.alpha / min(c.r, *c.W.shape))
+    small = wrong("ds = s", "ds = s = alpha / min(r, *W.shape)")
     (result,) = report_of(small, "linear.forward").results
     assert result.only == ("r is greater than a side of W",)
 
@@ -347,12 +355,12 @@ def test_a_case_that_deviates_and_then_asks_for_what_is_not_there_counts_once():
 def summed_in_tiles(step):
     """W x summed over tiles of 16 features; ``step`` takes each into the sum."""
 
-    def base(my, c):
-        tiles = range(0, c.x.shape[1], 16)
-        parts = [c.x[:, k : k + 16] @ c.W[:, k : k + 16].T for k in tiles]
-        return reduce(step, parts) + c.b
+    def product(x, W):
+        tiles = range(0, x.shape[1], 16)
+        return reduce(step, [x[:, k : k + 16] @ W[:, k : k + 16].T for k in tiles])
 
-    return but(base=base)
+    reference = Reference((Linear,), {"product": product})
+    return reference.edited({"base = x @ W.T + b": "base = product(x, W) + b"})
 
 
 def test_a_kernel_that_is_wrong_in_its_second_tile_is_told_from_where_on():

@@ -24,7 +24,8 @@ from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.minilora_impl import Minilora, trained
 from minilora.verify.implementation.sessions import LayerState, whole
 from minilora.verify.mutants import MUTANTS
-from minilora.verify.mutants.files import Filer
+from minilora.verify.mutants.files import FILES
+from minilora.verify.mutants.references.files import Files
 
 SEEDS = range(3)
 
@@ -144,7 +145,7 @@ def test_the_error_rate_of_repeated_entries_is_what_it_says():
     assert count - np.unique(drawn // 4).size > bound
 
 
-class Nothing(Filer):
+class Nothing(Files):
     def load(self, *given):
         return None
 
@@ -161,18 +162,11 @@ class Nothing(Filer):
         return [W]
 
 
-class Garbage(Filer):
+class Garbage(Files):
     def save(self, model, arrays, settings, folder):
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             with open(f"{folder}/{name}", "w") as file:
                 file.write("?")
-
-
-class Others(Filer):
-    """Right files, that say another thing of the scale."""
-
-    def saved(self, tensors, settings):
-        return tensors, {**settings, "lora_alpha": 9, "use_rslora": not settings["use_rslora"]}
 
 
 def kinds(target, level):
@@ -184,7 +178,7 @@ def kinds(target, level):
 def test_an_answer_that_is_none_is_the_implementations_fault(level):
     found = kinds(Nothing, level)
     assert set(found.values()) == {("error", "missing")}
-    control = check(Filer(), case=f"{next(iter(found))}:float32:0").results[0]
+    control = check(Files(), case=f"{next(iter(found))}:float32:0").results[0]
     assert control.status == "pass"
 
 
@@ -195,10 +189,11 @@ def test_a_file_that_cannot_be_read_is_the_implementations_fault():
 
 
 def test_a_folder_that_says_another_scale_is_shown_by_its_modules():
-    result = check(Others(), case="files.save.patterns:float32:0").results[0]
+    other = FILES.edited({"# saved": 'c |= {"lora_alpha": 9, "use_rslora": not c["use_rslora"]}'})
+    result = check(other(), case="files.save.patterns:float32:0").results[0]
     assert result.status == "fail"
     assert result.worst.array.startswith("s of layers.0.down, layers.0.q")
-    assert check(Filer(), case="files.save.patterns:float32:0").results[0].status == "pass"
+    assert check(Files(), case="files.save.patterns:float32:0").results[0].status == "pass"
 
 
 def test_patterns_are_the_dotted_ends_of_names_and_read_as_they_are_meant():

@@ -12,7 +12,11 @@ from minilora.verify.checks.registry import CHECKS, LEVELS
 from minilora.verify.core.types import Case, Comparison
 from minilora.verify.diagnosis import patterns
 from minilora.verify.diagnosis.diagnose import Direct, answers
-from minilora.verify.mutants.reference import Plain, but, digits, then
+from minilora.verify.mutants.linear import LINEAR
+from minilora.verify.mutants.mutant import Reference
+from minilora.verify.mutants.optimizer import OPTIMIZER
+from minilora.verify.mutants.references.helpers import digits
+from minilora.verify.mutants.references.linear import Linear
 
 
 def level_of(check_id):
@@ -32,38 +36,38 @@ def said(make, check_id, dtype="float32"):
 
 
 def added(f):
-    return but(y=lambda my, c: Plain.y(my, c) + f(c))
+    return Reference((Linear,), {"f": f}).edited({"# output": "y = y + f(x, W)"})
 
 
-def one_row_more(c):
-    return np.outer(np.arange(len(c.x)) > 1, np.ones(len(c.W))) * 0.1
+def one_row_more(x, W):
+    return np.outer(np.arange(len(x)) > 1, np.ones(len(W))) * 0.1
 
 
-def rank_two(c):
-    rows = np.arange(1.0, len(c.x) + 1)
-    columns = np.arange(1.0, len(c.W) + 1)
+def rank_two(x, W):
+    rows = np.arange(1.0, len(x) + 1)
+    columns = np.arange(1.0, len(W) + 1)
     return 0.1 * (np.outer(rows, columns) + np.outer(rows**2, columns**0.5))
 
 
 BY_ID = {check.id: check for check in CHECKS}
 ROWS = {
     "a scale": (
-        but(s=lambda my, c: c.alpha / (c.r + 1)),
+        LINEAR.edited({"ds = s": "ds = s = alpha / (r + 1)"}),
         "linear.forward",
         [r"y has the scale .*α/\(r \+ 1\)"],
     ),
     "a scale that is off": (
-        but(s=lambda my, c: 1.03 * Plain.s(my, c)),
+        LINEAR.edited({"ds = s": "ds = s = 1.03 * s"}),
         "linear.forward",
         [r"y has the scale .* 1\.03\d* ± "],
     ),
     "a scale of one gradient": (
-        then(dB=lambda v, c: v * 1.3),
+        LINEAR.edited({"# gradients": "dB = dB * 1.3"}),
         "linear.vjp",
         [r"dB has the scale .*: that is 1\.[23]\d* ± .* times the correct one"],
     ),
     "columns in another order": (
-        then(dA=lambda v, c: v[:, np.r_[1, 0, 2 : v.shape[1]]]),
+        LINEAR.edited({"# gradients": "dA = dA[:, np.r_[1, 0, 2 : dA.shape[1]]]"}),
         "linear.vjp",
         [r"dA has its columns in another order: \[1, 0, 2"],
     ),
@@ -74,7 +78,7 @@ ROWS = {
     ),
     "a rank": (added(rank_two), "linear.forward", [r"differs by a matrix of rank 2, where \d"]),
     "digits": (
-        then(y=lambda v, c: digits(v, 8)),
+        LINEAR.edited({"# output": "y = digits(y, 8)"}),
         "linear.forward",
         [r"y holds bfloat16 numbers: a step before rounds to bfloat16"],
     ),
@@ -90,14 +94,14 @@ def test_the_structure_is_said(name):
 
 
 def test_the_first_wrong_step_is_said():
-    late = then(update=lambda v, c: v * (1 + 0.001 * (c.k >= 3)))
+    late = OPTIMIZER.edited({"* direction": "* direction * (1 + 0.001 * (k >= 3))"})
     assert said(late, "optimizer.adamw")[0].startswith("The parameters are wrong from step 4 on")
-    early = then(update=lambda v, c: v * 1.0003)
+    early = OPTIMIZER.edited({"* direction": "* direction * 1.0003"})
     assert "from the first step on" in said(early, "optimizer.adamw")[0]
 
 
 def test_what_is_right_has_no_structure():
-    assert said(Plain, "linear.vjp") == []
+    assert said(Linear, "linear.vjp") == []
 
 
 def test_a_report_says_it_where_no_misreading_has_a_name_for_it(monkeypatch):
@@ -109,11 +113,12 @@ def test_a_report_says_it_where_no_misreading_has_a_name_for_it(monkeypatch):
 
 
 def test_of_noise_nothing_is_said():
-    def noise(v, c):
+    def noise(v):
         rng = np.random.default_rng(v.size)
         return v + 0.1 * rng.standard_normal(v.shape)
 
-    assert said(then(y=noise), "linear.forward") == []
+    make = Reference((Linear,), {"noise": noise}).edited({"# output": "y = noise(y)"})
+    assert said(make, "linear.forward") == []
 
 
 def compared(got, want, sigma=1e-6):

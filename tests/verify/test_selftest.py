@@ -10,7 +10,8 @@ from minilora.cli.main import main
 from minilora.verify import engine, selftest
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.mutants import MUTANTS, Mutant
-from minilora.verify.mutants.reference import Plain, but, digits, then
+from minilora.verify.mutants.merge import MERGING
+from minilora.verify.mutants.references.linear import Linear
 from minilora.verify.report.selftest import Alarm, Selftest, percent
 
 CATALOGUE = {m.id: m for m in MUTANTS}
@@ -48,12 +49,14 @@ def test_another_seed_takes_another_share_and_other_cases(few):
 
 
 def test_what_is_right_is_not_caught():
-    assert selftest.catch(of_one(Plain), "float32") == ("", "")
+    assert selftest.catch(of_one(Linear), "float32") == ("", "")
 
 
 def test_what_is_loose_is_not_caught():
     """float32 has 24 digits; what keeps 21 of them loses more than it may, and not much more."""
-    loose = of_one(then(merged=lambda W, c: digits(W, 21) if c.B.any() else W))
+    loose = of_one(
+        MERGING.edited({"# merged": "merged = digits(merged, 21) if B.any() else merged"})
+    )
     report = engine.run(selftest.of_level("merge"), loose.make(), dtypes=["float32"])
     assert {result.status for result in report.results} == {"loose", "pass"}
     assert selftest.catch(loose, "float32") == ("", "")
@@ -66,13 +69,13 @@ def test_another_check_of_the_level_catches_what_its_own_does_not():
 
 
 def test_an_exception_is_not_taken_for_a_catch():
-    check, broken = selftest.catch(of_one(but(merged=lambda my, c: c.no_such_name)), "float32")
+    check, broken = selftest.catch(of_one(MERGING.edited({"# merged": "no_such_name"})), "float32")
     assert check == ""
     assert "no_such_name" in broken
 
 
 def test_a_right_one_that_does_not_pass_is_an_alarm(monkeypatch):
-    wrong = {"wrong": CATALOGUE["merge-no-scale"].make, "right": Plain}
+    wrong = {"wrong": CATALOGUE["merge-no-scale"].make, "right": Linear}
     monkeypatch.setattr(selftest, "rights", lambda level: wrong)
     selftest._methods.cache_clear()
     found = selftest.alarms("merge", "float32", 1)

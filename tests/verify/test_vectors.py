@@ -28,7 +28,9 @@ from minilora.verify.core.types import Case
 from minilora.verify.diagnosis.diagnose import Direct
 from minilora.verify.implementation import minilora_impl
 from minilora.verify.implementation.minilora_impl import Minilora
-from minilora.verify.mutants import MUTANTS, Plain
+from minilora.verify.mutants import MUTANTS
+from minilora.verify.mutants.references.linear import Linear
+from minilora.verify.mutants.references.optimizer import Optimizer
 from minilora.verify.vectors.files import MANIFEST, files, frozen, problems, read, schema, write
 from minilora.verify.vectors.tags import NOTES
 from minilora.verify.vectors.truth import SIGMA_BITS, coarse
@@ -38,6 +40,10 @@ from minilora.verify.vectors.vectors import HOLD, INVALID, draws, name_of, vecto
 
 DOCS = Path(__file__).parents[2] / "docs" / "vectors"
 CHOSEN = ["linear.*", "merge.*", "combine.*", "multi.*", "variants.dora.vjp", "optimizer.clip"]
+
+
+class Reference(Linear, Optimizer):
+    """A layer and an optimizer that are right, written unlike minilora's."""
 
 
 @pytest.fixture(scope="module")
@@ -403,7 +409,7 @@ def test_minilora_s_own_answers_hold_in_every_dtype(made, folder, answered, caps
     assert "0 failed" not in (text := capsys.readouterr().out)
     assert "vectors v1" in text
     assert set(status(judge(made, Answered(answered))).values()) == {"pass"}
-    assert set(status(judge(made, Plain())).values()) == {"pass"}
+    assert set(status(judge(made, Reference())).values()) == {"pass"}
 
 
 def test_a_method_that_is_absent_is_skipped(made):
@@ -664,7 +670,7 @@ def test_answers_that_cannot_be_read_end_with_three(small, tmp_path, name, data,
 
 def test_answers_to_other_levels_only_end_with_three(few, small, tmp_path):
     own = [v for v in few if v.level == "merge"]
-    target = put(tmp_path, answer(own, Plain()))
+    target = put(tmp_path, answer(own, Linear()))
     wanted = ["vectors", "check", str(small), str(target)]
     assert main(wanted) == 0
     assert main([*wanted, "--level", "linear"]) == 3

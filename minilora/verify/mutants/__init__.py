@@ -1,7 +1,9 @@
-"""How LoRA goes wrong: wrong implementations, each a changed line or two of a right one.
+"""How LoRA goes wrong: wrong implementations, each a right one with a line or two edited.
 
 Each must be caught, which shows that the checks see; each has a formula, so that a deviation can be
-given its name. To add one, add its line to a family in the module of its level.
+given its name. A right implementation stands in `references` as straight code; a module here holds
+the edits of a level, as tables by family and by the check that shows them best. To add a mutant,
+add its line to the table of its family.
 """
 
 from minilora.verify.mutants import (
@@ -18,9 +20,8 @@ from minilora.verify.mutants import (
     variants,
 )
 from minilora.verify.mutants.mutant import Mutant
-from minilora.verify.mutants.reference import Plain
 
-__all__ = ["MUTANTS", "Mutant", "Plain"]
+__all__ = ["MUTANTS", "Mutant"]
 
 MUTANTS: tuple[Mutant, ...] = (
     *linear.MUTANTS,

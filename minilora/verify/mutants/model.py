@@ -18,7 +18,7 @@ from minilora.spec.ops import Array, Back
 from minilora.verify.implementation import minilora_impl
 from minilora.verify.implementation.minilora_impl import Minilora
 from minilora.verify.mutants.mutant import Mutant
-from minilora.verify.mutants.reference import digits
+from minilora.verify.mutants.references.helpers import digits
 from minilora.verify.mutants.transition import equivalents, family
 
 Edit = tuple[str, str]
