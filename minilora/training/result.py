@@ -40,7 +40,7 @@ def write_result(folder: Path | str, run: Run, params: Weights) -> None:
         W = {name: run.weights(params)[name] for name in (*base.config.shapes(), *run.adapter)}
         base_weights = run.frozen if writes_own_base(run) else base_weights
     of = None if writes_own_base(run) else base.name_or_path
-    peft.write_adapter(folder, base.config, W, spec, lora, base=base_weights, of=of)
+    peft.write_adapter(folder, base.config, W, spec, lora, base=base_weights, name_or_path=of)
 
 
 def _without_pruned(

@@ -747,6 +747,7 @@ def test_a_base_that_stays_quantised_trains_to_the_same_bits(tmp_path):
     results = []
     for quantised in (False, True):
         base = open_base(str(tmp_path / "a.gguf"), keep_quantized=quantised)
+        vars(base)["tokenizer"] = WordTokenizer.of(synthetic_data.task("running-sum"))
         assert isinstance(base.weights, dict) != quantised
         plan = ExecutionPlan(gradient_checkpointing=quantised)
         run = prepare(base, read, TrainConfig(max_steps=3, dropout=0.1), plan=plan)

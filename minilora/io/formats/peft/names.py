@@ -1,0 +1,74 @@
+"""The tensors' names in ``adapter_model.safetensors``."""
+
+from collections.abc import Iterable, Mapping
+
+from minilora.io.architectures import architecture_of
+from minilora.spec.lora import TABLES, is_base
+from minilora.spec.models import Config
+from minilora.spec.variants import REGISTRY, extended
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+PROJECTIONS = {"A": "base_model.vera_A", "B": "base_model.vera_B"}
+"""VeRA's A and B, which all modules share."""
+
+VECTORS = (".c", ".magnitude", ".lambda_d", ".lambda_b")
+"""Parameters that are vectors in the file, and columns here."""
+
+_TABLE_PARTS = {
+    "A": "lora_embedding_A",
+    "B": "lora_embedding_B",
+    "magnitude": "lora_magnitude_vector",
+}
+_NOT_OF_ADAPTERS = {"weight", "bias", "tokens"}
+
+
+def paths(c: Config) -> dict[str, str]:
+    """The modules' paths, a tied head's among them."""
+    return architecture_of(c).paths(c)
+
+
+def adapter_names(c: Config, names: Iterable[str]) -> dict[str, str]:
+    """Internal parameter name -> the tensor's name in ``adapter_model.safetensors``.
+
+    LoRA's factors are ``<path>.lora_A.weight`` and ``<path>.lora_B.weight``, of a table
+    ``<path>.lora_embedding_A`` and ``_B``; what other parameters are called, the variant's `Peft`
+    says. What else there is of an adapted module lies under ``<path>.base_layer``; every other
+    parameter at the module's path; ``tokens``, its rows that are trained alone, under
+    ``<path>.token_adapter``. VeRA's A and B are left out: all modules share them.
+
+    Errors: ValueError for a name that belongs to no module of the model.
+    """
+    names, path_of = list(names), paths(c)
+    parts: dict[str, set[str]] = {}
+    for name in names:
+        at, _, part = name.rpartition(".")
+        if at not in path_of:
+            raise ValueError(f"{name!r}: found no module {at!r} in {c}; check the names")
+        parts.setdefault(at, set()).add(part)
+    places = {}
+    for name in names:
+        at, _, part = name.rpartition(".")
+        part_names = _part_names(at, parts[at])
+        if part == "tokens":
+            end = "token_adapter.trainable_tokens_delta"
+        elif is_base(name):
+            end = f"base_layer.{part}" if parts[at] - _NOT_OF_ADAPTERS else part
+        elif "lambda_b" in parts[at] and part in PROJECTIONS:
+            continue
+        elif part not in part_names:
+            raise ValueError(f"{name!r}: found no such part, expected {', '.join(part_names)}")
+        else:
+            end = part_names[part]
+        places[name] = f"{PREFIX}{path_of[at]}.{end}"
+    return places
+
+
+def _part_names(at: str, parts: set[str]) -> Mapping[str, str]:
+    """The end of the name of each of a module's parameters, of which it has ``parts``."""
+    if at in TABLES:
+        return _TABLE_PARTS
+    known = [extended(entry.equation).peft.tensors for entry in REGISTRY.values()]
+    parts = parts - _NOT_OF_ADAPTERS
+    return next((tensors for tensors in known if parts <= tensors.keys()), known[0])

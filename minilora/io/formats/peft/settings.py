@@ -1,0 +1,267 @@
+"""The settings of ``adapter_config.json``: which are read, and which others may stand there."""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minilora.io.files import FormatError, check_settings, read_json
+from minilora.spec.initialization import INITIALIZATIONS
+from minilora.spec.variants import REGISTRY, extended
+
+_STARTS = ("eva", *(name for name, init in INITIALIZATIONS.items() if init.in_peft))
+
+Setting = tuple[Any, Callable[[Any], bool], str]
+
+
+def is_number(value: Any) -> bool:
+    """Whether JSON has this as a finite number."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= sys.maxsize
+
+
+def _is_flag(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _are_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def _are_layers(value: Any) -> bool:
+    return all(type(v) is int for v in value) if isinstance(value, list) else type(value) is int
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v <= sys.maxsize for v in value)
+
+
+def _are_tokens_of_tables(value: Any) -> bool:
+    named = isinstance(value, dict) and all(map(_are_tokens, value.values()))
+    return named or _are_tokens(value)
+
+
+def _are_ranges(value: Any) -> bool:
+    return isinstance(value, list) and all(_are_tokens(v) and len(v) == 2 for v in value)
+
+
+def _is_start(value: Any) -> bool:
+    return _is_flag(value) or (isinstance(value, str) and value in _STARTS)
+
+
+_PROBABILITY: Setting = (
+    0.0,
+    lambda v: is_number(v) and 0 <= v < 1,
+    "a number from 0 and below 1",
+)
+
+# Each setting that is read: its default, whether a value fits, and what fits, in words.
+_SHARED: Mapping[str, Setting] = {
+    "target_modules": (None, lambda v: isinstance(v, str) or _are_strings(v), "text or a list"),
+    "modules_to_save": ([], _are_strings, "a list of names"),
+    "layers_to_transform": ([], _are_layers, "a whole number or a list"),
+    "layers_pattern": ([], lambda v: isinstance(v, str) or _are_strings(v), "text or a list"),
+    "task_type": ("", lambda v: isinstance(v, str), "text"),
+}
+_OF_LORA: Mapping[str, Setting] = {
+    "lora_alpha": (None, is_number, "a number"),
+    "exclude_modules": ([], lambda v: isinstance(v, str) or _are_strings(v), "text or a list"),
+    "lora_dropout": _PROBABILITY,
+    "bias": ("none", ("none", "all", "lora_only").__contains__, "none, all or lora_only"),
+    "trainable_token_indices": (
+        [],
+        _are_tokens_of_tables,
+        "whole numbers from 0, or lists of them by names",
+    ),
+    "layer_replication": ([], _are_ranges, "pairs of whole numbers from 0"),
+    "ensure_weight_tying": (False, _is_flag, "true or false"),
+}
+_OFF: Mapping[str, tuple[Any, ...]] = {
+    "use_bdlora": (False, None),
+    "use_qalora": (False, None),
+    "target_parameters": (None, []),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "megatron_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
+}
+_BOOKKEEPING = """
+auto_mapping base_model_name_or_path revision inference_mode peft_version fan_in_fan_out
+"""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the settings of one ``peft_type`` mean.
+
+    ``read``: the settings that are read, each with its default, whether a value fits and what fits
+    in words; ``fixed``: those with the values under which the function is the one here; ``inert``:
+    those that change no function: bookkeeping, what acts in training only or through a setting of
+    ``fixed``, and ``fan_in_fan_out``, which PEFT corrects by the kind of layer, with A (r, n) and
+    B (m, r) in both.
+    """
+
+    read: Mapping[str, Setting]
+    fixed: Mapping[str, tuple[Any, ...]]
+    inert: str
+
+
+KINDS: Mapping[str, Kind] = {
+    "LORA": Kind(
+        read={
+            **_SHARED,
+            **_OF_LORA,
+            "r": (None, _is_count, "a whole number from 1"),
+            "rank_pattern": (
+                {},
+                lambda v: isinstance(v, dict) and all(map(_is_count, v.values())),
+                "patterns with whole numbers from 1",
+            ),
+            "alpha_pattern": (
+                {},
+                lambda v: isinstance(v, dict) and all(map(is_number, v.values())),
+                "patterns with numbers",
+            ),
+            "use_rslora": (False, _is_flag, "true or false"),
+            "use_dora": (False, _is_flag, "true or false"),
+            "lora_bias": (False, _is_flag, "true or false"),
+            "alora_invocation_tokens": ([], _are_tokens, "whole numbers from 0"),
+            "init_lora_weights": (
+                True,
+                _is_start,
+                "true, false, gaussian, orthogonal, eva, pissa or olora",
+            ),
+        },
+        fixed={"peft_type": ("LORA",), **_OFF},
+        inert=_BOOKKEEPING + "runtime_config megatron_core qalora_group_size loftq_config "
+        "eva_config corda_config lora_ga_config",
+    ),
+    "ADALORA": Kind(
+        read={
+            **_SHARED,
+            **_OF_LORA,
+            "init_r": (None, _is_count, "a whole number from 1"),
+            "rank_pattern": (
+                {},
+                lambda v: (
+                    isinstance(v, dict)
+                    and all(isinstance(row, list) and all(map(_is_flag, row)) for row in v.values())
+                ),
+                "names with lists of true and false",
+            ),
+        },
+        fixed={
+            "peft_type": ("ADALORA",),
+            **_OFF,
+            # PEFT takes these without a word and computes nothing else by them.
+            "use_rslora": (False, None),
+            "use_dora": (False, None),
+            "lora_bias": (False, None),
+            "alpha_pattern": (None, {}),
+            "alora_invocation_tokens": (None,),
+            "loftq_config": (None, {}),
+        },
+        inert=_BOOKKEEPING + "runtime_config megatron_core qalora_group_size eva_config "
+        "corda_config lora_ga_config init_lora_weights r target_r tinit tfinal deltaT beta1 beta2 "
+        "orth_reg_weight total_step",
+    ),
+    "VERA": Kind(
+        read={
+            **_SHARED,
+            "r": (None, _is_count, "a whole number from 1"),
+            "vera_dropout": _PROBABILITY,
+            "bias": ("none", ("none", "all", "vera_only").__contains__, "none, all or vera_only"),
+            "save_projection": (True, _is_flag, "true or false"),
+            "projection_prng_key": (0, lambda v: type(v) is int and 0 <= v < 2**63, "from 0"),
+        },
+        fixed={"peft_type": ("VERA",)},
+        inert=_BOOKKEEPING + "d_initial init_weights",
+    ),
+}
+"""The settings and names of LoRA, AdaLoRA and VeRA, by ``peft_type``."""
+
+READ, FIXED, INERT = KINDS["LORA"].read, KINDS["LORA"].fixed, KINDS["LORA"].inert
+
+_PEFT = {name: extended(entry.equation).peft for name, entry in REGISTRY.items()}
+_SETTINGS = {peft.setting: name for name, peft in _PEFT.items() if peft.setting}
+VARIANT_SETTINGS = {key: _SETTINGS[key] for key in READ if key in _SETTINGS}
+"""The settings that make LoRA another variant, and its name in `variants.REGISTRY`."""
+
+VARIANT_TYPES = {peft.peft_type: name for name, peft in _PEFT.items() if peft.peft_type != "LORA"}
+"""The other values of ``peft_type``, and the variant's name."""
+
+NEWER = (
+    *("lora_bias", "alora_invocation_tokens", "trainable_token_indices"),
+    "ensure_weight_tying",
+)
+"""Settings that are written only if they say something: an older PEFT refuses an unknown name."""
+
+NOT_REPRODUCIBLE = {
+    "pissa_niter": "PEFT takes another random approximation out of the base each time it loads it: "
+    "convert it with path_initial_model_for_weight_conversion where it was trained",
+    "loftq": "PEFT quantises the base anew when it loads it: write the base that it was trained on "
+    "beside it, and true here",
+    "lora_ga": "it belongs to a base that PEFT does not make again: convert it with "
+    "path_initial_model_for_weight_conversion where it was trained",
+    "corda": "it belongs to a base that PEFT makes from data: convert it with "
+    "path_initial_model_for_weight_conversion where it was trained",
+    "mica": "its B is frozen, which nothing here keeps: set true to train both",
+}
+"""Initializations that cannot be read, and what to do."""
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings, checked one by one, with defaults where there are none.
+
+    Errors: FormatError for a damaged file, an unknown setting or value, and for two that exclude
+    each other.
+    """
+    stored = read_json(path)
+    kind = _kind(path, stored)
+    check_settings(path, stored, kind.read, kind.fixed, kind.inert)
+    settings: dict[str, Any] = {
+        "peft_type": stored["peft_type"], "exclude_modules": [], "layer_replication": [],
+        "ensure_weight_tying": False, "trainable_token_indices": [],
+    }  # fmt: skip
+    for key, (default, fits, expected) in kind.read.items():
+        value = default if stored.get(key) is None else stored[key]
+        if not fits(value):
+            raise FormatError(path, key, json.dumps(value), expected, "write it as PEFT does")
+        settings[key] = value
+    _check_combinations(path, settings)
+    if isinstance(settings["layers_to_transform"], int):
+        settings["layers_to_transform"] = [settings["layers_to_transform"]]
+    return settings
+
+
+def _kind(path: Path, stored: Mapping[str, Any]) -> Kind:
+    name = stored.get("peft_type")
+    kind = KINDS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        expected = " or ".join(KINDS if name is None else map(json.dumps, KINDS))
+        found = "none" if name is None else json.dumps(name)
+        raise FormatError(path, "peft_type", found, expected, "is it an adapter of these?")
+    init = stored.get("init_lora_weights")
+    for prefix, remedy in NOT_REPRODUCIBLE.items() if "init_lora_weights" in kind.read else ():
+        if isinstance(init, str) and init.startswith(prefix):
+            expected = "an initialization that is known when the adapter is loaded"
+            raise FormatError(path, "init_lora_weights", json.dumps(init), expected, remedy)
+    return kind
+
+
+def _check_combinations(path: Path, settings: Mapping[str, Any]) -> None:
+    expression = isinstance(settings["target_modules"], str) and settings["peft_type"] != "VERA"
+    if expression and settings["layers_to_transform"] != []:
+        remedy = "PEFT refuses it too: list the modules"
+        raise FormatError(path, "layers_to_transform", "it beside an expression", "none", remedy)
+    variants = [name for name in VARIANT_SETTINGS if settings.get(name)]
+    if len(variants) > 1:
+        remedy = "PEFT has no layer for the two"
+        found = f"it beside {variants[0]}"
+        raise FormatError(path, variants[1], found, "one of the two", remedy)
