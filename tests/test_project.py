@@ -224,7 +224,7 @@ COMPLEX = 20
 
 
 TO_BE_SPLIT = {
-    *("selftest", "traits_of", "layer", "draw_several"),
+    "Linear.layer",
     *("_check_written", "read_adapter", "_written", "_read_lora", "_check_hit", "_tokens"),
     *("write_adapter", "read_tokenizer", "_hit"),
 }
