@@ -109,7 +109,7 @@ FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__
 
 
 def is_peer(path):
-    return "peers" in path.parts or path.name == "libraries.py"
+    return "peers" in path.parts or "libraries" in path.parts
 
 
 def name_of(path):

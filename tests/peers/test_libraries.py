@@ -10,14 +10,13 @@ from extras import optional
 
 from minilora.spec.initialization import loftq, olora, orthogonal, pissa
 from minilora.spec.layers import PLACE
-from minilora.spec.lora import DRAW, merge_weight
+from minilora.spec.lora import DRAW, lora_linear, merge_weight
 from minilora.spec.ops import linear
 from minilora.spec.quantization import dequantise, quantise
 from minilora.spec.variants import (
     REGISTRY,
     dora_full_linear,
     dora_linear,
-    lora_linear,
     rescaled_linear,
     row_norm,
 )
