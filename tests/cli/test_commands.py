@@ -24,7 +24,7 @@ from minilora import logits
 from minilora.cli.commands.inspect import runtimes
 from minilora.cli.commands.train import target_modules
 from minilora.cli.main import main
-from minilora.io import reference_models
+from minilora.io import reference_models, synthetic_data
 from minilora.io.conversion import write_adapter
 from minilora.io.files import (
     FormatError,
@@ -37,6 +37,7 @@ from minilora.io.files import (
 from minilora.io.formats import huggingface, mlx, peft
 from minilora.io.formats.huggingface import copy_tokenizer
 from minilora.io.formats.registry import FORMATS
+from minilora.io.formats.tokenizers import WordTokenizer
 from minilora.io.loading import (
     adapter_format,
     class_names,
