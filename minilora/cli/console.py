@@ -1,4 +1,4 @@
-"""What the commands of the command line share: exit statuses, printing, files, a progress bar."""
+"""What commands share: exit statuses, options, printing, files, progress bars, signals."""
 
 from __future__ import annotations
 
@@ -16,42 +16,43 @@ if TYPE_CHECKING:
     from minilora.verify.engine import Progress
 
 OK, FAILED, USAGE, NOT_LOADED, INTERRUPTED = 0, 1, 2, 3, 130
+"""The exit statuses."""
 
 
 def split(values: list[str] | None) -> list[str] | None:
-    """The values of a repeatable option, each of which may be a list with commas."""
+    """The values of a repeatable option, each of which may be a comma-separated list."""
     return values and [part.strip() for value in values for part in value.split(",")]
 
 
 def refuse(message: str, command: str) -> int:
-    """Says what is wrong with how the command was called; its exit status."""
+    """Print a usage error; its exit status."""
     print(f"minilora {command}: {message}", file=sys.stderr)
     return USAGE
 
 
 def open_streams() -> None:
-    """Where a stream was closed, what goes to it goes nowhere, and no other file gets its place."""
+    """Replace closed standard streams, so that no other file takes their place."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
 
 
 def say(text: str) -> None:
-    """Prints in whatever encoding the reader has, and lets a reader leave early."""
+    """Print in the encoding of standard output; ignore a closed pipe."""
     open_streams()
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes once more when it ends: that goes nowhere then.
+        # Python flushes once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def files_of(arguments: argparse.Namespace, *forms: str) -> dict[str, str]:
-    """The files that the options ask for, by form. What cannot be written is told before the work.
+    """The files to write, by format.
 
-    Errors: ValueError that says why.
+    Errors: ValueError for a file that cannot be written, before the work.
     """
     from minilora.io.files import why_not_writable
 
@@ -63,16 +64,16 @@ def files_of(arguments: argparse.Namespace, *forms: str) -> dict[str, str]:
 
 
 def write_file(path: str, text: str) -> None:
-    """Writes a file anew; the summary of a step on GitHub, where others write too, is written on.
+    """Write a file; append to $GITHUB_STEP_SUMMARY, which other steps write, too.
 
-    Errors: ValueError that says why it could not be.
+    Errors: ValueError for a file that cannot be written.
     """
     from minilora.io.files import write_text
 
     try:
         if _is_summary(path):
             with open(path, "a", encoding="utf-8") as file:
-                # A table would be taken for more rows of one that stands right above it.
+                # Without a blank line a table would continue a table above it.
                 file.write(f"\n{text}" if text.startswith("|") else text)
         else:
             write_text(path, text)
@@ -81,7 +82,7 @@ def write_file(path: str, text: str) -> None:
 
 
 def room(path: str) -> int:
-    """How many bytes of Markdown there is room for in a file."""
+    """The number of bytes of Markdown that still fit into a file."""
     from minilora.verify.report.markdown import MARKDOWN_BYTES
 
     there = os.path.getsize(path) if _is_summary(path) and os.path.exists(path) else 0
@@ -95,10 +96,10 @@ def _is_summary(path: str) -> bool:
 
 @contextlib.contextmanager
 def stdout_on_stderr() -> Iterator[None]:
-    """What a target prints, from Python or from compiled code, goes to standard error."""
+    """Redirect what a target prints, from Python or compiled code, to standard error."""
     try:
         out, err = sys.stdout.fileno(), sys.stderr.fileno()
-    except (AttributeError, OSError, ValueError):  # a stream that is no file, as under a test
+    except (AttributeError, OSError, ValueError):  # not a file, as in tests
         with contextlib.redirect_stdout(sys.stderr):
             yield
         return
@@ -117,14 +118,14 @@ def stdout_on_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress_bar(unit: str = "cases") -> Iterator[Progress | None]:
-    """A bar on standard error where that is a terminal."""
+    """A progress bar on standard error, if that is a terminal."""
     open_streams()
     if not sys.stderr.isatty():
         yield None
         return
     from tqdm import tqdm
 
-    # What is long stands last, where a narrow terminal cuts it off.
+    # The longest part is last: a narrow terminal cuts it off.
     form = f"{{n_fmt}} of {{total_fmt}} {unit}, {{remaining}} left  {{desc}}"
     form = "{percentage:3.0f}% {bar:16} " + form
     with tqdm(bar_format=form, leave=False, file=sys.stderr, dynamic_ncols=True) as bar:
@@ -139,10 +140,10 @@ def progress_bar(unit: str = "cases") -> Iterator[Progress | None]:
 
 @contextlib.contextmanager
 def steps_bar() -> Iterator[Callable[[Mapping[str, Any], int], None] | None]:
-    """A bar over the steps of a run, on standard error where that is a terminal.
+    """A progress bar of a run's steps on standard error, if that is a terminal.
 
-    It begins at the step from which the run goes on, and shows the time left, the loss, the last
-    one in validation, the tokens a second and the memory. It takes what the terminal has of room.
+    It starts at the first step to be done, and shows the time left, the loss, the last validation
+    loss, tokens per second and memory. It is as wide as the terminal.
     """
     open_streams()
     if not sys.stderr.isatty():
@@ -156,7 +157,7 @@ def steps_bar() -> Iterator[Callable[[Mapping[str, Any], int], None] | None]:
 
         def watch(line: Mapping[str, Any], steps: int) -> None:
             nonlocal bar, valid
-            if bar is None:  # so that what is told before stands above it
+            if bar is None:  # messages before the first step stay above it
                 bar = stack.enter_context(
                     tqdm(total=steps, initial=line["step"], bar_format=form, file=sys.stderr,
                          dynamic_ncols=True)
@@ -177,10 +178,7 @@ def steps_bar() -> Iterator[Callable[[Mapping[str, Any], int], None] | None]:
 
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """A polite request to end is taken as Ctrl-C is: what there is, is saved.
-
-    The first one counts: a second would cut short the saving.
-    """
+    """Handle SIGTERM like Ctrl-C, and only the first signal: a second must not stop the saving."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -201,11 +199,10 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def answer(command: str, run: Callable[[argparse.Namespace], int]) -> Any:
-    """``run`` as a command: what it raises becomes a message and an exit status.
+    """Wrap ``run``: an exception becomes a message and an exit status.
 
-    A file or a target that cannot be read, or a library that is not installed, is `NOT_LOADED`; a
-    setting that cannot be is `USAGE`; a disk or memory that is full, or numbers that are none,
-    `FAILED`.
+    `NOT_LOADED` for a file or a target that cannot be read, or a missing library; `USAGE` for an
+    invalid setting; `FAILED` for a full disk, too little memory, or numbers that are not finite.
     """
 
     def guarded(arguments: argparse.Namespace) -> int:
@@ -214,7 +211,7 @@ def answer(command: str, run: Callable[[argparse.Namespace], int]) -> Any:
         try:
             open_streams()
             _check_texts(arguments)
-            # What overflows is found in the results, and told in words.
+            # Overflow shows in the results, and is reported there.
             with np.errstate(all="ignore"):
                 return run(arguments)
         except _not_loaded() as error:
@@ -230,16 +227,16 @@ def answer(command: str, run: Callable[[argparse.Namespace], int]) -> Any:
             print(f"minilora {command}: {error}", file=sys.stderr)
             return FAILED
         except MemoryError as error:
-            remedy = "take a smaller model or rank, or shorter texts"
-            said = f"there is not enough memory: {str(error) or 'none is left'}; {remedy}"
-            print(f"minilora {command}: {said}", file=sys.stderr)
+            text = f"not enough memory: {error}".removesuffix(": ")
+            remedy = "use a smaller model or rank, or shorter texts"
+            print(f"minilora {command}: {text}; {remedy}", file=sys.stderr)
             return FAILED
 
     return guarded
 
 
 def _not_loaded() -> tuple[type[Exception], ...]:
-    """What `NOT_LOADED` stands for: looked up once there is an error, as the oracle takes long."""
+    """The errors of `NOT_LOADED`; imported only after an error, as these modules load slowly."""
     from minilora.io.files import FormatError
     from minilora.verify.core.errors import LoadError
 
@@ -247,15 +244,15 @@ def _not_loaded() -> tuple[type[Exception], ...]:
 
 
 TEXTS = ("prompt", "chat")
-"""The options whose values are texts for a model, which may be empty."""
+"""The options whose values are texts for a model, and may be empty."""
 
 
 def _check_texts(arguments: argparse.Namespace) -> None:
-    """Errors: ValueError for an option without its value, or a text that is none."""
+    """Errors: ValueError for an empty value, or for a text that is not valid Unicode."""
     for name, value in vars(arguments).items():
         option = f"--{name.replace('_', '-')}"
         if value == "" and name not in TEXTS:
-            raise ValueError(f"{option} '': expected a value; leave it out, or give one")
+            raise ValueError(f"{option} '': expected a value")
         if name in TEXTS and value is not None:
             try:
                 value.encode()
@@ -264,9 +261,7 @@ def _check_texts(arguments: argparse.Namespace) -> None:
 
 
 def at_least(arguments: argparse.Namespace, **least: int) -> None:
-    """Refuses an option's number, where it is given, that is less than what makes sense.
-
-    More than 64 bits hold is no number of anything, either.
+    """Check that options are not below these numbers, and fit into 64 bits.
 
     Errors: ValueError that names the option.
     """
@@ -278,7 +273,7 @@ def at_least(arguments: argparse.Namespace, **least: int) -> None:
 
 
 class _Help(argparse.HelpFormatter):
-    """Says each option's default, unless its help says of itself what is the default."""
+    """Shows the default of each option, unless its help text mentions the default."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, value = action.help or "", action.default
@@ -288,16 +283,16 @@ class _Help(argparse.HelpFormatter):
 
 
 TUNING = (
-    "0 done, 1 the disk or the numbers failed, 2 wrong usage, 3 a file cannot be read or a library "
-    "is missing"
+    "0 done, 1 a full disk or numbers that are not finite, 2 wrong usage, 3 a file cannot be read "
+    "or a library is missing"
 )
-"""The exit statuses that the commands of fine-tuning share."""
+"""The exit statuses of the commands for fine-tuning."""
 
 
 def add_command(
     commands: Any, name: str, help: str, description: str, run: Any, statuses: str = TUNING
 ) -> Any:
-    """A command's parser, which says each option's default and the exit statuses."""
+    """Add a command; its help shows the defaults of options and the exit statuses."""
     parser = commands.add_parser(
         name,
         help=help,
@@ -313,26 +308,26 @@ FORMS = {
     "json": "JSON",
     "junit": "JUnit XML",
     "html": "one HTML page",
-    "markdown": "Markdown; $GITHUB_STEP_SUMMARY is written on",
+    "markdown": "Markdown; append to $GITHUB_STEP_SUMMARY",
 }
 
 
 def add_files(option: Any, what: str, *forms: str) -> None:
-    """The options that write what a command found to a file, in these of `FORMS`."""
+    """Add an option for each of these `FORMS`, which writes the result to a file."""
     for form in forms:
         option(f"--{form}", metavar="FILE", help=f"write {what} as {FORMS[form]}")
 
 
 def add_model(add: Any, adapter: bool = True) -> None:
-    """The options that name a model, and an adapter on it."""
+    """Add the options that name a model and an adapter."""
     add(
         "--model",
         metavar="M",
         help="a Hugging Face folder, a .gguf file, package:NAME or reference:NAME (default: the "
-        "one that the adapter was trained on, or else reference:llama)",
+        "model that the adapter was trained on, or reference:llama)",
     )
     if adapter:
-        add("--adapter", metavar="A", help="an adapter of PEFT or MLX, a folder, or of llama.cpp")
+        add("--adapter", metavar="A", help="a folder of PEFT or MLX, or a .gguf file")
     add(
         "--dtype",
         default="float32",

@@ -1,4 +1,4 @@
-"""The command line. What a command needs is imported when it is asked for."""
+"""The command line. What a command needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from minilora.cli.console import INTERRUPTED, USAGE
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that suggests what a mistyped option or command may have meant."""
+    """A parser that suggests a similar option or command for an unknown one."""
 
     def error(self, message: str) -> NoReturn:
         known = re.findall(r"(?<![\w-])--[a-z][a-z-]*", self.format_help())
@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and gives its exit status; wrong usage raises SystemExit(2)."""
+    """Run a command; its exit status. Wrong usage raises SystemExit(2)."""
     parser = _parser()
     arguments, unknown = parser.parse_known_args(argv)
     if "run" not in arguments:

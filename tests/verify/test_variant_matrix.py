@@ -90,7 +90,7 @@ def test_other_bits_from_the_file_are_an_error(monkeypatch):
 def test_the_command_prints_and_writes_the_table(tmp_path, capsys):
     files = {kind: tmp_path / kind for kind in ("json", "markdown")}
     options = [option for kind, path in files.items() for option in (f"--{kind}", str(path))]
-    chosen = ["variants", "--variant", "lora,vera", "--kind", "linear", "--no-library"]
+    chosen = ["variants", "--variant", "lora,vera", "--layer", "linear", "--no-library"]
     assert main([*chosen, *options]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("variant")
@@ -102,7 +102,7 @@ def test_the_command_prints_and_writes_the_table(tmp_path, capsys):
 def test_the_summary_of_a_step_is_written_on_and_another_file_anew(tmp_path, monkeypatch):
     summary, other = tmp_path / "summary.md", tmp_path / "other.md"
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
-    chosen = ["variants", "--variant", "lora", "--kind", "linear", "--no-library"]
+    chosen = ["variants", "--variant", "lora", "--layer", "linear", "--no-library"]
     for page in (summary, other):
         page.write_text("| before |\n")
         assert main([*chosen, "--markdown", str(page)]) == 0
@@ -114,7 +114,7 @@ def test_the_summary_of_a_step_is_written_on_and_another_file_anew(tmp_path, mon
     ("options", "why"),
     [
         (["--variant", "lora,dor"], "--variant dor: expected some of lora, gaussian"),
-        (["--kind", "conv3"], "--kind conv3: expected some of linear, transposed"),
+        (["--layer", "conv3"], "--layer conv3: expected some of linear, transposed"),
         (["--json", "no/such/folder/t.json"], "cannot write"),
     ],
 )
@@ -126,7 +126,7 @@ def test_the_command_refuses_what_it_does_not_know(options, why, capsys):
 def test_the_command_fails_where_something_is_not_as_it_should_be(monkeypatch, capsys):
     entry = replace(variants.REGISTRY["lora"], breaks={"rank": "a reason that is none"})
     monkeypatch.setitem(variants.REGISTRY, "lora", entry)
-    chosen = ["variants", "--variant", "lora", "--kind", "linear", "--no-library"]
+    chosen = ["variants", "--variant", "lora", "--layer", "linear", "--no-library"]
     assert main(chosen) == FAILED
     assert "lora on linear: rank" in capsys.readouterr().out
 

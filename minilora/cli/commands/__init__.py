@@ -1,6 +1,6 @@
-"""The commands, a module each: ``add`` says its options, and its ``_run`` runs it.
+"""The commands, one module each: ``add`` adds its options to the parser, ``_run`` runs it.
 
-A module imports at its top no more than the parser needs; the rest when the command is asked for.
+A module imports at its top only what the parser needs, and the rest when the command runs.
 """
 
 from __future__ import annotations
@@ -22,30 +22,29 @@ NAMES: tuple[str, ...] = (
 
 
 def add_all(commands: Any) -> None:
-    """Adds every command to the parser's ``commands``."""
+    """Add all commands to the parser's ``commands``."""
     for name in NAMES:
         import_module(f"minilora.cli.commands.{name}").add(commands)
 
 
 def computing_model(arguments: argparse.Namespace) -> AdaptedModel:
-    """The model of the options, for a command that lets it compute.
+    """The model of the options, for a command that computes with it.
 
-    Errors: ValueError for an adapter that acts on some tokens only, which no command looks for.
+    Errors: ValueError for an aLoRA adapter, which acts only on some tokens.
     """
     model = adapted_model(arguments)
     if model.config is not None and model.config.alora_invocation_tokens:
-        says = "an aLoRA, which acts from the tokens of its invocation on"
         raise ValueError(
-            f"{arguments.adapter}: found {says}; expected an adapter that acts on every token: "
-            "compute with it in PEFT, or see what it is with minilora inspect"
+            f"{arguments.adapter}: found an aLoRA, which acts only after its invocation tokens; "
+            "expected an adapter that acts on every token: use PEFT, or minilora inspect"
         )
     return model
 
 
 def adapted_model(arguments: argparse.Namespace) -> AdaptedModel:
-    """The model of the options with the adapter over it.
+    """The model of the options with the adapter.
 
-    Shapes do not tell two models apart: where the adapter's run had other files, that is said.
+    A note is printed if the adapter was trained on other files than the model's.
     """
     import numpy as np
 
@@ -57,6 +56,10 @@ def adapted_model(arguments: argparse.Namespace) -> AdaptedModel:
     run = run_of(arguments.adapter)
     trained_on = {} if run.get("base") else run.get("model", {})  # or on a base of its own
     if trained_on.get("digest", base.digest) != base.digest:
-        says = f"was trained on {trained_on.get('name')}, whose files were others than those of"
-        print(f"note: {arguments.adapter} {says} {base.name}", file=sys.stderr)
+        name = trained_on.get("name")
+        print(
+            f"note: {arguments.adapter} was trained on {name}, whose files differ from those of "
+            f"{base.name}",
+            file=sys.stderr,
+        )
     return model

@@ -1,4 +1,4 @@
-"""``minilora convert``: an adapter in another library's format."""
+"""``minilora convert``: an adapter in the format of another library."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ class _Names:
 
 
 def add(commands: Any) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = add_command(
         commands,
         "convert",
         "write an adapter for another library",
-        "Reads an adapter in one format and writes it in another; what the other format cannot "
-        "say is refused, and told where a scale had to be put into B.",
+        "Read an adapter in one format and write it in another. An adapter that the other format "
+        "cannot represent is refused. Print where B was multiplied by a scale.",
         _run,
     )
-    parser.add_argument("adapter", metavar="ADAPTER", help="a folder of PEFT or MLX, or a .gguf")
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", help="a folder of PEFT or MLX, or a .gguf file"
+    )
     add_model(parser.add_argument, adapter=False)
     parser.add_argument(
         "--to",

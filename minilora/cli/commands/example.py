@@ -9,24 +9,35 @@ from minilora.cli.console import OK, add_command, say, sigterm_interrupts, steps
 
 
 def add(commands: Any) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = add_command(
         commands,
         "example",
-        "a real task from end to end: sentiment or summaries",
-        "Fine-tunes a real model on real texts, both from packages that are installed by name, and "
-        "compares it with the model as it is: sentiment, MiniLM on texts that people have rated; "
-        "summaries, SmolLM2 on papers that experts have summed up. What is missing is named with "
-        "the command that gets it. OUT/result.json has all figures.",
+        "fine-tune a real model on a real task: sentiment or summaries",
+        "Fine-tune a real model on real texts, both from installed packages, and compare it with "
+        "the model before: sentiment, MiniLM on texts rated by people; summaries, SmolLM2 on "
+        "papers summarized by experts. If a package is missing, print the command that installs "
+        "it. OUT/result.json has all figures.",
         _run,
     )
     option = parser.add_argument
-    option("example", choices=["sentiment", "summaries"], help="which one")
-    option("--output", required=True, metavar="OUT", help="a folder; what was interrupted goes on")
+    option("example", choices=["sentiment", "summaries"], help="the task")
+    option(
+        "--output",
+        required=True,
+        metavar="OUT",
+        help="folder for the results; an interrupted run continues",
+    )
     option("--archive", metavar="FILE", help="the rated texts (default: vaderSentiment-0.5.zip)")
-    option("--quick", action="store_true", help="a part of the texts, to see that it works")
-    option("--seed", type=int, default=0, metavar="N", help="of split, start, order and dropout")
-    option("--threads", type=int, default=1, metavar="N", help="threads that share a step's work")
+    option("--quick", action="store_true", help="use only a part of the texts")
+    option(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the split, the start, the order of the data and dropout",
+    )
+    option("--threads", type=int, default=1, metavar="N", help="number of threads")
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -1,76 +1,102 @@
-"""``minilora generate``: text that goes on from a prompt, or answers."""
+"""``minilora generate``: text after a prompt, or an answer to a message."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minilora.cli.commands import computing_model
 from minilora.cli.console import OK, add_command, add_model, at_least, say
 
-TOKENS = 64
-"""How many are written, if nobody says and the model has positions for them."""
+if TYPE_CHECKING:
+    from minilora.io.formats.tokenizers import Tokenizer
+
+MAX_NEW_TOKENS = 64
+"""The default of ``--max-new-tokens``, if the model has positions for them."""
 
 
 def add(commands: Any) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = add_command(
         commands,
         "generate",
-        "let a model go on from a prompt, or answer",
-        "Prints what a language model, with an adapter or without, writes after a prompt, or "
-        "answers to a message by its chat template. Without a prompt it begins a text.",
+        "generate text from a prompt, or answer a message",
+        "Print what a language model, with or without an adapter, generates after a prompt, or "
+        "answers to a message in its chat template.",
         _run,
     )
     option = parser.add_argument
     add_model(option)
-    option("--prompt", metavar="TEXT", help="what the text begins with")
+    option("--prompt", metavar="TEXT", help="the beginning of the text (default: empty)")
     option("--chat", metavar="TEXT", help="a message to answer")
     option(
-        "--max-new-tokens", type=int, metavar="N", help=f"at most (default: {TOKENS}, or what fits)"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"maximum tokens to generate (default: {MAX_NEW_TOKENS}, or as many as fit)",
     )
-    option("--temperature", type=float, default=0.0, metavar="X", help="0: the most probable")
-    option("--top-k", type=int, default=0, metavar="K", help="of the K most probable; 0: of all")
-    option("--top-p", type=float, default=1.0, metavar="P", help="of those that reach P")
-    option("--seed", type=int, default=0, metavar="N", help="of what is drawn")
+    option(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="sampling temperature; 0 takes the most probable token",
+    )
+    option(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="sample from the K most probable tokens; 0 from all",
+    )
+    option(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the most probable tokens whose probabilities sum to P",
+    )
+    option("--seed", type=int, default=0, metavar="N", help="seed of the samples")
 
 
 def _run(arguments: argparse.Namespace) -> int:
-
     from minilora.training.generate import Sampling, fitting, generate
 
     if arguments.prompt is not None and arguments.chat is not None:
-        raise ValueError("--prompt and --chat both; give one of them")
+        raise ValueError("--prompt and --chat: expected one of the two")
     at_least(arguments, max_new_tokens=1, seed=0)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     model = computing_model(arguments)
     base, tokenizer = model.base, model.base.tokenizer
     if not base.config.causal:
         name = type(base.config).__name__
-        raise ValueError(f"a {name} writes no text; expected a language model")
-    if arguments.chat is not None:
-        asked = tokenizer.chat([{"role": "user", "content": arguments.chat}], generate=True)
-        prompt, shown = tokenizer.encode(asked, special=False), ""
-    else:
-        shown = arguments.prompt or ""
-        first = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
-        prompt = [*tokenizer.head, *tokenizer.encode(shown, special=False)]
-        prompt = prompt or ([] if first is None else [first])
-    most = arguments.max_new_tokens
-    if most is None:
-        most = fitting(base.config, len(prompt), TOKENS)
-    drawn: list[int] = []
-    written = ""
-    say(shown)
-    before = tokenizer.decode(prompt)
+        raise ValueError(f"a {name} generates no text: expected a language model")
+    prompt = _prompt_tokens(arguments, tokenizer)
+    max_new_tokens = arguments.max_new_tokens
+    if max_new_tokens is None:
+        max_new_tokens = fitting(base.config, len(prompt), MAX_NEW_TOKENS)
+    say(arguments.prompt or "")
+    prompt_text = tokenizer.decode(prompt)
+    generated: list[int] = []
+    printed = ""
     for row in generate(
-        [prompt], model.weights, base.config, model.tuning, most=most,
+        [prompt], model.weights, base.config, model.tuning, most=max_new_tokens,
         stop=tokenizer.stops, sampling=sampling, seed=arguments.seed,
     ):  # fmt: skip
-        drawn += [token for token in row if token is not None]
-        text = tokenizer.decode([*prompt, *drawn]).removeprefix(before)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character
-            say(text.removeprefix(written))
-            written = text
+        generated += [token for token in row if token is not None]
+        text = tokenizer.decode([*prompt, *generated]).removeprefix(prompt_text)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a part of a character
+            say(text.removeprefix(printed))
+            printed = text
     say("\n")
     return OK
+
+
+def _prompt_tokens(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of the prompt or the chat; by default the token that begins a text."""
+    if arguments.chat is not None:
+        message = {"role": "user", "content": arguments.chat}
+        return tokenizer.encode(tokenizer.chat([message], generate=True), special=False)
+    prompt = [*tokenizer.head, *tokenizer.encode(arguments.prompt or "", special=False)]
+    first = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
+    return prompt or ([] if first is None else [first])

@@ -1,37 +1,63 @@
-"""``minilora inspect``: what an adapter is, and what each library will do with it."""
+"""``minilora inspect``: what an adapter contains, and what each library computes with it."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minilora.cli.commands import adapted_model
 from minilora.cli.console import OK, add_command, add_model, say
 
+if TYPE_CHECKING:
+    from minilora.io.loading import AdaptedModel
+
 
 def add(commands: Any) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = add_command(
         commands,
         "inspect",
-        "show an adapter's scale, targets and norms",
-        "Prints where an adapter acts, its ranks and scales, how large its change is beside each "
-        "weight, and what PEFT, MLX and llama.cpp will do with it.",
+        "show an adapter's modules, ranks, scales and norms",
+        "Print the modules that an adapter changes, its ranks and scales, the norm of its change "
+        "relative to that of each weight, and what PEFT, MLX and llama.cpp compute with it.",
         _run,
     )
-    parser.add_argument("adapter", metavar="ADAPTER", help="a folder of PEFT or MLX, or a .gguf")
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", help="a folder of PEFT or MLX, or a .gguf file"
+    )
     add_model(parser.add_argument, adapter=False)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-
     model = adapted_model(arguments)
     say("\n".join([*described(model), "", *runtimes(model)]) + "\n")
     return OK
 
 
-def described(model: Any) -> list[str]:
-    """A line for each adapted module, then what they are together."""
+def described(model: AdaptedModel) -> list[str]:
+    """A line for each adapted module, then a summary."""
+    head = ["module", "variant", "r", "scale", "‖ΔW‖", "of ‖W‖"]
+    rows = _rows(model)
+    lines = [*table([head, *rows]), ""]
+    tuning, linears = model.tuning, model.base.config.linears()
+    adapted = len([row for row in rows if row[0] in linears])
+    size = sum(w.size for name, w in model.changed.items() if name in tuning.trained)
+    lines += [f"{adapted} of {len(linears)} projections adapted, {size} parameters trained"]
+    if len(rows) > adapted:
+        lines.append(f"and {len(rows) - adapted} tables or tied heads")
+    whole = sorted(name for name in tuning.trained if name.endswith((".weight", ".bias")))
+    if whole:
+        lines.append(f"trained in full: {', '.join(whole)}")
+    if model.config is not None and model.config.alora_invocation_tokens:
+        tokens = " ".join(map(str, model.config.alora_invocation_tokens))
+        lines.append(f"aLoRA: acts only from the last invocation on, the tokens {tokens}")
+    if unchanged := [row[0] for row in rows if row[4] == "0"]:
+        lines.append(f"no change, B is 0: {', '.join(unchanged)}")
+    return lines
+
+
+def _rows(model: AdaptedModel) -> list[list[str]]:
+    """For each adapted module its name, variant, rank, scale, and the norm of its change."""
     import numpy as np
 
     from minilora.io.formats.factors import variant_name
@@ -39,44 +65,23 @@ def described(model: Any) -> list[str]:
     from minilora.spec.multi_adapter import Adapter
     from minilora.spec.variants import ALORA
 
-    W, tuning, own = model.weights, model.tuning, model.changed
+    W, tuning, parameters = model.weights, model.tuning, model.changed
     rows = []
-    for at in adapted_in(own):
-        variant = tuning.variant.get(at, LORA)
+    for at in adapted_in(parameters):
+        variant, s = tuning.variant.get(at, LORA), tuning.scale[at]
         weight = W[weight_of(at, W)]
         M = weight.T if at in TABLES else weight
-        parts = tuple(own[f"{at}.{part}"] for part in variant.parts)
-        acting = LORA if variant == ALORA else variant  # on the tokens on which it acts
-        change, _ = Adapter(parts, tuning.scale[at], acting).change(M, W.get(f"{at}.bias"))
-        ratio = np.linalg.norm(change) / np.linalg.norm(M)
-        rows.append(
-            [at, variant_name(variant), str(len(own[f"{at}.A"])), f"{tuning.scale[at]:g}",
-             f"{np.linalg.norm(change):.4g}", f"{ratio:.2%}"]
-        )  # fmt: skip
-    head = ["module", "variant", "r", "scale", "‖ΔW‖", "of ‖W‖"]
-    lines = table([head, *rows])
-    beside = sorted(name for name in tuning.trained if name.endswith((".weight", ".bias")))
-    size = sum(array.size for name, array in own.items() if name in tuning.trained)
-    linears = model.base.config.linears()
-    hit = len([row for row in rows if row[0] in linears])
-    lines += ["", f"{hit} of {len(linears)} projections adapted, {size} parameters trained"]
-    if len(rows) > hit:
-        lines.append(f"and {len(rows) - hit} tables or tied heads")
-    if beside:
-        lines.append(f"trained in full beside them: {', '.join(beside)}")
-    if model.config is not None and model.config.alora_invocation_tokens:
-        tokens = " ".join(map(str, model.config.alora_invocation_tokens))
-        lines.append(
-            f"alora acts from the last invocation on, the tokens {tokens}, and on no other"
-        )
-    idle = [row[0] for row in rows if row[4] == "0"]
-    if idle:
-        lines.append(f"no change yet, B is 0: {', '.join(idle)}")
-    return lines
+        parts = tuple(parameters[f"{at}.{part}"] for part in variant.parts)
+        equation = LORA if variant == ALORA else variant  # on the tokens on which it acts
+        change, _ = Adapter(parts, s, equation).change(M, W.get(f"{at}.bias"))
+        norm = np.linalg.norm(change)
+        ratio, r = norm / np.linalg.norm(M), len(parameters[f"{at}.A"])
+        rows.append([at, variant_name(variant), str(r), f"{s:g}", f"{norm:.4g}", f"{ratio:.2%}"])
+    return rows
 
 
 def table(rows: list[list[str]]) -> list[str]:
-    """The rows in columns: the first two to the left, figures to the right."""
+    """The rows in columns, the first two aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -87,10 +92,10 @@ def table(rows: list[list[str]]) -> list[str]:
     ]
 
 
-def runtimes(model: Any) -> list[str]:
-    """What each library computes with the adapter, or why it cannot have it.
+def runtimes(model: AdaptedModel) -> list[str]:
+    """What each library computes with the adapter, or why it cannot.
 
-    Whether it can is not guessed: the adapter is written for it, to a folder that goes again.
+    To find out, the adapter is written in its format, to a temporary folder.
     """
     import tempfile
     from pathlib import Path
@@ -108,7 +113,7 @@ def runtimes(model: Any) -> list[str]:
                 write_adapter(Path(folder) / f"adapter{f.suffix}", f, model)
             except FormatError as error:
                 _, where, found, expected, remedy = error.args
-                text = f"cannot have it: {where}: found {found}, expected {expected}; {remedy}"
+                text = f"not possible: {where}: found {found}, expected {expected}; {remedy}"
             except (ImportError, ValueError) as error:
                 text = f"not tried: {error}"
         lines.append(f"{f.name:5} {text}")

@@ -1,4 +1,4 @@
-"""``minilora merge``: an adapter stored in its model's weights, as a model of its own."""
+"""``minilora merge``: a model with an adapter merged into its weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from minilora.cli.console import OK, add_command, add_model, say
 
 
 def add(commands: Any) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = add_command(
         commands,
         "merge",
-        "store an adapter in its model's weights",
-        "Writes the model with the adapter merged into it, as a Hugging Face folder or a .gguf "
-        "file, which needs no adapter and no minilora.",
+        "merge an adapter into its model's weights",
+        "Write the model with the adapter merged into its weights, as a Hugging Face folder or a "
+        ".gguf file.",
         _run,
     )
     add_model(parser.add_argument)
@@ -24,7 +24,6 @@ def add(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-
     from pathlib import Path
 
     from minilora.io.files import listed
@@ -34,17 +33,19 @@ def _run(arguments: argparse.Namespace) -> int:
     from minilora.spec.lora import merge
 
     if arguments.adapter is None:
-        raise ValueError("--adapter: none given; expected the adapter to merge")
+        raise ValueError("--adapter is missing: expected the adapter to merge")
     model = adapted_model(arguments)
     base = model.base
     check_output(arguments.output, base, arguments.adapter)
     out = Path(arguments.output)
     if out.is_dir() and (there := sorted(path.name for path in out.iterdir())):
-        # Another model's files would be lost, or be read as a part of this one.
-        found, expected = listed(there), "a folder without files, or none"
-        raise ValueError(f"--output {out}: found {found}, expected {expected}; choose another")
-    whole = {name: model.weights[name] for name in (*base.config.shapes(), *model.changed)}
-    merged = merge(whole, model.tuning)
+        # Files of another model would be overwritten, or be read as a part of this one.
+        found, expected = listed(there), "an empty folder, or none"
+        raise ValueError(
+            f"--output {out}: found {found}, expected {expected}; choose another folder"
+        )
+    weights = {name: model.weights[name] for name in (*base.config.shapes(), *model.changed)}
+    merged = merge(weights, model.tuning)
     c = merged_config(base.config, merged)
     labels = class_names(arguments.adapter) or base.classes
     writers = [f.write_model for f in model_formats() if f.write_model and f.fits(out)]
@@ -57,9 +58,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def merged_config(c: Any, merged: Any) -> Any:
-    """The configuration of merged weights: a head that was tied may have a weight of its own now.
+    """The configuration of merged weights: a tied head may have a weight of its own now.
 
-    Errors: ValueError for an architecture that has no place for what the merge has made.
+    Errors: ValueError for a weight that the architecture does not have.
     """
     from dataclasses import replace
 
@@ -69,7 +70,9 @@ def merged_config(c: Any, merged: Any) -> Any:
 
     if architecture_of(c).has_field("tied") and ties_head(c) and "head.weight" in merged:
         c = replace(c, tied=False)
-    if over := merged.keys() - c.shapes().keys():
-        expected = "none, as no model file has a place for them: keep the adapter beside the model"
-        raise ValueError(f"merging gives a {type(c).__name__} {listed(over)}: expected {expected}")
+    if extra := merged.keys() - c.shapes().keys():
+        raise ValueError(
+            f"merging gives a {type(c).__name__} the weights {listed(extra)}, which its files "
+            "cannot hold: keep the adapter beside the model"
+        )
     return c

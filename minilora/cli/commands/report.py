@@ -10,22 +10,21 @@ from minilora.cli.console import OK, add_command, add_files, files_of, room, say
 
 
 def add(commands: Any) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = add_command(
         commands,
         "report",
-        "combine JSON reports of verify into one matrix",
-        "Shows the reports that `minilora verify --json` wrote, several of them beside each other: "
-        "implementations × checks.",
+        "combine JSON reports of verify into one table",
+        "Show the reports that `minilora verify --json` wrote as one table: checks × "
+        "implementations.",
         _run,
-        "0 it is shown, whatever was found, 2 wrong usage or a file that is no report",
+        "0 shown, whatever the results are, 2 wrong usage or a file that is not a report",
     )
     option = parser.add_argument
-    option("reports", nargs="+", metavar="FILE.json", help="what verify --json wrote")
-    add_files(option, "the matrix", "html")
-    add_files(option, "it", "markdown")
-    option("--text", action="store_true", help="print it, as without the other two")
-    option("--verbose", action="store_true", help="a line for each check")
+    option("reports", nargs="+", metavar="FILE.json", help="a report of verify --json")
+    add_files(option, "the table", "html", "markdown")
+    option("--text", action="store_true", help="print the table even if it is written to a file")
+    option("--verbose", action="store_true", help="print a line for each check")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -40,7 +39,7 @@ def _run(arguments: argparse.Namespace) -> int:
     there = [path for path in sources if os.path.exists(path)]
     for path in filter(os.path.exists, files.values()):
         if any(os.path.samefile(path, report) for report in there):
-            raise ValueError(f"{path} is one of the reports; write somewhere else")
+            raise ValueError(f"{path} is one of the reports: choose another file")
     reports = [read_report(path) for path in sources]
     if "html" in files:
         write_file(files["html"], html(reports, sources))

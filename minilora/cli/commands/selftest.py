@@ -18,21 +18,31 @@ from minilora.cli.console import (
 
 
 def add(commands: Any) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = add_command(
         commands,
         "selftest",
-        "check the checks, by every known mutant of the equations",
-        "Puts every mutant of the catalogue to the checks, each of which must be caught, and "
-        "many cases of implementations that are right, none of which may be.",
+        "check the checks: run them on mutants of the equations",
+        "Run the checks on every mutant of the catalogue, each of which they must catch, and on "
+        "correct implementations, which they must pass.",
         _run,
-        "0 all is well, 1 a rate falls short, 2 wrong usage",
+        "0 all caught and all passed, 1 not all, 2 wrong usage",
     )
     option = parser.add_argument
-    option("--level", action="append", metavar="LEVEL", help="only this level; repeatable, or a,b")
-    option("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable, or a,b")
-    option("--seed", type=int, default=0, metavar="N", help="draws other cases")
-    option("--cases", type=int, metavar="N", help="cases of what is right, in each dtype")
+    option(
+        "--level",
+        action="append",
+        metavar="LEVEL",
+        help="only this level; repeatable, or separated by commas",
+    )
+    option(
+        "--dtype",
+        action="append",
+        metavar="DTYPE",
+        help="only this dtype; repeatable, or separated by commas",
+    )
+    option("--seed", type=int, default=0, metavar="N", help="seed of the cases")
+    option("--cases", type=int, metavar="N", help="cases of correct implementations in each dtype")
     option("--quick", action="store_true", help="one mutant of each class, and fewer cases")
     option("--jobs", type=int, metavar="N", help="processes (default: one for each processor)")
     add_files(option, "the report", "json", "markdown")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import Any
 
 from minilora.cli.console import (
@@ -20,24 +21,27 @@ from minilora.cli.console import (
 
 
 def add(commands: Any) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = add_command(
         commands,
         "variants",
-        "the table of LoRA's variants on every kind of layer, proven as it is printed",
-        "Runs each variant of LoRA on each kind of layer and prints which laws it keeps, its "
-        "gradients' deviation from a complex step and from the real library that defines it (where "
-        "the extra peers is installed), and its file.",
+        "check each variant of LoRA on each kind of layer, and print the table",
+        "Run each variant of LoRA on each kind of layer. Print which laws hold, the deviation of "
+        "the gradients from a complex step and from the library that defines the variant (with the "
+        "extra peers), and its file format.",
         _run,
-        "0 all is as the registry says, 1 something is not, 2 wrong usage",
+        "0 all is as documented, 1 something is not, 2 wrong usage",
     )
     option = parser.add_argument
     option(
-        "--variant", action="append", metavar="NAME", help="only this variant; repeatable, or a,b"
+        "--variant",
+        action="append",
+        metavar="NAME",
+        help="only this variant; repeatable, or separated by commas",
     )
-    option("--kind", action="append", metavar="KIND", help="only this kind of layer; the same")
-    option("--seed", type=int, default=0, metavar="N", help="draws other cases")
-    option("--no-library", action="store_true", help="do not ask the real libraries")
+    option("--layer", action="append", metavar="LAYER", help="only this kind of layer; the same")
+    option("--seed", type=int, default=0, metavar="N", help="seed of the cases")
+    option("--no-library", action="store_true", help="do not compare with the libraries")
     add_files(option, "the table", "json", "markdown")
 
 
@@ -46,24 +50,27 @@ def _run(arguments: argparse.Namespace) -> int:
     from minilora.verify.properties.layer_kinds import KINDS
     from minilora.verify.properties.variant_matrix import as_json, as_markdown, as_text, cells
 
-    chosen = []
-    for option, known in (("variant", REGISTRY), ("kind", KINDS)):
-        asked = split(getattr(arguments, option)) or list(known)
-        if unknown := [name for name in asked if name not in known]:
-            expected = f"expected some of {', '.join(known)}"
-            raise ValueError(f"--{option} {', '.join(unknown)}: {expected}")
-        chosen.append(asked)
-    forms = {"json": as_json, "markdown": as_markdown}
-    files = files_of(arguments, *forms)
+    variants = _chosen(arguments, "variant", REGISTRY)
+    layers = _chosen(arguments, "layer", KINDS)
+    formats = {"json": as_json, "markdown": as_markdown}
+    files = files_of(arguments, *formats)
     with stdout_on_stderr(), progress_bar() as progress:
 
-        def step(number: int, total: int) -> None:
+        def step(done: int, total: int) -> None:
             if progress:
-                progress("cells:", number, total)
+                progress("cells:", done, total)
 
-        entries, kinds = chosen
-        table = list(cells(entries, kinds, arguments.seed, not arguments.no_library, step))
-    for form, path in files.items():
-        write_file(path, forms[form](table))
+        table = list(cells(variants, layers, arguments.seed, not arguments.no_library, step))
+    for name, path in files.items():
+        write_file(path, formats[name](table))
     say(as_text(table))
     return OK if all(cell.good for cell in table) else FAILED
+
+
+def _chosen(arguments: argparse.Namespace, option: str, known: Iterable[str]) -> list[str]:
+    """The names that the option gives, or all. Errors: ValueError for an unknown name."""
+    names = split(getattr(arguments, option)) or list(known)
+    if unknown := [name for name in names if name not in known]:
+        expected = f"expected some of {', '.join(known)}"
+        raise ValueError(f"--{option} {', '.join(unknown)}: {expected}")
+    return names

@@ -20,27 +20,34 @@ FORMS = ("json", "junit", "html")
 
 
 def add(commands: Any) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = add_command(
         commands,
         "vectors",
-        "write test vectors for any language, or judge answers to them",
-        "Writes the checks' cases to the folder DIR: inputs, true answers, and how far rounding "
-        "may carry an answer. The bytes are the same on every machine. With check, judges the "
+        "write test vectors for any language, or check answers to them",
+        "Write the checks' cases to the folder DIR: inputs, true answers, and how much rounding "
+        "may change an answer. The bytes are the same on every machine. With check, check the "
         "answers in the folder ANSWERS.",
         _run,
-        "0 written, or all answers hold, 1 a deviation or an error, 2 wrong usage or a set that "
-        "was changed, 3 no answers",
+        "0 written, or all answers hold, 1 a deviation or an error, 2 wrong usage or changed "
+        "vectors, 3 no answers",
     )
     parser.usage = (
         "minilora vectors DIR [options]\n       minilora vectors check DIR ANSWERS [options]"
     )
     option = parser.add_argument
-    option("words", nargs="+", metavar="DIR", help="the folder of the set, and that of the answers")
-    option("--level", action="append", metavar="LEVEL", help="only this level; repeatable, or a,b")
-    option("--check", action="append", metavar="CHECK", help="only this check, * for anything")
-    option("--seed", type=int, default=0, metavar="N", help="writes other vectors")
-    option("--case", metavar="ID", help="judges this vector alone")
+    option(
+        "words", nargs="+", metavar="DIR", help="the folder of the vectors, and that of the answers"
+    )
+    option(
+        "--level",
+        action="append",
+        metavar="LEVEL",
+        help="only this level; repeatable, or separated by commas",
+    )
+    option("--check", action="append", metavar="CHECK", help="only this check; * matches anything")
+    option("--seed", type=int, default=0, metavar="N", help="seed of the vectors")
+    option("--case", metavar="ID", help="check only this vector")
     add_files(option, "the report", *FORMS)
 
 

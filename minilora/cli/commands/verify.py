@@ -30,40 +30,52 @@ FORMS = ("json", "junit", "html", "markdown")
 
 
 def add(commands: Any) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = add_command(
         commands,
         "verify",
         "check an implementation of LoRA",
-        "Checks an implementation of LoRA against the equations.",
+        "Check an implementation of LoRA against the equations.",
         _run,
-        "0 all hold, 1 a deviation or an error, 2 wrong usage, 3 the target cannot be loaded or "
-        "every check was skipped",
+        "0 all checks hold, 1 a deviation or an error, 2 wrong usage, 3 the target cannot be "
+        "loaded or all checks were skipped",
     )
     option = parser.add_argument
     option(
         "target",
         nargs="?",
         metavar="TARGET",
-        help="a shipped peer, such as peft (any unknown name lists them), or package.module:name "
-        "of an object, a class or a factory without arguments; without it, minilora itself",
+        help="a library that minilora knows, such as peft (an unknown name lists them all), or "
+        "package.module:name of an object, a class or a factory (default: minilora itself)",
     )
-    option("--cmd", metavar="CMD", help="start a driver in another language, and check it")
-    option("--level", action="append", metavar="LEVEL", help="only this level; repeatable, or a,b")
-    option("--profile", default="ci", metavar="PROFILE", help="quick, ci (the default) or nightly")
-    option("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable, or a,b")
-    option("--seed", type=int, default=0, metavar="N", help="draws other cases")
-    option("--case", metavar="CHECK:DTYPE:N", help="only this case, as a report names it")
+    option("--cmd", metavar="CMD", help="start a driver in another language and check it")
     option(
-        "--known", metavar="FILE", help="JSON list of known deviations: check, dtype, reason, link"
+        "--level",
+        action="append",
+        metavar="LEVEL",
+        help="only this level; repeatable, or separated by commas",
     )
-    option("--time-limit", type=float, metavar="SECONDS", help="for one call (default: 30)")
+    option("--profile", default="ci", metavar="PROFILE", help="quick, ci (the default) or nightly")
+    option(
+        "--dtype",
+        action="append",
+        metavar="DTYPE",
+        help="only this dtype; repeatable, or separated by commas",
+    )
+    option("--seed", type=int, default=0, metavar="N", help="seed of the cases")
+    option("--case", metavar="CHECK:DTYPE:N", help="only this case, named as in a report")
+    option(
+        "--known",
+        metavar="FILE",
+        help="JSON list of known deviations, each with check, dtype, reason and link",
+    )
+    option("--time-limit", type=float, metavar="SECONDS", help="for each call (default: 30)")
     add_files(option, "the report", *FORMS)
     option(
-        "--verbose", action="store_true", help="a line for each check, and all of each deviation"
+        "--verbose", action="store_true", help="print a line for each check, and deviations in full"
     )
-    option("--timing", action="store_true", help="print where the time went, too")
-    option("--list", action="store_true", help="list the checks and run nothing")
+    option("--timing", action="store_true", help="print the time of each check")
+    option("--list", action="store_true", help="list the checks, and exit")
 
 
 def _run(arguments: argparse.Namespace) -> int:
