@@ -74,7 +74,8 @@ class TrainConfig:
 
     def lora_config(self) -> LoraConfig:
         """The adapters' configuration. AdaLoRA starts at a higher rank with the same scale."""
-        r = adalora.initial_rank(self.rank) if REGISTRY[self.variant].pruned else self.rank
+        entry = REGISTRY.get(self.variant)  # LoraConfig refuses an unknown variant
+        r = adalora.initial_rank(self.rank) if entry and entry.pruned else self.rank
         return LoraConfig(
             r=r,
             lora_alpha=self.alpha * r / self.rank if r != self.rank else self.alpha,
