@@ -559,13 +559,13 @@ def test_inspect_prints_the_norms_and_what_each_library_does(minilora, trained):
 
 def test_inspect_says_what_would_be_refused(trained, monkeypatch):
     adapted = open_adapted(open_base_of(None, str(trained / "llama")), str(trained / "llama"))
-    assert not any("cannot" in line for line in runtimes(adapted))
+    assert not any("not possible" in line for line in runtimes(adapted))
 
     def refuses(*arguments, **settings):
         raise FormatError("a", "scale", "2 of them", "one", "keep PEFT's")
 
     monkeypatch.setattr(mlx, "write_adapter", refuses)
-    assert [line for line in runtimes(adapted) if "cannot" in line] == [
+    assert [line for line in runtimes(adapted) if "not possible" in line] == [
         "mlx   not possible: scale: found 2 of them, expected one; keep PEFT's"
     ]
 
@@ -1315,7 +1315,7 @@ def test_an_alora_is_shown_and_told_in_words(minilora, tmp_path):
     ):
         status, out, err = minilora(*command, *model)
         assert (status, out) == (2, "")
-        assert "found an aLoRA, which acts from the tokens of its invocation on" in err
+        assert "found an aLoRA" in err
     status, _, err = minilora("convert", "alora", "--to", "mlx", "--output", "m", *model)
     assert status == 3
     assert "found alora, expected lora or dora" in err
