@@ -5,7 +5,7 @@ A step takes parameters, gradients and state and returns new ones; nothing is ch
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,22 +187,29 @@ def clip(gradients: Weights, max_norm: float, eps: float = 1e-6) -> tuple[Weight
     return {name: g * factor for name, g in gradients.items()}, norm
 
 
+SCHEDULES: Mapping[str, Callable[[float], float]] = {
+    "constant": lambda q: 1.0,
+    "linear": lambda q: 1 - q,
+    "cosine": lambda q: 0.5 * (1 + math.cos(math.pi * q)),
+}
+"""The factor on the learning rate after warm-up, of the progress q from 0 to 1."""
+
+
 def schedule(kind: str, k: int, total: int, warmup: int = 0) -> float:
     """The factor on the learning rate at step k = 0, 1, …: k / warmup first, then by ``kind``.
 
     With the progress q = (k - warmup) / (total - warmup), and 1 from total on, the factor is 1 for
-    "constant", 1 - q for "linear" and (1 + cos πq) / 2 for "cosine".
+    "constant", 1 - q for "linear" and (1 + cos πq) / 2 for "cosine", as `SCHEDULES` has them.
 
     Errors: ValueError for an unknown kind, or a warmup below 0.
     Source: Loshchilov and Hutter 2017, equation 5, for the cosine; counted as in transformers.
     """
-    q = (k - warmup) / (total - warmup) if warmup <= k < total else 1.0
-    factors = {"constant": 1.0, "linear": 1 - q, "cosine": 0.5 * (1 + math.cos(math.pi * q))}
-    if kind not in factors:
-        raise ValueError(f"schedule {kind!r}: expected one of {', '.join(factors)}")
+    if kind not in SCHEDULES:
+        raise ValueError(f"schedule {kind!r}: expected one of {', '.join(SCHEDULES)}")
     if warmup < 0:
         raise ValueError(f"warmup {warmup}: expected 0 steps or more")
-    return k / warmup if k < warmup else factors[kind]
+    q = (k - warmup) / (total - warmup) if warmup <= k < total else 1.0
+    return k / warmup if k < warmup else SCHEDULES[kind](q)
 
 
 def loraplus_rates(names: Sequence[str], lr: float, ratio: float) -> dict[str, float]:
