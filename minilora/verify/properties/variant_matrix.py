@@ -1,8 +1,8 @@
 """The table of every variant on every kind of layer: what was proven of each, in this very run.
 
 A cell has the laws that hold over exact rationals, the worst deviation of the gradients from a
-complex step, the deviation of the real library that defines the variant, and the file that an
-adapter was written to and read from, bit for bit. What is lacking has its reason.
+complex step, the deviation of the library that defines the variant, and the file from which an
+adapter was read with the bits that were written. What is lacking has its reason.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ SEEDS = 2
 class Cell:
     """What one variant on one kind of layer showed, or why they do not go together.
 
-    ``laws``: for each law whether it held, in all cases, None where it says nothing; ``expected``
-    is what the registry says. ``step``: the worst relative error against a complex step.
-    ``library``: its name, its release and what it was asked, with its deviation, or the reason for
-    none; ``file`` likewise.
+    ``laws``: for each law whether it held, in all cases, None where it does not apply; ``breaks``:
+    those that the registry says are broken, and why. ``step``: the worst relative error against a
+    complex step. ``library``: the libraries with their releases and how they were asked, and
+    ``deviation`` theirs, or ``no_library``, the reason for none; ``file`` and ``no_file`` likewise.
     """
 
     entry: str
@@ -67,13 +67,16 @@ class Cell:
     @property
     def unexpected(self) -> list[str]:
         """The laws that hold or fail against what the registry says."""
-        broken = self.breaks or {}
+        breaks = self.breaks or {}
         laws = (self.laws or {}).items()
-        return [law for law, held in laws if held is not None and held == (law in broken)]
+        return [law for law, held in laws if held is not None and held == (law in breaks)]
+
+
+NOT_ASKED = "not asked"
 
 
 def cell(entry: str, kind: str, seed: int = 0, library: bool = True) -> Cell:
-    """The cell's checks, run now; without ``library`` the real one is not asked."""
+    """The cell's checks, run now; without ``library`` no library is asked."""
     if why := REGISTRY[entry].lacks.get(kind):
         return Cell(entry, kind, lacks=why)
 
@@ -81,7 +84,6 @@ def cell(entry: str, kind: str, seed: int = 0, library: bool = True) -> Cell:
         rng = np.random.default_rng((seed, number))
         return draw_case(entry, kind, rng, exact, square=number % 2 == 1)
 
-    breaks = dict(REGISTRY[entry].breaks)
     laws: dict[str, bool | None] = {}
     for law in LAWS:
         held = [holds(law, draw(i, True)) for i in range(SEEDS)]
@@ -89,39 +91,45 @@ def cell(entry: str, kind: str, seed: int = 0, library: bool = True) -> Cell:
     steps = [
         derivative_error(draw(i, False), np.random.default_rng((seed, i))) for i in range(SEEDS)
     ]
-    named, figure, no_library = _library(entry, kind, seed) if library else (None, None, NOT_ASKED)
-    file, no_file = _file(draw(0, False))
-    return Cell(
-        entry,
-        kind,
-        laws=laws,
-        breaks=breaks,
-        step=max(steps),
-        library=named,
-        deviation=figure,
-        no_library=no_library,
-        file=file,
-        no_file=no_file,
-    )
+    of_library = _library(entry, kind, seed) if library else {"no_library": NOT_ASKED}
+    of_file = _file(draw(0, False))
+    breaks = dict(REGISTRY[entry].breaks)
+    return Cell(entry, kind, laws=laws, breaks=breaks, step=max(steps), **of_library, **of_file)
 
 
-NOT_ASKED = "not asked for"
+def library_names(entry: str, kind: str) -> list[str]:
+    """The libraries to ask: LyCORIS where PEFT has another gradient, else PEFT; two for LoRA."""
+    if REGISTRY[entry].written_as:
+        return ["LyCORIS"]
+    if entry != "lora":
+        return ["PEFT"]
+    second: dict[str, list[str]] = {
+        "experts": [],
+        "tied": [],
+        "conv1": ["LyCORIS"],
+        "conv2": ["LyCORIS"],
+    }
+    return ["PEFT", *second.get(kind, ["loralib"])]
 
 
-def _library(entry: str, kind: str, seed: int) -> tuple[str | None, float | None, str | None]:
+def _library(entry: str, kind: str, seed: int) -> dict[str, Any]:
+    """The fields of the cell that say how far the libraries are, or why none was asked."""
     needed = ("torch", "peft", "loralib", "transformers")
     if missing := [name for name in needed if find_spec(name) is None]:
-        return None, None, f"{', '.join(missing)} not installed: pip install 'minilora[peers]'"
+        remedy = "pip install 'minilora[peers]'"
+        return {"no_library": f"{', '.join(missing)} not installed: {remedy}"}
     from minilora.verify.properties.libraries import deviation
 
     found = deviation(entry, kind, seed)
-    return (None, None, found.by) if found.worst is None else (found.by, found.worst, None)
+    if found.worst is None:
+        return {"no_library": found.by}
+    return {"library": found.by, "deviation": found.worst}
 
 
-def _file(case: LayerCase) -> tuple[str | None, str | None]:
-    """The name of the format in which the adapter came back with the same bits, or the reason."""
+def _file(case: LayerCase) -> dict[str, Any]:
+    """The fields of the cell that name the format which gave back the same bits, or the reason."""
     if why := refusal(case.variant, case.kind):
-        return None, why
+        return {"no_file": why}
     kernel = case.extra["geometry"].kernel if "geometry" in case.extra else ()
     rows = case.extra.get("rows", ())
     tensors = to_tensors(case.variant, case.kind, case.P, kernel, rows)
@@ -132,7 +140,7 @@ def _file(case: LayerCase) -> tuple[str | None, str | None]:
     pairs = ((a, b) for P, Q in zip(parts, case.P, strict=True) for a, b in zip(P, Q, strict=True))
     if not all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs):
         raise AssertionError(f"{case.entry} on {case.kind}: other bits came back from the file")
-    return "PEFT", None
+    return {"file": "PEFT"}
 
 
 def cells(
@@ -151,66 +159,67 @@ def cells(
 
 
 def as_json(table: Sequence[Cell]) -> str:
-    """The table with all of its reasons."""
+    """The table with all reasons in full."""
     rows = [{k: v for k, v in asdict(c).items() if v is not None} for c in table]
     return json.dumps({"schema": 1, "cells": rows}, indent=2, ensure_ascii=False) + "\n"
 
 
 class Notes:
-    """Reasons, numbered as they come."""
+    """Footnotes, numbered as they come."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
 
     def mark(self, *reasons: str) -> str:
-        """The reasons' numbers, such as [3] or [1,2]."""
-        numbers = [self.numbers.setdefault(reason, len(self.numbers) + 1) for reason in reasons]
-        return f"[{','.join(map(str, sorted(set(numbers))))}]" if numbers else ""
+        """The footnotes' numbers, such as [3] or [1,2]; nothing without reasons."""
+        numbers = {self.numbers.setdefault(reason, len(self.numbers) + 1) for reason in reasons}
+        return f"[{','.join(map(str, sorted(numbers)))}]" if numbers else ""
 
 
-HEADER = ("variant", "kind", "laws", "complex step", "real library", "file")
+HEADER = ("variant", "kind", "laws", "complex step", "library", "deviation", "file")
 
 
 def rows_of(table: Sequence[Cell]) -> tuple[list[tuple[str, ...]], Notes]:
-    """The table's lines, a reason's number where something is lacking, and the reasons."""
-    notes, lines = Notes(), []
-    for c in table:
-        if c.laws is None:
-            lines.append((c.entry, c.kind, *[notes.mark(c.lacks or "")] * 4))
-            continue
-        held = sum(v is True for v in c.laws.values())
-        asked = sum(v is not None for v in c.laws.values())
-        broken = [
-            f"law {law!r} not kept: {why}"
-            for law, why in (c.breaks or {}).items()
-            if c.laws.get(law) is False
-        ]
-        silent = [
-            f"law {law!r} says nothing: no number of the input is dropped"
-            for law, v in c.laws.items()
-            if v is None
-        ]
-        broken += [f"law {law!r}: NOT AS THE REGISTRY SAYS" for law in c.unexpected]
-        deviation = (
-            notes.mark(c.no_library or "")
-            if c.deviation is None
-            else f"{c.deviation:.1e} {notes.mark(c.library or '')}"
-        )
-        lines.append(
-            (
-                c.entry,
-                c.kind,
-                f"{held} of {asked} {notes.mark(*broken, *silent)}".rstrip(),
-                f"{c.step:.1e}",
-                deviation,
-                c.file or notes.mark(c.no_file or ""),
-            )
-        )
-    return lines, notes
+    """The table's lines, a footnote's number where something is lacking, and the footnotes."""
+    notes = Notes()
+    return [_row(c, notes) for c in table], notes
+
+
+def _row(c: Cell, notes: Notes) -> tuple[str, ...]:
+    if c.lacks is not None:
+        return c.entry, c.kind, f"– {notes.mark(c.lacks)}", *["–"] * (len(HEADER) - 3)
+    laws, asked = _laws(c, notes), _asked(c, notes)
+    file = c.file or f"none {notes.mark(c.no_file or '')}"
+    return c.entry, c.kind, laws, f"{c.step:.1e}", *asked, file
+
+
+def _laws(c: Cell, notes: Notes) -> str:
+    """How many laws held, of those that apply; a footnote for each that is broken or does not."""
+    laws, breaks = c.laws or {}, c.breaks or {}
+    reasons = [f"law {law!r} is broken: {why}" for law, why in breaks.items() if laws[law] is False]
+    reasons += [
+        f"law {law!r} does not apply: no number of the input is dropped"
+        for law, held in laws.items()
+        if held is None
+    ]
+    reasons += [f"law {law!r}: UNEXPECTED, the registry says otherwise" for law in c.unexpected]
+    held = sum(value is True for value in laws.values())
+    applies = sum(value is not None for value in laws.values())
+    return f"{held} of {applies} {notes.mark(*reasons)}".rstrip()
+
+
+def _asked(c: Cell, notes: Notes) -> tuple[str, str]:
+    """The libraries' names, and their deviation; a footnote says how they were asked."""
+    names = ", ".join(library_names(c.entry, c.kind))
+    if c.deviation is not None:
+        return f"{names} {notes.mark(c.library or '')}", f"{c.deviation:.1e}"
+    if c.no_library == NOT_ASKED:
+        return names, NOT_ASKED
+    return f"none {notes.mark(c.no_library or '')}", "–"
 
 
 def as_text(table: Sequence[Cell]) -> str:
-    """The table for a terminal, its reasons below."""
+    """The table for a terminal, its footnotes below."""
     lines, notes = rows_of(table)
     widths = [max(map(len, column)) for column in zip(HEADER, *lines, strict=True)]
     padded = (zip(line, widths, strict=True) for line in (HEADER, *lines))
@@ -223,7 +232,7 @@ def as_text(table: Sequence[Cell]) -> str:
 
 
 def as_markdown(table: Sequence[Cell]) -> str:
-    """The table as Markdown, its reasons below."""
+    """The table as Markdown, its footnotes below."""
     lines, notes = rows_of(table)
     rows = [HEADER, ("---",) * len(HEADER), *lines]
     out = ["| " + " | ".join(line) + " |" for line in rows]
@@ -232,13 +241,15 @@ def as_markdown(table: Sequence[Cell]) -> str:
 
 
 def summary(table: Sequence[Cell]) -> str:
-    """One line: how many cells, the worst figures, and what was not as it should be."""
-    run = [c for c in table if c.laws is not None]
-    steps = [c.step for c in run if c.step is not None]
-    figures = [c.deviation for c in run if c.deviation is not None]
-    wrong = [f"{c.entry} on {c.kind}: {', '.join(c.unexpected)}" for c in run if c.unexpected]
-    parts: list[Any] = [f"{len(table)} cells, {len(table) - len(run)} that do not go together"]
-    parts += [f"complex step at most {max(steps):.1e}"] if steps else []
-    parts += [f"real libraries at most {max(figures):.1e} in {len(figures)}"] if figures else []
-    parts += [f"NOT AS THE REGISTRY SAYS: {'; '.join(wrong)}"] if wrong else []
+    """One line: how many cells, the worst figures, and what is not as the registry says."""
+    apart = sum(c.lacks is not None for c in table)
+    parts = [f"{len(table)} cells, {apart} that do not go together"]
+    if steps := [c.step for c in table if c.step is not None]:
+        parts.append(f"complex step at most {max(steps):.1e}")
+    if deviations := [c.deviation for c in table if c.deviation is not None]:
+        parts.append(f"libraries at most {max(deviations):.1e} in {len(deviations)}")
+    if wrong := [
+        f"{c.entry} on {c.kind}: {', '.join(c.unexpected)}" for c in table if c.unexpected
+    ]:
+        parts.append(f"UNEXPECTED: {'; '.join(wrong)}")
     return "; ".join(parts)

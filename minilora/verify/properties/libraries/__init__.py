@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from minilora.spec.variants import REGISTRY
 from minilora.verify.properties.layer_kinds import LayerCase, answers, draw_case
 from minilora.verify.properties.libraries.loralib_layers import loralib_layer
 from minilora.verify.properties.libraries.lycoris_layers import lycoris_layer
 from minilora.verify.properties.libraries.peft_layers import PEFT_SIDES, peft_layer, peft_start
 from minilora.verify.properties.libraries.torch_layers import Answers, Asked, Side, Unsupported
+from minilora.verify.properties.variant_matrix import library_names
 
 __all__ = ["Deviation", "deviation", "merge_deviation", "peft_start"]
 
@@ -96,14 +96,13 @@ def _greatest(
 
 
 def sides(entry: str, kind: str) -> list[Side]:
-    """The libraries to ask: LyCORIS where PEFT has another gradient, else PEFT; two for LoRA."""
-    if REGISTRY[entry].written_as:
-        return [lycoris_layer]
-    of_peft = PEFT_SIDES.get(kind, [peft_layer])
-    if entry != "lora":
-        return of_peft
-    second = {"experts": [], "tied": [], "conv1": [lycoris_layer], "conv2": [lycoris_layer]}
-    return [*of_peft, *second.get(kind, [loralib_layer])]
+    """Each way to ask each library."""
+    of: dict[str, list[Side]] = {
+        "PEFT": PEFT_SIDES.get(kind, [peft_layer]),
+        "LyCORIS": [lycoris_layer],
+        "loralib": [loralib_layer],
+    }
+    return [side for name in library_names(entry, kind) for side in of[name]]
 
 
 def relative_error(case: LayerCase, found: Any, wanted: Any) -> float:
