@@ -69,6 +69,6 @@ suppress_warnings = ["config.cache", "ref.python"]  # of classes of one name in 
 
 nb_execution_mode = "force"
 nb_execution_show_tb = True
-nb_execution_timeout = 60
+nb_execution_timeout = 600
 nb_merge_streams = True
 nb_render_markdown_format = "myst"  # tables that a cell makes: CommonMark has none
