@@ -9,8 +9,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +294,28 @@ def remove_empty(folders: Iterable[Path]) -> None:
             each.rmdir()
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write to, piece by piece; at the end it takes the place of it.
+
+    Errors: FormatError if ``path`` is a folder. If writing fails, what is there stays.
+    """
+    if path.is_dir():
+        raise FormatError(path, "file", "a folder", "a file, or nothing there", "name a file in it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = _beside(path)
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name in the same folder, which nothing else has."""
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+
+
 def write_files(
     folder: Path | str,
     files: Mapping[str, Callable[[], bytes]],
@@ -323,7 +345,7 @@ def write_files(
     if folders := [name for name in files if (folder / name).is_dir()]:
         found = f"folders named {listed(folders)}"
         raise FormatError(folder, "folder", found, "files or nothing there", "move them away")
-    beside = {name: folder / f".{name}.{os.urandom(4).hex()}" for name in files}
+    beside = {name: _beside(folder / name) for name in files}
     try:
         for name, data in files.items():
             whole = data()

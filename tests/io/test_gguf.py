@@ -29,6 +29,9 @@ from minilora.io.architectures.llama import LLAMA
 from minilora.io.files import FormatError
 from minilora.io.formats import huggingface
 from minilora.io.formats.factors import parameter_shapes
+from minilora.io.formats.gguf.adapter import ALPHA, not_applied
+from minilora.io.formats.gguf.contents import Contents, library
+from minilora.io.formats.gguf.names import SPECIAL, places
 from minilora.io.formats.huggingface import copy_tokenizer, write_model
 from minilora.io.loading import open_base
 from minilora.spec import blocks
@@ -158,10 +161,10 @@ def test_the_metadata_are_those_that_the_library_reads(tmp_path):
         "some.double": ("FLOAT64", 0.1),
     }
     path = rewritten(model_file("llama"), tmp_path / "m.gguf", more)
-    contents, reader = door.Contents(path), gguf.GGUFReader(path)
+    contents, reader = Contents(path), gguf.GGUFReader(path)
     theirs = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
     assert dict(contents) == theirs
-    assert {k: door.Contents(path).kind(k)[0] for k in theirs} == {
+    assert {k: Contents(path).kind(k)[0] for k in theirs} == {
         k: int(reader.fields[k].types[0]) for k in theirs
     }
     for tensor in reader.tensors:
@@ -234,7 +237,7 @@ def test_gradients_have_the_same_bits_whether_weights_are_kept_in_the_file(name,
     """Of a base in four bits, so that every look at it is an expansion."""
     c, kind = MODELS[name], gguf.GGMLQuantizationType.Q4_1
     data = {
-        f"{door.places(c)[at]}.weight": (gguf.quants.quantize(W, kind), kind)
+        f"{places(c)[at]}.weight": (gguf.quants.quantize(W, kind), kind)
         for at, W in ((at, drawn(c)[f"{at}.weight"]) for at in c.linears())
         if W.shape[1] % 32 == 0
     }
@@ -285,11 +288,11 @@ SETTINGS = {
     ),
     "a head too many": ({"llama.attention.head_count_kv": ("UINT32", 3)}, "heads"),
     "odd heads": (
-        dict.fromkeys(map("llama.{}".format, door.SPECIAL[1:]), ("UINT32", 7)),
+        dict.fromkeys(map("llama.{}".format, SPECIAL[1:]), ("UINT32", 7)),
         "heads that share",
     ),
     "heads of gigabytes": (
-        dict.fromkeys(map("llama.{}".format, door.SPECIAL[1:]), ("UINT32", 2**32 - 2)),
+        dict.fromkeys(map("llama.{}".format, SPECIAL[1:]), ("UINT32", 2**32 - 2)),
         "shape",
     ),
     "no epsilon": ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon"),
@@ -467,7 +470,7 @@ def test_a_file_that_lies_is_refused_before_memory_is_taken(case, tmp_path):
     data, what = LIES[case]
     (tmp_path / "m").write_bytes(data)
     with pytest.raises(FormatError, match=re.escape(what)):
-        door.Contents(tmp_path / "m")
+        Contents(tmp_path / "m")
 
 
 def test_a_file_that_is_missing_or_a_folder_is_refused(tmp_path):
@@ -479,7 +482,7 @@ def test_a_file_that_is_missing_or_a_folder_is_refused(tmp_path):
 
 def test_a_file_cut_short_anywhere_is_refused(tmp_path):
     data = model_file("tied").read_bytes()
-    start = min(tensor.start for tensor in door.Contents(model_file("tied")).tensors.values())
+    start = min(tensor.start for tensor in Contents(model_file("tied")).tensors.values())
     cuts = [*range(start), *np.linspace(start, len(data) - 1, 20).astype(int).tolist()]
     for cut in cuts:
         (tmp_path / "m").write_bytes(data[:cut])
@@ -491,7 +494,7 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path):
 @given(st.data())
 def test_a_damaged_header_is_refused_or_read_and_nothing_else(data):
     whole = bytearray(model_file("tied").read_bytes())
-    start = min(tensor.start for tensor in door.Contents(model_file("tied")).tensors.values())
+    start = min(tensor.start for tensor in Contents(model_file("tied")).tensors.values())
     for _ in range(data.draw(st.integers(1, 3))):
         whole[data.draw(st.integers(0, start - 1))] = data.draw(st.integers(0, 255))
     with tempfile.TemporaryDirectory() as folder:
@@ -510,7 +513,7 @@ def test_the_librarys_own_reader_makes_what_is_not_there(tmp_path):
     (tmp_path / "m").write_bytes(endless)
     assert len(gguf.GGUFReader(tmp_path / "m").fields["k"].data) == 10**5 > 1000 * len(endless)
     with pytest.raises(FormatError, match="found 0 bytes"):
-        door.Contents(tmp_path / "m")
+        Contents(tmp_path / "m")
 
 
 def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
@@ -533,7 +536,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
 def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match=r"minilora\[gguf\]"):
-        door.library()
+        library()
 
 
 def test_a_model_written_like_another_keeps_what_is_not_its_weights(tmp_path):
@@ -547,7 +550,7 @@ def test_a_model_written_like_another_keeps_what_is_not_its_weights(tmp_path):
     base = rewritten(model_file("llama"), tmp_path / "base", more)
     c, W = door.read_model(base)
     door.write_model(tmp_path / "m", c, W, like=base)
-    said = dict(door.Contents(tmp_path / "m"))
+    said = dict(Contents(tmp_path / "m"))
     assert {key: said[key] for key in more} == {key: value[1] for key, value in more.items()}
     with pytest.raises(FormatError, match="qwen2"):
         door.write_model(tmp_path / "q", c, W, like=model_file("qwen2"))
@@ -558,7 +561,7 @@ def test_a_model_written_like_another_keeps_what_is_not_its_weights(tmp_path):
 
 def sayable(c):
     """The modules that llama.cpp has an adapter for."""
-    return [at for at in c.matrices() if not door._unsaid(c, at)]
+    return [at for at in c.matrices() if not not_applied(c, at)]
 
 
 @st.composite
@@ -663,7 +666,7 @@ def test_without_an_alpha_the_scale_is_one_as_in_llama_cpp(tmp_path):
     W, tuning = factors(c, {"layers.0.q": 3}, {"layers.0.q": 2.0})
     door.write_adapter(tmp_path / "a", c, W, tuning)
     for alpha in (None, ("FLOAT32", 0.0)):
-        rewritten(tmp_path / "a", tmp_path / "b", {door.ALPHA: alpha})
+        rewritten(tmp_path / "a", tmp_path / "b", {ALPHA: alpha})
         assert door.read_adapter(tmp_path / "b", c)[1].scale == {"layers.0.q": 1.0}
 
 
@@ -710,8 +713,8 @@ def test_an_adapter_that_says_something_else_is_refused(tmp_path):
         ({"general.type": ("STRING", "model")}, {}, "general.type"),
         ({"adapter.type": ("STRING", "control")}, {}, "adapter.type"),
         ({"adapter.alora.invocation_tokens": ("ARRAY", [1], u32)}, {}, "no setting of this name"),
-        ({door.ALPHA: ("FLOAT32", math.inf)}, {}, "a number in float32"),
-        ({door.ALPHA: ("STRING", "1")}, {}, "a number in float32"),
+        ({ALPHA: ("FLOAT32", math.inf)}, {}, "a number in float32"),
+        ({ALPHA: ("STRING", "1")}, {}, "a number in float32"),
         ({}, {A: None}, "lora_a and lora_b of each"),
         ({}, {A: (np.ones((3, 32), F32), f32)}, "shape"),
         ({}, {"blk.0.attn_norm.weight": (np.ones(32, F32), f32)}, "no factor of a module"),
@@ -1155,7 +1158,7 @@ import numpy as np
 import test_gguf as t
 
 c = t.MODELS[sys.argv[1]]
-t.door._unsaid = lambda c, at: None
+t.door.adapter.not_applied = lambda c, at: None
 t.door.write_adapter(sys.argv[2], c, *t.factors(c, {"embed": 2}, {"embed": 1.0}))
 t.by_llama_cpp(t.model_file(sys.argv[1]), t.IDS, sys.argv[2])
 """
