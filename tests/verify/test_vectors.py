@@ -695,7 +695,7 @@ def consume(script, *words):
 @pytest.mark.parametrize("name", CONSUMERS)
 def test_a_consumer_judges_without_minilora_and_its_answers_hold(name, small, tmp_path, capsys):
     if name.endswith(".mjs") and not shutil.which("node"):
-        pytest.skip("Node is not there")
+        pytest.skip("node is not installed")
     right, wrong = CONSUMERS[name]
     done = consume(DOCS / name, small, tmp_path / "answers")
     assert (done.returncode, done.stderr) == (0, "")
