@@ -110,8 +110,8 @@ def merge(driver, alpha):
 
 
 def gone(pid):
-    """Whether a process has ended, or does within a second."""
-    for _ in range(100):
+    """Whether a process has ended, or does; only a bug lets the minute pass."""
+    for _ in range(6000):
         with contextlib.suppress(FileNotFoundError):
             status = Path(f"/proc/{pid}/stat").read_text()
             if status.rpartition(")")[2].split()[0] != "Z":
@@ -218,11 +218,10 @@ def bad(m):
     print("about to wait", file=sys.stderr, flush=True)
     {said}time.sleep(60)
 """
-    driver = tiny(body, time_limit=0.4)
-    began = time.perf_counter()
-    with pytest.raises(Fault, match=r"merge gave no answer in 0\.4 s.*about to wait") as fault:
+    driver = tiny(body)
+    driver.time_limit = 1.0
+    with pytest.raises(Fault, match=r"merge gave no answer in 1 s.*about to wait") as fault:
         merge(driver, 0)
-    assert time.perf_counter() - began < 5
     assert fault.value.kind == "hangs"
     assert ("and no newline" in fault.value.message) == bool(said)
     assert all(gone(pid) for pid in pids.read_text().split())
@@ -231,7 +230,7 @@ def bad(m):
 
 
 def test_a_method_that_hangs_twice_is_not_called_again(tiny):
-    driver = tiny("def bad(m):\n    time.sleep(60)\n", time_limit=0.2)
+    driver = tiny("def bad(m):\n    time.sleep(60)\n")
     subject = GuardedImplementation(driver, time_limit=0.2)
     W = np.zeros((2, 2))
     for words in ("in 0.2 s", "in 0.2 s", "is not called any more"):
@@ -247,13 +246,20 @@ def test_what_stands_after_an_answer_is_refused(tiny):
         merge(tiny(body), 0)
 
 
-def test_what_stands_before_a_question_is_refused(tiny):
-    body = (
-        "def bad(m):\n    write(m); say(m['seq'], ok=True); time.sleep(0.1); print('x', flush=True)"
-    )
+def test_what_stands_before_a_question_is_refused(tiny, tmp_path):
+    ask, asked = tmp_path / "ask", tmp_path / "asked"
+    body = f"""
+def bad(m):
+    write(m); say(m['seq'], ok=True)
+    while not os.path.exists({str(ask)!r}): time.sleep(0.01)
+    print('x', flush=True)
+    open({str(asked)!r}, "w").close()
+"""
     driver = tiny(body)
     merge(driver, 0)
-    time.sleep(0.4)
+    ask.touch()
+    while not asked.exists():
+        time.sleep(0.01)
     with pytest.raises(Fault, match="'x' on standard output before it was asked"):
         merge(driver, 1)
 
@@ -481,7 +487,7 @@ def test_a_driver_is_closed_in_the_middle_of_a_call(tiny):
     while not driver._calling.locked():
         time.sleep(0.01)
     driver.close()
-    call.join(5)
+    call.join(60)
     assert faults == ["crashes"]
     assert gone(driver.name)
 
@@ -518,7 +524,7 @@ def run(m):
         assert run.poll() is None, run.communicate()
         time.sleep(0.02)
     run.send_signal(signal.SIGINT)
-    out, err = run.communicate(timeout=20)
+    out, err = run.communicate(timeout=120)
     assert run.returncode == 130, err
     assert "INTERRUPTED" in out
     assert "Traceback" not in err

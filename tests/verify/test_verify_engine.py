@@ -302,9 +302,22 @@ def test_an_output_buffer_used_again_does_not_change_an_earlier_answer():
     assert (first.item(), second.item()) == (1.0, 2.0)
 
 
+ENTERED = threading.Event()
+
+
 def hangs_in_a_loop(self, W, A, B, **_):
+    ENTERED.set()
     while True:
         pass
+
+
+def eventually(condition):
+    """Waits until it holds; only a bug lets the minute pass."""
+    for _ in range(6000):
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def hangs_in_sleep(self, W, A, B, **_):
@@ -313,12 +326,10 @@ def hangs_in_sleep(self, W, A, B, **_):
 
 @pytest.mark.parametrize("merge", [hangs_in_a_loop, hangs_in_sleep])
 def test_a_call_that_hangs_ends_the_check_with_the_place(merge):
-    started = time.perf_counter()
-    result = verdict(merge, time_limit=0.1)
-    assert time.perf_counter() - started < 1
+    result = verdict(merge, time_limit=0.5)
     assert (result.status, result.faults[0].kind, result.cases) == ("error", "hangs", 1)
     assert re.search(
-        rf"merge gave no answer in 0.1 s \(test_.*{merge.__name__}", result.faults[0].message
+        rf"merge gave no answer in 0.5 s \(test_.*{merge.__name__}", result.faults[0].message
     )
 
 
@@ -329,14 +340,10 @@ def running(name):
 
 
 def test_a_loop_of_python_is_stopped_when_its_time_is_over():
-    seen = []
-    threading.Timer(0.05, lambda: seen.append(running("hangs_in_a_loop"))).start()
-    verdict(hangs_in_a_loop, time_limit=0.2)
-    assert seen == [True], "it was running before its time was over"
-    deadline = time.monotonic() + 2
-    while running("hangs_in_a_loop") and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not running("hangs_in_a_loop")
+    ENTERED.clear()
+    verdict(hangs_in_a_loop, time_limit=1.0)
+    assert ENTERED.is_set(), "it was running before its time was over"
+    assert eventually(lambda: not running("hangs_in_a_loop"))
 
 
 def test_a_run_leaves_no_thread_behind():
@@ -345,10 +352,7 @@ def test_a_run_leaves_no_thread_behind():
         run([EXACT], Right(), dtypes=["float32"])
         verdict(raises)
     gc.collect()
-    deadline = time.monotonic() + 2
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() <= before
+    assert eventually(lambda: threading.active_count() <= before)
 
 
 def test_a_loop_that_catches_everything_still_gets_its_verdict():
@@ -374,11 +378,15 @@ def test_a_method_that_hung_twice_is_not_called_any_more():
             calls.append(1)
             time.sleep(1000)
 
-    report = run(CHECKS, Hangs(), time_limit=0.05)
-    status = {(result.check, result.dtype): result.status for result in report.results}
+    subject = GuardedImplementation(Hangs(), time_limit=0.05)
+    for _ in range(HANGS_ALLOWED + 2):
+        with pytest.raises(Fault, match="hangs"):
+            subject.call("merge", np.eye(2), np.eye(2), np.eye(2), alpha=1, r=1)
     assert len(calls) == HANGS_ALLOWED
-    assert {s for (check, _), s in status.items() if check.endswith("merge")} == {"error"}
-    assert status["dict.vjp", "float32"] == "pass", "the other methods are still checked"
+    subject.time_limit = 60.0
+    (case,) = [plan([DICT], dtypes=["float32"])[0].case(0)]
+    judged = [comparison.judge().verdict for comparison in DICT.run(subject, case)]
+    assert judged == ["pass"], "the other methods are still checked"
 
 
 def test_the_next_call_works_after_one_that_hung():
@@ -391,8 +399,12 @@ def test_the_next_call_works_after_one_that_hung():
                 time.sleep(1000)
             return super().merge(W, A, B, alpha=alpha, r=r)
 
-    report = run([EXACT], Once(), dtypes=["float64", "float32"], time_limit=0.1)
-    assert [result.status for result in report.results] == ["error", "pass"]
+    subject = GuardedImplementation(Once(), time_limit=0.1)
+    with pytest.raises(Fault, match="hangs"):
+        subject.call("merge", np.eye(2), np.eye(2), np.eye(2), alpha=1, r=1)
+    subject.time_limit = 60.0
+    merged = subject.call("merge", np.eye(2), np.eye(2), np.eye(2), alpha=1, r=1)
+    assert (merged == 2 * np.eye(2)).all()
 
 
 def test_what_a_target_prints_stays_out_of_standard_output(capsys):
