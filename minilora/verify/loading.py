@@ -22,22 +22,23 @@ def load(target: str) -> object:
     The name may be an object, a class or a factory without arguments; modules are looked for in
     the current folder first. Raises LoadError.
     """
-    from minilora.verify.peers import EXTRAS, PEERS
+    from minilora.verify.peers import PEERS
 
-    module, colon, name = PEERS.get(target, target).partition(":")
+    peer = PEERS.get(target)
+    module, colon, name = (peer.implementation if peer else target).partition(":")
     if not (module and colon and name):
         raise LoadError(_no_target(target, sorted(PEERS)))
-    own = target in PEERS or module.partition(".")[0] == __package__.partition(".")[0]
+    own = peer or module.partition(".")[0] == __package__.partition(".")[0]
     if not own and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         return resolve(_find(module, name), target)
     except LoadError as error:
         cause = error.__cause__
-        if target in PEERS and isinstance(cause, ModuleNotFoundError):
+        if peer and isinstance(cause, ModuleNotFoundError):
             raise LoadError(
                 f"{target} cannot be checked: {cause.name} is not installed; "
-                f"pip install 'minilora[{EXTRAS.get(target, 'peers')}]'"
+                f"pip install 'minilora[{peer.extra}]'"
             ) from cause
         raise
 

@@ -12,21 +12,15 @@ from extras import optional
 
 from minilora.verify import check
 from minilora.verify.checks.registry import CHECKS
-from minilora.verify.peers import EXTRAS, PEERS
-
-LEVELS = {
-    "torch": {"linear", "merge", "variants", "combine", "multi"},
-    "jax": {"linear", "merge", "variants", "combine", "multi"},
-    "mlx-lm": {"linear", "merge", "variants"},
-    "bitsandbytes": {"linear", "merge", "variants", "multi"},
-}
-"""What each has methods for."""
+from minilora.verify.implementation.contract import has_method
+from minilora.verify.peers import PEERS, _formula
 
 DTYPES = {
     "torch": ("float16",),
     "mlx-lm": ("float64", "bfloat16"),
     "bitsandbytes": ("bfloat16",),
 }
+"""Of these peers all checks of all levels are run; peft's and loralib's have tests of their own."""
 
 # JAX compiles anew for each shape: a few cases, of all methods and kinds of layer.
 OF_JAX = (
@@ -42,38 +36,45 @@ OF_JAX = (
 )
 
 
-def imported(name):
-    """A peer's module, or a skip where its library is not installed."""
+SMALL = (*DTYPES, "jax")
+
+
+def loaded(name):
+    """A peer's implementation, or a skip where its library is not installed."""
     try:
-        return importlib.import_module(PEERS[name].partition(":")[0])
+        return PEERS[name].load()
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get(name, "peers")
+        extra = PEERS[name].extra
         pytest.skip(f"{error.name} is not installed: pip install 'minilora[{extra}]'")
 
 
+def imported(name):
+    """The module of a peer's implementation."""
+    return importlib.import_module(type(loaded(name)).__module__)
+
+
 def results(name, *cases):
-    peer = imported(name).implementation()
+    peer = loaded(name)
     reports = [check(peer, case=case) for case in cases]
     if not cases:
-        how = {"levels": sorted(LEVELS[name]), "dtypes": DTYPES[name]}
+        how = {"levels": PEERS[name].levels, "dtypes": DTYPES[name]}
         reports = [check(peer, **how)]
     return [result for report in reports for result in report.results]
 
 
-@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("name", SMALL)
 def test_all_that_a_peer_has_holds_or_is_known(name):
     found = results(name, *(OF_JAX if name == "jax" else ()))
     assert {result.status for result in found} <= {"pass", "known", "skip"}
-    assert {result.level for result in found if result.status != "skip"} == LEVELS[name]
+    assert {result.level for result in found if result.status != "skip"} == set(PEERS[name].levels)
     skipped = [result.reason for result in found if result.status == "skip"]
     assert all("no settings" in reason or "no method" in reason for reason in skipped)
 
 
-@pytest.mark.parametrize("name", LEVELS)
-def test_a_known_deviation_is_one_of_a_check_that_there_is(name):
-    peer = imported(name).implementation()
-    asked = {f"{c.id}:{d}" for c in CHECKS if c.level in LEVELS[name] for d in peer.dtypes}
-    for pattern in getattr(peer, "known", {}):
+@pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
+def test_a_known_deviation_is_one_of_a_check_that_there_is(peer):
+    asked = {f"{c.id}:{d}" for c in CHECKS if c.level in peer.levels for d in peer.dtypes}
+    for pattern in peer.known:
         assert any(fnmatchcase(each, pattern) for each in asked), pattern
 
 
@@ -82,7 +83,7 @@ def without_scale(self, x):
 
 
 def spoil_torch(monkeypatch):
-    monkeypatch.setattr(imported("torch"), "_scale", lambda *, alpha, **_: alpha)
+    monkeypatch.setattr(_formula, "scale", lambda *, alpha, **_: alpha)
 
 
 def spoil_jax(monkeypatch):
@@ -123,21 +124,20 @@ def test_a_library_made_wrong_on_purpose_is_caught(name, spoil, case, arrays, mo
     assert {each.array for each in result.arrays if each.verdict == "fail"} == arrays
 
 
-@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("name", SMALL)
 def test_settings_that_a_peer_lacks_are_not_supported(name):
-    module = imported(name)
     x = np.ones((1, 2), np.float32)
     given = {"alpha": 1.0, "r": 1, "use_unicorns": True}
     with pytest.raises(NotImplementedError, match="use_unicorns"):
-        module.implementation().lora_linear(x, x, x, x[:, :1], **given)
+        loaded(name).lora_linear(x, x, x, x[:, :1], **given)
 
 
 @pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
 def test_a_weight_of_which_every_entry_has_a_block_survives_four_bits():
     module = imported("bitsandbytes")
+    peer = loaded("bitsandbytes")
     W = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
     none = {"A": np.zeros((1, 5), np.float32), "B": np.zeros((3, 1), np.float32)}
-    peer = module.implementation()
     assert (peer.merge(W, **none, alpha=1.0, r=1) == W).all()
     # Negative control: entries that share a block do not.
     packed = module.bitsandbytes.functional.quantize_4bit(
@@ -148,7 +148,7 @@ def test_a_weight_of_which_every_entry_has_a_block_survives_four_bits():
 
 
 def test_mlx_asks_for_the_mask_that_it_is_given():
-    peer = imported("mlx-lm").implementation()
+    peer = loaded("mlx-lm")
     x = np.ones((1, 2), np.float32)
     given = {"alpha": 1.0, "r": 1, "p": 0.25}
     peer.lora_linear(x, x, x, x[:, :1], keep=x > 0, **given)
@@ -162,7 +162,9 @@ def test_weights_of_a_concatenation_may_round_where_the_scales_do_not():
     assert result.status == "pass"
 
 
-def test_every_peer_is_named_by_itself():
-    assert set(EXTRAS) <= set(PEERS) == {*LEVELS, "loralib", "peft"}
-    for name in LEVELS:
-        assert imported(name).implementation().name == name
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_says_of_itself_what_its_value_says(name):
+    peer, it = PEERS[name], loaded(name)
+    assert (it.name, it.version) == (name, peer.version)
+    has = {c.level for c in CHECKS if all(has_method(it, method) for method in c.needs)}
+    assert set(peer.levels) <= has

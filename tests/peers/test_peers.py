@@ -34,8 +34,7 @@ ARCHITECTURES = (*CAUSAL, "bert")
 
 
 def peer(name: str) -> Any:
-    module, factory = PEERS[name].split(":")
-    return getattr(importlib.import_module(module), factory)()
+    return PEERS[name].load()
 
 
 @pytest.fixture(params=["loralib", "peft"])

@@ -1,22 +1,13 @@
-"""The libraries that `minilora verify NAME` checks out of the box: one short file each.
+"""The libraries that `minilora verify NAME` checks out of the box.
 
-A peer file is imported only when its name is asked for, because it imports its library. It holds
-the implementation methods that the library supports and a factory `implementation()`. To add a
-peer, write such a file and name its factory here.
+A module here describes one library as a value, `PEER`, without importing it; its module in
+`implementations` drives the library. To add a peer, write both and name its module here.
 """
 
-PEERS: dict[str, str] = {
-    "bitsandbytes": "minilora.verify.peers.bitsandbytes:implementation",
-    "jax": "minilora.verify.peers.jax:implementation",
-    "loralib": "minilora.verify.peers.loralib:implementation",
-    "mlx-lm": "minilora.verify.peers.mlx_lm:implementation",
-    "peft": "minilora.verify.peers.peft:implementation",
-    "torch": "minilora.verify.peers.torch:implementation",
-}
+from minilora.verify.peers import bitsandbytes, jax, loralib, mlx_lm, peft, torch
+from minilora.verify.peers.peer import Peer
 
-EXTRAS: dict[str, str] = {
-    "bitsandbytes": "peers,libraries",
-    "jax": "jax",
-    "mlx-lm": "libraries",
+PEERS: dict[str, Peer] = {
+    module.PEER.name: module.PEER for module in (bitsandbytes, jax, loralib, mlx_lm, peft, torch)
 }
-"""The extras of this package that install what a peer needs, where that is not `peers`."""
+"""By their names."""

@@ -10,57 +10,6 @@ import torch
 import transformers
 from safetensors import safe_open
 
-DTYPES = ("float64", "float32", "bfloat16", "float16")
-
-# How PyTorch multiplies matrices on a CPU. 1 + 511 terms of u/4 came out as the float32 sum in both
-# half precisions, bias, transposed and vector products included: partial sums are not rounded.
-PRECISION = {
-    "float64": {"storage": "float64", "accumulation": "float64"},
-    "float32": {"storage": "float32", "accumulation": "float32"},
-    "bfloat16": {"storage": "bfloat16", "accumulation": "float32"},
-    "float16": {"storage": "float16", "accumulation": "float32"},
-}
-
-_LOSS = (
-    f"transformers {transformers.__version__} computes a causal language model's loss from "
-    "`logits.float()` (ForCausalLMLoss in loss/loss_utils.py), so loss and gradients carry float32 "
-    "rounding"
-)
-# Deviations that belong to the model library, whichever peer puts its layers into it.
-_LLAMA = (
-    f"{_LOSS}; and it casts to float32 in models/llama/modeling_llama.py (qwen2 alike): "
-    "RMSNorm's input, the RoPE angles and tables, and the attention softmax, so the logits "
-    "carry it too. The least float64, which fills the mask, is -inf in that softmax: a row without "
-    "any key (padding on the left) is NaN, and with it the loss"
-)
-KNOWN = {
-    "model.gpt2*:float64": _LOSS,
-    "model.llama*:float64": _LLAMA,
-    "train.prompt:float64": _LOSS,
-    "train.*:float64": _LLAMA,
-}
-KNOWN |= {
-    f"files.{law}.{kind}:float64": _LLAMA
-    for law in ("outputs", "gradients")
-    for kind in ("patterns", "dora", "embedding")
-} | {
-    "files.outputs.regex:float64": _LLAMA,
-    "files.second-adapter:float64": _LLAMA,
-    "files.outputs.rslora:float64": _LOSS,
-    "files.gradients.rslora:float64": _LOSS,
-}
-KNOWN |= {
-    f"grad-flow.{check}:float64": _LLAMA
-    for check in (
-        "all-layers",
-        "checkpointing",
-        "first-layer",
-        "last-layer",
-        "first-layer-checkpointing",
-        "zero-B",
-    )
-}
-
 _STORED = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -1,141 +1,21 @@
 """mlx-lm's LoRALinear and DoRALinear, on the CPU build of MLX."""
 
-from __future__ import annotations
+from minilora.verify.peers.peer import Peer
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
-from typing import Any, ClassVar
-from unittest.mock import patch
+_DROPOUT = (
+    "DoRALinear (tuner/dora.py) rescales W x whole; DoRA's authors, and PEFT after them, rescale "
+    "what is left of it by dropout"
+)
 
-import ml_dtypes
-import mlx_lm
-import numpy as np
-from mlx import core as mx
-from mlx import nn
-from mlx_lm.tuner.dora import DoRALinear
-from mlx_lm.tuner.lora import LoRALinear
-
-_DTYPES = {
-    np.dtype(np.float64): mx.float64,
-    np.dtype(np.float32): mx.float32,
-    np.dtype(np.float16): mx.float16,
-}
-
-
-class MlxLm:
-    """Each call builds the library's own layer anew, so no state is left between calls."""
-
-    name = "mlx-lm"
-    version = f"{mlx_lm.__version__} (mlx {version('mlx')})"
-    dtypes = ("float64", "float32", "bfloat16", "float16")
-    # 1 + 511 terms of u/4 came out as the float32 sum in both half precisions.
-    precision: ClassVar = {
-        "bfloat16": {"storage": "bfloat16", "accumulation": "float32"},
-        "float16": {"storage": "float16", "accumulation": "float32"},
-    }
-    conventions: ClassVar = {"dora_norm": "detached"}
-    known: ClassVar = {
-        f"variants.dora.{check}:*": (
-            "DoRALinear (tuner/dora.py) rescales W x whole; DoRA's authors, and PEFT after them, "
-            "rescale what is left of it by dropout"
-        )
+PEER = Peer(
+    name="mlx-lm",
+    implementation="minilora.verify.peers.implementations.mlx_lm:MlxLm",
+    packages=("mlx-lm", "mlx"),
+    extra="libraries",
+    levels=("linear", "merge", "variants"),
+    conventions={"dora_norm": "detached"},
+    known={
+        f"variants.dora.{check}:*": _DROPOUT
         for check in ("forward.dropout", "vjp.dropout", "forward.all", "vjp.all")
-    }
-
-    def lora_linear(self, x: Any, W: Any, A: Any, B: Any, **settings: Any) -> np.ndarray:
-        """y of the adapted layer. Without `keep` the layer is in evaluation mode: no dropout."""
-        with _on_the_cpu(settings):
-            return _numpy(_adapted(W, A, B, **settings)(_mlx(x)))
-
-    def lora_linear_vjp(
-        self, x: Any, W: Any, A: Any, B: Any, dy: Any, **settings: Any
-    ) -> dict[str, np.ndarray]:
-        """y and the gradients of ⟨dy, y⟩ by mx.vjp through the library's forward."""
-        with _on_the_cpu(settings):
-            layer = _adapted(W, A, B, **settings)
-            places = {"dA": (layer, "lora_a"), "dB": (layer, "lora_b")}
-            if "bias" in settings:
-                places["dbias"] = layer.linear, "bias"
-            if "magnitude" in settings:
-                places["dmagnitude"] = layer, "m"
-
-            def forward(x: Any, *parameters: Any) -> Any:
-                for (module, name), parameter in zip(places.values(), parameters, strict=True):
-                    module[name] = parameter
-                return layer(x)
-
-            held = [module[name] for module, name in places.values()]
-            (y,), (dx, *gradients) = mx.vjp(forward, [_mlx(x), *held], [_mlx(dy)])
-            found = {"y": y, "dx": dx} | dict(zip(places, gradients, strict=True))
-            found |= {"dA": found["dA"].T, "dB": found["dB"].T}
-            return {name: _numpy(array) for name, array in found.items()}
-
-    def merge(self, W: Any, A: Any, B: Any, **settings: Any) -> np.ndarray:
-        """The weight of the layer that fuse() gives."""
-        with _on_the_cpu(settings):
-            return _numpy(_adapted(W, A, B, **settings).fuse().weight)
-
-
-def implementation() -> object:
-    """The peer that `minilora verify mlx-lm` checks."""
-    return MlxLm()
-
-
-def _adapted(
-    W: np.ndarray,
-    A: np.ndarray,
-    B: np.ndarray,
-    *,
-    alpha: float,
-    r: int,
-    bias: np.ndarray | None = None,
-    keep: np.ndarray | None = None,
-    p: float = 0.0,
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    magnitude: np.ndarray | None = None,
-    **unknown: Any,
-) -> Any:
-    """The library's layer, filled with the given arrays. Its scale is α/r or α/√r as a whole."""
-    if refused := [name for name, value in unknown.items() if value is not False]:
-        raise NotImplementedError(f"mlx-lm has no settings {', '.join(refused)}")
-    linear = nn.Linear(W.shape[1], len(W), bias=bias is not None)
-    linear.weight = _mlx(W)
-    if bias is not None:
-        linear.bias = _mlx(bias)
-    scale = alpha / r**0.5 if use_rslora else alpha / r
-    kind = DoRALinear if use_dora else LoRALinear
-    layer = kind.from_base(linear, r=r, dropout=p, scale=scale)
-    layer.lora_a, layer.lora_b = _mlx(A.T), _mlx(B.T)
-    if magnitude is not None:
-        layer.m = _mlx(magnitude)
-    return layer.train(keep is not None)
-
-
-@contextmanager
-def _on_the_cpu(settings: dict[str, Any]) -> Iterator[None]:
-    """MLX on the CPU, where float64 is; the library's dropout keeps what `keep` says."""
-    keep, p = settings.get("keep"), settings.get("p", 0.0)
-
-    def given(probability: float, shape: Any) -> Any:
-        if keep is None or tuple(shape) != keep.shape or probability != 1 - p:
-            raise ValueError(f"asked to keep {shape} with probability {probability}, not given")
-        return mx.array(keep)
-
-    with mx.stream(mx.cpu), patch.object(mx.random, "bernoulli", given):
-        yield
-
-
-def _mlx(array: np.ndarray) -> Any:
-    """The same values and dtype; bfloat16 as its bits, since MLX takes none from NumPy."""
-    if array.dtype == ml_dtypes.bfloat16:
-        return mx.array(array.view(np.uint16)).view(mx.bfloat16)
-    return mx.array(array, dtype=_DTYPES[array.dtype])
-
-
-def _numpy(array: Any) -> np.ndarray:
-    """The same values and dtype; bfloat16 as its bits, since NumPy takes none from MLX."""
-    if array.dtype == mx.bfloat16:
-        return np.array(array.view(mx.uint16)).view(ml_dtypes.bfloat16)
-    return np.array(array)
+    },
+)

@@ -1,0 +1,1 @@
+"""The libraries behind the contract's methods; each module imports its library."""

@@ -1,0 +1,120 @@
+"""mlx-lm's LoRALinear and DoRALinear, on the CPU build of MLX."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import ml_dtypes
+import numpy as np
+from mlx import core as mx
+from mlx import nn
+from mlx_lm.tuner.dora import DoRALinear
+from mlx_lm.tuner.lora import LoRALinear
+
+from minilora.verify.peers.mlx_lm import PEER
+
+_DTYPES = {
+    np.dtype(np.float64): mx.float64,
+    np.dtype(np.float32): mx.float32,
+    np.dtype(np.float16): mx.float16,
+}
+
+
+@PEER.describes
+class MlxLm:
+    """Each call builds the library's own layer anew, so no state is left between calls."""
+
+    def lora_linear(self, x: Any, W: Any, A: Any, B: Any, **settings: Any) -> np.ndarray:
+        """y of the adapted layer. Without `keep` the layer is in evaluation mode: no dropout."""
+        with _on_the_cpu(settings):
+            return _numpy(_adapted(W, A, B, **settings)(_mlx(x)))
+
+    def lora_linear_vjp(
+        self, x: Any, W: Any, A: Any, B: Any, dy: Any, **settings: Any
+    ) -> dict[str, np.ndarray]:
+        """y and the gradients of ⟨dy, y⟩ by mx.vjp through the library's forward."""
+        with _on_the_cpu(settings):
+            layer = _adapted(W, A, B, **settings)
+            places = {"dA": (layer, "lora_a"), "dB": (layer, "lora_b")}
+            if "bias" in settings:
+                places["dbias"] = layer.linear, "bias"
+            if "magnitude" in settings:
+                places["dmagnitude"] = layer, "m"
+
+            def forward(x: Any, *parameters: Any) -> Any:
+                for (module, name), parameter in zip(places.values(), parameters, strict=True):
+                    module[name] = parameter
+                return layer(x)
+
+            held = [module[name] for module, name in places.values()]
+            (y,), (dx, *gradients) = mx.vjp(forward, [_mlx(x), *held], [_mlx(dy)])
+            found = {"y": y, "dx": dx} | dict(zip(places, gradients, strict=True))
+            found |= {"dA": found["dA"].T, "dB": found["dB"].T}
+            return {name: _numpy(array) for name, array in found.items()}
+
+    def merge(self, W: Any, A: Any, B: Any, **settings: Any) -> np.ndarray:
+        """The weight of the layer that fuse() gives."""
+        with _on_the_cpu(settings):
+            return _numpy(_adapted(W, A, B, **settings).fuse().weight)
+
+
+def _adapted(
+    W: np.ndarray,
+    A: np.ndarray,
+    B: np.ndarray,
+    *,
+    alpha: float,
+    r: int,
+    bias: np.ndarray | None = None,
+    keep: np.ndarray | None = None,
+    p: float = 0.0,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    magnitude: np.ndarray | None = None,
+    **unknown: Any,
+) -> Any:
+    """The library's layer, filled with the given arrays. Its scale is α/r or α/√r as a whole."""
+    if refused := [name for name, value in unknown.items() if value is not False]:
+        raise NotImplementedError(f"mlx-lm has no settings {', '.join(refused)}")
+    linear = nn.Linear(W.shape[1], len(W), bias=bias is not None)
+    linear.weight = _mlx(W)
+    if bias is not None:
+        linear.bias = _mlx(bias)
+    scale = alpha / r**0.5 if use_rslora else alpha / r
+    kind = DoRALinear if use_dora else LoRALinear
+    layer = kind.from_base(linear, r=r, dropout=p, scale=scale)
+    layer.lora_a, layer.lora_b = _mlx(A.T), _mlx(B.T)
+    if magnitude is not None:
+        layer.m = _mlx(magnitude)
+    return layer.train(keep is not None)
+
+
+@contextmanager
+def _on_the_cpu(settings: dict[str, Any]) -> Iterator[None]:
+    """MLX on the CPU, where float64 is; the library's dropout keeps what `keep` says."""
+    keep, p = settings.get("keep"), settings.get("p", 0.0)
+
+    def given(probability: float, shape: Any) -> Any:
+        if keep is None or tuple(shape) != keep.shape or probability != 1 - p:
+            raise ValueError(f"asked to keep {shape} with probability {probability}, not given")
+        return mx.array(keep)
+
+    with mx.stream(mx.cpu), patch.object(mx.random, "bernoulli", given):
+        yield
+
+
+def _mlx(array: np.ndarray) -> Any:
+    """The same values and dtype; bfloat16 as its bits, since MLX takes none from NumPy."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return mx.array(array.view(np.uint16)).view(mx.bfloat16)
+    return mx.array(array, dtype=_DTYPES[array.dtype])
+
+
+def _numpy(array: Any) -> np.ndarray:
+    """The same values and dtype; bfloat16 as its bits, since NumPy takes none from MLX."""
+    if array.dtype == mx.bfloat16:
+        return np.array(array.view(mx.uint16)).view(ml_dtypes.bfloat16)
+    return np.array(array)
