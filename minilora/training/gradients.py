@@ -61,9 +61,14 @@ are fewer, so many entries of an activation, as more would leave the processor's
 in turn, and so with more entries."""
 
 
+def which_count(batch: Batch, c: Config) -> Array:
+    """Which labels of the batch count: those that are not -100. Shapes: -> (b * t,) or (b,)."""
+    return np.asarray(shifted_labels(batch, c) != IGNORED)
+
+
 def counted(batch: Batch, c: Config) -> int:
     """How many labels of the batch count: what its mean loss is divided by."""
-    return int((shifted_labels(batch, c) != IGNORED).sum())
+    return int(which_count(batch, c).sum())
 
 
 def groups(
@@ -73,7 +78,7 @@ def groups(
 
     A group none of whose labels counts is left out; ``counts``: which do, where that is known.
     """
-    counts = shifted_labels(batch, c) != IGNORED if counts is None else counts
+    counts = which_count(batch, c) if counts is None else counts
     b, t = batch.ids.shape
     size = max(1, plan.size(c.d) // t)
     n = -(-b // size)
@@ -194,14 +199,16 @@ def gradients(
     tuning: TrainableSpec,
     plan: ExecutionPlan = ExecutionPlan(),
     count: int | None = None,
+    counts: Array | None = None,
 ) -> tuple[Any, Weights]:
     """L and {name: dL} of the batch, as `models.loss` has them, group by group.
 
-    ``count``: what the sum is divided by, if the batch is a part of a larger one.
+    ``count``: what the sum is divided by, if the batch is a part of a larger one; ``counts``: which
+    labels count, if that is known.
 
     Errors: ValueError if no label counts; those of ``loss``.
     """
-    counts = shifted_labels(batch, c) != IGNORED
+    counts = which_count(batch, c) if counts is None else counts
     own = int(counts.sum())
     n = own if count is None else count
     if min(own, n) < 1:
@@ -248,7 +255,8 @@ def evaluate(
         own_batch, own_tuning = part(batch, still, rows)
         return loss(own_batch, W, c, own_tuning, 1)[0]
 
-    return sum(in_order(work, groups(batch, c, plan), plan.threads)), counted(batch, c)
+    counts = which_count(batch, c)
+    return sum(in_order(work, groups(batch, c, plan, counts), plan.threads)), int(counts.sum())
 
 
 def release_memory() -> None:

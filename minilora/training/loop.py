@@ -13,10 +13,11 @@ import numpy as np
 from minilora.spec import adalora
 from minilora.spec.lora import Weights, sum_gradients
 from minilora.spec.models import Batch, Config
+from minilora.spec.ops import Array
 from minilora.spec.optim import adamw, clip, schedule
 from minilora.training.batching import batch as padded
 from minilora.training.checkpoints import TrainState
-from minilora.training.gradients import counted, drawn_dropout, gradients
+from minilora.training.gradients import drawn_dropout, gradients, which_count
 from minilora.training.run import Run
 
 DIVERGED = 3.0
@@ -81,8 +82,8 @@ def train_step(run: Run, state: TrainState, batches: Sequence[Batch]) -> tuple[T
     Errors: ValueError if no label counts; Diverged; those of `gradients.gradients`.
     """
     config, step = run.config, state.step + 1
-    label_counts = [counted(batch, run.c) for batch in batches]
-    loss, g = _accumulated(run, state, batches, label_counts)
+    labels = [which_count(batch, run.c) for batch in batches]
+    loss, g = _accumulated(run, state, batches, labels)
     g, norm = clip(adalora.penalised(state.params, g), config.max_grad_norm or np.inf)
     if not (np.isfinite(loss) and np.isfinite(norm)):
         raise Diverged(step, f"the loss is {loss:g}, its gradient's norm {norm:g}")
@@ -91,21 +92,31 @@ def train_step(run: Run, state: TrainState, batches: Sequence[Batch]) -> tuple[T
     params, adam = adamw(state.params, g, state.adam, lr, weight_decay=config.weight_decay)
     if not all(np.isfinite(p).all() for p in params.values()):
         raise Diverged(step, "a parameter is not finite")
-    importance = state.importance
-    if run.adalora_plan is not None:
-        factors = {name: p for name, p in params.items() if name.endswith((".A", ".B", ".E"))}
-        pruned, importance = adalora.advance(factors, g, importance, step, run.adalora_plan)
-        params |= pruned
+    params, importance = _pruned(run, state, params, g)
     loss = float(loss)
     first_loss = loss if state.first_loss is None else state.first_loss
     check_loss(step, loss, first_loss, run.c)
-    tokens, lr_now = sum(int(b.real.sum()) for b in batches), config.learning_rate * factor
-    record = Record(step, state.epoch, loss, tokens, sum(label_counts), lr_now, float(norm))
+    tokens = sum(int(batch.real.sum()) for batch in batches)
+    count = sum(int(mask.sum()) for mask in labels)
+    lr_now = config.learning_rate * factor
+    record = Record(step, state.epoch, loss, tokens, count, lr_now, float(norm))
     after = replace(
         state, params=params, adam=adam, step=step, tokens=state.tokens + tokens,
         first_loss=first_loss, importance=importance,
     )  # fmt: skip
     return after, record
+
+
+def _pruned(
+    run: Run, state: TrainState, params: Weights, g: Weights
+) -> tuple[Weights, adalora.Importance]:
+    """The parameters after AdaLoRA has pruned them, and the importance of its triplets."""
+    if run.adalora_plan is None:
+        return params, state.importance
+    factors = {name: p for name, p in params.items() if name.endswith((".A", ".B", ".E"))}
+    step = state.step + 1
+    pruned, importance = adalora.advance(factors, g, state.importance, step, run.adalora_plan)
+    return params | pruned, importance
 
 
 def check_loss(step: int, loss: float, first_loss: float, c: Config) -> None:
@@ -116,20 +127,24 @@ def check_loss(step: int, loss: float, first_loss: float, c: Config) -> None:
 
 
 def _accumulated(
-    run: Run, state: TrainState, batches: Sequence[Batch], label_counts: Sequence[int]
+    run: Run, state: TrainState, batches: Sequence[Batch], labels: Sequence[Array]
 ) -> tuple[Any, Weights]:
-    """L and {name: dL} summed over the micro-batches, each divided by the labels of all."""
-    if not any(label_counts):
+    """L and {name: dL} summed over the micro-batches, each divided by the labels of all.
+
+    ``labels``: which labels of each micro-batch count.
+    """
+    count = int(sum(mask.sum() for mask in labels))
+    if not count:
         raise ValueError(f"step {state.step + 1}: no label counts in any of its examples")
     config, W = run.config, run.weights(state.params)
     p = 0.0 if config.full else config.dropout
     loss: Any = 0.0
     g: Weights = {}
-    for i, (batch, labels) in enumerate(zip(batches, label_counts, strict=True)):
-        if labels:
+    for i, (batch, mask) in enumerate(zip(batches, labels, strict=True)):
+        if mask.any():
             draw = state.step * config.gradient_accumulation_steps + i
             scale = drawn_dropout(config.seed, draw, p, batch, run.c, run.spec, config.dtype)
             spec = replace(run.spec, dropout_scale=scale)
-            loss_i, g_i = gradients(batch, W, run.c, spec, run.plan, sum(label_counts))
+            loss_i, g_i = gradients(batch, W, run.c, spec, run.plan, count, mask)
             loss, g = loss + loss_i, sum_gradients(g, g_i)
     return loss, g
