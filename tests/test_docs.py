@@ -206,6 +206,33 @@ def test_a_notebook_has_the_cells_of_its_page_and_no_output():
         ast.parse(cell["source"])
 
 
+MARKUP = loaded(DOCS / "extensions" / "markup.py")
+
+
+def test_equations_that_share_a_line_get_lines_of_their_own():
+    assert MARKUP.one_below_another("a = b") == "a = b"
+    expected = "\\begin{gathered}\na, \\\\\nb\n\\end{gathered}"
+    assert MARKUP.one_below_another(r"a, \qquad b") == expected
+    gathered = r"\begin{gathered} a, \qquad b \end{gathered}"
+    assert MARKUP.one_below_another(gathered) == expected
+    cases = r"\begin{cases} a & \qquad b \end{cases}"
+    assert MARKUP.one_below_another(cases) == cases
+
+
+def test_a_docstring_means_in_the_reference_what_it_says_in_the_source():
+    lines = ["W* and a_ of ``x|y``, see `scale`.", "", "Shapes: x (n,)", "Errors: ValueError."]
+    assert MARKUP.as_rst(lines) == [
+        "W\\* and a\\_ of \\ ``x|y``\\ , see \\ ``scale``\\ .",
+        "",
+        "**Shapes:** x (n,)",
+        "",
+        "**Errors:** ValueError.",
+        "",
+    ]
+    assert MARKUP.as_rst(["- one", "  more", "- two"]) == ["- one more", "- two", ""]
+    assert MARKUP.as_rst(["    code"]) == ["::", "", "        code", ""]
+
+
 def commands_of(page):
     """The commands that a page of options has a section for, and those whose help it shows."""
     shown = set(re.findall(r'^options\("(\w+)"\)$', page, re.M))
