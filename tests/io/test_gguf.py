@@ -1205,7 +1205,7 @@ def real_and_pooled(c, W, tuning, ids):
     return wanted["logits"], np.sqrt((sigma**2).mean(0))
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_llama_cpp_gives_a_real_models_logits_with_an_adapter_written_here(tmp_path):
     optional("llama_cpp")
     optional("tokenizers")
@@ -1234,7 +1234,7 @@ def test_llama_cpp_gives_a_real_models_logits_with_an_adapter_written_here(tmp_p
     assert Comparison("logits", rough, wanted, sigma, MONTE_CARLO).judge().verdict == "fail"
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_a_real_model_has_the_weights_and_the_logits_that_transformers_gives_it():
     torch = optional("torch")
     transformers = optional("transformers")
@@ -1278,7 +1278,7 @@ print(1024 * (peak() - before), max(4 * m * n for m, n in c.block().values()))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is Linux's, in kilobytes")
 def test_a_real_model_is_walked_through_in_the_memory_of_a_few_of_its_matrices():
     def grown(kept):

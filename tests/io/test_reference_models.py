@@ -144,7 +144,7 @@ def test_code_for_an_older_processor_gives_the_same_bytes():
     assert plain != here["plain"] or not newer
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_the_script_makes_the_same_bytes_again(tmp_path):
     """All but the vectors, whose float64 sums are in the machine's own order; see the test of
     these."""

@@ -214,7 +214,7 @@ def test_transformers_gives_the_logits_of_a_merged_model(trained, adapted):
     assert holds("transformers' logits, merged here", z, adapted, merged=True)
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_a_real_model_merged_from_gguf_is_a_whole_model_in_transformers(tmp_path):
     """SmolLM2's file: weights, tokenizer and chat template, by a folder that names no GGUF."""
     import test_gguf

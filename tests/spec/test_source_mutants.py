@@ -215,7 +215,7 @@ def results():
     return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.parametrize("module", SURVIVORS)
 def test_every_mutant_that_lives_is_listed_with_its_reason(module, results):
     assert results[module]["count"] > 50

@@ -78,7 +78,7 @@ def test_of_every_drawn_case_the_registry_says_what_holds(cell, rng, square):
     drawn_says_so(*cell, rng, square, laws_for(*cell))
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 @EVERY
 @settings(max_examples=30)
 @given(rng=draw.generators(), square=st.booleans())

@@ -95,7 +95,7 @@ def test_an_edit_that_no_longer_fits_its_source_is_refused():
         model(rmsnorm=("no such piece", ""))()
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_caught_and_named_is_all_but_what_rounding_hides(dtype):
     """Nine in ten are named: the others keep a state between calls, or break a law alone."""
