@@ -24,14 +24,16 @@ class Table:
     """A matrix with a row for each token, expanded a part at a time: to look rows up, as a head.
 
     ``E[ids]`` are rows that are looked up, ``E @ x`` and ``E.T @ dy`` products, block of rows by
-    block of rows; whatever else needs an array gets one of the whole. ``rows`` gives the rows that
-    an array of numbers or a slice says, ``shape`` and ``dtype`` are those of the whole.
+    block of rows; every other operation gets the dense array. ``rows`` gives the rows that an array
+    of numbers or a slice says, ``shape`` and ``dtype`` are those of the dense array.
     """
 
     rows: Callable[[Any], Array]
     shape: tuple[int, int]
     dtype: Any
-    __array_ufunc__ = None  # NumPy leaves the products to this class
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        return _on_dense(ufunc, method, inputs, options)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -69,7 +71,9 @@ class TransposedTable:
     """The transpose of a `Table`, whose products are sums over its blocks of rows."""
 
     table: Table
-    __array_ufunc__ = None
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        return _on_dense(ufunc, method, inputs, options)
 
     @property
     def T(self) -> Table:
@@ -89,7 +93,13 @@ class TransposedTable:
         return sum(products, next(products))
 
 
-def by_rows(E: Any) -> Table:
+def _on_dense(ufunc: Any, method: str, inputs: Any, options: Any) -> Any:
+    lazy = Table | TransposedTable
+    dense = [np.asarray(x) if isinstance(x, lazy) else x for x in inputs]
+    return getattr(ufunc, method)(*dense, **options)
+
+
+def as_table(E: Any) -> Table:
     """The matrix as a `Table`, if it is none yet: then its products have the same bits as one's."""
     return E if isinstance(E, Table) else Table(E.__getitem__, E.shape, E.dtype)
 

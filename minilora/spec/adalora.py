@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from minilora.spec.lora import Weights, python_scalar
-from minilora.spec.ops import Array, Back
+from minilora.spec.lora import Weights
+from minilora.spec.ops import Array, Back, python_scalar
 
 
 def adalora_scale(alpha: Any, r: int) -> Any:

@@ -1,6 +1,6 @@
-"""How A and B start beside the weight W: the output is the base's, or near it.
+"""What is drawn, and how A and B start beside the weight W: the output is the base's, or near it.
 
-Where A is drawn and B = 0 (`lora.draw_factors`), the frozen base is W itself, and so with
+Where A is drawn and B = 0 (`draw_factors`), the frozen base is W itself, and so with
 `orthogonal`, where B A = 0. `pissa`, `olora` and `loftq` take A and B out of W: the residual
 becomes the frozen base, and the array W stays unchanged.
 """
@@ -8,15 +8,78 @@ becomes the frozen base, and the array W stays unchanged.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from minilora.spec.lora import draw_factors, merge_weight
-from minilora.spec.ops import Array
+from minilora.spec.lora import Weights, merge_weight
+from minilora.spec.models import Config, Shapes
+from minilora.spec.ops import Array, python_scalar
 from minilora.spec.quantization import dequantise, quantise
+
+
+def _kaiming_uniform(rng: np.random.Generator, r: int, n: int) -> Array:
+    return rng.uniform(-(n**-0.5), n**-0.5, (r, n))
+
+
+def _gaussian(rng: np.random.Generator, r: int, n: int) -> Array:
+    return rng.standard_normal((r, n)) / r
+
+
+DRAW = {"kaiming": _kaiming_uniform, "gaussian": _gaussian}
+
+
+def draw_factors(
+    rng: np.random.Generator, init: str, r: int, m: int, n: int
+) -> tuple[Array, Array]:
+    """A drawn, B = 0, so that the adapted model starts as the base.
+
+    "kaiming": A ~ U(-1/√n, 1/√n), which is kaiming-uniform with a = √5, as in the code of Hu et al.
+    "gaussian": A ~ N(0, 1/r²), as PEFT reads the paper's "random Gaussian".
+
+    Shapes: -> A (r, n), B (m, r).
+    Errors: ValueError for another start.
+    """
+    if init not in DRAW:
+        raise ValueError(f"init {init!r}: expected one of {', '.join(DRAW)}")
+    return DRAW[init](rng, r, n), np.zeros((m, r))
+
+
+def input_shapes(c: Config, b: int, t: int) -> Shapes:
+    """What each projection reads of b rows of t tokens, (features, columns).
+
+    Those above the blocks of a classifier read one token of each row.
+    """
+    matrices = {at: n for at, (_, n) in c.matrices().items() if at not in c.tables()}
+    every = {at for at in matrices if c.causal or at.startswith("layers.")}
+    return {at: (n, b * t if at in every else b) for at, n in matrices.items()}
+
+
+def draw_dropout(
+    rng: np.random.Generator, p: float, shapes: Mapping[str, tuple[int, int]], dtype: Any
+) -> Weights:
+    """K = keep / (1 - p) for each projection, keep ~ Bernoulli(1 - p) for each entry of its input.
+
+    Shapes: shapes {name: (n, t)} -> {name: K (n, t)}.
+    Errors: ValueError unless 0 ≤ p < 1.
+    """
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout {p}: expected at least 0 and below 1")
+    q = 1 - python_scalar(p)
+    return {at: (rng.random(shape) >= p).astype(dtype) / q for at, shape in shapes.items()}
+
+
+def draw_weights(c: Config, rng: np.random.Generator, std: float = 0.02) -> Weights:
+    """Fresh weights in float64: matrices N(0, std²), norms' weights 1, biases 0."""
+
+    def draw(name: str, shape: tuple[int, int]) -> Array:
+        if shape[1] > 1:
+            return std * rng.standard_normal(shape)
+        return np.full(shape, 0.0 if name.endswith(".bias") else 1.0)
+
+    return {name: draw(name, shape) for name, shape in c.shapes().items()}
 
 
 def _check(W: Array, what: str) -> None:

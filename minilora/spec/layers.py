@@ -14,45 +14,9 @@ from typing import Any
 import numpy as np
 
 from minilora.spec.lora import Variant
-from minilora.spec.ops import Array, Back, linear
+from minilora.spec.ops import Array, Back, OneHot, linear
 
 Linear = Callable[..., tuple[Array, Back]]
-
-
-class OneHot:
-    """The matrix (v, t) whose column j is 1 in row ids_j and 0 elsewhere, never formed.
-
-    M @ OneHot takes columns of M, OneHot @ N adds up rows of N, and its transpose does the same the
-    other way round: the products of an embedding, exact and cheap.
-    """
-
-    __array_ufunc__ = None  # NumPy leaves the products to this class
-
-    def __init__(self, ids: Array, v: int, transposed: bool = False) -> None:
-        self.ids, self.v, self.transposed = ids, v, transposed
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(v, t), or (t, v) of the transpose."""
-        shape = self.v, len(self.ids)
-        return shape[::-1] if self.transposed else shape
-
-    @property
-    def T(self) -> "OneHot":
-        """The transpose."""
-        return OneHot(self.ids, self.v, not self.transposed)
-
-    def __rmatmul__(self, M: Array) -> Array:
-        return self._sum(M.T).T if self.transposed else M[:, self.ids]
-
-    def __matmul__(self, N: Array) -> Array:
-        return N[self.ids] if self.transposed else self._sum(N)
-
-    def _sum(self, N: Array) -> Array:
-        """Row i: the sum of the rows j of N with ids_j = i."""
-        total = np.zeros((self.v, N.shape[1]), N.dtype)
-        np.add.at(total, self.ids, N)
-        return total
 
 
 def adapted_embedding(
@@ -75,6 +39,26 @@ def adapted_embedding(
         return tuple(dP)
 
     return y, back
+
+
+def fuse(adapters: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """One adapter for a fused projection (Q, K, V in one weight): A stacked, B block-diagonal.
+
+    Shapes: Aᵢ (rᵢ, n), Bᵢ (mᵢ, rᵢ) -> A (Σ rᵢ, n), B (Σ mᵢ, Σ rᵢ).
+    Errors: ValueError if there is no adapter.
+    Source: MergedLinear in the code of Hu et al. 2021.
+    """
+    if not adapters:
+        raise ValueError("no adapter to fuse: expected at least one")
+    A = np.concatenate([A for A, _ in adapters])
+    rows = sum(len(B) for _, B in adapters)
+    B = np.zeros((rows, len(A)), np.result_type(*(B for _, B in adapters)))
+    row = column = 0
+    for _, B_i in adapters:
+        m, r = B_i.shape
+        B[row : row + m, column : column + r] = B_i
+        row, column = row + m, column + r
+    return A, B
 
 
 def adapted_fused(
@@ -169,6 +153,31 @@ def adapted_experts(
         return dx, *(np.stack(d) for d in zip(*dPs, strict=True))
 
     return y, back
+
+
+def with_tokens(E: Array, ids: Array, rows: Array) -> tuple[Array, Back]:
+    """E' = E but for E'[ids] = rows: some tokens of a constant embedding are trained.
+
+    With dE' given:   drows = dE'[ids]. It gathers all uses of E', a tied head's among them.
+    The rows are the embedding's own, E[ids] to begin with, and no difference from them; PEFT's
+    ``trainable_tokens_delta`` holds the same, whatever its name says.
+
+    Shapes: E (v, d), ids (k,), rows (k, d) -> E' (v, d).
+    Errors: ValueError for no token of E, or one that comes twice: which of its rows would count?
+    And for rows that are not one for each.
+    """
+    if rows.shape != (len(ids), E.shape[1]):
+        raise ValueError(f"rows {rows.shape}: expected {(len(ids), E.shape[1])}, one for each id")
+    if len(set(ids.tolist()).intersection(range(len(E)))) < len(ids):
+        raise ValueError(f"ids {ids.tolist()}: expected tokens from 0 to {len(E) - 1}, each once")
+    changed = E.astype(np.result_type(E, rows))
+    changed[ids] = rows
+
+    def back(dE: Array) -> Array:
+        drows: Array = dE[ids]
+        return drows
+
+    return changed, back
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from minilora.spec.lora import LORA, Variant, combine, python_scalar
-from minilora.spec.ops import Array, Back, linear
+from minilora.spec.lora import LORA, Variant
+from minilora.spec.ops import Array, Back, linear, python_scalar
 from minilora.spec.variants import LORA_BIAS, extended, part_shapes
 
 
@@ -302,6 +302,24 @@ def _factors(adapter: Adapter) -> tuple[Array, Array, Array | None]:
             "combine the changes ΔW, not the factors"
         )
     return form(*adapter.parts)
+
+
+def combine(
+    adapters: Sequence[tuple[Array, Array, Any]], weights: Sequence[Any]
+) -> tuple[Array, Array]:
+    """A, B with B A = Σᵢ wᵢ sᵢ Bᵢ Aᵢ exactly: the Aᵢ stacked, the wᵢ sᵢ Bᵢ side by side.
+
+    The rank is the sum of the ranks; the result's own scale is 1.
+
+    Shapes: Aᵢ (rᵢ, n), Bᵢ (m, rᵢ) -> A (Σ rᵢ, n), B (m, Σ rᵢ).
+    Errors: ValueError if there is no adapter, or not one weight for each.
+    """
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"{len(adapters)} adapters, {len(weights)} weights: expected one for each")
+    A = np.concatenate([A for A, _, _ in adapters])
+    scaled = zip(adapters, map(python_scalar, weights), strict=True)
+    B = np.concatenate([w * python_scalar(s) * B for (_, B, s), w in scaled], axis=1)
+    return A, B
 
 
 def combine_exact(adapters: Sequence[Adapter], weights: Sequence[Any]) -> Adapter:

@@ -7,7 +7,6 @@ complex numbers (for derivatives by a complex step), exact rationals, rounding n
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,12 +26,15 @@ def linear(x: Array, W: Array, b: Array | None = None) -> tuple[Array, Back]:
     Shapes: x (n, t), W (m, n), b (m, 1) -> y (m, t).
     """
     y = W @ x if b is None else W @ x + b
+    return y, lambda dy: W.T @ dy
 
-    def back(dy: Array) -> Array:
-        dx: Array = W.T @ dy
-        return dx
 
-    return y, back
+def outer(a: Array, b: Array) -> Array:
+    """a bᵀ, formed as (b aᵀ)ᵀ where a has fewer rows: BLAS multiplies that in half the time.
+
+    Shapes: a (m, t), b (n, t) -> a bᵀ (m, n).
+    """
+    return a @ b.T if a.shape[0] >= b.shape[0] else (b @ a.T).T
 
 
 def dropout(x: Array, K: Array | None) -> tuple[Array, Back]:
@@ -44,11 +46,43 @@ def dropout(x: Array, K: Array | None) -> tuple[Array, Back]:
     Source: Srivastava et al. 2014, in the inverted form.
     """
     y = x if K is None else K * x
+    return y, lambda dy: dy if K is None else K * dy
 
-    def back(dy: Array) -> Array:
-        return dy if K is None else K * dy
 
-    return y, back
+class OneHot:
+    """The matrix (v, t) whose column j is 1 in row ids_j and 0 elsewhere, never formed.
+
+    M @ OneHot takes columns of M, OneHot @ N adds up rows of N, and its transpose does the same the
+    other way round: the products of an embedding, exact and cheap.
+    """
+
+    __array_ufunc__ = None  # NumPy leaves the products to this class
+
+    def __init__(self, ids: Array, v: int, transposed: bool = False) -> None:
+        self.ids, self.v, self.transposed = ids, v, transposed
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(v, t), or (t, v) of the transpose."""
+        shape = self.v, len(self.ids)
+        return shape[::-1] if self.transposed else shape
+
+    @property
+    def T(self) -> "OneHot":
+        """The transpose."""
+        return OneHot(self.ids, self.v, not self.transposed)
+
+    def __rmatmul__(self, M: Array) -> Array:
+        return self._sum(M.T).T if self.transposed else M[:, self.ids]
+
+    def __matmul__(self, N: Array) -> Array:
+        return N[self.ids] if self.transposed else self._sum(N)
+
+    def _sum(self, N: Array) -> Array:
+        """Row i: the sum of the rows j of N with ids_j = i."""
+        total = np.zeros((self.v, N.shape[1]), N.dtype)
+        np.add.at(total, self.ids, N)
+        return total
 
 
 def embedding(ids: Array, E: Array) -> tuple[Array, Back]:
@@ -59,44 +93,12 @@ def embedding(ids: Array, E: Array) -> tuple[Array, Back]:
     Shapes: ids (t,), E (v, d) -> y (d, t).
     """
     y = E[ids].T.copy()  # columns beside one another, as all activations lie
-
-    def back(dy: Array) -> Array:
-        dE = np.zeros_like(E, dtype=dy.dtype)
-        np.add.at(dE, ids, dy.T)
-        return dE
-
-    return y, back
-
-
-def with_tokens(E: Array, ids: Array, rows: Array) -> tuple[Array, Back]:
-    """E' = E but for E'[ids] = rows: some tokens of a constant embedding are trained.
-
-    With dE' given:   drows = dE'[ids]. It gathers all uses of E', a tied head's among them.
-    The rows are the embedding's own, E[ids] to begin with, and no difference from them; PEFT's
-    ``trainable_tokens_delta`` holds the same, whatever its name says.
-
-    Shapes: E (v, d), ids (k,), rows (k, d) -> E' (v, d).
-    Errors: ValueError for no token of E, or one that comes twice: which of its rows would count?
-    And for rows that are not one for each.
-    """
-    if rows.shape != (len(ids), E.shape[1]):
-        raise ValueError(f"rows {rows.shape}: expected {(len(ids), E.shape[1])}, one for each id")
-    if len(set(ids.tolist()).intersection(range(len(E)))) < len(ids):
-        raise ValueError(f"ids {ids.tolist()}: expected tokens from 0 to {len(E) - 1}, each once")
-    changed = E.astype(np.result_type(E, rows))
-    changed[ids] = rows
-
-    def back(dE: Array) -> Array:
-        drows: Array = dE[ids]
-        return drows
-
-    return changed, back
+    return y, lambda dy: OneHot(ids, len(E)) @ dy.T
 
 
 def _mean(x: Array) -> Array:
     """The mean over the features of each token; NumPy's own takes twice as long to begin."""
-    total: Array = np.add.reduce(x)
-    return total / len(x)
+    return np.add.reduce(x) / len(x)
 
 
 def rmsnorm(x: Array, w: Array, eps: float) -> tuple[Array, Back]:
@@ -110,14 +112,13 @@ def rmsnorm(x: Array, w: Array, eps: float) -> tuple[Array, Back]:
     """
     rho = 1 / np.sqrt(_mean(x * x) + eps)
     h = x * rho
-    y = w * h
 
     def back(dy: Array, frozen: bool = False) -> tuple[Array, ...]:
         dh = w * dy
         dx = rho * (dh - h * _mean(h * dh))
         return (dx,) if frozen else (dx, (h * dy).sum(1, keepdims=True))
 
-    return y, back
+    return w * h, back
 
 
 def layernorm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Back]:
@@ -133,7 +134,6 @@ def layernorm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Back]:
     centred = x - _mean(x)
     rho = 1 / np.sqrt(_mean(centred * centred) + eps)
     h = centred * rho
-    y = w * h + b
 
     def back(dy: Array, frozen: bool = False) -> tuple[Array, ...]:
         dh = w * dy
@@ -141,7 +141,7 @@ def layernorm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Back]:
         dw_db = () if frozen else ((h * dy).sum(1, keepdims=True), dy.sum(1, keepdims=True))
         return dx, *dw_db
 
-    return y, back
+    return w * h + b, back
 
 
 def tanh(x: Array) -> tuple[Array, Back]:
@@ -152,12 +152,7 @@ def tanh(x: Array) -> tuple[Array, Back]:
     Shapes: x (n, t) -> y (n, t).
     """
     y = np.tanh(x)
-
-    def back(dy: Array) -> Array:
-        dx: Array = (1 - y * y) * dy
-        return dx
-
-    return y, back
+    return y, lambda dy: (1 - y * y) * dy
 
 
 def silu(x: Array) -> tuple[Array, Back]:
@@ -171,12 +166,7 @@ def silu(x: Array) -> tuple[Array, Back]:
     with np.errstate(over="ignore"):  # e⁻ˣ = ∞ makes σ = 0, the right limit
         sigma = 1 / (1 + np.exp(-x))
     y = x * sigma
-
-    def back(dy: Array) -> Array:
-        dx: Array = (sigma + y * (1 - sigma)) * dy
-        return dx
-
-    return y, back
+    return y, lambda dy: (sigma + y * (1 - sigma)) * dy
 
 
 def erf(x: Array) -> Array:
@@ -188,8 +178,7 @@ def erf(x: Array) -> Array:
     """
     from scipy.special import erf
 
-    y: Array = erf(x)
-    return y
+    return erf(x)
 
 
 def gelu(x: Array) -> tuple[Array, Back]:
@@ -201,14 +190,12 @@ def gelu(x: Array) -> tuple[Array, Back]:
     Source: Hendrycks and Gimpel 2016, equation 1.
     """
     Phi = (1 + erf(x * 0.5**0.5)) * 0.5
-    y = x * Phi
 
     def back(dy: Array) -> Array:
         phi = np.exp(-(x * x) * 0.5) * (2 * np.pi) ** -0.5
-        dx: Array = (Phi + x * phi) * dy
-        return dx
+        return (Phi + x * phi) * dy
 
-    return y, back
+    return x * Phi, back
 
 
 def gelu_tanh(x: Array) -> tuple[Array, Back]:
@@ -221,14 +208,12 @@ def gelu_tanh(x: Array) -> tuple[Array, Back]:
     """
     c = (2 / np.pi) ** 0.5
     h = np.tanh(c * (x + 0.044715 * (x * x * x)))
-    y = x * (1 + h) * 0.5
 
     def back(dy: Array) -> Array:
         dh: Array = (1 - h * h) * (c * (1 + 3 * 0.044715 * (x * x)))
-        dx: Array = ((1 + h) + x * dh) * 0.5 * dy
-        return dx
+        return ((1 + h) + x * dh) * 0.5 * dy
 
-    return y, back
+    return x * (1 + h) * 0.5, back
 
 
 def rope_tables(positions: Array, d: int, theta: float, dtype: Any) -> tuple[Array, Array]:
@@ -246,39 +231,22 @@ def rope_tables(positions: Array, d: int, theta: float, dtype: Any) -> tuple[Arr
     return cos, sin
 
 
-@cache
-def _signs(dtype: Any) -> Array:
-    """-1 for x₁ and 1 for x₂ of `rope`'s pairs: (2, 1, 1)."""
-    signs = np.array([-1, 1], dtype)[:, None, None]
-    signs.setflags(write=False)
-    return signs
-
-
-def rope(x: Array, cos: Array, sin: Array, interleaved: bool = False) -> tuple[Array, Back]:
+def rope(x: Array, cos: Array, sin: Array) -> tuple[Array, Back]:
     """y = R x: the pair (x₁, x₂) becomes (x₁ cos - x₂ sin, x₂ cos + x₁ sin).
 
-    Partners are d/2 apart (half, Llama's files) or neighbours (interleaved, the paper and GGUF).
+    Partners are d/2 apart, as in Llama's files; the paper and GGUF take neighbours.
     With dy given:   dx = Rᵀ dy, the turn back, since R is orthogonal.
 
     Shapes: x (b, h, d, t), cos (b, 1, d/2, t), sin (b, 1, d/2, t) -> y (b, h, d, t).
     Source: Su et al. 2021, equations 15 and 34.
     """
-    b, h, d, t = x.shape
-    # What each of a pair is multiplied by, and what its partner is: (b, 1, 1 or 2, d/2, t).
-    own, other = cos[:, :, None], _signs(sin.dtype) * sin[:, :, None]
+    half = x.shape[2] // 2
 
-    def turn(v: Array, plus: Callable[..., Array]) -> Array:
-        if interleaved:
-            pairs = v.reshape(b, h, d // 2, 2, t).swapaxes(2, 3)
-        else:
-            pairs = v.reshape(b, h, 2, d // 2, t)
-        turned: Array = plus(pairs * own, pairs[:, :, ::-1] * other)
-        return (turned.swapaxes(2, 3) if interleaved else turned).reshape(b, h, d, t)
+    def turn(v: Array, sin: Array) -> Array:
+        v1, v2 = v[:, :, :half], v[:, :, half:]
+        return np.concatenate([v1 * cos - v2 * sin, v2 * cos + v1 * sin], axis=2)
 
-    def back(dy: Array) -> Array:
-        return turn(dy, np.subtract)
-
-    return turn(x, np.add), back
+    return turn(x, sin), lambda dy: turn(dy, -sin)
 
 
 def split_heads(x: Array, b: int, h: int) -> Array:
@@ -308,9 +276,7 @@ def causal_mask(real: Array) -> Array:
     """
     t = np.arange(real.shape[1])
     s = t[:, None]
-    past = (s < t) & real[:, :, None]
-    mask: Array = past | (s == t)
-    return mask
+    return (s < t) & real[:, :, None] | (s == t)
 
 
 def padding_mask(real: Array) -> Array:
@@ -321,48 +287,28 @@ def padding_mask(real: Array) -> Array:
     return real[:, :, None] | np.eye(real.shape[1], dtype=bool)
 
 
-def _exponentials(z: Array) -> tuple[Array, Array, Array]:
-    """exp(z - c), its sum and c, the greatest real part of each column: nothing overflows."""
-    c = z.real.max(-2, keepdims=True)
-    e = z - c
-    e = np.exp(e, out=e)  # in its place: these arrays are the largest of all
-    return e, e.sum(-2, keepdims=True), c
-
-
 def softmax(z: Array) -> tuple[Array, Back]:
-    """p = exp(z) / the sum of exp(z), down each column.
+    """p = exp(z - c) / the sum of exp(z - c), down each column, c its greatest real part.
 
+    Whatever c is, it cancels; by this one nothing overflows.
     With dp given:   dz = p ∘ (dp - the sum of p ∘ dp).
 
     Shapes: z (b, m, t) -> p (b, m, t).
     """
-    e, total, _ = _exponentials(z)
-    p = np.divide(e, total, out=e)
-
-    def back(dp: Array) -> Array:
-        dz: Array = p * (dp - (p * dp).sum(-2, keepdims=True))
-        return dz
-
-    return p, back
+    e = np.exp(z - z.real.max(-2, keepdims=True))
+    p = e / e.sum(-2, keepdims=True)
+    return p, lambda dp: p * (dp - (p * dp).sum(-2, keepdims=True))
 
 
-def _by_keys(K: Array, Q: Array) -> Array:
-    """Kᵀ Q, the keys' axis outermost in memory: what goes down the keys, as softmax does, is quick.
-
-    Shapes: K (b, g, 1, d, s), Q (b, g, n, d, t) -> z (b, g, n, s, t).
-    """
-    (b, g, n, _, t), s = Q.shape, K.shape[-1]
-    z = np.empty_like(Q, dtype=np.result_type(K, Q), order="C", shape=(s, b, g, n, t))
-    z = z.transpose(1, 2, 3, 0, 4)
-    return np.matmul(K.mT, Q, out=z)
-
-
-def attention(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Back]:
+def attention(
+    q: Array, k: Array, v: Array, mask: Array, matmul: Callable[..., Array] = np.matmul
+) -> tuple[Array, Back]:
     """o = v p, p = softmax(kᵀ q / √d), each query over the keys that its column of mask admits.
 
     With dp = vᵀ do and dz = softmax's back(dp):
     dq = k dz / √d,   dk = q dzᵀ / √d,   dv = do pᵀ.
     A key/value head serves h/g query heads in a row and receives the sum of their gradients.
+    ``matmul`` forms kᵀ q and vᵀ do.
 
     Shapes: q (b, h, d, t), k (b, g, d, s), v (b, g, d, s), mask (b, s, t) -> o (b, h, d, t).
     Source: Vaswani et al. 2017, equation 1; grouped heads, Ainslie et al. 2023.
@@ -371,55 +317,17 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Back]:
     grouped = (b, k.shape[1], h // k.shape[1], d, t)
     scale = d**-0.5
     Q, K, V = q.reshape(grouped) * scale, k[:, :, None], v[:, :, None]
-    z = _by_keys(K, Q)
+    z = matmul(K.mT, Q)
     np.copyto(z, -np.inf, where=~mask[:, None, None])
     p, back_softmax = softmax(z)
-    o = (V @ p).reshape(b, h, d, t)
 
     def back(do: Array) -> tuple[Array, Array, Array]:
         dO = do.reshape(grouped)
-        dz = back_softmax(_by_keys(V, dO))
+        dz = back_softmax(matmul(V.mT, dO))
         dq = (K @ dz * scale).reshape(b, h, d, t)
         return dq, (Q @ dz.mT).sum(2), (dO @ p.mT).sum(2)
 
-    return o, back
-
-
-QUERIES = 64
-"""So many queries attend at a time."""
-
-
-def by_queries(
-    attend: Callable[..., tuple[Array, Back]], q: Array, k: Array, v: Array, mask: Array
-) -> tuple[Array, Back]:
-    """attend(q, k, v, mask), `QUERIES` at a time, over the keys up to the last that one may see.
-
-    Beyond so many tokens no score is formed that a causal mask hides from a whole block of queries,
-    and no matrix of all by all. dk and dv are the sums of the blocks'.
-
-    Shapes: q (b, h, d, t), k (b, g, d, s), v (b, g, d, s), mask (b, s, t) -> o (b, h, d, t).
-    """
-    t = q.shape[-1]
-    if t <= QUERIES:
-        return attend(q, k, v, mask)
-    dtype, backs = np.result_type(q, k, v), []
-    o = np.empty_like(q, dtype=dtype)
-    for start in range(0, t, QUERIES):
-        queries = slice(start, start + QUERIES)
-        keys = slice(np.flatnonzero(mask[:, :, queries].any((0, 2)))[-1] + 1)
-        own = q[..., queries], k[..., keys], v[..., keys], mask[:, keys, queries]
-        o[..., queries], back_o = attend(*own)
-        backs.append((queries, keys, back_o))
-
-    def back(do: Array) -> tuple[Array, Array, Array]:
-        dq, dk, dv = (np.zeros_like(x, dtype=np.result_type(dtype, do)) for x in (do, k, v))
-        for queries, keys, back_o in backs:
-            dq[..., queries], dk_part, dv_part = back_o(do[..., queries])
-            dk[..., keys] += dk_part
-            dv[..., keys] += dv_part
-        return dq, dk, dv
-
-    return o, back
+    return (V @ p).reshape(b, h, d, t), back
 
 
 def cross_entropy(z: Array, labels: Array, count: int | None = None) -> tuple[Array, Back]:
@@ -442,10 +350,12 @@ def cross_entropy(z: Array, labels: Array, count: int | None = None) -> tuple[Ar
     n = int(counted.sum()) if count is None else count
     if n < 1:
         raise ValueError(f"no label counts: each is {IGNORED}; leave this batch out")
-    e, total, c = _exponentials(z)
+    c = z.real.max(0)
+    e = np.exp(z - c)
+    total = e.sum(0)
     at = np.where(counted, labels, 0), np.arange(labels.size)
     each = counted.astype(total.dtype)  # 1 or 0, in the numbers of z
-    L = ((np.log(total[0]) + (c[0] - z[at])) * each).sum() / n
+    L = ((np.log(total) + (c - z[at])) * each).sum() / n
 
     def back(dL: Array) -> Array:
         share = each * dL / n
@@ -454,3 +364,11 @@ def cross_entropy(z: Array, labels: Array, count: int | None = None) -> tuple[Ar
         return dz
 
     return L, back
+
+
+def python_scalar(x: Any) -> Any:
+    """x, or where it is one of NumPy's scalars, Python's: NumPy's make float64 of float32 arrays.
+
+    Of long double, which Python lacks, the scalar itself.
+    """
+    return x.item() if isinstance(x, np.generic) else x

@@ -5,14 +5,14 @@ A step takes parameters, gradients and state and returns new ones; nothing is ch
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from minilora.spec.lora import Params, Weights, python_scalar, sum_gradients
-from minilora.spec.ops import Array
+from minilora.spec.lora import Params, Weights, sum_gradients
+from minilora.spec.ops import Array, python_scalar
 
 Rates = float | Mapping[str, float]
 
@@ -33,7 +33,8 @@ class AdamState:
     v: Params = field(default_factory=dict)
 
 
-def _each(lr: Rates, params: Weights) -> Mapping[str, float]:
+def rates_of(lr: Rates, params: Weights) -> Mapping[str, float]:
+    """The learning rate of each parameter, by name."""
     if isinstance(lr, Mapping):
         return {name: python_scalar(rate) for name, rate in lr.items()}
     return dict.fromkeys(params, python_scalar(lr))
@@ -53,7 +54,7 @@ def sgd(
     decay is coupled: it passes through the velocity.
     """
     momentum, weight_decay = python_scalar(momentum), python_scalar(weight_decay)
-    new, velocity, rates = {}, {}, _each(lr, params)
+    new, velocity, rates = {}, {}, rates_of(lr, params)
     for name, p in params.items():
         u = gradients[name] + weight_decay * p
         if name in state.velocity:
@@ -81,86 +82,17 @@ def adamw(
     """
     beta1, beta2, eps, weight_decay = map(python_scalar, (*betas, eps, weight_decay))
     t = state.t + 1
-    new: Weights = {}
-    shapes = {name: p.shape for name, p in params.items()}
-    new_m, new_v, rates = Joined(shapes), Joined(shapes), _each(lr, params)
-    for names in _alike(params, gradients, state, rates):
-        p, g, lr_p = _joined(params, names), _joined(gradients, names), rates[names[0]]
-        m, v = (_joined(old, names) if names[0] in old else 0 for old in (state.m, state.v))
-        m = beta1 * m + (1 - beta1) * g
-        v = beta2 * v + (1 - beta2) * (g * g)
+    new, new_m, new_v, rates = {}, {}, {}, rates_of(lr, params)
+    for name, p in params.items():
+        g = gradients[name]
+        m = beta1 * state.m.get(name, 0) + (1 - beta1) * g
+        v = beta2 * state.v.get(name, 0) + (1 - beta2) * (g * g)
         m_hat = m / (1 - beta1**t)
         v_hat = v / (1 - beta2**t)
-        p = (1 - lr_p * weight_decay) * p - lr_p * (m_hat / (np.sqrt(v_hat) + eps))
-        new |= _parted(p, names, shapes)
-        new_m.wholes[names], new_v.wholes[names] = m, v
+        new_m[name], new_v[name] = m, v
+        decayed = (1 - rates[name] * weight_decay) * p
+        new[name] = decayed - rates[name] * (m_hat / (np.sqrt(v_hat) + eps))
     return new, AdamState(t, new_m, new_v)
-
-
-JOINED = 2**16
-"""About so many entries are worked on at a time: of small arrays, the calls cost more."""
-
-
-def _alike(
-    params: Weights, gradients: Weights, state: AdamState, rates: Mapping[str, float]
-) -> Iterator[tuple[str, ...]]:
-    """The names in runs of one rate and one number system, of `JOINED` entries or one array."""
-    run: list[str] = []
-    size, before = 0, None
-    for name, p in params.items():
-        kind = rates[name], p.dtype, gradients[name].dtype, name in state.m
-        if run and (kind != before or size + p.size > JOINED):
-            yield tuple(run)
-            run, size = [], 0
-        run.append(name)
-        size, before = size + p.size, kind
-    if run:
-        yield tuple(run)
-
-
-class Joined(Mapping[str, Array]):
-    """Arrays of which several are kept as one; each is cut out of it when it is asked for."""
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.wholes: dict[tuple[str, ...], Array] = {}
-        self.shapes = shapes
-
-    def __getitem__(self, name: str) -> Array:
-        for names, whole in self.wholes.items():
-            if name in names:
-                return _parted(whole, names, self.shapes)[name]
-        raise KeyError(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
-def _joined(arrays: Params, names: tuple[str, ...]) -> Array:
-    """These arrays as one: what is done entry by entry is done to all of them at once."""
-    if isinstance(arrays, Joined) and names in arrays.wholes:
-        return arrays.wholes[names]
-    if len(names) == 1:
-        return arrays[names[0]]
-    return np.concatenate([arrays[name].ravel() for name in names])
-
-
-def _parted(whole: Array, names: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]) -> Weights:
-    """The arrays that `_joined` made one, each in its shape: parts of it, and no copies."""
-    if len(names) == 1:
-        return {names[0]: whole}
-    parts: Weights = {}
-    start = 0
-    for name in names:
-        end = start + math.prod(shapes[name])
-        parts[name] = whole[start:end].reshape(shapes[name])
-        start = end
-    return parts
 
 
 def global_norm(gradients: Weights) -> Array:

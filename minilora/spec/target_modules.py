@@ -15,8 +15,14 @@ import numpy as np
 
 from minilora.spec.initialization import INITIALIZATIONS, shared_part
 from minilora.spec.lora import LORA, TABLES, TrainableSpec, Variant, Weights, twin, weight_of
+from minilora.spec.models import Config
 from minilora.spec.ops import Array
 from minilora.spec.variants import REGISTRY, Entry, extended, fresh_parts, invocation, part_shapes
+
+
+def ties_head(c: Config) -> bool:
+    """Whether the head has no weight of its own, and takes its embedding's."""
+    return "head" not in c.linears()
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class LoraConfig:
     the variant of that name. ``alora_invocation_tokens``: the tokens from which aLoRA acts
     (:func:`invoked`). ``ensure_weight_tying``: a tied head takes its embedding's factors,
     `lora.twin`. ``trainable_token_indices``: rows of tables that are trained alone, by
-    `ops.with_tokens` and not by :func:`inject`. ``layer_replication``: the ranges of
+    `layers.with_tokens` and not by :func:`inject`. ``layer_replication``: the ranges of
     :func:`replicate` that the model was made with.
 
     Errors: ValueError for what contradicts itself, or names no variant, start or bias.

@@ -1,0 +1,64 @@
+"""The specification's models, composed for speed and little memory."""
+
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+
+from minilora.spec import ops
+from minilora.spec.blocks import Op
+from minilora.spec.lora import Params, TrainableSpec, project
+from minilora.spec.models import Batch, Config, Kernels, logits, shifted_labels
+from minilora.spec.ops import Array, Back
+from minilora.training.attention import attention
+from minilora.training.checkpointing import lowest_block, stack
+from minilora.training.chunked_head import head_loss
+
+
+@lru_cache(maxsize=2)
+def _tables(t: int, d: int, theta: float, dtype: Any) -> tuple[Array, Array]:
+    tables = ops.rope_tables(np.arange(t)[None], d, theta, dtype)
+    for table in tables:
+        table.setflags(write=False)  # it is every caller's
+    return tables
+
+
+def rope_tables(positions: Array, d: int, theta: float, dtype: Any) -> tuple[Array, Array]:
+    """`ops.rope_tables`, remembered for positions 0 … t - 1, for which each step asks again.
+
+    Shapes: positions (b, t) -> cos (b or 1, 1, d/2, t), sin (b or 1, 1, d/2, t).
+    """
+    t = positions.shape[1]
+    if (positions == np.arange(t)).all():
+        return _tables(t, d, theta, dtype)
+    return ops.rope_tables(positions, d, theta, dtype)
+
+
+def forward_kernels(c: Config, head: Op = project) -> Kernels:
+    """For a forward alone: no activation outlives its block."""
+    return Kernels(attention, partial(stack, constant=c.layers), head, rope_tables)
+
+
+def loss(
+    batch: Batch,
+    W: Params,
+    c: Config,
+    tuning: TrainableSpec,
+    count: int | None = None,
+    checkpointed: bool = False,
+) -> tuple[Array, Back]:
+    """`models.loss`, with what nobody needs neither formed nor kept; ``back`` runs once.
+
+    ``W`` is as `checkpointing.prepared` gives it.
+
+    Shapes: -> L (); ``count`` as in `ops.cross_entropy`.
+    Errors: those of `models.loss`.
+    """
+    labels = shifted_labels(batch, c)
+
+    def head(x: Array, at: str, W: Params, tuning: TrainableSpec) -> tuple[Array, Back]:
+        return head_loss(x, at, W, tuning, labels, count)
+
+    constant = lowest_block(c.layers, c.causal, tuning.trained)
+    blocks = partial(stack, constant=constant, checkpointed=checkpointed)
+    return logits(batch, W, c, tuning, Kernels(attention, blocks, head, rope_tables))
