@@ -8,21 +8,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from minilora.spec.initialization import draw_weights
+    from minilora.spec.layers import fuse
     from minilora.spec.lora import (
         Merged,
         TrainableSpec,
         Variant,
-        combine,
         disable,
-        fuse,
         lora_linear,
         merge,
         project,
         scale,
         unmerge,
     )
-    from minilora.spec.models import GPT2, Batch, Bert, Llama, draw_weights, logits, loss
-    from minilora.spec.multi_adapter import Adapter, State
+    from minilora.spec.models import GPT2, Batch, Bert, Llama, logits, loss
+    from minilora.spec.multi_adapter import Adapter, State, combine
     from minilora.spec.target_modules import LoraConfig, ResolvedTargets, inject, resolve_targets
     from minilora.spec.variants import REGISTRY
 
@@ -57,7 +57,9 @@ __all__ = [
     "unmerge",
 ]
 
-_MODULES = ("lora", "models", "multi_adapter", "target_modules", "variants")
+_MODULES = (
+    "lora", "models", "multi_adapter", "target_modules", "variants", "initialization", "layers"
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -19,8 +19,8 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from minilora.spec import initialization, lora, models, ops, target_modules, variants
 from minilora.spec import layers as layer_kinds
-from minilora.spec import lora, models, ops, target_modules, variants
 from minilora.spec.ops import IGNORED, Array, Back
 
 RATES = (Fraction(1, 10), Fraction(1, 4), Fraction(3, 4))
@@ -205,9 +205,6 @@ def draw_operations(
         "gelu": one(ops.gelu),
         "gelu_tanh": one(ops.gelu_tanh),
         "rope": Operation(ops.rope, {"x": draw(b, r, 2 * n, t)}, turn),
-        "rope, interleaved": Operation(
-            ops.rope, {"x": draw(b, r, 2 * n, t)}, turn | {"interleaved": True}
-        ),
         "softmax": Operation(ops.softmax, {"z": draw(b, m, t)}),
         "attention, causal": Operation(ops.attention, heads, {"mask": ops.causal_mask(real)}),
         "attention, padded": Operation(ops.attention, heads, {"mask": ops.padding_mask(real)}),
@@ -238,7 +235,7 @@ def draw_operations(
             {"W": draw(2 * m, 1, 2, 1), "b": draw(2 * m, 1), "geometry": moves, "groups": 2},
         ),
         "with_tokens": Operation(
-            ops.with_tokens,
+            layer_kinds.with_tokens,
             {"rows": draw((m + 1) // 2, n)},
             {"E": draw(m + 1, n), "ids": rng.permutation(m + 1)[: (m + 1) // 2]},
         ),
@@ -321,7 +318,7 @@ class Model:
 
 def draw_parameters(c: models.Config, rng: np.random.Generator) -> lora.Weights:
     """Weights of order one that are nowhere special: norms away from 1, biases away from 0."""
-    W = models.draw_weights(c, rng, std=0.4)
+    W = initialization.draw_weights(c, rng, std=0.4)
     return {name: w + 0.3 * rng.standard_normal(w.shape) for name, w in W.items()}
 
 
@@ -374,8 +371,8 @@ def draw_tuning(
     W |= {name: 0.5 * rng.standard_normal(w.shape) for name, w in W.items() if name.endswith(".B")}
     keep: Mapping[str, Array] = {}
     if p:
-        read = c.inputs(*batch.ids.shape)
-        keep = lora.draw_dropout(rng, p, {at: read[at] for at in c.linears()}, float)
+        read = initialization.input_shapes(c, *batch.ids.shape)
+        keep = initialization.draw_dropout(rng, p, {at: read[at] for at in c.linears()}, float)
     trained = frozenset(W) if everything else tuning.trained
     return W, replace(tuning, dropout_scale=keep, trained=trained)
 

@@ -27,8 +27,9 @@ from minilora.io.formats.huggingface import read_model, write_model
 from minilora.io.formats.peft import adapter_names, read_adapter, write_adapter
 from minilora.io.formats.tokenizers import WordTokenizer
 from minilora.io.synthetic_data import TASKS, Task, draw_batch, expected_loss, task
+from minilora.spec.initialization import draw_weights
 from minilora.spec.lora import TrainableSpec, Weights, disable
-from minilora.spec.models import GPT2, Batch, Bert, Config, Llama, draw_weights, logits, loss
+from minilora.spec.models import GPT2, Batch, Bert, Config, Llama, logits, loss
 from minilora.spec.optim import AdamState, adamw, clip, schedule
 from minilora.spec.target_modules import LoraConfig, inject
 

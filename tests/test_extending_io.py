@@ -17,8 +17,9 @@ from minilora.io.formats.factors import check_factors
 from minilora.io.formats.format import AdapterWeights, Format
 from minilora.io.loading import open_adapted, open_base
 from minilora.spec import models
+from minilora.spec.initialization import draw_weights
 from minilora.spec.lora import LORA
-from minilora.spec.models import GPT2, Batch, draw_weights
+from minilora.spec.models import GPT2, Batch
 
 # The file of the toy format: JSON, with each factor as a list of rows.
 

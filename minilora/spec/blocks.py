@@ -27,15 +27,17 @@ def embed(ids: Array, at: str, W: Params, tuning: TrainableSpec) -> tuple[Array,
     """
     weight = f"{at}.weight"
     variant, names = adapter_of(at, W, tuning)
-    y, back_y = ops.embedding(ids, W[weight])
+    base, back_base = ops.embedding(ids, W[weight])
     if names:
         x, parts = ops.OneHot(ids, len(W[weight])), [W[name] for name in names]
-        y, back_parts = variant.linear(x, W[weight].T, None, *parts, tuning.scale[at])
+        y, back_y = variant.linear(x, W[weight].T, None, *parts, tuning.scale[at])
+    else:
+        y, back_y = base, lambda dy: (None,)
 
     def back(dy: Array) -> Weights:
-        gradients = dict(zip(names, back_parts(dy)[1:], strict=True)) if names else {}
+        gradients = dict(zip(names, back_y(dy)[1:], strict=True))
         if weight in tuning.trained:
-            gradients[weight] = back_y(dy)
+            gradients[weight] = back_base(dy)
         return tuning.trained_only(gradients.items())
 
     return y, back

@@ -327,7 +327,7 @@ def combine_exact(adapters: Sequence[Adapter], weights: Sequence[Any]) -> Adapte
 
     One alone keeps its parameters and becomes s w; at weight 1 it is itself, for every variant.
 
-    Errors: those of `lora.combine` and of `factors`.
+    Errors: those of `multi_adapter.combine` and of `factors`.
     """
     if len(adapters) == len(weights) == 1 and (weights[0] == 1 or adapters[0].variant.additive):
         return replace(adapters[0], s=python_scalar(weights[0]) * adapters[0].s)

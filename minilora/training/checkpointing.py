@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from minilora.io.lazy_weights import Expanded
-from minilora.spec.lora import Params, TrainableSpec, Weights, weight_of
+from minilora.spec.lora import Params, TrainableSpec, Weights
 from minilora.spec.models import Config
 from minilora.spec.ops import Array, Back
 
@@ -74,7 +74,7 @@ class ConstantInput:
     T = ZERO
     __array_ufunc__ = None
 
-    def __matmul__(self, x: Array) -> Array:
+    def __matmul__(self, x: Array) -> Any:
         return self.w @ x
 
 
@@ -82,23 +82,18 @@ def prepared(W: Params, c: Config, tuning: TrainableSpec) -> Params:
     """W for a backward of what is trained, and quick to look up: one dict, if all its maps are.
 
     The weights that read a constant are each a `ConstantInput`, if LoRA itself or nothing adapts
-    them: their dx is `ZERO`. A table that is read in parts is dense below an adapter that rescales
-    it.
+    them: their dx is `ZERO`.
     """
     modules = constant_inputs(c.layers, c.causal, tuning.trained) - tuning.variant.keys()
-    constant = [f"{at}.{part}" for at in modules for part in ("weight", "A")]
-    rescaled = (at for at, variant in tuning.variant.items() if not variant.additive)
+    names = [f"{at}.{part}" for at in modules for part in ("weight", "A") if f"{at}.{part}" in W]
     if (flat := _flat(W)) is not None:
-        return flat | {name: ConstantInput(flat[name]) for name in constant if name in flat}
-    wrap = {weight_of(at, W): np.asarray for at in rescaled} | dict.fromkeys(
-        constant, ConstantInput
-    )
-    read = {name: partial(_read, f, W, name) for name, f in wrap.items() if name in W}
-    return ChainMap(Expanded(read), W)  # type: ignore[arg-type]
+        return flat | {name: ConstantInput(flat[name]) for name in names}
+    lazy = Expanded({name: partial(_read_constant, W, name) for name in names})
+    return ChainMap(lazy, W)  # type: ignore[arg-type]
 
 
-def _read(f: Callable[[Any], Any], W: Params, name: str) -> Any:
-    return f(W[name])
+def _read_constant(W: Params, name: str) -> Any:
+    return ConstantInput(W[name])
 
 
 def _flat(W: Params) -> dict[str, Any] | None:

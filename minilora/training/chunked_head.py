@@ -6,8 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from minilora.io.lazy_weights import Table, as_table
-from minilora.spec.lora import Params, TrainableSpec, Weights, project, sum_gradients, weight_of
+from minilora.io.lazy_weights import as_table
+from minilora.spec.lora import (
+    Params,
+    TrainableSpec,
+    Weights,
+    adapter_of,
+    project,
+    sum_gradients,
+    weight_of,
+)
 from minilora.spec.ops import IGNORED, Array, Back, cross_entropy
 
 LOGITS, COLUMNS = 2**18, 128
@@ -30,7 +38,8 @@ def head_loss(
     Errors: those of `ops.cross_entropy`.
     """
     E = W[weight_of(at, W)]
-    W = _with_head(E, len(E) * labels.size > LARGE, at, W)
+    additive = adapter_of(at, W, tuning)[0].additive  # what rescales W needs it dense
+    W = _with_head(E, additive and len(E) * labels.size > LARGE, at, W)
     most = max(COLUMNS, LOGITS // len(E))
     chunked = labels.size > most
     columns: Any = np.flatnonzero(labels != IGNORED) if chunked else slice(None)
@@ -65,7 +74,6 @@ def _in_chunks(
 
 def _with_head(E: Any, by_rows: bool, at: str, W: Params) -> Params:
     """W, in which the weight E of the projection ``at`` is dense, or read by blocks of rows."""
-    if not by_rows and not isinstance(E, Table):
-        return W
-    parts: dict[str, Any] = {name: W[name] for name in W if name.startswith(f"{at}.")}
-    return parts | {weight_of(at, W): as_table(E) if by_rows else np.asarray(E)}
+    weight, others = weight_of(at, W), (name for name in W if name.startswith(f"{at}."))
+    parts: dict[str, Any] = {name: W[name] for name in others if name != weight}
+    return parts | {weight: as_table(E) if by_rows else np.asarray(E)}

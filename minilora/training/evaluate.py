@@ -13,10 +13,12 @@ from minilora.io.formats.tokenizers import Tokenizer
 from minilora.spec.lora import Params, TrainableSpec, project
 from minilora.spec.models import Batch, Config, logits, shifted_labels
 from minilora.spec.ops import IGNORED, Array, Back, cross_entropy
+from minilora.training.checkpointing import prepared
 from minilora.training.example import Example
 from minilora.training.generate import fitting, generate
 from minilora.training.gradients import ExecutionPlan
 from minilora.training.gradients import evaluate as sums
+from minilora.training.kernels import forward_kernels
 
 COLUMNS = 256
 """Of how many tokens at once the logits are formed: of all they may take more than the model."""
@@ -77,7 +79,7 @@ def measure(batches: Iterable[Batch], W: Params, c: Config, tuning: TrainableSpe
                 right.append(z.argmax(0) == labels[columns])
             return x, lambda dx: None
 
-        logits(batch, W, c, still, head)
+        logits(batch, prepared(W, c, still), c, still, forward_kernels(c, head))
     found = np.concatenate([np.zeros(0, bool), *right])
     return _whole(Measured(math.fsum(nll), len(found), found))
 

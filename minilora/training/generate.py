@@ -1,7 +1,7 @@
 """Text from a model, token by token: each is drawn from the logits of those before it.
 
 The model runs once over the prompt and then over one token at a time, with the keys and values of
-the earlier ones in a `Past`: by the code that trains it, since a block is written once.
+the earlier ones in a `KVCache`: by the code that trains it, since a block is written once.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from minilora.spec.blocks import Past
+from minilora.spec.blocks import Op
 from minilora.spec.lora import Params, TrainableSpec, project
-from minilora.spec.models import Batch, Config, Head, logits
+from minilora.spec.models import Batch, Config
 from minilora.spec.ops import Array, Back
+from minilora.training.checkpointing import prepared
+from minilora.training.kv_cache import KVCache, next_logits
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def draw(z: Array, sampling: Sampling, seed: int, step: int, row: int = 0) -> in
     return int(min(np.searchsorted(np.cumsum(p), u, side="right"), np.flatnonzero(p)[-1]))
 
 
-def last(b: int) -> Head:
+def last(b: int) -> Op:
     """The head of the last token of each of b sequences, the only one that is asked for."""
 
     def head(x: Array, at: str, W: Params, tuning: TrainableSpec) -> tuple[Array, Back]:
@@ -128,15 +130,17 @@ def generate(
     ids = np.zeros((len(prompts), longest), int)
     real = np.arange(longest) >= longest - np.array([[len(prompt)] for prompt in prompts])
     ids[real] = [token for prompt in prompts for token in prompt]
-    past, places = Past(), np.maximum(real.cumsum(1) - 1, 0)
-    still = replace(tuning, trained=frozenset(), dropout_scale={})
+    cache, positions = KVCache(), np.maximum(real.cumsum(1) - 1, 0)
+    frozen = replace(tuning, trained=frozenset(), dropout_scale={})
+    weights = prepared(W, c, frozen)
     ended = np.zeros(len(prompts), bool)
     for step in range(most):
-        z, _ = logits(Batch(ids, mask=real, positions=places), W, c, still, last(len(ids)), past)
+        batch = Batch(ids, mask=real, positions=positions)
+        z = next_logits(batch, weights, c, frozen, cache, last(len(ids)))
         drawn = [draw(z[:, row], sampling, seed, step, row) for row in range(len(prompts))]
         yield [None if end else token for end, token in zip(ended, drawn, strict=True)]
         ended = ended | np.isin(drawn, list(stop))
         if ended.all():
             return
         ids, real = np.array(drawn)[:, None], np.ones((len(prompts), 1), bool)
-        places = places[:, -1:] + 1
+        positions = positions[:, -1:] + 1

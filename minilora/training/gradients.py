@@ -19,9 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from minilora.spec.lora import Params, TrainableSpec, Weights, draw_dropout, sum_gradients
-from minilora.spec.models import Batch, Config, loss, shifted_labels
+from minilora.spec.initialization import draw_dropout, input_shapes
+from minilora.spec.lora import Params, TrainableSpec, Weights, sum_gradients
+from minilora.spec.models import Batch, Config, shifted_labels
 from minilora.spec.ops import IGNORED, Array
+from minilora.training.checkpointing import prepared
+from minilora.training.kernels import loss
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def drawn_dropout(
         expected = "a rate from 0 and below 1, and both others from 0"
         raise ValueError(f"dropout {p} with seed {seed} at step {step}: expected {expected}")
     b, t = batch.ids.shape
-    inputs = {at: shape for at, shape in c.inputs(1, t).items() if at in tuning.scale}
+    inputs = {at: shape for at, shape in input_shapes(c, 1, t).items() if at in tuning.scale}
     return Dropout(seed, step, p, inputs, range(b), dtype) if p else {}
 
 
@@ -209,22 +212,18 @@ def gradients(
     Errors: ValueError if no label counts; those of ``loss``.
     """
     counts = which_count(batch, c) if counts is None else counts
-    own = int(counts.sum())
-    n = own if count is None else count
-    if min(own, n) < 1:
+    in_batch = int(counts.sum())
+    n = in_batch if count is None else count
+    if min(in_batch, n) < 1:
         raise ValueError(f"no label counts in {len(batch.ids)} rows; leave this batch out")
 
-    how = (
-        replace(tuning, recompute=plan.gradient_checkpointing)
-        if plan.gradient_checkpointing
-        else tuning
-    )
     if plan.gradient_checkpointing:  # memory is dearer than time
         release_memory()
+    weights = prepared(W, c, tuning)
 
     def work(rows: slice) -> tuple[Any, Weights]:
-        own_batch, own_tuning = part(batch, how, rows)
-        L, back = loss(own_batch, W, c, own_tuning, n)
+        group, spec = part(batch, tuning, rows)
+        L, back = loss(group, weights, c, spec, n, plan.gradient_checkpointing)
         return L, back(1.0)
 
     L: Any = None
@@ -249,20 +248,21 @@ def evaluate(
 
     Errors: those of ``loss``.
     """
-    still = replace(tuning, trained=frozenset(), dropout_scale={})
+    frozen = replace(tuning, trained=frozenset(), dropout_scale={})
+    weights = prepared(W, c, frozen)
 
     def work(rows: slice) -> Any:
-        own_batch, own_tuning = part(batch, still, rows)
-        return loss(own_batch, W, c, own_tuning, 1)[0]
+        group, spec = part(batch, frozen, rows)
+        return loss(group, weights, c, spec, 1)[0]
 
     counts = which_count(batch, c)
     return sum(in_order(work, groups(batch, c, plan, counts), plan.threads)), int(counts.sum())
 
 
 def release_memory() -> None:
-    """What has been freed goes back to the system, where the C library can: the other way round.
+    """Return freed heap memory to the operating system (malloc_trim), if the C library can.
 
-    In the pieces that training leaves, a later step's arrays do not all fit.
+    Undoes `warm_memory`: in the pieces that a step leaves, a later step's arrays do not all fit.
     """
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -14,9 +14,10 @@ from minilora.spec import adalora
 from minilora.spec.lora import Weights, sum_gradients
 from minilora.spec.models import Batch, Config
 from minilora.spec.ops import Array
-from minilora.spec.optim import adamw, clip, schedule
+from minilora.spec.optim import clip, schedule
 from minilora.training.batching import batch as padded
 from minilora.training.checkpoints import TrainState
+from minilora.training.fused_adamw import fused_adamw
 from minilora.training.gradients import drawn_dropout, gradients, which_count
 from minilora.training.run import Run
 
@@ -89,7 +90,7 @@ def train_step(run: Run, state: TrainState, batches: Sequence[Batch]) -> tuple[T
         raise Diverged(step, f"the loss is {loss:g}, its gradient's norm {norm:g}")
     factor = schedule(config.lr_scheduler, state.step, run.total_steps, config.warmup_steps)
     lr = {name: rate * factor for name, rate in run.learning_rates.items()}
-    params, adam = adamw(state.params, g, state.adam, lr, weight_decay=config.weight_decay)
+    params, adam = fused_adamw(state.params, g, state.adam, lr, weight_decay=config.weight_decay)
     if not all(np.isfinite(p).all() for p in params.values()):
         raise Diverged(step, "a parameter is not finite")
     params, importance = _pruned(run, state, params, g)

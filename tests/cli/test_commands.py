@@ -45,8 +45,9 @@ from minilora.io.loading import (
     open_base,
     open_base_of,
 )
+from minilora.spec.initialization import draw_weights
 from minilora.spec.lora import TrainableSpec, merge
-from minilora.spec.models import GPT2, Llama, draw_weights
+from minilora.spec.models import GPT2, Llama
 from minilora.spec.target_modules import LoraConfig, inject
 from minilora.training import batching, data, evaluate
 from minilora.training.checkpoints import TrainState

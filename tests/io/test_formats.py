@@ -34,8 +34,9 @@ from minilora.io.files import (
 from minilora.io.formats import huggingface, peft
 from minilora.io.formats.huggingface import config_to_json, read_config, read_model, write_model
 from minilora.io.formats.peft import adapter_names, read_adapter, read_lora_config, write_adapter
+from minilora.spec.initialization import draw_weights
 from minilora.spec.lora import TrainableSpec, scale
-from minilora.spec.models import GPT2, Batch, Bert, Llama, draw_weights, logits
+from minilora.spec.models import GPT2, Batch, Bert, Llama, logits
 from minilora.spec.target_modules import LoraConfig, inject, resolve_targets
 
 MODELS = {

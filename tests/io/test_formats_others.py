@@ -26,6 +26,7 @@ from minilora.io.formats.factors import (
     parameter_shapes,
 )
 from minilora.io.formats.huggingface import write_model
+from minilora.spec.initialization import draw_weights
 from minilora.spec.layers import Geometry, adapted_conv
 from minilora.spec.lora import (
     LORA,
@@ -37,7 +38,7 @@ from minilora.spec.lora import (
     scale,
     twin,
 )
-from minilora.spec.models import GPT2, Batch, Bert, Llama, draw_weights, logits
+from minilora.spec.models import GPT2, Batch, Bert, Llama, logits
 from minilora.spec.target_modules import LoraConfig, inject
 from minilora.spec.variants import DORA, DORA_FULL, VERA
 from minilora.testing import configurations, generators

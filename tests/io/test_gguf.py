@@ -34,9 +34,10 @@ from minilora.io.formats.gguf.contents import Contents, library
 from minilora.io.formats.gguf.names import SPECIAL, places
 from minilora.io.formats.huggingface import copy_tokenizer, write_model
 from minilora.io.loading import open_base
-from minilora.spec import blocks
+from minilora.spec import ops
+from minilora.spec.initialization import draw_weights
 from minilora.spec.lora import TrainableSpec, merge
-from minilora.spec.models import GPT2, Batch, Bert, Llama, draw_weights, logits, loss
+from minilora.spec.models import GPT2, Batch, Bert, Llama, logits, loss
 from minilora.spec.quantization import dequantise, quantise
 from minilora.spec.target_modules import LoraConfig, inject
 from minilora.spec.variants import DORA
@@ -1068,7 +1069,7 @@ def judged(z, c, W, tuning, monkeypatch):
 
     with monkeypatch.context() as patch:
         if isinstance(c, GPT2):
-            patch.setattr(blocks, "gelu_tanh", halved(blocks.gelu_tanh))
+            patch.setattr(ops, "gelu_tanh", halved(ops.gelu_tanh))
         sigma = spread(run, wanted, SAMPLES, [0])
     return Comparison("logits", z, wanted["logits"], sigma["logits"], MONTE_CARLO).judge()
 

@@ -16,8 +16,9 @@ from minilora.io.files import FormatError
 from minilora.io.formats import glassllm
 from minilora.io.formats.huggingface import copy_tokenizer
 from minilora.io.loading import open_adapted, open_base, package_model
+from minilora.spec.initialization import draw_weights
 from minilora.spec.lora import TrainableSpec
-from minilora.spec.models import Batch, Llama, draw_weights, logits
+from minilora.spec.models import Batch, Llama, logits
 
 C = Llama(vocab=40, d=24, layers=2, heads=4, ffn=64, kv_heads=2, head_dim=6, eps=1e-6, tied=True)
 CONFIG = {

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from minilora.io.synthetic_data import END, PAD, START, TASKS, Task, draw_batch, expected_loss, task
+from minilora.spec.initialization import draw_weights
 from minilora.spec.lora import TrainableSpec
-from minilora.spec.models import GPT2, Bert, draw_weights
+from minilora.spec.models import GPT2, Bert
 from minilora.spec.ops import IGNORED
 
 U = np.finfo(float).eps / 2

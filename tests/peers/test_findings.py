@@ -28,19 +28,11 @@ from minilora import Batch, TrainableSpec, logits, lora_linear, merge, scale, un
 from minilora.io.formats.huggingface import config_to_json, read_model
 from minilora.spec.adalora import adalora_scale, allocate, budget, orthogonality
 from minilora.spec.initialization import loftq, olora, orthogonal, pissa
-from minilora.spec.layers import Geometry, adapted_conv
+from minilora.spec.layers import Geometry, adapted_conv, with_tokens
 from minilora.spec.lora import merge_weight, twin
 from minilora.spec.models import Llama
 from minilora.spec.multi_adapter import Adapter, State, combine_exact, combine_linear
-from minilora.spec.ops import (
-    attention,
-    cross_entropy,
-    embedding,
-    linear,
-    rmsnorm,
-    rope_tables,
-    with_tokens,
-)
+from minilora.spec.ops import attention, cross_entropy, embedding, linear, rmsnorm, rope_tables
 from minilora.spec.optim import AdamState, adamw, lorafa_gradient, loraplus_rates, schedule
 from minilora.spec.quantization import dequantise, dequantise_dynamic, quantise, quantise_dynamic
 from minilora.spec.target_modules import (

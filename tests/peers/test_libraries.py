@@ -8,9 +8,9 @@ import pytest
 from calculus import GRADIENT, record_worst, same_bits
 from extras import optional
 
-from minilora.spec.initialization import loftq, olora, orthogonal, pissa
+from minilora.spec.initialization import DRAW, loftq, olora, orthogonal, pissa
 from minilora.spec.layers import PLACE
-from minilora.spec.lora import DRAW, lora_linear, merge_weight
+from minilora.spec.lora import lora_linear, merge_weight
 from minilora.spec.ops import linear
 from minilora.spec.quantization import dequantise, quantise
 from minilora.spec.variants import (

@@ -20,7 +20,7 @@ from minilora.io.architectures import module_paths, tensor_names
 from minilora.io.files import read_json
 from minilora.io.formats.huggingface import read_model
 from minilora.io.formats.peft import adapter_names, read_adapter
-from minilora.spec import lora, optim
+from minilora.spec import initialization, optim
 
 torch = optional("torch")
 transformers = optional("transformers")
@@ -169,7 +169,9 @@ def errors(folder, factor=1.0):
     c, W, tuning = ours(folder, everything=True)
     rng = np.random.default_rng(1)
     batch = draw.draw_batch(c, rng, 4, 7)
-    keep = lora.draw_dropout(rng, 0.25, c.inputs(*batch.ids.shape), float)
+    keep = initialization.draw_dropout(
+        rng, 0.25, initialization.input_shapes(c, *batch.ids.shape), float
+    )
     keep = {at: K for at, K in keep.items() if at in tuning.scale}
     model, parameters = theirs(folder, c, W, keep)
     for p in parameters.values():

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from minilora import testing as draw
 from minilora.spec import layers, lora, ops, variants
-from minilora.spec.layers import Geometry, OneHot, unfold
+from minilora.spec.layers import Geometry, unfold
 from minilora.spec.lora import lora_linear
+from minilora.spec.ops import OneHot
 from minilora.verify.properties import exact_numbers, layer_kinds
 
 FEW = settings(max_examples=10)
@@ -95,7 +96,7 @@ def test_fused_parts_are_the_parts_and_one_adapter_by_fuse(rng, biased):
     b = whole(rng, 7, 1) if biased else None
     P = [(whole(rng, r, n), whole(rng, m, r)) for r, m in zip((2, 1, 3), rows, strict=True)]
     y, back = layers.adapted_fused(lora_linear, x, W, b, P, rows, 0.5)
-    A, B = lora.fuse(P)
+    A, B = layers.fuse(P)
     one, back_one = lora_linear(x, W, b, A, B, 0.5)
     assert (y == one).all()
     (dx, *parts), (dx_one, dA, dB) = back(dy), back_one(dy)

@@ -23,7 +23,7 @@ from number_systems import Real, Rounded, every_erf, propagated, to_objects, val
 
 import minilora as ml
 from minilora import testing as draw
-from minilora.spec import blocks, lora, models, ops
+from minilora.spec import blocks, lora, models, ops, target_modules
 
 CONFIGS = {
     "Llama": ml.Llama(vocab=11, d=5, layers=2, heads=2, ffn=7, kv_heads=1, head_dim=4, eps=0.1),
@@ -181,7 +181,7 @@ def any_number(monkeypatch):
     monkeypatch.setattr(ops, "erf", every_erf)
 
     def tables(number):
-        monkeypatch.setattr(models, "rope_tables", number)
+        monkeypatch.setattr(models.logits, "__defaults__", (models.Kernels(rope_tables=number),))
 
     return tables
 
@@ -413,6 +413,14 @@ def grouped_heads_are_heads_with_repeated_rows(model):
     agree(found, outcome(model))
 
 
+def neighbours(x, cos, sin, rope=ops.rope):
+    """RoPE of pairs of neighbours."""
+    halves = np.arange(x.shape[2]).reshape(-1, 2).T.ravel()
+    y, back = rope(x[:, :, halves], cos, sin)
+    pairs = np.argsort(halves)
+    return y[:, :, pairs], lambda dy: back(dy[:, :, halves])[:, :, pairs]
+
+
 def interleaved_rope_permutes_rows_of_w_and_b(model):
     """Neighbours for partners d/2 apart: rows of q and k in that order, in W, in B and in bias."""
     c, W = model.config, dict(model.W)
@@ -424,7 +432,7 @@ def interleaved_rope_permutes_rows_of_w_and_b(model):
                 a = arrays[name].reshape(-1, c.head_dim, arrays[name].shape[1])[:, order]
                 arrays[name] = a.reshape(arrays[name].shape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "rope", functools.partial(blocks.rope, interleaved=True))
+        patch.setattr(ops, "rope", neighbours)
         agree(outcome(replace(model, W=W)), wanted)
 
 
@@ -544,16 +552,16 @@ def tiled(q, k, v, mask):
     return o, wrong
 
 
-def mean_over_all(z, labels, count=None):
-    return ops.cross_entropy(z, labels, labels.size if count is None else count)
+def mean_over_all(z, labels, count=None, right=ops.cross_entropy):
+    return right(z, labels, labels.size if count is None else count)
 
 
 def all_seen(real):
     return np.ones((*real.shape, real.shape[1]), bool)
 
 
-def padding_seen(real):
-    return ops.causal_mask(np.ones_like(real))
+def padding_seen(real, right=ops.causal_mask):
+    return right(np.ones_like(real))
 
 
 def first_row(ids, at, W, tuning):
@@ -571,8 +579,8 @@ def heads_within_features(x, b, h):
     return x.reshape(x.shape[0] // h, h, b, -1).transpose(2, 1, 0, 3)
 
 
-def half_only(x, cos, sin, interleaved=False):
-    return ops.rope(x, cos, sin)
+def turned_backwards(x, cos, sin, rope=ops.rope):
+    return rope(x, cos, -sin)
 
 
 ALL, CAUSAL, LLAMA = {}, {"architectures": (ml.Llama, ml.GPT2)}, {"architectures": (ml.Llama,)}
@@ -588,18 +596,23 @@ LAWS = {
         ALL,
         *lora_wrong(lambda x, W, b, A, B, s, K: (x if K is None else K * x, W, b, A, B, s)),
     ),
-    no_token_sees_a_later_one: (CAUSAL, models, "causal_mask", all_seen),
+    no_token_sees_a_later_one: (CAUSAL, ops, "causal_mask", all_seen),
     the_order_of_rows_is_no_matter: (
         ALL,
         *lora_wrong(lambda x, W, b, A, B, s, K: (x, W, b, A, B, s * x[0, 0])),
     ),
-    parts_of_a_batch_add_up: (ALL, models, "cross_entropy", mean_over_all),
-    padding_on_the_right_changes_nothing: (PLAIN, models, "causal_mask", all_seen),
-    padding_on_the_left_changes_nothing: (PLAIN | CAUSAL, models, "causal_mask", padding_seen),
-    grouped_heads_are_heads_with_repeated_rows: (LLAMA, blocks, "attention", tiled),
-    interleaved_rope_permutes_rows_of_w_and_b: (LLAMA, blocks, "rope", half_only),
-    the_order_of_heads_is_no_matter: (ALL, blocks, "split_heads", heads_within_features),
-    the_loss_is_the_mean_over_labels_that_count: (ALL, models, "cross_entropy", mean_over_all),
+    parts_of_a_batch_add_up: (ALL, ops, "cross_entropy", mean_over_all),
+    padding_on_the_right_changes_nothing: (PLAIN, ops, "causal_mask", all_seen),
+    padding_on_the_left_changes_nothing: (PLAIN | CAUSAL, ops, "causal_mask", padding_seen),
+    grouped_heads_are_heads_with_repeated_rows: (
+        LLAMA,
+        models.logits,
+        "__defaults__",
+        (models.Kernels(attention=tiled),),
+    ),
+    interleaved_rope_permutes_rows_of_w_and_b: (LLAMA, ops, "rope", turned_backwards),
+    the_order_of_heads_is_no_matter: (ALL, ops, "split_heads", heads_within_features),
+    the_loss_is_the_mean_over_labels_that_count: (ALL, ops, "cross_entropy", mean_over_all),
     numbers_name_rows_of_their_tables: (ALL, models, "embed", first_row),
     rows_that_no_number_names_are_no_matter: (ALL, models, "embed", centred),
     gradients_are_of_what_is_trained_alone: (ALL, blocks, "project", adapters_alone),
@@ -696,7 +709,7 @@ def test_every_architecture_has_its_parameters_and_uses_them(name):
     assert {
         f"{at}.weight": shape for at, shape in c.linears().items()
     }.items() <= c.shapes().items()
-    assert models.ties_head(c) == (not {"head.weight", "pooler.weight"} & expected)
+    assert target_modules.ties_head(c) == (not {"head.weight", "pooler.weight"} & expected)
     gradients = case(name).loss()[1](1.0)
     assert gradients.keys() >= expected
     assert all(greatest(gradients[n]) > GRADIENT for n in expected if not n.endswith(".k.bias"))
@@ -762,65 +775,3 @@ def test_numbers_outside_their_tables_and_batches_without_labels_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             outcome_with(**changed)
-
-
-def test_a_second_run_of_a_models_back_is_refused():
-    _, back = case("Llama").loss()
-    back(1.0)
-    with pytest.raises(RuntimeError, match="back has run and freed the activations"):
-        back(1.0)
-
-
-@pytest.mark.parametrize("trained", [("head.A", "head.B"), ("head.weight", "embed.A"), ()])
-@pytest.mark.parametrize("count", [None, 12])
-def test_a_loss_of_logits_in_parts_is_that_of_the_projection_as_a_whole(
-    count, trained, monkeypatch
-):
-    """Dropped inputs, labels that do not count, complex A and dL: of parts as of one product."""
-    W, tuning, t = case("Llama").W, case("Llama").tuning, 9
-    W = W | {"head.A": (1 + 0.1j) * W["head.A"]}
-    rng = np.random.default_rng(1)
-    n, x = W["head.weight"].shape[1], rng.standard_normal((W["head.weight"].shape[1], t))
-    keep = {"head": 2.0 * (rng.random((n, t)) < 0.5)}
-    tuning = replace(tuning, trained=frozenset(trained), dropout_scale=keep)
-    labels = rng.integers(0, len(W["head.weight"]), t)
-    labels[[2, 5]] = ops.IGNORED
-    z, back_z = lora.project(x, "head", W, tuning)
-    wanted, back = ops.cross_entropy(z, labels, count)
-    dL = 2 + 3j
-    dx, gradients = back_z(back(dL))
-    for of_all in (True, False):
-        shapes, right = [], models.cross_entropy
-        monkeypatch.setattr(
-            models,
-            "cross_entropy",
-            lambda z, *rest, shapes=shapes, right=right: (
-                shapes.append(z.shape[1]) or right(z, *rest)
-            ),
-        )
-        monkeypatch.setattr(models, "COLUMNS", 1)
-        monkeypatch.setattr(models, "LOGITS", len(z) * t if of_all else len(z) * t - 1)
-        L, back_L = models.head_loss(x, "head", W, tuning, labels, count)
-        assert shapes == ([t] if of_all else [t - 2])
-        monkeypatch.setattr(models, "LOGITS", 3 * len(z))
-        in_parts, back_parts = models.head_loss(x, "head", W, tuning, labels, count)
-        assert shapes[1:] == [3, 2, 2]
-        for loss, back_of in ((L, back_L), (in_parts, back_parts)):
-            assert abs(loss - wanted) <= GRADIENT * abs(wanted)
-            found = back_of(dL)
-            assert found[1].keys() == gradients.keys()
-            if not trained:  # nothing below asks for it
-                assert not found[0].any()
-                assert found[0].shape == dx.shape
-                continue
-            assert greatest(found[0] - dx) <= GRADIENT * greatest(dx)
-            for name, g in gradients.items():
-                assert greatest(found[1][name] - g) <= GRADIENT * greatest(g)
-        monkeypatch.setattr(models, "cross_entropy", right)
-    none = np.full(t, ops.IGNORED)
-    monkeypatch.setattr(models, "LOGITS", 3)
-    if count is None:
-        with pytest.raises(ValueError, match="no label counts"):
-            models.head_loss(x, "head", W, tuning, none)
-    else:
-        assert models.head_loss(x, "head", W, tuning, none, count)[0] == 0

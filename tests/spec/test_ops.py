@@ -302,10 +302,10 @@ def textbook_unfold(x, geometry):
     return np.stack(rows)
 
 
-def textbook_rope(x, cos, sin, interleaved=False):
+def textbook_rope(x, cos, sin):
     """The pairs as complex numbers, each times cos + i sin."""
     d = x.shape[2]
-    pair = [(2 * i, 2 * i + 1) if interleaved else (i, i + d // 2) for i in range(d // 2)]
+    pair = [(i, i + d // 2) for i in range(d // 2)]
     y = np.empty(x.shape, object)
     for b, h, t in np.ndindex(x.shape[0], x.shape[1], x.shape[3]):
         for i, (first, second) in enumerate(pair):
@@ -427,19 +427,6 @@ def test_masks_admit_what_the_words_say(shape, rng):
         assert causal[row, key, query] == ((key <= query and real[row, key]) or itself)
 
 
-@pytest.mark.parametrize("kinds", [(float, float), (float, complex), (complex, float)])
-def test_scores_are_the_product_with_the_keys_outermost_in_memory(kinds):
-    rng = np.random.default_rng(0)
-    shapes = (2, 3, 1, 4, 5), (2, 3, 2, 4, 7)
-    K, Q = (rng.integers(-9, 9, s).astype(kind) for s, kind in zip(shapes, kinds, strict=True))
-    Q = Q.T.copy().T  # however it lies
-    z = ops._by_keys(K, Q)
-    assert z.dtype == np.result_type(K, Q)
-    assert (z == K.mT @ Q).all()  # of whole numbers, so without rounding
-    assert z.transpose(3, 0, 1, 2, 4).flags.c_contiguous
-    assert not (K.mT @ Q).transpose(3, 0, 1, 2, 4).flags.c_contiguous
-
-
 def test_embedded_tokens_lie_as_activations_do():
     y, _ = ops.embedding(np.array([2, 0]), np.arange(9.0).reshape(3, 3))
     assert y.tolist() == [[6, 0], [7, 1], [8, 2]]
@@ -508,20 +495,6 @@ def test_angles_in_float32_are_wrong_at_far_positions():
         return np.cos(angles), np.sin(angles)
 
     assert error_of_tables(narrow, 123457, 4, 10000.0, np.float32) > 100
-
-
-@FEW
-@given(drawn=draw.operations())
-def test_half_and_interleaved_rope_differ_by_the_order_of_features(drawn):
-    operation = drawn["rope"]
-    x = operation.varying["x"]
-    half = x.shape[2] // 2
-    order = np.arange(2 * half).reshape(2, half).T.ravel()  # 0, half, 1, half + 1, …
-    for f in (lambda op, x: op(x=x)[0], lambda op, x: op()[1](x)):
-        interleaved = f(drawn["rope, interleaved"], x[:, :, order])
-        assert same_bits(interleaved, f(operation, x)[:, :, order])
-    if half > 1:
-        assert not same_bits(operation(x=x[:, :, order])[0], operation()[0][:, :, order])
 
 
 @FEW
@@ -631,21 +604,3 @@ def test_cross_entropy_refuses_labels_that_name_no_class_and_batches_without_any
     none, back = ops.cross_entropy(z, np.array([-100, -100]), count=4)
     assert none == 0
     assert not back(1.0).any()
-
-
-def test_queries_in_blocks_have_the_derivatives_of_attention(monkeypatch):
-    """By a complex step, where dk is complex though k is not; and beside a longer past."""
-    rng = np.random.default_rng(0)
-    q = rng.standard_normal((3, 4, 2, 5))
-    k, v = rng.standard_normal((2, 3, 2, 2, 7))
-    mask = ops.causal_mask(np.ones((3, 7), bool))[:, :, -5:]
-    whole, back = ops.attention(q, k, v, mask)
-    monkeypatch.setattr(ops, "QUERIES", 2)
-    o, back_blocks = ops.by_queries(ops.attention, q, k, v, mask)
-    bound = GRADIENT * greatest(whole)
-    assert greatest(o - whole) <= bound
-    do = rng.standard_normal(o.shape)
-    for found, wanted in zip(back_blocks(1j * do), back(do), strict=True):
-        assert greatest(found - 1j * wanted) <= 3 * GRADIENT * greatest(wanted)
-    turned, _ = ops.by_queries(ops.attention, q, k, 1j * v, mask)
-    assert greatest(turned - 1j * whole) <= bound

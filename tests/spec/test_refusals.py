@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import minilora as ml
-from minilora.spec import adalora, initialization, layers, lora, models, multi_adapter, ops
+from minilora.spec import adalora, initialization, layers, lora, multi_adapter, ops
 
 ONE = np.ones((2, 3))
 LINE = layers.Geometry((2,), (1,), ((0, 0),), (1,))
@@ -24,17 +24,19 @@ def experts(count=2, only=None):
 
 def masked(kind):
     c = ml.GPT2(vocab=5, d=4, layers=1, heads=2, ffn=4, positions=3)
-    W = models.draw_weights(c, np.random.default_rng(0))
+    W = initialization.draw_weights(c, np.random.default_rng(0))
     batch = ml.Batch(np.zeros((1, 3), int), mask=np.array([[1, 1, 0]]) * kind)
     return ml.logits(batch, W, c, ml.TrainableSpec())
 
 
 REFUSED = {
     "a label for all tokens": lambda n: ops.cross_entropy(np.ones((3, 2)), np.zeros(n, int)),
-    "a row for all ids": lambda n: ops.with_tokens(ONE, np.array([0, 1]), np.ones((n, 3))),
-    "rate": lambda p: lora.draw_dropout(np.random.default_rng(0), p, {"q": (2, 2)}, float),
-    "start": lambda init: lora.draw_factors(np.random.default_rng(0), init, 1, 2, 3),
-    "adapters to fuse": lambda n: lora.fuse([(np.ones((1, 3)), np.ones((2, 1)))] * n),
+    "a row for all ids": lambda n: layers.with_tokens(ONE, np.array([0, 1]), np.ones((n, 3))),
+    "rate": lambda p: initialization.draw_dropout(
+        np.random.default_rng(0), p, {"q": (2, 2)}, float
+    ),
+    "start": lambda init: initialization.draw_factors(np.random.default_rng(0), init, 1, 2, 3),
+    "adapters to fuse": lambda n: layers.fuse([(np.ones((1, 3)), np.ones((2, 1)))] * n),
     "NaN of singular values": lambda x: multi_adapter.combine_svd([ONE * x], [1], 1),
     "NaN to trim": lambda x: multi_adapter.trim(ONE * x, 0.5),
     "changes to elect": lambda n: multi_adapter.ties([ONE] * n, [1] * n, 1),
@@ -82,21 +84,11 @@ def test_a_complex_weight_has_no_start_of_its_parts(start):
         start(ONE * 1j, 1, 1.0)
 
 
-def test_what_several_calls_share_cannot_be_written_to():
-    batch = ml.Batch(np.zeros((2, 3), int))
-    shared = models.mask_of(batch, None), *models._tables(3, 2, 1e4, np.dtype(float))
-    for array in (*shared, ops._signs(np.dtype(float))):
-        with pytest.raises(ValueError, match="read-only"):
-            array[...] = 0
-    own = models.mask_of(ml.Batch(np.zeros((2, 3), int), mask=np.ones((2, 3), bool)), None)
-    own[...] = False  # one of the caller's own
-
-
 def test_a_number_of_numpy_widens_no_adapter():
     A, B, s = np.ones((1, 3), np.float32), np.ones((2, 1), np.float32), np.float64(0.5)
     one = multi_adapter.Adapter((A, B), s)
     found = [
-        *lora.combine([(A, B, s)], [np.float64(2)]),
+        *multi_adapter.combine([(A, B, s)], [np.float64(2)]),
         *multi_adapter.combine_exact([one, one], np.array([0.5, 2.0])).parts,
         *multi_adapter.combine_linear([(A, B, 1.0)], np.array([0.5])),
         multi_adapter.ties([B @ A], np.array([0.5]), 1),

@@ -19,6 +19,7 @@ from minilora.io.architectures import tensor_names as names_in_files
 from minilora.io.architectures import to_file_layout
 from minilora.io.formats.huggingface import write_model
 from minilora.io.formats.peft import adapter_names
+from minilora.spec import layers as spec_layers
 from minilora.spec import ops, target_modules
 from minilora.spec.initialization import INITIALIZATIONS
 from minilora.spec.lora import LORA, is_base
@@ -947,10 +948,10 @@ def test_peft_computes_and_trains_a_replicated_model_with_its_adapters(pefts, tm
 
 def test_tokens_that_come_twice_or_do_not_exist_are_refused():
     E, rows = np.ones((4, 3)), np.zeros((2, 3))
-    assert ops.with_tokens(E, np.array([2, 0]), rows)[0].sum() == 6
+    assert spec_layers.with_tokens(E, np.array([2, 0]), rows)[0].sum() == 6
     for ids in ([2, 2], [0, 4], [3, -1]):
         with pytest.raises(ValueError, match=r"ids \[.*\]: expected tokens from 0 to 3, each once"):
-            ops.with_tokens(E, np.array(ids), rows)
+            spec_layers.with_tokens(E, np.array(ids), rows)
     assert E.all()
 
 
@@ -978,11 +979,11 @@ def test_trained_tokens_are_pefts_and_its_delta_holds_rows(pefts, E, rows, dy, i
     theirs = layer(torch.from_numpy(ids))
     theirs.backward(torch.from_numpy(dy.T.copy()))
 
-    table, back_table = ops.with_tokens(E, trained, rows)
+    table, back_table = spec_layers.with_tokens(E, trained, rows)
     y, back_y = ops.embedding(ids, table)
     assert np.array_equal(y, theirs.detach().numpy().T)
     assert np.array_equal(back_table(back_y(dy)), delta.grad.numpy())
-    added, _ = ops.with_tokens(E, trained, E[trained] + rows)
+    added, _ = spec_layers.with_tokens(E, trained, E[trained] + rows)
     looked_up, _ = ops.embedding(ids, added)
     assert np.array_equal(y, looked_up) == (not E[trained][np.isin(trained, ids)].any())
 
@@ -1008,7 +1009,7 @@ def test_peft_trains_the_tokens_of_a_tied_model_through_both_uses(pefts, tmp_pat
     assert np.array_equal(get_peft_model_state_dict(model)[name].numpy(), rows)
 
     batch = ml.Batch(np.array([[5, 0, 2, 5], [1, 2, 3, 4]]))
-    E, back_E = ops.with_tokens(W["embed.weight"], trained, rows)
+    E, back_E = spec_layers.with_tokens(W["embed.weight"], trained, rows)
     tuning = ml.TrainableSpec(trained=frozenset({"embed.weight"}))
     z, back = ml.logits(batch, W | {"embed.weight": E}, c, tuning)
     theirs = model(torch.from_numpy(batch.ids)).logits
@@ -1021,7 +1022,7 @@ def test_peft_trains_the_tokens_of_a_tied_model_through_both_uses(pefts, tmp_pat
     ]
     record_worst("trained tokens of a tied model against peft", max(errors))
     assert max(errors) <= GRADIENT
-    _, back_swapped = ops.with_tokens(W["embed.weight"], trained[::-1], rows)
+    _, back_swapped = spec_layers.with_tokens(W["embed.weight"], trained[::-1], rows)
     assert relative_error(back_swapped(dE), delta.grad.numpy()) > GRADIENT
 
 

@@ -13,8 +13,9 @@ from scipy.special import log_softmax
 
 from minilora.cli.main import main
 from minilora.io.formats import huggingface
+from minilora.spec.initialization import draw_weights
 from minilora.spec.lora import TrainableSpec
-from minilora.spec.models import Batch, Llama, draw_weights
+from minilora.spec.models import Batch, Llama
 from minilora.studies.claims import page
 from minilora.studies.claims import results as results_module
 from minilora.studies.claims import study as study_module

@@ -8,11 +8,12 @@ from number_systems import Real, Rounded, propagated, to_objects, values
 
 import minilora as ml
 from minilora import testing as draw
-from minilora.spec import blocks, models, ops
-from minilora.spec.blocks import Past
+from minilora.spec import models, ops
 from minilora.spec.models import Batch, logits
+from minilora.training import kernels, kv_cache
 from minilora.training.generate import Sampling, generate, probabilities
 from minilora.training.generate import draw as draw_token
+from minilora.training.kv_cache import KVCache, next_logits
 
 MODELS = {
     "Llama": ml.Llama(vocab=11, d=4, layers=2, heads=4, ffn=5, kv_heads=2, head_dim=2, eps=0.1),
@@ -42,12 +43,12 @@ def columns(batch, start, end):
 
 
 def in_parts(model, ends):
-    """The logits (v, b, t) of the batch, run part after part with a `Past`."""
-    past, starts = Past(), [0, *ends[:-1]]
+    """The logits (v, b, t) of the batch, run part after part with a `KVCache`."""
+    cache, starts = KVCache(), [0, *ends[:-1]]
     parts = []
     for start, end in zip(starts, ends, strict=True):
         part = columns(model.batch, start, end)
-        z, _ = logits(part, model.W, model.config, model.tuning, past=past)
+        z = next_logits(part, model.W, model.config, model.tuning, cache)
         parts.append(z.reshape(len(z), *part.ids.shape))
     return np.concatenate(parts, axis=-1)
 
@@ -63,6 +64,13 @@ def in_numbers(model, number):
     return replace(model, W=W)
 
 
+def remake_tables(monkeypatch, tables):
+    """RoPE's tables by another function, in the specification's models and in generation."""
+    defaults = (models.Kernels(rope_tables=tables),)
+    monkeypatch.setattr(models.logits, "__defaults__", defaults)
+    monkeypatch.setattr(kernels, "rope_tables", tables)
+
+
 @pytest.fixture
 def objects(monkeypatch):
     """RoPE's tables as entries of an object array are as they are in float64."""
@@ -72,7 +80,7 @@ def objects(monkeypatch):
         made = tables(positions, d, theta, np.dtype(float))
         return tuple(to_objects(v, Real) for v in made) if np.dtype(dtype).hasobject else made
 
-    monkeypatch.setattr(models, "rope_tables", wide)
+    remake_tables(monkeypatch, wide)
 
 
 def same(a, b):
@@ -86,15 +94,15 @@ def test_the_cache_changes_no_digit_where_a_sum_has_one_order(name, ends, object
     assert same(in_parts(model, ends), at_once(model))
 
 
-def test_the_room_of_a_past_doubles_so_that_few_tokens_cost_a_copy():
+def test_the_room_of_a_cache_doubles_so_that_few_tokens_cost_a_copy():
     """By heads and features that are more than the tokens: no other axis is taken for theirs."""
-    past, rng = Past(), np.random.default_rng(0)
+    cache, rng = KVCache(), np.random.default_rng(0)
     every = rng.standard_normal((2, 40, 41, 42, 20))
     rooms, grew = [], []
     for t in range(every.shape[-1]):
-        k, v = past.extend("layers.0.", *every[..., t : t + 1])
-        if not rooms or past.held["layers.0."][0] is not rooms[-1]:
-            rooms.append(past.held["layers.0."][0])
+        k, v = cache.append(0, *every[..., t : t + 1])
+        if not rooms or cache.held[0][0] is not rooms[-1]:
+            rooms.append(cache.held[0][0])
             grew.append(t + 1)
         assert np.array_equal(k, every[0, ..., : t + 1])
         assert np.array_equal(v, every[1, ..., : t + 1])
@@ -118,9 +126,7 @@ def test_in_floating_point_the_cached_logits_are_within_their_rounding(name, mon
     model = drawn(name, b=1, t=3)
     counting = in_numbers(model, Rounded)
     tables = ops.rope_tables
-    monkeypatch.setattr(
-        models, "rope_tables", lambda p, d, theta, dtype: tables(p, d, theta, np.dtype(float))
-    )
+    remake_tables(monkeypatch, lambda p, d, theta, dtype: tables(p, d, theta, np.dtype(float)))
     exact = at_once(counting)
     cached, whole = in_parts(model, (2, 3)), at_once(model)
     for at in ((0, 0, 2), (3, 0, 1), (5, 0, 2)):
@@ -130,46 +136,45 @@ def test_in_floating_point_the_cached_logits_are_within_their_rounding(name, mon
         assert bound < abs(true)
 
 
-def test_the_mask_over_a_past_is_the_last_columns_of_the_whole_one():
+def test_the_mask_over_a_cache_is_the_last_columns_of_the_whole_one(monkeypatch):
     real = np.array([[False, True, True, True, True], [True, True, False, True, False]])
-    batch, past, end = Batch(np.zeros(real.shape, int), mask=real), Past(), 0
-    whole = ops.causal_mask(real)
+    batch, cache, end = Batch(np.zeros(real.shape, int), mask=real), KVCache(), 0
+    whole, masks = ops.causal_mask(real), []
+    monkeypatch.setattr(kv_cache, "attention", lambda q, k, v, mask: masks.append(mask))
     for t in (2, 1, 2):
         start, end = end, end + t
-        mask = models.mask_of(columns(batch, start, end), past)
-        assert np.array_equal(mask, whole[:, :end, start:end])
+        part = columns(batch, start, end)
+        cache.begin(part.real)
+        cache.attention(*np.zeros((3, 2, 1, 1, t)), ops.causal_mask(part.real))
+        assert np.array_equal(masks[-1], whole[:, :end, start:end])
     assert not np.array_equal(whole[:, :, :2], whole[:, :, -2:])  # other columns would be seen
 
 
-def values_of_the_wrong_order(past, at, k, v):
-    keys, values = past.extend(at, k, v)
+def values_of_the_wrong_order(cache, block, k, v, right=KVCache.append):
+    keys, values = right(cache, block, k, v)
     return keys, values[..., ::-1]
 
 
 def test_a_cache_that_mixes_its_tokens_is_seen(monkeypatch, objects):
     model = in_numbers(drawn("Llama", b=1), Real)
     whole = at_once(model)
-    monkeypatch.setattr(blocks, "so_far", values_of_the_wrong_order)
+    monkeypatch.setattr(KVCache, "append", values_of_the_wrong_order)
     assert not same(in_parts(model, (3, 4)), whole)
 
 
 def test_positions_that_do_not_count_on_are_seen(monkeypatch, objects):
     model = in_numbers(drawn("GPT2", b=1), Real)
-    whole, past = at_once(model), Past()
-    logits(columns(model.batch, 0, 3), model.W, model.config, model.tuning, past=past)
+    whole, cache = at_once(model), KVCache()
+    next_logits(columns(model.batch, 0, 3), model.W, model.config, model.tuning, cache)
     last = replace(columns(model.batch, 3, 4), positions=None)
-    z, _ = logits(last, model.W, model.config, model.tuning, past=past)
+    z = next_logits(last, model.W, model.config, model.tuning, cache)
     assert not same(z, whole[:, 0, 3:])
 
 
-def test_with_a_past_there_is_no_back_and_no_classifier():
-    model = drawn("Llama", b=1)
-    _, back = logits(columns(model.batch, 0, 2), model.W, model.config, model.tuning, past=Past())
-    with pytest.raises(RuntimeError, match="no back"):
-        back(1.0)
+def test_a_classifier_has_no_cache():
     W = ml.draw_weights(BERT, np.random.default_rng(0))
-    with pytest.raises(ValueError, match="a Bert has no past"):
-        logits(Batch(np.array([[1, 2]])), W, BERT, ml.TrainableSpec(), past=Past())
+    with pytest.raises(ValueError, match="a Bert has no cache"):
+        next_logits(Batch(np.array([[1, 2]])), W, BERT, ml.TrainableSpec(), KVCache())
 
 
 def tokens_of(model, prompts, **settings):

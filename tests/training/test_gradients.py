@@ -10,8 +10,9 @@ from calculus import GRADIENT, greatest, same_bits
 
 import minilora as ml
 from minilora import testing as draw
-from minilora.spec import blocks, models, ops
+from minilora.spec import blocks, ops
 from minilora.spec.ops import IGNORED
+from minilora.training import attention, checkpointing, chunked_head
 from minilora.training import gradients as module
 from minilora.training.gradients import ExecutionPlan, evaluate, gradients
 
@@ -59,7 +60,7 @@ def test_groups_add_up_to_the_batch(name, tokens):
 def test_groups_that_each_take_their_own_mean_do_not(monkeypatch):
     model = case("Llama")
     wanted, right = of(model), module.loss
-    monkeypatch.setattr(module, "loss", lambda batch, W, c, tuning, n: right(batch, W, c, tuning))
+    monkeypatch.setattr(module, "loss", lambda batch, W, c, tuning, *_: right(batch, W, c, tuning))
     with pytest.raises(AssertionError):
         agree(of(model, ExecutionPlan(tokens=6)), wanted, groups=5)
 
@@ -237,7 +238,9 @@ def test_recomputation_runs_what_is_trained_twice_and_what_is_constant_once():
 def test_below_constant_blocks_dx_is_zero():
     x, dy = np.random.default_rng(0).standard_normal((2, 3, 4))
     for constant in (0, 1, 2):
-        y, back = blocks.stack(x, 2, lambda x, at: (2 * x, lambda dy: (2 * dy, {})), constant)
+        y, back = checkpointing.stack(
+            x, 2, lambda x, at: (2 * x, lambda dy: (2 * dy, {})), constant
+        )
         dx, none = back(dy)
         assert same_bits(y, 4 * x)
         assert same_bits(dx, 0 * dy + 0.0 if constant else 4 * dy)
@@ -275,20 +278,21 @@ def test_no_gradient_flows_below_what_reads_a_constant(name, lowest, bare, monke
 
         def kept(dy):
             dx, g = back(dy)
-            asked.append((at, np.ndim(dx)))
-            assert np.ndim(dx) or dx == 0
+            asked.append((at, dx is checkpointing.ZERO))
             return dx, g
 
         return y, kept
 
     monkeypatch.setattr(blocks, "project", watched)
     assert same(of(model), found)
-    spared = {at for at, axes in asked if axes == 0}
-    assert spared == {first + at for at in models.FIRST if f"{first}{at}.weight" in model.W}
-    monkeypatch.setattr(models, "constant", lambda layers, causal, trained: frozenset())
+    spared = {at for at, none in asked if none}
+    assert spared == {first + at for at in checkpointing.FIRST if f"{first}{at}.weight" in model.W}
+    monkeypatch.setattr(
+        checkpointing, "constant_inputs", lambda layers, causal, trained: frozenset()
+    )
     asked.clear()
     assert same(of(model), found)
-    assert all(axes == 2 for _, axes in asked)
+    assert not any(none for _, none in asked)
 
 
 @pytest.mark.parametrize("also", ["embed.weight", "norm.weight", "layers.1.norm1.weight"])
@@ -296,11 +300,14 @@ def test_no_gradient_flows_below_what_reads_a_constant(name, lowest, bare, monke
 def test_what_is_trained_below_makes_an_input_vary(also, causal):
     """A causal model's outer norm is above the blocks, BERT's below them."""
     trained = {"layers.1.q.A", "layers.2.v.B", "head.A"}
-    wanted = {f"layers.1.{at}" for at in models.FIRST}
+    wanted = {f"layers.1.{at}" for at in checkpointing.FIRST}
     above = causal and also == "norm.weight"
-    assert models.constant(3, causal, frozenset(trained)) == wanted
-    assert models.constant(3, causal, frozenset(trained | {"layers.2.norm1.weight"})) == wanted
-    found = models.constant(3, causal, frozenset(trained | {also}))
+    assert checkpointing.constant_inputs(3, causal, frozenset(trained)) == wanted
+    assert (
+        checkpointing.constant_inputs(3, causal, frozenset(trained | {"layers.2.norm1.weight"}))
+        == wanted
+    )
+    found = checkpointing.constant_inputs(3, causal, frozenset(trained | {also}))
     assert found == (wanted if above else frozenset())
 
 
@@ -308,22 +315,23 @@ def test_what_is_trained_below_makes_an_input_vary(also, causal):
 def test_no_block_has_a_backward_for_the_last_norm_alone(name):
     model = case(name)
     tuning = replace(model.tuning, trained=frozenset({"norm.weight"}))
-    assert models.kept(model.config, tuning)[0] == model.config.layers
+    layers = model.config.layers
+    assert checkpointing.lowest_block(layers, True, tuning.trained) == layers
 
 
 @EVERY
 def test_logits_in_blocks_add_up(name, monkeypatch):
     model = case(name)
     wanted = of(model)
-    formed, right = [], models.cross_entropy
+    formed, right = [], chunked_head.cross_entropy
 
     def counting(z, *arguments):
         formed.append(z.shape[1])
         return right(z, *arguments)
 
-    monkeypatch.setattr(models, "LOGITS", 33)
-    monkeypatch.setattr(models, "COLUMNS", 1)
-    monkeypatch.setattr(models, "cross_entropy", counting)
+    monkeypatch.setattr(chunked_head, "LOGITS", 33)
+    monkeypatch.setattr(chunked_head, "COLUMNS", 1)
+    monkeypatch.setattr(chunked_head, "cross_entropy", counting)
     found = of(model)
     agree(found, wanted, groups=len(formed))
     counted = module.counted(model.batch, model.config)
@@ -344,7 +352,7 @@ def test_queries_in_blocks_attend_to_the_same(name, monkeypatch):
         return right(z)
 
     monkeypatch.setattr(ops, "softmax", watching)
-    monkeypatch.setattr(ops, "QUERIES", 4)
+    monkeypatch.setattr(attention, "QUERIES", 4)
     agree(of(model), wanted, groups=1)
     hidden = model.config.causal
     assert set(shapes) == ({(4, 4), (6, 2)} if hidden else {(6, 4), (6, 2)})

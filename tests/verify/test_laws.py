@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import testing as draw
-from minilora.spec import initialization, layers, lora, variants
+from minilora.spec import initialization, layers, lora, multi_adapter, variants
 from minilora.spec.initialization import INITIALIZATIONS
 from minilora.spec.ops import linear
 from minilora.spec.variants import REGISTRY
@@ -279,7 +279,7 @@ def lora_of_full_rank(W, b, A, B, s):
 
 
 def combined_without_scales(adapters, weights):
-    return lora.combine([(A, B, 1) for A, B, _ in adapters], weights)
+    return multi_adapter.combine([(A, B, 1) for A, B, _ in adapters], weights)
 
 
 LORA, BIAS, DORA, FULL, VERA, ADALORA = (

@@ -66,7 +66,7 @@ def merged_config(c: Any, merged: Any) -> Any:
 
     from minilora.io.architectures import architecture_of
     from minilora.io.files import listed
-    from minilora.spec.models import ties_head
+    from minilora.spec.target_modules import ties_head
 
     if architecture_of(c).has_field("tied") and ties_head(c) and "head.weight" in merged:
         c = replace(c, tied=False)

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from minilora.spec.lora import LORA, Variant, fuse
+from minilora.spec.layers import fuse
+from minilora.spec.lora import LORA, Variant
 from minilora.spec.ops import Array
 from minilora.spec.variants import extended
 

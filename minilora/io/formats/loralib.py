@@ -23,7 +23,8 @@ from minilora.io.files import (
 )
 from minilora.io.formats.format import Format
 from minilora.io.formats.tensors import drop_tied_head, to_internal
-from minilora.spec.lora import TrainableSpec, Weights, fuse, merge, scale
+from minilora.spec.layers import fuse
+from minilora.spec.lora import TrainableSpec, Weights, merge, scale
 from minilora.spec.models import Config
 from minilora.spec.ops import Array
 

@@ -42,7 +42,8 @@ from minilora.spec.lora import (
     adapted_in,
     twin,
 )
-from minilora.spec.models import Config, ties_head
+from minilora.spec.models import Config
+from minilora.spec.target_modules import ties_head
 from minilora.spec.variants import DORA
 
 _READER = "MLX reads"

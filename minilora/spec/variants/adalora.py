@@ -6,7 +6,7 @@ from typing import Any
 
 from minilora.spec.adalora import adalora_scale
 from minilora.spec.lora import merge_weight
-from minilora.spec.ops import Array, Back, dropout, linear
+from minilora.spec.ops import Array, Back, dropout, linear, outer
 from minilora.spec.variants.entry import (
     DIAGONAL_BETWEEN,
     ONE_SCALE,
@@ -45,7 +45,7 @@ def adalora_linear(
         du = E * da  # ≠
         dE = (u * da).sum(1, keepdims=True)
         dx = back_base(dy) + back_dropout(A.T @ du)
-        return dx, (h @ du.T).T, dy @ (s * (E * u)).T, dE
+        return dx, outer(du, h), outer(dy, s * (E * u)), dE
 
     return y, back
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from minilora.spec.lora import merge_weight
-from minilora.spec.ops import Array, Back, dropout, linear
+from minilora.spec.ops import Array, Back, dropout, linear, outer
 from minilora.spec.variants.entry import (
     LORA_TENSORS,
     Column,
@@ -77,7 +77,7 @@ def rescaled_linear(
         du = s * (B.T @ dz)
         dg = (dy * branch).sum(1, keepdims=True)
         dx = back_base(dy) + back_dropout(W.T @ (dz - dy) + A.T @ du)
-        return dx, (h @ du.T).T, dz @ (s * u).T, dg / v, -g * dg / v
+        return dx, outer(du, h), outer(dz, s * u), dg / v, -g * dg / v
 
     return y, back
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minilora.spec.lora import merge_weight
-from minilora.spec.ops import Array, Back, dropout, linear
+from minilora.spec.ops import Array, Back, dropout, linear, outer
 from minilora.spec.variants.entry import (
     DIAGONAL_BETWEEN,
     ONE_SCALE,
@@ -50,7 +50,7 @@ def vera_linear(
         dx = back_base(dy) + back_dropout(A.T @ da)
         dlambda_d = (u * du).sum(1, keepdims=True)
         dlambda_b = s * (z * dy).sum(1, keepdims=True)
-        return dx, (h @ da.T).T, dz @ (lambda_d * u).T, dlambda_d, dlambda_b
+        return dx, outer(da, h), outer(dz, lambda_d * u), dlambda_d, dlambda_b
 
     return y, back
 

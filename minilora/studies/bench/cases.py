@@ -7,9 +7,11 @@ import numpy as np
 
 from minilora.io.files import write_tensors
 from minilora.io.formats import huggingface, peft
-from minilora.spec.models import FIRST, Config, Llama, draw_weights
+from minilora.spec.initialization import draw_weights
+from minilora.spec.models import Config, Llama
 from minilora.spec.quantization import gguf_bytes, quantise
 from minilora.spec.target_modules import LoraConfig, inject
+from minilora.training.checkpointing import FIRST
 
 RANK = 8
 KINDS = ("step", "forward", "generate")

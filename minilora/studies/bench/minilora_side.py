@@ -14,9 +14,10 @@ from minilora.io.formats.huggingface import read_config, read_model
 from minilora.io.formats.peft import read_adapter
 from minilora.io.lazy_weights import Expanded, OnDemand
 from minilora.spec.models import Batch
-from minilora.spec.optim import AdamState, adamw
+from minilora.spec.optim import AdamState
 from minilora.spec.quantization import from_gguf
 from minilora.studies.bench.cases import NEW, PROMPT, RATE
+from minilora.training.fused_adamw import fused_adamw
 from minilora.training.generate import generate
 from minilora.training.gradients import (
     ExecutionPlan,
@@ -66,7 +67,7 @@ class MiniloraSide:
         """Loss, gradients and AdamW's step."""
         W = self.W | self.params
         L, g = gradients(self.batch, W, self.c, self.tuning, self.plan)
-        self.params, self.state = adamw(self.params, g, self.state, RATE)
+        self.params, self.state = fused_adamw(self.params, g, self.state, RATE)
         return float(L)
 
     def forward(self) -> float:

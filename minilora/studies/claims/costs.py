@@ -12,12 +12,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from minilora.spec.lora import TrainableSpec, Weights, merge
-from minilora.spec.models import Batch, logits, loss
+from minilora.spec.models import Batch, logits
 from minilora.spec.ops import Array
 from minilora.studies.claims.study import Side, Study, run_of, sides_of, size, studied_model
 from minilora.training.batching import batches_of
+from minilora.training.checkpointing import prepared
 from minilora.training.checkpoints import TrainState
 from minilora.training.gradients import blas_threads
+from minilora.training.kernels import forward_kernels, loss
 from minilora.training.loop import train_steps
 from minilora.training.result import write_result
 from minilora.training.run import Run
@@ -91,7 +93,7 @@ def memory_of(run: Run, batch: Batch) -> dict[str, int]:
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
-        held = loss(batch, W, c, run.spec)
+        held = loss(batch, prepared(W, c, run.spec), c, run.spec)
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -113,7 +115,7 @@ def inference_of(run: Run, batch: Batch) -> tuple[tuple[int, int, int], int]:
     merged: Weights = dict(merge(W, run.spec)) if run.lora is not None else W
 
     def forward(tuning: TrainableSpec) -> Callable[[Weights], Any]:
-        return lambda held: logits(batch, held, c, tuning)
+        return lambda held: logits(batch, held, c, tuning, forward_kernels(c))
 
     plain, adapted, one = (
         products_of(forward(tuning), held)
@@ -125,7 +127,7 @@ def inference_of(run: Run, batch: Batch) -> tuple[tuple[int, int, int], int]:
     differ += sum(a != b for a, b in zip(plain, one, strict=False))
     copies = {name: w.copy() for name, w in merged.items()}
     z, again = (
-        np.ascontiguousarray(logits(batch, held, c, TrainableSpec())[0]).view(np.uint8)
+        np.ascontiguousarray(forward(TrainableSpec())(held)[0]).view(np.uint8)
         for held in (merged, copies)
     )
     differ += abs(len(plain) - len(one)) + int((z != again).sum())
@@ -159,10 +161,14 @@ def costs_of(study: Study, model: str) -> list[Cost]:
 def _cost(model: str, side: Side, run: Run, batch: Batch, seconds: Sequence[float]) -> Cost:
     c, whole = run.base.config, size(run.base.weights.values())
     W = dict(run.weights(run.initial).items())
-    step = products_of(lambda held: loss(batch, held, c, run.spec)[1](1.0), W)
+
+    def step(held: Weights) -> Any:
+        return loss(batch, prepared(held, c, run.spec), c, run.spec)[1](1.0)
+
+    flops = flops_of(products_of(step, W))
     forward, other = inference_of(run, batch)
     return Cost(
-        model, side, size(run.initial.values()), whole, flops_of(step), tuple(seconds),
+        model, side, size(run.initial.values()), whole, flops, tuple(seconds),
         memory_of(run, batch), disk_of(run), forward, other,
     )  # fmt: skip
 

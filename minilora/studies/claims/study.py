@@ -25,6 +25,7 @@ from minilora.training.data import BUILT_IN, read
 from minilora.training.example import Data, Example
 from minilora.training.generate import Sampling, generate
 from minilora.training.gradients import ExecutionPlan
+from minilora.training.kernels import forward_kernels
 from minilora.training.loop import Diverged, train_steps
 from minilora.training.run import Run, prepare
 
@@ -324,7 +325,8 @@ def own_texts(base: Base, study: Study) -> list[Text]:
 def states(batch: Batch, W: Params, c: Config, tuning: TrainableSpec) -> Array:
     """What the head makes logits of. Shapes: ids (b, t) -> (d, b*t)."""
     still = replace(tuning, trained=frozenset(), dropout_scale={})
-    return logits(batch, W, c, still, lambda x, at, W, tuning: (x, lambda dx: None))[0]
+    kernels = forward_kernels(c, lambda x, at, W, tuning: (x, lambda dx: None))
+    return logits(batch, W, c, still, kernels)[0]
 
 
 def divergence(

@@ -10,6 +10,7 @@ from minilora.spec.models import Config, logits
 from minilora.spec.ops import Array, Back, cross_entropy, linear
 from minilora.training.batching import batches_of, order
 from minilora.training.example import Example
+from minilora.training.kernels import forward_kernels
 
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """The decays among which the probe chooses, by the loss in validation."""
@@ -27,7 +28,7 @@ def features(examples: Sequence[Example], W: Params, c: Config, tokens: int) -> 
         return x, lambda dx: None
 
     for batch in batches_of(examples, tokens, 0):
-        logits(batch, W, c, TrainableSpec(), head)
+        logits(batch, W, c, TrainableSpec(), forward_kernels(c, head))
     places = np.argsort(row_order(examples, tokens))
     return np.concatenate(seen, 1)[:, places]
 

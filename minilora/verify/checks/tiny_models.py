@@ -16,8 +16,9 @@ import numpy as np
 
 from minilora.io.formats.huggingface import write_model
 from minilora.io.formats.peft import adapter_names, write_adapter
+from minilora.spec.initialization import draw_weights
 from minilora.spec.lora import TrainableSpec, Weights
-from minilora.spec.models import GPT2, Batch, Bert, Config, Llama, draw_weights
+from minilora.spec.models import GPT2, Batch, Bert, Config, Llama
 from minilora.spec.ops import IGNORED
 from minilora.spec.target_modules import LoraConfig, inject
 from minilora.verify.checks.model import _workshop

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from minilora.spec.lora import combine, lora_linear, merge_weight, scale
+from minilora.spec.lora import lora_linear, merge_weight, scale
+from minilora.spec.multi_adapter import combine
 from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.tolerance import Rounding, Uncertain, digits
 from minilora.verify.core.types import CLOSED_FORM, Case, Limits

@@ -29,10 +29,10 @@ from minilora.io.formats.peft import (
     read_lora_config,
     write_adapter,
 )
-from minilora.spec.initialization import INITIALIZATIONS
-from minilora.spec.lora import LORA, TrainableSpec, Variant, Weights, combine, draw_dropout, scale
+from minilora.spec.initialization import INITIALIZATIONS, draw_dropout, input_shapes
+from minilora.spec.lora import LORA, TrainableSpec, Variant, Weights, scale
 from minilora.spec.models import Batch, Config, logits, loss, shifted_labels
-from minilora.spec.multi_adapter import Adapter, combine_svd, multi_linear
+from minilora.spec.multi_adapter import Adapter, combine, combine_svd, multi_linear
 from minilora.spec.ops import IGNORED
 from minilora.spec.optim import run
 from minilora.spec.variants import DORA, LORA_BIAS
@@ -300,7 +300,9 @@ def parts_of(
         if not (count := int((shifted_labels(batch, c) != IGNORED).sum())):
             continue
         if p and rng is not None:
-            shapes = {at: n for at, n in c.inputs(*batch.ids.shape).items() if at in tuning.scale}
+            shapes = {
+                at: n for at, n in input_shapes(c, *batch.ids.shape).items() if at in tuning.scale
+            }
             keep = draw_dropout(rng, p, shapes, W["embed.weight"].dtype)
             tuning = replace(tuning, dropout_scale=keep)
         _, back = loss(batch, W, c, tuning)

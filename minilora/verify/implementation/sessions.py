@@ -1,6 +1,6 @@
 """What a session's layer and its adapters mean: a `multi_adapter.State`, or two.
 
-A fused projection is one state, its adapters' blocks those of `lora.fuse`. A tied
+A fused projection is one state, its adapters' blocks those of `layers.fuse`. A tied
 table is two, that of the embedding and that of the head, and ends to be one weight where only one
 of them is merged. A bias or a module that an adapter brings along stands in the base's place.
 """
@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from minilora.spec.layers import OneHot
-from minilora.spec.lora import Variant, fuse, scale, sum_gradients, twin
+from minilora.spec.layers import fuse
+from minilora.spec.lora import Variant, scale, sum_gradients, twin
 from minilora.spec.multi_adapter import Adapter, State
-from minilora.spec.ops import Back, linear
+from minilora.spec.ops import Back, OneHot, linear
 from minilora.spec.variants import DORA
 
 Array = np.ndarray

@@ -39,11 +39,15 @@ def model(**changes: Callable[..., Any] | Edit) -> Callable[[], Minilora]:
                 f = inspect.unwrap(value)  # without what a cache remembers of the specification
                 ours = isinstance(f, FunctionType) and f.__module__ == module.__name__
                 space[name] = _over(space, f) if ours else space.get(name, value)
+        space["ops"] = _Module(space)
         for name, change in changes.items():
             if isinstance(change, tuple):
                 _edit(space, space[name], *change)
             else:
                 space[name] = change
+        for f in space.values():
+            if isinstance(f, FunctionType) and f.__globals__ is space and f.__defaults__:
+                f.__defaults__ = tuple(_of_space(space, value) for value in f.__defaults__)
         space["LORA"] = replace(lora.LORA, linear=space["lora_linear"])
         space["FORWARD"] = {Llama: space["llama"], GPT2: space["gpt2"], Bert: space["bert"]}
         wrong: Minilora = type(
@@ -52,6 +56,23 @@ def model(**changes: Callable[..., Any] | Edit) -> Callable[[], Minilora]:
         return wrong
 
     return make
+
+
+class _Module:
+    """A module whose functions are those of a namespace."""
+
+    def __init__(self, space: dict[str, Any]) -> None:
+        self._space = space
+
+    def __getattr__(self, name: str) -> Any:
+        return self._space[name]
+
+
+def _of_space(space: dict[str, Any], default: Any) -> Any:
+    """A default value of a function; kernels with the namespace's functions."""
+    if not isinstance(default, models.Kernels):
+        return default
+    return models.Kernels(**{name: space[f.__name__] for name, f in vars(default).items()})
 
 
 def _over(space: dict[str, Any], f: Any) -> Any:
@@ -85,14 +106,14 @@ NORM = (
             "LayerNorm for RMSNorm",
             model(rmsnorm=("rho = 1", "x = x - _mean(x)\n    rho = 1")),
         ),
-        ("weight-plus-1", "(1 + w) ∘ h", model(rmsnorm=("y = w * h", "y = (1 + w) * h"))),
-        ("weight-ignored", "h", model(rmsnorm=("y = w * h", "y = h"))),
+        ("weight-plus-1", "(1 + w) ∘ h", model(rmsnorm=("return w * h", "return (1 + w) * h"))),
+        ("weight-ignored", "h", model(rmsnorm=("return w * h", "return h"))),
         (
             "last-missing",
             "no norm before the head",
             model(
                 llama=(
-                    'h, back_norm = normalise(rmsnorm, x, "norm", W, c, tuning)',
+                    'h, back_norm = normalise(ops.rmsnorm, x, "norm", W, c.eps, tuning)',
                     "h, back_norm = x, lambda dh: (dh, {})",
                 )
             ),
@@ -122,7 +143,7 @@ NORM = (
                 )
             ),
         ),
-        ("bias-ignored", "w ∘ h", model(layernorm=("y = w * h + b", "y = w * h"))),
+        ("bias-ignored", "w ∘ h", model(layernorm=("return w * h + b", "return w * h"))),
         ("mean-kept", "RMSNorm for LayerNorm", model(layernorm=("x - _mean(x)", "x"))),
         ("eps-1e-5", "ε = 1e-5", model(layernorm=("centred) + eps", "centred) + 1e-5"))),
         (
@@ -133,13 +154,23 @@ NORM = (
     ),
 )
 
+
+def _neighbours(x: Array, cos: Array, sin: Array) -> tuple[Array, Back]:
+    """RoPE of pairs of neighbours."""
+    d = x.shape[2]
+    halves = np.arange(d).reshape(-1, 2).T.ravel()
+    pairs = np.argsort(halves)
+    y, back = ops.rope(x[:, :, halves], cos, sin)
+    return y[:, :, pairs], lambda dy: back(dy[:, :, halves])[:, :, pairs]
+
+
 ROPE = family(
     "ROPE",
     "model.llama",
     (
         "interleaved",
         "neighbours for halves",
-        model(rope=("interleaved: bool = False", "interleaved: bool = True")),
+        model(rope=_neighbours),
     ),
     ("theta", "θ = 10000", model(rope_tables=("= theta **", "= 1e4 **"))),
     ("theta-off-1-permille", "1.001 θ", model(rope_tables=("= theta **", "= (1.001 * theta) **"))),
@@ -155,8 +186,8 @@ ROPE = family(
         "k is not turned",
         model(
             llama_block=(
-                "rope(split_heads(k, b, c.kv_heads), *tables)",
-                "(split_heads(k, b, c.kv_heads), lambda dk: dk)",
+                "ops.rope(ops.split_heads(k, b, c.kv_heads), *tables)",
+                "(ops.split_heads(k, b, c.kv_heads), lambda dk: dk)",
             )
         ),
     ),
@@ -165,8 +196,8 @@ ROPE = family(
         "q is not turned",
         model(
             llama_block=(
-                "rope(split_heads(q, b, c.heads), *tables)",
-                "(split_heads(q, b, c.heads), lambda dq: dq)",
+                "ops.rope(ops.split_heads(q, b, c.heads), *tables)",
+                "(ops.split_heads(q, b, c.heads), lambda dq: dq)",
             )
         ),
     ),
@@ -175,8 +206,8 @@ ROPE = family(
         "v is turned too",
         model(
             llama_block=(
-                "k, split_heads(v, b, c.kv_heads)",
-                "k, rope(split_heads(v, b, c.kv_heads), *tables)[0]",
+                "k, ops.split_heads(v, b, c.kv_heads)",
+                "k, ops.rope(ops.split_heads(v, b, c.kv_heads), *tables)[0]",
             )
         ),
     ),
@@ -191,15 +222,15 @@ ROPE = family(
     (
         "not-turned-back",
         "dx = R dy for Rᵀ dy",
-        model(rope=("np.subtract", "np.add")),
+        model(rope=("turn(dy, -sin)", "turn(dy, sin)")),
     ),
     (
         "one-position",
         "k turned by the next position's angle",
         model(
             llama_block=(
-                "rope(split_heads(k, b, c.kv_heads), *tables)",
-                "rope(split_heads(k, b, c.kv_heads), *(np.roll(v, -1, 3) for v in tables))",
+                "ops.rope(ops.split_heads(k, b, c.kv_heads), *tables)",
+                "ops.rope(ops.split_heads(k, b, c.kv_heads), *(np.roll(v, -1, 3) for v in tables))",
             )
         ),
     ),
@@ -261,8 +292,9 @@ ATTENTION = (
             "query t does not see key t",
             model(
                 causal_mask=(
-                    "mask: Array = past | (s == t)",
-                    "past = np.triu(past, 1)\n    return past | (s == t) & ~past.any(1)[:, None]",
+                    "return (s < t) & real[:, :, None] | (s == t)",
+                    "past = np.triu((s < t) & real[:, :, None], 1)\n"
+                    "    return past | (s == t) & ~past.any(1)[:, None]",
                 )
             ),
         ),
@@ -376,8 +408,8 @@ BLOCK = (
             "gate ∘ silu(up)",
             model(
                 llama_block=(
-                    "act, back_silu = silu(gate)",
-                    "gate, up = up, gate\n    act, back_silu = silu(gate)",
+                    "act, back_silu = ops.silu(gate)",
+                    "gate, up = up, gate\n    act, back_silu = ops.silu(gate)",
                 )
             ),
         ),
@@ -387,7 +419,7 @@ BLOCK = (
         (
             "embedding-scaled",
             "the embedding times √d",
-            model(llama=("counted = batch", "x = x * c.d**0.5\n    counted = batch")),
+            model(llama=("tables = kernels", "x = x * c.d**0.5\n    tables = kernels")),
         ),
         (
             "head-tied",
@@ -408,7 +440,7 @@ BLOCK = (
         (
             "dk-for-dv",
             "v's gradient from k's",
-            model(llama_block=("back_v(join_heads(dv))", "back_v(join_heads(dk))")),
+            model(llama_block=("back_v(ops.join_heads(dv))", "back_v(ops.join_heads(dk))")),
         ),
     ),
     *family(
@@ -419,7 +451,7 @@ BLOCK = (
         (
             "qk-swapped",
             "k, q, v in the fused weight",
-            model(gpt2_block=("q, k, v = (split", "k, q, v = (split")),
+            model(gpt2_block=("q, k, v = (ops", "k, q, v = (ops")),
         ),
         (
             "qkv-interleaved",
@@ -434,7 +466,7 @@ BLOCK = (
         (
             "no-positions",
             "no embedding of positions",
-            model(gpt2=("tokens + places,", "tokens,")),
+            model(gpt2=("tokens + positions,", "tokens,")),
         ),
         (
             "positions-of-real",
@@ -449,7 +481,7 @@ BLOCK = (
         (
             "no-bias",
             "no biases beside adapters",
-            model(project=("W.get(bias), *map", "None, *map")),
+            model(project=("W.get(bias), *parts", "None, *parts")),
         ),
     ),
     *family(
@@ -474,15 +506,16 @@ BLOCK = (
         (
             "no-types",
             "no embedding of token types",
-            model(bert=("tokens + places + kinds", "tokens + places")),
+            model(bert=("tokens + positions + types", "tokens + positions")),
         ),
         (
             "no-embedding-norm",
             "no norm of the embeddings",
             model(
                 bert=(
-                    'normalise(layernorm, tokens + places + kinds, "norm", W, c, tuning)',
-                    "(tokens + places + kinds, lambda dx: (dx, {}))",
+                    "normalise(ops.layernorm, tokens + positions + types,"
+                    ' "norm", W, c.eps, tuning)',
+                    "(tokens + positions + types, lambda dx: (dx, {}))",
                 )
             ),
         ),
@@ -505,7 +538,10 @@ BLOCK = (
             "pooler-linear",
             "no tanh after the pooler",
             model(
-                bert=("act, back_tanh = tanh(pooled)", "act, back_tanh = pooled, lambda dact: dact")
+                bert=(
+                    "act, back_tanh = ops.tanh(pooled)",
+                    "act, back_tanh = pooled, lambda dact: dact",
+                )
             ),
         ),
         ("causal", "a causal mask", model(padding_mask=ops.causal_mask)),
@@ -590,7 +626,7 @@ LOSS = (
         (
             "smoothed",
             "a tenth of the label spread over all",
-            model(cross_entropy=("c[0] - z[at])", "c[0] - (0.9 * z[at] + 0.1 * z.mean(0)))")),
+            model(cross_entropy=("c - z[at])", "c - (0.9 * z[at] + 0.1 * z.mean(0)))")),
         ),
         (
             "z-loss",
@@ -598,7 +634,7 @@ LOSS = (
             model(
                 cross_entropy=(
                     "L = ((",
-                    "L = (1e-4 * (np.log(total[0]) + c[0]) ** 2 * counted).sum() / n + ((",
+                    "L = (1e-4 * (np.log(total) + c) ** 2 * counted).sum() / n + ((",
                 )
             ),
         ),
@@ -619,7 +655,7 @@ LOSS = (
             model(
                 shifted_labels=(
                     "return following.ravel()",
-                    "following[1:] = IGNORED\n    return following.ravel()",
+                    "following[1:] = ops.IGNORED\n    return following.ravel()",
                 )
             ),
         ),
@@ -740,7 +776,8 @@ ADAPTER = (
             model(
                 stack=(
                     "gradients |= block_gradients",
-                    "gradients |= {n: g * len(backs) for n, g in block_gradients.items()}",
+                    "above = back_block is not backs[0]\n"
+                    "            gradients |= {n: g * above for n, g in block_gradients.items()}",
                 )
             ),
             "transformers 26221",
@@ -761,12 +798,12 @@ ADAPTER = (
     *family(
         "ADAPTER",
         "model.llama.balance",
-        ("dA-not-scaled", "dA / s", model(lora_linear=("(h @ du.T).T", "(h @ du.T).T / s"))),
+        ("dA-not-scaled", "dA / s", model(lora_linear=("outer(du, h)", "outer(du, h) / s"))),
     ),
     *family(
         "ADAPTER",
         "model.gpt2.balance",
-        ("dB-halved", "dB / 2", model(lora_linear=("dy @ su.T", "dy @ (0.5 * su).T"))),
+        ("dB-halved", "dB / 2", model(lora_linear=("outer(dy, s * u)", "outer(dy, 0.5 * s * u)"))),
     ),
     *family(
         "ADAPTER",
@@ -774,7 +811,7 @@ ADAPTER = (
         (
             "dA-first-token",
             "dA of the first token of all",
-            model(lora_linear=("(h @ du.T).T", "(h[:, :1] @ du[:, :1].T).T")),
+            model(lora_linear=("outer(du, h)", "outer(du[:, :1], h[:, :1])")),
         ),
     ),
     *family(
@@ -859,7 +896,7 @@ FILES = (
             "W's rows as for interleaved RoPE, B's not",
             model(
                 read_model=_weights(_pairs_apart),
-                rope=("interleaved: bool = False", "interleaved: bool = True"),
+                rope=_neighbours,
             ),
             "llama.cpp 21354",
         ),
@@ -954,9 +991,8 @@ SAME = equivalents(
         "positions counted from the first real token, with RoPE",
         model(
             llama=(
-                "_tables(batch.ids.shape[1], *of) if counted"
-                " else rope_tables(batch.position_ids, *of)",
-                "rope_tables(np.maximum(batch.real.cumsum(1) - 1, 0), *of)",
+                "rope_tables(batch.position_ids",
+                "rope_tables(np.maximum(batch.real.cumsum(1) - 1, 0)",
             )
         ),
     ),
@@ -970,10 +1006,8 @@ SAME = equivalents(
         "no-maximum",
         "exp(z) without the maximum taken off",
         model(
-            _exponentials=(
-                "c = z.real.max(-2, keepdims=True)",
-                "c = np.zeros_like(z[..., :1, :].real)",
-            )
+            softmax=("z.real.max(-2, keepdims=True)", "0"),
+            cross_entropy=("c = z.real.max(0)", "c = 0 * z[0].real"),
         ),
     ),
     ("silu-divided", "x / (1 + e⁻ˣ)", model(silu=("y = x * sigma", "y = x / (1 + np.exp(-x))"))),
@@ -988,7 +1022,7 @@ SAME = equivalents(
         "(W + s B A) x",
         model(
             lora_linear=(
-                "y = base + B @ su",
+                "y = base + B @ (s * u)",
                 "y = (W + s * B @ A) @ h if b is None else (W + s * B @ A) @ h + b",
             )
         ),

@@ -12,7 +12,8 @@ from dataclasses import replace
 import numpy as np
 
 from minilora.spec.initialization import INITIALIZATIONS
-from minilora.spec.lora import combine, merge_weight
+from minilora.spec.lora import merge_weight
+from minilora.spec.multi_adapter import combine
 from minilora.spec.ops import Array
 from minilora.spec.variants import REGISTRY, extended, row_norm, start
 from minilora.verify.properties.exact_numbers import SqrtFraction, exactly, same

@@ -16,9 +16,10 @@ from minilora.io.formats.gguf.contents import Contents
 from minilora.io.formats.gguf.names import READER, places, row_order
 from minilora.io.formats.gguf.write import gguf_writer, write_tensors
 from minilora.spec.lora import LORA, TABLES, Params, TrainableSpec, Weights, scale
-from minilora.spec.models import Config, ties_head
+from minilora.spec.models import Config
 from minilora.spec.ops import Array
 from minilora.spec.quantization import F32
+from minilora.spec.target_modules import ties_head
 
 ALPHA = "adapter.lora.alpha"
 

@@ -15,7 +15,7 @@ from minilora.io.formats.peft.starts import INIT_FROM_BASE
 from minilora.io.formats.rules import Rule, check
 from minilora.spec.initialization import INITIALIZATIONS
 from minilora.spec.lora import TABLES
-from minilora.spec.models import Config, ties_head
+from minilora.spec.models import Config
 from minilora.spec.target_modules import (
     LoraConfig,
     ResolvedTargets,
@@ -26,6 +26,7 @@ from minilora.spec.target_modules import (
     resolve_targets,
     saved_in_full,
     targeted,
+    ties_head,
 )
 from minilora.spec.variants import REGISTRY, extended
 

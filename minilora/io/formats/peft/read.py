@@ -26,9 +26,9 @@ from minilora.io.formats.peft.starts import INIT_FROM_BASE, changed_weights
 from minilora.io.formats.peft.vera import shared_shape, split_projections, vera_projections
 from minilora.io.formats.tensors import to_internal
 from minilora.spec.lora import LORA, TrainableSpec, Weights
-from minilora.spec.models import Config, ties_head
+from minilora.spec.models import Config
 from minilora.spec.ops import Array
-from minilora.spec.target_modules import scales
+from minilora.spec.target_modules import scales, ties_head
 
 _SAVE_AGAIN = "PEFT writes them as one: save the adapter again"
 

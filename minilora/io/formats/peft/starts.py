@@ -12,8 +12,9 @@ import numpy as np
 
 from minilora.io.files import FormatError
 from minilora.spec.initialization import INITIALIZATIONS, as_plain, plain_alpha
+from minilora.spec.layers import with_tokens
 from minilora.spec.lora import TABLES, Weights, weight_of
-from minilora.spec.ops import Array, with_tokens
+from minilora.spec.ops import Array
 from minilora.spec.target_modules import LoraConfig, ResolvedTargets, scales
 from minilora.spec.variants import ALORA
 

@@ -26,7 +26,7 @@ from minilora.io.formats.peft.vera import join_projections
 from minilora.io.formats.rules import Rule, check
 from minilora.spec.initialization import INITIALIZATIONS
 from minilora.spec.lora import LORA, TABLES, TrainableSpec, Weights, is_base, twin
-from minilora.spec.models import Config, ties_head
+from minilora.spec.models import Config
 from minilora.spec.ops import Array
 from minilora.spec.target_modules import (
     LoraConfig,
@@ -34,6 +34,7 @@ from minilora.spec.target_modules import (
     matches,
     resolve_targets,
     scales,
+    ties_head,
 )
 from minilora.spec.variants import LORA_BIAS, Peft, extended
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from minilora.io.formats.huggingface import read_model
 from minilora.io.formats.peft import adapter_names, read_adapter, read_lora_config
-from minilora.spec.lora import TrainableSpec, Weights, draw_dropout
+from minilora.spec.initialization import draw_dropout, input_shapes
+from minilora.spec.lora import TrainableSpec, Weights
 from minilora.spec.models import Batch, Config, loss, shifted_labels
 from minilora.spec.ops import IGNORED
 from minilora.verify.mutants.references.helpers import Array
@@ -61,7 +62,9 @@ class Training(Optimizer):
         n = int((shifted_labels(batch, c) != IGNORED).sum())
         # part
         if self.dropout:
-            shapes = {at: n for at, n in c.inputs(*batch.ids.shape).items() if at in spec.scale}
+            shapes = {
+                at: n for at, n in input_shapes(c, *batch.ids.shape).items() if at in spec.scale
+            }
             dtype = next(iter(W.values())).dtype
             keep = draw_dropout(self.rng, self.dropout, shapes, dtype)
             spec = replace(spec, dropout_scale=keep)
