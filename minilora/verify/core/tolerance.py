@@ -81,6 +81,11 @@ class Uncertain:
         self.rounding = rounding
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+        return self.value.shape
+
+    @property
     def T(self) -> Uncertain:
         """The transpose."""
         return Uncertain(self.value.T, self.variance.T, self.rounding)
