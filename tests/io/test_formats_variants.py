@@ -289,7 +289,7 @@ def test_names_of_every_part_in_a_file(folder):
     for case, shapes in wanted.items():
         tensors = load_file(folder(case) / peft.WEIGHTS)
         assert {name: tensors[name].shape for name in shapes} == shapes
-    with pytest.raises(ValueError, match=r"'embed\.c': found no such part, expected A, B, magn"):
+    with pytest.raises(ValueError, match=r"'embed\.c': found no such part"):
         peft.adapter_names(MODELS["llama"], ["embed.A", "embed.c"])
 
 
@@ -346,7 +346,7 @@ def test_the_settings_of_a_kind_are_fixed_or_inert_or_read(case, kind, folder):
 
 E = "model.layers.0.self_attn.q_proj.lora_E"
 SETTINGS = [
-    ("dora", {"lora_bias": True}, r"lora_bias: found it beside use_dora, expected one of the two"),
+    ("dora", {"lora_bias": True}, r"use_dora: found it beside lora_bias"),
     ("dora", {"alora_invocation_tokens": [1]}, "alora_invocation_tokens: found it beside use_dora"),
     ("dora", {"use_dora": 1}, "use_dora: found 1, expected true or false"),
     ("dora", {"init_lora_weights": "pissa_niter_4"}, "another random approximation"),

@@ -10,7 +10,7 @@ from typing import Any
 from minilora.io.architectures import Architecture, architecture_of, module_paths
 from minilora.io.files import FormatError, listed
 from minilora.io.formats.peft.names import CONFIG, paths
-from minilora.io.formats.peft.settings import VARIANT_SETTINGS, VARIANT_TYPES, read_settings
+from minilora.io.formats.peft.settings import read_settings, variant_settings, variant_types
 from minilora.io.formats.peft.starts import INIT_FROM_BASE
 from minilora.io.formats.rules import Rule, check
 from minilora.spec.initialization import INITIALIZATIONS
@@ -87,7 +87,7 @@ class _Selected:
     @property
     def variants(self) -> list[str]:
         """The settings that make it another variant than LoRA."""
-        return [name for name in VARIANT_SETTINGS if self.settings.get(name)]
+        return [name for name in variant_settings() if self.settings.get(name)]
 
     @property
     def first_variant(self) -> str:
@@ -237,8 +237,8 @@ def read_config(path: Path, c: Config) -> AdapterConfig:
 
 def _variant(settings: Mapping[str, Any]) -> str:
     """The variant's name in `variants.REGISTRY`."""
-    variant = VARIANT_TYPES.get(settings["peft_type"], "lora")
-    return next((v for s, v in VARIANT_SETTINGS.items() if settings.get(s)), variant)
+    variant = variant_types().get(settings["peft_type"], "lora")
+    return next((v for s, v in variant_settings().items() if settings.get(s)), variant)
 
 
 def _complete(path: Path, c: Config, settings: dict[str, Any]) -> None:

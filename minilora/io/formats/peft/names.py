@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from minilora.io.architectures import architecture_of
-from minilora.spec.lora import TABLES, is_base
+from minilora.spec.lora import TABLES, Variant, is_base
 from minilora.spec.models import Config
 from minilora.spec.variants import REGISTRY, extended
 
@@ -13,15 +13,14 @@ PREFIX = "base_model.model."
 PROJECTIONS = {"A": "base_model.vera_A", "B": "base_model.vera_B"}
 """VeRA's A and B, which all modules share."""
 
-VECTORS = (".c", ".magnitude", ".lambda_d", ".lambda_b")
-"""Parameters that are vectors in the file, and columns here."""
-
-_TABLE_PARTS = {
-    "A": "lora_embedding_A",
-    "B": "lora_embedding_B",
-    "magnitude": "lora_magnitude_vector",
-}
+_TABLE_FACTORS = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
 _NOT_OF_ADAPTERS = {"weight", "bias", "tokens"}
+
+
+def vectors(variant: Variant) -> tuple[str, ...]:
+    """The ends of the parameters that are vectors in the file, and columns here."""
+    details = extended(variant)
+    return () if details.peft.flat else tuple(f".{part}" for part in details.columns)
 
 
 def paths(c: Config) -> dict[str, str]:
@@ -67,8 +66,9 @@ def adapter_names(c: Config, names: Iterable[str]) -> dict[str, str]:
 
 def _part_names(at: str, parts: set[str]) -> Mapping[str, str]:
     """The end of the name of each of a module's parameters, of which it has ``parts``."""
+    known = [extended(entry.equation).peft for entry in REGISTRY.values()]
     if at in TABLES:
-        return _TABLE_PARTS
-    known = [extended(entry.equation).peft.tensors for entry in REGISTRY.values()]
+        known = [peft for peft in known if "embedding" not in peft.refuses]
     parts = parts - _NOT_OF_ADAPTERS
-    return next((tensors for tensors in known if parts <= tensors.keys()), known[0])
+    names = next((p.tensors for p in known if parts <= p.tensors.keys()), known[0].tensors)
+    return {**names, **_TABLE_FACTORS} if at in TABLES else names

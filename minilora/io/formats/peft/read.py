@@ -17,10 +17,10 @@ from minilora.io.formats.peft.names import (
     CONFIG,
     PREFIX,
     PROJECTIONS,
-    VECTORS,
     WEIGHTS,
     adapter_names,
     paths,
+    vectors,
 )
 from minilora.io.formats.peft.starts import INIT_FROM_BASE, changed_weights
 from minilora.io.formats.peft.vera import shared_shape, split_projections, vera_projections
@@ -222,10 +222,11 @@ def _check_tie(path: Path, stored: _Stored) -> None:
 def _make_columns(stored: _Stored) -> None:
     """Make columns of the file's vectors, and take DoRA's name with ``.weight``, as PEFT does."""
     tensors, names, parts = stored.tensors, stored.names, stored.config.targets.parts()
+    columns = vectors(stored.config.lora.equation)
     for name, place in names.items():
         if name.endswith(".magnitude") and f"{place}.weight" in tensors:
             names[name] = place = f"{place}.weight"
-        if name.endswith(VECTORS) and place in tensors:
+        if name.endswith(columns) and place in tensors:
             m, _ = parts[name]
             if tensors[place].shape != (m,):
                 remedy = "it is a vector, with an entry for each row"

@@ -112,6 +112,27 @@ class Kind:
     inert: str
 
 
+def variant_settings() -> dict[str, str]:
+    """The settings that make LoRA another variant, and its name in `variants.REGISTRY`."""
+    of = {name: extended(entry.equation).peft.setting for name, entry in REGISTRY.items()}
+    return {setting: name for name, setting in of.items() if setting}
+
+
+def variant_types() -> dict[str, str]:
+    """The other values of ``peft_type``, and the variant's name."""
+    of = {name: extended(entry.equation).peft.peft_type for name, entry in REGISTRY.items()}
+    return {peft_type: name for name, peft_type in of.items() if peft_type != "LORA"}
+
+
+def variant_flags() -> list[str]:
+    """Those of the settings that are true or false: all but an invocation's tokens."""
+    return [key for key, name in variant_settings().items() if REGISTRY[name].injected is None]
+
+
+def _flags() -> dict[str, Setting]:
+    return dict.fromkeys(variant_flags(), (False, _is_flag, "true or false"))
+
+
 KINDS: Mapping[str, Kind] = {
     "LORA": Kind(
         read={
@@ -129,8 +150,7 @@ KINDS: Mapping[str, Kind] = {
                 "patterns with numbers",
             ),
             "use_rslora": (False, _is_flag, "true or false"),
-            "use_dora": (False, _is_flag, "true or false"),
-            "lora_bias": (False, _is_flag, "true or false"),
+            **_flags(),
             "alora_invocation_tokens": ([], _are_tokens, "whole numbers from 0"),
             "init_lora_weights": (
                 True,
@@ -188,14 +208,6 @@ KINDS: Mapping[str, Kind] = {
 
 READ, FIXED, INERT = KINDS["LORA"].read, KINDS["LORA"].fixed, KINDS["LORA"].inert
 
-_PEFT = {name: extended(entry.equation).peft for name, entry in REGISTRY.items()}
-_SETTINGS = {peft.setting: name for name, peft in _PEFT.items() if peft.setting}
-VARIANT_SETTINGS = {key: _SETTINGS[key] for key in READ if key in _SETTINGS}
-"""The settings that make LoRA another variant, and its name in `variants.REGISTRY`."""
-
-VARIANT_TYPES = {peft.peft_type: name for name, peft in _PEFT.items() if peft.peft_type != "LORA"}
-"""The other values of ``peft_type``, and the variant's name."""
-
 NEWER = (
     *("lora_bias", "alora_invocation_tokens", "trainable_token_indices"),
     "ensure_weight_tying",
@@ -224,12 +236,13 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     stored = read_json(path)
     kind = _kind(path, stored)
-    check_settings(path, stored, kind.read, kind.fixed, kind.inert)
+    read = {**kind.read, **(_flags() if stored["peft_type"] == "LORA" else {})}
+    check_settings(path, stored, read, kind.fixed, kind.inert)
     settings: dict[str, Any] = {
         "peft_type": stored["peft_type"], "exclude_modules": [], "layer_replication": [],
         "ensure_weight_tying": False, "trainable_token_indices": [],
     }  # fmt: skip
-    for key, (default, fits, expected) in kind.read.items():
+    for key, (default, fits, expected) in read.items():
         value = default if stored.get(key) is None else stored[key]
         if not fits(value):
             raise FormatError(path, key, json.dumps(value), expected, "write it as PEFT does")
@@ -260,7 +273,7 @@ def _check_combinations(path: Path, settings: Mapping[str, Any]) -> None:
     if expression and settings["layers_to_transform"] != []:
         remedy = "PEFT refuses it too: list the modules"
         raise FormatError(path, "layers_to_transform", "it beside an expression", "none", remedy)
-    variants = [name for name in VARIANT_SETTINGS if settings.get(name)]
+    variants = [name for name in variant_settings() if settings.get(name)]
     if len(variants) > 1:
         remedy = "PEFT has no layer for the two"
         found = f"it beside {variants[0]}"

@@ -15,12 +15,12 @@ from minilora.io.formats.peft.names import (
     CONFIG,
     PREFIX,
     PROJECTIONS,
-    VECTORS,
     WEIGHTS,
     adapter_names,
     paths,
+    vectors,
 )
-from minilora.io.formats.peft.settings import KINDS, NEWER, is_number
+from minilora.io.formats.peft.settings import KINDS, NEWER, is_number, variant_flags
 from minilora.io.formats.peft.starts import put_back
 from minilora.io.formats.peft.vera import join_projections
 from minilora.io.formats.rules import Rule, check
@@ -248,7 +248,7 @@ def _tensors(folder: Path, x: _Adapter, beside: frozenset[str], dtype: Any) -> W
             found = f"shape {W[name].shape}" if name in W else "none"
             raise FormatError(folder, name, found, f"shape {shapes[name]}", "check it against c")
         array = to_file_layout(name, W[name], transposed.get(name, False))
-        array = array[:, 0] if name.endswith(VECTORS) else array
+        array = array[:, 0] if name.endswith(vectors(x.lora.equation)) else array
         tensors[place] = to_dtype(folder, name, array, dtype)
     if x.peft.peft_type == "VERA":
         for part, array in join_projections(folder, W, x.targets).items():
@@ -345,8 +345,7 @@ def _lora_settings(
             if alpha != lora.lora_alpha
         },
         "init_lora_weights": lora.init_lora_weights if drawn else True,
-        "use_dora": extended(lora.equation).peft.setting == "use_dora",
-        "lora_bias": lora.equation == LORA_BIAS,
+        **{flag: flag == extended(lora.equation).peft.setting for flag in variant_flags()},
         "alora_invocation_tokens": [*map(int, lora.alora_invocation_tokens)] or None,
     }
 
