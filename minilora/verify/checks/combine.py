@@ -49,7 +49,7 @@ def weighted(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]
 
 
 def single(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """One adapter at weight 1 is itself: ΔW = s B A."""
+    """One adapter at weight 1 gives ΔW = s B A."""
     several, exact = draw_several(case)
     for i, adapter in enumerate(several.adapters):
         alone = Several([adapter], [1.0], several.index)
@@ -59,7 +59,7 @@ def single(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
 
 
 def negative_weight(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """The weight -1 takes away what 1 adds, bit for bit."""
+    """Weight -1 gives the negative of weight 1, bit for bit."""
     several, _ = draw_several(case)
     for i, adapter in enumerate(several.adapters):
         there, back = (combined(subject, [adapter], [w], case.dtype) for w in (1.0, -1.0))
@@ -67,7 +67,7 @@ def negative_weight(subject: GuardedImplementation, case: Case) -> Iterable[Comp
 
 
 def zero_weight(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """An adapter at weight 0 changes nothing, nor do all of them; whole numbers, compared by ==."""
+    """An adapter at weight 0 changes nothing; with all weights 0, ΔW is 0; compared by ==."""
     several, _ = draw_several(in_exact_lane(case))
     first, second, *_ = several.adapters
     delta = combined(subject, [first, second], [1.0, 0.0], case.dtype)
@@ -77,8 +77,8 @@ def zero_weight(subject: GuardedImplementation, case: Case) -> Iterable[Comparis
     yield Comparison("ΔW of weights 0", none, np.zeros_like(none))
 
 
-def halves(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """½ a + ½ a = a, twice: ¼ a, four times, is a; small whole numbers, compared by ==.
+def split_weight(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+    """An adapter four times at weight ¼ is the adapter at weight 1; compared by ==.
 
     A quarter's root is a power of two and a half's is not: some put √(w s) on both factors.
     """
@@ -90,7 +90,7 @@ def halves(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
 
 
 def order(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """The order of the adapters is no matter; small whole numbers, compared by ==."""
+    """The order of the adapters does not matter; compared by ==."""
     several, _ = draw_several(in_exact_lane(case))
     there = combined(subject, several.adapters, several.weights, case.dtype)
     back = combined(subject, several.adapters[::-1], several.weights[::-1], case.dtype)
@@ -98,7 +98,7 @@ def order(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
 
 
 def svd(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """By SVD the best change of its rank: as near as the singular values that it drops allow.
+    """The SVD combination is the best approximation of its rank, within the SVD's rounding.
 
     The best of all changes of a rank has ‖ΔW - answer‖ = √(Σ σ²) over the dropped ones (Eckart and
     Young 1936): what is nearer has a greater rank. An SVD that is stable, in a precision u of its
@@ -146,7 +146,7 @@ _CHECKS: tuple[Check, ...] = (
     _law(single, 0.5),
     _law(negative_weight, 0.25),
     _law(zero_weight, 0.25),
-    _law(halves, 0.25),
+    _law(split_weight, 0.25),
     _law(order, 0.25),
     _law(svd, 0.25),
 )
@@ -155,12 +155,12 @@ LEVEL = Level(
     "combine",
     _CHECKS,
     answers=("weighted*", "single*"),
-    relations=("negative-weight", "zero-weight", "halves", "order"),
+    relations=("negative-weight", "zero-weight", "split-weight", "order"),
     vectors={
         "weighted": VECTOR_SIZES,
         "single": VECTOR_SIZES[1:2] + VECTOR_SIZES[4:],
         "zero-weight": (("bfloat16", 0), ("float32", 1)),
-        "halves": (("bfloat16", 0), ("float32", 1)),
+        "split-weight": (("bfloat16", 0), ("float32", 1)),
     },
-    exact=("zero-weight", "halves"),
+    exact=("zero-weight", "split-weight"),
 )

@@ -47,7 +47,7 @@ KINDS: dict[str, tuple[Config, LoraConfig, str]] = {
             rank_pattern={"layers.1.q": tiny_models.DEEP.d, "layers.0.down": 2},
             alpha_pattern={"layers.1.q": 4, "layers.1.v": 10},
         ),
-        "ranks and alphas of single modules, an α with a fraction and A that is square",
+        "rank_pattern and alpha_pattern, a fractional alpha and a square A",
     ),
     "rslora": (
         tiny_models.GPT_2,
@@ -64,7 +64,7 @@ KINDS: dict[str, tuple[Config, LoraConfig, str]] = {
             alpha_pattern={"layers.0.down": 11}, bias="lora_only",
             modules_to_save=("head.weight", "head.bias"),
         ),
-        "a head trained in full and biases, and names of which one ends like another",
+        "modules_to_save and biases, and a name that is the end of another",
     ),
     "dora": (
         tiny_models.DEEP,
@@ -74,7 +74,7 @@ KINDS: dict[str, tuple[Config, LoraConfig, str]] = {
     "embedding": (
         tiny_models.LLAMA,
         LoraConfig(r=3, lora_alpha=7, target_modules=("embed", "q")),
-        "an embedding that is adapted",
+        "an adapted embedding",
     ),
 }  # fmt: skip
 """The model, its adapter, and what there is to store, in words. No α is a library's default."""
@@ -230,7 +230,7 @@ def _save(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Compari
 
 
 def resave(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """Saved, loaded and saved again: the same tensors, the same scales."""
+    """Saving, loading and saving again keeps the tensors and the scales."""
     reasons = []
     for kind in KINDS:
         it = _of(kind, case)
@@ -330,7 +330,7 @@ def _gradients(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Co
 
 
 def second_adapter(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """Of one model with one adapter and then another, each is its own function."""
+    """One model with one adapter and then another: each gives its own loss and logits."""
     first, (of, _) = _of("patterns", case), drawn("second-adapter", case.number, case.seed)
     W = {name: array.astype(DTYPES[case.dtype]) for name, array in of.W.items()}
     with TemporaryDirectory(prefix="minilora-") as folder:
@@ -350,11 +350,13 @@ def _cases(profile: str, dtype: str) -> int:
 
 
 LAWS: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
-    ("load", "Loaded by its names, bit for bit: {}.", _load, ("load",)),
-    ("outputs", "Stored, it is the same function: {}.", _function, ("model_loss",)),
-    ("save", "Saved by its names, bit for bit, with all that its scale needs: {}.", _save,
+    ("load", "Loading gives each tensor under its name, bit for bit: {}.", _load, ("load",)),
+    ("outputs", "The stored adapter gives the correct loss and logits: {}.", _function,
+     ("model_loss",)),
+    ("save", "Saving keeps each tensor under its name, bit for bit, and each scale: {}.", _save,
      ("save",)),
-    ("gradients", "Stored, every tensor has its gradient: {}.", _gradients, ("model_loss",)),
+    ("gradients", "Every tensor of the stored adapter has its gradient: {}.", _gradients,
+     ("model_loss",)),
 )  # fmt: skip
 
 _CHECKS: tuple[Check, ...] = (
@@ -367,7 +369,7 @@ _CHECKS: tuple[Check, ...] = (
         "files.outputs.regex",
         "files",
         ("model_loss",),
-        "Stored, it is the same function: patterns that are regular expressions.",
+        "The stored adapter gives the correct loss and logits: patterns as regular expressions.",
         _function("regex"),
         _cases,
     ),

@@ -50,11 +50,11 @@ KINDS: dict[str, tuple[LoraConfig, dict[str, Any], int]] = {
 """What is adapted, the settings beside SGD's, and the number of steps."""
 
 WORDS = {
-    "all-layers": "Every A and every B of two layers has its gradient.",
-    "checkpointing": "With gradient checkpointing every gradient is the same.",
+    "all-layers": "Every A and B of two layers has its gradient.",
+    "checkpointing": "Gradient checkpointing changes no gradient.",
     "first-layer": "Gradients reach the first layer through a frozen one above it.",
-    "last-layer": "Gradients reach the last layer, and the frozen one below it stays.",
-    "first-layer-checkpointing": "With checkpointing they reach it through a frozen layer too.",
+    "last-layer": "Gradients reach the last layer; the frozen one below it is unchanged.",
+    "first-layer-checkpointing": "With checkpointing, gradients reach it through a frozen one.",
 }
 
 
@@ -96,7 +96,7 @@ def _flow(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Compari
 
 
 def zero_B(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """Where B = 0, the first step leaves every bit of A, and every B has its gradient."""
+    """With B = 0, the first step changes no bit of A, and every B has its gradient."""
     of, _ = drawn("zero-B", case.number, case.seed)
     got = _asked(subject, case, "zero-B")
     for theirs, name, k, array in got:
@@ -107,7 +107,7 @@ def zero_B(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
 
 
 def dropout(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """Through dropout every A and B has a gradient, and it is another than without."""
+    """With dropout, every A and B has a gradient, different from that without."""
     of, _ = drawn("dropout", case.number, case.seed)
     got = _asked(subject, case, "dropout")
     moved = [float((array != of.W[name]).any()) for _, name, _, array in got]
@@ -118,7 +118,7 @@ def dropout(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
 
 
 def frozen(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """Training gives back the adapter's tensors and no other, and no file changes."""
+    """Training returns the adapter's tensors and no others, and changes no file."""
     of, steps = drawn("frozen", case.number, case.seed)
     with TemporaryDirectory(prefix="minilora-") as folder:
         where = of.write(Path(folder), case.dtype)

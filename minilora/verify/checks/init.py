@@ -152,7 +152,7 @@ def repeats(count: int, error: float) -> float:
 
 
 def independent(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """The rows of A are independent of each other and of other seeds', and nothing comes again.
+    """Entries of A are independent; no value repeats across entries or seeds.
 
     For rows a, b of n independent entries of variance 1/n, each at most √(3/n): the sum n Σ aᵢ bᵢ
     passes t with a probability of at most 2 exp(-t² / (2 n + 2 t)) (Bernstein), products having the
@@ -204,7 +204,7 @@ def _again(drawn: list[Array], what: str) -> Comparison:
 
 
 def reproducible(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """The same seed gives the same bits, whatever was drawn before, and another seed others."""
+    """The same seed gives the same bits, whatever was drawn before; another seed does not."""
     W, at = weight(case, 6, 10), _first(case)
     for what, r, settings in _drawn(case.dtype):
         with optional(settings):
@@ -227,7 +227,7 @@ def _drawn(dtype: str) -> Iterable[tuple[str, int, dict[str, Any]]]:
 
 
 def zero_B(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """B = 0, every bit, for any scale."""
+    """B is exactly 0, for any scale."""
     for k, (m, n, r) in enumerate(((6, 10, 3), (8, 8, 8), (3, 5, 1))):
         for what, settings in (("", {}), (", rsLoRA", {"use_rslora": True}), *_GAUSSIAN):
             W = weight(case, m, n)
@@ -237,7 +237,7 @@ def zero_B(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
 
 
 def base_unchanged(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """The base keeps its bits at the start, and so does its output."""
+    """Initialization changes no bit of the base weight or of the output."""
     W = weight(case, 6, 10)
     for what, settings in _GAUSSIAN:
         with optional(settings):
@@ -336,7 +336,7 @@ def _olora(W: Array, A: Array, B: Array, s: Any, of: str, size: float) -> Iterab
 
 
 def orthogonal(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """The orthogonal start: B A = 0 though neither is 0, and W stays as it is."""
+    """Orthogonal initialization: B A = 0 though neither is 0, and W is unchanged."""
     for k, (m, n, r) in enumerate(((7, 11, 4), (10, 6, 2))):
         W = weight(case, m, n)
         A, B, held = start(
@@ -368,8 +368,8 @@ def _law(run: Any, cases: Callable[[str, str], int]) -> Check:
 
 
 SPLITS = {
-    "pissa": "PiSSA takes the greatest singular values out of W: W = W' + s B A.",
-    "olora": "OLoRA takes the first columns of W = Q R out of it: W = W' + s B A.",
+    "pissa": "PiSSA moves the largest singular values of W into the adapter: W = W' + s B A.",
+    "olora": "OLoRA moves the first columns of W = Q R into the adapter: W = W' + s B A.",
 }
 
 _CHECKS: tuple[Check, ...] = (
@@ -379,7 +379,7 @@ _CHECKS: tuple[Check, ...] = (
             f"init.distribution{kind}",
             "init",
             ("init",),
-            f"{law}: the pooled entries follow it, with an error rate of {ERROR:g}.",
+            f"{law}, tested on pooled entries with a false alarm rate of {ERROR:g}.",
             _distribution(kind),
             _cases,
         )

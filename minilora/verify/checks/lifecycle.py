@@ -47,10 +47,10 @@ PLAIN = {
     "embedding": ", of an embedding",
 }
 FURTHER = {
-    "fused": ", of projections in one weight",
-    "tied": ", of a table that is embedding and head",
-    "bias": ", with a bias that each adapter brings along",
-    "full": ", with a head that each adapter brings along",
+    "fused": ", of projections fused in one weight",
+    "tied": ", of a tied embedding and head",
+    "bias": ", with a trained bias",
+    "full": ", with modules_to_save",
     "dora": ", of DoRA beside LoRA",
 }
 KINDS = PLAIN | FURTHER
@@ -358,51 +358,51 @@ SCRIPTS: dict[str, tuple[str, tuple[Step, ...]]] = {
         (("add", "one"), ("activate", ["one"]), ("add", "two"), ("activate", ["two"])),
     ),
     "several": (
-        "Several active adapters add up, in any order; none is the base.",
+        "Several active adapters add up, in any order; with none active, the base applies.",
         (*START, ("activate", ["one", "two"]), ("activate", ["two", "one"]), ("activate", [])),
     ),
     "disable": (
-        "While disabled the base alone acts, merged or not; activating ends it.",
+        "While disabled, only the base applies, merged or not; activating ends it.",
         (*START, ("disable",), ("activate", ["one"]), ("merge",), ("disable",),
          ("activate", ["one"])),
     ),
     "scale": (
-        "A factor on the scale counts once, however often it is set.",
+        "Setting an adapter's scale replaces the factor that was set before.",
         (*START, ("scale", "one", 2.0), ("scale", "one", 2.0), ("scale", "one", 0.5),
          ("scale", "one", -1.0), ("scale", "one", 0.0), ("scale", "two", 4.0)),
     ),
     "merge-twice": (
-        "A second merge changes nothing, nor does a second unmerge.",
+        "A second merge or a second unmerge changes nothing.",
         (*START, ("merge",), ("merge",), ("unmerge",), ("unmerge",)),
     ),
     "merge-several": (
-        "All active adapters are merged, and no other.",
+        "Merging merges all active adapters and no other.",
         (*START, ("activate", ["two"]), ("merge",), ("unmerge",), ("activate", ["one", "two"]),
          ("merge",), ("unmerge",)),
     ),
     "scale-while-merged": (
-        "A scale that changes while merged acts, and unmerging takes it back too.",
+        "A scale set while merged takes effect, and unmerging removes it.",
         (*START, ("merge",), ("scale", "one", 2.0), ("unmerge",), ("activate", ["two"])),
     ),
     "delete": (
-        "A deleted adapter acts no longer, also if it was active.",
+        "A deleted adapter no longer applies, even if it was active.",
         (*START, ("add", "onetwo"), ("activate", ["one", "onetwo"]), ("delete", "one"),
          ("add", "one"), ("activate", ["one"]), ("activate", ["two"])),
     ),
     "delete-while-merged": (
-        "Deleting a merged adapter takes its change along.",
+        "Deleting a merged adapter removes its change from the weight.",
         (*START, ("merge",), ("delete", "one"), ("activate", ["two"])),
     ),
     "activate-while-merged": (
-        "Activating another adapter while one is merged leaves that other alone acting.",
+        "Activating another adapter while one is merged applies the new one alone.",
         (*START, ("merge",), ("activate", ["two"]), ("activate", ["one"])),
     ),
     "add-while-merged": (
-        "Adding an adapter beside a merged one changes no output.",
+        "Adding an adapter while another is merged changes no output.",
         (*START, ("merge",), ("add", "onetwo"), ("unmerge",), ("activate", ["onetwo"])),
     ),
     "train-eval": (
-        "Without dropout training and evaluation are one function, merged or not.",
+        "Without dropout, train and eval mode give the same output, merged or not.",
         (*START, ("train",), ("eval",), ("train",), ("merge",), ("eval",), ("train",), ("eval",),
          ("unmerge",)),
     ),
@@ -435,103 +435,103 @@ def _tied(name: str) -> tuple[Step, ...]:
 BESIDE: dict[str, tuple[str, str, tuple[Step, ...]]] = {
     "single-adapter": (
         "linear",
-        "One adapter alone is added, activated, merged and unmerged.",
+        "One adapter is added, activated, merged and unmerged.",
         SINGLE,
     ),
     **{
         f"single-adapter.{kind}": (
             kind,
-            f"One adapter alone lives the same life{KINDS[kind]}.",
+            f"One adapter is added, activated, merged and unmerged{KINDS[kind]}.",
             SINGLE,
         )
         for kind in ("conv1d", "embedding", "fused")
     },
     "tied.embedding": (
         "tied",
-        "An adapter of the embedding, merged, leaves the tied head as it is.",
+        "Merging an adapter of the embedding leaves the tied head unchanged.",
         _tied("one"),
     ),
     "tied.head": (
         "tied",
-        "An adapter of a tied head, merged, leaves the embedding as it is.",
+        "Merging an adapter of the tied head leaves the embedding unchanged.",
         _tied("two"),
     ),
     "tied.both": (
         "tied",
-        "One change of a tied table acts in both its uses, and once in each.",
+        "One adapter of both uses of a tied table applies once to each.",
         _tied("onetwo"),
     ),
-    "bias": ("bias", "A trained bias comes and goes with its adapter.", BROUGHT),
+    "bias": ("bias", "A trained bias applies while its adapter is active, and only then.", BROUGHT),
     "bias.scaled": (
         "bias",
-        "A factor is the change's, and not the bias's that the adapter brings along.",
+        "Scaling an adapter scales its change, and not its trained bias.",
         (("add", "one"), ("activate", ["one"]), ("scale", "one", 2.0), ("scale", "one", 0.5)),
     ),
     "modules-to-save": (
         "full",
-        "A module trained in full comes and goes with its adapter.",
+        "A module of modules_to_save applies while its adapter is active, and only then.",
         BROUGHT,
     ),
     "modules-to-save.delete": (
         "full",
-        "With a deleted adapter goes the module that it brought.",
+        "Deleting an adapter removes its modules_to_save.",
         (*START, ("delete", "two"), ("delete", "one"), ("add", "two"), ("activate", ["two"])),
     ),
     "dora": (
         "dora",
-        "DoRA beside LoRA: each with its own options, in sum, and merged alone.",
+        "DoRA beside LoRA: each with its own options, summed, and merged one at a time.",
         (*START, ("activate", ["two"]), ("merge",), ("unmerge",), ("add", "onetwo"),
          ("activate", ["onetwo"]), ("merge",), ("unmerge",)),
     ),
     "dora.several": (
         "dora",
-        "DoRA rescales the base's rows and no other's change, in any order, merged or not.",
+        "DoRA rescales the base and not another adapter's change, in any order, merged or not.",
         (*START, ("activate", ["one", "two"]), ("merge",), ("unmerge",),
          ("activate", ["two", "one"]), ("merge",), ("unmerge",)),
     ),
-    "save": ("linear", "A saved adapter is the same one in another session.", SAVED),
+    "save": ("linear", "A saved adapter is the same in another session.", SAVED),
     **{
         f"save.{SUFFIXES[kind]}": (
             kind,
-            f"A saved adapter is the same one again{KINDS[kind]}.",
+            f"A saved adapter is the same in another session{KINDS[kind]}.",
             SAVED,
         )
         for kind in FURTHER
     },
     "save.tied.both": (
         "tied",
-        "One change of both uses of a tied table is the same one again.",
+        "A saved adapter of both uses of a tied table is the same in another session.",
         (("add", "onetwo"), ("activate", ["onetwo"]), ("save", "onetwo"), ("anew",),
          ("load", "onetwo", "onetwo"), ("activate", ["onetwo"])),
     ),
     "save-while-merged": (
         "linear",
-        "What is saved while merged is the adapter itself.",
+        "Saving while merged saves the adapter itself.",
         (*START, ("merge",), ("save", "one"), ("unmerge",), ("anew",), ("load", "one", "one"),
          ("activate", ["one"])),
     ),
     "save-scaled": (
         "linear",
-        "What is saved of a scaled adapter is the adapter as it was added.",
+        "Saving a scaled adapter saves it as it was added.",
         (*START, ("scale", "one", 2.0), ("save", "one"), ("load", "onetwo", "one"),
          ("activate", ["onetwo"]), ("activate", ["one"]), ("anew",), ("load", "one", "one"),
          ("activate", ["one"])),
     ),
     "load-after-delete": (
         "linear",
-        "What is loaded does not act yet, though one of its name did when it was deleted.",
+        "A loaded adapter is inactive, even if one of its name was active when it was deleted.",
         (*START, ("save", "one"), ("activate", ["one", "two"]), ("delete", "one"),
          ("load", "one", "one"), ("activate", ["one"])),
     ),
     "load-while-merged": (
         "linear",
-        "Loading an adapter beside a merged one changes no output.",
+        "Loading an adapter while another is merged changes no output.",
         (*START, ("save", "two"), ("delete", "two"), ("merge",), ("load", "onetwo", "two"),
          ("unmerge",), ("activate", ["onetwo"])),
     ),
     "load-while-merged.modules-to-save": (
         "full",
-        "Nor does one that brings a module along.",
+        "Loading an adapter with modules_to_save while another is merged changes no output.",
         (*START, ("save", "two"), ("delete", "two"), ("merge",), ("load", "two", "two"),
          ("unmerge",), ("activate", ["two"])),
     ),
@@ -557,7 +557,7 @@ def _script(
 def weight(
     subject: GuardedImplementation, case: Case, kind: str = "linear"
 ) -> Iterable[Comparison]:
-    """The weight that is held: W' while merged, and W's bits again afterwards."""
+    """The stored weight is W' while merged, and W bit for bit after unmerging."""
     run = Run.of(subject, case, kind=kind)
     steps: list[Step] = [*START, ("scale", "one", 2.0)]
     if kind == "dora":
@@ -575,7 +575,7 @@ def weight(
 def gradients(
     subject: GuardedImplementation, case: Case, kind: str = "linear"
 ) -> Iterable[Comparison]:
-    """What acts beside the weight has a gradient, what is merged, off or not active has none."""
+    """Active adapters have gradients; merged, disabled or inactive ones have none."""
     run = Run.of(subject, case, kind=kind)
     done: list[str] = []
     steps: list[Step] = [*START, ("activate", []), ("activate", ["two"])]
@@ -591,7 +591,7 @@ def gradients(
 
 
 def isolation(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """Two layers that live at once do so apart."""
+    """Two sessions at once do not affect each other."""
     lives = Run.of(subject, case), Run.of(subject, replace(case, seed=case.seed + 1))
     done: list[str] = []
     for step in SINGLE[:3]:
@@ -647,7 +647,7 @@ class Numbers:
 
 
 def rounding(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """Numbers with all their digits, of any rank, are rounded no more than the precision says."""
+    """With full-precision values of any rank, the deviation is within rounding."""
     it = Numbers.of(subject, case)
     done: list[str] = []
     for step in SINGLE[:3] + SINGLE[4:5]:
@@ -659,7 +659,7 @@ def rounding(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]
 
 
 def save_rounding(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """A saved adapter keeps all digits of its numbers."""
+    """A saved adapter keeps all digits of its values."""
     it = Numbers.of(subject, case)
     steps: list[Step] = [("add", "one"), ("save", "one"), ("anew",), ("load", "one", "one")]
     for step in [*steps, ("activate", ["one"])]:
@@ -670,7 +670,7 @@ def save_rounding(subject: GuardedImplementation, case: Case) -> Iterable[Compar
 def random_steps(
     subject: GuardedImplementation, case: Case, kind: str = "linear", files: bool = False
 ) -> Iterable[Comparison]:
-    """Twelve steps at random: after each the output is that of the state."""
+    """After each of twelve random steps the output is that of the expected state."""
     run, rng = Run.of(subject, case, kind=kind), case.rng()
     opening: list[Step] = [("add", "one"), ("save", "one"), ("load", "two", "one")] if files else []
     yield from follow(run, chain(opening, drawn(run, rng, 12, files)))
@@ -840,7 +840,7 @@ _CHECKS: tuple[Check, ...] = (
     *_of_kinds(random_steps, 0.25, FURTHER),
     _check(
         "random-steps.files",
-        "Twelve steps at random, saving and loading among them.",
+        "The same with saving and loading among the random steps.",
         partial(random_steps, files=True),
         0.25,
     ),

@@ -27,7 +27,7 @@ KINDS: dict[str, dict[str, bool]] = {
     ".conv1d": {"fan_in_fan_out": True},
     ".all": {"bias": True, "dropout": True, "use_rslora": True},
 }
-"""What a case has beside x, W, A, B; conv1d is the storage (n, m) of GPT-2's weights."""
+"""The options of a case; conv1d is the storage (n, m) of GPT-2's weights."""
 
 WORDS = {
     "": "",
@@ -92,17 +92,17 @@ def _vjp_check(kind: dict[str, bool], **changed: Any) -> Run:
 
 
 def evaluation(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """A dropout rate without a mask drops nothing."""
+    """Without a mask, as in evaluation, the dropout rate changes nothing."""
     return _forward_check({}, p=0.25)(subject, case)
 
 
 def evaluation_vjp(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """A dropout rate without a mask drops nothing, and scales no gradient."""
+    """Without a mask, as in evaluation, the dropout rate changes no gradient."""
     return _vjp_check({}, p=0.25)(subject, case)
 
 
 def balance(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """Bᵀ dB = dA Aᵀ, an r by r identity for every loss that sees A and B through B A alone."""
+    """Bᵀ dB = dA Aᵀ, for every loss that depends on A and B through B A alone."""
     layer, exact = draw_layer(case, dropout=case.number % 4 > 1)
     got = vjp(subject, layer, case.dtype)
     A, B, dA, dB = (long(v) for v in (layer.A, layer.B, got["dA"], got["dB"]))
@@ -114,7 +114,7 @@ def balance(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
 
 
 def symmetry(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """Signs and powers of two pass through a bilinear layer without any rounding, bit for bit."""
+    """Factors of -1 and powers of two pass through the layer without rounding; compared by ==."""
     layer, _ = draw_layer(case)
     y = forward(subject, layer, case.dtype)
     yield Comparison("y(-x) against -y(x)", forward(subject, layer, case.dtype, x=-layer.x), -y)
@@ -132,7 +132,7 @@ def symmetry(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]
 
 
 def zero_B(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """With B = 0 the layer is its base, whatever A; dA = 0 exactly, and dB is what trains first."""
+    """With B = 0, y does not depend on A, dA is exactly 0, and dB is correct."""
     layer, exact = draw_layer(case, bias=case.number % 4 > 1)
     layer = Layer(**vars(layer) | {"B": np.zeros_like(layer.B)})
     got, want = vjp(subject, layer, case.dtype), wanted(layer)
@@ -144,7 +144,7 @@ def zero_B(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
 
 
 def gradcheck(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """The gradients are those of the implementation's own forward.
+    """The gradients are the derivatives of the implementation's own forward.
 
     y is affine in each of x, A and B, so that the central difference along an integer direction E
     is the derivative itself, without a rest: ⟨dy, y(A + E) - y(A - E)⟩ / 2 = ⟨dA, E⟩.
@@ -164,7 +164,7 @@ def gradcheck(subject: GuardedImplementation, case: Case) -> Iterable[Comparison
 
 
 def basis_change(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """A → R A, B → B R⁻¹ changes neither y nor dx; dA → R⁻ᵀ dA, dB → dB Rᵀ; exact in integers."""
+    """A → R A, B → B R⁻¹ changes neither y nor dx; dA → R⁻ᵀ dA, dB → dB Rᵀ; by ==."""
     even = Case(case.check, case.dtype, case.number * 2, case.seed)
     layer, _ = draw_layer(even)
     R = np.eye(layer.r, dtype=layer.A.dtype)
@@ -178,7 +178,7 @@ def basis_change(subject: GuardedImplementation, case: Case) -> Iterable[Compari
 
 
 def dropout_mean(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """The mean of y over all 2ⁿ masks at p = ½ is y without dropout."""
+    """The mean of y over all 2ⁿ dropout masks at p = ½ is y without dropout."""
     even = Case(case.check, case.dtype, case.number * 2, case.seed)
     layer, _ = draw_layer(even)
     narrow = {"x": layer.x.reshape(-1, layer.x.shape[-1])[:2, :4], "W": layer.W[:, :4]}
@@ -192,7 +192,7 @@ def dropout_mean(subject: GuardedImplementation, case: Case) -> Iterable[Compari
 
 
 def token_independence(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """Each token's y and dx are its own: the exact lane, token by token against all at once."""
+    """A token's y and dx do not depend on other tokens: one by one against all at once; by ==."""
     even = Case(case.check, case.dtype, case.number * 2 * len(LEADS), case.seed)  # x (tokens, n)
     layer, _ = draw_layer(even)
     whole = vjp(subject, layer, case.dtype)

@@ -96,7 +96,7 @@ def _formed(layer: Layer) -> Array:
 
 
 def forward_of_merged(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """The merged weight computes what the adapted layer computes: x W'ᵀ = y."""
+    """The merged weight gives the output of the adapted layer: x W'ᵀ = y."""
     layer, exact = draw_layer(case)
     y, W = forward(subject, layer, case.dtype), merged(subject, layer, case.dtype)
     sigma = None
@@ -108,14 +108,14 @@ def forward_of_merged(subject: GuardedImplementation, case: Case) -> Iterable[Co
 
 
 def zero_B(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """With B = 0 a merge leaves every bit of W."""
+    """With B = 0, merging changes no bit of W."""
     layer, _ = draw_layer(case)
     W = merged(subject, layer, case.dtype, B=np.zeros_like(layer.B))
     yield Comparison("merged W", W, layer.W)
 
 
 def negative(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """Merging the negated adapter takes away what merging the adapter adds."""
+    """Merging the negated adapter subtracts what merging the adapter adds."""
     layer, exact = draw_layer(case)
     there = long(merged(subject, layer, case.dtype)) - long(layer.W)
     back = long(layer.W) - long(merged(subject, layer, case.dtype, B=-layer.B))
@@ -193,7 +193,7 @@ def _unmerge_check(kind: str) -> Check:
         f"merge.unmerge{kind}",
         "merge",
         ("merge", "unmerge"),
-        f"Unmerging restores W within the rounding of W + s B A and back{WORDS[kind]}.",
+        f"Unmerging restores W within the rounding of merging and unmerging{WORDS[kind]}.",
         _unmerge(KINDS[kind]),
         counter(CASES, 1.0),
         lambda subject, dtype: search(subject, dtype, KINDS[kind], unmerge_difference),

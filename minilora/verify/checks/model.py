@@ -280,8 +280,8 @@ def _cases(share: float) -> Callable[[str, str], int]:
 
 LAWS: tuple[tuple[str, str, Any, Callable[[str, str], int]], ...] = (
     ("", "Loss, logits and every adapter gradient of {}.", _whole, _cases(1.0)),
-    (".vector", "The stored vector of {}: loss, logits and gradients.", _vector, _once),
-    (".balance", "Bᵀ dB = dA Aᵀ at every site of {}.", _balance, _cases(0.5)),
+    (".vector", "The stored test vector of {}: loss, logits and gradients.", _vector, _once),
+    (".balance", "Bᵀ dB = dA Aᵀ at every adapted module of {}.", _balance, _cases(0.5)),
     (".padding", "More padding on the right changes nothing in {}.", _padding, _cases(0.5)),
 )
 

@@ -45,7 +45,7 @@ def rows(
 
 
 def forward_rows(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """Row j is x Wᵀ + s x Aᵀ Bᵀ with the adapter that index_j names, or x Wᵀ for -1."""
+    """Row j is x Wᵀ + s x Aᵀ Bᵀ with adapter index_j; index -1 is the base."""
     several, exact = draw_several(case)
     y = rows(subject, several, case.dtype)
     sigma = None if exact else sigmas_by_row(several, subject.precision(case.dtype))
@@ -54,7 +54,7 @@ def forward_rows(subject: GuardedImplementation, case: Case) -> Iterable[Compari
 
 
 def base_rows(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """Rows of -1 have the bits of a batch in which no row has an adapter."""
+    """Rows without an adapter have the bits of a batch without any adapter."""
     several, _ = draw_several(in_exact_lane(case))
     y = rows(subject, several, case.dtype)
     base = rows(subject, several, case.dtype, index=np.full_like(several.index, -1))
@@ -63,7 +63,7 @@ def base_rows(subject: GuardedImplementation, case: Case) -> Iterable[Comparison
 
 
 def row_order(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """Rows in another order, with their index, give rows in that order; compared by ==."""
+    """Permuting the rows and their index permutes the output; compared by ==."""
     several, _ = draw_several(in_exact_lane(case))
     order = case.rng().permutation(len(several.index))
     y = rows(subject, several, case.dtype)
@@ -73,7 +73,7 @@ def row_order(subject: GuardedImplementation, case: Case) -> Iterable[Comparison
 
 
 def adapter_order(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """The adapters in another order, with the index told, give the same rows; compared by ==."""
+    """Reordering the adapters, and the index with them, changes nothing; compared by ==."""
     several, _ = draw_several(in_exact_lane(case))
     count = len(several.adapters)
     places = np.roll(np.arange(count), 1)  # the adapter i stands at place places[i] now
@@ -88,7 +88,7 @@ def adapter_order(subject: GuardedImplementation, case: Case) -> Iterable[Compar
 
 
 def unused_adapter(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """An adapter that no row names is no matter; compared by ==."""
+    """An adapter that no row uses changes nothing; compared by ==."""
     several, _ = draw_several(in_exact_lane(case))
     index = np.where(several.index == 1, 0, several.index)
     y = rows(subject, several, case.dtype, index=index)
@@ -99,7 +99,7 @@ def unused_adapter(subject: GuardedImplementation, case: Case) -> Iterable[Compa
 
 
 def single(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """A batch of one adapter is its layer, and one without any the base; compared by ==.
+    """A batch with one adapter gives its layer's output, one without any the base's; by ==.
 
     Every other case has a batch of one row.
     """

@@ -65,36 +65,39 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "sgd": (_settings("sgd"), "SGD with momentum and coupled weight decay"),
     "clip": (
         _settings("sgd", max_grad_norm=6.0),
-        "all gradients scaled alike to a greatest common norm, which half of the steps exceed",
+        "clipping: all gradients scaled to a maximum global norm, which half of the steps exceed",
     ),
     "linear-schedule": (
         _settings("adamw", schedule="linear", warmup_steps=3, total_steps=STEPS + 1),
-        "a linear schedule: k / warmup, then down to 0 at the last step",
+        "a linear schedule: k / warmup_steps, then down to 0 at the last step",
     ),
     "cosine-schedule": (
         _settings("adamw", schedule="cosine", warmup_steps=2, total_steps=STEPS + 2),
-        "a cosine schedule: k / warmup, then (1 + cos πq) / 2",
+        "a cosine schedule: k / warmup_steps, then (1 + cos πq) / 2",
     ),
     "cosine-schedule.past-end": (
         _settings("adamw", schedule="cosine", total_steps=STEPS - 3),
-        "a cosine schedule without a warm-up that ends before the steps do: the rate stays 0",
+        "a cosine schedule without warmup that ends before the steps do: the rate stays 0",
     ),
-    "loraplus": (_settings("adamw", loraplus_lr_ratio=5.0), "LoRA+: the rate of each B is greater"),
+    "loraplus": (
+        _settings("adamw", loraplus_lr_ratio=5.0),
+        "LoRA+: a higher learning rate for each B",
+    ),
     "loraplus.other-params": (
         _settings("adamw", loraplus_lr_ratio=0.2),
-        "LoRA+ with a smaller rate for B: a bias, a head and every A have the rate that was given",
+        "LoRA+ with a lower rate for each B: a bias, a head and every A have the base rate",
     ),
     "sgd.linear-schedule": (
         _settings("sgd", schedule="linear", total_steps=STEPS - 2, loraplus_lr_ratio=3.0),
-        "SGD with LoRA+ under a linear schedule without a warm-up that ends before the steps do",
+        "SGD with LoRA+ under a linear schedule without warmup that ends before the steps do",
     ),
     "combined": (
         _settings("adamw", warmup_steps=3, max_grad_norm=6.0, loraplus_lr_ratio=5.0),
-        "AdamW with micro-batches, clipping, LoRA+ and a warm-up at once",
+        "AdamW with gradient accumulation, clipping, LoRA+ and warmup at once",
     ),
     "gradient-accumulation": (
         _settings("sgd", max_grad_norm=6.0),
-        "micro-batches weighted by their number of labels that count",
+        "micro-batches weighted by their number of labels",
     ),
 }
 
@@ -201,7 +204,7 @@ def _steps(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Compar
 
 
 def sgd_balance(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """A step of SGD keeps A Aᵀ - Bᵀ B, but for λ and for η² (dA dAᵀ - dBᵀ dB).
+    """A step of SGD keeps A Aᵀ - Bᵀ B up to weight decay and η² (dA dAᵀ - dBᵀ dB).
 
     A' A'ᵀ - B'ᵀ B' = (1 - ηλ)² (A Aᵀ - Bᵀ B) + η² (dA dAᵀ - dBᵀ dB), if Bᵀ dB = dA Aᵀ.
     """

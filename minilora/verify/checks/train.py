@@ -60,27 +60,27 @@ KINDS: dict[str, Kind] = {
     "prompt": (
         tiny_models.GPT_2,
         LoraConfig(r=3, lora_alpha=7, use_rslora=True, target_modules=("qkv", "o", "down")),
-        SGD, (3,), "the answer alone is learned, the prompt is read",
+        SGD, (3,), "the loss is over the answer, and not over the prompt",
     ),
     "gradient-accumulation": (
         tiny_models.LLAMA, PLAIN, SGD, (3, 1, 2),
-        "a step's mean is over the labels of all its micro-batches, in one of which none counts",
+        "a step's loss is the mean over the labels of all its micro-batches, one of which has none",
     ),
     "clip": (
         tiny_models.LLAMA, PLAIN,
         {**SGD, "lr": 0.125, "momentum": 0.5, "weight_decay": 0.25, "max_grad_norm": MEDIAN},
         (2, 1),
-        "the step's whole gradient is clipped, which about half of the steps need, before momentum",
+        "the gradient of a step is clipped by its global norm in about half of the steps",
     ),
     "linear-schedule": (
         tiny_models.LLAMA, PLAIN,
         {**ADAMW, "schedule": "linear", "warmup_steps": 2, "total_steps": STEPS + 1}, (2,),
-        "AdamW under a linear schedule with a warm-up, counted in steps",
+        "AdamW under a linear schedule with warmup, counted in steps",
     ),
     "cosine-schedule": (
         tiny_models.LLAMA, PLAIN,
         {**ADAMW, "schedule": "cosine", "total_steps": STEPS + 2}, (1, 2),
-        "AdamW under a cosine schedule without a warm-up, counted in steps, not in micro-batches",
+        "AdamW under a cosine schedule without warmup, counted in steps, not in micro-batches",
     ),
     "weight-decay": (
         tiny_models.QWEN2,
@@ -89,11 +89,11 @@ KINDS: dict[str, Kind] = {
             modules_to_save=("head.weight",),
         ),
         {**ADAMW, "weight_decay": 0.5}, (2,),
-        "AdamW decays all that is trained: a bias, a head trained in full, and each A while B = 0",
+        "AdamW decays all trained parameters: a bias, a fully trained head, each A while B = 0",
     ),
     "no-weight-decay": (
         tiny_models.LLAMA, PLAIN, ADAMW, (2,),
-        "nothing decays where no decay is asked for",
+        "without weight decay, nothing decays",
     ),
     "loraplus": (
         tiny_models.LLAMA, PLAIN,
@@ -102,7 +102,7 @@ KINDS: dict[str, Kind] = {
             "warmup_steps": 2,
         },
         (2,),
-        "LoRA+: the rate of each B is greater; a constant one has a warm-up too",
+        "LoRA+: a higher learning rate for each B; a constant schedule has warmup, too",
     ),
     "loraplus.other-params": (
         tiny_models.QWEN2,
@@ -111,7 +111,7 @@ KINDS: dict[str, Kind] = {
             modules_to_save=("head.weight",),
         ),
         {**ADAMW, "loraplus_lr_ratio": 4.0}, (2,),
-        "LoRA+: an embedding's B has its rate, and biases and a head trained in full have not",
+        "LoRA+: an embedding's B has its rate; a bias and a fully trained head have not",
     ),
     "classifier": (
         tiny_models.BERT,
@@ -120,7 +120,7 @@ KINDS: dict[str, Kind] = {
             modules_to_save=("head.weight", "head.bias"),
         ),
         ADAMW, (3, 2),
-        "a classifier's step is over the labels of its rows",
+        "a classifier's loss is over the labels of its sequences",
     ),
     "dora": (
         tiny_models.LLAMA,
@@ -285,7 +285,7 @@ def _steps(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Compar
 
 
 def repeat(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """Trained once more from the same folders, it starts from these again."""
+    """Training again from the same folders starts from the same weights."""
     run = _steps("labels")
     for _ in run(subject, case):
         pass

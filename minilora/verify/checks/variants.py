@@ -34,8 +34,8 @@ PART = {"dora": "magnitude", "lora-bias": "lora_bias"}
 """The setting that holds the variant's own parameter (m,); its gradient's name has a d before."""
 
 WORDS = {
-    "dora": "DoRA: rows of V = W + s B A rescaled to the magnitude",
-    "lora-bias": "a trained bias c of B: s (B A x + c)",
+    "dora": "DoRA, the rows of V = W + s B A rescaled to the magnitude",
+    "lora-bias": "lora_bias, a trained bias c of B in s (B A x + c)",
 }
 
 KINDS: dict[str, dict[str, bool]] = {
@@ -274,8 +274,8 @@ def _merge(name: str, kind: str) -> Callable[[GuardedImplementation, Case], Iter
     return run
 
 
-def start(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """DoRA with B = 0 and the magnitude at the rows' norms is the base."""
+def initialized(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+    """DoRA with B = 0 and the magnitude at the row norms of W gives the base's output."""
     layer, _ = draw(case, "", "dora")
     layer = replace(layer, B=np.zeros_like(layer.B))
     part = row_norm(long(layer.W))[0][:, 0].astype(DTYPES[case.dtype])
@@ -297,19 +297,19 @@ def start(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
 
 def _checks(name: str) -> Iterable[Check]:
     def check(what: str, needs: str, words: str, run: Any, kind: str) -> Check:
-        title = f"{WORDS[name]}, {words}{_more(kind)}."
+        title = f"{words} of {WORDS[name]}{_more(kind)}."
         share = counter(CASES, 1.0)
         return Check(f"variants.{name}.{what}{kind}", "variants", (needs,), title, run, share)
 
     for kind in ASKED[name]:
-        yield check("forward", "lora_linear", "forward", _forward(name, kind), kind)
-        yield check("vjp", "lora_linear_vjp", "every gradient", _vjp(name, kind), kind)
+        yield check("forward", "lora_linear", "Output", _forward(name, kind), kind)
+        yield check("vjp", "lora_linear_vjp", "Gradients", _vjp(name, kind), kind)
     for kind in MERGED[name]:
-        yield check("merge", "merge", "merged", _merge(name, kind), kind)
+        yield check("merge", "merge", "Merged weight", _merge(name, kind), kind)
 
 
 def _unbatched(id: str, needs: str, words: str, run: Any) -> Check:
-    title = f"One token without a batch, x (n,), gives {words}."
+    title = f"DoRA on one token without a batch, x (n,): {words}."
     return Check(f"variants.dora.{id}", "variants", (needs,), title, run, counter(CASES, 0.5))
 
 
@@ -318,9 +318,9 @@ def _more(kind: str) -> str:
         "": "",
         ".dropout": ", with dropout",
         ".rslora": ", with rsLoRA's scale",
-        ".evaluation": ", with a dropout rate and no mask, which drops nothing",
+        ".evaluation": ", in evaluation: a dropout rate and no mask",
         ".conv1d": ", with the weight stored (in, out)",
-        ".all": ", with some of dropout, rsLoRA, a bias and the other storage at once",
+        ".all": ", with combinations of dropout, rsLoRA, a bias and (in, out) storage",
     }[kind]
 
 
@@ -330,20 +330,20 @@ _CHECKS: tuple[Check, ...] = (
         "variants.dora.init",
         "variants",
         ("lora_linear",),
-        (start.__doc__ or "").splitlines()[0],
-        start,
+        (initialized.__doc__ or "").splitlines()[0],
+        initialized,
         counter(CASES, 0.5),
     ),
     _unbatched(
         "unbatched",
         "lora_linear",
-        "y (m,): DoRA keeps the shape that a linear has",
+        "y (m,), as of a linear",
         _forward("dora", ".unbatched"),
     ),
     _unbatched(
         "unbatched-vjp",
         "lora_linear_vjp",
-        "dx (n,) and the magnitude's gradient (m,) under DoRA",
+        "dx (n,) and the magnitude's gradient (m,)",
         _vjp("dora", ".unbatched"),
     ),
     *_checks("lora-bias"),

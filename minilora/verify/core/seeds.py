@@ -14,7 +14,12 @@ SEEDED_AS: dict[str, dict[str, str]] = {
     },
     "merge": {"forward": "function"},
     "variants": {"init": "start", "unbatched": "vector", "unbatched-vjp": "vector-vjp"},
-    "combine": {"single": "one", "zero-weight": "zero", "negative-weight": "negative"},
+    "combine": {
+        "single": "one",
+        "zero-weight": "zero",
+        "negative-weight": "negative",
+        "split-weight": "halves",
+    },
     "multi": {
         "base-rows": "without",
         "base-row-first": "first-without",

@@ -158,7 +158,7 @@ COMBINE: Table = {
         ("all-zero", "weights that are all 0 taken for none: the mean of all adapters",
          {"# combine": "w = w if any(w) else [1 / len(w)] * len(w)"}),
     ],
-    "combine.halves": [
+    "combine.split-weight": [
         ("same-once", "an adapter that is given twice counts once",
          {"# combine":
               'n = 1 if np.array_equal(adapters[0]["A"], adapters[-1]["A"]) else None; '

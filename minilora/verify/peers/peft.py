@@ -59,7 +59,7 @@ _KNOWN = TRANSFORMERS | {
     f"combine.{check}:*": reason
     for checks, reason in (
         (("weighted", "order", "svd"), _COMBINED_SCALE),
-        (("single", "zero-weight", "halves"), f"{_COMBINED_SCALE}; {_FLOAT32_WEIGHTS}"),
+        (("single", "zero-weight", "split-weight"), f"{_COMBINED_SCALE}; {_FLOAT32_WEIGHTS}"),
     )
     for check in checks
 }
