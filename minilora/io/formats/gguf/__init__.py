@@ -4,6 +4,7 @@ A model's matrices stay in the file, mapped; what is asked for is expanded, and 
 """
 
 from minilora.io.formats.gguf.adapter import read_adapter, write_adapter
+from minilora.io.formats.gguf.contents import Contents
 from minilora.io.formats.gguf.format import FORMAT
 from minilora.io.formats.gguf.names import file_rows
 from minilora.io.formats.gguf.read import generation_settings, read_model
@@ -13,6 +14,7 @@ from minilora.io.formats.gguf.write import CONTEXT, write_model
 __all__ = [
     "CONTEXT",
     "FORMAT",
+    "Contents",
     "file_rows",
     "generation_settings",
     "read_adapter",
