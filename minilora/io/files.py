@@ -3,7 +3,6 @@
 Whatever is wrong with a file is a `FormatError`; no other exception comes out of reading one.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -282,16 +281,16 @@ def typed(path: Path | str, key: str, value: Any, kind: Any) -> Any:
 
 def make_folder(folder: Path) -> list[Path]:
     """Make the folder with those above it; the ones that were not there, the innermost first."""
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return made
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove these folders, but for those that something stands in."""
-    for each in folders:
+    """Remove those of the folders that are empty."""
+    for folder in folders:
         with suppress(OSError):
-            each.rmdir()
+            folder.rmdir()
 
 
 @contextmanager
@@ -337,25 +336,11 @@ def write_files(
     if folder.is_file():
         raise FormatError(folder, "folder", "a file", "a folder", "choose another name")
     made = make_folder(folder)
-    left = {entry.name for entry in folder.iterdir()} - files.keys()
-    old = {name for name in left if stale and re.fullmatch(stale, name)}
-    if old:
-        remedy = "remove them first, or choose another folder"
-        raise FormatError(folder, "folder", listed(old), "no weights but those written", remedy)
-    if folders := [name for name in files if (folder / name).is_dir()]:
-        found = f"folders named {listed(folders)}"
-        raise FormatError(folder, "folder", found, "files or nothing there", "move them away")
+    _check_others(folder, files, stale)
     beside = {name: _beside(folder / name) for name in files}
     try:
         for name, data in files.items():
-            whole = data()
-            try:
-                beside[name].write_bytes(whole)
-                if durable:
-                    _flush(beside[name])
-            except OSError as error:  # the system names no file where it is the writing that fails
-                said = error.strerror or str(error)
-                raise OSError(error.errno, said, str(folder / name)) from error
+            _write(beside[name], data(), durable, folder / name)
         for name, temporary in beside.items():
             os.replace(temporary, folder / name)
         if durable:
@@ -367,8 +352,29 @@ def write_files(
         raise
 
 
+def _check_others(folder: Path, names: Collection[str], stale: str | None) -> None:
+    """Refuse stale files beside those named, and folders in their place."""
+    others = {entry.name for entry in folder.iterdir()} - {*names}
+    if old := {name for name in others if stale and re.fullmatch(stale, name)}:
+        remedy = "remove them first, or choose another folder"
+        raise FormatError(folder, "folder", listed(old), "no weights but those written", remedy)
+    if folders := [name for name in names if (folder / name).is_dir()]:
+        found = f"folders named {listed(folders)}"
+        raise FormatError(folder, "folder", found, "files or nothing there", "move them away")
+
+
+def _write(path: Path, data: bytes, durable: bool, target: Path) -> None:
+    try:
+        path.write_bytes(data)
+        if durable:
+            _flush(path)
+    except OSError as error:  # the system names no file where it is the writing that fails
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, reason, str(target)) from error
+
+
 def _flush(path: Path) -> None:
-    """Has the system write to the disk what it holds of a file, or of a folder's names."""
+    """Flush a file, or a folder's names, to the disk (fsync)."""
     if path.is_dir() and os.name != "posix":
         return  # no other system opens a folder
     number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -394,7 +400,7 @@ def write_text(path: str, text: str) -> None:
             out.write(text)
         os.replace(beside, path)
     except BaseException:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.remove(beside)
         raise
 

@@ -1,7 +1,7 @@
-"""What the adapters' doors share: what a `TrainableSpec` says of each adapted module, checked.
+"""Adapters as factors and scales, which formats without a `LoraConfig` read and write.
 
-A door that holds no `LoraConfig`, only factors and scales, takes (W, TrainableSpec) in writing and
-gives them in reading. So what one format said can be written to another, where that one can say it.
+A `TrainableSpec` has the scale and the variant of each adapted module; before they are written, it
+is checked that they and the weights belong together.
 """
 
 from collections.abc import Collection, Mapping
@@ -34,10 +34,10 @@ def parameter_shapes(
     return {f"{at}.{part}": shape for part, shape in shapes.items()}
 
 
-def file_name(there: Mapping[str, str], name: str) -> str:
-    """The parameter's name in a file that has other names for the modules."""
+def file_name(path_of: Mapping[str, str], name: str) -> str:
+    """The parameter's name in a file that calls the modules by ``path_of``."""
     at, _, part = name.rpartition(".")
-    return f"{there[at]}.{part}"
+    return f"{path_of[at]}.{part}"
 
 
 def variant_name(variant: Variant) -> str:
@@ -70,28 +70,41 @@ def check_factors(
             expected = " or ".join(map(variant_name, known))
             remedy = "the format has no place for it: keep PEFT's, or merge it if that can be"
             raise FormatError(path, f"variant of {at}", variant_name(variant), expected, remedy)
-        if at not in c.matrices():
-            remedy = "is it another model's?"
-            raise FormatError(path, f"{at}.A", f"no module {at}", f"one of {c}", remedy)
         ranks[at] = len(W[f"{at}.A"])
-        for name, shape in parameter_shapes(c, at, ranks[at], variant).items():
-            found = f"shape {W[name].shape}" if name in W else "none"
-            if found != f"shape {shape}":
-                raise FormatError(path, name, found, f"shape {shape}", "check W against c")
-            names.add(name)
-    if over := {name for name in W if not is_base(name)} - names:
+        names |= _check_shapes(path, c, W, at, variant)
+    _check_others(path, c, W, tuning, names)
+    return ranks
+
+
+def _check_shapes(path: Path | str, c: Config, W: Params, at: str, variant: Variant) -> set[str]:
+    """The names of the module's parameters, once all are there."""
+    if at not in c.matrices():
+        remedy = "is it another model's?"
+        raise FormatError(path, f"{at}.A", f"no module {at}", f"one of {c}", remedy)
+    shapes = parameter_shapes(c, at, len(W[f"{at}.A"]), variant)
+    for name, shape in shapes.items():
+        found = f"shape {W[name].shape}" if name in W else "none"
+        if found != f"shape {shape}":
+            raise FormatError(path, name, found, f"shape {shape}", "check W against c")
+    return set(shapes)
+
+
+def _check_others(
+    path: Path | str, c: Config, W: Params, tuning: TrainableSpec, names: set[str]
+) -> None:
+    """Refuse what is trained beside the adapters' parameters, or changed in the base."""
+    if extra := {name for name in W if not is_base(name)} - names:
         remedy = "the tuning names no variant that has it"
-        raise FormatError(path, "parameters", listed(over), "those of the variants", remedy)
+        raise FormatError(path, "parameters", listed(extra), "those of the variants", remedy)
     if wrong := tuning.trained ^ names:
         found = f"{listed(wrong)} {'beside them' if wrong - names else 'frozen'}"
         remedy = "the format holds factors and nothing else: keep PEFT's"
         raise FormatError(path, "trained", found, "the adapters' parameters, all of them", remedy)
-    changed = {name for name in W if is_base(name)}
-    if changed and not changed >= c.shapes().keys():
+    base = {name for name in W if is_base(name)}
+    if base and not base >= c.shapes().keys():
         remedy = "the format holds factors and nothing else: keep PEFT's, or merge it"
         expected = "the adapters' parameters alone, or the whole model's"
-        raise FormatError(path, "weights", f"{listed(changed)} beside them", expected, remedy)
-    return ranks
+        raise FormatError(path, "weights", f"{listed(base)} beside them", expected, remedy)
 
 
 def alpha_of(s: Any, r: int, rslora: bool = False) -> int | float | None:

@@ -66,15 +66,16 @@ def _module(path: Path, c: Config, key: str, prefix: str) -> str:
         remedy = "give the file's own prefix"
         raise FormatError(path, key, f"no prefix {prefix}", f"names from {prefix}_ on", remedy)
     known = _names(c)
-    found = known.get(name.removeprefix(f"{prefix}_"), [])
-    if len(found) != 1:
-        what = f"a name of {' and '.join(found)}" if found else "no module's name"
+    modules = known.get(name.removeprefix(f"{prefix}_"), [])
+    if len(modules) != 1:
+        found = f"a name of {' and '.join(modules)}" if modules else "no module's name"
         expected = f"the name of one, like {listed(known, 2)}"
-        raise FormatError(path, key, what, expected, "is it another model's, or prefix?")
-    if found[0] in TABLES or found[0] not in c.matrices():
+        raise FormatError(path, key, found, expected, "is it another model's, or prefix?")
+    [at] = modules
+    if at in TABLES or at not in c.matrices():
         remedy = "sd-scripts and LyCORIS adapt projections and convolutions only"
-        raise FormatError(path, key, f"an adapter of {found[0]}", "a projection's", remedy)
-    return found[0]
+        raise FormatError(path, key, f"an adapter of {at}", "a projection's", remedy)
+    return at
 
 
 def read_adapter(
@@ -91,9 +92,33 @@ def read_adapter(
     decomposition, ``hada_…``, ``lokr_…``, ``diff``, …); for a ``dora_scale`` over the columns.
     """
     path = Path(path)
-    found = read_tensors(path)
-    parts: dict[str, dict[str, str]] = {}
-    for key in found:
+    tensors = read_tensors(path)
+    modules = _parts(path, c, tensors, prefix)
+    names: dict[str, tuple[str, bool]] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    s, variants = {}, {}
+    for at, keys in modules.items():
+        module_name = next(iter(keys.values())).partition(".")[0]
+        variant = DORA_FULL if PARTS["magnitude"] in keys else LORA
+        down = tensors.get(keys.get(PARTS["A"], ""))
+        r = 1 if down is None else len(down) if down.ndim else 0
+        shapes |= parameter_shapes(c, at, r, variant)
+        names |= {f"{at}.{part}": (f"{module_name}.{PARTS[part]}", False) for part in variant.parts}
+        s[at] = _scale(path, tensors, keys.get("alpha"), r)
+        if variant != LORA:
+            variants[at] = variant
+            _check_magnitude(path, c, at, keys[PARTS["magnitude"]], tensors)
+    W = to_internal(path, tensors, names, shapes, dtype)
+    return W, TrainableSpec(s, {}, frozenset(W), variants)
+
+
+def _parts(path: Path, c: Config, tensors: Weights, prefix: str) -> dict[str, dict[str, str]]:
+    """The tensors' names by module and part.
+
+    Errors: FormatError for a name of no module, another part, and a file without tensors.
+    """
+    modules: dict[str, dict[str, str]] = {}
+    for key in tensors:
         part = key.partition(".")[2]
         at = _module(path, c, key, prefix)
         if part not in (*PARTS.values(), "alpha"):
@@ -102,34 +127,24 @@ def read_adapter(
                 remedy = f"Tucker's decomposition: {remedy}"
             expected = f"one of {', '.join(PARTS.values())}, alpha"
             raise FormatError(path, key, f"the part {part!r}", expected, remedy)
-        parts.setdefault(at, {})[part] = key
-    if not parts:
+        modules.setdefault(at, {})[part] = key
+    if not modules:
         raise FormatError(path, "tensors", "none", "an adapter's", "is it the right file?")
-    places: dict[str, tuple[str, bool]] = {}
-    shapes: dict[str, tuple[int, int]] = {}
-    s, variants = {}, {}
-    for at, keys in parts.items():
-        name = next(iter(keys.values())).partition(".")[0]
-        variant = DORA_FULL if PARTS["magnitude"] in keys else LORA
-        down = found.get(keys.get(PARTS["A"], ""))
-        r = 1 if down is None else len(down) if down.ndim else 0
-        shapes |= parameter_shapes(c, at, r, variant)
-        places |= {f"{at}.{part}": (f"{name}.{PARTS[part]}", False) for part in variant.parts}
-        alpha = found.pop(keys["alpha"]) if "alpha" in keys else np.zeros(())
-        if alpha.size != 1:
-            remedy = "write it as sd-scripts do"
-            raise FormatError(path, keys["alpha"], f"shape {alpha.shape}", "one number", remedy)
-        s[at] = scale(float(alpha.reshape(())) or r, max(r, 1))
-        if variant != LORA:
-            variants[at] = variant
-            _check_magnitude(path, c, at, keys[PARTS["magnitude"]], found)
-    W = to_internal(path, found, places, shapes, dtype)
-    return W, TrainableSpec(s, {}, frozenset(W), variants)
+    return modules
 
 
-def _check_magnitude(path: Path, c: Config, at: str, key: str, found: Weights) -> None:
+def _scale(path: Path, tensors: Weights, key: str | None, r: int) -> Any:
+    """alpha / r, the alpha taken out of ``tensors``; without one, or with 0, it is r."""
+    alpha = np.zeros(()) if key is None else tensors.pop(key)
+    if alpha.size != 1:
+        remedy = "write it as sd-scripts do"
+        raise FormatError(path, str(key), f"shape {alpha.shape}", "one number", remedy)
+    return scale(float(alpha.reshape(())) or r, max(r, 1))
+
+
+def _check_magnitude(path: Path, c: Config, at: str, key: str, tensors: Weights) -> None:
     m, n = c.matrices()[at]
-    if found[key].shape == (1, n) != (m, 1):
+    if tensors[key].shape == (1, n) != (m, 1):
         remedy = "LyCORIS wrote it with wd_on_output off: norms of columns, not implemented here"
         raise FormatError(path, key, f"shape {(1, n)}", f"shape {(m, 1)}", remedy)
 
@@ -154,10 +169,10 @@ def write_adapter(
     """
     path = Path(path)
     ranks = check_factors(path, c, W, tuning, (LORA, DORA_FULL))
-    written = {at: name for name, found in _names(c).items() for at in found}
+    names = {at: name for name, modules in _names(c).items() for at in modules}
     tensors: Weights = {}
     for at, r in ranks.items():
-        name, s = f"{prefix}_{written[at]}", tuning.scale[at]
+        name, s = f"{prefix}_{names[at]}", tuning.scale[at]
         _module(path, c, name, prefix)
         with np.errstate(over="ignore"):
             alpha = np.asarray(float(s) * r, np.float32)

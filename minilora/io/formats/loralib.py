@@ -117,31 +117,30 @@ def read_adapter(
     base beside the adapted weights comes as trained.
 
     Errors: FormatError as `files.read_tensors` and
-    `huggingface.collect` have it; without alpha; for a pickle; for a name
+    `tensors.to_internal` have it; without alpha; for a pickle; for a name
     that is no parameter's, a factor alone or of another shape; for an adapted weight that is not
     the base's.
     """
     a = architecture_of(c)
-    path, found = _read(source, a.buffers)
+    path, tensors = _read(source, a.buffers)
     if alpha is None:
         remedy = "give the lora_alpha of the training: no file of loralib's has it"
         raise FormatError(path, "alpha", "none", "a number", remedy)
-    paths = a.paths(c)
     factors: Weights = {}
     s = {}
-    for at, there in paths.items():
-        keys = [f"{there}.lora_A", f"{there}.lora_B"]
-        if not found.keys() & set(keys):
+    for at, module_path in a.paths(c).items():
+        names = [f"{module_path}.lora_A", f"{module_path}.lora_B"]
+        if not tensors.keys() & set(names):
             continue
-        A, B, r = _factors(path, c, at, keys, found, enabled)
+        A, B, r = _factors(path, c, at, names, tensors, enabled)
         s[at] = scale(alpha, r)
-        for part, array, key in (("A", A, keys[0]), ("B", B, keys[1])):
-            factors[f"{at}.{part}"] = to_dtype(path, key, array, dtype)
+        for part, array, name in (("A", A, names[0]), ("B", B, names[1])):
+            factors[f"{at}.{part}"] = to_dtype(path, name, array, dtype)
     if not factors:
-        expected = "<path>.lora_A and <path>.lora_B"
-        raise FormatError(path, "tensors", listed(found) or "none", expected, "is it loralib's?")
+        found, expected = listed(tensors) or "none", "<path>.lora_A and <path>.lora_B"
+        raise FormatError(path, "tensors", found, expected, "is it loralib's?")
     tuning = TrainableSpec(s, trained=frozenset(factors))
-    beside = _beside(path, c, found, factors, tuning, base, dtype)
+    beside = _trained_beside(path, c, tensors, factors, tuning, base, dtype)
     return factors | beside, TrainableSpec(s, trained=frozenset(factors) | beside.keys())
 
 
@@ -149,16 +148,16 @@ def _factors(
     path: Path,
     c: Config,
     at: str,
-    keys: list[str],
-    found: Weights,
+    names: list[str],
+    tensors: Weights,
     enabled: Sequence[bool] | None,
 ) -> tuple[Array, Array, int]:
-    """A and B of the module, taken out of ``found``, and the rank that alpha is divided by."""
-    for key in keys:
-        if key not in found or found[key].ndim != 2:
-            what = f"shape {found[key].shape}" if key in found else "none"
-            raise FormatError(path, key, what, "both factors, matrices", "save it again")
-    A, B = (found.pop(key) for key in keys)
+    """A and B of the module, taken out of ``tensors``, and the rank that alpha is divided by."""
+    for name in names:
+        if name not in tensors or tensors[name].ndim != 2:
+            found = f"shape {tensors[name].shape}" if name in tensors else "none"
+            raise FormatError(path, name, found, "both factors, matrices", "save it again")
+    A, B = (tensors.pop(name) for name in names)
     m, n = c.matrices()[at]
     r = B.shape[1]
     if A.shape == (r, n) and B.shape == (m, r):
@@ -167,7 +166,7 @@ def _factors(
     shapes = f"shapes {A.shape} and {B.shape}"
     if parts is None and A.shape[1] == n and len(A) % r == 0:
         remedy = "give enabled, the enable_lora of its MergedLinear: it is in no file"
-        raise FormatError(path, keys[0], shapes, "all parts of the weight", remedy)
+        raise FormatError(path, names[0], shapes, "all parts of the weight", remedy)
     try:
         if A.shape[1] != n:
             raise ValueError(f"{A.shape[1]} columns")
@@ -175,46 +174,52 @@ def _factors(
     except ValueError as error:
         expected = f"(r, {n}) and ({m}, r), or a MergedLinear's; {error}"
         remedy = "is it another model's, or a convolution's?"
-        raise FormatError(path, keys[0], shapes, expected, remedy) from None
+        raise FormatError(path, names[0], shapes, expected, remedy) from None
 
 
-def _beside(
+def _trained_beside(
     path: Path,
     c: Config,
-    found: Weights,
+    tensors: Weights,
     factors: Weights,
     tuning: TrainableSpec,
     base: Weights | None,
     dtype: Any,
 ) -> Weights:
     """What the state dict holds beside the factors and is no copy of the base's."""
-    places = tensor_names(c)
-    drop_tied_head(dict.fromkeys(found, path), found, places, architecture_of(c))
-    held = {name: place for name, place in places.items() if place[0] in found}
-    W = to_internal(path, found, held, c.shapes(), dtype)
-    weights = [name for name in W if not name.endswith(".bias")]
+    names = tensor_names(c)
+    drop_tied_head(dict.fromkeys(tensors, path), tensors, names, architecture_of(c))
+    stored = {name: place for name, place in names.items() if place[0] in tensors}
+    W = to_internal(path, tensors, stored, c.shapes(), dtype)
     if base is None:
-        if weights:
+        if weights := [name for name in W if not name.endswith(".bias")]:
             remedy = (
                 "saved in eval mode it is merged, which nothing in it tells: give base, the weights"
                 " before training, or take lora.lora_state_dict(model)"
             )
-            what = listed(held[name][0] for name in weights)
-            raise FormatError(path, "tensors", what, "factors and biases only", remedy)
+            found = listed(stored[name][0] for name in weights)
+            raise FormatError(path, "tensors", found, "factors and biases only", remedy)
         return W
-    if gone := [name for name in W if name not in base]:
-        raise FormatError(path, "base", f"no {listed(gone)}", "all of the weights", "give them all")
-    changed = {name: v for name, v in W.items() if not np.array_equal(v, base[name])}
-    if wrong := [name for name in changed if f"{name.removesuffix('.weight')}.A" in factors]:
-        merged = merge({**base, **factors}, tuning)
-        off_base = max(_distance(W[name], base[name]) for name in wrong)
-        off_merged = max(_distance(W[name], merged[name]) for name in wrong)
-        found_ = "other weights than the base's"
-        if off_merged < off_base:
-            found_ += ", near the merged ones"
+    if missing := [name for name in W if name not in base]:
+        found, remedy = f"no {listed(missing)}", "give them all"
+        raise FormatError(path, "base", found, "all of the weights", remedy)
+    changed = {name: w for name, w in W.items() if not np.array_equal(w, base[name])}
+    adapted = [name for name in changed if f"{name.removesuffix('.weight')}.A" in factors]
+    if adapted:
         remedy = "it was saved in eval mode, or has another base: model.train() before saving"
-        raise FormatError(path, listed(held[name][0] for name in wrong), found_, "W", remedy)
+        field = listed(stored[name][0] for name in adapted)
+        found = "other weights than the base's"
+        if _nearer_merged({name: W[name] for name in adapted}, base, factors, tuning):
+            found += ", near the merged ones"
+        raise FormatError(path, field, found, "W", remedy)
     return changed
+
+
+def _nearer_merged(W: Weights, base: Weights, factors: Weights, tuning: TrainableSpec) -> bool:
+    """Whether these weights are nearer to the merged ones than to the base's."""
+    merged = merge({**base, **factors}, tuning)
+    off_base = max(_distance(w, base[name]) for name, w in W.items())
+    return max(_distance(w, merged[name]) for name, w in W.items()) < off_base
 
 
 def _distance(x: Array, y: Array) -> float:

@@ -8,7 +8,7 @@ resolves them when it loads the folder; the tensors must agree with that, and no
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -31,6 +31,7 @@ from minilora.io.files import (
 )
 from minilora.io.formats.factors import check_factors, file_name, parameter_shapes
 from minilora.io.formats.format import AdapterWeights, Base, Format
+from minilora.io.formats.rules import Rule, check
 from minilora.io.formats.tensors import to_internal
 from minilora.spec.lora import (
     LORA,
@@ -71,9 +72,10 @@ lr_schedule mask_prompt report_to project_name trust_remote_code wandb prompt
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``adapter_config.json`` says; ``adapted``: the modules hit, under internal names.
+    """What ``adapter_config.json`` says.
 
-    Of full fine-tuning only ``kind`` is said: what is trained, the tensors tell.
+    ``adapted`` has the modules' internal names. Full fine-tuning has only the ``kind``: the tensors
+    tell what is trained.
     """
 
     kind: str
@@ -98,46 +100,80 @@ def paths(path: Path | str, c: Config) -> dict[str, str]:
     return {at: prefix.sub(a.mlx_prefix, there) for at, there in module_paths(c).items()}
 
 
-def _within(at: str, there: str) -> tuple[int, str] | None:
+def _in_layer(at: str, path: str) -> tuple[int, str] | None:
     """The number of the layer that the module lies in, and its path there."""
     if not at.startswith("layers."):
         return None
     number = at.split(".")[1]
-    return int(number), there.partition(f".{number}.")[2]
+    return int(number), path.partition(f".{number}.")[2]
 
 
-def _outer(there: str) -> Iterator[str]:
+def _outer(path: str) -> Iterator[str]:
     """The modules that this one lies in."""
-    return accumulate(there.split(".")[:-1], "{}.{}".format)
+    return accumulate(path.split(".")[:-1], "{}.{}".format)
 
 
-def _hit(path: Path, c: Config, num_layers: int, keys: list[str] | None) -> tuple[str, ...]:
-    """The adapted modules: keys name them from the last layers on, or from the model on."""
-    there = paths(path, c)
-    first = max(0, c.layers - num_layers) if num_layers > 0 else 0
-    hit, forbidden = [], {""}
-    for at, name in there.items():
-        inside = _within(at, name)
-        forbidden |= {*_outer(name), *(_outer(inside[1]) if inside else ())}
-        near = inside is not None and inside[0] >= first
-        if keys is None:
-            found = near and at in c.linears()
-        else:
-            local = near and inside is not None and inside[1] in keys
-            found = local or name in keys
-            if inside is not None and local and name in keys:
-                remedy = "mlx-lm would adapt the adapter: name it once"
-                raise FormatError(path, "keys", f"{name} and {inside[1]}", "one of them", remedy)
-        if found:
-            hit.append(at)
-    wrong = [there[at] for at in hit if at not in c.matrices()]
-    if wrong := wrong or sorted(forbidden & {*(keys or ())}):
-        remedy = "mlx-lm refuses it too: name projections and embeddings"
-        raise FormatError(path, "keys", listed(wrong), "what can be adapted", remedy)
-    if not hit:
-        expected = f"some of {listed(there[at] for at in c.linears())}"
-        raise FormatError(path, "keys", f"{keys}, which hit nothing", expected, "another model's?")
-    return tuple(hit)
+@dataclass(frozen=True)
+class _Keys:
+    """The keys of ``lora_parameters`` beside a model: names in the last layers, or whole names."""
+
+    c: Config
+    path_of: Mapping[str, str]
+    num_layers: int
+    keys: Sequence[str] | None
+
+    @property
+    def adapted(self) -> list[str]:
+        """The modules that the keys name; without keys all projections of the last layers."""
+        if self.keys is None:
+            linears = self.c.linears()
+            return [at for at in self.path_of if at in linears and self._name_in_layer(at)]
+        names = {*self.keys}
+        return [at for at, path in self.path_of.items() if {path, self._name_in_layer(at)} & names]
+
+    def _name_in_layer(self, at: str) -> str | None:
+        """The module's name in its layer, if that is one of the last ``num_layers``."""
+        first = max(0, self.c.layers - self.num_layers) if self.num_layers > 0 else 0
+        inside = _in_layer(at, self.path_of[at])
+        return inside[1] if inside is not None and inside[0] >= first else None
+
+    def twice(self) -> str:
+        """A module that is named in its layer and whole."""
+        for at, path in self.path_of.items():
+            name = self._name_in_layer(at)
+            if {path, name} <= {*(self.keys or ())}:
+                return f"{path} and {name}"
+        return ""
+
+    def not_adaptable(self) -> list[str]:
+        """What the keys name that has no adapter: norms, or modules that hold others."""
+        wrong = [self.path_of[at] for at in self.adapted if at not in self.c.matrices()]
+        outer = {""}
+        for at, path in self.path_of.items():
+            inside = _in_layer(at, path)
+            outer |= {*_outer(path), *(_outer(inside[1]) if inside else ())}
+        return wrong or sorted(outer & {*(self.keys or ())})
+
+    @property
+    def linears(self) -> str:
+        return listed(self.path_of[at] for at in self.c.linears())
+
+
+_KEY_RULES = (
+    Rule("keys", _Keys.twice, "one of them", "mlx-lm would adapt the adapter: name it once"),
+    Rule(
+        "keys",
+        _Keys.not_adaptable,
+        "what can be adapted",
+        "mlx-lm refuses it too: name projections and embeddings",
+    ),
+    Rule(
+        "keys",
+        lambda x: not x.adapted and f"{x.keys}, which match no module",
+        "some of {x.linears}",
+        "is it another model's?",
+    ),
+)
 
 
 def read_settings(path: Path | str, c: Config) -> Settings:
@@ -145,73 +181,73 @@ def read_settings(path: Path | str, c: Config) -> Settings:
 
     ``keys`` are names within a layer, for the last ``num_layers`` layers (all of them for 0 or
     less), or whole names, which know no layers. Without keys it is all projections of these layers.
-    A key that hits nothing is passed over, as there.
+    A key that matches no module is passed over, as there.
 
     Errors: FormatError for a damaged file; for an unknown setting, or one that changes the
     function: ``alpha``, by which older releases multiplied ``scale`` and 0.32 does not; for a DoRA
     of an embedding, whose magnitudes are the tokens' there and the features' here.
     """
     path = Path(path) / CONFIG
-    given = read_json(path)
+    stored = read_json(path)
     read = ("fine_tune_type", "num_layers", "lora_parameters")
-    check_settings(path, given, read, FIXED, INERT)
-    kind = "lora" if given.get("fine_tune_type") is None else given["fine_tune_type"]
+    check_settings(path, stored, read, FIXED, INERT)
+    kind = "lora" if stored.get("fine_tune_type") is None else stored["fine_tune_type"]
     if not isinstance(kind, str) or kind not in KINDS:
         raise FormatError(path, "fine_tune_type", kind, ", ".join(KINDS), "is it MLX's?")
     if kind == "full":
         paths(path, c)
         return Settings(kind)
-    parameters = given.get("lora_parameters")
+    parameters = stored.get("lora_parameters")
     if not isinstance(parameters, dict):
         remedy = "is it an adapter of mlx-lm's?"
         raise FormatError(path, "lora_parameters", parameters, "an object", remedy)
     check_settings(
         f"{path}: lora_parameters", parameters, ("rank", "scale", "dropout", "keys"), {}, ""
     )
-    whole, real = (int,), (int, float)
-    for name, value, kinds, fits, expected in (
-        ("num_layers", given.get("num_layers"), whole, lambda v: True, "a whole number"),
-        ("rank", parameters.get("rank"), whole, lambda v: v >= 1, "a whole number from 1"),
-        (
-            "scale",
-            parameters.get("scale"),
-            real,
-            lambda v: abs(v) <= sys.float_info.max,
-            "a number",
-        ),
-        (
-            "dropout",
-            parameters.get("dropout"),
-            real,
-            lambda v: 0 <= v < 1,
-            "a number from 0 and below 1",
-        ),
-    ):
-        if type(value) not in kinds or not fits(value):
+    values: dict[str, Any] = {"num_layers": stored.get("num_layers")}
+    values |= {name: parameters.get(name) for name in ("rank", "scale", "dropout", "keys")}
+    for name, (fits, expected) in _VALUES.items():
+        if not fits(values[name]):
             remedy = "mlx-lm takes no default for it: write what it was trained with"
-            raise FormatError(path, name, json.dumps(value), expected, remedy)
-    keys = parameters.get("keys")
-    if keys is not None and not (isinstance(keys, list) and all(isinstance(k, str) for k in keys)):
-        raise FormatError(path, "keys", json.dumps(keys), "a list of names", "write it as one")
-    hit = _hit(path, c, given["num_layers"], keys)
-    _check_tables(path, kind, hit)
-    return Settings(
-        kind, parameters["rank"], float(parameters["scale"]), float(parameters["dropout"]), hit
-    )
+            raise FormatError(path, name, json.dumps(values[name]), expected, remedy)
+    selected = _Keys(c, paths(path, c), values["num_layers"], values["keys"])
+    check(path, _KEY_RULES, selected)
+    adapted = tuple(selected.adapted)
+    _check_tables(path, kind, adapted)
+    scale, dropout = float(values["scale"]), float(values["dropout"])
+    return Settings(kind, values["rank"], scale, dropout, adapted)
 
 
-def _check_tables(path: Path, kind: str, hit: tuple[str, ...]) -> None:
-    if kind == "dora" and (tables := [at for at in hit if at in TABLES]):
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+_VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "num_layers": (lambda v: type(v) is int, "a whole number"),
+    "rank": (lambda v: type(v) is int and v >= 1, "a whole number from 1"),
+    "scale": (_is_number, "a number"),
+    "dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 and below 1"),
+    "keys": (lambda v: v is None or _are_names(v), "a list of names"),
+}
+"""The settings that say what is adapted: whether a value fits, and what fits, in words."""
+
+
+def _check_tables(path: Path, kind: str, adapted: Iterable[str]) -> None:
+    if kind == "dora" and (tables := [at for at in adapted if at in TABLES]):
         remedy = "MLX rescales each token's row, the equation here each feature's"
         raise FormatError(path, "DoRA", f"it of {listed(tables)}", "it of projections only", remedy)
 
 
-def _places(path: Path, c: Config, settings: Settings) -> dict[str, tuple[str, bool]]:
+def _tensor_names(path: Path, c: Config, settings: Settings) -> dict[str, tuple[str, bool]]:
     """Internal parameter name -> (the file's tensor name, whether it lies transposed there)."""
-    there, variant = paths(path, c), KINDS[settings.kind]
+    path_of, variant = paths(path, c), KINDS[settings.kind]
     parts = variant.parts if variant else ()
     return {
-        f"{at}.{part}": (f"{there[at]}.{PARTS[part][0]}", PARTS[part][1])
+        f"{at}.{part}": (f"{path_of[at]}.{PARTS[part][0]}", PARTS[part][1])
         for at in settings.adapted
         for part in parts
     }
@@ -226,30 +262,30 @@ def read_adapter(path: Path | str, c: Config, dtype: Any = None) -> tuple[Weight
     training only; it is in :func:`read_settings`. There it acts on the input of B A, with DoRA too,
     where the equation here drops all that is not W x.
 
-    Errors: FormatError as :func:`read_settings`, `files.read_tensors` and
-    `huggingface.collect` have it.
+    Errors: FormatError as :func:`read_settings`, `files.read_tensors` and `tensors.to_internal`
+    have it.
     """
     file, settings = Path(path) / WEIGHTS, read_settings(path, c)
-    found = read_tensors(file)
+    tensors = read_tensors(file)
     variant = KINDS[settings.kind]
     if variant is None:
-        there = paths(file, c)
-        every = {name: file_name(there, name) for name in c.shapes()}
-        held = {name: (place, False) for name, place in every.items() if place in found}
-        W = to_internal(file, found, held, c.shapes(), dtype)
+        path_of = paths(file, c)
+        places = {name: file_name(path_of, name) for name in c.shapes()}
+        stored = {name: (place, False) for name, place in places.items() if place in tensors}
+        W = to_internal(file, tensors, stored, c.shapes(), dtype)
         return W, TrainableSpec(trained=frozenset(W))
 
-    places = _places(file, c, settings)
+    names = _tensor_names(file, c, settings)
     shapes: dict[str, tuple[int, int]] = {}
     for at in settings.adapted:
         shapes |= parameter_shapes(c, at, settings.rank, variant)
-    for name, (place, _) in places.items():
-        if name.endswith(".magnitude") and place in found:
-            if found[place].ndim != 1:
-                found_, expected = f"shape {found[place].shape}", f"shape {shapes[name][:1]}"
-                raise FormatError(file, place, found_, expected, "write it as mlx-lm does")
-            found[place] = found[place][:, None]
-    W = to_internal(file, found, places, shapes, dtype)
+    for name, (place, _) in names.items():
+        if name.endswith(".magnitude") and place in tensors:
+            if tensors[place].ndim != 1:
+                found, expected = f"shape {tensors[place].shape}", f"shape {shapes[name][:1]}"
+                raise FormatError(file, place, found, expected, "write it as mlx-lm does")
+            tensors[place] = tensors[place][:, None]
+    W = to_internal(file, tensors, names, shapes, dtype)
     adapted = list(settings.adapted)
     if ties_head(c) and "embed" in adapted:
         W["head.A"], W["head.B"] = map(np.ascontiguousarray, twin(W["embed.A"], W["embed.B"]))
@@ -277,94 +313,109 @@ def write_adapter(
     MLX does not read; and as `factors.check_factors` has it.
     """
     folder = Path(path)
-    there = paths(folder, c)
-    tensors: Weights = {}
     if adapted_in(W):
-        settings, num_layers, keys = _said(folder, c, W, tuning, dropout)
-        for name, (place, transposed) in _places(folder, c, settings).items():
-            array = W[name].T if transposed else W[name][:, 0]
-            tensors[place] = to_narrow_dtype(folder, name, array, dtype, _READER)
-        parameters = {
-            "rank": settings.rank,
-            "scale": settings.scale,
-            "dropout": dropout,
-            "keys": keys,
-        }
-        said = {
-            "fine_tune_type": settings.kind,
-            "num_layers": num_layers,
-            "lora_parameters": parameters,
-        }
+        settings, tensors = _of_adapters(folder, c, W, tuning, dropout, dtype)
     else:
-        shapes = c.shapes()
-        for name in sorted(tuning.trained):
-            if name not in W or shapes.get(name) != W[name].shape:
-                found = f"shape {W[name].shape}" if name in W else "none"
-                raise FormatError(folder, name, found, f"shape {shapes.get(name)}", "check c")
-            array = to_file_layout(name, W[name], False)
-            tensors[file_name(there, name)] = to_narrow_dtype(folder, name, array, dtype, _READER)
-        if not tensors:
-            remedy = "adapt the weights, or say what is trained"
-            raise FormatError(folder, "trained", "nothing", "adapters, or weights", remedy)
-        said = {"fine_tune_type": "full", "num_layers": c.layers, "lora_parameters": None}
-    write_files(
-        folder,
-        {
-            WEIGHTS: partial(pack, folder / WEIGHTS, tensors, {"format": "mlx"}),
-            CONFIG: partial(pack_json, said),
-        },
-        stale=r"adapter_model\..*",
-    )
+        settings = {"fine_tune_type": "full", "num_layers": c.layers, "lora_parameters": None}
+        tensors = _of_full_tuning(folder, c, W, tuning, dtype)
+    files = {
+        WEIGHTS: partial(pack, folder / WEIGHTS, tensors, {"format": "mlx"}),
+        CONFIG: partial(pack_json, settings),
+    }
+    write_files(folder, files, stale=r"adapter_model\..*")
 
 
-def _said(
-    path: Path, c: Config, W: Weights, tuning: TrainableSpec, dropout: float
-) -> tuple[Settings, int, list[str]]:
-    """The settings that say these adapters, and how many layers and which keys name them."""
+def _of_adapters(
+    folder: Path, c: Config, W: Weights, tuning: TrainableSpec, dropout: float, dtype: Any
+) -> tuple[dict[str, Any], Weights]:
+    """The settings and the tensors of adapters."""
+    settings = _settings(folder, c, W, tuning, dropout)
+    tensors = {}
+    for name, (place, transposed) in _tensor_names(folder, c, settings).items():
+        array = W[name].T if transposed else W[name][:, 0]
+        tensors[place] = to_narrow_dtype(folder, name, array, dtype, _READER)
+    num_layers, keys = _keys_of(folder, c, settings.adapted)
+    parameters = {"rank": settings.rank, "scale": settings.scale, "dropout": dropout, "keys": keys}
+    stored = {"fine_tune_type": settings.kind, "num_layers": num_layers}
+    return {**stored, "lora_parameters": parameters}, tensors
+
+
+def _of_full_tuning(
+    folder: Path, c: Config, W: Weights, tuning: TrainableSpec, dtype: Any
+) -> Weights:
+    """The tensors of what is trained."""
+    path_of, shapes, tensors = paths(folder, c), c.shapes(), {}
+    for name in sorted(tuning.trained):
+        if name not in W or shapes.get(name) != W[name].shape:
+            found = f"shape {W[name].shape}" if name in W else "none"
+            raise FormatError(folder, name, found, f"shape {shapes.get(name)}", "check c")
+        array = to_file_layout(name, W[name], False)
+        tensors[file_name(path_of, name)] = to_narrow_dtype(folder, name, array, dtype, _READER)
+    if not tensors:
+        remedy = "adapt the weights, or say what is trained"
+        raise FormatError(folder, "trained", "nothing", "adapters, or weights", remedy)
+    return tensors
+
+
+def _settings(path: Path, c: Config, W: Weights, tuning: TrainableSpec, dropout: float) -> Settings:
+    """The settings that say these adapters: one rank, one scale, one variant."""
+    paths(path, c)
     ranks = check_factors(path, c, W, tuning, (LORA, DORA))
-    if ties_head(c) and "head" in ranks:
-        both = {"embed", "head"} <= ranks.keys()
-        alike = both and all(
-            np.array_equal(W[f"head.{part}"], array)
-            for part, array in zip("AB", twin(W["embed.A"], W["embed.B"]), strict=True)
-        )
-        if not alike or tuning.scale["head"] != tuning.scale["embed"]:
-            remedy = "MLX has one adapter for the two: adapt both, as twins"
-            raise FormatError(path, "adapter of head", "another change", "embed's twin", remedy)
-    elif ties_head(c) and "embed" in ranks:
-        remedy = "in MLX it changes the tied head too: adapt the head, as its twin"
-        raise FormatError(path, "adapter of embed", "no twin at the head", "one", remedy)
-    hit = tuple(at for at in ranks if at != "head" or not ties_head(c))
+    _check_tie(path, c, W, tuning, ranks)
     variants = {tuning.variant.get(at, LORA) for at in ranks}
     scales = {tuning.scale[at] for at in ranks}
-    for what, values in (("rank", {*ranks.values()}), ("scale", scales), ("variant", variants)):
+    for field, values in (("rank", {*ranks.values()}), ("scale", scales), ("variant", variants)):
         if len(values) > 1:
             remedy = "MLX has one for all: put a factor into B, or write it for PEFT"
             found = f"{len(values)} of them"
-            if what != "variant":
-                found = f"{found}: {listed(values)}"
-            raise FormatError(path, what, found, "one for all adapters", remedy)
+            found += "" if field == "variant" else f": {listed(values)}"
+            raise FormatError(path, field, found, "one for all adapters", remedy)
     [s], [variant] = scales, variants
     if float(s) != s:
         raise FormatError(path, "scale", repr(s), "a float64", "put the factor into B")
+    adapted = tuple(at for at in ranks if at != "head" or not ties_head(c))
     kind = "dora" if variant == DORA else "lora"
-    _check_tables(path, kind, hit)
-    settings = Settings(kind, next(iter(ranks.values())), float(s), dropout, hit)
-    return settings, *_named(path, c, hit)
+    _check_tables(path, kind, adapted)
+    return Settings(kind, next(iter(ranks.values())), float(s), dropout, adapted)
 
 
-def _named(path: Path, c: Config, hit: tuple[str, ...]) -> tuple[int, list[str]]:
-    """The names within the last layers if each of these has the same; whole names otherwise."""
-    there = paths(path, c)
-    inside: dict[int, set[str]] = {}
-    for at in hit:
-        if within := _within(at, there[at]):
-            inside.setdefault(within[0], set()).add(within[1])
-    first = min(inside, default=c.layers)
-    if len(inside) == c.layers - first > 0 and all(v == inside[first] for v in inside.values()):
-        outer = {there[at] for at in hit if _within(at, there[at]) is None}
-        return c.layers - first, sorted(inside[first] | outer)
-    return c.layers, sorted(there[at] for at in hit)
+def _check_tie(
+    path: Path, c: Config, W: Weights, tuning: TrainableSpec, adapted: Collection[str]
+) -> None:
+    """Refuse an embedding or a tied head that is adapted otherwise than the other."""
+    if not ties_head(c) or not {"embed", "head"} & set(adapted):
+        return
+    if "head" not in adapted:
+        remedy = "in MLX it changes the tied head too: adapt the head, as its twin"
+        raise FormatError(path, "adapter of embed", "no twin at the head", "one", remedy)
+    alike = "embed" in adapted and tuning.scale["head"] == tuning.scale["embed"]
+    shared = twin(W["embed.A"], W["embed.B"]) if alike else ()
+    alike = alike and all(
+        np.array_equal(W[f"head.{part}"], array) for part, array in zip("AB", shared, strict=True)
+    )
+    if not alike:
+        remedy = "MLX has one adapter for the two: adapt both, as twins"
+        raise FormatError(path, "adapter of head", "another change", "embed's twin", remedy)
+
+
+def _keys_of(path: Path, c: Config, adapted: Iterable[str]) -> tuple[int, list[str]]:
+    """The number of layers, and the keys that name these modules.
+
+    Names within the last layers if each of these has the same; whole names otherwise.
+    """
+    path_of = paths(path, c)
+    in_layers: dict[int, set[str]] = {}
+    outside = set()
+    for at in adapted:
+        if inside := _in_layer(at, path_of[at]):
+            in_layers.setdefault(inside[0], set()).add(inside[1])
+        else:
+            outside.add(path_of[at])
+    first = min(in_layers, default=c.layers)
+    contiguous = len(in_layers) == c.layers - first > 0
+    if contiguous and all(names == in_layers[first] for names in in_layers.values()):
+        return c.layers - first, sorted(in_layers[first] | outside)
+    return c.layers, sorted(path_of[at] for at in adapted)
 
 
 def _read(path: Path, c: Config, dtype: Any, base: Params) -> AdapterWeights:
