@@ -9,7 +9,8 @@ from minilora.verify import selftest
 from minilora.verify.checks.registry import CHECKS, LEVELS
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.mutants import MUTANTS
-from minilora.verify.mutants.model import model
+from minilora.verify.mutants.linear import LINEAR
+from minilora.verify.mutants.model import MODEL
 
 WRONG = [m for m in MUTANTS if not m.equivalent]
 
@@ -90,9 +91,24 @@ def test_misreadings_have_names_and_formulas_of_their_own():
         assert m.level in {check.level for check in CHECKS}
 
 
-def test_an_edit_that_no_longer_fits_its_source_is_refused():
-    with pytest.raises(ValueError, match="expected once"):
-        model(rmsnorm=("no such piece", ""))()
+@pytest.mark.parametrize(
+    ("reference", "edit"),
+    [
+        (LINEAR, "no such text"),
+        (LINEAR, "dx"),
+        (MODEL, "rmsnorm: no such text"),
+        (MODEL, "no_such_function: text"),
+    ],
+)
+def test_an_edit_whose_text_does_not_stand_once_in_the_reference_is_refused(reference, edit):
+    with pytest.raises(ValueError, match=edit.rpartition(": ")[2]):
+        reference.edited({edit: ""})()
+
+
+def test_a_reference_without_edits_is_among_what_is_right():
+    assert type(LINEAR.edited({})()).__name__ == "Linear"
+    right = {m.id for m in MUTANTS if m.equivalent}
+    assert right >= {"same-linear-rows", "same-model-rows", "same-lifecycle-in-place"}
 
 
 @pytest.mark.very_slow

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 from minilora.verify.mutants.references import helpers
@@ -48,11 +50,13 @@ class Mutant:
 class Reference:
     """A right implementation: classes and functions, the last of which makes it.
 
-    ``names`` are further names that edits may use, beside those of the parts' modules.
+    ``names`` are further names that edits may use, beside those of the parts' modules. ``rebind``
+    is called with the namespace in which the edited parts stand.
     """
 
     parts: tuple[Any, ...]
     names: Mapping[str, Any] = field(default_factory=dict)
+    rebind: Callable[[dict[str, Any]], None] | None = None
 
     def edited(self, edits: Edits) -> Callable[[], Any]:
         """What makes the edited implementation; ValueError where a text does not stand there once.
@@ -63,26 +67,41 @@ class Reference:
         @cache
         def executed() -> Any:
             space = dict(vars(helpers))
-            for part in self.parts:
-                space |= vars(sys.modules[part.__module__])
+            for module in dict.fromkeys(part.__module__ for part in self.parts):
+                space |= vars(sys.modules[module])
             space |= self.names
-            for text in self._texts(edits).values():
-                exec(text, space)
+            texts = self._edited(edits)
+            for part in self.parts:
+                if isinstance(part, FunctionType) and part.__name__ not in texts:
+                    space[part.__name__] = _within(space, part)
+                else:
+                    text = texts.get(part.__name__) or inspect.getsource(part)
+                    exec(textwrap.dedent(text), space)
+            if self.rebind:
+                self.rebind(space)
             return space[self.parts[-1].__name__]
 
         return lambda: executed()()
 
-    def _texts(self, edits: Edits) -> dict[str, str]:
-        texts = {part.__name__: inspect.getsource(part) for part in self.parts}
+    def _edited(self, edits: Edits) -> dict[str, str]:
+        """The texts of the parts that are edited."""
+        texts: dict[str, str] = {}
+        parts = {part.__name__: part for part in self.parts}
         for key, new in edits.items():
             name, _, old = key.partition(": ")
-            names, old = ([name], old) if name in texts else (list(texts), key)
-            count = sum(texts[name].count(old) for name in names)
-            if count != 1:
+            names, old = ([name], old) if name in parts else (list(parts), key)
+            found = {name: texts.get(name) or inspect.getsource(parts[name]) for name in names}
+            if (count := sum(text.count(old) for text in found.values())) != 1:
                 raise ValueError(f"{old!r} stands {count} times in {', '.join(names)}, not once")
-            for name in names:
-                texts[name] = texts[name].replace(old, new)
+            texts |= {name: t.replace(old, new) for name, t in found.items() if old in t}
         return texts
+
+
+def _within(space: dict[str, Any], f: FunctionType) -> FunctionType:
+    """The function, with the names that it uses looked up in another namespace."""
+    g = FunctionType(f.__code__, space, f.__name__, f.__defaults__, f.__closure__)
+    g.__kwdefaults__ = f.__kwdefaults__
+    return g
 
 
 def mutants(reference: Reference, family: str, table: Table) -> tuple[Mutant, ...]:
