@@ -22,7 +22,8 @@ from safetensors.numpy import load_file, save
 
 from minilora import __version__
 from minilora.io.architectures import tensor_names
-from minilora.io.files import pack_json, read_json, write_files
+from minilora.io.atomic import write_files
+from minilora.io.files import pack_json, read_json
 from minilora.io.formats.huggingface import read_model, write_model
 from minilora.io.formats.peft import adapter_names, read_adapter, write_adapter
 from minilora.io.formats.tokenizers import WordTokenizer

@@ -11,7 +11,9 @@ from minilora import LoraConfig, TrainableSpec, inject, logits
 from minilora.cli.main import main
 from minilora.io import architectures
 from minilora.io.architectures.gpt2 import GPT_2
-from minilora.io.files import FormatError, pack_json, read_json, write_files
+from minilora.io.atomic import write_files
+from minilora.io.errors import FormatError
+from minilora.io.files import pack_json, read_json
 from minilora.io.formats import huggingface, mlx, peft, registry
 from minilora.io.formats.factors import check_factors
 from minilora.io.formats.format import AdapterWeights, Format

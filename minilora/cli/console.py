@@ -54,7 +54,7 @@ def files_of(arguments: argparse.Namespace, *forms: str) -> dict[str, str]:
 
     Errors: ValueError for a file that cannot be written, before the work.
     """
-    from minilora.io.files import why_not_writable
+    from minilora.io.atomic import why_not_writable
 
     files = {form: path for form in forms if (path := getattr(arguments, form))}
     for path in files.values():
@@ -68,7 +68,7 @@ def write_file(path: str, text: str) -> None:
 
     Errors: ValueError for a file that cannot be written.
     """
-    from minilora.io.files import write_text
+    from minilora.io.atomic import write_text
 
     try:
         if _is_summary(path):
@@ -237,7 +237,7 @@ def answer(command: str, run: Callable[[argparse.Namespace], int]) -> Any:
 
 def _not_loaded() -> tuple[type[Exception], ...]:
     """The errors of `NOT_LOADED`; imported only after an error, as these modules load slowly."""
-    from minilora.io.files import FormatError
+    from minilora.io.errors import FormatError
     from minilora.verify.core.errors import LoadError
 
     return FormatError, ImportError, LoadError

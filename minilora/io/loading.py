@@ -14,7 +14,8 @@ from typing import Any, cast
 import numpy as np
 
 from minilora.io import reference_models
-from minilora.io.files import FormatError, listed, read_json
+from minilora.io.errors import FormatError, listed
+from minilora.io.files import read_json
 from minilora.io.formats.format import REFERENCE as REFERENCE
 from minilora.io.formats.format import Base as Base
 from minilora.io.formats.format import Format, ReadOptions

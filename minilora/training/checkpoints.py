@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from minilora.io.files import FormatError, pack, read_tensors, write_files
+from minilora.io.atomic import write_files
+from minilora.io.errors import FormatError
+from minilora.io.files import pack, read_tensors
 from minilora.spec.adalora import Importance
 from minilora.spec.lora import Weights
 from minilora.spec.optim import AdamState

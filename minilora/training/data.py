@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora.io import synthetic_data
-from minilora.io.files import FormatError, listed, parse_json
+from minilora.io.errors import FormatError, listed
+from minilora.io.files import parse_json
 from minilora.io.formats.tokenizers import Tokenizer
 from minilora.training.batching import shuffle_keys
 from minilora.training.encoding import Encoder

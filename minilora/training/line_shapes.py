@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from minilora.io.files import listed
+from minilora.io.errors import listed
 from minilora.spec.ops import IGNORED
 from minilora.training.encoding import Encoded, Encoder
 from minilora.training.example import InvalidLine

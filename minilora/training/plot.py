@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minilora.io.files import write_files
+from minilora.io.atomic import write_files
 from minilora.training.run_folder import LOG, PLOT, read_log
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.io.files import FormatError
+from minilora.io.errors import FormatError
 from minilora.io.loading import Base, weights_with
 from minilora.spec import adalora
 from minilora.spec.lora import Params, TrainableSpec, Weights, is_base

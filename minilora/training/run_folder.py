@@ -12,14 +12,9 @@ from typing import Any
 import numpy as np
 
 from minilora import __version__
-from minilora.io.files import (
-    FormatError,
-    listed,
-    make_folder,
-    pack_json,
-    remove_empty,
-    write_files,
-)
+from minilora.io.atomic import make_folder, remove_empty, write_files
+from minilora.io.errors import FormatError, listed
+from minilora.io.files import pack_json
 from minilora.io.formats import huggingface, peft
 from minilora.io.formats.huggingface import TOKENIZER_FILES
 from minilora.io.loading import BASE_FOLDER, MANIFEST, read_run

@@ -25,15 +25,10 @@ from minilora.cli.commands.inspect import runtimes
 from minilora.cli.commands.train import target_modules
 from minilora.cli.main import main
 from minilora.io import reference_models, synthetic_data
+from minilora.io.atomic import write_files, write_tensors
 from minilora.io.conversion import write_adapter
-from minilora.io.files import (
-    FormatError,
-    pack_json,
-    read_json,
-    read_tensors,
-    write_files,
-    write_tensors,
-)
+from minilora.io.errors import FormatError
+from minilora.io.files import pack_json, read_json, read_tensors
 from minilora.io.formats import huggingface, mlx, peft
 from minilora.io.formats.huggingface import copy_tokenizer
 from minilora.io.formats.registry import FORMATS

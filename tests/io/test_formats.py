@@ -21,16 +21,9 @@ from safetensors.numpy import load_file, save, save_file
 
 from minilora.io import architectures
 from minilora.io.architectures import tensor_names
-from minilora.io.files import (
-    FormatError,
-    check_settings,
-    listed,
-    pack_json,
-    read_json,
-    read_tensors,
-    write_files,
-    write_tensors,
-)
+from minilora.io.atomic import write_files, write_tensors
+from minilora.io.errors import FormatError, listed
+from minilora.io.files import check_settings, pack_json, read_json, read_tensors
 from minilora.io.formats import huggingface, peft
 from minilora.io.formats.huggingface import config_to_json, read_config, read_model, write_model
 from minilora.io.formats.peft import adapter_names, read_adapter, read_lora_config, write_adapter

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from minilora.io.architectures import module_paths
-from minilora.io.files import FormatError, read_json
+from minilora.io.errors import FormatError
+from minilora.io.files import read_json
 from minilora.io.formats import kohya, loralib, mlx, peft
 from minilora.io.formats.factors import (
     alpha_of,

@@ -14,7 +14,9 @@ from safetensors.numpy import load_file, save_file
 from test_formats import MODELS, contents, edit, edit_tensors, same, weights
 
 from minilora import Batch, TrainableSpec, inject, logits
-from minilora.io.files import FormatError, pack_json, read_json, write_files
+from minilora.io.atomic import write_files
+from minilora.io.errors import FormatError
+from minilora.io.files import pack_json, read_json
 from minilora.io.formats import peft
 from minilora.io.formats.huggingface import config_to_json, read_config, write_model
 from minilora.io.formats.peft import (

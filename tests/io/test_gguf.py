@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from minilora.io.architectures import ARCHITECTURES, tensor_names
 from minilora.io.architectures.llama import LLAMA
-from minilora.io.files import FormatError
+from minilora.io.errors import FormatError
 from minilora.io.formats import huggingface
 from minilora.io.formats.factors import parameter_shapes
 from minilora.io.formats.gguf.adapter import ALPHA, not_applied

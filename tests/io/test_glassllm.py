@@ -12,7 +12,7 @@ from calculus import record_worst, same_bits
 from extras import optional
 
 from minilora.cli.main import main
-from minilora.io.files import FormatError
+from minilora.io.errors import FormatError
 from minilora.io.formats import glassllm
 from minilora.io.formats.huggingface import copy_tokenizer
 from minilora.io.loading import open_adapted, open_base, package_model

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.io import reference_models
-from minilora.io.files import FormatError
+from minilora.io.errors import FormatError
 from minilora.io.formats.tokenizers import (
     LibraryTokenizer,
     Tokenizer,

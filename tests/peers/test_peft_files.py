@@ -17,7 +17,8 @@ from test_formats_variants import CASES, base_of, made, parts_of
 
 from minilora import Batch, inject, logits
 from minilora.io.architectures import tensor_names
-from minilora.io.files import FormatError, read_json, read_tensors
+from minilora.io.errors import FormatError
+from minilora.io.files import read_json, read_tensors
 from minilora.io.formats.huggingface import write_model
 from minilora.io.formats.peft import (
     CONFIG,

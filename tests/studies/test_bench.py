@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from minilora.cli.main import main
-from minilora.io.files import FormatError
+from minilora.io.errors import FormatError
 from minilora.io.formats.huggingface import read_model
 from minilora.studies.bench.cases import KINDS, NEW, SIZES, flops, write_case
 from minilora.studies.bench.measure import measure

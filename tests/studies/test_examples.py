@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from minilora.cli.main import main
 from minilora.io import loading, reference_models, synthetic_data
-from minilora.io.files import FormatError, read_json
+from minilora.io.errors import FormatError
+from minilora.io.files import read_json
 from minilora.io.loading import open_base
 from minilora.spec.ops import cross_entropy, linear
 from minilora.studies.examples import sentiment, summaries, texts

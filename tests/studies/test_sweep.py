@@ -14,7 +14,7 @@ from extras import optional
 
 from minilora.cli.console import INTERRUPTED
 from minilora.cli.main import main
-from minilora.io.files import FormatError
+from minilora.io.errors import FormatError
 from minilora.io.loading import open_base
 from minilora.studies.processes import in_processes
 from minilora.studies.sweep import run as sweep

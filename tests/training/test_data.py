@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.io import reference_models
-from minilora.io.files import FormatError
+from minilora.io.errors import FormatError
 from minilora.io.formats.tokenizers import WordTokenizer, read_tokenizer
 from minilora.io.synthetic_data import END, PAD, SPECIAL, TASKS, task
 from minilora.spec.models import shifted_labels

@@ -20,7 +20,9 @@ from safetensors import safe_open
 
 import minilora as ml
 from minilora.io import reference_models
-from minilora.io.files import FormatError, read_tensors, write_tensors
+from minilora.io.atomic import write_tensors
+from minilora.io.errors import FormatError
+from minilora.io.files import read_tensors
 from minilora.io.formats.huggingface import read_model
 from minilora.io.loading import MANIFEST, open_adapted, open_base, open_base_of
 from minilora.spec import optim, target_modules

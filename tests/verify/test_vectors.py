@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from minilora.cli.main import main
-from minilora.io.files import write_files
+from minilora.io.atomic import write_files
 from minilora.spec.lora import merge_weight
 from minilora.spec.variants import DORA_FULL
 from minilora.verify.checks.registry import CHECKS, LEVELS

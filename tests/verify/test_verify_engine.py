@@ -21,7 +21,7 @@ import pytest
 from fake_checks import CHECKS, OnlyMerge, Right, WrongScale
 
 import minilora.verify
-from minilora.io.files import write_text
+from minilora.io.atomic import write_text
 from minilora.verify import check as check_module_or_function
 from minilora.verify import peers
 from minilora.verify.core.dtypes import Precision

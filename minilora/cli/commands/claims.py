@@ -39,7 +39,7 @@ def _run(arguments: argparse.Namespace) -> int:
     import sys
 
     from minilora.cli.console import progress_bar
-    from minilora.io.files import write_files
+    from minilora.io.atomic import write_files
     from minilora.studies.claims.page import html
     from minilora.studies.claims.results import measure
     from minilora.studies.claims.study import QUICK, WHOLE, Study

@@ -60,7 +60,8 @@ def add(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from minilora.io.files import pack_json, why_not_writable, write_files
+    from minilora.io.atomic import why_not_writable, write_files
+    from minilora.io.files import pack_json
     from minilora.io.loading import run_of
     from minilora.training.example import SPLITS
 
@@ -103,7 +104,7 @@ def _read(arguments: argparse.Namespace, base: Base, run: Mapping[str, Any]) -> 
     Errors: FormatError if the run held out a part of a file that has changed since.
     """
     from minilora.cli.commands.train import data_and_task
-    from minilora.io.files import FormatError
+    from minilora.io.errors import FormatError
     from minilora.io.loading import class_names
     from minilora.training.data import read
 

@@ -101,7 +101,7 @@ def runtimes(model: AdaptedModel) -> list[str]:
     from pathlib import Path
 
     from minilora.io.conversion import write_adapter
-    from minilora.io.files import FormatError
+    from minilora.io.errors import FormatError
     from minilora.io.formats.registry import adapter_formats
 
     scales = ", ".join(sorted({f"{s:g}" for s in model.tuning.scale.values()}))

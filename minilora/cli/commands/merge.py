@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from minilora.io.files import listed
+    from minilora.io.errors import listed
     from minilora.io.formats import huggingface
     from minilora.io.formats.registry import model_formats
     from minilora.io.loading import check_output, class_names
@@ -65,7 +65,7 @@ def merged_config(c: Any, merged: Any) -> Any:
     from dataclasses import replace
 
     from minilora.io.architectures import architecture_of
-    from minilora.io.files import listed
+    from minilora.io.errors import listed
     from minilora.spec.target_modules import ties_head
 
     if architecture_of(c).has_field("tied") and ties_head(c) and "head.weight" in merged:

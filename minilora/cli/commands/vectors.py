@@ -52,7 +52,7 @@ def add(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from minilora.io.files import FormatError
+    from minilora.io.errors import FormatError
     from minilora.verify.vectors.files import write
     from minilora.verify.vectors.vectors import vectors
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.io.architectures.architecture import NO_TOKENS, Architecture
-from minilora.io.files import FormatError
+from minilora.io.errors import FormatError
 from minilora.spec.models import Bert
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from minilora.io.architectures.architecture import NO_TOKENS, Architecture
-from minilora.io.files import FormatError, check_settings, typed
+from minilora.io.errors import FormatError
+from minilora.io.files import check_settings, typed
 from minilora.spec.models import Llama
 
 _ROPE_FIXED = {"partial_rotary_factor": (1.0, None)}

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.io.files import FormatError, listed
+from minilora.io.errors import FormatError, listed
 from minilora.spec.lora import (
     LORA,
     Params,

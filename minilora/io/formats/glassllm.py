@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 
 from minilora.io.architectures.llama import LLAMA
+from minilora.io.errors import FormatError, listed
 from minilora.io.files import (
     NOT_FINITE,
     WEIGHT_DTYPES,
-    FormatError,
     check_finite,
     check_settings,
-    listed,
     read_json,
     to_dtype,
 )

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from minilora.io.architectures import architecture_of
-from minilora.io.files import FormatError, listed, read_tensors, to_dtype, write_tensors
+from minilora.io.atomic import write_tensors
+from minilora.io.errors import FormatError, listed
+from minilora.io.files import read_tensors, to_dtype
 from minilora.io.formats.factors import check_factors, parameter_shapes
 from minilora.io.formats.format import AdapterWeights, Base, Format
 from minilora.io.formats.tensors import to_internal

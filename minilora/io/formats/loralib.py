@@ -13,14 +13,8 @@ from typing import Any
 import numpy as np
 
 from minilora.io.architectures import architecture_of, tensor_names
-from minilora.io.files import (
-    NOT_FINITE,
-    FormatError,
-    check_finite,
-    listed,
-    read_tensors,
-    to_dtype,
-)
+from minilora.io.errors import FormatError, listed
+from minilora.io.files import NOT_FINITE, check_finite, read_tensors, to_dtype
 from minilora.io.formats.format import Format
 from minilora.io.formats.tensors import drop_tied_head, to_internal
 from minilora.spec.layers import fuse

@@ -18,16 +18,15 @@ from typing import Any
 import numpy as np
 
 from minilora.io.architectures import ARCHITECTURES, architecture_of, module_paths, to_file_layout
+from minilora.io.atomic import write_files
+from minilora.io.errors import FormatError, listed
 from minilora.io.files import (
-    FormatError,
     check_settings,
-    listed,
     pack,
     pack_json,
     read_json,
     read_tensors,
     to_narrow_dtype,
-    write_files,
 )
 from minilora.io.formats.factors import check_factors, file_name, parameter_shapes
 from minilora.io.formats.format import AdapterWeights, Base, Format

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from minilora.io.files import FormatError, listed
+from minilora.io.errors import FormatError, listed
 
 
 @dataclass(frozen=True)

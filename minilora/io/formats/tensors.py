@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from minilora.io.architectures import Architecture, is_vector
-from minilora.io.files import FormatError, listed, to_dtype
+from minilora.io.errors import FormatError, listed
+from minilora.io.files import to_dtype
 from minilora.spec.lora import Params, Weights
 from minilora.spec.models import Config
 

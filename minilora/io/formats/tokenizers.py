@@ -13,7 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from minilora.io.files import FormatError, listed, read_json
+from minilora.io.errors import FormatError, listed
+from minilora.io.files import read_json
 from minilora.io.synthetic_data import END, PAD, SPECIAL, START, Task
 
 EXTRA = "python -m pip install 'minilora[text]'"

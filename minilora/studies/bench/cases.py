@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora.io.files import write_tensors
+from minilora.io.atomic import write_tensors
 from minilora.io.formats import huggingface, peft
 from minilora.spec.initialization import draw_weights
 from minilora.spec.models import Config, Llama

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from minilora.io.files import FormatError
+from minilora.io.errors import FormatError
 from minilora.studies.bench.cases import KINDS
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from minilora import __version__
-from minilora.io.files import pack_json, read_json, write_files
+from minilora.io.atomic import write_files
+from minilora.io.files import pack_json, read_json
 from minilora.io.loading import MANIFEST, Base
 from minilora.studies.examples.texts import SHARES
 from minilora.training.fit import FitOptions, Outcome, Watch, fit

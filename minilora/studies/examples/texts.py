@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora.io.files import FormatError, listed, write_files
+from minilora.io.atomic import write_files
+from minilora.io.errors import FormatError, listed
 from minilora.io.loading import package_folder, package_model
 
 ARCHIVE = "vaderSentiment-0.5.zip"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora.io.files import write_files
+from minilora.io.atomic import write_files
 from minilora.studies.sweep.run import Row
 from minilora.training.plot import canvas
 

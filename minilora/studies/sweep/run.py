@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from minilora import __version__
-from minilora.io.files import FormatError, pack_json, read_json, write_files
+from minilora.io.atomic import write_files
+from minilora.io.errors import FormatError
+from minilora.io.files import pack_json, read_json
 from minilora.io.loading import MANIFEST, Base, open_base
 from minilora.studies.processes import in_processes
 from minilora.studies.sweep.grid import Cell, Setting

@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from minilora.io.files import FormatError, pack_json, read_json, read_tensors, write_files
+from minilora.io.atomic import write_files
+from minilora.io.errors import FormatError
+from minilora.io.files import pack_json, read_json, read_tensors
 from minilora.io.formats.peft import CONFIG, WEIGHTS, read_adapter, write_adapter
 from minilora.spec.lora import TrainableSpec, Weights
 from minilora.spec.models import Batch, Config

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from minilora.io import reference_models
-from minilora.io.files import pack_json, read_json, read_tensors, write_files, write_tensors
+from minilora.io.atomic import write_files, write_tensors
+from minilora.io.files import pack_json, read_json, read_tensors
 from minilora.io.formats.huggingface import read_model
 from minilora.io.formats.peft import adapter_names, read_adapter
 from minilora.io.synthetic_data import draw_batch

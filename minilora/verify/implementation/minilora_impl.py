@@ -13,13 +13,8 @@ import numpy as np
 
 import minilora
 from minilora.io.architectures import tensor_names, to_file_layout
-from minilora.io.files import (
-    pack_json,
-    read_json,
-    read_tensors,
-    write_files,
-    write_tensors,
-)
+from minilora.io.atomic import write_files, write_tensors
+from minilora.io.files import pack_json, read_json, read_tensors
 from minilora.io.formats.huggingface import read_model
 from minilora.io.formats.peft import (
     CONFIG,

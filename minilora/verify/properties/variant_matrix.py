@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from minilora.io.files import read_tensors, write_tensors
+from minilora.io.atomic import write_tensors
+from minilora.io.files import read_tensors
 from minilora.io.formats.layouts import from_tensors, refusal, to_tensors
 from minilora.spec.variants import REGISTRY
 from minilora.verify.properties.derivatives import derivative_error

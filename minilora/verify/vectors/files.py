@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from minilora.io import reference_models
-from minilora.io.files import FormatError, pack, pack_json, read_json, read_tensors, write_files
+from minilora.io.atomic import write_files
+from minilora.io.errors import FormatError
+from minilora.io.files import pack, pack_json, read_json, read_tensors
 from minilora.verify.checks.registry import LEVELS
 from minilora.verify.core.errors import UsageError, tidy
 from minilora.verify.implementation.contract import CONVENTIONS

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from minilora.io.files import FormatError, pack, pack_json, read_json
+from minilora.io.errors import FormatError
+from minilora.io.files import pack, pack_json, read_json
 from minilora.verify import engine
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.errors import Fault, LoadError, Skip, tidy

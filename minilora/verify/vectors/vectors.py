@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from minilora.io.files import pack_json, write_files
+from minilora.io.atomic import write_files
+from minilora.io.files import pack_json
 from minilora.verify.checks.registry import CHECKS, LEVELS
 from minilora.verify.core.bigfloat import Shake
 from minilora.verify.core.dtypes import DTYPES

@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 
 from minilora.io.architectures import architecture_of
-from minilora.io.files import FormatError, check_settings, listed, to_dtype, to_narrow_dtype
+from minilora.io.errors import FormatError, listed
+from minilora.io.files import check_settings, to_dtype, to_narrow_dtype
 from minilora.io.formats.factors import check_factors, parameter_shapes
 from minilora.io.formats.gguf.blocks import Blocks, check_tensor
 from minilora.io.formats.gguf.contents import Contents

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from minilora.io.files import NOT_FINITE, FormatError, check_finite
+from minilora.io.errors import FormatError
+from minilora.io.files import NOT_FINITE, check_finite
 from minilora.io.formats.gguf.contents import Contents, library
 from minilora.spec.ops import Array
 from minilora.spec.quantization import dequantise, from_gguf

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from minilora.io.architectures import ARCHITECTURES, Architecture, architecture_of, module_paths
-from minilora.io.files import FormatError
+from minilora.io.errors import FormatError
 from minilora.io.formats.gguf.contents import Contents, library
 from minilora.spec.models import Config
 from minilora.spec.ops import Array

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from minilora.io.architectures import architecture_of
-from minilora.io.files import FormatError, check_settings, listed
+from minilora.io.errors import FormatError, listed
+from minilora.io.files import check_settings
 from minilora.io.formats.factors import file_name
 from minilora.io.formats.gguf.blocks import Blocks, check_tensor
 from minilora.io.formats.gguf.contents import Contents

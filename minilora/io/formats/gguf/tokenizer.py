@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minilora.io.files import FormatError, listed
+from minilora.io.errors import FormatError, listed
 from minilora.io.formats.gguf.contents import Contents
 from minilora.io.formats.gguf.names import TOKENS
 from minilora.io.formats.tokenizers import LibraryTokenizer, missing_library

@@ -10,7 +10,9 @@ import ml_dtypes
 import numpy as np
 
 from minilora.io.architectures import architecture_of
-from minilora.io.files import FormatError, replacing, to_narrow_dtype
+from minilora.io.atomic import replacing
+from minilora.io.errors import FormatError
+from minilora.io.files import to_narrow_dtype
 from minilora.io.formats.factors import file_name
 from minilora.io.formats.gguf.contents import Contents, library
 from minilora.io.formats.gguf.names import (

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from minilora.io.architectures import ARCHITECTURES, Architecture, architecture_of
-from minilora.io.files import FormatError, check_settings, read_json, typed
+from minilora.io.errors import FormatError
+from minilora.io.files import check_settings, read_json, typed
 from minilora.spec.models import Config
 
 CONFIG = "config.json"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora.io.files import FormatError
+from minilora.io.errors import FormatError
 from minilora.io.formats.format import Base, Format, LoadedModel, ReadOptions
 from minilora.io.formats.huggingface.config import CONFIG, generation_settings, read_labels
 from minilora.io.formats.huggingface.model import headless, read_encoder, read_model, write_model

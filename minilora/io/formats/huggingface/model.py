@@ -13,16 +13,9 @@ from minilora.io.architectures import (
     tensor_names,
     to_file_layout,
 )
-from minilora.io.files import (
-    FormatError,
-    listed,
-    pack,
-    pack_json,
-    read_json,
-    read_tensors,
-    to_dtype,
-    write_files,
-)
+from minilora.io.atomic import write_files
+from minilora.io.errors import FormatError, listed
+from minilora.io.files import pack, pack_json, read_json, read_tensors, to_dtype
 from minilora.io.formats.huggingface.config import CONFIG, config_to_json, parse_config, read_config
 from minilora.io.formats.tensors import check_complete, drop_tied_head, to_internal
 from minilora.spec.lora import Weights

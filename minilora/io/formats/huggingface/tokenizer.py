@@ -3,7 +3,8 @@
 from functools import partial
 from pathlib import Path
 
-from minilora.io.files import pack_json, write_files
+from minilora.io.atomic import write_files
+from minilora.io.files import pack_json
 from minilora.io.formats.format import Base
 from minilora.io.formats.tokenizers import LibraryTokenizer
 

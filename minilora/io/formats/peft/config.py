@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.io.architectures import Architecture, architecture_of, module_paths
-from minilora.io.files import FormatError, listed
+from minilora.io.errors import FormatError, listed
 from minilora.io.formats.peft.names import CONFIG, paths
 from minilora.io.formats.peft.settings import read_settings, variant_settings, variant_types
 from minilora.io.formats.peft.starts import INIT_FROM_BASE

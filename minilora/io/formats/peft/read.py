@@ -11,7 +11,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from minilora.io.architectures import architecture_of, tensor_names
-from minilora.io.files import FormatError, read_tensors, to_dtype
+from minilora.io.errors import FormatError
+from minilora.io.files import read_tensors, to_dtype
 from minilora.io.formats.peft.config import AdapterConfig, read_config, trained_biases
 from minilora.io.formats.peft.names import (
     CONFIG,

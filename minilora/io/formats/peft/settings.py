@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minilora.io.files import FormatError, check_settings, read_json
+from minilora.io.errors import FormatError
+from minilora.io.files import check_settings, read_json
 from minilora.spec.initialization import INITIALIZATIONS
 from minilora.spec.variants import REGISTRY, extended
 

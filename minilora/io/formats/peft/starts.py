@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.io.files import FormatError
+from minilora.io.errors import FormatError
 from minilora.spec.initialization import INITIALIZATIONS, as_plain, plain_alpha
 from minilora.spec.layers import with_tokens
 from minilora.spec.lora import TABLES, Weights, weight_of

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.io.files import FormatError
+from minilora.io.errors import FormatError
 from minilora.spec.initialization import draw_vera
 from minilora.spec.lora import Weights
 from minilora.spec.ops import Array

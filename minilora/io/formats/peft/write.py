@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from minilora.io.architectures import Architecture, architecture_of, tensor_names, to_file_layout
-from minilora.io.files import FormatError, listed, pack, pack_json, to_dtype, write_files
+from minilora.io.atomic import write_files
+from minilora.io.errors import FormatError, listed
+from minilora.io.files import pack, pack_json, to_dtype
 from minilora.io.formats.peft.config import trained_biases, with_tied_table
 from minilora.io.formats.peft.names import (
     CONFIG,

@@ -8,7 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from minilora.io.files import pack_json, read_json, read_tensors, write_files, write_tensors
+from minilora.io.atomic import write_files, write_tensors
+from minilora.io.files import pack_json, read_json, read_tensors
 from minilora.io.formats.peft import CONFIG, WEIGHTS
 from minilora.verify.implementation.minilora_impl import Minilora
 from minilora.verify.mutants.references.helpers import Array
