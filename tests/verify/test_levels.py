@@ -322,9 +322,9 @@ def test_the_way_over_the_weight_is_the_specifications(kind):
     layer, exact = inputs.draw_layer(Case("linear.vjp", "float64", 0, 0), **kind)
     assert exact
     plain = (lambda array: np.asarray(array, float),) * 2
-    found, wanted = inputs.by_the_weight(layer, *plain), inputs.specified(layer, *plain)
+    found, wanted = inputs.by_weight_product(layer, *plain), inputs.specified(layer, *plain)
     doubled = replace(layer, alpha=2 * layer.alpha)
-    wrong = inputs.by_the_weight(doubled, *plain)
+    wrong = inputs.by_weight_product(doubled, *plain)
     assert found.keys() == wanted.keys() - {"dbias"}
     for name in found:
         assert np.array_equal(found[name], wanted[name])
@@ -341,7 +341,7 @@ def test_doras_way_over_the_weight_is_the_specifications(of, number):
     sigma = variants.sigmas(of, layer, part, Precision("float64", "float64"), (0, number))
 
     def verdicts(layer):
-        found = variants.by_the_weight(of, layer, part, inputs.long)
+        found = variants.by_weight_product(of, layer, part, inputs.long)
         return {
             name: Comparison(name, array, wanted[name], sigma[name], MONTE_CARLO).judge().verdict
             for name, array in found.items()

@@ -629,7 +629,7 @@ class Numbers:
         """The output, or the gradients, against what they should be."""
         run, layer, drawn = self.run, self.layer, self.run.drawn
         wanted = inputs.wanted(layer)
-        sigma = inputs.sigmas_held(layer, run.subject.precision(run.dtype))
+        sigma = inputs.sigmas_of_session(layer, run.subject.precision(run.dtype))
         names = {"y": "y"}
         if gradients:
             answered = run.session.call("gradients", drawn.x, drawn.dy)

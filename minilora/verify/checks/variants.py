@@ -152,7 +152,7 @@ def specified(
     return {name: v.reshape(shapes.get(name, np.shape(v))) for name, v in answers.items()}
 
 
-def by_the_weight(
+def by_weight_product(
     of: Variant, layer: Layer, part: Array, number: Callable[[Array], Any]
 ) -> dict[str, Any]:
     """The same answers by way of the weight V' = m ∘ V / ‖V‖ and of G = dy hᵀ, as autograd has it.
@@ -220,7 +220,7 @@ def _compared(
         found = Comparison(shown, array, wanted[what], sigma[what], MONTE_CARLO)
         if name == "dora" and what != "dbias" and found.judge().verdict != "pass":
             # Another way is as fair, and is looked at where the first one has not the room.
-            other = sigmas(*known, by_the_weight) if other is None else other
+            other = sigmas(*known, by_weight_product) if other is None else other
             found = replace(found, sigma=np.maximum(sigma[what], other[what]))
         yield found
 

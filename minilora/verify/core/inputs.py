@@ -1,9 +1,9 @@
-"""The drawn inputs of a layer's checks: pure functions of a case, and deliberately not typical.
+"""The random inputs of a layer's checks: pure functions of a case, and deliberately not typical.
 
-Nothing hides: sizes are all distinct (or square, where a transpose does not raise), alpha is not r,
-B is not zero, biases are not zero, data have mean zero, dropout is not one half. In half of the low
-precision cases W = 0, so that the branch is not drowned. Typical inputs cannot see a fifth of the
-known mistakes; these can.
+Sizes are all distinct (or square, where a transpose raises no error), alpha is not r, B and biases
+are not zero, data have mean zero, the dropout rate is not one half. In half of the low precision
+cases W = 0, so that the base does not hide the adapter. Typical inputs miss a fifth of the known
+mutants; these do not.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ SIZES = (
     (2, 19, 6, 9, 4),
     (37, 35, 37, 17, 16),
 )
-"""Tokens, n, m, r, and r in the exact lane: distinct, and square weights with another rank, a rank
-of 1, and sides beyond a kernel's tiles of 16 and 32, of which none is a multiple; the last has as
-many tokens as features, so that what belongs to the one may be taken for the other's."""
+"""Tokens, n, m, r, and r in the exact lane: distinct; square weights with another rank; a rank of
+1; sides beyond a kernel's tiles of 16 and 32, and no multiples of these. The last has as many
+tokens as features, so that an axis may be mistaken for the other."""
 
 LARGE, RARELY = (131, 67, 131, 33, 32), 40
-"""One case in so many, of a long run alone, is beyond tiles of 64 and 128."""
+"""Sizes beyond tiles of 64 and 128, in one of so many cases, which long runs alone have."""
 
 TINY = 2.0**-40
-"""By this B is made small in one case, without W: of the order of a first step, and no zero."""
+"""The factor on B of one case with W = 0: of the order of a first training step."""
 
 LEADS: tuple[Callable[[int], tuple[int, ...]], ...] = (
     lambda tokens: (tokens,),
@@ -50,18 +50,18 @@ LEADS: tuple[Callable[[int], tuple[int, ...]], ...] = (
     lambda tokens: (1, tokens),
     lambda tokens: (2, 3, tokens),
 )
-"""What x has before its features. As many as sizes less one: each size meets each in the end."""
+"""The leading axes of x. One fewer than the sizes, so that each size meets each of them."""
 
 SCALES = (0.25, 4.0)
-"""Of the exact lane: powers of two, and so are their roots, which may be put on both factors."""
+"""Of the exact lane: powers of two, whose roots are powers of two as well."""
 
 ALPHAS = (7.0, 5.0, 16.0, 1.5)
-"""None is a rank above, and alpha / r is a fraction with most of them."""
+"""None is a rank of SIZES, and with most of them alpha / r is a fraction."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One LoRA linear with inputs in the dtype under test; x, keep and dy lie (…, features)."""
+    """A LoRA linear layer with inputs in the dtype under test; x, keep and dy are (…, features)."""
 
     x: Array
     W: Array
@@ -77,22 +77,22 @@ class Layer:
 
     @property
     def s(self) -> float:
-        """The scale that alpha, r and the settings ask for."""
+        """The scale by alpha, r and the settings."""
         return float(scale(self.alpha, self.r, self.settings.get("use_rslora", False)))
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of the contract's methods: what the case has, no more."""
-        given: dict[str, Any] = {"alpha": self.alpha, "r": self.r, **self.settings}
+        """The keyword arguments of the contract's methods that the case has."""
+        options: dict[str, Any] = {"alpha": self.alpha, "r": self.r, **self.settings}
         if self.bias is not None:
-            given["bias"] = self.bias
+            options["bias"] = self.bias
         if self.p:
-            given["p"] = self.p
+            options["p"] = self.p
         if self.keep is not None:
-            given["keep"] = self.keep
-        return given
+            options["keep"] = self.keep
+        return options
 
     def merge_options(self) -> dict[str, Any]:
-        """The same for merge and unmerge, which know neither bias nor dropout."""
+        """The same for merge and unmerge, which have neither bias nor dropout."""
         return {"alpha": self.alpha, "r": self.r, **self.settings}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -103,7 +103,7 @@ class Layer:
 
 
 def columns(x: Array) -> Array:
-    """(…, n) as the outside has it, turned to (n, tokens)."""
+    """(…, n), as in the contract, turned to (n, tokens)."""
     return x.reshape(-1, x.shape[-1]).T
 
 
@@ -127,11 +127,11 @@ def specified(
 
 
 def long(array: Array) -> Array:
-    """As long double: what is wanted is known to more digits than any answer has."""
+    """In long double: the correct answer is known to more digits than any answer has."""
     return np.asarray(array).astype(np.longdouble)
 
 
-def _outside(layer: Layer, answers: dict[str, Array]) -> dict[str, Array]:
+def _contract_shapes(layer: Layer, answers: dict[str, Array]) -> dict[str, Array]:
     """(features, tokens) turned back to the shapes of the contract."""
     turned = {name: v.T if name in ("y", "dx") else v for name, v in answers.items()}
     return {name: turned[name].reshape(shape) for name, shape in layer.shapes().items()}
@@ -139,11 +139,11 @@ def _outside(layer: Layer, answers: dict[str, Array]) -> dict[str, Array]:
 
 def wanted(layer: Layer, number: Callable[[Array], Any] = long) -> dict[str, Array]:
     """The true answers to lora_linear_vjp, over a number system."""
-    return _outside(layer, specified(layer, number, number))
+    return _contract_shapes(layer, specified(layer, number, number))
 
 
 def _numbers(layer: Layer, precision: Precision) -> tuple[Callable[[Array], Uncertain], ...]:
-    """Makers of inputs as both sides have them, and of inputs that s may have been applied to."""
+    """Makers of uncertain inputs: unscaled ones, and ones that s may have been applied to first."""
     rounding = Rounding(precision)
     exact = np.frexp(layer.s)[0] == 0.5  # a power of two rounds nothing
 
@@ -154,10 +154,10 @@ def _numbers(layer: Layer, precision: Precision) -> tuple[Callable[[Array], Unce
     return (lambda array: Uncertain(array, 0.0, rounding)), scalable
 
 
-def by_the_weight(
+def by_weight_product(
     layer: Layer, number: Callable[[Array], Any], scalable: Callable[[Array], Any]
 ) -> dict[str, Any]:
-    """The same by way of D = s B A and G = dy hᵀ, of the weight's size, as autograd has it.
+    """The same by D = s B A and G = dy hᵀ, of the weight's size, as autograd computes it.
 
     y = (W + D) x + b, or W x + b + D h where h = K ∘ x, and dA = s Bᵀ G, dB = s G Aᵀ.
     """
@@ -179,15 +179,15 @@ def by_the_weight(
 def sigmas(layer: Layer, precision: Precision) -> dict[str, Array]:
     """The standard deviation that rounding gives each element of those answers.
 
-    s B, s dy and s u are all fair places for the scale. Where the product is rounded, B and dy
-    carry that rounding: the specification, which scales u, would lose less in a sum that cancels.
-    The greater one of it and of the way over the weight, which is as fair, counts.
+    An implementation may apply the scale in s B, in s dy or in s u. Where that product is rounded,
+    B and dy carry the rounding: the specification, which scales u, would lose less in a sum that
+    cancels. It may also form the weight's product: the greater sigma of both ways counts.
     """
     numbers = _numbers(layer, precision)
-    ways = specified(layer, *numbers), by_the_weight(layer, *numbers)
-    found = {name: ways[0][name].sigma for name in ways[0]}
-    found |= {name: np.maximum(found[name], other.sigma) for name, other in ways[1].items()}
-    return _outside(layer, found)
+    by_factors, by_product = specified(layer, *numbers), by_weight_product(layer, *numbers)
+    sigma = {name: answer.sigma for name, answer in by_factors.items()}
+    sigma |= {name: np.maximum(sigma[name], other.sigma) for name, other in by_product.items()}
+    return _contract_shapes(layer, sigma)
 
 
 def wanted_merge(layer: Layer, number: Callable[[Array], Any] = long) -> Array:
@@ -204,11 +204,11 @@ def sigma_merge(layer: Layer, precision: Precision) -> Array:
     return sigma
 
 
-def sigmas_held(layer: Layer, precision: Precision) -> dict[str, Array]:
-    """The same where s B A may be formed, and may have been added to W and taken away again.
+def sigmas_of_session(layer: Layer, precision: Precision) -> dict[str, Array]:
+    """The same where s B A may be formed, added to W and subtracted again, as in a session.
 
-    y and dx go through the weight that acts, and dA and dB through dW = dyᵀ x. Of each element it
-    is the greater of this and of `sigmas`.
+    y and dx go through the merged weight, and dA and dB through dW = dyᵀ x. For each element, the
+    greater of this and of `sigmas` counts.
     """
     number, scalable = _numbers(layer, precision)
     x, dy = number(columns(layer.x)), scalable(columns(layer.dy))
@@ -217,15 +217,15 @@ def sigmas_held(layer: Layer, precision: Precision) -> dict[str, Array]:
     W = number(layer.W) + delta - delta + delta
     y = W @ x if layer.bias is None else W @ x + number(layer.bias[:, None])
     dW = dy @ x.T
-    held = {"y": y, "dx": W.T @ dy, "dA": layer.s * (B.T @ dW), "dB": layer.s * (dW @ A.T)}
-    held["dbias"] = dy @ np.ones((dy.value.shape[1], 1))
-    found = _outside(layer, {name: each.sigma for name, each in held.items()})
-    apart = sigmas(layer, precision)
-    return {name: np.maximum(sigma, apart[name]) for name, sigma in found.items()}
+    answers = {"y": y, "dx": W.T @ dy, "dA": layer.s * (B.T @ dW), "dB": layer.s * (dW @ A.T)}
+    answers["dbias"] = dy @ np.ones((dy.value.shape[1], 1))
+    merged = _contract_shapes(layer, {name: answer.sigma for name, answer in answers.items()})
+    unmerged = sigmas(layer, precision)
+    return {name: np.maximum(sigma, unmerged[name]) for name, sigma in merged.items()}
 
 
 def limits(layer: Layer, array: str) -> Limits:
-    """The closed form's limits, with the elements of an array that err independently.
+    """The limits of a closed form, for the number of elements that err independently.
 
     All of y, dx, dA and dB err through u or du, which have r entries a token: no array holds more
     independent errors than that, and the rms of few is allowed to be larger.

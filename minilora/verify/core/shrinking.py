@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 
-GREATEST = 4
-"""The greatest size of a dimension."""
+MAX_SIZE = 4
+"""The largest size of a dimension."""
 
 MAX_EVALUATIONS = 1000
-"""How many examples one search puts to an implementation, at most."""
+"""The maximum number of examples that one search tries."""
 
 Difference = tuple[str, Array, Array]
-"""The name of an array, what was got and what was wanted."""
+"""The name of an array, its value and the correct one."""
 
 Differs = Callable[["GuardedImplementation", Layer, str], Difference | None]
 Smallest = Callable[["GuardedImplementation", str], dict[str, Any] | None]
@@ -46,9 +46,9 @@ def small_layers(draw: st.DrawFn, kind: dict[str, bool], dtype: str) -> Layer:
     r = 4 if kind.get("use_rslora") else draw(st.sampled_from((1, 2, 4)))
 
     def array(*shape: int) -> Array:
-        # Entries are drawn for the greatest size, so that a smaller one leaves the others alone.
-        entries = draw(st.lists(st.integers(-2, 2), min_size=GREATEST**2, max_size=GREATEST**2))
-        square = np.array(entries, DTYPES[dtype]).reshape(GREATEST, GREATEST)
+        # Entries are drawn for the largest size: shrinking a size keeps the other entries.
+        entries = draw(st.lists(st.integers(-2, 2), min_size=MAX_SIZE**2, max_size=MAX_SIZE**2))
+        square = np.array(entries, DTYPES[dtype]).reshape(MAX_SIZE, MAX_SIZE)
         return square[tuple(slice(size) for size in shape)]
 
     s = draw(st.sampled_from((1.0, 4.0, 0.25)))
@@ -84,7 +84,7 @@ class Budget:
 
 
 def shrunk(strategy: st.SearchStrategy[T], fails: Callable[[T], bool]) -> None:
-    """Puts examples to ``fails``, which keeps what it finds, and shrinks those that do fail."""
+    """Tries examples and shrinks those that fail; ``fails`` keeps them."""
     options = settings(
         max_examples=300,
         deadline=None,
@@ -93,7 +93,7 @@ def shrunk(strategy: st.SearchStrategy[T], fails: Callable[[T], bool]) -> None:
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
-    # Raised where nothing is found, or where a target answers differently each time.
+    # Raised where nothing fails, or where a target gives another answer each time.
     with contextlib.suppress(NoSuchExample, Flaky):
         find(strategy, fails, settings=options, random=Random(0))
 
@@ -101,9 +101,9 @@ def shrunk(strategy: st.SearchStrategy[T], fails: Callable[[T], bool]) -> None:
 def search(
     subject: GuardedImplementation, dtype: str, kind: dict[str, bool], differs: Differs
 ) -> dict[str, Any] | None:
-    """The smallest layer on which ``differs`` finds a difference, in words, or None."""
+    """The smallest layer on which ``differs`` finds a difference, as values to show, or None."""
     budget = Budget()
-    found: list[tuple[Layer, tuple[str, Array, Array]]] = []
+    failing: list[tuple[Layer, Difference]] = []
 
     def fails(layer: Layer) -> bool:
         if greatest_sum(layer) > 64 or not budget.spend():
@@ -113,18 +113,18 @@ def search(
         except (Fault, Skip):
             return False
         if difference is not None:
-            found.append((layer, difference))
+            failing.append((layer, difference))
         return difference is not None
 
     shrunk(small_layers(kind, dtype), fails)
-    if not found:
+    if not failing:
         return None
-    smallest, _ = min(found, key=lambda each: _size(each[0]))
-    while smaller := next((each for each in _parts(smallest, kind) if fails(each)), None):
+    smallest, _ = min(failing, key=lambda pair: _size(pair[0]))
+    while smaller := next((part for part in _parts(smallest, kind) if fails(part)), None):
         smallest = smaller
-    layer, (what, got, want) = min(found, key=lambda each: _size(each[0]))
-    shown: dict[str, Any] = {"array": what, "x": layer.x, "W": layer.W, "A": layer.A, "B": layer.B}
-    shown |= {"dy": layer.dy} if what in ("dx", "dA", "dB", "dbias") else {}
+    layer, (name, got, want) = min(failing, key=lambda pair: _size(pair[0]))
+    shown: dict[str, Any] = {"array": name, "x": layer.x, "W": layer.W, "A": layer.A, "B": layer.B}
+    shown |= {"dy": layer.dy} if name in ("dx", "dA", "dB", "dbias") else {}
     shown |= {} if layer.bias is None else {"bias": layer.bias}
     shown |= {} if layer.keep is None else {"keep": layer.keep, "p": layer.p}
     shown |= {"alpha": layer.alpha, "r": layer.r, **layer.settings}
@@ -141,7 +141,7 @@ SIDES = {
 
 
 def _parts(layer: Layer, kind: dict[str, bool]) -> Iterator[Layer]:
-    """The layer without one of its tokens, features or ranks, of the same scale."""
+    """The layer without one of its tokens, features or ranks, with the same scale."""
     for side, axes in SIDES.items():
         if side == "r" and (layer.r != 2 or kind.get("use_rslora")):
             continue  # r stays a power of two

@@ -19,12 +19,12 @@ CELLS = 32
 """The greatest number of rows and of columns in a picture."""
 
 LOOSE = 2.0
-"""How many times its unit roundoff an implementation may lose and still be called loose."""
+"""An answer that would pass with so many times the unit roundoff is called loose."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One drawn instance of a check: a pure function of these four values."""
+    """One case of a check; its inputs are a pure function of these four values."""
 
     check: str
     dtype: str
@@ -33,11 +33,11 @@ class Case:
 
     @property
     def id(self) -> str:
-        """The name that ``--case`` takes; the seed is given beside it."""
+        """The name for ``--case``; the seed is a separate option."""
         return f"{self.check}:{self.dtype}:{self.number}"
 
     def rng(self) -> np.random.Generator:
-        """A generator of its own, the same in every process (Python's ``hash`` is not)."""
+        """The case's generator, the same in every process (Python's ``hash`` is not)."""
         words = [zlib.crc32(text.encode()) for text in (seed_text(self.check), self.dtype)]
         return np.random.default_rng([*words, self.number, self.seed])
 
@@ -45,9 +45,9 @@ class Case:
 def counter(
     cases: Mapping[str, int], share: float = 1.0, low_precision: bool = True
 ) -> Callable[[str, str], int]:
-    """How many cases a check has in a profile for a dtype: a share of its level's, two at least.
+    """The number of cases of a check by profile and dtype: a share of its level's, at least two.
 
-    Without ``low_precision`` it has none in the halves.
+    Without ``low_precision`` there are none in bfloat16 and float16.
     """
 
     def count(profile: str, dtype: str) -> int:
@@ -60,7 +60,7 @@ def counter(
 
 @dataclass(frozen=True)
 class Limits:
-    """What a lane of comparison allows, in standard deviations of rounding.
+    """The limits of a comparison, in standard deviations of rounding.
 
     Over the n elements of an array, with z = |got - want| / sigma:
     max z <= max_z and rms z <= rms_z + rms_small / √n.
@@ -70,7 +70,7 @@ class Limits:
     rms_z: float = 1.5
     rms_small: float = 3.0
     loose: float = LOOSE
-    """How many times its unit roundoff may be lost and count as loose: 1 where nothing may."""
+    """The factor on the unit roundoff up to which a deviation is loose; 1: none is."""
 
     def rms(self, n: int) -> float:
         """The limit of the root mean square of z over n elements."""
@@ -89,28 +89,27 @@ class Limits:
 
 
 CLOSED_FORM = Limits()
-"""The lane whose sigma is a closed formula: a layer, a merge."""
+"""For a sigma in closed form: a layer, a merge."""
 
 MONTE_CARLO = Limits(8.0, 2.5, 7.5)
-"""The lane whose sigma is sampled: a model. The rms limit is 2.5 (1 + 3/√n)."""
-
+"""For a sampled sigma: a model. The rms limit is 2.5 (1 + 3/√n)."""
 
 BOUND = Limits(1.0, 1.0, 0.0)
-"""The lane in which a worst case bound stands in the place of sigma: no element may pass it."""
+"""For a worst-case bound in the place of sigma: no element may exceed it."""
 
 CHANCE = Limits(1.0, 1.0, 0.0, loose=1.0)
-"""The lane of what is drawn: a bound that chance passes with a stated probability. Rounding has no
-part in it, and hence nothing is loose."""
+"""For random draws: a bound that chance exceeds with a stated probability. No rounding is
+involved, so nothing is loose."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One array of an answer beside what was wanted.
+    """One array of an answer beside the correct one.
 
-    sigma is the standard deviation that rounding gives each element, or a shape that broadcasts to
-    the array's. None is the exact lane, and an element of sigma 0 is exact too: any difference is
-    a deviation there. ValueError where the arrays cannot be compared, which is a fault of the
-    check and not of the implementation.
+    sigma is the standard deviation that rounding gives each element; it broadcasts to the array.
+    None is the exact lane, and an element of sigma 0 is exact, too: any difference is a deviation.
+    ValueError where the arrays cannot be compared, which is a fault of the check and not of the
+    implementation.
     """
 
     array: str
@@ -122,19 +121,19 @@ class Comparison:
     def __post_init__(self) -> None:
         shape = np.shape(self.want)
         if np.shape(self.got) != shape:
-            raise ValueError(f"{self.array}: got shape {np.shape(self.got)}, wanted {shape}")
+            raise ValueError(f"{self.array}: got shape {np.shape(self.got)}, expected {shape}")
         if np.size(self.want) == 0:
-            raise ValueError(f"{self.array}: an array without elements compares nothing")
+            raise ValueError(f"{self.array}: an empty array compares nothing")
         if not np.isfinite(self.want).all():
-            raise ValueError(f"{self.array}: the wanted values are not finite")
+            raise ValueError(f"{self.array}: the expected values are not finite")
         if self.sigma is not None:
             sigma = np.broadcast_to(self.sigma, shape)
             if not (np.isfinite(sigma) & (sigma >= 0)).all():
                 raise ValueError(f"{self.array}: sigma must be finite and not negative")
 
     def _deviation(self) -> tuple[np.ndarray, np.ndarray]:
-        """|got - want| and |z| of each element; what is not a number is infinitely far off."""
-        # Long double: what is wanted of a float64 implementation is known to more digits.
+        """|got - want| and |z| of each element; NaN is infinitely far off."""
+        # Long double: the correct answers to float64 are known to more digits.
         got = np.asarray(self.got).astype(np.longdouble)
         want = np.asarray(self.want).astype(np.longdouble)
         sigma = np.longdouble(0) if self.sigma is None else self.sigma
@@ -144,7 +143,7 @@ class Comparison:
             return difference, np.where(difference == 0, np.longdouble(0), difference / sigma)
 
     def picture(self) -> Picture:
-        """Where the deviation sits."""
+        """Where in the array the deviation is."""
         _, z = self._deviation()
         shape = z.shape
         z = z.reshape(-1, shape[-1]) if shape else z.reshape(1, 1)
@@ -183,7 +182,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Picture:
-    """Where in an array a deviation sits: |z| of its elements.
+    """Where in an array a deviation is: |z| of its elements.
 
     The last axis runs to the right and all others downwards, one after another. A side longer than
     CELLS is cut into CELLS parts, of which the i-th begins at ``i * side // CELLS``; a cell has the
@@ -212,10 +211,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The verdict on one array: how many of its elements lie beyond the limit, and the worst one.
+    """The verdict on one array: how many elements are beyond the limit, and the worst one.
 
-    z and rms are infinite where a difference stands in an element that allows none; sigma is None
-    and both limits are 0 in the exact lane. The worst array of a case that deviates has a picture.
+    z and rms are infinite where an element that must be exact differs; sigma is None and both
+    limits are 0 in the exact lane. The worst array of a case that deviates has a picture.
     """
 
     array: str
@@ -234,21 +233,21 @@ class Judgement:
 
     @property
     def excess(self) -> float:
-        """How many times its limit the array uses: at most 1 passes, infinity for a broken ==."""
+        """The deviation over its limit: at most 1 passes, infinity where == fails."""
         if self.sigma is None:
             return self.z  # 0 or infinity
         return max(self.z / self.limit, self.rms / self.rms_limit)
 
 
 STRUCTURE = "structure-"
-"""So begins the id of a `Diagnosis` that is no mutant but what can be read off the numbers."""
+"""The start of the id of a `Diagnosis` that is a pattern of the numbers, and no mutant."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A known mutant that gives the answers that were got: its id, what it computes, and how
-    far its answers lie from those got, in rms standard deviations of rounding. ``separating`` is
-    the case that tells it from others that answered this check alike, or would, if it was asked."""
+    """A mutant that gives the implementation's answers: its id, what it computes, and the rms
+    distance of its answers in standard deviations of rounding. ``separating`` is the case that
+    separates it from others that give the same answers to this check, or would."""
 
     id: str
     sentence: str
@@ -258,16 +257,15 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Check:
-    """One law or equation, and how to put it to an implementation.
+    """One equation or law, and how to test an implementation by it.
 
-    ``needs`` names the implementation's methods that ``run`` calls. ``run`` compares one case; it
-    may stop with Skip or Fault (`contract`). ``cases`` gives the number of cases in a profile for
-    a dtype, 0 where the check is not for that dtype. ``smallest`` looks for the smallest
-    counterexample of a check that failed: a dict of values to show, of which ``got`` and ``want``
-    are the two that differ, or None; with ``smallest_fault`` it finds errors too. With
-    ``is_relation`` it compares two answers of the implementation, of which either may be wrong.
-    ``diagnose`` names the mutants that explain what an implementation answers, for a dtype and a
-    seed.
+    ``needs`` names the methods that ``run`` calls. ``run`` compares one case, and may stop with
+    Skip or Fault (`errors`). ``cases`` gives the number of cases in a profile for a dtype, 0 where
+    the check is not for that dtype. ``smallest`` looks for the smallest counterexample of a failed
+    check: a dict of values to show, of which ``got`` and ``want`` are the two that differ, or None;
+    with ``smallest_fault`` it finds errors, too. With ``is_relation`` the check compares two
+    answers of the implementation, of which either may be wrong. ``diagnose`` names the mutants that
+    explain the answers, for a dtype and a seed.
     """
 
     id: str

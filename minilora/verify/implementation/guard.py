@@ -45,16 +45,16 @@ from minilora.verify.implementation.contract import (
 )
 from minilora.verify.implementation.worker import Raised, TimedOut, Worker
 
-HANGS_ALLOWED = 2
+MAX_HANGS = 2
 """After so many calls of a method that hung, it is not called again in this run."""
 
 
 class GuardedImplementation:
     """An implementation with its declarations, called safely.
 
-    Arrays go in as fresh writable copies and are compared with the originals afterwards. A call
-    runs in a thread of its own that is left behind when the time limit is over; what a ``whole``
-    has answered, a session, is called in the thread of that.
+    Arrays are passed as writable copies and compared with the originals afterwards. Calls run in a
+    thread of their own, which is abandoned when the time limit is over. A session runs in the
+    thread of its ``owner``, the implementation that opened it.
     """
 
     def __init__(
@@ -63,28 +63,28 @@ class GuardedImplementation:
         *,
         time_limit: float = TIME_LIMIT,
         methods: Mapping[str, str] = METHODS,
-        whole: GuardedImplementation | None = None,
+        owner: GuardedImplementation | None = None,
     ) -> None:
         self.implementation = implementation
         self._methods = methods
-        self._whole = whole
+        self._owner = owner
         self.time_limit = time_limit
         if isinstance(implementation, Remote):  # a call may have to start it first
             implementation.time_limit, self.time_limit = time_limit, 2 * time_limit + 10
         self.spent = 0.0
-        """Seconds that the implementation has taken so far."""
+        """Seconds spent in the implementation so far."""
         self.remarks: dict[str, None] = {}
-        """What checks have remarked on, in order, each once."""
+        """Notes of the checks for the report, in order, each once."""
         self.traits: set[str] = set()
-        """What is particular about the calls of a case, in words; who asks a case empties it."""
+        """The traits of a case's calls, in words; emptied before each case."""
         self.sizes: dict[str, int] = {}
-        """The greatest sizes in the calls of a case, each by its name; emptied likewise."""
+        """The largest sizes in a case's calls, by name; emptied before each case."""
         self._lent: list[tuple[str, Any, Any]] = []
-        """What a session was given to hold: its name, the array as it is now and as it was."""
+        """Arguments that a session may keep: the name, the argument as passed, and the original."""
         self._worker: Worker | None = None
         self._hangs: Counter[str] = Counter()
         self._home = _home(implementation)
-        self._set = settings_of(implementation)
+        self._settings = settings_of(implementation)
         kind = implementation if isinstance(implementation, type) else type(implementation)
         self.name = tidy(self._text("name", kind.__name__), 60)
         self.version = tidy(self._text("version", ""), 120)
@@ -109,7 +109,9 @@ class GuardedImplementation:
     def _text(self, attribute: str, default: str) -> Any:
         value = self._declared(attribute, default)
         if callable(value):
-            raise LoadError(f"{attribute!r} of the target is {type_words(value)}, expected a text")
+            raise LoadError(
+                f"{attribute!r} of the target is {type_words(value)}, expected a string"
+            )
         return value
 
     def _read_mapping(self, attribute: str) -> dict[str, Any]:
@@ -128,7 +130,7 @@ class GuardedImplementation:
             ) from None
         if unknown := sorted(names - set(DTYPES)):
             raise LoadError(
-                f"{self.name}: 'dtypes' names {', '.join(unknown)}; known are {', '.join(DTYPES)}"
+                f"{self.name}: 'dtypes' names {', '.join(unknown)}; expected {', '.join(DTYPES)}"
             )
         return tuple(d for d in DTYPES if d in names)
 
@@ -143,16 +145,16 @@ class GuardedImplementation:
         if unknown := [n for n in names if n not in DTYPES]:
             raise LoadError(
                 f"{self.name}: precision[{dtype!r}] names {', '.join(unknown)}; "
-                f"known are {', '.join(DTYPES)}"
+                f"expected {', '.join(DTYPES)}"
             )
         return Precision(*names)
 
     def remark(self, text: str) -> None:
-        """Notes for the report what is no deviation and that a reader should know."""
+        """Adds a note to the report: no deviation, but worth knowing."""
         self.remarks[text] = None
 
     def precision(self, dtype: str) -> Precision:
-        """The precision declared for a dtype: the dtype itself where nothing is declared."""
+        """The precision declared for a dtype; by default, the dtype itself."""
         return self._precision.get(dtype, Precision(dtype, dtype))
 
     def has(self, method: str) -> bool:
@@ -160,23 +162,23 @@ class GuardedImplementation:
         return has_method(self.implementation, method)
 
     def anew(self) -> GuardedImplementation | None:
-        """The implementation as it was before any call, if its class makes just that one."""
+        """A new instance, as before any call; None where the class needs arguments."""
         try:
             kind = type(self.implementation)
             if inspect.signature(kind).parameters:
                 return None
-            made = kind()
+            fresh = kind()
         except Exception:  # a module, or a class of compiled code
             return None
-        if settings_of(made) != self._set:  # it has been given other ones since it was made
+        if settings_of(fresh) != self._settings:  # it was configured after it was made
             return None
-        return GuardedImplementation(made, time_limit=self.time_limit, methods=self._methods)
+        return GuardedImplementation(fresh, time_limit=self.time_limit, methods=self._methods)
 
     def session(self, layer: Any) -> GuardedImplementation:
-        """The session that it opens, called as safely. Raises Skip or Fault."""
+        """The session that the implementation opens, guarded. Raises Skip or Fault."""
         opened = self.call("session", layer)
         limit = self.time_limit
-        session = type(self)(opened, time_limit=limit, methods=SESSION, whole=self)
+        session = type(self)(opened, time_limit=limit, methods=SESSION, owner=self)
         session._lent, self._lent = self._lent, []
         if absent := [name for name in SESSION_NEEDS if not session.has(name)]:
             raise Fault(
@@ -185,24 +187,24 @@ class GuardedImplementation:
         return session
 
     def announce(self, check: str) -> None:
-        """Says which check calls from now on, to an implementation that wants to know."""
+        """Tells a remote implementation which check calls from now on."""
         if isinstance(self.implementation, Remote):
             self.implementation.check = check
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """What the method answers, its arrays copied. Raises Skip or Fault."""
-        if self._hangs[method] >= HANGS_ALLOWED:
-            raise Fault("hangs", f"{method} is not called any more: it hung {HANGS_ALLOWED} times")
+        """The method's answer, with its arrays copied. Raises Skip or Fault."""
+        if self._hangs[method] >= MAX_HANGS:
+            raise Fault("hangs", f"{method} is not called any more: it hung {MAX_HANGS} times")
         names = positional(method, self._methods)
         named = dict(zip(names, args, strict=False)) | kwargs
         self.traits |= {*traits_of(named)}
         for name, size in sizes_of(named):
             self.sizes[name] = max(size, self.sizes.get(name, 0))
-        given = copied((args, kwargs))
+        passed_args, passed_kwargs = copied((args, kwargs))
         started = perf_counter()
         try:
             answer = self._within_limit(
-                lambda: settled(getattr(self.implementation, method)(*given[0], **given[1]))
+                lambda: settled(getattr(self.implementation, method)(*passed_args, **passed_kwargs))
             )
         except TimedOut as late:
             self._hangs[method] += 1
@@ -212,17 +214,17 @@ class GuardedImplementation:
             raise self._verdict_on(method, raised.error) from raised.error
         finally:
             seconds = perf_counter() - started
-            for each in filter(None, (self, self._whole)):
-                each.spent += seconds
-        for i, (arg, original) in enumerate(zip(given[0], args, strict=True)):
-            require_unchanged(names[i] if i < len(names) else f"argument {i + 1}", arg, original)
+            for guarded in filter(None, (self, self._owner)):
+                guarded.spent += seconds
+        for i, (passed, original) in enumerate(zip(passed_args, args, strict=True)):
+            require_unchanged(names[i] if i < len(names) else f"argument {i + 1}", passed, original)
         for name, original in kwargs.items():
-            require_unchanged(name, given[1][name], original)
-        if method not in ANSWERS:  # what these change is found after the next step
-            for what, now, original in self._lent:
-                require_unchanged(what, now, original, f"after {method}()")
+            require_unchanged(name, passed_kwargs[name], original)
+        if method not in ANSWERS:  # a change by one of these is found after the next step
+            for name, passed, original in self._lent:
+                require_unchanged(name, passed, original, f"after {method}()")
         if method in KEEPS:
-            self._lent.append((names[-1], given[0][-1], args[-1]))
+            self._lent.append((names[-1], passed_args[-1], args[-1]))
         return answer
 
     def _verdict_on(self, method: str, error: BaseException) -> Skip | Fault:
@@ -231,18 +233,18 @@ class GuardedImplementation:
             return error
         if isinstance(error, NotImplementedError):
             return Skip(f"not supported: {tidy(error) or method}")
-        says = describe(error, self._home)
-        if isinstance(error, TypeError) and not says.endswith(")"):  # refused at the door
-            says += f"; the contract is {method}({self._methods.get(method, '…')})"
-        return Fault("raises", says)
+        message = describe(error, self._home)
+        if isinstance(error, TypeError) and not message.endswith(")"):  # the arguments do not fit
+            message += f"; the contract is {method}({self._methods.get(method, '…')})"
+        return Fault("raises", message)
 
     def _within_limit(self, call: Callable[[], Any]) -> Any:
-        if self._whole is not None:
-            return self._whole._within_limit(call)
+        if self._owner is not None:
+            return self._owner._within_limit(call)
         if self._worker is None:
             self._worker = Worker()
             weakref.finalize(self, self._worker.stop)
-        # A target's warnings are no verdict, and what it prints is kept out of a report.
+        # Warnings of a target are no verdict, and its output stays out of the report.
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
             try:
@@ -255,59 +257,59 @@ class GuardedImplementation:
     def answer(
         self,
         value: Any,
-        what: str,
+        name: str,
         shape: tuple[int, ...] | None = None,
         dtype: str | None = None,
     ) -> np.ndarray:
-        """The array that the implementation answered under the name ``what``.
+        """An answer as an array; ``name`` is for messages.
 
-        Anything that NumPy can take is an array, its bytes in either order. Raises Fault where it
-        is none, where its shape or dtype is not the one given (None: any shape, any real dtype),
-        and where it is not finite.
+        Anything that NumPy can convert is an array, in either byte order. Raises Fault where it is
+        not, where its shape or dtype is another one (None: any shape, any real dtype), and where it
+        is not finite.
         """
         try:
             array = np.array(value)
         except Exception as error:
             raise Fault(
                 "not an array",
-                f"{what} is {type_words(value)} that NumPy cannot take: {tidy(error)}",
+                f"{name} is {type_words(value)}, which NumPy cannot convert: {tidy(error)}",
             ) from None
         if array.dtype.kind in "fiu":
             array = array.astype(array.dtype.newbyteorder("="), copy=False)
         if array.dtype.kind not in "fiub" and array.dtype != DTYPES["bfloat16"]:
             of = "" if array.dtype.kind == "O" else f" of {array.dtype}"
-            raise Fault("not an array", f"{what} is {type_words(value)}{of}, expected real numbers")
+            raise Fault("not an array", f"{name} is {type_words(value)}{of}, expected real numbers")
         source = "" if isinstance(value, np.ndarray) else f" (it is {type_words(value)})"
         if shape is not None and array.shape != tuple(shape):
-            raise Fault("shape", f"{what} has shape {array.shape}, expected {shape}{source}")
-        given = type(value) in (int, float)  # a number of Python's has no dtype of its own
-        if dtype is not None and not given and array.dtype != DTYPES[dtype]:
-            raise Fault("dtype", f"{what} is {array.dtype}, expected {dtype}{source}")
+            raise Fault("shape", f"{name} has shape {array.shape}, expected {shape}{source}")
+        is_python_number = type(value) in (int, float)  # which has no dtype
+        if dtype is not None and not is_python_number and array.dtype != DTYPES[dtype]:
+            raise Fault("dtype", f"{name} is {array.dtype}, expected {dtype}{source}")
         bad = ~np.isfinite(array)
         if bad.any():
             where = [int(i) for i in np.argwhere(bad)[0]]
             raise Fault(
                 "nan",
-                f"{what} holds {int(np.isnan(array).sum())} NaN and {int(np.isinf(array).sum())} "
+                f"{name} holds {int(np.isnan(array).sum())} NaN and {int(np.isinf(array).sum())} "
                 f"infinite of {array.size} values, the first at {where}",
             )
         return array
 
-    def entry(self, value: Any, key: str, what: str = "the answer") -> Any:
-        """``value[key]``. Raises Fault where the value is no mapping or has no such key."""
+    def entry(self, value: Any, key: str, name: str = "the answer") -> Any:
+        """``value[key]``. Raises Fault if the value is not a mapping or lacks the key."""
         if not isinstance(value, Mapping):
-            raise Fault("missing", f"{what} is {type_words(value)}, expected a dict with {key!r}")
+            raise Fault("missing", f"{name} is {type_words(value)}, expected a dict with {key!r}")
         if key not in value:
             keys = tidy(", ".join(repr(k) for k in value)) or "nothing"
-            raise Fault("missing", f"{what} has no {key!r}; it holds {keys}")
+            raise Fault("missing", f"{name} has no {key!r}; it has {keys}")
         return value[key]
 
-    def items(self, value: Any, length: int, what: str = "the answer") -> list[Any]:
+    def items(self, value: Any, length: int, name: str = "the answer") -> list[Any]:
         """The value as a list of this length. Raises Fault."""
         if not isinstance(value, list | tuple):
-            raise Fault("missing", f"{what} is {type_words(value)}, expected a list of {length}")
+            raise Fault("missing", f"{name} is {type_words(value)}, expected a list of {length}")
         if len(value) != length:
-            raise Fault("missing", f"{what} has {len(value)} entries, expected {length}")
+            raise Fault("missing", f"{name} has {len(value)} entries, expected {length}")
         return list(value)
 
 
