@@ -24,7 +24,6 @@ import minilora.verify
 from minilora.io.atomic import write_text
 from minilora.verify import check as check_module_or_function
 from minilora.verify import peers
-from minilora.verify.peers.peer import Peer
 from minilora.verify.core.dtypes import Precision
 from minilora.verify.core.errors import Fault, LoadError, Skip, UsageError
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison, Limits
@@ -33,6 +32,7 @@ from minilora.verify.implementation.contract import METHODS
 from minilora.verify.implementation.guard import MAX_HANGS, GuardedImplementation
 from minilora.verify.known import read_known
 from minilora.verify.loading import load
+from minilora.verify.peers.peer import Peer
 from minilora.verify.plan import plan
 from minilora.verify.report.document import plain
 from minilora.verify.report.html import html
@@ -853,7 +853,7 @@ def test_declarations_are_read_and_checked():
 @pytest.mark.parametrize(
     ("attribute", "value", "words"),
     [
-        ("dtypes", ["float33"], "'dtypes' names float33; float64"),
+        ("dtypes", ["float33"], "'dtypes' names float33"),
         ("dtypes", 3, "'dtypes' is an int"),
         ("precision", ["float32"], "'precision' is a list, expected a dict"),
         ("precision", {"float32": "float64"}, "is a str, expected .*storage"),
