@@ -7,8 +7,18 @@ from typing import Any
 import numpy as np
 
 from minilora.verify.mutants.mutant import Mutant, Reference, Same, Table, equivalents, mutants
-from minilora.verify.mutants.references.helpers import Array
+from minilora.verify.mutants.references.helpers import Array, rows
 from minilora.verify.mutants.references.linear import Linear
+
+
+def turned_rows(x: Array | None) -> Array | None:
+    """`rows` by a reshape to (n, t) and its transpose."""
+    return None if x is None else x.reshape(x.shape[-1], -1).T
+
+
+def batch_swapped_rows(x: Array | None) -> Any:
+    """`rows` of a batch whose sequences and tokens are exchanged."""
+    return rows(x if x is None or x.ndim < 3 else x.swapaxes(0, 1))
 
 
 def turned_batches(v: Array, shape: tuple[int, ...]) -> Array:
@@ -110,12 +120,10 @@ LAYOUT: Table = {
         ("B-shifted", "row i of B for row i + 1", {"# arrays": "B = np.roll(B, 1, 0)"}),
         ("ranks-reversed", "A's rows from the last, B's columns not", {"# arrays": "A = A[::-1]"}),
         ("reshape-x", "x.reshape(n, t) for xᵀ",
-         {"shape, dropout =": "rows = lambda x: x.reshape(x.shape[-1], -1).T; shape, dropout ="}),
+         {"shape, dropout =": "rows = turned_rows; shape, dropout ="}),
         ("reshape-y", "y (m, t) reshaped for yᵀ", {"# output": "y = y.T.reshape(y.shape)"}),
         ("batch-swapped", "x (b, t, n) read as (t, b, n)",
-         {"shape, dropout =":
-              "rows = lambda x: (x.swapaxes(0, 1) if x.ndim > 2 else x).reshape(-1, "
-              "x.shape[-1]); shape, dropout ="}),
+         {"shape, dropout =": "rows = batch_swapped_rows; shape, dropout ="}),
         ("first-sequence", "y = 0 in all sequences of a batch but the first",
          {"# output": "y = y * upto(shape[-1], len(y))[:, None] if shape else y"}),
         ("vector-batched", "x (n,) answered with (1, m)", {"# output": "shape = shape or (1,)"}),

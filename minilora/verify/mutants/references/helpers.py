@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,17 @@ Array = np.ndarray
 HALVES = ("bfloat16", "float16")
 
 
-def wide(array: Array) -> Array:
-    """float16 and bfloat16 as float32."""
-    return array.astype(np.float32) if array.dtype.name in HALVES else array
+def refuse(settings: Mapping[str, Any], use_dora: bool, magnitude: Array | None) -> None:
+    """NotImplementedError for settings that the references lack."""
+    if settings:
+        raise NotImplementedError(", ".join(settings))
+    if use_dora != (magnitude is not None):
+        raise NotImplementedError("use_dora goes with a magnitude")
+
+
+def wide(array: Any) -> Any:
+    """float16 and bfloat16 as float32; None stays None."""
+    return array.astype(np.float32) if array is not None and array.dtype.name in HALVES else array
 
 
 def doubled(*arrays: Any) -> list[Any]:
@@ -23,9 +32,9 @@ def doubled(*arrays: Any) -> list[Any]:
     return [None if array is None else np.float64(array) for array in arrays]
 
 
-def rows(x: Array) -> Array:
-    """A row for each token: (…, n) as (t, n)."""
-    return x.reshape(-1, x.shape[-1])
+def rows(x: Any) -> Any:
+    """A row for each token: (…, n) as (t, n); None stays None."""
+    return None if x is None else x.reshape(-1, x.shape[-1])
 
 
 def shaped(v: Array, shape: tuple[int, ...]) -> Array:

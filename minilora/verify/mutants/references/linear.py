@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from minilora.verify.mutants.references.helpers import HALVES, Array, rows, shaped, wide
+from minilora.verify.mutants.references.helpers import HALVES, Array, refuse, rows, shaped, wide
 
 
 class Linear:
@@ -71,19 +71,14 @@ class Linear:
         **settings: Any,
     ) -> dict[str, Any]:
         """The layer's quantities, in float32 at least: of weights alone if x is None."""
-        if settings:
-            raise NotImplementedError(", ".join(settings))
-        if use_dora != (magnitude is not None):
-            raise NotImplementedError("use_dora goes with a magnitude")
+        refuse(settings, use_dora, magnitude)
         dtype, dora = W.dtype, use_dora
         W, A, B = wide(W), wide(A), wide(B)
         b = np.zeros(len(W), W.dtype) if bias is None else wide(bias)
-        m: Any = wide(magnitude) if dora else None
-        c = None if lora_bias is None else wide(lora_bias)
+        m, c = wide(magnitude), wide(lora_bias)
         shape, dropout = np.shape(x)[:-1], keep is not None
         if x is not None:
-            x = rows(wide(x))
-            dy = None if dy is None else rows(wide(dy))
+            x, dy = rows(wide(x)), rows(wide(dy))
             K = rows(keep).astype(x.dtype) / (1 - p) if dropout else np.ones_like(x)
             # inputs
         # arrays
