@@ -10,6 +10,7 @@ import ast
 import importlib
 import inspect
 import json
+import os
 import sys
 import time
 import types
@@ -288,6 +289,7 @@ def run(item):
 
 
 if __name__ == "__main__":
+    os.environ["MINILORA_TEST_EFFORT"] = "2"
     mutator = Mutator(sys.argv[1:])
     files = [str(Path(__file__).parent / f"{name}.py") for name in FILES]
     options = ["-q", "-n0", "-p", "no:cacheprovider", "-k", f"not ({' or '.join(SLOW)})"]

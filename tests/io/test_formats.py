@@ -17,6 +17,7 @@ from calculus import GRADIENT, record_worst, relative_error
 from extras import optional
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from marks import examples
 from safetensors.numpy import load_file, save, save_file
 
 from minilora.io import architectures
@@ -1228,7 +1229,7 @@ FILES = [
     ("adapter", peft.CONFIG),
 ]
 BYTES = st.integers(0, 255) | st.sampled_from(list(b'0123456789,.-[]{}":FBIUXeE'))
-some = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+some = settings(examples(20), suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def header_end(data):

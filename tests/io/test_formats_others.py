@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from calculus import GRADIENT, record_worst, relative_error
 from extras import optional
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from marks import examples
 from safetensors.numpy import load_file, save_file
 
 from minilora.io.architectures import module_paths
@@ -125,7 +126,7 @@ def kohya_adapters(draw):
     return c, *adapters(c, ranks, scales, seed, variant, dtype)
 
 
-few = settings(max_examples=25)
+few = examples(8)
 
 
 @few
@@ -170,7 +171,7 @@ def lora_choices(c):
     )
 
 
-@settings(max_examples=40)
+@examples(15)
 @given(configurations(), st.data(), generators())
 def test_from_peft_and_back_everything_is_kept_or_refused(c, data, rng):
     """PEFT → MLX → PEFT and PEFT → kohya → PEFT: the same tensors and scales, or a refusal."""

@@ -20,6 +20,7 @@ from calculus import (
 from extras import optional
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import examples
 
 from minilora import testing as draw
 from minilora.spec.adalora import (
@@ -40,7 +41,7 @@ from minilora.spec.adalora import (
     triplet_scores,
 )
 
-FEW = settings(max_examples=10)
+FEW = examples(5)
 
 
 # Orthogonality

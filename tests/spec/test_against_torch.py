@@ -13,6 +13,7 @@ import pytest
 from calculus import GRADIENT, OPTIMIZER, greatest, record_worst, relative_error
 from extras import optional
 from hypothesis import given, settings
+from marks import examples
 
 import minilora as ml
 from minilora import testing as draw
@@ -21,7 +22,7 @@ from minilora.spec import blocks, lora, ops, optim
 torch = optional("torch")
 F = torch.nn.functional
 
-FEW = settings(max_examples=10)
+FEW = examples(5)
 
 
 def tensors(arrays, requires_grad=False):

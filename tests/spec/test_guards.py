@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from calculus import GRADIENT, greatest, same_bits
 from hypothesis import given, settings
+from marks import examples
 from number_systems import Rounded, every_erf, propagated, to_objects
 
 import minilora as ml
@@ -27,7 +28,7 @@ CORE = (ops, lora, initialization, variant_entry, *VARIANTS, layers, blocks, mod
 OTHERS = {
     multi_adapter.combine, attention.by_queries, attention.keys_outermost, chunked_head.head_loss
 }  # fmt: skip
-FEW = settings(max_examples=6)
+FEW = examples(3)
 CONFIGS = (
     ml.Llama(11, 5, 2, heads=4, ffn=7, kv_heads=2, head_dim=2, qkv_bias=True),
     ml.GPT2(11, 6, 2, heads=3, ffn=7, positions=9),

@@ -9,6 +9,7 @@ import scipy.linalg
 from calculus import UNIT_ROUNDOFF, gamma, record_worst, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import examples
 from number_systems import to_objects
 
 from minilora import testing as draw
@@ -26,7 +27,7 @@ from minilora.spec.quantization import dequantise, quantise
 from minilora.spec.variants import REGISTRY
 from minilora.verify.properties import exact_numbers
 
-FEW = settings(max_examples=10)
+FEW = examples(5)
 SCALES = st.sampled_from((7 / 3, 1 / 4))
 
 

@@ -6,8 +6,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from marks import examples
 
 from minilora import testing as draw
 from minilora.spec import layers, lora, ops, variants
@@ -16,7 +17,7 @@ from minilora.spec.lora import lora_linear
 from minilora.spec.ops import OneHot
 from minilora.verify.properties import exact_numbers, layer_kinds
 
-FEW = settings(max_examples=10)
+FEW = examples(5)
 
 
 def whole(rng, *shape):

@@ -9,15 +9,16 @@ from numbers import Rational
 import numpy as np
 import pytest
 from calculus import same_bits
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from marks import examples
 from number_systems import to_objects
 
 import minilora as ml
 from minilora import testing as draw
 from minilora.spec import initialization, lora, ops
 
-EXACT = settings(max_examples=6)
+EXACT = examples(3)
 
 
 def equal(found, wanted):

@@ -16,8 +16,8 @@ from calculus import (
     relative_error,
     same_bits,
 )
-from hypothesis import given, settings
-from marks import others_slow
+from hypothesis import given
+from marks import examples, others_slow
 from mpmath import mpf
 from number_systems import Real, Rounded, every_erf, propagated, to_objects, values
 
@@ -39,7 +39,7 @@ CONFIGS = {
 EVERY = pytest.mark.parametrize("name", CONFIGS)
 # Qwen2 and the tied Llama are Llamas: where a test takes seconds, they are among the slow ones.
 EVERY_KIND = pytest.mark.parametrize("name", others_slow(CONFIGS, "Llama", "GPT-2", "BERT"))
-FEW = settings(max_examples=10)
+FEW = examples(5)
 FLOAT64, LONG_DOUBLE = (np.finfo(dtype).eps for dtype in (np.float64, np.longdouble))
 
 

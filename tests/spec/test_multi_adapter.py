@@ -32,6 +32,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from marks import examples
 from test_guards import captured_and_bound_again, check_shapes
 from test_lora import equal
 
@@ -55,7 +56,7 @@ from minilora.spec.multi_adapter import (
 from minilora.spec.ops import linear
 from minilora.spec.variants import ADALORA, LORA_BIAS, REGISTRY, VERA, extended, part_shapes
 
-EXACT = settings(max_examples=6)
+EXACT = examples(3)
 RATIONAL = {"lora": LORA, "lora-bias": LORA_BIAS, "vera": VERA, "adalora": ADALORA}
 M, N, T = 2, 3, 2
 

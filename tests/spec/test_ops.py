@@ -19,6 +19,7 @@ from calculus import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import examples
 from mpmath import mpf
 from number_systems import Rounded, every_erf, propagated, to_objects, values
 
@@ -27,7 +28,7 @@ from minilora.spec import ops, variants
 from minilora.verify.properties import derivatives
 
 EVERY = pytest.mark.parametrize("name", draw.OPERATIONS)
-FEW = settings(max_examples=6)
+FEW = examples(3)
 
 
 def with_norm_held(operation):

@@ -11,6 +11,7 @@ import pytest
 from calculus import GRADIENT, OPTIMIZER, greatest, record_worst, relative_error, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import examples
 from mpmath import mpf
 from number_systems import Real, to_objects
 
@@ -18,7 +19,7 @@ import minilora as ml
 from minilora import testing as draw
 from minilora.spec import optim
 
-FEW = settings(max_examples=10)
+FEW = examples(5)
 SHAPES = {"a.A": (2, 3), "a.B": (4, 2), "a.bias": (4, 1)}
 N = 10
 

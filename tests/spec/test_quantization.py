@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from calculus import GRADIENT, derivative, record_worst, relative_error, same_bits
 from extras import optional
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from marks import examples
 
 from minilora.spec import quantization
 from minilora.spec.lora import lora_linear, merge_weight
@@ -43,7 +44,7 @@ from minilora.spec.quantization import (
     unpack,
 )
 
-FEW = settings(max_examples=10)
+FEW = examples(5)
 F32 = np.float32
 U = 2.0**-24  # the unit roundoff of float32
 FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))

@@ -8,6 +8,7 @@ import pytest
 from calculus import GRADIENT, directional, random_like, record_worst, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import examples
 from number_systems import Rounded, every_erf, propagated, to_objects
 from test_models import CONFIGS, converted, rounded_tables
 
@@ -17,7 +18,7 @@ from minilora.spec import blocks, initialization, lora, models, ops, variants
 from minilora.spec.variants import REGISTRY, invocation, part_shapes, row_norm, start
 from minilora.verify.properties import derivatives, exact_numbers, layer_kinds
 
-FEW = settings(max_examples=6)
+FEW = examples(3)
 OWN = {entry: REGISTRY[entry].variant for entry in REGISTRY if REGISTRY[entry].variant != lora.LORA}
 VARIANTS = {"lora": lora.LORA} | OWN
 EVERY = pytest.mark.parametrize("entry", VARIANTS)
