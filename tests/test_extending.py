@@ -1,17 +1,27 @@
 """What the recipes of docs/contributing.md add, added: each in as few places as they say."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import version
 
 import numpy as np
+import pytest
 
+from minilora.cli.main import main
 from minilora.verify import engine, mutants, selftest
 from minilora.verify.checks import registry
+from minilora.verify.core.errors import LoadError
 from minilora.verify.core.inputs import draw_layer, limits, sigmas, wanted
 from minilora.verify.core.level import Level
 from minilora.verify.core.types import Case, Check, Comparison, counter
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.minilora_impl import Minilora
+from minilora.verify.loading import load
+from minilora.verify.mutants import mutant
+from minilora.verify.mutants.linear import LINEAR
 from minilora.verify.mutants.mutant import Mutant
+from minilora.verify.peers import PEERS
+from minilora.verify.peers.peer import Peer
 from minilora.verify.plan import levels_of
 from minilora.verify.vectors import files, vectors
 
@@ -98,3 +108,40 @@ def test_the_self_test_puts_the_mutants_of_a_level_to_it(monkeypatch):
     assert selftest.catch(MUTANT, "float32") == ("toy.doubled", "")
     right = Mutant("toy-right", "toy", "toy", "s", (), Minilora, "toy.doubled", equivalent=True)
     assert selftest.catch(right, "float32") == ("", "")
+
+
+# A mutant: a line of a table.
+
+TABLE = {"linear.forward": [("scale-3", "s = 3", {"ds = s": "ds = s = 3.0"}, "toys 1")]}
+
+
+def test_a_mutant_is_one_line_that_selftest_and_diagnosis_read(monkeypatch):
+    (m,) = mutant.mutants(LINEAR, "TOY", TABLE)
+    assert (m.id, m.family, m.level, m.seen) == ("toy-scale-3", "TOY", "linear", ("toys 1",))
+    assert selftest.catch(m, "float32") == ("linear.forward", "")
+    monkeypatch.setattr(mutants, "MUTANTS", (*mutants.MUTANTS, m))
+    assert selftest.names(m)[0] == m.id
+
+
+# A peer: its value, and a class with the contract's methods (here this file's).
+
+
+class ToyLibrary:
+    def lora_linear(self, x, W, A, B, *, alpha, r, bias=None, **settings):
+        if settings:
+            raise NotImplementedError(f"no settings {', '.join(settings)}")
+        return Minilora().lora_linear(x, W, A, B, alpha=alpha, r=r, bias=bias)
+
+
+PEER = Peer("toy", f"{__name__}:ToyLibrary", ("numpy",), "toys", ("linear",), ("float32",))
+PEER.describes(ToyLibrary)
+
+
+def test_a_peer_is_one_value_that_verify_reads(monkeypatch, capsys):
+    monkeypatch.setitem(PEERS, "toy", PEER)
+    assert main(["verify", "toy", "--level", "linear", "--profile", "quick"]) == 0
+    assert f"toy {version('numpy')}" in capsys.readouterr().out
+    absent = replace(PEER, implementation="no_such_library:ToyLibrary")
+    monkeypatch.setitem(PEERS, "toy", absent)
+    with pytest.raises(LoadError, match=r"no_such_library .*minilora\[toys\]"):
+        load("toy")

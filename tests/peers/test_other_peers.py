@@ -5,6 +5,7 @@ Only what they need is installed is run, and a part of the checks: `minilora ver
 
 import importlib
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,6 +161,14 @@ def test_weights_of_a_concatenation_may_round_where_the_scales_do_not():
     """0.7 s B is rounded though s is a power of two, and the check of combining knows it."""
     (result,) = results("torch", "combine.weighted:float16:7")
     assert result.status == "pass"
+
+
+def test_every_peer_is_on_the_page():
+    page = Path(__file__).parents[2] / "docs" / "how-to-verify.md"
+    lines = [line for line in page.read_text().splitlines() if line.startswith("| `")]
+    for peer in PEERS.values():
+        (line,) = [line for line in lines if f"`{peer.name}`" in line]
+        assert all(f"`{extra}`" in line for extra in peer.extra.split(","))
 
 
 @pytest.mark.parametrize("name", PEERS)
