@@ -1,6 +1,6 @@
 """A model on examples that it was not trained on: the loss, and how many labels it gets right.
 
-A label is right that has the greatest logit: a class, or of a language model the next token.
+A label is right if it has the greatest logit: a class or, of a language model, the next token.
 """
 
 import math
@@ -17,16 +17,16 @@ from minilora.training.checkpointing import prepared
 from minilora.training.example import Example
 from minilora.training.generate import fitting, generate
 from minilora.training.gradients import ExecutionPlan
-from minilora.training.gradients import evaluate as sums
+from minilora.training.gradients import evaluate as sum_of_losses
 from minilora.training.kernels import forward_kernels
 
 COLUMNS = 256
-"""Of how many tokens at once the logits are formed: of all they may take more than the model."""
+"""The number of tokens whose logits are formed at once: those of all may not fit into memory."""
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What was found: the sum of negative log-likelihoods, the labels that count, which are right.
+    """The sum of negative log-likelihoods, the number of labels, and which of them are right.
 
     Shapes: right (count,).
     """
@@ -37,27 +37,27 @@ class Measured:
 
     @property
     def loss(self) -> float:
-        """Nats a label."""
+        """The mean loss in nats per label."""
         return self.nll / self.count
 
 
 def mean_loss(
     batches: Iterable[Batch], W: Params, c: Config, tuning: TrainableSpec, plan: ExecutionPlan
 ) -> Measured:
-    """The loss over all batches, without a backward; each label counts the same.
+    """The loss over all batches, without gradients; each label has the same weight.
 
     Errors: ValueError if no label counts; those of `models.logits`.
     """
-    parts = [sums(batch, W, c, tuning, plan) for batch in batches]
-    return _whole(Measured(math.fsum(float(L) for L, _ in parts), sum(n for _, n in parts)))
+    sums = [sum_of_losses(batch, W, c, tuning, plan) for batch in batches]
+    return _checked(Measured(math.fsum(float(nll) for nll, _ in sums), sum(n for _, n in sums)))
 
 
 def measure(batches: Iterable[Batch], W: Params, c: Config, tuning: TrainableSpec) -> Measured:
-    """The loss as :func:`mean_loss` has it, and which of the labels that count are right.
+    """The loss as :func:`mean_loss` has it, and which of the labels are right.
 
     Errors: those of :func:`mean_loss`.
     """
-    still = replace(tuning, trained=frozenset(), dropout_scale={})
+    frozen = replace(tuning, trained=frozenset(), dropout_scale={})
     nll: list[float] = []
     right: list[Array] = []
     for batch in batches:
@@ -70,18 +70,19 @@ def measure(batches: Iterable[Batch], W: Params, c: Config, tuning: TrainableSpe
             W: Params,
             tuning: TrainableSpec,
             labels: Array = labels,
-            of: Array = counted,
+            counted: Array = counted,
         ) -> tuple[Array, Back]:
-            for start in range(0, len(of), COLUMNS):
-                columns = of[start : start + COLUMNS]
+            for start in range(0, len(counted), COLUMNS):
+                columns = counted[start : start + COLUMNS]
                 z, _ = project(x[:, columns], at, W, tuning)
                 nll.append(float(cross_entropy(z, labels[columns], 1)[0]))
                 right.append(z.argmax(0) == labels[columns])
             return x, lambda dx: None
 
-        logits(batch, prepared(W, c, still), c, still, forward_kernels(c, head))
-    found = np.concatenate([np.zeros(0, bool), *right])
-    return _whole(Measured(math.fsum(nll), len(found), found))
+        kernels = forward_kernels(c, head)
+        logits(batch, prepared(W, c, frozen), c, frozen, kernels)
+    all_right = np.concatenate([np.zeros(0, bool), *right])
+    return _checked(Measured(math.fsum(nll), len(all_right), all_right))
 
 
 def answers(
@@ -90,25 +91,25 @@ def answers(
     c: Config,
     tuning: TrainableSpec,
     tokenizer: Tokenizer,
-    most: int,
+    max_new_tokens: int,
 ) -> tuple[list[str], list[str]]:
-    """What the model answers, the most probable token each time, and what was to be answered.
+    """The answers that the model generates, with the most probable tokens, and the expected ones.
 
-    An answer has ``most`` tokens, or those that the model has positions for.
+    An answer has up to ``max_new_tokens`` tokens, fewer if the model lacks positions for them.
 
     Errors: those of `generate.generate`.
     """
-    written, wanted = [], []
+    generated, expected = [], []
     for example in examples:
-        asked, answer = example.prompt_and_answer
-        n = fitting(c, len(asked), most)
-        steps = generate([asked.tolist()], W, c, tuning, most=n, stop=tokenizer.stops)
-        written.append(tokenizer.decode([token for (token,) in steps if token is not None]))
-        wanted.append(tokenizer.decode(answer.tolist()))
-    return written, wanted
+        prompt, answer = example.prompt_and_answer
+        n = fitting(c, len(prompt), max_new_tokens)
+        steps = generate([prompt.tolist()], W, c, tuning, most=n, stop=tokenizer.stops)
+        generated.append(tokenizer.decode([token for (token,) in steps if token is not None]))
+        expected.append(tokenizer.decode(answer.tolist()))
+    return generated, expected
 
 
-def _whole(measured: Measured) -> Measured:
+def _checked(measured: Measured) -> Measured:
     if measured.count < 1:
-        raise ValueError("no label counts: there is nothing to measure; give other examples")
+        raise ValueError("no label counts: expected at least one; use other examples")
     return measured

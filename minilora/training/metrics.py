@@ -1,6 +1,6 @@
-"""What is said of a model on text that it has not seen: perplexity, accuracy, ROUGE.
+"""Metrics of a model on text that it was not trained on: perplexity, accuracy, ROUGE.
 
-And of two models on the same text: by how much they differ, and how sure that is.
+And the difference of two models on the same text, with a confidence interval.
 """
 
 import math
@@ -14,11 +14,11 @@ from minilora.io.formats.tokenizers import missing_library
 from minilora.spec.ops import Array
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
-"""One word in common, two in a row, and the longest common order of words."""
+"""Common words, common pairs of words, and the longest common subsequence of words."""
 
 
 class Accuracy(NamedTuple):
-    """The share that is right of ``n``, and the interval that it lies in with a confidence."""
+    """The share of ``n`` that is right, with its confidence interval."""
 
     share: float
     low: float
@@ -27,7 +27,7 @@ class Accuracy(NamedTuple):
 
 
 def perplexity(loss: float) -> float:
-    """p = exp(loss), of a mean loss in nats a token: among how many tokens it is as undecided."""
+    """p = exp(loss), of a mean loss in nats per token: as uncertain as among p equal tokens."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -35,7 +35,7 @@ def perplexity(loss: float) -> float:
 
 
 def accuracy(right: Array, confidence: float = 0.95) -> Accuracy:
-    """How many of independent answers are right, with Wilson's interval.
+    """The share of independent answers that are right, with Wilson's interval.
 
     Shapes: right (n,).
     Source: Wilson 1927, as SciPy computes it.
@@ -43,22 +43,22 @@ def accuracy(right: Array, confidence: float = 0.95) -> Accuracy:
     """
     right = np.asarray(right, bool)
     if right.ndim != 1 or not right.size:
-        raise ValueError(f"answers of shape {right.shape}: expected (n,), one at least")
+        raise ValueError(f"answers of shape {right.shape}: expected (n,), n at least 1")
     k, n = int(right.sum()), right.size
     interval = binomtest(k, n).proportion_ci(confidence, method="wilson")
     return Accuracy(k / n, float(interval.low), float(interval.high), n)
 
 
 RESAMPLES = 9999
-"""How often what was measured is drawn anew for an interval.
+"""The number of bootstrap resamples of an interval.
 
-So often that by chance an end of a 95% interval is off by less than a hundredth of its width, in
-standard deviations.
+With this many, the standard deviation of an end of a 95% interval is less than a hundredth of its
+width.
 """
 
 
 class Difference(NamedTuple):
-    """A ratio of sums, and the interval that it lies in with a confidence."""
+    """A ratio of sums, with its confidence interval."""
 
     value: float
     low: float
@@ -66,10 +66,11 @@ class Difference(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """By how much the share that is right differs between two on the same questions.
+    """The difference of two shares of right answers to the same questions, with its interval.
 
-    ``only`` and ``other`` are how many questions just the one has right, and just the other;
-    ``p`` is how probable a division of these as uneven would be if both were as good.
+    ``only`` and ``other`` are the numbers of questions that only the first, and only the second
+    has right; ``p`` is McNemar's p-value: the probability of a division at least as uneven if both
+    are equally good.
     """
 
     value: float
@@ -81,10 +82,10 @@ class Paired(NamedTuple):
 
 
 def difference(sums: Array, counts: Array, confidence: float = 0.95, seed: int = 0) -> Difference:
-    """d = Σ sums / Σ counts, with an interval from drawing the parts anew, with replacement.
+    """d = Σ sums / Σ counts, with a bootstrap interval over the parts.
 
     A part is what is independent of the others: a text with all its tokens, a source with all its
-    texts. One part says nothing of how much they differ: the interval is then everything.
+    texts. With a single part the interval is infinite.
 
     Shapes: sums (n,), counts (n,).
     Source: the percentiles of Efron 1979, as SciPy computes them.
@@ -93,7 +94,7 @@ def difference(sums: Array, counts: Array, confidence: float = 0.95, seed: int =
     sums, counts = np.asarray(sums, float), np.asarray(counts, float)
     if sums.ndim != 1 or sums.shape != counts.shape or not sums.size or not counts.min() > 0:
         found = f"sums of shape {sums.shape}, counts of shape {counts.shape}"
-        raise ValueError(f"{found}: expected (n,) of both, one part at least and no count of 0")
+        raise ValueError(f"{found}: expected (n,) of both, at least one part and no count of 0")
     value = float(sums.sum() / counts.sum())
     if len(sums) == 1:
         return Difference(value, -math.inf, math.inf)
@@ -113,8 +114,8 @@ def paired(
 ) -> Paired:
     """The difference of two shares of right answers to the same questions.
 
-    Questions of one source are no independent ones: the interval is drawn over sources, as
-    :func:`difference` has it. p is the exact one of McNemar, which takes questions one by one.
+    Questions of one source are not independent: the interval is drawn over sources, as
+    :func:`difference` has it. p is McNemar's exact one, over single questions.
 
     Shapes: right (n,), other (n,).
     Source: McNemar 1947, in its exact form: the sign test of the questions that only one has right.
@@ -124,31 +125,35 @@ def paired(
     of = range(right.size) if sources is None else sources
     if right.ndim != 1 or right.shape != other.shape or not right.size or len(of) != right.size:
         found = f"answers of shapes {right.shape} and {other.shape}, {len(of)} sources"
-        raise ValueError(f"{found}: expected (n,) and a source for each, one at least")
+        raise ValueError(f"{found}: expected (n,) and a source for each, at least one")
     numbers = {source: i for i, source in enumerate(dict.fromkeys(of))}
     part = np.array([numbers[source] for source in of])
     d = right.astype(int) - other
-    found_ = difference(np.bincount(part, d), np.bincount(part), confidence)
+    shares = difference(np.bincount(part, d), np.bincount(part), confidence)
     only, less = int((d > 0).sum()), int((d < 0).sum())
     p = float(binomtest(only, only + less).pvalue) if only + less else 1.0
-    return Paired(*found_, only, less, p)
+    return Paired(*shares, only, less, p)
 
 
-def rouge(written: Sequence[str], wanted: Sequence[str], stem: bool = False) -> dict[str, float]:
+def rouge(
+    generated: Sequence[str], expected: Sequence[str], stem: bool = False
+) -> dict[str, float]:
     """The mean F1 of each of `ROUGE` over pairs of texts, by the library ``rouge-score``.
 
-    ``stem`` takes words for equal that have an English stem in common.
+    With ``stem``, words with the same English stem are equal.
 
-    Errors: ValueError unless there are as many of both, one at least; ImportError without
+    Errors: ValueError unless there are as many of both, at least one; ImportError without
     ``rouge-score``.
     """
-    if len(written) != len(wanted) or not written:
-        found = f"{len(written)} texts written, {len(wanted)} wanted"
-        raise ValueError(f"{found}: expected as many of both, one at least")
+    if len(generated) != len(expected) or not generated:
+        raise ValueError(
+            f"found {len(generated)} generated texts and {len(expected)} expected ones: expected "
+            "as many of both, at least one"
+        )
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise missing_library("rouge-score", "ROUGE") from error
     scorer = RougeScorer(list(ROUGE), use_stemmer=stem)
-    scores = [scorer.score(target, text) for text, target in zip(written, wanted, strict=True)]
+    scores = [scorer.score(target, text) for text, target in zip(generated, expected, strict=True)]
     return {name: math.fsum(s[name].fmeasure for s in scores) / len(scores) for name in ROUGE}

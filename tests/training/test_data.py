@@ -512,7 +512,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path, files, match):
 def test_two_files_to_train_on_are_refused(tmp_path):
     folder = folder_of(tmp_path / "a", train="a")
     (folder / "train.txt").write_text("a")
-    with pytest.raises(FormatError, match=r"found train\.jsonl, train\.txt, expected one file"):
+    with pytest.raises(FormatError, match=r"found train\.jsonl, train\.txt"):
         read(folder, "lm", CHARACTERS, 9)
 
 
@@ -587,12 +587,12 @@ def test_a_number_is_a_pretrained_models_class_by_its_place(tmp_path):
         return [e.label for e in got.train + got.test]
 
     assert numbers(["n", "p"], numeric_labels=True) == [1, 0, 1, 1]
-    with pytest.raises(FormatError, match="line 2: found label 0, expected one of"):
+    with pytest.raises(FormatError, match="line 2: found label 0"):
         numbers(["n", "p"])
-    with pytest.raises(FormatError, match="line 2: found label 0, expected one of"):
+    with pytest.raises(FormatError, match="line 2: found label 0"):
         numbers(["1", "p"], numeric_labels=True)  # 1 is a name there, and 0 is none
     far = labelled(tmp_path / "b", ["p", 2], ["n"])
-    with pytest.raises(FormatError, match="line 2: found label 2, expected one of"):
+    with pytest.raises(FormatError, match="line 2: found label 2"):
         read(far, "classify", TYPED, 9, classes=["n", "p"], numeric_labels=True)
 
 
@@ -604,10 +604,10 @@ def test_a_class_that_was_not_trained_on_is_refused_and_one_alone_too(tmp_path):
     got = read(folder, "classify", TYPED, 9, skip_invalid=True)
     assert [len(got.test), len(got.skipped)] == [1, 1]
     for label in (-1, 0, 2):  # no class is called so, and no place says which is meant
-        with pytest.raises(FormatError, match=f"line 1: found label {label}, expected one of the"):
+        with pytest.raises(FormatError, match=f"line 1: found label {label}"):
             read(labelled(tmp_path / "b", [label]), "classify", TYPED, 9, classes=["n", "p"])
     for trained_on in ([5, 6, 7], ["a", "b", "c"]):
-        with pytest.raises(FormatError, match=r"test\.jsonl: line 1: found label 0, expected one"):
+        with pytest.raises(FormatError, match=r"test\.jsonl: line 1: found label 0"):
             read(labelled(tmp_path / "d", trained_on, [0, 1]), "classify", TYPED, 9)
     with pytest.raises(FormatError, match="labels: found one class, 'x'"):
         read(labelled(tmp_path / "c", ["x", "x"]), "classify", TYPED, 9)
@@ -775,7 +775,7 @@ def test_a_batch_of_both_kinds_or_of_nothing_is_refused():
     one = Example(np.arange(3), np.zeros(3, bool), 1)
     assert batch([one, one], 0).labels.tolist() == [1, 1]
     for wrong in ([], [one, *drawn([3])]):
-        with pytest.raises(ValueError, match="one example or more, all with a class or all witho"):
+        with pytest.raises(ValueError, match="all with a class"):
             batch(wrong, 0)
 
 

@@ -72,7 +72,7 @@ def test_more_confidence_is_a_wider_interval_and_more_answers_a_narrower_one():
 
 @pytest.mark.parametrize("right", [[], [[True]], True])
 def test_no_answer_has_no_accuracy(right):
-    with pytest.raises(ValueError, match=r"answers of shape .*: expected \(n,\), one at least"):
+    with pytest.raises(ValueError, match="answers of shape"):
         accuracy(np.array(right))
 
 
@@ -93,7 +93,7 @@ def test_rouge_counts_words_pairs_and_their_order():
 
 @pytest.mark.parametrize(("written", "wanted"), [([], []), (["a"], []), (["a"], ["a", "b"])])
 def test_texts_without_their_pair_are_refused(written, wanted):
-    with pytest.raises(ValueError, match="expected as many of both, one at least"):
+    with pytest.raises(ValueError, match="expected as many of both"):
         rouge(written, wanted)
 
 
