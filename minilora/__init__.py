@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         unmerge,
     )
     from minilora.spec.models import GPT2, Batch, Bert, Llama, logits, loss
-    from minilora.spec.multi_adapter import Adapter, State, combine
+    from minilora.spec.multi_adapter import AdaptedLayer, Adapter, combine
     from minilora.spec.target_modules import LoraConfig, ResolvedTargets, inject, resolve_targets
     from minilora.spec.variants import REGISTRY
 
@@ -31,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GPT2",
     "REGISTRY",
+    "AdaptedLayer",
     "Adapter",
     "Batch",
     "Bert",
@@ -38,7 +39,6 @@ __all__ = [
     "LoraConfig",
     "Merged",
     "ResolvedTargets",
-    "State",
     "TrainableSpec",
     "Variant",
     "__version__",

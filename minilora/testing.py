@@ -228,7 +228,9 @@ def draw_operations(
         "vera_linear": adapted(variants.vera_linear, lambda_d=draw(r, 1), lambda_b=draw(m, 1)),
         "adalora_linear": adapted(variants.adalora_linear, E=draw(r, 1)),
         "unfold": Operation(layer_kinds.unfold, {"x": draw(r, b, n + 3, t)}, {"geometry": moves}),
-        "blocks_apart": Operation(layer_kinds.blocks_apart, {"W": draw(2 * m, n)}, {"groups": 2}),
+        "block_diagonal": Operation(
+            layer_kinds.block_diagonal, {"W": draw(2 * m, n)}, {"groups": 2}
+        ),
         "conv, in groups": Operation(
             layer_kinds.conv,
             {"x": draw(2, b, n + 3, t)},

@@ -66,7 +66,7 @@ def _tensor(path: Path | str, name: str, file: Any) -> Array:
     view = file.get_slice(name)
     dtype, shape = view.get_dtype(), view.get_shape()
     if dtype not in TENSOR_DTYPES:
-        remedy = "convert it, and dequantise what is quantised"
+        remedy = "convert it, and dequantize what is quantized"
         raise FormatError(
             path, name, f"dtype {dtype}", f"one of {', '.join(TENSOR_DTYPES)}", remedy
         )
@@ -96,7 +96,7 @@ def to_dtype(path: Path | str, name: str, array: Array, dtype: Any) -> Array:
     """
     if array.dtype.kind in "biu":
         found, expected = f"dtype {array.dtype}", "floating-point numbers"
-        raise FormatError(path, name, found, expected, "weights are not whole numbers: dequantise")
+        raise FormatError(path, name, found, expected, "weights are not whole numbers: dequantize")
     if dtype is None:
         return array
     with np.errstate(over="ignore"):

@@ -1,4 +1,4 @@
-"""Frozen weights that are made when they are read: quantised, or in a file, one at a time in full.
+"""Frozen weights that are made when they are read: quantized, or in a file, one at a time in full.
 
 A model reads its parameters by name, so whatever gives an array by its name will do. Where nothing
 else holds what was given, it is freed when the block that read it is done.
@@ -13,7 +13,7 @@ import numpy as np
 
 from minilora.spec.lora import TABLES, TIE, Params
 from minilora.spec.ops import Array
-from minilora.spec.quantization import Quantised, dequantise
+from minilora.spec.quantization import Quantized, dequantize
 
 ENTRIES = 2**20
 """So many entries of a table are expanded at a time, in whole rows."""
@@ -106,12 +106,12 @@ def as_table(E: Any) -> Table:
 
 @dataclass(frozen=True)
 class OnDemand:
-    """A quantised weight as an entry of `Expanded`, expanded anew whenever it is read.
+    """A quantized weight as an entry of `Expanded`, expanded anew whenever it is read.
 
     Where each row has codes of its own, as in GGUF's schemes, rows can be expanded alone.
     """
 
-    q: Quantised
+    q: Quantized
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -131,7 +131,7 @@ class OnDemand:
     def __call__(self) -> Array:
         """The whole weight; of a large one, a part at a time is made."""
         if not self.by_rows or math.prod(self.shape) <= ENTRIES:
-            return dequantise(self.q)
+            return dequantize(self.q)
         return np.asarray(Table(self.rows, self.shape, self.dtype))
 
     def rows(self, at: Any) -> Array:
@@ -141,11 +141,11 @@ class OnDemand:
         """
         q = self.q
         if not self.by_rows:
-            chosen: Array = dequantise(q)[at]
+            chosen: Array = dequantize(q)[at]
             return chosen
         codes, constants = q.codes[at], {name: v[at] for name, v in q.constants.items()}
         shape = len(codes), q.shape[1]
-        return dequantise(replace(q, shape=shape, codes=codes, constants=constants))
+        return dequantize(replace(q, shape=shape, codes=codes, constants=constants))
 
 
 class Expanded(Mapping[str, Array]):

@@ -135,7 +135,7 @@ def prune(E: Array, keep: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BudgetPlan:
     """How the budget falls: the arguments of `budget`, the steps between prunings, β₁ and β₂.
 
     The budgets are those of all projections together: PEFT's ``init_r`` and ``target_r`` times
@@ -178,7 +178,7 @@ def initial_rank(rank: int) -> int:
     return (3 * rank + 1) // 2
 
 
-def planned(rank: int, projections: int, steps: int) -> Plan:
+def plan_budget(rank: int, projections: int, steps: int) -> BudgetPlan:
     """The plan of a run of so many steps that leaves each projection ``rank`` in the mean.
 
     Nothing is pruned in the first tenth; in the second half what is chosen is only trained on.
@@ -188,10 +188,10 @@ def planned(rank: int, projections: int, steps: int) -> Plan:
     if steps < 3:
         raise ValueError(f"{steps} steps: expected 3 or more, as AdaLoRA prunes before their half")
     ranks = projections * initial_rank(rank), projections * rank
-    return Plan(*ranks, t_initial=steps // 10, t_final=steps // 2, total=steps)
+    return BudgetPlan(*ranks, t_initial=steps // 10, t_final=steps // 2, total=steps)
 
 
-def penalised(params: Weights, gradients: Weights, gamma: Any = GAMMA) -> Weights:
+def add_orthogonality(params: Weights, gradients: Weights, gamma: Any = GAMMA) -> Weights:
     """The gradients of the loss with γ Σ R, R the `orthogonality` of each projection's A and B."""
     added: Weights = {}
     for at in (name.removesuffix(".E") for name in params if name.endswith(".E")):
@@ -201,7 +201,7 @@ def penalised(params: Weights, gradients: Weights, gamma: Any = GAMMA) -> Weight
     return gradients | added
 
 
-def left(params: Weights) -> Weights:
+def without_pruned(params: Weights) -> Weights:
     """The triplets whose singular value is not 0, which are all that act; all of them at the start.
 
     A projection of which none is left is left out. Other parameters stay as they are.
@@ -236,7 +236,7 @@ class Importance:
 
 
 def advance(
-    params: Weights, gradients: Weights, state: Importance, step: int, plan: Plan
+    params: Weights, gradients: Weights, state: Importance, step: int, plan: BudgetPlan
 ) -> tuple[Weights, Importance]:
     """The singular values and the state after ``step``, called when the optimizer has made it.
 

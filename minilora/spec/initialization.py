@@ -17,7 +17,7 @@ import numpy as np
 from minilora.spec.lora import Weights, merge_weight
 from minilora.spec.models import Config, Shapes
 from minilora.spec.ops import Array, python_scalar
-from minilora.spec.quantization import dequantise, quantise
+from minilora.spec.quantization import dequantize, quantize
 
 
 def _kaiming_uniform(rng: np.random.Generator, r: int, n: int) -> Array:
@@ -151,11 +151,11 @@ def orthogonal(rng: np.random.Generator, r: int, m: int, n: int) -> tuple[Array,
 
 
 def loftq(
-    W: Array, r: int, s: Any, quantise: Callable[[Array], Array], steps: int = 1
+    W: Array, r: int, s: Any, quantize: Callable[[Array], Array], steps: int = 1
 ) -> tuple[Array, Array, Array]:
-    """W ≈ Q + s B A with Q quantised: Q ← quantise(W - s B A), s B A ← the best for W - Q, in turn.
+    """W ≈ Q + s B A with Q quantized: Q ← quantize(W - s B A), s B A ← the best for W - Q, in turn.
 
-    ``quantise`` gives the dequantised weight. The start is as near to W as Q and rank r allow, and
+    ``quantize`` gives the dequantized weight. The start is as near to W as Q and rank r allow, and
     nearer than Q alone; it is not W. The scale counts: what acts is s B A.
 
     Shapes: W (m, n), r (), s () -> Q (m, n), A (r, n), B (m, r).
@@ -166,7 +166,7 @@ def loftq(
         raise ValueError(f"{steps} steps: expected at least 1")
     left = W
     for _ in range(steps):
-        Q = quantise(left)
+        Q = quantize(left)
         A, B = _truncated(W - Q, r, s)
         left = merge_weight(W, A, B, -s)
     return Q, A, B
@@ -218,7 +218,7 @@ def _olora(rng: np.random.Generator, W: Array, r: int, s: Any) -> Split:
 
 def _loftq(rng: np.random.Generator, W: Array, r: int, s: Any) -> Split:
     def nf4(V: Array) -> Array:
-        return dequantise(quantise(V.astype(np.float32), "nf4")).astype(V.dtype)
+        return dequantize(quantize(V.astype(np.float32), "nf4")).astype(V.dtype)
 
     return loftq(W, r, s, nf4)
 
@@ -252,14 +252,15 @@ INITIALIZATIONS: dict[str, Initialization] = {
 
 "embedding": A = 0 and B normal, as loralib and PEFT start a table's; "vera": `draw_vera` (its
 vectors make the product 0); "adalora": both N(0, 0.02²) (its singular values are 0); "loftq": one
-step with NF4. With another quantiser or more steps, call `loftq`.
+step with NF4. With another quantizer or more steps, call `loftq`.
 """
 
 
-def as_plain(A: Array, B: Array, A0: Array, B0: Array) -> tuple[Array, Array]:
+def convert_to_lora(A: Array, B: Array, A0: Array, B0: Array) -> tuple[Array, Array]:
     """B₂ A₂ = B A - B₀ A₀: an adapter trained from the start A₀, B₀, as one on the original weight.
 
-    R + s B A = W + s (B A - B₀ A₀), at the same scale s and the doubled rank: see `plain_alpha`.
+    R + s B A = W + s (B A - B₀ A₀), at the same scale s and the doubled rank; `converted_alpha`
+    gives its alpha.
 
     Shapes: A (r, n), B (m, r), A0 (q, n), B0 (m, q) -> A₂ (r+q, n), B₂ (m, r+q).
     Source: Meng, Wang and Zhang 2024, "PiSSA", appendix on the conversion to LoRA.
@@ -267,7 +268,7 @@ def as_plain(A: Array, B: Array, A0: Array, B0: Array) -> tuple[Array, Array]:
     return np.concatenate([A, A0]), np.concatenate([B, -B0], axis=1)
 
 
-def plain_alpha(alpha: Any, rslora: bool = False) -> Any:
+def converted_alpha(alpha: Any, rslora: bool = False) -> Any:
     """α₂ that gives rank 2 r the scale that α gives rank r: 2 α, and √2 α for rsLoRA."""
     return alpha * math.sqrt(2) if rslora else 2 * alpha
 

@@ -201,8 +201,8 @@ class Geometry:
         Errors: ValueError for an unknown mode, a kernel that does not fit in or has no places, or
         a padding that reflects more than there is.
         """
-        if self.mode not in PLACE:
-            raise ValueError(f"padding mode {self.mode!r}: expected one of {', '.join(PLACE)}")
+        if self.mode not in PADDING:
+            raise ValueError(f"padding mode {self.mode!r}: expected one of {', '.join(PADDING)}")
         flat, sizes = np.zeros((1, 1), int), []
         if min(*self.kernel, *self.stride, *self.dilation) < 1:
             raise ValueError(f"{self}: expected kernel, stride and dilation from 1 on")
@@ -214,7 +214,7 @@ class Geometry:
             if size < 1:
                 raise ValueError(f"a kernel of {k} places, {apart} apart, does not fit into {n}")
             p = step * np.arange(size)[:, None] + apart * np.arange(k) - before
-            q = np.where((p < 0) | (p >= n), PLACE[self.mode](p, n), p)
+            q = np.where((p < 0) | (p >= n), PADDING[self.mode](p, n), p)
             whole = flat[:, None, :, None] * n + q[:, None]
             beside = (flat[:, None, :, None] < 0) | (q[:, None] < 0)
             flat = np.where(beside, -1, whole).reshape(len(flat) * size, -1)
@@ -222,7 +222,7 @@ class Geometry:
         return tuple(sizes), flat
 
 
-PLACE: dict[str, Callable[[Array, int], Array]] = {
+PADDING: dict[str, Callable[[Array, int], Array]] = {
     "zeros": lambda p, n: np.full_like(p, -1),
     "reflect": lambda p, n: n - 1 - abs(n - 1 - abs(p)),
     "replicate": lambda p, n: p.clip(0, n - 1),
@@ -253,7 +253,7 @@ def unfold(x: Array, geometry: Geometry) -> tuple[Array, Back]:
     return y, back
 
 
-def blocks_apart(W: Array, groups: int) -> tuple[Array, Back]:
+def block_diagonal(W: Array, groups: int) -> tuple[Array, Back]:
     """y is W's rows in g groups, each moved to columns of its own, and 0 elsewhere.
 
     So a grouped convolution's weight becomes a plain one's. With dy given:   dW is dy's blocks.
@@ -285,7 +285,7 @@ def conv(
     Shapes: x (c, b, …), W (m, c/groups, …), b (m, 1) -> y (m, b, …).
     """
     columns, back_unfold = unfold(x, geometry)
-    z, back_linear = linear(columns, blocks_apart(W.reshape(len(W), -1), groups)[0], b)
+    z, back_linear = linear(columns, block_diagonal(W.reshape(len(W), -1), groups)[0], b)
     y = z.reshape(len(W), x.shape[1], *geometry.places(x.shape[2:])[0])
 
     def back(dy: Array) -> Array:
@@ -317,9 +317,9 @@ def adapted_conv(
     """
     columns, back_unfold = unfold(x, geometry)
     kept = None if K is None else unfold(K, geometry)[0]
-    flat, _ = blocks_apart(W.reshape(len(W), -1), groups)
+    flat, _ = block_diagonal(W.reshape(len(W), -1), groups)
     A, B, *others = P
-    whole, back_blocks = blocks_apart(B, groups)
+    whole, back_blocks = block_diagonal(B, groups)
     z, back_f = f(columns, flat, b, A, whole, *others, s, kept)
     sizes, _ = geometry.places(x.shape[2:])
     y = z.reshape(len(W), x.shape[1], *sizes)
@@ -339,6 +339,6 @@ def merge_conv(
     Shapes: W (m, c/groups, …), b (m, 1) -> W' (m, c, …), b' (m, 1).
     """
     A, B, *others = P
-    flat, _ = blocks_apart(W.reshape(len(W), -1), groups)
-    merged, bias = variant.merge(flat, b, A, blocks_apart(B, groups)[0], *others, s)
+    flat, _ = block_diagonal(W.reshape(len(W), -1), groups)
+    merged, bias = variant.merge(flat, b, A, block_diagonal(B, groups)[0], *others, s)
     return merged.reshape(len(W), W.shape[1] * groups, *W.shape[2:]), bias

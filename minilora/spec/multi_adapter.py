@@ -1,7 +1,7 @@
 """Several adapters of one projection: what they mean together, one by one, per column, combined.
 
-A `State` is a value: the frozen layer, its named adapters, which of them act. Each of its methods
-gives another state or an answer, and changes nothing. Everything follows from one sentence: *y is
+An `AdaptedLayer` is a value: the frozen layer, its named adapters, which of them act. Its methods
+return another value or an answer, and change nothing. Everything follows from one sentence: *y is
 the base's output plus the branch of every active adapter, or the base's alone while disabled*, with
 each branch y_i - (W x + b) on W itself. A merge changes how that is computed and never what it is.
 """
@@ -80,7 +80,7 @@ def with_changes(
 
 
 @dataclass(frozen=True, eq=False)
-class State:
+class AdaptedLayer:
     """A layer W, b, its adapters by name, those that act, those of them merged, and the switch.
 
     ``active`` and ``merged`` are in the order of their calls, which is only the order of additions;
@@ -107,7 +107,7 @@ class State:
             raise ValueError(f"{names}: expected each adapter once; its weight is in its scale")
         return names
 
-    def add(self, name: str, adapter: Adapter) -> "State":
+    def add(self, name: str, adapter: Adapter) -> "AdaptedLayer":
         """Another adapter, not active yet: adding changes no output.
 
         Errors: ValueError if the name is taken, or the shapes do not fit W.
@@ -117,7 +117,7 @@ class State:
         adapter.check(self.W)
         return replace(self, adapters={**self.adapters, name: adapter})
 
-    def delete(self, name: str) -> "State":
+    def delete(self, name: str) -> "AdaptedLayer":
         """Without the adapter; it acts no longer, merged or not, and no other acts in its stead.
 
         Were a merged change to stay, nothing could name it, and nothing undo it.
@@ -128,7 +128,7 @@ class State:
         rest = self.activate(*(other for other in self.active if other != name))
         return replace(rest, adapters={n: a for n, a in self.adapters.items() if n != name})
 
-    def rename(self, old: str, new: str) -> "State":
+    def rename(self, old: str, new: str) -> "AdaptedLayer":
         """The same adapter under another name, in all its places: no output changes.
 
         Errors: ValueError if there is none of the old name, or another of the new.
@@ -145,7 +145,7 @@ class State:
             self, adapters=adapters, active=named(self.active), merged=named(self.merged)
         )
 
-    def activate(self, *names: str) -> "State":
+    def activate(self, *names: str) -> "AdaptedLayer":
         """Just these act, several or none; a merged one that is not among them is unmerged.
 
         Errors: ValueError if there is none of a name, or a name comes twice.
@@ -153,15 +153,15 @@ class State:
         self._known(*names)
         return replace(self, active=names, merged=tuple(n for n in self.merged if n in names))
 
-    def disable(self) -> "State":
+    def disable(self) -> "AdaptedLayer":
         """The base alone acts, whatever is active or merged; `enable` has it all act again."""
         return replace(self, disabled=True)
 
-    def enable(self) -> "State":
+    def enable(self) -> "AdaptedLayer":
         """What is active acts."""
         return replace(self, disabled=False)
 
-    def swap(self, name: str, adapter: Adapter) -> "State":
+    def swap(self, name: str, adapter: Adapter) -> "AdaptedLayer":
         """Another adapter under this name, of any rank and variant; merged or active as it was.
 
         Errors: ValueError if there is none of that name, or the shapes do not fit W.
@@ -170,7 +170,7 @@ class State:
         adapter.check(self.W)
         return replace(self, adapters={**self.adapters, name: adapter})
 
-    def set_scale(self, name: str, s: Any) -> "State":
+    def set_scale(self, name: str, s: Any) -> "AdaptedLayer":
         """s itself, no factor on what it was: done twice it is done once.
 
         Errors: ValueError if there is none of that name.
@@ -178,7 +178,7 @@ class State:
         self._known(name)
         return self.swap(name, replace(self.adapters[name], s=python_scalar(s)))
 
-    def merge(self, *names: str) -> "State":
+    def merge(self, *names: str) -> "AdaptedLayer":
         """These, or all that are active, stored in the weight: no output changes.
 
         Errors: ValueError if one is not active, since it would begin to act; if one is merged
@@ -193,7 +193,7 @@ class State:
             raise ValueError("no adapter to merge: expected one that is active and not merged")
         return replace(self, merged=self.merged + names)
 
-    def unmerge(self, *names: str) -> "State":
+    def unmerge(self, *names: str) -> "AdaptedLayer":
         """These, or all, no longer in the weight, in any order; what no adapter is in is W itself.
 
         Errors: ValueError if one is not merged, or none is.

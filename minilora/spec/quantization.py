@@ -1,6 +1,6 @@
-"""Quantised bases: a frozen weight in four or eight bits, and LoRA beside what it expands to.
+"""Quantized bases: a frozen weight in four or eight bits, and LoRA beside what it expands to.
 
-Each scheme is a pair: ``quantise`` makes codes and constants of W, ``dequantise`` makes W̃ of them.
+Each scheme is a pair: ``quantize`` makes codes and constants of W, ``dequantize`` makes W̃ of them.
 W̃ is one weight, exactly known; LoRA on it is `lora.lora_linear` and nothing else.
 Every rounding is part of the specification: where a format fixes float32, so does the code.
 Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, equations 1 to 6.
@@ -25,10 +25,10 @@ NARROW = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.b
 
 
 @dataclass(frozen=True, eq=False)
-class Quantised:
+class Quantized:
     """A weight in few bits. Its arrays are read-only, so that a frozen code keeps its bits.
 
-    ``scheme``: a name of SCHEMES; ``shape``: of W; ``dtype``: of what it dequantises to; ``block``:
+    ``scheme``: a name of SCHEMES; ``shape``: of W; ``dtype``: of what it dequantizes to; ``block``:
     how many entries share constants; ``codes``: packed as the scheme says; ``constants``: scales,
     offsets, and what else the scheme keeps beside the codes.
     """
@@ -120,7 +120,7 @@ def unpack(p: Array) -> Array:
     return np.stack([p >> 4, p & 15], -1).reshape(-1)
 
 
-def quantise_affine(W: Array, bits: int, block: int = 64, symmetric: bool = False) -> Quantised:
+def quantize_affine(W: Array, bits: int, block: int = 64, symmetric: bool = False) -> Quantized:
     """q = clip(round(w / scale) + zero, 0, 2ᵇ - 1), with a scale and a zero for each group.
 
     A group is ``block`` neighbours along the input; ties go to the even number. Asymmetric:
@@ -155,10 +155,10 @@ def quantise_affine(W: Array, bits: int, block: int = 64, symmetric: bool = Fals
     q = np.clip(round_even(groups / scale) + zero, 0, 2**bits - 1).astype(np.uint8).reshape(-1)
     name = f"int{bits}-symmetric" if symmetric else f"int{bits}"
     constants = {"scale": scale} if symmetric else {"scale": scale, "zero": zero.astype(np.uint8)}
-    return Quantised(name, (m, n), W.dtype, block, pack(q) if bits == 4 else q, constants)
+    return Quantized(name, (m, n), W.dtype, block, pack(q) if bits == 4 else q, constants)
 
 
-def dequantise_affine(q: Quantised) -> Array:
+def dequantize_affine(q: Quantized) -> Array:
     """w̃ = scale (q - zero), in the scale's number system, then rounded to W's dtype.
 
     Shapes: -> W̃ (m, n).
@@ -200,18 +200,18 @@ def _gguf_blocks(W: Array) -> Array:
     return _float32(W).reshape(W.shape[0], W.shape[1] // 32, 32)
 
 
-def _gguf(scheme: str, W: Array, codes: Array, halves: dict[str, Array]) -> Quantised:
+def _gguf(scheme: str, W: Array, codes: Array, halves: dict[str, Array]) -> Quantized:
     """Four-bit codes in GGUF's order: a byte holds entry j in its low half, j + 16 in its high."""
     if scheme != "q8_0":
         codes = codes[..., :16] | codes[..., 16:] << 4
-    return Quantised(scheme, W.shape, np.dtype(F32), 32, codes, halves)
+    return Quantized(scheme, W.shape, np.dtype(F32), 32, codes, halves)
 
 
-def _gguf_codes(q: Quantised) -> Array:
+def _gguf_codes(q: Quantized) -> Array:
     return np.concatenate([q.codes & 15, q.codes >> 4], -1).astype(np.int16)
 
 
-def quantise_q4_0(W: Array) -> Quantised:
+def quantize_q4_0(W: Array) -> Quantized:
     """q = min(⌊w / d + 8½⌋, 15), d = -w* / 8, w* the entry of 32 with the greatest modulus.
 
     Of equal moduli the first counts. In float32, as w times 1 / d; d is then kept in float16.
@@ -229,7 +229,7 @@ def quantise_q4_0(W: Array) -> Quantised:
     return _gguf("q4_0", W, codes, halves)
 
 
-def dequantise_q4_0(q: Quantised) -> Array:
+def dequantize_q4_0(q: Quantized) -> Array:
     """w̃ = d (q - 8), which float32 holds without rounding.
 
     Shapes: -> W̃ (m, n).
@@ -238,7 +238,7 @@ def dequantise_q4_0(q: Quantised) -> Array:
     return W.reshape(q.shape)
 
 
-def quantise_q4_1(W: Array) -> Quantised:
+def quantize_q4_1(W: Array) -> Quantized:
     """q = ⌊(w - m) / d + ½⌋, m = min w, d = (max w - m) / 15, of 32 entries.
 
     In float32, as (w - m) times 1 / d; d and m are then kept in float16, as d' and m'.
@@ -257,7 +257,7 @@ def quantise_q4_1(W: Array) -> Quantised:
     return _gguf("q4_1", W, codes, halves)
 
 
-def dequantise_q4_1(q: Quantised) -> Array:
+def dequantize_q4_1(q: Quantized) -> Array:
     """w̃ = d q + m, rounded once: float32 holds the product.
 
     Shapes: -> W̃ (m, n).
@@ -267,7 +267,7 @@ def dequantise_q4_1(q: Quantised) -> Array:
     return W.reshape(q.shape)
 
 
-def quantise_q8_0(W: Array) -> Quantised:
+def quantize_q8_0(W: Array) -> Quantized:
     """q = round(w / d), ties away from 0, d = max |w| / 127, of 32 entries.
 
     In float32, as w times 1 / d; d is then kept in float16, as d'.
@@ -286,7 +286,7 @@ def quantise_q8_0(W: Array) -> Quantised:
     return _gguf("q8_0", W, (np.sign(w) * steps).astype(np.int8), halves)
 
 
-def dequantise_q8_0(q: Quantised) -> Array:
+def dequantize_q8_0(q: Quantized) -> Array:
     """w̃ = d q, which float32 holds without rounding.
 
     Shapes: -> W̃ (m, n).
@@ -295,7 +295,7 @@ def dequantise_q8_0(q: Quantised) -> Array:
     return W.reshape(q.shape)
 
 
-def gguf_bytes(q: Quantised) -> Array:
+def gguf_bytes(q: Quantized) -> Array:
     """The blocks as a GGUF file has them: the constants, d before m, little-endian, then the codes.
 
     Shapes: -> bytes (m, k), k = n/32 times 18, 20 or 34.
@@ -304,10 +304,10 @@ def gguf_bytes(q: Quantised) -> Array:
     return np.concatenate([*halves, q.codes.view(np.uint8)], -1).reshape(q.shape[0], -1)
 
 
-def from_gguf(data: Array, scheme: str) -> Quantised:
+def from_gguf(data: Array, scheme: str) -> Quantized:
     """What :func:`gguf_bytes` gave, or a file of another library has, a row of W in each row.
 
-    Shapes: data (m, k) -> Quantised, its W̃ (m, n).
+    Shapes: data (m, k) -> Quantized, its W̃ (m, n).
     Errors: ValueError if the scheme is no GGUF type, or a row is no whole number of blocks.
     """
     if scheme not in ("q4_0", "q4_1", "q8_0"):
@@ -325,7 +325,7 @@ def from_gguf(data: Array, scheme: str) -> Quantised:
     halves = np.ascontiguousarray(parts[..., :head]).view("<f2")
     constants = {name: halves[..., i : i + 1] for i, name in enumerate(names)}
     codes = parts[..., head:].view(np.int8 if scheme == "q8_0" else np.uint8)
-    return Quantised(scheme, (m, 32 * blocks), np.dtype(F32), 32, codes, constants)
+    return Quantized(scheme, (m, 32 * blocks), np.dtype(F32), 32, codes, constants)
 
 
 def _spaced(first: float, last: float, k: int) -> Array:
@@ -387,7 +387,7 @@ def nearest(v: Array, t: Array) -> Array:
     return q.astype(np.uint8)
 
 
-def quantise_dynamic(v: Array, block: int = 256, points: int | None = 2**16) -> tuple[Array, Array]:
+def quantize_dynamic(v: Array, block: int = 256, points: int | None = 2**16) -> tuple[Array, Array]:
     """q = nearest(g(v / absmax), t), t the dynamic values, g the nearest of equally spaced points.
 
     absmax = max |v| of a block; a block of zeros has code 0. bitsandbytes' CPU looks codes up in a
@@ -408,7 +408,7 @@ def quantise_dynamic(v: Array, block: int = 256, points: int | None = 2**16) -> 
     return q.astype(np.uint8).reshape(-1)[: v.size], absmax
 
 
-def dequantise_dynamic(q: Array, absmax: Array, block: int = 256) -> Array:
+def dequantize_dynamic(q: Array, absmax: Array, block: int = 256) -> Array:
     """ṽ = t[q] absmax, in float32.
 
     Shapes: q (k,), absmax (k/block,) -> ṽ (k,).
@@ -428,16 +428,16 @@ LEAST = F32(1e-38)
 """The least number that NF4 divides a block by."""
 
 
-def quantise_nf4(
+def quantize_nf4(
     W: Array, block: int = 64, double: bool = False, offset: Any = None, points: int | None = 2**16
-) -> Quantised:
+) -> Quantized:
     """q = nearest(w / absmax, t), absmax = max |w| of a block, t the 16 values of NF4.
 
     Blocks run through the rows on end; the last may be short. In float32, as w times 1 / absmax,
     but in a short block w / absmax. Codes are packed by :func:`pack`, an odd last one with that of
     0. With Δ the widest gap of t: |w - w̃| ≤ absmax (Δ/2 + 4 u) before rounding to W's dtype.
 
-    ``double``: absmax minus its mean, the ``offset``, goes through :func:`quantise_dynamic`.
+    ``double``: absmax minus its mean, the ``offset``, goes through :func:`quantize_dynamic`.
     PyTorch sums that mean in float32, in an order that depends on how many threads it has: hand in
     its offset to have its bits. ``None`` is the mean rounded to float32. |w - w̃| grows by the error
     of absmax.
@@ -460,26 +460,26 @@ def quantise_nf4(
     codes = pack(nearest(unit.reshape(-1)[: w.size + w.size % 2], nf4_values()))
     dtype = W.dtype if W.dtype in NARROW else np.dtype(F32)
     if not double:
-        return Quantised("nf4", W.shape, dtype, block, codes, {"absmax": absmax})
+        return Quantized("nf4", W.shape, dtype, block, codes, {"absmax": absmax})
     mean = F32(math.fsum(absmax.tolist()) / absmax.size if offset is None else offset)
-    small, nested = quantise_dynamic(absmax - mean, points=points)
+    small, nested = quantize_dynamic(absmax - mean, points=points)
     constants = {"absmax": small, "nested": nested, "offset": np.asarray(mean)}
-    return Quantised("nf4-double", W.shape, dtype, block, codes, constants)
+    return Quantized("nf4-double", W.shape, dtype, block, codes, constants)
 
 
-def nf4_absmax(q: Quantised) -> Array:
-    """a = t[q] nested + offset, where it is quantised too; else as it is kept.
+def nf4_absmax(q: Quantized) -> Array:
+    """a = t[q] nested + offset, where it is quantized too; else as it is kept.
 
     Shapes: -> a (m*n/block,).
     """
     absmax = q.constants["absmax"]
     if q.scheme == "nf4":
         return absmax
-    expanded: Array = dequantise_dynamic(absmax, q.constants["nested"]) + q.constants["offset"]
+    expanded: Array = dequantize_dynamic(absmax, q.constants["nested"]) + q.constants["offset"]
     return expanded
 
 
-def dequantise_nf4(q: Quantised) -> Array:
+def dequantize_nf4(q: Quantized) -> Array:
     """w̃ = t[q] absmax, in float32, then rounded to W's dtype.
 
     Shapes: -> W̃ (m, n).
@@ -492,74 +492,74 @@ def dequantise_nf4(q: Quantised) -> Array:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a weight is quantised and dequantised; ``block`` where the format fixes it, else None."""
+    """How a weight is quantized and dequantized; ``block`` where the format fixes it, else None."""
 
-    quantise: Callable[..., Quantised]
-    dequantise: Callable[[Quantised], Array]
+    quantize: Callable[..., Quantized]
+    dequantize: Callable[[Quantized], Array]
     block: int | None = None
 
 
 SCHEMES: Mapping[str, Scheme] = MappingProxyType(
     {
         f"int{bits}{name}": Scheme(
-            partial(quantise_affine, bits=bits, symmetric=symmetric), dequantise_affine
+            partial(quantize_affine, bits=bits, symmetric=symmetric), dequantize_affine
         )
         for bits in (8, 4)
         for name, symmetric in (("", False), ("-symmetric", True))
     }
     | {
-        "q8_0": Scheme(quantise_q8_0, dequantise_q8_0, 32),
-        "q4_0": Scheme(quantise_q4_0, dequantise_q4_0, 32),
-        "q4_1": Scheme(quantise_q4_1, dequantise_q4_1, 32),
-        "nf4": Scheme(quantise_nf4, dequantise_nf4),
-        "nf4-double": Scheme(partial(quantise_nf4, double=True), dequantise_nf4),
+        "q8_0": Scheme(quantize_q8_0, dequantize_q8_0, 32),
+        "q4_0": Scheme(quantize_q4_0, dequantize_q4_0, 32),
+        "q4_1": Scheme(quantize_q4_1, dequantize_q4_1, 32),
+        "nf4": Scheme(quantize_nf4, dequantize_nf4),
+        "nf4-double": Scheme(partial(quantize_nf4, double=True), dequantize_nf4),
     }
 )
 """Every scheme by its name."""
 
 
-def quantise(W: Array, scheme: str, block: int | None = None) -> Quantised:
+def quantize(W: Array, scheme: str, block: int | None = None) -> Quantized:
     """W by the scheme of that name, in blocks of its usual size if none is given.
 
-    Shapes: W (m, n) -> Quantised.
+    Shapes: W (m, n) -> Quantized.
     Errors: ValueError if the scheme is unknown, its block is another, or W is not what it takes.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme {scheme!r}: expected one of {', '.join(SCHEMES)}")
     how = SCHEMES[scheme]
     if how.block is None:
-        return how.quantise(W) if block is None else how.quantise(W, block=block)
+        return how.quantize(W) if block is None else how.quantize(W, block=block)
     if block not in (None, how.block):
         raise ValueError(f"block of {block}: expected {how.block}, which {scheme} fixes")
-    return how.quantise(W)
+    return how.quantize(W)
 
 
-def dequantise(q: Quantised) -> Array:
+def dequantize(q: Quantized) -> Array:
     """The weight that q stands for: always the same bits.
 
     Shapes: -> W̃ (m, n).
     """
-    return SCHEMES[q.scheme].dequantise(q)
+    return SCHEMES[q.scheme].dequantize(q)
 
 
-def requantise(q: Quantised, W: Array) -> Quantised:
+def requantize(q: Quantized, W: Array) -> Quantized:
     """W by the scheme and the block of q, rounded to the dtype of q before.
 
-    Shapes: W (m, n) -> Quantised.
+    Shapes: W (m, n) -> Quantized.
     """
-    return quantise(W.astype(q.dtype), q.scheme, q.block)
+    return quantize(W.astype(q.dtype), q.scheme, q.block)
 
 
-def _expanded(q: Quantised, *others: Array) -> Array:
+def _expanded(q: Quantized, *others: Array) -> Array:
     """W̃ in the number system that it is computed with: a wider one holds the same numbers."""
-    W = dequantise(q)
+    W = dequantize(q)
     return W.astype(np.result_type(W, *others))
 
 
 def qlora_linear(
-    x: Array, q: Quantised, b: Array | None, A: Array, B: Array, s: Any, K: Array | None = None
+    x: Array, q: Quantized, b: Array | None, A: Array, B: Array, s: Any, K: Array | None = None
 ) -> tuple[Array, Back]:
-    """y = W̃ x + b + s B A (K ∘ x), W̃ = dequantise(q): LoRA on the weight that q stands for.
+    """y = W̃ x + b + s B A (K ∘ x), W̃ = dequantize(q): LoRA on the weight that q stands for.
 
     dx, dA and dB are :func:`lora_linear`'s, bit for bit. ``back`` keeps q and not W̃: it expands q
     again and runs forward again, so that between the two no array of W's size in floats is held.
@@ -582,17 +582,17 @@ def qlora_linear(
 
 
 def merge_onto_original(W: Array, A: Array, B: Array, s: Any, dtype: Any) -> Array:
-    """W' = W + s B A, onto the weight that was quantised, rounded once to ``dtype``.
+    """W' = W + s B A, onto the weight that was quantized, rounded once to ``dtype``.
 
     Not the function that was trained: it differs by (W - W̃) x, which the adapter has learnt to
-    make up for. In return no quantisation error is left in the base.
+    make up for. In return no quantization error is left in the base.
 
     Shapes: W (m, n), A (r, n), B (m, r), s () -> W' (m, n).
     """
     return merge_weight(W.astype(np.result_type(W, A)), A, B, s).astype(dtype)
 
 
-def merge_onto_dequantised(q: Quantised, A: Array, B: Array, s: Any) -> Array:
+def merge_onto_dequantized(q: Quantized, A: Array, B: Array, s: Any) -> Array:
     """W' = W̃ + s B A, onto the weight that q stands for: the function that was trained.
 
     It is kept in the factors' dtype: the cost is the memory of the full weight.
@@ -611,19 +611,19 @@ def norm(M: Array) -> float:
     return math.sqrt((wide * wide).sum())
 
 
-def merge_errors(W: Array, q: Quantised, A: Array, B: Array, s: Any) -> dict[str, float]:
+def merge_errors(W: Array, q: Quantized, A: Array, B: Array, s: Any) -> dict[str, float]:
     """How far each way to merge is from the function that was trained, T = W̃ + s B A, over ‖T‖.
 
     "adapter": ‖s B A‖, what training has added, to compare with; "onto original": in W's dtype;
-    "onto dequantised": in W's dtype, one rounding; "re-quantised": T in q's scheme again.
+    "onto dequantized": in W's dtype, one rounding; "re-quantized": T in q's scheme again.
 
     Shapes: W (m, n), q (m, n), A (r, n), B (m, r), s () -> {name: ()}.
     """
-    trained = merge_onto_dequantised(q, A.astype(np.float64), B.astype(np.float64), s)
+    trained = merge_onto_dequantized(q, A.astype(np.float64), B.astype(np.float64), s)
     apart = {
         "adapter": _expanded(q, trained),
         "onto original": merge_onto_original(W, A, B, s, W.dtype),
-        "onto dequantised": trained.astype(W.dtype),
-        "re-quantised": dequantise(requantise(q, trained)),
+        "onto dequantized": trained.astype(W.dtype),
+        "re-quantized": dequantize(requantize(q, trained)),
     }
     return {name: norm(M - trained) / norm(trained) for name, M in apart.items()}

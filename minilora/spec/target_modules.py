@@ -32,7 +32,7 @@ class LoraConfig:
     The fields have PEFT's names. ``target_modules``: "all-linear" (every projection but the head),
     a regular expression that must match a module's whole name, or names, each matching a name or
     its dotted end; ``exclude_modules`` likewise takes away; ``layers_to_transform`` keeps those of
-    these numbers, and what is named in full (:func:`targeted`). ``rank_pattern`` and
+    these numbers, and what is named in full (:func:`is_target`). ``rank_pattern`` and
     ``alpha_pattern`` map an expression for a name's dotted end to a rank or alpha of its own
     (:func:`pattern_value`). ``bias``: "none", "lora_only" or "all"; ``modules_to_save``:
     expressions for whole names of parameters trained in full (norms, embeddings, heads).
@@ -40,10 +40,10 @@ class LoraConfig:
     ``variant``: a name in `variants.REGISTRY`; ``init_lora_weights``: a name in
     `initialization.INITIALIZATIONS`, the variant's own unless given; ``use_rslora``: s = α/√r, as
     the variant of that name. ``alora_invocation_tokens``: the tokens from which aLoRA acts
-    (:func:`invoked`). ``ensure_weight_tying``: a tied head takes its embedding's factors,
+    (:func:`with_invocation`). ``ensure_weight_tying``: a tied head takes its embedding's factors,
     `lora.twin`. ``trainable_token_indices``: rows of tables that are trained alone, by
     `layers.with_tokens` and not by :func:`inject`. ``layer_replication``: the ranges of
-    :func:`replicate` that the model was made with.
+    :func:`replicate_layers` that the model was made with.
 
     Errors: ValueError for what contradicts itself, or names no variant, start or bias.
     """
@@ -201,7 +201,7 @@ def matches(name: str, wanted: str | Sequence[str]) -> bool:
     return any(name == end or name.endswith("." + end) for end in wanted)
 
 
-def layer_of(name: str, patterns: str | Sequence[str] = ()) -> int | None:
+def layer_index(name: str, patterns: str | Sequence[str] = ()) -> int | None:
     """The number of the layer that the module lies in, or None: the first number that counts.
 
     With ``patterns`` it follows one of them, which is the name's start or follows a dot; of several
@@ -220,7 +220,7 @@ def layer_of(name: str, patterns: str | Sequence[str] = ()) -> int | None:
     return None if match is None or match["idx"] is None else int(match["idx"])
 
 
-def targeted(
+def is_target(
     name: str,
     wanted: str | Sequence[str],
     *,
@@ -233,7 +233,7 @@ def targeted(
 
     1. ``exclude``, which hits as :func:`matches` has it, takes away whatever else is said.
     2. So does ``saved`` (``modules_to_save``): an expression, ungrouped, for whole parts of the
-       name, wherever they stand. Such modules are found otherwise: :func:`saved_in_full`.
+       name, wherever they stand. Such modules are found otherwise: :func:`is_saved`.
     3. A whole name in the list ``wanted`` is not asked for its layer.
     4. What ``wanted`` hits is asked for it if ``layers`` (``layers_to_transform``) names any; an
        empty list asks nothing. A module in no layer is then left out.
@@ -251,7 +251,7 @@ def targeted(
     if not matches(name, wanted):
         return False
     asked = [layers] if isinstance(layers, int) else list(layers or ())
-    return not asked or layer_of(name, layers_pattern) in asked
+    return not asked or layer_index(name, layers_pattern) in asked
 
 
 def all_linear(linears: Iterable[str], heads: Iterable[str] = ("head",)) -> list[str]:
@@ -279,12 +279,12 @@ def pattern_value(patterns: Mapping[str, Any], name: str, default: Any = None) -
     return next(fitting, patterns.get(name, default))
 
 
-def outers(name: str) -> Iterator[str]:
+def with_parents(name: str) -> Iterator[str]:
     """The modules that a module lies in by its dotted name, the outermost first, and itself."""
     return accumulate(name.split("."), "{}.{}".format)
 
 
-def saved_in_full(name: str, wanted: Sequence[str]) -> bool:
+def is_saved(name: str, wanted: Sequence[str]) -> bool:
     """Whether ``modules_to_save`` trains the module, or one that it lies in, in full.
 
     The end of a name decides, with no dot before it: "norm" also hits ``layers.0.norm``, "q" also
@@ -292,7 +292,7 @@ def saved_in_full(name: str, wanted: Sequence[str]) -> bool:
 
     Source: PEFT 0.21, ``_set_trainable``.
     """
-    return any(outer.endswith(tuple(wanted)) for outer in outers(name))
+    return any(outer.endswith(tuple(wanted)) for outer in with_parents(name))
 
 
 def resolve_targets(lora: LoraConfig, linears: Mapping[str, tuple[int, int]]) -> ResolvedTargets:
@@ -330,7 +330,7 @@ def _matched(lora: LoraConfig, linears: Mapping[str, tuple[int, int]]) -> list[s
     matched = {
         at
         for at in possible
-        if targeted(
+        if is_target(
             at,
             wanted,
             exclude=lora.exclude_modules,
@@ -475,7 +475,7 @@ def _check_layers(W: Weights, ranges: Sequence[tuple[int, int]]) -> None:
         raise ValueError(f"layer_replication {ranges} of {len(layers)} layers: replicate first")
 
 
-def invoked(tuning: TrainableSpec, ids: Array, tokens: Sequence[int]) -> TrainableSpec:
+def with_invocation(tuning: TrainableSpec, ids: Array, tokens: Sequence[int]) -> TrainableSpec:
     """The tuning of one batch under aLoRA: K is 0 before the last invocation, beside its dropout.
 
     Shapes: ids (b, t).
@@ -502,7 +502,7 @@ def tied_gradients(gradients: Weights) -> Weights:
     return {**gradients, "embed.A": dA, "embed.B": dB, **head}
 
 
-def replicated(layers: int, ranges: Sequence[tuple[int, int]]) -> list[int]:
+def replicated_layers(layers: int, ranges: Sequence[tuple[int, int]]) -> list[int]:
     """The source of each layer, once the ``ranges`` (``layer_replication``) are put on one another.
 
     (0, 4) and (2, 5) of five layers give 0 1 2 3 2 3 4: a range's end is left out, and layers may
@@ -518,16 +518,16 @@ def replicated(layers: int, ranges: Sequence[tuple[int, int]]) -> list[int]:
     return [i for start, end in ranges for i in range(start, end)]
 
 
-def replicate(W: Weights, c: Any, ranges: Sequence[tuple[int, int]]) -> tuple[Weights, Any]:
-    """A deeper model of the same layers: weights and configuration of what :func:`replicated` says.
+def replicate_layers(W: Weights, c: Any, ranges: Sequence[tuple[int, int]]) -> tuple[Weights, Any]:
+    """A deeper model of the same layers, those of :func:`replicated_layers`: weights and config.
 
     The copies share their arrays, so that a frozen base takes no more memory; :func:`inject` then
     gives each of them adapters of its own. What is trained of the base itself parts, copy by copy:
     for one trained array, sum its gradients.
 
-    Errors: those of :func:`replicated`; ValueError if W has adapters already.
+    Errors: those of :func:`replicated_layers`; ValueError if W has adapters already.
     """
-    source = replicated(c.layers, ranges)
+    source = replicated_layers(c.layers, ranges)
     if any(name.endswith(".A") for name in W):
         raise ValueError("the weights have adapters: replicate the base, then adapt it")
     blocks = {

@@ -85,7 +85,7 @@ def train_step(run: Run, state: TrainState, batches: Sequence[Batch]) -> tuple[T
     config, step = run.config, state.step + 1
     labels = [which_count(batch, run.c) for batch in batches]
     loss, g = _accumulated(run, state, batches, labels)
-    g, norm = clip(adalora.penalised(state.params, g), config.max_grad_norm or np.inf)
+    g, norm = clip(adalora.add_orthogonality(state.params, g), config.max_grad_norm or np.inf)
     if not (np.isfinite(loss) and np.isfinite(norm)):
         raise Diverged(step, f"the loss is {loss:g}, its gradient's norm {norm:g}")
     factor = schedule(config.lr_scheduler, state.step, run.total_steps, config.warmup_steps)

@@ -47,7 +47,7 @@ def _without_pruned(
     W: Weights, spec: TrainableSpec, lora: LoraConfig
 ) -> tuple[Weights, TrainableSpec, LoraConfig]:
     """AdaLoRA's adapter without the triplets and modules that were pruned."""
-    kept = adalora.left(W)
+    kept = adalora.without_pruned(W)
     ranks = {name.removesuffix(".E"): len(E) for name, E in kept.items() if name.endswith(".E")}
     spec = replace(spec, trained=spec.trained - (W.keys() - kept.keys()))
     patterns = {re.escape(at): r for at, r in ranks.items()}

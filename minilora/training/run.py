@@ -80,10 +80,10 @@ class Run:
         return loraplus_rates(sorted(self.initial), config.learning_rate, config.lr_ratio)
 
     @cached_property
-    def adalora_plan(self) -> adalora.Plan | None:
+    def adalora_plan(self) -> adalora.BudgetPlan | None:
         """When AdaLoRA prunes, and to which rank; None for other variants."""
         modules = sum(name.endswith(".E") for name in self.initial)
-        return adalora.planned(self.config.rank, modules, self.total_steps) if modules else None
+        return adalora.plan_budget(self.config.rank, modules, self.total_steps) if modules else None
 
 
 def micro_batches(examples: Sequence[Example], config: TrainConfig, epoch: int) -> list[list[int]]:

@@ -731,7 +731,7 @@ def test_a_classifier_of_other_classes_is_refused(minilora, tmp_path):
     assert "3 in the model" in err
 
 
-def test_a_base_that_stays_quantised_trains_to_the_same_bits(tmp_path):
+def test_a_base_that_stays_quantized_trains_to_the_same_bits(tmp_path):
     optional("gguf")
     from minilora.io.formats.gguf import write_model
 
@@ -742,11 +742,11 @@ def test_a_base_that_stays_quantised_trains_to_the_same_bits(tmp_path):
     )
     read = data.read("task:running-sum", "lm", None, 32)
     results = []
-    for quantised in (False, True):
-        base = open_base(str(tmp_path / "a.gguf"), keep_quantized=quantised)
+    for quantized in (False, True):
+        base = open_base(str(tmp_path / "a.gguf"), keep_quantized=quantized)
         vars(base)["tokenizer"] = WordTokenizer.of(synthetic_data.task("running-sum"))
-        assert isinstance(base.weights, dict) != quantised
-        plan = ExecutionPlan(gradient_checkpointing=quantised)
+        assert isinstance(base.weights, dict) != quantized
+        plan = ExecutionPlan(gradient_checkpointing=quantized)
         run = prepare(base, read, TrainConfig(max_steps=3, dropout=0.1), plan=plan)
         *_, (state, _) = train_steps(run, TrainState(run.initial))
         results.append(state.params)

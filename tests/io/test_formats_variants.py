@@ -27,7 +27,12 @@ from minilora.io.formats.peft import (
     write_adapter,
 )
 from minilora.spec.lora import is_base, twin
-from minilora.spec.target_modules import LoraConfig, invoked, replicate, resolve_targets
+from minilora.spec.target_modules import (
+    LoraConfig,
+    replicate_layers,
+    resolve_targets,
+    with_invocation,
+)
 
 CASES = {
     "dora": ("llama", LoraConfig(r=3, lora_alpha=5, variant="dora", rank_pattern={"1.q": 2})),
@@ -168,7 +173,7 @@ def base_of(case):
     kind, lora = CASES[case]
     c = MODELS[kind]
     return (
-        replicate(weights(c), c, lora.layer_replication)[0]
+        replicate_layers(weights(c), c, lora.layer_replication)[0]
         if lora.layer_replication
         else weights(c)
     )
@@ -179,7 +184,7 @@ def made(case, seed=1):
     kind, lora = CASES[case]
     c, W = MODELS[kind], weights(MODELS[kind])
     if lora.layer_replication:
-        W, c = replicate(W, c, lora.layer_replication)
+        W, c = replicate_layers(W, c, lora.layer_replication)
     rng = np.random.default_rng(seed)
     W, tuning = inject(W, lora, c.matrices(), rng)
     W |= {k: W[k] + 0.3 * rng.standard_normal(W[k].shape) for k in sorted(tuning.trained)}
@@ -200,7 +205,7 @@ every_case = pytest.mark.parametrize("case", CASES)
 
 def batch_for(c, tuning, lora):
     ids = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 1, 4]])
-    return Batch(ids), invoked(
+    return Batch(ids), with_invocation(
         tuning, ids, lora.alora_invocation_tokens
     ) if lora.alora_invocation_tokens else tuning
 
@@ -599,7 +604,7 @@ def fresh(kind, folder, base=None, **chosen):
     c, lora = MODELS[kind], LoraConfig(**{"r": 2, **chosen})
     W = weights(c)
     if lora.layer_replication:
-        W, c = replicate(W, c, lora.layer_replication)
+        W, c = replicate_layers(W, c, lora.layer_replication)
     W, tuning = inject(W, lora, c.matrices(), np.random.default_rng(0))
     write_adapter(folder, c, W, tuning, lora, base=base)
 
@@ -632,7 +637,7 @@ def test_a_pruned_module_has_no_tensors_but_empty_ones(folder):
         read_adapter(path, c)
 
 
-def test_a_quantised_start_is_written_for_the_quantised_base(tmp_path):
+def test_a_quantized_start_is_written_for_the_quantized_base(tmp_path):
     c, base = MODELS["llama"], weights(MODELS["llama"])
     lora = LoraConfig(r=2, lora_alpha=3, variant="loftq", target_modules=["q"])
     W, tuning = inject(base, lora, c.linears(), np.random.default_rng(0))
@@ -795,7 +800,7 @@ def test_what_peft_would_load_as_another_function_is_not_written(kind, settings,
     c = MODELS[kind]
     W = weights(c)
     if lora.layer_replication:
-        W, c = replicate(W, c, lora.layer_replication)
+        W, c = replicate_layers(W, c, lora.layer_replication)
     W, tuning = inject(W, lora, c.matrices(), np.random.default_rng(0))
     with pytest.raises(FormatError, match=found):
         write_adapter(tmp_path / "a", c, W, tuning, lora)
@@ -808,7 +813,7 @@ def test_a_range_beyond_the_deeper_models_layers_is_read(tmp_path):
         LoraConfig(r=2, lora_alpha=2, target_modules=["q"], layer_replication=[(1, 2)]),
         MODELS["llama"],
     )
-    W, c = replicate(weights(base), base, lora.layer_replication)
+    W, c = replicate_layers(weights(base), base, lora.layer_replication)
     W, tuning = inject(W, lora, c.linears(), np.random.default_rng(0))
     write_adapter(tmp_path, c, W, tuning, lora)
     read, tuning_read = read_adapter(tmp_path, c)

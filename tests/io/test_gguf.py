@@ -38,7 +38,7 @@ from minilora.spec import ops
 from minilora.spec.initialization import draw_weights
 from minilora.spec.lora import TrainableSpec, merge
 from minilora.spec.models import GPT2, Batch, Bert, Llama, logits, loss
-from minilora.spec.quantization import dequantise, quantise
+from minilora.spec.quantization import dequantize, quantize
 from minilora.spec.target_modules import LoraConfig, inject
 from minilora.spec.variants import DORA
 from minilora.testing import configurations
@@ -733,7 +733,7 @@ def test_an_adapter_that_says_something_else_is_refused(tmp_path):
         door.read_adapter(path, MODELS["qwen2"])
 
 
-def test_a_quantised_adapter_is_read(tmp_path):
+def test_a_quantized_adapter_is_read(tmp_path):
     c = MODELS["llama"]
     W, tuning = factors(c, {"layers.0.q": 32}, {"layers.0.q": 1.0})
     door.write_adapter(tmp_path / "a", c, W, tuning)
@@ -745,7 +745,7 @@ def test_a_quantised_adapter_is_read(tmp_path):
         tensors={A: (gguf.quants.quantize(W["layers.0.q.A"], q8), q8)},
     )
     V, _ = door.read_adapter(tmp_path / "b", c)
-    assert same_bits(V["layers.0.q.A"], dequantise(quantise(W["layers.0.q.A"], "q8_0")))
+    assert same_bits(V["layers.0.q.A"], dequantize(quantize(W["layers.0.q.A"], "q8_0")))
     assert same_bits(V["layers.0.q.B"], W["layers.0.q.B"])
 
 

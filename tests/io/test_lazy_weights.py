@@ -11,20 +11,20 @@ import minilora as ml
 from minilora.io import lazy_weights
 from minilora.io.lazy_weights import Expanded, OnDemand, Table, as_table
 from minilora.spec import initialization, models
-from minilora.spec.quantization import dequantise, quantise
+from minilora.spec.quantization import dequantize, quantize
 from minilora.training import chunked_head
 from minilora.training.gradients import ExecutionPlan, evaluate, gradients
 
 C = ml.Llama(vocab=70, d=32, layers=3, heads=2, ffn=64, kv_heads=1, head_dim=16, tied=True)
 RNG = np.random.default_rng(0)
 CODES = {
-    f"{at}.weight": quantise(RNG.standard_normal(shape).astype(np.float32) / 4, "q4_1")
+    f"{at}.weight": quantize(RNG.standard_normal(shape).astype(np.float32) / 4, "q4_1")
     for at, shape in {**C.linears(), "embed": (C.vocab, C.d)}.items()
 }
 NORMS = {
     name: np.ones(shape, np.float32) for name, shape in C.shapes().items() if name not in CODES
 }
-LARGE = NORMS | {name: dequantise(q) for name, q in CODES.items()}
+LARGE = NORMS | {name: dequantize(q) for name, q in CODES.items()}
 WHOLE, TUNING = ml.inject(LARGE, ml.LoraConfig(r=2, target_modules=".*"), C.matrices(), RNG)
 ADAPTERS = {
     name: RNG.standard_normal(WHOLE[name].shape).astype(np.float32) for name in TUNING.trained
@@ -66,7 +66,7 @@ def watched(alive):
 
     def entry(name):
         def make():
-            W = dequantise(CODES[name]) + 0
+            W = dequantize(CODES[name]) + 0
             made.append(weakref.ref(W))
             alive.append(sum(ref() is not None for ref in made))
             return W
@@ -103,8 +103,8 @@ def test_only_the_rows_that_are_looked_up_are_expanded():
 
 @pytest.mark.parametrize("scheme", ["q4_0", "q8_0", "int4", "nf4"])
 def test_rows_are_those_of_the_whole(scheme, monkeypatch):
-    q = quantise(RNG.standard_normal((9, 64)).astype(np.float32), scheme)
-    entry, whole = OnDemand(q), dequantise(q)
+    q = quantize(RNG.standard_normal((9, 64)).astype(np.float32), scheme)
+    entry, whole = OnDemand(q), dequantize(q)
     assert same_bits(entry.rows(np.array([8, 0, 8])), whole[[8, 0, 8]])
     assert same_bits(entry.rows(slice(2, 5)), whole[2:5])
     monkeypatch.setattr(lazy_weights, "ENTRIES", 4 * 64)
@@ -178,7 +178,7 @@ def test_parameters_are_counted_and_joined_without_being_made():
 def test_logits_of_a_head_made_on_demand_are_those_of_its_weight(kind, tied):
     c = replace(C, tied=tied)
     codes = CODES if tied else CODES | {"head.weight": CODES["embed.weight"]}
-    large = NORMS | {name: dequantise(q) for name, q in codes.items()}
+    large = NORMS | {name: dequantize(q) for name, q in codes.items()}
     lora = ml.LoraConfig(r=2, target_modules=["head"], variant=kind)
     W, tuning = ml.inject(large, lora, c.matrices(), np.random.default_rng(1))
     adapters = {name: W[name] for name in tuning.trained}
@@ -195,8 +195,8 @@ def test_every_adapter_acts_on_and_merges_into_what_is_expanded(at, variant):
     rng = np.random.default_rng(0)
     c = models.Llama(33, 32, 1, heads=2, ffn=32, kv_heads=1, head_dim=16, tied=True)
     W = {name: w.astype(np.float32) for name, w in initialization.draw_weights(c, rng, 0.3).items()}
-    codes = {name: quantise(w, "q8_0") for name, w in W.items() if w.shape[1] > 1}
-    large = W | {name: dequantise(q) for name, q in codes.items()}
+    codes = {name: quantize(w, "q8_0") for name, w in W.items() if w.shape[1] > 1}
+    large = W | {name: dequantize(q) for name, q in codes.items()}
     small = Expanded(W | {name: OnDemand(q) for name, q in codes.items()})
     adapted, tuning = ml.inject(
         large, ml.LoraConfig(r=2, target_modules=[at], variant=variant), c.matrices(), rng

@@ -31,15 +31,15 @@ from minilora.spec.initialization import loftq, olora, orthogonal, pissa
 from minilora.spec.layers import Geometry, adapted_conv, with_tokens
 from minilora.spec.lora import merge_weight, twin
 from minilora.spec.models import Llama
-from minilora.spec.multi_adapter import Adapter, State, combine_exact, combine_linear
+from minilora.spec.multi_adapter import AdaptedLayer, Adapter, combine_exact, combine_linear
 from minilora.spec.ops import attention, cross_entropy, embedding, linear, rmsnorm, rope_tables
 from minilora.spec.optim import AdamState, adamw, lorafa_gradient, loraplus_rates, schedule
-from minilora.spec.quantization import dequantise, dequantise_dynamic, quantise, quantise_dynamic
+from minilora.spec.quantization import dequantize, dequantize_dynamic, quantize, quantize_dynamic
 from minilora.spec.target_modules import (
     all_linear,
-    layer_of,
+    is_saved,
+    layer_index,
     matches,
-    saved_in_full,
     tied_gradients,
 )
 from minilora.spec.variants import (
@@ -406,7 +406,7 @@ def test_peft_counts_experts_for_layers_where_the_layers_are_outermost(torch, pe
     name = "layers.1.experts.0.up"
     assert [adapted(f"model.{name}", i) for i in (0, 1)] == [False, True]
     assert [adapted(name, i) for i in (0, 1)] == [True, False]
-    right = layer_of(name, "layers"), layer_of(f"model.{name}", "layers")
+    right = layer_index(name, "layers"), layer_index(f"model.{name}", "layers")
     assert right == (1, 1)
 
 
@@ -455,7 +455,7 @@ def test_peft_trains_in_full_what_only_ends_like_a_module_to_save(torch, peft):
 
     **Consequence.** Another module is trained and saved as a whole, without a word; if it is
     adapted, PEFT stops with an error. Give whole names.
-    [`saved_in_full`](spec/target_modules.md#saved_in_full) says what is hit.
+    [`is_saved`](spec/target_modules.md#is_saved) says what is hit.
 
     Seen in peft 0.21.2.
     """
@@ -465,7 +465,7 @@ def test_peft_trains_in_full_what_only_ends_like_a_module_to_save(torch, peft):
     model = peft.get_peft_model(base, config).base_model.model
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"k", "q", "seq"}
-    assert trained == {"k", *(name for name in names if saved_in_full(name, ["q"]))}
+    assert trained == {"k", *(name for name in names if is_saved(name, ["q"]))}
     assert [name for name in names if matches(name, ["q"])] == ["q"]
 
 
@@ -1123,12 +1123,12 @@ def test_peft_has_one_triplet_less_than_adaloras_budget_where_it_is_whole(torch,
 
 
 def peft_pair(torch, peft, one, two, **settings):
-    """A layer of weight 1 in float64 and two adapters, in PEFT and as a State: (B, magnitude) each.
+    """A layer of weight 1 in float64 and two adapters, in PEFT and as an AdaptedLayer.
 
-    A and s are 1; without a magnitude the adapter is plain LoRA and its change B.
+    Each adapter is (B, magnitude). A and s are 1; without a magnitude the adapter is plain LoRA and its change B.
     """
     base = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False, dtype=torch.float64))
-    model, state = None, State(np.ones((1, 1)))
+    model, state = None, AdaptedLayer(np.ones((1, 1)))
     for name, (B, magnitude) in {"one": one, "two": two}.items():
         dora = magnitude is not None
         config = {"r": 1, "lora_alpha": 1, "target_modules": ["0"], "use_dora": dora} | settings
@@ -1295,13 +1295,13 @@ def test_peft_combines_an_adapter_without_its_bias_or_its_magnitude(torch, peft)
     assert peft_alone(torch, peft, r=1, lora_alpha=1, lora_bias=True) == [1, 2 + 8, 1, 2]
     W, b, one = np.ones((1, 1)), np.zeros((1, 1)), np.ones((1, 1))
     alone = combine_exact([Adapter((one, one, 8 * one), 1, LORA_BIAS)], [1])
-    assert State(W, b, {"all": alone}, ("all",)).forward(one)[0] == 2 + 8
+    assert AdaptedLayer(W, b, {"all": alone}, ("all",)).forward(one)[0] == 2 + 8
 
     change, answer, combined, other = peft_alone(torch, peft, r=1, lora_alpha=1, use_dora=True)
     assert (change, answer) == (combined, 8)
     assert other == 1  # the norm of W, where a new magnitude starts
     alone = combine_exact([Adapter((one, one, 8 * one), 1, DORA)], [1])
-    assert State(W, b, {"all": alone}, ("all",)).forward(one)[0] == 8
+    assert AdaptedLayer(W, b, {"all": alone}, ("all",)).forward(one)[0] == 8
 
 
 def test_peft_makes_nan_of_a_row_of_zeros_under_dora(torch, peft):
@@ -1738,7 +1738,7 @@ def test_peft_starts_loftq_without_its_scale(torch, peft):
     the scale 2 is as far from $W$ as $Q$ alone, and a greater one farther: $W - Q - sBA = (W - Q
     - BA) + (1 - s)BA$, two parts at right angles.
 
-    **Consequence.** With $\alpha = 2r$, as is usual, LoftQ gains nothing over the quantised
+    **Consequence.** With $\alpha = 2r$, as is usual, LoftQ gains nothing over the quantized
     weight. Start it with $\alpha = r$.
 
     Seen in peft 0.21.2.
@@ -1756,7 +1756,7 @@ def test_peft_starts_loftq_without_its_scale(torch, peft):
     right, _ = linear(x, W)
     assert found(alpha=1) == right == 1 + 2**-6
     assert found(alpha=4) == 1 + 4 * 2**-6
-    Q, A, B = loftq(W, 1, 4, lambda M: dequantise(quantise(M, "nf4")))
+    Q, A, B = loftq(W, 1, 4, lambda M: dequantize(quantize(M, "nf4")))
     assert lora_linear(x, Q, None, A, B, 4)[0] == right
 
 
@@ -2094,7 +2094,7 @@ def test_loralib_cannot_pickle_a_layer_without_dropout(loralib):
 def test_bitsandbytes_gives_an_entry_the_scale_of_another_block_where_rows_are_no_blocks(
     torch, bitsandbytes
 ):
-    r"""Weights whose rows are no whole blocks are dequantised with other scales.
+    r"""Weights whose rows are no whole blocks are dequantized with other scales.
 
     NF4's blocks run through the rows on end, so that a row of another length than a multiple of
     the block shares some with its neighbours. That is how `quantize_4bit` makes them. On
@@ -2123,8 +2123,8 @@ def test_bitsandbytes_gives_an_entry_the_scale_of_another_block_where_rows_are_n
     for shape in ((3, 64), (4, 48)):
         codes, state = F.quantize_4bit(torch.from_numpy(W.reshape(shape)), quant_type="nf4")
         assert state.absmax.tolist() == [1, 2, 4]
-        q = quantise(W.reshape(shape), "nf4")
-        assert (dequantise(q).ravel() == W).all()
+        q = quantize(W.reshape(shape), "nf4")
+        assert (dequantize(q).ravel() == W).all()
         assert codes.numpy().ravel().tolist() == q.codes.tolist()
         found = F.dequantize_4bit(codes, state).numpy().ravel()
         assert (found == W).all() if shape == (3, 64) else (found == 1).all()
@@ -2135,12 +2135,12 @@ def test_bitsandbytes_does_not_find_zero_in_a_map_that_has_it(torch, bitsandbyte
 
     `quantize_blockwise` looks its codes up in a table of equally spaced points between -1 and 1.
     Zero lies between two of them, and the point that it is rounded to is nearer to another value.
-    Double quantisation goes this way with the constants of NF4.
+    Double quantization goes this way with the constants of NF4.
 
     **Right.** The map contains zero, and zero is nearest to itself.
 
     **Consequence.** Slight: of each block's greatest modulus, what the page of
-    [`quantise_dynamic`](spec/quantization.md#quantise_dynamic) prints. But what is zero does not
+    [`quantize_dynamic`](spec/quantization.md#quantize_dynamic) prints. But what is zero does not
     stay so.
 
     Seen in bitsandbytes 0.50.2.
@@ -2154,8 +2154,8 @@ def test_bitsandbytes_does_not_find_zero_in_a_map_that_has_it(torch, bitsandbyte
     assert zero == t[t > 0][3]  # three values are nearer to 0, and 0 itself
     v = np.array([0, 1], np.float32)
     for points, wanted in ((None, 0), (2**16, zero)):
-        codes, absmax = quantise_dynamic(v, points=points)
-        assert dequantise_dynamic(codes, absmax).tolist() == [wanted, 1]
+        codes, absmax = quantize_dynamic(v, points=points)
+        assert dequantize_dynamic(codes, absmax).tolist() == [wanted, 1]
 
 
 def test_peft_rounds_lorafas_gradient_to_bfloat16(torch, peft):
@@ -2541,8 +2541,8 @@ def test_peft_activates_another_adapter_for_a_deleted_one(torch, peft):
 
     Deleting the only active adapter activates the first of those that are left, with a warning.
 
-    **Right.** That is a choice: the `State` in `adapters` has none act in the stead of one that
-    is gone, since nobody asked for it.
+    **Right.** That is a choice: minilora's `AdaptedLayer` has none act in the stead of one that is
+    gone, since nobody asked for it.
 
     **Consequence.** The function after a deletion depends on the order in which adapters were
     added.

@@ -9,10 +9,10 @@ from calculus import GRADIENT, record_worst, same_bits
 from extras import optional
 
 from minilora.spec.initialization import DRAW, loftq, olora, orthogonal, pissa
-from minilora.spec.layers import PLACE
+from minilora.spec.layers import PADDING
 from minilora.spec.lora import lora_linear, merge_weight
 from minilora.spec.ops import linear
-from minilora.spec.quantization import dequantise, quantise
+from minilora.spec.quantization import dequantize, quantize
 from minilora.spec.variants import (
     REGISTRY,
     dora_full_linear,
@@ -140,7 +140,7 @@ def test_convolutions_are_compared_in_every_padding_mode():
 
     for seed in range(12):
         assert deviation("lora", "conv2", seed, ours=ours).worst <= GRADIENT
-    assert modes == set(PLACE)
+    assert modes == set(PADDING)
 
 
 OFF = 1 + 1e-11
@@ -364,7 +364,7 @@ def test_the_gaussian_start_is_pefts_bit_for_bit_from_the_same_numbers():
 
 
 @pytest.fixture
-def quantising_on_the_cpu(monkeypatch):
+def quantizing_on_the_cpu(monkeypatch):
     """PEFT sends LoftQ's weight to a GPU, whatever there is: here that name means the CPU."""
     bitsandbytes = optional("bitsandbytes")
     for kind in (torch.Tensor, bitsandbytes.nn.Params4bit):
@@ -378,10 +378,10 @@ def quantising_on_the_cpu(monkeypatch):
         monkeypatch.setattr(kind, "to", here)
 
 
-@pytest.mark.usefixtures("quantising_on_the_cpu")
+@pytest.mark.usefixtures("quantizing_on_the_cpu")
 def test_loftq_starts_as_pefts_does_at_scale_1():
     def nf4(M):
-        return dequantise(quantise(M, "nf4"))
+        return dequantize(quantize(M, "nf4"))
 
     W = np.random.default_rng(0).standard_normal((6, 64)).astype(np.float32)
     Q, A, B = loftq(W, 2, 1.0, nf4)

@@ -29,7 +29,7 @@ from minilora.io.formats.peft import (
     vera_projections,
     write_adapter,
 )
-from minilora.spec.target_modules import LoraConfig, invoked, replicate
+from minilora.spec.target_modules import LoraConfig, replicate_layers, with_invocation
 
 IDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 1, 4], [2, 7, 1, 8, 0]])  # with aLoRA's, without
 
@@ -61,7 +61,7 @@ def trained_here(c, W, tuning, lora, ids):
     tables = {f"{at}.weight" for at in lora.trainable_token_indices}
     tuning = replace(tuning, trained=tuning.trained | tables)
     if lora.alora_invocation_tokens:
-        tuning = invoked(tuning, ids, lora.alora_invocation_tokens)
+        tuning = with_invocation(tuning, ids, lora.alora_invocation_tokens)
     z, back = logits(Batch(ids), W, c, tuning)
     dz = np.random.default_rng(7).standard_normal(z.shape)
     gradients = back(dz)
@@ -273,7 +273,7 @@ def adapted(libraries, model, kind, said):
 
 def base_for(c, lora):
     W = weights(c)
-    return replicate(W, c, lora.layer_replication) if lora.layer_replication else (W, c)
+    return replicate_layers(W, c, lora.layer_replication) if lora.layer_replication else (W, c)
 
 
 @pytest.mark.parametrize(("kind", "config", "said", "variant"), PEFT_SAYS)

@@ -197,7 +197,7 @@ def test_peft_gives_the_logits_of_a_variant_trained_here(variant, tmp_path):
     ]
     assert main(["train", "--output", out, "--variant", variant, *steps]) == 0
     base = open_base_of(None, out)
-    # LoftQ's base is the quantised one, which lies beside the adapter.
+    # LoftQ's base is the quantized one, which lies beside the adapter.
     assert (base.path == BASE) == (variant != "loftq")
     z = by_transformers(libraries, base.path, out)
     # Noise is sampled of a merged DoRA: beside its weight it would need that as an array.

@@ -24,17 +24,17 @@ from marks import examples
 
 from minilora import testing as draw
 from minilora.spec.adalora import (
+    BudgetPlan,
     Importance,
-    Plan,
     adalora_scale,
+    add_orthogonality,
     advance,
     allocate,
     budget,
     initial_rank,
     left,
     orthogonality,
-    penalised,
-    planned,
+    plan_budget,
     prune,
     sensitivity,
     smooth,
@@ -415,9 +415,9 @@ def steps_beside_peft(plan, seed, ours=advance):
 
 
 PLANS = [
-    Plan(2 * R, 4, t_initial=2, t_final=3, total=10),
-    Plan(2 * R, 2, t_initial=0, t_final=0, total=9, interval=3, beta1=0.5, beta2=0.75),
-    Plan(2 * R, 2, t_initial=1, t_final=4, total=11, interval=2, beta1=0.9, beta2=0.6),
+    BudgetPlan(2 * R, 4, t_initial=2, t_final=3, total=10),
+    BudgetPlan(2 * R, 2, t_initial=0, t_final=0, total=9, interval=3, beta1=0.5, beta2=0.75),
+    BudgetPlan(2 * R, 2, t_initial=1, t_final=4, total=11, interval=2, beta1=0.9, beta2=0.6),
 ]
 
 
@@ -480,7 +480,7 @@ def test_another_algorithm_is_not_pefts(wrong):
 
 def test_a_step_changes_neither_its_arguments_nor_its_state():
     rng = np.random.default_rng(0)
-    plan = Plan(3, 1, 0, 1, 4)
+    plan = BudgetPlan(3, 1, 0, 1, 4)
     params = {"q.A": (3, 2), "q.B": (4, 3), "q.E": (3, 1)}
     params = {name: rng.standard_normal(shape) for name, shape in params.items()}
     gradients = {name: rng.standard_normal(p.shape) for name, p in params.items()}
@@ -502,7 +502,7 @@ def test_a_step_changes_neither_its_arguments_nor_its_state():
 
 def test_the_steps_run_over_the_rationals():
     rng = np.random.default_rng(0)
-    plan = Plan(3, 1, 0, 0, 2, beta1=Fraction(1, 2), beta2=Fraction(1, 3))
+    plan = BudgetPlan(3, 1, 0, 0, 2, beta1=Fraction(1, 2), beta2=Fraction(1, 3))
     shapes = {"q.A": (3, 2), "q.B": (4, 3), "q.E": (3, 1)}
     params = {name: rationals(rng, shape) for name, shape in shapes.items()}
     state = Importance()
@@ -529,7 +529,7 @@ def test_a_runs_gradients_have_the_penaltys_exactly():
     rng = np.random.default_rng(0)
     params, gamma = triplets(rng), Fraction(1, 7)
     gradients = {name: rationals(rng, p.shape) for name, p in params.items()}
-    got = penalised(params, gradients, gamma)
+    got = add_orthogonality(params, gradients, gamma)
     added = {name for name in params if name[:2] in ("q.", "k.") and name[-1] in "AB"}
     for name in params.keys() - added:
         assert got[name] is gradients[name]
@@ -539,12 +539,12 @@ def test_a_runs_gradients_have_the_penaltys_exactly():
             assert (got[name] - gradients[name] == dR).all()
             assert dR.any()
     without = {name: p for name, p in params.items() if not name.endswith(".E")}
-    assert penalised(without, gradients) == gradients
+    assert add_orthogonality(without, gradients) == gradients
 
 
 def test_a_run_begins_with_half_as_much_again_and_ends_at_the_rank():
     for rank, steps in itertools.product((1, 2, 8), range(3, 40)):
-        plan = planned(rank, 5, steps)
+        plan = plan_budget(rank, 5, steps)
         budgets = [plan.budget(step) for step in range(steps + 1)]
         assert budgets[0] == 5 * initial_rank(rank)
         assert {*budgets[steps - steps // 2 :]} == {5 * rank}
@@ -555,7 +555,9 @@ def test_a_run_begins_with_half_as_much_again_and_ends_at_the_rank():
 def test_a_runs_penalty_counts_a_tenth():
     params = triplets(np.random.default_rng(0), "q")
     gradients = {name: np.zeros_like(p) for name, p in params.items()}
-    of_a_run, a_tenth, a_fifth = (penalised(params, gradients, *g) for g in ((), (0.1,), (0.2,)))
+    of_a_run, a_tenth, a_fifth = (
+        add_orthogonality(params, gradients, *g) for g in ((), (0.1,), (0.2,))
+    )
     for name in ("q.A", "q.B"):
         assert (of_a_run[name] == a_tenth[name]).all()
         assert (of_a_run[name] != a_fifth[name]).any()
@@ -581,10 +583,10 @@ def test_what_is_left_of_a_run_is_the_same_function_and_nothing_that_is_0():
 
 def test_no_interval_is_refused():
     with pytest.raises(ValueError, match="interval 0: expected 1 step or more"):
-        Plan(1, 1, 0, 1, 9, interval=0)
+        BudgetPlan(1, 1, 0, 1, 9, interval=0)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_run_in_which_nothing_can_be_pruned_is_refused(steps):
     with pytest.raises(ValueError, match=f"{steps} steps: expected 3 or more"):
-        planned(8, 5, steps)
+        plan_budget(8, 5, steps)

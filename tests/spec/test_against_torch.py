@@ -124,7 +124,7 @@ THEIRS = {
     ),
     "adalora_linear": by_matrix(lambda W, s, A, B, E: s * B @ torch.diag(E[:, 0]) @ A),
     "unfold": unfold,
-    "blocks_apart": lambda W, groups: torch.block_diag(*W.chunk(groups)),
+    "block_diagonal": lambda W, groups: torch.block_diag(*W.chunk(groups)),
     "conv": conv,
 }
 

@@ -548,7 +548,7 @@ def calls_of_variants(rng, sizes):
     )
     A0, B0 = rng.standard_normal((t, n + 2)), rng.standard_normal((m + 1, t))
     given = {"A": A, "B": B, "A0": A0, "B0": B0}
-    yield initialization.as_plain, given, initialization.as_plain(**given)
+    yield initialization.convert_to_lora, given, initialization.convert_to_lora(**given)
 
 
 def calls_of_layers(rng, sizes):

@@ -16,14 +16,14 @@ from minilora import testing as draw
 from minilora.spec import initialization, lora
 from minilora.spec.initialization import (
     INITIALIZATIONS,
-    as_plain,
+    convert_to_lora,
+    converted_alpha,
     loftq,
     olora,
     orthogonal,
     pissa,
-    plain_alpha,
 )
-from minilora.spec.quantization import dequantise, quantise
+from minilora.spec.quantization import dequantize, quantize
 from minilora.spec.variants import REGISTRY
 from minilora.verify.properties import exact_numbers
 
@@ -199,7 +199,7 @@ def nearer_than_the_base_alone(start, W, r, s, steps):
 
 @FEW
 @given(W=weights(), s=SCALES, steps=st.integers(1, 4))
-def test_loftq_takes_what_quantising_lost_with_the_scale(W, s, steps):
+def test_loftq_takes_what_quantizing_lost_with_the_scale(W, s, steps):
     nearer_than_the_base_alone(loftq, W, 1, s, steps)
 
 
@@ -207,14 +207,14 @@ def test_loftq_without_its_scale_or_of_the_whole_weight_is_refused():
     W = np.random.default_rng(0).standard_normal((5, 4))
     nearer_than_the_base_alone(loftq, W, 2, 7 / 3, 1)
     for wrong in (
-        lambda W, r, s, quantise, steps: loftq(W, r, 1.0, quantise, steps),
-        lambda W, r, s, quantise, steps: (quantise(W), *pissa(W, r, s)[1:]),
+        lambda W, r, s, quantize, steps: loftq(W, r, 1.0, quantize, steps),
+        lambda W, r, s, quantize, steps: (quantize(W), *pissa(W, r, s)[1:]),
     ):
         with pytest.raises(AssertionError):
             nearer_than_the_base_alone(wrong, W, 2, 7 / 3, 1)
 
 
-def test_loftqs_first_step_quantises_the_weight_and_the_next_what_the_adapter_leaves():
+def test_loftqs_first_step_quantizes_the_weight_and_the_next_what_the_adapter_leaves():
     W, s = np.random.default_rng(0).standard_normal((5, 4)), 7 / 3
     Q, A, B = loftq(W, 2, s, quarter)
     assert same_bits(Q, quarter(W))
@@ -346,7 +346,7 @@ def test_veras_factors_are_shared_and_each_projection_takes_its_part():
 def test_loftq_by_name_is_one_step_with_nf4():
     W = np.random.default_rng(0).standard_normal((4, 6))
     Q, A, B = INITIALIZATIONS["loftq"].start(np.random.default_rng(1), W, 2, 7 / 3)
-    nearest = dequantise(quantise(W.astype(np.float32), "nf4")).astype(float)
+    nearest = dequantize(quantize(W.astype(np.float32), "nf4")).astype(float)
     assert same_bits(Q, nearest)
     wanted = loftq(W, 2, 7 / 3, lambda V: nearest)
     assert all(same_bits(f, w) for f, w in zip((Q, A, B), wanted, strict=True))
@@ -381,9 +381,9 @@ def test_an_adapter_trained_from_a_part_of_the_weight_is_a_plain_one_of_twice_th
     x = in_fractions(np.round(4 * rng.standard_normal((shape[1], 2))) / 4)
     R, (A0, B0), (A, B) = trained(split, W, r, s, x, rng)
     wanted, _ = lora.lora_linear(x, R, None, A, B, s)
-    A2, B2 = as_plain(A, B, A0, B0)
+    A2, B2 = convert_to_lora(A, B, A0, B0)
     assert len(A2) == 2 * r
-    doubled = lora.scale(plain_alpha(alpha), 2 * r)
+    doubled = lora.scale(converted_alpha(alpha), 2 * r)
     assert doubled == s
     assert exact_numbers.same(
         lora.lora_linear(x, in_fractions(W), None, A2, B2, doubled)[0], wanted
@@ -397,15 +397,15 @@ def test_an_adapter_trained_from_a_part_of_the_weight_is_a_plain_one_of_twice_th
 def test_twice_the_rank_has_the_same_scale(r):
     """For rsLoRA √2 α: three roots, a product and two quotients are rounded."""
     alpha = 7 / 3
-    assert lora.scale(plain_alpha(alpha), 2 * r) == lora.scale(alpha, r)
+    assert lora.scale(converted_alpha(alpha), 2 * r) == lora.scale(alpha, r)
     wanted = lora.scale(alpha, r, rslora=True)
-    found = lora.scale(plain_alpha(alpha, rslora=True), 2 * r, rslora=True)
+    found = lora.scale(converted_alpha(alpha, rslora=True), 2 * r, rslora=True)
     assert abs(found - wanted) <= 6 * UNIT_ROUNDOFF * wanted
     assert abs(lora.scale(2 * alpha, 2 * r, rslora=True) - wanted) > 6 * UNIT_ROUNDOFF * wanted
 
 
 def test_the_residual_and_the_scale_are_the_starts_own():
-    assert initialization.plain_alpha(3) == 6
+    assert initialization.converted_alpha(3) == 6
     W = np.random.default_rng(0).standard_normal((4, 6))
     for init, split in (("pissa", pissa), ("olora", olora)):
         found = INITIALIZATIONS[init].start(np.random.default_rng(1), W, 2, 7 / 3)

@@ -288,14 +288,14 @@ def test_groups_are_convolutions_side_by_side(rng, groups, of_group):
         assert (y[own] == part).all()
         assert (dx[channels] == back_part(dy[own])).all()
     flat = W.reshape(len(W), -1)
-    apart, back_blocks = layers.blocks_apart(flat, groups)
+    apart, back_blocks = layers.block_diagonal(flat, groups)
     assert (back_blocks(apart) == flat).all()
     assert (apart != 0).sum() == (flat != 0).sum()
 
 
 def test_rows_that_do_not_divide_by_their_groups_are_refused():
     with pytest.raises(ValueError, match="5 rows in 2 groups: expected a multiple"):
-        layers.blocks_apart(np.ones((5, 3)), 2)
+        layers.block_diagonal(np.ones((5, 3)), 2)
 
 
 @FEW
@@ -314,9 +314,9 @@ def test_a_convolutions_adapter_is_two_convolutions_and_merges_into_one(rng, gro
     merged, bias = layers.merge_conv(lora.LORA, W, b, (A, B), 0.5, groups)
     assert merged.shape == (6, 4, 2, 3)
     assert (layers.conv(x, merged, bias, moves)[0] == y).all()
-    apart, _ = layers.blocks_apart(B, groups)
+    apart, _ = layers.block_diagonal(B, groups)
     back_again, _ = layers.merge_conv(lora.LORA, merged, bias, (A, apart), -0.5)
-    flat, _ = layers.blocks_apart(W.reshape(6, -1), groups)
+    flat, _ = layers.block_diagonal(W.reshape(6, -1), groups)
     assert (back_again == flat.reshape(merged.shape)).all()
     assert (back_again == merged).all() == (not (apart @ A).any())
 

@@ -40,8 +40,8 @@ from minilora import testing as draw
 from minilora.spec import multi_adapter as module
 from minilora.spec.lora import LORA
 from minilora.spec.multi_adapter import (
+    AdaptedLayer,
     Adapter,
-    State,
     combine,
     combine_exact,
     combine_linear,
@@ -159,9 +159,9 @@ LISTS = st.lists(st.sampled_from("abcd"), unique=True)
 
 
 class Life(RuleBasedStateMachine):
-    """Every transition on a `State` and on the `Plain` definition, which must agree after each."""
+    """Every transition on an `AdaptedLayer` and on `Plain`, which must agree after each."""
 
-    state_of = State
+    state_of = AdaptedLayer
 
     @initialize(seed=SEEDS)
     def begin(self, seed):
@@ -286,7 +286,7 @@ def test_a_life_of_adapters_is_what_the_list_of_those_that_act_says():
     run_state_machine_as_test(Life, settings=settings(max_examples=25, stateful_step_count=12))
 
 
-class MergedTwice(State):
+class MergedTwice(AdaptedLayer):
     """A merged adapter's branch acts beside the weight."""
 
     def forward(self, x, keep=None):
@@ -295,15 +295,15 @@ class MergedTwice(State):
         return sum((self.adapters[n].branch(x, self.W, self.b)[0] for n in names), start=y), back
 
 
-class DroppedWhileMerged(State):
+class DroppedWhileMerged(AdaptedLayer):
     """Beside a merged adapter the other active ones do not act, as in PEFT."""
 
     def forward(self, x, keep=None):
         alone = self.activate(*self.merged) if self.merged else self
-        return State.forward(alone, x, None if self.merged else keep)
+        return AdaptedLayer.forward(alone, x, None if self.merged else keep)
 
 
-class Subtracting(State):
+class Subtracting(AdaptedLayer):
     """W holds what is merged; unmerging takes away what the adapter is by then."""
 
     def changed(self, names, times=1):
@@ -318,11 +318,11 @@ class Subtracting(State):
         return new.changed(new.merged[len(self.merged) :])
 
     def unmerge(self, *names):
-        return State.unmerge(self, *names).changed(names or self.merged, -1)
+        return AdaptedLayer.unmerge(self, *names).changed(names or self.merged, -1)
 
     def activate(self, *names):
         gone = [name for name in self.merged if name not in names]
-        return State.activate(self.unmerge(*gone) if gone else self, *names)
+        return AdaptedLayer.activate(self.unmerge(*gone) if gone else self, *names)
 
     def stored(self):
         inside = self.changed(self.merged, -1) if self.disabled else self
@@ -336,7 +336,7 @@ class Subtracting(State):
 class UnmergedWithoutScale(Subtracting):
     def unmerge(self, *names):
         bare = {name: replace(a, s=1) for name, a in self.adapters.items()}
-        new = State.unmerge(self, *names)
+        new = AdaptedLayer.unmerge(self, *names)
         out = Subtracting.changed(replace(new, adapters=bare), names or self.merged, -1)
         return replace(out, adapters=self.adapters)
 
@@ -345,33 +345,33 @@ class DeletedButMerged(Subtracting):
     """Deleting forgets the name, and the weight keeps the change."""
 
     def delete(self, name):
-        new = State.delete(self, name) if name not in self.merged else self
+        new = AdaptedLayer.delete(self, name) if name not in self.merged else self
         kept = {n: a for n, a in new.adapters.items() if n != name}
         lists = (tuple(n for n in names if n != name) for names in (new.active, new.merged))
         active, merged = lists
         return replace(new, adapters=kept, active=active, merged=merged)
 
 
-class DisabledButMerged(State):
+class DisabledButMerged(AdaptedLayer):
     """Disabling stops the branches, and the weight keeps what is merged."""
 
     def stored(self):
         return replace(self, disabled=False).stored() if self.disabled else super().stored()
 
 
-class DisabledForGood(State):
+class DisabledForGood(AdaptedLayer):
     def disable(self):
         return replace(super().disable(), active=(), merged=())
 
 
-class ActivatedBesideMerged(State):
+class ActivatedBesideMerged(AdaptedLayer):
     """What is merged stays merged, whatever is activated."""
 
     def activate(self, *names):
         return replace(super().activate(*names), merged=self.merged)
 
 
-class ReplacedByAnother(State):
+class ReplacedByAnother(AdaptedLayer):
     """Where the last active adapter is deleted, the first of the rest acts, as in PEFT."""
 
     def delete(self, name):
@@ -380,20 +380,20 @@ class ReplacedByAnother(State):
         return new.activate(min(new.adapters)) if lonely else new
 
 
-class RenamedToTheEnd(State):
+class RenamedToTheEnd(AdaptedLayer):
     def rename(self, old, new):
         after = super().rename(old, new)
         rest = tuple(n for n in after.active if n != new)
         return replace(after, active=rest + (new,) * (new in after.active))
 
 
-class RenamedAndInactive(State):
+class RenamedAndInactive(AdaptedLayer):
     def rename(self, old, new):
         after = super().rename(old, new)
         return after.activate(*(n for n in after.active if n != new or old == new))
 
 
-class SwappedPartsOnly(State):
+class SwappedPartsOnly(AdaptedLayer):
     """The new parameters under the old scale."""
 
     def swap(self, name, adapter):
@@ -402,20 +402,20 @@ class SwappedPartsOnly(State):
         return super().swap(name, replace(adapter, s=self.adapters[name].s))
 
 
-class ScaledAgain(State):
+class ScaledAgain(AdaptedLayer):
     """A scale is a factor on what it was."""
 
     def set_scale(self, name, s):
         return super().set_scale(name, s * self.adapters[name].s if name in self.adapters else s)
 
 
-class AddedActive(State):
+class AddedActive(AdaptedLayer):
     def add(self, name, adapter):
         new = super().add(name, adapter)
         return replace(new, active=(*self.active, name))
 
 
-class Mutating(State):
+class Mutating(AdaptedLayer):
     """The dict of adapters is changed in place."""
 
     def swap(self, name, adapter):
@@ -424,16 +424,16 @@ class Mutating(State):
         return self
 
 
-class FirstScaleForAll(State):
+class FirstScaleForAll(AdaptedLayer):
     def forward(self, x, keep=None):
         first = self.adapters[self.active[0]].s if self.active else 1
         scaled = {name: replace(a, s=first) for name, a in self.adapters.items()}
-        return State(self.W, self.b, scaled, self.active, self.merged, self.disabled).forward(
-            x, keep
-        )
+        return AdaptedLayer(
+            self.W, self.b, scaled, self.active, self.merged, self.disabled
+        ).forward(x, keep)
 
 
-class MaskOnTheBase(State):
+class MaskOnTheBase(AdaptedLayer):
     def forward(self, x, keep=None):
         for K in (keep or {}).values():
             return super().forward(K * x)
@@ -480,7 +480,7 @@ def test_a_wrong_state_is_refused(wrong):
 
 
 def test_the_right_state_leads_that_life():
-    lead(State)
+    lead(AdaptedLayer)
 
 
 @EXACT
@@ -488,7 +488,7 @@ def test_the_right_state_leads_that_life():
 def test_a_branchs_gradients_are_difference_quotients(seed):
     """y is affine in each parameter alone, so that a step of 1 gives the derivative exactly."""
     rng = np.random.default_rng(seed)
-    x, dy, state = odd(rng, (N, T)), odd(rng, (M, T)), State(odd(rng, (M, N)))
+    x, dy, state = odd(rng, (N, T)), odd(rng, (M, T)), AdaptedLayer(odd(rng, (M, N)))
     for i, kind in enumerate(RATIONAL):
         state = state.add(kind, adapter(kind, 2, seed + i))
     state = state.activate(*RATIONAL)
@@ -510,7 +510,7 @@ def test_the_gradients_of_every_variant_together_are_the_derivative():
     kinds = ["lora", "lora-bias", "dora-full", "vera", "adalora"]
     rng = np.random.default_rng(0)
     x, dy = normal(rng, (N, T)), normal(rng, (M, T))
-    state = State(normal(rng, (M, N)), normal(rng, (M, 1)))
+    state = AdaptedLayer(normal(rng, (M, N)), normal(rng, (M, 1)))
     for i, kind in enumerate(kinds):
         state = state.add(kind, floating(kind, 2, i))
     state = state.activate(*kinds).merge("vera")
@@ -543,7 +543,7 @@ def test_one_adapter_is_its_variant_to_the_bit():
     x, W, b = normal(rng, (9, 7)), normal(rng, (8, 9)), normal(rng, (8, 1))
     for kind in ("lora", "vera", "adalora"):
         a = floating(kind, 2, 5, 8, 9)
-        state = State(W, b).add("a", a).activate("a")
+        state = AdaptedLayer(W, b).add("a", a).activate("a")
         y, back = a.variant.linear(x, W, b, *a.parts, a.s)
         found, found_back = state.forward(x)
         assert same_bits(found, y)
@@ -557,7 +557,7 @@ def test_one_adapter_is_its_variant_to_the_bit():
     A, B = a.parts
     assert same_bits(a.branch(x, W, b)[0], B @ (a.s * (A @ x)))
     assert same_bits(a.change(W, b)[0], a.s * (B @ A))
-    assert not same_bits(State(W, b).add("a", a).activate("a").forward(x)[0] - (W @ x + b),
+    assert not same_bits(AdaptedLayer(W, b).add("a", a).activate("a").forward(x)[0] - (W @ x + b),
                          a.branch(x, W, b)[0])  # fmt: skip
 
 
@@ -566,7 +566,7 @@ def test_unmerging_in_any_order_gives_back_the_bits():
     W = normal(rng, (M, N)).astype(np.float32)
     b = normal(rng, (M, 1)).astype(np.float32)
     kinds = ["lora", "lora-bias", "dora"]
-    state, subtracting = State(W, b), Subtracting(W.copy(), b.copy())
+    state, subtracting = AdaptedLayer(W, b), Subtracting(W.copy(), b.copy())
     for i, kind in enumerate(kinds):
         a = floating(kind, 2, i)
         a = replace(a, parts=tuple(p.astype(np.float32) for p in a.parts))
@@ -590,7 +590,7 @@ def test_several_dora_adapters_rescale_the_base_each_on_its_own():
     W, b, x = normal(rng, (M, N)), normal(rng, (M, 1)), normal(rng, (N, T))
     pair = [floating("dora", 2, seed) for seed in (1, 2)]
     forth, back_ = (with_changes(W, b, order)[0] for order in (pair, pair[::-1]))
-    state = State(W, b).add("a", pair[0]).add("b", pair[1]).activate("a", "b")
+    state = AdaptedLayer(W, b).add("a", pair[0]).add("b", pair[1]).activate("a", "b")
     alone = [a.variant.merge(W, b, *a.parts, a.s)[0] for a in pair]
     size = sum(abs(V) + 2 * abs(W) for V in alone)
     for order in (forth, back_, alone[0] + alone[1] - W):
@@ -615,7 +615,7 @@ def test_several_dora_adapters_rescale_the_base_each_on_its_own():
     [
         (lambda s: s.add("a", s.adapters["a"]), "already"),
         (lambda s: s.activate("zz"), "no adapter 'zz': expected one of 'a', 'b'; add it first"),
-        (lambda s: State(s.W).activate("a"), "'a': expected one that is there, and there is none"),
+        (lambda s: AdaptedLayer(s.W).activate("a"), "no adapter 'a'"),
         (lambda s: s.activate("a", "a"), "each adapter once"),
         (lambda s: s.rename("a", "b"), "already"),
         (lambda s: s.merge("b"), "not active; activate it first"),
@@ -632,7 +632,7 @@ def test_several_dora_adapters_rescale_the_base_each_on_its_own():
 )  # fmt: skip
 def test_what_a_state_refuses_it_names(wrong, message):
     pair = [floating("lora", 2, seed) for seed in (1, 2)]
-    state = State(np.ones((M, N))).add("a", pair[0]).add("b", pair[1]).activate("a").merge()
+    state = AdaptedLayer(np.ones((M, N))).add("a", pair[0]).add("b", pair[1]).activate("a").merge()
     with pytest.raises(ValueError, match=message):
         wrong(state)
 
@@ -647,7 +647,7 @@ def functions_and_shapes(m, n, r, t, q):
     yield Adapter.branch, given, pair[1].branch(x, W, b, K)[:1]
     yield Adapter.change, given, pair[1].change(W, b)
     yield with_changes, given, with_changes(W, b, pair)
-    yield State.forward, given, State(W, b).add("a", pair[0]).forward(x)[:1]
+    yield AdaptedLayer.forward, given, AdaptedLayer(W, b).add("a", pair[0]).forward(x)[:1]
     index = rng.integers(-1, 2, t)
     y, back = multi_linear(x, W, b, pair, index, K)
     dx, *gradients = back(y)
@@ -672,7 +672,7 @@ def test_every_shapes_line_is_true(sizes):
     tested = list(functions_and_shapes(*sizes))
     for f, arguments, results in tested:
         check_shapes(f.__doc__, arguments, results)
-    documented = [*vars(module).values(), *vars(Adapter).values(), *vars(State).values()]
+    documented = [*vars(module).values(), *vars(Adapter).values(), *vars(AdaptedLayer).values()]
     own = {f for f in documented if getattr(f, "__module__", "") == module.__name__}
     lines = {f for f in own if callable(f) and "Shapes:" in (f.__doc__ or "")}
     assert lines - {module.combine} == {f for f, _, _ in tested}  # tested with its kind in guards
@@ -706,12 +706,12 @@ def batch(seed=0, index=(1, -1, 0, 2, 1, -1)):
 
 
 def columns_are_single_layers(multi, c):
-    """y, dx and each adapter's gradients from `State`s of one column and one adapter."""
+    """y, dx and each adapter's gradients from `AdaptedLayer`s of one column and one adapter."""
     y, back = multi(c.x, c.W, c.b, c.adapters, c.index, c.K)
     dx, *gradients = back(c.dy)
     sums = [[p * 0 for p in a.parts] for a in c.adapters]
     for j, i in enumerate(c.index):
-        one = State(c.W, c.b)
+        one = AdaptedLayer(c.W, c.b)
         one = one.add("a", c.adapters[i]).activate("a") if i >= 0 else one
         yj, back_j = one.forward(c.x[:, [j]], {"a": c.K[:, [j]]} if i >= 0 else {})
         dxj, parts = back_j(c.dy[:, [j]])
@@ -979,8 +979,8 @@ def test_one_adapter_at_weight_1_is_itself(kind):
     assert (alone.s, alone.variant) == (a.s, a.variant)
     rng = np.random.default_rng(8)
     x, W = normal(rng, (N, T)), normal(rng, (M, N))
-    assert same_bits(State(W).add("c", alone).activate("c").forward(x)[0],
-                     State(W).add("c", a).activate("c").forward(x)[0])  # fmt: skip
+    assert same_bits(AdaptedLayer(W).add("c", alone).activate("c").forward(x)[0],
+                     AdaptedLayer(W).add("c", a).activate("c").forward(x)[0])  # fmt: skip
     if a.variant.additive:
         twice = combine_exact([a], [2])
         assert twice.parts is a.parts
@@ -1305,8 +1305,8 @@ def test_several_active_adapters_are_pefts():
     """Two roundings of one sum: each off by γ(k) Σ|terms|, k the operations on the longest way."""
     adapters, W, b, x = lora_pair(4, 5)
     model, layer = peft_model(adapters, W, b)
-    state = State(W, b, adapters)
-    size = State(abs(W), abs(b), moduli(adapters), ("one", "two")).forward(abs(x))[0]
+    state = AdaptedLayer(W, b, adapters)
+    size = AdaptedLayer(abs(W), abs(b), moduli(adapters), ("one", "two")).forward(abs(x))[0]
     bound = 2 * gamma(5 + 3 + 5) * size
     for names in (["one"], ["two"], ["one", "two"], ["two", "one"], []):
         acting = state.activate(*names)

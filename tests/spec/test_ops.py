@@ -378,7 +378,7 @@ TEXTBOOK = {
     "vera_linear": textbook_vera,
     "adalora_linear": textbook_adalora,
     "unfold": textbook_unfold,
-    "blocks_apart": lambda W, groups: by_entry(
+    "block_diagonal": lambda W, groups: by_entry(
         (len(W), groups * W.shape[1]),
         lambda i, j: W[i, j % W.shape[1]] if j // W.shape[1] == i // (len(W) // groups) else mpf(0),
     ),

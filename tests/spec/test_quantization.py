@@ -1,4 +1,4 @@
-"""Quantised bases: each error under its derived bound, each rounding one, other libraries' bits."""
+"""Quantized bases: each error under its derived bound, each rounding one, other libraries' bits."""
 
 import math
 import weakref
@@ -20,14 +20,14 @@ from minilora.spec.lora import lora_linear, merge_weight
 from minilora.spec.ops import linear
 from minilora.spec.quantization import (
     SCHEMES,
-    Quantised,
-    dequantise,
-    dequantise_dynamic,
+    Quantized,
+    dequantize,
+    dequantize_dynamic,
     dynamic_values,
     from_gguf,
     gguf_bytes,
     merge_errors,
-    merge_onto_dequantised,
+    merge_onto_dequantized,
     merge_onto_original,
     nearest,
     nf4_absmax,
@@ -35,11 +35,11 @@ from minilora.spec.quantization import (
     norm,
     pack,
     qlora_linear,
-    quantise,
-    quantise_affine,
-    quantise_dynamic,
-    quantise_nf4,
-    requantise,
+    quantize,
+    quantize_affine,
+    quantize_dynamic,
+    quantize_nf4,
+    requantize,
     round_even,
     unpack,
 )
@@ -101,7 +101,7 @@ def gguf_bound(W, q):
     elif q.scheme == "q4_1":
         m = w.min(-1, keepdims=True)
         d = (w.max(-1, keepdims=True) - m) / 15
-        found = abs(dequantise(q).astype(float).reshape(w.shape))
+        found = abs(dequantize(q).astype(float).reshape(w.shape))
         bound = d * (0.5 + 62 * U) + 15 * half(d) + half(m) + U * found / (1 - U)
     else:
         d = np.take_along_axis(w, abs(w).argmax(-1)[..., None], -1) / -8
@@ -138,7 +138,7 @@ BOUND = (
 
 def within_its_bound(W, q):
     """The greatest error as a share of its bound, which a right scheme keeps at 1 or below."""
-    found = dequantise(q)
+    found = dequantize(q)
     error = abs(W.astype(float) - found.astype(float))
     bound = BOUND[q.scheme](W, q) + rounded_to(q.dtype, found.astype(float))
     share = np.divide(error, bound, out=np.where(error > 0, np.inf, 0.0), where=bound > 0)
@@ -151,11 +151,11 @@ def within_its_bound(W, q):
 @given(seed=st.integers(0, 2**32 - 1))
 def test_no_entry_is_off_by_more_than_the_bound_of_its_scheme(scheme, dtype, seed):
     W = weights(seed, dtype=dtype)
-    q = quantise(W, scheme)
+    q = quantize(W, scheme)
     share = within_its_bound(W, q)
-    record_worst(f"quantised: error over its bound, {scheme}", share)
+    record_worst(f"quantized: error over its bound, {scheme}", share)
     assert share <= 1
-    assert dequantise(q).dtype == (F32 if scheme in GGUF else dtype)
+    assert dequantize(q).dtype == (F32 if scheme in GGUF else dtype)
 
 
 def swapped(q):
@@ -198,22 +198,22 @@ WRONG = [
 @pytest.mark.parametrize(("scheme", "spoil"), WRONG)
 def test_a_wrong_layout_or_constant_breaks_the_bound(scheme, spoil):
     W = weights(0)
-    assert within_its_bound(W, quantise(W, scheme)) <= 1
-    assert within_its_bound(W, spoil(quantise(W, scheme))) > 1
+    assert within_its_bound(W, quantize(W, scheme)) <= 1
+    assert within_its_bound(W, spoil(quantize(W, scheme))) > 1
 
 
 @pytest.mark.parametrize("scheme", ["q4_0", "q8_0", *NF4[:1]])
 @FEW
 @given(seed=st.integers(0, 2**32 - 1))
-def test_quantising_what_was_dequantised_changes_no_number(scheme, seed):
+def test_quantizing_what_was_dequantized_changes_no_number(scheme, seed):
     """The entry that fixes a block's scale has a code of its own, so that it is met exactly."""
-    q = quantise(weights(seed), scheme)
-    assert (dequantise(requantise(q, dequantise(q))) == dequantise(q)).all()
+    q = quantize(weights(seed), scheme)
+    assert (dequantize(requantize(q, dequantize(q))) == dequantize(q)).all()
     if scheme == "nf4":
-        blocks = quantise(weights(seed), scheme, 32), quantise(weights(seed), scheme, 128)
-        assert all(requantise(b, weights(seed)).block == b.block for b in blocks)
-    moved = dequantise(q) * F32(1.01)
-    assert not (dequantise(requantise(q, moved)) == dequantise(q)).all()
+        blocks = quantize(weights(seed), scheme, 32), quantize(weights(seed), scheme, 128)
+        assert all(requantize(b, weights(seed)).block == b.block for b in blocks)
+    moved = dequantize(q) * F32(1.01)
+    assert not (dequantize(requantize(q, moved)) == dequantize(q)).all()
 
 
 def fractions(array):
@@ -225,23 +225,23 @@ def fractions(array):
 @given(numbers=st.lists(st.integers(-99, 99), min_size=16, max_size=16))
 def test_in_fractions_an_affine_entry_is_off_by_half_a_step_at_most(scheme, numbers):
     W = np.array([Fraction(n, 7) for n in numbers], object).reshape(2, 8)
-    q = quantise(W, scheme, 4)
-    found = dequantise(q)
+    q = quantize(W, scheme, 4)
+    found = dequantize(q)
     assert all(isinstance(v, Fraction) for v in found.ravel())
     scale = q.constants["scale"].repeat(4, -1).reshape(2, 8)
     assert (2 * abs(W - found) <= scale).all()
     assert all(f == 0 for w, f in zip(W.ravel(), found.ravel(), strict=True) if w == 0)
     coarser = replace(q, constants=q.constants | {"scale": q.constants["scale"] * 2})
-    assert (W == 0).all() or not (2 * abs(W - dequantise(coarser)) <= scale).all()
+    assert (W == 0).all() or not (2 * abs(W - dequantize(coarser)) <= scale).all()
 
 
 def test_a_tie_of_the_affine_schemes_goes_to_the_even_number():
     W = np.array([[Fraction(n, 2) for n in (0, 1, 3, 5, 7, 14, -1, -14)]], object)
-    q = quantise(W, "int4-symmetric", 8)
+    q = quantize(W, "int4-symmetric", 8)
     assert q.constants["scale"].item() == 1
     codes = unpack(q.codes).astype(int) - 8
     assert codes.tolist() == [0, 0, 2, 2, 4, 7, 0, -7]
-    assert same_bits(quantise(W.astype(float), "int4-symmetric", 8).codes, q.codes)
+    assert same_bits(quantize(W.astype(float), "int4-symmetric", 8).codes, q.codes)
     away = [math.floor(abs(w) + Fraction(1, 2)) * (1 if w > 0 else -1) for w in W.ravel()]
     assert codes.tolist() != away
     for numbers in (W.ravel(), W.ravel().astype(float)):
@@ -250,9 +250,9 @@ def test_a_tie_of_the_affine_schemes_goes_to_the_even_number():
 
 def test_an_affine_group_lies_along_the_input():
     W = np.repeat([[1.0, 1.0, 9.0, 9.0]], 2, 0)
-    q = quantise_affine(W, bits=8, block=2)
+    q = quantize_affine(W, bits=8, block=2)
     assert q.constants["scale"].ravel().tolist() == [1 / 255, 9 / 255] * 2
-    columns = quantise_affine(np.ascontiguousarray(W.T), bits=8, block=2)
+    columns = quantize_affine(np.ascontiguousarray(W.T), bits=8, block=2)
     assert columns.constants["scale"].ravel().tolist() == [1 / 255] * 2 + [9 / 255] * 2
 
 
@@ -282,9 +282,9 @@ def exactly(q):
 
 
 @pytest.mark.parametrize("scheme", [*GGUF, "nf4"])
-def test_dequantising_rounds_once_at_most(scheme):
-    q = quantise(weights(1, (6, 64)), scheme)
-    found, exact = dequantise(q).ravel(), exactly(q)
+def test_dequantizing_rounds_once_at_most(scheme):
+    q = quantize(weights(1, (6, 64)), scheme)
+    found, exact = dequantize(q).ravel(), exactly(q)
     # Each exact number has few enough bits for float64, so that only the cast to float32 rounds.
     assert all(Fraction(float(v)) == v for v in exact)
     assert (found == exact.astype(float).astype(F32)).all()
@@ -324,16 +324,16 @@ def test_a_value_between_two_is_given_to_the_nearest_and_a_tie_to_the_lower():
 def test_the_dynamic_map_is_within_its_bound(points, seed):
     rng = np.random.default_rng(seed)
     v = (rng.standard_normal(300) * 10.0 ** rng.integers(-6, 1, 300)).astype(F32)
-    codes, absmax = quantise_dynamic(v, points=points)
+    codes, absmax = quantize_dynamic(v, points=points)
     bound = dynamic_bound(absmax, points).repeat(256)[:300]
-    assert (abs(v - dequantise_dynamic(codes, absmax).astype(float)) <= bound).all()
-    assert not (abs(v - dequantise_dynamic(codes, absmax[::-1] * 3).astype(float)) <= bound).all()
+    assert (abs(v - dequantize_dynamic(codes, absmax).astype(float)) <= bound).all()
+    assert not (abs(v - dequantize_dynamic(codes, absmax[::-1] * 3).astype(float)) <= bound).all()
 
 
 def test_only_the_table_of_points_moves_what_is_nearly_zero():
     v = np.array([0, 1e-6, 1], F32)
     for points, wanted in ((None, [0, 5.5e-7, 1]), (2**16, [2.125e-5, 2.125e-5, 1])):
-        codes, absmax = quantise_dynamic(v, points=points)
+        codes, absmax = quantize_dynamic(v, points=points)
         assert absmax.tolist() == [1]
         assert codes.tolist() == nearest(np.array(wanted, F32), dynamic_values()).tolist()
 
@@ -344,7 +344,7 @@ def test_only_the_table_of_points_moves_what_is_nearly_zero():
 @every_scheme
 def test_frozen_codes_keep_their_bits(scheme):
     W = weights(0)
-    q = quantise(W, scheme)
+    q = quantize(W, scheme)
     for array in (q.codes, *q.constants.values()):
         with pytest.raises(ValueError, match="read-only"):
             array[...] = 0
@@ -353,12 +353,12 @@ def test_frozen_codes_keep_their_bits(scheme):
     with pytest.raises(AttributeError):
         q.codes = W
     assert same_bits(W, weights(0))
-    assert same_bits(dequantise(q), dequantise(q))
+    assert same_bits(dequantize(q), dequantize(q))
 
 
 def test_whoever_hands_in_an_array_may_go_on_writing_it():
     codes = np.zeros(4, np.uint8)
-    q = Quantised("nf4", (2, 4), np.dtype(F32), 8, codes, {"absmax": np.ones(1, F32)})
+    q = Quantized("nf4", (2, 4), np.dtype(F32), 8, codes, {"absmax": np.ones(1, F32)})
     codes[0] = 1
     assert q.codes[0] == 1
     assert not q.codes.flags.writeable
@@ -366,7 +366,7 @@ def test_whoever_hands_in_an_array_may_go_on_writing_it():
 
 def test_the_bits_of_an_entry_are_those_of_the_codes_and_the_constants():
     W = weights(0, (64, 256))
-    bits = {scheme: quantise(W, scheme).bits for scheme in SCHEMES}
+    bits = {scheme: quantize(W, scheme).bits for scheme in SCHEMES}
     assert bits["q4_0"] == 4 + 16 / 32
     assert bits["q4_1"] == 4 + 32 / 32
     assert bits["q8_0"] == 8 + 16 / 32
@@ -376,12 +376,12 @@ def test_the_bits_of_an_entry_are_those_of_the_codes_and_the_constants():
     assert bits["nf4-double"] == 4 + 8 / 64 + 32 / (64 * 256) + 32 / W.size
 
 
-# LoRA beside a quantised weight.
+# LoRA beside a quantized weight.
 
 
 def layer(scheme="nf4", dtype=np.float64, seed=0, m=6, n=64, r=2, t=3):
     rng = np.random.default_rng(seed)
-    q = quantise(weights(seed, (m, n)), scheme)
+    q = quantize(weights(seed, (m, n)), scheme)
     x, b, A, B, K, dy = (
         rng.standard_normal(shape).astype(dtype)
         for shape in ((n, t), (m, 1), (r, n), (m, r), (n, t), (m, t))
@@ -390,12 +390,12 @@ def layer(scheme="nf4", dtype=np.float64, seed=0, m=6, n=64, r=2, t=3):
 
 
 @every_scheme
-def test_it_is_lora_on_the_dequantised_weight_bit_for_bit(scheme):
+def test_it_is_lora_on_the_dequantized_weight_bit_for_bit(scheme):
     for dtype in (np.float64, np.float32):
         given, dy = layer(scheme, dtype)
         y, back = qlora_linear(**given)
         expanded = {name: v for name, v in given.items() if name != "q"}
-        wanted, wanted_back = lora_linear(W=dequantise(given["q"]), **expanded)
+        wanted, wanted_back = lora_linear(W=dequantize(given["q"]), **expanded)
         assert same_bits(y, wanted)
         assert y.dtype == dtype
         assert all(same_bits(g, w) for g, w in zip(back(dy), wanted_back(dy), strict=True))
@@ -426,15 +426,15 @@ def test_in_fractions_it_is_the_merged_weight_and_the_original_is_another_functi
         )
 
     x, W, b, A, B = (rational(*s) for s in ((8, 3), (4, 8), (4, 1), (2, 8), (4, 2)))
-    s, dy, q = Fraction(7, 3), rational(4, 3), quantise(W, "int4", 4)
+    s, dy, q = Fraction(7, 3), rational(4, 3), quantize(W, "int4", 4)
     y, back = qlora_linear(x, q, b, A, B, s)
     dx, dA, dB = back(dy)
-    merged = merge_onto_dequantised(q, A, B, s)
+    merged = merge_onto_dequantized(q, A, B, s)
     assert (linear(x, merged, b)[0] == y).all()
     assert (dx == merged.T @ dy).all()
     assert (B.T @ dB == dA @ A.T).all()
     other = linear(x, merge_onto_original(W, A, B, s, object), b)[0]
-    assert (other - y == (W - dequantise(q)) @ x).all()
+    assert (other - y == (W - dequantize(q)) @ x).all()
     assert not (other == y).any()
 
 
@@ -469,7 +469,7 @@ def test_a_merge_is_one_rounding_of_merge_weight(dtype):
     W = weights(0, (6, 64), dtype)
     found = merge_onto_original(W, A, B, s, dtype)
     assert same_bits(found, merge_weight(W.astype(F32), A, B, s).astype(dtype))
-    assert same_bits(merge_onto_dequantised(q, A, B, s), merge_weight(dequantise(q), A, B, s))
+    assert same_bits(merge_onto_dequantized(q, A, B, s), merge_weight(dequantize(q), A, B, s))
     half = ml_dtypes.bfloat16
     twice = (W.astype(F32) + (s * (B @ A)).astype(half).astype(F32)).astype(dtype)
     assert not same_bits(found, twice)
@@ -478,44 +478,44 @@ def test_a_merge_is_one_rounding_of_merge_weight(dtype):
 @every_scheme
 def test_what_each_merge_costs_is_measured_against_what_was_trained(scheme):
     W, rng = weights(0, (6, 128), ml_dtypes.bfloat16), np.random.default_rng(0)
-    q = quantise(W, scheme)
+    q = quantize(W, scheme)
     A, B = (rng.standard_normal(s).astype(F32) for s in ((2, 128), (6, 2)))
     errors = merge_errors(W, q, A, B, 0.5)
-    trained = dequantise(q).astype(float) + 0.5 * (B.astype(float) @ A.astype(float))
+    trained = dequantize(q).astype(float) + 0.5 * (B.astype(float) @ A.astype(float))
     size = norm(trained)
 
     # One rounding of each entry: at most u of it, and so of the norm.
     half = ml_dtypes.bfloat16
-    assert 0 < errors["onto dequantised"] <= float(ml_dtypes.finfo(half).eps) / 2
-    assert errors["onto dequantised"] == norm(trained.astype(half).astype(float) - trained) / size
+    assert 0 < errors["onto dequantized"] <= float(ml_dtypes.finfo(half).eps) / 2
+    assert errors["onto dequantized"] == norm(trained.astype(half).astype(float) - trained) / size
     onto_original = merge_onto_original(W, A, B, 0.5, half).astype(float)
     assert errors["onto original"] == norm(onto_original - trained) / size
-    assert errors["onto original"] > errors["onto dequantised"]
-    again = quantise(trained.astype(q.dtype), scheme)
-    assert errors["re-quantised"] == norm(dequantise(again) - trained) / size
+    assert errors["onto original"] > errors["onto dequantized"]
+    again = quantize(trained.astype(q.dtype), scheme)
+    assert errors["re-quantized"] == norm(dequantize(again) - trained) / size
     bound = BOUND[scheme](trained.astype(q.dtype), again)
-    u = 2.0**-8 if q.dtype != F32 else U  # what is quantised again is rounded before, and after
-    assert errors["re-quantised"] * size <= norm(bound) + 3 * u * size
-    # W is off from W̃ by what quantising costs: the triangle inequality, and one rounding.
+    u = 2.0**-8 if q.dtype != F32 else U  # what is quantized again is rounded before, and after
+    assert errors["re-quantized"] * size <= norm(bound) + 3 * u * size
+    # W is off from W̃ by what quantizing costs: the triangle inequality, and one rounding.
     assert errors["onto original"] * size <= norm(BOUND[scheme](W, q)) + 3 * 2.0**-8 * size
     # Without an adapter there is nothing to lose but roundings.
     none = merge_errors(W, q, A, 0 * B, 0.5)
     assert none["adapter"] == 0
-    assert none["onto original"] == norm(W.astype(float) - dequantise(q)) / norm(dequantise(q))
+    assert none["onto original"] == norm(W.astype(float) - dequantize(q)) / norm(dequantize(q))
 
 
-def test_requantising_can_lose_all_that_was_trained():
+def test_requantizing_can_lose_all_that_was_trained():
     """Each entry of s B A is under half the distance to the next value, and ‖s B A‖ is all lost."""
     W = np.resize(np.array([-8, -3, 2, 5], F32), (4, 32))
-    q = quantise(W, "q4_0")
+    q = quantize(W, "q4_0")
     A, B = np.full((1, 32), F32(0.25)), np.ones((4, 1), F32)
     B[:, 0] = [1, -1, 1, -1]
     A[0, ::4] = 0  # the entries that fix the scales stay
     errors = merge_errors(W, q, A, B, 1)
-    assert errors["re-quantised"] == errors["adapter"] > 0
-    assert errors["onto original"] == errors["onto dequantised"] == 0
+    assert errors["re-quantized"] == errors["adapter"] > 0
+    assert errors["onto original"] == errors["onto dequantized"] == 0
     larger = merge_errors(W, q, A * 4, B, 1)
-    assert larger["re-quantised"] == 0 < larger["adapter"]
+    assert larger["re-quantized"] == 0 < larger["adapter"]
 
 
 def test_the_norm_is_the_root_of_the_sum_of_squares():
@@ -532,44 +532,44 @@ def test_a_number_that_is_none_is_refused_with_its_place(scheme, value):
     W = weights(0)
     W[3, 7] = value
     with pytest.raises(ValueError, match=rf"W\[3, 7\] is {value}: expected finite numbers.* mend"):
-        quantise(W, scheme)
+        quantize(W, scheme)
 
 
 @pytest.mark.parametrize("scheme", [*AFFINE, *GGUF])
 def test_a_row_must_be_whole_blocks_where_the_scheme_has_no_short_one(scheme):
     with pytest.raises(ValueError, match=r"rows of 80 entries: expected a multiple of the block"):
-        quantise(weights(0, (6, 80)), scheme)
-    quantise(weights(0, (6, 64)), scheme)
+        quantize(weights(0, (6, 80)), scheme)
+    quantize(weights(0, (6, 64)), scheme)
 
 
 def test_what_is_wrong_with_a_weight_or_a_scheme_is_said():
     W = weights(0)
     with pytest.raises(ValueError, match=r"scheme 'q4': expected one of int8, .*nf4-double"):
-        quantise(W, "q4")
+        quantize(W, "q4")
     with pytest.raises(ValueError, match="block of 64: expected 32, which q4_0 fixes"):
-        quantise(W, "q4_0", 64)
-    assert quantise(W, "q4_0", 32).block == 32
+        quantize(W, "q4_0", 64)
+    assert quantize(W, "q4_0", 32).block == 32
     for block in (0, -64, 3):
         with pytest.raises(ValueError, match=f"block of {block}: expected a positive multiple"):
-            quantise(W, "nf4", block)
+            quantize(W, "nf4", block)
     for shape in ((5,), (2, 0), (1, 2, 64)):
         with pytest.raises(ValueError, match=r"W of shape .*: expected two dimensions"):
-            quantise(np.ones(shape, F32), "nf4")
+            quantize(np.ones(shape, F32), "nf4")
     for wrong in (W.astype(int), W.astype(complex)):
         with pytest.raises(TypeError, match=r"W of dtype .*: expected real numbers"):
-            quantise(wrong, "int8")
+            quantize(wrong, "int8")
     with pytest.raises(TypeError, match="W of dtype object: expected float16, bfloat16, float32"):
-        quantise(fractions(W), "nf4")
+        quantize(fractions(W), "nf4")
     with pytest.raises(ValueError, match=r"W reaches 1e\+300: expected what float32 holds"):
-        quantise(np.full((1, 64), 1e300), "nf4")
+        quantize(np.full((1, 64), 1e300), "nf4")
     with pytest.raises(ValueError, match=r"W reaches .*: max - min overflows float32"):
-        quantise(np.array([[3e38, -3e38]], F32), "int8", 2)
+        quantize(np.array([[3e38, -3e38]], F32), "int8", 2)
     for scheme, name in (("q4_0", "d"), ("q8_0", "d"), ("q4_1", "d")):
         with pytest.raises(ValueError, match=rf"{name} = .* in a block: expected what float16"):
-            quantise(np.array([[1e8, *[0] * 31]], F32), scheme)
+            quantize(np.array([[1e8, *[0] * 31]], F32), scheme)
     for number in (1e5, 3e38):
         with pytest.raises(ValueError, match=r"[dm] = .* in a block: expected what float16"):
-            quantise(np.array([[number, -number, *[0] * 30]], F32), "q4_1")
+            quantize(np.array([[number, -number, *[0] * 30]], F32), "q4_1")
     with pytest.raises(ValueError, match="scheme 'nf4': expected q4_0, q4_1 or q8_0"):
         from_gguf(np.zeros((1, 18), np.uint8), "nf4")
     with pytest.raises(ValueError, match=r"expected rows of bytes, 20 for each block of q4_1"):
@@ -590,17 +590,17 @@ def test_the_bytes_are_those_of_gguf(scheme):
         W[9, :32] = np.resize([127, 0.5, -1.5, 2.5], 32)  # ties of Q8_0, where d = 1
         W[10, :32] = np.resize([-8, 0.5, -1.5, 2.5], 32)  # and of Q4_0
         W[11, :32] = np.resize([-1, 14, -0.5, 2.5], 32)  # and of Q4_1
-        q = quantise(W, scheme)
+        q = quantize(W, scheme)
         data = gguf.quants.quantize(W, kind)
         assert same_bits(gguf_bytes(q), data)
-        assert same_bits(dequantise(q), gguf.quants.dequantize(data, kind))
+        assert same_bits(dequantize(q), gguf.quants.dequantize(data, kind))
         read = from_gguf(data, scheme)
         assert same_bits(read.codes, q.codes)
         assert read.constants.keys() == q.constants.keys()
-        assert same_bits(dequantise(read), dequantise(q))
+        assert same_bits(dequantize(read), dequantize(q))
         if scheme != "q8_0":
             assert not same_bits(gguf_bytes(swapped(q)), data)
-        assert not same_bits(gguf_bytes(quantise(-W, scheme)), data)
+        assert not same_bits(gguf_bytes(quantize(-W, scheme)), data)
 
 
 @pytest.fixture(scope="module")
@@ -641,7 +641,7 @@ def test_the_values_are_those_of_bitsandbytes(bnb):
 
 
 NORMAL = np.random.default_rng(0).standard_normal
-TO_QUANTISE = [
+TO_QUANTIZE = [
     weights(1),
     weights(2, (40, 448)),
     *(NORMAL(shape) for shape in ((3, 64), (5, 30), (3, 7), (1, 1))),
@@ -654,22 +654,22 @@ TO_QUANTISE = [
 @pytest.mark.parametrize("block", [64, 32])
 def test_codes_constants_and_weights_are_those_of_bitsandbytes(torch, bnb, double, dtype, block):
     F = bnb.functional
-    for numbers in TO_QUANTISE:
+    for numbers in TO_QUANTIZE:
         W = numbers.astype(dtype)
         codes, state = F.quantize_4bit(
             tensor(torch, W), blocksize=block, quant_type="nf4", compress_statistics=double
         )
         wanted = peer_constants(state)
-        q = quantise_nf4(W, block, double, wanted.get("offset"))
+        q = quantize_nf4(W, block, double, wanted.get("offset"))
         assert same_bits(q.codes, codes.numpy().ravel())
         assert q.constants.keys() == wanted.keys()
         assert all(same_bits(q.constants[name], v) for name, v in wanted.items())
-        found = dequantise(q)
+        found = dequantize(q)
         assert found.dtype == dtype
         assert same_bits(found.astype(F32), array(F.dequantize_4bit(codes, state)))
-        other = quantise_nf4(W, 2 * block, double, wanted.get("offset"))
+        other = quantize_nf4(W, 2 * block, double, wanted.get("offset"))
         if W.size > 2 * block and np.ptp(numbers):
-            assert not same_bits(dequantise(other), found)
+            assert not same_bits(dequantize(other), found)
             assert not same_bits(swapped(q).codes, codes.numpy().ravel())
 
 
@@ -679,10 +679,10 @@ def test_no_block_is_divided_by_less_than_the_least(torch, bnb):
         for shape in ((2, 64), (1, 30)):
             W = (size * NORMAL(shape)).astype(F32)
             codes, state = bnb.functional.quantize_4bit(torch.from_numpy(W), quant_type="nf4")
-            q = quantise(W, "nf4")
+            q = quantize(W, "nf4")
             assert same_bits(q.codes, codes.numpy().ravel())
             assert same_bits(q.constants["absmax"], state.absmax.numpy())
-            assert same_bits(q.codes, quantise(W * F32(2**20), "nf4").codes) == (size == 1e-37)
+            assert same_bits(q.codes, quantize(W * F32(2**20), "nf4").codes) == (size == 1e-37)
 
 
 def test_a_short_last_block_is_divided_and_a_whole_one_is_not(torch, bnb):
@@ -692,7 +692,7 @@ def test_a_short_last_block_is_divided_and_a_whole_one_is_not(torch, bnb):
     differ = 0
     for absmax in rng.uniform(0.5, 2, 100).astype(F32):
         W = np.resize(np.concatenate([[absmax], middles * absmax]), (1, 32))
-        short, whole = (quantise_nf4(W, block).codes for block in (64, 32))
+        short, whole = (quantize_nf4(W, block).codes for block in (64, 32))
         differ += not same_bits(short, whole)
         for codes, block in ((short, 64), (whole, 32)):
             peer, _ = bnb.functional.quantize_4bit(
@@ -711,9 +711,9 @@ def test_the_mean_of_the_blocks_is_the_true_one_rounded_once():
     sums_lose = []
     for seed in range(8):
         W = np.random.default_rng(seed).standard_normal((70, 256)).astype(F32)
-        absmax = quantise_nf4(W).constants["absmax"]
+        absmax = quantize_nf4(W).constants["absmax"]
         mean = sum(Fraction(float(a)) for a in absmax) / absmax.size
-        offset = quantise_nf4(W, double=True).constants["offset"]
+        offset = quantize_nf4(W, double=True).constants["offset"]
         beside = [np.nextafter(offset, F32(way)) for way in (0, np.inf)]
         assert distance(offset, mean) <= min(distance(number, mean) for number in beside)
         sums_lose.append(distance(absmax.mean(), mean) > distance(offset, mean))
@@ -727,27 +727,27 @@ def test_the_mean_alone_is_rounded_otherwise_by_pytorch(torch, bnb):
         _, state = bnb.functional.quantize_4bit(
             torch.from_numpy(W), quant_type="nf4", compress_statistics=True
         )
-        q = quantise_nf4(W, double=True)
+        q = quantize_nf4(W, double=True)
         n = nf4_absmax(q).size
         bound = n * U / (1 - n * U) + 2 * U  # and ours is rounded too
         error = abs(float(q.constants["offset"]) / state.offset.item() - 1)
-        record_worst("quantised: PyTorch's mean, over its bound", error / bound)
+        record_worst("quantized: PyTorch's mean, over its bound", error / bound)
         assert error <= bound
         assert abs(float(q.constants["offset"]) / (state.offset.item() * n / (n - 1)) - 1) > bound
 
 
-def test_where_the_mean_is_exact_double_quantisation_needs_no_help(torch, bnb):
+def test_where_the_mean_is_exact_double_quantization_needs_no_help(torch, bnb):
     rng = np.random.default_rng(0)
     W = rng.uniform(-1, 1, (64, 256)).astype(F32)
     W[:, ::64] = rng.integers(4, 12, (64, 4)) / 4  # absmax: quarters, 256 of them
     codes, state = bnb.functional.quantize_4bit(
         torch.from_numpy(W), quant_type="nf4", compress_statistics=True
     )
-    q = quantise(W, "nf4-double")
+    q = quantize(W, "nf4-double")
     assert same_bits(q.codes, codes.numpy().ravel())
     assert all(same_bits(q.constants[name], v) for name, v in peer_constants(state).items())
-    assert same_bits(dequantise(q), bnb.functional.dequantize_4bit(codes, state).numpy())
-    moved = quantise_nf4(W, double=True, offset=1.01 * state.offset.numpy())
+    assert same_bits(dequantize(q), bnb.functional.dequantize_4bit(codes, state).numpy())
+    moved = quantize_nf4(W, double=True, offset=1.01 * state.offset.numpy())
     assert not same_bits(moved.constants["absmax"], state.absmax.numpy())
 
 
@@ -756,12 +756,12 @@ def test_the_dynamic_codes_are_those_of_bitsandbytes(torch, bnb):
     v = (rng.standard_normal(5000) * 10.0 ** rng.integers(-6, 1, 5000)).astype(F32)
     v[256:512] = 0
     codes, state = bnb.functional.quantize_blockwise(torch.from_numpy(v), blocksize=256)
-    found, absmax = quantise_dynamic(v)
+    found, absmax = quantize_dynamic(v)
     assert same_bits(found, codes.numpy())
     assert same_bits(absmax, state.absmax.numpy())
     wanted = bnb.functional.dequantize_blockwise(codes, state).numpy()
-    assert same_bits(dequantise_dynamic(found, absmax), wanted)
-    assert not same_bits(quantise_dynamic(v, points=None)[0], codes.numpy())
+    assert same_bits(dequantize_dynamic(found, absmax), wanted)
+    assert not same_bits(quantize_dynamic(v, points=None)[0], codes.numpy())
 
 
 def qlora_of_peft(torch, bnb, W, A, B, double, alpha=3):
@@ -782,7 +782,7 @@ def qlora_of_peft(torch, bnb, W, A, B, double, alpha=3):
     adapted.lora_A.default.weight.data = torch.from_numpy(A)
     adapted.lora_B.default.weight.data = torch.from_numpy(B)
     state = base.weight.quant_state
-    q = quantise_nf4(W, 64, double, state.offset.numpy() if double else None)
+    q = quantize_nf4(W, 64, double, state.offset.numpy() if double else None)
     return wrapped, adapted, q
 
 
@@ -809,17 +809,17 @@ def test_it_is_what_peft_trains_beside_linear4bit(torch, bnb, double):
     # with every modulus (Higham 2002, section 3.5), k the roundings on the longest way.
     k = sum(given["x"].shape) + len(W) + len(given["A"]) + 4
     moduli = {name: abs(v) if isinstance(v, np.ndarray) else v for name, v in wide.items()}
-    moduli["W"] = abs(dequantise(moduli.pop("q")).astype(float))
+    moduli["W"] = abs(dequantize(moduli.pop("q")).astype(float))
     y, back = lora_linear(**moduli)
     bounds = [k * U / (1 - k * U) * v for v in (y, *back(abs(dy.astype(float))))]
     for f, w, bound in zip(found, wanted, bounds, strict=True):
         assert (abs(f - w) <= bound).all()
         assert not (abs(f * F32(1.001) - w) <= bound).all()
-        record_worst("quantised: PEFT on Linear4bit, over its bound", (abs(f - w) / bound).max())
+        record_worst("quantized: PEFT on Linear4bit, over its bound", (abs(f - w) / bound).max())
 
 
 @pytest.mark.parametrize("double", [False, True], ids=NF4)
-def test_peft_merges_onto_the_dequantised_weight_and_quantises_again(torch, bnb, double):
+def test_peft_merges_onto_the_dequantized_weight_and_quantizes_again(torch, bnb, double):
     """The factors are powers of two: s B A is exact, and the sum is rounded once by both."""
     W = weights(3, (8, 128))
     A = np.resize(np.array([0.5, -0.25, 0.125], F32), (1, 128))
@@ -828,16 +828,16 @@ def test_peft_merges_onto_the_dequantised_weight_and_quantises_again(torch, bnb,
     with pytest.warns(UserWarning, match="due to rounding errors"):
         adapted.merge()
     weight = adapted.base_layer.weight
-    merged = merge_onto_dequantised(q, A, B, 1)
+    merged = merge_onto_dequantized(q, A, B, 1)
     constants = peer_constants(weight.quant_state)
-    again = quantise_nf4(merged, 64, double, constants.get("offset"))
+    again = quantize_nf4(merged, 64, double, constants.get("offset"))
     assert same_bits(again.codes, weight.data.numpy().ravel())
     assert all(same_bits(again.constants[name], v) for name, v in constants.items())
     onto_original = merge_onto_original(W, A, B, 1, F32)
-    assert not same_bits(requantise(q, onto_original).codes, again.codes)
+    assert not same_bits(requantize(q, onto_original).codes, again.codes)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 16])
 def test_other_bits_than_four_and_eight_are_refused(bits):
     with pytest.raises(ValueError, match=f"bits {bits}: expected 4 or 8"):
-        quantise_affine(np.ones((1, 64)), bits)
+        quantize_affine(np.ones((1, 64)), bits)

@@ -129,7 +129,7 @@ SURVIVORS = {
         "inject: (Array, ...) -> (..., Array)": "an annotation",
         ("inject: zip(variant.parts, parts, strict=True) -> zip(variant.parts, parts)"): LENGTHS,
         "inject: True -> False (2)": LENGTHS,
-        "invoked: 1 -> 2 (2)": RESHAPE,
+        "with_invocation: 1 -> 2 (2)": RESHAPE,
         (
             "tied_gradients: zip(('head.A', 'head.B'), twin(dA, dB), strict=True) -> "
             "zip(('head.A', 'head.B'), twin(dA, dB))"

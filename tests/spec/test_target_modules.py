@@ -404,7 +404,7 @@ def names_hit_whole_names_and_dotted_ends(rules, drawn):
 
 def a_layer_is_the_first_number_that_counts(rules, drawn):
     for name in drawn.names:
-        found = rules.layer_of(".".join(name), drawn.said["layers_pattern"])
+        found = rules.layer_index(".".join(name), drawn.said["layers_pattern"])
         assert found == plain_layer(name, drawn.patterns)
 
 
@@ -413,7 +413,7 @@ def the_settings_decide_in_their_order(rules, drawn):
         drawn = replace(drawn, layers=())  # PEFT refuses the two together
     for name in drawn.names:
         settings = drawn.wanted, drawn.exclude, drawn.saved, drawn.layers, drawn.patterns
-        found = rules.targeted(".".join(name), **drawn.said)
+        found = rules.is_target(".".join(name), **drawn.said)
         assert found == plain_targeted(name, *settings)
 
 
@@ -425,7 +425,7 @@ def the_first_pattern_that_fits_counts(rules, drawn):
 
 def the_end_of_a_name_saves_it_and_what_lies_in_it(rules, drawn):
     for name in drawn.names:
-        assert rules.saved_in_full(".".join(name), drawn.ends) == plain_saved(name, drawn.ends)
+        assert rules.is_saved(".".join(name), drawn.ends) == plain_saved(name, drawn.ends)
 
 
 LAWS = (
@@ -478,27 +478,27 @@ def in_another_order(name, wanted, exclude, saved, layers, layers_pattern):
     """A whole name first of all."""
     if not isinstance(wanted, str) and name in wanted:
         return True
-    return target_modules.targeted(
+    return target_modules.is_target(
         name, wanted, exclude=exclude, saved=saved, layers=layers, layers_pattern=layers_pattern
     )
 
 
 def asked_always(name, wanted, layers, layers_pattern, **others):
     """Whole names for their layer too."""
-    hit = target_modules.targeted(name, wanted, **others)
-    return hit and (not layers or target_modules.layer_of(name, layers_pattern) in layers)
+    hit = target_modules.is_target(name, wanted, **others)
+    return hit and (not layers or target_modules.layer_index(name, layers_pattern) in layers)
 
 
 def layer_by(expression, bare=None):
     """The number after any of the patterns, in the place of {}, by another expression; or bare."""
 
-    def layer_of(name, patterns=()):
+    def layer_index(name, patterns=()):
         if bool(patterns) == bool(bare):
-            return target_modules.layer_of(name, patterns)
+            return target_modules.layer_index(name, patterns)
         match = re.match(bare or expression.format("|".join(patterns)), name)
         return int(match["idx"]) if match else None
 
-    return layer_of
+    return layer_index
 
 
 def of_lists(hits):
@@ -548,33 +548,33 @@ WRONG = {
             n, [wanted] if isinstance(wanted, str) else wanted
         ),
     ),
-    "the last number": ("layer_of", layer_by("", bare=r".*\.[^.]*\.(?P<idx>\d+)\.")),
+    "the last number": ("layer_index", layer_by("", bare=r".*\.[^.]*\.(?P<idx>\d+)\.")),
     "a number after the first part": (
-        "layer_of", layer_by("", bare=r"(?:^|.*?\.)[^.]*\.(?P<idx>\d+)\."),
+        "layer_index", layer_by("", bare=r"(?:^|.*?\.)[^.]*\.(?P<idx>\d+)\."),
     ),
-    "a number that ends the name": ("layer_of", layer_by("", bare=r".*?\.[^.]*\.(?P<idx>\d+)")),
+    "a number that ends the name": ("layer_index", layer_by("", bare=r".*?\.[^.]*\.(?P<idx>\d+)")),
     "the last number after a pattern": (
-        "layer_of", layer_by(r"(?:.*\.|^)(?:{})\.(?P<idx>\d+)\."),
+        "layer_index", layer_by(r"(?:.*\.|^)(?:{})\.(?P<idx>\d+)\."),
     ),
     "whichever pattern stands first": (
-        "layer_of", layer_by(r"(?:^|.*?\.)(?:{})\.(?P<idx>\d+)\."),
+        "layer_index", layer_by(r"(?:^|.*?\.)(?:{})\.(?P<idx>\d+)\."),
     ),
-    "a pattern inside a word": ("layer_of", layer_by(r".*?(?:{})\.(?P<idx>\d+)\.")),
-    "the first digit": ("layer_of", layer_by(r"(?:^|.*?\.)(?:{})\.(?P<idx>\d)")),
-    "whole names before exclusion": ("targeted", in_another_order),
-    "whole names asked for their layer": ("targeted", asked_always),
-    "no exclusion": ("targeted", lambda n, exclude, **all_: target_modules.targeted(n, **all_)),
+    "a pattern inside a word": ("layer_index", layer_by(r".*?(?:{})\.(?P<idx>\d+)\.")),
+    "the first digit": ("layer_index", layer_by(r"(?:^|.*?\.)(?:{})\.(?P<idx>\d)")),
+    "whole names before exclusion": ("is_target", in_another_order),
+    "whole names asked for their layer": ("is_target", asked_always),
+    "no exclusion": ("is_target", lambda n, exclude, **all_: target_modules.is_target(n, **all_)),
     "saved modules adapted": (
-        "targeted",
-        lambda n, saved, **all_: target_modules.targeted(n, **all_),
+        "is_target",
+        lambda n, saved, **all_: target_modules.is_target(n, **all_),
     ),
     "saved by the end of the name": (
-        "targeted",
+        "is_target",
         lambda n, saved, **all_: (
-            target_modules.targeted(n, **all_) and not target_modules.matches(n, saved)
+            target_modules.is_target(n, **all_) and not target_modules.matches(n, saved)
         ),
     ),
-    "no layers": ("targeted", lambda n, layers, **all_: target_modules.targeted(n, **all_)),
+    "no layers": ("is_target", lambda n, layers, **all_: target_modules.is_target(n, **all_)),
     "the last pattern": ("pattern_value", of_patterns(anchored, -1)),
     "a pattern searched for": ("pattern_value", of_patterns(re.search)),
     "a pattern without its end": (
@@ -588,11 +588,11 @@ WRONG = {
         "pattern_value", of_patterns(lambda p, name: re.match(rf"(.*\.)?{p}$", name)),
     ),
     "saved by dotted ends": (
-        "saved_in_full",
+        "is_saved",
         lambda n, ends: any(f".{n}.".find(f".{end}.") >= 0 for end in ends),
     ),
-    "saved by parts of words": ("saved_in_full", lambda n, ends: any(end in n for end in ends)),
-    "what lies in a saved module": ("saved_in_full", lambda n, ends: n.endswith(ends)),
+    "saved by parts of words": ("is_saved", lambda n, ends: any(end in n for end in ends)),
+    "what lies in a saved module": ("is_saved", lambda n, ends: n.endswith(ends)),
 }  # fmt: skip
 
 
@@ -618,7 +618,7 @@ def pefts():
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils.other import _set_trainable, get_pattern_key
 
-    def targeted(name, wanted, exclude=(), saved=(), layers=None, layers_pattern=None):
+    def is_target(name, wanted, exclude=(), saved=(), layers=None, layers_pattern=None):
         config = SimpleNamespace(
             target_modules=wanted,
             exclude_modules=exclude,
@@ -629,30 +629,30 @@ def pefts():
         )
         return bool(check_target_module_exists(config, name))
 
-    def layer_of(name, patterns=()):
+    def layer_index(name, patterns=()):
         """The one number with which the end of the name, which is not all of it, is hit."""
         numbers = {int(part) for part in name.split(".") if part.isdecimal()}
         _, dot, end = name.rpartition(".")
         asked = {"layers_pattern": patterns, "wanted": [end]}
-        hit = [i for i in numbers if dot and targeted(name, layers=[i], **asked)]
+        hit = [i for i in numbers if dot and is_target(name, layers=[i], **asked)]
         assert len(hit) < 2
         return next(iter(hit), None)
 
     def pattern_value(patterns, name, default):
         return patterns.get(get_pattern_key(patterns.keys(), name), default)
 
-    def saved_in_full(name, ends):
+    def is_saved(name, ends):
         """Whether a parameter of the innermost module is trained, in a tree of that one branch."""
         tree = branches(torch, [name])
         _set_trainable(tree.requires_grad_(False), "default", ends, inference_mode=False)
         return any(p.requires_grad for p in tree.parameters())
 
     return SimpleNamespace(
-        matches=targeted,
-        targeted=targeted,
-        layer_of=layer_of,
+        matches=is_target,
+        is_target=is_target,
+        layer_index=layer_index,
         pattern_value=pattern_value,
-        saved_in_full=saved_in_full,
+        is_saved=is_saved,
     )
 
 
@@ -705,7 +705,7 @@ def test_unescaped_and_ungrouped_settings_hit_what_they_hit_in_peft(
         asked |= {"layers": layers, "layers_pattern": layers_pattern}
     ranks = {pattern: i for i, pattern in enumerate(wanted)}
     for name in names:
-        assert target_modules.targeted(name, **asked) == pefts.targeted(name, **asked)
+        assert target_modules.is_target(name, **asked) == pefts.is_target(name, **asked)
         found = target_modules.pattern_value(ranks, name, 99)
         assert found == pefts.pattern_value(ranks, name, 99)
 
@@ -743,7 +743,7 @@ def test_peft_adapts_what_the_rules_hit_with_their_ranks_and_alphas(pefts, drawn
     )
     said["saved"] = ()
     every = {name for at in names for name in itertools.accumulate(at.split("."), "{}.{}".format)}
-    hit = {name for name in every if target_modules.targeted(name, **said)}
+    hit = {name for name in every if target_modules.is_target(name, **said)}
     tree = branches(torch, names)
     if not hit or hit - set(names):  # nothing, or what is no projection
         with pytest.raises(ValueError, match="arget"):
@@ -806,14 +806,14 @@ RANGES = [(0, 2), (1, 3), (1, 2)]
     ],
 )
 def test_ranges_are_put_on_one_another(layers, ranges, source):
-    assert target_modules.replicated(layers, ranges) == source
-    assert target_modules.replicated(layers, [(i, i + 1) for i in source]) == source
+    assert target_modules.replicated_layers(layers, ranges) == source
+    assert target_modules.replicated_layers(layers, [(i, i + 1) for i in source]) == source
 
 
 @pytest.mark.parametrize("ranges", [[], [(0, 2), (1, 1)], [(2, 1)], [(0, 4)], [(-1, 2)], [(3, 4)]])
 def test_ranges_of_no_layers_are_refused(ranges):
     with pytest.raises(ValueError, match=r"ranges: found .*, expected 0 ≤ start < end ≤ 3 in each"):
-        target_modules.replicated(3, ranges)
+        target_modules.replicated_layers(3, ranges)
 
 
 def shares_its_source(W, deeper, source):
@@ -833,8 +833,8 @@ def test_a_replicated_model_is_the_model_with_its_layers_copied(c, rng, data):
     pairs = st.tuples(st.integers(0, c.layers - 1), st.integers(1, c.layers))
     ranges = data.draw(st.lists(pairs.filter(lambda p: p[0] < p[1]), min_size=1, max_size=3))
     W = draw.draw_parameters(c, rng)
-    deeper, d = target_modules.replicate(W, c, ranges)
-    source = target_modules.replicated(c.layers, ranges)
+    deeper, d = target_modules.replicate_layers(W, c, ranges)
+    source = target_modules.replicated_layers(c.layers, ranges)
     shares_its_source(W, deeper, source)
     assert d == replace(c, layers=len(source))
     assert {name: w.shape for name, w in deeper.items()} == d.shapes()
@@ -846,8 +846,8 @@ def test_a_replicated_model_is_the_model_with_its_layers_copied(c, rng, data):
 
 def test_another_replication_is_noticed():
     W = ml.draw_weights(LLAMA, np.random.default_rng(0))
-    source = target_modules.replicated(12, [(0, 2), (1, 12)])
-    deeper, d = target_modules.replicate(W, LLAMA, [(0, 2), (1, 12)])
+    source = target_modules.replicated_layers(12, [(0, 2), (1, 12)])
+    deeper, d = target_modules.replicate_layers(W, LLAMA, [(0, 2), (1, 12)])
     assert d.layers == 13
     copied = {name: w.copy() for name, w in deeper.items()}
     for wrong in (copied, deeper | {"layers.2.q.weight": W["layers.2.q.weight"]}):
@@ -857,13 +857,13 @@ def test_another_replication_is_noticed():
 
 def test_the_copies_share_the_base_and_have_adapters_of_their_own():
     rng = np.random.default_rng(0)
-    base, c = target_modules.replicate(ml.draw_weights(BERT, rng), BERT, [(0, 2), (1, 2)])
+    base, c = target_modules.replicate_layers(ml.draw_weights(BERT, rng), BERT, [(0, 2), (1, 2)])
     W, tuning = ml.inject(base, ml.LoraConfig(r=2, target_modules=["q"]), c.linears(), rng)
     assert W["layers.1.q.weight"] is W["layers.2.q.weight"]
     assert not np.array_equal(W["layers.1.q.A"], W["layers.2.q.A"])
     assert tuning.scale.keys() == {"layers.0.q", "layers.1.q", "layers.2.q"}
     with pytest.raises(ValueError, match="replicate the base, then adapt it"):
-        target_modules.replicate(W, c, [(0, 3)])
+        target_modules.replicate_layers(W, c, [(0, 3)])
 
 
 TINY_LLAMA = ml.Llama(vocab=7, d=6, layers=3, heads=2, ffn=5, kv_heads=1, head_dim=2)
@@ -889,7 +889,7 @@ def test_peft_replicates_the_same_layers_and_shares_their_weights(pefts, c, tmp_
     W = draw.draw_parameters(c, np.random.default_rng(0))
     model = of_transformers(c, W, tmp_path)
     replicate_layers(model, RANGES)
-    deeper, d = target_modules.replicate(W, c, RANGES)
+    deeper, d = target_modules.replicate_layers(W, c, RANGES)
     theirs = {name: model.get_parameter(key) for name, (key, _) in names_in_files(d).items()}
     assert theirs.keys() == deeper.keys()
     assert len(theirs) == len(list(model.named_parameters(remove_duplicate=False)))
@@ -907,7 +907,7 @@ def test_peft_computes_and_trains_a_replicated_model_with_its_adapters(pefts, tm
 
     rng = np.random.default_rng(0)
     base = draw.draw_parameters(TINY_BERT, rng)
-    deeper, c = target_modules.replicate(base, TINY_BERT, RANGES)
+    deeper, c = target_modules.replicate_layers(base, TINY_BERT, RANGES)
     W, tuning = ml.inject(
         deeper, ml.LoraConfig(r=2, lora_alpha=3, target_modules=["v", "down"]), c.linears(), rng
     )
@@ -1044,7 +1044,7 @@ def of_variant(variant, c=TIED, seed=0, **choice):
 
 def scores(W, tuning, lora, c=TIED):
     now = (
-        target_modules.invoked(tuning, IDS, lora.alora_invocation_tokens)
+        target_modules.with_invocation(tuning, IDS, lora.alora_invocation_tokens)
         if lora.alora_invocation_tokens
         else tuning
     )
@@ -1196,7 +1196,7 @@ def test_tied_factors_have_the_sum_of_both_gradients(part):
 def test_alora_acts_from_the_invocation_on_and_never_without_one():
     lora, base, W, tuning = of_variant("alora", target_modules=["q", "down"])
     W |= {name: W[name] + 1 for name in tuning.trained}
-    with pytest.raises(ValueError, match="give the batch's tuning, by invoked"):
+    with pytest.raises(ValueError, match="give the batch's tuning, by with_invocation"):
         ml.logits(ml.Batch(IDS), W, TIED, tuning)
     with pytest.raises(ValueError, match="a weight on all: it has no merge"):
         ml.merge(W, tuning)
@@ -1205,10 +1205,10 @@ def test_alora_acts_from_the_invocation_on_and_never_without_one():
     on = np.array([[False, False, False, True], [False, False, False, True]]).ravel()
     assert np.array_equal(found[:, ~on], z[:, ~on])
     assert (found[:, on] != z[:, on]).any(0).all()
-    never = target_modules.invoked(tuning, IDS, [7])
+    never = target_modules.with_invocation(tuning, IDS, [7])
     assert np.array_equal(ml.logits(ml.Batch(IDS), W, TIED, never)[0], z)
     K = {"layers.0.q": np.full((6, 8), 2.0)}
-    both = target_modules.invoked(replace(tuning, dropout_scale=K), IDS, [1])
+    both = target_modules.with_invocation(replace(tuning, dropout_scale=K), IDS, [1])
     assert np.array_equal(both.dropout_scale["layers.0.q"], 2 * np.broadcast_to(on, (6, 8)))
     assert np.array_equal(both.dropout_scale["layers.0.down"], on[None])
 
@@ -1278,10 +1278,10 @@ def test_a_report_counts_what_the_variant_trains():
 
 
 def test_rules_take_one_number_for_a_layer_and_a_string_for_an_expression_alone():
-    assert target_modules.targeted("layers.1.q", ["q"], layers=1, layers_pattern="layers")
-    assert not target_modules.targeted("layers.2.q", ["q"], layers=1, layers_pattern="layers")
-    assert not target_modules.targeted("q", r"layers\.0\.q")
-    assert target_modules.layer_of("layers.1.up", "layers|h") is None
+    assert target_modules.is_target("layers.1.q", ["q"], layers=1, layers_pattern="layers")
+    assert not target_modules.is_target("layers.2.q", ["q"], layers=1, layers_pattern="layers")
+    assert not target_modules.is_target("q", r"layers\.0\.q")
+    assert target_modules.layer_index("layers.1.up", "layers|h") is None
 
 
 def test_a_tie_asks_for_the_two_only_where_one_of_them_is_hit():
@@ -1319,7 +1319,9 @@ def test_tokens_without_a_row_are_refused():
 def test_a_replicated_model_has_the_layers_of_its_ranges():
     base = replace(LLAMA, layers=2)
     ranges = [(1, 2), (0, 2)]
-    W, c = target_modules.replicate(ml.draw_weights(base, np.random.default_rng(0)), base, ranges)
+    W, c = target_modules.replicate_layers(
+        ml.draw_weights(base, np.random.default_rng(0)), base, ranges
+    )
     lora = ml.LoraConfig(target_modules=["q"], layer_replication=ranges)
     assert "layers.2.q.A" in ml.inject(W, lora, c.linears(), np.random.default_rng(0))[0]
     with pytest.raises(ValueError, match="of 3 layers: replicate first"):
@@ -1327,9 +1329,9 @@ def test_a_replicated_model_has_the_layers_of_its_ranges():
             W, replace(lora, layer_replication=[(1, 2)]), c.linears(), np.random.default_rng(0)
         )
     with pytest.raises(ValueError, match="ranges: found none, expected"):
-        target_modules.replicated(3, [])
+        target_modules.replicated_layers(3, [])
     with pytest.raises(ValueError, match=r"ranges: found \[\(2, 4\)\], expected"):
-        target_modules.replicated(3, [(0, 1), (2, 4)])
+        target_modules.replicated_layers(3, [(0, 1), (2, 4)])
 
 
 def test_activated_lora_has_a_mask_of_numbers_and_a_scale():

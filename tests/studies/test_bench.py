@@ -65,9 +65,9 @@ def test_every_side_reads_the_same_case(folder):
     c, W = read_model(folder / "model")
     assert c == SIZES["tiny"].c
     assert {name: w.shape for name, w in W.items()} == c.shapes()
-    whole, quantised = MiniloraSide(str(folder), 1), MiniloraSide(str(folder), 1, quantised=True)
+    whole, quantized = MiniloraSide(str(folder), 1), MiniloraSide(str(folder), 1, quantized=True)
     again = MiniloraSide(str(folder), 1, gradient_checkpointing=True)
-    losses = [side.step() for side in (whole, quantised, again)]
+    losses = [side.step() for side in (whole, quantized, again)]
     assert losses[2] == losses[0] != losses[1]
     assert whole.step() < losses[0]
 

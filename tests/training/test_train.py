@@ -28,7 +28,7 @@ from minilora.io.loading import MANIFEST, open_adapted, open_base, open_base_of
 from minilora.spec import optim, target_modules
 from minilora.spec.adalora import Importance
 from minilora.spec.optim import AdamState
-from minilora.spec.quantization import dequantise, quantise
+from minilora.spec.quantization import dequantize, quantize
 from minilora.spec.variants import REGISTRY
 from minilora.training import batching, checkpoints, data, evaluate, loop
 from minilora.training import fit as fit_module
@@ -310,8 +310,8 @@ def test_loftqs_base_goes_along_and_another_is_refused(tmp_path):
     fit(tmp_path, run)
     base = open_base_of(None, str(tmp_path))
     name = "layers.0.q.weight"
-    quantised = dequantise(quantise(run.base.weights[name], "nf4"))
-    assert same_bits(base.weights[name], quantised)
+    quantized = dequantize(quantize(run.base.weights[name], "nf4"))
+    assert same_bits(base.weights[name], quantized)
     assert same_bits(base.weights["embed.weight"], run.base.weights["embed.weight"])
     assert base.tokenizer.encode("3 4") == run.base.tokenizer.encode("3 4")
     assert open_base_of(str(tmp_path / "base"), str(tmp_path)).path == base.path

@@ -370,7 +370,7 @@ WRONG = {
         "lora", "experts", "merge", kind("experts", forward=experts_with_one_a),
     ),
     "groups interleaved": (
-        "lora", "conv1", "merge", attribute(layers, "blocks_apart", interleaved),
+        "lora", "conv1", "merge", attribute(layers, "block_diagonal", interleaved),
     ),
     "a flipped kernel": ("lora", "conv2", "merge", kind("conv2", forward=with_a_flipped)),
     "an A padded otherwise": (
@@ -397,7 +397,7 @@ WRONG = {
     "a residual without s": (
         "pissa", "linear", "initial-output", start("pissa", pissa_without_s_in_its_residual),
     ),
-    "a loftq that quantises nothing": (
+    "a loftq that quantizes nothing": (
         "loftq", "linear", "initial-output", start("loftq", INITIALIZATIONS["pissa"].start),
     ),
     "a branch with a constant": (

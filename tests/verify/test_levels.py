@@ -11,7 +11,7 @@ from minilora.io.formats.peft import read_lora_config
 from minilora.spec.layers import adapted_fused
 from minilora.spec.lora import lora_linear, merge_weight, scale
 from minilora.spec.models import shifted_labels
-from minilora.spec.multi_adapter import State
+from minilora.spec.multi_adapter import AdaptedLayer
 from minilora.spec.ops import IGNORED
 from minilora.spec.variants import DORA, DORA_FULL
 from minilora.verify import check
@@ -280,7 +280,9 @@ def test_a_layer_of_one_weight_is_its_state():
     drawn = lived("linear", 0)
     layer = LayerState.of(drawn.layer)
     y, back = layer.forward(drawn.x)
-    wanted, back_wanted = State(drawn.layer["W"], drawn.layer["bias"][:, None]).forward(drawn.x.T)
+    wanted, back_wanted = AdaptedLayer(drawn.layer["W"], drawn.layer["bias"][:, None]).forward(
+        drawn.x.T
+    )
     assert np.array_equal(y, wanted.T)
     assert np.array_equal(back(drawn.dy)["dx"], back_wanted(drawn.dy.T)[0].T)
 

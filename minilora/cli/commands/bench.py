@@ -69,7 +69,7 @@ def add(commands: Any) -> None:
         help="minilora's tokens per group of sequences (default: by the model's width and threads)",
     )
     option("--gradient-checkpointing", action="store_true", help="minilora recomputes activations")
-    option("--quantised", action="store_true", help="minilora keeps frozen weights in four bits")
+    option("--quantized", action="store_true", help="minilora keeps frozen weights in four bits")
     add_files(option, "the results", "json")
 
 
@@ -123,7 +123,7 @@ def _plan_of(arguments: argparse.Namespace) -> _Plan:
     for name, value in (("rounds", rounds), ("group-tokens", arguments.group_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: expected at least 1")
-    options = ("group_tokens", "gradient_checkpointing", "quantised")
+    options = ("group_tokens", "gradient_checkpointing", "quantized")
     return _Plan(
         kinds=chosen("kind", list(KINDS), KINDS),
         sizes=chosen("size", ["tiny", "small"] if arguments.quick else list(SIZES), SIZES),

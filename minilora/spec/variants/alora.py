@@ -49,7 +49,9 @@ def alora_linear(
     Errors: ValueError without K.
     """
     if K is None:
-        raise ValueError("aLoRA acts from its invocation on: give the batch's tuning, by invoked")
+        raise ValueError(
+            "aLoRA acts from its invocation on: give the batch's tuning, by with_invocation"
+        )
     return lora_linear(x, W, b, A, B, s, K)
 
 

@@ -35,13 +35,13 @@ ENTRIES: dict[str, Entry] = {
         "A and B start in orthogonal halves of the rank.", "PEFT", init="orthogonal"
     ),
     "loftq": Entry(
-        "The base is quantised, and the adapter starts as what that lost.",
+        "The base is quantized, and the adapter starts as what that lost.",
         "Li et al. 2023, algorithm 1",
         init="loftq",
         breaks={
-            "frozen-weight": "the base becomes a quantised weight",
+            "frozen-weight": "the base becomes a quantized weight",
             "initial-output": (
-                "rank r does not hold all that quantising lost: the start is near, not equal"
+                "rank r does not hold all that quantizing lost: the start is near, not equal"
             ),
         },
     ),

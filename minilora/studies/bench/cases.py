@@ -9,7 +9,7 @@ from minilora.io.atomic import write_tensors
 from minilora.io.formats import huggingface, peft
 from minilora.spec.initialization import draw_weights
 from minilora.spec.models import Config, Llama
-from minilora.spec.quantization import gguf_bytes, quantise
+from minilora.spec.quantization import gguf_bytes, quantize
 from minilora.spec.target_modules import LoraConfig, inject
 from minilora.training.checkpointing import FIRST
 
@@ -81,6 +81,6 @@ def write_case(folder: Path, size: Size, seed: int = 0) -> None:
     peft.write_adapter(folder / "adapter", size.c, W, tuning, lora)
     ids = rng.integers(0, size.c.vocab, (size.b, size.t))
     write_tensors(folder / "batch.safetensors", {"ids": ids})
-    codes = {name: gguf_bytes(quantise(w, "q4_1")) for name, w in base.items() if w.shape[1] > 1}
+    codes = {name: gguf_bytes(quantize(w, "q4_1")) for name, w in base.items() if w.shape[1] > 1}
     small = {name: codes.get(name, w) for name, w in base.items()}
-    write_tensors(folder / "quantised.safetensors", small)
+    write_tensors(folder / "quantized.safetensors", small)

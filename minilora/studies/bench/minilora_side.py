@@ -41,7 +41,7 @@ def products_of() -> str:
 
 
 class MiniloraSide:
-    """LoRA on the case in ``folder``; ``quantised``: from weights that stay in four bits."""
+    """LoRA on the case in ``folder``; ``quantized``: from weights that stay in four bits."""
 
     versions = f"minilora {__version__}, NumPy {np.__version__}, {products_of()}"
 
@@ -51,13 +51,13 @@ class MiniloraSide:
         threads: int,
         group_tokens: int | None = None,
         gradient_checkpointing: bool = False,
-        quantised: bool = False,
+        quantized: bool = False,
     ) -> None:
         warm_memory()
         at = Path(folder)
         self.plan = ExecutionPlan(threads, group_tokens, gradient_checkpointing)
         self.c = read_config(at / "model")
-        self.W: Any = _quantised(at) if quantised else read_model(at / "model")[1]
+        self.W: Any = _quantized(at) if quantized else read_model(at / "model")[1]
         self.params, self.tuning = read_adapter(at / "adapter", self.c)
         self.state = AdamState()
         ids = read_tensors(at / "batch.safetensors")["ids"]
@@ -95,9 +95,9 @@ class MiniloraSide:
         return 2 * n**3 / best
 
 
-def _quantised(folder: Path) -> Expanded:
+def _quantized(folder: Path) -> Expanded:
     """The weights as GGUF's blocks, each expanded when it is read."""
-    found = read_tensors(folder / "quantised.safetensors")
+    found = read_tensors(folder / "quantized.safetensors")
     return Expanded(
         {
             name: OnDemand(from_gguf(data, "q4_1")) if data.dtype == np.uint8 else data

@@ -1,6 +1,6 @@
 """Level ``lifecycle``: a layer whose adapters come, act, are merged, scaled, switched off and go.
 
-A session's truth is a `multi_adapter.State`: after each step the layer's output is
+A session's truth is a `multi_adapter.AdaptedLayer`: after each step the layer's output is
 compared with it by ==, in whole numbers so small that merging and unmerging are exact. What a state
 refuses (merging twice) a session may refuse as well, or pass over; it may not change the function.
 What a state allows beside a merge (adding, scaling, activating, deleting) a session may refuse with

@@ -1,4 +1,4 @@
-"""What a session's layer and its adapters mean: a `multi_adapter.State`, or two.
+"""What a session's layer and its adapters mean: a `multi_adapter.AdaptedLayer`, or two.
 
 A fused projection is one state, its adapters' blocks those of `layers.fuse`. A tied
 table is two, that of the embedding and that of the head, and ends to be one weight where only one
@@ -15,7 +15,7 @@ import numpy as np
 
 from minilora.spec.layers import fuse
 from minilora.spec.lora import Variant, scale, sum_gradients, twin
-from minilora.spec.multi_adapter import Adapter, State
+from minilora.spec.multi_adapter import AdaptedLayer, Adapter
 from minilora.spec.ops import Back, OneHot, linear
 from minilora.spec.variants import DORA
 
@@ -71,7 +71,7 @@ class LayerState:
 
     kind: str
     base: Given
-    states: Mapping[str, State]
+    states: Mapping[str, AdaptedLayer]
     given: Mapping[str, Given] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     disabled: bool = False
@@ -84,9 +84,11 @@ class LayerState:
         if kind not in KINDS:
             raise NotImplementedError(f"no layer of kind {kind}")
         if kind == "tied":
-            return cls(kind, layer, {"embedding": State(W.T), "head": State(W)}, dora=dora)
+            return cls(
+                kind, layer, {"embedding": AdaptedLayer(W.T), "head": AdaptedLayer(W)}, dora=dora
+            )
         b = None if kind == "bias" else layer.get("bias")
-        state = State(W.T if kind == "embedding" else W, None if b is None else b[:, None])
+        state = AdaptedLayer(W.T if kind == "embedding" else W, None if b is None else b[:, None])
         return cls(kind, layer, {"": state}, dora=dora)
 
     def _adapters(self, adapter: Given) -> dict[str, Adapter]:
@@ -104,7 +106,7 @@ class LayerState:
             return {"": Adapter((A, B, adapter["magnitude"][:, None]), s, self.dora)}
         return {"": Adapter((A, B), s)}
 
-    def _each(self, change: Callable[[State], State]) -> LayerState:
+    def _each(self, change: Callable[[AdaptedLayer], AdaptedLayer]) -> LayerState:
         return replace(self, states={place: change(s) for place, s in self.states.items()})
 
     def _there(self, *names: str) -> None:
@@ -133,7 +135,7 @@ class LayerState:
 
     def disable(self) -> LayerState:
         """The base alone acts."""
-        return replace(self, disabled=True)._each(State.disable)
+        return replace(self, disabled=True)._each(AdaptedLayer.disable)
 
     def scale(self, name: str, factor: float) -> LayerState:
         """s is factor · alpha / r: of the factors, not of a bias or a module."""
@@ -152,7 +154,7 @@ class LayerState:
         """Whether anything is."""
         return any(state.merged for state in self.states.values())
 
-    def _some(self, change: Callable[[State], State]) -> LayerState:
+    def _some(self, change: Callable[[AdaptedLayer], AdaptedLayer]) -> LayerState:
         """The change in each state that does not refuse it. Raises ValueError where all do."""
         states, refused = dict(self.states), []
         for place, state in self.states.items():
@@ -166,11 +168,11 @@ class LayerState:
 
     def merge(self) -> LayerState:
         """What is active goes into the weights."""
-        return self._some(State.merge)
+        return self._some(AdaptedLayer.merge)
 
     def unmerge(self) -> LayerState:
         """And out of them."""
-        return self._some(State.unmerge)
+        return self._some(AdaptedLayer.unmerge)
 
     def delete(self, name: str) -> LayerState:
         """Without the adapter."""

@@ -9,7 +9,7 @@ from minilora.verify.mutants.references.helpers import Array
 from minilora.verify.mutants.references.linear import Linear
 
 
-def quantised(W: Array) -> Array:
+def quantized(W: Array) -> Array:
     """W on a grid of 255 points, as after a passage through 8 bits."""
     step = abs(W).max() / 127 or 1
     on_grid: Array = np.round(W / step) * step
@@ -98,7 +98,7 @@ MERGE: Table = {
     "merge.zero-B": [
         ("W-coarse", "W kept in half of the digits",
          {"# merged": "merged = coarse(W, dtype) + delta"}),
-        ("W-quantised", "W on a grid of 8 bits", {"# merged": "merged = quantised(W) + delta"}),
+        ("W-quantized", "W on a grid of 8 bits", {"# merged": "merged = quantized(W) + delta"}),
     ],
     "merge.negative": [
         ("absolute", "W + |s B A|", {"V = W + delta": "delta = abs(delta); V = W + delta"}),

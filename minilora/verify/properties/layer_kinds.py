@@ -16,7 +16,7 @@ from minilora.spec.layers import (
     adapted_embedding,
     adapted_experts,
     adapted_fused,
-    blocks_apart,
+    block_diagonal,
     conv,
 )
 from minilora.spec.lora import Variant, merge_weight
@@ -284,9 +284,9 @@ def _conv(case: LayerCase, f: Any) -> tuple[Array, Back]:
 
 def _take_conv(case: LayerCase) -> list[tuple[Array, Array | None, Part]]:
     groups = case.extra["groups"]
-    W, _ = blocks_apart(case.W.reshape(len(case.W), -1), groups)
+    W, _ = block_diagonal(case.W.reshape(len(case.W), -1), groups)
     A, B, *others = case.P[0]
-    return [(W, case.b, (A, blocks_apart(B, groups)[0], *others))]
+    return [(W, case.b, (A, block_diagonal(B, groups)[0], *others))]
 
 
 def _put_conv(case: LayerCase, new: list[tuple[Array, Array | None]]) -> LayerCase:

@@ -11,7 +11,7 @@ from minilora.io.errors import FormatError
 from minilora.io.files import NOT_FINITE, check_finite
 from minilora.io.formats.gguf.contents import Contents, library
 from minilora.spec.ops import Array
-from minilora.spec.quantization import dequantise, from_gguf
+from minilora.spec.quantization import dequantize, from_gguf
 
 HERE = ("q4_0", "q4_1", "q8_0")
 """The block types whose equation `quantization` has; the library expands the others."""
@@ -76,7 +76,7 @@ class Blocks:
     def _expand(self, rows: Any) -> Array:
         data, kind = self.data[rows], self.tensor.kind
         if kind.lower() in HERE:
-            return dequantise(from_gguf(data, kind.lower()))
+            return dequantize(from_gguf(data, kind.lower()))
         gguf = library()
         known: Array = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
         return known
@@ -89,7 +89,7 @@ def check_tensor(contents: Contents, place: str, shape: tuple[int, ...]) -> None
         remedy = "the metadata are another model's"
         raise FormatError(path, place, f"shape {tensor.shape}", f"shape {shape}", remedy)
     if not _expands(tensor.kind):
-        remedy = "gguf expands none such: quantise the model to another type"
+        remedy = "gguf expands none such: quantize the model to another type"
         raise FormatError(path, place, f"type {tensor.kind}", "one that is read", remedy)
 
 

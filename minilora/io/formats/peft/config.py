@@ -19,14 +19,14 @@ from minilora.spec.models import Config
 from minilora.spec.target_modules import (
     LoraConfig,
     ResolvedTargets,
+    is_saved,
+    is_target,
     matches,
-    outers,
     pattern_value,
-    replicated,
+    replicated_layers,
     resolve_targets,
-    saved_in_full,
-    targeted,
     ties_head,
+    with_parents,
 )
 from minilora.spec.variants import REGISTRY, extended
 
@@ -82,7 +82,7 @@ class _Selected:
     def saved(self) -> set[str]:
         """The modules that are trained in full."""
         wanted = self.settings["modules_to_save"]
-        return {at for at, path in paths(self.c).items() if saved_in_full(path, wanted)}
+        return {at for at, path in paths(self.c).items() if is_saved(path, wanted)}
 
     @property
     def variants(self) -> list[str]:
@@ -110,9 +110,9 @@ class _Selected:
 
     def nested(self) -> set[str]:
         """The modules of ``modules_to_save`` that lie in another of them, by their ends."""
-        every = {outer for path in paths(self.c).values() for outer in outers(path)}
+        every = {outer for path in paths(self.c).values() for outer in with_parents(path)}
         saved = {path for path in every if path.endswith(tuple(self.settings["modules_to_save"]))}
-        return {path for path in saved if not saved.isdisjoint([*outers(path)][:-1])}
+        return {path for path in saved if not saved.isdisjoint([*with_parents(path)][:-1])}
 
     def tie_is_kept(self) -> bool:
         """Whether PEFT trains a tied embedding in full and keeps the head tied to it."""
@@ -268,7 +268,7 @@ def _replicated(path: Path, c: Config, settings: Mapping[str, Any]) -> Config:
     deeper = sum(end - begin for begin, end in ranges) == c.layers  # c is the deeper one's already
     depth = max(c.layers, *(end for _, end in ranges)) if deeper else c.layers
     try:
-        layers = len(replicated(depth, ranges))
+        layers = len(replicated_layers(depth, ranges))
     except ValueError as error:
         remedy = "is it another model's?"
         raise FormatError(path, "layer_replication", error, "ranges of layers", remedy) from None
@@ -311,7 +311,7 @@ def _adapted(
     }
     patterns: dict[str, dict[str, Any]] = {"rank_pattern": {}, "alpha_pattern": {}}
     try:
-        adapted = [at for at, key in path_of.items() if targeted(key, wanted, **selection)]
+        adapted = [at for at, key in path_of.items() if is_target(key, wanted, **selection)]
         if ties_factors(c, settings):
             adapted += [at for at in ("embed", "head") if at not in adapted]
         for name in patterns if settings["peft_type"] == "LORA" else ():

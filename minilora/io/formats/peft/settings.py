@@ -218,7 +218,7 @@ NEWER = (
 NOT_REPRODUCIBLE = {
     "pissa_niter": "PEFT takes another random approximation out of the base each time it loads it: "
     "convert it with path_initial_model_for_weight_conversion where it was trained",
-    "loftq": "PEFT quantises the base anew when it loads it: write the base that it was trained on "
+    "loftq": "PEFT quantizes the base anew when it loads it: write the base that it was trained on "
     "beside it, and true here",
     "lora_ga": "it belongs to a base that PEFT does not make again: convert it with "
     "path_initial_model_for_weight_conversion where it was trained",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from minilora.io.errors import FormatError
-from minilora.spec.initialization import INITIALIZATIONS, as_plain, plain_alpha
+from minilora.spec.initialization import INITIALIZATIONS, convert_to_lora, converted_alpha
 from minilora.spec.layers import with_tokens
 from minilora.spec.lora import TABLES, Weights, weight_of
 from minilora.spec.ops import Array
@@ -92,7 +92,7 @@ def put_back(
             remedy = "write the base of W beside it, with write_model, and give that"
             expected = f"W's, or one of which {lora.init_lora_weights} made W's"
             raise FormatError(folder, "base", f"another {at}.weight", expected, remedy)
-        factors[f"{at}.A"], factors[f"{at}.B"] = as_plain(W[f"{at}.A"], W[f"{at}.B"], A0, B0)
+        factors[f"{at}.A"], factors[f"{at}.B"] = convert_to_lora(W[f"{at}.A"], W[f"{at}.B"], A0, B0)
     plain, targets = _doubled(plain, targets)
     return plain, targets, {**W, **factors}
 
@@ -101,11 +101,11 @@ def _doubled(lora: LoraConfig, targets: ResolvedTargets) -> tuple[LoraConfig, Re
     """The same at twice the rank, with the same scales; tables stay as they are."""
     ranks = {at: r if at in TABLES else 2 * r for at, r in targets.rank.items()}
     alphas = {
-        at: alpha if at in TABLES else plain_alpha(alpha, lora.use_rslora)
+        at: alpha if at in TABLES else converted_alpha(alpha, lora.use_rslora)
         for at, alpha in targets.alpha.items()
     }
     lora = replace(
-        lora, r=2 * lora.r, lora_alpha=plain_alpha(lora.lora_alpha, lora.use_rslora),
+        lora, r=2 * lora.r, lora_alpha=converted_alpha(lora.lora_alpha, lora.use_rslora),
         rank_pattern=ranks, alpha_pattern=alphas,
     )  # fmt: skip
     return lora, replace(targets, rank=ranks, alpha=alphas, variant=lora.variant)

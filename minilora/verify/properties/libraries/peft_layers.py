@@ -238,14 +238,14 @@ def peft_start(
     base.to(to_torch(W).dtype)
     fill(base.weight, to_torch(W.T if across else W))
     model = torch.nn.ModuleDict({"layer": base})
-    quantised = {"loftq_config": peft.LoftQConfig()} if init == "loftq" else {}
+    quantized = {"loftq_config": peft.LoftQConfig()} if init == "loftq" else {}
     config = peft.LoraConfig(
         r=r,
         lora_alpha=plain_number(alpha),
         init_lora_weights=init,
         fan_in_fan_out=across,
         target_modules=["layer"],
-        **quantised,
+        **quantized,
     )
     peft.inject_adapter_in_model(config, model)
     R = to_numpy(base.weight)
