@@ -1125,7 +1125,8 @@ def test_peft_has_one_triplet_less_than_adaloras_budget_where_it_is_whole(torch,
 def peft_pair(torch, peft, one, two, **settings):
     """A layer of weight 1 in float64 and two adapters, in PEFT and as an AdaptedLayer.
 
-    Each adapter is (B, magnitude). A and s are 1; without a magnitude the adapter is plain LoRA and its change B.
+    Each adapter is (B, magnitude). A and s are 1; without a magnitude the adapter is plain LoRA
+    and its change B.
     """
     base = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False, dtype=torch.float64))
     model, state = None, AdaptedLayer(np.ones((1, 1)))

@@ -32,13 +32,13 @@ from minilora.spec.adalora import (
     allocate,
     budget,
     initial_rank,
-    left,
     orthogonality,
     plan_budget,
     prune,
     sensitivity,
     smooth,
     triplet_scores,
+    without_pruned,
 )
 
 FEW = examples(5)
@@ -567,7 +567,7 @@ def test_what_is_left_of_a_run_is_the_same_function_and_nothing_that_is_0():
     params = triplets(np.random.default_rng(1), "qkv")
     params["q.E"][[0, 2]] *= 0
     params["k.E"] = params["k.E"] * 0
-    kept = left(params)
+    kept = without_pruned(params)
     assert {name for name in params if name not in kept} == {"k.A", "k.B", "k.E"}
     assert [len(kept[f"{at}.E"]) for at in "qv"] == [1, 3]
     for at in "qv":
@@ -578,7 +578,7 @@ def test_what_is_left_of_a_run_is_the_same_function_and_nothing_that_is_0():
     assert all(kept[name] is params[name] for name in ("head.weight", "head.A"))
     # At the start every singular value is 0, and all are kept.
     fresh = params | {f"{at}.E": 0 * params[f"{at}.E"] for at in "qkv"}
-    assert left(fresh) == fresh
+    assert without_pruned(fresh) == fresh
 
 
 def test_no_interval_is_refused():
