@@ -15,7 +15,14 @@ from minilora.spec.multi_adapter import AdaptedLayer
 from minilora.spec.ops import IGNORED
 from minilora.spec.variants import DORA, DORA_FULL
 from minilora.verify import check
-from minilora.verify.checks import files, init, lifecycle, tiny_models, train, variants
+from minilora.verify.checks import (
+    files,
+    init,
+    session_inputs,
+    tiny_models,
+    train,
+    variants,
+)
 from minilora.verify.checks.model import as_dict
 from minilora.verify.core import inputs
 from minilora.verify.core.dtypes import Precision
@@ -223,7 +230,8 @@ def test_a_frozen_file_that_changes_is_named():
 
 
 def lived(kind, number, seed=0):
-    return lifecycle.drawn_layer(kind, Case(f"lifecycle.{kind}", "float64", number, seed), True)
+    case = Case(f"lifecycle.{kind}", "float64", number, seed)
+    return session_inputs.draw_inputs(kind, case, True)
 
 
 def absolute(given):
@@ -232,13 +240,13 @@ def absolute(given):
     return abs(given) if isinstance(given, np.ndarray) else given
 
 
-@pytest.mark.parametrize("kind", [kind for kind in lifecycle.FURTHER if kind != "dora"])
+@pytest.mark.parametrize("kind", [kind for kind in session_inputs.SPECIAL_KINDS if kind != "dora"])
 def test_a_sessions_numbers_are_so_small_that_float32_has_every_partial_sum(kind):
     """All are multiples of 1/16 at least, and no sum of absolute terms reaches 2^24 of them."""
     for number in range(4):
         drawn = lived(kind, number)
         layer = LayerState.of(absolute(drawn.layer))
-        names = [n for n in drawn.adapters if n != "two" or kind not in lifecycle.ALONE]
+        names = [n for n in drawn.adapters if n != "two" or kind not in session_inputs.EXCLUSIVE]
         for name in names:
             layer = layer.add(name, absolute(drawn.adapters[name])).scale(name, 2.0)
         y, back = layer.activate(names).forward(absolute(drawn.x))
