@@ -35,7 +35,7 @@ TENSOR_DTYPES = WEIGHT_DTYPES | {
 }
 """The dtypes that tensors may have: token ids are whole numbers."""
 
-NOT_FINITE = "these are no usable weights: take an earlier checkpoint"
+NOT_FINITE = "the weights are unusable: take an earlier checkpoint"
 
 
 def read_tensors(path: Path | str, ignore: str | None = None) -> Weights:
@@ -66,7 +66,7 @@ def _tensor(path: Path | str, name: str, file: Any) -> Array:
     view = file.get_slice(name)
     dtype, shape = view.get_dtype(), view.get_shape()
     if dtype not in TENSOR_DTYPES:
-        remedy = "convert it, and dequantize what is quantized"
+        remedy = "convert it; dequantize quantized weights"
         raise FormatError(
             path, name, f"dtype {dtype}", f"one of {', '.join(TENSOR_DTYPES)}", remedy
         )
@@ -76,9 +76,9 @@ def _tensor(path: Path | str, name: str, file: Any) -> Array:
 
 
 def check_finite(path: Path | str, name: str, array: Array, remedy: str) -> Array:
-    """The array itself.
+    """Return the array if all its entries are finite.
 
-    Errors: FormatError if an entry is not finite.
+    Errors: FormatError if one is not.
     """
     with np.errstate(invalid="ignore"):  # a signalling NaN in bfloat16 raises the flag
         wrong = np.argwhere(~np.isfinite(array))
@@ -90,13 +90,15 @@ def check_finite(path: Path | str, name: str, array: Array, remedy: str) -> Arra
 
 
 def to_dtype(path: Path | str, name: str, array: Array, dtype: Any) -> Array:
-    """The weight in ``dtype``, or as it is for None.
+    """The weight in ``dtype``; None keeps its own.
 
     Errors: FormatError if the array holds whole numbers, or an entry too large for the dtype.
     """
     if array.dtype.kind in "biu":
         found, expected = f"dtype {array.dtype}", "floating-point numbers"
-        raise FormatError(path, name, found, expected, "weights are not whole numbers: dequantize")
+        raise FormatError(
+            path, name, found, expected, "weights are floating-point numbers: dequantize them"
+        )
     if dtype is None:
         return array
     with np.errstate(over="ignore"):
@@ -107,9 +109,10 @@ def to_dtype(path: Path | str, name: str, array: Array, dtype: Any) -> Array:
 
 
 def to_narrow_dtype(path: Path | str, name: str, array: Array, dtype: Any, reader: str) -> Array:
-    """The weight in ``dtype``, or its own: one that ``reader`` computes with, float32 at most.
+    """The weight in ``dtype`` or its own, for a library that computes in float32 at most.
 
-    Errors: FormatError for a wider one, and those of `convert`.
+    ``reader`` names the library in the message. Errors: FormatError for a wider dtype, and those of
+    :func:`to_dtype`.
     """
     converted = to_dtype(path, name, array, dtype)
     if converted.dtype.name not in ("float32", "float16", "bfloat16"):

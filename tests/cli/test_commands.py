@@ -234,7 +234,7 @@ def test_show_batch_prints_each_token_and_writes_nothing(minilora, tmp_path):
         (("--model", "package:os"), 3, "package:os: package: found a module, expected a package"),
         (("--model", "package:sys"), 3, "package:sys: package: found a module"),
         (("--model", "package:__main__"), 3, "package:__main__: package: found a module"),
-        (("--model", "package:"), 3, "package:: package: found no name of one"),
+        (("--model", "package:"), 3, "package:: package: found no valid name"),
     ],
 )
 def test_train_refuses(options, status, found, minilora, tmp_path):
@@ -989,7 +989,7 @@ def test_an_adapter_is_judged_by_what_it_was_trained_on(minilora, trained, tmp_p
 @pytest.mark.parametrize("command", ["merge", "convert"])
 def test_what_is_read_is_not_written_over(command, minilora, trained, tmp_path):
     run = trained / "llama"
-    for out, what in ((run, "the adapter that is read"), ("reference", None)):
+    for out, what in ((run, "the adapter itself"), ("reference", None)):
         words = ["--adapter", run] if command == "merge" else [run, "--to", "peft"]
         if what is None:
             minilora("train", "--max-steps", "1", "--output", out)

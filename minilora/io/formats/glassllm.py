@@ -1,8 +1,8 @@
 """The models of the package glassllm: a Llama in NumPy's ``.npz``, its tokenizer in a file beside.
 
 Its RoPE turns neighbours, so that the rows of q and k lie as in llama.cpp's files; its matrices are
-(in, out). Nothing in the files is executed, and no array is taken that another than the
-configuration would have.
+(in, out). Nothing in the files is executed, and an array is read only if its size follows from the
+configuration.
 """
 
 import json
@@ -39,7 +39,7 @@ KEYS = {
     "theta": "rope_base",
     "eps": "eps",
 }
-"""A configuration's fields and what the file calls them."""
+"""A configuration's fields and their names in the file."""
 
 NAMES = {
     "norm1": "norm1.gamma",
@@ -52,13 +52,13 @@ NAMES = {
     "up": "ffn.W3",
     "down": "ffn.W2",
 }
-"""What a block's modules are called there."""
+"""A block's modules and their names in the file."""
 
 SPECIAL = {"pad": "<pad>", "unk": "<unk>", "bos": "<bos>", "eos": "<eos>"}
 """The first tokens. No text begins with ``bos``: the models have not been trained on it."""
 
 BESIDE = ".tokenizer.json"
-"""What the tokenizer's name ends with, in the place of ``.npz``."""
+"""The end of the tokenizer's file name, in place of ``.npz``."""
 
 _REMEDY = "fetch or write it again"
 
@@ -72,22 +72,22 @@ def read_model(path: Path | str, dtype: Any = None) -> tuple[Llama, Weights]:
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as file:
-            said = _array(path, file, "__config__", "U", ())
-            c = _config(path, file, str(said))
-            there = _places(c)
+            settings = _array(path, file, "__config__", "U", ())
+            c = _config(path, file, str(settings))
+            names = _array_names(c)
             if wrong := {*file.namelist()} ^ {
-                f"{at}.npy" for at in (*there.values(), "__config__")
+                f"{at}.npy" for at in (*names.values(), "__config__")
             }:
                 found = f"{listed(wrong)} in one of the two only"
-                raise FormatError(path, "arrays", found, f"the {len(there)} of {c}", _REMEDY)
-            return c, {name: _weight(path, file, c, name, at, dtype) for name, at in there.items()}
+                raise FormatError(path, "arrays", found, f"the {len(names)} of {c}", _REMEDY)
+            return c, {name: _weight(path, file, c, name, at, dtype) for name, at in names.items()}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError) as e:
         if isinstance(e, FormatError):
             raise
         raise FormatError(path, "file", e, "a model of glassllm", _REMEDY) from None
 
 
-def _places(c: Llama) -> dict[str, str]:
+def _array_names(c: Llama) -> dict[str, str]:
     """The array that holds each parameter."""
     places = {"embed.weight": "E", "norm.weight": "norm_f.gamma"}
     for i in range(c.layers):
@@ -95,13 +95,13 @@ def _places(c: Llama) -> dict[str, str]:
     return places
 
 
-def _config(path: Path, file: zipfile.ZipFile, said: str) -> Llama:
+def _config(path: Path, file: zipfile.ZipFile, text: str) -> Llama:
     try:
-        settings = json.loads(said)
+        settings = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FormatError(path, "__config__", error, "an object of JSON", _REMEDY) from None
     if not isinstance(settings, dict):
-        raise FormatError(path, "__config__", said, "an object of JSON", _REMEDY)
+        raise FormatError(path, "__config__", text, "an object of JSON", _REMEDY)
     check_settings(path, settings, KEYS.values(), {}, "max_len init_std")
     values: dict[str, Any] = {field: settings.get(key) for field, key in KEYS.items()}
     for field, value in values.items():
@@ -111,7 +111,7 @@ def _config(path: Path, file: zipfile.ZipFile, said: str) -> Llama:
     d, heads, kv, layers = (values[field] for field in ("d", "heads", "kv_heads", "layers"))
     if d % heads or heads % kv or d // heads % 2 or layers > len(file.namelist()):
         expected = "heads that share the features, the keys' and pairs evenly, in as many layers"
-        raise FormatError(path, "__config__", said, expected, _REMEDY)
+        raise FormatError(path, "__config__", text, expected, _REMEDY)
     sizes = {"ffn": int(8 * d / 3), "head_dim": d // heads}  # as the package itself has it
     values |= {"theta": float(values["theta"]), "eps": float(values["eps"])}
     return Llama(**values, **sizes, tied=True)
@@ -125,9 +125,9 @@ def _array(
         version = np.lib.format.read_magic(member)
         if version != (1, 0):
             raise FormatError(path, name, f"version {version}", "version (1, 0)", _REMEDY)
-        lying, fortran, dtype = np.lib.format.read_array_header_1_0(member)
-        if dtype.kind not in kinds or dtype.itemsize > 2**16 or lying != shape or fortran:
-            found = f"{dtype} of shape {lying}{', in columns' * fortran}"
+        stored_shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+        if dtype.kind not in kinds or dtype.itemsize > 2**16 or stored_shape != shape or fortran:
+            found = f"{dtype} of shape {stored_shape}{', in columns' * fortran}"
             raise FormatError(path, name, found, f"shape {shape}, in rows", _REMEDY)
         size = dtype.itemsize * math.prod(shape)
         data = member.read(size)
@@ -139,11 +139,11 @@ def _array(
 def _weight(
     path: Path, file: zipfile.ZipFile, c: Llama, name: str, place: str, dtype: Any
 ) -> Array:
-    """The parameter in the layout of here."""
+    """The parameter in internal layout."""
     m, n = shape = c.shapes()[name]
     at = name.removesuffix(".weight")
-    lying = shape if at == "embed" else (m,) if n == 1 else (n, m)
-    array = check_finite(path, place, _array(path, file, place, "f", lying), NOT_FINITE)
+    stored_shape = shape if at == "embed" else (m,) if n == 1 else (n, m)
+    array = check_finite(path, place, _array(path, file, place, "f", stored_shape), NOT_FINITE)
     if array.dtype not in WEIGHT_DTYPES.values():
         raise FormatError(path, place, array.dtype, f"one of {listed(WEIGHT_DTYPES)}", _REMEDY)
     array = array if at == "embed" else array.T.reshape(shape)
@@ -174,11 +174,11 @@ def read_tokenizer(path: Path | str) -> LibraryTokenizer:
         )
     except ImportError as error:
         raise missing_library("tokenizers", str(path)) from error
-    said = read_json(path)
-    check_settings(path, said, ("alphabet", "merges"), {"version": (1,)}, "")
+    settings = read_json(path)
+    check_settings(path, settings, ("alphabet", "merges"), {"version": (1,)}, "")
     try:
-        pairs = [(str(a), str(b)) for a, b in said["merges"]]
-        tokens = [*SPECIAL.values(), *map(str, said["alphabet"]), *(a + b for a, b in pairs)]
+        pairs = [(str(a), str(b)) for a, b in settings["merges"]]
+        tokens = [*SPECIAL.values(), *map(str, settings["alphabet"]), *(a + b for a, b in pairs)]
         vocab = {token: i for i, token in enumerate(tokens)}
         backend = Tokenizer(models.BPE(vocab, pairs, unk_token=SPECIAL["unk"]))
         backend.normalizer = normalizers.Sequence(

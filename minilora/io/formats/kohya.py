@@ -1,7 +1,7 @@
 """Adapters in one file as kohya's sd-scripts and LyCORIS write them: ``lora_down``, ``lora_up``.
 
 A tensor's name is a prefix and the module's path with underscores for its dots, then a dot and the
-part. So names are only understood beside the model: which dots there were, its modules tell. The
+parameter. A name is resolved by the model's modules, which have the dots. The
 scale is ``alpha`` divided by the rank of the tensor, module by module.
 """
 
@@ -24,10 +24,10 @@ from minilora.spec.ops import Array
 from minilora.spec.variants import DORA_FULL
 
 PREFIX = "lycoris"
-"""What LyCORIS puts before a name; sd-scripts have lora_unet, and lora_te for text encoders."""
+"""LyCORIS's prefix of names; sd-scripts use lora_unet, and lora_te for text encoders."""
 
 PARTS = {"A": "lora_down.weight", "B": "lora_up.weight", "magnitude": "dora_scale"}
-"""What a part is called in the file."""
+"""Each parameter's name in the file, after the module's."""
 
 
 def underscored(paths: Mapping[str, str]) -> dict[str, list[str]]:
@@ -86,8 +86,8 @@ def read_adapter(
     """The adapter's arrays under internal names, in ``dtype`` or the file's, and its
     `TrainableSpec`.
 
-    An alpha that is absent or 0 is the rank, s = 1. With ``dora_scale`` (m, 1) the adapter is DoRA
-    with its norm differentiated, as LyCORIS trains it.
+    An alpha that is absent or 0 counts as the rank: s = 1. With ``dora_scale`` (m, 1) the adapter
+    is DoRA with its norm differentiated, as LyCORIS trains it.
 
     Errors: FormatError as `files.read_tensors` has it; for a name that is no
     module's, or several modules'; for parts that compute another function (``lora_mid`` of Tucker's

@@ -1,8 +1,7 @@
 """State dicts of loralib, the code of Hu et al.: ``<path>.lora_A`` and ``<path>.lora_B``.
 
-They are read only. A pickle can run code and is left to PyTorch: the door takes the arrays, or a
-safetensors file of them. The scale is in no state dict, and no ``enable_lora``: the caller says
-them.
+They are read, and not written. A pickle can run code and is left to PyTorch: give the arrays, or a
+safetensors file of them. A state dict has neither the scale nor ``enable_lora``: pass them.
 """
 
 import re
@@ -23,7 +22,7 @@ from minilora.spec.models import Config
 from minilora.spec.ops import Array
 
 SOURCE = "state dict"
-"""What an error names where there is no file."""
+"""The source in error messages, where there is no file."""
 
 
 def merged_linear_factors(
@@ -44,9 +43,9 @@ def merged_linear_factors(
             f"A {A.shape}, B {B.shape} for {m} rows in {len(enabled)} parts, {k} of them enabled"
         )
     _, blocks = fuse([(A[r * i : r * (i + 1)], B[rows * i : rows * (i + 1)]) for i in range(k)])
-    whole = np.zeros((m, r * k), B.dtype)
-    whole[np.repeat(np.asarray(enabled, bool), rows)] = blocks
-    return A, whole
+    all_rows = np.zeros((m, r * k), B.dtype)
+    all_rows[np.repeat(np.asarray(enabled, bool), rows)] = blocks
+    return A, all_rows
 
 
 def conv_factors(A: Array, B: Array, kernel: int, groups: int = 1) -> tuple[Array, Array]:
@@ -72,21 +71,21 @@ def conv_factors(A: Array, B: Array, kernel: int, groups: int = 1) -> tuple[Arra
 
 def _read(source: Path | str | Mapping[str, Array], ignore: str | None) -> tuple[Path, Weights]:
     if isinstance(source, Mapping):
-        path, found = Path(SOURCE), {}
+        path, tensors = Path(SOURCE), {}
         for name, array in source.items():
             if ignore and re.search(ignore, name):
                 continue
             if not isinstance(array, np.ndarray):
                 remedy = "give tensor.numpy(), float32 where it is bfloat16"
                 raise FormatError(path, name, type(array).__name__, "a NumPy array", remedy)
-            found[name] = check_finite(path, name, array, NOT_FINITE)
-        return path, found
+            tensors[name] = check_finite(path, name, array, NOT_FINITE)
+        return path, tensors
     path = Path(source)
     try:
         with path.open("rb") as file:
             start = file.read(4)
     except OSError:
-        start = b""  # what is wrong, read_tensors says
+        start = b""  # read_tensors reports the error
     if start.startswith((b"PK\x03\x04", b"\x80")) and path.suffix != ".safetensors":
         remedy = "it can run code: torch.load(…, weights_only=True) it, and give the arrays"
         raise FormatError(path, "file", "a pickle", "a safetensors file, or arrays", remedy)

@@ -47,18 +47,18 @@ from minilora.spec.target_modules import ties_head
 from minilora.spec.variants import DORA
 
 _READER = "MLX reads"
-"""Who computes with the weights of a file, in an error's words."""
+"""Who computes with the weights, for error messages."""
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 
 KINDS: Mapping[str, Variant | None] = {"lora": LORA, "dora": DORA, "full": None}
-"""What ``fine_tune_type`` says: the variant of each adapter, or full fine-tuning."""
+"""The values of ``fine_tune_type`` and the adapters' variant; None is full fine-tuning."""
 
 PARTS = {"A": ("lora_a", True), "B": ("lora_b", True), "magnitude": ("m", False)}
-"""What a part is called in the file, and whether it lies transposed there."""
+"""Each parameter's name in the file, and whether it lies transposed there."""
 
 FIXED: dict[str, tuple[Any, ...]] = {"use_dora": (False, None)}
-"""``use_dora`` is how mlx-lm said fine_tune_type "dora" once; 0.32 passes over it."""
+"""``use_dora`` was mlx-lm's setting before fine_tune_type "dora"; 0.32 ignores it."""
 
 INERT = """
 model train optimizer optimizer_config data hf_dataset seed batch_size iters val_batches
@@ -66,7 +66,7 @@ learning_rate steps_per_report steps_per_eval resume_adapter_file adapter_path s
 test_batches max_seq_length config grad_checkpoint grad_accumulation_steps clear_cache_threshold
 lr_schedule mask_prompt report_to project_name trust_remote_code wandb prompt
 """
-"""Settings of a training run, which mlx-lm writes beside: they change no function."""
+"""Settings of a training run, which mlx-lm writes too; they change no function."""
 
 
 @dataclass(frozen=True)

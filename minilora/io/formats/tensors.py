@@ -41,13 +41,14 @@ def to_internal(
     W = {}
     for name, (place, transposed) in names.items():
         array, shape = tensors[place], shapes[name]
-        lying = shape[:1] if is_vector(name) else shape[::-1] if transposed else shape
-        if array.shape != lying:
+        stored_shape = shape[:1] if is_vector(name) else shape[::-1] if transposed else shape
+        if array.shape != stored_shape:
             remedy = "the configuration is another model's, or the tensor lies transposed"
-            raise FormatError(files[place], place, f"shape {array.shape}", f"shape {lying}", remedy)
+            found = f"shape {array.shape}"
+            raise FormatError(files[place], place, found, f"shape {stored_shape}", remedy)
         # Laid out as it was before it was written, so that products give the same bits.
-        inside = np.ascontiguousarray(array.T if transposed else array).reshape(shape)
-        W[name] = to_dtype(files[place], place, inside, dtype)
+        array = np.ascontiguousarray(array.T if transposed else array).reshape(shape)
+        W[name] = to_dtype(files[place], place, array, dtype)
     return W
 
 

@@ -1,6 +1,6 @@
 """GGUF files, as llama.cpp reads them: models of any tensor type, tokenizers, and LoRA adapters.
 
-A model's matrices stay in the file, mapped; what is asked for is expanded, and forgotten again.
+A model's matrices can stay in the file, mapped, and be expanded whenever they are read.
 """
 
 from minilora.io.formats.gguf.adapter import read_adapter, write_adapter

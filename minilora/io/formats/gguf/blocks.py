@@ -13,15 +13,15 @@ from minilora.io.formats.gguf.contents import Contents, library
 from minilora.spec.ops import Array
 from minilora.spec.quantization import dequantize, from_gguf
 
-HERE = ("q4_0", "q4_1", "q8_0")
+_SPECIFIED = ("q4_0", "q4_1", "q8_0")
 """The block types whose equation `quantization` has; the library expands the others."""
 
 
 class Blocks:
-    """A weight as its file has it, an entry of `Expanded`: called, it gives a fresh array.
+    """A weight as its file has it: called, it gives a fresh array (a lazy weight of `Expanded`).
 
-    ``order``: of the file's rows, where they are others' than the weight's. What has been read of
-    the file is given back to the operating system.
+    ``order``: for each row of the weight its row in the file, where the two differ. Pages of the
+    file are released after they have been read.
     """
 
     def __init__(
@@ -44,9 +44,9 @@ class Blocks:
 
         Errors: FormatError if an entry is not finite.
         """
-        whole = self._made(self.order)
+        weight = self._expanded(self.order)
         self.checked = True
-        return whole.reshape(self.shape)
+        return weight.reshape(self.shape)
 
     def rows(self, ids: Any) -> Array:
         """The rows of the weight that ``ids`` name, an array or a slice, and no others.
@@ -55,31 +55,31 @@ class Blocks:
         Errors: FormatError if an entry is not finite.
         """
         ids = np.arange(*ids.indices(len(self.data))) if isinstance(ids, slice) else np.asarray(ids)
-        return self._made(ids if self.order is None else self.order[ids])
+        return self._expanded(ids if self.order is None else self.order[ids])
 
-    def _made(self, order: Array | None) -> Array:
-        """Those rows of the file, in that order, or all of them."""
+    def _expanded(self, order: Array | None) -> Array:
+        """These rows of the file, in this order; all of them for None."""
         rows = len(self.data) if order is None else len(order)
         columns = math.prod(self.shape) // len(self.data)
-        made = np.empty((rows, columns), self.dtype)
+        expanded = np.empty((rows, columns), self.dtype)
         step = max(1, 2**17 // columns)  # few enough entries for their codes to stay in a cache
         for start in range(0, rows, step):
-            part = slice(start, start + step)
-            made[part] = self._expand(part if order is None else order[part])
+            chunk = slice(start, start + step)
+            expanded[chunk] = self._expand(chunk if order is None else order[chunk])
         if hasattr(mmap, "MADV_DONTNEED"):
             start = self.tensor.start // mmap.PAGESIZE * mmap.PAGESIZE
             self.contents.bytes.madvise(mmap.MADV_DONTNEED, start, self.tensor.end - start)
         if not self.checked:
-            check_finite(self.contents.path, self.name, made, NOT_FINITE)
-        return made
+            check_finite(self.contents.path, self.name, expanded, NOT_FINITE)
+        return expanded
 
     def _expand(self, rows: Any) -> Array:
         data, kind = self.data[rows], self.tensor.kind
-        if kind.lower() in HERE:
+        if kind.lower() in _SPECIFIED:
             return dequantize(from_gguf(data, kind.lower()))
         gguf = library()
-        known: Array = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
-        return known
+        weights: Array = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
+        return weights
 
 
 def check_tensor(contents: Contents, place: str, shape: tuple[int, ...]) -> None:
@@ -89,13 +89,13 @@ def check_tensor(contents: Contents, place: str, shape: tuple[int, ...]) -> None
         remedy = "the metadata are another model's"
         raise FormatError(path, place, f"shape {tensor.shape}", f"shape {shape}", remedy)
     if not _expands(tensor.kind):
-        remedy = "gguf expands none such: quantize the model to another type"
-        raise FormatError(path, place, f"type {tensor.kind}", "one that is read", remedy)
+        remedy = "gguf cannot expand this type: quantize the model to another"
+        raise FormatError(path, place, f"type {tensor.kind}", "one that gguf expands", remedy)
 
 
 @cache
 def _expands(kind: str) -> bool:
-    """Whether the type can be expanded: asked of one block."""
+    """Whether the library can expand the type, tried on one block."""
     gguf = library()
     number = gguf.GGMLQuantizationType[kind]
     try:

@@ -35,9 +35,9 @@ def library() -> Any:
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies: its type's name, its shape in NumPy's order, bytes ``start`` to ``end``.
+    """A tensor in the file: the name of its type, its shape in NumPy's order, its bytes.
 
-    ``row``: how many bytes a row of its last dimension takes.
+    It lies from byte ``start`` to ``end``; ``row`` is the number of bytes of one row.
     """
 
     kind: str
@@ -48,7 +48,7 @@ class Tensor:
 
 
 class Contents(Mapping[str, Any]):
-    """What a GGUF file says: its metadata, decoded when asked for; ``tensors``, where each lies."""
+    """A GGUF file: a mapping of its metadata, decoded on access, and its ``tensors``."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)

@@ -13,7 +13,7 @@ from minilora.spec.models import Config
 from minilora.spec.ops import Array
 
 READER = "llama.cpp takes"
-"""Who computes with the weights of a file, in an error's words."""
+"""Who computes with the weights, for error messages."""
 
 KEYS: Mapping[str, str] = {
     "d": "embedding_length",
@@ -34,7 +34,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
 }
-"""Settings under an architecture's name: read by code, of no effect, and with one value here."""
+"""Settings under an architecture's name: read by code; without effect; with one allowed value."""
 
 TOKENS = {
     "bos": "bos",
@@ -45,7 +45,7 @@ TOKENS = {
     "eot": "eot",
     "eom": "eom",
 }
-"""Special tokens, and what GGUF calls them: so is it spelt there."""
+"""Special tokens and their names in GGUF, with its spelling."""
 
 
 def known_architectures() -> dict[str, Architecture]:
