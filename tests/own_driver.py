@@ -8,8 +8,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from minilora.verify.implementation.contract import METHODS, SESSION, positional
+from minilora.verify.implementation.messages import CARRIED, RESULTS
 from minilora.verify.implementation.minilora_impl import Minilora
-from minilora.verify.implementation.protocol import CARRIED, RESULTS
 
 
 def put(tree, path, array):

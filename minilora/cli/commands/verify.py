@@ -139,7 +139,7 @@ def _command(arguments: argparse.Namespace) -> list[str]:
     """
     command = ["minilora", "verify", *filter(None, [arguments.target])]
     if arguments.cmd is not None:
-        from minilora.verify.implementation.protocol import words
+        from minilora.verify.implementation.child import words
 
         if arguments.target is not None:
             raise ValueError(f"TARGET {arguments.target!r} and --cmd both; give one of them")

@@ -34,7 +34,7 @@ from minilora.verify.core.inputs import (
 )
 from minilora.verify.core.tolerance import Draws, Rounding, noisy, rms, unit_roundoff
 from minilora.verify.core.types import CLOSED_FORM, MONTE_CARLO, Limits
-from minilora.verify.implementation.protocol import RESULTS
+from minilora.verify.implementation.messages import RESULTS
 from minilora.verify.vectors.vector import Output, each_array
 
 Array = np.ndarray

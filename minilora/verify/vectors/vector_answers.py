@@ -21,7 +21,7 @@ from minilora.verify.core.types import Case, Check, Comparison, Diagnosis, Limit
 from minilora.verify.diagnosis.diagnose import Direct, answers, candidates
 from minilora.verify.implementation.contract import CONVENTIONS, positional
 from minilora.verify.implementation.guard import GuardedImplementation
-from minilora.verify.implementation.protocol import RESULTS
+from minilora.verify.implementation.messages import RESULTS
 from minilora.verify.mutants.mutant import Mutant
 from minilora.verify.report.report import Report
 from minilora.verify.report.result import Result

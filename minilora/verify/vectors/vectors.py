@@ -26,7 +26,7 @@ from minilora.verify.core.types import Case, Check
 from minilora.verify.engine import Progress
 from minilora.verify.implementation.contract import positional
 from minilora.verify.implementation.guard import GuardedImplementation
-from minilora.verify.implementation.protocol import split_arrays
+from minilora.verify.implementation.messages import split_arrays
 from minilora.verify.plan import levels_of, require_known
 from minilora.verify.vectors.files import files, frozen
 from minilora.verify.vectors.tags import flags

@@ -1,0 +1,231 @@
+"""The process of a driver: its pipes, its output, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import selectors
+import shlex
+import signal
+import subprocess
+from collections.abc import Sequence
+from time import monotonic
+
+from minilora.verify.core.errors import Fault, LoadError, tidy
+from minilora.verify.implementation.messages import message_line, quoted
+
+LONGEST_LINE = 2**20
+"""The maximum bytes of an answer: arrays belong in the file."""
+
+
+STOP_LIMIT = 2.0
+"""Seconds that a driver has to end by itself after the message ``stop``."""
+
+
+END_LIMIT = 1.0
+"""Seconds that a driver has to end after it closed its standard output."""
+
+
+STDERR_BYTES = 8000
+
+
+POLL_SECONDS = 0.05
+
+
+def words(command: str) -> list[str]:
+    """The command's words, as a shell splits them. Raises ValueError."""
+    try:
+        split = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"the command {command!r} cannot be split: {error}") from None
+    if not split:
+        raise ValueError("the command is empty; give one that starts a driver, like ./driver")
+    return split
+
+
+def start(command: Sequence[str], shown: str) -> Child:
+    """The process of a command; ``shown`` is the command in messages. Raises LoadError."""
+    try:
+        return Child(command)
+    except FileNotFoundError:
+        program = command[0]
+        if os.path.exists(program) and os.sep in program:
+            why = "the interpreter in its first line does not exist"
+        elif os.path.exists(program):
+            why = f"no such program on the PATH; for the file in this folder, use ./{program}"
+        else:
+            why = "no such file" if os.sep in program else "no such program on the PATH"
+        raise LoadError(f"{shown}: {program} cannot be started: {why}") from None
+    except PermissionError:
+        why = "it is a folder" if os.path.isdir(command[0]) else "it is not executable"
+        remedy = "run chmod +x on it, or put its interpreter before it"
+        raise LoadError(f"{shown}: {command[0]} cannot be started: {why}; {remedy}") from None
+    except (OSError, ValueError) as error:
+        why = f"{getattr(error, 'strerror', None) or error}; put its interpreter before it"
+        raise LoadError(f"{shown}: {command[0]} cannot be started: {why}") from None
+
+
+class Child:
+    """The process of a driver: its pipes, its unread output, and its end.
+
+    It leads its own process group: an interrupt from the terminal does not reach it before this
+    process can stop it, and whatever it starts ends with it.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, start_new_session=True
+        )
+        pipes = (self._process.stdin, self._process.stdout, self._process.stderr)
+        self._in, self._out, self._err = (p.fileno() for p in pipes if p is not None)
+        self._selector = selectors.DefaultSelector()
+        for file in (self._in, self._out, self._err):
+            os.set_blocking(file, False)
+        for file in (self._out, self._err):
+            self._selector.register(file, selectors.EVENT_READ)
+        self._said = bytearray()
+        self._last_words = b""
+        self._silent = False
+
+    def exchange(self, what: str, message: bytes, limit: float) -> bytes:
+        """The line that it answers to a message. Raises Fault."""
+        while self._turn(0.0):
+            self._within_length()
+        self.nothing_more("before it was asked")
+        end = monotonic() + limit
+        rest = memoryview(message)
+        while (line := self._first_line()) is None:
+            self._within_length()
+            if self._silent:
+                raise Fault("crashes", self._how_it_ended())
+            if (left := end - monotonic()) <= 0:
+                raise Fault("hangs", self._how_it_hangs(what, limit))
+            rest = self._write(rest)
+            if not self._turn(min(left, POLL_SECONDS)) and self._process.poll() is not None:
+                self._silent = not self._turn(0.0)
+        return line
+
+    def _first_line(self) -> bytes | None:
+        line, newline, rest = self._said.partition(b"\n")
+        if not newline:
+            return None
+        self._said = rest
+        return bytes(line)
+
+    def _within_length(self) -> None:
+        if len(self._said) > LONGEST_LINE:
+            raise Fault("protocol", f"no line ends; it begins with {quoted(bytes(self._said))}")
+
+    def nothing_more(self, when: str) -> None:
+        """Raises Fault where it has said what nobody asked for."""
+        if self._said:
+            says = f"{quoted(bytes(self._said))} on standard output {when}"
+            raise Fault("protocol", f"{says}; only answers may stand there, one to each message")
+
+    def _write(self, rest: memoryview) -> memoryview:
+        if not rest:
+            return rest
+        try:
+            return rest[os.write(self._in, rest) :]
+        except BlockingIOError:
+            return rest
+        except BrokenPipeError:  # its end will be seen on its standard output
+            return rest[:0]
+
+    def _turn(self, wait: float) -> bool:
+        """Takes in what it has said by now on both of its outputs; whether it was anything."""
+        ready = [key.fd for key, _ in self._selector.select(wait)]
+        for file in ready:
+            try:
+                chunk = os.read(file, 2**16)
+            except BlockingIOError:
+                continue
+            if not chunk:
+                self._selector.unregister(file)
+                self._silent |= file == self._out
+            elif file == self._out:
+                self._said += chunk
+            else:
+                self._last_words = (self._last_words + chunk)[-STDERR_BYTES:]
+        return bool(ready)
+
+    def _how_it_ended(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_LIMIT)
+        status = self._process.poll()
+        if status is None:
+            says = "it closed its standard output"
+        elif status < 0:
+            says = f"it was ended by {signal_name(-status)}"
+        else:
+            says = f"it ended with exit status {status}"
+        if self._said:
+            says += f", in the middle of a line: {quoted(bytes(self._said))}"
+        return f"{says}; {self._words()}"
+
+    def _how_it_hangs(self, what: str, limit: float) -> str:
+        says = f"{what} gave no answer in {limit:g} s, and the driver was ended"
+        if self._said:
+            says += (
+                f"; it said the beginning of a line, {quoted(bytes(self._said))}, and no newline"
+            )
+        return f"{says}; {self._words()}"
+
+    def _words(self) -> str:
+        """What it said last on standard error."""
+        end = monotonic() + 0.2
+        while self._selector.get_map() and monotonic() < end and self._turn(POLL_SECONDS):
+            pass
+        said = last_words(self._last_words.decode(errors="replace"))
+        return f"its last words on standard error: {said}" if said else "nothing on standard error"
+
+    def stop(self) -> None:
+        """Asks it to end, and gives it a little time."""
+        self._write(memoryview(message_line({"seq": -1, "cmd": "stop"})))
+        end = monotonic() + STOP_LIMIT
+        with contextlib.suppress(OSError):
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+        while self._process.poll() is None and monotonic() < end:
+            if not self._selector.get_map():  # both outputs closed: it is about to end
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(max(0.0, end - monotonic()))
+                return
+            self._turn(POLL_SECONDS)
+            self._said.clear()
+
+    def end(self) -> None:
+        """Ends it and all that it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def kill(self) -> None:
+        """Ends it, waits for that and lets go of its pipes."""
+        self.end()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5.0)
+        self._selector.close()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+def signal_name(number: int) -> str:
+    """The name of a signal."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def last_words(text: str) -> str:
+    """The last lines of a text in one, and the last before them that speaks of an error."""
+    lines = [tidy(line, 150) for line in text.splitlines() if line.strip()]
+    before, last = lines[:-5], lines[-5:]
+    headlines = [line for line in before if re.search("error|exception|panic|fatal", line, re.I)]
+    joined = " | ".join(last)
+    joined = joined if len(joined) <= 250 else f"…{joined[-249:]}"
+    return " | ".join([*headlines[-1:], joined])
