@@ -1,6 +1,6 @@
-"""Where the adapters go: a choice of projections, its report, and the factors put in place.
+"""Which modules get an adapter, and the adapters put in place: PEFT's LoraConfig and its rules.
 
-Projections are named as the models name them: ``layers.0.q``, ``layers.1.down``, ``pooler``.
+Modules are named as the models name them: ``layers.0.q``, ``layers.1.down``, ``pooler``.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ResolvedTargets:
-    """What a `LoraConfig` hit: for each adapted module its rank, its alpha and its shape (m, n)."""
+    """The modules that a `LoraConfig` matches: their ranks, their alphas, their shapes (m, n)."""
 
     rank: Mapping[str, int]
     alpha: Mapping[str, Any]
@@ -158,7 +158,7 @@ class ResolvedTargets:
     variant: str = "lora"
 
     def parts(self) -> dict[str, tuple[int, int]]:
-        """Every parameter of the adapters, and its shape."""
+        """The shape of each parameter of the adapters, by name."""
         variant = REGISTRY[self.variant].variant
         return {
             f"{at}.{part}": shape
@@ -167,98 +167,100 @@ class ResolvedTargets:
         }
 
     def trained(self) -> frozenset[str]:
-        """Those of the parameters that the variant trains."""
+        """The names of the parameters that the variant trains."""
         ends = tuple(f".{part}" for part in REGISTRY[self.variant].trained)
         return frozenset(name for name in self.parts() if name.endswith(ends))
 
     def __str__(self) -> str:
-        """A line per adapted projection, and their count of trained parameters."""
-        shapes, trained = self.parts(), self.trained()
-        size = dict.fromkeys(self.rank, 0)
-        for name in trained:
+        """A line for each adapted module, and how many parameters are trained."""
+        shapes, count = self.parts(), dict.fromkeys(self.rank, 0)
+        for name in self.trained():
             m, n = shapes[name]
-            size[name.rpartition(".")[0]] += m * n
+            count[name.rpartition(".")[0]] += m * n
         lines = [
-            f"{at}: r {r}, alpha {self.alpha[at]}, {size[at]} parameters"
+            f"{at}: r {r}, alpha {self.alpha[at]}, {count[at]} parameters"
             for at, r in self.rank.items()
         ]
-        return "\n".join([*lines, f"{len(size)} projections, {sum(size.values())} parameters"])
+        return "\n".join([*lines, f"{len(count)} projections, {sum(count.values())} parameters"])
 
 
-def matches(name: str, wanted: str | Sequence[str]) -> bool:
-    """Whether ``wanted`` hits the module's name: an expression for all of it, or names of its ends.
+def matches(name: str, target_modules: str | Sequence[str]) -> bool:
+    """Whether ``target_modules`` matches the module's name.
 
-    A string is a regular expression that must match from the first character to the last: "q" hits
-    no ``layers.0.q``, ".*q" hits ``mlp.seq`` too. An entry of a list is no expression: it is the
-    name or a dotted end of it, so "q" hits ``q`` and ``layers.0.q``, but neither ``seq`` nor ``q2``
-    nor ``q.extra``. An empty list hits nothing.
+    A string is a regular expression for the whole name: "q" does not match ``layers.0.q``, ".*q"
+    also matches ``mlp.seq``. A list has names: each matches itself and what ends with a dot and
+    it. "q" matches ``q`` and ``layers.0.q``, but not ``seq``, ``q2`` or ``q.extra``. An empty list
+    matches nothing.
 
-    Errors: re.error for a string that is no expression.
+    Errors: re.error for a string that is no regular expression.
     Source: PEFT 0.21, ``check_target_module_exists``.
     """
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == end or name.endswith("." + end) for end in wanted)
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, name) is not None
+    return any(name == end or name.endswith("." + end) for end in target_modules)
 
 
-def layer_index(name: str, patterns: str | Sequence[str] = ()) -> int | None:
-    """The number of the layer that the module lies in, or None: the first number that counts.
+def layer_index(name: str, layers_pattern: str | Sequence[str] = ()) -> int | None:
+    """The index of the layer that contains the module; None outside of layers.
 
-    With ``patterns`` it follows one of them, which is the name's start or follows a dot; of several
-    the first that fits counts. Without, it follows any part of the name that is not its first, so
-    that ``model.layers.1.experts.0.up`` lies in 1, but ``layers.1.experts.0.up`` in 0 and
-    ``layers.1.up`` in none: name the pattern where the blocks are the outermost. A number that ends
-    the name is no layer. Patterns are expressions and are not grouped: "layers|h" finds none in
-    ``layers.1.up``, where the list ["layers", "h"] finds 1.
+    With ``layers_pattern`` it is the first number after one of the patterns, which begins the name
+    or follows a dot; the first pattern that matches counts. Without, it is the first number after
+    any part but the first: ``model.layers.1.experts.0.up`` is in layer 1, but
+    ``layers.1.experts.0.up`` in 0 and ``layers.1.up`` in none. Give the pattern where names begin
+    with the blocks. A number that ends the name is no layer. Patterns are regular expressions
+    without a group: "layers|h" finds no layer in ``layers.1.up``, ["layers", "h"] finds 1.
 
     Source: PEFT 0.21, ``check_target_module_exists``.
     """
-    names = [patterns] if isinstance(patterns, str) else patterns
-    starts = [rf"(?:^|.*?\.){name}" for name in names] if patterns else [r".*?\.[^.]*"]
-    found = (re.match(rf"{start}\.(?P<idx>\d+)\.", name) for start in starts)
-    match = next((match for match in found if match), None)
+    names = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+    before = [rf"(?:^|.*?\.){name}" for name in names] if layers_pattern else [r".*?\.[^.]*"]
+    matched = (re.match(rf"{start}\.(?P<idx>\d+)\.", name) for start in before)
+    match = next((match for match in matched if match), None)
     return None if match is None or match["idx"] is None else int(match["idx"])
 
 
 def is_target(
     name: str,
-    wanted: str | Sequence[str],
+    target_modules: str | Sequence[str],
     *,
-    exclude: str | Sequence[str] = (),
-    saved: Sequence[str] = (),
-    layers: int | Sequence[int] | None = None,
+    exclude_modules: str | Sequence[str] = (),
+    modules_to_save: Sequence[str] = (),
+    layers_to_transform: int | Sequence[int] | None = None,
     layers_pattern: str | Sequence[str] = (),
 ) -> bool:
-    """Whether the module gets an adapter. The first of these rules that speaks, decides.
+    """Whether the module gets an adapter. The first of these rules that applies decides.
 
-    1. ``exclude``, which hits as :func:`matches` has it, takes away whatever else is said.
-    2. So does ``saved`` (``modules_to_save``): an expression, ungrouped, for whole parts of the
-       name, wherever they stand. Such modules are found otherwise: :func:`is_saved`.
-    3. A whole name in the list ``wanted`` is not asked for its layer.
-    4. What ``wanted`` hits is asked for it if ``layers`` (``layers_to_transform``) names any; an
-       empty list asks nothing. A module in no layer is then left out.
+    1. No, if ``exclude_modules`` matches it, as :func:`matches` does.
+    2. No, if a regular expression of ``modules_to_save`` matches whole parts of the name, at any
+       place. Which modules are saved is another question: :func:`is_saved`.
+    3. Yes, if its whole name is in the list ``target_modules``, whatever its layer.
+    4. Yes, if ``target_modules`` matches it and, unless ``layers_to_transform`` is empty, its
+       :func:`layer_index` is among them.
 
-    Beside an expression PEFT's configuration refuses ``layers``; here it asks all the same.
+    PEFT's configuration refuses ``layers_to_transform`` beside a regular expression; here both
+    apply.
 
     Source: PEFT 0.21, ``check_target_module_exists``.
     """
-    if matches(name, exclude):
+    if matches(name, exclude_modules):
         return False
-    if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in saved):
+    if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in modules_to_save):
         return False
-    if not isinstance(wanted, str) and name in wanted:
+    if not isinstance(target_modules, str) and name in target_modules:
         return True
-    if not matches(name, wanted):
+    if not matches(name, target_modules):
         return False
-    asked = [layers] if isinstance(layers, int) else list(layers or ())
-    return not asked or layer_index(name, layers_pattern) in asked
+    layers = layers_to_transform
+    indices = [layers] if isinstance(layers, int) else list(layers or ())
+    return not indices or layer_index(name, layers_pattern) in indices
 
 
 def all_linear(linears: Iterable[str], heads: Iterable[str] = ("head",)) -> list[str]:
-    """What the target "all-linear" stands for: the projections but the output head.
+    """The modules of the target "all-linear": all projections except the output head.
 
-    A classifier's head is one for PEFT only under the task type SEQ_CLS. PEFT takes the names for a
-    list of targets, by which a head ``lm.out`` comes back where there is a projection ``out``.
+    For PEFT a classifier's head is an output head only under the task type SEQ_CLS. PEFT turns
+    "all-linear" into a list of last names: a head ``lm.out`` is then adapted if there is a
+    projection ``out``.
 
     Source: PEFT 0.21, ``_maybe_include_all_linear_layers``.
     """
@@ -267,32 +269,32 @@ def all_linear(linears: Iterable[str], heads: Iterable[str] = ("head",)) -> list
 
 
 def pattern_value(patterns: Mapping[str, Any], name: str, default: Any = None) -> Any:
-    """The value (a rank, an alpha) of the first of the ``patterns`` that fits the module's name.
+    """The value, a rank or an alpha, of the first pattern that matches the module's name.
 
-    A pattern is an expression for the whole name or for a dotted end, grouped: "q|up" fits
-    ``layers.0.up``, but "q" fits neither ``seq`` nor ``q.extra``. It is the first in the mapping's
-    order that counts, be another one longer; the very name counts after all that fit.
+    A pattern is a regular expression for the whole name or for what follows a dot, in a group:
+    "q|up" matches ``layers.0.up``; "q" matches neither ``seq`` nor ``q.extra``. The first in the
+    mapping's order counts, even if another is longer. The name itself as a key counts last.
 
     Source: PEFT 0.21, ``get_pattern_key``.
     """
-    fitting = (v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", name))
-    return next(fitting, patterns.get(name, default))
+    values = (v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", name))
+    return next(values, patterns.get(name, default))
 
 
 def with_parents(name: str) -> Iterator[str]:
-    """The modules that a module lies in by its dotted name, the outermost first, and itself."""
+    """The modules that contain the module by its dotted name, the outermost first, and itself."""
     return accumulate(name.split("."), "{}.{}".format)
 
 
-def is_saved(name: str, wanted: Sequence[str]) -> bool:
-    """Whether ``modules_to_save`` trains the module, or one that it lies in, in full.
+def is_saved(name: str, modules_to_save: Sequence[str]) -> bool:
+    """Whether ``modules_to_save`` trains the module, or one that contains it, in full.
 
-    The end of a name decides, with no dot before it: "norm" also hits ``layers.0.norm``, "q" also
-    ``seq``, and "_proj" every projection. Give whole names.
+    The end of a name decides, without a dot before it: "norm" also matches ``layers.0.norm``, "q"
+    also ``seq``, and "_proj" every projection. Give whole names.
 
     Source: PEFT 0.21, ``_set_trainable``.
     """
-    return any(outer.endswith(tuple(wanted)) for outer in with_parents(name))
+    return any(parent.endswith(tuple(modules_to_save)) for parent in with_parents(name))
 
 
 def resolve_targets(lora: LoraConfig, linears: Mapping[str, tuple[int, int]]) -> ResolvedTargets:
@@ -333,8 +335,8 @@ def _matched(lora: LoraConfig, linears: Mapping[str, tuple[int, int]]) -> list[s
         if is_target(
             at,
             wanted,
-            exclude=lora.exclude_modules,
-            layers=lora.layers_to_transform,
+            exclude_modules=lora.exclude_modules,
+            layers_to_transform=lora.layers_to_transform,
             layers_pattern="layers",
         )
     }

@@ -341,10 +341,10 @@ class Setting:
             return text(wanted) if isinstance(wanted, Pieces) else list(map(".".join, wanted))
 
         return {
-            "wanted": say(self.wanted),
-            "exclude": say(self.exclude),
-            "saved": [re.escape(".".join(part)) for part in self.saved],
-            "layers": list(self.layers),
+            "target_modules": say(self.wanted),
+            "exclude_modules": say(self.exclude),
+            "modules_to_save": [re.escape(".".join(part)) for part in self.saved],
+            "layers_to_transform": list(self.layers),
             "layers_pattern": [re.escape(".".join(part)) for part in self.patterns],
         }
 
@@ -398,7 +398,7 @@ def settings_of_trees(draw_):
 
 def names_hit_whole_names_and_dotted_ends(rules, drawn):
     for name in drawn.names:
-        found = rules.matches(".".join(name), drawn.said["wanted"])
+        found = rules.matches(".".join(name), drawn.said["target_modules"])
         assert found == plain_matches(name, drawn.wanted)
 
 
@@ -474,19 +474,28 @@ TRAPS = [
 ]
 
 
-def in_another_order(name, wanted, exclude, saved, layers, layers_pattern):
+def in_another_order(name, **config):
     """A whole name first of all."""
+    wanted = config["target_modules"]
     if not isinstance(wanted, str) and name in wanted:
         return True
-    return target_modules.is_target(
-        name, wanted, exclude=exclude, saved=saved, layers=layers, layers_pattern=layers_pattern
-    )
+    return target_modules.is_target(name, **config)
 
 
-def asked_always(name, wanted, layers, layers_pattern, **others):
+def asked_always(name, layers_to_transform, layers_pattern, **others):
     """Whole names for their layer too."""
-    hit = target_modules.is_target(name, wanted, **others)
-    return hit and (not layers or target_modules.layer_index(name, layers_pattern) in layers)
+    layer = target_modules.layer_index(name, layers_pattern)
+    hit = target_modules.is_target(name, **others)
+    return hit and (not layers_to_transform or layer in layers_to_transform)
+
+
+def without(field):
+    """``is_target`` that does not look at a field."""
+
+    def is_target(name, **config):
+        return target_modules.is_target(name, **{k: v for k, v in config.items() if k != field})
+
+    return is_target
 
 
 def layer_by(expression, bare=None):
@@ -563,18 +572,16 @@ WRONG = {
     "the first digit": ("layer_index", layer_by(r"(?:^|.*?\.)(?:{})\.(?P<idx>\d)")),
     "whole names before exclusion": ("is_target", in_another_order),
     "whole names asked for their layer": ("is_target", asked_always),
-    "no exclusion": ("is_target", lambda n, exclude, **all_: target_modules.is_target(n, **all_)),
-    "saved modules adapted": (
-        "is_target",
-        lambda n, saved, **all_: target_modules.is_target(n, **all_),
-    ),
+    "no exclusion": ("is_target", without("exclude_modules")),
+    "saved modules adapted": ("is_target", without("modules_to_save")),
     "saved by the end of the name": (
         "is_target",
-        lambda n, saved, **all_: (
-            target_modules.is_target(n, **all_) and not target_modules.matches(n, saved)
+        lambda n, modules_to_save, **others: (
+            target_modules.is_target(n, **others)
+            and not target_modules.matches(n, modules_to_save)
         ),
     ),
-    "no layers": ("is_target", lambda n, layers, **all_: target_modules.is_target(n, **all_)),
+    "no layers": ("is_target", without("layers_to_transform")),
     "the last pattern": ("pattern_value", of_patterns(anchored, -1)),
     "a pattern searched for": ("pattern_value", of_patterns(re.search)),
     "a pattern without its end": (
@@ -618,23 +625,26 @@ def pefts():
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils.other import _set_trainable, get_pattern_key
 
-    def is_target(name, wanted, exclude=(), saved=(), layers=None, layers_pattern=None):
-        config = SimpleNamespace(
-            target_modules=wanted,
-            exclude_modules=exclude,
-            modules_to_save=saved,
-            layers_to_transform=layers,
-            layers_pattern=layers_pattern,
-            target_parameters=None,
-        )
+    def is_target(name, target_modules, **config):
+        settings = {
+            "exclude_modules": (),
+            "modules_to_save": (),
+            "layers_to_transform": None,
+            "layers_pattern": None,
+            "target_parameters": None,
+        }
+        config = SimpleNamespace(**settings | config, target_modules=target_modules)
         return bool(check_target_module_exists(config, name))
 
     def layer_index(name, patterns=()):
         """The one number with which the end of the name, which is not all of it, is hit."""
         numbers = {int(part) for part in name.split(".") if part.isdecimal()}
         _, dot, end = name.rpartition(".")
-        asked = {"layers_pattern": patterns, "wanted": [end]}
-        hit = [i for i in numbers if dot and is_target(name, layers=[i], **asked)]
+        hit = [
+            i
+            for i in numbers
+            if dot and is_target(name, [end], layers_to_transform=[i], layers_pattern=patterns)
+        ]
         assert len(hit) < 2
         return next(iter(hit), None)
 
@@ -700,12 +710,16 @@ RAW = [*PARTS, "", "q|up", "layers|h", r"l\w+s", ".", "1|11.q", "q.*", "(q|seq)"
 def test_unescaped_and_ungrouped_settings_hit_what_they_hit_in_peft(
     pefts, names, wanted, listed, saved, exclude, layers, layers_pattern
 ):
-    asked = {"exclude": exclude, "saved": saved, "wanted": wanted if listed else wanted[0]}
+    config = {
+        "target_modules": wanted if listed else wanted[0],
+        "exclude_modules": exclude,
+        "modules_to_save": saved,
+    }
     if listed:
-        asked |= {"layers": layers, "layers_pattern": layers_pattern}
+        config |= {"layers_to_transform": layers, "layers_pattern": layers_pattern}
     ranks = {pattern: i for i, pattern in enumerate(wanted)}
     for name in names:
-        assert target_modules.is_target(name, **asked) == pefts.is_target(name, **asked)
+        assert target_modules.is_target(name, **config) == pefts.is_target(name, **config)
         found = target_modules.pattern_value(ranks, name, 99)
         assert found == pefts.pattern_value(ranks, name, 99)
 
@@ -729,19 +743,19 @@ def test_peft_adapts_what_the_rules_hit_with_their_ranks_and_alphas(pefts, drawn
     names = [".".join(name) for name in drawn.names]
     names = [name for name in names if not any(n.startswith(f"{name}.") for n in names)]
     said = drawn.said
-    if isinstance(said["wanted"], str) or not drawn.layers:
-        said |= {"layers": None, "layers_pattern": []}
+    if isinstance(said["target_modules"], str) or not drawn.layers:
+        said |= {"layers_to_transform": None, "layers_pattern": []}
     config = LoraConfig(
         r=11,
         lora_alpha=13,
-        target_modules=said["wanted"],
-        exclude_modules=said["exclude"] or None,
-        layers_to_transform=said["layers"],
+        target_modules=said["target_modules"],
+        exclude_modules=said["exclude_modules"] or None,
+        layers_to_transform=said["layers_to_transform"],
         layers_pattern=said["layers_pattern"] or None,
         rank_pattern=drawn.valued,
         alpha_pattern=drawn.valued,
     )
-    said["saved"] = ()
+    said["modules_to_save"] = ()
     every = {name for at in names for name in itertools.accumulate(at.split("."), "{}.{}".format)}
     hit = {name for name in every if target_modules.is_target(name, **said)}
     tree = branches(torch, names)
@@ -1278,8 +1292,9 @@ def test_a_report_counts_what_the_variant_trains():
 
 
 def test_rules_take_one_number_for_a_layer_and_a_string_for_an_expression_alone():
-    assert target_modules.is_target("layers.1.q", ["q"], layers=1, layers_pattern="layers")
-    assert not target_modules.is_target("layers.2.q", ["q"], layers=1, layers_pattern="layers")
+    config = {"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "layers"}
+    assert target_modules.is_target("layers.1.q", **config)
+    assert not target_modules.is_target("layers.2.q", **config)
     assert not target_modules.is_target("q", r"layers\.0\.q")
     assert target_modules.layer_index("layers.1.up", "layers|h") is None
 

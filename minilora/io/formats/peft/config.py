@@ -303,12 +303,8 @@ def _adapted(
     """The adapted modules, and their own ranks and alphas by the fields of a `LoraConfig`."""
     path_of = paths(c)
     wanted = settings["target_modules"]
-    selection = {
-        "exclude": settings["exclude_modules"],
-        "saved": settings["modules_to_save"],
-        "layers": settings["layers_to_transform"],
-        "layers_pattern": settings["layers_pattern"],
-    }
+    fields = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+    selection = {name: settings[name] for name in fields}
     patterns: dict[str, dict[str, Any]] = {"rank_pattern": {}, "alpha_pattern": {}}
     try:
         adapted = [at for at, key in path_of.items() if is_target(key, wanted, **selection)]
