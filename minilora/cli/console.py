@@ -318,13 +318,18 @@ def add_files(option: Any, what: str, *forms: str) -> None:
         option(f"--{form}", metavar="FILE", help=f"write {what} as {FORMS[form]}")
 
 
-def add_model(add: Any, adapter: bool = True) -> None:
-    """Add the options that name a model and an adapter."""
+def add_model(add: Any, adapter: bool = True, trained: bool = True) -> None:
+    """Add the options that name a model and, if ``adapter``, an adapter.
+
+    ``trained``: whether the command has an adapter, which may name its model.
+    """
+    default = "the model that the adapter was trained on, or reference:llama"
+    default = default if trained else "reference:llama"
     add(
         "--model",
         metavar="M",
-        help="a Hugging Face folder, a .gguf file, package:NAME or reference:NAME (default: the "
-        "model that the adapter was trained on, or reference:llama)",
+        help="a Hugging Face folder, a .gguf file, package:NAME or reference:NAME (default: "
+        f"{default})",
     )
     if adapter:
         add("--adapter", metavar="A", help="a folder of PEFT or MLX, or a .gguf file")

@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
         _run,
     )
     option = parser.add_argument
-    add_model(option, adapter=False)
+    add_model(option, adapter=False, trained=False)
     add_data(option)
     option("--output", required=True, metavar="OUT", help="folder for the sweep")
     option("--ranks", default="1,2,4,8", metavar="R,...", help="ranks of the adapters")

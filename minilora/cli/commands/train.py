@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
         _run,
     )
     option = parser.add_argument
-    add_model(option, adapter=False)
+    add_model(option, adapter=False, trained=False)
     add_data(option)
     option("--output", required=True, metavar="OUT", help="folder for the run and its result")
 
@@ -145,7 +145,10 @@ def add_adapter(option: Any) -> None:
         help="modules to adapt: q,v,... or a regular expression such as 'layers\\.0\\..*'",
     )
     option(
-        "--variant", default="lora", metavar="NAME", help="LoRA variant, as minilora variants lists"
+        "--variant",
+        default="lora",
+        metavar="NAME",
+        help="LoRA variant; minilora variants lists them",
     )
 
 
@@ -162,7 +165,9 @@ def add_schedule(option: Any) -> None:
     option(
         "--num-train-epochs", type=int, default=1, metavar="N", help="passes over the training data"
     )
-    option("--max-steps", type=int, metavar="N", help="train N steps, whatever the epochs")
+    option(
+        "--max-steps", type=int, metavar="N", help="number of steps; overrides --num-train-epochs"
+    )
     option(
         "--batch-tokens",
         type=int,
