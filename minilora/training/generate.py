@@ -19,13 +19,13 @@ from minilora.training.kv_cache import KVCache, next_logits
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from its logits: the most probable, or by softmax(z / temperature).
+    """How a token is drawn from its logits: from softmax(z / temperature), or the most probable.
 
-    At temperature 0 it is the most probable one, the first of equals. ``top_k`` leaves the k most
-    probable tokens, 0 all; ``top_p`` those that are first in sum to reach p, the one that reaches
-    it among them. Both take the tokens in the order of their logits, and both may act.
+    Temperature 0 takes the most probable token, the first of equals. ``top_k`` keeps the k most
+    probable tokens, 0 all. ``top_p`` keeps the most probable tokens until their probabilities sum
+    to p. Both may be combined.
 
-    Errors: ValueError for a number outside its range.
+    Errors: ValueError for a number out of range.
     Source: Fan, Lewis and Dauphin 2018 for top_k; Holtzman et al. 2020 for top_p.
     """
 
@@ -49,19 +49,19 @@ def probabilities(z: Array, sampling: Sampling) -> Array:
     Errors: ValueError for logits that are not finite.
     """
     if not np.isfinite(z).all():
-        raise ValueError("logits that are not finite: the weights are no usable ones")
+        raise ValueError("the logits are not finite: expected weights of a trained model")
     p = np.zeros(len(z))
     if sampling.temperature == 0:
         p[z.argmax()] = 1
         return p
-    # Of a large vocabulary only those that may stay are sorted.
+    # Only the tokens that may be kept are sorted.
     k = min(sampling.top_k or len(z), len(z))
-    likely = np.flatnonzero(z >= np.partition(z, -k)[-k])  # k, and what equals the last of them
+    likely = np.flatnonzero(z >= np.partition(z, -k)[-k])  # and those equal to the k-th
     order = likely[np.argsort(-z[likely], kind="stable")][:k]
     wide = z[order].astype(np.float64)
-    with np.errstate(over="ignore"):  # -∞ of what is out of reach, at a temperature near 0
+    with np.errstate(over="ignore"):  # -∞ / temperature near 0
         e = np.exp((wide - wide[0]) / sampling.temperature)
-    # Those before a token have not reached p together: the first always stays.
+    # A token is kept if those before it do not sum to p; the first always is.
     left = np.concatenate([[0.0], np.cumsum(e)[:-1]]) < sampling.top_p * e.sum()
     p[order] = e * left
     p /= p.sum()
@@ -69,7 +69,7 @@ def probabilities(z: Array, sampling: Sampling) -> Array:
 
 
 def draw(z: Array, sampling: Sampling, seed: int, step: int, row: int = 0) -> int:
-    """The token drawn from the logits z, a function of its arguments alone.
+    """A token drawn from the logits z. The same arguments give the same token.
 
     Shapes: z (v,).
     Errors: those of `probabilities`.
@@ -78,12 +78,12 @@ def draw(z: Array, sampling: Sampling, seed: int, step: int, row: int = 0) -> in
     if sampling.temperature == 0:
         return int(p.argmax())
     u = np.random.default_rng((seed, step, row)).random()
-    # The last with a probability, should the sum round to less than u.
+    # The last possible token, if the sum rounds to less than u.
     return int(min(np.searchsorted(np.cumsum(p), u, side="right"), np.flatnonzero(p)[-1]))
 
 
 def last(b: int) -> Op:
-    """The head of the last token of each of b sequences, the only one that is asked for."""
+    """A head that computes the logits of the last token of each of b sequences only."""
 
     def head(x: Array, at: str, W: Params, tuning: TrainableSpec) -> tuple[Array, Back]:
         return project(x.reshape(len(x), b, -1)[:, :, -1], at, W, tuning)
@@ -91,10 +91,10 @@ def last(b: int) -> Op:
     return head
 
 
-def fitting(c: Config, given: int, most: int) -> int:
-    """How many tokens may follow so many, up to ``most``: one at least, as far as positions go."""
-    read = given + most - 1  # the last one drawn is not
-    return max(1, most - max(0, read - c.tables().get("positions", read)))
+def fitting(c: Config, prompt: int, max_new_tokens: int) -> int:
+    """As many new tokens as the model has positions for, at least 1, after ``prompt`` tokens."""
+    read = prompt + max_new_tokens - 1  # the last new token is not read
+    return max(1, max_new_tokens - max(0, read - c.tables().get("positions", read)))
 
 
 def generate(
@@ -103,39 +103,39 @@ def generate(
     c: Config,
     tuning: TrainableSpec,
     *,
-    most: int = 64,
+    max_new_tokens: int = 64,
     stop: Collection[int] = (),
     sampling: Sampling | None = None,
     seed: int = 0,
 ) -> Iterator[list[int | None]]:
-    """The next token of each prompt, again and again: up to ``most``, or until all have stopped.
+    """The next token of each prompt, step by step, until all have drawn a token of ``stop``.
 
-    A row that has drawn one of ``stop`` gives that one and then None. Prompts of several lengths
-    are padded on the left, which changes no logits of theirs. The tokens after a row's end go
-    through the model and reach no other row.
+    A row that has drawn one gives None from then on. Prompts are padded on the left, which does not
+    change their logits.
 
-    Errors: ValueError without prompts, for an empty one, for a model that is not causal, and if a
-    table of positions has no row for what is asked; and those of `logits`.
+    Errors: ValueError without prompts, for an empty one, for a model that is not causal, or if the
+    model lacks positions; those of `logits`.
     """
     sampling = sampling or Sampling()
     if not prompts or not all(prompts):
-        raise ValueError("an empty prompt: expected a token at least, the beginning of a text")
+        raise ValueError("an empty prompt: expected at least one token")
     longest = max(map(len, prompts))
-    read = longest + most - 1  # the last one drawn is not
-    room = c.tables().get("positions", read)
-    if read > room:
-        found = f"{longest} tokens and {most} more"
-        expected = f"{room + 1} in all: the model has {room} positions, and the last needs none"
-        raise ValueError(f"found {found}, expected at most {expected}")
+    read = longest + max_new_tokens - 1  # the last new token is not read
+    positions = c.tables().get("positions", read)
+    if read > positions:
+        raise ValueError(
+            f"max_new_tokens {max_new_tokens} after {longest} tokens: expected at most "
+            f"{positions + 1} in all, as the model has {positions} positions"
+        )
     ids = np.zeros((len(prompts), longest), int)
     real = np.arange(longest) >= longest - np.array([[len(prompt)] for prompt in prompts])
     ids[real] = [token for prompt in prompts for token in prompt]
-    cache, positions = KVCache(), np.maximum(real.cumsum(1) - 1, 0)
+    cache, position_ids = KVCache(), np.maximum(real.cumsum(1) - 1, 0)
     frozen = replace(tuning, trained=frozenset(), dropout_scale={})
     weights = prepared(W, c, frozen)
     ended = np.zeros(len(prompts), bool)
-    for step in range(most):
-        batch = Batch(ids, mask=real, positions=positions)
+    for step in range(max_new_tokens):
+        batch = Batch(ids, mask=real, positions=position_ids)
         z = next_logits(batch, weights, c, frozen, cache, last(len(ids)))
         drawn = [draw(z[:, row], sampling, seed, step, row) for row in range(len(prompts))]
         yield [None if end else token for end, token in zip(ended, drawn, strict=True)]
@@ -143,4 +143,4 @@ def generate(
         if ended.all():
             return
         ids, real = np.array(drawn)[:, None], np.ones((len(prompts), 1), bool)
-        positions = positions[:, -1:] + 1
+        position_ids = position_ids[:, -1:] + 1

@@ -111,7 +111,7 @@ def test_another_rate_another_scale_and_no_step_are_seen(expected):
 
 def drawn(own, W, tuning):
     prompt = own.batch.ids[0, :PROMPT].tolist()
-    return prompt, [row[0] for row in generate([prompt], W, own.c, tuning, most=NEW)]
+    return prompt, [row[0] for row in generate([prompt], W, own.c, tuning, max_new_tokens=NEW)]
 
 
 @quiet

@@ -188,27 +188,27 @@ def test_greedy_tokens_are_those_of_the_whole_forward(name):
     for _ in range(5):
         z, _ = logits(Batch(np.array([tokens])), model.W, model.config, model.tuning)
         tokens = [*tokens, int(z[:, -1].argmax())]
-    assert tokens_of(model, [[1, 4]], most=5) == [tokens[2:]]
+    assert tokens_of(model, [[1, 4]], max_new_tokens=5) == [tokens[2:]]
 
 
 def test_prompts_of_several_lengths_do_not_see_one_another():
     model, prompts = drawn("Llama"), [[1, 2, 3], [4], [5, 6]]
-    together = tokens_of(model, prompts, most=4)
-    assert together == [tokens_of(model, [prompt], most=4)[0] for prompt in prompts]
+    together = tokens_of(model, prompts, max_new_tokens=4)
+    assert together == [tokens_of(model, [prompt], max_new_tokens=4)[0] for prompt in prompts]
 
 
 def test_a_row_stops_at_its_stop_and_the_others_go_on():
     model = drawn("Llama")
-    free = tokens_of(model, [[1, 2], [4, 3]], most=6)
+    free = tokens_of(model, [[1, 2], [4, 3]], max_new_tokens=6)
     stop = next(token for token in free[0] if token not in free[1])
-    first, second = tokens_of(model, [[1, 2], [4, 3]], most=6, stop=[stop])
+    first, second = tokens_of(model, [[1, 2], [4, 3]], max_new_tokens=6, stop=[stop])
     assert first == free[0][: free[0].index(stop) + 1]
     assert second == free[1]
 
 
 def test_the_seed_alone_decides_what_is_drawn():
     model = drawn("GPT2", b=1)
-    settings = {"most": 6, "sampling": Sampling(2.0)}
+    settings = {"max_new_tokens": 6, "sampling": Sampling(2.0)}
     made = [tokens_of(model, [[1, 2]], seed=seed, **settings) for seed in (0, 0, 1, 2, 3)]
     assert made[0] == made[1]
     assert len({str(m) for m in made}) > 1
@@ -288,11 +288,11 @@ def test_what_cannot_be_generated_is_refused():
     for prompts, most, found in (
         ([], 1, "empty prompt"),
         ([[1], []], 1, "empty prompt"),
-        ([[1, 2]], 9, "2 tokens and 9 more, expected at most 10 in all"),
+        ([[1, 2]], 9, "max_new_tokens 9 after 2 tokens"),
         ([[99]], 1, "rows of embed"),
     ):
         with pytest.raises(ValueError, match=found):
-            tokens_of(model, prompts, most=most)
+            tokens_of(model, prompts, max_new_tokens=most)
     with pytest.raises(ValueError, match="not finite"):
         probabilities(np.array([np.nan, 1.0]), Sampling())
 
@@ -305,6 +305,6 @@ def test_a_temperature_near_zero_draws_the_most_probable():
 def test_the_last_token_drawn_needs_no_position():
     model = drawn("GPT2", b=1)
     full = [1] * model.config.positions
-    assert len(tokens_of(model, [full], most=1)[0]) == 1
-    with pytest.raises(ValueError, match="the last needs none"):
-        tokens_of(model, [full], most=2)
+    assert len(tokens_of(model, [full], max_new_tokens=1)[0]) == 1
+    with pytest.raises(ValueError, match="9 positions"):
+        tokens_of(model, [full], max_new_tokens=2)

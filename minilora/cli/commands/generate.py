@@ -80,7 +80,7 @@ def _run(arguments: argparse.Namespace) -> int:
     generated: list[int] = []
     printed = ""
     for row in generate(
-        [prompt], model.weights, base.config, model.tuning, most=max_new_tokens,
+        [prompt], model.weights, base.config, model.tuning, max_new_tokens=max_new_tokens,
         stop=tokenizer.stops, sampling=sampling, seed=arguments.seed,
     ):  # fmt: skip
         generated += [token for token in row if token is not None]

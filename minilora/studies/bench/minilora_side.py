@@ -79,7 +79,7 @@ class MiniloraSide:
         """The most probable tokens, `NEW` of them, with the keys and values of those before."""
         prompt = self.batch.ids[0, :PROMPT].tolist()
         with blas_threads(self.plan.threads):
-            rows = generate([prompt], self.W | self.params, self.c, self.tuning, most=NEW)
+            rows = generate([prompt], self.W | self.params, self.c, self.tuning, max_new_tokens=NEW)
             return [token for row in rows for token in row if token is not None]
 
     def products(self) -> float:

@@ -315,7 +315,8 @@ def own_texts(base: Base, study: Study) -> list[Text]:
     n, start = len(study.seeds), base.tokenizer.bos
     assert start is not None
     drawn = generate(
-        [[start]] * (OWN * n), base.weights, base.config, TrainableSpec(), most=study.length - 1,
+        [[start]] * (OWN * n), base.weights, base.config, TrainableSpec(),
+        max_new_tokens=study.length - 1,
         sampling=Sampling(temperature=1.0), seed=0,
     )  # fmt: skip
     rows = [(start, *row) for row in np.array([*drawn]).T.tolist()]
