@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from minilora.training.gradients import blas_threads, warm_memory
+from minilora.training.gradients import blas_threads
+from minilora.training.memory import keep_freed_memory
 
 _stopped = threading.Event()
 _working = threading.Lock()
@@ -43,7 +44,7 @@ def _begin_worker() -> None:
         signal.signal(number, stop)
     _mask("SIG_UNBLOCK")
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    warm_memory()
+    keep_freed_memory()
 
 
 def _end_with_parent() -> None:

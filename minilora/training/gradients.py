@@ -7,11 +7,10 @@ formed again. Where there are fewer groups than threads, the products run on sev
 are the library's affair.
 """
 
-import ctypes
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -25,6 +24,7 @@ from minilora.spec.models import Batch, Config, shifted_labels
 from minilora.spec.ops import IGNORED, Array
 from minilora.training.checkpointing import prepared
 from minilora.training.kernels import loss
+from minilora.training.memory import return_freed_memory
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def gradients(
         raise ValueError(f"no label counts in {len(batch.ids)} rows; leave this batch out")
 
     if plan.gradient_checkpointing:  # memory is dearer than time
-        release_memory()
+        return_freed_memory()
     weights = prepared(W, c, tuning)
 
     def work(rows: slice) -> tuple[Any, Weights]:
@@ -257,32 +257,3 @@ def evaluate(
 
     counts = which_count(batch, c)
     return sum(in_order(work, groups(batch, c, plan, counts), plan.threads)), int(counts.sum())
-
-
-def release_memory() -> None:
-    """Return freed heap memory to the operating system (malloc_trim), if the C library can.
-
-    Undoes `warm_memory`: in the pieces that a step leaves, a later step's arrays do not all fit.
-    """
-    with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Options of glibc's ``mallopt``."""
-
-LARGEST = 10 * 2**20
-"""Bytes: of what is larger there is little, blocks of logits, and it goes back at once."""
-
-
-def warm_memory() -> bool:
-    """Freed memory stays with the process, for the next array; whether the C library can do it.
-
-    glibc gives a large array back to the system as soon as it is freed, and the system clears the
-    pages of the next one again: elementwise operations wait for that longer than they compute.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

@@ -12,7 +12,7 @@ import minilora as ml
 from minilora import testing as draw
 from minilora.spec import blocks, ops
 from minilora.spec.ops import IGNORED
-from minilora.training import attention, checkpointing, chunked_head
+from minilora.training import attention, checkpointing, chunked_head, memory
 from minilora.training import gradients as module
 from minilora.training.gradients import ExecutionPlan, evaluate, gradients
 
@@ -181,7 +181,7 @@ def test_a_plan_without_threads_or_tokens_is_refused(wrong):
         ExecutionPlan(**wrong)
 
 
-def test_memory_is_kept_warm_where_the_library_can(monkeypatch):
+def test_freed_memory_is_kept_where_the_library_can(monkeypatch):
     set_options = []
 
     class Library:
@@ -190,11 +190,11 @@ def test_memory_is_kept_warm_where_the_library_can(monkeypatch):
             set_options.append(option)
             return 1
 
-    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: Library)
-    assert module.warm_memory()
-    assert set_options == [module.M_MMAP_THRESHOLD, module.M_TRIM_THRESHOLD]
-    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: object())
-    assert not module.warm_memory()
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Library)
+    assert memory.keep_freed_memory()
+    assert set_options == [memory.M_MMAP_THRESHOLD, memory.M_TRIM_THRESHOLD]
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
+    assert not memory.keep_freed_memory()
 
 
 @EVERY
@@ -412,12 +412,12 @@ def test_what_is_free_is_released_where_activations_are_recomputed(monkeypatch):
     class Library:
         malloc_trim = trims.append
 
-    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: Library)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Library)
     of(case("Llama"))
     assert trims == []
     of(case("Llama"), ExecutionPlan(gradient_checkpointing=True))
     assert trims == [0]
-    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: object())
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
     of(case("Llama"), ExecutionPlan(gradient_checkpointing=True))
 
 

@@ -45,7 +45,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from minilora.studies.examples.sentiment import sentiment
     from minilora.studies.examples.summaries import summaries
     from minilora.studies.examples.texts import ARCHIVE
-    from minilora.training.gradients import ExecutionPlan, warm_memory
+    from minilora.training.gradients import ExecutionPlan
+    from minilora.training.memory import keep_freed_memory
 
     if arguments.example == "summaries" and arguments.archive:
         raise ValueError("--archive: only sentiment takes it")
@@ -58,7 +59,7 @@ def _run(arguments: argparse.Namespace) -> int:
             tell=lambda text: say(text + "\n"),
         )
         if arguments.example == "sentiment":
-            warm_memory()
+            keep_freed_memory()
             result = sentiment(arguments.output, arguments.archive or ARCHIVE, settings)
         else:
             result = summaries(arguments.output, settings)

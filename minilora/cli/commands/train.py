@@ -282,7 +282,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from minilora.io.loading import open_base
     from minilora.training.fit import FitOptions
-    from minilora.training.gradients import ExecutionPlan, warm_memory
+    from minilora.training.gradients import ExecutionPlan
+    from minilora.training.memory import keep_freed_memory
     from minilora.training.run import prepare
 
     at_least(arguments, **LEAST)
@@ -311,7 +312,7 @@ def _run(arguments: argparse.Namespace) -> int:
         f"{path}: {len(data.train)} examples{cut}, {len(data.valid)} for validation\n"
     )
     if not arguments.gradient_checkpointing:
-        warm_memory()
+        keep_freed_memory()
     outcome, last_line = _fit(arguments.output, run, options)
     if outcome.stop_reason:
         return _report_stop(outcome, config, arguments.output)

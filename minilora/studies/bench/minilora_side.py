@@ -24,8 +24,8 @@ from minilora.training.gradients import (
     blas_threads,
     evaluate,
     gradients,
-    warm_memory,
 )
+from minilora.training.memory import keep_freed_memory
 
 
 def products_of() -> str:
@@ -53,7 +53,7 @@ class MiniloraSide:
         gradient_checkpointing: bool = False,
         quantized: bool = False,
     ) -> None:
-        warm_memory()
+        keep_freed_memory()
         at = Path(folder)
         self.plan = ExecutionPlan(threads, group_tokens, gradient_checkpointing)
         self.c = read_config(at / "model")

@@ -8,7 +8,7 @@ import transformers
 
 from minilora.io.files import read_tensors
 from minilora.studies.bench.cases import NEW, PROMPT, RATE
-from minilora.training.gradients import warm_memory
+from minilora.training.memory import keep_freed_memory
 
 
 class Peft:
@@ -58,5 +58,5 @@ class Warm(Peft):
     """PEFT in a process whose freed memory stays warm, as this package's does."""
 
     def __init__(self, folder: str, threads: int) -> None:
-        warm_memory()
+        keep_freed_memory()
         super().__init__(folder, threads)
