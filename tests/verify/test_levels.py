@@ -45,16 +45,16 @@ def crossed(norms, greatest):
 @pytest.mark.parametrize(("kind", "seeds"), [("clip", SEEDS), ("combined", [0])])
 def test_clipping_is_crossed_in_both_directions(kind, seeds):
     for seed in seeds:
-        of, steps = train.drawn(kind, 0, seed)
-        settings = train.computed(train.settings_of(kind, 0, seed))
-        norms = train.norms(of, steps, trained(of.c, of.W, of.tuning, steps, settings))
+        of, steps = train.draw_case(kind, 0, seed)
+        settings = train.numerical_settings(train.settings_of(kind, 0, seed))
+        norms = train.norms(of, steps, trained(of.c, of.W, of.spec, steps, settings))
         assert crossed(norms, settings["max_grad_norm"])
         assert not crossed(norms, 2 * max(norms))
 
 
 def test_micro_batches_have_unequal_counts_and_every_batch_has_all_kinds_of_labels():
     for seed in SEEDS:
-        of, steps = train.drawn("gradient-accumulation", 0, seed)
+        of, steps = train.draw_case("gradient-accumulation", 0, seed)
         unequal = []
         steps = [[*step] for step in steps]  # the case's own are kept
         silent = steps[train.SILENT].pop(1)
@@ -75,7 +75,7 @@ def test_micro_batches_have_unequal_counts_and_every_batch_has_all_kinds_of_labe
 
 
 def test_padding_lies_on_either_side_and_nothing_that_it_predicts_counts():
-    of, steps = train.drawn("labels", 0, 0)
+    of, steps = train.draw_case("labels", 0, 0)
     sides = [batch.real[:, 0].all() for (batch,) in steps]
     assert {*sides} == {True, False}
     for (batch,) in steps:
@@ -86,7 +86,7 @@ def test_padding_lies_on_either_side_and_nothing_that_it_predicts_counts():
 
 
 def test_prompts_are_ignored_and_answers_have_more_than_one_token():
-    _, steps = train.drawn("prompt", 0, 0)
+    _, steps = train.draw_case("prompt", 0, 0)
     for (batch,) in steps:
         learned = batch.labels != IGNORED
         assert (learned.sum(1) > 1).all()
@@ -95,17 +95,17 @@ def test_prompts_are_ignored_and_answers_have_more_than_one_token():
 
 
 def test_what_is_trained_of_the_base_is_another_in_the_models_folder(tmp_path):
-    of, _ = train.drawn("weight-decay", 0, 0)
+    of, _ = train.draw_case("weight-decay", 0, 0)
     base, _ = of.write(tmp_path, "float64")
     _, W = read_model(base)
     for name, array in W.items():
-        assert np.array_equal(array, -of.W[name] if name in of.tuning.trained else of.W[name])
-    assert {name.rpartition(".")[2] for name in of.tuning.trained} >= {"bias", "weight", "A"}
+        assert np.array_equal(array, -of.W[name] if name in of.spec.trained else of.W[name])
+    assert {name.rpartition(".")[2] for name in of.spec.trained} >= {"bias", "weight", "A"}
 
 
 @pytest.mark.parametrize("kind", [*train.KINDS])
 def test_both_dtypes_are_given_the_same_numbers(kind):
-    of, _ = train.drawn(kind, 0, 0)
+    of, _ = train.draw_case(kind, 0, 0)
     assert all(np.array_equal(v, v.astype(np.float32)) for v in of.W.values())
 
 
@@ -205,7 +205,7 @@ def test_a_folder_that_says_another_scale_is_shown_by_its_modules():
 
 def test_patterns_are_the_dotted_ends_of_names_and_read_as_they_are_meant():
     it = files.stored("patterns", "float32", 0, 0)
-    lora = read_lora_config(it.folder, it.small.c)
+    lora = read_lora_config(it.folder, it.model.c)
     for name, internal in (
         ("rank_pattern", lora.rank_pattern),
         ("alpha_pattern", lora.alpha_pattern),
@@ -312,7 +312,7 @@ def test_what_a_layer_refuses_is_said():
 
 
 def test_a_micro_batch_in_which_no_label_counts_is_worth_nothing(tmp_path):
-    of, steps = train.drawn("gradient-accumulation", 0, 0)
+    of, steps = train.draw_case("gradient-accumulation", 0, 0)
     folders = tuple(map(str, of.write(tmp_path, "float64")))
     given = [[as_dict(batch) for batch in step] for step in steps]
     silent = given[0][0] | {"labels": np.full_like(given[0][0]["labels"], IGNORED)}

@@ -5,7 +5,7 @@ import pytest
 
 from minilora.io import reference_models
 from minilora.spec.ops import attention, causal_mask
-from minilora.verify.checks import model
+from minilora.verify.checks import model, model_answers
 from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.tolerance import (
     Draws,
@@ -83,12 +83,12 @@ class One:
 
 @pytest.mark.parametrize("name", reference_models.names())
 def test_runs_side_by_side_are_the_runs_one_after_another(name):
-    c, W, tuning, _ = model.opened(name, "float64")
+    c, W, tuning, _ = model.read_back(name, "float64")
     batch = model.draw(name, Case("", "float64", 0, 0))
 
     def loss_and_gradients(draws):
         noisy_W = {key: noisy(array, FLOAT32, draws) for key, array in W.items()}
-        return model.answers(batch, noisy_W, c, tuning)
+        return model_answers.specified(batch, noisy_W, c, tuning)
 
     together = loss_and_gradients(Draws([One(7), One(8), One(9)], 3))
     for i, seed in enumerate((7, 8, 9)):

@@ -18,8 +18,8 @@ import numpy as np
 from minilora.spec.models import Batch
 from minilora.spec.target_modules import LoraConfig
 from minilora.verify.checks import tiny_models
-from minilora.verify.checks.model import as_dict
-from minilora.verify.checks.tiny_models import Small
+from minilora.verify.checks.model_answers import as_dict
+from minilora.verify.checks.tiny_models import TinyModel
 from minilora.verify.checks.train import SGD, ask, compared, wanted
 from minilora.verify.core.errors import Fault
 from minilora.verify.core.level import Level
@@ -30,22 +30,22 @@ Array = np.ndarray
 
 CASES = {"quick": 1, "ci": 1, "nightly": 20}
 
-EVERY = LoraConfig(r=3, lora_alpha=7)
-"""Every projection of every layer but the head."""
+ALL_LINEAR = LoraConfig(r=3, lora_alpha=7)
+"""Every projection of every layer except the head."""
 
 KINDS: dict[str, tuple[LoraConfig, dict[str, Any], int]] = {
-    "all-layers": (EVERY, {}, 1),
-    "checkpointing": (EVERY, {"gradient_checkpointing": True}, 2),
-    "first-layer": (replace(EVERY, layers_to_transform=(0,)), {}, 3),
-    "last-layer": (replace(EVERY, layers_to_transform=(1,)), {}, 3),
+    "all-layers": (ALL_LINEAR, {}, 1),
+    "checkpointing": (ALL_LINEAR, {"gradient_checkpointing": True}, 2),
+    "first-layer": (replace(ALL_LINEAR, layers_to_transform=(0,)), {}, 3),
+    "last-layer": (replace(ALL_LINEAR, layers_to_transform=(1,)), {}, 3),
     "first-layer-checkpointing": (
-        replace(EVERY, layers_to_transform=(0,)),
+        replace(ALL_LINEAR, layers_to_transform=(0,)),
         {"gradient_checkpointing": True},
         2,
     ),
-    "zero-B": (EVERY, {}, 1),
-    "dropout": (replace(EVERY, lora_dropout=0.25), {}, 1),
-    "frozen": (EVERY, {}, 2),
+    "zero-B": (ALL_LINEAR, {}, 1),
+    "dropout": (replace(ALL_LINEAR, lora_dropout=0.25), {}, 1),
+    "frozen": (ALL_LINEAR, {}, 2),
 }
 """What is adapted, the settings beside SGD's, and the number of steps."""
 
@@ -59,37 +59,37 @@ WORDS = {
 
 
 @lru_cache(maxsize=64)
-def drawn(kind: str, number: int, seed: int) -> tuple[Small, list[list[Batch]]]:
+def draw_case(kind: str, number: int, seed: int) -> tuple[TinyModel, list[list[Batch]]]:
     """The model of two layers of a case, and a batch for each step."""
     lora, _, count = KINDS[kind]
     rng = tiny_models.rng_of(Case("", "", number, seed), f"grad-flow.{kind}")
-    of = tiny_models.draw(tiny_models.DEEP, lora, rng)
+    model = tiny_models.draw(tiny_models.DEEP, lora, rng)
     if kind == "zero-B":
-        of = tiny_models.begun(of)
-    return of, [[tiny_models.draw_batch(rng, of.c, 3, 6 + k)] for k in range(count)]
+        model = tiny_models.at_start(model)
+    return model, [[tiny_models.draw_batch(rng, model.c, 3, 6 + k)] for k in range(count)]
 
 
 @lru_cache(maxsize=64)
 def expected(kind: str, number: int, seed: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """What is wanted without dropout, and its σ in float32."""
-    return wanted(*drawn(kind, number, seed), SGD, (number, seed))
+    """The true answers without dropout, and their σ in float32."""
+    return wanted(*draw_case(kind, number, seed), SGD, (number, seed))
 
 
-def _asked(subject: GuardedImplementation, case: Case, kind: str) -> list[Any]:
+def _trained_steps(subject: GuardedImplementation, case: Case, kind: str) -> list[Any]:
     """The adapter after each step."""
-    of, steps = drawn(kind, case.number, case.seed)
+    model, steps = draw_case(kind, case.number, case.seed)
     key = (f"grad-flow-{kind}", case.number, case.seed)
-    where = tiny_models.folders(key, case.dtype, partial(_small, kind, case.number, case.seed))
-    return list(ask(subject, of, where, steps, {**SGD, **KINDS[kind][1]}, case.dtype))
+    paths = tiny_models.folders(key, case.dtype, partial(_small, kind, case.number, case.seed))
+    return list(ask(subject, model, paths, steps, {**SGD, **KINDS[kind][1]}, case.dtype))
 
 
-def _small(kind: str, number: int, seed: int) -> Small:
-    return drawn(kind, number, seed)[0]
+def _small(kind: str, number: int, seed: int) -> TinyModel:
+    return draw_case(kind, number, seed)[0]
 
 
 def _flow(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-        got = _asked(subject, case, kind)
+        got = _trained_steps(subject, case, kind)
         yield from compared(subject, case.dtype, got, *expected(kind, case.number, case.seed))
 
     return run
@@ -97,20 +97,22 @@ def _flow(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Compari
 
 def zero_B(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """With B = 0, the first step changes no bit of A, and every B has its gradient."""
-    of, _ = drawn("zero-B", case.number, case.seed)
-    got = _asked(subject, case, "zero-B")
-    for theirs, name, k, array in got:
+    model, _ = draw_case("zero-B", case.number, case.seed)
+    got = _trained_steps(subject, case, "zero-B")
+    for file_name, name, k, array in got:
         if name.endswith(".A"):
-            yield Comparison(f"{theirs} after step {k}", array, of.W[name].astype(array.dtype))
+            yield Comparison(
+                f"{file_name} after step {k}", array, model.W[name].astype(array.dtype)
+            )
     B = [each for each in got if each[1].endswith(".B")]
     yield from compared(subject, case.dtype, B, *expected("zero-B", case.number, case.seed))
 
 
 def dropout(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """With dropout, every A and B has a gradient, different from that without."""
-    of, _ = drawn("dropout", case.number, case.seed)
-    got = _asked(subject, case, "dropout")
-    moved = [float((array != of.W[name]).any()) for _, name, _, array in got]
+    model, _ = draw_case("dropout", case.number, case.seed)
+    got = _trained_steps(subject, case, "dropout")
+    moved = [float((array != model.W[name]).any()) for _, name, _, array in got]
     yield Comparison("whether A and B move", np.asarray(moved), np.ones(len(moved)))
     plain = compared(subject, case.dtype, got, *expected("dropout", case.number, case.seed))
     other = [float(each.judge().verdict == "fail") for each in plain]
@@ -119,23 +121,25 @@ def dropout(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
 
 def frozen(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Training returns the adapter's tensors and no others, and changes no file."""
-    of, steps = drawn("frozen", case.number, case.seed)
+    model, steps = draw_case("frozen", case.number, case.seed)
     with TemporaryDirectory(prefix="minilora-") as folder:
-        where = of.write(Path(folder), case.dtype)
-        before = _ledger(Path(folder))
+        paths = model.write(Path(folder), case.dtype)
+        before = _file_hashes(Path(folder))
         given = [[as_dict(batch) for batch in step] for step in steps]
-        answer = subject.call("train", *map(str, where), given, SGD)
-        after = _ledger(Path(folder))
+        answer = subject.call("train", *map(str, paths), given, SGD)
+        after = _file_hashes(Path(folder))
     changed = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
-    what = "files that changed" + "".join(f", {name}" for name in changed)
-    yield Comparison(what, np.asarray(float(len(changed))), np.asarray(0.0))
+    label = "files that changed" + "".join(f", {name}" for name in changed)
+    yield Comparison(label, np.asarray(float(len(changed))), np.asarray(0.0))
     for k, step in enumerate(subject.items(answer, len(steps), "the list of steps"), 1):
         if not isinstance(step, Mapping):
             raise Fault("missing", f"step {k} is a {type(step).__name__}, expected a dict")
-        yield tiny_models.same_names(f"names after step {k}", map(str, step), of.names().values())
+        yield tiny_models.same_names(
+            f"names after step {k}", map(str, step), model.names().values()
+        )
 
 
-def _ledger(folder: Path) -> dict[str, str]:
+def _file_hashes(folder: Path) -> dict[str, str]:
     """A hash of every file."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache, lru_cache, partial
@@ -20,8 +18,18 @@ from minilora.io.formats.huggingface import read_model
 from minilora.io.formats.peft import adapter_names, read_adapter
 from minilora.io.synthetic_data import draw_batch
 from minilora.spec.lora import TrainableSpec, Weights
-from minilora.spec.models import Batch, Config, logits, shifted_labels
-from minilora.spec.ops import IGNORED, cross_entropy
+from minilora.spec.models import Batch, Config
+from minilora.spec.ops import IGNORED
+from minilora.verify.checks.model_answers import (
+    SAMPLES,
+    as_dict,
+    loss_and_logits,
+    parameter,
+    specified,
+    temporary_folder,
+    visible,
+    with_visible_logits,
+)
 from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.inputs import long
 from minilora.verify.core.level import Level
@@ -33,23 +41,15 @@ Array = np.ndarray
 Run = Callable[[GuardedImplementation, Case], Iterable[Comparison]]
 
 CASES = {"quick": 1, "ci": 1, "nightly": 20}
-SAMPLES, MORE_SAMPLES = 16, 256
+MORE_SAMPLES = 256
 SUSPICIOUS = 6.0, 12.0
 """z between these is looked at again: 16 samples know sigma to 18 % only, 256 to 4 %."""
 
 
 @cache
-def _workshop() -> Path:
-    """A folder for the models in each dtype, gone when the process ends."""
-    folder = Path(tempfile.mkdtemp(prefix="minilora-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-@cache
-def stored(name: str, dtype: str) -> tuple[Path, Path]:
+def stored_folders(name: str, dtype: str) -> tuple[Path, Path]:
     """The folders of the reference model and of its adapter, in the dtype under test."""
-    source, target = reference_models.folder() / name, _workshop() / f"{name}-{dtype}"
+    source, target = reference_models.folder() / name, temporary_folder() / f"{name}-{dtype}"
     for part in ("base", "adapter"):
         (target / part).mkdir(parents=True, exist_ok=True)  # it may have failed before, half-way
         for path in sorted((source / part).iterdir()):
@@ -65,20 +65,12 @@ def stored(name: str, dtype: str) -> tuple[Path, Path]:
 
 
 @cache
-def opened(name: str, dtype: str) -> tuple[Config, Weights, TrainableSpec, dict[str, str]]:
+def read_back(name: str, dtype: str) -> tuple[Config, Weights, TrainableSpec, dict[str, str]]:
     """What is in those folders, in float64, and the names of the adapter's tensors in its file."""
-    base, adapter = stored(name, dtype)
+    base, adapter = stored_folders(name, dtype)
     c, W = read_model(base, np.float64)
-    factors, tuning = read_adapter(adapter, c, np.float64)
-    return c, W | factors, tuning, adapter_names(c, tuning.trained)
-
-
-def answers(batch: Batch, W: Weights, c: Config, tuning: TrainableSpec) -> dict[str, Any]:
-    """Loss, logits and gradients by the specification, over any number system."""
-    z, back_logits = logits(batch, W, c, tuning)
-    L, back_loss = cross_entropy(z, shifted_labels(batch, c))
-    gradients: Weights = back_logits(back_loss(1.0))
-    return {"loss": L, "logits": z, **gradients}
+    factors, spec = read_adapter(adapter, c, np.float64)
+    return c, W | factors, spec, adapter_names(c, spec.trained)
 
 
 def draw(name: str, case: Case) -> Batch:
@@ -90,58 +82,30 @@ def draw(name: str, case: Case) -> Batch:
     return draw_batch(reference_models.tasks(name)[1], shared.rng())
 
 
-def as_dict(batch: Batch) -> dict[str, Array]:
-    """A batch as the contract has it: int64 arrays under Hugging Face's names."""
-    given = {"input_ids": batch.ids, "labels": batch.labels, "attention_mask": batch.real}
-    if batch.types is not None:
-        given["token_type_ids"] = batch.types
-    return {name: array.astype(np.int64) for name, array in given.items() if array is not None}
-
-
-def visible(batch: Batch, z: Array) -> Array:
-    """The logits (rows, classes) that mean something: at real tokens, or of each sequence."""
-    return z[batch.real] if z.ndim == 3 else z
-
-
 def ask(subject: GuardedImplementation, name: str, dtype: str, batch: Batch) -> dict[str, Array]:
     """The implementation's loss, logits and gradients, by the names of the specification."""
-    c, W, _, names = opened(name, dtype)
-    base, adapter = stored(name, dtype)
+    c, W, _, names = read_back(name, dtype)
+    base, adapter = stored_folders(name, dtype)
     answer = subject.call("model_loss", str(base), str(adapter), as_dict(batch))
     classes = len(W["head.weight"]) if "head.weight" in W else c.vocab
-    shape = (*batch.ids.shape, classes) if c.causal else (len(batch.ids), classes)
-    got = {
-        "loss": subject.answer(subject.entry(answer, "loss"), "loss", (), dtype),
-        "logits": subject.answer(subject.entry(answer, "logits"), "logits", shape, dtype),
-    }
+    got = loss_and_logits(subject, answer, batch, classes, c.causal, dtype)
     gradients = subject.entry(answer, "grads")
-    for own, theirs in names.items():
-        wanted = (
-            W[own].shape if W[own].shape[1] > 1 or own.endswith((".A", ".B")) else (len(W[own]),)
-        )
-        g = subject.answer(
-            subject.entry(gradients, theirs, "grads"), f"grads[{theirs!r}]", wanted, dtype
-        )
-        got[own] = g.reshape(W[own].shape)
+    for parameter_name, file_name in names.items():
+        value, shape = subject.entry(gradients, file_name, "grads"), W[parameter_name].shape
+        shown = f"grads[{file_name!r}]"
+        got[parameter_name] = parameter(subject, value, shown, parameter_name, shape, dtype)
     return got
-
-
-def _outside(batch: Batch, answer: dict[str, Any], causal: bool) -> dict[str, Array]:
-    """The specification's answers with logits (rows, classes) at what is visible."""
-    z = answer["logits"].T
-    z = z.reshape(*batch.ids.shape, -1) if causal else z
-    return answer | {"logits": visible(batch, z)}
 
 
 def spreads(
     batch: Batch, name: str, dtype: str, precision: Precision, want: dict[str, Array], samples: int
 ) -> dict[str, Array]:
     """σ of each answer by noisy runs, at least that of storing the answer, and the oracle's own."""
-    c, W, tuning, _ = opened(name, dtype)
+    c, W, spec, _ = read_back(name, dtype)
 
     def run(draws: Draws) -> dict[str, Array]:
         noisy_W: dict[str, Any] = {key: noisy(array, precision, draws) for key, array in W.items()}
-        return _outside(batch, answers(batch, noisy_W, c, tuning), c.causal)
+        return with_visible_logits(batch, specified(batch, noisy_W, c, spec), c.causal)
 
     sigma = spread(run, want, samples, [samples])
     rounding = Rounding(precision)
@@ -159,8 +123,8 @@ def expected(
 ) -> tuple[Batch, dict[str, Array], dict[str, Array]]:
     """The batch of a case, its true answers and their σ."""
     batch = draw(name, Case("", dtype, number, seed))
-    c, W, tuning, _ = opened(name, dtype)
-    want = _outside(batch, answers(batch, W, c, tuning), c.causal)
+    c, W, spec, _ = read_back(name, dtype)
+    want = with_visible_logits(batch, specified(batch, W, c, spec), c.causal)
     return batch, want, spreads(batch, name, dtype, precision, want, SAMPLES)
 
 
@@ -177,8 +141,7 @@ def compared(
     sigma: Any,
 ) -> list[Comparison]:
     """Loss, logits and gradients beside what is wanted; what is suspicious is sampled again."""
-    got, names = ask(subject, name, dtype, batch), opened(name, dtype)[-1]
-    got["logits"] = visible(batch, got["logits"])
+    got, names = ask(subject, name, dtype, batch), read_back(name, dtype)[-1]
 
     def comparisons(sigma: dict[str, Array]) -> list[Comparison]:
         return [
@@ -208,10 +171,10 @@ def expected_of_vector(
 ) -> tuple[Batch, dict[str, Array], dict[str, Array]]:
     """The same of the stored vector."""
     batch, stored_answers = reference_models.vector(name)
-    _, W, _, names = opened(name, dtype)
+    _, W, _, names = read_back(name, dtype)
     want = {
-        own: stored_answers[f"grads.{theirs}"].reshape(W[own].shape)
-        for own, theirs in names.items()
+        name_: stored_answers[f"grads.{file_name}"].reshape(W[name_].shape)
+        for name_, file_name in names.items()
     }
     want["loss"] = stored_answers["loss"]
     want["logits"] = visible(batch, stored_answers["logits"])
@@ -229,9 +192,9 @@ def _vector(name: str) -> Run:
 def _balance(name: str) -> Run:
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         batch, _, sigma = _of(name, subject, case)
-        _, W, tuning, _ = opened(name, case.dtype)
+        _, W, spec, _ = read_back(name, case.dtype)
         got = ask(subject, name, case.dtype, batch)
-        for at in tuning.scale:
+        for at in spec.scale:
             A, B = W[f"{at}.A"], W[f"{at}.B"]
             dA, dB = long(got[f"{at}.A"]), long(got[f"{at}.B"])
             variance = (B**2).T @ sigma[f"{at}.B"] ** 2 + sigma[f"{at}.A"] ** 2 @ (A**2).T
@@ -245,7 +208,7 @@ def _balance(name: str) -> Run:
 def _padding(name: str) -> Run:
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         batch, want, sigma = _of(name, subject, case)
-        c, _, _, names = opened(name, case.dtype)
+        c, _, _, names = read_back(name, case.dtype)
         got = ask(subject, name, case.dtype, batch)
         more = ask(subject, name, case.dtype, _padded(batch, c.causal))
         for key in (key for key in want if key != "logits"):

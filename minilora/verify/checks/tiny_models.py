@@ -21,7 +21,7 @@ from minilora.spec.lora import TrainableSpec, Weights
 from minilora.spec.models import GPT2, Batch, Bert, Config, Llama
 from minilora.spec.ops import IGNORED
 from minilora.spec.target_modules import LoraConfig, inject
-from minilora.verify.checks.model import _workshop
+from minilora.verify.checks.model_answers import temporary_folder
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.types import Case, Comparison
 
@@ -37,22 +37,22 @@ BERT = Bert(vocab=13, d=12, layers=1, heads=3, ffn=10, positions=9, types=2, cla
 
 
 @dataclass(frozen=True)
-class Small:
+class TinyModel:
     """A model with its adapter: all weights, what is trained of them, and how they were chosen."""
 
     c: Config
     W: Weights
-    tuning: TrainableSpec
+    spec: TrainableSpec
     lora: LoraConfig
 
     @property
     def trained(self) -> Weights:
         """The parameters that are trained."""
-        return {name: self.W[name] for name in sorted(self.tuning.trained)}
+        return {name: self.W[name] for name in sorted(self.spec.trained)}
 
     def names(self) -> dict[str, str]:
         """The name of each trained parameter in the adapter's file."""
-        return adapter_names(self.c, sorted(self.tuning.trained))
+        return adapter_names(self.c, sorted(self.spec.trained))
 
     def write(self, folder: Path, dtype: str) -> tuple[Path, Path]:
         """The folders of the model and of the adapter.
@@ -61,14 +61,14 @@ class Small:
         trained yet: here its negative.
         """
         W = {name: array.astype(DTYPES[dtype]) for name, array in self.W.items()}
-        old = self.tuning.trained
+        old = self.spec.trained
         base = {name: -W[name] if name in old else W[name] for name in self.c.shapes()}
         write_model(folder / "base", self.c, base)
-        write_adapter(folder / "adapter", self.c, W, self.tuning, self.lora)
+        write_adapter(folder / "adapter", self.c, W, self.spec, self.lora)
         return folder / "base", folder / "adapter"
 
 
-def draw(c: Config, lora: LoraConfig, rng: np.random.Generator) -> Small:
+def draw(c: Config, lora: LoraConfig, rng: np.random.Generator) -> TinyModel:
     """Weights far from a start: no bias and no B is 0, no norm is 1; the adapter's part is felt.
 
     Its numbers are those of float32.
@@ -76,7 +76,7 @@ def draw(c: Config, lora: LoraConfig, rng: np.random.Generator) -> Small:
     shapes = {
         at: v for at, v in c.matrices().items() if at in c.linears() or at in lora.target_modules
     }
-    W, tuning = inject(draw_weights(c, rng, 0.3), lora, shapes, rng)
+    W, spec = inject(draw_weights(c, rng, 0.3), lora, shapes, rng)
 
     def drawn(name: str, array: Array) -> Array:
         if name.endswith((".A", ".B")):
@@ -85,21 +85,21 @@ def draw(c: Config, lora: LoraConfig, rng: np.random.Generator) -> Small:
             array = array + 0.2 * rng.standard_normal(array.shape)
         return array.astype(np.float32).astype(np.float64)
 
-    return Small(c, {name: drawn(name, array) for name, array in W.items()}, tuning, lora)
+    return TinyModel(c, {name: drawn(name, array) for name, array in W.items()}, spec, lora)
 
 
-def begun(of: Small) -> Small:
+def at_start(model: TinyModel) -> TinyModel:
     """The model with B = 0, as training begins."""
-    B = {name: 0 * array for name, array in of.W.items() if name.endswith(".B")}
-    return replace(of, W=of.W | B)
+    B = {name: 0 * array for name, array in model.W.items() if name.endswith(".B")}
+    return replace(model, W=model.W | B)
 
 
 @lru_cache(maxsize=64)
 def folders(key: tuple[str, int, int], dtype: str, small: Any) -> tuple[Path, Path]:
     """The folders of ``small()``, a model that ``key`` determines."""
     name = "-".join(map(str, (*key, dtype)))
-    made: Small = small()
-    return made.write(_workshop() / name, dtype)
+    model: TinyModel = small()
+    return model.write(temporary_folder() / name, dtype)
 
 
 def draw_batch(rng: np.random.Generator, c: Config, b: int, t: int, prompt: bool = False) -> Batch:
@@ -137,7 +137,7 @@ def padded_left(batch: Batch) -> Batch:
     return replace(batch, ids=ids, labels=np.where(before, labels, IGNORED), mask=real)
 
 
-def silent(batch: Batch) -> Batch:
+def without_labels(batch: Batch) -> Batch:
     """The batch with no label but each row's first, which nothing predicts."""
     first = np.arange(batch.ids.shape[1]) == 0
     return replace(batch, labels=np.where(first, batch.ids, IGNORED))

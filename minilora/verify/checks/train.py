@@ -1,9 +1,8 @@
 """Level ``train``: whole steps of training, from a model, its adapter and batches in files.
 
-What a loop around the layers can do wrong: the shift of the labels, those that are ignored,
-padding, the mean over micro-batches of unequal counts, clipping, the schedule, decay, LoRA+. A step
-is a list of micro-batches whose mean is over all labels that count in them, so that it is the step
-of one batch that holds them all.
+Bugs of a training loop: the shift of the labels, ignored labels, padding, the mean over
+micro-batches of unequal counts, clipping, the schedule, decay, LoRA+. A step is a list of
+micro-batches; its loss is the mean over all their labels, as of one batch with all rows.
 """
 
 from __future__ import annotations
@@ -21,24 +20,20 @@ from minilora.spec.optim import accumulate, global_norm
 from minilora.spec.target_modules import LoraConfig
 from minilora.spec.variants import DORA
 from minilora.verify.checks import tiny_models
-from minilora.verify.checks.model import as_dict
-from minilora.verify.checks.tiny_models import Small
+from minilora.verify.checks.model_answers import as_dict, parameter, sigma_of, wanted_and_sigma
+from minilora.verify.checks.tiny_models import TinyModel
 from minilora.verify.checks.variants import variant
-from minilora.verify.core.dtypes import Precision
-from minilora.verify.core.inputs import long
 from minilora.verify.core.level import Level
-from minilora.verify.core.tolerance import Rounding, unit_roundoff
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison
 from minilora.verify.implementation.guard import GuardedImplementation
-from minilora.verify.implementation.minilora_impl import parts_of, trained
+from minilora.verify.implementation.minilora_impl import micro_batch_gradients, trained
 
 Array = np.ndarray
 
 CASES = {"quick": 1, "ci": 1, "nightly": 20}
 STEPS = 6
-SAMPLES = 16
 SILENT = 2
-"""The step in which no label of a micro-batch counts."""
+"""The step in which a micro-batch has no labels."""
 
 ADAPTED = ("q", "v", "down")
 PLAIN = LoraConfig(r=3, lora_alpha=7, target_modules=ADAPTED)
@@ -48,7 +43,7 @@ ADAMW = {
 }  # fmt: skip
 
 MEDIAN = -1.0
-"""Stands for the median of the norms that a case's gradients have along the way."""
+"""Replaced by the median of the gradient norms of a case."""
 
 Kind = tuple[Config, LoraConfig, dict[str, Any], tuple[int, ...], str]
 
@@ -142,11 +137,11 @@ KINDS: dict[str, Kind] = {
 
 
 @lru_cache(maxsize=64)
-def drawn(kind: str, number: int, seed: int) -> tuple[Small, list[list[Batch]]]:
+def draw_case(kind: str, number: int, seed: int) -> tuple[TinyModel, list[list[Batch]]]:
     """The model of a case and the micro-batches of each step, the same in every dtype."""
     c, lora, _, rows, _ = KINDS[kind]
     rng = tiny_models.rng_of(Case("", "", number, seed), f"train.{kind}")
-    of = tiny_models.draw(c, lora, rng)
+    model = tiny_models.draw(c, lora, rng)
     steps = [
         [
             tiny_models.draw_batch(rng, c, b, 5 + (k + i) % 4, kind == "prompt")
@@ -155,51 +150,59 @@ def drawn(kind: str, number: int, seed: int) -> tuple[Small, list[list[Batch]]]:
         for k in range(STEPS)
     ]
     if kind == "weight-decay":
-        of = tiny_models.begun(of)
+        model = tiny_models.at_start(model)
     if kind == "labels":
         steps = [
             [tiny_models.padded_left(batch) for batch in step] if k % 2 else step
             for k, step in enumerate(steps)
         ]
     if kind == "gradient-accumulation":
-        steps[SILENT][1] = tiny_models.silent(steps[SILENT][1])
-    return of, steps
+        steps[SILENT][1] = tiny_models.without_labels(steps[SILENT][1])
+    return model, steps
 
 
-def computed(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that change numbers."""
+def numerical_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that change the result."""
     return {name: value for name, value in settings.items() if name != "gradient_checkpointing"}
 
 
-def history(of: Small, W: Weights, steps: list[list[Batch]], settings: Any) -> dict[str, Array]:
+def history(
+    model: TinyModel, W: Weights, steps: list[list[Batch]], settings: Any
+) -> dict[str, Array]:
     """Every trained parameter after every step, as ``name after step k``."""
-    names = of.names()
+    names = model.names()
     return {
         f"{names[name]} after step {k}": array
-        for k, after in enumerate(trained(of.c, W, of.tuning, steps, computed(settings)), 1)
+        for k, after in enumerate(
+            trained(model.c, W, model.spec, steps, numerical_settings(settings)), 1
+        )
         for name, array in after.items()
     }
 
 
-def norms(of: Small, steps: list[list[Batch]], history: list[Weights]) -> list[float]:
-    """The norm of each step's whole gradient, before it is clipped."""
-    befores = [of.trained, *history[:-1]]
+def norms(model: TinyModel, steps: list[list[Batch]], history: list[Weights]) -> list[float]:
+    """The global norm of each step's gradient, before clipping."""
+    before_steps = [model.trained, *history[:-1]]
     return [
-        float(global_norm(accumulate(parts_of(of.c, of.W | before, of.tuning, step))))
-        for before, step in zip(befores, steps, strict=True)
+        float(
+            global_norm(
+                accumulate(micro_batch_gradients(model.c, model.W | params, model.spec, step))
+            )
+        )
+        for params, step in zip(before_steps, steps, strict=True)
     ]
 
 
 @lru_cache(maxsize=64)
 def settings_of(kind: str, number: int, seed: int) -> dict[str, Any]:
-    """The settings of a case, whose clipping about half of the steps exceed."""
+    """The settings of a case; about half of its steps are clipped."""
     settings = dict(KINDS[kind][2])
     if settings.get("max_grad_norm") == MEDIAN:
-        of, steps = drawn(kind, number, seed)
+        model, steps = draw_case(kind, number, seed)
         settings["max_grad_norm"] = 1.0
-        for _ in range(2):  # where another maximum clips, the way is another
-            history = trained(of.c, of.W, of.tuning, steps, computed(settings))
-            settings["max_grad_norm"] = round(float(np.median(norms(of, steps, history))), 2)
+        for _ in range(2):  # clipping changes the norms of later steps
+            history = trained(model.c, model.W, model.spec, steps, numerical_settings(settings))
+            settings["max_grad_norm"] = round(float(np.median(norms(model, steps, history))), 2)
     return settings
 
 
@@ -207,78 +210,64 @@ def settings_of(kind: str, number: int, seed: int) -> dict[str, Any]:
 def expected(
     kind: str, number: int, seed: int, dora: Variant = DORA
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """What is wanted in a case, and its σ in float32. How DoRA's norm is taken is declared."""
-    of, steps = drawn(kind, number, seed)
-    of = replace(of, tuning=replace(of.tuning, variant=dict.fromkeys(of.tuning.variant, dora)))
-    return wanted(of, steps, settings_of(kind, number, seed), (number, seed))
+    """The true answers of a case, and their σ in float32; ``dora`` is DoRA's declared equation."""
+    model, steps = draw_case(kind, number, seed)
+    model = replace(
+        model, spec=replace(model.spec, variant=dict.fromkeys(model.spec.variant, dora))
+    )
+    return wanted(model, steps, settings_of(kind, number, seed), (number, seed))
 
 
 def wanted(
-    of: Small, steps: list[list[Batch]], settings: dict[str, Any], seed: tuple[int, ...]
+    model: TinyModel, steps: list[list[Batch]], settings: dict[str, Any], seed: tuple[int, ...]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Every trained parameter after every step, in long double, and its σ in float32.
-
-    σ is the root mean square, over some runs of the specification in float32 whose weights are
-    rounded at random first, of what they differ by: rounding carries through the steps as it does.
-    BERT's erf has no long double: what is wanted has rounded too then, as float64 does.
-    """
-    exact, both = (long, 1.0) if of.c.causal else (np.asarray, 2**0.5)
-    want = history(of, {name: exact(v) for name, v in of.W.items()}, steps, settings)
-    rng = np.random.default_rng(seed)
-    u, squares = unit_roundoff("float32"), {what: np.zeros(v.shape) for what, v in want.items()}
-    for _ in range(SAMPLES):
-        W = {n: (v * (1 + u * rng.uniform(-1, 1, v.shape))).astype("f") for n, v in of.W.items()}
-        for what, array in history(of, W, steps, settings).items():
-            squares[what] += (array - want[what].astype(np.float64)) ** 2
-    return want, {what: both * np.sqrt(total / SAMPLES) for what, total in squares.items()}
-
-
-def sigma_of(sampled: Array, want: Array, precision: Precision) -> Array:
-    """σ of float32 scaled to a precision: rounding is proportional to u; at least that of storing.
-
-    An element may come out right in all samples by chance: it has the mean variance of the array.
-    """
-    mean = np.sqrt(np.mean(sampled**2))
-    scale = unit_roundoff(precision.accumulation) / unit_roundoff("float32")
-    stored = np.sqrt(Rounding(precision).stored(want.astype(np.float64)))
-    sigma: Array = np.maximum(scale * np.hypot(sampled, mean), stored)
-    return sigma
+    """Every trained parameter after every step, in long double, and its σ in float32."""
+    return wanted_and_sigma(
+        lambda W: history(model, W, steps, settings), model.W, model.c.causal, seed
+    )
 
 
 def ask(
-    subject: GuardedImplementation, of: Small, where: Any, steps: Any, settings: Any, dtype: str
+    subject: GuardedImplementation,
+    model: TinyModel,
+    paths: Any,
+    steps: Any,
+    settings: Any,
+    dtype: str,
 ) -> Any:
     """The implementation's adapter after each step: (name, parameter, step, array)."""
-    given = [[as_dict(batch) for batch in step] for step in steps]
-    answer = subject.call("train", *map(str, where), given, dict(settings))
+    batches = [[as_dict(batch) for batch in step] for step in steps]
+    answer = subject.call("train", *map(str, paths), batches, dict(settings))
     for k, after in enumerate(subject.items(answer, len(steps), "the list of steps"), 1):
-        for name, theirs in of.names().items():
-            shape = of.W[name].shape
-            flat = shape if shape[1] > 1 or name.endswith((".A", ".B")) else shape[:1]
-            entry = subject.entry(after, theirs, f"step {k}")
-            got = subject.answer(entry, f"{theirs} after step {k}", flat, dtype)
-            yield theirs, name, k, got.reshape(shape)
+        for name, file_name in model.names().items():
+            value = subject.entry(after, file_name, f"step {k}")
+            shown, shape = f"{file_name} after step {k}", model.W[name].shape
+            yield file_name, name, k, parameter(subject, value, shown, name, shape, dtype)
 
 
 def compared(
     subject: GuardedImplementation, dtype: str, got: Iterable[Any], want: Any, sampled: Any
 ) -> Iterable[Comparison]:
-    """What was got beside what is wanted."""
-    for theirs, _, k, array in got:
-        what = f"{theirs} after step {k}"
-        sigma = sigma_of(sampled[what], want[what], subject.precision(dtype))
-        yield Comparison(what, array, want[what], sigma, MONTE_CARLO)
+    """The trained parameters beside the true ones."""
+    for file_name, _, k, array in got:
+        label = f"{file_name} after step {k}"
+        sigma = sigma_of(sampled[label], want[label], subject.precision(dtype))
+        yield Comparison(label, array, want[label], sigma, MONTE_CARLO)
 
 
 def _steps(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-        of, steps = drawn(kind, case.number, case.seed)
+        model, steps = draw_case(kind, case.number, case.seed)
         key = (f"train-{kind}", case.number, case.seed)
-        where = tiny_models.folders(key, case.dtype, partial(_small, kind, case.number, case.seed))
+        paths = tiny_models.folders(key, case.dtype, partial(_small, kind, case.number, case.seed))
         settings = settings_of(kind, case.number, case.seed)
         want, sampled = expected(kind, case.number, case.seed, variant("dora", subject))
         yield from compared(
-            subject, case.dtype, ask(subject, of, where, steps, settings, case.dtype), want, sampled
+            subject,
+            case.dtype,
+            ask(subject, model, paths, steps, settings, case.dtype),
+            want,
+            sampled,
         )
 
     return run
@@ -292,12 +281,12 @@ def repeat(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     yield from run(subject, case)
 
 
-def _small(kind: str, number: int, seed: int) -> Small:
-    return drawn(kind, number, seed)[0]
+def _small(kind: str, number: int, seed: int) -> TinyModel:
+    return draw_case(kind, number, seed)[0]
 
 
 def _cases(profile: str, dtype: str) -> int:
-    """Training in a half precision is another matter: of master weights and scaled losses."""
+    """Training in half precision needs master weights and loss scaling, and is not checked."""
     return CASES[profile] * (dtype in ("float64", "float32"))
 
 

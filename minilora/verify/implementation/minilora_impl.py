@@ -272,13 +272,13 @@ def trained(
     rng = np.random.default_rng(0)
     now, gradients, history = start, [], []
     for step in steps:
-        gradients.append(parts_of(c, W | now, tuning, step, p, rng))
+        gradients.append(micro_batch_gradients(c, W | now, tuning, step, p, rng))
         now = run(start, gradients, {"total_steps": len(steps), **settings})[-1]
         history.append(now)
     return history
 
 
-def parts_of(
+def micro_batch_gradients(
     c: Config,
     W: Weights,
     tuning: TrainableSpec,
