@@ -71,6 +71,7 @@ def test_the_example_is_short_and_passes(tmp_path):
     assert status == 0, printed
 
 
+@pytest.mark.slow
 def test_the_example_with_its_scale_wrong_fails(tmp_path):
     (source,) = blocks("python")
     wrong = source.replace("return alpha / (r**0.5 if use_rslora else r)", "return alpha")

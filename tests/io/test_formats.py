@@ -1229,7 +1229,7 @@ FILES = [
     ("adapter", peft.CONFIG),
 ]
 BYTES = st.integers(0, 255) | st.sampled_from(list(b'0123456789,.-[]{}":FBIUXeE'))
-some = settings(examples(20), suppress_health_check=[HealthCheck.function_scoped_fixture])
+some = settings(examples(10), suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def header_end(data):

@@ -10,6 +10,7 @@ import pytest
 from extras import optional
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from marks import examples
 from safetensors.numpy import load_file, save_file
 from test_formats import MODELS, contents, edit, edit_tensors, same, weights
 
@@ -752,7 +753,7 @@ JSON = st.recursive(
 
 
 @pytest.mark.parametrize("case", ["dora", "adalora", "vera", "tokens", "replication", "tie"])
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(examples(4), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_a_setting_says_no_other_exception_comes_out(case, tmp_path, data):
     file, c = tmp_path / peft.CONFIG, MODELS[CASES[case][0]]

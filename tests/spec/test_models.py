@@ -651,7 +651,7 @@ def test_a_wrong_part_breaks_the_law(law, monkeypatch):
         list(map(law, drawn))
 
 
-@EVERY_KIND
+@pytest.mark.parametrize("name", others_slow(CONFIGS, "Llama"))
 def test_merging_changes_no_output_beyond_rounding(name, any_number):
     model = case(name, 2, 4, p=0)
     rng = np.random.default_rng(0)

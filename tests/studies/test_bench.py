@@ -72,6 +72,7 @@ def test_every_side_reads_the_same_case(folder):
     assert whole.step() < losses[0]
 
 
+@pytest.mark.slow
 def test_the_case_is_the_same_in_every_process(tmp_path):
     """The order of a set of names is not."""
     write = "import sys, pathlib, minilora.studies.bench.cases as b; " + (
@@ -106,6 +107,7 @@ def test_a_side_works_in_a_process_of_its_own(folder):
     assert side.process.poll() is not None
 
 
+@pytest.mark.slow
 def test_a_library_that_is_missing_is_named_with_its_extra(folder, monkeypatch):
     monkeypatch.setitem(SIDES, "absent", "minilora_absent:Side")
     with pytest.raises(Missing, match=r"minilora_absent is not installed.*'minilora.peers.'"):

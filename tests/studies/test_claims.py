@@ -106,6 +106,7 @@ def words(results):
     return {verdict.claim.key: verdict.word for verdict in verdicts(results)}
 
 
+@pytest.mark.slow
 def test_every_claim_has_a_criterion_a_source_and_a_verdict(results):
     assert words(results).keys() == BY_KEY.keys()
     for claim in CLAIMS:
@@ -305,6 +306,7 @@ def test_attention_alone_has_no_fewer_parameters(name):
     assert all(re.search(r"\.(q|k|v|qkv|o)\.[AB]$", at) for at in adapters[alone])
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_again_and_begins_as_the_base(results, subject):
     """Every side begins where the base is; the excesses are those of the exact losses."""
     both = [synthetic_data.task(name) for name in reference_models.tasks("gpt2")]
@@ -331,6 +333,7 @@ def test_a_run_that_diverges_says_so():
     assert results.valid == math.inf
 
 
+@pytest.mark.slow
 def test_every_side_is_run_and_costed(results, subject):
     sides = set(sides_of(TINY, subject.base.config))
     asked = {(run.side, run.lr, run.seed) for run in results.courses}
@@ -340,6 +343,7 @@ def test_every_side_is_run_and_costed(results, subject):
     assert all(one.disk > 4 * one.trained for one in results.costs)
 
 
+@pytest.mark.slow
 def test_the_real_model_left_out_is_said(results, monkeypatch):
     assert "SmolLM2-135M was left out: it was not asked for." in notes(results)
     monkeypatch.setattr("minilora.io.loading.importlib.util.find_spec", lambda name: None)
@@ -391,6 +395,7 @@ class Reads(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_else_and_says_every_verdict(results):
     judged = verdicts(results)
     text = page_of(results, judged)

@@ -86,6 +86,7 @@ def test_a_cell_is_what_training_does(cell, whole, tmp_path):
     assert row.valid == json.loads(lines[-1])["val_loss"]
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_kept_and_what_is_missing_is_done(whole, tmp_path):
     out, rows = whole
 
@@ -154,6 +155,7 @@ def test_a_cell_that_diverged_is_a_row_and_never_the_best(tmp_path):
     assert best([wild, fine]) == (1, 2.0, 1e-2)
 
 
+@pytest.mark.slow
 def test_a_cell_that_diverges_in_its_last_step_is_a_row_too(tmp_path):
     """What it comes to is no number, and no number is what it is judged by."""
     cells = grid([1], [], [1e-2, 1e30], [0])
@@ -226,6 +228,7 @@ def slow(x):
     time.sleep(60)
 
 
+@pytest.mark.slow
 def test_the_workers_are_other_processes_and_the_first_error_is_told():
     found = dict(in_processes(square, [3, 4, 5], 2))
     assert [found[i][0] for i in range(3)] == [9, 16, 25]
@@ -236,6 +239,7 @@ def test_the_workers_are_other_processes_and_the_first_error_is_told():
         list(in_processes(square, [1], 0))
 
 
+@pytest.mark.slow
 def test_whoever_leaves_early_does_not_wait_for_the_work():
     """A work of a minute is stopped; it would be seen by the test's own end, not by a clock."""
     following = in_processes(one_then_slow, [0, 1], 2)
@@ -312,6 +316,7 @@ def test_wrong_usage_is_status_2_and_says_what_was_expected(arguments, words, tm
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_targets_are_names_too(tmp_path):
     setting = replace(
         SETTING, config=replace(SETTING.config, max_steps=1, target_modules=["qkv", "up"])
@@ -320,6 +325,7 @@ def test_targets_are_names_too(tmp_path):
     assert row.steps == 1
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_parent_that_was_killed(tmp_path):
     """And leave what they have saved."""
     script = "from minilora.cli.main import main; main()"

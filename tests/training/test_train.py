@@ -133,6 +133,7 @@ def drops_by_the_clock(monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flaw", [forgets_the_means, forgets_its_place, drops_by_the_clock])
 def test_a_run_that_goes_on_from_less_ends_elsewhere(flaw, tmp_path, monkeypatch):
     wanted = whole(tmp_path, run_of())
@@ -741,9 +742,8 @@ def test_killed_ten_times_at_random_moments_a_run_ends_with_the_same_bits(
     assert files(out) == uninterrupted
 
 
-@pytest.mark.parametrize(
-    "sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_the_last_step_and_says_how_to_go_on(sign, lines, uninterrupted, tmp_path):
     out = tmp_path / "out"
     status, _, err = killed_at(lines, out, 10, sign)
@@ -825,7 +825,8 @@ print(moment)
 """
 
 
-@pytest.mark.parametrize("every", [43, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 17])
 def test_whatever_act_on_the_disk_is_the_last_the_run_ends_with_the_same_bits(
     every, lines, tmp_path
 ):

@@ -222,6 +222,7 @@ def test_the_names_that_differ_are_said():
     assert other.array == "names, without b, beside them c"
 
 
+@pytest.mark.slow
 def test_a_frozen_file_that_changes_is_named():
     wrong = next(m for m in MUTANTS if m.id == "flow-base-file-changed")
     result = check(wrong.make(), case="grad-flow.frozen:float32:0").results[0]
