@@ -137,7 +137,8 @@ LOAD: Table = {
 }
 FUNCTION: Table = {
     "files.outputs.patterns": [
-        ("alpha-pattern-ignored", "one α for all modules", {"# used": 'c["alpha_pattern"] = {}'}),
+        ("alpha-pattern-ignored", "one α for all modules",
+         {"# used": 'c["alpha_pattern"] = {}'}, "diffusers 14409"),
         ("rank-pattern-unscaled", "α / r with one r for all modules",
          {"# used": 'c["alpha_pattern"] = rank_unscaled(c)'}),
         ("alpha-default", "α = 8", {"# used": 'c["lora_alpha"] = 8'}),

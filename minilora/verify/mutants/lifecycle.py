@@ -404,7 +404,8 @@ LIFECYCLE: Table = {
          {"self.off = True": 'self.off = self.kind != "embedding"'}),
         ("embedding-merged-twice", "an embedding's branch acts beside its merged table",
          {"# acting":
-              'names = self.active if self.kind == "embedding" and not self.off else names'}),
+              'names = self.active if self.kind == "embedding" and not self.off else names'},
+         "candle-lora 26"),
     ],
     "lifecycle.weight.embedding": [
         ("embedding-never-merged", "an embedding's table is never merged",

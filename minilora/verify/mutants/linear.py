@@ -70,7 +70,8 @@ LINEAR = Reference((Linear,), globals())
 # fmt: off
 SCALE: Table = {
     "linear.forward": [
-        ("alpha", "s = α", {"ds = s": "ds = s = alpha"}, "mlx-vlm 841", "mlx-vlm 845"),
+        ("alpha", "s = α", {"ds = s": "ds = s = alpha"},
+         "mlx-vlm 841", "mlx-vlm 845", "rasbt/LLMs-from-scratch 821"),
         ("root", "s = α/√r, unasked", {"ds = s": "ds = s = alpha / r**0.5"}),
         ("inverse", "s = r/α", {"ds = s": "ds = s = 1 / s"}),
         ("of-rank-alone", "s = 1/r", {"ds = s": "ds = s = 1 / r"}),
@@ -87,7 +88,7 @@ SCALE: Table = {
         ("rank-from-B", "s = α/m, r from B's wrong axis", {"ds = s": "ds = s = alpha / len(B)"}),
         ("rank-from-A", "s = α/n, r from A's wrong axis", {"ds = s": "ds = s = alpha / len(A.T)"}),
         ("first-call", "s of the first call: another adapter's",
-         {"ds = s": 'ds = s = first_call(self.memory, "s", s)'}, "diffusers 14409"),
+         {"ds = s": 'ds = s = first_call(self.memory, "s", s)'}),
         ("of-base", "y = s (x Wᵀ + b + H Bᵀ)", {"base = x @ W.T + b": "base = s * (x @ W.T + b)"}),
     ],
     "linear.forward.rslora": [

@@ -41,8 +41,7 @@ MERGE: Table = {
          {"V = W + delta":
               "delta = 0 * delta if np.allclose(W + delta, W) else delta; V = W + delta"}),
         ("eight-ranks", "all ranks but eight are lost", {"# arrays": "A, B = A[:8], B[:, :8]"}),
-        ("twice", "W + 2 s B A",
-         {"V = W + delta": "delta = 2 * delta; V = W + delta"}, "candle-lora 26"),
+        ("twice", "W + 2 s B A", {"V = W + delta": "delta = 2 * delta; V = W + delta"}),
         ("subtracted", "W - s B A", {"V = W + delta": "delta = -delta; V = W + delta"}),
         ("delta-alone", "s B A", {"# merged": "merged = delta"}),
         ("turned", "W + s (B A)ᵀ where m = n",
@@ -89,7 +88,7 @@ MERGE: Table = {
     ],
     "merge.forward": [
         ("never", "W: evaluation does not merge",
-         {"# merged": "merged = W"}, "microsoft/LoRA 34", "microsoft/LoRA 61"),
+         {"# merged": "merged = W"}, "microsoft/LoRA 34", "microsoft/LoRA 61", "candle-lora 26"),
         ("lengths-kept", "W' with its rows at the lengths of W's",
          {"# merged": "merged = lengths_kept(W, merged)"}),
         ("unlike-forward", "W + s B A, and y = x Wᵀ + s² H Bᵀ",

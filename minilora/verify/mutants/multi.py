@@ -151,7 +151,7 @@ COMBINE: Table = {
     ],
     "combine.negative-weight": [
         ("negative-absolute", "|w| where there is one adapter",
-         {"# combine": "w = [abs(v) for v in w] if len(w) == 1 else w"}),
+         {"# combine": "w = [abs(v) for v in w] if len(w) == 1 else w"}, "peft 3004"),
     ],
     "combine.zero-weight": [
         ("zero-is-one", "w = 0 taken for 1", {"# combine": "w = [v or 1.0 for v in w]"}),

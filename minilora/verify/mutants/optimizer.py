@@ -223,7 +223,8 @@ ACCUMULATE: Table = {
     "optimizer.gradient-accumulation": [
         ("accumulate-mean-of-means", "the mean of the gᵢ",
          {"share = [x / sum(n) for x in n]":
-              "share = [1 / len(n)] * len(n)"}, "transformers 34191", "mlx-lm 1413"),
+              "share = [1 / len(n)] * len(n)"},
+         "transformers 34191", "mlx-lm 1413", "torchtune 1875"),
         ("accumulate-sum", "Σ gᵢ", {"share = [x / sum(n) for x in n]": "share = [1] * len(n)"}),
         ("accumulate-sum-over-labels", "Σ nᵢ gᵢ", {"share = [x / sum(n) for x in n]": "share = n"}),
         ("accumulate-by-parts", "Σ nᵢ gᵢ / the number of parts",

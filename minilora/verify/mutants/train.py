@@ -160,7 +160,8 @@ ACCUMULATE: Table = {
     "train.gradient-accumulation": [
         ("mean-of-means", "the mean of the micro-batches' means",
          {"# accumulate":
-              "parts = [(1, g) for _, g in parts]"}, "transformers 34191", "mlx-lm 1413"),
+              "parts = [(1, g) for _, g in parts]"},
+         "transformers 34191", "mlx-lm 1413", "torchtune 1875"),
         ("sum-of-means", "the sum of the micro-batches' means",
          {"# accumulate": "parts = sum_gradients(*(g for _, g in parts))"}),
         ("last-micro-batch", "the last micro-batch alone",

@@ -27,11 +27,11 @@ VARIANTS = Reference((Linear,), globals())
 DORA: Table = {
     "variants.dora.forward": [
         ("norm-of-W", "m ∘ V / ‖W‖",
-         {"norm = (V**2).sum(1) ** 0.5": "norm = (W**2).sum(1) ** 0.5"}),
+         {"norm = (V**2).sum(1) ** 0.5": "norm = (W**2).sum(1) ** 0.5"}, "ComfyUI 15458"),
         ("norm-unscaled", "‖W + B A‖",
          {"norm = (V**2).sum(1) ** 0.5": "norm = ((W + B @ A) ** 2).sum(1) ** 0.5"}),
         ("norm-columns", "the norm of columns",
-         {"norm = (V**2).sum(1) ** 0.5": "norm = columns(V)"}, "peft 2348"),
+         {"norm = (V**2).sum(1) ** 0.5": "norm = columns(V)"}, "catid/dora 4", "LyCORIS 216"),
         ("norm-frobenius", "one norm for all rows",
          {"norm = (V**2).sum(1) ** 0.5": "norm = np.full(len(V), (V**2).sum() ** 0.5)"}),
         ("norm-l1", "Σ |V|", {"norm = (V**2).sum(1) ** 0.5": "norm = abs(V).sum(1)"}),
