@@ -1,11 +1,11 @@
-"""AdaLoRA's budget: which singular values of which projection may stay, as training goes on.
+"""AdaLoRA's budget: how many singular values each projection keeps during training.
 
-Beside `adalora_linear`, y = W x + b + s B (E ∘ A x), AdaLoRA has a term of the
-loss that keeps A and B near orthogonal, and a budget of singular values that all projections share.
-A triplet is a singular value with its row of A and its column of B; the budget falls from step to
-step, the triplets of the highest score stay, and the singular values of the others become 0.
+Beside its equation, y = W x + b + s B (E ∘ A x) (`adalora_linear`), AdaLoRA has a penalty that
+keeps A and B near orthogonal, and a budget of singular values that all projections share. A
+triplet is a singular value with its row of A and its column of B. The budget falls with the steps;
+the triplets with the highest scores stay, the singular values of the others become 0.
 
-All is pure functions; what they remember of the past is an `Importance`.
+All functions are pure; the running means are an `Importance`.
 """
 
 from collections.abc import Mapping
@@ -31,10 +31,10 @@ def adalora_scale(alpha: Any, r: int) -> Any:
 
 
 def orthogonality(A: Array, B: Array) -> tuple[Array, Back]:
-    """R = ‖BᵀB - I‖² + ‖A Aᵀ - I‖², in Frobenius norms; 0 where A's rows and B's columns are such.
+    """R = ‖BᵀB - I‖² + ‖A Aᵀ - I‖², Frobenius; 0 if A's rows and B's columns are orthonormal.
 
     With P = A Aᵀ - I, Q = BᵀB - I and dR given:   dA = 4 dR P A,   dB = 4 dR B Q.
-    The loss gains γ times the sum of R over all projections.
+    γ times the sum of R over all projections is added to the loss.
 
     Shapes: A (r, n), B (m, r) -> R ().
     Source: Zhang et al. 2023, "AdaLoRA", section 3.1, whose P, Q are B, A here.
@@ -53,7 +53,7 @@ def budget(step: int, initial: int, target: int, t_initial: int, t_final: int, t
     """b = target + ⌊(initial - target) q³⌋, q = 1 - (t - t₀) / (T - t₁ - t₀) at t = ``step``.
 
     Up to t₀ = ``t_initial`` it is ``initial``, and from T - t₁ = ``total - t_final`` on ``target``.
-    In whole numbers, so that nothing is rounded but by the floor.
+    The arithmetic is in whole numbers: only the floor rounds.
 
     Errors: ValueError if target is not in 0 … initial, or no step is left between t₀ and T - t₁.
     Source: Zhang et al. 2023, section 3.3; counted as in its code and PEFT's.
@@ -62,7 +62,8 @@ def budget(step: int, initial: int, target: int, t_initial: int, t_final: int, t
         raise ValueError(f"target {target}: expected 0 to {initial}, the initial budget")
     if not 0 <= t_initial < total - t_final <= total:
         raise ValueError(
-            f"{t_initial} steps before, {t_final} after, {total} in all: none is left for the fall"
+            f"t_initial {t_initial}, t_final {t_final}, total {total}: expected steps between "
+            "t_initial and total - t_final, in which the budget falls"
         )
     span = total - t_final - t_initial
     left = min(max(total - t_final - step, 0), span)
@@ -70,7 +71,7 @@ def budget(step: int, initial: int, target: int, t_initial: int, t_final: int, t
 
 
 def sensitivity(W: Array, dW: Array) -> Array:
-    """I = |W ∘ dW|: by how much the loss changes, to first order, where an entry becomes 0.
+    """I = |W ∘ dW|: how much the loss changes, to first order, if an entry becomes 0.
 
     Shapes: W (m, n), dW (m, n) -> I (m, n).
     Source: Zhang et al. 2023, section 3.2; Molchanov et al. 2019, of single weights.
@@ -81,7 +82,7 @@ def sensitivity(W: Array, dW: Array) -> Array:
 def smooth(mean: Any, spread: Any, now: Array, beta1: Any, beta2: Any) -> tuple[Array, Array]:
     """Ī ← β₁ Ī + (1 - β₁) I, and Ū ← β₂ Ū + (1 - β₂) |I - Ī| with the new Ī; both from 0.
 
-    Ī is the ``mean``, Ū, the uncertainty, the ``spread``, and I what `sensitivity` gives ``now``.
+    Ī is ``mean``, the uncertainty Ū is ``spread``, and I is ``now``, the `sensitivity`.
 
     Shapes: mean (m, n), spread (m, n), now (m, n) -> Ī (m, n), Ū (m, n).
     Source: Zhang et al. 2023, section 3.2.
@@ -91,7 +92,7 @@ def smooth(mean: Any, spread: Any, now: Array, beta1: Any, beta2: Any) -> tuple[
 
 
 def triplet_scores(sA: Array, sB: Array, sE: Array) -> Array:
-    """S = sE + the mean of each row of sA + the mean of each column of sB: one score a triplet.
+    """S = sE + the mean of each row of sA + the mean of each column of sB, for each triplet.
 
     The arguments are the scores s = Ī ∘ Ū of the entries of A, B and E.
 
@@ -104,10 +105,9 @@ def triplet_scores(sA: Array, sB: Array, sE: Array) -> Array:
 
 
 def allocate(scores: Mapping[str, Array], b: int) -> dict[str, Array]:
-    """True for the b greatest of all scores together, False for the others.
+    """True for the b greatest of all projections' scores, False for the others.
 
-    Of equal scores the first counts more, in the order of the names and then of the entries: always
-    b triplets stay.
+    Among equal scores the first ones stay, by name and then by entry: always b triplets.
 
     Shapes: scores {name: S (r, 1)} -> {name: keep (r, 1)}.
     Errors: ValueError if b is not in 0 … the number of scores, or a score is NaN.
@@ -136,10 +136,10 @@ def prune(E: Array, keep: Array) -> Array:
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """How the budget falls: the arguments of `budget`, the steps between prunings, β₁ and β₂.
+    """The schedule: the arguments of `budget`, the steps between prunings, β₁ and β₂.
 
-    The budgets are those of all projections together: PEFT's ``init_r`` and ``target_r`` times
-    their number.
+    ``initial`` and ``target`` are the budgets of all projections together: PEFT's ``init_r`` and
+    ``target_r`` times the number of projections.
 
     Errors: ValueError for an interval below 1.
     """
@@ -171,7 +171,7 @@ Source: the scripts of Zhang et al. 2023 for MNLI and CNN/DailyMail; PEFT has 0.
 
 
 def initial_rank(rank: int) -> int:
-    """The rank at the start, half as much again as the mean rank that is to be left.
+    """The rank at the start: 3/2 of the mean rank at the end.
 
     Source: the experiments of Zhang et al. 2023.
     """
@@ -179,11 +179,11 @@ def initial_rank(rank: int) -> int:
 
 
 def plan_budget(rank: int, projections: int, steps: int) -> BudgetPlan:
-    """The plan of a run of so many steps that leaves each projection ``rank`` in the mean.
+    """The plan of a run of ``steps`` steps after which projections have the mean rank ``rank``.
 
-    Nothing is pruned in the first tenth; in the second half what is chosen is only trained on.
+    Nothing is pruned in the first tenth of the steps, and the choice is fixed in the second half.
 
-    Errors: ValueError for less than 3 steps, between which there is none to prune at.
+    Errors: ValueError for less than 3 steps.
     """
     if steps < 3:
         raise ValueError(f"{steps} steps: expected 3 or more, as AdaLoRA prunes before their half")
@@ -192,7 +192,7 @@ def plan_budget(rank: int, projections: int, steps: int) -> BudgetPlan:
 
 
 def add_orthogonality(params: Weights, gradients: Weights, gamma: Any = GAMMA) -> Weights:
-    """The gradients of the loss with γ Σ R, R the `orthogonality` of each projection's A and B."""
+    """The gradients with those of γ Σ R added, R the `orthogonality` of each projection."""
     added: Weights = {}
     for at in (name.removesuffix(".E") for name in params if name.endswith(".E")):
         names = f"{at}.A", f"{at}.B"
@@ -202,9 +202,9 @@ def add_orthogonality(params: Weights, gradients: Weights, gamma: Any = GAMMA) -
 
 
 def without_pruned(params: Weights) -> Weights:
-    """The triplets whose singular value is not 0, which are all that act; all of them at the start.
+    """The parameters without triplets whose singular value is 0; at the start, where all are, all.
 
-    A projection of which none is left is left out. Other parameters stay as they are.
+    A projection without triplets is left out. Other parameters stay as they are.
     """
     at = {name.removesuffix(".E"): E[:, 0] != 0 for name, E in params.items() if name[-2:] == ".E"}
     if not any(keep.any() for keep in at.values()):
@@ -222,7 +222,7 @@ def without_pruned(params: Weights) -> Weights:
 
 @dataclass(frozen=True)
 class Importance:
-    """Ī and Ū of the adapters' parameters, and what the last choice keeps; empty at first."""
+    """Ī and Ū of the adapters' parameters, and the triplets that the last pruning kept."""
 
     mean: Weights = field(default_factory=dict)
     spread: Weights = field(default_factory=dict)
@@ -238,12 +238,12 @@ class Importance:
 def advance(
     params: Weights, gradients: Weights, state: Importance, step: int, plan: BudgetPlan
 ) -> tuple[Weights, Importance]:
-    """The singular values and the state after ``step``, called when the optimizer has made it.
+    """The parameters and the state after AdaLoRA's part of ``step``, which follows the optimizer's.
 
-    ``params`` hold x.A, x.B and x.E of every projection x, after the optimizer's step; the
-    ``gradients`` are those it was made with. Before T - t₁ they enter Ī and Ū. After t₀, every
-    ``interval`` steps and at T - t₁, the triplets that the budget leaves are chosen anew, and the
-    others pruned. After T - t₁ the choice stays, and what is not chosen is 0 again at each step.
+    ``params`` have x.A, x.B and x.E of every projection x, after the optimizer's step with
+    ``gradients``. Before T - t₁ the gradients update Ī and Ū. After t₀, every ``interval`` steps
+    and at T - t₁, the triplets within the budget are chosen and the others pruned. After T - t₁
+    the choice is fixed, and the others are set to 0 at each step.
 
     Errors: those of `budget` and `allocate`.
     Source: Zhang et al. 2023, algorithm 1; the order of the steps is that of its code and PEFT's.

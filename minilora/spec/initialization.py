@@ -102,10 +102,10 @@ def _truncated(M: Array, r: int, s: Any) -> tuple[Array, Array]:
 
 
 def pissa(W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
-    """W = R + s B A with s B A the part of the r greatest singular values: R, A, B.
+    """W = R + s B A with s B A the part of the r greatest singular values; returns R, A, B.
 
     With U Σ Vᵀ = W:   A = √(Σ_r / s) V_rᵀ,   B = U_r √(Σ_r / s),   R = W - s B A.
-    The singular values are float64's, whatever W is, and A and B are of W's dtype.
+    The SVD is in float64, whatever W's dtype; A and B have W's dtype.
 
     Shapes: W (m, n), r (), s () -> R (m, n), A (r, n), B (m, r).
     Errors: ValueError if r is above min(m, n), s not above 0, or W not finite; TypeError if W is
@@ -117,9 +117,9 @@ def pissa(W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
 
 
 def olora(W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
-    """W = R + s B A with B the first r columns of Q, A the first r rows of R', Q R' = W: R, A, B.
+    """W = R + s B A, B the first r columns of Q, A the first r rows of R', Q R' = W: R, A, B.
 
-    Q and R' are float64's, whatever W is, and A and B are of W's dtype.
+    The QR factorization is in float64, whatever W's dtype; A and B have W's dtype.
 
     Shapes: W (m, n), r (), s () -> R (m, n), A (r, n), B (m, r).
     Errors: ValueError if r is above min(m, n) or W is not finite; TypeError if W is complex.
@@ -134,7 +134,7 @@ def olora(W: Array, r: int, s: Any) -> tuple[Array, Array, Array]:
 
 
 def orthogonal(rng: np.random.Generator, r: int, m: int, n: int) -> tuple[Array, Array]:
-    """B A = 0 though neither is 0: A in the span of half of an orthonormal basis, B in the rest.
+    """B A = 0 with A ≠ 0 and B ≠ 0: A spans half of an orthonormal basis, B the other half.
 
     With Q orthogonal (r, r), its even rows P and odd rows P':   A = Pᵀ N / 10,   B = N' P' / 10,
     N and N' standard normal; P' Pᵀ = 0.
@@ -144,7 +144,7 @@ def orthogonal(rng: np.random.Generator, r: int, m: int, n: int) -> tuple[Array,
     Source: ``init_lora_weights="orthogonal"`` of PEFT.
     """
     if r % 2 or r < 2:
-        raise ValueError(f"rank {r}: the orthogonal start halves it; expected an even rank")
+        raise ValueError(f"rank {r}: expected an even rank, of which A and B take one half each")
     Q, _ = np.linalg.qr(rng.standard_normal((r, r)))
     A = Q[0::2].T @ rng.standard_normal((r // 2, n)) / 10
     return A, rng.standard_normal((m, r // 2)) @ Q[1::2] / 10
@@ -155,8 +155,8 @@ def loftq(
 ) -> tuple[Array, Array, Array]:
     """W ≈ Q + s B A with Q quantized: Q ← quantize(W - s B A), s B A ← the best for W - Q, in turn.
 
-    ``quantize`` gives the dequantized weight. The start is as near to W as Q and rank r allow, and
-    nearer than Q alone; it is not W. The scale counts: what acts is s B A.
+    ``quantize`` returns the dequantized weight. Q + s B A is nearer to W than Q alone, but is not
+    W. The scale counts: the adapter adds s B A.
 
     Shapes: W (m, n), r (), s () -> Q (m, n), A (r, n), B (m, r).
     Errors: those of `pissa`; ValueError if ``steps`` is below 1.
@@ -178,15 +178,14 @@ Split = tuple[Array, Array, Array]
 
 @dataclass(frozen=True)
 class Initialization:
-    """A way to start A and B, and what becomes of the frozen weight.
+    """How A and B start, and the frozen weight beside them.
 
-    ``start(rng, W, r, s)`` gives the frozen base, A and B. ``base``: "kept", where it is W itself
-    and only the shape and the dtype of W are read; "residual", W - s B A; or "quantized".
-    ``rounded``: B A is 0 but for rounding, though neither A nor B is 0.
-    ``shared``: A and B are drawn once, for the greatest height and width of all adapted weights,
-    and each takes its part by `shared_part`. ``general``: every variant may start so; else only
-    the one whose entry names it. ``in_peft``: PEFT's ``init_lora_weights`` has a value of this
-    name.
+    ``start(rng, W, r, s)`` returns the frozen weight, A and B. ``base`` is the frozen weight:
+    "kept" (W itself, of which only the shape and the dtype are read), "residual" (W - s B A) or
+    "quantized". ``rounded``: A ≠ 0 and B ≠ 0, and B A is 0 except for rounding. ``shared``: A and
+    B are drawn once, for the greatest height and width of all adapted weights; each takes its part
+    by `shared_part`. ``general``: every variant may start so, not only the one that names it.
+    ``in_peft``: it is a value of PEFT's ``init_lora_weights``.
     """
 
     start: Callable[[np.random.Generator, Array, int, Any], Split]
@@ -257,7 +256,7 @@ step with NF4. With another quantizer or more steps, call `loftq`.
 
 
 def convert_to_lora(A: Array, B: Array, A0: Array, B0: Array) -> tuple[Array, Array]:
-    """B₂ A₂ = B A - B₀ A₀: an adapter trained from the start A₀, B₀, as one on the original weight.
+    """B₂ A₂ = B A - B₀ A₀: an adapter that started as A₀, B₀, as one on the original weight W.
 
     R + s B A = W + s (B A - B₀ A₀), at the same scale s and the doubled rank; `converted_alpha`
     gives its alpha.
@@ -269,15 +268,15 @@ def convert_to_lora(A: Array, B: Array, A0: Array, B0: Array) -> tuple[Array, Ar
 
 
 def converted_alpha(alpha: Any, rslora: bool = False) -> Any:
-    """α₂ that gives rank 2 r the scale that α gives rank r: 2 α, and √2 α for rsLoRA."""
+    """The alpha with which rank 2 r has the scale of rank r: 2 α, or √2 α with rsLoRA."""
     return alpha * math.sqrt(2) if rslora else 2 * alpha
 
 
 def draw_vera(rng: np.random.Generator, r: int, m: int, n: int) -> tuple[Array, Array]:
     """A ~ U(-√(6/n), √(6/n)) and B ~ U(-√(6/r), √(6/r)), once for all projections of a model.
 
-    m and n are the greatest of the projections' heights and widths; each takes its part of the two
-    with `shared_part`. The bounds are kaiming-uniform's for the drawn shapes.
+    m and n are the greatest height and width of the projections; each takes its part by
+    `shared_part`. The bounds are those of kaiming-uniform for these shapes.
 
     Shapes: -> A (r, n), B (m, r).
     Source: Kopiczko, Blankevoort and Asano 2023, "VeRA", section 3.3; drawn in PEFT's order.
@@ -287,7 +286,7 @@ def draw_vera(rng: np.random.Generator, r: int, m: int, n: int) -> tuple[Array, 
 
 
 def shared_part(A: Array, B: Array, m: int, n: int) -> tuple[Array, Array]:
-    """A weight's part of factors that all share: the first n columns of A, the first m rows of B.
+    """One weight's part of shared factors: the first n columns of A, the first m rows of B.
 
     Shapes: A (r, n'), B (m', r) -> A (r, n), B (m, r).
     Errors: ValueError if the shared A or B is smaller than the weight.
@@ -295,6 +294,7 @@ def shared_part(A: Array, B: Array, m: int, n: int) -> tuple[Array, Array]:
     """
     if m > len(B) or n > A.shape[1]:
         raise ValueError(
-            f"shared A {A.shape}, B {B.shape} for a weight {(m, n)}: draw them for the greatest"
+            f"shared A {A.shape} and B {B.shape} are too small for a weight {(m, n)}: draw them "
+            "for the greatest sizes"
         )
     return A[:, :n], B[:m]

@@ -1,9 +1,9 @@
-"""Every kind of layer that LoRA adapts, as the projection that it is: doors, and no new equation.
+"""Every kind of layer that LoRA adapts, written as a product W x: no new equation.
 
 An adapter acts on a matrix W (m, n) and on columns x (n, t). An embedding is such a product with
-columns that have a single 1; a convolution, with columns that are its patches; a weight stored (in,
-out), its transpose; fused projections and experts, parts of one weight. So each variant works on
-each kind, with its own equation. ``f`` is a `Variant.linear`, ``P`` its parameters.
+one-hot columns; a convolution, with patches as columns; a weight stored (in, out), with its
+transpose; fused projections and experts are parts of one weight. So each variant works on each
+kind, with its own equation. ``f`` is a `Variant.linear`, ``P`` its parameters.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,11 +22,11 @@ Linear = Callable[..., tuple[Array, Back]]
 def adapted_embedding(
     f: Linear, ids: Array, E: Array, P: Sequence[Array], s: Any, factor: Any = None
 ) -> tuple[Array, Back]:
-    """y = factor · f(onehot(ids), Eᵀ, P, s): an embedding's row i is a weight's column i.
+    """y = factor · f(onehot(ids), Eᵀ, P, s): row i of the table is column i of the weight.
 
-    A (r, v) has a column for each token and B (d, r) a row for each feature: the change of the
-    table is s (B A)ᵀ. Nothing is dropped of its input. ``factor`` is the embedding's own, √d in
-    Gemma: it scales the adapter too. ``back(dy)`` gives the gradients of P.
+    A (r, v) has a column for each token, B (d, r) a row for each feature: the table changes by
+    s (B A)ᵀ. There is no dropout. ``factor`` is the embedding's own, √d in Gemma; it scales the
+    adapter, too. ``back(dy)`` returns the gradients of P.
 
     Shapes: ids (t,), E (v, d) -> y (d, t).
     Source: the Embedding of Hu et al.'s code, whose A is (r, v) and B (d, r).
@@ -73,8 +73,8 @@ def adapted_fused(
 ) -> tuple[Array, Back]:
     """y = y₁ over y₂ over …, yᵢ = f(x, Wᵢ, bᵢ, Pᵢ, s, K), Wᵢ the next rows_i rows of W.
 
-    Q, K and V in one weight, any of them adapted: Pᵢ is None for a part that is not. Under grouped
-    heads the parts' rows differ. ``back(dy)`` gives dx and, for each adapted part, its gradients.
+    Q, K and V in one weight, any of them adapted; Pᵢ is None for a part without an adapter. With
+    grouped heads the parts differ in rows. ``back(dy)`` returns dx and the gradients of each Pᵢ.
 
     Shapes: x (n, t), W (m, n), b (m, 1), K (n, t) -> y (m, t).
     Errors: ValueError if the rows do not add up to W's, or not one P is given for each part.
@@ -114,11 +114,11 @@ def adapted_experts(
     s: Any,
     only: Sequence[int] | None = None,
 ) -> tuple[Array, Back]:
-    """y_j = f(x_j, W_e, b_e, P_e, s), e = index_j: a column goes through the expert it is sent to.
+    """y_j = f(x_j, W_e, b_e, P_e, s), e = index_j: column j goes through expert index_j.
 
-    Each expert has a matrix and, unless ``only`` leaves it out, an adapter of its own: P's arrays
-    have one entry per expert. A token that goes to several experts is several columns. ``back(dy)``
-    gives dx and the gradients of P, 0 for an expert without columns.
+    Each expert has a matrix and, if it is in ``only``, an adapter of its own: P's arrays have one
+    entry per expert. A token that goes to several experts is several columns. ``back(dy)`` returns
+    dx and the gradients of P, 0 for an expert without columns.
 
     Shapes: x (n, t), W (e, m, n), b (e, m, 1), index (t,) -> y (m, t).
     Errors: ValueError if index or ``only`` names no expert, or P has not one entry for each.
@@ -156,15 +156,14 @@ def adapted_experts(
 
 
 def with_tokens(E: Array, ids: Array, rows: Array) -> tuple[Array, Back]:
-    """E' = E but for E'[ids] = rows: some tokens of a constant embedding are trained.
+    """E' = E except E'[ids] = rows: the rows of some tokens are trained, the others are constant.
 
-    With dE' given:   drows = dE'[ids]. It gathers all uses of E', a tied head's among them.
-    The rows are the embedding's own, E[ids] to begin with, and no difference from them; PEFT's
-    ``trainable_tokens_delta`` holds the same, whatever its name says.
+    With dE' given:   drows = dE'[ids], where dE' sums all uses of E', those of a tied head, too.
+    The rows start as E[ids]: they are rows of the table, not differences. PEFT's
+    ``trainable_tokens_delta`` holds the same, in spite of its name.
 
     Shapes: E (v, d), ids (k,), rows (k, d) -> E' (v, d).
-    Errors: ValueError for no token of E, or one that comes twice: which of its rows would count?
-    And for rows that are not one for each.
+    Errors: ValueError for an id outside E, an id given twice, or not one row for each id.
     """
     if rows.shape != (len(ids), E.shape[1]):
         raise ValueError(f"rows {rows.shape}: expected {(len(ids), E.shape[1])}, one for each id")
@@ -182,10 +181,9 @@ def with_tokens(E: Array, ids: Array, rows: Array) -> tuple[Array, Back]:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a convolution's kernel moves, an entry per dimension of space.
+    """A convolution's settings, an entry per spatial dimension, as PyTorch names them.
 
-    ``padding``: (before, after); ``mode``: what stands there, "zeros", "reflect", "replicate" or
-    "circular", as PyTorch names them.
+    ``padding``: (before, after); ``mode``: "zeros", "reflect", "replicate" or "circular".
     """
 
     kernel: tuple[int, ...]
@@ -195,11 +193,12 @@ class Geometry:
     mode: str = "zeros"
 
     def places(self, space: Sequence[int]) -> tuple[tuple[int, ...], Array]:
-        """The size of the output, and for each of its places and each of the kernel's the flat
-        place of the input that they meet, -1 for a zero beside it.
+        """The output's size, and which input each entry of the kernel meets at each position.
 
-        Errors: ValueError for an unknown mode, a kernel that does not fit in or has no places, or
-        a padding that reflects more than there is.
+        The inputs are flat indices (positions, kernel), -1 for a zero of the padding.
+
+        Errors: ValueError for an unknown mode, a size below 1, a kernel that does not fit, or a
+        reflect padding that is not below the input's size.
         """
         if self.mode not in PADDING:
             raise ValueError(f"padding mode {self.mode!r}: expected one of {', '.join(PADDING)}")
@@ -209,10 +208,13 @@ class Geometry:
         moves = zip(space, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         for n, k, step, (before, after), apart in moves:
             if self.mode == "reflect" and max(before, after) >= n:
-                raise ValueError(f"a padding of {max(before, after)} reflects what {n} have not")
+                padding = max(before, after)
+                raise ValueError(
+                    f"reflect padding {padding} needs an input of at least {padding + 1}, got {n}"
+                )
             size = (n + before + after - apart * (k - 1) - 1) // step + 1
             if size < 1:
-                raise ValueError(f"a kernel of {k} places, {apart} apart, does not fit into {n}")
+                raise ValueError(f"kernel {k} with dilation {apart} does not fit an input of {n}")
             p = step * np.arange(size)[:, None] + apart * np.arange(k) - before
             q = np.where((p < 0) | (p >= n), PADDING[self.mode](p, n), p)
             whole = flat[:, None, :, None] * n + q[:, None]
@@ -228,13 +230,13 @@ PADDING: dict[str, Callable[[Array, int], Array]] = {
     "replicate": lambda p, n: p.clip(0, n - 1),
     "circular": lambda p, n: p % n,
 }
-"""The place inside 0 … n - 1 that stands for a place p outside, by the mode; -1 is a zero."""
+"""The index in 0 … n - 1 that a padding index p stands for, by the mode; -1 is a zero."""
 
 
 def unfold(x: Array, geometry: Geometry) -> tuple[Array, Back]:
-    """y's column at (row, place) holds x's patch there, so that a convolution is W y.
+    """The patches of x as columns, one for each row and position: a convolution is W times them.
 
-    With dy given:   dx sums each entry of dy where it came from.
+    With dy given:   dx adds each entry of dy at the input that it was read from.
 
     Shapes: x (c, b, …) -> y (c*kernel, b*places).
     """
@@ -254,9 +256,9 @@ def unfold(x: Array, geometry: Geometry) -> tuple[Array, Back]:
 
 
 def block_diagonal(W: Array, groups: int) -> tuple[Array, Back]:
-    """y is W's rows in g groups, each moved to columns of its own, and 0 elsewhere.
+    """W's rows in g groups as g diagonal blocks: a grouped convolution's weight without groups.
 
-    So a grouped convolution's weight becomes a plain one's. With dy given:   dW is dy's blocks.
+    With dy given:   dW is dy's diagonal blocks.
 
     Shapes: W (m, n), groups () -> y (m, n*groups).
     Errors: ValueError if the rows do not divide by the groups.
@@ -278,7 +280,7 @@ def block_diagonal(W: Array, groups: int) -> tuple[Array, Back]:
 def conv(
     x: Array, W: Array, b: Array | None, geometry: Geometry, groups: int = 1
 ) -> tuple[Array, Back]:
-    """y = W unfold(x) + b, the weight's kernels flat, with W and b constant.
+    """y = W unfold(x) + b, each kernel of W a row, with W and b constant.
 
     With dy given:   dx = unfold's back(Wᵀ dy).
 
@@ -306,11 +308,11 @@ def adapted_conv(
     geometry: Geometry,
     groups: int = 1,
 ) -> tuple[Array, Back]:
-    """y = f(unfold(x), W, b, P, s, unfold(K)): a convolution's kernel is a matrix over patches.
+    """y = f(unfold(x), W, b, P, s, unfold(K)): a convolution as a product with patches.
 
-    A (r, c·kernel) is itself a convolution to r channels, which moves as W does, and B (m, r) one
-    of a single place. In groups W is (m, c/g, …) and B (m, r/g), block-diagonal both; A sees all
-    channels, so that what W' becomes is no longer in groups.
+    A (r, c·kernel) is a convolution to r channels with W's settings, B (m, r) a 1×1 convolution. In
+    groups W is (m, c/g, …) and B (m, r/g), both block-diagonal; A reads all channels, so that the
+    merged W' has no groups.
 
     Shapes: x (c, b, …), W (m, c/groups, …), b (m, 1) -> y (m, b, …).
     Source: Conv2d of PEFT, whose A moves as W does but for dilation and padding mode.
@@ -334,7 +336,7 @@ def adapted_conv(
 def merge_conv(
     variant: Variant, W: Array, b: Array | None, P: Sequence[Array], s: Any, groups: int = 1
 ) -> tuple[Array, Array | None]:
-    """W' of the variant in the convolution's shape; out of groups if it was in groups.
+    """W' of the variant in the convolution's shape, without groups.
 
     Shapes: W (m, c/groups, …), b (m, 1) -> W' (m, c, …), b' (m, 1).
     """

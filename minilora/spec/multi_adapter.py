@@ -1,4 +1,4 @@
-"""Several adapters of one projection: what they mean together, one by one, per column, combined.
+"""Several adapters of one projection: active together, one per column, or combined into one.
 
 An `AdaptedLayer` is a value: the frozen layer, its named adapters, which of them act. Its methods
 return another value or an answer, and change nothing. Everything follows from one sentence: *y is
@@ -19,14 +19,14 @@ from minilora.spec.variants import LORA_BIAS, extended, part_shapes
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """The parameters of an adapter, its scale s and the variant that says what they mean."""
+    """An adapter's parameters, its scale s and its variant."""
 
     parts: tuple[Array, ...]
     s: Any
     variant: Variant = LORA
 
     def _below(self, W: Array, b: Array | None) -> tuple[Array, Array | None]:
-        """The layer that branch and change are taken on: 0 if additive, so that nothing rounds."""
+        """The weight for branch and change: 0 if the variant is additive, which rounds nothing."""
         return (np.zeros_like(W), None) if self.variant.additive else (W, b)
 
     def branch(
@@ -34,7 +34,7 @@ class Adapter:
     ) -> tuple[Array, Back]:
         """f(x, W, b, P, s, K) - (W x + b): what the adapter adds to the base's output.
 
-        ``back(dy)`` gives the branch's part of dx and a gradient for each of the parameters P.
+        ``back(dy)`` returns the branch's part of dx and the gradient of each parameter.
 
         Shapes: x (n, t), W (m, n), b (m, 1), K (n, t) -> branch (m, t).
         """
@@ -49,7 +49,7 @@ class Adapter:
         return y - base, back
 
     def change(self, W: Array, b: Array | None) -> tuple[Array, Array | None]:
-        """ΔW = W' - W and Δb = b' - b of the variant's merge; no Δb where there is no bias.
+        """ΔW = W' - W and Δb = b' - b of the variant's merge; Δb is None without a bias.
 
         Shapes: W (m, n), b (m, 1) -> ΔW (m, n), Δb (m, 1).
         """
@@ -58,7 +58,7 @@ class Adapter:
         return merged - W, bias if b is None or bias is None else bias - b
 
     def check(self, W: Array) -> None:
-        """Raise ValueError unless the parameters are the variant's, in its shapes on W."""
+        """Errors: ValueError unless the parameters have the variant's shapes on W."""
         found = [part.shape for part in self.parts]
         r = found[0][0] if found else 1
         wanted = part_shapes(self.variant, r, *W.shape)
@@ -70,7 +70,7 @@ class Adapter:
 def with_changes(
     W: Array, b: Array | None, adapters: Sequence[Adapter]
 ) -> tuple[Array, Array | None]:
-    """W' = W + Σᵢ ΔWᵢ and b' = b + Σᵢ Δbᵢ, each change taken on W itself: no order matters.
+    """W' = W + Σᵢ ΔWᵢ and b' = b + Σᵢ Δbᵢ, each change taken on W itself: the order is no matter.
 
     Shapes: W (m, n), b (m, 1) -> W' (m, n), b' (m, 1).
     """
@@ -81,13 +81,13 @@ def with_changes(
 
 @dataclass(frozen=True, eq=False)
 class AdaptedLayer:
-    """A layer W, b, its adapters by name, those that act, those of them merged, and the switch.
+    """A layer W, b, its adapters by name, the active ones, the merged ones, and the switch.
 
-    ``active`` and ``merged`` are in the order of their calls, which is only the order of additions;
-    ``merged`` is a part of ``active``. W and b are the base's own for ever, so that what is stored
-    is formed from them and never by subtraction: unmerging restores the bits, in any order, also if
-    the adapter has since been scaled, replaced or deleted. There is no flag for training: all that
-    it changes is K, which whoever trains gives to `forward`.
+    ``active`` and ``merged`` are in the order of the calls, in which the changes are added;
+    ``merged`` is a subset of ``active``. W and b never change: the merged weight is formed from
+    them, never by subtraction. So unmerging restores the bits, in any order, even if the adapter
+    was scaled, replaced or deleted since. There is no training mode: training only adds K, an
+    argument of `forward`.
     """
 
     W: Array
@@ -108,7 +108,7 @@ class AdaptedLayer:
         return names
 
     def add(self, name: str, adapter: Adapter) -> "AdaptedLayer":
-        """Another adapter, not active yet: adding changes no output.
+        """Add an adapter, inactive: no output changes.
 
         Errors: ValueError if the name is taken, or the shapes do not fit W.
         """
@@ -118,9 +118,9 @@ class AdaptedLayer:
         return replace(self, adapters={**self.adapters, name: adapter})
 
     def delete(self, name: str) -> "AdaptedLayer":
-        """Without the adapter; it acts no longer, merged or not, and no other acts in its stead.
+        """Delete the adapter. It is unmerged first, and no other becomes active.
 
-        Were a merged change to stay, nothing could name it, and nothing undo it.
+        A merged change that stayed could not be undone, since it would have no name.
 
         Errors: ValueError if there is none of that name.
         """
@@ -129,7 +129,7 @@ class AdaptedLayer:
         return replace(rest, adapters={n: a for n, a in self.adapters.items() if n != name})
 
     def rename(self, old: str, new: str) -> "AdaptedLayer":
-        """The same adapter under another name, in all its places: no output changes.
+        """Rename the adapter, wherever its name stands: no output changes.
 
         Errors: ValueError if there is none of the old name, or another of the new.
         """
@@ -146,23 +146,23 @@ class AdaptedLayer:
         )
 
     def activate(self, *names: str) -> "AdaptedLayer":
-        """Just these act, several or none; a merged one that is not among them is unmerged.
+        """Make these adapters, and no others, active; others that are merged are unmerged.
 
-        Errors: ValueError if there is none of a name, or a name comes twice.
+        Errors: ValueError for an unknown name, or one given twice.
         """
         self._known(*names)
         return replace(self, active=names, merged=tuple(n for n in self.merged if n in names))
 
     def disable(self) -> "AdaptedLayer":
-        """The base alone acts, whatever is active or merged; `enable` has it all act again."""
+        """Switch all adapters off, merged ones too; `enable` switches them on again."""
         return replace(self, disabled=True)
 
     def enable(self) -> "AdaptedLayer":
-        """What is active acts."""
+        """Switch the active adapters on."""
         return replace(self, disabled=False)
 
     def swap(self, name: str, adapter: Adapter) -> "AdaptedLayer":
-        """Another adapter under this name, of any rank and variant; merged or active as it was.
+        """Replace the adapter of this name; it stays merged or active. Rank and variant may differ.
 
         Errors: ValueError if there is none of that name, or the shapes do not fit W.
         """
@@ -171,7 +171,7 @@ class AdaptedLayer:
         return replace(self, adapters={**self.adapters, name: adapter})
 
     def set_scale(self, name: str, s: Any) -> "AdaptedLayer":
-        """s itself, no factor on what it was: done twice it is done once.
+        """Set the adapter's scale to s; it is not multiplied with the old scale.
 
         Errors: ValueError if there is none of that name.
         """
@@ -179,10 +179,9 @@ class AdaptedLayer:
         return self.swap(name, replace(self.adapters[name], s=python_scalar(s)))
 
     def merge(self, *names: str) -> "AdaptedLayer":
-        """These, or all that are active, stored in the weight: no output changes.
+        """Merge these adapters, or all active ones, into the weight: no output changes.
 
-        Errors: ValueError if one is not active, since it would begin to act; if one is merged
-        already, since it would count twice; if there is none to merge.
+        Errors: ValueError if one is not active or is merged already, or if there is none to merge.
         """
         names = names or tuple(name for name in self.active if name not in self.merged)
         for name in self._known(*names):
@@ -194,7 +193,7 @@ class AdaptedLayer:
         return replace(self, merged=self.merged + names)
 
     def unmerge(self, *names: str) -> "AdaptedLayer":
-        """These, or all, no longer in the weight, in any order; what no adapter is in is W itself.
+        """Unmerge these adapters, or all, in any order; without merged ones the weight is W itself.
 
         Errors: ValueError if one is not merged, or none is.
         """
@@ -205,23 +204,24 @@ class AdaptedLayer:
         return replace(self, merged=tuple(name for name in self.merged if name not in gone))
 
     def stored(self) -> tuple[Array, Array | None]:
-        """The layer with what is merged: W and b themselves if nothing is, or while disabled."""
+        """The stored weight and bias, with the merged changes; W and b if none, or if disabled."""
         names = () if self.disabled else self.merged
         return with_changes(self.W, self.b, [self.adapters[name] for name in names])
 
     def weight(self) -> tuple[Array, Array | None]:
-        """W' and b' of all that acts: W' x + b' is `forward`'s output, without K."""
+        """W' and b' with all active changes: W' x + b' is `forward`'s output without K."""
         names = () if self.disabled else self.active
         return with_changes(self.W, self.b, [self.adapters[name] for name in names])
 
     def forward(self, x: Array, keep: Mapping[str, Array] | None = None) -> tuple[Array, Back]:
-        """The stored layer's output and the branch of each active adapter that is not merged.
+        """The stored layer's output plus the branch of each active adapter that is not merged.
 
-        ``keep`` has a multiplier K of a branch's input by the adapter's name. ``back(dy)`` gives dx
-        and {name: the gradients of its parameters} of those branches; what is merged is constant.
+        ``keep`` has the dropout multiplier K of a branch's input, by the adapter's name.
+        ``back(dy)`` returns dx and, by name, the gradients of each branch's parameters; merged
+        adapters are constant.
 
         Shapes: x (n, t) -> y (m, t).
-        Errors: ValueError if ``keep`` names an adapter that is merged: a weight has no branch.
+        Errors: ValueError if ``keep`` names a merged adapter.
         """
         keep = keep or {}
         for name in self._known(*keep):
@@ -252,10 +252,10 @@ def multi_linear(
     index: Array,
     K: Array | None = None,
 ) -> tuple[Array, Back]:
-    """y_j = W x_j + b + branch_i(x_j), i = index_j: a column has an adapter of its own; -1: none.
+    """y_j = W x_j + b + branch_i(x_j), i = index_j: an adapter for each column, or -1 for none.
 
-    A column without one is the base's to the bit, and so is its dx. ``back(dy)`` gives dx and for
-    each adapter a tuple of its parameters' gradients, 0 for one that no column has.
+    A column without an adapter has the base's y and dx, bit for bit. ``back(dy)`` returns dx and,
+    for each adapter, a tuple of its parameters' gradients, 0 if no column uses it.
 
     Shapes: x (n, t), W (m, n), b (m, 1), index (t,), K (n, t) -> y (m, t).
     Errors: ValueError if index has another length, or names no adapter.
@@ -273,7 +273,7 @@ def multi_linear(
     ]
 
     def joined(whole: Array, parts: Sequence[Array]) -> Array:
-        """Each group's columns of the whole and its part in sum, back in their order."""
+        """The sum of base and branch of each group's columns, in the original order."""
         sums = [whole[:, own] + part for own, part in zip(groups[1:], parts, strict=True)]
         return np.concatenate([whole[:, groups[0]], *sums], axis=1)[:, place]
 
@@ -287,7 +287,7 @@ def multi_linear(
 def factors(adapter: Adapter) -> tuple[Array, Array, Any]:
     """A, B and s with ΔW = s B A.
 
-    Errors: ValueError if the variant has none: work on `Adapter.change`, as `combine_svd` does.
+    Errors: ValueError if ΔW has full rank: combine `Adapter.change` by `combine_svd` instead.
     """
     A, B, _ = _factors(adapter)
     return A, B, adapter.s
@@ -298,7 +298,7 @@ def _factors(adapter: Adapter) -> tuple[Array, Array, Array | None]:
     form = extended(adapter.variant).factors
     if form is None:
         raise ValueError(
-            f"a variant of {', '.join(adapter.variant.parts)} changes W by more than s B A: "
+            f"the variant with {', '.join(adapter.variant.parts)} changes W by more than s B A: "
             "combine the changes ΔW, not the factors"
         )
     return form(*adapter.parts)
@@ -325,7 +325,7 @@ def combine(
 def combine_exact(adapters: Sequence[Adapter], weights: Sequence[Any]) -> Adapter:
     """One adapter with ΔW = Σᵢ wᵢ ΔWᵢ and Δb = Σᵢ wᵢ Δbᵢ, of the summed rank; any sign of w.
 
-    One alone keeps its parameters and becomes s w; at weight 1 it is itself, for every variant.
+    A single adapter keeps its parameters and gets the scale s w; at weight 1 nothing changes.
 
     Errors: those of `multi_adapter.combine` and of `factors`.
     """
@@ -391,7 +391,7 @@ def combine_linear(
 def trim(D: Array, density: Any) -> Array:
     """The ⌊density · size⌋ entries of D of greatest modulus, and 0 for the others.
 
-    Of equal moduli the first in D's order stay.
+    Among equal moduli the first ones stay.
 
     Shapes: D (m, n) -> D' (m, n).
     Errors: ValueError unless 0 ≤ density ≤ 1, and for NaN, which has no modulus.
@@ -412,10 +412,10 @@ def ties(
 ) -> Array:
     """The mean, entry by entry, of wᵢ Dᵢ over those trimmed Dᵢ that have the elected sign.
 
-    Elected is the sign of Σᵢ Dᵢ, or of the sum of signs with ``frequency``; + for a sum of 0, where
-    the paper says nothing and its code elects the sign of most entries. The paper's one λ is every
-    wᵢ; a weight acts after the election, as in PEFT: one that is to vote, a negative one first of
-    all, is to be multiplied into its Dᵢ beforehand.
+    The elected sign is that of Σᵢ Dᵢ, or of the sum of signs with ``frequency``; it is + for a sum
+    of 0, which the paper leaves open (its code elects the sign of most entries). The paper has one
+    λ for all wᵢ. Weights apply after the election, as in PEFT; to let a weight vote, a negative
+    one above all, multiply it into Dᵢ before.
 
     Shapes: Dᵢ (m, n) -> D (m, n).
     Errors: those of `trim`; ValueError if there is no change, or not one weight for each.
@@ -433,9 +433,9 @@ def ties(
 
 
 def dare(D: Array, keep: Array, p: Any) -> Array:
-    """D' = keep ∘ D / (1 - p), keep ~ Bernoulli(1 - p) drawn beforehand: D in the mean.
+    """D' = keep ∘ D / (1 - p), keep ~ Bernoulli(1 - p) drawn before: its mean is D.
 
-    It is dropout of a change, once. What follows is a weighted sum, or `ties` at density 1.
+    This is dropout of a change, once. A weighted sum follows, or `ties` at density 1.
 
     Shapes: D (m, n), keep (m, n), p () -> D' (m, n).
     Source: Yu et al. 2023, "Language models are super Mario", its DARE.

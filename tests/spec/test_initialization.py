@@ -293,7 +293,7 @@ def test_what_has_no_such_part_is_refused():
     with pytest.raises(ValueError, match="0 steps: expected at least 1"):
         loftq(W, 2, 1.0, quarter, 0)
     for r in (0, 1, 3):
-        with pytest.raises(ValueError, match=f"rank {r}: the orthogonal start halves it; expected"):
+        with pytest.raises(ValueError, match=f"rank {r}: expected an even"):
             orthogonal(np.random.default_rng(0), r, 5, 4)
     pissa(W, 4, 1.0)
     olora(W, 4, 1.0)
@@ -337,9 +337,7 @@ def test_veras_factors_are_shared_and_each_projection_takes_its_part():
         assert same_bits(part_A, A[:, :n])
         assert same_bits(part_B, B[:m])
     for m, n in ((5, 6), (4, 7), (5, 7)):
-        with pytest.raises(
-            ValueError, match=r"shared A \(2, 6\), B \(4, 2\) for a weight .*: draw"
-        ):
+        with pytest.raises(ValueError, match=r"shared A \(2, 6\) and B \(4, 2\)"):
             initialization.shared_part(A, B, m, n)
 
 

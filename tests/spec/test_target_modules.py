@@ -1243,7 +1243,7 @@ def test_alora_acts_from_the_invocation_on_and_never_without_one():
             "trainable_token_indices [1] of positions",
         ),
         ({"layer_replication": [(0, 1), (0, 1)]}, "of 1 layers: replicate first"),
-        ({"init_lora_weights": "orthogonal", "r": 3}, "rank 3: the orthogonal start halves it"),
+        ({"init_lora_weights": "orthogonal", "r": 3}, "rank 3: expected an even rank"),
         ({"init_lora_weights": "pissa", "r": 7}, "rank 7"),
         (
             {"ensure_weight_tying": True, "target_modules": ["embed"], "rank_pattern": {"head": 3}},
