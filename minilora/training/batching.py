@@ -114,7 +114,7 @@ def shown(batch: Batch, tokenizer: Tokenizer | None) -> str:
         )
         for i, token in enumerate(ids):
             role = "padding" if not real[i] else "predict" if predicted[i] else "given"
-            piece = "" if tokenizer is None else f"  {_visible(tokenizer.piece(int(token)))}"
+            piece = "" if tokenizer is None else f"  {_visible(tokenizer.token_text(int(token)))}"
             kind = "" if batch.types is None else f"  type {batch.types[row, i]}"
             lines.append(f"{i:6}  {role:7}{kind}  {token:7}{piece}")
     return "\n".join(lines) + "\n"

@@ -196,7 +196,8 @@ def _check_synthetic(
         raise ValueError(f"{BUILT_IN}{name} with the task {task}: expected {expected}")
     symbols = [*synthetic.symbols]
     if tokenizer is not None and (
-        tokenizer.vocab != len(symbols) or [*map(tokenizer.piece, range(len(symbols)))] != symbols
+        tokenizer.vocab != len(symbols)
+        or [*map(tokenizer.token_text, range(len(symbols)))] != symbols
     ):
         raise ValueError(
             f"{BUILT_IN}{name}: found a model with {tokenizer.vocab} tokens, expected one whose "

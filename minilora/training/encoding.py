@@ -64,13 +64,13 @@ class Encoder:
 
     def _beginning(self, ids: Sequence[int]) -> list[int]:
         """The tokens that begin a text: the tokenizer's head, unless the text contains it."""
-        head = [*self.tokenizer.head]
+        head = [*self.tokenizer.prefix_ids]
         return [] if [*ids[: len(head)]] == head else head
 
     def _ending(self, ids: Sequence[int]) -> list[int]:
         """The tokens that end a text, unless it contains them: the tokenizer's tail, or its EOS."""
         t = self.tokenizer
-        end = [*t.tail] or ([] if t.eos is None else [t.eos])
+        end = [*t.suffix_ids] or ([] if t.eos is None else [t.eos])
         return [] if end and [*ids[-len(end) :]] == end else end
 
     def pieces(self, ids: list[int]) -> Encoded:
@@ -78,7 +78,7 @@ class Encoder:
 
         Each begins with the head and, but for the first, with the token before it.
         """
-        head = [*self.tokenizer.head]
+        head = [*self.tokenizer.prefix_ids]
         room = self.max_length - len(head)
         if room < 2:
             raise ValueError(
@@ -136,7 +136,7 @@ class Encoder:
         ids: list[int] = []
         predicted: list[bool] = []
         for part, answer in zip(parts, is_answer, strict=True):
-            stops = [i for i, token in enumerate(part, 1) if token in self.tokenizer.stops]
+            stops = [i for i, token in enumerate(part, 1) if token in self.tokenizer.stop_ids]
             end = stops[-1] if stops else len(part)  # a line feed after it is the template's own
             ids += part
             predicted += [self.train_on_prompt or (answer and i < end) for i in range(len(part))]

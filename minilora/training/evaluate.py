@@ -103,7 +103,7 @@ def answers(
     for example in examples:
         prompt, answer = example.prompt_and_answer
         n = fitting(c, len(prompt), max_new_tokens)
-        steps = generate([prompt.tolist()], W, c, tuning, max_new_tokens=n, stop=tokenizer.stops)
+        steps = generate([prompt.tolist()], W, c, tuning, max_new_tokens=n, stop=tokenizer.stop_ids)
         generated.append(tokenizer.decode([token for (token,) in steps if token is not None]))
         expected.append(tokenizer.decode(answer.tolist()))
     return generated, expected

@@ -106,7 +106,7 @@ def _instruction_as_chat(encoder: Encoder, row: Row) -> Encoded:
 
 def _summary(encoder: Encoder, row: Row, key: str) -> Encoded:
     text, summary = _string(row, key), _string(row, "summary")
-    if encoder.tokenizer.template is not None:
+    if encoder.tokenizer.chat_template is not None:
         return encoder.longest(
             text, lambda part: encoder.chat(_turns(SUMMARIZE.format(part), summary))
         )
@@ -148,7 +148,11 @@ def _class_of_ids(encoder: Encoder, row: Row) -> Encoded:
 def _class_of_text(encoder: Encoder, row: Row) -> Encoded:
     t = encoder.tokenizer
     parts = [encoder.encode(_string(row, key)) for key in ("text", "text_pair") if key in row]
-    special = [t.head, t.tail] if len(parts) == 1 else [t.head, t.middle, t.tail]
+    special = (
+        [t.prefix_ids, t.suffix_ids]
+        if len(parts) == 1
+        else [t.prefix_ids, t.separator_ids, t.suffix_ids]
+    )
     room = encoder.max_length - sum(map(len, special))
     if room < len(parts):
         least = encoder.max_length + len(parts) - room
@@ -162,7 +166,7 @@ def _class_of_text(encoder: Encoder, row: Row) -> Encoded:
     if len(parts) == 1:
         return encoder.classified(ids, None), cut
     second = [*parts[1], *special[2]]
-    types = [0] * len(ids) + [t.second] * len(second)
+    types = [0] * len(ids) + [t.second_type] * len(second)
     return encoder.classified(ids + second, types), cut
 
 

@@ -841,8 +841,8 @@ def test_a_tokenizer_cuts_texts_as_llama_cpp_does(kind):
     assert max(map(len, own)) > 8
     for text, mine, wanted in zip(TRICKY, own, theirs, strict=True):
         assert mine == wanted or (kind == "qwen2" and "e\u0301" in text), text
-    assert tokenizer.head == ((1,) if kind in ("llama", "llama-bpe") else ())
-    assert tokenizer.tail == ()
+    assert tokenizer.prefix_ids == ((1,) if kind in ("llama", "llama-bpe") else ())
+    assert tokenizer.suffix_ids == ()
     assert [tokenizer.encode(t, special=False) for t in TRICKY[:3]] == llama_cpps_ids(
         path, TRICKY[:3], special=False
     )
@@ -859,8 +859,8 @@ def test_a_text_comes_back_from_its_tokens(kind):
         blank = text.replace("▁", " ") if kind == "llama" else back
         assert tokenizer.decode(ids, special=True).strip() == blank.strip()
     assert tokenizer.vocab == len(trained(kind)["tokenizer.ggml.tokens"][1])
-    assert (tokenizer.bos, tokenizer.eos, tokenizer.stops) == (1, 2, (2,))
-    assert tokenizer.piece(2) == "</s>"
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.stop_ids) == (1, 2, (2,))
+    assert tokenizer.token_text(2) == "</s>"
 
 
 def test_digits_are_cut_one_by_one_by_threes_or_not_at_all():
@@ -886,8 +886,8 @@ ENDS = {
 def test_what_the_metadata_say_of_the_ends_is_done(tmp_path):
     path = rewritten(tokenizer_file("gpt-2"), tmp_path / "m", ENDS)
     tokenizer = door.read_tokenizer(path)
-    assert (tokenizer.head, tokenizer.tail, tokenizer.pad) == ((1,), (2,), 0)
-    assert tokenizer.stops == (2, 7)
+    assert (tokenizer.prefix_ids, tokenizer.suffix_ids, tokenizer.pad) == ((1,), (2,), 0)
+    assert tokenizer.stop_ids == (2, 7)
     assert tokenizer.chat([{"role": "user", "content": "fox"}]) == "<s>fox"
     assert [tokenizer.encode("fox")] == llama_cpps_ids(path, ["fox"])
 
@@ -904,18 +904,22 @@ def test_a_tokenizer_put_in_a_folder_is_the_same_here_and_in_transformers(kind, 
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     assert len(theirs) == ours.vocab
     assert different(ours, theirs) == set()
-    parts = ("head", "middle", "tail", "bos", "eos", "stops", "pad", "named", "template", "vocab")
+    parts = ("prefix_ids", "separator_ids", "suffix_ids", "bos", "eos", "stop_ids", "pad")
+    parts += ("special_tokens", "chat_template", "vocab")
     assert all(getattr(ours, part) == getattr(again, part) for part in parts)
     assert all(ours.encode(text) == again.encode(text) for text in TRICKY)
     said = theirs.special_tokens_map
-    assert said == {f"{name}_token": text for name, text in ours.named.items()}
+    assert said == {f"{name}_token": text for name, text in ours.special_tokens.items()}
     told = json.loads((folder / "tokenizer_config.json").read_text())
-    assert (told["add_bos_token"], told["add_eos_token"]) == (bool(ours.head), bool(ours.tail))
+    assert (told["add_bos_token"], told["add_eos_token"]) == (
+        bool(ours.prefix_ids),
+        bool(ours.suffix_ids),
+    )
     chat = [{"role": "user", "content": "the fox </s> "}]
     if ends:
         assert ours.chat(chat) == theirs.apply_chat_template(chat, tokenize=False)
     stops = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
-    assert tuple(stops) == ours.stops == ((2, 7) if ends else (2,))
+    assert tuple(stops) == ours.stop_ids == ((2, 7) if ends else (2,))
     # Another cut of the words is seen.
     other = tokenizer_file("smollm" if kind == "gpt-2" else "gpt-2")
     assert different(door.read_tokenizer(other), theirs) != set()

@@ -81,10 +81,10 @@ def test_a_file_is_read_to_the_bit_whatever_the_order_of_its_rows(tmp_path, weig
 def test_its_tokenizer_merges_characters_within_chunks(tmp_path, weights):
     optional("tokenizers")
     tokenizer = open_base(str(written(tmp_path / "m.npz", weights))).tokenizer
-    pieces = [tokenizer.piece(i) for i in tokenizer.encode("ab abc\n  ba!x e\u0301")]
+    pieces = [tokenizer.token_text(i) for i in tokenizer.encode("ab abc\n  ba!x e\u0301")]
     assert pieces == ["ab", " ab", "c", "\n", " ", " ", "b", "a", "!", "<unk>", " ", "é"]
     assert tokenizer.decode(tokenizer.encode(" ab  cab\n")) == " ab  cab\n"
-    assert (tokenizer.pad, tokenizer.bos, tokenizer.eos, tokenizer.head) == (0, 2, 3, ())
+    assert (tokenizer.pad, tokenizer.bos, tokenizer.eos, tokenizer.prefix_ids) == (0, 2, 3, ())
 
 
 def test_it_is_trained_on_and_merged_into_a_folder_with_its_tokenizer(

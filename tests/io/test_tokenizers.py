@@ -86,17 +86,17 @@ def test_tokens_are_those_of_transformers(folder):
     assert (ours.bos, ours.eos) == (other.bos_token_id, other.eos_token_id)
     assert other.pad_token_id in (ours.pad, None)
     assert ours.vocab == len(other)
-    pair = [*ours.head, *ours.encode("A small", False), *ours.middle]
-    second = [*ours.encode("model", False), *ours.tail]
+    pair = [*ours.prefix_ids, *ours.encode("A small", False), *ours.separator_ids]
+    second = [*ours.encode("model", False), *ours.suffix_ids]
     both = other("A small", "model", return_token_type_ids=True)
     assert both.input_ids == pair + second
-    assert both.token_type_ids == [0] * len(pair) + [ours.second] * len(second)
+    assert both.token_type_ids == [0] * len(pair) + [ours.second_type] * len(second)
 
 
 @needs_transformers
 def test_another_tokenizer_is_told_apart(folder):
     ours, other = read_tokenizer(folder), theirs(folder)
-    ours.head += (5,)
+    ours.prefix_ids += (5,)
     assert ("A small", True) in deviations(ours, other, ["A small"])
     ours = read_tokenizer(folder)
     ours.backend.enable_truncation(3)
@@ -110,7 +110,7 @@ def test_what_stands_around_a_text_is_what_the_tokenizers_own_file_says(tmp_path
     folder = folders.write(tmp_path, "sentence piece", **{flag: value})
     ours, other = read_tokenizer(folder), theirs(folder)
     assert deviations(ours, other, folders.TRICKY) == set()
-    assert (ours.head, ours.tail) == ((ours.bos,), ())
+    assert (ours.prefix_ids, ours.suffix_ids) == ((ours.bos,), ())
 
 
 @needs_transformers
@@ -180,10 +180,10 @@ def test_a_template_that_fails_or_reaches_out_is_refused(template):
         pass
 
     tokenizer = Only(task("running-sum").symbols, True)
-    tokenizer.template = "{{ messages[0].content }}"
+    tokenizer.chat_template = "{{ messages[0].content }}"
     assert tokenizer.chat(CHAT) == CHAT[0]["content"]
     tokenizer = Only(task("running-sum").symbols, True)
-    tokenizer.template = template
+    tokenizer.chat_template = template
     with pytest.raises(ValueError, match=r"the chat template (refuses|fails on)"):
         tokenizer.chat(CHAT)
 
@@ -221,7 +221,7 @@ def test_the_tokenizer_of_minilm_is_read_and_neither_cuts_nor_pads():
     long = "A long text of many words. " * 60
     assert deviations(ours, other, [*folders.TRICKY, long]) == set()
     assert len(ours.encode(long)) > 128  # what its file would cut to
-    assert (ours.piece(ours.pad), ours.vocab) == ("[PAD]", 30522)
+    assert (ours.token_text(ours.pad), ours.vocab) == ("[PAD]", 30522)
 
 
 @needs_transformers
@@ -262,7 +262,7 @@ def test_a_reference_model_has_the_words_of_its_tasks_and_needs_no_extra(name, m
             ids = tokenizer.encode(text, special=False)
             assert ids == [i for i in e.ids if i not in (START, END)]
             assert tokenizer.encode(text)[0] == e.ids[0]
-    assert [tokenizer.piece(i) for i in (PAD, START, END)] == [*SPECIAL]
+    assert [tokenizer.token_text(i) for i in (PAD, START, END)] == [*SPECIAL]
     assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (START, END, PAD)
 
 
@@ -279,9 +279,18 @@ def test_words_are_the_tokens_that_the_library_makes_of_the_same_file(name, data
     ids = words.encode(text)
     assert words.decode(ids) == backend.decode(ids)
     assert words.decode(ids, special=True) == backend.decode(ids, skip_special_tokens=False)
-    library = LibraryTokenizer(backend, words.named)
-    assert vars(library)["stops"] == words.stops
-    for name in ("bos", "eos", "pad", "vocab", "head", "middle", "tail", "second"):
+    library = LibraryTokenizer(backend, words.special_tokens)
+    assert vars(library)["stop_ids"] == words.stop_ids
+    for name in (
+        "bos",
+        "eos",
+        "pad",
+        "vocab",
+        "prefix_ids",
+        "separator_ids",
+        "suffix_ids",
+        "second_type",
+    ):
         assert getattr(library, name) == getattr(words, name)
 
 
@@ -323,7 +332,7 @@ def test_the_words_of_every_task_come_back_from_their_file(name, tmp_path):
     words = WordTokenizer.of(task(name))
     (tmp_path / "tokenizer.json").write_text(json.dumps(words.json()))
     read = read_tokenizer(tmp_path)
-    assert (read.symbols, read.tail) == (words.symbols, words.tail)
+    assert (read.symbols, read.suffix_ids) == (words.symbols, words.suffix_ids)
 
 
 # What is refused, and how tokens read
@@ -339,10 +348,10 @@ def test_a_chat_without_jinja2_names_the_extra(monkeypatch):
 
 @needs_jinja
 def test_a_jinja2_whose_sandbox_leaks_is_refused(monkeypatch):
-    monkeypatch.setattr("minilora.io.formats.tokenizers.version", lambda name: "3.1.5")
+    monkeypatch.setattr("minilora.io.formats.tokenizers.chat.version", lambda name: "3.1.5")
     with pytest.raises(ImportError, match=r"jinja2 3\.1\.5: .* needs 3\.1\.6"):
         compile_template("")
-    monkeypatch.setattr("minilora.io.formats.tokenizers.version", lambda name: "4.0")
+    monkeypatch.setattr("minilora.io.formats.tokenizers.chat.version", lambda name: "4.0")
     assert compile_template("text")() == "text"
 
 
@@ -410,24 +419,24 @@ def test_the_end_is_found_where_only_generations_file_names_it(tmp_path):
     assert (read_tokenizer(folder).eos, read_tokenizer(folder).bos) == (0, 1)
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
     found = read_tokenizer(folder)
-    assert (found.eos, found.stops, found.pad, found.bos) == (2, (2, 0), 2, 1)
+    assert (found.eos, found.stop_ids, found.pad, found.bos) == (2, (2, 0), 2, 1)
     (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
-    assert read_tokenizer(folder).stops == (0, 2)
+    assert read_tokenizer(folder).stop_ids == (0, 2)
 
 
 @needs_text
 def test_a_token_reads_as_it_stands_in_the_text(tmp_path):
     byte = read_tokenizer(folders.write(tmp_path / "a", "byte level"))
-    assert "".join(map(byte.piece, byte.encode(" the model\n"))) == " the model\n"
-    assert byte.piece(byte.eos) == "<|im_end|>"
-    assert "\ufffd" not in "".join(map(byte.piece, byte.encode("😀")))
+    assert "".join(map(byte.token_text, byte.encode(" the model\n"))) == " the model\n"
+    assert byte.token_text(byte.eos) == "<|im_end|>"
+    assert "\ufffd" not in "".join(map(byte.token_text, byte.encode("😀")))
     piece = read_tokenizer(folders.write(tmp_path / "b", "sentence piece"))
-    assert "".join(map(piece.piece, piece.encode("the model", special=False))) == " the model"
+    assert "".join(map(piece.token_text, piece.encode("the model", special=False))) == " the model"
     word = read_tokenizer(folders.write(tmp_path / "c", "word piece"))
-    assert [word.piece(i) for i in (word.head + word.tail)] == ["[CLS]", "[SEP]"]
-    assert word.piece(99999) == "<no token 99999>"
+    assert [word.token_text(i) for i in (word.prefix_ids + word.suffix_ids)] == ["[CLS]", "[SEP]"]
+    assert word.token_text(99999) == "<no token 99999>"
 
 
 def test_a_tokenizer_is_what_says_how_to_encode_and_decode():
-    with pytest.raises(TypeError, match=r"abstract.*decode.*encode.*piece"):
+    with pytest.raises(TypeError, match=r"abstract.*decode.*encode.*token_text"):
         Tokenizer()

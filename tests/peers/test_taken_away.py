@@ -237,10 +237,10 @@ def test_a_real_model_merged_from_gguf_is_a_whole_model_in_transformers(tmp_path
             text = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=generate)
             assert ours.chat(chat, generate) == text
     names = ("bos", "eos", "unk", "pad")
-    assert {n: getattr(theirs, f"{n}_token") for n in names if n in ours.named} == ours.named
+    assert {n: getattr(theirs, f"{n}_token") for n in names if n in ours.special_tokens} == ours.special_tokens
     torch = libraries.torch
     model = libraries.transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    assert model.generation_config.eos_token_id == [*ours.stops]
+    assert model.generation_config.eos_token_id == [*ours.stop_ids]
     ids = np.array(theirs("The capital of France is Paris; of Italy, Rome.").input_ids)
     with torch.no_grad():
         z = model.eval()(torch.from_numpy(ids)[None]).logits[0].numpy().T

@@ -44,14 +44,14 @@ class Characters(WordTokenizer):
         if strange := [part for part in parts if part not in self._ids]:
             raise ValueError(f"the character {strange[0]!r}")
         ids = [self._ids[part] for part in parts]
-        return [*self.head, *ids] if special else ids
+        return [*self.prefix_ids, *ids] if special else ids
 
     def chat(self, messages, generate=False):
         text = "".join(f"[{m['role']}]{m['content']}<end>\n" for m in messages)
         return f"<start>{text}" + ("[assistant]" if generate else "")
 
     render = None
-    template = "in Python"
+    chat_template = "in Python"
 
 
 CHARACTERS = Characters()
@@ -78,7 +78,7 @@ def made(tmp_path):
 
 
 def text_of(ids, tokenizer=CHARACTERS):
-    return "".join(tokenizer.piece(int(i)) for i in ids)
+    return "".join(tokenizer.token_text(int(i)) for i in ids)
 
 
 def marked(example):
@@ -157,7 +157,7 @@ def test_what_is_asked_counts_too_where_that_is_wanted(task, made):
 
 def test_a_tokenizers_own_tail_ends_a_text_once(made):
     tailed = Characters()
-    tailed.tail = (3, 4)
+    tailed.suffix_ids = (3, 4)
     for text in ("a", "a\x00\x01"):
         assert made({"text": text}, "lm", tailed).ids.tolist() == [1, 3 + ord("a"), 3, 4]
     assert made({"text": "a\x01"}, "lm", tailed).ids.tolist()[-3:] == [4, 3, 4]
@@ -168,7 +168,7 @@ def test_a_tokenizers_own_tail_ends_a_text_once(made):
 
 def test_a_summary_is_asked_for_in_plain_text_without_a_template(made):
     class Plain(Characters):
-        template = None
+        chat_template = None
 
     line = {"text": "d", "summary": " s"}
     assert marked(made(line, "summarize", Plain())) == "<start>d\n\nSummary:{ s<end>}"
@@ -252,7 +252,7 @@ def test_pieces_of_a_text_predict_each_of_its_tokens_once(
 ):
     tokenizer = Characters()
     if headless:
-        tokenizer.head = ()
+        tokenizer.prefix_ids = ()
     elif length < 3:
         return
     folder = tmp_path_factory.getbasetemp()
@@ -266,7 +266,7 @@ def test_pieces_of_a_text_predict_each_of_its_tokens_once(
         e
     ) in got.train:  # what stands before a token in its piece is what stands before it in the text
         first = int(np.flatnonzero(e.loss_mask)[0])
-        before = e.ids[len(tokenizer.head) : first]
+        before = e.ids[len(tokenizer.prefix_ids) : first]
         assert len(before) == (headless or e is not got.train[0])
     assert got.truncated == 0
     (folder / "a.txt").write_text(spelt)
@@ -287,7 +287,7 @@ def test_an_answer_that_is_too_long_loses_its_end_and_is_counted(made, tmp_path)
 @pytest.mark.parametrize("chat", [True, False])
 def test_a_document_is_cut_so_that_its_summary_is_whole(chat, made):
     tokenizer = Characters()
-    tokenizer.template = "in Python" if chat else None
+    tokenizer.chat_template = "in Python" if chat else None
     line = {"document": "d" * 50, "summary": "sum"}
     whole = made(line, "summarize", tokenizer)
     for length in range(len(whole.ids) - 49, len(whole.ids)):

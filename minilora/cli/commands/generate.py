@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
     printed = ""
     for row in generate(
         [prompt], model.weights, base.config, model.tuning, max_new_tokens=max_new_tokens,
-        stop=tokenizer.stops, sampling=sampling, seed=arguments.seed,
+        stop=tokenizer.stop_ids, sampling=sampling, seed=arguments.seed,
     ):  # fmt: skip
         generated += [token for token in row if token is not None]
         text = tokenizer.decode([*prompt, *generated]).removeprefix(prompt_text)
@@ -97,6 +97,6 @@ def _prompt_tokens(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[
     if arguments.chat is not None:
         message = {"role": "user", "content": arguments.chat}
         return tokenizer.encode(tokenizer.chat([message], generate=True), special=False)
-    prompt = [*tokenizer.head, *tokenizer.encode(arguments.prompt or "", special=False)]
+    prompt = [*tokenizer.prefix_ids, *tokenizer.encode(arguments.prompt or "", special=False)]
     first = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
     return prompt or ([] if first is None else [first])
