@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from minilora.training.gradients import blas_threads
 from minilora.training.memory import keep_freed_memory
+from minilora.training.threads import blas_threads
 
 _stopped = threading.Event()
 _working = threading.Lock()

@@ -18,11 +18,11 @@ from minilora.training import checkpoints
 from minilora.training.batching import batches_of
 from minilora.training.checkpoints import TrainState
 from minilora.training.evaluate import mean_loss
-from minilora.training.gradients import blas_threads
 from minilora.training.loop import Diverged, check_loss, train_steps
 from minilora.training.result import write_base, write_result, writes_own_base
 from minilora.training.run import Run
 from minilora.training.run_folder import LOG, cut_log, lock_folder, log_line, open_folder
+from minilora.training.threads import blas_threads
 
 CHECKED = 8
 """After the last step the loss is computed once more, on the first micro-batch of this many

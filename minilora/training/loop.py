@@ -17,8 +17,9 @@ from minilora.spec.ops import Array
 from minilora.spec.optim import clip, schedule
 from minilora.training.batching import batch as padded
 from minilora.training.checkpoints import TrainState
+from minilora.training.dropout import drawn_dropout
 from minilora.training.fused_adamw import fused_adamw
-from minilora.training.gradients import drawn_dropout, gradients, which_count
+from minilora.training.gradients import gradients, which_count
 from minilora.training.run import Run
 
 DIVERGED = 3.0

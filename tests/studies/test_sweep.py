@@ -24,10 +24,10 @@ from minilora.studies.sweep.run import Row
 from minilora.training import data
 from minilora.training.config import TrainConfig
 from minilora.training.fit import fit
-from minilora.training.gradients import blas_threads
 from minilora.training.loop import Diverged
 from minilora.training.run import prepare
 from minilora.training.run_folder import Refused
+from minilora.training.threads import blas_threads
 
 SETTING = Setting(
     "reference:gpt2", "task:queued-brackets", TrainConfig(max_steps=4, batch_tokens=64)

@@ -12,8 +12,9 @@ import minilora as ml
 from minilora import testing as draw
 from minilora.spec import blocks, ops
 from minilora.spec.ops import IGNORED
-from minilora.training import attention, checkpointing, chunked_head, memory
+from minilora.training import attention, checkpointing, chunked_head, dropout, memory
 from minilora.training import gradients as module
+from minilora.training import threads as thread_module
 from minilora.training.gradients import ExecutionPlan, evaluate, gradients
 
 CONFIGS = {
@@ -110,10 +111,10 @@ def test_a_part_of_a_batch_is_divided_by_the_whole():
 
 def test_the_threads_of_products_are_as_many_as_before():
     def threads():
-        return [pool["num_threads"] for pool in module._pools(True).info()]
+        return [pool["num_threads"] for pool in thread_module._pools(True).info()]
 
     before = threads()
-    with module.blas_threads(1):
+    with thread_module.blas_threads(1):
         assert set(threads()) == {1}
     assert threads() == before
     of(case("Llama"), ExecutionPlan(threads=2, tokens=6))
@@ -148,7 +149,7 @@ def test_a_group_without_labels_adds_nothing():
     model = replace(model, batch=replace(model.batch, labels=labels))
     agree(of(model, ExecutionPlan(tokens=6)), of(model), groups=5)
     empty = replace(model, batch=replace(model.batch, labels=np.full_like(labels, IGNORED)))
-    with pytest.raises(ValueError, match="no label counts in 5 rows; leave this batch out"):
+    with pytest.raises(ValueError, match="no label counts in 5 rows"):
         of(empty)
     with pytest.raises(ValueError, match="no label counts"):
         of(model, count=0)
@@ -161,23 +162,23 @@ def test_a_group_without_labels_adds_nothing():
 
 def test_products_keep_their_threads_inside_as_many():
     def threads():
-        return {pool["num_threads"] for pool in module._pools(True).info()}
+        return {pool["num_threads"] for pool in thread_module._pools(True).info()}
 
-    with module.blas_threads(1):
-        with module.blas_threads(1):
+    with thread_module.blas_threads(1):
+        with thread_module.blas_threads(1):
             assert threads() == {1}
-        with module.blas_threads(2), module.blas_threads(1):
+        with thread_module.blas_threads(2), thread_module.blas_threads(1):
             assert threads() == {1}
-        with pytest.raises(ValueError, match="of the work"), module.blas_threads(2):
+        with pytest.raises(ValueError, match="of the work"), thread_module.blas_threads(2):
             raise ValueError("of the work")
-        with module.blas_threads(1):
+        with thread_module.blas_threads(1):
             assert threads() == {1}
 
 
 @pytest.mark.parametrize("wrong", [{"threads": 0}, {"tokens": -1}])
 def test_a_plan_without_threads_or_tokens_is_refused(wrong):
     ((name, value),) = wrong.items()
-    with pytest.raises(ValueError, match=f"{name} is {value}: expected at least 1"):
+    with pytest.raises(ValueError, match=f"{name} {value}"):
         ExecutionPlan(**wrong)
 
 
@@ -359,7 +360,7 @@ def test_queries_in_blocks_attend_to_the_same(name, monkeypatch):
 
 
 def dropping(model, step=3, p=0.25, seed=1):
-    keep = module.drawn_dropout(seed, step, p, model.batch, model.config, model.tuning, float)
+    keep = dropout.drawn_dropout(seed, step, p, model.batch, model.config, model.tuning, float)
     return replace(model, tuning=replace(model.tuning, dropout_scale=keep))
 
 
@@ -395,14 +396,14 @@ def test_masks_keep_their_share_and_differ_between_rows_modules_and_steps():
         dropping(model, step=4).tuning.dropout_scale["layers.0.q"][:, :50],
     )
     assert not any(np.array_equal(one, other) for other in others)
-    assert module.drawn_dropout(0, 0, 0.0, model.batch, model.config, model.tuning, float) == {}
+    assert dropout.drawn_dropout(0, 0, 0.0, model.batch, model.config, model.tuning, float) == {}
     assert len(keep) == len(list(keep)) == 21
     assert "embed" not in keep
 
 
 @pytest.mark.parametrize("wrong", [{"p": 1.0}, {"p": -0.1}, {"seed": -1}, {"step": -1}])
 def test_rates_and_seeds_that_mean_nothing_are_refused(wrong):
-    with pytest.raises(ValueError, match="expected a rate from 0 and below 1"):
+    with pytest.raises(ValueError, match="expected a rate"):
         dropping(case("Llama"), **wrong)
 
 
@@ -428,4 +429,6 @@ def test_what_numpy_was_told_of_overflows_holds_in_each_thread(threads):
 
     for told in ("ignore", "raise"):
         with np.errstate(over=told):
-            assert [*module.in_order(work, [slice(0, 1), slice(1, 2)], threads)] == [told] * 2
+            assert [*thread_module.in_order(work, [slice(0, 1), slice(1, 2)], threads)] == [
+                told
+            ] * 2

@@ -21,11 +21,11 @@ from minilora.training.fused_adamw import fused_adamw
 from minilora.training.generate import generate
 from minilora.training.gradients import (
     ExecutionPlan,
-    blas_threads,
     evaluate,
     gradients,
 )
 from minilora.training.memory import keep_freed_memory
+from minilora.training.threads import blas_threads
 
 
 def products_of() -> str:

@@ -18,11 +18,11 @@ from minilora.studies.claims.study import Side, Study, run_of, sides_of, size, s
 from minilora.training.batching import batches_of
 from minilora.training.checkpointing import prepared
 from minilora.training.checkpoints import TrainState
-from minilora.training.gradients import blas_threads
 from minilora.training.kernels import forward_kernels, loss
 from minilora.training.loop import train_steps
 from minilora.training.result import write_result
 from minilora.training.run import Run
+from minilora.training.threads import blas_threads
 
 
 class Counted(Array):
