@@ -1,13 +1,13 @@
-"""What a check of LoRA should draw: strategies for `hypothesis <https://hypothesis.works>`_.
+"""Strategies for `hypothesis <https://hypothesis.works>`_ that draw inputs for tests of LoRA.
 
-An input can hide an error from the best comparison: with alpha = r the scale is 1, with B = 0
-nothing flows back to A, in a square matrix a transpose raises nothing. So all sizes of a case
-differ, or they are all equal, where an error stays silent (the square group); alpha / r is no whole
-number; B, biases and norms are away from 0 and 1; the rate of dropout is not ½; key/value heads are
-fewer than query heads; rows have unequal numbers of labels that count, and some are ignored.
+Some inputs hide errors: with alpha = r the scale is 1, with B = 0 nothing flows back to A, in a
+square matrix a missing transpose raises nothing. So the sizes of a case all differ, or are all
+equal; alpha / r is no whole number; B, biases and norms are not 0 or 1; the dropout rate is not ½;
+there are fewer key/value heads than query heads; rows have unequal numbers of labels, and some
+labels are ignored.
 
-Sizes, switches and seeds are drawn by hypothesis, which can shrink them; entries of arrays come
-from the drawn seed, except those of :func:`whole` and :func:`fractions`.
+Hypothesis draws, and can shrink, sizes, switches and seeds; the entries of arrays come from a drawn
+seed, except those of :func:`whole` and :func:`fractions`.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ from minilora.spec import layers as layer_kinds
 from minilora.spec.ops import IGNORED, Array, Back
 
 RATES = (Fraction(1, 10), Fraction(1, 4), Fraction(3, 4))
-"""Rates of dropout; at ½ a mask that was inverted would keep its scale."""
+"""Dropout rates; with ½ an inverted mask would have the right scale."""
 
 
 def seeds() -> st.SearchStrategy[int]:
@@ -52,7 +52,7 @@ def ranks(greatest: int = 4) -> st.SearchStrategy[int]:
 
 
 def alphas(r: int) -> st.SearchStrategy[Fraction]:
-    """Multiples of ½ that are no multiple of r: alpha / r is not whole, alpha itself exact."""
+    """Multiples of ½ that are no multiples of r: alpha is exact, and alpha / r is not whole."""
     halves = st.integers(1, 8 * r).filter(lambda k: k % (2 * r) != 0)
     return halves.map(lambda k: Fraction(k, 2))
 
@@ -74,7 +74,7 @@ def fractions(shape: tuple[int, ...]) -> st.SearchStrategy[Array]:
 
 
 def normal(shape: tuple[int, ...]) -> st.SearchStrategy[Array]:
-    """Normal entries, of mean 0: positive data would let a dropped base pass."""
+    """Normal entries of mean 0."""
     return generators().map(lambda rng: rng.standard_normal(shape))
 
 
@@ -93,8 +93,8 @@ def multipliers(
 
 
 @dataclass(frozen=True)
-class Layer:
-    """The arguments of `minilora.lora_linear` by their names, dy, alpha and r."""
+class LinearCase:
+    """The arguments of `minilora.lora_linear`, with dy, alpha and r."""
 
     x: Array
     W: Array
@@ -109,14 +109,14 @@ class Layer:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the function takes, by name."""
+        """The function's arguments, by name."""
         return {name: getattr(self, name) for name in ("x", "W", "b", "A", "B", "s", "K")}
 
 
 @st.composite
 def layers(
     draw: st.DrawFn, lane: Literal["normal", "whole", "rational"] = "normal", square: bool = True
-) -> Layer:
+) -> LinearCase:
     """LoRA linears, with and without bias and dropout, in one of three lanes.
 
     "normal": float64, normal entries. "whole": float64, whole numbers, a scale that is a power of
@@ -132,7 +132,7 @@ def layers(
     x, W, A, B, dy = (draw(entries(s)) for s in ((n, t), (m, n), (r, n), (m, r), (m, t)))
     b = draw(st.none() | entries((m, 1)))
     K = draw(st.none() | multipliers((n, t), rates, number))
-    return Layer(x, W, b, A, B, number(alpha / r), K, dy, alpha, r)
+    return LinearCase(x, W, b, A, B, number(alpha / r), K, dy, alpha, r)
 
 
 @dataclass(frozen=True)
@@ -248,11 +248,11 @@ def draw_operations(
 
 
 OPERATIONS = tuple(draw_operations(np.random.default_rng(0), 1, 1, 1, 1, 1))
-"""The names of what :func:`draw_operations` draws."""
+"""The names of the operations that :func:`draw_operations` draws."""
 
 
 def operations(greatest: int = 5) -> st.SearchStrategy[dict[str, Operation]]:
-    """Every primitive by its name in :data:`OPERATIONS`; sizes distinct, or all equal and small."""
+    """Every primitive, by the names in :data:`OPERATIONS`; sizes all differ, or are all equal."""
     distinct = sizes(5, greatest=greatest, square=False)
     equal = st.integers(1, 3).map(lambda n: (n,) * 5)
     return st.builds(
@@ -299,8 +299,8 @@ def configurations(
 
 
 @dataclass(frozen=True)
-class Model:
-    """All that a loss takes: ``loss(batch, W, config, tuning)``."""
+class ModelCase:
+    """The arguments of ``loss(batch, W, config, tuning)``."""
 
     config: models.Config
     W: lora.Weights
@@ -319,7 +319,7 @@ class Model:
 
 
 def draw_parameters(c: models.Config, rng: np.random.Generator) -> lora.Weights:
-    """Weights of order one that are nowhere special: norms away from 1, biases away from 0."""
+    """Weights of order one, with norms that are not 1 and biases that are not 0."""
     W = initialization.draw_weights(c, rng, std=0.4)
     return {name: w + 0.3 * rng.standard_normal(w.shape) for name, w in W.items()}
 
@@ -327,11 +327,10 @@ def draw_parameters(c: models.Config, rng: np.random.Generator) -> lora.Weights:
 def draw_batch(
     c: models.Config, rng: np.random.Generator, b: int = 3, t: int = 5, padding: str = "both"
 ) -> models.Batch:
-    """b rows of t tokens: unequal lengths, some labels ignored, at least one that counts.
+    """b rows of t tokens of unequal lengths; some labels are ignored, at least one is not.
 
-    A row's first token is no label, since no token before it could predict it. ``padding``: "left"
-    (with positions that count real tokens), "right", "both" or "none"; a classifier, which pools
-    the first column, is padded on the right alone.
+    A row's first token is no label. ``padding``: "left" (positions count real tokens), "right",
+    "both" or "none"; a classifier, which pools the first column, is padded on the right only.
     """
     ids = rng.integers(0, c.vocab, (b, t))
     length = rng.integers(2, t + 1, b)
@@ -354,17 +353,17 @@ def draw_batch(
     return models.Batch(ids, labels, real, positions, types)
 
 
-def draw_tuning(
+def draw_adapters(
     c: models.Config,
     W: lora.Weights,
     batch: models.Batch,
     rng: np.random.Generator,
     p: float = 0.25,
-    everything: bool = False,
+    train_base: bool = False,
 ) -> tuple[lora.Weights, lora.TrainableSpec]:
     """The weights with an adapter on every projection, of unequal ranks and with B ≠ 0.
 
-    ``p`` is the rate of dropout, 0 for none; with ``everything`` the base is trained too.
+    ``p`` is the rate of dropout, 0 for none; with ``train_base`` the base is trained too.
     """
     choice = target_modules.LoraConfig(
         r=2, lora_alpha=7 / 3, target_modules=".*", rank_pattern={"k|up|qkv": 3}
@@ -375,7 +374,7 @@ def draw_tuning(
     if p:
         read = initialization.input_shapes(c, *batch.ids.shape)
         keep = initialization.draw_dropout(rng, p, {at: read[at] for at in c.linears()}, float)
-    trained = frozenset(W) if everything else tuning.trained
+    trained = frozenset(W) if train_base else tuning.trained
     return W, replace(tuning, dropout_scale=keep, trained=trained)
 
 
@@ -386,20 +385,20 @@ def draw_model(
     t: int = 5,
     padding: str = "both",
     p: float = 0.25,
-    everything: bool = False,
-) -> Model:
-    """A whole case for ``c``: weights, adapters on every projection, and a batch."""
+    train_base: bool = False,
+) -> ModelCase:
+    """Weights, adapters on every projection, and a batch."""
     batch = draw_batch(c, rng, b, t, padding)
-    W, tuning = draw_tuning(c, draw_parameters(c, rng), batch, rng, p, everything)
-    return Model(c, W, tuning, batch)
+    W, tuning = draw_adapters(c, draw_parameters(c, rng), batch, rng, p, train_base)
+    return ModelCase(c, W, tuning, batch)
 
 
 def model_cases(
     architectures: tuple[type[models.Config], ...] = (models.Llama, models.GPT2, models.Bert),
     padding: tuple[str, ...] = ("left", "right", "both", "none"),
     p: tuple[float, ...] = (0.0, 0.25),
-    everything: bool = False,
-) -> st.SearchStrategy[Model]:
+    train_base: bool = False,
+) -> st.SearchStrategy[ModelCase]:
     """Models with adapters on every projection; paddings and rates of dropout as they are given."""
     return st.builds(
         draw_model,
@@ -409,7 +408,7 @@ def model_cases(
         t=st.integers(2, 6),
         padding=st.sampled_from(padding),
         p=st.sampled_from(p),
-        everything=st.just(everything),
+        train_base=st.just(train_base),
     )
 
 

@@ -237,7 +237,9 @@ def test_a_real_model_merged_from_gguf_is_a_whole_model_in_transformers(tmp_path
             text = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=generate)
             assert ours.chat(chat, generate) == text
     names = ("bos", "eos", "unk", "pad")
-    assert {n: getattr(theirs, f"{n}_token") for n in names if n in ours.special_tokens} == ours.special_tokens
+    assert {
+        n: getattr(theirs, f"{n}_token") for n in names if n in ours.special_tokens
+    } == ours.special_tokens
     torch = libraries.torch
     model = libraries.transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert model.generation_config.eos_token_id == [*ours.stop_ids]

@@ -271,7 +271,7 @@ def error_of_block(model, rng):
 @pytest.mark.parametrize("architecture", [ml.Llama, ml.GPT2, ml.Bert])
 def test_a_block_is_pytorchs(architecture):
     @FEW
-    @given(model=draw.model_cases((architecture,), everything=True), rng=draw.generators())
+    @given(model=draw.model_cases((architecture,), train_base=True), rng=draw.generators())
     def every(model, rng):
         error = error_of_block(model, rng)
         record_worst("5. PyTorch's autograd, blocks", error)
@@ -295,7 +295,7 @@ def test_a_block_with_a_wrong_part_is_not_pytorchs(architecture, module, name, w
         ml.GPT2: ml.GPT2(11, 6, 1, heads=3, ffn=7, positions=9),
         ml.Bert: ml.Bert(11, 6, 1, heads=3, ffn=7, positions=9, types=2, classes=3),
     }[architecture]
-    model = draw.draw_model(c, rng, everything=True)
+    model = draw.draw_model(c, rng, train_base=True)
     assert error_of_block(model, rng) <= GRADIENT
     monkeypatch.setattr(module, name, wrong)
     assert error_of_block(model, rng) > GRADIENT

@@ -330,7 +330,7 @@ def test_an_operation_that_widens_is_caught():
 def test_every_model_keeps_the_dtype(c, dtype, monkeypatch):
     if dtype is np.longdouble:
         monkeypatch.setattr(ops, "erf", every_erf)
-    model = draw.draw_model(c, np.random.default_rng(0), everything=True)
+    model = draw.draw_model(c, np.random.default_rng(0), train_base=True)
     tuning = replace(model.tuning, dropout_scale=cast(model.tuning.dropout_scale, dtype))
     L, back = replace(model, W=cast(model.W, dtype), tuning=tuning).loss()
     assert {L.dtype, *(g.dtype for g in back(1.0).values())} == {np.dtype(dtype)}

@@ -38,7 +38,7 @@ def fixed_layer():
 
     K = to_objects((np.arange(15).reshape(5, 3) % 4 > 0).astype(float), Fraction) * Fraction(4, 3)
     x, W, b, A, B, dy = (entries(*s) for s in ((5, 3), (4, 5), (4, 1), (2, 5), (4, 2), (4, 3)))
-    return draw.Layer(x, W, b, A, B, Fraction(7, 3), K, dy, Fraction(14, 3), 2)
+    return draw.LinearCase(x, W, b, A, B, Fraction(7, 3), K, dy, Fraction(14, 3), 2)
 
 
 def answers(implementation, layer, **changed):

@@ -46,7 +46,7 @@ FLOAT64, LONG_DOUBLE = (np.finfo(dtype).eps for dtype in (np.float64, np.longdou
 @functools.cache
 def case(name, b=3, t=5, p=0.25):
     """Adapters on every projection, dropout, padding on both sides; everything is trained."""
-    return draw.draw_model(CONFIGS[name], np.random.default_rng(0), b, t, p=p, everything=True)
+    return draw.draw_model(CONFIGS[name], np.random.default_rng(0), b, t, p=p, train_base=True)
 
 
 def scale_of(name, gradients):
@@ -81,7 +81,7 @@ def directional_error(model, rng):
 
 
 @FEW
-@given(model=draw.model_cases(everything=True), rng=draw.generators())
+@given(model=draw.model_cases(train_base=True), rng=draw.generators())
 def test_every_drawn_model_has_the_derivative_along_a_random_direction(model, rng):
     error = directional_error(model, rng)
     record_worst("1. complex step, along a direction through the whole model", error)
@@ -122,7 +122,7 @@ def asymmetry(model, rng):
 
 
 @FEW
-@given(model=draw.model_cases(everything=True), rng=draw.generators())
+@given(model=draw.model_cases(train_base=True), rng=draw.generators())
 def test_the_hessian_is_symmetric(model, rng):
     error = asymmetry(model, rng)
     record_worst("2. Hessian's symmetry, whole models", error)
@@ -230,7 +230,7 @@ def test_float64_is_as_near_to_long_double_as_rounding_allows(name, any_number):
 @pytest.mark.parametrize("name", ["Qwen2", "GPT-2", "BERT"])
 def test_40_digits_give_the_same_loss_and_gradients(name, any_number):
     c = replace(CONFIGS[name], layers=1)
-    model = draw.draw_model(c, np.random.default_rng(1), 2, 3, everything=True)
+    model = draw.draw_model(c, np.random.default_rng(1), 2, 3, train_base=True)
     found = loss_and_gradients(model)
     any_number(exact_tables)
     digits = converted(model, lambda a: to_objects(a, Real))
@@ -625,7 +625,7 @@ def over_the_cases(law):
     restrictions, *_ = LAWS[law]
 
     @FEW
-    @given(model=draw.model_cases(**restrictions, everything=True))
+    @given(model=draw.model_cases(**restrictions, train_base=True))
     def test(model):
         law(model)
 

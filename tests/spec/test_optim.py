@@ -120,7 +120,7 @@ def test_nothing_to_accumulate_and_parts_of_different_models_are_refused():
 
 
 @FEW
-@given(model=draw.model_cases(everything=True))
+@given(model=draw.model_cases(train_base=True))
 def test_micro_batches_accumulate_to_the_gradient_of_the_whole_batch(model):
     labels = model.batch.labels[:, 1:] if model.config.causal else model.batch.labels
     counts = (labels != -100).reshape(len(labels), -1).sum(1)

@@ -178,7 +178,7 @@ def adapted(name, entry, seed=0, p=0.25, b=2, t=4, depth=1, variant=None):
         frozenset(P) | (W.keys() if variant.additive else others),
         {} if variant == lora.LORA else dict.fromkeys(matrices, variant),
     )
-    return draw.Model(c, W | P, tuning, batch)
+    return draw.ModelCase(c, W | P, tuning, batch)
 
 
 def held(model):

@@ -251,7 +251,7 @@ def test_below_constant_blocks_dx_is_zero():
 @EVERY
 def test_what_is_trained_below_a_constant_block_has_its_gradient(name):
     """A table, BERT's first norm, the last norm: whatever a block may be under or over."""
-    model = draw.draw_model(CONFIGS[name], np.random.default_rng(0), 3, 4, everything=True)
+    model = draw.draw_model(CONFIGS[name], np.random.default_rng(0), 3, 4, train_base=True)
     every = of(model)
     for at in {"embed.weight", "norm.weight", "layers.1.norm1.weight", "head.A"} & every.keys():
         tuning = replace(model.tuning, trained=frozenset({at}))
