@@ -1,36 +1,34 @@
 """``adapter_config.json`` beside a model -> the `LoraConfig` that it makes, in internal names."""
 
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minilora.io.architectures import Architecture, architecture_of, module_paths
-from minilora.io.errors import FormatError, listed
-from minilora.io.formats.peft.names import CONFIG, paths
-from minilora.io.formats.peft.settings import read_settings, variant_settings, variant_types
+from minilora.io.architectures import architecture_of, module_paths
+from minilora.io.errors import FormatError
+from minilora.io.formats.peft.names import CONFIG
+from minilora.io.formats.peft.settings import read_settings
 from minilora.io.formats.peft.starts import INIT_FROM_BASE
-from minilora.io.formats.rules import Rule, check
+from minilora.io.formats.peft.targets import (
+    RULES,
+    Selected,
+    adapted_modules,
+    own_values,
+    ties_factors,
+    token_rows,
+    variant_of,
+)
+from minilora.io.formats.rules import check
 from minilora.spec.initialization import INITIALIZATIONS
-from minilora.spec.lora import TABLES
 from minilora.spec.models import Config
 from minilora.spec.target_modules import (
     LoraConfig,
     ResolvedTargets,
-    is_saved,
-    is_target,
-    matches,
-    pattern_value,
     replicated_layers,
     resolve_targets,
-    ties_head,
-    with_parents,
 )
-from minilora.spec.variants import REGISTRY, extended
-
-_TIED = ("embed_tokens", "lm_head")  # the bare names by which alone PEFT knows what may be tied
 
 
 @dataclass(frozen=True)
@@ -62,154 +60,18 @@ def read_lora_config(path: Path | str, c: Config) -> LoraConfig:
     return read_config(Path(path) / CONFIG, c).lora
 
 
-@dataclass(frozen=True)
-class _Selected:
-    """The modules that the settings select, for the rules that they have to keep."""
-
-    c: Config
-    settings: Mapping[str, Any]
-    adapted: list[str]
-
-    @property
-    def a(self) -> Architecture:
-        return architecture_of(self.c)
-
-    @property
-    def init(self) -> Any:
-        return self.settings.get("init_lora_weights")
-
-    @property
-    def saved(self) -> set[str]:
-        """The modules that are trained in full."""
-        wanted = self.settings["modules_to_save"]
-        return {at for at, path in paths(self.c).items() if is_saved(path, wanted)}
-
-    @property
-    def variants(self) -> list[str]:
-        """The settings that make it another variant than LoRA."""
-        return [name for name in variant_settings() if self.settings.get(name)]
-
-    @property
-    def first_variant(self) -> str:
-        return self.variants[0]
-
-    @property
-    def without_tables(self) -> str:
-        """The setting with which PEFT adapts no embedding, if there is one."""
-        variant = _variant(self.settings)
-        refuses = "embedding" in extended(REGISTRY[variant].equation).peft.refuses
-        return (self.variants or [self.settings["peft_type"]])[0] if refuses else ""
-
-    @property
-    def saved_of_tie(self) -> set[str]:
-        """What is trained in full of a tied embedding and head."""
-        return self.saved & {"embed", "head"} if ties_head(self.c) else set()
-
-    def paths(self, modules: Iterable[str]) -> list[str]:
-        return [paths(self.c)[at] for at in modules]
-
-    def nested(self) -> set[str]:
-        """The modules of ``modules_to_save`` that lie in another of them, by their ends."""
-        every = {outer for path in paths(self.c).values() for outer in with_parents(path)}
-        saved = {path for path in every if path.endswith(tuple(self.settings["modules_to_save"]))}
-        return {path for path in saved if not saved.isdisjoint([*with_parents(path)][:-1])}
-
-    def tie_is_kept(self) -> bool:
-        """Whether PEFT trains a tied embedding in full and keeps the head tied to it."""
-        ensured = self.settings["ensure_weight_tying"] and self.a.heeds_weight_tying
-        return ensured and "head" not in self.adapted
-
-    def transposed_by_start(self) -> bool:
-        return (
-            self.init == "olora"
-            and self.a.transposed
-            and any(at.startswith("layers.") for at in self.adapted)
-        )
-
-
-def _by_end(names: Iterable[object]) -> str:
-    found = listed(names)
-    return found and f"{found}, by the end of the name"
-
-
-RULES = (
-    Rule(
-        "target_modules",
-        lambda x: x.paths(at for at in x.adapted if at not in x.c.matrices()),
-        "projections and embeddings only",
-        "norms have no adapter of low rank",
-    ),
-    Rule(
-        "target_modules",
-        lambda x: x.without_tables and x.paths(at for at in x.adapted if at in TABLES),
-        "projections only",
-        "PEFT has no embedding with {x.without_tables}",
-    ),
-    Rule(
-        "init_lora_weights",
-        lambda x: (
-            x.init in INIT_FROM_BASE
-            and "head" in x.adapted
-            and ties_head(x.c)
-            and f"{x.init} of a tied head"
-        ),
-        "true",
-        "PEFT takes the start out of the embedding too, to which the head is tied",
-    ),
-    Rule(
-        "init_lora_weights",
-        lambda x: x.transposed_by_start() and f"{x.init} of a {x.a.model_type}",
-        "true",
-        "PEFT starts Conv1D with the factors of the transpose",
-    ),
-    Rule(
-        "{x.first_variant}",
-        lambda x: (
-            {"embed", "head"} <= {*x.adapted}
-            and ties_factors(x.c, x.settings)
-            and x.variants
-            and "it beside ensure_weight_tying"
-        ),
-        "neither",
-        "the two share A and B, and nothing else",
-    ),
-    Rule(
-        "modules_to_save",
-        lambda x: _by_end(x.paths(x.saved.intersection(x.adapted))),
-        "modules without adapters",
-        "PEFT would save adapted modules in full: give whole names",
-    ),
-    Rule(
-        "modules_to_save",
-        lambda x: x.nested() and f"{_by_end(x.nested())}, in another of them",
-        "no module in another",
-        "PEFT saves a copy there that was not trained: name the outer ones alone, in full",
-    ),
-    Rule(
-        "modules_to_save",
-        lambda x: (
-            x.saved_of_tie
-            and not x.tie_is_kept()
-            and f"{listed(x.paths(x.saved_of_tie))} of a tied model"
-        ),
-        "neither embedding nor head",
-        "PEFT trains it apart from the other; ensure_weight_tying, which a Llama alone heeds, "
-        "keeps them one",
-    ),
-)
-"""What the selected modules may not be."""
-
-
 def read_config(path: Path, c: Config) -> AdapterConfig:
     """What the file ``path`` comes to for the model; errors as :func:`read_lora_config`."""
     settings = read_settings(path)
     c = _replicated(path, c, settings)
     _complete(path, c, settings)
-    adapted, patterns = _adapted(path, c, settings)
-    selected = _Selected(c, settings, adapted)
+    adapted = adapted_modules(path, c, settings)
+    ranks, alphas = own_values(path, c, settings, adapted)
+    adapted = [at for at in adapted if ranks.get(at, 1)]
+    selected = Selected(c, settings, adapted)
     check(path, RULES, selected)
     saved = selected.saved | ({"embed"} if selected.saved_of_tie else set())
-    rows = _token_rows(path, selected)
+    rows = token_rows(path, selected)
     init = settings.get("init_lora_weights")
     try:
         lora = LoraConfig(
@@ -221,24 +83,18 @@ def read_config(path: Path, c: Config) -> AdapterConfig:
             bias=settings["bias"].replace("vera", "lora"),
             modules_to_save=[n for n in c.shapes() if n.rpartition(".")[0] in saved],
             init_lora_weights=init if isinstance(init, str) and init in INITIALIZATIONS else "",
-            variant=_variant(settings),
+            variant=variant_of(settings),
             alora_invocation_tokens=settings.get("alora_invocation_tokens", ()),
             ensure_weight_tying=ties_factors(c, settings),
             trainable_token_indices=rows,
             layer_replication=[(begin, end) for begin, end in settings["layer_replication"]],
-            rank_pattern=patterns["rank_pattern"],
-            alpha_pattern=patterns["alpha_pattern"],
+            rank_pattern={at: r for at, r in ranks.items() if r},
+            alpha_pattern=alphas,
         )
         targets = resolve_targets(lora, c.matrices())
     except ValueError as error:
         raise FormatError(path, "settings", error, "a choice", "write them as PEFT does") from None
     return AdapterConfig(settings, lora, c, targets)
-
-
-def _variant(settings: Mapping[str, Any]) -> str:
-    """The variant's name in `variants.REGISTRY`."""
-    variant = variant_types().get(settings["peft_type"], "lora")
-    return next((v for s, v in variant_settings().items() if settings.get(s)), variant)
 
 
 def _complete(path: Path, c: Config, settings: dict[str, Any]) -> None:
@@ -283,118 +139,6 @@ def _replicated(path: Path, c: Config, settings: Mapping[str, Any]) -> Config:
     else:
         return replace(c, layers=layers)
     raise FormatError(path, "layer_replication", found, "none", remedy)
-
-
-def ties_factors(c: Config, settings: Mapping[str, Any]) -> bool:
-    """Whether PEFT ties the head's factors to the embedding's: it goes by their bare names."""
-    if not (settings["ensure_weight_tying"] and c.causal and ties_head(c)):
-        return False
-    if any(name.split(".")[-1] in _TIED for name in settings["modules_to_save"]):
-        return False
-    wanted = settings["target_modules"]
-    if isinstance(wanted, str):
-        return any(matches(name, wanted) for name in _TIED)
-    return any(name.split(".")[-1] in _TIED for name in wanted)
-
-
-def _adapted(
-    path: Path, c: Config, settings: Mapping[str, Any]
-) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """The adapted modules, and their own ranks and alphas by the fields of a `LoraConfig`."""
-    path_of = paths(c)
-    wanted = settings["target_modules"]
-    fields = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-    selection = {name: settings[name] for name in fields}
-    patterns: dict[str, dict[str, Any]] = {"rank_pattern": {}, "alpha_pattern": {}}
-    try:
-        adapted = [at for at, key in path_of.items() if is_target(key, wanted, **selection)]
-        if ties_factors(c, settings):
-            adapted += [at for at in ("embed", "head") if at not in adapted]
-        for name in patterns if settings["peft_type"] == "LORA" else ():
-            values = {at: pattern_value(settings[name], path_of[at]) for at in adapted}
-            patterns[name] = {at: value for at, value in values.items() if value is not None}
-    except (re.error, OverflowError, RecursionError) as error:
-        remedy = "mend the regular expression"
-        raise FormatError(path, "expressions", error, "what Python reads", remedy) from None
-    if not adapted:
-        found = f"{json.dumps(wanted)}, which match no module"
-        expected = f"some of {listed(path_of[at] for at in c.linears())}"
-        raise FormatError(path, "target_modules", found, expected, "is it another model's?")
-    if settings["peft_type"] == "ADALORA":
-        ranks = _pruned_ranks(path, settings, {at: path_of[at] for at in adapted})
-        patterns["rank_pattern"] = {at: r for at, r in ranks.items() if r}
-        adapted = [at for at in adapted if ranks[at]]
-    return adapted, patterns
-
-
-def _pruned_ranks(
-    path: Path, settings: Mapping[str, Any], path_of: Mapping[str, str]
-) -> dict[str, int]:
-    """The rank that AdaLoRA's pruning has left of each module, 0 if nothing."""
-    r, pattern = settings["init_r"], settings["rank_pattern"]
-    module_of = {f"{key}.lora_E": at for at, key in path_of.items()}
-    if wrong := pattern.keys() - module_of.keys():
-        remedy = "PEFT names the singular values of adapted modules"
-        expected = f"some of {listed(module_of)}"
-        raise FormatError(path, "rank_pattern", listed(wrong), expected, remedy)
-    if wrong := {name for name, row in pattern.items() if len(row) != r}:
-        found = f"another length of {listed(wrong)}"
-        remedy = "say of each singular value if it is left"
-        raise FormatError(path, "rank_pattern", found, f"{r} entries, as init_r says", remedy)
-    if pattern and settings["lora_alpha"] <= 0:
-        remedy = "PEFT takes the rank for it, before pruning one and after it another"
-        raise FormatError(path, "lora_alpha", settings["lora_alpha"], "more than 0", remedy)
-    ranks = dict.fromkeys(path_of, r)
-    ranks |= {module_of[name]: sum(row) for name, row in pattern.items()}
-    if not any(ranks.values()):
-        remedy = "nothing is left of the adapter: take the base"
-        raise FormatError(path, "rank_pattern", "all pruned", "a singular value", remedy)
-    return ranks
-
-
-def with_tied_table(c: Config, adapted: Iterable[str]) -> set[str]:
-    """The adapted modules, and the embedding that an adapted head is tied to."""
-    modules = {*adapted}
-    return modules | {"embed"} if "head" in modules and ties_head(c) else modules
-
-
-def _token_rows(path: Path, selected: _Selected) -> dict[str, list[int]]:
-    """The rows of tables that are trained alone, by internal names."""
-    c, path_of = selected.c, paths(selected.c)
-    tokens, field = selected.settings["trainable_token_indices"], "trainable_token_indices"
-    if isinstance(tokens, list):
-        tokens = {path_of["embed"]: tokens} if tokens else {}
-    rows: dict[str, list[int]] = {}
-    for name, ids in tokens.items():
-        at, count = _table(path, c, name)
-        if not ids or len({*ids}) < len(ids) or max(ids) >= count:
-            expected = f"tokens from 0 to {count - 1}, each once"
-            raise FormatError(path, field, ids, expected, "correct the list")
-        rows[at] = ids
-    of_head = rows.pop("head", None) if ties_head(c) else None
-    if of_head not in (None, rows.get("embed")):
-        remedy = "PEFT parts the two: name the embedding alone"
-        expected = "the tokens of its embedding"
-        raise FormatError(path, field, "a tied head's", expected, remedy)
-    taken = selected.saved | with_tied_table(c, selected.adapted)
-    if both := taken & rows.keys():
-        found = (
-            f"{listed(selected.paths(both))}, which is adapted, tied to what is, or saved in full"
-        )
-        raise FormatError(path, field, found, "another table", "train the table in one way")
-    return rows
-
-
-def _table(path: Path, c: Config, name: str) -> tuple[str, int]:
-    """The table whose path ends with ``name``, and how many rows it has."""
-    ending = {at: key for at, key in paths(c).items() if key.endswith(name)}
-    at = next(iter(ending), "")
-    count = c.tables().get(at, c.vocab if at == "head" and c.causal else 0)
-    if len(ending) > 1 or not count:
-        found = f"{name!r}, which ends {listed(ending.values()) or 'no name'}"
-        remedy = "PEFT goes by the end of names: give the whole"
-        raise FormatError(path, "trainable_token_indices", found, "one table", remedy)
-    return at, count
 
 
 def trained_biases(lora: LoraConfig, targets: ResolvedTargets, c: Config) -> set[str]:

@@ -12,7 +12,7 @@ from minilora.io.architectures import Architecture, architecture_of, tensor_name
 from minilora.io.atomic import write_files
 from minilora.io.errors import FormatError, listed
 from minilora.io.files import pack, pack_json, to_dtype
-from minilora.io.formats.peft.config import trained_biases, with_tied_table
+from minilora.io.formats.peft.config import trained_biases
 from minilora.io.formats.peft.names import (
     CONFIG,
     PREFIX,
@@ -24,6 +24,7 @@ from minilora.io.formats.peft.names import (
 )
 from minilora.io.formats.peft.settings import KINDS, NEWER, is_number, variant_flags
 from minilora.io.formats.peft.starts import put_back
+from minilora.io.formats.peft.targets import with_tied_table
 from minilora.io.formats.peft.vera import join_projections
 from minilora.io.formats.rules import Rule, check
 from minilora.spec.initialization import INITIALIZATIONS
