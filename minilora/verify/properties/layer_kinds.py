@@ -29,11 +29,11 @@ Part = tuple[Array, ...]
 
 @dataclass(frozen=True)
 class LayerCase:
-    """A layer of a kind, adapted, with a cotangent: all that its forward and backward take.
+    """An adapted layer with its input and a cotangent: the arguments of forward and backward.
 
-    ``W`` lies as the kind stores it; ``P`` has a tuple of the variant's parameters for each matrix
-    that is adapted. ``x`` are numbers, or a table's row numbers. ``on`` is the multiplier that
-    stays outside training: activated LoRA's, 0 before the invocation.
+    ``W`` is laid out as the kind stores it; ``P`` has a tuple of the variant's parameters for each
+    adapted matrix. ``x`` has numbers, or a table's row indices. ``on`` is aLoRA's multiplier, 0
+    before the invocation, which also applies outside training. ``extra``: the kind's own settings.
     """
 
     kind: str
@@ -60,11 +60,11 @@ class LayerCase:
         return replace(self, K=self.on)
 
     def forward(self, f: Any = None) -> tuple[Array, Back]:
-        """y, back; back(dy) gives dx (None where x are row numbers) and, per matrix, its parts'."""
+        """y, back; back(dy) returns dx (None for row indices) and each matrix's gradients."""
         return KINDS[self.kind].forward(self, f or self.variant.linear)
 
     def base(self) -> tuple[Array, Back]:
-        """y, back of the layer without its adapter; back(dy) gives dx or None."""
+        """y, back of the layer without its adapter; back(dy) returns dx or None."""
         return KINDS[self.kind].base(self)
 
     def matrices(self) -> list[tuple[Array, Array | None, Part]]:
@@ -137,9 +137,9 @@ class CaseDraw:
         return self.alpha / (2 if REGISTRY[self.entry].rslora else self.r)
 
     def adapted(self, m: int, n: int) -> tuple[Array, Part]:
-        """A matrix W, and parameters that are nowhere special.
+        """A matrix W and random parameters.
 
-        Over rationals the rows of W + s B A have rational norms, where the variant needs that:
+        Over rationals the rows of W + s B A have rational norms if the variant needs them:
         (2 a, ‖a‖² - 1) / (‖a‖² + 1) is a unit vector for every a.
         """
         shapes = part_shapes(REGISTRY[self.entry].variant, self.r, m, n)
@@ -155,12 +155,10 @@ class CaseDraw:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """A kind of layer: how it is drawn and run, and where its matrices lie in it.
+    """A kind of layer: how it is drawn and run, and where its adapted matrices are.
 
-    ``take(case)``: the adapted matrices; ``put(case, matrices)``: the case with others in their
-    places.
-
-    The variants that do not go with it say so in their entries (`Entry.lacks`).
+    ``take(case)`` returns the adapted matrices, ``put(case, matrices)`` the case with others in
+    their places. `Entry.lacks` has the variants that do not apply to it.
     """
 
     description: str
@@ -204,7 +202,7 @@ def _embedding_base(case: LayerCase) -> tuple[Array, Back]:
 
 
 def _tied(case: LayerCase, f: Any) -> tuple[Array, Back]:
-    """The head over what its own table gives for the row numbers, or the table that it left."""
+    """The head on the rows of its table; after a merge, on those of the original table."""
     h, _ = embedding(case.x, case.extra.get("table", case.W))
     y, back = f(h, case.W, case.b, *case.P[0], case.s, case.K)
     return y, lambda dy: (None, tuple(back(dy)[1:]))
@@ -216,7 +214,7 @@ def _tied_base(case: LayerCase) -> tuple[Array, Back]:
 
 
 def _put_tied(case: LayerCase, new: list[tuple[Array, Array | None]]) -> LayerCase:
-    """The tie ends: the embedding keeps what it had."""
+    """The case without the tie: the embedding keeps its table."""
     return _put(case, new, table=case.extra.get("table", case.W))
 
 
@@ -290,7 +288,7 @@ def _take_conv(case: LayerCase) -> list[tuple[Array, Array | None, Part]]:
 
 
 def _put_conv(case: LayerCase, new: list[tuple[Array, Array | None]]) -> LayerCase:
-    """Out of its groups, if it was in some: the adapter has entries everywhere."""
+    """The case without groups: an adapter has entries everywhere."""
     ((W, b),) = new
     W = W.reshape(len(W), -1, *case.extra["geometry"].kernel)
     (_, _, P) = _take_conv(case)[0]
@@ -433,7 +431,7 @@ KINDS: dict[str, LayerKind] = {
 def draw_case(
     entry: str, kind: str, rng: np.random.Generator, exact: bool = True, square: bool = False
 ) -> LayerCase:
-    """A case with bias, dropout, scale 7/4, magnitudes away from their start, B away from 0."""
+    """A case with a bias, dropout, the scale 7/4, B ≠ 0 and magnitudes unlike at the start."""
     draw = CaseDraw(entry, rng, exact, square)
     drawn = KINDS[kind].draw(draw)
     if REGISTRY[entry].injected is not None:

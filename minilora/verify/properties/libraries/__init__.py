@@ -17,7 +17,12 @@ from minilora.verify.properties.layer_kinds import LayerCase, answers, draw_case
 from minilora.verify.properties.libraries.loralib_layers import loralib_layer
 from minilora.verify.properties.libraries.lycoris_layers import lycoris_layer
 from minilora.verify.properties.libraries.peft_layers import PEFT_SIDES, peft_layer, peft_start
-from minilora.verify.properties.libraries.torch_layers import Answers, Asked, Side, Unsupported
+from minilora.verify.properties.libraries.torch_layers import (
+    Answers,
+    AskLibrary,
+    LibraryAnswer,
+    Unsupported,
+)
 from minilora.verify.properties.variant_matrix import library_names
 
 __all__ = ["Deviation", "deviation", "merge_deviation", "peft_start"]
@@ -48,7 +53,7 @@ def deviation(
     or a geometry, is left out on both sides, and ``by`` says so.
     """
 
-    def error(asked: Asked) -> float:
+    def error(asked: LibraryAnswer) -> float:
         y, dx, dP = ours(asked.case)
         y2, dx2, dP2 = asked.answers
         pairs = [(y, y2), (dx, dx2)]
@@ -68,7 +73,7 @@ def merge_deviation(
 ) -> Deviation:
     """The greatest deviation of the merged weight and bias, likewise."""
 
-    def error(asked: Asked) -> float:
+    def error(asked: LibraryAnswer) -> float:
         W, b = asked.merged()
         merged = ours(asked.case.without_dropout())
         return max(relative_error(asked.case, merged.W, W), relative_error(asked.case, merged.b, b))
@@ -77,7 +82,7 @@ def merge_deviation(
 
 
 def _greatest(
-    entry: str, kind: str, seed: int, square: bool, error: Callable[[Asked], float]
+    entry: str, kind: str, seed: int, square: bool, error: Callable[[LibraryAnswer], float]
 ) -> Deviation:
     worst, names, reasons = 0.0, [], []
     for side in sides(entry, kind):
@@ -95,9 +100,9 @@ def _greatest(
     return Deviation(None, "; ".join(dict.fromkeys(reasons)))
 
 
-def sides(entry: str, kind: str) -> list[Side]:
+def sides(entry: str, kind: str) -> list[AskLibrary]:
     """Each way to ask each library."""
-    of: dict[str, list[Side]] = {
+    of: dict[str, list[AskLibrary]] = {
         "PEFT": PEFT_SIDES.get(kind, [peft_layer]),
         "LyCORIS": [lycoris_layer],
         "loralib": [loralib_layer],

@@ -13,8 +13,8 @@ import torch
 from minilora.verify.peers._torch import GivenMask, fill, plain_number, to_torch
 from minilora.verify.properties.layer_kinds import LayerCase
 from minilora.verify.properties.libraries.torch_layers import (
-    Asked,
     Base,
+    LibraryAnswer,
     P,
     Unsupported,
     dropout_mask,
@@ -27,7 +27,7 @@ from minilora.verify.properties.libraries.torch_layers import (
 LORALIB = f"loralib {version('loralib')}"
 
 
-def loralib_layer(case: LayerCase, rng: np.random.Generator) -> Asked:
+def loralib_layer(case: LayerCase, rng: np.random.Generator) -> LibraryAnswer:
     """The case in loralib's layer, of LoRA itself."""
     ranks: dict[str, Any] = {"r": case.r, "lora_alpha": plain_number(case.alpha)}
     ranks["merge_weights"] = False
@@ -61,4 +61,4 @@ def loralib_layer(case: LayerCase, rng: np.random.Generator) -> Asked:
         layer.eval()
         return read_base(case, layer)
 
-    return Asked(case, layer_answers(case, model, layer, tensors, unpack), merged, name)
+    return LibraryAnswer(case, layer_answers(case, model, layer, tensors, unpack), merged, name)

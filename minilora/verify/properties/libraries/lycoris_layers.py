@@ -9,8 +9,8 @@ import numpy as np
 
 from minilora.verify.properties.layer_kinds import LayerCase
 from minilora.verify.properties.libraries.torch_layers import (
-    Asked,
     Base,
+    LibraryAnswer,
     Unsupported,
     base_model,
     fill_base,
@@ -23,7 +23,7 @@ from minilora.verify.properties.libraries.torch_layers import (
 )
 
 
-def lycoris_layer(case: LayerCase, rng: np.random.Generator) -> Asked:
+def lycoris_layer(case: LayerCase, rng: np.random.Generator) -> LibraryAnswer:
     """LyCORIS rebuilds W' in each forward; what it drops is no input, so nothing is dropped."""
     if case.kind == "fused":
         return fused_as_parts(case, rng, lycoris_layer)
@@ -57,4 +57,4 @@ def lycoris_layer(case: LayerCase, rng: np.random.Generator) -> Asked:
         return read_base(case, model["layer"])
 
     how = f"{library}, without dropout{groups}"
-    return Asked(case, layer_answers(case, model, layer, tensors, unpack), merged, how)
+    return LibraryAnswer(case, layer_answers(case, model, layer, tensors, unpack), merged, how)

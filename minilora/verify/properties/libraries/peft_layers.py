@@ -18,10 +18,10 @@ from minilora.spec.variants import REGISTRY, extended
 from minilora.verify.peers._torch import GivenMask, fill, plain_number, to_numpy, to_torch
 from minilora.verify.properties.layer_kinds import LayerCase
 from minilora.verify.properties.libraries.torch_layers import (
-    Asked,
+    AskLibrary,
     Base,
+    LibraryAnswer,
     P,
-    Side,
     Unsupported,
     base_model,
     dropout_mask,
@@ -168,7 +168,9 @@ def _inject(case: LayerCase, model: torch.nn.ModuleDict, config: peft.PeftConfig
     return ""
 
 
-def peft_layer(case: LayerCase, rng: np.random.Generator, transposed: bool = False) -> Asked:
+def peft_layer(
+    case: LayerCase, rng: np.random.Generator, transposed: bool = False
+) -> LibraryAnswer:
     """The case in PEFT's layer; ``transposed``: experts' weights lie as (in, out)."""
     if case.kind == "fused":
         return fused_as_parts(case, rng, peft_layer)
@@ -201,18 +203,20 @@ def peft_layer(case: LayerCase, rng: np.random.Generator, transposed: bool = Fal
             layer.merge()
         return read_base(case, layer.get_base_layer())
 
-    return Asked(case, layer_answers(case, model, layer, tensors, unpack), merged, PEFT + note)
+    return LibraryAnswer(
+        case, layer_answers(case, model, layer, tensors, unpack), merged, PEFT + note
+    )
 
 
-def _peft_transposed(case: LayerCase, rng: np.random.Generator) -> Asked:
+def _peft_transposed(case: LayerCase, rng: np.random.Generator) -> LibraryAnswer:
     return peft_layer(case, rng, transposed=True)
 
 
-def _peft_unscaled(case: LayerCase, rng: np.random.Generator) -> Asked:
+def _peft_unscaled(case: LayerCase, rng: np.random.Generator) -> LibraryAnswer:
     return peft_layer(replace(case, extra={"factor": 1.0}), rng)
 
 
-def _peft_conv(case: LayerCase, rng: np.random.Generator, groups: bool = True) -> Asked:
+def _peft_conv(case: LayerCase, rng: np.random.Generator, groups: bool = True) -> LibraryAnswer:
     """Padding stands before the layer: PEFT's A knows no padding mode, and nothing of dilation."""
     lora = _peft_type(case) == "LORA"
     # In groups AdaLoRA fails, and DoRA takes the norms of another matrix.
@@ -222,7 +226,7 @@ def _peft_conv(case: LayerCase, rng: np.random.Generator, groups: bool = True) -
     return replace(asked, by=f"{asked.by}, without {' and '.join(left_out)}")
 
 
-def _peft_whole_conv(case: LayerCase, rng: np.random.Generator) -> Asked:
+def _peft_whole_conv(case: LayerCase, rng: np.random.Generator) -> LibraryAnswer:
     return _peft_conv(case, rng, groups=False)
 
 
@@ -253,7 +257,7 @@ def peft_start(
     return R.T if across else R, A, B
 
 
-PEFT_SIDES: dict[str, list[Side]] = {
+PEFT_SIDES: dict[str, list[AskLibrary]] = {
     "embedding": [peft_layer, _peft_unscaled],
     "experts": [peft_layer, _peft_transposed],
     "conv1": [_peft_conv, _peft_whole_conv],

@@ -34,10 +34,11 @@ class Unsupported(Exception):
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The case as a library can have it, and what the library makes of it.
+class LibraryAnswer:
+    """The case as the library supports it, and the library's answers.
 
-    ``merged`` merges, and refuses with `Unsupported`; ``by`` says how the library was asked.
+    ``merged()`` returns the merged weight and bias, or raises `Unsupported`; ``by`` names the
+    library and what was left out.
     """
 
     case: LayerCase
@@ -46,12 +47,12 @@ class Asked:
     by: str
 
 
-Side = Callable[[LayerCase, np.random.Generator], Asked]
+AskLibrary = Callable[[LayerCase, np.random.Generator], LibraryAnswer]
 
 
 @contextmanager
 def refusals(library: str) -> Iterator[None]:
-    """What the library refuses while it builds a layer, in the first line of its own words."""
+    """Turn an error of the library into `Unsupported`, with the first line of its message."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -141,13 +142,13 @@ def read_base(case: LayerCase, layer: torch.nn.Module) -> Base:
 
 
 def padded(x: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """x (b, c, …) with what stands beside it: PyTorch's layers have as much on both sides only."""
+    """x (b, c, …) padded: PyTorch's layers pad both sides equally."""
     sizes = [size for pair in reversed(geometry.padding) for size in pair]
     mode = {"zeros": "constant"}.get(geometry.mode, geometry.mode)
     return F.pad(x, sizes, mode)
 
 
-def _enter(case: LayerCase, model: torch.nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+def _layer_input(case: LayerCase, model: torch.nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
     """x in the layout that the layer takes."""
     if case.kind == "embedding":
         return x
@@ -157,7 +158,7 @@ def _enter(case: LayerCase, model: torch.nn.ModuleDict, x: torch.Tensor) -> torc
     return padded(x.transpose(0, 1), case.extra["geometry"]) if "geometry" in case.extra else x.mT
 
 
-def _run(case: LayerCase, layer: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
+def _layer_output(case: LayerCase, layer: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
     """The layer's y in minilora's layout."""
     if case.kind == "experts":
         y = layer(x, torch.from_numpy(case.extra["index"]))
@@ -169,7 +170,7 @@ def _run(case: LayerCase, layer: Callable[..., Any], x: torch.Tensor) -> torch.T
 
 
 def dropout_mask(case: LayerCase) -> np.ndarray:
-    """What dropout keeps, in the layout that it sees."""
+    """True where dropout keeps an entry, in the layout of the layer's input."""
     kept = to_torch(np.asarray(case.K != 0, float)).transpose(0, 1)
     if "geometry" in case.extra:
         kept = padded(kept, case.extra["geometry"])
@@ -185,11 +186,11 @@ def layer_answers(
     tensors: dict[str, torch.Tensor],
     unpack: Callable[[str, np.ndarray], list[np.ndarray]],
 ) -> Answers:
-    """The layer's answers by autograd; ``unpack`` gives each matrix its own of a gradient."""
+    """The layer's answers by autograd; ``unpack`` splits a gradient by matrix."""
     x = to_torch(case.x)
     whole = x.dtype == torch.int64
     leaves = [*([] if whole else [x.requires_grad_()]), *tensors.values()]
-    y = _run(case, layer, _enter(case, model, x))
+    y = _layer_output(case, layer, _layer_input(case, model, x))
     gradients = [to_numpy(g) for g in torch.autograd.grad(y, leaves, to_torch(case.dy))]
     dx = None if whole else gradients.pop(0)
     per_matrix: list[dict[str, np.ndarray]] = [{} for _ in case.P]
@@ -207,7 +208,7 @@ def named_parts(case: LayerCase) -> list[dict[str, np.ndarray]]:
 def fill_parts(
     case: LayerCase, tensors: dict[str, torch.Tensor], library: str
 ) -> Callable[[str, np.ndarray], list[np.ndarray]]:
-    """Put the case's only matrix's parameters into tensors of as many entries in the same order."""
+    """Put the parameters of the case's only matrix into the tensors."""
     (named,) = named_parts(case)
     for name, tensor in tensors.items():
         if tensor.numel() != named[name].size:
@@ -217,8 +218,8 @@ def fill_parts(
     return lambda name, gradient: [gradient.reshape(named[name].shape)]
 
 
-def fused_as_parts(case: LayerCase, rng: np.random.Generator, side: Side) -> Asked:
-    """The fused layer's parts as layers of their own, Q and V adapted: no library has it fused."""
+def fused_as_parts(case: LayerCase, rng: np.random.Generator, side: AskLibrary) -> LibraryAnswer:
+    """Q, K and V as three layers, since no library has a fused layer with Q and V adapted."""
     q, k, _ = case.extra["rows"]
     rows = [slice(q), slice(q, q + k), slice(q + k, None)]
     biases = [None if case.b is None else case.b[i] for i in rows]
@@ -245,13 +246,13 @@ def fused_as_parts(case: LayerCase, rng: np.random.Generator, side: Side) -> Ask
         return W, np.concatenate([bq, biases[1], bv])
 
     case = replace(case, s=parts[0].case.s, K=parts[0].case.K)
-    return Asked(case, answers, merged, f"{parts[0].by}, each part a layer of its own")
+    return LibraryAnswer(case, answers, merged, f"{parts[0].by}, each part a layer of its own")
 
 
 def moved_convolution(
     case: LayerCase, rng: np.random.Generator, plain: bool, groups: bool
 ) -> LayerCase:
-    """The convolution as a library has it: ``plain`` without dilation; out of groups if not."""
+    """The convolution that a library supports: ``plain`` has no dilation; ``groups`` keeps groups."""
     if not groups and case.extra["groups"] > 1:
         case = case.with_matrices([(W, b) for W, b, _ in case.matrices()])
     geometry = case.extra["geometry"]
