@@ -346,10 +346,12 @@ def draw_batch(
     counts = real & (positions > 0) & (rng.random((b, t)) < 0.7)
     labels = np.where(counts, ids, IGNORED)
     labels[0, 1] = ids[0, 1]
-    if isinstance(c, models.Bert):
-        labels = np.where(rng.random(b) < 0.3, IGNORED, rng.integers(0, c.classes, b))
-        labels[0] = c.classes - 1
-    types = rng.integers(0, c.types, (b, t)) if isinstance(c, models.Bert) else None
+    if not c.causal:
+        classes, _ = c.linears()["head"]
+        labels = np.where(rng.random(b) < 0.3, IGNORED, rng.integers(0, classes, b))
+        labels[0] = classes - 1
+    n_types = c.tables().get("types")
+    types = None if n_types is None else rng.integers(0, n_types, (b, t))
     return models.Batch(ids, labels, real, positions, types)
 
 

@@ -332,7 +332,7 @@ def add_model(add: Any, adapter: bool = True, trained: bool = True) -> None:
         f"{default})",
     )
     if adapter:
-        add("--adapter", metavar="A", help="a folder of PEFT or MLX, or a .gguf file")
+        add("--adapter", metavar="A", help="the folder or the file of an adapter")
     add(
         "--dtype",
         default="float32",

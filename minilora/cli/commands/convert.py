@@ -32,9 +32,7 @@ def add(commands: Any) -> None:
         "cannot represent is refused. Print where B was multiplied by a scale.",
         _run,
     )
-    parser.add_argument(
-        "adapter", metavar="ADAPTER", help="a folder of PEFT or MLX, or a .gguf file"
-    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="the folder or the file of an adapter")
     add_model(parser.add_argument, adapter=False)
     parser.add_argument(
         "--to",

@@ -22,9 +22,7 @@ def add(commands: Any) -> None:
         "relative to that of each weight, and what PEFT, MLX and llama.cpp compute with it.",
         _run,
     )
-    parser.add_argument(
-        "adapter", metavar="ADAPTER", help="a folder of PEFT or MLX, or a .gguf file"
-    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="the folder or the file of an adapter")
     add_model(parser.add_argument, adapter=False)
 
 

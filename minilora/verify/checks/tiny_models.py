@@ -113,10 +113,13 @@ def draw_batch(rng: np.random.Generator, c: Config, b: int, t: int, prompt: bool
     length = rng.integers(3, t + 1, b)
     length[0] = t - 1
     mask = np.arange(t) < length[:, None]
-    if isinstance(c, Bert):
-        labels = rng.integers(0, c.classes, b)
+    if not c.causal:
+        classes, _ = c.linears()["head"]
+        labels = rng.integers(0, classes, b)
         labels[1:2] = IGNORED
-        return Batch(ids, labels, mask, types=rng.integers(0, c.types, (b, t)))
+        n_types = c.tables().get("types")
+        types = None if n_types is None else rng.integers(0, n_types, (b, t))
+        return Batch(ids, labels, mask, types=types)
     ignored = rng.random((b, t)) < 0.25
     if prompt:
         ignored = np.arange(t) < rng.integers(1, length - 1)[:, None]
