@@ -15,6 +15,7 @@ from safetensors import safe_open
 from minilora.io.errors import FormatError
 from minilora.io.files import pack, pack_json, read_json
 from minilora.verify import engine
+from minilora.verify.checks.registry import CHECKS
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.errors import Fault, LoadError, Skip, tidy
 from minilora.verify.core.types import Case, Check, Comparison, Diagnosis, Limits
@@ -44,17 +45,17 @@ class Answered:
 
     def __init__(self, folder: Path | str) -> None:
         folder = Path(folder)
-        said = self._said(folder / FILE)
-        self.name = tidy(said.get("name", "answers"), 60)
-        self.version = tidy(said.get("version", ""), 120)
-        self.refused = frozenset(map(str, said.get("refused", ())))
-        self.conventions = dict(said.get("conventions", {}))
+        declared = self._declarations(folder / FILE)
+        self.name = tidy(declared.get("name", "answers"), 60)
+        self.version = tidy(declared.get("version", ""), 120)
+        self.refused = frozenset(map(str, declared.get("refused", ())))
+        self.conventions = dict(declared.get("conventions", {}))
         self.arrays: dict[str, dict[str, dict[str, Array]]] = {}
         for path in sorted(folder.glob("*.safetensors")):
             dtype = path.name.partition(".")[0]
             if dtype not in DTYPES:
-                says = f"{dtype!r} is no dtype; answers stand in DTYPE.safetensors"
-                raise LoadError(f"{path}: {says}, with one of {', '.join(DTYPES)}")
+                expected = f"expected DTYPE.safetensors with one of {', '.join(DTYPES)}"
+                raise LoadError(f"{path}: {dtype!r} is not a dtype; {expected}")
             self._take(path, self.arrays.setdefault(dtype, {}))
         if not self.arrays:
             kinds = ", ".join(f"{dtype}.safetensors" for dtype in DTYPES)
@@ -62,57 +63,59 @@ class Answered:
         self.dtypes = tuple(dtype for dtype in DTYPES if dtype in self.arrays)
 
     @staticmethod
-    def _said(path: Path) -> dict[str, Any]:
+    def _declarations(path: Path) -> dict[str, Any]:
         if not path.exists():
             return {}
         try:
-            said = read_json(path)
+            declared = read_json(path)
         except FormatError as error:
             raise LoadError(str(error)) from None
-        if not isinstance(said.get("refused", []), list):
-            raise LoadError(f"{path}: 'refused' is {tidy(said['refused'], 60)}, expected a list")
-        for name, value in (conventions := said.get("conventions", {})).items():
+        refused, conventions = declared.get("refused", []), declared.get("conventions", {})
+        if not isinstance(refused, list):
+            raise LoadError(f"{path}: 'refused' is {tidy(refused, 60)}, expected a list")
+        for name, value in conventions.items():
             if value not in CONVENTIONS.get(name, ()):
                 known = json.dumps(CONVENTIONS)
-                raise LoadError(f"{path}: conventions {conventions}, expected of {known}")
-        return said
+                raise LoadError(f"{path}: conventions {conventions}, expected some of {known}")
+        return declared
 
     @staticmethod
     def _take(path: Path, arrays: dict[str, dict[str, Array]]) -> None:
         try:
             with safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118
-                    own, _, what = name.partition(".out.")
-                    arrays.setdefault(own, {})[what] = file.get_tensor(name)
+                    vector, _, output = name.partition(".out.")
+                    arrays.setdefault(vector, {})[output] = file.get_tensor(name)
         except Exception as error:
-            raise LoadError(f"{path} is no safetensors file: {tidy(error)}") from None
+            raise LoadError(f"{path} is not a safetensors file: {tidy(error)}") from None
 
-    def of(self, own: str, dtype: str) -> dict[str, Array]:
+    def of(self, vector: str, dtype: str) -> dict[str, Array]:
         """The answers to a vector, by their names."""
-        return self.arrays.get(dtype, {}).get(own, {})
+        return self.arrays.get(dtype, {}).get(vector, {})
 
 
 def replayed(subject: GuardedImplementation, vector: Vector, dtype: str) -> dict[str, Array]:
-    """What an implementation answers to a vector. Raises Skip or Fault."""
+    """An implementation's answers to a vector. Raises Skip or Fault."""
     kinds = {"f": DTYPES[dtype], "u": np.dtype(bool)}
-    given = {n: v.astype(kinds.get(v.dtype.kind, v.dtype)) for n, v in vector.inputs.items()}
-    arguments = gathered(vector.settings, given)
+    inputs = {n: v.astype(kinds.get(v.dtype.kind, v.dtype)) for n, v in vector.inputs.items()}
+    arguments = gathered(vector.settings, inputs)
     names = [n for n in positional(vector.method) if n in arguments and n not in ("alpha", "r")]
     args = [arguments.pop(name) for name in names]
     if vector.method == "optimizer_steps":
-        args, arguments = [*args, arguments], {}
+        steps = subject.call(vector.method, *args, arguments)
+        return {name: np.stack([step[name] for step in steps]) for name in vector.outputs}
     answer = subject.call(vector.method, *args, **arguments)
     if vector.method in RESULTS:
         return {RESULTS[vector.method]: answer}
-    if vector.method == "optimizer_steps":
-        return {name: np.stack([step[name] for step in answer]) for name in vector.outputs}
     return {name: answer[name] for name in vector.outputs if name in answer}
 
 
-def _given(subject: GuardedImplementation, vector: Vector, dtype: str) -> dict[str, Array] | None:
-    """The answers to a vector, perhaps none; None where it was refused."""
-    if isinstance(given := subject.implementation, Answered):
-        return None if vector.id in given.refused else given.of(vector.id, dtype)
+def _answers_to(
+    subject: GuardedImplementation, vector: Vector, dtype: str
+) -> dict[str, Array] | None:
+    """The answers to a vector, perhaps none; None where it was refused. Raises Skip or Fault."""
+    if isinstance(answered := subject.implementation, Answered):
+        return None if vector.id in answered.refused else answered.of(vector.id, dtype)
     if not subject.has(vector.method):
         raise Skip(f"not supported: no method {vector.method}")
     try:
@@ -127,138 +130,151 @@ def compared(
     subject: GuardedImplementation, vector: Vector, dtype: str, conventions: Mapping[str, str]
 ) -> Iterator[Comparison]:
     """The answers to a vector beside the true ones. Raises Skip or Fault."""
-    given = _given(subject, vector, dtype)
-    if given is None and vector.result == "invalid":
-        yield Comparison("refusal", np.ones(()), np.ones(()))
-        return
-    if given is None:
-        raise Skip("not supported: refused")
-    if not given:
-        raise Skip("no answer")
+    arrays = _answers_to(subject, vector, dtype)
     if vector.result == "invalid":
-        what = "; ".join(NOTES[flag]["description"] for flag in vector.flags)
-        raise Fault("accepts what is invalid", f"{', '.join(given)}, where {what}")
+        yield _refusal(arrays, vector)
+        return
+    if arrays is None:
+        raise Skip("not supported: refused")
+    if not arrays:
+        raise Skip("no answer")
     missing = []
     for name, output in vector.expected(conventions).items():
-        if name in given:
-            array = subject.answer(given[name], name, output.want.shape, dtype)
-            sigma = output.sigma.get(dtype)
+        if name in arrays:
+            array = subject.answer(arrays[name], name, output.want.shape, dtype)
             allowed = Limits(output.max_z, output.rms_z, 0.0)
-            yield Comparison(name, array, output.want, sigma, allowed)
+            yield Comparison(name, array, output.want, output.sigma.get(dtype), allowed)
         elif not output.optional:
             missing.append(f"{vector.id}.out.{name}")
     if missing:
         raise Fault("missing", f"no {', '.join(missing)}")
 
 
-def _checks(given: Sequence[Vector], conventions: Mapping[str, str]) -> list[Check]:
-    """The vectors of each check, as a check whose case i is the i-th of a dtype."""
-    from minilora.verify.checks.registry import CHECKS
+def _refusal(arrays: Mapping[str, Array] | None, vector: Vector) -> Comparison:
+    """That an invalid vector was refused. Raises Skip, or Fault where it was answered."""
+    if arrays is None:
+        return Comparison("refusal", np.ones(()), np.ones(()))
+    if not arrays:
+        raise Skip("no answer")
+    why = "; ".join(NOTES[flag]["description"] for flag in vector.flags)
+    raise Fault("accepts what is invalid", f"{', '.join(arrays)}, where {why}")
 
+
+def _checks(vectors: Sequence[Vector], conventions: Mapping[str, str]) -> list[Check]:
+    """The vectors of each check, as a check whose case i is the i-th of a dtype."""
     titles = {check.id: check.title for check in CHECKS}
     by_check: dict[str, list[Vector]] = {}
-    for vector in given:
+    for vector in vectors:
         by_check.setdefault(vector.check, []).append(vector)
-    return [_check(own, titles.get(name, name), conventions) for name, own in by_check.items()]
+    return [_check(of_check, titles.get(id, id), conventions) for id, of_check in by_check.items()]
 
 
-def _check(own: Sequence[Vector], title: str, conventions: Mapping[str, str]) -> Check:
-    name, level = own[0].check, own[0].level
+def _check(vectors: Sequence[Vector], title: str, conventions: Mapping[str, str]) -> Check:
+    id, level = vectors[0].check, vectors[0].level
 
-    def of(dtype: str) -> list[Vector]:
-        return [vector for vector in own if dtype in vector.dtypes]
+    def of_dtype(dtype: str) -> list[Vector]:
+        return [vector for vector in vectors if dtype in vector.dtypes]
 
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-        return compared(subject, of(case.dtype)[case.number], case.dtype, conventions)
+        vector = of_dtype(case.dtype)[case.number]
+        return compared(subject, vector, case.dtype, conventions)
 
     def diagnose(subject: GuardedImplementation, dtype: str, seed: int) -> tuple[Diagnosis, ...]:
-        there = [i for i, v in enumerate(of(dtype)) if v.lane == "rounding" and v.outputs]
-        return _diagnosed(plain, subject, [Case(name, dtype, i, seed) for i in there])
+        rounded = [
+            Case(id, dtype, i, seed)
+            for i, vector in enumerate(of_dtype(dtype))
+            if vector.lane == "rounding" and vector.outputs
+        ]
+        return _diagnosed(check, subject, rounded)
 
-    plain = Check(name, level, (), title, run, lambda profile, dtype: len(of(dtype)))
-    return replace(plain, diagnose=diagnose)
+    check = Check(id, level, (), title, run, lambda profile, dtype: len(of_dtype(dtype)))
+    return replace(check, diagnose=diagnose)
 
 
 def _diagnosed(
     check: Check, subject: GuardedImplementation, cases: Sequence[Case]
 ) -> tuple[Diagnosis, ...]:
     """The mutants that give the same answers to all of these cases that are answered."""
-    answered = [(case, found) for case in cases if (found := answers(check, subject, case))]
-    theirs = [found for _, found in answered]
-    if not any(each.judge().verdict == "fail" for found in theirs for each in found.values()):
+    pairs = [(case, answer) for case in cases if (answer := answers(check, subject, case))]
+    theirs = [answer for _, answer in pairs]
+    if not any(c.judge().verdict == "fail" for answer in theirs for c in answer.values()):
         return ()
 
     def ours_of(m: Mutant) -> list[dict[str, Comparison]]:
-        wrong = Direct(m.make())
-        return [answers(check, wrong, case) for case, _ in answered]
+        mutant = Direct(m.make())
+        return [answers(check, mutant, case) for case, _ in pairs]
 
-    return tuple(each.named() for each in candidates(check.level, theirs, ours_of))
+    return tuple(candidate.named() for candidate in candidates(check.level, theirs, ours_of))
 
 
 def judge(
-    given: Sequence[Vector],
+    vectors: Sequence[Vector],
     implementation: object,
     *,
     seed: int = 0,
     command: Sequence[str] = (),
     progress: engine.Progress | None = None,
 ) -> Report:
-    """The report on answers (`Answered`), or on an implementation that is put the vectors.
+    """The report on answers (`Answered`), or on an implementation that answers the vectors.
 
-    Where no convention is declared, that one holds under which fewer answers deviate; it is the
-    same for all.
+    Where no convention is declared, the one holds under which fewer answers deviate, the same for
+    all vectors.
     """
-    subject = Direct(implementation)
-    conventions, notes = _conventions(given, subject)
-    report = engine.run(_checks(given, conventions), implementation, progress=progress)
+    conventions, notes = _conventions(vectors, Direct(implementation))
+    report = engine.run(_checks(vectors, conventions), implementation, progress=progress)
     if isinstance(implementation, Answered):
-        ids = {vector.id for vector in given}
-        theirs = {own for arrays in implementation.arrays.values() for own in arrays}
-        if strange := sorted((theirs | implementation.refused) - ids):
-            more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
-            notes += (f"not asked here: {', '.join(strange[:3])}{more}",)
+        notes += _notes_on_unknown(vectors, implementation)
     return replace(
         report,
         profile=f"vectors v{VERSION}",
         seed=seed,
         conventions=conventions,
         notes=notes,
-        results=tuple(_named(result, given, command) for result in report.results),
+        results=tuple(_named(result, vectors, command) for result in report.results),
     )
 
 
+def _notes_on_unknown(vectors: Sequence[Vector], answered: Answered) -> tuple[str, ...]:
+    """A note on answers to vectors that are not in the set."""
+    ids = {id for arrays in answered.arrays.values() for id in arrays} | answered.refused
+    if not (unknown := sorted(ids - {vector.id for vector in vectors})):
+        return ()
+    more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+    return (f"not in this set: {', '.join(unknown[:3])}{more}",)
+
+
 def _conventions(
-    given: Sequence[Vector], subject: GuardedImplementation
+    vectors: Sequence[Vector], subject: GuardedImplementation
 ) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The conventions that hold, and a note where one is assumed."""
     declared = subject.conventions.get("dora_norm")
-    concerned = [vector for vector in given if vector.alternatives]
+    concerned = [vector for vector in vectors if vector.alternatives]
     if declared in CONVENTIONS["dora_norm"] or not concerned:
         return {"dora_norm": declared or "detached"}, ()
 
     def deviating(value: str) -> int:
-        checks = _checks(concerned, {"dora_norm": value})
         return sum(
             judged.verdict == "fail"
-            for check in checks
+            for check in _checks(concerned, {"dora_norm": value})
             for dtype in subject.dtypes
             for number in range(check.cases("ci", dtype))
             for judged in engine.judged(check, subject, Case(check.id, dtype, number, 0))[0]
         )
 
-    found = min(CONVENTIONS["dora_norm"], key=deviating)
-    if found == "detached":
-        return {"dora_norm": found}, ()
-    return {"dora_norm": found}, (f"taken for it: dora_norm {found}, which is not declared",)
+    assumed = min(CONVENTIONS["dora_norm"], key=deviating)
+    if assumed == "detached":
+        return {"dora_norm": assumed}, ()
+    return {"dora_norm": assumed}, (f"assumed: dora_norm {assumed}, which is not declared",)
 
 
-def _named(result: Result, given: Sequence[Vector], command: Sequence[str]) -> Result:
+def _named(result: Result, vectors: Sequence[Vector], command: Sequence[str]) -> Result:
     """The result with the vectors' ids in the place of the cases'."""
-    own = [v.id for v in given if v.check == result.check and result.dtype in v.dtypes]
+    ids = [v.id for v in vectors if v.check == result.check and result.dtype in v.dtypes]
 
     def name(case: str) -> str:
-        return own[int(case.rpartition(":")[2])] if case else ""
+        return ids[int(case.rpartition(":")[2])] if case else ""
 
-    shown = name(result.case or result.worst_case) or own[0]
+    shown = name(result.case or result.worst_case) or ids[0]
     return replace(
         result,
         case=name(result.case),
@@ -268,23 +284,38 @@ def _named(result: Result, given: Sequence[Vector], command: Sequence[str]) -> R
     )
 
 
-def answer(given: Sequence[Vector], implementation: object) -> dict[str, bytes]:
+def answer(vectors: Sequence[Vector], implementation: object) -> dict[str, bytes]:
     """The files of answers (`Answered`) that a Python implementation gives."""
     subject = GuardedImplementation(implementation)
     arrays: dict[str, dict[str, Array]] = {}
     refused = set()
-    for vector in given:
-        for dtype in vector.dtypes:
-            if dtype in subject.dtypes and subject.has(vector.method):
-                try:
-                    found = _given(subject, vector, dtype)
-                except Skip:
-                    found = None
-                refused |= {vector.id} if found is None else set()
-                for name, array in (found or {}).items():
-                    arrays.setdefault(dtype, {})[f"{vector.id}.out.{name}"] = np.asarray(array)
-    said: dict[str, Any] = {"name": subject.name, "version": subject.version}
-    declared = {n: v for n, v in subject.conventions.items() if v in CONVENTIONS.get(n, ())}
-    said |= {"refused": sorted(refused), "conventions": declared}
-    packed = {f"{d}.safetensors": pack(f"{d}.safetensors", own) for d, own in arrays.items()}
-    return {FILE: pack_json(said), **packed}
+    for vector in vectors:
+        if not subject.has(vector.method):
+            continue
+        for dtype in (dtype for dtype in vector.dtypes if dtype in subject.dtypes):
+            answered = _answers_or_none(subject, vector, dtype)
+            if answered is None:
+                refused.add(vector.id)
+            for name, array in (answered or {}).items():
+                arrays.setdefault(dtype, {})[f"{vector.id}.out.{name}"] = np.asarray(array)
+    conventions = {n: v for n, v in subject.conventions.items() if v in CONVENTIONS.get(n, ())}
+    declared = {
+        "name": subject.name,
+        "version": subject.version,
+        "refused": sorted(refused),
+        "conventions": conventions,
+    }
+    packed = {
+        f"{d}.safetensors": pack(f"{d}.safetensors", of_dtype) for d, of_dtype in arrays.items()
+    }
+    return {FILE: pack_json(declared), **packed}
+
+
+def _answers_or_none(
+    subject: GuardedImplementation, vector: Vector, dtype: str
+) -> dict[str, Array] | None:
+    """The answers to a vector; None where it is refused or not supported. Raises Fault."""
+    try:
+        return _answers_to(subject, vector, dtype)
+    except Skip:
+        return None
