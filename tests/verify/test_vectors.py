@@ -465,7 +465,8 @@ def test_an_answer_of_another_kind_is_named(made, changed, change, kind):
 
 def test_an_answer_to_nothing_that_was_asked_is_mentioned(made, changed):
     target = changed(**{"linear.foward-bfloat16-0.out.y": np.ones(3)})
-    assert "not asked here: linear.foward-bfloat16-0" in judge(made, Answered(target)).notes
+    (note,) = judge(made, Answered(target)).notes
+    assert "linear.foward-bfloat16-0" in note
 
 
 SEVERAL_CALLS = (
@@ -654,11 +655,11 @@ def test_wrong_usage_is_refused_and_nothing_is_written(
     ("name", "data", "says"),
     [
         (None, b"", "has no answers"),
-        ("float8.safetensors", b"", "'float8' is no dtype"),
-        ("float32.safetensors", b"cut", "is no safetensors file"),
+        ("float8.safetensors", b"", "'float8'"),
+        ("float32.safetensors", b"cut", "safetensors file"),
         ("answers.json", b"[]", "expected an object"),
         ("answers.json", b'{"refused": "all"}', "expected a list"),
-        ("answers.json", b'{"conventions": {"dora_norm": "free"}}', "expected of"),
+        ("answers.json", b'{"conventions": {"dora_norm": "free"}}', "expected some of"),
     ],
 )
 def test_answers_that_cannot_be_read_end_with_three(small, tmp_path, name, data, says, capsys):
