@@ -82,54 +82,54 @@ FILES = Reference((Files,), globals())
 # fmt: off
 LOAD: Table = {
     "files.load.patterns": [
-        ("load-adapter-in-name", "the adapter's name in every key",
+        ("load-adapter-in-name", "load gives names with the adapter's name",
          {"# loaded": 't = {n.replace(".weight", ".default.weight"): v for n, v in t.items()}'}),
-        ("load-prefix-lost", "names without base_model.model.",
+        ("load-prefix-lost", "load gives names without base_model.model.",
          {"# loaded": 't = {n.removeprefix("base_model.model."): v for n, v in t.items()}'}),
-        ("load-rounded", "tensors rounded to bfloat16",
+        ("load-rounded", "load rounds to bfloat16",
          {"# loaded": "t = {n: digits(v, 8) for n, v in t.items()}"}),
-        ("load-scaled", "s B for B", {"# loaded": "t = scaled_B(t, c)"}),
-        ("load-layers-exchanged", "each layer's tensors in the next",
+        ("load-scaled", "load multiplies B by s", {"# loaded": "t = scaled_B(t, c)"}),
+        ("load-layers-exchanged", "load exchanges the layers",
          {"# loaded": "t = layers_exchanged(t)"}),
-        ("load-q-for-v", "the queries' factors for the values'",
+        ("load-q-for-v", "load exchanges q and v",
          {"# loaded": 't = exchanged(t, "q_proj", "v_proj")'}),
-        ("load-A-alone", "B is not loaded, and starts at 0",
-         {"# loaded": 't = zeroed(t, "lora_B")'}),
-        ("load-ranks-cut", "rows beyond r are not loaded",
+        ("load-A-alone", "load gives B = 0", {"# loaded": 't = zeroed(t, "lora_B")'}),
+        ("load-ranks-cut", "load sets ranks beyond r to 0",
          {"# loaded": 't = first_ranks(t, c["r"])'}),
     ],
     "files.load.rslora": [
-        ("load-rslora-scaled", "√r B for B",
+        ("load-rslora-scaled", "load multiplies B by √r with use_rslora",
          {"# loaded":
               't = {n: v * v.dtype.type(v.shape[1] ** 0.5) if "lora_B" in n and '
               'c["use_rslora"] else v for n, v in t.items()}'}),
-        ("load-fused-thirds", "the fused projection's thirds in another order",
+        ("load-fused-thirds", "load rotates the fused projection's thirds",
          {"# loaded":
               't = {n: np.roll(v, len(v) // 3, 0) if "c_attn.lora_B" in n else v for n, v in '
               "t.items()}"}),
     ],
     "files.load.modules-to-save": [
-        ("load-head-lost", "the head is not loaded", {"# loaded": "t = without(t, HEAD)"}),
-        ("load-head-of-base", "the head stays as it was", {"# loaded": "t = zeroed(t, HEAD)"}),
-        ("load-bias-lost", "the biases are not loaded", {"# loaded": "t = without(t, BIAS)"}),
-        ("load-bias-of-base", "the biases stay as they were", {"# loaded": "t = zeroed(t, BIAS)"}),
+        ("load-head-lost", "load omits modules_to_save", {"# loaded": "t = without(t, HEAD)"}),
+        ("load-head-of-base", "load gives 0 for modules_to_save",
+         {"# loaded": "t = zeroed(t, HEAD)"}),
+        ("load-bias-lost", "load omits the biases", {"# loaded": "t = without(t, BIAS)"}),
+        ("load-bias-of-base", "load gives 0 for the biases", {"# loaded": "t = zeroed(t, BIAS)"}),
     ],
     "files.load.dora": [
-        ("load-magnitude-lost", "the magnitude is not loaded",
+        ("load-magnitude-lost", "load omits the magnitude",
          {"# loaded": 't = without(t, "magnitude")'}),
-        ("load-magnitude-1", "the magnitude is 1",
+        ("load-magnitude-1", "load gives 1 for the magnitude",
          {"# loaded": 't = {n: 0 * v + 1 if "magnitude" in n else v for n, v in t.items()}'}),
-        ("load-magnitude-name", "the magnitude's name ends with .weight",
+        ("load-magnitude-name", "load gives the magnitude a name that ends with .weight",
          {"# loaded":
               't = {n + ".weight" if n.endswith("magnitude_vector") else n: v for n, v in '
               "t.items()}"}),
     ],
     "files.load.embedding": [
-        ("load-embedding-lost", "the embedding's factors are not loaded",
+        ("load-embedding-lost", "load omits the embedding's factors",
          {"# loaded": 't = without(t, "lora_embedding")'}),
-        ("load-embedding-turned", "the embedding's factors transposed",
+        ("load-embedding-turned", "load transposes the embedding's factors",
          {"# loaded": 't = {n: v.T if "lora_embedding" in n else v for n, v in t.items()}'}),
-        ("load-embedding-name", "the embedding's factors named as a projection's",
+        ("load-embedding-name", "load names the embedding's factors as a projection's",
          {"# loaded":
               't = {re.sub(r"lora_embedding_(.)", r"lora_\\1.weight", n): v for n, v in '
               "t.items()}"}),
@@ -137,52 +137,52 @@ LOAD: Table = {
 }
 FUNCTION: Table = {
     "files.outputs.patterns": [
-        ("alpha-pattern-ignored", "one α for all modules",
+        ("alpha-pattern-ignored", "alpha_pattern is ignored",
          {"# used": 'c["alpha_pattern"] = {}'}, "diffusers 14409"),
-        ("rank-pattern-unscaled", "α / r with one r for all modules",
+        ("rank-pattern-unscaled", "s = α / r with the r of the configuration, not of rank_pattern",
          {"# used": 'c["alpha_pattern"] = rank_unscaled(c)'}),
-        ("alpha-default", "α = 8", {"# used": 'c["lora_alpha"] = 8'}),
+        ("alpha-default", "lora_alpha is ignored: α = 8", {"# used": 'c["lora_alpha"] = 8'}),
         ("alpha-is-scale", "s = α", {"# used": 'c["lora_alpha"] *= c["r"]'}),
         ("pattern-full-names", "a pattern must be the whole name",
          {"# used":
               'c["alpha_pattern"] = {n: v for n, v in c["alpha_pattern"].items() if '
               'n.startswith("model.")}'}),
-        ("pattern-by-last-name", "a pattern counts for every layer",
+        ("pattern-by-last-name", "a pattern matches its last name in every layer",
          {"# used":
               'c["alpha_pattern"] = {n.rsplit(".", 1)[-1]: v for n, v in '
               'c["alpha_pattern"].items()}'}),
         ("rslora-unasked", "α / √r unasked", {"# used": 'c["use_rslora"] = True'}),
-        ("store-layers-exchanged", "each layer's adapter in the next",
+        ("store-layers-exchanged", "each layer has the other one's adapter",
          {"# used": "t = layers_exchanged(t)"}),
     ],
     "files.outputs.rslora": [
         ("rslora-ignored", "α / r where rsLoRA is asked for",
          {"# used": 'c["use_rslora"] = False'}),
-        ("rslora-one-rank", "α / √r with one r for all modules",
+        ("rslora-one-rank", "s = α / √r with the r of the configuration, not of rank_pattern",
          {"# used":
               'c["alpha_pattern"] = {n: c["lora_alpha"] * (v / c["r"]) ** 0.5 for n, v in '
               'c["rank_pattern"].items()} if c["use_rslora"] else c["alpha_pattern"]'}),
     ],
     "files.outputs.modules-to-save": [
-        ("head-not-used", "the base's head",
+        ("head-not-used", "modules_to_save are ignored",
          {"# used": 't = without(t, HEAD); c["modules_to_save"] = c["task_type"] = None'}),
-        ("bias-not-used", "the base's biases",
+        ("bias-not-used", "trained biases are ignored",
          {"# used": 't = without(t, BIAS); c["bias"] = "none"'}),
-        ("pattern-by-last-names", "a pattern counts for all that ends with its last two names",
+        ("pattern-by-last-names", "a pattern matches by its last two names",
          {"# used":
               'c["alpha_pattern"] = {".".join(n.split(".")[-2:]): v for n, v in '
               'c["alpha_pattern"].items()}'}),
     ],
     "files.outputs.dora": [
-        ("dora-not-used", "LoRA where DoRA is asked for",
+        ("dora-not-used", "use_dora is ignored",
          {"# used": 't = without(t, "magnitude"); c["use_dora"] = False'}),
-        ("magnitude-1", "m = 1",
+        ("magnitude-1", "the magnitude is ignored: m = 1",
          {"# used": 't = {n: 0 * v + 1 if "magnitude" in n else v for n, v in t.items()}'}),
     ],
     "files.outputs.embedding": [
-        ("embedding-not-used", "the base's embedding",
+        ("embedding-not-used", "an embedding's adapter is ignored",
          {"# used": 't = zeroed(t, "lora_embedding_B")'}),
-        ("embedding-unscaled", "B A for s B A of an embedding",
+        ("embedding-unscaled", "an embedding's adapter is not scaled",
          {"# used":
               't = {n: v / v.dtype.type(c["lora_alpha"] / c["r"]) if "lora_embedding_B" in n '
               "else v for n, v in t.items()}"}),
@@ -190,29 +190,28 @@ FUNCTION: Table = {
 }
 SAVE: Table = {
     "files.save.patterns": [
-        ("save-alpha-lost", "α is not saved: 8 is read",
+        ("save-alpha-lost", "lora_alpha is not saved",
          {"# saved": 'c["lora_alpha"] = 8'}, "mlx-examples 622"),
         ("save-scale-as-alpha", "s saved as α", {"# saved": 'c["lora_alpha"] /= c["r"]'}),
         ("save-alpha-is-r", "r saved as α", {"# saved": 'c["lora_alpha"] = c["r"]'}),
         ("save-alpha-whole", "⌊α⌋ saved as α",
          {"# saved": 'c["lora_alpha"] = int(c["lora_alpha"])'}),
-        ("save-square-turned", "tensors that are square saved as their transposes",
+        ("save-square-turned", "square tensors are saved transposed",
          {"# saved": "t = {n: v.T if v.shape == v.T.shape else v for n, v in t.items()}"}),
-        ("save-alpha-pattern-lost", "the α of single modules is not saved",
+        ("save-alpha-pattern-lost", "alpha_pattern is not saved",
          {"# saved": 'c["alpha_pattern"] = {}'}),
-        ("save-rank-pattern-lost", "the ranks of single modules are not saved",
+        ("save-rank-pattern-lost", "rank_pattern is not saved",
          {"# saved": 'c["rank_pattern"] = {}'}),
-        ("save-settings-of-first", "α of the first pattern for all",
+        ("save-settings-of-first", "the first α of alpha_pattern is saved as lora_alpha",
          {"# saved": 'c["lora_alpha"] = next(iter(c["alpha_pattern"].values()), c["lora_alpha"])'}),
-        ("save-adapter-in-name", "the adapter's name in every key",
+        ("save-adapter-in-name", "save writes names with the adapter's name",
          {"# saved": 't = {n.replace(".weight", ".default.weight"): v for n, v in t.items()}'}),
-        ("save-prefix-lost", "names without base_model.model.",
+        ("save-prefix-lost", "save writes names without base_model.model.",
          {"# saved": 't = {n.removeprefix("base_model.model."): v for n, v in t.items()}'}),
-        ("save-rounded", "tensors rounded to bfloat16",
+        ("save-rounded", "save rounds to bfloat16",
          {"# saved": "t = {n: digits(v, 8) for n, v in t.items()}"}),
-        ("save-scaled", "s B for B, and s again when it is read",
-         {"# saved": "t = scaled_B(t, c)"}),
-        ("save-merged-beside", "the merged weights are saved too",
+        ("save-scaled", "save multiplies B by s", {"# saved": "t = scaled_B(t, c)"}),
+        ("save-merged-beside", "save writes merged weights, too",
          {"# saved":
               't |= {n.replace("lora_A", "base_layer"): v @ v.T for n, v in t.items() if '
               '"lora_A" in n}'}),
@@ -221,63 +220,62 @@ SAVE: Table = {
     ],
     "files.save.rslora": [
         ("save-rslora-lost", "use_rslora is not saved", {"# saved": 'c["use_rslora"] = False'}),
-        ("save-rslora-in-alpha", "α √r saved beside use_rslora",
+        ("save-rslora-in-alpha", "save multiplies α by √r, and use_rslora does again",
          {"# saved": 'c["lora_alpha"] *= c["r"] ** 0.5 if c["use_rslora"] else 1'}),
-        ("save-conv1d-turned", "A and B of a transposed weight exchanged",
+        ("save-conv1d-turned", "save exchanges A and B with fan_in_fan_out",
          {"# saved": 't = A_and_B_exchanged(t) if c["fan_in_fan_out"] else t'}),
     ],
     "files.save.modules-to-save": [
-        ("save-head-lost", "the head trained in full is not saved",
+        ("save-head-lost", "modules_to_save are not saved",
          {"# saved": 't = without(t, HEAD); c["modules_to_save"] = None'}),
         ("save-bias-lost", "the trained biases are not saved",
          {"# saved": 't = without(t, BIAS); c["bias"] = "none"'}),
-        ("save-bias-unsaid", "the biases are saved, and the settings know of none",
+        ("save-bias-unsaid", "the biases are saved, but bias = none",
          {"# saved": 'c["bias"] = "none"'}),
-        ("save-head-of-base", "the base's head is saved", {"# saved": "t = zeroed(t, HEAD)"}),
+        ("save-head-of-base", "0 is saved for modules_to_save", {"# saved": "t = zeroed(t, HEAD)"}),
     ],
     "files.save.dora": [
-        ("save-dora-lost", "use_dora is not saved, nor the magnitude",
+        ("save-dora-lost", "use_dora and the magnitude are not saved",
          {"# saved": 't = without(t, "magnitude"); c["use_dora"] = False'}),
         ("save-magnitude-lost", "the magnitude is not saved",
          {"# saved": 't = without(t, "magnitude")'}),
-        ("save-dora-unsaid", "the magnitude is saved, and use_dora is not",
+        ("save-dora-unsaid", "the magnitude is saved, but use_dora is false",
          {"# saved": 'c["use_dora"] = False'}),
     ],
     "files.save.embedding": [
         ("save-embedding-lost", "the embedding's factors are not saved",
          {"# saved": 't = without(t, "lora_embedding")'}),
-        ("save-embedding-name", "the embedding's factors named as a projection's",
+        ("save-embedding-name", "save names the embedding's factors as a projection's",
          {"# saved":
               't = {re.sub(r"lora_embedding_(.)", r"lora_\\1.weight", n): v for n, v in '
               "t.items()}"}),
     ],
     "files.resave": [
-        ("again-alpha-grows", "α doubles whenever it is saved",
-         {"# saved": 'c["lora_alpha"] *= 2'}),
-        ("again-names-grow", "names get another prefix whenever they are saved",
+        ("again-alpha-grows", "α doubles with every save", {"# saved": 'c["lora_alpha"] *= 2'}),
+        ("again-names-grow", "names get another prefix with every save",
          {"# saved": 't = {f"base_model.model.{n}": v for n, v in t.items()}'}),
-        ("again-rounded", "a digit is lost whenever it is loaded",
+        ("again-rounded", "load rounds to 12 binary digits",
          {"# loaded": "t = {n: digits(v, 12) for n, v in t.items()}"}),
     ],
 }
 GRADIENTS: Table = {
     "files.outputs.regex": [
-        ("pattern-anywhere", "a pattern counts for every name that it stands in",
+        ("pattern-anywhere", "a pattern matches anywhere in a name",
          {"# used": 'c["alpha_pattern"] = {f".*{n}.*": v for n, v in c["alpha_pattern"].items()}'}),
-        ("pattern-end", "a pattern counts for every name that ends so, without a dot before it",
+        ("pattern-end", "a pattern matches the end of a name, without a dot before it",
          {"# used": 'c["alpha_pattern"] = {f".*{n}": v for n, v in c["alpha_pattern"].items()}'}),
-        ("pattern-no-expression", "a pattern is a name and no expression",
+        ("pattern-no-expression", "a pattern is no regular expression",
          {"# used":
               'c["alpha_pattern"] = {re.escape(n): v for n, v in c["alpha_pattern"].items()}'}),
     ],
     "files.second-adapter": [
-        ("adapter-kept", "the first adapter that a model was given",
+        ("adapter-kept", "a model keeps the first adapter that it was given",
          {"# folder":
               'adapter_dir = vars(self).setdefault("kept", {}).setdefault(model_dir, '
               "adapter_dir)"}),
     ],
     "files.gradients.patterns": [
-        ("gradients-of-others", "gradients of the last layer are 0",
+        ("gradients-of-others", "the last layer's gradients are 0",
          {"# answer": 'answer["grads"] = zeroed(answer["grads"], "layers.1.")'}),
     ],
     "files.gradients.rslora": [
@@ -287,7 +285,7 @@ GRADIENTS: Table = {
               'answer["grads"].items()}'}),
     ],
     "files.gradients.modules-to-save": [
-        ("gradients-of-head", "the gradients of a head trained in full are 0",
+        ("gradients-of-head", "the gradients of modules_to_save are 0",
          {"# answer": 'answer["grads"] = zeroed(answer["grads"], HEAD)'}),
         ("gradients-of-biases", "the gradients of biases are 0",
          {"# answer": 'answer["grads"] = zeroed(answer["grads"], BIAS)'}),
@@ -302,8 +300,8 @@ GRADIENTS: Table = {
     ],
 }
 SAME: Same = [
-    ("plain", "both files written and read as they are", {}),
-    ("bookkeeping", "other settings that change no function",
+    ("plain", "the reference: both files are written and read as they are", {}),
+    ("bookkeeping", "other settings that do not change the function",
      {"# saved": 'c["inference_mode"], c["revision"] = False, None'}),
     ("order", "tensors in another order",
      {"# saved": "t = dict(reversed(t.items()))", "# loaded": "t = dict(reversed(t.items()))"}),

@@ -262,78 +262,78 @@ SESSION = Reference((Linear, Session, Pair, Lifecycle), NAMES)
 # fmt: off
 LIFECYCLE: Table = {
     "lifecycle.add": [
-        ("added-active", "a new adapter acts at once, beside the others",
+        ("added-active", "a new adapter is active at once",
          {"# after adding": "self.active.append(name)"}),
     ],
     "lifecycle.several": [
-        ("activate-adds", "activating leaves the others active",
+        ("activate-adds", "activate leaves the other adapters active",
          {"Session: # before activating":
               "names = [*self.active, *(name for name in names if name not in self.active)]"}),
-        ("activate-one", "only the first of several acts",
+        ("activate-one", "activate takes only the first of several adapters",
          {"Session: # before activating": "names = names[:1]"}),
-        ("activate-none", "activating none leaves all as it was",
+        ("activate-none", "activate([]) changes nothing",
          {"Session: # before activating": "names = names or self.active"}),
     ],
     "lifecycle.disable": [
-        ("disable-nothing", "disabling does nothing", {"self.off = True": "pass"}),
-        ("disable-merged", "disabling leaves what is merged",
+        ("disable-nothing", "disable does nothing", {"self.off = True": "pass"}),
+        ("disable-merged", "disable leaves merged adapters in the output",
          {"W = self.base() if self.off else self.W": "W = self.W"}),
-        ("disable-for-ever", "activating does not end it",
+        ("disable-for-ever", "activate does not enable again",
          {"self.active, self.off = list(names), False": "self.active = list(names)"}),
     ],
     "lifecycle.scale": [
-        ("scale-piled", "each factor on the last one",
+        ("scale-piled", "scale multiplies the previous factor",
          {"# before scaling": "factor = self.factor[name] * factor"}),
-        ("scale-nothing", "a factor is ignored", {"# before scaling": "return"}),
-        ("scale-of-all", "a factor for all adapters",
+        ("scale-nothing", "scale does nothing", {"# before scaling": "return"}),
+        ("scale-of-all", "scale sets the factor of all adapters",
          {"Session: def scale(self, name: str, factor: float) -> None:":
               "def scale(self, name, factor):\n        for each in self.known: "
               "self.scale_one(each, factor)\n\n    def scale_one(self, name, factor):"}),
-        ("scale-or-1", "the factor 0 is taken for none",
-         {"# before scaling": "factor = factor or 1.0"}),
-        ("scale-absolute", "a factor's sign is lost", {"# before scaling": "factor = abs(factor)"}),
-        ("scale-given", "a factor goes into the B that was handed in",
+        ("scale-or-1", "a factor of 0 taken for 1", {"# before scaling": "factor = factor or 1.0"}),
+        ("scale-absolute", "the factor's sign is ignored",
+         {"# before scaling": "factor = abs(factor)"}),
+        ("scale-given", "scale multiplies the caller's B",
          {"# before scaling": 'self.known[name]["B"][...] *= factor; return'}),
     ],
     "lifecycle.merge-twice": [
-        ("merge-twice", "merging twice adds twice",
+        ("merge-twice", "a second merge adds the adapter again",
          {"for name in [name for name in self.active if name not in self.merged]":
               "for name in self.active"}),
-        ("unmerge-twice", "unmerging twice takes away twice",
+        ("unmerge-twice", "a second unmerge subtracts the adapter again",
          {"for name in list(self.merged):":
               "for name in self.active:\n            self.merged.setdefault(name, "
               "self.delta(name))"}),
-        ("merged-and-branch", "the branch acts beside the merged weight",
+        ("merged-and-branch", "a merged adapter's branch is still added",
          {"# acting": "names = [] if self.off else self.active"}),
-        ("unmerge-nothing", "unmerging does nothing",
+        ("unmerge-nothing", "unmerge does nothing",
          {"self.W = self.W - self.merged.pop(name)": "self.merged.pop(name)"}),
     ],
     "lifecycle.merge-several": [
-        ("merge-all", "inactive adapters are merged too",
+        ("merge-all", "merge takes inactive adapters, too",
          {"# before merging": "self.active = list(self.known)"}),
-        ("merge-first", "only the first active one is merged",
+        ("merge-first", "merge takes only the first active adapter",
          {"# before merging": "self.active = self.active[:1]"}),
-        ("unmerge-first", "only the first merged one is unmerged",
+        ("unmerge-first", "unmerge takes out only the first merged adapter",
          {"in list(self.merged):": "in list(self.merged)[:1]:",
           "# after unmerging": "self.merged = {}"}),
     ],
     "lifecycle.scale-while-merged": [
-        ("scale-late", "a scale set while merged acts after unmerging only",
+        ("scale-late", "a factor set while merged has no effect until unmerge",
          {"# before scaling": "self.factor[name] = factor; return"}),
-        ("unmerge-anew", "unmerging takes away what the adapter is by then",
+        ("unmerge-anew", "unmerge subtracts the adapter as it is by then, not what was added",
          {"self.W = self.W - self.merged.pop(name)":
               "self.merged.pop(name); self.W = self.W - self.delta(name)",
           "# before scaling": "self.factor[name] = factor; return"}, "peft 0.21"),
     ],
     "lifecycle.delete": [
-        ("delete-all-rest", "deleting one silences the others",
+        ("delete-all-rest", "delete deactivates the other adapters",
          {"# after deleting": "self.active = []"}),
-        ("delete-branch", "a deleted active adapter goes on",
+        ("delete-branch", "a deleted active adapter still acts",
          {"Session: # before deleting":
               "delta = self.delta(name) if name in self.active and name not in self.merged else "
               "0 * self.W",
           "# after deleting": "self.W = self.W + delta"}),
-        ("delete-beginning", "what only begins with the name is deleted too",
+        ("delete-beginning", "delete takes every adapter whose name begins so",
          {"Session: def delete(self, name: str) -> None:":
               "def delete(self, name):\n        for each in [each for each in self.known if "
               "each.startswith(name)]: self.delete_one(each)\n\n    def delete_one(self, name):"}),
@@ -341,50 +341,51 @@ LIFECYCLE: Table = {
     "lifecycle.delete-while-merged": [
         ("delete-merged", "a deleted merged adapter stays in the weight",
          {"Session: # before deleting": "self.merged.pop(name, None)"}),
-        ("delete-next", "the next adapter acts in its stead",
+        ("delete-next", "delete activates the next adapter",
          {"Session: # before deleting": "acted = name in self.active",
           "# after deleting":
               "self.active = list(self.known)[:1] if acted and not self.active else self.active"}),
     ],
     "lifecycle.activate-while-merged": [
-        ("activate-merged", "what is merged goes on beside what is activated",
+        ("activate-merged", "activate leaves merged adapters in the output",
          {"Session: # before activating": "self.active, self.off = list(names), False; return"}),
     ],
     "lifecycle.add-while-merged": [
-        ("add-merged", "an adapter added beside a merged one is merged",
+        ("add-merged", "an adapter that is added while merged is merged, too",
          {"# after adding": "if self.merged: self.active.append(name); self.put_in(name)"}),
-        ("add-forgets", "adding forgets what is merged", {"# after adding": "self.merged = {}"}),
+        ("add-forgets", "after add, merged adapters cannot be unmerged",
+         {"# after adding": "self.merged = {}"}),
     ],
     "lifecycle.train-eval": [
-        ("eval-adds", "each evaluation merges once more",
+        ("eval-adds", "each eval merges again",
          {"# before evaluation":
               "for name in self.active if self.training else []: self.W = self.W + "
               "self.delta(name)"}),
-        ("train-forgets", "training forgets what is merged",
+        ("train-forgets", "after train, merged adapters cannot be unmerged",
          {"# before training": "self.merged = {}"}, "microsoft/LoRA 34"),
-        ("output-kept", "the last output for whatever x",
+        ("output-kept", "the last output is returned for another x",
          {"# answered": "y = last_output(self, y)"}),
     ],
     "lifecycle.weight": [
-        ("weight-original", "the original weight while merged",
+        ("weight-original", "weight returns W while merged",
          {"self.read(self.W)": "self.read(self.base())"}),
-        ("weight-merged", "W' always", {"self.read(self.W)": "self.read(self.acting())"}),
+        ("weight-merged", "weight returns W' while not merged",
+         {"self.read(self.W)": "self.read(self.acting())"}),
     ],
     "lifecycle.random-steps": [
-        ("merged-alone", "beside a merged adapter no other acts",
+        ("merged-alone", "while one adapter is merged, no other acts",
          {"# acting": "names = [] if self.merged else names"}, "peft 3756"),
-        ("disable-unmerges", "disabling unmerges and does no more",
-         {"self.off = True": "self.unmerge()"}),
+        ("disable-unmerges", "disable only unmerges", {"self.off = True": "self.unmerge()"}),
     ],
     "lifecycle.save-scaled": [
-        ("save-factor-in-B", "B times its factor is saved",
+        ("save-factor-in-B", "save multiplies B by the factor",
          {"Session: # before saving":
               'adapter = {**adapter, "B": (self.factor[name] * '
               'adapter["B"]).astype(adapter["B"].dtype)}'}),
-        ("save-factor-in-alpha", "α times its factor is saved",
+        ("save-factor-in-alpha", "save multiplies α by the factor",
          {"Session: # before saving":
               'adapter = {**adapter, "alpha": self.factor[name] * adapter["alpha"]}'}),
-        ("save-factor", "the factor is saved too",
+        ("save-factor", "save stores the factor, load restores it",
          {"Session: # before saving": "adapter = adapter, self.factor[name]",
           "Session: self.add(name, adapter)":
               "adapter, factor = adapter; self.add(name, adapter); self.factor[name] = factor"}),
@@ -412,157 +413,157 @@ LIFECYCLE: Table = {
          {"self.read(self.W)": 'self.read(self.base() if self.kind == "embedding" else self.W)'}),
     ],
     "lifecycle.single-adapter": [
-        ("merged-forgotten", "after a second merge what was merged is no longer taken out",
+        ("merged-forgotten", "after a second merge, merged adapters cannot be unmerged",
          {"# before merging": "if self.merged: self.merged = {}; return"}),
-        ("merge-given", "the W that was handed in is merged into",
+        ("merge-given", "merge overwrites the caller's W",
          {"# put in": 'self.layer["W"][...] = self.read(self.W)'}),
-        ("one-token", "y of one token has one axis",
+        ("one-token", "y of one token has shape (m,)",
          {"# answered": "y = y[0] if len(y) == 1 else y"}),
     ],
     "lifecycle.single-adapter.conv1d": [
-        ("conv1d-unmerge-adds", "unmerging adds once more where the weight is stored (in, out)",
+        ("conv1d-unmerge-adds", "unmerge has no effect where the weight is stored (in, out)",
          {"self.W = self.W - self.merged.pop(name)":
               "self.W = self.W - self.merged.pop(name); self.W = self.W + self.delta(name) if "
               'self.kind == "conv1d" else self.W'}),
     ],
     "lifecycle.single-adapter.embedding": [
-        ("embedding-eval-adds", "each evaluation merges an embedding once more",
+        ("embedding-eval-adds", "each eval merges an embedding's adapter again",
          {"# before evaluation":
               'for name in self.active if self.training and self.kind == "embedding" else []: '
               "self.W = self.W + self.delta(name)"}),
     ],
     "lifecycle.single-adapter.fused": [
-        ("fused-interleaved", "A's rows belong to the parts in turn",
+        ("fused-interleaved", "A's rows belong to the fused parts in turn",
          {"# of the adapter":
               'adapter = interleaved(adapter) if self.kind == "fused" else adapter'}),
-        ("fused-shared-A", "the first part's A for all parts",
+        ("fused-shared-A", "the first part's A for all fused parts",
          {"# of the adapter": 'adapter = shared_A(adapter) if self.kind == "fused" else adapter'}),
-        ("fused-outer", "the first two parts of three are taken for the first and the last",
+        ("fused-outer", "adapters of q and k taken for q and v in a fused layer",
          {"# enabled":
               "enable = [True, False, True] if enable == [True, True, False] else enable"}),
     ],
     "lifecycle.random-steps.fused": [
-        ("fused-next-rows", "the parts that are on follow each other without a gap",
+        ("fused-next-rows", "a disabled part of a fused layer is not skipped",
          {"# parts": "parts = next_rows(parts)"}),
     ],
     "lifecycle.tied.embedding": [
-        ("tied-embedding-merged", "an embedding's merged change is the tied head's too",
+        ("tied-embedding-merged", "merging an embedding's adapter changes the tied head",
          {"kind, pair = Session, Pair": 'kind, pair = Session, shared("embedding")'}, "peft 0.21"),
     ],
     "lifecycle.tied.head": [
-        ("tied-head-merged", "a tied head's merged change is the embedding's too",
+        ("tied-head-merged", "merging a tied head's adapter changes the embedding",
          {"kind, pair = Session, Pair": 'kind, pair = Session, shared("head")'}, "peft 2018"),
-        ("tied-head-on", "disabling leaves the tied head's adapter",
+        ("tied-head-on", "disable leaves the tied head's adapter on",
          {"self.second.disable()": 'if self.kind == "full": self.second.disable()'}),
     ],
     "lifecycle.tied.both": [
-        ("tied-both-merged", "one change of both uses is merged into the one table twice",
+        ("tied-both-merged", "an adapter of both uses of a table is merged twice",
          {"kind, pair = Session, Pair": 'kind, pair = Session, shared("both")'}, "peft 0.21"),
-        ("tied-both-embedding", "one change of both uses acts in one",
+        ("tied-both-embedding", "an adapter of both uses of a table acts in the embedding alone",
          {"# split": 'second = None if adapter.get("on") == "both" else second'}),
     ],
     "lifecycle.random-steps.tied": [
-        ("tied-one-use", "beside an adapter of the embedding none of the tied head acts",
+        ("tied-one-use", "while an embedding's adapter is active, none of the tied head acts",
          {"Pair: # before activating":
               'uses = [n for n in names if n in self.first.known] if self.kind == "tied" else '
               "[]; names = uses or names",
           "# after activating": "if uses: self.second.activate([])"}),
     ],
     "lifecycle.bias": [
-        ("bias-added", "a trained bias is added to the base's",
+        ("bias-added", "a trained bias is added to the base's instead of replacing it",
          {'self.known[name].get("bias", self.b) - self.b':
               'self.known[name].get("bias", 0 * self.b)'}),
-        ("bias-at-once", "a trained bias takes the base's place when it is added",
+        ("bias-at-once", "a trained bias replaces the base's when it is added",
          {"# after adding":
               'self.b = adapter["bias"] if "bias" in adapter and "W" not in '
               "adapter else self.b"}, "peft 0.21"),
-        ("bias-for-ever", "disabling leaves the trained bias",
+        ("bias-for-ever", "disable leaves the trained bias",
          {"[] if self.off else self.active)": "self.active)"}, "peft 0.21"),
-        ("bias-not-merged", "merging forgets the trained bias",
+        ("bias-not-merged", "a merged adapter's trained bias does not act",
          {"[] if self.off else self.active)":
               "[] if self.off else [n for n in self.active if n not in self.merged])"}),
     ],
     "lifecycle.bias.scaled": [
-        ("bias-scaled", "a factor is the trained bias's too",
+        ("bias-scaled", "scale multiplies the trained bias, too",
          {'self.known[name].get("bias", self.b) - self.b':
               'self.factor[name] * (self.known[name].get("bias", self.b) - self.b)'}),
     ],
     "lifecycle.random-steps.bias": [
-        ("bias-twice", "a trained bias counts twice",
+        ("bias-twice", "a trained bias is added twice",
          {'self.known[name].get("bias", self.b) - self.b':
               '2 * (self.known[name].get("bias", self.b) - self.b)'}),
     ],
     "lifecycle.modules-to-save": [
-        ("full-ignored", "what is trained in full is not used",
+        ("full-ignored", "modules_to_save are not used",
          {"# split": 'second = second if self.kind == "tied" else None'}),
-        ("full-added", "a module trained in full is added to the base's",
+        ("full-added", "a module of modules_to_save is added to the base's",
          {'change = adapter["W"] - self.original': 'change = adapter["W"]'}),
-        ("full-stays", "the last module stays where no other comes",
+        ("full-stays", "a module of modules_to_save stays when the next adapter has none",
          {"Pair: # before activating": 'stays = [] if self.kind == "tied" else self.second.active',
           "# after activating":
               "if stays and names and not self.second.active and stays[0] in "
               "self.second.known: self.second.activate(stays)"}),
-        ("full-not-off", "disabling leaves the module",
+        ("full-not-off", "disable leaves a module of modules_to_save",
          {"self.second.disable()": 'if self.kind == "tied": self.second.disable()'}, "peft 493"),
     ],
     "lifecycle.modules-to-save.delete": [
-        ("full-outlives", "a deleted adapter's module stays",
+        ("full-outlives", "delete leaves the adapter's module of modules_to_save",
          {"Pair: # before deleting":
               'if self.kind == "full" and name in self.second.active: outlive(self.second, name)'}),
     ],
     "lifecycle.random-steps.modules-to-save": [
-        ("full-scaled", "a factor is the module's too",
+        ("full-scaled", "scale multiplies a module of modules_to_save, too",
          {"# after scaling":
               'if self.kind == "full" and name in self.second.known: '
               'scale_module(self.second, name, factor, self.known[name]["head"]["W"])'}),
     ],
     "lifecycle.dora": [
-        ("dora-ignored", "DoRA beside LoRA is LoRA too",
+        ("dora-ignored", "DoRA is taken for LoRA",
          {"# of the adapter": 'adapter = {k: v for k, v in adapter.items() if k != "magnitude"}'}),
     ],
     "lifecycle.random-steps.dora": [
-        ("dora-no-norm", "m ∘ V without ‖V‖, beside LoRA",
+        ("dora-no-norm", "m ∘ V: DoRA is not divided by ‖V‖",
          {"norm = np.sqrt((V * V).sum(1, keepdims=True))": "norm = 1"}),
     ],
     "lifecycle.dora.several": [
-        ("dora-on-sum", "DoRA is merged into what another adapter has left of W",
+        ("dora-on-sum", "DoRA is merged into W with the other merged adapters",
          {"kind, pair = Session, Pair": "kind, pair = OnSum, Pair"}),
-        ("dora-in-a-row", "DoRA rescales what the adapters before it have added, by W's own norm",
+        ("dora-in-a-row", "DoRA rescales what the adapters before it added, by W's own norm",
          {"kind, pair = Session, Pair": "kind, pair = InARow, Pair"}, "peft 0.21"),
     ],
     "lifecycle.save": [
-        ("save-classic", "rsLoRA's scale is not saved",
+        ("save-classic", "use_rslora is not saved",
          {"Session: # before saving":
               'adapter = {k: v for k, v in adapter.items() if k != "use_rslora"}'}),
-        ("save-active", "the active adapter is saved, whichever was asked for",
+        ("save-active", "save takes the active adapter, not the one that is named",
          {"Session: # before saving":
               "adapter = self.known[self.active[0] if self.active else name]"}),
     ],
     "lifecycle.save.fused": [
-        ("save-fused-first", "how many parts are adapted is saved, and not which",
+        ("save-fused-first", "save stores how many fused parts are adapted, not which",
          {"Session: # before saving":
               'adapter = {**adapter, "enable": sorted(adapter["enable"], reverse=True)} if '
               '"enable" in adapter else adapter'}),
     ],
     "lifecycle.save.tied": [
-        ("save-tied-embedding", "an adapter of a tied head is saved as the embedding's",
+        ("save-tied-embedding", "a tied head's adapter is saved as the embedding's",
          {"Pair: # before saving":
               'adapter = {**adapter, "A": adapter["B"].T, "B": adapter["A"].T, "on": '
               '"embedding"} if adapter.get("on") == "head" else adapter'}),
     ],
     "lifecycle.save.tied.both": [
-        ("save-tied-half", "one change of both uses is saved as the embedding's alone",
+        ("save-tied-half", "an adapter of both uses of a table is saved as the embedding's",
          {"Pair: # before saving":
               'adapter = {**adapter, "on": "embedding"} if adapter.get("on") == '
               '"both" else adapter'}, "peft 0.21"),
     ],
     "lifecycle.save.bias": [
-        ("save-no-bias", "a trained bias is not saved",
+        ("save-no-bias", "the trained bias is not saved",
          {"Session: # before saving":
               'adapter = {k: v for k, v in adapter.items() if k != "bias"}'}),
     ],
     "lifecycle.save.modules-to-save": [
-        ("save-no-head", "a module trained in full is not saved",
+        ("save-no-head", "modules_to_save are not saved",
          {"Pair: # before saving": 'adapter = {k: v for k, v in adapter.items() if k != "head"}'}),
     ],
     "lifecycle.save.dora": [
@@ -572,31 +573,32 @@ LIFECYCLE: Table = {
               '"magnitude")}'}),
     ],
     "lifecycle.save-while-merged": [
-        ("save-merged", "what is saved while merged is 0",
+        ("save-merged", "B = 0 is saved while merged",
          {"Session: # before saving":
               'adapter = {**adapter, "B": 0 * adapter["B"]} if name in self.merged else adapter'}),
     ],
     "lifecycle.load-while-merged": [
-        ("load-merged", "what is loaded beside a merged one is merged",
+        ("load-merged", "an adapter that is loaded while merged is merged, too",
          {"Session: # after loading":
               "if self.merged: self.active.append(name); self.put_in(name)"}),
     ],
     "lifecycle.load-while-merged.modules-to-save": [
-        ("load-full-at-once", "a module that is loaded while merged acts at once",
+        ("load-full-at-once", "a module of modules_to_save acts when it is loaded while merged",
          {"Pair: # after loading":
               'if self.kind == "full" and self.first.merged and name in self.second.known: '
               "at_once(self.second, name)"}),
     ],
     "lifecycle.random-steps.files": [
-        ("load-active", "what is loaded acts at once",
+        ("load-active", "a loaded adapter is active at once",
          {"Session: # after loading": "self.active.append(name)"}),
     ],
     "lifecycle.gradients": [
         ("gradients-all", "inactive adapters get a gradient",
          {"# trained": "names = [] if self.off else list(self.known)"}),
-        ("gradients-merged", "what is merged gets a gradient",
+        ("gradients-merged", "merged adapters get a gradient",
          {"# trained": "names = [] if self.off else list(self.active)"}),
-        ("gradients-unscaled", "dA and dB without the factor", {"s = self.factor[name] *": "s ="}),
+        ("gradients-unscaled", "dA and dB without the factor of scale",
+         {"s = self.factor[name] *": "s ="}),
     ],
     "lifecycle.gradients.conv1d": [
         ("gradients-off", "a disabled adapter gets a gradient where the weight is stored (in, out)",
@@ -605,59 +607,59 @@ LIFECYCLE: Table = {
               '"conv1d" else names'}),
     ],
     "lifecycle.gradients.embedding": [
-        ("gradients-last-use", "of a row looked up twice the last counts",
+        ("gradients-last-use", "a row that is looked up twice gets the last use's gradient alone",
          {"# backward":
               'if self.kind == "embedding": last = last_uses(x); x, dy = x[last], dy[last]'}),
     ],
     "lifecycle.gradients.fused": [
-        ("gradients-fused-order", "dA's parts in reverse",
+        ("gradients-fused-order", "dA's fused parts are reversed",
          {"# factors":
               'dA = np.concatenate(np.split(dA, len(dA) // adapter["r"])[::-1]) if self.kind '
               '== "fused" else dA'}),
     ],
     "lifecycle.gradients.tied": [
-        ("gradients-tied-head", "of a tied factor's gradients the head's alone",
+        ("gradients-tied-head", "an adapter of both uses gets the head's gradient alone",
          {"answer[turned] = answer[turned] + gradient.T": "answer[turned] = gradient.T"}),
-        ("gradients-tied-embedding", "of a tied factor's gradients the embedding's alone",
+        ("gradients-tied-embedding", "an adapter of both uses gets the embedding's gradient alone",
          {"answer[turned] = answer[turned] + gradient.T": "pass"}),
     ],
     "lifecycle.gradients.bias": [
-        ("gradients-bias-mean", "the mean of dy over tokens",
+        ("gradients-bias-mean", "the trained bias gets the mean of dy over tokens",
          {'{"bias": dy.sum(0)}': '{"bias": dy.mean(0)}'}),
     ],
     "lifecycle.gradients.modules-to-save": [
-        ("gradients-full-sign", "-dW of a module trained in full",
+        ("gradients-full-sign", "a module of modules_to_save gets -dW",
          {'return {"W": dW, **brought}': 'return {"W": -dW, **brought}'}),
     ],
     "lifecycle.isolation": [
-        ("one-layer", "a second layer takes the first one's place",
+        ("one-layer", "a second layer replaces the first",
          {"kind, pair = Session, Pair": "return one_layer(self, layer)"}),
     ],
     "lifecycle.rounding": [
         ("root-whole", "α/⌊√r⌋ for α/√r", {"alpha * r**-0.5": "alpha / isqrt(r)"}),
-        ("merge-coarse", "the merged weight has 16 binary digits",
+        ("merge-coarse", "the merged weight is rounded to 16 binary digits",
          {"self.merged[name] = self.delta(name)":
               "self.merged[name] = digits(self.W + self.delta(name), 16) - self.W"}),
     ],
     "lifecycle.save.rounding": [
-        ("save-float16", "what is saved is float16",
+        ("save-float16", "arrays are saved in float16",
          {"Session: # before saving": "adapter = stored_as(adapter, np.float16)"}),
-        ("save-bfloat16", "what is saved is bfloat16",
+        ("save-bfloat16", "arrays are saved in bfloat16",
          {"Session: # before saving": "adapter = stored_as(adapter, ml_dtypes.bfloat16)"}),
     ],
     "lifecycle.load-after-delete": [
-        ("load-again", "what is loaded acts at once if one of its name did when it was deleted",
+        ("load-again", "a loaded adapter is active if its name was when it was deleted",
          {"Session: # before deleting":
               'self.maths.memory["acted"] = name if name in self.active else ""',
           "Session: # after loading":
               'if name == self.maths.memory.get("acted"): self.active.append(name)'}),
     ],
     "lifecycle.weight.bias": [
-        ("weight-bias", "the original weight while merged, beside a trained bias",
+        ("weight-bias", "weight returns W while merged, beside a trained bias",
          {"self.read(self.W)": 'self.read(self.base() if self.kind == "bias" else self.W)'}),
     ],
     "lifecycle.weight.dora": [
-        ("weight-dora", "W + s B A while DoRA is merged",
+        ("weight-dora", "weight returns W + s B A while DoRA is merged",
          {"self.read(self.W)":
               "self.read(sum((self.factor[n] * self.maths.delta(self.bare(self.known[n])) for "
               "n in self.merged), start=self.base()))"}),
@@ -670,18 +672,18 @@ LIFECYCLE: Table = {
     ],
 }
 SAME: Same = [
-    ("strict", "a merge of nothing counts, and one while disabled is refused",
+    ("strict", "merging nothing counts, merging while disabled is refused",
      {"kind, pair = Session, Pair": "kind, pair = Strict, Pair"}),
-    ("differentiated", "DoRA's norm differentiated, as declared",
+    ("differentiated", "DoRA's norm is differentiated, as declared",
      {"kind, pair = Session, Pair": "kind, pair = Differentiated, Pair",
       "precision: ClassVar =":
           'conventions: ClassVar = {"dora_norm": "differentiated"}; precision: ClassVar ='}),
-    ("in-place", "a weight changed in place", {}),
-    ("planned", "formed from the original weight each time",
+    ("in-place", "the reference: the weight is changed in place", {}),
+    ("planned", "formed from the original weight at each call",
      {"kind, pair = Session, Pair": "kind, pair = Planned, Pair"}),
-    ("refusing", "with errors instead of no effect",
+    ("refusing", "errors where the reference does nothing",
      {"kind, pair = Session, Pair": "kind, pair = Refusing, Pair"}),
-    ("eval-merges", "evaluation merges", {"# before evaluation": "self.merge()"}),
+    ("eval-merges", "eval merges", {"# before evaluation": "self.merge()"}),
 ]
 # fmt: on
 

@@ -108,47 +108,49 @@ TRAINING = Reference((Optimizer, Training), NAMES)
 # fmt: off
 LABELS: Table = {
     "train.labels": [
-        ("no-shift", "token t learned at t",
+        ("no-shift", "token t is predicted at t",
          {"# labels": "labels = moved(labels, 1) if text else labels"}),
-        ("double-shift", "token t + 2 learned at t",
+        ("double-shift", "token t + 2 is predicted at t",
          {"# labels": "labels = moved(labels, -1) if text else labels"}, "transformers 47394"),
-        ("ids-for-labels", "every token that is no padding, ignored or not",
+        ("ids-for-labels", "ignored labels count: all tokens except padding",
          {"# labels": "labels = np.where(mask == 1, ids, IGNORED) if text else labels"}),
-        ("padding-as-0", "ignored labels as class 0",
+        ("padding-as-0", "ignored labels taken for class 0",
          {"# labels": "labels = np.maximum(labels, 0) if text else labels"}),
-        ("first-padding", "the first token of padding is learned",
+        ("first-padding", "the first padding token is a label",
          {"# labels":
               "labels = np.where((mask == 0) & (moved(mask, 1) == 1), ids, "
               "labels) if text else labels"}, "mlx-lm 1697"),
-        ("first-row", "the first row of a batch alone",
+        ("first-row", "only the first row of a batch counts",
          {"# labels": "labels = first_row(labels) if text else labels"}),
-        ("padding-left-read", "padding before a text is read",
+        ("padding-left-read", "padding on the left is attended to",
          {"# labels": "mask = mask if mask[:, 0].all() else np.ones_like(mask)"}),
-        ("sum", "the sum over labels", {"# back": "g = times(n, g)"}),
+        ("sum", "the sum over labels instead of the mean", {"# back": "g = times(n, g)"}),
         ("by-batch", "divided by the number of rows",
          {"# back": "g = times(n / len(batch.ids), g)"}),
         ("by-positions", "divided by all positions",
          {"# back": "g = times(n / batch.ids.size, g)"}),
-        ("gradient-late", "the gradient of the step before",
+        ("gradient-late", "each step has the previous step's gradient",
          {"# accumulate": "parts, last = (last if history else parts), parts"}),
-        ("gradient-not-zeroed", "gradients pile up over the steps",
+        ("gradient-not-zeroed", "gradients add up over the steps",
          {"# accumulate": "steps = [*steps, parts] if history else [parts]; parts = piled(steps)"}),
-        ("A-alone", "B stays", {"# parameter": 'rate = rate if name.endswith("A") else 0'}),
-        ("B-alone", "A stays", {"# parameter": 'rate = 0 if name.endswith("A") else rate'}),
-        ("ascent", "uphill", {"# back": "g = times(-1, g)"}),
-        ("base-decays", "1 percent less of the frozen weights in each batch",
+        ("A-alone", "B is not trained",
+         {"# parameter": 'rate = rate if name.endswith("A") else 0'}),
+        ("B-alone", "A is not trained",
+         {"# parameter": 'rate = 0 if name.endswith("A") else rate'}),
+        ("ascent", "gradient ascent", {"# back": "g = times(-1, g)"}),
+        ("base-decays", "the frozen weights shrink by 1 percent a batch",
          {"# start": "self.memory.clear()", "# part": "W = decayed(W, spec.trained, self.memory)"}),
     ],
     "train.prompt": [
-        ("prompt-learned", "the prompt is learned too",
+        ("prompt-learned", "labels at the prompt count",
          {"# labels":
               "labels = np.where(before_last(labels != IGNORED), ids, labels) if text else "
               "labels"}),
-        ("prompt-last-learned", "the last token of the prompt is learned too",
+        ("prompt-last-learned", "the prompt's last token is a label",
          {"# labels":
               "labels = np.where((labels == IGNORED) & (moved(labels, -1) != IGNORED), ids, "
               "labels) if text else labels"}),
-        ("answer-first-lost", "the first token of the answer is not learned",
+        ("answer-first-lost", "the answer's first token is no label",
          {"# labels":
               "labels = np.where(moved(labels, 1) == IGNORED, IGNORED, labels) if text else "
               "labels"}),
@@ -178,7 +180,7 @@ ACCUMULATE: Table = {
           "# part":
               "if not n: return 0, {name: np.full_like(W[name], np.nan) for name in "
               "sorted(spec.trained)}"}),
-        ("labels-not-shifted-weigh", "the first label of a row is counted, which nothing predicts",
+        ("labels-not-shifted-weigh", "micro-batches weighted by their labels before the shift",
          {"# back": "n = int((batch.labels != IGNORED).sum())"}),
         ("step-per-micro-batch", "a step for each micro-batch",
          {"# start":
@@ -195,7 +197,7 @@ CLIP: Table = {
         ("sgd-no-momentum", "SGD without its momentum", {"# settings": "momentum = 0.0"}),
         ("sgd-no-decay", "SGD without its decay",
          {"# settings": 'weight_decay = 0.0 if optimizer == "sgd" else weight_decay'}),
-        ("clip-always", "scaled up to the greatest norm too",
+        ("clip-always", "gradients below the maximum norm scaled up to it",
          {"clip = min(1.0, max_norm / (norm + 1e-6))": "clip = min(9.0, max_norm / norm)"}),
         ("clip-micro-batches", "each micro-batch's gradient clipped, then their mean",
          {"# accumulate":
@@ -205,7 +207,7 @@ CLIP: Table = {
 }
 SCHEDULE: Table = {
     "train.linear-schedule": [
-        ("schedule-none", "a constant rate", {"# settings": 'schedule = "constant"'}),
+        ("schedule-none", "a constant rate η", {"# settings": 'schedule = "constant"'}),
         ("schedule-ahead", "the factor of the step after", {"step = k": "step = k + 1"}),
         ("schedule-no-warmup", "no warm-up", {"# settings": "warmup = 0"}),
         ("adam-restarted", "m and v from 0 in every step",
@@ -231,11 +233,11 @@ DECAY: Table = {
          {"# parameter": 'decay = decay * (not name.endswith("bias"))'}),
         ("decay-factors-alone", "λ = 0 for what is trained in full",
          {"# parameter": 'decay = decay * name.endswith((".A", ".B"))'}),
-        ("decay-coupled", "λ p in the gradient",
+        ("decay-coupled", "coupled decay: λ p in the gradient",
          {"m[name] = beta1": "grad = grad + decay * w; decay = 0; m[name] = beta1"}),
-        ("still-skipped", "no decay of an A while B = 0",
+        ("still-skipped", "no decay where the whole gradient is 0",
          {"# parameter": "if not grad.any(): continue"}),
-        ("biases-frozen", "biases stay",
+        ("biases-frozen", "biases are not trained",
          {"# back": 'g = times(0, g, [name for name in g if name.endswith("bias")])'}),
     ],
     "train.no-weight-decay": [
@@ -248,25 +250,25 @@ LORAPLUS: Table = {
         ("warmup-constant-none", "no warm-up where the schedule is constant",
          {"# rate":
               'factor = 1.0 if schedule == "constant" else factor'}, "transformers get_scheduler"),
-        ("loraplus-ignored", "one rate", {"# settings": "ratio = 1.0"}),
-        ("loraplus-on-A", "A has the greater rate",
+        ("loraplus-ignored", "no LoRA+ ratio", {"# settings": "ratio = 1.0"}),
+        ("loraplus-on-A", "the LoRA+ ratio for A instead of B",
          {"# parameter": 'rate = lr * (ratio if name.endswith("A") else 1)'}),
-        ("loraplus-not-in-decay", "B decays at the rate of A",
+        ("loraplus-not-in-decay", "B's decay without the LoRA+ ratio",
          {"w * (1 - rate * decay)": "w * (1 - lr * factor * decay)"}),
     ],
     "train.loraplus.other-params": [
-        ("loraplus-not-A", "all but A has the greater rate",
+        ("loraplus-not-A", "the LoRA+ ratio for all parameters except A",
          {'name.endswith("B") else rate': 'not name.endswith(".A") else rate'}),
-        ("loraplus-vectors", "biases have the greater rate too",
+        ("loraplus-vectors", "the LoRA+ ratio for biases, too",
          {'name.endswith("B") else rate': 'name.endswith((".B", "bias")) else rate'}, "peft 0.21"),
-        ("loraplus-no-embedding", "an embedding's B has it not",
+        ("loraplus-no-embedding", "no LoRA+ ratio for an embedding's B",
          {'name.endswith("B") else rate':
               'name.endswith(".B") and not name.startswith("embed") else rate'}),
     ],
 }
 AGAIN: Table = {
     "train.repeat": [
-        ("adapter-kept", "the adapter that was trained last is trained on",
+        ("adapter-kept", "a second run continues the first one's adapter",
          {"# start":
               'settings = {"total_steps": len(batches), **settings}; kept = '
               "self.memory.setdefault(adapter_dir, []); done = len(kept); kept += batches; "
@@ -276,16 +278,16 @@ AGAIN: Table = {
 }
 OTHERS: Table = {
     "train.classifier": [
-        ("classifier-frozen", "a classifier stays as it is",
+        ("classifier-frozen", "a classifier's gradients are 0",
          {"# back": "g = g if c.causal else times(0, g)"}),
         ("classifier-rows-weigh", "a classifier's micro-batches weighted by their rows",
          {"# back": "n = n if c.causal else len(batch.ids)"}),
-        ("classifier-types-lost", "all token types 0", {"# labels": "types = None"}),
+        ("classifier-types-lost", "token types are ignored", {"# labels": "types = None"}),
     ],
     "train.dora": [
-        ("magnitudes-frozen", "DoRA's magnitudes stay",
+        ("magnitudes-frozen", "DoRA's magnitudes are not trained",
          {"# back": 'g = times(0, g, [name for name in g if name.endswith("magnitude")])'}),
-        ("magnitudes-alone", "of DoRA the magnitudes alone are trained",
+        ("magnitudes-alone", "with DoRA only the magnitudes are trained",
          {"# back": "g = magnitudes_alone(g)"}),
     ],
 }
@@ -297,22 +299,21 @@ TOGETHER: Table = {
               'settings.get("gradient_checkpointing") else settings'}),
         ("checkpointing-without-root", "rsLoRA's scale over √r under checkpointing",
          {"# part": "spec = without_root(spec, W) if self.checkpointing else spec"}),
-        ("upper-layer-alone", "the first layer's adapters stay",
+        ("upper-layer-alone", "the first layer's adapters are not trained",
          {"# back":
               'g = times(0, g, [name for name in g if name.startswith("layers.0.") and '
               "other_layer(name, g) != name])"}),
-        ("layers-exchanged", "each layer gets another's gradients",
+        ("layers-exchanged", "each layer gets the other one's gradients",
          {"# back": "g = {name: g[other_layer(name, g)] for name in g}"}),
     ],
 }
 SAME: Same = [
-    ("plain", "the specification's loss, another optimizer", {}),
-    ("one-batch", "a micro-batch counts as its labels, in another order",
+    ("plain", "the reference: another optimizer and loop", {}),
+    ("one-batch", "the micro-batches in reverse order",
      {"# batches of the step": "step = step[::-1]"}),
     ("rows-apart", "a micro-batch for each row",
      {"# batches of the step": "step = rows_apart(step)"}),
-    ("padding-cut", "columns of padding alone are cut off",
-     {"# given": "given = padding_cut(given)"}),
+    ("padding-cut", "columns of padding are cut off", {"# given": "given = padding_cut(given)"}),
 ]
 # fmt: on
 

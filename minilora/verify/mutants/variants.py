@@ -30,20 +30,21 @@ DORA: Table = {
          {"norm = (V**2).sum(1) ** 0.5": "norm = (W**2).sum(1) ** 0.5"}, "ComfyUI 15458"),
         ("norm-unscaled", "‖W + B A‖",
          {"norm = (V**2).sum(1) ** 0.5": "norm = ((W + B @ A) ** 2).sum(1) ** 0.5"}),
-        ("norm-columns", "the norm of columns",
+        ("norm-columns", "the norms of V's columns instead of its rows",
          {"norm = (V**2).sum(1) ** 0.5": "norm = columns(V)"}, "catid/dora 4", "LyCORIS 216"),
-        ("norm-frobenius", "one norm for all rows",
+        ("norm-frobenius", "one norm of V for all rows",
          {"norm = (V**2).sum(1) ** 0.5": "norm = np.full(len(V), (V**2).sum() ** 0.5)"}),
-        ("norm-l1", "Σ |V|", {"norm = (V**2).sum(1) ** 0.5": "norm = abs(V).sum(1)"}),
-        ("norm-greatest", "max |V|", {"norm = (V**2).sum(1) ** 0.5": "norm = abs(V).max(1)"}),
+        ("norm-l1", "the L1 norm, Σ |V|", {"norm = (V**2).sum(1) ** 0.5": "norm = abs(V).sum(1)"}),
+        ("norm-greatest", "the maximum norm, max |V|",
+         {"norm = (V**2).sum(1) ** 0.5": "norm = abs(V).max(1)"}),
         ("norm-squared", "‖V‖²", {"norm = (V**2).sum(1) ** 0.5": "norm = (V**2).sum(1)"}),
-        ("norm-rms", "the root mean square",
+        ("norm-rms", "the root mean square of V's rows for ‖V‖",
          {"norm = (V**2).sum(1) ** 0.5": "norm = (V**2).mean(1) ** 0.5"}),
-        ("norm-coarse", "the norm in half of the digits",
+        ("norm-coarse", "‖V‖ rounded to half of the dtype's digits",
          {"norm = (V**2).sum(1) ** 0.5": "norm = coarse((V**2).sum(1) ** 0.5, dtype)"}),
-        ("magnitude-ignored", "V / ‖V‖", {"g = m / norm": "g = 1 / norm"}),
-        ("not-normalised", "m ∘ V", {"g = m / norm": "g = m"}),
-        ("plain", "V: no rescaling", {"g = m / norm": "g = np.ones_like(m)"}),
+        ("magnitude-ignored", "V / ‖V‖: m = 1", {"g = m / norm": "g = 1 / norm"}),
+        ("not-normalised", "m ∘ V: not divided by ‖V‖", {"g = m / norm": "g = m"}),
+        ("plain", "V: plain LoRA", {"g = m / norm": "g = np.ones_like(m)"}),
         ("one-more", "(1 + m / ‖V‖) V", {"g = m / norm": "g = 1 + m / norm"}),
         ("first-magnitude", "m₁ for all rows", {"g = m / norm": "g = m[0] / norm"}),
         ("base-alone", "g W + s B A",
@@ -51,7 +52,7 @@ DORA: Table = {
         ("branch-alone", "W + g s B A",
          {"turned = (h @ W.T + branch) * g": "turned = h @ W.T + branch * g"}),
         ("bias-scaled", "g (V x + b)", {"# output": "y = y + (g - 1) * b if dora else y"}),
-        ("s-twice", "‖V‖ with s² B A", {"V = W + delta": "V = W + (s if dora else 1) * delta"}),
+        ("s-twice", "V = W + s² B A", {"V = W + delta": "V = W + (s if dora else 1) * delta"}),
     ],
     "variants.dora.forward.dropout": [
         ("dropout-on-base", "m ∘ V h / ‖V‖ + b: the base's input is dropped too",
@@ -84,40 +85,42 @@ DORA: Table = {
          {"dm = (dy * turned).sum(0) / m": "dm = (dy * turned).sum(0) / m * norm"}),
         ("dm-of-branch", "dm from s B A x alone",
          {"dm = (dy * turned).sum(0) / m": "dm = (dy * (s * (H @ B.T))).sum(0) / norm"}),
-        ("dm-of-y", "dm from y, bias included",
+        ("dm-of-y", "dm from y, with the bias b",
          {"dm = (dy * turned).sum(0) / m": "dm = (dy * (turned + b)).sum(0) / m"}),
-        ("dbias-scaled", "db with m / ‖V‖", {"# gradients": "dbias = dz.sum(0)"}),
+        ("dbias-scaled", "db times m / ‖V‖", {"# gradients": "dbias = dz.sum(0)"}),
         ("dm-mean", "dm / t",
          {"dm = (dy * turned).sum(0) / m": "dm = (dy * turned).sum(0) / m / len(x)"}),
-        ("dx-of-base", "dx without (g - 1) W", {"dx_branch = dx_branch + (dz - dy) @ W": "pass"}),
+        ("dx-of-base", "dx without the base's (m / ‖V‖ - 1) W",
+         {"dx_branch = dx_branch + (dz - dy) @ W": "pass"}),
     ],
     "variants.dora.merge": [
         ("merge-plain", "W + s B A", {"# merged": "merged = V"}),
-        ("merge-inverse", "‖V‖ / m", {"# merged": "merged = V * (1 / g[:, None]) if dora else V"}),
+        ("merge-inverse", "V ∘ ‖V‖ / m",
+         {"# merged": "merged = V * (1 / g[:, None]) if dora else V"}),
         ("merge-base-unscaled", "W + g s B A",
          {"# merged": "merged = W + delta * g[:, None] if dora else V"}),
         ("merge-unit", "V / ‖V‖", {"# merged": "merged = V / norm[:, None] if dora else V"}),
     ],
     "variants.dora.forward.evaluation": [
-        ("evaluation-scaled", "h = x / (1 - p) without a mask",
+        ("evaluation-scaled", "h = x / (1 - p) where there is no mask",
          {"h = x * K": "h = x * K / (1 - p) if dora and not dropout else x * K"}),
     ],
     "variants.dora.vjp.evaluation": [
-        ("evaluation-backward", "du / (1 - p) without a mask",
+        ("evaluation-backward", "du / (1 - p) where there is no mask",
          {"dH = ds * (dz @ B)": "dH = ds * (dz @ B) / (1 - p if dora and not dropout else 1)"}),
     ],
     "variants.dora.forward.conv1d": [
-        ("conv1d-norm", "the norm of columns with fan_in_fan_out",
+        ("conv1d-norm", "the norms of V's columns with fan_in_fan_out",
          {"norm = (V**2).sum(1) ** 0.5":
               "norm = columns(V) if fan_in_fan_out else (V**2).sum(1) ** 0.5"}),
     ],
     "variants.dora.vjp.conv1d": [
-        ("conv1d-gradients", "dA, dB, dx with the norm of columns with fan_in_fan_out",
+        ("conv1d-gradients", "dA, dB, dx with the norms of V's columns with fan_in_fan_out",
          {"dz = dy * g if dora else dy":
               "dz = dy * (m / columns(V) if fan_in_fan_out else g) if dora else dy"}),
     ],
     "variants.dora.merge.conv1d": [
-        ("conv1d-merged", "merged with the norm of columns with fan_in_fan_out",
+        ("conv1d-merged", "merged with the norms of V's columns with fan_in_fan_out",
          {"# merged":
               "merged = V * (m / columns(V))[:, None] if dora and fan_in_fan_out else merged"}),
     ],
@@ -140,11 +143,11 @@ DORA: Table = {
          {"ds = s": "ds = s = alpha / r if dora and dropout else s"}),
         ("conv1d-undropped", "no dropout with fan_in_fan_out",
          {"h = x * K": "h = x if dora and fan_in_fan_out else x * K"}),
-        ("magnitude-over-tokens", "(m / ‖V‖)ᵀ where there are as many tokens as outputs",
+        ("magnitude-over-tokens", "tokens instead of outputs rescaled where t = m",
          {"branch = turned - h @ W.T":
               "turned = turned / g * g[:, None] if len(x) == len(g) > 1 else turned; branch = "
               "turned - h @ W.T"}),
-        ("norm-cut-off", "‖V‖, or 0.001 if that is greater",
+        ("norm-cut-off", "max(‖V‖, 0.001)",
          {"norm = (V**2).sum(1) ** 0.5":
               "norm = np.maximum((V**2).sum(1) ** 0.5, V.dtype.type(1e-3))"}),
     ],
@@ -173,13 +176,16 @@ DORA: Table = {
 }
 LORA_BIAS: Table = {
     "variants.lora-bias.forward": [
-        ("unscaled", "s B A x + c", {"branch = branch + s * c": "branch = branch + c"}),
-        ("ignored", "no c", {"branch = branch + s * c": "pass"}),
-        ("scaled-twice", "s² c", {"branch = branch + s * c": "branch = branch + s**2 * c"}),
-        ("first", "c₁ for all", {"# arrays": "c = None if c is None else c[:1].repeat(len(c))"}),
+        ("unscaled", "c is not scaled: s B A x + c",
+         {"branch = branch + s * c": "branch = branch + c"}),
+        ("ignored", "no bias c of B", {"branch = branch + s * c": "pass"}),
+        ("scaled-twice", "c is scaled twice: s² c",
+         {"branch = branch + s * c": "branch = branch + s**2 * c"}),
+        ("first", "c₁ for all outputs",
+         {"# arrays": "c = None if c is None else c[:1].repeat(len(c))"}),
     ],
     "variants.lora-bias.forward.dropout": [
-        ("dropped", "c dropped with the input",
+        ("dropped", "dropout on c",
          {"branch = branch + s * c": "branch = branch + s * K[:, :1] * c"}),
     ],
     "variants.lora-bias.forward.rslora": [
@@ -193,23 +199,23 @@ LORA_BIAS: Table = {
         ("dc-mean", "dc / t", {"dc = ds * dy.sum(0)": "dc = ds * dy.sum(0) / len(x)"}),
     ],
     "variants.lora-bias.vjp.dropout": [
-        ("dc-kept", "dc with K", {"dc = ds * dy.sum(0)": "dc = ds * (K[:, :1] * dy).sum(0)"}),
+        ("dc-kept", "dropout on dc", {"dc = ds * dy.sum(0)": "dc = ds * (K[:, :1] * dy).sum(0)"}),
     ],
     "variants.lora-bias.vjp.rslora": [
         ("dc-rslora-lost", "α/r in dc where rsLoRA was asked",
          {"dc = ds * dy.sum(0)": "dc = alpha / r * dy.sum(0)"}),
     ],
     "variants.lora-bias.forward.evaluation": [
-        ("evaluation-scaled", "h = x / (1 - p) without a mask",
+        ("evaluation-scaled", "h = x / (1 - p) where there is no mask",
          {"h = x * K": "h = x * K / (1 - p) if c is not None and not dropout else x * K"}),
     ],
     "variants.lora-bias.vjp.evaluation": [
-        ("evaluation-backward", "du / (1 - p) without a mask",
+        ("evaluation-backward", "du / (1 - p) where there is no mask",
          {"dH = ds * (dz @ B)":
               "dH = ds * (dz @ B) / (1 - p if c is not None and not dropout else 1)"}),
     ],
     "variants.lora-bias.forward.all": [
-        ("conv1d-ignored", "no c with fan_in_fan_out",
+        ("conv1d-ignored", "no bias c of B with fan_in_fan_out",
          {"branch = branch + s * c": "branch = branch + (0 if fan_in_fan_out else s * c)"}),
         ("vector-first", "c₁ for all outputs of a vector",
          {"branch = branch + s * c": "branch = branch + s * (c if shape else c[0])"}),
@@ -228,8 +234,8 @@ LORA_BIAS: Table = {
     ],
 }
 SAME: Same = [
-    ("rows", "as it is", {}),
-    ("rescaled-weight", "with V rescaled first",
+    ("rows", "the reference", {}),
+    ("rescaled-weight", "through the rescaled weight m ∘ V / ‖V‖",
      {"y = base + branch": "y = base + (h @ (V * g[:, None] - W).T if dora else branch)"}),
     ("as-peft", "W x + (g - 1) W h + g s B A h",
      {"branch = turned - h @ W.T": "branch = (g - 1) * (h @ W.T) + g * (H @ B.T) * s"}),
