@@ -30,6 +30,9 @@ PACKAGES = ("io", "training", "verify", "studies", "cli", "testing")
 
 BESIDE = {"verify": ("pytest_plugin.py",)}
 
+WITH_LIBRARIES = ("verify.peers.implementations", "verify.properties.libraries")
+"""What imports libraries that the documentation does not install."""
+
 MODULE = """# {title}
 
 ```{{eval-rst}}
@@ -163,6 +166,13 @@ def escaped(text):
     )
 
 
+def is_documented(name):
+    """Whether a module gets a page: it is public, no test, and can be imported by the build."""
+    inner = name.removeprefix("minilora.")
+    hidden = any(re.match("_[^_]|test_", part) for part in name.split("."))
+    return not hidden and not inner.startswith(WITH_LIBRARIES)
+
+
 def modules_of(package):
     """The files of a package, and those at the top that belong to it."""
     base = ROOT / "minilora" / package
@@ -178,7 +188,7 @@ def api():
         for path in modules_of(package):
             parts = path.relative_to(ROOT).with_suffix("").parts
             name = ".".join(part for part in parts if part != "__init__")
-            if any(re.match("_[^_]", part) for part in parts) or not offers(path):
+            if not is_documented(name) or not offers(path):
                 continue
             pages[f"api/{package}/{name}.md"] = MODULE.format(
                 title=name.removeprefix("minilora."), name=name
