@@ -124,35 +124,44 @@ def adapted_experts(
     Errors: ValueError if index or ``only`` names no expert, or P has not one entry for each.
     Source: ``target_parameters`` of PEFT.
     """
-    count = len(W)
-    if any(len(p) != count for p in P) or not set(only or ()) <= {*range(count)}:
-        found = f"adapters of {[len(p) for p in P]} experts, only {only}"
-        raise ValueError(f"{found}: expected {count} experts, from 0 to {count - 1}")
-    if index.size and not (index.min() >= 0 and index.max() < count):
-        found = f"{index.min()} to {index.max()}"
-        raise ValueError(f"experts {found}: expected 0 to {count - 1}")
-    adapts = set(range(count)) if only is None else set(only)
+    adapted = _adapted_experts(len(W), P, index, only)
     order = np.argsort(index, kind="stable")  # the columns of expert 0, then those of 1, …
-    places = np.split(order, np.searchsorted(index[order], np.arange(1, count)))
-    pairs = []
-    for e, columns in enumerate(places):
-        own = None if b is None else b[e]
-        parts = (*(p[e] for p in P), s) if e in adapts else ()
-        pairs.append((f if e in adapts else linear)(x[:, columns], W[e], own, *parts))
-    home = np.argsort(order)
-    y = np.concatenate([ye for ye, _ in pairs], axis=1)[:, home]
+    columns = np.split(order, np.searchsorted(index[order], np.arange(1, len(W))))
+    original = np.argsort(order)
+    pairs = [
+        (f if e in adapted else linear)(
+            x[:, at],
+            W[e],
+            None if b is None else b[e],
+            *((*(p[e] for p in P), s) if e in adapted else ()),
+        )
+        for e, at in enumerate(columns)
+    ]
+    y = np.concatenate([ye for ye, _ in pairs], axis=1)[:, original]
 
     def back(dy: Array) -> tuple[Array, ...]:
         dxs, dPs = [], []
         for e, (_, back_e) in enumerate(pairs):
-            dye = dy[:, places[e]]
-            dxe, *gradients = back_e(dye) if e in adapts else (back_e(dye),)
+            dye = dy[:, columns[e]]
+            dxe, *gradients = back_e(dye) if e in adapted else (back_e(dye),)
             dxs.append(dxe)
             dPs.append(gradients or [np.zeros_like(p[e]) for p in P])
-        dx = np.concatenate(dxs, axis=1)[:, home]
+        dx = np.concatenate(dxs, axis=1)[:, original]
         return dx, *(np.stack(d) for d in zip(*dPs, strict=True))
 
     return y, back
+
+
+def _adapted_experts(
+    count: int, P: Sequence[Array], index: Array, only: Sequence[int] | None
+) -> set[int]:
+    """The experts with an adapter. Errors: those of `adapted_experts`."""
+    expected = f"expected {count} experts, from 0 to {count - 1}"
+    if any(len(p) != count for p in P) or not set(only or ()) <= {*range(count)}:
+        raise ValueError(f"adapters of {[len(p) for p in P]} experts, only {only}: {expected}")
+    if index.size and not (index.min() >= 0 and index.max() < count):
+        raise ValueError(f"index from {index.min()} to {index.max()}: {expected}")
+    return set(range(count)) if only is None else set(only)
 
 
 def with_tokens(E: Array, ids: Array, rows: Array) -> tuple[Array, Back]:
@@ -266,12 +275,12 @@ def block_diagonal(W: Array, groups: int) -> tuple[Array, Back]:
     m, n = W.shape
     if m % groups:
         raise ValueError(f"{m} rows in {groups} groups: expected a multiple")
-    own = np.arange(m)[:, None], np.arange(n) + n * (np.arange(m) // (m // groups))[:, None]
+    block = np.arange(m)[:, None], np.arange(n) + n * (np.arange(m) // (m // groups))[:, None]
     y = np.zeros((m, n * groups), W.dtype)
-    y[own] = W
+    y[block] = W
 
     def back(dy: Array) -> Array:
-        dW: Array = dy[own]
+        dW: Array = dy[block]
         return dW
 
     return y, back

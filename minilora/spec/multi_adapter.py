@@ -59,12 +59,12 @@ class Adapter:
 
     def check(self, W: Array) -> None:
         """Errors: ValueError unless the parameters have the variant's shapes on W."""
-        found = [part.shape for part in self.parts]
-        r = found[0][0] if found else 1
-        wanted = part_shapes(self.variant, r, *W.shape)
-        if found != list(wanted.values()):
-            expected = ", ".join(f"{part} {shape}" for part, shape in wanted.items())
-            raise ValueError(f"parameters {found} on W {W.shape}: expected {expected}")
+        shapes = [part.shape for part in self.parts]
+        r = shapes[0][0] if shapes else 1
+        expected = part_shapes(self.variant, r, *W.shape)
+        if shapes != list(expected.values()):
+            text = ", ".join(f"{part} {shape}" for part, shape in expected.items())
+            raise ValueError(f"parameters {shapes} on W {W.shape}: expected {text}")
 
 
 def with_changes(
@@ -227,15 +227,15 @@ class AdaptedLayer:
         for name in self._known(*keep):
             if name in self.merged:
                 raise ValueError(f"K of adapter {name!r}, which is merged: unmerge it to train")
-        own, back_own = linear(x, *self.stored())
+        stored, back_stored = linear(x, *self.stored())
         names = () if self.disabled else [n for n in self.active if n not in self.merged]
         branches = {
             name: self.adapters[name].branch(x, self.W, self.b, keep.get(name)) for name in names
         }
-        y = sum((branch for branch, _ in branches.values()), start=own)
+        y = sum((branch for branch, _ in branches.values()), start=stored)
 
         def back(dy: Array) -> tuple[Array, dict[str, tuple[Array, ...]]]:
-            dx, gradients = back_own(dy), {}
+            dx, gradients = back_stored(dy), {}
             for name, (_, back_branch) in branches.items():
                 dx_branch, *parts = back_branch(dy)
                 dx, gradients[name] = dx + dx_branch, tuple(parts)
@@ -268,18 +268,19 @@ def multi_linear(
     groups = [np.flatnonzero(index == i) for i in range(-1, len(adapters))]
     place = np.argsort(np.concatenate(groups))  # where a column stands, group after group
     pairs = [
-        adapter.branch(x[:, own], W, b, None if K is None else K[:, own])
-        for adapter, own in zip(adapters, groups[1:], strict=True)
+        adapter.branch(x[:, group], W, b, None if K is None else K[:, group])
+        for adapter, group in zip(adapters, groups[1:], strict=True)
     ]
 
-    def joined(whole: Array, parts: Sequence[Array]) -> Array:
+    def joined(base: Array, parts: Sequence[Array]) -> Array:
         """The sum of base and branch of each group's columns, in the original order."""
-        sums = [whole[:, own] + part for own, part in zip(groups[1:], parts, strict=True)]
-        return np.concatenate([whole[:, groups[0]], *sums], axis=1)[:, place]
+        sums = [base[:, group] + part for group, part in zip(groups[1:], parts, strict=True)]
+        return np.concatenate([base[:, groups[0]], *sums], axis=1)[:, place]
 
     def back(dy: Array) -> tuple[Any, ...]:
-        own = [back_i(dy[:, g]) for (_, back_i), g in zip(pairs, groups[1:], strict=True)]
-        return joined(back_base(dy), [dx for dx, *_ in own]), *(tuple(dP) for _, *dP in own)
+        branches = [back_i(dy[:, g]) for (_, back_i), g in zip(pairs, groups[1:], strict=True)]
+        dx = joined(back_base(dy), [dx for dx, *_ in branches])
+        return dx, *(tuple(dP) for _, *dP in branches)
 
     return joined(base, [branch for branch, _ in pairs]), back
 

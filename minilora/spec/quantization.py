@@ -1,8 +1,8 @@
-"""Quantized bases: a frozen weight in four or eight bits, and LoRA beside what it expands to.
+"""QLoRA: a frozen weight in four or eight bits, and LoRA on the dequantized weight.
 
-Each scheme is a pair: ``quantize`` makes codes and constants of W, ``dequantize`` makes W̃ of them.
-W̃ is one weight, exactly known; LoRA on it is `lora.lora_linear` and nothing else.
-Every rounding is part of the specification: where a format fixes float32, so does the code.
+Each scheme has two functions: ``quantize`` makes codes and constants of W, ``dequantize`` makes
+the weight W̃ of them. LoRA on W̃ is `lora.lora_linear`. Every rounding is specified: where a format
+computes in float32, so does the code.
 Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, equations 1 to 6.
 """
 
@@ -26,11 +26,11 @@ NARROW = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.b
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A weight in few bits. Its arrays are read-only, so that a frozen code keeps its bits.
+    """A quantized weight; its arrays are read-only.
 
-    ``scheme``: a name of SCHEMES; ``shape``: of W; ``dtype``: of what it dequantizes to; ``block``:
-    how many entries share constants; ``codes``: packed as the scheme says; ``constants``: scales,
-    offsets, and what else the scheme keeps beside the codes.
+    ``scheme``: a name in SCHEMES; ``shape``: of W; ``dtype``: of W̃; ``block``: how many entries
+    share constants; ``codes``: packed as in the scheme; ``constants``: the scheme's scales and
+    offsets.
     """
 
     scheme: str
@@ -58,9 +58,9 @@ class Quantized:
 
 
 def _checked(W: Array, block: int, multiple: int, whole: bool) -> None:
-    """Refuse a block that is no multiple of ``multiple``, and a W that no scheme takes.
+    """Refuse a block size that is no multiple of ``multiple``, and a W that cannot be quantized.
 
-    ``whole``: each row must be blocks to its end.
+    ``whole``: a row must be a multiple of the block.
     """
     if block < 1 or block % multiple:
         raise ValueError(f"block of {block}: expected a positive multiple of {multiple}")
@@ -78,13 +78,13 @@ def _checked(W: Array, block: int, multiple: int, whole: bool) -> None:
         if len(wrong):
             i, j = wrong[0]
             raise ValueError(
-                f"W[{i}, {j}] is {W[i, j]}: expected finite numbers, since one such entry spoils "
-                "its whole block; mend the weight first"
+                f"W[{i}, {j}] is {W[i, j]}: expected finite numbers; one such entry changes its "
+                "whole block: repair the weight first"
             )
 
 
 def _float32(W: Array) -> Array:
-    """W in float32, which rounds float64; no other number system, since the format fixes this one.
+    """W in float32, the format's dtype; float64 is rounded.
 
     Errors: TypeError for other numbers, ValueError for those beyond float32.
     """
@@ -98,7 +98,7 @@ def _float32(W: Array) -> Array:
 
 
 def round_even(v: Array) -> Array:
-    """The nearest whole number, ties to the even one, of floats and of fractions alike."""
+    """Round to the nearest whole number, ties to even; floats or fractions."""
     rounded: Array = np.rint(v) if v.dtype.kind == "f" else np.frompyfunc(round, 1, 1)(v)
     return rounded
 
@@ -173,7 +173,7 @@ def dequantize_affine(q: Quantized) -> Array:
 
 
 def _inverse(d: Array) -> Array:
-    """1 / d, and 0 where d is 0 or so small that 1 / d overflows: float16 has no such d either."""
+    """1 / d, or 0 where 1 / d overflows: such a d is 0 in float16, too."""
     with np.errstate(divide="ignore", over="ignore"):
         inverse = 1 / d
     return np.where(np.isfinite(inverse), inverse, F32(0))
@@ -305,7 +305,7 @@ def gguf_bytes(q: Quantized) -> Array:
 
 
 def from_gguf(data: Array, scheme: str) -> Quantized:
-    """What :func:`gguf_bytes` gave, or a file of another library has, a row of W in each row.
+    """The quantized weight of a GGUF file's bytes, the inverse of :func:`gguf_bytes`.
 
     Shapes: data (m, k) -> Quantized, its W̃ (m, n).
     Errors: ValueError if the scheme is no GGUF type, or a row is no whole number of blocks.
@@ -329,7 +329,7 @@ def from_gguf(data: Array, scheme: str) -> Quantized:
 
 
 def _spaced(first: float, last: float, k: int) -> Array:
-    """k points from first to last in float32, each rounded once, counted from the nearer end."""
+    """k evenly spaced points in float32, each rounded once, computed from the nearer end."""
     a, b = F32(first), F32(last)
     step = float((b - a) / F32(k - 1))
     i = np.arange(k)
@@ -342,8 +342,8 @@ def nf4_values() -> Array:
     """t = sort(-Φ⁻¹(p⁻), 0, Φ⁻¹(p⁺)) / Φ⁻¹(δ), the 16 values of NF4: quantiles of N(0, 1).
 
     p⁺ are the first 8 of 9 points spaced evenly from δ = 0.9677083 to ½, p⁻ the first 7 of 8, both
-    in float32; the quantiles are rounded to float32 and divided there. So come the very float32
-    numbers that bitsandbytes keeps in a table.
+    in float32; the quantiles are rounded to float32 and divided there. These are the float32
+    numbers in bitsandbytes' table, bit for bit.
 
     Shapes: -> t (16,).
     Source: bitsandbytes' create_normal_map; Dettmers et al. 2023, appendix E, has its numbers,
@@ -418,7 +418,7 @@ def dequantize_dynamic(q: Array, absmax: Array, block: int = 256) -> Array:
 
 
 def _padded(v: Array, block: int) -> Array:
-    """The numbers in rows of one block, the last filled up with zeros."""
+    """The numbers as rows of one block each, the last padded with zeros."""
     rows = np.zeros((-(-v.size // block), block), v.dtype)
     rows.reshape(-1)[: v.size] = v
     return rows
@@ -468,7 +468,7 @@ def quantize_nf4(
 
 
 def nf4_absmax(q: Quantized) -> Array:
-    """a = t[q] nested + offset, where it is quantized too; else as it is kept.
+    """The absmax of each block: t[q] nested + offset with double quantization.
 
     Shapes: -> a (m*n/block,).
     """
@@ -492,7 +492,7 @@ def dequantize_nf4(q: Quantized) -> Array:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a weight is quantized and dequantized; ``block`` where the format fixes it, else None."""
+    """How a weight is quantized and dequantized; ``block``: the format's fixed size, or None."""
 
     quantize: Callable[..., Quantized]
     dequantize: Callable[[Quantized], Array]
@@ -519,7 +519,7 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
 
 
 def quantize(W: Array, scheme: str, block: int | None = None) -> Quantized:
-    """W by the scheme of that name, in blocks of its usual size if none is given.
+    """W quantized by the scheme of that name; the block size defaults to the scheme's.
 
     Shapes: W (m, n) -> Quantized.
     Errors: ValueError if the scheme is unknown, its block is another, or W is not what it takes.
@@ -535,7 +535,7 @@ def quantize(W: Array, scheme: str, block: int | None = None) -> Quantized:
 
 
 def dequantize(q: Quantized) -> Array:
-    """The weight that q stands for: always the same bits.
+    """The weight W̃ of q.
 
     Shapes: -> W̃ (m, n).
     """
@@ -543,7 +543,7 @@ def dequantize(q: Quantized) -> Array:
 
 
 def requantize(q: Quantized, W: Array) -> Quantized:
-    """W by the scheme and the block of q, rounded to the dtype of q before.
+    """W rounded to q's dtype and quantized with q's scheme and block.
 
     Shapes: W (m, n) -> Quantized.
     """
@@ -551,7 +551,7 @@ def requantize(q: Quantized, W: Array) -> Quantized:
 
 
 def _expanded(q: Quantized, *others: Array) -> Array:
-    """W̃ in the number system that it is computed with: a wider one holds the same numbers."""
+    """W̃ in the common dtype of it and the others, which holds the same numbers."""
     W = dequantize(q)
     return W.astype(np.result_type(W, *others))
 
@@ -559,10 +559,10 @@ def _expanded(q: Quantized, *others: Array) -> Array:
 def qlora_linear(
     x: Array, q: Quantized, b: Array | None, A: Array, B: Array, s: Any, K: Array | None = None
 ) -> tuple[Array, Back]:
-    """y = W̃ x + b + s B A (K ∘ x), W̃ = dequantize(q): LoRA on the weight that q stands for.
+    """y = W̃ x + b + s B A (K ∘ x), W̃ = dequantize(q): LoRA on the dequantized weight.
 
-    dx, dA and dB are :func:`lora_linear`'s, bit for bit. ``back`` keeps q and not W̃: it expands q
-    again and runs forward again, so that between the two no array of W's size in floats is held.
+    dx, dA and dB are :func:`lora_linear`'s, bit for bit. ``back`` keeps q instead of W̃: it
+    dequantizes q and runs forward again, so that no float array of W's size is kept in between.
 
     Shapes: x (n, t), q (m, n), b (m, 1), A (r, n), B (m, r), s (), K (n, t) -> y (m, t).
     Source: Dettmers et al. 2023, equation 5.
@@ -582,10 +582,10 @@ def qlora_linear(
 
 
 def merge_onto_original(W: Array, A: Array, B: Array, s: Any, dtype: Any) -> Array:
-    """W' = W + s B A, onto the weight that was quantized, rounded once to ``dtype``.
+    """W' = W + s B A on the original weight, rounded once to ``dtype``.
 
-    Not the function that was trained: it differs by (W - W̃) x, which the adapter has learnt to
-    make up for. In return no quantization error is left in the base.
+    This is not the trained function: it differs by (W - W̃) x, which the adapter has learnt to
+    compensate. In return the base has no quantization error.
 
     Shapes: W (m, n), A (r, n), B (m, r), s () -> W' (m, n).
     """
@@ -593,9 +593,9 @@ def merge_onto_original(W: Array, A: Array, B: Array, s: Any, dtype: Any) -> Arr
 
 
 def merge_onto_dequantized(q: Quantized, A: Array, B: Array, s: Any) -> Array:
-    """W' = W̃ + s B A, onto the weight that q stands for: the function that was trained.
+    """W' = W̃ + s B A on the dequantized weight: the function that was trained.
 
-    It is kept in the factors' dtype: the cost is the memory of the full weight.
+    It has the factors' dtype, and so takes the memory of the full weight.
 
     Shapes: q (m, n), A (r, n), B (m, r), s () -> W' (m, n).
     """
@@ -612,10 +612,10 @@ def norm(M: Array) -> float:
 
 
 def merge_errors(W: Array, q: Quantized, A: Array, B: Array, s: Any) -> dict[str, float]:
-    """How far each way to merge is from the function that was trained, T = W̃ + s B A, over ‖T‖.
+    """How far each way to merge is from the trained function T = W̃ + s B A, relative to ‖T‖.
 
-    "adapter": ‖s B A‖, what training has added, to compare with; "onto original": in W's dtype;
-    "onto dequantized": in W's dtype, one rounding; "re-quantized": T in q's scheme again.
+    "adapter": ‖s B A‖, for comparison; "onto original": in W's dtype; "onto dequantized": in W's
+    dtype, one rounding; "re-quantized": T in q's scheme again.
 
     Shapes: W (m, n), q (m, n), A (r, n), B (m, r), s () -> {name: ()}.
     """

@@ -478,7 +478,7 @@ def _check_layers(W: Weights, ranges: Sequence[tuple[int, int]]) -> None:
 
 
 def with_invocation(tuning: TrainableSpec, ids: Array, tokens: Sequence[int]) -> TrainableSpec:
-    """The tuning of one batch under aLoRA: K is 0 before the last invocation, beside its dropout.
+    """The tuning for one batch of aLoRA: K is 0 before the last invocation, times dropout's K.
 
     Shapes: ids (b, t).
     Errors: those of `variants.invocation`.
@@ -492,9 +492,10 @@ def with_invocation(tuning: TrainableSpec, ids: Array, tokens: Sequence[int]) ->
 
 
 def tied_gradients(gradients: Weights) -> Weights:
-    """dA = dA₁ + dB₂ᵀ, dB = dB₁ + dA₂ᵀ: of an embedding's factors that are a tied head's too.
+    """dA = dA₁ + dB₂ᵀ, dB = dB₁ + dA₂ᵀ, for an embedding's factors that a tied head shares.
 
-    The head's become their transposes, so that an optimizer that goes by entries keeps the two one.
+    The head's gradients are their transposes: an optimizer that works by entries keeps the two
+    equal.
 
     Source: A₂ = B₁ᵀ and B₂ = A₁ᵀ, as `lora.twin` has it, by the chain rule.
     """
@@ -505,27 +506,28 @@ def tied_gradients(gradients: Weights) -> Weights:
 
 
 def replicated_layers(layers: int, ranges: Sequence[tuple[int, int]]) -> list[int]:
-    """The source of each layer, once the ``ranges`` (``layer_replication``) are put on one another.
+    """The original index of each layer of the deeper model that ``layer_replication`` makes.
 
-    (0, 4) and (2, 5) of five layers give 0 1 2 3 2 3 4: a range's end is left out, and layers may
-    come again, in another order, or not at all.
+    The ``ranges`` (0, 4) and (2, 5) of five layers give 0 1 2 3 2 3 4: the end is excluded, and a
+    layer may be repeated, reordered or left out.
 
-    Errors: ValueError if there is no range, or one that is empty or goes beyond the layers.
+    Errors: ValueError without a range, or for one that is empty or outside the layers.
     Source: PEFT 0.21, ``replicate_layers``, which counts negative numbers from the end.
     """
     wrong = [pair for pair in ranges if not 0 <= pair[0] < pair[1] <= layers]
     if wrong or not ranges:
-        found = wrong or "none"
-        raise ValueError(f"ranges: found {found}, expected 0 ≤ start < end ≤ {layers} in each")
+        raise ValueError(
+            f"ranges: found {wrong or 'none'}, expected 0 ≤ start < end ≤ {layers} in each"
+        )
     return [i for start, end in ranges for i in range(start, end)]
 
 
 def replicate_layers(W: Weights, c: Any, ranges: Sequence[tuple[int, int]]) -> tuple[Weights, Any]:
     """A deeper model of the same layers, those of :func:`replicated_layers`: weights and config.
 
-    The copies share their arrays, so that a frozen base takes no more memory; :func:`inject` then
-    gives each of them adapters of its own. What is trained of the base itself parts, copy by copy:
-    for one trained array, sum its gradients.
+    The copies share their arrays: a frozen base takes no more memory. :func:`inject` gives each
+    copy its own adapters. Trained parameters of the base become separate arrays; to keep them
+    equal, sum their gradients.
 
     Errors: those of :func:`replicated_layers`; ValueError if W has adapters already.
     """

@@ -18,11 +18,11 @@ from minilora.spec.variants.entry import (
 
 
 def invocation(ids: Array, tokens: Array) -> Array:
-    """on = 1 from the last place on where a row of ids has the invocation's tokens, 0 before it.
+    """on = 1 from where a row of ids last has the invocation's tokens, 0 before it.
 
-    It multiplies x in the branch, as K does. A row without the invocation is 0 throughout. What a
-    token before the invocation computes is the base model's, and so is its key and value: a cache
-    that the base model has filled serves.
+    It multiplies the adapter's input, as K does. It is 0 for a row without the invocation. Before
+    the invocation the model is the base model, keys and values included: a KV cache that the base
+    model has filled can be reused.
 
     Shapes: ids (b, t), tokens (k,) -> on (b, t).
     Errors: ValueError without tokens.
@@ -31,10 +31,10 @@ def invocation(ids: Array, tokens: Array) -> Array:
     k, t = len(tokens), ids.shape[1]
     if k < 1:
         raise ValueError("no invocation tokens: expected at least one")
-    found = np.zeros(ids.shape, bool)
+    begins = np.zeros(ids.shape, bool)
     for i in range(t - k + 1):
-        found[:, i] = (ids[:, i : i + k] == tokens).all(1)
-    last = np.where(found.any(1), t - 1 - found[:, ::-1].argmax(1), t)
+        begins[:, i] = (ids[:, i : i + k] == tokens).all(1)
+    last = np.where(begins.any(1), t - 1 - begins[:, ::-1].argmax(1), t)
     on: Array = np.arange(t) >= last[:, None]
     return on
 

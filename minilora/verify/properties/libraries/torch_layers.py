@@ -252,7 +252,7 @@ def fused_as_parts(case: LayerCase, rng: np.random.Generator, side: AskLibrary) 
 def moved_convolution(
     case: LayerCase, rng: np.random.Generator, plain: bool, groups: bool
 ) -> LayerCase:
-    """The convolution that a library supports: ``plain`` has no dilation; ``groups`` keeps groups."""
+    """The convolution that a library supports; ``plain``: no dilation; ``groups``: with groups."""
     if not groups and case.extra["groups"] > 1:
         case = case.with_matrices([(W, b) for W, b, _ in case.matrices()])
     geometry = case.extra["geometry"]
