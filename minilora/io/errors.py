@@ -5,21 +5,20 @@ from pathlib import Path
 
 
 class FormatError(ValueError):
-    """A file does not hold what it should.
+    """A file, a field in it, what was found there, what was expected, and what to do.
 
-    Made of the file, the place in it, what was found, what was expected and what to do.
+    These are its ``args``.
     """
 
     def __init__(
-        self, path: Path | str, where: str, found: object, expected: object, remedy: str
+        self, path: Path | str, field: str, found: object, expected: object, remedy: str
     ) -> None:
-        super().__init__(path, where, found, expected, remedy)
+        super().__init__(path, field, found, expected, remedy)
 
     def __str__(self) -> str:
-        path, where, found, expected, remedy = self.args
-        return (
-            f"{path}: {_short(where)}: found {_short(found)}, expected {_short(expected)}; {remedy}"
-        )
+        path, field, found, expected, remedy = self.args
+        found, expected = _short(found), _short(expected)
+        return f"{path}: {_short(field)}: found {found}, expected {expected}; {remedy}"
 
 
 def _short(value: object, limit: int = 400) -> str:
@@ -28,7 +27,7 @@ def _short(value: object, limit: int = 400) -> str:
 
 
 def listed(names: Iterable[object], most: int = 5) -> str:
-    """The first names in order, and how many more there are."""
+    """The first names in alphabetical order, and how many more there are."""
     ordered = sorted(map(str, names))
     more = len(ordered) - most
     return ", ".join(ordered[:most]) + (f" and {more} more" if more > 0 else "")

@@ -387,7 +387,7 @@ def test_what_mlx_cannot_say_is_refused_by_name(tmp_path):
     says("variant of layers.0.q: found dora-full, expected lora or dora", c, *full)
     says("found vera, expected lora or dora", tuning=replace(tuning, variant={"layers.0.q": VERA}))
     beside = replace(tuning, trained=tuning.trained | {"norm.weight"})
-    says("trained: found norm.weight beside them, expected the adapters' parameters", tuning=beside)
+    says("trained: found norm.weight", tuning=beside)
     frozen = replace(tuning, trained=tuning.trained - {"layers.0.q.A"})
     says("trained: found layers.0.q.A frozen", tuning=frozen)
     says(
@@ -726,7 +726,7 @@ def test_a_state_dict_that_says_too_little_or_too_much_is_refused(tmp_path):
         given = {k: v for k, v in (found | (change or {})).items() if v is not None}
         refused(lambda: loralib.read_adapter(source or given, c, **(told | more)), text)
 
-    says("alpha: found none, expected a number; give the lora_alpha", alpha=None)
+    says("alpha: found none, expected a number", alpha=None)
     says(
         r"c_attn.lora_A: found shapes .*expected all parts of the weight; give enabled",
         enabled=None,
@@ -734,12 +734,12 @@ def test_a_state_dict_that_says_too_little_or_too_much_is_refused(tmp_path):
     says(r"c_attn.lora_A: found shapes .*2 parts, 1 of them enabled", enabled=(True, False))
     says("lora_A: found none, expected both factors", {f"{qkv}A": None})
     says(r"lora_B: found shape \(16,\), expected both", {f"{qkv}B": np.ones(16, F32)})
-    says(r"9 columns; is it another", {f"{qkv}A": np.ones((4, 9), F32)})
+    says(r"9 columns", {f"{qkv}A": np.ones((4, 9), F32)})
     says("found transformer.h.9.x.lora_A, expected", {"transformer.h.9.x.lora_A": np.ones(2, F32)})
     says("found extra.bias, expected these", {"extra.bias": np.ones(2, F32)})
     says("tensors: found none, expected <path>.lora_A", dict.fromkeys(found))
     says("found 1 entries that are not finite", {f"{qkv}B": np.full((1, 1), np.nan)})
-    says("found list, expected a NumPy array; give tensor.numpy", {f"{qkv}A": [1.0]})
+    says("found list, expected a NumPy array", {f"{qkv}A": [1.0]})
     for start in (b"PK\x03\x04", b"\x80\x02"):
         (tmp_path / "a.pt").write_bytes(start + b"more")
         says("found a pickle, expected a safetensors file, or arrays", source=tmp_path / "a.pt")
