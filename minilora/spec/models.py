@@ -282,9 +282,9 @@ def logits(
     Errors: ValueError if a token's id, position or type lies outside its table, and for a mask of
     other numbers than 0 and 1 (what is added to scores is another thing).
     """
-    rows = {"embed": batch.ids, "positions": batch.position_ids, "types": batch.type_ids}
+    rows = {"embed": "ids", "positions": "position_ids", "types": "type_ids"}
     for at, n in c.tables().items():
-        low, high = rows[at].min(), rows[at].max()
+        low, high = getattr(batch, rows[at]).min(), getattr(batch, rows[at]).max()
         if low < 0 or high >= n:
             raise ValueError(f"rows of {at}: found {low} to {high}, expected 0 to {n - 1}")
     if batch.mask is not None and not ((batch.mask == 0) | (batch.mask == 1)).all():

@@ -12,7 +12,6 @@ from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
-from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from minilora.io.lazy_weights import Expanded
 from minilora.spec.lora import Params, TrainableSpec, Weights
@@ -50,14 +49,26 @@ def constant_inputs(layers: int, causal: bool, trained: frozenset[str]) -> froze
     return frozenset(first + at for at in FIRST)
 
 
-class Zero(NDArrayOperatorsMixin):
+class Zero:
     """The gradient by what is constant: 0 of any shape, whatever it is multiplied by."""
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **_: Any) -> Any:
-        others = [x for x in inputs if x is not self]
-        if ufunc not in (np.add, np.subtract) or method != "__call__" or not others:
-            return self
-        return -others[0] if ufunc is np.subtract and inputs[0] is self else others[0]
+        first, *rest = inputs
+        if ufunc in (np.add, np.subtract) and method == "__call__" and rest[0] is not first:
+            return first if first is not self else rest[0] if ufunc is np.add else -rest[0]
+        return self
+
+    def _zero(self, other: Any) -> "Zero":
+        return self
+
+    def _other(self, other: Any) -> Any:
+        return other
+
+    __mul__ = __rmul__ = __matmul__ = __rmatmul__ = __truediv__ = _zero
+    __add__ = __radd__ = __rsub__ = _other
+
+    def __sub__(self, other: Any) -> Any:
+        return self if other is self else -other
 
     def __len__(self) -> int:
         return 1

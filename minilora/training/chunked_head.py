@@ -74,6 +74,8 @@ def _in_chunks(
 
 def _with_head(E: Any, by_rows: bool, at: str, W: Params) -> Params:
     """W, in which the weight E of the projection ``at`` is dense, or read by blocks of rows."""
+    if not by_rows and isinstance(E, np.ndarray):
+        return W
     weight, others = weight_of(at, W), (name for name in W if name.startswith(f"{at}."))
     parts: dict[str, Any] = {name: W[name] for name in others if name != weight}
     return parts | {weight: as_table(E) if by_rows else np.asarray(E)}
