@@ -531,7 +531,7 @@ def test_the_norm_is_the_root_of_the_sum_of_squares():
 def test_a_number_that_is_none_is_refused_with_its_place(scheme, value):
     W = weights(0)
     W[3, 7] = value
-    with pytest.raises(ValueError, match=rf"W\[3, 7\] is {value}: expected finite numbers.* mend"):
+    with pytest.raises(ValueError, match=rf"W\[3, 7\] is {value}: expected finite numbers"):
         quantize(W, scheme)
 
 
