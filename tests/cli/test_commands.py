@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from calculus import GRADIENT, record_worst, relative_error, same_bits
 from extras import needs, optional
+from marks import others_slow
 from test_formats import libraries as libraries
 
 from minilora import logits
@@ -1211,7 +1212,7 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=json.dumps)
+@pytest.mark.parametrize("damage", others_slow(DAMAGES, *DAMAGES[::5]), ids=json.dumps)
 def test_a_damaged_run_is_told_and_may_be_replaced(damage, minilora, trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained / "llama", run)
@@ -1235,7 +1236,7 @@ def test_memory_that_is_not_there_is_told(minilora, monkeypatch):
     assert "not enough memory" in err
 
 
-@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize("streams", others_slow([">&-", "2>&-", ">&- 2>&-"], ">&-"))
 def test_a_stream_that_is_closed_ends_no_command(streams, tmp_path):
     command = f"{sys.executable} -m minilora train --output run --max-steps 1 {streams}"
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True,

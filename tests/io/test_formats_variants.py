@@ -373,7 +373,11 @@ SETTINGS = [
         "target_modules: found model.embed_tokens",
     ),
     ("vera", {"target_modules": ["embed_tokens"]}, "target_modules: found model.embed_tokens"),
-    ("tables", {"target_modules": ["input_layernorm"]}, r"target_modules: found model\.layers\.0\.input_layernorm"),
+    (
+        "tables",
+        {"target_modules": ["input_layernorm"]},
+        r"target_modules: found model\.layers\.0\.input_layernorm",
+    ),
     ("tied head", {"init_lora_weights": "pissa"}, "found pissa of a tied head, expected true"),
     (
         "tables, gpt2",
@@ -383,7 +387,11 @@ SETTINGS = [
     ("tie", {"use_dora": True}, "use_dora: found it beside ensure_weight_tying, expected neither"),
     ("tie", {"rank_pattern": {"lm_head": 5}}, "ensure_weight_tying: ranks 2 and 5"),
     ("adalora", {"rank_pattern": {E[:-1] + "A": [True] * 4}}, "rank_pattern: found model.*lora_A"),
-    ("adalora", {"rank_pattern": {E: [True]}}, "rank_pattern: found another length of .*expected 4"),
+    (
+        "adalora",
+        {"rank_pattern": {E: [True]}},
+        "rank_pattern: found another length of .*expected 4",
+    ),
     ("adalora", {"rank_pattern": {E: [1, 1, 0, 0]}}, "rank_pattern: found .*lists of true and fal"),
     ("adalora", {"rank_pattern": {"q_proj": 3}}, "rank_pattern: found .*lists of true and false"),
     ("adalora", {"lora_alpha": 0}, "lora_alpha: found 0, expected more than 0"),
@@ -412,7 +420,11 @@ SETTINGS = [
     ),
     ("tokens", {"target_modules": ["lm_head"]}, "found lm_head, which is adapted, tied"),
     ("tokens", {"modules_to_save": ["lm_head"]}, "found lm_head, which is adapted, tied"),
-    ("tokens, tied", {"target_modules": ["lm_head"]}, "trainable_token_indices: found model.embed_tokens"),
+    (
+        "tokens, tied",
+        {"target_modules": ["lm_head"]},
+        "trainable_token_indices: found model.embed_tokens",
+    ),
     (
         "tokens, tied",
         {"trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}},

@@ -207,7 +207,8 @@ def shares_of_bounds(found, probes):
         yield float(abs((v * entries.astype(np.longdouble)).sum() - value)) / bound
 
 
-@pytest.mark.parametrize("name", others_slow(CONFIGS, "Llama"))
+@pytest.mark.slow
+@EVERY
 def test_float64_is_as_near_to_long_double_as_rounding_allows(name, any_number):
     model = case(name, 2, 4)
     found = loss_and_gradients(model)

@@ -206,6 +206,7 @@ def test_only_what_both_can_do_and_what_is_asked_for_is_measured(
     assert (row["ms"] == "-") == ("step" not in left)
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes_what_it_measured(tmp_path, capsys):
     file = tmp_path / "bench.json"
     status = main(

@@ -68,6 +68,7 @@ def test_cells_that_would_share_a_folder_are_refused():
         grid([1], [], [0.1, 0.10000001], [0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_a_cell_is_what_training_does(cell, whole, tmp_path):
     out, rows = whole

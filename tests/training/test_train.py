@@ -99,7 +99,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", others_slow(KINDS, "lora", "adalora", "bert", "full"))
+@pytest.mark.parametrize("kind", others_slow(KINDS, "lora", "adalora"))
 def test_an_interrupted_run_goes_on_to_the_same_bits(kind, tmp_path):
     config, model = KINDS[kind]
     wanted = whole(tmp_path, run_of(config, model), save_every=2, val_every=2)
@@ -272,7 +272,7 @@ def evaluated(base, adapter, examples):
     return evaluate.mean_loss(batches, read.weights, base.config, read.tuning, PLAN).loss
 
 
-@pytest.mark.parametrize("variant", others_slow(VARIANTS, "lora", "dora", "pissa", "adalora"))
+@pytest.mark.parametrize("variant", others_slow(VARIANTS, "dora", "pissa"))
 def test_what_is_written_of_a_variant_has_the_loss_of_what_was_trained(variant, tmp_path):
     """In float64, to the rounding of sums of as many terms as there are weights and labels."""
     run = run_of(replace(QUICK, variant=variant, dtype="float64", learning_rate=0.03))

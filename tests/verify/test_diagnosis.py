@@ -7,7 +7,6 @@ from functools import reduce
 
 import numpy as np
 import pytest
-from marks import others_slow
 
 from minilora.verify import engine, mutants
 from minilora.verify.checks import linear
@@ -219,9 +218,8 @@ def test_an_error_in_a_layer_s_life_says_the_step_and_has_the_fewest_steps():
     assert result.smallest["steps"] == "add('onetwo') activate(['onetwo'])"
 
 
-@pytest.mark.parametrize(
-    "kind", others_slow(["linear", "tied", "modules-to-save"], "modules-to-save")
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["linear", "tied", "modules-to-save"])
 def test_a_right_session_has_no_such_steps(kind):
     assert fewest(Minilora, kind) is None
 
@@ -438,6 +436,7 @@ def test_what_is_merged_and_has_a_gradient_is_not_taken_for_what_is_inactive():
     assert [d.id for d in found("lifecycle.gradients", CATALOGUE["lifecycle-gradients-all"].make)]
 
 
+@pytest.mark.slow
 def test_of_a_layer_s_life_the_first_wrong_step_is_described_and_no_rank():
     class OneMore(Minilora):
         def session(self, layer):

@@ -153,6 +153,8 @@ def test_noise_is_half_a_unit_in_the_last_place_and_of_a_function_two(function, 
 def test_of_a_million_nightly_runs_of_what_is_right_fewer_than_one_fails_by_chance():
     """And not so few that the limits could be ten times as sure."""
     drawn = ("init.distribution", "init.distribution.gaussian", "init.independent")
-    counts = [c.cases("nightly", dtype) for c in init.LEVEL.checks if c.id in drawn for dtype in DTYPES]
+    counts = [
+        c.cases("nightly", dtype) for c in init.LEVEL.checks if c.id in drawn for dtype in DTYPES
+    ]
     assert len(counts) == len(drawn) * len(DTYPES)
     assert sum(counts) * init.ERROR < 1e-6 < 10 * sum(counts) * init.ERROR

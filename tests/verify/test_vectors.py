@@ -15,6 +15,7 @@ import pytest
 from extras import optional
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import others_slow
 from safetensors.numpy import load_file, save_file
 
 from minilora.cli.main import main
@@ -200,6 +201,7 @@ def test_a_set_has_the_same_bytes_whatever_processor_the_products_are_for():
     assert product != other  # and so are those of float64 not
 
 
+@pytest.mark.slow
 def test_nothing_of_a_vector_is_drawn_by_numpy(made, monkeypatch):
     """Whose generators may give other numbers in another version."""
     monkeypatch.setattr(np.random, "default_rng", lambda *_: None)
@@ -319,6 +321,7 @@ def test_another_seed_gives_other_vectors_under_other_ids():
 # ---- what is in a set
 
 
+@pytest.mark.slow
 def test_a_set_comes_back_from_its_files(made, folder):
     manifest, again = read(folder)
     assert list(map(fingerprint, again)) == list(map(fingerprint, made))
@@ -693,7 +696,7 @@ def consume(script, *words):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", CONSUMERS)
+@pytest.mark.parametrize("name", others_slow(CONSUMERS, "plain.py"))
 def test_a_consumer_judges_without_minilora_and_its_answers_hold(name, small, tmp_path, capsys):
     if name.endswith(".mjs") and not shutil.which("node"):
         pytest.skip("node is not installed")
