@@ -21,7 +21,7 @@ from minilora.verify.implementation.sessions import LayerState
 STEPS = 12
 """The number of random steps of a case, and the greatest of a search."""
 
-MAX_WALKS = 400
+MAX_WALKS = 300
 """The maximum number of sequences that the search for the shortest one tries."""
 
 CHECK = "lifecycle.random-steps"

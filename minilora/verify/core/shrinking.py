@@ -25,7 +25,7 @@ Array = np.ndarray
 MAX_SIZE = 4
 """The largest size of a dimension."""
 
-MAX_EVALUATIONS = 1000
+MAX_EVALUATIONS = 500
 """The maximum number of examples that one search tries."""
 
 Difference = tuple[str, Array, Array]
