@@ -123,8 +123,8 @@ def test_the_error_rate_of_a_distribution_is_what_it_says():
     counts = [init.SEEDS * r * n for _, n, r, *_ in init.MODULES]
     counts.append(sum(counts))
     for each, count in zip(found, counts, strict=True):
-        assert 0 < rate(each.sigma[0], count) <= init.ERROR / len(found)
-        assert rate(each.sigma[0] / 2, count) > init.ERROR
+        assert 0 < rate(each.sigma[0], count) <= init.FALSE_ALARM / len(found)
+        assert rate(each.sigma[0] / 2, count) > init.FALSE_ALARM
 
 
 def test_the_error_rate_of_products_is_what_it_says():
@@ -142,10 +142,10 @@ def test_the_error_rate_of_products_is_what_it_says():
 def test_the_error_rate_of_repeated_entries_is_what_it_says():
     """Of as few different numbers as there may be, repeats are as many as are expected."""
     count, size = 24576, 2**22
-    bound = init.repeats(count, init.ERROR)
-    expected = count * (count - 1) / 2 * init.SMALLEST
-    assert 0 < poisson.sf(bound, expected) <= init.ERROR
-    assert poisson.sf((bound + expected) / 2, expected) > init.ERROR
+    bound = init.allowed_repeats(count, init.FALSE_ALARM)
+    expected = count * (count - 1) / 2 * init.MAX_PROBABILITY
+    assert 0 < poisson.sf(bound, expected) <= init.FALSE_ALARM
+    assert poisson.sf((bound + expected) / 2, expected) > init.FALSE_ALARM
     drawn = np.random.default_rng(0).integers(0, size, count)
     repeated = count - np.unique(drawn).size
     assert expected / 2 < repeated < bound

@@ -157,4 +157,4 @@ def test_of_a_million_nightly_runs_of_what_is_right_fewer_than_one_fails_by_chan
         c.cases("nightly", dtype) for c in init.LEVEL.checks if c.id in drawn for dtype in DTYPES
     ]
     assert len(counts) == len(drawn) * len(DTYPES)
-    assert sum(counts) * init.ERROR < 1e-6 < 10 * sum(counts) * init.ERROR
+    assert sum(counts) * init.FALSE_ALARM < 1e-6 < 10 * sum(counts) * init.FALSE_ALARM
