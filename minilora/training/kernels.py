@@ -15,23 +15,26 @@ from minilora.training.checkpointing import lowest_block, stack
 from minilora.training.chunked_head import head_loss
 
 
-@lru_cache(maxsize=2)
-def _tables(t: int, d: int, theta: float, dtype: Any) -> tuple[Array, Array]:
-    tables = ops.rope_tables(np.arange(t)[None], d, theta, dtype)
-    for table in tables:
-        table.setflags(write=False)  # it is every caller's
-    return tables
-
-
 def rope_tables(positions: Array, d: int, theta: float, dtype: Any) -> tuple[Array, Array]:
-    """`ops.rope_tables`, remembered for positions 0 … t - 1, for which each step asks again.
+    """`ops.rope_tables`, remembered for the positions for which each step asks again.
+
+    Where all rows are one array, the tables have one row.
 
     Shapes: positions (b, t) -> cos (b or 1, 1, d/2, t), sin (b or 1, 1, d/2, t).
     """
-    t = positions.shape[1]
-    if (positions == np.arange(t)).all():
-        return _tables(t, d, theta, dtype)
-    return ops.rope_tables(positions, d, theta, dtype)
+    rows = positions[:1] if positions.strides[0] == 0 else positions
+    return _tables(rows.tobytes(), rows.shape, rows.dtype, d, theta, dtype)
+
+
+@lru_cache(maxsize=2)
+def _tables(
+    entries: bytes, shape: tuple[int, int], kind: Any, d: int, theta: float, dtype: Any
+) -> tuple[Array, Array]:
+    positions = np.frombuffer(entries, kind).reshape(shape)
+    tables = ops.rope_tables(positions, d, theta, dtype)
+    for table in tables:
+        table.setflags(write=False)  # it is every caller's
+    return tables
 
 
 def forward_kernels(c: Config, head: Op = project) -> Kernels:
