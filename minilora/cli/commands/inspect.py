@@ -61,7 +61,7 @@ def _rows(model: AdaptedModel) -> list[list[str]]:
     from minilora.io.formats.factors import variant_name
     from minilora.spec.lora import LORA, TABLES, adapted_in, weight_of
     from minilora.spec.multi_adapter import Adapter
-    from minilora.spec.variants import ALORA
+    from minilora.spec.variants import REGISTRY
 
     W, tuning, parameters = model.weights, model.tuning, model.changed
     rows = []
@@ -70,11 +70,12 @@ def _rows(model: AdaptedModel) -> list[list[str]]:
         weight = W[weight_of(at, W)]
         M = weight.T if at in TABLES else weight
         parts = tuple(parameters[f"{at}.{part}"] for part in variant.parts)
-        equation = LORA if variant == ALORA else variant  # on the tokens on which it acts
+        name = variant_name(variant)
+        equation = REGISTRY[name].variant  # of aLoRA, on the tokens on which it acts
         change, _ = Adapter(parts, s, equation).change(M, W.get(f"{at}.bias"))
         norm = np.linalg.norm(change)
         ratio, r = norm / np.linalg.norm(M), len(parameters[f"{at}.A"])
-        rows.append([at, variant_name(variant), str(r), f"{s:g}", f"{norm:.4g}", f"{ratio:.2%}"])
+        rows.append([at, name, str(r), f"{s:g}", f"{norm:.4g}", f"{ratio:.2%}"])
     return rows
 
 

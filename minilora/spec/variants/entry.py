@@ -35,14 +35,16 @@ class Peft:
 
     ``peft_type``: the kind of configuration; ``setting``: the field of it that turns the variant
     on, "" where none does; ``tensors``: the end of each parameter's name after the module's path;
-    ``flat``: a convolution's factors lie as matrices; ``refuses``: the kinds of layers (see
-    `verify.properties.laws`) on which PEFT has no such adapter, with the reason.
+    ``flat``: a convolution's factors lie as matrices; ``takes_init``: PEFT takes another
+    ``init_lora_weights`` than true with it; ``refuses``: the kinds of layers (see
+    `verify.properties.layer_kinds`) on which PEFT has no such adapter, with the reason.
     """
 
     peft_type: str = "LORA"
     setting: str = ""
     tensors: Mapping[str, str] = field(default_factory=dict)
     flat: bool = False
+    takes_init: bool = True
     refuses: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -60,6 +60,7 @@ LORA_BIAS = ExtendedVariant(
     peft=Peft(
         setting="lora_bias",
         tensors=LORA_TENSORS | {"c": "lora_B.bias"},
+        takes_init=False,
         refuses={"embedding": "PEFT refuses lora_bias on an embedding"},
     ),
 )

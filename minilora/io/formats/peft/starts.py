@@ -16,7 +16,6 @@ from minilora.spec.layers import with_tokens
 from minilora.spec.lora import TABLES, Weights, weight_of
 from minilora.spec.ops import Array
 from minilora.spec.target_modules import LoraConfig, ResolvedTargets, scales
-from minilora.spec.variants import ALORA
 
 INIT_FROM_BASE = tuple(
     name for name, init in INITIALIZATIONS.items() if init.base != "kept" and init.in_peft
@@ -83,7 +82,7 @@ def put_back(
     if all(np.array_equal(W[name], before[at]) for at, name in weights.items()):
         return plain, targets, W
     s = scales(lora, targets)
-    sum_is_kept = lora.equation != ALORA and changes == "residual"
+    sum_is_kept = lora.entry.injected is None and changes == "residual"
     factors: Weights = {}
     for at, name in weights.items():
         original = {f"{at}.weight": before[at]}

@@ -39,7 +39,7 @@ from minilora.spec.target_modules import (
     scales,
     ties_head,
 )
-from minilora.spec.variants import LORA_BIAS, Peft, extended
+from minilora.spec.variants import Peft, extended
 
 
 @dataclass(frozen=True)
@@ -337,7 +337,8 @@ def _lora_settings(
     folder: Path, lora: LoraConfig, targets: ResolvedTargets, path_of: Mapping[str, str]
 ) -> dict[str, Any]:
     init = INITIALIZATIONS[lora.init_lora_weights]
-    drawn = init.in_peft and init.base == "kept" and lora.equation != LORA_BIAS
+    takes_init = extended(lora.equation).peft.takes_init
+    drawn = init.in_peft and init.base == "kept" and takes_init
     return {
         "r": lora.r,
         "use_rslora": lora.use_rslora,
