@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -183,3 +185,11 @@ class Layer:
             layer.lora_dropout[name] = GivenMask(spread, p, layer.lora_dropout[name])
         self._mode(model, keep is not None)
         return model, layer
+
+
+@contextmanager
+def without_deprecation() -> Iterator[None]:
+    """PEFT 0.21 asks for an attribute by a name that transformers 5.24 calls deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield

@@ -12,18 +12,14 @@ import torch
 from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
-from minilora.verify.peers._torch import (
-    GivenMask,
-    compute_again,
-    fill,
+from minilora.verify.peers._torch import GivenMask, fill, plain_number, to_numpy, to_torch
+from minilora.verify.peers._transformers import (
+    enable_checkpointing,
     load_base,
     loss_and_gradients,
-    plain_number,
-    plain_optimizer,
-    schedule_of,
-    step_by_step,
-    to_numpy,
-    to_torch,
+    optimizer_of,
+    scheduler_of,
+    train_steps,
 )
 from minilora.verify.peers.loralib import PEER
 
@@ -119,10 +115,10 @@ class Loralib:
         checkpointing = settings.pop("gradient_checkpointing", False)
         model, trained = _opened(model_dir, adapter_dir)
         if checkpointing:
-            compute_again(model)
-        optimizer = plain_optimizer(trained.values(), settings)
-        scheduler = schedule_of(optimizer, settings, len(batches))
-        return step_by_step(
+            enable_checkpointing(model)
+        optimizer = optimizer_of(trained.values(), settings)
+        scheduler = scheduler_of(optimizer, settings, len(batches))
+        return train_steps(
             model, trained, optimizer, scheduler, batches, settings.get("max_grad_norm")
         )
 
