@@ -159,13 +159,13 @@ WHOLE = json.loads(run(CHECKS, WrongScale(), dtypes=["float32"]).json())
 @pytest.mark.parametrize(
     ("document", "words"),
     [
-        ([1], "r.json is no report: found a list, expected an object with schema, target, results"),
+        ([1], "r.json is not a report: found a list, expected .*schema, target, results"),
         (None, "found a NoneType"),
         ({}, "found an object with nothing"),
         ({"schema": 1, "cells": []}, "found an object with schema, cells, expected"),
         ({**WHOLE, "schema": 2}, "r.json: found schema 2, expected 1; read it with the version"),
-        ({**WHOLE, "target": "peft"}, "r.json is no whole report"),
-        ({**WHOLE, "results": [3]}, "no whole report"),
+        ({**WHOLE, "target": "peft"}, "not a complete report"),
+        ({**WHOLE, "results": [3]}, "complete report"),
         (
             changed(WHOLE, "results", 1, "status", value="good"),
             "result 1 has the status 'good', no",
@@ -178,7 +178,7 @@ WHOLE = json.loads(run(CHECKS, WrongScale(), dtypes=["float32"]).json())
             "different length",
         ),
         ({**WHOLE, "results": WHOLE["results"] * 2}, "exact.merge in float32 stands in it 2 times"),
-        (changed(WHOLE, "results", 0, "counterexample", "smallest", value=[1]), "no whole report"),
+        (changed(WHOLE, "results", 0, "counterexample", "smallest", value=[1]), "complete report"),
         ({k: v for k, v in WHOLE.items() if k != "seed"}, "no 'seed'; expected what `minilora ver"),
     ],
 )
@@ -194,7 +194,7 @@ def test_what_is_no_json_is_refused(tmp_path):
         read_report(str(path))
     for junk in (b"{", b"\xff\xfe", b"[" * 100_000):
         path.write_bytes(junk)
-        with pytest.raises(UsageError, match=r"r.json is no JSON: .*; expected what `minilora"):
+        with pytest.raises(UsageError, match=r"r.json is not JSON: .*; expected what `minilora"):
             read_report(str(path))
 
 
@@ -264,7 +264,7 @@ def test_where_a_deviation_sits_is_said_in_words():
     assert words([[1, 1], [4, 4], [1, 1]]) == "beyond the limit in row 1 alone"
     assert words([[4, 4]]) == "beyond the limit everywhere"
     assert words([[0, 0, 0], [0, 4, 0]]) == "beyond the limit in row 1 alone and in column 1 alone"
-    assert words([[1, 0]]).startswith("no element alone")
+    assert words([[1, 0]]).startswith("no single element")
     checkered = [[(i + j) % 2 * 4 for j in range(9)] for i in range(9)]
     assert words(checkered) == "beyond the limit in 9 of 9 rows and 9 of 9 columns"
 
@@ -594,9 +594,9 @@ def test_a_combined_report_is_written_in_the_forms_that_are_asked_for(command, j
     ("arguments", "words"),
     [
         (["absent.json"], "minilora report: absent.json: No such file"),
-        (["a.json", "junk.json"], "junk.json is no report: found a list, expected an object with"),
+        (["a.json", "junk.json"], "junk.json is not a report: found a list, expected an object with"),
         (["a.json", "--html", "no/such/m.html"], "cannot write no/such/m.html: No such file"),
-        (["a.json", "--html", "a.json"], "a.json is one of the reports; write somewhere else"),
+        (["a.json", "--html", "a.json"], "a.json is one of the reports"),
         (["a.json", "--htm", "m.html"], "did you mean --html?"),
         ([], "the following arguments are required: FILE.json"),
     ],

@@ -21,9 +21,9 @@ SIGNS = {"fail": "✗", "error": "!", "loose": "≈", "known": "k", "skip": "–
 ABSENT = "·"
 MEANS = {
     "fail": "deviates by more than rounding",
-    "error": "gives no answer to compare",
+    "error": "no answer to compare",
     "loose": "within twice the unit roundoff",
-    "known": "deviates, as was declared",
+    "known": "a declared deviation",
     "skip": "not supported",
     "pass": "within rounding",
 }
@@ -76,11 +76,11 @@ figcaption { font-size: .9rem } .frame { fill: none; stroke: var(--line) }
   tbody th { min-width: 5.5rem } .level > summary { font-size: 1rem }
   .found { padding: .4rem .5rem } h1 { font-size: 1.3rem } }
 """
-"""Of this page, and of others that look like it."""
+"""The style of this page, and of others that look like it."""
 
 
 def html(reports: Sequence[Report], sources: Sequence[str] = ()) -> str:
-    """The levels and checks of each implementation, worst first, each with all that was found.
+    """The levels and checks of each implementation, worst first, each with its results.
 
     ``sources`` are the files that the reports were read from.
     """
@@ -126,13 +126,13 @@ def _runs(runs: Runs) -> Iterator[str]:
     if runs.differ:
         yield f"<p><strong>The runs differ in {escape(runs.differ)}.</strong></p>"
     for label, report in zip(runs.labels, runs.reports, strict=True):
-        whose = f"{escape(label)}: " if len(runs.reports) > 1 else ""
+        prefix = f"{escape(label)}: " if len(runs.reports) > 1 else ""
         if report.interrupted:
-            yield f"<p><strong>{whose}Interrupted: what was checked so far.</strong></p>"
+            yield f"<p><strong>{prefix}Interrupted: the results so far.</strong></p>"
         if report.conventions:
             choices = ", ".join(f"{key} = {value}" for key, value in report.conventions.items())
-            yield f"<p>{whose}conventions: {escape(choices)}</p>"
-        yield from (f"<p>{whose}{escape(note)}</p>" for note in report.notes)
+            yield f"<p>{prefix}conventions: {escape(choices)}</p>"
+        yield from (f"<p>{prefix}{escape(note)}</p>" for note in report.notes)
 
 
 def _opened(caption: str, extra: str = "") -> str:
@@ -150,7 +150,7 @@ def _head(names: Sequence[str]) -> str:
 
 
 def _overview(runs: Runs) -> Iterator[str]:
-    yield _opened("Checks that hold, of those of each level")
+    yield _opened("Checks that pass, of those of each level")
     yield _head(["level", *runs.labels]) + "<tbody>"
     for level, checks in runs.levels.items():
         name = escape(level)
@@ -169,7 +169,7 @@ def _legend(runs: Runs) -> Iterator[str]:
         f"{MEANS[status]}</span>"
         for status in present
     ]
-    yield f'<p class="soft">{", ".join(signs)}, {ABSENT} not made.'
+    yield f'<p class="soft">{", ".join(signs)}, {ABSENT} not run.'
     if len(runs.reports) > 1:
         yield f"A cell has a sign for each of {', '.join(runs.dtypes)}."
     yield "</p>"
@@ -203,7 +203,7 @@ def _level(runs: Runs, level: str, checks: Sequence[str], first: bool) -> Iterat
 
 def _cell(result: Result | None) -> str:
     if result is None:
-        return f'<td class="absent">{ABSENT}<span class="hidden"> not made</span></td>'
+        return f'<td class="absent">{ABSENT}<span class="hidden"> not run</span></td>'
     word, _, z = cell(result).partition(" ")
     z = f' <span class="no">{z}</span>' if z else ""
     return (
@@ -221,8 +221,8 @@ def _marks(runs: Runs, check: str, i: int) -> str:
         status = result.status if result else "absent"
         signs.append(f'<span class="{status}">{SIGNS.get(status, ABSENT)}</span>')
         words += [f"{dtype} {cell(result)}"] if result else []
-    says = f'<span class="hidden">{escape(", ".join(words) or "not made")}</span>'
-    shown = f'<span class="marks" aria-hidden="true">{"".join(signs)}</span>{says}'
+    text = f'<span class="hidden">{escape(", ".join(words) or "not run")}</span>'
+    shown = f'<span class="marks" aria-hidden="true">{"".join(signs)}</span>{text}'
     if any(result.status in DEVIATES for result in found.values()):
         worst = min(found.values(), key=lambda result: result.severity)
         z = cell(worst).partition(" ")[2]
@@ -232,7 +232,7 @@ def _marks(runs: Runs, check: str, i: int) -> str:
 
 
 def _details(runs: Runs, check: str, opened: bool) -> Iterator[str]:
-    """What was found of a check; the worst check of all is open, where it fails."""
+    """The results of a check; the worst check of all is open if it fails."""
     results = runs.results(check)
     worst = min(results, key=lambda result: result.severity)
     shown = " open" if opened and worst.status in ("fail", "error") else ""
@@ -255,7 +255,7 @@ def _details(runs: Runs, check: str, opened: bool) -> Iterator[str]:
 
 
 def _result(report: Report, result: Result, whole: bool) -> Iterator[str]:
-    """All of a deviation, folded unless it is the worst of its check; why it was skipped."""
+    """A deviation, folded unless it is the worst of its check; or why it was skipped."""
     if result.status in DEVIATES:
         if not whole:
             yield f'<details><summary><span class="{result.status}">{SIGNS[result.status]} '
@@ -267,8 +267,8 @@ def _result(report: Report, result: Result, whole: bool) -> Iterator[str]:
         yield "</div>" + ("" if whole else "</details>")
     if result.known:
         no_more = ", but no longer fails" if result.no_longer_fails else ""
-        says = f"{result.known.reason} {result.known.link}".rstrip()
-        yield f"<p>{result.dtype}: known{no_more}. {escape(says)}</p>"
+        text = f"{result.known.reason} {result.known.link}".rstrip()
+        yield f"<p>{result.dtype}: known{no_more}. {escape(text)}</p>"
     if result.reason:
         many = f"{result.skipped_cases} of {result.cases} cases " if result.cases else ""
         yield f"<p>{result.dtype}: {many}skipped, {escape(result.reason)}</p>"
@@ -280,7 +280,7 @@ def _passes(result: Result) -> str:
 
 
 def _lines(report: Report, result: Result) -> Iterator[str]:
-    """The report's own text, each of its lines as long as the page is wide."""
+    """The lines of the text report, not wrapped."""
     for line in deviation_lines(report, result, width=10**6):
         text = line.strip()
         if text == result.title:  # which the summary has said
@@ -292,10 +292,10 @@ def _lines(report: Report, result: Result) -> Iterator[str]:
 
 
 STEP = 10
-"""The units of a cell's side."""
+"""The side of a cell."""
 
 SIZES = (0, 3, 5, 8, 10)
-"""The side of a square by how far off the cell is: what `grade` counts."""
+"""The side of the square in a cell, by its `grade`."""
 
 WORDS = (
     "",
@@ -307,7 +307,7 @@ WORDS = (
 
 
 def grade(z: float, limit: float, worst: float) -> int:
-    """How far off a cell is, from 0 to 4: equal, in the limit, then by powers of the worst."""
+    """How far off a cell is: 0 equal, 1 within the limit, 2 to 4 by powers of the worst."""
     if z == 0:
         return 0
     if z <= limit:
@@ -361,7 +361,7 @@ def _swatch(level: int) -> str:
 
 
 def shape_words(picture: Picture) -> str:
-    """The array's shape, and that a picture is coarser."""
+    """The array's shape, and the picture's where it is coarser."""
     shape = " × ".join(map(str, picture.shape)) or "one number"
     coarse = picture.sides != (len(picture.z), len(picture.z[0]))
     drawn = f" drawn as {len(picture.z)} × {len(picture.z[0])}" if coarse else ""
@@ -369,11 +369,11 @@ def shape_words(picture: Picture) -> str:
 
 
 def where_words(picture: Picture, grades: Sequence[Sequence[int]]) -> str:
-    """Which rows and columns hold what lies beyond the limit."""
+    """The rows and columns of the elements beyond the limit."""
     off = [(i, j) for i, row in enumerate(grades) for j, level in enumerate(row) if level > 1]
     many, wide = len(picture.z), len(picture.z[0])
     if not off:
-        return "no element alone is beyond the limit, but all are too far off together"
+        return "no single element is beyond the limit; the rms is"
     if len(off) == many * wide:
         return "beyond the limit everywhere"
     rows, columns = sorted({i for i, _ in off}), sorted({j for _, j in off})

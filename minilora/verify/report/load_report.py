@@ -26,7 +26,7 @@ def read_report(path: str) -> Report:
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no JSON: {tidy(error)}; expected {WRITES}") from None
+        raise UsageError(f"{path} is not JSON: {tidy(error)}; expected {WRITES}") from None
     return from_json(document, path)
 
 
@@ -35,13 +35,13 @@ def from_json(document: Any, where: str) -> Report:
 
     What later versions add to a document is left out, and what earlier ones lack is empty.
     """
-    parts = ("schema", "target", "results")
-    if not isinstance(document, Mapping) or any(part not in document for part in parts):
+    required = ("schema", "target", "results")
+    if not isinstance(document, Mapping) or any(part not in document for part in required):
         keys = tidy(", ".join(map(str, document)), 80) if isinstance(document, Mapping) else ""
         found = f"an object with {keys or 'nothing'}" if isinstance(document, Mapping) else ""
         found = found or f"a {type(document).__name__}"
-        expected = f"expected an object with {', '.join(parts)}: {WRITES}"
-        raise UsageError(f"{where} is no report: found {found}, {expected}")
+        expected = f"expected an object with {', '.join(required)}: {WRITES}"
+        raise UsageError(f"{where} is not a report: found {found}, {expected}")
     if document["schema"] != SCHEMA:
         raise UsageError(
             f"{where}: found schema {tidy(document['schema'], 40)}, expected {SCHEMA}; "
@@ -50,9 +50,9 @@ def from_json(document: Any, where: str) -> Report:
     try:
         return _report(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        says = f"no {error}" if isinstance(error, KeyError) else tidy(error)
+        message = f"no {error}" if isinstance(error, KeyError) else tidy(error)
         raise UsageError(
-            f"{where} is no whole report: {says}; expected {WRITES}, so write it again"
+            f"{where} is not a complete report: {message}; expected {WRITES}: write it again"
         ) from None
 
 
@@ -78,11 +78,11 @@ def _report(document: Mapping[str, Any]) -> Report:
 
 
 def _result(entry: Mapping[str, Any], number: int) -> Result:
-    for name, there in (("status", STATUSES), ("dtype", tuple(DTYPES))):
-        if entry[name] not in there:
+    for name, allowed in (("status", STATUSES), ("dtype", tuple(DTYPES))):
+        if entry[name] not in allowed:
             found = tidy(repr(entry[name]), 40)
-            raise ValueError(f"result {number} has the {name} {found}, not of {', '.join(there)}")
-    seen = entry["counterexample"] or {}
+            raise ValueError(f"result {number} has the {name} {found}, not of {', '.join(allowed)}")
+    counterexample = entry["counterexample"] or {}
     worst = entry["worst"]
     return Result(
         check=tidy(entry["check"]),
@@ -97,14 +97,16 @@ def _result(entry: Mapping[str, Any], number: int) -> Result:
         deviating_cases=int(entry.get("deviating_cases", 0)),
         worst=None if worst is None else _judgement(worst),
         worst_case="" if worst is None else tidy(worst["case"]),
-        case=tidy(seen.get("case", "")),
+        case=tidy(counterexample.get("case", "")),
         only=tuple(tidy(each) for each in entry.get("only", ())),
-        arrays=tuple(map(_judgement, seen.get("arrays", ()))),
+        arrays=tuple(map(_judgement, counterexample.get("arrays", ()))),
         faults=tuple(
             FaultSeen(tidy(f["kind"]), tidy(f["message"], 2000), tidy(f["case"]), int(f["cases"]))
             for f in entry.get("faults", ())
         ),
-        smallest=None if seen.get("smallest") is None else dict(seen["smallest"]),
+        smallest=None
+        if counterexample.get("smallest") is None
+        else dict(counterexample["smallest"]),
         diagnosis=tuple(
             Diagnosis(
                 tidy(d["id"]),

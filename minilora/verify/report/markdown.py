@@ -38,7 +38,7 @@ def markdown(reports: Sequence[Report], limit: int, sources: Sequence[str] = ())
             break
         kept.append(part)
     left = len(parts) - len(kept)
-    last = f"\n{left} of {len(parts)} deviations are left out here; the other formats have them.\n"
+    last = f"\n{left} of {len(parts)} deviations are left out here; the other forms have them.\n"
     whole = head + "".join(kept) + (last if left else "")
     return whole if len(whole.encode()) <= limit else last.lstrip() if limit >= 200 else ""
 
@@ -61,7 +61,7 @@ def _markdown_table(runs: Runs) -> Iterator[str]:
     for i, (label, report) in enumerate(zip(runs.labels, runs.reports, strict=True)):
         source = f", from {_plain(runs.sources[i])}" if runs.sources else ""
         how = f"profile {_plain(report.profile)}, seed {report.seed}, minilora "
-        interrupted = " **Interrupted: what was checked so far.**" if report.interrupted else ""
+        interrupted = " **Interrupted: the results so far.**" if report.interrupted else ""
         yield (
             f"- **{_plain(label)}** ({how}{_plain(report.minilora)}{source}): "
             f"{_plain(summary(report))}{interrupted}"

@@ -31,17 +31,17 @@ class Runs:
 
     @property
     def differ(self) -> str:
-        """In what the runs differ but for their targets."""
+        """In what the runs differ, except for their targets."""
         names = ("profile", "seed", "minilora")
         values = [(n, list(dict.fromkeys(getattr(r, n) for r in self.reports))) for n in names]
         return "; ".join(f"{n} ({', '.join(map(str, v))})" for n, v in values if len(v) > 1)
 
     def found(self, check: str, i: int) -> dict[str, Result]:
-        """What the i-th report says of a check, by dtype."""
+        """The results of a check in the i-th report, by dtype."""
         return self._found[check][i]
 
     def results(self, check: str) -> list[Result]:
-        """What all reports say of a check."""
+        """The results of a check in all reports."""
         return [result for found in self._found[check] for result in found.values()]
 
     @property
@@ -58,26 +58,26 @@ class Runs:
         return levels
 
     def score(self, checks: Sequence[str], i: int) -> tuple[str, str]:
-        """The worst that the i-th report has among these checks, and how many of them hold."""
+        """The worst status among these checks in the i-th report, and how many of them pass."""
         worst = [
             min(found.values(), key=lambda result: result.severity).status
             for check in checks
             if (found := self.found(check, i))
         ]
         if not worst:
-            return "absent", "not made"
+            return "absent", "not run"
         counts = Counter(worst)
         others = [f"{counts[s]} {s}" for s in STATUSES if counts[s] and s != "pass"]
-        holds = f"{counts['pass']} of {len(worst)} hold" if others else f"all {len(worst)} hold"
+        passing = f"{counts['pass']} of {len(worst)} pass" if others else f"all {len(worst)} pass"
         deviates = [status for status in worst if status not in ("skip", "pass")]
         sign = (
             min(deviates, key=STATUSES.index) if deviates else "pass" if counts["pass"] else "skip"
         )
-        return sign, ", ".join([holds, *others])
+        return sign, ", ".join([passing, *others])
 
 
 def printable(text: str) -> str:
-    """Without the characters that XML forbids, or that no file can hold."""
+    """The text without characters that XML or a file cannot hold."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
