@@ -55,11 +55,7 @@ def _is_start(value: Any) -> bool:
     return _is_flag(value) or (isinstance(value, str) and value in _STARTS)
 
 
-_PROBABILITY: Setting = (
-    0.0,
-    lambda v: is_number(v) and 0 <= v < 1,
-    "a number from 0 and below 1",
-)
+_PROBABILITY: Setting = (0.0, lambda v: is_number(v) and 0 <= v < 1, "a number from 0 and below 1")
 
 # Each setting that is read: its default, whether a value fits, and what fits, in words.
 _SHARED: Mapping[str, Setting] = {

@@ -36,11 +36,7 @@ def _take_out(
 
 
 def changed_weights(
-    path: Path,
-    base: Mapping[str, Array],
-    W: Weights,
-    lora: LoraConfig,
-    targets: ResolvedTargets,
+    path: Path, base: Mapping[str, Array], W: Weights, lora: LoraConfig, targets: ResolvedTargets
 ) -> Weights:
     """The base's weights that the adapter changes: residuals, and tables with trained rows."""
     changed: Weights = {}
