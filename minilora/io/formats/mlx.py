@@ -6,9 +6,9 @@ resolves them when it loads the folder; the tensors must agree with that, and no
 """
 
 import json
+import math
 import re
-import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -32,6 +32,7 @@ from minilora.io.formats.factors import check_factors, file_name, parameter_shap
 from minilora.io.formats.format import AdapterWeights, Base, Format
 from minilora.io.formats.rules import Rule, check
 from minilora.io.formats.tensors import to_internal
+from minilora.io.formats.values import Fits, is_integer, is_list, is_number, is_text
 from minilora.spec.lora import (
     LORA,
     TABLES,
@@ -217,20 +218,12 @@ def read_settings(path: Path | str, c: Config) -> Settings:
     return Settings(kind, values["rank"], scale, dropout, adapted)
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-_VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "num_layers": (lambda v: type(v) is int, "a whole number"),
-    "rank": (lambda v: type(v) is int and v >= 1, "a whole number from 1"),
-    "scale": (_is_number, "a number"),
-    "dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 and below 1"),
-    "keys": (lambda v: v is None or _are_names(v), "a list of names"),
+_VALUES: Mapping[str, tuple[Fits, str]] = {
+    "num_layers": (is_integer(-math.inf, math.inf), "a whole number"),
+    "rank": (is_integer(1, math.inf), "a whole number from 1"),
+    "scale": (is_number, "a number"),
+    "dropout": (lambda v: is_number(v) and 0 <= v < 1, "a number from 0 and below 1"),
+    "keys": (lambda v: v is None or is_list(is_text)(v), "a list of names"),
 }
 """The settings that say what is adapted: whether a value fits, and what fits, in words."""
 

@@ -1,83 +1,71 @@
 """The settings of ``adapter_config.json``: which are read, and which others may stand there."""
 
 import json
-import sys
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minilora.io.errors import FormatError
 from minilora.io.files import check_settings, read_json
+from minilora.io.formats.values import (
+    Fits,
+    is_either,
+    is_flag,
+    is_integer,
+    is_list,
+    is_number,
+    is_object,
+    is_text,
+)
 from minilora.spec.initialization import INITIALIZATIONS
 from minilora.spec.variants import REGISTRY, extended
 
 _STARTS = ("eva", *(name for name, init in INITIALIZATIONS.items() if init.in_peft))
 
-Setting = tuple[Any, Callable[[Any], bool], str]
-
-
-def is_number(value: Any) -> bool:
-    """Whether JSON has this as a finite number."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= sys.maxsize
-
-
-def _is_flag(value: Any) -> bool:
-    return type(value) is bool
-
-
-def _are_strings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, str) for v in value)
-
-
-def _are_layers(value: Any) -> bool:
-    return all(type(v) is int for v in value) if isinstance(value, list) else type(value) is int
-
-
-def _are_tokens(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int and 0 <= v <= sys.maxsize for v in value)
-
-
-def _are_tokens_of_tables(value: Any) -> bool:
-    named = isinstance(value, dict) and all(map(_are_tokens, value.values()))
-    return named or _are_tokens(value)
-
-
-def _are_ranges(value: Any) -> bool:
-    return isinstance(value, list) and all(_are_tokens(v) and len(v) == 2 for v in value)
+Setting = tuple[Any, Fits, str]
+"""The default, whether a value fits, and what fits, in words."""
 
 
 def _is_start(value: Any) -> bool:
-    return _is_flag(value) or (isinstance(value, str) and value in _STARTS)
+    return is_flag(value) or (isinstance(value, str) and value in _STARTS)
 
 
+_is_layer, _is_token = is_integer(-math.inf, math.inf), is_integer(0)
+_are_tokens = is_list(_is_token)
+
+
+def _is_range(value: Any) -> bool:
+    return _are_tokens(value) and len(value) == 2
+
+
+_FLAG: Setting = (False, is_flag, "true or false")
+_RANK: Setting = (None, is_integer(1), "a whole number from 1")
 _PROBABILITY: Setting = (0.0, lambda v: is_number(v) and 0 <= v < 1, "a number from 0 and below 1")
+_NAMES = (is_either(is_text, is_list(is_text)), "text or a list")
 
-# Each setting that is read: its default, whether a value fits, and what fits, in words.
 _SHARED: Mapping[str, Setting] = {
-    "target_modules": (None, lambda v: isinstance(v, str) or _are_strings(v), "text or a list"),
-    "modules_to_save": ([], _are_strings, "a list of names"),
-    "layers_to_transform": ([], _are_layers, "a whole number or a list"),
-    "layers_pattern": ([], lambda v: isinstance(v, str) or _are_strings(v), "text or a list"),
-    "task_type": ("", lambda v: isinstance(v, str), "text"),
-}
+    "target_modules": (None, *_NAMES),
+    "modules_to_save": ([], is_list(is_text), "a list of names"),
+    "layers_to_transform": (
+        [], is_either(_is_layer, is_list(_is_layer)), "a whole number or a list"
+    ),
+    "layers_pattern": ([], *_NAMES),
+    "task_type": ("", is_text, "text"),
+}  # fmt: skip
 _OF_LORA: Mapping[str, Setting] = {
     "lora_alpha": (None, is_number, "a number"),
-    "exclude_modules": ([], lambda v: isinstance(v, str) or _are_strings(v), "text or a list"),
+    "exclude_modules": ([], *_NAMES),
     "lora_dropout": _PROBABILITY,
     "bias": ("none", ("none", "all", "lora_only").__contains__, "none, all or lora_only"),
     "trainable_token_indices": (
-        [],
-        _are_tokens_of_tables,
+        [], is_either(_are_tokens, is_object(_are_tokens)),
         "whole numbers from 0, or lists of them by names",
     ),
-    "layer_replication": ([], _are_ranges, "pairs of whole numbers from 0"),
-    "ensure_weight_tying": (False, _is_flag, "true or false"),
-}
+    "layer_replication": ([], is_list(_is_range), "pairs of whole numbers from 0"),
+    "ensure_weight_tying": _FLAG,
+}  # fmt: skip
 _OFF: Mapping[str, tuple[Any, ...]] = {
     "use_bdlora": (False, None),
     "use_qalora": (False, None),
@@ -127,7 +115,7 @@ def variant_flags() -> list[str]:
 
 
 def _flags() -> dict[str, Setting]:
-    return dict.fromkeys(variant_flags(), (False, _is_flag, "true or false"))
+    return dict.fromkeys(variant_flags(), _FLAG)
 
 
 KINDS: Mapping[str, Kind] = {
@@ -135,24 +123,14 @@ KINDS: Mapping[str, Kind] = {
         read={
             **_SHARED,
             **_OF_LORA,
-            "r": (None, _is_count, "a whole number from 1"),
-            "rank_pattern": (
-                {},
-                lambda v: isinstance(v, dict) and all(map(_is_count, v.values())),
-                "patterns with whole numbers from 1",
-            ),
-            "alpha_pattern": (
-                {},
-                lambda v: isinstance(v, dict) and all(map(is_number, v.values())),
-                "patterns with numbers",
-            ),
-            "use_rslora": (False, _is_flag, "true or false"),
+            "r": _RANK,
+            "rank_pattern": ({}, is_object(is_integer(1)), "patterns with whole numbers from 1"),
+            "alpha_pattern": ({}, is_object(is_number), "patterns with numbers"),
+            "use_rslora": _FLAG,
             **_flags(),
             "alora_invocation_tokens": ([], _are_tokens, "whole numbers from 0"),
             "init_lora_weights": (
-                True,
-                _is_start,
-                "true, false, gaussian, orthogonal, eva, pissa or olora",
+                True, _is_start, "true, false, gaussian, orthogonal, eva, pissa or olora"
             ),
         },
         fixed={"peft_type": ("LORA",), **_OFF},
@@ -163,14 +141,9 @@ KINDS: Mapping[str, Kind] = {
         read={
             **_SHARED,
             **_OF_LORA,
-            "init_r": (None, _is_count, "a whole number from 1"),
+            "init_r": _RANK,
             "rank_pattern": (
-                {},
-                lambda v: (
-                    isinstance(v, dict)
-                    and all(isinstance(row, list) and all(map(_is_flag, row)) for row in v.values())
-                ),
-                "names with lists of true and false",
+                {}, is_object(is_list(is_flag)), "names with lists of true and false"
             ),
         },
         fixed={
@@ -191,17 +164,17 @@ KINDS: Mapping[str, Kind] = {
     "VERA": Kind(
         read={
             **_SHARED,
-            "r": (None, _is_count, "a whole number from 1"),
+            "r": _RANK,
             "vera_dropout": _PROBABILITY,
             "bias": ("none", ("none", "all", "vera_only").__contains__, "none, all or vera_only"),
-            "save_projection": (True, _is_flag, "true or false"),
-            "projection_prng_key": (0, lambda v: type(v) is int and 0 <= v < 2**63, "from 0"),
+            "save_projection": (True, is_flag, "true or false"),
+            "projection_prng_key": (0, is_integer(0, 2**63 - 1), "from 0"),
         },
         fixed={"peft_type": ("VERA",)},
         inert=_BOOKKEEPING + "d_initial init_weights",
     ),
-}
-"""The settings and names of LoRA, AdaLoRA and VeRA, by ``peft_type``."""
+}  # fmt: skip
+"""The settings of LoRA, AdaLoRA and VeRA, by ``peft_type``."""
 
 READ, FIXED, INERT = KINDS["LORA"].read, KINDS["LORA"].fixed, KINDS["LORA"].inert
 

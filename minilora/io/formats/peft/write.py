@@ -22,11 +22,12 @@ from minilora.io.formats.peft.names import (
     paths,
     vectors,
 )
-from minilora.io.formats.peft.settings import KINDS, NEWER, is_number, variant_flags
+from minilora.io.formats.peft.settings import KINDS, NEWER, variant_flags
 from minilora.io.formats.peft.starts import put_back
 from minilora.io.formats.peft.targets import with_tied_table
 from minilora.io.formats.peft.vera import join_projections
 from minilora.io.formats.rules import Rule, check
+from minilora.io.formats.values import is_number
 from minilora.spec.initialization import INITIALIZATIONS
 from minilora.spec.lora import LORA, TABLES, TrainableSpec, Weights, is_base, twin
 from minilora.spec.models import Config
