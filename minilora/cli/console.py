@@ -24,7 +24,7 @@ def split(values: list[str] | None) -> list[str] | None:
     return values and [part.strip() for value in values for part in value.split(",")]
 
 
-def refuse(message: str, command: str) -> int:
+def usage_error(message: str, command: str) -> int:
     """Print a usage error; its exit status."""
     print(f"minilora {command}: {message}", file=sys.stderr)
     return USAGE
@@ -81,7 +81,7 @@ def write_file(path: str, text: str) -> None:
         raise ValueError(f"cannot write {path}: {error.strerror}") from None
 
 
-def room(path: str) -> int:
+def markdown_room(path: str) -> int:
     """The number of bytes of Markdown that still fit into a file."""
     from minilora.verify.report.markdown import MARKDOWN_BYTES
 
@@ -198,14 +198,14 @@ def sigterm_interrupts() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def answer(command: str, run: Callable[[argparse.Namespace], int]) -> Any:
+def guarded(command: str, run: Callable[[argparse.Namespace], int]) -> Any:
     """Wrap ``run``: an exception becomes a message and an exit status.
 
     `NOT_LOADED` for a file or a target that cannot be read, or a missing library; `USAGE` for an
     invalid setting; `FAILED` for a full disk, too little memory, or numbers that are not finite.
     """
 
-    def guarded(arguments: argparse.Namespace) -> int:
+    def command_with_errors(arguments: argparse.Namespace) -> int:
         import numpy as np
 
         try:
@@ -218,7 +218,7 @@ def answer(command: str, run: Callable[[argparse.Namespace], int]) -> Any:
             print(f"minilora {command}: {error}", file=sys.stderr)
             return NOT_LOADED
         except ValueError as error:
-            return refuse(str(error), command)
+            return usage_error(str(error), command)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             print(f"minilora {command}: {where}{error.strerror or error}", file=sys.stderr)
@@ -232,7 +232,7 @@ def answer(command: str, run: Callable[[argparse.Namespace], int]) -> Any:
             print(f"minilora {command}: {text}; {remedy}", file=sys.stderr)
             return FAILED
 
-    return guarded
+    return command_with_errors
 
 
 def _not_loaded() -> tuple[type[Exception], ...]:
@@ -300,7 +300,7 @@ def add_command(
         allow_abbrev=False,
         formatter_class=_Help,
     )
-    parser.set_defaults(run=answer(name, run), parser=parser)
+    parser.set_defaults(run=guarded(name, run), parser=parser)
     return parser
 
 

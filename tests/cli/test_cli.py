@@ -121,7 +121,7 @@ def test_status_3_where_nothing_can_be_checked(verify):
         (["--time-limit", "nan"], "expected more than 0 seconds"),
         (["--cmd", " "], "--cmd: the command is empty; give one that starts a driver"),
         (["--cmd", "node 'x"], "cannot be split: No closing quotation"),
-        (["peft", "--cmd", "./driver"], "TARGET 'peft' and --cmd both; give one of them"),
+        (["peft", "--cmd", "./driver"], "TARGET 'peft' and --cmd"),
         (["--known", "absent.json"], "absent.json: No such file"),
         (["--json", "no/such/folder/r.json"], "cannot write no/such/folder/r.json: No such file"),
         (["--html", "."], "cannot write . is a folder"),

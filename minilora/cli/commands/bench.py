@@ -14,9 +14,9 @@ from minilora.cli.console import (
     add_files,
     files_of,
     progress_bar,
-    refuse,
     say,
     split,
+    usage_error,
     write_file,
 )
 
@@ -86,7 +86,7 @@ def _run(arguments: argparse.Namespace) -> int:
         for path in files.values():
             write_file(path, json.dumps([r.json() for r in results], indent=1) + "\n")
     for error in missing.values():
-        refuse(error, "bench")
+        usage_error(error, "bench")
     return NOT_LOADED if missing else OK
 
 

@@ -1,4 +1,4 @@
-"""``minilora report``: reports of verify beside each other."""
+"""``minilora report``: reports of verify in one table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import argparse
 import os
 from typing import Any
 
-from minilora.cli.console import OK, add_command, add_files, files_of, room, say, write_file
+from minilora.cli.console import (
+    OK,
+    add_command,
+    add_files,
+    files_of,
+    markdown_room,
+    say,
+    write_file,
+)
 
 
 def add(commands: Any) -> None:
@@ -36,16 +44,16 @@ def _run(arguments: argparse.Namespace) -> int:
 
     sources = arguments.reports
     files = files_of(arguments, "html", "markdown")
-    there = [path for path in sources if os.path.exists(path)]
+    existing = [path for path in sources if os.path.exists(path)]
     for path in filter(os.path.exists, files.values()):
-        if any(os.path.samefile(path, report) for report in there):
+        if any(os.path.samefile(path, report) for report in existing):
             raise ValueError(f"{path} is one of the reports: choose another file")
     reports = [read_report(path) for path in sources]
     if "html" in files:
         write_file(files["html"], html(reports, sources))
     if "markdown" in files:
         path = files["markdown"]
-        write_file(path, markdown(reports, room(path), sources))
+        write_file(path, markdown(reports, markdown_room(path), sources))
     if arguments.text or not files:
         verbose = arguments.verbose
         runs = Runs(reports, sources)

@@ -1,4 +1,4 @@
-"""``minilora vectors``: the checks' cases as files for any language, and answers to them judged."""
+"""``minilora vectors``: the checks' cases as files for any language, and answers to check."""
 
 from __future__ import annotations
 
@@ -59,20 +59,22 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.words[0] == "check":
         return _check(arguments)
     if len(arguments.words) > 1:
-        says = "expected one folder; to judge answers: minilora vectors check DIR ANSWERS"
-        raise ValueError(f"{' '.join(arguments.words)}: {says}")
+        raise ValueError(
+            f"{' '.join(arguments.words)}: expected one folder; to check answers: minilora vectors "
+            "check DIR ANSWERS"
+        )
     (folder,) = arguments.words
     with progress_bar() as progress:
-        made = vectors(split(arguments.level), split(arguments.check), arguments.seed, progress)
+        new = vectors(split(arguments.level), split(arguments.check), arguments.seed, progress)
     try:
-        written = write(folder, made, arguments.seed)
+        written = write(folder, new, arguments.seed)
     except FormatError as error:
         raise ValueError(str(error)) from None
     except OSError as error:
         raise ValueError(f"cannot write {folder}: {error.strerror}") from None
-    checks, size = {v.check for v in made}, sum(map(len, written.values()))
+    checks, size = {v.check for v in new}, sum(map(len, written.values()))
     say(
-        f"{len(made)} vectors of {len(checks)} checks in {folder}: {len(written)} files, "
+        f"{len(new)} vectors of {len(checks)} checks in {folder}: {len(written)} files, "
         f"{size} bytes\n"
     )
     return OK
@@ -88,11 +90,11 @@ def _check(arguments: argparse.Namespace) -> int:
         raise ValueError("expected minilora vectors check DIR ANSWERS")
     _, folder, answers = arguments.words
     files = files_of(arguments, *FORMS)
-    manifest, given = read(folder)
-    given = chosen(given, split(arguments.level), split(arguments.check), arguments.case)
+    manifest, published = read(folder)
+    asked = chosen(published, split(arguments.level), split(arguments.check), arguments.case)
     with progress_bar() as progress:
         report = judge(
-            given,
+            asked,
             Answered(answers),
             seed=manifest["seed"],
             command=["minilora", "vectors", "check", folder, answers],

@@ -14,17 +14,18 @@ from minilora.cli.console import (
     add_command,
     add_files,
     files_of,
+    markdown_room,
     progress_bar,
-    refuse,
-    room,
     say,
     split,
     stdout_on_stderr,
+    usage_error,
     write_file,
 )
 
 if TYPE_CHECKING:
     from minilora.verify.plan import CheckPlan
+    from minilora.verify.report.report import Report
 
 FORMS = ("json", "junit", "html", "markdown")
 
@@ -80,13 +81,10 @@ def add(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from minilora.verify.checks.registry import CHECKS
-    from minilora.verify.engine import Interrupted, run
-    from minilora.verify.implementation.contract import TIME_LIMIT
     from minilora.verify.known import read_known
     from minilora.verify.plan import plan
-    from minilora.verify.report.forms import rendered
 
-    choice = {
+    choice: dict[str, Any] = {
         "levels": split(arguments.level),
         "profile": arguments.profile,
         "dtypes": split(arguments.dtype),
@@ -94,55 +92,76 @@ def _run(arguments: argparse.Namespace) -> int:
         "case": arguments.case,
     }
     plans = plan(CHECKS, **choice)
-    known = read_known(arguments.known) if arguments.known else None
-    command = _command(arguments)
-    limit = TIME_LIMIT if arguments.time_limit is None else arguments.time_limit
-    if not limit > 0:
-        raise ValueError(f"--time-limit is {limit:g}; expected more than 0 seconds")
+    options = choice | {
+        "known": read_known(arguments.known) if arguments.known else None,
+        "command": _command(arguments),
+        "time_limit": _time_limit(arguments),
+    }
     if arguments.list:
         say(_listed(plans))
         return OK
-    files, here = files_of(arguments, *FORMS), os.getcwd()
+    files, folder = files_of(arguments, *FORMS), os.getcwd()
+    report = _checked(arguments, options)
+    os.chdir(folder)  # the target may have changed it
+    errors = _write(report, files)  # before the text, whose reader may close the pipe
+    say(report.text(arguments.verbose))
+    for error in errors:
+        usage_error(error, "verify")
+    if arguments.timing:
+        say(f"\n{report.timing()}")
+    return USAGE if errors else report.exit_status
+
+
+def _time_limit(arguments: argparse.Namespace) -> float:
+    from minilora.verify.implementation.contract import TIME_LIMIT
+
+    limit: float = TIME_LIMIT if arguments.time_limit is None else arguments.time_limit
+    if not limit > 0:
+        raise ValueError(f"--time-limit {limit:g}: expected more than 0 seconds")
+    return limit
+
+
+def _checked(arguments: argparse.Namespace, options: dict[str, Any]) -> Report:
+    """The report of the target; what was checked so far, if interrupted."""
+    from minilora.verify.checks.registry import CHECKS
+    from minilora.verify.engine import Interrupted, run
+
     try:
-        with stdout_on_stderr(), _target(arguments, limit) as target, progress_bar() as progress:
-            report = run(
-                CHECKS,
-                target,
-                **choice,
-                known=known,
-                time_limit=limit,
-                progress=progress,
-                command=command,
-            )
+        with (
+            stdout_on_stderr(),
+            _target(arguments, options["time_limit"]) as target,
+            progress_bar() as progress,
+        ):
+            return run(CHECKS, target, **options, progress=progress)
     except Interrupted as interrupted:
-        report = interrupted.report
-    os.chdir(here)  # what is checked may have gone elsewhere, and the files were asked for here
-    failures = []
-    for form, path in files.items():  # before the text, whose reader may close the pipe
-        text = rendered(report, form, room(path))
+        return interrupted.report
+
+
+def _write(report: Report, files: dict[str, str]) -> list[str]:
+    """Write the report's files; the errors of those that could not be written."""
+    from minilora.verify.report.forms import rendered
+
+    errors = []
+    for form, path in files.items():
+        text = rendered(report, form, markdown_room(path))
         try:
             write_file(path, text)
         except ValueError as error:
-            failures.append(str(error))
-    say(report.text(arguments.verbose))
-    for failure in failures:
-        refuse(failure, "verify")
-    if arguments.timing:
-        say(f"\n{report.timing()}")
-    return USAGE if failures else report.exit_status
+            errors.append(str(error))
+    return errors
 
 
 def _command(arguments: argparse.Namespace) -> list[str]:
-    """The command line that a report repeats, without the choice of cases.
+    """The command that a report repeats, without the options that choose cases.
 
-    Errors: ValueError where ``--cmd`` is no command, or is not alone.
+    Errors: ValueError for an invalid ``--cmd``, or a target beside it.
     """
     command = ["minilora", "verify", *filter(None, [arguments.target])]
     if arguments.cmd is not None:
         from minilora.verify.implementation.child import words
 
         if arguments.target is not None:
-            raise ValueError(f"TARGET {arguments.target!r} and --cmd both; give one of them")
+            raise ValueError(f"TARGET {arguments.target!r} and --cmd: expected one of the two")
         try:
             words(arguments.cmd)
         except ValueError as error:
@@ -156,7 +175,7 @@ def _command(arguments: argparse.Namespace) -> list[str]:
 def _target(
     arguments: argparse.Namespace, limit: float
 ) -> contextlib.AbstractContextManager[object]:
-    """What is checked, while it is open. Raises LoadError."""
+    """The implementation to check, as a context. Errors: LoadError."""
     from minilora.verify.loading import DEFAULT_TARGET, load
 
     if arguments.cmd is None:
