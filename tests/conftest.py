@@ -1,6 +1,9 @@
 """What all tests share: hypothesis's profiles, one BLAS thread per process, the worst figures."""
 
+import gc
 import os
+import traceback
+import warnings
 
 import pytest
 import threadpoolctl
@@ -24,6 +27,27 @@ def pytest_runtest_call(item):
         return (yield)
     finally:
         item.user_properties.extend(("worst", entry) for entry in WORST.items())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected():
+    """Report a stream that was left open among the tests that opened it, not among others."""
+    yield
+    gc.collect()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Free what a failed test has left open, or the warning about it would fail another test."""
+    report = yield
+    if report.failed and call.excinfo and not item.config.getoption("usepdb"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traceback.clear_frames(call.excinfo.tb)
+            for frame, _ in traceback.walk_tb(call.excinfo.tb):
+                assert frame.f_locals is not None  # a look at them lets go of what was cleared
+            gc.collect()
+    return report
 
 
 @pytest.hookimpl(wrapper=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from extras import EXTRA
-from test_project import ALONE, PEERS, PYTEST, RUN_TIME, TEXT
+from test_project import ALONE, OPTIONAL, PEERS, PYTEST, RUN_TIME
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -29,7 +29,7 @@ def test_the_declared_dependencies_are_those_that_are_imported():
     assert PYTEST
     assert names(EXTRAS["pytest"]) == {"pytest"}
     optional = names(EXTRAS["text"] + EXTRAS["gguf"] + EXTRAS["plot"])
-    assert optional == set().union(*TEXT.values())
+    assert optional == set().union(*OPTIONAL.values())
     assert {"lycoris_lora", *ALONE} <= names(EXTRAS["libraries"] + EXTRAS["jax"])
 
 
