@@ -29,7 +29,7 @@ from minilora.verify.core.dtypes import Precision
 from minilora.verify.core.types import MONTE_CARLO, Case, Comparison
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.minilora_impl import Minilora, trained
-from minilora.verify.implementation.sessions import LayerState, whole
+from minilora.verify.implementation.sessions import LayerState, dense_factors
 from minilora.verify.mutants import MUTANTS
 from minilora.verify.mutants.files import FILES
 from minilora.verify.mutants.references.files import Files
@@ -275,7 +275,7 @@ def test_a_fused_layers_adapter_is_that_of_its_parts(number):
     rows, W = drawn.layer["rows"], drawn.layer["W"]
     for own in drawn.adapters.values():
         s = scale(own["alpha"], own["r"], own.get("use_rslora", False))
-        A, B = whole(own, rows)
+        A, B = dense_factors(own, rows)
         found, _ = lora_linear(drawn.x.T, W, None, A, B, s)
         count = sum(own["enable"])
         sizes = np.cumsum([size for size, on in zip(rows, own["enable"], strict=True) if on])

@@ -594,7 +594,7 @@ def test_a_combined_report_is_written_in_the_forms_that_are_asked_for(command, j
     ("arguments", "words"),
     [
         (["absent.json"], "minilora report: absent.json: No such file"),
-        (["a.json", "junk.json"], "junk.json is not a report: found a list, expected an object with"),
+        (["a.json", "junk.json"], "junk.json is not a report: found a list"),
         (["a.json", "--html", "no/such/m.html"], "cannot write no/such/m.html: No such file"),
         (["a.json", "--html", "a.json"], "a.json is one of the reports"),
         (["a.json", "--htm", "m.html"], "did you mean --html?"),

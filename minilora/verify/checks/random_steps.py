@@ -32,7 +32,7 @@ def draw_steps(
 ) -> Iterator[Step]:
     """Random steps; half of them use what is there. ``files``: with saving and loading."""
     for _ in range(STEPS):
-        known = list(run.state.given)
+        known = list(run.state.adapters)
         new = [name for name in NAMES if name not in known]
         if not known or (new and rng.random() < 0.2):
             yield _new_adapter(run, new, rng)
@@ -65,7 +65,7 @@ def _step_with(known: list[str], kind: str, rng: np.random.Generator, files: boo
 
 def possible_steps(state: LayerState, kind: str) -> list[Step]:
     """Every step that is valid in a state, the simplest first."""
-    known = list(state.given)
+    known = list(state.adapters)
     groups = [list(some) for n in range(len(known) + 1) for some in combinations(known, n)]
     steps: list[Step] = [("add", name) for name in NAMES if name not in known]
     steps += [("activate", some) for some in groups if not _is_excluded(some, kind)]

@@ -85,7 +85,7 @@ class SessionRun:
         elif method == "unmerge":
             self.merged_nothing = False
         if method == "save":
-            self.saved[arguments[0]] = passed[1], self.state.given[arguments[0]]
+            self.saved[arguments[0]] = passed[1], self.state.adapters[arguments[0]]
         self.state = expected or self.state
         return True
 

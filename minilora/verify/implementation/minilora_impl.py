@@ -341,7 +341,7 @@ class MiniloraSession:
 
     def save(self, name: str, folder: str | Path) -> None:
         """The adapter's arrays and settings, as they were given."""
-        adapter = flat(self.layer.given[name])
+        adapter = flat(self.layer.adapters[name])
         arrays = {k: v for k, v in adapter.items() if isinstance(v, np.ndarray)}
         settings = {k: v for k, v in adapter.items() if k not in arrays}
         write_tensors(Path(folder) / WEIGHTS, arrays)

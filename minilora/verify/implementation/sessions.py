@@ -1,8 +1,8 @@
-"""What a session's layer and its adapters mean: a `multi_adapter.AdaptedLayer`, or two.
+"""The expected state of a session: a `multi_adapter.AdaptedLayer`, or two.
 
-A fused projection is one state, its adapters' blocks those of `layers.fuse`. A tied
-table is two, that of the embedding and that of the head, and ends to be one weight where only one
-of them is merged. A bias or a module that an adapter brings along stands in the base's place.
+A fused projection is one state, its adapters' blocks those of `layers.fuse`. A tied table is two,
+that of the embedding and that of the head; it is no longer one weight where only one of them is
+merged. A bias or a module that an adapter brings replaces the base's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from minilora.spec.ops import Back, OneHot, linear
 from minilora.spec.variants import DORA
 
 Array = np.ndarray
-Given = Mapping[str, Any]
+Entries = Mapping[str, Any]
 
 KINDS = ("linear", "conv1d", "embedding", "fused", "tied", "bias", "full")
 """The kinds of layers that `minilora.verify.implementation.contract` speaks of."""
@@ -30,32 +30,32 @@ PLACES: dict[str, tuple[str, ...]] = {
     "head": ("head",),
     "both": ("embedding", "head"),
 }
-"""Where in a tied layer an adapter may be."""
+"""The uses of a tied table, by the adapter's entry ``on``."""
 
 
-def blocks(adapter: Given, rows: Sequence[int]) -> list[tuple[slice, slice, slice]]:
+def blocks(adapter: Entries, rows: Sequence[int]) -> list[tuple[slice, slice, slice]]:
     """For each part of a fused layer that the adapter is on: the rows of W, of A and of B."""
-    found: list[tuple[slice, slice, slice]] = []
+    parts: list[tuple[slice, slice, slice]] = []
     row = used = 0
-    for size, on in zip(rows, adapter["enable"], strict=True):
-        if on:
+    for size, enabled in zip(rows, adapter["enable"], strict=True):
+        if enabled:
             r = adapter["r"]
-            ranks = slice(len(found) * r, (len(found) + 1) * r)
-            found.append((slice(row, row + size), ranks, slice(used, used + size)))
+            ranks = slice(len(parts) * r, (len(parts) + 1) * r)
+            parts.append((slice(row, row + size), ranks, slice(used, used + size)))
             used += size
         row += size
-    return found
+    return parts
 
 
-def whole(adapter: Given, rows: Sequence[int]) -> tuple[Array, Array]:
-    """A and B of a fused layer's adapter as those of its whole weight: B's blocks apart."""
-    of = {part.start: (ranks, own) for part, ranks, own in blocks(adapter, rows)}
+def dense_factors(adapter: Entries, rows: Sequence[int]) -> tuple[Array, Array]:
+    """A and B of a fused layer's adapter for the whole weight, with B block-diagonal."""
+    by_start = {part.start: (ranks, columns) for part, ranks, columns in blocks(adapter, rows)}
     starts = np.cumsum([0, *rows[:-1]])
     parts = []
     for start, size in zip(starts, rows, strict=True):
-        if int(start) in of:
-            ranks, own = of[int(start)]
-            parts.append((adapter["A"][ranks], adapter["B"][own]))
+        if int(start) in by_start:
+            ranks, columns = by_start[int(start)]
+            parts.append((adapter["A"][ranks], adapter["B"][columns]))
         else:
             parts.append((adapter["A"][:0], np.zeros((size, 0), adapter["B"].dtype)))
     return fuse(parts)
@@ -63,22 +63,22 @@ def whole(adapter: Given, rows: Sequence[int]) -> tuple[Array, Array]:
 
 @dataclass(frozen=True, eq=False)
 class LayerState:
-    """A layer of the contract with its adapters; each method gives another one or an answer.
+    """A layer of the contract with its adapters; each method gives another state or an answer.
 
-    ``given`` are the adapters as they came, ``active`` those that act where nothing is disabled;
-    ``dora`` is DoRA with its norm differentiated or not.
+    ``adapters`` are the entries that were added, ``active`` the names of those that apply unless
+    disabled; ``dora`` is DoRA with its norm differentiated or not.
     """
 
     kind: str
-    base: Given
+    base: Entries
     states: Mapping[str, AdaptedLayer]
-    given: Mapping[str, Given] = field(default_factory=dict)
+    adapters: Mapping[str, Entries] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     disabled: bool = False
     dora: Variant = DORA
 
     @classmethod
-    def of(cls, layer: Given, dora: Variant = DORA) -> LayerState:
+    def of(cls, layer: Entries, dora: Variant = DORA) -> LayerState:
         """The layer without adapters. Raises NotImplementedError for an unknown kind."""
         kind, W = layer["kind"], layer["W"]
         if kind not in KINDS:
@@ -91,17 +91,17 @@ class LayerState:
         state = AdaptedLayer(W.T if kind == "embedding" else W, None if b is None else b[:, None])
         return cls(kind, layer, {"": state}, dora=dora)
 
-    def _adapters(self, adapter: Given) -> dict[str, Adapter]:
+    def _adapters(self, adapter: Entries) -> dict[str, Adapter]:
         """The adapter in each of the states that it is in."""
         A, B = adapter["A"], adapter["B"]
         s = scale(adapter["alpha"], adapter["r"], adapter.get("use_rslora", False))
         if self.kind == "fused":
-            return {"": Adapter(whole(adapter, self.base["rows"]), s)}
+            return {"": Adapter(dense_factors(adapter, self.base["rows"]), s)}
         if self.kind == "tied":
-            on = adapter["on"]
-            head = twin(A, B) if on == "both" else (A, B)
+            uses = adapter["on"]
+            head = twin(A, B) if uses == "both" else (A, B)
             pairs = {"embedding": (A, B), "head": head}
-            return {place: Adapter(pairs[place], s) for place in PLACES[on]}
+            return {place: Adapter(pairs[place], s) for place in PLACES[uses]}
         if adapter.get("use_dora", False):
             return {"": Adapter((A, B, adapter["magnitude"][:, None]), s, self.dora)}
         return {"": Adapter((A, B), s)}
@@ -109,53 +109,53 @@ class LayerState:
     def _each(self, change: Callable[[AdaptedLayer], AdaptedLayer]) -> LayerState:
         return replace(self, states={place: change(s) for place, s in self.states.items()})
 
-    def _there(self, *names: str) -> None:
+    def _require(self, *names: str) -> None:
         for name in names:
-            if name not in self.given:
-                raise ValueError(f"no adapter {name!r}: expected one of {', '.join(self.given)}")
+            if name not in self.adapters:
+                raise ValueError(f"no adapter {name!r}: expected one of {', '.join(self.adapters)}")
 
-    def add(self, name: str, adapter: Given) -> LayerState:
-        """Another adapter, which does not act yet."""
-        if name in self.given:
-            raise ValueError(f"there is an adapter {name!r} already")
-        own = self._adapters(adapter)
+    def add(self, name: str, adapter: Entries) -> LayerState:
+        """With another adapter, not active yet."""
+        if name in self.adapters:
+            raise ValueError(f"adapter {name!r} exists already: choose another name")
+        brought = self._adapters(adapter)
         states = {
-            place: state.add(name, own[place]) if place in own else state
+            place: state.add(name, brought[place]) if place in brought else state
             for place, state in self.states.items()
         }
-        return replace(self, states=states, given={**self.given, name: adapter})
+        return replace(self, states=states, adapters={**self.adapters, name: adapter})
 
     def activate(self, names: Sequence[str]) -> LayerState:
-        """Just these act, and nothing is disabled."""
-        self._there(*names)
+        """With these adapters active and no others, and nothing disabled."""
+        self._require(*names)
         active = replace(self, active=tuple(names), disabled=False)
         return active._each(
             lambda state: state.enable().activate(*(n for n in names if n in state.adapters))
         )
 
     def disable(self) -> LayerState:
-        """The base alone acts."""
+        """With the base alone applied."""
         return replace(self, disabled=True)._each(AdaptedLayer.disable)
 
     def scale(self, name: str, factor: float) -> LayerState:
-        """s is factor · alpha / r: of the factors, not of a bias or a module."""
-        self._there(name)
-        own = {place: factor * a.s for place, a in self._adapters(self.given[name]).items()}
+        """With s = factor · alpha / r; a bias or a module that the adapter brings is not scaled."""
+        self._require(name)
+        brought = {place: factor * a.s for place, a in self._adapters(self.adapters[name]).items()}
         return replace(
             self,
             states={
-                place: state.set_scale(name, own[place]) if place in own else state
+                place: state.set_scale(name, brought[place]) if place in brought else state
                 for place, state in self.states.items()
             },
         )
 
     @property
     def merged(self) -> bool:
-        """Whether anything is."""
+        """Whether anything is merged."""
         return any(state.merged for state in self.states.values())
 
-    def _some(self, change: Callable[[AdaptedLayer], AdaptedLayer]) -> LayerState:
-        """The change in each state that does not refuse it. Raises ValueError where all do."""
+    def _where_valid(self, change: Callable[[AdaptedLayer], AdaptedLayer]) -> LayerState:
+        """With the change in each state where it is valid. Raises ValueError if it is in none."""
         states, refused = dict(self.states), []
         for place, state in self.states.items():
             try:
@@ -167,34 +167,34 @@ class LayerState:
         return replace(self, states=states)
 
     def merge(self) -> LayerState:
-        """What is active goes into the weights."""
-        return self._some(AdaptedLayer.merge)
+        """With the active adapters merged into the weights."""
+        return self._where_valid(AdaptedLayer.merge)
 
     def unmerge(self) -> LayerState:
-        """And out of them."""
-        return self._some(AdaptedLayer.unmerge)
+        """With the merged adapters taken out again."""
+        return self._where_valid(AdaptedLayer.unmerge)
 
     def delete(self, name: str) -> LayerState:
-        """Without the adapter."""
-        self._there(name)
+        """Without this adapter."""
+        self._require(name)
         rest = self._each(lambda state: state.delete(name) if name in state.adapters else state)
         return replace(
             rest,
-            given={other: a for other, a in self.given.items() if other != name},
+            adapters={other: a for other, a in self.adapters.items() if other != name},
             active=tuple(other for other in self.active if other != name),
         )
 
-    def own(self, part: str) -> tuple[str, Any]:
-        """The acting adapter that has this part, and the part; of the base, where none has one."""
-        names = [name for name in self.active if part in self.given[name] and not self.disabled]
+    def brought(self, part: str) -> tuple[str, Any]:
+        """The active adapter that brings this part, and the part; by default, the base's."""
+        names = [name for name in self.active if part in self.adapters[name] and not self.disabled]
         if len(names) > 1:
             raise ValueError(f"{' and '.join(names)} each bring {part}: expected one of them")
-        return (names[0], self.given[names[0]][part]) if names else ("", self.base[part])
+        return (names[0], self.adapters[names[0]][part]) if names else ("", self.base[part])
 
     def forward(self, x: Array) -> tuple[Array, Back]:
-        """y (t, m), and ``back(dy)``: dx, and the gradients of what acts beside the weight.
+        """y (t, m), and ``back(dy)``: dx, and the gradients of active adapters that are not merged.
 
-        Their names are ``one.A`` and so on; what is merged has none.
+        Their names are ``one.A`` and so on.
         """
         if self.kind == "tied":
             return self._tied(x)
@@ -202,30 +202,30 @@ class LayerState:
         table = self.kind == "embedding"
         columns: Any = OneHot(x, state.W.shape[1]) if table else x.T
         h, back_h = state.forward(columns)
-        after, back_after = self._after(h)
+        after, back_after = self._after_layer(h)
 
         def back(dy: Array) -> dict[str, Array]:
             dh, others = back_after(dy.T)
             dx, parts = back_h(dh)
             answer: dict[str, Array] = {} if table else {"dx": dx.T}
-            answer |= self._named(parts) | others
+            answer |= self._named_gradients(parts) | others
             return answer
 
         return after.T, back
 
-    def _after(self, h: Array) -> tuple[Array, Back]:
-        """A bias, or a module, that an adapter may bring along."""
+    def _after_layer(self, h: Array) -> tuple[Array, Back]:
+        """Adds a bias or applies a head, which an adapter may bring."""
         if self.kind == "bias":
-            name, b = self.own("bias")
+            name, b = self.brought("bias")
             y = h + b[:, None]
             return y, lambda dy: (dy, {f"{name}.bias": dy.sum(1)} if name else {})
         if self.kind == "full":
-            name, head = self.own("head")
+            name, head = self.brought("head")
             y, back_y = linear(h, head["W"], head["bias"][:, None])
 
             def back(dy: Array) -> tuple[Array, dict[str, Array]]:
-                own = {f"{name}.head.W": dy @ h.T, f"{name}.head.bias": dy.sum(1)}
-                return back_y(dy), own if name else {}
+                brought = {f"{name}.head.W": dy @ h.T, f"{name}.head.bias": dy.sum(1)}
+                return back_y(dy), brought if name else {}
 
             return y, back
         return h, lambda dy: (dy, {})
@@ -239,18 +239,18 @@ class LayerState:
             dh, of_head = back_y(dy.T)
             _, of_table = back_h(dh)
             turned = {
-                name: twin(*parts) if self.given[name]["on"] == "both" else parts
+                name: twin(*parts) if self.adapters[name]["on"] == "both" else parts
                 for name, parts in of_head.items()
             }
-            return sum_gradients(self._named(of_table), self._named(turned))
+            return sum_gradients(self._named_gradients(of_table), self._named_gradients(turned))
 
         return y.T, back
 
-    def _named(self, gradients: Mapping[str, tuple[Array, ...]]) -> dict[str, Array]:
-        """The gradients under the names of an adapter's parts, in the shapes that it came in."""
+    def _named_gradients(self, gradients: Mapping[str, tuple[Array, ...]]) -> dict[str, Array]:
+        """The gradients under the names of an adapter's parts, in the shapes that were added."""
         named: dict[str, Array] = {}
         for name, (dA, dB, *others) in gradients.items():
-            adapter = self.given[name]
+            adapter = self.adapters[name]
             if self.kind == "fused":
                 parts = blocks(adapter, self.base["rows"])
                 dB = np.concatenate([dB[rows, ranks] for rows, ranks, _ in parts])
