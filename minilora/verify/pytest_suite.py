@@ -34,10 +34,9 @@ _OPTIONS = pytest.StashKey[tuple[object, dict[str, Any]]]()
 
 @dataclass(frozen=True)
 class OneCheck:
-    """A check in one dtype, or the i-th of n parts of its cases, as a test calls it.
+    """A check in one dtype, or the i-th of n parts of its cases, as a test.
 
-    ``strict`` says that ``known`` was declared of this very check and dtype, and nothing else, so
-    that it must not pass.
+    With ``strict``, ``known`` was declared for this check and dtype alone, which must not pass.
     """
 
     check: Check
@@ -56,7 +55,7 @@ class OneCheck:
         return f"{self.check.id}-{self.dtype}" + (f"-{i + 1}of{n}" if n > 1 else "")
 
     def __call__(self, implementation: object) -> None:
-        """Puts the check to the implementation: passes, skips, fails or fails as expected."""
+        """Runs the check: it passes, is skipped, fails, or fails as expected."""
         name = GuardedImplementation(implementation).name
         check = self.check
         if _SHRUNK[name] >= engine.MAX_SHRINKS:
@@ -72,18 +71,18 @@ class OneCheck:
             command=self.command,
         )
         _SHRUNK[name] += report.results[0].status == "fail"
-        self._say(report)
+        self._pass_to_pytest(report)
 
-    def _say(self, report: Report) -> None:
+    def _pass_to_pytest(self, report: Report) -> None:
         (result,) = report.results
         if result.status == "skip":
             pytest.skip(result.reason)
         if result.status == "known":
             pytest.xfail(self._declared())
         if result.no_longer_fails and self.strict:
-            says = f"[XPASS(strict)] no longer fails, though known: {self._declared()}"
-            pytest.fail(says, pytrace=False)
-        # Where known deviations are to run as if they were not (--runxfail), xfail does nothing.
+            message = f"[XPASS(strict)] no longer fails, though known: {self._declared()}"
+            pytest.fail(message, pytrace=False)
+        # With --runxfail, xfail does nothing.
         if result.status in ("fail", "error", "known"):
             pytest.fail(_text(report), pytrace=False)
 
@@ -96,7 +95,7 @@ def _text(report: Report) -> str:
     return f"{about}: " + "\n".join(deviation_lines(report, report.results[0]))
 
 
-def each(
+def check_tests(
     implementation: object,
     *,
     levels: Sequence[str] | None = None,
@@ -114,8 +113,8 @@ def each(
 
     subject = GuardedImplementation(implementation)
     declarations, _ = declared(CHECKS, subject, known or {})
-    asked = dtypes or subject.dtypes
-    for p in plan(CHECKS, levels=levels, profile=profile, dtypes=asked, seed=seed):
+    dtypes_asked = dtypes or subject.dtypes
+    for p in plan(CHECKS, levels=levels, profile=profile, dtypes=dtypes_asked, seed=seed):
         n = ceil(len(p.numbers) / (p.check.cases("ci", p.dtype) or len(p.numbers)))
         one = OneCheck(
             check=p.check,
@@ -132,13 +131,13 @@ def each(
 def parametrized(implementations: Sequence[object], **options: Any) -> pytest.MarkDecorator:
     """What `minilora.verify.parametrize_with_checks` gives."""
     parameters = []
-    for given in implementations:
-        shown = getattr(given, "__qualname__", type(given).__qualname__)
-        implementation = load(given) if isinstance(given, str) else resolve(given, shown)
+    for target in implementations:
+        shown = getattr(target, "__qualname__", type(target).__qualname__)
+        implementation = load(target) if isinstance(target, str) else resolve(target, shown)
         name = GuardedImplementation(implementation).name
         parameters += [
             pytest.param(implementation, one, id=f"{name}-{one.id}")
-            for one in each(implementation, **options)
+            for one in check_tests(implementation, **options)
         ]
     return pytest.mark.parametrize(("implementation", "check"), parameters)
 

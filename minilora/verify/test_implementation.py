@@ -3,14 +3,14 @@
 import pytest
 
 from minilora.verify.core.errors import UsageError
-from minilora.verify.pytest_suite import OneCheck, each, from_options
+from minilora.verify.pytest_suite import OneCheck, check_tests, from_options
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each check and dtype."""
     implementation, options = from_options(metafunc.config)
     try:
-        checks = list(each(implementation, **options))
+        checks = list(check_tests(implementation, **options))
     except UsageError as error:
         raise pytest.UsageError(str(error)) from None
     metafunc.parametrize(

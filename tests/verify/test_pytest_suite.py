@@ -60,7 +60,7 @@ def test_there_is_a_test_for_each_check_and_dtype(front):
     front().assert_outcomes(passed=14)
     front("-k", "merge and float32").assert_outcomes(passed=2, deselected=12)
     front("-k", "sigma.").assert_outcomes(passed=2, deselected=12)
-    ids = [one.id for one in pytest_suite.each(fake_checks.Right())]
+    ids = [one.id for one in pytest_suite.check_tests(fake_checks.Right())]
     assert len(set(ids)) == 14
     assert {id.rpartition("-")[2] for id in ids} == set(DTYPES)
 
@@ -83,7 +83,7 @@ def test_a_failure_shows_the_reports_own_text(front):
 def test_the_verdicts_are_those_of_check():
     for target in (fake_checks.Right, fake_checks.WrongScale, fake_checks.OnlyMerge, KnownWrong):
         report = check(target())
-        found = [verdict(one, target()) for one in pytest_suite.each(target())]
+        found = [verdict(one, target()) for one in pytest_suite.check_tests(target())]
         assert found == [{"error": "fail"}.get(r.status, r.status) for r in report.results]
 
 
@@ -119,7 +119,7 @@ def test_what_is_known_of_one_test_must_not_pass(front):
 
 
 def test_what_is_known_of_several_tests_may_pass_in_one():
-    (one,) = (o for o in pytest_suite.each(NoLongerWrong()) if o.id == "exact.merge-float16")
+    (one,) = (o for o in pytest_suite.check_tests(NoLongerWrong()) if o.id == "exact.merge-float16")
     assert (one.known.reason, one.strict) == ("was wrong in one dtype", False)
     assert verdict(one, NoLongerWrong()) == "pass"
 
@@ -128,7 +128,7 @@ def test_a_fault_of_minilora_is_nobodys_known_deviation():
     def broken(subject, case):
         raise ZeroDivisionError("a check's own")
 
-    (one,) = (o for o in pytest_suite.each(KnownWrong()) if o.id == "sigma.merge-float32")
+    (one,) = (o for o in pytest_suite.check_tests(KnownWrong()) if o.id == "sigma.merge-float32")
     assert verdict(one, KnownWrong()) == "known"
     one = replace(one, check=replace(one.check, run=broken))
     assert verdict(one, KnownWrong()) == "fail"
@@ -137,7 +137,9 @@ def test_a_fault_of_minilora_is_nobodys_known_deviation():
 def test_many_cases_are_cut_into_parts_that_hold_each_case_once():
     parts = [
         o
-        for o in pytest_suite.each(fake_checks.Right(), profile="nightly", dtypes=["float32"])
+        for o in pytest_suite.check_tests(
+            fake_checks.Right(), profile="nightly", dtypes=["float32"]
+        )
         if o.check.id == "exact.merge"
     ]
     assert [o.id for o in parts] == [f"exact.merge-float32-{i}of20" for i in range(1, 21)]
@@ -157,7 +159,7 @@ def test_a_case_in_the_last_part_is_seen_there_and_named():
             self.calls += 1
             return fake_checks.Right.merge(self, W, A, B, **options) + (self.calls == 5)
 
-    last = list(pytest_suite.each(OnceWrong(), profile="nightly", dtypes=["float32"]))[19]
+    last = list(pytest_suite.check_tests(OnceWrong(), profile="nightly", dtypes=["float32"]))[19]
     with pytest.raises(pytest.fail.Exception, match=r"first in exact\.merge:float32:99"):
         last(OnceWrong())
 
@@ -175,7 +177,7 @@ def test_the_smallest_counterexample_is_looked_for_in_a_few_tests_only(monkeypat
             return fake_checks.WrongScale.merge(self, W, A, B, **options) + 1
 
     monkeypatch.setattr(fake_checks, "CHECKS", checks)
-    assert [verdict(o, AllWrong()) for o in pytest_suite.each(AllWrong())].count("fail") == 6
+    assert [verdict(o, AllWrong()) for o in pytest_suite.check_tests(AllWrong())].count("fail") == 6
     assert searched == ["float64"]
 
 
