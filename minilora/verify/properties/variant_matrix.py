@@ -25,6 +25,7 @@ from minilora.spec.variants import REGISTRY
 from minilora.verify.properties.derivatives import derivative_error
 from minilora.verify.properties.laws import LAWS, holds
 from minilora.verify.properties.layer_kinds import LayerCase, draw_case
+from minilora.verify.properties.library_names import library_names
 
 PROMISE = 1e-13
 """What the project promises of a gradient in float64, relative to what it sums up.
@@ -96,21 +97,6 @@ def cell(entry: str, kind: str, seed: int = 0, library: bool = True) -> Cell:
     of_file = _file(draw(0, False))
     breaks = dict(REGISTRY[entry].breaks)
     return Cell(entry, kind, laws=laws, breaks=breaks, step=max(steps), **of_library, **of_file)
-
-
-def library_names(entry: str, kind: str) -> list[str]:
-    """The libraries to ask: LyCORIS where PEFT has another gradient, else PEFT; two for LoRA."""
-    if REGISTRY[entry].written_as:
-        return ["LyCORIS"]
-    if entry != "lora":
-        return ["PEFT"]
-    second: dict[str, list[str]] = {
-        "experts": [],
-        "tied": [],
-        "conv1": ["LyCORIS"],
-        "conv2": ["LyCORIS"],
-    }
-    return ["PEFT", *second.get(kind, ["loralib"])]
 
 
 def _library(entry: str, kind: str, seed: int) -> dict[str, Any]:

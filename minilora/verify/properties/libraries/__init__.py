@@ -23,7 +23,7 @@ from minilora.verify.properties.libraries.torch_layers import (
     LibraryAnswer,
     Unsupported,
 )
-from minilora.verify.properties.variant_matrix import library_names
+from minilora.verify.properties.library_names import library_names
 
 __all__ = ["Deviation", "deviation", "merge_deviation", "peft_start"]
 
