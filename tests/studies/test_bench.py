@@ -33,6 +33,7 @@ class Counted(np.ndarray):
     """Counts the multiplications and additions of matrix products of two axes or more."""
 
     done = 0
+    __array_priority__ = 1  # so that np.concatenate gives this type, too
 
     def __array_ufunc__(self, ufunc, method, *inputs, **options):
         plain = [np.asarray(v) if isinstance(v, Counted) else v for v in inputs]

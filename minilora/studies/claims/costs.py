@@ -29,6 +29,7 @@ class Counted(Array):
     """An array that notes the shapes of every matrix product that it comes into."""
 
     products: ClassVar[list[tuple[int, ...]]] = []
+    __array_priority__ = 1  # so that np.concatenate gives this type, too
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         plain = [np.asarray(v) if isinstance(v, Counted) else v for v in inputs]
