@@ -1,8 +1,8 @@
 """The tiny trained models that come with this package: where they are and what they have learned.
 
 ``<name>/base`` is a Hugging Face model folder, trained on the first of two tasks, and
-``<name>/adapter`` a PEFT adapter of it, trained on the second. ``README.md`` beside them says the
-rest, and ``build.py`` makes all of it anew.
+``<name>/adapter`` a PEFT adapter of it, trained on the second. See the ``README.md`` beside them;
+``build.py`` there trains them again.
 """
 
 import json
@@ -37,9 +37,9 @@ def folder() -> Path:
 
 @cache
 def manifest() -> dict[str, Any]:
-    """What ``manifest.json`` says: the models, what they learned, a hash of every file."""
-    found: dict[str, Any] = json.loads((folder() / MANIFEST).read_text("utf-8"))
-    return found
+    """The contents of ``manifest.json``: the models, what they learned, a hash of every file."""
+    contents: dict[str, Any] = json.loads((folder() / MANIFEST).read_text("utf-8"))
+    return contents
 
 
 def names() -> tuple[str, ...]:
@@ -65,8 +65,8 @@ def vector(name: str) -> tuple[Batch, dict[str, Array]]:
     tensors. Logits are (b, t, v) and 0 at padding, or (b, classes).
     """
     stored: dict[str, Array] = load_file(folder() / "vectors" / f"{name}.safetensors")
-    given = ("input_ids", "labels", "attention_mask", "token_type_ids")
-    ids, labels, mask, types = (stored.pop(key, None) for key in given)
+    inputs = ("input_ids", "labels", "attention_mask", "token_type_ids")
+    ids, labels, mask, types = (stored.pop(key, None) for key in inputs)
     assert ids is not None
     assert mask is not None
     return Batch(ids, labels, mask.astype(bool), types=types), stored

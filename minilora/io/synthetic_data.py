@@ -1,9 +1,9 @@
-"""Small tasks whose entropy is known exactly, so that learning and forgetting are measured exactly.
+"""Small tasks with exactly known entropy, which measure learning and forgetting without sampling.
 
-A task is its whole distribution: a finite list of examples with rational probabilities. A model's
-expected loss is then a finite sum without sampling error, and what it exceeds the entropy by is a
-Kullback-Leibler divergence: zero for the perfect model, above zero for any other. The tasks come in
-pairs of the same symbols and the same entropy that contradict each other.
+A task is a whole distribution: a finite list of examples with rational probabilities. A model's
+expected loss is then a finite sum. It exceeds the entropy by a Kullback-Leibler divergence, which
+is zero for the perfect model only. The tasks come in pairs of the same symbols and the same entropy
+that contradict each other.
 """
 
 import math
@@ -20,32 +20,33 @@ from minilora.spec.models import Batch, Config, loss
 from minilora.spec.ops import IGNORED, Array
 
 PAD, START, END = range(3)
-"""The tokens that every task has; its own symbols follow."""
+"""The special tokens of every task; its own symbols follow."""
 
 SPECIAL = "<pad>", "<start>", "<end>"
-"""How these read."""
+"""Their texts."""
 
 GROUP = 512
-"""How many examples at once :func:`expected_loss` runs."""
+"""How many examples :func:`expected_loss` runs at once."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A sequence, what is to be predicted of it, and how probable both are together.
+    """A sequence, what is predicted of it, and their joint probability.
 
-    ``label`` is a class, or none where every token after the first is to be predicted. ``given`` is
-    the probability of what is not predicted: 1 for a language, the sequence's for a class.
+    ``label`` is a class, or None if every token after the first is predicted.
+    ``input_probability`` is that of what is not predicted: 1 for a language, and for a class that
+    of the sequence.
     """
 
     ids: tuple[int, ...]
     probability: Fraction
-    given: Fraction = Fraction(1)
+    input_probability: Fraction = Fraction(1)
     label: int | None = None
     types: tuple[int, ...] | None = None
 
     @property
-    def counted(self) -> int:
-        """The number of labels that count."""
+    def label_count(self) -> int:
+        """The number of labels."""
         return len(self.ids) - 1 if self.label is None else 1
 
 
@@ -59,22 +60,24 @@ class Task:
 
     @property
     def causal(self) -> bool:
-        """Whether the next token is to be predicted, rather than a class."""
+        """Whether the next token is predicted, and not a class."""
         return self.examples[0].label is None
 
     @property
-    def counted(self) -> Fraction:
-        """The expected number of labels that count in an example."""
-        return sum((e.probability * e.counted for e in self.examples), Fraction(0))
+    def label_count(self) -> Fraction:
+        """The expected number of labels of an example."""
+        return sum((e.probability * e.label_count for e in self.examples), Fraction(0))
 
     @cached_property
     def entropy(self) -> float:
-        """H = Σ P log(G / P) / the expected number of labels, in nats a label; G is ``given``.
+        """H = Σ P log(G / P) / the expected number of labels, in nats; G: ``input_probability``.
 
         The least expected loss that any model can have, and that of the true distribution.
         """
-        terms = (float(e.probability) * _log(e.given / e.probability) for e in self.examples)
-        return math.fsum(terms) / float(self.counted)
+        terms = (
+            float(e.probability) * _log(e.input_probability / e.probability) for e in self.examples
+        )
+        return math.fsum(terms) / float(self.label_count)
 
     @cached_property
     def _columns(self) -> tuple[Array, Array, Array, Array | None, Array]:
@@ -142,7 +145,7 @@ def expected_loss(task: Task, W: Weights, c: Config, tuning: TrainableSpec) -> f
         for start in range(0, len(rows), GROUP):
             batch = task.batch(np.array(rows[start : start + GROUP]))
             sums.append(float(p) * float(loss(batch, W, c, tuning, count=1)[0]))
-    return math.fsum(sums) / float(task.counted)
+    return math.fsum(sums) / float(task.label_count)
 
 
 def running(name: str, sign: int) -> Task:
@@ -210,12 +213,12 @@ def more_of(name: str, letter: str) -> Task:
     for first, second in product(words, words):
         one, two = ([END + 1 + letters.index(x) for x in word] for word in (first, second))
         types = (0,) * (len(one) + 2) + (1,) * (len(two) + 1)
-        given = Fraction(1, len(lengths) ** 2 * len(letters) ** len(first + second))
+        of_words = Fraction(1, len(lengths) ** 2 * len(letters) ** len(first + second))
         a, b = first.count(letter), second.count(letter)
         for label in range(3):
             p = redrawn / 3 + (1 - redrawn) * (label == 1 + (a > b) - (a < b))
             ids = START, *one, END, *two, END
-            examples.append(Example(ids, given * p, given, label, types))
+            examples.append(Example(ids, of_words * p, of_words, label, types))
     return Task(name, (*SPECIAL, *letters), tuple(examples))
 
 

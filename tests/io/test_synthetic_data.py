@@ -82,7 +82,7 @@ def test_the_entropy_is_the_sum_of_those_of_each_next_token(name):
         entropy -= float(p) * sum(share * math.log(share) for share in shares)
     # One rounding more for each label than the other side, whose sum is exact.
     bound = bound_of_entropy(chosen) + len(chosen.examples) * U * entropy
-    assert abs(chosen.entropy - entropy / float(chosen.counted)) <= bound
+    assert abs(chosen.entropy - entropy / float(chosen.label_count)) <= bound
 
 
 def symbols(name, example):
@@ -141,7 +141,7 @@ def test_words_have_the_class_that_their_letters_give(letter):
         first, second = " ".join(chosen.symbols[i] for i in e.ids[1:-1]).split(" <end> ")
         a, b = first.count(letter), second.count(letter)
         true = 0 if a < b else 1 if a == b else 2
-        assert e.probability == e.given * (Fraction(14, 15) if e.label == true else Fraction(1, 30))
+        assert e.probability == e.input_probability * (Fraction(14, 15) if e.label == true else Fraction(1, 30))
         assert e.types == tuple([0] * (len(first.split()) + 2) + [1] * (len(second.split()) + 1))
 
 
@@ -168,7 +168,7 @@ def test_a_model_that_knows_nothing_loses_the_logarithm_of_its_choices(name):
     c, W = model_for(chosen, np.random.default_rng(0))
     nothing = {at: 0 * w for at, w in W.items()}
     wanted = math.log(c.vocab if chosen.causal else 3)
-    bound = 2 * sum(e.counted for e in chosen.examples) * U * wanted
+    bound = 2 * sum(e.label_count for e in chosen.examples) * U * wanted
     assert abs(expected_loss(chosen, nothing, c, TrainableSpec()) - wanted) <= bound
     assert abs(expected_loss(chosen, W, c, TrainableSpec()) - wanted) > bound
 
@@ -200,11 +200,11 @@ def test_the_expected_loss_weighs_every_example_by_its_probability(name, monkeyp
         return sum(value(ids[mask].tolist(), label) for ids, mask, label in rows) / count, None
 
     monkeypatch.setattr("minilora.io.synthetic_data.loss", whole_numbers)
-    wanted = sum(e.probability * value(e.ids, e.label) for e in chosen.examples) / chosen.counted
+    wanted = sum(e.probability * value(e.ids, e.label) for e in chosen.examples) / chosen.label_count
     found = Fraction(expected_loss(chosen, {}, None, TrainableSpec()))
     assert abs(found - wanted) <= Fraction(5 * U) * wanted
     evenly = Fraction(sum(value(e.ids, e.label) for e in chosen.examples), len(chosen.examples))
-    assert abs(found - evenly / chosen.counted) > Fraction(5 * U) * wanted
+    assert abs(found - evenly / chosen.label_count) > Fraction(5 * U) * wanted
 
 
 def test_an_example_is_drawn_where_the_number_falls_into_its_share():

@@ -49,26 +49,25 @@ def variant_name(variant: Variant) -> str:
 def check_factors(
     path: Path | str, c: Config, W: Params, tuning: TrainableSpec, known: Collection[Variant]
 ) -> dict[str, int]:
-    """The rank of each adapted module, once W and ``tuning`` agree on what there is to write.
+    """The rank of each adapted module, if W and ``tuning`` agree and a format can hold them.
 
     W is the whole model's, or the adapters' parameters alone.
 
-    Errors: FormatError without adapters; for one of a module that has none to adapt, of a variant
-    that is not ``known``, without a scale, incomplete or of another shape; unless the adapters'
-    parameters, all of them and nothing else, are trained; and for some of the base's weights beside
-    them, which act in place of those that the file would be loaded on.
+    Errors: FormatError without adapters; for a module that cannot be adapted, or with a variant
+    that is not ``known``, without a scale, with parameters missing or of another shape; unless just
+    the adapters' parameters are trained; and for changed weights of the base beside them.
     """
     modules = adapted_in(W)
     if not modules or tuning.scale.keys() != set(modules):
         found = listed(tuning.scale.keys() ^ set(modules)) or "no adapter"
-        remedy = "give the weights and the tuning that belong together"
+        remedy = "give the weights and the TrainableSpec that belong together"
         raise FormatError(path, "adapters", found, "a scale for each adapter", remedy)
     ranks, names = {}, set()
     for at in modules:
         variant = tuning.variant.get(at, LORA)
         if variant not in known:
             expected = " or ".join(map(variant_name, known))
-            remedy = "the format has no place for it: keep PEFT's, or merge it if that can be"
+            remedy = "the format cannot hold it: keep PEFT's, or merge the adapter"
             raise FormatError(path, f"variant of {at}", variant_name(variant), expected, remedy)
         ranks[at] = len(W[f"{at}.A"])
         names |= _check_shapes(path, c, W, at, variant)
@@ -94,7 +93,7 @@ def _check_others(
 ) -> None:
     """Refuse what is trained beside the adapters' parameters, or changed in the base."""
     if extra := {name for name in W if not is_base(name)} - names:
-        remedy = "the tuning names no variant that has it"
+        remedy = "the TrainableSpec names no variant that has them"
         raise FormatError(path, "parameters", listed(extra), "those of the variants", remedy)
     if wrong := tuning.trained ^ names:
         found = f"{listed(wrong)} {'beside them' if wrong - names else 'frozen'}"
@@ -112,14 +111,14 @@ def alpha_of(s: Any, r: int, rslora: bool = False) -> int | float | None:
 
     If s = α/r rounded, then α lies within two of the floats beside the rounded s r.
     """
-    wanted = float(s)  # beside a float32, NumPy would compare in float32
-    if wanted != s:
+    exact = float(s)  # beside a float32, NumPy would compare in float32
+    if exact != s:
         return None
-    near = wanted * (r**0.5 if rslora else r)
-    around = [near, *(np.nextafter(near, way) for way in (-np.inf, np.inf))]
-    around += [np.nextafter(a, way) for a, way in zip(around[1:], (-np.inf, np.inf), strict=True)]
-    for alpha in map(float, around):
-        if np.isfinite(alpha) and scale(alpha, r, rslora) == wanted:
+    near = exact * (r**0.5 if rslora else r)
+    below, above = (np.nextafter(near, to) for to in (-np.inf, np.inf))
+    candidates = [near, below, above, np.nextafter(below, -np.inf), np.nextafter(above, np.inf)]
+    for alpha in map(float, candidates):
+        if np.isfinite(alpha) and scale(alpha, r, rslora) == exact:
             return int(alpha) if alpha.is_integer() else alpha
     return None
 
@@ -127,8 +126,7 @@ def alpha_of(s: Any, r: int, rslora: bool = False) -> int | float | None:
 def config_from_factors(
     path: Path | str, c: Config, W: Weights, tuning: TrainableSpec, dropout: float = 0.0
 ) -> LoraConfig:
-    """A `LoraConfig` that chooses these adapters, for what is written with one: a PEFT folder
-    ``path``.
+    """A `LoraConfig` that makes these adapters, for a format that is written with one.
 
     Modules are named in full, ranks and alphas one by one.
 
@@ -145,8 +143,8 @@ def config_from_factors(
         if None not in alphas.values():
             break
     else:
-        without = [at for at, r in ranks.items() if alpha_of(tuning.scale[at], r) is None]
-        found = f"{tuning.scale[without[0]]!r} of {without[0]} at rank {ranks[without[0]]}"
+        at = next(at for at, r in ranks.items() if alpha_of(tuning.scale[at], r) is None)
+        found = f"{tuning.scale[at]!r} of {at} at rank {ranks[at]}"
         remedy = "no alpha gives it exactly: put the factor into B"
         raise FormatError(path, "scale", found, "alpha / r of a float64 alpha", remedy)
     first = next(iter(ranks))

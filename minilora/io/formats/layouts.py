@@ -1,4 +1,4 @@
-"""How PEFT lays an adapter of each kind of layer in tensors: names after the module's path, shapes.
+"""PEFT's tensors of an adapter on each kind of layer: names after the module's path, and shapes.
 
 A kind's arrays are those of `layers`: matrices A (r, n) and B (m, r) and columns
 (r, 1) or (m, 1), a tuple of them for each matrix that is adapted. The layouts are PEFT 0.21's.
@@ -44,8 +44,8 @@ def to_tensors(
 
     Errors: ValueError with the reason where PEFT has no tensors for it.
     """
-    if why := refusal(variant, kind):
-        raise ValueError(why)
+    if reason := refusal(variant, kind):
+        raise ValueError(reason)
     if kind == "experts":
         As, Bs = (np.stack(factor) for factor in zip(*P, strict=True))
         # A's rows lie expert by expert, B's columns rank by rank.
@@ -74,8 +74,8 @@ def from_tensors(
     Errors: ValueError where PEFT has none, if a tensor is missing or left over, or if a fused
     adapter's B is not block-diagonal: it is then no adapter of the parts.
     """
-    if why := refusal(variant, kind):
-        raise ValueError(why)
+    if reason := refusal(variant, kind):
+        raise ValueError(reason)
     names = {part: _name(variant, kind, part) for part in variant.parts}
     if odd := tensors.keys() ^ set(names.values()):
         raise ValueError(f"tensors {sorted(odd)}: expected just {sorted(names.values())}")
@@ -92,11 +92,12 @@ def from_tensors(
     if kind == "fused":
         A, B = P
         r, q = len(A) // 2, rows[0]
-        one, two = (A[:r], B[:q, :r]), (A[r:], B[q + rows[1] :, r:])
-        _, again = fuse([one, (A[:0], B[q : q + rows[1], :0]), two])
-        if not np.array_equal(again, B):
+        of_q, of_v = (A[:r], B[:q, :r]), (A[r:], B[q + rows[1] :, r:])
+        of_k = (A[:0], B[q : q + rows[1], :0])
+        _, fused = fuse([of_q, of_k, of_v])
+        if not np.array_equal(fused, B):
             raise ValueError("B is not block-diagonal: this adapter changes Q, K and V together")
-        return [one, two]
+        return [of_q, of_v]
     return [tuple(P)]
 
 
