@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from minilora.cli import commands
-from minilora.cli.console import OK, add_command, say
+from minilora.cli.console import OK, say
 from minilora.cli.main import main
+from minilora.cli.options import add_command
 from minilora.io.loading import open_base
 from minilora.spec import optim
 from minilora.training import line_shapes

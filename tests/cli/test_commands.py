@@ -944,7 +944,7 @@ def test_a_classifiers_head_is_no_target(minilora):
 def test_a_second_signal_does_not_cut_short_the_saving():
     import signal
 
-    from minilora.cli.console import sigterm_interrupts
+    from minilora.cli.progress import sigterm_interrupts
 
     seen = []
     with sigterm_interrupts():

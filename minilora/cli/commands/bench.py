@@ -7,18 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from minilora.cli.console import (
-    NOT_LOADED,
-    OK,
-    add_command,
-    add_files,
-    files_of,
-    progress_bar,
-    say,
-    split,
-    usage_error,
-    write_file,
-)
+from minilora.cli.console import NOT_LOADED, OK, files_of, say, usage_error, write_file
+from minilora.cli.options import add_command, add_files, split
+from minilora.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from minilora.studies.bench.results import Result

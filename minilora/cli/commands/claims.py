@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from minilora.cli.console import INTERRUPTED, OK, add_command, say, sigterm_interrupts
+from minilora.cli.console import INTERRUPTED, OK, say
+from minilora.cli.options import add_command
+from minilora.cli.progress import sigterm_interrupts
 
 PAGE, FIGURES = "claims.html", "claims.json"
 
@@ -38,7 +40,7 @@ def _run(arguments: argparse.Namespace) -> int:
     import os
     import sys
 
-    from minilora.cli.console import progress_bar
+    from minilora.cli.progress import progress_bar
     from minilora.io.atomic import write_files
     from minilora.studies.claims.page import html
     from minilora.studies.claims.results import measure

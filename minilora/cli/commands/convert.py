@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from minilora.cli.commands import adapted_model
-from minilora.cli.console import OK, add_command, add_model, say
+from minilora.cli.console import OK, say
+from minilora.cli.options import add_command, add_model
 
 
 class _Names:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from minilora.cli.commands import computing_model
 from minilora.cli.commands.train import add_data
-from minilora.cli.console import OK, add_command, add_model, at_least, say
+from minilora.cli.console import OK, say
+from minilora.cli.options import add_command, add_model, at_least
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

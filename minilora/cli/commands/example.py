@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from minilora.cli.console import OK, add_command, say, sigterm_interrupts, steps_bar
+from minilora.cli.console import OK, say
+from minilora.cli.options import add_command
+from minilora.cli.progress import sigterm_interrupts, steps_bar
 
 
 def add(commands: Any) -> None:

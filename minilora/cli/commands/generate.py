@@ -6,7 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from minilora.cli.commands import computing_model
-from minilora.cli.console import OK, add_command, add_model, at_least, say
+from minilora.cli.console import OK, say
+from minilora.cli.options import add_command, add_model, at_least
 
 if TYPE_CHECKING:
     from minilora.io.formats.tokenizers import Tokenizer

@@ -6,7 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from minilora.cli.commands import adapted_model
-from minilora.cli.console import OK, add_command, add_model, say
+from minilora.cli.console import OK, say
+from minilora.cli.options import add_command, add_model
 
 if TYPE_CHECKING:
     from minilora.io.loading import AdaptedModel

@@ -6,15 +6,8 @@ import argparse
 import os
 from typing import Any
 
-from minilora.cli.console import (
-    OK,
-    add_command,
-    add_files,
-    files_of,
-    markdown_room,
-    say,
-    write_file,
-)
+from minilora.cli.console import OK, files_of, markdown_room, say, write_file
+from minilora.cli.options import add_command, add_files
 
 
 def add(commands: Any) -> None:

@@ -6,15 +6,9 @@ import argparse
 import os
 from typing import Any
 
-from minilora.cli.console import (
-    add_command,
-    add_files,
-    files_of,
-    progress_bar,
-    say,
-    split,
-    write_file,
-)
+from minilora.cli.console import files_of, say, write_file
+from minilora.cli.options import add_command, add_files, split
+from minilora.cli.progress import progress_bar
 
 
 def add(commands: Any) -> None:

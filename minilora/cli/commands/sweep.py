@@ -6,15 +6,9 @@ import argparse
 from typing import Any
 
 from minilora.cli.commands.train import add_adapter, add_data, add_schedule, add_val_fraction
-from minilora.cli.console import (
-    INTERRUPTED,
-    OK,
-    add_command,
-    add_model,
-    at_least,
-    say,
-    sigterm_interrupts,
-)
+from minilora.cli.console import INTERRUPTED, OK, say
+from minilora.cli.options import add_command, add_model, at_least
+from minilora.cli.progress import sigterm_interrupts
 
 
 def add(commands: Any) -> None:
@@ -71,7 +65,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from dataclasses import fields
 
     from minilora.cli.commands.train import LEAST_OF_SCHEDULE, data_and_task, target_modules
-    from minilora.cli.console import progress_bar
+    from minilora.cli.progress import progress_bar
     from minilora.studies.sweep.grid import Setting, grid
     from minilora.studies.sweep.results import plot, table
     from minilora.studies.sweep.run import opened, sweep

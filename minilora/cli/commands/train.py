@@ -8,17 +8,9 @@ import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from minilora.cli.console import (
-    FAILED,
-    INTERRUPTED,
-    OK,
-    add_command,
-    add_model,
-    at_least,
-    say,
-    sigterm_interrupts,
-    steps_bar,
-)
+from minilora.cli.console import FAILED, INTERRUPTED, OK, say
+from minilora.cli.options import add_command, add_model, at_least
+from minilora.cli.progress import sigterm_interrupts, steps_bar
 
 if TYPE_CHECKING:
     from minilora.io.loading import Base

@@ -6,18 +6,9 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
-from minilora.cli.console import (
-    FAILED,
-    OK,
-    add_command,
-    add_files,
-    files_of,
-    progress_bar,
-    say,
-    split,
-    stdout_on_stderr,
-    write_file,
-)
+from minilora.cli.console import FAILED, OK, files_of, say, stdout_on_stderr, write_file
+from minilora.cli.options import add_command, add_files, split
+from minilora.cli.progress import progress_bar
 
 
 def add(commands: Any) -> None:

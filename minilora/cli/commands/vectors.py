@@ -5,16 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from minilora.cli.console import (
-    OK,
-    add_command,
-    add_files,
-    files_of,
-    progress_bar,
-    say,
-    split,
-    write_file,
-)
+from minilora.cli.console import OK, files_of, say, write_file
+from minilora.cli.options import add_command, add_files, split
+from minilora.cli.progress import progress_bar
 
 FORMS = ("json", "junit", "html")
 

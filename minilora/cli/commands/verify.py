@@ -11,17 +11,15 @@ from typing import TYPE_CHECKING, Any
 from minilora.cli.console import (
     OK,
     USAGE,
-    add_command,
-    add_files,
     files_of,
     markdown_room,
-    progress_bar,
     say,
-    split,
     stdout_on_stderr,
     usage_error,
     write_file,
 )
+from minilora.cli.options import add_command, add_files, split
+from minilora.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from minilora.verify.plan import CheckPlan

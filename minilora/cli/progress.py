@@ -1,0 +1,97 @@
+"""Progress bars on standard error, and signals that interrupt a run."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from minilora.cli.console import open_streams
+
+if TYPE_CHECKING:
+    from minilora.verify.engine import Progress
+
+
+@contextlib.contextmanager
+def progress_bar(unit: str = "cases") -> Iterator[Progress | None]:
+    """A progress bar on standard error, if that is a terminal."""
+    open_streams()
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    # The longest part is last: a narrow terminal cuts it off.
+    form = f"{{n_fmt}} of {{total_fmt}} {unit}, {{remaining}} left  {{desc}}"
+    form = "{percentage:3.0f}% {bar:16} " + form
+    with tqdm(bar_format=form, leave=False, file=sys.stderr, dynamic_ncols=True) as bar:
+
+        def progress(case: str, behind: int, total: int) -> None:
+            bar.total = total
+            bar.set_description_str(case.rpartition(":")[0], refresh=False)
+            bar.update(behind - bar.n)
+
+        yield progress
+
+
+@contextlib.contextmanager
+def steps_bar() -> Iterator[Callable[[Mapping[str, Any], int], None] | None]:
+    """A progress bar of a run's steps on standard error, if that is a terminal.
+
+    It starts at the first step to be done, and shows the time left, the loss, the last validation
+    loss, tokens per second and memory. It is as wide as the terminal.
+    """
+    open_streams()
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    form = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt}, {remaining} left{desc}"
+    with contextlib.ExitStack() as stack:
+        bar, valid = None, ""
+
+        def watch(line: Mapping[str, Any], steps: int) -> None:
+            nonlocal bar, valid
+            if bar is None:  # messages before the first step stay above it
+                bar = stack.enter_context(
+                    tqdm(total=steps, initial=line["step"], bar_format=form, file=sys.stderr,
+                         dynamic_ncols=True)
+                )  # fmt: skip
+            if "loss" not in line:
+                return
+            if "val_loss" in line:
+                valid = f", valid {line['val_loss']:#.4g}"
+            speed = f", {tqdm.format_sizeof(line['tokens_per_second'])} tok/s"
+            memory = line["memory"]
+            held = "" if memory is None else f", {tqdm.format_sizeof(memory, 'iB', 1024)}"
+            told = f", loss {line['loss']:#.4g}{valid}{speed}{held}"
+            bar.set_description_str(told, refresh=False)
+            bar.update(line["step"] - bar.n)
+
+        yield watch
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Handle SIGTERM like Ctrl-C, and only the first signal: a second must not stop the saving."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen = False
+
+    def once(number: int, frame: Any) -> None:
+        nonlocal seen
+        if not seen:
+            seen = True
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, once) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
