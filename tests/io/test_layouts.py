@@ -5,7 +5,7 @@ import pytest
 from calculus import same_bits
 from extras import optional
 
-from minilora.io.formats.layouts import from_tensors, refusal, to_tensors
+from minilora.io.formats.peft.layers import from_tensors, refusal, to_tensors
 from minilora.spec.variants import REGISTRY
 from minilora.verify.properties.layer_kinds import KINDS, draw_case
 

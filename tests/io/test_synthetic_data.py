@@ -141,7 +141,9 @@ def test_words_have_the_class_that_their_letters_give(letter):
         first, second = " ".join(chosen.symbols[i] for i in e.ids[1:-1]).split(" <end> ")
         a, b = first.count(letter), second.count(letter)
         true = 0 if a < b else 1 if a == b else 2
-        assert e.probability == e.input_probability * (Fraction(14, 15) if e.label == true else Fraction(1, 30))
+        assert e.probability == e.input_probability * (
+            Fraction(14, 15) if e.label == true else Fraction(1, 30)
+        )
         assert e.types == tuple([0] * (len(first.split()) + 2) + [1] * (len(second.split()) + 1))
 
 
@@ -200,7 +202,9 @@ def test_the_expected_loss_weighs_every_example_by_its_probability(name, monkeyp
         return sum(value(ids[mask].tolist(), label) for ids, mask, label in rows) / count, None
 
     monkeypatch.setattr("minilora.io.synthetic_data.loss", whole_numbers)
-    wanted = sum(e.probability * value(e.ids, e.label) for e in chosen.examples) / chosen.label_count
+    wanted = (
+        sum(e.probability * value(e.ids, e.label) for e in chosen.examples) / chosen.label_count
+    )
     found = Fraction(expected_loss(chosen, {}, None, TrainableSpec()))
     assert abs(found - wanted) <= Fraction(5 * U) * wanted
     evenly = Fraction(sum(value(e.ids, e.label) for e in chosen.examples), len(chosen.examples))

@@ -8,7 +8,7 @@ import pytest
 
 from minilora.cli.console import FAILED, USAGE
 from minilora.cli.main import main
-from minilora.io.formats import layouts
+from minilora.io.formats.peft import layers as layouts
 from minilora.spec import lora, variants
 from minilora.verify.properties import exact_numbers, laws, variant_matrix
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from minilora.io.atomic import write_tensors
 from minilora.io.files import read_tensors
-from minilora.io.formats.layouts import from_tensors, refusal, to_tensors
+from minilora.io.formats.peft.layers import from_tensors, refusal, to_tensors
 from minilora.spec.variants import REGISTRY
 from minilora.verify.properties.derivatives import derivative_error
 from minilora.verify.properties.laws import LAWS, holds
