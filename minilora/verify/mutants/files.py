@@ -100,8 +100,8 @@ LOAD: Table = {
     "files.load.rslora": [
         ("load-rslora-scaled", "load multiplies B by √r with use_rslora",
          {"# loaded":
-              't = {n: v * v.dtype.type(v.shape[1] ** 0.5) if "lora_B" in n and '
-              'c["use_rslora"] else v for n, v in t.items()}'}),
+              't = {n: v * v.dtype.type(v.shape[1] ** 0.5) if "lora_B" in n and c["use_rslora"] '
+              "else v for n, v in t.items()}"}),
         ("load-fused-thirds", "load rotates the fused projection's thirds",
          {"# loaded":
               't = {n: np.roll(v, len(v) // 3, 0) if "c_attn.lora_B" in n else v for n, v in '

@@ -80,10 +80,8 @@ EVERY: Table = {
         ("checkpointing-first-none",
          "under checkpointing the first layer's adapters have no gradient",
          {"# back":
-              "g = times(0, g, "
-              "first_layer(g)) if "
-              "self.checkpointing "
-              "else g"}, "transformers 26221", "microsoft/LoRA 120", "peft 1142"),
+              "g = times(0, g, first_layer(g)) if self.checkpointing else g"},
+         "transformers 26221", "microsoft/LoRA 120", "peft 1142"),
         ("checkpointing-none", "under checkpointing no adapter has a gradient",
          {"# back": "g = times(0, g) if self.checkpointing else g"}),
         ("checkpointing-A-none", "under checkpointing no A has a gradient",
@@ -101,8 +99,8 @@ EVERY: Table = {
     "grad-flow.first-layer-checkpointing": [
         ("checkpointing-frozen-stops", "under checkpointing gradients end at a frozen layer",
          {"# back":
-              "g = times(0, g, lower_alone(g)) if self.checkpointing "
-              "else g"}, "transformers 26221"),
+              "g = times(0, g, lower_alone(g)) if self.checkpointing else g"},
+         "transformers 26221"),
     ],
     "grad-flow.last-layer": [
         ("embedding-trained", "the embedding is trained too",
@@ -140,8 +138,8 @@ EVERY: Table = {
          {"# trained": 'spec = replace(spec, trained=spec.trained | {"embed.weight"})'}),
         ("names-of-the-adapter", "names are returned with the adapter's name",
          {"# answer":
-              'answer = [{n.replace(".weight", ".default.weight"): v for n, v in a.items()} '
-              "for a in answer]"}),
+              'answer = [{n.replace(".weight", ".default.weight"): v for n, v in a.items()} for '
+              "a in answer]"}),
         ("B-not-given-back", "only A is returned",
          {"# answer": 'answer = [{n: v for n, v in a.items() if "lora_A" in n} for a in answer]'}),
         ("base-file-changed", "the base's file is written again",

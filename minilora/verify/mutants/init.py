@@ -21,17 +21,16 @@ INITIALIZATION = Reference((Linear, Initialization), {"rolled": rolled})
 B_ZERO: Table = {
     "init.zero-B": [
         ("B-random", "B ~ U(-1/√r, 1/√r) too",
-         {"B = np.zeros((m, r))": "B = rng.uniform(-1, 1, (m, r)) / r**0.5"}),
+         {"np.zeros((m, r))": "rng.uniform(-1, 1, (m, r)) / r**0.5"}),
         ("B-random-A-0", "A = 0, B ~ U(-1/√r, 1/√r)",
          {"uniform(rng, (r, n)) / n**0.5": "np.zeros((r, n))",
-          "B = np.zeros((m, r))": "B = rng.uniform(-1, 1, (m, r)) / r**0.5"}),
-        ("B-small", "B ~ N(0, 10⁻¹²)",
-         {"B = np.zeros((m, r))": "B = 1e-6 * rng.standard_normal((m, r))"}),
-        ("B-eps", "B = 10⁻⁷ for 0", {"B = np.zeros((m, r))": "B = np.full((m, r), 1e-7)"}),
+          "np.zeros((m, r))": "rng.uniform(-1, 1, (m, r)) / r**0.5"}),
+        ("B-small", "B ~ N(0, 10⁻¹²)", {"np.zeros((m, r))": "1e-6 * rng.standard_normal((m, r))"}),
+        ("B-eps", "B = 10⁻⁷ for 0", {"np.zeros((m, r))": "np.full((m, r), 1e-7)"}),
         ("B-gaussian", "B is not 0 with the gaussian initialization",
-         {"B = np.zeros((m, r))":
-              'B = A[:, :1].T.repeat(m, 0) if kind == "gaussian" else np.zeros((m, r))'}),
-        ("B-one", "B = 1", {"B = np.zeros((m, r))": "B = np.ones((m, r))"}),
+         {"np.zeros((m, r))":
+              'A[:, :1].T.repeat(m, 0) if kind == "gaussian" else np.zeros((m, r))'}),
+        ("B-one", "B = 1", {"np.zeros((m, r))": "np.ones((m, r))"}),
     ],
 }
 UNIFORM: Table = {
@@ -142,8 +141,7 @@ SEEDS: Table = {
 }
 PARTS: Table = {
     "init.pissa": [
-        ("pissa-base-kept", "W' = W: nothing is subtracted",
-         {"beside = wide - s * (B @ A)": "beside = wide"}),
+        ("pissa-base-kept", "W' = W: nothing is subtracted", {"wide - s * (B @ A)": "wide"}),
         ("pissa-least", "the smallest singular values instead of the greatest",
          {"values[:r]": "values[-r:]", "Vh[:r]": "Vh[-r:]", "U[:, :r]": "U[:, -r:]"}),
         ("pissa-scale-kept", "√Σ for √(Σ / s): W' = W - s B A",
@@ -152,18 +150,14 @@ PARTS: Table = {
          {"# pissa": "A, B = values[:r, None] / s * Vh[:r], U[:, :r] * values[:r]"}),
         ("pissa-one-sided", "A = Vᵀ, B = U Σ / s",
          {"# pissa": "A, B = Vh[:r], U[:, :r] * values[:r] / s"}),
-        ("pissa-scale-forgotten", "W' = W - B A",
-         {"beside = wide - s * (B @ A)": "beside = wide - B @ A"}),
+        ("pissa-scale-forgotten", "W' = W - B A", {"wide - s * (B @ A)": "wide - B @ A"}),
         ("pissa-rslora-whole-root", "s = α / ⌊√r⌋ with rsLoRA",
          {"Initialization: alpha * r**-0.5": "alpha / int(r**0.5)"}),
         ("pissa-greatest-rank-kept", "W' = W where r = min(m, n)",
-         {"beside = wide - s * (B @ A)":
-              "beside = wide if r == min(m, n) else wide - s * (B @ A)"}),
-        ("pissa-added", "W' = W + s B A",
-         {"beside = wide - s * (B @ A)": "beside = wide + s * (B @ A)"}),
+         {"wide - s * (B @ A)": "wide if r == min(m, n) else wide - s * (B @ A)"}),
+        ("pissa-added", "W' = W + s B A", {"wide - s * (B @ A)": "wide + s * (B @ A)"}),
         ("pissa-coarse", "W' rounded to half of the dtype's digits",
-         {"beside = wide - s * (B @ A)":
-              'beside = coarse((wide - s * (B @ A)).astype(np.float32), "float32")'}),
+         {"wide - s * (B @ A)": 'coarse((wide - s * (B @ A)).astype(np.float32), "float32")'}),
     ],
     "init.olora": [
         ("olora-transposed", "QR of Wᵀ",

@@ -33,7 +33,7 @@ MERGING = Reference((Linear,), globals())
 # fmt: off
 MERGE: Table = {
     "merge.weight": [
-        ("no-scale", "W + B A", {"delta = s * (A.T @ B.T).T": "delta = B @ A"}),
+        ("no-scale", "W + B A", {"s * (A.T @ B.T).T": "B @ A"}),
         ("alpha", "W + α B A", {"ds = s": "ds = s = alpha"}, "mlx-vlm 841"),
         ("root", "s = α/√r, unasked", {"ds = s": "ds = s = alpha / r**0.5"}),
         ("scale-squared", "W + s² B A", {"V = W + delta": "delta = s * delta; V = W + delta"}),
@@ -52,8 +52,8 @@ MERGE: Table = {
         ("reshape-A", "A.reshape(n, r) for Aᵀ", {"# arrays": "A = A.reshape(-1, r).T"}),
         ("bfloat16", "W' rounded to bfloat16",
          {"# merged":
-              "merged = "
-              "digits(merged, 8)"}, "peft 1388", "peft 2502", "torchtune 1101", "unsloth 3091"),
+              "merged = digits(merged, 8)"},
+         "peft 1388", "peft 2502", "torchtune 1101", "unsloth 3091"),
         ("delta-coarse", "s B A rounded to half of the dtype's digits",
          {"V = W + delta": "delta = coarse(delta, dtype); V = W + delta"}),
         ("one-rank", "W + s B₁ A₁", {"# arrays": "A, B = A[:1], B[:, :1]"}),
@@ -107,49 +107,44 @@ MERGE: Table = {
 UNMERGE: Table = {
     "merge.unmerge.rslora": [
         ("rslora-ignored", "W' - α/r B A where α/√r was asked",
-         {"unmerged = W - delta": "unmerged = W - alpha / r * (B @ A)"}),
+         {"W - delta": "W - alpha / r * (B @ A)"}),
     ],
     "merge.unmerge.conv1d": [
         ("conv1d-turned", "W' - s (B A)ᵀ with fan_in_fan_out, where m = n",
-         {"unmerged = W - delta":
-              "unmerged = W - (delta.T if fan_in_fan_out and square(W) else delta)"}),
+         {"W - delta": "W - (delta.T if fan_in_fan_out and square(W) else delta)"}),
     ],
     "merge.unmerge": [
-        ("nothing", "nothing is unmerged: W'", {"unmerged = W - delta": "unmerged = W"}),
-        ("no-scale", "W' - B A", {"unmerged = W - delta": "unmerged = W - B @ A"}),
-        ("twice", "W' - 2 s B A", {"unmerged = W - delta": "unmerged = W - 2 * delta"}),
-        ("added", "W' + s B A", {"unmerged = W - delta": "unmerged = W + delta"}),
+        ("nothing", "nothing is unmerged: W'", {"W - delta": "W"}),
+        ("no-scale", "W' - B A", {"W - delta": "W - B @ A"}),
+        ("twice", "W' - 2 s B A", {"W - delta": "W - 2 * delta"}),
+        ("added", "W' + s B A", {"W - delta": "W + delta"}),
         ("turned", "W' - s (B A)ᵀ where m = n",
-         {"unmerged = W - delta": "unmerged = W - (delta.T if square(W) else delta)"}),
+         {"W - delta": "W - (delta.T if square(W) else delta)"}),
         ("cached", "the W of the first merge, whatever W' is",
-         {"unmerged = W - delta": 'unmerged = first_call(self.memory, "W", W)'}),
+         {"W - delta": 'first_call(self.memory, "W", W)'}),
         ("first-call-s", "the first call's s in every call",
-         {"unmerged = W - delta": 'unmerged = W - first_call(self.memory, "s", s) * (B @ A)'}),
+         {"W - delta": 'W - first_call(self.memory, "s", s) * (B @ A)'}),
         ("coarse", "W rounded to half of the dtype's digits",
-         {"unmerged = W - delta": "unmerged = coarse(W - delta, dtype)"}),
+         {"W - delta": "coarse(W - delta, dtype)"}),
         ("delta-coarse", "s B A rounded to half of the dtype's digits",
-         {"unmerged = W - delta": "unmerged = W - coarse(delta, dtype)"}),
+         {"W - delta": "W - coarse(delta, dtype)"}),
         ("last-row", "the last row stays merged",
-         {"unmerged = W - delta":
-              "unmerged = W - delta * upto(len(delta) - 1, len(delta))[:, None]"}),
+         {"W - delta": "W - delta * upto(len(delta) - 1, len(delta))[:, None]"}),
     ],
 }
 SAME: Same = [
     ("rows", "the reference: (Aᵀ Bᵀ)ᵀ", {}),
-    ("scale-on-A", "W + B (s A)", {"delta = s * (A.T @ B.T).T": "delta = B @ (s * A)"}),
-    ("scale-on-B", "W + (s B) A", {"delta = s * (A.T @ B.T).T": "delta = (s * B) @ A"}),
+    ("scale-on-A", "W + B (s A)", {"s * (A.T @ B.T).T": "B @ (s * A)"}),
+    ("scale-on-B", "W + (s B) A", {"s * (A.T @ B.T).T": "(s * B) @ A"}),
     ("root-on-both", "W + (√|s| B) (±√|s| A)",
-     {"delta = s * (A.T @ B.T).T":
-          "delta = ((root := abs(s) ** 0.5) * B) @ (np.sign(s) * root * A)"}),
+     {"s * (A.T @ B.T).T": "((root := abs(s) ** 0.5) * B) @ (np.sign(s) * root * A)"}),
     ("alpha-then-rank", "W + α (B A) / r",
-     {"delta = s * (A.T @ B.T).T": "delta = alpha * (B @ A) / (r**0.5 if use_rslora else r)"}),
+     {"s * (A.T @ B.T).T": "alpha * (B @ A) / (r**0.5 if use_rslora else r)"}),
     ("rank-by-rank", "W + s Σᵢ Bᵢ Aᵢ, one rank after another",
-     {"delta = s * (A.T @ B.T).T":
-          "delta = s * sum(u[:, None] * v for u, v in zip(B.T, A, strict=True))"}),
+     {"s * (A.T @ B.T).T": "s * sum(u[:, None] * v for u, v in zip(B.T, A, strict=True))"}),
     ("into-W", "((W + s B₁ A₁) + s B₂ A₂) + …",
      {"# merged": "merged = sum((s * u[:, None] * v for u, v in zip(B.T, A, strict=True)), W)"}),
-    ("unmerged-by-merging", "W' + s (-B) A",
-     {"unmerged = W - delta": "unmerged = W + (s * -B) @ A"}),
+    ("unmerged-by-merging", "W' + s (-B) A", {"W - delta": "W + (s * -B) @ A"}),
     ("wide", "in float64, rounded at the end", {"# arrays": "W, A, B = doubled(W, A, B)"}),
     ("other-byte-order", "W' in the other byte order", {"return merged": "return swapped(merged)"}),
     ("stored", "s B A rounded to the dtype",

@@ -215,97 +215,90 @@ NORM: Table = {
         ("eps-1e-8", "ε = 1e-8", {"rmsnorm: x) + eps": "x) + 1e-8"}),
         ("eps-0", "ε = 0", {"rmsnorm: x) + eps": "x)"}),
         ("eps-outside", "x / (√mean(x²) + ε)",
-         {"rmsnorm: np.sqrt(_mean(x * x) + eps)": "(np.sqrt(_mean(x * x)) + eps)"}),
-        ("sum", "x / √(sum(x²) + ε)", {"rmsnorm: _mean(x * x)": "(x * x).sum(0)"}),
+         {"np.sqrt(_mean(x * x) + eps)": "(np.sqrt(_mean(x * x)) + eps)"}),
+        ("sum", "x / √(sum(x²) + ε)", {"_mean(x * x)": "(x * x).sum(0)"}),
         ("mean-subtracted", "LayerNorm for RMSNorm",
          {"rmsnorm: rho = 1": "x = x - _mean(x)\n    rho = 1"}),
-        ("weight-plus-1", "(1 + w) ∘ h", {"rmsnorm: return w * h": "return (1 + w) * h"}),
-        ("weight-ignored", "no weight w", {"rmsnorm: return w * h": "return h"}),
+        ("weight-plus-1", "(1 + w) ∘ h", {"rmsnorm: w * h": "(1 + w) * h"}),
+        ("weight-ignored", "no weight w", {"rmsnorm: w * h": "h"}),
         ("last-missing", "no norm before the head",
-         {'llama: h, back_norm = normalise(ops.rmsnorm, x, "norm", W, c.eps, tuning)':
-              "h, back_norm = x, lambda dh: (dh, {})"}),
+         {'normalise(ops.rmsnorm, x, "norm", W, c.eps, tuning)': "x, lambda dh: (dh, {})"}),
         ("first-for-second", "norm1's weight in norm2",
          {'llama_block: x, at + "norm2"': 'x, at + "norm1"'}),
         ("root-constant", "dx = ρ dh: ρ taken for a constant",
-         {"rmsnorm: rho * (dh - h * _mean(h * dh))": "rho * dh"}),
-        ("weight-not-in-back", "dh = dy for w ∘ dy", {"rmsnorm: dh = w * dy": "dh = dy"}),
+         {"rho * (dh - h * _mean(h * dh))": "rho * dh"}),
+        ("weight-not-in-back", "dh = dy for w ∘ dy", {"rmsnorm: w * dy": "dy"}),
     ],
     "model.gpt2": [
         ("n-1", "variance over n - 1",
-         {"layernorm: _mean(centred * centred)": "(centred * centred).sum(0) / (len(x) - 1)"}),
-        ("bias-ignored", "no bias b", {"layernorm: return w * h + b": "return w * h"}),
-        ("mean-kept", "RMSNorm for LayerNorm", {"layernorm: x - _mean(x)": "x"}),
-        ("eps-1e-5", "ε = 1e-5", {"layernorm: centred) + eps": "centred) + 1e-5"}),
-        ("mean-constant", "dx without mean(dh)", {"layernorm: dh - _mean(dh) - h": "dh - h"}),
+         {"_mean(centred * centred)": "(centred * centred).sum(0) / (len(x) - 1)"}),
+        ("bias-ignored", "no bias b", {"w * h + b": "w * h"}),
+        ("mean-kept", "RMSNorm for LayerNorm", {"x - _mean(x)": "x"}),
+        ("eps-1e-5", "ε = 1e-5", {"centred) + eps": "centred) + 1e-5"}),
+        ("mean-constant", "dx without mean(dh)", {"dh - _mean(dh) - h": "dh - h"}),
     ],
 }
 ROPE: Table = {
     "model.llama": [
         ("interleaved", "RoPE pairs neighbouring features instead of halves",
-         {"rope: half = x.shape[2] // 2": "return neighbours(x, cos, sin)"}),
-        ("theta", "θ = 10000", {"rope_tables: = theta **": "= 1e4 **"}),
-        ("theta-off-1-permille", "1.001 θ", {"rope_tables: = theta **": "= (1.001 * theta) **"}),
+         {"half = x.shape[2] // 2": "return neighbours(x, cos, sin)"}),
+        ("theta", "θ = 10000", {"= theta **": "= 1e4 **"}),
+        ("theta-off-1-permille", "1.001 θ", {"= theta **": "= (1.001 * theta) **"}),
         ("of-model", "θ^(-2i/d_model) for θ^(-2i/d_head)",
-         {"llama: c.theta": "c.theta ** (c.head_dim / c.d)"}),
-        ("backwards", "negative angles", {"rope_tables: return cos, sin": "return cos, -sin"}),
-        ("none", "no RoPE", {"rope_tables: angles = positions": "angles = 0 * positions"}),
+         {"c.theta": "c.theta ** (c.head_dim / c.d)"}),
+        ("backwards", "negative angles", {"return cos, sin": "return cos, -sin"}),
+        ("none", "no RoPE", {"angles = positions": "angles = 0 * positions"}),
         ("q-alone", "RoPE on q alone",
-         {"llama_block: ops.rope(ops.split_heads(k, b, c.kv_heads), *tables)":
+         {"ops.rope(ops.split_heads(k, b, c.kv_heads), *tables)":
               "(ops.split_heads(k, b, c.kv_heads), lambda dk: dk)"}),
         ("k-alone", "RoPE on k alone",
-         {"llama_block: ops.rope(ops.split_heads(q, b, c.heads), *tables)":
+         {"ops.rope(ops.split_heads(q, b, c.heads), *tables)":
               "(ops.split_heads(q, b, c.heads), lambda dq: dq)"}),
         ("v-too", "RoPE on v, too",
-         {"llama_block: k, ops.split_heads(v, b, c.kv_heads)":
+         {"k, ops.split_heads(v, b, c.kv_heads)":
               "k, ops.rope(ops.split_heads(v, b, c.kv_heads), *tables)[0]"}),
         ("bfloat16", "RoPE's frequencies rounded to bfloat16",
-         {"rope_tables: * frequencies[": "* digits(frequencies, 8)["}),
-        ("not-turned-back", "dx = R dy for Rᵀ dy", {"rope: turn(dy, -sin)": "turn(dy, sin)"}),
+         {"* frequencies[": "* digits(frequencies, 8)["}),
+        ("not-turned-back", "dx = R dy for Rᵀ dy", {"turn(dy, -sin)": "turn(dy, sin)"}),
         ("one-position", "k has the next position's angle",
-         {"llama_block: ops.rope(ops.split_heads(k, b, c.kv_heads), *tables)":
+         {"ops.rope(ops.split_heads(k, b, c.kv_heads), *tables)":
               "ops.rope(ops.split_heads(k, b, c.kv_heads), *(np.roll(v, -1, 3) for v in tables))"}),
     ],
 }
 ATTENTION: Table = {
     "model.llama": [
-        ("scale-of-model", "1/√(d h) for 1/√d",
-         {"attention: scale = d**-0.5": "scale = (d * h) ** -0.5"}),
-        ("scale-1", "kᵀ q is not divided by √d", {"attention: scale = d**-0.5": "scale = 1.0"}),
-        ("scale-of-d", "kᵀ q / d", {"attention: scale = d**-0.5": "scale = 1 / d"}),
-        ("one-future-token", "query t sees key t + 1, too",
-         {"causal_mask: (s < t)": "(s < t + 2)"}),
+        ("scale-of-model", "1/√(d h) for 1/√d", {"d**-0.5": "(d * h) ** -0.5"}),
+        ("scale-1", "kᵀ q is not divided by √d", {"d**-0.5": "1.0"}),
+        ("scale-of-d", "kᵀ q / d", {"d**-0.5": "1 / d"}),
+        ("one-future-token", "query t sees key t + 1, too", {"(s < t)": "(s < t + 2)"}),
         ("no-mask", "every query sees every key",
-         {"attention: np.copyto(z, -np.inf, where=~mask[:, None, None])": "pass"}),
+         {"np.copyto(z, -np.inf, where=~mask[:, None, None])": "pass"}),
         ("strict", "query t does not see key t",
-         {"causal_mask: return (s < t) & real[:, :, None] | (s == t)":
+         {"return (s < t) & real[:, :, None] | (s == t)":
               "past = np.triu((s < t) & real[:, :, None], 1)\n    return past | (s == t) & "
               "~past.any(1)[:, None]"}),
         ("masked-after", "the mask is applied after the softmax",
-         {"attention: np.copyto(z, -np.inf, where=~mask[:, None, None])": "pass",
-          "attention: p, back_softmax = softmax(z)":
-              "p, back_softmax = softmax(z); p = p * mask[:, None, None]"}),
+         {"np.copyto(z, -np.inf, where=~mask[:, None, None])": "pass",
+          "attention: softmax(z)": "softmax(z); p = p * mask[:, None, None]"}),
         ("times-mask", "scores are multiplied by the mask",
-         {"attention: np.copyto(z, -np.inf, where=~mask[:, None, None])":
-              "z = z * mask[:, None, None]"}),
-        ("fill-10", "masked scores are -10 instead of -∞", {"attention: -np.inf": "-10"}),
+         {"np.copyto(z, -np.inf, where=~mask[:, None, None])": "z = z * mask[:, None, None]"}),
+        ("fill-10", "masked scores are -10 instead of -∞", {"-np.inf": "-10"}),
         ("over-queries", "the softmax runs over queries instead of keys",
          {"attention: softmax(z)": "softmax(z.mT)\n    p = p.mT"}),
         ("heads-interleaved", "feature i belongs to head i mod h",
-         {"split_heads: x.reshape(h, x.shape[0] // h, b, -1).transpose(2, 0, 1, 3)":
+         {"x.reshape(h, x.shape[0] // h, b, -1).transpose(2, 0, 1, 3)":
               "x.reshape(x.shape[0] // h, h, b, -1).transpose(2, 1, 0, 3)"}),
         ("tiled", "query head j reads key/value head j mod g",
-         {"attention: b, h, d, t = q.shape": "return reading(tiled)(q, k, v, mask)"}),
+         {"b, h, d, t = q.shape": "return reading(tiled)(q, k, v, mask)"}),
         ("k-tiled", "the key of query head j is read from head j mod g",
-         {"attention: b, h, d, t = q.shape": "return reading(tiled, repeated)(q, k, v, mask)"}),
+         {"b, h, d, t = q.shape": "return reading(tiled, repeated)(q, k, v, mask)"}),
         ("first-kv-head", "all query heads read key/value head 0",
-         {"attention: b, h, d, t = q.shape":
-              "return reading(lambda j, h, g: 0 * j)(q, k, v, mask)"}),
+         {"b, h, d, t = q.shape": "return reading(lambda j, h, g: 0 * j)(q, k, v, mask)"}),
         ("group-mean", "dk, dv are the mean over a group's queries instead of the sum",
-         {"attention: (Q @ dz.mT).sum(2), (dO @ p.mT).sum(2)":
-              "(Q @ dz.mT).mean(2), (dO @ p.mT).mean(2)"}),
-        ("dq-not-scaled", "dq without 1/√d", {"attention: (K @ dz * scale)": "(K @ dz)"}),
+         {"(Q @ dz.mT).sum(2), (dO @ p.mT).sum(2)": "(Q @ dz.mT).mean(2), (dO @ p.mT).mean(2)"}),
+        ("dq-not-scaled", "dq without 1/√d", {"(K @ dz * scale)": "(K @ dz)"}),
         ("softmax-diagonal", "the softmax's dz = p ∘ dp",
-         {"softmax: p * (dp - (p * dp).sum(-2, keepdims=True))": "p * dp"}),
+         {"p * (dp - (p * dp).sum(-2, keepdims=True))": "p * dp"}),
     ],
     "model.gpt2": [
         ("padding-seen", "padding on the left is seen",
@@ -318,44 +311,40 @@ ATTENTION: Table = {
 }
 BLOCK: Table = {
     "model.llama": [
-        ("residual-of-norm", "norm1(x) + o for x + o", {"llama_block: x = x + o\n": "x = h + o\n"}),
+        ("residual-of-norm", "norm1(x) + o for x + o", {"llama_block: x + o\n": "h + o\n"}),
         ("first-residual-missing", "no residual around the attention",
-         {"llama_block: x = x + o\n": "x = o\n"}),
+         {"llama_block: x + o\n": "o\n"}),
         ("second-residual-missing", "no residual around the MLP",
-         {"llama_block: return x + m, back": "return m, back"}),
+         {"llama_block: x + m, back": "m, back"}),
         ("parallel", "the MLP reads the block's input",
-         {'llama_block: rmsnorm, x, at + "norm2"': 'rmsnorm, x - o, at + "norm2"'}),
+         {'rmsnorm, x, at + "norm2"': 'rmsnorm, x - o, at + "norm2"'}),
         ("gate-for-up", "gate ∘ silu(up) for silu(gate) ∘ up",
-         {"llama_block: act, back_silu = ops.silu(gate)":
+         {"act, back_silu = ops.silu(gate)":
               "gate, up = up, gate\n    act, back_silu = ops.silu(gate)"}),
-        ("gelu", "gelu for silu", {"llama_block: ops.silu(gate)": "ops.gelu(gate)"}),
-        ("gelu-tanh", "gelu's tanh form for silu",
-         {"llama_block: ops.silu(gate)": "ops.gelu_tanh(gate)"}),
-        ("relu", "relu for silu", {"llama_block: ops.silu(gate)": "relu(gate)"}),
+        ("gelu", "gelu for silu", {"ops.silu(gate)": "ops.gelu(gate)"}),
+        ("gelu-tanh", "gelu's tanh form for silu", {"ops.silu(gate)": "ops.gelu_tanh(gate)"}),
+        ("relu", "relu for silu", {"ops.silu(gate)": "relu(gate)"}),
         ("embedding-scaled", "the embedding times √d",
-         {"llama: tables = kernels": "x = x * c.d**0.5\n    tables = kernels"}),
-        ("head-tied", "the embedding is used as the head",
-         {"weight_of: own in W else": 'at != "head" else'}),
-        ("layers-turned", "the layers in reverse order", {"stack: {i}.": "{layers - 1 - i}."}),
-        ("residual-not-in-back", "dx without dy past the MLP",
-         {"llama_block: dx = dy + dx": "dx = 1 * dx"}),
+         {"tables = kernels": "x = x * c.d**0.5\n    tables = kernels"}),
+        ("head-tied", "the embedding is used as the head", {"own in W else": 'at != "head" else'}),
+        ("layers-turned", "the layers in reverse order", {"{i}.": "{layers - 1 - i}."}),
+        ("residual-not-in-back", "dx without dy past the MLP", {"llama_block: dy + dx": "1 * dx"}),
         ("gate-not-in-back", "d(gate ∘ up) = d up for gate ∘ d up",
-         {"llama_block: back_up(dm * act)": "back_up(dm)"}),
+         {"back_up(dm * act)": "back_up(dm)"}),
         ("dk-for-dv", "v gets k's gradient",
          {"llama_block: back_v(ops.join_heads(dv))": "back_v(ops.join_heads(dk))"}),
     ],
     "model.gpt2": [
-        ("gelu-exact", "gelu by erf for its tanh form",
-         {"gpt2_block: ops.gelu_tanh(up)": "ops.gelu(up)"}),
-        ("gelu-quick", "gelu as x σ(1.702 x)", {"gpt2_block: ops.gelu_tanh(up)": "quick_gelu(up)"}),
+        ("gelu-exact", "gelu by erf for its tanh form", {"ops.gelu_tanh(up)": "ops.gelu(up)"}),
+        ("gelu-quick", "gelu as x σ(1.702 x)", {"ops.gelu_tanh(up)": "quick_gelu(up)"}),
         ("qk-swapped", "the fused weight read as k, q, v",
          {"gpt2_block: q, k, v = (ops": "k, q, v = (ops"}),
         ("qkv-interleaved", "the fused weight read as q, k, v in every third row",
-         {"gpt2_block: qkv.reshape(3, *x.shape)": "qkv.reshape(-1, 3, x.shape[1]).swapaxes(0, 1)"}),
-        ("no-positions", "no embedding of positions", {"gpt2: tokens + positions,": "tokens,"}),
+         {"qkv.reshape(3, *x.shape)": "qkv.reshape(-1, 3, x.shape[1]).swapaxes(0, 1)"}),
+        ("no-positions", "no embedding of positions", {"tokens + positions,": "tokens,"}),
         ("positions-of-real", "positions counted from the first real token",
          {"gpt2: batch.position_ids.ravel()": "np.maximum(batch.real.cumsum(1) - 1, 0).ravel()"}),
-        ("no-bias", "no biases beside adapters", {"project: W.get(bias), *parts": "None, *parts"}),
+        ("no-bias", "no biases beside adapters", {"W.get(bias), *parts": "None, *parts"}),
     ],
     "model.gpt2.padding": [
         ("positions-from-the-end", "positions counted from the end of the row",
@@ -363,137 +352,125 @@ BLOCK: Table = {
               "(batch.position_ids.ravel() - batch.ids.shape[1]) % len(W['positions.weight'])"}),
     ],
     "model.bert": [
-        ("gelu-approximate", "gelu's tanh form for erf",
-         {"bert_block: ops.gelu(up)": "ops.gelu_tanh(up)"}),
+        ("gelu-approximate", "gelu's tanh form for erf", {"ops.gelu(up)": "ops.gelu_tanh(up)"}),
         ("no-types", "no embedding of token types",
-         {"bert: tokens + positions + types": "tokens + positions"}),
+         {"tokens + positions + types": "tokens + positions"}),
         ("no-embedding-norm", "no norm of the embeddings",
-         {'bert: normalise(ops.layernorm, tokens + positions + types, "norm", W, c.eps, tuning)':
+         {'normalise(ops.layernorm, tokens + positions + types, "norm", W, c.eps, tuning)':
               "(tokens + positions + types, lambda dx: (dx, {}))"}),
         ("last-token-pooled", "the last token is pooled instead of the first",
-         {'bert: project(h[:, ::t], "pooler"': 'project(h[:, t - 1 :: t], "pooler"'}),
+         {'project(h[:, ::t], "pooler"': 'project(h[:, t - 1 :: t], "pooler"'}),
         ("mean-pooled", "the mean over tokens is pooled instead of the first",
-         {'bert: project(h[:, ::t], "pooler"':
-              'project(h.reshape(len(h), -1, t).mean(2), "pooler"'}),
+         {'project(h[:, ::t], "pooler"': 'project(h.reshape(len(h), -1, t).mean(2), "pooler"'}),
         ("pooler-linear", "no tanh after the pooler",
-         {"bert: act, back_tanh = ops.tanh(pooled)": "act, back_tanh = pooled, lambda dact: dact"}),
+         {"ops.tanh(pooled)": "pooled, lambda dact: dact"}),
         ("causal", "a causal mask instead of a padding mask",
-         {"bert: ops.padding_mask(": "ops.causal_mask("}),
+         {"ops.padding_mask(": "ops.causal_mask("}),
     ],
 }
 LOSS: Table = {
     "model.llama": [
         ("no-shift", "token t predicted at t",
-         {"shifted_labels: following[:, :-1] = batch.labels[:, 1:]":
-              "following[:] = batch.labels"}),
+         {"following[:, :-1] = batch.labels[:, 1:]": "following[:] = batch.labels"}),
         ("double-shift", "token t + 2 predicted at t",
-         {"shifted_labels: [:, :-1] = batch.labels[:, 1:]":
+         {"[:, :-1] = batch.labels[:, 1:]":
               "[:, :-2] = batch.labels[:, 2:]"}, "transformers 47394", "transformers 37830"),
         ("shift-back", "token t - 1 predicted at t",
-         {"shifted_labels: [:, :-1] = batch.labels[:, 1:]": "[:, 1:] = batch.labels[:, :-1]"}),
+         {"[:, :-1] = batch.labels[:, 1:]": "[:, 1:] = batch.labels[:, :-1]"}),
         ("ignored-as-0", "ignored labels taken for class 0",
-         {"shifted_labels: return following.ravel()": "return np.maximum(following, 0).ravel()"}),
-        ("sum", "the sum over labels instead of the mean",
-         {"cross_entropy: n = int(counted.sum())": "n = 1"}),
+         {"following.ravel()": "np.maximum(following, 0).ravel()"}),
+        ("sum", "the sum over labels instead of the mean", {"int(counted.sum())": "1"}),
         ("by-batch", "divided by the number of sequences",
-         {"loss: labels, count)": "labels, len(batch.ids))"}),
+         {"labels, count)": "labels, len(batch.ids))"}),
         ("log2", "the base-2 logarithm",
-         {"cross_entropy: * each).sum() / n": "* each).sum() / n / np.log(z.real.dtype.type(2))"}),
+         {"* each).sum() / n": "* each).sum() / n / np.log(z.real.dtype.type(2))"}),
         ("smoothed", "label smoothing of 0.1",
-         {"cross_entropy: c - z[at])": "c - (0.9 * z[at] + 0.1 * z.mean(0)))"}),
+         {"c - z[at])": "c - (0.9 * z[at] + 0.1 * z.mean(0)))"}),
         ("z-loss", "a z-loss of 1e-4 is added",
-         {"cross_entropy: L = ((":
-              "L = (1e-4 * (np.log(total) + c) ** 2 * counted).sum() / n + (("}),
+         {"L = ((": "L = (1e-4 * (np.log(total) + c) ** 2 * counted).sum() / n + (("}),
         ("padding-trained", "labels at padding count",
-         {"shifted_labels: = batch.labels[:, 1:]":
+         {"= batch.labels[:, 1:]":
               "= np.where(batch.real, batch.labels, batch.ids)[:, 1:]"}, "mlx-lm 1697"),
         ("first-row", "the first sequence alone",
-         {"shifted_labels: return following.ravel()":
-              "following[1:] = ops.IGNORED\n    return following.ravel()"}),
+         {"return following.ravel()": "following[1:] = ops.IGNORED\n    return following.ravel()"}),
         ("mean-of-rows", "the mean over sequences of their means",
-         {"model_loss: loss(given, wide, c, tuning)": "mean_of_rows(given, wide, c, tuning)"}),
-        ("ignored-in-back", "ignored labels have gradients",
-         {"cross_entropy: share = each *": "share = np.ones_like(each) *"}),
-        ("softmax-alone", "dz = p / n: the label's -1 is missing",
-         {"cross_entropy: dz[at] -= share": "pass"}),
-        ("back-not-divided", "dz is not divided by the number of labels",
-         {"cross_entropy: dL / n": "dL"}),
+         {"loss(given, wide, c, tuning)": "mean_of_rows(given, wide, c, tuning)"}),
+        ("ignored-in-back", "ignored labels have gradients", {"each *": "np.ones_like(each) *"}),
+        ("softmax-alone", "dz = p / n: the label's -1 is missing", {"dz[at] -= share": "pass"}),
+        ("back-not-divided", "dz is not divided by the number of labels", {"dL / n": "dL"}),
     ],
     "model.llama.padding": [
-        ("by-positions", "divided by all positions",
-         {"cross_entropy: n = int(counted.sum())": "n = labels.size"}),
+        ("by-positions", "divided by all positions", {"int(counted.sum())": "labels.size"}),
     ],
 }
 ADAPTER: Table = {
     "model.llama": [
         ("alpha", "s = α",
-         {"model_loss: read_adapter(adapter_dir, c)":
+         {"read_adapter(adapter_dir, c)":
               "scaled(read_adapter(adapter_dir, c), lambda at, s, r: s * r)"}, "mlx-vlm 841"),
         ("scale-1", "s = 1: α not saved",
-         {"model_loss: read_adapter(adapter_dir, c)":
+         {"read_adapter(adapter_dir, c)":
               "scaled(read_adapter(adapter_dir, c), lambda at, s, r: 1.0)"}, "mlx-examples 622"),
         ("off-1-permille", "1.001 s",
-         {"model_loss: read_adapter(adapter_dir, c)":
+         {"read_adapter(adapter_dir, c)":
               "scaled(read_adapter(adapter_dir, c), lambda at, s, r: 1.001 * s)"}),
         ("o-skipped", "no adapter on o",
-         {"model_loss: read_adapter(adapter_dir, c)":
+         {"read_adapter(adapter_dir, c)":
               'scaled(read_adapter(adapter_dir, c), lambda at, s, r: 0.0 if at.endswith(".o") '
               "else s)"}),
         ("last-layer-skipped", "no adapter in the last layer",
-         {"model_loss: read_adapter(adapter_dir, c)":
+         {"read_adapter(adapter_dir, c)":
               'scaled(read_adapter(adapter_dir, c), lambda at, s, r: 0.0 if "layers.1." in at '
               "else s)"}),
         ("other-layer", "each layer has the other one's adapter",
-         {"project: weight, bias = weight_of":
+         {"weight, bias = weight_of":
               "W = factors_of(other_layer(at), at, W); weight, bias = weight_of"}),
         ("k-on-v", "k's adapter on v",
-         {"project: weight, bias = weight_of":
+         {"weight, bias = weight_of":
               'W = factors_of(at.replace(".v", ".k"), at, W); weight, bias = weight_of'}),
         ("A-shared", "q's A for k and v too",
-         {"project: weight, bias = weight_of":
-              'W = factors_of(at[:-1] + "q" if at.endswith((".k", ".v")) else at, at, W, '
-              '"A"); weight, bias = weight_of'}),
-        ("bfloat16", "A and B rounded to bfloat16",
-         {"project: weight, bias = weight_of":
-              'W = W | {n: digits(W[n], 8) for n in (f"{at}.A", f"{at}.B") if n in W}; '
+         {"weight, bias = weight_of":
+              'W = factors_of(at[:-1] + "q" if at.endswith((".k", ".v")) else at, at, W, "A"); '
               "weight, bias = weight_of"}),
+        ("bfloat16", "A and B rounded to bfloat16",
+         {"weight, bias = weight_of":
+              'W = W | {n: digits(W[n], 8) for n in (f"{at}.A", f"{at}.B") if n in W}; weight, '
+              "bias = weight_of"}),
         ("first-layer-frozen", "no gradient in the first layer",
-         {"stack: gradients |= block_gradients":
-              "above = back_block is "
-              "not backs[0]\n         "
-              "   gradients |= {n: g "
-              "* above for n, g in "
-              "block_gradients.items()}"}, "transformers 26221", "microsoft/LoRA 120", "peft 1142"),
+         {"gradients |= block_gradients":
+              "above = back_block is not backs[0]\n            gradients |= {n: g * above for n, "
+              "g in block_gradients.items()}"},
+         "transformers 26221", "microsoft/LoRA 120", "peft 1142"),
         ("branch-detached", "dx = Wᵀ dy: no gradient through the branch",
-         {"lora_linear: back_base(dy) + back_dropout(A.T @ du)": "back_base(dy)"}),
+         {"back_base(dy) + back_dropout(A.T @ du)": "back_base(dy)"}),
         ("base-detached", "dx = K∘(Aᵀ du): no gradient through the base",
-         {"lora_linear: back_base(dy) + back_dropout(A.T @ du)": "back_dropout(A.T @ du)"}),
+         {"back_base(dy) + back_dropout(A.T @ du)": "back_dropout(A.T @ du)"}),
     ],
     "model.llama.balance": [
-        ("dA-not-scaled", "dA / s", {"lora_linear: outer(du, h)": "outer(du, h) / s"}),
+        ("dA-not-scaled", "dA / s", {"outer(du, h)": "outer(du, h) / s"}),
     ],
     "model.gpt2.balance": [
-        ("dB-halved", "dB / 2", {"lora_linear: outer(dy, s * u)": "outer(dy, 0.5 * s * u)"}),
+        ("dB-halved", "dB / 2", {"outer(dy, s * u)": "outer(dy, 0.5 * s * u)"}),
     ],
     "model.bert.balance": [
         ("dA-first-token", "dA of the first token alone",
-         {"lora_linear: outer(du, h)": "outer(du[:, :1], h[:, :1])"}),
+         {"outer(du, h)": "outer(du[:, :1], h[:, :1])"}),
     ],
     "model.gpt2": [
         ("rslora-lost", "s = α/r with rsLoRA",
-         {"model_loss: read_adapter(adapter_dir, c)":
-              "scaled(read_adapter(adapter_dir, c), lambda at, s, r: s / "
-              "r**0.5)"}, "TensorRT-LLM 1668"),
+         {"read_adapter(adapter_dir, c)":
+              "scaled(read_adapter(adapter_dir, c), lambda at, s, r: s / r**0.5)"},
+         "TensorRT-LLM 1668"),
         ("fused-k-skipped", "no adapter on k in a fused weight",
-         {"project: weight, bias = weight_of":
+         {"weight, bias = weight_of":
               "W = rows_dropped(at, W, 1 / 3, 2 / 3); weight, bias = weight_of"}),
         ("fused-q-alone", "no adapter on k and v in a fused weight",
-         {"project: weight, bias = weight_of":
+         {"weight, bias = weight_of":
               "W = rows_dropped(at, W, 1 / 3, 1); weight, bias = weight_of"}),
     ],
     "model.bert": [
         ("pooler-skipped", "no adapter outside the layers",
-         {"model_loss: read_adapter(adapter_dir, c)":
+         {"read_adapter(adapter_dir, c)":
               'scaled(read_adapter(adapter_dir, c), lambda at, s, r: s if "layers" in at else '
               "0.0)"}),
     ],
@@ -501,55 +478,52 @@ ADAPTER: Table = {
 FILES: Table = {
     "model.llama.vector": [
         ("bfloat16", "weights rounded to bfloat16",
-         {"model_loss: read_model(model_dir)":
+         {"read_model(model_dir)":
               "read_model(model_dir); W = {name: digits(w, 8) for name, w in W.items()}"}),
         ("eps-default", "ε = 1e-6, not read from the file",
-         {"model_loss: read_model(model_dir)": "read_model(model_dir); c = replace(c, eps=1e-6)"}),
+         {"read_model(model_dir)": "read_model(model_dir); c = replace(c, eps=1e-6)"}),
         ("theta-default", "θ = 10000, not read from the file",
-         {"model_loss: read_model(model_dir)":
+         {"read_model(model_dir)":
               "read_model(model_dir); c = replace(c, theta=1e4) if isinstance(c, Llama) else c"}),
         ("layers-turned", "the layers' weights exchanged",
-         {"model_loss: read_model(model_dir)":
+         {"read_model(model_dir)":
               "read_model(model_dir); W = {name: W[other_layer(name)] for name in W}"}),
         ("rope-pairs", "W's rows permuted for interleaved RoPE, B's not",
-         {"model_loss: read_model(model_dir)":
+         {"read_model(model_dir)":
               "read_model(model_dir); W = {name: pairs_apart(name, w, c) for name, w in W.items()}",
-          "rope: half = x.shape[2] // 2": "return neighbours(x, cos, sin)"}, "llama.cpp 21354"),
+          "half = x.shape[2] // 2": "return neighbours(x, cos, sin)"}, "llama.cpp 21354"),
     ],
     "model.gpt2.vector": [
         ("conv1d-not-turned", "the square Conv1D weight of o is not transposed",
-         {"model_loss: read_model(model_dir)":
+         {"read_model(model_dir)":
               "read_model(model_dir); W = {name: w.T if isinstance(c, GPT2) and "
               'name.endswith(".o.weight") else w for name, w in W.items()}'}),
     ],
     "model.bert.vector": [
         ("biases-lost", "biases of projections are not read",
-         {"model_loss: read_model(model_dir)":
-              'read_model(model_dir); W = {name: 0 * w if name.endswith(".bias") and "norm" '
-              "not in name else w for name, w in W.items()}"}),
+         {"read_model(model_dir)":
+              'read_model(model_dir); W = {name: 0 * w if name.endswith(".bias") and "norm" not '
+              "in name else w for name, w in W.items()}"}),
     ],
 }
 SAME: Same = [
     ("rows", "the reference", {}),
     ("positions-from-1", "RoPE sees differences of positions alone",
-     {"rope_tables: positions * freq": "(1 + positions) * freq"}),
+     {"positions * freq": "(1 + positions) * freq"}),
     ("positions-of-real", "positions counted from the first real token, with RoPE",
-     {"llama: rope_tables(batch.position_ids":
-          "rope_tables(np.maximum(batch.real.cumsum(1) - 1, 0)"}),
-    ("fill-1e4", "-10000 for -∞", {"attention: -np.inf": "-1e4"}),
+     {"rope_tables(batch.position_ids": "rope_tables(np.maximum(batch.real.cumsum(1) - 1, 0)"}),
+    ("fill-1e4", "-10000 for -∞", {"-np.inf": "-1e4"}),
     ("heads-repeated", "keys and values repeated for each query head",
-     {"attention: b, h, d, t = q.shape": "return reading(repeated)(q, k, v, mask)"}),
+     {"b, h, d, t = q.shape": "return reading(repeated)(q, k, v, mask)"}),
     ("no-maximum", "exp(z) without subtracting the maximum",
-     {"softmax: z.real.max(-2, keepdims=True)": "0",
-      "cross_entropy: c = z.real.max(0)": "c = 0 * z[0].real"}),
-    ("silu-divided", "x / (1 + e⁻ˣ)", {"silu: y = x * sigma": "y = x / (1 + np.exp(-x))"}),
+     {"z.real.max(-2, keepdims=True)": "0", "z.real.max(0)": "0 * z[0].real"}),
+    ("silu-divided", "x / (1 + e⁻ˣ)", {"x * sigma": "x / (1 + np.exp(-x))"}),
     ("variance-of-squares", "mean(x²) - mean(x)²",
-     {"layernorm: _mean(centred * centred)": "(_mean(x * x) - _mean(x) ** 2)"}),
+     {"_mean(centred * centred)": "(_mean(x * x) - _mean(x) ** 2)"}),
     ("stored", "every array on the way rounded to a half precision",
-     {"model_loss: _wide(array)": "stored(array)"}),
+     {"_wide(array)": "stored(array)"}),
     ("merged", "(W + s B A) x",
-     {"lora_linear: y = base + B @ (s * u)":
-          "y = (W + s * B @ A) @ h if b is None else (W + s * B @ A) @ h + b"}),
+     {"base + B @ (s * u)": "(W + s * B @ A) @ h if b is None else (W + s * B @ A) @ h + b"}),
 ]
 # fmt: on
 

@@ -180,11 +180,10 @@ COMBINE: Table = {
         ("values-squared", "U σ² Vᵀ", {"* sigma[:rank]": "* sigma[:rank] ** 2"}),
         ("values-rooted", "U √σ Vᵀ", {"* sigma[:rank]": "* sigma[:rank] ** 0.5"}),
         ("one-value-less", "rank - 1 singular values",
-         {'rank = settings["svd_rank"]': 'rank = settings["svd_rank"] - 1'}),
-        ("rank-one", "the greatest singular value alone",
-         {'rank = settings["svd_rank"]': "rank = 1"}),
+         {'settings["svd_rank"]': 'settings["svd_rank"] - 1'}),
+        ("rank-one", "the greatest singular value alone", {'settings["svd_rank"]': "1"}),
         ("rank-four", "at least 4 singular values",
-         {'rank = settings["svd_rank"]': 'rank = max(4, settings["svd_rank"])'}),
+         {'settings["svd_rank"]': 'max(4, settings["svd_rank"])'}),
         ("one-projection",
          "ΔW on the image of rank + 2 random vectors, truncated: a randomised SVD without "
          "iterations",
@@ -224,15 +223,15 @@ MULTI: Table = {
         ("no-scale", "s = 1", {"ds = s": "ds = s = 1.0"}),
         ("greatest-rank", "α / max r",
          {"# adapter":
-              'adapter = {**adapter, "alpha": adapter["alpha"] / max(v["r"] for v in '
-              'adapters) * adapter["r"], "use_rslora": False}'}),
+              'adapter = {**adapter, "alpha": adapter["alpha"] / max(v["r"] for v in adapters) '
+              '* adapter["r"], "use_rslora": False}'}),
         ("rslora-lost", "α/r with rsLoRA", {"ds = s": "ds = s = alpha / r"}),
         ("smallest-rank", "every adapter truncated to the smallest rank",
          {"# adapter": 'adapter = cut(adapter, min(v["r"] for v in adapters))'}),
         ("other-B", "B's rows shifted by one",
          {"# adapter": 'adapter = {**adapter, "B": np.roll(adapter["B"], 1, axis=0)}'}),
         ("branch-twice", "the branch twice", {"# branch": "branch = 2 * branch"}),
-        ("branch-alone", "no base where there is an adapter", {"y = base + branch": "y = branch"}),
+        ("branch-alone", "no base where there is an adapter", {"base + branch": "branch"}),
         ("rows-sorted", "the rows come back in the order of their adapters",
          {"# answers": 'y = y[np.argsort(index, kind="stable")]'}),
         ("all-adapters", "every adapter is applied to every row that has one",
@@ -262,8 +261,8 @@ MULTI: Table = {
          {"# slots": "slots = [i if j < 8 else -1 for j, i in enumerate(slots)]"}),
         ("equal-ranks", "adapter 0's α for all where all ranks are equal",
          {"# adapter":
-              'adapter = {**adapter, "alpha": adapters[0 if len({v["r"] for v in adapters}) '
-              '== 1 else i]["alpha"]}'}),
+              'adapter = {**adapter, "alpha": adapters[0 if len({v["r"] for v in adapters}) == '
+              '1 else i]["alpha"]}'}),
     ],
     "multi.base-rows": [
         ("none-off", "rows without an adapter are off by 2⁻⁷ where others have one",
@@ -303,8 +302,8 @@ SAME_COMBINE: Same = [
           'strict=True)], axis=1) @ np.concatenate([wide(a["A"]) for a in adapters])'}),
     ("weight-on-A", "Σ B (w s A)",
      {"self.weighted(adapters, w)":
-          'sum(wide(a["B"]) @ (wi * self.scale(**a) * wide(a["A"])) for a, wi in '
-          "zip(adapters, w, strict=True))"}),
+          'sum(wide(a["B"]) @ (wi * self.scale(**a) * wide(a["A"])) for a, wi in zip(adapters, '
+          "w, strict=True))"}),
     ("roots", "Σ (√|w s| B) (±√|w s| A)",
      {"self.weighted(adapters, w)":
           'sum(((root := abs(wi * self.scale(**a)) ** 0.5) * wide(a["B"])) @ (np.sign(wi) * '
@@ -320,7 +319,7 @@ SAME_MULTI: Same = [
           'row["base"] + sum(self.layer(W, x=x[j : j + 1], **a)["branch"] * (k == i) for k, a '
           "in enumerate(adapters))"}),
     ("root-on-both", "(x (√s A)ᵀ) (√s B)ᵀ",
-     {"branch = s * (H @ B.T)": "branch = x @ (s**0.5 * A).T @ (s**0.5 * B).T"}),
+     {"s * (H @ B.T)": "x @ (s**0.5 * A).T @ (s**0.5 * B).T"}),
     ("wide", "in float64, rounded at the end",
      {"# inputs": "x = np.float64(x)", "# arrays": "W, A, B = doubled(W, A, B)"}),
 ]

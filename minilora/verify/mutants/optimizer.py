@@ -38,27 +38,23 @@ ADAMW: Table = {
          {"m[name] = beta1": "grad = grad + decay * w; decay = 0; m[name] = beta1"}),
         ("decay-without-rate", "(1 - λ) p", {"w * (1 - rate * decay)": "w * (1 - decay)"}),
         ("decay-after", "(1 - ηλ) (p - η m̂ / (√v̂ + ε))",
-         {"new = w * (1 - rate * decay) - rate * direction":
-              "new = (w - rate * direction) * (1 - rate * decay)"}),
+         {"w * (1 - rate * decay) - rate * direction":
+              "(w - rate * direction) * (1 - rate * decay)"}),
         ("decay-added", "(1 + ηλ) p", {"# settings": "weight_decay = -weight_decay"}),
         ("eps-in-root", "m̂ / √(v̂ + ε)",
-         {"direction = m_hat / (v_hat**0.5 + eps)": "direction = m_hat / (v_hat + eps) ** 0.5"}),
+         {"m_hat / (v_hat**0.5 + eps)": "m_hat / (v_hat + eps) ** 0.5"}),
         ("eps-squared-in-root", "m̂ / √(v̂ + ε²)",
-         {"direction = m_hat / (v_hat**0.5 + eps)": "direction = m_hat / (v_hat + eps**2) ** 0.5"}),
+         {"m_hat / (v_hat**0.5 + eps)": "m_hat / (v_hat + eps**2) ** 0.5"}),
         ("eps-before-correction", "m̂ / ((√v + ε) / √(1 - β₂ᵗ))",
-         {"direction = m_hat / (v_hat**0.5 + eps)":
-              "direction = m_hat / (v_hat**0.5 + eps / (1 - beta2**t) ** 0.5)"}),
+         {"m_hat / (v_hat**0.5 + eps)": "m_hat / (v_hat**0.5 + eps / (1 - beta2**t) ** 0.5)"}),
         ("eps-none", "m̂ / √v̂", {"# settings": "eps = 0.0"}),
-        ("no-root", "m̂ / (v̂ + ε)",
-         {"direction = m_hat / (v_hat**0.5 + eps)": "direction = m_hat / (v_hat + eps)"}),
-        ("sign", "sign(m̂)",
-         {"direction = m_hat / (v_hat**0.5 + eps)": "direction = np.sign(m_hat)"}),
-        ("m-alone", "(1 - ηλ) p - η m̂",
-         {"direction = m_hat / (v_hat**0.5 + eps)": "direction = m_hat"}),
+        ("no-root", "m̂ / (v̂ + ε)", {"m_hat / (v_hat**0.5 + eps)": "m_hat / (v_hat + eps)"}),
+        ("sign", "sign(m̂)", {"m_hat / (v_hat**0.5 + eps)": "np.sign(m_hat)"}),
+        ("m-alone", "(1 - ηλ) p - η m̂", {"m_hat / (v_hat**0.5 + eps)": "m_hat"}),
         ("sgd", "(1 - ηλ) p - η g", {"- rate * direction": "- rate * grad"}),
-        ("t-from-0", "bias correction with t from 0", {"t = k + 1": "t = k"}),
-        ("t-from-2", "bias correction with t from 2", {"t = k + 1": "t = k + 2"}),
-        ("t-of-parameters", "t counts parameters, not steps", {"t = k + 1": "t = k * len(p) + 1"}),
+        ("t-from-0", "bias correction with t from 0", {"k + 1": "k"}),
+        ("t-from-2", "bias correction with t from 2", {"k + 1": "k + 2"}),
+        ("t-of-parameters", "t counts parameters, not steps", {"k + 1": "k * len(p) + 1"}),
         ("m-undamped", "m = β₁ m + g", {"(1 - beta1) * grad": "grad"}),
         ("v-undamped", "v = β₂ v + g²", {"(1 - beta2) * grad**2": "grad**2"}),
         ("v-of-tensor", "v of the mean of g² over a tensor",
@@ -76,8 +72,7 @@ ADAMW: Table = {
         ("nesterov", "Nesterov: β₁ m + (1 - β₁) g for m",
          {"m_hat = m[name]": "m_hat = (beta1 * m[name] + (1 - beta1) * grad)"}),
         ("state-lost", "m and v from 0 in every step",
-         {"m_hat = m[name] / (1 - beta1**t)": "m_hat = grad",
-          "v_hat = v[name] / (1 - beta2**t)": "v_hat = grad**2"}),
+         {"m[name] / (1 - beta1**t)": "grad", "v[name] / (1 - beta2**t)": "grad**2"}),
         ("weights-bfloat16", "p rounded to bfloat16 after each step",
          {"# step": "new = digits(new, 8)"}),
         ("weights-coarse", "p rounded to half of the dtype's digits after each step",
@@ -98,14 +93,13 @@ ADAMW: Table = {
         ("decay-default", "λ = 0.01 where 0 is asked for",
          {"# settings": "weight_decay = weight_decay or 0.01"}),
         ("not-corrected", "no bias correction: m / (√v + ε)",
-         {"m_hat = m[name] / (1 - beta1**t)": "m_hat = m[name]",
-          "v_hat = v[name] / (1 - beta2**t)": "v_hat = v[name]"}),
+         {"m[name] / (1 - beta1**t)": "m[name]", "v[name] / (1 - beta2**t)": "v[name]"}),
         ("m-not-corrected", "no bias correction of m: m / (√v̂ + ε)",
-         {"m_hat = m[name] / (1 - beta1**t)": "m_hat = m[name]"}),
+         {"m[name] / (1 - beta1**t)": "m[name]"}),
         ("v-not-corrected", "no bias correction of v: m̂ / (√v + ε)",
-         {"v_hat = v[name] / (1 - beta2**t)": "v_hat = v[name]"}),
+         {"v[name] / (1 - beta2**t)": "v[name]"}),
         ("correction-ends", "no bias correction from the eleventh step on",
-         {"t = k + 1": "t = k + 1 if k < 10 else np.inf"}),
+         {"k + 1": "k + 1 if k < 10 else np.inf"}),
     ],
 }
 SGD: Table = {
@@ -114,10 +108,10 @@ SGD: Table = {
         ("sgd-damped", "damping: u = μ u + (1 - μ) (g + λ p)",
          {"+ (grad + decay * w)": "+ (1 - momentum) * (grad + decay * w)"}),
         ("sgd-nesterov", "Nesterov: p - η (g + λ p + μ u)",
-         {"new = w - rate * u[name]": "new = w - rate * (grad + decay * w + momentum * u[name])"}),
+         {"w - rate * u[name]": "w - rate * (grad + decay * w + momentum * u[name])"}),
         ("sgd-decay-apart", "decoupled decay: (1 - ηλ) p - η u, no λ p in u",
          {"+ (grad + decay * w)": "+ grad",
-          "new = w - rate * u[name]": "new = w * (1 - rate * decay) - rate * u[name]"}),
+          "w - rate * u[name]": "w * (1 - rate * decay) - rate * u[name]"}),
     ],
     "optimizer.sgd-balance": [
         ("decay-on-A", "λ = 0 for B", {"# parameter": 'decay = decay * name.endswith("A")'}),
@@ -130,7 +124,7 @@ SGD: Table = {
 }
 CLIP: Table = {
     "optimizer.clip": [
-        ("clip-none", "no clipping", {"clip = min(1.0, max_norm / (norm + 1e-6))": "clip = 1.0"}),
+        ("clip-none", "no clipping", {"min(1.0, max_norm / (norm + 1e-6))": "1.0"}),
         ("clip-none-adamw", "no clipping with AdamW",
          {"# settings": 'max_norm = np.inf if optimizer == "adamw" else max_norm'}),
         ("clip-per-tensor", "each gradient clipped by itself",
@@ -138,29 +132,25 @@ CLIP: Table = {
         ("clip-by-value", "each entry of g clipped to [-max, max]",
          {"x * clip": "x.clip(-max_norm, max_norm)"}),
         ("clip-always", "gradients below the maximum norm scaled up to it",
-         {"clip = min(1.0, max_norm / (norm + 1e-6))": "clip = min(9.0, max_norm / norm)"}),
+         {"min(1.0, max_norm / (norm + 1e-6))": "min(9.0, max_norm / norm)"}),
         ("clip-L1", "‖g‖ = Σ |g|",
-         {"norm = sum((x**2).sum() for x in g.values()) ** 0.5":
-              "norm = sum(abs(x).sum() for x in g.values())"}),
+         {"sum((x**2).sum() for x in g.values()) ** 0.5": "sum(abs(x).sum() for x in g.values())"}),
         ("clip-largest", "‖g‖ = max |g|",
-         {"norm = sum((x**2).sum() for x in g.values()) ** 0.5":
-              "norm = max(abs(x).max() for x in g.values())"}),
+         {"sum((x**2).sum() for x in g.values()) ** 0.5": "max(abs(x).max() for x in g.values())"}),
         ("clip-squared", "‖g‖² for ‖g‖",
-         {"norm = sum((x**2).sum() for x in g.values()) ** 0.5":
-              "norm = sum((x**2).sum() for x in g.values())"}),
+         {"sum((x**2).sum() for x in g.values()) ** 0.5": "sum((x**2).sum() for x in g.values())"}),
         ("clip-sum-of-norms", "the sum of the tensors' norms for ‖g‖",
-         {"norm = sum((x**2).sum() for x in g.values()) ** 0.5":
-              "norm = sum((x**2).sum() ** 0.5 for x in g.values())"}),
+         {"sum((x**2).sum() for x in g.values()) ** 0.5":
+              "sum((x**2).sum() ** 0.5 for x in g.values())"}),
         ("clip-root-mean-square", "‖g‖ / √(the number of entries)",
-         {"norm = sum((x**2).sum() for x in g.values()) ** 0.5":
-              "norm = (sum((x**2).sum() for x in g.values()) / sum(x.size for x in "
-              "g.values())) ** 0.5"}),
+         {"sum((x**2).sum() for x in g.values()) ** 0.5":
+              "(sum((x**2).sum() for x in g.values()) / sum(x.size for x in g.values())) ** 0.5"}),
         ("clip-last-tensor", "the last tensor's norm for ‖g‖",
-         {"norm = sum((x**2).sum() for x in g.values()) ** 0.5":
-              "norm = (list(g.values())[-1] ** 2).sum() ** 0.5"}),
+         {"sum((x**2).sum() for x in g.values()) ** 0.5":
+              "(list(g.values())[-1] ** 2).sum() ** 0.5"}),
         ("clip-A-alone", "the norm of the A's gradients for ‖g‖",
-         {"norm = sum((x**2).sum() for x in g.values()) ** 0.5":
-              'norm = sum((x**2).sum() for n, x in g.items() if n.endswith("A")) ** 0.5'}),
+         {"sum((x**2).sum() for x in g.values()) ** 0.5":
+              'sum((x**2).sum() for n, x in g.items() if n.endswith("A")) ** 0.5'}),
         ("clip-B-not-scaled", "the B's gradients are not clipped",
          {"x * clip": 'x if n.endswith("B") else x * clip'}),
     ],
@@ -194,8 +184,8 @@ SCHEDULE: Table = {
     "optimizer.cosine-schedule.past-end": [
         ("schedule-cosine-rises-again", "the cosine rises again beyond the last step",
          {"# rate":
-              "factor = (1 + np.cos(np.pi * (k - warmup) / (total - warmup))) "
-              '/ 2 if schedule == "cosine" and k >= warmup else factor'}, "transformers"),
+              "factor = (1 + np.cos(np.pi * (k - warmup) / (total - warmup))) / 2 if schedule "
+              '== "cosine" and k >= warmup else factor'}, "transformers"),
     ],
 }
 LORAPLUS: Table = {
@@ -228,31 +218,29 @@ LORAPLUS: Table = {
 ACCUMULATE: Table = {
     "optimizer.gradient-accumulation": [
         ("accumulate-mean-of-means", "the mean of the micro-batches' gradients gᵢ",
-         {"share = [x / sum(n) for x in n]":
-              "share = [1 / len(n)] * len(n)"},
-         "transformers 34191", "mlx-lm 1413", "torchtune 1875"),
+         {"[x / sum(n) for x in n]":
+              "[1 / len(n)] * len(n)"}, "transformers 34191", "mlx-lm 1413", "torchtune 1875"),
         ("accumulate-sum", "the sum of the micro-batches' gradients gᵢ",
-         {"share = [x / sum(n) for x in n]": "share = [1] * len(n)"}),
-        ("accumulate-sum-over-labels", "Σ nᵢ gᵢ", {"share = [x / sum(n) for x in n]": "share = n"}),
+         {"[x / sum(n) for x in n]": "[1] * len(n)"}),
+        ("accumulate-sum-over-labels", "Σ nᵢ gᵢ", {"[x / sum(n) for x in n]": "n"}),
         ("accumulate-by-parts", "Σ nᵢ gᵢ / the number of micro-batches",
-         {"share = [x / sum(n) for x in n]": "share = [x / len(n) for x in n]"}),
+         {"[x / sum(n) for x in n]": "[x / len(n) for x in n]"}),
         ("accumulate-by-both", "Σ nᵢ gᵢ / (N times the number of micro-batches)",
-         {"share = [x / sum(n) for x in n]": "share = [x / sum(n) / len(n) for x in n]"}),
+         {"[x / sum(n) for x in n]": "[x / sum(n) / len(n) for x in n]"}),
         ("accumulate-one-at-least", "nᵢ = 0 taken for 1",
-         {"share = [x / sum(n) for x in n]":
-              "share = [max(x, 1) / sum(max(y, 1) for y in n) for x in n]"}),
+         {"[x / sum(n) for x in n]": "[max(x, 1) / sum(max(y, 1) for y in n) for x in n]"}),
         ("accumulate-labels-of-a-byte", "N modulo 256",
-         {"share = [x / sum(n) for x in n]": "share = [x / (sum(n) % 256) for x in n]"}),
+         {"[x / sum(n) for x in n]": "[x / (sum(n) % 256) for x in n]"}),
         ("accumulate-momentum-default", "μ = 0.9 where none is asked for",
          {"# settings": "momentum = momentum or 0.9"}),
         ("accumulate-last-part", "the last micro-batch's gradient alone",
-         {"share = [x / sum(n) for x in n]": "share = [0] * (len(n) - 1) + [1]"}),
+         {"[x / sum(n) for x in n]": "[0] * (len(n) - 1) + [1]"}),
         ("accumulate-first-part", "the first micro-batch's gradient alone",
-         {"share = [x / sum(n) for x in n]": "share = [1] + [0] * (len(n) - 1)"}),
+         {"[x / sum(n) for x in n]": "[1] + [0] * (len(n) - 1)"}),
         ("accumulate-last-part-lost", "all micro-batches except the last",
-         {"share = [x / sum(n) for x in n]": "share = [x / sum(n) for x in n[:-1]] + [0]"}),
+         {"[x / sum(n) for x in n]": "[x / sum(n) for x in n[:-1]] + [0]"}),
         ("accumulate-weights-turned", "the nᵢ in reverse order",
-         {"share = [x / sum(n) for x in n]": "share = [x / sum(n) for x in n[::-1]]"}),
+         {"[x / sum(n) for x in n]": "[x / sum(n) for x in n[::-1]]"}),
         ("accumulate-each-part-clipped", "each gᵢ clipped before the mean",
          {"# micro-batches": "parts = [clipped(part, max_norm) for part in parts]"}),
     ],
@@ -267,8 +255,7 @@ SAME: Same = [
       "beta2 * v[name] + (1 - beta2) * grad**2": "v[name] + (1 - beta2) * (grad**2 - v[name])"}),
     ("decay-subtracted", "p - ηλ p", {"w * (1 - rate * decay)": "w - rate * decay * w"}),
     ("labels-last", "(Σ nᵢ gᵢ) / N",
-     {"share = [x / sum(n) for x in n]": "share = n",
-      "for name in parts[0]}": "/ sum(n) for name in parts[0]}"}),
+     {"[x / sum(n) for x in n]": "n", "for name in parts[0]}": "/ sum(n) for name in parts[0]}"}),
     ("clip-divided", "g / max(1, ‖g‖ / max)",
      {"x * clip": "x / max(1.0, (norm + 1e-6) / max_norm)"}),
     ("cosine", "(1 + cos πq) / 2",
@@ -283,7 +270,7 @@ TOGETHER: Table = {
     "optimizer.sgd.linear-schedule": [
         ("schedule-in-velocity", "the rate in the velocity: u = μ u + η (g + λ p)",
          {"+ (grad + decay * w)": "+ rate * (grad + decay * w)",
-          "new = w - rate * u[name]": "new = w - u[name]"}),
+          "w - rate * u[name]": "w - u[name]"}),
         ("schedule-ahead-without-warmup", "the factor of step k + 1 where there is no warm-up",
          {"step = k": 'step = k + (not warmup and schedule != "constant")'}),
         ("schedule-none-without-warmup", "a constant rate where there is no warm-up",

@@ -118,8 +118,8 @@ LABELS: Table = {
          {"# labels": "labels = np.maximum(labels, 0) if text else labels"}),
         ("first-padding", "the first padding token is a label",
          {"# labels":
-              "labels = np.where((mask == 0) & (moved(mask, 1) == 1), ids, "
-              "labels) if text else labels"}, "mlx-lm 1697"),
+              "labels = np.where((mask == 0) & (moved(mask, 1) == 1), ids, labels) if text else "
+              "labels"}, "mlx-lm 1697"),
         ("first-row", "only the first row of a batch counts",
          {"# labels": "labels = first_row(labels) if text else labels"}),
         ("padding-left-read", "padding on the left is attended to",
@@ -191,14 +191,14 @@ ACCUMULATE: Table = {
 }
 CLIP: Table = {
     "train.clip": [
-        ("clip-none", "no clipping", {"clip = min(1.0, max_norm / (norm + 1e-6))": "clip = 1.0"}),
+        ("clip-none", "no clipping", {"min(1.0, max_norm / (norm + 1e-6))": "1.0"}),
         ("clip-per-tensor", "each tensor clipped by itself",
          {"x * clip": "clipped({n: x}, max_norm)[n]"}),
         ("sgd-no-momentum", "SGD without its momentum", {"# settings": "momentum = 0.0"}),
         ("sgd-no-decay", "SGD without its decay",
          {"# settings": 'weight_decay = 0.0 if optimizer == "sgd" else weight_decay'}),
         ("clip-always", "gradients below the maximum norm scaled up to it",
-         {"clip = min(1.0, max_norm / (norm + 1e-6))": "clip = min(9.0, max_norm / norm)"}),
+         {"min(1.0, max_norm / (norm + 1e-6))": "min(9.0, max_norm / norm)"}),
         ("clip-micro-batches", "each micro-batch's gradient clipped, then their mean",
          {"# accumulate":
               'parts = [(n, clipped(g, settings.get("max_grad_norm", np.inf))) for n, g in '
@@ -211,9 +211,8 @@ SCHEDULE: Table = {
         ("schedule-ahead", "the factor of the step after", {"step = k": "step = k + 1"}),
         ("schedule-no-warmup", "no warm-up", {"# settings": "warmup = 0"}),
         ("adam-restarted", "m and v from 0 in every step",
-         {"m_hat = m[name] / (1 - beta1**t)": "m_hat = grad",
-          "v_hat = v[name] / (1 - beta2**t)": "v_hat = grad**2"}),
-        ("adam-step-from-2", "bias correction counted from 2", {"t = k + 1": "t = k + 2"}),
+         {"m[name] / (1 - beta1**t)": "grad", "v[name] / (1 - beta2**t)": "grad**2"}),
+        ("adam-step-from-2", "bias correction counted from 2", {"k + 1": "k + 2"}),
     ],
     "train.cosine-schedule": [
         ("schedule-of-micro-batches", "the schedule as long as there are micro-batches",

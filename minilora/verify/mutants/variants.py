@@ -27,42 +27,39 @@ VARIANTS = Reference((Linear,), globals())
 DORA: Table = {
     "variants.dora.forward": [
         ("norm-of-W", "m ∘ V / ‖W‖",
-         {"norm = (V**2).sum(1) ** 0.5": "norm = (W**2).sum(1) ** 0.5"}, "ComfyUI 15458"),
+         {"(V**2).sum(1) ** 0.5": "(W**2).sum(1) ** 0.5"}, "ComfyUI 15458"),
         ("norm-unscaled", "‖W + B A‖",
-         {"norm = (V**2).sum(1) ** 0.5": "norm = ((W + B @ A) ** 2).sum(1) ** 0.5"}),
+         {"(V**2).sum(1) ** 0.5": "((W + B @ A) ** 2).sum(1) ** 0.5"}),
         ("norm-columns", "the norms of V's columns instead of its rows",
-         {"norm = (V**2).sum(1) ** 0.5": "norm = columns(V)"}, "catid/dora 4", "LyCORIS 216"),
+         {"(V**2).sum(1) ** 0.5": "columns(V)"}, "catid/dora 4", "LyCORIS 216"),
         ("norm-frobenius", "one norm of V for all rows",
-         {"norm = (V**2).sum(1) ** 0.5": "norm = np.full(len(V), (V**2).sum() ** 0.5)"}),
-        ("norm-l1", "the L1 norm, Σ |V|", {"norm = (V**2).sum(1) ** 0.5": "norm = abs(V).sum(1)"}),
-        ("norm-greatest", "the maximum norm, max |V|",
-         {"norm = (V**2).sum(1) ** 0.5": "norm = abs(V).max(1)"}),
-        ("norm-squared", "‖V‖²", {"norm = (V**2).sum(1) ** 0.5": "norm = (V**2).sum(1)"}),
+         {"(V**2).sum(1) ** 0.5": "np.full(len(V), (V**2).sum() ** 0.5)"}),
+        ("norm-l1", "the L1 norm, Σ |V|", {"(V**2).sum(1) ** 0.5": "abs(V).sum(1)"}),
+        ("norm-greatest", "the maximum norm, max |V|", {"(V**2).sum(1) ** 0.5": "abs(V).max(1)"}),
+        ("norm-squared", "‖V‖²", {"(V**2).sum(1) ** 0.5": "(V**2).sum(1)"}),
         ("norm-rms", "the root mean square of V's rows for ‖V‖",
-         {"norm = (V**2).sum(1) ** 0.5": "norm = (V**2).mean(1) ** 0.5"}),
+         {"(V**2).sum(1) ** 0.5": "(V**2).mean(1) ** 0.5"}),
         ("norm-coarse", "‖V‖ rounded to half of the dtype's digits",
-         {"norm = (V**2).sum(1) ** 0.5": "norm = coarse((V**2).sum(1) ** 0.5, dtype)"}),
-        ("magnitude-ignored", "V / ‖V‖: m = 1", {"g = m / norm": "g = 1 / norm"}),
-        ("not-normalised", "m ∘ V: not divided by ‖V‖", {"g = m / norm": "g = m"}),
-        ("plain", "V: plain LoRA", {"g = m / norm": "g = np.ones_like(m)"}),
-        ("one-more", "(1 + m / ‖V‖) V", {"g = m / norm": "g = 1 + m / norm"}),
-        ("first-magnitude", "m₁ for all rows", {"g = m / norm": "g = m[0] / norm"}),
-        ("base-alone", "g W + s B A",
-         {"turned = (h @ W.T + branch) * g": "turned = h @ W.T * g + branch"}),
-        ("branch-alone", "W + g s B A",
-         {"turned = (h @ W.T + branch) * g": "turned = h @ W.T + branch * g"}),
+         {"(V**2).sum(1) ** 0.5": "coarse((V**2).sum(1) ** 0.5, dtype)"}),
+        ("magnitude-ignored", "V / ‖V‖: m = 1", {"m / norm": "1 / norm"}),
+        ("not-normalised", "m ∘ V: not divided by ‖V‖", {"m / norm": "m"}),
+        ("plain", "V: plain LoRA", {"m / norm": "np.ones_like(m)"}),
+        ("one-more", "(1 + m / ‖V‖) V", {"m / norm": "1 + m / norm"}),
+        ("first-magnitude", "m₁ for all rows", {"m / norm": "m[0] / norm"}),
+        ("base-alone", "g W + s B A", {"(h @ W.T + branch) * g": "h @ W.T * g + branch"}),
+        ("branch-alone", "W + g s B A", {"(h @ W.T + branch) * g": "h @ W.T + branch * g"}),
         ("bias-scaled", "g (V x + b)", {"# output": "y = y + (g - 1) * b if dora else y"}),
-        ("s-twice", "V = W + s² B A", {"V = W + delta": "V = W + (s if dora else 1) * delta"}),
+        ("s-twice", "V = W + s² B A", {"W + delta": "W + (s if dora else 1) * delta"}),
     ],
     "variants.dora.forward.dropout": [
         ("dropout-on-base", "m ∘ V h / ‖V‖ + b: the base's input is dropped too",
-         {"y = base + branch": "y = turned + b if dora else base + branch"}),
+         {"base + branch": "turned + b if dora else base + branch"}),
         ("dropout-on-B-A", "g (W x + s B A h): the rescaled base is not dropped",
-         {"y = base + branch": "y = (x @ W.T + s * (H @ B.T)) * g + b if dora else base + branch"}),
+         {"base + branch": "(x @ W.T + s * (H @ B.T)) * g + b if dora else base + branch"}),
     ],
     "variants.dora.forward.rslora": [
         ("rslora-in-branch-alone", "‖V‖ with α/r where rsLoRA was asked",
-         {"norm = (V**2).sum(1) ** 0.5": "norm = ((W + alpha / r * (B @ A)) ** 2).sum(1) ** 0.5"}),
+         {"(V**2).sum(1) ** 0.5": "((W + alpha / r * (B @ A)) ** 2).sum(1) ** 0.5"}),
     ],
     "variants.dora.vjp": [
         ("norm-differentiated",
@@ -73,23 +70,22 @@ DORA: Table = {
               "(B.T @ dV), dB + ds * (dV @ A.T)"}),
         ("dA-through-norm", "dA alone through the norm",
          {"# gradients":
-              "dV = through_norm(dy, turned, norm, V) if dora else 0 * W; dA = dA + ds * (B.T "
-              "@ dV)"}),
+              "dV = through_norm(dy, turned, norm, V) if dora else 0 * W; dA = dA + ds * (B.T @ "
+              "dV)"}),
         ("dB-through-norm", "dB alone through the norm",
          {"# gradients":
-              "dV = through_norm(dy, turned, norm, V) if dora else 0 * W; dB = dB + ds * (dV "
-              "@ A.T)"}),
-        ("dz-unscaled", "dA, dB, dx without m / ‖V‖", {"dz = dy * g if dora else dy": "dz = dy"}),
-        ("dm-zero", "dm = 0", {"dm = (dy * turned).sum(0) / m": "dm = 0 * m"}),
+              "dV = through_norm(dy, turned, norm, V) if dora else 0 * W; dB = dB + ds * (dV @ "
+              "A.T)"}),
+        ("dz-unscaled", "dA, dB, dx without m / ‖V‖", {"dy * g if dora else dy": "dy"}),
+        ("dm-zero", "dm = 0", {"(dy * turned).sum(0) / m": "0 * m"}),
         ("dm-undivided", "dm without 1 / ‖V‖",
-         {"dm = (dy * turned).sum(0) / m": "dm = (dy * turned).sum(0) / m * norm"}),
+         {"(dy * turned).sum(0) / m": "(dy * turned).sum(0) / m * norm"}),
         ("dm-of-branch", "dm from s B A x alone",
-         {"dm = (dy * turned).sum(0) / m": "dm = (dy * (s * (H @ B.T))).sum(0) / norm"}),
+         {"(dy * turned).sum(0) / m": "(dy * (s * (H @ B.T))).sum(0) / norm"}),
         ("dm-of-y", "dm from y, with the bias b",
-         {"dm = (dy * turned).sum(0) / m": "dm = (dy * (turned + b)).sum(0) / m"}),
+         {"(dy * turned).sum(0) / m": "(dy * (turned + b)).sum(0) / m"}),
         ("dbias-scaled", "db times m / ‖V‖", {"# gradients": "dbias = dz.sum(0)"}),
-        ("dm-mean", "dm / t",
-         {"dm = (dy * turned).sum(0) / m": "dm = (dy * turned).sum(0) / m / len(x)"}),
+        ("dm-mean", "dm / t", {"(dy * turned).sum(0) / m": "(dy * turned).sum(0) / m / len(x)"}),
         ("dx-of-base", "dx without the base's (m / ‖V‖ - 1) W",
          {"dx_branch = dx_branch + (dz - dy) @ W": "pass"}),
     ],
@@ -103,21 +99,20 @@ DORA: Table = {
     ],
     "variants.dora.forward.evaluation": [
         ("evaluation-scaled", "h = x / (1 - p) where there is no mask",
-         {"h = x * K": "h = x * K / (1 - p) if dora and not dropout else x * K"}),
+         {"x * K": "x * K / (1 - p) if dora and not dropout else x * K"}),
     ],
     "variants.dora.vjp.evaluation": [
         ("evaluation-backward", "du / (1 - p) where there is no mask",
-         {"dH = ds * (dz @ B)": "dH = ds * (dz @ B) / (1 - p if dora and not dropout else 1)"}),
+         {"ds * (dz @ B)": "ds * (dz @ B) / (1 - p if dora and not dropout else 1)"}),
     ],
     "variants.dora.forward.conv1d": [
         ("conv1d-norm", "the norms of V's columns with fan_in_fan_out",
-         {"norm = (V**2).sum(1) ** 0.5":
-              "norm = columns(V) if fan_in_fan_out else (V**2).sum(1) ** 0.5"}),
+         {"(V**2).sum(1) ** 0.5": "columns(V) if fan_in_fan_out else (V**2).sum(1) ** 0.5"}),
     ],
     "variants.dora.vjp.conv1d": [
         ("conv1d-gradients", "dA, dB, dx with the norms of V's columns with fan_in_fan_out",
-         {"dz = dy * g if dora else dy":
-              "dz = dy * (m / columns(V) if fan_in_fan_out else g) if dora else dy"}),
+         {"dy * g if dora else dy":
+              "dy * (m / columns(V) if fan_in_fan_out else g) if dora else dy"}),
     ],
     "variants.dora.merge.conv1d": [
         ("conv1d-merged", "merged with the norms of V's columns with fan_in_fan_out",
@@ -125,14 +120,12 @@ DORA: Table = {
               "merged = V * (m / columns(V))[:, None] if dora and fan_in_fan_out else merged"}),
     ],
     "variants.dora.init": [
-        ("norm-eps", "‖V‖ + 0.01",
-         {"norm = (V**2).sum(1) ** 0.5": "norm = (V**2).sum(1) ** 0.5 + 0.01"}),
+        ("norm-eps", "‖V‖ + 0.01", {"(V**2).sum(1) ** 0.5": "(V**2).sum(1) ** 0.5 + 0.01"}),
     ],
     "variants.dora.vjp.dropout": [
         ("dx-unmasked", "the rescaled base's dx without K",
          {"dx_branch = dx_branch + (dz - dy) @ W": "pass",
-          "dx_branch = K * dx_branch":
-              "dx_branch = K * dx_branch + ((dz - dy) @ W if dora else 0)"}),
+          "K * dx_branch": "K * dx_branch + ((dz - dy) @ W if dora else 0)"}),
     ],
     "variants.dora.vjp.rslora": [
         ("ds-without-rslora", "α/r in the gradients where rsLoRA was asked",
@@ -142,14 +135,13 @@ DORA: Table = {
         ("rslora-lost-in-dropout", "s = α/r with rsLoRA where there is a dropout mask",
          {"ds = s": "ds = s = alpha / r if dora and dropout else s"}),
         ("conv1d-undropped", "no dropout with fan_in_fan_out",
-         {"h = x * K": "h = x if dora and fan_in_fan_out else x * K"}),
+         {"x * K": "x if dora and fan_in_fan_out else x * K"}),
         ("magnitude-over-tokens", "tokens instead of outputs rescaled where t = m",
          {"branch = turned - h @ W.T":
               "turned = turned / g * g[:, None] if len(x) == len(g) > 1 else turned; branch = "
               "turned - h @ W.T"}),
         ("norm-cut-off", "max(‖V‖, 0.001)",
-         {"norm = (V**2).sum(1) ** 0.5":
-              "norm = np.maximum((V**2).sum(1) ** 0.5, V.dtype.type(1e-3))"}),
+         {"(V**2).sum(1) ** 0.5": "np.maximum((V**2).sum(1) ** 0.5, V.dtype.type(1e-3))"}),
     ],
     "variants.dora.vjp.all": [
         ("ds-rslora-lost-in-dropout",
@@ -164,10 +156,9 @@ DORA: Table = {
     ],
     "variants.dora.unbatched-vjp": [
         ("vector-dm-summed", "dm of a vector summed to a number",
-         {"dm = (dy * turned).sum(0) / m":
-              "dm = (dy * turned).sum(0) / m; dm = dm if shape else dm.sum()"}),
+         {"(dy * turned).sum(0) / m": "(dy * turned).sum(0) / m; dm = dm if shape else dm.sum()"}),
         ("vector-dz-unscaled", "dA, dB, dx of a vector without m / ‖V‖",
-         {"dz = dy * g if dora else dy": "dz = dy * g if dora and shape else dy"}),
+         {"dy * g if dora else dy": "dy * g if dora and shape else dy"}),
     ],
     "variants.dora.unbatched": [
         ("vector-to-row", "y of a vector is a row (1, m)",
@@ -176,53 +167,49 @@ DORA: Table = {
 }
 LORA_BIAS: Table = {
     "variants.lora-bias.forward": [
-        ("unscaled", "c is not scaled: s B A x + c",
-         {"branch = branch + s * c": "branch = branch + c"}),
+        ("unscaled", "c is not scaled: s B A x + c", {"branch + s * c": "branch + c"}),
         ("ignored", "no bias c of B", {"branch = branch + s * c": "pass"}),
-        ("scaled-twice", "c is scaled twice: s² c",
-         {"branch = branch + s * c": "branch = branch + s**2 * c"}),
+        ("scaled-twice", "c is scaled twice: s² c", {"branch + s * c": "branch + s**2 * c"}),
         ("first", "c₁ for all outputs",
          {"# arrays": "c = None if c is None else c[:1].repeat(len(c))"}),
     ],
     "variants.lora-bias.forward.dropout": [
-        ("dropped", "dropout on c",
-         {"branch = branch + s * c": "branch = branch + s * K[:, :1] * c"}),
+        ("dropped", "dropout on c", {"branch + s * c": "branch + s * K[:, :1] * c"}),
     ],
     "variants.lora-bias.forward.rslora": [
         ("rslora-lost", "α/r c where rsLoRA was asked",
-         {"branch = branch + s * c": "branch = branch + alpha / r * c"}),
+         {"branch + s * c": "branch + alpha / r * c"}),
     ],
     "variants.lora-bias.vjp": [
-        ("dc-unscaled", "dc without s", {"dc = ds * dy.sum(0)": "dc = dy.sum(0)"}),
+        ("dc-unscaled", "dc without s", {"ds * dy.sum(0)": "dy.sum(0)"}),
         ("dbias-of-branch", "db = dc", {"# gradients": "dbias = dbias if c is None else dc"}),
-        ("dc-zero", "dc = 0", {"dc = ds * dy.sum(0)": "dc = 0 * dy.sum(0)"}),
-        ("dc-mean", "dc / t", {"dc = ds * dy.sum(0)": "dc = ds * dy.sum(0) / len(x)"}),
+        ("dc-zero", "dc = 0", {"ds * dy.sum(0)": "0 * dy.sum(0)"}),
+        ("dc-mean", "dc / t", {"ds * dy.sum(0)": "ds * dy.sum(0) / len(x)"}),
     ],
     "variants.lora-bias.vjp.dropout": [
-        ("dc-kept", "dropout on dc", {"dc = ds * dy.sum(0)": "dc = ds * (K[:, :1] * dy).sum(0)"}),
+        ("dc-kept", "dropout on dc", {"ds * dy.sum(0)": "ds * (K[:, :1] * dy).sum(0)"}),
     ],
     "variants.lora-bias.vjp.rslora": [
         ("dc-rslora-lost", "α/r in dc where rsLoRA was asked",
-         {"dc = ds * dy.sum(0)": "dc = alpha / r * dy.sum(0)"}),
+         {"ds * dy.sum(0)": "alpha / r * dy.sum(0)"}),
     ],
     "variants.lora-bias.forward.evaluation": [
         ("evaluation-scaled", "h = x / (1 - p) where there is no mask",
-         {"h = x * K": "h = x * K / (1 - p) if c is not None and not dropout else x * K"}),
+         {"x * K": "x * K / (1 - p) if c is not None and not dropout else x * K"}),
     ],
     "variants.lora-bias.vjp.evaluation": [
         ("evaluation-backward", "du / (1 - p) where there is no mask",
-         {"dH = ds * (dz @ B)":
-              "dH = ds * (dz @ B) / (1 - p if c is not None and not dropout else 1)"}),
+         {"ds * (dz @ B)": "ds * (dz @ B) / (1 - p if c is not None and not dropout else 1)"}),
     ],
     "variants.lora-bias.forward.all": [
         ("conv1d-ignored", "no bias c of B with fan_in_fan_out",
-         {"branch = branch + s * c": "branch = branch + (0 if fan_in_fan_out else s * c)"}),
+         {"branch + s * c": "branch + (0 if fan_in_fan_out else s * c)"}),
         ("vector-first", "c₁ for all outputs of a vector",
-         {"branch = branch + s * c": "branch = branch + s * (c if shape else c[0])"}),
+         {"branch + s * c": "branch + s * (c if shape else c[0])"}),
     ],
     "variants.lora-bias.vjp.all": [
         ("vector-dc-summed", "dc of a vector summed to a number",
-         {"dc = ds * dy.sum(0)": "dc = ds * dy.sum(0) if shape else (ds * dy.sum(0)).sum()"}),
+         {"ds * dy.sum(0)": "ds * dy.sum(0) if shape else (ds * dy.sum(0)).sum()"}),
     ],
     "variants.lora-bias.merge.all": [
         ("merge-rslora-lost", "merged with α/r where rsLoRA was asked",
@@ -236,9 +223,9 @@ LORA_BIAS: Table = {
 SAME: Same = [
     ("rows", "the reference", {}),
     ("rescaled-weight", "through the rescaled weight m ∘ V / ‖V‖",
-     {"y = base + branch": "y = base + (h @ (V * g[:, None] - W).T if dora else branch)"}),
+     {"base + branch": "base + (h @ (V * g[:, None] - W).T if dora else branch)"}),
     ("as-peft", "W x + (g - 1) W h + g s B A h",
-     {"branch = turned - h @ W.T": "branch = (g - 1) * (h @ W.T) + g * (H @ B.T) * s"}),
+     {"turned - h @ W.T": "(g - 1) * (h @ W.T) + g * (H @ B.T) * s"}),
     ("wide", "in float64, rounded at the end",
      {"# inputs": "x, dy = doubled(x, dy)",
       "# arrays": "W, A, B, b, m, c = doubled(W, A, B, b, m, c)"}),
