@@ -50,11 +50,11 @@ def only(check, make):
 
 
 @pytest.mark.parametrize("id", SOME)
-def test_a_misreading_is_named(id):
+def test_a_mutant_is_named(id):
     assert names(CATALOGUE[id])[0] == id
 
 
-def test_a_misreading_that_raises_explains_nothing_and_hinders_no_other(monkeypatch):
+def test_a_mutant_that_raises_explains_nothing_and_hinders_no_other(monkeypatch):
     raising = replace(CATALOGUE["scale-squared"], make=wrong("ds = s", "ds = s = no_such_name"))
     known = (raising, CATALOGUE["scale-alpha"])
     monkeypatch.setattr(mutants, "MUTANTS", known)
@@ -114,7 +114,7 @@ def found(check, make, dtype="float32"):
     return result.diagnosis
 
 
-def test_misreadings_that_answer_a_check_alike_are_told_apart_by_a_case_of_another():
+def test_mutants_that_answer_a_check_alike_are_told_apart_by_a_case_of_another():
     ours, other = CATALOGUE["form-no-bias-with-dropout"], CATALOGUE["form-no-bias"]
     check = BY_ID["linear.forward.all"]
     (named,) = found(check.id, ours.make)
@@ -144,7 +144,7 @@ def test_what_cannot_be_asked_further_leaves_all_candidates_and_names_the_case()
     assert all(d.separating for d in said)
 
 
-def test_a_part_of_a_misreading_is_described_as_such_and_named_as_none():
+def test_a_part_of_a_mutant_is_described_as_such_and_named_as_none():
     (said, *_) = found("linear.forward.bias", wrong("# arrays", "b = 0.75 * b"))
     assert said.id == f"{STRUCTURE}part"
     assert "0.25" in said.sentence
@@ -224,7 +224,7 @@ def test_a_right_session_has_no_such_steps(kind):
     assert fewest(Minilora, kind) is None
 
 
-def test_a_case_that_holds_refutes_a_misreading():
+def test_a_case_that_holds_refutes_a_mutant():
     class MergesTwice(Minilora):
         """merge adds 2 s B A, unmerge is right: together they are as if unmerge did nothing."""
 
@@ -374,7 +374,7 @@ def test_a_kernel_that_is_wrong_in_its_second_tile_is_told_from_where_on():
     assert (right.status, right.only) == ("pass", ())
 
 
-def test_a_misreading_of_rare_cases_alone_is_named_by_those():
+def test_a_mutant_of_rare_cases_alone_is_named_by_those():
     m = CATALOGUE["layout-one-token"]
     wrong = Direct(m.make())
     (named,) = BY_ID["linear.forward"].diagnose(wrong, "float32", 0)
@@ -452,7 +452,7 @@ def test_of_a_layer_s_life_the_first_wrong_step_is_described_and_no_rank():
     assert re.fullmatch(first + where, said[0].sentence)
 
 
-def test_a_misreading_of_one_setting_is_named_though_another_setting_is_right():
+def test_a_mutant_of_one_setting_is_named_though_another_setting_is_right():
     class PissaAlone(Minilora):
         def init(self, W, **settings):
             given = super().init(W, **settings)

@@ -72,16 +72,16 @@ def uncontrolled(mutants):
     return {check.id for check in CHECKS} - {m.caught_by for m in mutants}
 
 
-def test_every_check_has_a_misreading_that_it_catches():
+def test_every_check_has_a_mutant_that_it_catches():
     assert uncontrolled(WRONG) == set()
 
 
-def test_a_check_without_a_misreading_is_seen():
+def test_a_check_without_a_mutant_is_seen():
     others = [m for m in WRONG if m.caught_by != "linear.balance"]
     assert uncontrolled(others) == {"linear.balance"}
 
 
-def test_misreadings_have_names_and_formulas_of_their_own():
+def test_mutants_have_names_and_formulas_of_their_own():
     assert max(Counter(m.id for m in MUTANTS).values()) == 1
     for m in MUTANTS:
         assert m.id.startswith(m.family.lower() + "-")

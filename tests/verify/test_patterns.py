@@ -104,7 +104,7 @@ def test_what_is_right_has_no_structure():
     assert said(Linear, "linear.vjp") == []
 
 
-def test_a_report_says_it_where_no_misreading_has_a_name_for_it(monkeypatch):
+def test_a_report_says_it_where_no_mutant_has_a_name_for_it(monkeypatch):
     monkeypatch.setattr(mutants, "MUTANTS", ())
     make, at, (pattern, *_) = ROWS["a scale"]
     report = engine.run([replace(BY_ID[at], smallest=None)], make(), dtypes=["float32"])

@@ -502,7 +502,7 @@ WITH_VECTORS = [level.name for level in LEVELS if level.vectors]
 
 
 @pytest.mark.parametrize("level", WITH_VECTORS)
-def test_misreadings_are_refused_and_what_only_looks_wrong_is_not(made, level):
+def test_mutants_are_refused_and_what_only_looks_wrong_is_not(made, level):
     """Some of each level, evenly from all that a check of these vectors shows best."""
     own = [v for v in made if v.level == level and v.result != "invalid"]
     known = [m for m in MUTANTS if m.level == level]
@@ -536,7 +536,7 @@ class FloatsOnly:
         return getattr(self.implementation, name)
 
 
-def test_wrong_answers_get_the_name_of_the_misreading(few, small, tmp_path, capsys):
+def test_wrong_answers_get_the_name_of_the_mutant(few, small, tmp_path, capsys):
     m = next(m for m in MUTANTS if m.id == "scale-alpha")
     target = put(tmp_path, answer(few, FloatsOnly(m.make())))
     wanted = ["vectors", "check", str(small), str(target), "--check", "linear.vjp"]

@@ -1,4 +1,4 @@
-"""Folders of adapters, misread: names, tensors and settings lost, changed or ignored."""
+"""Mutants of reading and writing adapters: names, tensors and settings."""
 
 from __future__ import annotations
 

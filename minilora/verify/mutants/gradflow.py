@@ -1,4 +1,4 @@
-"""The way of gradients to the adapters, misread: cut off, doubled, or gone too far."""
+"""Mutants of which parameters get a gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Initial factors, misread: what A is drawn from, what B is, what is taken out of W."""
+"""Mutants of initialization: of A, of B, and of what is subtracted from W."""
 
 from __future__ import annotations
 

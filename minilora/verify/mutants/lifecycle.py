@@ -1,4 +1,4 @@
-"""A layer whose adapters come and go, misread."""
+"""Mutants of a layer whose adapters are added, activated, merged, saved and deleted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One LoRA linear, misread."""
+"""Mutants of one LoRA linear."""
 
 from __future__ import annotations
 

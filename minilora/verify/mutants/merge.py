@@ -1,4 +1,4 @@
-"""Merging and unmerging, misread."""
+"""Mutants of merging and unmerging."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole models, misread: edits of the specification's own functions."""
+"""Mutants of whole models: edits of the specification's own functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several adapters, combined into one change or mixed in one batch, misread."""
+"""Mutants of several adapters, combined into one change or mixed in one batch."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ Same = Sequence[tuple[str, str, Edits]]
 
 @dataclass(frozen=True)
 class Mutant:
-    """One way to read the equations wrongly.
+    """One way to compute LoRA wrongly.
 
     ``formula`` is what is computed instead, in the notation y = x Wᵀ + b + s H Bᵀ, H = (K∘x) Aᵀ,
     G = ∂L/∂y, dH = s G B, t tokens. ``seen`` names public reports of it. ``make`` gives an

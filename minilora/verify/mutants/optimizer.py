@@ -1,4 +1,4 @@
-"""Optimizers, clipping, schedules and accumulation, misread."""
+"""Mutants of optimizers, clipping, schedules and gradient accumulation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training loops, misread: what goes into a step, and what a step goes into."""
+"""Mutants of training loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DoRA, and the bias of B, misread."""
+"""Mutants of DoRA and of the bias of B (lora_bias)."""
 
 from __future__ import annotations
 
