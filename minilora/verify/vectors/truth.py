@@ -7,8 +7,8 @@ is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -40,98 +40,119 @@ from minilora.verify.vectors.vector import Output, each_array
 Array = np.ndarray
 
 SIGMA_BITS = 8
-
+"""The binary digits of a sigma."""
 
 MARGIN = 2.0**-33
-"""How far a sigma's significand must lie from where its rounding turns: far above what the order of
-a sum changes, which is some 2⁻⁵⁰ of a sigma in closed form and 2⁻³⁹ of a sampled one."""
-
+"""The least distance of a sigma's significand from a rounding boundary: far above what the order of
+a sum changes, some 2⁻⁵⁰ of a sigma in closed form and 2⁻³⁹ of a sampled one."""
 
 FINE = 2.0**-14
-"""The unit roundoff with which sigmas of float32 and float64 are sampled, to be scaled after. At
-their own, float64's rounding would be as large as what is sampled."""
+"""The unit roundoff with which sigmas of float32 and float64 are sampled, and then scaled. At their
+own, float64's rounding of the sample itself would be as large."""
 
 
-def _layer(given: Mapping[str, Any]) -> Layer:
-    """The layer of a call's arguments; without dy, which then is 0."""
-    own = ("x", "W", "A", "B", "dy", "alpha", "r", "bias", "keep", "p")
-    known = {name: given[name] for name in own if name in given}
-    known.setdefault("x", np.zeros((1, given["W"].shape[1])))
-    known.setdefault("dy", np.zeros((*known["x"].shape[:-1], len(given["W"]))))
-    return Layer(**known, settings={k: v for k, v in given.items() if k not in own})
+@dataclass(frozen=True)
+class Call:
+    """A call of a method, its lane and dtypes, and the name that seeds the noise."""
+
+    method: str
+    arguments: dict[str, Any]
+    lane: str
+    dtypes: tuple[str, ...]
+    name: str
+
+    def sigma(self, of: Callable[[Precision], Any]) -> dict[str, Any]:
+        """A sigma by precision, for each dtype; none in the exact lane."""
+        return {d: of(Precision(d, d)) for d in self.dtypes if self.lane != "exact"}
+
+    def output(
+        self, want: Any, sigma: Mapping[str, Array], allowed: Limits, optional: bool = False
+    ) -> Output:
+        """An answer from exact numbers. In float64 the stored answer has been rounded, too."""
+        nearest = rounded(want)
+        if self.lane == "exact":
+            return Output(nearest, {}, optional=optional)
+        stored = Rounding(Precision("float64", "float64")).stored(nearest)
+        with_storage = {
+            d: np.sqrt(s**2 + stored) if d == "float64" else s for d, s in sigma.items()
+        }
+        return Output(
+            nearest,
+            {dtype: coarse(array) for dtype, array in with_storage.items()},
+            allowed.max_z,
+            round(allowed.rms(nearest.size), 4),
+            optional,
+        )
 
 
-def _several(given: Mapping[str, Any]) -> Several:
+Answers = tuple[dict[str, Output], dict[str, dict[str, Output]]]
+"""Outputs, and alternatives to some of them by convention."""
+
+LAYER_ARGUMENTS = ("x", "W", "A", "B", "dy", "alpha", "r", "bias", "keep", "p")
+
+
+def _layer(arguments: Mapping[str, Any]) -> Layer:
+    """The layer of a call's arguments; a missing dy is 0."""
+    known = {name: arguments[name] for name in LAYER_ARGUMENTS if name in arguments}
+    known.setdefault("x", np.zeros((1, arguments["W"].shape[1])))
+    known.setdefault("dy", np.zeros((*known["x"].shape[:-1], len(arguments["W"]))))
+    settings = {name: v for name, v in arguments.items() if name not in LAYER_ARGUMENTS}
+    return Layer(**known, settings=settings)
+
+
+def _several(arguments: Mapping[str, Any]) -> Several:
     """The adapters of a call's arguments, with its weights or its index."""
-    A, B = given["adapters"][0]["A"], given["adapters"][0]["B"]
-    shared = {"W": given.get("W", np.zeros((len(B), A.shape[1])))}
-    shared |= {"x": given["x"]} if "x" in given else {}
-    layers = [_layer({**adapter, **shared}) for adapter in given["adapters"]]
-    return Several(layers, given.get("weights", []), given.get("index", np.zeros(0, int)))
-
-
-def _output(
-    want: Any, sigma: Mapping[str, Array], allowed: Limits, lane: str, optional: bool = False
-) -> Output:
-    """An answer from exact numbers. Where answers come in float64, it has been rounded, too."""
-    nearest = rounded(want)
-    if lane == "exact":
-        return Output(nearest, {}, optional=optional)
-    stored = Rounding(Precision("float64", "float64")).stored(nearest)
-    wide = {d: np.sqrt(s**2 + stored) if d == "float64" else s for d, s in sigma.items()}
-    return Output(
-        nearest,
-        {dtype: coarse(array) for dtype, array in wide.items()},
-        allowed.max_z,
-        round(allowed.rms(nearest.size), 4),
-        optional,
-    )
+    A, B = arguments["adapters"][0]["A"], arguments["adapters"][0]["B"]
+    shared = {"W": arguments.get("W", np.zeros((len(B), A.shape[1])))}
+    shared |= {"x": arguments["x"]} if "x" in arguments else {}
+    layers = [_layer({**adapter, **shared}) for adapter in arguments["adapters"]]
+    index = arguments.get("index", np.zeros(0, int))
+    return Several(layers, arguments.get("weights", []), index)
 
 
 def coarse(sigma: Array) -> Array:
-    """Rounded to `SIGMA_BITS` binary digits, as float32; what is less than any answer's is 0.
+    """Rounded to `SIGMA_BITS` binary digits, as float32; a negligible one is 0.
 
     ArithmeticError where the last bits of the floating-point sigma decide which way.
     """
     significand, exponent = np.frexp(sigma)
     scaled = significand * 2.0**SIGMA_BITS
-    small = sigma < 2.0**-120
-    near_turn = np.abs(scaled - np.floor(scaled) - 0.5) < 2.0**SIGMA_BITS * MARGIN
-    if (near_turn & ~small).any():
-        raise ArithmeticError("a sigma may be rounded otherwise on another machine: another seed?")
+    negligible = sigma < 2.0**-120
+    near_boundary = np.abs(scaled - np.floor(scaled) - 0.5) < 2.0**SIGMA_BITS * MARGIN
+    if (near_boundary & ~negligible).any():
+        raise ArithmeticError("a sigma may round differently on another machine: use another seed")
     kept = np.ldexp(np.rint(scaled), exponent - SIGMA_BITS)
-    return np.where(small, 0.0, kept).astype(np.float32)
+    return np.where(negligible, 0.0, kept).astype(np.float32)
 
 
 def _sampled(
+    call: Call,
     run: Callable[[Callable[[Array], Any]], dict[str, Any]],
     wanted: Mapping[str, Any],
-    dtypes: Iterable[str],
-    name: str,
 ) -> dict[str, dict[str, Array]]:
     """σ of each answer in each dtype, by noisy runs: at least that of storing the answer."""
-    nearest = {what: rounded(value) for what, value in wanted.items()}
+    nearest = {name: rounded(value) for name, value in wanted.items()}
 
     @cache
-    def of(rounding: str) -> dict[str, Array]:
-        runs = [Shake(f"minilora noise/{name}/{rounding}/{i}") for i in range(SAMPLES)]
+    def sample(rounding: str) -> dict[str, Array]:
+        runs = [Shake(f"minilora noise/{call.name}/{rounding}/{i}") for i in range(SAMPLES)]
         draws = Draws(runs, SAMPLES)
         return rms(run(lambda v: noisy(v, _rounding(rounding), draws)), nearest)
 
-    found = {}
-    for dtype in dtypes:
-        fine = dtype in ("float64", "float32")
-        factor = unit_roundoff(dtype) / FINE if fine else 1.0
-        sampled, rounding = of("" if fine else dtype), Rounding(Precision(dtype, dtype))
-        found[dtype] = {
-            what: np.maximum(factor * sampled[what], np.sqrt(rounding.stored(value)))
-            for what, value in nearest.items()
+    sigma = {}
+    for dtype in call.dtypes:
+        is_wide = dtype in ("float64", "float32")
+        factor = unit_roundoff(dtype) / FINE if is_wide else 1.0
+        sampled, rounding = sample("" if is_wide else dtype), Rounding(Precision(dtype, dtype))
+        sigma[dtype] = {
+            name: np.maximum(factor * sampled[name], np.sqrt(rounding.stored(value)))
+            for name, value in nearest.items()
         }
-    return found
+    return sigma
 
 
 def _rounding(dtype: str) -> Rounding:
-    """That of a dtype; without one, the unit roundoff `FINE` and no least number."""
+    """The rounding of a dtype; without one, the unit roundoff `FINE` and no underflow."""
     rounding = Rounding(Precision(dtype or "float32", dtype or "float32"))
     if not dtype:
         rounding.u = rounding.u_sum = FINE
@@ -139,54 +160,51 @@ def _rounding(dtype: str) -> Rounding:
     return rounding
 
 
-Made = tuple[dict[str, Output], dict[str, dict[str, Output]]]
-"""Outputs, and alternatives to some of them."""
-
-
-def _of_layer(method: str, given: dict[str, Any], lane: str, dtypes: Any, _: str) -> Made:
+def _of_layer(call: Call) -> Answers:
     """y and its gradients."""
-    layer = _layer(given)
+    layer = _layer(call.arguments)
     want = wanted(layer, exact)
-    sigma = {d: sigmas(layer, Precision(d, d)) for d in dtypes if lane != "exact"}
-    names = ["y"] + (["dx", "dA", "dB"] if method == "lora_linear_vjp" else [])
-    names += ["dbias"] if method == "lora_linear_vjp" and layer.bias is not None else []
+    sigma = call.sigma(lambda precision: sigmas(layer, precision))
+    names = ["y"]
+    if call.method == "lora_linear_vjp":
+        names += ["dx", "dA", "dB"] if layer.bias is None else ["dx", "dA", "dB", "dbias"]
     return {
-        name: _output(
+        name: call.output(
             want[name],
-            {d: s[name] for d, s in sigma.items()},
+            {dtype: of_dtype[name] for dtype, of_dtype in sigma.items()},
             limits(layer, name),
-            lane,
-            name == "dbias",
+            optional=name == "dbias",
         )
         for name in names
     }, {}
 
 
-def _of_merge(method: str, given: dict[str, Any], lane: str, dtypes: Any, _: str) -> Made:
-    """The merged weight, or the weight that the adapter is taken out of."""
-    if method == "unmerge":
-        given = given | {"W": given["W_merged"], "B": -given["B"]}
-        given.pop("W_merged")
-    layer = _layer(given)
-    sigma = {d: sigma_merge(layer, Precision(d, d)) for d in dtypes if lane != "exact"}
-    return {RESULTS[method]: _output(wanted_merge(layer, exact), sigma, CLOSED_FORM, lane)}, {}
+def _of_merge(call: Call) -> Answers:
+    """The merged weight, or the weight after unmerging."""
+    arguments = dict(call.arguments)
+    if call.method == "unmerge":
+        arguments |= {"W": arguments.pop("W_merged"), "B": -arguments["B"]}
+    layer = _layer(arguments)
+    sigma = call.sigma(lambda precision: sigma_merge(layer, precision))
+    output = call.output(wanted_merge(layer, exact), sigma, CLOSED_FORM)
+    return {RESULTS[call.method]: output}, {}
 
 
-def _of_combination(method: str, given: dict[str, Any], lane: str, dtypes: Any, _: str) -> Made:
+def _of_combination(call: Call) -> Answers:
     """The change of several adapters. A weight times a scale is exact, too."""
-    several = _several(given)
+    several = _several(call.arguments)
     weights: list[Any] = [exact(w)[()] for w in several.weights]
     want = wanted_change(replace(several, weights=weights), exact)
-    sigma = {d: sigma_change(several, Precision(d, d)) for d in dtypes if lane != "exact"}
-    return {RESULTS[method]: _output(want, sigma, CLOSED_FORM, lane)}, {}
+    sigma = call.sigma(lambda precision: sigma_change(several, precision))
+    return {RESULTS[call.method]: call.output(want, sigma, CLOSED_FORM)}, {}
 
 
-def _of_rows(method: str, given: dict[str, Any], lane: str, dtypes: Any, _: str) -> Made:
-    """y of a batch, each row with an adapter of its own."""
-    several = _several(given)
-    sigma = {d: sigmas_by_row(several, Precision(d, d)) for d in dtypes if lane != "exact"}
+def _of_rows(call: Call) -> Answers:
+    """y of a batch, each row with its own adapter."""
+    several = _several(call.arguments)
+    sigma = call.sigma(lambda precision: sigmas_by_row(several, precision))
     allowed = limits(several.adapters[0], "y")
-    return {"y": _output(wanted_by_row(several, exact), sigma, allowed, lane)}, {}
+    return {"y": call.output(wanted_by_row(several, exact), sigma, allowed)}, {}
 
 
 def _names_of_variant(method: str, part: str, layer: Layer) -> dict[str, str]:
@@ -200,58 +218,63 @@ def _names_of_variant(method: str, part: str, layer: Layer) -> dict[str, str]:
     return names
 
 
-def _of_variant(method: str, given: dict[str, Any], lane: str, dtypes: Any, name: str) -> Made:
-    """What a layer of DoRA, or one whose B has a bias, answers; DoRA's gradients in two ways."""
-    kind, own = next((k, part) for k, part in PART.items() if part in given)
-    part = given[own]
-    layer = _layer({k: v for k, v in given.items() if k not in (own, "use_dora")})
-    answer = _names_of_variant(method, own, layer)
+def _of_variant(call: Call) -> Answers:
+    """The answers of DoRA, or of a layer with lora_bias; DoRA's gradients by both conventions."""
+    kind, part_name = next((k, part) for k, part in PART.items() if part in call.arguments)
+    arguments = {k: v for k, v in call.arguments.items() if k != "use_dora"}
+    part = arguments.pop(part_name)
+    layer = _layer(arguments)
+    names = _names_of_variant(call.method, part_name, layer)
 
-    def outputs(of: Any) -> dict[str, Output]:
-        want = specified(of, layer, part, exact)
-        sigma = _sampled(lambda number: specified(of, layer, part, number), want, dtypes, name)
+    def outputs(variant: Any) -> dict[str, Output]:
+        want = specified(variant, layer, part, exact)
+        sigma = _sampled(call, lambda number: specified(variant, layer, part, number), want)
         return {
-            theirs: _output(
+            name: call.output(
                 want[ours],
-                {d: sigma[d][ours] for d in dtypes},
+                {dtype: sigma[dtype][ours] for dtype in call.dtypes},
                 MONTE_CARLO,
-                lane,
-                ours == "dbias",
+                optional=ours == "dbias",
             )
-            for ours, theirs in answer.items()
+            for ours, name in names.items()
         }
 
     if kind != "dora":
         return outputs(LORA_BIAS), {}
-    made, other = outputs(DORA), {}
-    if method == "lora_linear_vjp":
-        other = {k: v for k, v in outputs(DORA_FULL).items() if (v.want != made[k].want).any()}
-    return made, {"differentiated": other} if other else {}
+    detached, differing = outputs(DORA), {}
+    if call.method == "lora_linear_vjp":
+        differentiated = outputs(DORA_FULL)
+        differing = {k: v for k, v in differentiated.items() if (v.want != detached[k].want).any()}
+    return detached, {"differentiated": differing} if differing else {}
 
 
-def _of_steps(method: str, given: dict[str, Any], lane: str, dtypes: Any, name: str) -> Made:
+def _of_steps(call: Call) -> Answers:
     """Every parameter after each step, the steps stacked.
 
     Within a step the elements err independently, from step to step they do not.
     """
-    settings = {k: v for k, v in given.items() if k not in ("params", "gradients")}
+    arguments = call.arguments
+    settings = {k: v for k, v in arguments.items() if k not in ("params", "gradients")}
 
     def run(number: Callable[[Array], Any], **more: Any) -> dict[str, Any]:
-        params, gradients = (each_array(given[name], number) for name in ("params", "gradients"))
+        params, gradients = (each_array(arguments[k], number) for k in ("params", "gradients"))
         history = optimize(params, gradients, settings | more)
-        return {name: np.stack([step[name] for step in history]) for name in given["params"]}
+        return {name: np.stack([step[name] for step in history]) for name in arguments["params"]}
 
-    powers = {"betas": tuple(exact(b)[()] for b in given["betas"])} if "betas" in given else {}
-    want = run(exact, **powers)
-    sigma = _sampled(run, want, dtypes, name)
-    allowed = replace(MONTE_CARLO, rms_small=MONTE_CARLO.rms_small * len(given["gradients"]) ** 0.5)
+    exact_betas = {}
+    if "betas" in arguments:
+        exact_betas = {"betas": tuple(exact(beta)[()] for beta in arguments["betas"])}
+    want = run(exact, **exact_betas)
+    sigma = _sampled(call, run, want)
+    steps = len(arguments["gradients"])
+    allowed = replace(MONTE_CARLO, rms_small=MONTE_CARLO.rms_small * steps**0.5)
     return {
-        what: _output(value, {d: sigma[d][what] for d in dtypes}, allowed, lane)
-        for what, value in want.items()
+        name: call.output(value, {d: sigma[d][name] for d in call.dtypes}, allowed)
+        for name, value in want.items()
     }, {}
 
 
-MAKERS: dict[str, Callable[[str, dict[str, Any], str, Any, str], Made]] = {
+MAKERS: dict[str, Callable[[Call], Answers]] = {
     "lora_linear": _of_layer,
     "lora_linear_vjp": _of_layer,
     "merge": _of_merge,
@@ -260,10 +283,10 @@ MAKERS: dict[str, Callable[[str, dict[str, Any], str, Any, str], Made]] = {
     "multi_adapter": _of_rows,
     "optimizer_steps": _of_steps,
 }
-"""What gives the true answers to a method's call, and their sigmas."""
+"""The makers of the true answers to a method's call, and of their sigmas."""
 
 
-def true_answers(method: str, given: dict[str, Any], lane: str, dtypes: Any, name: str) -> Made:
-    """The true answers to a call, and alternatives to some of them; ``name`` seeds the noise."""
-    is_variant = any(part in given for part in PART.values())
-    return (_of_variant if is_variant else MAKERS[method])(method, given, lane, dtypes, name)
+def true_answers(call: Call) -> Answers:
+    """The true answers to a call, and alternatives to some of them."""
+    is_variant = any(part in call.arguments for part in PART.values())
+    return (_of_variant if is_variant else MAKERS[call.method])(call)

@@ -30,7 +30,7 @@ from minilora.verify.implementation.messages import split_arrays
 from minilora.verify.plan import levels_of, require_known
 from minilora.verify.vectors.files import files, frozen
 from minilora.verify.vectors.tags import flags
-from minilora.verify.vectors.truth import true_answers
+from minilora.verify.vectors.truth import Call, true_answers
 from minilora.verify.vectors.vector import Vector, each_array, fingerprint
 
 Array = np.ndarray
@@ -108,7 +108,7 @@ def make(check: Check, drawn: str, number: int, seed: int) -> Vector:
     inputs = settings_and_arrays[1]
     dtypes = tuple(d for d in HOLD[drawn] if check.cases("ci", d) and _held(inputs, d))
     noise = name_of(seed_text(check.id), drawn, number, seed)
-    outputs, alternatives = true_answers(method, given, lane, dtypes, noise)
+    outputs, alternatives = true_answers(Call(method, given, lane, dtypes, noise))
     return Vector(
         id=name,
         check=check.id,
