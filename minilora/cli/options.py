@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from minilora.cli.console import FAILED, NOT_LOADED, open_streams, usage_error
@@ -119,6 +120,12 @@ def add_command(
     )
     parser.set_defaults(run=guarded(name, run), parser=parser)
     return parser
+
+
+def kinds_of(option: Any) -> tuple[Any, Any, Any]:
+    """``option`` for whole numbers, for real numbers, and for flags."""
+    whole, real = partial(option, type=int, metavar="N"), partial(option, type=float, metavar="X")
+    return whole, real, partial(option, action="store_true")
 
 
 FORMS = {

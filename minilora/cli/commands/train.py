@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from minilora.cli.console import FAILED, INTERRUPTED, OK, say
-from minilora.cli.options import add_command, add_model, at_least
+from minilora.cli.options import add_command, add_model, at_least, kinds_of
 from minilora.cli.progress import sigterm_interrupts, steps_bar
 
 if TYPE_CHECKING:
@@ -32,160 +32,81 @@ def add(commands: Any) -> None:
         _run,
     )
     option = parser.add_argument
+    whole, real, flag = kinds_of(option)
     add_model(option, adapter=False, trained=False)
     add_data(option)
     option("--output", required=True, metavar="OUT", help="folder for the run and its result")
 
-    option("--rank", type=int, default=8, metavar="R", help="rank of the adapters")
-    option("--alpha", type=float, metavar="A", help="the adapters' scale is A / R (default: 2 R)")
+    whole("--rank", default=8, metavar="R", help="rank of the adapters")
+    real("--alpha", metavar="A", help="the adapters' scale is A / R (default: 2 R)")
     add_adapter(option)
-    option("--full", action="store_true", help="train all weights and no adapter")
+    flag("--full", help="train all weights and no adapter")
 
-    option(
-        "--learning-rate",
-        type=float,
-        metavar="X",
-        help="learning rate (default: 0.001; with --full: 0.0001)",
-    )
-    option(
-        "--loraplus-lr-ratio",
-        type=float,
-        metavar="X",
-        help="learning rate of B over that of A (default: 1; with --variant lora+: 16)",
-    )
-    option("--weight-decay", type=float, default=0.0, metavar="X", help="weight decay of AdamW")
-    option(
-        "--max-grad-norm",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="maximum gradient norm; 0 disables clipping",
-    )
+    real("--learning-rate", help="learning rate (default: 0.001; with --full: 0.0001)")
+    ratio = "learning rate of B over that of A (default: 1; with --variant lora+: 16)"
+    real("--loraplus-lr-ratio", help=ratio)
+    real("--weight-decay", default=0.0, help="weight decay of AdamW")
+    real("--max-grad-norm", default=1.0, help="maximum gradient norm; 0 disables clipping")
     add_schedule(option)
-    option(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="seed of the adapters' start, the order of the data and dropout",
+    whole(
+        "--seed", default=0, help="seed of the adapters' start, the order of the data and dropout"
     )
 
-    option("--threads", type=int, default=1, metavar="N", help="number of threads")
-    option(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="recompute activations in the backward pass: less memory, more time, the same result",
+    whole("--threads", default=1, help="number of threads")
+    recompute = (
+        "recompute activations in the backward pass: less memory, more time, the same result"
     )
+    flag("--gradient-checkpointing", help=recompute)
     add_val_fraction(option)
-    option("--train-on-prompt", action="store_true", help="compute the loss on prompt tokens, too")
-    option("--skip-invalid", action="store_true", help="skip invalid lines instead of stopping")
-    option(
-        "--show-batch", action="store_true", help="print the first batch token by token, and exit"
-    )
+    flag("--train-on-prompt", help="compute the loss on prompt tokens, too")
+    flag("--skip-invalid", help="skip invalid lines instead of stopping")
+    flag("--show-batch", help="print the first batch token by token, and exit")
 
-    option("--save-every", type=int, default=50, metavar="N", help="save every N steps")
-    option(
-        "--save-minutes",
-        type=float,
-        default=math.inf,
-        metavar="X",
-        help="also save X minutes after the last save (default: never)",
-    )
-    option(
-        "--val-every",
-        type=int,
-        default=50,
-        metavar="N",
-        help="compute the validation loss every N steps",
-    )
-    option("--resume", action="store_true", help="continue the run in OUT, to the same bits")
-    option(
-        "--accept-changes",
-        action="store_true",
-        help="resume even if settings or files have changed",
-    )
-    option("--overwrite", action="store_true", help="replace the run in OUT")
+    whole("--save-every", default=50, help="save every N steps")
+    minutes = "also save X minutes after the last save (default: never)"
+    real("--save-minutes", default=math.inf, help=minutes)
+    whole("--val-every", default=50, help="compute the validation loss every N steps")
+    flag("--resume", help="continue the run in OUT, to the same bits")
+    flag("--accept-changes", help="resume even if settings or files have changed")
+    flag("--overwrite", help="replace the run in OUT")
 
 
 def add_data(option: Any) -> None:
     """Add the options that say what to train on."""
-    option(
-        "--data",
-        metavar="D",
-        help="a .jsonl or .txt file, a folder with train, valid and test files, or task:NAME",
-    )
-    option(
-        "--task",
-        metavar="TASK",
-        help="lm, chat, summarize or classify (default: lm; for an encoder, classify)",
-    )
+    files = "a .jsonl or .txt file, a folder with train, valid and test files, or task:NAME"
+    option("--data", metavar="D", help=files)
+    tasks = "lm, chat, summarize or classify (default: lm; for an encoder, classify)"
+    option("--task", metavar="TASK", help=tasks)
 
 
 def add_adapter(option: Any) -> None:
     """Add the options of adapters, besides rank and alpha."""
-    option(
-        "--dropout",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="dropout probability of the adapters' input",
-    )
-    option(
-        "--target-modules",
-        default="all-linear",
-        metavar="NAMES",
-        help="modules to adapt: q,v,... or a regular expression such as 'layers\\.0\\..*'",
-    )
-    option(
-        "--variant",
-        default="lora",
-        metavar="NAME",
-        help="LoRA variant; minilora variants lists them",
-    )
+    _, real, _ = kinds_of(option)
+    real("--dropout", default=0.0, metavar="P", help="dropout probability of the adapters' input")
+    modules = "modules to adapt: q,v,... or a regular expression such as 'layers\\.0\\..*'"
+    option("--target-modules", default="all-linear", metavar="NAMES", help=modules)
+    variants = "LoRA variant; minilora variants lists them"
+    option("--variant", default="lora", metavar="NAME", help=variants)
 
 
 def add_schedule(option: Any) -> None:
     """Add the options that say how long to train, and in which batches."""
+    whole, _, _ = kinds_of(option)
     option("--lr-scheduler", default="cosine", metavar="KIND", help="constant, linear or cosine")
-    option(
-        "--warmup-steps",
-        type=int,
-        default=0,
-        metavar="N",
-        help="steps in which the learning rate rises",
-    )
-    option(
-        "--num-train-epochs", type=int, default=1, metavar="N", help="passes over the training data"
-    )
-    option(
-        "--max-steps", type=int, metavar="N", help="number of steps; overrides --num-train-epochs"
-    )
-    option(
-        "--batch-tokens",
-        type=int,
-        default=1024,
-        metavar="N",
-        help="maximum tokens per micro-batch, padding included",
-    )
-    option(
-        "--gradient-accumulation-steps",
-        type=int,
-        default=1,
-        metavar="N",
-        help="micro-batches per step",
-    )
-    option("--max-length", type=int, default=512, metavar="N", help="maximum tokens per example")
+    whole("--warmup-steps", default=0, help="steps in which the learning rate rises")
+    whole("--num-train-epochs", default=1, help="passes over the training data")
+    whole("--max-steps", help="number of steps; overrides --num-train-epochs")
+    tokens = "maximum tokens per micro-batch, padding included"
+    whole("--batch-tokens", default=1024, help=tokens)
+    whole("--gradient-accumulation-steps", default=1, help="micro-batches per step")
+    whole("--max-length", default=512, help="maximum tokens per example")
 
 
 def add_val_fraction(option: Any) -> None:
     """Add the option that holds out a part of the training data."""
-    option(
-        "--val-fraction",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="fraction of the training file to hold out for validation",
-    )
+    _, real, _ = kinds_of(option)
+    fraction = "fraction of the training file to hold out for validation"
+    real("--val-fraction", default=0.0, help=fraction)
 
 
 LEAST_OF_SCHEDULE = {
