@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from minilora.cli.commands import computing_model
 from minilora.cli.commands.train import add_data
 from minilora.cli.console import OK, say
-from minilora.cli.options import add_command, add_model, at_least
+from minilora.cli.options import add_command, add_model, at_least, kinds_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,24 +37,14 @@ def add(commands: Any) -> None:
     option = parser.add_argument
     add_model(option)
     add_data(option)
+    whole, _, flag = kinds_of(option)
     option("--split", metavar="SPLIT", help="test, valid or train (default: the first that exists)")
-    option(
-        "--max-length",
-        type=int,
-        metavar="N",
-        help=f"maximum tokens per example (default: {MAX_LENGTH})",
-    )
-    option("--batch-tokens", type=int, default=1024, metavar="N", help="maximum tokens per batch")
-    option("--seed", type=int, metavar="N", help="seed of the examples of task:NAME (default: 0)")
-    option("--skip-invalid", action="store_true", help="skip invalid lines instead of stopping")
-    option("--rouge", type=int, default=0, metavar="N", help="generate answers to N examples")
-    option(
-        "--max-new-tokens",
-        type=int,
-        default=128,
-        metavar="N",
-        help="maximum tokens per generated answer",
-    )
+    whole("--max-length", help=f"maximum tokens per example (default: {MAX_LENGTH})")
+    whole("--batch-tokens", default=1024, help="maximum tokens per batch")
+    whole("--seed", help="seed of the examples of task:NAME (default: 0)")
+    flag("--skip-invalid", help="skip invalid lines instead of stopping")
+    whole("--rouge", default=0, help="generate answers to N examples")
+    whole("--max-new-tokens", default=128, help="maximum tokens per generated answer")
     option("--json", metavar="FILE", help="write the figures as JSON")
 
 

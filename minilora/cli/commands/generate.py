@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from minilora.cli.commands import computing_model
 from minilora.cli.console import OK, say
-from minilora.cli.options import add_command, add_model, at_least
+from minilora.cli.options import add_command, add_model, at_least, kinds_of
 
 if TYPE_CHECKING:
     from minilora.io.formats.tokenizers import Tokenizer
@@ -28,36 +28,18 @@ def add(commands: Any) -> None:
     )
     option = parser.add_argument
     add_model(option)
+    whole, real, _ = kinds_of(option)
     option("--prompt", metavar="TEXT", help="the beginning of the text (default: empty)")
     option("--chat", metavar="TEXT", help="a message to answer")
-    option(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help=f"maximum tokens to generate (default: {MAX_NEW_TOKENS}, or as many as fit)",
-    )
-    option(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="sampling temperature; 0 takes the most probable token",
-    )
-    option(
-        "--top-k",
-        type=int,
-        default=0,
-        metavar="K",
-        help="sample from the K most probable tokens; 0 from all",
-    )
-    option(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="sample from the most probable tokens whose probabilities sum to P",
-    )
-    option("--seed", type=int, default=0, metavar="N", help="seed of the samples")
+    tokens = f"maximum tokens to generate (default: {MAX_NEW_TOKENS}, or as many as fit)"
+    whole("--max-new-tokens", help=tokens)
+    temperature = "sampling temperature; 0 takes the most probable token"
+    real("--temperature", default=0.0, help=temperature)
+    top_k = "sample from the K most probable tokens; 0 from all"
+    whole("--top-k", default=0, metavar="K", help=top_k)
+    top_p = "sample from the most probable tokens whose probabilities sum to P"
+    real("--top-p", default=1.0, metavar="P", help=top_p)
+    whole("--seed", default=0, help="seed of the samples")
 
 
 def _run(arguments: argparse.Namespace) -> int:
