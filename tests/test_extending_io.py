@@ -1,6 +1,8 @@
 """A toy format and a toy architecture, in the number of files that `docs/contributing.md` says."""
 
+import importlib
 import json
+import pkgutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from minilora import LoraConfig, TrainableSpec, inject, logits
 from minilora.cli.main import main
 from minilora.io import architectures
+from minilora.io.architectures import ARCHITECTURES
 from minilora.io.architectures.gpt2 import GPT_2
 from minilora.io.atomic import write_files
 from minilora.io.errors import FormatError
@@ -84,6 +87,17 @@ def test_a_format_that_is_not_in_the_registry_is_not_known(tmp_path, capsys):
     (tmp_path / "a.toy").write_text("{}")
     with pytest.raises(FormatError, match="another file"):
         open_adapted(open_base("reference:llama"), str(tmp_path / "a.toy"))
+
+
+def test_the_registry_has_every_format_and_every_architecture():
+    for package, values, registered in (
+        ("minilora.io.formats", Format, registry.FORMATS.values()),
+        ("minilora.io.architectures", architectures.Architecture, ARCHITECTURES.values()),
+    ):
+        modules = pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}.")
+        names = [name for _, name, _ in modules]
+        found = [v for name in names for v in vars(importlib.import_module(name)).values()]
+        assert {id(v) for v in found if isinstance(v, values)} == {id(v) for v in registered}
 
 
 # The files of the toy architecture: GPT-2's equations under other names, its weights (out, in).

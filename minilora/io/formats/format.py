@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minilora.io.formats.tokenizers import Tokenizer
-from minilora.spec.lora import Params, TrainableSpec, Weights
+from minilora.spec.lora import Params, TrainableSpec, Variant, Weights
 from minilora.spec.models import Config
 from minilora.spec.target_modules import LoraConfig
 
@@ -68,9 +68,10 @@ class Format:
     Models: ``read_model``, ``read_tokenizer``, ``generation_settings`` (special tokens and context
     length), ``files`` (of a model, for its digest) and ``write_model``: the weights of a model made
     of ``base``, with the names of its classes. Adapters: ``read_adapter`` (over the weights of a
-    base) and ``write_adapter``. Writers return notes to the user. ``holds_config``: a `LoraConfig`
-    can be read from and written to it. ``scaling``: what the library multiplies B A x by, with a
-    place for the scales that the adapter has.
+    base) and ``write_adapter``. Writers return notes to the user. ``variants``: those that an
+    adapter may have; all of a `LoraConfig` if none are named. ``holds_config``: a `LoraConfig` can
+    be read from and written to it. ``scaling``: what the library multiplies B A x by, with a place
+    for the scales that the adapter has.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Format:
     write_model: "WriteModel | None" = None
     read_adapter: Callable[[Path, Config, Any, Params], AdapterWeights] | None = None
     write_adapter: "WriteAdapter | None" = None
+    variants: tuple[Variant, ...] = ()
     holds_config: bool = False
     scaling: str = "{scales}"
 

@@ -26,6 +26,9 @@ from minilora.spec.variants import DORA_FULL
 PREFIX = "lycoris"
 """LyCORIS's prefix of names; sd-scripts use lora_unet, and lora_te for text encoders."""
 
+VARIANTS = (LORA, DORA_FULL)
+"""What LyCORIS computes; its DoRA differentiates the norm."""
+
 PARTS = {"A": "lora_down.weight", "B": "lora_up.weight", "magnitude": "dora_scale"}
 """Each parameter's name in the file, after the module's."""
 
@@ -170,7 +173,7 @@ def write_adapter(
     `factors.check_factors` has it.
     """
     path = Path(path)
-    ranks = check_factors(path, c, W, tuning, (LORA, DORA_FULL))
+    ranks = check_factors(path, c, W, tuning, VARIANTS)
     names = {at: name for name, modules in _names(c).items() for at in modules}
     tensors: Weights = {}
     for at, r in ranks.items():
@@ -203,6 +206,7 @@ FORMAT = Format(
     library="sd-scripts and LyCORIS",
     read_adapter=_read,
     write_adapter=_write,
+    variants=VARIANTS,
     scaling="alpha / r: {scales}",
 )
 """Not recognised by a file: any safetensors file may be one, and its prefix is the user's."""

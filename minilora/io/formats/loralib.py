@@ -14,10 +14,10 @@ import numpy as np
 from minilora.io.architectures import architecture_of, tensor_names
 from minilora.io.errors import FormatError, listed
 from minilora.io.files import NOT_FINITE, check_finite, read_tensors, to_dtype
-from minilora.io.formats.format import Format
+from minilora.io.formats.format import AdapterWeights, Format
 from minilora.io.formats.tensors import drop_tied_head, to_internal
 from minilora.spec.layers import fuse
-from minilora.spec.lora import TrainableSpec, Weights, merge, scale
+from minilora.spec.lora import LORA, Params, TrainableSpec, Weights, merge, scale
 from minilora.spec.models import Config
 from minilora.spec.ops import Array
 
@@ -219,5 +219,9 @@ def _distance(x: Array, y: Array) -> float:
     return float(np.max(np.abs(np.asarray(x, float) - np.asarray(y, float))))
 
 
-FORMAT = Format(name="loralib", library="loralib")
-"""Read by :func:`read_adapter` alone: the scale is in no file."""
+def _read_adapter(path: Path, c: Config, dtype: Any, base: Params) -> AdapterWeights:
+    return AdapterWeights(*read_adapter(path, c, base={**base}, dtype=dtype))
+
+
+FORMAT = Format(name="loralib", library="loralib", read_adapter=_read_adapter, variants=(LORA,))
+"""Not recognised by a file: none has the scale, which :func:`read_adapter` has to be given."""

@@ -52,6 +52,9 @@ _READER = "MLX reads"
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 
+VARIANTS = (LORA, DORA)
+"""What mlx-lm computes."""
+
 KINDS: Mapping[str, Variant | None] = {"lora": LORA, "dora": DORA, "full": None}
 """The values of ``fine_tune_type`` and the adapters' variant; None is full fine-tuning."""
 
@@ -352,7 +355,7 @@ def _of_full_tuning(
 def _settings(path: Path, c: Config, W: Weights, tuning: TrainableSpec, dropout: float) -> Settings:
     """The settings that say these adapters: one rank, one scale, one variant."""
     paths(path, c)
-    ranks = check_factors(path, c, W, tuning, (LORA, DORA))
+    ranks = check_factors(path, c, W, tuning, VARIANTS)
     _check_tie(path, c, W, tuning, ranks)
     variants = {tuning.variant.get(at, LORA) for at in ranks}
     scales = {tuning.scale[at] for at in ranks}
@@ -426,5 +429,6 @@ FORMAT = Format(
     adapter_file=WEIGHTS,
     read_adapter=_read,
     write_adapter=_write,
+    variants=VARIANTS,
     scaling="scale as it stands in the file: {scales}",
 )

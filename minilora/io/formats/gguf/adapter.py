@@ -24,6 +24,9 @@ from minilora.spec.target_modules import ties_head
 
 ALPHA = "adapter.lora.alpha"
 
+VARIANTS = (LORA,)
+"""What llama.cpp applies."""
+
 OWN_DTYPES = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 """The types of an adapter's tensors that come back in their own dtype; all others in float32."""
 
@@ -42,7 +45,7 @@ def write_adapter(
     trained beside factors; a tied head or its embedding, a table of positions; float64; and as
     `factors.check_factors` has it.
     """
-    ranks = check_factors(path, c, W, tuning, (LORA,))
+    ranks = check_factors(path, c, W, tuning, VARIANTS)
     module_names = places(c)
     for at in ranks:
         if reason := not_applied(c, at):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from minilora.io.formats.format import AdapterWeights, Base, Format, LoadedModel, ReadOptions
-from minilora.io.formats.gguf.adapter import read_adapter, write_adapter
+from minilora.io.formats.gguf.adapter import VARIANTS, read_adapter, write_adapter
 from minilora.io.formats.gguf.read import generation_settings, read_model
 from minilora.io.formats.gguf.tokenizer import read_tokenizer
 from minilora.io.formats.gguf.write import CONTEXT, write_model
@@ -52,5 +52,6 @@ FORMAT = Format(
     write_model=_write_model,
     read_adapter=_read_adapter,
     write_adapter=_write_adapter,
+    variants=VARIANTS,
     scaling="llama.cpp: --lora-scaled times alpha / r; {scales} at 1",
 )
