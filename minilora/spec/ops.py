@@ -80,7 +80,7 @@ class OneHot:
 
     def _sum(self, N: Array) -> Array:
         """Row i: the sum of the rows j of N with ids_j = i."""
-        total = np.zeros((self.v, N.shape[1]), N.dtype)
+        total = np.zeros_like(N, shape=(self.v, N.shape[1]))
         np.add.at(total, self.ids, N)
         return total
 
