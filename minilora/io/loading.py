@@ -262,7 +262,8 @@ def open_base_of(model: str | None, adapter: str | None, dtype: Any = np.float32
             remedy = "give the model that it was trained on by --model"
             path = adapter_path(adapter)
             raise FormatError(path, "model", "none named", "a run.json that names one", remedy)
-    return open_base(model or REFERENCE + "llama", dtype, len(class_names(adapter) or "12"))
+    classes = class_names(adapter)
+    return open_base(model or REFERENCE + "llama", dtype, len(classes) if classes else 2)
 
 
 def check_output(output: str, base: Base, adapter: str) -> None:

@@ -64,11 +64,6 @@ class Selected:
         return [name for name in variant_settings() if self.settings.get(name)]
 
     @property
-    def first_variant(self) -> str:
-        """The first of `variants`."""
-        return self.variants[0]
-
-    @property
     def without_tables(self) -> str:
         """The setting with which PEFT adapts no embedding, if there is one."""
         variant = variant_of(self.settings)
@@ -140,7 +135,7 @@ RULES = (
         "PEFT starts Conv1D with the factors of the transpose",
     ),
     Rule(
-        "{x.first_variant}",
+        "{x.variants[0]}",
         lambda x: (
             {"embed", "head"} <= {*x.adapted}
             and ties_factors(x.c, x.settings)

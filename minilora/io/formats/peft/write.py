@@ -65,15 +65,11 @@ class _Adapter:
         return len(self.targets.parts())
 
     @property
-    def unsaid(self) -> list[str]:
+    def unsupported(self) -> list[str]:
         """The settings that this ``peft_type`` does not have."""
         fields = ("trainable_token_indices", "layer_replication")
         known = KINDS[self.peft.peft_type].read
         return [name for name in fields if name not in known and getattr(self.lora, name)]
-
-    @property
-    def first_unsaid(self) -> str:
-        return self.unsaid[0]
 
     def factors(self) -> str:
         wrong = {name for name in self.W if not is_base(name)} ^ self.targets.parts().keys()
@@ -117,8 +113,8 @@ RULES = (
         "{x.lora.entry.written_as}",
     ),
     Rule(
-        "{x.first_unsaid}",
-        lambda x: x.unsaid and f"it with {x.lora.variant}",
+        "{x.unsupported[0]}",
+        lambda x: x.unsupported and f"it with {x.lora.variant}",
         "none",
         "PEFT has no such setting with {x.lora.variant}",
     ),
