@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.io.lazy_weights import as_table
+from minilora.io.lazy_weights import Table, as_table
 from minilora.spec.lora import (
     Params,
     TrainableSpec,
@@ -74,7 +74,7 @@ def _in_chunks(
 
 def _with_head(E: Any, by_rows: bool, at: str, W: Params) -> Params:
     """W, in which the weight E of the projection ``at`` is dense, or read by blocks of rows."""
-    if not by_rows and isinstance(E, np.ndarray):
+    if not by_rows and not isinstance(E, Table):
         return W
     weight, others = weight_of(at, W), (name for name in W if name.startswith(f"{at}."))
     parts: dict[str, Any] = {name: W[name] for name in others if name != weight}
