@@ -28,9 +28,11 @@ END_LIMIT = 1.0
 
 
 STDERR_BYTES = 8000
+"""The last bytes of standard error that are kept."""
 
 
 POLL_SECONDS = 0.05
+"""The time between two looks at whether the process has ended."""
 
 
 def words(command: str) -> list[str]:
@@ -85,44 +87,46 @@ class Child:
             os.set_blocking(file, False)
         for file in (self._out, self._err):
             self._selector.register(file, selectors.EVENT_READ)
-        self._said = bytearray()
+        self._unread = bytearray()
         self._last_words = b""
-        self._silent = False
+        self._has_ended_output = False
 
-    def exchange(self, what: str, message: bytes, limit: float) -> bytes:
+    def exchange(self, method: str, message: bytes, limit: float) -> bytes:
         """The line that it answers to a message. Raises Fault."""
-        while self._turn(0.0):
+        while self._read(0.0):
             self._within_length()
         self.nothing_more("before it was asked")
         end = monotonic() + limit
         rest = memoryview(message)
         while (line := self._first_line()) is None:
             self._within_length()
-            if self._silent:
+            if self._has_ended_output:
                 raise Fault("crashes", self._how_it_ended())
             if (left := end - monotonic()) <= 0:
-                raise Fault("hangs", self._how_it_hangs(what, limit))
+                raise Fault("hangs", self._how_it_hangs(method, limit))
             rest = self._write(rest)
-            if not self._turn(min(left, POLL_SECONDS)) and self._process.poll() is not None:
-                self._silent = not self._turn(0.0)
+            if not self._read(min(left, POLL_SECONDS)) and self._process.poll() is not None:
+                self._has_ended_output = not self._read(0.0)
         return line
 
     def _first_line(self) -> bytes | None:
-        line, newline, rest = self._said.partition(b"\n")
+        line, newline, rest = self._unread.partition(b"\n")
         if not newline:
             return None
-        self._said = rest
+        self._unread = rest
         return bytes(line)
 
     def _within_length(self) -> None:
-        if len(self._said) > LONGEST_LINE:
-            raise Fault("protocol", f"no line ends; it begins with {quoted(bytes(self._said))}")
+        if len(self._unread) > LONGEST_LINE:
+            raise Fault(
+                "protocol", f"a line without an end; it begins with {quoted(bytes(self._unread))}"
+            )
 
     def nothing_more(self, when: str) -> None:
-        """Raises Fault where it has said what nobody asked for."""
-        if self._said:
-            says = f"{quoted(bytes(self._said))} on standard output {when}"
-            raise Fault("protocol", f"{says}; only answers may stand there, one to each message")
+        """Raises Fault where there is output that was not asked for."""
+        if self._unread:
+            text = f"{quoted(bytes(self._unread))} on standard output {when}"
+            raise Fault("protocol", f"{text}; expected one answer to each message and nothing else")
 
     def _write(self, rest: memoryview) -> memoryview:
         if not rest:
@@ -134,8 +138,8 @@ class Child:
         except BrokenPipeError:  # its end will be seen on its standard output
             return rest[:0]
 
-    def _turn(self, wait: float) -> bool:
-        """Takes in what it has said by now on both of its outputs; whether it was anything."""
+    def _read(self, wait: float) -> bool:
+        """Reads the output so far, of both pipes; whether there was any."""
         ready = [key.fd for key, _ in self._selector.select(wait)]
         for file in ready:
             try:
@@ -144,9 +148,9 @@ class Child:
                 continue
             if not chunk:
                 self._selector.unregister(file)
-                self._silent |= file == self._out
+                self._has_ended_output |= file == self._out
             elif file == self._out:
-                self._said += chunk
+                self._unread += chunk
             else:
                 self._last_words = (self._last_words + chunk)[-STDERR_BYTES:]
         return bool(ready)
@@ -156,33 +160,33 @@ class Child:
             self._process.wait(END_LIMIT)
         status = self._process.poll()
         if status is None:
-            says = "it closed its standard output"
+            text = "it closed its standard output"
         elif status < 0:
-            says = f"it was ended by {signal_name(-status)}"
+            text = f"it was ended by {signal_name(-status)}"
         else:
-            says = f"it ended with exit status {status}"
-        if self._said:
-            says += f", in the middle of a line: {quoted(bytes(self._said))}"
-        return f"{says}; {self._words()}"
+            text = f"it ended with exit status {status}"
+        if self._unread:
+            text += f", in the middle of a line: {quoted(bytes(self._unread))}"
+        return f"{text}; {self._stderr_words()}"
 
-    def _how_it_hangs(self, what: str, limit: float) -> str:
-        says = f"{what} gave no answer in {limit:g} s, and the driver was ended"
-        if self._said:
-            says += (
-                f"; it said the beginning of a line, {quoted(bytes(self._said))}, and no newline"
+    def _how_it_hangs(self, method: str, limit: float) -> str:
+        text = f"{method} gave no answer in {limit:g} s, and the driver was ended"
+        if self._unread:
+            text += (
+                f"; it wrote the beginning of a line, {quoted(bytes(self._unread))}, and no newline"
             )
-        return f"{says}; {self._words()}"
+        return f"{text}; {self._stderr_words()}"
 
-    def _words(self) -> str:
-        """What it said last on standard error."""
+    def _stderr_words(self) -> str:
+        """The last lines of standard error, in words."""
         end = monotonic() + 0.2
-        while self._selector.get_map() and monotonic() < end and self._turn(POLL_SECONDS):
+        while self._selector.get_map() and monotonic() < end and self._read(POLL_SECONDS):
             pass
-        said = last_words(self._last_words.decode(errors="replace"))
-        return f"its last words on standard error: {said}" if said else "nothing on standard error"
+        text = last_words(self._last_words.decode(errors="replace"))
+        return f"standard error ends with: {text}" if text else "nothing on standard error"
 
     def stop(self) -> None:
-        """Asks it to end, and gives it a little time."""
+        """Asks it to end, and waits a moment."""
         self._write(memoryview(message_line({"seq": -1, "cmd": "stop"})))
         end = monotonic() + STOP_LIMIT
         with contextlib.suppress(OSError):
@@ -193,8 +197,8 @@ class Child:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(max(0.0, end - monotonic()))
                 return
-            self._turn(POLL_SECONDS)
-            self._said.clear()
+            self._read(POLL_SECONDS)
+            self._unread.clear()
 
     def end(self) -> None:
         """Ends it and all that it started."""
@@ -202,7 +206,7 @@ class Child:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        """Ends it, waits for that and lets go of its pipes."""
+        """Ends it, waits for its end and closes its pipes."""
         self.end()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(5.0)
@@ -222,7 +226,7 @@ def signal_name(number: int) -> str:
 
 
 def last_words(text: str) -> str:
-    """The last lines of a text in one, and the last before them that speaks of an error."""
+    """The last lines of a text in one, and the last line before them that names an error."""
     lines = [tidy(line, 150) for line in text.splitlines() if line.strip()]
     before, last = lines[:-5], lines[-5:]
     headlines = [line for line in before if re.search("error|exception|panic|fatal", line, re.I)]
