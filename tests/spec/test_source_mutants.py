@@ -88,7 +88,10 @@ SURVIVORS = {
             "_drawn: draw_factors(rng, init, r, *W.shape) -> draw_factors(rng, init, *W.shape, r)"
         ): IMPORTED,
     },
-    "variants": {},
+    **{
+        f"variants.{module}": {}
+        for module in ("entry", "lora_bias", "dora", "vera", "adalora", "alora")
+    },
     "layers": {
         "adapted_fused: zip(parts, P, strict=True) -> zip(parts, P)": LENGTHS,
         "adapted_fused: True -> False": LENGTHS,
@@ -110,35 +113,59 @@ SURVIVORS = {
     },
     "target_modules": {
         (
-            "LoraConfig.__post_init__: (('variant', tuple(REGISTRY)), ('bias', ('none', "
-            "'lora_only', 'all')), ('init', tuple(STARTS))) -> (('bias', ('none', 'lora_only', "
-            "'all')), ('variant', tuple(REGISTRY)), ('init', tuple(STARTS)))"
+            "LoraConfig._check_names: ('none', 'lora_only', 'all') -> ('lora_only', 'none', 'all')"
         ): ORDER,
         (
-            "LoraConfig.__post_init__: (('variant', tuple(REGISTRY)), ('bias', ('none', "
-            "'lora_only', 'all')), ('init', tuple(STARTS))) -> (('variant', tuple(REGISTRY)), "
-            "('init', tuple(STARTS)), ('bias', ('none', 'lora_only', 'all')))"
+            "LoraConfig._check_names: ('none', 'lora_only', 'all') -> ('none', 'all', 'lora_only')"
         ): ORDER,
-        "LoraConfig.__post_init__: ('vera', 'adalora') -> ('adalora', 'vera')": ORDER,
-        "LoraConfig.__post_init__: (VERA, ADALORA) -> (ADALORA, VERA)": ORDER,
-        "resolve_targets: ('head', *TABLES) -> (*TABLES, 'head')": ORDER,
+        "LoraConfig._check_names: ('', *INITIALIZATIONS) -> (*INITIALIZATIONS, '')": ORDER,
         (
-            "inject: zip(*choice.shape.values(), strict=True) -> zip(*choice.shape.values())"
+            "LoraConfig._check_patterns: (self.target_modules, self.exclude_modules) -> "
+            "(self.exclude_modules, self.target_modules)"
+        ): ORDER,
+        **dict.fromkeys(
+            (
+                "LoraConfig._check_patterns: (*whole, *self.rank_pattern, *self.alpha_pattern, "
+                f"*self.modules_to_save) -> ({order})"
+                for order in (
+                    "*self.rank_pattern, *whole, *self.alpha_pattern, *self.modules_to_save",
+                    "*whole, *self.alpha_pattern, *self.rank_pattern, *self.modules_to_save",
+                    "*whole, *self.rank_pattern, *self.modules_to_save, *self.alpha_pattern",
+                )
+            ),
+            ORDER,
+        ),
+        (
+            "LoraConfig._check_numbers: (self.lora_alpha, *self.alpha_pattern.values()) -> "
+            "(*self.alpha_pattern.values(), self.lora_alpha)"
+        ): ORDER,
+        (
+            "LoraConfig._check_numbers: (self.r, *self.rank_pattern.values()) -> "
+            "(*self.rank_pattern.values(), self.r)"
+        ): ORDER,
+        "_matched: ('head', *TABLES) -> (*TABLES, 'head')": ORDER,
+        (
+            "_check_matched: ('rank_pattern', 'alpha_pattern') -> ('alpha_pattern', 'rank_pattern')"
+        ): ORDER,
+        (
+            "inject: zip(lora.equation.parts, parts, strict=True) -> "
+            "zip(lora.equation.parts, parts)"
         ): LENGTHS,
         "inject: True -> False": LENGTHS,
-        "inject: (Array, ...) -> (..., Array)": "an annotation",
-        ("inject: zip(variant.parts, parts, strict=True) -> zip(variant.parts, parts)"): LENGTHS,
-        "inject: True -> False (2)": LENGTHS,
+        (
+            "_shared_factors: zip(*targets.shape.values(), strict=True) -> "
+            "zip(*targets.shape.values())"
+        ): LENGTHS,
+        "_shared_factors: True -> False": LENGTHS,
+        "_shared_factors: 0 -> 1": "of the outline the shape and the dtype alone are read",
+        "_shared_factors: 1 -> 2": "a shared draw does not read the scale",
+        "_shared_factors: 1 -> 0": "a shared draw does not read the scale",
         "with_invocation: 1 -> 2 (2)": RESHAPE,
         (
             "tied_gradients: zip(('head.A', 'head.B'), twin(dA, dB), strict=True) -> "
             "zip(('head.A', 'head.B'), twin(dA, dB))"
         ): LENGTHS,
         "tied_gradients: True -> False": LENGTHS,
-        (
-            "resolve_targets: (*lora.rank_pattern, *lora.alpha_pattern) -> "
-            "(*lora.alpha_pattern, *lora.rank_pattern)"
-        ): ORDER,
     },
     "blocks": {
         "normalise: frozen and (not np.ndim(dy)) -> not np.ndim(dy)": (
@@ -218,7 +245,7 @@ def results():
 @pytest.mark.very_slow
 @pytest.mark.parametrize("module", SURVIVORS)
 def test_every_mutant_that_lives_is_listed_with_its_reason(module, results):
-    assert results[module]["count"] > 50
+    assert results[module]["count"] > 30
     assert set(results[module]["survivors"]) == SURVIVORS[module].keys()
 
 

@@ -116,6 +116,7 @@ def test_a_choice_reports_what_it_hit():
     ("config", "field", "value"),
     [
         ({"target_modules": "nothing"}, "target_modules", "'nothing'"),
+        ({"target_modules": ["nothing"]}, "target_modules", "'nothing'"),
         ({"target_modules": ["q", "w"]}, "target_modules", "'w'"),
         ({"target_modules": ["q"], "layers_to_transform": [12]}, "target_modules", "['q']"),
         ({"target_modules": ["q"], "exclude_modules": ["q"]}, "target_modules", "['q']"),
@@ -135,6 +136,15 @@ def test_what_matches_no_module_is_refused_by_its_field(config, field, value):
         ({"bias": "some"}, "bias 'some'"),
         ({"init_lora_weights": "zero"}, "init_lora_weights 'zero'"),
         ({"lora_dropout": 1.0}, "lora_dropout 1.0"),
+        ({"r": 0}, "rank 0"),
+        ({"r": 1.5}, "rank 1.5"),
+        ({"rank_pattern": {"q": 0}}, "rank 0"),
+        ({"target_modules": "("}, "'('"),
+        ({"alpha_pattern": {"q": 1, "(": 2}}, "'('"),
+        (
+            {"trainable_token_indices": {"embed": [1]}, "modules_to_save": [r"embed\..*"]},
+            "trainable_token_indices of embed",
+        ),
         ({"lora_dropout": -0.1}, "lora_dropout -0.1"),
         ({"variant": "lokr"}, "variant 'lokr'"),
         ({"variant": "vera", "init_lora_weights": "gaussian"}, "init_lora_weights 'gaussian'"),
@@ -152,6 +162,25 @@ def test_settings_that_mean_nothing_are_refused(config, field):
     with pytest.raises(ValueError, match=rf"^{re.escape(field)}: "):
         ml.LoraConfig(**config)
     assert ml.LoraConfig(lora_dropout=0.0).lora_dropout == 0
+    assert ml.LoraConfig(r=np.int64(1)).r == 1
+
+
+def test_a_config_says_whether_the_weights_entries_are_read():
+    drawn = ("kaiming", "gaussian", "orthogonal")
+    assert not any(ml.LoraConfig(init_lora_weights=init).reads_weights for init in drawn)
+    assert all(ml.LoraConfig(init_lora_weights=init).reads_weights for init in ("pissa", "loftq"))
+    assert ml.LoraConfig(variant="dora").reads_weights  # for its magnitude
+    assert not any(ml.LoraConfig(variant=v).reads_weights for v in ("vera", "lora-bias"))
+
+
+def test_vera_shares_its_factors_among_all_modules():
+    rng = np.random.default_rng(0)
+    lora = ml.LoraConfig(r=3, variant="vera", target_modules=["q", "down"])
+    W, _ = ml.inject(ml.draw_weights(LLAMA, rng), lora, LLAMA.linears(), rng)
+    targets = ml.resolve_targets(lora, LLAMA.linears())
+    assert {name: W[name].shape for name in targets.parts()} == targets.parts()
+    for part in "AB":
+        assert np.shares_memory(W[f"layers.0.q.{part}"], W[f"layers.1.down.{part}"])
 
 
 def adapted(c=LLAMA, dtype=np.float64, **choice):

@@ -96,7 +96,7 @@ def fresh_parts(variant: Variant, W: Array, A: Array, B: Array, s: Any) -> tuple
             value = column.start(merge_weight(W, A, B, s))
         else:
             value = np.full(column.shape(*B.shape[::-1]), column.start)
-        parts.append(value.astype(W.dtype, copy=False))
+        parts.append(value.astype(W.dtype))
     return tuple(parts)
 
 
