@@ -217,10 +217,12 @@ class Noisy(NDArrayOperatorsMixin):
             out[0].runs = y.runs
         return out[0]
 
-    def _called(self, ufunc: np.ufunc, inputs: Sequence[Any]) -> Noisy:
+    def _called(self, ufunc: np.ufunc, inputs: Sequence[Any]) -> Any:
         plain = _lifted(inputs)
         with np.errstate(invalid="ignore"):
             y = ufunc(*plain)
+            if not isinstance(y, np.ndarray | np.generic):
+                return y  # a zero that stands for an array
             if y.dtype != np.float64 or ufunc in EXACT:
                 return self._as(y)
             if ufunc is np.matmul:
