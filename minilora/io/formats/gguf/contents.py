@@ -132,20 +132,20 @@ class Contents(Mapping[str, Any]):
 
     def _directory(self, count: int) -> dict[str, Tensor]:
         gguf = library()
-        told = []
+        entries = []
         for _ in range(count):
             name = self._string("a tensor's name")
             (dimensions,) = self._take("<I", name)
             if not 1 <= dimensions <= 4:
                 raise self._wrong(name, f"{dimensions} dimensions", "1 to 4")
             shape = self._take(f"<{dimensions}Q", name)[::-1]
-            told.append((name, shape, *self._take("<IQ", name)))
+            entries.append((name, shape, *self._take("<IQ", name)))
         alignment = self.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise self._wrong("general.alignment", alignment, "a power of two")
         base = -(-self._at // alignment) * alignment
         tensors: dict[str, Tensor] = {}
-        for name, shape, number, offset in told:
+        for name, shape, number, offset in entries:
             if name in tensors:
                 raise self._wrong(name, "two tensors of this name", "one")
             try:

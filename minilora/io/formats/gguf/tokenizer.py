@@ -145,8 +145,8 @@ def _byte_level(contents: Contents, tokens: list[str], types: list[int]) -> tupl
     merges = [tuple(merge.split(" ", 1)) for merge in _array(contents, "merges", str)]
     vocab = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=name == "llama-bpe"))
-    whole = name in ("qwen2", "llama-bpe")  # cut as GPT-2's are, or already
-    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not whole)
+    already_cut = name in ("qwen2", "llama-bpe")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not already_cut)
     cut = [] if cuts[name] is None else [cuts[name]]
     backend.pre_tokenizer = pre_tokenizers.Sequence([*cut, letters])
     backend.decoder = decoders.ByteLevel()

@@ -56,7 +56,7 @@ def read_adapter(
     _check_base(Path(path) / CONFIG, c, config, base)
     pruned = _pruned(config)
     stored = _read_stored(file, config, pruned)
-    _drop_base_weights(stored, {*config.targets.rank, *pruned})
+    _name_base_weights(stored, {*config.targets.rank, *pruned})
     _drop_copies(stored)
     _check_tie(Path(path) / CONFIG, stored)
     W = _to_internal(stored, dtype)
@@ -151,11 +151,11 @@ def _pruned_tensors(file: Path, pruned: Mapping[str, str]) -> str | None:
                     remedy = "rank_pattern says that nothing is left: is it another file's?"
                     raise FormatError(file, name, f"shape {shape}", "no entry", remedy)
     except (OSError, SafetensorError):
-        pass  # which reading it says better
+        pass  # read_tensors reports it
     return "|".join(rf"^{re.escape(name)}$" for name in sorted(empty))
 
 
-def _drop_base_weights(stored: _Stored, adapted: set[str]) -> None:
+def _name_base_weights(stored: _Stored, adapted: set[str]) -> None:
     """Give a name to the base's weight of an adapted embedding and head, which PEFT writes too.
 
     Errors: FormatError if it is written twice, and differs.
@@ -204,9 +204,9 @@ def _original(stored: _Stored, name: str) -> str:
     if stored.config.lora.bias == "all" and name.endswith(".bias"):
         # Below modules_to_save comes the adapter's name, if it comes at all.
         inner = r"\.(modules_to_save|original_module)(?=\.)", r"\.modules_to_save\.[^.]+(?=\.)"
-        there = set(stored.names.values()) & stored.tensors.keys()
-        candidates = (re.sub(part, "", name) for part in inner)
-        return next((one for one in candidates if one != name and one in there), name)
+        trained = set(stored.names.values()) & stored.tensors.keys()
+        originals = (re.sub(part, "", name) for part in inner)
+        return next((other for other in originals if other != name and other in trained), name)
     return name
 
 
@@ -215,7 +215,7 @@ def _check_tie(path: Path, stored: _Stored) -> None:
     unknown = stored.tensors.keys() - set(stored.names.values())
     ensured = stored.config.settings.get("ensure_weight_tying")
     if ensured and any(name.startswith(head) for name in unknown):
-        remedy = "PEFT left it out, and would not load the head's factors again: name it there, too"
+        remedy = "PEFT does not load the head's factors unless it is named: add it"
         found = f"no head, whose factors are in {WEIGHTS}"
         raise FormatError(path, "target_modules", found, "both of the tie", remedy)
 

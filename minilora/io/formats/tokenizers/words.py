@@ -53,8 +53,8 @@ class WordTokenizer(Tokenizer):
         def sequence(name: str, kind: int) -> dict[str, Any]:
             return {"Sequence": {"id": name, "type_id": kind}}
 
-        one = [token(START, 0), sequence("A", 0)] + ([] if language else [token(END, 0)])
-        two = [*one, sequence("B", 1)] + ([] if language else [token(END, 1)])
+        single = [token(START, 0), sequence("A", 0)] + ([] if language else [token(END, 0)])
+        pair = [*single, sequence("B", 1)] + ([] if language else [token(END, 1)])
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         return {
             "version": "1.0",
@@ -68,8 +68,8 @@ class WordTokenizer(Tokenizer):
             "pre_tokenizer": {"type": "WhitespaceSplit"},
             "post_processor": {
                 "type": "TemplateProcessing",
-                "single": one,
-                "pair": two,
+                "single": single,
+                "pair": pair,
                 "special_tokens": {
                     SPECIAL[i]: {"id": SPECIAL[i], "ids": [i], "tokens": [SPECIAL[i]]}
                     for i in ((START,) if language else (START, END))
