@@ -19,9 +19,7 @@ ORDER = "the order of names is no matter"
 LENGTHS = "the lengths are equal by construction, or were compared above"
 RESHAPE = "NumPy takes any negative size for the one to be found"
 FULL = "what more columns there are is not read"
-MEMORY = "the numbers are the same, in memory of their own"
 BITS = "a table by its rows has the bits of the whole"
-KEPT = "what is kept is what would be formed again"
 BEGIN = "at the first token nothing is copied"
 IMPORTED = "the function that it makes was made when the module was imported"
 SURVIVORS = {
@@ -34,40 +32,22 @@ SURVIVORS = {
             "rope_tables: f(angles).astype(real).swapaxes(0, 1) -> "
             "f(angles).astype(real).swapaxes(1, 0)"
         ): ORDER,
-        "rope: (:, :, None) -> (:, None, :)": "the axis behind is 1 too",
-        "rope: (:, :, None) -> (:, None, :) (2)": "the axis behind is 1 too",
-        (
-            "rope: v.reshape(b, h, d // 2, 2, t).swapaxes(2, 3) -> "
-            "v.reshape(b, h, d // 2, 2, t).swapaxes(3, 2)"
-        ): ORDER,
-        "rope: turned.swapaxes(2, 3) -> turned.swapaxes(3, 2)": ORDER,
-        "softmax: np.divide(e, total, out=e) -> np.divide(e, total)": MEMORY,
         "split_heads: 1 -> 2": RESHAPE,
-        "_exponentials: z.real -> z": (
+        "softmax: z.real -> z": (
             "NumPy orders complex numbers by their real parts, and whatever the shift, it cancels"
         ),
-        "_exponentials: np.exp(e, out=e) -> np.exp(e)": MEMORY,
-        "by_queries: t <= QUERIES -> t < QUERIES": "one block is the whole",
-        "by_queries: (0, 2) -> (2, 0)": ORDER,
+        "cross_entropy: z.real -> z": "as in softmax",
         "causal_mask: s < t -> s <= t": "each sees itself anyway",
-        "by_queries: (do, k, v) -> (do, v, k)": "keys and values have one shape",
     },
     "lora": {
-        "combine: zip(adapters, weights, strict=True) -> zip(adapters, weights)": LENGTHS,
-        "combine: True -> False": LENGTHS,
-        "project: zip(names, parts, strict=True) -> zip(names, parts)": LENGTHS,
-        "project: True -> False (2)": LENGTHS,
+        "project: zip(names, dparts, strict=True) -> zip(names, dparts)": LENGTHS,
+        "project: True -> False": LENGTHS,
+        "is_base: ('.weight', '.bias') -> ('.bias', '.weight')": ORDER,
+    },
+    "initialization": {
         "draw_dropout: rng.random(shape) >= p -> rng.random(shape) > p": (
             "a number drawn equals p with a probability of 2⁻⁵³"
         ),
-        "is_base: ('.weight', '.bias') -> ('.bias', '.weight')": ORDER,
-        "merge: (head, table) -> (table, head)": ORDER,
-        (
-            "_twins: {f'{head}.A', f'{table}.A'} <= W.keys() -> "
-            "{f'{head}.A', f'{table}.A'} < W.keys()"
-        ): "the table's weight is there too",
-    },
-    "initialization": {
         (
             "_truncated: np.linalg.svd(M.astype(np.float64), full_matrices=False) -> "
             "np.linalg.svd(M.astype(np.float64))"
@@ -168,51 +148,54 @@ SURVIVORS = {
         "tied_gradients: True -> False": LENGTHS,
     },
     "blocks": {
-        "normalise: frozen and (not np.ndim(dy)) -> not np.ndim(dy)": (
-            "of what is constant below a norm, the norm is frozen"
-        ),
-        "embed: zip(names, back_y(dy), strict=True) -> zip(names, back_y(dy))": LENGTHS,
+        "embed: zip(names, back_y(dy)[1:], strict=True) -> zip(names, back_y(dy)[1:])": LENGTHS,
         "embed: True -> False": LENGTHS,
         "normalise: zip(names, gradients, strict=True) -> zip(names, gradients)": LENGTHS,
         "normalise: True -> False": LENGTHS,
-        "Past.extend: (k[..., :0], v[..., :0]) -> (v[..., :0], k[..., :0])": BEGIN,
-        "Past.extend: 0 -> 1 (3)": BEGIN,
-        "Past.extend: 0 -> 1 (4)": BEGIN,
-        "Past.extend: 0 -> 1 (5)": BEGIN,
-        "Past.extend: (k, v) -> (v, k)": "keys and values have one shape",
-        "Past.extend: zip(room, old, strict=True) -> zip(room, old)": LENGTHS,
-        "Past.extend: True -> False": LENGTHS,
-        (
-            "Past.extend: zip(self.held[at], (k, v), strict=True) -> zip(self.held[at], (k, v))"
-        ): LENGTHS,
-        "Past.extend: True -> False (2)": LENGTHS,
     },
     "models": {
         "Config.shapes: ('weight', 'bias') -> ('bias', 'weight')": ORDER,
+        "Config.shapes: ('norm1', 'norm2') -> ('norm2', 'norm1')": ORDER,
         "Config.shapes: [*norms, 'norm'] -> ['norm', *norms]": ORDER,
         "Llama.has_bias: ('.q', '.k', '.v') -> ('.k', '.q', '.v')": ORDER,
         "Llama.has_bias: ('.q', '.k', '.v') -> ('.q', '.v', '.k')": ORDER,
-        (
-            "mask_of: _triangle(batch.ids.shape) if batch.mask is None else "
-            "causal_mask(batch.real) -> causal_mask(batch.real)"
-        ): KEPT,
-        (
-            "llama: _tables(batch.ids.shape[1], *of) if counted else "
-            "rope_tables(batch.position_ids, *of) -> rope_tables(batch.position_ids, *of)"
-        ): KEPT,
-        (
-            "constant: ('layers.', *(f'{at}.' for at in _ABOVE[causal])) -> "
-            "(*(f'{at}.' for at in _ABOVE[causal]), 'layers.')"
-        ): ORDER,
-        "head_loss: len(E) * labels.size > LARGE -> len(E) * labels.size >= LARGE": BITS,
-        "_in_parts: 1 -> 2": "of no column, a second part has none either",
-        "_in_parts: zip(*map(of, parts), strict=True) -> zip(*map(of, parts))": LENGTHS,
-        "_in_parts: True -> False": LENGTHS,
-        "_held: not by_blocks and (not hasattr(E, 'rows')) -> not by_blocks": BITS,
-        "_held: not hasattr(E, 'rows') -> hasattr(E, 'rows')": BITS,
-        "_held: by_rows(E) if by_blocks else whole(E) -> by_rows(E)": BITS,
     },
-    "optim": {
+    "training.attention": {
+        "by_queries: t <= QUERIES -> t < QUERIES": "one block is the whole",
+        "by_queries: (0, 2) -> (2, 0)": ORDER,
+        "by_queries: (do, k, v) -> (do, v, k)": "keys and values have one shape",
+    },
+    "training.checkpointing": {
+        (
+            "constant_inputs: ('layers.', *(f'{at}.' for at in ABOVE[causal])) -> "
+            "(*(f'{at}.' for at in ABOVE[causal]), 'layers.')"
+        ): ORDER,
+        "prepared: ('weight', 'A') -> ('A', 'weight')": ORDER,
+    },
+    "training.chunked_head": {
+        "head_loss: len(E) * labels.size > LARGE -> len(E) * labels.size >= LARGE": BITS,
+        "_in_chunks: 1 -> 2": "of no column, a second chunk has none either",
+        (
+            "_in_chunks: zip(*map(loss_of, chunks), strict=True) -> zip(*map(loss_of, chunks))"
+        ): LENGTHS,
+        "_in_chunks: True -> False": LENGTHS,
+        "_with_head: as_table(E) if by_rows else np.asarray(E) -> as_table(E)": BITS,
+    },
+    "training.kv_cache": {
+        "KVCache.append: (k[..., :0], v[..., :0]) -> (v[..., :0], k[..., :0])": BEGIN,
+        "KVCache.append: (k, v) -> (v, k)": "keys and values have one shape",
+        (
+            "KVCache.append: zip(room, self.held[block], strict=True) -> "
+            "zip(room, self.held[block])"
+        ): LENGTHS,
+        "KVCache.append: True -> False": LENGTHS,
+        (
+            "KVCache.append: zip(self.held[block], (k, v), strict=True) -> "
+            "zip(self.held[block], (k, v))"
+        ): LENGTHS,
+        "KVCache.append: True -> False (2)": LENGTHS,
+    },
+    "training.fused_adamw": {
         (
             "_alike: (rates[name], p.dtype, gradients[name].dtype, name in state.m) -> "
             "(p.dtype, rates[name], gradients[name].dtype, name in state.m)"
@@ -227,6 +210,8 @@ SURVIVORS = {
         ): ORDER,
         "_alike: name in state.m -> name not in state.m": "what differs, differs either way",
         "_parted: 1 -> 0": "a run of one array is the array itself",
+    },
+    "optim": {
         "run: ('betas', 'eps', 'weight_decay') -> ('eps', 'betas', 'weight_decay')": ORDER,
         "run: ('betas', 'eps', 'weight_decay') -> ('betas', 'weight_decay', 'eps')": ORDER,
         "run: ('momentum', 'weight_decay') -> ('weight_decay', 'momentum')": ORDER,
