@@ -47,7 +47,7 @@ from minilora.verify.core.tolerance import Noisy, noisy, spread, unit_roundoff
 from minilora.verify.core.types import MONTE_CARLO, Comparison
 
 gguf = optional("gguf")
-door = importlib.import_module("minilora.io.formats.gguf")
+gguf_files = importlib.import_module("minilora.io.formats.gguf")
 
 F32 = np.float32
 MODELS = {
@@ -86,7 +86,7 @@ def model_file(name):
     """The file of a model, made once; its folder goes with the process."""
     folder = tempfile.TemporaryDirectory()
     path = Path(folder.name) / f"{name}.gguf"
-    door.write_model(path, MODELS[name], drawn(MODELS[name]))
+    gguf_files.write_model(path, MODELS[name], drawn(MODELS[name]))
     model_file.folders.append(folder)
     return path
 
@@ -130,14 +130,14 @@ def test_a_model_comes_back_bit_for_bit(c, seed):
     W = drawn(c, seed)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.gguf"
-        door.write_model(path, c, W)
+        gguf_files.write_model(path, c, W)
         for kept in (True, False):
-            told, V = door.read_model(path, keep_quantized=kept)
+            told, V = gguf_files.read_model(path, keep_quantized=kept)
             assert told == c
             assert V.keys() == W.keys()
             assert all(same_bits(V[name], W[name]) for name in W)
         before = path.read_bytes()
-        door.write_model(path, c, door.read_model(path)[1])
+        gguf_files.write_model(path, c, gguf_files.read_model(path)[1])
         assert path.read_bytes() == before
         assert [p.name for p in Path(folder).iterdir()] == ["m.gguf"]
 
@@ -145,8 +145,8 @@ def test_a_model_comes_back_bit_for_bit(c, seed):
 def test_in_float16_matrices_are_rounded_once_and_vectors_are_not(tmp_path):
     for name, c in MODELS.items():
         W = drawn(c)
-        door.write_model(tmp_path / name, c, W, dtype=np.float16)
-        _, V = door.read_model(tmp_path / name)
+        gguf_files.write_model(tmp_path / name, c, W, dtype=np.float16)
+        _, V = gguf_files.read_model(tmp_path / name)
         for key, array in W.items():
             kept = array.shape[1] == 1 or key.startswith("positions.")
             assert same_bits(V[key], array if kept else array.astype(np.float16).astype(F32))
@@ -195,7 +195,7 @@ def test_every_type_that_gguf_expands_is_read(kind, tmp_path):
         vocab=6, d=256, layers=1, heads=4, ffn=256, kv_heads=2, head_dim=64, eps=float(F32(1e-5))
     )
     W, rng = drawn(c), np.random.default_rng(0)
-    door.write_model(tmp_path / "f32", c, W)
+    gguf_files.write_model(tmp_path / "f32", c, W)
     given = {
         "blk.0.attn_q.weight": (blocks_of(kind, (256, 256), rng), kind),
         "token_embd.weight": (blocks_of(kind, (6, 256), rng), kind),
@@ -203,7 +203,7 @@ def test_every_type_that_gguf_expands_is_read(kind, tmp_path):
     rewritten(tmp_path / "f32", tmp_path / "m", tensors=given)
     wanted = [gguf.quants.dequantize(data, kind).astype(F32) for data, _ in given.values()]
     assert all(np.ptp(array) > 0 for array in wanted)
-    _, V = door.read_model(tmp_path / "m")
+    _, V = gguf_files.read_model(tmp_path / "m")
     half = wanted[0].reshape(4, 32, 2, 256).swapaxes(1, 2).reshape(256, 256)
     assert same_bits(V["layers.0.q.weight"], half)
     assert same_bits(V["embed.weight"], wanted[1])
@@ -213,7 +213,7 @@ def test_every_type_that_gguf_expands_is_read(kind, tmp_path):
 
 
 def test_a_kept_matrix_is_the_files_bytes_and_each_look_a_fresh_array():
-    c, W = door.read_model(model_file("llama"))
+    c, W = gguf_files.read_model(model_file("llama"))
     name = "layers.0.q.weight"
     one, other = W[name], W[name]
     one[:] = 0
@@ -226,8 +226,8 @@ def test_a_kept_matrix_is_the_files_bytes_and_each_look_a_fresh_array():
 
 
 def test_a_wider_dtype_holds_the_same_numbers():
-    _, narrow = door.read_model(model_file("gpt2"))
-    _, wide = door.read_model(model_file("gpt2"), np.float64)
+    _, narrow = gguf_files.read_model(model_file("gpt2"))
+    _, wide = gguf_files.read_model(model_file("gpt2"), np.float64)
     for name in narrow:
         assert wide[name].dtype == np.float64
         assert (np.asarray(wide[name]) == np.asarray(narrow[name])).all()
@@ -249,7 +249,7 @@ def test_gradients_have_the_same_bits_whether_weights_are_kept_in_the_file(name,
     batch = Batch(IDS.reshape(2, 12), labels=IDS.reshape(2, 12))
     found = []
     for kept in (True, False):
-        _, W = door.read_model(path, keep_quantized=kept)
+        _, W = gguf_files.read_model(path, keep_quantized=kept)
         L, back = loss(batch, W | V, c, tuning)
         found.append({"loss": np.asarray(L), **back(1.0)})
     assert found[0].keys() == V.keys() | {"loss"}
@@ -258,7 +258,7 @@ def test_gradients_have_the_same_bits_whether_weights_are_kept_in_the_file(name,
 
 
 def test_rows_of_q_and_k_lie_in_pairs_in_a_llama_and_as_they_are_in_a_qwen2():
-    order = door.file_rows(2, 8)
+    order = gguf_files.file_rows(2, 8)
     assert order.tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
     for name in ("llama", "qwen2"):
         W, reader = drawn(MODELS[name]), gguf.GGUFReader(model_file(name))
@@ -270,7 +270,7 @@ def test_rows_of_q_and_k_lie_in_pairs_in_a_llama_and_as_they_are_in_a_qwen2():
 
 def refused(path, what, where=None, **given):
     with pytest.raises(FormatError, match=what) as error:
-        door.read_model(path, **given)
+        gguf_files.read_model(path, **given)
     assert str(path) in str(error.value)
     assert where is None or where in str(error.value)
 
@@ -325,7 +325,7 @@ def test_settings_that_say_what_is_so_anyway_are_read(tmp_path):
         "llama.rope.freq_base": None,
         "quantize.imatrix.file": ("STRING", "x"),
     }
-    c, W = door.read_model(rewritten(model_file("llama"), tmp_path / "m", more))
+    c, W = gguf_files.read_model(rewritten(model_file("llama"), tmp_path / "m", more))
     assert c == MODELS["llama"]
     assert same_bits(W["head.weight"], drawn(c)["head.weight"])
 
@@ -343,7 +343,7 @@ def test_tensors_that_are_not_the_models_are_refused(tmp_path):
         wrong = drawn(MODELS["llama"])["layers.0.up.weight"]
         wrong[3, 5] = bad
         rewritten(path, out, tensors={"blk.0.ffn_up.weight": (wrong, f32)})
-        _, W = door.read_model(out)
+        _, W = gguf_files.read_model(out)
         for look in (
             lambda W=W: W["layers.0.up.weight"],
             lambda W=W: W.entries["layers.0.up.weight"].rows([3]),
@@ -367,7 +367,7 @@ def test_a_gpt2s_head_may_be_repeated_and_be_no_other(tmp_path):
     path, out = model_file("gpt2"), tmp_path / "m"
     E = W["embed.weight"]
     rewritten(path, out, tensors={"output.weight": (E, f32)})
-    c, V = door.read_model(out)
+    c, V = gguf_files.read_model(out)
     assert c == MODELS["gpt2"]
     assert V.keys() == W.keys()
     refused(rewritten(path, out, tensors={"output.weight": (E + 1, f32)}), "tied")
@@ -381,7 +381,7 @@ def test_other_architectures_are_refused_by_name(tmp_path):
     refused(tmp_path / "m", "mamba")
     c = Bert(vocab=5, d=8, layers=1, heads=2, ffn=8, positions=4, types=2, classes=3)
     with pytest.raises(FormatError, match=r"architecture: found bert.*no place there"):
-        door.write_model(tmp_path / "b", c, drawn(c))
+        gguf_files.write_model(tmp_path / "b", c, drawn(c))
 
 
 # Files that lie
@@ -478,7 +478,7 @@ def test_a_file_that_is_missing_or_a_folder_is_refused(tmp_path):
     refused(tmp_path / "none", "No such file")
     refused(tmp_path, "directory")
     with pytest.raises(FormatError, match="a folder"):
-        door.write_model(tmp_path, MODELS["llama"], drawn(MODELS["llama"]))
+        gguf_files.write_model(tmp_path, MODELS["llama"], drawn(MODELS["llama"]))
 
 
 def test_a_file_cut_short_anywhere_is_refused(tmp_path):
@@ -488,7 +488,7 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path):
     for cut in cuts:
         (tmp_path / "m").write_bytes(data[:cut])
         with pytest.raises(FormatError):
-            door.read_model(tmp_path / "m")
+            gguf_files.read_model(tmp_path / "m")
 
 
 @settings(max_examples=300)
@@ -502,7 +502,7 @@ def test_a_damaged_header_is_refused_or_read_and_nothing_else(data):
         path = Path(folder) / "m"
         path.write_bytes(whole)
         try:
-            c, W = door.read_model(path)
+            c, W = gguf_files.read_model(path)
             assert {name: array.shape for name, array in W.items()} == c.shapes()
         except FormatError:
             pass
@@ -519,7 +519,7 @@ def test_the_librarys_own_reader_makes_what_is_not_there(tmp_path):
 
 def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
     c, W = MODELS["llama"], drawn(MODELS["llama"])
-    door.write_model(tmp_path / "m", c, W)
+    gguf_files.write_model(tmp_path / "m", c, W)
     before = (tmp_path / "m").read_bytes()
     wrong = W | {"norm.weight": np.full_like(W["norm.weight"], np.nan)}
     for bad, what in (
@@ -529,7 +529,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
         (W | {"norm.weight": W["norm.weight"][:-1]}, "shape"),
     ):
         with pytest.raises(FormatError, match=what):
-            door.write_model(tmp_path / "m", c, bad)
+            gguf_files.write_model(tmp_path / "m", c, bad)
         assert (tmp_path / "m").read_bytes() == before
         assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
@@ -549,12 +549,12 @@ def test_a_model_written_like_another_keeps_what_is_not_its_weights(tmp_path):
         "general.name": ("STRING", "some"),
     }
     base = rewritten(model_file("llama"), tmp_path / "base", more)
-    c, W = door.read_model(base)
-    door.write_model(tmp_path / "m", c, W, like=base)
+    c, W = gguf_files.read_model(base)
+    gguf_files.write_model(tmp_path / "m", c, W, like=base)
     said = dict(Contents(tmp_path / "m"))
     assert {key: said[key] for key in more} == {key: value[1] for key, value in more.items()}
     with pytest.raises(FormatError, match="qwen2"):
-        door.write_model(tmp_path / "q", c, W, like=model_file("qwen2"))
+        gguf_files.write_model(tmp_path / "q", c, W, like=model_file("qwen2"))
 
 
 # Adapters
@@ -583,13 +583,13 @@ def test_an_adapter_of_one_alpha_comes_back_bit_for_bit(case):
     c, W, tuning = case
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.gguf"
-        assert door.write_adapter(path, c, W, tuning) == {}
-        V, told = door.read_adapter(path, c)
+        assert gguf_files.write_adapter(path, c, W, tuning) == {}
+        V, told = gguf_files.read_adapter(path, c)
         assert V.keys() == W.keys()
         assert all(same_bits(V[name], W[name]) for name in W)
         assert told == tuning
         before = path.read_bytes()
-        door.write_adapter(path, c, V, told)
+        gguf_files.write_adapter(path, c, V, told)
         assert path.read_bytes() == before
 
 
@@ -597,7 +597,7 @@ def test_the_file_is_what_llama_cpp_says_it_is(tmp_path):
     c = MODELS["llama"]
     ranks = {"embed": 2, "layers.0.q": 3, "layers.1.k": 2, "head": 3}
     W, tuning = factors(c, ranks, {at: 6 / r for at, r in ranks.items()})
-    door.write_adapter(tmp_path / "a", c, W, tuning)
+    gguf_files.write_adapter(tmp_path / "a", c, W, tuning)
     reader = gguf.GGUFReader(tmp_path / "a")
     said = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
     assert said == {
@@ -631,9 +631,9 @@ def test_what_one_alpha_does_not_say_is_folded_into_b_and_named(tmp_path):
     ranks = {"layers.0.q": 2, "layers.0.v": 2, "layers.1.q": 4, "layers.1.up": 2}
     scales = {"layers.0.q": 3.0, "layers.0.v": 3.0, "layers.1.q": 3.0, "layers.1.up": 0.0}
     W, tuning = factors(c, ranks, scales)
-    folded = door.write_adapter(tmp_path / "a", c, W, tuning)
+    folded = gguf_files.write_adapter(tmp_path / "a", c, W, tuning)
     assert folded == {"layers.1.q": 2.0, "layers.1.up": 0.0}
-    V, told = door.read_adapter(tmp_path / "a", c)
+    V, told = gguf_files.read_adapter(tmp_path / "a", c)
     assert told.scale == {
         "layers.0.q": 3.0,
         "layers.0.v": 3.0,
@@ -654,8 +654,8 @@ def test_rslora_is_an_alpha_in_the_file(tmp_path):
         c.linears(),
         np.random.default_rng(0),
     )
-    assert door.write_adapter(tmp_path / "a", c, W, tuning) == {}
-    _, told = door.read_adapter(tmp_path / "a", c)
+    assert gguf_files.write_adapter(tmp_path / "a", c, W, tuning) == {}
+    _, told = gguf_files.read_adapter(tmp_path / "a", c)
     for at, s in tuning.scale.items():
         assert s == 5 / math.sqrt(r)
         assert abs(told.scale[at] - s) <= unit_roundoff("float32") * s
@@ -665,10 +665,10 @@ def test_rslora_is_an_alpha_in_the_file(tmp_path):
 def test_without_an_alpha_the_scale_is_one_as_in_llama_cpp(tmp_path):
     c = MODELS["llama"]
     W, tuning = factors(c, {"layers.0.q": 3}, {"layers.0.q": 2.0})
-    door.write_adapter(tmp_path / "a", c, W, tuning)
+    gguf_files.write_adapter(tmp_path / "a", c, W, tuning)
     for alpha in (None, ("FLOAT32", 0.0)):
         rewritten(tmp_path / "a", tmp_path / "b", {ALPHA: alpha})
-        assert door.read_adapter(tmp_path / "b", c)[1].scale == {"layers.0.q": 1.0}
+        assert gguf_files.read_adapter(tmp_path / "b", c)[1].scale == {"layers.0.q": 1.0}
 
 
 def test_what_llama_cpp_cannot_say_is_not_written(tmp_path):
@@ -697,17 +697,17 @@ def test_what_llama_cpp_cannot_say_is_not_written(tmp_path):
     ]
     for model, arrays, told, what in cases:
         with pytest.raises(FormatError, match=what):
-            door.write_adapter(path, model, arrays, told)
+            gguf_files.write_adapter(path, model, arrays, told)
     assert not [*tmp_path.iterdir()]
-    door.write_adapter(path, c, wide, tuning, dtype=F32)
-    assert same_bits(door.read_adapter(path, c)[0]["layers.0.q.A"], W["layers.0.q.A"])
+    gguf_files.write_adapter(path, c, wide, tuning, dtype=F32)
+    assert same_bits(gguf_files.read_adapter(path, c)[0]["layers.0.q.A"], W["layers.0.q.A"])
 
 
 def test_an_adapter_that_says_something_else_is_refused(tmp_path):
     c, out, f32 = MODELS["llama"], tmp_path / "b", gguf.GGMLQuantizationType.F32
     W, tuning = factors(c, {"layers.0.q": 2}, {"layers.0.q": 1.0})
     path = tmp_path / "a"
-    door.write_adapter(path, c, W, tuning)
+    gguf_files.write_adapter(path, c, W, tuning)
     A, u32 = "blk.0.attn_q.weight.lora_a", gguf.GGUFValueType.UINT32
     ones = np.ones((2, 32), F32)
     cases = [
@@ -728,15 +728,15 @@ def test_an_adapter_that_says_something_else_is_refused(tmp_path):
     for metadata, tensors, what in cases:
         rewritten(path, out, metadata, tensors)
         with pytest.raises(FormatError, match=what):
-            door.read_adapter(out, c)
+            gguf_files.read_adapter(out, c)
     with pytest.raises(FormatError, match=r"general\.architecture"):
-        door.read_adapter(path, MODELS["qwen2"])
+        gguf_files.read_adapter(path, MODELS["qwen2"])
 
 
 def test_a_quantized_adapter_is_read(tmp_path):
     c = MODELS["llama"]
     W, tuning = factors(c, {"layers.0.q": 32}, {"layers.0.q": 1.0})
-    door.write_adapter(tmp_path / "a", c, W, tuning)
+    gguf_files.write_adapter(tmp_path / "a", c, W, tuning)
     q8 = gguf.GGMLQuantizationType.Q8_0
     A = "blk.0.attn_q.weight.lora_a"
     rewritten(
@@ -744,7 +744,7 @@ def test_a_quantized_adapter_is_read(tmp_path):
         tmp_path / "b",
         tensors={A: (gguf.quants.quantize(W["layers.0.q.A"], q8), q8)},
     )
-    V, _ = door.read_adapter(tmp_path / "b", c)
+    V, _ = gguf_files.read_adapter(tmp_path / "b", c)
     assert same_bits(V["layers.0.q.A"], dequantize(quantize(W["layers.0.q.A"], "q8_0")))
     assert same_bits(V["layers.0.q.B"], W["layers.0.q.B"])
 
@@ -809,7 +809,7 @@ def tokenizer_file(kind):
     c = replace(MODELS["llama"], vocab=len(metadata["tokenizer.ggml.tokens"][1]))
     folder = tempfile.TemporaryDirectory()
     model_file.folders.append(folder)
-    door.write_model(Path(folder.name) / "f", c, drawn(c))
+    gguf_files.write_model(Path(folder.name) / "f", c, drawn(c))
     return rewritten(Path(folder.name) / "f", Path(folder.name) / "m", metadata)
 
 
@@ -835,7 +835,7 @@ def llama_cpps_ids(path, texts, special=True):
 @pytest.mark.parametrize("kind", [*BYTE_LEVEL, "llama"])
 def test_a_tokenizer_cuts_texts_as_llama_cpp_does(kind):
     path = tokenizer_file(kind)
-    tokenizer = door.read_tokenizer(path)
+    tokenizer = gguf_files.read_tokenizer(path)
     theirs = llama_cpps_ids(path, TRICKY)
     own = [tokenizer.encode(text) for text in TRICKY]
     assert max(map(len, own)) > 8
@@ -850,7 +850,7 @@ def test_a_tokenizer_cuts_texts_as_llama_cpp_does(kind):
 
 @pytest.mark.parametrize("kind", [*BYTE_LEVEL, "llama"])
 def test_a_text_comes_back_from_its_tokens(kind):
-    tokenizer = door.read_tokenizer(tokenizer_file(kind))
+    tokenizer = gguf_files.read_tokenizer(tokenizer_file(kind))
     for text in TRICKY:
         if kind == "llama" and "</s>" in text:
             continue  # a blank is put before what follows a special token, and stays
@@ -864,7 +864,7 @@ def test_a_text_comes_back_from_its_tokens(kind):
 
 
 def test_digits_are_cut_one_by_one_by_threes_or_not_at_all():
-    cut = {kind: door.read_tokenizer(tokenizer_file(kind)) for kind in BYTE_LEVEL}
+    cut = {kind: gguf_files.read_tokenizer(tokenizer_file(kind)) for kind in BYTE_LEVEL}
     ids = {kind: t.encode("1234567", special=False) for kind, t in cut.items()}
     assert ids["smollm"] == ids["qwen2"]
     assert len({*map(tuple, ids.values())}) == 3
@@ -885,7 +885,7 @@ ENDS = {
 
 def test_what_the_metadata_say_of_the_ends_is_done(tmp_path):
     path = rewritten(tokenizer_file("gpt-2"), tmp_path / "m", ENDS)
-    tokenizer = door.read_tokenizer(path)
+    tokenizer = gguf_files.read_tokenizer(path)
     assert (tokenizer.prefix_ids, tokenizer.suffix_ids, tokenizer.pad) == ((1,), (2,), 0)
     assert tokenizer.stop_ids == (2, 7)
     assert tokenizer.chat([{"role": "user", "content": "fox"}]) == "<s>fox"
@@ -922,7 +922,7 @@ def test_a_tokenizer_put_in_a_folder_is_the_same_here_and_in_transformers(kind, 
     assert tuple(stops) == ours.stop_ids == ((2, 7) if ends else (2,))
     # Another cut of the words is seen.
     other = tokenizer_file("smollm" if kind == "gpt-2" else "gpt-2")
-    assert different(door.read_tokenizer(other), theirs) != set()
+    assert different(gguf_files.read_tokenizer(other), theirs) != set()
 
 
 def different(ours, theirs):
@@ -966,7 +966,7 @@ def test_a_damaged_tokenizer_is_refused_or_read_and_nothing_else(data):
         path = Path(folder) / "m"
         path.write_bytes(whole)
         try:
-            tokenizer = door.read_tokenizer(path)
+            tokenizer = gguf_files.read_tokenizer(path)
         except FormatError:
             return
         assert tokenizer.vocab > 2
@@ -978,7 +978,7 @@ def test_a_token_by_score_is_no_book(tmp_path):
     wrong = {"tokenizer.ggml.tokens": (kind, [*tokens[:-1], "x" * 1025], inner)}
     path = rewritten(tokenizer_file("llama"), tmp_path / "m", wrong)
     with pytest.raises(FormatError, match="1025 characters"):
-        door.read_tokenizer(path)
+        gguf_files.read_tokenizer(path)
 
 
 @pytest.mark.parametrize("case", TOKENIZERS)
@@ -987,7 +987,7 @@ def test_a_tokenizer_that_is_not_read_is_refused(case, tmp_path):
     metadata = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
     path = rewritten(tokenizer_file("gpt-2"), tmp_path / "m", metadata)
     with pytest.raises(FormatError, match=what):
-        door.read_tokenizer(path)
+        gguf_files.read_tokenizer(path)
 
 
 # What others make of the files
@@ -1096,7 +1096,7 @@ def test_llama_cpp_gives_the_logits_of_a_model_written_here(name, monkeypatch):
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_gives_the_logits_of_an_adapter_written_here(name, tmp_path, monkeypatch):
     c, W, V, tuning = adapted(name)
-    assert door.write_adapter(tmp_path / "a", c, V, tuning) == {}
+    assert gguf_files.write_adapter(tmp_path / "a", c, V, tuning) == {}
     z = by_llama_cpp(model_file(name), IDS, tmp_path / "a")
     result = judged(z, c, W | V, tuning, monkeypatch)
     record_worst(f"llama.cpp's logits of {name}, adapted, in standard deviations", result.z)
@@ -1112,7 +1112,7 @@ def test_llama_cpp_gives_the_logits_of_what_was_folded(tmp_path, monkeypatch):
     c, W, V, tuning = adapted("llama")
     scales = {at: (1 + i % 3) / 3 for i, at in enumerate(tuning.scale)}
     tuning = replace(tuning, scale=scales)
-    assert len(door.write_adapter(tmp_path / "a", c, V, tuning)) > len(scales) / 2
+    assert len(gguf_files.write_adapter(tmp_path / "a", c, V, tuning)) > len(scales) / 2
     z = by_llama_cpp(model_file("llama"), IDS, tmp_path / "a")
     assert judged(z, c, W | V, tuning, monkeypatch).verdict == "pass"
 
@@ -1120,7 +1120,7 @@ def test_llama_cpp_gives_the_logits_of_what_was_folded(tmp_path, monkeypatch):
 def test_llama_cpp_gives_the_logits_of_a_merged_model(tmp_path, monkeypatch):
     c, W, V, tuning = adapted("llama")
     merged = merge(W | V, tuning)
-    door.write_model(tmp_path / "m", c, merged)
+    gguf_files.write_model(tmp_path / "m", c, merged)
     z = by_llama_cpp(tmp_path / "m", IDS)
     assert judged(z, c, merged, TrainableSpec(), monkeypatch).verdict == "pass"
 
@@ -1143,8 +1143,8 @@ def test_a_mistake_in_the_files_is_seen_in_llama_cpps_logits(mistake, tmp_path, 
             told = replace(tuning, scale={at: s / 2 for at, s in tuning.scale.items()})
         else:
             base = tmp_path / "m"
-            door.write_model(base, replace(c, theta=5e3), W)
-        door.write_adapter(tmp_path / "a", c, V, told)
+            gguf_files.write_model(base, replace(c, theta=5e3), W)
+        gguf_files.write_adapter(tmp_path / "a", c, V, told)
     z = by_llama_cpp(base, IDS, tmp_path / "a")
     assert judged(z, c, W | V, tuning, monkeypatch).verdict == "fail"
 
@@ -1163,8 +1163,8 @@ import numpy as np
 import test_gguf as t
 
 c = t.MODELS[sys.argv[1]]
-t.door.adapter.not_applied = lambda c, at: None
-t.door.write_adapter(sys.argv[2], c, *t.factors(c, {"embed": 2}, {"embed": 1.0}))
+t.gguf_files.adapter.not_applied = lambda c, at: None
+t.gguf_files.write_adapter(sys.argv[2], c, *t.factors(c, {"embed": 2}, {"embed": 1.0}))
 t.by_llama_cpp(t.model_file(sys.argv[1]), t.IDS, sys.argv[2])
 """
 
@@ -1216,15 +1216,15 @@ def test_llama_cpp_gives_a_real_models_logits_with_an_adapter_written_here(tmp_p
     optional("tokenizers")
     path, whole = smollm2(), tmp_path / "m"
     text = "The capital of France is Paris; of Italy, Rome."
-    ids = np.array(door.read_tokenizer(path).encode(text))
+    ids = np.array(gguf_files.read_tokenizer(path).encode(text))
     assert [ids.tolist()] == llama_cpps_ids(path, [text])
-    c, W = door.read_model(path)
+    c, W = gguf_files.read_model(path)
     W = {name: np.asarray(array) for name, array in W.items()}
     ats = c.linears()
     V, tuning = factors(c, dict.fromkeys(ats, 8), dict.fromkeys(ats, 0.25))
-    door.write_adapter(tmp_path / "a", c, V, tuning)
+    gguf_files.write_adapter(tmp_path / "a", c, V, tuning)
     # In float32: with the blocks themselves, llama.cpp takes activations in eight bits.
-    door.write_model(whole, c, W, like=path)
+    gguf_files.write_model(whole, c, W, like=path)
     try:
         z = by_llama_cpp(whole, ids, tmp_path / "a")
     finally:
@@ -1246,7 +1246,7 @@ def test_a_real_model_has_the_weights_and_the_logits_that_transformers_gives_it(
     path = smollm2()
     model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
     theirs = model.eval().state_dict()
-    c, W = door.read_model(path)
+    c, W = gguf_files.read_model(path)
     W = {name: np.asarray(array) for name, array in W.items()}
     for name, (place, _) in tensor_names(c).items():
         assert same_bits(W[name], theirs[place].numpy().reshape(W[name].shape))
@@ -1259,7 +1259,7 @@ def test_a_real_model_has_the_weights_and_the_logits_that_transformers_gives_it(
     record_worst("transformers' logits of SmolLM2, greatest error", abs(z - wanted).max())
     assert result.verdict == "pass"
     # Rows in llama.cpp's order still look like a model.
-    mixed = W | {"layers.0.q.weight": W["layers.0.q.weight"][door.file_rows(9, c.d)]}
+    mixed = W | {"layers.0.q.weight": W["layers.0.q.weight"][gguf_files.file_rows(9, c.d)]}
     other = logits(Batch(ids), mixed, c, TrainableSpec())[0]
     assert Comparison("logits", other, wanted, sigma, MONTE_CARLO).judge().verdict == "fail"
 
@@ -1303,7 +1303,7 @@ def test_a_file_that_comes_out_cut_off_replaces_none(lost, monkeypatch, tmp_path
     """As it does where the disk is full: what NumPy's tofile could not write it may not tell."""
     path, W = tmp_path / "m.gguf", drawn(MODELS["llama"])
     small = {name: w.astype(np.float32) for name, w in W.items()}
-    door.write_model(path, MODELS["llama"], small)
+    gguf_files.write_model(path, MODELS["llama"], small)
     before, close = path.read_bytes(), gguf.GGUFWriter.close
 
     def cut(writer):
@@ -1314,7 +1314,7 @@ def test_a_file_that_comes_out_cut_off_replaces_none(lost, monkeypatch, tmp_path
 
     monkeypatch.setattr(gguf.GGUFWriter, "close", cut)
     with pytest.raises(OSError, match="does not come out whole; is the disk full"):
-        door.write_model(path, MODELS["llama"], small)
+        gguf_files.write_model(path, MODELS["llama"], small)
     assert path.read_bytes() == before
     assert [*tmp_path.iterdir()] == [path]
 
@@ -1331,7 +1331,7 @@ def test_a_file_that_cannot_be_closed_leaves_nothing_behind(monkeypatch, tmp_pat
     monkeypatch.setattr(gguf.GGUFWriter, "close", full)
     path, W = tmp_path / "m.gguf", drawn(MODELS["llama"])
     with pytest.raises(OSError, match="No space left on device") as raised:
-        door.write_model(path, MODELS["llama"], W)
+        gguf_files.write_model(path, MODELS["llama"], W)
     assert raised.value.filename == str(path)
     assert [*tmp_path.iterdir()] == []
 
