@@ -69,7 +69,7 @@ SURVIVORS = {
         ): IMPORTED,
     },
     **{
-        f"variants.{module}": {}
+        f"spec.variants.{module}": {}
         for module in ("entry", "lora_bias", "dora", "vera", "adalora", "alora")
     },
     "layers": {
