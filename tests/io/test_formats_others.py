@@ -188,18 +188,18 @@ def test_from_peft_and_back_everything_is_kept_or_refused(c, data, rng):
             len({*tuning.scale.values()}) == len({len(W[k]) for k in W if k[-1] == "A"}) == 1
         )
         alphas = {a: alpha_of(s, len(W[f"{a}.A"])) for a, s in tuning.scale.items()}
-        doors = {
+        writers = {
             "mlx": (mlx, c.causal and one_for_all),
             "kohya": (kohya, all(v is not None and float(F32(v)) == v for v in alphas.values())),
         }
-        for name, (door, can) in doors.items():
+        for name, (module, can) in writers.items():
             if not can:
                 with pytest.raises(FormatError, match=r"architecture|rank|scale|found \d of them"):
-                    door.write_adapter(at / name, c, *first)
+                    module.write_adapter(at / name, c, *first)
                 assert not (at / name).exists()
                 continue
-            door.write_adapter(at / name, c, *first)
-            there = door.read_adapter(at / name, c)
+            module.write_adapter(at / name, c, *first)
+            there = module.read_adapter(at / name, c)
             assert same(there, first)
             peft.write_adapter(at / "two", c, *there, config_from_factors(at, c, *there))
             assert same(peft.read_adapter(at / "two", c), first)

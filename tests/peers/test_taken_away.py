@@ -338,7 +338,7 @@ def test_llama_cpp_gives_the_logits_of_what_was_trained_here(trained, adapted, t
     c, ids = base.config, batch_of(base.config).ids
     out = tmp_path / "a.gguf"
     assert main(["convert", str(trained / "run"), "--to", "gguf", "--output", str(out)]) == 0
-    test_gguf.door.write_model(tmp_path / "m.gguf", c, dict(base.weights))
+    test_gguf.gguf_files.write_model(tmp_path / "m.gguf", c, dict(base.weights))
     parts = [test_gguf.by_llama_cpp(tmp_path / "m.gguf", row, out) for row in ids]
     assert holds("llama.cpp's logits, trained here", np.concatenate(parts, 1), adapted)
 
