@@ -221,7 +221,7 @@ class Noisy(NDArrayOperatorsMixin):
         plain = _lifted(inputs)
         with np.errstate(invalid="ignore"):
             y = ufunc(*plain)
-            if not isinstance(y, np.ndarray | np.generic):
+            if not hasattr(y, "dtype"):
                 return y  # a zero that stands for an array
             if y.dtype != np.float64 or ufunc in EXACT:
                 return self._as(y)
