@@ -29,6 +29,12 @@ def pytest_runtest_call(item):
         item.user_properties.extend(("worst", entry) for entry in WORST.items())
 
 
+def pytest_collection_finish(session):
+    """What is there now stays: the collections of garbage below need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def collected():
     """Report a stream that was left open among the tests that opened it, not among others."""

@@ -430,6 +430,7 @@ def test_a_picture_leaves_out_what_is_no_number_and_needs_a_point():
         chart("nothing", [Line("a", [(1.0, math.inf)], 0)], Axis("x"), Axis("y"))
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_page_and_its_figures(results, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(results_module, "measure", lambda study, jobs, watch: results)
     out = tmp_path / "out"

@@ -112,6 +112,7 @@ def test_what_is_finished_is_kept_and_what_is_missing_is_done(whole, tmp_path):
     assert [Cell(**row["cell"]) for row in held] == CELLS
 
 
+@pytest.mark.slow
 def test_a_cell_cut_short_goes_on_from_its_checkpoint(whole, tmp_path):
     cell, (out, rows) = CELLS[0], whole
     base = open_base(SETTING.model)
@@ -147,6 +148,7 @@ def test_another_setting_or_a_folder_of_other_files_is_refused(whole, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
+@pytest.mark.slow
 def test_a_cell_that_diverged_is_a_row_and_never_the_best(tmp_path):
     cells = grid([1], [], [1e-2, 1e39], [0])
     fine, wild = sweep.sweep(tmp_path, replace(SETTING, config=TrainConfig(max_steps=8)), cells, 1)

@@ -430,6 +430,7 @@ def test_what_is_called_a_disabling_that_does_nothing_does_nothing_in_the_output
     assert "lifecycle-disable-nothing" in {d.id for d in found("lifecycle.gradients", wrong)}
 
 
+@pytest.mark.slow
 def test_what_is_merged_and_has_a_gradient_is_not_taken_for_what_is_inactive():
     wrong = CATALOGUE["lifecycle-gradients-merged"]
     assert [d.id for d in found("lifecycle.gradients", wrong.make)] == [wrong.id]
@@ -452,6 +453,7 @@ def test_of_a_layer_s_life_the_first_wrong_step_is_described_and_no_rank():
     assert re.fullmatch(first + where, said[0].sentence)
 
 
+@pytest.mark.slow
 def test_a_mutant_of_one_setting_is_named_though_another_setting_is_right():
     class PissaAlone(Minilora):
         def init(self, W, **settings):
@@ -461,6 +463,7 @@ def test_a_mutant_of_one_setting_is_named_though_another_setting_is_right():
     assert "init-pissa-base-kept" in {d.id for d in found("init.pissa", PissaAlone)}
 
 
+@pytest.mark.slow
 def test_of_many_failing_checks_that_call_alike_the_first_are_looked_into():
     ids = [id for id in BY_ID if BY_ID[id].needs == BY_ID["linear.forward"].needs]
     ids = [id for id in ids if id.startswith("linear.")]

@@ -501,7 +501,7 @@ def holds(given, implementation):
 WITH_VECTORS = [level.name for level in LEVELS if level.vectors]
 
 
-@pytest.mark.parametrize("level", WITH_VECTORS)
+@pytest.mark.parametrize("level", others_slow(WITH_VECTORS, *WITH_VECTORS[:2]))
 def test_mutants_are_refused_and_what_only_looks_wrong_is_not(made, level):
     """Some of each level, evenly from all that a check of these vectors shows best."""
     own = [v for v in made if v.level == level and v.result != "invalid"]
