@@ -175,12 +175,12 @@ def test_every_side_begins_where_the_base_is(side, study, own):
     """B is zero, so that nothing has diverged, to the bit; a B that is not has."""
     subject = studied_model(study, REAL, 0, own[0])
     run = run_of(subject, study, side)
-    W = run.weights(run.start)
-    assert (subject.first(W, run.tuning), subject.second(W, run.tuning)) == subject.begin
+    W = run.weights(run.initial)
+    assert (subject.first(W, run.spec), subject.second(W, run.spec)) == subject.begin
     assert subject.begin[0] == 0
-    moved = run.weights({name: w + np.float32(0.01) for name, w in run.start.items()})
-    assert subject.first(moved, run.tuning) > 0
-    assert subject.second(moved, run.tuning) != subject.begin[1]
+    moved = run.weights({name: w + np.float32(0.01) for name, w in run.initial.items()})
+    assert subject.first(moved, run.spec) > 0
+    assert subject.second(moved, run.spec) != subject.begin[1]
 
 
 @needs_text
