@@ -52,10 +52,8 @@ def plan(
     if seed < 0:
         raise UsageError(f"the seed is {seed}; expected 0 or more")
     levels, dtypes = (((v,) if isinstance(v, str) else v) for v in (levels, dtypes))
-    for level in levels or ():
-        require_known("level", level, levels_of(checks))
-    for dtype in dtypes or ():
-        require_known("dtype", dtype, list(DTYPES))
+    require_all_known("level", levels or (), levels_of(checks))
+    require_all_known("dtype", dtypes or (), list(DTYPES))
     if case is not None:
         return [_plan_of_case(checks, case, seed)]
     chosen = [check for check in checks if not levels or check.level in levels]
@@ -85,6 +83,12 @@ def _plan_of_case(checks: Sequence[Check], case: str, seed: int) -> CheckPlan:
     require_known("dtype", parts[1], list(DTYPES))
     number = int(parts[2])
     return CheckPlan(by_id[parts[0]], parts[1], range(number, number + 1), seed)
+
+
+def require_all_known(kind: str, asked: Sequence[str], known: Sequence[str]) -> None:
+    """Raises UsageError for the first name that is none of those that are known."""
+    for name in asked:
+        require_known(kind, name, known)
 
 
 def require_known(kind: str, asked: str, known: Sequence[str]) -> None:

@@ -224,10 +224,7 @@ def selftest(
     number of them. Raises UsageError.
     """
     started = perf_counter()
-    checks = list(_checks().values())
-    plan(checks, levels=levels, dtypes=dtypes, seed=seed)  # refuses what does not exist
-    levels = [level for level in levels_of(checks) if not levels or level in levels]
-    dtypes = [dtype for dtype in DTYPES if not dtypes or dtype in dtypes]
+    levels, dtypes = _known(levels, dtypes, seed)
     cases = (FEW_CASES if quick else CASES) if cases is None else cases
     if cases < 0 or jobs < 1:
         raise UsageError(f"{cases} cases by {jobs} processes; expected at least 0 and 1")
@@ -248,6 +245,16 @@ def selftest(
         quick=quick,
         seconds=perf_counter() - started,
     )
+
+
+def _known(
+    levels: Sequence[str] | None, dtypes: Sequence[str] | None, seed: int
+) -> tuple[list[str], list[str]]:
+    """These levels and dtypes, or all, in their order. Raises UsageError."""
+    checks = list(_checks().values())
+    plan(checks, levels=levels, dtypes=dtypes, seed=seed)  # refuses what does not exist
+    chosen = [level for level in levels_of(checks) if not levels or level in levels]
+    return chosen, [dtype for dtype in DTYPES if not dtypes or dtype in dtypes]
 
 
 def _mutant_jobs(mutants: Sequence[Mutant], dtypes: Sequence[str], seed: int) -> list[Job]:
