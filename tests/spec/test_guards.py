@@ -14,6 +14,7 @@ from calculus import GRADIENT, greatest, same_bits
 from hypothesis import given, settings
 from marks import examples
 from number_systems import Rounded, every_erf, propagated, to_objects
+from zoo import MODELS
 
 import minilora as ml
 from minilora import testing as draw
@@ -29,11 +30,7 @@ OTHERS = {
     multi_adapter.combine, attention.by_queries, attention.keys_outermost, chunked_head.head_loss
 }  # fmt: skip
 FEW = examples(3)
-CONFIGS = (
-    ml.Llama(11, 5, 2, heads=4, ffn=7, kv_heads=2, head_dim=2, qkv_bias=True),
-    ml.GPT2(11, 6, 2, heads=3, ffn=7, positions=9),
-    ml.Bert(11, 6, 2, heads=3, ffn=7, positions=9, types=2, classes=4),
-)
+CONFIGS = [MODELS[name] for name in ("Qwen2", "GPT-2", "BERT")]
 
 
 def bindings(function):

@@ -20,25 +20,15 @@ from hypothesis import given
 from marks import examples, others_slow
 from mpmath import mpf
 from number_systems import Real, Rounded, every_erf, propagated, to_objects, values
+from zoo import MODELS
 
 import minilora as ml
 from minilora import testing as draw
 from minilora.spec import blocks, lora, models, ops, target_modules
 
-CONFIGS = {
-    "Llama": ml.Llama(vocab=11, d=5, layers=2, heads=2, ffn=7, kv_heads=1, head_dim=4, eps=0.1),
-    "Llama, tied": ml.Llama(
-        vocab=9, d=5, layers=2, heads=3, ffn=7, kv_heads=1, head_dim=2, tied=True, theta=100.0
-    ),
-    "Qwen2": ml.Llama(
-        vocab=11, d=5, layers=2, heads=4, ffn=7, kv_heads=2, head_dim=2, qkv_bias=True
-    ),
-    "GPT-2": ml.GPT2(vocab=11, d=6, layers=2, heads=3, ffn=7, positions=9, eps=0.1),
-    "BERT": ml.Bert(vocab=11, d=6, layers=2, heads=3, ffn=7, positions=9, types=2, classes=4),
-}
-EVERY = pytest.mark.parametrize("name", CONFIGS)
+EVERY = pytest.mark.parametrize("name", MODELS)
 # Qwen2 and the tied Llama are Llamas: where a test takes seconds, they are among the slow ones.
-EVERY_KIND = pytest.mark.parametrize("name", others_slow(CONFIGS, "Llama", "GPT-2", "BERT"))
+EVERY_KIND = pytest.mark.parametrize("name", others_slow(MODELS, "Llama", "GPT-2", "BERT"))
 FEW = examples(5)
 FLOAT64, LONG_DOUBLE = (np.finfo(dtype).eps for dtype in (np.float64, np.longdouble))
 
@@ -46,7 +36,7 @@ FLOAT64, LONG_DOUBLE = (np.finfo(dtype).eps for dtype in (np.float64, np.longdou
 @functools.cache
 def case(name, b=3, t=5, p=0.25):
     """Adapters on every projection, dropout, padding on both sides; everything is trained."""
-    return draw.draw_model(CONFIGS[name], np.random.default_rng(0), b, t, p=p, train_base=True)
+    return draw.draw_model(MODELS[name], np.random.default_rng(0), b, t, p=p, train_base=True)
 
 
 def scale_of(name, gradients):
@@ -135,7 +125,7 @@ def test_what_is_no_gradient_has_no_symmetric_derivative(monkeypatch):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_complex_step_in_one_array_passes_through_every_backward(name):
     """Where few arrays are complex, none on the way may be made real."""
     model = case(name)
@@ -230,7 +220,7 @@ def test_float64_is_as_near_to_long_double_as_rounding_allows(name, any_number):
 
 @pytest.mark.parametrize("name", ["Qwen2", "GPT-2", "BERT"])
 def test_40_digits_give_the_same_loss_and_gradients(name, any_number):
-    c = replace(CONFIGS[name], layers=1)
+    c = replace(MODELS[name], layers=1)
     model = draw.draw_model(c, np.random.default_rng(1), 2, 3, train_base=True)
     found = loss_and_gradients(model)
     any_number(exact_tables)
@@ -643,7 +633,7 @@ def test_a_wrong_part_breaks_the_law(law, monkeypatch):
     restrictions, module, name, wrong = LAWS[law]
     p = restrictions.get("p", (0.25,))[0]
     kinds = restrictions.get("architectures", (models.Config,))
-    drawn = [case(name, p=p) for name, c in CONFIGS.items() if isinstance(c, kinds)]
+    drawn = [case(name, p=p) for name, c in MODELS.items() if isinstance(c, kinds)]
     drawn = [replace(m, W={name: w.copy() for name, w in m.W.items()}) for m in drawn]
     for model in drawn:
         law(model)
@@ -652,7 +642,7 @@ def test_a_wrong_part_breaks_the_law(law, monkeypatch):
         list(map(law, drawn))
 
 
-@pytest.mark.parametrize("name", others_slow(CONFIGS, "Llama"))
+@pytest.mark.parametrize("name", others_slow(MODELS, "Llama"))
 def test_merging_changes_no_output_beyond_rounding(name, any_number):
     model = case(name, 2, 4, p=0)
     rng = np.random.default_rng(0)
@@ -705,7 +695,7 @@ PARAMETERS["Llama, tied"] = PARAMETERS["Llama"][0], PARAMETERS["Llama"][1] - {"h
 def test_every_architecture_has_its_parameters_and_uses_them(name):
     block, outer = PARAMETERS[name]
     expected = outer | {f"layers.{i}.{part}" for i in range(2) for part in block}
-    c = CONFIGS[name]
+    c = MODELS[name]
     assert c.shapes().keys() == expected
     assert {
         f"{at}.weight": shape for at, shape in c.linears().items()
@@ -718,7 +708,7 @@ def test_every_architecture_has_its_parameters_and_uses_them(name):
 
 @EVERY
 def test_fresh_weights_are_normal_matrices_norms_of_one_and_biases_of_zero(name):
-    c = replace(CONFIGS[name], heads=1, d=2)  # the narrowest that RoPE can turn
+    c = replace(MODELS[name], heads=1, d=2)  # the narrowest that RoPE can turn
     c = replace(c, kv_heads=1, head_dim=2) if isinstance(c, ml.Llama) else c
     W = ml.draw_weights(c, np.random.default_rng(0), std=0.5)
     assert {name: w.shape for name, w in W.items()} == c.shapes()
@@ -748,7 +738,7 @@ def test_positions_count_from_0_and_all_tokens_are_real_unless_given():
     full = ml.Batch(
         ids, ids, np.ones((2, 3), int), np.array([[0, 1, 2]] * 2), np.zeros((2, 3), int)
     )
-    for name in CONFIGS:
+    for name in MODELS:
         model = case(name, p=0)
         labels = np.array([1, 2]) if name == "BERT" else ids
         one, two = (

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from marks import examples
 from number_systems import Rounded, every_erf, propagated, to_objects
-from test_models import CONFIGS, converted, rounded_tables
+from test_models import converted, rounded_tables
+from zoo import MODELS
 
 import minilora as ml
 from minilora import testing as draw
@@ -156,7 +157,7 @@ def test_an_unknown_start_is_refused_and_none_shares_its_parameters():
 def adapted(name, entry, seed=0, p=0.25, b=2, t=4, depth=1, variant=None):
     """A model of test_models.py, each of its matrices adapted, of unequal ranks; nothing at 0."""
     rng = np.random.default_rng(seed)
-    c = replace(CONFIGS[name], layers=depth)
+    c = replace(MODELS[name], layers=depth)
     batch, W = draw.draw_batch(c, rng, b, t), draw.draw_parameters(c, rng)
     variant = VARIANTS[entry] if variant is None else variant
     matrices = c.matrices()
@@ -198,7 +199,7 @@ def directional_error(model, seen, rng):
 
 
 @EVERY
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_gradient_of_a_model_is_the_derivative_along_a_direction(name, entry):
     rng = np.random.default_rng(1)
     model = adapted(name, entry, depth=2)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from calculus import GRADIENT, greatest, same_bits
+from zoo import MODELS
 
 import minilora as ml
 from minilora import testing as draw
@@ -18,9 +19,9 @@ from minilora.training import threads as thread_module
 from minilora.training.gradients import ExecutionPlan, evaluate, gradients
 
 CONFIGS = {
-    "Llama": ml.Llama(vocab=11, d=5, layers=3, heads=4, ffn=7, kv_heads=2, head_dim=2, tied=True),
-    "GPT-2": ml.GPT2(vocab=11, d=6, layers=2, heads=3, ffn=7, positions=9),
-    "BERT": ml.Bert(vocab=11, d=6, layers=2, heads=3, ffn=7, positions=9, types=2, classes=4),
+    "Llama": replace(MODELS["Llama, tied"], vocab=11, layers=3),
+    "GPT-2": MODELS["GPT-2"],
+    "BERT": MODELS["BERT"],
 }
 EVERY = pytest.mark.parametrize("name", CONFIGS)
 
