@@ -111,35 +111,48 @@ def library_of(test):
     return LIBRARIES.get(test.name.split("_")[1]) or LIBRARIES["_".join(test.name.split("_")[1:3])]
 
 
-def findings():
-    """{page: text}: the findings of each library, in the order of the tests."""
-    source = FINDINGS.read_text()
-    lines, tree = source.splitlines(), ast.parse(source)
+def is_fixture(function):
+    return any("fixture" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def tests_and_helpers(tree):
+    """The tests of the findings, and {name: function or constant} that they may use."""
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     tests = [node for node in functions if node.name.startswith("test_")]
     helpers = {n.targets[0].id: n for n in tree.body if isinstance(n, ast.Assign)}
-    fixtures = {n.name for n in functions for d in n.decorator_list if "fixture" in ast.unparse(d)}
-    helpers |= {n.name: n for n in functions if n not in tests and n.name not in fixtures}
-    pages = dict.fromkeys(LIBRARIES.values(), "")
-    titles = {t: paragraphs(ast.get_docstring(t))[0].removesuffix(".") for t in tests}
+    helpers |= {n.name: n for n in functions if n not in tests and not is_fixture(n)}
+    del helpers["NEEDED"]  # the advice of a test that is skipped
+    return tests, helpers
+
+
+def reproduction(test, helpers, source):
+    """The test's source, after that of its helpers."""
+    lines = source.splitlines()
+    parts = [
+        source_of(helpers[name], lines)
+        if isinstance(helpers[name], ast.FunctionDef)
+        else ast.get_source_segment(source, helpers[name])
+        for name in helpers_of(test, helpers)
+    ]
+    return "\n\n\n".join([*parts, source_of(test, lines)])
+
+
+def findings():
+    """{page: text}: the findings of each library, in the order of the tests."""
+    source = FINDINGS.read_text()
+    tests, helpers = tests_and_helpers(ast.parse(source))
+    titles = {test: paragraphs(ast.get_docstring(test))[0].removesuffix(".") for test in tests}
     anchors = {slug(titles[test]): slug(library_of(test)) for test in tests}
+    texts = {title: [] for title in LIBRARIES.values()}
     for test in tests:
-        parts = [
-            source_of(helpers[name], lines)
-            if isinstance(helpers[name], ast.FunctionDef)
-            else ast.get_source_segment(source, helpers[name])
-            for name in helpers_of(test, helpers)
-            if name != "NEEDED"
-        ]
-        pages[library_of(test)] += (
-            finding(test, "\n\n\n".join([*parts, source_of(test, lines)]), anchors) + "\n"
-        )
-    counts = {title: text.count("\n## ") + text.startswith("## ") for title, text in pages.items()}
+        code = reproduction(test, helpers, source)
+        texts[library_of(test)].append(finding(test, code, anchors))
     return {
         f"findings/{slug(title)}.md": (
-            f"# {title}\n\n{counts[title]} findings. [What a finding is](../findings.md).\n\n{text}"
+            f"# {title}\n\n{len(parts)} findings. [What a finding is](../findings.md).\n\n"
+            + "".join(f"{part}\n" for part in parts)
         )
-        for title, text in pages.items()
+        for title, parts in texts.items()
     }
 
 
