@@ -90,10 +90,10 @@ class Reference:
         for key, new in edits.items():
             name, _, old = key.partition(": ")
             names, old = ([name], old) if name in parts else (list(parts), key)
-            found = {name: texts.get(name) or inspect.getsource(parts[name]) for name in names}
-            if (count := sum(text.count(old) for text in found.values())) != 1:
+            sources = {name: texts.get(name) or inspect.getsource(parts[name]) for name in names}
+            if (count := sum(text.count(old) for text in sources.values())) != 1:
                 raise ValueError(f"{old!r} stands {count} times in {', '.join(names)}, not once")
-            texts |= {name: t.replace(old, new) for name, t in found.items() if old in t}
+            texts |= {name: t.replace(old, new) for name, t in sources.items() if old in t}
         return texts
 
 

@@ -96,10 +96,10 @@ def rows_apart(step: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
     ]
 
 
-def padding_cut(given: Mapping[str, Array]) -> dict[str, Array]:
+def padding_cut(arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Without columns that hold padding alone."""
-    real = given["attention_mask"].any(0)
-    return {name: v[:, real] if v.ndim > 1 else v for name, v in given.items()}
+    real = arrays["attention_mask"].any(0)
+    return {name: v[:, real] if v.ndim > 1 else v for name, v in arrays.items()}
 
 
 NAMES = {**globals(), "clipped": clipped, "sum_gradients": sum_gradients}
@@ -312,7 +312,8 @@ SAME: Same = [
      {"# batches of the step": "step = step[::-1]"}),
     ("rows-apart", "a micro-batch for each row",
      {"# batches of the step": "step = rows_apart(step)"}),
-    ("padding-cut", "columns of padding are cut off", {"# given": "given = padding_cut(given)"}),
+    ("padding-cut", "columns of padding are cut off",
+     {"# arrays of the batch": "arrays = padding_cut(arrays)"}),
 ]
 # fmt: on
 

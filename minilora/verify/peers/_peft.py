@@ -80,9 +80,9 @@ class Layer:
             of["dlora_bias"] = layer.lora_B["default"].bias
         y = model(of["dx"])
         gradients = torch.autograd.grad(y, list(of.values()), to_torch(dy))
-        found = dict(zip(of, gradients, strict=True))
-        found |= {name: self._narrow(found[name]) for name in ("dx", "dA")}
-        return {"y": to_numpy(y)} | {name: to_numpy(g) for name, g in found.items()}
+        answer = dict(zip(of, gradients, strict=True))
+        answer |= {name: self._narrow(answer[name]) for name in ("dx", "dA")}
+        return {"y": to_numpy(y)} | {name: to_numpy(g) for name, g in answer.items()}
 
     def merge(self, W: np.ndarray, A: np.ndarray, B: np.ndarray, **settings: Any) -> np.ndarray:
         """The weight after merge_adapter()."""

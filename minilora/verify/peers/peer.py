@@ -39,9 +39,9 @@ class Peer:
     @property
     def version(self) -> str:
         """The installed versions: ``0.21.0 (torch 2.8.0)``. PackageNotFoundError without them."""
-        own, *others = self.packages
+        library, *others = self.packages
         beside = ", ".join(f"{package} {version(package)}" for package in others)
-        return f"{version(own)} ({beside})" if others else version(own)
+        return f"{version(library)} ({beside})" if others else version(library)
 
     @property
     def precision(self) -> dict[str, dict[str, str]]:

@@ -36,9 +36,9 @@ class Training(Optimizer):
         now, gradients, history = start, [], []
         for step in batches:
             # batches of the step
-            given = [self.batch(batch) for batch in step]
-            given = [b for b in given if (shifted_labels(b, c) != IGNORED).any()]
-            parts = [self.part(W | now, batch, c, spec) for batch in given]
+            batches_of_step = [self.batch(arrays) for arrays in step]
+            labelled = [b for b in batches_of_step if (shifted_labels(b, c) != IGNORED).any()]
+            parts = [self.part(W | now, batch, c, spec) for batch in labelled]
             # accumulate
             gradients.append(parts)
             now = self.optimizer_steps(start, gradients, settings)[-1]
@@ -49,11 +49,11 @@ class Training(Optimizer):
         # answer
         return answer
 
-    def batch(self, given: Mapping[str, Array]) -> Batch:
+    def batch(self, arrays: Mapping[str, Array]) -> Batch:
         """A batch of the contract."""
-        # given
-        ids, labels, mask = given["input_ids"], given["labels"], given["attention_mask"]
-        types, text = given.get("token_type_ids"), labels.ndim > 1
+        # arrays of the batch
+        ids, labels, mask = arrays["input_ids"], arrays["labels"], arrays["attention_mask"]
+        types, text = arrays.get("token_type_ids"), labels.ndim > 1
         # labels
         return Batch(ids, labels, mask.astype(bool), types=types)
 

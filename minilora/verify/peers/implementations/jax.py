@@ -56,10 +56,10 @@ class Jax:
         return np.asarray(_arrays(_by_row, x=x, W=W, adapters=_parts(adapters), index=index))
 
 
-def _arrays(function: Any, **given: Any) -> Any:
+def _arrays(function: Any, **arguments: Any) -> Any:
     """What a compiled function answers, as NumPy arrays; without x64 JAX has no float64."""
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        return jax.tree.map(np.asarray, function(**given))
+        return jax.tree.map(np.asarray, function(**arguments))
 
 
 def _parts(adapters: Sequence[Mapping[str, Any]]) -> list[tuple[Any, Any, float]]:
@@ -74,27 +74,27 @@ def _row_norms(V: Tensor) -> Tensor:
 _compiled = partial(jax.jit, static_argnames=("use_rslora", "use_dora"))
 
 
-def _layer(**given: Any) -> Tensor:
-    return _formula.layer(lambda V: jax.lax.stop_gradient(_row_norms(V)), **given)
+def _layer(**arguments: Any) -> Tensor:
+    return _formula.layer(lambda V: jax.lax.stop_gradient(_row_norms(V)), **arguments)
 
 
 @_compiled
-def _forward(**given: Any) -> Tensor:
-    return _layer(**given)
+def _forward(**arguments: Any) -> Tensor:
+    return _layer(**arguments)
 
 
 @_compiled
-def _vjp(*, dy: Tensor, **given: Any) -> dict[str, Tensor]:
+def _vjp(*, dy: Tensor, **arguments: Any) -> dict[str, Tensor]:
     names = ("x", "A", "B", "bias", "magnitude", "lora_bias")
-    of = {name: given.pop(name) for name in names if name in given}
-    y, back = jax.vjp(lambda of: _layer(**given, **of), of)
+    of = {name: arguments.pop(name) for name in names if name in arguments}
+    y, back = jax.vjp(lambda of: _layer(**arguments, **of), of)
     (gradients,) = back(dy)
     return {"y": y} | {f"d{name}": gradient for name, gradient in gradients.items()}
 
 
 @_compiled
-def _merged(**given: Any) -> Tensor:
-    return _formula.merged(_row_norms, **given)
+def _merged(**arguments: Any) -> Tensor:
+    return _formula.merged(_row_norms, **arguments)
 
 
 @partial(jax.jit, static_argnames="rank")

@@ -51,9 +51,9 @@ class MlxLm:
 
             held = [module[name] for module, name in places.values()]
             (y,), (dx, *gradients) = mx.vjp(forward, [_mlx(x), *held], [_mlx(dy)])
-            found = {"y": y, "dx": dx} | dict(zip(places, gradients, strict=True))
-            found |= {"dA": found["dA"].T, "dB": found["dB"].T}
-            return {name: _numpy(array) for name, array in found.items()}
+            answer = {"y": y, "dx": dx} | dict(zip(places, gradients, strict=True))
+            answer |= {"dA": answer["dA"].T, "dB": answer["dB"].T}
+            return {name: _numpy(array) for name, array in answer.items()}
 
     def merge(self, W: Any, A: Any, B: Any, **settings: Any) -> np.ndarray:
         """The weight of the layer that fuse() gives."""

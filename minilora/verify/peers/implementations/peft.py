@@ -224,8 +224,8 @@ def _optimizer(
     ratio = settings.get("loraplus_lr_ratio")
     if ratio is None or kind not in OPTIMIZERS:
         return optimizer_of(tensors.values(), settings)
-    make, own = OPTIMIZERS[kind]
-    given = {"lr": settings["lr"]} | {key: settings[key] for key in own if key in settings}
+    make, names = OPTIMIZERS[kind]
+    options = {"lr": settings["lr"]} | {key: settings[key] for key in names if key in settings}
     decay = settings.get("weight_decay", 0.0)
     if strange := [name for name in tensors if not name.endswith((".A", ".B"))]:
         raise NotImplementedError(f"LoRA+ groups are for A and B only, found {strange[0]}")
@@ -240,5 +240,5 @@ def _optimizer(
         }
     )
     return create_loraplus_optimizer(
-        groups, make, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay, **given
+        groups, make, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay, **options
     )

@@ -84,31 +84,31 @@ class PeftSession:
 
     def _factors(self, name: str) -> dict[str, list[tuple[torch.Tensor, bool]]]:
         """The adapter's A and B wherever they are, and whether transposed there."""
-        found: dict[str, list[tuple[torch.Tensor, bool]]] = {"A": [], "B": []}
+        factors: dict[str, list[tuple[torch.Tensor, bool]]] = {"A": [], "B": []}
         for place in ("embed_tokens", "lm_head") if self._kind == "tied" else ("0",):
             layer = self._module(place)
             for part, other in zip("AB", "BA", strict=True):
                 if name in getattr(layer, f"lora_embedding_{part}", {}):
-                    found[part].append((getattr(layer, f"lora_embedding_{part}")[name], False))
+                    factors[part].append((getattr(layer, f"lora_embedding_{part}")[name], False))
                 if name in getattr(layer, f"lora_{part}", {}):
                     tensor = getattr(layer, f"lora_{part}")[name].weight
-                    twin = bool(found["B"])
-                    found[other if twin else part].append((tensor, twin))
-        return found
+                    twin = bool(factors["B"])
+                    factors[other if twin else part].append((tensor, twin))
+        return factors
 
     def add(self, name: str, adapter: Mapping[str, Any]) -> None:
         """get_peft_model, or add_adapter."""
-        own: dict[str, Any] = {"target_modules": TARGETS[self._kind]}
-        own |= _ON[adapter["on"]] if "on" in adapter else {}
-        own |= {"modules_to_save": ["1"]} if "head" in adapter else {}
-        own |= {"bias": "lora_only"} if "bias" in adapter else {}
+        options: dict[str, Any] = {"target_modules": TARGETS[self._kind]}
+        options |= _ON[adapter["on"]] if "on" in adapter else {}
+        options |= {"modules_to_save": ["1"]} if "head" in adapter else {}
+        options |= {"bias": "lora_only"} if "bias" in adapter else {}
         config = peft.LoraConfig(
             r=adapter["r"],
             lora_alpha=plain_number(adapter["alpha"]),
             use_rslora=adapter.get("use_rslora", False),
             use_dora=adapter.get("use_dora", False),
             fan_in_fan_out=self._kind == "conv1d",
-            **own,
+            **options,
         )
         if isinstance(self._model, peft.PeftModel):
             self._model.add_adapter(name, config, autocast_adapter_dtype=False)
@@ -193,11 +193,11 @@ class PeftSession:
     def gradients(self, x: np.ndarray, dy: np.ndarray) -> dict[str, np.ndarray]:
         """Those of ⟨dy, y⟩ by autograd, of whatever is trained."""
         tensors: dict[str, list[tuple[torch.Tensor, bool]]] = {}
-        given = to_torch(x)
+        input_tensor = to_torch(x)
         if x.dtype.kind == "f":
-            tensors["dx"] = [(given.requires_grad_(), False)]
+            tensors["dx"] = [(input_tensor.requires_grad_(), False)]
         for name, config in self._model.peft_config.items():
-            tensors |= {f"{name}.{part}": own for part, own in self._factors(name).items()}
+            tensors |= {f"{name}.{part}": uses for part, uses in self._factors(name).items()}
             if config.use_dora:
                 magnitude = self._module("0").lora_magnitude_vector[name].weight
                 tensors[f"{name}.magnitude"] = [(magnitude, False)]
@@ -209,7 +209,7 @@ class PeftSession:
                 }
             if config.bias != "none":
                 tensors[f"{name}.bias"] = [(self._base.bias, False)]
-        y = self._model(given)
+        y = self._model(input_tensor)
         answer: dict[str, np.ndarray] = {}
         for key, places in tensors.items():
             for tensor, turned in places:
@@ -219,8 +219,8 @@ class PeftSession:
                     y, tensor, to_torch(dy), retain_graph=True, allow_unused=True
                 )
                 if g is not None:
-                    own = to_numpy(g.T if turned else g)
-                    answer[key] = answer[key] + own if key in answer else own
+                    gradient = to_numpy(g.T if turned else g)
+                    answer[key] = answer[key] + gradient if key in answer else gradient
         return answer
 
     def weight(self) -> np.ndarray:
@@ -229,7 +229,7 @@ class PeftSession:
         return to_numpy(weight.T if self._kind == "conv1d" else weight)
 
 
-def _fill_module(module: Any, given: Mapping[str, np.ndarray]) -> None:
+def _fill_module(module: Any, arrays: Mapping[str, np.ndarray]) -> None:
     """A linear module's weight and bias."""
-    fill(module.weight, to_torch(given["W"]))
-    fill(module.bias, to_torch(given["bias"]))
+    fill(module.weight, to_torch(arrays["W"]))
+    fill(module.bias, to_torch(arrays["bias"]))

@@ -25,10 +25,10 @@ class Torch:
         self, x: Any, W: Any, A: Any, B: Any, dy: Any, **settings: Any
     ) -> dict[str, np.ndarray]:
         """y and the gradients of ⟨dy, y⟩."""
-        given = _tensors(x=x, W=W, A=A, B=B, **settings)
+        tensors = _tensors(x=x, W=W, A=A, B=B, **settings)
         names = ("x", "A", "B", "bias", "magnitude", "lora_bias")
-        of = {f"d{name}": given[name].requires_grad_() for name in names if name in given}
-        y = _formula.layer(_row_norms, **given)
+        of = {f"d{name}": tensors[name].requires_grad_() for name in names if name in tensors}
+        y = _formula.layer(_row_norms, **tensors)
         gradients = torch.autograd.grad(y, list(of.values()), to_torch(dy))
         return {"y": to_numpy(y)} | {
             name: to_numpy(gradient) for name, gradient in zip(of, gradients, strict=True)
@@ -51,8 +51,7 @@ class Torch:
         svd_rank: int | None = None,
     ) -> np.ndarray:
         """[w s B …] [A; …], or the best change of its rank."""
-        given = [_tensors(**adapter) for adapter in adapters]
-        pairs = zip(weights, given, strict=True)
+        pairs = zip(weights, [_tensors(**adapter) for adapter in adapters], strict=True)
         factors = [(g["A"], w * _formula.scale(**g) * g["B"]) for w, g in pairs]
         return to_numpy(_formula.combined(torch, torch.Tensor.to, factors, svd_rank))
 
@@ -63,8 +62,8 @@ class Torch:
         x, W = to_torch(x), to_torch(W)
         y = x @ W.T
         for i, adapter in enumerate(adapters):
-            given, rows = _tensors(**adapter), torch.from_numpy(index == i)
-            y[rows] += _formula.scale(**given) * (x[rows] @ given["A"].T @ given["B"].T)
+            factors, rows = _tensors(**adapter), torch.from_numpy(index == i)
+            y[rows] += _formula.scale(**factors) * (x[rows] @ factors["A"].T @ factors["B"].T)
         return to_numpy(y)
 
 
@@ -72,9 +71,9 @@ def _row_norms(V: torch.Tensor) -> torch.Tensor:
     return torch.linalg.norm(V, dim=1)
 
 
-def _tensors(*, fan_in_fan_out: bool = False, **given: Any) -> dict[str, Any]:
+def _tensors(*, fan_in_fan_out: bool = False, **arguments: Any) -> dict[str, Any]:
     """Arrays as tensors, the rest as it is; with fan_in_fan_out, W is stored (in, out)."""
-    tensors = {k: to_torch(v) if isinstance(v, np.ndarray) else v for k, v in given.items()}
+    tensors = {k: to_torch(v) if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
     if fan_in_fan_out:
         tensors["W"] = tensors["W"].T.contiguous().T
     return tensors
