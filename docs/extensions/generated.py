@@ -121,7 +121,6 @@ def tests_and_helpers(tree):
     tests = [node for node in functions if node.name.startswith("test_")]
     helpers = {n.targets[0].id: n for n in tree.body if isinstance(n, ast.Assign)}
     helpers |= {n.name: n for n in functions if n not in tests and not is_fixture(n)}
-    del helpers["NEEDED"]  # the advice of a test that is skipped
     return tests, helpers
 
 
