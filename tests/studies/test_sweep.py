@@ -180,7 +180,7 @@ def test_a_sweep_that_was_refused_is_told_in_a_line_and_may_be_corrected(tmp_pat
     done = subprocess.run(wrong, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert "a batch's: raise the batch's tokens" in done.stderr
+    assert "found 10 tokens, expected at most 3" in done.stderr
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     other = subprocess.run(wrong, capture_output=True, text=True, check=False)
     assert "the sweep of another setting (batch_tokens was 64 and is 3)" in other.stderr
