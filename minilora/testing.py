@@ -185,12 +185,6 @@ def draw_operations(
     cos, sin = ops.rope_tables(places, 2 * n, 100.0, np.float64)
     turn = {"cos": cos, "sin": sin}
     heads = {"q": draw(b, 2 * r, n, t), "k": draw(b, r, n, t), "v": draw(b, r, n, t)}
-    moves = layer_kinds.Geometry((2, 1), (2, 1), ((1, 0), (0, 1)), (3, 1))
-
-    def adapted(f: Callable[..., tuple[Array, Back]], n: int = n, **parts: Array) -> Operation:
-        varying = {"x": draw(n, t), "A": draw(r, n), "B": draw(m, r)} | parts
-        keep = (rng.random((n, t)) < 0.75) / 0.75
-        return Operation(f, varying, {"W": draw(m, n), "b": draw(m, 1), "s": 7 / 3, "K": keep})
 
     drawn = {
         "linear": one(ops.linear, **frozen),
@@ -218,6 +212,27 @@ def draw_operations(
         "lora_linear without dropout": Operation(
             lora.lora_linear, {"x": draw(n, t)} | factors, {"W": frozen["W"], "b": None, "s": 0.7}
         ),
+    }
+    drawn |= _variant_operations(rng, m, n, r, t) | _layer_operations(rng, b, m, n, r, t)
+    return {
+        name: replace(op, dy=rng.standard_normal(np.shape(op()[0]))) for name, op in drawn.items()
+    }
+
+
+def _variant_operations(
+    rng: np.random.Generator, m: int, n: int, r: int, t: int
+) -> dict[str, Operation]:
+    """The linears of the variants, and the norm of DoRA's rows."""
+
+    def draw(*shape: int) -> Array:
+        return rng.standard_normal(shape)
+
+    def adapted(f: Callable[..., tuple[Array, Back]], n: int = n, **parts: Array) -> Operation:
+        varying = {"x": draw(n, t), "A": draw(r, n), "B": draw(m, r)} | parts
+        keep = (rng.random((n, t)) < 0.75) / 0.75
+        return Operation(f, varying, {"W": draw(m, n), "b": draw(m, 1), "s": 7 / 3, "K": keep})
+
+    return {
         "lora_bias_linear": adapted(variants.lora_bias_linear, c=draw(m, 1)),
         "row_norm": Operation(variants.row_norm, {"V": draw(m, n + 1)}),
         "rescaled_linear": adapted(
@@ -227,6 +242,19 @@ def draw_operations(
         "dora_full_linear": adapted(variants.dora_full_linear, n + 1, magnitude=draw(m, 1) + 2),
         "vera_linear": adapted(variants.vera_linear, lambda_d=draw(r, 1), lambda_b=draw(m, 1)),
         "adalora_linear": adapted(variants.adalora_linear, E=draw(r, 1)),
+    }
+
+
+def _layer_operations(
+    rng: np.random.Generator, b: int, m: int, n: int, r: int, t: int
+) -> dict[str, Operation]:
+    """How a kernel moves, a convolution, and a table of which some rows are trained."""
+
+    def draw(*shape: int) -> Array:
+        return rng.standard_normal(shape)
+
+    moves = layer_kinds.Geometry((2, 1), (2, 1), ((1, 0), (0, 1)), (3, 1))
+    return {
         "unfold": Operation(layer_kinds.unfold, {"x": draw(r, b, n + 3, t)}, {"geometry": moves}),
         "block_diagonal": Operation(
             layer_kinds.block_diagonal, {"W": draw(2 * m, n)}, {"groups": 2}
@@ -241,9 +269,6 @@ def draw_operations(
             {"rows": draw((m + 1) // 2, n)},
             {"E": draw(m + 1, n), "ids": rng.permutation(m + 1)[: (m + 1) // 2]},
         ),
-    }
-    return {
-        name: replace(op, dy=rng.standard_normal(np.shape(op()[0]))) for name, op in drawn.items()
     }
 
 
