@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from minilora.verify.peers.peer import refuse_settings
+
 Tensor = Any
 
 
@@ -15,8 +17,7 @@ def scale(*, alpha: Any, r: Any, use_rslora: bool = False, **_: Any) -> Any:
 
 def refuse(unknown: Mapping[str, Any]) -> None:
     """NotImplementedError where there is a setting that the formula lacks."""
-    if unknown:
-        raise NotImplementedError(f"the formula has no settings {', '.join(unknown)}")
+    refuse_settings("the formula", unknown)
 
 
 def layer(

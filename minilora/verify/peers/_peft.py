@@ -12,6 +12,7 @@ import peft
 import torch
 
 from minilora.verify.peers._torch import GivenMask, fill, plain_number, to_numpy, to_torch
+from minilora.verify.peers.peer import refuse_settings
 
 
 class Layer:
@@ -145,8 +146,7 @@ class Layer:
         **unknown: Any,
     ) -> tuple[Any, Any]:
         """The model of one adapted layer, or `model` with one more adapter on it, and the layer."""
-        if unknown:
-            raise NotImplementedError(f"the {self.name} peer has no settings {', '.join(unknown)}")
+        refuse_settings(f"the {self.name} peer", unknown)
         config = peft.LoraConfig(
             r=r,
             lora_alpha=plain_number(alpha),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
@@ -14,6 +14,12 @@ _Class = TypeVar("_Class", bound=type)
 
 ACCUMULATION = {"bfloat16": "float32", "float16": "float32"}
 """1 + 511 terms of u/4 came out as the float32 sum in both half precisions, in every library."""
+
+
+def refuse_settings(library: str, names: Iterable[str]) -> None:
+    """Errors: NotImplementedError, which skips the check, if there is a name."""
+    if listed := ", ".join(names):
+        raise NotImplementedError(f"{library} has no settings {listed}")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from minilora.verify.peers._transformers import (
     train_steps,
 )
 from minilora.verify.peers.loralib import PEER
+from minilora.verify.peers.peer import refuse_settings
 
 # How a PEFT file names what loralib holds as a layer's own lora_A and lora_B.
 _LORA = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
@@ -76,7 +77,7 @@ class Loralib:
         return _weight(layer)
 
     def session(self, layer: Mapping[str, Any]) -> "Session":
-        """A layer that has one adapter for ever."""
+        """A layer whose one adapter is never removed."""
         if layer["kind"] not in ("linear", "conv1d", "embedding", "fused"):
             raise NotImplementedError(f"loralib has no layer of kind {layer['kind']}")
         if len(set(layer.get("rows", ()))) > 1:
@@ -87,8 +88,7 @@ class Loralib:
         self, W: np.ndarray, *, r: int, alpha: float, seed: int, **settings: Any
     ) -> dict[str, np.ndarray]:
         """A and B of a new layer, from torch's generator."""
-        if settings:
-            raise NotImplementedError(f"loralib has no settings {', '.join(settings)}")
+        refuse_settings("loralib", settings)
         m, n = W.shape
         torch.manual_seed(seed)
         layer = loralib.Linear(
@@ -160,8 +160,7 @@ class Session:
         """The layer built with its rank and alpha, B = 0."""
         if self._adapter:
             raise NotImplementedError("loralib has one adapter a layer")
-        if unknown := adapter.keys() - {"A", "B", "alpha", "r", "enable"}:
-            raise NotImplementedError(f"loralib has no settings {', '.join(sorted(unknown))}")
+        refuse_settings("loralib", sorted(adapter.keys() - {"A", "B", "alpha", "r", "enable"}))
         self._adapter = {"name": name, **adapter}
         self._build(adapter["r"], adapter["alpha"], adapter.get("enable", ()))
 
@@ -208,8 +207,7 @@ def _adapted(
     **unknown: Any,
 ) -> Any:
     """The library's layer, filled with the given arrays; only with `merge_weights` may it merge."""
-    if refused := [name for name, value in unknown.items() if value is not False]:
-        raise NotImplementedError(f"loralib has no settings {', '.join(refused)}")
+    refuse_settings("loralib", [name for name, value in unknown.items() if value is not False])
     m, n = W.shape
     weight = to_torch(W)
     layer = loralib.Linear(

@@ -15,6 +15,7 @@ from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
 from minilora.verify.peers.mlx_lm import PEER
+from minilora.verify.peers.peer import refuse_settings
 
 _DTYPES = {
     np.dtype(np.float64): mx.float64,
@@ -77,8 +78,7 @@ def _adapted(
     **unknown: Any,
 ) -> Any:
     """The library's layer, filled with the given arrays. Its scale is α/r or α/√r as a whole."""
-    if refused := [name for name, value in unknown.items() if value is not False]:
-        raise NotImplementedError(f"mlx-lm has no settings {', '.join(refused)}")
+    refuse_settings("mlx-lm", [name for name, value in unknown.items() if value is not False])
     linear = nn.Linear(W.shape[1], len(W), bias=bias is not None)
     linear.weight = _mlx(W)
     if bias is not None:

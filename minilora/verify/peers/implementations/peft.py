@@ -27,6 +27,7 @@ from minilora.verify.peers._transformers import (
     train_steps,
 )
 from minilora.verify.peers.implementations.peft_session import TARGETS, PeftSession
+from minilora.verify.peers.peer import refuse_settings
 from minilora.verify.peers.peft import PEER
 
 _OPTIMIZER_SETTINGS = {
@@ -56,8 +57,7 @@ class Peft(Layer):
     ) -> np.ndarray:
         """The change of add_weighted_adapter, by concatenation unless another way is asked for."""
         kind = {"combination_type": "cat"} | settings
-        if unknown := kind.keys() - {"combination_type", "svd_rank"}:
-            raise NotImplementedError(f"the peft peer has no settings {', '.join(sorted(unknown))}")
+        refuse_settings("the peft peer", sorted(kind.keys() - {"combination_type", "svd_rank"}))
         A, B = adapters[0]["A"], adapters[0]["B"]
         model, layer = self._with_adapters(np.zeros((len(B), A.shape[1]), A.dtype), adapters)
         names = [f"a{i}" for i in range(len(adapters))]
@@ -75,8 +75,9 @@ class Peft(Layer):
         self, W: np.ndarray, *, r: int, alpha: float, seed: int, **settings: Any
     ) -> dict[str, np.ndarray]:
         """A, B and the base's weight after get_peft_model, from torch's generator."""
-        if unknown := settings.keys() - {"init_lora_weights", "use_rslora"}:
-            raise NotImplementedError(f"the peft peer has no settings {', '.join(sorted(unknown))}")
+        refuse_settings(
+            "the peft peer", sorted(settings.keys() - {"init_lora_weights", "use_rslora"})
+        )
         m, n = W.shape
         linear = torch.nn.Linear(n, m, bias=False).to(to_torch(W).dtype)
         fill(linear.weight, to_torch(W))
@@ -218,8 +219,7 @@ def _optimizer(
     tensors: Mapping[str, torch.nn.Parameter], settings: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
     """The optimizer that the settings name, with the library's LoRA+ groups where they ask."""
-    if unknown := set(settings) - _OPTIMIZER_SETTINGS:
-        raise NotImplementedError(f"the peft peer has no settings {', '.join(sorted(unknown))}")
+    refuse_settings("the peft peer", sorted(set(settings) - _OPTIMIZER_SETTINGS))
     kind = settings.get("optimizer", "adamw")
     ratio = settings.get("loraplus_lr_ratio")
     if ratio is None or kind not in OPTIMIZERS:
