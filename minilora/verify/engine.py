@@ -208,7 +208,7 @@ def _our_error(error: Exception) -> str:
 
 @dataclass
 class Investigation:
-    """What is told of failing checks beyond their deviation, as far as the limits allow.
+    """Diagnose failing checks and shrink their inputs, as far as the limits allow.
 
     A check is diagnosed in the first dtype that fails; of a level, `MAX_DIAGNOSED` checks that call
     the same methods; of all, `MAX_SHRINKS` are shrunk.
