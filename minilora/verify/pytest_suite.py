@@ -18,6 +18,7 @@ import pytest
 from minilora.verify import engine
 from minilora.verify.core.errors import LoadError, UsageError
 from minilora.verify.core.types import Check
+from minilora.verify.diagnosis.investigation import MAX_SHRINKS
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.known import declared, known_for, read_known
 from minilora.verify.loading import DEFAULT_TARGET, load, resolve
@@ -27,7 +28,7 @@ from minilora.verify.report.result import Known
 from minilora.verify.report.words import deviation_lines
 
 _SHRUNK: Counter[str] = Counter()
-"""How many searches for a smallest counterexample each subject had, up to `engine.MAX_SHRINKS`."""
+"""How many searches for a smallest counterexample each subject had, up to `MAX_SHRINKS`."""
 
 _OPTIONS = pytest.StashKey[tuple[object, dict[str, Any]]]()
 
@@ -58,7 +59,7 @@ class OneCheck:
         """Runs the check: it passes, is skipped, fails, or fails as expected."""
         name = GuardedImplementation(implementation).name
         check = self.check
-        if _SHRUNK[name] >= engine.MAX_SHRINKS:
+        if _SHRUNK[name] >= MAX_SHRINKS:
             check = replace(check, smallest=None)
         report = engine.run(
             [check],

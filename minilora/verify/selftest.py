@@ -22,9 +22,10 @@ from minilora.verify import engine
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.errors import Fault, Skip, UsageError
 from minilora.verify.core.types import STRUCTURE, Case, Check
-from minilora.verify.diagnosis.diagnose import Direct
+from minilora.verify.diagnosis.answers import Direct
 from minilora.verify.implementation.contract import METHODS
 from minilora.verify.implementation.guard import GuardedImplementation
+from minilora.verify.judging import judged
 from minilora.verify.mutants import MUTANTS, Mutant
 from minilora.verify.plan import levels_of, plan
 from minilora.verify.report.selftest import NAMED_IN, Alarm, Selftest
@@ -62,7 +63,7 @@ def _has_cases(level: str, dtype: str) -> bool:
 
 def deviation(check: Check, subject: GuardedImplementation, case: Case) -> tuple[str, str]:
     """How a case does not pass, ("", "") where it does: pass, loose or fail, or a fault's kind."""
-    judgements, end = engine.judged(check, subject, case)
+    judgements, end = judged(check, subject, case)
     worst = max(judgements, key=lambda judged: judged.excess, default=None)
     if worst is not None and worst.verdict != "pass":
         return worst.verdict, f"{worst.array} z {worst.z:.3g} rms {worst.rms:.3g}"

@@ -13,8 +13,9 @@ from minilora.verify.checks import linear
 from minilora.verify.checks.registry import CHECKS
 from minilora.verify.core.level import FIRST_CASES
 from minilora.verify.core.types import STRUCTURE, Case
-from minilora.verify.diagnosis import diagnose
-from minilora.verify.diagnosis.diagnose import Direct
+from minilora.verify.diagnosis import diagnose, investigation
+from minilora.verify.diagnosis.answers import Direct, answers, explains
+from minilora.verify.diagnosis.candidates import matched_filter
 from minilora.verify.implementation.minilora_impl import Minilora
 from minilora.verify.mutants import MUTANTS
 from minilora.verify.mutants.linear import LINEAR
@@ -122,10 +123,8 @@ def test_mutants_that_answer_a_check_alike_are_told_apart_by_a_case_of_another()
     assert named.separating
     id, dtype, number = named.separating.split(":")
     case = Case(id, dtype, int(number), 0)
-    first, second = (
-        diagnose.answers(BY_ID[id], diagnose.Direct(m.make()), case) for m in (ours, other)
-    )
-    assert diagnose.explains([first], [second]) is None  # the case does separate them
+    first, second = (answers(BY_ID[id], Direct(m.make()), case) for m in (ours, other))
+    assert explains([first], [second]) is None  # the case does separate them
     assert [d.id for d in found(check.id, other.make)] == [other.id]  # either way
 
 
@@ -156,12 +155,12 @@ def test_the_matched_filter_is_1_for_what_is_read_so_and_0_for_what_is_right():
     cases = [Case(check.id, "float32", number, 0) for number in FIRST_CASES]
 
     def given(make):
-        return [diagnose.answers(check, diagnose.Direct(make()), case) for case in cases]
+        return [answers(check, Direct(make()), case) for case in cases]
 
     ours = given(m.make)
-    assert diagnose.matched_filter(given(m.make), ours).agrees(1.0)
-    assert diagnose.matched_filter(given(Linear), ours).agrees(0.0)
-    assert not diagnose.matched_filter(given(Linear), ours).agrees(1.0)
+    assert matched_filter(given(m.make), ours).agrees(1.0)
+    assert matched_filter(given(Linear), ours).agrees(0.0)
+    assert not matched_filter(given(Linear), ours).agrees(1.0)
 
 
 def fewest(make, kind="linear"):
@@ -171,7 +170,7 @@ def fewest(make, kind="linear"):
         for c in CHECKS
         if c.id == f"lifecycle.random-steps{'' if kind == 'linear' else '.' + kind}"
     )
-    return check.smallest(diagnose.Direct(make()), "float32")
+    return check.smallest(Direct(make()), "float32")
 
 
 def test_the_smallest_counterexample_of_a_layer_s_life_is_the_fewest_steps():
@@ -470,7 +469,7 @@ def test_of_many_failing_checks_that_call_alike_the_first_are_looked_into():
     report = report_of(CATALOGUE["scale-alpha"].make, *ids)
     unseen = [each.check for each in report.results if each.note == NOT_DIAGNOSED]
     failed = [each.check for each in report.results if each.status == "fail"]
-    assert unseen == failed[engine.MAX_DIAGNOSED :]
+    assert unseen == failed[investigation.MAX_DIAGNOSED :]
     assert unseen
     (line,) = re.findall(r"^FAIL  linear   (\d+) more.*: (.*)$", folded(report), re.M)
     assert line[0] == str(len(unseen))

@@ -11,7 +11,7 @@ from minilora.verify import engine, mutants
 from minilora.verify.checks.registry import CHECKS, LEVELS
 from minilora.verify.core.types import Case, Comparison
 from minilora.verify.diagnosis import patterns
-from minilora.verify.diagnosis.diagnose import Direct, answers
+from minilora.verify.diagnosis.answers import Direct, answers
 from minilora.verify.mutants.linear import LINEAR
 from minilora.verify.mutants.mutant import Reference
 from minilora.verify.mutants.optimizer import OPTIMIZER

@@ -26,7 +26,7 @@ from minilora.verify.checks.registry import CHECKS, LEVELS
 from minilora.verify.core.bigfloat import BITS, Exact, Shake, _exact, exact, rounded
 from minilora.verify.core.errors import Fault, Skip, UsageError
 from minilora.verify.core.types import Case
-from minilora.verify.diagnosis.diagnose import Direct
+from minilora.verify.diagnosis.answers import Direct
 from minilora.verify.implementation import minilora_impl
 from minilora.verify.implementation.minilora_impl import Minilora
 from minilora.verify.mutants import MUTANTS

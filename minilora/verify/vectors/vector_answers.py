@@ -14,12 +14,13 @@ from safetensors import safe_open
 
 from minilora.io.errors import FormatError
 from minilora.io.files import pack, pack_json, read_json
-from minilora.verify import engine
+from minilora.verify import engine, judging
 from minilora.verify.checks.registry import CHECKS
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.errors import Fault, LoadError, Skip, tidy
 from minilora.verify.core.types import Case, Check, Comparison, Diagnosis, Limits
-from minilora.verify.diagnosis.diagnose import Direct, answers, candidates
+from minilora.verify.diagnosis.answers import Direct, answers
+from minilora.verify.diagnosis.candidates import candidates
 from minilora.verify.implementation.contract import CONVENTIONS, positional
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.messages import RESULTS
@@ -258,7 +259,7 @@ def _conventions(
             for check in _checks(concerned, {"dora_norm": value})
             for dtype in subject.dtypes
             for number in range(check.cases("ci", dtype))
-            for judged in engine.judged(check, subject, Case(check.id, dtype, number, 0))[0]
+            for judged in judging.judged(check, subject, Case(check.id, dtype, number, 0))[0]
         )
 
     assumed = min(CONVENTIONS["dora_norm"], key=deviating)

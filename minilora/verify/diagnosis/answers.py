@@ -1,0 +1,126 @@
+"""The answers of an implementation and of a mutant to the same cases, and whether they agree."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import count, islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minilora.verify.core.errors import Fault, Skip
+from minilora.verify.core.types import Case, Check, Comparison
+from minilora.verify.implementation.guard import GuardedImplementation
+from minilora.verify.implementation.worker import Raised
+
+if TYPE_CHECKING:
+    from minilora.verify.mutants import Mutant
+
+
+Answers = dict[str, Comparison]
+"""The comparisons of one case, by the array's name."""
+
+
+class Direct(GuardedImplementation):
+    """A mutant, called in this thread: it is part of this package."""
+
+    def _within_limit(self, call: Callable[[], Any]) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is wrong, and some of it divides by zero
+            try:
+                return call()
+            except Exception as error:  # one may be of another architecture than the case
+                raise Raised(error) from error
+
+
+def answers(check: Check, subject: GuardedImplementation, case: Case) -> Answers:
+    """The comparisons of a case by the array's name; none where the implementation gives none."""
+    try:
+        return {comparison.array: comparison for comparison in check.run(subject, case)}
+    except (Skip, Fault):
+        return {}
+
+
+def agree(theirs: Comparison, ours: Comparison) -> float | None:
+    """The rms z between two implementations' answers, or None where they differ.
+
+    Both have rounded, each by what its own precision loses, and their variances add. σ is that of
+    the correct answer; a deviation has been rounded too, in proportion to its size.
+    """
+    sigma = None
+    if theirs.sigma is not None and ours.sigma is not None:
+        sigma = np.hypot(theirs.sigma * _growth(theirs), ours.sigma * _growth(ours))
+    judged = replace(theirs, want=ours.got, sigma=sigma).judge()
+    return judged.rms if judged.verdict == "pass" else None
+
+
+def _growth(answer: Comparison) -> float:
+    """1 + ‖got - want‖ / ‖want‖: how much greater than the correct answer's its rounding may be."""
+    got, want = (np.asarray(a, float).ravel() for a in (answer.got, answer.want))
+    size = np.linalg.norm(want)
+    grown = 1 + np.linalg.norm(got - want) / size if size else 1.0
+    return float(grown) if np.isfinite(grown) else 1.0
+
+
+def explains(theirs: Iterable[Answers], ours: Iterable[Answers]) -> float | None:
+    """The greatest rms z over all arrays of all cases, or None if any of them differs."""
+    worst = 0.0
+    for their_case, our_case in zip(theirs, ours, strict=True):
+        rms = _explains_case(their_case, our_case)
+        if rms is None:
+            return None
+        worst = max(worst, rms)
+    return worst
+
+
+def _explains_case(theirs: Answers, ours: Answers) -> float | None:
+    """The same of one case."""
+    if not theirs.keys() <= ours.keys():
+        return None
+    if any(_is_extra(ours[array]) for array in ours.keys() - theirs.keys()):
+        return None
+    residuals = []
+    for array, comparison in theirs.items():
+        rms = agree(comparison, ours[array])
+        if rms is None:
+            return None
+        residuals.append(rms)
+    return max(residuals, default=0.0)
+
+
+def _is_extra(ours: Comparison) -> bool:
+    """Whether a mutant gives an array other than 0 that should be 0, and that others leave out."""
+    return not np.any(ours.want) and ours.judge().verdict == "fail"
+
+
+class LazyAnswers(Iterable[Answers]):
+    """An implementation's answers to these cases, each asked when it is first looked at.
+
+    The first case refutes most mutants, and the others need not be asked.
+    """
+
+    def __init__(self, check: Check, subject: GuardedImplementation, cases: Sequence[Case]) -> None:
+        self._next = (answers(check, subject, case) for case in cases)
+        self._answered: list[Answers] = []
+
+    def __iter__(self) -> Iterator[Answers]:
+        for number in count():
+            if number == len(self._answered):
+                self._answered.extend(islice(self._next, 1))
+            if number == len(self._answered):
+                return
+            yield self._answered[number]
+
+
+@lru_cache(maxsize=1024)
+def mutant_answers(m: Mutant, check: Check, cases: tuple[Case, ...]) -> LazyAnswers:
+    """A mutant's answers to these cases."""
+    return LazyAnswers(check, Direct(m.make()), cases)
+
+
+def verdicts(answer: Answers) -> set[str]:
+    """Those of a case's comparisons; none where there is no answer."""
+    return {comparison.judge().verdict for comparison in answer.values()}

@@ -1,0 +1,117 @@
+"""What is looked into of the checks that failed: their cause, and their smallest inputs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import Any
+
+from minilora.verify.commands import reproduce_all
+from minilora.verify.core.errors import Fault, Skip
+from minilora.verify.core.types import STRUCTURE, Case, Check, Diagnosis
+from minilora.verify.diagnosis.answers import agree, answers
+from minilora.verify.implementation.guard import GuardedImplementation
+from minilora.verify.judging import judged, our_error, passes
+from minilora.verify.plan import CheckPlan
+from minilora.verify.report.result import NOT_DIAGNOSED, NOT_SHRUNK, Result
+
+MAX_SHRINKS = 4
+"""The smallest counterexample is looked for in so many checks, each in the first dtype that fails.
+
+One search asks hundreds of times, and a target that is wrong at the lowest level fails nearly
+everywhere.
+"""
+
+MAX_DIAGNOSED = 4
+"""Of the failing checks of a level that call the same methods, so many are diagnosed. They mostly
+have the same cause, and each diagnosis takes as long as the first."""
+
+
+@dataclass
+class Investigation:
+    """Diagnose failing checks and shrink their inputs, as far as the limits allow.
+
+    A check is diagnosed in the first dtype that fails; of a level, `MAX_DIAGNOSED` checks that call
+    the same methods; of all, `MAX_SHRINKS` are shrunk.
+    """
+
+    subject: GuardedImplementation
+    profile: str
+    command: Sequence[str] | None
+    seen: set[tuple[str, str]] = field(default_factory=set)
+    diagnosed: Counter[tuple[Any, ...]] = field(default_factory=Counter)
+    shrinks: int = 0
+
+    def explain(self, result: Result, p: CheckPlan) -> Result:
+        """The result with a diagnosis and a smallest counterexample, or with the limit's note."""
+        if (p.check.id, result.status) in self.seen:
+            return result
+        self.seen.add((p.check.id, result.status))
+        alike = p.check.level, p.check.needs, result.status
+        self.diagnosed[alike] += 1
+        if self.diagnosed[alike] > MAX_DIAGNOSED:
+            return replace(result, note=NOT_DIAGNOSED)
+        may_shrink = result.status == "fail" or p.check.smallest_fault
+        self.shrinks += may_shrink
+        if earlier := _depends_on_earlier_calls(result, p, self.subject):
+            # No case shows it alone, and it shrinks to nothing: the command repeats all cases.
+            again = reproduce_all(self.command, p, self.profile)
+            return replace(result, diagnosis=earlier, reproduce=again)
+        return self._shrunk(_diagnosed(result, p, self.subject), p) if may_shrink else result
+
+    def _shrunk(self, result: Result, p: CheckPlan) -> Result:
+        if p.check.smallest is None or _hung(result):
+            return result
+        if self.shrinks > MAX_SHRINKS:
+            return replace(result, note=NOT_SHRUNK)
+        started, smallest, note = perf_counter(), None, ""
+        try:
+            smallest = p.check.smallest(self.subject, p.dtype)
+        except (Skip, Fault):  # it answers in no smaller case
+            pass
+        except Exception as error:
+            note = f"No smallest counterexample, by a fault of minilora: {our_error(error)}"
+        seconds = result.seconds + perf_counter() - started
+        return replace(result, smallest=smallest, note=note or result.note, seconds=seconds)
+
+
+def _hung(result: Result) -> bool:
+    return any(fault.kind == "hangs" for fault in result.faults)
+
+
+def _diagnosed(result: Result, p: CheckPlan, subject: GuardedImplementation) -> Result:
+    if p.check.diagnose is None or result.status != "fail" or _hung(result):
+        return result
+    started = perf_counter()
+    try:
+        diagnosis = p.check.diagnose(subject, p.dtype, p.seed)
+    except Exception as error:
+        return replace(result, note=f"No diagnosis, by a fault of minilora: {our_error(error)}")
+    return replace(result, diagnosis=diagnosis, seconds=result.seconds + perf_counter() - started)
+
+
+def _depends_on_earlier_calls(
+    result: Result, p: CheckPlan, subject: GuardedImplementation
+) -> tuple[Diagnosis, ...]:
+    """Whether a case fails by what calls before it left behind: the diagnosis, or nothing."""
+    if any(fault.kind in ("hangs", "crashes", "internal") for fault in result.faults):
+        return ()
+    case = p.case(int(result.case.rpartition(":")[2]))
+    fresh = subject.anew()
+    if fresh is not None and passes(p.check, fresh, case):
+        sentence = "It depends on earlier calls: the same case passes when it is asked first."
+    elif result.status == "error" and not isinstance(judged(p.check, subject, case)[1], Fault):
+        sentence = "It depends on earlier calls, or on chance: asked again, it answers."
+    elif result.status != "error" and not _repeats(p.check, subject, case):
+        sentence = "It depends on earlier calls, or on chance: asked twice, it gives two answers."
+    else:
+        return ()
+    return (Diagnosis(f"{STRUCTURE}earlier-calls", sentence, 0.0),)
+
+
+def _repeats(check: Check, subject: GuardedImplementation, case: Case) -> bool:
+    """Whether an implementation gives the same answers when it is asked twice."""
+    once, twice = (answers(check, subject, case) for _ in range(2))
+    return all(agree(once[name], twice[name]) is not None for name in once.keys() & twice.keys())
