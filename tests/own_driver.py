@@ -57,6 +57,8 @@ def run(message):
         return
     if answer is None:  # of save, which leaves files and says nothing
         return
+    if method == "trainable":  # names alone
+        answer = dict.fromkeys(answer, True)
     answer = {RESULTS[method]: answer} if method in RESULTS else answer
     save_file(flat(answer), message["out"])
 

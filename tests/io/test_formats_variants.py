@@ -482,6 +482,15 @@ def test_veras_layers_are_asked_for_beside_an_expression_too(folder):
         read_lora_config(path, c)
 
 
+def test_a_pattern_of_layers_without_layers_is_refused(folder):
+    path, c = folder("dora"), MODELS["llama"]
+    edit(path / peft.CONFIG, layers_to_transform=[1], layers_pattern="layers")
+    assert list(read_lora_config(path, c).target_modules)
+    edit(path / peft.CONFIG, layers_to_transform=None)
+    with pytest.raises(FormatError, match="layers_pattern: found it beside no layers_to_transform"):
+        read_lora_config(path, c)
+
+
 def test_a_table_that_was_trained_for_its_rows_is_written_by_rows(folder, tmp_path):
     c, W, tuning, lora = made("tokens")
     whole = replace(tuning, trained=tuning.trained | {"embed.weight", "head.weight"})

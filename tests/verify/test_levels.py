@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import kstwo, poisson
 
 from minilora.io.formats.huggingface import read_model
-from minilora.io.formats.peft import read_lora_config
+from minilora.io.formats.peft import adapted_names, read_lora_config
 from minilora.spec.layers import adapted_fused
 from minilora.spec.lora import lora_linear, merge_weight, scale
 from minilora.spec.models import shifted_labels
@@ -18,6 +18,7 @@ from minilora.verify import check
 from minilora.verify.checks import (
     files,
     init,
+    names,
     session_inputs,
     tiny_models,
     train,
@@ -212,6 +213,41 @@ def test_patterns_are_the_dotted_ends_of_names_and_read_as_they_are_meant():
     ):
         assert len(it.settings[name]) == len(internal) > 1
         assert not any(end.startswith("model.") for end in it.settings[name])
+
+
+def test_names_are_confusable_and_each_feature_matters():
+    """Of drawn names some end others, some numbers begin others; each field changes what is hit."""
+    for number in range(2):
+        for kind, field in (
+            ("layers", "layers_to_transform"),
+            ("exclude", "exclude_modules"),
+            ("modules-to-save", "modules_to_save"),
+            ("patterns", "rank_pattern"),
+            ("patterns", "alpha_pattern"),
+        ):
+            drawn = names.draw(f"targets.{kind}", number, 0)
+            parts = [name.split(".") for name in drawn.modules]
+            assert {"q_proj", "eq_proj", "1", "11"} <= {part for each in parts for part in each}
+            without = {**drawn.config}
+            del without[field]
+            if field == "layers_to_transform":
+                without.pop("layers_pattern", None)
+            hit = adapted_names(drawn.config, drawn.modules)
+            assert hit != adapted_names(without, drawn.modules)
+
+
+def test_names_that_cannot_be_read_are_the_implementations_fault():
+    class Wrong:
+        def targets(self, config, names):
+            return [*names]
+
+        def trainable(self, config, names):
+            return "all"
+
+    found = kinds(Wrong, "names")
+    asked = {found[f"names.{method}"] for method in ("targets.list", "trainable.plain")}
+    assert asked == {("error", "missing")}
+    assert {v[0] for v in kinds(Minilora, "names").values()} == {"pass"}
 
 
 def test_the_names_that_differ_are_said():

@@ -551,6 +551,9 @@ CASES = [
     "train.gradient-accumulation:float32:0",
     "grad-flow.dropout:float32:0",
     "files.resave:float32:0",
+    "names.targets.combined:float32:0",
+    "names.trainable.combined:float32:0",
+    "names.refused.trainable:float32:0",
 ]
 
 

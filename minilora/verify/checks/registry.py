@@ -14,6 +14,7 @@ from minilora.verify.checks import (
     merge,
     model,
     multi,
+    names,
     optimizer,
     train,
     variants,
@@ -37,6 +38,7 @@ LEVELS: tuple[Level, ...] = tuple(
         train,
         gradflow,
         files,
+        names,
     )
 )
 

@@ -19,9 +19,11 @@ from minilora.io.formats.huggingface import read_model
 from minilora.io.formats.peft import (
     CONFIG,
     WEIGHTS,
+    adapted_names,
     adapter_names,
     read_adapter,
     read_lora_config,
+    trained_names,
     write_adapter,
 )
 from minilora.spec.initialization import INITIALIZATIONS, draw_dropout, input_shapes
@@ -197,6 +199,16 @@ class Minilora:
             theirs: _flat(name, to_file_layout(name, factors[name], transposed.get(name, False)))
             for name, theirs in adapter_names(c, sorted(factors)).items()
         }
+
+    def targets(
+        self, config: Mapping[str, Any], names: Sequence[str]
+    ) -> dict[str, tuple[int, float]]:
+        """The adapted modules, each with its rank and alpha."""
+        return adapted_names(config, names)
+
+    def trainable(self, config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+        """The trained tensors by their names in the adapter's file."""
+        return trained_names(config, names)
 
     def optimizer_steps(
         self, params: Mapping[str, Array], gradients: Sequence[Any], settings: Mapping[str, Any]

@@ -15,6 +15,7 @@ from minilora.verify.mutants import (
     merge,
     model,
     multi,
+    names,
     optimizer,
     train,
     variants,
@@ -35,5 +36,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *init.MUTANTS,
     *files.MUTANTS,
     *gradflow.MUTANTS,
+    *names.MUTANTS,
 )
 """All of them, the lowest level first; among them some equivalents, which must pass."""

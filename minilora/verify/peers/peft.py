@@ -105,6 +105,7 @@ PEER = Peer(
         "train",
         "grad-flow",
         "files",
+        "names",
     ),
     conventions={"dora_norm": "detached"},
     known=_KNOWN,

@@ -8,6 +8,7 @@ from minilora.io.formats.peft.config import read_lora_config
 from minilora.io.formats.peft.format import FORMAT
 from minilora.io.formats.peft.names import CONFIG, PREFIX, WEIGHTS, adapter_names
 from minilora.io.formats.peft.read import read_adapter
+from minilora.io.formats.peft.sets import adapted_names, trained_names
 from minilora.io.formats.peft.settings import FIXED, INERT, KINDS, READ
 from minilora.io.formats.peft.starts import INIT_FROM_BASE
 from minilora.io.formats.peft.vera import vera_projections
@@ -23,9 +24,11 @@ __all__ = [
     "PREFIX",
     "READ",
     "WEIGHTS",
+    "adapted_names",
     "adapter_names",
     "read_adapter",
     "read_lora_config",
+    "trained_names",
     "vera_projections",
     "write_adapter",
 ]

@@ -1,6 +1,6 @@
 """The tensors' names in ``adapter_model.safetensors``."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 from minilora.io.architectures import architecture_of
 from minilora.spec.lora import TABLES, Variant, is_base
@@ -39,17 +39,24 @@ def adapter_names(c: Config, names: Iterable[str]) -> dict[str, str]:
 
     Errors: ValueError for a name that belongs to no module of the model.
     """
-    names, path_of = list(names), paths(c)
+    return tensor_names(names, paths(c), TABLES)
+
+
+def tensor_names(
+    names: Iterable[str], path_of: Mapping[str, str], tables: Container[str]
+) -> dict[str, str]:
+    """The same of modules with these paths, of which some are tables."""
+    names = list(names)
     parts: dict[str, set[str]] = {}
     for name in names:
         at, _, part = name.rpartition(".")
         if at not in path_of:
-            raise ValueError(f"{name!r}: found no module {at!r} in {c}; check the names")
+            raise ValueError(f"{name!r}: found no module {at!r}; check the names")
         parts.setdefault(at, set()).add(part)
     places = {}
     for name in names:
         at, _, part = name.rpartition(".")
-        part_names = _part_names(at, parts[at])
+        part_names = _part_names(at in tables, parts[at])
         if part == "tokens":
             end = "token_adapter.trainable_tokens_delta"
         elif is_base(name):
@@ -64,11 +71,11 @@ def adapter_names(c: Config, names: Iterable[str]) -> dict[str, str]:
     return places
 
 
-def _part_names(at: str, parts: set[str]) -> Mapping[str, str]:
+def _part_names(is_table: bool, parts: set[str]) -> Mapping[str, str]:
     """The end of the name of each of a module's parameters, of which it has ``parts``."""
     known = [extended(entry.equation).peft for entry in REGISTRY.values()]
-    if at in TABLES:
+    if is_table:
         known = [peft for peft in known if "embedding" not in peft.refuses]
     parts = parts - _NOT_OF_ADAPTERS
     names = next((p.tensors for p in known if parts <= p.tensors.keys()), known[0].tensors)
-    return {**names, **_TABLE_FACTORS} if at in TABLES else names
+    return {**names, **_TABLE_FACTORS} if is_table else names

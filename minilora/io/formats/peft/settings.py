@@ -204,7 +204,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     Errors: FormatError for a damaged file, an unknown setting or value, and for two that exclude
     each other.
     """
-    stored = read_json(path)
+    return checked_settings(path, read_json(path))
+
+
+def checked_settings(path: Path, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of the settings that stand in a file; ``path`` is for messages."""
     kind = _kind(path, stored)
     read = {**kind.read, **(_flags() if stored["peft_type"] == "LORA" else {})}
     check_settings(path, stored, read, kind.fixed, kind.inert)
@@ -243,6 +247,10 @@ def _check_combinations(path: Path, settings: Mapping[str, Any]) -> None:
     if expression and settings["layers_to_transform"] != []:
         remedy = "PEFT refuses it too: list the modules"
         raise FormatError(path, "layers_to_transform", "it beside an expression", "none", remedy)
+    if settings["layers_pattern"] and (expression or settings["layers_to_transform"] == []):
+        beside = "an expression" if expression else "no layers_to_transform"
+        remedy = "PEFT refuses it too: name the layers, or leave it out"
+        raise FormatError(path, "layers_pattern", f"it beside {beside}", "none", remedy)
     variants = [name for name in variant_settings() if settings.get(name)]
     if len(variants) > 1:
         remedy = "PEFT has no layer for the two"

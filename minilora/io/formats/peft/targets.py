@@ -190,10 +190,9 @@ def adapted_modules(path: Path, c: Config, settings: Mapping[str, Any]) -> list[
     Errors: FormatError for an expression that is none, and if no module matches.
     """
     path_of, wanted = paths(c), settings["target_modules"]
-    fields = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-    selection = {name: settings[name] for name in fields}
+    hit = {*selected(path, settings, path_of.values())}
     try:
-        adapted = [at for at, key in path_of.items() if is_target(key, wanted, **selection)]
+        adapted = [at for at, key in path_of.items() if key in hit]
         if ties_factors(c, settings):
             adapted += [at for at in ("embed", "head") if at not in adapted]
     except _EXPRESSION_ERRORS as error:
@@ -203,6 +202,19 @@ def adapted_modules(path: Path, c: Config, settings: Mapping[str, Any]) -> list[
         expected = f"some of {listed(path_of[at] for at in c.linears())}"
         raise FormatError(path, "target_modules", found, expected, "is it another model's?")
     return adapted
+
+
+def selected(path: Path, settings: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """The names of modules that the settings select.
+
+    Errors: FormatError for an expression that is none.
+    """
+    fields = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+    beside = {name: settings[name] for name in fields}
+    try:
+        return [name for name in names if is_target(name, settings["target_modules"], **beside)]
+    except _EXPRESSION_ERRORS as error:
+        raise _expression_error(path, error) from None
 
 
 _EXPRESSION_ERRORS = (re.error, OverflowError, RecursionError)
@@ -223,14 +235,20 @@ def own_values(
     if settings["peft_type"] != "LORA":
         return {}, {}
 
-    def values(pattern: Mapping[str, Any]) -> dict[str, Any]:
-        matching = {at: pattern_value(pattern, key) for at, key in path_of.items()}
-        return {at: value for at, value in matching.items() if value is not None}
+    ranks, alphas = settings["rank_pattern"], settings["alpha_pattern"]
+    return own_of(path, ranks, path_of), own_of(path, alphas, path_of)
 
+
+def own_of(path: Path, pattern: Mapping[str, Any], path_of: Mapping[str, str]) -> dict[str, Any]:
+    """The values of the modules that a pattern names.
+
+    Errors: FormatError for an expression that is none.
+    """
     try:
-        return values(settings["rank_pattern"]), values(settings["alpha_pattern"])
+        values = {at: pattern_value(pattern, key) for at, key in path_of.items()}
     except _EXPRESSION_ERRORS as error:
         raise _expression_error(path, error) from None
+    return {at: value for at, value in values.items() if value is not None}
 
 
 def _pruned_ranks(
