@@ -238,6 +238,9 @@ def _variant_operations(
         "rescaled_linear": adapted(
             variants.rescaled_linear, magnitude=draw(m, 1) + 2, v=abs(draw(m, 1)) + 0.5
         ),
+        "rescaled_lora_linear": adapted(
+            variants.rescaled_lora_linear, magnitude=draw(m, 1) + 2, v=abs(draw(m, 1)) + 0.5
+        ),
         "dora_linear": adapted(variants.dora_linear, n + 1, magnitude=draw(m, 1) + 2),
         "dora_full_linear": adapted(variants.dora_full_linear, n + 1, magnitude=draw(m, 1) + 2),
         "vera_linear": adapted(variants.vera_linear, lambda_d=draw(r, 1), lambda_b=draw(m, 1)),

@@ -61,6 +61,7 @@ def run(
     subject = GuardedImplementation(implementation, time_limit=time_limit)
     if case is None and not dtypes:
         plans = [p for p in plans if p.dtype in subject.dtypes]
+    plans = [replace(p, fixed=subject.fixed) for p in plans]
     declarations, notes = declared(checks, subject, known or {})
     investigation = Investigation(subject, profile, command)
     results: list[Result] = []
@@ -71,6 +72,7 @@ def run(
             version=subject.version,
             dtypes=subject.dtypes,
             conventions=subject.conventions,
+            fixed=subject.declared_fixed,
             profile=profile,
             seed=seed,
             results=tuple(_still_known(result, results) for result in results),

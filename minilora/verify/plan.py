@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.errors import UsageError, near
+from minilora.verify.core.fixed import FREE, Fixed
 from minilora.verify.core.types import Case, Check
 
 PROFILES = ("quick", "ci", "nightly")
@@ -21,10 +22,11 @@ class CheckPlan:
     dtype: str
     numbers: range
     seed: int
+    fixed: Fixed = FREE
 
     def case(self, number: int) -> Case:
         """The case of this number."""
-        return Case(self.check.id, self.dtype, number, self.seed)
+        return Case(self.check.id, self.dtype, number, self.seed, self.fixed)
 
 
 def levels_of(checks: Sequence[Check]) -> list[str]:

@@ -83,7 +83,8 @@ def catch(m: Mutant, dtype: str, seed: int = 0, profile: str = "ci") -> tuple[st
         subject = Direct(m.make())
         for check in checks:
             for number in range(check.cases(profile, dtype)):
-                kind, says = deviation(check, subject, Case(check.id, dtype, number, seed))
+                case = Case(check.id, dtype, number, seed, subject.fixed)
+                kind, says = deviation(check, subject, case)
                 if kind == "fail" or kind in FAULTS:
                     return check.id, ""
                 if kind not in ("", "loose", "skip"):

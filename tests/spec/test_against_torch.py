@@ -81,6 +81,11 @@ def rescaled(detached):
     return D
 
 
+def rescaled_lora(x, A, B, magnitude, v, W, b, s, K=None):
+    z = lora_linear(x, A, B, W, None, s, K)
+    return magnitude / v * z if b is None else magnitude / v * z + b
+
+
 def unfold(x, geometry):
     """PyTorch's own, over (batch, channels, …), whose padding is the same on both sides."""
     padded = F.pad(x.transpose(0, 1), [p for pair in reversed(geometry.padding) for p in pair])
@@ -115,6 +120,7 @@ THEIRS = {
     "rescaled_linear": by_matrix(
         lambda W, s, A, B, magnitude, v: magnitude / v * torch.addmm(W, B, A, alpha=s) - W
     ),
+    "rescaled_lora_linear": rescaled_lora,
     "dora_linear": by_matrix(rescaled(detached=True)),
     "dora_full_linear": by_matrix(rescaled(detached=False)),
     "vera_linear": by_matrix(

@@ -251,6 +251,12 @@ def textbook_rescaled(x, A, B, magnitude, v, W, b, s, K=None):
     return textbook_branch(x, W, b, V / v * magnitude - W, K)
 
 
+def textbook_rescaled_lora(x, A, B, magnitude, v, W, b, s, K=None):
+    """W and B A are rescaled as one matrix; dropout acts on what B A is given."""
+    y = textbook_branch(x, W / v * magnitude, None, textbook_product(A, B, s) / v * magnitude, K)
+    return y if b is None else y + b
+
+
 def textbook_dora(x, A, B, magnitude, W, b, s, K=None):
     v = textbook_norms(W + textbook_product(A, B, s))
     return textbook_rescaled(x, A, B, magnitude, v, W, b, s, K)
@@ -373,6 +379,7 @@ TEXTBOOK = {
     "lora_bias_linear": lambda c, s, **given: textbook_lora(s=s, **given) + s * c,
     "row_norm": textbook_norms,
     "rescaled_linear": textbook_rescaled,
+    "rescaled_lora_linear": textbook_rescaled_lora,
     "dora_linear": textbook_dora,
     "dora_full_linear": textbook_dora,
     "vera_linear": textbook_vera,

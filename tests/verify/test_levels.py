@@ -13,7 +13,6 @@ from minilora.spec.lora import lora_linear, merge_weight, scale
 from minilora.spec.models import shifted_labels
 from minilora.spec.multi_adapter import AdaptedLayer
 from minilora.spec.ops import IGNORED
-from minilora.spec.variants import DORA, DORA_FULL
 from minilora.verify import check
 from minilora.verify.checks import (
     files,
@@ -378,7 +377,7 @@ def test_the_way_over_the_weight_is_the_specifications(kind):
         assert not np.array_equal(wrong[name], wanted[name])
 
 
-@pytest.mark.parametrize("of", [DORA, DORA_FULL], ids=["detached", "differentiated"])
+@pytest.mark.parametrize("of", variants.DORAS.values(), ids=map("-".join, variants.DORAS))
 @pytest.mark.parametrize("number", [0, 1, 3, 5])
 def test_doras_way_over_the_weight_is_the_specifications(of, number):
     """In long double they agree as far as float64 could ask for; with a wrong scale they do not."""

@@ -560,7 +560,7 @@ def test_dora_s_norm_may_be_held_or_differentiated_and_not_both(made, monkeypatc
     full.conventions = {}
     report = judge(dora, full)
     assert set(status(report).values()) == {"pass"}
-    assert report.conventions == {"dora_norm": "differentiated"}
+    assert report.conventions == {"dora_norm": "differentiated", "dora_dropout": "difference"}
     assert "not declared" in report.notes[-1]
     full.conventions = {"dora_norm": "detached"}
     assert "fail" in status(judge(dora, full)).values()
@@ -581,6 +581,19 @@ def test_dora_s_norm_may_be_held_or_differentiated_and_not_both(made, monkeypatc
 
 
 DORA_HELD = minilora_impl.DORA
+
+
+def test_dora_s_dropout_may_be_on_the_branch_alone(made):
+    dropped = [v for v in made if v.check.startswith("variants.dora") and "keep" in v.inputs]
+    (same,) = (m for m in MUTANTS if m.id == "same-variants-dropout-on-branch")
+    branch, silent = same.make(), same.make()
+    silent.conventions = {}
+    assert set(status(judge(dropped, branch)).values()) <= {"pass", "skip"}
+    report = judge(dropped, silent)
+    assert set(status(report).values()) <= {"pass", "skip"}
+    assert report.notes == ("assumed: dora_dropout branch, which is not declared",)
+    branch.conventions = {"dora_dropout": "difference"}
+    assert "fail" in status(judge(dropped, branch)).values()
 
 
 def test_what_is_invalid_is_to_be_refused(made, changed):

@@ -159,7 +159,7 @@ def recurses(self, W, A, B, *, alpha, r):
     return recurses(self, W, A, B, alpha=alpha, r=r)
 
 
-def refuses_settings(self, W, A, B):
+def asks_for_more(self, W, A, B, scaling, *, alpha, r):
     return W
 
 
@@ -182,7 +182,7 @@ FAULTS = [
     (leaves, "raises", "SystemExit: 0"),
     (interrupts, "raises", "KeyboardInterrupt"),
     (recurses, "raises", "RecursionError"),
-    (refuses_settings, "raises", r"unexpected keyword.*the contract is merge\(W, A, B, \*, alpha"),
+    (asks_for_more, "raises", r"missing 1 required.*the contract is merge\(W, A, B, \*, alpha"),
     (with_value(np.nan), "nan", r"W' holds 1 NaN and 0 infinite of 20 .* first at \[1, 2\]"),
     (with_value(np.inf), "nan", "0 NaN and 1 infinite"),
     (lambda self, W, A, B, **_: (W + B @ A).T, "shape", r"shape \(5, 4\), expected \(4, 5\)"),

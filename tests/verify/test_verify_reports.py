@@ -478,7 +478,7 @@ def result(check, status, dtype="float32", **values):
 
 
 def report_of(*results):
-    return Report("t", "1", ("float32",), {}, "ci", 0, results, 1.0)
+    return Report("t", "1", ("float32",), {}, {}, "ci", 0, results, 1.0)
 
 
 def test_checks_of_a_level_that_do_alike_share_a_line_unless_all_are_asked_for():

@@ -19,6 +19,7 @@ from minilora.spec.variants.dora import (
     dora_linear,
     merge_dora,
     rescaled_linear,
+    rescaled_lora_linear,
     row_norm,
 )
 from minilora.spec.variants.entry import (
@@ -64,6 +65,7 @@ __all__ = [
     "merge_vera",
     "part_shapes",
     "rescaled_linear",
+    "rescaled_lora_linear",
     "row_norm",
     "start",
     "vera_linear",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from minilora.spec.lora import merge_weight
+from minilora.spec.lora import lora_linear, merge_weight
 from minilora.spec.ops import Array, Back, dropout, linear, outer
 from minilora.spec.variants.entry import (
     LORA_TENSORS,
@@ -82,6 +83,38 @@ def rescaled_linear(
     return y, back
 
 
+def rescaled_lora_linear(
+    x: Array,
+    W: Array,
+    b: Array | None,
+    A: Array,
+    B: Array,
+    magnitude: Array,
+    v: Array,
+    s: Any,
+    K: Array | None = None,
+) -> tuple[Array, Back]:
+    """y = g ∘ (W x + s B A (K ∘ x)) + b, g = m / v: dropout acts on the input of B A alone.
+
+    Without dropout it is `rescaled_linear`. With z = W x + s B A (K ∘ x), dz = g ∘ dy and dx, dA,
+    dB those of `lora_linear` for dz:
+    dm = dg / v,   dv = -g ∘ dg / v,   dg = the sum over tokens of dy ∘ z.
+
+    Shapes: x (n, t), W (m, n), b (m, 1), A (r, n), B (m, r), magnitude (m, 1), v (m, 1), s (),
+    K (n, t) -> y (m, t).
+    Source: mlx-lm ``tuner/dora.py``, torchtune ``modules/peft/dora.py``.
+    """
+    g = magnitude / v
+    z, back_lora = lora_linear(x, W, None, A, B, s, K)
+    y = g * z if b is None else g * z + b
+
+    def back(dy: Array) -> tuple[Array, ...]:
+        dg = (dy * z).sum(1, keepdims=True)
+        return *back_lora(g * dy), dg / v, -g * dg / v
+
+    return y, back
+
+
 def dora_linear(
     x: Array,
     W: Array,
@@ -91,17 +124,21 @@ def dora_linear(
     magnitude: Array,
     s: Any,
     K: Array | None = None,
+    *,
+    rescaled: Callable[..., tuple[Array, Back]] = rescaled_linear,
 ) -> tuple[Array, Back]:
     """y = W x + b + (m ∘ V / ‖V‖ - W) (K ∘ x), V = W + s B A, the norm held constant in ``back``.
 
     With dy given:   dx, dA, dB, dm of `rescaled_linear`, and nothing flows through ‖V‖.
+
+    ``rescaled=rescaled_lora_linear`` is the other convention of dropout.
 
     Shapes: x (n, t), W (m, n), b (m, 1), A (r, n), B (m, r), magnitude (m, 1), s (), K (n, t) ->
     y (m, t).
     Source: Liu et al. 2024, "DoRA", equation 5 and section 4.3; so PEFT, MLX and torchtune.
     """
     v, _ = row_norm(merge_weight(W, A, B, s))
-    y, back_rescaled = rescaled_linear(x, W, b, A, B, magnitude, v, s, K)
+    y, back_rescaled = rescaled(x, W, b, A, B, magnitude, v, s, K)
 
     def back(dy: Array) -> tuple[Array, ...]:
         dx, dA, dB, dm, _ = back_rescaled(dy)
@@ -119,18 +156,22 @@ def dora_full_linear(
     magnitude: Array,
     s: Any,
     K: Array | None = None,
+    *,
+    rescaled: Callable[..., tuple[Array, Back]] = rescaled_linear,
 ) -> tuple[Array, Back]:
     """y = W x + b + (m ∘ V / ‖V‖ - W) (K ∘ x), V = W + s B A, the norm differentiated too.
 
     With dV the gradient through the norm, dv ∘ V / ‖V‖, dv that of `rescaled_linear`:
     dA and dB gain s Bᵀ dV and s dV Aᵀ, so that each row of the whole dV is orthogonal to V's.
 
+    ``rescaled=rescaled_lora_linear`` is the other convention of dropout.
+
     Shapes: x (n, t), W (m, n), b (m, 1), A (r, n), B (m, r), magnitude (m, 1), s (), K (n, t) ->
     y (m, t).
     Source: Liu et al. 2024, "DoRA", equations 5 and 6; so LyCORIS and adapters.
     """
     v, back_norm = row_norm(merge_weight(W, A, B, s))
-    y, back_rescaled = rescaled_linear(x, W, b, A, B, magnitude, v, s, K)
+    y, back_rescaled = rescaled(x, W, b, A, B, magnitude, v, s, K)
 
     def back(dy: Array) -> tuple[Array, ...]:
         dx, dA, dB, dm, dv = back_rescaled(dy)

@@ -14,6 +14,7 @@ from minilora.verify.core.inputs import (
     draw_several,
     in_exact_lane,
     long,
+    require_several,
     sigma_change,
     wanted_change,
 )
@@ -69,6 +70,7 @@ def negative_weight(subject: GuardedImplementation, case: Case) -> Iterable[Comp
 def zero_weight(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """An adapter at weight 0 changes nothing; with all weights 0, ΔW is 0; compared by ==."""
     several, _ = draw_several(in_exact_lane(case))
+    require_several(several)
     first, second, *_ = several.adapters
     delta = combined(subject, [first, second], [1.0, 0.0], case.dtype)
     alone = combined(subject, [first], [1.0], case.dtype)
@@ -83,6 +85,7 @@ def split_weight(subject: GuardedImplementation, case: Case) -> Iterable[Compari
     A quarter's root is a power of two and a half's is not: some put √(w s) on both factors.
     """
     several, _ = draw_several(in_exact_lane(case))
+    require_several(several)
     for i, adapter in enumerate(several.adapters):
         delta = combined(subject, [adapter] * 4, [0.25] * 4, case.dtype)
         alone = combined(subject, [adapter], [1.0], case.dtype)
@@ -92,6 +95,7 @@ def split_weight(subject: GuardedImplementation, case: Case) -> Iterable[Compari
 def order(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """The order of the adapters does not matter; compared by ==."""
     several, _ = draw_several(in_exact_lane(case))
+    require_several(several)
     there = combined(subject, several.adapters, several.weights, case.dtype)
     back = combined(subject, several.adapters[::-1], several.weights[::-1], case.dtype)
     yield Comparison("ΔW in the other order", back, there)

@@ -73,7 +73,11 @@ def initialized(
     dtype: str,
     **settings: Any,
 ) -> tuple[Array, Array, Array]:
-    """The initial A and B of an implementation, and the base weight beside them."""
+    """The initial A and B of an implementation, and the base weight beside them.
+
+    Raises Skip where the rank is another than those that it takes.
+    """
+    alpha = subject.fixed.alpha_of(alpha, r)
     answer = subject.call("init", W, r=r, alpha=alpha, seed=seed, **settings)
     A = subject.answer(subject.entry(answer, "A"), "A", (r, W.shape[1]), dtype)
     B = subject.answer(subject.entry(answer, "B"), "B", (len(W), r), dtype)
@@ -127,7 +131,7 @@ def _distribution(kind: str) -> Callable[[GuardedImplementation, Case], Iterable
             return Comparison(label, below, want, np.full(want.shape, allowed), CHANCE)
 
         for k, (m, n, r, alpha, more) in enumerate(MODULES):
-            W, draws = weight(case, m, n), []
+            W, draws, r = weight(case, m, n), list[Array](), subject.fixed.rank(r)
             with optional(more):
                 for seed in range(SEEDS):
                     at = _first(case) + SEEDS * k + seed
@@ -161,7 +165,7 @@ def independent(subject: GuardedImplementation, case: Case) -> Iterable[Comparis
     that are repeated elsewhere, or with the other sign, are counted, where the dtype has enough
     numbers to tell them from chance.
     """
-    m, n, r = 5, 1024, 4
+    m, n, r = 5, 1024, subject.fixed.rank(4)
     W = weight(case, m, n)
 
     def of_seeds(**settings: Any) -> list[Array]:
@@ -207,6 +211,7 @@ def reproducible(subject: GuardedImplementation, case: Case) -> Iterable[Compari
     """The same seed gives the same bits, whatever was drawn before; another seed does not."""
     W, at = weight(case, 6, 10), _first(case)
     for label, r, settings in _random_initializations(case.dtype):
+        r = subject.fixed.rank(r)
         with optional(settings):
             A, B, _ = initialized(subject, W, r, 7.0, at, case.dtype, **settings)
             other, _, _ = initialized(subject, W, r, 7.0, at + 1, case.dtype, **settings)
@@ -230,7 +235,7 @@ def zero_B(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """B is exactly 0, for any scale."""
     for k, (m, n, r) in enumerate(((6, 10, 3), (8, 8, 8), (3, 5, 1))):
         for label, settings in (("", {}), (", rsLoRA", {"use_rslora": True}), *_GAUSSIAN):
-            W = weight(case, m, n)
+            W, r = weight(case, m, n), subject.fixed.rank(r)
             with optional(settings):
                 _, B, _ = initialized(subject, W, r, 7.0, _first(case) + k, case.dtype, **settings)
                 yield Comparison(f"B of rank {r}{label}", B, np.zeros_like(B))
@@ -238,18 +243,18 @@ def zero_B(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
 
 def base_unchanged(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Initialization changes no bit of the base weight or of the output."""
-    W = weight(case, 6, 10)
+    W, r = weight(case, 6, 10), subject.fixed.rank(3)
     for label, settings in _GAUSSIAN:
         with optional(settings):
             for where, V in (("", W), (" of 10 by 6", weight(case, 10, 6))):
-                *_, base = initialized(subject, V, 3, 7.0, _first(case), case.dtype, **settings)
+                *_, base = initialized(subject, V, r, 7.0, _first(case), case.dtype, **settings)
                 yield Comparison(f"W{where}{label}", base, V)
-    A, B, base = initialized(subject, W, 3, 7.0, _first(case), case.dtype)
+    A, B, base = initialized(subject, W, r, 7.0, _first(case), case.dtype)
     yield Comparison("W", base, W)
     if subject.has("lora_linear"):
-        x = weight(case, 5, 10)
+        x, alpha = weight(case, 5, 10), subject.fixed.alpha_of(7.0, r)
         adapted, plain = (
-            subject.call("lora_linear", x, base, A_, B_, alpha=7.0, r=3)
+            subject.call("lora_linear", x, base, A_, B_, alpha=alpha, r=r)
             for A_, B_ in ((A, B), (0 * A, 0 * B))
         )
         y = subject.answer(adapted, "y", (5, 6), case.dtype)
@@ -285,10 +290,12 @@ def _split(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Compar
 
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         for m, n, r, rslora in SPLIT_SHAPES:
+            if (r := subject.fixed.rank(r)) > min(m, n):
+                continue
             W = _weight_of_ranks(case, m, n, r)
             settings: dict[str, Any] = {"init_lora_weights": kind}
             more = {"use_rslora": True} if rslora else {}
-            alpha, at = 2.5 * r, _first(case)
+            alpha, at = subject.fixed.alpha_of(2.5 * r, r), _first(case)
             answer = None
             with optional(more):
                 answer = initialized(subject, W, r, alpha, at, case.dtype, **settings, **more)
@@ -338,7 +345,7 @@ def _olora(W: Array, A: Array, B: Array, s: Any, where: str, size: float) -> Ite
 def orthogonal(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Orthogonal initialization: B A = 0 though neither is 0, and W is unchanged."""
     for k, (m, n, r) in enumerate(((7, 11, 4), (10, 6, 2))):
-        W = weight(case, m, n)
+        W, r = weight(case, m, n), subject.fixed.rank(r)
         A, B, base = initialized(
             subject, W, r, 7.0, _first(case) + k, case.dtype, init_lora_weights="orthogonal"
         )

@@ -28,6 +28,7 @@ from minilora.verify.checks.session_inputs import (
 from minilora.verify.checks.session_run import (
     SessionRun,
     Step,
+    fitting,
     follow,
     gradient_name,
     opened,
@@ -242,7 +243,7 @@ def _script(
 ) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         session_run = SessionRun.of(subject, case, bias=case.number % 2 == 0, kind=kind)
-        yield from follow(session_run, steps)
+        yield from follow(session_run, fitting(steps, subject))
         if name.startswith("single-adapter") and session_run.session.has("weight"):
             session_run = SessionRun.of(subject, case, kind=kind)
             for i, step in enumerate(ONE_ADAPTER[:5]):
@@ -260,7 +261,7 @@ def weight(
     steps: list[Step] = [*START, ("scale", "one", 2.0)]
     if kind == "dora":
         steps.append(("activate", ["two"]))
-    for step in steps:
+    for step in fitting(steps, subject):
         if kind not in EXCLUSIVE or step != ("add", "two"):
             run.take(step)
     yield run.weight("activating")
@@ -282,7 +283,7 @@ def gradients(
     if kind not in EXCLUSIVE:
         steps += [("activate", ["two", "one"])]
     steps += [("disable",), ("activate", ["one"]), ("merge",), ("unmerge",), ("scale", "one", 2.0)]
-    for step in steps:
+    for step in fitting(steps, subject):
         words = step_words(step)
         done.append(words if run.take(step) else f"{words} refused")
         yield from run.gradients(" ".join(done))
@@ -374,6 +375,7 @@ def random_steps(
     """After each of twelve random steps the output is that of the expected state."""
     run, rng = SessionRun.of(subject, case, kind=kind), case.rng()
     opening: list[Step] = [("add", "one"), ("save", "one"), ("load", "two", "one")] if files else []
+    opening = [*fitting(opening, subject)]
     yield from follow(run, chain(opening, draw_steps(run, kind, rng, files)))
 
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import numpy as np
 
-from minilora.verify.core.inputs import LEADS, Layer, draw_layer, limits, long, sigmas, wanted
+from minilora.verify.core.inputs import (
+    LEADS,
+    Layer,
+    draw_layer,
+    in_exact_lane,
+    limits,
+    long,
+    sigmas,
+    wanted,
+)
 from minilora.verify.core.level import VECTOR_SHAPES, VECTOR_SIZES, Level
 from minilora.verify.core.shrinking import Difference, Differs, Smallest, search
 from minilora.verify.core.types import Case, Check, Comparison, counter
@@ -149,7 +159,7 @@ def gradcheck(subject: GuardedImplementation, case: Case) -> Iterable[Comparison
     y is affine in each of x, A and B, so that the central difference along an integer direction E
     is the derivative itself, without a rest: ⟨dy, y(A + E) - y(A - E)⟩ / 2 = ⟨dA, E⟩.
     """
-    even = Case(case.check, case.dtype, case.number * 2, case.seed)
+    even = in_exact_lane(case)
     layer, _ = draw_layer(even, bias=case.number % 2 > 0, dropout=case.number % 4 > 1)
     got, rng = vjp(subject, layer, case.dtype), case.rng()
     dy = long(layer.dy)
@@ -165,7 +175,7 @@ def gradcheck(subject: GuardedImplementation, case: Case) -> Iterable[Comparison
 
 def basis_change(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """A → R A, B → B R⁻¹ changes neither y nor dx; dA → R⁻ᵀ dA, dB → dB Rᵀ; by ==."""
-    even = Case(case.check, case.dtype, case.number * 2, case.seed)
+    even = in_exact_lane(case)
     layer, _ = draw_layer(even)
     R = np.eye(layer.r, dtype=layer.A.dtype)
     R[0, 1:] = 1
@@ -179,7 +189,7 @@ def basis_change(subject: GuardedImplementation, case: Case) -> Iterable[Compari
 
 def dropout_mean(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """The mean of y over all 2ⁿ dropout masks at p = ½ is y without dropout."""
-    even = Case(case.check, case.dtype, case.number * 2, case.seed)
+    even = in_exact_lane(case)
     layer, _ = draw_layer(even)
     narrow = {"x": layer.x.reshape(-1, layer.x.shape[-1])[:2, :4], "W": layer.W[:, :4]}
     layer = Layer(**vars(layer) | narrow | {"A": layer.A[:, :4]})
@@ -193,7 +203,7 @@ def dropout_mean(subject: GuardedImplementation, case: Case) -> Iterable[Compari
 
 def token_independence(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """A token's y and dx do not depend on other tokens: one by one against all at once; by ==."""
-    even = Case(case.check, case.dtype, case.number * 2 * len(LEADS), case.seed)  # x (tokens, n)
+    even = replace(case, number=case.number * 2 * len(LEADS))  # x (tokens, n)
     layer, _ = draw_layer(even)
     whole = vjp(subject, layer, case.dtype)
     parts = [

@@ -42,7 +42,7 @@ def draw(case: Case, kind: dict[str, bool]) -> tuple[Layer, bool]:
     are large, s B A keeps five or six binary digits: what is near to nothing is not nothing.
     """
     layer, exact = draw_layer(case, **kind)
-    if case.number % 10 == 7:
+    if case.number % 10 == 7 and case.fixed.alpha is None:
         layer = replace(layer, alpha=-layer.alpha)
     if case.number % 10 == 9:
         layer = _small(layer, case.dtype)

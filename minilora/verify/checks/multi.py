@@ -14,6 +14,7 @@ from minilora.verify.core.inputs import (
     draw_several,
     in_exact_lane,
     limits,
+    require_several,
     sigmas_by_row,
     wanted_by_row,
 )
@@ -75,6 +76,7 @@ def row_order(subject: GuardedImplementation, case: Case) -> Iterable[Comparison
 def adapter_order(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Reordering the adapters, and the index with them, changes nothing; compared by ==."""
     several, _ = draw_several(in_exact_lane(case))
+    require_several(several)
     count = len(several.adapters)
     places = np.roll(np.arange(count), 1)  # the adapter i stands at place places[i] now
     adapters = [several.adapters[int(np.flatnonzero(places == i)[0])] for i in range(count)]
@@ -90,6 +92,7 @@ def adapter_order(subject: GuardedImplementation, case: Case) -> Iterable[Compar
 def unused_adapter(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """An adapter that no row uses changes nothing; compared by ==."""
     several, _ = draw_several(in_exact_lane(case))
+    require_several(several)
     index = np.where(several.index == 1, 0, several.index)
     y = rows(subject, several, case.dtype, index=index)
     other = Layer(**vars(several.adapters[1]) | {"B": several.adapters[1].B[::-1]})

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from minilora.verify.checks.session_inputs import EXCLUSIVE, NAMES, draw_inputs, wide
 from minilora.verify.checks.session_run import SessionRun, Step, next_state, step_words
 from minilora.verify.core.errors import Fault, Skip, tidy
+from minilora.verify.core.fixed import FREE, Fixed
 from minilora.verify.core.shrinking import Budget, Smallest, shrunk
 from minilora.verify.core.types import Case
 from minilora.verify.implementation.guard import GuardedImplementation
@@ -32,8 +33,8 @@ def draw_steps(
 ) -> Iterator[Step]:
     """Random steps; half of them use what is there. ``files``: with saving and loading."""
     for _ in range(STEPS):
-        known = list(run.state.adapters)
-        new = [name for name in NAMES if name not in known]
+        known, names = list(run.state.adapters), NAMES[: run.subject.fixed.adapters]
+        new = [name for name in names if name not in known]
         if not known or (new and rng.random() < 0.2):
             yield _new_adapter(run, new, rng)
         else:
@@ -63,11 +64,11 @@ def _step_with(known: list[str], kind: str, rng: np.random.Generator, files: boo
     return steps[rng.integers(len(steps))]
 
 
-def possible_steps(state: LayerState, kind: str) -> list[Step]:
+def possible_steps(state: LayerState, kind: str, fixed: Fixed = FREE) -> list[Step]:
     """Every step that is valid in a state, the simplest first."""
     known = list(state.adapters)
     groups = [list(some) for n in range(len(known) + 1) for some in combinations(known, n)]
-    steps: list[Step] = [("add", name) for name in NAMES if name not in known]
+    steps: list[Step] = [("add", name) for name in NAMES[: fixed.adapters] if name not in known]
     steps += [("activate", some) for some in groups if not _is_excluded(some, kind)]
     steps += [("merge",), ("unmerge",), ("disable",), ("train",), ("eval",)]
     steps += [("delete", name) for name in known]
@@ -82,12 +83,12 @@ def _is_excluded(names: Sequence[str], kind: str) -> bool:
 
 
 @st.composite
-def walks(draw: st.DrawFn, kind: str) -> list[Step]:
+def walks(draw: st.DrawFn, kind: str, fixed: Fixed) -> list[Step]:
     """Up to `STEPS` steps, each possible where it is taken."""
-    inputs = draw_inputs(kind, Case(CHECK, "float64", 1, 0), bias=True)
+    inputs = draw_inputs(kind, Case(CHECK, "float64", 1, 0, fixed), bias=True)
     state, steps = LayerState.of(wide(inputs.layer)), list[Step]()
     for _ in range(draw(st.integers(1, STEPS))):
-        steps.append(draw(st.sampled_from(possible_steps(state, kind))))
+        steps.append(draw(st.sampled_from(possible_steps(state, kind, fixed))))
         state = next_state(state, inputs, {}, steps[-1]) or state
     return steps
 
@@ -96,7 +97,8 @@ def fewest_steps(kind: str) -> Smallest:
     """Finds the fewest steps to a wrong output, or to an error."""
 
     def smallest(subject: GuardedImplementation, dtype: str) -> dict[str, Any] | None:
-        budget, case = Budget(MAX_WALKS), Case(CHECK, dtype, 1, 0)
+        fixed = subject.fixed
+        budget, case = Budget(MAX_WALKS), Case(CHECK, dtype, 1, 0, fixed)
         failing: list[tuple[list[Step], dict[str, Any]]] = []
 
         def fails(steps: list[Step]) -> bool:
@@ -111,11 +113,11 @@ def fewest_steps(kind: str) -> Smallest:
             return min(failing, key=lambda pair: len(pair[0]))
 
         with contextlib.suppress(Skip):
-            shrunk(walks(kind), fails)
+            shrunk(walks(kind, fixed), fails)
         if not failing:
             return None
         # A step may have been drawn only for what it makes possible afterwards.
-        while any(fails(steps) for steps in _without_one(kind, shortest()[0])):
+        while any(fails(steps) for steps in _without_one(kind, shortest()[0], fixed)):
             pass
         return shortest()[1]
 
@@ -140,13 +142,13 @@ def _deviation(run: SessionRun, steps: Sequence[Step]) -> dict[str, Any]:
     return {}
 
 
-def _without_one(kind: str, steps: list[Step]) -> Iterator[list[Step]]:
+def _without_one(kind: str, steps: list[Step], fixed: Fixed) -> Iterator[list[Step]]:
     """The steps without one of them, the last first, where the others are possible still."""
-    inputs = draw_inputs(kind, Case(CHECK, "float64", 1, 0), bias=True)
+    inputs = draw_inputs(kind, Case(CHECK, "float64", 1, 0, fixed), bias=True)
     for i in reversed(range(len(steps))):
         fewer, state = steps[:i] + steps[i + 1 :], LayerState.of(wide(inputs.layer))
         for step in fewer:
-            if step not in possible_steps(state, kind):
+            if step not in possible_steps(state, kind, fixed):
                 break
             state = next_state(state, inputs, {}, step) or state
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,9 @@ class SessionInputs:
 def draw_inputs(kind: str, case: Case, bias: bool) -> SessionInputs:
     """The inputs of a case; ``bias`` is that of a basic kind."""
     if kind in SPECIAL_KINDS:
-        return SPECIAL[kind](Draw(case, kind))
+        inputs = SPECIAL[kind](Draw(case, kind))
+        there = dict(list(inputs.adapters.items())[: case.fixed.adapters])
+        return replace(inputs, adapters=there)
     several, _ = draw_several(in_exact_lane(case), SIZES[:5], RANKS[:1], ROWS[:1])
     first = several.adapters[0]
     b = case.rng().integers(-2, 3, len(first.W)) if bias and kind != "embedding" else None
@@ -75,7 +77,7 @@ def draw_inputs(kind: str, case: Case, bias: bool) -> SessionInputs:
     x = np.arange(7) * 5 % len(W) if kind == "embedding" else first.x  # some rows twice
     adapters = {
         name: {"A": adapter.A, "B": adapter.B, **adapter.merge_options()}
-        for name, adapter in zip(NAMES, several.adapters, strict=True)
+        for name, adapter in zip(NAMES, several.adapters, strict=False)
     }
     return SessionInputs(layer, adapters, x, first.dy)
 
@@ -85,7 +87,7 @@ class Draw:
 
     def __init__(self, case: Case, kind: str) -> None:
         self.kind, self.number = kind, case.number
-        self.rng, self.dtype = case.rng(), DTYPES[case.dtype]
+        self.rng, self.dtype, self.fixed = case.rng(), DTYPES[case.dtype], case.fixed
 
     def integers(self, *shape: int) -> Array:
         """±1, and ±2 where the table is not tied."""
@@ -96,9 +98,13 @@ class Draw:
     def adapter(self, n: int, m: int, r: int, blocks: int = 1) -> Entries:
         """A, B and a scale that is a power of two, by rsLoRA where r is 4."""
         s = float(self.rng.choice([0.5, 1.0] if self.kind == "tied" else [0.5, 2.0, 4.0]))
+        if self.fixed.alpha is not None or self.fixed.ranks:
+            r, only = self.fixed.exact(r)
+            s = s if only is None else only
         factors = {"A": self.integers(blocks * r, n), "B": self.integers(m, r), "r": r}
-        rslora: Entries = {"use_rslora": True, "alpha": 2 * s} if r == 4 else {"alpha": s * r}
-        return factors | rslora
+        if r == 4 and "use_rslora" not in self.fixed.lacking and self.fixed.alpha is None:
+            return factors | {"use_rslora": True, "alpha": 2 * s}
+        return factors | {"alpha": s * r}
 
 
 def _fused(draw: Draw) -> SessionInputs:
@@ -158,6 +164,7 @@ def _dora(draw: Draw) -> SessionInputs:
     adapters = {"one": draw.adapter(n, m, 2)}
     for name, r in (("two", 1), ("onetwo", 2)):
         s = float(draw.rng.choice([0.5, 2.0]))
+        s = draw.fixed.alpha_of(s * r, r) / r
         columns = draw.rng.permutation(n)[:r]
         mixed = np.eye(r, dtype=W.dtype) + np.triu(np.ones((r, r), W.dtype), 1)
         A = mixed @ np.eye(n, dtype=W.dtype)[columns]

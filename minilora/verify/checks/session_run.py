@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from minilora.spec.variants import DORA, DORA_FULL
-from minilora.verify.checks.session_inputs import SessionInputs, draw_inputs, wide
+from minilora.verify.checks.session_inputs import NAMES, SessionInputs, draw_inputs, wide
 from minilora.verify.core.errors import Fault, Skip
 from minilora.verify.core.types import Case, Comparison
 from minilora.verify.implementation.guard import GuardedImplementation
@@ -70,6 +70,8 @@ class SessionRun:
             return True
         if method == "load" and arguments[1] not in self.saved:
             return False  # saving it was refused
+        if method in ("add", "load") and self._is_too_many(arguments[0]):
+            raise Skip("it has one adapter at a time")
         if not self.session.has(method):
             raise Skip(f"no {method}")
         passed = self._passed(method, arguments)
@@ -88,6 +90,11 @@ class SessionRun:
             self.saved[arguments[0]] = passed[1], self.state.adapters[arguments[0]]
         self.state = expected or self.state
         return True
+
+    def _is_too_many(self, name: str) -> bool:
+        """Whether the implementation has declared that it has no place for one more adapter."""
+        others = self.state.adapters.keys() - {name}
+        return self.subject.fixed.adapters is not None and bool(others)
 
     def _passed(self, method: str, arguments: list[Any]) -> list[Any]:
         """The arguments of the method, with the adapter or the folder that a step leaves out."""
@@ -192,6 +199,16 @@ def step_words(step: Step) -> str:
     """The step in words: merge(), activate(['one'])."""
     method, *arguments = step
     return f"{method}({', '.join(map(repr, arguments))})"
+
+
+def fitting(steps: Iterable[Step], subject: GuardedImplementation) -> Iterator[Step]:
+    """The steps; of a layer that has one adapter at a time, those with "one" alone."""
+    for method, *arguments in steps:
+        named = [n for a in arguments for n in (a if isinstance(a, list) else [a])]
+        if subject.fixed.adapters is None or not {*named} & {*NAMES[1:]}:
+            yield method, *arguments
+        elif method == "activate" and "one" in named:
+            yield method, ["one"]
 
 
 def follow(run: SessionRun, steps: Iterable[Step]) -> Iterator[Comparison]:

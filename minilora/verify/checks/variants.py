@@ -1,28 +1,39 @@
 """Level ``variants``: a layer of DoRA, and one whose B has a bias: forward, transpose and merge.
 
 Settings: ``use_dora=True`` with ``magnitude`` (m,), and ``lora_bias`` (m,). The answers of
-``lora_linear_vjp`` have ``dmagnitude`` or ``dlora_bias`` besides. Whether DoRA's norm is held
-constant in the gradients is declared: ``conventions = {"dora_norm": "detached"}``, which is taken
-where nothing is declared, or ``"differentiated"``.
+``lora_linear_vjp`` have ``dmagnitude`` or ``dlora_bias`` besides. Two conventions of DoRA are
+declared, the first of each is taken where nothing is: ``dora_norm``, whether the norm is
+``"detached"`` in the gradients or ``"differentiated"``; and ``dora_dropout``, whether dropout acts
+on all that DoRA adds to W x, the ``"difference"``, or on the input of B A, the ``"branch"``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from math import sqrt
 from typing import Any
 
 import numpy as np
 
 from minilora.spec.lora import Variant
-from minilora.spec.variants import DORA, DORA_FULL, LORA_BIAS, row_norm
+from minilora.spec.variants import (
+    DORA,
+    DORA_FULL,
+    LORA_BIAS,
+    rescaled_linear,
+    rescaled_lora_linear,
+    row_norm,
+)
 from minilora.verify.checks.linear import dbias
 from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.inputs import Layer, columns, draw_layer, long
 from minilora.verify.core.level import Level
 from minilora.verify.core.tolerance import Draws, Rounding, noisy, spread, unit_roundoff
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison, counter
+from minilora.verify.implementation.contract import CONVENTIONS
 from minilora.verify.implementation.guard import GuardedImplementation
 
 Array = np.ndarray
@@ -122,12 +133,24 @@ def _settings(name: str, part: Array) -> dict[str, Any]:
     return {PART[name]: part} | ({"use_dora": True} if name == "dora" else {})
 
 
+def _dora(norm: str, dropout: str) -> Variant:
+    """DoRA under two conventions."""
+    of = {"detached": DORA, "differentiated": DORA_FULL}[norm]
+    rescaled = {"difference": rescaled_linear, "branch": rescaled_lora_linear}[dropout]
+    return replace(of, linear=partial(of.linear, rescaled=rescaled))
+
+
+DORAS: dict[tuple[str, ...], Variant] = {
+    choice: _dora(*choice) for choice in product(*CONVENTIONS.values())
+}
+"""DoRA by the values of `CONVENTIONS`."""
+
+
 def variant(name: str, subject: GuardedImplementation) -> Variant:
-    """The variant's equation under the convention that the implementation declares."""
+    """The variant's equation under the conventions that the implementation declares."""
     if name == "lora-bias":
         return LORA_BIAS
-    declared = subject.conventions.get("dora_norm", "detached")
-    return DORA_FULL if declared == "differentiated" else DORA
+    return DORAS[tuple(subject.conventions.get(k, v[0]) for k, v in CONVENTIONS.items())]
 
 
 def specified(
@@ -158,24 +181,30 @@ def by_weight_product(
     """The same answers by way of the weight V' = m ∘ V / ‖V‖ and of G = dy hᵀ, as autograd has it.
 
     y = V' h + W (x - h) + b,   dm = ⟨G_i, V_i⟩ / ‖V_i‖,   dA = s Bᵀ dV,   dB = s dV Aᵀ with
-    dV = m / ‖V‖ ∘ G, less its part along each row of V where the norm is differentiated.
+    dV = m / ‖V‖ ∘ G, less its part along each row of V where the norm is differentiated. Where
+    dropout acts on the branch alone, W (x - h) is rescaled too, and so counts in dm and the norm.
     """
+    norm, dropout = next(choice for choice, each in DORAS.items() if each is of)
     x, W, A, m = (number(v) for v in (columns(layer.x), layer.W, layer.A, part[:, None]))
     B, dy = (number(v) * 1.0 for v in (layer.B, columns(layer.dy)))
     K = 1.0 if layer.keep is None else columns(layer.keep) / (1 - layer.p)
     V = W + (B @ A) * layer.s
     length = row_norm(V)[0]
-    turned, h = V * (m / length), x * K
+    g = m / length
+    turned, h = V * g, x * K
     y, dx = turned @ h, (turned.T @ dy) * K
-    if layer.keep is not None:
-        y, dx = y + W @ (x - h), dx + (W.T @ dy) * (1 - K)
-    if layer.bias is not None:
-        y = y + number(layer.bias[:, None])
     G = dy @ h.T
     along = (G * V).sum(1, keepdims=True)
-    dV = G * (m / length)
-    if of is DORA_FULL:
-        dV = dV - V * (along * (m / length) / (length * length))
+    if layer.keep is not None:
+        whole = W * g if dropout == "branch" else W
+        y, dx = y + whole @ (x - h), dx + (whole.T @ dy) * (1 - K)
+        if dropout == "branch":
+            along = along + ((dy @ (x - h).T) * W).sum(1, keepdims=True)
+    if layer.bias is not None:
+        y = y + number(layer.bias[:, None])
+    dV = G * g
+    if norm == "differentiated":
+        dV = dV - V * (along * g / (length * length))
     dm = along / length
     answers = {"y": y.T, "dx": dx.T, "dA": (B.T @ dV) * layer.s, "dB": (dV @ A.T) * layer.s}
     answers |= {"dpart": dm[:, 0], "merged": turned}

@@ -18,6 +18,8 @@ import numpy as np
 from minilora.spec.lora import lora_linear, merge_weight, scale
 from minilora.spec.multi_adapter import combine
 from minilora.verify.core.dtypes import DTYPES, Precision
+from minilora.verify.core.errors import Skip
+from minilora.verify.core.fixed import Fixed
 from minilora.verify.core.tolerance import Rounding, Uncertain, digits
 from minilora.verify.core.types import CLOSED_FORM, Case, Limits
 
@@ -243,12 +245,15 @@ def draw_layer(
     rng = case.rng()
     size = LARGE if group % RARELY == RARELY - 1 else SIZES[group % len(SIZES)]
     tokens, n, m, r, power = size
+    settings = case.fixed.fitting(case.check, settings | {"bias": bias, "dropout": dropout})
+    bias, dropout = (bool(settings.pop(name, False)) for name in ("bias", "dropout"))
     if exact:
         # With rsLoRA, √r is a power of two as well.
         r = (16 if power > 4 else 4) if settings.get("use_rslora") else power
     sizes = (LEADS[group % len(LEADS)](tokens), n, m, r)
     draw = _draw_exact if exact else _draw_general
-    layer = draw(rng, case.dtype, sizes, bias=bias, dropout=dropout, settings=settings)
+    drawn: dict[str, Any] = {"bias": bias, "dropout": dropout, "settings": settings}
+    layer = draw(rng, case.dtype, sizes, case.fixed, **drawn)
     none = np.zeros_like(layer.W)
     if exact and case.dtype != "float16" and size == SIZES[3] and group >= len(SIZES):
         b = None if layer.bias is None else np.zeros_like(layer.bias)
@@ -263,12 +268,14 @@ def _draw_general(
     rng: np.random.Generator,
     dtype: str,
     sizes: tuple[tuple[int, ...], int, int, int],
+    fixed: Fixed,
     *,
     bias: bool,
     dropout: bool,
     settings: dict[str, Any],
 ) -> Layer:
     lead, n, m, r = sizes
+    r = fixed.rank(r)
     shapes = {"x": (*lead, n), "W": (m, n), "A": (r, n), "B": (m, r), "dy": (*lead, m)}
     arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
     arrays["W"] *= 1 / sqrt(n)  # ÷ and √ give the same bits everywhere; a power may not
@@ -276,7 +283,7 @@ def _draw_general(
     p = float(rng.choice([0.1, 0.25, 0.3])) if dropout else 0.0
     return Layer(
         **arrays,
-        alpha=float(rng.choice(ALPHAS)),
+        alpha=fixed.alpha_of(float(rng.choice(ALPHAS)), r),
         r=r,
         bias=rng.standard_normal(m).astype(DTYPES[dtype]) if bias else None,
         keep=rng.random((*lead, n)) >= p if dropout else None,
@@ -289,6 +296,7 @@ def _draw_exact(
     rng: np.random.Generator,
     dtype: str,
     sizes: tuple[tuple[int, ...], int, int, int],
+    fixed: Fixed,
     *,
     bias: bool,
     dropout: bool,
@@ -303,8 +311,9 @@ def _draw_exact(
     number of the dtype. Sparser integers are drawn until so.
     """
     lead, n, m, r = sizes
+    r, only = fixed.exact(r, settings.get("use_rslora", False))
     p = 0.75 if dropout else 0.0
-    s = float(rng.choice(SCALES))
+    s = float(rng.choice(SCALES)) if only is None else only
     alpha = s * (r**0.5 if settings.get("use_rslora") else r)
     shapes = {"x": (*lead, n), "W": (m, n), "A": (r, n), "B": (m, r), "dy": (*lead, m)}
     limit = whole_numbers(dtype) * min(s, 1.0)
@@ -434,14 +443,16 @@ def draw_several(
     rng = case.rng()
     _, n, m, *_ = sizes[group % len(sizes)]
     draw = _draw_exact if exact else _draw_general
-    ranks = np.roll(kinds[group % len(kinds)], group // len(kinds))
+    ranks = np.roll(kinds[group % len(kinds)], group // len(kinds))[: case.fixed.adapters]
     rows = counts[group % len(counts)]
 
     def adapter(r: int) -> Layer:
         rank = r if exact or r != 4 else int(rng.choice(ROOTS))
-        settings = {"use_rslora": True} if r == 4 or (exact and r == 16) else {}
+        scaled = case.fixed.alpha is None and (r == 4 or (exact and r == 16))
+        settings = case.fixed.fitting(case.check, {"use_rslora": True}) if scaled else {}
         sizes = ((min(rows, FEW),), n, m, rank)
-        return draw(rng, case.dtype, sizes, bias=False, dropout=False, settings=settings)
+        drawn: dict[str, Any] = {"bias": False, "dropout": False, "settings": settings}
+        return draw(rng, case.dtype, sizes, case.fixed, **drawn)
 
     while True:
         layers = [adapter(int(r)) for r in ranks]
@@ -455,13 +466,20 @@ def draw_several(
             several = several.sparser(rng)
         if rows > FEW:
             several = several.longer(rng, index)
-        if _is_telling(several.adapters, {a.s for a in layers}):
+        if _is_telling(several.adapters, case.fixed):
             return several, exact
 
 
-def _is_telling(adapters: Sequence[Layer], scales: set[float]) -> bool:
-    """Whether the scales are not all the same, and no adapter is 0."""
-    return len(scales) > 1 and all(a.A.any() and a.B.any() for a in adapters)
+def _is_telling(adapters: Sequence[Layer], fixed: Fixed) -> bool:
+    """Whether the scales are not all the same, unless they are fixed, and no adapter is 0."""
+    differ = len({a.s for a in adapters}) > 1 or len(adapters) == 1 or fixed.alpha is not None
+    return differ and all(a.A.any() and a.B.any() for a in adapters)
+
+
+def require_several(several: Several) -> None:
+    """Raises Skip where there is one adapter alone."""
+    if len(several.adapters) < 2:
+        raise Skip("it has one adapter at a time")
 
 
 def in_exact_lane(case: Case) -> Case:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minilora.verify.core.fixed import FREE, Fixed
 from minilora.verify.core.seeds import seed_text
 
 if TYPE_CHECKING:
@@ -24,12 +25,16 @@ LOOSE = 2.0
 
 @dataclass(frozen=True)
 class Case:
-    """One case of a check; its inputs are a pure function of these four values."""
+    """One case of a check; its inputs are a pure function of these values.
+
+    ``fixed`` is what the implementation has fixed: the inputs are drawn to fit.
+    """
 
     check: str
     dtype: str
     number: int
     seed: int
+    fixed: Fixed = FREE
 
     @property
     def id(self) -> str:

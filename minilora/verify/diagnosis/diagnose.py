@@ -72,7 +72,7 @@ class Diagnoser:
 
     def ask(self, check: Check, number: int) -> tuple[Case, Answers]:
         """A case of a check, and the implementation's answers."""
-        case = Case(check.id, self.dtype, number, self.seed)
+        case = Case(check.id, self.dtype, number, self.seed, self.subject.fixed)
         return case, answers(check, self.subject, case)
 
     def telling_cases(self) -> tuple[tuple[Case, ...], list[Answers]]:
@@ -100,7 +100,7 @@ class Diagnoser:
         others = [c for c in self.level.checks if c.id in ids and {*c.needs} <= {*self.check.needs}]
         for check in {self.check.id: self.check, **{c.id: c for c in others}}.values():
             for number in BOTH_LANES[: check.cases("ci", self.dtype)]:
-                case = Case(check.id, self.dtype, number, self.seed)
+                case = Case(check.id, self.dtype, number, self.seed, self.subject.fixed)
                 (ours,) = mutant_answers(m, check, (case,))
                 if "fail" in verdicts(ours) and self._passes(check, number):
                     return True
@@ -119,7 +119,7 @@ class Diagnoser:
         for check, number in self._separating_cases():
             if len(remaining) == 1:
                 return remaining, separated
-            case = Case(check.id, self.dtype, number, self.seed)
+            case = Case(check.id, self.dtype, number, self.seed, self.subject.fixed)
             ours = [answers(check, Direct(c.mutant.make()), case) for c in remaining]
             if not all(ours) or all(explains([a], [ours[0]]) is not None for a in ours[1:]):
                 continue

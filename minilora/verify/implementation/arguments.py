@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -13,6 +14,17 @@ from minilora.verify.core.errors import Fault, type_words
 
 MAX_ENTRIES = 10_000
 """So many entries has no list that is asked for: what goes on so long has no end."""
+
+
+def arguments_of(implementation: object, method: str) -> frozenset[str] | None:
+    """The names of the arguments that a method takes; None where it takes any, or does not say."""
+    try:
+        parameters = inspect.signature(getattr(implementation, method)).parameters.values()
+    except (TypeError, ValueError, AttributeError):
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return frozenset(p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY)
 
 
 def settings_of(implementation: object) -> dict[str, Any]:

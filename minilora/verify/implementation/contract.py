@@ -24,6 +24,10 @@ METHODS: dict[str, str] = {
 """The methods that an implementation may have, with the arguments that they are called with."""
 
 
+LAYER_METHODS = ("lora_linear", "lora_linear_vjp", "merge", "unmerge")
+"""Those of one layer with one adapter, whose r is that of A."""
+
+
 SESSION: dict[str, str] = {
     "add": "name, adapter",
     "activate": "names",
@@ -62,8 +66,11 @@ TIME_LIMIT = 30.0
 """Seconds that one call may take; generous, because a first call may compile or import."""
 
 
-CONVENTIONS = {"dora_norm": ("detached", "differentiated")}
-"""What an implementation may choose, and declares."""
+CONVENTIONS = {
+    "dora_norm": ("detached", "differentiated"),
+    "dora_dropout": ("difference", "branch"),
+}
+"""What an implementation may choose, and declares; the first is taken where nothing is declared."""
 
 
 class Remote:

@@ -13,7 +13,8 @@ import sys
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from time import perf_counter
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,9 @@ import numpy as np
 
 from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.errors import Fault, LoadError, Skip, describe, tidy, type_words
+from minilora.verify.core.fixed import OPTIONAL, Fixed
 from minilora.verify.implementation.arguments import (
+    arguments_of,
     copied,
     require_unchanged,
     settings_of,
@@ -35,6 +38,7 @@ from minilora.verify.implementation.contract import (
     CONVENTIONS,
     DEFAULT_DTYPES,
     KEEPS,
+    LAYER_METHODS,
     METHODS,
     SESSION,
     SESSION_NEEDS,
@@ -81,6 +85,8 @@ class GuardedImplementation:
         """The largest sizes in a case's calls, by name; emptied before each case."""
         self._lent: list[tuple[str, Any, Any]] = []
         """Arguments that a session may keep: the name, the argument as passed, and the original."""
+        self._taken: dict[str, frozenset[str] | None] = {}
+        """The names of the arguments of each method that was called."""
         self._worker: Worker | None = None
         self._hangs: Counter[str] = Counter()
         self._home = _home(implementation)
@@ -96,6 +102,9 @@ class GuardedImplementation:
                 expected = f"expected one of {', '.join(known)}"
                 raise LoadError(f"{self.name}: conventions[{name!r}] is {value!r}, {expected}")
         self.known = self._read_mapping("known")
+        self.declared_fixed = self._read_mapping("fixed")
+        self.fixed = Fixed.of(self.declared_fixed, self.name)
+        self.fixed = replace(self.fixed, lacking=self.fixed.lacking | self._lacking())
 
     def _declared(self, attribute: str, default: Any) -> Any:
         try:
@@ -149,6 +158,20 @@ class GuardedImplementation:
             )
         return Precision(*names)
 
+    def _lacking(self) -> set[str]:
+        """The settings that none of the methods of a layer has an argument for."""
+
+        def absent(argument: str, methods: Sequence[str]) -> bool:
+            found = [arguments_of(self.implementation, m) for m in methods if self.has(m)]
+            return bool(found) and all(f is not None and argument not in f for f in found)
+
+        forward = {"bias": 2, "dropout": 2}  # merging has neither
+        return {
+            name
+            for name in OPTIONAL
+            if absent({"dropout": "keep"}.get(name, name), LAYER_METHODS[: forward.get(name)])
+        }
+
     def remark(self, text: str) -> None:
         """Adds a note to the report: no deviation, but worth knowing."""
         self.remarks[text] = None
@@ -200,6 +223,7 @@ class GuardedImplementation:
         self.traits |= {*traits_of(named)}
         for name, size in sizes_of(named):
             self.sizes[name] = max(size, self.sizes.get(name, 0))
+        kwargs = self._accepted(method, named, kwargs)
         passed_args, passed_kwargs = copied((args, kwargs))
         started = perf_counter()
         try:
@@ -226,6 +250,29 @@ class GuardedImplementation:
         if method in KEEPS:
             self._lent.append((names[-1], passed_args[-1], args[-1]))
         return answer
+
+    def _accepted(
+        self, method: str, named: Mapping[str, Any], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The keyword arguments of a call without an alpha and r that tell nothing.
+
+        Raises Skip where the method has no argument for another, or where what is fixed is not so.
+        """
+        if reason := self.fixed.refusal(named):
+            raise Skip(f"not supported: {reason}")
+        if method not in self._taken:
+            self._taken[method] = arguments_of(self.implementation, method)
+        taken = self._taken[method]
+        absent = [] if taken is None else [name for name in kwargs if name not in taken]
+        if "alpha" in absent and self.fixed.alpha is None:
+            raise Skip(
+                f'not supported: {method} takes no alpha; declare fixed = {{"alpha": "r"}} if it '
+                "has no scale, or what alpha is"
+            )
+        known = {"alpha"} | ({"r"} if method in LAYER_METHODS else set())
+        if strange := [name for name in absent if name not in known]:
+            raise Skip(f"not supported: {method} takes no {', '.join(strange)}")
+        return {name: value for name, value in kwargs.items() if name not in absent}
 
     def _verdict_on(self, method: str, error: BaseException) -> Skip | Fault:
         if isinstance(error, Skip | Fault) and isinstance(self.implementation, Remote):

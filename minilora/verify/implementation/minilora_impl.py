@@ -45,7 +45,7 @@ class Minilora:
     and rounded once at the end.
     """
 
-    conventions: ClassVar = {"dora_norm": "detached"}
+    conventions: ClassVar = {"dora_norm": "detached", "dora_dropout": "difference"}
     name = "minilora"
     version = minilora.__version__
     dtypes: ClassVar = ("float64", "float32", "bfloat16", "float16")

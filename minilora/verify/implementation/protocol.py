@@ -83,7 +83,7 @@ class Driver(Remote):
             self.name = declared.get("name") or os.path.basename(self.command[0])
             language = f" ({declared['language']})" if declared.get("language") else ""
             self.version = f"{declared.get('version') or ''}{language}".strip()
-            for attribute in ("dtypes", "precision", "conventions", "known"):
+            for attribute in ("dtypes", "precision", "conventions", "fixed", "known"):
                 if declared.get(attribute) is not None:
                     setattr(self, attribute, declared[attribute])
             self._patterns = names_in(declared, "checks")

@@ -23,6 +23,15 @@ def through_norm(dy: Array, turned: Array, norm: Array, V: Array) -> Array:
 
 VARIANTS = Reference((Linear,), globals())
 
+BRANCH = {'name = "reference"': 'name, conventions = "reference", {"dora_dropout": "branch"}'}
+"""Declares the other convention of dropout."""
+
+WHOLE_BASE = {
+    "turned = (h @ W.T + branch) * g": "turned = (x @ W.T + branch) * g",
+    "branch = turned - h @ W.T": "branch = turned - x @ W.T",
+}
+"""The forward and dm under it."""
+
 # fmt: off
 DORA: Table = {
     "variants.dora.forward": [
@@ -54,7 +63,9 @@ DORA: Table = {
     "variants.dora.forward.dropout": [
         ("dropout-on-base", "m ∘ V h / ‖V‖ + b: the base's input is dropped too",
          {"base + branch": "turned + b if dora else base + branch"}),
-        ("dropout-on-B-A", "g (W x + s B A h): the rescaled base is not dropped",
+        ("dropout-on-B-A",
+         "g (W x + s B A h): the rescaled base is not dropped: a convention, to be declared as "
+         "{'dora_dropout': 'branch'}",
          {"base + branch": "(x @ W.T + s * (H @ B.T)) * g + b if dora else base + branch"}),
     ],
     "variants.dora.forward.rslora": [
@@ -126,6 +137,8 @@ DORA: Table = {
         ("dx-unmasked", "the rescaled base's dx without K",
          {"dx_branch = dx_branch + (dz - dy) @ W": "pass",
           "K * dx_branch": "K * dx_branch + ((dz - dy) @ W if dora else 0)"}),
+        ("branch-dx-dropped", "dx of g W x with K, where dropout on the branch was declared",
+         BRANCH | WHOLE_BASE),
     ],
     "variants.dora.vjp.rslora": [
         ("ds-without-rslora", "α/r in the gradients where rsLoRA was asked",
@@ -226,6 +239,8 @@ SAME: Same = [
      {"base + branch": "base + (h @ (V * g[:, None] - W).T if dora else branch)"}),
     ("as-peft", "W x + (g - 1) W h + g s B A h",
      {"turned - h @ W.T": "(g - 1) * (h @ W.T) + g * (H @ B.T) * s"}),
+    ("dropout-on-branch", "g (W x + s B A h) + b, as declared",
+     BRANCH | WHOLE_BASE | {"dx_branch = dx_branch + (dz - dy) @ W": "dx_base = dz @ W"}),
     ("wide", "in float64, rounded at the end",
      {"# inputs": "x, dy = doubled(x, dy)",
       "# arrays": "W, A, B, b, m, c = doubled(W, A, B, b, m, c)"}),

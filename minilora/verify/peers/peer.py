@@ -40,6 +40,7 @@ class Peer:
     levels: tuple[str, ...]
     dtypes: tuple[str, ...] = tuple(DTYPES)
     conventions: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     known: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -56,7 +57,7 @@ class Peer:
 
     def describes(self, implementation: _Class) -> _Class:
         """A class decorator: gives the class the contract's attributes."""
-        for name in ("name", "version", "dtypes", "precision", "conventions", "known"):
+        for name in ("name", "version", "dtypes", "precision", "conventions", "fixed", "known"):
             setattr(implementation, name, getattr(self, name))
         return implementation
 

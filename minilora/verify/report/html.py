@@ -132,6 +132,9 @@ def _runs(runs: Runs) -> Iterator[str]:
         if report.conventions:
             choices = ", ".join(f"{key} = {value}" for key, value in report.conventions.items())
             yield f"<p>{prefix}conventions: {escape(choices)}</p>"
+        if report.fixed:
+            values = ", ".join(f"{key} = {value}" for key, value in report.fixed.items())
+            yield f"<p>{prefix}fixed: {escape(values)}</p>"
         yield from (f"<p>{prefix}{escape(note)}</p>" for note in report.notes)
 
 

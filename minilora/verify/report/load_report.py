@@ -67,6 +67,7 @@ def _report(document: Mapping[str, Any]) -> Report:
         version=tidy(target["version"]),
         dtypes=tuple(map(tidy, target.get("dtypes", ()))),
         conventions=dict(target.get("conventions", {})),
+        fixed=dict(target.get("fixed", {})),
         profile=tidy(document["profile"]),
         seed=int(document["seed"]),
         results=results,

@@ -22,6 +22,7 @@ class Report:
     version: str
     dtypes: tuple[str, ...]
     conventions: Mapping[str, Any]
+    fixed: Mapping[str, Any]
     profile: str
     seed: int
     results: tuple[Result, ...]
@@ -82,6 +83,7 @@ class Report:
                     "version": self.version,
                     "dtypes": self.dtypes,
                     "conventions": self.conventions,
+                    "fixed": self.fixed,
                 },
                 "profile": self.profile,
                 "seed": self.seed,

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from minilora.spec.optim import run as optimize
-from minilora.spec.variants import DORA, DORA_FULL, LORA_BIAS
-from minilora.verify.checks.variants import PART, SAMPLES, specified
+from minilora.spec.variants import LORA_BIAS
+from minilora.verify.checks.variants import DORAS, PART, SAMPLES, specified
 from minilora.verify.core.bigfloat import Shake, exact, rounded
 from minilora.verify.core.dtypes import Precision
 from minilora.verify.core.inputs import (
@@ -34,8 +34,9 @@ from minilora.verify.core.inputs import (
 )
 from minilora.verify.core.tolerance import Draws, Rounding, noisy, rms, unit_roundoff
 from minilora.verify.core.types import CLOSED_FORM, MONTE_CARLO, Limits
+from minilora.verify.implementation.contract import CONVENTIONS
 from minilora.verify.implementation.messages import RESULTS
-from minilora.verify.vectors.vector import Output, each_array
+from minilora.verify.vectors.vector import Output, alternative, each_array
 
 Array = np.ndarray
 
@@ -219,7 +220,7 @@ def _names_of_variant(method: str, part: str, layer: Layer) -> dict[str, str]:
 
 
 def _of_variant(call: Call) -> Answers:
-    """The answers of DoRA, or of a layer with lora_bias; DoRA's gradients by both conventions."""
+    """The answers of DoRA, or of a layer with lora_bias; DoRA's by each choice of conventions."""
     kind, part_name = next((k, part) for k, part in PART.items() if part in call.arguments)
     arguments = {k: v for k, v in call.arguments.items() if k != "use_dora"}
     part = arguments.pop(part_name)
@@ -241,11 +242,17 @@ def _of_variant(call: Call) -> Answers:
 
     if kind != "dora":
         return outputs(LORA_BIAS), {}
-    detached, differing = outputs(DORA), {}
-    if call.method == "lora_linear_vjp":
-        differentiated = outputs(DORA_FULL)
-        differing = {k: v for k, v in differentiated.items() if (v.want != detached[k].want).any()}
-    return detached, {"differentiated": differing} if differing else {}
+    usual, *others = DORAS.items()
+    taken, alternatives = outputs(usual[1]), dict[str, dict[str, Output]]()
+    for choice, of in others if call.method != "merge" else ():
+        chosen = dict(zip(CONVENTIONS, choice, strict=True))
+        if layer.keep is None and chosen["dora_dropout"] != CONVENTIONS["dora_dropout"][0]:
+            continue  # one function
+        wanted = outputs(of)
+        differing = {k: v for k, v in wanted.items() if (v.want != taken[k].want).any()}
+        if differing:
+            alternatives[alternative(chosen)] = differing
+    return taken, alternatives
 
 
 def _of_steps(call: Call) -> Answers:

@@ -11,7 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from minilora.verify.implementation.contract import CONVENTIONS
+
 Array = np.ndarray
+
+AND = "+"
+"""Between the values of two conventions, in a name."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,18 @@ class Vector:
 
     def expected(self, conventions: Mapping[str, str]) -> dict[str, Output]:
         """The outputs under these conventions."""
-        return self.outputs | self.alternatives.get(conventions["dora_norm"], {})
+        chosen = alternative(conventions)
+        names = (chosen, *chosen.split(AND))  # of two that differ, one may make no difference
+        return self.outputs | next(filter(None, map(self.alternatives.get, names)), {})
+
+
+def alternative(conventions: Mapping[str, str]) -> str:
+    """The name of the outputs under these conventions: the values that are not the first ones."""
+    return AND.join(
+        value
+        for name, (first, *_) in CONVENTIONS.items()
+        if (value := conventions.get(name, first)) != first
+    )
 
 
 def tensors(vector: Vector) -> dict[str, Array]:

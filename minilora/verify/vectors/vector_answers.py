@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -247,25 +248,33 @@ def _notes_on_unknown(vectors: Sequence[Vector], answered: Answered) -> tuple[st
 def _conventions(
     vectors: Sequence[Vector], subject: GuardedImplementation
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The conventions that hold, and a note where one is assumed."""
-    declared = subject.conventions.get("dora_norm")
+    """The conventions that hold, and a note on each that is assumed."""
+    usual = {name: values[0] for name, values in CONVENTIONS.items()}
+    declared = {k: v for k, v in subject.conventions.items() if v in CONVENTIONS.get(k, ())}
+    free = [name for name in CONVENTIONS if name not in declared]
     concerned = [vector for vector in vectors if vector.alternatives]
-    if declared in CONVENTIONS["dora_norm"] or not concerned:
-        return {"dora_norm": declared or "detached"}, ()
+    if not concerned or not free:
+        return usual | declared, ()
 
-    def deviating(value: str) -> int:
+    def deviating(chosen: Mapping[str, str]) -> int:
         return sum(
             judged.verdict == "fail"
-            for check in _checks(concerned, {"dora_norm": value})
+            for check in _checks(concerned, chosen)
             for dtype in subject.dtypes
             for number in range(check.cases("ci", dtype))
             for judged in judging.judged(check, subject, Case(check.id, dtype, number, 0))[0]
         )
 
-    assumed = min(CONVENTIONS["dora_norm"], key=deviating)
-    if assumed == "detached":
-        return {"dora_norm": assumed}, ()
-    return {"dora_norm": assumed}, (f"assumed: dora_norm {assumed}, which is not declared",)
+    choices = (
+        usual | declared | dict(zip(free, values, strict=True))
+        for values in product(*(CONVENTIONS[name] for name in free))
+    )
+    assumed = min(choices, key=deviating)
+    return assumed, tuple(
+        f"assumed: {name} {assumed[name]}, which is not declared"
+        for name in free
+        if assumed[name] != usual[name]
+    )
 
 
 def _named(result: Result, vectors: Sequence[Vector], command: Sequence[str]) -> Result:
