@@ -219,6 +219,13 @@ def _names_of_variant(method: str, part: str, layer: Layer) -> dict[str, str]:
     return names
 
 
+def _same(one: Mapping[str, Output], other: Mapping[str, Output]) -> bool:
+    """Whether two choices of conventions give the same answers."""
+    return one.keys() == other.keys() and all(
+        (v.want == other[k].want).all() for k, v in one.items()
+    )
+
+
 def _of_variant(call: Call) -> Answers:
     """The answers of DoRA, or of a layer with lora_bias; DoRA's by each choice of conventions."""
     kind, part_name = next((k, part) for k, part in PART.items() if part in call.arguments)
@@ -250,7 +257,8 @@ def _of_variant(call: Call) -> Answers:
             continue  # one function
         wanted = outputs(of)
         differing = {k: v for k, v in wanted.items() if (v.want != taken[k].want).any()}
-        if differing:
+        is_new = not any(_same(differing, known) for known in alternatives.values())
+        if differing and is_new:
             alternatives[alternative(chosen)] = differing
     return taken, alternatives
 
