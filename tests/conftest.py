@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import traceback
 import warnings
 
@@ -17,6 +18,10 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 # The arrays are small and the test processes may be several: more threads would only wait.
 threadpoolctl.threadpool_limits(1)
+
+# A shell starts a job in the background with SIGINT ignored; the tests that interrupt need it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -137,6 +137,7 @@ def test_every_module_of_the_specification_is_in_the_reading_order():
     assert set(MODULES) == modules
 
 
+@pytest.mark.slow
 def test_every_other_module_has_a_page_of_its_docstrings():
     documented = {Path(page).stem for page in GENERATE.api()}
     for path in sorted((ROOT / "minilora").rglob("*.py")):

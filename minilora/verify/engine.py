@@ -76,7 +76,7 @@ def run(
             profile=profile,
             seed=seed,
             results=tuple(_still_known(result, results) for result in results),
-            seconds=perf_counter() - started,
+            seconds=round(perf_counter() - started, 3),  # as its JSON says it
             notes=(*notes, *subject.remarks),
             interrupted=interrupted,
         )

@@ -97,6 +97,10 @@ def written(path, *rows):
     return path
 
 
+def slow(*values):
+    return pytest.param(values if len(values) > 1 else values[0], marks=pytest.mark.slow)
+
+
 # train
 
 
@@ -127,12 +131,12 @@ def test_train_needs_no_more_than_an_output(minilora, tmp_path):
     "options",
     [
         ("--model", "reference:gpt2"),
-        ("--model", "reference:bert"),
-        ("--variant", "dora", "--target-modules", "q,v"),
+        slow("--model", "reference:bert"),
+        slow("--variant", "dora", "--target-modules", "q,v"),
         ("--variant", "lora+", "--lr-scheduler", "linear", "--warmup-steps", "2"),
         ("--target-modules", r"layers\.1\..*", "--rank", "2", "--alpha", "3", "--dropout", "0.1"),
-        ("--full", "--dtype", "float64"),
-        (
+        slow("--full", "--dtype", "float64"),
+        slow(
             "--threads",
             "2",
             "--gradient-checkpointing",
@@ -152,6 +156,7 @@ def test_train_runs_with(options, minilora, tmp_path):
             assert said[name] == options[options.index(f"--{name}") + 1]
 
 
+@pytest.mark.slow
 def test_recomputing_and_threads_for_each_group_change_no_bit(minilora, tmp_path):
     for out, *options in (
         ("one", "--threads", "2"),
@@ -276,7 +281,7 @@ def screen(monkeypatch, columns, *words):
     return [frame.rstrip("\n") for frame in text.split("\r") if frame.strip()]
 
 
-@pytest.mark.parametrize("columns", [60, 80, 132])
+@pytest.mark.parametrize("columns", [slow(60), 80, slow(132)])
 def test_the_bar_fits_on_the_terminal_and_begins_where_the_run_goes_on(
     columns, tmp_path, monkeypatch
 ):

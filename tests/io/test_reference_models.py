@@ -97,7 +97,7 @@ def test_numpy_draws_the_numbers_that_the_models_were_made_from(monkeypatch):
     assert build.random_numbers() != reference_models.manifest()["random_numbers"]
 
 
-@EVERY
+@pytest.mark.parametrize("name", others_slow(reference_models.names(), "llama"))
 def test_the_first_steps_of_both_trainings_give_the_same_bytes(name, monkeypatch):
     wanted = reference_models.manifest()["models"][name]["early"]
     assert build.digest(build.make(name, build.EARLY)[0]) == wanted

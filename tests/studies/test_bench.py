@@ -177,6 +177,7 @@ def test_ratios_are_of_neighbours_and_their_median(folder, monkeypatch):
     assert re.search(r"tiny +1 +0\.75 \(0\.62 to 1\.88\)", table([found]))
 
 
+@pytest.mark.slow
 def test_tokens_are_alike_up_to_the_first_that_differs(folder, monkeypatch):
     monkeypatch.setattr("minilora.studies.bench.measure.Side", Timed)
     found = measure("tiny", folder, "peft", 1, rounds=1)

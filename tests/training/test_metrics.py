@@ -106,6 +106,7 @@ def test_rouge_without_its_library_names_the_extra(monkeypatch):
         rouge(["a"], ["a"])
 
 
+@pytest.mark.slow
 def test_the_interval_holds_the_true_difference_about_as_often_as_it_says():
     """95% of all but for four standard deviations of a binomial; a quarter of it holds fewer."""
     rng, truth, n = np.random.default_rng(3), 0.2, 60

@@ -99,7 +99,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", others_slow(KINDS, "lora", "adalora"))
+@pytest.mark.parametrize("kind", others_slow(KINDS, "lora"))
 def test_an_interrupted_run_goes_on_to_the_same_bits(kind, tmp_path):
     config, model = KINDS[kind]
     wanted = whole(tmp_path, run_of(config, model), save_every=2, val_every=2)

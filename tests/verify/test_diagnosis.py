@@ -63,6 +63,7 @@ def test_a_mutant_that_raises_explains_nothing_and_hinders_no_other(monkeypatch)
     assert names(raising) == ()
 
 
+@pytest.mark.slow
 def test_a_scale_far_too_great_is_named_though_it_rounds_more_than_what_is_right():
     """α instead of α / r, summed element by element in float32 as C and JavaScript do."""
 

@@ -68,7 +68,10 @@ def drawn_says_so(entry, kind, rng, square, names=LAWS):
     as_the_registry_says(entry, kind, draw_one(), names, draw_one)
 
 
-@EVERY
+@pytest.mark.parametrize(
+    ("entry", "kind"),
+    [pytest.param(*cell, marks=[pytest.mark.slow] * (cell[1] != "linear")) for cell in CELLS],
+)
 def test_a_law_is_kept_exactly_when_the_registry_says_so(entry, kind):
     as_the_registry_says(entry, kind, case_of(entry, kind), laws_for(entry, kind))
 
