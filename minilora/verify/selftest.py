@@ -57,8 +57,9 @@ def of_level(level: str) -> list[Check]:
     return [check for check in _checks().values() if check.level == level]
 
 
-def _has_cases(level: str, dtype: str) -> bool:
-    return any(check.cases("ci", dtype) for check in of_level(level))
+def _is_tried(m: Mutant, dtype: str) -> bool:
+    """Whether the check that shows a mutant best is asked in this dtype."""
+    return bool(_checks()[m.caught_by].cases("ci", dtype))
 
 
 def deviation(check: Check, subject: GuardedImplementation, case: Case) -> tuple[str, str]:
@@ -261,7 +262,7 @@ def _known(
 
 def _mutant_jobs(mutants: Sequence[Mutant], dtypes: Sequence[str], seed: int) -> list[Job]:
     """Each mutant to be caught in each dtype, then to be named in one."""
-    tried = [(m, dtype) for dtype in dtypes for m in mutants if _has_cases(m.level, dtype)]
+    tried = [(m, dtype) for dtype in dtypes for m in mutants if _is_tried(m, dtype)]
     jobs: list[Job] = [("catch", (m.id, dtype, seed)) for m, dtype in tried]
     return jobs + [("names", (m.id, dtype, seed)) for m, dtype in tried if dtype == NAMED_IN]
 

@@ -9,13 +9,14 @@ from scipy.stats import kstwo, poisson
 from minilora.io.formats.huggingface import read_model
 from minilora.io.formats.peft import adapted_names, read_lora_config
 from minilora.spec.layers import adapted_fused
-from minilora.spec.lora import lora_linear, merge_weight, scale
+from minilora.spec.lora import TrainableSpec, lora_linear, merge_weight, scale
 from minilora.spec.models import shifted_labels
 from minilora.spec.multi_adapter import AdaptedLayer
 from minilora.spec.ops import IGNORED
 from minilora.verify import check
 from minilora.verify.checks import (
     files,
+    inference,
     init,
     names,
     session_inputs,
@@ -212,6 +213,44 @@ def test_patterns_are_the_dotted_ends_of_names_and_read_as_they_are_meant():
     ):
         assert len(it.settings[name]) == len(internal) > 1
         assert not any(end.startswith("model.") for end in it.settings[name])
+
+
+def test_stored_adapters_are_of_all_architectures_and_change_what_they_say():
+    """Each adapter changes the output, in files of one and of several; its settings matter."""
+    cases = [inference.stored(kind, "float32", n, 0) for kind in inference.CHOICES for n in (0, 1)]
+    assert {type(it.c).__name__ for it in cases} == {"Llama", "GPT2"}
+    assert {it.c.qkv_bias for it in cases if hasattr(it.c, "qkv_bias")} == {True, False}
+    assert {len([*it.base.glob("*.safetensors")]) > 1 for it in cases} == {True, False}
+    for it in cases:
+        (want,) = inference.wanted_logits(it, it.adapted).values()
+        (base,) = inference.wanted_logits(replace(it, spec=TrainableSpec()), it.W).values()
+        assert np.abs(want - base).max() > 0.1
+        assert np.allclose(np.exp(want).sum(0).astype(float), 1)
+        (merged,) = inference.by_merged_weights(it, it.adapted).values()
+        assert np.abs(want - merged).max() < 1e-15
+
+
+def test_what_is_no_answer_of_a_server_is_its_fault():
+    class Wrong:
+        def logits(self, model_dir, adapter_dir, input_ids):
+            return np.zeros((2, 3), np.float32)
+
+        def deltas(self, model_dir, adapter_dir):
+            return [1.0]
+
+    found = kinds(Wrong, "inference")
+    assert found["inference.logits.combined"] == ("error", "shape")
+    assert found["inference.deltas.combined"] == ("error", "missing")
+
+
+def test_a_server_that_refuses_everything_does_not_pass():
+    """That what fits nothing is refused says nothing if the right names are refused, too."""
+
+    class Refusing:
+        def logits(self, model_dir, adapter_dir, input_ids):
+            raise RuntimeError("no")
+
+    assert kinds(Refusing, "inference")["inference.names.partial"] == ("error", "raises")
 
 
 def test_names_are_confusable_and_each_feature_matters():

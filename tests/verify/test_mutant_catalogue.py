@@ -29,22 +29,19 @@ _IN_BFLOAT16 = """
     combine-one-value-less combine-rank-one combine-rank-four
     scale-bfloat16 form-hidden-bfloat16 merge-bfloat16 files-bfloat16 optimizer-weights-bfloat16
 """
-_UNTRIED = {
-    m.id for m in WRONG if m.id.startswith(("init-pissa-", "init-olora-", "init-orthogonal-"))
-}
 # A generator of a half precision has few numbers, which come again; and float16 holds no ε of 1e-8.
 _FEW = {f"init-{name}" for name in ("entries-of-8-bits", "rows-signed", "seeds-mirrored")}
 LOST = {
     "float64": set(),
     "float32": set(),
-    "bfloat16": {*_IN_BOTH.split(), *_IN_BFLOAT16.split(), *_UNTRIED, *_FEW},
+    "bfloat16": {*_IN_BOTH.split(), *_IN_BFLOAT16.split(), *_FEW},
     "float16": {
-        *(*_IN_BOTH.split(), *_UNTRIED, *_FEW, "optimizer-correction-ends"),
+        *(*_IN_BOTH.split(), *_FEW, "optimizer-correction-ends"),
         *("dora-norm-cut-off", "merge-negligible"),  # whose numbers end before
         *("layout-near-zero", "merge-near-weight"),
     },
 }
-"""What no check sees in a dtype; what decomposes a matrix is not asked of half precisions."""
+"""What no check sees in a dtype in which it is asked."""
 
 
 CHECKS_WITH_MUTANTS = sorted({m.caught_by for m in WRONG})

@@ -539,7 +539,7 @@ def test_the_command_line_starts_a_driver(tiny, tmp_path, capsys, monkeypatch):
     assert "./absent cannot be started" in capsys.readouterr().err
 
 
-SLOW = ("optimizer", "model", "train", "grad-flow", "files")
+SLOW = ("optimizer", "model", "train", "grad-flow", "files", "inference")
 CASES = [
     *(
         f"{each.id}:bfloat16:0"
@@ -551,6 +551,9 @@ CASES = [
     "train.gradient-accumulation:float32:0",
     "grad-flow.dropout:float32:0",
     "files.resave:float32:0",
+    "inference.logits.combined:float32:0",
+    "inference.deltas.combined:float32:0",
+    "inference.names.partial:float32:0",
     "names.targets.combined:float32:0",
     "names.trainable.combined:float32:0",
     "names.refused.trainable:float32:0",

@@ -138,7 +138,7 @@ def stored(kind: str, dtype: str, number: int, seed: int) -> Stored:
     base, folder = tiny_models.folders((f"files-{kind}", number, seed), dtype, lambda: model)
     settings = read_json(folder / CONFIG)
     for pattern in ("rank_pattern", "alpha_pattern"):
-        short = {name.partition(".")[2]: value for name, value in settings[pattern].items()}
+        short = tiny_models.dotted_ends(settings[pattern])
         if kind == "regex":
             short = {re.sub(r"\.[a-z_]+\.", r"\\..*\\.", name): v for name, v in short.items()}
             short[MATCHES_NOTHING] = 30

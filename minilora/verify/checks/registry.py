@@ -8,6 +8,7 @@ from minilora.verify.checks import (
     combine,
     files,
     gradflow,
+    inference,
     init,
     lifecycle,
     linear,
@@ -38,6 +39,7 @@ LEVELS: tuple[Level, ...] = tuple(
         train,
         gradflow,
         files,
+        inference,
         names,
     )
 )

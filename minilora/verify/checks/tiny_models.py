@@ -6,7 +6,7 @@ is wanted of the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -54,8 +54,8 @@ class TinyModel:
         """The name of each trained parameter in the adapter's file."""
         return adapter_names(self.c, sorted(self.spec.trained))
 
-    def write(self, folder: Path, dtype: str) -> tuple[Path, Path]:
-        """The folders of the model and of the adapter.
+    def write(self, folder: Path, dtype: str, shard_bytes: int | None = None) -> tuple[Path, Path]:
+        """The folders of the model and of the adapter; with ``shard_bytes`` in several files.
 
         What is trained of the base itself is another in the model's folder, where it has not been
         trained yet: here its negative.
@@ -63,7 +63,7 @@ class TinyModel:
         W = {name: array.astype(DTYPES[dtype]) for name, array in self.W.items()}
         old = self.spec.trained
         base = {name: -W[name] if name in old else W[name] for name in self.c.shapes()}
-        write_model(folder / "base", self.c, base)
+        write_model(folder / "base", self.c, base, shard_bytes=shard_bytes)
         write_adapter(folder / "adapter", self.c, W, self.spec, self.lora)
         return folder / "base", folder / "adapter"
 
@@ -86,6 +86,11 @@ def draw(c: Config, lora: LoraConfig, rng: np.random.Generator) -> TinyModel:
         return array.astype(np.float32).astype(np.float64)
 
     return TinyModel(c, {name: drawn(name, array) for name, array in W.items()}, spec, lora)
+
+
+def dotted_ends(pattern: Mapping[str, Any]) -> dict[str, Any]:
+    """A pattern's keys without the first part of the names, as users write them."""
+    return {name.partition(".")[2]: value for name, value in pattern.items()}
 
 
 def at_start(model: TinyModel) -> TinyModel:

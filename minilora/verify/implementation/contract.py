@@ -16,6 +16,8 @@ METHODS: dict[str, str] = {
     "train": "model_dir, adapter_dir, batches, settings",
     "save": "model_dir, adapter_arrays, settings, out_dir",
     "load": "model_dir, adapter_dir",
+    "logits": "model_dir, adapter_dir, input_ids",
+    "deltas": "model_dir, adapter_dir",
     "targets": "config, names",
     "trainable": "config, names",
     "session": "layer",

@@ -32,6 +32,7 @@ RESULTS = {
     "unmerge": "W",
     "combine": "delta_W",
     "multi_adapter": "y",
+    "logits": "logits",
     "session.forward": "y",
     "session.weight": "W",
 }

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 import minilora
-from minilora.io.architectures import tensor_names, to_file_layout
+from minilora.io.architectures import architecture_of, tensor_names, to_file_layout
 from minilora.io.atomic import write_files, write_tensors
 from minilora.io.files import pack_json, read_json, read_tensors
 from minilora.io.formats.huggingface import read_model
@@ -27,7 +27,7 @@ from minilora.io.formats.peft import (
     write_adapter,
 )
 from minilora.spec.initialization import INITIALIZATIONS, draw_dropout, input_shapes
-from minilora.spec.lora import LORA, TrainableSpec, Variant, Weights, scale
+from minilora.spec.lora import LORA, TrainableSpec, Variant, Weights, merge, scale
 from minilora.spec.models import Batch, Config, logits, loss, shifted_labels
 from minilora.spec.multi_adapter import Adapter, combine, combine_svd, multi_linear
 from minilora.spec.ops import IGNORED
@@ -199,6 +199,28 @@ class Minilora:
             theirs: _flat(name, to_file_layout(name, factors[name], transposed.get(name, False)))
             for name, theirs in adapter_names(c, sorted(factors)).items()
         }
+
+    def logits(self, model_dir: str | Path, adapter_dir: str | Path, input_ids: Array) -> Array:
+        """The logits, a row for each token."""
+        c, W, tuning, dtype = _adapted(model_dir, adapter_dir)
+        z = logits(Batch(input_ids), W, c, tuning)[0].T
+        rows: Array = z.reshape(*input_ids.shape, -1).astype(dtype)
+        return rows
+
+    def deltas(self, model_dir: str | Path, adapter_dir: str | Path) -> dict[str, Array]:
+        """What merging adds to each parameter, by its module's path."""
+        c, W, tuning, dtype = _adapted(model_dir, adapter_dir)
+        base = {name: _wide(array) for name, array in read_model(model_dir)[1].items()}
+        merged, paths = merge(W, tuning), architecture_of(c).paths(c)
+        base.setdefault("head.weight", base["embed.weight"])
+        deltas = {}
+        for name, array in merged.items():
+            at, _, part = name.rpartition(".")
+            change = array - base[name] if name in base else array
+            if change.any():
+                key = paths[at] + (".bias" if part == "bias" else "")
+                deltas[key] = _flat(name, change.astype(dtype))
+        return deltas
 
     def targets(
         self, config: Mapping[str, Any], names: Sequence[str]
@@ -399,6 +421,16 @@ def flat(adapter: Mapping[str, Any], path: str = "") -> dict[str, Any]:
             flat(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
         )
     return entries
+
+
+def _adapted(
+    model_dir: str | Path, adapter_dir: str | Path
+) -> tuple[Config, Weights, TrainableSpec, Any]:
+    """The model with its adapter, half precisions as float32, and the dtype of its files."""
+    c, W = read_model(model_dir)
+    factors, tuning = read_adapter(adapter_dir, c, base=W)
+    wide = {name: _wide(array) for name, array in (W | factors).items()}
+    return c, wide, tuning, W["embed.weight"].dtype
 
 
 def _variant(settings: Mapping[str, Any]) -> tuple[Variant, dict[str, Array]]:

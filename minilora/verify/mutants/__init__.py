@@ -9,6 +9,7 @@ add its line to the table of its family.
 from minilora.verify.mutants import (
     files,
     gradflow,
+    inference,
     init,
     lifecycle,
     linear,
@@ -36,6 +37,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *init.MUTANTS,
     *files.MUTANTS,
     *gradflow.MUTANTS,
+    *inference.MUTANTS,
     *names.MUTANTS,
 )
 """All of them, the lowest level first; among them some equivalents, which must pass."""

@@ -15,6 +15,7 @@ TRANSFORMERS = {
     "model.llama*:float64": _LLAMA,
     "train.prompt:float64": _LOSS,
     "train.*:float64": _LLAMA,
+    "inference.logits.combined:float64": _LLAMA,
 }
 TRANSFORMERS |= {
     f"files.{law}.{kind}:float64": _LLAMA

@@ -50,6 +50,11 @@ _COSINE_RISES = (
     "progress without bounding it by 1: beyond total_steps the rate rises from 0 again"
 )
 
+_NAMES_THAT_FIT_NOTHING = (
+    "from_pretrained (peft_model.py, load_adapter) warns of tensors that are missing and says "
+    "nothing of those left over: the base, or a part of the adapter, is served"
+)
+
 _FLOAT32_START = (
     "the orthogonal start (tuners/lora/layer.py) is drawn and multiplied in float32, whatever the "
     "layer's dtype: B A is 0 within float32's rounding"
@@ -76,6 +81,10 @@ _KNOWN |= {
     "lifecycle.random-steps.bias:*": f"{_SCALED_LATE}; {_DELETED}; {_BASE_BIAS}",
     "lifecycle.random-steps.dora:*": f"{_SCALED_LATE}; {_DELETED}; {_DORA_BEHIND}",
     "lifecycle.dora.several:*": _DORA_BEHIND,
+}
+_KNOWN |= {
+    "inference.deltas.tied:*": _SHARED_TABLE,
+    "inference.names.*": _NAMES_THAT_FIT_NOTHING,
 }
 _KNOWN |= {
     f"lifecycle.{check}:*": _BASE_BIAS
@@ -105,6 +114,7 @@ PEER = Peer(
         "train",
         "grad-flow",
         "files",
+        "inference",
         "names",
     ),
     conventions={"dora_norm": "detached"},

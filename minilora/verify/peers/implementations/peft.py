@@ -26,6 +26,7 @@ from minilora.verify.peers._transformers import (
     stored_dtype,
     train_steps,
 )
+from minilora.verify.peers.implementations.peft_inference import Inference
 from minilora.verify.peers.implementations.peft_names import Names
 from minilora.verify.peers.implementations.peft_session import TARGETS, PeftSession
 from minilora.verify.peers.peer import refuse_settings
@@ -38,7 +39,7 @@ _OPTIMIZER_SETTINGS = {
 
 
 @PEER.describes
-class Peft(Names, Layer):
+class Peft(Inference, Names, Layer):
     """Each call builds the library's own layer or model anew, so no state is left between calls."""
 
     def _frozen(self, W: np.ndarray, biased: bool, fan_in_fan_out: bool) -> Any:
