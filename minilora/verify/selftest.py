@@ -59,7 +59,8 @@ def of_level(level: str) -> list[Check]:
 
 def _is_tried(m: Mutant, dtype: str) -> bool:
     """Whether the check that shows a mutant best is asked in this dtype."""
-    return bool(_checks()[m.caught_by].cases("ci", dtype))
+    best = (check for check in of_level(m.level) if check.id == m.caught_by)
+    return any(check.cases("ci", dtype) for check in best)
 
 
 def deviation(check: Check, subject: GuardedImplementation, case: Case) -> tuple[str, str]:
