@@ -27,7 +27,8 @@ from minilora.verify import peers
 from minilora.verify.core.dtypes import Precision
 from minilora.verify.core.errors import Fault, LoadError, Skip, UsageError
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison, Limits
-from minilora.verify.engine import MAX_SHRINKS, Interrupted, run
+from minilora.verify.diagnosis.investigation import MAX_SHRINKS
+from minilora.verify.engine import Interrupted, run
 from minilora.verify.implementation.contract import METHODS
 from minilora.verify.implementation.guard import MAX_HANGS, GuardedImplementation
 from minilora.verify.known import read_known
@@ -895,8 +896,8 @@ def test_an_object_a_class_or_a_factory_is_a_target(name):
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("pfet", r"no target 'pfet'; TARGET is bitsandbytes or jax or .* or package.* mean 'peft'"),
-        ("my_lora.py", "is a file; .* write my_lora:NAME"),
+        ("pfet", r"no target 'pfet'; TARGET is bitsandbytes or jax or .* package.* mean 'peft'"),
+        ("my_lora.py", "names no class, .* write my_lora.py:NAME"),
         ("no_such_module:x", "no module 'no_such_module', neither in the current folder nor"),
         ("fake_checks:Rihgt", r"fake_checks has no 'Rihgt' \(did you mean 'Right'\?\); it holds"),
         ("fake_checks:needs_arguments", r"takes arguments \(size\); give an object"),
