@@ -139,7 +139,7 @@ PEER.describes(ToyLibrary)
 
 def test_a_peer_is_one_value_that_verify_reads(monkeypatch, capsys):
     monkeypatch.setitem(PEERS, "toy", PEER)
-    assert main(["verify", "toy", "--level", "linear", "--profile", "quick"]) == 0
+    assert main(["verify", "toy", "--in-process", "--level", "linear", "--profile", "quick"]) == 0
     assert f"toy {version('numpy')}" in capsys.readouterr().out
     absent = replace(PEER, implementation="no_such_library:ToyLibrary")
     monkeypatch.setitem(PEERS, "toy", absent)

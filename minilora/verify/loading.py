@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from minilora.verify.core.errors import LoadError, describe, near, tidy, type_words
@@ -19,8 +22,8 @@ DEFAULT_TARGET = "minilora.verify.implementation.minilora_impl:implementation"
 def load(target: str) -> object:
     """The implementation that TARGET names: a shipped peer, or ``package.module:name``.
 
-    The name may be an object, a class or a factory without arguments; modules are looked for in
-    the current folder first. Raises LoadError.
+    The module may be a path, ``folder/module.py:name``. The name may be an object, a class or a
+    factory without arguments; modules are looked for in the current folder first. Raises LoadError.
     """
     from minilora.verify.peers import PEERS
 
@@ -28,6 +31,8 @@ def load(target: str) -> object:
     module, colon, name = (peer.implementation if peer else target).partition(":")
     if not (module and colon and name):
         raise LoadError(_no_target(target, sorted(PEERS)))
+    if _is_path(module):
+        return resolve(_member(_import_file(Path(module)), module, name), target)
     own = peer or module.partition(".")[0] == __package__.partition(".")[0]
     if not own and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -44,7 +49,11 @@ def load(target: str) -> object:
 
 
 def _find(module: str, name: str) -> object:
-    found: Any = _import(module)
+    return _member(_import(module), module, name)
+
+
+def _member(found: Any, module: str, name: str) -> object:
+    """What a module holds under a dotted name."""
     for part in name.split("."):
         try:
             found = getattr(found, part)
@@ -60,18 +69,51 @@ def _find(module: str, name: str) -> object:
 
 
 def _no_target(target: str, peers: list[str]) -> str:
-    known = f"TARGET is {' or '.join(peers)}, or package.module:name"
+    known = f"TARGET is {' or '.join(peers)}, package.module:name or path/to/module.py:name"
     path = target.partition(":")[0]
-    if path.endswith(".py") or os.sep in path:
-        stem = os.path.basename(path).removesuffix(".py")
-        return f"{target!r} is a file; {known}: in its folder, write {stem}:NAME"
+    if _is_path(path):
+        return f"{target!r} names no class, object or factory of the file: write {path}:NAME"
     return f"no target {target!r}; {known}{near(target, peers)}"
 
 
-def _import(module: str) -> object:
+def _is_path(module: str) -> bool:
+    """Whether a module is given by its file."""
+    return module.endswith(".py") or os.sep in module
+
+
+def _import_file(path: Path) -> object:
+    """The module of a file, which finds its neighbours as a script does. Raises LoadError."""
+    if not path.is_file():
+        why = "is a folder; name a file in it" if path.is_dir() else "does not exist"
+        raise LoadError(f"{path} {why}: write path/to/module.py:NAME")
+    path = path.resolve()
+    package = [path.stem]
+    root = path.parent
+    while (root / "__init__.py").is_file():  # for its relative imports
+        package.insert(0, root.name)
+        root = root.parent
+    sys.path.insert(0, str(root))
+    if len(package) > 1:
+        return _import(".".join(package))
+    return _import(path.stem, path)
+
+
+def _executed(name: str, path: Path) -> ModuleType:
+    """The file's code as a module of this name, whatever else has it."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise LoadError(f"{path} is no Python file; its name ends with .py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _import(module: str, path: Path | None = None) -> object:
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(module) if path is None else _executed(module, path)
     except KeyboardInterrupt:
+        raise
+    except LoadError:
         raise
     except ModuleNotFoundError as error:
         missing = error.name or str(error)

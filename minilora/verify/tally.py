@@ -14,7 +14,10 @@ CASES_AFTER_A_DEVIATION = 20
 """So many cases are still tried after the first that deviates, to find the worst one."""
 
 MAX_FAULTS = 3
-"""A check ends with its third fault of one kind; a call that hangs ends it at once."""
+"""A check ends with its third fault of one kind, and at once with one of `COSTLY`."""
+
+COSTLY = ("hangs", "crashes")
+"""The kinds of faults that cost a time limit, or a start of the target's process."""
 
 ONE_IN = 1000
 """That all cases that deviate are larger than all that pass is told where it would be rarer than
@@ -62,7 +65,8 @@ class Tally:
     def is_over(self) -> bool:
         """Whether further cases would tell nothing new."""
         too_many = any(fault.cases >= MAX_FAULTS for fault in self.faults.values())
-        return too_many or "hangs" in self.faults or self.since_first > CASES_AFTER_A_DEVIATION
+        is_costly = any(kind in self.faults for kind in COSTLY)
+        return too_many or is_costly or self.since_first > CASES_AFTER_A_DEVIATION
 
     @property
     def status(self) -> str:

@@ -10,7 +10,6 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from types import SimpleNamespace
 
 import fake_checks
 import pytest
@@ -45,8 +44,7 @@ DEFAULTS = {
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "minilora.verify.checks.registry", fake_checks)
-    own = SimpleNamespace(implementation=fake_checks.Right)
-    monkeypatch.setitem(sys.modules, "minilora.verify.implementation.minilora_impl", own)
+    monkeypatch.setattr("minilora.verify.loading.DEFAULT_TARGET", "fake_checks:Right")
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
 

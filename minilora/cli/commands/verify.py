@@ -45,7 +45,8 @@ def add(commands: Any) -> None:
         nargs="?",
         metavar="TARGET",
         help="a library that minilora knows, such as peft (an unknown name lists them all), or "
-        "package.module:name of an object, a class or a factory (default: minilora itself)",
+        "package.module:name or path/to/module.py:name of an object, a class or a factory "
+        "(default: minilora itself)",
     )
     option("--cmd", metavar="CMD", help="start a driver in another language and check it")
     option(
@@ -67,6 +68,11 @@ def add(commands: Any) -> None:
         "--known",
         metavar="FILE",
         help="JSON list of known deviations, each with check, dtype, reason and link",
+    )
+    option(
+        "--in-process",
+        action="store_true",
+        help="call the target in this process, for a debugger; one that ends it ends verify",
     )
     option("--time-limit", type=float, metavar="SECONDS", help="for each call (default: 30)")
     add_files(option, "the report", *FORMS)
@@ -160,11 +166,15 @@ def _command(arguments: argparse.Namespace) -> list[str]:
 
         if arguments.target is not None:
             raise ValueError(f"TARGET {arguments.target!r} and --cmd: expected one of the two")
+        if arguments.in_process:
+            raise ValueError("--in-process and --cmd: a driver is another process")
         try:
             words(arguments.cmd)
         except ValueError as error:
             raise ValueError(f"--cmd: {error}") from None
         command += ["--cmd", arguments.cmd]
+    if arguments.in_process:
+        command += ["--in-process"]
     if arguments.time_limit is not None:
         command += ["--time-limit", f"{arguments.time_limit:g}"]
     return command
@@ -176,12 +186,16 @@ def _target(
     """The implementation to check, as a context. Errors: LoadError."""
     from minilora.verify.loading import DEFAULT_TARGET, load
 
-    if arguments.cmd is None:
-        return contextlib.nullcontext(load(arguments.target or DEFAULT_TARGET))
-    from minilora.verify.checks.registry import CHECKS
-    from minilora.verify.implementation.protocol import Driver
+    if arguments.cmd is not None:
+        from minilora.verify.checks.registry import CHECKS
+        from minilora.verify.implementation.protocol import Driver
 
-    return Driver(arguments.cmd, CHECKS, time_limit=limit)
+        return Driver(arguments.cmd, CHECKS, time_limit=limit)
+    if arguments.in_process:
+        return contextlib.nullcontext(load(arguments.target or DEFAULT_TARGET))
+    from minilora.verify.implementation.python_target import PythonTarget
+
+    return PythonTarget(arguments.target or DEFAULT_TARGET, time_limit=limit)
 
 
 def _listed(plans: Sequence[CheckPlan]) -> str:

@@ -13,6 +13,7 @@ CALLERS = tuple(
     for module in (
         "implementation.guard",
         "implementation.arguments",
+        "implementation.python_child",
         "implementation.worker",
         "loading",
     )
@@ -53,7 +54,7 @@ class Fault(Exception):
 def tidy(text: object, limit: int = 300) -> str:
     """One printable line of at most ``limit`` characters, whatever a target said."""
     try:
-        line = " ".join(str(text).split())
+        line = " ".join(str(text)[: 20 * limit].split())  # it may be of any length
     except Exception:
         line = f"<{type(text).__name__} that has no text>"
     line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
@@ -89,10 +90,16 @@ def place_of(frames: Iterable[tuple[FrameType, int]], home: str | None) -> str:
         (frame.f_code.co_filename, line, frame.f_code.co_name)
         for frame, line in frames
         if frame.f_globals.get("__name__") not in CALLERS
-        and not frame.f_code.co_filename.startswith("<frozen importlib")
     ]
+    return place_words(outside, home)
+
+
+def place_words(places: Iterable[tuple[str, int, str]], home: str | None) -> str:
+    """The first of these places (file, line, function) in ``home``, or else the first, in words."""
+    outside = [place for place in places if not place[0].startswith("<frozen importlib")]
     if not outside:
         return ""
-    file, line, name = next((f for f in outside if f[0] == home), outside[0])
+    file, line, name = next((place for place in outside if place[0] == home), outside[0])
+    linecache.checkcache(file)
     source = tidy(linecache.getline(file, line), 80)
     return f"{os.path.basename(file)}:{line}, in {name}" + (f": {source}" if source else "")

@@ -6,10 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from hypothesis import HealthCheck, Phase, find, settings
+from hypothesis import HealthCheck, Phase, configuration, find, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky, NoSuchExample
 
@@ -94,8 +95,20 @@ def shrunk(strategy: st.SearchStrategy[T], fails: Callable[[T], bool]) -> None:
         suppress_health_check=list(HealthCheck),
     )
     # Raised where nothing fails, or where a target gives another answer each time.
-    with contextlib.suppress(NoSuchExample, Flaky):
+    with _nothing_left_behind(), contextlib.suppress(NoSuchExample, Flaky):
         find(strategy, fails, settings=options, random=Random(0))
+
+
+@contextlib.contextmanager
+def _nothing_left_behind() -> Iterator[None]:
+    """Hypothesis's files are in a folder that is removed, not in the current one."""
+    before = vars(configuration).get("__hypothesis_home_directory")
+    with TemporaryDirectory(prefix="minilora-") as folder:
+        configuration.set_hypothesis_home_dir(folder)
+        try:
+            yield
+        finally:
+            configuration.set_hypothesis_home_dir(before)
 
 
 def search(

@@ -16,6 +16,7 @@ from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.judging import judged, our_error, passes
 from minilora.verify.plan import CheckPlan
 from minilora.verify.report.result import NOT_DIAGNOSED, NOT_SHRUNK, Result
+from minilora.verify.tally import COSTLY
 
 MAX_SHRINKS = 4
 """The smallest counterexample is looked for in so many checks, each in the first dtype that fails.
@@ -62,7 +63,7 @@ class Investigation:
         return self._shrunk(_diagnosed(result, p, self.subject), p) if may_shrink else result
 
     def _shrunk(self, result: Result, p: CheckPlan) -> Result:
-        if p.check.smallest is None or _hung(result):
+        if p.check.smallest is None or _is_costly(result):
             return result
         if self.shrinks > MAX_SHRINKS:
             return replace(result, note=NOT_SHRUNK)
@@ -77,12 +78,12 @@ class Investigation:
         return replace(result, smallest=smallest, note=note or result.note, seconds=seconds)
 
 
-def _hung(result: Result) -> bool:
-    return any(fault.kind == "hangs" for fault in result.faults)
+def _is_costly(result: Result) -> bool:
+    return any(fault.kind in COSTLY for fault in result.faults)
 
 
 def _diagnosed(result: Result, p: CheckPlan, subject: GuardedImplementation) -> Result:
-    if p.check.diagnose is None or result.status != "fail" or _hung(result):
+    if p.check.diagnose is None or result.status != "fail" or _is_costly(result):
         return result
     started = perf_counter()
     try:
@@ -96,7 +97,7 @@ def _depends_on_earlier_calls(
     result: Result, p: CheckPlan, subject: GuardedImplementation
 ) -> tuple[Diagnosis, ...]:
     """Whether a case fails by what calls before it left behind: the diagnosis, or nothing."""
-    if any(fault.kind in ("hangs", "crashes", "internal") for fault in result.faults):
+    if any(fault.kind in (*COSTLY, "internal") for fault in result.faults):
         return ()
     case = p.case(int(result.case.rpartition(":")[2]))
     fresh = subject.anew()

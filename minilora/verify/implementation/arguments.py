@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -138,6 +139,18 @@ def require_unchanged(path: str, now: Any, original: Any, when: str = "after the
             raise Fault("changes its inputs", f"{path} had {len(original)} entries, now {len(now)}")
         for i, (entry, before) in enumerate(zip(now, original, strict=True)):
             require_unchanged(f"{path}[{i}]", _same_kind(path, entry, before), before, when)
+
+
+def require_files(folder: str | os.PathLike[str]) -> None:
+    """Raises Fault where a folder holds what is neither a file nor a folder.
+
+    Opening a named pipe would wait for ever.
+    """
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(place, name)
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise Fault("not an array", f"{name} in the folder is not a file")
 
 
 def _same_kind(path: str, now: Any, original: Any) -> Any:

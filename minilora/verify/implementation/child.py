@@ -9,7 +9,7 @@ import selectors
 import shlex
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 
 from minilora.verify.core.errors import Fault, LoadError, tidy
@@ -75,11 +75,25 @@ class Child:
     process can stop it, and whatever it starts ends with it.
     """
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        files: Sequence[int] = (),
+        echo: Callable[[bytes], None] | None = None,
+    ) -> None:
+        """``files`` are descriptors that it inherits; ``echo`` is given its standard error."""
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, start_new_session=True
+            command,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            bufsize=0,
+            start_new_session=True,
+            pass_fds=files,
         )
+        self._echo = echo
         pipes = (self._process.stdin, self._process.stdout, self._process.stderr)
         self._in, self._out, self._err = (p.fileno() for p in pipes if p is not None)
         self._selector = selectors.DefaultSelector()
@@ -91,30 +105,44 @@ class Child:
         self._last_words = b""
         self._has_ended_output = False
 
-    def exchange(self, method: str, message: bytes, limit: float) -> bytes:
+    def exchange(self, method: str, limit: float, message: bytes) -> bytes:
         """The line that it answers to a message. Raises Fault."""
         while self._read(0.0):
             self._within_length()
         self.nothing_more("before it was asked")
+        return self.wait(method, limit, message)
+
+    def wait(self, method: str, limit: float, message: bytes = b"") -> bytes:
+        """Its next line, while the message is written. Raises Fault."""
         end = monotonic() + limit
-        rest = memoryview(message)
-        while (line := self._first_line()) is None:
-            self._within_length()
-            if self._has_ended_output:
-                raise Fault("crashes", self._how_it_ended())
-            if (left := end - monotonic()) <= 0:
-                raise Fault("hangs", self._how_it_hangs(method, limit))
-            rest = self._write(rest)
-            if not self._read(min(left, POLL_SECONDS)) and self._process.poll() is not None:
-                self._has_ended_output = not self._read(0.0)
+        rest = self._write(memoryview(message))
+        if rest:
+            self._selector.register(self._in, selectors.EVENT_WRITE)
+        try:
+            while (line := self._first_line()) is None:
+                self._within_length()
+                if self._has_ended_output:
+                    raise Fault("crashes", self._how_it_ended(method))
+                if (left := end - monotonic()) <= 0:
+                    raise Fault("hangs", self._how_it_hangs(method, limit))
+                if not self._read(min(left, POLL_SECONDS)) and self._process.poll() is not None:
+                    self._has_ended_output = not self._read(0.0)
+                if rest and not (rest := self._write(rest)):
+                    self._selector.unregister(self._in)
+        finally:
+            if rest:
+                self._selector.unregister(self._in)
         return line
 
     def _first_line(self) -> bytes | None:
-        line, newline, rest = self._unread.partition(b"\n")
-        if not newline:
-            return None
-        self._unread = rest
-        return bytes(line)
+        end = self._unread.find(b"\n")
+        return None if end < 0 else self._taken(end + 1)[:-1]
+
+    def _taken(self, size: int) -> bytes:
+        """The first bytes of the unread output, which are read by that."""
+        taken = bytes(self._unread[:size])
+        del self._unread[:size]
+        return taken
 
     def _within_length(self) -> None:
         if len(self._unread) > LONGEST_LINE:
@@ -142,6 +170,8 @@ class Child:
         """Reads the output so far, of both pipes; whether there was any."""
         ready = [key.fd for key, _ in self._selector.select(wait)]
         for file in ready:
+            if file == self._in:
+                continue
             try:
                 chunk = os.read(file, 2**16)
             except BlockingIOError:
@@ -153,18 +183,23 @@ class Child:
                 self._unread += chunk
             else:
                 self._last_words = (self._last_words + chunk)[-STDERR_BYTES:]
+                if self._echo is not None:
+                    self._echo(chunk)
         return bool(ready)
 
-    def _how_it_ended(self) -> str:
+    def _end_words(self) -> str:
+        """How the process ended: by a signal, or with a status."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(END_LIMIT)
         status = self._process.poll()
         if status is None:
-            text = "it closed its standard output"
-        elif status < 0:
-            text = f"it was ended by {signal_name(-status)}"
-        else:
-            text = f"it ended with exit status {status}"
+            return "it closed its standard output"
+        if status < 0:
+            return f"it was ended by {signal_name(-status)}"
+        return f"it ended with exit status {status}"
+
+    def _how_it_ended(self, method: str) -> str:
+        text = f"{method}: {self._end_words()}"
         if self._unread:
             text += f", in the middle of a line: {quoted(bytes(self._unread))}"
         return f"{text}; {self._stderr_words()}"

@@ -61,6 +61,10 @@ KEEPS = ("session", "add")
 """The methods whose last argument a session may hold: no later call may change it."""
 
 
+WRITES = ("save",)
+"""The methods whose last argument is a folder that they write to."""
+
+
 DEFAULT_DTYPES = ("float64", "float32")
 
 
@@ -75,8 +79,12 @@ CONVENTIONS = {
 """What an implementation may choose, and declares; the first is taken where nothing is declared."""
 
 
+DECLARATIONS = ("dtypes", "precision", "conventions", "fixed", "known")
+"""The attributes that an implementation may declare beside its name and version."""
+
+
 class Remote:
-    """An implementation in another process (`process`), which is told more than one in this.
+    """An implementation in another process, which is told more than one in this.
 
     It ends a call that is over the time limit by itself, raises Skip and Fault with its own words,
     and is told the id of the check that calls.
@@ -84,6 +92,10 @@ class Remote:
 
     check = ""
     time_limit = TIME_LIMIT
+
+    def anew(self) -> Remote | None:
+        """A new instance, as before any call; None where there is none."""
+        return None
 
 
 def positional(method: str, methods: Mapping[str, str] = METHODS) -> list[str]:

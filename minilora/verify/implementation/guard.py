@@ -1,8 +1,8 @@
 """A target, called safely, and its answers.
 
-Nothing that a target does reaches the caller as anything but an answer, a Skip or a Fault. One
-limit is left: a call into compiled code that keeps Python's interpreter lock, or that kills the
-process, cannot be stopped from inside the process.
+Nothing that a target does reaches the caller as anything but an answer, a Skip or a Fault. A call
+that keeps Python's interpreter lock, or that kills the process, is one only where the target runs
+in a process of its own (`python_target`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from minilora.verify.core.fixed import OPTIONAL, Fixed
 from minilora.verify.implementation.arguments import (
     arguments_of,
     copied,
+    require_files,
     require_unchanged,
     settings_of,
     settled,
@@ -43,6 +44,7 @@ from minilora.verify.implementation.contract import (
     SESSION,
     SESSION_NEEDS,
     TIME_LIMIT,
+    WRITES,
     Remote,
     has_method,
     positional,
@@ -57,15 +59,16 @@ class GuardedImplementation:
     """An implementation with its declarations, called safely.
 
     Arrays are passed as writable copies and compared with the originals afterwards. Calls run in a
-    thread of their own, which is abandoned when the time limit is over. A session runs in the
-    thread of its ``owner``, the implementation that opened it.
+    thread of their own, which is abandoned when the time limit is over; without a time limit, and
+    where the implementation is in another process, in the thread of the caller. A session runs in
+    the thread of its ``owner``, the implementation that opened it.
     """
 
     def __init__(
         self,
         implementation: object,
         *,
-        time_limit: float = TIME_LIMIT,
+        time_limit: float | None = TIME_LIMIT,
         methods: Mapping[str, str] = METHODS,
         owner: GuardedImplementation | None = None,
     ) -> None:
@@ -73,8 +76,9 @@ class GuardedImplementation:
         self._methods = methods
         self._owner = owner
         self.time_limit = time_limit
-        if isinstance(implementation, Remote):  # a call may have to start it first
-            implementation.time_limit, self.time_limit = time_limit, 2 * time_limit + 10
+        self._remote = implementation if isinstance(implementation, Remote) else None
+        if self._remote is not None and time_limit is not None:
+            self._remote.time_limit = time_limit
         self.spent = 0.0
         """Seconds spent in the implementation so far."""
         self.remarks: dict[str, None] = {}
@@ -89,7 +93,8 @@ class GuardedImplementation:
         """The names of the arguments of each method that was called."""
         self._worker: Worker | None = None
         self._hangs: Counter[str] = Counter()
-        self._home = _home(implementation)
+        self.home = _home(implementation)
+        """The file that the implementation was written in."""
         self._settings = settings_of(implementation)
         kind = implementation if isinstance(implementation, type) else type(implementation)
         self.name = tidy(self._text("name", kind.__name__), 60)
@@ -186,6 +191,9 @@ class GuardedImplementation:
 
     def anew(self) -> GuardedImplementation | None:
         """A new instance, as before any call; None where the class needs arguments."""
+        if self._remote is not None:
+            other = self._remote.anew()
+            return None if other is None else self._beside(other)
         try:
             kind = type(self.implementation)
             if inspect.signature(kind).parameters:
@@ -195,7 +203,12 @@ class GuardedImplementation:
             return None
         if settings_of(fresh) != self._settings:  # it was configured after it was made
             return None
-        return GuardedImplementation(fresh, time_limit=self.time_limit, methods=self._methods)
+        return self._beside(fresh)
+
+    def _beside(self, implementation: object) -> GuardedImplementation:
+        return GuardedImplementation(
+            implementation, time_limit=self.time_limit, methods=self._methods
+        )
 
     def session(self, layer: Any) -> GuardedImplementation:
         """The session that the implementation opens, guarded. Raises Skip or Fault."""
@@ -211,8 +224,8 @@ class GuardedImplementation:
 
     def announce(self, check: str) -> None:
         """Tells a remote implementation which check calls from now on."""
-        if isinstance(self.implementation, Remote):
-            self.implementation.check = check
+        if self._remote is not None:
+            self._remote.check = check
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """The method's answer, with its arrays copied. Raises Skip or Fault."""
@@ -220,15 +233,18 @@ class GuardedImplementation:
             raise Fault("hangs", f"{method} is not called any more: it hung {MAX_HANGS} times")
         names = positional(method, self._methods)
         named = dict(zip(names, args, strict=False)) | kwargs
-        self.traits |= {*traits_of(named)}
-        for name, size in sizes_of(named):
-            self.sizes[name] = max(size, self.sizes.get(name, 0))
+        if self.time_limit is not None:
+            self._note(named)
         kwargs = self._accepted(method, named, kwargs)
-        passed_args, passed_kwargs = copied((args, kwargs))
+        # Another process has copies of its own, and compares them itself.
+        is_here = self._remote is None
+        passed_args, passed_kwargs = copied((args, kwargs)) if is_here else (args, kwargs)
         started = perf_counter()
         try:
             answer = self._within_limit(
-                lambda: settled(getattr(self.implementation, method)(*passed_args, **passed_kwargs))
+                lambda: self._settled(
+                    getattr(self.implementation, method)(*passed_args, **passed_kwargs)
+                )
             )
         except TimedOut as late:
             self._hangs[method] += 1
@@ -240,16 +256,32 @@ class GuardedImplementation:
             seconds = perf_counter() - started
             for guarded in filter(None, (self, self._owner)):
                 guarded.spent += seconds
-        for i, (passed, original) in enumerate(zip(passed_args, args, strict=True)):
-            require_unchanged(names[i] if i < len(names) else f"argument {i + 1}", passed, original)
-        for name, original in kwargs.items():
-            require_unchanged(name, passed_kwargs[name], original)
+        if method in WRITES:
+            require_files(named[names[-1]])
+        if is_here:
+            for i, (passed, original) in enumerate(zip(passed_args, args, strict=True)):
+                name = names[i] if i < len(names) else f"argument {i + 1}"
+                require_unchanged(name, passed, original)
+            for name, original in kwargs.items():
+                require_unchanged(name, passed_kwargs[name], original)
+            self._require_lent_unchanged(method)
+            if method in KEEPS:
+                self._lent.append((names[-1], passed_args[-1], args[-1]))
+        return answer
+
+    def _settled(self, answer: Any) -> Any:
+        return settled(answer) if self._remote is None else answer
+
+    def _note(self, named: Mapping[str, Any]) -> None:
+        """Notes the traits and the sizes of a call's arguments."""
+        self.traits |= {*traits_of(named)}
+        for name, size in sizes_of(named):
+            self.sizes[name] = max(size, self.sizes.get(name, 0))
+
+    def _require_lent_unchanged(self, method: str) -> None:
         if method not in ANSWERS:  # a change by one of these is found after the next step
             for name, passed, original in self._lent:
                 require_unchanged(name, passed, original, f"after {method}()")
-        if method in KEEPS:
-            self._lent.append((names[-1], passed_args[-1], args[-1]))
-        return answer
 
     def _accepted(
         self, method: str, named: Mapping[str, Any], kwargs: dict[str, Any]
@@ -275,12 +307,12 @@ class GuardedImplementation:
         return {name: value for name, value in kwargs.items() if name not in absent}
 
     def _verdict_on(self, method: str, error: BaseException) -> Skip | Fault:
-        if isinstance(error, Skip | Fault) and isinstance(self.implementation, Remote):
+        if isinstance(error, Skip | Fault) and self._remote is not None:
             self._hangs[method] += isinstance(error, Fault) and error.kind == "hangs"
             return error
         if isinstance(error, NotImplementedError):
             return Skip(f"not supported: {tidy(error) or method}")
-        message = describe(error, self._home)
+        message = describe(error, self.home)
         if isinstance(error, TypeError) and not message.endswith(")"):  # the arguments do not fit
             message += f"; the contract is {method}({self._methods.get(method, '…')})"
         return Fault("raises", message)
@@ -288,6 +320,13 @@ class GuardedImplementation:
     def _within_limit(self, call: Callable[[], Any]) -> Any:
         if self._owner is not None:
             return self._owner._within_limit(call)
+        if self._remote is not None or self.time_limit is None:
+            try:
+                return call()
+            except BaseException as error:
+                if self._remote is not None and isinstance(error, KeyboardInterrupt):
+                    raise  # of the user, whom a process of its own does not hear
+                raise Raised(error) from None
         if self._worker is None:
             self._worker = Worker()
             weakref.finalize(self, self._worker.stop)
@@ -295,7 +334,7 @@ class GuardedImplementation:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
             try:
-                return self._worker.call(call, self.time_limit, self._home)
+                return self._worker.call(call, self.time_limit, self.home)
             except (TimedOut, KeyboardInterrupt):
                 self._worker.abandon()
                 self._worker = None

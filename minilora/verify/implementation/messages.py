@@ -75,6 +75,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of the driver's file. Raises Fault."""
     if not path.exists():
         raise Fault("missing", "it answered ok, but the file 'out' does not exist")
+    if not path.is_file():  # opening a named pipe would wait for ever
+        raise Fault("not an array", "'out' is not a file")
     try:
         with safe_open(path, framework="np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -121,7 +123,7 @@ def _steps(arrays: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
 def understood(line: bytes, seq: int, outcomes: Sequence[str]) -> dict[str, Any]:
     """The answer in a line. Raises Fault."""
     try:
-        answer = json.loads(line)
+        answer = json.loads(line, parse_constant=_no_number)
     except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
@@ -131,11 +133,18 @@ def understood(line: bytes, seq: int, outcomes: Sequence[str]) -> dict[str, Any]
             "line: write everything else to standard error",
         )
     require_same("seq", answer, seq)
+    if not isinstance(ok := answer.get("ok") or False, bool):
+        raise Fault("protocol", f"'ok' is {tidy(json.dumps(ok), 60)}, expected true")
     if not any(answer.get(outcome) for outcome in outcomes):
         keys = tidy(", ".join(map(repr, answer)))
         expected = " or ".join(map(repr, outcomes))
         raise Fault("protocol", f"the answer has {keys}; expected one of {expected}")
     return answer
+
+
+def _no_number(name: str) -> NoReturn:
+    """Refuses NaN and Infinity, which JSON does not have. Raises ValueError."""
+    raise ValueError(name)
 
 
 def require_same(key: str, answer: Mapping[str, Any], expected: int) -> None:

@@ -27,7 +27,14 @@ from safetensors.numpy import save
 from minilora.verify.core.errors import Fault, LoadError, Skip, tidy
 from minilora.verify.core.types import Check
 from minilora.verify.implementation.child import Child, start, words
-from minilora.verify.implementation.contract import METHODS, SESSION, TIME_LIMIT, Remote, positional
+from minilora.verify.implementation.contract import (
+    DECLARATIONS,
+    METHODS,
+    SESSION,
+    TIME_LIMIT,
+    Remote,
+    positional,
+)
 from minilora.verify.implementation.messages import (
     PROTOCOL,
     SESSION_ARGUMENTS,
@@ -83,7 +90,7 @@ class Driver(Remote):
             self.name = declared.get("name") or os.path.basename(self.command[0])
             language = f" ({declared['language']})" if declared.get("language") else ""
             self.version = f"{declared.get('version') or ''}{language}".strip()
-            for attribute in ("dtypes", "precision", "conventions", "fixed", "known"):
+            for attribute in DECLARATIONS:
                 if declared.get(attribute) is not None:
                     setattr(self, attribute, declared[attribute])
             self._patterns = names_in(declared, "checks")
@@ -204,7 +211,7 @@ class Driver(Remote):
     ) -> dict[str, Any]:
         """The answer to a message; a driver that gives no valid answer is ended."""
         try:
-            line = self._children[0].exchange(method, message_line(message), self.time_limit)
+            line = self._children[0].exchange(method, self.time_limit, message_line(message))
             answer = understood(line, message["seq"], outcomes)
             self._children[0].nothing_more("after its answer")
             return answer
