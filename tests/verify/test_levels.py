@@ -25,6 +25,7 @@ from minilora.verify.checks import (
     variants,
 )
 from minilora.verify.checks.model import as_dict
+from minilora.verify.checks.session_run import LEARNING_RATE
 from minilora.verify.core import inputs
 from minilora.verify.core.dtypes import Precision
 from minilora.verify.core.types import MONTE_CARLO, Case, Comparison
@@ -330,6 +331,22 @@ def test_a_sessions_numbers_are_so_small_that_float32_has_every_partial_sum(kind
         assert all((array * 16 % 1 == 0).all() for array in arrays)
         halved = layer.scale("one", 0.5).activate(["one"]).forward(drawn.x)[0]
         assert (halved * 16 % 1 == 0).all()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in session_inputs.KINDS if kind != "dora"])
+def test_training_leaves_a_sessions_numbers_so_small_that_float32_has_them(kind):
+    """With -lr for lr and absolute numbers every step is a sum of absolute terms."""
+    steps = 2 if kind == "linear" else 1
+    for number in range(4):
+        drawn = lived(kind, number)
+        layer = LayerState.of(absolute(drawn.layer)).add("one", absolute(drawn.adapters["one"]))
+        layer = layer.activate(["one"])
+        for _ in range(steps):
+            layer = layer.step(*map(abs, drawn.one_token()), -LEARNING_RATE)
+        y, back = layer.forward(absolute(drawn.x))
+        arrays = [y, *back(absolute(drawn.dy)).values()]
+        unit = next(u for u in 2.0 ** -np.arange(30) if all((v % u == 0).all() for v in arrays))
+        assert max(array.max() for array in arrays) / unit < 2.0**24
 
 
 def test_rows_under_dora_have_a_norm_that_is_a_power_of_two():

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from minilora.verify.checks.linear import WORDS, forward
+from minilora.verify.core import inputs
 from minilora.verify.core.inputs import (
     Layer,
     draw_layer,
+    formed,
     limits,
     long,
     sigma_merge,
@@ -76,23 +78,12 @@ def _weight(kind: dict[str, bool]) -> Callable[[GuardedImplementation, Case], It
         W, want = merged(subject, layer, case.dtype), wanted_merge(layer)
         precision = subject.precision(case.dtype)
         if case.number % 10 == 9:  # summed into W rank by rank, each sum is rounded as W is
-            loss = unit_roundoff(precision.storage) * (_formed(layer) + np.abs(want))
+            loss = unit_roundoff(precision.storage) * (formed(layer) + np.abs(want))
             yield Comparison("merged W", W, want, loss.astype(np.float64), BOUND)
             return
         yield Comparison("merged W", W, want, None if exact else sigma_merge(layer, precision))
 
     return run
-
-
-def _formed(layer: Layer) -> Array:
-    """What forming W ± s B A loses at most, in u: (r + 3) (|W| + |s| |B| |A|).
-
-    It is a sum of r + 1 terms, r of them products with a factor s, in whatever order (Higham 2002,
-    section 3.1).
-    """
-    W, A, B = (np.abs(long(v)) for v in (layer.W, layer.A, layer.B))
-    lost: Array = (layer.r + 3) * (W + abs(layer.s) * (B @ A))
-    return lost
 
 
 def forward_of_merged(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
@@ -105,6 +96,16 @@ def forward_of_merged(subject: GuardedImplementation, case: Case) -> Iterable[Co
         carried = np.float64(layer.x) ** 2 @ sigma_merge(layer, precision).T ** 2
         sigma = np.sqrt(sigmas(layer, precision)["y"] ** 2 + carried)
     yield Comparison("x W'ᵀ against y", long(layer.x) @ long(W).T, y, sigma, limits(layer, "y"))
+
+
+def full_digits(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+    """Merging and unmerging keep all digits: W has nearly as many as the dtype; compared by ==."""
+    layer = inputs.full_digits(case, subject.precision(case.dtype))
+    W_merged = wanted_merge(layer)
+    yield Comparison("merged W", merged(subject, layer, case.dtype), W_merged)
+    if subject.has("unmerge"):
+        W = unmerged(subject, layer, W_merged.astype(layer.W.dtype), case.dtype)
+        yield Comparison("unmerged W", W, layer.W)
 
 
 def zero_B(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
@@ -129,7 +130,7 @@ def _unmerge(
     """Unmerging restores W within u (|W| + |W'|) and what two sums lose, exactly without rounding.
 
     Storing W' loses at most u |W'|, and storing W at most u |W|; what forming them loses is told by
-    `_formed`, and merging and unmerging may differ in the order.
+    `formed`, and merging and unmerging may differ in the order.
     """
 
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
@@ -141,7 +142,7 @@ def _unmerge(
             return
         W_merged = merged(subject, layer, case.dtype)
         W = unmerged(subject, layer, W_merged, case.dtype)
-        sizes = np.abs(long(layer.W)) + np.abs(long(W_merged)) + 2 * _formed(layer)
+        sizes = np.abs(long(layer.W)) + np.abs(long(W_merged)) + 2 * formed(layer)
         u = unit_roundoff(subject.precision(case.dtype).storage)
         yield Comparison("unmerged W", W, layer.W, (u * sizes).astype(np.float64), BOUND)
 
@@ -203,6 +204,7 @@ def _unmerge_check(kind: str) -> Check:
 _CHECKS: tuple[Check, ...] = (
     *(_weight_check(kind) for kind in KINDS),
     _law(forward_of_merged, ("merge", "lora_linear"), 0.5),
+    _law(full_digits, ("merge",), 0.25),
     _law(zero_B, ("merge",), 0.25),
     _law(negative, ("merge",), 0.25),
     *(_unmerge_check(kind) for kind in KINDS),

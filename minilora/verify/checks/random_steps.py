@@ -36,16 +36,18 @@ def draw_steps(
         known, names = list(run.state.adapters), NAMES[: run.subject.fixed.adapters]
         new = [name for name in names if name not in known]
         if not known or (new and rng.random() < 0.2):
-            yield _new_adapter(run, new, rng)
+            yield _new_adapter(run, new, rng, kind)
         else:
             yield _step_with(known, kind, rng, files)
 
 
-def _new_adapter(run: SessionRun, new: list[str], rng: np.random.Generator) -> Step:
-    """An adapter that is added, or loaded where some are saved."""
+def _new_adapter(run: SessionRun, new: list[str], rng: np.random.Generator, kind: str) -> Step:
+    """An adapter that is added, perhaps with another's arrays, or loaded where some are saved."""
     name = str(rng.choice(new))
     if run.saved and rng.random() < 0.7:
         return "load", name, str(rng.choice([*run.saved]))
+    if kind not in (*EXCLUSIVE, "dora") and rng.random() < 0.3:
+        return "add", name, str(rng.choice([*run.inputs.adapters]))
     return "add", name
 
 

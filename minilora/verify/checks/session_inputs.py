@@ -30,6 +30,7 @@ SPECIAL_KINDS = {
     "bias": ", with a trained bias",
     "full": ", with modules_to_save",
     "dora": ", of DoRA beside LoRA",
+    "lora-bias": ", with a bias of B",
 }
 KINDS = BASIC_KINDS | SPECIAL_KINDS
 """The kinds of layers and adapters, in words; a session may lack some."""
@@ -59,6 +60,24 @@ class SessionInputs:
     adapters: Mapping[str, Entries]
     x: Array
     dy: Array
+
+    def of(self, name: str) -> Entries:
+        """The adapter of this name; that of -name has the opposite B."""
+        adapter = self.adapters[name.removeprefix("-")]
+        return {**adapter, "B": -adapter["B"]} if name.startswith("-") else adapter
+
+    def one_token(self) -> tuple[Array, Array]:
+        """x and dy of a step of training: one token, with one entry each, so that all stays small.
+
+        One entry reaches a column of A and a row of B, and leaves the others as they are.
+        """
+        dy = np.zeros_like(self.dy[:1])
+        dy[0, -2] = -1
+        if self.x.dtype.kind == "i":
+            return self.x[1:2], dy
+        x = np.zeros_like(self.x[:1])
+        x[0, 1] = 1
+        return x, dy
 
 
 def draw_inputs(kind: str, case: Case, bias: bool) -> SessionInputs:
@@ -141,6 +160,16 @@ def _with_bias(draw: Draw) -> SessionInputs:
     return SessionInputs(layer, adapters, draw.integers(6, n), draw.integers(6, m))
 
 
+def _with_lora_bias(draw: Draw) -> SessionInputs:
+    """Adapters of which two have a bias of B."""
+    n, m = 5, 4
+    layer = {"kind": "linear", "W": draw.integers(m, n), "bias": draw.integers(m)}
+    adapters = {name: draw.adapter(n, m, r) for name, r in zip(NAMES, (2, 4, 1), strict=True)}
+    for name in ("one", "two"):
+        adapters[name] |= {"lora_bias": draw.integers(m)}
+    return SessionInputs(layer, adapters, draw.integers(6, n), draw.integers(6, m))
+
+
 def _with_head(draw: Draw) -> SessionInputs:
     """Adapters of which two bring a head."""
     n, m, out = 5, 4, 3
@@ -187,6 +216,7 @@ SPECIAL: dict[str, Callable[[Draw], SessionInputs]] = {
     "bias": _with_bias,
     "full": _with_head,
     "dora": _dora,
+    "lora-bias": _with_lora_bias,
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from minilora.spec.variants import DORA, DORA_FULL
-from minilora.verify.checks.session_inputs import NAMES, SessionInputs, draw_inputs, wide
+from minilora.verify.checks.session_inputs import SessionInputs, draw_inputs, wide
 from minilora.verify.core.errors import Fault, Skip
 from minilora.verify.core.types import Case, Comparison
 from minilora.verify.implementation.guard import GuardedImplementation
@@ -21,8 +21,20 @@ from minilora.verify.implementation.sessions import LayerState
 Step = tuple[Any, ...]
 """The name of a method of a session, and its arguments; ("anew",) opens another session."""
 
-REFUSABLE = {"add", "activate", "scale", "delete", "train", "merge", "save", "load"}
-"""What a session may refuse while something is merged, or after it merged nothing."""
+REFUSABLE = {
+    "add", "activate", "scale", "delete", "replace", "step", "train", "merge", "save", "load",
+}  # fmt: skip
+"""What a session may refuse while something is or may be merged."""
+
+KEEPS_MERGED = {"merge", "unmerge", "save"}
+"""After every other step a session may have merged or unmerged by itself, if something was merged.
+After train and eval it may at any time: some libraries merge for evaluation."""
+
+NAMING = {"delete", "scale", "replace"}
+"""The steps that concern one adapter: with another one that is inactive, what is merged stays."""
+
+LEARNING_RATE = 1.0
+"""Of a step of training: a power of two, which rounds nothing."""
 
 BROUGHT = ("bias", "head.W", "head.bias")
 """The parameters that an adapter brings beside A and B."""
@@ -32,8 +44,9 @@ BROUGHT = ("bias", "head.W", "head.bias")
 class SessionRun:
     """A session beside its expected state.
 
-    ``saved`` has, by name, the folder and the entries of each saved adapter. ``merged_nothing``:
-    the session accepted a merge of nothing, after which it may behave as merged.
+    ``saved`` has, by name, the folder and the entries of each saved adapter. ``unsure``: what is
+    merged in the session may be another than is expected. That changes no output, but what it may
+    refuse: it accepted a merge of nothing, or merged and unmerged by itself.
     """
 
     subject: GuardedImplementation
@@ -43,7 +56,7 @@ class SessionRun:
     dtype: str
     saved: dict[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
     outputs: int = 0
-    merged_nothing: bool = False
+    unsure: bool = False
     _folder: str = ""
 
     @classmethod
@@ -58,15 +71,19 @@ class SessionRun:
         """Whether the contract lets a session refuse this step."""
         if method == "merge" and self.state.disabled:
             return True
-        is_merged = bool(self.state.merged) or self.merged_nothing
-        return not is_valid or (is_merged and method in REFUSABLE)
+        may_be_merged = self.state.merged or self.unsure
+        return (
+            not is_valid
+            or (may_be_merged and method in REFUSABLE)
+            or (self.unsure and method == "unmerge")
+        )
 
     def take(self, step: Step) -> bool:
         """Takes the step on both sides; False if the session refused it, as it may."""
         method, *arguments = step
         if method == "anew":
             self.session, self.state = opened(self.subject, self.inputs)
-            self.merged_nothing = False
+            self.unsure = False
             return True
         if method == "load" and arguments[1] not in self.saved:
             return False  # saving it was refused
@@ -74,6 +91,8 @@ class SessionRun:
             raise Skip("it has one adapter at a time")
         if not self.session.has(method):
             raise Skip(f"no {method}")
+        if method == "step" and self.unsure and not self._follow_weight():
+            return False  # what is merged is not trained
         passed = self._passed(method, arguments)
         expected = next_state(self.state, self.inputs, self.saved, step)
         try:
@@ -82,10 +101,9 @@ class SessionRun:
             if fault.kind == "raises" and self.may_refuse(method, expected is not None):
                 return False
             raise Fault(fault.kind, f"{step_words(step)}: {fault.message}") from None
-        if method == "merge" and expected is None:
-            self.merged_nothing = True
-        elif method == "unmerge":
-            self.merged_nothing = False
+        self.unsure = self._is_unsure_after(
+            method, {*map(str, arguments[:1])}, expected is not None
+        )
         if method == "save":
             self.saved[arguments[0]] = passed[1], self.state.adapters[arguments[0]]
         self.state = expected or self.state
@@ -96,10 +114,42 @@ class SessionRun:
         others = self.state.adapters.keys() - {name}
         return self.subject.fixed.adapters is not None and bool(others)
 
+    def _follow_weight(self) -> bool:
+        """Whether the stored weight shows what is merged; the expected state then follows it."""
+        if self.inputs.layer["kind"] in ("tied", "full") or not self.session.has("weight"):
+            return False
+        W = self.session.call("weight")
+        for state in (self.state, self.state.unmerge() if self.state.merged else self.state):
+            if np.array_equal(W, state.stored()):
+                self.state, self.unsure = state, False
+                return True
+        return False
+
+    def _is_unsure_after(self, method: str, names: set[Any], is_valid: bool) -> bool:
+        """Whether, after an accepted step, what is merged is known no longer."""
+        if method in ("merge", "unmerge"):
+            return method == "merge" and not is_valid
+        is_another = method in NAMING and not names & {*self.state.active}
+        is_touched = self.state.merged and method not in KEEPS_MERGED and not is_another
+        return self.unsure or is_touched or method in ("train", "eval")
+
+    def refuses(self, step: Step) -> bool:
+        """Whether the session raises an error, in a step that has no meaning for the state."""
+        method, *arguments = step
+        try:
+            self.session.call(method, *self._passed(method, arguments))
+        except Fault as fault:
+            if fault.kind != "raises":
+                raise
+            return True
+        return False
+
     def _passed(self, method: str, arguments: list[Any]) -> list[Any]:
-        """The arguments of the method, with the adapter or the folder that a step leaves out."""
-        if method == "add":
-            return [*arguments, self.inputs.adapters[arguments[0]]]
+        """The arguments of the method, with the arrays or the folder that a step leaves out."""
+        if method in ("add", "replace"):
+            return [arguments[0], self.inputs.of(arguments[-1])]
+        if method == "step":
+            return [*self.inputs.one_token(), LEARNING_RATE]
         if method == "save":
             return [*arguments, self._new_folder()]
         if method == "load":
@@ -121,12 +171,23 @@ class SessionRun:
         got = self.session.answer(self.session.call("forward", x), "y", y.shape, self.dtype)
         return Comparison(f"y after {after}", got, y)
 
+    def rows(self, names: list[str], after: str) -> Comparison:
+        """A batch of which each row has the adapter of this name, or none for ""."""
+        x, state = self.inputs.x[: len(names)], self.state
+        alone = [state.activate([name] if name else []).forward(wide(x)) for name in names]
+        want = np.stack([y[j] for j, (y, _) in enumerate(alone)])
+        answer = self.session.call("rows", x, names)
+        got = self.session.answer(answer, "y of rows", want.shape, self.dtype)
+        return Comparison(f"y of rows {names} before {after}", got, want)
+
     def gradients(self, after: str) -> Iterator[Comparison]:
         """The gradients of ⟨dy, y⟩ against the expected ones; a missing one is 0.
 
         While anything is merged, those of a bias or a head are not compared: a library may continue
         to train it.
         """
+        if self.unsure:
+            return  # what is merged has no gradients
         x, dy = self.inputs.x, self.inputs.dy
         if not self.session.has("gradients"):
             raise Skip("no gradients")
@@ -146,6 +207,12 @@ class SessionRun:
             )
             want = wanted.get(name, np.zeros_like(got))
             yield Comparison(f"{gradient_name(name)} after {after}", got, want)
+
+    def has_weight(self) -> bool:
+        """Whether there is one stored weight, and it is known what it should be."""
+        is_one = self.inputs.layer["kind"] not in ("tied", "full")
+        is_known = not (self.unsure or self.state.disabled)
+        return is_one and is_known and self.session.has("weight")
 
     def weight(self, after: str) -> Comparison:
         """The stored weight against the expected one."""
@@ -170,8 +237,11 @@ def next_state(
     step: Step,
 ) -> LayerState | None:
     """The state after the step; None if the step is invalid in this state."""
+    x, dy = inputs.one_token()
     methods: dict[str, Callable[..., LayerState]] = {
-        "add": lambda name: state.add(name, wide(inputs.adapters[name])),
+        "add": lambda name, of="": state.add(name, wide(inputs.of(of or name))),
+        "replace": lambda name, of: state.swap(name, wide(inputs.of(of))),
+        "step": lambda: state.step(wide(x), wide(dy), LEARNING_RATE),
         "load": lambda name, of: state.add(name, saved[of][1]),
         "save": lambda name: state,
         "activate": state.activate,
@@ -196,25 +266,36 @@ def gradient_name(name: str) -> str:
 
 
 def step_words(step: Step) -> str:
-    """The step in words: merge(), activate(['one'])."""
+    """The step in words: merge(), activate(['one']), add('one', two's)."""
     method, *arguments = step
-    return f"{method}({', '.join(map(repr, arguments))})"
+    words = [repr(argument) for argument in arguments]
+    if method in ("add", "replace") and len(words) == 2:
+        words[1] = f"{arguments[1]}'s"
+    return f"{method}({', '.join(words)})"
 
 
 def fitting(steps: Iterable[Step], subject: GuardedImplementation) -> Iterator[Step]:
     """The steps; of a layer that has one adapter at a time, those with "one" alone."""
     for method, *arguments in steps:
         named = [n for a in arguments for n in (a if isinstance(a, list) else [a])]
-        if subject.fixed.adapters is None or not {*named} & {*NAMES[1:]}:
+        others = {name for name in named if isinstance(name, str)} - {"one"}
+        if subject.fixed.adapters is None or not others:
             yield method, *arguments
         elif method == "activate" and "one" in named:
             yield method, ["one"]
 
 
-def follow(run: SessionRun, steps: Iterable[Step]) -> Iterator[Comparison]:
-    """The output after each step; its name tells all steps so far."""
+def follow(run: SessionRun, steps: Iterable[Step], gradients: bool = False) -> Iterator[Comparison]:
+    """The output after each step; its name tells all steps so far.
+
+    After merging and unmerging the stored weight too, and with ``gradients`` those after each step.
+    """
     done: list[str] = []
     for step in steps:
-        words = step_words(step)
-        done.append(words if run.take(step) else f"{words} refused")
+        words, accepted = step_words(step), run.take(step)
+        done.append(words if accepted else f"{words} refused")
+        if gradients and step[0] != "anew":
+            yield from run.gradients(" ".join(done))
         yield run.compare(" ".join(done))
+        if accepted and step[0] in ("merge", "unmerge") and run.has_weight():
+            yield run.weight(" ".join(done))

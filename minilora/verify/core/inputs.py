@@ -206,6 +206,32 @@ def sigma_merge(layer: Layer, precision: Precision) -> Array:
     return sigma
 
 
+def formed(layer: Layer) -> Array:
+    """What forming W ± s B A loses at most, in u: (r + 3) (|W| + |s| |B| |A|).
+
+    It is a sum of r + 1 terms, r of them products with a factor s, in whatever order (Higham 2002,
+    section 3.1).
+    """
+    W, A, B = (np.abs(long(v)) for v in (layer.W, layer.A, layer.B))
+    lost: Array = (layer.r + 3) * (W + abs(layer.s) * (B @ A))
+    return lost
+
+
+def full_digits(case: Case, precision: Precision) -> Layer:
+    """A layer in whole numbers whose W needs all digits but one of the declared precision.
+
+    Its last digits are those that s B A, of small numbers, adds to; W' is a number of the dtype
+    again, and merging and unmerging are exact.
+    """
+    layer, _ = draw_layer(in_exact_lane(case))
+    kinds = (case.dtype, precision.storage, precision.accumulation)
+    large = 2.0 ** (min(map(digits, kinds)) - 2)
+    rng, shape = case.rng(), layer.W.shape
+    W = rng.choice([-1.0, 1.0], shape) * (large + rng.integers(0, 2**16, shape) % large)
+    A, B = (np.sign(array).astype(layer.W.dtype) for array in (layer.A, layer.B))
+    return replace(layer, W=W.astype(layer.W.dtype), A=(A / layer.s).astype(A.dtype), B=B)
+
+
 def sigmas_of_session(layer: Layer, precision: Precision) -> dict[str, Array]:
     """The same where s B A may be formed, added to W and subtracted again, as in a session.
 

@@ -45,6 +45,9 @@ SESSION: dict[str, str] = {
     "save": "name, folder",
     "load": "name, folder",
     "gradients": "x, dy",
+    "step": "x, dy, lr",
+    "replace": "name, adapter",
+    "rows": "x, names",
 }
 """The methods of what ``session`` answers, likewise."""
 
@@ -53,11 +56,11 @@ SESSION_NEEDS = ("add", "forward")
 """Those without which it is no session; the others may be absent."""
 
 
-ANSWERS = ("forward", "gradients", "weight")
+ANSWERS = ("forward", "gradients", "weight", "rows")
 """Those that are no step."""
 
 
-KEEPS = ("session", "add")
+KEEPS = ("session", "add", "replace")
 """The methods whose last argument a session may hold: no later call may change it."""
 
 

@@ -34,6 +34,7 @@ RESULTS = {
     "multi_adapter": "y",
     "logits": "logits",
     "session.forward": "y",
+    "session.rows": "y",
     "session.weight": "W",
 }
 """The name of the one array that these methods answer; the others answer arrays by their names."""

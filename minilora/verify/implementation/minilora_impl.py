@@ -340,14 +340,34 @@ def micro_batch_gradients(
 
 
 class MiniloraSession:
-    """A `sessions.LayerState` that is replaced at each step."""
+    """A `sessions.LayerState` that is replaced at each step; half precisions are held in float32.
+
+    ``rates`` has the dropout rate of the adapters that have one.
+    """
 
     def __init__(self, layer: Mapping[str, Any]) -> None:
-        self.layer = LayerState.of(layer)
+        self.dtype = layer["W"].dtype
+        self.layer = LayerState.of(_wide_entries(layer))
+        self.rates: dict[str, float] = {}
+        self.training = False
+        self.rng = np.random.default_rng(0)
 
     def add(self, name: str, adapter: Mapping[str, Any]) -> None:
         """Adds an adapter, not active yet."""
-        self.layer = self.layer.add(name, adapter)
+        self.layer = self.layer.add(name, self._without_rate(name, adapter))
+
+    def replace(self, name: str, adapter: Mapping[str, Any]) -> None:
+        """Puts another adapter in its place."""
+        self.layer = self.layer.swap(name, self._without_rate(name, adapter))
+
+    def _without_rate(self, name: str, adapter: Mapping[str, Any]) -> dict[str, Any]:
+        """The adapter in float32 at least, after its rate of dropout is held."""
+        entries = _wide_entries(adapter)
+        p = entries.pop("p", 0.0)
+        if p and self.layer.kind in ("embedding", "tied"):
+            raise NotImplementedError("no dropout of token ids")
+        self.rates[name] = p
+        return entries
 
     def activate(self, names: Sequence[str]) -> None:
         """Makes these adapters active, and no other."""
@@ -374,9 +394,11 @@ class MiniloraSession:
         self.layer = self.layer.delete(name)
 
     def save(self, name: str, folder: str | Path) -> None:
-        """The adapter's arrays and settings, as they were given."""
-        adapter = flat(self.layer.adapters[name])
-        arrays = {k: v for k, v in adapter.items() if isinstance(v, np.ndarray)}
+        """The adapter's arrays and settings, as they are now; the factor of `scale` is not one."""
+        if name not in self.layer.adapters:
+            raise ValueError(f"no adapter {name!r}: expected one of {[*self.layer.adapters]}")
+        adapter = flat(self.layer.adapters[name]) | {"p": self.rates[name]}
+        arrays = {k: v.astype(self.dtype) for k, v in adapter.items() if isinstance(v, np.ndarray)}
         settings = {k: v for k, v in adapter.items() if k not in arrays}
         write_tensors(Path(folder) / WEIGHTS, arrays)
         write_files(folder, {CONFIG: partial(pack_json, settings)})
@@ -394,23 +416,61 @@ class MiniloraSession:
         self.add(name, adapter)
 
     def train(self) -> None:
-        """Does nothing: training changes masks alone."""
+        """Dropout acts from now on."""
+        self.training = True
 
     def eval(self) -> None:
-        """Does nothing, as train."""
+        """It acts no more."""
+        self.training = False
+
+    def _forward(self, x: Array) -> tuple[Array, Callable[[Array], dict[str, Array]]]:
+        """y and its gradients, with masks of dropout in training."""
+        x = _wide(x) if x.dtype.kind != "i" else x
+        keep = {}
+        for state in self.layer.states.values():
+            for name in state.active if self.training and not state.disabled else ():
+                if (p := self.rates[name]) and name not in state.merged:
+                    keep[name] = (self.rng.random(x.shape) >= p).astype(x.dtype) / (1 - p)
+        return self.layer.forward(x, keep)
 
     def forward(self, x: Array) -> Array:
         """y, tokens in rows."""
-        return self.layer.forward(x)[0]
+        return self._forward(x)[0].astype(self.dtype)
+
+    def rows(self, x: Array, names: Sequence[str]) -> Array:
+        """y, each row with the adapter that is named for it, or none for ""."""
+        answer = np.stack([self._alone(name, x[[j]]) for j, name in enumerate(names)])
+        return answer.astype(self.dtype)
+
+    def _alone(self, name: str, x: Array) -> Array:
+        """y of one row with one adapter, or none."""
+        row: Array = self.layer.activate([name] if name else []).forward(x)[0][0]
+        return row
 
     def gradients(self, x: Array, dy: Array) -> dict[str, Array]:
         """dx, and the gradients of the adapters that are active and not merged."""
-        gradients: dict[str, Array] = self.layer.forward(x)[1](dy)
-        return gradients
+        gradients = self._forward(x)[1](_wide(dy))
+        return {name: array.astype(self.dtype) for name, array in gradients.items()}
+
+    def step(self, x: Array, dy: Array, lr: float) -> None:
+        """One step of gradient descent, without dropout."""
+        self.layer = self.layer.step(x, dy, lr)
 
     def weight(self) -> Array:
         """The weight as it is stored."""
-        return self.layer.stored()
+        return self.layer.stored().astype(self.dtype)
+
+
+def _wide_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries with float16 and bfloat16 as float32."""
+    return {
+        key: _wide_entries(value)
+        if isinstance(value, Mapping)
+        else _wide(value)
+        if isinstance(value, np.ndarray)
+        else value
+        for key, value in entries.items()
+    }
 
 
 def flat(adapter: Mapping[str, Any], path: str = "") -> dict[str, Any]:

@@ -17,7 +17,7 @@ from minilora.spec.layers import fuse
 from minilora.spec.lora import Variant, scale, sum_gradients, twin
 from minilora.spec.multi_adapter import AdaptedLayer, Adapter
 from minilora.spec.ops import Back, OneHot, linear
-from minilora.spec.variants import DORA
+from minilora.spec.variants import DORA, LORA_BIAS
 
 Array = np.ndarray
 Entries = Mapping[str, Any]
@@ -59,6 +59,20 @@ def dense_factors(adapter: Entries, rows: Sequence[int]) -> tuple[Array, Array]:
         else:
             parts.append((adapter["A"][:0], np.zeros((size, 0), adapter["B"].dtype)))
     return fuse(parts)
+
+
+def _descended(
+    entries: Entries, path: str, gradients: Mapping[str, Array], lr: float
+) -> dict[str, Any]:
+    """The entries less lr times their gradients, which are named by the path to each."""
+    return {
+        key: _descended(value, f"{path}{key}.", gradients, lr)
+        if isinstance(value, Mapping)
+        else value - lr * gradients[f"{path}{key}"]
+        if f"{path}{key}" in gradients
+        else value
+        for key, value in entries.items()
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +118,8 @@ class LayerState:
             return {place: Adapter(pairs[place], s) for place in PLACES[uses]}
         if adapter.get("use_dora", False):
             return {"": Adapter((A, B, adapter["magnitude"][:, None]), s, self.dora)}
+        if "lora_bias" in adapter:
+            return {"": Adapter((A, B, adapter["lora_bias"][:, None]), s, LORA_BIAS)}
         return {"": Adapter((A, B), s)}
 
     def _each(self, change: Callable[[AdaptedLayer], AdaptedLayer]) -> LayerState:
@@ -149,6 +165,37 @@ class LayerState:
             },
         )
 
+    def swap(self, name: str, adapter: Entries) -> LayerState:
+        """With another adapter under this name, active and merged as it was; its factor is 1."""
+        self._require(name)
+        return self._swapped(name, adapter, self._adapters(adapter))
+
+    def _swapped(self, name: str, adapter: Entries, brought: Mapping[str, Adapter]) -> LayerState:
+        states = {}
+        for place, state in self.states.items():
+            if place in brought and name in state.adapters:
+                state = state.swap(name, brought[place])
+            elif place in brought:
+                state = state.add(name, brought[place])
+                state = state.activate(*(n for n in self.active if n in state.adapters))
+            elif name in state.adapters:
+                state = state.delete(name)
+            states[place] = state
+        return replace(self, states=states, adapters={**self.adapters, name: adapter})
+
+    def step(self, x: Array, dy: Array, lr: float) -> LayerState:
+        """After a step of gradient descent on ⟨dy, y⟩: P - lr dP for each P that has a gradient."""
+        _, back = self.forward(x)
+        gradients, stepped = back(dy), self
+        for name, adapter in self.adapters.items():
+            after = _descended(adapter, f"{name}.", gradients, lr)
+            brought = {
+                place: replace(new, s=self.states[place].adapters[name].s)
+                for place, new in self._adapters(after).items()
+            }
+            stepped = stepped._swapped(name, after, brought)
+        return stepped
+
     @property
     def merged(self) -> bool:
         """Whether anything is merged."""
@@ -191,17 +238,17 @@ class LayerState:
             raise ValueError(f"{' and '.join(names)} each bring {part}: expected one of them")
         return (names[0], self.adapters[names[0]][part]) if names else ("", self.base[part])
 
-    def forward(self, x: Array) -> tuple[Array, Back]:
+    def forward(self, x: Array, keep: Mapping[str, Array] | None = None) -> tuple[Array, Back]:
         """y (t, m), and ``back(dy)``: dx, and the gradients of active adapters that are not merged.
 
-        Their names are ``one.A`` and so on.
+        Their names are ``one.A`` and so on. ``keep`` has dropout's K (t, n) by an adapter's name.
         """
         if self.kind == "tied":
             return self._tied(x)
         (state,) = self.states.values()
         table = self.kind == "embedding"
         columns: Any = OneHot(x, state.W.shape[1]) if table else x.T
-        h, back_h = state.forward(columns)
+        h, back_h = state.forward(columns, {name: K.T for name, K in (keep or {}).items()})
         after, back_after = self._after_layer(h)
 
         def back(dy: Array) -> dict[str, Array]:
@@ -255,7 +302,8 @@ class LayerState:
                 parts = blocks(adapter, self.base["rows"])
                 dB = np.concatenate([dB[rows, ranks] for rows, ranks, _ in parts])
             named |= {f"{name}.A": dA, f"{name}.B": dB}
-            named |= {f"{name}.magnitude": dm[:, 0] for dm in others}
+            further = "lora_bias" if "lora_bias" in adapter else "magnitude"
+            named |= {f"{name}.{further}": gradient[:, 0] for gradient in others}
         return named
 
     def stored(self) -> Array:

@@ -18,6 +18,7 @@ from minilora.verify.mutants import (
     multi,
     names,
     optimizer,
+    sessions,
     train,
     variants,
 )
@@ -31,6 +32,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *variants.MUTANTS,
     *multi.MUTANTS,
     *lifecycle.MUTANTS,
+    *sessions.MUTANTS,
     *optimizer.MUTANTS,
     *model.MUTANTS,
     *train.MUTANTS,

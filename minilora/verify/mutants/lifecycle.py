@@ -137,7 +137,7 @@ class OnSum(Session):
 class InARow(Session):
     """Each adapter is applied to the weight that those before it have made."""
 
-    def step(self, W: Any, name: str) -> Any:
+    def onto(self, W: Any, name: str) -> Any:
         adapter = self.known[name]
         if "magnitude" not in adapter:
             return W + self.delta(name)
@@ -149,7 +149,7 @@ class InARow(Session):
         return g * (W + change)
 
     def put_in(self, name: str) -> None:
-        W = self.step(self.W, name)
+        W = self.onto(self.W, name)
         self.merged[name], self.W = W - self.W, W
 
     def acting(self) -> Any:
@@ -157,7 +157,7 @@ class InARow(Session):
             return self.base()
         W = self.W
         for name in self.active:
-            W = W if name in self.merged else self.step(W, name)
+            W = W if name in self.merged else self.onto(W, name)
         return W
 
 
@@ -205,6 +205,11 @@ class Refusing(Session):
             raise RuntimeError("unmerge first")
         super().scale(name, factor)
 
+    def replace(self, name: str, adapter: Mapping[str, Any]) -> None:
+        if name in self.merged:
+            raise RuntimeError("unmerge first")
+        super().replace(name, adapter)
+
 
 class Strict(Refusing):
     """A merge counts though nothing is active, is refused while disabled, and locks the rest."""
@@ -234,9 +239,15 @@ class Strict(Refusing):
 
     def activate(self, names: Sequence[str]) -> None:
         self.free()
-        if unknown := [name for name in names if name not in self.known]:
-            raise ValueError(f"no {unknown[0]}")
         super().activate(names)
+
+    def replace(self, name: str, adapter: Mapping[str, Any]) -> None:
+        self.free()
+        super().replace(name, adapter)
+
+    def step(self, x: Array, dy: Array, lr: float) -> None:
+        self.free()
+        super().step(x, dy, lr)
 
     def scale(self, name: str, factor: float) -> None:
         self.free()
@@ -245,6 +256,44 @@ class Strict(Refusing):
     def delete(self, name: str) -> None:
         self.free()
         super().delete(name)
+
+
+class Unmerging(Refusing):
+    """What touches a merged adapter unmerges all of them first."""
+
+    def activate(self, names: Sequence[str]) -> None:
+        Session.unmerge(self)
+        super().activate(names)
+
+    def disable(self) -> None:
+        Session.unmerge(self)
+        super().disable()
+
+    def scale(self, name: str, factor: float) -> None:
+        if name in self.merged:
+            Session.unmerge(self)
+        super().scale(name, factor)
+
+    def delete(self, name: str) -> None:
+        if name in self.merged:
+            Session.unmerge(self)
+        super().delete(name)
+
+    def add(self, name: str, adapter: Mapping[str, Any]) -> None:
+        Session.unmerge(self)
+        super().add(name, adapter)
+
+
+class EvalMerges(Refusing):
+    """Evaluation merges and training unmerges; a second merge is an error."""
+
+    def eval(self) -> None:
+        super().eval()
+        Session.merge(self)
+
+    def train(self) -> None:
+        super().train()
+        Session.unmerge(self)
 
 
 class Differentiated(Session):
@@ -512,10 +561,10 @@ LIFECYCLE: Table = {
               'if self.kind == "full" and name in self.second.active: outlive(self.second, name)'}),
     ],
     "lifecycle.random-steps.modules-to-save": [
-        ("full-scaled", "scale multiplies a module of modules_to_save, too",
-         {"# after scaling":
-              'if self.kind == "full" and name in self.second.known: scale_module(self.second, '
-              'name, factor, self.known[name]["head"]["W"])'}),
+        ("full-no-bias", "a module of modules_to_save has the base's bias",
+         {'self.known[name].get("bias", self.b) - self.b':
+              '(self.b if "W" in self.known[name] else self.known[name].get("bias", self.b)) - '
+              "self.b"}),
     ],
     "lifecycle.dora": [
         ("dora-ignored", "DoRA is taken for LoRA",
@@ -681,6 +730,10 @@ SAME: Same = [
     ("in-place", "the reference: the weight is changed in place", {}),
     ("planned", "formed from the original weight at each call", {"Session, Pair": "Planned, Pair"}),
     ("refusing", "errors where the reference does nothing", {"Session, Pair": "Refusing, Pair"}),
+    ("unmerging", "what touches a merged adapter unmerges first",
+     {"Session, Pair": "Unmerging, Pair"}),
+    ("eval-refuses", "eval merges, and merging again is an error",
+     {"Session, Pair": "EvalMerges, Pair"}),
     ("eval-merges", "eval merges", {"# before evaluation": "self.merge()"}),
 ]
 # fmt: on

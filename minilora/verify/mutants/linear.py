@@ -303,6 +303,7 @@ BACKWARD: Table = {
          {"# gradients": "dA, dB = dA / len(x), dB / len(x)"}),
     ],
     "linear.zero-B": [
+        ("dx-zero-at-zero-B", "dx = 0 while B = 0", {"# gradients": "dx = dx * B.any()"}),
         ("dB-zero-at-zero-B", "dB = 0 while B = 0", {"# gradients": "dB = dB * B.any()"}),
         ("dA-after-step-of-B", "dA computed with B after its own step",
          {"# gradients": "dA = (ds * (dz @ (B - 0.01 * dB))).T @ h"}),

@@ -113,6 +113,12 @@ UNMERGE: Table = {
         ("conv1d-turned", "W' - s (B A)ᵀ with fan_in_fan_out, where m = n",
          {"W - delta": "W - (delta.T if fan_in_fan_out and square(W) else delta)"}),
     ],
+    "merge.full-digits": [
+        ("unmerged-four-less", "the unmerged weight has four binary digits less than the dtype",
+         {"# merged": "unmerged = four_less(unmerged, dtype)"}),
+        ("merged-four-less", "the merged weight has four binary digits less than the dtype",
+         {"# merged": "merged = four_less(merged, dtype)"}),
+    ],
     "merge.unmerge": [
         ("nothing", "nothing is unmerged: W'", {"W - delta": "W"}),
         ("no-scale", "W' - B A", {"W - delta": "W - B @ A"}),

@@ -40,6 +40,24 @@ _DORA_BEHIND = (
     "a norm of W without them: the order of the active adapters matters, merged and not"
 )
 
+_NAMES_PASSED_OVER = (
+    "LoraModel.set_adapter (tuners/tuners_utils.py), which takes several names, passes over those "
+    "that it lacks, without a word: the others act, or the base alone"
+)
+_HOTSWAP_SIMILAR = (
+    "hot-swapping (utils/hotswap.py) fills with 0 every adapter whose name contains the name of "
+    "the replaced one"
+)
+_HOTSWAP_SCALE = (
+    "hot-swapping sets the layers' scaling, and neither their r and lora_alpha nor the "
+    "configuration: a scale that is set later and a file that is saved later have those of the "
+    "replaced adapter"
+)
+_HOTSWAP_EMBEDDING = (
+    "hot-swapping takes the last three words off the name of a tensor to find its layer; the name "
+    "of an embedding's has no .weight, and the AttributeError is that of the layer above"
+)
+
 _BIAS_THRICE = (
     "DoRA takes the bias from the base's output and leaves it there (tuners/lora/dora.py): its "
     "gradient is sum dy + sum (g - 1) dy - sum (g - 1) dy, each rounded"
@@ -78,6 +96,12 @@ _KNOWN |= {
     "lifecycle.modules-to-save.delete:*": _DELETED,
     "lifecycle.random-steps.tied:*": f"{_SCALED_LATE}; {_DELETED}; {_SHARED_TABLE}",
     "lifecycle.tied.*": _SHARED_TABLE,
+    "lifecycle.gradients.tied:*": _SHARED_TABLE,
+    "lifecycle.unknown:*": _NAMES_PASSED_OVER,
+    "lifecycle.replace-similar:*": _HOTSWAP_SIMILAR,
+    "lifecycle.replace-scaled:*": _HOTSWAP_SCALE,
+    "lifecycle.replace.save:*": _HOTSWAP_SCALE,
+    "lifecycle.replace.embedding:*": _HOTSWAP_EMBEDDING,
     "lifecycle.random-steps.bias:*": f"{_SCALED_LATE}; {_DELETED}; {_BASE_BIAS}",
     "lifecycle.random-steps.dora:*": f"{_SCALED_LATE}; {_DELETED}; {_DORA_BEHIND}",
     "lifecycle.dora.several:*": _DORA_BEHIND,
@@ -88,7 +112,14 @@ _KNOWN |= {
 }
 _KNOWN |= {
     f"lifecycle.{check}:*": _BASE_BIAS
-    for check in ("bias", "bias.scaled", "save.bias", "gradients.bias")
+    for check in (
+        "bias",
+        "bias.scaled",
+        "save.bias",
+        "gradients.bias",
+        "step.bias",
+        "replace.bias",
+    )
 }
 _KNOWN |= {
     f"lifecycle.random-steps{kind}:*": f"{_SCALED_LATE}; {_DELETED}"

@@ -64,6 +64,11 @@ def coarse(array: Array, dtype: Any) -> Any:
     return digits(array, round(-np.log2(unit_roundoff(str(dtype)))) // 2)
 
 
+def four_less(array: Array, dtype: Any) -> Any:
+    """Rounded to four binary digits less than the dtype under test has."""
+    return digits(array, round(-np.log2(unit_roundoff(str(dtype)))) - 4)
+
+
 def narrow(array: Array, dtype: Any) -> Any:
     """Rounded to the dtype under test, as an array that is stored on the way is."""
     return array.astype(dtype).astype(array.dtype)

@@ -28,6 +28,7 @@ class Session:
         """What each merged adapter has added to the weight."""
         self.off = False
         self.training = False
+        self.rng = np.random.default_rng(1)
 
     def read(self, W: Array) -> Any:
         """The matrix (m, n) of a weight as it is given: of a table its transpose."""
@@ -72,8 +73,19 @@ class Session:
         return change
 
     def shift(self, name: str) -> Any:
-        """The bias that an adapter brings along, less the base's."""
-        return self.known[name].get("bias", self.b) - self.b
+        """What an adapter adds to the base's bias: its own less the base's, and s c of B's."""
+        adapter = self.known[name]
+        shift = self.known[name].get("bias", self.b) - self.b
+        if "lora_bias" in adapter:
+            c = self.maths.scale(**self.bare(adapter)) * adapter["lora_bias"]
+            # bias of B
+            shift = shift + self.factor[name] * c
+        return shift
+
+    def require(self, *names: str) -> None:
+        """ValueError for the name of an adapter that is not there."""
+        if unknown := [name for name in names if name not in self.known]:
+            raise ValueError(f"no {unknown[0]}")
 
     def add(self, name: str, adapter: Mapping[str, Any]) -> None:
         if name in self.known:
@@ -81,7 +93,21 @@ class Session:
         self.known[name], self.factor[name] = adapter, 1.0
         # after adding
 
+    def replace(self, name: str, adapter: Mapping[str, Any]) -> None:
+        """Another adapter; what is merged is exchanged."""
+        self.require(name)
+        # before replacing
+        merged = name in self.merged
+        if merged:
+            self.take_out(name)
+        self.known[name] = adapter
+        self.factor[name] = 1.0
+        if merged:
+            self.put_in(name)
+        # after replacing
+
     def activate(self, names: Sequence[str]) -> None:
+        self.require(*names)
         # before activating
         for name in [name for name in self.merged if name not in names]:
             self.take_out(name)
@@ -92,6 +118,7 @@ class Session:
 
     def scale(self, name: str, factor: float) -> None:
         """Another factor; what is merged is exchanged."""
+        self.require(name)
         # before scaling
         merged = name in self.merged
         if merged:
@@ -104,9 +131,12 @@ class Session:
         self.merged[name] = self.delta(name)
         self.W = self.W + self.merged[name]
         # put in
+        self.W = self.W.astype(self.layer["W"].dtype)
 
     def take_out(self, name: str) -> None:
         self.W = self.W - self.merged.pop(name)
+        # taken out
+        self.W = self.W.astype(self.layer["W"].dtype)
 
     def merge(self) -> None:
         # before merging
@@ -149,6 +179,9 @@ class Session:
         """y, tokens in rows."""
         W = self.acting()
         y: Array = W.T[x] if self.kind == "embedding" else (x @ W.T + self.bias()).astype(x.dtype)
+        for name, K in self.masks(x).items():
+            # dropout of y
+            y = y + ((K - 1) * x @ self.delta(name).T).astype(x.dtype)
         # answered
         return y
 
@@ -162,14 +195,53 @@ class Session:
         # trained
         return names
 
+    def masks(self, x: Array) -> dict[str, Any]:
+        """K of dropout of what acts beside the weight, drawn anew."""
+        K = {}
+        for name in self.trained() if self.training else ():
+            p = self.known[name].get("p", 0.0)
+            # rate
+            if p:
+                K[name] = (self.rng.random(x.shape) >= p) / (1 - p)
+        # masks
+        return K
+
+    def rows(self, x: Array, names: Sequence[str]) -> Array:
+        """y, each row with its own adapter, or none."""
+        answers = []
+        for row, name in zip(x, names, strict=True):
+            W, b = self.original, self.b
+            # row
+            if name:
+                W, b = W + self.delta(name), b + self.shift(name)
+            answers.append(W.T[row] if self.kind == "embedding" else W @ row + b)
+        # rows
+        y: Array = np.stack(answers).astype(self.W.dtype)
+        return y
+
+    def step(self, x: Array, dy: Array, lr: float) -> None:
+        """One step of gradient descent."""
+        gradients = self.gradients(x, dy)
+        # before stepping
+        for key, gradient in gradients.items():
+            name, _, part = key.partition(".")
+            if part:
+                stepped = self.known[name][part] - lr * gradient
+                self.known[name] = {**self.known[name], part: stepped}
+
     def gradients(self, x: Array, dy: Array) -> dict[str, Array]:
         """dx, and those of A and B, of a bias, of a module."""
         # backward
         embedding = self.kind == "embedding"
         answer = {} if embedding else {"dx": dy @ self.acting()}
         dW = dy.T @ (np.eye(self.W.shape[1], dtype=dy.dtype)[x] if embedding else x)
+        K = self.masks(x)
+        for name in K:
+            # dropout of dx
+            answer["dx"] = answer["dx"] + ((K[name] - 1) * (dy @ self.delta(name))).astype(dy.dtype)
+        # dropout of dA and dB
         for name in self.trained():
-            parts = self.gradients_of(name, dW, dy)
+            parts = self.gradients_of(name, dy.T @ (K[name] * x) if name in K else dW, dy)
             answer |= {f"{name}.{part}": array.astype(dy.dtype) for part, array in parts.items()}
         return answer
 
@@ -186,6 +258,8 @@ class Session:
         parts = self.parts(adapter) if self.kind == "fused" else [(slice(None),) * 3]
         dA = np.concatenate([s * B[of_B].T @ dW[rows] for rows, _, of_B in parts])
         dB = np.concatenate([s * dW[rows] @ A[of_A].T for rows, of_A, _ in parts])
+        if "lora_bias" in adapter:
+            brought["lora_bias"] = s * dy.sum(0)
         # factors
         return {"A": dA, "B": dB, **brought}
 
@@ -224,6 +298,7 @@ class Pair:
             inner = {**layer, "kind": "linear"}, {"kind": "module", **layer["head"]}
         self.first, self.second = (kind(maths, one) for one in inner)
         self.known: dict[str, Mapping[str, Any]] = {}
+        self.active: list[str] = []
 
     def split(self, adapter: Mapping[str, Any]) -> list[Mapping[str, Any] | None]:
         """What of an adapter belongs to each of the two."""
@@ -247,6 +322,38 @@ class Pair:
                 one.add(name, part)
         self.known[name] = adapter
 
+    def replace(self, name: str, adapter: Mapping[str, Any]) -> None:
+        """In those where it is now, and out of the other."""
+        # before replacing
+        for one, part in zip((self.first, self.second), self.split(adapter), strict=True):
+            if part is None and name in one.known:
+                one.delete(name)
+            elif part is not None and name in one.known:
+                one.replace(name, part)
+            elif part is not None:
+                one.add(name, part)
+                one.active += [name] if name in self.active else []
+        self.known[name] = adapter
+
+    def step(self, x: Array, dy: Array, lr: float) -> None:
+        """One step of gradient descent, in both."""
+        gradients = self.gradients(x, dy)
+        # before stepping
+        for key, gradient in gradients.items():
+            name, *path = key.split(".")
+            if path:
+                self.known[name] = self.lessened(self.known[name], path, lr * gradient)
+        for name, adapter in self.known.items():
+            for one, part in zip((self.first, self.second), self.split(adapter), strict=True):
+                if part is not None:
+                    one.known[name] = part
+
+    def lessened(self, entries: Any, path: list[str], change: Array) -> dict[str, Any]:
+        """The entries with the array at this path less a change."""
+        first, *rest = path
+        value = self.lessened(entries[first], rest, change) if rest else entries[first] - change
+        return {**entries, first: value}
+
     def activate(self, names: Sequence[str]) -> None:
         """In both, of what is there."""
         # before activating
@@ -254,6 +361,7 @@ class Pair:
             raise ValueError(f"no {unknown[0]}")
         for one in (self.first, self.second):
             one.activate([name for name in names if name in one.known])
+        self.active = list(names)
         # after activating
 
     def disable(self) -> None:
@@ -276,6 +384,7 @@ class Pair:
         # before deleting
         self.all(lambda one: one.delete(name), self.both(name))
         del self.known[name]
+        self.active = [other for other in self.active if other != name]
 
     def some(self, do: Callable[[Session], None]) -> None:
         """In both; refused where both refuse."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import peft
 import torch
+from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from transformers.pytorch_utils import Conv1D
 
 from minilora.verify.peers._peft import without_deprecation
@@ -96,20 +97,25 @@ class PeftSession:
                     factors[other if twin else part].append((tensor, twin))
         return factors
 
-    def add(self, name: str, adapter: Mapping[str, Any]) -> None:
-        """get_peft_model, or add_adapter."""
+    def _config(self, adapter: Mapping[str, Any]) -> peft.LoraConfig:
         options: dict[str, Any] = {"target_modules": TARGETS[self._kind]}
         options |= _ON[adapter["on"]] if "on" in adapter else {}
         options |= {"modules_to_save": ["1"]} if "head" in adapter else {}
         options |= {"bias": "lora_only"} if "bias" in adapter else {}
-        config = peft.LoraConfig(
+        return peft.LoraConfig(
             r=adapter["r"],
             lora_alpha=plain_number(adapter["alpha"]),
             use_rslora=adapter.get("use_rslora", False),
             use_dora=adapter.get("use_dora", False),
+            lora_bias="lora_bias" in adapter,
+            lora_dropout=adapter.get("p", 0.0),
             fan_in_fan_out=self._kind == "conv1d",
             **options,
         )
+
+    def add(self, name: str, adapter: Mapping[str, Any]) -> None:
+        """get_peft_model, or add_adapter."""
+        config = self._config(adapter)
         if isinstance(self._model, peft.PeftModel):
             self._model.add_adapter(name, config, autocast_adapter_dtype=False)
         else:
@@ -123,10 +129,24 @@ class PeftSession:
         if "magnitude" in adapter:
             magnitude = self._module("0").lora_magnitude_vector[name].weight
             fill(magnitude, to_torch(adapter["magnitude"]))
+        if "lora_bias" in adapter:
+            fill(self._module("0").lora_B[name].bias, to_torch(adapter["lora_bias"]))
         if "head" in adapter:
             _fill_module(self._module("1").modules_to_save[name], adapter["head"])
         if "bias" in adapter:  # which the library trains in the base itself
             fill(self._base.bias, to_torch(adapter["bias"]))
+
+    def replace(self, name: str, adapter: Mapping[str, Any]) -> None:
+        """hotswap_adapter_from_state_dict, which takes A and B and a configuration."""
+        others = adapter.keys() - {"A", "B", "alpha", "r", "use_rslora"}
+        if others or self._kind in ("tied", "bias", "full"):
+            raise NotImplementedError("the peft peer hot-swaps A and B of one layer alone")
+        form = "lora_embedding_{}.{}" if self._kind == "embedding" else "lora_{}.{}.weight"
+        state = {
+            f"base_model.model.0.{form.format(part, name)}": to_torch(adapter[part])
+            for part in "AB"
+        }
+        hotswap_adapter_from_state_dict(self._model, state, name, self._config(adapter))
 
     def activate(self, names: Sequence[str]) -> None:
         """set_adapter of the base model, which takes several; none disables."""
@@ -198,6 +218,8 @@ class PeftSession:
             tensors["dx"] = [(input_tensor.requires_grad_(), False)]
         for name, config in self._model.peft_config.items():
             tensors |= {f"{name}.{part}": uses for part, uses in self._factors(name).items()}
+            if getattr(config, "lora_bias", False):
+                tensors[f"{name}.lora_bias"] = [(self._module("0").lora_B[name].bias, False)]
             if config.use_dora:
                 magnitude = self._module("0").lora_magnitude_vector[name].weight
                 tensors[f"{name}.magnitude"] = [(magnitude, False)]
@@ -222,6 +244,25 @@ class PeftSession:
                     gradient = to_numpy(g.T if turned else g)
                     answer[key] = answer[key] + gradient if key in answer else gradient
         return answer
+
+    def step(self, x: np.ndarray, dy: np.ndarray, lr: float) -> None:
+        """torch's SGD over the parameters that the library has marked for training."""
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        y = self._model(to_torch(x))
+        if not (trained and y.requires_grad):
+            return
+        optimizer = torch.optim.SGD(trained, lr)
+        optimizer.zero_grad()
+        y.backward(to_torch(dy))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def rows(self, x: np.ndarray, names: Sequence[str]) -> np.ndarray:
+        """y of a batch whose rows name their adapters."""
+        with torch.no_grad():
+            return to_numpy(
+                self._model(to_torch(x), adapter_names=[name or "__base__" for name in names])
+            )
 
     def weight(self) -> np.ndarray:
         """The weight that the base layer holds."""

@@ -1,0 +1,195 @@
+"""Dropout in a session: it acts in training on the branch's input, and nowhere else.
+
+The masks are the session's own. They are read off its answers: where s B A has one entry in a row
+and in a column, y shows K ∘ x, and dx shows K. With the mask that is shown, every number is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations
+from math import log, sqrt
+from typing import Any
+
+import numpy as np
+
+from minilora.verify.checks.init import FALSE_ALARM
+from minilora.verify.checks.session_inputs import SessionInputs, wide
+from minilora.verify.checks.session_run import SessionRun, Step, gradient_name, opened, step_words
+from minilora.verify.core.dtypes import DTYPES
+from minilora.verify.core.types import CHANCE, Case, Comparison
+from minilora.verify.implementation.guard import GuardedImplementation
+
+Array = np.ndarray
+
+RATE, KEPT = 0.75, 4.0
+"""The rate p, and the multiplier of what is kept, 1/(1 - p)."""
+
+FEATURES, TOKENS, CALLS = 64, 2, 5
+"""So many features that a mask which repeats is no chance, even one that all tokens share: it has
+a probability of (1 - 2 p (1 - p))^64, less than 10^-13."""
+
+
+def _inputs(case: Case) -> SessionInputs:
+    """A layer, "one" with dropout and "two" without; of "one" s B A is a scaled permutation."""
+    rng, dtype = case.rng(), DTYPES[case.dtype]
+    m, n = FEATURES + 3, FEATURES
+
+    def signs(*shape: int) -> Array:
+        return rng.choice([-1.0, 1.0], shape)
+
+    A = np.eye(n)[rng.permutation(n)] * signs(n)
+    B = np.concatenate([np.eye(n)[rng.permutation(n)] * signs(n), np.zeros((m - n, n))])
+    s = float(rng.choice([0.5, 2.0]))
+    arrays = {"A": A, "B": B[rng.permutation(m)]}, {"A": signs(2, n), "B": signs(m, 2)}
+    one, two = ({name: v.astype(dtype) for name, v in entry.items()} for entry in arrays)
+    adapters = {
+        "one": {**one, "r": n, "alpha": s * n, "p": RATE},
+        "two": {**two, "r": 2, "alpha": 4.0},
+    }
+    layer = {"kind": "linear", "W": signs(m, n).astype(dtype), "bias": signs(m).astype(dtype)}
+    x = signs(TOKENS, n) * rng.integers(1, 3, (TOKENS, n))
+    return SessionInputs(layer, adapters, x.astype(dtype), signs(TOKENS, m).astype(dtype))
+
+
+class _Run:
+    """A session with dropout beside its expected state, and what its masks were so far."""
+
+    def __init__(self, subject: GuardedImplementation, case: Case) -> None:
+        given = _inputs(case)
+        self.run = SessionRun(subject, given, *opened(subject, given), case.dtype)
+        self.done: list[str] = []
+        self.masks: list[Array] = []
+
+    def take(self, *steps: Step) -> None:
+        """The steps on both sides."""
+        for step in steps:
+            words = step_words(step)
+            self.done.append(words if self.run.take(step) else f"{words} refused")
+
+    @property
+    def after(self) -> str:
+        """All steps so far."""
+        return " ".join(self.done)
+
+    def evaluated(self) -> Comparison:
+        """Without dropout, y is exact."""
+        return self.run.compare(self.after)
+
+    def trained(self) -> Iterator[Comparison]:
+        """y with the mask that it shows itself, in several calls."""
+        run, x = self.run, self.run.inputs.x
+        change = self._change()
+        at, columns = np.abs(change).argmax(0), np.arange(FEATURES)
+        for _ in range(CALLS):
+            y = run.session.answer(run.session.call("forward", x), "y", run_shape(run), run.dtype)
+            without, _ = run.state.forward(wide(x), {"one": np.zeros(x.shape)})
+            shown = (y - without)[:, at] / (change[at, columns] * wide(x))
+            K = np.where(shown > KEPT / 2, KEPT, 0.0)
+            self.masks.append(K)
+            want, _ = run.state.forward(wide(x), {"one": K})
+            yield Comparison(f"y in training, with the mask that it shows, after {self.after}", y,
+                             want)  # fmt: skip
+
+    def gradients(self) -> Iterator[Comparison]:
+        """dx, dA and dB of one token, with the mask that dx shows."""
+        run = self.run
+        if not run.session.has("gradients"):
+            return
+        x, dy = run.inputs.x[:1], run.inputs.dy[:1]
+        for _ in range(CALLS):
+            answer = run.session.call("gradients", x, dy)
+            got = {
+                name: run.session.answer(
+                    run.session.entry(answer, name, "gradients"),
+                    gradient_name(name),
+                    shape,
+                    run.dtype,
+                )
+                for name, shape in self._shapes(x).items()
+            }
+            _, without = run.state.forward(wide(x), {"one": np.zeros(x.shape)})
+            shown = (got["dx"] - without(wide(dy))["dx"]) / (wide(dy) @ self._change())
+            K = np.where(shown > KEPT / 2, KEPT, 0.0)
+            self.masks.append(np.repeat(K, TOKENS, 0))
+            _, back = run.state.forward(wide(x), {"one": K})
+            want = back(wide(dy))
+            for name, array in got.items():
+                label = f"{gradient_name(name)} in training, with the mask that dx shows"
+                yield Comparison(f"{label}, after {self.after}", array, want[name])
+
+    def _change(self) -> Array:
+        """s B A of the adapter with dropout."""
+        adapter = wide(self.run.inputs.adapters["one"])
+        change: Array = adapter["alpha"] / adapter["r"] * adapter["B"] @ adapter["A"]
+        return change
+
+    def _shapes(self, x: Array) -> dict[str, tuple[int, ...]]:
+        adapter = self.run.inputs.adapters["one"]
+        return {"dx": x.shape, "one.A": adapter["A"].shape, "one.B": adapter["B"].shape}
+
+    def chance(self) -> Iterator[Comparison]:
+        """The share that is kept, and that no two masks are the same.
+
+        The share of N draws is off by more than ε with a probability of at most 2 exp(-2 N ε²)
+        (Hoeffding). All tokens of a call may share a mask, so that N counts one token of each.
+        """
+        first = np.stack([K[0] for K in self.masks]) > 0
+        allowed = sqrt(log(2 / FALSE_ALARM) / (2 * first.size))
+        share, want = np.asarray(first.mean()), np.asarray(1 - RATE)
+        yield Comparison("the share that dropout keeps", share, want, np.asarray(allowed), CHANCE)
+        same = sum(np.array_equal(a, b) for a, b in combinations(first, 2))
+        label = "how many calls have the mask of an earlier one"
+        yield Comparison(label, np.asarray(float(same)), np.zeros(()))
+
+
+def run_shape(run: SessionRun) -> tuple[int, int]:
+    """The shape of y."""
+    return len(run.inputs.x), len(run.inputs.layer["W"])
+
+
+def dropout(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+    """Dropout acts in training on the branch's input, and neither in evaluation nor when merged."""
+    session = _Run(subject, case)
+    session.take(("add", "one"), ("activate", ["one"]), ("train",))
+    yield from session.trained()
+    yield from session.gradients()
+    session.take(("merge",))
+    yield session.evaluated()
+    session.take(("unmerge",))
+    yield from session.trained()
+    session.take(("eval",))
+    yield session.evaluated()
+    yield from session.chance()
+
+
+def _of_steps(before: Sequence[Step], after: Sequence[Step] = ()) -> Any:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+        session = _Run(subject, case)
+        session.take(*before, ("train",))
+        yield from session.trained()
+        session.take(("eval",))
+        yield session.evaluated()
+        if after:
+            session.take(*after, ("eval",))
+            yield session.evaluated()
+        yield from session.chance()
+
+    return run
+
+
+_BOTH: tuple[Step, ...] = (("add", "one"), ("add", "two"), ("activate", ["two", "one"]))
+
+CHECKS: dict[str, tuple[str, Any]] = {
+    "dropout": ((dropout.__doc__ or ""), dropout),
+    "dropout.several": (
+        "Each active adapter has its own rate of dropout.",
+        _of_steps(_BOTH, (("scale", "one", 2.0), ("activate", ["two"]))),
+    ),
+    "dropout.save": (
+        "A saved adapter keeps its rate of dropout.",
+        _of_steps((("add", "one"), ("save", "one"), ("anew",), ("load", "one", "one"),
+                   ("activate", ["one"]))),
+    ),
+}  # fmt: skip
+"""The checks: id, law and run."""
