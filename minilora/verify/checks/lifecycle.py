@@ -117,7 +117,9 @@ def rows(subject: GuardedImplementation, case: Case, kind: str = "linear") -> It
     run, rng = SessionRun.of(subject, case, kind=kind), case.rng()
     if not run.session.has("rows"):
         raise Skip("no rows")
-    for step in fitting((*START, ("add", "onetwo")), subject):
+    evaluation: list[Step] = [("eval",)] if run.session.has("eval") else []
+    added: tuple[Step, ...] = (*START[:2], ("add", "onetwo"), *evaluation, *START[2:])
+    for step in fitting(added, subject):
         run.take(step)
     count = len(run.inputs.x)
     for step in fitting(ROWS_BETWEEN, subject):

@@ -237,11 +237,10 @@ def next_state(
     step: Step,
 ) -> LayerState | None:
     """The state after the step; None if the step is invalid in this state."""
-    x, dy = inputs.one_token()
     methods: dict[str, Callable[..., LayerState]] = {
         "add": lambda name, of="": state.add(name, wide(inputs.of(of or name))),
         "replace": lambda name, of: state.swap(name, wide(inputs.of(of))),
-        "step": lambda: state.step(wide(x), wide(dy), LEARNING_RATE),
+        "step": lambda: _trained(state, inputs),
         "load": lambda name, of: state.add(name, saved[of][1]),
         "save": lambda name: state,
         "activate": state.activate,
@@ -258,6 +257,11 @@ def next_state(
         return methods[method](*arguments)
     except ValueError:
         return None
+
+
+def _trained(state: LayerState, inputs: SessionInputs) -> LayerState:
+    x, dy = inputs.one_token()
+    return state.step(wide(x), wide(dy), LEARNING_RATE)
 
 
 def gradient_name(name: str) -> str:

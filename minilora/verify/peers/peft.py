@@ -123,7 +123,7 @@ _KNOWN |= {
 }
 _KNOWN |= {
     f"lifecycle.random-steps{kind}:*": f"{_SCALED_LATE}; {_DELETED}"
-    for kind in ("", ".conv1d", ".embedding", ".modules-to-save", ".files")
+    for kind in ("", ".conv1d", ".embedding", ".modules-to-save", ".lora-bias", ".files")
 }
 
 
