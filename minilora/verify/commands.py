@@ -23,3 +23,10 @@ def reproduce_all(command: Sequence[str] | None, p: CheckPlan, profile: str) -> 
         return f"minilora.verify.check(implementation, {chosen})".replace("'", '"')
     options = ["--level", level, "--dtype", dtype, "--profile", profile, "--seed", str(p.seed)]
     return shlex.join([*command, *options])
+
+
+def reproduce_run(command: Sequence[str] | None, p: CheckPlan, profile: str) -> str:
+    """The same of all cases of the run."""
+    if command is None:
+        return f'minilora.verify.check(implementation, profile="{profile}", seed={p.seed})'
+    return shlex.join([*command, "--profile", profile, "--seed", str(p.seed)])

@@ -63,7 +63,7 @@ def run(
         plans = [p for p in plans if p.dtype in subject.dtypes]
     plans = [replace(p, fixed=subject.fixed) for p in plans]
     declarations, notes = declared(checks, subject, known or {})
-    investigation = Investigation(subject, profile, command)
+    investigation = Investigation(subject, profile, command, plans)
     results: list[Result] = []
 
     def report(interrupted: bool = False) -> Report:

@@ -18,7 +18,7 @@ import pytest
 from minilora.verify import engine
 from minilora.verify.core.errors import LoadError, UsageError
 from minilora.verify.core.types import Check
-from minilora.verify.diagnosis.investigation import MAX_SHRINKS
+from minilora.verify.diagnosis import investigation
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.known import declared, known_for, read_known
 from minilora.verify.loading import DEFAULT_TARGET, load, resolve
@@ -59,7 +59,7 @@ class OneCheck:
         """Runs the check: it passes, is skipped, fails, or fails as expected."""
         name = GuardedImplementation(implementation).name
         check = self.check
-        if _SHRUNK[name] >= MAX_SHRINKS:
+        if _SHRUNK[name] >= investigation.MAX_SHRINKS:
             check = replace(check, smallest=None)
         report = engine.run(
             [check],

@@ -15,6 +15,7 @@ from extras import optional
 from minilora.verify import check, parametrize_with_checks, pytest_suite
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.errors import UsageError
+from minilora.verify.diagnosis import investigation
 from minilora.verify.plan import plan
 from minilora.verify.report.result import Known
 
@@ -165,7 +166,7 @@ def test_a_case_in_the_last_part_is_seen_there_and_named():
 
 
 def test_the_smallest_counterexample_is_looked_for_in_a_few_tests_only(monkeypatch):
-    monkeypatch.setattr(pytest_suite, "MAX_SHRINKS", 1)
+    monkeypatch.setattr(investigation, "MAX_SHRINKS", 1)
     searched = []
     monkeypatch.setattr(fake_checks, "smallest", lambda subject, dtype: searched.append(dtype))
     checks = [

@@ -435,7 +435,8 @@ def test_an_absent_method_is_a_check_that_did_not_run():
     assert skipped[0].reason == "not supported: no method lora_linear_vjp"
     assert report.exit_status == 0
     assert "4 of 8 checks ran" in report.text()
-    assert "skipped 2, not supported: no method optimizer_steps: list.steps" in report.text()
+    text = " ".join(report.text().split())
+    assert "2, not supported: no method optimizer_steps: list.steps" in text
 
 
 @pytest.mark.parametrize(("opened", "what"), [(None, "None"), (object(), "an object")])
@@ -796,7 +797,8 @@ def test_the_terminal_report_fits_in_80_columns_worst_first(odd):
     lines = text.splitlines()
     assert all(len(line) <= 80 for line in lines if "REPRODUCE" not in line)
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", text), "no control character of the target"
-    table = [line.split()[0] for line in lines[2:7]]
+    head = next(i for i, line in enumerate(lines) if line.split()[:1] == ["float64"])
+    table = [line.split()[0] for line in lines[head : head + 5]]
     assert table == ["float64", "exact.merge", "sigma.merge", "dict.vjp", "list.steps"]
     for word in ("FAIL", "ERROR", "known", "pass", "got", "want", "SMALLEST", "REPRODUCE"):
         assert word in text

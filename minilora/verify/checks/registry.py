@@ -22,7 +22,7 @@ from minilora.verify.checks import (
 )
 from minilora.verify.core.level import Level
 from minilora.verify.core.types import Check
-from minilora.verify.diagnosis.diagnose import diagnose
+from minilora.verify.diagnosis.diagnose import diagnose, follows
 
 LEVELS: tuple[Level, ...] = tuple(
     module.LEVEL
@@ -54,6 +54,7 @@ def assembled(levels: Iterable[Level]) -> Iterator[Check]:
                 cases=partial(level.count, check),
                 is_relation=level.is_relation(check),
                 diagnose=partial(diagnose, level, check) if level.is_diagnosed(check) else None,
+                follows=partial(follows, level, check),
             )
 
 

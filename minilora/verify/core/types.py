@@ -270,7 +270,8 @@ class Check:
     check: a dict of values to show, of which ``got`` and ``want`` are the two that differ, or None;
     with ``smallest_fault`` it finds errors, too. With ``is_relation`` the check compares two
     answers of the implementation, of which either may be wrong. ``diagnose`` names the mutants that
-    explain the answers, for a dtype and a seed.
+    explain the answers, for a dtype, a seed and the causes that are known; ``follows`` names those
+    of the causes that explain this check too.
     """
 
     id: str
@@ -282,4 +283,5 @@ class Check:
     smallest: Callable[[GuardedImplementation, str], dict[str, Any] | None] | None = None
     smallest_fault: bool = False
     is_relation: bool = False
-    diagnose: Callable[[GuardedImplementation, str, int], tuple[Diagnosis, ...]] | None = None
+    diagnose: Callable[..., tuple[Diagnosis, ...]] | None = None
+    follows: Callable[..., tuple[Diagnosis, ...]] | None = None

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from minilora.verify.mutants import Mutant
 
 
+Array = np.ndarray
+
 Answers = dict[str, Comparison]
 """The comparisons of one case, by the array's name."""
 
@@ -51,18 +53,29 @@ def agree(theirs: Comparison, ours: Comparison) -> float | None:
     the correct answer; a deviation has been rounded too, in proportion to its size.
     """
     sigma = None
+    if theirs.sigma is None and not deviates(theirs) and not deviates(ours):
+        return 0.0  # of two answers that must have the same bits, each its own
     if theirs.sigma is not None and ours.sigma is not None:
-        sigma = np.hypot(theirs.sigma * _growth(theirs), ours.sigma * _growth(ours))
+        sigma = np.hypot(_rounded(theirs), _rounded(ours))
     judged = replace(theirs, want=ours.got, sigma=sigma).judge()
     return judged.rms if judged.verdict == "pass" else None
 
 
-def _growth(answer: Comparison) -> float:
-    """1 + ‖got - want‖ / ‖want‖: how much greater than the correct answer's its rounding may be."""
-    got, want = (np.asarray(a, float).ravel() for a in (answer.got, answer.want))
-    size = np.linalg.norm(want)
-    grown = 1 + np.linalg.norm(got - want) / size if size else 1.0
-    return float(grown) if np.isfinite(grown) else 1.0
+def _rounded(answer: Comparison) -> Array:
+    """σ of an answer that deviates: that of the correct one, and what rounds in the deviation.
+
+    That is σ times ‖got - want‖ / ‖want‖. An element that deviates may lie where the correct one
+    has few terms: its σ is at least the array's mean, up to a part of its deviation.
+    """
+    got, want = (np.asarray(a, float) for a in (answer.got, answer.want))
+    sigma = np.broadcast_to(np.asarray(answer.sigma, float), want.shape)
+    size, off = np.linalg.norm(want), np.abs(got - want)
+    grown = float(np.linalg.norm(off) / size) if size else 0.0
+    if not np.isfinite(grown):
+        return sigma
+    mean = float(np.sqrt((sigma * sigma).mean()))
+    added: Array = sigma + np.maximum(sigma * grown, np.minimum(mean * grown, off / 64))
+    return added
 
 
 def explains(theirs: Iterable[Answers], ours: Iterable[Answers]) -> float | None:
@@ -124,3 +137,13 @@ def mutant_answers(m: Mutant, check: Check, cases: tuple[Case, ...]) -> LazyAnsw
 def verdicts(answer: Answers) -> set[str]:
     """Those of a case's comparisons; none where there is no answer."""
     return {comparison.judge().verdict for comparison in answer.values()}
+
+
+def deviates(comparison: Comparison) -> bool:
+    """Whether one array is wrong."""
+    return comparison.judge().verdict == "fail"
+
+
+def wrong_arrays(answer: Answers) -> frozenset[str]:
+    """The names of the arrays that are wrong in a case."""
+    return frozenset(name for name, comparison in answer.items() if deviates(comparison))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,50 +10,120 @@ import numpy as np
 
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.tolerance import unit_roundoff
-from minilora.verify.core.types import STRUCTURE, Diagnosis
+from minilora.verify.core.types import STRUCTURE, Check, Diagnosis
 from minilora.verify.diagnosis.fit import Fit, agreeing, fit, sigma_of
 
 if TYPE_CHECKING:
     from minilora.verify.mutants import Mutant
 
-from minilora.verify.diagnosis.answers import Answers, explains
+from minilora.verify.diagnosis.answers import Answers, agree, explains
 
 Array = np.ndarray
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A mutant that gives the implementation's answers, and the rms z of the residual."""
+    """A mutant that gives the implementation's answers, and the rms z of the residual.
+
+    ``follows``: the gradients are those of the mutant's own forward.
+    """
 
     mutant: Mutant
     residual: float
+    follows: bool = False
 
     def named(self, separating: str = "") -> Diagnosis:
         """The diagnosis in words."""
         m = self.mutant
-        seen = f" Seen in {', '.join(m.seen)}." if m.seen else ""
-        return Diagnosis(m.id, f"{m.formula}.{seen}", self.residual, separating)
+        words = f"{m.formula}." + (f" Seen in {', '.join(m.seen)}." if m.seen else "")
+        words += " The gradients are those of this forward." if self.follows else ""
+        return Diagnosis(m.id, words, self.residual, separating)
 
 
-def _mutants_of(level: str) -> list[Mutant]:
-    """The level's mutants that are no equivalents."""
+def mutants_for(level: str, check: Check) -> list[Mutant]:
+    """The level's mutants that are no equivalents, and none of another variant than the check's."""
     from minilora.verify.mutants import MUTANTS  # costs time only where something is wrong
 
-    return [m for m in MUTANTS if m.level == level and not m.equivalent]
+    return [
+        m
+        for m in MUTANTS
+        if m.level == level and not m.equivalent and not _of_another_variant(m, check)
+    ]
+
+
+def _of_another_variant(m: Mutant, check: Check) -> bool:
+    """Whether both are of a variant, LEVEL.VARIANT.…, and not of the same."""
+    own, asked = (_variant(id) for id in (m.caught_by, check.id))
+    return bool(own and asked) and own != asked
+
+
+def _variant(id: str) -> str:
+    """The variant in the id of a check of the level variants."""
+    level, variant, *_ = id.split(".")
+    return variant if level == "variants" else ""
+
+
+def forms(m: Mutant, check: Check, holds_norm: bool = True) -> list[Mutant]:
+    """What a mistake may look like to a check: itself, and with the gradients of its forward.
+
+    One of the layer alone is also one of sessions, which are made of such layers.
+    """
+    from minilora.verify.mutants.derived import differentiated, in_sessions, of_layer
+
+    if not of_layer(m):
+        return [m]
+    if "session" in check.needs:
+        return [in_sessions(m)]
+    if "lora_linear_vjp" in check.needs:
+        return [m, differentiated(m, holds_norm)]
+    return [m]
+
+
+def explanation(
+    theirs: Iterable[Answers],
+    shapes: Sequence[Mutant],
+    ours_of: Callable[[Mutant], Iterable[Answers]],
+) -> Candidate | None:
+    """The first of a mistake's forms that explains these answers."""
+    for form in shapes:
+        follows = form is not shapes[0]
+        if follows and not _agree_forward(theirs, ours_of(shapes[0])):
+            return None  # the gradients take a forward for each entry
+        ours = ours_of(form)
+        residual = explains(theirs, ours)
+        if residual is not None and matched_filter(theirs, ours).agrees(1.0):
+            return Candidate(form, residual, follows)
+    return None
+
+
+def whole(explaining: list[Candidate]) -> list[Candidate]:
+    """Without what is part of two mistakes at once that explain the same."""
+    from minilora.verify.mutants.derived import AND
+
+    parts = {part for c in explaining if AND in c.mutant.id for part in c.mutant.id.split(AND)}
+    return [c for c in explaining if c.mutant.id not in parts]
+
+
+def _agree_forward(theirs: Iterable[Answers], ours: Iterable[Answers]) -> bool:
+    """Whether all outputs agree, and there are some."""
+    pairs = [
+        (comparison, our_case.get(name))
+        for their_case, our_case in zip(theirs, ours, strict=True)
+        for name, comparison in their_case.items()
+        if name.startswith("y")
+    ]
+    return bool(pairs) and all(b is not None and agree(a, b) is not None for a, b in pairs)
 
 
 def candidates(
-    level: str,
+    mutants: Iterable[Mutant],
     theirs: Iterable[Answers],
     ours_of: Callable[[Mutant], Iterable[Answers]],
+    forms_of: Callable[[Mutant], Sequence[Mutant]] = lambda m: (m,),
 ) -> list[Candidate]:
-    """The level's mutants that explain these answers, the nearest first."""
-    explaining = []
-    for m in _mutants_of(level):
-        ours = ours_of(m)
-        residual = explains(theirs, ours)
-        if residual is not None and matched_filter(theirs, ours).agrees(1.0):
-            explaining.append(Candidate(m, residual))
+    """The mutants that explain these answers, the nearest first."""
+    found = (explanation(theirs, forms_of(m), ours_of) for m in mutants)
+    explaining = [candidate for candidate in found if candidate is not None]
     return sorted(explaining, key=lambda candidate: candidate.residual)
 
 
@@ -85,13 +155,13 @@ def _whitened(theirs: Iterable[Answers], ours: Iterable[Answers]) -> tuple[Array
 
 
 def part_of(
-    level: str,
+    mutants: Iterable[Mutant],
     theirs: Iterable[Answers],
     ours_of: Callable[[Mutant], Iterable[Answers]],
     is_refuted: Callable[[Mutant], bool],
 ) -> Diagnosis | None:
     """The mutant of which a part c, the same in all cases, is the whole deviation."""
-    for m in _mutants_of(level):
+    for m in mutants:
         ours = ours_of(m)
         if not all(a.keys() <= b.keys() for a, b in zip(theirs, ours, strict=True)):
             continue

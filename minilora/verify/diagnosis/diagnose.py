@@ -9,7 +9,7 @@ several do, all are named.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,8 +23,18 @@ from minilora.verify.diagnosis.answers import (
     explains,
     mutant_answers,
     verdicts,
+    wrong_arrays,
 )
-from minilora.verify.diagnosis.candidates import Candidate, candidates, part_of
+from minilora.verify.diagnosis.candidates import (
+    Candidate,
+    candidates,
+    explanation,
+    forms,
+    mutants_for,
+    part_of,
+    whole,
+)
+from minilora.verify.diagnosis.pairs import both_at_once
 from minilora.verify.diagnosis.patterns import describe
 from minilora.verify.implementation.contract import CONVENTIONS
 from minilora.verify.implementation.guard import GuardedImplementation
@@ -34,9 +44,6 @@ if TYPE_CHECKING:
 
 MAX_SEPARATING = 12
 """The greatest number of cases of each check that are tried to separate two mutants."""
-
-BOTH_LANES = (0, 1)
-"""Cases that refute a mutant if they pass: one of the exact lane, one of that with sigma."""
 
 SIMPLE_PATTERNS = ("scale", "factor", "zero", "transposed", "permuted", "steps")
 """Patterns that say more than that the deviation is a part of some mutant's."""
@@ -69,6 +76,8 @@ class Diagnoser:
     subject: GuardedImplementation
     dtype: str
     seed: int
+    passed: dict[tuple[str, int], bool] = field(default_factory=dict)
+    """Whether a case of a check holds, where that was asked."""
 
     def ask(self, check: Check, number: int) -> tuple[Case, Answers]:
         """A case of a check, and the implementation's answers."""
@@ -76,38 +85,80 @@ class Diagnoser:
         return case, answers(check, self.subject, case)
 
     def telling_cases(self) -> tuple[tuple[Case, ...], list[Answers]]:
-        """The cases that identify a deviation, and the answers to them.
+        """The cases that identify a deviation, and the answers to them, where there are any.
 
         The first ones; if none of them deviates, as of a bug in rare cases only, those that do.
         """
         every = range(self.check.cases("ci", self.dtype))
         first = tuple(every) if self.level.cases is None else self.level.cases
         rounded = every[1::2] if self.level.has_exact_lane else every
-        for numbers in (first, tuple(n for n in rounded if n not in first)):
-            asked = [self.ask(self.check, number) for number in numbers]
+        later = tuple(n for n in rounded if n not in first)
+        for numbers in (first, later, tuple(n for n in every if n not in (*first, *later))):
+            asked = [pair for number in numbers if (pair := self.ask(self.check, number))[1]]
             deviating = [pair for pair in asked if "fail" in verdicts(pair[1])]
             if deviating:
                 chosen = asked if numbers is first else deviating[: len(FIRST_CASES)]
                 return tuple(case for case, _ in chosen), [answer for _, answer in chosen]
         return (), []
 
+    def forms_of(self, m: Mutant) -> list[Mutant]:
+        """What a mistake may look like to this check, under the declared convention."""
+        declared = self.subject.conventions.get("dora_norm", "detached")
+        return forms(m, self.check, declared == "detached")
+
     def refutes(self, m: Mutant, ids: set[str]) -> bool:
         """Whether a case passes in which the mutant deviates.
 
-        The cases are of this check, and of those of the ``ids`` that call no further methods of the
-        implementation: another method may be right where this one is wrong.
+        The cases are all of this check, and of those of the ``ids`` that call no further methods of
+        the implementation: another method may be right where this one is wrong. A mutant of this
+        check alone is refuted as well by a check of which this one is a special case.
         """
-        others = [c for c in self.level.checks if c.id in ids and {*c.needs} <= {*self.check.needs}]
-        for check in {self.check.id: self.check, **{c.id: c for c in others}}.values():
-            for number in BOTH_LANES[: check.cases("ci", self.dtype)]:
+        for check in self._refuting(ids):
+            for number in range(check.cases("ci", self.dtype)):
                 case = Case(check.id, self.dtype, number, self.seed, self.subject.fixed)
                 (ours,) = mutant_answers(m, check, (case,))
                 if "fail" in verdicts(ours) and self._passes(check, number):
                     return True
         return False
 
+    def _refuting(self, ids: set[str]) -> Iterator[Check]:
+        """This check, then the others that may refute."""
+        yield self.check
+        for other in self.level.checks:
+            is_asked = other.id in ids or self.check.id.startswith(f"{other.id}.")
+            if is_asked and other.id != self.check.id and {*other.needs} <= {*self.check.needs}:
+                yield other
+
     def _passes(self, check: Check, number: int) -> bool:
-        return verdicts(self.ask(check, number)[1]) == {"pass"}
+        if (check.id, number) not in self.passed:
+            self.passed[check.id, number] = verdicts(self.ask(check, number)[1]) == {"pass"}
+        return self.passed[check.id, number]
+
+    def explained_by(
+        self, causes: Iterable[Mutant], cases: tuple[Case, ...], theirs: Sequence[Answers]
+    ) -> list[Candidate]:
+        """Those of the causes that other checks have shown which explain these answers too."""
+        explaining = []
+        for m in causes if theirs else ():
+            shapes = self.forms_of(m)
+            if self.level.is_diagnosed(self.check):
+                found = explanation(theirs, shapes, lambda f: mutant_answers(f, self.check, cases))
+            else:
+                found = self._fails_alike(shapes, cases, theirs)
+            if found and not self.refutes(found.mutant, set()):
+                explaining.append(found)
+        return whole(explaining)
+
+    def _fails_alike(
+        self, shapes: Sequence[Mutant], cases: tuple[Case, ...], theirs: Sequence[Answers]
+    ) -> Candidate | None:
+        """The form of a mistake that breaks a law in the same arrays of the same cases."""
+        wrong = [wrong_arrays(answer) for answer in theirs]
+        for form in shapes:
+            ours = mutant_answers(form, self.check, cases)
+            if [wrong_arrays(answer) for answer in ours] == wrong:
+                return Candidate(form, 0.0, form is not shapes[0])
+        return None
 
     def separate(self, remaining: list[Candidate]) -> tuple[list[Candidate], str]:
         """The candidates that remain, and the case that separated the last, or would.
@@ -144,17 +195,54 @@ class Diagnoser:
                 yield check, number
 
 
-@np.errstate(all="ignore")  # what is wrong may be wrong beyond all bounds
-def diagnose(
-    level: Level, check: Check, subject: GuardedImplementation, dtype: str, seed: int
-) -> tuple[Diagnosis, ...]:
-    """The mutants that explain an implementation's answers to a check, the nearest first.
+def _mutants_of(ids: Iterable[str]) -> list[Mutant]:
+    """The mutants of these ids."""
+    from minilora.verify.mutants.derived import mutant_of
 
-    Where there is none, the pattern of the deviation.
+    return [m for m in map(mutant_of, ids) if m is not None]
+
+
+@np.errstate(all="ignore")  # what is wrong may be wrong beyond all bounds
+def follows(
+    level: Level,
+    check: Check,
+    subject: GuardedImplementation,
+    dtype: str,
+    seed: int,
+    causes: Sequence[str],
+) -> tuple[Diagnosis, ...]:
+    """Those of the causes, ids of mutants, that explain this check too, or fail it alike.
+
+    Of a cause that is a pattern: the patterns of this check, if it is among them.
     """
     diagnoser = Diagnoser(level, check, subject, dtype, seed)
     cases, theirs = diagnoser.telling_cases()
-    if not theirs or not all(theirs):
+    if explaining := diagnoser.explained_by(_mutants_of(causes), cases, theirs):
+        return tuple(candidate.named() for candidate in explaining)
+    known = {id for id in causes if id.startswith(STRUCTURE)}
+    if not known or not level.is_diagnosed(check):
+        return ()
+    patterns = describe(level, cases, theirs)
+    return patterns if known & {pattern.id for pattern in patterns} else ()
+
+
+@np.errstate(all="ignore")
+def diagnose(
+    level: Level,
+    check: Check,
+    subject: GuardedImplementation,
+    dtype: str,
+    seed: int,
+    causes: Sequence[str] = (),
+) -> tuple[Diagnosis, ...]:
+    """The mutants that explain an implementation's answers to a check, the nearest first.
+
+    Where there is none, two at once, of which the first may be one of the ``causes`` of other
+    checks; else the pattern of the deviation.
+    """
+    diagnoser = Diagnoser(level, check, subject, dtype, seed)
+    cases, theirs = diagnoser.telling_cases()
+    if not theirs:
         return ()
 
     def ours_of(m: Mutant) -> Iterable[Answers]:
@@ -162,7 +250,8 @@ def diagnose(
 
     if convention := other_convention(check, subject, cases):
         return convention
-    explaining = candidates(level.name, theirs, ours_of)
+    mutants = mutants_for(level.name, check)
+    explaining = candidates(mutants, theirs, ours_of, diagnoser.forms_of)
     explaining, separating = diagnoser.separate(explaining)
 
     def is_refuted(m: Mutant) -> bool:
@@ -173,8 +262,13 @@ def diagnose(
     explaining = [c for c in explaining if not is_refuted(c.mutant)]
     if explaining:
         return tuple(candidate.named(separating) for candidate in explaining)
+    best_first = sorted(mutants, key=lambda m: m.caught_by != check.id)
+    known = _mutants_of(causes)
+    both = both_at_once(best_first, known, theirs, ours_of, diagnoser.forms_of)
+    if both is not None and not diagnoser.refutes(both.mutant, set()):
+        return (both.named(),)
     patterns = describe(level, cases, theirs)
     if any(pattern.id.removeprefix(STRUCTURE).startswith(SIMPLE_PATTERNS) for pattern in patterns):
         return patterns
-    part = part_of(level.name, theirs, ours_of, is_refuted)
+    part = part_of(mutants, theirs, ours_of, is_refuted)
     return patterns if part is None else (part, *patterns)

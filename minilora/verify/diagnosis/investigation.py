@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
-from minilora.verify.commands import reproduce_all
 from minilora.verify.core.errors import Fault, Skip
 from minilora.verify.core.types import STRUCTURE, Case, Check, Diagnosis
 from minilora.verify.diagnosis.answers import agree, answers
+from minilora.verify.diagnosis.reproducing import shown_by
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.judging import judged, our_error, passes
 from minilora.verify.plan import CheckPlan
@@ -26,23 +26,27 @@ everywhere.
 """
 
 MAX_DIAGNOSED = 4
-"""Of the failing checks of a level that call the same methods, so many are diagnosed. They mostly
-have the same cause, and each diagnosis takes as long as the first."""
+"""Of the failing checks of a level that call the same methods, and that no known cause explains,
+so many are looked up in the whole catalogue. Each look-up takes as long as the first."""
 
 
 @dataclass
 class Investigation:
     """Diagnose failing checks and shrink their inputs, as far as the limits allow.
 
-    A check is diagnosed in the first dtype that fails; of a level, `MAX_DIAGNOSED` checks that call
-    the same methods; of all, `MAX_SHRINKS` are shrunk.
+    A check is diagnosed in the first dtype that fails. A cause that one check has shown is tried on
+    each later one before the catalogue is: most checks of a wrong target follow from one cause.
+    ``plans`` are those of the whole run.
     """
 
     subject: GuardedImplementation
     profile: str
     command: Sequence[str] | None
+    plans: Sequence[CheckPlan] = ()
     seen: set[tuple[str, str]] = field(default_factory=set)
     diagnosed: Counter[tuple[Any, ...]] = field(default_factory=Counter)
+    causes: Counter[str] = field(default_factory=Counter)
+    """How many checks each cause explains so far."""
     shrinks: int = 0
 
     def explain(self, result: Result, p: CheckPlan) -> Result:
@@ -50,17 +54,54 @@ class Investigation:
         if (p.check.id, result.status) in self.seen:
             return result
         self.seen.add((p.check.id, result.status))
+        if (followed := self._followed(result, p)).diagnosis:
+            return followed
         alike = p.check.level, p.check.needs, result.status
         self.diagnosed[alike] += 1
         if self.diagnosed[alike] > MAX_DIAGNOSED:
             return replace(result, note=NOT_DIAGNOSED)
+        if earlier := _depends_on_earlier_calls(result, p, self.subject):
+            # No case shows it alone, and it shrinks to nothing: the command repeats more of them.
+            again = shown_by(self.subject, p, self.plans, self.command, self.profile)
+            return replace(result, diagnosis=earlier, reproduce=again)
         may_shrink = result.status == "fail" or p.check.smallest_fault
         self.shrinks += may_shrink
-        if earlier := _depends_on_earlier_calls(result, p, self.subject):
-            # No case shows it alone, and it shrinks to nothing: the command repeats all cases.
-            again = reproduce_all(self.command, p, self.profile)
-            return replace(result, diagnosis=earlier, reproduce=again)
-        return self._shrunk(_diagnosed(result, p, self.subject), p) if may_shrink else result
+        return self._shrunk(self._diagnosed(result, p), p) if may_shrink else result
+
+    def _followed(self, result: Result, p: CheckPlan) -> Result:
+        """The result with a known cause, if one explains it."""
+        if (
+            p.check.follows is None
+            or result.status != "fail"
+            or _is_costly(result)
+            or not self.causes
+        ):
+            return result
+        known = [id for id, _ in self.causes.most_common()]
+        return self._with_diagnosis(result, p, lambda: p.check.follows(*self._asked(p), known))  # type: ignore[misc]
+
+    def _diagnosed(self, result: Result, p: CheckPlan) -> Result:
+        """The result with what the catalogue and the numbers say."""
+        if p.check.diagnose is None or result.status != "fail" or _is_costly(result):
+            return result
+        known = [id for id, _ in self.causes.most_common()]
+        return self._with_diagnosis(result, p, lambda: p.check.diagnose(*self._asked(p), known))  # type: ignore[misc]
+
+    def _asked(self, p: CheckPlan) -> tuple[GuardedImplementation, str, int]:
+        return self.subject, p.dtype, p.seed
+
+    def _with_diagnosis(
+        self, result: Result, p: CheckPlan, found: Callable[[], tuple[Diagnosis, ...]]
+    ) -> Result:
+        """The result with what was found, which is a cause from now on."""
+        started = perf_counter()
+        try:
+            diagnosis = found()
+        except Exception as error:
+            return replace(result, note=f"No diagnosis, by a fault of minilora: {our_error(error)}")
+        self.causes.update({each.id for each in diagnosis})
+        seconds = result.seconds + perf_counter() - started
+        return replace(result, diagnosis=diagnosis, seconds=seconds)
 
     def _shrunk(self, result: Result, p: CheckPlan) -> Result:
         if p.check.smallest is None or _is_costly(result):
@@ -80,17 +121,6 @@ class Investigation:
 
 def _is_costly(result: Result) -> bool:
     return any(fault.kind in COSTLY for fault in result.faults)
-
-
-def _diagnosed(result: Result, p: CheckPlan, subject: GuardedImplementation) -> Result:
-    if p.check.diagnose is None or result.status != "fail" or _is_costly(result):
-        return result
-    started = perf_counter()
-    try:
-        diagnosis = p.check.diagnose(subject, p.dtype, p.seed)
-    except Exception as error:
-        return replace(result, note=f"No diagnosis, by a fault of minilora: {our_error(error)}")
-    return replace(result, diagnosis=diagnosis, seconds=result.seconds + perf_counter() - started)
 
 
 def _depends_on_earlier_calls(

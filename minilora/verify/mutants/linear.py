@@ -164,6 +164,7 @@ LAYOUT: Table = {
 FORM: Table = {
     "linear.forward": [
         ("no-base", "y = s H Bᵀ", {"x @ W.T + b": "0 * (x @ W.T + b)"}),
+        ("no-weight", "y = b + s H Bᵀ", {"x @ W.T + b": "0 * (x @ W.T) + b"}),
         ("base-twice", "y = 2 (x Wᵀ + b) + s H Bᵀ", {"x @ W.T + b": "2 * (x @ W.T + b)"}),
         ("branch-twice", "y = x Wᵀ + b + 2 s H Bᵀ", {"# branch": "branch = 2 * branch"}),
         ("base-of-sum", "y = (x + s H Bᵀ) Wᵀ + b where m = n",

@@ -34,6 +34,7 @@ class Mutant:
     G = ∂L/∂y, dH = s G B, t tokens. ``seen`` names public reports of it. ``make`` gives an
     implementation that reads so, and ``caught_by`` is the check that shows it best. An
     ``equivalent`` only looks wrong: it is the same function, written differently, and has to pass.
+    ``reference`` and ``edits`` are what it was made of.
     """
 
     id: str
@@ -44,6 +45,8 @@ class Mutant:
     make: Callable[[], Any]
     caught_by: str = ""
     equivalent: bool = False
+    reference: Reference | None = field(default=None, compare=False, repr=False)
+    edits: Edits = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ def mutants(reference: Reference, family: str, table: Table) -> tuple[Mutant, ..
             seen=tuple(seen),
             make=reference.edited(edits),
             caught_by=check,
+            reference=reference,
+            edits=edits,
         )
         for check, entries in table.items()
         for name, formula, edits, *seen in entries

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from math import isfinite
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from minilora.verify.core.types import Judgement, Picture
 from minilora.verify.report.result import Result
+
+if TYPE_CHECKING:
+    from minilora.verify.report.causes import Cause
 
 
 def plain(value: Any) -> Any:
@@ -49,6 +52,19 @@ def _picture_json(picture: Picture | None) -> dict[str, Any] | None:
         return None
     rows = [[float(f"{z:.3g}") if isfinite(z) else None for z in row] for row in picture.z]
     return {"shape": picture.shape, "z": rows}
+
+
+def cause_json(cause: Cause) -> dict[str, Any]:
+    """A cause as one entry of the JSON document."""
+    return {
+        "id": cause.id,
+        "sentence": cause.sentence,
+        "sureness": cause.sureness(),
+        "results": len(cause.results),
+        "checks": cause.checks,
+        "first": cause.first.check,
+        "reproduce": cause.first.reproduce,
+    }
 
 
 def result_json(result: Result, seed: int) -> dict[str, Any]:

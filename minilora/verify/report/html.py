@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from minilora.verify.core.types import Judgement, Picture
+from minilora.verify.report.causes import cause_lines
 from minilora.verify.report.report import Report
 from minilora.verify.report.result import STATUSES, Result
 from minilora.verify.report.runs import Runs, printable
@@ -103,6 +104,7 @@ def _page(runs: Runs) -> Iterator[str]:
         yield f"<p>Profile {escape(report.profile)}, seed {report.seed}, checked by minilora "
         yield f"{escape(report.minilora)}. {escape(summary(report))}</p>"
     yield "</header><main>"
+    yield from _causes(runs)
     yield from _runs(runs)
     yield '<h2 id="levels">Levels</h2>'
     yield from _overview(runs)
@@ -111,6 +113,22 @@ def _page(runs: Runs) -> Iterator[str]:
     for i, (level, checks) in enumerate(runs.levels.items()):
         yield from _level(runs, level, checks, first=i == 0)
     yield "</main></body></html>"
+
+
+def _causes(runs: Runs) -> Iterator[str]:
+    """The probable cause of what fails in each report."""
+    for label, report in zip(runs.labels, runs.reports, strict=True):
+        if not (found := report.causes):
+            continue
+        yield f'<section class="found {found[0].first.status}">'
+        if len(runs.reports) > 1:
+            yield f"<p><strong>{escape(label)}</strong></p>"
+        for line in cause_lines(found):
+            what, _, says = line.partition("  ")
+            words = escape(says)
+            words = f'<span class="run">{words}</span>' if what == "REPRODUCE" else words
+            yield f"<p><strong>{what}</strong> {words}</p>"
+        yield "</section>"
 
 
 def _runs(runs: Runs) -> Iterator[str]:

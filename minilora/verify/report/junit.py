@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
+from minilora.verify.report.causes import cause_lines
 from minilora.verify.report.report import Report
 from minilora.verify.report.runs import headline, printable
 from minilora.verify.report.words import deviation_lines
@@ -20,6 +21,11 @@ def junit(report: Report) -> str:
         skipped=str(report.count("skip") + report.count("known")),
         time=f"{report.seconds:.3f}",
     )
+    if found := report.causes:
+        properties = ET.SubElement(suite, "properties")
+        for line in cause_lines(found):
+            what, _, says = line.partition("  ")
+            ET.SubElement(properties, "property", name=what.lower(), value=printable(says))
     for result in report.results:
         case = ET.SubElement(
             suite,

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from html import escape
 
+from minilora.verify.report.causes import cause_lines
 from minilora.verify.report.report import Report
 from minilora.verify.report.result import Result
 from minilora.verify.report.runs import Runs, printable
@@ -68,6 +69,14 @@ def _markdown_table(runs: Runs) -> Iterator[str]:
         )
     if runs.differ:
         yield f"- The runs differ in {_plain(runs.differ)}."
+    for label, report in zip(runs.labels, runs.reports, strict=True):
+        if found := report.causes:
+            whose = f"{_plain(label)}: " if len(runs.reports) > 1 else ""
+            yield ""
+            for line in cause_lines(found):
+                what, _, says = line.partition("  ")
+                words = f"<code>{_plain(says)}</code>" if what == "REPRODUCE" else _plain(says)
+                yield f"- {whose}**{what}** {words}"
     yield ""
     heads = runs.labels if len(runs.reports) > 1 else runs.dtypes
     yield f"| check | {' | '.join(map(_plain, heads))} |"

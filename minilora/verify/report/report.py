@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from minilora import __version__
-from minilora.verify.report.document import plain, result_json
+from minilora.verify.report.causes import Cause, causes
+from minilora.verify.report.document import cause_json, plain, result_json
 from minilora.verify.report.result import Result
 from minilora.verify.report.text import text_lines
 
@@ -61,6 +62,11 @@ class Report:
         return len(self.results) - self.count("skip")
 
     @property
+    def causes(self) -> list[Cause]:
+        """The probable causes of what fails, the one that explains most first."""
+        return causes(self.results)
+
+    @property
     def exit_status(self) -> int:
         """0 all hold, 1 a deviation or an error, 3 nothing ran, 130 interrupted."""
         if self.interrupted:
@@ -100,6 +106,7 @@ class Report:
                     "exit_status": self.exit_status,
                     "seconds": round(self.seconds, 3),
                 },
+                "causes": [cause_json(cause) for cause in self.causes],
                 "notes": self.notes,
                 "results": [result_json(result, self.seed) for result in self.results],
             }

@@ -58,7 +58,10 @@ class Runs:
         return levels
 
     def score(self, checks: Sequence[str], i: int) -> tuple[str, str]:
-        """The worst status among these checks in the i-th report, and how many of them pass."""
+        """The worst status among these checks in the i-th report, and how many of them pass.
+
+        Where some were skipped, the others that pass are no pass of the level.
+        """
         worst = [
             min(found.values(), key=lambda result: result.severity).status
             for check in checks
@@ -71,7 +74,11 @@ class Runs:
         passing = f"{counts['pass']} of {len(worst)} pass" if others else f"all {len(worst)} pass"
         deviates = [status for status in worst if status not in ("skip", "pass")]
         sign = (
-            min(deviates, key=STATUSES.index) if deviates else "pass" if counts["pass"] else "skip"
+            min(deviates, key=STATUSES.index)
+            if deviates
+            else "pass"
+            if counts["pass"] == len(worst)
+            else "skip"
         )
         return sign, ", ".join([passing, *others])
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from minilora.verify.core.errors import tidy
+from minilora.verify.report.causes import cause_lines
 from minilora.verify.report.result import NOT_DIAGNOSED, Result
 from minilora.verify.report.words import (
     CELL,
@@ -29,23 +32,37 @@ if TYPE_CHECKING:
 
 FAILING = ("fail", "error", "loose")
 
+FEW = 6
+"""So many checks, or reasons, are named one by one."""
+
 
 def text_lines(report: Report, verbose: bool) -> Iterator[str]:
-    """The table, each deviation, what is known or was skipped, and the score."""
+    """The score and the probable cause; the table; each cause in full; what is known or skipped."""
     yield from wrapped(
         f"{report.name} {report.version}".strip()
         + f"  (profile {report.profile}, seed {report.seed})"
     )
-    yield ""
-    yield from _table(report, verbose)
-    yield from _deviations(report, verbose)
-    yield from _known_skipped_and_notes(report)
-    yield ""
     if report.interrupted:
         yield "INTERRUPTED: the results so far."
     yield from wrapped(summary(report))
     if not report.ran:
         yield "Nothing was checked: every check was skipped."
+    yield from _causes(report)
+    yield ""
+    yield from _table(report, verbose)
+    yield from _deviations(report, verbose)
+    yield from _known_skipped_and_notes(report, verbose)
+
+
+def _causes(report: Report) -> Iterator[str]:
+    """The probable cause, how sure it is, where it shows, and the command that shows it."""
+    if found := report.causes:
+        yield ""
+        for line in cause_lines(found):
+            if line.startswith("REPRODUCE"):
+                yield f"  {line}"
+            else:
+                yield from wrapped(line, 0 if line.startswith("PROBABLE") else 2, 4)
 
 
 def _table(report: Report, verbose: bool) -> Iterator[str]:
@@ -70,48 +87,63 @@ def _row(name: str, cells: list[str], width: int) -> str:
 
 
 def _deviations(report: Report, verbose: bool) -> Iterator[str]:
-    """Each deviation in full; of those with the same diagnosis or fault, the others by name."""
-    told: dict[tuple[str, ...], str] = {}
-    not_diagnosed: dict[tuple[str, str], list[str]] = {}
-    for check, by_dtype in rows(report):
-        failing = _worst_first(by_dtype)
-        if not failing:
-            continue
-        first = failing[0]
-        cause = _cause(first)
-        if first.note == NOT_DIAGNOSED and not verbose:
-            not_diagnosed.setdefault((first.level, first.status), []).append(check)
-        elif cause in told and not verbose:
-            yield ""
-            yield from _as_before(check, failing, told[cause])
+    """Of each cause the first deviation in full, and the names of the checks that follow."""
+    if verbose:
+        for _, by_dtype in rows(report):
+            if failing := _worst_first(by_dtype):
+                yield from _whole(report, failing)
+        return
+    by_check = dict(rows(report))
+    for cause in report.causes:
+        if cause.id:
+            yield from _whole(report, _worst_first(by_check[cause.first.check]))
+            if others := [check for check in cause.checks if check != cause.first.check]:
+                more = f"{len(others)} more check{'s' * (len(others) > 1)}"
+                listed = _shortened(report, cause.results, others)
+                yield from wrapped(f"The same cause in {more}: {listed}", 2)
         else:
-            if cause:
-                told[cause] = check
-            yield ""
-            yield from deviation_lines(report, first)
-            yield from _other_dtypes(failing)
-    for (level, status), checks in not_diagnosed.items():
+            yield from _not_explained(report, cause.checks)
+    for _, by_dtype in rows(report):
+        if (failing := _worst_first(by_dtype)) and failing[0].status == "loose":
+            yield from _whole(report, failing)
+
+
+def _whole(report: Report, failing: list[Result]) -> Iterator[str]:
+    """A check's deviation in full, and a line for each further dtype."""
+    yield ""
+    yield from deviation_lines(report, failing[0])
+    yield from _other_dtypes(failing)
+
+
+def _not_explained(report: Report, checks: list[str]) -> Iterator[str]:
+    """Each check that nothing explains, those that were not looked into by name."""
+    by_check = dict(rows(report))
+    named: dict[tuple[str, str], list[str]] = {}
+    for check in checks:
+        failing = _worst_first(by_check[check])
+        if failing[0].note == NOT_DIAGNOSED:
+            named.setdefault((failing[0].level, failing[0].status), []).append(check)
+        else:
+            yield from _whole(report, failing)
+    for (level, status), some in named.items():
         yield ""
-        listed = f"{len(checks)} more, not diagnosed: {', '.join(checks)}"
+        listed = f"{len(some)} more, not diagnosed: {', '.join(some)}"
         yield from wrapped(f"{status.upper():<5} {level}   {listed} (--verbose shows each)")
+
+
+def _shortened(report: Report, results: Sequence[Result], checks: list[str]) -> str:
+    """The checks by name; of many, how many of each level."""
+    chosen = {result.check: result for result in results if result.check in checks}
+    if len(chosen) <= FEW:
+        return ", ".join(chosen)
+    counts = Counter(result.level for result in chosen.values())
+    return ", ".join(f"{level} {count}" for level, count in counts.items())
 
 
 def _worst_first(by_dtype: dict[str, Result]) -> list[Result]:
     """The results that fail: the worst first, or the one that was shrunk."""
     failing = [result for result in by_dtype.values() if result.status in FAILING]
     return sorted(failing, key=lambda r: (r.severity[0], not (r.smallest or r.note), r.severity[1]))
-
-
-def _cause(result: Result) -> tuple[str, ...]:
-    """The diagnoses, or else the faults, by which two results are the same."""
-    return tuple(d.id for d in result.diagnosis) or tuple(map(fault_words, result.faults))
-
-
-def _as_before(check: str, failing: list[Result], other: str) -> Iterator[str]:
-    first = failing[0]
-    name = first.diagnosis[0].id if first.diagnosis else first.faults[0].kind
-    cases = ", ".join(result.case.removeprefix(f"{check}:") for result in failing)
-    yield from wrapped(f"{first.status.upper():<5} {check}   {name}, as in {other}: {cases}")
 
 
 def _other_dtypes(failing: list[Result]) -> Iterator[str]:
@@ -132,19 +164,40 @@ def _worst_place(result: Result) -> str:
     return tidy("; ".join(map(fault_words, result.faults)), 200)
 
 
-def _known_skipped_and_notes(report: Report) -> Iterator[str]:
-    """Known deviations, and what was skipped and why: each reason once; then the notes."""
+def _known_skipped_and_notes(report: Report, verbose: bool) -> Iterator[str]:
+    """Known deviations, what was skipped and why, and the notes."""
     for (before, after), results in known_and_skipped(report).items():
         yield ""
         yield from wrapped(f"{before}{check_names(report, results)}{after}")
-    skipped: dict[str, list[Result]] = {}
-    for result in report.results:
-        if result.status == "skip":
-            skipped.setdefault(result.reason, []).append(result)
-    for reason, results in skipped.items():
-        yield ""
-        names = tidy(", ".join(level_names(report, results)), 400)
-        yield from wrapped(f"skipped {len(results)}, {reason}: {names}")
+    yield from _skipped(report, verbose)
     for note in report.notes:
         yield ""
         yield from wrapped(f"note: {note}")
+
+
+def _skipped(report: Report, verbose: bool) -> Iterator[str]:
+    """What was skipped, by its reason: in one line, unless all is asked for."""
+    skipped: dict[str, list[Result]] = {}
+    for result in report.results:
+        if result.status == "skip":
+            reason = result.reason if verbose else _kind(result.reason)
+            skipped.setdefault(reason, []).append(result)
+    if verbose:
+        for reason, results in skipped.items():
+            yield ""
+            yield from wrapped(
+                f"skipped {len(results)}, {reason}: {', '.join(level_names(report, results))}"
+            )
+    elif skipped:
+        yield ""
+        listed = [
+            f"{len(results)}, {reason}: {tidy(', '.join(level_names(report, results)), 80)}"
+            for reason, results in skipped.items()
+        ]
+        rest = [f"and for {len(listed) - FEW} other reasons"] if len(listed) > FEW else []
+        yield from wrapped(f"skipped {'; '.join([*listed[:FEW], *rest])}")
+
+
+def _kind(reason: str) -> str:
+    """A reason without the values in it."""
+    return tidy(re.split(r"[\[{(\d]", reason)[0].rstrip(" :,'\""), 60)

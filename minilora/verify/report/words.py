@@ -118,11 +118,20 @@ def group_alike(
 
 
 def grouped_rows(report: Report) -> list[tuple[str, dict[str, Result]]]:
-    """:func:`rows`, those of a level that pass or are skipped alike as one."""
+    """:func:`rows`, those of a level that pass, are skipped or follow from one cause as one."""
+    cause_of = {
+        check: cause.id
+        for cause in report.causes
+        if cause.id
+        for check in cause.checks
+        if check != cause.first.check
+    }
 
     def shared(by_dtype: dict[str, Result]) -> Any:
         statuses = {dtype: result.status for dtype, result in by_dtype.items()}
-        return tuple(statuses.items()) if {*statuses.values()} <= {"pass", "skip"} else None
+        cause = cause_of.get(next(iter(by_dtype.values())).check)
+        quiet = {*statuses.values()} <= {"pass", "skip"}
+        return (cause, *statuses.items()) if quiet or cause else None
 
     level = {result.check: result.level for result in report.results}
     return group_alike([(check, level[check], found) for check, found in rows(report)], shared)

@@ -21,7 +21,7 @@ from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.errors import Fault, LoadError, Skip, tidy
 from minilora.verify.core.types import Case, Check, Comparison, Diagnosis, Limits
 from minilora.verify.diagnosis.answers import Direct, answers
-from minilora.verify.diagnosis.candidates import candidates
+from minilora.verify.diagnosis.candidates import candidates, mutants_for
 from minilora.verify.implementation.contract import CONVENTIONS, positional
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.messages import RESULTS
@@ -206,7 +206,8 @@ def _diagnosed(
         mutant = Direct(m.make())
         return [answers(check, mutant, case) for case, _ in pairs]
 
-    return tuple(candidate.named() for candidate in candidates(check.level, theirs, ours_of))
+    mutants = mutants_for(check.level, check)
+    return tuple(candidate.named() for candidate in candidates(mutants, theirs, ours_of))
 
 
 def judge(

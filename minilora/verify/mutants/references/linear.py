@@ -88,6 +88,7 @@ class Linear:
             delta = s * (A.T @ B.T).T
             V = W + delta
             norm = (V**2).sum(1) ** 0.5
+            # held constant
             g = m / norm if dora else m
         if x is None:
             merged = V * g[:, None] if dora else V
