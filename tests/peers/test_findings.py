@@ -2513,6 +2513,41 @@ def test_peft_warns_that_a_whole_bias_of_lora_b_is_a_shard(torch, peft):
     assert torch.equal(tensors["base_model.model.0.lora_B.bias"], bias)  # whole, and right
 
 
+def test_peft_serves_the_base_where_the_names_of_an_adapter_fit_nothing(torch, peft, tmp_path):
+    """The base is served where the names of an adapter fit nothing.
+
+    `PeftModel.from_pretrained` builds the adapter of `adapter_config.json`, fills in the tensors
+    whose names fit, and leaves the others out: the factors B that it found nothing for stay 0. It
+    warns of what is missing; of tensors that are left over it says nothing.
+
+    **Right.** An adapter that does not fit is refused, or has its effect.
+
+    **Consequence.** A checkpoint with other names (without the prefix, of another version of the
+    model) answers as the base does, and one that fits in part as a mixture. Make the warning an
+    error, and compare the names in the file with `get_peft_model_state_dict`.
+
+    Seen in peft 0.21.2.
+    """
+
+    def base():
+        return torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
+
+    config = peft.LoraConfig(target_modules=["0"], r=1, lora_alpha=1)
+    model = peft.get_peft_model(base(), config)
+    for factor in ("lora_A", "lora_B"):
+        getattr(model.base_model.model[0], factor)["default"].weight.data.fill_(1)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    stored = load_file(file)
+    for rename, warned in ((lambda n: n, False), (lambda n: n.removeprefix("base_model."), True)):
+        save_file({rename(n): array for n, array in stored.items()} | {"over": np.ones(1)}, file)
+        said = pytest.warns(UserWarning, match="missing adapter keys") if warned else nullcontext()
+        with said:
+            loaded = peft.PeftModel.from_pretrained(base(), tmp_path)
+        change = loaded.base_model.model[0].get_delta_weight("default")
+        assert change.item() == (0 if warned else 1)
+
+
 def test_peft_fails_once_its_last_adapter_is_deleted(torch, peft):
     """A model whose last adapter is deleted fails.
 
