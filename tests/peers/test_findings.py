@@ -2513,6 +2513,40 @@ def test_peft_warns_that_a_whole_bias_of_lora_b_is_a_shard(torch, peft):
     assert torch.equal(tensors["base_model.model.0.lora_B.bias"], bias)  # whole, and right
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_transformers_loads_dora_without_its_magnitude(torch, transformers, peft, tmp_path):
+    """DoRA is loaded without its magnitude.
+
+    `model.load_adapter` renames the file's `lora_magnitude_vector` to
+    `lora_magnitude_vector.default`; the parameter is called `….default.weight`. A report that is
+    logged names the one as unexpected and the other as missing, and the magnitude stays the norm of
+    the base's rows.
+
+    **Right.** $W' = m\\, (W + s B A) / \\lVert W + s B A \\rVert$ with the magnitude in the file.
+
+    **Consequence.** The model computes with untrained magnitudes. Load with
+    `PeftModel.from_pretrained`.
+
+    Seen in transformers 5.24.0.
+    """
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
+    W = base.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=1, target_modules=["layers.0.self_attn.q_proj"], use_dora=True)
+    adapted = peft.get_peft_model(base, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.fill_(3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.load_adapter(tmp_path / "adapter", adapter_kwargs={"local_files_only": True})
+    loaded = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    m = loaded.pop("model.layers.0.self_attn.q_proj.lora_magnitude_vector.default.weight")
+    assert all((factor == 3).all() for factor in loaded.values())
+    assert torch.allclose(m, torch.linalg.norm(W, dim=1))
+    assert not (m == 3).any()
+
+
 def test_peft_serves_the_base_where_the_names_of_an_adapter_fit_nothing(torch, peft, tmp_path):
     """The base is served where the names of an adapter fit nothing.
 

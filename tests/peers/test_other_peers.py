@@ -58,7 +58,8 @@ def results(name, *cases):
     peer = loaded(name)
     reports = [check(peer, case=case) for case in cases]
     if not cases:
-        how = {"levels": PEERS[name].levels, "dtypes": DTYPES[name]}
+        levels = [level for level in PEERS[name].levels if level != "inference"]
+        how = {"levels": levels, "dtypes": DTYPES[name]}
         reports = [check(peer, **how)]
     return [result for report in reports for result in report.results]
 
@@ -67,7 +68,9 @@ def results(name, *cases):
 def test_all_that_a_peer_has_holds_or_is_known(name):
     found = results(name, *(OF_JAX if name == "jax" else ()))
     assert {result.status for result in found} <= {"pass", "known", "skip"}
-    assert {result.level for result in found if result.status != "skip"} == set(PEERS[name].levels)
+    assert {result.level for result in found if result.status != "skip"} == {
+        *PEERS[name].levels
+    } - {"inference"}
     skipped = [result.reason for result in found if result.status == "skip"]
     assert all("no settings" in reason or "no method" in reason for reason in skipped)
 
@@ -123,6 +126,32 @@ def test_a_library_made_wrong_on_purpose_is_caught(name, spoil, case, arrays, mo
         importlib.import_module("jax").clear_caches()
     assert result.status == "fail"
     assert {each.array for each in result.arrays if each.verdict == "fail"} == arrays
+
+
+def spoil_rslora(monkeypatch):
+    monkeypatch.setattr(optional("peft.tuners.lora.layer").math, "sqrt", lambda r: r)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "case", "spoil"),
+    [
+        ("mlx-lm", "inference.logits.dora:float32:0", None),
+        ("mlx-lm", "inference.logits.head:float32:0", spoil_mlx),
+        ("transformers", "inference.logits.rslora:float32:0", spoil_rslora),
+        ("peft", "inference.deltas.rslora:float32:0", spoil_rslora),
+        ("peft", "inference.logits.rslora:float32:0", spoil_rslora),
+        ("peft", "inference.logits.modules-to-save:float32:0", None),
+        ("loralib", "inference.logits.patterns:float32:0", None),
+    ],
+)
+def test_a_stored_adapter_has_its_effect(name, case, spoil, monkeypatch):
+    imported(name)
+    assert [result.status for result in results(name, case)] == ["pass"]
+    if spoil is not None:
+        spoil(monkeypatch)
+        assert [result.status for result in results(name, case)] == ["fail"]
 
 
 @pytest.mark.parametrize("name", SMALL)

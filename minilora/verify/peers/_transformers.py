@@ -66,6 +66,12 @@ def loss_and_gradients(
     }
 
 
+def logits_of(model: Any, input_ids: np.ndarray) -> np.ndarray:
+    """The library's logits in evaluation mode, without gradients."""
+    with torch.no_grad():
+        return to_numpy(model.eval()(input_ids=torch.from_numpy(np.array(input_ids))).logits)
+
+
 def enable_checkpointing(model: Any) -> None:
     """Gradient checkpointing, by the name that transformers has for it."""
     enable = getattr(model, "activation_checkpointing_enable", None)

@@ -8,7 +8,17 @@ PEER = Peer(
     implementation="minilora.verify.peers.implementations.loralib:Loralib",
     packages=("loralib", "torch", "transformers"),
     extra="peers",
-    levels=("linear", "merge", "init", "lifecycle", "model", "train", "grad-flow", "files"),
+    levels=(
+        "linear",
+        "merge",
+        "init",
+        "lifecycle",
+        "model",
+        "train",
+        "grad-flow",
+        "files",
+        "inference",
+    ),
     known=TRANSFORMERS
     | {
         "lifecycle.random-steps*": "eval() merges what there is, B = 0 at first, and an adapter "

@@ -7,7 +7,7 @@ PEER = Peer(
     implementation="minilora.verify.peers.implementations.mlx_lm:MlxLm",
     packages=("mlx-lm", "mlx"),
     extra="libraries",
-    levels=("linear", "merge", "variants"),
+    levels=("linear", "merge", "variants", "inference"),
     conventions={"dora_norm": "detached", "dora_dropout": "branch"},
     fixed={"fan_in_fan_out": False},
 )

@@ -16,6 +16,7 @@ from minilora.verify.peers._torch import GivenMask, fill, plain_number, to_numpy
 from minilora.verify.peers._transformers import (
     enable_checkpointing,
     load_base,
+    logits_of,
     loss_and_gradients,
     optimizer_of,
     scheduler_of,
@@ -102,6 +103,13 @@ class Loralib:
         """Loss, logits and gradients of a transformers model whose adapted layers are loralib's."""
         model, trained = _opened(model_dir, adapter_dir)
         return loss_and_gradients(model, batch, trained)
+
+    def logits(
+        self, model_dir: str | Path, adapter_dir: str | Path, input_ids: np.ndarray
+    ) -> np.ndarray:
+        """The logits of such a model in evaluation."""
+        model, _ = _opened(model_dir, adapter_dir)
+        return logits_of(model, input_ids)
 
     def train(
         self,

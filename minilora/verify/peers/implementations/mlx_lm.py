@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
@@ -13,7 +15,13 @@ from mlx import core as mx
 from mlx import nn
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.utils import load_model
 
+from minilora.io.errors import FormatError
+from minilora.io.formats.huggingface import read_model
+from minilora.io.formats.mlx import write_adapter
+from minilora.io.formats.peft import read_adapter
 from minilora.verify.peers.mlx_lm import PEER
 from minilora.verify.peers.peer import refuse_settings
 
@@ -55,6 +63,24 @@ class MlxLm:
             answer = {"y": y, "dx": dx} | dict(zip(places, gradients, strict=True))
             answer |= {"dA": answer["dA"].T, "dB": answer["dB"].T}
             return {name: _numpy(array) for name, array in answer.items()}
+
+    def logits(self, model_dir: Any, adapter_dir: Any, input_ids: Any) -> np.ndarray:
+        """The logits after load_adapters, of the adapter that `minilora convert` makes of PEFT's.
+
+        The library reads no folder of PEFT's.
+        """
+        with TemporaryDirectory(prefix="minilora-") as folder, mx.stream(mx.cpu):
+            try:
+                c, W = read_model(model_dir)
+                factors, tuning = read_adapter(adapter_dir, c, base=W)
+                write_adapter(folder, c, W | factors, tuning)
+            except FormatError as refused:
+                says = f"its format has no settings for this adapter: {refused.args[1]}"
+                raise NotImplementedError(says) from refused
+            model, _ = load_model(Path(model_dir))
+            model = load_adapters(model, folder)
+            model.eval()
+            return _numpy(model(mx.array(input_ids)))
 
     def merge(self, W: Any, A: Any, B: Any, **settings: Any) -> np.ndarray:
         """The weight of the layer that fuse() gives."""

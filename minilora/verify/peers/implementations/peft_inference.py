@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from minilora.verify.peers._peft import without_deprecation
 from minilora.verify.peers._torch import to_numpy
-from minilora.verify.peers._transformers import load_base
+from minilora.verify.peers._transformers import load_base, logits_of
 
 
 class Inference:
@@ -22,9 +22,7 @@ class Inference:
         self, model_dir: str | Path, adapter_dir: str | Path, input_ids: np.ndarray
     ) -> np.ndarray:
         """The logits of from_pretrained's model."""
-        model = _opened(load_base(model_dir), adapter_dir).eval()
-        with torch.no_grad():
-            return to_numpy(model(input_ids=torch.from_numpy(np.array(input_ids))).logits)
+        return logits_of(_opened(load_base(model_dir), adapter_dir), input_ids)
 
     def deltas(self, model_dir: str | Path, adapter_dir: str | Path) -> dict[str, np.ndarray]:
         """The parameters after merge_and_unload less those before."""

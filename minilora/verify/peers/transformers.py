@@ -1,0 +1,22 @@
+"""transformers' own reader of PEFT's adapters, load_adapter, without PEFT's model around it."""
+
+from minilora.verify.peers.peer import Peer
+
+_MAGNITUDE = (
+    "load_adapter (integrations/peft.py) renames the file's lora_magnitude_vector to one without "
+    "the parameter's .weight: DoRA's magnitude is not loaded, and stays the norm of the base"
+)
+_REPORT = "load_adapter logs which tensors are missing and which are left over, and goes on"
+
+PEER = Peer(
+    name="transformers",
+    implementation="minilora.verify.peers.implementations.transformers:Transformers",
+    packages=("transformers", "peft", "torch"),
+    extra="peers",
+    levels=("inference",),
+    known={
+        "inference.logits.dora:*": _MAGNITUDE,
+        "inference.logits.combined:*": _MAGNITUDE,
+        "inference.names.*": _REPORT,
+    },
+)
