@@ -11,6 +11,7 @@ An argument with the name of a library is that library. The numbers are chosen s
 rounded but what the finding is about, and `==` can decide.
 """
 
+import copy
 import json
 import pickle
 import warnings
@@ -1710,6 +1711,98 @@ def test_peft_shortens_lora_a_in_the_forward_of_an_embedding_with_max_norm(torch
     assert right == 1  # no longer than max_norm
     assert layer(torch.tensor([0])).item() < right
     assert layer.lora_embedding_A["default"] < 2
+
+
+def test_peft_adds_the_change_of_an_attentions_output_twice(torch, peft):
+    """The change of an attention's output is added twice.
+
+    PEFT adapts `torch.nn.MultiheadAttention`, which reads its weights itself, by merging before
+    the forward. Its `merge` adds $sBA$ to the weight of `out_proj`, and then merges `out_proj`,
+    itself an adapted layer, which adds it once more. Unmerging takes both away.
+
+    **Right.** With one token attention is $W_o W_v x$, and with an adapter of $W_o$ alone
+    $(W_o + sBA) W_v x$.
+
+    **Consequence.** What is trained, evaluated and merged has twice the change of `out_proj`; its
+    gradient is that of one. Files are right, so that other programs, and a merge by hand, compute
+    another function.
+
+    Seen in peft 0.21.2.
+    """
+    base = torch.nn.MultiheadAttention(1, 1, bias=False, batch_first=True)
+    for weight in (base.in_proj_weight, base.out_proj.weight):
+        weight.data.fill_(1)
+    layer = adapted(torch, peft, base, fill=0.0)
+    for factor in (layer.base_layer.out_proj.lora_A, layer.base_layer.out_proj.lora_B):
+        factor["default"].weight.data.fill_(1)
+    one = np.ones((1, 1))
+    values, _ = linear(one, one)
+    right, _ = lora_linear(values, one, None, one, one, 1)
+    assert right == 2
+    x = torch.ones(1, 1, 1, dtype=layer.in_proj_weight.dtype)
+    assert layer(x, x, x)[0].item() == 3
+    layer.merge()
+    assert layer(x, x, x)[0].item() == 3
+
+
+def test_peft_shows_an_encoders_layer_the_weight_without_the_adapter(torch, peft):
+    """An adapter in an encoder's layer does not act in evaluation.
+
+    In evaluation `torch.nn.TransformerEncoderLayer` calls no module, but one kernel with the
+    weights that it reads from `linear1` and `linear2`. The layers that PEFT puts in their places
+    have a `weight`, the base's.
+
+    **Right.** Without dropout training and evaluation are one function, and a layer whose adapter
+    is not 0 is not the base.
+
+    **Consequence.** In evaluation the base answers, and no error tells. Merge before, or keep
+    PyTorch from its fast path: `torch.backends.mha.set_fastpath_enabled(False)`.
+
+    Seen in peft 0.21.2.
+    """
+    torch.manual_seed(0)
+    base = torch.nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True).double()
+    plain = copy.deepcopy(base).eval()
+    config = peft.LoraConfig(r=2, target_modules=["linear1"], init_lora_weights=False)
+    model = peft.inject_adapter_in_model(config, base)
+    x = torch.randn(1, 3, 4, dtype=torch.float64)
+    with torch.no_grad():
+        trained, evaluated, of_base = model.train()(x), model.eval()(x), plain(x)
+        assert torch.equal(evaluated, of_base)
+        assert not torch.allclose(trained, of_base)
+        model.linear1.merge()
+        assert torch.allclose(model(x), trained)
+
+
+def test_peft_fails_to_merge_a_pointwise_convolution_of_three_dimensions(torch, peft):
+    """A convolution of three dimensions and kernel 1 cannot be merged.
+
+    `get_delta_weight` knows a kernel of one entry by the sizes of two dimensions, and multiplies
+    the factors as matrices, from which it has taken these two. The third one is still there.
+
+    **Right.** A kernel of one entry is a matrix, whatever the dimensions: $W + sBA$.
+
+    **Consequence.** Merging fails, also with a kernel such as $(1, 1, 3)$; the forward is right.
+
+    Seen in peft 0.21.2.
+    """
+
+    def layer_of(*kernel):
+        layer = adapted(torch, peft, torch.nn.Conv3d(2, 3, kernel, bias=False), fill=1.0)
+        layer.weight.data.fill_(0)
+        return layer
+
+    x = torch.ones(1, 2, 1, 1, 3, dtype=torch.float64)
+    for kernel in ((1, 1, 1), (1, 1, 3)):
+        layer = layer_of(*kernel)
+        assert (layer(x.to(layer.weight.dtype)) == 2 * kernel[2]).all()
+        with pytest.raises(
+            RuntimeError, match=r"size for first two dimensions|cannot be multiplied"
+        ):
+            layer.merge()
+    layer = layer_of(1, 3, 1)
+    layer.merge()
+    assert (layer.weight == 1).all()
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ METHODS: dict[str, str] = {
     "trainable": "config, names",
     "session": "layer",
     "init": "W, *, r, alpha, seed, **settings",
+    "module": "layer, adapter, x, *, mode, dy=None, index=None",
 }
 """The methods that an implementation may have, with the arguments that they are called with."""
 
@@ -84,6 +85,10 @@ CONVENTIONS = {
 
 DECLARATIONS = ("dtypes", "precision", "conventions", "fixed", "known")
 """The attributes that an implementation may declare beside its name and version."""
+
+
+LAYOUTS = {"conv_groups": ("weight", "blocks")}
+"""What it may choose and declare likewise: how an adapter lies, which no answer can tell."""
 
 
 class Remote:

@@ -40,6 +40,7 @@ from minilora.verify.implementation.contract import (
     DEFAULT_DTYPES,
     KEEPS,
     LAYER_METHODS,
+    LAYOUTS,
     METHODS,
     SESSION,
     SESSION_NEEDS,
@@ -103,7 +104,7 @@ class GuardedImplementation:
         self._precision = {d: self._read_precision(d) for d in self.dtypes}
         self.conventions = self._read_mapping("conventions")
         for name, value in self.conventions.items():
-            if value not in (known := CONVENTIONS.get(name, (value,))):
+            if value not in (known := (CONVENTIONS | LAYOUTS).get(name, (value,))):
                 expected = f"expected one of {', '.join(known)}"
                 raise LoadError(f"{self.name}: conventions[{name!r}] is {value!r}, {expected}")
         self.known = self._read_mapping("known")

@@ -33,6 +33,7 @@ from minilora.spec.multi_adapter import Adapter, combine, combine_svd, multi_lin
 from minilora.spec.ops import IGNORED
 from minilora.spec.optim import run
 from minilora.spec.variants import DORA, LORA_BIAS
+from minilora.verify.implementation import modules
 from minilora.verify.implementation.sessions import LayerState
 
 Array = np.ndarray
@@ -45,7 +46,11 @@ class Minilora:
     and rounded once at the end.
     """
 
-    conventions: ClassVar = {"dora_norm": "detached", "dora_dropout": "difference"}
+    conventions: ClassVar = {
+        "dora_norm": "detached",
+        "dora_dropout": "difference",
+        "conv_groups": "blocks",
+    }
     name = "minilora"
     version = minilora.__version__
     dtypes: ClassVar = ("float64", "float32", "bfloat16", "float16")
@@ -266,6 +271,36 @@ class Minilora:
         rng, s = np.random.default_rng(seed), scale(alpha, r, use_rslora)
         base, A, B = INITIALIZATIONS[name].start(rng, _wide(W), r, s)
         return {key: array.astype(W.dtype) for key, array in (("A", A), ("B", B), ("W", base))}
+
+    def module(
+        self,
+        layer: Mapping[str, Any],
+        adapter: Mapping[str, Any],
+        x: Array,
+        *,
+        mode: str,
+        dy: Array | None = None,
+        index: Array | None = None,
+    ) -> dict[str, Array]:
+        """y of any layer, with dy the gradients, and merged the weight and the bias."""
+        settings = {k: v for k, v in adapter.items() if k in _OF_VARIANTS}
+        variant, parts = _variant(settings)
+        s = scale(adapter["alpha"], adapter["r"], adapter.get("use_rslora", False))
+        p, K = adapter.get("p", 0.0), None
+        if mode == "train" and p:
+            K = _wide((np.random.default_rng().random(x.shape) >= p).astype(layer["W"].dtype))
+            K = K / (1 - p)
+        given = (wide_entries(layer), wide_entries(adapter), _wide(x) if x.dtype.kind != "i" else x)
+        of = modules.Adapted(*given, variant, parts, s, index, K)
+        dtype = layer["W"].dtype
+        if mode == "merged":
+            now = wide_entries(modules.merged_layer(of))
+            answer = {"y": modules.base_output(replace(of, layer=now)), "W": now["W"]}
+            answer |= {"bias": now["bias"]} if "bias" in now else {}
+        else:
+            y, back = modules.ADAPTED[layer["kind"]](of)
+            answer = {"y": y} | ({} if dy is None else back(_wide(dy)))
+        return {name: array.astype(dtype) for name, array in answer.items()}
 
     def train(
         self,
@@ -491,6 +526,20 @@ def _adapted(
     factors, tuning = read_adapter(adapter_dir, c, base=W)
     wide = {name: _wide(array) for name, array in (W | factors).items()}
     return c, wide, tuning, W["embed.weight"].dtype
+
+
+_OF_VARIANTS = ("use_dora", "magnitude", "lora_bias")
+
+
+def wide_entries(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries, arrays of float16 and bfloat16 as float32, in inner dicts too."""
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return wide_entries(value)
+        return _wide(value) if isinstance(value, np.ndarray) else value
+
+    return {name: wide(value) for name, value in given.items()}
 
 
 def _variant(settings: Mapping[str, Any]) -> tuple[Variant, dict[str, Array]]:

@@ -78,6 +78,33 @@ _FLOAT32_START = (
     "layer's dtype: B A is 0 within float32's rounding"
 )
 
+_CONVOLUTION = (
+    "the A of a convolution (tuners/lora/layer.py) has the kernel, the stride and the padding of "
+    "the base, and neither its dilation nor its padding mode"
+)
+_NORMS_IN_GROUPS = (
+    "DoRA takes the norms of a convolution in groups (tuners/lora/dora.py) of another matrix"
+)
+_POINTWISE = (
+    "get_delta_weight (tuners/lora/layer.py) takes a kernel of three dimensions of which the first "
+    "two are 1 for one of two dimensions, and fails"
+)
+_MAX_NORM = (
+    "an embedding looks up the columns of A with the max_norm of the table (tuners/lora/layer.py)"
+)
+_SINGLE_EXPERT = (
+    "the one expert of a weight (1, in, out) is taken for a matrix (tuners/lora/layer.py), and "
+    "gets the transpose of its change"
+)
+_OUT_TWICE = (
+    "MultiheadAttention.merge (tuners/lora/layer.py), which the forward calls too, adds the change "
+    "of out_proj to its weight, and merges out_proj itself besides: the change is added twice"
+)
+_FAST_PATH = (
+    "torch.nn.TransformerEncoderLayer reads the weights of linear1 and linear2 itself in "
+    "evaluation, and the layer that PEFT puts there shows it the base's"
+)
+
 _KNOWN = TRANSFORMERS | {
     f"combine.{check}:*": reason
     for checks, reason in (
@@ -125,6 +152,23 @@ _KNOWN |= {
     f"lifecycle.random-steps{kind}:*": f"{_SCALED_LATE}; {_DELETED}"
     for kind in ("", ".conv1d", ".embedding", ".modules-to-save", ".lora-bias", ".files")
 }
+_KNOWN |= {
+    f"module.{check}:*": reason
+    for checks, reason in (
+        (("conv.padding-mode.forward", "conv.padding-mode.gradients"), _CONVOLUTION),
+        (("conv.dilation.forward", "conv.dilation.gradients"), _CONVOLUTION),
+        (("conv.all.forward", "conv.all.gradients"), f"{_CONVOLUTION}; {_NORMS_IN_GROUPS}"),
+        (("conv.groups-dora.forward", "conv.groups-dora.gradients"), _NORMS_IN_GROUPS),
+        (("conv.pointwise.merged", "conv.pointwise.evaluation"), _POINTWISE),
+        (("embedding.max-norm.forward", "embedding.max-norm.gradients"), _MAX_NORM),
+        (("experts.single.forward", "experts.single.gradients"), _SINGLE_EXPERT),
+        (("experts.single.merged",), _SINGLE_EXPERT),
+        (("attention.out.forward", "attention.out.gradients"), _OUT_TWICE),
+        (("attention.out.merged",), _OUT_TWICE),
+        (("encoder.forward",), _FAST_PATH),
+    )
+    for check in checks
+}
 
 
 PEER = Peer(
@@ -138,6 +182,7 @@ PEER = Peer(
         "variants",
         "combine",
         "multi",
+        "module",
         "init",
         "lifecycle",
         "model",
@@ -148,6 +193,6 @@ PEER = Peer(
         "inference",
         "names",
     ),
-    conventions={"dora_norm": "detached"},
+    conventions={"dora_norm": "detached", "conv_groups": "blocks"},
     known=_KNOWN,
 )

@@ -7,6 +7,6 @@ PEER = Peer(
     implementation="minilora.verify.peers.implementations.torch:Torch",
     packages=("torch",),
     extra="peers",
-    levels=("linear", "merge", "variants", "combine", "multi"),
+    levels=("linear", "merge", "variants", "combine", "multi", "module"),
     conventions={"dora_norm": "differentiated"},
 )

@@ -22,6 +22,7 @@ from minilora.verify.peers._transformers import (
     scheduler_of,
     train_steps,
 )
+from minilora.verify.peers.implementations.loralib_module import module
 from minilora.verify.peers.loralib import PEER
 from minilora.verify.peers.peer import refuse_settings
 
@@ -76,6 +77,10 @@ class Loralib:
         fill(layer.weight, as_merged)
         layer.train()
         return _weight(layer)
+
+    def module(self, *given: Any, **settings: Any) -> dict[str, np.ndarray]:
+        """y of a layer of a kind that the library has, its gradients, and what is held merged."""
+        return module(*given, **settings)
 
     def session(self, layer: Mapping[str, Any]) -> "Session":
         """A layer whose one adapter is never removed."""

@@ -27,6 +27,7 @@ from minilora.verify.peers._transformers import (
     train_steps,
 )
 from minilora.verify.peers.implementations.peft_inference import Inference
+from minilora.verify.peers.implementations.peft_module import module
 from minilora.verify.peers.implementations.peft_names import Names
 from minilora.verify.peers.implementations.peft_session import TARGETS, PeftSession
 from minilora.verify.peers.peer import refuse_settings
@@ -66,6 +67,10 @@ class Peft(Inference, Names, Layer):
         with torch.no_grad():
             model.base_model.add_weighted_adapter(names, list(weights), "all", **kind)
             return to_numpy(layer.get_delta_weight("all"))
+
+    def module(self, *given: Any, **settings: Any) -> dict[str, np.ndarray]:
+        """y of a layer of any kind, its gradients, and what is held of it merged."""
+        return module(*given, **settings)
 
     def session(self, layer: Mapping[str, Any]) -> PeftSession:
         """A layer whose adapters come and go."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from minilora.verify.peers import _formula
+from minilora.verify.peers._modules import BIAS, WEIGHT, build
 from minilora.verify.peers._torch import to_numpy, to_torch
 from minilora.verify.peers.torch import PEER
 
@@ -65,6 +66,75 @@ class Torch:
             factors, rows = _tensors(**adapter), torch.from_numpy(index == i)
             y[rows] += _formula.scale(**factors) * (x[rows] @ factors["A"].T @ factors["B"].T)
         return to_numpy(y)
+
+    def module(
+        self,
+        layer: Mapping[str, Any],
+        adapter: Mapping[str, Any],
+        x: np.ndarray,
+        *,
+        mode: str,
+        dy: np.ndarray | None = None,
+        index: np.ndarray | None = None,
+    ) -> dict[str, np.ndarray]:
+        """PyTorch's own module, called with the merged weight as a function of A and B."""
+        if adapter.get("p"):
+            raise NotImplementedError("a merged weight has no dropout of its branch")
+        base, given = build(layer, index), to_torch(x)
+        tensors = _tensors(**{k: v for k, v in adapter.items() if k not in ("out", "enable", "p")})
+        of: dict[str, Any] = {"dx": given} if given.is_floating_point() else {}
+        of |= {f"d{name}": v for name, v in tensors.items() if isinstance(v, torch.Tensor)}
+        out = {name: to_torch(array) for name, array in adapter.get("out", {}).items()}
+        of |= {f"out.d{name}": tensor for name, tensor in out.items()}
+        for tensor in of.values():
+            tensor.requires_grad_()
+        weights = _merged_tensors(layer, adapter, tensors, out)
+        y = torch.func.functional_call(base.train(mode == "train"), weights, (given,))
+        held = {}
+        if mode == "merged" and not {*weights} & {"linear1.weight", "inner.in_proj_weight"}:
+            W = weights["weight"]
+            W = W.mT if layer.get("fan_in_fan_out", False) else W
+            held = {"W": to_numpy(W)}
+        if dy is None:
+            return held | {"y": to_numpy(y)}
+        gradients = torch.autograd.grad(y, list(of.values()), to_torch(dy))
+        return {"y": to_numpy(y)} | {
+            name: to_numpy(gradient) for name, gradient in zip(of, gradients, strict=True)
+        }
+
+
+def _merged_tensors(
+    layer: Mapping[str, Any],
+    adapter: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    out: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """W' and b' of a module by their names in it, for W and b."""
+    kind, s = layer["kind"], _formula.scale(**tensors)
+    A, B = tensors["A"], tensors["B"]
+    W = to_torch(layer["W"])
+    if kind == "fused":
+        change, of_A, of_B = [], 0, 0
+        for size, on in zip(layer["rows"], adapter["enable"], strict=True):
+            rows, ranks = slice(of_B, of_B + size), slice(of_A, of_A + adapter["r"])
+            change.append(B[rows] @ A[ranks] if on else A.new_zeros(size, A.shape[1]))
+            of_A, of_B = of_A + adapter["r"] * on, of_B + size * on
+        V = W + s * torch.cat(change)
+    elif kind == "embedding":
+        V = (W.T + s * B @ A).T
+    else:
+        V = W + s * (B @ A).reshape(W.shape)
+    if "magnitude" in tensors:
+        rows = V.T if kind == "embedding" else V.flatten(1)
+        rows = (tensors["magnitude"] / _row_norms(rows))[:, None] * rows
+        V = rows.T if kind == "embedding" else rows.reshape(V.shape)
+    merged = {WEIGHT.get(kind, "weight"): V.mT if layer.get("fan_in_fan_out", False) else V}
+    if "lora_bias" in tensors:
+        name = BIAS.get(kind, "bias")
+        merged[name] = to_torch(layer["bias"]) + s * tensors["lora_bias"]
+    if out:
+        merged["inner.out_proj.weight"] = to_torch(layer["out"]["W"]) + s * out["B"] @ out["A"]
+    return merged
 
 
 def _row_norms(V: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,313 @@
+"""Level ``module``: any layer, given by its kind and geometry, adapted, trained and merged.
+
+One law holds for all: the adapted layer is its base with W + s B A for W, the delta in the layout
+of the layer's own weight. ``module(layer, adapter, x, mode=…)`` answers ``{"y"}``; with ``dy`` the
+gradients besides; merged, the weight and the bias that are held. Whether the adapter of a
+convolution in groups has the shape of the weight, or reads the channels of all groups, is declared:
+``conventions = {"conv_groups": "weight"}``, which is taken where nothing is declared, or
+``"blocks"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from minilora.spec.variants import DORA_FULL
+from minilora.verify.checks.module_inputs import (
+    ALMOST_NONE,
+    DROPPED,
+    KINDS,
+    ROUNDED,
+    ModuleInputs,
+    draw_module,
+    variant_of,
+    wide,
+)
+from minilora.verify.checks.module_layers import (
+    LAYERS,
+    Answers,
+    Product,
+    answers,
+    by_branch,
+    by_substitution,
+    merged,
+)
+from minilora.verify.core.dtypes import Precision
+from minilora.verify.core.errors import Fault, Skip
+from minilora.verify.core.level import Level
+from minilora.verify.core.tolerance import Draws, Rounding, noisy, spread
+from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison
+from minilora.verify.implementation.guard import GuardedImplementation
+
+Array = np.ndarray
+Run = Callable[[GuardedImplementation, Case], Iterable[Comparison]]
+
+SAMPLES = 16
+
+CASES = {"quick": 2, "ci": 6, "nightly": 120}
+
+WORDS = {
+    "linear": "a linear layer, stored either way",
+    "conv": "a convolution of one to three dimensions, with stride and padding",
+    "conv.padding-mode": "a convolution whose padding is reflected, repeated or circular",
+    "conv.dilation": "a convolution with dilation",
+    "conv.pointwise": "a convolution whose kernel has size 1",
+    "conv.groups": "a convolution in groups",
+    "conv.groups-dora": "a convolution in groups, with DoRA",
+    "conv.all": "a convolution with stride, padding mode, dilation and groups at once",
+    "embedding": "an embedding, with a scale and a padding row",
+    "embedding.max-norm": "an embedding whose rows are within max_norm, adapted or not",
+    "fused": "several projections in one weight, some adapted",
+    "experts": "experts with one weight (e, m, n)",
+    "experts.single": "one expert with a weight (1, m, n)",
+    "attention": "attention that reads its weights itself, q, k and v in one",
+    "attention.out": "attention whose output's projection is adapted too",
+    "encoder": "a layer of an encoder whose first linear is adapted",
+}
+"""The kinds, in words."""
+
+DROPOUT = ("linear", "conv", "conv.pointwise", "fused")
+"""The kinds with dropout on the branch's input."""
+
+
+@lru_cache(maxsize=256)
+def drawn(case: Case, name: str, groups_as: str) -> ModuleInputs:
+    """The inputs of a case: all checks of a kind ask for the same layers."""
+    return draw_module(case, name, groups_as)
+
+
+def ask(
+    subject: GuardedImplementation, inputs: ModuleInputs, mode: str, **given: Any
+) -> Mapping[str, Any]:
+    """The implementation's answer. Raises Skip or Fault."""
+    if inputs.index is not None:
+        given["index"] = inputs.index
+    answer = subject.call("module", inputs.layer, inputs.adapter, inputs.x, mode=mode, **given)
+    subject.traits.add(f"mode is {mode}")
+    if not isinstance(answer, Mapping):
+        raise Fault("missing", f"module answers a {type(answer).__name__}, expected a dict with y")
+    return answer
+
+
+def compared(
+    subject: GuardedImplementation,
+    answer: Mapping[str, Any],
+    want: Answers,
+    dtype: str,
+    sigma: Mapping[str, Array],
+) -> Iterable[Comparison]:
+    """Each of these arrays."""
+    for name, array in want.items():
+        got = subject.answer(subject.entry(answer, name), name, np.shape(array), dtype)
+        yield Comparison(name, got, array, sigma.get(name), MONTE_CARLO)
+
+
+@lru_cache(maxsize=256)
+def expected(
+    of: tuple[Case, str, str], differentiated: bool, precision: Precision
+) -> tuple[Answers, dict[str, Array]]:
+    """The true y and gradients of the inputs `drawn` with ``of``, and their σ where they round.
+
+    In float64, which holds whole numbers exactly; where the answer is rounded there too, both have
+    rounded independently.
+    """
+    inputs = drawn(*of)
+    variant, column = variant_of(inputs.adapter)
+    variant = DORA_FULL if column == "magnitude" and differentiated else variant
+    want = answers(inputs.module(wide, variant), wide(inputs.dy))
+    if inputs.kind not in ROUNDED:
+        return want, {}
+
+    def sampled(way: Product) -> dict[str, Array]:
+        def run(draws: Draws) -> Answers:
+            def number(array: Array) -> Any:
+                return noisy(array, precision, draws)
+
+            return answers(inputs.module(number, variant), number(inputs.dy), way)
+
+        return spread(run, want, SAMPLES, (of[0].number, of[0].seed))
+
+    ways, rounding = [sampled(way) for way in (by_substitution, by_branch)], Rounding(precision)
+    both = 2.0 if precision.accumulation == "float64" else 1.0
+    sigma = {
+        name: np.sqrt(both * (np.maximum(ways[0][name], ways[1][name]) ** 2 + rounding.stored(v)))
+        for name, v in want.items()
+    }
+    return want, sigma
+
+
+def _key(subject: GuardedImplementation, case: Case, name: str) -> tuple[Case, str, str]:
+    of_kind = replace(case, check=f"module.{name}")
+    return of_kind, name, subject.conventions.get("conv_groups", "weight")
+
+
+def inputs_of(subject: GuardedImplementation, case: Case, name: str) -> ModuleInputs:
+    """The inputs, as the implementation declares adapters in groups; tells what they are like."""
+    inputs = drawn(*_key(subject, case, name))
+    subject.traits |= {*inputs.traits}
+    return inputs
+
+
+def _expected(
+    subject: GuardedImplementation, case: Case, name: str
+) -> tuple[Answers, dict[str, Array]]:
+    differentiated = subject.conventions.get("dora_norm") == "differentiated"
+    return expected(_key(subject, case, name), differentiated, subject.precision(case.dtype))
+
+
+def _forward(name: str) -> Run:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+        inputs = inputs_of(subject, case, name)
+        want, sigma = _expected(subject, case, name)
+        for mode in ("train", "eval"):
+            answer = ask(subject, inputs, mode)
+            for found in compared(subject, answer, {"y": want["y"]}, case.dtype, sigma):
+                yield Comparison(f"y, {mode}", found.got, found.want, found.sigma, found.limits)
+
+    return run
+
+
+def _gradients(name: str) -> Run:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+        inputs = inputs_of(subject, case, name)
+        want, sigma = _expected(subject, case, name)
+        answer = ask(subject, inputs, ("train", "eval")[case.number % 2], dy=inputs.dy)
+        yield from compared(subject, answer, want, case.dtype, sigma)
+
+    return run
+
+
+def _merged(name: str) -> Run:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+        inputs = inputs_of(subject, case, name)
+        want, sigma = _expected(subject, case, name)
+        answer = ask(subject, inputs, "merged")
+        yield from compared(subject, answer, {"y": want["y"]}, case.dtype, sigma)
+        if inputs.kind in ROUNDED:
+            return
+        held = merged(inputs.module(wide))
+        if held["W"].shape != inputs.layer["W"].shape:  # blocks of a weight without groups
+            del held["W"]
+        for part in held.keys() - answer.keys():
+            subject.remark(f"module gives no {part} where it is merged: it is not judged")
+        judged = {part: array for part, array in held.items() if part in answer}
+        yield from compared(subject, answer, judged, case.dtype, {})
+
+    return run
+
+
+def _without_column(inputs: ModuleInputs) -> ModuleInputs:
+    """The case as LoRA: what dropout leaves of DoRA's base is another question."""
+    own = ("magnitude", "use_dora", "lora_bias")
+    adapter = {name: value for name, value in inputs.adapter.items() if name not in own}
+    return ModuleInputs(**vars(inputs) | {"adapter": adapter})
+
+
+def evaluation(name: str) -> Run:
+    """In evaluation, and where the rate is almost 0, dropout changes nothing."""
+
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+        inputs = inputs_of(subject, case, name)
+        want, _ = _expected(subject, case, name)
+        if "dropout" in subject.fixed.lacking:
+            raise Skip("not supported: there is no dropout")
+        for mode, p in (("eval", DROPPED), ("train", ALMOST_NONE), ("merged", DROPPED)):
+            answer = ask(subject, inputs.with_adapter(p=p), mode)
+            y = subject.answer(subject.entry(answer, "y"), "y", want["y"].shape, case.dtype)
+            yield Comparison(f"y, {mode}, p = {p:.2g}", y, want["y"])
+
+    return run
+
+
+TRIES = 40
+"""Of so many trainings at p = ¾ one drops something, but for a probability of 4⁻⁴⁰ at most. (A
+mask may be shared by all samples, but not by trainings.)"""
+
+
+def dropout(name: str) -> Run:
+    """In training the branch of an input with one number is dropped, or 1 / (1 - p) times itself.
+
+    A sample has one number that is not 0, so that its branch is all kept or all dropped, whatever
+    else a mask shares.
+    """
+
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+        inputs = _single_numbers(_without_column(inputs_of(subject, case, name)))
+        whole, base = (
+            LAYERS[inputs.kind](each.module(wide), by_substitution)[0]
+            for each in (inputs, inputs.with_adapter(B=np.zeros_like(inputs.adapter["B"])))
+        )
+        kept = base + (whole - base) / (1 - DROPPED)
+        axes = tuple(range(1, whole.ndim))
+        got, want = [], []
+        for _ in range(TRIES if (kept != base).any() else 1):
+            answer = ask(subject, inputs.with_adapter(p=DROPPED), "train")
+            y = subject.answer(subject.entry(answer, "y"), "y", whole.shape, case.dtype)
+            off = [np.abs(wide(y) - each).max(axes, keepdims=True) for each in (base, kept)]
+            got.append(y)
+            want.append(np.where(off[0] < off[1], base, kept))
+            if acts := bool((want[-1] != kept).any()):
+                break
+        yield Comparison("y of samples in training", np.concatenate(got), np.concatenate(want))
+        if (kept != base).any():
+            yield Comparison("whether dropout acts", np.asarray(float(acts)), np.asarray(1.0))
+
+    return run
+
+
+def _single_numbers(inputs: ModuleInputs) -> ModuleInputs:
+    """With as many samples as a sample has numbers, each with one of them, a 1."""
+    shape = inputs.x.shape[1:] if inputs.kind == "conv" else inputs.x.shape[-1:]
+    size = int(np.prod(shape))
+    x = np.eye(size, dtype=inputs.x.dtype).reshape(size, *shape)
+    return ModuleInputs(**vars(inputs) | {"x": x})
+
+
+CHEAP = ("linear", "experts.single")
+"""Kinds of which twice as many cases are drawn: they cost little, and settings meet more often."""
+
+
+def _cases(name: str, is_dropout: bool = False) -> Callable[[str, str], int]:
+    def count(profile: str, dtype: str) -> int:
+        half = dtype not in ("float64", "float32")
+        if half and is_dropout:  # four times a number may be rounded there
+            return 0
+        cases = CASES[profile] // (3 if half else 1) if profile != "quick" else CASES[profile]
+        cases -= 2 * (profile == "ci" and dtype == "float64")  # as float32, but for its digits
+        return 2 * cases if name in CHEAP else cases
+
+    return count
+
+
+def _checks() -> Iterable[Check]:
+    def check(name: str, what: str, title: str, run: Run) -> Check:
+        cases = _cases(name, what == "dropout")
+        return Check(f"module.{name}.{what}", "module", ("module",), title, run, cases)
+
+    for name, words in WORDS.items():
+        yield check(name, "forward", f"Output of {words}.", _forward(name))
+        yield check(name, "gradients", f"Gradients of {words}.", _gradients(name))
+        yield check(name, "merged", f"Output and weight of {words}, merged.", _merged(name))
+    for name in DROPOUT:
+        for law in (evaluation, dropout):
+            title = (law.__doc__ or "").splitlines()[0]
+            yield check(name, law.__name__, f"{title[:-1]}: {WORDS[name]}.", law(name))
+
+
+_CHECKS: tuple[Check, ...] = tuple(_checks())
+
+assert [*WORDS] == [*KINDS]
+
+LEVEL = Level(
+    "module",
+    _CHECKS,
+    laws=("*.dropout",),
+    has_exact_lane=False,
+    quick="(linear|conv.all|embedding|experts|attention|encoder).*",
+    exact=tuple(f"{name}.*" for name in WORDS if name not in ROUNDED),
+)
