@@ -33,7 +33,7 @@ from minilora.verify.report.selftest import NAMED_IN, Alarm, Selftest
 CASES, FEW_CASES = 10_000, 1_000
 """The number of cases of right implementations in each dtype, and with ``quick``."""
 
-FAULTS = {"changes its inputs", "nan", "shape"}
+FAULTS = {"changes its inputs", "changes its answers", "nan", "shape"}
 """The faults that a mutant may be caught by. An exception would only show that it is broken."""
 
 Progress = Callable[[str, int, int], None]

@@ -188,7 +188,7 @@ FAULTS = [
     (with_value(np.inf), "nan", "0 NaN and 1 infinite"),
     (lambda self, W, A, B, **_: (W + B @ A).T, "shape", r"shape \(5, 4\), expected \(4, 5\)"),
     (lambda self, W, A, B, **_: (W + B @ A).astype(float), "dtype", "float64, expected float32"),
-    (lambda self, W, A, B, **_: (W + B @ A).tolist(), "dtype", "it is a list"),
+    (lambda self, W, A, B, **_: [*(W + B @ A).T.tolist()], "shape", "it is a list"),
     (lambda self, W, A, B, **_: (W + B @ A) * 1j, "not an array", "complex"),
     (lambda self, W, A, B, **_: None, "not an array", "W' is None, expected real numbers"),
     (lambda self, W, A, B, **_: "garbage", "not an array", "W' is a str of <U7"),
@@ -291,7 +291,7 @@ def test_the_callers_arrays_are_safe_from_the_target():
     assert not W.any()
 
 
-def test_an_output_buffer_used_again_does_not_change_an_earlier_answer():
+def test_an_output_buffer_used_again_changes_an_earlier_answer():
     class Reuses:
         buffer = np.zeros(1)
 
@@ -300,8 +300,38 @@ def test_an_output_buffer_used_again_does_not_change_an_earlier_answer():
             return self.buffer
 
     subject = GuardedImplementation(Reuses())
-    first, second = (subject.call("merge", np.full(1, v), 0, 0) for v in (1.0, 2.0))
-    assert (first.item(), second.item()) == (1.0, 2.0)
+    assert subject.call("merge", np.full(1, 1.0), 0, 0).item() == 1.0
+    assert subject.call("merge", np.full(1, 1.0), 0, 0).item() == 1.0
+    with pytest.raises(Fault, match="changes its answers: the answer of an earlier merge"):
+        subject.call("merge", np.full(1, 2.0), 0, 0)
+
+
+def test_an_answer_that_is_an_argument_is_the_callers():
+    subject = GuardedImplementation(type("T", (), {"merge": lambda self, W, A, B: W[:1]})())
+    for v in (1.0, 2.0):
+        assert subject.call("merge", np.full(2, v), 0, 0).item() == v
+
+
+def test_a_caller_uses_the_memory_of_its_arguments_again():
+    places = []
+    subject = GuardedImplementation(
+        type("T", (), {"merge": lambda self, W, A, B: places.append(W) or W + 1})()
+    )
+    for v in range(8):
+        assert subject.call("merge", np.full(1, float(v)), 0, 0).item() == v + 1
+    first, second, third, fourth, fifth, *_, last = places
+    assert third is fourth is last
+    assert first is not second is not third is not fifth
+
+
+def test_lists_of_numbers_are_answers_in_any_dtype():
+    subject = GuardedImplementation(object())
+    for answer in ([[0.5, 1.5]], ([0.5, 1.5],)):
+        array = subject.answer(answer, "y", (1, 2), "float32")
+        assert array.dtype == np.float32
+        assert (array == [[0.5, 1.5]]).all()
+    with pytest.raises(Fault, match="expected float32"):
+        subject.answer(np.ones((1, 2)), "y", (1, 2), "float32")
 
 
 ENTERED = threading.Event()

@@ -40,9 +40,9 @@ class Skip(Exception):
 class Fault(Exception):
     """The implementation gave no answer that could be compared.
 
-    ``kind`` is one of: raises, hangs, changes its inputs, not an array, shape, dtype, nan,
-    missing, crashes, protocol, internal. The last is a fault of this package, and the two before
-    it are of an implementation in another process.
+    ``kind`` is one of: raises, hangs, changes its inputs, changes its answers, not an array,
+    shape, dtype, nan, missing, crashes, protocol, internal. The last is a fault of this package,
+    and the two before it are of an implementation in another process.
     """
 
     def __init__(self, kind: str, message: str) -> None:

@@ -98,11 +98,70 @@ def copied(value: Any) -> Any:
     return value
 
 
-def settled(value: Any) -> Any:
-    """The answer with everything lazy computed and every array copied, within the time limit.
+class Buffers:
+    """The memory of a caller that uses its arrays again: in each call other numbers stand there."""
 
-    A copy, because an implementation may use its output buffer again in the next call.
-    """
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[Any, ...], np.ndarray] = {}
+
+    def filled(self, path: tuple[Any, ...], value: Any) -> Any:
+        """The value as `copied` gives it, its arrays in the memory of the last call's."""
+        if isinstance(value, np.ndarray):
+            key = (*path, value.shape, value.dtype)
+            if key not in self._arrays:
+                self._arrays[key] = np.empty(value.shape, value.dtype)
+            np.copyto(self._arrays[key], value)
+            return self._arrays[key]
+        if type(value) is dict:
+            return {key: self.filled((*path, key), entry) for key, entry in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(self.filled((*path, i), entry) for i, entry in enumerate(value))
+        return value
+
+    def clear(self) -> None:
+        """Takes other memory from now on: a call that hangs has this one still."""
+        self._arrays = {}
+
+
+class LastAnswer:
+    """The arrays of an answer as they were given, and as they were by then."""
+
+    def __init__(self, answer: Any, passed: Any) -> None:
+        inputs = [*_arrays_in("", passed)]
+        self._arrays = [
+            (path, array, array.copy())
+            for path, array in _arrays_in("", answer)
+            if not any(np.may_share_memory(array, given) for _, given in inputs)
+        ]
+
+    def require_unchanged(self, method: str) -> None:
+        """Raises Fault where a later call has changed them."""
+        for path, array, original in self._arrays:
+            if array.tobytes() != original.tobytes():
+                raise Fault(
+                    "changes its answers",
+                    f"the answer{path} of an earlier {method} is another one after this call: its "
+                    "memory was used again",
+                )
+
+
+def _arrays_in(path: str, value: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays in a value, and NumPy's views of tensors, by their places."""
+    if isinstance(value, np.ndarray):
+        yield path, value
+    elif type(value) is dict:
+        for key, entry in value.items():
+            yield from _arrays_in(f"{path}[{key!r}]", entry)
+    elif type(value) in (list, tuple):
+        for i, entry in enumerate(islice(value, MAX_ENTRIES)):
+            yield from _arrays_in(f"{path}[{i}]", entry)
+    elif hasattr(value, "__array__") and not isinstance(value, np.generic):
+        with contextlib.suppress(Exception):  # `answer` will say what NumPy said
+            yield path, np.asarray(value)
+
+
+def settled(value: Any) -> Any:
+    """The answer with everything lazy computed and every array copied, within the time limit."""
     if type(value) is dict:
         return {key: settled(entry) for key, entry in value.items()}
     if type(value) in (list, tuple) or isinstance(value, Iterator):

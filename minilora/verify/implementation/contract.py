@@ -61,6 +61,20 @@ ANSWERS = ("forward", "gradients", "weight", "rows")
 """Those that are no step."""
 
 
+COMPUTED = (
+    "lora_linear",
+    "lora_linear_vjp",
+    "merge",
+    "unmerge",
+    "combine",
+    "multi_adapter",
+    "forward",
+    "gradients",
+    "rows",
+)
+"""Those that answer new arrays, which no later call may change."""
+
+
 KEEPS = ("session", "add", "replace")
 """The methods whose last argument a session may hold: no later call may change it."""
 

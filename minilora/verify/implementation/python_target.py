@@ -50,7 +50,7 @@ STACK_SECONDS = 0.5
 IMPORT = 'File "<frozen importlib._bootstrap>"'
 """What stands in the stack of a thread that is importing."""
 
-FAULTS = ("raises", "changes its inputs", "missing")
+FAULTS = ("raises", "changes its inputs", "changes its answers", "missing")
 """The kinds of faults that the target's process may report."""
 
 CODE = """\

@@ -328,6 +328,13 @@ BACKWARD: Table = {
 }
 STATE: Table = {
     "linear.forward": [
+        ("answer-in-buffer", "y in memory that the next call uses again",
+         {'y: Array = self.layer(W, A, B, x, **options)["y"].astype(x.dtype)':
+              'y: Array = in_buffer(self.memory, "y", self.layer(W, A, B, x, '
+              '**options)["y"].astype(x.dtype))'}),
+        ("weight-by-identity", "W of the first call with an array in this place of the memory",
+         {"dtype, dora = W.dtype, use_dora":
+              "W = by_identity(self.memory, W); dtype, dora = W.dtype, use_dora"}),
         ("A-cached", "the first call's A in every call",
          {"# arrays": 'A = first_call(self.memory, "A", A)'}),
         ("W-cached", "the first call's W in every call",

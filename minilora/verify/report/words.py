@@ -37,6 +37,7 @@ FAULTS = {
     "raises": "it raises",
     "hangs": "it hangs",
     "changes its inputs": "it changes its inputs",
+    "changes its answers": "it changes its earlier answers",
     "shape": "wrong shape",
     "dtype": "wrong dtype",
     "nan": "not finite",
