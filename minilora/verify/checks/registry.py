@@ -18,6 +18,7 @@ from minilora.verify.checks import (
     multi,
     names,
     optimizer,
+    precision,
     train,
     variants,
 )
@@ -31,6 +32,7 @@ LEVELS: tuple[Level, ...] = tuple(
         linear,
         merge,
         variants,
+        precision,
         combine,
         multi,
         module,

@@ -145,15 +145,35 @@ def wanted(layer: Layer, number: Callable[[Array], Any] = long) -> dict[str, Arr
 
 
 def _numbers(layer: Layer, precision: Precision) -> tuple[Callable[[Array], Uncertain], ...]:
-    """Makers of uncertain inputs: unscaled ones, and ones that s may have been applied to first."""
+    """Makers of uncertain inputs: unscaled ones, and ones that s may have been applied to first.
+
+    An input that has more digits than the storage is rounded when it is cast.
+    """
     rounding = Rounding(precision)
     exact = np.frexp(layer.s)[0] == 0.5  # a power of two rounds nothing
 
-    def scalable(array: Array) -> Uncertain:
-        value = array.astype(np.float64)
-        return Uncertain(value, 0.0 if exact else rounding.stored(value), rounding)
+    def given(array: Array) -> Uncertain:
+        cast = has_more_digits(array, precision.storage)
+        return Uncertain(
+            array, rounding.stored(array.astype(np.float64)) if cast else 0.0, rounding
+        )
 
-    return (lambda array: Uncertain(array, 0.0, rounding)), scalable
+    def scalable(array: Array) -> Uncertain:
+        value, known = array.astype(np.float64), given(array)
+        lost = 0.0 if exact else rounding.stored(value)
+        return Uncertain(value, known.variance + lost, rounding)
+
+    return given, scalable
+
+
+def has_more_digits(array: Array, dtype: str) -> bool:
+    """Whether casting the array to a dtype rounds any of it."""
+    name = str(array.dtype)
+    return (
+        name in DTYPES
+        and digits(name) > digits(dtype)
+        and bool((array.astype(DTYPES[dtype]).astype(array.dtype) != array).any())
+    )
 
 
 def by_weight_product(

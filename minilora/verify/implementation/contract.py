@@ -97,7 +97,7 @@ CONVENTIONS = {
 """What an implementation may choose, and declares; the first is taken where nothing is declared."""
 
 
-DECLARATIONS = ("dtypes", "precision", "conventions", "fixed", "known")
+DECLARATIONS = ("dtypes", "precision", "conventions", "fixed", "known", "mixed")
 """The attributes that an implementation may declare beside its name and version."""
 
 

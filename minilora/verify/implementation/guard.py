@@ -24,6 +24,7 @@ import numpy as np
 from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.errors import Fault, LoadError, Skip, describe, tidy, type_words
 from minilora.verify.core.fixed import OPTIONAL, Fixed
+from minilora.verify.core.mixture import Mixture
 from minilora.verify.implementation.arguments import (
     Buffers,
     LastAnswer,
@@ -115,6 +116,7 @@ class GuardedImplementation:
                 expected = f"expected one of {', '.join(known)}"
                 raise LoadError(f"{self.name}: conventions[{name!r}] is {value!r}, {expected}")
         self.known = self._read_mapping("known")
+        self.mixtures = self._read_mixtures()
         self.declared_fixed = self._read_mapping("fixed")
         self.fixed = Fixed.of(self.declared_fixed, self.name)
         self.fixed = replace(self.fixed, lacking=self.fixed.lacking | self._lacking())
@@ -170,6 +172,12 @@ class GuardedImplementation:
                 f"expected {', '.join(DTYPES)}"
             )
         return Precision(*names)
+
+    def _read_mixtures(self) -> tuple[Mixture, ...]:
+        value = self._declared("mixed", ())
+        if not isinstance(value, list | tuple):
+            raise LoadError(f"{self.name}: 'mixed' is {type_words(value)}, expected a list")
+        return tuple(Mixture.of(entry, self.name) for entry in value)
 
     def _lacking(self) -> set[str]:
         """The settings that none of the methods of a layer has an argument for."""

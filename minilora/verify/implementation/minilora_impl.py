@@ -33,6 +33,7 @@ from minilora.spec.multi_adapter import Adapter, combine, combine_svd, multi_lin
 from minilora.spec.ops import IGNORED
 from minilora.spec.optim import run
 from minilora.spec.variants import DORA, LORA_BIAS
+from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.implementation import modules
 from minilora.verify.implementation.sessions import LayerState
 
@@ -58,6 +59,13 @@ class Minilora:
         half: {"storage": half, "accumulation": "float32"} for half in ("bfloat16", "float16")
     }
 
+    mixed: ClassVar = (
+        *({"x": h, "W": h, "adapters": "float32"} for h in ("bfloat16", "float16")),
+        {"x": "float16", "W": "bfloat16", "adapters": "float32"},
+        *({"x": x, "W": "bfloat16", "adapters": x} for x in ("float64", "float32")),
+        {"x": "float32", "W": "float32", "adapters": "float32", "autocast": "bfloat16"},
+    )
+
     def lora_linear(self, x: Array, W: Array, A: Array, B: Array, **options: Any) -> Array:
         """y = W x + b + s B A (K ∘ x)."""
         return self._layer(x, W, A, B, **options)[0]
@@ -67,10 +75,10 @@ class Minilora:
     ) -> dict[str, Array]:
         """y, dx, dA, dB, and dbias where there is a bias."""
         y, back = self._layer(x, W, A, B, **options)
-        answer = {"y": y, **back(dy)}
+        answer, of = {"y": y, **back(dy)}, {"y": y, "dx": x, "dA": A, "dB": B}
         if options.get("bias") is not None:
-            answer["dbias"] = _wide(dy).reshape(-1, len(W)).sum(0)
-        return {name: array.astype(x.dtype) for name, array in answer.items()}
+            answer["dbias"], of["dbias"] = _wide(dy).reshape(-1, len(W)).sum(0), W
+        return {name: array.astype(of.get(name, x).dtype) for name, array in answer.items()}
 
     def _layer(
         self,
@@ -86,10 +94,12 @@ class Minilora:
         p: float = 0.0,
         use_rslora: bool = False,
         fan_in_fan_out: bool = False,
+        autocast: str | None = None,
         **settings: Any,
     ) -> tuple[Array, Callable[[Array], dict[str, Array]]]:
         """y, and the gradients by the contract's names."""
-        x_, W_, A_, B_ = (_wide(v) for v in (x, W, A, B))
+        cast = None if autocast is None else DTYPES[autocast]
+        x_, W_, A_, B_ = (_wide(v if cast is None else v.astype(cast)) for v in (x, W, A, B))
         K = None if keep is None else _columns(keep.astype(x_.dtype)) / (1 - p)
         b = None if bias is None else _wide(bias)[:, None]
         variant, parts = _variant(settings)
@@ -106,7 +116,7 @@ class Minilora:
                 **{f"d{name}": gradient[:, 0] for name, gradient in named},
             }
 
-        return y.T.reshape(*x.shape[:-1], len(W)).astype(x.dtype), gradients
+        return y.T.reshape(*x.shape[:-1], len(W)).astype(cast or x.dtype), gradients
 
     def merge(
         self,

@@ -4,11 +4,29 @@ A module here describes one library as a value, `PEER`, without importing it; it
 `implementations` drives the library. To add a peer, write both and name its module here.
 """
 
-from minilora.verify.peers import bitsandbytes, jax, loralib, mlx_lm, peft, torch, transformers
+from minilora.verify.peers import (
+    bitsandbytes,
+    jax,
+    loralib,
+    mlx_lm,
+    peft,
+    peft_default,
+    torch,
+    transformers,
+)
 from minilora.verify.peers.peer import Peer
 
 PEERS: dict[str, Peer] = {
     module.PEER.name: module.PEER
-    for module in (bitsandbytes, jax, loralib, mlx_lm, peft, torch, transformers)
+    for module in (
+        bitsandbytes,
+        jax,
+        loralib,
+        mlx_lm,
+        peft,
+        peft_default,
+        torch,
+        transformers,
+    )
 }
 """By their names."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from minilora.verify.peers._torch import GivenMask, fill, plain_number, to_numpy, to_torch
 from minilora.verify.peers.peer import refuse_settings
@@ -22,6 +23,8 @@ class Layer:
     """
 
     name: str
+    autocast_adapters = False
+    """Whether adapters of a half precision are kept in float32, which is PEFT's default."""
     in_4bit = False
     """As transformers says it of a model, for PEFT."""
 
@@ -53,8 +56,8 @@ class Layer:
         self, x: np.ndarray, W: np.ndarray, A: np.ndarray, B: np.ndarray, **settings: Any
     ) -> np.ndarray:
         """y of the adapted layer. Without `keep` the layer is in evaluation mode: no dropout."""
-        model, _ = self._adapted(W, A, B, **settings)
-        with torch.no_grad():
+        with _autocast(settings.pop("autocast", None)), torch.no_grad():
+            model, _ = self._adapted(W, A, B, **settings)
             return to_numpy(model(self._wide(x)))
 
     def lora_linear_vjp(
@@ -67,6 +70,7 @@ class Layer:
         **settings: Any,
     ) -> dict[str, np.ndarray]:
         """y and the gradients of ⟨dy, y⟩ by autograd through the library's forward."""
+        dtype = settings.pop("autocast", None)
         model, layer = self._adapted(W, A, B, **settings)
         of = {
             "dx": self._wide(x).requires_grad_(),
@@ -79,7 +83,8 @@ class Layer:
             of["dmagnitude"] = layer.lora_magnitude_vector["default"].weight
         if "lora_bias" in settings:
             of["dlora_bias"] = layer.lora_B["default"].bias
-        y = model(of["dx"])
+        with _autocast(dtype):
+            y = model(of["dx"])
         gradients = torch.autograd.grad(y, list(of.values()), to_torch(dy))
         answer = dict(zip(of, gradients, strict=True))
         answer |= {name: self._narrow(answer[name]) for name in ("dx", "dA")}
@@ -147,6 +152,8 @@ class Layer:
     ) -> tuple[Any, Any]:
         """The model of one adapted layer, or `model` with one more adapter on it, and the layer."""
         refuse_settings(f"the {self.name} peer", unknown)
+        if self.autocast_adapters and to_torch(A).dtype in (torch.bfloat16, torch.float16):
+            raise NotImplementedError("adapters of a half precision: they are kept in float32")
         config = peft.LoraConfig(
             r=r,
             lora_alpha=plain_number(alpha),
@@ -166,10 +173,10 @@ class Layer:
             whole = torch.nn.Sequential(frozen)
             whole.is_loaded_in_4bit = self.in_4bit
             model = peft.get_peft_model(
-                whole, config, adapter_name=name, autocast_adapter_dtype=False
+                whole, config, adapter_name=name, autocast_adapter_dtype=self.autocast_adapters
             )
         else:
-            model.add_adapter(name, config, autocast_adapter_dtype=False)
+            model.add_adapter(name, config, autocast_adapter_dtype=self.autocast_adapters)
         layer = model.get_submodule("base_model.model.0")
         if self.in_4bit:  # of a weight in four bits PEFT sees no dtype to give its own
             for held in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
@@ -185,6 +192,28 @@ class Layer:
             layer.lora_dropout[name] = GivenMask(spread, p, layer.lora_dropout[name])
         self._mode(model, keep is not None)
         return model, layer
+
+
+class LinearLayer(Layer):
+    """A linear layer of torch, or transformers' Conv1D, as the frozen layer."""
+
+    def _frozen(self, W: np.ndarray, biased: bool, fan_in_fan_out: bool) -> Any:
+        m, n = W.shape
+        frozen = Conv1D(m, n) if fan_in_fan_out else torch.nn.Linear(n, m, bias=biased)
+        return frozen.to(to_torch(W).dtype)
+
+    def _hold(self, frozen: Any, W: np.ndarray) -> None:
+        fill(frozen.weight, to_torch(W.T if isinstance(frozen, Conv1D) else W))
+
+    def _weight(self, layer: Any) -> np.ndarray:
+        weight = layer.get_base_layer().weight
+        return to_numpy(weight.T if layer.fan_in_fan_out else weight)
+
+
+def _autocast(dtype: str | None) -> torch.autocast:
+    """torch's, of this dtype; none without."""
+    of = torch.bfloat16 if dtype is None else getattr(torch, dtype)
+    return torch.autocast("cpu", dtype=of, enabled=dtype is not None)
 
 
 @contextmanager

@@ -16,6 +16,10 @@ ACCUMULATION = {"bfloat16": "float32", "float16": "float32"}
 """1 + 511 terms of u/4 came out as the float32 sum in both half precisions, in every library."""
 
 
+DECLARED = (*("name", "version", "dtypes", "precision", "conventions", "fixed", "known", "mixed"),)
+"""The attributes of the contract."""
+
+
 def refuse_settings(library: str, names: Iterable[str]) -> None:
     """Errors: NotImplementedError, which skips the check, if there is a name."""
     if listed := ", ".join(names):
@@ -41,6 +45,7 @@ class Peer:
     dtypes: tuple[str, ...] = tuple(DTYPES)
     conventions: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    mixed: tuple[Mapping[str, str], ...] = ()
     known: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -57,7 +62,7 @@ class Peer:
 
     def describes(self, implementation: _Class) -> _Class:
         """A class decorator: gives the class the contract's attributes."""
-        for name in ("name", "version", "dtypes", "precision", "conventions", "fixed", "known"):
+        for name in DECLARED:
             setattr(implementation, name, getattr(self, name))
         return implementation
 

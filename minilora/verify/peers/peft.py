@@ -14,9 +14,7 @@ _FLOAT32_WEIGHTS = (
 )
 
 
-_VECTOR = (
-    "DoRA views its factor as (1, m) (tuners/lora/dora.py), so that a vector's output is a row"
-)
+VECTOR = "DoRA views its factor as (1, m) (tuners/lora/dora.py), so that a vector's output is a row"
 _SCALED_LATE = (
     "set_scale does not reach a merged weight, and unmerging takes away what the adapter is by "
     "then and not what was added: the base weight is another one afterwards"
@@ -114,7 +112,7 @@ _KNOWN = TRANSFORMERS | {
     for check in checks
 }
 _KNOWN |= {
-    "variants.dora.unbatched*": _VECTOR,
+    "variants.dora.unbatched*": VECTOR,
     "init.orthogonal:float64": _FLOAT32_START,
     "optimizer.cosine-schedule.past-end:*": _COSINE_RISES,
     "variants.dora.vjp*:bfloat16": _BIAS_THRICE,

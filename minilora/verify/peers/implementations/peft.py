@@ -12,9 +12,8 @@ import peft
 import torch
 from peft.optimizers import create_loraplus_optimizer
 from safetensors import safe_open
-from transformers.pytorch_utils import Conv1D
 
-from minilora.verify.peers._peft import Layer, without_deprecation
+from minilora.verify.peers._peft import LinearLayer, without_deprecation
 from minilora.verify.peers._torch import fill, plain_number, to_numpy, to_torch
 from minilora.verify.peers._transformers import (
     OPTIMIZERS,
@@ -40,20 +39,8 @@ _OPTIMIZER_SETTINGS = {
 
 
 @PEER.describes
-class Peft(Inference, Names, Layer):
+class Peft(Inference, Names, LinearLayer):
     """Each call builds the library's own layer or model anew, so no state is left between calls."""
-
-    def _frozen(self, W: np.ndarray, biased: bool, fan_in_fan_out: bool) -> Any:
-        m, n = W.shape
-        frozen = Conv1D(m, n) if fan_in_fan_out else torch.nn.Linear(n, m, bias=biased)
-        return frozen.to(to_torch(W).dtype)
-
-    def _hold(self, frozen: Any, W: np.ndarray) -> None:
-        fill(frozen.weight, to_torch(W.T if isinstance(frozen, Conv1D) else W))
-
-    def _weight(self, layer: Any) -> np.ndarray:
-        weight = layer.get_base_layer().weight
-        return to_numpy(weight.T if layer.fan_in_fan_out else weight)
 
     def combine(
         self, adapters: Sequence[Mapping[str, Any]], weights: Sequence[float], **settings: Any

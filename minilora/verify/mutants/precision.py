@@ -1,0 +1,82 @@
+"""Mutants of a layer whose operands have several dtypes."""
+
+from __future__ import annotations
+
+from minilora.verify.mutants.mutant import Mutant, Reference, Same, Table, equivalents, mutants
+from minilora.verify.mutants.references.mixed import Mixed
+
+MIXED = Reference((Mixed,), globals())
+
+# fmt: off
+PRECISION: Table = {
+    "precision.digits": [
+        ("adapters-as-base", "A and B rounded to the base's dtype before the forward",
+         {"# operands": "A, B = (v.astype(theirs).astype(wide) for v in (A, B))"}),
+        ("hidden-as-base", "u = A x stored in the base's dtype",
+         {"# branch":
+              "branch = (s * (H.astype(theirs).astype(wide) @ B.T.astype(wide))).astype(ours)"}),
+        ("branch-in-base", "the branch computed in the base's dtype throughout",
+         {"# branch": "B_ = B.astype(theirs).astype(wide); branch = (s * "
+          "(h.astype(wide) @ A.T.astype(theirs).astype(wide)).astype(theirs).astype(wide) @ B_.T)"
+          ".astype(ours)"}),
+    ],
+    "precision.vjp": [
+        ("y-in-adapters-dtype", "y in the adapters' dtype",
+         {"# output": "y = y.astype(of_factors)"}),
+        ("dA-as-base", "dA rounded to the base's dtype",
+         {"# gradients": "dA = dA.astype(theirs).astype(of_factors)"}),
+        ("dB-as-base", "dB rounded to the base's dtype",
+         {"# gradients": "dB = dB.astype(theirs).astype(of_factors)"}),
+        ("dH-as-base", "du rounded to the base's dtype",
+         {"# through the branch": "dH = dH.astype(theirs).astype(ours)"}),
+        ("s-as-base", "s rounded to the base's dtype",
+         {"# operands": "s = float(np.asarray(s, theirs))"}),
+        ("dx-without-branch", "dx of the base alone",
+         {"(dx + K * (dH.astype(wide) @ A.astype(wide)).astype(ours)).astype(given)":
+              "dx.astype(given)"}),
+        ("gradients-in-base-dtype", "dA and dB in the base's dtype",
+         {"# gradients": "dA, dB = dA.astype(theirs), dB.astype(theirs)"}),
+    ],
+    "precision.forward": [
+        ("branch-lost", "no branch where the adapters have another dtype than the base",
+         {"# branch": "branch = branch * (theirs == ours)"}),
+        ("y-coarse", "y rounded to half of the base's digits",
+         {"# output": "y = coarse(y, theirs)"}),
+    ],
+    "precision.vjp.all": [
+        ("mask-as-base", "1/(1 - p) rounded to the base's dtype",
+         {"# mask": "K = K if keep is None else K.astype(theirs).astype(wide)"}),
+    ],
+    "precision.merge": [
+        ("merge-as-base-coarse", "s B A rounded to half of the base's digits",
+         {"# delta": "delta = coarse(delta, W.dtype)"}),
+        ("merge-dtype", "the merged weight in the adapters' dtype",
+         {"merged: Array = (W.astype(ours) + delta).astype(W.dtype)":
+              "merged: Array = W.astype(ours) + delta"}),
+    ],
+    "precision.digits-merge": [
+        ("merge-adapters-as-base", "A and B rounded to the base's dtype before they are merged",
+         {"# factors": "A, B = (v.astype(W.dtype).astype(ours) for v in (A, B))"}, "peft 1388"),
+    ],
+    "precision.zero-B": [
+        ("zero-B-noise", "y + the mean of A x where B is 0",
+         {"# branch": "branch = branch + (0 if B.any() else H.mean())"}),
+    ],
+}
+SAME: Same = [
+    ("reference", "each product stored where its operands are", {}),
+    ("branch-cast", "the branch cast to the base's dtype before the sum",
+     {"# branch": "branch = branch.astype(theirs)"}),
+    ("at-once", "base and branch summed before any is stored",
+     {".astype(theirs)\n        base = base if": "\n        base = base if"}),
+    ("merged-cast", "s B A stored in the base's dtype before the sum",
+     {"# delta": "delta = delta.astype(W.dtype).astype(ours)"}),
+    ("scaled-B", "s in B",
+     {"(s * (H.astype(wide) @ B.T.astype(wide)))": "(H.astype(wide) @ (s * B).T.astype(wide))"}),
+]
+# fmt: on
+
+MUTANTS: tuple[Mutant, ...] = (
+    *mutants(MIXED, "PRECISION", PRECISION),
+    *equivalents(MIXED, "precision", SAME),
+)
