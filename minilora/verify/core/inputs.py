@@ -144,19 +144,20 @@ def wanted(layer: Layer, number: Callable[[Array], Any] = long) -> dict[str, Arr
     return _contract_shapes(layer, specified(layer, number, number))
 
 
-def _numbers(layer: Layer, precision: Precision) -> tuple[Callable[[Array], Uncertain], ...]:
+def _numbers(
+    layer: Layer, precision: Precision, cast: bool = False
+) -> tuple[Callable[[Array], Uncertain], ...]:
     """Makers of uncertain inputs: unscaled ones, and ones that s may have been applied to first.
 
-    An input that has more digits than the storage is rounded when it is cast.
+    With ``cast``, an input that has more digits than the storage is rounded first.
     """
     rounding = Rounding(precision)
     exact = np.frexp(layer.s)[0] == 0.5  # a power of two rounds nothing
 
     def given(array: Array) -> Uncertain:
-        cast = has_more_digits(array, precision.storage)
-        return Uncertain(
-            array, rounding.stored(array.astype(np.float64)) if cast else 0.0, rounding
-        )
+        lost = cast and has_more_digits(array, precision.storage)
+        variance = rounding.stored(array.astype(np.float64)) if lost else 0.0
+        return Uncertain(array, variance, rounding)
 
     def scalable(array: Array) -> Uncertain:
         value, known = array.astype(np.float64), given(array)
@@ -198,14 +199,15 @@ def by_weight_product(
     return {"y": y, "dx": dx, "dA": (B.T @ G) * layer.s, "dB": (G @ A.T) * layer.s}
 
 
-def sigmas(layer: Layer, precision: Precision) -> dict[str, Array]:
+def sigmas(layer: Layer, precision: Precision, cast: bool = False) -> dict[str, Array]:
     """The standard deviation that rounding gives each element of those answers.
 
     An implementation may apply the scale in s B, in s dy or in s u. Where that product is rounded,
     B and dy carry the rounding: the specification, which scales u, would lose less in a sum that
-    cancels. It may also form the weight's product: the greater sigma of both ways counts.
+    cancels. It may also form the weight's product: the greater sigma of both ways counts. With
+    ``cast``, operands of more digits are rounded first.
     """
-    numbers = _numbers(layer, precision)
+    numbers = _numbers(layer, precision, cast)
     by_factors, by_product = specified(layer, *numbers), by_weight_product(layer, *numbers)
     sigma = {name: answer.sigma for name, answer in by_factors.items()}
     sigma |= {name: np.maximum(sigma[name], other.sigma) for name, other in by_product.items()}

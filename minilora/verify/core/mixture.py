@@ -103,8 +103,8 @@ class Mixture:
         """
         only_base = replace(layer, B=np.zeros_like(layer.B))
         only_branch = replace(layer, W=np.zeros_like(layer.W), bias=None)
-        base = sigmas(only_base, Precision(self.base, self.accumulation))
-        branch = sigmas(only_branch, Precision(self.branch, self.accumulation))
+        base = sigmas(only_base, Precision(self.base, self.accumulation), cast=True)
+        branch = sigmas(only_branch, Precision(self.branch, self.accumulation), cast=True)
         whole, part, rest = (wanted(of) for of in (layer, only_branch, only_base))
         stored = self.answers()
         found = {}

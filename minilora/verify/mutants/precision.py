@@ -29,6 +29,8 @@ PRECISION: Table = {
          {"# gradients": "dB = dB.astype(theirs).astype(of_factors)"}),
         ("dH-as-base", "du rounded to the base's dtype",
          {"# through the branch": "dH = dH.astype(theirs).astype(ours)"}),
+        ("B-as-base-backward", "B rounded to the base's dtype in du",
+         {"dH = (s * (G @ B.astype(wide)))": "dH = (s * (G @ B.astype(theirs).astype(wide)))"}),
         ("s-as-base", "s rounded to the base's dtype",
          {"# operands": "s = float(np.asarray(s, theirs))"}),
         ("dx-without-branch", "dx of the base alone",
@@ -44,8 +46,23 @@ PRECISION: Table = {
          {"# output": "y = coarse(y, theirs)"}),
     ],
     "precision.vjp.all": [
+        ("rslora-as-base", "√r rounded to the base's dtype",
+         {"s: Any = alpha * r**-0.5":
+              "s: Any = alpha / float(np.asarray(r**0.5, theirs))"}),
         ("mask-as-base", "1/(1 - p) rounded to the base's dtype",
          {"# mask": "K = K if keep is None else K.astype(theirs).astype(wide)"}),
+    ],
+    "precision.forward.all": [
+        ("bias-dropped", "no bias where the base has another dtype than the adapters",
+         {"base = base if bias is None else":
+              "base = base if bias is None or theirs != ours else"}),
+    ],
+    "precision.digits-vjp": [
+        ("A-as-base-backward", "A rounded to the base's dtype in dx",
+         {"(dH.astype(wide) @ A.astype(wide))":
+              "(dH.astype(wide) @ A.astype(theirs).astype(wide))"}),
+        ("u-as-base-backward", "u rounded to the base's dtype in dB",
+         {"(G.T @ H.astype(wide))": "(G.T @ H.astype(theirs).astype(wide))"}),
     ],
     "precision.merge": [
         ("merge-as-base-coarse", "s B A rounded to half of the base's digits",
