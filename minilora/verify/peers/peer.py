@@ -9,15 +9,12 @@ from importlib.metadata import version
 from typing import Any, TypeVar
 
 from minilora.verify.core.dtypes import DTYPES
+from minilora.verify.implementation.contract import DECLARATIONS
 
 _Class = TypeVar("_Class", bound=type)
 
 ACCUMULATION = {"bfloat16": "float32", "float16": "float32"}
 """1 + 511 terms of u/4 came out as the float32 sum in both half precisions, in every library."""
-
-
-DECLARED = (*("name", "version", "dtypes", "precision", "conventions", "fixed", "known", "mixed"),)
-"""The attributes of the contract."""
 
 
 def refuse_settings(library: str, names: Iterable[str]) -> None:
@@ -62,7 +59,7 @@ class Peer:
 
     def describes(self, implementation: _Class) -> _Class:
         """A class decorator: gives the class the contract's attributes."""
-        for name in DECLARED:
+        for name in ("name", "version", *DECLARATIONS):
             setattr(implementation, name, getattr(self, name))
         return implementation
 
