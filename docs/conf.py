@@ -72,3 +72,8 @@ nb_execution_show_tb = True
 nb_execution_timeout = 600
 nb_merge_streams = True
 nb_render_markdown_format = "myst"  # tables that a cell makes: CommonMark has none
+
+
+def setup(app):
+    """Read the pages in parallel: what finds MathJax's files keeps nothing between pages."""
+    app.extensions["sphinx-mathjax-offline"].parallel_read_safe = True
