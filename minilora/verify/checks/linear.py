@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 
+from minilora.verify.core.accumulation import draw_cancelling
+from minilora.verify.core.errors import Skip
 from minilora.verify.core.inputs import (
     LEADS,
     Layer,
@@ -19,25 +22,28 @@ from minilora.verify.core.inputs import (
     sigmas,
     wanted,
 )
+from minilora.verify.core.layer_axes import LAYER, draw_combination, rows_of
 from minilora.verify.core.level import VECTOR_SHAPES, VECTOR_SIZES, Level
 from minilora.verify.core.shrinking import Difference, Differs, Smallest, search
+from minilora.verify.core.tolerance import digits
 from minilora.verify.core.types import Case, Check, Comparison, counter
 from minilora.verify.implementation.guard import GuardedImplementation
 
 Array = np.ndarray
 Run = Callable[[GuardedImplementation, Case], Iterable[Comparison]]
+Draw = Callable[[Case], tuple[Layer, bool]]
 
 CASES = {"quick": 6, "ci": 24, "nightly": 480}
 
-KINDS: dict[str, dict[str, bool]] = {
+KINDS: dict[str, dict[str, Any]] = {
     "": {},
     ".bias": {"bias": True},
     ".dropout": {"dropout": True},
     ".rslora": {"use_rslora": True},
     ".conv1d": {"fan_in_fan_out": True},
-    ".all": {"bias": True, "dropout": True, "use_rslora": True},
+    ".all": dict.fromkeys(("bias", "dropout", "use_rslora", "fan_in_fan_out")),
 }
-"""The options of a case; conv1d is the storage (n, m) of GPT-2's weights."""
+"""The options of a case; conv1d is the storage (n, m) of GPT-2's weights. None is either."""
 
 WORDS = {
     "": "",
@@ -45,8 +51,23 @@ WORDS = {
     ".dropout": ", with a dropout mask on the branch's input",
     ".rslora": ", with rsLoRA's scale α/√r",
     ".conv1d": ", with the weight stored (in, out)",
-    ".all": ", with bias, dropout and rsLoRA at once",
+    ".all": ", with combinations of options, shapes and batches",
 }
+
+
+def draw(case: Case, kind: str) -> tuple[Layer, bool]:
+    """The layer of a case of a kind, and whether it belongs to the exact lane."""
+    return draw_combination(case) if kind == ".all" else draw_layer(case, **KINDS[kind])
+
+
+def compared(
+    layer: Layer, name: str, got: Array, want: Array, sigma: Array | None
+) -> Iterable[Comparison]:
+    """An answer beside the true one; of an empty array there is the shape alone."""
+    if np.size(want):
+        yield Comparison(name, got, want, sigma, limits(layer, name))
+    else:
+        yield Comparison(f"shape of {name}", np.array(np.shape(got)), np.array(np.shape(want)))
 
 
 def forward(subject: GuardedImplementation, layer: Layer, dtype: str, **changed: Any) -> Array:
@@ -80,35 +101,72 @@ def dbias(subject: GuardedImplementation, layer: Layer, answer: Any) -> list[str
     return ["dbias"]
 
 
-def _forward_check(kind: dict[str, bool], **changed: Any) -> Run:
+def _forward_check(draw: Draw) -> Run:
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-        layer, exact = draw_layer(case, **kind)
-        y = forward(subject, layer, case.dtype, **changed)
+        layer, exact = draw(case)
+        y = forward(subject, layer, case.dtype)
         sigma = None if exact else sigmas(layer, subject.precision(case.dtype))["y"]
-        yield Comparison("y", y, wanted(layer)["y"], sigma, limits(layer, "y"))
+        yield from compared(layer, "y", y, wanted(layer, number(exact))["y"], sigma)
 
     return run
 
 
-def _vjp_check(kind: dict[str, bool], **changed: Any) -> Run:
+def _vjp_check(draw: Draw) -> Run:
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-        layer, exact = draw_layer(case, **kind)
-        got, want = vjp(subject, layer, case.dtype, **changed), wanted(layer)
+        layer, exact = draw(case)
+        got, want = vjp(subject, layer, case.dtype), wanted(layer, number(exact))
         sigma = {} if exact else sigmas(layer, subject.precision(case.dtype))
         for name, array in got.items():
-            yield Comparison(name, array, want[name], sigma.get(name), limits(layer, name))
+            yield from compared(layer, name, array, want[name], sigma.get(name))
 
     return run
+
+
+def number(exact: bool) -> Callable[[Array], Array]:
+    """The numbers of the true answers: of the exact lane, float64 has them all."""
+    return np.float64 if exact else long
+
+
+def _draw_evaluation(case: Case) -> tuple[Layer, bool]:
+    """A rate without a mask, every other case with a bias, with rsLoRA, stored (in, out)."""
+    bias, *others = (bool(case.number // 2 >> i & 1) for i in range(3))
+    settings = dict(zip(("use_rslora", "fan_in_fan_out"), others, strict=True))
+    settings = {name: True for name, is_on in settings.items() if is_on}
+    return draw_layer(case, bias=bias, dropout="rate without a mask", **settings)
 
 
 def evaluation(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Without a mask, as in evaluation, the dropout rate changes nothing."""
-    return _forward_check({}, p=0.25)(subject, case)
+    return _forward_check(_draw_evaluation)(subject, case)
 
 
 def evaluation_vjp(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Without a mask, as in evaluation, the dropout rate changes no gradient."""
-    return _vjp_check({}, p=0.25)(subject, case)
+    return _vjp_check(_draw_evaluation)(subject, case)
+
+
+def _accumulates(subject: GuardedImplementation, dtype: str) -> None:
+    """Raises Skip where sums have no more digits than storage, as declared."""
+    precision = subject.precision(dtype)
+    if digits(precision.accumulation) < digits("float32"):
+        raise Skip(f"not supported: it declares accumulation in {precision.accumulation}")
+
+
+def accumulation(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+    """Sums over many features or ranks keep the digits of the accumulation that is declared."""
+    _accumulates(subject, case.dtype)
+    layer = draw_cancelling(case, "nr"[case.number % 2])
+    y = forward(subject, layer, case.dtype)
+    yield Comparison("y", y, wanted(layer, np.float64)["y"])
+
+
+def accumulation_vjp(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+    """The same of gradients: sums over many features, ranks, tokens or outputs."""
+    _accumulates(subject, case.dtype)
+    layer = draw_cancelling(case, "tmnr"[case.number % 4])
+    got, want = vjp(subject, layer, case.dtype), wanted(layer, np.float64)
+    for name, array in got.items():
+        yield Comparison(name, array, want[name])
 
 
 def balance(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
@@ -239,10 +297,15 @@ def forward_difference(
 def layer_of(case: Case) -> Layer | None:
     """The layer of a case of a check of the forward or the transpose; None for any other check."""
     kind = case.check.removeprefix("linear.forward").removeprefix("linear.vjp")
-    return draw_layer(case, **KINDS[kind])[0] if kind in KINDS else None
+    return draw(case, kind)[0] if kind in KINDS else None
 
 
-def _smallest(kind: dict[str, bool], differs: Differs) -> Smallest:
+def _half_precision(profile: str, dtype: str) -> int:
+    """Float32 and float64 have nothing wider to accumulate in."""
+    return 0 if dtype in ("float64", "float32") else max(2, CASES[profile] // 3)
+
+
+def _smallest(kind: Mapping[str, bool | None], differs: Differs) -> Smallest:
     return lambda subject, dtype: search(subject, dtype, kind, differs)
 
 
@@ -262,6 +325,11 @@ def _law(run: Run, needs: tuple[str, ...], share: float, low_precision: bool = T
     )
 
 
+def _cases(kind: str) -> Callable[[str, str], int]:
+    """The number of cases of a kind: of the combinations, each at least once in the profile ci."""
+    return counter({**CASES, "ci": len(rows_of(LAYER))} if kind == ".all" else CASES)
+
+
 _FORWARD, _VJP = ("lora_linear",), ("lora_linear_vjp",)
 
 _CHECKS: tuple[Check, ...] = (
@@ -271,8 +339,8 @@ _CHECKS: tuple[Check, ...] = (
             "linear",
             _FORWARD,
             f"y = W x + b + s B A x{WORDS[kind]}.",
-            _forward_check(options),
-            counter(CASES),
+            _forward_check(partial(draw, kind=kind)),
+            _cases(kind),
             _smallest(options, forward_difference),
         )
         for kind, options in KINDS.items()
@@ -283,14 +351,16 @@ _CHECKS: tuple[Check, ...] = (
             "linear",
             _VJP,
             f"dx = Wᵀ dy + Aᵀ du, dA = du xᵀ, dB = s dy uᵀ{WORDS[kind]}.",
-            _vjp_check(options),
-            counter(CASES),
+            _vjp_check(partial(draw, kind=kind)),
+            _cases(kind),
             _smallest(options, first_difference),
         )
         for kind, options in KINDS.items()
     ),
     _law(evaluation, _FORWARD, 0.5),
     _law(evaluation_vjp, _VJP, 0.25),
+    replace(_law(accumulation, _FORWARD, 1.0), cases=_half_precision, smallest=None),
+    replace(_law(accumulation_vjp, _VJP, 1.0), cases=_half_precision, smallest=None),
     _law(balance, _VJP, 0.5),
     _law(symmetry, _FORWARD, 0.25),
     _law(zero_B, _VJP, 0.25),

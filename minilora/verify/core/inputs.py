@@ -20,7 +20,7 @@ from minilora.spec.multi_adapter import combine
 from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.errors import Skip
 from minilora.verify.core.fixed import Fixed
-from minilora.verify.core.tolerance import Rounding, Uncertain, digits
+from minilora.verify.core.tolerance import Rounding, Uncertain, digits, unit_roundoff
 from minilora.verify.core.types import CLOSED_FORM, Case, Limits
 
 Array = np.ndarray
@@ -38,8 +38,36 @@ SIZES = (
 1; sides beyond a kernel's tiles of 16 and 32, and no multiples of these. The last has as many
 tokens as features, so that an axis may be mistaken for the other."""
 
-LARGE, RARELY = (131, 67, 131, 33, 32), 40
-"""Sizes beyond tiles of 64 and 128, in one of so many cases, which long runs alone have."""
+BEYOND = (
+    (5, 1100, 37, 3, 2),
+    (700, 9, 11, 3, 4),
+    (6, 37, 1030, 3, 2),
+    (7, 131, 140, 5, 4),
+    (9, 67, 70, 200, 256),
+    (64, 63, 65, 2, 2),
+    (3, 521, 530, 1, 1),
+    (257, 10, 66, 129, 64),
+    (127, 128, 9, 4, 16),
+    (512, 5, 33, 3, 2),
+    (2, 255, 256, 65, 128),
+    (513, 14, 13, 65, 64),
+    (4, 1024, 31, 2, 1),
+    (32, 511, 8, 33, 32),
+)
+"""Likewise, one or two sides beyond a kernel's tiles of 64 to 1024, or a power of two or beside
+one. The others are small, so that a case costs little."""
+
+BEYOND_EVERY = ((12, 2), (12, 7))
+"""In which cases of the exact lane and of the other they are drawn: every so many, from this on."""
+
+LARGEST = 64
+"""The greatest side of the exact lane that may be full of numbers in half precision."""
+
+SPREAD = 11
+"""So many places along each side are used there otherwise, and all others are 0."""
+
+DROPOUT = ("none", "mask", "mask of ones", "mask without a rate", "rate without a mask")
+"""What dropout a case has. Those with a mask are of training, the last is of evaluation."""
 
 TINY = 2.0**-40
 """The factor on B of one case with W = 0: of the order of a first training step."""
@@ -152,7 +180,7 @@ def _numbers(
     With ``cast``, an input that has more digits than the storage is rounded first.
     """
     rounding = Rounding(precision)
-    exact = np.frexp(layer.s)[0] == 0.5  # a power of two rounds nothing
+    exact = np.frexp(abs(layer.s))[0] == 0.5  # a power of two rounds nothing
 
     def given(array: Array) -> Uncertain:
         lost = cast and has_more_digits(array, precision.storage)
@@ -211,7 +239,37 @@ def sigmas(layer: Layer, precision: Precision, cast: bool = False) -> dict[str, 
     by_factors, by_product = specified(layer, *numbers), by_weight_product(layer, *numbers)
     sigma = {name: answer.sigma for name, answer in by_factors.items()}
     sigma |= {name: np.maximum(sigma[name], other.sigma) for name, other in by_product.items()}
+    for name, variance in _joined(layer, precision).items():
+        sigma[name] = np.hypot(sigma[name], np.sqrt(variance))
     return _contract_shapes(layer, sigma)
+
+
+def _joined(layer: Layer, precision: Precision) -> dict[str, Array]:
+    """The variance that one sum of base and branch has beside that of two sums, of y and dx.
+
+    The branch may be the first term of the base's n, or the base that of the branch's r, before
+    the bias or after it: each partial sum is larger by it, and rounded with the variance u_sum² / 3
+    of its square.
+    """
+    W, A, B, x, dy = (
+        v.astype(np.float64)
+        for v in (layer.W, layer.A, layer.B, columns(layer.x), columns(layer.dy))
+    )
+    K = 1.0 if layer.keep is None else columns(layer.keep) / (1 - layer.p)
+    b = 0.0 if layer.bias is None else layer.bias.astype(np.float64)[:, None]
+    sums = {
+        "y": (
+            W.shape[1],
+            np.maximum(np.abs(W @ x), np.abs(W @ x + b)),
+            layer.s * (B @ (A @ (K * x))),
+        ),
+        "dx": (len(W), W.T @ dy, K * (layer.s * (A.T @ (B.T @ dy)))),
+    }
+    each = unit_roundoff(precision.accumulation) ** 2 / 3
+    return {
+        name: each * (layer.r * base**2 + terms * branch**2)
+        for name, (terms, base, branch) in sums.items()
+    }
 
 
 def wanted_merge(layer: Layer, number: Callable[[Array], Any] = long) -> Array:
@@ -280,28 +338,33 @@ def limits(layer: Layer, array: str) -> Limits:
     All of y, dx, dA and dB err through u or du, which have r entries a token: no array holds more
     independent errors than that, and the rms of few is allowed to be larger.
     """
-    independent = min(layer.r * columns(layer.x).shape[1], size := prod(layer.shapes()[array]))
+    independent = min(layer.r * columns(layer.x).shape[1], size := prod(layer.shapes()[array])) or 1
     return replace(CLOSED_FORM, rms_small=CLOSED_FORM.rms_small * (size / independent) ** 0.5)
 
 
 def draw_layer(
-    case: Case, *, bias: bool = False, dropout: bool = False, **settings: Any
+    case: Case, *, bias: bool = False, dropout: bool | str = False, **settings: Any
 ) -> tuple[Layer, bool]:
-    """The layer of a case, and whether it belongs to the exact lane, as the even numbers do."""
+    """The layer of a case, and whether it belongs to the exact lane, as the even numbers do.
+
+    ``dropout`` is one of `DROPOUT`, or whether there is a mask. One alpha in four is negative.
+    """
     exact = case.number % 2 == 0
     group = case.number // 2
     rng = case.rng()
-    size = LARGE if group % RARELY == RARELY - 1 else SIZES[group % len(SIZES)]
-    tokens, n, m, r, power = size
-    settings = case.fixed.fitting(case.check, settings | {"bias": bias, "dropout": dropout})
-    bias, dropout = (bool(settings.pop(name, False)) for name in ("bias", "dropout"))
-    if exact:
-        # With rsLoRA, √r is a power of two as well.
-        r = (16 if power > 4 else 4) if settings.get("use_rslora") else power
-    sizes = (LEADS[group % len(LEADS)](tokens), n, m, r)
-    draw = _draw_exact if exact else _draw_general
-    drawn: dict[str, Any] = {"bias": bias, "dropout": dropout, "settings": settings}
-    layer = draw(rng, case.dtype, sizes, case.fixed, **drawn)
+    every, first = BEYOND_EVERY[case.number % 2]
+    beyond = case.number % every == first
+    size = BEYOND[int(rng.integers(0, len(BEYOND)))] if beyond else SIZES[group % len(SIZES)]
+    layer = draw_of_size(
+        rng,
+        case,
+        size,
+        LEADS[group % len(LEADS)],
+        bias=bias,
+        dropout={True: "mask", False: "none"}.get(dropout, str(dropout)),
+        negative=group % 4 == 3,
+        **settings,
+    )
     none = np.zeros_like(layer.W)
     if exact and case.dtype != "float16" and size == SIZES[3] and group >= len(SIZES):
         b = None if layer.bias is None else np.zeros_like(layer.bias)
@@ -312,43 +375,83 @@ def draw_layer(
     return layer, exact
 
 
+def draw_of_size(
+    rng: Any,
+    case: Case,
+    size: Sequence[int],
+    lead: Callable[[int], tuple[int, ...]],
+    *,
+    negative: bool = False,
+    **kind: Any,
+) -> Layer:
+    """A layer of these tokens, n, m, r, and r in the exact lane, in the lane of the case."""
+    tokens, n, m, r, power = size
+    asked = kind | {"dropout": kind["dropout"] != "none"}
+    left = case.fixed.fitting(case.check, asked)
+    left["dropout"] = kind["dropout"] if left.get("dropout") else "none"
+    kind = {"bias": False, **left}
+    if case.number % 2:
+        layer = _draw_general(rng, case.dtype, (lead(tokens), n, m, r), case.fixed, **kind)
+    else:
+        # With rsLoRA, √r is a power of two as well.
+        r = 4 ** max(1, round(np.log2(power) / 2)) if kind.get("use_rslora") else power
+        layer = _draw_exact(rng, case.dtype, (lead(tokens), n, m, r), case.fixed, **kind)
+    is_free = case.fixed.alpha is None
+    return replace(layer, alpha=-layer.alpha) if negative and is_free else layer
+
+
+def _keep(rng: Any, shape: tuple[int, ...], dropout: str, p: float) -> Array | None:
+    """The mask of a kind of dropout; one feature in four is dropped where there is no rate."""
+    if dropout == "mask of ones":
+        return np.ones(shape, bool)
+    if dropout == "mask without a rate":
+        return np.asarray(rng.random(shape) >= 0.25)
+    return np.asarray(rng.random(shape) >= p) if dropout == "mask" else None
+
+
 def _draw_general(
-    rng: np.random.Generator,
+    rng: Any,
     dtype: str,
     sizes: tuple[tuple[int, ...], int, int, int],
     fixed: Fixed,
     *,
     bias: bool,
-    dropout: bool,
-    settings: dict[str, Any],
+    dropout: str,
+    **settings: Any,
 ) -> Layer:
     lead, n, m, r = sizes
     r = fixed.rank(r)
     shapes = {"x": (*lead, n), "W": (m, n), "A": (r, n), "B": (m, r), "dy": (*lead, m)}
     arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    alphas = list(ALPHAS)
     arrays["W"] *= 1 / sqrt(n)  # ÷ and √ give the same bits everywhere; a power may not
+    if max(*lead[-1:], n, m, r) > LARGEST:  # the branch is not to hide the base
+        arrays["A"] *= 1 / sqrt(n)
+        arrays["B"] *= 1 / sqrt(r)
+        alphas = [alpha * r / 4 for alpha in ALPHAS]
     arrays = {name: array.astype(DTYPES[dtype]) for name, array in arrays.items()}
-    p = float(rng.choice([0.1, 0.25, 0.3])) if dropout else 0.0
+    has_rate = dropout not in ("none", "mask without a rate")
+    p = float(rng.choice([0.1, 0.25, 0.3])) if has_rate else 0.0
     return Layer(
         **arrays,
-        alpha=fixed.alpha_of(float(rng.choice(ALPHAS)), r),
+        alpha=fixed.alpha_of(float(rng.choice(alphas)), r),
         r=r,
         bias=rng.standard_normal(m).astype(DTYPES[dtype]) if bias else None,
-        keep=rng.random((*lead, n)) >= p if dropout else None,
+        keep=_keep(rng, (*lead, n), dropout, p),
         p=p,
         settings=settings,
     )
 
 
 def _draw_exact(
-    rng: np.random.Generator,
+    rng: Any,
     dtype: str,
     sizes: tuple[tuple[int, ...], int, int, int],
     fixed: Fixed,
     *,
     bias: bool,
-    dropout: bool,
-    settings: dict[str, Any],
+    dropout: str,
+    **settings: Any,
 ) -> Layer:
     """Integers so small that every order of summation gives the same bits: answers compare by ==.
 
@@ -356,23 +459,32 @@ def _draw_exact(
     both factors too, they move the binary point and no digit. Only where the branch joins the base
     are multiples of s and whole numbers added. If the sum of the terms' absolute values stays
     within `whole_numbers` there and in the sums without s, each partial sum in each order is a
-    number of the dtype. Sparser integers are drawn until so.
+    number of the dtype. Sparser integers are drawn until so. Where sides are beyond tiles, half
+    precisions have a small layer spread among zeros, of which the last row and column are a part.
     """
     lead, n, m, r = sizes
     r, only = fixed.exact(r, settings.get("use_rslora", False))
-    p = 0.75 if dropout else 0.0
+    p = 0.0 if dropout in ("none", "mask without a rate") else 0.75
     s = float(rng.choice(SCALES)) if only is None else only
     alpha = s * (r**0.5 if settings.get("use_rslora") else r)
-    shapes = {"x": (*lead, n), "W": (m, n), "A": (r, n), "B": (m, r), "dy": (*lead, m)}
     limit = whole_numbers(dtype) * min(s, 1.0)
-    large = 5 if limit > 1000 else 2
+    sizes_of_sides = dict(zip("nmrt", (n, m, r, *lead[-1:]), strict=False))
+    is_large = max(sizes_of_sides.values()) > LARGEST
+    few = is_large and limit < 1000
+    used = {side: _places(rng, size) for side, size in sizes_of_sides.items()} if few else {}
+    shapes = {"x": (*lead, n), "W": (m, n), "A": (r, n), "B": (m, r), "dy": (*lead, m)}
+    large = 5 if limit > 1000 and not is_large else 2
     density = 1.0
     while True:
         arrays = {
-            name: rng.integers(-large, large + 1, shape) * (rng.random(shape) < density)
+            name: _thinned(rng.integers(-large, large + 1, shape), SIDES[name], used)
             for name, shape in shapes.items()
         }
-        keep = rng.random((*lead, n)) >= p if dropout else None
+        if density < 1.0:
+            arrays = {
+                name: array * (rng.random(array.shape) < density) for name, array in arrays.items()
+            }
+        keep = _keep(rng, (*lead, n), dropout, p)
         b = rng.integers(-large, large + 1, m) if bias else None
         layer = Layer(
             **{name: array.astype(DTYPES[dtype]) for name, array in arrays.items()},
@@ -388,6 +500,27 @@ def _draw_exact(
         density, large = max(0.2, density * 0.97), max(1, large - (density < 0.5))
 
 
+SIDES = {"x": "tn", "W": "mn", "A": "rn", "B": "mr", "dy": "tm"}
+"""What lies along the last two axes of each array: tokens, n, m or r."""
+
+
+def _places(rng: Any, size: int) -> Array:
+    """A few places along a side, the last one among them."""
+    used = np.zeros(size, bool)
+    used[rng.permutation(size)[:SPREAD]] = True
+    used[-1:] = True
+    return used
+
+
+def _thinned(array: Array, sides: str, used: dict[str, Array]) -> Array:
+    """The array with zeros wherever a side is not used."""
+    if not used:
+        return array
+    if array.ndim > 1:
+        array = array * used[sides[0]][:, None]
+    return array * used[sides[1]]
+
+
 def whole_numbers(dtype: str) -> float:
     """How far a dtype has every whole number; float64 as far as float32 with room to spare."""
     return 2.0 ** min(22, digits(dtype))
@@ -401,15 +534,14 @@ def greatest_sum(layer: Layer) -> float:
     absolute = {
         name: np.abs(getattr(layer, name).astype(np.float64)) for name in ("x", "W", "A", "B", "dy")
     }
-    kept = Layer(
-        **vars(layer) | absolute | {"bias": None if layer.bias is None else abs(layer.bias)}
-    )
+    bias = None if layer.bias is None else abs(layer.bias)
+    kept = Layer(**vars(layer) | absolute | {"bias": bias, "alpha": abs(layer.alpha)})
     answers = wanted(kept, np.float64)
-    s, K = min(layer.s, 1.0), 4.0 if layer.p else 1.0
+    s, K = min(abs(layer.s), 1.0), 4.0 if layer.p and layer.keep is not None else 1.0
     h = columns(absolute["x"]) * K
     inner = [s * h, s * absolute["A"] @ h, s * absolute["B"].T @ columns(absolute["dy"])]
-    inner += [layer.s * absolute["B"] @ absolute["A"] + absolute["W"]]
-    return max(float(np.max(v)) for v in [*answers.values(), *inner])
+    inner += [kept.s * absolute["B"] @ absolute["A"] + absolute["W"]]
+    return max(float(np.max(v, initial=0.0)) for v in [*answers.values(), *inner])
 
 
 @dataclass(frozen=True)
@@ -499,8 +631,7 @@ def draw_several(
         scaled = case.fixed.alpha is None and (r == 4 or (exact and r == 16))
         settings = case.fixed.fitting(case.check, {"use_rslora": True}) if scaled else {}
         sizes = ((min(rows, FEW),), n, m, rank)
-        drawn: dict[str, Any] = {"bias": False, "dropout": False, "settings": settings}
-        return draw(rng, case.dtype, sizes, case.fixed, **drawn)
+        return draw(rng, case.dtype, sizes, case.fixed, bias=False, dropout="none", **settings)
 
     while True:
         layers = [adapter(int(r)) for r in ranks]
@@ -538,10 +669,10 @@ def in_exact_lane(case: Case) -> Case:
 def too_large(several: Several, dtype: str) -> bool:
     """Whether a sum of absolute terms of the rows, or of the combined change, may be rounded."""
     limit = whole_numbers(dtype)
-    if any(greatest_sum(a) > limit * min(a.s, 1.0) for a in several.adapters):
+    if any(greatest_sum(a) > limit * min(abs(a.s), 1.0) for a in several.adapters):
         return True
     absolute = [
-        replace(a, A=abs(a.A.astype(np.float64)), B=abs(a.B.astype(np.float64)))
+        replace(a, A=abs(a.A.astype(float)), B=abs(a.B.astype(float)), alpha=abs(a.alpha))
         for a in several.adapters
     ]
     weights = [abs(w) for w in several.weights]

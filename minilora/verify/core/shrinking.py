@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from random import Random
 from tempfile import TemporaryDirectory
@@ -32,16 +32,20 @@ MAX_EVALUATIONS = 500
 Difference = tuple[str, Array, Array]
 """The name of an array, its value and the correct one."""
 
+Kind = Mapping[str, bool | None]
+"""Which options a layer has; None is either."""
+
 Differs = Callable[["GuardedImplementation", Layer, str], Difference | None]
 Smallest = Callable[["GuardedImplementation", str], dict[str, Any] | None]
 
 
 @st.composite
-def small_layers(draw: st.DrawFn, kind: dict[str, bool], dtype: str) -> Layer:
+def small_layers(draw: st.DrawFn, kind: Kind, dtype: str) -> Layer:
     """Layers of one to three tokens and features with entries -2 … 2, simplest first.
 
     r and s are powers of two and their roots too, as in the exact lane.
     """
+    kind = {name: draw(st.booleans()) if has is None else has for name, has in kind.items()}
     size = st.integers(1, 3)
     tokens, n, m = draw(size), draw(size), draw(size)
     r = 4 if kind.get("use_rslora") else draw(st.sampled_from((1, 2, 4)))
@@ -52,7 +56,7 @@ def small_layers(draw: st.DrawFn, kind: dict[str, bool], dtype: str) -> Layer:
         square = np.array(entries, DTYPES[dtype]).reshape(MAX_SIZE, MAX_SIZE)
         return square[tuple(slice(size) for size in shape)]
 
-    s = draw(st.sampled_from((1.0, 4.0, 0.25)))
+    s = draw(st.sampled_from((1.0, 4.0, 0.25, -1.0)))
     settings = {key: True for key in ("use_rslora", "fan_in_fan_out") if kind.get(key)}
     return Layer(
         x=array(tokens, n),
@@ -112,7 +116,7 @@ def _nothing_left_behind() -> Iterator[None]:
 
 
 def search(
-    subject: GuardedImplementation, dtype: str, kind: dict[str, bool], differs: Differs
+    subject: GuardedImplementation, dtype: str, kind: Kind, differs: Differs
 ) -> dict[str, Any] | None:
     """The smallest layer on which ``differs`` finds a difference, as values to show, or None."""
     budget = Budget()
@@ -133,7 +137,7 @@ def search(
     if not failing:
         return None
     smallest, _ = min(failing, key=lambda pair: _size(pair[0]))
-    while smaller := next((part for part in _parts(smallest, kind) if fails(part)), None):
+    while smaller := next((part for part in _parts(smallest) if fails(part)), None):
         smallest = smaller
     layer, (name, got, want) = min(failing, key=lambda pair: _size(pair[0]))
     shown: dict[str, Any] = {"array": name, "x": layer.x, "W": layer.W, "A": layer.A, "B": layer.B}
@@ -153,10 +157,10 @@ SIDES = {
 """The axis of each array along which a dimension lies."""
 
 
-def _parts(layer: Layer, kind: dict[str, bool]) -> Iterator[Layer]:
+def _parts(layer: Layer) -> Iterator[Layer]:
     """The layer without one of its tokens, features or ranks, with the same scale."""
     for side, axes in SIDES.items():
-        if side == "r" and (layer.r != 2 or kind.get("use_rslora")):
+        if side == "r" and (layer.r != 2 or layer.settings.get("use_rslora")):
             continue  # r stays a power of two
         length = _length(layer, side)
         for i in range(length if length > 1 else 0):
