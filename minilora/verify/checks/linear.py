@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 
 from minilora.verify.core.accumulation import draw_cancelling
+from minilora.verify.core.dtypes import Precision
 from minilora.verify.core.errors import Skip
 from minilora.verify.core.inputs import (
     LEADS,
@@ -101,23 +102,34 @@ def dbias(subject: GuardedImplementation, layer: Layer, answer: Any) -> list[str
     return ["dbias"]
 
 
-def _forward_check(draw: Draw) -> Run:
+@lru_cache(maxsize=256)
+def expected(
+    case: Case, draw: Draw, precision: Precision
+) -> tuple[Layer, dict[str, Array], Mapping[str, Array]]:
+    """The layer of a case, the true answers, and their σ: none in the exact lane."""
+    layer, exact = draw(case)
+    return layer, wanted(layer, number(exact)), {} if exact else sigmas(layer, precision)
+
+
+def _expected(subject: GuardedImplementation, case: Case, name: str, draw: Draw) -> Any:
+    """The same for the forward and the transpose of a kind: it is computed once."""
+    return expected(replace(case, check=name), draw, subject.precision(case.dtype))
+
+
+def _forward_check(name: str, draw: Draw) -> Run:
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-        layer, exact = draw(case)
+        layer, want, sigma = _expected(subject, case, name, draw)
         y = forward(subject, layer, case.dtype)
-        sigma = None if exact else sigmas(layer, subject.precision(case.dtype))["y"]
-        yield from compared(layer, "y", y, wanted(layer, number(exact))["y"], sigma)
+        yield from compared(layer, "y", y, want["y"], sigma.get("y"))
 
     return run
 
 
-def _vjp_check(draw: Draw) -> Run:
+def _vjp_check(name: str, draw: Draw) -> Run:
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-        layer, exact = draw(case)
-        got, want = vjp(subject, layer, case.dtype), wanted(layer, number(exact))
-        sigma = {} if exact else sigmas(layer, subject.precision(case.dtype))
-        for name, array in got.items():
-            yield from compared(layer, name, array, want[name], sigma.get(name))
+        layer, want, sigma = _expected(subject, case, name, draw)
+        for array, got in vjp(subject, layer, case.dtype).items():
+            yield from compared(layer, array, got, want[array], sigma.get(array))
 
     return run
 
@@ -135,14 +147,17 @@ def _draw_evaluation(case: Case) -> tuple[Layer, bool]:
     return draw_layer(case, bias=bias, dropout="rate without a mask", **settings)
 
 
+EVALUATION = "linear.evaluation"
+
+
 def evaluation(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Without a mask, as in evaluation, the dropout rate changes nothing."""
-    return _forward_check(_draw_evaluation)(subject, case)
+    return _forward_check(EVALUATION, _draw_evaluation)(subject, case)
 
 
 def evaluation_vjp(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Without a mask, as in evaluation, the dropout rate changes no gradient."""
-    return _vjp_check(_draw_evaluation)(subject, case)
+    return _vjp_check(EVALUATION, _draw_evaluation)(subject, case)
 
 
 def _accumulates(subject: GuardedImplementation, dtype: str) -> None:
@@ -297,7 +312,7 @@ def forward_difference(
 def layer_of(case: Case) -> Layer | None:
     """The layer of a case of a check of the forward or the transpose; None for any other check."""
     kind = case.check.removeprefix("linear.forward").removeprefix("linear.vjp")
-    return draw(case, kind)[0] if kind in KINDS else None
+    return DRAWS[kind](replace(case, check=f"linear{kind}"))[0] if kind in KINDS else None
 
 
 def _half_precision(profile: str, dtype: str) -> int:
@@ -332,31 +347,31 @@ def _cases(kind: str) -> Callable[[str, str], int]:
 
 _FORWARD, _VJP = ("lora_linear",), ("lora_linear_vjp",)
 
+DRAWS: dict[str, Draw] = {kind: partial(draw, kind=kind) for kind in KINDS}
+
+
+def _kind(kind: str) -> Iterable[Check]:
+    """The forward and the transpose of a kind."""
+    formulas: dict[str, tuple[str, Any, Any, Differs]] = {
+        "forward": ("y = W x + b + s B A x", _FORWARD, _forward_check, forward_difference),
+        "vjp": (
+            "dx = Wᵀ dy + Aᵀ du, dA = du xᵀ, dB = s dy uᵀ", _VJP, _vjp_check, first_difference
+        ),
+    }  # fmt: skip
+    for what, (formula, needs, check, differs) in formulas.items():
+        yield Check(
+            f"linear.{what}{kind}",
+            "linear",
+            needs,
+            f"{formula}{WORDS[kind]}.",
+            check(f"linear{kind}", DRAWS[kind]),
+            _cases(kind),
+            _smallest(KINDS[kind], differs),
+        )
+
+
 _CHECKS: tuple[Check, ...] = (
-    *(
-        Check(
-            f"linear.forward{kind}",
-            "linear",
-            _FORWARD,
-            f"y = W x + b + s B A x{WORDS[kind]}.",
-            _forward_check(partial(draw, kind=kind)),
-            _cases(kind),
-            _smallest(options, forward_difference),
-        )
-        for kind, options in KINDS.items()
-    ),
-    *(
-        Check(
-            f"linear.vjp{kind}",
-            "linear",
-            _VJP,
-            f"dx = Wᵀ dy + Aᵀ du, dA = du xᵀ, dB = s dy uᵀ{WORDS[kind]}.",
-            _vjp_check(partial(draw, kind=kind)),
-            _cases(kind),
-            _smallest(options, first_difference),
-        )
-        for kind, options in KINDS.items()
-    ),
+    *(check for kind in KINDS for check in _kind(kind)),
     _law(evaluation, _FORWARD, 0.5),
     _law(evaluation_vjp, _VJP, 0.25),
     replace(_law(accumulation, _FORWARD, 1.0), cases=_half_precision, smallest=None),

@@ -20,6 +20,7 @@ from minilora.verify.core.inputs import (
     sigmas,
     wanted_merge,
 )
+from minilora.verify.core.layer_axes import WEIGHT, draw_combination, rows_of
 from minilora.verify.core.level import VECTOR_SHAPES, VECTOR_SIZES, Level
 from minilora.verify.core.shrinking import Difference, search
 from minilora.verify.core.tolerance import digits, unit_roundoff
@@ -30,22 +31,26 @@ Array = np.ndarray
 
 CASES = {"quick": 4, "ci": 24, "nightly": 480}
 
-KINDS: dict[str, dict[str, bool]] = {
+KINDS: dict[str, dict[str, Any]] = {
     "": {},
     ".rslora": {"use_rslora": True},
     ".conv1d": {"fan_in_fan_out": True},
+    ".all": dict.fromkeys(("use_rslora", "fan_in_fan_out")),
 }
 
 
-def draw(case: Case, kind: dict[str, bool]) -> tuple[Layer, bool]:
-    """A layer to be merged, and whether it belongs to the exact lane.
+def draw(case: Case, kind: str) -> tuple[Layer, bool]:
+    """A layer to be merged, and whether it belongs to the exact lane."""
+    return draw_combination(case, WEIGHT) if kind == ".all" else draw_layer(case, **KINDS[kind])
 
-    Of ten numbers, 7 has a negative alpha, and 9 an adapter so small that beside W, whose entries
+
+def draw_merged(case: Case, kind: str) -> tuple[Layer, bool]:
+    """The same for the merged weight.
+
+    Of ten numbers, 9 an adapter so small that beside W, whose entries
     are large, s B A keeps five or six binary digits: what is near to nothing is not nothing.
     """
-    layer, exact = draw_layer(case, **kind)
-    if case.number % 10 == 7 and case.fixed.alpha is None:
-        layer = replace(layer, alpha=-layer.alpha)
+    layer, exact = draw(case, kind)
     if case.number % 10 == 9:
         layer = _small(layer, case.dtype)
     return layer, exact
@@ -72,9 +77,9 @@ def unmerged(subject: GuardedImplementation, layer: Layer, W_merged: Array, dtyp
     return subject.answer(W, "unmerged W", layer.W.shape, dtype)
 
 
-def _weight(kind: dict[str, bool]) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
+def _weight(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-        layer, exact = draw(case, kind)
+        layer, exact = draw_merged(case, kind)
         W, want = merged(subject, layer, case.dtype), wanted_merge(layer)
         precision = subject.precision(case.dtype)
         if case.number % 10 == 9:  # summed into W rank by rank, each sum is rounded as W is
@@ -125,7 +130,7 @@ def negative(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]
 
 
 def _unmerge(
-    kind: dict[str, bool],
+    kind: str,
 ) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
     """Unmerging restores W within u (|W| + |W'|) and what two sums lose, exactly without rounding.
 
@@ -134,7 +139,7 @@ def _unmerge(
     """
 
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-        layer, exact = draw_layer(case, **kind)
+        layer, exact = draw(case, kind)
         if exact:
             W_merged = wanted_merge(layer).astype(layer.W.dtype)
             W = unmerged(subject, layer, W_merged, case.dtype)
@@ -177,14 +182,19 @@ def _law(run: Any, needs: tuple[str, ...], share: float) -> Check:
     )
 
 
+def _cases(kind: str) -> Callable[[str, str], int]:
+    """The number of cases of a kind: of the combinations, each in both lanes in the profile ci."""
+    return counter({**CASES, "ci": 2 * len(rows_of(WEIGHT))} if kind == ".all" else CASES)
+
+
 def _weight_check(kind: str) -> Check:
     return Check(
         f"merge.weight{kind}",
         "merge",
         ("merge",),
         f"W' = W + s B A{WORDS[kind]}.",
-        _weight(KINDS[kind]),
-        counter(CASES, 1.0),
+        _weight(kind),
+        _cases(kind),
         lambda subject, dtype: search(subject, dtype, KINDS[kind], merge_difference),
     )
 
@@ -195,8 +205,8 @@ def _unmerge_check(kind: str) -> Check:
         "merge",
         ("merge", "unmerge"),
         f"Unmerging restores W within the rounding of merging and unmerging{WORDS[kind]}.",
-        _unmerge(KINDS[kind]),
-        counter(CASES, 1.0),
+        _unmerge(kind),
+        _cases(kind),
         lambda subject, dtype: search(subject, dtype, KINDS[kind], unmerge_difference),
     )
 
@@ -218,7 +228,9 @@ LEVEL = Level(
     quick_dtypes=True,
     vectors={
         "weight": (*VECTOR_SIZES, *VECTOR_SHAPES[2:], ("float32", 9)),
+        "weight.all": VECTOR_SIZES[:2] + VECTOR_SIZES[4:],
         "weight*": VECTOR_SIZES,
+        "unmerge.all": VECTOR_SIZES[:2] + VECTOR_SIZES[4:],
         "unmerge*": VECTOR_SIZES,
     },
 )

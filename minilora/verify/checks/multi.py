@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 
+from minilora.verify.core.axes import Axis
+from minilora.verify.core.combinations import Row, pairwise
 from minilora.verify.core.inputs import (
+    BEYOND,
     Layer,
     Several,
     draw_several,
@@ -18,11 +22,87 @@ from minilora.verify.core.inputs import (
     sigmas_by_row,
     wanted_by_row,
 )
+from minilora.verify.core.layer_axes import SHAPES, shape_of
 from minilora.verify.core.level import VECTOR_SIZES, Level
 from minilora.verify.core.types import Case, Check, Comparison, counter
 from minilora.verify.implementation.guard import GuardedImplementation
 
 Array = np.ndarray
+
+ADAPTERS = {1: (2,), 3: (2, 4, 1), 4: (1, 4, 2, 16), 5: (4, 1, 2, 1, 2), 12: (1, 2, 4) * 4}
+"""The ranks of so many adapters."""
+
+MANY = 64
+"""A rank beyond a kernel's tiles, which the second adapter has, or the only one."""
+
+INDICES = ("all", "none alone", "one alone", "all have one")
+"""Rows of every adapter and of none; of none; of the last adapter; of every adapter."""
+
+AXES = (
+    Axis("adapters", tuple(ADAPTERS), lambda given: len(given["adapters"])),
+    Axis("rows", (1, 7, 19, 131, 300), lambda given: _rounded_up(len(given["index"]))),
+    Axis("index", INDICES, lambda given: index_of(given["index"])),
+    Axis(
+        "shape",
+        ("wide", "tall", "square", "beyond tiles"),
+        lambda given: shape_of(given["W"], 0, 0),
+    ),
+    Axis("rank", ("few", "many"), lambda given: ("few", "many")[_most(given, "r") > 32]),
+    Axis("alpha", ("> 0", "< 0"), lambda given: ("> 0", "< 0")[_least(given, "alpha") < 0]),
+)
+
+
+def _most(given: Mapping[str, Any], name: str) -> Any:
+    return max(adapter[name] for adapter in given["adapters"])
+
+
+def _least(given: Mapping[str, Any], name: str) -> Any:
+    return min(adapter[name] for adapter in given["adapters"])
+
+
+def _rounded_up(rows: int) -> int:
+    """The least of the axis' values that has so many rows."""
+    return next(n for n in (1, 7, 19, 131, 300) if rows <= n)
+
+
+def index_of(index: Array) -> str:
+    """The kind of an index, one of `INDICES`."""
+    if len({*index.tolist()}) == 1:
+        return "one alone" if index[0] >= 0 else "none alone"
+    return "all" if (index < 0).any() else "all have one"
+
+
+@cache
+def rows_of_axes() -> tuple[Row, ...]:
+    """The rows of the axes: an odd number, the smaller cases first."""
+    rows = pairwise({axis.name: axis.values for axis in AXES}, is_possible)
+    rows.sort(key=lambda row: (row["shape"] == "beyond tiles", row["rows"] > 19))
+    return (*rows, *rows[: len(rows) % 2 == 0])
+
+
+def is_possible(row: Mapping[str, Any]) -> bool:
+    """Whether there is such an index: one row cannot have several values."""
+    return row.get("rows") != 1 or row.get("index", "one alone") in ("none alone", "one alone")
+
+
+def draw(case: Case, mixed: bool = False) -> tuple[Several, bool]:
+    """Adapters of one weight by a row of the axes, and whether the case is of the exact lane.
+
+    ``mixed``: there are rows of every adapter and of none.
+    """
+    row = rows_of_axes()[case.number % len(rows_of_axes())]
+    ranks, count, kind = ADAPTERS[row["adapters"]], row["rows"], row["index"]
+    if row["rank"] == "many":
+        ranks = (*ranks[: len(ranks) > 1], MANY, *ranks[2:])
+    if mixed:
+        count, kind = max(count, len(ranks) + 2), "all"
+    sizes = BEYOND if row["shape"] == "beyond tiles" else SHAPES[row["shape"]]
+    size = sizes[case.number % len(sizes)]
+    several, exact = draw_several(case, [size], [ranks], [count], combined=False)
+    if row["alpha"] == "< 0" and case.fixed.alpha is None:
+        several = several.negated()
+    return several.of_kind(kind), exact
+
 
 CASES = {"quick": 4, "ci": 24, "nightly": 480}
 
@@ -47,7 +127,7 @@ def rows(
 
 def forward_rows(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Row j is x Wᵀ + s x Aᵀ Bᵀ with adapter index_j; index -1 is the base."""
-    several, exact = draw_several(case)
+    several, exact = draw(case)
     y = rows(subject, several, case.dtype)
     sigma = None if exact else sigmas_by_row(several, subject.precision(case.dtype))
     limit = limits(several.adapters[0], "y")
@@ -56,7 +136,7 @@ def forward_rows(subject: GuardedImplementation, case: Case) -> Iterable[Compari
 
 def base_rows(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Rows without an adapter have the bits of a batch without any adapter."""
-    several, _ = draw_several(in_exact_lane(case))
+    several, _ = draw(in_exact_lane(case), mixed=True)
     y = rows(subject, several, case.dtype)
     base = rows(subject, several, case.dtype, index=np.full_like(several.index, -1))
     none = several.index < 0
@@ -65,7 +145,7 @@ def base_rows(subject: GuardedImplementation, case: Case) -> Iterable[Comparison
 
 def row_order(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Permuting the rows and their index permutes the output; compared by ==."""
-    several, _ = draw_several(in_exact_lane(case))
+    several, _ = draw(in_exact_lane(case), mixed=True)
     order = case.rng().permutation(len(several.index))
     y = rows(subject, several, case.dtype)
     x = several.adapters[0].x[order]
@@ -75,7 +155,7 @@ def row_order(subject: GuardedImplementation, case: Case) -> Iterable[Comparison
 
 def adapter_order(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Reordering the adapters, and the index with them, changes nothing; compared by ==."""
-    several, _ = draw_several(in_exact_lane(case))
+    several, _ = draw(in_exact_lane(case), mixed=True)
     require_several(several)
     count = len(several.adapters)
     places = np.roll(np.arange(count), 1)  # the adapter i stands at place places[i] now
@@ -91,7 +171,7 @@ def adapter_order(subject: GuardedImplementation, case: Case) -> Iterable[Compar
 
 def unused_adapter(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """An adapter that no row uses changes nothing; compared by ==."""
-    several, _ = draw_several(in_exact_lane(case))
+    several, _ = draw(in_exact_lane(case), mixed=True)
     require_several(several)
     index = np.where(several.index == 1, 0, several.index)
     y = rows(subject, several, case.dtype, index=index)
@@ -106,7 +186,7 @@ def single(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
 
     Every other case has a batch of one row.
     """
-    several, _ = draw_several(in_exact_lane(case))
+    several, _ = draw(in_exact_lane(case), mixed=True)
     if case.number % 2:
         several = several.of_rows(slice(1), several.index[:1])
     for i in (*range(len(several.adapters)), -1):
@@ -117,7 +197,7 @@ def single(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
 
 def base_row_first(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """A batch of two rows, the first without an adapter; compared by ==."""
-    several, _ = draw_several(in_exact_lane(case))
+    several, _ = draw(in_exact_lane(case), mixed=True)
     for i in range(len(several.adapters)):
         index = np.array([-1, i])
         x = several.adapters[0].x[:2]
@@ -129,7 +209,8 @@ def base_row_first(subject: GuardedImplementation, case: Case) -> Iterable[Compa
 def _law(run: Any, share: float) -> Check:
     title = (run.__doc__ or "").splitlines()[0]
     name = {"forward_rows": "forward"}.get(run.__name__, run.__name__.replace("_", "-"))
-    return Check(f"multi.{name}", "multi", ("multi_adapter",), title, run, counter(CASES, share))
+    cases = {**CASES, "ci": len(rows_of_axes())} if share == 1 else CASES
+    return Check(f"multi.{name}", "multi", ("multi_adapter",), title, run, counter(cases, share))
 
 
 _CHECKS: tuple[Check, ...] = (

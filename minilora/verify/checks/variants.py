@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
-from itertools import product
+from functools import lru_cache, partial
+from itertools import combinations, product
 from math import sqrt
 from typing import Any
 
@@ -28,8 +28,10 @@ from minilora.spec.variants import (
     row_norm,
 )
 from minilora.verify.checks.linear import dbias
+from minilora.verify.core import inputs
 from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.inputs import Layer, columns, draw_layer, long
+from minilora.verify.core.layer_axes import VARIANT, draw_row, rows_of
 from minilora.verify.core.level import Level
 from minilora.verify.core.tolerance import Draws, Rounding, noisy, spread, unit_roundoff
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison, counter
@@ -38,7 +40,7 @@ from minilora.verify.implementation.guard import GuardedImplementation
 
 Array = np.ndarray
 
-CASES = {"quick": 2, "ci": 8, "nightly": 160}
+CASES = {"quick": 2, "ci": 4, "nightly": 160}
 SAMPLES = 16
 
 PART = {"dora": "magnitude", "lora-bias": "lora_bias"}
@@ -49,16 +51,16 @@ WORDS = {
     "lora-bias": "lora_bias, a trained bias c of B in s (B A x + c)",
 }
 
-KINDS: dict[str, dict[str, bool]] = {
+KINDS: dict[str, dict[str, Any]] = {
     "": {"bias": True},
     ".dropout": {"bias": True, "dropout": True},
     ".rslora": {"use_rslora": True},
-    ".evaluation": {"bias": True},
+    ".evaluation": {"bias": True, "dropout": "rate without a mask"},
     ".conv1d": {"fan_in_fan_out": True},
     ".unbatched": {"bias": True},
     ".all": {},
 }
-"""What a case has beside the variant; what one of ``.all`` has, its number says (`together`)."""
+"""What a case has beside the variant; what one of ``.all`` has, its row says (`VARIANT`)."""
 
 ASKED = {
     "dora": ("", ".dropout", ".rslora", ".evaluation", ".conv1d", ".all"),
@@ -70,18 +72,17 @@ MERGED = {"dora": ("", ".conv1d", ".all"), "lora-bias": ("", ".all")}
 """The kinds of each variant, merged. How W is stored matters to DoRA, whose norm is that
 of an output's row."""
 
+SQUARE = 64
+"""The greatest number of outputs of which there are as many tokens."""
+
 SMALL = 20
 """A row of DoRA's V is 2⁻²⁰ as long as the others, and its magnitude as small: no norm may be cut
 off before. float16 ends so early that its row is 2⁻⁴ as long. There is none beside a bias: to take
 the base from an output with its bias is a way to write DoRA, and rounds it by the bias's size."""
 
 
-def together(number: int) -> dict[str, bool]:
-    """Settings at once: of any three, each of the eight choices comes once in eight cases."""
-    off = [bool(number >> i & 1) for i in range(3)]
-    off.append(off[0] ^ off[1] ^ off[2])
-    names = ("dropout", "bias", "use_rslora", "fan_in_fan_out")
-    return {name: True for name, is_off in zip(names, off, strict=True) if not is_off}
+BEYOND = tuple(size for size in inputs.BEYOND if max(a * b for a, b in combinations(size, 2)) < 2e4)
+"""Sizes beyond tiles of which sixteen noisy runs cost little."""
 
 
 def draw(case: Case, kind: str, name: str) -> tuple[Layer, Array]:
@@ -90,23 +91,28 @@ def draw(case: Case, kind: str, name: str) -> tuple[Layer, Array]:
     W is not 0: a row of V needs a direction, whatever B A. x has rows, but for
     ``.unbatched``, and for ``.all`` of a bias of B.
     """
-    odd = replace(case, number=case.number * 2 + 1)
-    layer, _ = draw_layer(odd, **(together(case.number) if kind == ".all" else KINDS[kind]))
+    odd, rows = replace(case, number=case.number * 2 + 1), rows_of(VARIANT)
+    row = rows[case.number % len(rows)]
+    if kind == ".all":
+        layer = draw_row(odd, row, BEYOND)
+    else:
+        layer, _ = draw_layer(odd, beyond=BEYOND, **KINDS[kind])
     rng = case.rng()
     W = rng.standard_normal(layer.W.shape) / sqrt(layer.W.shape[1])
-    rows = {name: getattr(layer, name) for name in ("x", "dy", "keep")}
+    arrays = {name: getattr(layer, name) for name in ("x", "dy", "keep")}
     if name == "dora" or kind != ".all":
-        rows = {name: v if v is None or v.ndim > 1 else v[None] for name, v in rows.items()}
+        arrays = {name: v if v is None or v.ndim > 1 else v[None] for name, v in arrays.items()}
     if kind == ".unbatched":
-        rows = {name: v if v is None else v.reshape(-1, v.shape[-1])[0] for name, v in rows.items()}
-    layer = replace(layer, W=W.astype(layer.W.dtype), **rows)
-    if kind == ".evaluation":
-        layer = replace(layer, p=0.25)  # without a mask
+        arrays = {
+            name: v if v is None else v.reshape(-1, v.shape[-1])[0] for name, v in arrays.items()
+        }
+    layer = replace(layer, W=W.astype(layer.W.dtype), **arrays)
     part = rng.standard_normal(len(W))
     if name == "dora":
         part = row_norm(W)[0][:, 0] * rng.uniform(0.6, 1.6, len(W))
     if kind == ".all":
-        layer, part = _unusual(layer, part, name, rng, square=case.number % 4 == 0)
+        square = row["x"] == "(t,)" and row["dropout"] in ("none", "mask")
+        layer, part = _unusual(layer, part, name, rng, square)
     return layer, part.astype(layer.W.dtype)
 
 
@@ -115,8 +121,8 @@ def _unusual(
 ) -> tuple[Layer, Array]:
     """As many tokens as outputs, if ``square``; of DoRA, negative magnitudes and a small row."""
     dtype = layer.W.dtype
-    if square:
-        m, n = layer.W.shape
+    m, n = layer.W.shape
+    if square and m < SQUARE:
         keep = None if layer.keep is None else rng.random((m, n)) >= layer.p
         x, dy = (rng.standard_normal((m, width)).astype(dtype) for width in (n, m))
         layer = replace(layer, x=x, dy=dy, keep=keep)
@@ -240,18 +246,32 @@ def _compared(
     kind: str,
     got: Callable[[Layer, Array], Any],
 ) -> Iterable[Comparison]:
-    layer, part = draw(case, kind, name)
-    of = variant(name, subject)
-    precision = subject.precision(case.dtype)
-    known = of, layer, part, precision, (case.seed, case.number)
-    sigma, wanted, other = sigmas(*known), specified(of, layer, part, long), None
+    # The same layer forward, backward and merged: what is wanted of it is computed once.
+    shared = replace(case, check=f"variants.{name}{kind}")
+    asked = shared, kind, name, variant(name, subject), subject.precision(case.dtype)
+    layer, part, wanted, sigma = expected(*asked)
     for what, shown, array in got(layer, part):
         found = Comparison(shown, array, wanted[what], sigma[what], MONTE_CARLO)
         if name == "dora" and what != "dbias" and found.judge().verdict != "pass":
             # Another way is as fair, and is looked at where the first one has not the room.
-            other = sigmas(*known, by_weight_product) if other is None else other
-            found = replace(found, sigma=np.maximum(sigma[what], other[what]))
+            other = expected(*asked, by_weight_product)[-1][what]
+            found = replace(found, sigma=np.maximum(sigma[what], other))
         yield found
+
+
+@lru_cache(maxsize=256)
+def expected(
+    case: Case,
+    kind: str,
+    name: str,
+    of: Variant,
+    precision: Precision,
+    way: Callable[..., dict[str, Any]] | None = None,
+) -> tuple[Layer, Array, dict[str, Array], dict[str, Array]]:
+    """The layer of a case, its variant's parameter, the true answers, and their σ."""
+    layer, part = draw(case, kind, name)
+    sigma = sigmas(of, layer, part, precision, (case.seed, case.number), way or specified)
+    return layer, part, specified(of, layer, part, long), sigma
 
 
 def _forward(name: str, kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
@@ -327,7 +347,7 @@ def initialized(subject: GuardedImplementation, case: Case) -> Iterable[Comparis
 def _checks(name: str) -> Iterable[Check]:
     def check(what: str, needs: str, words: str, run: Any, kind: str) -> Check:
         title = f"{words} of {WORDS[name]}{_more(kind)}."
-        share = counter(CASES, 1.0)
+        share = counter({**CASES, "ci": len(rows_of(VARIANT))} if kind == ".all" else CASES)
         return Check(f"variants.{name}.{what}{kind}", "variants", (needs,), title, run, share)
 
     for kind in ASKED[name]:
@@ -349,7 +369,7 @@ def _more(kind: str) -> str:
         ".rslora": ", with rsLoRA's scale",
         ".evaluation": ", in evaluation: a dropout rate and no mask",
         ".conv1d": ", with the weight stored (in, out)",
-        ".all": ", with combinations of dropout, rsLoRA, a bias and (in, out) storage",
+        ".all": ", with combinations of options, shapes and batches",
     }[kind]
 
 

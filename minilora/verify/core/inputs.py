@@ -343,18 +343,24 @@ def limits(layer: Layer, array: str) -> Limits:
 
 
 def draw_layer(
-    case: Case, *, bias: bool = False, dropout: bool | str = False, **settings: Any
+    case: Case,
+    *,
+    bias: bool = False,
+    dropout: bool | str = False,
+    beyond: Sequence[Sequence[int]] = BEYOND,
+    **settings: Any,
 ) -> tuple[Layer, bool]:
     """The layer of a case, and whether it belongs to the exact lane, as the even numbers do.
 
     ``dropout`` is one of `DROPOUT`, or whether there is a mask. One alpha in four is negative.
+    ``beyond`` are the sizes beyond tiles.
     """
     exact = case.number % 2 == 0
     group = case.number // 2
     rng = case.rng()
     every, first = BEYOND_EVERY[case.number % 2]
-    beyond = case.number % every == first
-    size = BEYOND[int(rng.integers(0, len(BEYOND)))] if beyond else SIZES[group % len(SIZES)]
+    is_beyond = case.number % every == first
+    size = beyond[int(rng.integers(0, len(beyond)))] if is_beyond else SIZES[group % len(SIZES)]
     layer = draw_of_size(
         rng,
         case,
@@ -471,7 +477,7 @@ def _draw_exact(
     sizes_of_sides = dict(zip("nmrt", (n, m, r, *lead[-1:]), strict=False))
     is_large = max(sizes_of_sides.values()) > LARGEST
     few = is_large and limit < 1000
-    used = {side: _places(rng, size) for side, size in sizes_of_sides.items()} if few else {}
+    used = {side: _places(size) for side, size in sizes_of_sides.items()} if few else {}
     shapes = {"x": (*lead, n), "W": (m, n), "A": (r, n), "B": (m, r), "dy": (*lead, m)}
     large = 5 if limit > 1000 and not is_large else 2
     density = 1.0
@@ -504,11 +510,10 @@ SIDES = {"x": "tn", "W": "mn", "A": "rn", "B": "mr", "dy": "tm"}
 """What lies along the last two axes of each array: tokens, n, m or r."""
 
 
-def _places(rng: Any, size: int) -> Array:
-    """A few places along a side, the last one among them."""
+def _places(size: int) -> Array:
+    """A few places along a side, the first and the last among them."""
     used = np.zeros(size, bool)
-    used[rng.permutation(size)[:SPREAD]] = True
-    used[-1:] = True
+    used[np.rint(np.linspace(0, size - 1, SPREAD)).astype(int) if size > SPREAD else ...] = True
     return used
 
 
@@ -573,6 +578,22 @@ class Several:
         }
         return replace(self, adapters=[replace(a, **parts) for a in self.adapters], index=index)
 
+    def negated(self) -> Several:
+        """With a negative alpha of every other adapter, the first among them."""
+        signs = [1 if i % 2 else -1 for i in range(len(self.adapters))]
+        pairs = zip(self.adapters, signs, strict=True)
+        return replace(self, adapters=[replace(a, alpha=sign * a.alpha) for a, sign in pairs])
+
+    def of_kind(self, kind: str) -> Several:
+        """With another index: of no adapter, of the last alone, or without rows of none."""
+        last = len(self.adapters) - 1
+        index = {
+            "none alone": np.full_like(self.index, -1),
+            "one alone": np.full_like(self.index, last),
+            "all have one": np.where(self.index < 0, last, self.index),
+        }
+        return replace(self, index=index.get(kind, self.index))
+
     def sharing(self, *names: str) -> Several:
         """With these arrays of the first adapter for all."""
         shared = {name: getattr(self.adapters[0], name) for name in names}
@@ -609,6 +630,7 @@ def draw_several(
     sizes: Sequence[Sequence[int]] = SIZES,
     kinds: Sequence[Sequence[int]] = RANKS,
     counts: Sequence[int] = ROWS,
+    combined: bool = True,
 ) -> tuple[Several, bool]:
     """Adapters of one weight, and whether the case belongs to the exact lane.
 
@@ -616,7 +638,7 @@ def draw_several(
     unless the ranks are equal; the scales are not all the same. The weights have both signs and are
     not 1, and of four every other time their sum is 0; the index holds -1 and every adapter, and is
     not monotone. In the exact lane the weights are powers of two as the scales are, and all so
-    small that any sum of them is exact, too.
+    small that any sum of them is exact, too, if they are to be ``combined``.
     """
     exact = case.number % 2 == 0
     group = case.number // 2
@@ -641,7 +663,7 @@ def draw_several(
             weights[2:] = -weights[:2]
         index = np.resize(np.arange(-1, len(ranks)), rows)[rng.permutation(rows)]
         several = Several(layers, [float(w) for w in weights], index).sharing("x", "W", "dy")
-        while exact and too_large(several, case.dtype):
+        while exact and too_large(several, case.dtype, combined):
             several = several.sparser(rng)
         if rows > FEW:
             several = several.longer(rng, index)
@@ -666,11 +688,13 @@ def in_exact_lane(case: Case) -> Case:
     return replace(case, number=case.number * 2)
 
 
-def too_large(several: Several, dtype: str) -> bool:
+def too_large(several: Several, dtype: str, combined: bool = True) -> bool:
     """Whether a sum of absolute terms of the rows, or of the combined change, may be rounded."""
     limit = whole_numbers(dtype)
     if any(greatest_sum(a) > limit * min(abs(a.s), 1.0) for a in several.adapters):
         return True
+    if not combined:
+        return False
     absolute = [
         replace(a, A=abs(a.A.astype(float)), B=abs(a.B.astype(float)), alpha=abs(a.alpha))
         for a in several.adapters
@@ -721,6 +745,12 @@ def sigmas_by_row(several: Several, precision: Precision) -> Array:
 def _by_row(several: Several, answer: Callable[[Layer], Array]) -> Array:
     """Each row from the layer that its index names; for -1, from one whose B is 0."""
     first = several.adapters[0]
-    base = replace(first, B=np.zeros_like(first.B))
-    answers = [answer(layer) for layer in (*several.adapters, base)]
-    return np.stack([answers[i][j] for j, i in enumerate(several.index)])
+    layers = [*several.adapters, replace(first, B=np.zeros_like(first.B))]
+    rows: list[Any] = [None] * len(several.index)
+    for i, layer in enumerate(layers):
+        own = np.flatnonzero(several.index == (i if i < len(several.adapters) else -1))
+        if own.size:
+            answers = answer(replace(layer, x=layer.x[own], dy=layer.dy[own]))
+            for j, row in zip(own, answers, strict=True):
+                rows[j] = row
+    return np.stack(rows)

@@ -6,7 +6,8 @@ every pair of values of two axes; what was drawn is read off the arguments of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -115,6 +116,13 @@ def _is_whole(given: Mapping[str, Any]) -> bool:
 LAYER = (LEAD, SHAPE, BIAS, MASK, RSLORA, STORAGE, SIGN)
 """The axes of a layer's forward and transpose, beside the lane."""
 
+VARIANT = (
+    replace(LEAD, values=("(t,)", "(2, t)", "(n,) alone", "(1,)")),
+    replace(SHAPE, values=("wide", "tall", "square", "rank above a side", "beyond tiles")),
+    *LAYER[2:],
+)
+"""Those of a variant, of fewer values: its answers cost more to know."""
+
 WEIGHT = (SHAPE, RSLORA, STORAGE, SIGN)
 """Those of a merge."""
 
@@ -132,10 +140,15 @@ def rows_of(axes: tuple[Axis, ...]) -> tuple[Row, ...]:
 
 def draw_combination(case: Case, axes: Values = LAYER) -> tuple[Layer, bool]:
     """The layer of a case with the values of its row, and whether it is of the exact lane."""
-    rng, rows = case.rng(), rows_of(axes)
-    row = rows[case.number % len(rows)]
-    sizes = SHAPES[row["shape"]]
-    layer = draw_of_size(
+    rows = rows_of(axes)
+    return draw_row(case, rows[case.number % len(rows)]), case.number % 2 == 0
+
+
+def draw_row(case: Case, row: Row, beyond: Sequence[Sequence[int]] = BEYOND) -> Layer:
+    """A layer with the values of a row; ``beyond`` are the sizes beyond tiles."""
+    rng = case.rng()
+    sizes = beyond if row["shape"] == "beyond tiles" else SHAPES[row["shape"]]
+    return draw_of_size(
         rng,
         case,
         sizes[int(rng.integers(0, len(sizes)))],
@@ -146,4 +159,3 @@ def draw_combination(case: Case, axes: Values = LAYER) -> tuple[Layer, bool]:
         **{"use_rslora": True} if row["rsLoRA"] else {},
         **{"fan_in_fan_out": True} if row["storage"] == "(in, out)" else {},
     )
-    return layer, case.number % 2 == 0

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minilora.verify.core.fixed import FREE, Fixed
-from minilora.verify.core.seeds import seed_text
 
 if TYPE_CHECKING:
     from minilora.verify.implementation.guard import GuardedImplementation
@@ -43,7 +42,7 @@ class Case:
 
     def rng(self) -> np.random.Generator:
         """The case's generator, the same in every process (Python's ``hash`` is not)."""
-        words = [zlib.crc32(text.encode()) for text in (seed_text(self.check), self.dtype)]
+        words = [zlib.crc32(text.encode()) for text in (self.check, self.dtype)]
         return np.random.default_rng([*words, self.number, self.seed])
 
 
