@@ -642,12 +642,13 @@ def test_a_check_of_vectors_has_one_case_for_each(made):
 def test_a_set_is_written_by_the_command(tmp_path, capsys):
     target = tmp_path / "set"
     assert main(["vectors", str(target), "--check", "merge.weight*", "--level", "merge"]) == 0
-    assert "vectors of 3 checks" in capsys.readouterr().out
+    assert "vectors of 4 checks" in capsys.readouterr().out
     _, again = read(target)
     assert {v.check for v in again} == {
         "merge.weight",
         "merge.weight.rslora",
         "merge.weight.conv1d",
+        "merge.weight.all",
     }
 
 

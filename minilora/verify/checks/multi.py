@@ -29,7 +29,7 @@ from minilora.verify.implementation.guard import GuardedImplementation
 
 Array = np.ndarray
 
-ADAPTERS = {1: (2,), 3: (2, 4, 1), 4: (1, 4, 2, 16), 5: (4, 1, 2, 1, 2), 12: (1, 2, 4) * 4}
+ADAPTERS = {1: (2,), 2: (2, 2), 3: (2, 4, 1), 5: (4, 1, 2, 16, 2), 12: (1, 2, 4) * 4}
 """The ranks of so many adapters."""
 
 MANY = 64
