@@ -134,7 +134,7 @@ def _vjp_check(name: str, draw: Draw) -> Run:
     return run
 
 
-def number(exact: bool) -> Callable[[Array], Array]:
+def number(exact: bool) -> Any:
     """The numbers of the true answers: of the exact lane, float64 has them all."""
     return np.float64 if exact else long
 
@@ -142,8 +142,8 @@ def number(exact: bool) -> Callable[[Array], Array]:
 def _draw_evaluation(case: Case) -> tuple[Layer, bool]:
     """A rate without a mask, every other case with a bias, with rsLoRA, stored (in, out)."""
     bias, *others = (bool(case.number // 2 >> i & 1) for i in range(3))
-    settings = dict(zip(("use_rslora", "fan_in_fan_out"), others, strict=True))
-    settings = {name: True for name, is_on in settings.items() if is_on}
+    named = zip(("use_rslora", "fan_in_fan_out"), others, strict=True)
+    settings: dict[str, Any] = {name: True for name, is_on in named if is_on}
     return draw_layer(case, bias=bias, dropout="rate without a mask", **settings)
 
 

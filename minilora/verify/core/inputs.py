@@ -367,7 +367,7 @@ def draw_layer(
         size,
         LEADS[group % len(LEADS)],
         bias=bias,
-        dropout={True: "mask", False: "none"}.get(dropout, str(dropout)),
+        dropout=dropout if isinstance(dropout, str) else DROPOUT[dropout],
         negative=group % 4 == 3,
         **settings,
     )
@@ -519,11 +519,10 @@ def _places(size: int) -> Array:
 
 def _thinned(array: Array, sides: str, used: dict[str, Array]) -> Array:
     """The array with zeros wherever a side is not used."""
-    if not used:
-        return array
-    if array.ndim > 1:
+    if used and array.ndim > 1:
         array = array * used[sides[0]][:, None]
-    return array * used[sides[1]]
+    thinned: Array = array * used[sides[1]] if used else array
+    return thinned
 
 
 def whole_numbers(dtype: str) -> float:
