@@ -42,8 +42,8 @@ def draw_cancelling(case: Case, axis: str) -> Layer:
     large = int(0.75 * whole_numbers(case.dtype) ** 0.5)
     if axis == "r" and (fixed.ranks or isinstance(fixed.alpha, float | int)):
         raise Skip(f"no sum over many ranks has {fixed.words()}")
-    one = 1.0 if fixed.alpha else None
-    size["r"], only = (LONG, one) if axis == "r" else fixed.exact(size["r"])
+    free = 1.0 if fixed.alpha else None
+    size["r"], only = (LONG, free) if axis == "r" else fixed.exact(size["r"])
     s = float(rng.choice(SCALES)) if only is None else only
     order = rng.permutation(LONG)
     one, other = order[: LONG // 2], order[LONG // 2 :]
