@@ -58,10 +58,21 @@ def results(name, *cases):
     peer = loaded(name)
     reports = [check(peer, case=case) for case in cases]
     if not cases:
-        levels = [level for level in PEERS[name].levels if level != "inference"]
+        levels = [level for level in PEERS[name].levels if level not in ELSEWHERE]
         how = {"levels": levels, "dtypes": DTYPES[name]}
         reports = [check(peer, **how)]
     return [result for report in reports for result in report.results]
+
+
+ELSEWHERE = {"inference", "module"}
+"""Levels with tests of their own, which take other cases."""
+
+
+def test_torchs_own_modules_hold_in_the_quick_profile():
+    report = check(loaded("torch"), levels=["module"], profile="quick")
+    found = {result.check: result.status for result in report.results if "drop" not in result.check}
+    assert found.pop("module.linear.evaluation") == "skip"
+    assert {*found.values()} == {"pass"}
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -70,7 +81,7 @@ def test_all_that_a_peer_has_holds_or_is_known(name):
     assert {result.status for result in found} <= {"pass", "known", "skip"}
     assert {result.level for result in found if result.status != "skip"} == {
         *PEERS[name].levels
-    } - {"inference"}
+    } - ELSEWHERE
     skipped = [result.reason for result in found if result.status == "skip"]
     assert all("no settings" in reason or "no method" in reason for reason in skipped)
 

@@ -277,8 +277,8 @@ def _cases(name: str, is_dropout: bool = False) -> Callable[[str, str], int]:
         half = dtype not in ("float64", "float32")
         if half and is_dropout:  # four times a number may be rounded there
             return 0
-        cases = CASES[profile] // (3 if half else 1) if profile != "quick" else CASES[profile]
-        cases -= 2 * (profile == "ci" and dtype == "float64")  # as float32, but for its digits
+        share = {"float32": 1, "float64": 2}.get(dtype, 3)  # the settings are those of float32
+        cases = max(2, CASES[profile] // share)
         return 2 * cases if name in CHEAP else cases
 
     return count

@@ -295,13 +295,14 @@ def _conv(
 
 def _embedding(draw: Draw) -> Drawn:
     """A table, with Gemma's factor, and a padding row whose column of A is 0."""
-    variant = draw.axes("variant", ("lora", "dora", "lora"))
+    pairs = (("lora", True), ("dora", False), ("lora", False))  # a padding row has no magnitude
+    draw.axes.chosen["variant"], padded = draw.axes("variant and padding row", pairs)
     v, d = draw.axes("sides", ((8, 5), (6, 6), (5, 9)))
     layer: Entries = {"W": draw(v, d)}
     adapter = _factors(draw, v, d)
     if factor := draw.axes("embed_scale", (None, 3.0, 0.5)):
         layer["embed_scale"] = factor
-    if variant == "lora" and draw.axes("padding_idx", (True, False)):
+    if padded:
         layer["padding_idx"] = pad = int(draw.rng.integers(v))
         adapter["A"][:, pad] = 0
     ids = np.concatenate([draw.rng.permutation(v), draw.rng.integers(0, v, 4)])
@@ -436,7 +437,6 @@ IN_WORDS: dict[str, Callable[[Any], str]] = {
     "square": lambda square: f"W is {'' if square else 'not '}square",
     "bias": lambda bias: f"there is {'a' if bias else 'no'} bias",
     "use_rslora": lambda rslora: f"the scale is alpha/{'√r' if rslora else 'r'}",
-    "padding_idx": lambda padded: f"there is {'a' if padded else 'no'} padding row",
 }
 """What some settings mean."""
 

@@ -11,6 +11,7 @@ import torch
 from minilora.verify.peers import _formula
 from minilora.verify.peers._modules import BIAS, WEIGHT, build
 from minilora.verify.peers._torch import to_numpy, to_torch
+from minilora.verify.peers.peer import refuse_settings
 from minilora.verify.peers.torch import PEER
 
 
@@ -78,8 +79,7 @@ class Torch:
         index: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
         """PyTorch's own module, called with the merged weight as a function of A and B."""
-        if adapter.get("p"):
-            raise NotImplementedError("a merged weight has no dropout of its branch")
+        refuse_settings("a merged weight", ["p"] if adapter.get("p") else [])
         base, given = build(layer, index), to_torch(x)
         tensors = _tensors(**{k: v for k, v in adapter.items() if k not in ("out", "enable", "p")})
         of: dict[str, Any] = {"dx": given} if given.is_floating_point() else {}
@@ -95,6 +95,8 @@ class Torch:
             W = weights["weight"]
             W = W.mT if layer.get("fan_in_fan_out", False) else W
             held = {"W": to_numpy(W)}
+            if "bias" in layer:
+                held["bias"] = to_numpy(weights.get("bias", base.get_parameter("bias")))
         if dy is None:
             return held | {"y": to_numpy(y)}
         gradients = torch.autograd.grad(y, list(of.values()), to_torch(dy))
