@@ -28,13 +28,13 @@ def load(target: str) -> object:
     from minilora.verify.peers import PEERS
 
     peer = PEERS.get(target)
-    module, colon, name = (peer.implementation if peer else target).partition(":")
+    module, colon, name = (peer.implementation if peer else target).rpartition(":")
     if not (module and colon and name):
         raise LoadError(_no_target(target, sorted(PEERS)))
     if _is_path(module):
         return resolve(_member(_import_file(Path(module)), module, name), target)
     own = peer or module.partition(".")[0] == __package__.partition(".")[0]
-    if not own and os.getcwd() not in sys.path:
+    if not own and sys.path[:1] != [os.getcwd()]:
         sys.path.insert(0, os.getcwd())
     try:
         return resolve(_find(module, name), target)

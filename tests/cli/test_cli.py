@@ -284,6 +284,19 @@ def test_what_a_target_prints_is_not_in_the_report(tmp_path):
         assert f"garbage {source}" in err
 
 
+def test_a_module_that_a_target_leaves_in_the_current_folder_is_not_imported(tmp_path):
+    (tmp_path / "writes.py").write_text(
+        "import fake_checks\nopen('html.py', 'w').write('raise SystemExit(0)')\n"
+        "class T(fake_checks.WrongScale): pass\n"
+    )
+    run = process("verify", "writes:T", "--html", "r.html", "--profile", "quick", cwd=tmp_path)
+    out, err = run.communicate()
+    assert (run.returncode, err) == (1, "")
+    assert "FAIL  sigma.merge" in out
+    assert (tmp_path / "html.py").exists()
+    assert (tmp_path / "r.html").exists()
+
+
 def test_a_reader_who_leaves_early_sees_no_traceback():
     run = process("verify", "fake_checks:WrongScale", "--profile", "quick")
     run.stdout.close()

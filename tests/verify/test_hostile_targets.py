@@ -242,6 +242,17 @@ def test_a_report_is_the_same_with_the_target_in_this_process(hostile):
         assert reports[0] == reports[1]
 
 
+@pytest.mark.slow
+def test_every_check_runs_in_another_process_as_in_this(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reports = []
+    for option in ([], ["--in-process"]):
+        assert main(["verify", "--profile", "quick", "--json", "r.json", *option]) == 0
+        text = Path("r.json").read_text().replace(" --in-process", "")
+        reports.append(_without_times(json.loads(text)))
+    assert reports[0] == reports[1]
+
+
 def _without_times(value):
     if isinstance(value, dict):
         return {k: _without_times(v) for k, v in value.items() if not k.startswith("seconds")}

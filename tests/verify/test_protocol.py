@@ -173,6 +173,11 @@ def test_the_driver_declares_what_it_is(tiny):
         ("say(True, ok=True)", "protocol", "has seq true, expected seq 1"),
         ("print('{\"ok\": true}', flush=True)", "protocol", "has no 'seq'"),
         ("say(m['seq'], done=True)", "protocol", "has 'seq', 'done'; expected one of 'ok' or"),
+        ("say(m['seq'], ok=float('nan'))", "protocol", "on standard output is not an answer"),
+        ("say(m['seq'], ok=1e999)", "protocol", "on standard output is not an answer"),
+        ("say(m['seq'], ok=1)", "protocol", "'ok' is 1, expected true"),
+        ("say(m['seq'], ok='yes')", "protocol", "'ok' is \"yes\", expected true"),
+        ("os.mkfifo(m['out']); say(m['seq'], ok=True)", "not an array", "'out' is not a file"),
         ("say(m['seq'], ok=False)", "protocol", "expected one of 'ok' or 'skipped' or 'error'"),
         ("say(m['seq'], ok=True)", "missing", "'out'"),
         (

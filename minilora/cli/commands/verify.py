@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,7 @@ def add(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    _look_in_the_current_folder_last()
     from minilora.verify.checks.registry import CHECKS
     from minilora.verify.known import read_known
     from minilora.verify.plan import plan
@@ -114,6 +116,14 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.timing:
         say(f"\n{report.timing()}")
     return USAGE if errors else report.exit_status
+
+
+def _look_in_the_current_folder_last() -> None:
+    """Let no file that a target leaves in the current folder be imported here.
+
+    The target's process looks there first.
+    """
+    sys.path.sort(key=lambda entry: os.path.abspath(entry) == os.getcwd())
 
 
 def _time_limit(arguments: argparse.Namespace) -> float:
