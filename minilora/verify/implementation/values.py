@@ -94,7 +94,7 @@ def _packed_foreign(value: Any, arrays: list[bytes]) -> list[Any]:
 def _text(value: Any) -> str:
     try:
         return str(value)
-    except Exception:
+    except BaseException:  # SystemExit, too
         return f"<{type(value).__name__} that has no text>"
 
 
