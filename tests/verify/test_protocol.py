@@ -272,7 +272,7 @@ def test_a_skip_is_counted_as_skipped_with_its_reason(tiny):
         merge(driver, 1)
     report = check(driver, levels=["merge"], profile="quick", dtypes=["float64"])
     assert report.exit_status == 3
-    text = " ".join(report.text().split())
+    text = " ".join(report.text(verbose=True).split())
     assert f", not supported: later ({url}): merge.weight" in text
 
 
