@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from minilora.spec.multi_adapter import combine_svd
+from minilora.verify.checks.combine_types import CHECKS as TYPES
+from minilora.verify.checks.combine_types import svd_slack
 from minilora.verify.core.inputs import (
     Layer,
     Several,
@@ -50,21 +52,61 @@ def weighted(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]
 
 
 def single(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """One adapter at weight 1 gives ΔW = s B A."""
-    several, exact = draw_several(case)
+    """One adapter at weight 1 gives ΔW = s B A, within the rounding of an SVD.
+
+    An adapter of its rank may be found by one. What a sum loses, `weighted` asks.
+    """
+    several, _ = draw_several(case)
     for i, adapter in enumerate(several.adapters):
-        alone = Several([adapter], [1.0], several.index)
+        alone = wanted_change(Several([adapter], [1.0], several.index))
         delta = combined(subject, [adapter], [1.0], case.dtype)
-        sigma = None if exact else sigma_change(alone, subject.precision(case.dtype))
-        yield Comparison(f"ΔW of adapter {i} alone", delta, wanted_change(alone), sigma)
+        yield _within_svd(subject, case, f"ΔW of adapter {i} alone", delta, alone)
 
 
 def negative_weight(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-    """Weight -1 gives the negative of weight 1, bit for bit."""
+    """Weight -1 gives the negative of weight 1, within the rounding of an SVD."""
     several, _ = draw_several(case)
     for i, adapter in enumerate(several.adapters):
         there, back = (combined(subject, [adapter], [w], case.dtype) for w in (1.0, -1.0))
-        yield Comparison(f"ΔW of adapter {i} at weight -1", back, -there)
+        label = f"ΔW of adapter {i} at weight -1"
+        yield _within_svd(subject, case, label, back, -long(there), 2.0)
+
+
+def _within_svd(
+    subject: GuardedImplementation,
+    case: Case,
+    label: str,
+    got: Array,
+    want: Array,
+    count: float = 1.0,
+) -> Comparison:
+    """Two changes, of which ``count`` have the rounding of an SVD."""
+    slack = count * svd_slack(want, _roundoff(subject, case.dtype))
+    return Comparison(label, got, want, np.full(want.shape, slack), BOUND)
+
+
+def _roundoff(subject: GuardedImplementation, dtype: str) -> float:
+    """The unit roundoff of the coarser of storage and accumulation."""
+    precision = subject.precision(dtype)
+    return max(unit_roundoff(precision.storage), unit_roundoff(precision.accumulation))
+
+
+def cat(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+    """The concatenation, asked for by its name, is Σ w s B A; compared by ==."""
+    several, _ = draw_several(in_exact_lane(case))
+    delta = combined(subject, several.adapters, several.weights, case.dtype, combination_type="cat")
+    yield Comparison("ΔW", delta, wanted_change(several))
+
+
+def many(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+    """Nine adapters are combined as two are; compared by ==."""
+    several, _ = draw_several(in_exact_lane(case))
+    count = 9
+    adapters = [several.adapters[i % len(several.adapters)] for i in range(count)]
+    weights = [(-1.0) ** (i // 4) * several.weights[i % 3] for i in range(count)]
+    nine = Several(adapters, weights, several.index)
+    delta = combined(subject, adapters, weights, case.dtype)
+    yield Comparison("ΔW", delta, wanted_change(nine))
 
 
 def zero_weight(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
@@ -112,10 +154,8 @@ def svd(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """
     several, _ = draw_several(case)
     wanted = wanted_change(several)
-    m, n = wanted.shape
-    full = min(m, n, sum(a.r for a in several.adapters))
-    precision = subject.precision(case.dtype)
-    u = max(unit_roundoff(precision.storage), unit_roundoff(precision.accumulation))
+    full = min(*wanted.shape, sum(a.r for a in several.adapters))
+    slack = svd_slack(wanted, _roundoff(subject, case.dtype))
     for rank in sorted({1, min(2, full), max(1, full - 1), full}):
         answer = combined(
             subject,
@@ -126,9 +166,7 @@ def svd(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
             svd_rank=rank,
         )
         _, _, dropped = combine_svd([wanted.astype(float)], [1.0], rank)
-        norm = float(np.sqrt((wanted * wanted).sum()))
         difference = float(np.sqrt(((long(answer) - wanted) ** 2).sum()))
-        slack = 4 * min(m, n) ** 0.5 * (m + n) * u * norm
         got, best = np.array(difference), np.array(float(dropped))
         yield Comparison(f"‖ΔW - ΔW of rank {rank}‖", got, best, np.array(slack), BOUND)
 
@@ -153,6 +191,19 @@ _CHECKS: tuple[Check, ...] = (
     _law(split_weight, 0.25),
     _law(order, 0.25),
     _law(svd, 0.25),
+    _law(cat, 0.25),
+    _law(many, 0.25),
+    *(
+        Check(
+            f"combine.{name}",
+            "combine",
+            ("combine",),
+            law,
+            run,
+            counter(CASES, 0.25, low_precision=False),
+        )
+        for name, (law, run) in TYPES.items()
+    ),
 )
 
 LEVEL = Level(

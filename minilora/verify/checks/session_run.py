@@ -240,6 +240,7 @@ def next_state(
     methods: dict[str, Callable[..., LayerState]] = {
         "add": lambda name, of="": state.add(name, wide(inputs.of(of or name))),
         "replace": lambda name, of: state.swap(name, wide(inputs.of(of))),
+        "combine": state.combine,
         "step": lambda: _trained(state, inputs),
         "load": lambda name, of: state.add(name, saved[of][1]),
         "save": lambda name: state,

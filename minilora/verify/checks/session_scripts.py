@@ -263,6 +263,15 @@ TRAINED_SCRIPTS: dict[str, tuple[str, str, tuple[Step, ...]]] = {
         (*START, ("step",), ("activate", ["two"]), ("activate", ["one"]), ("step",), ("disable",),
          ("activate", ["two"])),
     ),
+    "combine": (
+        "linear",
+        "A combined adapter is the sum of others, which stay as they are, saved or not.",
+        (*START, ("combine", "four", ["one", "two"], [2.0, -0.5]), ("activate", ["four"]),
+         ("activate", ["two"]), ("activate", ["one"]), ("step",), ("save", "one"),
+         ("save", "four"), ("activate", ["two"]), ("delete", "one"), ("activate", ["four"]),
+         ("merge",), ("unmerge",), ("anew",), ("load", "one", "one"), ("activate", ["one"]),
+         ("load", "four", "four"), ("activate", ["four"])),
+    ),
     "step-several": (
         "linear",
         "A step of training changes all active adapters.",

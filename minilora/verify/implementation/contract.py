@@ -49,6 +49,7 @@ SESSION: dict[str, str] = {
     "step": "x, dy, lr",
     "replace": "name, adapter",
     "rows": "x, names",
+    "combine": "name, names, weights",
 }
 """The methods of what ``session`` answers, likewise."""
 

@@ -29,7 +29,16 @@ from minilora.io.formats.peft import (
 from minilora.spec.initialization import INITIALIZATIONS, draw_dropout, input_shapes
 from minilora.spec.lora import LORA, TrainableSpec, Variant, Weights, merge, scale
 from minilora.spec.models import Batch, Config, logits, loss, shifted_labels
-from minilora.spec.multi_adapter import Adapter, combine, combine_svd, multi_linear
+from minilora.spec.multi_adapter import (
+    Adapter,
+    combine,
+    combine_linear,
+    combine_svd,
+    dare,
+    multi_linear,
+    ties,
+    trim,
+)
 from minilora.spec.ops import IGNORED
 from minilora.spec.optim import run
 from minilora.spec.variants import DORA, LORA_BIAS
@@ -144,12 +153,31 @@ class Minilora:
         self, adapters: Sequence[Mapping[str, Any]], weights: Sequence[float], **settings: Any
     ) -> Array:
         """Σ w s B A, or with ``combination_type="svd"`` the best change of rank ``svd_rank``."""
-        if unknown := settings.keys() - {"combination_type", "svd_rank"}:
+        if unknown := settings.keys() - {"combination_type", "svd_rank", "density"}:
             raise NotImplementedError(f"no settings {', '.join(sorted(unknown))}")
         dtype = adapters[0]["A"].dtype
-        A, B = combine([_triple(adapter) for adapter in adapters], weights)
-        change: Array = B @ A
-        if settings.get("combination_type") == "svd":
+        triples = [_triple(adapter) for adapter in adapters]
+        kind = settings.get("combination_type", "cat")
+        way, is_svd = kind.removesuffix("_svd"), kind.endswith("svd")
+        if kind in ("cat", "svd"):
+            A, B = combine(triples, weights)
+            change: Array = B @ A
+        elif way == "linear" and not is_svd:
+            A, B = combine_linear(triples, weights)
+            change = B @ A
+        elif is_svd:
+            changes = [s * (B @ A) for A, B, s in triples]
+            change = _combined_arrays(way, changes, weights, settings["density"])
+        else:
+            products = [w * s for w, (_, _, s) in zip(weights, triples, strict=True)]
+            roots = [abs(p) ** 0.5 for p in products]
+            signed = [-root if p < 0 else root for p, root in zip(products, roots, strict=True)]
+            A, B = (
+                _combined_arrays(way, [t[i] for t in triples], w, settings["density"])
+                for i, w in enumerate((signed, roots))
+            )
+            change = B @ A
+        if is_svd:
             A, B, _ = combine_svd([change], [1.0], settings["svd_rank"])
             change = B @ A
         return change.astype(dtype)
@@ -405,6 +433,11 @@ class MiniloraSession:
         """Puts another adapter in its place."""
         self.layer = self.layer.swap(name, self._without_rate(name, adapter))
 
+    def combine(self, name: str, names: Sequence[str], weights: Sequence[float]) -> None:
+        """Adds the weighted sum of other adapters."""
+        self.layer = self.layer.combine(name, names, weights)
+        self.rates[name] = 0.0
+
     def _without_rate(self, name: str, adapter: Mapping[str, Any]) -> dict[str, Any]:
         """The adapter in float32 at least, after its rate of dropout is held."""
         entries = _wide_entries(adapter)
@@ -516,6 +549,23 @@ def _wide_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
         else value
         for key, value in entries.items()
     }
+
+
+def _combined_arrays(
+    way: str, arrays: Sequence[Array], weights: Sequence[float], density: float
+) -> Array:
+    """TIES, DARE or magnitude pruning of arrays."""
+    if way in ("dare_linear", "dare_ties"):
+        kept = [(np.random.default_rng().random(D.shape) < density).astype(D.dtype) for D in arrays]
+        arrays = [dare(D, keep, 1 - density) for D, keep in zip(arrays, kept, strict=True)]
+        density = 1
+    if way in ("ties", "dare_ties"):
+        return ties(arrays, weights, density)
+    if way not in ("magnitude_prune", "dare_linear"):
+        raise NotImplementedError(f"no combination {way!r}")
+    terms = [w * trim(D, density) for w, D in zip(weights, arrays, strict=True)]
+    total: Array = np.sum(terms, axis=0)
+    return total
 
 
 def flat(adapter: Mapping[str, Any], path: str = "") -> dict[str, Any]:

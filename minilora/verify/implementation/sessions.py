@@ -15,7 +15,7 @@ import numpy as np
 
 from minilora.spec.layers import fuse
 from minilora.spec.lora import Variant, scale, sum_gradients, twin
-from minilora.spec.multi_adapter import AdaptedLayer, Adapter
+from minilora.spec.multi_adapter import AdaptedLayer, Adapter, combine
 from minilora.spec.ops import Back, OneHot, linear
 from minilora.spec.variants import DORA, LORA_BIAS
 
@@ -169,6 +169,16 @@ class LayerState:
         """With another adapter under this name, active and merged as it was; its factor is 1."""
         self._require(name)
         return self._swapped(name, adapter, self._adapters(adapter))
+
+    def combine(self, name: str, names: Sequence[str], weights: Sequence[float]) -> LayerState:
+        """With one more adapter, not active: the weighted sum of others' changes, of their ranks."""
+        self._require(*names)
+        triples = [
+            (one.parts[0], one.parts[1], one.s)
+            for one in (self._adapters(self.adapters[each])[""] for each in names)
+        ]
+        A, B = combine(triples, weights)
+        return self.add(name, {"A": A, "B": B, "r": len(A), "alpha": float(len(A))})
 
     def _swapped(self, name: str, adapter: Entries, brought: Mapping[str, Adapter]) -> LayerState:
         states = {}

@@ -189,6 +189,89 @@ COMBINE: Table = {
          "iterations",
          {"(U[:, :rank] * sigma[:rank]) @ Vt[:rank]": "projected(change, rank)"}),
     ],
+    "combine.cat": [
+        ("cat-unweighted", "Σ s B A where the concatenation is asked for by its name",
+         {"# combine": 'w = [1.0] * len(w) if settings.get("combination_type") == "cat" else w'}),
+    ],
+    "combine.many": [
+        ("eight-adapters", "the first eight adapters alone",
+         {"# combine": "w = w[:8] + [0.0] * (len(w) - 8)"}),
+    ],
+    "combine.linear": [
+        ("linear-sum", "Σ w s B A where the linear combination is asked for",
+         {'kind in ("cat", "svd")': 'kind in ("cat", "svd", "linear")'}),
+        ("linear-signs", "the sign of w s on both factors, where it is lost",
+         {"# factors": 'of_B = of_A if kind == "linear" else of_B'}, "peft 3004"),
+        ("linear-weighted-A", "w s on A, and B without",
+         {"# factors":
+              'of_A, of_B = (products, products**0) if kind == "linear" else (of_A, of_B)'}),
+        ("linear-unscaled", "the linear combination without s",
+         {"# factors":
+              'root = np.sqrt(np.abs(w)); of_A, of_B = (np.sign(w) * root, root) if kind == '
+              '"linear" else (of_A, of_B)'}),
+    ],
+    "combine.ties": [
+        ("ties-not-trimmed", "TIES without trimming",
+         {"# trim": 'count = D[0].size if kind == "ties" else count'}),
+        ("ties-mean-of-all", "TIES: the mean over all adapters, agreeing or not",
+         {"np.maximum(agree.sum(0), 1)": "len(D)"}),
+        ("ties-sum", "TIES: the sum of the entries that agree, and no mean",
+         {"np.maximum(agree.sum(0), 1)": "1"}),
+        ("ties-all-signs", "TIES elects no sign",
+         {"agree = np.sign(D) == elected": "agree = D != 0"}),
+        ("ties-other-signs", "TIES keeps what disagrees with the elected sign",
+         {"agree = np.sign(D) == elected": "agree = np.sign(D) == -elected"}),
+        ("ties-weights-elect", "TIES elects with the weights applied",
+         {"np.where(D.sum(0) >= 0, 1, -1)": "np.where((v * D).sum(0) >= 0, 1, -1)"}),
+    ],
+    "combine.magnitude-prune": [
+        ("prune-least", "magnitude pruning keeps the smallest entries",
+         {"abs(D) >= least": 'abs(D) < least if kind == "magnitude_prune" else abs(D) >= least'}),
+        ("prune-divided", "magnitude pruning divides by the density",
+         {"# trim": 'D = D / density if kind == "magnitude_prune" else D'}),
+        ("prune-per-row", "magnitude pruning keeps half of each row",
+         {"# trim":
+              'if kind == "magnitude_prune": return (v * D * (abs(D) >= np.median(abs(D), axis=2, '
+              "keepdims=True))).sum(0)"}),
+    ],
+    "combine.dare-linear": [
+        ("dare-mean", "the mean of adapters for DARE's sum",
+         {"# dare": 'v = v / len(D) if kind == "dare_linear" else v'}),
+    ],
+    "combine.dare-ties": [
+        ("dare-no-ties", "DARE with TIES elects no sign",
+         {'kind.endswith("ties")': 'kind == "ties"'}),
+    ],
+    "combine.ties-svd": [
+        ("ties-unscaled", "TIES of the changes without s",
+         {"# changes":
+              'changes = [product(a) for a in adapters] if kind == "ties_svd" else changes'}),
+    ],
+    "combine.magnitude-prune-svd": [
+        ("prune-after", "magnitude pruning of the sum, and not of each change",
+         {"# changes":
+              'total = sum(wi * D for D, wi in zip(changes, w)); changes, w = ([total], [1.0]) if '
+              'kind == "magnitude_prune_svd" else (changes, w)'}),
+    ],
+    "combine.dare-linear-svd": [
+        ("dare-unweighted", "DARE of the changes without the weights",
+         {"# changes": 'w = [1.0] * len(w) if kind == "dare_linear_svd" else w'}),
+    ],
+    "combine.dare-ties-svd": [
+        ("dare-ties-unweighted", "DARE with TIES of the changes without the weights",
+         {"# changes": 'w = [1.0] * len(w) if kind == "dare_ties_svd" else w'}),
+    ],
+    "combine.dare-by-chance": [
+        ("dare-not-divided", "what DARE keeps is not divided by the density",
+         {"(rng.random(D.shape) < density) / density": "(rng.random(D.shape) < density)"}),
+        ("dare-turned", "DARE drops with the density's probability",
+         {"rng.random(D.shape) < density": "rng.random(D.shape) >= density"}),
+        ("dare-fixed", "DARE's mask is always the same",
+         {"# dare": "rng = np.random.default_rng(0)"}),
+        ("dare-one-mask", "DARE has one mask for all adapters",
+         {"rng.random(D.shape)": "rng.random(D[:1].shape)"}),
+        ("dare-none", "DARE keeps everything", {"# dare": "density = 1"}),
+    ],
 }
 MULTI: Table = {
     "multi.forward": [

@@ -159,6 +159,19 @@ SESSIONS: Table = {
               "norm = sum((g * g).sum() for k, g in gradients.items() if '.' in k) ** 0.5; "
               "gradients = {k: g / max(1, norm) for k, g in gradients.items()}"}),
     ],
+    "lifecycle.combine": [
+        ("combine-first", "combining scales the B of the first adapter itself",
+         {"# combined":
+              'self.known[names[0]] = {**others[0], "B": weights[0] * others[0]["B"]}'}),
+        ("combine-active", "a combined adapter is active at once",
+         {"# combined": "self.active.append(name)"}),
+        ("combine-shared", "deleting an adapter empties what it was combined to",
+         {"# after deleting":
+              'for key in self.known if "four" in self.known else []: self.known[key] = '
+              '{**self.known[key], "B": 0 * self.known[key]["B"]}'}),
+        ("combine-unscaled", "adapters are combined without s",
+         {"s = [w * self.maths.scale(**self.bare(a)) for": "s = [w for"}),
+    ],
     "lifecycle.step-several": [
         ("step-first", "a step of training changes the first active adapter alone",
          {"Session: # before stepping":

@@ -106,7 +106,7 @@ _FAST_PATH = (
 _KNOWN = TRANSFORMERS | {
     f"combine.{check}:*": reason
     for checks, reason in (
-        (("weighted", "order", "svd"), _COMBINED_SCALE),
+        (("weighted", "order", "svd", "cat", "many"), _COMBINED_SCALE),
         (("single", "zero-weight", "split-weight"), f"{_COMBINED_SCALE}; {_FLOAT32_WEIGHTS}"),
     )
     for check in checks

@@ -93,6 +93,16 @@ class Session:
         self.known[name], self.factor[name] = adapter, 1.0
         # after adding
 
+    def combine(self, name: str, names: Sequence[str], weights: Sequence[float]) -> None:
+        """One more adapter: the weighted sum of others, their A stacked, their B side by side."""
+        self.require(*names)
+        others = [self.known[each] for each in names]
+        s = [w * self.maths.scale(**self.bare(a)) for a, w in zip(others, weights, strict=True)]
+        A = np.concatenate([a["A"] for a in others])
+        B = np.concatenate([f * a["B"] for a, f in zip(others, s, strict=True)], 1)
+        # combined
+        self.add(name, {"A": A, "B": B.astype(A.dtype), "r": len(A), "alpha": len(A)})
+
     def replace(self, name: str, adapter: Mapping[str, Any]) -> None:
         """Another adapter; what is merged is exchanged."""
         self.require(name)

@@ -146,13 +146,47 @@ class Linear:
         """Σ w s B A, or the nearest change of a rank."""
         w, dtype = list(weights), adapters[0]["A"].dtype
         # combine
-        change = self.weighted(adapters, w)
-        if settings.get("combination_type") == "svd":
+        kind = settings.get("combination_type", "cat")
+        if kind in ("cat", "svd"):
+            change = self.weighted(adapters, w)
+        elif kind.endswith("svd"):
+            changes = [self.delta(one) for one in adapters]
+            # changes
+            change = self.merged(kind.removesuffix("_svd"), changes, w, settings["density"])
+        else:
+            products = np.array([wi * self.scale(**a) for a, wi in zip(adapters, w, strict=True)])
+            of_B = abs(products) ** 0.5
+            of_A = np.sign(products) * of_B
+            # factors
+            A = self.merged(kind, [wide(a["A"]) for a in adapters], of_A, settings.get("density"))
+            B = self.merged(kind, [wide(a["B"]) for a in adapters], of_B, settings.get("density"))
+            change = B @ A
+        if kind.endswith("svd"):
             U, sigma, Vt = np.linalg.svd(change.astype(np.float64), full_matrices=False)
             rank = settings["svd_rank"]
             change = (U[:, :rank] * sigma[:rank]) @ Vt[:rank]
         answer: Array = change.astype(dtype)
         return answer
+
+    def merged(self, kind: str, arrays: Sequence[Array], w: Any, density: Any) -> Any:
+        """Arrays in one: linearly, or trimmed, drawn by chance, with elected signs."""
+        D, v = np.stack(arrays), np.array(w)[:, None, None]
+        # merged arrays
+        if kind.startswith("dare"):
+            rng = self.memory.setdefault("dare", np.random.default_rng(0))
+            # dare
+            D = D * (rng.random(D.shape) < density) / density
+        elif kind != "linear":
+            count = round(density * D[0].size)
+            # trim
+            least = np.sort(abs(D).reshape(len(D), -1), axis=1)[:, -count, None, None]
+            D = D * (abs(D) >= least)
+        if kind.endswith("ties"):
+            elected = np.where(D.sum(0) >= 0, 1, -1)
+            # elected
+            agree = np.sign(D) == elected
+            return (v * D * agree).sum(0) / np.maximum(agree.sum(0), 1)
+        return (v * D).sum(0)
 
     def multi_adapter(
         self, x: Array, W: Array, adapters: Sequence[Mapping[str, Any]], index: Array

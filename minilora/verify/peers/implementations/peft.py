@@ -47,7 +47,9 @@ class Peft(Inference, Names, LinearLayer):
     ) -> np.ndarray:
         """The change of add_weighted_adapter, by concatenation unless another way is asked for."""
         kind = {"combination_type": "cat"} | settings
-        refuse_settings("the peft peer", sorted(kind.keys() - {"combination_type", "svd_rank"}))
+        refuse_settings(
+            "the peft peer", sorted(kind.keys() - {"combination_type", "svd_rank", "density"})
+        )
         A, B = adapters[0]["A"], adapters[0]["B"]
         model, layer = self._with_adapters(np.zeros((len(B), A.shape[1]), A.dtype), adapters)
         names = [f"a{i}" for i in range(len(adapters))]

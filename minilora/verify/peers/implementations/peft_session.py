@@ -148,6 +148,12 @@ class PeftSession:
         }
         hotswap_adapter_from_state_dict(self._model, state, name, self._config(adapter))
 
+    def combine(self, name: str, names: Sequence[str], weights: Sequence[float]) -> None:
+        """add_weighted_adapter, by concatenation."""
+        self._model.base_model.add_weighted_adapter(
+            list(names), list(weights), name, combination_type="cat"
+        )
+
     def activate(self, names: Sequence[str]) -> None:
         """set_adapter of the base model, which takes several; none disables."""
         if names:
