@@ -171,7 +171,7 @@ class LayerState:
         return self._swapped(name, adapter, self._adapters(adapter))
 
     def combine(self, name: str, names: Sequence[str], weights: Sequence[float]) -> LayerState:
-        """With one more adapter, not active: the weighted sum of others' changes, of their ranks."""
+        """With one more adapter, not active: the weighted sum of the changes of others."""
         self._require(*names)
         triples = [
             (one.parts[0], one.parts[1], one.s)

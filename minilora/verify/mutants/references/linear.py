@@ -171,7 +171,7 @@ class Linear:
     def merged(self, kind: str, arrays: Sequence[Array], w: Any, density: Any) -> Any:
         """Arrays in one: linearly, or trimmed, drawn by chance, with elected signs."""
         D, v = np.stack(arrays), np.array(w)[:, None, None]
-        # merged arrays
+        # stacked
         if kind.startswith("dare"):
             rng = self.memory.setdefault("dare", np.random.default_rng(0))
             # dare
