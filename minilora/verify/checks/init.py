@@ -15,6 +15,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from minilora.spec.lora import scale
+from minilora.verify.checks.init_starts import CHECKS as FRESH
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.errors import Skip
 from minilora.verify.core.inputs import long
@@ -400,6 +401,10 @@ _CHECKS: tuple[Check, ...] = (
         for kind, title in SPLITS.items()
     ),
     _law(orthogonal, _cases_of_wide_dtypes),
+    *(
+        Check(f"init.{name}", "init", ("init",), law, run, _cases_of_wide_dtypes)
+        for name, (law, run) in FRESH.items()
+    ),
 )
 
 LEVEL = Level("init", _CHECKS, laws=("reproducible",), relations=("reproducible",))

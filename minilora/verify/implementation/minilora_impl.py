@@ -27,7 +27,15 @@ from minilora.io.formats.peft import (
     write_adapter,
 )
 from minilora.spec.initialization import INITIALIZATIONS, draw_dropout, input_shapes
-from minilora.spec.lora import LORA, TrainableSpec, Variant, Weights, merge, scale
+from minilora.spec.lora import (
+    LORA,
+    TrainableSpec,
+    Variant,
+    Weights,
+    merge,
+    merge_weight,
+    scale,
+)
 from minilora.spec.models import Batch, Config, logits, loss, shifted_labels
 from minilora.spec.multi_adapter import (
     Adapter,
@@ -42,6 +50,7 @@ from minilora.spec.multi_adapter import (
 from minilora.spec.ops import IGNORED
 from minilora.spec.optim import run
 from minilora.spec.variants import DORA, LORA_BIAS
+from minilora.spec.variants.dora import row_norm
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.implementation import modules
 from minilora.verify.implementation.sessions import LayerState
@@ -299,16 +308,24 @@ class Minilora:
         alpha: float,
         seed: int,
         use_rslora: bool = False,
+        use_dora: bool = False,
+        lora_bias: bool = False,
+        fan_in_fan_out: bool = False,
         **settings: Any,
     ) -> dict[str, Array]:
-        """The initial A and B, and the base weight beside them."""
+        """The initial A and B, the base weight beside them, and what a variant has besides."""
         name = settings.pop("init_lora_weights", True)
         name = "kaiming" if name is True else name
         if settings or name not in INITIALIZATIONS:
             raise NotImplementedError(f"no initialization {name!r}, no settings {sorted(settings)}")
         rng, s = np.random.default_rng(seed), scale(alpha, r, use_rslora)
         base, A, B = INITIALIZATIONS[name].start(rng, _wide(W), r, s)
-        return {key: array.astype(W.dtype) for key, array in (("A", A), ("B", B), ("W", base))}
+        answer = {"A": A, "B": B, "W": base}
+        if use_dora:
+            answer["magnitude"] = row_norm(merge_weight(base, A, B, s))[0][:, 0]
+        if lora_bias:
+            answer["lora_bias"] = np.zeros(len(W))
+        return {key: array.astype(W.dtype) for key, array in answer.items()}
 
     def module(
         self,

@@ -182,6 +182,43 @@ PARTS: Table = {
          {"np.linalg.qr(rng.standard_normal((r, r)))": "rng.standard_normal((r, r)), None"}),
     ],
 }
+FRESH: Table = {
+    "init.fresh": [
+        ("magnitude-one", "DoRA's magnitude starts at 1", {"# variants": "norm = np.ones(m)"}),
+        ("magnitude-columns", "DoRA's magnitude has the norms of columns where m = n",
+         {"# variants": "norm = (V**2).sum(0) ** 0.5 if m == n else norm"}, "peft 2348"),
+        ("magnitude-squared", "DoRA's magnitude has squared norms",
+         {"# variants": "norm = norm**2"}),
+        ("magnitude-conv1d", "DoRA's magnitude has the columns' norms where W is stored (in, out)",
+         {"# variants":
+              "norm = np.resize((V**2).sum(0) ** 0.5, m) if fan_in_fan_out else norm"}),
+        ("bias-drawn", "the bias of B is drawn at random",
+         {"# variants": "c = rng.uniform(-1, 1, m)"}),
+        ("fan-out-conv1d", "fan-out for fan-in where W is stored (in, out)",
+         {"# start":
+              "A = A * (n / m) ** 0.5 if fan_in_fan_out and kind is True else A"}),
+    ],
+    "init.fresh.gaussian": [
+        ("gaussian-B-dora", "B is not 0 with the gaussian initialization and DoRA",
+         {"# variants": 'B = B + 0.01 if use_dora and kind == "gaussian" else B'}),
+    ],
+    "init.fresh.orthogonal": [
+        ("orthogonal-B-rslora", "B A ≠ 0 with the orthogonal initialization and rsLoRA",
+         {"# variants":
+              'A = rng.standard_normal((r, n)) if use_rslora and kind == "orthogonal" else A'}),
+    ],
+    "init.fresh.pissa": [
+        ("pissa-magnitude", "DoRA's magnitude is the norm of the rest W - s B A with PiSSA",
+         {"# variants":
+              'norm = (np.asarray(beside) ** 2).sum(1) ** 0.5 if kind == "pissa" else norm'}),
+        ("pissa-conv1d", "W' = W with PiSSA where W is stored (in, out)",
+         {"# start": 'beside = wide if fan_in_fan_out and kind == "pissa" else beside'}),
+    ],
+    "init.fresh.olora": [
+        ("olora-conv1d", "W' = W with OLoRA where W is stored (in, out)",
+         {"# start": 'beside = wide if fan_in_fan_out and kind == "olora" else beside'}),
+    ],
+}
 SAME: Same = [
     ("plain", "the reference: another generator", {}),
     ("kaiming", "kaiming with a = √5, √(6 / ((1 + a²) n))",
@@ -204,5 +241,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *mutants(INITIALIZATION, "INIT", GAUSSIAN),
     *mutants(INITIALIZATION, "INIT", SEEDS),
     *mutants(INITIALIZATION, "INIT", PARTS),
+    *mutants(INITIALIZATION, "INIT", FRESH),
     *equivalents(INITIALIZATION, "init", SAME),
 )

@@ -103,6 +103,11 @@ _FAST_PATH = (
     "evaluation, and the layer that PEFT puts there shows it the base's"
 )
 
+_OLORA_STORED = (
+    "olora_init (tuners/lora/layer.py) factors the weight as it is stored: of a Conv1D, which has "
+    "(in, out), A and B get each other's sides, and the first forward fails"
+)
+
 _KNOWN = TRANSFORMERS | {
     f"combine.{check}:*": reason
     for checks, reason in (
@@ -114,6 +119,8 @@ _KNOWN = TRANSFORMERS | {
 _KNOWN |= {
     "variants.dora.unbatched*": VECTOR,
     "init.orthogonal:float64": _FLOAT32_START,
+    "init.fresh.orthogonal:float64": _FLOAT32_START,
+    "init.fresh.olora:float32": _OLORA_STORED,
     "optimizer.cosine-schedule.past-end:*": _COSINE_RISES,
     "variants.dora.vjp*:bfloat16": _BIAS_THRICE,
     "variants.dora.vjp*:float16": _BIAS_THRICE,

@@ -19,6 +19,9 @@ class Initialization(Linear):
         alpha: float,
         seed: int,
         use_rslora: bool = False,
+        use_dora: bool = False,
+        lora_bias: bool = False,
+        fan_in_fan_out: bool = False,
         init_lora_weights: Any = True,
         **settings: Any,
     ) -> dict[str, Array]:
@@ -55,6 +58,11 @@ class Initialization(Linear):
             B = np.zeros((m, r))
             # LoRA
         # start
-        return {
-            name: array.astype(W.dtype) for name, array in zip("ABW", (A, B, beside), strict=True)
-        }
+        V = np.asarray(beside, np.float64) + s * (B @ A)
+        norm = (V**2).sum(1) ** 0.5
+        c = np.zeros(m)
+        # variants
+        answer = {"A": A, "B": B, "W": beside}
+        answer |= {"magnitude": norm} if use_dora else {}
+        answer |= {"lora_bias": c} if lora_bias else {}
+        return {name: array.astype(W.dtype) for name, array in answer.items()}

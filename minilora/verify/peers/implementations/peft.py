@@ -14,7 +14,7 @@ from peft.optimizers import create_loraplus_optimizer
 from safetensors import safe_open
 
 from minilora.verify.peers._peft import LinearLayer, without_deprecation
-from minilora.verify.peers._torch import fill, plain_number, to_numpy, to_torch
+from minilora.verify.peers._torch import plain_number, to_numpy, to_torch
 from minilora.verify.peers._transformers import (
     OPTIMIZERS,
     enable_checkpointing,
@@ -71,15 +71,16 @@ class Peft(Inference, Names, LinearLayer):
         self, W: np.ndarray, *, r: int, alpha: float, seed: int, **settings: Any
     ) -> dict[str, np.ndarray]:
         """A, B and the base's weight after get_peft_model, from torch's generator."""
-        refuse_settings(
-            "the peft peer", sorted(settings.keys() - {"init_lora_weights", "use_rslora"})
-        )
-        m, n = W.shape
-        linear = torch.nn.Linear(n, m, bias=False).to(to_torch(W).dtype)
-        fill(linear.weight, to_torch(W))
-        config = peft.LoraConfig(
-            r=r, lora_alpha=plain_number(alpha), target_modules=["0"], **settings
-        )
+        known = {"init_lora_weights", "use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"}
+        refuse_settings("the peft peer", sorted(settings.keys() - known))
+        linear = self._frozen(W, "lora_bias" in settings, settings.get("fan_in_fan_out", False))
+        self._hold(linear, W)
+        try:
+            config = peft.LoraConfig(
+                r=r, lora_alpha=plain_number(alpha), target_modules=["0"], **settings
+            )
+        except ValueError as refused:  # a bias of B goes with one start alone
+            raise NotImplementedError(str(refused)) from refused
         torch.manual_seed(seed)
         try:
             model = peft.get_peft_model(
@@ -88,10 +89,12 @@ class Peft(Inference, Names, LinearLayer):
         except TypeError as refused:  # PiSSA and OLoRA take no float64
             raise NotImplementedError(str(refused)) from refused
         layer = model.get_submodule("base_model.model.0")
-        factors = {"A": layer.lora_A, "B": layer.lora_B}
-        return {"W": self._weight(layer)} | {
-            name: to_numpy(factor["default"].weight) for name, factor in factors.items()
-        }
+        parts = {"A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight}
+        if settings.get("use_dora"):
+            parts["magnitude"] = layer.lora_magnitude_vector["default"].weight
+        if settings.get("lora_bias"):
+            parts["lora_bias"] = layer.lora_B["default"].bias
+        return {"W": self._weight(layer)} | {name: to_numpy(p) for name, p in parts.items()}
 
     def model_loss(
         self, model_dir: str | Path, adapter_dir: str | Path, batch: Mapping[str, np.ndarray]
