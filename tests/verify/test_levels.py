@@ -403,6 +403,22 @@ def test_what_a_layer_refuses_is_said():
         layer.merge()
 
 
+class WeightAlone(Minilora):
+    """A merge that answers the weight alone, as one without a bias does."""
+
+    def merge(self, W, A, B, *, bias=None, **options):
+        return super().merge(W, A, B, **options)
+
+
+@pytest.mark.parametrize("id", ["merge.bias", "merge.bias-of-B"])
+def test_a_merge_may_answer_the_weight_alone_and_it_is_said(id):
+    both, alone = (check(it(), case=f"{id}:float32:2") for it in (Minilora, WeightAlone))
+    assert both.results[0].status == alone.results[0].status == "pass"
+    said = "merge answers no bias where there is one: it is not judged"
+    assert said in alone.notes
+    assert said not in both.notes
+
+
 def test_a_micro_batch_in_which_no_label_counts_is_worth_nothing(tmp_path):
     of, steps = train.draw_case("gradient-accumulation", 0, 0)
     folders = tuple(map(str, of.write(tmp_path, "float64")))

@@ -264,6 +264,12 @@ def bad(m):
         merge(driver, 1)
 
 
+def test_a_driver_may_answer_the_merged_bias_beside_the_weight():
+    W, b = np.ones((2, 3)), np.ones(2)
+    assert as_answer("merge", {"W_merged": W}) is W
+    assert as_answer("merge", {"W_merged": W, "bias": b}) == (W, b)
+
+
 def test_a_skip_is_counted_as_skipped_with_its_reason(tiny):
     url = "https://example.org/7"
     body = f"def run(m):\n    say(m['seq'], skipped={{'reason': 'later', 'issue_url': '{url}'}})"

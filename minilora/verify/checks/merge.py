@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.spec.variants import merge_lora_bias
 from minilora.verify.checks.linear import WORDS, forward
 from minilora.verify.core import inputs
 from minilora.verify.core.inputs import (
@@ -23,7 +24,7 @@ from minilora.verify.core.inputs import (
 from minilora.verify.core.layer_axes import WEIGHT, draw_combination, rows_of
 from minilora.verify.core.level import VECTOR_SHAPES, VECTOR_SIZES, Level
 from minilora.verify.core.shrinking import Difference, search
-from minilora.verify.core.tolerance import digits, unit_roundoff
+from minilora.verify.core.tolerance import Rounding, Uncertain, digits, unit_roundoff
 from minilora.verify.core.types import BOUND, Case, Check, Comparison, counter
 from minilora.verify.implementation.guard import GuardedImplementation
 
@@ -168,6 +169,52 @@ def unmerge_difference(
     return ("unmerged W", W, layer.W) if (W != layer.W).any() else None
 
 
+def merged_with_bias(
+    subject: GuardedImplementation, layer: Layer, dtype: str, **settings: Any
+) -> tuple[Array, Array | None]:
+    """The merged weight and bias; None where the implementation answers the weight alone."""
+    arrays = layer.W, layer.A, layer.B
+    options = layer.merge_options() | {"bias": layer.bias} | settings
+    answer = subject.call("merge", *arrays, **options)
+    W, b = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, None)
+    W = subject.answer(W, "merged W", layer.W.shape, dtype)
+    if b is None:
+        subject.remark("merge answers no bias where there is one: it is not judged")
+        return W, None
+    return W, subject.answer(b, "merged bias", (len(W),), dtype)
+
+
+def _with_bias(of_B: bool) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
+    """W', and b' = b + s c, where c is the bias of B, or 0."""
+
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+        more: dict[str, Any] = {
+            "use_rslora": case.number // 2 % 2 > 0,
+            "fan_in_fan_out": case.number % 3 > 1,
+        }
+        more = subject.fixed.fitting(case.check, {name: True for name in more if more[name]})
+        layer, exact = draw_layer(case, bias=True, **more)
+        bias: Any = layer.bias
+        c = case.rng().integers(-2, 3, len(bias)).astype(bias.dtype) if of_B else 0 * bias
+        W, b = merged_with_bias(subject, layer, case.dtype, **({"lora_bias": c} if of_B else {}))
+        precision = subject.precision(case.dtype)
+        sigma = None if exact else sigma_merge(layer, precision)
+        yield Comparison("merged W", W, wanted_merge(layer), sigma)
+        if b is not None:
+            rounding = Rounding(precision)
+
+            def shifted(number: Callable[[Array], Any]) -> Any:
+                W, b, A, B, of_B = map(number, (layer.W, bias, layer.A, layer.B, c))
+                return merge_lora_bias(W, b, A, B, of_B, layer.s)[1]
+
+            of: Any = shifted(lambda array: Uncertain(array, 0.0, rounding))
+            yield Comparison(
+                "merged bias", b, shifted(long), of.sigma if of_B and not exact else None
+            )
+
+    return run
+
+
 def _law(run: Any, needs: tuple[str, ...], share: float) -> Check:
     title = (run.__doc__ or "").splitlines()[0]
     name = run.__name__.removesuffix("_of_merged").replace("_", "-")
@@ -211,6 +258,17 @@ def _unmerge_check(kind: str) -> Check:
     )
 
 
+BIASES = {
+    "bias": "Merging leaves the layer's bias as it is.",
+    "bias-of-B": "Merging adds s c to the layer's bias, where c is the bias of B.",
+}
+
+
+def _bias_check(id: str) -> Check:
+    run = _with_bias(id == "bias-of-B")
+    return Check(f"merge.{id}", "merge", ("merge",), BIASES[id], run, counter(CASES, 0.25))
+
+
 _CHECKS: tuple[Check, ...] = (
     *(_weight_check(kind) for kind in KINDS),
     _law(forward_of_merged, ("merge", "lora_linear"), 0.5),
@@ -218,12 +276,13 @@ _CHECKS: tuple[Check, ...] = (
     _law(zero_B, ("merge",), 0.25),
     _law(negative, ("merge",), 0.25),
     *(_unmerge_check(kind) for kind in KINDS),
+    *(_bias_check(id) for id in BIASES),
 )
 
 LEVEL = Level(
     "merge",
     _CHECKS,
-    answers=("weight*", "unmerge*"),
+    answers=("weight*", "unmerge*", "bias*"),
     relations=("negative",),
     quick_dtypes=True,
     vectors={

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 METHODS: dict[str, str] = {
     "lora_linear": "x, W, A, B, *, alpha, r, bias=None, keep=None, p=0.0, **settings",
     "lora_linear_vjp": "x, W, A, B, dy, *, alpha, r, bias=None, keep=None, p=0.0, **settings",
-    "merge": "W, A, B, *, alpha, r, **settings",
+    "merge": "W, A, B, *, alpha, r, bias=None, **settings",
     "unmerge": "W_merged, A, B, *, alpha, r, **settings",
     "combine": "adapters, weights, **settings",
     "multi_adapter": "x, W, adapters, index",

@@ -94,6 +94,8 @@ def as_answer(method: str, arrays: dict[str, np.ndarray]) -> Any:
         if name not in arrays:
             names = tidy(", ".join(map(repr, sorted(arrays)))) or "nothing"
             raise Fault("missing", f"the file 'out' has no {name!r}; it has {names}")
+        if method == "merge" and "bias" in arrays:
+            return arrays[name], arrays["bias"]
         return arrays[name]
     if method == "model_loss":
         return _with_gradients(arrays)

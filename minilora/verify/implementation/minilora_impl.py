@@ -144,19 +144,23 @@ class Minilora:
         *,
         alpha: float,
         r: int,
+        bias: Array | None = None,
         use_rslora: bool = False,
         fan_in_fan_out: bool = False,
         **settings: Any,
-    ) -> Array:
-        """W' = W + s B A, or its variant's."""
+    ) -> Any:
+        """W' = W + s B A, or its variant's; with a bias (W', b')."""
         s = scale(alpha, r, use_rslora)
         variant, parts = _variant(settings)
-        merged, _ = variant.merge(_wide(W), None, _wide(A), _wide(B), *parts.values(), s)
-        return merged.astype(W.dtype)
+        b = None if bias is None else _wide(bias)[:, None]
+        merged, b = variant.merge(_wide(W), b, _wide(A), _wide(B), *parts.values(), s)
+        W_merged = merged.astype(W.dtype)
+        return W_merged if bias is None or b is None else (W_merged, b[:, 0].astype(W.dtype))
 
     def unmerge(self, W_merged: Array, A: Array, B: Array, **options: Any) -> Array:
         """W' - s B A. (`minilora.unmerge` keeps the original instead, and gives back its bits.)"""
-        return self.merge(W_merged, A, -B, **options)
+        W: Array = self.merge(W_merged, A, -B, **options)
+        return W
 
     def combine(
         self, adapters: Sequence[Mapping[str, Any]], weights: Sequence[float], **settings: Any

@@ -100,6 +100,21 @@ MERGE: Table = {
          {"# merged": "merged = coarse(W, dtype) + delta"}),
         ("W-quantized", "W rounded to 8 bits", {"# merged": "merged = quantized(W) + delta"}),
     ],
+    "merge.bias": [
+        ("bias-lost", "a bias of 0 after merging", {"# both": "shifted = 0 * shifted"}),
+        ("bias-scaled", "s b for b after merging", {"# bias": "b = b * s"}),
+        ("bias-negligible", "the bias rounded to half of the dtype's digits",
+         {"# bias": "b = coarse(b, dtype)"}),
+    ],
+    "merge.bias-of-B": [
+        ("bias-of-B-lost", "b for b + s c after merging",
+         {"b = b if c is None else b + s * c": ""}),
+        ("bias-of-B-unscaled", "b + c for b + s c after merging",
+         {"else b + s * c": "else b + c"}),
+        ("bias-of-B-without-rslora", "b + α/r c where α/√r was asked",
+         {"else b + s * c": "else b + alpha / r * c"}),
+        ("bias-of-B-alone", "s c for b + s c after merging", {"else b + s * c": "else s * c"}),
+    ],
     "merge.negative": [
         ("absolute", "W + |s B A|", {"V = W + delta": "delta = abs(delta); V = W + delta"}),
     ],

@@ -64,12 +64,17 @@ def merged(
     use_dora: bool = False,
     magnitude: Tensor = None,
     lora_bias: Tensor = None,
+    bias: Tensor = None,
     **unknown: Any,
-) -> Tensor:
-    """W + s B A, with DoRA its rows rescaled; the bias c of B would be added to the layer's own."""
+) -> Any:
+    """W + s B A, with DoRA its rows rescaled; and b + s c where the layer has a bias b."""
     refuse(unknown)
-    V = W + scale(alpha=alpha, r=r, use_rslora=use_rslora) * B @ A
-    return V if magnitude is None else (magnitude / row_norms(V))[:, None] * V
+    s = scale(alpha=alpha, r=r, use_rslora=use_rslora)
+    V = W + s * B @ A
+    V = V if magnitude is None else (magnitude / row_norms(V))[:, None] * V
+    if bias is None:
+        return V
+    return V, bias if lora_bias is None else bias + s * lora_bias
 
 
 def refuse_dora(settings: Mapping[str, Any]) -> None:

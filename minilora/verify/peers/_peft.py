@@ -90,13 +90,15 @@ class Layer:
         answer |= {name: self._narrow(answer[name]) for name in ("dx", "dA")}
         return {"y": to_numpy(y)} | {name: to_numpy(g) for name, g in answer.items()}
 
-    def merge(self, W: np.ndarray, A: np.ndarray, B: np.ndarray, **settings: Any) -> np.ndarray:
-        """The weight after merge_adapter()."""
-        if "lora_bias" in settings:  # merging needs a bias to add it to
+    def merge(self, W: np.ndarray, A: np.ndarray, B: np.ndarray, **settings: Any) -> Any:
+        """The weight after merge_adapter(), and the bias where there is one."""
+        biased = "bias" in settings
+        if "lora_bias" in settings and not biased:  # merging needs a bias to add it to
             settings["bias"] = np.zeros_like(settings["lora_bias"])
         model, layer = self._adapted(W, A, B, **settings)
         model.merge_adapter()
-        return self._weight(layer)
+        W_merged = self._weight(layer)
+        return (W_merged, to_numpy(layer.get_base_layer().bias)) if biased else W_merged
 
     def unmerge(
         self, W_merged: np.ndarray, A: np.ndarray, B: np.ndarray, **settings: Any

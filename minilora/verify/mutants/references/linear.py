@@ -36,10 +36,19 @@ class Linear:
         answer = self.layer(W, A, B, x, dy, **options)
         return {name: array.astype(x.dtype) for name, array in answer.items()}
 
-    def merge(self, W: Array, A: Array, B: Array, **options: Any) -> Array:
-        """W + s B A."""
-        merged: Array = self.layer(W, A, B, **options)["merged"].astype(W.dtype)
+    def merge(self, W: Array, A: Array, B: Array, **options: Any) -> Any:
+        """W + s B A, and b + s c where there is a bias b."""
+        of = self.layer(W, A, B, **options)
+        merged: Array = of["merged"].astype(W.dtype)
+        if options.get("bias") is not None:
+            shifted = of["bias"].astype(W.dtype)
+            # both
+            return self.pair(merged, shifted)
         return merged
+
+    def pair(self, W: Array, b: Array) -> tuple[Array, Array]:
+        """The weight and the bias."""
+        return W, b
 
     def unmerge(self, W_merged: Array, A: Array, B: Array, **options: Any) -> Array:
         """W' - s B A."""
@@ -94,7 +103,9 @@ class Linear:
             merged = V * g[:, None] if dora else V
             unmerged = W - delta
             # merged
-            return {"merged": merged, "unmerged": unmerged, "delta": delta}
+            b = b if c is None else b + s * c
+            # bias
+            return {"merged": merged, "unmerged": unmerged, "delta": delta, "bias": b}
         h = x * K
         H = h @ A.T
         branch = s * (H @ B.T)

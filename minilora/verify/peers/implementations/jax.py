@@ -29,14 +29,16 @@ class Jax:
         """y and the gradients of ⟨dy, y⟩."""
         return dict(_arrays(_vjp, x=x, W=W, A=A, B=B, dy=dy, **settings))
 
-    def merge(self, W: Any, A: Any, B: Any, **settings: Any) -> np.ndarray:
-        """W + s B A, with DoRA its rows rescaled to the magnitude."""
-        return np.asarray(_arrays(_merged, W=W, A=A, B=B, **settings))
+    def merge(self, W: Any, A: Any, B: Any, **settings: Any) -> Any:
+        """W + s B A, with DoRA its rows rescaled to the magnitude; with a bias (W', b')."""
+        merged = _arrays(_merged, W=W, A=A, B=B, **settings)
+        return tuple(map(np.asarray, merged)) if isinstance(merged, tuple) else np.asarray(merged)
 
     def unmerge(self, W_merged: Any, A: Any, B: Any, **settings: Any) -> np.ndarray:
         """W' - s B A."""
         _formula.refuse_dora(settings)
-        return self.merge(W_merged, A, -B, **settings)
+        W: np.ndarray = self.merge(W_merged, A, -B, **settings)
+        return W
 
     def combine(
         self,

@@ -61,11 +61,11 @@ class Loralib:
             name: to_numpy(gradient) for name, gradient in zip(of, gradients, strict=True)
         }
 
-    def merge(self, W: np.ndarray, A: np.ndarray, B: np.ndarray, **settings: Any) -> np.ndarray:
+    def merge(self, W: np.ndarray, A: np.ndarray, B: np.ndarray, **settings: Any) -> Any:
         """The weight after eval(), which merges where the layer was built with merge_weights."""
         layer = _adapted(W, A, B, merge_weights=True, **settings)
         layer.eval()
-        return _weight(layer)
+        return _weight(layer) if layer.bias is None else (_weight(layer), to_numpy(layer.bias))
 
     def unmerge(
         self, W_merged: np.ndarray, A: np.ndarray, B: np.ndarray, **settings: Any

@@ -82,10 +82,12 @@ class MlxLm:
             model.eval()
             return _numpy(model(mx.array(input_ids)))
 
-    def merge(self, W: Any, A: Any, B: Any, **settings: Any) -> np.ndarray:
-        """The weight of the layer that fuse() gives."""
+    def merge(self, W: Any, A: Any, B: Any, **settings: Any) -> Any:
+        """The weight of the layer that fuse() gives, and its bias where there is one."""
         with _on_the_cpu(settings):
-            return _numpy(_adapted(W, A, B, **settings).fuse().weight)
+            fused = _adapted(W, A, B, **settings).fuse()
+            W_merged = _numpy(fused.weight)
+            return (W_merged, _numpy(fused.bias)) if "bias" in settings else W_merged
 
 
 def _adapted(

@@ -36,14 +36,16 @@ class Torch:
             name: to_numpy(gradient) for name, gradient in zip(of, gradients, strict=True)
         }
 
-    def merge(self, W: Any, A: Any, B: Any, **settings: Any) -> np.ndarray:
-        """W + s B A, with DoRA its rows rescaled to the magnitude."""
-        return to_numpy(_formula.merged(_row_norms, **_tensors(W=W, A=A, B=B, **settings)))
+    def merge(self, W: Any, A: Any, B: Any, **settings: Any) -> Any:
+        """W + s B A, with DoRA its rows rescaled to the magnitude; with a bias (W', b')."""
+        merged = _formula.merged(_row_norms, **_tensors(W=W, A=A, B=B, **settings))
+        return tuple(map(to_numpy, merged)) if isinstance(merged, tuple) else to_numpy(merged)
 
     def unmerge(self, W_merged: Any, A: Any, B: Any, **settings: Any) -> np.ndarray:
         """W' - s B A."""
         _formula.refuse_dora(settings)
-        return self.merge(W_merged, A, -B, **settings)
+        W: np.ndarray = self.merge(W_merged, A, -B, **settings)
+        return W
 
     def combine(
         self,
