@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 import numpy as np
 
 from minilora.verify.core.axes import Axis
 from minilora.verify.core.combinations import Row, pairwise
+from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.inputs import (
     BEYOND,
     Layer,
@@ -24,7 +26,7 @@ from minilora.verify.core.inputs import (
 )
 from minilora.verify.core.layer_axes import SHAPES, shape_of
 from minilora.verify.core.level import VECTOR_SIZES, Level
-from minilora.verify.core.types import Case, Check, Comparison, counter
+from minilora.verify.core.types import CLOSED_FORM, Case, Check, Comparison, Limits, counter
 from minilora.verify.implementation.guard import GuardedImplementation
 
 Array = np.ndarray
@@ -125,13 +127,44 @@ def rows(
     return subject.answer(y, "y", (len(x), len(first.W)), dtype)
 
 
+def _of_rows(
+    name: str, y: Array, several: Several, sigma: Any = None, limit: Limits = CLOSED_FORM
+) -> Comparison:
+    """A batch's output against the correct one; of each row, what else it may be."""
+
+    def parts() -> dict[str, Array]:
+        names = {"the base": -1, **{f"adapter {i}": i for i in range(len(several.adapters))}}
+        return {
+            part: wanted_by_row(replace(several, index=np.full_like(several.index, i)))
+            for part, i in names.items()
+        }
+
+    return Comparison(name, y, wanted_by_row(several), sigma, limit, parts, parts_by_row=True)
+
+
+def smallest_batch(subject: GuardedImplementation, dtype: str) -> dict[str, Any] | None:
+    """The fewest rows that are wrong, with two adapters of one number each: s B A = 2 and 6."""
+    one = np.ones((1, 1), DTYPES[dtype])
+    adapters = [{"A": one, "B": k * one, "alpha": 2.0, "r": 1} for k in (one[0, 0], 3 * one[0, 0])]
+    for count in range(1, 4):
+        for index in product(range(-1, 2), repeat=count):
+            x = np.ones((count, 1), DTYPES[dtype])
+            y = subject.call("multi_adapter", x, one, adapters, np.array(index))
+            got = subject.answer(y, "y", (count, 1), dtype)
+            want = np.array([[{-1: 1, 0: 3, 1: 7}[i]] for i in index], DTYPES[dtype])
+            if (got != want).any():
+                given = {"x": x, "W": one, "B of each": [1, 3], "A": one, "alpha": 2, "r": 1}
+                return {**given, "index": list(index), "got": got, "want": want}
+    return None
+
+
 def forward_rows(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """Row j is x Wᵀ + s x Aᵀ Bᵀ with adapter index_j; index -1 is the base."""
     several, exact = draw(case)
     y = rows(subject, several, case.dtype)
     sigma = None if exact else sigmas_by_row(several, subject.precision(case.dtype))
     limit = limits(several.adapters[0], "y")
-    yield Comparison("y", y, wanted_by_row(several), sigma, limit)
+    yield _of_rows("y", y, several, sigma, limit)
 
 
 def base_rows(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
@@ -192,7 +225,7 @@ def single(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     for i in (*range(len(several.adapters)), -1):
         alone = replace(several, index=np.full_like(several.index, i))
         y = rows(subject, alone, case.dtype)
-        yield Comparison(f"y of adapter {i}" if i >= 0 else "y of none", y, wanted_by_row(alone))
+        yield _of_rows(f"y of adapter {i}" if i >= 0 else "y of none", y, alone)
 
 
 def base_row_first(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
@@ -203,14 +236,15 @@ def base_row_first(subject: GuardedImplementation, case: Case) -> Iterable[Compa
         x = several.adapters[0].x[:2]
         part = several.of_rows(slice(2), index)
         y = rows(subject, several, case.dtype, x=x, index=index)
-        yield Comparison(f"y of [none, adapter {i}]", y, wanted_by_row(part))
+        yield _of_rows(f"y of [none, adapter {i}]", y, part)
 
 
 def _law(run: Any, share: float) -> Check:
     title = (run.__doc__ or "").splitlines()[0]
     name = {"forward_rows": "forward"}.get(run.__name__, run.__name__.replace("_", "-"))
     cases = {**CASES, "ci": len(rows_of_axes())} if share == 1 else CASES
-    return Check(f"multi.{name}", "multi", ("multi_adapter",), title, run, counter(cases, share))
+    count = counter(cases, share)
+    return Check(f"multi.{name}", "multi", ("multi_adapter",), title, run, count, smallest_batch)
 
 
 _CHECKS: tuple[Check, ...] = (

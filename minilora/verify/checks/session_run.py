@@ -18,6 +18,8 @@ from minilora.verify.core.types import Case, Comparison
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.sessions import LayerState
 
+Array = np.ndarray
+
 Step = tuple[Any, ...]
 """The name of a method of a session, and its arguments; ("anew",) opens another session."""
 
@@ -169,7 +171,16 @@ class SessionRun:
         x = np.roll(self.inputs.x, self.outputs, 0)[: 1 if self.outputs % 3 == 2 else None]
         y, _ = self.state.forward(wide(x))
         got = self.session.answer(self.session.call("forward", x), "y", y.shape, self.dtype)
-        return Comparison(f"y after {after}", got, y)
+        state = self.state
+
+        def parts() -> dict[str, Array]:
+            base = state.activate([]).forward(wide(x))[0]
+            alone = {
+                name: state.activate([name]).forward(wide(x))[0] - base for name in state.adapters
+            }
+            return {"the base": base, **alone}
+
+        return Comparison(f"y after {after}", got, y, parts=parts)
 
     def rows(self, names: list[str], after: str) -> Comparison:
         """A batch of which each row has the adapter of this name, or none for ""."""

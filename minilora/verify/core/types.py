@@ -113,7 +113,8 @@ class Comparison:
     sigma is the standard deviation that rounding gives each element; it broadcasts to the array.
     None is the exact lane, and an element of sigma 0 is exact, too: any difference is a deviation.
     ValueError where the arrays cannot be compared, which is a fault of the check and not of the
-    implementation.
+    implementation. ``parts`` gives what an answer may be made of, by name: arrays of which a
+    multiple of each is summed, or, ``parts_by_row``, of which each row is one's.
     """
 
     array: str
@@ -121,6 +122,8 @@ class Comparison:
     want: np.ndarray
     sigma: np.ndarray | None = None
     limits: Limits = CLOSED_FORM
+    parts: Callable[[], Mapping[str, np.ndarray]] | None = None
+    parts_by_row: bool = False
 
     def __post_init__(self) -> None:
         shape = np.shape(self.want)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 MAX_SEPARATING = 12
 """The greatest number of cases of each check that are tried to separate two mutants."""
 
-SIMPLE_PATTERNS = ("scale", "factor", "zero", "transposed", "permuted", "steps")
+SIMPLE_PATTERNS = ("composition", "scale", "factor", "zero", "transposed", "permuted", "steps")
 """Patterns that say more than that the deviation is a part of some mutant's."""
 
 

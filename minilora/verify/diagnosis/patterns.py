@@ -17,6 +17,7 @@ from minilora.verify.core.inputs import Layer
 from minilora.verify.core.level import Level
 from minilora.verify.core.tolerance import digits, unit_roundoff
 from minilora.verify.core.types import STRUCTURE, Case, Comparison, Diagnosis
+from minilora.verify.diagnosis.composition import compositions
 from minilora.verify.diagnosis.fit import Fit, agreeing, fit, sigma_of
 
 Array = np.ndarray
@@ -83,6 +84,8 @@ def _factor(fits: Sequence[Fit], wants: Sequence[Array]) -> Iterator[Finding]:
         return  # one number is a multiple of any other
     if all(f.value == 0 for f in fits):
         yield "zero", "is 0"
+    elif all(f.agrees(1.0) for f in fits):
+        return  # it is the correct value as far as this tells
     elif all(fits[0].agrees(f.value) for f in fits):
         yield "factor", f"is {fits[0]} times the correct value, in every case"
     else:
@@ -304,6 +307,11 @@ def _of_arrays(level: Level, cases: Sequence[Case], answers: Answers) -> Iterato
     """
     failing = list(failing_arrays(cases, answers).items())
     for name, comparisons in failing[: 1 if level.is_history else None]:
+        if made := list(compositions(comparisons)):
+            steps = name.count("(")
+            shown = f"{name.partition(' after ')[0]} after {steps} steps" if steps else name
+            yield from ((kind, f"{shown}: {sentence}") for kind, sentence in made)
+            continue
         for kind, sentence in array_patterns(comparisons):
             if not (level.is_history and kind == "rank"):
                 yield kind, f"{name} {sentence}"

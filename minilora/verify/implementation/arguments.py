@@ -13,6 +13,9 @@ import numpy as np
 
 from minilora.verify.core.errors import Fault, type_words
 
+VARIANT_SETTINGS = ("use_rslora", "use_dora", "lora_bias", "bias")
+"""The settings of a session's adapter that an implementation may branch on."""
+
 MAX_ENTRIES = 10_000
 """So many entries has no list that is asked for: what goes on so long has no end."""
 
@@ -37,6 +40,7 @@ def settings_of(implementation: object) -> dict[str, Any]:
 def traits_of(given: Mapping[str, Any]) -> Iterator[str]:
     """What is particular about the arguments of a layer: what an implementation may branch on."""
     yield from _scale_traits(given)
+    yield from _session_traits(given.get("layer"), given.get("adapter"))
     W, x = _matrix(given.get("W")), given.get("x")
     if W is not None:
         yield from _weight_traits(W, given.get("r"))
@@ -44,6 +48,18 @@ def traits_of(given: Mapping[str, Any]) -> Iterator[str]:
         yield from _input_traits(x, W)
         yield f"there is {'no' if given.get('bias') is None else 'a'} bias"
         yield f"there is {'no' if given.get('keep') is None else 'a'} dropout mask"
+
+
+def _session_traits(layer: Any, adapter: Any) -> Iterator[str]:
+    """What is particular about a session's layer, or about an adapter that is added to it."""
+    if isinstance(layer, Mapping):
+        yield f"the layer is of the kind {layer.get('kind')}"
+        yield f"the layer has {'no' if layer.get('bias') is None else 'a'} bias"
+        if (W := _matrix(layer.get("W"))) is not None:
+            yield from _weight_traits(W, None)
+    if isinstance(adapter, Mapping):
+        yield from (f"an adapter has {t}" for t in _scale_traits(adapter) if "numbers" not in t)
+        yield from (f"an adapter has {k}" for k in VARIANT_SETTINGS if adapter.get(k) is not None)
 
 
 def _matrix(value: Any) -> np.ndarray | None:

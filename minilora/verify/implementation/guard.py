@@ -232,6 +232,7 @@ class GuardedImplementation:
         limit = self.time_limit
         session = type(self)(opened, time_limit=limit, methods=SESSION, owner=self)
         session._lent, self._lent = self._lent, []
+        session.traits, session.sizes = self.traits, self.sizes
         if absent := [name for name in SESSION_NEEDS if not session.has(name)]:
             raise Fault(
                 "missing", f"session answers {type_words(opened)} without {', '.join(absent)}"

@@ -26,6 +26,12 @@ Same = Sequence[tuple[str, str, Edits]]
 """The right function in other words: (name, what is written otherwise, edits)."""
 
 
+@cache
+def source_of(part: Any) -> str:
+    """The source text of a part, which takes longer to find than to execute."""
+    return inspect.getsource(part)
+
+
 @dataclass(frozen=True)
 class Mutant:
     """One way to compute LoRA wrongly.
@@ -78,7 +84,7 @@ class Reference:
                 if isinstance(part, FunctionType) and part.__name__ not in texts:
                     space[part.__name__] = _within(space, part)
                 else:
-                    text = texts.get(part.__name__) or inspect.getsource(part)
+                    text = texts.get(part.__name__) or source_of(part)
                     exec(textwrap.dedent(text), space)
             if self.rebind:
                 self.rebind(space)
@@ -93,7 +99,7 @@ class Reference:
         for key, new in edits.items():
             name, _, old = key.partition(": ")
             names, old = ([name], old) if name in parts else (list(parts), key)
-            sources = {name: texts.get(name) or inspect.getsource(parts[name]) for name in names}
+            sources = {name: texts.get(name) or source_of(parts[name]) for name in names}
             if (count := sum(text.count(old) for text in sources.values())) != 1:
                 raise ValueError(f"{old!r} stands {count} times in {', '.join(names)}, not once")
             texts |= {name: t.replace(old, new) for name, t in sources.items() if old in t}

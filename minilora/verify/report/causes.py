@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minilora.verify.core.types import STRUCTURE, Diagnosis
 from minilora.verify.report.result import Result
@@ -28,6 +28,8 @@ class Cause:
     results: tuple[Result, ...]
     failing: int
     others: tuple[Diagnosis, ...] = ()
+    only: tuple[str, ...] = ()
+    """Words of the ids of all its checks, and of no check that passes: conv1d, rslora."""
 
     @property
     def first(self) -> Result:
@@ -73,8 +75,20 @@ def causes(results: Sequence[Result]) -> list[Cause]:
     named = [(r, r.diagnosis or of_check.get((r.check, r.status), ())) for r in failing]
     left = [(result, _keys(result, diagnosis), diagnosis) for result, diagnosis in named]
     _join_parts(left)
-    found = list(_grouped(left, len(failing)))
+    passing = {w for r in results if r.status == "pass" for w in _words_of(r.check)}
+    found = [_with_only(cause, passing) for cause in _grouped(left, len(failing))]
     return sorted(found, key=lambda cause: not cause.id)
+
+
+def _words_of(check: str) -> set[str]:
+    return set(check.split(".")[1:])
+
+
+def _with_only(cause: Cause, passing: set[str]) -> Cause:
+    """With what all its checks have in their names, and no check that passes, if it has several."""
+    common = set.intersection(*(_words_of(check) for check in cause.checks))
+    only = sorted(common - passing) if len(cause.checks) > 1 else []
+    return replace(cause, only=tuple(only))
 
 
 Keyed = tuple[Result, dict[str, str], tuple[Diagnosis, ...]]
@@ -122,7 +136,9 @@ def _told(chosen: Sequence[Keyed]) -> tuple[tuple[Result, ...]]:
 
 
 def _sentence(id: str, chosen: Sequence[Keyed]) -> str:
-    """The shortest that a cause is told with: of the others, some say more of their gradients."""
+    """The shortest that a mutant is told with: some say more of gradients. A pattern's first."""
+    if id.startswith(STRUCTURE):
+        return chosen[0][1][id]
     return min((keys[id] for _, keys, _ in chosen), key=len)
 
 
@@ -150,6 +166,7 @@ def cause_lines(found: Sequence[Cause]) -> Iterator[str]:
         yield f"PROBABLE CAUSE  {cause.sentence or 'not known.'}"
     yield f"HOW SURE  {cause.sureness()}."
     where = f"only where {' and '.join(first.only)}" if first.only else first.title.rstrip(".")
+    where += f"; only in checks of {', '.join(cause.only)}" if cause.only else ""
     count = f", in {first.deviating_cases} of {first.cases} cases" if first.deviating_cases else ""
     yield f"WHERE  first in {first.check} ({where}) in {first.dtype}{count}"
     yield f"REPRODUCE  {first.reproduce}"

@@ -176,26 +176,31 @@ def _known_skipped_and_notes(report: Report, verbose: bool) -> Iterator[str]:
 
 
 def _skipped(report: Report, verbose: bool) -> Iterator[str]:
-    """What was skipped, by its reason: in one line, unless all is asked for."""
+    """What was skipped, by its reason: in short, unless all is asked for."""
     skipped: dict[str, list[Result]] = {}
     for result in report.results:
         if result.status == "skip":
             reason = result.reason if verbose else _kind(result.reason)
             skipped.setdefault(reason, []).append(result)
+    if not skipped:
+        return
+    yield ""
     if verbose:
         for reason, results in skipped.items():
-            yield ""
-            yield from wrapped(
-                f"skipped {len(results)}, {reason}: {', '.join(level_names(report, results))}"
-            )
-    elif skipped:
-        yield ""
-        listed = [
-            f"{len(results)}, {reason}: {tidy(', '.join(level_names(report, results)), 80)}"
+            listed = ", ".join(level_names(report, results))
+            yield from wrapped(f"skipped {len(results)}, {reason}: {listed}")
+        return
+    told = [
+        f"{len(results)}, {reason}: {tidy(', '.join(level_names(report, results)), 80)}"
+        for reason, results in skipped.items()
+    ]
+    if len(told) > FEW:
+        told = [
+            f"{reason.removeprefix('not supported: ')} ({len(results)})"
             for reason, results in skipped.items()
         ]
-        rest = [f"and for {len(listed) - FEW} other reasons"] if len(listed) > FEW else []
-        yield from wrapped(f"skipped {'; '.join([*listed[:FEW], *rest])}")
+        told[0] = f"{report.count('skip')}: {told[0]}"
+    yield from wrapped(f"skipped {'; '.join(told)}")
 
 
 def _kind(reason: str) -> str:

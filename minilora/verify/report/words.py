@@ -27,6 +27,9 @@ WIDTH = 80
 CELL = 11
 """The columns of a dtype: the longest word with a z, and a blank."""
 
+FAR = 1e4
+"""Beyond so many standard deviations a deviation is told in parts of the value."""
+
 MAX_ARRAYS = 4
 """The greatest number of arrays of a deviation that are shown."""
 
@@ -193,6 +196,9 @@ def _diagnosis_lines(diagnoses: Sequence[Diagnosis], fold: Fold) -> Iterator[str
 
 def _array_lines(result: Result, fold: Fold) -> Iterator[str]:
     off = [judged for judged in result.arrays if judged.verdict != "pass"]
+    if off and (steps := _steps(off[0].array)):
+        yield from _history_lines(result, off, steps, fold)
+        return
     off.sort(key=lambda judged: -judged.excess)
     for judged in off[:MAX_ARRAYS]:
         yield from fold(f"{judged.array}  {judgement_words(judged)}", 2)
@@ -203,17 +209,52 @@ def _array_lines(result: Result, fold: Fold) -> Iterator[str]:
         yield from fold(f"ok  {tidy(', '.join(ok), 200)}", 2)
 
 
+STEP = r"\w+\([^()]*\)(?: refused)?"
+"""A step of a session in words."""
+
+
+def _steps(array: str) -> list[str]:
+    """The steps that an array's name tells: of ``y after add('one') merge()``, two."""
+    after = re.fullmatch(rf".* after ((?:{STEP} ?)+)", array)
+    return re.findall(STEP, after[1]) if after else []
+
+
+def _history_lines(
+    result: Result, off: Sequence[Judgement], steps: Sequence[str], fold: Fold
+) -> Iterator[str]:
+    """The first wrong answer with the steps before it, numbered and uncut; of later ones, when."""
+    first = off[0]
+    name = first.array.partition(" after ")[0]
+    yield from fold(f"{name} is wrong after step {len(steps)}: {judgement_words(first)}", 2)
+    yield from fold(place_words(first, result), 4)
+    numbered = "  ".join(f"{k} {step}" for k, step in enumerate(steps, 1))
+    yield from fold(f"STEPS  {numbered}", 2, 7)
+    if len(off) > 1:
+        right = sum(judged.verdict == "pass" for judged in result.arrays)
+        yield from fold(f"{len(off) - 1} later answers are wrong too, {right} are right", 2)
+
+
 def judgement_words(judged: Judgement) -> str:
     """How many elements of an array deviate, and by how much."""
     many = f"{judged.beyond} of {judged.elements} elements"
     if judged.sigma is None:
         return f"{many} differ; none may"
+    if judged.z > FAR:
+        return f"{many} beyond the limit, the worst {_far(judged)}"
     z = f"{judged.z:.3g}" if isfinite(judged.z) else "unbounded"
     rms = f"{judged.rms:.3g}" if isfinite(judged.rms) else "unbounded"
     return (
         f"{many} beyond the limit: max z {z} (limit {judged.limit:g}), "
         f"rms {rms} (limit {judged.rms_limit:.3g})"
     )
+
+
+def _far(judged: Judgement) -> str:
+    """By how much the worst element is off, where a count of standard deviations says little."""
+    if judged.want == 0 or not isfinite(judged.got):
+        return f"is {judged.got:.4g} and should be {judged.want:.4g}"
+    off = abs(judged.got - judged.want) / abs(judged.want)
+    return f"is off by {off:.2g} of its value" if off < 0.01 else f"is off by {100 * off:.3g} %"
 
 
 def place_words(judged: Judgement, result: Result) -> str:
