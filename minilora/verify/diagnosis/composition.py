@@ -35,7 +35,9 @@ def _rows(comparison: Comparison, parts: Mapping[str, Array]) -> str:
         if agreeing((got[j] - want[j]) / sigma[j]):
             continue
         has = [name for name, part in parts.items() if agreeing((got[j] - part[j]) / sigma[j])]
-        should = [name for name, part in parts.items() if (part[j] == want[j]).all()]
+        should = [
+            name for name, part in parts.items() if (np.asarray(part[j], float) == want[j]).all()
+        ]
         if not has or not should:
             return ""
         told.append(f"row {j} has {has[0]} and should have {should[0]}")
