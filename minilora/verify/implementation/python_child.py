@@ -24,7 +24,7 @@ from minilora.verify.core.errors import Fault, LoadError, Skip, describe, tidy
 from minilora.verify.implementation.arguments import arguments_of
 from minilora.verify.implementation.contract import DECLARATIONS, METHODS, SESSION
 from minilora.verify.implementation.guard import GuardedImplementation
-from minilora.verify.implementation.values import Unpacker, packed
+from minilora.verify.implementation.values import Unpacker, framed, packed
 
 STACKS_SIGNAL = signal.SIGUSR1
 """At this signal the process writes where it is, even while the interpreter's lock is held."""
@@ -58,9 +58,7 @@ class Channel:
 
     def write(self, message: Mapping[str, Any], arrays: list[bytes]) -> None:
         """Writes a message, and the bytes of its arrays."""
-        size = sum(map(len, arrays))
-        line = json.dumps({**message, "bytes": size}, separators=(",", ":"), allow_nan=False)
-        rest = memoryview(b"".join([line.encode(), b"\n", *arrays]))
+        rest = memoryview(framed(message, arrays))
         while rest:
             rest = rest[os.write(self._out, rest) :]
 

@@ -25,7 +25,7 @@ from minilora.verify.implementation.child import Child
 from minilora.verify.implementation.contract import DECLARATIONS, TIME_LIMIT, Remote
 from minilora.verify.implementation.messages import quoted, skip_reason, understood
 from minilora.verify.implementation.python_child import STACKS_SIGNAL
-from minilora.verify.implementation.values import Unpacker, packed
+from minilora.verify.implementation.values import Unpacker, framed, packed
 
 START_LIMIT = 300.0
 """Seconds that importing may take, at the start or in a call."""
@@ -299,11 +299,8 @@ class PythonTarget(RemoteObject):
     ) -> tuple[dict[str, Any], bytes]:
         """The answer to a message; a process that gives no valid answer is ended."""
         self._seq += 1
-        size = sum(map(len, arrays))
-        head = {"seq": self._seq, **message, "bytes": size}
-        line = json.dumps(head, separators=(",", ":"), allow_nan=False).encode()
         try:
-            return self._answer(method, b"".join([line, b"\n", *arrays]), limit)
+            return self._answer(method, framed({"seq": self._seq, **message}, arrays), limit)
         except BaseException as error:  # KeyboardInterrupt as well
             if isinstance(error, Fault):
                 self._ends[method] += 1

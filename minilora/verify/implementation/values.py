@@ -7,8 +7,10 @@ follow one another in the order of the tags. Nothing that is read is run.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from functools import cache
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,15 @@ WHOLE = 2**63
 WITHOUT_BYTES = re.compile(r"O|[<>|=][USVMm]\d*(\[\w+\])?")
 """Dtypes that are no numbers: of such an array only the dtype is sent, for the message."""
 
+_AS_JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+
 NUMBERS = re.compile(r"[<>|=][biufc]\d{1,2}")
+
+
+def framed(message: Mapping[str, Any], arrays: Sequence[bytes]) -> bytes:
+    """A message as a line, and the bytes of its arrays behind it."""
+    head = {**message, "bytes": sum(map(len, arrays))}
+    return b"".join([_AS_JSON.encode(head).encode(), b"\n", *arrays])
 
 
 def packed(value: Any, arrays: list[bytes]) -> Any:
@@ -71,6 +81,7 @@ def _packed_array(array: np.ndarray, arrays: list[bytes]) -> list[Any]:
     return [code, list(array.shape)]
 
 
+@cache
 def _code(dtype: np.dtype[Any]) -> str:
     """The name of a dtype in a message."""
     if hasattr(ml_dtypes, dtype.name):
