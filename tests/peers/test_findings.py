@@ -2722,6 +2722,112 @@ def test_peft_activates_another_adapter_for_a_deleted_one(torch, peft):
     assert state.activate("one").delete("one").forward(np.ones((1, 1)))[0] == 1
 
 
+def hot_swapped(peft, torch, model, alpha):
+    """The model whose adapter "one" is replaced by one of ones and of this alpha."""
+    hotswap = optional("peft.utils.hotswap").hotswap_adapter_from_state_dict
+    state = {f"base_model.model.0.lora_{part}.one.weight": torch.ones(1, 1) for part in "AB"}
+    hotswap(model, state, "one", peft.LoraConfig(r=1, lora_alpha=alpha))
+    return model
+
+
+def test_peft_empties_adapters_of_similar_names_when_one_is_hot_swapped(torch, peft):
+    """Hot-swapping an adapter empties others whose names contain its own.
+
+    `hotswap_adapter_from_state_dict` fills with 0 whatever tensor has the adapter's name somewhere
+    in its own and no new value: those of `two` too, where `tw` is swapped.
+
+    **Right.** Another adapter stays as it is.
+
+    **Consequence.** With the adapters `v1` and `v10`, swapping `v1` makes `v10` the base, without a
+    word. Give adapters names of which none contains another.
+
+    Seen in peft 0.21.2.
+    """
+    model, layer, state = peft_pair(torch, peft, (2, None), (4, None))
+    one = layer.weight.new_ones(1, 1)
+    config = peft.LoraConfig(r=1, lora_alpha=8, target_modules=["0"], init_lora_weights=False)
+    model.add_adapter("onetwo", config)
+    model.base_model.set_adapter("onetwo")
+    before = model(one)
+    assert before != 1
+    hot_swapped(peft, torch, model, 2)
+    assert model(one) == 1  # the base alone
+    again = state.swap("one", state.adapters["two"])
+    assert again.activate("two").forward(np.ones((1, 1)))[0] == 1 + 4
+
+
+def test_peft_scales_and_saves_a_hot_swapped_adapter_as_the_one_before(torch, peft, tmp_path):
+    """A hot-swapped adapter is scaled and saved by the numbers of the one before.
+
+    Hot-swapping sets the layers' `scaling`. Their `r` and `lora_alpha`, which `set_scale` takes,
+    and the configuration, which is saved, stay those of the adapter that was replaced.
+
+    **Right.** The scale of an adapter is its own alpha over its own rank.
+
+    **Consequence.** A scale that is set after a swap, and a file that is saved after it, are off by
+    the ratio of both scales; where the ranks differ, the file cannot be loaded. Load the adapter
+    anew before you save or scale it.
+
+    Seen in peft 0.21.2.
+    """
+    model, layer, state = peft_pair(torch, peft, (2, None), (4, None))
+    one = layer.weight.new_ones(1, 1)
+    model.base_model.set_adapter("one")
+    hot_swapped(peft, torch, model, 8)
+    assert model(one) == 1 + 8
+    layer = model.base_model.model[0]
+    layer.set_scale("one", 1.0)
+    assert model(one) == 1 + 1
+    model.save_pretrained(tmp_path, selected_adapters=["one"])
+    assert peft.LoraConfig.from_pretrained(tmp_path / "one").lora_alpha == 1
+    swapped = state.swap("one", Adapter((np.ones((1, 1)), np.ones((1, 1))), 8))
+    assert swapped.activate("one").forward(np.ones((1, 1)))[0] == 1 + 8
+
+
+def test_peft_passes_over_unknown_names_where_several_are_activated(torch, peft):
+    """An unknown adapter is passed over where several are activated.
+
+    `PeftModel.set_adapter` takes one name and refuses one that it does not know. `set_adapter` of
+    the model below, which takes several, passes over what its layers lack.
+
+    **Right.** A name that there is not is an error.
+
+    **Consequence.** A misspelt name makes the others act, or the base alone, without a word.
+
+    Seen in peft 0.21.2.
+    """
+    model, layer, state = peft_pair(torch, peft, (2, None), (4, None))
+    one = layer.weight.new_ones(1, 1)
+    with pytest.raises(ValueError, match="not found"):
+        model.set_adapter("three")
+    model.base_model.set_adapter(["one", "three"])
+    assert model(one) == 1 + 2
+    model.base_model.set_adapter(["three"])
+    assert model(one) == 1
+    with pytest.raises(ValueError, match="no adapter 'three'"):
+        state.activate("one", "three")
+
+
+def test_peft_hot_swaps_no_embedding(torch, peft, tmp_path):
+    """The adapter of an embedding cannot be hot-swapped.
+
+    The layer of a tensor is found by taking the last three words off its name. The factors of an
+    embedding are no modules, and their names have no `.weight`: the layer above is found instead.
+
+    **Right.** An embedding's adapter is replaced as a linear layer's is.
+
+    **Consequence.** An AttributeError, from which nothing is lost but the cause.
+
+    Seen in peft 0.21.2.
+    """
+    hotswap_adapter = optional("peft.utils.hotswap").hotswap_adapter
+    base = torch.nn.Sequential(torch.nn.Embedding(4, 3))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"]))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    with pytest.raises(AttributeError, match="scaling"):
+        hotswap_adapter(model, tmp_path, "default", torch_device="cpu")
+
+
 def test_peft_makes_a_row_of_a_vector_with_dora(torch, peft):
     """DoRA makes a row of a vector.
 

@@ -148,7 +148,7 @@ class Session:
         self._layer: Any = None
         self._build(0, 1)
 
-    def _build(self, r: int, alpha: float, enable: Sequence[bool] = ()) -> None:
+    def _build(self, r: int, alpha: float, enable: Sequence[bool] = (), p: float = 0.0) -> None:
         W, bias = self._given["W"], self._given.get("bias")
         m, n = W.shape
         how: dict[str, Any] = {"r": r, "lora_alpha": plain_number(alpha)}
@@ -158,6 +158,7 @@ class Session:
             self._layer = loralib.Embedding(m, n, dtype=dtype, **how)
         else:
             how |= {"bias": bias is not None, "fan_in_fan_out": across, "dtype": dtype}
+            how["lora_dropout"] = p
             if self._kind == "fused":
                 enabled = [*enable] or [False] * len(self._given["rows"])
                 self._layer = loralib.MergedLinear(n, m, enable_lora=enabled, **how)
@@ -173,9 +174,10 @@ class Session:
         """The layer built with its rank and alpha, B = 0."""
         if self._adapter:
             raise NotImplementedError("loralib has one adapter a layer")
-        refuse_settings("loralib", sorted(adapter.keys() - {"A", "B", "alpha", "r", "enable"}))
+        refuse_settings("loralib", sorted(adapter.keys() - {"A", "B", "alpha", "r", "enable", "p"}))
         self._adapter = {"name": name, **adapter}
-        self._build(adapter["r"], adapter["alpha"], adapter.get("enable", ()))
+        enable, p = adapter.get("enable", ()), adapter.get("p", 0.0)
+        self._build(adapter["r"], adapter["alpha"], enable, p)
 
     def activate(self, names: Sequence[str]) -> None:
         """Its tensors loaded."""
