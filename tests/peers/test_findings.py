@@ -2956,6 +2956,90 @@ def test_bitsandbytes_rounds_to_bfloat16_once_a_layer_was_evaluated(torch, bitsa
             packed_layer(torch, bitsandbytes, W[:5]).eval()(x)
 
 
+@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
+def test_peft_merges_another_weight_once_a_four_bit_layer_was_evaluated(torch, peft, bitsandbytes):
+    r"""An evaluated layer in four bits is merged into another weight.
+
+    On a processor with AVX-512 for bfloat16, `Linear4bit` packs its weight anew in its first
+    evaluation, in an order that its `quant_state` does not tell. PEFT's merge unpacks it by
+    `dequantize_4bit`, in the order that it had.
+
+    **Right.** The merged weight is $\tilde W + s B A$, whatever was computed before; with $B = 0$
+    it is $\tilde W$.
+
+    **Consequence.** Evaluate, then merge, and the model is destroyed, without an error. Merge
+    before the first evaluation, or in a model that was loaded anew.
+
+    Seen in peft 0.21.2.
+    """
+    packs(bitsandbytes)
+    W = torch.zeros(32, 128)
+    W[0, ::64] = torch.tensor([2.0, 3.0])
+
+    def merged(evaluate):
+        whole = torch.nn.Sequential(packed_layer(torch, bitsandbytes, W))
+        whole.is_loaded_in_4bit = True
+        model = peft.get_peft_model(whole, peft.LoraConfig(r=1, target_modules=["0"]))  # B = 0
+        if evaluate:
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, 128))
+        model.merge_adapter()
+        held = model.base_model.model[0].get_base_layer().weight
+        return bitsandbytes.functional.dequantize_4bit(held.data, held.quant_state)
+
+    assert (merged(evaluate=False) == W).all()
+    assert (merged(evaluate=True) != W).any()
+
+
+def test_bitsandbytes_rounds_activations_to_eight_bits_in_evaluation(torch, bitsandbytes):
+    r"""A layer in eight bits rounds its inputs too, in evaluation alone.
+
+    On a CPU `Linear8bitLt` multiplies by the dequantized weight in training. In evaluation it
+    quantizes each row of x to eight bits first, as LLM.int8 does on a GPU in both.
+
+    **Right.** Without dropout evaluation is the function that was trained.
+
+    **Consequence.** What is small beside the greatest input of a token is lost in evaluation: 0.4 %
+    of it and less. An adapter is trained beside another base than it is used with.
+
+    Seen in bitsandbytes 0.50.2.
+    """
+    nn, W = bitsandbytes.nn, torch.ones(1, 2)
+    layer = nn.Linear8bitLt(2, 1, bias=False, has_fp16_weights=False)
+    layer.weight = nn.Int8Params(W, requires_grad=False, has_fp16_weights=False).to("cpu")
+    x = torch.tensor([[1, 2.0**-9]])  # 127 / 512 rounds to 0
+    with torch.no_grad():
+        assert layer.train()(x).item() == 1 + 2.0**-9
+        assert layer.eval()(x).item() < 1 + 2.0**-10
+
+
+def test_mlx_lm_sums_a_quantized_product_in_half_precision(mlx_lm):
+    r"""A product with a quantized weight is summed in half precision.
+
+    On the CPU `quantized_matmul` keeps its running sums in the inputs' dtype; the product with the
+    same weight dequantized keeps them in float32.
+
+    **Right.** $y = W x$, here $256 + 1 + 1 = 258$, which bfloat16 has.
+
+    **Consequence.** In bfloat16 the output of a quantized layer is off by several per cent, and
+    its input's gradient too.
+
+    Seen in mlx_lm 0.32.2.
+    """
+    mx = mlx_lm.core
+    W, x = np.zeros((1, 64), np.float32), np.zeros((1, 64), np.float32)
+    W[0, [0, 1, 2, 63]] = 1, 1, 1, 15  # steps of 1: each is exact
+    x[0, :3] = 256, 1, 1
+    with mx.stream(mx.cpu):
+        w, x = (mx.array(v).astype(mx.bfloat16) for v in (W, x))
+        held = mx.quantize(w, 64, 4)
+        whole = mx.dequantize(*held, 64, 4)
+        assert mx.array_equal(whole, w).item()
+        assert (x @ whole.T).item() == 258
+        product = mx.quantized_matmul(x, *held, transpose=True, group_size=64, bits=4)
+    assert product.item() == 256
+
+
 @pytest.fixture
 def jax():
     return optional("jax")

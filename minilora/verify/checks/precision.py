@@ -29,7 +29,7 @@ Run = Callable[[GuardedImplementation, Case], Iterable[Comparison]]
 
 CASES = {"quick": 2, "ci": 8, "nightly": 160}
 
-KINDS: dict[str, dict[str, bool]] = {
+KINDS: dict[str, dict[str, Any]] = {
     "": {},
     ".all": {"bias": True, "dropout": True, "use_rslora": True},
 }

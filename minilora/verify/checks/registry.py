@@ -19,6 +19,7 @@ from minilora.verify.checks import (
     names,
     optimizer,
     precision,
+    quantized,
     train,
     variants,
 )
@@ -38,6 +39,7 @@ LEVELS: tuple[Level, ...] = tuple(
         module,
         init,
         lifecycle,
+        quantized,
         model,
         optimizer,
         train,

@@ -53,6 +53,7 @@ from minilora.spec.variants import DORA, LORA_BIAS
 from minilora.spec.variants.dora import row_norm
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.implementation import modules
+from minilora.verify.implementation.quantized import QuantizedSession
 from minilora.verify.implementation.sessions import LayerState
 
 Array = np.ndarray
@@ -204,9 +205,9 @@ class Minilora:
         rows: Array = y.T.astype(x.dtype)
         return rows
 
-    def session(self, layer: Mapping[str, Any]) -> MiniloraSession:
+    def session(self, layer: Mapping[str, Any]) -> MiniloraSession | QuantizedSession:
         """A session with a layer, without adapters."""
-        return MiniloraSession(layer)
+        return (QuantizedSession if layer["kind"] == "quantized" else MiniloraSession)(layer)
 
     def model_loss(
         self, model_dir: str | Path, adapter_dir: str | Path, batch: Mapping[str, Array]

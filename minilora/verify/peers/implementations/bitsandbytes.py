@@ -8,15 +8,18 @@ of these; between them are zeros, in A too, and nothing is added to a sum but 0 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import bitsandbytes
 import numpy as np
 import torch
+from peft.utils.integrations import dequantize_bnb_weight
 
 from minilora.verify.peers._peft import Layer
 from minilora.verify.peers._torch import to_numpy, to_torch
 from minilora.verify.peers.bitsandbytes import PEER
+from minilora.verify.peers.implementations.peft_session import PeftSession
 
 BLOCK = 64
 
@@ -62,6 +65,12 @@ class Bitsandbytes(Layer):
     def _narrow(self, wide: torch.Tensor) -> torch.Tensor:
         return wide[..., ::BLOCK]
 
+    def session(self, layer: Mapping[str, Any]) -> QuantizedSession:
+        """A layer in four or eight bits, whose adapters come and go."""
+        if layer["kind"] != "quantized" or layer["scheme"] not in ("nf4", "fp4", "int8"):
+            raise NotImplementedError("the bitsandbytes peer has nf4, fp4 and int8")
+        return QuantizedSession(layer)
+
     def _mode(self, model: Any, training: bool) -> None:
         """Training or evaluation; the frozen layer, which has no dropout, in training.
 
@@ -69,3 +78,38 @@ class Bitsandbytes(Layer):
         """
         model.train(training)
         model.get_submodule("base_model.model.0").get_base_layer().train()
+
+
+class QuantizedSession(PeftSession):
+    """A Linear4bit or a Linear8bitLt under PEFT's adapters, as a user has it."""
+
+    def __init__(self, layer: Mapping[str, Any]) -> None:
+        W, bias, scheme = to_torch(layer["W"]), layer.get("bias"), layer["scheme"]
+        self._kind, self._dtype, (m, n) = "linear", W.dtype, W.shape
+        if scheme == "int8":
+            base: Any = bitsandbytes.nn.Linear8bitLt(n, m, bias is not None, has_fp16_weights=False)
+            base.weight = bitsandbytes.nn.Int8Params(W, requires_grad=False, has_fp16_weights=False)
+        else:
+            how = {"compute_dtype": W.dtype, "quant_type": scheme}
+            base = bitsandbytes.nn.Linear4bit(n, m, bias is not None, **how)
+            base.weight = bitsandbytes.nn.Params4bit(
+                W, requires_grad=False, compress_statistics=False, quant_type=scheme
+            )
+        if bias is not None:
+            base.bias = torch.nn.Parameter(to_torch(bias), requires_grad=False)
+        self._base = base.to("cpu")
+        self._model = torch.nn.Sequential(self._base)
+        self._model.is_loaded_in_8bit = scheme == "int8"
+        self._model.is_loaded_in_4bit = scheme != "int8"
+
+    def _adjust(self) -> None:
+        """The adapters in the dtype of the activations: of a weight in few bits PEFT sees none."""
+        layer = self._module("0")
+        for held in (layer.lora_A, layer.lora_B):
+            held.to(self._dtype)
+
+    def weight(self) -> np.ndarray:
+        """What PEFT takes the weight for when it merges."""
+        state = getattr(self._base, "state", None)
+        whole: Any = dequantize_bnb_weight(self._base.weight, state=state)
+        return to_numpy(whole.to(self._dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -82,12 +82,83 @@ class MlxLm:
             model.eval()
             return _numpy(model(mx.array(input_ids)))
 
+    def session(self, layer: Mapping[str, Any]) -> QuantizedSession:
+        """A layer in four or eight bits with one adapter."""
+        is_wide = layer["W"].dtype == np.float64  # which no kernel unpacks
+        if layer["kind"] != "quantized" or layer["scheme"] not in ("int4", "int8") or is_wide:
+            raise NotImplementedError("mlx-lm has sessions of int4 and int8 in up to 32 bits alone")
+        return QuantizedSession(layer)
+
     def merge(self, W: Any, A: Any, B: Any, **settings: Any) -> Any:
         """The weight of the layer that fuse() gives, and its bias where there is one."""
         with _on_the_cpu(settings):
             fused = _adapted(W, A, B, **settings).fuse()
             W_merged = _numpy(fused.weight)
             return (W_merged, _numpy(fused.bias)) if "bias" in settings else W_merged
+
+
+class QuantizedSession:
+    """A QuantizedLinear with the library's LoRALinear on it, which fuse() merges."""
+
+    def __init__(self, layer: Mapping[str, Any]) -> None:
+        W, bias = layer["W"], layer.get("bias")
+        with mx.stream(mx.cpu):
+            linear = nn.Linear(W.shape[1], len(W), bias=bias is not None)
+            linear.weight = _mlx(W)
+            if bias is not None:
+                linear.bias = _mlx(bias)
+            bits = {"int4": 4, "int8": 8}[layer["scheme"]]
+            self._layer: Any = nn.QuantizedLinear.from_linear(linear, 64, bits)
+
+    def add(self, name: str, adapter: Mapping[str, Any]) -> None:
+        """LoRALinear.from_base, whose adapter always acts."""
+        if isinstance(self._layer, LoRALinear) or "use_rslora" in adapter:
+            raise NotImplementedError("one adapter")
+        r = adapter["r"]
+        with mx.stream(mx.cpu):
+            self._layer = LoRALinear.from_base(self._layer, r=r, scale=adapter["alpha"] / r)
+            self._layer.lora_a, self._layer.lora_b = _mlx(adapter["A"].T), _mlx(adapter["B"].T)
+
+    def activate(self, names: Sequence[str]) -> None:
+        """It is."""
+
+    def train(self) -> None:
+        """Training."""
+        self._layer.train()
+
+    def eval(self) -> None:
+        """Evaluation."""
+        self._layer.eval()
+
+    def merge(self) -> None:
+        """fuse(), which quantizes anew."""
+        with mx.stream(mx.cpu):
+            self._layer = self._layer.fuse()
+
+    def weight(self) -> np.ndarray:
+        """What the library dequantizes."""
+        held = getattr(self._layer, "linear", self._layer)
+        how = {"group_size": held.group_size, "bits": held.bits}
+        with mx.stream(mx.cpu):
+            return _numpy(mx.dequantize(held.weight, held.scales, held.biases, **how))
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        """y."""
+        with mx.stream(mx.cpu):
+            return _numpy(self._layer(_mlx(x)))
+
+    def gradients(self, x: np.ndarray, dy: np.ndarray) -> dict[str, np.ndarray]:
+        """Those of ⟨dy, y⟩ by mx.vjp."""
+        layer = self._layer
+
+        def forward(x: Any, A: Any, B: Any) -> Any:
+            layer.lora_a, layer.lora_b = A, B
+            return layer(x)
+
+        with mx.stream(mx.cpu):
+            given = [_mlx(x), layer.lora_a, layer.lora_b]
+            _, (dx, dA, dB) = mx.vjp(forward, given, [_mlx(dy)])
+            return {"dx": _numpy(dx), "one.A": _numpy(dA.T), "one.B": _numpy(dB.T)}
 
 
 def _adapted(

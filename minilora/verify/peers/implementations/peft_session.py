@@ -123,6 +123,7 @@ class PeftSession:
                 self._model, config, adapter_name=name, autocast_adapter_dtype=False
             )
             self._model.base_model.disable_adapter_layers()
+        self._adjust()
         for part, places in self._factors(name).items():
             for tensor, turned in places:
                 fill(tensor, to_torch(adapter[part].T if turned else adapter[part]))
@@ -135,6 +136,9 @@ class PeftSession:
             _fill_module(self._module("1").modules_to_save[name], adapter["head"])
         if "bias" in adapter:  # which the library trains in the base itself
             fill(self._base.bias, to_torch(adapter["bias"]))
+
+    def _adjust(self) -> None:
+        """What an adapter that was just made needs before it is filled."""
 
     def replace(self, name: str, adapter: Mapping[str, Any]) -> None:
         """hotswap_adapter_from_state_dict, which takes A and B and a configuration."""
@@ -220,7 +224,7 @@ class PeftSession:
         """Those of ⟨dy, y⟩ by autograd, of whatever is trained."""
         tensors: dict[str, list[tuple[torch.Tensor, bool]]] = {}
         input_tensor = to_torch(x)
-        if x.dtype.kind == "f":
+        if x.dtype.kind not in "iu":
             tensors["dx"] = [(input_tensor.requires_grad_(), False)]
         for name, config in self._model.peft_config.items():
             tensors |= {f"{name}.{part}": uses for part, uses in self._factors(name).items()}
