@@ -212,6 +212,8 @@ def merge(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     yield Comparison("W' against W̃ + s B A", W, want, held.lost(want) + formed, BOUND)
     of_merged = replace(held.layer, W=W, B=np.zeros_like(held.layer.B))
     yield held.output(of_merged, "merge()")
+    if not held.session.has("unmerge"):
+        return
     held.step("unmerge")
     back, change = held.weight(), want - long(held.layer.W)
     bound = held.lost(long(W) - change) + held.lost(want) + 2 * formed

@@ -9,17 +9,27 @@ _ONE_TOKEN = (
 )
 _BIAS = f"{_ONE_TOKEN}; and DoRA of PEFT forms it as three sums, each rounded (tuners/lora/dora.py)"
 
+_PACKED = (
+    "on a processor with AVX-512 for bfloat16 Linear4bit packs its weight anew in its first "
+    "evaluation (nn/modules.py): from then on it rounds to bfloat16 and has no gradient of x, a "
+    "side that is no multiple of 32 is refused, and PEFT unpacks another weight when it merges"
+)
+_EIGHT_BITS = "Linear8bitLt rounds its inputs to eight bits in evaluation, and not in training"
+
 PEER = Peer(
     name="bitsandbytes",
     implementation="minilora.verify.peers.implementations.bitsandbytes:Bitsandbytes",
     packages=("bitsandbytes", "peft", "torch"),
     extra="peers,libraries",
-    levels=("linear", "merge", "variants", "multi"),
+    levels=("linear", "merge", "variants", "multi", "quantized"),
     dtypes=("float32", "bfloat16", "float16"),
     conventions={"dora_norm": "detached"},
     known={
         "variants.dora.unbatched*": "DoRA of PEFT views its factor as (1, m), so that a vector's "
         "output is a row (tuners/lora/dora.py)",
+        "quantized.forward:*": f"{_PACKED}; {_EIGHT_BITS}",
+        "quantized.gradients:*": _PACKED,
+        "quantized.merge-after-forward:*": _PACKED,
         "linear.vjp.bias:*": _ONE_TOKEN,
         "linear.vjp.all:*": _ONE_TOKEN,
         "linear.gradcheck:*": _ONE_TOKEN,

@@ -2,12 +2,22 @@
 
 from minilora.verify.peers.peer import Peer
 
+_SUMMED = (
+    "quantized_matmul of MLX keeps its sums in the inputs' dtype on the CPU, the product with a "
+    "dense weight in float32"
+)
+
 PEER = Peer(
     name="mlx-lm",
     implementation="minilora.verify.peers.implementations.mlx_lm:MlxLm",
     packages=("mlx-lm", "mlx"),
     extra="libraries",
-    levels=("linear", "merge", "variants", "inference"),
+    levels=("linear", "merge", "variants", "inference", "quantized"),
     conventions={"dora_norm": "detached", "dora_dropout": "branch"},
     fixed={"fan_in_fan_out": False},
+    known={
+        f"quantized.{check}:{half}": _SUMMED
+        for check in ("forward", "gradients", "merge")
+        for half in ("bfloat16", "float16")
+    },
 )
