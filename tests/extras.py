@@ -13,6 +13,7 @@ import pytest
 MODULES = {
     "peers": ("loralib", "peft", "torch", "transformers"),
     "libraries": ("bitsandbytes", "jsonschema", "lycoris", "mlx", "mlx_lm"),
+    "vllm": ("vllm",),
     "gguf": ("gguf",),
     "llama-cpp": ("llama_cpp",),
     "jax": ("jax",),

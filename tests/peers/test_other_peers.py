@@ -143,11 +143,17 @@ def spoil_rslora(monkeypatch):
     monkeypatch.setattr(optional("peft.tuners.lora.layer").math, "sqrt", lambda r: r)
 
 
+def spoil_vllm(monkeypatch):
+    monkeypatch.setattr(optional("vllm.lora.peft_helper").math, "sqrt", lambda r: r)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize(
     ("name", "case", "spoil"),
     [
+        ("vllm", "inference.deltas.rslora:float32:0", spoil_vllm),
+        ("vllm", "multi.forward:float32:0", None),
         ("mlx-lm", "inference.logits.dora:float32:0", None),
         ("mlx-lm", "inference.logits.head:float32:0", spoil_mlx),
         ("transformers", "inference.logits.rslora:float32:0", spoil_rslora),

@@ -13,6 +13,7 @@ from minilora.verify.peers import (
     peft_default,
     torch,
     transformers,
+    vllm,
 )
 from minilora.verify.peers.peer import Peer
 
@@ -27,6 +28,7 @@ PEERS: dict[str, Peer] = {
         peft_default,
         torch,
         transformers,
+        vllm,
     )
 }
 """By their names."""
