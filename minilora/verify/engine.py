@@ -88,6 +88,8 @@ def run(
             known_here = known_for(declarations, p.check.id, p.dtype)
             results.append(_result(p, subject, cases, known_here, command))
             if results[-1].status in ("fail", "error"):
+                if progress:
+                    progress(f"why {p.check.id}:", done, total)
                 results[-1] = investigation.explain(results[-1], p)
             done += len(p.numbers)
     except KeyboardInterrupt:

@@ -100,6 +100,32 @@ def test_the_first_wrong_step_is_said():
     assert "from the first step on" in said(early, "optimizer.adamw")[0]
 
 
+def model_answer(*wrong):
+    """A model's answer in which these arrays are wrong."""
+    names = ["loss", "logits", *(f"grads['layers.{i}.q.A']" for i in range(3))]
+    right = np.arange(4.0)
+    return {n: Comparison(n, right + (n in wrong), right, np.full(4, 1e-9)) for n in names}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (("logits", "loss", "grads['layers.0.q.A']"), "The forward is wrong (logits and loss)"),
+        (("grads['layers.0.q.A']", "grads['layers.1.q.A']"), "layer 1 is the first with wrong"),
+        (("loss",), ""),
+        ((), ""),
+    ],
+)
+def test_of_a_model_it_is_said_whether_the_forward_is_wrong_or_which_layer_first(wrong, says):
+    found = [sentence for _, sentence in patterns.model_patterns([model_answer(*wrong)])]
+    assert (says in found[0]) if says else found == []
+
+
+def test_how_far_a_step_is_off_is_said_in_parts_of_the_values():
+    late = OPTIMIZER.edited({"* direction": "* direction * (1 + 0.001 * (k >= 3))"})
+    assert re.search(r"at first by \de-0[56] of their values", said(late, "optimizer.adamw")[0])
+
+
 def test_what_is_right_has_no_structure():
     assert said(Linear, "linear.vjp") == []
 

@@ -5,6 +5,7 @@ import re
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -20,6 +21,7 @@ from minilora.verify.core.errors import UsageError
 from minilora.verify.core.types import CELLS, Comparison, Diagnosis, Judgement, Picture
 from minilora.verify.engine import run
 from minilora.verify.report.html import grade, html, where_words
+from minilora.verify.report.junit import junit
 from minilora.verify.report.load_report import from_json, read_report
 from minilora.verify.report.markdown import MARKDOWN_BYTES, markdown
 from minilora.verify.report.matrix import matrix
@@ -524,6 +526,40 @@ def test_what_has_one_diagnosis_is_told_once_and_in_full_where_all_is_asked_for(
     assert "  The same cause in 1 more check: linear.b\n" in report.text()
     assert report.text().count("DIAGNOSIS") == 2
     assert report.text(verbose=True).count("DIAGNOSIS") == 3
+
+
+def test_one_rounding_is_told_as_that_and_accuses_nobody_after_another_failure():
+    near = Judgement("y", "fail", 9, 1, inf, inf, 0, 0, (0,), 1 + 2.0**-23, 1.0, None)
+    exact = result("linear.exact", "fail", case="linear.exact:float32:0", arrays=(near,))
+    named = (Diagnosis("scale-alpha", "s = α.", 1.0),)
+    other = result("linear.a", "fail", case="linear.a:float32:0", diagnosis=named)
+    assert "one rounding of float32" in report_of(exact).text()
+    assert [cause.id for cause in report_of(exact).causes] == [""]
+    both = report_of(exact, other).causes
+    assert [(c.id, c.checks) for c in both] == [
+        ("scale-alpha", ["linear.a"]), ("structure-one-rounding", ["linear.exact"])
+    ]  # fmt: skip
+    far = replace(exact, arrays=(replace(near, got=1.5),))
+    assert [cause.id for cause in report_of(far, other).causes] == ["scale-alpha", ""]
+    assert "one rounding" not in report_of(far).text()
+
+
+def test_a_level_of_which_most_was_skipped_has_no_tick():
+    some = [result("linear.a", "pass"), result("linear.b", "skip", reason="none")]
+    runs = Runs([report_of(*some)])
+    assert runs.score(["linear.a", "linear.b"], 0)[0] == "skip"
+    assert runs.score(["linear.a"], 0)[0] == "pass"
+
+
+def test_the_cause_stands_first_in_every_form():
+    named = (Diagnosis("scale-alpha", "s = α.", 1.0),)
+    report = report_of(result("linear.a", "fail", case="linear.a:float32:0", diagnosis=named))
+    for page in (report.text(), markdown([report], MARKDOWN_BYTES), html([report]), junit(report)):
+        low = page.lower()
+        assert 0 < low.index("probable cause") < low.index("linear.a")
+        assert "scale-alpha" in low[low.index("probable cause") :][:120]
+    assert report.to_json()["causes"][0]["id"] == "scale-alpha"
+    assert "probable" not in report_of(result("linear.a", "pass")).text().lower()
 
 
 def test_a_reason_that_several_checks_share_is_given_once():

@@ -56,9 +56,15 @@ def agree(theirs: Comparison, ours: Comparison) -> float | None:
     if theirs.sigma is None and not deviates(theirs) and not deviates(ours):
         return 0.0  # of two answers that must have the same bits, each its own
     if theirs.sigma is not None and ours.sigma is not None:
-        sigma = np.hypot(_rounded(theirs), _rounded(ours))
+        sigma = sigma_of_both(theirs, ours)
     judged = replace(theirs, want=ours.got, sigma=sigma).judge()
     return judged.rms if judged.verdict == "pass" else None
+
+
+def sigma_of_both(theirs: Comparison, ours: Comparison) -> Array:
+    """σ of the difference of two answers in the lane with σ."""
+    both: Array = np.hypot(_rounded(theirs), _rounded(ours))
+    return both
 
 
 def _rounded(answer: Comparison) -> Array:

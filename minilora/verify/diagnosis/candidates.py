@@ -16,7 +16,7 @@ from minilora.verify.diagnosis.fit import Fit, agreeing, fit, sigma_of
 if TYPE_CHECKING:
     from minilora.verify.mutants import Mutant
 
-from minilora.verify.diagnosis.answers import Answers, agree, explains
+from minilora.verify.diagnosis.answers import Answers, agree, deviates, explains, sigma_of_both
 
 Array = np.ndarray
 
@@ -143,11 +143,15 @@ def matched_filter(theirs: Iterable[Answers], ours: Iterable[Answers]) -> Fit:
 
 def _whitened(theirs: Iterable[Answers], ours: Iterable[Answers]) -> tuple[Array, Array]:
     """Both deviations from the correct answer, over σ, in all arrays of all cases."""
-    deviations: tuple[list[Array], list[Array]] = ([], [])
+    deviations: tuple[list[Array], list[Array]] = ([np.zeros(1)], [np.zeros(1)])
     for their_case, our_case in zip(theirs, ours, strict=True):
         for array in their_case.keys() & our_case.keys():
             pair = their_case[array], our_case[array]
-            sigma, want = np.maximum(sigma_of(pair[0]), 1e-300), np.asarray(pair[0].want, float)
+            if pair[0].sigma is None and not any(map(deviates, pair)):
+                continue  # of answers that have bits of their own, each is as it should be
+            has_sigma = all(comparison.sigma is not None for comparison in pair)
+            sigma = sigma_of_both(*pair) if has_sigma else sigma_of(pair[0])
+            sigma, want = np.maximum(sigma, 1e-300), np.asarray(pair[0].want, float)
             for collected, comparison in zip(deviations, pair, strict=True):
                 collected.append(((np.asarray(comparison.got, float) - want) / sigma).ravel())
     e, d = map(np.concatenate, deviations)

@@ -263,6 +263,7 @@ def _scale_words(name: str, scales: Sequence[Fit], layers: Sequence[Layer]) -> s
 def step_patterns(answers: Answers) -> Iterator[Finding]:
     """Of parameters after each step: which step is the first wrong one, and how the error grows."""
     worst: dict[int, float] = {}
+    parts: dict[int, float] = {}
     last = 0
     for name, comparison in (item for answer in answers for item in answer.items()):
         match = re.search(r"after step (\d+)$", name)
@@ -273,8 +274,45 @@ def step_patterns(answers: Answers) -> Iterator[Finding]:
         judged = comparison.judge()
         if judged.verdict == "fail":
             worst[step] = max(worst.get(step, 0.0), judged.z)
+            parts[step] = max(parts.get(step, 0.0), _relative(comparison))
     if worst:
-        yield "steps", f"The parameters are wrong {_when(worst, last)}"
+        by = f"by {parts[min(worst)]:.1g} of their values"
+        yield "steps", f"The parameters are wrong {_when(worst, last)}, at first {by}"
+
+
+def _relative(comparison: Comparison) -> float:
+    """‖got - want‖ / ‖want‖."""
+    got, want = (np.asarray(v, float) for v in (comparison.got, comparison.want))
+    return float(np.linalg.norm(got - want) / max(float(np.linalg.norm(want)), 1e-30))
+
+
+def model_patterns(answers: Answers) -> Iterator[Finding]:
+    """Of a whole model: whether the forward is wrong, or else from which layer on its gradients."""
+    wrong: set[str] = set()
+    seen: set[str] = set()
+    for answer in answers:
+        seen |= answer.keys()
+        wrong |= {name for name, c in answer.items() if c.judge().verdict == "fail"}
+    forward = [name for name in ("logits", "loss") if name in wrong]
+    gradients = {name for name in wrong if name.startswith("grads[")}
+    if not gradients or not {"logits", "loss"} & seen:
+        return
+    if forward:
+        yield "forward", f"The forward is wrong ({' and '.join(forward)}); gradients follow from it"
+        return
+    layers = {name: int(m[1]) for name in seen if (m := re.search(r"\.(\d+)\.", name))}
+    of_wrong = [layers[name] for name in gradients if name in layers]
+    if of_wrong:
+        first = max(of_wrong)
+        right = " and those of later layers are right" if first < max(layers.values()) else ""
+        sites = sorted(name for name in gradients if layers.get(name) == first)
+        yield (
+            "backward",
+            (
+                f"The forward is right. Backwards, layer {first} is the first with wrong "
+                f"gradients{right}: {', '.join(sites[:3])}"
+            ),
+        )
 
 
 def _when(worst: Mapping[int, float], last: int) -> str:
@@ -291,7 +329,11 @@ def _when(worst: Mapping[int, float], last: int) -> str:
 def describe(level: Level, cases: Sequence[Case], answers: Answers) -> tuple[Diagnosis, ...]:
     """The patterns of the deviations in a check's cases; nothing where nothing is certain."""
     layers = [layer for case in cases if (layer := level.layer(case)) is not None]
-    found = [*step_patterns(answers), *(scale_patterns(layers, answers) if layers else ())]
+    found = [
+        *step_patterns(answers),
+        *model_patterns(answers),
+        *(scale_patterns(layers, answers) if layers else ()),
+    ]
     if not found:
         found = list(_of_arrays(level, cases, answers))
     return tuple(

@@ -141,6 +141,8 @@ SEEDS: Table = {
 }
 PARTS: Table = {
     "init.pissa": [
+        ("pissa-ignored", "U(-1/√n, 1/√n) and B = 0 where PiSSA is asked for",
+         {"# kind": 'kind = True if kind == "pissa" else kind'}),
         ("pissa-base-kept", "W' = W: nothing is subtracted", {"wide - s * (B @ A)": "wide"}),
         ("pissa-least", "the smallest singular values instead of the greatest",
          {"values[:r]": "values[-r:]", "Vh[:r]": "Vh[-r:]", "U[:, :r]": "U[:, -r:]"}),
@@ -160,6 +162,8 @@ PARTS: Table = {
          {"wide - s * (B @ A)": 'coarse((wide - s * (B @ A)).astype(np.float32), "float32")'}),
     ],
     "init.olora": [
+        ("olora-ignored", "U(-1/√n, 1/√n) and B = 0 where OLoRA is asked for",
+         {"# kind": 'kind = True if kind == "olora" else kind'}),
         ("olora-transposed", "QR of Wᵀ",
          {"# olora": "Q, R = np.linalg.qr(wide.T); A, B = Q[:, :r].T, R[:r].T"}),
         ("olora-not-orthogonal", "the first columns of W for Q",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from minilora.verify.core.types import STRUCTURE, Diagnosis
 from minilora.verify.report.result import Result
-from minilora.verify.report.words import fault_words
+from minilora.verify.report.words import fault_words, is_one_rounding
 
 AND = " + "
 """Between the ids of two mutants at once (`mutants.derived`)."""
@@ -75,9 +75,10 @@ def causes(results: Sequence[Result]) -> list[Cause]:
     named = [(r, r.diagnosis or of_check.get((r.check, r.status), ())) for r in failing]
     left = [(result, _keys(result, diagnosis), diagnosis) for result, diagnosis in named]
     _join_parts(left)
+    _excuse_roundings(left)
     passing = {w for r in results if r.status == "pass" for w in _words_of(r.check)}
     found = [_with_only(cause, passing) for cause in _grouped(left, len(failing))]
-    return sorted(found, key=lambda cause: not cause.id)
+    return sorted(found, key=lambda cause: (not cause.id, cause.id == ONE_ROUNDING))
 
 
 def _words_of(check: str) -> set[str]:
@@ -111,6 +112,26 @@ def _join_parts(left: Sequence[Keyed]) -> None:
         for pair, words in pairs.items():
             if keys.keys() & set(pair.split(AND)):
                 keys.setdefault(pair, words)
+
+
+ONE_ROUNDING = f"{STRUCTURE}one-rounding"
+
+
+def _excuse_roundings(left: Sequence[Keyed]) -> None:
+    """An exact check accuses nobody of one rounding while another check fails by more.
+
+    Wrong numbers need more digits than those that were drawn to need none.
+    """
+    unexplained = [(result, keys) for result, keys, _ in left if not keys]
+    rounded = [(result, keys) for result, keys in unexplained if _is_rounding(result)]
+    if len(rounded) < len(left):
+        for _, keys in rounded:
+            keys[ONE_ROUNDING] = "what must be equal differs by one rounding, after another failure"
+
+
+def _is_rounding(result: Result) -> bool:
+    off = [judged for judged in result.arrays if judged.verdict != "pass"]
+    return bool(off) and all(is_one_rounding(judged, result.dtype) for judged in off)
 
 
 def _grouped(left: list[Keyed], failing: int) -> Iterator[Cause]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.errors import tidy
+from minilora.verify.core.tolerance import unit_roundoff
 from minilora.verify.core.types import STRUCTURE, Diagnosis, Judgement
 from minilora.verify.report.document import plain
 from minilora.verify.report.result import STATUSES, FaultSeen, Result
@@ -249,6 +250,14 @@ def judgement_words(judged: Judgement) -> str:
     )
 
 
+def is_one_rounding(judged: Judgement, dtype: str) -> bool:
+    """Whether what must be equal differs by no more than the spacing of the dtype's numbers."""
+    largest = max(abs(judged.got), abs(judged.want))
+    off = abs(judged.got - judged.want)
+    is_exact = judged.sigma is None and dtype in DTYPES
+    return is_exact and 0 < off <= 2 * unit_roundoff(dtype) * largest
+
+
 def _far(judged: Judgement) -> str:
     """By how much the worst element is off, where a count of standard deviations says little."""
     if judged.want == 0 or not isfinite(judged.got):
@@ -268,6 +277,7 @@ def place_words(judged: Judgement, result: Result) -> str:
         for value in (judged.got, judged.want)
     )
     sigma = "" if judged.sigma is None else f", sigma {judged.sigma:.3g}"
+    sigma += f": one rounding of {result.dtype}" if is_one_rounding(judged, result.dtype) else ""
     where = f"at {list(judged.index)}: " if judged.index else ""
     one, against, other = judged.array.partition(" against ")
     if against:
