@@ -2991,6 +2991,30 @@ def test_peft_merges_another_weight_once_a_four_bit_layer_was_evaluated(torch, p
     assert (merged(evaluate=True) != W).any()
 
 
+@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
+def test_peft_merges_the_bias_of_B_without_its_scale_into_few_bits(torch, peft, bitsandbytes):
+    r"""A bias of B is merged without its scale into a layer in four or eight bits.
+
+    `merge` of `tuners/lora/bnb.py` adds the bias of B to the layer's bias as it is. In the forward
+    it is scaled with the branch, and so it is when a dense layer is merged.
+
+    **Right.** $y = W x + b + s (B A x + c)$, so that the merged bias is $b + s c$.
+
+    **Consequence.** With `lora_bias=True` and $\alpha \neq r$ a merged model in few bits is another
+    one, without an error.
+
+    Seen in peft 0.21.2.
+    """
+    whole = torch.nn.Sequential(packed_layer(torch, bitsandbytes, torch.zeros(1, 64)))
+    whole.is_loaded_in_4bit = True
+    config = peft.LoraConfig(r=1, lora_alpha=2, lora_bias=True, target_modules=["0"])
+    model, x = peft.get_peft_model(whole, config).train(), torch.zeros(1, 64)
+    torch.nn.init.ones_(model.base_model.model[0].lora_B["default"].bias)
+    assert model(x).item() == 2  # b = 0, s = 2, c = 1
+    model.merge_adapter()
+    assert model(x).item() == 1
+
+
 def test_bitsandbytes_rounds_activations_to_eight_bits_in_evaluation(torch, bitsandbytes):
     r"""A layer in eight bits rounds its inputs too, in evaluation alone.
 

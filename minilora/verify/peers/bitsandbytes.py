@@ -14,6 +14,9 @@ _PACKED = (
     "evaluation (nn/modules.py): from then on it rounds to bfloat16 and has no gradient of x, a "
     "side that is no multiple of 32 is refused, and PEFT unpacks another weight when it merges"
 )
+_BIAS_OF_B = (
+    "merging into few bits adds the bias of B without its scale (tuners/lora/bnb.py of PEFT)"
+)
 _EIGHT_BITS = "Linear8bitLt rounds its inputs to eight bits in evaluation, and not in training"
 
 PEER = Peer(
@@ -30,6 +33,8 @@ PEER = Peer(
         "quantized.forward:*": f"{_PACKED}; {_EIGHT_BITS}",
         "quantized.gradients:*": _PACKED,
         "quantized.merge-after-forward:*": _PACKED,
+        "merge.bias-of-B:*": _BIAS_OF_B,
+        "linear.evaluation-vjp:*": _ONE_TOKEN,
         "linear.vjp.bias:*": _ONE_TOKEN,
         "linear.vjp.all:*": _ONE_TOKEN,
         "linear.gradcheck:*": _ONE_TOKEN,

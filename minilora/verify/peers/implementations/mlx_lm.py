@@ -178,6 +178,8 @@ def _adapted(
 ) -> Any:
     """The library's layer, filled with the given arrays. Its scale is α/r or α/√r as a whole."""
     refuse_settings("mlx-lm", [name for name, value in unknown.items() if value is not False])
+    if keep is not None and not p:
+        raise NotImplementedError("a mask without a rate: dropout of rate 0 drops nothing")
     linear = nn.Linear(W.shape[1], len(W), bias=bias is not None)
     linear.weight = _mlx(W)
     if bias is not None:
