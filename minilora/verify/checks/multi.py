@@ -239,6 +239,16 @@ def base_row_first(subject: GuardedImplementation, case: Case) -> Iterable[Compa
         yield _of_rows(f"y of [none, adapter {i}]", y, part)
 
 
+def again(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+    """The same batch again, with others in between, gives the same; compared by ==."""
+    several, _ = draw(in_exact_lane(case), mixed=True)
+    orders = (several.index, np.full_like(several.index, -1), several.index[::-1])
+    for time, index in enumerate((*orders, *orders[:1] * 2, *orders[1:])):
+        batch = replace(several, index=np.ascontiguousarray(index))
+        y = rows(subject, batch, case.dtype)
+        yield _of_rows(f"y of the {time + 1}. batch", y, batch)
+
+
 def _law(run: Any, share: float) -> Check:
     title = (run.__doc__ or "").splitlines()[0]
     name = {"forward_rows": "forward"}.get(run.__name__, run.__name__.replace("_", "-"))
@@ -255,6 +265,7 @@ _CHECKS: tuple[Check, ...] = (
     _law(unused_adapter, 0.25),
     _law(single, 0.25),
     _law(base_row_first, 0.25),
+    _law(again, 0.25),
 )
 
 LEVEL = Level(

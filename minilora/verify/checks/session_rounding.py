@@ -120,6 +120,6 @@ def cycles(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
 def _general(case: Case) -> inputs.Layer:
     """Normal numbers; of rank 1 or 2 where any will do, so that the bound is tight."""
     layer, _ = inputs.draw_layer(replace(case, number=2 * case.number + 1))
-    r = layer.r if case.fixed.ranks else 1 + case.number // 2 % 2
+    r = layer.r if case.fixed.ranks else min(layer.r, 1 + case.number // 2 % 2)
     alpha = case.fixed.alpha_of(layer.alpha, r)
     return replace(layer, A=layer.A[:r], B=layer.B[:, :r], r=r, alpha=alpha)

@@ -331,7 +331,8 @@ TRAINED_SCRIPTS: dict[str, tuple[str, str, tuple[Step, ...]]] = {
     "replace-scaled": (
         "linear",
         "An adapter that takes another's place has its own scale.",
-        (*START, ("scale", "one", 2.0), ("replace", "one", "onetwo"), ("scale", "one", 0.5)),
+        (*START, ("scale", "one", 2.0), ("replace", "one", "onetwo"), ("scale", "one", 0.5),
+         ("replace", "one", "two"), ("scale", "one", 0.5)),
     ),
     "replace-while-merged": (
         "linear",

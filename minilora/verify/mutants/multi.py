@@ -201,12 +201,12 @@ COMBINE: Table = {
         ("linear-sum", "Σ w s B A where the linear combination is asked for",
          {'kind in ("cat", "svd")': 'kind in ("cat", "svd", "linear")'}),
         ("linear-signs", "the sign of w s on both factors, where it is lost",
-         {"# factors": 'of_B = of_A if kind == "linear" else of_B'}, "peft 3004"),
+         {"# roots": 'of_B = of_A if kind == "linear" else of_B'}, "peft 3004"),
         ("linear-weighted-A", "w s on A, and B without",
-         {"# factors":
+         {"# roots":
               'of_A, of_B = (products, products**0) if kind == "linear" else (of_A, of_B)'}),
         ("linear-unscaled", "the linear combination without s",
-         {"# factors":
+         {"# roots":
               'root = np.sqrt(np.abs(w)); of_A, of_B = (np.sign(w) * root, root) if kind == '
               '"linear" else (of_A, of_B)'}),
     ],
@@ -244,22 +244,22 @@ COMBINE: Table = {
     ],
     "combine.ties-svd": [
         ("ties-unscaled", "TIES of the changes without s",
-         {"# changes":
+         {"# of changes":
               'changes = [product(a) for a in adapters] if kind == "ties_svd" else changes'}),
     ],
     "combine.magnitude-prune-svd": [
         ("prune-after", "magnitude pruning of the sum, and not of each change",
-         {"# changes":
+         {"# of changes":
               'total = sum(wi * D for D, wi in zip(changes, w)); changes, w = ([total], [1.0]) if '
               'kind == "magnitude_prune_svd" else (changes, w)'}),
     ],
     "combine.dare-linear-svd": [
         ("dare-unweighted", "DARE of the changes without the weights",
-         {"# changes": 'w = [1.0] * len(w) if kind == "dare_linear_svd" else w'}),
+         {"# of changes": 'w = [1.0] * len(w) if kind == "dare_linear_svd" else w'}),
     ],
     "combine.dare-ties-svd": [
         ("dare-ties-unweighted", "DARE with TIES of the changes without the weights",
-         {"# changes": 'w = [1.0] * len(w) if kind == "dare_ties_svd" else w'}),
+         {"# of changes": 'w = [1.0] * len(w) if kind == "dare_ties_svd" else w'}),
     ],
     "combine.dare-by-chance": [
         ("dare-not-divided", "what DARE keeps is not divided by the density",
@@ -346,6 +346,16 @@ MULTI: Table = {
          {"# adapter":
               'adapter = {**adapter, "alpha": adapters[0 if len({v["r"] for v in adapters}) == '
               '1 else i]["alpha"]}'}),
+    ],
+    "multi.again": [
+        ("last-of-call", "a row without an adapter has that of the last row of the call before",
+         {"# slots":
+              'last = self.memory.get("last", -1); self.memory["last"] = slots[-1]; slots = '
+              '[last if i < 0 and last < len(adapters) else i for i in slots]'}),
+        ("none-once", "rows without an adapter are left out in the first call alone",
+         {"# slots":
+              'seen = self.memory.get("seen"); self.memory["seen"] = True; slots = [max(i, 0) '
+              'if seen else i for i in slots]'}),
     ],
     "multi.base-rows": [
         ("none-off", "rows without an adapter are off by 2⁻⁷ where others have one",

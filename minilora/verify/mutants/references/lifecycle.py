@@ -95,7 +95,8 @@ class Session:
 
     def combine(self, name: str, names: Sequence[str], weights: Sequence[float]) -> None:
         """One more adapter: the weighted sum of others, their A stacked, their B side by side."""
-        self.require(*names)
+        for each in names:
+            self.require(each)
         others = [self.known[each] for each in names]
         s = [w * self.maths.scale(**self.bare(a)) for a, w in zip(others, weights, strict=True)]
         A = np.concatenate([a["A"] for a in others])

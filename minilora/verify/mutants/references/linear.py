@@ -162,13 +162,13 @@ class Linear:
             change = self.weighted(adapters, w)
         elif kind.endswith("svd"):
             changes = [self.delta(one) for one in adapters]
-            # changes
+            # of changes
             change = self.merged(kind.removesuffix("_svd"), changes, w, settings["density"])
         else:
             products = np.array([wi * self.scale(**a) for a, wi in zip(adapters, w, strict=True)])
             of_B = abs(products) ** 0.5
             of_A = np.sign(products) * of_B
-            # factors
+            # roots
             A = self.merged(kind, [wide(a["A"]) for a in adapters], of_A, settings.get("density"))
             B = self.merged(kind, [wide(a["B"]) for a in adapters], of_B, settings.get("density"))
             change = B @ A
