@@ -66,7 +66,11 @@ def draw_case(kind: str, number: int, seed: int) -> tuple[TinyModel, list[list[B
     model = tiny_models.draw(tiny_models.DEEP, lora, rng)
     if kind == "zero-B":
         model = tiny_models.at_start(model)
-    return model, [[tiny_models.draw_batch(rng, model.c, 3, 6 + k)] for k in range(count)]
+    kinds = ((3, "right"), (1, "none"), (2, "left"))
+    return model, [
+        [tiny_models.draw_padded(rng, model.c, b, 6 + k, side, True)]
+        for k, (b, side) in enumerate(kinds[:count])
+    ]
 
 
 @lru_cache(maxsize=64)

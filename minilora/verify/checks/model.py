@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from minilora.io.synthetic_data import draw_batch
 from minilora.spec.lora import TrainableSpec, Weights
 from minilora.spec.models import Batch, Config
 from minilora.spec.ops import IGNORED
+from minilora.verify.checks import batches
 from minilora.verify.checks.model_answers import (
     SAMPLES,
     as_dict,
@@ -46,15 +48,25 @@ SUSPICIOUS = 6.0, 12.0
 """z between these is looked at again: 16 samples know sigma to 18 % only, 256 to 4 %."""
 
 
+FINE = 2.0**-28
+"""The size of what float64 files have beside the numbers of float32, which float32 would lose."""
+
+
 @cache
-def stored_folders(name: str, dtype: str) -> tuple[Path, Path]:
-    """The folders of the reference model and of its adapter, in the dtype under test."""
-    source, target = reference_models.folder() / name, temporary_folder() / f"{name}-{dtype}"
+def stored_folders(name: str, dtype: str, fine: bool = True) -> tuple[Path, Path]:
+    """The folders of the reference model and of its adapter, in the dtype under test.
+
+    The files are float32. In float64, ``fine`` numbers need all of its digits.
+    """
+    source = reference_models.folder() / name
+    target = temporary_folder() / f"{name}-{dtype}{'' if fine else '-stored'}"
     for part in ("base", "adapter"):
         (target / part).mkdir(parents=True, exist_ok=True)  # it may have failed before, half-way
         for path in sorted((source / part).iterdir()):
             if path.suffix == ".safetensors":
                 arrays = {k: v.astype(DTYPES[dtype]) for k, v in read_tensors(path).items()}
+                if fine and dtype == "float64":
+                    arrays = {k: _refined(k, v) for k, v in arrays.items()}
                 write_tensors(target / part / path.name, arrays, {"format": "pt"})
             elif path.name == "config.json":
                 config = read_json(path) | {"dtype": dtype}
@@ -64,10 +76,18 @@ def stored_folders(name: str, dtype: str) -> tuple[Path, Path]:
     return target / "base", target / "adapter"
 
 
+def _refined(name: str, array: Array) -> Array:
+    """The array with other digits beyond those of float32."""
+    rng = np.random.default_rng(crc32(name.encode()))
+    return np.asarray(array * (1 + FINE * rng.uniform(-1, 1, array.shape)))
+
+
 @cache
-def read_back(name: str, dtype: str) -> tuple[Config, Weights, TrainableSpec, dict[str, str]]:
+def read_back(
+    name: str, dtype: str, fine: bool = True
+) -> tuple[Config, Weights, TrainableSpec, dict[str, str]]:
     """What is in those folders, in float64, and the names of the adapter's tensors in its file."""
-    base, adapter = stored_folders(name, dtype)
+    base, adapter = stored_folders(name, dtype, fine)
     c, W = read_model(base, np.float64)
     factors, spec = read_adapter(adapter, c, np.float64)
     return c, W | factors, spec, adapter_names(c, spec.trained)
@@ -82,10 +102,12 @@ def draw(name: str, case: Case) -> Batch:
     return draw_batch(reference_models.tasks(name)[1], shared.rng())
 
 
-def ask(subject: GuardedImplementation, name: str, dtype: str, batch: Batch) -> dict[str, Array]:
+def ask(
+    subject: GuardedImplementation, name: str, dtype: str, batch: Batch, fine: bool = True
+) -> dict[str, Array]:
     """The implementation's loss, logits and gradients, by the names of the specification."""
     c, W, _, names = read_back(name, dtype)
-    base, adapter = stored_folders(name, dtype)
+    base, adapter = stored_folders(name, dtype, fine)
     answer = subject.call("model_loss", str(base), str(adapter), as_dict(batch))
     classes = len(W["head.weight"]) if "head.weight" in W else c.vocab
     got = loss_and_logits(subject, answer, batch, classes, c.causal, dtype)
@@ -139,9 +161,10 @@ def compared(
     batch: Batch,
     want: dict[str, Array],
     sigma: Any,
+    fine: bool = True,
 ) -> list[Comparison]:
     """Loss, logits and gradients beside what is wanted; what is suspicious is sampled again."""
-    got, names = ask(subject, name, dtype, batch), read_back(name, dtype)[-1]
+    got, names = ask(subject, name, dtype, batch, fine), read_back(name, dtype)[-1]
 
     def comparisons(sigma: dict[str, Array]) -> list[Comparison]:
         return [
@@ -171,7 +194,7 @@ def expected_of_vector(
 ) -> tuple[Batch, dict[str, Array], dict[str, Array]]:
     """The same of the stored vector."""
     batch, stored_answers = reference_models.vector(name)
-    _, W, _, names = read_back(name, dtype)
+    _, W, _, names = read_back(name, dtype, fine=False)
     want = {
         name_: stored_answers[f"grads.{file_name}"].reshape(W[name_].shape)
         for name_, file_name in names.items()
@@ -184,7 +207,7 @@ def expected_of_vector(
 def _vector(name: str) -> Run:
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         of_vector = expected_of_vector(name, case.dtype, subject.precision(case.dtype))
-        return compared(subject, name, case.dtype, *of_vector)
+        return compared(subject, name, case.dtype, *of_vector, fine=False)
 
     return run
 
@@ -249,16 +272,19 @@ LAWS: tuple[tuple[str, str, Any, Callable[[str, str], int]], ...] = (
     (".padding", "More padding on the right changes nothing in {}.", _padding, _cases(0.5)),
 )
 
-_CHECKS: tuple[Check, ...] = tuple(
-    Check(f"model.{name}{law}", "model", ("model_loss",), title.format(name), make(name), cases)
-    for name in reference_models.names()
-    for law, title, make, cases in LAWS
+_CHECKS: tuple[Check, ...] = (
+    tuple(
+        Check(f"model.{name}{law}", "model", ("model_loss",), title.format(name), make(name), cases)
+        for name in reference_models.names()
+        for law, title, make, cases in LAWS
+    )
+    + batches.checks()
 )
 
 LEVEL = Level(
     "model",
     _CHECKS,
-    laws=("*.balance", "*.padding", "*.vector"),
+    laws=("*.balance", "*.padding", "*.vector", "adapters"),
     relations=("*.padding",),
     cases=None,
 )

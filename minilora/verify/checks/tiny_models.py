@@ -32,8 +32,8 @@ LLAMA = Llama(
 )
 QWEN2 = replace(LLAMA, qkv_bias=True)
 DEEP = replace(LLAMA, layers=2)
-GPT_2 = GPT2(vocab=13, d=12, layers=1, heads=3, ffn=10, positions=9, eps=2e-5)
-BERT = Bert(vocab=13, d=12, layers=1, heads=3, ffn=10, positions=9, types=2, classes=4, eps=4e-6)
+GPT_2 = GPT2(vocab=13, d=12, layers=1, heads=3, ffn=10, positions=80, eps=2e-5)
+BERT = Bert(vocab=13, d=12, layers=1, heads=3, ffn=10, positions=80, types=2, classes=4, eps=4e-6)
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,35 @@ def draw_batch(rng: np.random.Generator, c: Config, b: int, t: int, prompt: bool
     last = length - 1
     labels[np.arange(b), last] = ids[np.arange(b), last]
     return Batch(ids, labels, mask)
+
+
+def draw_padded(
+    rng: np.random.Generator, c: Config, b: int, t: int, padding: str, ignored: bool
+) -> Batch:
+    """Rows of t tokens: with padding on the right, on the left, on both or none.
+
+    ``both``: every other row is padded on the left. Without ``ignored`` all labels count.
+    """
+    batch = draw_batch(rng, c, b, t)
+    if padding == "none":
+        batch = replace(batch, mask=np.ones((b, t), bool))
+    if padding == "both":
+        turned = padded_left(batch)
+        pairs = ((batch.ids, turned.ids), (batch.labels, turned.labels), (batch.mask, turned.mask))
+        is_left = np.arange(b)[:, None] % 2 == 1
+        ids, labels, mask = (np.where(is_left, left, right) for right, left in pairs)
+        batch = replace(batch, ids=ids, labels=labels, mask=mask)
+    if not c.causal:
+        labels = rng.integers(0, c.linears()["head"][0], b)
+        labels[1:2] = IGNORED if ignored else labels[1:2]
+        return replace(batch, labels=labels)
+    if padding == "left":
+        batch = padded_left(batch)
+    before = np.pad(batch.real, ((0, 0), (1, 0)))[:, :-1]
+    labels = np.where(batch.real & (before | (padding == "right")), batch.ids, IGNORED)
+    drop = rng.random((b, t)) < 0.3
+    drop[:, -(-t // 2)] = False
+    return replace(batch, labels=np.where(drop & ignored, IGNORED, labels))
 
 
 def padded_left(batch: Batch) -> Batch:

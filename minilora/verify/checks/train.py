@@ -32,6 +32,12 @@ Array = np.ndarray
 
 CASES = {"quick": 1, "ci": 1, "nightly": 20}
 STEPS = 6
+MORE = {"weight-decay": 12}
+"""The steps of the kinds that have more."""
+
+LONG = 4
+"""The step whose batch is a single row, longer than 32 tokens."""
+
 SILENT = 2
 """The step in which a micro-batch has no labels."""
 
@@ -136,6 +142,17 @@ KINDS: dict[str, Kind] = {
 """The model, its adapter, the settings, the rows of each micro-batch, and the law in words."""
 
 
+def _draw_batch(rng: np.random.Generator, c: Config, kind: str, b: int, k: int, i: int) -> Batch:
+    """Of b rows, with padding on either side or none by turns; one is a single long row."""
+    t = 5 + (k + i) % 4
+    if kind in ("prompt", "gradient-accumulation"):
+        return tiny_models.draw_batch(rng, c, b, t, kind == "prompt")
+    if kind == "labels" and k == LONG:
+        return tiny_models.draw_padded(rng, c, 1, 40, "none", True)
+    sides = ("right", "none") if not c.causal or b == 1 else ("right", "left", "none", "both")
+    return tiny_models.draw_padded(rng, c, b, t, sides[(k + i) % len(sides)], True)
+
+
 @lru_cache(maxsize=64)
 def draw_case(kind: str, number: int, seed: int) -> tuple[TinyModel, list[list[Batch]]]:
     """The model of a case and the micro-batches of each step, the same in every dtype."""
@@ -143,19 +160,11 @@ def draw_case(kind: str, number: int, seed: int) -> tuple[TinyModel, list[list[B
     rng = tiny_models.rng_of(Case("", "", number, seed), f"train.{kind}")
     model = tiny_models.draw(c, lora, rng)
     steps = [
-        [
-            tiny_models.draw_batch(rng, c, b, 5 + (k + i) % 4, kind == "prompt")
-            for i, b in enumerate(rows)
-        ]
-        for k in range(STEPS)
+        [_draw_batch(rng, c, kind, b, k, i) for i, b in enumerate(rows)]
+        for k in range(MORE.get(kind, STEPS))
     ]
     if kind == "weight-decay":
         model = tiny_models.at_start(model)
-    if kind == "labels":
-        steps = [
-            [tiny_models.padded_left(batch) for batch in step] if k % 2 else step
-            for k, step in enumerate(steps)
-        ]
     if kind == "gradient-accumulation":
         steps[SILENT][1] = tiny_models.without_labels(steps[SILENT][1])
     return model, steps
