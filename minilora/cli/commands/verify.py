@@ -82,6 +82,11 @@ def add(commands: Any) -> None:
     )
     option("--timing", action="store_true", help="print the time of each check")
     option("--list", action="store_true", help="list the checks, and exit")
+    option(
+        "--coverage",
+        action="store_true",
+        help="count what the cases are drawn at, and the pairs of values that never meet, and exit",
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -105,6 +110,11 @@ def _run(arguments: argparse.Namespace) -> int:
     }
     if arguments.list:
         say(_listed(plans))
+        return OK
+    if arguments.coverage:
+        from minilora.verify.coverage import report
+
+        say(report(**choice))
         return OK
     files, folder = files_of(arguments, *FORMS), os.getcwd()
     report = _checked(arguments, options)

@@ -83,7 +83,9 @@ def _ignored(given: Mapping[str, Any]) -> bool:
     labels = batch["labels"]
     if labels.ndim == 1:
         return bool((labels < 0).any())
-    return bool((labels[batch["attention_mask"] > 0] < 0).any())
+    real = np.asarray(batch["attention_mask"], bool)  # the first of a row is predicted by nothing
+    before = np.pad(real, ((0, 0), (1, 0)))[:, :-1]
+    return bool((labels[real & before] < 0).any())
 
 
 def _architecture(given: Mapping[str, Any]) -> str | None:

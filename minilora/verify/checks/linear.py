@@ -23,7 +23,7 @@ from minilora.verify.core.inputs import (
     sigmas,
     wanted,
 )
-from minilora.verify.core.layer_axes import LAYER, draw_combination, rows_of
+from minilora.verify.core.layer_axes import LANE, LAYER, draw_combination, is_possible, rows_of
 from minilora.verify.core.level import VECTOR_SHAPES, VECTOR_SIZES, Level
 from minilora.verify.core.shrinking import Difference, Differs, Smallest, search
 from minilora.verify.core.tolerance import digits
@@ -391,6 +391,8 @@ LEVEL = Level(
     answers=("forward*", "vjp*", "evaluation*", "zero-B*"),
     relations=("symmetry", "basis-change", "dropout-mean", "token-independence", "gradcheck"),
     layer=layer_of,
+    axes=(*LAYER, LANE),
+    is_possible=is_possible,
     quick_dtypes=True,
     vectors={
         "forward": (*VECTOR_SIZES, *VECTOR_SHAPES, ("float32", 20)),

@@ -21,7 +21,7 @@ from minilora.verify.core.inputs import (
     sigmas,
     wanted_merge,
 )
-from minilora.verify.core.layer_axes import WEIGHT, draw_combination, rows_of
+from minilora.verify.core.layer_axes import LANE, WEIGHT, draw_combination, rows_of
 from minilora.verify.core.level import VECTOR_SHAPES, VECTOR_SIZES, Level
 from minilora.verify.core.shrinking import Difference, search
 from minilora.verify.core.tolerance import Rounding, Uncertain, digits, unit_roundoff
@@ -285,6 +285,7 @@ LEVEL = Level(
     answers=("weight*", "unmerge*", "bias*"),
     relations=("negative",),
     quick_dtypes=True,
+    axes=(*WEIGHT, LANE),
     vectors={
         "weight": (*VECTOR_SIZES, *VECTOR_SHAPES[2:], ("float32", 9)),
         "weight.all": VECTOR_SIZES[:2] + VECTOR_SIZES[4:],

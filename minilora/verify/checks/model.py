@@ -287,4 +287,6 @@ LEVEL = Level(
     laws=("*.balance", "*.padding", "*.vector", "adapters"),
     relations=("*.padding",),
     cases=None,
+    axes=batches.AXES,
+    is_possible=batches.is_possible,
 )

@@ -83,7 +83,9 @@ def rows_of_axes() -> tuple[Row, ...]:
 
 
 def is_possible(row: Mapping[str, Any]) -> bool:
-    """Whether there is such an index: one row cannot have several values."""
+    """One row has one index; where all rows have the only adapter, that is one alone."""
+    if row.get("adapters") == 1 and row.get("index") == "all have one":
+        return False
     return row.get("rows") != 1 or row.get("index", "one alone") in ("none alone", "one alone")
 
 
@@ -99,6 +101,7 @@ def draw(case: Case, mixed: bool = False) -> tuple[Several, bool]:
     if mixed:
         count, kind = max(count, len(ranks) + 2), "all"
     sizes = BEYOND if row["shape"] == "beyond tiles" else SHAPES[row["shape"]]
+    sizes = [size for size in sizes if sizes is not BEYOND or max(size[1:3]) > 60]
     size = sizes[case.number % len(sizes)]
     several, exact = draw_several(case, [size], [ranks], [count], combined=False)
     if row["alpha"] == "< 0" and case.fixed.alpha is None:
@@ -275,4 +278,6 @@ LEVEL = Level(
     relations=("base-rows", "row-order", "adapter-order", "unused-adapter"),
     vectors={"forward": VECTOR_SIZES, "single": (("bfloat16", 0), ("float32", 1))},
     exact=("single",),
+    axes=AXES,
+    is_possible=is_possible,
 )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 
 from minilora.spec.optim import run
+from minilora.verify.core.axes import Axis
+from minilora.verify.core.combinations import Row, pairwise
 from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.inputs import long
 from minilora.verify.core.level import Level
-from minilora.verify.core.tolerance import Rounding, noisy, spread, underflow
+from minilora.verify.core.tolerance import Rounding, noisy, spread, underflow, unit_roundoff
 from minilora.verify.core.types import MONTE_CARLO, Case, Check, Comparison
 from minilora.verify.implementation.guard import GuardedImplementation
 
@@ -109,14 +111,89 @@ ODD: dict[str, dict[str, Any]] = {
 """Settings of the cases of odd numbers, where they are others."""
 
 
+ONE = {"layers.0.q.B": (5, 3)}
+LARGE = {"layers.0.q.A": (3, 401), "layers.0.q.B": (67, 1), "layers.0.bias": (65,)}
+"""A single parameter, and sizes beyond a kernel's pieces of 64 and of 1024 numbers."""
+
+PARAMETERS = {"one": ONE, "several": SHAPES, "large": LARGE}
+MAX_NORMS = {"one": 1.5, "several": 6.0, "large": 16.0}
+"""A maximum of the global norm that about half of the steps exceed."""
+
+LONG = 34
+"""The steps of a long run."""
+
+
+def _tensors(given: Mapping[str, Any]) -> str:
+    params = given["params"]
+    is_large = any(np.size(array) > 1024 for array in params.values())
+    return "large" if is_large else "one" if len(params) == 1 else "several"
+
+
+def _of(name: str, default: Any) -> Callable[[Mapping[str, Any]], Any]:
+    return lambda given: given["settings"].get(name, default)
+
+
+def _ratio(given: Mapping[str, Any]) -> str:
+    ratio = given["settings"].get("loraplus_lr_ratio", 1.0)
+    return "none" if ratio == 1 else "> 1" if ratio > 1 else "< 1"
+
+
+AXES = (
+    Axis("optimizer", ("adamw", "sgd"), _of("optimizer", "adamw")),
+    Axis("schedule", ("constant", "linear", "cosine"), _of("schedule", "constant")),
+    Axis("warmup", (False, True), lambda given: bool(given["settings"].get("warmup_steps"))),
+    Axis("clipping", (False, True), lambda given: "max_grad_norm" in given["settings"]),
+    Axis("decay", (False, True), lambda given: bool(given["settings"].get("weight_decay"))),
+    Axis("LoRA+", ("none", "> 1", "< 1"), _ratio),
+    Axis("micro-batches", (False, True), lambda given: isinstance(given["gradients"][0], list)),
+    Axis("parameters", tuple(PARAMETERS), _tensors),
+    Axis("steps", ("few", "many"), lambda given: ("few", "many")[len(given["gradients"]) > 32]),
+)
+
+
+def is_possible(row: Mapping[str, Any]) -> bool:
+    """Many steps of large parameters take long to sample."""
+    return row.get("parameters") != "large" or row.get("steps") != "many"
+
+
+@cache
+def rows_of_axes() -> tuple[Row, ...]:
+    """All pairs of the axes' values."""
+    return tuple(pairwise({axis.name: axis.values for axis in AXES}, is_possible))
+
+
+def row_of(number: int) -> Row:
+    """The row of a case of the kind ``all``."""
+    return rows_of_axes()[number % len(rows_of_axes())]
+
+
+def _settings_of_row(row: Row) -> dict[str, Any]:
+    """The settings of a row. The schedule ends a step after the last, or before."""
+    steps = LONG if row["steps"] == "many" else STEPS
+    chosen = {
+        "schedule": (row["schedule"], row["schedule"] != "constant"),
+        "total_steps": (steps + 1 if row["warmup"] else steps - 2, row["schedule"] != "constant"),
+        "warmup_steps": (3, row["warmup"]),
+        "max_grad_norm": (MAX_NORMS[row["parameters"]], row["clipping"]),
+        "loraplus_lr_ratio": (5.0 if row["LoRA+"] == "> 1" else 0.2, row["LoRA+"] != "none"),
+        "weight_decay": (0.0, not row["decay"]),
+    }
+    more = {name: value for name, (value, is_on) in chosen.items() if is_on}
+    return _settings(row["optimizer"], **more)
+
+
 def settings_of(kind: str, number: int) -> dict[str, Any]:
     """The settings of a case of a kind."""
+    if kind == "all":
+        return _settings_of_row(row_of(number))
     settings = ODD.get(kind) if number % 2 else None
     return dict(KINDS[kind][0] if settings is None else settings)
 
 
-def shapes_of(kind: str) -> dict[str, tuple[int, ...]]:
-    """The parameters of a kind, by their names."""
+def shapes_of(kind: str, number: int) -> Mapping[str, tuple[int, ...]]:
+    """The parameters of a case of a kind, by their names."""
+    if kind == "all":
+        return PARAMETERS[row_of(number)["parameters"]]
     return OTHERS if kind == "loraplus.other-params" else SHAPES
 
 
@@ -127,7 +204,7 @@ def draw_steps(case: Case, kind: str) -> tuple[dict[str, Array], Gradients]:
     parameter has a size of its own, so that no norm or mean can stand for another. A micro-batch in
     which no label counts has the gradient 0.
     """
-    rng, dtype, shapes = case.rng(), DTYPES[case.dtype], shapes_of(kind)
+    rng, dtype, shapes = case.rng(), DTYPES[case.dtype], shapes_of(kind, case.number)
     params = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
 
     def gradients(k: int, n: int = 1) -> dict[str, Array]:
@@ -138,8 +215,9 @@ def draw_steps(case: Case, kind: str) -> tuple[dict[str, Array], Gradients]:
             for f, (name, shape) in zip(own, shapes.items(), strict=True)
         }
 
-    steps = range(MANY.get(kind, STEPS))
-    if kind not in ("gradient-accumulation", "combined"):
+    row = row_of(case.number) if kind == "all" else {}
+    steps = range(LONG if row.get("steps") == "many" else MANY.get(kind, STEPS))
+    if not row.get("micro-batches", kind in ("gradient-accumulation", "combined")):
         return params, [gradients(k) for k in steps]
     counts = [(500, 200, 1100), (3, 0, 1), (7,)]
     return params, [[(n, gradients(k, n)) for n in counts[k % 3]] for k in steps]
@@ -184,7 +262,28 @@ def expected(
     )
     rounding = Rounding(precision)
     last = {what: np.sqrt(rounding.stored(array)) for what, array in want.items()}
-    return want, {what: np.maximum(sigma[what], last[what]) for what in want}
+    decay = _of_decay(params, want, settings, precision)
+    return want, {what: np.hypot(np.maximum(sigma[what], last[what]), decay[what]) for what in want}
+
+
+def _of_decay(
+    params: dict[str, Array], want: dict[str, Any], settings: dict[str, Any], precision: Precision
+) -> dict[str, Any]:
+    """σ that rounding the factor 1 - ηλ gives each parameter after each step of AdamW.
+
+    The factor, which lies between ½ and 1, is rounded by an e of at most u / 2, by the same e in
+    every step: errors that are not independent. After step k they are |e (p₀ + … + p_k₋₁)|, since
+    no factor is greater than 1. e is uniform. Where p - ηλ p is formed instead, e is the oracle's.
+    """
+    u = unit_roundoff(precision.accumulation)
+    decays = settings["optimizer"] == "adamw" and settings["weight_decay"]
+    each = u / 2 / 3**0.5 if decays else 0.0
+    sigma, sums = {}, {name: array.astype(np.float64) for name, array in params.items()}
+    for what, array in want.items():
+        name = what.partition(" after step ")[0]
+        sigma[what] = each * np.abs(sums[name])
+        sums[name] = sums[name] + array.astype(np.float64)
+    return sigma
 
 
 def _steps(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
@@ -194,7 +293,7 @@ def _steps(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Compar
         steps = subject.items(answer, len(gradients), "the list of steps")
         want, sigma = expected(kind, case, subject.precision(case.dtype))
         for k, after in enumerate(steps, 1):
-            for name, shape in shapes_of(kind).items():
+            for name, shape in shapes_of(kind, case.number).items():
                 what = f"{name} after step {k}"
                 entry = subject.entry(after, name, f"step {k}")
                 got = subject.answer(entry, what, shape, case.dtype)
@@ -242,10 +341,15 @@ def _cases(profile: str, dtype: str) -> int:
 
 
 def _cases_of(kind: str) -> Callable[[str, str], int]:
-    """As many, but none where ε lies below the dtype's numbers: float16 makes 0 of 1e-8."""
+    """As many, or all rows of the axes; none where ε lies below the dtype's numbers."""
+    if kind == "all":
+        counts = {"quick": 1, "ci": len(rows_of_axes()), "nightly": 4 * len(rows_of_axes())}
+        return lambda profile, dtype: counts[profile]
     eps = KINDS[kind][0].get("eps", 1.0)
     return lambda profile, dtype: CASES[profile] * (eps > underflow(dtype))
 
+
+ALL = "combinations of settings, one parameter, several or large ones, and many steps"
 
 _CHECKS: tuple[Check, ...] = (
     *(
@@ -257,7 +361,7 @@ _CHECKS: tuple[Check, ...] = (
             _steps(kind),
             _cases_of(kind),
         )
-        for kind, (_, words) in KINDS.items()
+        for kind, words in (*((kind, words) for kind, (_, words) in KINDS.items()), ("all", ALL))
     ),
     Check(
         "optimizer.sgd-balance",
@@ -275,10 +379,13 @@ LEVEL = Level(
     laws=("sgd-balance",),
     cases=None,
     has_exact_lane=False,
+    axes=AXES,
+    is_possible=is_possible,
     vectors={"*": (("bfloat16", 0), ("float32", 1))},
     no_vectors={
         "cosine-schedule": "the last bit of a cosine depends on the library of mathematics",
         "cosine-schedule.past-end": "the same",
+        "all": "the same steps as of the others, of more and larger parameters",
         "sgd-balance": "a law of the answers, which the other checks imply",
     },
 )

@@ -9,7 +9,7 @@ on all that DoRA adds to W x, the ``"difference"``, or on the input of B A, the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import combinations, product
@@ -29,6 +29,7 @@ from minilora.spec.variants import (
 )
 from minilora.verify.checks.linear import dbias
 from minilora.verify.core import inputs
+from minilora.verify.core.axes import Axis
 from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.inputs import Layer, columns, draw_layer, long
 from minilora.verify.core.layer_axes import VARIANT, draw_row, rows_of
@@ -373,6 +374,10 @@ def _more(kind: str) -> str:
     }[kind]
 
 
+def _variant_of(given: Mapping[str, Any]) -> str:
+    return "dora" if "magnitude" in given else "lora-bias"
+
+
 _CHECKS: tuple[Check, ...] = (
     *_checks("dora"),
     Check(
@@ -403,6 +408,7 @@ LEVEL = Level(
     _CHECKS,
     laws=("dora.init", "dora.unbatched"),
     has_exact_lane=False,
+    axes=(*VARIANT, Axis("variant", ("dora", "lora-bias"), _variant_of)),
     vectors={
         "*.forward*": (("bfloat16", 0), ("float32", 2), ("float64", 3)),
         "*.vjp*": (("bfloat16", 0), ("bfloat16", 1), ("float32", 2), ("float64", 3)),

@@ -400,7 +400,8 @@ def draw_of_size(
         layer = _draw_general(rng, case.dtype, (lead(tokens), n, m, r), case.fixed, **kind)
     else:
         # With rsLoRA, √r is a power of two as well.
-        r = 4 ** max(1, round(np.log2(power) / 2)) if kind.get("use_rslora") else power
+        root = power > 1 and max(1, round(np.log2(power) / 2))
+        r = 4**root if kind.get("use_rslora") else power
         layer = _draw_exact(rng, case.dtype, (lead(tokens), n, m, r), case.fixed, **kind)
     is_free = case.fixed.alpha is None
     return replace(layer, alpha=-layer.alpha) if negative and is_free else layer

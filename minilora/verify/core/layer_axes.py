@@ -73,7 +73,7 @@ def dropout_of(given: Mapping[str, Any]) -> str:
         return "rate without a mask" if p else "none"
     if not p:
         return "mask without a rate"
-    return "mask of ones" if np.all(keep) else "mask"
+    return "mask of ones" if np.all(keep) and np.size(keep) else "mask"
 
 
 def _tokens(given: Mapping[str, Any]) -> int:
@@ -127,13 +127,18 @@ WEIGHT = (SHAPE, RSLORA, STORAGE, SIGN)
 """Those of a merge."""
 
 
+def is_possible(row: Mapping[str, Any]) -> bool:
+    """An empty mask has neither ones nor zeros."""
+    return row.get("x") != "(0,)" or row.get("dropout") != "mask of ones"
+
+
 @cache
 def rows_of(axes: tuple[Axis, ...]) -> tuple[Row, ...]:
     """Rows with all pairs of these axes' values, the usual ones first. Their number is odd.
 
     So the same row is in one lane at one time, and in the other when it comes again.
     """
-    rows = pairwise({axis.name: axis.values for axis in axes})
+    rows = pairwise({axis.name: axis.values for axis in axes}, is_possible)
     rows.sort(key=lambda row: row.get("shape") == "beyond tiles" or row.get("x") == "(0,)")
     return (*rows, *rows[: len(rows) % 2 == 0])
 
@@ -148,6 +153,8 @@ def draw_row(case: Case, row: Row, beyond: Sequence[Sequence[int]] = BEYOND) -> 
     """A layer with the values of a row; ``beyond`` are the sizes beyond tiles."""
     rng = case.rng()
     sizes = beyond if row["shape"] == "beyond tiles" else SHAPES[row["shape"]]
+    if "t" not in row.get("x", ""):  # a side of the weight has to be the large one
+        sizes = [size for size in sizes if sizes is not beyond or max(size[1:4]) > 60]
     return draw_of_size(
         rng,
         case,

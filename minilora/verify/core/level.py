@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from minilora.verify.core.axes import Axis
+from minilora.verify.core.combinations import Allowed, always
+
 if TYPE_CHECKING:
     from minilora.verify.core.inputs import Layer
     from minilora.verify.core.types import Case, Check
@@ -45,6 +48,9 @@ class Level:
     ``quick``: a regular expression of the checks that the profile quick has; ``quick_dtypes``:
     whether it has them in every dtype, with a case of each lane, and not in float32 alone.
 
+    ``axes``: along which cases differ; ``is_possible``: which of their values may meet. Each pair
+    is drawn in the profile ci, as ``minilora verify --coverage`` shows.
+
     ``vectors``: cases of each check that become vectors, by the first pattern that fits;
     ``no_vectors``: checks that a pattern names and no vector is made of, and why; ``exact``: checks
     whose cases are all without rounding.
@@ -61,6 +67,8 @@ class Level:
     layer: Callable[[Case], Layer | None] = lambda case: None
     quick: str = ".*"
     quick_dtypes: bool = False
+    axes: tuple[Axis, ...] = ()
+    is_possible: Allowed = always
     vectors: Mapping[str, Draws] = field(default_factory=dict)
     no_vectors: Mapping[str, str] = field(default_factory=dict)
     exact: tuple[str, ...] = ()
