@@ -32,6 +32,19 @@ def threes(x: Array) -> list[slice]:
     return [slice(i, i + 3) for i in range(0, len(x), 3)]
 
 
+def tiled(size: int, tile: int) -> int:
+    """The size, or where it is greater than a tile, that of its whole tiles."""
+    return size if size <= tile else size // tile * tile
+
+
+def summed_in_blocks(P: Array, Q: Array, dtype: Any) -> Any:
+    """P Q, of blocks of 8 terms whose sums are added in a dtype."""
+    total = np.zeros((len(P), Q.shape[1]), dtype)
+    for k in range(0, len(Q), 8):
+        total = (total.astype(P.dtype) + P[:, k : k + 8] @ Q[k : k + 8]).astype(dtype)
+    return total.astype(P.dtype)
+
+
 def in_pairs(terms: Array) -> Array:
     """The sum over the last axis: of two halves, each summed so."""
     half = terms.shape[-1] // 2
@@ -159,6 +172,37 @@ LAYOUT: Table = {
          {"# arrays": "W = W.T if fan_in_fan_out and square(W) else W"}),
         ("conv1d-reshaped", "W.reshape(n, m)ᵀ with fan_in_fan_out",
          {"# arrays": "W = W.reshape(W.shape[::-1]).T if fan_in_fan_out else W"}),
+    ],
+}
+COMBINED: Table = {
+    "linear.forward.all": [
+        ("stored-in-out-no-bias", "no bias where the weight is stored (in, out)",
+         {"# arrays": "b = 0 * b if fan_in_fan_out else b"}),
+        ("stored-in-out-no-mask", "no dropout where the weight is stored (in, out)",
+         {"# arrays": "K = np.ones_like(x) if x is not None and fan_in_fan_out else None if x is "
+                      "None else K"}),
+        ("stored-in-out-alpha-over-r", "α/r where the weight is stored (in, out), rsLoRA or not",
+         {"# arrays": "use_rslora = use_rslora and not fan_in_fan_out"}),
+        ("mask-needs-rate", "no mask where there is no rate p",
+         {"# arrays": "K = K if x is None or p else np.ones_like(x)"}
+         ),
+        ("evaluation-no-bias", "no bias where there is a rate and no mask",
+         {"# arrays": "b = 0 * b if p and not dropout else b"}),
+    ],
+    "linear.forward": [
+        ("alpha-absolute", "|α| for α", {"# arrays": "alpha = abs(alpha)"}),
+        ("tile-64", "of more than 64 features, those beyond the last whole 64 are left out",
+         {"# arrays": "A = A * upto(tiled(A.shape[1], 64), A.shape[1])"}),
+        ("ranks-beyond-64", "ranks beyond 64 are left out",
+         {"# arrays": "A = A * upto(64, len(A))[:, None]"}),
+    ],
+    "linear.vjp": [
+        ("tokens-beyond-512", "dA of the first 512 tokens",
+         {"dA = dH.T @ h": "dA = dH[:512].T @ h[:512]"}),
+    ],
+    "linear.accumulation": [
+        ("summed-in-storage", "sums in blocks of 8, whose sums are added in the dtype stored",
+         {"base = x @ W.T + b": "base = summed_in_blocks(x, W.T, dtype) + b"}),
     ],
 }
 FORM: Table = {
@@ -379,7 +423,7 @@ SAME: Same = [
     ("alpha-then-rank", "α (H Bᵀ) / r",
      {"s * (H @ B.T)": "alpha * (H @ B.T) / (r**0.5 if use_rslora else r)"}),
     ("root-on-both", "((K∘x) (√s A)ᵀ) (√s B)ᵀ",
-     {"s * (H @ B.T)": "h @ (s**0.5 * A).T @ (s**0.5 * B).T"}),
+     {"s * (H @ B.T)": "h @ (abs(s) ** 0.5 * A).T @ (np.sign(s) * abs(s) ** 0.5 * B).T"}),
     ("rank-on-A", "α ((K∘x) (A / r)ᵀ) Bᵀ",
      {"s * (H @ B.T)": "alpha * (h @ (A / (r**0.5 if use_rslora else r)).T @ B.T)"}),
     ("scale-on-G", "(s G) B, (s G)ᵀ H",
@@ -434,6 +478,7 @@ SAME: Same = [
 MUTANTS: tuple[Mutant, ...] = (
     *mutants(LINEAR, "SCALE", SCALE),
     *mutants(LINEAR, "LAYOUT", LAYOUT),
+    *mutants(LINEAR, "COMBINED", COMBINED),
     *mutants(LINEAR, "FORM", FORM),
     *mutants(LINEAR, "DROPOUT", DROPOUT),
     *mutants(LINEAR, "BACKWARD", BACKWARD),

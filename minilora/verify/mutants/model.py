@@ -266,6 +266,16 @@ ROPE: Table = {
     ],
 }
 ATTENTION: Table = {
+    "model.batches": [
+        ("unpadded-not-causal", "every query sees every key where there is no padding",
+         {"return (s < t) & real[:, :, None] | (s == t)":
+              "return (s < t) & real[:, :, None] | (s == t) | real.all()"}),
+        ("window-32", "query t sees the keys from t - 31 on",
+         {"return (s < t) & real[:, :, None] | (s == t)":
+              "return (s < t) & (t < s + 32) & real[:, :, None] | (s == t)"}),
+        ("one-row-not-masked", "padding on the left is seen in a batch of one row",
+         {"causal_mask: real[:, :, None]": "(real | (len(real) == 1))[:, :, None]"}),
+    ],
     "model.llama": [
         ("scale-of-model", "1/√(d h) for 1/√d", {"d**-0.5": "(d * h) ** -0.5"}),
         ("scale-1", "kᵀ q is not divided by √d", {"d**-0.5": "1.0"}),

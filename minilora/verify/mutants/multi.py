@@ -346,6 +346,12 @@ MULTI: Table = {
          {"# adapter":
               'adapter = {**adapter, "alpha": adapters[0 if len({v["r"] for v in adapters}) == '
               '1 else i]["alpha"]}'}),
+        ("fifth-is-first", "adapter 4 and later are taken modulo 4",
+         {"# slots": "slots = [i if i < 4 else i % 4 for i in slots]"}),
+        ("rows-beyond-256", "no adapter for rows beyond 256",
+         {"# slots": "slots = [i if j < 256 else -1 for j, i in enumerate(slots)]"}),
+        ("alpha-absolute", "|α| for α",
+         {"# slots": 'adapters = [{**a, "alpha": abs(a["alpha"])} for a in adapters]'}),
     ],
     "multi.again": [
         ("last-of-call", "a row without an adapter has that of the last row of the call before",
@@ -412,7 +418,7 @@ SAME_MULTI: Same = [
           'row["base"] + sum(self.layer(W, x=x[j : j + 1], **a)["branch"] * (k == i) for k, a '
           "in enumerate(adapters))"}),
     ("root-on-both", "(x (√s A)ᵀ) (√s B)ᵀ",
-     {"s * (H @ B.T)": "x @ (s**0.5 * A).T @ (s**0.5 * B).T"}),
+     {"s * (H @ B.T)": "x @ (abs(s) ** 0.5 * A).T @ (np.sign(s) * abs(s) ** 0.5 * B).T"}),
     ("wide", "in float64, rounded at the end",
      {"# inputs": "x = np.float64(x)", "# arrays": "W, A, B = doubled(W, A, B)"}),
 ]

@@ -215,6 +215,16 @@ LORAPLUS: Table = {
          {"w * (1 - rate * decay)": "w * (1 - lr * factor * decay)"}),
     ],
 }
+SIZES: Table = {
+    "optimizer.all": [
+        ("beyond-1024", "the first 1024 numbers of a parameter alone are updated",
+         {"# step": "new = np.where(np.arange(w.size).reshape(w.shape) < 1024, new, w)"}),
+        ("decay-ends", "no decay from the 33rd step on",
+         {"# parameter": "decay = decay * (k < 32)"}),
+        ("one-not-clipped", "a single parameter is not clipped",
+         {"# rate": "g = g if len(p) > 1 else self.accumulated(item, max_norm)"}),
+    ],
+}
 ACCUMULATE: Table = {
     "optimizer.gradient-accumulation": [
         ("accumulate-mean-of-means", "the mean of the micro-batches' gradients gᵢ",
@@ -292,6 +302,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *mutants(OPTIMIZER, "OPTIMIZER", CLIP),
     *mutants(OPTIMIZER, "OPTIMIZER", SCHEDULE),
     *mutants(OPTIMIZER, "OPTIMIZER", LORAPLUS),
+    *mutants(OPTIMIZER, "OPTIMIZER", SIZES),
     *mutants(OPTIMIZER, "OPTIMIZER", ACCUMULATE),
     *mutants(OPTIMIZER, "OPTIMIZER", TOGETHER),
     *equivalents(OPTIMIZER, "optimizer", SAME),
