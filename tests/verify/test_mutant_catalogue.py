@@ -28,6 +28,7 @@ _IN_BFLOAT16 = """
     optimizer-v-coarse unmerge-coarse unmerge-delta-coarse
     combine-one-value-less combine-rank-one combine-rank-four
     scale-bfloat16 form-hidden-bfloat16 merge-bfloat16 files-bfloat16 optimizer-weights-bfloat16
+    optimizer-decay-ends
 """
 # A generator of a half precision has few numbers, which come again; and float16 holds no ε of 1e-8.
 _FEW = {f"init-{name}" for name in ("entries-of-8-bits", "rows-signed", "seeds-mirrored")}

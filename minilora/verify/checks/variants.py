@@ -41,7 +41,7 @@ from minilora.verify.implementation.guard import GuardedImplementation
 
 Array = np.ndarray
 
-CASES = {"quick": 2, "ci": 4, "nightly": 160}
+CASES = {"quick": 2, "ci": 8, "nightly": 160}
 SAMPLES = 16
 
 PART = {"dora": "magnitude", "lora-bias": "lora_bias"}

@@ -15,7 +15,7 @@ import numpy as np
 
 from minilora.verify.core.axes import Axis, Values
 from minilora.verify.core.combinations import Row, pairwise
-from minilora.verify.core.inputs import BEYOND, DROPOUT, Layer, draw_of_size
+from minilora.verify.core.inputs import BEYOND, DROPOUT, Layer, draw_of_size, in_turn
 from minilora.verify.core.types import Case
 
 Array = np.ndarray
@@ -158,7 +158,7 @@ def draw_row(case: Case, row: Row, beyond: Sequence[Sequence[int]] = BEYOND) -> 
     return draw_of_size(
         rng,
         case,
-        sizes[int(rng.integers(0, len(sizes)))],
+        in_turn(sizes, case, case.number),
         LEADS[row.get("x", "(t,)")],
         bias=row.get("bias", False),
         dropout=row.get("dropout", "none"),

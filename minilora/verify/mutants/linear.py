@@ -186,6 +186,8 @@ COMBINED: Table = {
         ("mask-needs-rate", "no mask where there is no rate p",
          {"# arrays": "K = K if x is None or p else np.ones_like(x)"}
          ),
+        ("ranks-beyond-64", "ranks beyond 64 are left out",
+         {"# arrays": "A = A * upto(64, len(A))[:, None]"}),
         ("evaluation-no-bias", "no bias where there is a rate and no mask",
          {"# arrays": "b = 0 * b if p and not dropout else b"}),
     ],
@@ -193,8 +195,6 @@ COMBINED: Table = {
         ("alpha-absolute", "|α| for α", {"# arrays": "alpha = abs(alpha)"}),
         ("tile-64", "of more than 64 features, those beyond the last whole 64 are left out",
          {"# arrays": "A = A * upto(tiled(A.shape[1], 64), A.shape[1])"}),
-        ("ranks-beyond-64", "ranks beyond 64 are left out",
-         {"# arrays": "A = A * upto(64, len(A))[:, None]"}),
     ],
     "linear.vjp": [
         ("tokens-beyond-512", "dA of the first 512 tokens",
