@@ -98,7 +98,7 @@ def coverage(levels: Sequence[Level], plans: Sequence[CheckPlan]) -> Iterator[Co
             yield found
 
 
-def report(**choice: Any) -> str:
+def table(**choice: Any) -> str:
     """The tables of the levels that are chosen, as ``plan`` takes the choice."""
     from minilora.verify.checks.registry import CHECKS, LEVELS
 

@@ -112,9 +112,9 @@ def _run(arguments: argparse.Namespace) -> int:
         say(_listed(plans))
         return OK
     if arguments.coverage:
-        from minilora.verify.coverage import report
+        from minilora.verify.coverage import table
 
-        say(report(**choice))
+        say(table(**choice))
         return OK
     files, folder = files_of(arguments, *FORMS), os.getcwd()
     report = _checked(arguments, options)

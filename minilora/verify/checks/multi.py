@@ -101,7 +101,7 @@ def draw(case: Case, mixed: bool = False) -> tuple[Several, bool]:
     if mixed:
         count, kind = max(count, len(ranks) + 2), "all"
     sizes = BEYOND if row["shape"] == "beyond tiles" else SHAPES[row["shape"]]
-    sizes = [size for size in sizes if sizes is not BEYOND or max(size[1:3]) > 60]
+    sizes = tuple(size for size in sizes if sizes is not BEYOND or max(size[1:3]) > 60)
     size = sizes[case.number % len(sizes)]
     several, exact = draw_several(case, [size], [ranks], [count], combined=False)
     if row["alpha"] == "< 0" and case.fixed.alpha is None:

@@ -111,11 +111,11 @@ ODD: dict[str, dict[str, Any]] = {
 """Settings of the cases of odd numbers, where they are others."""
 
 
-ONE = {"layers.0.q.B": (5, 3)}
+ONE: dict[str, tuple[int, ...]] = {"layers.0.q.B": (5, 3)}
 LARGE = {"layers.0.q.A": (3, 401), "layers.0.q.B": (67, 1), "layers.0.bias": (65,)}
 """A single parameter, and sizes beyond a kernel's pieces of 64 and of 1024 numbers."""
 
-PARAMETERS = {"one": ONE, "several": SHAPES, "large": LARGE}
+PARAMETERS: dict[str, dict[str, tuple[int, ...]]] = {"one": ONE, "several": SHAPES, "large": LARGE}
 MAX_NORMS = {"one": 1.5, "several": 6.0, "large": 16.0}
 """A maximum of the global norm that about half of the steps exceed."""
 

@@ -146,14 +146,13 @@ def draw_padded(
         batch = replace(batch, mask=np.ones((b, t), bool))
     if padding == "both":
         turned = padded_left(batch)
-        pairs = ((batch.ids, turned.ids), (batch.labels, turned.labels), (batch.mask, turned.mask))
         is_left = np.arange(b)[:, None] % 2 == 1
-        ids, labels, mask = (np.where(is_left, left, right) for right, left in pairs)
-        batch = replace(batch, ids=ids, labels=labels, mask=mask)
+        ids = np.where(is_left, turned.ids, batch.ids)
+        batch = replace(batch, ids=ids, mask=np.where(is_left, turned.real, batch.real))
     if not c.causal:
-        labels = rng.integers(0, c.linears()["head"][0], b)
-        labels[1:2] = IGNORED if ignored else labels[1:2]
-        return replace(batch, labels=labels)
+        classes = rng.integers(0, c.linears()["head"][0], b)
+        classes[1:2] = IGNORED if ignored else classes[1:2]
+        return replace(batch, labels=classes)
     if padding == "left":
         batch = padded_left(batch)
     before = np.pad(batch.real, ((0, 0), (1, 0)))[:, :-1]
