@@ -14,6 +14,7 @@ MODULES = {
     "peers": ("loralib", "peft", "torch", "transformers"),
     "libraries": ("bitsandbytes", "jsonschema", "lycoris", "mlx", "mlx_lm"),
     "vllm": ("vllm",),
+    "sglang": ("sglang",),
     "gguf": ("gguf",),
     "llama-cpp": ("llama_cpp",),
     "jax": ("jax",),

@@ -30,7 +30,9 @@ def test_the_declared_dependencies_are_those_that_are_imported():
     assert names(EXTRAS["pytest"]) == {"pytest"}
     optional = names(EXTRAS["text"] + EXTRAS["gguf"] + EXTRAS["plot"])
     assert optional == set().union(*OPTIONAL.values())
-    assert {"lycoris_lora", *ALONE} <= names(EXTRAS["libraries"] + EXTRAS["jax"] + EXTRAS["vllm"])
+    assert {"lycoris_lora", *ALONE} <= names(
+        EXTRAS["libraries"] + EXTRAS["jax"] + EXTRAS["vllm"] + EXTRAS["sglang"]
+    )
 
 
 def test_what_users_install_has_an_oldest_version():

@@ -50,7 +50,7 @@ RUN_TIME = {
 PEERS = {"loralib", "lycoris", "peft", "torch", "transformers"}
 """What a peer's file may import."""
 
-ALONE = {"bitsandbytes", "jax", "mlx", "mlx_lm", "vllm"}
+ALONE = {"bitsandbytes", "jax", "mlx", "mlx_lm", "sglang", "vllm"}
 """And one peer's file each, which comes with an extra of its own or with `libraries`."""
 
 PYTEST = {

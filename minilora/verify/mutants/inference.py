@@ -154,6 +154,9 @@ SETTINGS: Table = {
     "inference.logits.patterns": [
         ("alpha-pattern-ignored", "alpha_pattern is ignored",
          {"# used": 'c["alpha_pattern"] = {}'}),
+        ("patterns-ignored", "rank_pattern and alpha_pattern are ignored: s = α / r of all",
+         {"# used": 'c["alpha_pattern"] = {}; c["alpha_pattern"] = without_ranks(c)'},
+         "sglang 0.5.23"),
         ("rank-pattern-unscaled", "s = α / r with the r of all, not of rank_pattern",
          {"# used": 'c["alpha_pattern"] = without_ranks(c)'}),
         ("squares-exchanged", "A and B are exchanged where both are square",
