@@ -8,15 +8,18 @@ from time import perf_counter
 from typing import Any
 
 from minilora.verify.commands import reproduce
-from minilora.verify.core.types import Case, Check
+from minilora.verify.core.errors import Fault
+from minilora.verify.core.types import Case, Check, Comparison
 from minilora.verify.diagnosis.investigation import Investigation
 from minilora.verify.implementation.contract import TIME_LIMIT
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.judging import judged
-from minilora.verify.known import declared, known_for
+from minilora.verify.known import declared, excuses
 from minilora.verify.plan import CheckPlan, plan
+from minilora.verify.record import Recorder
 from minilora.verify.report.report import Report
 from minilora.verify.report.result import Known, Result
+from minilora.verify.seen import Asked
 from minilora.verify.tally import Tally
 
 Progress = Callable[[str, int, int], None]
@@ -45,14 +48,16 @@ def run(
     progress: Progress | None = None,
     command: Sequence[str] | None = None,
     part: tuple[int, int] = (0, 1),
+    recorder: Recorder | None = None,
 ) -> Report:
     """Puts the checks to an implementation.
 
-    ``known`` maps ``check`` or ``check:dtype`` to a reason, a dict or a `Known`; a * in the check's
-    name stands for anything. The implementation's own ``known`` is read too. ``command`` is what a
-    reader types to verify this target; a report without it shows the call in Python. ``part`` is
-    that of `plan`. Raises UsageError, LoadError where the implementation's declarations cannot be
-    read, and Interrupted.
+    ``known`` maps ``check`` or ``check:dtype`` to a dict with what was seen, or a `Known`; a * in
+    the check's name stands for anything within a level. The implementation's own ``known`` is read
+    too. ``command`` is what a reader types to verify this target; a report without it shows the
+    call in Python. ``part`` is that of `plan`. ``recorder`` keeps what is wrong and not
+    known. Raises UsageError, LoadError where the implementation's declarations cannot be read, and
+    Interrupted.
     """
     started = perf_counter()
     plans = plan(
@@ -62,7 +67,7 @@ def run(
     if case is None and not dtypes:
         plans = [p for p in plans if p.dtype in subject.dtypes]
     plans = [replace(p, fixed=subject.fixed) for p in plans]
-    declarations, notes = declared(checks, subject, known or {})
+    declarations = declared(checks, subject, known or {})
     investigation = Investigation(subject, profile, command, plans)
     results: list[Result] = []
 
@@ -77,7 +82,7 @@ def run(
             seed=seed,
             results=tuple(_still_known(result, results) for result in results),
             seconds=round(perf_counter() - started, 3),  # as its JSON says it
-            notes=(*notes, *subject.remarks),
+            notes=(*declarations.notes, *subject.remarks),
             interrupted=interrupted,
         )
 
@@ -85,8 +90,8 @@ def run(
     try:
         for p in plans:
             cases = _announced(p, progress, done, total)
-            known_here = known_for(declarations, p.check.id, p.dtype)
-            results.append(_result(p, subject, cases, known_here, command))
+            known_here = declarations.of(p.check.id, p.dtype)
+            results.append(_result(p, subject, cases, known_here, command, recorder))
             if results[-1].status in ("fail", "error"):
                 if progress:
                     progress(f"why {p.check.id}:", done, total)
@@ -117,6 +122,7 @@ def _result(
     cases: Iterator[Case],
     known: Known | None,
     command: Sequence[str] | None,
+    recorder: Recorder | None,
 ) -> Result:
     started, spent = perf_counter(), subject.spent
     check = p.check
@@ -125,14 +131,18 @@ def _result(
     tally = Tally()
     for case in () if reason else cases:
         subject.traits, subject.sizes = set(), {}
-        tally.add(case, *judged(check, subject, case), subject.traits, subject.sizes)
+        comparisons: list[Comparison] = []
+        found, end = judged(check, subject, case, comparisons)
+        is_wrong = isinstance(end, Fault) or any(each.verdict != "pass" for each in found)
+        asked = Asked(check, case, comparisons, end)
+        is_known = is_wrong and excuses(known, asked)
+        if recorder is not None and is_wrong and not is_known:
+            recorder.add(asked)
+        tally.add(case, found, end, subject.traits, subject.sizes, is_known)
         if tally.is_over:
             break
     status = tally.status
-    # A fault of this package is nobody's known deviation.
-    if known is not None and status not in ("pass", "skip") and "internal" not in tally.faults:
-        status = "known"
-    first, arrays = tally.first.get(tally.status, ("", ()))
+    first, arrays = tally.first.get(status, ("", ()))
     return Result(
         check=check.id,
         level=check.level,
@@ -143,13 +153,14 @@ def _result(
         status=status,
         cases=tally.cases,
         skipped_cases=len(tally.skip_reasons),
-        deviating_cases=tally.deviating,
+        deviating_cases=tally.known if status == "known" else tally.deviating,
+        known_cases=tally.known,
         only=tally.only,
         worst=tally.worst,
         worst_case=tally.worst_case,
         case=first,
         arrays=arrays,
-        faults=tuple(tally.faults.values()),
+        faults=tuple((tally.known_faults if status == "known" else tally.faults).values()),
         reason=reason or next(iter(tally.skip_reasons), ""),
         known=known,
         reproduce=reproduce(command, first or tally.worst_case or p.case(p.numbers[0]).id, p.seed),

@@ -12,15 +12,23 @@ from minilora.verify.tally import is_worse
 
 
 def judged(
-    check: Check, subject: GuardedImplementation, case: Case
+    check: Check,
+    subject: GuardedImplementation,
+    case: Case,
+    comparisons: list[Comparison] | None = None,
 ) -> tuple[list[Judgement], Skip | Fault | None]:
-    """The judgements of a case, and what ended it early: those made before that count too."""
+    """The judgements of a case, and what ended it early: those made before that count too.
+
+    ``comparisons``: a list that takes what was judged.
+    """
+    kept = [] if comparisons is None else comparisons
     judgements: list[Judgement] = []
     worst: tuple[int, Comparison] | None = None
     end: Skip | Fault | None = None
     try:
         for comparison in check.run(subject, case):
             judgements.append(comparison.judge())  # kept when a later step raises
+            kept.append(comparison)
             if worst is None or is_worse(judgements[-1], judgements[worst[0]]):
                 worst = len(judgements) - 1, comparison
     except (Skip, Fault) as stopped:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import filter as filter_names
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,12 +15,19 @@ from minilora.verify.core.types import Check
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.plan import require_known
 from minilora.verify.report.result import Known
+from minilora.verify.seen import Asked, explained, read_seen
+from minilora.verify.versions import is_in_range, require_range, version_key
 
-FIELDS = {"check", "dtype", "reason", "link", "versions"}
+FIELDS = {"reason", "link", "versions", "seen"}
+OF_A_FILE = FIELDS | {"check", "dtype"}
+UNBOUND = (
+    "is declared as known without 'seen', what the deviation looks like: nothing is excused "
+    "(--update-known FILE records it)"
+)
 
 
 def read_known(path: str) -> dict[str, Known]:
-    """Known deviations from a JSON file: a list of {check, dtype?, reason, link?, versions?}.
+    """Known deviations from a JSON file: {check, dtype?, reason, seen, link?, versions?} in a list.
 
     Raises UsageError.
     """
@@ -32,62 +40,134 @@ def read_known(path: str) -> dict[str, Known]:
         raise UsageError(f"{path} is not JSON: {tidy(error)}") from None
     known = {}
     for number, entry in enumerate(entries if isinstance(entries, list) else [None]):
+        where = f"{path}, entry {number}"
         if not isinstance(entry, dict):
             raise UsageError(f'{path}: expected a list of {{"check": …, "reason": …}}')
-        name = _name(entry, f"{path}, entry {number}")
-        known[name] = _known(entry, path)
+        name = _name(entry, where)
+        known[name] = _known({key: entry[key] for key in entry.keys() & FIELDS}, where)
     return known
 
 
 def _name(entry: Mapping[str, Any], where: str) -> str:
-    if unknown := sorted(entry.keys() - FIELDS):
-        raise UsageError(f"{where}: unknown {', '.join(unknown)}; expected {sorted(FIELDS)}")
+    if unknown := sorted(entry.keys() - OF_A_FILE):
+        raise UsageError(f"{where}: unknown {', '.join(unknown)}; expected {sorted(OF_A_FILE)}")
     if not isinstance(entry.get("check"), str) or not entry.get("reason"):
         raise UsageError(f"{where}: 'check' and 'reason' are required")
     return f"{entry['check']}:{entry['dtype']}" if "dtype" in entry else str(entry["check"])
 
 
 def _known(entry: Any, where: str) -> Known:
-    if isinstance(entry, Known):
-        return entry
     if isinstance(entry, str):
         return Known(tidy(entry, 600))
+    if isinstance(entry, Known):
+        _known(vars(entry), where)
+        return entry
     if not isinstance(entry, Mapping) or "reason" not in entry:
         raise UsageError(f"{where}: expected the reason, or a dict with 'reason'")
-    versions = entry.get("versions", ())
-    versions = (versions,) if isinstance(versions, str) else tuple(map(str, versions))
-    return Known(tidy(entry["reason"], 600), tidy(entry.get("link", "")), versions)
+    if unknown := sorted(map(str, entry.keys() - FIELDS)):
+        raise UsageError(f"{where}: unknown {', '.join(unknown)}; expected {sorted(FIELDS)}")
+    try:
+        if (seen := entry.get("seen", ())) != ():
+            read_seen(seen)
+        return Known(
+            tidy(entry["reason"], 600),
+            tidy(entry.get("link", "")),
+            _ranges(entry.get("versions", ())),
+            (seen,) if isinstance(seen, Mapping) else tuple(seen),
+        )
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def _ranges(versions: Any) -> tuple[str, ...]:
+    """One range, or several of which one has to hold."""
+    ranges = versions if isinstance(versions, list | tuple) else (versions,)
+    return tuple(require_range(each) for each in ranges)
+
+
+@dataclass(frozen=True)
+class Declarations:
+    """The known deviations that apply to a target, and notes on those that cannot.
+
+    ``entries`` are by patterns of ``check`` or ``check:dtype``.
+    """
+
+    entries: Mapping[str, Known] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def of(self, check: str, dtype: str) -> Known | None:
+        """What was declared of this check in this dtype: the most specific name that matches."""
+        for name in (f"{check}:{dtype}", check):
+            if name in self.entries:
+                return self.entries[name]
+        for name, known in self.entries.items():
+            if fnmatchcase(f"{check}:{dtype}", name if ":" in name else f"{name}:*"):
+                return known
+        return None
 
 
 def declared(
     checks: Sequence[Check], subject: GuardedImplementation, known: Mapping[str, Any]
-) -> tuple[dict[str, Known], tuple[str, ...]]:
+) -> Declarations:
     """The known deviations that apply to the subject's version, and notes on strange ones.
 
-    Raises UsageError where ``known`` names a check or a dtype that does not exist.
+    A * in a check's name stands for anything within a level. Raises UsageError where ``known``
+    names a check or a dtype that does not exist, and where an entry cannot be read.
     """
     names = [check.id for check in checks]
     for name in known:
+        _require_level(name)
         check, _, dtype = name.partition(":")
         if not filter_names(names, check):
             require_known("check", check, names)
         if dtype:
             require_known("dtype", dtype, list(DTYPES))
-    strange = [n for n in subject.known if not filter_names(names, n.partition(":")[0])]
-    notes = tuple(
-        f"{subject.name} declares {name!r} as known; there is no such check" for name in strange
-    )
-    entries = {name: _known(entry, name) for name, entry in {**subject.known, **known}.items()}
-    applying = {name: k for name, k in entries.items() if k.holds_for(subject.version)}
-    return applying, notes
+    notes, own = [], {}
+    for name, entry in subject.known.items():
+        if not filter_names(names, name.partition(":")[0]):
+            notes.append(f"{subject.name} declares {name!r} as known; there is no such check")
+        elif problem := _without_level(name):
+            notes.append(f"{subject.name} declares {problem}: it excuses nothing")
+        else:
+            own[name] = entry
+    given = {**own, **known}
+    # One entry for several checks stays one.
+    read = {id(entry): _known(entry, name) for name, entry in given.items()}
+    entries = {name: read[id(entry)] for name, entry in given.items()}
+    notes += [f"{name} {UNBOUND}" for name, entry in entries.items() if not entry.seen]
+    applying: dict[str, Known] = {}
+    for name, entry in entries.items():
+        holds, note = _holds_for(entry, subject.version)
+        notes += [f"{name}: {note}"] if note else []
+        applying |= {name: entry} if holds else {}
+    return Declarations(applying, tuple(dict.fromkeys(notes)))
 
 
-def known_for(declarations: Mapping[str, Known], check: str, dtype: str) -> Known | None:
-    """What was declared of this check in this dtype: the most specific name that matches."""
-    for name in (f"{check}:{dtype}", check):
-        if name in declarations:
-            return declarations[name]
-    for name, known in declarations.items():
-        if fnmatchcase(f"{check}:{dtype}", name if ":" in name else f"{name}:*"):
-            return known
-    return None
+def _require_level(name: str) -> None:
+    if problem := _without_level(name):
+        raise UsageError(problem)
+
+
+def _without_level(name: str) -> str:
+    """What is wrong with a pattern that names no level, or nothing."""
+    level, *rest = name.partition(":")[0].split(".")
+    if rest and not any(sign in level for sign in "*?["):
+        return ""
+    return f"{name!r} as known, which names no level; expected a check, such as 'merge.dense'"
+
+
+def _holds_for(entry: Known, version: str) -> tuple[bool, str]:
+    """Whether an entry was declared for this version, of which the first word counts; a note."""
+    if not entry.versions:
+        return True, ""
+    number = version.split()[0] if version.split() else ""
+    try:
+        version_key(number)
+    except ValueError as error:
+        return False, f"declared for versions {' or '.join(entry.versions)}, and {error}"
+    return any(is_in_range(number, each) for each in entry.versions), ""
+
+
+def excuses(known: Known | None, asked: Asked) -> bool:
+    """Whether a case shows the known deviation, and nothing else that is wrong."""
+    return known is not None and bool(known.seen) and explained(read_seen(known.seen), asked)

@@ -20,7 +20,7 @@ from minilora.verify.core.errors import LoadError, UsageError
 from minilora.verify.core.types import Check
 from minilora.verify.diagnosis import investigation
 from minilora.verify.implementation.guard import GuardedImplementation
-from minilora.verify.known import declared, known_for, read_known
+from minilora.verify.known import declared, read_known
 from minilora.verify.loading import DEFAULT_TARGET, load, resolve
 from minilora.verify.plan import plan
 from minilora.verify.report.report import Report
@@ -113,7 +113,7 @@ def check_tests(
     from minilora.verify.checks.registry import CHECKS
 
     subject = GuardedImplementation(implementation)
-    declarations, _ = declared(CHECKS, subject, known or {})
+    declarations = declared(CHECKS, subject, known or {})
     dtypes_asked = dtypes or subject.dtypes
     for p in plan(CHECKS, levels=levels, profile=profile, dtypes=dtypes_asked, seed=seed):
         n = ceil(len(p.numbers) / (p.check.cases("ci", p.dtype) or len(p.numbers)))
@@ -122,8 +122,8 @@ def check_tests(
             dtype=p.dtype,
             profile=profile,
             seed=seed,
-            known=known_for(declarations, p.check.id, p.dtype),
-            strict=n == 1 and f"{p.check.id}:{p.dtype}" in declarations,
+            known=declarations.of(p.check.id, p.dtype),
+            strict=n == 1 and f"{p.check.id}:{p.dtype}" in declarations.entries,
             command=None if command is None else tuple(command),
         )
         yield from (replace(one, part=(i, n)) for i in range(n))

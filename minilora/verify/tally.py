@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import comb, inf
 
 from minilora.verify.core.errors import Fault, Skip
@@ -29,7 +29,9 @@ class Tally:
     """The results so far of one check in one dtype.
 
     ``skip_reasons`` are those of the cases that were skipped; ``first`` has, for each status, the
-    first case that has it, with its judgements. ``deviating`` cases failed or were loose;
+    first case that has it, with its judgements. ``deviating`` cases failed or were loose; those
+    that show what is known count apart. ``worsts``: the worst array and its case, of what is known
+    and of all else;
     ``not_passing`` counts faults, too. ``common_traits`` are those of all cases that do not pass,
     ``passing_traits`` those of any that passes; ``least`` and ``most`` are the sizes likewise.
     """
@@ -39,11 +41,12 @@ class Tally:
     skip_reasons: list[str] = field(default_factory=list)
     first: dict[str, tuple[str, tuple[Judgement, ...]]] = field(default_factory=dict)
     deviating: int = 0
+    known: int = 0
     not_passing: int = 0
     since_first: int = 0
     faults: dict[str, FaultSeen] = field(default_factory=dict)
-    worst: Judgement | None = None
-    worst_case: str = ""
+    known_faults: dict[str, FaultSeen] = field(default_factory=dict)
+    worsts: dict[bool, tuple[Judgement, str]] = field(default_factory=dict)
     common_traits: set[str] | None = None
     passing_traits: set[str] = field(default_factory=set)
     least: dict[str, int] = field(default_factory=dict)
@@ -70,11 +73,26 @@ class Tally:
 
     @property
     def status(self) -> str:
-        """A wrong value outranks a fault, and either a loose value."""
-        for status in ("fail", "error", "loose"):
+        """A wrong value outranks a fault, either a loose value, and this what is known."""
+        for status in ("fail", "error", "loose", "known"):
             if status in self.first:
                 return status
         return "skip" if self.cases == len(self.skip_reasons) else "pass"
+
+    @property
+    def worst(self) -> Judgement | None:
+        """The worst array of all cases; where only what is known deviates, of that."""
+        return self._worst[0]
+
+    @property
+    def worst_case(self) -> str:
+        """The case of the worst array."""
+        return self._worst[1]
+
+    @property
+    def _worst(self) -> tuple[Judgement | None, str]:
+        known = self.status == "known"
+        return self.worsts.get(known) or self.worsts.get(not known) or (None, "")
 
     def add(
         self,
@@ -83,14 +101,23 @@ class Tally:
         end: Skip | Fault | None,
         traits: set[str],
         sizes: Mapping[str, int],
+        is_known: bool = False,
     ) -> None:
-        """Takes in the judgements of a case, how it ended, and its traits and sizes."""
+        """Takes in the judgements of a case, how it ended, and its traits and sizes.
+
+        ``is_known``: what deviates in it was declared.
+        """
         self.cases += 1
+        for judgement in judged:
+            self._add_worst(judgement, case, is_known)
+        if is_known:
+            self._add_known(case, judged, end)
+            return
         verdicts = {judgement.verdict for judgement in judged}
         if isinstance(end, Skip):
             self.skip_reasons.append(end.reason)
         if isinstance(end, Fault):
-            self._add_fault(end, case)
+            self._add_fault(end, case, self.faults)
         statuses = {"fail", "loose"} & verdicts | ({"error"} if isinstance(end, Fault) else set())
         for status in statuses:
             self.first.setdefault(status, (case.id, tuple(judged)))
@@ -106,13 +133,20 @@ class Tally:
             _take_in(self.most, sizes, max)
         self.deviating += bool(verdicts & {"fail", "loose"})
         self.since_first += "fail" in self.first
-        for judgement in judged:
-            if self.worst is None or is_worse(judgement, self.worst):
-                self.worst, self.worst_case = judgement, case.id
 
-    def _add_fault(self, fault: Fault, case: Case) -> None:
-        seen = self.faults.get(fault.kind, FaultSeen(fault.kind, fault.message, case.id, 0))
-        self.faults[fault.kind] = FaultSeen(seen.kind, seen.message, seen.case, seen.cases + 1)
+    def _add_worst(self, judgement: Judgement, case: Case, is_known: bool) -> None:
+        if is_known not in self.worsts or is_worse(judgement, self.worsts[is_known][0]):
+            self.worsts[is_known] = judgement, case.id
+
+    def _add_known(self, case: Case, judged: Sequence[Judgement], end: Skip | Fault | None) -> None:
+        self.first.setdefault("known", (case.id, tuple(judged)))
+        self.known += 1
+        if isinstance(end, Fault):
+            self._add_fault(end, case, self.known_faults)
+
+    def _add_fault(self, fault: Fault, case: Case, among: dict[str, FaultSeen]) -> None:
+        seen = among.get(fault.kind, FaultSeen(fault.kind, fault.message, case.id, 0))
+        among[fault.kind] = replace(seen, cases=seen.cases + 1)
 
 
 def _take_in(known: dict[str, int], sizes: Mapping[str, int], which: Callable[..., int]) -> None:

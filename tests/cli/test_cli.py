@@ -231,7 +231,10 @@ def test_a_report_that_cannot_be_written_in_the_end_is_status_2(verify, monkeypa
 
 
 def test_known_deviations_are_no_failure(verify, tmp_path):
-    entries = [{"check": c, "reason": "agreed"} for c in ("exact.merge", "sigma.merge")]
+    seen = {"arrays": "W'"}
+    entries = [
+        {"check": c, "reason": "agreed", "seen": seen} for c in ("exact.merge", "sigma.merge")
+    ]
     (tmp_path / "known.json").write_text(json.dumps(entries))
     status, out, _ = verify("fake_checks:WrongScale", "--known", "known.json")
     assert status == 0

@@ -15,6 +15,7 @@ from minilora.verify import check
 from minilora.verify.checks.registry import CHECKS
 from minilora.verify.implementation.contract import has_method
 from minilora.verify.peers import PEERS, _formula
+from minilora.verify.seen import read_seen
 
 DTYPES = {
     "torch": ("float16",),
@@ -90,7 +91,14 @@ def test_all_that_a_peer_has_holds_or_is_known(name):
 def test_a_known_deviation_is_one_of_a_check_that_there_is(peer):
     asked = {f"{c.id}:{d}" for c in CHECKS if c.level in peer.levels for d in peer.dtypes}
     for pattern in peer.known:
+        pattern = pattern if ":" in pattern else f"{pattern}:*"
         assert any(fnmatchcase(each, pattern) for each in asked), pattern
+
+
+@pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
+def test_a_known_deviation_says_what_was_seen(peer):
+    for pattern, entry in peer.known.items():
+        assert read_seen(entry["seen"]), pattern
 
 
 def without_scale(self, x):

@@ -1,5 +1,6 @@
 """The checks as tests of pytest: what each verdict becomes, and which tests there are."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -42,14 +43,20 @@ def front(pytester):
     return run
 
 
+OFF = {"arrays": "W'"}
+
+
 class KnownWrong(fake_checks.WrongScale):
-    known: ClassVar = {"sigma.merge:float32": "takes alpha for alpha / r", "exact.merge": "so too"}
+    known: ClassVar = {
+        "sigma.merge:float32": {"reason": "takes alpha for alpha / r", "seen": OFF},
+        "exact.merge": {"reason": "so too", "seen": OFF},
+    }
 
 
 class NoLongerWrong(fake_checks.Right):
     known: ClassVar = {
-        "sigma.merge:float32": Known("was wrong in 1.1", "https://tracker/7"),
-        "exact.merge": "was wrong in one dtype",
+        "sigma.merge:float32": Known("was wrong in 1.1", "https://tracker/7", (), (OFF,)),
+        "exact.merge": {"reason": "was wrong in one dtype", "seen": OFF},
     }
 
 
@@ -205,7 +212,8 @@ def test_a_profile_or_a_file_that_does_not_exist_is_refused(front):
 
 def test_a_known_file_is_read(front, pytester):
     path = pytester.path / "known.json"
-    path.write_text('[{"check": "sigma.*", "reason": "in a file"}]')
+    entry = {"check": "sigma.*", "reason": "in a file", "seen": OFF}
+    path.write_text(json.dumps([entry]))
     run = front("--minilora-known", str(path), "-rx", target="fake_checks:WrongScale")
     run.assert_outcomes(passed=8, failed=4, xfailed=2)
     run.stdout.fnmatch_lines(["XFAIL * in a file"])

@@ -31,7 +31,6 @@ from minilora.verify.diagnosis.investigation import MAX_SHRINKS
 from minilora.verify.engine import Interrupted, run
 from minilora.verify.implementation.contract import METHODS
 from minilora.verify.implementation.guard import MAX_HANGS, GuardedImplementation
-from minilora.verify.known import read_known
 from minilora.verify.loading import load
 from minilora.verify.peers.peer import Peer
 from minilora.verify.plan import plan
@@ -41,6 +40,7 @@ from minilora.verify.report.junit import junit
 from minilora.verify.tally import CASES_AFTER_A_DEVIATION
 
 EXACT, SIGMA, DICT, LIST = CHECKS
+OFF = {"arrays": "W'"}
 
 
 def only(report):
@@ -577,98 +577,6 @@ def test_a_deviation_outweighs_the_error_that_follows_it():
     assert result.faults[0].message == "then it raised"
 
 
-@pytest.mark.parametrize("known", [{"exact.merge": "why"}, {"exact.merge:float32": "why"}])
-def test_a_known_deviation_is_run_shown_and_no_failure(known):
-    implementation = type("T", (), {"merge": raises})()
-    report = run([EXACT], implementation, dtypes=["float32"], known=known)
-    assert (only(report).status, report.exit_status) == ("known", 0)
-    assert only(report).faults
-    assert "known exact.merge float32: why" in report.text()
-    other = run([EXACT], implementation, dtypes=["float64"], known={"exact.merge:float32": "why"})
-    assert only(other).status == "error", "declared for another dtype"
-
-
-def test_one_declaration_for_a_family_of_checks_holds_while_any_of_them_deviates():
-    known = {"*.merge:float32": "why"}
-    report = run([EXACT, SIGMA], WrongScale(), dtypes=["float32"], known=known)
-    assert {result.status for result in report.results} == {"known"}
-    mixed = run([SIGMA, EXACT], WrongScale(), dtypes=["float64"], known=known)
-    assert {result.status for result in mixed.results} == {"fail"}
-    right = run([EXACT], Right(), dtypes=["float32"], known=known)
-    assert "no longer fails, though known: exact.merge float32: why" in right.text()
-
-
-def test_a_known_deviation_that_no_longer_fails_is_reported():
-    report = run([EXACT], Right(), dtypes=["float32"], known={"exact.merge": "was wrong"})
-    assert (only(report).status, only(report).no_longer_fails) == ("pass", True)
-    assert report.to_json()["results"][0]["no_longer_fails"] is True
-    assert "no longer fails, though known: exact.merge float32: was wrong" in report.text()
-
-
-def test_a_declaration_for_all_dtypes_still_holds_where_one_deviates():
-    class Half(WrongScale):
-        def merge(self, W, A, B, *, alpha, r):
-            wrong = W.dtype == np.float32
-            return super().merge(W, A, B, alpha=alpha if wrong else alpha / r, r=r)
-
-    report = run([SIGMA], Half(), known={"sigma.merge": "why"})
-    assert [result.status for result in report.results] == ["pass", "known"]
-    assert not any(result.no_longer_fails for result in report.results)
-
-
-@pytest.mark.parametrize(
-    ("versions", "status"), [([], "known"), (["1.*"], "known"), ("1.2", "known"), (["2.*"], "fail")]
-)
-def test_a_known_deviation_holds_for_its_versions(versions, status):
-    known = {"sigma.merge": {"reason": "why", "versions": versions}}
-    assert only(run([SIGMA], WrongScale(), dtypes=["float64"], known=known)).status == status
-
-
-def test_an_implementation_may_declare_its_known_deviations():
-    class Honest(WrongScale):
-        known: ClassVar = {"sigma.merge": "alpha is taken for the scale", "gone.check": "x"}
-
-    report = run([SIGMA], Honest(), dtypes=["float64"])
-    assert only(report).status == "known"
-    assert "declares 'gone.check' as known; there is no such check" in report.text()
-
-
-def test_a_fault_of_ours_is_nobodys_known_deviation():
-    check = replace(EXACT, run=lambda subject, case: [])
-    assert (
-        only(run([check], Right(), dtypes=["float32"], known={"exact.merge": "x"})).status
-        == "error"
-    )
-
-
-def test_a_known_file_is_read(tmp_path):
-    file = tmp_path / "known.json"
-    entry = {"check": "a.b", "dtype": "float32", "reason": "r", "link": "l", "versions": ["1.*"]}
-    file.write_text(json.dumps([entry, {"check": "c.d", "reason": "q"}]))
-    known = read_known(str(file))
-    assert list(known) == ["a.b:float32", "c.d"]
-    assert known["a.b:float32"].link == "l"
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("{", "JSON"),
-        ('{"check": "a"}', "expected a list"),
-        ("[3]", "expected a list"),
-        ('[{"check": "a"}]', "'check' and 'reason'"),
-        ('[{"check": "a", "reason": "r", "dtpye": "x"}]', "unknown dtpye"),
-    ],
-)
-def test_a_malformed_known_file_is_refused(tmp_path, text, words):
-    file = tmp_path / "known.json"
-    file.write_text(text)
-    with pytest.raises(UsageError, match=words):
-        read_known(str(file))
-    with pytest.raises(UsageError, match="No such file"):
-        read_known(str(tmp_path / "absent.json"))
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -772,7 +680,7 @@ class Odd(Right):
 
 @pytest.fixture(scope="module")
 def odd():
-    return run(CHECKS, Odd(), known={"sigma.merge:float64": "a <reason>"})
+    return run(CHECKS, Odd(), known={"sigma.merge:float64": {"reason": "a <reason>", "seen": OFF}})
 
 
 def test_the_json_is_strict_and_has_the_fields_of_the_contract(odd):

@@ -91,7 +91,13 @@ class Hostile(Right):
         raise ValueError("<b>```` | no\nanswer")
 
 
-KNOWN = {"sigma.merge:float64": {"reason": "a <reason> | `why`", "link": "issue 1"}}
+KNOWN = {
+    "sigma.merge:float64": {
+        "reason": "a <reason> | `why`",
+        "link": "issue 1",
+        "seen": {"arrays": "W'"},
+    }
+}
 
 
 @pytest.fixture(scope="module")
@@ -563,11 +569,13 @@ def test_the_cause_stands_first_in_every_form():
 
 
 def test_a_reason_that_several_checks_share_is_given_once():
-    report = run(CHECKS, WrongScale(), known={"*.merge": "the scale"})
+    entry = {"reason": "the scale", "seen": {"arrays": "W'"}}
+    both = ("exact.merge", "sigma.merge")
+    report = run(CHECKS, WrongScale(), known=dict.fromkeys(both, entry))
     assert report.text().count("the scale") == 1
     assert "known exact.merge, sigma.merge: the scale" in report.text()
     assert markdown([report], MARKDOWN_BYTES).count("the scale") == 1
-    part = run(CHECKS, WrongScale(), known={"*.merge:float32": "the scale"})
+    part = run(CHECKS, WrongScale(), known={f"{check}:float32": entry for check in both})
     assert "known exact.merge float32, sigma.merge float32: the scale" in part.text()
 
 

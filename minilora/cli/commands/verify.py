@@ -68,7 +68,14 @@ def add(commands: Any) -> None:
     option(
         "--known",
         metavar="FILE",
-        help="JSON list of known deviations, each with check, dtype, reason and link",
+        help="JSON list of known deviations, each with check, dtype, reason, versions and what was "
+        "seen",
+    )
+    option(
+        "--update-known",
+        metavar="FILE",
+        help="read known deviations from FILE, if it is there, and write it anew: without those "
+        "that no longer occur, and with all that deviates besides",
     )
     option(
         "--in-process",
@@ -92,8 +99,8 @@ def add(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     _look_in_the_current_folder_last()
     from minilora.verify.checks.registry import CHECKS
-    from minilora.verify.known import read_known
     from minilora.verify.plan import plan
+    from minilora.verify.record import Recorder
 
     choice: dict[str, Any] = {
         "levels": split(arguments.level),
@@ -104,7 +111,8 @@ def _run(arguments: argparse.Namespace) -> int:
     }
     plans = plan(CHECKS, **choice)
     options = choice | {
-        "known": read_known(arguments.known) if arguments.known else None,
+        "known": _known(arguments),
+        "recorder": Recorder() if arguments.update_known else None,
         "command": _command(arguments),
         "time_limit": _time_limit(arguments),
     }
@@ -120,6 +128,7 @@ def _run(arguments: argparse.Namespace) -> int:
     report = _checked(arguments, options)
     os.chdir(folder)  # the target may have changed it
     errors = _write(report, files)  # before the text, whose reader may close the pipe
+    errors += _update_known(arguments, report, options)
     say(report.text(arguments.verbose))
     for error in errors:
         usage_error(error, "verify")
@@ -134,6 +143,32 @@ def _look_in_the_current_folder_last() -> None:
     The target's process looks there first.
     """
     sys.path.sort(key=lambda entry: os.path.abspath(entry) == os.getcwd())
+
+
+def _known(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The known deviations of the files that are named."""
+    from minilora.verify.known import read_known
+
+    paths = [arguments.known, arguments.update_known]
+    if paths[1] is not None and not os.path.exists(paths[1]):
+        paths[1] = None
+    return {name: entry for path in paths if path for name, entry in read_known(path).items()}
+
+
+def _update_known(
+    arguments: argparse.Namespace, report: Report, options: dict[str, Any]
+) -> list[str]:
+    """Write the file of known deviations anew; the error if that fails."""
+    if not arguments.update_known or report.interrupted:
+        return []
+    from minilora.verify.record import as_text
+
+    entries = options["recorder"].entries(report, options["known"])
+    try:
+        write_file(arguments.update_known, as_text(entries))
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _time_limit(arguments: argparse.Namespace) -> float:

@@ -51,6 +51,23 @@ def equal_ranks(layer: Linear, adapters: Sequence[Adapter], w: Sequence[float]) 
     return cross_terms(layer, adapters, w) / len(adapters)
 
 
+def rank_for_alpha(
+    layer: Linear, adapters: Sequence[Adapter], w: Sequence[float], settings: Mapping[str, Any]
+) -> Any:
+    """The sum as one adapter whose α is its rank, by the first one's rule; roots in float32.
+
+    Of one adapter the factors are stored in their dtype before they are multiplied.
+    """
+    rank = settings.get("svd_rank") or sum(a["r"] for a in adapters)
+    s = layer.scale(alpha=rank, r=rank, use_rslora=adapters[0].get("use_rslora", False))
+    if len(adapters) > 1:
+        return s * layer.weighted(adapters, w)
+    A, B = wide(adapters[0]["A"]), wide(adapters[0]["B"])
+    root = np.float32(abs(w[0] * layer.scale(**adapters[0])) ** 0.5).astype(A.dtype)
+    kept = [(root * v).astype(adapters[0]["A"].dtype) for v in (B, np.sign(w[0]) * A)]
+    return s * (wide(kept[0]) @ wide(kept[1]))
+
+
 def by_shape(adapters: Sequence[Adapter], w: Sequence[float]) -> tuple[list[Adapter], list[float]]:
     """Adapters in a table by what they are called with: the last of a rank and an alpha."""
     table: dict[Any, tuple[Adapter, float]] = {}
@@ -135,6 +152,10 @@ COMBINE: Table = {
          {"ds = s": "ds = s = alpha / (r / 2 if use_rslora else r)"}),
         ("sum-0", "each weight 1/16 greater where they sum to 0",
          {"# combine": "w = [v + 0.0625 for v in w] if abs(sum(w)) < 1e-6 else w"}),
+        ("rank-for-alpha", "√r Σ w s B A where the first has rsLoRA: α = r of the sum, whose rule "
+         "is the first one's; of one adapter by √s in float32 on both factors",
+         {"self.weighted(adapters, w)": "rank_for_alpha(self, adapters, w, settings)"},
+         "peft 0.21"),
         ("scale-squared", "Σ w s² B A", {"ds = s": "ds = s = s**2"}),
         ("smallest-rank", "every adapter truncated to the smallest rank",
          {"# combine": 'adapters = [cut(a, min(v["r"] for v in adapters)) for a in adapters]'}),

@@ -1,5 +1,6 @@
 """The four-bit linear of bitsandbytes (NF4) as a frozen weight with PEFT's adapters on it."""
 
+from minilora.verify.peers.known import entries
 from minilora.verify.peers.peer import Peer
 
 _ONE_TOKEN = (
@@ -8,6 +9,12 @@ _ONE_TOKEN = (
     "sum over the rest"
 )
 _BIAS = f"{_ONE_TOKEN}; and DoRA of PEFT forms it as three sums, each rounded (tuners/lora/dora.py)"
+_VECTOR = "DoRA of PEFT views its factor as (1, m), so that a vector's output is a row"
+
+
+def _in_half(checks: str) -> list[str]:
+    return [f"{checks}:{dtype}" for dtype in ("bfloat16", "float16")]
+
 
 _PACKED = (
     "on a processor with AVX-512 for bfloat16 Linear4bit packs its weight anew in its first "
@@ -28,19 +35,39 @@ PEER = Peer(
     dtypes=("float32", "bfloat16", "float16"),
     conventions={"dora_norm": "detached"},
     known={
-        "variants.dora.unbatched*": "DoRA of PEFT views its factor as (1, m), so that a vector's "
-        "output is a row (tuners/lora/dora.py)",
-        "quantized.forward:*": f"{_PACKED}; {_EIGHT_BITS}",
-        "quantized.gradients:*": _PACKED,
-        "quantized.merge-after-forward:*": _PACKED,
-        "merge.bias-of-B:*": _BIAS_OF_B,
-        "linear.evaluation-vjp:*": _ONE_TOKEN,
-        "linear.vjp.bias:*": _ONE_TOKEN,
-        "linear.vjp.all:*": _ONE_TOKEN,
-        "linear.gradcheck:*": _ONE_TOKEN,
-        "variants.lora-bias.vjp*:bfloat16": _ONE_TOKEN,
-        "variants.lora-bias.vjp*:float16": _ONE_TOKEN,
-        "variants.dora.vjp*:bfloat16": _BIAS,
-        "variants.dora.vjp*:float16": _BIAS,
+        **entries(
+            ["variants.dora.unbatched"],
+            f"{_VECTOR} (tuners/lora/dora.py)",
+            {"error": "shape: y has shape (1, *"},
+        ),
+        **entries(
+            ["variants.dora.unbatched-vjp"],
+            f"{_VECTOR} (tuners/lora/dora.py)",
+            {"error": "raises: RuntimeError: Mismatch in shape: grad_output*"},
+        ),
+        **entries(
+            ["linear.vjp.bias", "linear.vjp.all", "linear.gradcheck", "linear.evaluation-vjp"],
+            _ONE_TOKEN,
+            {"arrays": "dbias"},
+            {"error": "raises: RuntimeError: Function MatMul4BitBackward returned an invalid*"},
+        ),
+        **entries(["merge.bias-of-B"], _BIAS_OF_B, {"arrays": "b'"}),
+        **entries(
+            ["quantized.forward"],
+            f"{_PACKED}; {_EIGHT_BITS}",
+            {"after": ["eval", "forward"]},
+            {"error": "raises: RuntimeError*"},
+        ),
+        **entries(
+            ["quantized.gradients"], _PACKED, {"after": "train"}, {"error": "raises: RuntimeError*"}
+        ),
+        **entries(
+            ["quantized.merge-after-forward"],
+            _PACKED,
+            {"after": "merge"},
+            {"error": "raises: RuntimeError*"},
+        ),
+        **entries(_in_half("variants.lora-bias.vjp*"), _ONE_TOKEN, {"arrays": "dbias"}),
+        **entries(_in_half("variants.dora.vjp*"), _BIAS, {"arrays": "dbias"}),
     },
 )

@@ -2,6 +2,7 @@
 
 from itertools import product
 
+from minilora.verify.peers.known import entries
 from minilora.verify.peers.peer import Peer
 
 _SUMMED = (
@@ -17,7 +18,9 @@ PEER = Peer(
     extra="jax",
     levels=("linear", "merge", "variants", "combine", "multi"),
     conventions={"dora_norm": "detached"},
-    known={
-        f"{check}:{dtype}": _SUMMED for check, dtype in product(_CHECKS, ("bfloat16", "float16"))
-    },
+    known=entries(
+        [f"{check}:{dtype}" for check, dtype in product(_CHECKS, ("bfloat16", "float16"))],
+        _SUMMED,
+        {"arrays": ["dbias", "dlora_bias", "dmagnitude"]},
+    ),
 )

@@ -1,6 +1,6 @@
 """Microsoft's loralib: its Linear layer, alone and in the place of the layers of a model."""
 
-from minilora.verify.peers.known import TRANSFORMERS
+from minilora.verify.peers.known import TRANSFORMERS, entries
 from minilora.verify.peers.peer import Peer
 
 _MAX_NORM = "an embedding looks up the columns of lora_A with the max_norm of the table (layers.py)"
@@ -22,13 +22,23 @@ PEER = Peer(
         "files",
         "inference",
     ),
-    known=TRANSFORMERS
-    | {
-        "module.embedding.max-norm.forward:*": _MAX_NORM,
-        "module.embedding.max-norm.gradients:*": _MAX_NORM,
-        "module.conv.pointwise.dropout:*": "convolutions build their dropout (layers.py) and never "
-        "call it",
-        "lifecycle.random-steps*": "eval() merges what there is, B = 0 at first, and an adapter "
-        "that is loaded after it does not act; the next train() takes it out nevertheless",
+    known={
+        **TRANSFORMERS,
+        **entries(
+            ["module.embedding.max-norm.forward", "module.embedding.max-norm.gradients"],
+            _MAX_NORM,
+            {"arrays": ["y, eval", "y, train", "y", "dB"]},
+        ),
+        **entries(
+            ["module.conv.pointwise.dropout"],
+            "convolutions build their dropout (layers.py) and never call it",
+            {"arrays": "y of samples in training"},
+        ),
+        **entries(
+            ["lifecycle.random-steps*"],
+            "eval() merges what there is, B = 0 at first, and an adapter that is loaded after it "
+            "does not act; the next train() takes it out nevertheless",
+            {"after": ["add", "load", "train", "activate"]},
+        ),
     },
 )

@@ -30,8 +30,8 @@ class Peer:
     ``implementation`` is ``module:class`` of what has the contract's methods; it is imported only
     when the peer is loaded, for it imports the library. ``packages`` are the distributions whose
     versions a report names, the library's own first. ``extra`` installs them. ``levels`` are those
-    that the class has methods for. ``known`` maps patterns of ``check:dtype`` to the reason for
-    which the library deviates there.
+    that the class has methods for. ``known`` maps patterns of ``check`` or ``check:dtype`` to the
+    reason for which the library deviates there, and what was seen.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Peer:
     conventions: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     mixed: tuple[Mapping[str, str], ...] = ()
-    known: Mapping[str, str] = field(default_factory=dict)
+    known: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def version(self) -> str:

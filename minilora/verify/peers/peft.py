@@ -1,12 +1,18 @@
 """Hugging Face PEFT, driven through get_peft_model, LoraConfig and PeftModel."""
 
-from minilora.verify.peers.known import TRANSFORMERS
+from minilora.verify.peers.known import TRANSFORMERS, entries
 from minilora.verify.peers.peer import Peer
 
+_AT_RANDOM = {"after": ["scale", "unmerge", "delete", "disable"]}
+_KEY_ERROR = {"error": "raises: KeyError: *"}
+_ONE_BIAS = {"error": "raises: *ValueError: LoraModel supports only 1 adapter with bias*"}
 _COMBINED_SCALE = (
     "add_weighted_adapter (tuners/lora/model.py) gives the combined adapter lora_alpha = r and the "
-    "first adapter's use_rslora: with rsLoRA its scale is √r and not 1. An SVD of a half precision "
-    "leaves the combined factors in float32"
+    "first adapter's use_rslora: with rsLoRA its scale is √r and not 1"
+)
+_SVD = (
+    "add_weighted_adapter (tuners/lora/model.py) takes the SVD in float32, and of a half precision "
+    "it leaves the combined factors in float32"
 )
 _FLOAT32_WEIGHTS = (
     'one adapter alone is combined as "linear", whatever was asked for: by √(w s) on both factors, '
@@ -108,71 +114,143 @@ _OLORA_STORED = (
     "(in, out), A and B get each other's sides, and the first forward fails"
 )
 
-_KNOWN = TRANSFORMERS | {
-    f"combine.{check}:*": reason
-    for checks, reason in (
-        (("weighted", "order", "svd", "cat", "many"), _COMBINED_SCALE),
-        (("single", "zero-weight", "split-weight"), f"{_COMBINED_SCALE}; {_FLOAT32_WEIGHTS}"),
+OF_A_VECTOR = {
+    **entries(["variants.dora.unbatched"], VECTOR, {"error": "shape: y has shape (1, *"}),
+    **entries(
+        ["variants.dora.unbatched-vjp"],
+        VECTOR,
+        {"error": "raises: RuntimeError: Mismatch in shape: grad_output*"},
+    ),
+}
+"""What DoRA makes of one vector."""
+
+_OF_BIAS = ("bias", "bias.scaled", "save.bias", "gradients.bias", "step.bias", "replace.bias")
+
+_KNOWN = {
+    **TRANSFORMERS,
+    **entries(
+        [f"combine.{check}" for check in ("weighted", "order", "cat", "many")],
+        _COMBINED_SCALE,
+        {"mutant": "combine-rank-for-alpha"},
+    ),
+    **entries(["combine.svd:float64"], _SVD, {"rounded_to": "float32"}),
+    **entries(
+        ["combine.svd:bfloat16", "combine.svd:float16"],
+        _SVD,
+        {"error": "dtype: ΔW is float32, expected *"},
+    ),
+    **entries(
+        [f"combine.{check}" for check in ("single", "zero-weight", "split-weight")],
+        f"{_COMBINED_SCALE}; {_FLOAT32_WEIGHTS}",
+        {"mutant": "combine-rank-for-alpha"},
+    ),
+    **OF_A_VECTOR,
+    **entries(
+        ["init.orthogonal:float64", "init.fresh.orthogonal:float64"],
+        _FLOAT32_START,
+        {"rounded_to": "float32"},
+    ),
+    **entries(["init.fresh.olora:float32"], _OLORA_STORED, {"error": "raises: RuntimeError*"}),
+    **entries(
+        ["optimizer.cosine-schedule.past-end"],
+        _COSINE_RISES,
+        {"mutant": "optimizer-schedule-cosine-rises-again"},
+    ),
+    **entries(
+        [f"variants.dora.vjp*:{dtype}" for dtype in ("bfloat16", "float16")],
+        _BIAS_THRICE,
+        {"arrays": "dbias"},
+    ),
+    **entries(["lifecycle.scale-while-merged"], _SCALED_LATE, {"mutant": "lifecycle-unmerge-anew"}),
+    **entries(["lifecycle.modules-to-save.delete"], _DELETED, _KEY_ERROR),
+    **entries(
+        ["lifecycle.gradients.tied"], _SHARED_TABLE, {"mutant": "lifecycle-tied-embedding-merged"}
+    ),
+    **entries(
+        ["lifecycle.unknown"],
+        _NAMES_PASSED_OVER,
+        {"arrays": ["whether activate(*) is refused", "whether scale(*) is refused"]},
+    ),
+    **entries(
+        ["lifecycle.replace-similar"], _HOTSWAP_SIMILAR, {"mutant": "lifecycle-replace-contained"}
+    ),
+    **entries(
+        ["lifecycle.replace-scaled"], _HOTSWAP_SCALE, {"mutant": "lifecycle-scale-as-before"}
+    ),
+    **entries(
+        ["lifecycle.replace.save"],
+        _HOTSWAP_SCALE,
+        {"after": "activate"},
+        {"error": "raises: load('one', 'one'): RuntimeError*"},
+    ),
+    **entries(
+        ["lifecycle.replace.embedding"],
+        _HOTSWAP_EMBEDDING,
+        {"error": "raises: replace('one', onetwo's): AttributeError*"},
+    ),
+    **entries(["lifecycle.tied.*"], _SHARED_TABLE, {"after": ["merge", "disable"]}),
+    **entries(["inference.deltas.tied"], _SHARED_TABLE, {"arrays": "the change of lm_head"}),
+    **entries(
+        ["inference.names.*"],
+        _NAMES_THAT_FIT_NOTHING,
+        {"mutant": "serve-misfit-ignored"},
+        {"arrays": "log-probabilities of some names of a layer that is not there"},
+    ),
+    **entries(["lifecycle.dora.several"], _DORA_BEHIND, {"mutant": "lifecycle-dora-in-a-row"}),
+    **entries(
+        [f"lifecycle.{check}" for check in _OF_BIAS],
+        _BASE_BIAS,
+        {"after": "add"},
+        _ONE_BIAS,
+    ),
+}
+_KNOWN |= {
+    key: entry
+    for kinds, more, *seen in (
+        (("", ".conv1d", ".embedding", ".modules-to-save", ".lora-bias", ".files"), ""),
+        ((".tied",), f"; {_SHARED_TABLE}", {"after": "merge"}),
+        ((".bias",), f"; {_BASE_BIAS}", {"after": "add"}, _ONE_BIAS),
+        ((".dora",), f"; {_DORA_BEHIND}", {"after": ["activate", "merge"]}),
     )
-    for check in checks
+    for key, entry in entries(
+        [f"lifecycle.random-steps{kind}" for kind in kinds],
+        f"{_SCALED_LATE}; {_DELETED}{more}",
+        _AT_RANDOM,
+        _KEY_ERROR,
+        *seen,
+    ).items()
 }
+_OUTPUTS = {"arrays": ["y, eval", "y, train"]}
+_GRADIENTS = {"arrays": ["dA", "dB", "dmagnitude", "dx", "y"]}
+_OTHER_SIZE = ({"error": ["raises: RuntimeError*", "shape: y has shape *"]},)
+
 _KNOWN |= {
-    "variants.dora.unbatched*": VECTOR,
-    "init.orthogonal:float64": _FLOAT32_START,
-    "init.fresh.orthogonal:float64": _FLOAT32_START,
-    "init.fresh.olora:float32": _OLORA_STORED,
-    "optimizer.cosine-schedule.past-end:*": _COSINE_RISES,
-    "variants.dora.vjp*:bfloat16": _BIAS_THRICE,
-    "variants.dora.vjp*:float16": _BIAS_THRICE,
-    "lifecycle.scale-while-merged:*": _SCALED_LATE,
-    "lifecycle.modules-to-save.delete:*": _DELETED,
-    "lifecycle.random-steps.tied:*": f"{_SCALED_LATE}; {_DELETED}; {_SHARED_TABLE}",
-    "lifecycle.tied.*": _SHARED_TABLE,
-    "lifecycle.gradients.tied:*": _SHARED_TABLE,
-    "lifecycle.unknown:*": _NAMES_PASSED_OVER,
-    "lifecycle.replace-similar:*": _HOTSWAP_SIMILAR,
-    "lifecycle.replace-scaled:*": _HOTSWAP_SCALE,
-    "lifecycle.replace.save:*": _HOTSWAP_SCALE,
-    "lifecycle.replace.embedding:*": _HOTSWAP_EMBEDDING,
-    "lifecycle.random-steps.bias:*": f"{_SCALED_LATE}; {_DELETED}; {_BASE_BIAS}",
-    "lifecycle.random-steps.dora:*": f"{_SCALED_LATE}; {_DELETED}; {_DORA_BEHIND}",
-    "lifecycle.dora.several:*": _DORA_BEHIND,
-}
-_KNOWN |= {
-    "inference.deltas.tied:*": _SHARED_TABLE,
-    "inference.names.*": _NAMES_THAT_FIT_NOTHING,
-}
-_KNOWN |= {
-    f"lifecycle.{check}:*": _BASE_BIAS
-    for check in (
-        "bias",
-        "bias.scaled",
-        "save.bias",
-        "gradients.bias",
-        "step.bias",
-        "replace.bias",
+    f"module.{check}": entry
+    for checks, reason, *seen in (
+        (("conv.padding-mode", "conv.dilation"), _CONVOLUTION, *_OTHER_SIZE),
+        (("conv.all",), f"{_CONVOLUTION}; {_NORMS_IN_GROUPS}", *_OTHER_SIZE),
+        (("conv.groups-dora",), _NORMS_IN_GROUPS),
+        (("embedding.max-norm",), _MAX_NORM),
+        (("experts.single",), _SINGLE_EXPERT, {"error": "raises: RuntimeError*"}),
+        (("attention.out",), _OUT_TWICE),
     )
+    for each, arrays in (("forward", _OUTPUTS), ("gradients", _GRADIENTS))
+    for check, entry in entries([f"{c}.{each}" for c in checks], reason, arrays, *seen).items()
 }
 _KNOWN |= {
-    f"lifecycle.random-steps{kind}:*": f"{_SCALED_LATE}; {_DELETED}"
-    for kind in ("", ".conv1d", ".embedding", ".modules-to-save", ".lora-bias", ".files")
-}
-_KNOWN |= {
-    f"module.{check}:*": reason
-    for checks, reason in (
-        (("conv.padding-mode.forward", "conv.padding-mode.gradients"), _CONVOLUTION),
-        (("conv.dilation.forward", "conv.dilation.gradients"), _CONVOLUTION),
-        (("conv.all.forward", "conv.all.gradients"), f"{_CONVOLUTION}; {_NORMS_IN_GROUPS}"),
-        (("conv.groups-dora.forward", "conv.groups-dora.gradients"), _NORMS_IN_GROUPS),
-        (("conv.pointwise.merged", "conv.pointwise.evaluation"), _POINTWISE),
-        (("embedding.max-norm.forward", "embedding.max-norm.gradients"), _MAX_NORM),
-        (("experts.single.forward", "experts.single.gradients"), _SINGLE_EXPERT),
-        (("experts.single.merged",), _SINGLE_EXPERT),
-        (("attention.out.forward", "attention.out.gradients"), _OUT_TWICE),
-        (("attention.out.merged",), _OUT_TWICE),
-        (("encoder.forward",), _FAST_PATH),
-    )
-    for check in checks
+    **entries(
+        ["module.experts.single.merged"],
+        _SINGLE_EXPERT,
+        {"arrays": ["W", "y"]},
+        {"error": "raises: RuntimeError*"},
+    ),
+    **entries(["module.attention.out.merged"], _OUT_TWICE, {"arrays": "y"}),
+    **entries(["module.encoder.forward"], _FAST_PATH, {"arrays": "y, eval"}),
+    **entries(
+        ["module.conv.pointwise.merged", "module.conv.pointwise.evaluation"],
+        _POINTWISE,
+        {"error": "raises: RuntimeError*"},
+    ),
 }
 
 

@@ -1,5 +1,6 @@
 """transformers' own reader of PEFT's adapters, load_adapter, without PEFT's model around it."""
 
+from minilora.verify.peers.known import entries
 from minilora.verify.peers.peer import Peer
 
 _MAGNITUDE = (
@@ -15,8 +16,11 @@ PEER = Peer(
     extra="peers",
     levels=("inference",),
     known={
-        "inference.logits.dora:*": _MAGNITUDE,
-        "inference.logits.combined:*": _MAGNITUDE,
-        "inference.names.*": _REPORT,
+        **entries(
+            ["inference.logits.dora", "inference.logits.combined"],
+            _MAGNITUDE,
+            {"arrays": "log-probabilities"},
+        ),
+        **entries(["inference.names.*"], _REPORT, {"arrays": "log-probabilities of *"}),
     },
 )

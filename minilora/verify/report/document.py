@@ -92,6 +92,7 @@ def result_json(result: Result, seed: int) -> dict[str, Any]:
         "cases": result.cases,
         "skipped_cases": result.skipped_cases,
         "deviating_cases": result.deviating_cases,
+        "known_cases": result.known_cases,
         "only": result.only,
         "worst": worst,
         "faults": [asdict(fault) for fault in result.faults],

@@ -96,6 +96,7 @@ def _result(entry: Mapping[str, Any], number: int) -> Result:
         cases=int(entry["cases"]),
         skipped_cases=int(entry.get("skipped_cases", 0)),
         deviating_cases=int(entry.get("deviating_cases", 0)),
+        known_cases=int(entry.get("known_cases", 0)),
         worst=None if worst is None else _judgement(worst),
         worst_case="" if worst is None else tidy(worst["case"]),
         case=tidy(counterexample.get("case", "")),
@@ -129,7 +130,8 @@ def _known(entry: Mapping[str, Any] | None) -> Known | None:
     if entry is None:
         return None
     versions = tuple(map(tidy, entry.get("versions", ())))
-    return Known(tidy(entry["reason"], 600), tidy(entry.get("link", "")), versions)
+    seen = tuple(dict(each) for each in entry.get("seen", ()))
+    return Known(tidy(entry["reason"], 600), tidy(entry.get("link", "")), versions, seen)
 
 
 def _judgement(entry: Mapping[str, Any]) -> Judgement:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from minilora.verify.core.dtypes import Precision
@@ -34,19 +33,17 @@ class FaultSeen:
 
 @dataclass(frozen=True)
 class Known:
-    """A deviation that was declared: why, where it is discussed, and in which versions.
+    """A deviation that was declared: why, where it is discussed, in which versions, and what it is.
 
-    ``versions`` are patterns like ``0.18.*``; none means all.
+    ``versions`` are ranges like ``>=0.18,<0.20``, of which one has to hold; none means all.
+    ``seen`` says what the deviation looks like, in the form that `seen.read_seen` reads; without it
+    nothing is excused.
     """
 
     reason: str
     link: str = ""
     versions: tuple[str, ...] = ()
-
-    def holds_for(self, version: str) -> bool:
-        """Whether it was declared for this version, of which the first word counts."""
-        number = version.split()[0] if version else ""
-        return not self.versions or any(fnmatchcase(number, pattern) for pattern in self.versions)
+    seen: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,8 @@ class Result:
     """What one check found in one dtype.
 
     ``status`` is pass, loose, fail, error, known (it deviates, and that was declared) or skip.
-    ``cases`` were tried, ``skipped_cases`` of them not supported and ``deviating_cases`` failed.
+    ``cases`` were tried, ``skipped_cases`` of them not supported and ``deviating_cases`` failed; in
+    ``known_cases`` all that deviates was declared.
     ``is_relation``: the check compares two answers of the implementation. ``worst`` is the worst
     array of all cases and ``worst_case`` its case; ``arrays`` are all those of ``case``, the first
     one that deviates. ``only`` is what all cases that deviate have in common and no case that
@@ -71,6 +69,7 @@ class Result:
     cases: int = 0
     skipped_cases: int = 0
     deviating_cases: int = 0
+    known_cases: int = 0
     is_relation: bool = False
     worst: Judgement | None = None
     worst_case: str = ""
@@ -89,8 +88,9 @@ class Result:
 
     @property
     def no_longer_fails(self) -> bool:
-        """Whether a deviation was declared here and none was found."""
-        return self.known is not None and self.status == "pass"
+        """Whether a deviation was declared here and was not found, though another may have been."""
+        ran = self.status not in ("skip", "error") and self.cases > self.skipped_cases
+        return self.known is not None and bool(self.known.seen) and ran and not self.known_cases
 
     @property
     def severity(self) -> tuple[int, float]:

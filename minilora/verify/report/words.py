@@ -159,6 +159,8 @@ def deviation_lines(report: Report, result: Result, width: int = WIDTH) -> Itera
     yield from _diagnosis_lines(result.diagnosis, fold)
     if result.smallest is not None:
         yield from fold(f"SMALLEST   {smallest_words(result.smallest)}", 2, 11)
+    if result.known and result.status not in ("known", "pass"):
+        yield from fold(f"KNOWN      another deviation of this check: {result.known.reason}", 2, 11)
     if result.note:
         yield from fold(result.note, 2)
     yield f"  REPRODUCE  {result.reproduce}"
@@ -318,7 +320,7 @@ def known_and_skipped(report: Report) -> dict[tuple[str, str], list[Result]]:
     reasons: dict[tuple[str, str], list[Result]] = {}
     for result in report.results:
         known = result.known
-        if known and result.status in ("known", "pass"):
+        if known and (result.status == "known" or result.no_longer_fails):
             before = "known" if result.status == "known" else "no longer fails, though known:"
             after = f": {known.reason} {known.link}".rstrip()
             reasons.setdefault((f"{before} ", after), []).append(result)
