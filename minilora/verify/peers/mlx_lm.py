@@ -1,5 +1,6 @@
 """mlx-lm's LoRALinear and DoRALinear, on the CPU build of MLX."""
 
+from minilora.verify.peers.known import entries
 from minilora.verify.peers.peer import Peer
 
 _SUMMED = (
@@ -15,9 +16,13 @@ PEER = Peer(
     levels=("linear", "merge", "variants", "inference", "quantized"),
     conventions={"dora_norm": "detached", "dora_dropout": "branch"},
     fixed={"fan_in_fan_out": False},
-    known={
-        f"quantized.{check}:{half}": _SUMMED
-        for check in ("forward", "gradients", "merge")
-        for half in ("bfloat16", "float16")
-    },
+    known=entries(
+        [
+            f"quantized.{check}:{half}"
+            for check in ("forward", "gradients", "merge")
+            for half in ("bfloat16", "float16")
+        ],
+        _SUMMED,
+        {"after": ["train", "eval", "merge"]},
+    ),
 )
