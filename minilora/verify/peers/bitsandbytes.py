@@ -51,7 +51,7 @@ PEER = Peer(
             {"arrays": "dbias"},
             {"error": "raises: RuntimeError: Function MatMul4BitBackward returned an invalid*"},
         ),
-        **entries(["merge.bias-of-B"], _BIAS_OF_B, {"arrays": "b'"}),
+        **entries(["merge.bias-of-B"], _BIAS_OF_B, {"mutant": "merge-bias-of-B-unscaled"}),
         **entries(
             ["quantized.forward"],
             f"{_PACKED}; {_EIGHT_BITS}",
