@@ -1,5 +1,6 @@
 """SGLang's reader of PEFT's adapters, and its LoRA operations in PyTorch."""
 
+from minilora.verify.peers.known import entries
 from minilora.verify.peers.peer import Peer
 
 _SCALE = (
@@ -10,6 +11,7 @@ _DROPPED = (
     "LoRAAdapter (srt/lora/lora.py) takes the factors A and B alone: modules_to_save, trained "
     "biases and the bias of B are left out without a word"
 )
+_CHANGES = {"arrays": "the change of *"}
 
 PEER = Peer(
     name="sglang",
@@ -18,11 +20,12 @@ PEER = Peer(
     extra="sglang",
     levels=("multi", "inference"),
     known={
-        "inference.deltas.rslora:*": _SCALE,
-        "inference.deltas.patterns:*": _SCALE,
-        "inference.deltas.lora-bias:*": _DROPPED,
-        "inference.deltas.bias:*": _DROPPED,
-        "inference.deltas.modules-to-save:*": _DROPPED,
-        "inference.deltas.combined:*": f"{_SCALE}; {_DROPPED}",
+        **entries(["inference.deltas.rslora", "inference.deltas.patterns"], _SCALE, _CHANGES),
+        **entries(
+            [f"inference.deltas.{kind}" for kind in ("lora-bias", "bias", "modules-to-save")],
+            _DROPPED,
+            _CHANGES,
+        ),
+        **entries(["inference.deltas.combined"], f"{_SCALE}; {_DROPPED}", _CHANGES),
     },
 )
