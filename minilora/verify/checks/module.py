@@ -96,15 +96,23 @@ def ask(
 
 def compared(
     subject: GuardedImplementation,
+    inputs: ModuleInputs,
     answer: Mapping[str, Any],
     want: Answers,
-    dtype: str,
     sigma: Mapping[str, Array],
+    words: str = "",
 ) -> Iterable[Comparison]:
-    """Each of these arrays."""
+    """Each of these arrays; ``words`` follow its name.
+
+    An adapter in blocks is another one than a mutant is asked for, and so are its answers' names.
+    """
+    groups_as = subject.conventions.get("conv_groups", "weight")
+    if inputs.layer.get("groups", 1) > 1 and groups_as != "weight":
+        words += f", adapted in {groups_as}"
     for name, array in want.items():
+        dtype = str(inputs.dy.dtype)
         got = subject.answer(subject.entry(answer, name), name, np.shape(array), dtype)
-        yield Comparison(name, got, array, sigma.get(name), MONTE_CARLO)
+        yield Comparison(name + words, got, array, sigma.get(name), MONTE_CARLO)
 
 
 @lru_cache(maxsize=256)
@@ -166,8 +174,7 @@ def _forward(name: str) -> Run:
         want, sigma = _expected(subject, case, name)
         for mode in ("train", "eval"):
             answer = ask(subject, inputs, mode)
-            for found in compared(subject, answer, {"y": want["y"]}, case.dtype, sigma):
-                yield Comparison(f"y, {mode}", found.got, found.want, found.sigma, found.limits)
+            yield from compared(subject, inputs, answer, {"y": want["y"]}, sigma, f", {mode}")
 
     return run
 
@@ -177,7 +184,7 @@ def _gradients(name: str) -> Run:
         inputs = inputs_of(subject, case, name)
         want, sigma = _expected(subject, case, name)
         answer = ask(subject, inputs, ("train", "eval")[case.number % 2], dy=inputs.dy)
-        yield from compared(subject, answer, want, case.dtype, sigma)
+        yield from compared(subject, inputs, answer, want, sigma)
 
     return run
 
@@ -187,7 +194,7 @@ def _merged(name: str) -> Run:
         inputs = inputs_of(subject, case, name)
         want, sigma = _expected(subject, case, name)
         answer = ask(subject, inputs, "merged")
-        yield from compared(subject, answer, {"y": want["y"]}, case.dtype, sigma)
+        yield from compared(subject, inputs, answer, {"y": want["y"]}, sigma)
         if inputs.kind in ROUNDED:
             return
         held = merged(inputs.module(wide))
@@ -196,7 +203,7 @@ def _merged(name: str) -> Run:
         for part in held.keys() - answer.keys():
             subject.remark(f"module gives no {part} where it is merged: it is not judged")
         judged = {part: array for part, array in held.items() if part in answer}
-        yield from compared(subject, answer, judged, case.dtype, {})
+        yield from compared(subject, inputs, answer, judged, {})
 
     return run
 
