@@ -90,7 +90,23 @@ def test_what_is_right_gets_no_name():
 
 
 def test_a_deviation_that_is_not_in_the_catalogue_gets_no_name():
-    assert only("linear.vjp", wrong("ds = s", "ds = s = 1.37 * s")) == ("fail", ())
+    assert only("linear.vjp", wrong("# branch", "branch = branch + x[:1, :1] ** 2")) == ("fail", ())
+
+
+@pytest.mark.parametrize(
+    ("scale", "says"),
+    [("1.37 * s", "s = 1.37 s."), ("2.0", "s = 2."), ("alpha / (r + 1)", "s = α/(r + 1).")],
+)
+def test_a_scale_that_no_table_has_is_fitted_and_explains_the_other_checks(scale, says):
+    checks = "linear.forward", "linear.vjp.bias", "merge.weight", "multi.forward"
+    report = report_of(wrong("ds = s", f"ds = s = {scale}"), *checks)
+    (cause,) = report.causes
+    assert (cause.sentence, cause.checks) == (says, list(checks))
+
+
+def test_a_dropout_rate_is_not_taken_for_a_scale():
+    without = wrong("# branch", "branch = branch * (1 - p) ** 3")
+    assert not only("linear.forward.dropout", without)[1]
 
 
 def test_two_faults_at_once_get_no_name_of_one():

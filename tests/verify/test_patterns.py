@@ -132,7 +132,7 @@ def test_what_is_right_has_no_structure():
 
 def test_a_report_says_it_where_no_mutant_has_a_name_for_it(monkeypatch):
     monkeypatch.setattr(mutants, "MUTANTS", ())
-    make, at, (pattern, *_) = ROWS["a scale"]
+    make, at, (pattern, *_) = ROWS["some rows"]
     report = engine.run([replace(BY_ID[at], smallest=None)], make(), dtypes=["float32"])
     assert re.search(pattern.replace(" ", r"\s+"), report.text())
     assert "STRUCTURE" in report.text()

@@ -41,13 +41,19 @@ class Candidate:
 
 
 def mutants_for(level: str, check: Check) -> list[Mutant]:
-    """The level's mutants that are no equivalents, and none of another variant than the check's."""
+    """The level's mutants that are no equivalents, and none of another variant than the check's.
+
+    Those that keep a state answer single cases by chance; what keeps one is told otherwise.
+    """
     from minilora.verify.mutants import MUTANTS  # costs time only where something is wrong
 
     return [
         m
         for m in MUTANTS
-        if m.level == level and not m.equivalent and not _of_another_variant(m, check)
+        if m.level == level
+        and not m.equivalent
+        and m.family != "STATE"
+        and not _of_another_variant(m, check)
     ]
 
 

@@ -35,7 +35,7 @@ from minilora.verify.diagnosis.candidates import (
     whole,
 )
 from minilora.verify.diagnosis.pairs import both_at_once
-from minilora.verify.diagnosis.patterns import describe
+from minilora.verify.diagnosis.patterns import describe, fitted_scales
 from minilora.verify.implementation.contract import CONVENTIONS
 from minilora.verify.implementation.guard import GuardedImplementation
 
@@ -149,6 +149,20 @@ class Diagnoser:
                 explaining.append(found)
         return whole(explaining)
 
+    def fitted(self, cases: Sequence[Case], theirs: Sequence[Answers]) -> Candidate | None:
+        """A layer with another scale, which is fitted, that explains these answers."""
+        from minilora.verify.mutants.derived import with_scale
+
+        layers = [layer for case in cases if (layer := self.level.layer(case)) is not None]
+        for words, scale in fitted_scales(layers, theirs):
+            m = with_scale(words, scale)
+            found = explanation(
+                theirs, self.forms_of(m), lambda f: mutant_answers(f, self.check, tuple(cases))
+            )
+            if found and not self.refutes(found.mutant, set()):
+                return found
+        return None
+
     def _fails_alike(
         self, shapes: Sequence[Mutant], cases: tuple[Case, ...], theirs: Sequence[Answers]
     ) -> Candidate | None:
@@ -240,6 +254,8 @@ def diagnose(
     Where there is none, two at once, of which the first may be one of the ``causes`` of other
     checks; else the pattern of the deviation.
     """
+    from minilora.verify.mutants.derived import AND
+
     diagnoser = Diagnoser(level, check, subject, dtype, seed)
     cases, theirs = diagnoser.telling_cases()
     if not theirs:
@@ -262,13 +278,21 @@ def diagnose(
     explaining = [c for c in explaining if not is_refuted(c.mutant)]
     if explaining:
         return tuple(candidate.named(separating) for candidate in explaining)
+    if fitted := diagnoser.fitted(cases, theirs):
+        return (fitted.named(),)
     best_first = sorted(mutants, key=lambda m: m.caught_by != check.id)
-    known = _mutants_of(causes)
-    both = both_at_once(best_first, known, theirs, ours_of, diagnoser.forms_of)
-    if both is not None and not diagnoser.refutes(both.mutant, set()):
-        return (both.named(),)
+
+    def both(first: Sequence[Mutant]) -> tuple[Diagnosis, ...]:
+        pair = both_at_once(best_first, first, theirs, ours_of, diagnoser.forms_of)
+        return (pair.named(),) if pair and not diagnoser.refutes(pair.mutant, set()) else ()
+
+    known = [m for m in _mutants_of(causes) if AND not in m.id]
+    if known and (pair := both(known)):
+        return pair
     patterns = describe(level, cases, theirs)
-    if any(pattern.id.removeprefix(STRUCTURE).startswith(SIMPLE_PATTERNS) for pattern in patterns):
+    if any(p.id.removeprefix(STRUCTURE).startswith(SIMPLE_PATTERNS) for p in patterns):
         return patterns
+    if pair := both(()):
+        return pair
     part = part_of(mutants, theirs, ours_of, is_refuted)
     return patterns if part is None else (part, *patterns)

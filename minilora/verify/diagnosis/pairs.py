@@ -42,13 +42,13 @@ def both_at_once(
     ours_of: AnswersOf,
     forms_of: Callable[[Mutant], Sequence[Mutant]],
 ) -> Candidate | None:
-    """Two mutants that explain these answers together."""
+    """Two mutants that explain these answers together, one of them a cause if there are any."""
     from minilora.verify.mutants.derived import of_layer
 
     editable = [m for m in mutants if of_layer(m)]
-    searches = [_in_parts(editable, theirs, ours_of)]
-    searches += [_beside(editable, causes, ours_of)] if causes else []
-    searches += [] if causes else [_scaled(editable, theirs, ours_of)]
+    searches = [_beside(editable, causes, ours_of)]
+    if not causes:
+        searches = [_in_parts(editable, theirs, ours_of), _scaled(editable, theirs, ours_of)]
     for both in chain.from_iterable(islice(search, MAX_PAIRS) for search in searches):
         if found := explanation(theirs, forms_of(both), ours_of):
             return found

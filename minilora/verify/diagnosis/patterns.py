@@ -236,6 +236,39 @@ def _all_agree(fits: Sequence[Fit], values: Sequence[float]) -> bool:
     return all(f.agrees(value) for f, value in zip(fits, values, strict=True))
 
 
+def fitted_scales(
+    layers: Sequence[Layer], answers: Answers
+) -> Iterator[tuple[str, Callable[[float, float, int], float]]]:
+    """What the branch's scale in y may be instead of s: in words, and as a function of s, α and r.
+
+    A known expression, a multiple of s, or one number, whichever fits every case. A dropout rate
+    may stand for a scale, and of one scale alone nothing follows: there it is not told.
+    """
+    comparisons = [answer["y"] for answer in answers if "y" in answer]
+    if len({v.s for v in layers}) < 2 or len(comparisons) < len(answers):
+        return
+    if any(layer.p for layer in layers):
+        return
+    found = [_scale_of(v, c, "y") for v, c in zip(layers, comparisons, strict=True)]
+    fits = [f for f, _ in found]
+    if not all(agreeing(z) for _, z in found) or _all_agree(fits, [v.s for v in layers]):
+        return
+    for word, value in EXPRESSIONS.items():
+        if _all_agree(fits, [value(v.alpha, v.r) for v in layers]):
+            yield word, lambda s, a, r, value=value: value(a, r)  # type: ignore[misc]
+    ratios = [Fit(f.value / v.s, f.error / abs(v.s)) for f, v in zip(fits, layers, strict=True)]
+    if (c := _shortest(ratios)) is not None:
+        yield f"{c:.9g} s", lambda s, a, r: c * s
+    if (k := _shortest(fits)) is not None:
+        yield f"{k:.9g}", lambda s, a, r: k
+
+
+def _shortest(fits: Sequence[Fit]) -> float | None:
+    """The number of the fewest digits that all of them agree with."""
+    rounded = (float(f"{fits[0].value:.{places}g}") for places in range(1, 10))
+    return next((v for v in rounded if all(f.agrees(v) for f in fits)), None)
+
+
 def _scale_words(name: str, scales: Sequence[Fit], layers: Sequence[Layer]) -> str:
     known = [(layer.alpha, layer.r) for layer in layers]
     named = next(
@@ -250,6 +283,8 @@ def _scale_words(name: str, scales: Sequence[Fit], layers: Sequence[Layer]) -> s
     ratio = Fit(scales[0].value / right, scales[0].error / abs(right))
     if named:
         words = f"that is {named}"
+    elif len(scales) > 1 and all(scales[0].agrees(f.value) for f in scales):
+        words = "the same in every case, whatever α and r"
     elif all(ratio.agrees(f.value / v.s) for f, v in zip(scales, layers, strict=True)):
         words = f"that is {ratio} times the correct one"
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from minilora.verify.mutants.lifecycle import SESSION
+from minilora.verify.mutants.linear import LINEAR
 from minilora.verify.mutants.mutant import Edits, Mutant, Reference
 from minilora.verify.mutants.references.helpers import Array
 from minilora.verify.mutants.references.linear import Linear
@@ -141,12 +143,26 @@ def pair(a: Mutant, b: Mutant) -> Mutant | None:
     )
 
 
-@cache
+FITTED: dict[str, Mutant] = {}
+"""The mutants whose scale was fitted to answers, by their ids."""
+
+
+def with_scale(words: str, scale: Callable[[float, float, int], float]) -> Mutant:
+    """The mutant of a layer with a scale that no table has, a function of s, α and r."""
+    id = f"scale-is-{words.replace(' ', '')}"
+    reference = Reference(LINEAR.parts, {**LINEAR.names, "fitted": scale})
+    edits = {"ds = s": "ds = s = fitted(s, alpha, r)"}
+    make = reference.edited(edits)
+    made = Mutant(id, "SCALE", "linear", f"s = {words}", (), make, "linear.forward", False,
+                  reference, edits)  # fmt: skip
+    return FITTED.setdefault(id, made)
+
+
 def mutant_of(id: str) -> Mutant | None:
     """The mutant, or the two mutants, of this id."""
     from minilora.verify.mutants import MUTANTS
 
-    known = {m.id: m for m in MUTANTS}
+    known = {m.id: m for m in MUTANTS} | FITTED
     parts = [known.get(part) for part in id.split(AND)]
     found = parts[0]
     for other in parts[1:]:
