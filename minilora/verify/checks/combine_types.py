@@ -138,7 +138,7 @@ def linear(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     drawn = draw_alike(case)
     triples = list(zip(drawn.factors("A"), drawn.factors("B"), drawn.scales(), strict=True))
     A, B = combine_linear(triples, drawn.weights)
-    yield Comparison("ΔW", _combined(subject, drawn, case.dtype, "linear"), B @ A)
+    yield Comparison("ΔW", _combined(subject, drawn, case.dtype, "linear", density=1.0), B @ A)
 
 
 def of_factors(

@@ -47,7 +47,7 @@ def _inputs(case: Case) -> SessionInputs:
         "one": {**one, "r": n, "alpha": s * n, "p": RATE},
         "two": {**two, "r": 2, "alpha": 4.0},
     }
-    layer = {"kind": "linear", "W": signs(m, n).astype(dtype), "bias": signs(m).astype(dtype)}
+    layer = {"kind": "dropout", "W": signs(m, n).astype(dtype), "bias": signs(m).astype(dtype)}
     x = signs(TOKENS, n) * rng.integers(1, 3, (TOKENS, n))
     return SessionInputs(layer, adapters, x.astype(dtype), signs(TOKENS, m).astype(dtype))
 

@@ -163,7 +163,7 @@ def _with_bias(draw: Draw) -> SessionInputs:
 def _with_lora_bias(draw: Draw) -> SessionInputs:
     """Adapters of which two have a bias of B."""
     n, m = 5, 4
-    layer = {"kind": "linear", "W": draw.integers(m, n), "bias": draw.integers(m)}
+    layer = {"kind": "lora_bias", "W": draw.integers(m, n), "bias": draw.integers(m)}
     adapters = {name: draw.adapter(n, m, r) for name, r in zip(NAMES, (2, 4, 1), strict=True)}
     for name in ("one", "two"):
         adapters[name] |= {"lora_bias": draw.integers(m)}

@@ -22,7 +22,17 @@ from minilora.spec.variants import DORA, LORA_BIAS
 Array = np.ndarray
 Entries = Mapping[str, Any]
 
-KINDS = ("linear", "conv1d", "embedding", "fused", "tied", "bias", "full")
+KINDS = (
+    "linear",
+    "conv1d",
+    "embedding",
+    "fused",
+    "tied",
+    "bias",
+    "full",
+    "lora_bias",
+    "dropout",
+)
 """The kinds of layers that `minilora.verify.implementation.contract` speaks of."""
 
 PLACES: dict[str, tuple[str, ...]] = {

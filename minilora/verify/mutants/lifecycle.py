@@ -178,8 +178,9 @@ class Planned(Session):
         return sum((self.delta(name) for name in names), start=self.W)
 
     def weight(self) -> Array:
-        total: Array = self.read(sum((self.delta(name) for name in self.merged), start=self.W))
-        return total
+        total = sum((self.delta(name) for name in self.merged), start=self.W)
+        W: Array = self.read(total).astype(self.layer["W"].dtype)
+        return W
 
 
 class Refusing(Session):

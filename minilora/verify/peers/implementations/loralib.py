@@ -84,7 +84,7 @@ class Loralib:
 
     def session(self, layer: Mapping[str, Any]) -> "Session":
         """A layer whose one adapter is never removed."""
-        if layer["kind"] not in ("linear", "conv1d", "embedding", "fused"):
+        if layer["kind"] not in ("linear", "conv1d", "embedding", "fused", "dropout"):
             raise NotImplementedError(f"loralib has no layer of kind {layer['kind']}")
         if len(set(layer.get("rows", ()))) > 1:
             raise NotImplementedError("loralib's MergedLinear has parts of one size")

@@ -40,7 +40,9 @@ class _Tied(torch.nn.Module):
 
 
 TARGETS = {"linear": ["0"], "conv1d": ["0"], "embedding": ["0"], "bias": ["0"], "full": ["0"]} | {
-    "tied": ["embed_tokens"]
+    "tied": ["embed_tokens"],
+    "lora_bias": ["0"],
+    "dropout": ["0"],
 }
 """The modules of each kind's model that are adapted where the adapter does not say."""
 
