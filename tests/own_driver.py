@@ -59,7 +59,10 @@ def run(message):
         return
     if method == "trainable":  # names alone
         answer = dict.fromkeys(answer, True)
-    answer = {RESULTS[method]: answer} if method in RESULTS else answer
+    if isinstance(answer, tuple):  # of merge, with a bias
+        answer = dict(zip((RESULTS[method], "bias"), answer, strict=True))
+    elif method in RESULTS:
+        answer = {RESULTS[method]: answer}
     save_file(flat(answer), message["out"])
 
 
@@ -72,6 +75,7 @@ implementation = {
     "methods": [name for name in CARRIED if hasattr(own, name.partition(".")[0])],
     "dtypes": own.dtypes,
     "precision": own.precision,
+    "conventions": own.conventions,
 }
 for line in sys.stdin:
     message = json.loads(line)

@@ -12,6 +12,7 @@ from minilora.verify.checks.module_inputs import KINDS, draw_module, wide
 from minilora.verify.core.errors import LoadError
 from minilora.verify.core.types import Case
 from minilora.verify.implementation.guard import GuardedImplementation
+from minilora.verify.implementation.minilora_impl import Minilora
 from minilora.verify.mutants.references.module import Modules
 
 GROUPED = ("conv.groups", "conv.groups-dora", "conv.all")
@@ -104,6 +105,17 @@ def test_a_layout_that_there_is_not_is_refused():
 
     with pytest.raises(LoadError, match="expected one of weight, blocks"):
         check(Other(), levels=["module"])
+
+
+def test_minilora_takes_an_adapter_in_blocks_and_refuses_another_by_name():
+    def answer(groups_as):
+        inputs = drawn("conv.groups", 0, groups_as)
+        return Minilora().module(inputs.layer, inputs.adapter, inputs.x, mode="eval")["y"]
+
+    want = module_layers.answers(drawn("conv.groups", 0, "blocks").module(wide))["y"]
+    assert np.array_equal(answer("blocks"), want)
+    with pytest.raises(NotImplementedError, match="blocks"):
+        answer("weight")
 
 
 class Forward(Modules):

@@ -105,7 +105,14 @@ def _geometry(a: Adapted) -> dict[str, Any]:
     return {"geometry": Geometry(*sizes, layer["padding_mode"]), "groups": layer["groups"]}
 
 
+def _require_blocks(a: Adapted) -> None:
+    """NotImplementedError where an adapter in groups does not read the channels of all of them."""
+    if a.layer["groups"] > 1 and a.adapter["A"].shape[1] == a.W[0].size:
+        raise NotImplementedError("minilora's adapters in groups are of conv_groups 'blocks'")
+
+
 def _conv(a: Adapted) -> tuple[Array, Back]:
+    _require_blocks(a)
     K = None if a.K is None else a.K.swapaxes(0, 1)
     x = a.x.swapaxes(0, 1)
     y, back = adapted_conv(a.variant.linear, x, a.W, a.b, a.P(), a.s, K, **_geometry(a))
@@ -248,6 +255,7 @@ def merged_layer(a: Adapted) -> dict[str, Any]:
     b: Any = a.b
     match layer["kind"]:
         case "conv":
+            _require_blocks(a)
             W, b = merge_conv(a.variant, a.W, b, a.P(), a.s, layer["groups"])
         case "embedding":
             W = merge(a.W.T, None, *a.P(), a.s)[0].T
