@@ -165,8 +165,8 @@ KINDS: dict[str, tuple[Callable[[Config, Rng], Choice], str]] = {
     "bias": (with_biases, "trained biases of the base"),
     "embedding": (of_embedding, "an adapted embedding"),
     "head": (of_head, "an adapted output head"),
-    "tied": (of_tied, "the embedding or the head of a tied pair"),
     "combined": (combined, "several of these together"),
+    "tied": (of_tied, "the embedding or the head of a tied pair"),
 }
 
 CHOICES = {kind: choose for kind, (choose, _) in KINDS.items()} | {"misfits": misfitting}
