@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -102,6 +103,7 @@ class Server:
         """Loads the target: its name, its methods and what it declares."""
         target = self._load(message["target"])
         subject = self._objects[0] = GuardedImplementation(target, time_limit=None)
+        gc.freeze()  # looking through a library's modules for garbage takes time
         warnings.simplefilter("ignore")  # warnings of a target are no verdict
         sys.meta_path.insert(0, self._watch)
         declared = {"name": subject.name, "version": subject.version}
