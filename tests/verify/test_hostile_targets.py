@@ -164,6 +164,14 @@ def test_what_is_strange_and_right_passes(hostile, name):
     assert status == 0, out
 
 
+@pytest.mark.parametrize("name", ["*", "*:float64", "exact.merge"])
+def test_what_a_target_declares_as_known_of_everything_excuses_nothing(hostile, name):
+    status, out, _ = hostile("return wrong", after=f"T.known = {{{name!r}: 'all is well'}}")
+    assert status == 1
+    assert "FAIL exact.merge" in " ".join(out.split())
+    assert repr(name) in out or f"{name} is declared" in out
+
+
 @pytest.mark.parametrize(
     ("before", "words"),
     [
