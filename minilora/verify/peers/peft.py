@@ -30,6 +30,10 @@ _DELETED = (
     "KeyError in its forward"
 )
 
+_ADDED_AFTER = (
+    "; the module of the one that was activated so acts from when the next adapter is added, also "
+    "while adapters are disabled"
+)
 _SHARED_TABLE = (
     "an adapter of one use of a tied table is merged into the table itself, and so acts in the "
     "other use too, and one of both uses (ensure_weight_tying) twice: the library warns of the "
@@ -207,7 +211,8 @@ _KNOWN = {
 _KNOWN |= {
     key: entry
     for kinds, more, *seen in (
-        (("", ".conv1d", ".embedding", ".modules-to-save", ".lora-bias", ".files"), ""),
+        (("", ".conv1d", ".embedding", ".lora-bias", ".files"), ""),
+        ((".modules-to-save",), _ADDED_AFTER, {"after": "add"}),
         ((".tied",), f"; {_SHARED_TABLE}", {"after": "merge"}),
         ((".bias",), f"; {_BASE_BIAS}", {"after": "add"}, _ONE_BIAS),
         ((".dora",), f"; {_DORA_BEHIND}", {"after": ["activate", "merge"]}),
