@@ -112,7 +112,7 @@ ODD: dict[str, dict[str, Any]] = {
 
 
 ONE: dict[str, tuple[int, ...]] = {"layers.0.q.B": (5, 3)}
-LARGE = {"layers.0.q.A": (3, 401), "layers.0.q.B": (67, 1), "layers.0.bias": (65,)}
+LARGE = {"layers.0.q.A": (3, 401), "layers.0.q.B": (67, 1), "layers.0.v.A": (1, 65)}
 """A single parameter, and sizes beyond a kernel's pieces of 64 and of 1024 numbers."""
 
 PARAMETERS: dict[str, dict[str, tuple[int, ...]]] = {"one": ONE, "several": SHAPES, "large": LARGE}
@@ -168,11 +168,12 @@ def row_of(number: int) -> Row:
 
 
 def _settings_of_row(row: Row) -> dict[str, Any]:
-    """The settings of a row. The schedule ends a step after the last, or before."""
+    """The settings of a row. A schedule ends a step after the last; a linear one perhaps before."""
     steps = LONG if row["steps"] == "many" else STEPS
+    ends_before = row["schedule"] == "linear" and not row["warmup"]
     chosen = {
         "schedule": (row["schedule"], row["schedule"] != "constant"),
-        "total_steps": (steps + 1 if row["warmup"] else steps - 2, row["schedule"] != "constant"),
+        "total_steps": (steps - 2 if ends_before else steps + 1, row["schedule"] != "constant"),
         "warmup_steps": (3, row["warmup"]),
         "max_grad_norm": (MAX_NORMS[row["parameters"]], row["clipping"]),
         "loraplus_lr_ratio": (5.0 if row["LoRA+"] == "> 1" else 0.2, row["LoRA+"] != "none"),
