@@ -2956,6 +2956,47 @@ def test_bitsandbytes_rounds_to_bfloat16_once_a_layer_was_evaluated(torch, bitsa
             packed_layer(torch, bitsandbytes, W[:5]).eval()(x)
 
 
+def test_transformers_sums_the_micro_batches_of_a_classifier(torch, transformers, tmp_path):
+    r"""A classifier is trained by the sum of its micro-batches' losses.
+
+    `Trainer` divides a loss by the number of micro-batches of a step, unless the model's forward
+    takes further keyword arguments: then it hands it `num_items_in_batch`, and expects a loss that
+    is divided by it. The forward of a classifier takes them, and its loss is the mean of the
+    micro-batch as before.
+
+    **Right.** Two equal micro-batches have the gradient of one, $\nabla \tfrac12 (L + L) = \nabla
+    L$.
+
+    **Consequence.** With `gradient_accumulation_steps=k` a classifier's gradient is k times as
+    large: clipping acts, or the rate is in fact k times as high.
+
+    Seen in transformers 5.24.0.
+    """
+    sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "num_labels": 2}
+    config = transformers.BertConfig(vocab_size=5, intermediate_size=4, **sizes)
+    batch = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([1])}
+
+    def step(micro_batches):
+        torch.manual_seed(0)
+        model = transformers.BertForSequenceClassification(config)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        how = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
+        how |= {"lr_scheduler_type": "constant", "use_cpu": True, "report_to": []}
+        how |= {"disable_tqdm": True, "save_strategy": "no", "per_device_train_batch_size": 1}
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), gradient_accumulation_steps=micro_batches, **how
+        )
+        transformers.Trainer(
+            model, arguments, lambda items: items[0], [batch] * micro_batches
+        ).train()
+        return model.classifier.bias.detach()  # which began at 0
+
+    assert step(1).abs().min() > 0
+    assert (step(2) == 2 * step(1)).all()
+
+
 @pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
 def test_peft_merges_another_weight_once_a_four_bit_layer_was_evaluated(torch, peft, bitsandbytes):
     r"""An evaluated layer in four bits is merged into another weight.

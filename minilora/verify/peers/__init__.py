@@ -13,6 +13,7 @@ from minilora.verify.peers import (
     peft_default,
     sglang,
     torch,
+    trainer,
     transformers,
     vllm,
 )
@@ -29,6 +30,7 @@ PEERS: dict[str, Peer] = {
         peft_default,
         sglang,
         torch,
+        trainer,
         transformers,
         vllm,
     )

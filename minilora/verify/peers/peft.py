@@ -76,6 +76,11 @@ _COSINE_RISES = (
     "progress without bounding it by 1: beyond total_steps the rate rises from 0 again"
 )
 
+_LORAPLUS_GROUPS = (
+    "create_loraplus_optimizer (optimizers/loraplus.py) gives the rate of B to every vector, and "
+    "an embedding's adapter a rate of its own, 1e-6"
+)
+
 _NAMES_THAT_FIT_NOTHING = (
     "from_pretrained (peft_model.py, load_adapter) warns of tensors that are missing and says "
     "nothing of those left over: the base, or a part of the adapter, is served"
@@ -154,6 +159,7 @@ _KNOWN = {
         _FLOAT32_START,
         {"rounded_to": "float32"},
     ),
+    **entries(["train.loraplus.other-params"], _LORAPLUS_GROUPS),
     **entries(["init.fresh.olora:float32"], _OLORA_STORED, {"error": "shape: A has shape *"}),
     **entries(
         ["optimizer.cosine-schedule.past-end"],

@@ -100,8 +100,8 @@ class Peft(Inference, Names, LinearLayer):
         self, model_dir: str | Path, adapter_dir: str | Path, batch: Mapping[str, np.ndarray]
     ) -> dict[str, Any]:
         """Loss, logits and the gradient of every tensor that the adapter's file holds."""
-        model = _opened(model_dir, adapter_dir)
-        return loss_and_gradients(model, batch, _trained(model, adapter_dir))
+        model = opened(model_dir, adapter_dir)
+        return loss_and_gradients(model, batch, trained_of(model, adapter_dir))
 
     def save(
         self,
@@ -123,7 +123,7 @@ class Peft(Inference, Names, LinearLayer):
 
     def load(self, model_dir: str | Path, adapter_dir: str | Path) -> dict[str, np.ndarray]:
         """get_peft_model_state_dict after from_pretrained."""
-        model = _opened(model_dir, adapter_dir)
+        model = opened(model_dir, adapter_dir)
         state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         return {name: to_numpy(tensor) for name, tensor in state.items()}
 
@@ -137,14 +137,9 @@ class Peft(Inference, Names, LinearLayer):
         """A training loop as one writes it, over torch.optim and transformers' schedule."""
         settings = dict(settings)
         checkpointing = settings.pop("gradient_checkpointing", False)
-        model = _opened(model_dir, adapter_dir, checkpointing)
-        trained = _trained(model, adapter_dir)
-        ends = {".lora_A.weight": ".A", ".lora_B.weight": ".B"}
-        tensors = {}
-        for name, tensor in trained.items():
-            end = next((end for end in ends if name.endswith(end)), "")
-            tensors[name.removesuffix(end) + ends.get(end, "")] = tensor
-        optimizer = _optimizer(tensors, settings)
+        model = opened(model_dir, adapter_dir, checkpointing)
+        trained = trained_of(model, adapter_dir)
+        optimizer = _optimizer(trained, settings, model)
         scheduler = scheduler_of(optimizer, settings, len(batches))
         return train_steps(
             model, trained, optimizer, scheduler, batches, settings.get("max_grad_norm")
@@ -182,7 +177,7 @@ class Peft(Inference, Names, LinearLayer):
         return after
 
 
-def _opened(model_dir: str | Path, adapter_dir: str | Path, checkpointing: bool = False) -> Any:
+def opened(model_dir: str | Path, adapter_dir: str | Path, checkpointing: bool = False) -> Any:
     """The library's model of two folders, its adapter to be trained."""
     base = load_base(model_dir)
     if stored_dtype(adapter_dir) != base.dtype:
@@ -198,7 +193,7 @@ def _opened(model_dir: str | Path, adapter_dir: str | Path, checkpointing: bool 
         )
 
 
-def _trained(model: Any, adapter_dir: str | Path) -> dict[str, Any]:
+def trained_of(model: Any, adapter_dir: str | Path) -> dict[str, Any]:
     """The parameters of an adapter by their names in its file."""
     # With the parameters for a state dict the library itself says how each is named in a file.
     trained: dict[str, Any] = peft.get_peft_model_state_dict(
@@ -215,9 +210,12 @@ def _trained(model: Any, adapter_dir: str | Path) -> dict[str, Any]:
 
 
 def _optimizer(
-    tensors: Mapping[str, torch.nn.Parameter], settings: Mapping[str, Any]
+    tensors: Mapping[str, torch.nn.Parameter], settings: Mapping[str, Any], model: Any = None
 ) -> torch.optim.Optimizer:
-    """The optimizer that the settings name, with the library's LoRA+ groups where they ask."""
+    """The optimizer that the settings name, with the library's LoRA+ groups where they ask.
+
+    The library groups the parameters of ``model``, or without one those named A and B.
+    """
     refuse_settings("the peft peer", sorted(set(settings) - _OPTIMIZER_SETTINGS))
     kind = settings.get("optimizer", "adamw")
     ratio = settings.get("loraplus_lr_ratio")
@@ -226,18 +224,26 @@ def _optimizer(
     make, names = OPTIMIZERS[kind]
     options = {"lr": settings["lr"]} | {key: settings[key] for key in names if key in settings}
     decay = settings.get("weight_decay", 0.0)
+    # The library takes decay by a name of its own: the ordinary weight_decay would be silently
+    # overridden by its groups' 0.
+    return create_loraplus_optimizer(
+        model or _named_a_and_b(tensors),
+        make,
+        loraplus_lr_ratio=ratio,
+        loraplus_weight_decay=decay,
+        **options,
+    )
+
+
+def _named_a_and_b(tensors: Mapping[str, torch.nn.Parameter]) -> torch.nn.ModuleDict:
+    """Parameters under the names by which the library groups them."""
     if strange := [name for name in tensors if not name.endswith((".A", ".B"))]:
         raise NotImplementedError(f"LoRA+ groups are for A and B only, found {strange[0]}")
-    # The library sorts by the name lora_B, and takes decay by a name of its own: the ordinary
-    # weight_decay would be silently overridden by its groups' 0.
-    groups = torch.nn.ModuleDict(
+    return torch.nn.ModuleDict(
         {
             f"lora_{end}": torch.nn.ParameterList(
                 tensor for name, tensor in tensors.items() if name.endswith(f".{end}")
             )
             for end in "AB"
         }
-    )
-    return create_loraplus_optimizer(
-        groups, make, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay, **options
     )
