@@ -80,11 +80,13 @@ def test_padding_lies_on_either_side_and_nothing_that_it_predicts_counts():
     of, steps = train.draw_case("labels", 0, 0)
     sides = [batch.real[:, 0].all() for (batch,) in steps]
     assert {*sides} == {True, False}
+    full = [batch for (batch,) in steps if batch.real.all()]
+    assert 0 < len(full) < len(steps)
+    assert any(batch.ids.shape[0] == 1 and batch.ids.shape[1] > 32 for batch in full)
     for (batch,) in steps:
         counts = (shifted_labels(batch, of.c) != IGNORED).reshape(batch.ids.shape)
         assert counts.any(1).all()
         assert not counts[~batch.real].any()
-        assert not batch.real.all()
 
 
 def test_prompts_are_ignored_and_answers_have_more_than_one_token():

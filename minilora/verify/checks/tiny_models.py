@@ -139,7 +139,8 @@ def draw_padded(
 ) -> Batch:
     """Rows of t tokens: with padding on the right, on the left, on both or none.
 
-    ``both``: every other row is padded on the left. Without ``ignored`` all labels count.
+    ``both``: every other row is padded on the left. Without ``ignored`` all labels count; with it,
+    each row keeps its last.
     """
     batch = draw_batch(rng, c, b, t)
     if padding == "none":
@@ -158,7 +159,7 @@ def draw_padded(
     before = np.pad(batch.real, ((0, 0), (1, 0)))[:, :-1]
     labels = np.where(batch.real & (before | (padding == "right")), batch.ids, IGNORED)
     drop = rng.random((b, t)) < 0.3
-    drop[:, -(-t // 2)] = False
+    drop[np.arange(b), t - 1 - batch.real[:, ::-1].argmax(1)] = False  # each row's last token
     return replace(batch, labels=np.where(drop & ignored, IGNORED, labels))
 
 
