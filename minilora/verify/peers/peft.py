@@ -159,7 +159,11 @@ _KNOWN = {
         _FLOAT32_START,
         {"rounded_to": "float32"},
     ),
-    **entries(["train.loraplus.other-params"], _LORAPLUS_GROUPS),
+    **entries(
+        ["train.loraplus.other-params"],
+        _LORAPLUS_GROUPS,
+        {"arrays": "*after step *"},
+    ),
     **entries(["init.fresh.olora:float32"], _OLORA_STORED, {"error": "shape: A has shape *"}),
     **entries(
         ["optimizer.cosine-schedule.past-end"],
