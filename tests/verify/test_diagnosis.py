@@ -547,6 +547,17 @@ def test_a_wrong_forward_is_named_by_the_gradients_that_follow_from_it(id, check
     assert said.sentence.endswith("The gradients are those of this forward.")
 
 
+def test_a_wrong_forward_is_named_beside_gradients_that_are_right():
+    class RightBackwards(CATALOGUE["dropout-on-hidden"].make().__class__):
+        def lora_linear_vjp(self, *arrays, **options):
+            right = Linear().lora_linear_vjp(*arrays, **options)
+            return right | {"y": self.lora_linear(*arrays[:4], **options)}
+
+    (said,) = found("linear.vjp.dropout", RightBackwards)
+    assert said.id == "dropout-on-hidden"
+    assert said.sentence.endswith("The gradients are those of the right forward.")
+
+
 def test_gradients_that_follow_from_nothing_wrong_and_others_get_no_such_name():
     assert only("linear.vjp.rslora", autograd("form-no-bias")) == ("pass", ())
 

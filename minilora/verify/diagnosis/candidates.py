@@ -25,18 +25,18 @@ Array = np.ndarray
 class Candidate:
     """A mutant that gives the implementation's answers, and the rms z of the residual.
 
-    ``follows``: the gradients are those of the mutant's own forward.
+    ``gradients`` says whose they are, where they are not the mutant's.
     """
 
     mutant: Mutant
     residual: float
-    follows: bool = False
+    gradients: str = ""
 
     def named(self, separating: str = "") -> Diagnosis:
         """The diagnosis in words."""
         m = self.mutant
         words = f"{m.formula}." + (f" Seen in {', '.join(m.seen)}." if m.seen else "")
-        words += " The gradients are those of this forward." if self.follows else ""
+        words += f" The gradients are those of {self.gradients} forward." if self.gradients else ""
         return Diagnosis(m.id, words, self.residual, separating)
 
 
@@ -69,19 +69,23 @@ def _variant(id: str) -> str:
     return variant if level == "variants" else ""
 
 
+WHOSE = ("", "this", "the right")
+"""Whose forward's gradients the forms of a mistake have: its table's, its own, or the right one."""
+
+
 def forms(m: Mutant, check: Check, holds_norm: bool = True) -> list[Mutant]:
-    """What a mistake may look like to a check: itself, and with the gradients of its forward.
+    """What a mistake may look like to a check: itself, and with other gradients (`WHOSE`).
 
     One of the layer alone is also one of sessions, which are made of such layers.
     """
-    from minilora.verify.mutants.derived import differentiated, in_sessions, of_layer
+    from minilora.verify.mutants.derived import differentiated, forward_only, in_sessions, of_layer
 
     if not of_layer(m):
         return [m]
     if "session" in check.needs:
         return [in_sessions(m)]
     if "lora_linear_vjp" in check.needs:
-        return [m, differentiated(m, holds_norm)]
+        return [m, differentiated(m, holds_norm), forward_only(m)]
     return [m]
 
 
@@ -91,14 +95,13 @@ def explanation(
     ours_of: Callable[[Mutant], Iterable[Answers]],
 ) -> Candidate | None:
     """The first of a mistake's forms that explains these answers."""
-    for form in shapes:
-        follows = form is not shapes[0]
-        if follows and not _agree_forward(theirs, ours_of(shapes[0])):
+    for form, whose in zip(shapes, WHOSE, strict=False):
+        if whose and not _agree_forward(theirs, ours_of(shapes[0])):
             return None  # the gradients take a forward for each entry
         ours = ours_of(form)
         residual = explains(theirs, ours)
         if residual is not None and matched_filter(theirs, ours).agrees(1.0):
-            return Candidate(form, residual, follows)
+            return Candidate(form, residual, whose)
     return None
 
 

@@ -26,6 +26,7 @@ from minilora.verify.diagnosis.answers import (
     wrong_arrays,
 )
 from minilora.verify.diagnosis.candidates import (
+    WHOSE,
     Candidate,
     candidates,
     explanation,
@@ -168,10 +169,10 @@ class Diagnoser:
     ) -> Candidate | None:
         """The form of a mistake that breaks a law in the same arrays of the same cases."""
         wrong = [wrong_arrays(answer) for answer in theirs]
-        for form in shapes:
+        for form, whose in zip(shapes, WHOSE, strict=False):
             ours = mutant_answers(form, self.check, cases)
             if [wrong_arrays(answer) for answer in ours] == wrong:
-                return Candidate(form, 0.0, form is not shapes[0])
+                return Candidate(form, 0.0, whose)
         return None
 
     def separate(self, remaining: list[Candidate]) -> tuple[list[Candidate], str]:

@@ -78,6 +78,23 @@ class Differentiated:
         return np.asarray(y).imag / STEP
 
 
+class ForwardOnly:
+    """A mutant of `Linear` whose gradients are those of the right forward."""
+
+    def __init__(self, mutant: Linear) -> None:
+        self.mutant = mutant
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.mutant, name)
+
+    def lora_linear_vjp(
+        self, x: Array, W: Array, A: Array, B: Array, dy: Array, **options: Any
+    ) -> dict[str, Array]:
+        """The wrong output, and the right gradients."""
+        right = Linear().lora_linear_vjp(x, W, A, B, dy, **options)
+        return right | {"y": self.mutant.lora_linear(x, W, A, B, **options)}
+
+
 def _wide(array: Array) -> Array:
     """In float64, but for masks."""
     return array if array.dtype.kind == "b" else array.astype(np.float64)
@@ -95,6 +112,12 @@ def differentiated(m: Mutant, holds_norm: bool) -> Mutant:
     held = {"# held constant": "norm = np.real(norm)"} if holds_norm else {}
     make = m.reference.edited({**m.edits, **held})
     return replace(m, make=lambda: Differentiated(make()))
+
+
+@cache
+def forward_only(m: Mutant) -> Mutant:
+    """The mutant with right gradients."""
+    return replace(m, make=lambda: ForwardOnly(m.make()))
 
 
 @cache
