@@ -256,8 +256,10 @@ def test_every_check_runs_in_another_process_as_in_this(tmp_path, monkeypatch):
     reports = []
     for option in ([], ["--in-process"]):
         assert main(["verify", "--profile", "quick", "--json", "r.json", *option]) == 0
-        text = Path("r.json").read_text().replace(" --in-process", "")
-        reports.append(_without_times(json.loads(text)))
+        results = json.loads(Path("r.json").read_text())["results"]
+        # Not the figures: some answers are drawn by chance.
+        said = ("check", "dtype", "status", "cases", "skipped_cases", "faults", "reason")
+        reports.append([[result[name] for name in said] for result in results])
     assert reports[0] == reports[1]
 
 
