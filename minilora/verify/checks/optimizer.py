@@ -112,7 +112,11 @@ ODD: dict[str, dict[str, Any]] = {
 
 
 ONE: dict[str, tuple[int, ...]] = {"layers.0.q.B": (5, 3)}
-LARGE = {"layers.0.q.A": (3, 401), "layers.0.q.B": (67, 1), "layers.0.v.A": (1, 65)}
+LARGE: dict[str, tuple[int, ...]] = {
+    "layers.0.q.A": (3, 401),
+    "layers.0.q.B": (67, 1),
+    "layers.0.v.A": (1, 65),
+}
 """A single parameter, and sizes beyond a kernel's pieces of 64 and of 1024 numbers."""
 
 PARAMETERS: dict[str, dict[str, tuple[int, ...]]] = {"one": ONE, "several": SHAPES, "large": LARGE}
