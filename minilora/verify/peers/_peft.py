@@ -12,6 +12,7 @@ import peft
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from minilora.verify.peers._peft_releases import lora_config, magnitude_of, taken
 from minilora.verify.peers._torch import GivenMask, fill, plain_number, to_numpy, to_torch
 from minilora.verify.peers.peer import refuse_settings
 
@@ -80,7 +81,7 @@ class Layer:
         if settings.get("bias") is not None:
             of["dbias"] = layer.get_base_layer().bias
         if "magnitude" in settings:
-            of["dmagnitude"] = layer.lora_magnitude_vector["default"].weight
+            of["dmagnitude"] = magnitude_of(layer, "default")
         if "lora_bias" in settings:
             of["dlora_bias"] = layer.lora_B["default"].bias
         with _autocast(dtype):
@@ -118,7 +119,9 @@ class Layer:
         index: np.ndarray,
     ) -> np.ndarray:
         """y of one batch whose rows name their adapters, "__base__" for none."""
-        model, _ = self._with_adapters(W, adapters)
+        model, layer = self._with_adapters(W, adapters)
+        if not hasattr(layer, "_mixed_batch_forward"):
+            raise NotImplementedError(f"PEFT {peft.__version__} has no adapter_names")
         names = ["__base__" if i < 0 else f"a{i}" for i in index]
         with torch.no_grad():
             return to_numpy(model(self._wide(x), adapter_names=names))
@@ -156,7 +159,7 @@ class Layer:
         refuse_settings(f"the {self.name} peer", unknown)
         if self.autocast_adapters and to_torch(A).dtype in (torch.bfloat16, torch.float16):
             raise NotImplementedError("adapters of a half precision: they are kept in float32")
-        config = peft.LoraConfig(
+        config = lora_config(
             r=r,
             lora_alpha=plain_number(alpha),
             lora_dropout=p,
@@ -175,10 +178,17 @@ class Layer:
             whole = torch.nn.Sequential(frozen)
             whole.is_loaded_in_4bit = self.in_4bit
             model = peft.get_peft_model(
-                whole, config, adapter_name=name, autocast_adapter_dtype=self.autocast_adapters
+                whole,
+                config,
+                adapter_name=name,
+                **taken(peft.get_peft_model, autocast_adapter_dtype=self.autocast_adapters),
             )
         else:
-            model.add_adapter(name, config, autocast_adapter_dtype=self.autocast_adapters)
+            model.add_adapter(
+                name,
+                config,
+                **taken(model.add_adapter, autocast_adapter_dtype=self.autocast_adapters),
+            )
         layer = model.get_submodule("base_model.model.0")
         if self.in_4bit:  # of a weight in four bits PEFT sees no dtype to give its own
             for held in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
@@ -186,7 +196,7 @@ class Layer:
         fill(layer.lora_A[name].weight, self._wide(A))
         fill(layer.lora_B[name].weight, to_torch(B))
         if magnitude is not None:
-            fill(layer.lora_magnitude_vector[name].weight, to_torch(magnitude))
+            fill(magnitude_of(layer, name), to_torch(magnitude))
         if lora_bias is not None:
             fill(layer.lora_B[name].bias, to_torch(lora_bias))
         if keep is not None:

@@ -10,6 +10,7 @@ import transformers
 from safetensors import safe_open
 
 from minilora.verify.peers._torch import to_numpy
+from minilora.verify.versions import is_in_range
 
 _STORED = {
     "F64": torch.float64,
@@ -17,6 +18,9 @@ _STORED = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
+
+_DTYPE = "torch_dtype" if is_in_range(transformers.__version__, "<4.56") else "dtype"
+"""What from_pretrained calls the dtype to load."""
 
 # Loading a few tensors needs no progress bar, and that GPT-2 has the default loss is no news.
 transformers.utils.logging.disable_progress_bar()
@@ -46,7 +50,7 @@ def load_base(model_dir: str | Path) -> Any:
     return model_class.from_pretrained(
         model_dir,
         config=config,
-        dtype=stored_dtype(model_dir),
+        **{_DTYPE: stored_dtype(model_dir)},
         attn_implementation="eager",
         local_files_only=True,
     )

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-from peft.optimizers import create_loraplus_optimizer
 from safetensors import safe_open
 
 from minilora.verify.peers._peft import LinearLayer, without_deprecation
+from minilora.verify.peers._peft_releases import later, lora_config, magnitude_of, taken
 from minilora.verify.peers._torch import plain_number, to_numpy, to_torch
 from minilora.verify.peers._transformers import (
     OPTIMIZERS,
@@ -76,7 +76,7 @@ class Peft(Inference, Names, LinearLayer):
         linear = self._frozen(W, "lora_bias" in settings, settings.get("fan_in_fan_out", False))
         self._hold(linear, W)
         try:
-            config = peft.LoraConfig(
+            config = lora_config(
                 r=r, lora_alpha=plain_number(alpha), target_modules=["0"], **settings
             )
         except ValueError as refused:  # a bias of B goes with one start alone
@@ -84,14 +84,20 @@ class Peft(Inference, Names, LinearLayer):
         torch.manual_seed(seed)
         try:
             model = peft.get_peft_model(
-                torch.nn.Sequential(linear), config, autocast_adapter_dtype=False
+                torch.nn.Sequential(linear),
+                config,
+                **taken(peft.get_peft_model, autocast_adapter_dtype=False),
             )
+        except ValueError as refused:
+            if "Unknown initialization" in str(refused):  # of a later release
+                raise NotImplementedError(str(refused)) from refused
+            raise
         except TypeError as refused:  # PiSSA and OLoRA take no float64
             raise NotImplementedError(str(refused)) from refused
         layer = model.get_submodule("base_model.model.0")
         parts = {"A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight}
         if settings.get("use_dora"):
-            parts["magnitude"] = layer.lora_magnitude_vector["default"].weight
+            parts["magnitude"] = magnitude_of(layer, "default")
         if settings.get("lora_bias"):
             parts["lora_bias"] = layer.lora_B["default"].bias
         return {"W": self._weight(layer)} | {name: to_numpy(p) for name, p in parts.items()}
@@ -114,7 +120,11 @@ class Peft(Inference, Names, LinearLayer):
         # A copy: a classifier's model adds the heads that it knows to the list modules_to_save.
         config = peft.LoraConfig.from_peft_type(**copy.deepcopy(dict(settings)))
         with without_deprecation():
-            model = peft.get_peft_model(load_base(model_dir), config, autocast_adapter_dtype=False)
+            model = peft.get_peft_model(
+                load_base(model_dir),
+                config,
+                **taken(peft.get_peft_model, autocast_adapter_dtype=False),
+            )
         tensors = {name: to_torch(array) for name, array in adapter_arrays.items()}
         result = peft.set_peft_model_state_dict(model, tensors)
         if result.unexpected_keys:
@@ -189,7 +199,10 @@ def opened(model_dir: str | Path, adapter_dir: str | Path, checkpointing: bool =
         enable_checkpointing(base)
     with without_deprecation():
         return peft.PeftModel.from_pretrained(
-            base, str(adapter_dir), is_trainable=True, autocast_adapter_dtype=False
+            base,
+            str(adapter_dir),
+            is_trainable=True,
+            **taken(peft.PeftModel.from_pretrained, autocast_adapter_dtype=False),
         )
 
 
@@ -226,7 +239,7 @@ def _optimizer(
     decay = settings.get("weight_decay", 0.0)
     # The library takes decay by a name of its own: the ordinary weight_decay would be silently
     # overridden by its groups' 0.
-    return create_loraplus_optimizer(
+    return later("create_loraplus_optimizer")(
         model or _named_a_and_b(tensors),
         make,
         loraplus_lr_ratio=ratio,

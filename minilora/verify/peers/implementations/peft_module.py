@@ -10,6 +10,7 @@ import peft
 import torch
 
 from minilora.verify.peers._modules import build
+from minilora.verify.peers._peft_releases import lora_config, magnitude_of, taken
 from minilora.verify.peers._torch import fill, plain_number, to_numpy, to_torch
 from minilora.verify.peers.peer import refuse_settings
 
@@ -30,7 +31,7 @@ class PeftModule:
         at: dict[str, Any] = {"target_modules": [_TARGETS.get(self.kind, "0")]}
         if self.kind == "experts":
             at = {"target_modules": [], "target_parameters": ["0.weight"]}
-        config = peft.LoraConfig(
+        config = lora_config(
             r=adapter["r"],
             lora_alpha=plain_number(adapter["alpha"]),
             lora_dropout=adapter.get("p", 0.0),
@@ -42,7 +43,9 @@ class PeftModule:
         )
         base = torch.nn.Sequential(build(layer, index))
         try:
-            self.model: Any = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+            self.model: Any = peft.get_peft_model(
+                base, config, **taken(peft.get_peft_model, autocast_adapter_dtype=False)
+            )
         except ValueError as refused:
             raise NotImplementedError(f"the library refuses: {refused}") from refused
         path = "0" if self.kind == "experts" else _TARGETS.get(self.kind, "0")
@@ -69,7 +72,7 @@ class PeftModule:
             for part, held in (("A", out.lora_A), ("B", out.lora_B)):
                 tensors[f"out.d{part}"] = held["default"].weight, adapter["out"][part]
         if "magnitude" in adapter:
-            magnitude = layer.lora_magnitude_vector["default"].weight
+            magnitude = magnitude_of(layer, "default")
             tensors["dmagnitude"] = magnitude, adapter["magnitude"]
         if "lora_bias" in adapter:
             tensors["dlora_bias"] = layer.lora_B["default"].bias, adapter["lora_bias"]

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 import peft
 import torch
-from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from transformers.pytorch_utils import Conv1D
 
 from minilora.verify.peers._peft import without_deprecation
+from minilora.verify.peers._peft_releases import later, lora_config, magnitude_of, taken
 from minilora.verify.peers._torch import fill, plain_number, to_numpy, to_torch
 
 
@@ -104,7 +104,7 @@ class PeftSession:
         options |= _ON[adapter["on"]] if "on" in adapter else {}
         options |= {"modules_to_save": ["1"]} if "head" in adapter else {}
         options |= {"bias": "lora_only"} if "bias" in adapter else {}
-        return peft.LoraConfig(
+        return lora_config(
             r=adapter["r"],
             lora_alpha=plain_number(adapter["alpha"]),
             use_rslora=adapter.get("use_rslora", False),
@@ -119,10 +119,15 @@ class PeftSession:
         """get_peft_model, or add_adapter."""
         config = self._config(adapter)
         if isinstance(self._model, peft.PeftModel):
-            self._model.add_adapter(name, config, autocast_adapter_dtype=False)
+            self._model.add_adapter(
+                name, config, **taken(self._model.add_adapter, autocast_adapter_dtype=False)
+            )
         else:
             self._model = peft.get_peft_model(
-                self._model, config, adapter_name=name, autocast_adapter_dtype=False
+                self._model,
+                config,
+                adapter_name=name,
+                **taken(peft.get_peft_model, autocast_adapter_dtype=False),
             )
             self._model.base_model.disable_adapter_layers()
         self._adjust()
@@ -130,7 +135,7 @@ class PeftSession:
             for tensor, turned in places:
                 fill(tensor, to_torch(adapter[part].T if turned else adapter[part]))
         if "magnitude" in adapter:
-            magnitude = self._module("0").lora_magnitude_vector[name].weight
+            magnitude = magnitude_of(self._module("0"), name)
             fill(magnitude, to_torch(adapter["magnitude"]))
         if "lora_bias" in adapter:
             fill(self._module("0").lora_B[name].bias, to_torch(adapter["lora_bias"]))
@@ -152,7 +157,7 @@ class PeftSession:
             f"base_model.model.0.{form.format(part, name)}": to_torch(adapter[part])
             for part in "AB"
         }
-        hotswap_adapter_from_state_dict(self._model, state, name, self._config(adapter))
+        later("hotswap_adapter_from_state_dict")(self._model, state, name, self._config(adapter))
 
     def combine(self, name: str, names: Sequence[str], weights: Sequence[float]) -> None:
         """add_weighted_adapter, by concatenation."""
@@ -208,7 +213,10 @@ class PeftSession:
     def load(self, name: str, folder: str) -> None:
         """from_pretrained, or load_adapter."""
         (saved,) = (str(path) for path in Path(folder).iterdir() if path.is_dir())
-        how = {"is_trainable": True, "autocast_adapter_dtype": False}
+        how = {
+            "is_trainable": True,
+            **taken(peft.PeftModel.from_pretrained, autocast_adapter_dtype=False),
+        }
         if isinstance(self._model, peft.PeftModel):
             self._model.load_adapter(saved, name, **how)
         else:
@@ -233,7 +241,7 @@ class PeftSession:
             if getattr(config, "lora_bias", False):
                 tensors[f"{name}.lora_bias"] = [(self._module("0").lora_B[name].bias, False)]
             if config.use_dora:
-                magnitude = self._module("0").lora_magnitude_vector[name].weight
+                magnitude = magnitude_of(self._module("0"), name)
                 tensors[f"{name}.magnitude"] = [(magnitude, False)]
             if config.modules_to_save:
                 module = self._module("1").modules_to_save[name]
