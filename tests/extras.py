@@ -15,6 +15,7 @@ MODULES = {
     "libraries": ("bitsandbytes", "jsonschema", "lycoris", "mlx", "mlx_lm"),
     "vllm": ("vllm",),
     "sglang": ("sglang",),
+    "frameworks": ("flax", "keras", "litgpt"),
     "gguf": ("gguf",),
     "llama-cpp": ("llama_cpp",),
     "jax": ("jax",),

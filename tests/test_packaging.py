@@ -33,6 +33,7 @@ def test_the_declared_dependencies_are_those_that_are_imported():
     assert {"lycoris_lora", *ALONE} <= names(
         EXTRAS["libraries"] + EXTRAS["jax"] + EXTRAS["vllm"] + EXTRAS["sglang"]
     )
+    assert names(EXTRAS["frameworks"]) == {"flax", "keras", "litgpt"}
 
 
 def test_what_users_install_has_an_oldest_version():

@@ -22,6 +22,8 @@ LIBRARIES = {
     "lycoris": "LyCORIS",
     "mlx_lm": "mlx-lm",
     "jax": "JAX",
+    "keras": "Keras",
+    "flax": "Flax NNX",
 }
 """The libraries by the second word of a test's name, and what they are called."""
 

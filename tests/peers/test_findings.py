@@ -2392,6 +2392,49 @@ def test_lycoris_fails_on_an_adapter_without_alpha(torch, lycoris):
                 lycoris.create_lycoris_from_weights(1.0, "", identity(torch), given)
 
 
+def test_keras_loses_the_alpha_of_its_constructor():
+    """The constructor's `lora_alpha` is lost.
+
+    `build` calls `enable_lora(self.lora_rank)` without it, and `enable_lora` then sets alpha to
+    the rank.
+
+    **Right.** `Dense(…, lora_rank=r, lora_alpha=alpha)` has $s = alpha / r$, as
+    `enable_lora(r, lora_alpha=alpha)` has.
+
+    **Consequence.** A layer made by the constructor trains and acts with $s = 1$.
+
+    Seen in keras 3.15.1.
+    """
+    keras = optional("keras")
+    found = []
+    for how in ({"lora_rank": 2, "lora_alpha": 8}, {}):
+        layer = keras.layers.Dense(1, use_bias=False, **how)
+        layer.build((None, 1))
+        if not how:
+            layer.enable_lora(2, lora_alpha=8)
+        layer._kernel.assign([[0.0]])
+        layer.lora_kernel_a.assign([[1.0, 1.0]])
+        layer.lora_kernel_b.assign([[1.0], [1.0]])
+        found.append(layer(np.ones((1, 1), np.float32)).item())
+    assert found == [2, 8]
+
+
+def test_flax_draws_a_with_six_times_the_variance():
+    r"""A fresh A has six times the variance.
+
+    `nnx.LoRA` draws $A$ by `he_uniform`, $U(-\sqrt{6/n}, \sqrt{6/n})$; and it has no scale.
+
+    **Right.** loralib, PEFT and the others draw $U(-1/\sqrt n, 1/\sqrt n)$.
+
+    **Consequence.** A learning rate that is carried over acts six times as strongly on $B$.
+
+    Seen in flax 0.12.8.
+    """
+    nnx = optional("flax.nnx")
+    A = np.asarray(nnx.LoRA(6, 1000, 1, rngs=nnx.Rngs(0)).lora_a[...])
+    assert 1 / 6**0.5 < abs(A).max() <= 1
+
+
 def test_lycoris_starts_dora_as_another_function_where_rows_are_small(torch, lycoris):
     r"""DoRA starts as another function where rows are small.
 

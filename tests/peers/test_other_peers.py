@@ -21,10 +21,15 @@ DTYPES = {
     "torch": ("float16",),
     "mlx-lm": ("float64", "bfloat16"),
     "bitsandbytes": ("bfloat16",),
+    "litgpt": ("float64",),
+    "lycoris": ("float32",),
+    "keras": ("float32",),
+    "keras-constructor": ("float32",),
 }
 """Of these peers all checks of all levels are run; peft's and loralib's have tests of their own."""
 
 # JAX compiles anew for each shape: a few cases, of all methods and kinds of layer.
+OF_FLAX = ("linear.forward.bias:float64:1", "linear.vjp:float32:1", "init.distribution:float32:0")
 OF_JAX = (
     "linear.forward:float64:1",
     "linear.vjp.bias:float16:1",
@@ -38,7 +43,8 @@ OF_JAX = (
 )
 
 
-SMALL = (*DTYPES, "jax")
+FEW = {"jax": OF_JAX, "flax": OF_FLAX}
+SMALL = (*DTYPES, *FEW)
 
 
 def loaded(name):
@@ -78,7 +84,7 @@ def test_torchs_own_modules_hold_in_the_quick_profile():
 
 @pytest.mark.parametrize("name", SMALL)
 def test_all_that_a_peer_has_holds_or_is_known(name):
-    found = results(name, *(OF_JAX if name == "jax" else ()))
+    found = results(name, *FEW.get(name, ()))
     assert {result.status for result in found} <= {"pass", "known", "skip"}
     assert {result.level for result in found if result.status != "skip"} == {
         *PEERS[name].levels

@@ -6,8 +6,13 @@ A module here describes one library as a value, `PEER`, without importing it; it
 
 from minilora.verify.peers import (
     bitsandbytes,
+    flax,
     jax,
+    keras,
+    keras_constructor,
+    litgpt,
     loralib,
+    lycoris,
     mlx_lm,
     peft,
     peft_default,
@@ -23,8 +28,13 @@ PEERS: dict[str, Peer] = {
     module.PEER.name: module.PEER
     for module in (
         bitsandbytes,
+        flax,
         jax,
+        keras,
+        keras_constructor,
+        litgpt,
         loralib,
+        lycoris,
         mlx_lm,
         peft,
         peft_default,

@@ -1,0 +1,16 @@
+"""Flax NNX: its LoRALinear, which has no scale."""
+
+from minilora.verify.peers.peer import Peer
+
+PEER = Peer(
+    name="flax",
+    implementation="minilora.verify.peers.implementations.flax:Flax",
+    packages=("flax", "jax"),
+    extra="frameworks",
+    levels=("linear", "init"),
+    fixed={"alpha": "r", "dropout": False, "use_rslora": False, "fan_in_fan_out": False},
+    known={
+        "init.distribution:*": "A is drawn by he_uniform, U(-√(6/n), √(6/n)), √6 times as wide "
+        "(flax/nnx/nn/lora.py)"
+    },
+)
