@@ -1,5 +1,6 @@
 """Flax NNX: its LoRALinear, which has no scale."""
 
+from minilora.verify.peers.known import entries
 from minilora.verify.peers.peer import Peer
 
 PEER = Peer(
@@ -9,8 +10,9 @@ PEER = Peer(
     extra="frameworks",
     levels=("linear", "init"),
     fixed={"alpha": "r", "dropout": False, "use_rslora": False, "fan_in_fan_out": False},
-    known={
-        "init.distribution:*": "A is drawn by he_uniform, U(-√(6/n), √(6/n)), √6 times as wide "
-        "(flax/nnx/nn/lora.py)"
-    },
+    known=entries(
+        ["init.distribution"],
+        "A is drawn by he_uniform, U(-√(6/n), √(6/n)), √6 times as wide (flax/nnx/nn/lora.py)",
+        {"mutant": "init-kaiming-a-0"},
+    ),
 )

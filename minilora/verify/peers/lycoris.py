@@ -1,5 +1,6 @@
 """LyCORIS: its LoConModule around a linear layer."""
 
+from minilora.verify.peers.known import entries
 from minilora.verify.peers.peer import Peer
 
 PEER = Peer(
@@ -10,8 +11,15 @@ PEER = Peer(
     levels=("linear", "merge", "variants"),
     conventions={"dora_norm": "differentiated"},
     fixed={"dropout": False, "fan_in_fan_out": False},
-    known={
-        "variants.dora.*.all:*": "the norm of each row is ‖V‖ + ε with ε = finfo.eps "
-        "(_weight_decompose in functional/general.py), so rows of small norm come out too small"
-    },
+    known=entries(
+        ["variants.dora.*.all"],
+        "the norm of each row is ‖V‖ + ε with ε = finfo.eps (_weight_decompose in "
+        "functional/general.py), so rows of small norm come out too small",
+        {"arrays": ["y", "dB", "dmagnitude", "merged W"]},
+    )
+    | entries(
+        ["variants.dora.init:float16"],
+        "the norm of each row is ‖V‖ + ε, so DoRA starts as another function",
+        {"factor": 0.999, "arrays": ["y against the base"]},
+    ),
 )
