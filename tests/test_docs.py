@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import re
+from fnmatch import fnmatchcase as fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 from minilora.cli.main import main
+from minilora.verify.checks.registry import CHECKS
+from minilora.verify.peers import PEERS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -150,11 +153,14 @@ SEEN = re.compile(r"Seen in (and |\w+ [\d.]+\d ?)+\.")
 
 
 def incomplete(docstring):
-    """What a finding's docstring lacks: its title, what is right, where it was seen."""
+    """What a finding's docstring lacks: its title, what is right, whether verify finds it, where
+    it was seen.
+    """
     title, *rest = GENERATE.paragraphs(docstring)
     wanted = {
         "title": re.fullmatch(r"[^\n]+\.", title) and not SEEN.fullmatch(title),
         "right": any(paragraph.startswith("**Right.**") for paragraph in rest),
+        "verify": len(GENERATE.said_of_verify(docstring)) == 1,
         "release": bool(rest) and SEEN.fullmatch(rest[-1]),
     }
     return [what for what, there in wanted.items() if not there]
@@ -168,26 +174,72 @@ FINDINGS = [
 
 
 @pytest.mark.parametrize("test", FINDINGS, ids=lambda test: test.name)
-def test_a_finding_says_what_is_right_and_where_it_was_seen(test):
+def test_a_finding_says_what_is_right_what_finds_it_and_where_it_was_seen(test):
     assert incomplete(ast.get_docstring(test)) == []
+
+
+ASKED = "Found by `verify peft`: `linear.forward`, `merge.weight`."
 
 
 @pytest.mark.parametrize(
     ("docstring", "lacks"),
     [
-        ("Seen in torch 2.13.0.", ["title", "right", "release"]),
-        ("A title.\n\nSeen in torch 2.13.0.", ["right"]),
-        ("A title.\n\n**Right.** This.\n\nSeen in torch.", ["release"]),
-        ("A title.\n\n**Right.** This.\n\nSeen in 2.13.", ["release"]),
-        ("A title.\n\n**Right.** This.\n\nSeen in torch 2.13.0 and peft 0.21.2.", []),
+        ("Seen in torch 2.13.0.", ["title", "right", "verify", "release"]),
+        (f"A title.\n\n{ASKED}\n\nSeen in torch 2.13.0.", ["right"]),
+        (f"A title.\n\n**Right.** This.\n\n{ASKED}\n\nSeen in torch.", ["release"]),
+        (f"A title.\n\n**Right.** This.\n\n{ASKED}\n\nSeen in 2.13.", ["release"]),
+        ("A title.\n\n**Right.** This.\n\nSeen in torch 2.13.0.", ["verify"]),
+        (f"A title.\n\n**Right.** This.\n\n{ASKED}\n\n{ASKED}\n\nSeen in mlx 0.3.", ["verify"]),
+        (
+            "A title.\n\n**Right.** This.\n\nFound by `verify peft`: nothing.\n\nSeen in mlx 0.3.",
+            ["verify"],
+        ),
+        (f"A title.\n\n**Right.** This.\n\n{ASKED}\n\nSeen in torch 2.13.0 and peft 0.21.2.", []),
     ],
 )
 def test_an_incomplete_finding_is_seen(docstring, lacks):
     assert incomplete(docstring) == lacks
 
 
+def not_known(peer, checks):
+    """Those of the checks that do not exist, or that the peer does not declare as known."""
+    declared = [name.partition(":")[0] for name in PEERS[peer].known]
+    exist = {check.id for check in CHECKS}
+    return [c for c in checks if c not in exist or not any(fnmatch(c, name) for name in declared)]
+
+
+FOUND = {
+    test.name: GENERATE.checks_of(said)
+    for test in FINDINGS
+    for said in GENERATE.said_of_verify(ast.get_docstring(test))
+    if said.re is GENERATE.FOUND
+}
+
+
+@pytest.mark.parametrize("test", FOUND)
+def test_the_checks_that_find_something_are_known_to_deviate(test):
+    assert not_known(*FOUND[test]) == []
+
+
+def test_a_check_that_is_not_known_to_deviate_is_seen():
+    assert not_known("peft", ["lifecycle.unknown", "linear.forward", "lifecycle.tied.none"]) == [
+        "linear.forward",
+        "lifecycle.tied.none",
+    ]
+
+
+def test_the_table_has_a_line_for_each_finding():
+    table = GENERATE.findings()[GENERATE.FOUND_BY]
+    assert table.count("\n| ") == 2 + len(FINDINGS)
+    assert f" finds {len(FOUND)} of {len(FINDINGS)} " in table
+    for peer, checks in FOUND.values():
+        assert f"`{peer}`: `{checks[0]}`" in table
+    assert f"{{include}} {GENERATE.FOUND_BY}" in (DOCS / "findings.md").read_text()
+
+
 def test_every_finding_is_on_the_page_of_its_library():
     pages = GENERATE.findings()
+    del pages[GENERATE.FOUND_BY]
     text = "".join(pages.values())
     assert len(re.findall("^## ", text, re.M)) == len(FINDINGS)
     assert all(text.count(f"def {test.name}(") == 1 for test in FINDINGS)

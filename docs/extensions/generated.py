@@ -1,8 +1,8 @@
 """The pages that are made when the documentation is built, from the code and from the tests.
 
-``findings/LIBRARY.md`` comes from the docstrings in ``tests/peers/test_findings.py``; ``api/`` has
-a page for each module, and ``downloads/`` the pages that are offered as notebooks. Git ignores
-them.
+``findings/LIBRARY.md`` comes from the docstrings in ``tests/peers/test_findings.py``, and so does
+``findings/found-by.txt``, the table that the page of the findings includes; ``api/`` has a page for
+each module, and ``downloads/`` the pages that are offered as notebooks. Git ignores them.
 """
 
 import ast
@@ -26,6 +26,19 @@ LIBRARIES = {
     "flax": "Flax NNX",
 }
 """The libraries by the second word of a test's name, and what they are called."""
+
+FOUND = re.compile(r"Found by `verify ([\w-]+)`: (`[\w.-]+`(?:, `[\w.-]+`)*)\.")
+NOT_ASKED = re.compile(r"Not asked by `verify`: (.+)\.")
+"""What a finding says of ``minilora verify PEER``: the checks that show it, or why none does."""
+
+FOUND_BY = "findings/found-by.txt"
+
+TABLE = """`minilora verify` finds {found} of {total} by itself. It does not ask for the others.
+
+| Library | Finding | Found by | Or why not |
+| --- | --- | --- | --- |
+{rows}
+"""
 
 PACKAGES = ("io", "training", "verify", "studies", "cli", "testing")
 """Those whose modules get a page each; `spec` has pages written by hand."""
@@ -109,6 +122,10 @@ def finding(test, code, anchors):
     return f"## {title.removesuffix('.')}\n\n{text.replace('@code', shown)}\n"
 
 
+def title_of(test):
+    return paragraphs(ast.get_docstring(test))[0].removesuffix(".")
+
+
 def library_of(test):
     return LIBRARIES.get(test.name.split("_")[1]) or LIBRARIES["_".join(test.name.split("_")[1:3])]
 
@@ -138,17 +155,47 @@ def reproduction(test, helpers, source):
     return "\n\n\n".join([*parts, source_of(test, lines)])
 
 
+def said_of_verify(docstring):
+    """What a finding's docstring says of `minilora verify`: the matches of FOUND and NOT_ASKED."""
+    matches = [
+        pattern.fullmatch(paragraph)
+        for paragraph in paragraphs(docstring)
+        for pattern in (FOUND, NOT_ASKED)
+    ]
+    return [match for match in matches if match]
+
+
+def checks_of(found):
+    """The peer and its checks, of a match of FOUND."""
+    return found[1], re.findall(r"`([^`]+)`", found[2])
+
+
+def row(library, title, said):
+    """A finding's line in the table."""
+    link = f"[{title}](findings/{slug(library)}.md#{slug(title)})"
+    by, why = ("", said[1]) if said.re is NOT_ASKED else (f"`{said[1]}`: {said[2]}", "")
+    return f"| {library} | {link} | {by} | {why} |"
+
+
+def found_by(tests):
+    """The table of which check finds what."""
+    said = {test: said_of_verify(ast.get_docstring(test))[0] for test in tests}
+    in_order = sorted(tests, key=lambda test: [*LIBRARIES.values()].index(library_of(test)))
+    rows = [row(library_of(test), title_of(test), said[test]) for test in in_order]
+    found = sum(match.re is FOUND for match in said.values())
+    return TABLE.format(found=found, total=len(tests), rows="\n".join(rows))
+
+
 def findings():
-    """{page: text}: the findings of each library, in the order of the tests."""
+    """{page: text}: the findings of each library, in the order of the tests, and the table."""
     source = FINDINGS.read_text()
     tests, helpers = tests_and_helpers(ast.parse(source))
-    titles = {test: paragraphs(ast.get_docstring(test))[0].removesuffix(".") for test in tests}
-    anchors = {slug(titles[test]): slug(library_of(test)) for test in tests}
+    anchors = {slug(title_of(test)): slug(library_of(test)) for test in tests}
     texts = {title: [] for title in LIBRARIES.values()}
     for test in tests:
         code = reproduction(test, helpers, source)
         texts[library_of(test)].append(finding(test, code, anchors))
-    return {
+    return {FOUND_BY: found_by(tests)} | {
         f"findings/{slug(title)}.md": (
             f"# {title}\n\n{len(parts)} findings. [What a finding is](../findings.md).\n\n"
             + "".join(f"{part}\n" for part in parts)

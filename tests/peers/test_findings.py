@@ -95,6 +95,8 @@ def test_transformers_computes_the_loss_of_a_float64_model_in_float32(torch, tra
     `gradcheck` and reference values that pass through `.loss` have float32's accuracy. Take the
     logits, and compute the loss from them.
 
+    Found by `verify peft`: `model.gpt2`, `model.llama`, `train.prompt`.
+
     Seen in transformers 5.24.0.
     """
     z = torch.tensor([[[1.0, 1 + 2**-40], [0, 0]]], dtype=torch.float64)
@@ -126,6 +128,8 @@ def test_transformers_computes_rmsnorm_of_a_float64_llama_in_float32(torch, tran
     carry float32's rounding. minilora's own comparison replaces the casts
     (`tests/test_against_transformers.py`), and `minilora verify` counts them as known.
 
+    Found by `verify peft`: `model.llama`, `grad-flow.first-layer`.
+
     Seen in transformers 5.24.0.
     """
     x = np.array([[1], [1 + 2**-40]])
@@ -142,6 +146,8 @@ def test_transformers_computes_rope_of_a_float64_llama_in_float32(torch, transfo
     RoPE casts its angles and tables to float32.
 
     **Right.** RoPE's matrix is orthogonal: $\cos^2 + \sin^2 = 1$.
+
+    Found by `verify peft`: `model.llama`, `grad-flow.first-layer`.
 
     Seen in transformers 5.24.0.
     """
@@ -167,6 +173,8 @@ def test_transformers_computes_the_softmax_of_a_float64_llama_in_float32(torch, 
 
     **Right.** Of two keys, softmax gives the one with the higher score more than half of the
     weight.
+
+    Found by `verify peft`: `model.llama`, `grad-flow.first-layer`.
 
     Seen in transformers 5.24.0.
     """
@@ -196,6 +204,8 @@ def test_transformers_gives_nan_for_a_float64_llama_padded_on_the_left(
     the batch's loss, which it is not in float32. Use `attn_implementation="sdpa"`, or pad on the
     right.
 
+    Found by `verify peft`: `model.llama.padding`, `train.labels`.
+
     Seen in transformers 5.24.0.
     """
     config = transformers.LlamaConfig(**TINY, attn_implementation="eager")
@@ -223,6 +233,9 @@ def test_transformers_ignores_the_warm_up_of_a_constant_schedule(torch, transfor
 
     **Consequence.** Training starts at the full rate. The trainer's
     `lr_scheduler_type="constant"` with `warmup_steps` comes to the same function.
+
+    Not asked by `verify`: the peers ask for a warm-up by the library's name for it,
+    `constant_with_warmup`.
 
     Seen in transformers 5.24.0.
     """
@@ -252,6 +265,8 @@ def test_transformers_cosine_rises_again_after_its_end(torch, transformers):
 
     **Consequence.** A run that goes on for longer than its schedule was made for trains at a
     growing rate.
+
+    Found by `verify peft`: `optimizer.cosine-schedule.past-end`.
 
     Seen in transformers 5.24.0.
     """
@@ -293,6 +308,9 @@ def test_peft_replaces_a_weight_decay_for_loraplus_by_zero(torch, peft):
     **Consequence.** Nothing decays, and nothing says so. Write `loraplus_weight_decay`; in
     [axolotl 4010](https://github.com/axolotl-ai-cloud/axolotl/issues/4010) a trainer did not.
 
+    Not asked by `verify`: the peer gives a decay by the name that the library reads,
+    `loraplus_weight_decay`.
+
     Seen in peft 0.21.2.
     """
     from peft.optimizers import create_loraplus_optimizer
@@ -328,6 +346,8 @@ def test_peft_loads_an_adapter_with_another_scale_than_it_was_trained_with(torch
     **Consequence.** The branch of an adapter is scaled otherwise after loading, without a word.
     Write patterns of which only one fits each module. `read_adapter` reads what PEFT loads.
 
+    Not asked by `verify`: no case saves patterns of which several fit one module.
+
     Seen in peft 0.21.2.
     """
 
@@ -354,6 +374,8 @@ def test_peft_rounds_the_delta_of_a_safe_merge_before_adding_it(torch, peft):
 
     **Consequence.** "Safe" means checked for NaN and infinity. It is the less accurate of the
     two, in the last place of some weights.
+
+    Not asked by `verify`: the contract has no word for a safe merge, and the peer asks for none.
 
     Seen in peft 0.21.2.
     """
@@ -384,6 +406,8 @@ def test_peft_counts_experts_for_layers_where_the_layers_are_outermost(torch, pe
 
     **Consequence.** Other modules are adapted than were asked for, without a word; in a bare
     model without experts none is, which is an error. Give `layers_pattern="layers"`.
+
+    Not asked by `verify`: all names are drawn inside a tower, so that no layers are outermost.
 
     Seen in peft 0.21.2.
     """
@@ -424,6 +448,8 @@ def test_peft_adapts_the_head_where_another_projection_bears_the_end_of_its_name
     **Consequence.** It needs a projection outside all blocks with such a name. Name the head in
     `exclude_modules`, which comes first.
 
+    Not asked by `verify`: no projection is drawn whose name ends like that of the head.
+
     Seen in peft 0.21.2.
     """
 
@@ -458,6 +484,8 @@ def test_peft_trains_in_full_what_only_ends_like_a_module_to_save(torch, peft):
     adapted, PEFT stops with an error. Give whole names.
     [`is_saved`](spec/target_modules.md#is_saved) says what is hit.
 
+    Not asked by `verify`: no name is drawn that ends like a module to save without a dot before it.
+
     Seen in peft 0.21.2.
     """
     names = ["k", "q", "seq"]
@@ -483,6 +511,9 @@ def test_peft_lists_a_classifiers_heads_again_at_each_saving(torch, peft, transf
     **Consequence.** The function stays the same; `adapter_config.json` grows with every round,
     and a configuration that is used for two models is not what its caller wrote. Give each model
     a list of its own.
+
+    Not asked by `verify`: no method answers a configuration; the peer hands the library a copy of
+    the list.
 
     Seen in peft 0.21.2.
     """
@@ -511,6 +542,8 @@ def test_peft_drops_the_bias_of_a_head_whose_tokens_are_trained(torch, peft):
 
     **Consequence.** Heads without a bias, as those of most language models, are right. A masked
     BERT is trained without the bias and has it again once it is merged.
+
+    Not asked by `verify`: no method trains single rows of an embedding.
 
     Seen in peft 0.21.2.
     """
@@ -544,6 +577,8 @@ def test_peft_gives_every_trained_vector_the_rate_of_b_for_loraplus(torch, peft)
     **Consequence.** With `bias="lora_only"` the base's biases learn by the ratio faster than they
     would with the plain optimizer.
 
+    Found by `verify peft`: `train.loraplus.other-params`.
+
     Seen in peft 0.21.2.
     """
     from peft.optimizers import create_loraplus_optimizer
@@ -568,6 +603,8 @@ def test_peft_gives_an_embeddings_adapter_a_rate_of_its_own_for_loraplus(torch, 
 
     **Consequence.** With usual rates an embedding's adapter hardly moves, and nothing says so.
     Give `loraplus_lr_embedding`.
+
+    Found by `verify peft`: `train.loraplus.other-params`.
 
     Seen in peft 0.21.2.
     """
@@ -636,6 +673,8 @@ def test_peft_averages_norms_where_adaloras_penalty_adds_their_squares(torch, pe
     **Consequence.** The paper's $\gamma$ is not `orth_reg_weight`: the one's pull grows with the
     distance and the number of projections, the other's depends on neither.
 
+    Not asked by `verify`: no method has AdaLoRA.
+
     Seen in peft 0.21.2.
     """
     model, (A, B) = adalora_loss(torch, peft, 2, 3)
@@ -664,6 +703,8 @@ def test_peft_adds_adaloras_penalty_in_evaluation_and_never_without_a_task_type(
     so. With it, losses and perplexities of evaluations are too high by the penalty; compute them
     from the logits.
 
+    Not asked by `verify`: no method has AdaLoRA.
+
     Seen in peft 0.21.2.
     """
     model, (A, B) = adalora_loss(torch, peft, 2, 3)
@@ -686,6 +727,8 @@ def test_peft_saves_another_function_between_two_prunings_of_adalora(torch, peft
     model that was evaluated beside it. Save at steps that prune. (The warning on loading is
     beside the point: the rank pattern that it calls ignored is the one that gives the tensors
     their shapes.)
+
+    Not asked by `verify`: no method has AdaLoRA.
 
     Seen in peft 0.21.2.
     """
@@ -728,6 +771,8 @@ def test_peft_prunes_all_triplets_of_one_score_whatever_the_budget_of_adalora(to
     **Consequence.** Scores in floating point are seldom equal, but where gradients are zero, as
     in a projection that the batch does not reach, all are.
 
+    Not asked by `verify`: no method has AdaLoRA.
+
     Seen in peft 0.21.2.
     """
     model, layer = adalora_model(torch, peft, init_r=4, target_r=3, total_step=1)
@@ -750,6 +795,8 @@ def test_peft_loads_an_adalora_adapter_of_alpha_0_with_another_scale(torch, peft
 
     **Consequence.** The branch of each projection shrinks by the share of its triplets that stay.
     Write the initial rank as `lora_alpha`.
+
+    Not asked by `verify`: no method has AdaLoRA.
 
     Seen in peft 0.21.2.
     """
@@ -779,6 +826,8 @@ def test_peft_trains_the_rank_that_adaloras_scale_divides_by(torch, peft, tmp_pa
     **Consequence.** The scales drift apart from projection to projection as training goes on, and
     the saved adapter is loaded with the scale of the start: another function than the one that
     was evaluated. Set `requires_grad` of every `ranknum` to false before the optimizer is made.
+
+    Not asked by `verify`: no method has AdaLoRA.
 
     Seen in peft 0.21.2.
     """
@@ -820,6 +869,8 @@ def test_peft_ignores_rslora_and_alpha_pattern_in_adalora(torch, peft):
     **Consequence.** The scale is not the one that was asked for. minilora's reader refuses the
     two by name.
 
+    Not asked by `verify`: no method has AdaLoRA.
+
     Seen in peft 0.21.2.
     """
     settings = {"use_rslora": True, "alpha_pattern": {"q": 16}, "init_r": 4}
@@ -841,6 +892,8 @@ def test_peft_loads_a_pissa_by_fewer_iterations_as_another_function(torch, peft,
 
     **Consequence.** What is loaded is not what was trained, the more so the closer the singular
     values are. Convert such an adapter where it was trained. minilora's reader refuses it.
+
+    Not asked by `verify`: no check saves after a start, and none starts PiSSA by iterations.
 
     Seen in peft 0.21.2.
     """
@@ -881,6 +934,8 @@ def test_peft_drops_all_but_a_and_b_where_it_converts_pissa(torch, peft, tmp_pat
 
     **Consequence.** The loaded adapter has an embedding without an adapter and magnitudes as they
     started, or fails for a module that is missing. minilora converts and keeps all of them.
+
+    Not asked by `verify`: no method converts an adapter.
 
     Seen in peft 0.21.2.
     """
@@ -939,6 +994,8 @@ def test_peft_trains_tied_factors_by_two_optimizers(torch, transformers, peft):
     **Consequence.** With Adam the tied factors move up to twice as far as the rate says. What is
     saved after a move holds two adapters that are no longer each other's transpose.
 
+    Not asked by `verify`: a session's step is plain SGD, of which two steps are one of the sum.
+
     Seen in peft 0.21.2.
     """
     model = tied_gpt2(transformers, peft)
@@ -982,6 +1039,8 @@ def test_peft_loads_a_gpt2_without_the_tied_half_of_its_adapter(
     modules, as minilora writes it, is loaded whole; PEFT's own is refused here, as tensors would
     be left over.
 
+    Not asked by `verify`: no adapter of both uses of a table is asked of a model in a file.
+
     Seen in peft 0.21.2.
     """
     model = tied_gpt2(transformers, peft)
@@ -1020,6 +1079,9 @@ def test_peft_merges_a_tied_heads_adapter_into_the_embedding_and_tied_factors_tw
     **Consequence.** The merged model is another one than was trained, and disabling does not hide
     it for the use whose layer has no adapter. Untie the weights before merging.
 
+    Found by `verify peft`: `lifecycle.tied.embedding`, `lifecycle.tied.head`,
+    `lifecycle.tied.both`, `lifecycle.gradients.tied`, `inference.deltas.tied`.
+
     Seen in peft 0.21.2.
     """
     only_head = peft.LoraConfig(r=1, lora_alpha=1, target_modules=["lm_head"])
@@ -1055,6 +1117,8 @@ def test_peft_leaves_a_trained_bias_in_the_base(torch, peft, tmp_path):
 
     **Consequence.** The base is gone once such an adapter is trained or loaded. `lora_bias=True`
     trains a bias that comes and goes with its adapter.
+
+    Found by `verify peft`: `lifecycle.bias`, `lifecycle.bias.scaled`, `lifecycle.save.bias`.
 
     Seen in peft 0.21.2.
     """
@@ -1095,6 +1159,8 @@ def test_peft_fails_where_adaloras_budget_does_not_fall(torch, peft):
     **Consequence.** `target_r` equal to `init_r`, AdaLoRA without pruning, raises at the first
     step that would prune, with an error that names neither.
 
+    Not asked by `verify`: no method has AdaLoRA.
+
     Seen in peft 0.21.2.
     """
     model, layer = adalora_model(torch, peft, init_r=2, target_r=2)
@@ -1114,6 +1180,8 @@ def test_peft_has_one_triplet_less_than_adaloras_budget_where_it_is_whole(torch,
 
     **Consequence.** One triplet of a step, and at the last step none. Who compares two
     implementations step by step meets it.
+
+    Not asked by `verify`: no method has AdaLoRA.
 
     Seen in peft 0.21.2.
     """
@@ -1165,6 +1233,8 @@ def test_peft_drops_the_active_adapters_beside_a_merged_one(torch, peft):
     **Consequence.** `merge_adapter` with a part of the active adapters switches off the rest.
     Merge all that are active, or none.
 
+    Not asked by `verify`: a session's `merge` merges all adapters that are active.
+
     Seen in peft 0.21.2.
     """
     model, layer, state = peft_pair(torch, peft, (2, None), (4, None))
@@ -1188,6 +1258,8 @@ def test_peft_takes_away_what_an_adapter_is_by_then_and_not_what_it_added(torch,
 
     **Consequence.** The base weight is another one afterwards, for every adapter. Unmerge before
     a scale is set.
+
+    Found by `verify peft`: `lifecycle.scale-while-merged`, `lifecycle.random-steps`.
 
     Seen in peft 0.21.2.
     """
@@ -1215,6 +1287,8 @@ def test_peft_applies_dora_adapters_in_a_row_but_adds_them_where_they_drop_out(t
     **Consequence.** With `lora_dropout` several active DoRA adapters train as one function and
     answer as another, even if nothing is dropped. minilora adds the branches; with one active
     adapter nothing differs.
+
+    Found by `verify peft`: `lifecycle.dora.several`.
 
     Seen in peft 0.21.2.
     """
@@ -1272,6 +1346,8 @@ def test_peft_combines_an_adapter_of_rslora_into_one_of_another_scale(torch, pef
     **Consequence.** The combination acts $\sqrt r$ times as strongly as the adapters it is made
     of, in each of the types. Divide the weights by it.
 
+    Found by `verify peft`: `combine.weighted`, `combine.order`, `combine.cat`, `combine.many`.
+
     Seen in peft 0.21.2.
     """
     assert peft_alone(torch, peft, r=4, lora_alpha=4) == [4, 5, 4, 5]
@@ -1291,6 +1367,8 @@ def test_peft_combines_an_adapter_without_its_bias_or_its_magnitude(torch, peft)
     is no exact sum with one magnitude, and an error says so.
 
     **Consequence.** The combination is another function than its parts, without a word.
+
+    Not asked by `verify`: `combine` is given adapters of A and B alone.
 
     Seen in peft 0.21.2.
     """
@@ -1316,6 +1394,8 @@ def test_peft_makes_nan_of_a_row_of_zeros_under_dora(torch, peft):
 
     **Consequence.** Pruned weights and vocabularies padded with rows of zeros are NaN from the
     first step on, and one such output makes the whole loss NaN. Leave these modules out.
+
+    Not asked by `verify`: no weight with a row of zeros is drawn for DoRA.
 
     Seen in peft 0.21.2.
     """
@@ -1343,6 +1423,8 @@ def test_peft_rounds_the_weights_of_a_combination_to_float32(torch, peft):
 
     **Consequence.** A combination of a float64 model is no reference. The comparison here uses
     weights with roots that float32 holds.
+
+    Found by `verify peft`: `combine.single`, `combine.zero-weight`, `combine.split-weight`.
 
     Seen in peft 0.21.2.
     """
@@ -1391,6 +1473,8 @@ def test_peft_moves_the_adapter_of_a_convolution_without_its_dilation(torch, pef
     as with any other padding mode, one function is trained and another one is merged. Put the
     padding into a module of its own before the convolution.
 
+    Found by `verify peft`: `module.conv.dilation.forward`, `module.conv.dilation.gradients`.
+
     Seen in peft 0.21.2.
     """
     x, W, A = np.array([[[1.0, 2, 3, 4, 5]]]), np.zeros((1, 1, 3)), np.array([[1.0, 0, 0]])
@@ -1417,6 +1501,9 @@ def test_peft_and_lycoris_pad_the_adapter_of_a_convolution_with_zeros(torch, pef
     As with dilation: PEFT's $A$ and LyCORIS do not take over the base's `padding_mode`.
 
     **Right.** Merging changes no output.
+
+    Found by `verify peft`: `module.conv.padding-mode.forward`,
+    `module.conv.padding-mode.gradients`.
 
     Seen in peft 0.21.2 and lycoris_lora 4.1.3.
     """
@@ -1447,6 +1534,8 @@ def test_peft_pads_the_base_of_a_dora_convolution_with_zeros_in_training(torch, 
     and twice the magnitude, twice the base.
 
     **Consequence.** Near the border training and evaluation differ, adapter or not.
+
+    Not asked by `verify`: dropout is asked of convolutions that pad with zeros.
 
     Seen in peft 0.21.2.
     """
@@ -1479,6 +1568,8 @@ def test_peft_takes_doras_norms_of_another_matrix_in_groups(torch, peft):
     **Consequence.** What is trained is no DoRA: a row's norm depends on other rows' adapters.
     With $B = 0$, at the start, nothing shows.
 
+    Found by `verify peft`: `module.conv.groups-dora.forward`, `module.conv.groups-dora.gradients`.
+
     Seen in peft 0.21.2.
     """
     x, W = np.array([[[1.0]], [[1.0]]]), np.full((2, 1, 1), 3.0)
@@ -1508,6 +1599,8 @@ def test_peft_starts_olora_from_the_transpose_of_a_weight_stored_in_out(torch, t
 
     **Consequence.** The first forward fails; where the weight is square, as GPT-2's
     `attn.c_proj`, training starts from another model, without a word.
+
+    Found by `verify peft`: `init.fresh.olora`.
 
     Seen in peft 0.21.2.
     """
@@ -1539,6 +1632,8 @@ def test_peft_starts_an_embedding_as_lora_whatever_start_is_asked_for(torch, pef
 
     **Consequence.** The model trains, with LoRA's start in its embeddings.
 
+    Not asked by `verify`: `init` starts the weight of a linear layer alone.
+
     Seen in peft 0.21.2.
     """
     E = np.array([[4, 0, 0], [0, 1, 0]], np.float32)
@@ -1564,6 +1659,8 @@ def test_peft_takes_pissas_part_out_of_the_embedding_that_is_tied_to_a_head(torc
 
     **Consequence.** Training starts from a model whose embedding lacks its greatest singular
     values, and nothing says so.
+
+    Not asked by `verify`: `init` starts the weight of a linear layer alone.
 
     Seen in peft 0.21.2.
     """
@@ -1610,6 +1707,9 @@ def test_peft_adds_the_transpose_to_the_only_expert_of_a_weight_stored_in_out(to
 
     **Consequence.** The first forward fails; a square weight gets $A^\top B^\top$ for $BA$.
 
+    Found by `verify peft`: `module.experts.single.forward`, `module.experts.single.gradients`,
+    `module.experts.single.merged`.
+
     Seen in peft 0.21.2.
     """
     x, A, B = np.array([[1.0], [0]]), np.array([[1.0, 0]]), np.array([[0.0], [1]])
@@ -1642,6 +1742,8 @@ def test_peft_gives_experts_that_start_orthogonal_a_share_of_the_rank_and_no_zer
     **Consequence.** Training starts from another model, with rank $r / e$; where $e$ does not
     divide $r$, the first forward fails.
 
+    Not asked by `verify`: `init` starts the weight of a linear layer alone.
+
     Seen in peft 0.21.2.
     """
     base = experts(torch, np.zeros((2, 3, 3)), transposed=False)
@@ -1669,6 +1771,9 @@ def test_peft_leaves_the_weight_merged_where_it_refuses_to_merge(torch, peft):
 
     **Consequence.** Who catches the error goes on with a model that has its adapter twice. With
     `safe_merge=True` the weight stays.
+
+    Not asked by `verify`: beside a bias of B the layer has a bias in every case, so that no merge
+    is refused.
 
     Seen in peft 0.21.2.
     """
@@ -1700,6 +1805,9 @@ def test_peft_shortens_lora_a_in_the_forward_of_an_embedding_with_max_norm(torch
 
     **Consequence.** A forward changes what is trained.
 
+    Found by `verify peft`: `module.embedding.max-norm.forward`,
+    `module.embedding.max-norm.gradients`.
+
     Seen in peft 0.21.2.
     """
     layer = adapted(torch, peft, torch.nn.Embedding(1, 1, max_norm=1.0), fill=None)
@@ -1726,6 +1834,9 @@ def test_peft_adds_the_change_of_an_attentions_output_twice(torch, peft):
     **Consequence.** What is trained, evaluated and merged has twice the change of `out_proj`; its
     gradient is that of one. Files are right, so that other programs, and a merge by hand, compute
     another function.
+
+    Found by `verify peft`: `module.attention.out.forward`, `module.attention.out.gradients`,
+    `module.attention.out.merged`.
 
     Seen in peft 0.21.2.
     """
@@ -1758,6 +1869,8 @@ def test_peft_shows_an_encoders_layer_the_weight_without_the_adapter(torch, peft
     **Consequence.** In evaluation the base answers, and no error tells. Merge before, or keep
     PyTorch from its fast path: `torch.backends.mha.set_fastpath_enabled(False)`.
 
+    Found by `verify peft`: `module.encoder.forward`.
+
     Seen in peft 0.21.2.
     """
     torch.manual_seed(0)
@@ -1783,6 +1896,8 @@ def test_peft_fails_to_merge_a_pointwise_convolution_of_three_dimensions(torch, 
     **Right.** A kernel of one entry is a matrix, whatever the dimensions: $W + sBA$.
 
     **Consequence.** Merging fails, also with a kernel such as $(1, 1, 3)$; the forward is right.
+
+    Found by `verify peft`: `module.conv.pointwise.merged`, `module.conv.pointwise.evaluation`.
 
     Seen in peft 0.21.2.
     """
@@ -1835,6 +1950,8 @@ def test_peft_starts_loftq_without_its_scale(torch, peft):
     **Consequence.** With $\alpha = 2r$, as is usual, LoftQ gains nothing over the quantized
     weight. Start it with $\alpha = r$.
 
+    Not asked by `verify`: no check starts LoftQ.
+
     Seen in peft 0.21.2.
     """
     W = np.zeros((1, 64), np.float32)
@@ -1862,6 +1979,8 @@ def test_peft_starts_loftq_from_the_transpose_of_a_weight_stored_in_out(torch, t
 
     **Right.** $R + sBA = W$.
 
+    Not asked by `verify`: no check starts LoftQ.
+
     Seen in peft 0.21.2.
     """
     base = transformers.pytorch_utils.Conv1D(3, 64)
@@ -1885,6 +2004,8 @@ def test_peft_fails_to_start_loftq_in_convolutions_and_embeddings(torch, peft):
 
     **Consequence.** An error that names an argument of the library's own.
 
+    Not asked by `verify`: no check starts LoftQ.
+
     Seen in peft 0.21.2.
     """
     settings = {"loftq_config": peft.LoftQConfig()}
@@ -1906,6 +2027,9 @@ def test_peft_and_loralib_do_not_restore_a_weight_by_unmerging(torch, peft, lora
     **Consequence.** The frozen base changes with every merge and unmerge, in half precision
     visibly; loralib does one at each `eval()` and `train()`. Keep a copy of the base, or give
     loralib's layers `merge_weights=False`.
+
+    Not asked by `verify`: `unmerge` may differ from the old weight by the rounding of the merged
+    one.
 
     Seen in peft 0.21.2 and loralib 0.1.2.
     """
@@ -1961,6 +2085,8 @@ def test_loralib_returns_nothing_from_train_and_eval(torch, loralib):
     **Consequence.** `layer = layer.eval()` is `None`. A model that holds the layer is not
     affected.
 
+    Not asked by `verify`: what `train()` and `eval()` return is no number.
+
     Seen in loralib 0.1.2.
     """
     adapted, plain = loralib.Linear(4, 3, **LORA), torch.nn.Linear(4, 3)
@@ -1981,6 +2107,8 @@ def test_loralib_merges_twice_what_was_saved_after_eval(loralib):
     **Consequence.** A checkpoint written during evaluation counts its adapter once more. [LoRA
     190](https://github.com/microsoft/LoRA/issues/190) reports base weights that change so. Call
     `train()` before saving, or set `merge_weights=False`.
+
+    Not asked by `verify`: the peer's session has no `save`.
 
     Seen in loralib 0.1.2.
     """
@@ -2005,6 +2133,8 @@ def test_loralib_drops_an_adapter_that_is_loaded_after_eval(loralib):
     **Consequence.** Evaluation shows the base model, and training goes on from a damaged one;
     [ESPnet 5722](https://github.com/espnet/espnet/pull/5722) met it. Load in training mode.
 
+    Found by `verify loralib`: `lifecycle.random-steps`.
+
     Seen in loralib 0.1.2.
     """
     saved, W, b, A, B = filled(loralib.Linear(4, 3, **LORA))
@@ -2026,6 +2156,8 @@ def test_loralib_gives_an_adapter_no_gradient_after_eval(torch, loralib):
 
     **Consequence.** Who trains in evaluation mode, to be without dropout, trains no adapter, and
     where a bias is trained no error tells. Set `merge_weights=False`.
+
+    Not asked by `verify`: the contract asks for no gradients of what is merged.
 
     Seen in loralib 0.1.2.
     """
@@ -2057,6 +2189,9 @@ def test_loralib_fails_in_convolutions_of_one_and_three_dimensions(
     **Consequence.** `Conv1d` and `Conv3d` work with kernels of size 1 only; reported as [LoRA
     115](https://github.com/microsoft/LoRA/issues/115).
 
+    Not asked by `verify`: the peer refuses kernels of several entries, whose factors are those of
+    another matrix.
+
     Seen in loralib 0.1.2.
     """
 
@@ -2082,6 +2217,8 @@ def test_loralib_applies_no_dropout_in_convolutions(torch, loralib):
 
     **Consequence.** Adapters of convolutions train without the regularisation that was asked for.
 
+    Found by `verify loralib`: `module.conv.pointwise.dropout`.
+
     Seen in loralib 0.1.2.
     """
     none = np.zeros_like(X)  # p = 1: every feature of the branch is dropped
@@ -2102,6 +2239,8 @@ def test_loralib_fails_in_a_merged_linear_with_nothing_enabled(torch, loralib):
 
     **Consequence.** In training mode the first forward raises. Name the parts, as the README
     does.
+
+    Not asked by `verify`: some part of a fused layer is enabled in every case.
 
     Seen in loralib 0.1.2.
     """
@@ -2124,6 +2263,8 @@ def test_loralib_drops_the_adapter_of_a_merged_linear_built_on_the_meta_device(l
 
     **Consequence.** Models that are built empty and filled later compute with the base alone, and
     no error tells.
+
+    Not asked by `verify`: no layer is built on the meta device.
 
     Seen in loralib 0.1.2.
     """
@@ -2148,6 +2289,9 @@ def test_loralib_shortens_lora_a_in_the_forward_of_an_embedding_with_max_norm(to
     afterwards.
 
     **Consequence.** A forward changes what is trained, and training and evaluation differ.
+
+    Found by `verify loralib`: `module.embedding.max-norm.forward`,
+    `module.embedding.max-norm.gradients`.
 
     Seen in loralib 0.1.2.
     """
@@ -2174,6 +2318,8 @@ def test_loralib_cannot_pickle_a_layer_without_dropout(loralib):
 
     **Consequence.** `torch.save` of a whole model fails, and so does sending one to another
     process; reported as [LoRA 200](https://github.com/microsoft/LoRA/pull/200).
+
+    Not asked by `verify`: no method pickles a layer.
 
     Seen in loralib 0.1.2.
     """
@@ -2208,6 +2354,8 @@ def test_bitsandbytes_gives_an_entry_the_scale_of_another_block_where_rows_are_n
     [1828](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1828), as inaccurate
     there. Choose a block that divides the rows.
 
+    Not asked by `verify`: quantized weights are drawn with rows of whole blocks.
+
     Seen in bitsandbytes 0.50.2.
     """
     F = bitsandbytes.functional
@@ -2237,6 +2385,8 @@ def test_bitsandbytes_does_not_find_zero_in_a_map_that_has_it(torch, bitsandbyte
     [`quantize_dynamic`](spec/quantization.md#quantize_dynamic) prints. But what is zero does not
     stay so.
 
+    Not asked by `verify`: a quantized weight may lose what its scheme loses, which is more.
+
     Seen in bitsandbytes 0.50.2.
     """
     F = bitsandbytes.functional
@@ -2264,6 +2414,8 @@ def test_peft_rounds_lorafas_gradient_to_bfloat16(torch, peft):
 
     **Consequence.** Float32 training has gradients of eight bits. The decay, too, differs from
     AdamW's: it acts after the step, on what the step has made.
+
+    Not asked by `verify`: no method has LoRA-FA.
 
     Seen in peft 0.21.2.
     """
@@ -2332,6 +2484,8 @@ def test_lycoris_loads_an_adapter_with_the_scale_it_was_built_with(torch, lycori
     **Consequence.** The function is another one, without a word, unless the network is built with
     the same alpha. `create_lycoris_from_weights` takes the file's.
 
+    Not asked by `verify`: the peer has no method that loads.
+
     Seen in lycoris_lora 4.1.3.
     """
     W = x = np.eye(2)
@@ -2361,6 +2515,8 @@ def test_lycoris_loads_an_adapter_of_another_model_as_none(torch, lycoris):
     **Consequence.** A wrong prefix or another model's file leaves the base as it is. Count
     `loras`.
 
+    Not asked by `verify`: the peer has no method that loads.
+
     Seen in lycoris_lora 4.1.3.
     """
     state = kohya_state(torch, at="lycoris_layers_7_q")
@@ -2377,6 +2533,8 @@ def test_lycoris_fails_on_an_adapter_without_alpha(torch, lycoris):
     **Right.** Without an alpha $s = 1$.
 
     **Consequence.** Files of the time before alphas are not read. Put the rank into them.
+
+    Not asked by `verify`: the peer has no method that loads.
 
     Seen in lycoris_lora 4.1.3.
     """
@@ -2403,6 +2561,8 @@ def test_keras_loses_the_alpha_of_its_constructor():
 
     **Consequence.** A layer made by the constructor trains and acts with $s = 1$.
 
+    Found by `verify keras-constructor`: `linear.forward`, `linear.vjp`, `merge.weight`.
+
     Seen in keras 3.15.1.
     """
     keras = optional("keras")
@@ -2428,6 +2588,8 @@ def test_flax_draws_a_with_six_times_the_variance():
 
     **Consequence.** A learning rate that is carried over acts six times as strongly on $B$.
 
+    Found by `verify flax`: `init.distribution`.
+
     Seen in flax 0.12.8.
     """
     nnx = optional("flax.nnx")
@@ -2446,6 +2608,9 @@ def test_lycoris_starts_dora_as_another_function_where_rows_are_small(torch, lyc
 
     **Consequence.** Rows of ordinary size change in their last bit. A row that is near zero, such
     as a pruned one, shrinks, and a scale of all weights does not pass through.
+
+    Found by `verify lycoris`: `variants.dora.forward.all`, `variants.dora.vjp.all`,
+    `variants.dora.merge.all`.
 
     Seen in lycoris_lora 4.1.3.
     """
@@ -2478,6 +2643,8 @@ def test_mlx_lm_leaves_a_missing_factor_as_it_was_drawn(mlx_lm, tmp_path):
     **Consequence.** A file cut in two, or named by other rules in part, gives other answers in
     each process. minilora's reader refuses it by the name of what is missing.
 
+    Not asked by `verify`: the peer reads files by minilora, which refuses one that lacks a factor.
+
     Seen in mlx_lm 0.32.2.
     """
     b = {"model.layers.1.mlp.up_proj.lora_b": np.ones((1, 2), np.float32)}
@@ -2499,6 +2666,8 @@ def test_mlx_lm_adapts_all_layers_where_none_is_asked_for(mlx_lm):
 
     **Consequence.** To adapt what lies outside the layers only, give whole names as keys;
     minilora's reader resolves 0 as it is resolved here.
+
+    Not asked by `verify`: no method has a number of layers.
 
     Seen in mlx_lm 0.32.2.
     """
@@ -2523,6 +2692,8 @@ def test_mlx_lm_passes_over_the_base_of_rope_in_rope_parameters(mlx_lm):
     **Consequence.** A model that transformers `5` saved computes something else in mlx-lm, and in
     transformers `4`, without a word, and so does its adapter. Write `rope_theta` into
     `config.json` too, as minilora does.
+
+    Not asked by `verify`: the files of the drawn models have RoPE's base in both places.
 
     Seen in mlx_lm 0.32.2.
     """
@@ -2550,6 +2721,8 @@ def test_peft_trains_nothing_of_a_module_to_save_inside_another(torch, peft):
 
     **Consequence.** Name the outer module alone, in full. minilora refuses to read such an
     adapter.
+
+    Not asked by `verify`: no module to save is drawn inside another.
 
     Seen in peft 0.21.2.
     """
@@ -2582,6 +2755,8 @@ def test_peft_fails_where_the_layers_of_a_qwen2_are_replicated(torch, peft, tran
 
     **Consequence.** None in numbers: the call fails. minilora refuses to write such an adapter.
 
+    Not asked by `verify`: no configuration replicates layers.
+
     Seen in peft 0.21.2.
     """
     settings = {**TINY, "num_key_value_heads": 1, "num_hidden_layers": 1}
@@ -2612,6 +2787,8 @@ def test_peft_rounds_the_gradient_of_a_bias_three_times_under_dora(torch, peft):
     **Consequence.** Where $g$ is large, a bias that is trained beside DoRA in bfloat16 is trained
     by rounding errors, or not at all.
 
+    Found by `verify peft`: `variants.dora.vjp`, `variants.dora.vjp.all`.
+
     Seen in peft 0.21.2.
     """
     base = torch.nn.Sequential(torch.nn.Linear(1, 1, dtype=torch.bfloat16))
@@ -2638,6 +2815,8 @@ def test_peft_warns_that_a_whole_bias_of_lora_b_is_a_shard(torch, peft):
 
     **Consequence.** A false alarm at every save; where warnings are errors, no save.
 
+    Not asked by `verify`: it is a warning, and no number.
+
     Seen in peft 0.21.2.
     """
     base = torch.nn.Sequential(torch.nn.Linear(4, 3))
@@ -2662,6 +2841,8 @@ def test_transformers_loads_dora_without_its_magnitude(torch, transformers, peft
 
     **Consequence.** The model computes with untrained magnitudes. Load with
     `PeftModel.from_pretrained`.
+
+    Found by `verify transformers`: `inference.logits.dora`.
 
     Seen in transformers 5.24.0.
     """
@@ -2696,6 +2877,9 @@ def test_peft_serves_the_base_where_the_names_of_an_adapter_fit_nothing(torch, p
     model) answers as the base does, and one that fits in part as a mixture. Make the warning an
     error, and compare the names in the file with `get_peft_model_state_dict`.
 
+    Found by `verify peft`: `inference.names.prefix`, `inference.names.adapter-name`,
+    `inference.names.misspelt`, `inference.names.other-model`, `inference.names.partial`.
+
     Seen in peft 0.21.2.
     """
 
@@ -2729,6 +2913,8 @@ def test_peft_fails_once_its_last_adapter_is_deleted(torch, peft):
     **Consequence.** A server that unloads its last adapter stops answering. Disable adapters
     first, or use `unload`.
 
+    Found by `verify peft`: `lifecycle.modules-to-save.delete`, `lifecycle.random-steps`.
+
     Seen in peft 0.21.2.
     """
     model, layer, state = peft_pair(torch, peft, (2, None), (4, None))
@@ -2752,6 +2938,8 @@ def test_peft_activates_another_adapter_for_a_deleted_one(torch, peft):
 
     **Consequence.** The function after a deletion depends on the order in which adapters were
     added.
+
+    Found by `verify peft`: `lifecycle.random-steps`.
 
     Seen in peft 0.21.2.
     """
@@ -2784,6 +2972,8 @@ def test_peft_empties_adapters_of_similar_names_when_one_is_hot_swapped(torch, p
     **Consequence.** With the adapters `v1` and `v10`, swapping `v1` makes `v10` the base, without a
     word. Give adapters names of which none contains another.
 
+    Found by `verify peft`: `lifecycle.replace-similar`.
+
     Seen in peft 0.21.2.
     """
     model, layer, state = peft_pair(torch, peft, (2, None), (4, None))
@@ -2811,6 +3001,8 @@ def test_peft_scales_and_saves_a_hot_swapped_adapter_as_the_one_before(torch, pe
     the ratio of both scales; where the ranks differ, the file cannot be loaded. Load the adapter
     anew before you save or scale it.
 
+    Found by `verify peft`: `lifecycle.replace-scaled`, `lifecycle.replace.save`.
+
     Seen in peft 0.21.2.
     """
     model, layer, state = peft_pair(torch, peft, (2, None), (4, None))
@@ -2837,6 +3029,8 @@ def test_peft_passes_over_unknown_names_where_several_are_activated(torch, peft)
 
     **Consequence.** A misspelt name makes the others act, or the base alone, without a word.
 
+    Found by `verify peft`: `lifecycle.unknown`.
+
     Seen in peft 0.21.2.
     """
     model, layer, state = peft_pair(torch, peft, (2, None), (4, None))
@@ -2861,6 +3055,8 @@ def test_peft_hot_swaps_no_embedding(torch, peft, tmp_path):
 
     **Consequence.** An AttributeError, from which nothing is lost but the cause.
 
+    Found by `verify peft`: `lifecycle.replace.embedding`.
+
     Seen in peft 0.21.2.
     """
     hotswap_adapter = optional("peft.utils.hotswap").hotswap_adapter
@@ -2881,6 +3077,8 @@ def test_peft_makes_a_row_of_a_vector_with_dora(torch, peft):
 
     **Consequence.** What comes after the layer fails, or broadcasts without a word. Give a batch
     of one.
+
+    Found by `verify peft`: `variants.dora.unbatched`, `variants.dora.unbatched-vjp`.
 
     Seen in peft 0.21.2.
     """
@@ -2914,6 +3112,8 @@ def test_bitsandbytes_fails_on_the_gradient_of_a_bias_from_one_token(torch, bits
 
     **Consequence.** For biases that are trained beside a four-bit weight, one rounding more. Give
     a single token its batch.
+
+    Found by `verify bitsandbytes`: `linear.vjp.bias`, `linear.vjp.all`, `linear.gradcheck`.
 
     Seen in bitsandbytes 0.50.2.
     """
@@ -2953,6 +3153,8 @@ def test_bitsandbytes_loses_the_gradient_of_a_layer_that_was_evaluated(torch, bi
     through the adapters and around the layers alone, no longer through the frozen weights. Put
     the model together again after an evaluation, or keep its four-bit layers in training.
 
+    Found by `verify bitsandbytes`: `quantized.gradients`.
+
     Seen in bitsandbytes 0.50.2.
     """
     packs(bitsandbytes)
@@ -2984,6 +3186,8 @@ def test_bitsandbytes_rounds_to_bfloat16_once_a_layer_was_evaluated(torch, bitsa
     evaluation is another function than before. `minilora verify bitsandbytes` keeps the frozen
     layer in training.
 
+    Found by `verify bitsandbytes`: `quantized.forward`.
+
     Seen in bitsandbytes 0.50.2.
     """
     packs(bitsandbytes)
@@ -3012,6 +3216,8 @@ def test_transformers_sums_the_micro_batches_of_a_classifier(torch, transformers
 
     **Consequence.** With `gradient_accumulation_steps=k` a classifier's gradient is k times as
     large: clipping acts, or the rate is in fact k times as high.
+
+    Found by `verify trainer`: `train.classifier`.
 
     Seen in transformers 5.24.0.
     """
@@ -3054,6 +3260,8 @@ def test_peft_merges_another_weight_once_a_four_bit_layer_was_evaluated(torch, p
     **Consequence.** Evaluate, then merge, and the model is destroyed, without an error. Merge
     before the first evaluation, or in a model that was loaded anew.
 
+    Found by `verify bitsandbytes`: `quantized.merge-after-forward`.
+
     Seen in peft 0.21.2.
     """
     packs(bitsandbytes)
@@ -3087,6 +3295,8 @@ def test_peft_merges_the_bias_of_B_without_its_scale_into_few_bits(torch, peft, 
     **Consequence.** With `lora_bias=True` and $\alpha \neq r$ a merged model in few bits is another
     one, without an error.
 
+    Found by `verify bitsandbytes`: `merge.bias-of-B`.
+
     Seen in peft 0.21.2.
     """
     whole = torch.nn.Sequential(packed_layer(torch, bitsandbytes, torch.zeros(1, 64)))
@@ -3110,6 +3320,8 @@ def test_bitsandbytes_rounds_activations_to_eight_bits_in_evaluation(torch, bits
     **Consequence.** What is small beside the greatest input of a token is lost in evaluation: 0.4 %
     of it and less. An adapter is trained beside another base than it is used with.
 
+    Found by `verify bitsandbytes`: `quantized.forward`.
+
     Seen in bitsandbytes 0.50.2.
     """
     nn, W = bitsandbytes.nn, torch.ones(1, 2)
@@ -3131,6 +3343,8 @@ def test_mlx_lm_sums_a_quantized_product_in_half_precision(mlx_lm):
 
     **Consequence.** In bfloat16 the output of a quantized layer is off by several per cent, and
     its input's gradient too.
+
+    Found by `verify mlx-lm`: `quantized.forward`, `quantized.gradients`, `quantized.merge`.
 
     Seen in mlx_lm 0.32.2.
     """
@@ -3165,6 +3379,8 @@ def test_jax_sums_the_gradient_of_a_bias_in_half_precision(jax):
     greatest partial sum against the end. The same goes for every parameter that is broadcast over
     tokens, as a norm's weight is.
 
+    Found by `verify jax`: `linear.vjp.bias`, `linear.vjp.all`.
+
     Seen in jax 0.10.2.
     """
     dy = np.array([[256], [1], [1]], bfloat16)
@@ -3187,6 +3403,8 @@ def test_mlx_lm_drops_nothing_of_the_base_that_dora_rescales(mlx_lm, monkeypatch
 
     **Consequence.** With dropout, training differs from PEFT's, and the magnitude's gradient is
     less noisy. Without dropout, and in evaluation, the two are one function.
+
+    Not asked by `verify`: the peer declares it as its convention, `dora_dropout`.
 
     Seen in mlx_lm 0.32.2.
     """
