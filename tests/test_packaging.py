@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from extras import EXTRA
-from test_project import ALONE, OPTIONAL, PEERS, PYTEST, RUN_TIME
+from test_project import ALONE, FRAMEWORKS, OPTIONAL, PEERS, PYTEST, RUN_TIME
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -33,7 +33,7 @@ def test_the_declared_dependencies_are_those_that_are_imported():
     assert {"lycoris_lora", *ALONE} <= names(
         EXTRAS["libraries"] + EXTRAS["jax"] + EXTRAS["vllm"] + EXTRAS["sglang"]
     )
-    assert names(EXTRAS["frameworks"]) == {"flax", "keras", "litgpt"}
+    assert names(EXTRAS["frameworks"]) == FRAMEWORKS
 
 
 def test_what_users_install_has_an_oldest_version():

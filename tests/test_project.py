@@ -51,6 +51,7 @@ PEERS = {"loralib", "lycoris", "peft", "torch", "transformers"}
 """What a peer's file may import."""
 
 ALONE = {"bitsandbytes", "jax", "mlx", "mlx_lm", "sglang", "vllm"}
+FRAMEWORKS = {"flax", "keras", "litgpt"}
 """And one peer's file each, which comes with an extra of its own or with `libraries`."""
 
 PYTEST = {
@@ -139,7 +140,7 @@ def test_an_import_the_wrong_way_is_seen(line):
 def allowed(path):
     """The packages that a file of minilora may import."""
     name = name_of(path)
-    more = [PEERS | ALONE] * is_peer(path) + [{"pytest"}] * (name in PYTEST)
+    more = [PEERS | ALONE | FRAMEWORKS] * is_peer(path) + [{"pytest"}] * (name in PYTEST)
     more += [libraries for package, libraries in OPTIONAL.items() if name.startswith(package)]
     return RUN_TIME.union(*more)
 

@@ -113,7 +113,7 @@ class Starting(Erring):
 @pytest.mark.parametrize(
     ("check", "run", "erring"),
     [
-        ("merge.unmerge", merge._unmerge({}), Unmerging),
+        ("merge.unmerge", merge._unmerge(""), Unmerging),
         ("combine.svd", combine.svd, Combining),
         ("init.orthogonal", init.orthogonal, Starting),
     ],

@@ -12,6 +12,7 @@ from minilora.verify.mutants import MUTANTS
 from minilora.verify.mutants.linear import LINEAR
 from minilora.verify.mutants.model import MODEL
 
+BY_ID = {check.id: check for check in CHECKS}
 WRONG = [m for m in MUTANTS if not m.equivalent]
 
 # Less than rounding in both halves, or in one; and rounding no coarser than that of the dtype.
@@ -52,7 +53,8 @@ OF_A_LAYER = [check for check in CHECKS_WITH_MUTANTS if check.startswith("linear
 @pytest.mark.parametrize("check", others_slow(CHECKS_WITH_MUTANTS, *OF_A_LAYER))
 def test_a_mutant_is_caught_by_the_check_that_it_names(check):
     mutants = [m for m in WRONG if m.caught_by == check]
-    caught = {m.id: selftest.catch(m, "float32", profile="ci") for m in mutants}
+    asked = {dtype for dtype in ("bfloat16", "float32") if BY_ID[check].cases("ci", dtype)}
+    caught = {m.id: selftest.catch(m, max(asked), profile="ci") for m in mutants}
     assert caught == {m.id: (check, "") for m in mutants}
 
 

@@ -207,6 +207,10 @@ COMBINED: Table = {
         ("summed-in-storage", "sums in blocks of 8, whose sums are added in the dtype stored",
          {"base = x @ W.T + b": "base = summed_in_blocks(x, W.T, dtype) + b"}),
     ],
+    "linear.accumulation-vjp": [
+        ("gradients-summed-in-storage", "dA summed over blocks of 8 tokens in the dtype stored",
+         {"dA = dH.T @ h": "dA = summed_in_blocks(dH.T, h, dtype)"}),
+    ],
 }
 FORM: Table = {
     "linear.forward": [
@@ -382,8 +386,6 @@ STATE: Table = {
         ("weight-by-identity", "W of the first call with an array in this place of the memory",
          {"dtype, dora = W.dtype, use_dora":
               "W = by_identity(self.memory, W); dtype, dora = W.dtype, use_dora"}),
-        ("A-cached", "the first call's A in every call",
-         {"# arrays": 'A = first_call(self.memory, "A", A)'}),
         ("W-cached", "the first call's W in every call",
          {"# arrays": 'W = first_call(self.memory, "W", W)'}),
         ("B-before", "the previous call's B", {"# arrays": 'B = call_before(self.memory, "B", B)'}),
@@ -404,6 +406,8 @@ STATE: Table = {
               'x, **options)["y"].astype(x.dtype); B[...] = 0.5 * B.astype(np.float64)'}),
     ],
     "linear.forward.bias": [
+        ("A-cached", "the first call's A in every call",
+         {"# arrays": 'A = first_call(self.memory, "A", A)'}),
         ("bias-cached", "the first call's b in every call",
          {"# arrays": 'b = first_call(self.memory, "b", b)'}),
     ],

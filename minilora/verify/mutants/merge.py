@@ -87,6 +87,10 @@ MERGE: Table = {
          {"V = W + delta":
               "delta = delta.T.reshape(delta.shape) if fan_in_fan_out else delta; V = W + delta"}),
     ],
+    "merge.weight.all": [
+        ("rslora-ignored-conv1d", "s = α/r with rsLoRA and fan_in_fan_out",
+         {"ds = s": "ds = s = alpha / r if fan_in_fan_out else s"}),
+    ],
     "merge.forward": [
         ("never", "nothing is merged: W",
          {"# merged": "merged = W"}, "microsoft/LoRA 34", "microsoft/LoRA 61", "candle-lora 26"),
@@ -127,6 +131,11 @@ UNMERGE: Table = {
     "merge.unmerge.conv1d": [
         ("conv1d-turned", "W' - s (B A)ᵀ with fan_in_fan_out, where m = n",
          {"W - delta": "W - (delta.T if fan_in_fan_out and square(W) else delta)"}),
+    ],
+    "merge.unmerge.all": [
+        ("rslora-ignored-conv1d", "W' - α/r B A where α/√r was asked, with fan_in_fan_out",
+         {"W - delta":
+              "W - (alpha / r * (B @ A) if use_rslora and fan_in_fan_out else delta)"}),
     ],
     "merge.full-digits": [
         ("unmerged-four-less", "the unmerged weight has four binary digits less than the dtype",

@@ -486,32 +486,37 @@ ADAPTER: Table = {
     ],
 }
 FILES: Table = {
+    "model.adapters": [
+        ("adapter-remembered", "the first adapter of a model's folder in every later call",
+         {"model_loss: read_adapter(adapter_dir, c)":
+              "vars(self).setdefault(str(model_dir), read_adapter(adapter_dir, c))"}),
+    ],
     "model.llama.vector": [
         ("bfloat16", "weights rounded to bfloat16",
-         {"read_model(model_dir)":
+         {"model_loss: read_model(model_dir)":
               "read_model(model_dir); W = {name: digits(w, 8) for name, w in W.items()}"}),
         ("eps-default", "ε = 1e-6, not read from the file",
-         {"read_model(model_dir)": "read_model(model_dir); c = replace(c, eps=1e-6)"}),
+         {"model_loss: read_model(model_dir)": "read_model(model_dir); c = replace(c, eps=1e-6)"}),
         ("theta-default", "θ = 10000, not read from the file",
-         {"read_model(model_dir)":
+         {"model_loss: read_model(model_dir)":
               "read_model(model_dir); c = replace(c, theta=1e4) if isinstance(c, Llama) else c"}),
         ("layers-turned", "the layers' weights exchanged",
-         {"read_model(model_dir)":
+         {"model_loss: read_model(model_dir)":
               "read_model(model_dir); W = {name: W[other_layer(name)] for name in W}"}),
         ("rope-pairs", "W's rows permuted for interleaved RoPE, B's not",
-         {"read_model(model_dir)":
+         {"model_loss: read_model(model_dir)":
               "read_model(model_dir); W = {name: pairs_apart(name, w, c) for name, w in W.items()}",
           "half = x.shape[2] // 2": "return neighbours(x, cos, sin)"}, "llama.cpp 21354"),
     ],
     "model.gpt2.vector": [
         ("conv1d-not-turned", "the square Conv1D weight of o is not transposed",
-         {"read_model(model_dir)":
+         {"model_loss: read_model(model_dir)":
               "read_model(model_dir); W = {name: w.T if isinstance(c, GPT2) and "
               'name.endswith(".o.weight") else w for name, w in W.items()}'}),
     ],
     "model.bert.vector": [
         ("biases-lost", "biases of projections are not read",
-         {"read_model(model_dir)":
+         {"model_loss: read_model(model_dir)":
               'read_model(model_dir); W = {name: 0 * w if name.endswith(".bias") and "norm" not '
               "in name else w for name, w in W.items()}"}),
     ],
@@ -531,7 +536,7 @@ SAME: Same = [
     ("variance-of-squares", "mean(x²) - mean(x)²",
      {"_mean(centred * centred)": "(_mean(x * x) - _mean(x) ** 2)"}),
     ("stored", "every array on the way rounded to a half precision",
-     {"_wide(array)": "stored(array)"}),
+     {"model_loss: _wide(array)": "stored(array)"}),
     ("merged", "(W + s B A) x",
      {"base + B @ (s * u)": "(W + s * B @ A) @ h if b is None else (W + s * B @ A) @ h + b"}),
 ]

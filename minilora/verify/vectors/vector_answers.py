@@ -181,7 +181,9 @@ def _check(vectors: Sequence[Vector], title: str, conventions: Mapping[str, str]
         vector = of_dtype(case.dtype)[case.number]
         return compared(subject, vector, case.dtype, conventions)
 
-    def diagnose(subject: GuardedImplementation, dtype: str, seed: int) -> tuple[Diagnosis, ...]:
+    def diagnose(
+        subject: GuardedImplementation, dtype: str, seed: int, known: Sequence[str] = ()
+    ) -> tuple[Diagnosis, ...]:
         rounded = [
             Case(id, dtype, i, seed)
             for i, vector in enumerate(of_dtype(dtype))

@@ -98,7 +98,7 @@ def by_identity(memory: dict[str, Any], value: Array) -> Any:
 
 def first_call(memory: dict[str, Any], name: str, value: Any) -> Any:
     """What the first call had under this name, as long as its shape fits."""
-    kept = memory.setdefault(name, value)
+    kept = memory.setdefault(name, np.array(value))  # the caller uses the memory again
     return kept if np.shape(kept) == np.shape(value) else value
 
 
