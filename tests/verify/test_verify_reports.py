@@ -618,7 +618,7 @@ def test_reports_are_combined_into_one_matrix(command, jsons):
     table = [line.split() for line in out.splitlines() if re.match(r" +\w+\.merge", line)]
     assert table == [["exact.merge", "....", "FFFF"], ["sigma.merge", "..--", "FF--"]]
     assert all(len(line) <= 80 for line in out.splitlines() if "REPRODUCE" not in line)
-    assert "REPRODUCE  minilora verify fake_checks:WrongScale --case" in out
+    assert "REPRODUCE  minilora verify fake_checks:WrongScale --in-process --case" in out
 
 
 def test_a_combined_report_is_written_in_the_forms_that_are_asked_for(command, jsons):

@@ -407,7 +407,7 @@ STATE: Table = {
     ],
     "linear.forward.bias": [
         ("A-cached", "the first call's A in every call",
-         {"# arrays": 'A = first_call(self.memory, "A", A)'}),
+         {"# arrays": 'A = first_call(self.memory, f"A{A.shape}", A)'}),
         ("bias-cached", "the first call's b in every call",
          {"# arrays": 'b = first_call(self.memory, "b", b)'}),
     ],
