@@ -1424,7 +1424,7 @@ def test_peft_rounds_the_weights_of_a_combination_to_float32(torch, peft):
     **Consequence.** A combination of a float64 model is no reference. The comparison here uses
     weights with roots that float32 holds.
 
-    Found by `verify peft`: `combine.single`, `combine.zero-weight`, `combine.split-weight`.
+    Found by `verify peft`: `combine.single`.
 
     Seen in peft 0.21.2.
     """
@@ -2787,7 +2787,7 @@ def test_peft_rounds_the_gradient_of_a_bias_three_times_under_dora(torch, peft):
     **Consequence.** Where $g$ is large, a bias that is trained beside DoRA in bfloat16 is trained
     by rounding errors, or not at all.
 
-    Found by `verify peft`: `variants.dora.vjp`, `variants.dora.vjp.all`.
+    Found by `verify peft`: `variants.dora.vjp`.
 
     Seen in peft 0.21.2.
     """
@@ -3113,7 +3113,7 @@ def test_bitsandbytes_fails_on_the_gradient_of_a_bias_from_one_token(torch, bits
     **Consequence.** For biases that are trained beside a four-bit weight, one rounding more. Give
     a single token its batch.
 
-    Found by `verify bitsandbytes`: `linear.vjp.bias`, `linear.vjp.all`, `linear.gradcheck`.
+    Found by `verify bitsandbytes`: `linear.vjp.bias`, `linear.vjp.all`.
 
     Seen in bitsandbytes 0.50.2.
     """
@@ -3344,7 +3344,7 @@ def test_mlx_lm_sums_a_quantized_product_in_half_precision(mlx_lm):
     **Consequence.** In bfloat16 the output of a quantized layer is off by several per cent, and
     its input's gradient too.
 
-    Found by `verify mlx-lm`: `quantized.forward`, `quantized.gradients`, `quantized.merge`.
+    Found by `verify mlx-lm`: `quantized.merge`.
 
     Seen in mlx_lm 0.32.2.
     """

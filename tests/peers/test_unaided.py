@@ -1,0 +1,48 @@
+"""The checks that a finding names fail by themselves: what is declared as known is not looked at."""
+
+import ast
+from fnmatch import fnmatchcase as fnmatch
+
+import pytest
+from releases import changed_since
+from test_docs import FINDINGS, FOUND
+from test_other_peers import loaded
+
+from minilora.verify.checks.registry import CHECKS
+from minilora.verify.core.errors import Fault, Skip
+from minilora.verify.core.types import Case
+from minilora.verify.implementation.guard import GuardedImplementation
+from minilora.verify.peers import PEERS
+
+SEEN = {test.name: ast.get_docstring(test) for test in FINDINGS}
+NAMED = {(peer, check): test for test, (peer, checks) in FOUND.items() for check in checks}
+
+
+def dtypes_of(peer, check):
+    """Those in which the peer declares the check as known, where it says so; or float32."""
+    names = [name.partition(":") for name in PEERS[peer].known]
+    told = [dtype for pattern, _, dtype in names if dtype and fnmatch(check, pattern)]
+    return told or ["float32"]
+
+
+def fails(check, subject, dtype, number):
+    """Whether an answer of a case is wrong, or none comes."""
+    case = Case(check.id, dtype, number, 0, subject.fixed)
+    try:
+        return any(c.judge().verdict == "fail" for c in check.run(subject, case))
+    except Fault:
+        return True
+    except Skip:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("peer", "check"), NAMED)
+def test_what_finds_something_fails_by_itself(peer, check):
+    library = loaded(peer)
+    if changed := changed_since(SEEN[NAMED[peer, check]]):
+        pytest.skip("; ".join(changed))
+    (it,) = (each for each in CHECKS if each.id == check)
+    subject, dtypes = GuardedImplementation(library), dtypes_of(peer, check)
+    cases = [(dtype, n) for dtype in dtypes for n in range(it.cases("ci", dtype))]
+    assert any(fails(it, subject, dtype, number) for dtype, number in cases)
