@@ -3379,7 +3379,7 @@ def test_jax_sums_the_gradient_of_a_bias_in_half_precision(jax):
     greatest partial sum against the end. The same goes for every parameter that is broadcast over
     tokens, as a norm's weight is.
 
-    Found by `verify jax`: `linear.vjp.bias`, `linear.vjp.all`.
+    Found by `verify jax`: `linear.vjp.bias`.
 
     Seen in jax 0.10.2.
     """
