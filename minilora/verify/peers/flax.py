@@ -13,6 +13,6 @@ PEER = Peer(
     known=entries(
         ["init.distribution"],
         "A is drawn by he_uniform, U(-√(6/n), √(6/n)), √6 times as wide (flax/nnx/nn/lora.py)",
-        {"mutant": "init-kaiming-a-0"},
+        {"arrays": ["the part of √n A up to each point*"]},
     ),
 )
