@@ -46,7 +46,13 @@ PEER = Peer(
             {"error": "raises: RuntimeError: Mismatch in shape: grad_output*"},
         ),
         **entries(
-            ["linear.vjp.bias", "linear.vjp.all", "linear.gradcheck", "linear.evaluation-vjp"],
+            [
+                "linear.vjp.bias",
+                "linear.vjp.all",
+                "linear.gradcheck",
+                "linear.evaluation-vjp",
+                "variants.lora-bias.vjp.all",
+            ],
             _ONE_TOKEN,
             {"arrays": "dbias"},
             {"error": "raises: RuntimeError: Function MatMul4BitBackward returned an invalid*"},
