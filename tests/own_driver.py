@@ -76,6 +76,7 @@ implementation = {
     "dtypes": own.dtypes,
     "precision": own.precision,
     "conventions": own.conventions,
+    "mixed": own.mixed,
 }
 for line in sys.stdin:
     message = json.loads(line)

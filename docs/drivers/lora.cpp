@@ -140,7 +140,7 @@ template <class T> Tensors<T> layer(Tensors<T>& t, const Json& settings) {
   shape.back() = W.rows;
   Tensors<T> out;
   out["y"] = {shape, [&](size_t i, size_t j) { return y(i, j) + (bias.data.empty() ? 0 : bias.data[j]); }};
-  if (dy.data.empty()) return out;
+  if (dy.shape.empty()) return out;
   const Matrix<T> dH = times(dy, turned(Bt), s), ones({1, dy.rows}, [](size_t, size_t) { return 1; });
   out["dx"] = plus(K(times(dy, W), on_base), K(times(dH, A)));
   out["dA"] = times(turned(dH), K(x), bug == "dA-unscaled" ? 1 / s : T(1));

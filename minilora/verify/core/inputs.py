@@ -420,7 +420,12 @@ def _keep(rng: Any, shape: tuple[int, ...], dropout: str, p: float) -> Array | N
         return np.ones(shape, bool)
     if dropout == "mask without a rate":
         return np.asarray(rng.random(shape) >= 0.25)
-    return np.asarray(rng.random(shape) >= p) if dropout == "mask" else None
+    if dropout != "mask":
+        return None
+    keep = np.asarray(rng.random(shape) >= p)
+    if keep.size and keep.all():
+        keep.flat[0] = False  # or it would be a mask of ones
+    return keep
 
 
 def _draw_general(
