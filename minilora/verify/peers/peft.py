@@ -163,6 +163,7 @@ _KNOWN = {
         ["train.loraplus.other-params"],
         _LORAPLUS_GROUPS,
         {"arrays": "*after step *"},
+        {"error": "nan: *after step *"},
     ),
     **entries(["init.fresh.olora:float32"], _OLORA_STORED, {"error": "shape: A has shape *"}),
     **entries(
@@ -235,8 +236,8 @@ _KNOWN |= {
         *seen,
     ).items()
 }
-_OUTPUTS = {"arrays": ["y, eval", "y, train"]}
-_GRADIENTS = {"arrays": ["dA", "dB", "dmagnitude", "dx", "y"]}
+_OUTPUTS = {"arrays": ["y, eval*", "y, train*"]}
+_GRADIENTS = {"arrays": ["dA*", "dB*", "dmagnitude*", "dx*", "y*"]}
 _OTHER_SIZE = ({"error": ["raises: RuntimeError*", "shape: y has shape *"]},)
 
 _KNOWN |= {
