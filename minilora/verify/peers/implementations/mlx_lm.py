@@ -88,7 +88,7 @@ class MlxLm:
         """A layer in four or eight bits with one adapter."""
         is_wide = layer["W"].dtype == np.float64  # which no kernel unpacks
         if layer["kind"] != "quantized" or layer["scheme"] not in ("int4", "int8") or is_wide:
-            raise NotImplementedError("mlx-lm has sessions of int4 and int8 in up to 32 bits alone")
+            refuse_settings("mlx-lm", ["for sessions but of int4 and int8 in up to 32 bits"])
         return QuantizedSession(layer)
 
     def merge(self, W: Any, A: Any, B: Any, **settings: Any) -> Any:
