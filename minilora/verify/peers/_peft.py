@@ -13,7 +13,15 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from minilora.verify.peers._peft_releases import lora_config, magnitude_of, taken
-from minilora.verify.peers._torch import GivenMask, fill, plain_number, to_numpy, to_torch
+from minilora.verify.peers._torch import (
+    GivenMask,
+    arrays,
+    fill,
+    gradients,
+    plain_number,
+    to_numpy,
+    to_torch,
+)
 from minilora.verify.peers.peer import refuse_settings
 
 
@@ -86,10 +94,8 @@ class Layer:
             of["dlora_bias"] = layer.lora_B["default"].bias
         with _autocast(dtype):
             y = model(of["dx"])
-        gradients = torch.autograd.grad(y, list(of.values()), to_torch(dy))
-        answer = dict(zip(of, gradients, strict=True))
-        answer |= {name: self._narrow(answer[name]) for name in ("dx", "dA")}
-        return {"y": to_numpy(y)} | {name: to_numpy(g) for name, g in answer.items()}
+        answer = {"y": y} | gradients(y, of, dy)
+        return arrays(answer | {name: self._narrow(answer[name]) for name in ("dx", "dA")})
 
     def merge(self, W: np.ndarray, A: np.ndarray, B: np.ndarray, **settings: Any) -> Any:
         """The weight after merge_adapter(), and the bias where there is one."""

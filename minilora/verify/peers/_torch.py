@@ -1,6 +1,6 @@
 """Arrays to tensors and back, and a given dropout mask, for all peers on PyTorch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -33,6 +33,18 @@ def fill(parameter: torch.Tensor, values: torch.Tensor) -> None:
         )
     with torch.no_grad():
         parameter.copy_(values)
+
+
+def gradients(
+    y: torch.Tensor, of: Mapping[str, torch.Tensor], dy: np.ndarray
+) -> dict[str, torch.Tensor]:
+    """The gradient of ⟨dy, y⟩ for each tensor, under its name, by autograd."""
+    return dict(zip(of, torch.autograd.grad(y, list(of.values()), to_torch(dy)), strict=True))
+
+
+def arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """The tensors as arrays, under their names."""
+    return {name: to_numpy(tensor) for name, tensor in tensors.items()}
 
 
 def plain_number(value: float) -> float | int:

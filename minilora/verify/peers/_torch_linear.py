@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minilora.verify.peers._torch import fill, to_numpy, to_torch
+from minilora.verify.peers._torch import fill, gradients, to_numpy, to_torch
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,13 @@ class TorchLinear:
     ) -> dict[str, np.ndarray]:
         """y and the gradients of ⟨dy, y⟩ by autograd through the library's forward."""
         built = self._filled(settings, W=W, A=A, B=B, bias=bias, magnitude=magnitude)
-        of = {"x": to_torch(x).requires_grad_()}
         names = [name for name in built.parameters if name != "W"]
-        of |= {name: built.parameters[name].requires_grad_() for name in names}
+        of = {"x": to_torch(x)} | {name: built.parameters[name] for name in names}
+        for tensor in of.values():
+            tensor.requires_grad_()
         y = built.forward(of["x"])
-        gradients = torch.autograd.grad(y, list(of.values()), to_torch(dy))
-        return {"y": to_numpy(y)} | {
-            f"d{name}": built.array(name, gradient)
-            for name, gradient in zip(of, gradients, strict=True)
-        }
+        found = gradients(y, of, dy)
+        return {"y": to_numpy(y)} | {f"d{name}": built.array(name, g) for name, g in found.items()}
 
     def merge(
         self,

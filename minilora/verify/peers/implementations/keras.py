@@ -65,7 +65,7 @@ def _built(layer: Any, bias: bool) -> Built:
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         if x.ndim == 1:
-            refuse_settings("Keras", ["x of one axis"])
+            refuse_settings("Keras", ["for x of one axis"])
         y: torch.Tensor = layer(x)
         return y
 

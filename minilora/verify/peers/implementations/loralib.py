@@ -12,7 +12,15 @@ import torch
 from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
-from minilora.verify.peers._torch import GivenMask, fill, plain_number, to_numpy, to_torch
+from minilora.verify.peers._torch import (
+    GivenMask,
+    arrays,
+    fill,
+    gradients,
+    plain_number,
+    to_numpy,
+    to_torch,
+)
 from minilora.verify.peers._transformers import (
     enable_checkpointing,
     load_base,
@@ -56,10 +64,7 @@ class Loralib:
         if layer.bias is not None:
             of["dbias"] = layer.bias
         y = layer(of["dx"])
-        gradients = torch.autograd.grad(y, list(of.values()), to_torch(dy))
-        return {"y": to_numpy(y)} | {
-            name: to_numpy(gradient) for name, gradient in zip(of, gradients, strict=True)
-        }
+        return arrays({"y": y} | gradients(y, of, dy))
 
     def merge(self, W: np.ndarray, A: np.ndarray, B: np.ndarray, **settings: Any) -> Any:
         """The weight after eval(), which merges where the layer was built with merge_weights."""

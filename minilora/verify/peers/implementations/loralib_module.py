@@ -9,7 +9,7 @@ import loralib
 import numpy as np
 import torch
 
-from minilora.verify.peers._torch import fill, plain_number, to_numpy, to_torch
+from minilora.verify.peers._torch import arrays, fill, gradients, plain_number, to_numpy, to_torch
 from minilora.verify.peers.peer import refuse_settings
 
 _SETTINGS = {"A", "B", "alpha", "r", "p", "enable"}
@@ -89,6 +89,4 @@ def module(
     of = {"dx": given.requires_grad_()} if given.is_floating_point() else {}
     of |= {"dA": built.lora_A, "dB": built.lora_B}
     y = built(given)
-    gradients = torch.autograd.grad(y, list(of.values()), to_torch(dy))
-    named = zip(of, gradients, strict=True)
-    return {"y": to_numpy(y)} | {name: to_numpy(gradient) for name, gradient in named}
+    return arrays({"y": y} | gradients(y, of, dy))

@@ -46,7 +46,7 @@ class MlxLm:
     ) -> dict[str, np.ndarray]:
         """y and the gradients of ⟨dy, y⟩ by mx.vjp through the library's forward."""
         if not x.size and x.itemsize == 2:  # a thread of MLX 0.32.4 never ends
-            refuse_settings("MLX", ["an empty batch in half precision"])
+            refuse_settings("MLX", ["for an empty batch in half precision"])
         with _on_the_cpu(settings):
             layer = _adapted(W, A, B, **settings)
             places = {"dA": (layer, "lora_a"), "dB": (layer, "lora_b")}
@@ -88,7 +88,7 @@ class MlxLm:
         """A layer in four or eight bits with one adapter."""
         is_wide = layer["W"].dtype == np.float64  # which no kernel unpacks
         if layer["kind"] != "quantized" or layer["scheme"] not in ("int4", "int8") or is_wide:
-            refuse_settings("mlx-lm", ["for sessions but of int4 and int8 in up to 32 bits"])
+            refuse_settings("mlx-lm", ["for sessions other than int4 and int8 in up to 32 bits"])
         return QuantizedSession(layer)
 
     def merge(self, W: Any, A: Any, B: Any, **settings: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 
 from minilora.verify.peers._modules import build
 from minilora.verify.peers._peft_releases import lora_config, magnitude_of, taken
-from minilora.verify.peers._torch import fill, plain_number, to_numpy, to_torch
+from minilora.verify.peers._torch import arrays, fill, gradients, plain_number, to_numpy, to_torch
 from minilora.verify.peers.peer import refuse_settings
 
 _TARGETS = {"attention": "0.inner", "encoder": "0.linear1"}
@@ -97,10 +97,9 @@ class PeftModule:
         given, of = to_torch(x), {name: tensor for name, (tensor, _) in self._tensors().items()}
         whole = {"dx": given.requires_grad_()} if given.is_floating_point() else {}
         y = self.model(given)
-        found = torch.autograd.grad(y, [*whole.values(), *of.values()], to_torch(dy))
-        answer = {name: to_numpy(g) for name, g in zip(whole, found, strict=False)}
-        own = zip(of, found[len(whole) :], strict=True)
-        return {"y": to_numpy(y), **answer} | {name: self._shaped(name, g) for name, g in own}
+        found = gradients(y, whole | of, dy)
+        answer = arrays({"y": y} | {name: found[name] for name in whole})
+        return answer | {name: self._shaped(name, found[name]) for name in of}
 
     def merged(self) -> dict[str, np.ndarray]:
         """The weight and the bias after merge_adapter()."""

@@ -10,7 +10,7 @@ import torch
 
 from minilora.verify.peers import _formula
 from minilora.verify.peers._modules import BIAS, WEIGHT, build
-from minilora.verify.peers._torch import to_numpy, to_torch
+from minilora.verify.peers._torch import arrays, gradients, to_numpy, to_torch
 from minilora.verify.peers.peer import refuse_settings
 from minilora.verify.peers.torch import PEER
 
@@ -31,10 +31,7 @@ class Torch:
         names = ("x", "A", "B", "bias", "magnitude", "lora_bias")
         of = {f"d{name}": tensors[name].requires_grad_() for name in names if name in tensors}
         y = _formula.layer(_row_norms, **tensors)
-        gradients = torch.autograd.grad(y, list(of.values()), to_torch(dy))
-        return {"y": to_numpy(y)} | {
-            name: to_numpy(gradient) for name, gradient in zip(of, gradients, strict=True)
-        }
+        return arrays({"y": y} | gradients(y, of, dy))
 
     def merge(self, W: Any, A: Any, B: Any, **settings: Any) -> Any:
         """W + s B A, with DoRA its rows rescaled to the magnitude; with a bias (W', b')."""
@@ -101,10 +98,7 @@ class Torch:
                 held["bias"] = to_numpy(weights.get("bias", base.get_parameter("bias")))
         if dy is None:
             return held | {"y": to_numpy(y)}
-        gradients = torch.autograd.grad(y, list(of.values()), to_torch(dy))
-        return {"y": to_numpy(y)} | {
-            name: to_numpy(gradient) for name, gradient in zip(of, gradients, strict=True)
-        }
+        return arrays({"y": y} | gradients(y, of, dy))
 
 
 def _merged_tensors(
