@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, prod, sqrt
 from typing import TYPE_CHECKING, Any
@@ -262,6 +262,10 @@ class Diagnosis:
     separating: str = ""
 
 
+Diagnose = Callable[[Any, str, int, Sequence[str]], tuple[Diagnosis, ...]]
+"""What explains a check's answers: of an implementation, a dtype, a seed and the known causes."""
+
+
 @dataclass(frozen=True)
 class Check:
     """One equation or law, and how to test an implementation by it.
@@ -285,5 +289,5 @@ class Check:
     smallest: Callable[[GuardedImplementation, str], dict[str, Any] | None] | None = None
     smallest_fault: bool = False
     is_relation: bool = False
-    diagnose: Callable[..., tuple[Diagnosis, ...]] | None = None
-    follows: Callable[..., tuple[Diagnosis, ...]] | None = None
+    diagnose: Diagnose | None = None
+    follows: Diagnose | None = None

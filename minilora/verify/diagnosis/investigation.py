@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
 from minilora.verify.core.errors import Fault, Skip
-from minilora.verify.core.types import STRUCTURE, Case, Check, Diagnosis
+from minilora.verify.core.types import STRUCTURE, Case, Check, Diagnose, Diagnosis
 from minilora.verify.diagnosis.answers import agree, answers
 from minilora.verify.diagnosis.reproducing import shown_by
 from minilora.verify.implementation.guard import GuardedImplementation
@@ -54,7 +54,7 @@ class Investigation:
         if (p.check.id, result.status) in self.seen:
             return result
         self.seen.add((p.check.id, result.status))
-        if (followed := self._followed(result, p)).diagnosis:
+        if self.causes and (followed := self._diagnosed(result, p, p.check.follows)).diagnosis:
             return followed
         alike = p.check.level, p.check.needs, result.status
         self.diagnosed[alike] += 1
@@ -66,37 +66,18 @@ class Investigation:
             return replace(result, diagnosis=earlier, reproduce=again)
         may_shrink = result.status == "fail" or p.check.smallest_fault
         self.shrinks += may_shrink
-        return self._shrunk(self._diagnosed(result, p), p) if may_shrink else result
-
-    def _followed(self, result: Result, p: CheckPlan) -> Result:
-        """The result with a known cause, if one explains it."""
-        if (
-            p.check.follows is None
-            or result.status != "fail"
-            or _is_costly(result)
-            or not self.causes
-        ):
+        if not may_shrink:
             return result
-        known = [id for id, _ in self.causes.most_common()]
-        return self._with_diagnosis(result, p, lambda: p.check.follows(*self._asked(p), known))  # type: ignore[misc]
+        return self._shrunk(self._diagnosed(result, p, p.check.diagnose), p)
 
-    def _diagnosed(self, result: Result, p: CheckPlan) -> Result:
-        """The result with what the catalogue and the numbers say."""
-        if p.check.diagnose is None or result.status != "fail" or _is_costly(result):
+    def _diagnosed(self, result: Result, p: CheckPlan, diagnose: Diagnose | None) -> Result:
+        """The result with what is diagnosed, which is a cause from now on."""
+        if diagnose is None or result.status != "fail" or _is_costly(result):
             return result
-        known = [id for id, _ in self.causes.most_common()]
-        return self._with_diagnosis(result, p, lambda: p.check.diagnose(*self._asked(p), known))  # type: ignore[misc]
-
-    def _asked(self, p: CheckPlan) -> tuple[GuardedImplementation, str, int]:
-        return self.subject, p.dtype, p.seed
-
-    def _with_diagnosis(
-        self, result: Result, p: CheckPlan, found: Callable[[], tuple[Diagnosis, ...]]
-    ) -> Result:
-        """The result with what was found, which is a cause from now on."""
         started = perf_counter()
+        known = [id for id, _ in self.causes.most_common()]
         try:
-            diagnosis = found()
+            diagnosis = diagnose(self.subject, p.dtype, p.seed, known)
         except Exception as error:
             return replace(result, note=f"No diagnosis, by a fault of minilora: {our_error(error)}")
         self.causes.update({each.id for each in diagnosis})
