@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -150,23 +151,13 @@ def _tied(draw: Draw) -> SessionInputs:
     return SessionInputs(layer, adapters, np.arange(7) * 5 % v, draw.integers(7, v))
 
 
-def _with_bias(draw: Draw) -> SessionInputs:
-    """Adapters of which two bring a bias."""
+def _with_vector(draw: Draw, kind: str) -> SessionInputs:
+    """Adapters of which two bring a vector of this name, on a layer of this kind."""
     n, m = 5, 4
-    layer = {"kind": "bias", "W": draw.integers(m, n), "bias": draw.integers(m)}
+    layer = {"kind": kind, "W": draw.integers(m, n), "bias": draw.integers(m)}
     adapters = {name: draw.adapter(n, m, r) for name, r in zip(NAMES, (2, 4, 1), strict=True)}
     for name in ("one", "two"):
-        adapters[name] |= {"bias": draw.integers(m)}
-    return SessionInputs(layer, adapters, draw.integers(6, n), draw.integers(6, m))
-
-
-def _with_lora_bias(draw: Draw) -> SessionInputs:
-    """Adapters of which two have a bias of B."""
-    n, m = 5, 4
-    layer = {"kind": "lora_bias", "W": draw.integers(m, n), "bias": draw.integers(m)}
-    adapters = {name: draw.adapter(n, m, r) for name, r in zip(NAMES, (2, 4, 1), strict=True)}
-    for name in ("one", "two"):
-        adapters[name] |= {"lora_bias": draw.integers(m)}
+        adapters[name] |= {kind: draw.integers(m)}
     return SessionInputs(layer, adapters, draw.integers(6, n), draw.integers(6, m))
 
 
@@ -213,10 +204,10 @@ def _dora(draw: Draw) -> SessionInputs:
 SPECIAL: dict[str, Callable[[Draw], SessionInputs]] = {
     "fused": _fused,
     "tied": _tied,
-    "bias": _with_bias,
+    "bias": partial(_with_vector, kind="bias"),
     "full": _with_head,
     "dora": _dora,
-    "lora-bias": _with_lora_bias,
+    "lora-bias": partial(_with_vector, kind="lora_bias"),
 }
 
 

@@ -35,18 +35,22 @@ class Signed(np.ndarray):
         return np.where(self.real < 0, -self, self)
 
 
-class Differentiated:
-    """A mutant of `Linear` as an autograd library has it: its gradients are its forward's.
-
-    ∂⟨dy, y⟩/∂v = ⟨dy, Im y(v + i h)⟩ / h for each entry v: a complex step has no difference in it
-    that could cancel. NotImplementedError for more than `MAX_ENTRIES` entries.
-    """
+class OfMutant:
+    """A mutant of `Linear`, with other gradients."""
 
     def __init__(self, mutant: Linear) -> None:
         self.mutant = mutant
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.mutant, name)
+
+
+class Differentiated(OfMutant):
+    """A mutant of `Linear` as an autograd library has it: its gradients are its forward's.
+
+    ∂⟨dy, y⟩/∂v = ⟨dy, Im y(v + i h)⟩ / h for each entry v: a complex step has no difference in it
+    that could cancel. NotImplementedError for more than `MAX_ENTRIES` entries.
+    """
 
     def lora_linear_vjp(
         self, x: Array, W: Array, A: Array, B: Array, dy: Array, **options: Any
@@ -78,14 +82,8 @@ class Differentiated:
         return np.asarray(y).imag / STEP
 
 
-class ForwardOnly:
+class ForwardOnly(OfMutant):
     """A mutant of `Linear` whose gradients are those of the right forward."""
-
-    def __init__(self, mutant: Linear) -> None:
-        self.mutant = mutant
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.mutant, name)
 
     def lora_linear_vjp(
         self, x: Array, W: Array, A: Array, B: Array, dy: Array, **options: Any
