@@ -56,7 +56,7 @@ def write_files(
     """Write files to a folder, each whole; in place of none before all are written beside it.
 
     A folder that is there keeps its other files. ``stale`` is an expression for the names of those
-    that may not stay, because a reader would take them for a part of what is written now.
+    that may not stay, because a reader would take them for a part of the new files.
     ``durable``: all is on the disk, and not only on its way to it, when this returns, and each file
     before it takes its name.
 

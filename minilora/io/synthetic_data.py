@@ -34,8 +34,8 @@ class Example:
     """A sequence, what is predicted of it, and their joint probability.
 
     ``label`` is a class, or None if every token after the first is predicted.
-    ``input_probability`` is that of what is not predicted: 1 for a language, and for a class that
-    of the sequence.
+    ``input_probability`` is that of the part that is not predicted: 1 for a language, and for a
+    class that of the sequence.
     """
 
     ids: tuple[int, ...]

@@ -1,7 +1,7 @@
 """The blocks of three architectures, each written out in full: its forward, then its lines upwards.
 
-``back(dy)`` gives dx and a dict with the gradients of what is trained. A name that ``back`` uses
-is assigned once. ``at`` is the block's prefix, such as ``layers.0.``; ``W`` holds all parameters;
+``back(dy)`` gives dx and a dict with the gradients of the trained tensors. A name that ``back``
+uses is assigned once. ``at`` is the block's prefix, such as ``layers.0.``; ``W`` holds all parameters;
 ``c`` is the model's configuration; a batch lies as b sequences of t columns each; ``attend`` is
 `ops.attention`, or another function of the same values.
 """
@@ -19,7 +19,7 @@ Op = Callable[..., tuple[Array, Back]]
 
 
 def embed(ids: Array, at: str, W: Params, tuning: TrainableSpec) -> tuple[Array, Back]:
-    """The embedding named ``at``; ``back(dy)`` gives the gradients of what is trained of it.
+    """The embedding named ``at``; ``back(dy)`` gives the gradients of its trained tensors.
 
     Its adapter changes the projection Eᵀ of one-hot columns, which have no gradient.
 

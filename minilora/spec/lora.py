@@ -147,8 +147,8 @@ def adapter_of(at: str, W: Params, tuning: TrainableSpec) -> tuple[Variant, list
 def project(x: Array, at: str, W: Params, tuning: TrainableSpec) -> tuple[Array, Back]:
     """The projection named ``at``: the one place that asks if it is adapted, trained or frozen.
 
-    ``back(dy)`` gives dx and a dict with the gradients of what is trained: those of the adapter as
-    its variant has them, and of the base's own parameters dW = dy xᵀ and db = dy 1.
+    ``back(dy)`` gives dx and a dict with the gradients of the trained tensors: those of the adapter
+    as its variant has them, and of the base's own parameters dW = dy xᵀ and db = dy 1.
 
     Shapes: x (n, t) -> y (m, t).
     Errors: those of `adapter_of`.

@@ -90,7 +90,7 @@ class ConstantInput:
 
 
 def prepared(W: Params, c: Config, tuning: TrainableSpec) -> Params:
-    """W for a backward of what is trained, and quick to look up: one dict, if all its maps are.
+    """W for the backward of the trained tensors; one dict, quick to look up, if all its maps are.
 
     The weights that read a constant are each a `ConstantInput`, if LoRA itself or nothing adapts
     them: their dx is `ZERO`.

@@ -30,10 +30,10 @@ class Tally:
 
     ``skip_reasons`` are those of the cases that were skipped; ``first`` has, for each status, the
     first case that has it, with its judgements. ``deviating`` cases failed or were loose; those
-    that show what is known count apart. ``worsts``: the worst array and its case, of what is known
-    and of all else;
-    ``not_passing`` counts faults, too. ``common_traits`` are those of all cases that do not pass,
-    ``passing_traits`` those of any that passes; ``least`` and ``most`` are the sizes likewise.
+    that show a known deviation count apart. ``worsts``: the worst array and its case, of known
+    deviations and of all others. ``not_passing`` counts faults, too. ``common_traits`` are
+    those of all cases that do not pass, ``passing_traits`` those of any that passes; ``least`` and
+    ``most`` are the sizes likewise.
     """
 
     cases: int = 0

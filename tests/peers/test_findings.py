@@ -2157,7 +2157,7 @@ def test_loralib_gives_an_adapter_no_gradient_after_eval(torch, loralib):
     **Consequence.** Who trains in evaluation mode, to be without dropout, trains no adapter, and
     where a bias is trained no error tells. Set `merge_weights=False`.
 
-    Not asked by `verify`: the contract asks for no gradients of what is merged.
+    Not asked by `verify`: the contract asks for no gradients while an adapter is merged.
 
     Seen in loralib 0.1.2.
     """
@@ -2641,7 +2641,7 @@ def test_mlx_lm_leaves_a_missing_factor_as_it_was_drawn(mlx_lm, tmp_path):
     **Right.** What is loaded is a function of the file.
 
     **Consequence.** A file cut in two, or named by other rules in part, gives other answers in
-    each process. minilora's reader refuses it by the name of what is missing.
+    each process. minilora's reader refuses it by the name of the missing factor.
 
     Not asked by `verify`: the peer reads files by minilora, which refuses one that lacks a factor.
 
@@ -2869,7 +2869,7 @@ def test_peft_serves_the_base_where_the_names_of_an_adapter_fit_nothing(torch, p
 
     `PeftModel.from_pretrained` builds the adapter of `adapter_config.json`, fills in the tensors
     whose names fit, and leaves the others out: the factors B that it found nothing for stay 0. It
-    warns of what is missing; of tensors that are left over it says nothing.
+    warns of missing tensors; of tensors that are left over it says nothing.
 
     **Right.** An adapter that does not fit is refused, or has its effect.
 

@@ -5,9 +5,10 @@ from collections import Counter
 import pytest
 from marks import others_slow
 
-from minilora.verify import selftest
+from minilora.verify import engine, selftest
 from minilora.verify.checks.registry import CHECKS, LEVELS
 from minilora.verify.core.dtypes import DTYPES
+from minilora.verify.implementation.minilora_impl import Minilora
 from minilora.verify.mutants import MUTANTS
 from minilora.verify.mutants.linear import LINEAR
 from minilora.verify.mutants.model import MODEL
@@ -68,6 +69,16 @@ def test_what_is_right_passes_however_it_is_written(level):
         not level.has_exact_lane or level.cases is None :
     ]:
         assert selftest.alarms(level.name, dtype, number) == []
+
+
+@pytest.mark.slow
+def test_minilora_answers_a_case_of_every_check():
+    """A check that it skips throughout would be held by nobody."""
+    report = engine.run(CHECKS, Minilora(), profile="quick")
+    assert {result.check for result in report.results if result.status == "pass"} == {
+        check.id for check in CHECKS if any(check.cases("quick", dtype) for dtype in DTYPES)
+    }
+    assert {result.status for result in report.results} == {"pass"}
 
 
 def uncontrolled(mutants):

@@ -338,7 +338,7 @@ def _of_adapters(
 def _of_full_tuning(
     folder: Path, c: Config, W: Weights, tuning: TrainableSpec, dtype: Any
 ) -> Weights:
-    """The tensors of what is trained."""
+    """The trained tensors."""
     path_of, shapes, tensors = paths(folder, c), c.shapes(), {}
     for name in sorted(tuning.trained):
         if name not in W or shapes.get(name) != W[name].shape:

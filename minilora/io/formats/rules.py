@@ -12,7 +12,7 @@ from minilora.io.errors import FormatError, listed
 class Rule:
     """``found`` gives what is wrong, as text or as names, and something empty if nothing is.
 
-    ``{x.NAME}`` or ``{x.NAME[0]}`` in a text stands for an attribute of what is checked.
+    ``{x.NAME}`` or ``{x.NAME[0]}`` in a text stands for an attribute of the checked object.
     """
 
     field: str

@@ -218,7 +218,7 @@ def adapters(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]
 
 
 def _cases(counts: Mapping[str, int]) -> Callable[[str, str], int]:
-    """σ is known of float32 and of what is proportional to it."""
+    """σ is known in float32, and in dtypes whose σ is proportional to it."""
     return lambda profile, dtype: counts[profile] * (dtype in ("float64", "float32"))
 
 

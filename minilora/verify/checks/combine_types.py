@@ -28,10 +28,10 @@ M, N = 6, 8
 """The sides of the weight, even, so that half of the entries is a whole number."""
 
 DENSITY = 0.5
-"""Of what is trimmed: half of the entries, a whole number."""
+"""The density of trimming: half of the entries are kept, a whole number."""
 
 KEPT = 0.25
-"""Of what is drawn by chance: another than what is dropped."""
+"""The density of DARE's random masks: unlike 1/2, it differs from the share that is dropped."""
 
 CALLS = 4
 """How often a combination is drawn by chance."""

@@ -251,7 +251,7 @@ def draw(kind: str, number: int, seed: int) -> Drawn:
         config |= {"lora_alpha": float(rng.choice([4, 7.5, 9, -3]))} | rule(rng, names, number)
         if question == "trainable":
             config = with_trained(rng, kind, config, number)
-        # A bias of what is saved in full stands in PEFT's files twice.
+        # The bias of a module to save stands in PEFT's files twice.
         may_have = [at for at in names if not at.endswith((*SAVED_IN_BLOCK, *SAVED_BESIDE))]
         biased = frozenset(some(rng, may_have, len(may_have) // 2))
         drawn = Drawn(config, names, biased)

@@ -23,7 +23,7 @@ from minilora.verify.implementation.guard import GuardedImplementation
 Array = np.ndarray
 
 RATE, KEPT = 0.75, 4.0
-"""The rate p, and the multiplier of what is kept, 1/(1 - p)."""
+"""The rate p, and the multiplier of the entries that are kept, 1/(1 - p)."""
 
 FEATURES, TOKENS, CALLS = 64, 2, 5
 """So many features that a mask which repeats is no chance, even one that all tokens share: it has

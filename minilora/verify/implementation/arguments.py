@@ -219,7 +219,7 @@ def require_unchanged(path: str, now: Any, original: Any, when: str = "after the
 def require_files(folder: str | os.PathLike[str]) -> None:
     """Raises Fault where a folder holds what is neither a file nor a folder.
 
-    Opening a named pipe would wait for ever.
+    Opening a named pipe would never return.
     """
     for place, _, names in os.walk(folder):
         for name in names:

@@ -76,7 +76,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of the driver's file. Raises Fault."""
     if not path.exists():
         raise Fault("missing", "it answered ok, but the file 'out' does not exist")
-    if not path.is_file():  # opening a named pipe would wait for ever
+    if not path.is_file():  # opening a named pipe would never return
         raise Fault("not an array", "'out' is not a file")
     try:
         with safe_open(path, framework="np") as file:

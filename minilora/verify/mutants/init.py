@@ -1,4 +1,4 @@
-"""Mutants of initialization: of A, of B, and of what is subtracted from W."""
+"""Mutants of initialization: of A, of B, and of the part that is subtracted from W."""
 
 from __future__ import annotations
 

@@ -131,7 +131,10 @@ class Selftest:
             alarms = self.alarms[dtype]
             levels = ", ".join(f"{level} {number}" for level, number in cases.items())
             total = sum(cases.values())
-            yield dtype, f"{len(alarms)} false alarms in {total} cases of what is right ({levels})"
+            yield (
+                dtype,
+                f"{len(alarms)} false alarms in {total} cases of right implementations ({levels})",
+            )
             for alarm in alarms[:5]:
                 yield f"{alarm.right}", f"{alarm.case}, seed {alarm.seed}: {alarm.says}"
         rights = ", ".join(f"{level} {len(names)}" for level, names in self.rights.items())

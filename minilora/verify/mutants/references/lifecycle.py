@@ -366,7 +366,7 @@ class Pair:
         return {**entries, first: value}
 
     def activate(self, names: Sequence[str]) -> None:
-        """In both, of what is there."""
+        """In both, of the adapters that are there."""
         # before activating
         if unknown := [name for name in names if name not in self.known]:
             raise ValueError(f"no {unknown[0]}")
