@@ -1,9 +1,9 @@
 """The blocks of three architectures, each written out in full: its forward, then its lines upwards.
 
 ``back(dy)`` gives dx and a dict with the gradients of the trained tensors. A name that ``back``
-uses is assigned once. ``at`` is the block's prefix, such as ``layers.0.``; ``W`` holds all parameters;
-``c`` is the model's configuration; a batch lies as b sequences of t columns each; ``attend`` is
-`ops.attention`, or another function of the same values.
+uses is assigned once. ``at`` is the block's prefix, such as ``layers.0.``; ``W`` holds all
+parameters; ``c`` is the model's configuration; a batch lies as b sequences of t columns each;
+``attend`` is `ops.attention`, or another function of the same values.
 """
 
 from collections.abc import Callable
