@@ -1,0 +1,1 @@
+"""Audits of files and servers: is this really the base with the adapter?"""

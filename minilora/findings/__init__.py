@@ -1,0 +1,1 @@
+"""Deviations of real libraries from the algebra: versions, conditions, effects, sources."""
