@@ -228,6 +228,7 @@ def test_a_check_that_is_not_known_to_deviate_is_seen():
     ]
 
 
+@pytest.mark.slow
 def test_the_table_has_a_line_for_each_finding():
     table = GENERATE.findings()[GENERATE.FOUND_BY]
     assert table.count("\n| ") == 2 + len(FINDINGS)
@@ -237,6 +238,7 @@ def test_the_table_has_a_line_for_each_finding():
     assert f"{{include}} {GENERATE.FOUND_BY}" in (DOCS / "findings.md").read_text()
 
 
+@pytest.mark.slow
 def test_every_finding_is_on_the_page_of_its_library():
     pages = GENERATE.findings()
     del pages[GENERATE.FOUND_BY]

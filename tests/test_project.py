@@ -158,7 +158,7 @@ def at_the_top(source):
     return foreign("\n".join(map(ast.unparse, body)))
 
 
-def test_an_librarieslibrary_is_imported_where_it_is_used():
+def test_an_optional_library_is_imported_where_it_is_used():
     sources = {name_of(path): path.read_text() for path in FILES if not is_peer(path)}
     libraries = set().union(*OPTIONAL.values())
     assert set().union(*map(foreign, sources.values())) >= libraries

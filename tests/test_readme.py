@@ -64,6 +64,7 @@ def verify_example(folder, source, *options):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_example_is_short_and_passes(tmp_path):
     (source,) = blocks("python")
     assert len(source.splitlines()) <= 15

@@ -154,6 +154,7 @@ def test_a_module_in_the_current_folder_is_a_target(verify, tmp_path):
     assert "REPRODUCE  minilora verify mine_too:lora --case sigma.merge:float32:0 --seed 0" in out
 
 
+@pytest.mark.slow
 def test_the_command_in_the_report_reproduces_the_same_case(verify):
     arguments = ["fake_checks:WrongScale", "--level", "merge", "--seed", "3", "--json", "r.json"]
     status, out, _ = verify(*arguments)
@@ -230,6 +231,7 @@ def test_a_report_that_cannot_be_written_in_the_end_is_status_2(verify, monkeypa
     assert "cannot write r.json: No space left on device" in err
 
 
+@pytest.mark.slow
 def test_known_deviations_are_no_failure(verify, tmp_path):
     seen = {"arrays": "W'"}
     entries = [
@@ -268,6 +270,7 @@ def test_a_hang_is_reproduced_with_its_time_limit(verify, tmp_path):
     assert "hangs_here:T --time-limit 0.1 --case exact.merge:float32:2 --seed 0" in out
 
 
+@pytest.mark.slow
 def test_what_a_target_prints_is_not_in_the_report(tmp_path):
     """Neither what Python prints nor what compiled code writes, while loading and in calls."""
     (tmp_path / "chatty.py").write_text(
@@ -308,6 +311,7 @@ def test_a_reader_who_leaves_early_sees_no_traceback():
     run.stderr.close()
 
 
+@pytest.mark.slow
 def test_an_interrupt_prints_what_was_checked_so_far(tmp_path):
     (tmp_path / "slow_target.py").write_text(
         "import time, fake_checks\n"

@@ -310,6 +310,7 @@ def test_a_divergence_is_status_1_and_says_how_to_go_on(minilora, tmp_path):
     assert status in (0, 1)  # what is left of the model after such a step is another question
 
 
+@pytest.mark.slow
 def test_an_output_that_is_there_is_refused(minilora, trained):
     status, _, err = minilora("train", "--output", trained / "llama")
     assert status == 2
@@ -1241,6 +1242,7 @@ def test_memory_that_is_not_there_is_told(minilora, monkeypatch):
     assert "not enough memory" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", others_slow([">&-", "2>&-", ">&- 2>&-"], ">&-"))
 def test_a_stream_that_is_closed_ends_no_command(streams, tmp_path):
     command = f"{sys.executable} -m minilora train --output run --max-steps 1 {streams}"

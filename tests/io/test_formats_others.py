@@ -171,6 +171,7 @@ def lora_choices(c):
     )
 
 
+@pytest.mark.slow
 @examples(15)
 @given(configurations(), st.data(), generators())
 def test_from_peft_and_back_everything_is_kept_or_refused(c, data, rng):

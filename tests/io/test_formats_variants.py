@@ -773,6 +773,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["dora", "adalora", "vera", "tokens", "replication", "tie"])
 @settings(examples(4), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())

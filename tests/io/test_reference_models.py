@@ -159,6 +159,7 @@ def test_the_script_makes_the_same_bytes_again(tmp_path):
     assert {path for path in again if not path.startswith("vectors/")} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", others_slow(reference_models.names(), "llama"))
 def test_each_has_learned_its_task_and_not_the_other(name):
     """The manifest says what the files give; off its own task a model loses a hundred times more

@@ -98,6 +98,7 @@ def scaled(factor):
     return with_linear(implementation)
 
 
+@pytest.mark.slow
 def test_a_gradient_off_in_the_twelfth_digit_is_noticed(monkeypatch):
     monkeypatch.setattr(lora, "LORA", scaled(1 + 1e-12))
     assert error_of_gradients(case("Llama", 2, 3)) > GRADIENT
@@ -218,6 +219,7 @@ def test_float64_is_as_near_to_long_double_as_rounding_allows(name, any_number):
     assert max(shares_of_bounds(wide, sums)) <= 2 * LONG_DOUBLE / FLOAT64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Qwen2", "GPT-2", "BERT"])
 def test_40_digits_give_the_same_loss_and_gradients(name, any_number):
     c = replace(MODELS[name], layers=1)
@@ -642,6 +644,7 @@ def test_a_wrong_part_breaks_the_law(law, monkeypatch):
         list(map(law, drawn))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", others_slow(MODELS, "Llama"))
 def test_merging_changes_no_output_beyond_rounding(name, any_number):
     model = case(name, 2, 4, p=0)

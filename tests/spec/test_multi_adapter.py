@@ -282,6 +282,7 @@ def refused(transition, *arguments):
         transition(*arguments)
 
 
+@pytest.mark.slow
 def test_a_life_of_adapters_is_what_the_list_of_those_that_act_says():
     run_state_machine_as_test(Life, settings=settings(max_examples=25, stateful_step_count=12))
 

@@ -466,6 +466,7 @@ LAWS = (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(drawn=settings_of_trees())
 def test_every_rule_is_its_plain_definition(drawn):

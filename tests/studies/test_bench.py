@@ -163,6 +163,7 @@ class Timed:
         return {"seconds": seconds, "cpu": 1.0, "value": value}
 
 
+@pytest.mark.slow
 def test_ratios_are_of_neighbours_and_their_median(folder, monkeypatch):
     """Two sides that take known times in turn."""
     monkeypatch.setattr("minilora.studies.bench.measure.Side", Timed)
@@ -231,6 +232,7 @@ def test_the_command_prints_and_writes_what_it_measured(tmp_path, capsys):
         read_results(file)
 
 
+@pytest.mark.slow
 def test_the_own_side_says_whose_products_it_uses_and_who_chose_them(folder, monkeypatch):
     if "openblas" not in products_of():
         pytest.skip(f"no OpenBLAS: {products_of()}")
@@ -263,6 +265,7 @@ def test_wrong_usage_is_status_2_and_says_what_was_expected(arguments, words, ca
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_side_that_cannot_begin_leaves_no_process(folder, monkeypatch):
     begun, right = [], subprocess.Popen
 

@@ -89,6 +89,7 @@ def agrees(one, expected):
     return verdict([*found, one.forward()], expected) == "pass"
 
 
+@pytest.mark.slow
 @quiet
 @pytest.mark.parametrize("name", [name for name in SIDES if name != "torch-compile"])
 def test_every_side_has_the_losses_of_the_same_steps(name, folder, expected, monkeypatch):

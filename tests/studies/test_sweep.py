@@ -286,6 +286,7 @@ def test_the_command_prints_a_table_and_draws_it(tmp_path, capsys):
     assert "<svg" in (tmp_path / "out" / PICTURE).read_text()
 
 
+@pytest.mark.slow
 def test_without_the_library_the_table_is_all_and_a_line_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main([*COMMAND, "--output", str(tmp_path / "out")]) == 0

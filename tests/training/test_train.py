@@ -143,6 +143,7 @@ def test_a_run_that_goes_on_from_less_ends_elsewhere(flaw, tmp_path, monkeypatch
     assert files(tmp_path / "parts") != wanted
 
 
+@pytest.mark.slow
 def test_adalora_goes_on_from_what_its_budget_remembers(tmp_path, monkeypatch):
     config = KINDS["adalora"][0]
     wanted, load = whole(tmp_path, run_of(config)), checkpoints.load
@@ -388,6 +389,7 @@ def test_a_loss_that_is_none_or_too_large_is_a_divergence(wrong, monkeypatch):
         next(reached)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_what_was_saved_stays(tmp_path, monkeypatch):
     wanted = whole(tmp_path, run_of(), save_every=2)
     out, written = tmp_path / "out", []
@@ -447,6 +449,7 @@ def test_who_looks_on_is_told_where_a_run_begins_and_each_line(tmp_path):
     assert [line for line, _ in told[1:]] == read_log(tmp_path / LOG)[2:]
 
 
+@pytest.mark.slow
 def test_files_that_are_there_are_neither_mixed_nor_removed_unasked(tmp_path):
     fit(tmp_path, run_of(), save_every=2)
     before = files(tmp_path)
@@ -855,6 +858,7 @@ def test_no_run_takes_the_place_of_a_model_that_no_run_wrote(tmp_path):
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_what_a_full_run_wrote_is_gone_and_what_is_anothers_is_not(tmp_path):
     out = tmp_path / "out"
     fit(out, run_of(replace(QUICK, full=True)))

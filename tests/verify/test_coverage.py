@@ -25,6 +25,7 @@ def drawn(level, profile="ci"):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", others_slow([*WITH_AXES], "merge"))
 def test_each_pair_of_values_that_may_meet_is_drawn(name):
     found = drawn(WITH_AXES[name])

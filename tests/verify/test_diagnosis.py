@@ -89,10 +89,12 @@ def test_what_is_right_gets_no_name():
     assert only("linear.vjp", Linear) == ("pass", ())
 
 
+@pytest.mark.slow
 def test_a_deviation_that_is_not_in_the_catalogue_gets_no_name():
     assert only("linear.vjp", wrong("# branch", "branch = branch + x[:1, :1] ** 2")) == ("fail", ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scale", "says"),
     [("1.37 * s", "s = 1.37 s."), ("2.0", "s = 2."), ("alpha / (r + 1)", "s = α/(r + 1).")],
@@ -132,6 +134,7 @@ def found(check, make, dtype="float32"):
     return result.diagnosis
 
 
+@pytest.mark.slow
 def test_mutants_that_answer_a_check_alike_are_told_apart_by_a_case_of_another():
     ours, other = CATALOGUE["form-no-bias-with-dropout"], CATALOGUE["form-no-bias"]
     check = BY_ID["linear.forward.all"]
@@ -145,6 +148,7 @@ def test_mutants_that_answer_a_check_alike_are_told_apart_by_a_case_of_another()
     assert [d.id for d in found(check.id, other.make)] == [other.id]  # either way
 
 
+@pytest.mark.slow
 def test_what_cannot_be_asked_further_leaves_all_candidates_and_names_the_case():
     class DropoutOnly(CATALOGUE["form-no-bias-with-dropout"].make().__class__):
         def lora_linear(self, *arguments, **options):
@@ -160,6 +164,7 @@ def test_what_cannot_be_asked_further_leaves_all_candidates_and_names_the_case()
     assert all(d.separating for d in said)
 
 
+@pytest.mark.slow
 def test_a_part_of_a_mutant_is_described_as_such_and_named_as_none():
     (said, *_) = found("linear.forward.bias", wrong("# arrays", "b = 0.75 * b"))
     assert said.id == f"{STRUCTURE}part"
@@ -190,11 +195,13 @@ def fewest(make, kind="linear"):
     return check.smallest(Direct(make()), "float32")
 
 
+@pytest.mark.slow
 def test_the_smallest_counterexample_of_a_layer_s_life_is_the_fewest_steps():
     assert fewest(CATALOGUE["lifecycle-added-active"].make)["steps"] == "add('one')"
     assert fewest(CATALOGUE["lifecycle-merge-all"].make)["steps"] == "add('one') merge()"
 
 
+@pytest.mark.slow
 def test_a_session_that_raises_is_told_by_the_steps_before_it():
     class Raising:
         def session(self, layer):
@@ -213,6 +220,7 @@ def test_a_session_that_raises_is_told_by_the_steps_before_it():
     assert "KeyError" in found["got"]
 
 
+@pytest.mark.slow
 def test_an_error_in_a_layer_s_life_says_the_step_and_has_the_fewest_steps():
     class Raising(Minilora):
         def session(self, layer):
@@ -240,6 +248,7 @@ def test_a_right_session_has_no_such_steps(kind):
     assert fewest(Minilora, kind) is None
 
 
+@pytest.mark.slow
 def test_a_case_that_holds_refutes_a_mutant():
     class MergesTwice(Minilora):
         """merge adds 2 s B A, unmerge is right: together they are as if unmerge did nothing."""
@@ -352,6 +361,7 @@ def test_that_a_rank_is_greater_than_a_side_is_told():
     assert result.only == ("r is greater than a side of W",)
 
 
+@pytest.mark.slow
 def test_a_case_that_deviates_and_then_asks_for_what_is_not_there_counts_once():
     class Lone(CATALOGUE["lifecycle-merge-twice"].make().__class__):
         def session(self, layer):
@@ -379,6 +389,7 @@ def summed_in_tiles(step):
     return reference.edited({"base = x @ W.T + b": "base = product(x, W) + b"})
 
 
+@pytest.mark.slow
 def test_a_kernel_that_is_wrong_in_its_second_tile_is_told_from_where_on():
     def last(total, part):
         return part
@@ -533,6 +544,7 @@ def autograd(id):
     return Autograd
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("id", "check"),
     [
@@ -588,6 +600,7 @@ def test_a_scale_is_fitted_beside_any_other_mistake():
     ]
 
 
+@pytest.mark.slow
 def test_one_cause_explains_the_checks_of_all_levels_and_stands_first():
     checks = ("linear.forward", "linear.symmetry", "merge.weight", "multi.forward")
     report = report_of(CATALOGUE["scale-alpha"].make, *checks)

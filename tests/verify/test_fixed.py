@@ -39,6 +39,7 @@ def statuses(target, *checks, **options):
 SCALE_FREE = ("linear.forward", "linear.forward.bias", "linear.symmetry", "merge.weight.conv1d")
 
 
+@pytest.mark.slow
 def test_a_layer_without_a_scale_is_asked_all_that_it_has():
     assert statuses(WithoutScale(), *SCALE_FREE) == ["pass"] * 4
     lacking = ("linear.forward.dropout", "linear.forward.rslora", "merge.weight.rslora")

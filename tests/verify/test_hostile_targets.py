@@ -220,6 +220,7 @@ def test_a_declaration_arrives_as_it_was_made(hostile):
     assert subject.conventions == {"dora_norm": "detached"}
 
 
+@pytest.mark.slow
 def test_a_method_that_ends_every_process_is_not_called_for_ever(hostile, monkeypatch):
     hostile("os._exit(7)")
     W, A, B = np.zeros((2, 2)), np.zeros((1, 2)), np.zeros((2, 1))
@@ -358,6 +359,7 @@ def test_a_run_can_be_made_from_another_thread(hostile):
     assert reports[0].exit_status == 0
 
 
+@pytest.mark.slow
 def test_a_path_is_a_target(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     package = tmp_path / "some_package" / "inner"

@@ -330,6 +330,7 @@ def mutant(name):
     return next(m for m in MUTANTS if m.id == name).make()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("check", "shown", "other"),
     [

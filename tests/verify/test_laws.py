@@ -505,6 +505,7 @@ def test_a_law_that_leads_out_of_the_rationals_is_not_kept():
     assert holds("merge", moved) is False
 
 
+@pytest.mark.slow
 def test_a_case_is_nowhere_special():
     for entry, of in CELLS:
         case = case_of(entry, of)

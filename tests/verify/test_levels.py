@@ -199,6 +199,7 @@ def test_a_file_that_cannot_be_read_is_the_implementations_fault():
     assert wrong == {("error", "missing")}
 
 
+@pytest.mark.slow
 def test_a_folder_that_says_another_scale_is_shown_by_its_modules():
     other = FILES.edited({"# saved": 'c |= {"lora_alpha": 9, "use_rslora": not c["use_rslora"]}'})
     result = check(other(), case="files.save.patterns:float32:0").results[0]
@@ -277,6 +278,7 @@ def test_names_are_confusable_and_each_feature_matters():
             assert hit != adapted_names(without, drawn.modules)
 
 
+@pytest.mark.slow
 def test_names_that_cannot_be_read_are_the_implementations_fault():
     class Wrong:
         def targets(self, config, names):

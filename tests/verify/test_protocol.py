@@ -509,6 +509,7 @@ def test_a_driver_that_nobody_holds_ends(tiny, tmp_path):
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_no_child_behind(tmp_path):
     pids, path = tmp_path / "pids", tmp_path / "waits.py"
     body = f"""

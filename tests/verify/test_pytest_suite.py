@@ -294,6 +294,7 @@ def test_the_plugin_leaves_other_suites_alone(tmp_path):
     assert "1 passed" in run.stdout, run.stdout + run.stderr
 
 
+@pytest.mark.slow
 def test_a_check_needs_no_pytest():
     code = """if True:
         import sys

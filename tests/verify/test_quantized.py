@@ -32,6 +32,7 @@ def test_a_scheme_loses_no_more_than_its_bound_and_much_of_it_at_times(name):
     assert 0.4 < lost.max() <= 1
 
 
+@pytest.mark.slow
 def test_a_target_that_merges_into_the_weight_it_was_given_is_caught():
     class OntoOriginal(QuantizedSession):
         def __init__(self, layer):

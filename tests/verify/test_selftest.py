@@ -28,6 +28,7 @@ def few():
     return selftest.selftest(levels=["merge"], dtypes=["float32", "float16"], quick=True, cases=200)
 
 
+@pytest.mark.slow
 def test_a_share_is_caught_named_and_without_a_false_alarm(few):
     assert few.shortfalls == []
     assert few.exit_status == 0
@@ -49,10 +50,12 @@ def test_another_seed_takes_another_share_and_other_cases(few):
     assert len(other) == len({(m.level, m.family) for m in MUTANTS})
 
 
+@pytest.mark.slow
 def test_what_is_right_is_not_caught():
     assert selftest.catch(of_one(Linear), "float32") == ("", "")
 
 
+@pytest.mark.slow
 def test_what_is_loose_is_not_caught():
     """float32 has 24 digits; what keeps 21 of them loses more than it may, and not much more."""
     odd = LINEAR.edited({"# output": "y = digits(y, 21)"})
@@ -173,6 +176,7 @@ def test_almost_all_is_not_printed_as_all():
     assert percent(400, 400) == "100 %"
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes_the_report(tmp_path, capsys):
     out, page = tmp_path / "s.json", tmp_path / "s.md"
     options = ["--quick", "--level", "merge", "--dtype", "float32", "--cases", "90", "--jobs", "1"]
@@ -185,6 +189,7 @@ def test_the_command_prints_and_writes_the_report(tmp_path, capsys):
     assert page.read_text().startswith("| level | class | no. | float32 | named |\n| --- |")
 
 
+@pytest.mark.slow
 def test_the_summary_of_a_step_is_written_on_and_another_file_anew(tmp_path, monkeypatch):
     summary, other = tmp_path / "summary.md", tmp_path / "other.md"
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))

@@ -608,6 +608,7 @@ def test_dora_s_norm_may_be_held_or_differentiated_and_not_both(made, monkeypatc
 DORA_HELD = minilora_impl.DORA
 
 
+@pytest.mark.slow
 def test_dora_s_dropout_may_be_on_the_branch_alone():
     dropped = vectors(checks=["variants.dora.vjp.dropout"])
     (same,) = (m for m in MUTANTS if m.id == "same-variants-dropout-on-branch")

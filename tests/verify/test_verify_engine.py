@@ -371,6 +371,7 @@ def running(name):
     return any(f.f_code.co_name == name for top in frames for f, _ in traceback.walk_stack(top))
 
 
+@pytest.mark.slow
 def test_a_loop_of_python_is_stopped_when_its_time_is_over():
     ENTERED.clear()
     verdict(hangs_in_a_loop, time_limit=1.0)

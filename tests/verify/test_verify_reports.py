@@ -457,6 +457,7 @@ def test_markdown_takes_nothing_from_a_target_as_markup(hostile):
         assert result.reproduce in whole
 
 
+@pytest.mark.slow
 def test_markdown_stays_within_its_room_and_counts_what_is_left_out(hostile):
     whole = markdown([hostile], MARKDOWN_BYTES)
     for limit in (3000, 1500, 100, 0):
