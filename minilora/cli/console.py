@@ -72,7 +72,7 @@ def write_file(path: str, text: str) -> None:
 
 def markdown_room(path: str) -> int:
     """The number of bytes of Markdown that still fit into a file."""
-    from minilora.verify.report.markdown import MARKDOWN_BYTES
+    from minilora.forms.markdown import MARKDOWN_BYTES
 
     there = os.path.getsize(path) if _is_summary(path) and os.path.exists(path) else 0
     return MARKDOWN_BYTES - there

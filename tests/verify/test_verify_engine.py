@@ -21,6 +21,7 @@ import pytest
 from fake_checks import CHECKS, OnlyMerge, Right, WrongScale
 
 import minilora.verify
+from minilora.forms.words import plain
 from minilora.io.atomic import write_text
 from minilora.verify import check as check_module_or_function
 from minilora.verify import peers
@@ -34,7 +35,6 @@ from minilora.verify.implementation.guard import MAX_HANGS, GuardedImplementatio
 from minilora.verify.loading import load
 from minilora.verify.peers.peer import Peer
 from minilora.verify.plan import plan
-from minilora.verify.report.document import plain
 from minilora.verify.report.html import html
 from minilora.verify.report.junit import junit
 from minilora.verify.tally import CASES_AFTER_A_DEVIATION

@@ -16,6 +16,7 @@ import pytest
 from fake_checks import CHECKS, OnlyMerge, Right, WrongScale
 
 from minilora.cli.main import main
+from minilora.forms.markdown import MARKDOWN_BYTES
 from minilora.verify.core.dtypes import Precision
 from minilora.verify.core.errors import UsageError
 from minilora.verify.core.types import CELLS, Comparison, Diagnosis, Judgement, Picture
@@ -23,7 +24,7 @@ from minilora.verify.engine import run
 from minilora.verify.report.html import grade, html, where_words
 from minilora.verify.report.junit import junit
 from minilora.verify.report.load_report import from_json, read_report
-from minilora.verify.report.markdown import MARKDOWN_BYTES, markdown
+from minilora.verify.report.markdown import markdown
 from minilora.verify.report.matrix import matrix
 from minilora.verify.report.report import Report
 from minilora.verify.report.result import FaultSeen, Result

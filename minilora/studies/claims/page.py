@@ -7,12 +7,12 @@ from html import escape
 from statistics import fmean
 
 from minilora import __version__
+from minilora.forms.html import STYLE
 from minilora.studies.claims.charts import Axis, Line, Point, bars, chart
 from minilora.studies.claims.costs import PARTS
 from minilora.studies.claims.results import Results
 from minilora.studies.claims.study import FULL, Course, Look, Side
 from minilora.studies.claims.verdicts import HOLDS, NOT, UNDECIDED, WHEN, Verdict, case_words, notes
-from minilora.verify.report.html import STYLE
 
 _OWN_STYLE = """
 :root { --s0: #1b1f24; --s1: #0b6bcb; --s2: #b04a00; --s3: #1a7f37; --s4: #8250df }

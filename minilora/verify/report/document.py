@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from math import isfinite
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from minilora.verify.core.types import Judgement, Picture
 from minilora.verify.report.result import Result
 
 if TYPE_CHECKING:
     from minilora.verify.report.causes import Cause
-
-
-def plain(value: Any) -> Any:
-    """The value in the types of JSON; what is not finite becomes a string."""
-    if value is None or isinstance(value, str | bool):
-        return value
-    if isinstance(value, np.bool_):
-        return bool(value)
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(entry) for entry in value]
-    if isinstance(value, Integral):
-        return int(value)
-    if isinstance(value, float | np.generic):
-        number = float(value)
-        names = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
-        return number if isfinite(number) else names[str(number)]
-    return str(value)
 
 
 def _judgement_json(judgement: Judgement) -> dict[str, Any]:

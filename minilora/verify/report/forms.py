@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from minilora.forms.markdown import MARKDOWN_BYTES
 from minilora.verify.report.html import html
 from minilora.verify.report.junit import junit
-from minilora.verify.report.markdown import MARKDOWN_BYTES, markdown
+from minilora.verify.report.markdown import markdown
 from minilora.verify.report.report import Report
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
+from minilora.forms.words import printable
 from minilora.verify.report.causes import cause_lines
 from minilora.verify.report.report import Report
-from minilora.verify.report.runs import headline, printable
+from minilora.verify.report.runs import headline
 from minilora.verify.report.words import deviation_lines
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from html import escape
 
+from minilora.forms.markdown import escaped, fenced, fitted
 from minilora.verify.report.causes import cause_lines
 from minilora.verify.report.report import Report
 from minilora.verify.report.result import Result
-from minilora.verify.report.runs import Runs, printable
+from minilora.verify.report.runs import Runs
 from minilora.verify.report.words import (
     cell,
     check_names,
@@ -19,9 +19,6 @@ from minilora.verify.report.words import (
     summary,
 )
 
-MARKDOWN_BYTES = 2**20
-"""GitHub takes so much of a step's summary."""
-
 
 def markdown(reports: Sequence[Report], limit: int, sources: Sequence[str] = ()) -> str:
     """A table of what deviates and what holds, then each deviation, while there is room.
@@ -29,63 +26,39 @@ def markdown(reports: Sequence[Report], limit: int, sources: Sequence[str] = ())
     ``limit`` is in bytes; what is left out is counted.
     """
     runs = Runs(reports, sources)
-    head = printable("\n".join(_markdown_table(runs)))
-    parts = [printable(part) for part in _markdown_details(runs)]
-    room = limit - len(head.encode()) - 200  # the last line's
-    kept: list[str] = []
-    for part in parts:
-        room -= len(part.encode())
-        if room < 0:
-            break
-        kept.append(part)
-    left = len(parts) - len(kept)
-    last = f"\n{left} of {len(parts)} deviations are left out here; the other forms have them.\n"
-    whole = head + "".join(kept) + (last if left else "")
-    return whole if len(whole.encode()) <= limit else last.lstrip() if limit >= 200 else ""
-
-
-def _plain(words: object) -> str:
-    """Text that Markdown takes as it is, in a cell of a table too."""
-    line = " ".join(str(words).split())
-    return re.sub(r"([\\`*_{}\[\]#|~])", r"\\\1", escape(line, quote=False))
-
-
-def _fenced(lines: str) -> str:
-    """Code, between more backticks than it has in a row."""
-    ticks = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", lines)), 3)
-    return f"{ticks}text\n{lines}\n{ticks}\n"
+    return fitted("\n".join(_markdown_table(runs)), [*_markdown_details(runs)], limit)
 
 
 def _markdown_table(runs: Runs) -> Iterator[str]:
-    yield f"## minilora verify: {_plain(', '.join(runs.labels))}"
+    yield f"## minilora verify: {escaped(', '.join(runs.labels))}"
     yield ""
     for i, (label, report) in enumerate(zip(runs.labels, runs.reports, strict=True)):
-        source = f", from {_plain(runs.sources[i])}" if runs.sources else ""
-        how = f"profile {_plain(report.profile)}, seed {report.seed}, minilora "
+        source = f", from {escaped(runs.sources[i])}" if runs.sources else ""
+        how = f"profile {escaped(report.profile)}, seed {report.seed}, minilora "
         interrupted = " **Interrupted: the results so far.**" if report.interrupted else ""
         yield (
-            f"- **{_plain(label)}** ({how}{_plain(report.minilora)}{source}): "
-            f"{_plain(summary(report))}{interrupted}"
+            f"- **{escaped(label)}** ({how}{escaped(report.minilora)}{source}): "
+            f"{escaped(summary(report))}{interrupted}"
         )
     if runs.differ:
-        yield f"- The runs differ in {_plain(runs.differ)}."
+        yield f"- The runs differ in {escaped(runs.differ)}."
     for label, report in zip(runs.labels, runs.reports, strict=True):
         if found := report.causes:
-            whose = f"{_plain(label)}: " if len(runs.reports) > 1 else ""
+            whose = f"{escaped(label)}: " if len(runs.reports) > 1 else ""
             yield ""
             for line in cause_lines(found):
                 what, _, says = line.partition("  ")
-                words = f"<code>{_plain(says)}</code>" if what == "REPRODUCE" else _plain(says)
+                words = f"<code>{escaped(says)}</code>" if what == "REPRODUCE" else escaped(says)
                 yield f"- {whose}**{what}** {words}"
     yield ""
     heads = runs.labels if len(runs.reports) > 1 else runs.dtypes
-    yield f"| check | {' | '.join(map(_plain, heads))} |"
+    yield f"| check | {' | '.join(map(escaped, heads))} |"
     yield "| --- |" + " --- |" * len(heads)
     level = {check: name for name, checks in runs.levels.items() for check in checks}
     lines = [(check, level[check], tuple(_markdown_cells(runs, check))) for check in runs.checks]
     quiet = {"pass", "skip", "\N{EN DASH}"}
     for name, cells in group_alike(lines, lambda row: row if {*row} <= quiet else None):
-        yield f"| {_plain(name)} | {' | '.join(cells)} |"
+        yield f"| {escaped(name)} | {' | '.join(cells)} |"
     yield ""
     yield ""
 
@@ -115,9 +88,9 @@ def _markdown_details(runs: Runs) -> Iterator[str]:
             whose = f"{escape(runs.labels[i])}: " if len(runs.reports) > 1 else ""
             for result in off:
                 title = f"{whose}{result.status} <code>{escape(check)}</code> {result.dtype}"
-                body = _fenced("\n".join(deviation_lines(report, result)))
+                body = fenced("\n".join(deviation_lines(report, result)))
                 yield f"<details><summary>{title}</summary>\n\n{body}\n</details>\n"
     for i, report in enumerate(runs.reports):
-        whose = f"{_plain(runs.labels[i])}: " if len(runs.reports) > 1 else ""
+        whose = f"{escaped(runs.labels[i])}: " if len(runs.reports) > 1 else ""
         for (before, after), results in known_and_skipped(report).items():
-            yield f"\n{whose}{_plain(f'{before}{check_names(report, results)}{after}')}\n"
+            yield f"\n{whose}{escaped(f'{before}{check_names(report, results)}{after}')}\n"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from minilora.forms.words import wrapped
 from minilora.verify.report.runs import Runs, headline
-from minilora.verify.report.words import group_alike, summary, wrapped
+from minilora.verify.report.words import group_alike, summary
 
 LETTERS = {"fail": "F", "error": "E", "loose": "L", "known": "K", "skip": "s", "pass": "."}
 

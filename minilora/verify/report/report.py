@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from minilora import __version__
+from minilora.forms.words import plain
 from minilora.verify.report.causes import Cause, causes
-from minilora.verify.report.document import cause_json, plain, result_json
+from minilora.verify.report.document import cause_json, result_json
 from minilora.verify.report.result import Result
 from minilora.verify.report.text import text_lines
 

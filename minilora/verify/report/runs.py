@@ -83,11 +83,6 @@ class Runs:
         return sign, ", ".join([passing, *others])
 
 
-def printable(text: str) -> str:
-    """The text without characters that XML or a file cannot hold."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def headline(result: Result) -> str:
     """A deviation in one line."""
     worst = max(result.arrays, key=lambda judged: judged.excess, default=None)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from minilora.verify.report.words import WIDTH
+from minilora.forms.words import WIDTH
 
 if TYPE_CHECKING:
     from minilora.verify.mutants import Mutant

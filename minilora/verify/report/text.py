@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from minilora.forms.words import WIDTH, wrapped
 from minilora.verify.core.errors import tidy
 from minilora.verify.report.causes import cause_lines
 from minilora.verify.report.result import NOT_DIAGNOSED, Result
 from minilora.verify.report.words import (
     CELL,
-    WIDTH,
     cell,
     check_names,
     columns,
@@ -24,7 +24,6 @@ from minilora.verify.report.words import (
     place_words,
     rows,
     summary,
-    wrapped,
 )
 
 if TYPE_CHECKING:

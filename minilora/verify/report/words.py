@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from minilora.forms.words import WIDTH, plain, wrapped
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.errors import tidy
 from minilora.verify.core.tolerance import unit_roundoff
 from minilora.verify.core.types import STRUCTURE, Diagnosis, Judgement
-from minilora.verify.report.document import plain
 from minilora.verify.report.result import STATUSES, FaultSeen, Result
 
 if TYPE_CHECKING:
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Fold = Callable[..., list[str]]
-
-WIDTH = 80
 
 CELL = 11
 """The columns of a dtype: the longest word with a z, and a blank."""
@@ -51,14 +48,6 @@ FAULTS = {
     "internal": "a fault of minilora, not of the target; please report it",
 }
 """The kinds of faults, in words."""
-
-
-def wrapped(text: str, indent: int = 0, hang: int = 2, width: int = WIDTH) -> list[str]:
-    """The text in lines of this width, those after the first further in."""
-    before, after = " " * indent, " " * (indent + hang)
-    return textwrap.wrap(
-        text, width, initial_indent=before, subsequent_indent=after, break_on_hyphens=False
-    )
 
 
 def rows(report: Report) -> list[tuple[str, dict[str, Result]]]:

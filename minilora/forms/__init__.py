@@ -1,0 +1,1 @@
+"""The forms of a report: what text, JSON, Markdown and HTML take, whatever is reported."""
