@@ -92,6 +92,6 @@ class Report:
 
     @property
     def exit_status(self) -> int:
-        """1 with a deviation, 4 if something cannot be decided, else 0."""
+        """1 with a deviation, 4 if something cannot be decided or nothing was found, else 0."""
         found = {entry.severity for entry in self.entries}
-        return 1 if "deviation" in found else 4 if "undecided" in found else 0
+        return 1 if "deviation" in found else 4 if "undecided" in found or not found else 0

@@ -1,0 +1,1 @@
+"""An audit's report as text, JSON, SARIF, JUnit, Markdown and HTML."""
