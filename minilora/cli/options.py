@@ -16,11 +16,11 @@ def split(values: list[str] | None) -> list[str] | None:
     return values and [part.strip() for value in values for part in value.split(",")]
 
 
-def guarded(command: str, run: Callable[[argparse.Namespace], int]) -> Any:
+def guarded(command: str, run: Callable[[argparse.Namespace], int], failed: int = FAILED) -> Any:
     """Wrap ``run``: an exception becomes a message and an exit status.
 
     `NOT_LOADED` for a file or a target that cannot be read, or a missing library; `USAGE` for an
-    invalid setting; `FAILED` for a full disk, too little memory, or numbers that are not finite.
+    invalid setting; ``failed`` for a full disk, too little memory, or numbers that are not finite.
     """
 
     def command_with_errors(arguments: argparse.Namespace) -> int:
@@ -40,15 +40,15 @@ def guarded(command: str, run: Callable[[argparse.Namespace], int]) -> Any:
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             print(f"minilora {command}: {where}{error.strerror or error}", file=sys.stderr)
-            return FAILED
+            return failed
         except ArithmeticError as error:
             print(f"minilora {command}: {error}", file=sys.stderr)
-            return FAILED
+            return failed
         except MemoryError as error:
             text = f"not enough memory: {error}".removesuffix(": ")
             remedy = "use a smaller model or rank, or shorter texts"
             print(f"minilora {command}: {text}; {remedy}", file=sys.stderr)
-            return FAILED
+            return failed
 
     return command_with_errors
 
@@ -108,9 +108,18 @@ TUNING = (
 
 
 def add_command(
-    commands: Any, name: str, help: str, description: str, run: Any, statuses: str = TUNING
+    commands: Any,
+    name: str,
+    help: str,
+    description: str,
+    run: Any,
+    statuses: str = TUNING,
+    failed: int = FAILED,
 ) -> Any:
-    """Add a command; its help shows the defaults of options and the exit statuses."""
+    """Add a command; its help shows the defaults of options and the exit statuses.
+
+    ``failed`` is the status after a full disk or too little memory.
+    """
     parser = commands.add_parser(
         name,
         help=help,
@@ -118,7 +127,7 @@ def add_command(
         allow_abbrev=False,
         formatter_class=_Help,
     )
-    parser.set_defaults(run=guarded(name, run), parser=parser)
+    parser.set_defaults(run=guarded(name, run, failed), parser=parser)
     return parser
 
 
@@ -130,6 +139,7 @@ def kinds_of(option: Any) -> tuple[Any, Any, Any]:
 
 FORMS = {
     "json": "JSON",
+    "sarif": "SARIF 2.1.0",
     "junit": "JUnit XML",
     "html": "one HTML page",
     "markdown": "Markdown; append to $GITHUB_STEP_SUMMARY",

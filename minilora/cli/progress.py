@@ -37,6 +37,33 @@ def progress_bar(unit: str = "cases") -> Iterator[Progress | None]:
         yield progress
 
 
+BytesRead = Callable[[int, int, str], None]
+"""Told as an audit goes: the bytes that were read, of how many, and the name of what they are."""
+
+
+@contextlib.contextmanager
+def bytes_bar() -> Iterator[BytesRead | None]:
+    """A progress bar of bytes and the time left on standard error, if that is a terminal."""
+    open_streams()
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    # The name is last: a narrow terminal cuts it off.
+    form = "{percentage:3.0f}% {bar:16} {n_fmt}B of {total_fmt}B, {remaining} left  {desc}"
+    with tqdm(
+        bar_format=form, unit_scale=True, leave=False, file=sys.stderr, dynamic_ncols=True
+    ) as bar:
+
+        def progress(read: int, total: int, name: str) -> None:
+            bar.total = total
+            bar.set_description_str(name, refresh=False)
+            bar.update(read - bar.n)
+
+        yield progress
+
+
 @contextlib.contextmanager
 def steps_bar() -> Iterator[Callable[[Mapping[str, Any], int], None] | None]:
     """A progress bar of a run's steps on standard error, if that is a terminal.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from minilora.io.loading import AdaptedModel
 
 NAMES: tuple[str, ...] = (
-    *("verify", "report", "variants", "selftest", "vectors"),
+    *("verify", "audit", "report", "variants", "selftest", "vectors"),
     *("train", "generate", "evaluate", "merge", "inspect", "convert"),
     *("sweep", "claims", "bench", "example"),
 )
