@@ -23,13 +23,20 @@ class Tensor(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its name in the base."""
+
     @property
-    def dtype(self) -> np.dtype[Any]: ...
+    def dtype(self) -> np.dtype[Any]:
+        """Of the numbers of `rows`."""
+
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """As stored."""
+
     @property
-    def scheme(self) -> str | None: ...
+    def scheme(self) -> str | None:
+        """The quantizer's name."""
 
     def rows(self, start: int, stop: int) -> Array:
         """Entries start … stop along the first axis, in ``dtype``; dequantized if quantized."""
