@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Mapping
 from math import isfinite
@@ -45,3 +46,9 @@ def plain(value: Any) -> Any:
         names = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
         return number if isfinite(number) else names[str(number)]
     return str(value)
+
+
+def json_text(document: Any) -> str:
+    """The document as strict JSON: no number is NaN, and half of a surrogate pair is escaped."""
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode() + "\n"

@@ -9,7 +9,7 @@ from typing import Any
 
 from minilora import __version__
 from minilora.audit.result import SEVERITIES, Report
-from minilora.forms.words import plain
+from minilora.forms.words import json_text, plain
 
 
 def schema() -> dict[str, Any]:
@@ -50,5 +50,5 @@ def document(report: Report) -> dict[str, Any]:
 
 
 def as_json(report: Report) -> str:
-    """The document as text: strict JSON, so that no number is NaN or infinite."""
-    return json.dumps(document(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """The document as text."""
+    return json_text(document(report))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -10,7 +9,7 @@ from urllib.parse import quote
 from minilora import __version__
 from minilora.audit.report.groups import Group, groups
 from minilora.audit.result import VERDICTS, Entry, Report
-from minilora.forms.words import plain, printable
+from minilora.forms.words import json_text, plain, printable
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/os/schemas/sarif-schema-2.1.0.json"
 
@@ -53,7 +52,7 @@ def sarif(report: Report) -> str:
         },
     }
     log = {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
-    return json.dumps(log, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(log)
 
 
 def _rule_id(report: Report, group: Group) -> str:
@@ -90,4 +89,4 @@ def _result(report: Report, entry: Entry, rule: str, index: int) -> dict[str, An
 
 def _uri(path: str) -> str:
     """A path or an address as a reference of a URI."""
-    return path if "://" in path else quote(Path(path).as_posix())
+    return printable(path) if "://" in path else quote(Path(path).as_posix(), errors="replace")
