@@ -10,7 +10,7 @@ import pytest
 import threadpoolctl
 from calculus import WORST
 from hypothesis import settings
-from releases import changed_since
+from releases import changed_since, changed_since_finding
 
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("dev", deadline=None)
@@ -63,11 +63,16 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """What was "Seen in" one release of a library may be otherwise in another: expect no less."""
+    """What was seen in one release of a library may be otherwise in another: expect no less."""
     try:
         return (yield)
     except (Exception, pytest.fail.Exception) as error:
-        changed = changed_since(pyfuncitem.function.__doc__)
+        mark = pyfuncitem.get_closest_marker("finding")
+        changed = (
+            changed_since_finding(*mark.args)
+            if mark
+            else changed_since(pyfuncitem.function.__doc__)
+        )
         if changed:
             pytest.xfail(f"no longer so: {'; '.join(changed)}; {error}")
         raise

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from fnmatch import fnmatchcase as fnmatch
 from functools import cache
 from pathlib import Path
@@ -12,8 +13,11 @@ import numpy as np
 import pytest
 
 from minilora.cli.main import main
+from minilora.findings import FINDINGS, LIBRARIES
+from minilora.findings.finding import Finding
 from minilora.verify.checks.registry import CHECKS
 from minilora.verify.peers import PEERS
+from minilora.verify.versions import is_in_range
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -149,90 +153,77 @@ def test_every_other_module_has_a_page_of_its_docstrings():
             assert (name in documented) == GENERATE.is_documented(name)
 
 
-SEEN = re.compile(r"Seen in (and |\w+ [\d.]+\d ?)+\.")
-
-
-def incomplete(docstring):
-    """What a finding's docstring lacks: its title, what is right, whether verify finds it, where
-    it was seen.
-    """
-    title, *rest = GENERATE.paragraphs(docstring)
+def incomplete(finding):
+    """What a finding lacks: what is right, whether verify finds it, where it was seen."""
     wanted = {
-        "title": re.fullmatch(r"[^\n]+\.", title) and not SEEN.fullmatch(title),
-        "right": any(paragraph.startswith("**Right.**") for paragraph in rest),
-        "verify": len(GENERATE.said_of_verify(docstring)) == 1,
-        "release": bool(rest) and SEEN.fullmatch(rest[-1]),
+        "title": finding.title and not finding.title.endswith("."),
+        "right": finding.right != "",
+        "verify": bool(finding.checks) != bool(finding.not_asked),
+        "reason": not finding.not_asked.endswith("."),
+        "id": re.fullmatch(r"[a-z.-]+\.[a-z0-9-]+", finding.id) and finding.library in LIBRARIES,
+        "release": is_in_range(finding.seen, finding.versions),
     }
     return [what for what, there in wanted.items() if not there]
 
 
-FINDINGS = [
-    node
-    for node in ast.parse(GENERATE.FINDINGS.read_text()).body
-    if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-]
+@pytest.mark.parametrize("finding", FINDINGS.values(), ids=FINDINGS)
+def test_a_finding_says_what_is_right_what_finds_it_and_where_it_was_seen(finding):
+    assert incomplete(finding) == []
 
 
-@pytest.mark.parametrize("test", FINDINGS, ids=lambda test: test.name)
-def test_a_finding_says_what_is_right_what_finds_it_and_where_it_was_seen(test):
-    assert incomplete(ast.get_docstring(test)) == []
-
-
-ASKED = "Found by `verify peft`: `linear.forward`, `merge.weight`."
+WHOLE = Finding("peft.one", "A title", "silent", "This", "0.21.2", not_asked="it is new")
 
 
 @pytest.mark.parametrize(
-    ("docstring", "lacks"),
+    ("change", "lacks"),
     [
-        ("Seen in torch 2.13.0.", ["title", "right", "verify", "release"]),
-        (f"A title.\n\n{ASKED}\n\nSeen in torch 2.13.0.", ["right"]),
-        (f"A title.\n\n**Right.** This.\n\n{ASKED}\n\nSeen in torch.", ["release"]),
-        (f"A title.\n\n**Right.** This.\n\n{ASKED}\n\nSeen in 2.13.", ["release"]),
-        ("A title.\n\n**Right.** This.\n\nSeen in torch 2.13.0.", ["verify"]),
-        (f"A title.\n\n**Right.** This.\n\n{ASKED}\n\n{ASKED}\n\nSeen in mlx 0.3.", ["verify"]),
-        (
-            "A title.\n\n**Right.** This.\n\nFound by `verify peft`: nothing.\n\nSeen in mlx 0.3.",
-            ["verify"],
-        ),
-        (f"A title.\n\n**Right.** This.\n\n{ASKED}\n\nSeen in torch 2.13.0 and peft 0.21.2.", []),
+        ({}, []),
+        ({"title": "A title."}, ["title"]),
+        ({"right": ""}, ["right"]),
+        ({"not_asked": ""}, ["verify"]),
+        ({"found_by": ("peft", "linear.forward")}, ["verify"]),
+        ({"not_asked": "", "found_by": ("peft", "linear.forward")}, []),
+        ({"id": "petf.one"}, ["id"]),
+        ({"versions": "<0.21"}, ["release"]),
     ],
 )
-def test_an_incomplete_finding_is_seen(docstring, lacks):
-    assert incomplete(docstring) == lacks
+def test_an_incomplete_finding_is_seen(change, lacks):
+    assert incomplete(replace(WHOLE, **change)) == lacks
 
 
-def not_known(peer, checks):
-    """Those of the checks that do not exist, or that the peer does not declare as known."""
-    declared = [name.partition(":")[0] for name in PEERS[peer].known]
+def not_known(id, peer, checks):
+    """Those of the checks that do not exist, or that the peer does not declare as known for it."""
+    said = rf"\b{re.escape(id)}\b(?![.-])"
+    declared = [
+        name.partition(":")[0]
+        for name, entry in PEERS[peer].known.items()
+        if re.search(said, entry.get("link", ""))
+    ]
     exist = {check.id for check in CHECKS}
     return [c for c in checks if c not in exist or not any(fnmatch(c, name) for name in declared)]
 
 
-FOUND = {
-    test.name: GENERATE.checks_of(said)
-    for test in FINDINGS
-    for said in GENERATE.said_of_verify(ast.get_docstring(test))
-    if said.re is GENERATE.FOUND
-}
+FOUND = {it.id: (it.peer, it.checks) for it in FINDINGS.values() if it.peer}
 
 
-@pytest.mark.parametrize("test", FOUND)
-def test_the_checks_that_find_something_are_known_to_deviate(test):
-    assert not_known(*FOUND[test]) == []
+@pytest.mark.parametrize("id", FOUND)
+def test_the_checks_that_find_something_are_known_to_deviate(id):
+    assert not_known(id, *FOUND[id]) == []
 
 
 def test_a_check_that_is_not_known_to_deviate_is_seen():
-    assert not_known("peft", ["lifecycle.unknown", "linear.forward", "lifecycle.tied.none"]) == [
-        "linear.forward",
-        "lifecycle.tied.none",
-    ]
+    id, checks = "peft.unknown-adapter", ["lifecycle.unknown", "linear.forward", "lifecycle.none"]
+    assert not_known(id, "peft", checks) == ["linear.forward", "lifecycle.none"]
+    assert not_known("peft.max-norm", "peft", ["lifecycle.unknown"]) == ["lifecycle.unknown"]
 
 
 @pytest.mark.slow
 def test_the_table_has_a_line_for_each_finding():
     table = GENERATE.findings()[GENERATE.FOUND_BY]
     assert table.count("\n| ") == 2 + len(FINDINGS)
-    assert f" finds {len(FOUND)} of {len(FINDINGS)} " in table
+    assert table.startswith(
+        f"{len(FINDINGS)} findings, of which `minilora verify` finds {len(FOUND)} "
+    )
     for peer, checks in FOUND.values():
         assert f"`{peer}`: `{checks[0]}`" in table
     assert f"{{include}} {GENERATE.FOUND_BY}" in (DOCS / "findings.md").read_text()
@@ -242,11 +233,26 @@ def test_the_table_has_a_line_for_each_finding():
 def test_every_finding_is_on_the_page_of_its_library():
     pages = GENERATE.findings()
     del pages[GENERATE.FOUND_BY]
-    text = "".join(pages.values())
-    assert len(re.findall("^## ", text, re.M)) == len(FINDINGS)
-    assert all(text.count(f"def {test.name}(") == 1 for test in FINDINGS)
-    listed = re.findall(r"^(findings/[\w-]+)$", (DOCS / "findings.md").read_text(), re.M)
+    for library in LIBRARIES.values():
+        page = pages[f"findings/{library.name}.md"]
+        titles = re.findall("^## (.*)$", page, re.M)
+        assert titles == [finding.title for finding in library.findings]
+        assert all(finding.library == library.name for finding in library.findings)
+    listed = re.findall(r"^(findings/[\w.-]+)$", (DOCS / "findings.md").read_text(), re.M)
     assert {f"{name}.md" for name in listed} == pages.keys()
+
+
+PROVEN = {
+    test.name: GENERATE.proven_by(test)
+    for test in ast.parse(GENERATE.PROOFS.read_text()).body
+    if isinstance(test, ast.FunctionDef) and test.name.startswith("test_")
+}
+
+
+def test_every_finding_has_a_test_and_every_test_its_finding():
+    assert sorted(PROVEN.values()) == sorted(FINDINGS)
+    pages = "".join(GENERATE.findings().values())
+    assert all(pages.count(f"def {name}(") == 1 for name in PROVEN)
 
 
 def test_a_notebook_has_the_cells_of_its_page_and_no_output():

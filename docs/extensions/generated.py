@@ -1,8 +1,9 @@
 """The pages that are made when the documentation is built, from the code and from the tests.
 
-``findings/LIBRARY.md`` comes from the docstrings in ``tests/peers/test_findings.py``, and so does
-``findings/found-by.txt``, the table that the page of the findings includes; ``api/`` has a page for
-each module, and ``downloads/`` the pages that are offered as notebooks. Git ignores them.
+``findings/LIBRARY.md`` comes from ``minilora/findings`` and the tests of
+``tests/peers/test_findings.py``, and so does ``findings/found-by.txt``, the table that the page of
+the findings includes; ``api/`` has a page for each module, and ``downloads/`` the pages that are
+offered as notebooks. Git ignores them.
 """
 
 import ast
@@ -11,36 +12,24 @@ import re
 import shutil
 from pathlib import Path
 
+from minilora.findings import LIBRARIES
+from minilora.findings.finding import OUTCOMES, SEVERITIES
+
 DOCS = Path(__file__).parent.parent
 ROOT = DOCS.parent
-FINDINGS = ROOT / "tests" / "peers" / "test_findings.py"
-LIBRARIES = {
-    "transformers": "transformers",
-    "peft": "PEFT",
-    "loralib": "loralib",
-    "bitsandbytes": "bitsandbytes",
-    "lycoris": "LyCORIS",
-    "mlx_lm": "mlx-lm",
-    "jax": "JAX",
-    "keras": "Keras",
-    "flax": "Flax NNX",
-}
-"""The libraries by the second word of a test's name, and what they are called."""
-
-FOUND = re.compile(r"Found by `verify ([\w-]+)`: (`[\w.-]+`(?:, `[\w.-]+`)*)\.")
-NOT_ASKED = re.compile(r"Not asked by `verify`: (.+)\.")
-"""What a finding says of ``minilora verify PEER``: the checks that show it, or why none does."""
+PROOFS = ROOT / "tests" / "peers" / "test_findings.py"
+"""The tests that prove findings, each with the mark ``finding`` and the id."""
 
 FOUND_BY = "findings/found-by.txt"
 
-TABLE = """`minilora verify` finds {found} of {total} by itself. It does not ask for the others.
+TABLE = """{total} findings, of which `minilora verify` finds {found} by itself.
 
-| Library | Finding | Found by | Or why not |
-| --- | --- | --- | --- |
+| Library | Finding | Severity | Status | Found by | Or why not |
+| --- | --- | --- | --- | --- | --- |
 {rows}
 """
 
-PACKAGES = ("io", "training", "verify", "studies", "cli", "testing")
+PACKAGES = ("io", "training", "verify", "findings", "studies", "cli", "testing")
 """Those whose modules get a page each; `spec` has pages written by hand."""
 
 BESIDE = {"verify": ("pytest_plugin.py",)}
@@ -107,27 +96,61 @@ def helpers_of(test, helpers):
     return [name for name in helpers if name in used]
 
 
-def finding(test, code, anchors):
+def proven_by(test):
+    """The id of the finding that a test proves, or None."""
+    for decorator in test.decorator_list:
+        if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.finding":
+            return ast.literal_eval(decorator.args[0])
+    return None
+
+
+def in_one_line(text):
+    """Markdown with each paragraph in one line."""
+    return "\n\n".join(paragraphs(text)) if text else ""
+
+
+def about(it, library):
+    """What the page says below a finding's text: what finds it, its severity and its releases."""
+    found = f"Found by `verify {it.peer}`: {code_list(it.checks)}."
+    also = "".join(f" and {name} {release}" for name, release in it.also.items())
+    lines = [
+        found if it.peer else f"Not asked by `verify`: {it.not_asked}.",
+        f"*`{it.id}`: {it.severity} ({SEVERITIES[it.severity]}), {it.status}. Seen in "
+        f"{library.distribution or library.title} {it.seen}{also}.*",
+    ]
+    if it.stored:
+        effect = f"{OUTCOMES[it.stored.outcome]}: {it.stored.effect}"
+        lines.insert(1, f"`minilora audit adapter` looks for it: {effect}.")
+    return "\n\n".join([*lines, *([f"Source: {it.source}."] if it.source else [])])
+
+
+def code_list(names):
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def finding(it, library, code, anchors):
     """A section of Markdown for one finding; ``anchors`` say on which page a title is."""
-    title, *rest, seen = paragraphs(ast.get_docstring(test))
-    cut = next((i for i, p in enumerate(rest) if p.startswith("**Consequence.**")), len(rest))
-    text = "\n\n".join([*rest[:cut], "@code", *rest[cut:], f"*{seen}*"])
-    text = re.sub(r"\]\(#([^)]+)\)", lambda m: f"]({anchors[m[1]]}.md#{m[1]})", text)
-    text = re.sub(r"\]\((?!https?:|\w+\.md#)([^)]+)\)", r"](../\1)", text)
     shown = (
         "```{raw} html\n<details><summary>Reproduction</summary>\n```\n\n"
         f"```python\n{code}\n```\n\n"
         "```{raw} html\n</details>\n```"
+        if code
+        else ""
     )
-    return f"## {title.removesuffix('.')}\n\n{text.replace('@code', shown)}\n"
-
-
-def title_of(test):
-    return paragraphs(ast.get_docstring(test))[0].removesuffix(".")
-
-
-def library_of(test):
-    return LIBRARIES.get(test.name.split("_")[1]) or LIBRARIES["_".join(test.name.split("_")[1:3])]
+    text = "\n\n".join(
+        part
+        for part in (
+            in_one_line(it.does),
+            f"**Right.** {in_one_line(it.right)}",
+            shown,
+            f"**Consequence.** {in_one_line(it.consequence)}" if it.consequence else "",
+            about(it, library),
+        )
+        if part
+    )
+    text = re.sub(r"\]\(#([^)]+)\)", lambda m: f"]({anchors[m[1]]}.md#{m[1]})", text)
+    text = re.sub(r"\]\((?!https?:|[\w-]+\.md#)([^)]+)\)", r"](../\1)", text)
+    return f"## {it.title}\n\n{text}\n"
 
 
 def is_fixture(function):
@@ -155,52 +178,41 @@ def reproduction(test, helpers, source):
     return "\n\n\n".join([*parts, source_of(test, lines)])
 
 
-def said_of_verify(docstring):
-    """What a finding's docstring says of `minilora verify`: the matches of FOUND and NOT_ASKED."""
-    matches = [
-        pattern.fullmatch(paragraph)
-        for paragraph in paragraphs(docstring)
-        for pattern in (FOUND, NOT_ASKED)
-    ]
-    return [match for match in matches if match]
-
-
-def checks_of(found):
-    """The peer and its checks, of a match of FOUND."""
-    return found[1], re.findall(r"`([^`]+)`", found[2])
-
-
-def row(library, title, said):
+def row(it, library):
     """A finding's line in the table."""
-    link = f"[{title}](findings/{slug(library)}.md#{slug(title)})"
-    by, why = ("", said[1]) if said.re is NOT_ASKED else (f"`{said[1]}`: {said[2]}", "")
-    return f"| {library} | {link} | {by} | {why} |"
+    link = f"[{it.title}](findings/{library.name}.md#{slug(it.title)})"
+    by = f"`{it.peer}`: {code_list(it.checks)}" if it.peer else ""
+    return f"| {library.title} | {link} | {it.severity} | {it.status} | {by} | {it.not_asked} |"
 
 
-def found_by(tests):
-    """The table of which check finds what."""
-    said = {test: said_of_verify(ast.get_docstring(test))[0] for test in tests}
-    in_order = sorted(tests, key=lambda test: [*LIBRARIES.values()].index(library_of(test)))
-    rows = [row(library_of(test), title_of(test), said[test]) for test in in_order]
-    found = sum(match.re is FOUND for match in said.values())
-    return TABLE.format(found=found, total=len(tests), rows="\n".join(rows))
+def found_by():
+    """The table of all findings, and of which check finds what."""
+    all_of = [(it, library) for library in LIBRARIES.values() for it in library.findings]
+    rows = [row(it, library) for it, library in all_of]
+    found = sum(bool(it.peer) for it, _ in all_of)
+    return TABLE.format(found=found, total=len(rows), rows="\n".join(rows))
+
+
+def proofs():
+    """{id of a finding: the source that reproduces it}."""
+    source = PROOFS.read_text()
+    tests, helpers = tests_and_helpers(ast.parse(source))
+    return {proven_by(test): reproduction(test, helpers, source) for test in tests}
 
 
 def findings():
-    """{page: text}: the findings of each library, in the order of the tests, and the table."""
-    source = FINDINGS.read_text()
-    tests, helpers = tests_and_helpers(ast.parse(source))
-    anchors = {slug(title_of(test)): slug(library_of(test)) for test in tests}
-    texts = {title: [] for title in LIBRARIES.values()}
-    for test in tests:
-        code = reproduction(test, helpers, source)
-        texts[library_of(test)].append(finding(test, code, anchors))
-    return {FOUND_BY: found_by(tests)} | {
-        f"findings/{slug(title)}.md": (
-            f"# {title}\n\n{len(parts)} findings. [What a finding is](../findings.md).\n\n"
-            + "".join(f"{part}\n" for part in parts)
+    """{page: text}: the findings of each library, and the table of all."""
+    code = proofs()
+    anchors = {slug(it.title): lib.name for lib in LIBRARIES.values() for it in lib.findings}
+    return {FOUND_BY: found_by()} | {
+        f"findings/{library.name}.md": (
+            f"# {library.title}\n\n{len(library.findings)} findings. "
+            "[What a finding is](../findings.md).\n\n"
+            + "".join(
+                f"{finding(it, library, code.get(it.id, ''), anchors)}\n" for it in library.findings
+            )
         )
-        for title, parts in texts.items()
+        for library in LIBRARIES.values()
     }
 
 

@@ -1,1 +1,39 @@
-"""Deviations of real libraries from the algebra: versions, conditions, effects, sources."""
+"""Deviations of real libraries from the algebra: versions, conditions, effects, sources.
+
+A module a library. The pages of the documentation, what `minilora verify` knows of its peers, and
+`minilora audit adapter` read them here; `tests/peers/test_findings.py` proves them.
+"""
+
+from minilora.findings import (
+    bitsandbytes,
+    flax,
+    jax,
+    keras,
+    loralib,
+    lycoris,
+    mlx_lm,
+    peft,
+    transformers,
+)
+from minilora.findings.finding import Finding, Library
+
+LIBRARIES: dict[str, Library] = {
+    module.LIBRARY.name: module.LIBRARY
+    for module in (
+        transformers,
+        peft,
+        loralib,
+        bitsandbytes,
+        lycoris,
+        mlx_lm,
+        jax,
+        keras,
+        flax,
+    )
+}
+"""By their names, in the order of the pages."""
+
+FINDINGS: dict[str, Finding] = {
+    finding.id: finding for library in LIBRARIES.values() for finding in library.findings
+}
+"""By their ids."""

@@ -1,11 +1,10 @@
 """The checks that a finding names fail by themselves, whatever is declared as known."""
 
-import ast
 from fnmatch import fnmatchcase as fnmatch
 
 import pytest
-from releases import changed_since
-from test_docs import FINDINGS, FOUND
+from releases import changed_since_finding
+from test_docs import FOUND
 from test_other_peers import loaded
 
 from minilora.verify.checks.registry import CHECKS
@@ -15,8 +14,7 @@ from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.minilora_impl import Minilora
 from minilora.verify.peers import PEERS
 
-SEEN = {test.name: ast.get_docstring(test) for test in FINDINGS}
-NAMED = {(peer, check): test for test, (peer, checks) in FOUND.items() for check in checks}
+NAMED = {(peer, check): id for id, (peer, checks) in FOUND.items() for check in checks}
 
 
 def dtypes_of(peer, check):
@@ -41,7 +39,7 @@ def fails(check, subject, dtype, number):
 @pytest.mark.parametrize(("peer", "check"), NAMED)
 def test_what_finds_something_fails_by_itself(peer, check):
     library = loaded(peer)
-    if changed := changed_since(SEEN[NAMED[peer, check]]):
+    if changed := changed_since_finding(NAMED[peer, check]):
         pytest.skip("; ".join(changed))
     (it,) = (each for each in CHECKS if each.id == check)
     subject, dtypes = GuardedImplementation(library), dtypes_of(peer, check)

@@ -12,7 +12,7 @@ PEER = Peer(
     fixed={"alpha": "r", "dropout": False, "use_rslora": False, "fan_in_fan_out": False},
     known=entries(
         ["init.distribution"],
-        "A is drawn by he_uniform, U(-√(6/n), √(6/n)), √6 times as wide (flax/nnx/nn/lora.py)",
+        ("flax.fresh-a",),
         {"arrays": ["the part of √n A up to each point*"]},
     ),
 )

@@ -5,11 +5,6 @@ from dataclasses import replace
 from minilora.verify.peers import keras
 from minilora.verify.peers.known import entries
 
-_LOST = (
-    "build() calls enable_lora(self.lora_rank) without lora_alpha, so s = 1 whatever alpha is "
-    "(layers/core/dense.py)"
-)
-
 PEER = replace(
     keras.PEER,
     name="keras-constructor",
@@ -23,9 +18,9 @@ PEER = replace(
             "merge.weight*",
             "merge.bias",
         ),
-        _LOST,
+        ("keras.constructor-alpha",),
         {"mutant": "scale-one"},
     )
-    | entries(["linear.balance"], _LOST, {"arrays": ["Bᵀ dB against dA Aᵀ"]})
-    | entries(["merge.full-digits"], _LOST, {"arrays": ["merged W"]}),
+    | entries(["linear.balance"], ("keras.constructor-alpha",), {"arrays": ["Bᵀ dB against dA Aᵀ"]})
+    | entries(["merge.full-digits"], ("keras.constructor-alpha",), {"arrays": ["merged W"]}),
 )

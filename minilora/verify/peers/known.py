@@ -1,33 +1,33 @@
 """Deviations of transformers, whichever peer puts its layers into its models."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from minilora.findings import FINDINGS
 
 Entry = Mapping[str, Any]
 """A known deviation: its reason, what was seen of it, and in which versions, if not in all."""
 
 
 def entries(
-    checks: Iterable[str], reason: str, *seen: Mapping[str, Any], **more: Any
+    checks: Iterable[str],
+    about: str | Sequence[str],
+    *seen: Mapping[str, Any],
+    **more: Any,
 ) -> dict[str, Entry]:
-    """One entry for all of these checks."""
-    entry = {"reason": reason, "seen": list(seen), **more}
+    """One entry for all of these checks.
+
+    ``about``: the ids of the findings that they show, whose causes are the reason; or the reason.
+    """
+    entry: dict[str, Any] = {"reason": about, "seen": list(seen), **more}
+    if not isinstance(about, str):
+        entry["reason"] = "; ".join(FINDINGS[id].cause for id in about)
+        entry["link"] = f"(finding {', '.join(about)})"
     return dict.fromkeys(checks, entry)
 
 
-_LOSS = (
-    "transformers computes a causal language model's loss from `logits.float()` (ForCausalLMLoss "
-    "in loss/loss_utils.py), so loss and gradients carry float32 rounding"
-)
-_LLAMA = (
-    f"{_LOSS}; and it casts to float32 in models/llama/modeling_llama.py (qwen2 alike): "
-    "RMSNorm's input, the RoPE angles and tables, and the attention softmax, so the logits "
-    "carry it too"
-)
-_PADDED = (
-    f"{_LLAMA}. The least float64, which fills the mask, is -inf in that softmax: a row without "
-    "any key (padding on the left) is NaN, and with it the loss"
-)
+_LLAMA = tuple(f"transformers.float64-{part}" for part in ("loss", "rmsnorm", "rope", "softmax"))
+_PADDED = (*_LLAMA, "transformers.float64-padding")
 _FLOAT32 = {"rounded_to": "float32"}
 _NAN = {"error": ["nan: loss holds 1 NaN*", "nan: logits holds*", "nan: *step*"]}
 
@@ -60,12 +60,21 @@ def _in_float64(checks: Iterable[str]) -> list[str]:
 
 
 TRANSFORMERS = {
-    **entries(_in_float64(_OF_LOSS), _LOSS, _FLOAT32),
+    **entries(_in_float64(_OF_LOSS), ("transformers.float64-loss",), _FLOAT32),
     **entries(
-        _in_float64(["model.llama*", "train.labels", "train.repeat"]), _PADDED, _FLOAT32, _NAN
+        _in_float64(["model.llama*", "train.labels", "train.repeat"]),
+        _PADDED,
+        _FLOAT32,
+        _NAN,
     ),
     # AdamW divides by the size of the gradient: what float32 has rounded there may become anything.
-    **entries(_in_float64(_OF_LLAMA), _PADDED, _FLOAT32, _NAN, {"arrays": "*after step *"}),
+    **entries(
+        _in_float64(_OF_LLAMA),
+        _PADDED,
+        _FLOAT32,
+        _NAN,
+        {"arrays": "*after step *"},
+    ),
     **entries(
         _in_float64(["model.batches", "model.adapters", "inference.logits.combined"]),
         _LLAMA,

@@ -3,8 +3,6 @@
 from minilora.verify.peers.known import TRANSFORMERS, entries
 from minilora.verify.peers.peer import Peer
 
-_MAX_NORM = "an embedding looks up the columns of lora_A with the max_norm of the table (layers.py)"
-
 PEER = Peer(
     name="loralib",
     implementation="minilora.verify.peers.implementations.loralib:Loralib",
@@ -26,18 +24,17 @@ PEER = Peer(
         **TRANSFORMERS,
         **entries(
             ["module.embedding.max-norm.forward", "module.embedding.max-norm.gradients"],
-            _MAX_NORM,
+            ("loralib.max-norm",),
             {"arrays": ["y, eval", "y, train", "y", "dB"]},
         ),
         **entries(
             ["module.conv.pointwise.dropout"],
-            "convolutions build their dropout (layers.py) and never call it",
+            ("loralib.conv-dropout",),
             {"arrays": "y of samples in training"},
         ),
         **entries(
             ["lifecycle.random-steps*"],
-            "eval() merges what there is, B = 0 at first, and an adapter that is loaded after it "
-            "does not act; the next train() takes it out nevertheless",
+            ("loralib.loaded-after-eval",),
             {"after": ["add", "load", "train", "activate"]},
         ),
     },

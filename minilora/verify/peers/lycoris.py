@@ -13,13 +13,12 @@ PEER = Peer(
     fixed={"dropout": False, "fan_in_fan_out": False},
     known=entries(
         ["variants.dora.*.all"],
-        "the norm of each row is ‖V‖ + ε with ε = finfo.eps (_weight_decompose in "
-        "functional/general.py), so rows of small norm come out too small",
+        ("lycoris.dora-epsilon",),
         {"arrays": ["y", "dB", "dmagnitude", "merged W"]},
     )
     | entries(
         ["variants.dora.init:float16"],
-        "the norm of each row is ‖V‖ + ε, so DoRA starts as another function",
+        ("lycoris.dora-epsilon",),
         {"factor": 0.999, "arrays": ["y against the base"]},
     ),
 )

@@ -3,11 +3,6 @@
 from minilora.verify.peers.known import entries
 from minilora.verify.peers.peer import Peer
 
-_SUMMED = (
-    "quantized_matmul of MLX keeps its sums in the inputs' dtype on the CPU, the product with a "
-    "dense weight in float32"
-)
-
 PEER = Peer(
     name="mlx-lm",
     implementation="minilora.verify.peers.implementations.mlx_lm:MlxLm",
@@ -22,7 +17,7 @@ PEER = Peer(
             for check in ("forward", "gradients", "merge")
             for half in ("bfloat16", "float16")
         ],
-        _SUMMED,
+        ("mlx-lm.quantized-sum",),
         {"after": ["train", "eval", "merge"]},
     ),
 )

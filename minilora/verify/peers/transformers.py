@@ -3,10 +3,6 @@
 from minilora.verify.peers.known import entries
 from minilora.verify.peers.peer import Peer
 
-_MAGNITUDE = (
-    "load_adapter (integrations/peft.py) renames the file's lora_magnitude_vector to one without "
-    "the parameter's .weight: DoRA's magnitude is not loaded, and stays the norm of the base"
-)
 _REPORT = "load_adapter logs which tensors are missing and which are left over, and goes on"
 
 PEER = Peer(
@@ -18,7 +14,7 @@ PEER = Peer(
     known={
         **entries(
             ["inference.logits.dora", "inference.logits.combined"],
-            _MAGNITUDE,
+            ("transformers.dora-magnitude",),
             {"arrays": "log-probabilities"},
         ),
         **entries(["inference.names.*"], _REPORT, {"arrays": "log-probabilities of *"}),

@@ -1,0 +1,154 @@
+"""Findings in bitsandbytes."""
+
+from minilora.findings.finding import Finding, Library
+
+SEEN = "0.50.2"
+
+FINDINGS = (
+    Finding(
+        id="bitsandbytes.rows-no-blocks",
+        title="Weights whose rows are no whole blocks are dequantized with other scales",
+        severity="silent",
+        seen=SEEN,
+        does="""
+            NF4's blocks run through the rows on end, so that a row of another length than a
+            multiple of the block shares some with its neighbours. That is how `quantize_4bit` makes
+            them. On processors with AVX-512, `dequantize_4bit` counts the blocks anew in each row
+            wherever the row's length is a multiple of its registers', and takes the first scales
+            again and again. FP4 goes through the same lines.
+            """,
+        right=r"""
+            The entry $i$ of all, counted through the rows, has the scale of block $\lfloor i / 64
+            \rfloor$. The same bytes and scales give the weight back as soon as the rows are as long
+            as a block.
+            """,
+        consequence="""
+            The base is another one, without a word, and by as much as scales of blocks differ. An
+            adapter that is trained beside it computes something else on any other machine.
+            `Linear4bit` is hit where its input features are no multiple of its block, as in a model
+            that [bitsandbytes
+            1628](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1628) names. Blocks
+            longer than most rows have been kept from this path since
+            [1828](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1828), as inaccurate
+            there. Choose a block that divides the rows.
+            """,
+        not_asked="quantized weights are drawn with rows of whole blocks",
+    ),
+    Finding(
+        id="bitsandbytes.zero",
+        title="Zero is not found in a map that has it",
+        severity="rounding",
+        seen=SEEN,
+        does="""
+            `quantize_blockwise` looks its codes up in a table of equally spaced points between -1
+            and 1. Zero lies between two of them, and the point that it is rounded to is nearer to
+            another value. Double quantization goes this way with the constants of NF4.
+            """,
+        right="""
+            The map contains zero, and zero is nearest to itself.
+            """,
+        consequence="""
+            Slight: of each block's greatest modulus, what the page of
+            [`quantize_dynamic`](spec/quantization.md#quantize_dynamic) prints. But what is zero
+            does not stay so.
+            """,
+        not_asked="a quantized weight may lose what its scheme loses, which is more",
+    ),
+    Finding(
+        id="bitsandbytes.bias-gradient",
+        title="The gradient of a bias is summed over the first axis",
+        severity="fails",
+        seen=SEEN,
+        cause=(
+            "the gradient of a bias is the sum over dy's first axis (autograd/_functions.py):"
+            " of one token without a batch a number, which autograd refuses; of a batch of "
+            "sequences rounded before the sum over the rest"
+        ),
+        does="""
+            `Linear4bit` sums dy over its first axis alone, and rounds. What remains of a batch of
+            sequences autograd sums; of one token without a batch a number remains, and it fails.
+            """,
+        right=r"""
+            $\partial L / \partial b = \sum_t dy_t$ over all tokens, one or many.
+            """,
+        consequence="""
+            For biases that are trained beside a four-bit weight, one rounding more. Give a single
+            token its batch.
+            """,
+        found_by=("bitsandbytes", "linear.vjp.bias", "linear.vjp.all"),
+    ),
+    Finding(
+        id="bitsandbytes.packed-gradient",
+        title="The gradient of a layer that was evaluated is lost",
+        severity="training",
+        seen=SEEN,
+        cause=(
+            "on a processor with AVX-512 for bfloat16 Linear4bit packs its weight anew in its"
+            " first evaluation (nn/modules.py), and has no gradient of x from then on"
+        ),
+        does="""
+            On a processor with AVX-512 for bfloat16, a `Linear4bit` packs its weight anew in its
+            first evaluation, for a kernel that came with [bitsandbytes
+            1804](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1804). Back in
+            training it goes on with that kernel, which has no gradient. PyTorch warns; a layer with
+            a bias fails.
+            """,
+        right=r"""
+            $\d x = W^\top \d y$, whatever was computed before.
+            """,
+        consequence="""
+            A training run that evaluates in between goes on with other gradients: through the
+            adapters and around the layers alone, no longer through the frozen weights. Put the
+            model together again after an evaluation, or keep its four-bit layers in training.
+            """,
+        found_by=("bitsandbytes", "quantized.gradients"),
+    ),
+    Finding(
+        id="bitsandbytes.packed-rounding",
+        title="A layer that was evaluated rounds to bfloat16",
+        severity="rounding",
+        seen=SEEN,
+        cause=(
+            "the kernel for what Linear4bit has packed (nn/modules.py) rounds to bfloat16, "
+            "and refuses a side that is no multiple of 32"
+        ),
+        does="""
+            The same packing rounds the constants of the blocks to bfloat16, and its kernel the
+            inputs, in a float32 model as well. It refuses layers whose output features are no
+            multiple of 32.
+            """,
+        right="""
+            Packing is another order of the same numbers.
+            """,
+        consequence="""
+            Evaluation and training are two functions, and what is trained after an evaluation is
+            another function than before. `minilora verify bitsandbytes` keeps the frozen layer in
+            training.
+            """,
+        found_by=("bitsandbytes", "quantized.forward"),
+    ),
+    Finding(
+        id="bitsandbytes.eight-bits",
+        title="A layer in eight bits rounds its inputs too, in evaluation alone",
+        severity="rounding",
+        seen=SEEN,
+        cause=(
+            "Linear8bitLt (autograd/_functions.py) rounds its inputs to eight bits in "
+            "evaluation, and not in training"
+        ),
+        does="""
+            On a CPU `Linear8bitLt` multiplies by the dequantized weight in training. In evaluation
+            it quantizes each row of x to eight bits first, as LLM.int8 does on a GPU in both.
+            """,
+        right="""
+            Without dropout evaluation is the function that was trained.
+            """,
+        consequence="""
+            What is small beside the greatest input of a token is lost in evaluation: 0.4 % of it
+            and less. An adapter is trained beside another base than it is used with.
+            """,
+        found_by=("bitsandbytes", "quantized.forward"),
+    ),
+)
+
+LIBRARY = Library("bitsandbytes", "bitsandbytes", "bitsandbytes", FINDINGS)

@@ -1,0 +1,89 @@
+"""Findings in LyCORIS."""
+
+from minilora.findings.finding import Finding, Library
+
+SEEN = "4.1.3"
+
+FINDINGS = (
+    Finding(
+        id="lycoris.loaded-scale",
+        title="An adapter is loaded with the scale that the network was built with",
+        severity="silent",
+        seen=SEEN,
+        does="""
+            `alpha` is a buffer that `load_state_dict` and `load_weights` fill; the scale is a
+            number that was computed from the constructor's argument, and nothing computes it anew.
+            """,
+        right=r"""
+            $h = W x + (\alpha / r) B A x$ with the $\alpha$ of the file.
+            """,
+        consequence="""
+            The function is another one, without a word, unless the network is built with the same
+            alpha. `create_lycoris_from_weights` takes the file's.
+            """,
+        not_asked="the peer has no method that loads",
+    ),
+    Finding(
+        id="lycoris.names",
+        title="An adapter of another model is loaded as none",
+        severity="silent",
+        seen=SEEN,
+        does="""
+            A name that is no module's is passed over.
+            """,
+        right="""
+            Every tensor of an adapter has a place in the model, or the adapter is another model's.
+            """,
+        consequence="""
+            A wrong prefix or another model's file leaves the base as it is. Count `loras`.
+            """,
+        not_asked="the peer has no method that loads",
+    ),
+    Finding(
+        id="lycoris.no-alpha",
+        title="An adapter without alpha fails",
+        severity="fails",
+        seen=SEEN,
+        does="""
+            The constructor says that no alpha means the rank, and so it is for an alpha of 0.
+            sd-scripts read an absent one so too.
+            """,
+        right="""
+            Without an alpha $s = 1$.
+            """,
+        consequence="""
+            Files of the time before alphas are not read. Put the rank into them.
+            """,
+        not_asked="the peer has no method that loads",
+    ),
+    Finding(
+        id="lycoris.dora-epsilon",
+        title="DoRA starts as another function where rows are small",
+        severity="silent",
+        seen=SEEN,
+        cause=(
+            "the norm of each row is ‖V‖ + ε with ε = finfo.eps (_weight_decompose in "
+            "functional/general.py), so rows of small norm come out too small"
+        ),
+        does=r"""
+            To the norm of each row float32's $\epsilon$ is added, absolute, but not to the
+            magnitude, which is that norm.
+            """,
+        right=r"""
+            With $B = 0$ the rescaled row is $m\, W / \lVert W \rVert = W$. A row of norm $\epsilon$
+            becomes half of itself.
+            """,
+        consequence="""
+            Rows of ordinary size change in their last bit. A row that is near zero, such as a
+            pruned one, shrinks, and a scale of all weights does not pass through.
+            """,
+        found_by=(
+            "lycoris",
+            "variants.dora.forward.all",
+            "variants.dora.vjp.all",
+            "variants.dora.merge.all",
+        ),
+    ),
+)
+
+LIBRARY = Library("lycoris", "LyCORIS", "lycoris-lora", FINDINGS)

@@ -1,0 +1,178 @@
+"""PEFT's AdaLoRA."""
+
+from minilora.findings.finding import Finding
+from minilora.findings.peft.release import SEEN
+
+FINDINGS = (
+    Finding(
+        id="peft.adalora-penalty",
+        title="AdaLoRA's penalty is a mean of norms",
+        severity="choice",
+        seen=SEEN,
+        does=r"""
+            The paper's term is $\gamma \sum_k R_k$ with $R = \lVert B^\top B - I \rVert_F^2 +
+            \lVert A A^\top - I \rVert_F^2$. PEFT adds `orth_reg_weight` times the mean of the norms
+            themselves over all $A$ and $B$; so does the code of the paper's authors.
+            """,
+        right=r"""
+            With one row and one column, $R = (B^2 - 1)^2 + (A^2 - 1)^2$ and $\partial R / \partial
+            A = 4 (A^2 - 1) A$. The gradient vanishes as $A$ becomes orthogonal; that of the norm,
+            $2A$ here, does not.
+            """,
+        consequence=r"""
+            The paper's $\gamma$ is not `orth_reg_weight`: the one's pull grows with the distance
+            and the number of projections, the other's depends on neither.
+            """,
+        not_asked="no method has AdaLoRA",
+    ),
+    Finding(
+        id="peft.adalora-penalty-where",
+        title="AdaLoRA's penalty is in an evaluation's loss, and in none without a task type",
+        severity="training",
+        seen=SEEN,
+        does="""
+            `AdaLoraModel.forward` adds the penalty wherever the outputs have a loss. A `PeftModel`,
+            which is what a configuration without `task_type` gives, calls the model below it and
+            goes past that forward, as [PEFT 432](https://github.com/huggingface/peft/issues/432)
+            found; its subclasses for the tasks do not.
+            """,
+        right="""
+            The penalty belongs to the loss of training, and only there; it is above 0 unless $A$
+            and $B$ are orthogonal.
+            """,
+        consequence="""
+            Without `task_type` nothing keeps $A$ and $B$ orthogonal, and nothing says so. With it,
+            losses and perplexities of evaluations are too high by the penalty; compute them from
+            the logits.
+            """,
+        not_asked="no method has AdaLoRA",
+    ),
+    Finding(
+        id="peft.adalora-saved-between",
+        title="AdaLoRA's adapter is saved as another function between two prunings",
+        severity="silent",
+        seen=SEEN,
+        does="""
+            With `deltaT` above 1 a pruned singular value is trained on until the next pruning, and
+            is no zero then. `save_pretrained` leaves out the triplets that the last pruning took
+            away, whatever they have become.
+            """,
+        right="""
+            What is saved and loaded is the same function, as it is right after a pruning.
+            """,
+        consequence="""
+            A checkpoint from the middle of training computes something else than the model that was
+            evaluated beside it. Save at steps that prune. (The warning on loading is beside the
+            point: the rank pattern that it calls ignored is the one that gives the tensors their
+            shapes.)
+            """,
+        not_asked="no method has AdaLoRA",
+    ),
+    Finding(
+        id="peft.adalora-equal-scores",
+        title="AdaLoRA prunes all triplets of one score",
+        severity="training",
+        seen=SEEN,
+        does="""
+            The threshold is the greatest score that is to go, and all that does not exceed it goes.
+            """,
+        right="""
+            The budget is the number of triplets that stay; of equal scores, some do.
+            """,
+        consequence="""
+            Scores in floating point are seldom equal, but where gradients are zero, as in a
+            projection that the batch does not reach, all are.
+            """,
+        not_asked="no method has AdaLoRA",
+    ),
+    Finding(
+        id="peft.adalora-alpha-0",
+        title="AdaLoRA's adapter of alpha 0 is loaded with another scale",
+        severity="silent",
+        seen=SEEN,
+        does="""
+            For `lora_alpha=0` the layer takes the rank in its place, so that the scale is about 1.
+            When an adapter is loaded that has been pruned, it takes the pruned rank, and divides by
+            the rank of the start.
+            """,
+        right="""
+            What is saved and loaded is the same function. With any other alpha it is: then the rank
+            of the start, which is kept for the purpose, is the only rank in the scale.
+            """,
+        consequence="""
+            The branch of each projection shrinks by the share of its triplets that stay. Write the
+            initial rank as `lora_alpha`.
+            """,
+        not_asked="no method has AdaLoRA",
+    ),
+    Finding(
+        id="peft.adalora-ranknum",
+        title="AdaLoRA's rank is trained where the base is in half precision",
+        severity="silent",
+        seen=SEEN,
+        does="""
+            The scale of AdaLoRA divides by the rank of the start, which the layer keeps as a
+            parameter without a gradient. Moving it to where the base is makes a new parameter of
+            it, with one, if that changes the dtype, as it does for a base in bfloat16: the
+            optimizer then trains the rank. It is not saved.
+            """,
+        right=r"""
+            The scale is a constant, $s = \alpha / (r + 10^{-5})$.
+            """,
+        consequence="""
+            The scales drift apart from projection to projection as training goes on, and the saved
+            adapter is loaded with the scale of the start: another function than the one that was
+            evaluated. Set `requires_grad` of every `ranknum` to false before the optimizer is made.
+            """,
+        not_asked="no method has AdaLoRA",
+    ),
+    Finding(
+        id="peft.adalora-scale",
+        title="AdaLoRA ignores rsLoRA and the patterns of alpha",
+        severity="silent",
+        seen=SEEN,
+        does="""
+            `AdaLoraConfig` takes `use_rslora` and `alpha_pattern`, saves them and computes nothing
+            by them.
+            """,
+        right=r"""
+            A setting that is taken acts: with rsLoRA $s = \alpha / \sqrt{r}$, with a pattern the
+            $\alpha$ of the projection.
+            """,
+        consequence="""
+            The scale is not the one that was asked for. minilora's reader refuses the two by name.
+            """,
+        not_asked="no method has AdaLoRA",
+    ),
+    Finding(
+        id="peft.adalora-whole-budget",
+        title="AdaLoRA fails where the budget does not fall",
+        severity="fails",
+        seen=SEEN,
+        right="""
+            A budget of as many triplets as there are prunes none.
+            """,
+        consequence="""
+            `target_r` equal to `init_r`, AdaLoRA without pruning, raises at the first step that
+            would prune, with an error that names neither.
+            """,
+        not_asked="no method has AdaLoRA",
+    ),
+    Finding(
+        id="peft.adalora-budget-rounded",
+        title="AdaLoRA's budget is one triplet short where it is a whole number",
+        severity="rounding",
+        seen=SEEN,
+        does="""
+            The cube is computed in floating point and its product cut to a whole number.
+            """,
+        right=r"""
+            $125 \, (1 - \tfrac45)^3 = 1$.
+            """,
+        consequence="""
+            One triplet of a step, and at the last step none. Who compares two implementations step
+            by step meets it.
+            """,
+        not_asked="no method has AdaLoRA",
+    ),
+)

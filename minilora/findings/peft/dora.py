@@ -1,0 +1,142 @@
+"""PEFT's DoRA."""
+
+from minilora.findings.finding import Finding
+from minilora.findings.peft.release import SEEN
+
+FINDINGS = (
+    Finding(
+        id="peft.dora-in-a-row",
+        title="Several DoRA adapters act in a row, and side by side where they train with dropout",
+        severity="silent",
+        seen=SEEN,
+        cause=(
+            "DoRA (tuners/lora/dora.py) rescales what the adapters before it in the list have"
+            " added, by a norm of W without them: the order of the active adapters matters, "
+            "merged and not"
+        ),
+        does=r"""
+            Each adapter rescales what the ones before it gave, by $g_i = m_i / \|W + \Delta_i\|$
+            with the norm of its own sum with the base. So does the merge ([PEFT
+            3609](https://github.com/huggingface/peft/pull/3609)). With dropout each computes the
+            base's part from the dropped input itself, and so from the base alone.
+            """,
+        right=r"""
+            Neither is what the paper says, which has one adapter. But an adapter is trained on the
+            base and on nothing else, $W + \sum_i (g_i (W + \Delta_i) - W)$ does not ask for an
+            order, and with it one function is trained and evaluated. $g_2 (g_1 (W + \Delta_1) +
+            \Delta_2)$ is another one in each order.
+            """,
+        consequence="""
+            With `lora_dropout` several active DoRA adapters train as one function and answer as
+            another, even if nothing is dropped. minilora adds the branches; with one active adapter
+            nothing differs.
+            """,
+        found_by=("peft", "lifecycle.dora.several"),
+    ),
+    Finding(
+        id="peft.dora-zero-row",
+        title="A row of zeros becomes NaN under DoRA",
+        severity="silent",
+        seen=SEEN,
+        does="""
+            Each row of the weight is divided by its norm, whatever that is.
+            """,
+        right="""
+            A row without a direction has none to rescale; with $m = 0$ and the norm taken for one
+            it stays what it is, and so it starts as the base.
+            """,
+        consequence="""
+            Pruned weights and vocabularies padded with rows of zeros are NaN from the first step
+            on, and one such output makes the whole loss NaN. Leave these modules out.
+            """,
+        not_asked="no weight with a row of zeros is drawn for DoRA",
+    ),
+    Finding(
+        id="peft.dora-conv-padding",
+        title="A DoRA convolution pads its base with zeros where it trains with dropout",
+        severity="training",
+        seen=SEEN,
+        does="""
+            With dropout PEFT computes the base's part of the branch anew, from what dropout leaves,
+            and without the padding mode.
+            """,
+        right="""
+            Where nothing is dropped, training and evaluation are one function: with $B = 0$ and
+            twice the magnitude, twice the base.
+            """,
+        consequence="""
+            Near the border training and evaluation differ, adapter or not.
+            """,
+        not_asked="dropout is asked of convolutions that pad with zeros",
+    ),
+    Finding(
+        id="peft.dora-conv-groups",
+        title="DoRA's norms in groups are those of another matrix",
+        severity="silent",
+        seen=SEEN,
+        cause=(
+            "DoRA takes the norms of a convolution in groups (tuners/lora/dora.py) of another"
+            " matrix"
+        ),
+        does="""
+            In groups $B$ has $r/g$ columns, each row those of its group. For the norm PEFT reads
+            its entries as if they had $r$, and lays the product over the weight, which happens to
+            have as many entries. [PEFT 2567](https://github.com/huggingface/peft/pull/2567) made it
+            so, where it was an error before.
+            """,
+        right="""
+            The norms are those of the rows of $V = W + sBA$, both block-diagonal, over all
+            channels: what the branch multiplies by.
+            """,
+        consequence="""
+            What is trained is no DoRA: a row's norm depends on other rows' adapters. With $B = 0$,
+            at the start, nothing shows.
+            """,
+        found_by=("peft", "module.conv.groups-dora.forward", "module.conv.groups-dora.gradients"),
+    ),
+    Finding(
+        id="peft.dora-bias-gradient",
+        title="A bias loses its gradient under DoRA in half precision",
+        severity="rounding",
+        seen=SEEN,
+        cause=(
+            "DoRA takes the bias from the base's output and leaves it there "
+            "(tuners/lora/dora.py): its gradient is sum dy + sum (g - 1) dy - sum (g - 1) dy,"
+            " each rounded"
+        ),
+        does=r"""
+            With $g$ the magnitude over the norm, PEFT adds $(g - 1) (W x + b - b)$ to the base's
+            output $W x + b$. The bias's gradient comes by three ways, $\sum \d y + (g - 1) \sum \d
+            y - (g - 1) \sum \d y$, and each is rounded.
+            """,
+        right=r"""
+            $\d b = \sum \d y$: DoRA rescales the weight, and not the bias.
+            """,
+        consequence="""
+            Where $g$ is large, a bias that is trained beside DoRA in bfloat16 is trained by
+            rounding errors, or not at all.
+            """,
+        found_by=("peft", "variants.dora.vjp"),
+    ),
+    Finding(
+        id="peft.dora-vector",
+        title="DoRA makes a row of a vector",
+        severity="fails",
+        seen=SEEN,
+        cause=(
+            "DoRA views its factor as (1, m) (tuners/lora/dora.py), so that a vector's output"
+            " is a row"
+        ),
+        does="""
+            PyTorch's linear takes one vector without a batch. With DoRA on it the output is a row:
+            the factor is viewed as a matrix of one row, and that is how the sum comes out.
+            """,
+        right="""
+            An adapter changes the values of a layer's output, never its shape.
+            """,
+        consequence="""
+            What comes after the layer fails, or broadcasts without a word. Give a batch of one.
+            """,
+        found_by=("peft", "variants.dora.unbatched", "variants.dora.unbatched-vjp"),
+    ),
+)

@@ -1,0 +1,180 @@
+"""What PEFT saves and loads otherwise than it was trained."""
+
+from minilora.findings.finding import Finding
+from minilora.findings.peft.release import SEEN
+
+FINDINGS = (
+    Finding(
+        id="peft.pattern-order",
+        title="A loaded adapter may have another scale than the saved one",
+        severity="silent",
+        seen=SEEN,
+        cause=(
+            "get_pattern_key (utils/other.py) takes the first key that fits, and "
+            "save_pretrained (config.py) writes the keys sorted"
+        ),
+        does="""
+            `rank_pattern` and `alpha_pattern` map patterns to ranks and alphas, and the first
+            pattern that fits a module counts. `save_pretrained` sorts their keys, so another one
+            may come first when the adapter is loaded.
+            """,
+        right=r"""
+            What is saved and loaded is the same function, with the same $s = \alpha / r$.
+            """,
+        consequence="""
+            The branch of an adapter is scaled otherwise after loading, without a word. Write
+            patterns of which only one fits each module. `read_adapter` reads what PEFT loads.
+            """,
+        not_asked="no case saves patterns of which several fit one module",
+    ),
+    Finding(
+        id="peft.heads-listed-again",
+        title="A classifier's heads are listed again at each saving",
+        severity="nuisance",
+        seen=SEEN,
+        does="""
+            Of a model with `task_type="SEQ_CLS"` PEFT adds the heads that it knows to the list
+            `modules_to_save`, of whatever is there: to the caller's own list, and to the one that
+            it has saved.
+            """,
+        right="""
+            What was loaded and is saved again is the same.
+            """,
+        consequence="""
+            The function stays the same; `adapter_config.json` grows with every round, and a
+            configuration that is used for two models is not what its caller wrote. Give each model
+            a list of its own.
+            """,
+        not_asked=(
+            "no method answers a configuration; the peer hands the library a copy of the list"
+        ),
+    ),
+    Finding(
+        id="peft.pissa-niter",
+        title="PiSSA by a few iterations is loaded as another function",
+        severity="silent",
+        seen=SEEN,
+        does="""
+            With `init_lora_weights="pissa_niter_…"` the singular values are approximated from a
+            random start. Loading takes the start out of the base again, and draws anew: the
+            residual is another than the one that A and B were trained beside. Plain `"pissa"`
+            computes the same residual each time.
+            """,
+        right="""
+            $W = R + s B A$, so that R is W less the very start of B and A.
+            """,
+        consequence="""
+            What is loaded is not what was trained, the more so the closer the singular values are.
+            Convert such an adapter where it was trained. minilora's reader refuses it.
+            """,
+        not_asked="no check saves after a start, and none starts PiSSA by iterations",
+    ),
+    Finding(
+        id="peft.pissa-converted",
+        title="Converting PiSSA drops all but A and B",
+        severity="silent",
+        seen=SEEN,
+        does="""
+            `save_pretrained` with `path_initial_model_for_weight_conversion` writes the doubled A
+            and B and nothing else: no magnitude of DoRA, no module that is saved in full, no
+            adapter of an embedding.
+            """,
+        right="""
+            $R + s B A = W + s (B A - B_0 A_0)$ is about the projection's A and B; everything else
+            that was trained stays part of the function. DoRA's magnitude too: it rescales the rows
+            of the same matrix.
+            """,
+        consequence="""
+            The loaded adapter has an embedding without an adapter and magnitudes as they started,
+            or fails for a module that is missing. minilora converts and keeps all of them.
+            """,
+        not_asked="no method converts an adapter",
+    ),
+    Finding(
+        id="peft.gpt2-tied",
+        title="A GPT-2 is loaded without the tied half of its adapter",
+        severity="silent",
+        seen=SEEN,
+        does="""
+            `target_modules=["lm_head"]` with `ensure_weight_tying` adapts head and embedding, and
+            is saved as an adapter of `transformer.wte`. On loading, only modules called
+            `embed_tokens` or `lm_head` are known to be tied: the head's factors in the file are
+            passed over.
+            """,
+        right="""
+            What is saved and loaded is the same function.
+            """,
+        consequence="""
+            The logits are the base's head on adapted embeddings. A file that names both modules, as
+            minilora writes it, is loaded whole; PEFT's own is refused here, as tensors would be
+            left over.
+            """,
+        not_asked="no adapter of both uses of a table is asked of a model in a file",
+    ),
+    Finding(
+        id="peft.qwen2-replication",
+        title="The layers of a Qwen2 cannot be replicated",
+        severity="fails",
+        seen=SEEN,
+        does="""
+            `layer_replication` lengthens the model's list of layers, and not `layer_types` of its
+            configuration, which Qwen2 reads by the layer's number.
+            """,
+        right="""
+            A copy of a layer is a layer of its kind.
+            """,
+        consequence="""
+            None in numbers: the call fails. minilora refuses to write such an adapter.
+            """,
+        not_asked="no configuration replicates layers",
+    ),
+    Finding(
+        id="peft.bias-shard-warning",
+        title="A whole bias of B is taken for a shard",
+        severity="nuisance",
+        seen=SEEN,
+        does="""
+            With `lora_bias=True`, saving warns that `lora_B.bias` has an invalid shape and that
+            shards were not gathered: what is of one dimension counts as a shard, and a bias has one
+            dimension.
+            """,
+        right="""
+            The bias is a vector of the layer's outputs; it is saved whole and comes back.
+            """,
+        consequence="""
+            A false alarm at every save; where warnings are errors, no save.
+            """,
+        not_asked="it is a warning, and no number",
+    ),
+    Finding(
+        id="peft.names-fit-nothing",
+        title="The base is served where the names of an adapter fit nothing",
+        severity="silent",
+        seen=SEEN,
+        cause=(
+            "load_adapter (peft_model.py) warns of tensors that are missing and says nothing "
+            "of those left over: the base, or a part of the adapter, is served"
+        ),
+        does="""
+            `PeftModel.from_pretrained` builds the adapter of `adapter_config.json`, fills in the
+            tensors whose names fit, and leaves the others out: the factors B that it found nothing
+            for stay 0. It warns of missing tensors; of tensors that are left over it says nothing.
+            """,
+        right="""
+            An adapter that does not fit is refused, or has its effect.
+            """,
+        consequence="""
+            A checkpoint with other names (without the prefix, of another version of the model)
+            answers as the base does, and one that fits in part as a mixture. Make the warning an
+            error, and compare the names in the file with `get_peft_model_state_dict`.
+            """,
+        found_by=(
+            "peft",
+            "inference.names.prefix",
+            "inference.names.adapter-name",
+            "inference.names.misspelt",
+            "inference.names.other-model",
+            "inference.names.partial",
+        ),
+    ),
+)

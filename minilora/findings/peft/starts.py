@@ -1,0 +1,137 @@
+"""PEFT's initializations."""
+
+from minilora.findings.finding import Finding
+from minilora.findings.peft.release import SEEN
+
+FINDINGS = (
+    Finding(
+        id="peft.olora-transposed",
+        title="OLoRA starts from the transpose of a weight that is stored (in, out)",
+        severity="fails",
+        seen=SEEN,
+        cause=(
+            "olora_init (tuners/lora/layer.py) factors the weight as it is stored: of a "
+            "Conv1D, which has (in, out), A and B get each other's sides, and the first "
+            "forward fails"
+        ),
+        does="""
+            GPT-2's `Conv1D` is such a layer. PiSSA's start transposes it since [PEFT
+            2103](https://github.com/huggingface/peft/issues/2103); these two do not. The residual
+            is right, and the factors are exchanged.
+            """,
+        right="""
+            $R + sBA = W$, so that the start leaves the output as it is.
+            """,
+        consequence="""
+            The first forward fails; where the weight is square, as GPT-2's `attn.c_proj`, training
+            starts from another model, without a word.
+            """,
+        found_by=("peft", "init.fresh.olora"),
+    ),
+    Finding(
+        id="peft.embedding-start",
+        title="An embedding starts as LoRA's, whatever start is asked for",
+        severity="training",
+        seen=SEEN,
+        does="""
+            PEFT's embeddings have one start and take the name of any other one for it, where
+            convolutions refuse an unknown name.
+            """,
+        right="""
+            Each of these starts is one of a matrix, and a table is one. What cannot be done is an
+            error.
+            """,
+        consequence="""
+            The model trains, with LoRA's start in its embeddings.
+            """,
+        not_asked="`init` starts the weight of a linear layer alone",
+    ),
+    Finding(
+        id="peft.pissa-tied",
+        title="PiSSA in a head takes its part out of the tied embedding too",
+        severity="silent",
+        seen=SEEN,
+        does="""
+            The residual is put into the weight that the two share. OLoRA and LoftQ do the same.
+            """,
+        right="""
+            $R + sBA = W$ in the head, and the embedding keeps $W$: the start changes no output. The
+            tie has to end there.
+            """,
+        consequence="""
+            Training starts from a model whose embedding lacks its greatest singular values, and
+            nothing says so.
+            """,
+        not_asked="`init` starts the weight of a linear layer alone",
+    ),
+    Finding(
+        id="peft.experts-orthogonal",
+        title="Experts that start orthogonal share one rank, and do not start at zero",
+        severity="silent",
+        seen=SEEN,
+        does="""
+            The start makes $A$ and $B$ of one matrix of rank $r$, where there should be one for
+            each expert. Cut into the experts' parts, their halves of the rank are no longer
+            opposite each other.
+            """,
+        right="""
+            $BA = 0$ in each expert.
+            """,
+        consequence="""
+            Training starts from another model, with rank $r / e$; where $e$ does not divide $r$,
+            the first forward fails.
+            """,
+        not_asked="`init` starts the weight of a linear layer alone",
+    ),
+    Finding(
+        id="peft.loftq-scale",
+        title="LoftQ starts without its scale",
+        severity="silent",
+        seen=SEEN,
+        does="""
+            PEFT hands the weight and the rank to the start, and not $s$. The question is open in
+            [PEFT 1982](https://github.com/huggingface/peft/issues/1982). The start asks for a GPU,
+            whatever there is:
+            """,
+        right="""
+            What acts is $Q + sBA$, and it should be near $W$. With $BA$ the best for $W - Q$, the
+            scale 2 is as far from $W$ as $Q$ alone, and a greater one farther: $W - Q - sBA = (W -
+            Q - BA) + (1 - s)BA$, two parts at right angles.
+            """,
+        consequence=r"""
+            With $\alpha = 2r$, as is usual, LoftQ gains nothing over the quantized weight. Start it
+            with $\alpha = r$.
+            """,
+        not_asked="no check starts LoftQ",
+    ),
+    Finding(
+        id="peft.loftq-transposed",
+        title="LoftQ starts from the transpose of a weight that is stored (in, out)",
+        severity="silent",
+        seen=SEEN,
+        does="""
+            As OLoRA does.
+            """,
+        right="""
+            $R + sBA = W$.
+            """,
+        not_asked="no check starts LoftQ",
+    ),
+    Finding(
+        id="peft.loftq-layers",
+        title="LoftQ fails in convolutions and embeddings",
+        severity="fails",
+        seen=SEEN,
+        does="""
+            They call the start without the configuration that it needs.
+            """,
+        right="""
+            The matrix of an embedding is as good as another one; what is not supported is refused
+            by name, as in convolutions every other start is.
+            """,
+        consequence="""
+            An error that names an argument of the library's own.
+            """,
+        not_asked="no check starts LoftQ",
+    ),
+)

@@ -1,0 +1,209 @@
+"""Findings in transformers."""
+
+from minilora.findings.finding import Finding, Library
+
+SEEN = "5.24.0"
+
+FINDINGS = (
+    Finding(
+        id="transformers.float64-loss",
+        title="The loss of a float64 model is computed in float32",
+        severity="rounding",
+        seen=SEEN,
+        cause=(
+            "ForCausalLMLoss (loss/loss_utils.py) starts with `logits.float()`, so loss and "
+            "gradients carry float32 rounding"
+        ),
+        does="""
+            `ForCausalLMLoss` starts with `logits.float()`, whatever the model's dtype.
+            """,
+        right="""
+            The losses of two labels share the logarithm of the sum, so that $L_i - L_j = z_j -
+            z_i$. Logits that float32 cannot tell apart get the same loss.
+            """,
+        consequence="""
+            For half precision the cast is a gain. In float64, finite differences, `gradcheck` and
+            reference values that pass through `.loss` have float32's accuracy. Take the logits, and
+            compute the loss from them.
+            """,
+        found_by=("peft", "model.gpt2", "model.llama", "train.prompt"),
+    ),
+    Finding(
+        id="transformers.float64-rmsnorm",
+        title="A float64 Llama computes RMSNorm in float32",
+        severity="rounding",
+        seen=SEEN,
+        cause=(
+            "RMSNorm (models/llama/modeling_llama.py, qwen2 alike) casts its input to "
+            "float32, so the logits carry it too"
+        ),
+        does="""
+            RMSNorm casts its input to float32, RoPE its angles and tables, and the eager attention
+            its softmax. The maintainers give the reason, the stability of half precision, in issues
+            [24519](https://github.com/huggingface/transformers/issues/24519) and
+            [30186](https://github.com/huggingface/transformers/issues/30186).
+            """,
+        right="""
+            RMSNorm divides a token's features by one number, so it keeps their order.
+            """,
+        consequence="""
+            A Llama in float64 is no reference for another one: its logits and gradients carry
+            float32's rounding. minilora's own comparison replaces the casts
+            (`tests/test_against_transformers.py`), and `minilora verify` counts them as known.
+            """,
+        found_by=("peft", "model.llama", "grad-flow.first-layer"),
+    ),
+    Finding(
+        id="transformers.float64-rope",
+        title="A float64 Llama computes RoPE in float32",
+        severity="rounding",
+        seen=SEEN,
+        cause="RoPE (models/llama/modeling_llama.py) casts its angles and tables to float32",
+        does="""
+            RoPE casts its angles and tables to float32.
+            """,
+        right=r"""
+            RoPE's matrix is orthogonal: $\cos^2 + \sin^2 = 1$.
+            """,
+        found_by=("peft", "model.llama", "grad-flow.first-layer"),
+    ),
+    Finding(
+        id="transformers.float64-softmax",
+        title="A float64 Llama computes its softmax in float32",
+        severity="rounding",
+        seen=SEEN,
+        cause=(
+            "eager_attention_forward (models/llama/modeling_llama.py) casts its scores to float32"
+        ),
+        does="""
+            The eager attention casts its scores to float32.
+            """,
+        right="""
+            Of two keys, softmax gives the one with the higher score more than half of the weight.
+            """,
+        found_by=("peft", "model.llama", "grad-flow.first-layer"),
+    ),
+    Finding(
+        id="transformers.float64-padding",
+        title="Padding on the left makes a float64 Llama NaN",
+        severity="silent",
+        seen=SEEN,
+        cause=(
+            "the least float64, which fills the mask, is -inf in that softmax: a row without any "
+            "key (padding on the left) is NaN"
+        ),
+        does="""
+            With eager attention the mask is filled with the least number of the model's dtype, and
+            float64's is −∞ in the float32 softmax. A padding query at the left has no key besides,
+            and its softmax is 0/0.
+            """,
+        right=r"""
+            No real token attends to padding, so any finite answer for it is right. NaN is not: in
+            the next layer the padding's value is NaN and its weight 0, and $0 \cdot \text{NaN} =
+            \text{NaN}$.
+            """,
+        consequence="""
+            From the second layer on, every token of such a sequence is NaN, and so is the batch's
+            loss, which it is not in float32. Use `attn_implementation="sdpa"`, or pad on the right.
+            """,
+        found_by=("peft", "model.llama.padding", "train.labels"),
+    ),
+    Finding(
+        id="transformers.constant-warmup",
+        title="The warm-up of a constant schedule is ignored",
+        severity="training",
+        seen=SEEN,
+        cause=(
+            "get_scheduler (optimization.py) calls get_constant_schedule without num_warmup_steps"
+        ),
+        does="""
+            `get_scheduler("constant", …)` takes `num_warmup_steps` and drops it without a word. The
+            library has another name for what is meant, `constant_with_warmup`.
+            """,
+        right=r"""
+            A warm-up multiplies the rate of step $k$ by $k / \text{warmup}$, whatever follows.
+            """,
+        consequence="""
+            Training starts at the full rate. The trainer's `lr_scheduler_type="constant"` with
+            `warmup_steps` comes to the same function.
+            """,
+        not_asked=(
+            "the peers ask for a warm-up by the library's name for it, `constant_with_warmup`"
+        ),
+    ),
+    Finding(
+        id="transformers.cosine-end",
+        title="A cosine schedule rises again after its end",
+        severity="training",
+        seen=SEEN,
+        cause=(
+            "get_cosine_schedule_with_warmup (optimization.py) takes the cosine of the "
+            "progress without bounding it by 1: beyond total_steps the rate rises from 0 "
+            "again"
+        ),
+        does=r"""
+            `get_cosine_schedule_with_warmup` takes the progress $q = k / \text{total}$ as it is:
+            beyond the last step, where $q > 1$, the rate goes up again, to the full one at twice
+            the steps.
+            """,
+        right=r"""
+            The rate falls over the steps that were announced, and has then fallen: $q = \min(1, k /
+            \text{total})$, as the linear schedule of the same library has it.
+            """,
+        consequence="""
+            A run that goes on for longer than its schedule was made for trains at a growing rate.
+            """,
+        found_by=("peft", "optimizer.cosine-schedule.past-end"),
+    ),
+    Finding(
+        id="transformers.dora-magnitude",
+        title="DoRA is loaded without its magnitude",
+        severity="silent",
+        seen=SEEN,
+        cause=(
+            "load_adapter (integrations/peft.py) renames the file's lora_magnitude_vector to "
+            "one without the parameter's .weight: DoRA's magnitude is not loaded, and stays "
+            "the norm of the base"
+        ),
+        does="""
+            `model.load_adapter` renames the file's `lora_magnitude_vector` to
+            `lora_magnitude_vector.default`; the parameter is called `….default.weight`. A report
+            that is logged names the one as unexpected and the other as missing, and the magnitude
+            stays the norm of the base's rows.
+            """,
+        right=r"""
+            $W' = m\, (W + s B A) / \lVert W + s B A \rVert$ with the magnitude in the file.
+            """,
+        consequence="""
+            The model computes with untrained magnitudes. Load with `PeftModel.from_pretrained`.
+            """,
+        found_by=("transformers", "inference.logits.dora"),
+    ),
+    Finding(
+        id="transformers.classifier-batches",
+        title="A classifier is trained by the sum of its micro-batches' losses",
+        severity="training",
+        seen=SEEN,
+        cause=(
+            "Trainer.compute_loss (trainer.py) divides the losses of micro-batches by their "
+            "number only where the model takes no further keyword arguments: a classifier "
+            "takes them, and its own loss is the mean of each micro-batch"
+        ),
+        does="""
+            `Trainer` divides a loss by the number of micro-batches of a step, unless the model's
+            forward takes further keyword arguments: then it hands it `num_items_in_batch`, and
+            expects a loss that is divided by it. The forward of a classifier takes them, and its
+            loss is the mean of the micro-batch as before.
+            """,
+        right=r"""
+            Two equal micro-batches have the gradient of one, $\nabla \tfrac12 (L + L) = \nabla L$.
+            """,
+        consequence="""
+            With `gradient_accumulation_steps=k` a classifier's gradient is k times as large:
+            clipping acts, or the rate is in fact k times as high.
+            """,
+        found_by=("trainer", "train.classifier"),
+    ),
+)
+
+LIBRARY = Library("transformers", "transformers", "transformers", FINDINGS)
