@@ -101,7 +101,7 @@ def open_base(
     Errors: FormatError as the format's reader has it, and for a name that is none of these;
     ImportError without the library for a GGUF file, or without the package.
     """
-    path = _model_path(name)
+    path = model_path(name)
     f = model_format(path)
     if f is None or f.read_model is None:
         raise _no_model(path)
@@ -109,7 +109,7 @@ def open_base(
     return Base(name, c, W, path, f, labels)
 
 
-def _model_path(name: str) -> Path:
+def model_path(name: str) -> Path:
     """The path of the model that a user names."""
     if name.startswith(REFERENCE):
         known = reference_models.names()

@@ -106,7 +106,7 @@ def _read_weights(folder: Path, buffers: str | None) -> tuple[Weights, dict[str,
     if single.exists():
         tensors = read_tensors(single, buffers)
         return tensors, dict.fromkeys(tensors, single)
-    file_of = _read_index(index)
+    file_of = read_index(index)
     tensors = {}
     for shard in sorted(set(file_of.values())):
         path = folder / shard
@@ -122,7 +122,7 @@ def _read_weights(folder: Path, buffers: str | None) -> tuple[Weights, dict[str,
     return tensors, {name: folder / file_of[name] for name in tensors}
 
 
-def _read_index(index: Path) -> dict[str, str]:
+def read_index(index: Path) -> dict[str, str]:
     """Tensor name -> the name of its file, which lies in the same folder."""
     file_of = read_json(index).get("weight_map")
     if not isinstance(file_of, dict) or not file_of or not all(map(_is_shard, file_of.values())):

@@ -1,0 +1,1 @@
+"""Containers whose tensors have other names or are quantized."""

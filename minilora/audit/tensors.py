@@ -1,0 +1,218 @@
+"""Every tensor of a model by its Hugging Face name, whatever the files, a block of rows at a time.
+
+Only names, shapes and dtypes are known of a model here, so that any architecture can be audited.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.io.errors import FormatError, listed
+from minilora.io.files import read_json
+from minilora.io.formats.huggingface.model import read_index
+from minilora.io.header import places
+from minilora.io.loading import model_path
+from minilora.spec.ops import Array
+
+_ENDING = 4
+CONFIG = "config.json"
+INDEX = ".safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_PICKLE_REMEDY = (
+    "a pickle can run code, and is never opened: load it where it was made, and save it again by "
+    "save_pretrained(…, safe_serialization=True) or safetensors.torch.save_file"
+)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, read a block of rows at a time (`audit.change.Tensor`).
+
+    ``dtype``: that of what ``rows`` gives: the stored one, float32 of a quantized tensor;
+    ``scheme``: the quantizer's name, or None; ``nbytes``: what it takes in the file; ``read`` and
+    ``step`` are `rows` and `spacing`.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    nbytes: int
+    read: Callable[[int, int], Array] = field(repr=False)
+    scheme: str | None = None
+    step: Callable[[int, int], Array] | None = field(default=None, repr=False)
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Entries start … stop along the first axis, in ``dtype``; a scalar is one row."""
+        return self.read(start, stop)
+
+    def spacing(self, start: int, stop: int) -> Array | None:
+        """How far apart the numbers lie that the quantizer can store; None for plain numbers."""
+        return None if self.step is None else self.step(start, stop)
+
+    @property
+    def length(self) -> int:
+        """How many rows `rows` can give."""
+        return self.shape[0] if self.shape else 1
+
+    def blocks(self, entries: int = 2**20) -> Iterator[tuple[int, int]]:
+        """Blocks of whole rows, of so many entries or one row."""
+        step = max(1, entries // max(1, int(np.prod(self.shape[1:], dtype=np.int64))))
+        for start in range(0, self.length, step):
+            yield start, min(start + step, self.length)
+
+
+class TensorStore(Mapping[str, StoredTensor]):
+    """A model's tensors by name, and its settings.
+
+    ``container``: safetensors, gguf or mlx; ``settings``: what ``config.json`` says, {} without
+    one; ``folder``: where it and the tokenizer's files lie, None of a single file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        container: str,
+        tensors: Mapping[str, StoredTensor],
+        settings: Mapping[str, Any],
+        folder: Path | None,
+    ) -> None:
+        self.path, self.container, self.tensors = path, container, dict(tensors)
+        self.settings, self.folder = settings, folder
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def find(self, name: str) -> str | None:
+        """The tensor of this name, which may lack the base model's prefix here or there."""
+        if name in self.tensors:
+            return name
+        parts = name.split(".")
+        for start in range(1, len(parts)):
+            if (shorter := ".".join(parts[start:])) in self.tensors:
+                return shorter
+        longer = self._by_end.get(".".join(parts[-_ENDING:]), [])
+        longer = [other for other in longer if other.endswith(f".{name}")]
+        return longer[0] if len(longer) == 1 else None
+
+    def weight_of(self, module: str) -> str | None:
+        """The weight of the module; of a tied head, which has none, None."""
+        return self.find(f"{module}.weight")
+
+    @cached_property
+    def _by_end(self) -> dict[str, list[str]]:
+        """The names by their last parts."""
+        ends: dict[str, list[str]] = {}
+        for name in self.tensors:
+            parts = name.split(".")
+            for count in range(1, _ENDING + 1):
+                ends.setdefault(".".join(parts[-count:]), []).append(name)
+        return ends
+
+    @property
+    def nbytes(self) -> int:
+        """What all tensors take in the files."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def open_tensors(name: str | Path) -> TensorStore:
+    """The tensors of a model: a path, ``reference:NAME`` or ``package:NAME``.
+
+    A .safetensors file, a folder with one or with shards and their index, a GGUF file, or a folder
+    of mlx-lm's. Nothing but headers is read.
+
+    Errors: FormatError for what is none of these, and for damaged headers; for pickles (.bin, .pt),
+    which are never opened.
+    """
+    path = model_path(str(name))
+    if path.suffix in _PICKLES:
+        raise FormatError(path, "file", "a pickle", "safetensors or GGUF", _PICKLE_REMEDY)
+    if path.is_dir():
+        return _open_folder(path)
+    if path.suffix == ".gguf":
+        from minilora.audit.containers.gguf import open_gguf
+
+        return open_gguf(path)
+    if not path.exists():
+        expected = "a model's folder, a .safetensors or a .gguf file"
+        raise FormatError(path, "model", "nothing there", expected, "check the path")
+    config = path.parent / CONFIG
+    settings = read_json(config) if config.is_file() else {}
+    return TensorStore(path, "safetensors", stored(places(path)[0]), settings, None)
+
+
+def stored(found: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """The tensors at these places of safetensors files."""
+    return {
+        name: StoredTensor(name, place.dtype, place.shape, place.nbytes, place.rows)
+        for name, place in found.items()
+    }
+
+
+def _open_folder(folder: Path) -> TensorStore:
+    config = folder / CONFIG
+    settings = read_json(config) if config.is_file() else {}
+    tensors = stored(_places_in(folder))
+    if isinstance(settings.get("quantization"), dict):
+        from minilora.audit.containers.mlx import dequantized
+
+        tensors = dequantized(folder / CONFIG, tensors, settings["quantization"])
+        return TensorStore(folder, "mlx", tensors, settings, folder)
+    return TensorStore(folder, "safetensors", tensors, settings, folder)
+
+
+def _places_in(folder: Path) -> dict[str, Any]:
+    """The places of all tensors: of the one file, or of the shards that the index names."""
+    indices = sorted(folder.glob(f"*{INDEX}"))
+    files = sorted(path for path in folder.glob("*.safetensors") if _is_weights(path.name))
+    if len(indices) == 1:
+        return _sharded(folder, indices[0])
+    if not indices and len(files) == 1:
+        return places(files[0])[0]
+    if not files and not indices:
+        names = [path.name for path in folder.iterdir()]
+        pickles = [name for name in names if name.endswith(_PICKLES)]
+        remedy = _PICKLE_REMEDY if pickles else "check the path"
+        found = listed(pickles or names) or "nothing"
+        raise FormatError(folder, "weights", found, "a .safetensors file", remedy)
+    found = listed(path.name for path in [*indices, *files])
+    remedy = "remove what is out of date, or name one file"
+    raise FormatError(folder, "weights", found, "one file, or one index with shards", remedy)
+
+
+def _is_weights(name: str) -> bool:
+    return not name.startswith(("adapter_model", "adapters"))
+
+
+def _sharded(folder: Path, index: Path) -> dict[str, Any]:
+    """The places of the tensors of the index, each in the shard that it names."""
+    file_of = read_index(index)
+    found: dict[str, Any] = {}
+    for shard in sorted(set(file_of.values())):
+        in_shard, _ = places(folder / shard)
+        indexed = {name for name, file in file_of.items() if file == shard}
+        if wrong := in_shard.keys() ^ indexed:
+            text = f"{listed(wrong)} in one of the two only"
+            expected = f"the {len(indexed)} tensors of {index.name}"
+            remedy = "shards and index are of different models: save it again"
+            raise FormatError(folder / shard, "tensors", text, expected, remedy)
+        found |= in_shard
+    return {name: found[name] for name in file_of}
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a tensor lies in: the first number in its name."""
+    match = re.search(r"(?:^|\.)(\d+)\.", name)
+    return int(match[1]) if match else None
