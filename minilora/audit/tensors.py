@@ -100,7 +100,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         if name in self.tensors:
             return name
         parts = name.split(".")
-        for start in range(1, len(parts)):
+        for start in range(1, len(parts) - 1):
             if (shorter := ".".join(parts[start:])) in self.tensors:
                 return shorter
         longer = self._by_end.get(".".join(parts[-_ENDING:]), [])

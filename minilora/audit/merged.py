@@ -1,0 +1,161 @@
+"""Is this model the base with these adapters? A verdict on every tensor, and the cause."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.audit.change import Around, Change
+from minilora.audit.changes import AdapterChanges, read_changes
+from minilora.audit.judge import judge
+from minilora.audit.result import SEVERITIES, VERDICTS, Entry, Report
+from minilora.audit.settings import compare_settings
+from minilora.audit.tensors import StoredTensor, TensorStore, layer_of, open_tensors
+from minilora.audit.untouched import untouched
+
+Progress = Callable[[str, int, int], None]
+"""Called with a tensor's name, the bytes that are done and those of all."""
+
+
+def merged(
+    base: str | Path,
+    adapters: str | Path | Sequence[str | Path],
+    merged: str | Path,
+    weights: Sequence[float] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Whether the model ``merged`` is ``base`` with the adapters: a verdict on every tensor.
+
+    ``weights``: what each adapter is multiplied with, 1 unless given; several adapters add up.
+    Nothing is read whole but the adapter's factors: pairs of tensors are compared a block of rows
+    at a time.
+
+    Errors: FormatError for files that cannot be read; ValueError for weights that are not one for
+    each adapter.
+    """
+    began = time.monotonic()
+    names = [adapters] if isinstance(adapters, str | Path) else list(adapters)
+    factors = [1.0] * len(names) if weights is None else [float(w) for w in weights]
+    if len(factors) != len(names):
+        raise ValueError(f"{len(factors)} weights for {len(names)} adapters: give one for each")
+    B, M = open_tensors(base), open_tensors(merged)
+    changes = [read_changes(name, B) for name in names]
+    walk = Walk(B, M, changes, factors, progress)
+    entries = [*walk.settings(), *walk.run()]
+    inputs: dict[str, Any] = {
+        "base": str(base), "adapter": [str(name) for name in names], "merged": str(merged)
+    }  # fmt: skip
+    if weights is not None:
+        inputs["weight"] = [str(w) for w in factors]
+    cause, remedy = cause_of(entries)
+    seconds = time.monotonic() - began
+    return Report("merged", inputs, tuple(entries), cause, remedy, seconds, B.nbytes + M.nbytes)
+
+
+@dataclass
+class Walk:
+    """The walk over all tensors of the base and of the merged model."""
+
+    base: TensorStore
+    merged: TensorStore
+    adapters: Sequence[AdapterChanges]
+    weights: Sequence[float]
+    progress: Progress | None = None
+
+    def settings(self) -> Iterator[Entry]:
+        """What the settings and the adapters' files say before a tensor is read."""
+        for adapter in self.adapters:
+            yield from adapter.entries
+        yield from compare_settings(self.base, self.merged)
+
+    def run(self) -> Iterator[Entry]:
+        """A verdict on every tensor of the two."""
+        changed = self._changed()
+        found: set[str] = set()
+        done, total = 0, self.base.nbytes + self.merged.nbytes
+        for name, tensor in self.base.items():
+            there = self.merged.find(name)
+            if there is not None:
+                found.add(there)
+            if self.progress is not None:
+                self.progress(name, done, total)
+            yield from self._of(name, tensor, there, changed.get(name, []))
+            done += tensor.nbytes + (0 if there is None else self.merged[there].nbytes)
+        for name in self.merged:
+            if name not in found:
+                yield self._extra(name)
+        if self.progress is not None:
+            self.progress("", total, total)
+
+    def _changed(self) -> dict[str, list[Change]]:
+        """The changes of each tensor, each with its adapter's weight."""
+        changed: dict[str, list[Change]] = {}
+        for adapter, weight in zip(self.adapters, self.weights, strict=True):
+            for change in adapter.changes:
+                changed.setdefault(change.tensor, []).append(replace(change, weight=weight))
+        return changed
+
+    def _of(
+        self, name: str, tensor: StoredTensor, there: str | None, changes: list[Change]
+    ) -> Iterator[Entry]:
+        figures = _place(name, changes)
+        if there is None:
+            yield self._missing(name, changes, figures)
+            return
+        other = self.merged[there]
+        if changes:
+            entry = judge(changes, tensor, other, self._around(changes))
+        else:
+            entry = untouched(tensor, other, self.base, self.merged)
+        yield replace(entry, subject=name, figures={**figures, **entry.figures})
+
+    def _around(self, changes: Sequence[Change]) -> Around:
+        """The other changes of the adapters, of which a wrong merge may have taken one."""
+        own = {id(change) for change in changes}
+        adapter = self.adapters[0]
+        others = [c for c in adapter.changes if id(c) not in own and c.tensor != changes[0].tensor]
+        heads = self.base.settings.get("num_attention_heads")
+        keys = self.base.settings.get("num_key_value_heads", heads)
+        known = type(heads) is int and type(keys) is int
+        return Around(modules=others, heads=(heads, keys) if known else None)
+
+    def _missing(self, name: str, changes: Sequence[Change], figures: Mapping[str, Any]) -> Entry:
+        text = f"the base has {name}, the merged model has not"
+        return Entry(name, "missing", text, figures)
+
+    def _extra(self, name: str) -> Entry:
+        text = f"the merged model has {name}, the base has not"
+        return Entry(name, "extra", text, _place(name, []))
+
+
+def _place(name: str, changes: Sequence[Change]) -> dict[str, Any]:
+    """Where the tensor lies, for tables and pictures."""
+    figures: dict[str, Any] = {}
+    if (layer := layer_of(name)) is not None:
+        figures["layer"] = layer
+    if changes:
+        figures["module"] = changes[0].module
+    return figures
+
+
+def cause_of(entries: Sequence[Entry]) -> tuple[str, str]:
+    """The probable cause of what deviates, and what to do about it; "" where nothing does."""
+    wrong = [entry for entry in entries if entry.severity == SEVERITIES[0]]
+    if not wrong:
+        return "", ""
+    (kind, count), *_ = Counter(entry.mistake or entry.verdict for entry in wrong).most_common()
+    first = next(entry for entry in wrong if kind in (entry.mistake, entry.verdict))
+    text = VERDICTS[first.verdict][1]
+    share = f"{count} of {len(wrong)} deviations" if len(wrong) > 1 else "the only deviation"
+    return f"{kind}: {text} ({share}), as in {first.subject}: {first.text}", ""
+
+
+def equal_bits(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
+    """Whether two arrays have the same bytes."""
+    return one.tobytes() == other.tobytes()
