@@ -81,6 +81,4 @@ def _changed(
     tensor: StoredTensor, other: StoredTensor, differing: int, count: int, worst: float
 ) -> Entry:
     text = f"{differing} of {count} entries differ, by {worst:.3g} at most"
-    return Entry(
-        tensor.name, "changed", text, {"differing": differing / count, "greatest": worst}
-    )
+    return Entry(tensor.name, "changed", text, {"differing": differing / count, "greatest": worst})

@@ -123,7 +123,9 @@ def split_name(name: str) -> tuple[str, str]:
     path = name.removeprefix(PREFIX)
     for end, part in _ENDS.items():
         stem, _, last = end.partition(".")
-        match = re.fullmatch(rf"(.+)\.{stem}(\.[^.]+)??{re.escape('.' + last) if last else ''}", path)
+        match = re.fullmatch(
+            rf"(.+)\.{stem}(\.[^.]+)??{re.escape('.' + last) if last else ''}", path
+        )
         if match:
             return match[1], part
     return path, ""

@@ -43,9 +43,7 @@ def add(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from minilora.audit.merged import merged
 
-    report = merged(
-        arguments.base, arguments.adapter, arguments.merged, weights=arguments.weight
-    )
+    report = merged(arguments.base, arguments.adapter, arguments.merged, weights=arguments.weight)
     for entry in report.worst_first:
         say(f"{entry.severity:9} {entry.verdict:12} {entry.subject}: {entry.text}\n")
     if report.cause:
