@@ -14,7 +14,6 @@ from minilora.audit.rounding import (
     F32,
     WAYS,
     Bound,
-    LowRank,
     Replay,
     low_rank,
     matrix,

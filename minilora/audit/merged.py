@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from minilora.audit.change import Around, Change
 from minilora.audit.changes import AdapterChanges, read_changes
 from minilora.audit.judge import judge
@@ -19,8 +17,8 @@ from minilora.audit.settings import compare_settings
 from minilora.audit.tensors import StoredTensor, TensorStore, layer_of, open_tensors
 from minilora.audit.untouched import untouched
 
-Progress = Callable[[str, int, int], None]
-"""Called with a tensor's name, the bytes that are done and those of all."""
+Progress = Callable[[int, int, str], None]
+"""Told as the audit goes: the bytes that were read, of how many, and the tensor's name."""
 
 
 def merged(
@@ -84,14 +82,14 @@ class Walk:
             if there is not None:
                 found.add(there)
             if self.progress is not None:
-                self.progress(name, done, total)
+                self.progress(done, total, name)
             yield from self._of(name, tensor, there, changed.get(name, []))
             done += tensor.nbytes + (0 if there is None else self.merged[there].nbytes)
         for name in self.merged:
             if name not in found:
                 yield self._extra(name)
         if self.progress is not None:
-            self.progress("", total, total)
+            self.progress(total, total, "")
 
     def _changed(self) -> dict[str, list[Change]]:
         """The changes of each tensor, each with its adapter's weight."""
@@ -110,7 +108,7 @@ class Walk:
             return
         other = self.merged[there]
         if changes:
-            entry = judge(changes, tensor, other, self._around(changes))
+            entry = judge(tensor, other, changes, self._around(changes))
         else:
             entry = untouched(tensor, other, self.base, self.merged)
         yield replace(entry, subject=name, figures={**figures, **entry.figures})
@@ -122,8 +120,9 @@ class Walk:
         others = [c for c in adapter.changes if id(c) not in own and c.tensor != changes[0].tensor]
         heads = self.base.settings.get("num_attention_heads")
         keys = self.base.settings.get("num_key_value_heads", heads)
-        known = type(heads) is int and type(keys) is int
-        return Around(modules=others, heads=(heads, keys) if known else None)
+        if type(heads) is not int or type(keys) is not int:
+            return Around(modules=others)
+        return Around(modules=others, heads=(heads, keys))
 
     def _missing(self, name: str, changes: Sequence[Change], figures: Mapping[str, Any]) -> Entry:
         text = f"the base has {name}, the merged model has not"
@@ -154,8 +153,3 @@ def cause_of(entries: Sequence[Entry]) -> tuple[str, str]:
     text = VERDICTS[first.verdict][1]
     share = f"{count} of {len(wrong)} deviations" if len(wrong) > 1 else "the only deviation"
     return f"{kind}: {text} ({share}), as in {first.subject}: {first.text}", ""
-
-
-def equal_bits(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
-    """Whether two arrays have the same bytes."""
-    return one.tobytes() == other.tobytes()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-import numpy as np
 
 from minilora.audit.change import Change
 from minilora.audit.result import Entry
@@ -116,7 +114,7 @@ def _lies_transposed(factors: Factors, base: TensorStore, m: int, n: int) -> boo
         return False
     A, B = (math.prod(factors.shapes[part]) // max(factors.rank, 1) for part in "AB")
     if m != n:
-        return (B, A) == (n, m)
+        return (n, m) == (B, A)
     kind = base.settings.get("model_type")
     return kind in _CONV1D if kind else bool(factors.config.get("fan_in_fan_out"))
 
@@ -133,8 +131,3 @@ def _no_module(factors: Factors, base: TensorStore) -> Entry:
 
 def _wrong(factors: Factors, text: str) -> Entry:
     return Entry(factors.module, "wrong", f"it does not fit the base: {text}")
-
-
-def read_rows(array: Array, rows: Sequence[int]) -> Array:
-    """Some rows of an array."""
-    return array[np.asarray(rows)]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NAMES: tuple[str, ...] = (
     *("verify", "audit", "report", "variants", "selftest", "vectors"),
     *("train", "generate", "evaluate", "merge", "inspect", "convert"),
-    *("audit", "sweep", "claims", "bench", "example"),
+    *("sweep", "claims", "bench", "example"),
 )
 """The commands in the order of the help."""
 
