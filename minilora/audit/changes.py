@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from minilora.audit.adapters.factors import changes_of
+from minilora.audit.base import replaced
 from minilora.audit.change import Change
 from minilora.audit.result import Entry
-from minilora.audit.tensors import TensorStore
+from minilora.audit.tensors import StoredTensor, TensorStore
+from minilora.io.errors import FormatError
+from minilora.io.files import read_json
+from minilora.io.formats.peft.names import CONFIG
+from minilora.io.formats.peft.settings import KINDS
 from minilora.io.loading import adapter_format, adapter_path
 
 
@@ -20,7 +25,8 @@ class AdapterChanges:
 
     ``name``: as it was given; ``format``: the library's; ``changes``: of each tensor, in the order
     of the file; ``entries``: what of it fits no tensor, and what its settings leave open;
-    ``settings``: as they stand in its file.
+    ``settings``: as they stand in its file; ``replaced``: tensors that stand in the place of the
+    base's, as a resized table that PEFT saves with its adapter.
     """
 
     name: str
@@ -28,6 +34,7 @@ class AdapterChanges:
     changes: tuple[Change, ...]
     entries: tuple[Entry, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    replaced: tuple[StoredTensor, ...] = ()
 
     def by_tensor(self) -> dict[str, list[Change]]:
         """The changes of each tensor, by its name in the base."""
@@ -50,6 +57,8 @@ def read_changes(adapter: str | Path, base: TensorStore) -> AdapterChanges:
     else:
         raise NotImplementedError(form)
     found = read(path, base)
+    if found.replaced:
+        base = replaced(base, found.replaced)
     changes: list[Change] = list(found.whole)
     entries = list(found.entries)
     for factors in found.factors:
@@ -58,4 +67,19 @@ def read_changes(adapter: str | Path, base: TensorStore) -> AdapterChanges:
             entries.append(made)
         else:
             changes += made
-    return AdapterChanges(name, form, tuple(changes), tuple(entries), found.settings)
+    own = tuple(replace(change, adapter=name) for change in changes)
+    rest = tuple(found.replaced)
+    return AdapterChanges(name, form, own, tuple(entries), found.settings, rest)
+
+
+def ranges_of(adapter: str | Path) -> list[list[int]]:
+    """The ranges of layers that the adapter's model repeats; [] for almost all."""
+    config = adapter_path(str(adapter)) / CONFIG
+    if not config.is_file():
+        return []
+    ranges = read_json(config).get("layer_replication") or []
+    fits = KINDS["LORA"].read["layer_replication"][1]
+    if not fits(ranges):
+        remedy = "write it as PEFT does"
+        raise FormatError(config, "layer_replication", ranges, "pairs of whole numbers", remedy)
+    return [list(pair) for pair in ranges]

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from minilora.audit.base import HEAD, replaced, replicated, tied_table, with_head
 from minilora.audit.change import Around, Change
-from minilora.audit.changes import AdapterChanges, read_changes
+from minilora.audit.changes import AdapterChanges, ranges_of, read_changes
 from minilora.audit.judge import judge
 from minilora.audit.result import SEVERITIES, VERDICTS, Entry, Report
 from minilora.audit.settings import compare_settings
@@ -43,8 +44,13 @@ def merged(
     if len(factors) != len(names):
         raise ValueError(f"{len(factors)} weights for {len(names)} adapters: give one for each")
     B, M = open_tensors(base), open_tensors(merged)
-    changes = [read_changes(name, B) for name in names]
-    walk = Walk(B, M, changes, factors, progress)
+    ranges = [found for name in names if (found := ranges_of(name))]
+    plain = replicated(B, ranges[0]) if ranges else B
+    whole, table = with_head(plain)
+    changes = [read_changes(name, whole) for name in names]
+    for adapter in changes:
+        whole = replaced(whole, adapter.replaced)
+    walk = Walk(whole, M, changes, factors, table, progress)
     entries = [*walk.settings(), *walk.run()]
     inputs: dict[str, Any] = {
         "base": str(base), "adapter": [str(name) for name in names], "merged": str(merged)
@@ -58,12 +64,16 @@ def merged(
 
 @dataclass
 class Walk:
-    """The walk over all tensors of the base and of the merged model."""
+    """The walk over all tensors of the base and of the merged model.
+
+    ``table``: the table that the base's head is tied to, if it is.
+    """
 
     base: TensorStore
     merged: TensorStore
     adapters: Sequence[AdapterChanges]
     weights: Sequence[float]
+    table: str | None = None
     progress: Progress | None = None
 
     def settings(self) -> Iterator[Entry]:
@@ -78,18 +88,31 @@ class Walk:
         found: set[str] = set()
         done, total = 0, self.base.nbytes + self.merged.nbytes
         for name, tensor in self.base.items():
-            there = self.merged.find(name)
+            there = self._place_of(name, changed)
+            if there == "":
+                continue
             if there is not None:
                 found.add(there)
             if self.progress is not None:
                 self.progress(done, total, name)
-            yield from self._of(name, tensor, there, changed.get(name, []))
+            yield self._of(name, tensor, there, changed.get(name, []))
             done += tensor.nbytes + (0 if there is None else self.merged[there].nbytes)
         for name in self.merged:
             if name not in found:
-                yield self._extra(name)
+                yield _extra(name)
         if self.progress is not None:
             self.progress(total, total, "")
+
+    def _place_of(self, name: str, changed: Mapping[str, Any]) -> str | None:
+        """The tensor's name in the merged model; None where it is missing.
+
+        A tied head is looked for where it or its table is changed, or the merged model has one: in
+        the table that the merged model's head is tied to, if it has none. "" is not to be asked.
+        """
+        there = self.merged.find(name)
+        if there is None and name == HEAD and self.table is not None:
+            return tied_table(self.merged) if {HEAD, self.table} & changed.keys() else ""
+        return there
 
     def _changed(self) -> dict[str, list[Change]]:
         """The changes of each tensor, each with its adapter's weight."""
@@ -97,40 +120,54 @@ class Walk:
         for adapter, weight in zip(self.adapters, self.weights, strict=True):
             for change in adapter.changes:
                 changed.setdefault(change.tensor, []).append(replace(change, weight=weight))
+        if self.table is not None and HEAD not in changed:
+            # Rows of a table that are trained alone are those of the head that is tied to it.
+            rows = [change for change in changed.get(self.table, []) if change.kind == "tokens"]
+            if rows:
+                changed[HEAD] = [replace(change, tensor=HEAD) for change in rows]
         return changed
 
     def _of(
         self, name: str, tensor: StoredTensor, there: str | None, changes: list[Change]
-    ) -> Iterator[Entry]:
+    ) -> Entry:
         figures = _place(name, changes)
         if there is None:
-            yield self._missing(name, changes, figures)
-            return
+            text = f"the base has {name}, the merged model has not"
+            return Entry(name, "missing", text, figures)
         other = self.merged[there]
         if changes:
             entry = judge(tensor, other, changes, self._around(changes))
         else:
             entry = untouched(tensor, other, self.base, self.merged)
-        yield replace(entry, subject=name, figures={**figures, **entry.figures})
+        entry = replace(entry, subject=name, figures={**figures, **entry.figures})
+        if self._is_tied(name) and entry.severity == "deviation":
+            text = (
+                f"the merged model's head is still tied to {self.table}, and with the adapter the "
+                "two differ: untie it, with a head of its own and tie_word_embeddings false"
+            )
+            return replace(entry, text=f"{text} ({entry.text})", mistake="tied-head")
+        return entry
+
+    def _is_tied(self, name: str) -> bool:
+        """Whether it is one of a tied pair, which the merged model has tied too."""
+        pair = self.table is not None and name in (HEAD, self.table)
+        changed = any(change.tensor == HEAD for a in self.adapters for change in a.changes)
+        return pair and self.merged.find(HEAD) is None and (name == HEAD or changed)
 
     def _around(self, changes: Sequence[Change]) -> Around:
         """The other changes of the adapters, of which a wrong merge may have taken one."""
-        own = {id(change) for change in changes}
         adapter = self.adapters[0]
-        others = [c for c in adapter.changes if id(c) not in own and c.tensor != changes[0].tensor]
+        others = [c for c in adapter.changes if c.tensor != changes[0].tensor]
         heads = self.base.settings.get("num_attention_heads")
         keys = self.base.settings.get("num_key_value_heads", heads)
         if type(heads) is not int or type(keys) is not int:
             return Around(modules=others)
         return Around(modules=others, heads=(heads, keys))
 
-    def _missing(self, name: str, changes: Sequence[Change], figures: Mapping[str, Any]) -> Entry:
-        text = f"the base has {name}, the merged model has not"
-        return Entry(name, "missing", text, figures)
 
-    def _extra(self, name: str) -> Entry:
-        text = f"the merged model has {name}, the base has not"
-        return Entry(name, "extra", text, _place(name, []))
+def _extra(name: str) -> Entry:
+    text = f"the merged model has {name}, the base has not"
+    return Entry(name, "extra", text, _place(name, []))
 
 
 def _place(name: str, changes: Sequence[Change]) -> dict[str, Any]:

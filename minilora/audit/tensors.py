@@ -72,7 +72,8 @@ class TensorStore(Mapping[str, StoredTensor]):
     """A model's tensors by name, and its settings.
 
     ``container``: safetensors, gguf or mlx; ``settings``: what ``config.json`` says, {} without
-    one; ``folder``: where it and the tokenizer's files lie, None of a single file.
+    one; ``folder``: where it and the tokenizer's files lie, None of a single file; ``alias`` gives
+    the name under which a tensor of another name is here.
     """
 
     def __init__(
@@ -82,9 +83,10 @@ class TensorStore(Mapping[str, StoredTensor]):
         tensors: Mapping[str, StoredTensor],
         settings: Mapping[str, Any],
         folder: Path | None,
+        alias: Callable[[str], str | None] | None = None,
     ) -> None:
         self.path, self.container, self.tensors = path, container, dict(tensors)
-        self.settings, self.folder = settings, folder
+        self.settings, self.folder, self.alias = settings, folder, alias
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self.tensors[name]
@@ -95,10 +97,17 @@ class TensorStore(Mapping[str, StoredTensor]):
     def __len__(self) -> int:
         return len(self.tensors)
 
+    def with_tensors(self, tensors: Mapping[str, StoredTensor]) -> TensorStore:
+        """The same model with these tensors."""
+        kind, settings = self.container, self.settings
+        return TensorStore(self.path, kind, tensors, settings, self.folder, self.alias)
+
     def find(self, name: str) -> str | None:
         """The tensor of this name, which may lack the base model's prefix here or there."""
         if name in self.tensors:
             return name
+        if self.alias is not None and (other := self.alias(name)) in self.tensors:
+            return other
         parts = name.split(".")
         for start in range(1, len(parts) - 1):
             if (shorter := ".".join(parts[start:])) in self.tensors:
@@ -108,8 +117,18 @@ class TensorStore(Mapping[str, StoredTensor]):
         return longer[0] if len(longer) == 1 else None
 
     def weight_of(self, module: str) -> str | None:
-        """The weight of the module; of a tied head, which has none, None."""
+        """The weight of the module, or None."""
         return self.find(f"{module}.weight")
+
+    def parameters_of(self, module: str) -> list[str]:
+        """The tensors that lie in the module and in no module of it."""
+        exact = [name for name in self.tensors if name.rpartition(".")[0] == module]
+        return exact or [
+            name
+            for name in self.tensors
+            if name.rpartition(".")[0].endswith(f".{module}")
+            or module.endswith(f".{name.rpartition('.')[0]}")
+        ]
 
     @cached_property
     def _by_end(self) -> dict[str, list[str]]:

@@ -60,7 +60,7 @@ class Place:
             file.seek(self.start + start * size)
             done = 0
             while done < len(view):
-                count = file.readinto(view[done:])
+                count = file.readinto(view[done:].data)
                 if not count:
                     found = f"the file's end, {len(view) - done} bytes too early"
                     raise FormatError(self.path, self.name, found, "its entries", _DAMAGED)

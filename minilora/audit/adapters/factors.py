@@ -7,11 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
+from minilora.audit.adapters.experts import expert_changes
 from minilora.audit.change import Change
 from minilora.audit.result import Entry
 from minilora.audit.tensors import TensorStore
 from minilora.io.architectures import ARCHITECTURES
 from minilora.io.lazy_weights import Expanded
+from minilora.spec.initialization import INITIALIZATIONS
 from minilora.spec.lora import LORA, Variant
 from minilora.spec.ops import Array
 from minilora.spec.variants import part_shapes
@@ -19,9 +23,7 @@ from minilora.spec.variants import part_shapes
 Read = Callable[[], Array]
 
 _CONV1D = {a.model_type for a in ARCHITECTURES.values() if a.transposed} | {
-    "openai-gpt",
-    "imagegpt",
-    "decision_transformer",
+    *("openai-gpt", "imagegpt", "decision_transformer")
 }
 """The model types whose projections lie (in, out), as transformers' Conv1D has them."""
 
@@ -32,7 +34,8 @@ class Factors:
 
     ``module``: its path in the base; ``parts``: the variant's parameters by name, each read when it
     is called; ``shapes``: theirs in the file; ``table``: A and B are of an embedding, whose weight
-    is the transpose; ``whole``: a tied table that a head without a weight of its own adapts.
+    is the transpose; ``start``: the initialization that took them out of the base's weight, and
+    left it changed.
     """
 
     module: str
@@ -41,11 +44,12 @@ class Factors:
     scale: float
     variant: Variant = LORA
     table: bool = False
+    start: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
-        """The rank of A, 0 where nothing is left of it."""
+        """The rank of A."""
         return self.shapes["A"][0]
 
 
@@ -54,12 +58,12 @@ def changes_of(factors: Factors, base: TensorStore, name: str) -> list[Change] |
     tensor = base.weight_of(factors.module)
     if tensor is None:
         found = expert_changes(factors, base, name)
-        return found if found else _no_module(factors, base)
+        return found if found else _no_module(factors)
     shape = base[tensor].shape
     if len(shape) < 2 or (factors.table and len(shape) != 2):
         return _wrong(factors, f"{tensor} has the shape {shape}, which takes no such adapter")
+    transposed = factors.table or lies_transposed(factors.module, _rows(factors), base, tensor)
     m, n = shape[0], math.prod(shape[1:])
-    transposed = factors.table or _lies_transposed(factors, base, m, n)
     if transposed:
         m, n = n, m
     parts = _flat_parts(factors, m, n)
@@ -70,12 +74,13 @@ def changes_of(factors: Factors, base: TensorStore, name: str) -> list[Change] |
         tensor, factors.module, parts, kind, factors.variant, float(factors.scale),
         transposed=transposed, adapter=name, config=factors.config,
     )  # fmt: skip
-    return with_bias(change, base)
+    start = [_start(factors, change, base)] if factors.start and not factors.table else []
+    return [*start, *with_bias(change)]
 
 
-def with_bias(change: Change, base: TensorStore) -> list[Change]:
+def with_bias(change: Change) -> list[Change]:
     """The change of the weight, and that of the bias where the variant has one."""
-    if "c" not in change.parts:
+    if "c" not in change.variant.parts:
         return [change]
     bias = change.tensor.removesuffix("weight") + "bias"
     entries: dict[str, Any] = {part: _reader(change.parts, part) for part in ("A", "B")}
@@ -84,50 +89,72 @@ def with_bias(change: Change, base: TensorStore) -> list[Change]:
     return [weight, replace(change, tensor=bias, kind="bias", parts=parts, transposed=False)]
 
 
+def _start(factors: Factors, change: Change, base: TensorStore) -> Change:
+    """What the start took out of the base's weight, and so has to be taken out again: -s B₀ A₀.
+
+    PEFT finds it by an SVD or a QR in float32, whenever it loads the adapter. An SVD misses the
+    part of the r greatest singular values by ‖E‖ (1 + 4 σ_r / (σ_r - σ_r+1)), where ‖E‖ ≤ √n u σ₁
+    is its own error.
+    """
+    stored = base[change.tensor]
+    W = stored.rows(0, stored.length).reshape(stored.length, -1).astype(np.float64)
+    W = W.T if change.transposed else W
+    first = INITIALIZATIONS[factors.start].start
+    _, A, B = first(np.random.default_rng(0), W, factors.rank, change.scale)
+    σ = np.linalg.svd(W, compute_uv=False)
+    r = factors.rank
+    gap = σ[r - 1] - (σ[r] if r < len(σ) else 0.0)
+    off = np.sqrt(max(W.shape)) * 2.0**-24 * σ[0]
+    slack = float(off * (1 + 4 * σ[r - 1] / max(gap, off)))
+    parts = Expanded({"A": A, "B": B})
+    return replace(change, variant=LORA, parts=parts, scale=-change.scale, slack=slack)
+
+
 def _reader(parts: Mapping[str, Array], name: str) -> Read:
     return lambda: parts[name]
+
+
+def _rows(factors: Factors) -> int:
+    """m of the matrix: B's rows."""
+    return factors.shapes["B"][0]
 
 
 def _flat_parts(factors: Factors, m: int, n: int) -> Expanded | str:
     """The parts as the equation takes them; what does not fit, in words."""
     r = factors.rank
     wanted = part_shapes(factors.variant, r, m, n)
-    if odd := wanted.keys() ^ factors.shapes.keys():
-        return f"found {sorted(factors.shapes)}, expected {sorted(wanted)} ({sorted(odd)})"
+    if wanted.keys() != factors.shapes.keys():
+        return f"found {', '.join(factors.shapes)}, expected {', '.join(wanted)}"
     entries: dict[str, Any] = {}
     for part, shape in wanted.items():
         stored = factors.shapes[part]
-        fits = stored[:1] == shape[:1] or (part not in "AB" and math.prod(stored) == shape[0])
+        fits = stored[:1] == shape[:1] or part not in ("A", "B")
         if math.prod(stored) != math.prod(shape) or not fits:
             return f"{part} has the shape {stored}, expected {shape} at rank {r}"
-        entries[part] = _shaped(factors.parts[part], shape)
+        entries[part] = shaped(factors.parts[part], shape)
     return Expanded(entries)
 
 
-def _shaped(read: Read, shape: tuple[int, ...]) -> Read:
+def shaped(read: Read, shape: tuple[int, ...]) -> Read:
+    """What reads the array in another shape."""
     return lambda: read().reshape(shape)
 
 
-def _lies_transposed(factors: Factors, base: TensorStore, m: int, n: int) -> bool:
-    """Whether the weight lies (in, out): by the shapes, and where it is square by the model."""
-    if len(factors.shapes["A"]) != 2:
+def lies_transposed(module: str, rows: int, base: TensorStore, tensor: str) -> bool:
+    """Whether a weight of so many rows lies (in, out): by its shape, or if square by the model."""
+    shape = base[tensor].shape
+    if len(shape) != 2:
         return False
-    A, B = (math.prod(factors.shapes[part]) // max(factors.rank, 1) for part in "AB")
-    if m != n:
-        return (n, m) == (B, A)
-    kind = base.settings.get("model_type")
-    return kind in _CONV1D if kind else bool(factors.config.get("fan_in_fan_out"))
+    if shape[0] != shape[1]:
+        return bool(shape[1] == rows)
+    return base.settings.get("model_type") in _CONV1D and not module.endswith("lm_head")
 
 
-def expert_changes(factors: Factors, base: TensorStore, name: str) -> list[Change]:
-    """The changes of experts' matrices, which one adapter holds side by side; [] if none fit."""
-    return []
-
-
-def _no_module(factors: Factors, base: TensorStore) -> Entry:
+def _no_module(factors: Factors) -> Entry:
     text = f"the base has no {factors.module}.weight: this part of the adapter is applied nowhere"
     return Entry(factors.module, "wrong", text, {"module": factors.module})
 
 
 def _wrong(factors: Factors, text: str) -> Entry:
-    return Entry(factors.module, "wrong", f"it does not fit the base: {text}")
+    text = f"it does not fit the base: {text}"
+    return Entry(factors.module, "wrong", text, {"module": factors.module})

@@ -6,20 +6,26 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from minilora.audit.adapters import vera
 from minilora.audit.adapters.factors import Factors
 from minilora.audit.change import Change
 from minilora.audit.result import Entry
-from minilora.audit.tensors import TensorStore
+from minilora.audit.tensors import StoredTensor, TensorStore
 from minilora.io.errors import FormatError
 from minilora.io.files import NOT_FINITE, check_finite, read_json
-from minilora.io.formats.peft.names import CONFIG, PREFIX, WEIGHTS
+from minilora.io.formats.peft.names import CONFIG, PREFIX, PROJECTIONS, WEIGHTS
 from minilora.io.formats.peft.settings import KINDS, Kind
+from minilora.io.formats.peft.starts import INIT_FROM_BASE
 from minilora.io.formats.peft.targets import variant_of
 from minilora.io.header import Place, places
-from minilora.spec.lora import LORA, Variant
+from minilora.io.lazy_weights import Expanded
+from minilora.spec.lora import Variant
 from minilora.spec.ops import Array
 from minilora.spec.target_modules import pattern_value
 from minilora.spec.variants import REGISTRY, extended
@@ -35,14 +41,19 @@ _ENDS = {
 }
 """The ends of tensors' names after a module's path, and the parameters that they hold."""
 
-_COPIES = re.compile(r"\.(modules_to_save|original_module)(\.[^.]+)?(?=\.[^.]+$)")
+_WHOLE = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.[^.]+$)")
+_ROWS = re.compile(r"\.token_adapter\.trainable_tokens_delta(\.[^.]+)?$")
 
 
 @dataclass
 class Found:
-    """What a file holds: factors, whole tensors and rows, and what is to be said of it."""
+    """What a file holds: factors, whole tensors and rows, and what is to be said of it.
+
+    ``replaced``: tensors of the base's that came with the adapter, as a resized table does.
+    """
 
     settings: Mapping[str, Any]
+    replaced: list[StoredTensor] = field(default_factory=list)
     factors: list[Factors] = field(default_factory=list)
     whole: list[Change] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
@@ -64,15 +75,31 @@ def read(folder: Path, base: TensorStore) -> Found:
     modules: dict[str, dict[str, Place]] = {}
     for name, place in stored.items():
         module, part = split_name(name)
+        if name in PROJECTIONS.values():
+            continue
         if part:
             modules.setdefault(module, {})[part] = place
         else:
             _beside(found, module, place, base)
+    pruned = _pruned(settings)
     for module, parts in modules.items():
-        factors = _factors(module, parts, settings, found)
-        if factors is not None:
-            found.factors.append(factors)
+        if module in pruned:
+            continue
+        read_parts = {part: reader(place) for part, place in parts.items()}
+        shapes = {part: place.shape for part, place in parts.items()}
+        table = any("lora_embedding_" in place.name for place in parts.values())
+        factors = Factors(module, read_parts, shapes, 1.0, table=table)
+        found.factors.append(factors)
+    if settings["peft_type"] == "VERA":
+        found.factors = vera.with_projections(file, found, stored, base)
+    found.factors = [f for f in map(partial(_scaled, found), found.factors) if f is not None]
     return found
+
+
+def _pruned(settings: Mapping[str, Any]) -> set[str]:
+    """The modules of which AdaLoRA has left nothing."""
+    pattern = settings.get("rank_pattern") if settings["peft_type"] == "ADALORA" else {}
+    return {name.removesuffix(".lora_E") for name, row in (pattern or {}).items() if not any(row)}
 
 
 def read_settings(path: Path) -> tuple[dict[str, Any], Kind]:
@@ -131,56 +158,62 @@ def split_name(name: str) -> tuple[str, str]:
     return path, ""
 
 
-def _factors(
-    module: str, parts: Mapping[str, Place], settings: Mapping[str, Any], found: Found
-) -> Factors | None:
-    """The module's parameters with the scale that the settings give them."""
-    shapes = {part: place.shape for part, place in parts.items()}
-    if "A" not in parts or "B" not in parts:
-        text = f"found {sorted(parts)} alone, expected A and B"
-        found.entries.append(Entry(module, "wrong", text))
+def _scaled(found: Found, factors: Factors) -> Factors | None:
+    """The module's parameters with the scale and the start that the settings give them."""
+    settings, module, shapes = found.settings, factors.module, factors.shapes
+    if not {"A", "B"} <= shapes.keys() or not all(len(shapes[part]) > 1 for part in "AB"):
+        text = f"found {', '.join(shapes)}, expected A and B, matrices"
+        found.entries.append(Entry(module, "wrong", text, {"module": module}))
         return None
-    table = parts["A"].name.partition("lora_embedding_")[1] != ""
-    r = shapes["A"][0] if shapes["A"] else 0
-    if 0 in shapes["A"] or not r:
-        return None  # AdaLoRA has pruned all of it
-    default_r = settings["init_r"] if settings["peft_type"] == "ADALORA" else settings["r"]
-    name = variant_of(settings)
-    entry = REGISTRY[name]
-    ranks = settings.get("rank_pattern") if settings["peft_type"] == "LORA" else {}
-    own_r = pattern_value(ranks or {}, module, default_r)
-    alphas = settings.get("alpha_pattern") if settings["peft_type"] == "LORA" else {}
-    alpha = pattern_value(alphas or {}, module, settings.get("lora_alpha", 1))
+    r, name = factors.rank, variant_of(settings)
+    if r < 1:
+        text = "A has no rows: a sharded training saved it without gathering it"
+        found.entries.append(Entry(module, "wrong", text, {"module": module}))
+        return None
+    is_lora = settings["peft_type"] == "LORA"
+    default_r = settings["r" if settings["peft_type"] != "ADALORA" else "init_r"]
+    default_alpha = settings.get("lora_alpha", 1)
+    plain = module.replace(".base_layer", "")
+    own_r, alpha = default_r, default_alpha
+    if is_lora:
+        own_r = _of_pattern(found, "rank_pattern", plain, default_r)
+        alpha = _of_pattern(found, "alpha_pattern", plain, default_alpha)
+    if is_lora and r % own_r:
+        text = f"A has rank {r}, and the settings say {own_r}: PEFT refuses to load it"
+        found.entries.append(Entry(module, "wrong", text, {"module": module}))
+    experts = is_lora and r != own_r and r % own_r == 0  # side by side
+    own_r = own_r if experts else r
     rslora = bool(settings.get("use_rslora"))
     config = {
-        "r": r, "lora_alpha": alpha, "use_rslora": rslora, "default_r": default_r,
-        "default_alpha": settings.get("lora_alpha", 1), "use_dora": settings.get("use_dora", False),
-        "fan_in_fan_out": settings.get("fan_in_fan_out", False), "peft_type": settings["peft_type"],
-        "init_lora_weights": settings.get("init_lora_weights", True),
+        "r": own_r, "lora_alpha": alpha, "use_rslora": rslora, "default_r": default_r,
+        "default_alpha": default_alpha, "peft_type": settings["peft_type"],
+        "use_dora": bool(settings.get("use_dora")), "init": settings.get("init_lora_weights", True),
     }  # fmt: skip
-    scale = float(entry.scale(alpha, r, default_r, rslora))
-    factors = Factors(
-        module, {part: reader(place) for part, place in parts.items()}, shapes, scale,
-        _variant(shapes), table, config,
-    )  # fmt: skip
-    if settings["peft_type"] == "LORA" and r != own_r and len(shapes["A"]) == 2:
-        found.entries += _wrong_rank(factors, own_r)
-    return factors
+    scale = float(REGISTRY[name].scale(alpha, own_r, default_r, rslora))
+    init = settings.get("init_lora_weights")
+    start = init if isinstance(init, str) and init in INIT_FROM_BASE else ""
+    variant = _variant(found, module, name, shapes)
+    return replace(factors, scale=scale, config=config, variant=variant, start=start)
 
 
-def _wrong_rank(factors: Factors, r: int) -> list[Entry]:
-    if factors.rank % r == 0:
-        return []  # several experts' factors, side by side
-    text = f"A has rank {factors.rank}, and the settings say {r}: PEFT refuses to load it"
-    return [Entry(factors.module, "wrong", text)]
+def _of_pattern(found: Found, key: str, module: str, default: Any) -> Any:
+    """The module's own value of a pattern."""
+    try:
+        return pattern_value(found.settings[key], module, default)
+    except (re.error, OverflowError, RecursionError) as error:
+        remedy = "correct the regular expression"
+        raise FormatError(CONFIG, key, error, "what Python reads", remedy) from None
 
 
-def _variant(shapes: Mapping[str, Any]) -> Variant:
-    """The equation with these parameters."""
-    for entry in REGISTRY.values():
-        if set(entry.equation.parts) == shapes.keys():
-            return entry.variant if set(entry.variant.parts) == shapes.keys() else entry.equation
-    return LORA
+def _variant(found: Found, module: str, name: str, shapes: Mapping[str, Any]) -> Variant:
+    """The equation with these parameters, which are to be those of the settings."""
+    wanted = REGISTRY[name].variant
+    if set(wanted.parts) == shapes.keys():
+        return wanted
+    others = [e.variant for e in REGISTRY.values() if set(e.variant.parts) == shapes.keys()]
+    text = f"found {', '.join(shapes)}, and the settings say {', '.join(wanted.parts)} ({name})"
+    found.entries.append(Entry(module, "wrong", text, {"module": module}))
+    return others[0] if others else wanted
 
 
 def reader(place: Place) -> Any:
@@ -200,43 +233,45 @@ def _beside(found: Found, path: str, place: Place, base: TensorStore) -> None:
     """A tensor that is no adapter's parameter: saved in full, rows of a table, or a copy."""
     if ".original_module." in path:
         return
-    name = _COPIES.sub("", path)
-    if name.endswith(".token_adapter.trainable_tokens_delta"):
-        _tokens(found, name.removesuffix(".token_adapter.trainable_tokens_delta"), place, base)
+    if match := _ROWS.search(path):
+        _tokens(found, path[: match.start()], place, base)
         return
-    adapted = ".base_layer." in name
-    name = name.replace(".base_layer.", ".")
+    name = _WHOLE.sub("", path).replace(".base_layer.", ".")
     tensor = base.find(name)
     if tensor is None:
         text = "the base has no such tensor, and it is no parameter of an adapter's that is known"
         found.entries.append(Entry(place.name, "wrong", text))
+    elif ".base_layer." in path and name.endswith(".weight"):
+        _table_beside(found, base[tensor], place)
+    else:
+        parts = Expanded({"weight": reader(place)})
+        found.whole.append(Change(tensor, name.rpartition(".")[0], parts, "saved"))
+
+
+def _table_beside(found: Found, tensor: StoredTensor, place: Place) -> None:
+    """The base's weight of an adapted table, which PEFT writes too: it counts where it differs."""
+    own = StoredTensor(tensor.name, place.dtype, place.shape, place.nbytes, place.rows)
+    if own.shape == tensor.shape and all(
+        np.array_equal(own.rows(*at).astype(tensor.dtype), tensor.rows(*at))
+        for at in tensor.blocks()
+    ):
         return
-    if adapted and name.endswith(".weight"):
-        return  # PEFT's copy of an adapted embedding
-    parts = _lazy({"weight": reader(place)})
-    found.whole.append(Change(tensor, name.rpartition(".")[0], parts, "saved"))
-
-
-def _lazy(entries: Mapping[str, Any]) -> Any:
-    from minilora.io.lazy_weights import Expanded
-
-    return Expanded(entries)
+    text = f"the adapter brings its own, of shape {own.shape} (the base's: {tensor.shape})"
+    found.entries.append(Entry(tensor.name, "told", f"{text}: it stands in the base's place"))
+    found.replaced.append(own)
 
 
 def _tokens(found: Found, module: str, place: Place, base: TensorStore) -> None:
     """Rows of a table that are trained alone."""
-    import numpy as np
-
     tokens = found.settings.get("trainable_token_indices") or []
     lists = tokens.items() if isinstance(tokens, dict) else [("", tokens)]
     ids = next((ids for end, ids in lists if module.endswith(end)), [])
     tensor = base.weight_of(module)
-    if tensor is None or len(ids) != place.shape[0] or max(ids, default=0) >= base[tensor].shape[0]:
-        text = f"{place.shape[0]} rows for the tokens {ids}: they do not fit the base's table"
+    shape = () if tensor is None else base[tensor].shape
+    fits = len(shape) == 2 and place.shape == (len(ids), shape[1])
+    if tensor is None or not fits or max(ids, default=0) >= shape[0] or len({*ids}) < len(ids):
+        text = f"rows {place.shape} for {len(ids)} tokens do not fit a table {shape}"
         found.entries.append(Entry(place.name, "wrong", text))
         return
-    parts = _lazy({"ids": np.asarray(ids), "rows": reader(place)})
-    found.whole.append(Change(tensor, module, parts, "tokens", transposed=False))
-
-
-__all__ = ["Found", "read", "replace"]
+    parts = Expanded({"ids": np.asarray(ids, np.int64), "rows": reader(place)})
+    found.whole.append(Change(tensor, module, parts, "tokens"))
