@@ -2,80 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from minilora.audit.change import Around, Change, Tensor
-from minilora.audit.result import Entry, Figure
-from minilora.audit.rounding import (
-    F32,
-    WAYS,
-    Bound,
-    Replay,
-    low_rank,
-    matrix,
-    rounded,
-    spacing,
-)
+from minilora.audit.explain import Explanation, explain
+from minilora.audit.floats import F32, F64, wide
+from minilora.audit.merges import Merge, Played, Region, regions
+from minilora.audit.outside import beyond, deviations
+from minilora.audit.result import SEVERITIES, VERDICTS, Entry, Figure
 from minilora.spec.ops import Array
-
-BLOCK = 2**18
-"""How many entries are looked at at once: a few arrays of this size in float32 fit a cache."""
 
 SURVIVES = 0.9
 """Below this share of the change that survived rounding a tensor is warned of."""
 
-
-@dataclass(frozen=True, eq=False)
-class Region:
-    """The rows of a stored tensor that the same changes act on, as a matrix."""
-
-    base: Tensor
-    merged: Tensor
-    changes: tuple[Change, ...]
-    index: int | None = None
-    start: int = 0
-    stop: int = 0
-
-    @property
-    def width(self) -> int:
-        """How many entries a row has."""
-        first = 2 if self.index is not None else 1
-        return int(np.prod(self.base.shape[first:], dtype=np.int64))
-
-    def blocks(self) -> Iterator[tuple[int, int, Array, Array]]:
-        """Rows i … j of the region, with the base's and the merged ones."""
-        step = max(1, BLOCK // max(1, self.width))
-        for i in range(self.start, self.stop, step):
-            j = min(i + step, self.stop)
-            yield i - self.start, j - self.start, *self.read(i, j)
-
-    def read(self, i: int, j: int) -> tuple[Array, Array]:
-        """Rows i … j of the matrix."""
-        if self.index is None:
-            return matrix(self.base.rows(i, j)), matrix(self.merged.rows(i, j))
-        e = self.index
-        W, M = (t.rows(e, e + 1)[0] for t in (self.base, self.merged))
-        return matrix(W[i:j]), matrix(M[i:j])
-
-
-def wide(x: Array) -> Array:
-    """x in float32, or as it is where that is wider."""
-    return x if x.dtype.itemsize >= 4 else x.astype(F32)
-
-
-def bits_equal(a: Array, b: Array) -> Array:
-    """Where two arrays of one dtype have the same bits; 0 and -0 count as the same."""
-    same: Array = a == b
-    return same
+SIGMAS = 7.0
+"""How many standard deviations are no chance: 1 in 10¹¹ tensors."""
 
 
 @dataclass(eq=False)
 class Tally:
-    """What one passage through a region counts."""
+    """What one passage through a region counts.
+
+    ``along``: ⟨M - W, Dᵢ⟩ of each change Dᵢ, ``gram`` ⟨Dᵢ, Dⱼ⟩, ``moved`` ‖M - W‖²; ``beside`` and
+    ``spread``: the sums of (M - N) D and of its square, N the merge in the way that was chosen.
+    """
 
     k: int
     entries: int = 0
@@ -84,16 +37,17 @@ class Tally:
     outside: int = 0
     corrupt: int = 0
     deviation: float = 0.0
+    moved: float = 0.0
+    beside: float = 0.0
+    spread: float = 0.0
     along: Array = field(init=False)
     gram: Array = field(init=False)
-    left: float = 0.0
-    moved: float = 0.0
 
     def __post_init__(self) -> None:
         self.along, self.gram = np.zeros(self.k), np.zeros((self.k, self.k))
 
     def measure(self, W: Array, M: Array, deltas: Sequence[Array]) -> None:
-        """Add what least squares needs: ⟨M - W, Dᵢ⟩ and ⟨Dᵢ, Dⱼ⟩."""
+        """Add what least squares needs."""
         moved = np.subtract(M, W, dtype=F32).ravel()
         flat = [d.ravel() for d in deltas]
         self.moved += float(np.dot(moved, moved))
@@ -104,112 +58,97 @@ class Tally:
                 self.gram[j, i] = self.gram[i, j]
 
     @property
+    def square(self) -> float:
+        """‖D‖², D the sum of the changes."""
+        return float(self.gram.sum())
+
+    @property
     def survived(self) -> float | None:
-        """⟨M - W, D⟩ / ⟨D, D⟩, D the sum of the changes; None where D is 0."""
-        square = self.gram.sum()
-        return float(self.along.sum() / square) if square > 0 else None
+        """⟨M - W, D⟩ / ⟨D, D⟩; None where D is 0."""
+        return float(self.along.sum() / self.square) if self.square > 0 else None
 
     @property
     def noise(self) -> float | None:
         """‖M - W - D‖ / ‖D‖."""
-        square = self.gram.sum()
-        if not square > 0:
+        if not self.square > 0:
             return None
-        return float(np.sqrt(max(0.0, self.moved - 2 * self.along.sum() + square) / square))
+        left = self.moved - 2 * self.along.sum() + self.square
+        return float(np.sqrt(max(0.0, left) / self.square))
+
+    @property
+    def factor(self) -> tuple[float, float] | None:
+        """⟨M - W, D⟩ / ⟨N - W, D⟩ and its standard deviation: 1 where M differs from N by chance.
+
+        What rounding takes of D is in both.
+        """
+        way = float(self.along.sum()) - self.beside
+        if not way > 0:
+            return None
+        return 1 + self.beside / way, float(np.sqrt(self.spread)) / way
+
+    def figures(self) -> dict[str, Figure]:
+        """As an entry has them."""
+        shares = {"survived": self.survived, "noise": self.noise, "deviation": self.deviation}
+        return {**shares, "share_of_bits": self.equal / max(1, self.entries)}
 
 
-@dataclass(frozen=True, eq=False)
-class Sums:
-    """W with changes that have factors: T and e in float64, and the ways to merge in float32."""
-
-    bound: Bound
-    replays: tuple[Replay, ...]
-
-    @staticmethod
-    def of(region: Region, ways: Sequence[Any] = WAYS) -> Sums:
-        """The region's changes."""
-        b, m = region.base.dtype, region.merged.dtype
-        exact = tuple(low_rank(c) for c in region.changes)
-        single = [c.cast(F32) for c in exact]
-        return Sums(Bound(b, m, exact), tuple(Replay.of(w, b, m, single) for w in ways))
-
-    def rows(self, W: Array, i: int, j: int) -> tuple[Array, Array]:
-        """T and e of rows i … j; W in float64."""
-        deltas = [c.rows(i, j) for c in self.bound.changes]
-        sizes = [c.rows(i, j) for c in self.bound.magnitudes]
-        return sum(deltas, start=W), self.bound.e(W, deltas, sizes)
-
-    def at(self, W: Array, i: Array, j: Array) -> tuple[Array, Array]:
-        """T and e of entries (i, j)."""
-        deltas = [c.at(i, j) for c in self.bound.changes]
-        sizes = [c.at(i, j) for c in self.bound.magnitudes]
-        return sum(deltas, start=W), self.bound.e(W, deltas, sizes)
-
-
-def outside(M: Array, T: Array, e: Array, dtype: Any) -> Array:
-    """Where M, in float64, is no right merge: it lies beyond [○(T - e), ○(T + e)]."""
-    beyond: Array = (rounded(T - e, dtype) > M) | (rounded(T + e, dtype) < M)
-    return beyond
-
-
-def deviations(M: Array, T: Array, e: Array, dtype: Any) -> Array:
-    """|M - T| as a share of e and half a unit in M's last place."""
-    share: Array = abs(M - T) / (e + spacing(M, dtype) / 2)
-    return share
-
-
-def _check(sums: Sums, tally: Tally, W: Array, M: Array, equal: Array, i: int, j: int) -> None:
-    """Count which entries without the way's bits lie outside the bound."""
-    dtype = sums.bound.merged
-    if 4 * np.count_nonzero(equal) < equal.size:
-        V, N = W.astype(np.float64), M.astype(np.float64)
-        T, e = sums.rows(V, i, j)
-    else:
-        at = np.nonzero(~equal)
-        V, N = W[at].astype(np.float64), M[at].astype(np.float64)
-        T, e = sums.at(V, at[0] + i, at[1])
-    tally.outside += np.count_nonzero(outside(N, T, e, dtype))
-    tally.deviation = max(tally.deviation, float(deviations(N, T, e, dtype).max(initial=0.0)))
-
-
-def _pick(sums: Sums, region: Region) -> Replay:
+def _pick(merge: Merge) -> Played:
     """The way whose bits the first rows have most often."""
-    i, j, W, M = next(region.blocks())
-    few = max(1, min(j - i, 2**15 // max(1, region.width)))
-    W, M = wide(W[:few]), M[:few]
-
-    def same(replay: Replay) -> int:
-        return int(np.count_nonzero(bits_equal(replay.rows(W, replay.deltas(0, few)), M)))
-
-    return max(sums.replays, key=same)
+    region, ways = merge.region, merge.replays()
+    few = max(1, min(region.rows, 2**15 // max(1, region.width)))
+    W, M = map(wide, region.read(0, few))
+    if len(ways) == 1:
+        return ways[0]
+    return max(ways, key=lambda way: int(np.count_nonzero(way.play(W, 0, few)[0] == M)))
 
 
-def count(sums: Sums, region: Region) -> tuple[Replay, Tally]:
+def _check(
+    merge: Merge, tally: Tally, W: Array, M: Array, N: Array, D: Array, i: int, j: int
+) -> None:
+    """Look at the entries that have not the way's bits: N is the way's merge, D the change."""
+    differ = M != N
+    apart = (M[differ].astype(F64) - N[differ]) * D[differ]
+    tally.beside += float(apart.sum())
+    tally.spread += float((apart * apart).sum())
+    sums, gap = merge.sums, merge.region.gaps(i, j)
+    if sums is None or gap is not None or 4 * np.count_nonzero(differ) > differ.size:
+        T, e = merge.rows(W.astype(F64), i, j)
+        M = M.astype(F64)
+    else:
+        at = np.nonzero(differ)
+        M = M[at].astype(F64)
+        T, e = sums.at(W[at].astype(F64), at[0] + i, at[1])
+    tally.outside += int(np.count_nonzero(beyond(M, T, e, merge.region, gap)))
+    share = deviations(M, T, e, merge.region, gap)
+    tally.deviation = max(tally.deviation, float(share.max(initial=0.0)))
+
+
+def count(merge: Merge) -> tuple[Played, Tally]:
     """Pass through the region once: bits, bound, and the figures of least squares."""
-    replay, tally = _pick(sums, region), Tally(len(region.changes))
-    for i, j, W, M in region.blocks():
+    way, tally, region = _pick(merge), Tally(merge.count), merge.region
+    for i, j, stored, M in region.blocks():
+        W, M = wide(stored), wide(M)
         tally.entries += M.size
-        V, N = wide(W), wide(M)
-        if not np.isfinite(N).all():
-            tally.corrupt += int(np.count_nonzero(~np.isfinite(N)))
+        if M.size and not np.isfinite(M.min() + M.max()):
+            tally.corrupt += int(np.count_nonzero(~np.isfinite(M)))
             continue
-        deltas = replay.deltas(i, j)
-        equal = bits_equal(replay.rows(V, deltas), M)
-        same = int(np.count_nonzero(equal))
+        N, deltas = way.play(W, i, j)
+        same = int(np.count_nonzero(N == M))
         tally.equal += same
-        kept = V if W.dtype == M.dtype else wide(W.astype(M.dtype))
-        tally.base_bits += int(np.count_nonzero(bits_equal(kept, N)))
-        tally.measure(V, N, deltas)
+        kept = (
+            stored
+            if region.base.dtype == region.merged.dtype
+            else stored.astype(region.merged.dtype)
+        )
+        tally.base_bits += int(np.count_nonzero(wide(kept) == M))
+        tally.measure(W, M, deltas)
         if same < M.size:
-            _check(sums, tally, W, M, equal, i, j)
-    return replay, tally
-
-
-NOTHING = Around()
+            _check(merge, tally, W, M, N, sum(deltas[1:], deltas[0]), i, j)
+    return way, tally
 
 
 def judge(
-    base: Tensor, merged: Tensor, changes: Sequence[Change], around: Around = NOTHING
+    base: Tensor, merged: Tensor, changes: Sequence[Change], around: Around | None = None
 ) -> Entry:
     """The verdict on one tensor of the merged model that the changes act on, in their order.
 
@@ -218,53 +157,114 @@ def judge(
     if base.shape != merged.shape:
         text = f"its shape is {merged.shape}, the base's {base.shape}"
         return Entry(base.name, "mismatch", text)
-    region = Region(base, merged, tuple(changes), None, 0, base.shape[0] if base.shape else 1)
-    if not changes:
+    found = [_judged(region, around or Around()) for region in regions(base, merged, changes)]
+    return _together(found)
+
+
+def _judged(region: Region, around: Around) -> Entry:
+    if not region.changes:
         return _untouched(region)
-    sums = Sums.of(region)
-    replay, tally = count(sums, region)
-    return _verdict(region, replay, tally)
-
-
-def _verdict(region: Region, replay: Replay, tally: Tally) -> Entry:
-    name = region.base.name
-    figures: dict[str, Figure] = {"survived": tally.survived, "noise": tally.noise}
-    figures |= {"rounding": replay.way.name, "share_of_bits": tally.equal / max(1, tally.entries)}
-    figures |= {"deviation": tally.deviation}
+    merge = Merge.of(region)
+    way, tally = count(merge)
+    name, figures = region.base.name, tally.figures()
     if tally.corrupt:
-        return Entry(name, "corrupt", f"{tally.corrupt} entries are NaN or infinite")
-    if not tally.outside:
-        return _right(name, replay, tally, figures)
+        text = f"{tally.corrupt} of {tally.entries} entries are NaN or infinite"
+        return Entry(name, "corrupt", text, {"corrupt": tally.corrupt})
+    figures["rounding"] = way.name
+    if not tally.outside and not _another_factor(region, tally):
+        return _right(name, region, way, tally, figures)
     if tally.base_bits == tally.entries:
-        return Entry(name, "not-applied", "all entries have the base's bits", figures)
-    text = f"{tally.outside} of {tally.entries} entries lie outside the bound"
-    return Entry(name, "mismatch", text, figures)
+        return Entry(name, "not-applied", "every entry has the base's bits", figures)
+    found = explain(merge, around) or _unexplained(tally)
+    return Entry(name, found.verdict, found.text, figures | dict(found.figures), found.mistake)
 
 
-def _right(name: str, replay: Replay, tally: Tally, figures: dict[str, Figure]) -> Entry:
-    survived = tally.survived
+def _another_factor(region: Region, tally: Tally) -> bool:
+    """Whether what differs from the way's bits goes along the change, more than by chance.
+
+    All entries are within their bounds, which hold for the worst of all roundings. But roundings do
+    not know the change: what they add is as often along it as against it. A rounding of s or of all
+    of a factor in the same direction moves the factor by 6 h at most.
+    """
+    if tally.factor is None or (region.base.scheme and region.merged.scheme):
+        return False
+    f, sigma = tally.factor
+    h = max(region.dtypes.with_adapter(c.dtype)[0] for c in _dtypes(region))
+    return abs(f - 1) > 6 * h + SIGMAS * sigma
+
+
+@dataclass(frozen=True)
+class _Stored:
+    dtype: np.dtype
+
+
+def _dtypes(region: Region) -> list[_Stored]:
+    return [
+        _Stored(np.asarray(p).dtype)
+        for c in region.changes
+        for n, p in c.parts.items()
+        if n != "ids"
+    ]
+
+
+def _right(
+    name: str, region: Region, way: Played, tally: Tally, figures: dict[str, Figure]
+) -> Entry:
+    survived, stored = tally.survived, region.merged.scheme or region.merged.dtype.name
+    if survived is None and tally.equal == tally.entries:
+        return Entry(
+            name, "exact", "the adapter's change is 0, and it has the base's bits", figures
+        )
     if survived is not None and tally.base_bits == tally.entries:
         figures["survived"] = 0.0
-        text = "the change lies below half a unit of the stored numbers: it has the base's bits"
+        text = f"the change is too small for {stored}: nothing of it is left, applied or not"
         return Entry(name, "rounded-away", text, figures)
     if survived is not None and survived < SURVIVES:
-        text = f"{survived:.1%} of the change survived the rounding to {replay.merged}"
+        text = f"{survived:.1%} of the change survived the rounding to {stored}"
         return Entry(name, "rounded-away", text, figures)
     if tally.equal == tally.entries:
-        return Entry(name, "exact", f"has the bits of {replay.way.name}", figures)
+        return Entry(name, "exact", f"has the bits of: {way.name}", figures)
     share = tally.equal / tally.entries
-    text = f"within the bound; {share:.4%} of the entries have the bits of {replay.way.name}"
+    text = f"within the bound; {share:.2%} of the entries have the bits of: {way.name}"
     return Entry(name, "within", text, figures)
+
+
+def _unexplained(tally: Tally) -> Explanation:
+    explained = 0.0
+    if tally.moved > 0 and tally.square > 0:
+        explained = float(tally.along.sum() ** 2 / (tally.square * tally.moved))
+    text = (
+        f"{tally.outside} of {tally.entries} entries lie outside the bound of a right merge, and "
+        f"the change explains {explained:.1%} of what differs from the base"
+    )
+    return Explanation("mismatch", "", text, {"explained": explained, "outside": tally.outside})
 
 
 def _untouched(region: Region) -> Entry:
     """The verdict on what no adapter changes: the base's bits, or those of a cast of them."""
-    name, other = region.base.name, 0
+    name, other, entries = region.base.name, 0, 0
     narrow, wider = region.merged.dtype, region.base.dtype
     for _, _, W, M in region.blocks():
         kept = W if wider == narrow else W.astype(narrow)
-        other += int(np.count_nonzero(~bits_equal(wide(kept), wide(M))))
+        entries += M.size
+        other += int(np.count_nonzero(wide(kept) != wide(M)))
     if other:
-        return Entry(name, "changed", f"{other} entries differ from the base's")
+        text = f"{other} of {entries} entries differ from the base's, and no adapter changes them"
+        return Entry(name, "changed", text)
     cast = "" if wider == narrow else f", cast from {wider} to {narrow}"
     return Entry(name, "unchanged", f"has the base's bits{cast}")
+
+
+def _together(found: Sequence[Entry]) -> Entry:
+    """One entry of those of a tensor's parts: the worst, which says of how many it is."""
+    acting = [entry for entry in found if entry.verdict != "unchanged"] or list(found)
+    order = list(VERDICTS)
+
+    def badness(entry: Entry) -> tuple[int, int]:
+        return SEVERITIES.index(entry.severity), -order.index(entry.verdict)
+
+    worst = min(acting, key=badness)
+    alike = sum(entry.verdict == worst.verdict for entry in acting)
+    if len(acting) == 1:
+        return worst
+    return replace(worst, text=f"{alike} of {len(acting)} parts: {worst.text}")

@@ -22,6 +22,10 @@ VERDICTS: Mapping[str, tuple[str, str]] = {
     "other-module": ("deviation", "the change of another module is applied"),
     "norm-not-applied": ("deviation", "DoRA's magnitude is not applied"),
     "bias-unscaled": ("deviation", "the adapter's bias is applied without its scale"),
+    "partly": ("deviation", "a part of the tensor lacks the adapter's change"),
+    "permuted": ("deviation", "the change is applied to rows or columns in another order"),
+    "known-mistake": ("deviation", "another merge than the right one, which a known mistake makes"),
+    "coarser": ("warning", "a right merge, rounded more coarsely than its dtype"),
     "mismatch": (
         "deviation",
         "it is not the base with the adapter, and no known mistake explains it",

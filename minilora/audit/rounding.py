@@ -8,155 +8,48 @@ monotone. `Bound` derives e. A `Way` is one right merge in full, whose bits can 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from minilora.audit.change import Change
-from minilora.spec.lora import merge_weight
+from minilora.audit.floats import F32, format_of, on_grid
+from minilora.audit.low_rank import LowRank
 from minilora.spec.ops import Array
-from minilora.spec.variants import extended
-
-F32 = np.dtype(np.float32)
-F64 = np.dtype(np.float64)
 
 
 @dataclass(frozen=True)
-class Format:
-    """A floating-point format: p binary digits, and the exponent of its smallest normal number.
+class Dtypes:
+    """The dtypes in which a right merge may compute: the base's, and the merged tensor's.
 
-    ``u``: 2⁻ᵖ, the unit roundoff; ``eta``: the distance of the subnormal numbers.
+    A quantized tensor's numbers may pass through half precision on their way: bfloat16, the
+    coarsest, stands for it.
     """
 
-    digits: int
-    lowest: int
-    largest: float
+    base: np.dtype[Any]
+    merged: np.dtype[Any]
 
     @property
-    def u(self) -> float:
-        """The unit roundoff."""
-        return 2.0**-self.digits
+    def w(self) -> float:
+        """The greater unit roundoff of the two."""
+        return max(format_of(self.base).u, format_of(self.merged).u)
 
-    @property
-    def eta(self) -> float:
-        """The smallest positive number."""
-        return 2.0 ** (self.lowest - self.digits + 1)
-
-
-@cache
-def format_of(dtype: Any) -> Format:
-    """The format of a floating-point dtype.
-
-    Errors: TypeError for integers.
-    """
-    dtype = np.dtype(dtype)
-    if dtype.kind not in "fV" or dtype.itemsize > 8:
-        raise TypeError(f"{dtype}: expected a floating-point dtype of up to 8 bytes")
-    info = ml_dtypes.finfo(dtype)
-    return Format(int(info.nmant) + 1, int(info.minexp), float(info.max))
+    def with_adapter(self, dtype: Any) -> tuple[float, float, bool]:
+        """The greatest unit roundoff, the greatest eta, and whether the adapter's is finer."""
+        formats = [format_of(d) for d in (dtype, self.base, self.merged)]
+        h = max(f.u for f in formats)
+        return h, max(f.eta for f in formats), formats[0].u < h
 
 
-def spacing(x: Array, dtype: Any) -> Array:
-    """The distance of the dtype's numbers at x: a whole unit in the last place. x in float64."""
-    f = format_of(dtype)
-    exponent = np.frexp(x)[1]  # |x| in [2ᵉ⁻¹, 2ᵉ)
-    gap: Array = np.ldexp(1.0, np.maximum(exponent - f.digits, f.lowest - f.digits + 1))
-    return gap
-
-
-def rounded(x: Array, dtype: Any) -> Array:
-    """○(x): x in float64 rounded once to the dtype's nearest number, ties to even; in float64.
-
-    A cast by ml_dtypes would round a float64 twice.
-    """
-    f = format_of(dtype)
-    if f.digits >= 53:
-        return x
-    gap = spacing(x, dtype)
-    y: Array = np.rint(x / gap) * gap  # powers of 2: only rint rounds
-    return np.where(abs(y) > f.largest, np.copysign(np.inf, y), y)
-
-
-def matrix(array: Array) -> Array:
-    """A stored tensor, or rows of it, as rows: a kernel is flattened, a vector a column."""
-    return array.reshape(len(array), -1)
-
-
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """ΔW = s B A of a change, as factors: the form that `Variant.factors` gives an equation.
-
-    ``columns``: the variant's parameters beside A and B that are multiplied in, each a rounding.
-    """
-
-    A: Array
-    B: Array
-    s: float
-    dtype: np.dtype[Any]
-    columns: int = 0
-    transposed: bool = False
-    slack: float = 0.0
-
-    @property
-    def r(self) -> int:
-        """How many products are added up."""
-        return len(self.A)
-
-    def cast(self, dtype: Any) -> LowRank:
-        """The same in another dtype."""
-        A, B = (np.asarray(part).astype(dtype, copy=False) for part in (self.A, self.B))
-        return LowRank(A, B, self.s, self.dtype, self.columns, self.transposed, self.slack)
-
-    def magnitudes(self) -> LowRank:
-        """|s| |B| |A|, what roundings are measured by."""
-        A, B = abs(self.A), abs(self.B)
-        return LowRank(A, B, abs(self.s), self.dtype, self.columns, self.transposed)
-
-    def added(self, W: Array, start: int, stop: int) -> Array:
-        """W + ΔW for rows start … stop of the stored matrix, W in the stored layout."""
-        s = self.A.dtype.type(self.s)
-        if self.transposed:
-            return merge_weight(W.T, self.A[:, start:stop], self.B, s).T
-        return merge_weight(W, self.A, self.B[start:stop], s)
-
-    def rows(self, start: int, stop: int) -> Array:
-        """ΔW itself of these rows."""
-        return self.added(self.A.dtype.type(0), start, stop)
-
-    def at(self, i: Array, j: Array) -> Array:
-        """ΔW at entries (i, j) of the stored matrix."""
-        if self.transposed:
-            i, j = j, i
-        return self.s * np.einsum("kr,rk->k", self.B[i], self.A[:, j])
-
-
-def low_rank(change: Change, dtype: Any = F64) -> LowRank:
-    """The change as factors, computed in the dtype from the file's numbers.
-
-    A bias's change s c is that of B = c and A = 1.
-
-    Errors: ValueError if the variant's change is of full rank (DoRA), or no change of this kind.
-    """
-    stored = np.result_type(*change.parts.values())
-    if change.kind == "bias":
-        c = np.asarray(change.parts["c"]).reshape(-1, 1)
-        one = np.ones((1, 1), dtype)
-        return LowRank(one, c.astype(dtype), change.s, c.dtype, 0, False, change.slack)
-    values = [np.asarray(part).astype(dtype) for part in change.values]
-    factors = extended(change.variant).factors
-    if factors is None:
-        raise ValueError(f"{change.tensor}: the change of {change.variant.parts} has no factors")
-    A, B, _ = factors(*values)
-    columns = len([p for p in extended(change.variant).columns if p != "c"])
-    return LowRank(A, B, change.s, stored, columns, change.transposed, change.slack)
+def gamma(k: int) -> float:
+    """γ_k = k u / (1 - k u) of float32."""
+    u = format_of(F32).u
+    return k * u / (1 - k * u)
 
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """e, by which a right merge may miss T before the result is stored.
+    """e, by which a right merge may miss T = W + Σ ΔW before its result is stored.
 
     What a right merge may do, of each change ΔW = s B A of rank r, with P = |s| |B| |A|, h the
     greatest unit roundoff among the adapter's, base's and merged dtype, w that of base and merged:
@@ -165,7 +58,7 @@ class Bound:
       columns in: n roundings of P, each h (n = 2, and 2 casts where the adapter is finer, and for
       each column one more, or two);
     - round B A, or s B A, to such a dtype, and once more to another: 2 h |ΔW|;
-    - add the products and W in float32, in any order: γ_{r + 2} (P + |W|), γ_k = k u / (1 - k u);
+    - add the products and W in float32, in any order: γ_{r + 2} (P + |W|);
     - add change after change, each sum rounded to w: w (|W| + Σ |ΔW|) for each but the last;
     - if base and merged differ in dtype: cast W first, and round the sum to the coarser: again
       w (2 |W| + Σ |ΔW|).
@@ -177,45 +70,41 @@ class Bound:
     order, with or without fused multiply-add).
     """
 
-    base: np.dtype[Any]
-    merged: np.dtype[Any]
+    dtypes: Dtypes
     changes: tuple[LowRank, ...]
-    magnitudes: tuple[LowRank, ...] = field(default=())
+    magnitudes: tuple[LowRank, ...] = field(init=False)
+    factors: tuple[tuple[float, float, float], ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "magnitudes", tuple(c.magnitudes() for c in self.changes))
+        sizes = tuple(c.magnitudes() for c in self.changes)
+        factors = tuple(self._delta(c, size) for c, size in zip(self.changes, sizes, strict=True))
+        object.__setattr__(self, "magnitudes", sizes)
+        object.__setattr__(self, "factors", factors)
 
-    def _delta(self, i: int) -> tuple[float, float, float]:
-        """The factors of P and of |ΔW| in change i's bound, and what it adds in all entries."""
-        change, sizes = self.changes[i], self.magnitudes[i]
-        formats = [format_of(d) for d in (change.dtype, self.base, self.merged)]
-        h, eta = max(f.u for f in formats), max(f.eta for f in formats)
-        finer = formats[0].u < h
-        n = 2 + 2 * finer + change.columns * (1 + finer)
-        k, u = change.r + 2, format_of(F32).u
-        of_P = (1 + k * u / (1 - k * u)) * (1 + h) ** n - 1
-        # A subnormal rounding of an entry of A, B, s B or s A is multiplied with the other factor.
-        b, a = sizes.B.sum(1).max(initial=0), sizes.A.sum(0).max(initial=0)
-        inner = (max(1, sizes.s) * (a + b) + change.r * eta) * n + 2 + sizes.s
-        return of_P, 2 * h, inner * eta / 2 + k * 2.0**-126 * max(1, sizes.s) + change.slack
+    def _delta(self, change: LowRank, size: LowRank) -> tuple[float, float, float]:
+        """The factors of P and of |ΔW| in a change's bound, and what it adds in all entries."""
+        h, eta, finer = self.dtypes.with_adapter(change.dtype)
+        n, k = 2 + 2 * finer + change.columns * (1 + finer), change.r + 2
+        of_P = (1 + gamma(k)) * (1 + h) ** n - 1
+        # What rounds a subnormal entry of A, B, s B or s A is multiplied with the other factor.
+        b, a = size.B.sum(1).max(initial=0), size.A.sum(0).max(initial=0)
+        inner = (max(1, size.s) * (a + b) + change.r * eta) * n + 2 + size.s
+        flushed = k * 2.0**-126 * max(1, size.s)
+        return of_P, 2 * h, inner * eta / 2 + flushed + change.slack
 
     @property
-    def _sums(self) -> tuple[float, float]:
-        """The factors of |W| and of |W| + Σ |ΔW|: roundings of sums before the last."""
-        u = format_of(F32).u
+    def sums(self) -> tuple[float, float]:
+        """The factors of |W| and of |W| + Σ |ΔW|: the roundings of sums before the last."""
+        w, other = self.dtypes.w, self.dtypes.base != self.dtypes.merged
+        between = max(0, len(self.changes) - 1 + other)
         k = max((c.r for c in self.changes), default=0) + 2
-        w = max(format_of(self.base).u, format_of(self.merged).u)
-        other = self.base != self.merged
-        between = len(self.changes) - 1 + other
-        return k * u / (1 - k * u) + w * other, w * max(0, between) + 2.0**-24
+        return gamma(k) + w * other, w * between + format_of(F32).u
 
     def e(self, W: Array, deltas: Sequence[Array], sizes: Sequence[Array]) -> Array:
-        """e for entries of W, each change's ΔW and P there; all in float64."""
-        of_W, of_sum = self._sums
-        w = abs(W)
-        total: Array = (of_W + of_sum) * w
-        for i, (delta, P) in enumerate(zip(deltas, sizes, strict=True)):
-            of_P, of_delta, constant = self._delta(i)
+        """e for entries of W, with each change's ΔW and P there; all in float64."""
+        of_W, of_sum = self.sums
+        total: Array = (of_W + of_sum) * abs(W)
+        for delta, P, (of_P, of_delta, constant) in zip(deltas, sizes, self.factors, strict=True):
             total = total + of_P * P + (of_delta + of_sum) * abs(delta) + constant
         return total
 
@@ -266,15 +155,8 @@ WAYS = (
 
 def _dtype(name: str, adapter: Any, base: Any, merged: Any) -> np.dtype[Any]:
     named = {"adapter": adapter, "base": base, "merged": merged, "float32": F32}
-    return np.dtype(named[name])
-
-
-def _to(x: Array, dtype: np.dtype[Any]) -> Array:
-    """x in float32, rounded to the dtype where that is narrower."""
-    if dtype.itemsize >= 4:
-        return x
-    with np.errstate(over="ignore"):
-        return x.astype(dtype).astype(F32)
+    dtype: np.dtype[Any] = np.dtype(named[name])
+    return dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,35 +176,60 @@ class Replay:
         for c in changes:
             at = {name: _dtype(getattr(way, name), c.dtype, base, merged)
                   for name in ("factors", "product", "delta")}  # fmt: skip
-            A, B, s = _to(c.A, at["factors"]), _to(c.B, at["factors"]), c.s
+            A, B, s = on_grid(c.A, at["factors"]), on_grid(c.B, at["factors"]), c.s
             if way.scaled == "B":
-                B, s = _to(F32.type(s) * B, at["factors"]), 1.0
+                B, s = on_grid(F32.type(s) * B, at["factors"]), 1.0
             elif way.scaled == "A":
-                A, s = _to(F32.type(s) * A, at["factors"]), 1.0
-            ready.append(LowRank(A, B, s, c.dtype, c.columns, c.transposed))
+                A, s = on_grid(F32.type(s) * A, at["factors"]), 1.0
+            ready.append(replace(c, A=A, B=B, s=s))
             dtypes.append((at["product"], at["delta"]))
         return Replay(way, np.dtype(base), np.dtype(merged), tuple(ready), tuple(dtypes))
 
-    def deltas(self, start: int, stop: int) -> list[Array]:
-        """Each change's rows in float32, rounded as the way does."""
-        return [self._one(i, start, stop) for i in range(len(self.changes))]
+    @property
+    def name(self) -> str:
+        """The way's name."""
+        return self.way.name
 
-    def rows(self, W: Array, deltas: Sequence[Array]) -> Array:
-        """The merged rows in the merged dtype, of the base's rows in float32 and the changes'."""
+    def play(self, W: Array, i: int, j: int) -> tuple[Array, list[Array]]:
+        """The merged rows, on the merged dtype's grid, and what each change adds; in float32."""
+        deltas = [self._one(k, i, j) for k in range(len(self.changes))]
         total = _dtype(self.way.total, F32, self.base, self.merged)
-        V = _to(W, _dtype(self.way.weight, F32, self.base, self.merged))
-        if self.way.combined and deltas:
-            deltas = [sum(deltas[1:], deltas[0])]
-        for i, delta in enumerate(deltas):
+        V = on_grid(W, _dtype(self.way.weight, F32, self.base, self.merged))
+        for k, delta in enumerate([sum(deltas[1:], deltas[0])] if self.way.combined else deltas):
             V = V + delta
-            if i < len(deltas) - 1 or total != self.merged:
-                V = _to(V, total)
-        with np.errstate(over="ignore"):
-            return V.astype(self.merged)
+            if k < len(deltas) - 1 or total != self.merged:
+                V = on_grid(V, total)
+        return on_grid(V, self.merged), deltas
 
     def _one(self, i: int, start: int, stop: int) -> Array:
         change, (product, delta) = self.changes[i], self.dtypes[i]
         if product.itemsize >= 4 or change.s == 1:
-            return _to(_to(change.rows(start, stop), product), delta)
-        alone = LowRank(change.A, change.B, 1.0, change.dtype, 0, change.transposed)
-        return _to(F32.type(change.s) * _to(alone.rows(start, stop), product), delta)
+            return on_grid(on_grid(change.rows(start, stop), product), delta)
+        alone = replace(change, s=1.0)
+        return on_grid(F32.type(change.s) * on_grid(alone.rows(start, stop), product), delta)
+
+
+def reach(scheme: str, gap: Array, M: Array) -> Array:
+    """How far a right quantizer may leave the numbers M from what it was given.
+
+    ``gap``: the distance of the numbers that it can store. Half of it, and by scheme: Q8_0 keeps
+    d rounded to float16, which 127 codes multiply; Q4_0's entry opposite to the greatest may miss
+    by a step; Q4_1 rounds d, m too; NF4's scales may be quantized in 8 bits, of whose table two
+    neighbours differ by a share of 1/14 at most; MLX rounds the scale to half precision after the
+    codes are chosen, and moves the range so that its greater end is met: the other end may miss by
+    a step. Of others a whole step.
+    """
+    half, size = 2.0**-11, abs(M)
+    if scheme == "q8_0":
+        return (0.5 + 127 * half + 2.0**-16) * gap + 127 * 2.0**-25
+    if scheme == "q4_0":
+        return (1 + 8 * half + 2.0**-16) * gap + 8 * 2.0**-25
+    if scheme == "q4_1":
+        return (0.5 + 30 * half + 2.0**-16) * gap + half * size + 16 * 2.0**-25
+    if scheme.startswith("nf4"):
+        return 0.5 * gap + size / 14
+    bits = {"8": 8, "6": 6, "5": 5, "3": 3, "2": 2}
+    if scheme.startswith(("mlx", "affine")):
+        b = next((n for text, n in bits.items() if text in scheme.partition("-")[0]), 4)
+        return (1.5 + 2.0 ** (b - 9)) * gap
+    return gap

@@ -190,7 +190,15 @@ def merge_dora(
     Source: Liu et al. 2024, "DoRA", equation 5.
     """
     V = merge_weight(W, A, B, s)
-    return magnitude / row_norm(V)[0] * V, b
+    return rescaled_rows(V, magnitude, row_norm(V)[0]), b
+
+
+def rescaled_rows(V: Array, magnitude: Array, v: Array) -> Array:
+    """m ∘ V / v: the rows of V, of norms v, rescaled to m.
+
+    Shapes: V (m, n), magnitude (m, 1), v (m, 1) -> W' (m, n).
+    """
+    return magnitude / v * V
 
 
 def _magnitude(V: Array) -> Array:
