@@ -1,0 +1,201 @@
+"""Trying what may have been done in place of the right merge: on some rows, then on all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+
+from minilora.audit.change import Around, Change
+from minilora.audit.floats import F64
+from minilora.audit.merges import Merge, Region
+from minilora.audit.outside import beyond, half_gap
+from minilora.spec.ops import Array
+
+RUNS = 6
+"""In how many places of a tensor rows are looked at before all are."""
+
+Block = tuple[int, int, Array, Array]
+Step = Callable[[Array, int, int], Array]
+Ending = Callable[[Array, Array, Array, int, int], tuple[Array, Array]]
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """What may have been done instead: changes in place of the right ones, another base or end.
+
+    ``detail``: what distinguishes it from others of its mistake; ``weight(W, i, j)``: what was the
+    base instead of W; ``end(W, T, e, i, j)``: what became of T, with its error; ``free``: it may
+    be by another factor, too.
+    """
+
+    changes: tuple[Change, ...]
+    detail: str = ""
+    weight: Step | None = None
+    end: Ending | None = None
+    free: bool = True
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """The factors c for which all entries lie within the bound of W + c ΔW: low … high.
+
+    ``best``: by least squares.
+    """
+
+    low: float
+    high: float
+    best: float
+
+    def __contains__(self, c: float) -> bool:
+        return self.low <= c <= self.high
+
+
+@dataclass(eq=False)
+class Case:
+    """A tensor's part whose merge is wrong: its rows, what is around, and what was counted."""
+
+    merge: Merge
+    around: Around
+    _sample: list[Block] = field(default_factory=list)
+
+    @property
+    def region(self) -> Region:
+        """The part."""
+        return self.merge.region
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """What should have been applied."""
+        return self.region.changes
+
+    def everything(self) -> Iterator[Block]:
+        """All rows, in float64."""
+        for i, j, W, M in self.region.blocks():
+            yield i, j, W.astype(F64), M.astype(F64)
+
+    @cached_property
+    def sample(self) -> list[Block]:
+        """Rows at several places, those with much of the change among them; in float64."""
+        rows, width = self.region.rows, max(1, self.region.width)
+        each = max(1, min(16, 2**17 // (width * RUNS)))
+        if rows <= each * RUNS:
+            return [(0, rows, *self._read(0, rows))]
+        places = {int(x) for x in np.linspace(0, rows - each, RUNS)}
+        strongest = min(self._strongest(), rows - each)
+        return [(i, i + each, *self._read(i, i + each)) for i in sorted(places | {strongest})]
+
+    def _read(self, i: int, j: int) -> tuple[Array, Array]:
+        W, M = self.region.read(i, j)
+        return W.astype(F64), M.astype(F64)
+
+    def _strongest(self) -> int:
+        sums = self.merge.sums
+        if sums is None:
+            return 0
+        low = sums.bound.changes[0]
+        factor = low.A.T if low.transposed else low.B
+        return int(np.argmax((factor * factor).sum(1)))
+
+    def merged(self, trial: Trial) -> Merge:
+        """The trial's changes as a merge of this part."""
+        return Merge.of(self.region, trial.changes)
+
+    def outside(self, trial: Trial, merge: Merge, blocks: Iterable[Block], most: int = 0) -> bool:
+        """Whether more than ``most`` entries of these rows are none of the trial's."""
+        count = 0
+        for i, j, W, M in blocks:
+            T, e = tried(trial, merge, W, i, j)
+            gap = self.region.gaps(i, j)
+            count += int(np.count_nonzero(beyond(M, T, e, self.region, gap)))
+            if count > most:
+                return True
+        return False
+
+    def holds(self, trial: Trial) -> bool:
+        """Whether all entries are within the bound of what the trial does."""
+        merge = self.merged(trial)
+        return not (
+            self.outside(trial, merge, self.sample)
+            or self.outside(trial, merge, self.everything())
+        )
+
+    def residual(self, trial: Trial) -> float:
+        """The root mean square of (M - T) in the last roundings' units, over the sample."""
+        merge, total, entries = self.merged(trial), 0.0, 0
+        for i, j, W, M in self.sample:
+            T, _ = tried(trial, merge, W, i, j)
+            share = (M - T) / half_gap(M, self.region, self.region.gaps(i, j))
+            total, entries = total + float((share * share).sum()), entries + share.size
+        return float(np.sqrt(total / max(1, entries)))
+
+    def bracket(self, trial: Trial) -> Bracket | None:
+        """The factors by which the trial's change explains all entries; None if none does."""
+        merge = self.merged(trial)
+        if merge.sums is None or trial.end:
+            return None
+        found = self._bracket(trial, merge, self.sample)
+        return self._bracket(trial, merge, self.everything(), found) if found else None
+
+    def _bracket(
+        self, trial: Trial, merge: Merge, blocks: Iterable[Block], first: Bracket | None = None
+    ) -> Bracket | None:
+        sums = merge.sums
+        assert sums is not None
+        bound, low, high = sums.bound, -np.inf, np.inf
+        best = first.best if first else self._factor(trial, merge)
+        if best is None:
+            return None
+        grown = 2 * max(1.0, abs(best))
+        along = square = 0.0
+        for i, j, W, M in blocks:
+            V = W if trial.weight is None else trial.weight(W, i, j)
+            deltas = [c.rows(i, j) for c in bound.changes]
+            sizes = [c.rows(i, j) for c in bound.magnitudes]
+            e = bound.e(V, [grown * d for d in deltas], [grown * P for P in sizes])
+            e = e + half_gap(M, self.region, self.region.gaps(i, j))
+            D, moved = sum(deltas[1:], deltas[0]), M - V
+            along, square = along + float((moved * D).sum()), square + float((D * D).sum())
+            with np.errstate(divide="ignore", invalid="ignore"):
+                ends = np.stack([(moved - e) / D, (moved + e) / D])
+            still = D == 0
+            if (abs(moved[still]) > e[still]).any():
+                return None
+            ends = ends[:, ~still]
+            low = max(low, float(ends.min(0).max(initial=-np.inf)))
+            high = min(high, float(ends.max(0).min(initial=np.inf)))
+            if low > high:
+                return None
+        return Bracket(low, high, along / square if square else best)
+
+    def _factor(self, trial: Trial, merge: Merge) -> float | None:
+        """⟨M - W, D⟩ / ⟨D, D⟩ over the sample; None where the two have little in common."""
+        along = square = moved = 0.0
+        for i, j, W, M in self.sample:
+            V = W if trial.weight is None else trial.weight(W, i, j)
+            (D, *more) = merge.deltas(W, i, j)
+            D = sum(more, D).astype(F64)
+            along += float(((M - V) * D).sum())
+            square += float((D * D).sum())
+            moved += float(((M - V) ** 2).sum())
+        if not square or along * along < 1e-4 * square * moved:
+            return None
+        return along / square
+
+
+def tried(trial: Trial, merge: Merge, W: Array, i: int, j: int) -> tuple[Array, Array]:
+    """T and e of what the trial does."""
+    T, e = merge.rows(W if trial.weight is None else trial.weight(W, i, j), i, j)
+    return trial.end(W, T, e, i, j) if trial.end else (T, e)
+
+
+def scaled(change: Change, factor: float) -> Change:
+    """The change with its scale times the factor."""
+    return replace(change, scale=change.scale * factor)
+
+
+def with_parts(change: Change, **parts: Array) -> Change:
+    """The change with other parameters."""
+    return replace(change, parts={**change.parts, **parts})
