@@ -9,11 +9,15 @@ from minilora.findings import (
     flax,
     jax,
     keras,
+    llama_cpp,
     loralib,
     lycoris,
     mlx_lm,
     peft,
+    sglang,
+    tensorrt_llm,
     transformers,
+    vllm,
 )
 from minilora.findings.finding import Finding, Library
 
@@ -29,6 +33,10 @@ LIBRARIES: dict[str, Library] = {
         jax,
         keras,
         flax,
+        vllm,
+        sglang,
+        llama_cpp,
+        tensorrt_llm,
     )
 }
 """By their names, in the order of the pages."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import cleandoc
 
 from minilora.findings.stored import StoredAdapter, StoredModule
+
+_RELEASE = re.compile(r"\d+(\.\d+)+")
 
 SEVERITIES: Mapping[str, str] = {
     "silent": "another function is computed, without an error",
@@ -55,13 +58,13 @@ class Finding:
 
     ``id``: the library's name, a dot, and its own name. ``does``: what the library does, if the
     title does not say it all; ``right``: what is right, and why; ``consequence``: what it means for
-    users, and what to do. ``severity``: a name of `SEVERITIES`. ``seen``: the release in which it
-    was seen; ``versions``: a range of those that have it, that release unless more is known;
-    ``fixed_in``: the release that is right again, "" as long as none is known. ``also``: other
-    distributions that do the same, and their releases. ``found_by``: a peer of ``minilora verify``
-    and those of its checks that find it, or ``not_asked``: why none does. ``cause``: what in
-    the library makes it so, with its file, in one sentence; ``source``: where that was read, where
-    nothing here runs it. ``stored``: what it means for an adapter in files, where
+    users, and what to do. ``severity``: a name of `SEVERITIES`. ``seen``: the release, or the
+    commit, in which it was seen; ``versions``: a range of those that have it, that release unless
+    more is known; ``fixed_in``: the release that is right again, "" as long as none is known.
+    ``also``: other distributions that do the same, and their releases. ``found_by``: a peer of
+    ``minilora verify`` and those of its checks that find it, or ``not_asked``: why none does.
+    ``cause``: what in the library makes it so, with its file, in one sentence; ``source``: where
+    that was read, if no test here runs it. ``stored``: what it means for an adapter in files, where
     that depends on the adapter.
     """
 
@@ -87,7 +90,7 @@ class Finding:
             raise ValueError(f"{self.id}: severity {self.severity!r}, expected one of {expected}")
         for name in ("does", "right", "consequence"):
             object.__setattr__(self, name, cleandoc(getattr(self, name)))
-        if not self.versions:
+        if not self.versions and _RELEASE.fullmatch(self.seen):
             object.__setattr__(self, "versions", f"=={self.seen}")
 
     @property

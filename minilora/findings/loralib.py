@@ -190,4 +190,4 @@ FINDINGS = (
     ),
 )
 
-LIBRARY = Library("loralib", "loralib", "loralib", FINDINGS)
+LIBRARY = Library("loralib", "loralib", "loralib", FINDINGS, release=SEEN, reads=("loralib",))

@@ -1,8 +1,15 @@
 """Findings in LyCORIS."""
 
-from minilora.findings.finding import Finding, Library
+from minilora.findings.conditions import not_in_base
+from minilora.findings.finding import Finding, Library, Stored
+from minilora.findings.stored import StoredAdapter
 
 SEEN = "4.1.3"
+
+
+def _without_alpha(adapter: StoredAdapter) -> list[str]:
+    return [m.name for m in adapter.adapted if "alpha" not in m.parts]
+
 
 FINDINGS = (
     Finding(
@@ -38,6 +45,7 @@ FINDINGS = (
             A wrong prefix or another model's file leaves the base as it is. Count `loras`.
             """,
         not_asked="the peer has no method that loads",
+        stored=Stored(not_in_base, "dropped", "the base has no module of these names"),
     ),
     Finding(
         id="lycoris.no-alpha",
@@ -55,6 +63,7 @@ FINDINGS = (
             Files of the time before alphas are not read. Put the rank into them.
             """,
         not_asked="the peer has no method that loads",
+        stored=Stored(_without_alpha, "refused", "it fails on a module without alpha"),
     ),
     Finding(
         id="lycoris.dora-epsilon",
@@ -86,4 +95,4 @@ FINDINGS = (
     ),
 )
 
-LIBRARY = Library("lycoris", "LyCORIS", "lycoris-lora", FINDINGS)
+LIBRARY = Library("lycoris", "LyCORIS", "lycoris-lora", FINDINGS, release=SEEN, reads=("kohya",))

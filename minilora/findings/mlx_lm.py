@@ -1,10 +1,64 @@
 """Findings in mlx-lm."""
 
-from minilora.findings.finding import Finding, Library
+from minilora.findings.finding import Finding, Library, Stored
+from minilora.findings.stored import StoredAdapter, StoredModule
 
 SEEN = "0.32.2"
 
+
+def _alone(adapter: StoredAdapter) -> list[str]:
+    """The modules of which one factor is missing."""
+    return [m.name for m in adapter.modules if len(m.parts & {"A", "B"}) == 1]
+
+
+def _rope(adapter: StoredAdapter) -> list[str]:
+    """The base of RoPE, where it stands in rope_parameters alone."""
+    base = adapter.base or {}
+    inside = (base.get("rope_parameters") or {}).get("rope_theta")
+    hidden = base.get("model_type") == "llama" and inside is not None and "rope_theta" not in base
+    return [f"rope_theta {inside}"] if hidden and inside != _DEFAULT_THETA else []
+
+
+_DEFAULT_THETA = 10000
+
+
+def _old_alpha(adapter: StoredAdapter) -> list[str]:
+    parameters = adapter.config.get("lora_parameters") or {}
+    alpha, rank = parameters.get("alpha"), parameters.get("rank")
+    return [m.name for m in adapter.adapted] if alpha and rank and alpha != rank else []
+
+
+def _by_alpha(adapter: StoredAdapter, module: StoredModule) -> float:
+    parameters = adapter.config["lora_parameters"]
+    return float(parameters["rank"] / parameters["alpha"])
+
+
 FINDINGS = (
+    Finding(
+        id="mlx-lm.alpha",
+        title="The alpha of older releases is passed over",
+        severity="silent",
+        seen=SEEN,
+        cause="linear_to_lora_layers (tuner/utils.py) reads scale, and no alpha beside it",
+        does="""
+            Older releases scaled by `scale * alpha / rank` and wrote all three into
+            `lora_parameters`.
+            """,
+        right="""
+            What is saved and loaded is the same function.
+            """,
+        consequence="""
+            A folder of then acts rank / alpha times as strongly. Put the factor into `scale`, and
+            take `alpha` out. minilora refuses to read such a folder.
+            """,
+        not_asked="the drawn folders are as this release writes them",
+        stored=Stored(
+            _old_alpha,
+            "scaled",
+            "it does not read the alpha by which older releases multiplied",
+            _by_alpha,
+        ),
+    ),
     Finding(
         id="mlx-lm.missing-factor",
         title="A missing factor stays as it was drawn",
@@ -26,6 +80,9 @@ FINDINGS = (
             minilora's reader refuses it by the name of the missing factor.
             """,
         not_asked="the peer reads files by minilora, which refuses one that lacks a factor",
+        stored=Stored(
+            _alone, "other", "the factor that is missing stays as it was drawn at random"
+        ),
     ),
     Finding(
         id="mlx-lm.no-layers",
@@ -68,6 +125,9 @@ FINDINGS = (
             `config.json` too, as minilora does.
             """,
         not_asked="the files of the drawn models have RoPE's base in both places",
+        stored=Stored(
+            _rope, "other", "it does not read rope_parameters of this base, and takes its default"
+        ),
     ),
     Finding(
         id="mlx-lm.quantized-sum",
@@ -115,4 +175,4 @@ FINDINGS = (
     ),
 )
 
-LIBRARY = Library("mlx-lm", "mlx-lm", "mlx-lm", FINDINGS)
+LIBRARY = Library("mlx-lm", "mlx-lm", "mlx-lm", FINDINGS, release=SEEN, reads=("mlx",))

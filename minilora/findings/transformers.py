@@ -1,10 +1,34 @@
 """Findings in transformers."""
 
-from minilora.findings.finding import Finding, Library
+from minilora.findings.conditions import not_in_base, parts
+from minilora.findings.finding import Finding, Library, Stored
 
 SEEN = "5.24.0"
 
 FINDINGS = (
+    Finding(
+        id="transformers.names-fit-nothing",
+        title="The base answers where the names of an adapter fit nothing",
+        severity="silent",
+        seen=SEEN,
+        cause=(
+            "load_adapter (integrations/peft.py) logs which tensors are missing and which are left "
+            "over, and goes on"
+        ),
+        right="""
+            An adapter that does not fit is refused, or has its effect.
+            """,
+        consequence="""
+            A file with other names (without the prefix, of another version of the model) answers
+            as the base does. Look at what `load_adapter` returns: it lists the names.
+            """,
+        found_by=("transformers", "inference.names.misspelt", "inference.names.other-model"),
+        stored=Stored(
+            not_in_base,
+            "dropped",
+            "the base has no module of these names: their tensors are passed over",
+        ),
+    ),
     Finding(
         id="transformers.float64-loss",
         title="The loss of a float64 model is computed in float32",
@@ -178,6 +202,11 @@ FINDINGS = (
             The model computes with untrained magnitudes. Load with `PeftModel.from_pretrained`.
             """,
         found_by=("transformers", "inference.logits.dora"),
+        stored=Stored(
+            parts("magnitude"),
+            "other",
+            "load_adapter leaves DoRA's magnitudes at the norms of the base",
+        ),
     ),
     Finding(
         id="transformers.classifier-batches",
@@ -206,4 +235,6 @@ FINDINGS = (
     ),
 )
 
-LIBRARY = Library("transformers", "transformers", "transformers", FINDINGS)
+LIBRARY = Library(
+    "transformers", "transformers", "transformers", FINDINGS, release=SEEN, reads=("peft",)
+)

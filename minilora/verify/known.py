@@ -9,6 +9,7 @@ from fnmatch import filter as filter_names
 from fnmatch import fnmatchcase
 from typing import Any
 
+from minilora.findings.versions import is_in_range, require_range, version_key
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.errors import UsageError, tidy
 from minilora.verify.core.types import Check
@@ -16,7 +17,6 @@ from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.plan import require_known
 from minilora.verify.report.result import Known
 from minilora.verify.seen import Asked, explained, read_seen
-from minilora.verify.versions import is_in_range, require_range, version_key
 
 FIELDS = {"reason", "link", "versions", "seen"}
 OF_A_FILE = FIELDS | {"check", "dtype"}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.findings.versions import version_key
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.errors import Fault
 from minilora.verify.core.tolerance import unit_roundoff
@@ -17,7 +18,6 @@ from minilora.verify.core.types import STRUCTURE, Comparison, Diagnosis
 from minilora.verify.report.report import Report
 from minilora.verify.report.result import Known, Result
 from minilora.verify.seen import NARROWER, Asked, explained, read_seen, step_of
-from minilora.verify.versions import version_key
 
 Form = dict[str, Any]
 

@@ -1698,6 +1698,27 @@ def test_peft_serves_the_base_where_the_names_of_an_adapter_fit_nothing(torch, p
         assert change.item() == (0 if warned else 1)
 
 
+@pytest.mark.finding("transformers.names-fit-nothing")
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_answers_as_the_base_where_the_names_of_an_adapter_fit_nothing(
+    torch, transformers, peft, tmp_path
+):
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
+    base.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=1, target_modules=["q_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.fill_(3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    stored = load_file(file)
+    for other, B in ((".self_attn.", 3), (".attention.", 0)):
+        save_file({n.replace(".self_attn.", other): array for n, array in stored.items()}, file)
+        model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        model.load_adapter(tmp_path / "adapter", adapter_kwargs={"local_files_only": True})
+        assert all((p == B).all() for name, p in model.named_parameters() if "lora_B" in name)
+
+
 @pytest.mark.finding("peft.last-deleted")
 def test_peft_fails_once_its_last_adapter_is_deleted(torch, peft):
     model, layer, state = peft_pair(torch, peft, (2, None), (4, None))
@@ -1987,3 +2008,94 @@ def test_mlx_lm_drops_nothing_of_the_base_that_dora_rescales(mlx_lm, monkeypatch
     assert found == [14, 14, 14, 14]
     assert right == [7 + 14, 7 + 6, 7 + 8, 7]
     assert np.mean(found) == np.mean(right)
+
+
+@pytest.mark.finding("mlx-lm.alpha")
+def test_mlx_lm_passes_over_the_alpha_of_older_releases(mlx_lm):
+    scales = []
+    for beside in ({}, {"alpha": 8}):  # by which they scaled, 1.0 · 8 / 2
+        parameters = {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": ["mlp.up_proj"], **beside}
+        model = mlx_lm.model()
+        mlx_lm.tuner.linear_to_lora_layers(model, 1, parameters)
+        scales.append(model.layers[1].mlp.up_proj.scale)
+    assert scales == [1, 1]
+
+
+@pytest.fixture
+def sglang():
+    """A function that reads an adapter of q and what is saved beside it by SGLang."""
+    lora = optional("sglang.srt.lora.lora")
+    config = optional("sglang.srt.lora.lora_config").LoRAConfig
+
+    def read(tensors, **settings):
+        said = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["q"]} | settings
+        base = SimpleNamespace(num_hidden_layers=1)
+        adapter = lora.LoRAAdapter("one", config.from_dict(said), base, None, None)
+        for name, tensor in tensors.items():
+            adapter._process_weight(name, tensor)
+        return adapter
+
+    return read
+
+
+@pytest.mark.finding("sglang.one-scale")
+def test_sglang_has_one_scale_for_all_modules(sglang):
+    plain, stabilized, pattern = (
+        sglang({}, **settings).scaling
+        for settings in ({}, {"use_rslora": True}, {"alpha_pattern": {"q": 2}})
+    )
+    assert (scale(16, 4), scale(16, 4, rslora=True), scale(2, 4)) == (4, 8, 0.5)
+    assert (plain, stabilized, pattern) == (4, 4, 4)
+
+
+@pytest.mark.finding("sglang.left-out")
+def test_sglang_leaves_out_a_head_that_is_saved_in_full(torch, sglang):
+    head = {"base_model.model.lm_head.weight": torch.ones(2, 2)}
+    norm = {"base_model.model.model.norm.weight": torch.ones(2)}
+    adapter = sglang(head | norm, modules_to_save=["lm_head", "norm"])
+    held = [*adapter.embedding_layers, *(name for at in adapter.layers for name in at.weights)]
+    assert held == []
+
+
+@pytest.mark.finding("sglang.start")
+def test_sglang_reads_a_pissa_as_any_other_adapter(sglang):
+    one, other = (sglang({}, init_lora_weights=start) for start in (True, "pissa"))
+    said, told = ({**vars(adapter.config), "hf_config": None} for adapter in (one, other))
+    assert said == told
+    assert one.scaling == other.scaling
+
+
+@pytest.fixture
+def vllm_helper():
+    return optional("vllm.lora.peft_helper").PEFTHelper
+
+
+@pytest.mark.finding("vllm.refused")
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"layer_replication": [[0, 1]]},
+        {"alora_invocation_tokens": [1]},
+        {"init_lora_weights": "pissa"},
+        {},
+    ],
+)
+def test_vllm_refuses_what_changes_more_than_factors(vllm_helper, setting):
+    told = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj"], **setting}
+    said = pytest.raises(ValueError, match="support") if setting else nullcontext()
+    with said:
+        vllm_helper.from_dict(told).validate_legal(SimpleNamespace(max_lora_rank=16))
+
+
+@pytest.mark.finding("vllm.max-rank")
+def test_vllm_refuses_a_rank_above_16_unless_told(vllm_helper):
+    limit = optional("vllm.config.lora").LoRAConfig().max_lora_rank
+    told = vllm_helper.from_dict({"r": 17, "lora_alpha": 1, "target_modules": ["q_proj"]})
+    assert limit == 16
+    told.validate_legal(SimpleNamespace(max_lora_rank=32))
+    with pytest.raises(ValueError, match="greater than max_lora_rank"):
+        told.validate_legal(SimpleNamespace(max_lora_rank=limit))

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from fake_checks import CHECKS, Right, WrongScale
 
+from minilora.findings.versions import is_in_range
 from minilora.verify.checks.registry import CHECKS as REAL_CHECKS
 from minilora.verify.core.errors import UsageError
 from minilora.verify.engine import run
 from minilora.verify.known import read_known
 from minilora.verify.mutants import MUTANTS
 from minilora.verify.record import Recorder, as_text
-from minilora.verify.versions import is_in_range
 
 EXACT, SIGMA, DICT, LIST = CHECKS
 OFF = {"arrays": "W'"}

@@ -1,7 +1,22 @@
 """PEFT's AdaLoRA."""
 
-from minilora.findings.finding import Finding
+from collections.abc import Sequence
+
+from minilora.findings.conditions import settings
+from minilora.findings.finding import Finding, Stored
 from minilora.findings.peft.release import SEEN
+from minilora.findings.stored import StoredAdapter
+
+
+def _alpha_0(adapter: StoredAdapter) -> list[str]:
+    is_one = adapter.config.get("peft_type") == "ADALORA" and adapter.config.get("lora_alpha") == 0
+    return [m.name for m in adapter.adapted] if is_one else []
+
+
+def _without_effect(adapter: StoredAdapter) -> Sequence[str]:
+    is_one = adapter.config.get("peft_type") == "ADALORA"
+    return settings("use_rslora", "alpha_pattern")(adapter) if is_one else []
+
 
 FINDINGS = (
     Finding(
@@ -104,6 +119,11 @@ FINDINGS = (
             initial rank as `lora_alpha`.
             """,
         not_asked="no method has AdaLoRA",
+        stored=Stored(
+            _alpha_0,
+            "scaled",
+            "it divides the rank that is left by the rank of the start",
+        ),
     ),
     Finding(
         id="peft.adalora-ranknum",
@@ -143,6 +163,9 @@ FINDINGS = (
             The scale is not the one that was asked for. minilora's reader refuses the two by name.
             """,
         not_asked="no method has AdaLoRA",
+        stored=Stored(
+            _without_effect, "use", "it computes nothing by these settings, and did not in training"
+        ),
     ),
     Finding(
         id="peft.adalora-whole-budget",

@@ -1,7 +1,14 @@
 """PEFT's add_weighted_adapter."""
 
-from minilora.findings.finding import Finding
+from minilora.findings.conditions import parts
+from minilora.findings.finding import Finding, Stored
 from minilora.findings.peft.release import SEEN
+from minilora.findings.stored import StoredAdapter
+
+
+def _rslora(adapter: StoredAdapter) -> list[str]:
+    return ["use_rslora"] if adapter.config.get("use_rslora") else []
+
 
 FINDINGS = (
     Finding(
@@ -29,6 +36,11 @@ FINDINGS = (
             of the types. Divide the weights by it.
             """,
         found_by=("peft", "combine.weighted", "combine.order", "combine.cat", "combine.many"),
+        stored=Stored(
+            _rslora,
+            "use",
+            "add_weighted_adapter of this adapter acts √r times as strongly as it",
+        ),
     ),
     Finding(
         id="peft.combined-parts",
@@ -48,6 +60,11 @@ FINDINGS = (
             The combination is another function than its parts, without a word.
             """,
         not_asked="`combine` is given adapters of A and B alone",
+        stored=Stored(
+            parts("magnitude", "lora_bias"),
+            "use",
+            "add_weighted_adapter leaves out these magnitudes and biases of B",
+        ),
     ),
     Finding(
         id="peft.combined-weights",

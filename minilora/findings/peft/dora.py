@@ -1,6 +1,7 @@
 """PEFT's DoRA."""
 
-from minilora.findings.finding import Finding
+from minilora.findings.conditions import parts
+from minilora.findings.finding import Finding, Stored
 from minilora.findings.peft.release import SEEN
 
 FINDINGS = (
@@ -32,6 +33,11 @@ FINDINGS = (
             nothing differs.
             """,
         found_by=("peft", "lifecycle.dora.several"),
+        stored=Stored(
+            parts("magnitude"),
+            "use",
+            "beside another active adapter, the order of the two matters",
+        ),
     ),
     Finding(
         id="peft.dora-zero-row",

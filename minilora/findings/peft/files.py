@@ -1,7 +1,48 @@
 """What PEFT saves and loads otherwise than it was trained."""
 
-from minilora.findings.finding import Finding
+import re
+from collections.abc import Sequence
+
+from minilora.findings.conditions import not_in_base, settings
+from minilora.findings.finding import Finding, Stored
 from minilora.findings.peft.release import SEEN
+from minilora.findings.stored import StoredAdapter
+
+
+def _ambiguous(adapter: StoredAdapter) -> list[str]:
+    """The modules that several patterns fit, with other values."""
+    concerned = []
+    for module in adapter.adapted:
+        for setting in ("rank_pattern", "alpha_pattern"):
+            patterns = adapter.config.get(setting) or {}
+            values = {v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module.name)}
+            concerned += [module.name] if len(values) > 1 else []
+    return list(dict.fromkeys(concerned))
+
+
+def _approximate_start(adapter: StoredAdapter) -> list[str]:
+    told = adapter.config.get("init_lora_weights")
+    is_one = isinstance(told, str) and told.startswith("pissa_niter")
+    return [f"init_lora_weights {told}"] if is_one else []
+
+
+def _half_tied(adapter: StoredAdapter) -> list[str]:
+    """The embedding of a GPT-2 whose head shares its factors, and has none in the file."""
+    names = {m.name.rpartition(".")[2]: m.name for m in adapter.adapted}
+    tied = adapter.config.get("ensure_weight_tying") and "lm_head" not in names
+    return [names["wte"]] if tied and "wte" in names else []
+
+
+def _replicated(adapter: StoredAdapter) -> Sequence[str]:
+    reads_types = (adapter.base or {}).get("model_type") == "qwen2"
+    return settings("layer_replication")(adapter) if reads_types else []
+
+
+def _listed_again(adapter: StoredAdapter) -> list[str]:
+    names = adapter.config.get("modules_to_save") or []
+    twice = sorted({name for name in names if names.count(name) > 1})
+    return [f"modules_to_save {name}" for name in twice]
+
 
 FINDINGS = (
     Finding(
@@ -26,6 +67,12 @@ FINDINGS = (
             patterns of which only one fits each module. `read_adapter` reads what PEFT loads.
             """,
         not_asked="no case saves patterns of which several fit one module",
+        stored=Stored(
+            _ambiguous,
+            "may",
+            "several keys of rank_pattern or alpha_pattern fit these modules, and the first in the "
+            "file, whose keys are sorted, counts: the scale may be another one than in training",
+        ),
     ),
     Finding(
         id="peft.heads-listed-again",
@@ -48,6 +95,9 @@ FINDINGS = (
         not_asked=(
             "no method answers a configuration; the peer hands the library a copy of the list"
         ),
+        stored=Stored(
+            _listed_again, "use", "each round of loading and saving lists these heads once more"
+        ),
     ),
     Finding(
         id="peft.pissa-niter",
@@ -68,6 +118,11 @@ FINDINGS = (
             Convert such an adapter where it was trained. minilora's reader refuses it.
             """,
         not_asked="no check saves after a start, and none starts PiSSA by iterations",
+        stored=Stored(
+            _approximate_start,
+            "other",
+            "it draws the start of the base anew, and takes out another one than in training",
+        ),
     ),
     Finding(
         id="peft.pissa-converted",
@@ -110,6 +165,11 @@ FINDINGS = (
             left over.
             """,
         not_asked="no adapter of both uses of a table is asked of a model in a file",
+        stored=Stored(
+            _half_tied,
+            "dropped",
+            "the head, whose factors are the embedding's, is loaded without an adapter",
+        ),
     ),
     Finding(
         id="peft.qwen2-replication",
@@ -127,6 +187,7 @@ FINDINGS = (
             None in numbers: the call fails. minilora refuses to write such an adapter.
             """,
         not_asked="no configuration replicates layers",
+        stored=Stored(_replicated, "refused", "layer_replication of a Qwen2 fails"),
     ),
     Finding(
         id="peft.bias-shard-warning",
@@ -175,6 +236,11 @@ FINDINGS = (
             "inference.names.misspelt",
             "inference.names.other-model",
             "inference.names.partial",
+        ),
+        stored=Stored(
+            not_in_base,
+            "dropped",
+            "the base has no module of these names: their tensors are passed over without a word",
         ),
     ),
 )

@@ -1,7 +1,14 @@
 """PEFT's adapters of single kinds of layers."""
 
-from minilora.findings.finding import Finding
+from minilora.findings.finding import Finding, Stored
 from minilora.findings.peft.release import SEEN
+from minilora.findings.stored import StoredAdapter
+
+
+def _single(adapter: StoredAdapter) -> list[str]:
+    """The weights of experts of which there is one alone."""
+    return [m.name for m in adapter.modules if m.kind == "expert" and m.shape[:1] == (1,)]
+
 
 FINDINGS = (
     Finding(
@@ -89,6 +96,11 @@ FINDINGS = (
             "module.experts.single.forward",
             "module.experts.single.gradients",
             "module.experts.single.merged",
+        ),
+        stored=Stored(
+            _single,
+            "may",
+            "one expert alone, stored (in, out), gets the transpose of its change",
         ),
     ),
     Finding(

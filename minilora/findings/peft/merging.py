@@ -1,7 +1,21 @@
 """Merges and unmerges of PEFT."""
 
-from minilora.findings.finding import Finding
+from minilora.findings.finding import Finding, Stored
 from minilora.findings.peft.release import SEEN
+from minilora.findings.stored import StoredAdapter
+
+
+def _tied(adapter: StoredAdapter) -> list[str]:
+    """The adapted embedding or head of a base that ties the two."""
+    tied = (adapter.base or {}).get("tie_word_embeddings")
+    ends = ("lm_head", "embed_tokens", "wte")
+    return [m.name for m in adapter.adapted if tied and m.name.rpartition(".")[2] in ends]
+
+
+def _bias_in_few_bits(adapter: StoredAdapter) -> list[str]:
+    quantized = (adapter.base or {}).get("quantization_config") is not None
+    return adapter.having("lora_bias") if quantized else []
+
 
 FINDINGS = (
     Finding(
@@ -59,6 +73,11 @@ FINDINGS = (
             "lifecycle.tied.both",
             "lifecycle.gradients.tied",
             "inference.deltas.tied",
+        ),
+        stored=Stored(
+            _tied,
+            "use",
+            "the table of this base is its head too: merged, an adapter of one acts in both",
         ),
     ),
     Finding(
@@ -191,5 +210,10 @@ FINDINGS = (
             without an error.
             """,
         found_by=("bitsandbytes", "merge.bias-of-B"),
+        stored=Stored(
+            _bias_in_few_bits,
+            "use",
+            "merged into this base in few bits, the bias of B is added without its scale",
+        ),
     ),
 )

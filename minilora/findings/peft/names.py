@@ -1,7 +1,17 @@
 """Which modules PEFT adapts or saves for a name."""
 
-from minilora.findings.finding import Finding
+from minilora.findings.finding import Finding, Stored
 from minilora.findings.peft.release import SEEN
+from minilora.findings.stored import StoredAdapter
+
+
+def _nested(adapter: StoredAdapter) -> list[str]:
+    """The saved modules that lie in another saved one."""
+    saved = [m.name for m in adapter.modules if m.kind == "saved"]
+    ends = tuple(adapter.config.get("modules_to_save") or ())
+    outer = {name for name in saved for end in ends if name.endswith(end)}
+    return [name for name in saved if any(name.startswith(f"{o}.") for o in outer - {name})]
+
 
 FINDINGS = (
     Finding(
@@ -82,5 +92,10 @@ FINDINGS = (
             Name the outer module alone, in full. minilora refuses to read such an adapter.
             """,
         not_asked="no module to save is drawn inside another",
+        stored=Stored(
+            _nested,
+            "other",
+            "of these modules one lies in another that is saved: what acts was not trained",
+        ),
     ),
 )

@@ -1,6 +1,7 @@
 """Adapters that are added, activated, swapped and deleted in a model of PEFT."""
 
-from minilora.findings.finding import Finding
+from minilora.findings.conditions import settings
+from minilora.findings.finding import Finding, Stored
 from minilora.findings.peft.release import SEEN
 
 FINDINGS = (
@@ -29,6 +30,11 @@ FINDINGS = (
             bias that comes and goes with its adapter.
             """,
         found_by=("peft", "lifecycle.bias", "lifecycle.bias.scaled", "lifecycle.save.bias"),
+        stored=Stored(
+            settings("bias"),
+            "use",
+            "the trained biases replace the base's: they act while the adapter is disabled too",
+        ),
     ),
     Finding(
         id="peft.merged-beside-active",

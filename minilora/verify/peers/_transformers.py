@@ -9,8 +9,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from minilora.findings.versions import is_in_range
 from minilora.verify.peers._torch import to_numpy
-from minilora.verify.versions import is_in_range
 
 _STORED = {
     "F64": torch.float64,

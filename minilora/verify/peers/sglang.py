@@ -3,14 +3,6 @@
 from minilora.verify.peers.known import entries
 from minilora.verify.peers.peer import Peer
 
-_SCALE = (
-    "LoRAAdapter (srt/lora/lora.py) has one scale lora_alpha / r: use_rslora, rank_pattern and "
-    "alpha_pattern are not read"
-)
-_DROPPED = (
-    "LoRAAdapter (srt/lora/lora.py) takes the factors A and B alone: modules_to_save, trained "
-    "biases and the bias of B are left out without a word"
-)
 _CHANGES = {"arrays": "the change of *"}
 
 PEER = Peer(
@@ -20,12 +12,16 @@ PEER = Peer(
     extra="sglang",
     levels=("multi", "inference"),
     known={
-        **entries(["inference.deltas.rslora", "inference.deltas.patterns"], _SCALE, _CHANGES),
         **entries(
-            [f"inference.deltas.{kind}" for kind in ("lora-bias", "bias", "modules-to-save")],
-            _DROPPED,
+            ["inference.deltas.rslora", "inference.deltas.patterns"],
+            ("sglang.one-scale",),
             _CHANGES,
         ),
-        **entries(["inference.deltas.combined"], f"{_SCALE}; {_DROPPED}", _CHANGES),
+        **entries(
+            [f"inference.deltas.{kind}" for kind in ("lora-bias", "bias", "modules-to-save")],
+            ("sglang.left-out",),
+            _CHANGES,
+        ),
+        **entries(["inference.deltas.combined"], ("sglang.one-scale", "sglang.left-out"), _CHANGES),
     },
 )

@@ -3,8 +3,6 @@
 from minilora.verify.peers.known import entries
 from minilora.verify.peers.peer import Peer
 
-_REPORT = "load_adapter logs which tensors are missing and which are left over, and goes on"
-
 PEER = Peer(
     name="transformers",
     implementation="minilora.verify.peers.implementations.transformers:Transformers",
@@ -17,6 +15,10 @@ PEER = Peer(
             ("transformers.dora-magnitude",),
             {"arrays": "log-probabilities"},
         ),
-        **entries(["inference.names.*"], _REPORT, {"arrays": "log-probabilities of *"}),
+        **entries(
+            ["inference.names.*"],
+            ("transformers.names-fit-nothing",),
+            {"arrays": "log-probabilities of *"},
+        ),
     },
 )

@@ -1,0 +1,165 @@
+"""Findings in llama.cpp, whose script convert_lora_to_gguf.py reads PEFT's folders."""
+
+import re
+
+from minilora.findings.conditions import (
+    alpha_of,
+    any_of,
+    other_type,
+    parts,
+    ratio,
+    scaled_otherwise,
+    settings,
+    start_in_base,
+)
+from minilora.findings.finding import Finding, Library, Stored
+from minilora.findings.stored import StoredAdapter, StoredModule
+
+SCRIPT = "0b03ada"
+"""The commit of convert_lora_to_gguf.py that was read."""
+
+_SOURCE = (
+    "[convert_lora_to_gguf.py](https://github.com/ggml-org/llama.cpp/blob/0b03ada/"
+    "convert_lora_to_gguf.py) and [llama-adapter.h](https://github.com/ggml-org/llama.cpp/blob/"
+    "master/src/llama-adapter.h), `get_scale`"
+)
+_NORM = re.compile(r"(_layernorm|\.norm)")
+
+
+def _scale(adapter: StoredAdapter, module: StoredModule) -> float:
+    """Alpha / r with the tensor's rank, 1 for an alpha of 0; a GGUF's own scale is that."""
+    if adapter.format != "peft":
+        return module.scale
+    return alpha_of(adapter) / module.rank if alpha_of(adapter) else 1.0
+
+
+def _norms(adapter: StoredAdapter) -> list[str]:
+    saved = {name for name in adapter.having("weight", "bias") if _NORM.search(f".{name}")}
+    return sorted(saved)
+
+
+def _beside(adapter: StoredAdapter) -> list[str]:
+    """What the script stops at: every tensor that is no factor, but norms'."""
+    found = parts("lora_bias", "magnitude", "tokens", "weight", "bias", "E", "d", "b")(adapter)
+    norms = {*_norms(adapter)}
+    return [name for name in found if name not in norms]
+
+
+def _tied(adapter: StoredAdapter) -> list[str]:
+    """An adapted head of a base that ties it to its embedding."""
+    if not (adapter.base or {}).get("tie_word_embeddings"):
+        return []
+    ends = ("lm_head", "embed_tokens", "wte")
+    return [m.name for m in adapter.adapted if m.name.rpartition(".")[2] in ends]
+
+
+FINDINGS = (
+    Finding(
+        id="llama-cpp.one-alpha",
+        title="The one alpha is divided by the rank, with rsLoRA too",
+        severity="silent",
+        seen=SCRIPT,
+        cause=(
+            "convert_lora_to_gguf.py writes lora_alpha alone, and get_scale (llama-adapter.h) "
+            "divides it by the rank of the tensor: use_rslora and alpha_pattern are not read"
+        ),
+        right=r"""
+            $s = \alpha / \sqrt r$ with rsLoRA, and the module's own $\alpha$ with a pattern.
+            """,
+        consequence=r"""
+            With rsLoRA the adapter acts $\sqrt r$ times too weakly. `minilora convert --to gguf`
+            puts what one alpha cannot say into B.
+            """,
+        not_asked="there is no peer of llama.cpp",
+        source=_SOURCE,
+        stored=Stored(
+            scaled_otherwise(_scale),
+            "scaled",
+            "convert_lora_to_gguf.py writes lora_alpha alone, and llama.cpp divides it by the "
+            "rank, whatever use_rslora and alpha_pattern say",
+            ratio(_scale),
+        ),
+    ),
+    Finding(
+        id="llama-cpp.start",
+        title="PiSSA's start stays in the base",
+        severity="silent",
+        seen=SCRIPT,
+        cause="convert_lora_to_gguf.py does not read init_lora_weights",
+        right="""
+            $W - s B_0 A_0 + s B A$, which PEFT makes of the same folder.
+            """,
+        consequence="""
+            The start acts twice. Convert the adapter to an ordinary one first, by `minilora
+            convert` or by `path_initial_model_for_weight_conversion` of PEFT.
+            """,
+        not_asked="there is no peer of llama.cpp",
+        source=_SOURCE,
+        stored=Stored(
+            start_in_base,
+            "other",
+            "it adds s B A to the base as it is, in which the start s B0 A0 still lies",
+        ),
+    ),
+    Finding(
+        id="llama-cpp.norms",
+        title="Trained norms are converted, and passed over when they are loaded",
+        severity="silent",
+        seen=SCRIPT,
+        cause=(
+            "llama_adapter_lora_init_impl (llama-adapter.cpp) goes on at a tensor whose name ends "
+            "in _norm.weight"
+        ),
+        right="""
+            Every tensor of an adapter is part of its function; what is not supported is an error.
+            """,
+        consequence="""
+            The norms are the base's. Merge the adapter, and convert the merged model.
+            """,
+        not_asked="there is no peer of llama.cpp",
+        source="[llama-adapter.cpp](https://github.com/ggml-org/llama.cpp/blob/master/src/"
+        "llama-adapter.cpp)",
+        stored=Stored(_norms, "dropped", "the script converts norms, and loading passes over them"),
+    ),
+    Finding(
+        id="llama-cpp.refused",
+        title="convert_lora_to_gguf.py stops at everything but A and B",
+        severity="fails",
+        seen=SCRIPT,
+        cause="convert_lora_to_gguf.py exits at a name that is neither lora_A nor lora_B",
+        right="""
+            An error is right for what the format cannot say. Merge the adapter, and convert the
+            merged model.
+            """,
+        not_asked="there is no peer of llama.cpp",
+        source=_SOURCE,
+        stored=Stored(
+            any_of(_beside, other_type, settings("layer_replication")),
+            "refused",
+            "convert_lora_to_gguf.py stops at what is neither A nor B",
+        ),
+    ),
+    Finding(
+        id="llama-cpp.tied",
+        title="No adapter is applied to a tied table",
+        severity="fails",
+        seen=SCRIPT,
+        cause=(
+            "a tied head has no tensor of its own (llama.cpp 9065), and a table that is the head "
+            "too is taken for the embedding alone (llama-adapter.cpp)"
+        ),
+        right="""
+            An adapter of a tied head acts in the head.
+            """,
+        consequence="""
+            Merge the adapter, and convert the merged model.
+            """,
+        not_asked="there is no peer of llama.cpp",
+        source="[llama.cpp 9065](https://github.com/ggml-org/llama.cpp/issues/9065)",
+        stored=Stored(_tied, "refused", "it applies no adapter to a table that is tied"),
+    ),
+)
+
+LIBRARY = Library(
+    "llama-cpp", "llama.cpp", "", FINDINGS, release=f"commit {SCRIPT}", reads=("peft", "gguf")
+)

@@ -1,0 +1,123 @@
+"""Findings in SGLang."""
+
+from minilora.findings.conditions import (
+    alpha_of,
+    any_of,
+    other_type,
+    parts,
+    ratio,
+    scaled_otherwise,
+    settings,
+    start_in_base,
+)
+from minilora.findings.finding import Finding, Library, Stored
+from minilora.findings.stored import StoredAdapter, StoredModule
+
+SEEN = "0.5.23"
+
+
+def _scale(adapter: StoredAdapter, module: StoredModule) -> float:
+    return alpha_of(adapter) / float(adapter.config.get("r") or module.rank)
+
+
+FINDINGS = (
+    Finding(
+        id="sglang.one-scale",
+        title="All modules have the one scale of the configuration",
+        severity="silent",
+        seen=SEEN,
+        cause=(
+            "LoRAAdapter (srt/lora/lora.py) has one scale lora_alpha / r: use_rslora, "
+            "rank_pattern and alpha_pattern are not read"
+        ),
+        does="""
+            Reported as [SGLang 40835](https://github.com/sgl-project/sglang/issues/40835) for
+            rsLoRA; `rank_pattern` and `alpha_pattern` are passed over in the same line.
+            """,
+        right=r"""
+            $s = \alpha / \sqrt r$ with rsLoRA, and each module's own $\alpha$ and $r$ with
+            patterns, as the adapter was trained.
+            """,
+        consequence=r"""
+            With rsLoRA the adapter acts $\sqrt r$ times too weakly. Put the scale into the
+            factors: `minilora convert` writes a PEFT folder with one scale.
+            """,
+        found_by=("sglang", "inference.deltas.rslora", "inference.deltas.patterns"),
+        stored=Stored(
+            scaled_otherwise(_scale),
+            "scaled",
+            "it divides lora_alpha by r for every module, whatever use_rslora, rank_pattern and "
+            "alpha_pattern say",
+            ratio(_scale),
+        ),
+    ),
+    Finding(
+        id="sglang.left-out",
+        title="Everything but A and B is left out",
+        severity="silent",
+        seen=SEEN,
+        cause=(
+            "LoRAAdapter (srt/lora/lora.py) takes the factors A and B alone: modules_to_save, "
+            "trained biases and the bias of B are left out without a word"
+        ),
+        right="""
+            Every tensor of an adapter is part of its function; what is not supported is an error.
+            """,
+        consequence="""
+            Heads, norms and biases that were trained are the base's. Merge such an adapter.
+            """,
+        found_by=(
+            "sglang",
+            "inference.deltas.lora-bias",
+            "inference.deltas.bias",
+            "inference.deltas.modules-to-save",
+        ),
+        stored=Stored(
+            parts("lora_bias", "weight", "bias", "tokens"),
+            "dropped",
+            "it takes A and B alone",
+        ),
+    ),
+    Finding(
+        id="sglang.start",
+        title="PiSSA's start stays in the base",
+        severity="silent",
+        seen=SEEN,
+        cause="LoRAConfig (srt/lora/lora_config.py) does not read init_lora_weights",
+        does="""
+            The factors that PiSSA, OLoRA, CorDA and LoftQ have trained belong to a base that their
+            start was taken out of. SGLang adds them to the base as it is.
+            """,
+        right="""
+            $W - s B_0 A_0 + s B A$, which PEFT makes of the same folder.
+            """,
+        consequence="""
+            The start acts twice. Convert the adapter, by `minilora convert` or by
+            `path_initial_model_for_weight_conversion` of PEFT.
+            """,
+        not_asked="the adapters in the drawn files start by Kaiming's rule",
+        stored=Stored(
+            start_in_base,
+            "other",
+            "it adds s B A to the base as it is, in which the start s B0 A0 still lies",
+        ),
+    ),
+    Finding(
+        id="sglang.refused",
+        title="Only LoRA itself is loaded",
+        severity="fails",
+        seen=SEEN,
+        cause=(
+            "LoRAManager.validate_new_adapter (srt/lora/lora_manager.py) refuses use_dora, and "
+            "LoRAAdapter (srt/lora/lora.py) every other peft_type than LORA"
+        ),
+        right="""
+            An error is right for what is not supported. Merge the adapter instead.
+            """,
+        not_asked="what a library refuses is skipped",
+        source="SGLang 0.5.23, srt/lora/lora_manager.py, `validate_new_adapter`",
+        stored=Stored(any_of(settings("use_dora"), other_type), "refused", "only LoRA is loaded"),
+    ),
+)
+
+LIBRARY = Library("sglang", "SGLang", "sglang", FINDINGS, release=SEEN, reads=("peft",))

@@ -1,0 +1,159 @@
+"""Findings in TensorRT-LLM."""
+
+import math
+
+from minilora.findings.conditions import (
+    Condition,
+    alpha_of,
+    any_of,
+    other_type,
+    parts,
+    ratio,
+    scaled_otherwise,
+    settings,
+    start_in_base,
+)
+from minilora.findings.finding import Finding, Library, Stored
+from minilora.findings.stored import StoredAdapter, StoredModule
+
+READ = "007e181b"
+"""The commit of tensorrt_llm/lora_manager.py that was read."""
+
+_SOURCE = (
+    "[lora_manager.py](https://github.com/NVIDIA/TensorRT-LLM/blob/007e181b/tensorrt_llm/"
+    "lora_manager.py)"
+)
+_TABLES = ("embed_tokens", "lm_head")
+
+
+def _scale(adapter: StoredAdapter, module: StoredModule) -> float:
+    rslora = bool(adapter.config.get("use_rslora"))
+    return alpha_of(adapter) / (math.sqrt(module.rank) if rslora else module.rank)
+
+
+def _old_scale(adapter: StoredAdapter, module: StoredModule) -> float:
+    return alpha_of(adapter) / module.rank
+
+
+def _if_rslora(condition: Condition) -> Condition:
+    return lambda adapter: condition(adapter) if adapter.config.get("use_rslora") else []
+
+
+def _tables(adapter: StoredAdapter) -> list[str]:
+    return [m.name for m in adapter.adapted if m.name.rpartition(".")[2] in _TABLES]
+
+
+FINDINGS = (
+    Finding(
+        id="tensorrt-llm.rslora",
+        title="rsLoRA is scaled as LoRA before 0.11",
+        severity="silent",
+        seen="0.10.0",
+        versions="<0.11",
+        fixed_in="0.11.0",
+        cause="LoraManager.load_from_hf (lora_manager.py) divides lora_alpha by the rank",
+        right=r"""
+            $s = \alpha / \sqrt r$.
+            """,
+        consequence=r"""
+            The adapter acts $\sqrt r$ times too weakly. [TensorRT-LLM
+            1669](https://github.com/NVIDIA/TensorRT-LLM/pull/1669) mended it.
+            """,
+        not_asked="there is no peer of TensorRT-LLM",
+        source="[TensorRT-LLM 1668](https://github.com/NVIDIA/TensorRT-LLM/issues/1668)",
+        stored=Stored(
+            _if_rslora(scaled_otherwise(_old_scale)),
+            "scaled",
+            "it divides lora_alpha by r although use_rslora is true",
+            ratio(_old_scale),
+        ),
+    ),
+    Finding(
+        id="tensorrt-llm.one-alpha",
+        title="The alphas of a pattern are not read",
+        severity="silent",
+        seen=READ,
+        versions=">=0.11",
+        cause=(
+            "LoraManager.load_from_hf (lora_manager.py) takes lora_alpha for every module, and "
+            "divides it by the tensor's rank"
+        ),
+        right="""
+            Each module has its own alpha.
+            """,
+        consequence="""
+            The modules of a pattern are scaled otherwise. Put the scale into the factors.
+            """,
+        not_asked="there is no peer of TensorRT-LLM",
+        source=_SOURCE,
+        stored=Stored(
+            scaled_otherwise(_scale),
+            "scaled",
+            "it takes lora_alpha for every module, whatever alpha_pattern says",
+            ratio(_scale),
+        ),
+    ),
+    Finding(
+        id="tensorrt-llm.tables",
+        title="Adapters of the embedding and the head are left out",
+        severity="silent",
+        seen=READ,
+        versions=">=0.11",
+        cause=(
+            "iterate_hf_lora (lora_manager.py) goes on at a name that is no layer's if it holds "
+            "lm_head or embed_tokens"
+        ),
+        right="""
+            Every tensor of an adapter is part of its function; what is not supported is an error.
+            """,
+        consequence="""
+            Embedding and head are the base's. Merge the adapter.
+            """,
+        not_asked="there is no peer of TensorRT-LLM",
+        source=_SOURCE,
+        stored=Stored(_tables, "dropped", "it passes over adapters of the embedding and the head"),
+    ),
+    Finding(
+        id="tensorrt-llm.start",
+        title="PiSSA's start stays in the base",
+        severity="silent",
+        seen=READ,
+        versions=">=0.11",
+        cause="LoraManager.load_from_hf (lora_manager.py) does not read init_lora_weights",
+        right="""
+            $W - s B_0 A_0 + s B A$, which PEFT makes of the same folder.
+            """,
+        consequence="""
+            The start acts twice. Convert the adapter to an ordinary one first.
+            """,
+        not_asked="there is no peer of TensorRT-LLM",
+        source=_SOURCE,
+        stored=Stored(
+            start_in_base,
+            "other",
+            "it adds s B A to the base as it is, in which the start s B0 A0 still lies",
+        ),
+    ),
+    Finding(
+        id="tensorrt-llm.refused",
+        title="Biases and other variants are refused",
+        severity="fails",
+        seen=READ,
+        versions=">=0.11",
+        cause="iterate_hf_lora (lora_manager.py) raises a KeyError for other names",
+        right="""
+            An error is right for what is not supported. Merge the adapter.
+            """,
+        not_asked="there is no peer of TensorRT-LLM",
+        source=_SOURCE,
+        stored=Stored(
+            any_of(settings("lora_bias", "bias"), parts("E", "d", "b"), other_type),
+            "refused",
+            "it knows A, B and DoRA's magnitude",
+        ),
+    ),
+)
+
+LIBRARY = Library(
+    "tensorrt-llm", "TensorRT-LLM", "", FINDINGS, release=f"commit {READ}", reads=("peft",)
+)
