@@ -1,1 +1,12 @@
-"""Audits of files and servers: is this really the base with the adapter?"""
+"""Audits of files and servers: is this really the base with the adapter?
+
+Each audit is a function that returns a `Report`, as ``minilora audit NAME`` prints it.
+"""
+
+from minilora.audit.find import find as find
+from minilora.audit.merged import merged as merged
+from minilora.audit.result import Entry as Entry
+from minilora.audit.result import Report as Report
+
+# A function has the name of the module that it is in: here the name is the function's.
+__all__ = ["Entry", "Report", "find", "merged"]

@@ -34,6 +34,9 @@ VERDICTS: Mapping[str, tuple[str, str]] = {
     # of a tensor that no adapter touches
     "unchanged": ("ok", "has the base's bits, and no adapter changes it"),
     "changed": ("deviation", "no adapter changes it, but it differs from the base's"),
+    # of a tensor, where nothing but the base is known
+    "low-rank": ("note", "differs from the base's by a change of low rank"),
+    "full-rank": ("note", "differs from the base's by a change that is of no low rank"),
     # of any tensor
     "corrupt": ("deviation", "it holds NaN or infinity, or is cut off"),
     "missing": ("deviation", "it is missing"),

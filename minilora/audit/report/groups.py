@@ -107,13 +107,20 @@ def headline(report: Report) -> str:
         "warning": "with a warning",
         "note": "to note",
     }
-    state = STATES.get(severity_of(report), "right")
+    state = STATES.get(severity_of(report), "answered" if report.audit == "find" else "right")
     if not total:
         return f"{state}: there is nothing to look at"
     said = [f"{counts[s]} {words}" for s, words in told.items() if counts[s]]
     if not said:
         return f"{state}: all {total} {things}"
     return f"{state}: of {total} {things} {', '.join(said)}"
+
+
+def causes(report: Report) -> list[tuple[str, str]]:
+    """The lines that stand on top, each with its name: the cause, and what to do."""
+    first = "ANSWER" if report.audit == "find" else "PROBABLE CAUSE"
+    told = [(first, report.cause), ("WHAT TO DO", report.remedy)]
+    return [(name, words) for name, words in told if words]
 
 
 def right_line(report: Report) -> str:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
-from minilora.audit.report.groups import FEW, Group, facts, groups, headline, inputs, severity_of
+from minilora.audit.report.groups import (
+    FEW,
+    Group,
+    causes,
+    facts,
+    groups,
+    headline,
+    inputs,
+    severity_of,
+)
 from minilora.audit.report.picture import PICTURE_STYLE, picture
 from minilora.audit.report.signs import CLASSES, SIGNS
 from minilora.audit.result import Entry, Report
@@ -34,12 +43,10 @@ def _page(report: Report) -> Iterator[str]:
     yield f"<style>{STYLE}{PICTURE_STYLE}{_OWN_STYLE}</style></head><body>"
     yield f"<header><h1>{escape(title)}</h1>"
     yield f'<p class="result {CLASSES[worst]}">{SIGNS[worst]} {escape(headline(report))}</p>'
-    if report.cause or report.remedy:
+    if told := causes(report):
         yield f'<section class="found {CLASSES[worst]}">'
-        told = {"PROBABLE CAUSE": report.cause, "WHAT TO DO": report.remedy}
-        for name, words in told.items():
-            if words:
-                yield f"<p><strong>{name}</strong> {escape(words)}</p>"
+        for name, words in told:
+            yield f"<p><strong>{name}</strong> {escape(words)}</p>"
         yield "</section>"
     yield "<dl>"
     for name, value in inputs(report):

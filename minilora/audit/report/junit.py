@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
-from minilora.audit.report.groups import headline
+from minilora.audit.report.groups import causes, headline
 from minilora.audit.result import Report
 from minilora.forms.words import printable
 
@@ -25,10 +25,8 @@ def junit(report: Report) -> str:
         time=f"{report.seconds:.3f}",
     )
     properties = ET.SubElement(suite, "properties")
-    told = {"result": headline(report), "probable cause": report.cause, "remedy": report.remedy}
-    for name, value in told.items():
-        if value:
-            ET.SubElement(properties, "property", name=name, value=printable(value))
+    for name, value in [("result", headline(report)), *causes(report)]:
+        ET.SubElement(properties, "property", name=name.lower(), value=printable(value))
     for entry in report.entries:
         name, text = printable(entry.subject), printable(entry.text)
         case = ET.SubElement(

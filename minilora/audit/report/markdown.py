@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from minilora.audit.report.groups import FEW, Group, facts, groups, headline, inputs, right_line
+from minilora.audit.report.groups import (
+    FEW,
+    Group,
+    causes,
+    facts,
+    groups,
+    headline,
+    inputs,
+    right_line,
+)
 from minilora.audit.result import Report
 from minilora.forms.markdown import escaped, fenced, fitted
 
@@ -22,10 +31,8 @@ def markdown(report: Report, limit: int) -> str:
 def _head(report: Report, found: list[Group]) -> Iterator[str]:
     yield f"## minilora audit {report.audit}: {escaped(headline(report))}"
     yield ""
-    if report.cause:
-        yield f"- **PROBABLE CAUSE** {escaped(report.cause)}"
-    if report.remedy:
-        yield f"- **WHAT TO DO** {escaped(report.remedy)}"
+    for name, words in causes(report):
+        yield f"- **{name}** {escaped(words)}"
     for name, value in inputs(report):
         yield f"- {name}: <code>{escaped(value)}</code>"
     if right := right_line(report):

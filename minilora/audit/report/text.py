@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from minilora.audit.report.groups import (
     FEW,
     Group,
+    causes,
     facts,
     groups,
     headline,
@@ -40,10 +41,8 @@ def _lines(report: Report, verbose: bool, width: int) -> Iterator[tuple[str, str
         yield from ((severity, line) for line in wrapped(words, indent, width=width))
 
     yield from told(f"{report.audit}  {headline(report)}", 0, severity_of(report))
-    if report.cause:
-        yield from told(f"PROBABLE CAUSE  {report.cause}")
-    if report.remedy:
-        yield from told(f"WHAT TO DO  {report.remedy}")
+    for name, words in causes(report):
+        yield from told(f"{name}  {words}")
     yield "", ""
     names = inputs(report)
     longest = max((len(name) for name, _ in names), default=0)

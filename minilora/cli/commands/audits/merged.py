@@ -27,7 +27,6 @@ def add(audits: Any) -> None:
     add("--base", required=True, metavar="B", help="the model before the merge")
     add(
         "--adapter",
-        required=True,
         action="append",
         metavar="A",
         help="the folder or the file of an adapter; once for each that was merged, in their order",
@@ -40,10 +39,23 @@ def add(audits: Any) -> None:
         help="what an adapter is multiplied with, once for each of them (default: 1)",
     )
     add("--merged", required=True, metavar="M", help="the merged model")
+    add(
+        "--find",
+        nargs="?",
+        const=(),
+        metavar="FOLDER",
+        help="instead of --adapter: find out what was merged, the rank of what differs in each "
+        "tensor, and which of the adapters in FOLDER it is",
+    )
 
 
 def _run(arguments: argparse.Namespace, progress: BytesRead | None) -> Report:
+    from minilora.audit.find import find
     from minilora.audit.merged import merged
 
-    base, model = arguments.base, arguments.merged
+    base, model, searched = arguments.base, arguments.merged, arguments.find
+    if (searched is None) == (arguments.adapter is None):
+        raise ValueError("expected --adapter, or --find, and not both")
+    if searched is not None:
+        return find(base, model, searched, progress)
     return merged(base, arguments.adapter, model, arguments.weight, progress)
