@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from minilora.audit.floats import format_of, spacing
+from minilora.audit.low_rank import matrix
 from minilora.audit.merged import merged as audit_merged
 from minilora.audit.rank import Rank, rank
 from minilora.audit.result import Entry, Report
-from minilora.audit.rounding import format_of, matrix, spacing
 from minilora.audit.tensors import StoredTensor, TensorStore, layer_of, open_tensors
 from minilora.io.errors import FormatError
 from minilora.io.loading import adapter_format

@@ -8,6 +8,7 @@ greatest at the rank of ΔW.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -85,7 +86,8 @@ def rank(D: Array, h: Array, guess: int = 1) -> Rank:
     def rises(r: int) -> bool:
         """Whether one more rank explains more, by three standard deviations of such a count."""
         p, free = min(max(share(r), 0.0), 1.0), r * (sum(D.shape) - r)
-        return share(r + 1) - share(r) > 3 * (p * (1 - p) / max(changed - free, 1)) ** 0.5
+        deviation = math.sqrt(p * (1 - p) / max(changed - free, 1))
+        return share(r + 1) - share(r) > 3 * deviation
 
     r = _end_of_rise(rises, lowest, max(guess, lowest))
     return Rank(r if share(r) > 0 else 0, max(share(r), 0.0), least)

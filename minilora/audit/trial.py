@@ -118,8 +118,7 @@ class Case:
         """Whether all entries are within the bound of what the trial does."""
         merge = self.merged(trial)
         return not (
-            self.outside(trial, merge, self.sample)
-            or self.outside(trial, merge, self.everything())
+            self.outside(trial, merge, self.sample) or self.outside(trial, merge, self.everything())
         )
 
     def residual(self, trial: Trial) -> float:

@@ -152,24 +152,30 @@ def test_no_code_of_a_terminal_comes_from_a_file(hostile):
 # JSON, SARIF, JUnit
 
 
+FINE = {"subject": "t", "verdict": "exact", "severity": "ok", "mistake": "", "text": ""}
+BROKEN = (
+    {"exit_status": 2},
+    {"entries": [{}]},
+    {"entries": [FINE | {"figures": {"factor": [1]}}]},
+    {"entries": [FINE | {"figures": {}, "verdict": "good"}]},
+    {"entries": [FINE | {"figures": {}, "severity": "bad"}]},
+    {"verdicts": {"good": 1}},
+)
+
+
 def test_the_json_is_as_its_schema_says(wrong, hostile):
     jsonschema = optional("jsonschema")
     jsonschema.Draft202012Validator.check_schema(schema())
     for report in (wrong, hostile, RIGHT):
         document = json.loads(rendered(report, "json"), parse_constant=pytest.fail)
         jsonschema.validate(document, schema())
-        for broken in ({"exit_status": 2}, {"entries": [{}]}, {"verdicts": {"good": 1}}):
+        for broken in (*BROKEN):
             with pytest.raises(jsonschema.ValidationError):
                 jsonschema.validate(document | broken, schema())
     document = json.loads(rendered(wrong, "json"))
     assert document["summary"]["deviation"] == 81
     assert len(document["entries"]) == 242
     assert document["entries"][0]["figures"]["factor"] == 0.25
-
-
-def test_the_schema_names_every_verdict_and_severity():
-    assert schema()["$defs"]["verdict"]["enum"] == list(VERDICTS)
-    assert schema()["$defs"]["entry"]["properties"]["severity"]["enum"] == list(SEVERITIES)
 
 
 def test_the_sarif_is_as_the_standard_says(wrong, hostile):

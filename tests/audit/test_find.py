@@ -9,9 +9,9 @@ import pytest
 
 import minilora.audit
 from minilora.audit.find import find
+from minilora.audit.floats import rounded, spacing
 from minilora.audit.rank import floor, rank
 from minilora.audit.report.text import text
-from minilora.audit.rounding import rounded, spacing
 from minilora.cli.main import main
 from minilora.io import reference_models
 from minilora.io.atomic import write_tensors

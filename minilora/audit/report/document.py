@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from minilora import __version__
-from minilora.audit.result import SEVERITIES, Report
+from minilora.audit.result import SEVERITIES, VERDICTS, Report
 from minilora.forms.words import json_text, plain
 
 
 def schema() -> dict[str, Any]:
-    """The JSON Schema of `document`."""
+    """The JSON Schema of `document`, with the names of all verdicts and severities."""
     beside = Path(__file__).with_name("schema.json")
     found: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8"))
+    found["$defs"]["verdict"] = {"enum": list(VERDICTS)}
+    found["$defs"]["severity"] = {"enum": list(SEVERITIES)}
     return found
 
 
