@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minilora.cli.commands import adapted_model
-from minilora.cli.console import OK, say
+from minilora.cli.console import FAILED, OK, say
 from minilora.cli.options import add_command, add_model
+from minilora.cli.progress import bytes_bar
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def add(commands: Any) -> None:
@@ -17,8 +21,10 @@ def add(commands: Any) -> None:
         "merge",
         "merge an adapter into its model's weights",
         "Write the model with the adapter merged into its weights, as a Hugging Face folder or a "
-        ".gguf file.",
+        ".gguf file, and audit it: say how much of the adapter's change the rounding took.",
         _run,
+        "0 done, 1 a deviation in what was written, a full disk or numbers that are not finite, 2 "
+        "wrong usage, 3 a file cannot be read or a library is missing",
     )
     add_model(parser.add_argument)
     parser.add_argument("--output", required=True, metavar="OUT", help="a folder, or a .gguf file")
@@ -54,7 +60,40 @@ def _run(arguments: argparse.Namespace) -> int:
     assert write_model is not None
     for note in write_model(out, c, merged, base, labels):
         say(f"{arguments.output}: {note}\n")
-    say(f"{arguments.output}: {base.name} with {arguments.adapter} merged\n")
+    status = audited(base.path, arguments.adapter, out)
+    if status == OK:
+        say(f"{arguments.output}: {base.name} with {arguments.adapter} merged\n")
+    return status
+
+
+def audited(base: Path, adapter: str, out: Path) -> int:
+    """Audit what was written, and say how much of the change rounding took; the exit status.
+
+    What deviates is printed. What cannot be audited is said, and is no failure of the merge.
+    """
+    from minilora.audit import merged as audit_merged
+    from minilora.audit.report.groups import figure
+    from minilora.audit.report.text import text
+    from minilora.io.errors import FormatError
+
+    try:
+        with bytes_bar() as progress:
+            report = audit_merged(base, adapter, out, progress=progress)
+    except (FormatError, ImportError) as error:
+        say(f"{out}: not audited: {error}\n")
+        return OK
+    if report.exit_status == FAILED:
+        say(text(report))
+        return FAILED
+    survived = {e.subject: e.figures.get("survived") for e in report.entries}
+    lost = {name: abs(1 - x) for name, x in survived.items() if isinstance(x, float)}
+    worst = max(lost, key=lambda name: lost[name], default="")
+    took = ""
+    if lost:
+        mean = figure("survived", sum(lost.values()) / len(lost))
+        most = figure("survived", lost[worst])
+        took = f"; rounding took {mean} of a change's norm on average, {most} at most ({worst})"
+    say(f"{out}: {len(report.entries)} tensors audited{took}\n")
     return OK
 
 
