@@ -138,7 +138,7 @@ class Walk:
         if changes:
             entry = judge(tensor, other, changes, self._around(changes))
         else:
-            entry = untouched(tensor, other, self.base, self.merged)
+            entry = untouched(tensor, other)
         entry = replace(entry, subject=name, figures={**figures, **entry.figures})
         if self._is_tied(name) and entry.severity == "deviation":
             text = (

@@ -8,17 +8,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from minilora.io.architectures import architecture_of, tensor_names, to_file_layout
 from minilora.io.errors import FormatError, listed
 from minilora.io.files import read_json
+from minilora.io.formats.format import Format, ReadOptions
 from minilora.io.formats.huggingface.model import read_index
 from minilora.io.header import places
-from minilora.io.loading import model_path
+from minilora.io.loading import model_format, model_path
 from minilora.spec.ops import Array
 
 _ENDING = 4
@@ -164,12 +166,34 @@ def open_tensors(name: str | Path) -> TensorStore:
         from minilora.audit.containers.gguf import open_gguf
 
         return open_gguf(path)
+    f = model_format(path)
+    if f is not None and f.suffix:
+        return _read_whole(path, f)
     if not path.exists():
         expected = "a model's folder, a .safetensors or a .gguf file"
         raise FormatError(path, "model", "nothing there", expected, "check the path")
     config = path.parent / CONFIG
     settings = read_json(config) if config.is_file() else {}
     return TensorStore(path, "safetensors", stored(places(path)[0]), settings, None)
+
+
+def _read_whole(path: Path, f: Format) -> TensorStore:
+    """A small model in a format of single files that minilora reads whole."""
+    assert f.read_model is not None  # of all model formats
+    c, W, _ = f.read_model(path, ReadOptions(dtype=None))
+    tensors = {}
+    for name, (place, transposed) in tensor_names(c).items():
+        array = to_file_layout(name, W[name], transposed)
+        tensors[place] = StoredTensor(
+            place, array.dtype, array.shape, array.nbytes, partial(_rows_of, array)
+        )
+    a = architecture_of(c)
+    settings = {"architectures": [a.name], "model_type": a.model_type}
+    return TensorStore(path, f.name, tensors, settings, None)
+
+
+def _rows_of(array: Array, start: int, stop: int) -> Array:
+    return array[start:stop]
 
 
 def stored(found: Mapping[str, Any]) -> dict[str, StoredTensor]:

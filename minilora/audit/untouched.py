@@ -1,84 +1,151 @@
-"""Tensors that no adapter changes: have they the base's bits, and what if not?"""
+"""Tensors that no adapter changes: have they the base's numbers, and what could explain others?"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from minilora.audit.result import Entry
-from minilora.audit.tensors import StoredTensor, TensorStore
+from minilora.audit.tensors import StoredTensor
 from minilora.spec.ops import Array
 
+_SEARCHED = ("k", "s", "m", "l")
+"""The ends of the names of GGUF's schemes whose constants are searched for, and quantized too."""
 
-def untouched(
-    tensor: StoredTensor, other: StoredTensor, base: TensorStore, merged: TensorStore
-) -> Entry:
-    """The verdict on a tensor of the merged model beside the base's, which no adapter changes."""
-    name = tensor.name
+
+@dataclass
+class _Tally:
+    """What one passage through the two counts."""
+
+    entries: int = 0
+    other: int = 0
+    beyond: int = 0
+    broken: int = 0
+    greatest: float = 0.0
+    moved: float = 0.0
+    square: float = 0.0
+
+    def add(self, one: Array, two: Array, step: Array | None) -> None:
+        """Compare a block of rows; ``step`` is the spacing of what a quantizer can store."""
+        self.entries += one.size
+        if one.dtype == two.dtype and np.array_equal(_bits(one), _bits(two)):
+            return
+        expected = cast(one, two.dtype)
+        off = (_bits(expected) != _bits(two)).reshape(one.shape)
+        if not off.any():
+            return
+        W, M = one.astype(np.float64), two.astype(np.float64)
+        self.broken += int(np.count_nonzero(np.isfinite(W) & ~np.isfinite(M)))
+        gap = np.where(off, abs(M - W), 0.0)
+        self.other += int(np.count_nonzero(off))
+        self.greatest = max(self.greatest, float(np.nan_to_num(gap, nan=np.inf).max()))
+        self.moved += float(np.nansum(gap * gap))
+        self.square += float(np.nansum(W * W))
+        if step is not None:
+            # A clipped code is off by a step, and a constant in half precision by 2^-11 of it.
+            self.beyond += int(np.count_nonzero(gap > step * (1 + 2.0**-7) + abs(W) * 2.0**-10))
+
+
+def untouched(tensor: StoredTensor, other: StoredTensor) -> Entry:
+    """The verdict on a tensor of the merged model beside the base's, which no adapter changes.
+
+    It is to have the base's bits, or those of one rounding to its own dtype; a quantized one what
+    its quantizer can store next to the base's numbers.
+    """
     if tensor.shape != other.shape:
         return _other_shape(tensor, other)
-    differing = count = 0
-    worst = 0.0
+    tally, quantized = _Tally(), other.scheme is not None
     for start, stop in tensor.blocks():
         one, two = tensor.rows(start, stop), other.rows(start, stop)
-        if one.dtype == two.dtype and same_bits(one, two):
-            count += one.size
-            continue
-        if not _finite(two) and _finite(one):
-            return Entry(name, "corrupt", "it holds NaN or infinity, where the base does not")
-        expected = rounded(one, two.dtype)
-        off = ~same_entries(expected, two)
-        differing += int(off.sum())
-        count += one.size
-        if off.any():
-            gap = np.abs(two[off].astype(np.float64) - one[off].astype(np.float64))
-            worst = max(worst, float(gap.max()))
-    if differing:
-        return _changed(tensor, other, differing, count, worst)
-    if tensor.dtype != other.dtype:
-        text = f"the base's numbers, rounded from {tensor.dtype} to {other.dtype}"
-        return Entry(name, "unchanged", text)
-    return Entry(name, "unchanged", "it has the base's bits")
+        tally.add(one, two, other.spacing(start, stop) if quantized else None)
+    if tally.broken:
+        text = f"{tally.broken} entries are NaN or infinite, and finite in the base"
+        return Entry(tensor.name, "corrupt", text)
+    if not tally.other:
+        return Entry(tensor.name, "unchanged", _kept(tensor, other))
+    if quantized:
+        return _quantized(tensor, other, tally)
+    return _changed(tensor, other, tally)
 
 
-def same_bits(one: Array, two: Array) -> bool:
-    """Whether two arrays of one dtype have the same bytes."""
-    return one.shape == two.shape and bool(np.array_equal(_bytes(one), _bytes(two)))
+def _kept(tensor: StoredTensor, other: StoredTensor) -> str:
+    if tensor.dtype == other.dtype:
+        return "it has the base's numbers"
+    return f"it has the base's numbers, cast from {tensor.dtype} to {other.dtype}"
 
 
-def _bytes(array: Array) -> Array:
-    flat = np.ascontiguousarray(array).reshape(-1)
-    size = flat.dtype.itemsize
-    wide = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-    return flat.view(wide[size])
+def _quantized(tensor: StoredTensor, other: StoredTensor, tally: _Tally) -> Entry:
+    """The verdict on what a quantizer has rounded."""
+    figures = {"error": (tally.moved / tally.square) ** 0.5 if tally.square else 0.0}
+    if not tally.beyond:
+        text = f"it has the base's numbers, each within a step of {other.scheme}"
+        return Entry(tensor.name, "unchanged", text, figures)
+    text = f"{tally.beyond} of {tally.entries} entries are more than a step of {other.scheme} off"
+    if str(other.scheme).endswith(_SEARCHED):
+        text += ", which its own search for constants may do"
+        return Entry(tensor.name, "undecided", text, figures)
+    return Entry(tensor.name, "changed", text, figures)
 
 
-def same_entries(one: Array, two: Array) -> Any:
-    """Where two arrays of one dtype have the same bits, or both NaN."""
-    with np.errstate(invalid="ignore"):
-        return (_bytes(one) == _bytes(two)).reshape(one.shape)
+def _other_shape(tensor: StoredTensor, other: StoredTensor) -> Entry:
+    """The verdict on another shape: a table may have been padded or cut."""
+    text = f"its shape is {other.shape}, the base's {tensor.shape}"
+    rows = min(tensor.length, other.length)
+    if tensor.shape[1:] != other.shape[1:] or not tensor.shape:
+        return Entry(tensor.name, "changed", f"{text}: another model's")
+    same = all(
+        np.array_equal(cast(tensor.rows(i, j), other.dtype), other.rows(i, j), equal_nan=True)
+        for i, j in _blocks(tensor, rows)
+    )
+    how = "more rows: a padded or resized vocabulary" if other.length > rows else "fewer rows"
+    kept = f"the first {rows} are the base's" if same else "and not even the common ones agree"
+    return Entry(tensor.name, "changed", f"{text}: {how}; {kept}", {"common_rows_kept": same})
 
 
-def rounded(array: Array, dtype: np.dtype[Any]) -> Array:
+def _blocks(tensor: StoredTensor, rows: int) -> Sequence[tuple[int, int]]:
+    return [(i, min(j, rows)) for i, j in tensor.blocks() if i < rows]
+
+
+def _changed(tensor: StoredTensor, other: StoredTensor, tally: _Tally) -> Entry:
+    """The verdict on other numbers, with what could explain them."""
+    share = tally.other / tally.entries
+    relative = (tally.moved / tally.square) ** 0.5 if tally.square else float("inf")
+    text = f"{tally.other} of {tally.entries} entries differ, by {tally.greatest:.3g} at most"
+    why = "trained, though no adapter says so, or another revision of the base"
+    for coarse in (np.dtype("float16"), _bfloat16()):
+        if _passed_through(tensor, other, coarse):
+            why = f"the base's numbers, rounded to {coarse} and back"
+            break
+    figures = {"differing": share, "greatest": tally.greatest, "relative": relative}
+    return Entry(tensor.name, "changed", f"{text}: {why}", figures)
+
+
+def _bfloat16() -> np.dtype[Any]:
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def _passed_through(tensor: StoredTensor, other: StoredTensor, coarse: np.dtype[Any]) -> bool:
+    """Whether the numbers are the base's, cast to a coarser dtype and then to their own."""
+    for i, j in tensor.blocks():
+        once = cast(cast(tensor.rows(i, j), coarse), other.dtype)
+        if not np.array_equal(once, other.rows(i, j), equal_nan=True):
+            return False
+    return True
+
+
+def cast(array: Array, dtype: np.dtype[Any]) -> Array:
     """The numbers in another dtype."""
     with np.errstate(over="ignore", invalid="ignore"):
         converted: Array = array.astype(dtype)
     return converted
 
 
-def _finite(array: Array) -> bool:
-    with np.errstate(invalid="ignore"):
-        return array.dtype.kind in "biu" or bool(np.isfinite(array.astype(np.float32)).all())
-
-
-def _other_shape(tensor: StoredTensor, other: StoredTensor) -> Entry:
-    text = f"its shape is {other.shape}, the base's is {tensor.shape}"
-    return Entry(tensor.name, "changed", text)
-
-
-def _changed(
-    tensor: StoredTensor, other: StoredTensor, differing: int, count: int, worst: float
-) -> Entry:
-    text = f"{differing} of {count} entries differ, by {worst:.3g} at most"
-    return Entry(tensor.name, "changed", text, {"differing": differing / count, "greatest": worst})
+def _bits(array: Array) -> Array:
+    """The entries' bits as whole numbers."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return flat.view(f"u{flat.dtype.itemsize}")

@@ -88,13 +88,13 @@ def check_tensor(contents: Contents, place: str, shape: tuple[int, ...]) -> None
     if tensor.shape != shape:
         remedy = "the metadata are another model's"
         raise FormatError(path, place, f"shape {tensor.shape}", f"shape {shape}", remedy)
-    if not _expands(tensor.kind):
+    if not expands(tensor.kind):
         remedy = "gguf cannot expand this type: quantize the model to another"
         raise FormatError(path, place, f"type {tensor.kind}", "one that gguf expands", remedy)
 
 
 @cache
-def _expands(kind: str) -> bool:
+def expands(kind: str) -> bool:
     """Whether the library can expand the type, tried on one block."""
     gguf = library()
     number = gguf.GGMLQuantizationType[kind]
