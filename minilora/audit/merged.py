@@ -121,8 +121,11 @@ class Walk:
             for change in adapter.changes:
                 changed.setdefault(change.tensor, []).append(replace(change, weight=weight))
         if self.table is not None and HEAD not in changed:
-            # Rows of a table that are trained alone are those of the head that is tied to it.
-            rows = [change for change in changed.get(self.table, []) if change.kind == "tokens"]
+            # Rows of a table that are trained alone are those of the head that is tied to it; in
+            # mlx-lm all of the table's changes are.
+            both = {a.name for a in self.adapters if a.format == "mlx"}
+            changes = changed.get(self.table, [])
+            rows = [c for c in changes if c.kind == "tokens" or c.adapter in both]
             if rows:
                 changed[HEAD] = [replace(change, tensor=HEAD) for change in rows]
         return changed

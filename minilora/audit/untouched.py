@@ -10,6 +10,7 @@ import numpy as np
 
 from minilora.audit.result import Entry
 from minilora.audit.tensors import StoredTensor
+from minilora.io.files import WEIGHT_DTYPES
 from minilora.spec.ops import Array
 
 _SEARCHED = ("k", "s", "m", "l")
@@ -115,18 +116,12 @@ def _changed(tensor: StoredTensor, other: StoredTensor, tally: _Tally) -> Entry:
     relative = (tally.moved / tally.square) ** 0.5 if tally.square else float("inf")
     text = f"{tally.other} of {tally.entries} entries differ, by {tally.greatest:.3g} at most"
     why = "trained, though no adapter says so, or another revision of the base"
-    for coarse in (np.dtype("float16"), _bfloat16()):
+    for coarse in (WEIGHT_DTYPES["F16"], WEIGHT_DTYPES["BF16"]):
         if _passed_through(tensor, other, coarse):
             why = f"the base's numbers, rounded to {coarse} and back"
             break
     figures = {"differing": share, "greatest": tally.greatest, "relative": relative}
     return Entry(tensor.name, "changed", f"{text}: {why}", figures)
-
-
-def _bfloat16() -> np.dtype[Any]:
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16)
 
 
 def _passed_through(tensor: StoredTensor, other: StoredTensor, coarse: np.dtype[Any]) -> bool:

@@ -172,6 +172,33 @@ def dequantize_affine(q: Quantized) -> Array:
     return W
 
 
+def unpack_words(words: Array, bits: int) -> Array:
+    """The codes in a row of 32-bit words: a stream of bits, the lowest first.
+
+    Shapes: words (m, k) -> codes (m, 32*k/bits).
+    Source: MLX's ``quantize``.
+    """
+    m = len(words)
+    if 32 % bits == 0:
+        shifts = np.arange(0, 32, bits, dtype=np.uint32)
+        codes: Array = (words[..., None] >> shifts) & np.uint32(2**bits - 1)
+        return codes.reshape(m, -1)
+    stream = np.ascontiguousarray(words, "<u4").view(np.uint8)
+    ones = np.unpackbits(stream, axis=-1, bitorder="little").reshape(m, -1, bits)
+    return ones.astype(np.uint32) @ (1 << np.arange(bits, dtype=np.uint32))
+
+
+def dequantize_words(words: Array, scales: Array, biases: Array, bits: int) -> Array:
+    """w̃ = scale q + bias, a scale and a bias for each group of a row, in float32.
+
+    Shapes: words (m, n*bits/32), scales and biases (m, n/group) -> W̃ (m, n).
+    Source: MLX's ``dequantize``, mode "affine".
+    """
+    codes = unpack_words(words, bits).reshape(*scales.shape, -1).astype(F32)
+    W: Array = scales[..., None].astype(F32) * codes + biases[..., None].astype(F32)
+    return W.reshape(len(words), -1)
+
+
 def _inverse(d: Array) -> Array:
     """1 / d, or 0 where 1 / d overflows: such a d is 0 in float16, too."""
     with np.errstate(divide="ignore", over="ignore"):

@@ -12,8 +12,10 @@ import numpy as np
 from minilora.audit.adapters.experts import expert_changes
 from minilora.audit.change import Change
 from minilora.audit.result import Entry
-from minilora.audit.tensors import TensorStore
+from minilora.audit.tensors import StoredTensor, TensorStore
 from minilora.io.architectures import ARCHITECTURES
+from minilora.io.files import NOT_FINITE, check_finite
+from minilora.io.header import Place
 from minilora.io.lazy_weights import Expanded
 from minilora.spec.initialization import INITIALIZATIONS
 from minilora.spec.lora import LORA, Variant
@@ -51,6 +53,33 @@ class Factors:
     def rank(self) -> int:
         """The rank of A."""
         return self.shapes["A"][0]
+
+
+@dataclass
+class Found:
+    """What a file holds: factors, whole tensors and rows, and what is to be said of it.
+
+    ``replaced``: tensors of the base's that came with the adapter, as a resized table does.
+    """
+
+    settings: Mapping[str, Any]
+    replaced: list[StoredTensor] = field(default_factory=list)
+    factors: list[Factors] = field(default_factory=list)
+    whole: list[Change] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+
+
+def reader(place: Place) -> Any:
+    """What reads a small tensor whole.
+
+    Errors, when it is called: FormatError if an entry is not finite.
+    """
+
+    def read_whole() -> Array:
+        array = place.rows(0, place.shape[0] if place.shape else 1).reshape(place.shape)
+        return check_finite(place.path, place.name, array, NOT_FINITE)
+
+    return read_whole
 
 
 def changes_of(factors: Factors, base: TensorStore, name: str) -> list[Change] | Entry:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from minilora.audit.adapters import vera
-from minilora.audit.adapters.factors import Factors
+from minilora.audit.adapters.factors import Factors, Found, reader
 from minilora.audit.change import Change
 from minilora.audit.result import Entry
 from minilora.audit.tensors import StoredTensor, TensorStore
 from minilora.io.errors import FormatError
-from minilora.io.files import NOT_FINITE, check_finite, read_json
+from minilora.io.files import read_json
 from minilora.io.formats.peft.names import CONFIG, PREFIX, PROJECTIONS, WEIGHTS
 from minilora.io.formats.peft.settings import KINDS, Kind
 from minilora.io.formats.peft.starts import INIT_FROM_BASE
@@ -26,7 +26,6 @@ from minilora.io.formats.peft.targets import variant_of
 from minilora.io.header import Place, places
 from minilora.io.lazy_weights import Expanded
 from minilora.spec.lora import Variant
-from minilora.spec.ops import Array
 from minilora.spec.target_modules import pattern_value
 from minilora.spec.variants import REGISTRY, extended
 
@@ -43,20 +42,6 @@ _ENDS = {
 
 _WHOLE = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.[^.]+$)")
 _ROWS = re.compile(r"\.token_adapter\.trainable_tokens_delta(\.[^.]+)?$")
-
-
-@dataclass
-class Found:
-    """What a file holds: factors, whole tensors and rows, and what is to be said of it.
-
-    ``replaced``: tensors of the base's that came with the adapter, as a resized table does.
-    """
-
-    settings: Mapping[str, Any]
-    replaced: list[StoredTensor] = field(default_factory=list)
-    factors: list[Factors] = field(default_factory=list)
-    whole: list[Change] = field(default_factory=list)
-    entries: list[Entry] = field(default_factory=list)
 
 
 def read(folder: Path, base: TensorStore) -> Found:
@@ -214,19 +199,6 @@ def _variant(found: Found, module: str, name: str, shapes: Mapping[str, Any]) ->
     text = f"found {', '.join(shapes)}, and the settings say {', '.join(wanted.parts)} ({name})"
     found.entries.append(Entry(module, "wrong", text, {"module": module}))
     return others[0] if others else wanted
-
-
-def reader(place: Place) -> Any:
-    """What reads a small tensor whole.
-
-    Errors, when it is called: FormatError if an entry is not finite.
-    """
-
-    def read_whole() -> Array:
-        array = place.rows(0, place.shape[0] if place.shape else 1).reshape(place.shape)
-        return check_finite(place.path, place.name, array, NOT_FINITE)
-
-    return read_whole
 
 
 def _beside(found: Found, path: str, place: Place, base: TensorStore) -> None:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from minilora.audit.adapters.factors import Factors, lies_transposed
+from minilora.audit.adapters.factors import Factors, Found, lies_transposed
 from minilora.audit.tensors import TensorStore
 from minilora.io.errors import FormatError
 from minilora.io.formats.peft.names import PROJECTIONS
@@ -16,9 +16,6 @@ from minilora.io.formats.peft.vera import vera_projections
 from minilora.io.header import Place
 from minilora.spec.initialization import shared_part
 from minilora.spec.ops import Array
-
-if TYPE_CHECKING:
-    from minilora.audit.adapters.peft import Found
 
 
 def with_projections(

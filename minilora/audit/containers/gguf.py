@@ -74,7 +74,7 @@ def open_gguf(path: Path) -> TensorStore:
     if contents.get("split.count", 1) not in (0, 1):
         remedy = "join the parts with llama-gguf-split --merge"
         raise FormatError(path, "split.count", contents["split.count"], "a whole file", remedy)
-    names = _Names(contents)
+    names = Names(contents, None)
     tensors = {}
     for gguf_name, tensor in contents.tensors.items():
         name = names.huggingface(gguf_name)
@@ -88,19 +88,23 @@ def open_gguf(path: Path) -> TensorStore:
     return TensorStore(path, "gguf", tensors, settings, None, alias)
 
 
-class _Names:
-    """Names in a GGUF file and in Hugging Face's, by the library's table."""
+class Names:
+    """Names in a GGUF file and in Hugging Face's, by the library's table.
 
-    def __init__(self, contents: Contents) -> None:
+    ``layers``: how many there are; None where the metadata say it.
+    """
+
+    def __init__(self, contents: Contents, layers: int | None) -> None:
         gguf = library()
-        self.architecture = contents.get("general.architecture")
+        found = contents.get("general.architecture")
         known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-        if not isinstance(self.architecture, str) or self.architecture not in known:
+        if not isinstance(found, str) or found not in known:
             remedy = "a newer release of gguf may know it"
             expected = "an architecture that gguf knows"
-            found = self.architecture
             raise FormatError(contents.path, "general.architecture", found, expected, remedy)
-        layers = contents.get(f"{self.architecture}.block_count")
+        self.architecture: str = found
+        if layers is None:
+            layers = contents.get(f"{self.architecture}.block_count")
         if type(layers) is not int or not 0 <= layers <= len(contents.tensors):
             expected = "no more layers than tensors"
             remedy = "the file is incomplete"
@@ -140,7 +144,7 @@ class _Names:
         return None if found is None else f"{found}.{part}"
 
 
-def _settings(contents: Contents, names: _Names, tied: bool) -> dict[str, Any]:
+def _settings(contents: Contents, names: Names, tied: bool) -> dict[str, Any]:
     """What the metadata say, by the names of ``config.json``."""
     architecture = names.architecture
     settings: dict[str, Any] = {"model_type": architecture, "tie_word_embeddings": tied}
@@ -154,7 +158,7 @@ def _settings(contents: Contents, names: _Names, tied: bool) -> dict[str, Any]:
 
 
 def _stored(
-    contents: Contents, names: _Names, name: str, place: str, tensor: Tensor
+    contents: Contents, names: Names, name: str, place: str, tensor: Tensor
 ) -> StoredTensor:
     """The tensor in Hugging Face's layout."""
     nbytes, shape = tensor.end - tensor.start, tensor.shape
@@ -177,12 +181,17 @@ def _stored(
     return _transposed(stored) if _lies_transposed(names.architecture, name) else stored
 
 
+def is_permuted(architecture: str, place: str) -> bool:
+    """Whether llama.cpp orders the rows of this tensor otherwise: q and k of some architectures."""
+    return architecture in _PERMUTED and bool({"attn_q", "attn_k"} & {*place.split(".")})
+
+
 def _order(
     contents: Contents, architecture: str, place: str, shape: tuple[int, ...]
 ) -> Array | None:
     """Where in the file each row of the weight or the bias is, or None if as in Hugging Face's."""
     part = place.split(".")[-2]
-    if architecture not in _PERMUTED or part not in ("attn_q", "attn_k"):
+    if not is_permuted(architecture, place):
         return None
     heads = contents.get(f"{architecture}.attention.head_count")
     if part == "attn_k":
