@@ -16,6 +16,7 @@ from minilora.audit.judge import judge
 from minilora.audit.result import SEVERITIES, VERDICTS, Entry, Report
 from minilora.audit.settings import compare_settings
 from minilora.audit.tensors import StoredTensor, TensorStore, layer_of, open_tensors
+from minilora.audit.tokenizer import compare_tokenizers
 from minilora.audit.untouched import untouched
 
 Progress = Callable[[int, int, str], None]
@@ -81,6 +82,7 @@ class Walk:
         for adapter in self.adapters:
             yield from adapter.entries
         yield from compare_settings(self.base, self.merged)
+        yield from compare_tokenizers(self.base, self.merged)
 
     def run(self) -> Iterator[Entry]:
         """A verdict on every tensor of the two."""

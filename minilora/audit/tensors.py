@@ -111,12 +111,15 @@ class TensorStore(Mapping[str, StoredTensor]):
         if self.alias is not None and (other := self.alias(name)) in self.tensors:
             return other
         parts = name.split(".")
-        for start in range(1, len(parts) - 1):
-            if (shorter := ".".join(parts[start:])) in self.tensors:
-                return shorter
-        longer = self._by_end.get(".".join(parts[-_ENDING:]), [])
-        longer = [other for other in longer if other.endswith(f".{name}")]
-        return longer[0] if len(longer) == 1 else None
+        for start in range(len(parts) - 1):
+            if start and parts[start - 1].isdigit():
+                break  # another layer's number would be passed over
+            rest = ".".join(parts[start:])
+            ending = self._by_end.get(".".join(parts[start:][-_ENDING:]), [])
+            ending = [other for other in ending if _adds_prefix(other, rest)]
+            if len(ending) == 1:
+                return ending[0]
+        return None
 
     def weight_of(self, module: str) -> str | None:
         """The weight of the module, or None."""
@@ -146,6 +149,13 @@ class TensorStore(Mapping[str, StoredTensor]):
     def nbytes(self) -> int:
         """What all tensors take in the files."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def _adds_prefix(name: str, rest: str) -> bool:
+    """Whether the name is ``rest``, or a prefix without a layer's number and then ``rest``."""
+    prefix = name.removesuffix(rest)
+    fits = name.endswith(rest) and (not prefix or prefix.endswith("."))
+    return fits and not any(part.isdigit() for part in prefix.split("."))
 
 
 def open_tensors(name: str | Path) -> TensorStore:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -179,8 +180,8 @@ def parse_json(data: bytes) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{listed({key for key in keys if keys.count(key) > 1})} given twice")
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"{listed(key for key, n in counts.items() if n > 1)} given twice")
     return value
 
 

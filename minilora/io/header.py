@@ -19,7 +19,7 @@ from minilora.io.errors import FormatError
 from minilora.io.files import TENSOR_DTYPES, parse_json
 from minilora.spec.ops import Array
 
-LARGEST = 2**25
+LARGEST = 2**24
 """A header of more bytes is refused: that of 100 000 tensors with long names has 15 MB."""
 
 STORED_DTYPES = TENSOR_DTYPES | {
@@ -109,9 +109,12 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
                 remedy = "is it a safetensors file, and whole? fetch or write it again"
                 raise FormatError(path, "file", found, expected, remedy)
             header = parse_json(file.read(length))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, FormatError):
-            raise
+    except FormatError:
+        raise
+    except OSError as error:
+        expected, remedy = "a safetensors file", "check the path"
+        raise FormatError(path, "file", error.strerror or error, expected, remedy) from None
+    except ValueError as error:
         raise FormatError(path, "header", error, "a JSON object", _DAMAGED) from None
     if not isinstance(header, dict):
         raise FormatError(path, "header", type(header).__name__, "an object", _DAMAGED)

@@ -1,4 +1,4 @@
-"""Files of sd-scripts and LyCORIS, and of loralib: a module's path with underscores, or as it is."""
+"""Files of sd-scripts and LyCORIS: a module's path with underscores for its dots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State dicts of loralib in a safetensors file: ``<path>.lora_A`` and ``<path>.lora_B``, no scale."""
+"""State dicts of loralib in a safetensors file, which say no scale."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def _scale(path: Path, settings: Mapping[str, Any]) -> tuple[float, Any]:
     parameters = settings.get("lora_parameters")
     parameters = parameters if isinstance(parameters, dict) else {}
     scale, rank = parameters.get("scale"), parameters.get("rank")
-    if not is_number(scale) or not is_integer(1)(rank):
+    if not isinstance(scale, int | float) or not is_number(scale) or not is_integer(1)(rank):
         found = json.dumps({"scale": scale, "rank": rank})
         remedy = "mlx-lm takes no default for it: write what it was trained with"
         raise FormatError(path, "lora_parameters", found, "a number and a whole number", remedy)
