@@ -8,11 +8,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from minilora.audit.change import Around, Change, Tensor
-from minilora.audit.explain import Explanation, explain
+from minilora.audit.explain import chance, explain
+from minilora.audit.explanation import Explanation
 from minilora.audit.floats import F32, F64, wide
+from minilora.audit.low_rank import coarsest
 from minilora.audit.merges import Merge, Played, Region, regions
 from minilora.audit.outside import beyond, deviations
 from minilora.audit.result import SEVERITIES, VERDICTS, Entry, Figure
+from minilora.audit.trial import Case
 from minilora.spec.ops import Array
 
 SURVIVES = 0.9
@@ -171,40 +174,30 @@ def _judged(region: Region, around: Around) -> Entry:
         text = f"{tally.corrupt} of {tally.entries} entries are NaN or infinite"
         return Entry(name, "corrupt", text, {"corrupt": tally.corrupt})
     figures["rounding"] = way.name
-    if not tally.outside and not _another_factor(region, tally):
+    case, hidden = Case(merge, around), _another_factor(region, tally)
+    if not tally.outside and hidden is None:
         return _right(name, region, way, tally, figures)
     if tally.base_bits == tally.entries:
         return Entry(name, "not-applied", "every entry has the base's bits", figures)
-    found = explain(merge, around) or _unexplained(tally)
+    if hidden and not tally.outside:
+        found = chance(case, hidden)
+    else:
+        found = explain(case) or _unexplained(tally)
     return Entry(name, found.verdict, found.text, figures | dict(found.figures), found.mistake)
 
 
-def _another_factor(region: Region, tally: Tally) -> bool:
-    """Whether what differs from the way's bits goes along the change, more than by chance.
+def _another_factor(region: Region, tally: Tally) -> tuple[float, float] | None:
+    """The factor, if what differs from the way's bits goes along the change more than by chance.
 
     All entries are within their bounds, which hold for the worst of all roundings. But roundings do
     not know the change: what they add is as often along it as against it. A rounding of s or of all
     of a factor in the same direction moves the factor by 6 h at most.
     """
     if tally.factor is None or (region.base.scheme and region.merged.scheme):
-        return False
+        return None
     f, sigma = tally.factor
-    h = max(region.dtypes.with_adapter(c.dtype)[0] for c in _dtypes(region))
-    return abs(f - 1) > 6 * h + SIGMAS * sigma
-
-
-@dataclass(frozen=True)
-class _Stored:
-    dtype: np.dtype
-
-
-def _dtypes(region: Region) -> list[_Stored]:
-    return [
-        _Stored(np.asarray(p).dtype)
-        for c in region.changes
-        for n, p in c.parts.items()
-        if n != "ids"
-    ]
+    h = max(region.dtypes.with_adapter(coarsest(change))[0] for change in region.changes)
+    return (f, sigma) if abs(f - 1) > 6 * h + SIGMAS * sigma else None
 
 
 def _right(

@@ -98,4 +98,5 @@ def low_rank(change: Change, dtype: Any = F64) -> LowRank:
 
 def coarsest(change: Change) -> np.dtype[Any]:
     """The dtype of the file's parts; where they differ, the one with fewer bytes."""
-    return min((np.asarray(part).dtype for part in change.parts.values()), key=lambda d: d.itemsize)
+    dtypes = [np.asarray(part).dtype for name, part in change.parts.items() if name != "ids"]
+    return min(dtypes, key=lambda dtype: dtype.itemsize)

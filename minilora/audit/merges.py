@@ -35,6 +35,7 @@ class Region:
     start: int
     stop: int
     index: int | None = None
+    through: np.dtype[Any] | None = None
     _whole: tuple[Array, Array] | None = field(default=None, repr=False)
 
     @property
@@ -52,7 +53,7 @@ class Region:
     def dtypes(self) -> Dtypes:
         """In which dtypes a right merge may compute."""
         base, merged = (BF16 if t.scheme else t.dtype for t in (self.base, self.merged))
-        return Dtypes(base, merged)
+        return Dtypes(base, self.through or merged)
 
     def blocks(self) -> Iterator[tuple[int, int, Array, Array]]:
         """Rows i … j of the region, with the base's and the merged ones as stored."""
@@ -261,8 +262,9 @@ class Merge:
     @property
     def sums(self) -> Sums | None:
         """The one stage, if all changes have factors."""
-        (first, *more) = self.stages
-        return first if isinstance(first, Sums) and not more else None
+        if len(self.stages) != 1 or not isinstance(self.stages[0], Sums):
+            return None
+        return self.stages[0]
 
     def rows(self, W: Array, i: int, j: int) -> tuple[Array, Array]:
         """T and e of rows i … j of the region, W in float64."""

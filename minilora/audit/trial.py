@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from minilora.audit.change import Around, Change
-from minilora.audit.floats import F64
+from minilora.audit.floats import F64, rounded
 from minilora.audit.merges import Merge, Region
 from minilora.audit.outside import beyond, half_gap
 from minilora.spec.ops import Array
@@ -29,6 +30,7 @@ class Trial:
     ``detail``: what distinguishes it from others of its mistake; ``weight(W, i, j)``: what was the
     base instead of W; ``end(W, T, e, i, j)``: what became of T, with its error; ``free``: it may
     be by another factor, too.
+    ``through``: a narrower dtype in which it was computed, and on whose grid the result is.
     """
 
     changes: tuple[Change, ...]
@@ -36,6 +38,7 @@ class Trial:
     weight: Step | None = None
     end: Ending | None = None
     free: bool = True
+    through: np.dtype[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,12 +104,17 @@ class Case:
 
     def merged(self, trial: Trial) -> Merge:
         """The trial's changes as a merge of this part."""
-        return Merge.of(self.region, trial.changes)
+        region = self.region
+        if trial.through is not None:
+            region = replace(region, through=trial.through)
+        return Merge.of(region, trial.changes)
 
     def outside(self, trial: Trial, merge: Merge, blocks: Iterable[Block], most: int = 0) -> bool:
         """Whether more than ``most`` entries of these rows are none of the trial's."""
         count = 0
         for i, j, W, M in blocks:
+            if trial.through is not None and (rounded(M, trial.through) != M).any():
+                return True
             T, e = tried(trial, merge, W, i, j)
             gap = self.region.gaps(i, j)
             count += int(np.count_nonzero(beyond(M, T, e, self.region, gap)))

@@ -1,0 +1,28 @@
+"""The catalogue of wrong merges: each a name, what was done, and the merges that do it.
+
+A mistake is an edit of the right changes, or of what they act on: the equations stay those of
+`minilora.spec`. Wrong scales of one change are in `minilora.audit.scales`, and what only parts of a
+tensor lack in `minilora.audit.parts`.
+"""
+
+from minilora.audit.mistakes.factors import FACTORS
+from minilora.audit.mistakes.kinds import KINDS
+from minilora.audit.mistakes.layouts import LAYOUTS
+from minilora.audit.mistakes.magnitudes import MAGNITUDES
+from minilora.audit.mistakes.mistake import Mistake
+from minilora.audit.mistakes.others import OTHERS
+from minilora.audit.mistakes.several import SEVERAL
+from minilora.audit.mistakes.weights import WEIGHTS
+
+__all__ = ["MISTAKES", "Mistake"]
+
+MISTAKES: tuple[Mistake, ...] = (
+    *MAGNITUDES,
+    *SEVERAL,
+    *FACTORS,
+    *LAYOUTS,
+    *OTHERS,
+    *KINDS,
+    *WEIGHTS,
+)
+"""Every known mistake but the wrong scales of one change: the likeliest first."""

@@ -1,0 +1,50 @@
+"""A part of the factors: some ranks, or without the vectors beside A and B."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+
+import numpy as np
+
+from minilora.audit.mistakes.mistake import Mistake, additive, factors_of, only
+from minilora.audit.scales import Settings
+from minilora.audit.trial import Case, Trial, with_parts
+
+
+def ranks_cut(case: Case) -> Iterator[Trial]:
+    """The first ranks alone."""
+    change = only(case)
+    if change is None or set(change.parts) - {"A", "B", "magnitude"}:
+        return
+    A, B = factors_of(change)
+    r = len(A)
+    counts = {Settings(change).default_r, *(2**k for k in range(r.bit_length())), r - 1}
+    for k in sorted((k for k in counts if 0 < k < r), reverse=True):
+        yield Trial((with_parts(change, A=A[:k], B=B[:, :k]),), f"the first {k} of {r} ranks")
+        yield Trial((with_parts(change, A=A[-k:], B=B[:, -k:]),), f"the last {k} of {r} ranks")
+
+
+def column_missing(case: Case) -> Iterator[Trial]:
+    """A vector beside A and B that is left out: AdaLoRA's E, VeRA's λ."""
+    if (change := additive(case)) is None:
+        return
+    extra = [name for name in change.parts if name not in ("A", "B", "c")]
+    sets = [names for k in range(1, len(extra) + 1) for names in combinations(extra, k)]
+    for names in sets:
+        ones = {name: np.ones_like(change.parts[name]) for name in names}
+        yield Trial((with_parts(change, **ones),), f"without {' and '.join(names)}")
+    for name in extra:
+        square = np.asarray(change.parts[name]) ** 2
+        yield Trial((with_parts(change, **{name: square}),), f"{name} applied twice")
+
+
+FACTORS = (
+    Mistake(
+        "column-missing",
+        "known-mistake",
+        "a vector beside A and B is left out, or applied twice",
+        column_missing,
+    ),
+    Mistake("ranks-cut", "partly", "a part of the ranks", ranks_cut),
+)

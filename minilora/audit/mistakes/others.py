@@ -1,0 +1,63 @@
+"""Another module's change, or another adapter's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from minilora.audit.change import Change
+from minilora.audit.mistakes.mistake import Mistake, additive, factors_of, only, same_place
+from minilora.audit.trial import Case, Trial, with_parts
+
+
+def _shape(change: Change) -> tuple[int, int] | None:
+    if "A" not in change.parts or "B" not in change.parts:
+        return None
+    return len(change.parts["B"]), np.shape(change.parts["A"])[1]
+
+
+def _others(change: Change, others: Sequence[Change]) -> Iterator[Change]:
+    """Other changes whose matrix has the same shape."""
+    for other in others:
+        if other is not change and _shape(other) == _shape(change) is not None:
+            yield same_place(change, other)
+
+
+def of_another_module(case: Case) -> Iterator[Trial]:
+    """The change of another module of the same shape."""
+    if (change := only(case)) is not None:
+        for other in _others(change, case.around.modules):
+            yield Trial((other,), f"that of {other.module}")
+
+
+def of_another_adapter(case: Case) -> Iterator[Trial]:
+    """Another adapter's change of this tensor, alone or with this one's."""
+    if (change := only(case)) is None:
+        return
+    for other in _others(change, case.around.adapters):
+        yield Trial((other,), f"that of {other.adapter}")
+        if change.variant.additive and other.variant.additive:
+            yield Trial((change, other), f"that of {other.adapter} as well", free=False)
+
+
+def half_of_another(case: Case) -> Iterator[Trial]:
+    """A of one change with B of another."""
+    if (change := additive(case)) is None:
+        return
+    A, B = factors_of(change)
+    for other in [*case.around.adapters, *case.around.modules]:
+        if "A" not in other.parts or "B" not in other.parts:
+            continue
+        there = other.adapter if other in case.around.adapters else other.module
+        if np.shape(other.parts["A"]) == A.shape:
+            yield Trial((with_parts(change, A=other.parts["A"]),), f"A of {there}")
+        if np.shape(other.parts["B"]) == B.shape:
+            yield Trial((with_parts(change, B=other.parts["B"]),), f"B of {there}")
+
+
+OTHERS = (
+    Mistake("other-adapter", "other-adapter", "another adapter's change", of_another_adapter),
+    Mistake("other-module", "other-module", "the change of another module", of_another_module),
+    Mistake("half-of-another", "other-module", "one factor of another change", half_of_another),
+)

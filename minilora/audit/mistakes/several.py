@@ -1,0 +1,136 @@
+"""Several adapters: one lacks, their weights are others, their factors are mixed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import combinations
+from math import sqrt
+
+import numpy as np
+
+from minilora.audit.change import Change
+from minilora.audit.floats import F64
+from minilora.audit.low_rank import coarsest
+from minilora.audit.mistakes.mistake import Mistake
+from minilora.audit.scales import named_factors
+from minilora.audit.trial import Case, Trial, scaled, with_parts
+from minilora.spec.ops import Array
+
+
+def some_of_several(case: Case) -> Iterator[Trial]:
+    """One or some of several changes."""
+    changes = case.changes
+    if not 1 < len(changes) <= 5:
+        return
+    for k in range(len(changes) - 1, 0, -1):
+        for some in combinations(range(len(changes)), k):
+            names = ", ".join(_label(changes[i]) for i in some)
+            kept = tuple(changes[i] for i in some)
+            yield Trial(kept, f"{names} alone", free=len(kept) == 1)
+
+
+def _label(change: Change) -> str:
+    return change.adapter or change.module
+
+
+def _weighted(case: Case, weight: Callable[[float, Sequence[Change]], float]) -> Iterator[Trial]:
+    changes = case.changes
+    if len(changes) > 1 and all(c.variant.additive for c in changes):
+        edited = tuple(replace(c, weight=weight(c.weight, changes)) for c in changes)
+        if [c.weight for c in edited] != [c.weight for c in changes]:
+            yield Trial(edited, free=False)
+
+
+def weights_ignored(case: Case) -> Iterator[Trial]:
+    """Every weight is 1."""
+    return _weighted(case, lambda w, _: 1.0)
+
+
+def weights_averaged(case: Case) -> Iterator[Trial]:
+    """The mean of the changes."""
+    return _weighted(case, lambda w, all_: 1 / len(all_))
+
+
+def weights_normalized(case: Case) -> Iterator[Trial]:
+    """Each weight divided by the sum of all."""
+    return _weighted(case, lambda w, all_: w / (sum(c.weight for c in all_) or 1))
+
+
+def weights_squared(case: Case) -> Iterator[Trial]:
+    """Each weight applied twice, to A and to B."""
+    return _weighted(case, lambda w, _: w * w)
+
+
+def one_scale_for_all(case: Case) -> Iterator[Trial]:
+    """The first adapter's scale for all."""
+    first, *_ = case.changes
+    if len(case.changes) > 1 and any(c.scale != first.scale for c in case.changes):
+        yield Trial(tuple(replace(c, scale=first.scale) for c in case.changes), free=False)
+
+
+def factors_added(case: Case) -> Iterator[Trial]:
+    """A and B added up apart, so that each B meets each A: PEFT's combination "linear"."""
+    changes = case.changes
+    if len(changes) < 2 or any(set(c.parts) != {"A", "B"} for c in changes):
+        return
+    if len({np.shape(c.parts["A"]) for c in changes}) > 1:
+        return
+    for what, shares in (
+        ("weights", [c.s for c in changes]),
+        ("no weights", [c.scale for c in changes]),
+    ):
+        roots = [sqrt(abs(share)) for share in shares]
+        signed = [math.copysign(root, share) for root, share in zip(roots, shares, strict=True)]
+        A = _sum(np.asarray(c.parts["A"], F64) * w for w, c in zip(roots, changes, strict=True))
+        B = _sum(np.asarray(c.parts["B"], F64) * w for w, c in zip(signed, changes, strict=True))
+        dtype = coarsest(changes[0])
+        joined = with_parts(changes[0], A=A.astype(dtype), B=B.astype(dtype))
+        yield Trial((replace(joined, scale=1.0, weight=1.0),), f"with {what}", free=False)
+
+
+def _sum(arrays: Iterable[Array]) -> Array:
+    total: Array = np.sum([*arrays], axis=0)
+    return total
+
+
+def wrong_scales(case: Case) -> Iterator[Trial]:
+    """A wrong scale of several changes, or of DoRA, where the factor is not that of W' - W."""
+    changes = case.changes
+    if len(changes) == 1 and changes[0].variant.additive:
+        return
+    if any(c.kind in ("tokens", "saved") for c in changes):
+        return
+    tables = [{w.id: (w.text, f) for w, f in named_factors(c)} for c in changes]
+    for name in dict.fromkeys(name for table in tables for name in table):
+        factors = [table.get(name, ("", 1.0))[1] for table in tables]
+        text = next(table[name][0] for table in tables if name in table)
+        yield Trial(tuple(map(scaled, changes, factors)), text, free=False)
+        if len(changes) > 1:
+            for k, factor in enumerate(factors):
+                if factor != 1:
+                    one = [scaled(c, factor) if i == k else c for i, c in enumerate(changes)]
+                    yield Trial(tuple(one), f"{_label(changes[k])}: {text}", free=False)
+
+
+SEVERAL = (
+    Mistake(
+        "some-of-several", "partly", "not all of the adapters", some_of_several, ("peft 1836",)
+    ),
+    Mistake("weights-ignored", "factor", "every adapter's weight is 1", weights_ignored),
+    Mistake("weights-averaged", "factor", "the mean of the adapters' changes", weights_averaged),
+    Mistake(
+        "weights-normalized", "factor", "the weights are divided by their sum", weights_normalized
+    ),
+    Mistake("weights-squared", "factor", "the weights are applied twice", weights_squared),
+    Mistake("one-scale-for-all", "factor", "the first adapter's scale for all", one_scale_for_all),
+    Mistake(
+        "factors-added",
+        "known-mistake",
+        "A and B are added up apart: each B meets each A",
+        factors_added,
+        ("peft's combination_type linear",),
+    ),
+    Mistake("wrong-scale", "factor", "another scale", wrong_scales),
+)

@@ -1,0 +1,166 @@
+"""Another base, or what became of the merged weight: coarser, quantized, lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from minilora.audit.floats import BF16, F16, F64, format_of, rounded
+from minilora.audit.mistakes.magnitudes import with_rows
+from minilora.audit.mistakes.mistake import Mistake, additive
+from minilora.audit.trial import Case, Ending, Step, Trial
+from minilora.spec.ops import Array
+from minilora.spec.quantization import dequantize, quantize
+from minilora.spec.variants.dora import row_norm
+
+
+def base_lost(case: Case) -> Iterator[Trial]:
+    """The change alone."""
+    yield Trial(case.changes, weight=lambda W, i, j: np.zeros_like(W))
+
+
+def all_zero(case: Case) -> Iterator[Trial]:
+    """Zeros."""
+    yield Trial((), weight=lambda W, i, j: np.zeros_like(W), free=False)
+
+
+def base_coarse(case: Case) -> Iterator[Trial]:
+    """The base rounded to a narrower dtype before the change is added."""
+    for dtype in (BF16, F16):
+        if format_of(dtype).u > format_of(case.region.base.dtype).u:
+            yield Trial(case.changes, dtype.name, _rounding(dtype))
+
+
+def _rounding(dtype: np.dtype[Any], step: Step | None = None) -> Step:
+    """A step whose result is rounded to the dtype."""
+    return lambda W, i, j: rounded(step(W, i, j) if step else W, dtype)
+
+
+def merged_coarse(case: Case) -> Iterator[Trial]:
+    """A right merge in a narrower dtype than it is stored in."""
+    for dtype in (BF16, F16):
+        if format_of(dtype).u > format_of(case.region.merged.dtype).u:
+            yield Trial(case.changes, dtype.name, end=_narrowed(dtype), free=False, through=dtype)
+        if case.region.base.dtype == case.region.merged.dtype and dtype != case.region.merged.dtype:
+            yield Trial(case.changes, dtype.name, end=_narrowed(dtype), free=False, through=dtype)
+
+
+def _narrowed(dtype: np.dtype[Any]) -> Ending:
+    def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
+        low, high = rounded(T - e, dtype), rounded(T + e, dtype)
+        return (low + high) / 2, (high - low) / 2
+
+    return end
+
+
+def merged_again(case: Case) -> Iterator[Trial]:
+    """Merged, unmerged by subtraction and merged again: two more roundings."""
+    w = format_of(case.region.dtypes.merged).u
+
+    def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
+        return T, 3 * e + w * (abs(T) + abs(W)) * (1 + 2 * w)
+
+    if all(c.kind not in ("tokens", "saved") for c in case.changes):
+        yield Trial(case.changes, end=end, free=False)
+
+
+QUANTIZERS = ("nf4", "q8_0", "q4_0", "q4_1", "int8-symmetric")
+
+
+def base_quantized(case: Case) -> Iterator[Trial]:
+    """The base quantized and dequantized before the change is added, as QLoRA trains on it."""
+    if case.region.base.scheme or case.region.merged.scheme:
+        return
+    for scheme in QUANTIZERS:
+        block = 64 if scheme == "nf4" else 32
+        if case.region.width % block == 0:
+            step = _quantized(scheme)
+            yield Trial(case.changes, scheme, weight=step)
+            if case.region.dtypes.merged.itemsize < 4:
+                dtype = case.region.dtypes.merged
+                yield Trial(
+                    case.changes,
+                    f"{scheme} in {dtype}",
+                    weight=_rounding(dtype, step),
+                )
+
+
+def merged_quantized(case: Case) -> Iterator[Trial]:
+    """The merged weight quantized and dequantized."""
+    if case.region.merged.scheme:
+        return
+    w = case.region.dtypes.w
+    for scheme in QUANTIZERS:
+        block = 64 if scheme == "nf4" else 32
+        if case.region.width % block:
+            continue
+        step = _quantized(scheme)
+        yield Trial(case.changes, scheme, end=_through(step, block, w), free=False)
+
+
+def _through(step: Step, block: int, w: float) -> Ending:
+    """T rounded, w, quantized and dequantized; what moves across a border of codes may differ."""
+
+    def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
+        e = e + w * abs(T)
+        largest = abs(T).reshape(len(T), -1, block).max(-1).repeat(block, 1)
+        border = abs(step(T + e, i, j) - step(T - e, i, j))
+        return step(T, i, j), border + e + largest * (2 * w + 2.0**-16)
+
+    return end
+
+
+def _quantized(scheme: str) -> Step:
+    def step(W: Array, i: int, j: int) -> Array:
+        W = np.ascontiguousarray(W, np.float32)
+        block = 32 if scheme.startswith("int8") else None
+        return dequantize(quantize(W, scheme, block)).astype(F64)
+
+    return step
+
+
+def lengths_kept(case: Case) -> Iterator[Trial]:
+    """The rows of W' rescaled to the lengths of W's."""
+
+    def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
+        return with_rows(case, T, e, row_norm(W)[0], row_norm(T)[0])
+
+    if (change := additive(case)) is not None and not change.transposed:
+        yield Trial((change,), end=end, free=False)
+
+
+WEIGHTS = (
+    Mistake("base-lost", "known-mistake", "the change alone, without the base", base_lost),
+    Mistake("all-zero", "known-mistake", "all zeros", all_zero),
+    Mistake(
+        "merged-coarse",
+        "coarser",
+        "merged in a narrower dtype than it is stored in",
+        merged_coarse,
+        ("peft 1388", "unsloth 3091"),
+    ),
+    Mistake(
+        "merged-again", "coarser", "merged, unmerged by subtraction and merged again", merged_again
+    ),
+    Mistake(
+        "base-coarse", "coarser", "the base was rounded to a narrower dtype first", base_coarse
+    ),
+    Mistake(
+        "base-quantized",
+        "known-mistake",
+        "merged into the base as it is after quantizing",
+        base_quantized,
+        ("unsloth 869",),
+    ),
+    Mistake(
+        "merged-quantized",
+        "known-mistake",
+        "the merged weight went through a quantizer",
+        merged_quantized,
+    ),
+    Mistake(
+        "lengths-kept", "known-mistake", "the rows keep the lengths of the base's", lengths_kept
+    ),
+)

@@ -1,0 +1,134 @@
+"""What a part of a tensor lacks: rows, columns, single entries or ranks; and the order of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import numpy as np
+
+from minilora.audit.explanation import Explanation
+from minilora.audit.floats import F64
+from minilora.audit.outside import beyond
+from minilora.audit.trial import Case, Trial, with_parts
+from minilora.spec.ops import Array
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Numbers in order as ranges: 0 to 7, 12."""
+    found = []
+    for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        values = [value for _, value in run]
+        found.append(f"{values[0]} to {values[-1]}" if len(values) > 1 else str(values[0]))
+    return ", ".join(found[:8]) + (" and others" if len(found) > 8 else "")
+
+
+def lacking(case: Case) -> Explanation | None:
+    """Rows, columns or entries that have the base's bits, where all others are right."""
+    region = case.region
+    rows, columns = np.zeros(region.rows, np.int64), np.zeros(region.width, np.int64)
+    wrong_rows, wrong_columns = rows.copy(), columns.copy()
+    for i, j, W, M in case.everything():
+        T, e = case.merge.rows(W, i, j)
+        out = beyond(M, T, e, region, region.gaps(i, j))
+        base = beyond(M, W, _cast_error(case, W), region, region.gaps(i, j))
+        if (out & base).any():
+            return None
+        wrong_rows[i:j] = out.sum(1)
+        rows[i:j] = base.sum(1)  # entries that are not the base's
+        wrong_columns += out.sum(0)
+        columns += base.sum(0)
+    lost_rows, lost_columns = np.nonzero(wrong_rows)[0], np.nonzero(wrong_columns)[0]
+    what = "entries"
+    if not rows[lost_rows].any() and len(lost_rows) < region.rows:
+        what = f"rows {ranges(lost_rows.tolist())} of {region.rows}"
+    elif not columns[lost_columns].any() and len(lost_columns) < region.width:
+        what = f"columns {ranges(lost_columns.tolist())} of {region.width}"
+    count = int(wrong_rows.sum())
+    text = f"{what} lack the change and have the base's numbers; all others are right"
+    if what == "entries":
+        text = f"{count} entries lack the change and have the base's numbers; all others are right"
+    return Explanation("partly", "part-not-merged", text, {"outside": count})
+
+
+def _cast_error(case: Case, W: Array) -> Array:
+    dtypes = case.region.dtypes
+    error: Array = (dtypes.w if dtypes.base != dtypes.merged else 0.0) * abs(W)
+    return error
+
+
+def _difference(case: Case) -> Array:
+    """M - W of the sample's rows, and ΔW's factors there."""
+    return np.concatenate([M - W for _, _, W, M in case.sample])
+
+
+def ranks(case: Case) -> Explanation | None:
+    """Which ranks were applied: M - W = s B diag(c) A, c by least squares from some rows."""
+    change, sums = case.changes[0], case.merge.sums
+    if len(case.changes) > 1 or sums is None or set(change.parts) != {"A", "B"}:
+        return None
+    low = sums.bound.changes[0]
+    left, right = (low.A.T, low.B.T) if low.transposed else (low.B, low.A)
+    left = low.s * np.concatenate([left[i:j] for i, j, _, _ in case.sample])
+    moved = _difference(case)
+    gram = (left.T @ left) * (right @ right.T)
+    c = np.linalg.lstsq(gram, np.einsum("ir,in,rn->r", left, moved, right), rcond=None)[0]
+    kept = np.nonzero(c > 0.5)[0]
+    if not 0 < len(kept) < low.r:
+        return None
+    A, B = (np.asarray(change.parts[name]) for name in "AB")
+    if not case.holds(Trial((with_parts(change, A=A[kept], B=B[:, kept]),), free=False)):
+        return None
+    text = f"of {low.r} ranks only {ranges(kept.tolist())} are merged"
+    return Explanation("partly", "ranks-lost", text, {"ranks": len(kept)})
+
+
+def order(case: Case) -> Explanation | None:
+    """In which order B's rows, or A's columns, were applied, whatever the order is."""
+    change, sums = case.changes[0], case.merge.sums
+    if len(case.changes) > 1 or sums is None or "A" not in change.parts:
+        return None
+    if max(case.region.rows, case.region.width) > 2**14:
+        return None
+    low = sums.bound.changes[0]
+    moved = np.concatenate([M - W for _, _, W, M in case.everything()])
+    moved = moved.T if low.transposed else moved
+    for part, factor, other, R in (("B", low.B, low.A, moved), ("A", low.A.T, low.B.T, moved.T)):
+        found = R @ np.linalg.pinv(low.s * other)
+        if (places := _places(found, factor)) is None:
+            continue
+        own = np.asarray(change.parts[part])
+        moved_part = own[places] if part == "B" else own[:, places]
+        extra = {
+            n: p[places] for n, p in change.parts.items() if part == "B" and n in ("lambda_b",)
+        }
+        trial = Trial((with_parts(change, **{part: moved_part}, **extra),), free=False)
+        if case.holds(trial):
+            what = "output" if part == "B" else "input"
+            first = ", ".join(map(str, places[:8].tolist()))
+            text = f"the {what} features are in another order: {first}, …"
+            return Explanation("permuted", "permuted", text)
+    return None
+
+
+def _places(found: Array, factor: Array) -> Array | None:
+    """Which row of the factor each found row is; None unless each is one, once."""
+    square = (factor * factor).sum(1)
+    nearest = np.empty(len(found), np.int64)
+    for i in range(0, len(found), 1024):
+        nearest[i : i + 1024] = (square - 2 * found[i : i + 1024] @ factor.T).argmin(1)
+    same = len(set(nearest.tolist())) == len(nearest)
+    moved = (nearest != np.arange(len(nearest))).any()
+    return nearest if same and moved else None
+
+
+def share_explained(case: Case) -> float:
+    """How much of ‖M - W‖² least squares explains by the change, on the sample."""
+    along = square = moved = 0.0
+    for i, j, W, M in case.sample:
+        (D, *more) = case.merge.deltas(W, i, j)
+        D = sum(more, D).astype(F64)
+        along += float(((M - W) * D).sum())
+        square += float((D * D).sum())
+        moved += float(((M - W) ** 2).sum())
+    return along * along / (square * moved) if square and moved else 0.0
