@@ -6,7 +6,6 @@ from minilora.findings.conditions import (
     alpha_of,
     any_of,
     other_type,
-    parts,
     ratio,
     scaled_otherwise,
     settings,
@@ -23,6 +22,7 @@ _SOURCE = (
     "convert_lora_to_gguf.py) and [llama-adapter.h](https://github.com/ggml-org/llama.cpp/blob/"
     "master/src/llama-adapter.h), `get_scale`"
 )
+_WRITTEN = {"A", "B", "base weight"}
 _NORM = re.compile(r"(_layernorm|\.norm)")
 
 
@@ -40,9 +40,8 @@ def _norms(adapter: StoredAdapter) -> list[str]:
 
 def _beside(adapter: StoredAdapter) -> list[str]:
     """What the script stops at: every tensor that is no factor, but norms'."""
-    found = parts("lora_bias", "magnitude", "tokens", "weight", "bias", "E", "d", "b")(adapter)
     norms = {*_norms(adapter)}
-    return [name for name in found if name not in norms]
+    return [m.name for m in adapter.modules if m.parts - _WRITTEN and m.name not in norms]
 
 
 def _tied(adapter: StoredAdapter) -> list[str]:
@@ -66,9 +65,9 @@ FINDINGS = (
         right=r"""
             $s = \alpha / \sqrt r$ with rsLoRA, and the module's own $\alpha$ with a pattern.
             """,
-        consequence=r"""
-            With rsLoRA the adapter acts $\sqrt r$ times too weakly. `minilora convert --to gguf`
-            puts what one alpha cannot say into B.
+        consequence="""
+            With rsLoRA the adapter acts √r times too weakly. `minilora convert --to gguf` puts what
+            one alpha cannot say into B.
             """,
         not_asked="there is no peer of llama.cpp",
         source=_SOURCE,

@@ -38,9 +38,9 @@ FINDINGS = (
             $s = \alpha / \sqrt r$ with rsLoRA, and each module's own $\alpha$ and $r$ with
             patterns, as the adapter was trained.
             """,
-        consequence=r"""
-            With rsLoRA the adapter acts $\sqrt r$ times too weakly. Put the scale into the
-            factors: `minilora convert` writes a PEFT folder with one scale.
+        consequence="""
+            With rsLoRA the adapter acts √r times too weakly. Put what is lacking into B: multiply
+            it by √r and set `use_rslora` to false, and likewise for patterns; or merge the adapter.
             """,
         found_by=("sglang", "inference.deltas.rslora", "inference.deltas.patterns"),
         stored=Stored(

@@ -12,9 +12,9 @@ class StoredModule:
     """What an adapter has of one module.
 
     ``parts``: the names of its tensors, as the specification has them: A, B, magnitude, lora_bias,
-    E, d, b, or of what is saved in full, weight and bias; ``kind``: linear, embedding, conv,
-    expert, saved or tokens; ``rank``; ``scale``: the factor of B A that the adapter was trained
-    with; ``shape``: (m, n) of the weight's matrix, or of what is saved.
+    E, lambda_d, lambda_b; of what is saved in full, weight and bias; tokens; ``kind``: linear,
+    embedding, conv, expert, saved or tokens; ``rank``; ``scale``: the factor of B A that the
+    adapter was trained with; ``shape``: (m, n) of the weight's matrix, or of what is saved.
     """
 
     name: str
@@ -51,5 +51,5 @@ class StoredAdapter:
 
     @property
     def adapted(self) -> list[StoredModule]:
-        """The modules with factors."""
-        return [m for m in self.modules if {"A", "B"} & m.parts]
+        """The modules with both factors."""
+        return [m for m in self.modules if m.parts >= {"A", "B"} and m.rank]

@@ -55,8 +55,8 @@ FINDINGS = (
         right=r"""
             $s = \alpha / \sqrt r$.
             """,
-        consequence=r"""
-            The adapter acts $\sqrt r$ times too weakly. [TensorRT-LLM
+        consequence="""
+            The adapter acts √r times too weakly. [TensorRT-LLM
             1669](https://github.com/NVIDIA/TensorRT-LLM/pull/1669) mended it.
             """,
         not_asked="there is no peer of TensorRT-LLM",
@@ -147,7 +147,7 @@ FINDINGS = (
         not_asked="there is no peer of TensorRT-LLM",
         source=_SOURCE,
         stored=Stored(
-            any_of(settings("lora_bias", "bias"), parts("E", "d", "b"), other_type),
+            any_of(settings("lora_bias", "bias"), parts("E", "lambda_d", "lambda_b"), other_type),
             "refused",
             "it knows A, B and DoRA's magnitude",
         ),
