@@ -141,7 +141,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         ends: dict[str, list[str]] = {}
         for name in self.tensors:
             parts = name.split(".")
-            for count in range(1, _ENDING + 1):
+            for count in range(1, min(len(parts), _ENDING) + 1):
                 ends.setdefault(".".join(parts[-count:]), []).append(name)
         return ends
 
