@@ -65,6 +65,10 @@ def library_entries(adapter: StoredAdapter, named: Sequence[str] = ()) -> Iterat
         yield from _of_library(adapter, library, release, bool(asked))
 
 
+Concern = tuple[Finding, Stored, list[str]]
+"""A finding, what it means for files, and what of the adapter it concerns."""
+
+
 def _of_library(
     adapter: StoredAdapter, library: Library, release: str, asked: bool
 ) -> Iterator[Entry]:
@@ -74,25 +78,34 @@ def _of_library(
         text = f"it reads {told}, and this is none: minilora convert writes one"
         yield Entry(subject, "told", text, mistake="format")
         return
-    concerned = [
-        (finding, stored, found)
-        for finding in library.findings
-        if (stored := finding.stored) is not None and (found := list(stored.concerns(adapter)))
-    ]
-    refusals = [each for each in concerned if each[1].outcome == "refused"]
-    here = [each for each in concerned if _applies(each[0], release)]
-    if any(_applies(finding, release) for finding, _, _ in refusals):
-        here = [each for each in here if each in refusals or each[1].outcome == "use"]
-    for finding, stored, found in here:
-        yield _entry(adapter, subject, finding, stored, found, asked)
-    for finding, stored, _ in concerned:
+    concerns = _concerns(adapter, library)
+    here = _counted([each for each in concerns if _applies(each[0], release)])
+    for each in here:
+        yield _entry(adapter, subject, each, asked)
+    for finding, stored, _ in concerns:
         if not _applies(finding, release) and (release or finding.fixed_in):
             yield Entry(subject, "told", _elsewhere(finding, stored, release), mistake=finding.id)
-    if not [each for each in here if each[1].outcome != "use"]:
+    if all(stored.outcome == "use" for _, stored, _ in here):
         text = (
             f"computes the adapter as it is meant, as far as {_looked(library)} known findings say"
         )
         yield Entry(subject, "fine", text)
+
+
+def _concerns(adapter: StoredAdapter, library: Library) -> list[Concern]:
+    """The library's findings that concern the adapter."""
+    return [
+        (finding, finding.stored, found)
+        for finding in library.findings
+        if finding.stored is not None and (found := list(finding.stored.concerns(adapter)))
+    ]
+
+
+def _counted(concerns: list[Concern]) -> list[Concern]:
+    """Of a library that refuses the adapter, that alone, and what is to be said of its use."""
+    if not any(stored.outcome == "refused" for _, stored, _ in concerns):
+        return concerns
+    return [each for each in concerns if each[1].outcome in ("refused", "use")]
 
 
 def _looked(library: Library) -> int:
@@ -113,14 +126,8 @@ def _elsewhere(finding: Finding, stored: Stored, release: str) -> str:
     return f"{said}, in which it was seen; of {release} nothing is known"
 
 
-def _entry(
-    adapter: StoredAdapter,
-    subject: str,
-    finding: Finding,
-    stored: Stored,
-    found: list[str],
-    asked: bool,
-) -> Entry:
+def _entry(adapter: StoredAdapter, subject: str, concern: Concern, asked: bool) -> Entry:
+    finding, stored, found = concern
     figures: dict[str, Figure] = {"finding": finding.id, "count": len(found)}
     said = "" if stored.outcome == "use" else f"{OUTCOMES[stored.outcome]}: "
     text = f"{said}{stored.effect}"

@@ -3,254 +3,68 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from minilora.audit.adapter_settings_peft import CHECKS as _PEFT
+from minilora.audit.adapter_settings_peft import Check
 from minilora.audit.result import Entry
 from minilora.audit.stored.module import OpenAdapter
-from minilora.audit.stored.peft import COPY
 from minilora.io.errors import listed
-from minilora.io.formats.mlx import INERT as MLX_INERT
-from minilora.io.formats.peft.names import PREFIX, PROJECTIONS
-from minilora.io.formats.peft.settings import KINDS
-from minilora.io.formats.peft.starts import INIT_FROM_BASE
-from minilora.spec.target_modules import is_target, with_parents
-
-HEADS = ("classifier", "score")
-"""What PEFT adds to modules_to_save of a classifier, whatever of it there is."""
-
-
-def settings_entries(adapter: OpenAdapter) -> Iterator[Entry]:
-    """What of the settings contradicts the tensors."""
-    checks = {"peft": _PEFT, "mlx": _MLX, "kohya": _KOHYA, "loralib": _LORALIB}
-    for check in checks.get(adapter.format, ()):
-        yield from check(adapter)
-
-
-Check = Callable[[OpenAdapter], Iterator[Entry]]
+from minilora.io.formats.mlx import INERT
 
 
 def _ranks(adapter: OpenAdapter) -> Iterator[Entry]:
-    """The rank of each module is the settings'."""
+    """The one rank of mlx-lm is that of all tensors."""
+    told = _parameters(adapter).get("rank")
     for module in adapter.adapted:
-        told = module.config.get("r")
-        if adapter.settings.get("peft_type", "LORA") == "LORA" and module.rank != told:
-            text = f"A has rank {module.rank}, and the settings say {told}: PEFT refuses to load it"
-            yield Entry(module.name, "wrong", text, {"module": module.name}, "rank")
-
-
-def _patterns(adapter: OpenAdapter) -> Iterator[Entry]:
-    """Each pattern fits a module, and no module two with other values."""
-    if adapter.settings.get("peft_type", "LORA") != "LORA":
-        return
-    names = [module.name for module in adapter.modules if {"A", "B"} & module.parts.keys()]
-    for setting in ("rank_pattern", "alpha_pattern"):
-        patterns: Mapping[str, Any] = adapter.settings.get(setting) or {}
-        fitting = {p: [n for n in names if re.match(rf"(.*\.)?({p})$", n)] for p in patterns}
-        for pattern, of in fitting.items():
-            if not of:
-                text = f"{pattern!r} of {setting} fits no module that has an adapter"
-                yield Entry(setting, "doubtful", text, mistake="pattern-fits-nothing")
-        twice = [n for n in names if len({patterns[p] for p in patterns if n in fitting[p]}) > 1]
-        if twice:
-            text = (
-                f"several patterns of {setting} fit {listed(twice)}: the first in the file counts"
-            )
-            yield Entry(setting, "doubtful", text, {"modules": len(twice)}, "pattern-fits-two")
-
-
-def _targets(adapter: OpenAdapter) -> Iterator[Entry]:
-    """The settings select the modules that have tensors, and each target has a module."""
-    wanted = adapter.settings.get("target_modules")
-    names = [m.name for m in adapter.modules if {"A", "B"} & m.parts.keys() and m.kind != "shared"]
-    if wanted is None or str(wanted).lower() == "all-linear" or not names:
-        return
-    others = ("exclude_modules", "layers_to_transform", "layers_pattern")
-    beside = {key: adapter.settings.get(key) or () for key in others}
-    tied = adapter.settings.get("ensure_weight_tying")
-    parameters = adapter.settings.get("target_parameters")
-    try:
-        missed = [n for n in names if not is_target(n.replace(".base_layer", ""), wanted, **beside)]
-        unused = [] if isinstance(wanted, str) else [w for w in wanted if not _hits(w, names)]
-    except (re.error, RecursionError) as error:
-        text = f"target_modules is no regular expression: {error}"
-        yield Entry("target_modules", "wrong", text, mistake="targets")
-        return
-    missed = [] if parameters else [n for n in missed if not (tied and _may_be_tied(n))]
-    if missed:
-        text = f"target_modules does not select {listed(missed)}: a library that builds its layers "
-        text += "by the settings passes over these tensors"
-        yield Entry("target_modules", "wrong", text, {"modules": len(missed)}, "not-targeted")
-    if unused:
-        text = f"{listed(unused)} of target_modules fit no module that has tensors"
-        yield Entry("target_modules", "doubtful", text, mistake="target-fits-nothing")
-
-
-def _hits(target: str, names: list[str]) -> bool:
-    return any(name == target or name.endswith(f".{target}") for name in names)
-
-
-def _may_be_tied(name: str) -> bool:
-    return name.rpartition(".")[2] in ("embed_tokens", "lm_head", "wte")
-
-
-def _saved(adapter: OpenAdapter) -> Iterator[Entry]:
-    """What modules_to_save names has tensors, and what is saved is named."""
-    wanted = list(dict.fromkeys(adapter.settings.get("modules_to_save") or ()))
-    saved = [m.name for m in adapter.modules if m.kind == "saved"]
-    tables = [m.name for m in adapter.modules if "base weight" in m.parts]
-    reached = {*saved, *tables}
-    of_a_head = any(_ends(name, HEADS) for name in reached)
-    for name in wanted:
-        if not any(_ends(at, (name,)) for at in reached) and not (name in HEADS and of_a_head):
-            text = f"modules_to_save names {name}, and the file has no tensor of it: it is the "
-            text += "base's, or as it is drawn anew"
-            yield Entry("modules_to_save", "wrong", text, mistake="saved-missing")
-    bias = adapter.settings.get("bias", "none")
-    for module in adapter.modules:
-        named = _ends(module.name, tuple(wanted))
-        has_bias = "bias" in module.parts and "weight" not in module.parts
-        if has_bias and not named and bias in (None, "none"):
-            text = f"the file has its bias, and the setting bias is {json.dumps(bias)}"
-            yield Entry(module.name, "wrong", text, {"module": module.name}, "bias-untold")
-        elif "weight" in module.parts and not named:
-            text = "it is saved in full, and modules_to_save does not name it"
-            yield Entry(module.name, "wrong", text, {"module": module.name}, "saved-untold")
-
-
-def _ends(name: str, ends: tuple[str, ...]) -> bool:
-    return any(parent.endswith(ends) for parent in with_parents(name)) if ends else False
-
-
-def _variants(adapter: OpenAdapter) -> Iterator[Entry]:
-    """The tensors of a variant are there if the settings turn it on, and only then."""
-    kind = str(adapter.settings.get("peft_type") or "LORA").upper()
-    told = {
-        "magnitude": ("use_dora", bool(adapter.settings.get("use_dora"))),
-        "lora_bias": ("lora_bias", bool(adapter.settings.get("lora_bias"))),
-        "E": ("peft_type ADALORA", kind == "ADALORA"),
-        "lambda_b": ("peft_type VERA", kind == "VERA"),
-    }
-    for part, (setting, on) in told.items():
-        having = [m.name for m in adapter.modules if part in m.parts]
-        lacking = [m.name for m in adapter.adapted if part not in m.parts]
-        if on and lacking:
-            text = f"{setting} is set, and {listed(lacking)} have no {part}"
-            yield Entry(setting, "wrong", text, {"modules": len(lacking)}, "variant")
-        if having and not on:
-            text = f"the file has {part} of {len(having)} modules, and {setting} is not set"
-            yield Entry(setting, "wrong", text, {"modules": len(having)}, "variant")
-    projects = kind == "VERA" and adapter.settings.get("save_projection", True)
-    if projects and "base_model" not in adapter.by_name:
-        text = f"save_projection is set, and the file has no {listed(PROJECTIONS.values())}"
-        yield Entry("save_projection", "wrong", text, mistake="variant")
-
-
-def _names(adapter: OpenAdapter) -> Iterator[Entry]:
-    """The tensors have the names that PEFT looks for."""
-    names = [held.name for module in adapter.modules for held in module.parts.values()]
-    bare = [n for n in names if not n.startswith("base_model.")]
-    if bare:
-        text = f"{len(bare)} names, as {bare[0]}, do not begin with {PREFIX}: PEFT looks for that, "
-        text += "and passes over the others"
-        yield Entry("names", "wrong", text, {"tensors": len(bare)}, "prefix")
-    marked = [n for n in names if _has_adapter_name(n)]
-    if marked:
-        text = f"{len(marked)} names, as {marked[0]}, hold an adapter's name: PEFT leaves it out, "
-        text += "and does not find them"
-        yield Entry("names", "wrong", text, {"tensors": len(marked)}, "adapter-name")
-
-
-def _has_adapter_name(name: str) -> bool:
-    ends = r"lora_[AB]\.[^.]+\.(weight|bias)|lora_embedding_[AB]\.[^.]+"
-    return bool(re.search(rf"\.({ends}|modules_to_save\.[^.]+\.(weight|bias))$", name))
-
-
-def _told(adapter: OpenAdapter) -> Iterator[Entry]:
-    """Settings that are not known, and those that say more than factors."""
-    kind = KINDS.get(str(adapter.settings.get("peft_type") or "LORA").upper())
-    if kind is None:
-        text = f"peft_type is {adapter.settings.get('peft_type')}: its equation is not known here"
-        yield Entry("peft_type", "undecided", text)
-        return
-    known = {*kind.read, *kind.fixed, *kind.inert.split(), "peft_type"}
-    for key, value in adapter.settings.items():
-        nothing = value in (None, False, [], {}, "")
-        if key in kind.fixed and value not in kind.fixed[key] and key != "target_parameters":
-            text = f"{key} is {json.dumps(value)}: the function is another one than is known here"
-            yield Entry(key, "undecided", text)
-        elif key not in known and not nothing and not key.startswith(("use_dora", "lora_bias")):
-            text = f"{key} is {json.dumps(value)}: a setting that is not known here"
-            yield Entry(key, "told", text, mistake="unknown-setting")
-    init = adapter.settings.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith((*INIT_FROM_BASE, "corda", "loftq", "lora_ga")):
-        text = f"it is {init}: A and B belong to a base that their start was taken out of. PEFT "
-        text += "takes it out when it loads; others add to the base as it is"
-        yield Entry("init_lora_weights", "doubtful", text, mistake="start")
-    if adapter.settings.get("alora_invocation_tokens"):
-        text = "the adapter acts after its invocation alone; merged, it acts on every token"
-        yield Entry("alora_invocation_tokens", "told", text)
-
-
-def _copies(adapter: OpenAdapter) -> Iterator[Entry]:
-    """Copies of the base's weights beside the adapter."""
-    copies = [m for m in adapter.modules if any(part.startswith("base ") for part in m.parts)]
-    if copies:
-        size = sum(h.nbytes for m in copies for p, h in m.parts.items() if p.startswith("base "))
-        text = (
-            f"it holds the base's weights of {listed(m.name for m in copies)} ({COPY.strip('.')}, "
-        )
-        text += f"{size} bytes), as PEFT saves them of adapted or resized tables"
-        yield Entry("base weights", "told", text, mistake="copies")
-
-
-_PEFT: tuple[Check, ...] = (
-    _names,
-    _ranks,
-    _patterns,
-    _targets,
-    _saved,
-    _variants,
-    _told,
-    _copies,
-)
-
-
-def _mlx_parameters(adapter: OpenAdapter) -> Iterator[Entry]:
-    """mlx-lm's one rank, kind and keys against the tensors."""
-    parameters = adapter.settings.get("lora_parameters") or {}
-    kind = adapter.settings.get("fine_tune_type") or "lora"
-    for module in adapter.adapted:
-        if module.rank != parameters.get("rank"):
-            told = parameters.get("rank")
+        if module.rank != told:
             text = f"a has rank {module.rank}, and lora_parameters says {told}: mlx-lm refuses it"
             yield Entry(module.name, "wrong", text, {"module": module.name}, "rank")
-    with_m = [m.name for m in adapter.modules if "magnitude" in m.parts]
+
+
+def _parameters(adapter: OpenAdapter) -> Mapping[str, Any]:
+    return adapter.settings.get("lora_parameters") or {}
+
+
+def _kind(adapter: OpenAdapter) -> Iterator[Entry]:
+    """DoRA has magnitudes, and LoRA has none."""
+    kind = adapter.settings.get("fine_tune_type") or "lora"
+    with_m = [module.name for module in adapter.modules if "magnitude" in module.parts]
     if (kind == "dora") != bool(with_m) and adapter.adapted:
         text = f"fine_tune_type is {kind}, and {len(with_m)} modules have a magnitude m"
         yield Entry("fine_tune_type", "wrong", text, mistake="variant")
-    keys = parameters.get("keys")
-    if keys is not None:
-        names = [m.name for m in adapter.modules]
-        missed = [n for n in names if not any(n == k or n.endswith(f".{k}") for k in keys)]
-        unused = [k for k in keys if not any(n == k or n.endswith(f".{k}") for n in names)]
-        if missed:
-            text = f"keys do not select {listed(missed)}: mlx-lm refuses these tensors"
-            yield Entry("keys", "wrong", text, {"modules": len(missed)}, "not-targeted")
-        if unused:
-            text = f"{listed(unused)} of keys fit no module that has tensors"
-            yield Entry("keys", "doubtful", text, mistake="target-fits-nothing")
 
 
-def _mlx_told(adapter: OpenAdapter) -> Iterator[Entry]:
-    known = {"fine_tune_type", "num_layers", "lora_parameters", "use_dora", *MLX_INERT.split()}
+def _keys(adapter: OpenAdapter) -> Iterator[Entry]:
+    """The keys name the modules that have tensors."""
+    keys = _parameters(adapter).get("keys")
+    if keys is None:
+        return
+    names = [module.name for module in adapter.modules]
+    missed = [name for name in names if not any(_is_end(key, name) for key in keys)]
+    unused = [key for key in keys if not any(_is_end(key, name) for name in names)]
+    if missed:
+        text = f"keys do not select {listed(missed)}: mlx-lm refuses these tensors"
+        yield Entry("keys", "wrong", text, {"modules": len(missed)}, "not-targeted")
+    if unused:
+        text = f"{listed(unused)} of keys fit no module that has tensors"
+        yield Entry("keys", "doubtful", text, mistake="target-fits-nothing")
+
+
+def _is_end(key: str, name: str) -> bool:
+    return name == key or name.endswith(f".{key}")
+
+
+def _unknown(adapter: OpenAdapter) -> Iterator[Entry]:
+    """Settings that are not known."""
+    known = {"fine_tune_type", "num_layers", "lora_parameters", "use_dora", *INERT.split()}
     for key in adapter.settings.keys() - known:
         text = f"{key} is {json.dumps(adapter.settings[key])}: a setting that is not known here"
         yield Entry(key, "told", text, mistake="unknown-setting")
 
 
-_MLX: tuple[Check, ...] = (_mlx_parameters, _mlx_told)
+_MLX: tuple[Check, ...] = (_ranks, _kind, _keys, _unknown)
 
 
 def _alphas(adapter: OpenAdapter) -> Iterator[Entry]:
@@ -266,6 +80,7 @@ _KOHYA: tuple[Check, ...] = (_alphas,)
 
 
 def _no_alpha(adapter: OpenAdapter) -> Iterator[Entry]:
+    """The scale is in no file of loralib's."""
     text = "a state dict of loralib's has no lora_alpha: the scale is that of the training's code"
     yield Entry("lora_alpha", "told", text, mistake="no-alpha")
     merged = [m.name for m in adapter.modules if {"A", "weight"} <= m.parts.keys()]
@@ -277,3 +92,11 @@ def _no_alpha(adapter: OpenAdapter) -> Iterator[Entry]:
 
 
 _LORALIB: tuple[Check, ...] = (_no_alpha,)
+
+_CHECKS = {"peft": _PEFT, "mlx": _MLX, "kohya": _KOHYA, "loralib": _LORALIB}
+
+
+def settings_entries(adapter: OpenAdapter) -> Iterator[Entry]:
+    """What of the settings contradicts the tensors."""
+    for check in _CHECKS.get(adapter.format, ()):
+        yield from check(adapter)
