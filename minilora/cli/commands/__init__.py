@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from minilora.io.loading import AdaptedModel
 
 NAMES: tuple[str, ...] = (
-    *("verify", "audit", "report", "variants", "selftest", "vectors"),
+    *("verify", "audit", "report", "explain", "variants", "selftest", "vectors"),
     *("train", "generate", "evaluate", "merge", "inspect", "convert"),
-    *("sweep", "claims", "bench", "example"),
+    *("sweep", "claims", "bench", "example", "doctor"),
 )
 """The commands in the order of the help."""
 

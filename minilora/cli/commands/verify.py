@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from minilora.cli.console import (
+    FAILED,
     OK,
     USAGE,
     files_of,
@@ -78,6 +79,12 @@ def add(commands: Any) -> None:
         "that no longer occur, and with all that deviates besides",
     )
     option(
+        "--against",
+        metavar="FILE",
+        help="an earlier report in JSON: say what has changed since, and end with exit status 1 "
+        "for new deviations alone",
+    )
+    option(
         "--in-process",
         action="store_true",
         help="call the target in this process, for a debugger; one that ends it ends verify",
@@ -124,6 +131,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
         say(table(**choice))
         return OK
+    earlier = _earlier(arguments)
     files, folder = files_of(arguments, *FORMS), os.getcwd()
     report = _checked(arguments, options)
     os.chdir(folder)  # the target may have changed it
@@ -134,7 +142,28 @@ def _run(arguments: argparse.Namespace) -> int:
         usage_error(error, "verify")
     if arguments.timing:
         say(f"\n{report.timing()}")
-    return USAGE if errors else report.exit_status
+    status = report.exit_status if earlier is None else _since(arguments.against, report, earlier)
+    return USAGE if errors else status
+
+
+def _earlier(arguments: argparse.Namespace) -> Report | None:
+    """The report that this one is compared with, if one is named."""
+    if arguments.against is None:
+        return None
+    from minilora.verify.report.load_report import read_report
+
+    return read_report(arguments.against)
+
+
+def _since(path: str, report: Report, earlier: Report) -> int:
+    """Print what has changed since the earlier report; the exit status."""
+    from minilora.verify.report.against import against
+
+    found = against(report, earlier)
+    say(f"\nSince {path} ({earlier.name} {earlier.version}):\n{found.text}\n")
+    if report.exit_status not in (OK, FAILED):
+        return report.exit_status
+    return FAILED if found.new else OK
 
 
 def _look_in_the_current_folder_last() -> None:
