@@ -19,7 +19,8 @@ Finder = Callable[[Case], Explanation | None]
 
 def explain(case: Case) -> Explanation | None:
     """The mistake that explains all entries, None if none does."""
-    finders: tuple[Finder, ...] = (factor, catalogue, parts.lacking, parts.ranks, parts.order)
+    first = (factor, catalogue) if len(case.changes) == 1 else (catalogue, factor)
+    finders: tuple[Finder, ...] = (*first, parts.lacking, parts.ranks, parts.order)
     return next((found for find in finders if (found := find(case))), None)
 
 

@@ -114,7 +114,7 @@ def _check(
     tally.beside += float(apart.sum())
     tally.spread += float((apart * apart).sum())
     sums, gap = merge.sums, merge.region.gaps(i, j)
-    if sums is None or gap is not None or 4 * np.count_nonzero(differ) > differ.size:
+    if sums is None or gap is not None or sums.cost * np.count_nonzero(differ) > differ.size:
         T, e = merge.rows(W.astype(F64), i, j)
         M = M.astype(F64)
     else:

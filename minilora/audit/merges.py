@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any, Protocol
 
 import numpy as np
 
 from minilora.audit.change import Change, Tensor
-from minilora.audit.floats import BF16, F32, F64, format_of, rounded, wide
+from minilora.audit.floats import BF16, F32, F64, format_of, on_grid, rounded, wide
 from minilora.audit.low_rank import LowRank, coarsest, low_rank, matrix
 from minilora.audit.rounding import WAYS, Bound, Dtypes, Replay, Way, gamma
 from minilora.spec.ops import Array
@@ -102,6 +103,11 @@ class Sums:
     """W with changes that have factors."""
 
     bound: Bound
+
+    @property
+    def cost(self) -> int:
+        """How many entries of a whole block `at` takes for one of its own, about."""
+        return 4 + sum(c.r for c in self.bound.changes)
 
     def deltas(self, W: Array, i: int, j: int) -> list[Array]:
         """ΔW of each."""
@@ -281,9 +287,12 @@ class Merge:
         """The merge in each of the named ways."""
         sums, dtypes = self.sums, self.region.dtypes
         if sums is None:
+            (first, *more) = self.stages
+            if isinstance(first, Rescaled) and not more:
+                return [RescaledIn(first, *names) for names in RESCALED_WAYS]
             return [Exactly(self)]
         single = [c.cast(F32) for c in sums.bound.changes]
-        return [Replay.of(way, dtypes.base, dtypes.merged, single) for way in ways]
+        return [Replay.of(way, dtypes, single) for way in ways]
 
 
 class Played(Protocol):
@@ -309,6 +318,62 @@ class Exactly:
         T, _ = self.merge.rows(W.astype(F64), i, j)
         merged = rounded(T, self.merge.region.dtypes.merged).astype(F32)
         return merged, self.merge.deltas(W, i, j)
+
+
+RESCALED_WAYS = (
+    ("float32", "float32", "float32"),
+    ("delta in the adapter's dtype, float32", "adapter", "float32"),
+    ("the adapter's dtype", "adapter", "adapter"),
+    ("the base's dtype", "base", "base"),
+    ("delta in the adapter's dtype, the base's dtype", "adapter", "base"),
+)
+"""DoRA's ways: the dtype that s B A is rounded to, and that V, ‖V‖, m / ‖V‖ and W' are."""
+
+
+@dataclass(eq=False)
+class RescaledIn:
+    """DoRA merged in one way: in float32, each result rounded to a dtype."""
+
+    stage: Rescaled
+    name: str
+    delta: str
+    dtype: str
+    _norms: Array | None = field(default=None, repr=False)
+
+    def _V(self, W: Array, i: int, j: int) -> Array:
+        change = self._single
+        dtypes = self.stage.bound.dtypes
+        delta = on_grid(change.rows(i, j), dtypes.named(self.delta, change.dtype))
+        return on_grid(W + delta, self._dtype)
+
+    @cached_property
+    def _single(self) -> LowRank:
+        return self.stage.change.cast(F32)
+
+    @property
+    def _dtype(self) -> np.dtype[Any]:
+        return self.stage.bound.dtypes.named(self.dtype, self.stage.change.dtype)
+
+    def _norm(self, V: Array) -> Array:
+        if not self.stage.change.transposed:
+            return row_norm(V)[0]
+        if self._norms is None:
+            squares = np.zeros(self.stage.region.width, F32)
+            for i, j, W, _ in self.stage.region.blocks():
+                part = self._V(wide(W), i, j)
+                squares += (part * part).sum(0)
+            v = np.sqrt(squares)
+            self._norms = v + (v == 0)
+        return self._norms
+
+    def play(self, W: Array, i: int, j: int) -> tuple[Array, list[Array]]:
+        """The merged rows, and W' - W."""
+        V, dtype = self._V(W, i, j), self._dtype
+        m = self.stage.magnitude.astype(F32)
+        m = m.T if self.stage.change.transposed else m[i:j]
+        g = on_grid(m / on_grid(self._norm(V), dtype), dtype)
+        T = on_grid(g * V, dtype)
+        return on_grid(T, self.stage.bound.dtypes.merged), [T - W]
 
 
 def _stage(change: Change) -> Any:

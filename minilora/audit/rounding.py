@@ -34,6 +34,12 @@ class Dtypes:
         """The greater unit roundoff of the two."""
         return max(format_of(self.base).u, format_of(self.merged).u)
 
+    def named(self, name: str, adapter: Any) -> np.dtype[Any]:
+        """The dtype that a way names: adapter, base, merged or float32."""
+        names = {"adapter": adapter, "base": self.base, "merged": self.merged, "float32": F32}
+        dtype: np.dtype[Any] = np.dtype(names[name])
+        return dtype
+
     def with_adapter(self, dtype: Any) -> tuple[float, float, bool]:
         """The greatest unit roundoff, the greatest eta, and whether the adapter's is finer."""
         formats = [format_of(d) for d in (dtype, self.base, self.merged)]
@@ -153,37 +159,31 @@ WAYS = (
 """The known ways, the commonest first."""
 
 
-def _dtype(name: str, adapter: Any, base: Any, merged: Any) -> np.dtype[Any]:
-    named = {"adapter": adapter, "base": base, "merged": merged, "float32": F32}
-    dtype: np.dtype[Any] = np.dtype(named[name])
-    return dtype
-
-
 @dataclass(frozen=True, eq=False)
 class Replay:
     """A way, ready to merge rows: the factors are cast, and the dtypes known."""
 
     way: Way
-    base: np.dtype[Any]
-    merged: np.dtype[Any]
+    dtypes: Dtypes
     changes: tuple[LowRank, ...]
-    dtypes: tuple[tuple[np.dtype[Any], np.dtype[Any]], ...]
+    rounds: tuple[tuple[np.dtype[Any], np.dtype[Any]], ...]
 
     @staticmethod
-    def of(way: Way, base: Any, merged: Any, changes: Sequence[LowRank]) -> Replay:
+    def of(way: Way, dtypes: Dtypes, changes: Sequence[LowRank]) -> Replay:
         """The way for these changes, which are in float32."""
-        ready, dtypes = [], []
+        ready, rounds = [], []
         for c in changes:
-            at = {name: _dtype(getattr(way, name), c.dtype, base, merged)
-                  for name in ("factors", "product", "delta")}  # fmt: skip
-            A, B, s = on_grid(c.A, at["factors"]), on_grid(c.B, at["factors"]), c.s
+            factors, product, delta = (
+                dtypes.named(name, c.dtype) for name in (way.factors, way.product, way.delta)
+            )
+            A, B, s = on_grid(c.A, factors), on_grid(c.B, factors), c.s
             if way.scaled == "B":
-                B, s = on_grid(F32.type(s) * B, at["factors"]), 1.0
+                B, s = on_grid(F32.type(s) * B, factors), 1.0
             elif way.scaled == "A":
-                A, s = on_grid(F32.type(s) * A, at["factors"]), 1.0
+                A, s = on_grid(F32.type(s) * A, factors), 1.0
             ready.append(replace(c, A=A, B=B, s=s))
-            dtypes.append((at["product"], at["delta"]))
-        return Replay(way, np.dtype(base), np.dtype(merged), tuple(ready), tuple(dtypes))
+            rounds.append((product, delta))
+        return Replay(way, dtypes, tuple(ready), tuple(rounds))
 
     @property
     def name(self) -> str:
@@ -193,16 +193,16 @@ class Replay:
     def play(self, W: Array, i: int, j: int) -> tuple[Array, list[Array]]:
         """The merged rows, on the merged dtype's grid, and what each change adds; in float32."""
         deltas = [self._one(k, i, j) for k in range(len(self.changes))]
-        total = _dtype(self.way.total, F32, self.base, self.merged)
-        V = on_grid(W, _dtype(self.way.weight, F32, self.base, self.merged))
+        total = self.dtypes.named(self.way.total, F32)
+        V = on_grid(W, self.dtypes.named(self.way.weight, F32))
         for k, delta in enumerate([sum(deltas[1:], deltas[0])] if self.way.combined else deltas):
             V = V + delta
-            if k < len(deltas) - 1 or total != self.merged:
+            if k < len(deltas) - 1 or total != self.dtypes.merged:
                 V = on_grid(V, total)
-        return on_grid(V, self.merged), deltas
+        return on_grid(V, self.dtypes.merged), deltas
 
     def _one(self, i: int, start: int, stop: int) -> Array:
-        change, (product, delta) = self.changes[i], self.dtypes[i]
+        change, (product, delta) = self.changes[i], self.rounds[i]
         if product.itemsize >= 4 or change.s == 1:
             return on_grid(on_grid(change.rows(start, stop), product), delta)
         alone = replace(change, s=1.0)

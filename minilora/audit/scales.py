@@ -127,20 +127,20 @@ def named_factors(
     s, weight = change.scale, change.weight
     if not s or not weight:
         return
-    settings = Settings(change)
-    for wrong in WRONG_SCALES:
-        factor = wrong.scale(settings, s) / s
-        if not np.isclose(factor, 1, rtol=1e-12) and math.isfinite(factor):
-            yield wrong, factor
+    d = change.config.get("embed_scale")
+    if change.kind == "embedding" and "B" in change.parts:
+        d = d or math.sqrt(len(change.parts["B"]))
+        yield WrongScale("embedding-scaled", "times the embedding's own factor", lambda c, s: s), d
     if weight != 1:
         yield WrongScale("weight-ignored", "the adapter's weight is 1", lambda c, s: s), 1 / weight
         yield WrongScale("weight-squared", "the weight is applied twice", lambda c, s: s), weight
         root = math.sqrt(abs(weight))
         yield WrongScale("weight-root", "the root of the weight", lambda c, s: s), root / weight
-    d = change.config.get("embed_scale")
-    if change.kind == "embedding" and "B" in change.parts:
-        d = d or math.sqrt(len(change.parts["B"]))
-        yield WrongScale("embedding-scaled", "times the embedding's own factor", lambda c, s: s), d
+    settings = Settings(change)
+    for wrong in WRONG_SCALES:
+        factor = wrong.scale(settings, s) / s
+        if not np.isclose(factor, 1, rtol=1e-12) and math.isfinite(factor):
+            yield wrong, factor
     scales = {other.scale for other in others} - {s}
     for other in sorted(scales)[:32]:
         text = f"the scale of another module, {other:g} in place of {s:g}"
