@@ -1,0 +1,201 @@
+"""Asking a server, prompt by prompt, until the answers decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from minilora.audit.served.client import Client, Refused
+from minilora.audit.served.decision import SHARP, Decision, decide
+from minilora.audit.served.forms import FORMS, Answer, Form, Prompt, Texts
+from minilora.audit.served.prompts import Prompts
+from minilora.audit.served.reference import BASE, Oracle, Setting
+from minilora.audit.served.sequential import Choices, Evidence, Values
+
+FACTORS = (0.0, 0.5, 1.0, 2.0)
+"""The adapter's factors that the oracle computes at first; others where the answers point."""
+
+WIDER = (-1.0, 4.0, -4.0, 16.0)
+"""The factors that follow while the answers point beyond those."""
+
+CHOICE_FACTORS = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
+"""Those for servers that give no log-probabilities, between which nothing is interpolated."""
+
+CLOSE = 1e-6
+"""A factor is fitted to this, relative to itself."""
+
+FIT = 8
+"""So many further factors are computed to fit one."""
+
+IN_A_ROW = 3
+"""After so many unusable answers in a row no more is asked."""
+
+
+@dataclass
+class Asked:
+    """What a server was asked in one form, and what it answered."""
+
+    form: Form
+    refused: list[str]
+    answers: list[Answer] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)
+
+
+class Session:
+    """One server, the oracle, and what has been answered so far."""
+
+    def __init__(self, client: Client, model: str, oracle: Oracle, prompts: Prompts) -> None:
+        self.client, self.model, self.oracle, self.prompts = client, model, oracle, prompts
+        self.texts: Texts = prompts.texts
+        self.least = oracle.rounding(prompts.sequences[0])
+        self.factors: list[float] = []
+
+    @staticmethod
+    def listed_by(client: Client) -> list[str]:
+        """The models that the server lists; none if it lists none.
+
+        Errors: those of `Client.ask` but Refused.
+        """
+        try:
+            answer = client.ask("/models")
+        except Refused:
+            return []
+        data = answer.get("data") if isinstance(answer, dict) else None
+        entries = data if isinstance(data, list) else []
+        names = [entry.get("id") for entry in entries if isinstance(entry, dict)]
+        return [client.shown(name) for name in names if isinstance(name, str)]
+
+    def first_answer(self) -> tuple[Asked, list[Prompt]]:
+        """The first form that the server answers, with the answer, and the prompts left.
+
+        Errors: ServerError if it answers in none; those of `Client.ask`.
+        """
+        refused: list[str] = []
+        for form in FORMS:
+            prompts = self.prompts.of(form)
+            few = 1 if form.scores == "prompt" else IN_A_ROW
+            for k, prompt in enumerate(prompts[:few], 1):
+                try:
+                    answer = form.ask(self.client, self.model, prompt, self.texts)
+                except Refused as error:
+                    refused.append(f"{form.name}: {error}")
+                    if error.status != 200:
+                        break
+                else:
+                    return Asked(form, refused, [answer]), prompts[k:]
+        expected = "log-probabilities, or at least generated text"
+        remedy = "check --model and the server's log"
+        found = "; ".join(dict.fromkeys(refused)) or "no prompt that can be sent"
+        raise self.client.error("answers", found, expected, remedy)
+
+    def run(
+        self, error: float, most_tokens: int, told: Callable[[int], None] = lambda tokens: None
+    ) -> tuple[Asked, Decision, Evidence]:
+        """Ask until the decision is sharp, or ``most_tokens`` are scored, or no prompt is left.
+
+        Errors: those of `first_answer`; ServerError if it stops answering.
+        """
+        asked, left = self.first_answer()
+        fit_at = 0  # fitting a factor takes long: each time for twice as many tokens
+        decision, _ = self._judge(asked, error, True)
+        failed = 0
+        for prompt in left:
+            told(decision.tokens)
+            if decision.sharp or decision.tokens >= most_tokens or failed >= IN_A_ROW:
+                break
+            try:
+                asked.answers.append(asked.form.ask(self.client, self.model, prompt, self.texts))
+            except Refused as why:
+                failed += 1
+                asked.unusable.append(str(why))
+                continue
+            failed = 0
+            fits = decision.tokens >= fit_at
+            fit_at = 2 * decision.tokens if fits else fit_at
+            decision, _ = self._judge(asked, error, fits)
+        return (asked, *self._judge(asked, error, True))
+
+    @property
+    def _adapted(self) -> bool:
+        return self.oracle.has_adapter
+
+    def _judge(self, asked: Asked, error: float, fits: bool) -> tuple[Decision, Evidence]:
+        """The decision; if it ``fits``, further factors are computed until one explains it."""
+        if self._adapted and not self.factors:
+            self.factors = list(CHOICE_FACTORS if asked.form.scores == "choice" else FACTORS)
+        evidence = self._evidence(asked)
+        decision = decide(evidence, error)
+        if isinstance(evidence, Choices) or not self._adapted:
+            return decision, evidence
+        if not fits:
+            return replace(decision, sharp=decision.sharp and not decision.elsewhere), evidence
+        self.factors = [f for f in self.factors if f in (*FACTORS, *WIDER)]
+        for _ in range(FIT):
+            if not decision.elsewhere or not (further := self._further(decision)):
+                break
+            self.factors = sorted([*self.factors, *further])
+            evidence = self._evidence(asked)
+            decision = decide(evidence, error)
+        return decision, evidence
+
+    def _further(self, decision: Decision) -> list[float]:
+        """The factors to compute next: where the answers point, and beyond if that is an end."""
+        assert decision.factor is not None  # with an adapter
+        low, high = min(self.factors), max(self.factors)
+        beyond = [f for f in WIDER if not low <= f <= high]
+        reach = [f for f in (decision.factor, decision.low, decision.high) if f is not None]
+        if decision.serves == "other" and beyond:
+            return beyond
+        if beyond and (min(reach) <= low or max(reach) >= high):
+            return [f for f in beyond if (f < low) == (min(reach) <= low)][:1] or beyond[:1]
+        nearest = min(abs(decision.factor - f) for f in self.factors)
+        if nearest > CLOSE * max(1.0, abs(decision.factor)):
+            return [decision.factor]
+        # Halve the widest gap in the interval, or beside the estimate.
+        ends = zip(self.factors, self.factors[1:], strict=False)
+        gaps = [(b - a, (a + b) / 2) for a, b in ends if b >= min(reach) and a <= max(reach)]
+        width, middle = max(gaps)
+        return [middle] if not decision.sharp and width > SHARP / 4 * max(1.0, abs(middle)) else []
+
+    def _evidence(self, asked: Asked) -> Evidence:
+        if asked.form.scores == "choice":
+            return self._choices(asked.answers)
+        return self._values(asked.answers)
+
+    def _values(self, answers: Sequence[Answer]) -> Values:
+        y = _joined(answer.logprobs for answer in answers)
+        known = ~np.isnan(y)
+        sequences = [answer.sequence for answer in answers]
+
+        def scored(setting: Setting) -> np.ndarray:
+            logprobs = _joined(s.logprobs for s in self.oracle.score(sequences, setting))
+            return np.asarray(logprobs[known])
+
+        curves = [scored(Setting(f)) for f in self.factors]
+        own = Setting(1.0) if self._adapted else BASE
+        coarse = scored(Setting(own.factor, coarse=True)) - scored(own)
+        base, nodes = scored(BASE), np.array(self.factors)
+        return Values(y[known], base, nodes, np.array(curves), coarse, self.least)
+
+    def _choices(self, answers: Sequence[Answer]) -> Choices:
+        # The token that follows a beginning is scored by any token in its place.
+        sequences = [(*answer.sequence, 0) for answer in answers]
+        chosen = [answer.chosen or "" for answer in answers]
+
+        def best(setting: Setting) -> list[int]:
+            return [int(s.best[-1]) for s in self.oracle.score(sequences, setting)]
+
+        def right(setting: Setting) -> np.ndarray:
+            pairs = zip(chosen, best(setting), strict=True)
+            return np.array([self.texts.is_text_of(text, token) for text, token in pairs])
+
+        own = Setting(1.0) if self._adapted else BASE
+        coarse = np.array(best(Setting(own.factor, coarse=True))) == np.array(best(own))
+        curves = np.array([right(Setting(f)) for f in self.factors])
+        return Choices(right(BASE), np.array(self.factors), curves, coarse)
+
+
+def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.asarray(part) for part in parts])
