@@ -50,9 +50,9 @@ class Model:
             self.W = dict(merge(dict(model.weights), tuning))
         rng = np.random.default_rng(1)
         self.W = {
-            name: ROUNDED[self.rounding](W + self.spoil * W.std() * rng.normal(size=W.shape)).astype(
-                np.float32
-            )
+            name: ROUNDED[self.rounding](
+                W + self.spoil * W.std() * rng.normal(size=W.shape)
+            ).astype(np.float32)
             for name, W in self.W.items()
         }
 

@@ -124,9 +124,12 @@ def causes(report: Report) -> list[tuple[str, str]]:
 
 
 def right_line(report: Report) -> str:
-    """What is right, in one line by verdicts and ways of rounding."""
+    """What is right, in one line by verdicts and ways of rounding; a single thing in full."""
     said = []
-    for group in groups([entry for entry in report.entries if entry.severity == "ok"]):
+    right = [entry for entry in report.entries if entry.severity == "ok"]
+    if len(right) == 1 and right[0].verdict == "fine":
+        return f"{right[0].subject}: {right[0].text}"
+    for group in groups(right):
         ways = {str(e.figures["rounding"]) for e in group.entries if e.figures.get("rounding")}
         how = f" ({'; '.join(sorted(ways))})" if ways else ""
         said.append(f"{len(group.entries)} {group.verdict}{how}")

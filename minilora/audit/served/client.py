@@ -123,18 +123,20 @@ class Client:
         """The status, the headers and at most `LARGEST_BODY` + 1 bytes of the answer."""
         kind = http.client.HTTPSConnection if self.secure else http.client.HTTPConnection
         connection = kind(self.host, self.port, timeout=self.timeout)
-        late = threading.Event()
+        late, sockets = threading.Event(), list[socket.socket]()
 
         def stop() -> None:  # a server that sends a byte now and then never times out
             late.set()
-            if connection.sock is not None:
+            for one in sockets:
                 with suppress(OSError):
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+                    one.shutdown(socket.SHUT_RDWR)
 
         timer = threading.Timer(self.timeout, stop)
         timer.daemon = True
         timer.start()
         try:
+            connection.connect()
+            sockets.append(connection.sock)  # which the connection forgets before the answer's end
             answer = self._read(connection, path, body)
             if late.is_set():  # what ends with the connection looks whole
                 raise TimeoutError

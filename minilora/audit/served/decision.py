@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
-from minilora.audit.served.sequential import SAME, Evidence
+from minilora.audit.served.sequential import CHANCE, SAME, Evidence
+from minilora.spec.ops import Array
 
 SHARP = 0.1
 """Tokens are asked for until the factor's interval is this narrow, or there are no more."""
@@ -58,7 +57,9 @@ def decide(evidence: Evidence, error: float) -> Decision:
     elif evidence.near(estimate) >= enough:
         serves = "factor"
     scale = max(map(abs, ends)) if serves == "factor" else 1.0
-    more = None if serves else _more(_rivals(f, log_e, base, enough, estimate), enough, evidence)
+    more = None
+    if not serves:
+        more = _more(_rivals(evidence, f, log_e, base, enough), enough, evidence)
     sharp = bool(serves) and width <= SHARP * scale
     return Decision(serves, sharp, evidence.tokens, estimate, low, high, more, elsewhere)
 
@@ -73,18 +74,24 @@ def _base_only(evidence: Evidence, enough: float) -> Decision:
     return Decision("", False, n, more=_more([near], enough, evidence))
 
 
-def _rivals(
-    f: np.ndarray, log_e: np.ndarray, base: float, enough: float, estimate: float
-) -> list[float]:
-    """log E against those that are still to be excluded for the most probable verdict."""
-    far = (f <= 0.5) | (f >= 2) if abs(estimate) > 0.5 else abs(f) >= 0.5
-    rivals = [float(e) for e in log_e[far & (log_e < enough)]]
-    return rivals + ([base] if abs(estimate) > 0.5 and base < enough else [])
+def _rivals(evidence: Evidence, f: Array, log_e: Array, base: float, enough: float) -> list[float]:
+    """log E of all that is still to be shown before the most probable verdict."""
+    estimate, one = evidence.estimate(), abs(f - 1) <= SAME
+    if 0.5 < estimate < 2 and log_e[one].min() <= log_e[~one].min():  # the adapter
+        rivals = [base, evidence.near(1.0), *log_e[(f <= 0.5) | (f >= 2)]]
+    elif abs(estimate) < 0.5 and base <= log_e.min():
+        rivals = [evidence.near(None), *log_e[abs(f) >= 0.5]]
+    else:
+        rivals = [base, evidence.near(estimate), *log_e[one]]
+    return [float(e) for e in rivals if e < enough]
 
 
 def _more(rivals: list[float], enough: float, evidence: Evidence) -> int | None:
-    """How many more tokens exclude the rival against which the evidence grows most slowly."""
-    slowest = min(rivals, default=0.0)
+    """How many more tokens show what is shown most slowly so far; evidence grows by a rate.
+
+    A token multiplies a capital by 1 / p₀ at most: so many are needed at least.
+    """
+    slowest, least = min(rivals, default=0.0), math.ceil(enough / -math.log(CHANCE))
     if slowest <= 0:
-        return None
+        return least if evidence.tokens < 4 * least else None
     return math.ceil((enough - slowest) * evidence.tokens / slowest)
