@@ -143,21 +143,29 @@ class Session:
     def _further(self, decision: Decision) -> list[float]:
         """The factors to compute next: where the answers point, and beyond if that is an end."""
         assert decision.factor is not None  # with an adapter
-        low, high = min(self.factors), max(self.factors)
-        beyond = [f for f in WIDER if not low <= f <= high]
         reach = [f for f in (decision.factor, decision.low, decision.high) if f is not None]
-        if decision.serves == "other" and beyond:
+        if beyond := self._beyond(min(reach), max(reach), decision.serves == "other"):
             return beyond
-        if beyond and (min(reach) <= low or max(reach) >= high):
-            return [f for f in beyond if (f < low) == (min(reach) <= low)][:1] or beyond[:1]
         nearest = min(abs(decision.factor - f) for f in self.factors)
         if nearest > CLOSE * max(1.0, abs(decision.factor)):
             return [decision.factor]
-        # Halve the widest gap in the interval, or beside the estimate.
+        return [] if decision.sharp else self._between(min(reach), max(reach))
+
+    def _beyond(self, least: float, most: float, all_of_them: bool) -> list[float]:
+        """Factors outside those computed, where the least or the most of what is left is an end."""
+        low, high = min(self.factors), max(self.factors)
+        beyond = [f for f in WIDER if not low <= f <= high]
+        if all_of_them:
+            return beyond
+        below, above = [f for f in beyond if f < low], [f for f in beyond if f > high]
+        return (below if least <= low else above if most >= high else [])[:1]
+
+    def _between(self, least: float, most: float) -> list[float]:
+        """The middle of the widest gap between those that are left."""
         ends = zip(self.factors, self.factors[1:], strict=False)
-        gaps = [(b - a, (a + b) / 2) for a, b in ends if b >= min(reach) and a <= max(reach)]
+        gaps = [(b - a, (a + b) / 2) for a, b in ends if b >= least and a <= most]
         width, middle = max(gaps)
-        return [middle] if not decision.sharp and width > SHARP / 4 * max(1.0, abs(middle)) else []
+        return [middle] if width > SHARP / 4 * max(1.0, abs(middle)) else []
 
     def _evidence(self, asked: Asked) -> Evidence:
         if asked.form.scores == "choice":
