@@ -24,6 +24,9 @@ from minilora.io.loading import model_format, model_path
 from minilora.spec.ops import Array
 
 _ENDING = 4
+_RENAMED = ((".mlp.", ".block_sparse_moe."),)
+"""Modules of transformers that have another name in files: Mixtral's."""
+
 CONFIG = "config.json"
 INDEX = ".safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -110,6 +113,9 @@ class TensorStore(Mapping[str, StoredTensor]):
             return name
         if self.alias is not None and (other := self.alias(name)) in self.tensors:
             return other
+        for here, there in _RENAMED:
+            if here in name and (other := name.replace(here, there)) in self.tensors:
+                return other
         parts = name.split(".")
         for start in range(len(parts) - 1):
             if start and parts[start - 1].isdigit():
