@@ -7,10 +7,13 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 OK, FAILED, USAGE, NOT_LOADED, INTERRUPTED = 0, 1, 2, 3, 130
 """The exit statuses."""
+
+STDOUT = "-"
+"""Standard output, where a file is asked for."""
 
 
 def usage_error(message: str, command: str) -> int:
@@ -39,26 +42,40 @@ def say(text: str) -> None:
 
 
 def files_of(arguments: argparse.Namespace, *forms: str) -> dict[str, str]:
-    """The files to write, by format.
+    """The files to write, by format; `STDOUT` is no file.
 
-    Errors: ValueError for a file that cannot be written, before the work.
+    Errors: ValueError for a file that cannot be written, before the work; for two that are to be
+    standard output.
     """
     from minilora.io.atomic import why_not_writable
 
     files = {form: path for form in forms if (path := getattr(arguments, form))}
+    if list(files.values()).count(STDOUT) > 1:
+        raise ValueError("standard output, -, is named twice: expected one form there")
     for path in files.values():
-        if why := why_not_writable(path):
+        if path != STDOUT and (why := why_not_writable(path)):
             raise ValueError(f"cannot write {why}")
     return files
 
 
+def tell(text: str, files: Mapping[str, str]) -> None:
+    """Print what is for a reader: on standard error where a form takes standard output."""
+    if STDOUT in files.values():
+        print(text, end="", file=sys.stderr)
+    else:
+        say(text)
+
+
 def write_file(path: str, text: str) -> None:
-    """Write a file; append to $GITHUB_STEP_SUMMARY, which other steps write, too.
+    """Write a file, or `STDOUT`; append to $GITHUB_STEP_SUMMARY, which other steps write, too.
 
     Errors: ValueError for a file that cannot be written.
     """
     from minilora.io.atomic import write_text
 
+    if path == STDOUT:
+        say(text)
+        return
     try:
         if _is_summary(path):
             with open(path, "a", encoding="utf-8") as file:

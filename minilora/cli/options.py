@@ -149,7 +149,9 @@ FORMS = {
 def add_files(option: Any, what: str, *forms: str) -> None:
     """Add an option for each of these `FORMS`, which writes the result to a file."""
     for form in forms:
-        option(f"--{form}", metavar="FILE", help=f"write {what} as {FORMS[form]}")
+        option(
+            f"--{form}", metavar="FILE", help=f"write {what} as {FORMS[form]}; - is standard output"
+        )
 
 
 def add_model(add: Any, adapter: bool = True, trained: bool = True) -> None:

@@ -430,3 +430,24 @@ def test_where_the_time_went_is_printed_by_level(verify):
         assert int(cases) > 0
         assert 0 <= float(inside) <= float(seconds)
         assert float(each) >= 0
+
+
+def test_a_form_takes_standard_output_and_the_text_goes_elsewhere(capsys):
+    command = ["verify", "fake_checks:Right", "--in-process", "--level", "linear"]
+    assert main([*command, "--profile", "quick", "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["summary"]["exit_status"] == 0
+    assert "checks ran" in err
+
+
+def test_two_forms_cannot_share_standard_output(capsys):
+    assert main(["verify", "--json", "-", "--html", "-"]) == 2
+    assert "expected one form" in capsys.readouterr().err
+
+
+def test_the_list_of_checks_is_json_too(capsys):
+    assert main(["verify", "--list", "--level", "linear", "--json", "-"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {entry["level"] for entry in listed} == {"linear"}
+    assert all(entry["methods"] and entry["title"] for entry in listed)
+    assert main(["verify", "--list", "--html", "-"]) == 2

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from minilora.cli.console import NOT_LOADED, OK, files_of, say, usage_error, write_file
+from minilora.cli.console import NOT_LOADED, OK, files_of, tell, usage_error, write_file
 from minilora.cli.options import add_command, add_files, split
 from minilora.cli.progress import progress_bar
 
@@ -73,7 +73,7 @@ def _run(arguments: argparse.Namespace) -> int:
     files = files_of(arguments, "json")
     results, missing = _measure_all(plan)
     if results:
-        say(f"medians of {plan.rounds} rounds\n{tables(results)}")
+        tell(f"medians of {plan.rounds} rounds\n{tables(results)}", files)
         for path in files.values():
             write_file(path, json.dumps([r.json() for r in results], indent=1) + "\n")
     for error in missing.values():

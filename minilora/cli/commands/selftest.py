@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from minilora.cli.console import files_of, say, write_file
+from minilora.cli.console import files_of, tell, write_file
 from minilora.cli.options import add_command, add_files, split
 from minilora.cli.progress import progress_bar
 
@@ -58,7 +58,7 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     for form, path in files.items():
         write_file(path, getattr(report, form)())
-    say(report.text())
+    tell(report.text(), files)
     return report.exit_status
 
 

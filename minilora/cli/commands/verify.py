@@ -17,6 +17,7 @@ from minilora.cli.console import (
     markdown_room,
     say,
     stdout_on_stderr,
+    tell,
     usage_error,
     write_file,
 )
@@ -24,6 +25,7 @@ from minilora.cli.options import add_command, add_files, split
 from minilora.cli.progress import progress_bar
 
 if TYPE_CHECKING:
+    from minilora.verify.core.types import Check
     from minilora.verify.plan import CheckPlan
     from minilora.verify.report.report import Report
 
@@ -124,8 +126,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "time_limit": _time_limit(arguments),
     }
     if arguments.list:
-        say(_listed(plans))
-        return OK
+        return _list(arguments, plans)
     if arguments.coverage:
         from minilora.verify.coverage import table
 
@@ -137,12 +138,15 @@ def _run(arguments: argparse.Namespace) -> int:
     os.chdir(folder)  # the target may have changed it
     errors = _write(report, files)  # before the text, whose reader may close the pipe
     errors += _update_known(arguments, report, options)
-    say(report.text(arguments.verbose))
+    tell(report.text(arguments.verbose), files)
     for error in errors:
         usage_error(error, "verify")
     if arguments.timing:
-        say(f"\n{report.timing()}")
-    status = report.exit_status if earlier is None else _since(arguments.against, report, earlier)
+        tell(f"\n{report.timing()}", files)
+    status = report.exit_status
+    if earlier is not None:
+        status, changes = _since(report, earlier)
+        tell(f"\nSince {arguments.against}: {changes}", files)
     return USAGE if errors else status
 
 
@@ -155,15 +159,14 @@ def _earlier(arguments: argparse.Namespace) -> Report | None:
     return read_report(arguments.against)
 
 
-def _since(path: str, report: Report, earlier: Report) -> int:
-    """Print what has changed since the earlier report; the exit status."""
+def _since(report: Report, earlier: Report) -> tuple[int, str]:
+    """The exit status, 1 for new deviations alone, and what has changed, for a reader."""
     from minilora.verify.report.against import against
 
-    found = against(report, earlier)
-    say(f"\nSince {path} ({earlier.name} {earlier.version}):\n{found.text}\n")
-    if report.exit_status not in (OK, FAILED):
-        return report.exit_status
-    return FAILED if found.new else OK
+    found, status = against(report, earlier), report.exit_status
+    if status in (OK, FAILED):
+        status = FAILED if found.new else OK
+    return status, f"{earlier.name} {earlier.version}\n{found.text}\n"
 
 
 def _look_in_the_current_folder_last() -> None:
@@ -282,11 +285,27 @@ def _target(
     return PythonTarget(arguments.target or DEFAULT_TARGET, time_limit=limit)
 
 
-def _listed(plans: Sequence[CheckPlan]) -> str:
+def _list(arguments: argparse.Namespace, plans: Sequence[CheckPlan]) -> int:
+    """Print the checks, or write them as JSON."""
+    import json
+
+    checks = list(dict.fromkeys(plan.check for plan in plans))
+    files = files_of(arguments, *FORMS)
+    if other := files.keys() - {"json"}:
+        raise ValueError(f"--list --{min(other)}: expected --json, or neither")
+    entries = [{"id": c.id, "level": c.level, "title": c.title, "methods": c.needs} for c in checks]
+    if files:
+        write_file(files["json"], json.dumps(entries, indent=1) + "\n")
+    else:
+        say(_listed(checks))
+    return OK
+
+
+def _listed(checks: Sequence[Check]) -> str:
     import textwrap
 
     lines = []
-    for check in dict.fromkeys(plan.check for plan in plans):
+    for check in checks:
         lines += [
             f"{check.id}  ({check.level})",
             *textwrap.wrap(check.title, 76, initial_indent="    ", subsequent_indent="    "),

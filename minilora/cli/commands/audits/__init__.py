@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from minilora.cli.console import NOT_LOADED, files_of, markdown_room, say, write_file
+from minilora.cli.console import NOT_LOADED, files_of, markdown_room, tell, write_file
 from minilora.cli.options import add_command, add_files
 from minilora.cli.progress import BytesRead, bytes_bar
 
@@ -56,7 +56,7 @@ def _reported(run: Run) -> Callable[[argparse.Namespace], int]:
         for form, path in files.items():  # before the text, whose reader may close the pipe
             write_file(path, rendered(report, form, markdown_room(path)))
         width = shutil.get_terminal_size().columns
-        say(text(report, arguments.verbose, width, has_colours()))
+        tell(text(report, arguments.verbose, width, has_colours()), files)
         return report.exit_status
 
     return command
