@@ -174,7 +174,7 @@ def _stored(
             expected = f"F64, F32, F16, BF16 or one of {', '.join(_CODES)}"
             remedy = "its blocks are not judged here: quantize the model to another type"
             raise FormatError(contents.path, place, f"type {tensor.kind}", expected, remedy)
-        rows = _Rows(contents, place, shape, order)
+        rows = Rows(contents, place, shape, order)
         read, step = rows.read, None if dtype is not None else rows.step
     scheme = None if dtype is not None else tensor.kind.lower()
     stored = StoredTensor(name, dtype or np.dtype(np.float32), shape, nbytes, read, scheme, step)
@@ -207,7 +207,7 @@ def _order(
     return order
 
 
-class _Rows:
+class Rows:
     """Rows of a tensor in blocks, or in another order."""
 
     def __init__(

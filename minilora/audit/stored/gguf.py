@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from minilora.audit.containers.gguf import Rows
 from minilora.audit.stored.module import Held, OpenAdapter, OpenModule
 from minilora.io.errors import FormatError
-from minilora.io.formats.gguf.adapter import ALPHA, OWN_DTYPES
-from minilora.io.formats.gguf.blocks import Blocks, check_tensor
+from minilora.io.files import WEIGHT_DTYPES
+from minilora.io.formats.gguf.adapter import ALPHA
+from minilora.io.formats.gguf.blocks import check_tensor
 from minilora.io.formats.gguf.contents import Contents
 from minilora.spec.ops import Array
-from minilora.spec.quantization import F32
 
 EMBEDDING = "token_embd"
 
@@ -58,41 +58,26 @@ def _module(name: str, parts: dict[str, Held], alpha: float) -> OpenModule:
         return OpenModule(name, parts, "saved", None)
     if name == EMBEDDING and "A" in parts:  # A lies (tokens, r) there
         a = parts["A"]
-        parts = parts | {"A": Held(a.name, a.dtype, a.shape[::-1], lambda: a.read().T, a.spacing)}
+        step = None if a.spacing is None else _turned(a.spacing)
+        turned = Held(a.name, a.dtype, a.shape[::-1], _turned(a.read), step, a.scheme)
+        parts = parts | {"A": turned}
     r = parts["B"].shape[-1] if "B" in parts else 1
     kind = "embedding" if name == EMBEDDING else "linear"
     scale = alpha / r if alpha else 1.0
     return OpenModule(name, parts, kind, scale, config={"r": r, "lora_alpha": alpha})
 
 
+def _turned(read: Callable[[], Array]) -> Callable[[], Array]:
+    return lambda: read().T
+
+
 def _held(contents: Contents, name: str) -> Held:
     tensor = contents.tensors[name]
     check_tensor(contents, name, tensor.shape)
-    dtype = OWN_DTYPES.get(tensor.kind, np.dtype(F32))
-    spacing = None if tensor.kind in ("F32", "F16", "BF16", "F64") else _spacing(contents, name)
-    return Held(name, dtype, tensor.shape, _reader(contents, name, dtype), spacing)
-
-
-def _reader(contents: Contents, name: str, dtype: Any) -> Callable[[], Array]:
-    shape = contents.tensors[name].shape
-    flat = (math.prod(shape[:-1]), shape[-1])
-    return lambda: Blocks(contents, name, flat, F32)().reshape(shape).astype(dtype)
-
-
-def _spacing(contents: Contents, name: str) -> Callable[[], Array]:
-    """How far apart the numbers of each entry's block lie, by the block's greatest distance.
-
-    A block of b bits has 2^b steps at most between its ends, so that ends / 2^(b-1) bounds a step;
-    of blocks of 32 the ends are found in the numbers themselves.
-    """
-
-    def steps() -> Array:
-        tensor = contents.tensors[name]
-        flat = (math.prod(tensor.shape[:-1]), tensor.shape[-1])
-        values = np.abs(Blocks(contents, name, flat, F32)())
-        blocks = values.reshape(len(values), -1, 32).max(2, keepdims=True)
-        bits = int(next((sign for sign in tensor.kind if sign.isdigit()), "2"))
-        each = np.broadcast_to(blocks / 2.0 ** (bits - 1), (*blocks.shape[:2], 32))
-        return each.reshape(tensor.shape)
-
-    return steps
+    dtype, rows = WEIGHT_DTYPES.get(tensor.kind), Rows(contents, name, tensor.shape, None)
+    m = tensor.shape[0]
+    if dtype is not None:
+        return Held(name, dtype, tensor.shape, lambda: rows.read(0, m))
+    kind = tensor.kind.lower()
+    float32 = np.dtype(np.float32)
+    return Held(name, float32, tensor.shape, lambda: rows.read(0, m), lambda: rows.step(0, m), kind)

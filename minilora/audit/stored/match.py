@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from minilora.audit.containers.gguf import Names
 from minilora.audit.stored.module import OpenAdapter
-from minilora.io.formats.gguf.contents import library
+from minilora.io.formats.gguf.contents import Contents, library
 
 Matches = Mapping[str, str | None]
 """The names of an adapter's modules, and the paths that they mean; None where there is none."""
@@ -20,16 +21,44 @@ def matches(adapter: OpenAdapter, paths: Iterable[str]) -> Matches:
         return _gguf(names, known, str(adapter.settings.get("general.architecture")))
     if adapter.format == "kohya":
         return _underscored(names, known)
-    return _dotted(names, known)
+    return _dotted(names, known, adapter.format == "mlx")
 
 
-def _dotted(names: Iterable[str], known: list[str]) -> Matches:
-    """The same path, or the only one that ends like it, or that it ends like."""
+def paired(one: OpenAdapter, other: OpenAdapter) -> Matches:
+    """The name in the second adapter's file of each of the modules in the first one's."""
+    names, others = list(one.by_name), list(other.by_name)
+    if one.format == other.format or {one.format, other.format}.isdisjoint(("gguf", "kohya")):
+        return _dotted(names, others, one.format != other.format)
+    if one.format == "kohya" or other.format in ("peft", "mlx", "loralib"):
+        paths = _paths(other)
+        return {n: paths.get(p) if p else None for n, p in matches(one, list(paths)).items()}
+    paths = _paths(one)
+    return {paths[p]: name for name, p in matches(other, list(paths)).items() if p is not None}
+
+
+def _paths(adapter: OpenAdapter) -> dict[str, str]:
+    """The paths in Hugging Face's models of an adapter's modules, and their names in its file."""
+    if adapter.format != "gguf":
+        return {name: name for name in adapter.by_name}
+    names = Names(Contents(adapter.path), _blocks(adapter.by_name) + 1)
+    return {names.huggingface(f"{n}.weight").removesuffix(".weight"): n for n in adapter.by_name}
+
+
+def _blocks(names: Iterable[str]) -> int:
+    """The greatest number of a block in GGUF's names."""
+    return max((int(at[1]) for n in names if (at := re.match(r"blk\.(\d+)\.", n))), default=0)
+
+
+def _dotted(names: Iterable[str], known: list[str], renamed: bool) -> Matches:
+    """The same path, or the only one that ends like it, or that it ends like.
+
+    ``renamed``: the outermost module may have another name, as mlx-lm's GPT-2 has.
+    """
     paths, ends = {*known}, _by_ends(known)
-    return {name: _one(name.replace(".base_layer", ""), paths, ends) for name in names}
+    return {name: _one(name.replace(".base_layer", ""), paths, ends, renamed) for name in names}
 
 
-def _one(name: str, paths: set[str], ends: Mapping[str, list[str]]) -> str | None:
+def _one(name: str, paths: set[str], ends: Mapping[str, list[str]], renamed: bool) -> str | None:
     if name in paths:
         return name
     parts = name.split(".")
@@ -37,6 +66,8 @@ def _one(name: str, paths: set[str], ends: Mapping[str, list[str]]) -> str | Non
         if (shorter := ".".join(parts[start:])) in paths and "." in shorter:
             return shorter
     longer = ends.get(name, [])
+    if not longer and renamed and len(parts) > 1:
+        longer = ends.get(".".join(parts[1:]), [])
     return longer[0] if len(longer) == 1 else None
 
 
@@ -62,13 +93,17 @@ def _underscored(names: Iterable[str], known: Iterable[str]) -> Matches:
     return found
 
 
-def _gguf(names: Iterable[str], known: Iterable[str], architecture: str) -> Matches:
+def _gguf(names: Iterable[str], known: list[str], architecture: str) -> Matches:
     """By the table of llama.cpp's names that the library gguf has."""
-    gguf = library()
+    gguf, names = library(), list(names)
     number = next((n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
-    blocks = [int(at[1]) for name in names if (at := re.match(r"blk\.(\d+)\.", name))]
-    table = {}
-    if number is not None:
-        of = gguf.get_tensor_name_map(number, max(blocks, default=0) + 1)
-        table = {named: path for path in known if (named := of.get_name(path)) is not None}
+    if number is None:
+        return dict.fromkeys(names)
+    of = gguf.get_tensor_name_map(number, _blocks(names) + 1)
+    table = {named: path for path in known if (named := of.get_name(path)) is not None}
+    if not table:  # mlx-lm's names of the outermost module
+        paths, ends = {*known}, _by_ends(known)
+        for path, (_, named) in of.mapping.items():
+            if found := _one(path, paths, ends, True):
+                table.setdefault(named, found)
     return {name: table.get(name) for name in names}

@@ -19,8 +19,8 @@ from minilora.spec.ops import Array
 class Held:
     """A tensor in a file: its name there, dtype and shape, and what reads it as it lies.
 
-    ``spacing``: how far apart the numbers lie that a quantizer can store, for each entry; None of
-    plain numbers.
+    ``spacing``: how far apart the numbers lie that a quantizer can store, for each entry, and
+    ``scheme`` its name; None of plain numbers.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Held:
     shape: tuple[int, ...]
     read: Callable[[], Array] = field(repr=False)
     spacing: Callable[[], Array] | None = field(default=None, repr=False)
+    scheme: str | None = None
 
     @property
     def nbytes(self) -> int:

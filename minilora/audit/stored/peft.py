@@ -110,7 +110,10 @@ def _scale(
         alpha = pattern_of(path, settings, "alpha_pattern", plain, alpha)
     variant = variant_of({**settings, "peft_type": kind}) if kind in _KNOWN else "lora"
     rslora = bool(settings.get("use_rslora"))
-    config = {"r": own_r, "lora_alpha": alpha, "use_rslora": rslora, "peft_type": kind}
+    config = {
+        "r": own_r, "lora_alpha": alpha, "use_rslora": rslora, "peft_type": kind,
+        "default_r": default_r, "default_alpha": settings.get("lora_alpha", 8),
+    }  # fmt: skip
     return float(REGISTRY[variant].scale(alpha, r, default_r, rslora)), config
 
 

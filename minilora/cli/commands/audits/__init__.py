@@ -20,7 +20,7 @@ from minilora.cli.progress import BytesRead, bytes_bar
 if TYPE_CHECKING:
     from minilora.audit.result import Report
 
-NAMES: tuple[str, ...] = ("merged", "adapter", "served")
+NAMES: tuple[str, ...] = ("merged", "adapter", "converted", "served")
 """The audits in the order of the help; each is a module here."""
 
 FORMS = ("json", "sarif", "junit", "markdown", "html")
