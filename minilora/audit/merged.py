@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from minilora.audit.adapters.peft import split_name
 from minilora.audit.base import HEAD, replaced, replicated, tied_table, with_head
+from minilora.audit.cause import cause_of
 from minilora.audit.change import Around, Change
 from minilora.audit.changes import AdapterChanges, ranges_of, read_changes
 from minilora.audit.judge import judge
-from minilora.audit.result import SEVERITIES, VERDICTS, Entry, Report
+from minilora.audit.result import Entry, Report
 from minilora.audit.settings import compare_settings
 from minilora.audit.tensors import StoredTensor, TensorStore, layer_of, open_tensors
 from minilora.audit.tokenizer import compare_tokenizers
 from minilora.audit.untouched import untouched
+from minilora.io.formats.peft.settings import NOT_REPRODUCIBLE
 
 Progress = Callable[[int, int, str], None]
 """Told as the audit goes: the bytes that were read, of how many, and the tensor's name."""
@@ -58,9 +62,13 @@ def merged(
     }  # fmt: skip
     if weights is not None:
         inputs["weight"] = [str(w) for w in factors]
-    cause, remedy = cause_of(entries)
+    cause, remedy = cause_of(entries, walk.changed)
     seconds = time.monotonic() - began
     return Report("merged", inputs, tuple(entries), cause, remedy, seconds, B.nbytes + M.nbytes)
+
+
+_NOT_KEPT = {start: text for start, text in NOT_REPRODUCIBLE.items() if start != "mica"}
+"""Initializations that change the base, as no other loading of it does."""
 
 
 @dataclass
@@ -86,7 +94,7 @@ class Walk:
 
     def run(self) -> Iterator[Entry]:
         """A verdict on every tensor of the two."""
-        changed = self._changed()
+        changed = self.changed
         found: set[str] = set()
         done, total = 0, self.base.nbytes + self.merged.nbytes
         for name, tensor in self.base.items():
@@ -116,7 +124,8 @@ class Walk:
             return tied_table(self.merged) if {HEAD, self.table} & changed.keys() else ""
         return there
 
-    def _changed(self) -> dict[str, list[Change]]:
+    @cached_property
+    def changed(self) -> dict[str, list[Change]]:
         """The changes of each tensor, each with its adapter's weight."""
         changed: dict[str, list[Change]] = {}
         for adapter, weight in zip(self.adapters, self.weights, strict=True):
@@ -137,11 +146,13 @@ class Walk:
     ) -> Entry:
         figures = _place(name, changes)
         if there is None:
-            text = f"the base has {name}, the merged model has not"
-            return Entry(name, "missing", text, figures)
+            if _BUFFERS.search(name):
+                return Entry(name, "told", "a buffer that older releases wrote, left out")
+            return Entry(name, "missing", "the merged model has no such tensor", figures)
         other = self.merged[there]
         if changes:
             entry = judge(tensor, other, changes, self._around(changes))
+            entry = self._doubted(entry, changes)
         else:
             entry = untouched(tensor, other)
         entry = replace(entry, subject=name, figures={**figures, **entry.figures})
@@ -151,6 +162,19 @@ class Walk:
                 "two differ: untie it, with a head of its own and tie_word_embeddings false"
             )
             return replace(entry, text=f"{text} ({entry.text})", mistake="tied-head")
+        return entry
+
+    def _doubted(self, entry: Entry, changes: Sequence[Change]) -> Entry:
+        """The entry, undecided where the files do not hold all that the merge is made of."""
+        if entry.severity != "deviation" or entry.verdict in ("not-applied", "corrupt"):
+            return entry
+        for change in changes:
+            init = change.config.get("init")
+            for start, remedy in _NOT_KEPT.items():
+                if isinstance(init, str) and init.startswith(start):
+                    text = f"init_lora_weights is {init}, and the base given may be another: "
+                    text += f"{remedy} ({entry.text})"
+                    return replace(entry, verdict="undecided", text=text, severity="undecided")
         return entry
 
     def _is_tied(self, name: str) -> bool:
@@ -171,8 +195,18 @@ class Walk:
 
 
 def _extra(name: str) -> Entry:
-    text = f"the merged model has {name}, the base has not"
+    """The verdict on a tensor that the base has not."""
+    if split_name(name)[1] or ".base_layer." in name:
+        text = "it is a parameter of an adapter beside its base: nothing is merged here"
+        return Entry(name, "extra", text, _place(name, []), "not-merged")
+    if _BUFFERS.search(name):
+        return Entry(name, "told", "a buffer that older releases wrote: nothing reads it")
+    text = "the base has no such tensor"
     return Entry(name, "extra", text, _place(name, []))
+
+
+_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|position_ids$")
+"""Tensors of older files that are no parameters."""
 
 
 def _place(name: str, changes: Sequence[Change]) -> dict[str, Any]:
@@ -183,15 +217,3 @@ def _place(name: str, changes: Sequence[Change]) -> dict[str, Any]:
     if changes:
         figures["module"] = changes[0].module
     return figures
-
-
-def cause_of(entries: Sequence[Entry]) -> tuple[str, str]:
-    """The probable cause of what deviates, and what to do about it; "" where nothing does."""
-    wrong = [entry for entry in entries if entry.severity == SEVERITIES[0]]
-    if not wrong:
-        return "", ""
-    (kind, count), *_ = Counter(entry.mistake or entry.verdict for entry in wrong).most_common()
-    first = next(entry for entry in wrong if kind in (entry.mistake, entry.verdict))
-    text = VERDICTS[first.verdict][1]
-    share = f"{count} of {len(wrong)} deviations" if len(wrong) > 1 else "the only deviation"
-    return f"{kind}: {text} ({share}), as in {first.subject}: {first.text}", ""

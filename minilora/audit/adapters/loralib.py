@@ -8,7 +8,7 @@ from minilora.audit.adapters.factors import Factors, Found, reader
 from minilora.audit.change import Change
 from minilora.audit.result import Entry
 from minilora.audit.tensors import TensorStore
-from minilora.io.formats.loralib import merged_linear_factors
+from minilora.io.formats.loralib import ENDS, merged_linear_factors
 from minilora.io.header import Place, places
 from minilora.io.lazy_weights import Expanded
 from minilora.spec.ops import Array
@@ -28,7 +28,7 @@ def read(file: Path, base: TensorStore) -> Found:
     modules: dict[str, dict[str, Place]] = {}
     for name, place in stored.items():
         module, _, end = name.rpartition(".")
-        if end in ("lora_A", "lora_B"):
+        if end in ENDS:
             modules.setdefault(module, {})[end[-1]] = place
         elif (tensor := base.find(name)) is not None:
             parts = Expanded({"weight": reader(place)})

@@ -173,6 +173,7 @@ def _scaled(found: Found, factors: Factors) -> Factors | None:
         "r": own_r, "lora_alpha": alpha, "use_rslora": rslora, "default_r": default_r,
         "default_alpha": default_alpha, "peft_type": settings["peft_type"],
         "use_dora": bool(settings.get("use_dora")), "init": settings.get("init_lora_weights", True),
+        "lora_dropout": settings.get("lora_dropout", 0.0),
     }  # fmt: skip
     scale = float(REGISTRY[name].scale(alpha, own_r, default_r, rslora))
     init = settings.get("init_lora_weights")

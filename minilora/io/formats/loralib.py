@@ -21,6 +21,9 @@ from minilora.spec.lora import LORA, Params, TrainableSpec, Weights, merge, scal
 from minilora.spec.models import Config
 from minilora.spec.ops import Array
 
+ENDS = ("lora_A", "lora_B")
+"""The ends of the factors' names after the module's path."""
+
 SOURCE = "state dict"
 """The source in error messages, where there is no file."""
 

@@ -1,0 +1,58 @@
+"""The probable cause of what deviates, in one sentence, and what to do about it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+from minilora.audit.mistakes import MISTAKES
+from minilora.audit.result import VERDICTS, Entry
+from minilora.audit.scales import WRONG_SCALES
+
+_TEXTS = {
+    **{mistake.id: mistake.text for mistake in MISTAKES},
+    **{wrong.id: wrong.text for wrong in WRONG_SCALES},
+    "not-merged": "the folder holds the adapter beside the base: nothing is merged",
+    "tied-head": "embedding and head are tied, and with the adapter the two differ",
+}
+
+_AGAIN = "merge again with a current release of the library, and audit the result"
+
+_REMEDIES = {
+    "not-merged": "load base and adapter, call merge_and_unload() and save what it returns",
+    "tied-head": "untie the head before merging: give it weights of its own, and set "
+    "tie_word_embeddings to false",
+    "not-applied": "check that the adapter's names fit the model's when it is loaded, and save "
+    "what merge_and_unload() returns",
+    "corrupt": "fetch or write the file again",
+    "missing": "fetch or write the file again",
+    "extra": "is it the merged model of this base?",
+    "changed": "give the base that the adapter was trained on, at the same revision; or name every "
+    "adapter and module that was trained",
+    "other-adapter": "merge the adapter that was meant",
+    "wrong": "correct what is named, and merge again",
+    "factor": "compare lora_alpha, r, use_rslora and the patterns with what the merge read, and "
+    "merge again",
+}
+
+
+def cause_of(entries: Sequence[Entry], changed: Collection[str] = ()) -> tuple[str, str]:
+    """The cause and the remedy; two empty texts where nothing deviates.
+
+    ``changed``: the tensors that an adapter changes.
+    """
+    wrong = [entry for entry in entries if entry.severity == "deviation"]
+    if not wrong:
+        return "", ""
+    tensors = [entry for entry in entries if entry.subject in changed]
+    lacking = [entry for entry in tensors if entry.verdict == "not-applied"]
+    if lacking and len(lacking) == len(tensors):
+        text = f"the merged model is the base: none of the {len(tensors)} tensors that the adapter"
+        return f"{text} changes has its change", _REMEDIES["not-applied"]
+    counts = Counter(entry.mistake or entry.verdict for entry in wrong)
+    kind, count = counts.most_common(1)[0]
+    first = next(entry for entry in wrong if kind in (entry.mistake, entry.verdict))
+    text = _TEXTS.get(kind, VERDICTS[first.verdict][1])
+    share = f"in {count} of {len(wrong)} deviations" if len(wrong) > 1 else f"in {first.subject}"
+    remedy = _REMEDIES.get(kind, _REMEDIES.get(first.verdict, _AGAIN))
+    return f"{kind}: {text}, {share}", remedy

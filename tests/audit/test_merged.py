@@ -1,0 +1,286 @@
+"""Merged models of the reference models, audited: in all formats, and what else may differ."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from extras import needs
+from safetensors.numpy import load_file, save_file
+
+from minilora.audit.merged import merged
+from minilora.cli.main import main
+from minilora.io.formats import kohya, loralib
+from minilora.io.formats.peft.names import paths
+from minilora.io.loading import open_adapted, open_base
+from minilora.io.reference_models import folder
+
+REFERENCES = {name: f"reference:{name}" for name in ("llama", "gpt2")}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Merged models by minilora, as folders and as GGUF files; made once."""
+    folders = {}
+
+    def make(model, suffix=""):
+        if (model, suffix) not in folders:
+            out = tmp_path_factory.mktemp("merged") / f"m{suffix}"
+            name = REFERENCES[model]
+            names = ["--model", name, "--adapter", name, "--output", str(out)]
+            assert main(["merge", *names]) == 0
+            folders[model, suffix] = out
+        return folders[model, suffix]
+
+    return make
+
+
+def problems(report):
+    return [(e.subject, e.verdict) for e in report.entries if e.severity not in ("ok", "note")]
+
+
+def tensors_of(path):
+    return load_file(path / "model.safetensors")
+
+
+def edited(tmp_path, path, edit):
+    """A copy of a merged model with other tensors."""
+    shutil.copytree(path, tmp_path / "edited")
+    file = tmp_path / "edited" / "model.safetensors"
+    save_file(edit(load_file(file)), file, {"format": "pt"})
+    return tmp_path / "edited"
+
+
+@pytest.mark.parametrize("model", REFERENCES)
+@pytest.mark.parametrize("suffix", ["", pytest.param(".gguf", marks=needs("gguf"))])
+def test_what_minilora_merges_is_right(made, model, suffix):
+    report = merged(REFERENCES[model], REFERENCES[model], made(model, suffix))
+    assert problems(report) == []
+    assert {entry.verdict for entry in report.entries} == {"exact", "unchanged"}
+    assert merged(REFERENCES[model], REFERENCES[model], made(model, suffix), [2]).exit_status == 1
+
+
+def converted(tmp_path, model, form):
+    """The reference model's adapter in another format; the weight of the audit."""
+    base = open_base(REFERENCES[model])
+    adapted = open_adapted(base, REFERENCES[model])
+    if form in ("mlx", "gguf"):
+        path = tmp_path / ("a.gguf" if form == "gguf" else "a")
+        names = [REFERENCES[model], "--model", REFERENCES[model]]
+        assert main(["convert", *names, "--to", form, "--output", str(path)]) == 0
+        return path, 1.0
+    path, [s] = tmp_path / "a.safetensors", {*adapted.tuning.scale.values()}
+    if form == "kohya":
+        tuning = replace(adapted.tuning, scale=dict.fromkeys(adapted.tuning.scale, 0.5))
+        W = {n: a * (2 * s if n.endswith(".B") else 1) for n, a in adapted.changed.items()}
+        W = {n: a.astype(np.float32) for n, a in W.items()}
+        kohya.write_adapter(path, base.config, W, tuning, prefix="lora_unet")
+        return path, 1.0
+    places = paths(base.config)
+    ends = {"A": loralib.ENDS[0], "B": loralib.ENDS[1]}
+    save_file(
+        {
+            f"{places[name.rpartition('.')[0]]}.{ends[name[-1]]}": np.ascontiguousarray(array)
+            for name, array in adapted.changed.items()
+        },
+        path,
+    )
+    return path, s
+
+
+@pytest.mark.parametrize("model", REFERENCES)
+@pytest.mark.parametrize("form", ["mlx", pytest.param("gguf", marks=needs("gguf")), "kohya",
+                                  "loralib"])  # fmt: skip
+def test_the_adapter_may_be_in_any_format(made, tmp_path, model, form):
+    adapter, weight = converted(tmp_path, model, form)
+    report = merged(REFERENCES[model], adapter, made(model), [weight])
+    assert problems(report) == []
+    assert merged(REFERENCES[model], adapter, made(model), [1.1 * weight]).exit_status == 1
+
+
+def one(report, severity="deviation"):
+    [entry] = [entry for entry in report.entries if entry.severity == severity]
+    return entry
+
+
+def test_a_changed_tensor_of_the_base_is_named_with_what_could_explain_it(made, tmp_path):
+    name = "model.norm.weight"
+    path = edited(tmp_path, made("llama"), lambda t: {**t, name: t[name] + np.float32(0.1)})
+    report = merged(REFERENCES["llama"], REFERENCES["llama"], path)
+    assert (one(report).subject, one(report).verdict) == (name, "changed")
+    assert "another revision" in one(report).text
+    assert "revision" in report.remedy
+
+
+def test_a_detour_over_half_precision_is_named(made, tmp_path):
+    name = "model.embed_tokens.weight"
+
+    def half(tensors):
+        return {**tensors, name: tensors[name].astype(np.float16).astype(np.float32)}
+
+    report = merged(REFERENCES["llama"], REFERENCES["llama"], edited(tmp_path, made("llama"), half))
+    assert "rounded to float16 and back" in one(report).text
+
+
+@pytest.mark.parametrize(("rows", "told"), [(20, "padded or resized"), (10, "fewer rows")])
+def test_a_resized_table_is_named(made, tmp_path, rows, told):
+    name = "model.embed_tokens.weight"
+
+    def resized(tensors):
+        return {**tensors, name: np.resize(tensors[name], (rows, tensors[name].shape[1]))}
+
+    report = merged(
+        REFERENCES["llama"], REFERENCES["llama"], edited(tmp_path, made("llama"), resized)
+    )
+    wrong = {entry.subject: entry for entry in report.entries if entry.severity == "deviation"}
+    assert told in wrong[name].text
+    assert "the first" in wrong[name].text
+    assert "vocab_size" in wrong
+
+
+EDITS = {
+    "NaN": (lambda t, n: {**t, n: np.full_like(t[n], np.nan)}, "corrupt"),
+    "infinite": (lambda t, n: {**t, n: np.full_like(t[n], np.inf)}, "corrupt"),
+    "missing": (lambda t, n: {m: a for m, a in t.items() if m != n}, "missing"),
+    "extra": (lambda t, n: {**t, "model.extra.weight": t[n]}, "extra"),
+}
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
+@pytest.mark.parametrize(("edit", "verdict"), EDITS.values(), ids=EDITS)
+def test_no_tensor_is_passed_over(made, tmp_path, name, edit, verdict):
+    path = edited(tmp_path, made("llama"), lambda tensors: edit(tensors, name))
+    report = merged(REFERENCES["llama"], REFERENCES["llama"], path)
+    assert one(report).verdict == verdict
+    assert report.exit_status == 1
+
+
+def test_the_base_in_place_of_the_merged_model_is_said_in_one_line():
+    report = merged(REFERENCES["llama"], REFERENCES["llama"], REFERENCES["llama"])
+    assert "the merged model is the base" in report.cause
+    assert "merge_and_unload" in report.remedy
+
+
+def test_an_adapter_saved_beside_its_base_is_not_merged(tmp_path):
+    base = tensors_of(folder() / "llama" / "base")
+    adapter = load_file(folder() / "llama" / "adapter" / "adapter_model.safetensors")
+    shutil.copytree(folder() / "llama" / "base", tmp_path / "m")
+    save_file({**base, **adapter}, tmp_path / "m" / "model.safetensors")
+    report = merged(REFERENCES["llama"], REFERENCES["llama"], tmp_path / "m")
+    assert {e.mistake for e in report.entries if e.verdict == "extra"} == {"not-merged"}
+
+
+def test_names_that_fit_no_tensor_are_said(tmp_path):
+    adapter = folder() / "llama" / "adapter"
+    shutil.copytree(adapter, tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = {name.replace("layers.0", "layers.7"): t for name, t in load_file(file).items()}
+    save_file(tensors, file)
+    report = merged(REFERENCES["llama"], tmp_path / "a", REFERENCES["llama"])
+    unfit = [entry for entry in report.entries if entry.verdict == "wrong"]
+    assert len(unfit) == 7
+    assert all("applied nowhere" in entry.text for entry in unfit)
+
+
+def test_buffers_of_older_files_are_no_deviation(made, tmp_path):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    path = edited(tmp_path, made("llama"), lambda t: {**t, name: np.ones(3, np.float32)})
+    report = merged(REFERENCES["llama"], REFERENCES["llama"], path)
+    assert report.exit_status == 0
+    assert one(report, "note").subject == name
+
+
+def test_layers_may_be_replicated(tmp_path):
+    """Layers 0, 1, 0, 1 of one base, each with an adapter of its own."""
+    base = tensors_of(folder() / "llama" / "base")
+    shutil.copytree(folder() / "llama" / "adapter", tmp_path / "a")
+    settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    settings |= {"layer_replication": [[0, 2], [0, 2]], "r": 2, "lora_alpha": 3}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(settings))
+    rng, adapter, deeper = np.random.default_rng(0), {}, {}
+    for name, W in base.items():
+        old = re.search(r"layers\.(\d+)\.", name)
+        for new in (0, 1, 2, 3) if old else ():
+            if new % 2 != int(old[1]):
+                continue
+            copy = name.replace(old[0], f"layers.{new}.")
+            deeper[copy] = W
+            if name.endswith("q_proj.weight"):
+                A = rng.standard_normal((2, W.shape[1])).astype(np.float32)
+                B = rng.standard_normal((W.shape[0], 2)).astype(np.float32)
+                path = f"base_model.model.{copy.removesuffix('.weight')}"
+                adapter |= {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
+                deeper[copy] = W + np.float32(1.5) * (B @ A)
+        if not old:
+            deeper[name] = W
+    save_file(adapter, tmp_path / "a" / "adapter_model.safetensors")
+    (tmp_path / "m").mkdir()
+    save_file(deeper, tmp_path / "m" / "model.safetensors")
+    report = merged(REFERENCES["llama"], tmp_path / "a", tmp_path / "m")
+    assert problems(report) == []
+    # A copy's change on another copy, as where the copies share one weight.
+    swapped = {**deeper, "model.layers.2.self_attn.q_proj.weight":
+               deeper["model.layers.0.self_attn.q_proj.weight"]}  # fmt: skip
+    save_file(swapped, tmp_path / "m" / "model.safetensors")
+    assert (
+        one(merged(REFERENCES["llama"], tmp_path / "a", tmp_path / "m")).verdict == "other-module"
+    )
+
+
+def test_a_start_that_nobody_makes_again_cannot_be_decided(made, tmp_path):
+    shutil.copytree(folder() / "llama" / "adapter", tmp_path / "a")
+    settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    settings["init_lora_weights"] = "loftq"
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(settings))
+    assert merged(REFERENCES["llama"], tmp_path / "a", made("llama")).exit_status == 0
+    name = "model.layers.0.mlp.up_proj.weight"
+    path = edited(tmp_path, made("llama"), lambda t: {**t, name: t[name] + np.float32(0.1)})
+    report = merged(REFERENCES["llama"], tmp_path / "a", path)
+    assert report.exit_status == 4
+    assert "loftq" in one(report, "undecided").text
+
+
+def test_each_adapter_needs_one_weight():
+    with pytest.raises(ValueError, match="2 weights for 1"):
+        merged(REFERENCES["llama"], REFERENCES["llama"], REFERENCES["llama"], [1, 2])
+
+
+def test_the_progress_goes_to_the_end():
+    seen = []
+    name = REFERENCES["llama"]
+    merged(name, name, name, progress=lambda done, total, text: seen.append((done, total)))
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1] == 2 * sum(t.nbytes for t in base_tensors().values())
+
+
+def base_tensors():
+    return tensors_of(folder() / "llama" / "base")
+
+
+BAD_ADAPTERS = {
+    "no type": {"peft_type": None},
+    "another type": {"peft_type": "LOHA"},
+    "a rank that is text": {"r": "8"},
+    "a rank below 1": {"r": 0},
+    "no alpha": {"lora_alpha": None},
+    "an alpha that is a list": {"lora_alpha": [1]},
+    "a pattern that is no expression": {"rank_pattern": {"(": 3}},
+    "a pattern of texts": {"alpha_pattern": {"q": "x"}},
+    "ranges that are none": {"layer_replication": [[0]]},
+    "ranges beyond the layers": {"layer_replication": [[0, 99]]},
+    "ranges without end": {"layer_replication": [[0, 2**60]]},
+    "tokens that are texts": {"trainable_token_indices": ["a"]},
+}
+
+
+@pytest.mark.parametrize("settings", BAD_ADAPTERS.values(), ids=BAD_ADAPTERS)
+def test_settings_that_lie_are_unreadable(tmp_path, settings, capsys):
+    shutil.copytree(folder() / "llama" / "adapter", tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    name, adapter = REFERENCES["llama"], str(tmp_path / "a")
+    names = ["--base", name, "--adapter", adapter, "--merged", name]
+    assert main(["audit", "merged", *names]) == 3
+    assert "expected" in capsys.readouterr().err
