@@ -14,6 +14,7 @@ from minilora.audit.stored.module import OpenAdapter
 from minilora.audit.stored.open import open_adapter
 from minilora.audit.tensors import TensorStore, open_tensors
 from minilora.io.errors import FormatError
+from minilora.io.loading import REFERENCE
 
 CAUSES: Mapping[str, tuple[str, str]] = {
     "rows-not-permuted": (
@@ -47,6 +48,8 @@ def converted(
     """
     start = time.perf_counter()
     one, other = _opened(a), _opened(b)
+    if isinstance(one, OpenAdapter) != isinstance(other, OpenAdapter):
+        one, other = _as_model(a, one), _as_model(b, other)
     told = progress or (lambda read, total, name: None)
     if isinstance(one, OpenAdapter) and isinstance(other, OpenAdapter):
         entries = list(adapter_entries(one, other, told))
@@ -81,6 +84,13 @@ def _opened(name: str | Path) -> OpenAdapter | TensorStore:
             if _is_adapter(Path(name)):
                 raise error from None
             raise
+
+
+def _as_model(name: str | Path, opened: OpenAdapter | TensorStore) -> OpenAdapter | TensorStore:
+    """The model of this name where there is one too, as of reference:NAME."""
+    if not str(name).startswith(REFERENCE):
+        return opened
+    return open_tensors(name)
 
 
 def _is_adapter(path: Path) -> bool:

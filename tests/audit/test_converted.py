@@ -29,6 +29,8 @@ from minilora.audit.stored.compare import Factored, likeness
 from minilora.cli.main import main
 from minilora.io.errors import FormatError
 from minilora.io.formats.gguf.names import file_rows
+from minilora.io.formats.gguf.write import write_model
+from minilora.io.loading import open_base
 
 FIRST = next(iter(modules()))
 
@@ -319,17 +321,39 @@ def test_what_differs_in_a_model_is_found(tmp_path, change, verdict):
     assert (wrong.subject, wrong.verdict) == (name, verdict)
 
 
-@needs("gguf")
-def test_a_model_and_its_gguf_are_the_same():
-    from minilora.io import reference_models
+def gguf_of(file, name, dtype=np.float32, change=None):
+    """The reference model as a GGUF file; ``change`` makes other weights of its own."""
+    base = open_base(f"reference:{name}")
+    weights = dict(base.weights)
+    write_model(file, base.config, weights if change is None else change(weights), dtype=dtype)
+    return file
 
-    folder = reference_models.folder() / "llama"
-    files = sorted(folder.rglob("*.gguf"))
-    if not files:
-        pytest.skip("the reference model has no GGUF file")
-    for file in files:
-        report = converted("reference:llama", file)
-        assert report.exit_status in (0, 4), report.cause
+
+@needs("gguf")
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_model_and_its_gguf_are_the_same(tmp_path, name, dtype):
+    report = converted(f"reference:{name}", gguf_of(tmp_path / "m.gguf", name, dtype))
+    assert [e for e in report.entries if e.severity != "ok"] == []
+    assert ("within" in verdicts(report)) == (dtype is not np.float32)
+
+
+@needs("gguf")
+def test_a_gguf_whose_q_and_k_keep_their_order_is_found(tmp_path):
+    base = open_base("reference:llama")
+
+    def unordered(weights):
+        c = base.config
+        for at in (f"layers.{i}.{part}.weight" for i in range(c.layers) for part in "qk"):
+            heads = c.heads if ".q." in at else c.kv_heads
+            weights[at] = weights[at][np.argsort(file_rows(heads, len(weights[at])))]
+        return weights
+
+    report = converted("reference:llama", gguf_of(tmp_path / "m.gguf", "llama", change=unordered))
+    wrong = [e for e in report.entries if e.severity == "deviation"]
+    assert {e.mistake for e in wrong} == {"rows-not-permuted"}
+    assert {e.subject.split(".")[-2] for e in wrong} <= {"q_proj", "k_proj"}
+    assert "llama.cpp" in report.cause
 
 
 def test_an_adapter_beside_a_model_is_refused(tmp_path):
