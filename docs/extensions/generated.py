@@ -29,7 +29,9 @@ TABLE = """{total} findings, of which `minilora verify` finds {found} by itself.
 {rows}
 """
 
-PACKAGES = ("io", "training", "verify", "findings", "studies", "cli", "testing")
+PACKAGES = (
+    *("io", "training", "verify", "audit", "findings", "forms", "studies", "cli", "testing"),
+)
 """Those whose modules get a page each; `spec` has pages written by hand."""
 
 BESIDE = {"verify": ("pytest_plugin.py",)}

@@ -368,6 +368,8 @@ def test_audit_alone_shows_its_help(toy):
     assert status == 2
     assert "try it" in out
     assert toy("unknown")[0] == 2
+    status, out, _ = toy("--schema")
+    assert (status, json.loads(out)) == (0, schema())
 
 
 @pytest.mark.parametrize("plain", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])

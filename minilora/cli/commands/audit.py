@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from minilora.cli.commands.audits import NAMES
-from minilora.cli.console import USAGE
+from minilora.cli.console import OK, USAGE, say
 
 
 def add(commands: Any) -> None:
@@ -19,12 +19,22 @@ def add(commands: Any) -> None:
         "equations. Each audit has a --help of its own.",
         allow_abbrev=False,
     )
-    parser.set_defaults(run=lambda arguments: _help(parser), parser=parser)
+    parser.add_argument(
+        "--schema", action="store_true", help="print the JSON Schema of the reports, and exit"
+    )
+    parser.set_defaults(run=_run, parser=parser)
     audits = parser.add_subparsers(title="audits", metavar="AUDIT")
     for name in NAMES:
         import_module(f"minilora.cli.commands.audits.{name}").add(audits)
 
 
-def _help(parser: argparse.ArgumentParser) -> int:
-    parser.print_help()
-    return USAGE
+def _run(arguments: argparse.Namespace) -> int:
+    """What is printed where no audit is named."""
+    if not arguments.schema:
+        arguments.parser.print_help()
+        return USAGE
+    from minilora.audit.report.document import schema
+    from minilora.forms.words import json_text
+
+    say(json_text(schema()))
+    return OK
