@@ -135,3 +135,10 @@ def test_find_and_adapter_are_not_asked_together(files, capsys):
     assert main([*words, "--find"]) == 0
     assert "14 tensors differ from the base's by a low rank: 3 (14)" in capsys.readouterr().out
     assert main([*words, "--find", str(folder)]) == 3
+
+
+def test_each_audit_is_a_function_of_the_package_whatever_was_imported_before():
+    import minilora.audit.merged  # a module of the same name
+
+    for name in minilora.audit.__all__:
+        assert callable(getattr(minilora.audit, name)), name

@@ -44,7 +44,8 @@ class Group:
     @property
     def id(self) -> str:
         """The verdict, with the mistake if one explains it."""
-        return f"{self.verdict}/{self.mistake}" if self.mistake else self.verdict
+        is_more = self.mistake not in ("", self.verdict)
+        return f"{self.verdict}/{self.mistake}" if is_more else self.verdict
 
     @property
     def text(self) -> str:
@@ -59,8 +60,12 @@ class Group:
 
     @property
     def figures(self) -> list[str]:
-        """The smallest and the largest of each figure that is told of a group."""
-        return [said for name in SHOWN if (said := self._range(name))]
+        """The smallest and the largest of each figure that is told of a group.
+
+        Of a wrong tensor it says nothing how much of a right change survived.
+        """
+        names = [name for name in SHOWN if (self.severity, name) != ("deviation", "survived")]
+        return [said for name in names if (said := self._range(name))]
 
     def _range(self, name: str) -> str:
         found = [entry.figures.get(name) for entry in self.entries]
@@ -111,6 +116,8 @@ def headline(report: Report) -> str:
     if not total:
         return f"{state}: there is nothing to look at"
     said = [f"{counts[s]} {words}" for s, words in told.items() if counts[s]]
+    if counts["deviation"] == 1:
+        said[0] = "1 deviates"
     if not said:
         return f"{state}: all {total} {things}"
     return f"{state}: of {total} {things} {', '.join(said)}"

@@ -33,8 +33,8 @@ def junit(report: Report) -> str:
             suite, "testcase", classname=f"audit.{report.audit}", name=name, time="0"
         )
         if tag := TAGS.get(entry.severity):
-            kind = f"{entry.verdict}/{entry.mistake}" if entry.mistake else entry.verdict
-            ET.SubElement(case, tag, message=text, type=printable(kind)).text = f"{name}: {text}"
+            kind = printable(entry.mistake or entry.verdict)
+            ET.SubElement(case, tag, message=text, type=kind).text = f"{name}: {text}"
         elif entry.severity != "ok":
             ET.SubElement(case, "system-out").text = f"{entry.severity}: {text}"
     suites = ET.Element("testsuites")
