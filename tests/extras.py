@@ -21,7 +21,7 @@ MODULES = {
     "jax": ("jax",),
     "text": ("jinja2", "rouge_score", "tokenizers"),
     "plot": ("matplotlib",),
-    "test": ("mpmath", "xdist"),
+    "test": ("mpmath", "xdist", "yaml"),
     "dev": ("radon",),
 }
 EXTRA = {module: extra for extra, modules in MODULES.items() for module in modules}

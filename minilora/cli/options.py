@@ -143,6 +143,8 @@ FORMS = {
     "junit": "JUnit XML",
     "html": "one HTML page",
     "markdown": "Markdown; append to $GITHUB_STEP_SUMMARY",
+    "annotations": "annotations of a GitHub workflow",
+    "badge": "the JSON of a badge",
 }
 
 

@@ -48,6 +48,21 @@ def load(target: str) -> object:
         raise
 
 
+def source_file(target: str) -> Path | None:
+    """The file of a target's module, below the current folder and as it is named from there.
+
+    Nothing is imported; None for a peer, and for what is installed.
+    """
+    module = target.rpartition(":")[0]
+    if not module:
+        return None
+    path = Path(module) if _is_path(module) else Path(*module.split("."))
+    for candidate in (path, path.with_suffix(".py"), path / "__init__.py"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
 def _find(module: str, name: str) -> object:
     return _member(_import(module), module, name)
 

@@ -22,6 +22,8 @@ from minilora.verify.core.dtypes import Precision
 from minilora.verify.core.errors import UsageError
 from minilora.verify.core.types import CELLS, Comparison, Diagnosis, Judgement, Picture
 from minilora.verify.engine import run
+from minilora.verify.loading import source_file
+from minilora.verify.report.annotations import badge, score, workflow_annotations
 from minilora.verify.report.html import grade, html, where_words
 from minilora.verify.report.junit import junit
 from minilora.verify.report.load_report import from_json, read_report
@@ -672,3 +674,38 @@ def test_verbose_shows_each_check(command, monkeypatch):
     monkeypatch.setattr(fake_checks, "CHECKS", twins)
     assert " merge: 2 checks " in command("verify")[1]
     assert " exact.1 " in command("verify", "--verbose")[1]
+
+
+def test_annotations_say_the_cause_at_the_method_and_no_text_ends_a_command(tmp_path, monkeypatch):
+    monkeypatch.setattr("minilora.verify.report.annotations.CHECKS", CHECKS)
+    source = tmp_path / "mine.py"
+    source.write_text("class Mine:\n    x = 1\n\n    def merge(self):\n        pass\n")
+    report = run(CHECKS, WrongScale())
+    first, *_, last = workflow_annotations(report, source).splitlines()
+    assert first.startswith("::error title=LoRA%3A ")
+    assert f"file={source},line=4::" in first
+    assert last == f"::error title=minilora verify {report.name}::{score(report)}"
+    hostile = replace(report, name="a\n::error::b,c:d%")
+    title = workflow_annotations(hostile).splitlines()[-1]
+    assert title.startswith("::error title=minilora verify a")
+    assert "b%2Cc%3Ad%25::" in title
+    assert workflow_annotations(run(CHECKS, Right())).startswith("::notice ")
+
+
+@pytest.mark.parametrize(
+    ("target", "colour"), [(Right, "brightgreen"), (WrongScale, "red"), (OnlyMerge, "yellow")]
+)
+def test_a_badge_is_green_only_where_most_is_asked_and_holds(target, colour):
+    document = json.loads(badge(run(CHECKS, target())))
+    assert (document["schemaVersion"], document["color"]) == (1, colour)
+
+
+def test_the_file_of_a_target_is_found_without_importing_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "package").mkdir()
+    for name in ("package/__init__.py", "package/mine.py"):
+        (tmp_path / name).write_text("raise SystemExit")
+    assert source_file("package.mine:Mine") == Path("package/mine.py")
+    assert source_file("package:Mine") == Path("package/__init__.py")
+    assert source_file("package/mine.py:Mine") == Path("package/mine.py")
+    assert (source_file("peft"), source_file("numpy:x"), source_file("")) == (None, None, None)

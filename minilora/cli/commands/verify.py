@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from minilora.verify.plan import CheckPlan
     from minilora.verify.report.report import Report
 
-FORMS = ("json", "junit", "html", "markdown")
+FORMS = ("json", "junit", "html", "markdown", "annotations", "badge")
 
 
 def add(commands: Any) -> None:
@@ -136,7 +136,9 @@ def _run(arguments: argparse.Namespace) -> int:
     files, folder = files_of(arguments, *FORMS), os.getcwd()
     report = _checked(arguments, options)
     os.chdir(folder)  # the target may have changed it
-    errors = _write(report, files)  # before the text, whose reader may close the pipe
+    errors = _write(
+        report, files, arguments.target
+    )  # before the text, whose reader may close the pipe
     errors += _update_known(arguments, report, options)
     tell(report.text(arguments.verbose), files)
     for error in errors:
@@ -228,13 +230,14 @@ def _checked(arguments: argparse.Namespace, options: dict[str, Any]) -> Report:
         return interrupted.report
 
 
-def _write(report: Report, files: dict[str, str]) -> list[str]:
+def _write(report: Report, files: dict[str, str], target: str | None) -> list[str]:
     """Write the report's files; the errors of those that could not be written."""
+    from minilora.verify.loading import source_file
     from minilora.verify.report.forms import rendered
 
-    errors = []
+    errors, source = [], source_file(target or "")
     for form, path in files.items():
-        text = rendered(report, form, markdown_room(path))
+        text = rendered(report, form, markdown_room(path), source)
         try:
             write_file(path, text)
         except ValueError as error:

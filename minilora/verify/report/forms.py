@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from minilora.forms.markdown import MARKDOWN_BYTES
+from minilora.verify.report.annotations import badge, workflow_annotations
 from minilora.verify.report.html import html
 from minilora.verify.report.junit import junit
 from minilora.verify.report.markdown import markdown
 from minilora.verify.report.report import Report
 
 
-def rendered(report: Report, form: str, limit: int = MARKDOWN_BYTES) -> str:
-    """The report as json, junit, html or markdown; ``limit`` is that of Markdown, in bytes."""
+def rendered(
+    report: Report, form: str, limit: int = MARKDOWN_BYTES, source: Path | None = None
+) -> str:
+    """The report as json, junit, html, markdown, annotations or badge.
+
+    ``limit`` is that of Markdown, in bytes; ``source`` the target's file, if it is known.
+    """
+    if form == "annotations":
+        return workflow_annotations(report, source)
+    if form == "badge":
+        return badge(report)
     if form == "markdown":
         return markdown([report], limit)
     if form == "html":
