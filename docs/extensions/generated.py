@@ -121,9 +121,20 @@ def about(it, library):
         f"{library.distribution or library.title} {it.seen}{also}.*",
     ]
     if it.stored:
-        effect = f"{OUTCOMES[it.stored.outcome]}: {it.stored.effect}"
-        lines.insert(1, f"`minilora audit adapter` looks for it: {effect}.")
+        effect = f"{OUTCOMES[it.stored.outcome]}: {escaped(it.stored.effect)}"
+        lines.insert(1, f"`minilora audit adapter` tells it of an adapter: {effect}.")
+    lines.insert(0, f"**Cause.** {escaped(it.cause)}{place_of(it, library)}.")
     return "\n\n".join([*lines, *([f"Source: {it.source}."] if it.source else [])])
+
+
+def place_of(it, library):
+    """Where the cause is, in the release that it was seen in."""
+    place, _, function = it.code.partition(" ")
+    if not place:
+        return ""
+    link = library.link(it)
+    where = f"[`{place}`]({link})" if link else f"`{place}`"
+    return f": {where}" + (f", `{function}`" if function else "")
 
 
 def code_list(names):
@@ -199,7 +210,7 @@ def proofs():
     """{id of a finding: the source that reproduces it}."""
     source = PROOFS.read_text()
     tests, helpers = tests_and_helpers(ast.parse(source))
-    return {proven_by(test): reproduction(test, helpers, source) for test in tests}
+    return {id: reproduction(t, helpers, source) for t in tests if (id := proven_by(t))}
 
 
 def findings():

@@ -10,6 +10,8 @@ FINDINGS = (
         title="Weights whose rows are no whole blocks are dequantized with other scales",
         severity="silent",
         seen=SEEN,
+        cause="the kernel counts the blocks of each row anew (backends/cpu/ops.py)",
+        code="bitsandbytes/backends/cpu/ops.py:153",
         does="""
             NF4's blocks run through the rows on end, so that a row of another length than a
             multiple of the block shares some with its neighbours. That is how `quantize_4bit` makes
@@ -39,6 +41,11 @@ FINDINGS = (
         title="Zero is not found in a map that has it",
         severity="rounding",
         seen=SEEN,
+        cause=(
+            "codes are looked up in a table of equally spaced points, between two of which "
+            "zero lies (backends/cpu/ops.py)"
+        ),
+        code="bitsandbytes/backends/cpu/ops.py:39",
         does="""
             `quantize_blockwise` looks its codes up in a table of equally spaced points between -1
             and 1. Zero lies between two of them, and the point that it is rounded to is nearer to
@@ -59,6 +66,7 @@ FINDINGS = (
         title="The gradient of a bias is summed over the first axis",
         severity="fails",
         seen=SEEN,
+        code="bitsandbytes/autograd/_functions.py:377 MatMul4Bit.backward",
         cause=(
             "the gradient of a bias is the sum over dy's first axis (autograd/_functions.py):"
             " of one token without a batch a number, which autograd refuses; of a batch of "
@@ -82,6 +90,7 @@ FINDINGS = (
         title="The gradient of a layer that was evaluated is lost",
         severity="training",
         seen=SEEN,
+        code="bitsandbytes/nn/modules.py:620 Linear4bit.forward",
         cause=(
             "on a processor with AVX-512 for bfloat16 Linear4bit packs its weight anew in its"
             " first evaluation (nn/modules.py), and has no gradient of x from then on"
@@ -108,6 +117,7 @@ FINDINGS = (
         title="A layer that was evaluated rounds to bfloat16",
         severity="rounding",
         seen=SEEN,
+        code="bitsandbytes/nn/modules.py:620 Linear4bit.forward",
         cause=(
             "the kernel for what Linear4bit has packed (nn/modules.py) rounds to bfloat16, "
             "and refuses a side that is no multiple of 32"
@@ -132,6 +142,7 @@ FINDINGS = (
         title="A layer in eight bits rounds its inputs too, in evaluation alone",
         severity="rounding",
         seen=SEEN,
+        code="bitsandbytes/autograd/_functions.py:140 MatMul8bitLt.forward",
         cause=(
             "Linear8bitLt (autograd/_functions.py) rounds its inputs to eight bits in "
             "evaluation, and not in training"
@@ -151,4 +162,10 @@ FINDINGS = (
     ),
 )
 
-LIBRARY = Library("bitsandbytes", "bitsandbytes", "bitsandbytes", FINDINGS)
+LIBRARY = Library(
+    "bitsandbytes",
+    "bitsandbytes",
+    "bitsandbytes",
+    FINDINGS,
+    files="https://github.com/bitsandbytes-foundation/bitsandbytes/blob/{release}/{file}#L{line}",
+)

@@ -63,8 +63,9 @@ class Finding:
     more is known; ``fixed_in``: the release that is right again, "" as long as none is known.
     ``also``: other distributions that do the same, and their releases. ``found_by``: a peer of
     ``minilora verify`` and those of its checks that find it, or ``not_asked``: why none does.
-    ``cause``: what in the library makes it so, with its file, in one sentence; ``source``: where
-    that was read, if no test here runs it. ``stored``: what it means for an adapter in files, where
+    ``cause``: what in the library makes it so, with its file, in one sentence; ``code``: where
+    that is in the release: the file and the line, and the function; ``source``: where it was read,
+    if no test here runs it. ``stored``: what it means for an adapter in files, where
     that depends on the adapter.
     """
 
@@ -81,6 +82,7 @@ class Finding:
     found_by: tuple[str, ...] = ()
     not_asked: str = ""
     cause: str = ""
+    code: str = ""
     source: str = ""
     stored: Stored | None = None
 
@@ -119,7 +121,8 @@ class Library:
     """A library, its title on the pages, the distribution that installs it, and its findings.
 
     ``distribution`` is "" for what no package index has. ``release`` is the one whose reading of
-    stored adapters was studied, "" where none was; ``reads``: the formats that it reads.
+    stored adapters was studied, "" where none was; ``reads``: the formats that it reads;
+    ``files``: the address of a line of its source, with {release}, {file} and {line}.
     """
 
     name: str
@@ -128,3 +131,10 @@ class Library:
     findings: tuple[Finding, ...]
     release: str = ""
     reads: tuple[str, ...] = ()
+    files: str = ""
+
+    def link(self, finding: Finding) -> str:
+        """The address of the line that makes a finding so; "" where it is not known."""
+        place = finding.code.partition(" ")[0]
+        file, _, line = place.partition(":")
+        return self.files.format(release=finding.seen, file=file, line=line) if place else ""

@@ -10,6 +10,8 @@ FINDINGS = (
         title="train() and eval() return nothing",
         severity="nuisance",
         seen=SEEN,
+        cause="train returns nothing (layers.py)",
+        code="loralib/layers.py:129 Linear.train",
         right="""
             As in all of PyTorch's modules, both return the module itself.
             """,
@@ -23,6 +25,8 @@ FINDINGS = (
         title="What is saved after eval() is merged twice",
         severity="silent",
         seen=SEEN,
+        cause="merged is a plain attribute, which no state_dict holds (layers.py)",
+        code="loralib/layers.py:141 Linear.train",
         does="""
             `eval()` merges into the base weight and notes that in an attribute, which no
             `state_dict` holds. The README saves `lora_state_dict`, without the base; the trap is
@@ -43,6 +47,7 @@ FINDINGS = (
         title="What is loaded after eval() loses its adapter",
         severity="silent",
         seen=SEEN,
+        code="loralib/layers.py:141 Linear.train",
         cause=(
             "eval() (layers.py) merges what there is, B = 0 at first, and an adapter that is "
             "loaded after it does not act; the next train() takes it out nevertheless"
@@ -65,6 +70,8 @@ FINDINGS = (
         title="After eval() an adapter has no gradient",
         severity="training",
         seen=SEEN,
+        cause="merged, the forward is the weight's alone (layers.py)",
+        code="loralib/layers.py:146 Linear.forward",
         right=r"""
             $y$ depends on $A$ and $B$ in both modes alike: $\d A = s B^\top \d y\, x^\top$ and $\d
             B = s\, \d y\, (Ax)^\top$. Merged, they are no part of the forward.
@@ -80,6 +87,8 @@ FINDINGS = (
         title="Convolutions of one and three dimensions fail",
         severity="fails",
         seen=SEEN,
+        cause="A and B have one factor of the kernel each, of two in all (layers.py)",
+        code="loralib/layers.py:256 ConvLoRA.__init__",
         right="""
             A delta has as many entries as its weight. $BA$ has a factor of the kernel's size in its
             rows and one in its columns, which is right for two dimensions only.
@@ -97,6 +106,7 @@ FINDINGS = (
         title="Convolutions ignore lora_dropout",
         severity="training",
         seen=SEEN,
+        code="loralib/layers.py:291 ConvLoRA.forward",
         cause="convolutions build their dropout (layers.py) and never call it",
         does="""
             They take the argument, build the dropout and never call it.
@@ -115,6 +125,8 @@ FINDINGS = (
         title="MergedLinear fails where nothing is enabled",
         severity="fails",
         seen=SEEN,
+        cause="the forward asks for factors that were not made (layers.py)",
+        code="loralib/layers.py:242 MergedLinear.forward",
         does="""
             Nothing is the default of `enable_lora`.
             """,
@@ -131,6 +143,8 @@ FINDINGS = (
         title="MergedLinear built on the meta device loses its adapter",
         severity="silent",
         seen=SEEN,
+        cause="lora_ind is a plain attribute and no buffer (layers.py)",
+        code="loralib/layers.py:186 MergedLinear.__init__",
         does="""
             `lora_ind`, the mask of the rows that have an adapter, is a plain attribute and no
             buffer, so it stays on the device where it was made. On the meta device it has no
@@ -150,6 +164,7 @@ FINDINGS = (
         title="Embedding with max_norm shortens lora_A in its forward",
         severity="silent",
         seen=SEEN,
+        code="loralib/layers.py:81 Embedding.forward",
         cause=(
             "an embedding looks up the columns of lora_A with the max_norm of the table (layers.py)"
         ),
@@ -175,6 +190,8 @@ FINDINGS = (
         title="A layer without dropout cannot be pickled",
         severity="fails",
         seen=SEEN,
+        cause="in the place of the dropout stands a lambda (layers.py)",
+        code="loralib/layers.py:26 LoRALayer.__init__",
         does="""
             In the place of the dropout stands a `lambda`; `torch.nn.Identity` would be the same
             function.

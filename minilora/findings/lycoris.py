@@ -17,6 +17,11 @@ FINDINGS = (
         title="An adapter is loaded with the scale that the network was built with",
         severity="silent",
         seen=SEEN,
+        cause=(
+            "the scale is a number, made of the constructor's argument, beside the buffer "
+            "alpha (modules/locon.py)"
+        ),
+        code="lycoris/modules/locon.py:153 LoConModule.__init__",
         does="""
             `alpha` is a buffer that `load_state_dict` and `load_weights` fill; the scale is a
             number that was computed from the constructor's argument, and nothing computes it anew.
@@ -35,6 +40,11 @@ FINDINGS = (
         title="An adapter of another model is loaded as none",
         severity="silent",
         seen=SEEN,
+        cause=(
+            "names that are no module's come back in a dictionary, and nothing is raised "
+            "(wrapper.py)"
+        ),
+        code="lycoris/wrapper.py:602 LycorisNetwork.load_weights",
         does="""
             A name that is no module's is passed over.
             """,
@@ -52,6 +62,8 @@ FINDINGS = (
         title="An adapter without alpha fails",
         severity="fails",
         seen=SEEN,
+        cause="float(alpha) of none (modules/locon.py)",
+        code="lycoris/modules/locon.py:179 LoConModule.make_module_from_state_dict",
         does="""
             The constructor says that no alpha means the rank, and so it is for an alpha of 0.
             sd-scripts read an absent one so too.
@@ -70,6 +82,7 @@ FINDINGS = (
         title="DoRA starts as another function where rows are small",
         severity="silent",
         seen=SEEN,
+        code="lycoris/functional/general.py:126 _weight_decompose",
         cause=(
             "the norm of each row is ‖V‖ + ε with ε = finfo.eps (_weight_decompose in "
             "functional/general.py), so rows of small norm come out too small"

@@ -39,6 +39,7 @@ FINDINGS = (
         title="The alpha of older releases is passed over",
         severity="silent",
         seen=SEEN,
+        code="mlx_lm/tuner/utils.py:71 linear_to_lora_layers.to_lora",
         cause="linear_to_lora_layers (tuner/utils.py) reads scale, and no alpha beside it",
         does="""
             Older releases scaled by `scale * alpha / rank` and wrote all three into
@@ -64,6 +65,7 @@ FINDINGS = (
         title="A missing factor stays as it was drawn",
         severity="silent",
         seen=SEEN,
+        code="mlx_lm/tuner/utils.py:172 load_adapters",
         cause=(
             "load_adapters (tuner/utils.py) compares the file's names with the model's, and "
             "not the model's with the file's; load_weights is not strict"
@@ -89,6 +91,7 @@ FINDINGS = (
         title="All layers are adapted where none is asked for",
         severity="silent",
         seen=SEEN,
+        code="mlx_lm/tuner/utils.py:113 linear_to_lora_layers",
         cause=(
             "linear_to_lora_layers (tuner/utils.py) takes `layers[-max(num_layers, 0) :]`, "
             "which for 0 is all of them"
@@ -110,6 +113,7 @@ FINDINGS = (
         title="The base of RoPE is passed over in rope_parameters",
         severity="silent",
         seen=SEEN,
+        code="mlx_lm/models/llama.py:30 ModelArgs",
         cause="ModelArgs (models/llama.py) has rope_theta with a default, and no rope_parameters",
         does="""
             transformers `5` writes RoPE's base inside `rope_parameters`. The Llama of mlx-lm reads
@@ -156,6 +160,7 @@ FINDINGS = (
         title="Nothing is dropped of the base that DoRA rescales",
         severity="choice",
         seen=SEEN,
+        code="mlx_lm/tuner/dora.py:116 DoRALinear.__call__",
         cause="DoRALinear (tuner/dora.py) rescales the base's own output",
         does=r"""
             `DoRALinear` computes $g \circ (W x + s B A h)$ with $h = K \circ x$, the input that
@@ -175,4 +180,12 @@ FINDINGS = (
     ),
 )
 
-LIBRARY = Library("mlx-lm", "mlx-lm", "mlx-lm", FINDINGS, release=SEEN, reads=("mlx",))
+LIBRARY = Library(
+    "mlx-lm",
+    "mlx-lm",
+    "mlx-lm",
+    FINDINGS,
+    release=SEEN,
+    reads=("mlx",),
+    files="https://github.com/ml-explore/mlx-lm/blob/v{release}/{file}#L{line}",
+)

@@ -26,6 +26,7 @@ FINDINGS = (
         title="All modules have the one scale of the configuration",
         severity="silent",
         seen=SEEN,
+        code="sglang/srt/lora/lora.py:71 LoRAAdapter.__init__",
         cause=(
             "LoRAAdapter (srt/lora/lora.py) has one scale lora_alpha / r: use_rslora, "
             "rank_pattern and alpha_pattern are not read"
@@ -56,6 +57,7 @@ FINDINGS = (
         title="Everything but A and B is left out",
         severity="silent",
         seen=SEEN,
+        code="sglang/srt/lora/lora.py:164 LoRAAdapter._process_weight",
         cause=(
             "LoRAAdapter (srt/lora/lora.py) takes the factors A and B alone: modules_to_save, "
             "trained biases and the bias of B are left out without a word"
@@ -83,6 +85,7 @@ FINDINGS = (
         title="PiSSA's start stays in the base",
         severity="silent",
         seen=SEEN,
+        code="sglang/srt/lora/lora_config.py:43 LoRAConfig.__init__",
         cause="LoRAConfig (srt/lora/lora_config.py) does not read init_lora_weights",
         does="""
             The factors that PiSSA, OLoRA, CorDA and LoftQ have trained belong to a base that their
@@ -107,6 +110,7 @@ FINDINGS = (
         title="Only LoRA itself is loaded",
         severity="fails",
         seen=SEEN,
+        code="sglang/srt/lora/lora_manager.py:349 LoRAManager.validate_new_adapter",
         cause=(
             "LoRAManager.validate_new_adapter (srt/lora/lora_manager.py) refuses use_dora, and "
             "LoRAAdapter (srt/lora/lora.py) every other peft_type than LORA"
@@ -120,4 +124,12 @@ FINDINGS = (
     ),
 )
 
-LIBRARY = Library("sglang", "SGLang", "sglang", FINDINGS, release=SEEN, reads=("peft",))
+LIBRARY = Library(
+    "sglang",
+    "SGLang",
+    "sglang",
+    FINDINGS,
+    release=SEEN,
+    reads=("peft",),
+    files="https://github.com/sgl-project/sglang/blob/v{release}/python/{file}#L{line}",
+)

@@ -11,6 +11,7 @@ FINDINGS = (
         title="The base answers where the names of an adapter fit nothing",
         severity="silent",
         seen=SEEN,
+        code="transformers/integrations/peft.py:244 PeftAdapterMixin.load_adapter",
         cause=(
             "load_adapter (integrations/peft.py) logs which tensors are missing and which are left "
             "over, and goes on"
@@ -34,6 +35,7 @@ FINDINGS = (
         title="The loss of a float64 model is computed in float32",
         severity="rounding",
         seen=SEEN,
+        code="transformers/loss/loss_utils.py:61 ForCausalLMLoss",
         cause=(
             "ForCausalLMLoss (loss/loss_utils.py) starts with `logits.float()`, so loss and "
             "gradients carry float32 rounding"
@@ -57,6 +59,7 @@ FINDINGS = (
         title="A float64 Llama computes RMSNorm in float32",
         severity="rounding",
         seen=SEEN,
+        code="transformers/models/llama/modeling_llama.py:64 LlamaRMSNorm.forward",
         cause=(
             "RMSNorm (models/llama/modeling_llama.py, qwen2 alike) casts its input to "
             "float32, so the logits carry it too"
@@ -82,6 +85,7 @@ FINDINGS = (
         title="A float64 Llama computes RoPE in float32",
         severity="rounding",
         seen=SEEN,
+        code="transformers/models/llama/modeling_llama.py:111 LlamaRotaryEmbedding.forward",
         cause="RoPE (models/llama/modeling_llama.py) casts its angles and tables to float32",
         does="""
             RoPE casts its angles and tables to float32.
@@ -96,6 +100,7 @@ FINDINGS = (
         title="A float64 Llama computes its softmax in float32",
         severity="rounding",
         seen=SEEN,
+        code="transformers/models/llama/modeling_llama.py:197 eager_attention_forward",
         cause=(
             "eager_attention_forward (models/llama/modeling_llama.py) casts its scores to float32"
         ),
@@ -112,6 +117,7 @@ FINDINGS = (
         title="Padding on the left makes a float64 Llama NaN",
         severity="silent",
         seen=SEEN,
+        code="transformers/masking_utils.py:615 eager_mask",
         cause=(
             "the least float64, which fills the mask, is -inf in that softmax: a row without any "
             "key (padding on the left) is NaN"
@@ -137,6 +143,7 @@ FINDINGS = (
         title="The warm-up of a constant schedule is ignored",
         severity="training",
         seen=SEEN,
+        code="transformers/optimization.py:1015 get_scheduler",
         cause=(
             "get_scheduler (optimization.py) calls get_constant_schedule without num_warmup_steps"
         ),
@@ -160,6 +167,7 @@ FINDINGS = (
         title="A cosine schedule rises again after its end",
         severity="training",
         seen=SEEN,
+        code="transformers/optimization.py:140 _get_cosine_schedule_with_warmup_lr_lambda",
         cause=(
             "get_cosine_schedule_with_warmup (optimization.py) takes the cosine of the "
             "progress without bounding it by 1: beyond total_steps the rate rises from 0 "
@@ -184,6 +192,7 @@ FINDINGS = (
         title="DoRA is loaded without its magnitude",
         severity="silent",
         seen=SEEN,
+        code="transformers/integrations/peft.py:240 PeftAdapterMixin.load_adapter",
         cause=(
             "load_adapter (integrations/peft.py) renames the file's lora_magnitude_vector to "
             "one without the parameter's .weight: DoRA's magnitude is not loaded, and stays "
@@ -213,6 +222,7 @@ FINDINGS = (
         title="A classifier is trained by the sum of its micro-batches' losses",
         severity="training",
         seen=SEEN,
+        code="transformers/trainer.py:2167 Trainer.compute_loss",
         cause=(
             "Trainer.compute_loss (trainer.py) divides the losses of micro-batches by their "
             "number only where the model takes no further keyword arguments: a classifier "
@@ -236,5 +246,11 @@ FINDINGS = (
 )
 
 LIBRARY = Library(
-    "transformers", "transformers", "transformers", FINDINGS, release=SEEN, reads=("peft",)
+    "transformers",
+    "transformers",
+    "transformers",
+    FINDINGS,
+    release=SEEN,
+    reads=("peft",),
+    files="https://github.com/huggingface/transformers/blob/v{release}/src/{file}#L{line}",
 )

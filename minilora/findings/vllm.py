@@ -41,6 +41,7 @@ FINDINGS = (
         title="Modules of another prefix are passed over",
         severity="silent",
         seen=SEEN,
+        code="vllm/lora/lora_model.py:268 LoRAModel.from_local_checkpoint.check_unexpected_modules",
         versions=">=0.15.1",
         cause=(
             "from_local_checkpoint (lora/lora_model.py) compares the last word of a module's name "
@@ -67,6 +68,7 @@ FINDINGS = (
         title="What changes more than the factors of LoRA is refused",
         severity="fails",
         seen=SEEN,
+        code="vllm/lora/peft_helper.py:53 PEFTHelper._validate_features",
         cause=(
             "PEFTHelper (lora/peft_helper.py) refuses use_dora, lora_bias, bias, modules_to_save "
             "other than a classifier's head, layer_replication, aLoRA, and a start that PEFT takes "
@@ -102,6 +104,7 @@ FINDINGS = (
         title="A rank above 16 is refused unless the server is told of it",
         severity="fails",
         seen=SEEN,
+        code="vllm/config/lora.py:34 LoRAConfig",
         cause="max_lora_rank (config/lora.py) is 16 unless given",
         right="""
             A limit that memory asks for is a choice, and the error names it.
@@ -114,4 +117,12 @@ FINDINGS = (
     ),
 )
 
-LIBRARY = Library("vllm", "vLLM", "vllm", FINDINGS, release=SEEN, reads=("peft",))
+LIBRARY = Library(
+    "vllm",
+    "vLLM",
+    "vllm",
+    FINDINGS,
+    release=SEEN,
+    reads=("peft",),
+    files="https://github.com/vllm-project/vllm/blob/v{release}/{file}#L{line}",
+)

@@ -11,12 +11,15 @@ An argument with the name of a library is that library. The numbers are chosen s
 rounded but what the finding is about, and `==` can decide.
 """
 
+import ast
 import copy
 import json
 import pickle
 import warnings
 from collections import OrderedDict
 from contextlib import nullcontext
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +29,7 @@ from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 
 from minilora import Batch, TrainableSpec, logits, lora_linear, merge, scale, unmerge
+from minilora.findings import FINDINGS, LIBRARIES
 from minilora.io.formats.huggingface import config_to_json, read_model
 from minilora.spec.adalora import adalora_scale, allocate, budget, orthogonality
 from minilora.spec.initialization import loftq, olora, orthogonal, pissa
@@ -2099,3 +2103,43 @@ def test_vllm_refuses_a_rank_above_16_unless_told(vllm_helper):
     told.validate_legal(SimpleNamespace(max_lora_rank=32))
     with pytest.raises(ValueError, match="greater than max_lora_rank"):
         told.validate_legal(SimpleNamespace(max_lora_rank=limit))
+
+
+def function_at(source, line):
+    """The dotted name of the innermost function or class that the line is in."""
+    names = []
+
+    def look(node):
+        for inner in ast.iter_child_nodes(node):
+            first = getattr(inner, "lineno", line) - len(getattr(inner, "decorator_list", ()))
+            if first <= line <= getattr(inner, "end_lineno", line):
+                if isinstance(inner, ast.FunctionDef | ast.ClassDef):
+                    names.append(inner.name)
+                look(inner)
+
+    look(ast.parse(source))
+    return ".".join(names)
+
+
+CODES = [finding for finding in FINDINGS.values() if finding.code]
+
+
+@pytest.mark.parametrize("finding", CODES, ids=[finding.id for finding in CODES])
+def test_the_cause_of_a_finding_is_where_it_says(finding):
+    library = LIBRARIES[finding.library]
+    place, _, function = finding.code.partition(" ")
+    file, _, line = place.partition(":")
+    try:
+        installed = distribution(library.distribution)
+    except PackageNotFoundError:
+        pytest.skip(f"{library.distribution} is not installed")
+    if installed.version != finding.seen:
+        pytest.skip(f"{library.distribution} is {installed.version}")
+    source = Path(str(installed.locate_file(file))).read_text()
+    assert function_at(source, int(line)) == function or not function
+
+
+def test_the_function_of_a_line_is_found():
+    source = "class A:\n    def f(self):\n        return 1\n\n\ndef g():\n    pass\n"
+    assert [function_at(source, line) for line in (1, 3, 6, 7)] == ["A", "A.f", "g", "g"]
+    assert function_at(source, 4) == ""

@@ -33,4 +33,5 @@ LIBRARY = Library(
     ),
     release=SEEN,
     reads=("peft",),
+    files="https://github.com/huggingface/peft/blob/v{release}/src/{file}#L{line}",
 )

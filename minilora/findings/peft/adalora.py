@@ -24,6 +24,8 @@ FINDINGS = (
         title="AdaLoRA's penalty is a mean of norms",
         severity="choice",
         seen=SEEN,
+        cause="regu_loss is a mean of norms, and not of their squares (tuners/adalora/model.py)",
+        code="peft/tuners/adalora/model.py:251 AdaLoraModel.forward",
         does=r"""
             The paper's term is $\gamma \sum_k R_k$ with $R = \lVert B^\top B - I \rVert_F^2 +
             \lVert A A^\top - I \rVert_F^2$. PEFT adds `orth_reg_weight` times the mean of the norms
@@ -45,6 +47,11 @@ FINDINGS = (
         title="AdaLoRA's penalty is in an evaluation's loss, and in none without a task type",
         severity="training",
         seen=SEEN,
+        cause=(
+            "the penalty is added to any loss of the outputs, in evaluation too, and a "
+            "PeftModel without a task calls the model below (tuners/adalora/model.py)"
+        ),
+        code="peft/tuners/adalora/model.py:256 AdaLoraModel.forward",
         does="""
             `AdaLoraModel.forward` adds the penalty wherever the outputs have a loss. A `PeftModel`,
             which is what a configuration without `task_type` gives, calls the model below it and
@@ -67,6 +74,11 @@ FINDINGS = (
         title="AdaLoRA's adapter is saved as another function between two prunings",
         severity="silent",
         seen=SEEN,
+        cause=(
+            "what the last pruning took away is left out, whatever it has become "
+            "(tuners/adalora/model.py)"
+        ),
+        code="peft/tuners/adalora/model.py:314 AdaLoraModel._get_adapter_state_dict",
         does="""
             With `deltaT` above 1 a pruned singular value is trained on until the next pruning, and
             is no zero then. `save_pretrained` leaves out the triplets that the last pruning took
@@ -88,6 +100,8 @@ FINDINGS = (
         title="AdaLoRA prunes all triplets of one score",
         severity="training",
         seen=SEEN,
+        cause="all scores that are not above the threshold are pruned (tuners/adalora/layer.py)",
+        code="peft/tuners/adalora/layer.py:488 RankAllocator.mask_to_budget",
         does="""
             The threshold is the greatest score that is to go, and all that does not exceed it goes.
             """,
@@ -105,6 +119,11 @@ FINDINGS = (
         title="AdaLoRA's adapter of alpha 0 is loaded with another scale",
         severity="silent",
         seen=SEEN,
+        cause=(
+            "for an alpha of 0 the scale is the rank, the pruned one when an adapter is "
+            "loaded (tuners/adalora/layer.py)"
+        ),
+        code="peft/tuners/adalora/layer.py:85 AdaLoraLayer.update_layer",
         does="""
             For `lora_alpha=0` the layer takes the rank in its place, so that the scale is about 1.
             When an adapter is loaded that has been pruned, it takes the pruned rank, and divides by
@@ -130,6 +149,11 @@ FINDINGS = (
         title="AdaLoRA's rank is trained where the base is in half precision",
         severity="silent",
         seen=SEEN,
+        cause=(
+            "ranknum is a parameter, which a move to another dtype makes anew with a gradient"
+            " (tuners/adalora/layer.py)"
+        ),
+        code="peft/tuners/adalora/layer.py:84 AdaLoraLayer.update_layer",
         does="""
             The scale of AdaLoRA divides by the rank of the start, which the layer keeps as a
             parameter without a gradient. Moving it to where the base is makes a new parameter of
@@ -151,6 +175,10 @@ FINDINGS = (
         title="AdaLoRA ignores rsLoRA and the patterns of alpha",
         severity="silent",
         seen=SEEN,
+        cause=(
+            "the scale is alpha over ranknum, and no setting is asked for (tuners/adalora/layer.py)"
+        ),
+        code="peft/tuners/adalora/layer.py:85 AdaLoraLayer.update_layer",
         does="""
             `AdaLoraConfig` takes `use_rslora` and `alpha_pattern`, saves them and computes nothing
             by them.
@@ -172,6 +200,8 @@ FINDINGS = (
         title="AdaLoRA fails where the budget does not fall",
         severity="fails",
         seen=SEEN,
+        cause="kthvalue is asked for the value 0 (tuners/adalora/layer.py)",
+        code="peft/tuners/adalora/layer.py:478 RankAllocator.mask_to_budget",
         right="""
             A budget of as many triplets as there are prunes none.
             """,
@@ -186,6 +216,8 @@ FINDINGS = (
         title="AdaLoRA's budget is one triplet short where it is a whole number",
         severity="rounding",
         seen=SEEN,
+        cause="the product is cut by int, and not rounded (tuners/adalora/layer.py)",
+        code="peft/tuners/adalora/layer.py:405 RankAllocator.budget_schedule",
         does="""
             The cube is computed in floating point and its product cut to a whole number.
             """,

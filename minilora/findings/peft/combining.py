@@ -16,6 +16,7 @@ FINDINGS = (
         title="What is combined of rsLoRA has another scale",
         severity="silent",
         seen=SEEN,
+        code="peft/tuners/lora/model.py:866 LoraModel.add_weighted_adapter",
         cause=(
             "add_weighted_adapter (tuners/lora/model.py) gives the combined adapter "
             "lora_alpha = r and the first adapter's use_rslora: with rsLoRA its scale is √r "
@@ -47,6 +48,11 @@ FINDINGS = (
         title="What is combined has neither the bias nor the magnitude",
         severity="silent",
         seen=SEEN,
+        cause=(
+            "the new adapter gets A and B, and what else there is of its layers stays as it "
+            "was made (tuners/lora/model.py)"
+        ),
+        code="peft/tuners/lora/model.py:890 LoraModel.add_weighted_adapter",
         does=r"""
             Of an adapter with `lora_bias` or `use_dora` only $A$ and $B$ are combined; the bias is
             0 again and the magnitude $\|W\|$, as at the start of a training ([PEFT
@@ -71,6 +77,7 @@ FINDINGS = (
         title="The weights of a combination are rounded to float32",
         severity="rounding",
         seen=SEEN,
+        code="peft/tuners/lora/model.py:740 LoraModel._check_add_weighted_adapter",
         cause=(
             "add_weighted_adapter (tuners/lora/model.py) takes the SVD in float32, and leaves"
             " the factors of a half precision in it; one adapter alone is combined as "

@@ -10,6 +10,7 @@ FINDINGS = (
         title="Several DoRA adapters act in a row, and side by side where they train with dropout",
         severity="silent",
         seen=SEEN,
+        code="peft/tuners/lora/dora.py:158 DoraLinearLayer.forward",
         cause=(
             "DoRA (tuners/lora/dora.py) rescales what the adapters before it in the list have"
             " added, by a norm of W without them: the order of the active adapters matters, "
@@ -44,6 +45,8 @@ FINDINGS = (
         title="A row of zeros becomes NaN under DoRA",
         severity="silent",
         seen=SEEN,
+        cause="the magnitude is divided by the norm, whatever that is (tuners/lora/dora.py)",
+        code="peft/tuners/lora/dora.py:153 DoraLinearLayer.forward",
         does="""
             Each row of the weight is divided by its norm, whatever that is.
             """,
@@ -62,6 +65,11 @@ FINDINGS = (
         title="A DoRA convolution pads its base with zeros where it trains with dropout",
         severity="training",
         seen=SEEN,
+        cause=(
+            "the base's part is computed by the function, which has no padding mode "
+            "(tuners/lora/dora.py)"
+        ),
+        code="peft/tuners/lora/dora.py:248 _DoraConvNdLayer.forward",
         does="""
             With dropout PEFT computes the base's part of the branch anew, from what dropout leaves,
             and without the padding mode.
@@ -80,6 +88,7 @@ FINDINGS = (
         title="DoRA's norms in groups are those of another matrix",
         severity="silent",
         seen=SEEN,
+        code="peft/tuners/lora/dora.py:220 _DoraConvNdLayer.get_lora_weight",
         cause=(
             "DoRA takes the norms of a convolution in groups (tuners/lora/dora.py) of another"
             " matrix"
@@ -105,6 +114,7 @@ FINDINGS = (
         title="A bias loses its gradient under DoRA in half precision",
         severity="rounding",
         seen=SEEN,
+        code="peft/tuners/lora/dora.py:161 DoraLinearLayer.forward",
         cause=(
             "DoRA takes the bias from the base's output and leaves it there "
             "(tuners/lora/dora.py): its gradient is sum dy + sum (g - 1) dy - sum (g - 1) dy,"
@@ -129,6 +139,7 @@ FINDINGS = (
         title="DoRA makes a row of a vector",
         severity="fails",
         seen=SEEN,
+        code="peft/tuners/lora/dora.py:153 DoraLinearLayer.forward",
         cause=(
             "DoRA views its factor as (1, m) (tuners/lora/dora.py), so that a vector's output"
             " is a row"

@@ -50,6 +50,7 @@ FINDINGS = (
         title="A loaded adapter may have another scale than the saved one",
         severity="silent",
         seen=SEEN,
+        code="peft/config.py:163 PeftConfigMixin.save_pretrained",
         cause=(
             "get_pattern_key (utils/other.py) takes the first key that fits, and "
             "save_pretrained (config.py) writes the keys sorted"
@@ -79,6 +80,8 @@ FINDINGS = (
         title="A classifier's heads are listed again at each saving",
         severity="nuisance",
         seen=SEEN,
+        cause="the constructor extends the list of the configuration itself (peft_model.py)",
+        code="peft/peft_model.py:1836 PeftModelForSequenceClassification.__init__",
         does="""
             Of a model with `task_type="SEQ_CLS"` PEFT adds the heads that it knows to the list
             `modules_to_save`, of whatever is there: to the caller's own list, and to the one that
@@ -104,6 +107,8 @@ FINDINGS = (
         title="PiSSA by a few iterations is loaded as another function",
         severity="silent",
         seen=SEEN,
+        cause="svd_lowrank starts from random vectors, at each load anew (tuners/lora/layer.py)",
+        code="peft/tuners/lora/layer.py:446 LoraLayer.pissa_init",
         does="""
             With `init_lora_weights="pissa_niter_…"` the singular values are approximated from a
             random start. Loading takes the start out of the base again, and draws anew: the
@@ -129,6 +134,8 @@ FINDINGS = (
         title="Converting PiSSA drops all but A and B",
         severity="silent",
         seen=SEEN,
+        cause="only the names with lora_A and lora_B are taken over (tuners/lora/model.py)",
+        code="peft/tuners/lora/model.py:1096 LoraModel.subtract_mutated_init",
         does="""
             `save_pretrained` with `path_initial_model_for_weight_conversion` writes the doubled A
             and B and nothing else: no magnitude of DoRA, no module that is saved in full, no
@@ -150,6 +157,11 @@ FINDINGS = (
         title="A GPT-2 is loaded without the tied half of its adapter",
         severity="silent",
         seen=SEEN,
+        cause=(
+            "what may be tied is known by the names embed_tokens and lm_head alone "
+            "(tuners/tuners_utils.py)"
+        ),
+        code="peft/tuners/tuners_utils.py:1436 BaseTuner._check_tied_modules",
         does="""
             `target_modules=["lm_head"]` with `ensure_weight_tying` adapts head and embedding, and
             is saved as an adapter of `transformer.wte`. On loading, only modules called
@@ -176,6 +188,10 @@ FINDINGS = (
         title="The layers of a Qwen2 cannot be replicated",
         severity="fails",
         seen=SEEN,
+        cause=(
+            "replicate_layers sets num_hidden_layers, and not layer_types (tuners/tuners_utils.py)"
+        ),
+        code="peft/tuners/tuners_utils.py:2588 replicate_layers",
         does="""
             `layer_replication` lengthens the model's list of layers, and not `layer_types` of its
             configuration, which Qwen2 reads by the layer's number.
@@ -194,6 +210,11 @@ FINDINGS = (
         title="A whole bias of B is taken for a shard",
         severity="nuisance",
         seen=SEEN,
+        cause=(
+            "every tensor whose name holds lora_B counts as a shard if it has one dimension, "
+            "its bias too (utils/save_and_load.py)"
+        ),
+        code="peft/utils/save_and_load.py:78 _validate_lora_adapter_state_dict",
         does="""
             With `lora_bias=True`, saving warns that `lora_B.bias` has an invalid shape and that
             shards were not gathered: what is of one dimension counts as a shard, and a bias has one
@@ -212,6 +233,7 @@ FINDINGS = (
         title="The base is served where the names of an adapter fit nothing",
         severity="silent",
         seen=SEEN,
+        code="peft/peft_model.py:1522 PeftModel.load_adapter",
         cause=(
             "load_adapter (peft_model.py) warns of tensors that are missing and says nothing "
             "of those left over: the base, or a part of the adapter, is served"

@@ -16,6 +16,10 @@ FINDINGS = (
         title="A head whose tokens are trained loses its bias",
         severity="silent",
         seen=SEEN,
+        cause=(
+            "F.linear is called with the new table and no bias (tuners/trainable_tokens/layer.py)"
+        ),
+        code="peft/tuners/trainable_tokens/layer.py:267 TrainableTokensLayer.forward_adapters",
         does="""
             `trainable_token_indices` trains some rows of an embedding, and of the head that is tied
             to it. The adapted head multiplies by the new table and adds nothing, as was reported in
@@ -35,6 +39,7 @@ FINDINGS = (
         title="The adapter of a convolution moves without dilation",
         severity="silent",
         seen=SEEN,
+        code="peft/tuners/lora/layer.py:1625 _ConvNd.update_layer",
         cause=(
             "the A of a convolution (tuners/lora/layer.py) has the kernel, the stride and the"
             " padding of the base, and not its dilation"
@@ -62,6 +67,7 @@ FINDINGS = (
         title="The adapter of a convolution pads with zeros, whatever the padding mode",
         severity="silent",
         seen=SEEN,
+        code="peft/tuners/lora/layer.py:1625 _ConvNd.update_layer",
         cause="the A of a convolution (tuners/lora/layer.py) has not the base's padding mode",
         also={"lycoris-lora": "4.1.3"},
         does="""
@@ -77,6 +83,7 @@ FINDINGS = (
         title="The only expert of a weight stored (in, out) gets the transpose",
         severity="silent",
         seen=SEEN,
+        code="peft/tuners/lora/layer.py:2545 ParamWrapper.get_delta_weight",
         cause=(
             "the one expert of a weight (1, in, out) is taken for a matrix "
             "(tuners/lora/layer.py), and gets the transpose of its change"
@@ -108,6 +115,7 @@ FINDINGS = (
         title="Embedding with max_norm shortens lora_A in its forward (as loralib's)",
         severity="silent",
         seen=SEEN,
+        code="peft/tuners/lora/layer.py:1478 Embedding._embed",
         cause=(
             "an embedding looks up the columns of A with the max_norm of the table "
             "(tuners/lora/layer.py)"
@@ -132,6 +140,7 @@ FINDINGS = (
         title="The change of an attention's output is added twice",
         severity="silent",
         seen=SEEN,
+        code="peft/tuners/lora/layer.py:2072 MultiheadAttention.merge",
         cause=(
             "MultiheadAttention.merge (tuners/lora/layer.py), which the forward calls too, "
             "adds the change of out_proj to its weight, and merges out_proj itself besides: "
@@ -163,6 +172,7 @@ FINDINGS = (
         title="An adapter in an encoder's layer does not act in evaluation",
         severity="silent",
         seen=SEEN,
+        code="peft/tuners/tuners_utils.py:1943 BaseTunerLayer.weight",
         cause=(
             "torch.nn.TransformerEncoderLayer reads the weights of linear1 and linear2 itself"
             " in evaluation, and the layer that PEFT puts there shows it the base's"

@@ -23,6 +23,7 @@ FINDINGS = (
         title="A safe merge rounds twice",
         severity="rounding",
         seen=SEEN,
+        code="peft/tuners/lora/layer.py:980 Linear.merge",
         cause=(
             "merge with safe_merge (tuners/lora/layer.py) adds a delta that is cast to the "
             "weight's dtype"
@@ -47,6 +48,7 @@ FINDINGS = (
         title="A tied head's adapter is merged into the embedding, and tied factors twice",
         severity="silent",
         seen=SEEN,
+        code="peft/tuners/lora/layer.py:1371 Embedding.merge",
         cause=(
             "an adapter of one use of a tied table is merged into the table itself, and so "
             "acts in the other use too, and one of both uses (ensure_weight_tying) twice: the"
@@ -85,6 +87,7 @@ FINDINGS = (
         title="Unmerging takes away what the adapter is by then",
         severity="silent",
         seen=SEEN,
+        code="peft/tuners/lora/layer.py:1035 Linear.unmerge",
         cause=(
             "set_scale does not reach a merged weight, and unmerging (tuners/lora/layer.py) takes "
             "away what the adapter is by then and not what was added"
@@ -109,6 +112,8 @@ FINDINGS = (
         title="A merge that is refused leaves the weight merged",
         severity="silent",
         seen=SEEN,
+        cause="the weight is changed before it is asked for the bias (tuners/lora/layer.py)",
+        code="peft/tuners/lora/layer.py:1008 Linear.merge",
         does="""
             A trained bias of $B$ needs a bias of the base to be merged into. PEFT finds that there
             is none after it has added $sBA$.
@@ -129,6 +134,7 @@ FINDINGS = (
         title="A convolution of three dimensions and kernel 1 cannot be merged",
         severity="fails",
         seen=SEEN,
+        code="peft/tuners/lora/layer.py:1779 _ConvNd.get_delta_weight",
         cause=(
             "get_delta_weight (tuners/lora/layer.py) takes a kernel of three dimensions of "
             "which the first two are 1 for one of two dimensions, and fails"
@@ -151,6 +157,8 @@ FINDINGS = (
         title="Unmerging does not restore the weight (loralib too)",
         severity="rounding",
         seen=SEEN,
+        cause="unmerge subtracts the delta from the rounded sum (tuners/lora/layer.py)",
+        code="peft/tuners/lora/layer.py:1036 Linear.unmerge",
         also={"loralib": "0.1.2"},
         does="""
             Both libraries unmerge by subtraction.
@@ -173,6 +181,7 @@ FINDINGS = (
         title="An evaluated layer in four bits is merged into another weight",
         severity="silent",
         seen=SEEN,
+        code="peft/tuners/lora/bnb.py:384 Linear4bit.merge",
         cause=(
             "merge (tuners/lora/bnb.py) unpacks by dequantize_4bit what Linear4bit has packed"
             " in another order"
@@ -197,6 +206,7 @@ FINDINGS = (
         title="A bias of B is merged without its scale into a layer in four or eight bits",
         severity="silent",
         seen=SEEN,
+        code="peft/tuners/lora/bnb.py:405 Linear4bit.merge",
         cause="merging into few bits adds the bias of B without its scale (tuners/lora/bnb.py)",
         does="""
             `merge` of `tuners/lora/bnb.py` adds the bias of B to the layer's bias as it is. In the

@@ -19,6 +19,10 @@ FINDINGS = (
         title="Layers are counted by their experts where they are outermost",
         severity="silent",
         seen=SEEN,
+        cause=(
+            "the number is what follows any part of the name but its first (tuners/tuners_utils.py)"
+        ),
+        code="peft/tuners/tuners_utils.py:2391 check_target_module_exists",
         does="""
             `layers_to_transform` keeps the modules of some layers. Without `layers_pattern` the
             number is the first one that follows any part of the name but its first: in a bare
@@ -41,6 +45,11 @@ FINDINGS = (
         title="The head is adapted where another projection bears the end of its name",
         severity="silent",
         seen=SEEN,
+        cause=(
+            "the head is left out by name, and what is left is compared by the last words of "
+            "names (tuners/tuners_utils.py)"
+        ),
+        code="peft/tuners/tuners_utils.py:2465 _maybe_include_all_linear_layers",
         does="""
             "all-linear" is resolved to the names of all projections but the output head. These then
             match as any list does: a whole name or its dotted end.
@@ -59,6 +68,8 @@ FINDINGS = (
         title="What only ends like a module to save is trained in full",
         severity="silent",
         seen=SEEN,
+        cause="a name is compared by endswith, with no dot before it (utils/other.py)",
+        code="peft/utils/other.py:1088 _set_trainable",
         does="""
             `modules_to_save` is compared with the end of each name, with no dot before it, where a
             target is compared with a dotted end. In [PEFT
@@ -79,6 +90,11 @@ FINDINGS = (
         title="A module to save inside another is not trained, nor is the other",
         severity="silent",
         seen=SEEN,
+        cause=(
+            "the copy that is made of the outer module is wrapped once more for the inner one"
+            " (utils/other.py)"
+        ),
+        code="peft/utils/other.py:653 ModulesToSaveWrapper.update",
         does="""
             `modules_to_save` is gone through module by module. One that lies in another is wrapped
             in the copy that the other's wrapper has made, which freezes that copy: what the model

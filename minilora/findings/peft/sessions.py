@@ -10,6 +10,7 @@ FINDINGS = (
         title="A trained bias stays in the base",
         severity="silent",
         seen=SEEN,
+        code="peft/tuners/tuners_utils.py:526 BaseTuner._mark_only_adapters_as_trainable",
         cause=(
             "bias='lora_only' and 'all' train the base's own bias: it acts from when it is "
             "there, also while disabled, of which the library warns, and only one adapter may"
@@ -41,6 +42,11 @@ FINDINGS = (
         title="Beside a merged adapter the other active ones do not act",
         severity="silent",
         seen=SEEN,
+        cause=(
+            "a layer that has merged any adapter computes the base layer alone "
+            "(tuners/lora/layer.py)"
+        ),
+        code="peft/tuners/lora/layer.py:1085 Linear.forward",
         does="""
             Once a layer has merged an adapter, its forward is the merged weight's alone. The others
             are still reported as active; [PEFT
@@ -60,6 +66,7 @@ FINDINGS = (
         title="A model whose last adapter is deleted fails",
         severity="fails",
         seen=SEEN,
+        code="peft/tuners/tuners_utils.py:589 BaseTuner.delete_adapter",
         cause="a model without adapters fails with a KeyError in its forward",
         does="""
             `delete_adapter` leaves the name of the deleted adapter as the active one, and the
@@ -79,6 +86,7 @@ FINDINGS = (
         title="Another adapter acts for a deleted one",
         severity="silent",
         seen=SEEN,
+        code="peft/tuners/tuners_utils.py:2118 BaseTunerLayer.delete_adapter",
         cause=(
             "deleting the active adapter (tuners/lora/model.py, delete_adapter) activates "
             "another one, whose module to save acts from when the next adapter is added, also"
@@ -102,6 +110,7 @@ FINDINGS = (
         title="Hot-swapping an adapter empties others whose names contain its own",
         severity="silent",
         seen=SEEN,
+        code="peft/utils/hotswap.py:472 hotswap_adapter_from_state_dict",
         cause=(
             "hot-swapping (utils/hotswap.py) fills with 0 every adapter whose name contains "
             "the name of the replaced one"
@@ -124,6 +133,7 @@ FINDINGS = (
         title="A hot-swapped adapter is scaled and saved by the numbers of the one before",
         severity="silent",
         seen=SEEN,
+        code="peft/utils/hotswap.py:521 hotswap_adapter_from_state_dict",
         cause=(
             "hot-swapping (utils/hotswap.py) sets the layers' scaling, and neither their r "
             "and lora_alpha nor the configuration: a scale that is set later and a file that "
@@ -149,6 +159,7 @@ FINDINGS = (
         title="An unknown adapter is passed over where several are activated",
         severity="silent",
         seen=SEEN,
+        code="peft/tuners/tuners_utils.py:2615 set_adapter",
         cause=(
             "LoraModel.set_adapter (tuners/tuners_utils.py), which takes several names, "
             "passes over those that it lacks, without a word: the others act, or the base "
@@ -171,6 +182,7 @@ FINDINGS = (
         title="The adapter of an embedding cannot be hot-swapped",
         severity="fails",
         seen=SEEN,
+        code="peft/utils/hotswap.py:501 hotswap_adapter_from_state_dict",
         cause=(
             "hot-swapping (utils/hotswap.py) takes the last three words off the name of a "
             "tensor to find its layer; the name of an embedding's has no .weight, and the "

@@ -9,6 +9,7 @@ FINDINGS = (
         title="OLoRA starts from the transpose of a weight that is stored (in, out)",
         severity="fails",
         seen=SEEN,
+        code="peft/tuners/lora/layer.py:401 LoraLayer.olora_init",
         cause=(
             "olora_init (tuners/lora/layer.py) factors the weight as it is stored: of a "
             "Conv1D, which has (in, out), A and B get each other's sides, and the first "
@@ -33,6 +34,11 @@ FINDINGS = (
         title="An embedding starts as LoRA's, whatever start is asked for",
         severity="training",
         seen=SEEN,
+        cause=(
+            "every start but four goes to reset_lora_parameters, which takes no notice of its"
+            " name for a table (tuners/lora/layer.py)"
+        ),
+        code="peft/tuners/lora/layer.py:1264 Embedding.update_layer",
         does="""
             PEFT's embeddings have one start and take the name of any other one for it, where
             convolutions refuse an unknown name.
@@ -51,6 +57,11 @@ FINDINGS = (
         title="PiSSA in a head takes its part out of the tied embedding too",
         severity="silent",
         seen=SEEN,
+        cause=(
+            "the residual is put into the parameter itself, which the embedding shares "
+            "(tuners/lora/layer.py)"
+        ),
+        code="peft/tuners/lora/layer.py:462 LoraLayer.pissa_init",
         does="""
             The residual is put into the weight that the two share. OLoRA and LoftQ do the same.
             """,
@@ -69,6 +80,11 @@ FINDINGS = (
         title="Experts that start orthogonal share one rank, and do not start at zero",
         severity="silent",
         seen=SEEN,
+        cause=(
+            "the start is of rank r, where the experts side by side have r each "
+            "(tuners/lora/layer.py)"
+        ),
+        code="peft/tuners/lora/layer.py:605 LoraLayer.orthogonal_init",
         does="""
             The start makes $A$ and $B$ of one matrix of rank $r$, where there should be one for
             each expert. Cut into the experts' parts, their halves of the rank are no longer
@@ -88,6 +104,8 @@ FINDINGS = (
         title="LoftQ starts without its scale",
         severity="silent",
         seen=SEEN,
+        cause="loftq_init is called without the scale (tuners/lora/layer.py)",
+        code="peft/tuners/lora/layer.py:585 LoraLayer.loftq_init",
         does="""
             PEFT hands the weight and the rank to the start, and not $s$. The question is open in
             [PEFT 1982](https://github.com/huggingface/peft/issues/1982). The start asks for a GPU,
@@ -109,6 +127,8 @@ FINDINGS = (
         title="LoftQ starts from the transpose of a weight that is stored (in, out)",
         severity="silent",
         seen=SEEN,
+        cause="the weight is factored as it is stored (tuners/lora/layer.py)",
+        code="peft/tuners/lora/layer.py:591 LoraLayer.loftq_init",
         does="""
             As OLoRA does.
             """,
@@ -122,6 +142,8 @@ FINDINGS = (
         title="LoftQ fails in convolutions and embeddings",
         severity="fails",
         seen=SEEN,
+        cause="loftq_init is called without the configuration that it takes (tuners/lora/layer.py)",
+        code="peft/tuners/lora/layer.py:1260 Embedding.update_layer",
         does="""
             They call the start without the configuration that it needs.
             """,

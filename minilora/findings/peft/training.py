@@ -9,6 +9,7 @@ FINDINGS = (
         title="A weight decay given for LoRA+ becomes zero",
         severity="training",
         seen=SEEN,
+        code="peft/optimizers/loraplus.py:90 create_loraplus_optimizer",
         cause=(
             "create_loraplus_optimizer (optimizers/loraplus.py) gives each group "
             "loraplus_weight_decay, whatever weight_decay is"
@@ -36,6 +37,7 @@ FINDINGS = (
         title="Trained vectors have the rate of B with LoRA+",
         severity="choice",
         seen=SEEN,
+        code="peft/optimizers/loraplus.py:81 create_loraplus_optimizer",
         cause=(
             "create_loraplus_optimizer (optimizers/loraplus.py) gives the rate of B to every vector"
         ),
@@ -60,6 +62,7 @@ FINDINGS = (
         title="The adapter of an embedding has a rate of its own with LoRA+",
         severity="training",
         seen=SEEN,
+        code="peft/optimizers/loraplus.py:91 create_loraplus_optimizer",
         cause=(
             "create_loraplus_optimizer (optimizers/loraplus.py) gives an embedding's adapter "
             "a rate of its own, 1e-6"
@@ -82,6 +85,11 @@ FINDINGS = (
         title="Tied factors are trained by two optimizers",
         severity="training",
         seen=SEEN,
+        cause=(
+            "the head's factors are parameters of their own, on the embedding's memory "
+            "(tuners/lora/layer.py)"
+        ),
+        code="peft/tuners/lora/layer.py:273 LoraLayer.update_layer",
         does="""
             With `ensure_weight_tying` the head's A and B are parameters of their own that share the
             embedding's memory. Each has its own gradient and its own state in the optimizer, and
@@ -102,6 +110,8 @@ FINDINGS = (
         title="LoRA-FA's gradient is rounded to bfloat16",
         severity="rounding",
         seen=SEEN,
+        cause="the gradient of B is computed under autocast to bfloat16 (optimizers/lorafa.py)",
+        code="peft/optimizers/lorafa.py:170 LoraFAOptimizer.step",
         does="""
             The optimizer of `create_lorafa_optimizer` computes its gradient of $B$ under `autocast`
             to bfloat16 wherever the device has bfloat16, a CPU included, whatever the parameters'
