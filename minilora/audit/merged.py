@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +19,14 @@ from minilora.audit.changes import AdapterChanges, ranges_of, read_changes
 from minilora.audit.judge import judge
 from minilora.audit.result import Entry, Report
 from minilora.audit.settings import compare_settings
-from minilora.audit.tensors import StoredTensor, TensorStore, layer_of, open_tensors
+from minilora.audit.tensors import TensorStore, layer_of, open_tensors
 from minilora.audit.tokenizer import compare_tokenizers
 from minilora.audit.untouched import untouched
 from minilora.io.formats.peft.settings import NOT_REPRODUCIBLE
+from minilora.training.threads import in_order
+
+THREADS = min(4, os.cpu_count() or 1)
+"""So many tensors are compared at a time; each takes a few blocks of rows, of 20 MB at most."""
 
 Progress = Callable[[int, int, str], None]
 """Told as the audit goes: the bytes that were read, of how many, and the tensor's name."""
@@ -94,26 +99,26 @@ class Walk:
 
     def run(self) -> Iterator[Entry]:
         """A verdict on every tensor of the two."""
-        changed = self.changed
-        found: set[str] = set()
+        places = {name: self._place_of(name) for name in self.base}
+        asked = [name for name, there in places.items() if there != ""]
         done, total = 0, self.base.nbytes + self.merged.nbytes
-        for name, tensor in self.base.items():
-            there = self._place_of(name, changed)
-            if there == "":
-                continue
-            if there is not None:
-                found.add(there)
+
+        def judged(name: str) -> Entry:
+            return self._of(name, places[name])
+
+        entries = in_order(judged, asked, THREADS)
+        for name, entry in zip(asked, entries, strict=True):
+            there = places[name]
+            done += self.base[name].nbytes + (0 if there is None else self.merged[there].nbytes)
             if self.progress is not None:
-                self.progress(done, total, name)
-            yield self._of(name, tensor, there, changed.get(name, []))
-            done += tensor.nbytes + (0 if there is None else self.merged[there].nbytes)
-        for name in self.merged:
-            if name not in found:
-                yield _extra(name)
+                self.progress(min(done, total), total, name)
+            yield entry
+        found = {*places.values()}
+        yield from (_extra(name) for name in self.merged if name not in found)
         if self.progress is not None:
             self.progress(total, total, "")
 
-    def _place_of(self, name: str, changed: Mapping[str, Any]) -> str | None:
+    def _place_of(self, name: str) -> str | None:
         """The tensor's name in the merged model; None where it is missing.
 
         A tied head is looked for where it or its table is changed, or the merged model has one: in
@@ -121,7 +126,7 @@ class Walk:
         """
         there = self.merged.find(name)
         if there is None and name == HEAD and self.table is not None:
-            return tied_table(self.merged) if {HEAD, self.table} & changed.keys() else ""
+            return tied_table(self.merged) if {HEAD, self.table} & self.changed.keys() else ""
         return there
 
     @cached_property
@@ -141,9 +146,9 @@ class Walk:
                 changed[HEAD] = [replace(change, tensor=HEAD) for change in rows]
         return changed
 
-    def _of(
-        self, name: str, tensor: StoredTensor, there: str | None, changes: list[Change]
-    ) -> Entry:
+    def _of(self, name: str, there: str | None) -> Entry:
+        """The verdict on one tensor of the base, which is ``there`` in the merged model."""
+        tensor, changes = self.base[name], self.changed.get(name, [])
         figures = _place(name, changes)
         if there is None:
             if _BUFFERS.search(name):

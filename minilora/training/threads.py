@@ -1,7 +1,7 @@
-"""Threads: those of the BLAS, and those that work on groups of sequences."""
+"""Threads: those of the BLAS, and those that work on parts of a whole."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
@@ -27,7 +27,7 @@ def blas_threads(n: int) -> AbstractContextManager[Any]:
     return nullcontext() if already else pools.limit(limits=n)
 
 
-def in_order(work: Callable[[slice], Any], parts: list[slice], threads: int) -> Iterator[Any]:
+def in_order(work: Callable[[Any], Any], parts: Sequence[Any], threads: int) -> Iterator[Any]:
     """The results of ``work`` on the parts, in their order, computed in parallel.
 
     Each thread runs its matrix products itself: pools inside a pool would wait for one another.
@@ -40,4 +40,4 @@ def in_order(work: Callable[[slice], Any], parts: list[slice], threads: int) -> 
         return
     contexts = [copy_context() for _ in parts]
     with blas_threads(1), ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(lambda context, rows: context.run(work, rows), contexts, parts)
+        yield from pool.map(lambda context, part: context.run(work, part), contexts, parts)
