@@ -79,6 +79,10 @@ def test_names_that_differ_in_a_layer_or_a_module_are_one():
     experts = [f"h.{i}.experts.{j}.w" for i in (0, 1) for j in range(8)]
     assert places(Entry(name, "exact", "") for name in experts) == ["h.[0-1].experts.[0-7].w"]
     assert places([Entry("norm", "exact", "")]) == ["norm"]
+    modules = [Entry(f"layers.{i}.attn.{name}", "fine", "") for i in (0, 1) for name in "qkv"]
+    assert places(modules) == ["layers.[0-1].attn.{q,k,v}"]
+    tables = [Entry(name, "exact", "") for name in ("lm_head.weight", "norm.weight")]
+    assert places(tables) == ["lm_head.weight", "norm.weight"]
 
 
 def test_modules_that_differ_in_other_layers_are_not_one():

@@ -14,8 +14,8 @@ THINGS = {
     "merged": "tensors",
     "find": "tensors",
     "converted": "modules",
-    "adapter": "things",
-    "served": "things",
+    "adapter": "points",
+    "served": "points",
 }
 """What an audit looks at, in the plural."""
 
@@ -105,7 +105,7 @@ def severity_of(report: Report) -> str:
 def headline(report: Report) -> str:
     """The result in one line: ``WRONG: of 272 tensors 60 deviate``."""
     counts = Counter(entry.severity for entry in report.entries)
-    total, things = len(report.entries), THINGS.get(report.audit, "things")
+    total, things = len(report.entries), THINGS.get(report.audit, "points")
     told = {
         "deviation": "deviate",
         "undecided": "cannot be decided",
@@ -139,8 +139,10 @@ def right_line(report: Report) -> str:
     for group in groups(right):
         ways = {str(e.figures["rounding"]) for e in group.entries if e.figures.get("rounding")}
         how = f" ({'; '.join(sorted(ways))})" if ways else ""
+        if group.verdict == "fine":  # modules, libraries, adapters: which, and not only how many
+            how = f": {', '.join(group.places)}"
         said.append(f"{len(group.entries)} {group.verdict}{how}")
-    return ", ".join(said)
+    return "; ".join(said) if any(":" in words for words in said) else ", ".join(said)
 
 
 def inputs(report: Report) -> list[tuple[str, str]]:

@@ -24,7 +24,8 @@ from minilora.forms.words import printable
 _OWN_STYLE = """
 dl { display: grid; gap: .1rem 1rem; grid-template-columns: max-content minmax(0, 1fr) }
 dt { color: var(--soft) } dd { margin: 0 } .result { font-size: 1.15rem; margin: .3rem 0 }
-.groups thead th { min-width: 2rem } .groups code { display: block }
+.groups thead th { min-width: 2rem; overflow-wrap: normal } .groups td { overflow-wrap: anywhere }
+.groups code { display: block }
 """
 
 

@@ -19,8 +19,9 @@ PICTURE_STYLE = """
   --b-loose: #5b4010; --b-pass: #1d4d2e; --b-soft: #2c333b } }
 .picture { border-collapse: separate; border-spacing: 2px; width: auto }
 .picture td, .picture tbody th { border: 0; line-height: 1.2; padding: .1rem .3rem }
-.picture tbody th, .picture thead th:first-child { min-width: 0; text-align: right }
 .picture thead th { min-width: 3.6rem; overflow-wrap: anywhere; vertical-align: bottom }
+.picture tbody th, .picture thead th:first-child { min-width: 0; overflow-wrap: normal;
+  text-align: right; white-space: nowrap }
 .picture td { border: 1px solid var(--line); color: var(--ink); font-weight: 400;
   white-space: nowrap;
   background: linear-gradient(to right, var(--bar) calc(var(--s, 0) * 100%), transparent 0) }

@@ -62,14 +62,20 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def _braced(names: Iterable[str]) -> list[str]:
-    """Names that differ in the last part but one as one: ``self_attn.{q_proj,v_proj}.weight``."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name in names:
-        *before, last = name.rsplit(".", 2)
-        head = f"{before[0]}." if len(before) == 2 else ""
-        groups.setdefault((head, last), []).append(before[-1] if before else "")
-    done = []
-    for (head, last), middles in groups.items():
-        inner = middles[0] if len(middles) == 1 else f"{{{','.join(middles)}}}"
-        done.append(f"{head}{inner}.{last}" if inner else last)
-    return done
+    """Names that differ in one of the last two parts as one: ``attn.{q_proj,v_proj}.weight``."""
+    for part in (-2, -1):
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for name in names:
+            parts = name.split(".")
+            at = len(parts) + part
+            alone = at <= 0 or "{" in name
+            key = (name,) if alone else (*parts[:at], "", *parts[at + 1 :])
+            groups.setdefault(key, []).append(name if alone else parts[at])
+        names = [_joined(key, found) for key, found in groups.items()]
+    return list(names)
+
+
+def _joined(key: tuple[str, ...], found: Sequence[str]) -> str:
+    """A name with what was found in the place that the key leaves empty."""
+    inner = found[0] if len(found) == 1 else f"{{{','.join(found)}}}"
+    return ".".join(part or inner for part in key) if "" in key else key[0]
