@@ -27,9 +27,9 @@ def explain(case: Case) -> Explanation | None:
 def factor(case: Case) -> Explanation | None:
     """The right change by another factor."""
     bracket = case.bracket(Trial(case.changes))
-    if bracket is None or 0 in bracket or 1 in bracket:
+    if bracket is None or 1 in bracket:
         return None
-    return _factor(case, bracket)
+    return chance(case) if 0 in bracket else _factor(case, bracket)
 
 
 def _factor(case: Case, bracket: Bracket) -> Explanation:
@@ -54,13 +54,14 @@ def _named(case: Case) -> list[tuple[WrongScale, float]]:
     return list(named_factors(case.changes[0], case.around.modules))
 
 
-def chance(case: Case, found: tuple[float, float]) -> Explanation:
+def chance(case: Case) -> Explanation | None:
     """Another factor that the bound hides, but the bits show: it is told from least squares.
 
-    ``found``: the factor and its standard deviation. Of the named factors it is the one whose
-    merge is nearest to the tensor.
+    Of the named factors it is the one whose merge is nearest to the tensor.
     """
-    f, sigma = found
+    if case.beside is None:
+        return None
+    f, sigma = case.beside
     figures = {"factor": f, "factor_error": sigma}
     text = f"what differs goes along the change: it is applied by about {f:.3g} ± {sigma:.1g}"
     right = case.residual(Trial(case.changes))
@@ -78,6 +79,8 @@ def chance(case: Case, found: tuple[float, float]) -> Explanation:
 def catalogue(case: Case) -> Explanation | None:
     """The first mistake of the catalogue that explains all entries."""
     for mistake in MISTAKES:
+        if mistake.verdict == "coarser" and case.beside is not None:
+            continue
         for trial in mistake.trials(case):
             if found := _tried(case, mistake, trial):
                 return found

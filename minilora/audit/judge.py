@@ -11,7 +11,6 @@ from minilora.audit.change import Around, Change, Tensor
 from minilora.audit.explain import chance, explain
 from minilora.audit.explanation import Explanation
 from minilora.audit.floats import F32, F64, wide
-from minilora.audit.low_rank import coarsest
 from minilora.audit.merges import Merge, Played, Region, regions
 from minilora.audit.outside import beyond, deviations
 from minilora.audit.result import SEVERITIES, VERDICTS, Entry, Figure
@@ -126,9 +125,9 @@ def _check(
     tally.deviation = max(tally.deviation, float(share.max(initial=0.0)))
 
 
-def count(merge: Merge) -> tuple[Played, Tally]:
+def count(merge: Merge, way: Played) -> Tally:
     """Pass through the region once: bits, bound, and the figures of least squares."""
-    way, tally, region = _pick(merge), Tally(merge.count), merge.region
+    tally, region = Tally(merge.count), merge.region
     for i, j, stored, M in region.blocks():
         W, M = wide(stored), wide(M)
         tally.entries += M.size
@@ -147,7 +146,7 @@ def count(merge: Merge) -> tuple[Played, Tally]:
         tally.measure(W, M, deltas)
         if same < M.size:
             _check(merge, tally, W, M, N, sum(deltas[1:], deltas[0]), i, j)
-    return way, tally
+    return tally
 
 
 def judge(
@@ -168,36 +167,49 @@ def _judged(region: Region, around: Around) -> Entry:
     if not region.changes:
         return _untouched(region)
     merge = Merge.of(region)
-    way, tally = count(merge)
+    way = _pick(merge)
+    tally = count(merge, way)
     name, figures = region.base.name, tally.figures()
     if tally.corrupt:
         text = f"{tally.corrupt} of {tally.entries} entries are NaN or infinite"
         return Entry(name, "corrupt", text, {"corrupt": tally.corrupt})
     figures["rounding"] = way.name
-    case, hidden = Case(merge, around), _another_factor(region, tally)
-    if not tally.outside and hidden is None:
+    beside = _another_factor(merge, tally)
+    if not tally.outside and beside is None:
         return _right(name, region, way, tally, figures)
     if tally.base_bits == tally.entries:
         return Entry(name, "not-applied", "every entry has the base's bits", figures)
-    if hidden and not tally.outside:
-        found = chance(case, hidden)
-    else:
-        found = explain(case) or _unexplained(tally)
+    case = Case(merge, around, beside)
+    found = explain(case) if tally.outside else chance(case)
+    found = found or _unexplained(tally)
     return Entry(name, found.verdict, found.text, figures | dict(found.figures), found.mistake)
 
 
-def _another_factor(region: Region, tally: Tally) -> tuple[float, float] | None:
+def _another_factor(merge: Merge, tally: Tally) -> tuple[float, float] | None:
     """The factor, if what differs from the way's bits goes along the change more than by chance.
 
-    All entries are within their bounds, which hold for the worst of all roundings. But roundings do
-    not know the change: what they add is as often along it as against it. A rounding of s or of all
-    of a factor in the same direction moves the factor by 6 h at most.
+    All entries may be within their bounds, which hold for the worst of all roundings. But roundings
+    do not know the change: what they add is as often along it as against it. It has to be so beside
+    every way, since a coarse one loses more of the change than a fine one.
     """
-    if tally.factor is None or (region.base.scheme and region.merged.scheme):
+    region = merge.region
+    if region.base.scheme and region.merged.scheme:
+        return None
+    found = _beside(merge, tally)
+    if found is not None:
+        for way in merge.replays():
+            if _beside(merge, count(merge, way)) is None:
+                return None
+    return found
+
+
+def _beside(merge: Merge, tally: Tally) -> tuple[float, float] | None:
+    """The factor beside the way's merge and its deviation, None if it may be 1."""
+    if tally.factor is None:
         return None
     f, sigma = tally.factor
-    h = max(region.dtypes.with_adapter(coarsest(change))[0] for change in region.changes)
-    return (f, sigma) if abs(f - 1) > 6 * h + SIGMAS * sigma else None
+    drift = merge.sums.bound.drift if merge.sums else 8 * merge.region.dtypes.w
+    return (f, sigma) if abs(f - 1) > drift + SIGMAS * sigma else None
 
 
 def _right(

@@ -45,10 +45,6 @@ class LowRank:
         A, B = (part.astype(dtype, copy=False) for part in (self.A, self.B))
         return replace(self, A=A, B=B)
 
-    def magnitudes(self) -> LowRank:
-        """|s| |B| |A|, what roundings are measured by."""
-        return replace(self, A=abs(self.A), B=abs(self.B), s=abs(self.s))
-
     def part(self, start: int, stop: int) -> LowRank:
         """The same of some rows of the stored matrix alone."""
         if self.transposed:

@@ -116,13 +116,13 @@ class Sums:
     def step(self, W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
         """T + Σ ΔW."""
         deltas = [c.rows(i, j) for c in self.bound.changes]
-        sizes = [c.rows(i, j) for c in self.bound.magnitudes]
+        sizes = [c.rows(i, j) for c in self.bound.products]
         return sum(deltas, start=T), e + self.bound.e(T, deltas, sizes)
 
     def at(self, W: Array, i: Array, j: Array) -> tuple[Array, Array]:
         """T and e of entries (i, j), W being the base's there."""
         deltas = [c.at(i, j) for c in self.bound.changes]
-        sizes = [c.at(i, j) for c in self.bound.magnitudes]
+        sizes = [c.at(i, j) for c in self.bound.products]
         return sum(deltas, start=W), self.bound.e(W, deltas, sizes)
 
 
@@ -157,7 +157,7 @@ class Rescaled:
 
     def _V(self, W: Array, i: int, j: int) -> tuple[Array, Array]:
         """V and e_V of rows i … j, as stored."""
-        delta, size = self.change.rows(i, j), self.bound.magnitudes[0].rows(i, j)
+        delta, size = self.change.rows(i, j), self.bound.products[0].rows(i, j)
         h, _, _ = self.bound.dtypes.with_adapter(self.change.dtype)
         V = W + delta
         return V, self.bound.e(W, [delta], [size]) + h * abs(V)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.audit.floats import F32, format_of, on_grid
+from minilora.audit.floats import F32, format_of, on_grid, rounded
 from minilora.audit.low_rank import LowRank
 from minilora.spec.ops import Array
 
@@ -33,6 +33,10 @@ class Dtypes:
     def w(self) -> float:
         """The greater unit roundoff of the two."""
         return max(format_of(self.base).u, format_of(self.merged).u)
+
+    def smallest(self, adapter: Any) -> float:
+        """The greatest of the formats' smallest normal numbers."""
+        return max(2.0 ** format_of(d).lowest for d in (adapter, self.base, self.merged))
 
     def named(self, name: str, adapter: Any) -> np.dtype[Any]:
         """The dtype that a way names: adapter, base, merged or float32."""
@@ -69,7 +73,8 @@ class Bound:
     - if base and merged differ in dtype: cast W first, and round the sum to the coarser: again
       w (2 |W| + Σ |ΔW|).
 
-    Where numbers are subnormal each rounding adds eta / 2, multiplied as what it is part of; and an
+    An entry of A, B, s A or s B that is subnormal in one of the dtypes is rounded by eta / 2 each
+    time, which the other factor multiplies; B A and ΔW likewise, once with s and twice without. An
     arithmetic that flushes to 0 what is subnormal in float32 adds 2⁻¹²⁶ for each product.
 
     Source: Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1 (γ_k holds in any
@@ -78,25 +83,54 @@ class Bound:
 
     dtypes: Dtypes
     changes: tuple[LowRank, ...]
-    magnitudes: tuple[LowRank, ...] = field(init=False)
-    factors: tuple[tuple[float, float, float], ...] = field(init=False)
+    products: tuple[LowRank, ...] = field(init=False)
+    factors: tuple[tuple[float, float], ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        sizes = tuple(c.magnitudes() for c in self.changes)
-        factors = tuple(self._delta(c, size) for c, size in zip(self.changes, sizes, strict=True))
-        object.__setattr__(self, "magnitudes", sizes)
-        object.__setattr__(self, "factors", factors)
+        object.__setattr__(self, "products", tuple(map(self._product, self.changes)))
+        object.__setattr__(self, "factors", tuple(map(self._delta, self.changes)))
 
-    def _delta(self, change: LowRank, size: LowRank) -> tuple[float, float, float]:
-        """The factors of P and of |ΔW| in a change's bound, and what it adds in all entries."""
-        h, eta, finer = self.dtypes.with_adapter(change.dtype)
-        n, k = 2 + 2 * finer + change.columns * (1 + finer), change.r + 2
-        of_P = (1 + gamma(k)) * (1 + h) ** n - 1
-        # What rounds a subnormal entry of A, B, s B or s A is multiplied with the other factor.
-        b, a = size.B.sum(1).max(initial=0), size.A.sum(0).max(initial=0)
-        inner = (max(1, size.s) * (a + b) + change.r * eta) * n + 2 + size.s
-        flushed = k * 2.0**-126 * max(1, size.s)
-        return of_P, 2 * h, inner * eta / 2 + flushed + change.slack
+    def _roundings(self, change: LowRank) -> int:
+        _, _, finer = self.dtypes.with_adapter(change.dtype)
+        return 2 + 2 * finer + change.columns * (1 + finer)
+
+    def _product(self, change: LowRank) -> LowRank:
+        """What the roundings of the factors and of the sum of r products add, as factors."""
+        h, eta, _ = self.dtypes.with_adapter(change.dtype)
+        n, A, B, s = self._roundings(change), abs(change.A), abs(change.B), abs(change.s)
+        relative = (1 + gamma(change.r + 2)) * (1 + h) ** n - 1
+        flat = n * max(1, s) * eta / 2
+        smallest = self.dtypes.smallest(change.dtype) / min(1, s or 1)
+        of_A, of_B = (flat * ((x < smallest) & (x > 0)) for x in (A, B))
+        B_error = relative * s * B + of_B
+        if of_A.any():
+            return replace(change, A=np.concatenate([A, of_A]), B=np.hstack([B_error, B]), s=1.0)
+        return replace(change, A=A, B=B_error, s=1.0)
+
+    def _delta(self, change: LowRank) -> tuple[float, float]:
+        """The factor of |ΔW| in a change's bound, and what it adds in all entries."""
+        h, eta, _ = self.dtypes.with_adapter(change.dtype)
+        s = max(1, abs(change.s))
+        return 2 * h, (2 + s) * eta / 2 + (change.r + 2) * 2.0**-126 * s + change.slack
+
+    @property
+    def drift(self) -> float:
+        """By what share the roundings of s and of the factors may move all of a change alike.
+
+        s itself by 2 h. A, B, s A and s B, rounded to each dtype, are longer or shorter than they
+        were: all entries of a factor may be rounded to one side, subnormal ones by up to half.
+        """
+        return max(map(self._drift, self.changes), default=0.0)
+
+    def _drift(self, change: LowRank) -> float:
+        h, _, _ = self.dtypes.with_adapter(change.dtype)
+        total = 2 * h
+        for dtype in {np.dtype(change.dtype), self.dtypes.base, self.dtypes.merged}:
+            for x in (change.A, change.B, change.s * change.A, change.s * change.B):
+                square = float((x * x).sum())
+                if square > 0 and dtype.itemsize < 4:
+                    total += abs(float((rounded(x, dtype) * x).sum()) / square - 1)
+        return total
 
     @property
     def sums(self) -> tuple[float, float]:
@@ -106,12 +140,14 @@ class Bound:
         k = max((c.r for c in self.changes), default=0) + 2
         return gamma(k) + w * other, w * between + format_of(F32).u
 
-    def e(self, W: Array, deltas: Sequence[Array], sizes: Sequence[Array]) -> Array:
-        """e for entries of W, with each change's ΔW and P there; all in float64."""
+    def e(self, W: Array, deltas: Sequence[Array], products: Sequence[Array]) -> Array:
+        """e for entries of W, with each change's ΔW and `products` there; all in float64."""
         of_W, of_sum = self.sums
         total: Array = (of_W + of_sum) * abs(W)
-        for delta, P, (of_P, of_delta, constant) in zip(deltas, sizes, self.factors, strict=True):
-            total = total + of_P * P + (of_delta + of_sum) * abs(delta) + constant
+        for delta, product, (of_delta, constant) in zip(
+            deltas, products, self.factors, strict=True
+        ):
+            total = total + product + (of_delta + of_sum) * abs(delta) + constant
         return total
 
 

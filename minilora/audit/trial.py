@@ -58,10 +58,15 @@ class Bracket:
 
 @dataclass(eq=False)
 class Case:
-    """A tensor's part whose merge is wrong: its rows, what is around, and what was counted."""
+    """A tensor's part whose merge is wrong, and what is around.
+
+    ``beside``: the factor that least squares finds beside a right merge and its standard deviation,
+    if it is not 1 by chance.
+    """
 
     merge: Merge
     around: Around
+    beside: tuple[float, float] | None = None
     _sample: list[Block] = field(default_factory=list)
 
     @property
@@ -160,7 +165,7 @@ class Case:
         for i, j, W, M in blocks:
             V = W if trial.weight is None else trial.weight(W, i, j)
             deltas = [c.rows(i, j) for c in bound.changes]
-            sizes = [c.rows(i, j) for c in bound.magnitudes]
+            sizes = [c.rows(i, j) for c in bound.products]
             e = bound.e(V, [grown * d for d in deltas], [grown * P for P in sizes])
             e = e + half_gap(M, self.region, self.region.gaps(i, j))
             D, moved = sum(deltas[1:], deltas[0]), M - V
