@@ -66,14 +66,15 @@ def served(
     session = Session(client, model, oracle, prompts)
     asked, decision, evidence = session.run(error, tokens, progress)
     found = summary(decision, evidence, session, error)
-    entries = (found, *of_interface(asked, session, listed), *of_prompts(asked, session))
-    wrong = found.severity == "deviation"
+    wrong, right = found.severity == "deviation", found.severity == "ok"
+    interface = of_interface(asked, session, listed, right)
+    entries = (found, *interface, *of_prompts(asked, session))
     inputs = {"url": url, "model": model, "base": base} | ({"adapter": adapter} if adapter else {})
     return Report(
         "served",
         inputs,
         entries,
         cause=f"the server {found.text}" if wrong else "",
-        remedy=REMEDIES.get(decision.serves, "") if found.severity != "ok" else "",
+        remedy=REMEDIES.get(decision.serves, "") if not right else "",
         seconds=time.monotonic() - started,
     )

@@ -60,7 +60,7 @@ def decide(evidence: Evidence, error: float) -> Decision:
     more = None
     if not serves:
         more = _more(_rivals(evidence, f, log_e, base, enough), enough, evidence)
-    sharp = bool(serves) and width <= SHARP * scale
+    sharp = bool(serves) and (width <= SHARP * scale or not evidence.sharpens)
     return Decision(serves, sharp, evidence.tokens, estimate, low, high, more, elsewhere)
 
 

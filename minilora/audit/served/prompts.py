@@ -11,6 +11,7 @@ import numpy as np
 from minilora.audit.served.forms import Form, Prompt, Texts
 from minilora.audit.served.reference import BASE, Oracle, Setting
 from minilora.io.errors import FormatError
+from minilora.io.formats.tokenizers import Tokenizer
 
 LONGEST = 48
 """A text is cut to so many tokens."""
@@ -58,7 +59,8 @@ def candidates(
         sequences: list[tuple[int, ...]] = []
         for again in range(ROUNDS):  # texts of some models are short
             drawn = oracle.drawn(DRAWN, LONGEST, start, seed + 2 * again)
-            sequences += [tuple(ids[:LONGEST]) for ids in drawn if len(ids) > 2]
+            again_read = [_read_again(tokenizer, ids) for ids in drawn]
+            sequences += [tuple(ids[:LONGEST]) for ids in again_read if len(ids) > 2]
             if sum(map(len, sequences)) > DRAWN * LONGEST / 2:
                 break
         return sequences, [tokenizer.decode(list(ids)) for ids in sequences]
@@ -74,6 +76,15 @@ def candidates(
         remedy = "give texts in the model's language"
         raise FormatError("--text", "texts", error, "texts of two tokens or more", remedy)
     return sequences, list(texts)
+
+
+def _read_again(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """The tokens that the tokenizer makes of their text: what a model draws may be none of it."""
+    text = tokenizer.decode(ids).replace("\ufffd", "")
+    try:
+        return tokenizer.encode(text)
+    except ValueError:
+        return ids
 
 
 class Prompts:

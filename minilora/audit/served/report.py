@@ -157,8 +157,11 @@ def _distance(oracle: Oracle, setting: Setting, ids: tuple[int, ...], y: np.ndar
     return float(np.nanmedian(abs(scored.logprobs - y)))
 
 
-def of_interface(asked: Asked, session: Session, listed: list[str]) -> list[Entry]:
-    """What the server was asked for, its names for the model, and what could not be used."""
+def of_interface(asked: Asked, session: Session, listed: list[str], right: bool) -> list[Entry]:
+    """What the server was asked for, its names for the model, and what could not be used.
+
+    ``right``: it serves what it should.
+    """
     form = asked.form
     weak = {"choice": "it gives no log-probabilities: the tokens that it takes are compared"}
     text = weak.get(form.scores, f"it gives log-probabilities: {form.name}")
@@ -166,7 +169,7 @@ def of_interface(asked: Asked, session: Session, listed: list[str]) -> list[Entr
     if listed and session.model not in listed:
         names = ", ".join(listed[:5]) + ("" if len(listed) <= 5 else f" and {len(listed) - 5} more")
         text = f"the server does not list this model; it lists {names}"
-        entries.append(Entry("name of the model", "doubtful", text))
+        entries.append(Entry("name of the model", "told" if right else "doubtful", text))
     said = {session.client.shown(a.model) for a in asked.answers if a.model} - {session.model}
     if said:
         text = f"the answers name another model: {', '.join(sorted(said)[:3])}"

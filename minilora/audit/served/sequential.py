@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
@@ -81,6 +81,10 @@ class Evidence(Protocol):
     def tokens(self) -> int:
         """How many tokens have been scored."""
 
+    @property
+    def sharpens(self) -> bool:
+        """Whether further tokens narrow the factor's interval to any width."""
+
     def against(self, f: Array) -> Array:
         """log E against the adapter at the factors f: (m,) -> (m,)."""
 
@@ -118,6 +122,8 @@ class Values:
     curves: Array
     coarse: Array
     least: float
+
+    sharpens: ClassVar[bool] = True
 
     @property
     def tokens(self) -> int:  # noqa: D102
@@ -221,8 +227,9 @@ class Choices:
     Whether they are those of the base, and of the adapter at the factors ``nodes``; of either at
     half a server's rounding in four bits.
 
-    Of two settings that differ on a token one is right. If h is true, noise that is symmetric up to
-    the bias of the module's noise model makes the other right with probability at most 3/4.
+    Of two settings that take different tokens, one of which the server takes, the other is right
+    with probability at most 1/2 if h is true: noise moves h's own token, which is the more
+    probable, below the other one less often than not.
 
     Shapes: base (n,), nodes (k,), curves (k, n), coarse (n,), all of them bool but the nodes.
     """
@@ -231,6 +238,8 @@ class Choices:
     nodes: Array
     curves: Array
     coarse: Array
+
+    sharpens: ClassVar[bool] = False
 
     @property
     def tokens(self) -> int:  # noqa: D102
@@ -257,7 +266,7 @@ class Choices:
         for other in (self.base, *self.curves):
             better, worse = (other & ~right).sum(), (right & ~other).sum()
             if better or worse:
-                bets.append(log_evidence(better, better + worse))
+                bets.append(log_evidence(better, better + worse, 0.5))
         return float(_halves(spread, bets))
 
     def factors(self) -> Array:  # noqa: D102

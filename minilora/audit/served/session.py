@@ -38,7 +38,6 @@ class Asked:
     """What a server was asked in one form, and what it answered."""
 
     form: Form
-    refused: list[str]
     answers: list[Answer] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
 
@@ -72,7 +71,7 @@ class Session:
 
         Errors: ServerError if it answers in none; those of `Client.ask`.
         """
-        refused: list[str] = []
+        refused: list[tuple[str, str]] = []
         for form in FORMS:
             prompts = self.prompts.of(form)
             few = 1 if form.scores == "prompt" else IN_A_ROW
@@ -80,14 +79,14 @@ class Session:
                 try:
                     answer = form.ask(self.client, self.model, prompt, self.texts)
                 except Refused as error:
-                    refused.append(f"{form.name}: {error}")
+                    refused.append((form.name, str(error)))
                     if error.status != 200:
                         break
                 else:
-                    return Asked(form, refused, [answer]), prompts[k:]
+                    return Asked(form, [answer]), prompts[k:]
         expected = "log-probabilities, or at least generated text"
         remedy = "check --model and the server's log"
-        found = "; ".join(dict.fromkeys(refused)) or "no prompt that can be sent"
+        found = _by_reason(refused) or "no prompt that can be sent"
         raise self.client.error("answers", found, expected, remedy)
 
     def run(
@@ -203,6 +202,15 @@ class Session:
         coarse = np.array(best(Setting(own.factor, coarse=True))) == np.array(best(own))
         curves = np.array([right(Setting(f)) for f in self.factors])
         return Choices(right(BASE), np.array(self.factors), curves, coarse)
+
+
+def _by_reason(refused: Sequence[tuple[str, str]]) -> str:
+    """Each reason once, with a form that was refused for it."""
+    forms: dict[str, list[str]] = {}
+    for form, why in dict.fromkeys(refused):
+        forms.setdefault(why, []).append(form)
+    more = {why: f" and {len(names) - 1} more" if names[1:] else "" for why, names in forms.items()}
+    return "; ".join(f"{why} ({names[0]}{more[why]})" for why, names in forms.items())
 
 
 def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
