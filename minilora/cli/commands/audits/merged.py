@@ -56,6 +56,8 @@ def _run(arguments: argparse.Namespace, progress: BytesRead | None) -> Report:
     base, model, searched = arguments.base, arguments.merged, arguments.find
     if (searched is None) == (arguments.adapter is None):
         raise ValueError("expected --adapter, or --find, and not both")
+    if searched is not None and arguments.weight:
+        raise ValueError("--weight is of --adapter: expected none with --find")
     if searched is not None:
         return find(base, model, searched, progress)
     return merged(base, arguments.adapter, model, arguments.weight, progress)
