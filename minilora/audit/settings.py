@@ -8,7 +8,8 @@ from typing import Any
 
 from minilora.audit.base import tied_table
 from minilora.audit.result import Entry
-from minilora.audit.tensors import TensorStore
+from minilora.audit.tensors import StoredTensor, TensorStore
+from minilora.io.files import WEIGHT_DTYPES
 
 _FUNCTION = {
     "model_type": "another architecture computes another function",
@@ -159,8 +160,7 @@ def _quantization(
     B: Mapping[str, Any], M: Mapping[str, Any], merged: TensorStore
 ) -> Iterator[Entry]:
     own, of_base = M.get("quantization_config"), B.get("quantization_config")
-    floats = all(t.dtype.kind != "u" and t.dtype != "int8" for t in merged.values())
-    if own and floats:
+    if own and not any(map(_is_quantized, merged.values())):
         text = (
             f"{_shown(own)}, but no tensor is quantized: a loader quantizes the weights again, and "
             "may round the adapter away, or refuses them: remove the setting"
@@ -169,6 +169,14 @@ def _quantization(
     elif of_base and not own:
         text = f"the base was quantized ({_shown(of_base)}), the merged model is not"
         yield Entry("quantization_config", "told", text)
+
+
+def _is_quantized(tensor: StoredTensor) -> bool:
+    """Whether the tensor is quantized, by a scheme that is known or another."""
+    return tensor.scheme is not None or tensor.dtype.name not in _PLAIN
+
+
+_PLAIN = {*(dtype.name for dtype in WEIGHT_DTYPES.values()), "int64", "bool"}
 
 
 def _tie(B: Mapping[str, Any], M: Mapping[str, Any], merged: TensorStore) -> Iterator[Entry]:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from minilora.audit.containers import bitsandbytes, mlx
+from minilora.audit.containers.tensor import StoredTensor as StoredTensor
 from minilora.io.architectures import architecture_of, tensor_names, to_file_layout
 from minilora.io.errors import FormatError, listed
 from minilora.io.files import read_json
@@ -34,43 +33,6 @@ _PICKLE_REMEDY = (
     "a pickle can run code, and is never opened: load it where it was made, and save it again by "
     "save_pretrained(…, safe_serialization=True) or safetensors.torch.save_file"
 )
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file, read a block of rows at a time (`audit.change.Tensor`).
-
-    ``dtype``: that of what ``rows`` gives: the stored one, float32 of a quantized tensor;
-    ``scheme``: the quantizer's name, or None; ``nbytes``: what it takes in the file; ``read`` and
-    ``step`` are `rows` and `spacing`.
-    """
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    nbytes: int
-    read: Callable[[int, int], Array] = field(repr=False)
-    scheme: str | None = None
-    step: Callable[[int, int], Array] | None = field(default=None, repr=False)
-
-    def rows(self, start: int, stop: int) -> Array:
-        """Entries start … stop along the first axis, in ``dtype``; a scalar is one row."""
-        return self.read(start, stop)
-
-    def spacing(self, start: int, stop: int) -> Array | None:
-        """How far apart the numbers lie that the quantizer can store; None for plain numbers."""
-        return None if self.step is None else self.step(start, stop)
-
-    @property
-    def length(self) -> int:
-        """How many rows `rows` can give."""
-        return self.shape[0] if self.shape else 1
-
-    def blocks(self, entries: int = 2**20) -> Iterator[tuple[int, int]]:
-        """Blocks of whole rows, of so many entries or one row."""
-        step = max(1, entries // max(1, int(np.prod(self.shape[1:], dtype=np.int64))))
-        for start in range(0, self.length, step):
-            yield start, min(start + step, self.length)
 
 
 class TensorStore(Mapping[str, StoredTensor]):
@@ -224,10 +186,11 @@ def _open_folder(folder: Path) -> TensorStore:
     config = folder / CONFIG
     settings = read_json(config) if config.is_file() else {}
     tensors = stored(_places_in(folder))
+    if bitsandbytes.is_quantized(tensors):
+        tensors = bitsandbytes.dequantized(folder, tensors)
+        return TensorStore(folder, "bitsandbytes", tensors, settings, folder)
     if isinstance(settings.get("quantization"), dict):
-        from minilora.audit.containers.mlx import dequantized
-
-        tensors = dequantized(folder / CONFIG, tensors, settings["quantization"])
+        tensors = mlx.dequantized(folder / CONFIG, tensors, settings["quantization"])
         return TensorStore(folder, "mlx", tensors, settings, folder)
     return TensorStore(folder, "safetensors", tensors, settings, folder)
 

@@ -7,27 +7,29 @@ from extras import optional
 from safetensors.numpy import save_file
 
 
-def merge_by_peft(out, model, config, safe=False, std=0.1):
+def merge_by_peft(out, model, config, safe=False, std=0.1, anew=True):
     """Write ``model``, a drawn adapter of ``config`` and the merged model below ``out``.
 
-    A model of transformers is loaded anew, with its adapter, before it is merged, as its user does;
-    of another module the tensors are written.
+    A model of transformers is loaded ``anew``, with its adapter, before it is merged, as its user
+    does; of another module the tensors are written.
     """
     torch, peft = optional("torch"), optional("peft")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        original = copy.deepcopy(model)
+        original = copy.deepcopy(model) if anew else None
         _save(model, out / "base")
         adapted = peft.get_peft_model(model, config)
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data + std * torch.randn_like(parameter)
         adapted.save_pretrained(out / "adapter")
-        base = original
-        if hasattr(model, "save_pretrained"):
-            base = type(model).from_pretrained(out / "base", dtype=model.dtype)
-        loaded = peft.PeftModel.from_pretrained(base, out / "adapter")
+        loaded = adapted
+        if anew:
+            base = original
+            if hasattr(model, "save_pretrained"):
+                base = type(model).from_pretrained(out / "base", dtype=model.dtype)
+            loaded = peft.PeftModel.from_pretrained(base, out / "adapter")
         _save(loaded.merge_and_unload(safe_merge=safe), out / "merged")
     return out
 

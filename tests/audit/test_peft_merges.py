@@ -220,3 +220,27 @@ def test_several_adapters_in_a_row_or_added_up(tmp_path):
     assert merged(one / "base", adapters[:1], tmp_path / "merged").exit_status == 1
     report = merged(one / "base", adapters, tmp_path / "merged", weights=[1, 0.5])
     assert report.exit_status == 1
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-double", "int8"])
+@needs("bitsandbytes")
+def test_a_base_that_bitsandbytes_has_quantized(tmp_path, kind):
+    """PEFT merges into the dequantized weight and quantizes it anew."""
+    torch, transformers = optional("torch"), optional("transformers")
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "tie_word_embeddings": False}
+    drawn_model("llama", **sizes).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    if kind == "int8":
+        how = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        how = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=kind == "nf4-double", bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=how, dtype=torch.bfloat16
+    )
+    out = merge_by_peft(tmp_path, base, config_of({"target_modules": T}), anew=False)
+    report = merged(out / "base", out / "adapter", out / "merged")
+    assert wrong_in(report) == []
+    assert merged(out / "base", out / "adapter", out / "merged", weights=[3]).exit_status == 1
+    assert merged(out / "base", out / "adapter", out / "base").exit_status == 1

@@ -16,6 +16,7 @@ from minilora.cli.main import main
 from minilora.io.errors import FormatError
 from minilora.io.header import LARGEST, places
 from minilora.io.reference_models import folder
+from minilora.spec.quantization import dequantize, dynamic_values, nf4_values, quantize_nf4
 
 BASE = folder() / "llama" / "base"
 
@@ -277,3 +278,64 @@ def test_a_name_is_found_with_and_without_the_models_prefix(tmp_path):
     assert store.find("transformer.norm.weight") == "model.norm.weight"
     assert store.find("model.layers.7.q.weight") is None  # no other layer's
     assert store.find("q.weight") is None
+
+
+def nf4_file(path, W, double, state=None):
+    """A weight as bitsandbytes writes it."""
+    q = quantize_nf4(W, double=double)
+    settings = {"shape": [*W.shape], "blocksize": 64, "quant_type": "nf4", "dtype": "float32"}
+    tensors = {"w.weight": q.codes[:, None], "w.weight.absmax": q.constants["absmax"],
+               "w.weight.quant_map": nf4_values()}  # fmt: skip
+    if double:
+        settings |= {"nested_blocksize": 256, "nested_offset": float(q.constants["offset"])}
+        tensors |= {"w.weight.nested_absmax": q.constants["nested"],
+                    "w.weight.nested_quant_map": dynamic_values()}  # fmt: skip
+    text = json.dumps(settings | (state or {})).encode()
+    tensors["w.weight.quant_state.bitsandbytes__nf4"] = np.frombuffer(text, np.uint8)
+    path.mkdir(exist_ok=True)
+    save_file({name: np.array(array) for name, array in tensors.items()}, path / "m.safetensors")
+    return path, q
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("shape", [(4, 64), (300, 96), (7, 30)])
+def test_nf4_is_dequantized_in_any_rows(tmp_path, shape, double):
+    W = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+    path, q = nf4_file(tmp_path, W, double)
+    store = open_tensors(path)
+    tensor = store["w.weight"]
+    assert ([*store], tensor.shape, tensor.scheme) == (["w.weight"], shape, q.scheme)
+    for entries in (1, 100, 2**20):
+        blocks = [tensor.rows(*at) for at in tensor.blocks(entries)]
+        assert np.array_equal(np.concatenate(blocks), dequantize(q))
+        gaps = np.concatenate([tensor.spacing(*at) for at in tensor.blocks(entries)])
+        assert gaps.shape == shape
+        assert (abs(W - dequantize(q)) <= gaps).all() or double
+    assert (gaps > 0).all()
+
+
+BAD_STATES = {
+    "another shape": {"shape": [3, 3]}, "no shape": {"shape": None},
+    "2^60 rows": {"shape": [2**60, 2]}, "negative": {"shape": [-4, -64]},
+    "blocks of nothing": {"blocksize": 0}, "odd blocks": {"blocksize": 63},
+    "blocks of text": {"blocksize": "64"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state", BAD_STATES.values(), ids=BAD_STATES)
+def test_a_state_that_lies_is_refused(tmp_path, state):
+    W = np.random.default_rng(3).standard_normal((4, 64)).astype(np.float32)
+    with pytest.raises(FormatError, match="save the model again"):
+        open_tensors(nf4_file(tmp_path, W, False, state)[0])
+
+
+def test_rows_of_int8_have_a_scale_each(tmp_path):
+    q = np.arange(-6, 6, dtype=np.int8).reshape(3, 4)
+    scales = np.array([127, 254, 12.7], np.float32)
+    save_file({"w.weight": q, "w.SCB": scales}, tmp_path / "m.safetensors")
+    tensor = open_tensors(tmp_path)["w.weight"]
+    assert np.array_equal(tensor.rows(1, 3), q[1:] * (scales[1:, None] / np.float32(127)))
+    assert np.array_equal(tensor.spacing(0, 3), scales[:, None] / np.float32(127))
+    save_file({"w.weight": q, "w.SCB": scales[:2]}, tmp_path / "m.safetensors")
+    with pytest.raises(FormatError, match="SCB"):
+        open_tensors(tmp_path)

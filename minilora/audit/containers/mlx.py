@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.audit.tensors import StoredTensor
+from minilora.audit.containers.tensor import StoredTensor
 from minilora.io.errors import FormatError
 from minilora.spec.ops import Array
 from minilora.spec.quantization import dequantize_words
