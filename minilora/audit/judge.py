@@ -14,14 +14,11 @@ from minilora.audit.floats import F32, F64, wide
 from minilora.audit.merges import Merge, Played, Region, regions
 from minilora.audit.outside import beyond, deviations
 from minilora.audit.result import SEVERITIES, VERDICTS, Entry, Figure
-from minilora.audit.trial import Case
+from minilora.audit.trial import SIGMAS, Case
 from minilora.spec.ops import Array
 
 SURVIVES = 0.9
 """Below this share of the change that survived rounding a tensor is warned of."""
-
-SIGMAS = 7.0
-"""How many standard deviations are no chance: 1 in 10¹¹ tensors."""
 
 
 @dataclass(eq=False)
