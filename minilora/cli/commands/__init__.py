@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from minilora.io.loading import AdaptedModel
 
 NAMES: tuple[str, ...] = (
-    *("verify", "audit", "report", "explain", "variants", "selftest", "vectors"),
+    *("verify", "audit", "init-adapter", "report", "explain", "variants", "selftest", "vectors"),
     *("train", "generate", "evaluate", "merge", "inspect", "convert"),
     *("sweep", "claims", "bench", "example", "doctor"),
 )
@@ -24,7 +24,7 @@ NAMES: tuple[str, ...] = (
 def add_all(commands: Any) -> None:
     """Add all commands to the parser's ``commands``."""
     for name in NAMES:
-        import_module(f"minilora.cli.commands.{name}").add(commands)
+        import_module(f"minilora.cli.commands.{name.replace('-', '_')}").add(commands)
 
 
 def computing_model(arguments: argparse.Namespace) -> AdaptedModel:
