@@ -130,32 +130,45 @@ def _tensor(base: StoredTensor, merged: StoredTensor, guess: int) -> tuple[Entry
     if len(base.shape) < 2:
         return Entry(name, "told", "differs from the base's; a vector has no rank"), guess
     D, h, share = _part(base, merged)
+    if not np.isfinite(D).all():
+        return Entry(name, "corrupt", "it holds NaN or infinity, or the base does"), guess
     found = rank(D, h, guess)
     return _entry(name, found, share), max(found.r, 1)
 
 
 def _part(base: StoredTensor, merged: StoredTensor) -> tuple[Array, Array, float]:
     """Of a part of the matrix D, half a unit of what is stored there, and ‖D‖ of ‖W‖."""
-    rows = base.shape[0]
-    step = -(-min(ROWS, rows) // PIECES)
-    starts = sorted({*np.linspace(0, max(rows - step, 0), PIECES).astype(int).tolist()})
-    W, M, gaps = [], [], []
-    for i in starts:
-        j = min(i + step, rows)
-        w, m = (matrix(t.rows(i, j)).astype(np.float64) for t in (base, merged))
-        gap = merged.spacing(i, j)
-        if gap is None:
-            gap = np.maximum(spacing(w, merged.dtype), spacing(m, merged.dtype))
-        W.append(w)
-        M.append(m)
-        gaps.append(np.broadcast_to(matrix(gap), w.shape))
-    columns = slice(None, None, -(-W[0].shape[1] // COLUMNS))
-    w, m, gap = (np.concatenate(parts)[:, columns] for parts in (W, M, gaps))
+    pieces = [_piece(base, merged, *at) for at in _spread(base)]
+    w, m, gap = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
     D = m - w
     # The change itself may have been rounded to half precision before it was added.
     u = 0.0 if merged.scheme else format_of(merged.dtype).u
     norm = float(np.linalg.norm(w))
     return D, gap / 2 + u * abs(D), float(np.linalg.norm(D)) / norm if norm else np.inf
+
+
+def _spread(tensor: StoredTensor) -> list[tuple[int, int]]:
+    """The rows that are looked at; of stacked experts the first of them."""
+    if "expert" in tensor.name and len(tensor.shape) == 3:
+        return [(0, 1)]
+    rows = tensor.shape[0]
+    step = -(-min(ROWS, rows) // PIECES)
+    starts = {int(i) for i in np.linspace(0, max(rows - step, 0), PIECES)}
+    return [(i, min(i + step, rows)) for i in sorted(starts)]
+
+
+def _piece(base: StoredTensor, merged: StoredTensor, i: int, j: int) -> tuple[Array, Array, Array]:
+    """Of rows i … j the base's and the merged numbers, and how far apart stored numbers lie."""
+
+    def thinned(rows: Array) -> Array:
+        M = matrix(rows[0] if (i, j) == (0, 1) and rows.ndim == 3 else rows)
+        return M[:: -(-len(M) // ROWS), :: -(-M.shape[1] // COLUMNS)].astype(np.float64)
+
+    w, m = thinned(base.rows(i, j)), thinned(merged.rows(i, j))
+    gap = merged.spacing(i, j)
+    if gap is None:
+        return w, m, np.maximum(spacing(w, merged.dtype), spacing(m, merged.dtype))
+    return w, m, thinned(np.broadcast_to(gap, merged.rows(i, j).shape))
 
 
 def _entry(name: str, found: Rank, share: float) -> Entry:

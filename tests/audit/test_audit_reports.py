@@ -1,5 +1,6 @@
 """The forms of an audit's report, from reports made by hand."""
 
+import io
 import json
 import math
 import re
@@ -20,6 +21,7 @@ from minilora.audit.report.text import text
 from minilora.audit.result import SEVERITIES, VERDICTS, Entry, Report
 from minilora.cli.commands import audits
 from minilora.cli.main import main
+from minilora.cli.progress import bytes_bar
 from minilora.forms.markdown import MARKDOWN_BYTES
 
 LAYERS = 40
@@ -390,3 +392,22 @@ def test_colours_are_for_a_terminal_where_nobody_asked_for_none(monkeypatch, pla
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(audits.sys, "stdout", types.SimpleNamespace(isatty=lambda: False))
     assert not audits.has_colours()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_tells_bytes_and_the_tensor_on_a_terminal_alone(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with bytes_bar() as progress:
+        assert progress is None
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)
+    with bytes_bar() as progress:
+        for read in range(0, 3 * 10**8, 10**8):
+            progress(read, 2 * 10**8, f"layers.{read // 10**8}.weight")
+        shown = sys.stderr.getvalue()
+    assert shown.startswith("\r  0%")
+    assert re.search(r"100% .* 200MB of 200MB, 00:00 left  layers.2.weight", shown)

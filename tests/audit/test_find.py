@@ -6,6 +6,7 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import minilora.audit
 from minilora.audit.find import find
@@ -119,6 +120,27 @@ def test_a_full_fine_tuning_is_no_adapter(files, tmp_path):
     write_tensors(path, tensors)
     report = find(base, tmp_path / "tuned")
     assert {e.verdict for e in report.entries} == {"full-rank", "told"}  # told: vectors
+
+
+def test_a_number_that_is_none_is_told(files, tmp_path):
+    _, base = files
+    shutil.copytree(base, tmp_path / "broken")
+    path = tmp_path / "broken/model.safetensors"
+    tensors = {k: v.copy() for k, v in read_tensors(path).items()}
+    tensors["lm_head.weight"][3, 4] = np.nan
+    save_file(tensors, path)
+    report = find(base, tmp_path / "broken")
+    assert [e.subject for e in report.entries if e.verdict == "corrupt"] == ["lm_head.weight"]
+
+
+def test_of_stacked_experts_the_rank_of_one_is_told(tmp_path):
+    draw = RNG(0).standard_normal
+    W = draw((4, 40, 60)).astype(np.float32)
+    M = W + np.einsum("eir,erj->eij", draw((4, 40, 2)), draw((4, 2, 60))).astype(np.float32)
+    for name, tensor in (("base", W), ("merged", M)):
+        write_tensors(tmp_path / f"{name}.safetensors", {"layers.0.experts.up": tensor})
+    (entry,) = find(tmp_path / "base.safetensors", tmp_path / "merged.safetensors").entries
+    assert (entry.verdict, entry.figures["rank"]) == ("low-rank", 2)
 
 
 def test_a_folder_without_adapters_is_refused(files, tmp_path):
