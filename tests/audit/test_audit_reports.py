@@ -7,9 +7,11 @@ import re
 import sys
 import types
 import xml.etree.ElementTree as ET
+from functools import partial
 from html.parser import HTMLParser
 
 import pytest
+import tqdm
 from colours import contrast
 from extras import optional
 
@@ -404,7 +406,7 @@ def test_the_bar_tells_bytes_and_the_tensor_on_a_terminal_alone(monkeypatch):
     with bytes_bar() as progress:
         assert progress is None
     monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)
+    monkeypatch.setattr(tqdm, "tqdm", partial(tqdm.tqdm, mininterval=0, miniters=1))
     with bytes_bar() as progress:
         for read in range(0, 3 * 10**8, 10**8):
             progress(read, 2 * 10**8, f"layers.{read // 10**8}.weight")
