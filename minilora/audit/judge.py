@@ -128,7 +128,7 @@ def count(merge: Merge, way: Played) -> Tally:
     for i, j, stored, M in region.blocks():
         W, M = wide(stored), wide(M)
         tally.entries += M.size
-        if M.size and not np.isfinite(M.min() + M.max()):
+        if M.size and not (np.isfinite(M.min()) and np.isfinite(M.max())):
             tally.corrupt += int(np.count_nonzero(~np.isfinite(M)))
             continue
         N, deltas = way.play(W, i, j)

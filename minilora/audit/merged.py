@@ -115,6 +115,7 @@ class Walk:
             yield entry
         found = {*places.values()}
         yield from (_extra(name) for name in self.merged if name not in found)
+        yield from _wrapped_names(self.base, self.merged)
         if self.progress is not None:
             self.progress(total, total, "")
 
@@ -135,7 +136,9 @@ class Walk:
         changed: dict[str, list[Change]] = {}
         for adapter, weight in zip(self.adapters, self.weights, strict=True):
             for change in adapter.changes:
-                changed.setdefault(change.tensor, []).append(replace(change, weight=weight))
+                # PiSSA's start lies in the base that it trained beside, whatever the weight.
+                counts = 1.0 if change.slack else weight
+                changed.setdefault(change.tensor, []).append(replace(change, weight=counts))
         if self.table is not None and HEAD not in changed:
             # Rows of a table that are trained alone are those of the head that is tied to it; in
             # mlx-lm all of the table's changes are.
@@ -197,6 +200,22 @@ class Walk:
         if type(heads) is not int or type(keys) is not int:
             return Around(modules=others)
         return Around(modules=others, heads=(heads, keys))
+
+
+_WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
+"""What names begin with in a module that DataParallel, torch.compile or PEFT has wrapped."""
+
+
+def _wrapped_names(base: TensorStore, merged: TensorStore) -> Iterator[Entry]:
+    """An entry where a wrapper's name was written before the names, which then nothing loads."""
+    for start in _WRAPPERS:
+        wrapped = [name for name in merged if name.startswith(start) and name not in base]
+        if wrapped:
+            text = (
+                f"{len(wrapped)} of {len(merged)} tensors' names begin with {start!r}, as in a "
+                f"wrapped module: a loader finds none of them; take it off"
+            )
+            yield Entry("names of tensors", "wrong", text, mistake="wrapped-names")
 
 
 def _extra(name: str) -> Entry:

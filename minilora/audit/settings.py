@@ -78,6 +78,9 @@ def compare_settings(base: TensorStore, merged: TensorStore) -> Iterator[Entry]:
     Only what both files say is compared: a release of transformers leaves out what another writes.
     """
     B, M = base.settings, merged.settings
+    if B and not M and merged.folder:
+        text = "the base has one, the merged model has none: copy it, or nothing loads the folder"
+        yield Entry("config.json", "doubtful", text)
     if not B or not M:
         return
     yield from _compared(B, M, "")

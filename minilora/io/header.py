@@ -76,7 +76,7 @@ def places(path: Path | str) -> tuple[dict[str, Place], dict[str, Any]]:
     """
     path = Path(path)
     header, data = _header(path)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}  # MLX writes null
     if not isinstance(metadata, dict):
         raise FormatError(path, "__metadata__", metadata, "an object", _DAMAGED)
     found, spans = {}, []

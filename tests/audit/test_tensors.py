@@ -146,6 +146,12 @@ def test_the_same_header_without_a_lie_is_read(tmp_path):
     assert {name: place.shape for name, place in places(path)[0].items()} == {"a": (2,), "b": (2,)}
 
 
+def test_metadata_may_be_null_as_mlx_writes_it(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(file_of({"__metadata__": None, "a": entry()}, bytes(8)))
+    assert [*places(path)[0]] == ["a"]
+
+
 def test_a_large_header_is_refused_before_it_is_read(tmp_path):
     path = tmp_path / "m.safetensors"
     with path.open("wb") as file:
