@@ -65,7 +65,10 @@ def replicated(store: TensorStore, ranges: Sequence[Sequence[int]]) -> TensorSto
             if old == int(match[2]):
                 copy = f"{match[1]}{new}{match[3]}"
                 tensors[copy] = replace(store[name], name=copy)
-    return store.with_tensors(tensors)
+    deeper = store.with_tensors(tensors)
+    depths = {key: len(order) for key in ("num_hidden_layers", "n_layer") if key in store.settings}
+    deeper.settings = {**store.settings, **depths}
+    return deeper
 
 
 def replaced(store: TensorStore, tensors: Iterable[StoredTensor]) -> TensorStore:

@@ -217,6 +217,9 @@ def test_layers_may_be_replicated(tmp_path):
             deeper[name] = W
     save_file(adapter, tmp_path / "a" / "adapter_model.safetensors")
     (tmp_path / "m").mkdir()
+    config = json.loads((folder() / "llama" / "base" / "config.json").read_text())
+    deeper_config = json.dumps(config | {"num_hidden_layers": 4})
+    (tmp_path / "m" / "config.json").write_text(deeper_config)
     save_file(deeper, tmp_path / "m" / "model.safetensors")
     report = merged(REFERENCES["llama"], tmp_path / "a", tmp_path / "m")
     assert problems(report) == []

@@ -28,12 +28,12 @@ def said(made):
     ]
 
 
-@pytest.mark.parametrize("name", cases(CASES))
+@pytest.mark.parametrize("name", [*cases(CASES)])
 def test_a_right_merge_is_right(name, tmp_path):
     assert said(CASES[name](tmp_path)) == []
 
 
-@pytest.mark.parametrize("name", cases(WRONG_AS_MADE))
+@pytest.mark.parametrize("name", [*cases(WRONG_AS_MADE)])
 def test_a_merge_that_its_program_gets_wrong_is_wrong(name, tmp_path):
     make, words = WRONG_AS_MADE[name]
     assert any(words in line for line in said(make(tmp_path)))
