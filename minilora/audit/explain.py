@@ -79,9 +79,9 @@ def chance(case: Case) -> Explanation | None:
 def catalogue(case: Case) -> Explanation | None:
     """The first mistake of the catalogue that explains all entries."""
     for mistake in MISTAKES:
-        if mistake.verdict == "coarser" and case.beside is not None:
-            continue
         for trial in mistake.trials(case):
+            if mistake.verdict == "coarser" and case.beside and trial.through is None:
+                continue  # roundings alone would not lean to a side
             if found := _tried(case, mistake, trial):
                 return found
     return None

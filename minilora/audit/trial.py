@@ -141,7 +141,7 @@ class Case:
             beside += float(apart.sum())
             spread += float((apart * apart).sum())
             square += float(((N - W) * D).sum())
-        if square <= 0 or self.region.merged.scheme:
+        if square <= 0 or self.region.merged.scheme or trial.through is not None:
             return True
         h = max((self.region.dtypes.with_adapter(coarsest(c))[0] for c in self.changes), default=0)
         return bool(abs(beside) <= 8 * h * square + SIGMAS * np.sqrt(spread))

@@ -21,9 +21,10 @@ from minilora.spec.variants.dora import rescaled_rows, row_norm
 def with_rows(case: Case, V: Array, e: Array, m: Array, v: Array) -> tuple[Array, Array]:
     """Rows of V rescaled from v to m, with the errors of `Rescaled`, those of m and v counted."""
     h = max(case.region.dtypes.with_adapter(coarsest(c))[0] for c in case.changes)
-    x = 6 * h + gamma(V.shape[1] + 2) + row_norm(e)[0] / np.maximum(v, 1e-300)
+    rho = row_norm(e)[0] / np.maximum(v, 1e-300) + gamma(V.shape[1] + 2) / 2 + h
+    grown = (1 + h) ** 3 / (1 - np.minimum(rho, 0.5))
     T = rescaled_rows(V, m, v)
-    return T, abs(T) * 2 * x + abs(m / v) * e * (1 + 2 * x)
+    return T, abs(T) * (grown - 1) + abs(m / v) * e * grown
 
 
 def _plain(change: Change) -> Change:

@@ -43,8 +43,6 @@ def merged_coarse(case: Case) -> Iterator[Trial]:
     for dtype in (BF16, F16):
         if format_of(dtype).u > format_of(case.region.merged.dtype).u:
             yield Trial(case.changes, dtype.name, end=_narrowed(dtype), free=False, through=dtype)
-        if case.region.base.dtype == case.region.merged.dtype and dtype != case.region.merged.dtype:
-            yield Trial(case.changes, dtype.name, end=_narrowed(dtype), free=False, through=dtype)
 
 
 def _narrowed(dtype: np.dtype[Any]) -> Ending:
@@ -53,17 +51,6 @@ def _narrowed(dtype: np.dtype[Any]) -> Ending:
         return (low + high) / 2, (high - low) / 2
 
     return end
-
-
-def merged_again(case: Case) -> Iterator[Trial]:
-    """Merged, unmerged by subtraction and merged again: two more roundings."""
-    w = format_of(case.region.dtypes.merged).u
-
-    def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
-        return T, 3 * e + w * (abs(T) + abs(W)) * (1 + 2 * w)
-
-    if all(c.kind not in ("tokens", "saved") for c in case.changes):
-        yield Trial(case.changes, end=end, free=False)
 
 
 QUANTIZERS = ("nf4", "q8_0", "q4_0", "q4_1", "int8-symmetric")
@@ -140,9 +127,6 @@ WEIGHTS = (
         "merged in a narrower dtype than it is stored in",
         merged_coarse,
         ("peft 1388", "unsloth 3091"),
-    ),
-    Mistake(
-        "merged-again", "coarser", "merged, unmerged by subtraction and merged again", merged_again
     ),
     Mistake(
         "base-coarse", "coarser", "the base was rounded to a narrower dtype first", base_coarse

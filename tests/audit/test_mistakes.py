@@ -1,0 +1,289 @@
+"""Every mistake of the catalogue, made: the verdict names it, and no right merge."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from made import DTYPES, Stored, cast, change, delta, weight, wide
+
+from minilora.audit.change import Around
+from minilora.audit.floats import BF16, F16, F32
+from minilora.audit.judge import judge
+from minilora.audit.mistakes import MISTAKES
+from minilora.audit.result import VERDICTS
+from minilora.audit.scales import WRONG_SCALES, Settings
+from minilora.spec.quantization import dequantize, quantize
+from minilora.spec.variants import ADALORA, DORA
+
+M, N, R = 64, 48, 8
+NAMED_FROM = ("part-not-merged", "ranks-lost", "permuted")
+"""What `parts` finds, beside the catalogue."""
+
+
+class Made:
+    """A base, a change and what is around, with all in float64 to make wrong merges from."""
+
+    def __init__(self, dtype=F32, m=M, n=N, r=R, size=1e-2, seed=6, **fields):
+        self.rng, self.dtype = np.random.default_rng(seed), dtype
+        self.W = weight(self.rng, m, n, dtype)
+        self.c = change(self.rng, m, n, r, size=size, **fields)
+        self.w, self.A, self.B = wide(self.W, self.c.parts["A"], self.c.parts["B"])
+        self.D = delta(self.c)
+
+    def other(self, **fields):
+        m, n = len(self.B), self.A.shape[1]
+        return change(self.rng, m, n, len(self.A), **fields)
+
+    def entry(self, merged, changes=None, around=None):
+        stored = Stored(cast(merged, self.dtype))
+        return judge(Stored(self.W), stored, changes or [self.c], around)
+
+
+def norm(V, axis=1):
+    return np.sqrt((V * V).sum(axis, keepdims=True))
+
+
+def plain(made):
+    """Of LoRA's linear layers: the name of the mistake, and the weight that it makes."""
+    w, A, B, D, s = made.w, made.A, made.B, made.D, made.c.s
+    yield "ranks-cut", w + s * B[:, :4] @ A[:4]
+    yield "ranks-cut", w + s * B[:, -1:] @ A[-1:]
+    yield "ranks-lost", w + s * B[:, ::3] @ A[::3]
+    yield "ranks-reversed", w + s * B @ A[::-1]
+    yield "reshaped", w + s * B @ A.reshape(N, R).T
+    yield "reshaped", w + s * B.reshape(R, M).T @ A
+    yield "rows-permuted", w + D.reshape(4, 2, M // 8, N).swapaxes(1, 2).reshape(M, N)
+    yield "rows-permuted", w + D.reshape(4, M // 8, 2, N).swapaxes(1, 2).reshape(M, N)
+    yield "rows-permuted", w + np.roll(D, M // 2, 0)
+    yield "rows-permuted", w + np.roll(D, 1, 0)
+    yield "rows-permuted", w + D[::-1]
+    yield "columns-permuted", w + np.roll(D, N // 3, 1)
+    yield "columns-permuted", w + D[:, ::-1]
+    yield "permuted", w + D[made.rng.permutation(M)]
+    yield "permuted", w + D[:, made.rng.permutation(N)]
+    yield "base-lost", D
+    yield "all-zero", 0 * D
+    yield "part-not-merged", np.where(np.arange(M)[:, None] < 40, w + D, w)
+    yield "part-not-merged", np.where(np.arange(N) < 10, w, w + D)
+    yield "part-not-merged", np.where(made.rng.random((M, N)) < 0.5, w, w + D)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wrong_layouts_and_parts_are_named(dtype):
+    made = Made(dtype)
+    for name, merged in plain(made):
+        entry = made.entry(merged, around=Around(heads=(4, 4)))
+        assert entry.mistake == name, entry
+    assert made.entry(made.w + made.D).severity == "ok"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_transpose_is_named_and_its_factor_told(dtype):
+    made = Made(dtype, m=N)
+    for factor in (1, 2, -1):
+        entry = made.entry(made.w + factor * made.D.T)
+        assert (entry.verdict, entry.mistake) == ("transposed", "transposed")
+        if factor != 1:
+            assert abs(entry.figures["factor"] - factor) <= entry.figures["factor_error"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_other_changes_are_named(dtype):
+    made = Made(dtype)
+    other, adapter = made.other(module="other"), made.other(adapter="B")
+    A, B = wide(other.parts["A"], other.parts["B"])
+    around = Around((other,), (adapter,))
+    found = {
+        "other-module": made.w + delta(other),
+        "other-adapter": made.w + delta(adapter),
+        "half-of-another": made.w + made.c.s * made.B @ A,
+    }
+    for name, merged in found.items():
+        assert made.entry(merged, around=around).mistake == name
+    both = made.entry(made.w + made.D + delta(adapter), around=around)
+    assert both.text == "another adapter's change (that of B as well)"
+    assert made.entry(made.w + made.c.s * B @ made.A, around=around).text.endswith("(B of other)")
+
+
+def _scales():
+    """Each wrong scale with settings for which nothing else explains it."""
+    config = {"r": 12, "lora_alpha": 37.0, "use_rslora": False, "default_r": 5,
+              "default_alpha": 11.0, "lora_dropout": 0.1}  # fmt: skip
+    for wrong in WRONG_SCALES:
+        rslora = wrong.id == "rslora-ignored"
+        yield wrong, {**config, "use_rslora": rslora}, 37.0 / (12**0.5 if rslora else 12)
+
+
+@pytest.mark.parametrize(("wrong", "config", "s"), [*_scales()], ids=lambda x: getattr(x, "id", ""))
+def test_a_wrong_scale_is_named(wrong, config, s):
+    for dtype in DTYPES:
+        made = Made(dtype, r=12, s=s, config=config)
+        factor = wrong.scale(Settings(made.c), s) / s
+        entry = made.entry(made.w + factor * made.D)
+        assert entry.verdict == "factor"
+        assert abs(entry.figures["factor"] - factor) <= entry.figures["factor_error"]
+        if dtype != BF16:
+            assert entry.mistake == wrong.id, entry
+        else:
+            assert wrong.id == entry.mistake or wrong.text in entry.text or "(or" in entry.text
+
+
+def test_a_factor_that_nothing_explains_is_measured():
+    for dtype in DTYPES:
+        made = Made(dtype)
+        entry = made.entry(made.w + 0.617 * made.D)
+        assert (entry.verdict, entry.mistake) == ("factor", "")
+        assert abs(entry.figures["factor"] - 0.617) <= entry.figures["factor_error"]
+
+
+def several(made, first, second):
+    w, D1, D2 = made.w, delta(first), delta(second)
+    (A1, B1), (A2, B2) = (wide(c.parts["A"], c.parts["B"]) for c in (first, second))
+    s1, s2, weight_ = first.s, second.s, second.weight
+    yield "some-of-several", w + D1
+    yield "some-of-several", w + D2
+    yield "weights-ignored", w + D1 + D2 / weight_
+    yield "weights-averaged", w + D1 / 2 + D2 / weight_ / 2
+    yield "weights-normalized", w + (D1 + D2) / (1 + weight_)
+    yield "weights-squared", w + D1 + D2 * weight_
+    yield "one-scale-for-all", w + D1 + D2 / second.scale * first.scale
+    yield "factors-added", w + (s1**0.5 * B1 + s2**0.5 * B2) @ (s1**0.5 * A1 + s2**0.5 * A2)
+    yield "wrong-scale", w + D1 - D2
+    yield "wrong-scale", w + 2 * (D1 + D2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mistakes_with_several_adapters_are_named(dtype):
+    made = Made(dtype)
+    second = made.other(adapter="B", s=1.5, weight=0.3)
+    for name, merged in several(made, made.c, second):
+        assert made.entry(merged, [made.c, second]).mistake == name, name
+    assert made.entry(made.w + made.D + delta(second), [made.c, second]).severity == "ok"
+
+
+def magnitudes(made, m, other):
+    w, D, s = made.w, made.D, made.c.s
+    V, BA = w + D, made.B @ made.A
+    yield "norm-not-applied", V
+    yield "magnitude-wrong", m * V
+    yield "magnitude-wrong", m / norm(w) * V
+    yield "magnitude-wrong", V / norm(V)
+    yield "magnitude-wrong", norm(w) / norm(V) * V
+    yield "magnitude-wrong", norm(V) / m * V
+    yield "magnitude-wrong", m / norm(w + BA) * V
+    yield "magnitude-wrong", m / norm(V) * w + D
+    yield "magnitude-wrong", w + m / norm(V) * D
+    yield "magnitude-of-another", other / norm(V) * V
+    yield "norm-of-columns", V * m.T / norm(V, 0)
+    for factor in (1 / s, 2, -1):
+        yield "wrong-scale", m / norm(w + factor * D) * (w + factor * D)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mistakes_with_dora_are_named(dtype):
+    made = Made(dtype, m=N)
+    m, other = ((norm(made.w) * (1 + 0.1 * made.rng.random((N, 1)))).astype(F32) for _ in range(2))
+    c = replace(made.c, variant=DORA, parts={**made.c.parts, "magnitude": m})
+    around = Around((replace(c, module="other", parts={**c.parts, "magnitude": other}),))
+    for name, merged in magnitudes(made, *wide(m, other)):
+        assert made.entry(merged, [c], around).mistake == name, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_vector_left_out_is_named(dtype):
+    made = Made(dtype)
+    E = made.rng.normal(size=(R, 1)).astype(F32)
+    c = replace(made.c, variant=ADALORA, parts={**made.c.parts, "E": E})
+    for power in (0, 2):
+        merged = made.w + c.s * made.B @ (E.astype(float) ** power * made.A)
+        assert made.entry(merged, [c]).mistake == "column-missing"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_kernel_in_another_layout_is_named(dtype):
+    rng = np.random.default_rng(7)
+    K = weight(rng, 24, 12 * 9, dtype).reshape(24, 12, 3, 3)
+    c = change(rng, 24, 12 * 9, 4, kind="conv")
+    D, k = delta(c).reshape(K.shape), K.astype(float)
+    moved = (D.swapaxes(2, 3), D[:, :, ::-1, ::-1], np.moveaxis(D, 1, -1).reshape(K.shape))
+    for other in moved:
+        entry = judge(Stored(K), Stored(cast(k + other, dtype)), [c])
+        assert entry.mistake == "kernel-moved"
+    assert judge(Stored(K), Stored(cast(k + D, dtype)), [c]).severity == "ok"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tokens_and_saved_tensors_elsewhere_are_named(dtype):
+    rng = np.random.default_rng(8)
+    W = weight(rng, 20, 20, dtype)
+    rows, ids = weight(rng, 3, 20, F32), np.array([15, 2, 7])
+    tokens = change(rng, 1, 1, kind="tokens", parts={"ids": ids, "rows": rows})
+    table, other = weight(rng, 20, 20, F32), weight(rng, 20, 20, F32)
+    saved = change(rng, 1, 1, kind="saved", parts={"weight": table})
+    around = Around((replace(saved, module="other", parts={"weight": other}),))
+
+    def put(at, values):
+        merged = W.astype(float)
+        merged[at] = values
+        return merged
+
+    w = W.astype(float)
+    made = [
+        ("tokens-added", put(ids, w[ids] + rows), tokens),
+        ("tokens-elsewhere", put(ids + 1, rows), tokens),
+        ("tokens-elsewhere", put(np.sort(ids), rows), tokens),
+        ("tokens-elsewhere", put(np.arange(3), rows), tokens),
+        ("part-not-merged", put(ids[:2], rows[:2]), tokens),
+        ("saved-added", w + table, saved),
+        ("saved-transposed", table.T, saved),
+        ("saved-of-another", other, saved),
+    ]
+    for name, merged, c in made:
+        entry = judge(Stored(W), Stored(cast(merged, dtype)), [c], around)
+        assert entry.mistake == name, (name, entry)
+
+
+def test_coarser_merges_are_named():
+    made = Made(F32, n=64)
+    w, D = made.w, made.D
+    for dtype in (F16, BF16):
+        for name, merged in (
+            ("merged-coarse", cast(w + D, dtype)),
+            ("base-coarse", cast(w, dtype).astype(float) + D),
+        ):
+            entry = made.entry(merged.astype(float))
+            assert (entry.verdict, entry.mistake) == ("coarser", name)
+            assert dtype.name in entry.text
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "q8_0", "q4_0"])
+def test_quantized_steps_on_the_way_are_named(scheme):
+    made = Made(F32, n=64)
+
+    def through(x):
+        return dequantize(quantize(cast(x, F32), scheme)).astype(float)
+
+    for name, merged in (
+        ("base-quantized", through(made.w) + made.D),
+        ("merged-quantized", through(made.w + made.D)),
+    ):
+        entry = made.entry(merged)
+        assert entry.mistake == name, entry
+        assert f"({scheme})" in entry.text
+
+
+def test_rows_of_the_bases_lengths_are_named():
+    made = Made()
+    V = made.w + made.D
+    assert made.entry(norm(made.w) / norm(V) * V).mistake == "lengths-kept"
+
+
+def test_every_mistake_has_a_test_and_a_verdict():
+    with open(__file__, encoding="utf-8") as file:
+        text = file.read()
+    ids = [mistake.id for mistake in MISTAKES]
+    assert len({*ids, *NAMED_FROM}) == len(ids) + len(NAMED_FROM)
+    assert len(ids) + len(NAMED_FROM) + len(WRONG_SCALES) >= 60
+    for mistake in MISTAKES:
+        assert f'"{mistake.id}"' in text, mistake.id
+        assert mistake.verdict in VERDICTS
