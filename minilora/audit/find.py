@@ -198,8 +198,11 @@ def _answer(entries: Sequence[Entry], fits: Sequence[str], tried: int) -> str:
     elif tried:
         said.append(f"it is none of the {tried} adapters")
     if ranks:
-        most = ", ".join(f"{r} ({count})" for r, count in sorted(ranks.items()))
-        said.append(f"{ranks.total()} tensors differ from the base's by a low rank: {most}")
+        each = [
+            f"{r} ({count})" if len(ranks) > 1 else f"{r}" for r, count in sorted(ranks.items())
+        ]
+        changed = f"{ranks.total()} tensors differ from the base's by a change of rank"
+        said.append(f"{changed} {', '.join(each)}")
     if others:
         said.append(f"{others} differ by more than a low rank")
     if not said and all(entry.verdict == "unchanged" for entry in entries):

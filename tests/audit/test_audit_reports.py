@@ -309,6 +309,12 @@ def test_of_several_experts_the_worst_is_drawn():
     assert [*cells(page).values()] == [("fail", "0.9", "✗ ×2")]
 
 
+def test_where_no_adapter_is_known_the_rank_is_drawn():
+    entries = [Entry(f"layers.{i}.up.weight", "low-rank", "", {"rank": 8}) for i in range(3)]
+    page = rendered(Report("find", {"merged": "M"}, tuple(entries)), "html")
+    assert [*cells(page).values()] == [("soft", "0", "i r 8")] * 3
+
+
 def test_no_picture_without_layers():
     assert 'class="picture"' not in rendered(RIGHT, "html")
 

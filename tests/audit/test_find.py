@@ -156,7 +156,7 @@ def test_find_and_adapter_are_not_asked_together(files, capsys):
     assert "expected --adapter, or --find" in capsys.readouterr().err
     assert main([*words, "--find", "--weight", "1"]) == 2
     assert main([*words, "--find"]) == 0
-    assert "14 tensors differ from the base's by a low rank: 3 (14)" in capsys.readouterr().out
+    assert "14 tensors differ from the base's by a change of rank 3" in capsys.readouterr().out
     assert main([*words, "--find", str(folder)]) == 3
 
 

@@ -36,7 +36,7 @@ def picture(entries: Iterable[Entry]) -> Iterator[str]:
     """A row for each layer, a column for each kind of module that something is said of.
 
     The bar of a cell is the share of the change's norm that survived; its words are the factor
-    where that is not 1, and else the share.
+    where that is not 1, else the share, else the rank.
     """
     cells: dict[tuple[int | None, str], list[Entry]] = {}
     for entry in entries:
@@ -57,8 +57,8 @@ def picture(entries: Iterable[Entry]) -> Iterator[str]:
     ]
     yield f'<p class="soft">{", ".join(signs)}. The bar is the share of the change that survived '
     yield "the rounding of the stored numbers; the words are that share, or the factor by which "
-    yield "the adapter is applied where that is not 1. Kinds that no adapter changes, and that "
-    yield "are right, are left out.</p>"
+    yield "the adapter is applied where that is not 1, or where neither is known its rank r. Kinds "
+    yield "that no adapter changes, and that are right, are left out.</p>"
     caption = "Share of the change that survived, and factor"
     yield open_table(caption).replace("<table>", '<table class="picture">')
     yield table_head(["layer", *_short(kinds)]).replace(".", ".<wbr>") + "<tbody>"
@@ -95,12 +95,15 @@ def _cell(entries: Sequence[Entry]) -> str:
         return '<td class="none"></td>'
     worst = _worst(entries)
     survived, factor = _numbers(entries, "survived"), _numbers(entries, "factor")
+    ranks = _numbers(entries, "rank")
     off = max(factor, key=lambda f: abs(f - 1), default=1.0)
     shown = SIGNS[worst.severity]
     if worst.severity == "deviation" and off != 1:
         shown += f" ×{off:.3g}"
     elif survived:
         shown += f" {figure('survived', min(survived))}"
+    elif ranks:
+        shown += f" r {max(ranks):.0f}"
     share = min(max(min(survived, default=0.0), 0.0), 1.0)
     title = "; ".join(f"{entry.subject}: {entry.text}" for entry in [worst])
     return (
