@@ -27,9 +27,9 @@ def explain(case: Case) -> Explanation | None:
 def factor(case: Case) -> Explanation | None:
     """The right change by another factor."""
     bracket = case.bracket(Trial(case.changes))
-    if bracket is None or 1 in bracket:
+    if bracket is None:
         return None
-    return chance(case) if 0 in bracket else _factor(case, bracket)
+    return chance(case) if 0 in bracket or 1 in bracket else _factor(case, bracket)
 
 
 def _factor(case: Case, bracket: Bracket) -> Explanation:

@@ -172,7 +172,8 @@ class Case:
         best = first.best if first else self._factor(trial, merge)
         if best is None:
             return None
-        grown = 2 * max(1.0, abs(best))
+        # e grows with the factor: that of the sample's bracket, or twice what least squares says.
+        grown = max(abs(first.low), abs(first.high)) if first else 2 * max(1.0, abs(best))
         along = square = 0.0
         for i, j, W, M in blocks:
             V = W if trial.weight is None else trial.weight(W, i, j)
