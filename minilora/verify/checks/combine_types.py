@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.spec.lora import scale
 from minilora.spec.multi_adapter import combine_linear, combine_svd, ties, trim
 from minilora.verify.checks.init import FALSE_ALARM
 from minilora.verify.core.dtypes import DTYPES
@@ -53,7 +54,7 @@ class Alike:
 
     def scales(self) -> list[float]:
         """s of each."""
-        return [a["alpha"] / a["r"] for a in self.adapters]
+        return [float(scale(a["alpha"], a["r"], "use_rslora" in a)) for a in self.adapters]
 
     def changes(self) -> list[Array]:
         """s B A of each."""
@@ -62,7 +63,7 @@ class Alike:
 
 
 def draw_alike(case: Case) -> Alike:
-    """Two or three adapters of equal rank.
+    """Two or three adapters of equal rank, of which one may be rsLoRA's, or have a negative alpha.
 
     None of the entries that a trim has to choose between, and no sum that elects a sign, is a tie:
     which way those go, libraries leave open.
@@ -77,10 +78,14 @@ def draw_alike(case: Case) -> Alike:
         return numbers
 
     while True:
-        adapters = [
+        adapters: list[dict[str, Any]] = [
             {"A": distinct(r, N), "B": distinct(M, r), "r": r, "alpha": s * r}
             for s in rng.choice([0.25, 1.0, 4.0], count).tolist()
         ]
+        adapters[-1] |= {"alpha": -adapters[-1]["alpha"]} if case.number % 3 == 1 else {}
+        if r == 4:  # whose root is a power of two
+            adapters[0] |= case.fixed.fitting(case.check, {"use_rslora": True})
+            adapters[0]["alpha"] /= 1 + ("use_rslora" in adapters[0])
         signs = rng.permutation([1.0, -1.0, 1.0])[:count]
         weights = (signs * rng.choice([0.25, 1.0, 4.0], count)).tolist()
         drawn = Alike(adapters, weights)

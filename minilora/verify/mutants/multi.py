@@ -59,13 +59,19 @@ def rank_for_alpha(
     Of one adapter the factors are stored in their dtype before they are multiplied.
     """
     rank = settings.get("svd_rank") or sum(a["r"] for a in adapters)
-    s = layer.scale(alpha=rank, r=rank, use_rslora=adapters[0].get("use_rslora", False))
+    s = of_first(layer, adapters, {"svd_rank": rank})
     if len(adapters) > 1:
         return s * layer.weighted(adapters, w)
     A, B = wide(adapters[0]["A"]), wide(adapters[0]["B"])
     root = np.float32(abs(w[0] * layer.scale(**adapters[0])) ** 0.5).astype(A.dtype)
     kept = [(root * v).astype(adapters[0]["A"].dtype) for v in (B, np.sign(w[0]) * A)]
     return s * (wide(kept[0]) @ wide(kept[1]))
+
+
+def of_first(layer: Linear, adapters: Sequence[Adapter], settings: Mapping[str, Any]) -> Any:
+    """The scale of an adapter whose α is its rank, by the first one's rule."""
+    rank = settings.get("svd_rank") or adapters[0]["r"]
+    return layer.scale(alpha=rank, r=rank, use_rslora=adapters[0].get("use_rslora", False))
 
 
 def by_shape(adapters: Sequence[Adapter], w: Sequence[float]) -> tuple[list[Adapter], list[float]]:
@@ -99,6 +105,12 @@ def stale(adapters: Sequence[Adapter], i: int) -> Adapter:
     A = np.concatenate([one["A"], other["A"][r:]])
     B = np.concatenate([one["B"], other["B"][:, r:]], axis=1)
     return {**one, "A": A, "B": B}
+
+
+def clipped(B: Array, A: Array) -> Any:
+    """B A, the entries of both cut off at the 0.99 quantile of all of them."""
+    most = np.quantile(np.concatenate([B.ravel(), A.ravel()]), 0.99)
+    return np.clip(B, -most, most) @ np.clip(A, -most, most)
 
 
 MULTI_ADAPTER = Reference((Linear,), {**globals(), "isqrt": isqrt})
@@ -154,7 +166,9 @@ COMBINE: Table = {
          {"# combine": "w = [v + 0.0625 for v in w] if abs(sum(w)) < 1e-6 else w"}),
         ("rank-for-alpha", "√r Σ w s B A where the first has rsLoRA: α = r of the sum, whose rule "
          "is the first one's; of one adapter by √s in float32 on both factors",
-         {"self.weighted(adapters, w)": "rank_for_alpha(self, adapters, w, settings)"},
+         {"self.weighted(adapters, w)": "rank_for_alpha(self, adapters, w, settings)",
+          "# rounded": "change = change if kind in ('cat', 'svd') else change * of_first(self, "
+                      "adapters, settings)"},
          "peft 0.21"),
         ("scale-squared", "Σ w s² B A", {"ds = s": "ds = s = s**2"}),
         ("smallest-rank", "every adapter truncated to the smallest rank",
@@ -205,6 +219,10 @@ COMBINE: Table = {
         ("rank-one", "the greatest singular value alone", {'settings["svd_rank"]': "1"}),
         ("rank-four", "at least 4 singular values",
          {'settings["svd_rank"]': 'max(4, settings["svd_rank"])'}),
+        ("values-clipped", "the SVD's factors cut off at the 0.99 quantile of their entries",
+         {"change = (U[:, :rank] * sigma[:rank]) @ Vt[:rank]":
+              "change = clipped(U[:, :rank] * sigma[:rank], Vt[:rank])"},
+         "peft's extract_lora, svd_clamp"),
         ("one-projection",
          "ΔW on the image of rank + 2 random vectors, truncated: a randomised SVD without "
          "iterations",
@@ -226,6 +244,9 @@ COMBINE: Table = {
         ("linear-weighted-A", "w s on A, and B without",
          {"# roots":
               'of_A, of_B = (products, products**0) if kind == "linear" else (of_A, of_B)'}),
+        ("linear-classic", "√|w α/r| with rsLoRA",
+         {"products = np.array([wi * self.scale(**a)":
+              "products = np.array([wi * self.scale(**{**a, 'use_rslora': False})"}),
         ("linear-unscaled", "the linear combination without s",
          {"# roots":
               'root = np.sqrt(np.abs(w)); of_A, of_B = (np.sign(w) * root, root) if kind == '
@@ -242,6 +263,15 @@ COMBINE: Table = {
          {"agree = np.sign(D) == elected": "agree = D != 0"}),
         ("ties-other-signs", "TIES keeps what disagrees with the elected sign",
          {"agree = np.sign(D) == elected": "agree = np.sign(D) == -elected"}),
+        ("ties-per-row", "TIES keeps half of each row",
+         {"# trim":
+              'if kind == "ties": D = D * (abs(D) >= np.median(abs(D), axis=2, keepdims=True)); '
+              "count = D[0].size"}),
+        ("ties-most-signs", "TIES elects the sign of most entries, not of their sum",
+         {"np.where(D.sum(0) >= 0, 1, -1)": "np.where(np.sign(D).sum(0) >= 0, 1, -1)"},
+         "the frequency method, unasked"),
+        ("ties-weighted-first", "TIES of w D for D: the weights' signs vote, and are voted on",
+         {"# stacked": "D, v = (v * D, 1) if kind.endswith('ties') else (D, v)"}),
         ("ties-weights-elect", "TIES elects with the weights applied",
          {"np.where(D.sum(0) >= 0, 1, -1)": "np.where((v * D).sum(0) >= 0, 1, -1)"}),
     ],

@@ -31,7 +31,11 @@ _OF_BIAS = ("bias", "bias.scaled", "save.bias", "gradients.bias", "step.bias", "
 _KNOWN = {
     **TRANSFORMERS,
     **entries(
-        [f"combine.{check}" for check in ("weighted", "order", "cat", "many")],
+        [
+            f"combine.{check}"
+            for check in ("weighted", "order", "cat", "many", "linear", "ties", "magnitude-prune")
+        ]
+        + ["combine.dare-linear", "combine.dare-ties", "combine.*-svd"],
         ("peft.combined-scale",),
         {"mutant": "combine-rank-for-alpha"},
     ),

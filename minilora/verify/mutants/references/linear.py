@@ -176,6 +176,7 @@ class Linear:
             U, sigma, Vt = np.linalg.svd(change.astype(np.float64), full_matrices=False)
             rank = settings["svd_rank"]
             change = (U[:, :rank] * sigma[:rank]) @ Vt[:rank]
+        # rounded
         answer: Array = change.astype(dtype)
         return answer
 
