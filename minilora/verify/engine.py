@@ -14,12 +14,12 @@ from minilora.verify.diagnosis.investigation import Investigation
 from minilora.verify.implementation.contract import TIME_LIMIT
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.judging import judged
-from minilora.verify.known import declared, excuses
+from minilora.verify.known import declared, seen_of
 from minilora.verify.plan import CheckPlan, plan
 from minilora.verify.record import Recorder
 from minilora.verify.report.report import Report
 from minilora.verify.report.result import Known, Result
-from minilora.verify.seen import Asked
+from minilora.verify.seen import Asked, explained
 from minilora.verify.tally import Tally
 
 Progress = Callable[[str, int, int], None]
@@ -128,14 +128,14 @@ def _result(
     check = p.check
     subject.announce(check.id)
     reason = _unsupported(check, p.dtype, subject)
-    tally = Tally()
+    tally, seen = Tally(), seen_of(known)
     for case in () if reason else cases:
         subject.traits, subject.sizes = set(), {}
         comparisons: list[Comparison] = []
         found, end = judged(check, subject, case, comparisons)
         is_wrong = isinstance(end, Fault) or any(each.verdict != "pass" for each in found)
         asked = Asked(check, case, comparisons, end)
-        is_known = is_wrong and excuses(known, asked)
+        is_known = is_wrong and explained(seen, asked)
         if recorder is not None and is_wrong and not is_known:
             recorder.add(asked)
         tally.add(case, found, end, subject.traits, subject.sizes, is_known)

@@ -16,7 +16,7 @@ from minilora.verify.core.types import Check
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.plan import require_known
 from minilora.verify.report.result import Known
-from minilora.verify.seen import Asked, explained, read_seen
+from minilora.verify.seen import Seen, read_seen
 
 FIELDS = {"reason", "link", "versions", "seen"}
 OF_A_FILE = FIELDS | {"check", "dtype"}
@@ -168,6 +168,6 @@ def _holds_for(entry: Known, version: str) -> tuple[bool, str]:
     return any(is_in_range(number, each) for each in entry.versions), ""
 
 
-def excuses(known: Known | None, asked: Asked) -> bool:
-    """Whether a case shows the known deviation, and nothing else that is wrong."""
-    return known is not None and bool(known.seen) and explained(read_seen(known.seen), asked)
+def seen_of(known: Known | None) -> tuple[Seen, ...]:
+    """What a known deviation was seen as; nothing else of its check is excused."""
+    return read_seen(known.seen) if known is not None and known.seen else ()

@@ -36,7 +36,15 @@ FINDINGS = (
             The combination acts $\sqrt r$ times as strongly as the adapters it is made of, in each
             of the types. Divide the weights by it.
             """,
-        found_by=("peft", "combine.weighted", "combine.order", "combine.cat", "combine.many"),
+        found_by=(
+            "peft",
+            "combine.weighted",
+            "combine.order",
+            "combine.cat",
+            "combine.many",
+            "combine.linear",
+            "combine.ties",
+        ),
         stored=Stored(
             _rslora,
             "use",

@@ -103,7 +103,7 @@ def draw(case: Case, mixed: bool = False) -> tuple[Several, bool]:
     sizes = BEYOND if row["shape"] == "beyond tiles" else SHAPES[row["shape"]]
     sizes = tuple(size for size in sizes if sizes is not BEYOND or max(size[1:3]) > 60)
     size = sizes[case.number % len(sizes)]
-    several, exact = draw_several(case, [size], [ranks], [count], combined=False)
+    several, exact = draw_several(case, (size,), (ranks,), (count,), combined=False)
     if row["alpha"] == "< 0" and case.fixed.alpha is None:
         several = several.negated()
     return several.of_kind(kind), exact

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod, sqrt
 from typing import Any
 from zlib import crc32
@@ -343,6 +344,7 @@ def limits(layer: Layer, array: str) -> Limits:
     return replace(CLOSED_FORM, rms_small=CLOSED_FORM.rms_small * (size / independent) ** 0.5)
 
 
+@lru_cache(maxsize=16)
 def draw_layer(
     case: Case,
     *,
@@ -553,12 +555,11 @@ def greatest_sum(layer: Layer) -> float:
     }
     bias = None if layer.bias is None else abs(layer.bias)
     kept = Layer(**vars(layer) | absolute | {"bias": bias, "alpha": abs(layer.alpha)})
-    answers = wanted(kept, np.float64)
-    s, K = min(abs(layer.s), 1.0), 4.0 if layer.p and layer.keep is not None else 1.0
-    h = columns(absolute["x"]) * K
-    inner = [s * h, s * absolute["A"] @ h, s * absolute["B"].T @ columns(absolute["dy"])]
-    inner += [kept.s * absolute["B"] @ absolute["A"] + absolute["W"]]
-    return max(float(np.max(v, initial=0.0)) for v in [*answers.values(), *inner])
+    answers = specified(kept, np.float64, np.float64)
+    s, K = min(kept.s, 1.0), 4.0 if layer.p and layer.keep is not None else 1.0
+    A, B, h = absolute["A"], absolute["B"], columns(absolute["x"]) * K
+    inner = [s * h, s * A @ h, s * B.T @ columns(absolute["dy"]), kept.s * B @ A + absolute["W"]]
+    return max(float(v.max(initial=0.0)) for v in [*answers.values(), *inner])
 
 
 @dataclass(frozen=True)
@@ -637,6 +638,7 @@ FEW = 19
 """The greatest number of rows that are drawn; of more, the rest are made of these."""
 
 
+@lru_cache(maxsize=16)
 def draw_several(
     case: Case,
     sizes: Sequence[Sequence[int]] = SIZES,

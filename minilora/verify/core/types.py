@@ -164,6 +164,12 @@ class Comparison:
         """The verdict on this array, with its worst element."""
         got, want = np.asarray(self.got), np.asarray(self.want)
         exact = self.sigma is None
+        if exact and (got == want).all():  # what most answers are
+            origin = (0,) * want.ndim
+            value = float(got[origin])
+            return Judgement(
+                self.array, "pass", want.size, 0, 0.0, 0.0, 0.0, 0.0, origin, value, value, None
+            )
         sigma = np.broadcast_to(0.0 if self.sigma is None else self.sigma, want.shape)
         difference, z = self._deviation()
         with np.errstate(all="ignore"):

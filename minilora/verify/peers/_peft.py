@@ -234,6 +234,12 @@ def _autocast(dtype: str | None) -> torch.autocast:
     return torch.autocast("cpu", dtype=of, enabled=dtype is not None)
 
 
+def save_adapter(model: Any, folder: str, **options: Any) -> None:
+    """save_pretrained without the model's card, whose template takes longer than all the rest."""
+    model.create_or_update_model_card = lambda _: None
+    model.save_pretrained(folder, save_embedding_layers=False, **options)
+
+
 @contextmanager
 def without_deprecation() -> Iterator[None]:
     """PEFT 0.21 asks for an attribute by a name that transformers 5.24 calls deprecated."""

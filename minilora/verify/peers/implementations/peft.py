@@ -12,7 +12,7 @@ import peft
 import torch
 from safetensors import safe_open
 
-from minilora.verify.peers._peft import LinearLayer, without_deprecation
+from minilora.verify.peers._peft import LinearLayer, save_adapter, without_deprecation
 from minilora.verify.peers._peft_releases import later, lora_config, magnitude_of, taken
 from minilora.verify.peers._torch import plain_number, to_numpy, to_torch
 from minilora.verify.peers._transformers import (
@@ -129,7 +129,7 @@ class Peft(Inference, Names, LinearLayer):
         result = peft.set_peft_model_state_dict(model, tensors)
         if result.unexpected_keys:
             raise ValueError(f"the library has no place for {', '.join(result.unexpected_keys)}")
-        model.save_pretrained(str(out_dir), save_embedding_layers=False)
+        save_adapter(model, str(out_dir))
 
     def load(self, model_dir: str | Path, adapter_dir: str | Path) -> dict[str, np.ndarray]:
         """get_peft_model_state_dict after from_pretrained."""

@@ -11,7 +11,7 @@ import peft
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from minilora.verify.peers._peft import without_deprecation
+from minilora.verify.peers._peft import save_adapter, without_deprecation
 from minilora.verify.peers._peft_releases import later, lora_config, magnitude_of, taken
 from minilora.verify.peers._torch import fill, plain_number, to_numpy, to_torch
 
@@ -206,9 +206,7 @@ class PeftSession:
     def save(self, name: str, folder: str) -> None:
         """save_pretrained of this adapter alone, which makes a folder of its name."""
         with without_deprecation():
-            self._model.save_pretrained(
-                folder, selected_adapters=[name], save_embedding_layers=False
-            )
+            save_adapter(self._model, folder, selected_adapters=[name])
 
     def load(self, name: str, folder: str) -> None:
         """from_pretrained, or load_adapter."""
