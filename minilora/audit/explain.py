@@ -59,9 +59,10 @@ def chance(case: Case) -> Explanation | None:
 
     Of the named factors it is the one whose merge is nearest to the tensor.
     """
-    if case.beside is None:
+    found = case.beside()
+    if found is None:
         return None
-    f, sigma = case.beside
+    f, sigma = found
     figures = {"factor": f, "factor_error": sigma}
     text = f"what differs goes along the change: it is applied by about {f:.3g} ± {sigma:.1g}"
     right = case.residual(Trial(case.changes))
@@ -80,7 +81,7 @@ def catalogue(case: Case) -> Explanation | None:
     """The first mistake of the catalogue that explains all entries."""
     for mistake in MISTAKES:
         for trial in mistake.trials(case):
-            if mistake.verdict == "coarser" and case.beside and trial.through is None:
+            if mistake.verdict == "coarser" and trial.through is None and case.beside():
                 continue  # roundings alone would not lean to a side
             if found := _tried(case, mistake, trial):
                 return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import numpy as np
 
@@ -11,8 +12,9 @@ from minilora.audit.change import Around, Change, Tensor
 from minilora.audit.explain import chance, explain
 from minilora.audit.explanation import Explanation
 from minilora.audit.floats import F32, F64, wide
-from minilora.audit.merges import Merge, Played, Region, regions
+from minilora.audit.merges import Merge, Played
 from minilora.audit.outside import beyond, deviations
+from minilora.audit.region import Region, regions
 from minilora.audit.result import SEVERITIES, VERDICTS, Entry, Figure
 from minilora.audit.trial import SIGMAS, Case
 from minilora.spec.ops import Array
@@ -101,14 +103,17 @@ def _pick(merge: Merge) -> Played:
     return max(ways, key=lambda way: int(np.count_nonzero(way.play(W, 0, few)[0] == M)))
 
 
-def _check(
-    merge: Merge, tally: Tally, W: Array, M: Array, N: Array, D: Array, i: int, j: int
-) -> None:
-    """Look at the entries that have not the way's bits: N is the way's merge, D the change."""
+def _lean(tally: Tally, M: Array, N: Array, D: Array) -> None:
+    """How far what differs from the way's merge N goes along the change D."""
     differ = M != N
     apart = (M[differ].astype(F64) - N[differ]) * D[differ]
     tally.beside += float(apart.sum())
     tally.spread += float((apart * apart).sum())
+
+
+def _check(merge: Merge, tally: Tally, W: Array, M: Array, N: Array, i: int, j: int) -> None:
+    """Look at the entries that have not the bits of the way's merge N: are they in the bound?"""
+    differ = M != N
     sums, gap = merge.sums, merge.region.gaps(i, j)
     if sums is None or gap is not None or sums.cost * np.count_nonzero(differ) > differ.size:
         T, e = merge.rows(W.astype(F64), i, j)
@@ -122,8 +127,8 @@ def _check(
     tally.deviation = max(tally.deviation, float(share.max(initial=0.0)))
 
 
-def count(merge: Merge, way: Played) -> Tally:
-    """Pass through the region once: bits, bound, and the figures of least squares."""
+def count(merge: Merge, way: Played, bound: bool = True) -> Tally:
+    """Pass through the region once: bits, bound if asked for, and least squares' figures."""
     tally, region = Tally(merge.count), merge.region
     for i, j, stored, M in region.blocks():
         W, M = wide(stored), wide(M)
@@ -142,7 +147,9 @@ def count(merge: Merge, way: Played) -> Tally:
         tally.base_bits += int(np.count_nonzero(wide(kept) == M))
         tally.measure(W, M, deltas)
         if same < M.size:
-            _check(merge, tally, W, M, N, sum(deltas[1:], deltas[0]), i, j)
+            _lean(tally, M, N, sum(deltas[1:], deltas[0]))
+            if bound:
+                _check(merge, tally, W, M, N, i, j)
     return tally
 
 
@@ -171,12 +178,11 @@ def _judged(region: Region, around: Around) -> Entry:
         text = f"{tally.corrupt} of {tally.entries} entries are NaN or infinite"
         return Entry(name, "corrupt", text, {"corrupt": tally.corrupt})
     figures["rounding"] = way.name
-    beside = _another_factor(merge, tally)
-    if not tally.outside and beside is None:
+    case = Case(merge, around, cache(lambda: _another_factor(merge, tally)))
+    if not tally.outside and case.beside() is None:
         return _right(name, region, way, tally, figures)
     if tally.base_bits == tally.entries:
         return Entry(name, "not-applied", "every entry has the base's bits", figures)
-    case = Case(merge, around, beside)
     found = explain(case) if tally.outside else chance(case)
     found = found or _unexplained(tally)
     return Entry(name, found.verdict, found.text, figures | dict(found.figures), found.mistake)
@@ -195,7 +201,7 @@ def _another_factor(merge: Merge, tally: Tally) -> tuple[float, float] | None:
     found = _beside(merge, tally)
     if found is not None:
         for way in merge.replays():
-            if _beside(merge, count(merge, way)) is None:
+            if _beside(merge, count(merge, way, bound=False)) is None:
                 return None
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minilora.audit.floats import rounded, spacing
-from minilora.audit.merges import Region
+from minilora.audit.region import Region
 from minilora.audit.rounding import reach
 from minilora.spec.ops import Array
 

@@ -12,8 +12,9 @@ import numpy as np
 from minilora.audit.change import Around, Change
 from minilora.audit.floats import F64, rounded
 from minilora.audit.low_rank import coarsest
-from minilora.audit.merges import Merge, Region
+from minilora.audit.merges import Merge
 from minilora.audit.outside import beyond, half_gap
+from minilora.audit.region import Region
 from minilora.spec.ops import Array
 
 SIGMAS = 7.0
@@ -64,13 +65,13 @@ class Bracket:
 class Case:
     """A tensor's part whose merge is wrong, and what is around.
 
-    ``beside``: the factor that least squares finds beside a right merge and its standard deviation,
-    if it is not 1 by chance.
+    ``beside()``: the factor that least squares finds beside a right merge, and its standard
+    deviation, if it is not 1 by chance.
     """
 
     merge: Merge
     around: Around
-    beside: tuple[float, float] | None = None
+    beside: Callable[[], tuple[float, float] | None] = lambda: None
     _sample: list[Block] = field(default_factory=list)
 
     @property

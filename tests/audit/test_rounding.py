@@ -6,8 +6,9 @@ from made import DTYPES, Stored, cast, change, narrow, weight
 
 from minilora.audit.floats import BF16, F16, F32
 from minilora.audit.judge import judge
-from minilora.audit.merges import Merge, Region
+from minilora.audit.merges import Merge
 from minilora.audit.outside import beyond, deviations
+from minilora.audit.region import Region
 
 RANKS = (1, 3, 16, 256)
 SIZES = (1e-7, 1e-4, 1e-2, 3.0)
