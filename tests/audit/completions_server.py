@@ -24,8 +24,7 @@ ROUNDED = {
     "float32": lambda W: W,
     "bfloat16": lambda W: W.astype(ml_dtypes.bfloat16).astype(np.float32),
     "float16": lambda W: W.astype(np.float16).astype(np.float32),
-    "q4": lambda W: W if min(W.shape) == 1 or W.shape[1] % 32 else dequantize(quantize(W, "q4_0")),
-    "int4": lambda W: W if min(W.shape) == 1 else dequantize(quantize(W, "int4")),
+    "four bits": lambda W: W if min(W.shape) == 1 else dequantize(quantize(W, "nf4", 32)),
 }
 
 

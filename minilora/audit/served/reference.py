@@ -89,7 +89,7 @@ class Oracle:
         """The parameters and the scales of a setting."""
         c, W = self.base.config, self.base.weights
         if setting.coarse:
-            W = _coarse(W, [f"{at}.weight" for at in c.linears() if at.startswith("layers.")])
+            W = _coarse(W, [f"{at}.weight" for at in (*c.linears(), "embed")])
         if setting.factor is None or not self.has_adapter:
             return W, TrainableSpec()
         tuning, f = self.model.tuning, setting.factor

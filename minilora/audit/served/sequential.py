@@ -6,17 +6,19 @@ server of setting h answers y_j = l_j(h) + noise, where the noise
 - is, given what was answered before, a symmetric number moved by no more than its own median
   absolute deviation (a server that rounds is as often above as below, or nearly so). So it is
   above 0 with probability at most 3/4, and below 0 too;
-- exceeds that of a server with four-bit weights, |q_j|, which the oracle computes, with
-  probability at most 3/4. If it were of the very same size, it would with 1/2.
+- is at most 1 + √2 times as large as that of a server with four-bit weights, q_j, which the oracle
+  computes (for the base and for the adapter, of which it takes the greater). The quotient of two
+  normal numbers of standard deviations c and 1 exceeds k with probability 2/π arctan(c / k): so
+  |noise| > k |q_j| has at most 2/π arctan((1 + √2) / k), which is 3/4 for k = 1.
 
-Neither its size nor its shape need be known: a server in half precision and one in four bits are
-judged alike. Each bet is on an event that has at most probability p₀ = 3/4 if h is true. Against
-it one bets that it has probability q > p₀: the capital is multiplied by q / p₀ if it happens, by
-(1 - q) / (1 - p₀) if not, which is at most 1 in expectation. So is the mean over several q and
-several bets, which is the evidence E(h) against h. By Ville's inequality the true setting ever
-reaches E ≥ 1/ε with probability at most ε, however long one goes on and whenever one stops. The
-settings with E < 1/ε are therefore a confidence set, valid at every moment: it holds the true
-setting with probability at least 1 - ε.
+The noise's size need not be known: a server in half precision and one in four bits are judged
+alike. Each bet is on an event that has at most a probability p₀ if h is true, 3/4 for a direction.
+Against it one bets that it has a probability q > p₀: the capital is multiplied by q / p₀ if it
+happens, by (1 - q) / (1 - p₀) if not, which is at most 1 in expectation. So is the mean over
+several q and several bets, which is the evidence E(h) against h. By Ville's inequality the true
+setting ever reaches E ≥ 1/ε with probability at most ε, however long one goes on and whenever one
+stops. The settings with E < 1/ε are therefore a confidence set, valid at every moment: it holds the
+true setting with probability at least 1 - ε.
 
 Sources: Wald 1945 for the sequential ratio; Ville 1939; Ramdas et al. 2023, "Game-theoretic
 statistics and safe anytime-valid inference", for bets and confidence sequences.
@@ -24,6 +26,7 @@ statistics and safe anytime-valid inference", for bets and confidence sequences.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,7 +38,10 @@ from scipy.interpolate import PchipInterpolator
 from minilora.spec.ops import Array
 
 CHANCE = 0.75
-"""p₀: the most that an event bet on may have if the setting is true."""
+"""p₀ of a direction: the most that noise may have to lie on one side."""
+
+MULTIPLES = {k: 2 / math.pi * math.atan((1 + math.sqrt(2)) / k) for k in (1, 4, 16)}
+"""p₀ of noise that exceeds so many times that of a four-bit server."""
 
 LEAST_EFFECTS = (0.0, 1.0, 4.0)
 """Directions are bet on for all tokens, for those on which two settings differ by more than a
@@ -46,8 +52,9 @@ SAME = 3 * 2.0**-8
 
 
 def odds(p0: float) -> Array:
-    """The probabilities q > p₀ that are bet on, more of them near 1."""
-    return 1 - (1 - p0) * 2.0 ** -np.arange(1, 9)
+    """The probabilities q > p₀ that are bet on, more of them near p₀ and near 1."""
+    powers = 2.0 ** -np.arange(1, 8)
+    return p0 + (1 - p0) * np.concatenate([powers[3:0:-1], 1 - powers])
 
 
 def log_evidence(happened: Array, tried: Array, p0: float = CHANCE) -> Array:
@@ -92,7 +99,7 @@ class Evidence(Protocol):
         """log E against the base alone."""
 
     def near(self, f: float | None) -> float:
-        """log E against "farther from this setting than a four-bit server, mostly"; None: base."""
+        """log E against "it is not mostly near this setting"; None is the base."""
 
     def factors(self) -> Array:
         """The factors that are looked at, closely spaced where it matters."""
@@ -154,20 +161,21 @@ class Values:
     def against_base(self) -> float:  # noqa: D102
         return float(self._against(self.base[None], self.effect[None])[0])
 
-    def near(self, f: float | None) -> float:  # noqa: D102
+    def near(self, f: float | None) -> float:
+        """log E against "at most half of the tokens are near this setting"; None is the base.
+
+        Near is what is nearer than half of the adapter's effect, or than a four-bit server. Without
+        an adapter, of which a quarter of the tokens has to be shown.
+        """
         level = self.base if f is None else self.at(np.array([f]))[0]
-        far, tried = self._far(level[None])
-        return float(log_evidence(tried - far, tried, 1 - CHANCE)[0])
+        room = np.maximum(abs(self.effect) / 2, np.maximum(abs(self.coarse), self.least))
+        happened, tried = (abs(self.y - level) <= room).sum(), np.asarray(self.y.size)
+        return float(log_evidence(happened, tried, 0.5 if len(self.nodes) else 1 - CHANCE))
 
     def noise(self, f: float | None) -> float:
         """The noise's standard deviation, from its median: at least the oracle's own rounding."""
         level = self.base if f is None else self.at(np.array([f]))[0]
         return max(float(1.4826 * np.median(abs(self.y - level))), self.least)
-
-    def _far(self, levels: Array) -> tuple[Array, Array]:
-        """How often the server is farther from the setting than a four-bit one; of how often."""
-        far = abs(self.y - levels) > np.maximum(abs(self.coarse), self.least)
-        return far.sum(-1), np.full(len(levels), self.y.size)
 
     def _against(self, levels: Array, slopes: Array) -> Array:
         """Half of the capital is bet on the spread, the other half on directions.
@@ -184,7 +192,11 @@ class Values:
                 bets.append(_bet(off * apart > 0, counts))
         counts = slopes != 0
         bets += [_bet(off * slopes * sign > 0, counts) for sign in (1, -1)]
-        return _halves(log_evidence(*self._far(levels)), bets)
+        off, spread = abs(self.y - levels), []
+        for k, p0 in MULTIPLES.items():
+            far = (off > np.maximum(k * abs(self.coarse), self.least)).sum(-1)
+            spread.append(log_evidence(far, np.full(len(levels), self.y.size), p0))
+        return _halves(spread, bets)
 
     def factors(self) -> Array:  # noqa: D102
         if not len(self.nodes):
@@ -253,7 +265,7 @@ class Choices:
 
     def near(self, f: float | None) -> float:  # noqa: D102
         right = self.base if f is None else self._right(f)
-        return float(log_evidence(right.sum(), np.asarray(right.size), CHANCE))
+        return float(log_evidence(right.sum(), np.asarray(right.size), 0.5))
 
     def _right(self, f: float) -> Array:
         right: Array = self.curves[abs(self.nodes - f).argmin()]
@@ -267,7 +279,7 @@ class Choices:
             better, worse = (other & ~right).sum(), (right & ~other).sum()
             if better or worse:
                 bets.append(log_evidence(better, better + worse, 0.5))
-        return float(_halves(spread, bets))
+        return float(_halves([spread], bets))
 
     def factors(self) -> Array:  # noqa: D102
         return self.nodes
@@ -285,9 +297,9 @@ def _bet(happened: Array, counts: Array) -> Array:
     return log_evidence((happened & counts).sum(-1), counts.sum(-1))
 
 
-def _halves(spread: Array, bets: Sequence[Array]) -> Array:
-    """The evidence of a capital of which one half is bet on the spread, the other on ``bets``."""
-    return _log_mean(np.stack([spread, _log_mean(np.stack(bets, -1))], -1))
+def _halves(*bets: Sequence[Array]) -> Array:
+    """The evidence of a capital of which one half lies on these bets and the other on those."""
+    return _log_mean(np.stack([_log_mean(np.stack(half, -1)) for half in bets], -1))
 
 
 def _around(f: float, width: float) -> Array:

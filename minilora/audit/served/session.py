@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from minilora.audit.served.client import Client, Refused
+from minilora.audit.served.client import Client, Refused, ServerError
 from minilora.audit.served.decision import SHARP, Decision, decide
 from minilora.audit.served.forms import FORMS, Answer, Form, Prompt, Texts
 from minilora.audit.served.prompts import Prompts
@@ -29,6 +30,9 @@ CLOSE = 1e-6
 FIT = 8
 """So many further factors are computed to fit one."""
 
+LOOK = 0.1
+"""The answers are judged again when they have so many more tokens, as a share."""
+
 IN_A_ROW = 3
 """After so many unusable answers in a row no more is asked."""
 
@@ -40,6 +44,12 @@ class Asked:
     form: Form
     answers: list[Answer] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the answers say something of."""
+        known = (int((~np.isnan(answer.logprobs)).sum()) for answer in self.answers)
+        return len(self.answers) if self.form.scores == "choice" else sum(known)
 
 
 class Session:
@@ -94,31 +104,38 @@ class Session:
     ) -> tuple[Asked, Decision, Evidence]:
         """Ask until the decision is sharp, or ``most_tokens`` are scored, or no prompt is left.
 
-        Errors: those of `first_answer`; ServerError if it stops answering.
+        Errors: those of `first_answer`. What goes wrong later is an unusable answer.
         """
         asked, left = self.first_answer()
-        fit_at = 0  # fitting a factor takes long: each time for twice as many tokens
         decision, _ = self._judge(asked, error, True)
-        failed = 0
+        look_at = fit_at = failed = 0
         for prompt in left:
-            told(decision.tokens)
-            if decision.sharp or decision.tokens >= most_tokens or failed >= IN_A_ROW:
+            told(asked.tokens)
+            if decision.sharp or asked.tokens >= most_tokens or failed >= IN_A_ROW:
                 break
             try:
                 asked.answers.append(asked.form.ask(self.client, self.model, prompt, self.texts))
-            except Refused as why:
+            except (Refused, ServerError) as why:
                 failed += 1
                 asked.unusable.append(str(why))
                 continue
             failed = 0
-            fits = decision.tokens >= fit_at
-            fit_at = 2 * decision.tokens if fits else fit_at
+            if asked.tokens < look_at:
+                continue
+            look_at = math.ceil(asked.tokens * (1 + LOOK))
+            fits = asked.tokens >= fit_at  # which takes long: each time for twice as many tokens
+            fit_at = 2 * asked.tokens if fits else fit_at
             decision, _ = self._judge(asked, error, fits)
         return (asked, *self._judge(asked, error, True))
 
     @property
     def _adapted(self) -> bool:
         return self.oracle.has_adapter
+
+    @property
+    def _whole(self) -> list[Setting]:
+        """The models whose noise in four bits is computed."""
+        return [BASE, Setting(1.0)] if self._adapted else [BASE]
 
     def _judge(self, asked: Asked, error: float, fits: bool) -> tuple[Decision, Evidence]:
         """The decision; if it ``fits``, further factors are computed until one explains it."""
@@ -181,8 +198,8 @@ class Session:
             return np.asarray(logprobs[known])
 
         curves = [scored(Setting(f)) for f in self.factors]
-        own = Setting(1.0) if self._adapted else BASE
-        coarse = scored(Setting(own.factor, coarse=True)) - scored(own)
+        noise = [abs(scored(replace(s, coarse=True)) - scored(s)) for s in self._whole]
+        coarse = np.maximum.reduce(noise)
         base, nodes = scored(BASE), np.array(self.factors)
         return Values(y[known], base, nodes, np.array(curves), coarse, self.least)
 
@@ -198,8 +215,8 @@ class Session:
             pairs = zip(chosen, best(setting), strict=True)
             return np.array([self.texts.is_text_of(text, token) for text, token in pairs])
 
-        own = Setting(1.0) if self._adapted else BASE
-        coarse = np.array(best(Setting(own.factor, coarse=True))) == np.array(best(own))
+        kept = [np.equal(best(replace(s, coarse=True)), best(s)) for s in self._whole]
+        coarse = np.logical_and.reduce(kept)
         curves = np.array([right(Setting(f)) for f in self.factors])
         return Choices(right(BASE), np.array(self.factors), curves, coarse)
 
