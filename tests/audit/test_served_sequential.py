@@ -38,19 +38,22 @@ NOISES = {
 NODES = (-1, -0.5, 0, 0.5, 1, 2, 4)
 
 
+def curve_of(seed, n=160, effect=1.0):
+    """The log-probabilities of the base, and of the adapter at a factor."""
+    rng = np.random.default_rng((7, seed))
+    base = -rng.exponential(2, n)
+    change = effect * rng.normal(size=n) * rng.exponential(size=n)
+    bend = rng.normal(0, 0.1, n)
+    return base, change, lambda f: base + change * (f + bend * f * (f - 1))
+
+
 def world(seed, truth, noise, n=160, effect=1.0):
     """n tokens of a server that serves ``truth``: a factor, None for the base, or "other".
 
     ``noise(rng, n, to)``: ``to`` is 1 where the adapter raises the log-probability, else -1.
     """
     rng = np.random.default_rng(seed)
-    base = -rng.exponential(2, n)
-    change = effect * rng.normal(size=n) * rng.exponential(size=n)
-    bend = rng.normal(0, 0.1, n)
-
-    def curve(f):
-        return base + change * (f + bend * f * (f - 1))
-
+    base, change, curve = curve_of(seed, n, effect)
     if truth == "other":
         y = base + effect * rng.normal(size=n)
     else:
@@ -74,6 +77,15 @@ def wrong(values, truth, error=ERROR):
         if log_e >= -np.log(error):
             return True
     return False
+
+
+def fitted(values, curve, n):
+    """With a further setting: the factor that explains the first n tokens best."""
+    f = first(values, n).estimate()
+    order = np.argsort([*values.nodes, f])
+    nodes = np.array([*values.nodes, f])[order]
+    since = np.array([*np.zeros(len(values.nodes)), n])[order]
+    return replace(values, nodes=nodes, since=since, curves=np.array([curve(g) for g in nodes]))
 
 
 def most(runs, error):
@@ -101,6 +113,17 @@ QUICK = ("of half precision", "moved by its median deviation")
 def test_the_truth_is_excluded_no_more_often_than_said_however_often_one_looks(truth, noise):
     errors = sum(wrong(world(i, truth, NOISES[noise]), truth) for i in range(RUNS))
     assert errors <= most(RUNS, ERROR)
+
+
+def test_a_bet_on_what_fits_the_tokens_before_keeps_the_rate_and_finds_a_near_factor():
+    noise = NOISES["of half precision"]
+
+    def errs(seed, truth):
+        values = fitted(world(seed, truth, noise), curve_of(seed)[2], 40)
+        return wrong(values, 1.0)
+
+    assert sum(errs(i, 1.0) for i in range(RUNS)) <= most(RUNS, ERROR)
+    assert sum(errs(i, 1.05) for i in range(20)) >= 18
 
 
 def test_the_rate_is_not_kept_where_the_noise_is_not_the_models():

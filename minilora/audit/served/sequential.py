@@ -116,11 +116,12 @@ class Values:
     """Log-probabilities y of n tokens that a server gave.
 
     ``base``: those of the base alone; ``curves``: of the adapter at the factors ``nodes``, between
-    which they are interpolated; none of either without an adapter. ``coarse``: the size of a
-    four-bit server's noise; ``least``: the oracle's own rounding, within which nothing is told
+    which they are interpolated; none of either without an adapter. ``since``: the tokens before
+    which a node was not chosen, so that no bet on them was made towards it. ``coarse``: the size of
+    a four-bit server's noise; ``least``: the oracle's own rounding, within which nothing is told
     apart.
 
-    Shapes: y (n,), base (n,), nodes (k,), curves (k, n), coarse (n,).
+    Shapes: y (n,), base (n,), nodes (k,), since (k,), curves (k, n), coarse (n,).
     """
 
     y: Array
@@ -129,6 +130,7 @@ class Values:
     curves: Array
     coarse: Array
     least: float
+    since: Array | None = None
 
     sharpens: ClassVar[bool] = True
 
@@ -172,6 +174,12 @@ class Values:
         happened, tried = (abs(self.y - level) <= room).sum(), np.asarray(self.y.size)
         return float(log_evidence(happened, tried, 0.5 if len(self.nodes) else 1 - CHANCE))
 
+    def precision(self) -> float:
+        """The standard deviation of the estimate: the noise's by the root of Σ l'(f)²."""
+        f = self.estimate()
+        slopes = self.slopes(np.array([f]))[0]
+        return self.noise(f) / float(max(np.sqrt((slopes**2).sum()), self.least))
+
     def noise(self, f: float | None) -> float:
         """The noise's standard deviation, from its median: at least the oracle's own rounding."""
         level = self.base if f is None else self.at(np.array([f]))[0]
@@ -180,13 +188,15 @@ class Values:
     def _against(self, levels: Array, slopes: Array) -> Array:
         """Half of the capital is bet on the spread, the other half on directions.
 
-        The directions are those in which each other setting lies, and both of the slope. A tie,
+        The directions are those in which each other setting lies, also one that was fitted to the
+        tokens before, and both of the slope. A tie,
         within the oracle's rounding, speaks for the setting.
         """
         off = np.where(abs(self.y - levels) > self.least, self.y - levels, 0.0)
-        bets = []
-        for rival in (self.base, *self.curves):
-            apart = rival - levels
+        bets, order = [], np.arange(self.y.size)
+        since = np.zeros(len(self.nodes)) if self.since is None else self.since
+        for rival, first in zip((self.base, *self.curves), (0, *since), strict=True):
+            apart = np.where(order >= first, rival - levels, 0.0)
             for least in LEAST_EFFECTS:
                 counts = abs(apart) > np.maximum(least * abs(self.coarse), self.least)
                 bets.append(_bet(off * apart > 0, counts))

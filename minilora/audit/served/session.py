@@ -60,6 +60,7 @@ class Session:
         self.texts: Texts = prompts.texts
         self.least = oracle.rounding(prompts.sequences[0])
         self.factors: list[float] = []
+        self.since: dict[float, int] = {}
 
     @staticmethod
     def listed_by(client: Client) -> list[str]:
@@ -143,29 +144,36 @@ class Session:
             self.factors = list(CHOICE_FACTORS if asked.form.scores == "choice" else FACTORS)
         evidence = self._evidence(asked)
         decision = decide(evidence, error)
-        if isinstance(evidence, Choices) or not self._adapted:
+        if not isinstance(evidence, Values) or not self._adapted:
             return decision, evidence
         if not fits:
             return replace(decision, sharp=decision.sharp and not decision.elsewhere), evidence
-        self.factors = [f for f in self.factors if f in (*FACTORS, *WIDER)]
+        kept, estimate = [*self.factors], evidence.estimate()
         for _ in range(FIT):
-            if not decision.elsewhere or not (further := self._further(decision)):
+            if not (further := self._further(decision, evidence)):
                 break
-            self.factors = sorted([*self.factors, *further])
-            evidence = self._evidence(asked)
-            decision = decide(evidence, error)
+            for f in further:
+                self.since[f] = 0 if f in WIDER else evidence.tokens
+            self.factors = sorted({*self.factors, *further})
+            kept += [f for f in further if f in WIDER]
+            evidence = self._values(asked.answers)
+            decision, estimate = decide(evidence, error), evidence.estimate()
+        # What was tried on the way is not computed again; the best of it is bet on from now on.
+        best = min(self.factors, key=lambda f: abs(f - estimate))
+        self.factors = sorted({*kept, best})
         return decision, evidence
 
-    def _further(self, decision: Decision) -> list[float]:
+    def _further(self, decision: Decision, evidence: Values) -> list[float]:
         """The factors to compute next: where the answers point, and beyond if that is an end."""
-        assert decision.factor is not None  # with an adapter
-        reach = [f for f in (decision.factor, decision.low, decision.high) if f is not None]
-        if beyond := self._beyond(min(reach), max(reach), decision.serves == "other"):
+        estimate = evidence.estimate()
+        reach = [f for f in (estimate, decision.low, decision.high) if f is not None]
+        least, most = min(reach), max(reach)
+        if decision.elsewhere and (beyond := self._beyond(least, most, decision.serves == "other")):
             return beyond
-        nearest = min(abs(decision.factor - f) for f in self.factors)
-        if nearest > CLOSE * max(1.0, abs(decision.factor)):
-            return [decision.factor]
-        return [] if decision.sharp else self._between(min(reach), max(reach))
+        nearest = min(abs(estimate - f) for f in self.factors)
+        if nearest > max(CLOSE * max(1.0, abs(estimate)), evidence.precision()):
+            return [estimate]
+        return self._between(least, most) if decision.elsewhere and not decision.sharp else []
 
     def _beyond(self, least: float, most: float, all_of_them: bool) -> list[float]:
         """Factors outside those computed, where the least or the most of what is left is an end."""
@@ -201,7 +209,8 @@ class Session:
         noise = [abs(scored(replace(s, coarse=True)) - scored(s)) for s in self._whole]
         coarse = np.maximum.reduce(noise)
         base, nodes = scored(BASE), np.array(self.factors)
-        return Values(y[known], base, nodes, np.array(curves), coarse, self.least)
+        since = np.array([self.since.get(f, 0) for f in self.factors])
+        return Values(y[known], base, nodes, np.array(curves), coarse, self.least, since)
 
     def _choices(self, answers: Sequence[Answer]) -> Choices:
         # The token that follows a beginning is scored by any token in its place.
