@@ -34,8 +34,8 @@ class Trial:
 
     ``detail``: what distinguishes it from others of its mistake; ``weight(W, i, j)``: what was the
     base instead of W; ``end(W, T, e, i, j)``: what became of T, with its error; ``free``: it may
-    be by another factor, too.
-    ``through``: a narrower dtype in which it was computed, and on whose grid the result is.
+    be by another factor, too; ``through``: a narrower dtype in which it was computed, and on whose
+    grid the result is; ``order``: of the merged tensor's rows, base and all.
     """
 
     changes: tuple[Change, ...]
@@ -44,6 +44,7 @@ class Trial:
     end: Ending | None = None
     free: bool = True
     through: np.dtype[Any] | None = None
+    order: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Case:
         for i, j, W, M in blocks:
             if trial.through is not None and (rounded(M, trial.through) != M).any():
                 return False
-            T, e = tried(trial, merge, W, i, j)
+            W, T, e = tried(trial, merge, W, i, j)
             if beyond(M, T, e, self.region, self.region.gaps(i, j)).any():
                 return False
             N, D = rounded(T, dtype), T - W
@@ -151,7 +152,7 @@ class Case:
         """The root mean square of (M - T) in the last roundings' units, over the sample."""
         merge, total, entries = self.merged(trial), 0.0, 0
         for i, j, W, M in self.sample:
-            T, _ = tried(trial, merge, W, i, j)
+            _, T, _ = tried(trial, merge, W, i, j)
             share = (M - T) / half_gap(M, self.region, self.region.gaps(i, j))
             total, entries = total + float((share * share).sum()), entries + share.size
         return float(np.sqrt(total / max(1, entries)))
@@ -211,10 +212,18 @@ class Case:
         return along / square
 
 
-def tried(trial: Trial, merge: Merge, W: Array, i: int, j: int) -> tuple[Array, Array]:
-    """T and e of what the trial does."""
-    T, e = merge.rows(W if trial.weight is None else trial.weight(W, i, j), i, j)
-    return trial.end(W, T, e, i, j) if trial.end else (T, e)
+def tried(trial: Trial, merge: Merge, W: Array, i: int, j: int) -> tuple[Array, Array, Array]:
+    """What stands for W, T and e in what the trial does."""
+    if trial.order is not None:
+        places = trial.order[i:j]
+        first, last = int(places.min()), int(places.max()) + 1
+        W, _ = merge.region.read(first, last)
+        whole = W.astype(F64), *merge.rows(W.astype(F64), first, last)
+        W, T, e = (array[places - first] for array in whole)
+        return W, T, e
+    V = W if trial.weight is None else trial.weight(W, i, j)
+    T, e = merge.rows(V, i, j)
+    return V, *(trial.end(W, T, e, i, j) if trial.end else (T, e))
 
 
 def scaled(change: Change, factor: float) -> Change:

@@ -57,6 +57,7 @@ def plain(made):
     yield "rows-permuted", w + np.roll(D, M // 2, 0)
     yield "rows-permuted", w + np.roll(D, 1, 0)
     yield "rows-permuted", w + D[::-1]
+    yield "tensor-permuted", (w + D).reshape(4, 2, M // 8, N).swapaxes(1, 2).reshape(M, N)
     yield "columns-permuted", w + np.roll(D, N // 3, 1)
     yield "columns-permuted", w + D[:, ::-1]
     yield "permuted", w + D[made.rng.permutation(M)]
@@ -148,6 +149,8 @@ def several(made, first, second):
     yield "weights-squared", w + D1 + D2 * weight_
     yield "one-scale-for-all", w + D1 + D2 / second.scale * first.scale
     yield "factors-added", w + (s1**0.5 * B1 + s2**0.5 * B2) @ (s1**0.5 * A1 + s2**0.5 * A2)
+    yield "factors-added", w + s1 * (B1 + weight_ * B2) @ (A1 + weight_ * A2)
+    yield "factors-added", w + s1 * (B1 + B2) @ (A1 + A2)
     yield "wrong-scale", w + D1 - D2
     yield "wrong-scale", w + 2 * (D1 + D2)
 
@@ -173,6 +176,7 @@ def magnitudes(made, m, other):
     yield "magnitude-wrong", m / norm(w + BA) * V
     yield "magnitude-wrong", m / norm(V) * w + D
     yield "magnitude-wrong", w + m / norm(V) * D
+    yield "magnitude-permuted", m[::-1] / norm(V) * V
     yield "magnitude-of-another", other / norm(V) * V
     yield "norm-of-columns", V * m.T / norm(V, 0)
     for factor in (1 / s, 2, -1):
@@ -235,6 +239,7 @@ def test_tokens_and_saved_tensors_elsewhere_are_named(dtype):
         ("tokens-elsewhere", put(np.arange(3), rows), tokens),
         ("part-not-merged", put(ids[:2], rows[:2]), tokens),
         ("saved-added", w + table, saved),
+        ("saved-averaged", (w + table) / 2, saved),
         ("saved-transposed", table.T, saved),
         ("saved-of-another", other, saved),
     ]
@@ -256,7 +261,22 @@ def test_coarser_merges_are_named():
             assert dtype.name in entry.text
 
 
-@pytest.mark.parametrize("scheme", ["nf4", "q8_0", "q4_0"])
+def cut(x, dtype):
+    """Towards zero."""
+    near = cast(x, dtype)
+    beyond = abs(near.astype(float)) > abs(x)
+    lower = np.nextafter(near, near.dtype.type(0))
+    return np.where(beyond, lower, near).astype(float)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_numbers_cut_off_are_named(dtype):
+    made = Made(dtype, size=1e-3)
+    entry = made.entry(cut(made.w + made.D, dtype))
+    assert (entry.mistake, dtype.name in entry.text) == ("truncated", True), entry
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "q8_0", "q4_0", "q4_1"])
 def test_quantized_steps_on_the_way_are_named(scheme):
     made = Made(F32, n=64)
 

@@ -63,6 +63,17 @@ def saved_added(case: Case) -> Iterator[Trial]:
     yield Trial(case.changes, end=end, free=False)
 
 
+def saved_averaged(case: Case) -> Iterator[Trial]:
+    """The mean of the base's tensor and the saved one."""
+    if _kind(case, "saved") is None:
+        return
+
+    def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
+        return (W + T) / 2, e + 2 * case.region.dtypes.w * (abs(W) + abs(T))
+
+    yield Trial(case.changes, end=end, free=False)
+
+
 def saved_transposed(case: Case) -> Iterator[Trial]:
     """The saved tensor's transpose, of a square one."""
     if (change := _kind(case, "saved")) is None:
@@ -87,6 +98,7 @@ KINDS = (
     ),
     Mistake("tokens-elsewhere", "permuted", "the trained rows at other tokens", tokens_elsewhere),
     Mistake("saved-added", "known-mistake", "the saved tensor is added to the base's", saved_added),
+    Mistake("saved-averaged", "factor", "half the base's, half the adapter's", saved_averaged),
     Mistake("saved-transposed", "transposed", "the saved tensor is transposed", saved_transposed),
     Mistake("saved-of-another", "other-module", "another saved tensor", saved_of_another),
 )

@@ -102,6 +102,13 @@ def columns_permuted(case: Case) -> Iterator[Trial]:
             yield Trial((with_parts(change, A=A[:, order]),), f"input features: {what}")
 
 
+def tensor_permuted(case: Case) -> Iterator[Trial]:
+    """The rows of the merged tensor in another order, base and all."""
+    if only(case) is not None and case.region.index is None:
+        for what, order in _orders(case, case.region.rows):
+            yield Trial(case.changes, what, free=False, order=order)
+
+
 def kernel_moved(case: Case) -> Iterator[Trial]:
     """A convolution's kernel with its axes in another order, or flipped."""
     change = only(case)
@@ -134,6 +141,12 @@ LAYOUTS = (
         "the output features in another order",
         rows_permuted,
         ("llama.cpp's permutation of q and k",),
+    ),
+    Mistake(
+        "tensor-permuted",
+        "permuted",
+        "the merged tensor's rows in another order, base and all",
+        tensor_permuted,
     ),
     Mistake(
         "columns-permuted", "permuted", "the input features in another order", columns_permuted

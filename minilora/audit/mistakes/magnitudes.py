@@ -111,6 +111,16 @@ def norm_of_columns(case: Case) -> Iterator[Trial]:
     yield Trial((plain,), end=end, free=False)
 
 
+def magnitude_permuted(case: Case) -> Iterator[Trial]:
+    """The magnitudes of other rows."""
+    if (change := dora(case)) is None:
+        return
+    m = np.asarray(change.parts["magnitude"]).reshape(-1, 1)
+    orders = {"reversed": m[::-1], "shifted by 1": np.roll(m, 1), "shifted by -1": np.roll(m, -1)}
+    for what, other in orders.items():
+        yield Trial((with_parts(change, magnitude=other),), what)
+
+
 def magnitude_of_another(case: Case) -> Iterator[Trial]:
     """Another module's magnitude."""
     if (change := dora(case)) is None:
@@ -140,6 +150,7 @@ MAGNITUDES = (
         "the norm of the columns in place of the rows'",
         norm_of_columns,
     ),
+    Mistake("magnitude-permuted", "permuted", "the magnitudes of other rows", magnitude_permuted),
     Mistake(
         "magnitude-of-another",
         "other-module",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
-from math import sqrt
+from math import copysign, sqrt
 
 import numpy as np
 
 from minilora.audit.change import Change
-from minilora.audit.floats import F64
-from minilora.audit.low_rank import coarsest
+from minilora.audit.floats import F32, F64
 from minilora.audit.mistakes.mistake import Mistake
 from minilora.audit.scales import named_factors
 from minilora.audit.trial import Case, Trial, scaled, with_parts
@@ -71,23 +69,30 @@ def one_scale_for_all(case: Case) -> Iterator[Trial]:
 
 
 def factors_added(case: Case) -> Iterator[Trial]:
-    """A and B added up apart, so that each B meets each A: PEFT's combination "linear"."""
+    """A and B added up apart, so that each B meets each A, as PEFT's combination "linear" does."""
     changes = case.changes
     if len(changes) < 2 or any(set(c.parts) != {"A", "B"} for c in changes):
         return
-    if len({np.shape(c.parts["A"]) for c in changes}) > 1:
-        return
-    for what, shares in (
-        ("weights", [c.s for c in changes]),
-        ("no weights", [c.scale for c in changes]),
-    ):
-        roots = [sqrt(abs(share)) for share in shares]
-        signed = [math.copysign(root, share) for root, share in zip(roots, shares, strict=True)]
-        A = _sum(np.asarray(c.parts["A"], F64) * w for w, c in zip(roots, changes, strict=True))
-        B = _sum(np.asarray(c.parts["B"], F64) * w for w, c in zip(signed, changes, strict=True))
-        dtype = coarsest(changes[0])
-        joined = with_parts(changes[0], A=A.astype(dtype), B=B.astype(dtype))
-        yield Trial((replace(joined, scale=1.0, weight=1.0),), f"with {what}", free=False)
+    r = min(len(c.parts["A"]) for c in changes)
+    s, weights = changes[0].scale, [c.weight for c in changes]
+    ones = [1.0] * len(changes)
+    kinds = {
+        "the roots of the weighted scales": (_roots([c.s for c in changes]), 1.0),
+        "the roots of the scales": (_roots([c.scale for c in changes]), 1.0),
+        "the weights on both factors": ((weights, weights), s),
+        "the weights on B alone": ((ones, weights), s),
+        "no weights": ((ones, ones), s),
+    }
+    for what, ((of_A, of_B), scale) in kinds.items():
+        A = _sum(w * c.parts["A"][:r].astype(F64) for w, c in zip(of_A, changes, strict=True))
+        B = _sum(w * c.parts["B"][:, :r].astype(F64) for w, c in zip(of_B, changes, strict=True))
+        joined = with_parts(changes[0], A=A.astype(F32), B=B.astype(F32))
+        yield Trial((replace(joined, scale=scale, weight=1.0),), f"with {what}", free=False)
+
+
+def _roots(shares: Sequence[float]) -> tuple[list[float], list[float]]:
+    roots = [sqrt(abs(share)) for share in shares]
+    return roots, [copysign(root, share) for root, share in zip(roots, shares, strict=True)]
 
 
 def _sum(arrays: Iterable[Array]) -> Array:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.audit.floats import BF16, F16, F64, format_of, rounded
+from minilora.audit.floats import BF16, F16, F64, format_of, rounded, spacing
 from minilora.audit.mistakes.magnitudes import with_rows
 from minilora.audit.mistakes.mistake import Mistake, additive
 from minilora.audit.trial import Case, Ending, Step, Trial
@@ -43,6 +43,25 @@ def merged_coarse(case: Case) -> Iterator[Trial]:
     for dtype in (BF16, F16):
         if format_of(dtype).u > format_of(case.region.merged.dtype).u:
             yield Trial(case.changes, dtype.name, end=_narrowed(dtype), free=False, through=dtype)
+
+
+def truncated(case: Case) -> Iterator[Trial]:
+    """Numbers cut off towards zero, not rounded."""
+    for dtype in (BF16, F16):
+        if format_of(dtype).u >= format_of(case.region.merged.dtype).u:
+            yield Trial(case.changes, dtype.name, end=_cut(dtype), free=False, through=dtype)
+
+
+def _cut(dtype: np.dtype[Any]) -> Ending:
+    def toward_zero(x: Array) -> Array:
+        near = rounded(x, dtype)
+        return np.where(abs(near) > abs(x), near - np.sign(x) * spacing(x, dtype), near)
+
+    def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
+        low, high = toward_zero(T - e), toward_zero(T + e)
+        return (low + high) / 2, (high - low) / 2
+
+    return end
 
 
 def _narrowed(dtype: np.dtype[Any]) -> Ending:
@@ -93,8 +112,12 @@ def _through(step: Step, block: int, w: float) -> Ending:
     def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
         e = e + w * abs(T)
         largest = abs(T).reshape(len(T), -1, block).max(-1).repeat(block, 1)
-        border = abs(step(T + e, i, j) - step(T - e, i, j))
-        return step(T, i, j), border + e + largest * (2 * w + 2.0**-16)
+        e = e + largest * (2 * w + 2.0**-9)  # the block's constants, kept in float16, move too
+        through = step(T, i, j)
+        gap = abs(step(T + 1.5 * e, i, j) - step(T - 1.5 * e, i, j))
+        lost = abs(T - through)
+        neighbour = abs(step(T + np.sign(T - through) * (lost + 2 * e), i, j) - through)
+        return through, e + np.maximum(gap, neighbour * (neighbour <= 2 * (lost + 3 * e)))
 
     return end
 
@@ -128,6 +151,7 @@ WEIGHTS = (
         merged_coarse,
         ("peft 1388", "unsloth 3091"),
     ),
+    Mistake("truncated", "known-mistake", "cut off, not rounded, to a narrower dtype", truncated),
     Mistake(
         "base-coarse", "coarser", "the base was rounded to a narrower dtype first", base_coarse
     ),
