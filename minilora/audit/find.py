@@ -48,7 +48,7 @@ def find(
     candidates = _candidates(adapters)
     tensors = list(_tensors(B, M, progress))
     differ = {entry.subject for entry in tensors if entry.verdict != "unchanged"}
-    tried = [_try(base, candidate, merged, differ) for candidate in candidates]
+    tried = [_try(base, candidate, merged, differ, progress) for candidate in candidates]
     fits = [entry.subject for entry in tried if entry.verdict == "fine"]
     entries = [*tried, *tensors]
     if fits:  # what cannot be decided from the tensors alone is, by the adapter
@@ -83,10 +83,16 @@ def _is_adapter(path: Path) -> bool:
     return True
 
 
-def _try(base: str | Path, adapter: Path, merged: str | Path, differ: set[str]) -> Entry:
+def _try(
+    base: str | Path,
+    adapter: Path,
+    merged: str | Path,
+    differ: set[str],
+    progress: Progress | None,
+) -> Entry:
     """Whether it is this adapter: fine if nothing deviates, and it changes some that ``differ``."""
     try:
-        report = audit_merged(base, adapter, merged)
+        report = audit_merged(base, adapter, merged, progress=progress)
     except (FormatError, ImportError) as error:
         return Entry(str(adapter), "told", f"it cannot be tried: {error}")
     changed = [e for e in report.entries if "module" in e.figures]
