@@ -14,7 +14,9 @@ import pytest
 import tqdm
 from colours import contrast
 from extras import optional
+from sarif_schema import SARIF
 
+import minilora.audit
 from minilora.audit.report.document import schema
 from minilora.audit.report.forms import rendered
 from minilora.audit.report.groups import groups, headline
@@ -25,6 +27,7 @@ from minilora.cli.commands import audits
 from minilora.cli.main import main
 from minilora.cli.progress import bytes_bar
 from minilora.forms.markdown import MARKDOWN_BYTES
+from minilora.io import reference_models
 
 LAYERS = 40
 CAUSE = "the scale is alpha / r where alpha / sqrt(r) was asked for"
@@ -187,8 +190,6 @@ def test_the_json_is_as_its_schema_says(wrong, hostile):
 
 
 def test_the_sarif_is_as_the_standard_says(wrong, hostile):
-    from sarif_schema import SARIF
-
     jsonschema = optional("jsonschema")
     for report in (wrong, hostile, RIGHT):
         log = json.loads(rendered(report, "sarif"), parse_constant=pytest.fail)
@@ -419,3 +420,25 @@ def test_the_bar_tells_bytes_and_the_tensor_on_a_terminal_alone(monkeypatch):
         shown = sys.stderr.getvalue()
     assert shown.startswith("\r  0%")
     assert re.search(r"100% .* 200MB of 200MB, 00:00 left  layers.2.weight", shown)
+
+
+LLAMA = reference_models.folder() / "llama"
+AUDITS = {
+    "merged": lambda: minilora.audit.merged(LLAMA / "base", LLAMA / "adapter", LLAMA / "base"),
+    "find": lambda: minilora.audit.find(LLAMA / "base", LLAMA / "base", LLAMA / "adapter"),
+    "adapter": lambda: minilora.audit.adapter(LLAMA / "adapter", LLAMA / "base"),
+    "converted": lambda: minilora.audit.converted(LLAMA / "adapter", LLAMA / "adapter"),
+}
+
+
+@pytest.mark.parametrize("name", AUDITS)
+def test_every_form_takes_what_each_audit_reports(name):
+    report = AUDITS[name]()
+    assert report.audit == name
+    assert report.exit_status == (name == "merged")
+    for form in audits.FORMS:
+        assert rendered(report, form)
+    assert text(report, verbose=True).count("\n") > len(report.entries)
+    jsonschema = optional("jsonschema")
+    jsonschema.validate(json.loads(rendered(report, "json")), schema())
+    jsonschema.validate(json.loads(rendered(report, "sarif")), SARIF)
