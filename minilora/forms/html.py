@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 
 STYLE = """
@@ -52,15 +52,25 @@ figcaption { font-size: .9rem } .frame { fill: none; stroke: var(--line) }
   tbody th { min-width: 5.5rem } .level > summary { font-size: 1rem }
   .found { padding: .4rem .5rem } h1 { font-size: 1.3rem } }
 """
-"""The style of this page, and of others that look like it."""
+"""The style of every page."""
 
 
-def open_table(caption: str, extra: str = "") -> str:
-    """A table that scrolls sideways, with the keyboard too."""
+def open_page(title: str, style: str = "") -> Iterator[str]:
+    """The beginning of a page, with more style than `STYLE`, up to its first heading."""
+    yield "<!doctype html>"
+    yield '<html lang="en"><head><meta charset="utf-8">'
+    yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    yield f"<title>{escape(title)}</title>"
+    yield f"<style>{STYLE}{style}</style></head><body>"
+
+
+def open_table(caption: str, kind: str = "") -> str:
+    """A table that scrolls sideways, with the keyboard too; ``kind`` is its class."""
     name = escape(caption)
+    table = f'<table class="{kind}">' if kind else "<table>"
     return (
-        f'<div class="wide" role="region" aria-label="{name}" tabindex="0"><table>'
-        f"<caption>{name}{extra}</caption>"
+        f'<div class="wide" role="region" aria-label="{name}" tabindex="0">{table}'
+        f"<caption>{name}</caption>"
     )
 
 

@@ -18,7 +18,7 @@ from minilora.audit.report.groups import (
 from minilora.audit.report.picture import PICTURE_STYLE, picture
 from minilora.audit.report.signs import CLASSES, SIGNS
 from minilora.audit.result import Entry, Report
-from minilora.forms.html import STYLE, open_table, table_head
+from minilora.forms.html import open_page, open_table, table_head
 from minilora.forms.words import printable
 
 _OWN_STYLE = """
@@ -37,11 +37,7 @@ def html(report: Report) -> str:
 def _page(report: Report) -> Iterator[str]:
     title = f"minilora audit {report.audit}"
     worst = severity_of(report)
-    yield "<!doctype html>"
-    yield '<html lang="en"><head><meta charset="utf-8">'
-    yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    yield f"<title>{escape(title)}</title>"
-    yield f"<style>{STYLE}{PICTURE_STYLE}{_OWN_STYLE}</style></head><body>"
+    yield from open_page(title, PICTURE_STYLE + _OWN_STYLE)
     yield f"<header><h1>{escape(title)}</h1>"
     yield f'<p class="result {CLASSES[worst]}">{SIGNS[worst]} {escape(headline(report))}</p>'
     if told := causes(report):
@@ -64,7 +60,7 @@ def _page(report: Report) -> Iterator[str]:
 
 
 def _table(found: list[Group]) -> Iterator[str]:
-    yield open_table("Verdicts, worst first").replace("<table>", '<table class="groups">')
+    yield open_table("Verdicts, worst first", "groups")
     yield table_head(["verdict", "number", "what and where"]) + "<tbody>"
     for number, group in enumerate(found):
         sign = f"{SIGNS[group.severity]} {escape(group.id)}"

@@ -59,8 +59,7 @@ def picture(entries: Iterable[Entry]) -> Iterator[str]:
     yield "the rounding of the stored numbers; the words are that share, or the factor by which "
     yield "the adapter is applied where that is not 1, or where neither is known its rank r. Kinds "
     yield "that no adapter changes, and that are right, are left out.</p>"
-    caption = "Share of the change that survived, and factor"
-    yield open_table(caption).replace("<table>", '<table class="picture">')
+    yield open_table("Share of the change that survived, and factor", "picture")
     yield table_head(["layer", *_short(kinds)]).replace(".", ".<wbr>") + "<tbody>"
     for layer in layers:
         row = "".join(_cell(cells.get((layer, kind), [])) for kind in kinds)

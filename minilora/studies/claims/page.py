@@ -7,7 +7,7 @@ from html import escape
 from statistics import fmean
 
 from minilora import __version__
-from minilora.forms.html import STYLE
+from minilora.forms.html import open_page
 from minilora.studies.claims.charts import Axis, Line, Point, bars, chart
 from minilora.studies.claims.costs import PARTS
 from minilora.studies.claims.results import Results
@@ -60,11 +60,7 @@ def html(results: Results, judged: Sequence[Verdict]) -> str:
 
 
 def _page(results: Results, judged: Sequence[Verdict]) -> Iterator[str]:
-    yield "<!doctype html>"
-    yield '<html lang="en"><head><meta charset="utf-8">'
-    yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    yield "<title>What LoRA is said to bring, measured</title>"
-    yield f"<style>{STYLE}{_OWN_STYLE}</style></head><body>"
+    yield from open_page("What LoRA is said to bring, measured", _OWN_STYLE)
     yield "<header><h1>What LoRA is said to bring, measured</h1>"
     yield f"<p>By minilora {escape(__version__)}, on {', '.join(_models(results))}, against full "
     yield "fine-tuning. A verdict follows from a criterion that was stated before.</p>"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from minilora.forms.html import STYLE, open_table, table_head
+from minilora.forms.html import open_page, open_table, table_head
 from minilora.forms.words import printable
 from minilora.verify.core.types import Judgement, Picture
 from minilora.verify.report.causes import cause_lines
@@ -43,13 +43,9 @@ def html(reports: Sequence[Report], sources: Sequence[str] = ()) -> str:
 
 
 def _page(runs: Runs) -> Iterator[str]:
-    title = escape(", ".join(runs.labels))
-    yield "<!doctype html>"
-    yield '<html lang="en"><head><meta charset="utf-8">'
-    yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    yield f"<title>minilora verify {title}</title>"
-    yield f"<style>{STYLE}</style></head><body>"
-    yield f"<header><h1>{title}</h1>"
+    title = ", ".join(runs.labels)
+    yield from open_page(f"minilora verify {title}")
+    yield f"<header><h1>{escape(title)}</h1>"
     if len(runs.reports) == 1:
         (report,) = runs.reports
         if more := report.version.partition(" ")[2]:
