@@ -35,7 +35,8 @@ class Trial:
     ``detail``: what distinguishes it from others of its mistake; ``weight(W, i, j)``: what was the
     base instead of W; ``end(W, T, e, i, j)``: what became of T, with its error; ``free``: it may
     be by another factor, too; ``through``: a narrower dtype in which it was computed, and on whose
-    grid the result is; ``order``: of the merged tensor's rows, base and all.
+    grid the result is; ``order``: of the merged tensor's rows, base and all; ``bits``: the share of
+    entries that have to be T rounded once, where e is wide.
     """
 
     changes: tuple[Change, ...]
@@ -45,6 +46,7 @@ class Trial:
     free: bool = True
     through: np.dtype[Any] | None = None
     order: Array | None = None
+    bits: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class Case:
 
     def _all(self, trial: Trial, merge: Merge, blocks: Iterable[Block]) -> bool:
         beside = spread = square = 0.0
+        same = entries = 0
         dtype = trial.through or self.region.merged.dtype
         for i, j, W, M in blocks:
             if trial.through is not None and (rounded(M, trial.through) != M).any():
@@ -140,9 +143,12 @@ class Case:
                 return False
             N, D = rounded(T, dtype), T - W
             apart = (M - N) * D
+            same, entries = same + int(np.count_nonzero(M == N)), entries + M.size
             beside += float(apart.sum())
             spread += float((apart * apart).sum())
             square += float(((N - W) * D).sum())
+        if same < trial.bits * entries:
+            return False
         if square <= 0 or self.region.merged.scheme or trial.through is not None:
             return True
         h = max((self.region.dtypes.with_adapter(coarsest(c))[0] for c in self.changes), default=0)

@@ -277,11 +277,12 @@ def test_numbers_cut_off_are_named(dtype):
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "q8_0", "q4_0", "q4_1"])
-def test_quantized_steps_on_the_way_are_named(scheme):
-    made = Made(F32, n=64)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantized_steps_on_the_way_are_named(dtype, scheme):
+    made = Made(dtype, n=64, size=1e-3)
 
     def through(x):
-        return dequantize(quantize(cast(x, F32), scheme)).astype(float)
+        return dequantize(quantize(cast(x, dtype), scheme)).astype(float)
 
     for name, merged in (
         ("base-quantized", through(made.w) + made.D),
@@ -289,7 +290,9 @@ def test_quantized_steps_on_the_way_are_named(scheme):
     ):
         entry = made.entry(merged)
         assert entry.mistake == name, entry
-        assert f"({scheme})" in entry.text
+        assert f"({scheme}" in entry.text
+    noise = made.w + made.D + 0.01 * abs(made.w).max() * made.rng.normal(size=made.D.shape)
+    assert made.entry(noise).mistake == ""
 
 
 def test_rows_of_the_bases_lengths_are_named():

@@ -72,7 +72,7 @@ def _narrowed(dtype: np.dtype[Any]) -> Ending:
     return end
 
 
-QUANTIZERS = ("nf4", "q8_0", "q4_0", "q4_1", "int8-symmetric")
+QUANTIZERS = ("nf4", "q4_0", "q4_1", "q8_0", "int8-symmetric")
 
 
 def base_quantized(case: Case) -> Iterator[Trial]:
@@ -103,7 +103,12 @@ def merged_quantized(case: Case) -> Iterator[Trial]:
         if case.region.width % block:
             continue
         step = _quantized(scheme)
-        yield Trial(case.changes, scheme, end=_through(step, block, w), free=False)
+        step = _rounded_first(step, case.region.merged.dtype)
+        yield Trial(case.changes, scheme, end=_through(step, block, w), free=False, bits=0.5)
+
+
+def _rounded_first(step: Step, dtype: np.dtype[Any]) -> Step:
+    return lambda W, i, j: step(rounded(W, dtype), i, j)
 
 
 def _through(step: Step, block: int, w: float) -> Ending:
@@ -112,7 +117,7 @@ def _through(step: Step, block: int, w: float) -> Ending:
     def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
         e = e + w * abs(T)
         largest = abs(T).reshape(len(T), -1, block).max(-1).repeat(block, 1)
-        e = e + largest * (2 * w + 2.0**-9)  # the block's constants, kept in float16, move too
+        e = e + largest * (4 * w + 2.0**-9)  # the block's constants, kept in float16, move too
         through = step(T, i, j)
         gap = abs(step(T + 1.5 * e, i, j) - step(T - 1.5 * e, i, j))
         lost = abs(T - through)
