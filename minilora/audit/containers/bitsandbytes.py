@@ -96,8 +96,10 @@ class _Sizes:
 
 def _sizes(settings: Mapping[str, Any]) -> _Sizes | None:
     """The state's sizes, None if it says none that can be."""
-    shape, block = _shape(settings.get("shape")), settings.get("blocksize")
-    inner, offset = settings.get("nested_blocksize", 256), settings.get("nested_offset", 0.0)
+    shape = _shape(settings.get("shape"))
+    block: Any = settings.get("blocksize")
+    inner: Any = settings.get("nested_blocksize", 256)
+    offset: Any = settings.get("nested_offset", 0.0)
     fits = is_integer(2, 2**20)(block) and is_integer(1, 2**20)(inner) and is_number(offset)
     if not shape or not fits or not isinstance(block, int) or block % 2:
         return None
