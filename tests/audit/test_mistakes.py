@@ -16,6 +16,7 @@ from minilora.spec.quantization import dequantize, quantize
 from minilora.spec.variants import ADALORA, DORA
 
 M, N, R = 64, 48, 8
+EACH = [pytest.param(d, marks=[pytest.mark.slow] if d == F16 else [], id=str(d)) for d in DTYPES]
 NAMED_FROM = ("part-not-merged", "ranks-lost", "permuted")
 """What `parts` finds, beside the catalogue."""
 
@@ -69,7 +70,7 @@ def plain(made):
     yield "part-not-merged", np.where(made.rng.random((M, N)) < 0.5, w, w + D)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EACH)
 def test_wrong_layouts_and_parts_are_named(dtype):
     made = Made(dtype)
     for name, merged in plain(made):
@@ -78,7 +79,7 @@ def test_wrong_layouts_and_parts_are_named(dtype):
     assert made.entry(made.w + made.D).severity == "ok"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EACH)
 def test_the_transpose_is_named_and_its_factor_told(dtype):
     made = Made(dtype, m=N)
     for factor in (1, 2, -1):
@@ -88,7 +89,7 @@ def test_the_transpose_is_named_and_its_factor_told(dtype):
             assert abs(entry.figures["factor"] - factor) <= entry.figures["factor_error"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EACH)
 def test_other_changes_are_named(dtype):
     made = Made(dtype)
     other, adapter = made.other(module="other"), made.other(adapter="B")
@@ -117,7 +118,7 @@ def _scales():
 
 @pytest.mark.parametrize(("wrong", "config", "s"), [*_scales()], ids=lambda x: getattr(x, "id", ""))
 def test_a_wrong_scale_is_named(wrong, config, s):
-    for dtype in DTYPES:
+    for dtype in (F32, BF16):
         made = Made(dtype, r=12, s=s, config=config)
         factor = wrong.scale(Settings(made.c), s) / s
         entry = made.entry(made.w + factor * made.D)
@@ -155,7 +156,7 @@ def several(made, first, second):
     yield "wrong-scale", w + 2 * (D1 + D2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EACH)
 def test_mistakes_with_several_adapters_are_named(dtype):
     made = Made(dtype)
     second = made.other(adapter="B", s=1.5, weight=0.3)
@@ -183,7 +184,7 @@ def magnitudes(made, m, other):
         yield "wrong-scale", m / norm(w + factor * D) * (w + factor * D)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EACH)
 def test_mistakes_with_dora_are_named(dtype):
     made = Made(dtype, m=N)
     m, other = ((norm(made.w) * (1 + 0.1 * made.rng.random((N, 1)))).astype(F32) for _ in range(2))
@@ -193,7 +194,7 @@ def test_mistakes_with_dora_are_named(dtype):
         assert made.entry(merged, [c], around).mistake == name, name
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EACH)
 def test_a_vector_left_out_is_named(dtype):
     made = Made(dtype)
     E = made.rng.normal(size=(R, 1)).astype(F32)
@@ -203,7 +204,7 @@ def test_a_vector_left_out_is_named(dtype):
         assert made.entry(merged, [c]).mistake == "column-missing"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EACH)
 def test_a_kernel_in_another_layout_is_named(dtype):
     rng = np.random.default_rng(7)
     K = weight(rng, 24, 12 * 9, dtype).reshape(24, 12, 3, 3)
@@ -216,7 +217,7 @@ def test_a_kernel_in_another_layout_is_named(dtype):
     assert judge(Stored(K), Stored(cast(k + D, dtype)), [c]).severity == "ok"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EACH)
 def test_tokens_and_saved_tensors_elsewhere_are_named(dtype):
     rng = np.random.default_rng(8)
     W = weight(rng, 20, 20, dtype)
@@ -277,7 +278,7 @@ def test_numbers_cut_off_are_named(dtype):
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "q8_0", "q4_0", "q4_1"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EACH)
 def test_quantized_steps_on_the_way_are_named(dtype, scheme):
     made = Made(dtype, n=64, size=1e-3)
 
