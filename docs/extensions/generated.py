@@ -115,10 +115,11 @@ def about(it, library):
     """What the page says below a finding's text: what finds it, its severity and its releases."""
     found = f"Found by `verify {it.peer}`: {code_list(it.checks)}."
     also = "".join(f" and {name} {release}" for name, release in it.also.items())
+    since = f"{it.since} to " if it.since else ""
     lines = [
         found if it.peer else f"Not asked by `verify`: {it.not_asked}.",
         f"*`{it.id}`: {it.severity} ({SEVERITIES[it.severity]}), {it.status}. Seen in "
-        f"{library.distribution or library.title} {it.seen}{also}.*",
+        f"{library.distribution or library.title} {since}{it.seen}{also}.*",
     ]
     if it.stored:
         effect = f"{OUTCOMES[it.stored.outcome]}: {escaped(it.stored.effect)}"

@@ -59,14 +59,14 @@ class Finding:
     ``id``: the library's name, a dot, and its own name. ``does``: what the library does, if the
     title does not say it all; ``right``: what is right, and why; ``consequence``: what it means for
     users, and what to do. ``severity``: a name of `SEVERITIES`. ``seen``: the release, or the
-    commit, in which it was seen; ``versions``: a range of those that have it, that release unless
-    more is known; ``fixed_in``: the release that is right again, "" as long as none is known.
-    ``also``: other distributions that do the same, and their releases. ``found_by``: a peer of
-    ``minilora verify`` and those of its checks that find it, or ``not_asked``: why none does.
-    ``cause``: what in the library makes it so, with its file, in one sentence; ``code``: where
-    that is in the release: the file and the line, and the function; ``source``: where it was read,
-    if no test here runs it. ``stored``: what it means for an adapter in files, where
-    that depends on the adapter.
+    commit, in which it was seen, ``since``: the first release of which its test says the same;
+    ``versions``: a range of those that have it, these unless more is known; ``fixed_in``: the
+    release that is right again, "" as long as none is known. ``also``: other distributions that do
+    the same, and their releases. ``found_by``: a peer of ``minilora verify`` and those of its
+    checks that find it, or ``not_asked``: why none does. ``cause``: what in the library makes it
+    so, with its file, in one sentence; ``code``: where that is in the release: the file and the
+    line, and the function; ``source``: where it was read, if no test here runs it. ``stored``: what
+    it means for an adapter in files, where that depends on the adapter.
     """
 
     id: str
@@ -74,6 +74,7 @@ class Finding:
     severity: str
     right: str
     seen: str
+    since: str = ""
     does: str = ""
     consequence: str = ""
     versions: str = ""
@@ -93,7 +94,8 @@ class Finding:
         for name in ("does", "right", "consequence"):
             object.__setattr__(self, name, cleandoc(getattr(self, name)))
         if not self.versions and _RELEASE.fullmatch(self.seen):
-            object.__setattr__(self, "versions", f"=={self.seen}")
+            versions = f">={self.since},<={self.seen}" if self.since else f"=={self.seen}"
+            object.__setattr__(self, "versions", versions)
 
     @property
     def library(self) -> str:

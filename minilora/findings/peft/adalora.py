@@ -24,6 +24,7 @@ FINDINGS = (
         title="AdaLoRA's penalty is a mean of norms",
         severity="choice",
         seen=SEEN,
+        since="0.9.0",
         cause="regu_loss is a mean of norms, and not of their squares (tuners/adalora/model.py)",
         code="peft/tuners/adalora/model.py:251 AdaLoraModel.forward",
         does=r"""
@@ -47,6 +48,7 @@ FINDINGS = (
         title="AdaLoRA's penalty is in an evaluation's loss, and in none without a task type",
         severity="training",
         seen=SEEN,
+        since="0.9.0",
         cause=(
             "the penalty is added to any loss of the outputs, in evaluation too, and a "
             "PeftModel without a task calls the model below (tuners/adalora/model.py)"
@@ -74,6 +76,7 @@ FINDINGS = (
         title="AdaLoRA's adapter is saved as another function between two prunings",
         severity="silent",
         seen=SEEN,
+        since="0.21.0",
         cause=(
             "what the last pruning took away is left out, whatever it has become "
             "(tuners/adalora/model.py)"
@@ -100,6 +103,7 @@ FINDINGS = (
         title="AdaLoRA prunes all triplets of one score",
         severity="training",
         seen=SEEN,
+        since="0.9.0",
         cause="all scores that are not above the threshold are pruned (tuners/adalora/layer.py)",
         code="peft/tuners/adalora/layer.py:488 RankAllocator.mask_to_budget",
         does="""
@@ -119,6 +123,7 @@ FINDINGS = (
         title="AdaLoRA's adapter of alpha 0 is loaded with another scale",
         severity="silent",
         seen=SEEN,
+        since="0.21.0",
         cause=(
             "for an alpha of 0 the scale is the rank, the pruned one when an adapter is "
             "loaded (tuners/adalora/layer.py)"
@@ -149,6 +154,7 @@ FINDINGS = (
         title="AdaLoRA's rank is trained where the base is in half precision",
         severity="silent",
         seen=SEEN,
+        since="0.21.0",
         cause=(
             "ranknum is a parameter, which a move to another dtype makes anew with a gradient"
             " (tuners/adalora/layer.py)"
@@ -175,6 +181,7 @@ FINDINGS = (
         title="AdaLoRA ignores rsLoRA and the patterns of alpha",
         severity="silent",
         seen=SEEN,
+        since="0.9.0",
         cause=(
             "the scale is alpha over ranknum, and no setting is asked for (tuners/adalora/layer.py)"
         ),
@@ -200,6 +207,7 @@ FINDINGS = (
         title="AdaLoRA fails where the budget does not fall",
         severity="fails",
         seen=SEEN,
+        since="0.9.0",
         cause="kthvalue is asked for the value 0 (tuners/adalora/layer.py)",
         code="peft/tuners/adalora/layer.py:478 RankAllocator.mask_to_budget",
         right="""
@@ -216,6 +224,7 @@ FINDINGS = (
         title="AdaLoRA's budget is one triplet short where it is a whole number",
         severity="rounding",
         seen=SEEN,
+        since="0.9.0",
         cause="the product is cut by int, and not rounded (tuners/adalora/layer.py)",
         code="peft/tuners/adalora/layer.py:405 RankAllocator.budget_schedule",
         does="""

@@ -16,6 +16,7 @@ FINDINGS = (
         title="What is combined of rsLoRA has another scale",
         severity="silent",
         seen=SEEN,
+        since="0.14.0",
         code="peft/tuners/lora/model.py:866 LoraModel.add_weighted_adapter",
         cause=(
             "add_weighted_adapter (tuners/lora/model.py) gives the combined adapter "
@@ -56,6 +57,7 @@ FINDINGS = (
         title="What is combined has neither the bias nor the magnitude",
         severity="silent",
         seen=SEEN,
+        since="0.14.0",
         cause=(
             "the new adapter gets A and B, and what else there is of its layers stays as it "
             "was made (tuners/lora/model.py)"
@@ -85,6 +87,7 @@ FINDINGS = (
         title="The weights of a combination are rounded to float32",
         severity="rounding",
         seen=SEEN,
+        since="0.14.0",
         code="peft/tuners/lora/model.py:740 LoraModel._check_add_weighted_adapter",
         cause=(
             "add_weighted_adapter (tuners/lora/model.py) takes the SVD in float32, and leaves"

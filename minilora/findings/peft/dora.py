@@ -10,6 +10,7 @@ FINDINGS = (
         title="Several DoRA adapters act in a row, and side by side where they train with dropout",
         severity="silent",
         seen=SEEN,
+        since="0.21.0",
         code="peft/tuners/lora/dora.py:158 DoraLinearLayer.forward",
         cause=(
             "DoRA (tuners/lora/dora.py) rescales what the adapters before it in the list have"
@@ -45,6 +46,7 @@ FINDINGS = (
         title="A row of zeros becomes NaN under DoRA",
         severity="silent",
         seen=SEEN,
+        since="0.9.0",
         cause="the magnitude is divided by the norm, whatever that is (tuners/lora/dora.py)",
         code="peft/tuners/lora/dora.py:153 DoraLinearLayer.forward",
         does="""
@@ -65,6 +67,7 @@ FINDINGS = (
         title="A DoRA convolution pads its base with zeros where it trains with dropout",
         severity="training",
         seen=SEEN,
+        since="0.16.0",
         cause=(
             "the base's part is computed by the function, which has no padding mode "
             "(tuners/lora/dora.py)"
@@ -88,6 +91,7 @@ FINDINGS = (
         title="DoRA's norms in groups are those of another matrix",
         severity="silent",
         seen=SEEN,
+        since="0.16.0",
         code="peft/tuners/lora/dora.py:220 _DoraConvNdLayer.get_lora_weight",
         cause=(
             "DoRA takes the norms of a convolution in groups (tuners/lora/dora.py) of another"
@@ -114,6 +118,7 @@ FINDINGS = (
         title="A bias loses its gradient under DoRA in half precision",
         severity="rounding",
         seen=SEEN,
+        since="0.14.0",
         code="peft/tuners/lora/dora.py:161 DoraLinearLayer.forward",
         cause=(
             "DoRA takes the bias from the base's output and leaves it there "
@@ -139,6 +144,7 @@ FINDINGS = (
         title="DoRA makes a row of a vector",
         severity="fails",
         seen=SEEN,
+        since="0.9.0",
         code="peft/tuners/lora/dora.py:153 DoraLinearLayer.forward",
         cause=(
             "DoRA views its factor as (1, m) (tuners/lora/dora.py), so that a vector's output"

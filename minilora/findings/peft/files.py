@@ -50,6 +50,7 @@ FINDINGS = (
         title="A loaded adapter may have another scale than the saved one",
         severity="silent",
         seen=SEEN,
+        since="0.15.2",
         code="peft/config.py:163 PeftConfigMixin.save_pretrained",
         cause=(
             "get_pattern_key (utils/other.py) takes the first key that fits, and "
@@ -80,6 +81,7 @@ FINDINGS = (
         title="A classifier's heads are listed again at each saving",
         severity="nuisance",
         seen=SEEN,
+        since="0.11.1",
         cause="the constructor extends the list of the configuration itself (peft_model.py)",
         code="peft/peft_model.py:1836 PeftModelForSequenceClassification.__init__",
         does="""
@@ -107,6 +109,7 @@ FINDINGS = (
         title="PiSSA by a few iterations is loaded as another function",
         severity="silent",
         seen=SEEN,
+        since="0.11.1",
         cause="svd_lowrank starts from random vectors, at each load anew (tuners/lora/layer.py)",
         code="peft/tuners/lora/layer.py:446 LoraLayer.pissa_init",
         does="""
@@ -134,6 +137,7 @@ FINDINGS = (
         title="Converting PiSSA drops all but A and B",
         severity="silent",
         seen=SEEN,
+        since="0.13.2",
         cause="only the names with lora_A and lora_B are taken over (tuners/lora/model.py)",
         code="peft/tuners/lora/model.py:1096 LoraModel.subtract_mutated_init",
         does="""
@@ -157,6 +161,7 @@ FINDINGS = (
         title="A GPT-2 is loaded without the tied half of its adapter",
         severity="silent",
         seen=SEEN,
+        since="0.19.1",
         cause=(
             "what may be tied is known by the names embed_tokens and lm_head alone "
             "(tuners/tuners_utils.py)"
@@ -188,6 +193,7 @@ FINDINGS = (
         title="The layers of a Qwen2 cannot be replicated",
         severity="fails",
         seen=SEEN,
+        since="0.14.0",
         cause=(
             "replicate_layers sets num_hidden_layers, and not layer_types (tuners/tuners_utils.py)"
         ),
@@ -210,6 +216,7 @@ FINDINGS = (
         title="A whole bias of B is taken for a shard",
         severity="nuisance",
         seen=SEEN,
+        since="0.21.0",
         cause=(
             "every tensor whose name holds lora_B counts as a shard if it has one dimension, "
             "its bias too (utils/save_and_load.py)"
@@ -233,6 +240,7 @@ FINDINGS = (
         title="The base is served where the names of an adapter fit nothing",
         severity="silent",
         seen=SEEN,
+        since="0.14.0",
         code="peft/peft_model.py:1522 PeftModel.load_adapter",
         cause=(
             "load_adapter (peft_model.py) warns of tensors that are missing and says nothing "

@@ -16,6 +16,7 @@ FINDINGS = (
         title="A head whose tokens are trained loses its bias",
         severity="silent",
         seen=SEEN,
+        since="0.20.0",
         cause=(
             "F.linear is called with the new table and no bias (tuners/trainable_tokens/layer.py)"
         ),
@@ -39,6 +40,7 @@ FINDINGS = (
         title="The adapter of a convolution moves without dilation",
         severity="silent",
         seen=SEEN,
+        since="0.15.2",
         code="peft/tuners/lora/layer.py:1625 _ConvNd.update_layer",
         cause=(
             "the A of a convolution (tuners/lora/layer.py) has the kernel, the stride and the"
@@ -67,6 +69,7 @@ FINDINGS = (
         title="The adapter of a convolution pads with zeros, whatever the padding mode",
         severity="silent",
         seen=SEEN,
+        since="0.15.2",
         code="peft/tuners/lora/layer.py:1625 _ConvNd.update_layer",
         cause="the A of a convolution (tuners/lora/layer.py) has not the base's padding mode",
         also={"lycoris-lora": "4.1.3"},
@@ -83,6 +86,7 @@ FINDINGS = (
         title="The only expert of a weight stored (in, out) gets the transpose",
         severity="silent",
         seen=SEEN,
+        since="0.17.1",
         code="peft/tuners/lora/layer.py:2545 ParamWrapper.get_delta_weight",
         cause=(
             "the one expert of a weight (1, in, out) is taken for a matrix "
@@ -115,6 +119,7 @@ FINDINGS = (
         title="Embedding with max_norm shortens lora_A in its forward (as loralib's)",
         severity="silent",
         seen=SEEN,
+        since="0.9.0",
         code="peft/tuners/lora/layer.py:1478 Embedding._embed",
         cause=(
             "an embedding looks up the columns of A with the max_norm of the table "
@@ -140,6 +145,7 @@ FINDINGS = (
         title="The change of an attention's output is added twice",
         severity="silent",
         seen=SEEN,
+        since="0.15.2",
         code="peft/tuners/lora/layer.py:2072 MultiheadAttention.merge",
         cause=(
             "MultiheadAttention.merge (tuners/lora/layer.py), which the forward calls too, "
@@ -172,6 +178,7 @@ FINDINGS = (
         title="An adapter in an encoder's layer does not act in evaluation",
         severity="silent",
         seen=SEEN,
+        since="0.10.0",
         code="peft/tuners/tuners_utils.py:1943 BaseTunerLayer.weight",
         cause=(
             "torch.nn.TransformerEncoderLayer reads the weights of linear1 and linear2 itself"

@@ -19,6 +19,7 @@ FINDINGS = (
         title="Layers are counted by their experts where they are outermost",
         severity="silent",
         seen=SEEN,
+        since="0.20.0",
         cause=(
             "the number is what follows any part of the name but its first (tuners/tuners_utils.py)"
         ),
@@ -45,6 +46,7 @@ FINDINGS = (
         title="The head is adapted where another projection bears the end of its name",
         severity="silent",
         seen=SEEN,
+        since="0.9.0",
         cause=(
             "the head is left out by name, and what is left is compared by the last words of "
             "names (tuners/tuners_utils.py)"
@@ -68,6 +70,7 @@ FINDINGS = (
         title="What only ends like a module to save is trained in full",
         severity="silent",
         seen=SEEN,
+        since="0.9.0",
         cause="a name is compared by endswith, with no dot before it (utils/other.py)",
         code="peft/utils/other.py:1088 _set_trainable",
         does="""
@@ -90,6 +93,7 @@ FINDINGS = (
         title="A module to save inside another is not trained, nor is the other",
         severity="silent",
         seen=SEEN,
+        since="0.16.0",
         cause=(
             "the copy that is made of the outer module is wrapped once more for the inner one"
             " (utils/other.py)"

@@ -10,6 +10,7 @@ FINDINGS = (
         title="A trained bias stays in the base",
         severity="silent",
         seen=SEEN,
+        since="0.21.0",
         code="peft/tuners/tuners_utils.py:526 BaseTuner._mark_only_adapters_as_trainable",
         cause=(
             "bias='lora_only' and 'all' train the base's own bias: it acts from when it is "
@@ -42,6 +43,7 @@ FINDINGS = (
         title="Beside a merged adapter the other active ones do not act",
         severity="silent",
         seen=SEEN,
+        since="0.19.1",
         cause=(
             "a layer that has merged any adapter computes the base layer alone "
             "(tuners/lora/layer.py)"
@@ -66,6 +68,7 @@ FINDINGS = (
         title="A model whose last adapter is deleted fails",
         severity="fails",
         seen=SEEN,
+        since="0.19.1",
         code="peft/tuners/tuners_utils.py:589 BaseTuner.delete_adapter",
         cause="a model without adapters fails with a KeyError in its forward",
         does="""
@@ -86,6 +89,7 @@ FINDINGS = (
         title="Another adapter acts for a deleted one",
         severity="silent",
         seen=SEEN,
+        since="0.19.1",
         code="peft/tuners/tuners_utils.py:2118 BaseTunerLayer.delete_adapter",
         cause=(
             "deleting the active adapter (tuners/lora/model.py, delete_adapter) activates "
@@ -110,6 +114,7 @@ FINDINGS = (
         title="Hot-swapping an adapter empties others whose names contain its own",
         severity="silent",
         seen=SEEN,
+        since="0.19.1",
         code="peft/utils/hotswap.py:472 hotswap_adapter_from_state_dict",
         cause=(
             "hot-swapping (utils/hotswap.py) fills with 0 every adapter whose name contains "
@@ -133,6 +138,7 @@ FINDINGS = (
         title="A hot-swapped adapter is scaled and saved by the numbers of the one before",
         severity="silent",
         seen=SEEN,
+        since="0.19.1",
         code="peft/utils/hotswap.py:521 hotswap_adapter_from_state_dict",
         cause=(
             "hot-swapping (utils/hotswap.py) sets the layers' scaling, and neither their r "
@@ -159,6 +165,7 @@ FINDINGS = (
         title="An unknown adapter is passed over where several are activated",
         severity="silent",
         seen=SEEN,
+        since="0.19.1",
         code="peft/tuners/tuners_utils.py:2615 set_adapter",
         cause=(
             "LoraModel.set_adapter (tuners/tuners_utils.py), which takes several names, "
@@ -182,6 +189,7 @@ FINDINGS = (
         title="The adapter of an embedding cannot be hot-swapped",
         severity="fails",
         seen=SEEN,
+        since="0.15.2",
         code="peft/utils/hotswap.py:501 hotswap_adapter_from_state_dict",
         cause=(
             "hot-swapping (utils/hotswap.py) takes the last three words off the name of a "

@@ -9,6 +9,7 @@ FINDINGS = (
         title="OLoRA starts from the transpose of a weight that is stored (in, out)",
         severity="fails",
         seen=SEEN,
+        since="0.12.0",
         code="peft/tuners/lora/layer.py:401 LoraLayer.olora_init",
         cause=(
             "olora_init (tuners/lora/layer.py) factors the weight as it is stored: of a "
@@ -34,6 +35,7 @@ FINDINGS = (
         title="An embedding starts as LoRA's, whatever start is asked for",
         severity="training",
         seen=SEEN,
+        since="0.9.0",
         cause=(
             "every start but four goes to reset_lora_parameters, which takes no notice of its"
             " name for a table (tuners/lora/layer.py)"
@@ -57,6 +59,7 @@ FINDINGS = (
         title="PiSSA in a head takes its part out of the tied embedding too",
         severity="silent",
         seen=SEEN,
+        since="0.11.1",
         cause=(
             "the residual is put into the parameter itself, which the embedding shares "
             "(tuners/lora/layer.py)"
@@ -80,6 +83,7 @@ FINDINGS = (
         title="Experts that start orthogonal share one rank, and do not start at zero",
         severity="silent",
         seen=SEEN,
+        since="0.17.1",
         cause=(
             "the start is of rank r, where the experts side by side have r each "
             "(tuners/lora/layer.py)"
@@ -104,6 +108,7 @@ FINDINGS = (
         title="LoftQ starts without its scale",
         severity="silent",
         seen=SEEN,
+        since="0.9.0",
         cause="loftq_init is called without the scale (tuners/lora/layer.py)",
         code="peft/tuners/lora/layer.py:585 LoraLayer.loftq_init",
         does="""
@@ -127,6 +132,7 @@ FINDINGS = (
         title="LoftQ starts from the transpose of a weight that is stored (in, out)",
         severity="silent",
         seen=SEEN,
+        since="0.9.0",
         cause="the weight is factored as it is stored (tuners/lora/layer.py)",
         code="peft/tuners/lora/layer.py:591 LoraLayer.loftq_init",
         does="""
@@ -142,6 +148,7 @@ FINDINGS = (
         title="LoftQ fails in convolutions and embeddings",
         severity="fails",
         seen=SEEN,
+        since="0.19.1",
         cause="loftq_init is called without the configuration that it takes (tuners/lora/layer.py)",
         code="peft/tuners/lora/layer.py:1260 Embedding.update_layer",
         does="""

@@ -9,6 +9,7 @@ FINDINGS = (
         title="A weight decay given for LoRA+ becomes zero",
         severity="training",
         seen=SEEN,
+        since="0.13.2",
         code="peft/optimizers/loraplus.py:90 create_loraplus_optimizer",
         cause=(
             "create_loraplus_optimizer (optimizers/loraplus.py) gives each group "
@@ -37,6 +38,7 @@ FINDINGS = (
         title="Trained vectors have the rate of B with LoRA+",
         severity="choice",
         seen=SEEN,
+        since="0.13.2",
         code="peft/optimizers/loraplus.py:81 create_loraplus_optimizer",
         cause=(
             "create_loraplus_optimizer (optimizers/loraplus.py) gives the rate of B to every vector"
@@ -62,6 +64,7 @@ FINDINGS = (
         title="The adapter of an embedding has a rate of its own with LoRA+",
         severity="training",
         seen=SEEN,
+        since="0.21.0",
         code="peft/optimizers/loraplus.py:91 create_loraplus_optimizer",
         cause=(
             "create_loraplus_optimizer (optimizers/loraplus.py) gives an embedding's adapter "
@@ -85,6 +88,7 @@ FINDINGS = (
         title="Tied factors are trained by two optimizers",
         severity="training",
         seen=SEEN,
+        since="0.19.1",
         cause=(
             "the head's factors are parameters of their own, on the embedding's memory "
             "(tuners/lora/layer.py)"
@@ -110,6 +114,7 @@ FINDINGS = (
         title="LoRA-FA's gradient is rounded to bfloat16",
         severity="rounding",
         seen=SEEN,
+        since="0.16.0",
         cause="the gradient of B is computed under autocast to bfloat16 (optimizers/lorafa.py)",
         code="peft/optimizers/lorafa.py:170 LoraFAOptimizer.step",
         does="""
