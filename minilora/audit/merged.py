@@ -16,6 +16,7 @@ from minilora.audit.base import HEAD, replaced, replicated, tied_table, with_hea
 from minilora.audit.cause import cause_of
 from minilora.audit.change import Around, Change
 from minilora.audit.changes import AdapterChanges, ranges_of, read_changes
+from minilora.audit.containers.names import VERBATIM
 from minilora.audit.judge import judge
 from minilora.audit.result import Entry, Report
 from minilora.audit.settings import compare_settings
@@ -162,7 +163,8 @@ class Walk:
             entry = judge(tensor, other, changes, self._around(changes))
             entry = self._doubted(entry, changes)
         else:
-            entry = untouched(tensor, other)
+            entry = self._own(untouched(tensor, other), name)
+        entry = self._converted(entry)
         entry = replace(entry, subject=name, figures={**figures, **entry.figures})
         if self._is_tied(name) and entry.severity == "deviation":
             text = (
@@ -171,6 +173,27 @@ class Walk:
             )
             return replace(entry, text=f"{text} ({entry.text})", mistake="tied-head")
         return entry
+
+    def _converted(self, entry: Entry) -> Entry:
+        """The entry, undecided where a converter may have changed what a tensor holds.
+
+        llama.cpp's adds 1 to the weights of some norms, and orders some projections otherwise.
+        """
+        kinds = {self.base.container, self.merged.container}
+        if len(kinds) == 1 or "gguf" not in kinds or entry.severity != "deviation":
+            return entry
+        file = self.merged if self.merged.container == "gguf" else self.base
+        architecture = file.settings.get("model_type")
+        if architecture in VERBATIM or entry.verdict == "corrupt":
+            return entry
+        text = f"llama.cpp's converter may change this tensor of {architecture}: {entry.text}"
+        return replace(entry, verdict="undecided", text=text, severity="undecided", mistake="")
+
+    def _own(self, entry: Entry, name: str) -> Entry:
+        """The entry, where the tensor came with an adapter: it is the adapter's that is to stay."""
+        if not any(own.name == name for adapter in self.adapters for own in adapter.replaced):
+            return entry
+        return replace(entry, text=f"beside the adapter's own: {entry.text}")
 
     def _doubted(self, entry: Entry, changes: Sequence[Change]) -> Entry:
         """The entry, undecided where the files do not hold all that the merge is made of."""

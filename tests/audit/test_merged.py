@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from extras import needs
+from extras import needs, optional
 from safetensors.numpy import load_file, save_file
 
 from minilora.audit.merged import merged
@@ -170,6 +170,47 @@ def test_an_adapter_saved_beside_its_base_is_not_merged(tmp_path):
     save_file({**base, **adapter}, tmp_path / "m" / "model.safetensors")
     report = merged(REFERENCES["llama"], REFERENCES["llama"], tmp_path / "m")
     assert {e.mistake for e in report.entries if e.verdict == "extra"} == {"not-merged"}
+
+
+@pytest.mark.parametrize(("head", "verdicts"), [(1.0, []), (None, ["missing"]), (2.0, ["changed"])])
+def test_a_head_that_came_with_the_adapter_is_the_adapters(made, tmp_path, head, verdicts):
+    shutil.copytree(folder() / "llama" / "adapter", tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    own = {"base_model.model.score.weight": np.full((2, 36), 1, np.float32)}
+    save_file({**load_file(file), **own}, file)
+
+    def with_head(tensors):
+        more = {} if head is None else {"score.weight": np.full((2, 36), head, np.float32)}
+        return {**tensors, **more}
+
+    report = merged(REFERENCES["llama"], tmp_path / "a", edited(tmp_path, made("llama"), with_head))
+    assert [verdict for _, verdict in problems(report)] == verdicts
+
+
+@needs("gguf")
+def test_what_an_unknown_converter_may_have_changed_cannot_be_decided(made, tmp_path):
+    """A model of an architecture whose conversion is not known, with other norms."""
+    gguf = optional("gguf")
+    tensors, base = tensors_of(made("llama")), tmp_path / "base"
+    for architecture, status in (("llama", 1), ("gemma", 4)):
+        writer = gguf.GGUFWriter(tmp_path / "m.gguf", architecture)
+        writer.add_block_count(2)
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], 2)
+        kept = {n: t for n, t in tensors.items() if "self_attn" not in n and "lm_head" not in n}
+        for name, array in kept.items():
+            place = names.get_name(name.removesuffix(".weight"))
+            writer.add_tensor(f"{place}.weight", array + ("norm" in name))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        base.mkdir(exist_ok=True)
+        save_file({n: tensors[n] for n in kept}, base / "model.safetensors")
+        shutil.copytree(folder() / "llama" / "adapter", tmp_path / "a", dirs_exist_ok=True)
+        file = tmp_path / "a" / "adapter_model.safetensors"
+        found = {n: 0 * t for n, t in load_file(file).items() if "self_attn" not in n}
+        save_file(found, file)
+        assert merged(base, tmp_path / "a", tmp_path / "m.gguf").exit_status == status
 
 
 def test_names_that_fit_no_tensor_are_said(tmp_path):

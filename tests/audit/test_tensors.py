@@ -249,6 +249,36 @@ def test_a_quantizers_spacing_is_the_step_between_its_numbers(tmp_path, kind):
         assert ulps.min() >= 1 - 2**-10
 
 
+K_BLOCKS = {"Q2_K": (80, 84), "Q3_K": (108, 110), "Q4_K": (0, 4), "Q5_K": (0, 4),
+            "Q6_K": (208, 210)}  # fmt: skip
+"""Where the constants of a block lie, in half precision."""
+
+
+@pytest.mark.parametrize("kind", K_BLOCKS)
+@needs("gguf")
+def test_the_spacing_of_k_quants_is_the_step_between_its_numbers(tmp_path, kind):
+    gguf = optional("gguf")
+    number = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[number]
+    data = np.random.default_rng(4).integers(0, 256, (3, size), np.uint8)
+    start, stop = K_BLOCKS[kind]
+    data[:, start:stop] = np.full((3, (stop - start) // 2), 0.01, np.float16).view(np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_block_count(1)
+    writer.add_tensor("blk.0.ffn_up.weight", data, raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tensor = open_tensors(tmp_path / "m.gguf")["model.layers.0.mlp.up_proj.weight"]
+    assert (tensor.shape, tensor.scheme) == ((3, block), kind.lower())
+    for row, gap in zip(whole(tensor).reshape(-1, 16), tensor.spacing(0, 3).reshape(-1, 16),
+                        strict=True):  # fmt: skip
+        assert len({*gap}) == 1
+        steps = (row - row[0]) / gap[0] if gap[0] else row - row[0]
+        assert abs(steps - np.rint(steps)).max() < 2**-8
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @needs("mlx")
 def test_mlx_weights_are_dequantized_as_mlx_does(tmp_path, bits):

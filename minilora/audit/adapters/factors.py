@@ -59,7 +59,8 @@ class Factors:
 class Found:
     """What a file holds: factors, whole tensors and rows, and what is to be said of it.
 
-    ``replaced``: tensors of the base's that came with the adapter, as a resized table does.
+    ``replaced``: tensors that came with the adapter in place of the base's, as a resized table
+    does, or beside them, as a classifier's head.
     """
 
     settings: Mapping[str, Any]

@@ -211,7 +211,12 @@ def _beside(found: Found, path: str, place: Place, base: TensorStore) -> None:
         return
     name = _WHOLE.sub("", path).replace(".base_layer.", ".")
     tensor = base.find(name)
-    if tensor is None:
+    if tensor is None and _IS_PARAMETER.search(name):
+        # A head that PEFT put on the base, to train it: a classifier's.
+        found.replaced.append(
+            StoredTensor(name, place.dtype, place.shape, place.nbytes, place.rows)
+        )
+    elif tensor is None:
         text = "the base has no such tensor, and it is no parameter of an adapter's that is known"
         found.entries.append(Entry(place.name, "wrong", text))
     elif ".base_layer." in path and name.endswith(".weight"):
@@ -219,6 +224,9 @@ def _beside(found: Found, path: str, place: Place, base: TensorStore) -> None:
     else:
         parts = Expanded({"weight": reader(place)})
         found.whole.append(Change(tensor, name.rpartition(".")[0], parts, "saved"))
+
+
+_IS_PARAMETER = re.compile(r"^(?!.*(lora|vera|lokr|hada|oft|ia3)_).*\.(weight|bias)$")
 
 
 def _table_beside(found: Found, tensor: StoredTensor, place: Place) -> None:

@@ -30,9 +30,6 @@ _PERMUTED = {
 _TRANSPOSED = {a.model_type: {*a.block.values()} for a in ARCHITECTURES.values() if a.transposed}
 """The architectures whose projections lie (in, out) in Hugging Face's files, and not here."""
 
-_VERBATIM = {a.model_type for a in ARCHITECTURES.values() if a.gguf is not None} | {"qwen3"}
-"""The architectures of which nothing else is changed by the converter."""
-
 _CODES: Mapping[str, tuple[tuple[int, int, int], ...]] = {
     "Q8_0": ((2, 34, 0x01),),
     "Q4_0": ((2, 18, 0x11),),
@@ -266,8 +263,3 @@ def _transposed(stored: StoredTensor) -> StoredTensor:
         stored.name, stored.dtype, stored.shape[::-1], stored.nbytes, whole(stored.read),
         stored.scheme, None if stored.step is None else whole(stored.step),
     )  # fmt: skip
-
-
-def converts_verbatim(architecture: object) -> bool:
-    """Whether llama.cpp's converter is known to change nothing else of this architecture."""
-    return architecture in _VERBATIM
