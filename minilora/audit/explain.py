@@ -12,7 +12,7 @@ from minilora.audit import parts
 from minilora.audit.explanation import Explanation
 from minilora.audit.mistakes import MISTAKES, Mistake
 from minilora.audit.scales import WrongScale, named_factors
-from minilora.audit.trial import Bracket, Case, Trial, scaled
+from minilora.audit.trial import SIGMAS, Bracket, Case, Trial, scaled
 
 Finder = Callable[[Case], Explanation | None]
 
@@ -20,7 +20,7 @@ Finder = Callable[[Case], Explanation | None]
 def explain(case: Case) -> Explanation | None:
     """The mistake that explains all entries, None if none does."""
     first = (factor, catalogue) if len(case.changes) == 1 else (catalogue, factor)
-    finders: tuple[Finder, ...] = (*first, parts.lacking, parts.ranks, parts.order)
+    finders: tuple[Finder, ...] = (*first, parts.lacking, parts.ranks, parts.order, named_by_chance)
     return next((found for find in finders if (found := find(case))), None)
 
 
@@ -63,6 +63,9 @@ def chance(case: Case) -> Explanation | None:
     if found is None:
         return None
     f, sigma = found
+    if abs(f) <= SIGMAS * sigma and case.holds(Trial((), free=False)):
+        text = f"it is the base, as far as {sigma:.1g} of the change can be told"
+        return Explanation("not-applied", "not-applied", text, {"factor": f, "factor_error": sigma})
     figures = {"factor": f, "factor_error": sigma}
     text = f"what differs goes along the change: it is applied by about {f:.3g} ± {sigma:.1g}"
     right = case.residual(Trial(case.changes))
@@ -75,6 +78,12 @@ def chance(case: Case) -> Explanation | None:
     if best is None or abs(best[2] - f) > 0.5 * max(1.0, abs(best[2])):
         return Explanation("factor", "", text, figures)
     return Explanation("factor", best[1].id, f"{text}: {best[1].text}", figures)
+
+
+def named_by_chance(case: Case) -> Explanation | None:
+    """A named factor that `chance` finds, where no interval holds for all entries."""
+    found = chance(case)
+    return found if found and found.mistake else None
 
 
 def catalogue(case: Case) -> Explanation | None:

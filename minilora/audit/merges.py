@@ -10,12 +10,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from minilora.audit.change import Change
-from minilora.audit.floats import F32, F64, on_grid, rounded, wide
+from minilora.audit.floats import BF16, F16, F32, F64, on_grid, rounded, wide
 from minilora.audit.low_rank import LowRank
 from minilora.audit.region import Region
-from minilora.audit.rounding import WAYS, Replay, Way
+from minilora.audit.rounding import WAYS, Dtypes, Replay, Way
 from minilora.audit.stages import Rescaled, Stage, Sums, stages_of
 from minilora.spec.ops import Array
+from minilora.spec.quantization import SCHEMES, dequantize, quantize
 from minilora.spec.variants.dora import row_norm
 
 
@@ -64,6 +65,11 @@ class Merge:
                 return [RescaledIn(first, *names) for names in RESCALED_WAYS]
             return [Exactly(self)]
         single = [c.cast(F32) for c in sums.bound.changes]
+        scheme = self.region.merged.scheme
+        if scheme is not None and scheme in SCHEMES and self.region.width % BLOCKS == 0:
+            wide = [Dtypes(dtypes.base, through) for through in (F32, F16, BF16)]
+            few = ways[:4]
+            return [Requantized(Replay.of(way, d, single), scheme) for d in wide for way in few]
         return [Replay.of(way, dtypes, single) for way in ways]
 
 
@@ -100,6 +106,29 @@ RESCALED_WAYS = (
     ("delta in the adapter's dtype, the base's dtype", "adapter", "base"),
 )
 """DoRA's ways: the dtype that s B A is rounded to, and that V, ‖V‖, m / ‖V‖ and W' are."""
+
+
+BLOCKS = 64
+"""A multiple of the blocks of all schemes that can be quantized again."""
+
+
+@dataclass(frozen=True, eq=False)
+class Requantized:
+    """A merge in one way, quantized again."""
+
+    replay: Replay
+    scheme: str
+
+    @property
+    def name(self) -> str:
+        """The way's name, with the scheme."""
+        through = self.replay.dtypes.merged
+        return f"{self.replay.name}, {through.name} quantized to {self.scheme}"
+
+    def play(self, W: Array, i: int, j: int) -> tuple[Array, list[Array]]:
+        """What the quantized merged rows stand for, and the changes."""
+        N, deltas = self.replay.play(W, i, j)
+        return dequantize(quantize(np.ascontiguousarray(N, F32), self.scheme)), deltas
 
 
 @dataclass(eq=False)

@@ -264,8 +264,7 @@ def reach(scheme: str, gap: Array, M: Array) -> Array:
         return (0.5 + 30 * half + 2.0**-16) * gap + half * size + 16 * 2.0**-25
     if scheme.startswith("nf4"):
         return 0.5 * gap + size / 14
-    bits = {"8": 8, "6": 6, "5": 5, "3": 3, "2": 2}
-    if scheme.startswith(("mlx", "affine")):
-        b = next((n for text, n in bits.items() if text in scheme.partition("-")[0]), 4)
+    if scheme.startswith("mlx"):
+        b = int("".join(filter(str.isdigit, scheme)) or 4)
         return (1.5 + 2.0 ** (b - 9)) * gap
     return gap

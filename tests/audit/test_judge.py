@@ -162,19 +162,69 @@ def test_tokens_and_saved_tensors_replace(rng):
     assert verdict(W, W, saved) == "not-applied"
 
 
-@pytest.mark.parametrize("scheme", ["q8_0", "q4_0", "q4_1", "nf4"])
-def test_a_quantized_merge_is_within_its_steps(rng, scheme):
-    """Half a step of its block by the scheme, whether the base was quantized or not."""
-    W, c = weight(rng, 48, 128, F32), change(rng, 48, 128, 4, size=2e-2)
-    stored = dequantize(quantize(cast(W.astype(float) + delta(c), F32), scheme)).astype(F32)
+STEPS = {"q8_0": 1 / 127, "q4_0": 1 / 8, "q4_1": 1 / 7.5, "nf4": 0.31}
+"""The greatest step beside the greatest entry of a block."""
+
+
+def quantized(x, scheme, dtype=F32):
+    """x quantized through a dtype, as a tensor of a file."""
+    stored = dequantize(quantize(cast(x, dtype).astype(F32), scheme)).astype(F32)
     block = SCHEMES[scheme].block or 64
-    largest = abs(stored).reshape(48, -1, block).max(-1).repeat(block, 1)
-    step = largest / {"q8_0": 127, "q4_0": 8, "q4_1": 7.5, "nf4": 1 / 0.31}[scheme]
-    if scheme == "nf4":
-        step = largest * 0.31  # the widest of its table
-    M = Stored(stored, scheme=scheme, spacing=step.astype(F32))
-    assert judge(Stored(W), M, [c]).severity in ("ok", "warning")
-    assert judge(Stored(W), M, [replace(c, scale=-c.scale)]).severity == "deviation"
+    largest = abs(stored).reshape(len(stored), -1, block).max(-1).repeat(block, 1)
+    return Stored(stored, scheme=scheme, spacing=(largest * STEPS[scheme]).astype(F32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scheme", STEPS)
+def test_a_quantized_merge_is_within_its_steps(rng, scheme, dtype):
+    """Its bits are those of a merge quantized again; a bit apart it is within the steps."""
+    W, c = weight(rng, 48, 128, dtype), change(rng, 48, 128, 4, size=2e-2)
+    w, D = W.astype(float), delta(c)
+    M = quantized(w + D, scheme, dtype)
+    found = judge(Stored(W), M, [c]).verdict
+    assert found == "exact" or (scheme == "nf4" and found == "within")  # its scales are float32
+    close = quantized(w + D + 1e-5 * rng.normal(size=D.shape), scheme)
+    assert judge(Stored(W), close, [c]).severity in ("ok", "warning")
+    for factor in (-1, 2, 0.5):
+        entry = judge(Stored(W), quantized(w + factor * D, scheme, dtype), [c])
+        assert entry.verdict == "factor", entry
+
+
+@pytest.mark.parametrize("scheme", ["q8_0", "q4_0"])
+def test_a_small_change_of_a_quantized_weight_is_told_by_least_squares(rng, scheme):
+    """A tenth of a step in each entry: 60 000 entries tell it from none, and from twice."""
+    W, c = (
+        weight(rng, 240, 256, F32),
+        change(rng, 240, 256, 4, size=3e-4 if scheme == "q4_0" else 3e-5),
+    )
+    w, D = W.astype(float), delta(c)
+    assert judge(Stored(W), quantized(w + D, scheme), [c]).severity in ("ok", "warning")
+    for factor, found in ((0, "not-applied"), (3, "factor")):
+        entry = judge(Stored(W), quantized(w + factor * D, scheme), [c])
+        assert entry.verdict == found, (factor, entry)
+
+
+def test_into_four_bits_the_change_may_be_gone(rng):
+    """The base is quantized, too, and has these very bits: they tell nothing."""
+    base = quantized(weight(rng, 48, 128, F32), "q4_0")
+    c = change(rng, 48, 128, 4, size=1e-5)
+    entry = judge(base, base, [c])
+    assert (entry.verdict, entry.figures["survived"]) == ("rounded-away", 0)
+
+
+def test_a_k_quant_may_clip_the_ends_of_its_parts(rng):
+    W, c = weight(rng, 8, 64, F32), change(rng, 8, 64, 4, size=2e-2)
+    V = (W.astype(float) + delta(c)).reshape(8, 2, 32)
+    step = (V.max(-1, keepdims=True) - V.min(-1, keepdims=True)) / 12  # 16 codes would need 15
+    middle = (V.max(-1, keepdims=True) + V.min(-1, keepdims=True)) / 2
+    M = middle + step * np.round((V - middle) / step).clip(-4, 4)
+    gap = np.broadcast_to(step, M.shape).reshape(8, 64).astype(F32)
+    stored = M.reshape(8, 64).astype(F32)
+    given = {"spacing": gap, "scheme": "q4_k"}
+    assert judge(Stored(W), Stored(stored, **given), [c]).severity in ("ok", "warning")
+    stored[3, 5] = stored[3].mean()
+    stored[3, 6] = stored[3, 5] + 3 * gap[3, 6]
+    assert judge(Stored(W), Stored(stored, **given), [c]).severity == "deviation"
 
 
 def test_what_no_change_touches_has_the_bases_bits_or_a_cast_of_them(rng):
