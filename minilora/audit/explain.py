@@ -65,7 +65,7 @@ def chance(case: Case) -> Explanation | None:
     f, sigma = found
     if abs(f) <= SIGMAS * sigma and case.holds(Trial((), free=False)):
         text = f"it is the base, as far as {sigma:.1g} of the change can be told"
-        return Explanation("not-applied", "not-applied", text, {"factor": f, "factor_error": sigma})
+        return Explanation("not-applied", "", text, {"factor": f, "factor_error": sigma})
     figures = {"factor": f, "factor_error": sigma}
     text = f"what differs goes along the change: it is applied by about {f:.3g} ± {sigma:.1g}"
     right = case.residual(Trial(case.changes))

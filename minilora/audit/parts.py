@@ -39,12 +39,15 @@ def lacking(case: Case) -> Explanation | None:
         wrong_columns += out.sum(0)
         columns += base.sum(0)
     lost_rows, lost_columns = np.nonzero(wrong_rows)[0], np.nonzero(wrong_columns)[0]
+    count = int(wrong_rows.sum())
+    if not rows.any():
+        text = f"it is the base: all entries may be its, and {count} cannot have the change"
+        return Explanation("not-applied", "", text, {"outside": count})
     what = "entries"
     if not rows[lost_rows].any() and len(lost_rows) < region.rows:
         what = f"rows {ranges(lost_rows.tolist())} of {region.rows}"
     elif not columns[lost_columns].any() and len(lost_columns) < region.width:
         what = f"columns {ranges(lost_columns.tolist())} of {region.width}"
-    count = int(wrong_rows.sum())
     text = f"{what} lack the change and have the base's numbers; all others are right"
     if what == "entries":
         text = f"{count} entries lack the change and have the base's numbers; all others are right"
