@@ -19,6 +19,11 @@ _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _LAYER = re.compile(r"^((?:.*\.)?(?:layers|layer|h)\.)(\d+)(\..*)$")
 
 
+def is_head(name: str) -> bool:
+    """Whether the tensor is the weight of a language model's head."""
+    return name.endswith(".weight") and name.removesuffix(".weight").rpartition(".")[2] in _HEADS
+
+
 def tied_table(store: TensorStore) -> str | None:
     """The table that the head is tied to, None where the head has a tensor, or there is none.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.audit.adapters.peft import split_name
-from minilora.audit.base import HEAD, replaced, replicated, tied_table, with_head
+from minilora.audit.base import HEAD, is_head, replaced, replicated, tied_table, with_head
 from minilora.audit.cause import cause_of
 from minilora.audit.change import Around, Change
 from minilora.audit.changes import AdapterChanges, ranges_of, read_changes
@@ -123,13 +123,15 @@ class Walk:
     def _place_of(self, name: str) -> str | None:
         """The tensor's name in the merged model; None where it is missing.
 
-        A tied head is looked for where it or its table is changed, or the merged model has one: in
-        the table that the merged model's head is tied to, if it has none. "" is not to be asked.
+        A head that is tied in the merged model, and so has no tensor there, is its table. A base's
+        tied head is asked only where it or its table is changed: "" is not to be asked.
         """
         there = self.merged.find(name)
-        if there is None and name == HEAD and self.table is not None:
-            return tied_table(self.merged) if {HEAD, self.table} & self.changed.keys() else ""
-        return there
+        if there is not None or not is_head(name):
+            return there
+        if name == HEAD and self.table and not {HEAD, self.table} & self.changed.keys():
+            return ""
+        return tied_table(self.merged)
 
     @cached_property
     def changed(self) -> dict[str, list[Change]]:
@@ -168,8 +170,8 @@ class Walk:
         entry = replace(entry, subject=name, figures={**figures, **entry.figures})
         if self._is_tied(name) and entry.severity == "deviation":
             text = (
-                f"the merged model's head is still tied to {self.table}, and with the adapter the "
-                "two differ: untie it, with a head of its own and tie_word_embeddings false"
+                "the merged model's head is tied to its table, and with the adapter the two "
+                "differ: untie it, with a head of its own and tie_word_embeddings false"
             )
             return replace(entry, text=f"{text} ({entry.text})", mistake="tied-head")
         return entry
@@ -210,9 +212,10 @@ class Walk:
 
     def _is_tied(self, name: str) -> bool:
         """Whether it is one of a tied pair, which the merged model has tied too."""
-        pair = self.table is not None and name in (HEAD, self.table)
+        if self.merged.find(HEAD) is not None:
+            return False
         changed = any(change.tensor == HEAD for a in self.adapters for change in a.changes)
-        return pair and self.merged.find(HEAD) is None and (name == HEAD or changed)
+        return is_head(name) or (self.table == name and changed)
 
     def _around(self, changes: Sequence[Change]) -> Around:
         """The other changes of the adapters, of which a wrong merge may have taken one."""

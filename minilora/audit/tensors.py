@@ -201,8 +201,9 @@ def _places_in(folder: Path) -> dict[str, Any]:
     files = sorted(path for path in folder.glob("*.safetensors") if _is_weights(path.name))
     if len(indices) == 1:
         return _sharded(folder, indices[0])
-    if not indices and len(files) == 1:
-        return places(files[0])[0]
+    whole = [path for path in files if path.name == "model.safetensors"]
+    if not indices and len(whole or files) == 1:
+        return places((whole or files)[0])[0]
     if not files and not indices:
         names = [path.name for path in folder.iterdir()]
         pickles = [name for name in names if name.endswith(_PICKLES)]

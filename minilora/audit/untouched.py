@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,15 +30,16 @@ class _Tally:
     moved: float = 0.0
     square: float = 0.0
 
-    def add(self, one: Array, two: Array, step: Array | None) -> None:
-        """Compare a block of rows; ``step`` is the spacing of what a quantizer can store."""
+    def add(self, one: Array, two: Array, spacing: Callable[[], Array | None]) -> None:
+        """Compare a block of rows; ``spacing`` gives that of what a quantizer can store."""
         self.entries += one.size
         if one.dtype == two.dtype and np.array_equal(_bits(one), _bits(two)):
             return
         expected = cast(one, two.dtype)
-        off = (_bits(expected) != _bits(two)).reshape(one.shape)
+        off = (_bits(expected) != _bits(two)).reshape(one.shape) & (expected != two)  # 0 is -0
         if not off.any():
             return
+        step = spacing()
         W, M = one.astype(np.float64), two.astype(np.float64)
         self.broken += int(np.count_nonzero(np.isfinite(W) & ~np.isfinite(M)))
         gap = np.where(off, abs(M - W), 0.0)
@@ -59,9 +61,10 @@ def untouched(tensor: StoredTensor, other: StoredTensor) -> Entry:
     if tensor.shape != other.shape:
         return _other_shape(tensor, other)
     tally, quantized = _Tally(), other.scheme is not None
+    coarser = other if quantized else tensor
     for start, stop in tensor.blocks():
         one, two = tensor.rows(start, stop), other.rows(start, stop)
-        tally.add(one, two, other.spacing(start, stop) if quantized else None)
+        tally.add(one, two, partial(coarser.spacing, start, stop))
     if tally.broken:
         text = f"{tally.broken} entries are NaN or infinite, and finite in the base"
         return Entry(tensor.name, "corrupt", text)
@@ -116,6 +119,11 @@ def _changed(tensor: StoredTensor, other: StoredTensor, tally: _Tally) -> Entry:
     relative = (tally.moved / tally.square) ** 0.5 if tally.square else float("inf")
     text = f"{tally.other} of {tally.entries} entries differ, by {tally.greatest:.3g} at most"
     why = "trained, though no adapter says so, or another revision of the base"
+    if tensor.scheme is not None and not tally.beyond:
+        why = (
+            f"each within a step of {tensor.scheme}: it was merged into the base as it was before "
+            "it was quantized; give that as the base"
+        )
     for coarse in (WEIGHT_DTYPES["F16"], WEIGHT_DTYPES["BF16"]):
         if _passed_through(tensor, other, coarse):
             why = f"the base's numbers, rounded to {coarse} and back"

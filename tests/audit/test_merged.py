@@ -16,6 +16,7 @@ from minilora.io.formats import kohya, loralib
 from minilora.io.formats.peft.names import paths
 from minilora.io.loading import open_adapted, open_base
 from minilora.io.reference_models import folder
+from minilora.spec.quantization import dequantize, quantize
 
 REFERENCES = {name: f"reference:{name}" for name in ("llama", "gpt2")}
 
@@ -185,6 +186,69 @@ def test_a_head_that_came_with_the_adapter_is_the_adapters(made, tmp_path, head,
 
     report = merged(REFERENCES["llama"], tmp_path / "a", edited(tmp_path, made("llama"), with_head))
     assert [verdict for _, verdict in problems(report)] == verdicts
+
+
+def test_a_table_that_was_resized_and_trained_comes_with_the_adapter(made, tmp_path):
+    """PEFT saves a resized table whole: it stands in the base's place."""
+    shutil.copytree(folder() / "llama" / "adapter", tmp_path / "a")
+    file, name = tmp_path / "a" / "adapter_model.safetensors", "model.embed_tokens.weight"
+    table = np.random.default_rng(0).standard_normal((16, 36)).astype(np.float32)
+    for place in (name, "model.embed_tokens.base_layer.weight"):
+        save_file({**load_file(file), f"base_model.model.{place}": table}, tmp_path / "own")
+        shutil.copy(tmp_path / "own", tmp_path / "a" / "adapter_model.safetensors")
+        path = edited(tmp_path, made("llama"), lambda t: {**t, name: table})
+        config = json.loads((path / "config.json").read_text()) | {"vocab_size": 16}
+        (path / "config.json").write_text(json.dumps(config))
+        report = merged(REFERENCES["llama"], tmp_path / "a", path)
+        assert problems(report) == []
+        told = [entry.text for entry in report.entries if entry.verdict == "told"]
+        assert any("stands in the base's place" in text for text in told)
+        shutil.rmtree(path)
+        shutil.copy(folder() / "llama" / "adapter" / file.name, file)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_that_is_left_out_is_the_table(tmp_path, same):
+    """A base may hold the head that it ties; a merged model of a newer release does not."""
+    tensors = base_tensors()
+    table = tensors["model.embed_tokens.weight"]
+    base = tensors | {"lm_head.weight": table if same else table + np.float32(1)}
+    for name in ("base", "m"):
+        shutil.copytree(folder() / "llama" / "base", tmp_path / name)
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    adapter = tmp_path / "a"
+    shutil.copytree(folder() / "llama" / "adapter", adapter)
+    file = adapter / "adapter_model.safetensors"
+    save_file({n: 0 * t for n, t in load_file(file).items() if "up_proj" in n}, file)
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    report = merged(tmp_path / "base", adapter, tmp_path / "m")
+    assert problems(report) == ([] if same else [("lm_head.weight", "changed")])
+
+
+def test_a_base_in_four_bits_is_told_from_the_one_before_it_was_quantized(tmp_path):
+    W = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    norm = {"model.norm.weight": np.ones(4, np.float32)}
+    q = quantize(W, "nf4")
+    text = json.dumps({"shape": [64, 64], "blocksize": 64, "quant_type": "nf4"}).encode()
+    name = "model.layers.0.mlp.up_proj.weight"
+    for folder_name, parts in {
+        "base": {name: q.codes[:, None], f"{name}.absmax": q.constants["absmax"],
+                 f"{name}.quant_state.bitsandbytes__nf4": np.frombuffer(text, np.uint8)},
+        "original": {name: W},
+        "kept": {name: dequantize(q)},
+    }.items():  # fmt: skip
+        (tmp_path / folder_name).mkdir()
+        parts = {at: np.array(part) for at, part in (parts | norm).items()}
+        save_file(parts, tmp_path / folder_name / "model.safetensors")
+    shutil.copytree(folder() / "llama" / "adapter", tmp_path / "a")
+    saved = {"base_model.model.model.norm.weight": norm["model.norm.weight"]}
+    save_file(saved, tmp_path / "a" / "adapter_model.safetensors")
+    report = merged(tmp_path / "base", tmp_path / "a", tmp_path / "original")
+    assert "before it was quantized" in one(report).text
+    assert problems(merged(tmp_path / "base", tmp_path / "a", tmp_path / "kept")) == []
 
 
 @needs("gguf")

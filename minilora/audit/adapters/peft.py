@@ -219,7 +219,7 @@ def _beside(found: Found, path: str, place: Place, base: TensorStore) -> None:
     elif tensor is None:
         text = "the base has no such tensor, and it is no parameter of an adapter's that is known"
         found.entries.append(Entry(place.name, "wrong", text))
-    elif ".base_layer." in path and name.endswith(".weight"):
+    elif place.shape != base[tensor].shape or (".base_layer." in path and ".bias" not in path):
         _table_beside(found, base[tensor], place)
     else:
         parts = Expanded({"weight": reader(place)})
@@ -230,7 +230,7 @@ _IS_PARAMETER = re.compile(r"^(?!.*(lora|vera|lokr|hada|oft|ia3)_).*\.(weight|bi
 
 
 def _table_beside(found: Found, tensor: StoredTensor, place: Place) -> None:
-    """The base's weight of an adapted table, which PEFT writes too: it counts where it differs."""
+    """A tensor in place of the base's: of an adapted table, which PEFT writes too, or resized."""
     own = StoredTensor(tensor.name, place.dtype, place.shape, place.nbytes, place.rows)
     if own.shape == tensor.shape and all(
         np.array_equal(own.rows(*at).astype(tensor.dtype), tensor.rows(*at))
