@@ -163,6 +163,8 @@ def judge(
     if base.shape != merged.shape:
         text = f"its shape is {merged.shape}, the base's {base.shape}"
         return Entry(base.name, "mismatch", text)
+    if 0 in base.shape:
+        return Entry(base.name, "exact" if changes else "unchanged", "it has no entries")
     found = [_judged(region, around or Around()) for region in regions(base, merged, changes)]
     return _together(found)
 
@@ -170,6 +172,8 @@ def judge(
 def _judged(region: Region, around: Around) -> Entry:
     if not region.changes:
         return _untouched(region)
+    if (wrong := _unusable(region)) is not None:
+        return wrong
     merge = Merge.of(region)
     way = _pick(merge)
     tally = count(merge, way)
@@ -186,6 +190,26 @@ def _judged(region: Region, around: Around) -> Entry:
     found = explain(case) if tally.outside else chance(case)
     found = found or _unexplained(tally)
     return Entry(name, found.verdict, found.text, figures | dict(found.figures), found.mistake)
+
+
+def _unusable(region: Region) -> Entry | None:
+    """The verdict where the adapter's numbers are none, or do not fit the tensor."""
+    name, m, n = region.base.name, region.rows, region.width
+    for change in region.changes:
+        for part, value in change.parts.items():
+            if part != "ids" and not np.isfinite(wide(np.asarray(value))).all():
+                text = f"the adapter's {part} holds NaN or infinity: nothing right can be merged"
+                return Entry(name, "corrupt", text)
+        if {"A", "B"} <= change.parts.keys():
+            own = len(change.parts["B"]), np.shape(change.parts["A"])[1]
+            stored = own[::-1] if change.transposed else own
+            whole = (change.rows[1] - change.rows[0] if change.rows else m, n)
+            if stored != whole:
+                text = (
+                    f"the change is {stored[0]} x {stored[1]}, the tensor {whole[0]} x {whole[1]}"
+                )
+                return Entry(name, "mismatch", f"{text}: the adapter is another model's")
+    return None
 
 
 def _another_factor(merge: Merge, tally: Tally) -> tuple[float, float] | None:

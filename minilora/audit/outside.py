@@ -16,11 +16,11 @@ K_PARTS = {"q2_k": 16, "q3_k": 16, "q4_k": 32, "q5_k": 32, "q6_k": 16}
 def beyond(M: Array, T: Array, e: Array, region: Region, gap: Array | None) -> Array:
     """Which entries of M lie outside; all in float64. ``gap``: of a quantized M."""
     if region.merged.scheme is not None:
-        outside: Array = abs(M - T) > half_gap(M, region, gap) + e
+        outside: Array = ~(abs(M - T) <= half_gap(M, region, gap) + e)  # NaN is outside
         outside &= ~_clipped(M, T, region.merged.scheme)
         return outside
     dtype = region.merged.dtype
-    outside = (rounded(T - e, dtype) > M) | (rounded(T + e, dtype) < M)
+    outside = ~((rounded(T - e, dtype) <= M) & (rounded(T + e, dtype) >= M))
     return outside
 
 

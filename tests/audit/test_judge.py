@@ -72,6 +72,25 @@ def test_a_number_that_is_none_is_corrupt(rng, value):
     assert (entry.verdict, entry.figures["corrupt"]) == ("corrupt", 1)
 
 
+@pytest.mark.parametrize("part", ["A", "B"])
+def test_an_adapter_with_nan_is_corrupt(rng, part):
+    W, c = weight(rng, 40, 30, F32), change(rng, 40, 30, 4)
+    c.parts[part][0, 0] = np.nan
+    entry = judge(Stored(W), Stored(W), [c])
+    assert (entry.verdict, f"adapter's {part}" in entry.text) == ("corrupt", True)
+
+
+def test_an_adapter_of_another_shape_is_a_mismatch(rng):
+    W = weight(rng, 40, 30, F32)
+    entry = judge(Stored(W), Stored(W), [change(rng, 30, 40, 4)])
+    assert entry.text == "the change is 30 x 40, the tensor 40 x 30: the adapter is another model's"
+
+
+def test_a_tensor_without_entries_is_right(rng):
+    W = weight(rng, 0, 30, F32)
+    assert verdict(W, W, change(rng, 0, 30, 4)) == "exact"
+
+
 def test_another_shape_is_a_mismatch(rng):
     W = weight(rng, 40, 30, F32)
     entry = judge(Stored(W), Stored(W[:20]), [change(rng, 40, 30, 4)])
