@@ -11,10 +11,11 @@ from minilora.audit.adapter_base import Base, base_entries, share
 from minilora.audit.adapter_libraries import library_entries, library_of
 from minilora.audit.adapter_settings import settings_entries
 from minilora.audit.adapter_tensors import tensor_entries
+from minilora.audit.base import replicated
 from minilora.audit.result import Entry, Report
 from minilora.audit.stored.module import OpenAdapter
 from minilora.audit.stored.open import open_adapter
-from minilora.audit.tensors import open_tensors
+from minilora.audit.tensors import TensorStore, open_tensors
 from minilora.findings import FINDINGS
 
 CAUSES = {
@@ -65,7 +66,7 @@ def adapter(
     for name in libraries:
         library_of(name)
     opened = open_adapter(path)
-    beside = None if base is None else Base(opened, open_tensors(base))
+    beside = None if base is None else Base(opened, _base_of(opened, base))
     entries = [*settings_entries(opened)]
     read = 0
     for entry in tensor_entries(opened):
@@ -83,6 +84,13 @@ def adapter(
     inputs |= {"for": list(libraries)} if libraries else {}
     took = time.perf_counter() - start
     return Report("adapter", inputs, tuple(entries), cause, remedy, took, read)
+
+
+def _base_of(opened: OpenAdapter, base: str | Path) -> TensorStore:
+    """The base, with its layers repeated where the adapter's model repeats them."""
+    store = open_tensors(base)
+    ranges = opened.settings.get("layer_replication") if opened.format == "peft" else None
+    return replicated(store, ranges) if ranges else store
 
 
 def _size(opened: OpenAdapter, entry: Entry) -> int:

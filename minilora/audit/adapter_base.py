@@ -76,7 +76,10 @@ def base_entries(base: Base) -> Iterator[Entry]:
     if base.store.settings.get("tie_word_embeddings") and tied:
         text = f"{listed(tied)}: the base has one table for embedding and head. An adapter of one "
         text += "use is no adapter of the other; merged into the table, it acts in both"
-        yield Entry("tie_word_embeddings", "doubtful", text, mistake="tied")
+        kept = adapter.settings.get("ensure_weight_tying") or all(
+            module.kind == "tokens" for module in adapter.modules if module.name in tied
+        )
+        yield Entry("tie_word_embeddings", "told" if kept else "doubtful", text, mistake="tied")
 
 
 def _other(name: str, path: str) -> bool:

@@ -111,7 +111,8 @@ def _saved(adapter: OpenAdapter) -> Iterator[Entry]:
             yield Entry("modules_to_save", "wrong", text, mistake="saved-missing")
     bias = adapter.settings.get("bias", "none")
     for module in adapter.modules:
-        named = _ends(module.name, tuple(wanted))
+        tied = bool(adapter.settings.get("ensure_weight_tying")) and _may_be_tied(module.name)
+        named = tied or _ends(module.name, tuple(wanted))
         has_bias = "bias" in module.parts and "weight" not in module.parts
         if has_bias and not named and bias in (None, "none"):
             text = f"the file has its bias, and the setting bias is {json.dumps(bias)}"

@@ -94,12 +94,12 @@ def _measured(module: OpenModule, figures: dict[str, Figure]) -> Entry:
     pairs = module.pairs()
     σ = singular_values(pairs)
     s = 1.0 if module.scale is None else abs(module.scale)
-    norm, rank = float(s * np.sqrt((σ**2).sum())), module.rank
+    norm, rank = s * float(np.linalg.norm(σ)), module.rank
     figures |= {
         "rank": rank,
         "scale": module.scale,
         "norm": norm,
-        "largest": float(s * σ[0]),
+        "largest": s * float(σ[0]),
         "effective_rank": round(effective_rank(σ), 3),
         "dtype": "/".join(dict.fromkeys(str(module.parts[part].dtype) for part in "AB")),
     }

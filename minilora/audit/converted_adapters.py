@@ -59,9 +59,10 @@ class Pair:
 
     def entries(self) -> Iterator[Entry]:
         """The verdict on the change of the weight, and on what else there is of the module."""
-        if {"A", "B"} & {*self.here.parts, *self.there.parts}:
+        shared = "shared" in (self.here.kind, self.there.kind)
+        if {"A", "B"} & {*self.here.parts, *self.there.parts} and not shared:
             yield self._factors()
-        yield from self._beside()
+        yield from self._beside(NOT_COMPARED - {"A", "B"} if shared else NOT_COMPARED)
 
     @property
     def _figures(self) -> dict[str, Figure]:
@@ -188,11 +189,11 @@ class Pair:
                 return module.name
         return ""
 
-    def _beside(self) -> Iterator[Entry]:
+    def _beside(self, left_out: set[str]) -> Iterator[Entry]:
         """Every other parameter of the two: magnitudes, biases, what is saved in full."""
         parts = dict.fromkeys([*self.here.parts, *self.there.parts])
         for part in parts:
-            if part in NOT_COMPARED:
+            if part in left_out:
                 continue
             subject = f"{self.here.name}.{part}"
             if part not in self.there.parts or part not in self.here.parts:

@@ -403,6 +403,7 @@ def test_gguf_files_are_read(tmp_path):
     assert sum("share" in e.figures for e in report.entries) > 0
 
 
+@pytest.mark.slow
 def test_an_adapter_that_peft_saved_is_right(tmp_path):
     torch, peft = optional("torch"), optional("peft")
     layers = torch.nn.ModuleDict(

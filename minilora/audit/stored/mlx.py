@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from minilora.audit.stored.module import Held, OpenAdapter, OpenModule
@@ -10,7 +12,14 @@ from minilora.audit.stored.places import held_in
 from minilora.io.errors import FormatError
 from minilora.io.files import read_json
 from minilora.io.formats.mlx import CONFIG, PARTS, WEIGHTS
+from minilora.io.formats.values import Fits, is_integer, is_list, is_number, is_text
 
+_FITS: Mapping[str, Fits] = {
+    "rank": is_integer(1),
+    "alpha": is_number,
+    "keys": is_list(is_text),
+}
+_REMEDY = "write it as mlx-lm does"
 _PART_OF = {name: part for part, (name, _) in PARTS.items()}
 
 
@@ -28,6 +37,10 @@ def open_mlx(folder: Path) -> OpenAdapter:
     ):
         expected = "a number in lora_parameters"
         raise FormatError(folder / CONFIG, "scale", scale, expected, "is it mlx-lm's?")
+    for key, fits in _FITS.items():
+        value = parameters.get(key) if isinstance(parameters, dict) else None
+        if value is not None and not fits(value):
+            raise FormatError(folder / CONFIG, key, json.dumps(value), "another kind", _REMEDY)
     grouped: dict[str, dict[str, Held]] = {}
     others = {}
     for name, held in held_in(folder / WEIGHTS).items():

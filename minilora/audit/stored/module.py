@@ -42,9 +42,10 @@ class OpenModule:
 
     ``name``: its path, as the file has it; ``parts``: the tensors by the parameter's name in the
     specification (A, B, magnitude, lora_bias, …), or weight, bias and tokens of what is saved;
-    ``kind``: as `findings.stored.StoredModule` has it; ``scale``: the factor of B A, None where no
-    file says it; ``transposed``: A and B lie as (n, r) and (r, m); ``experts``: so many matrices
-    lie side by side in A and B; ``config``: the settings that led to the scale.
+    ``kind``: as `findings.stored.StoredModule` has it, or shared of VeRA's A and B; ``scale``: the
+    factor of B A, None where no file says it; ``transposed``: A and B lie as (n, r) and (r, m);
+    ``experts``: so many matrices lie side by side in A and B; ``config``: the settings that led to
+    the scale.
     """
 
     name: str
@@ -58,7 +59,8 @@ class OpenModule:
     @property
     def is_adapted(self) -> bool:
         """Whether it has both factors, in shapes that go together."""
-        return {"A", "B"} <= self.parts.keys() and not self.misfit
+        both = {"A", "B"} <= self.parts.keys() and self.kind != "shared"
+        return both and not self.misfit
 
     @property
     def misfit(self) -> str:
@@ -158,6 +160,7 @@ class OpenAdapter:
                 _shape(m),
             )
             for m in self.modules
+            if m.kind != "shared"
         )
         return StoredAdapter(self.format, self.settings, modules, base, base_modules, self.files)
 

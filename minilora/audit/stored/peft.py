@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from minilora.audit.stored.places import held_in
 from minilora.io.errors import FormatError
 from minilora.io.files import read_json
 from minilora.io.formats.peft.names import CONFIG, PROJECTIONS, WEIGHTS
+from minilora.io.formats.peft.settings import KINDS
 from minilora.io.formats.peft.targets import variant_of
 from minilora.spec.target_modules import pattern_value
 from minilora.spec.variants import REGISTRY
@@ -34,7 +36,7 @@ def open_peft(folder: Path) -> OpenAdapter:
     if not file.exists() and file.with_suffix(".bin").exists():
         remedy = "a pickle can run code: let PEFT load it and save it as safetensors"
         raise FormatError(file, "file", "none, but a .bin", "a safetensors file", remedy)
-    settings = read_json(folder / CONFIG)
+    settings = _of_their_kinds(folder / CONFIG)
     grouped: dict[str, dict[str, Held]] = {}
     others: dict[str, str] = {}
     tensors = held_in(file)
@@ -52,6 +54,23 @@ def open_peft(folder: Path) -> OpenAdapter:
         modules.append(OpenModule("base_model", shared, "shared", None))
     names = frozenset(path.name for path in folder.iterdir())
     return OpenAdapter(folder, "peft", settings, modules, others, names)
+
+
+def _of_their_kinds(path: Path) -> dict[str, Any]:
+    """The settings, each of the kind that PEFT writes; a ``peft_type`` may be any.
+
+    Errors: FormatError for another kind.
+    """
+    settings = read_json(path)
+    name = settings.get("peft_type")
+    if name is not None and not isinstance(name, str):
+        raise FormatError(path, "peft_type", json.dumps(name), "text", "write it as PEFT does")
+    kind = KINDS.get(str(name or "LORA").upper(), KINDS["LORA"])
+    for key, (_, fits, expected) in kind.read.items():
+        value = settings.get(key)
+        if value is not None and key != "init_lora_weights" and not fits(value):
+            raise FormatError(path, key, json.dumps(value), expected, "write it as PEFT does")
+    return settings
 
 
 def place_of(name: str) -> tuple[str, str]:
