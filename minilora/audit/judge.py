@@ -222,6 +222,8 @@ def _another_factor(merge: Merge, tally: Tally) -> tuple[float, float] | None:
     region = merge.region
     if region.base.scheme and region.merged.scheme:
         return None
+    if any(change.slack for change in region.changes):
+        return None
     found = _beside(merge, tally)
     if found is not None:
         for way in merge.replays():

@@ -262,6 +262,39 @@ def test_coarser_merges_are_named():
             assert dtype.name in entry.text
 
 
+def test_an_adapter_rounded_first_is_named():
+    made = Made(F32)
+    s, w, A, B = made.c.s, made.w, made.A, made.B
+
+    def narrow(x, dtype):
+        return cast(x, dtype).astype(float)
+
+    for dtype in (F16, BF16):
+        product = narrow(B, dtype) @ narrow(A, dtype)
+        for D in (s * product, s * narrow(product, dtype), narrow(s * product, dtype)):
+            entry = made.entry(w + D)
+            assert (entry.verdict, entry.mistake) == ("coarser", "adapter-coarse"), entry
+            assert dtype.name in entry.text
+
+    def tf32(x):
+        return np.ldexp(np.rint(np.ldexp(*(m := np.frexp(x))[:1], 11)), m[1] - 11)
+
+    entry = made.entry(w + s * tf32(B) @ tf32(A))
+    assert entry.text.endswith("as by autocast (TF32)")
+
+
+def test_sums_in_half_precision_cannot_be_decided():
+    """Products that are added up in float16 one by one, as no bound of float32's sums allows."""
+    made = Made(F16, r=256, size=1e-2)
+    A, B = (x.astype(F16) for x in (made.A, made.B))
+    c = replace(made.c, parts={"A": A, "B": B})
+    total = np.zeros((M, N), F16)
+    for k in range(256):
+        total = total + B[:, k : k + 1] * A[k]
+    entry = made.entry(made.w + c.s * total.astype(float), [c])
+    assert (entry.verdict, entry.mistake) == ("undecided", "half-precision-sums"), entry
+
+
 def cut(x, dtype):
     """Towards zero."""
     near = cast(x, dtype)

@@ -11,6 +11,7 @@ from minilora.audit.mistakes.layouts import LAYOUTS
 from minilora.audit.mistakes.magnitudes import MAGNITUDES
 from minilora.audit.mistakes.mistake import Mistake
 from minilora.audit.mistakes.others import OTHERS
+from minilora.audit.mistakes.roundings import ROUNDINGS
 from minilora.audit.mistakes.several import SEVERAL
 from minilora.audit.mistakes.weights import WEIGHTS
 
@@ -23,6 +24,8 @@ MISTAKES: tuple[Mistake, ...] = (
     *LAYOUTS,
     *OTHERS,
     *KINDS,
+    *ROUNDINGS[:-1],
     *WEIGHTS,
+    ROUNDINGS[-1],  # last of all: its bound is the widest
 )
 """Every known mistake but the wrong scales of one change: the likeliest first."""

@@ -1,4 +1,4 @@
-"""Another base, or what became of the merged weight: coarser, quantized, lost."""
+"""Another base, or what became of the merged weight: quantized, lost, of other lengths."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from minilora.audit.floats import BF16, F16, F64, format_of, rounded, spacing
+from minilora.audit.floats import F64, rounded
 from minilora.audit.mistakes.magnitudes import with_rows
 from minilora.audit.mistakes.mistake import Mistake, additive
+from minilora.audit.mistakes.roundings import rounding
 from minilora.audit.trial import Case, Ending, Step, Trial
 from minilora.spec.ops import Array
 from minilora.spec.quantization import dequantize, quantize
@@ -24,52 +25,6 @@ def base_lost(case: Case) -> Iterator[Trial]:
 def all_zero(case: Case) -> Iterator[Trial]:
     """Zeros."""
     yield Trial((), weight=lambda W, i, j: np.zeros_like(W), free=False)
-
-
-def base_coarse(case: Case) -> Iterator[Trial]:
-    """The base rounded to a narrower dtype before the change is added."""
-    for dtype in (BF16, F16):
-        if format_of(dtype).u > format_of(case.region.base.dtype).u:
-            yield Trial(case.changes, dtype.name, _rounding(dtype))
-
-
-def _rounding(dtype: np.dtype[Any], step: Step | None = None) -> Step:
-    """A step whose result is rounded to the dtype."""
-    return lambda W, i, j: rounded(step(W, i, j) if step else W, dtype)
-
-
-def merged_coarse(case: Case) -> Iterator[Trial]:
-    """A right merge in a narrower dtype than it is stored in."""
-    for dtype in (BF16, F16):
-        if format_of(dtype).u > format_of(case.region.merged.dtype).u:
-            yield Trial(case.changes, dtype.name, end=_narrowed(dtype), free=False, through=dtype)
-
-
-def truncated(case: Case) -> Iterator[Trial]:
-    """Numbers cut off towards zero, not rounded."""
-    for dtype in (BF16, F16):
-        if format_of(dtype).u >= format_of(case.region.merged.dtype).u:
-            yield Trial(case.changes, dtype.name, end=_cut(dtype), free=False, through=dtype)
-
-
-def _cut(dtype: np.dtype[Any]) -> Ending:
-    def toward_zero(x: Array) -> Array:
-        near = rounded(x, dtype)
-        return np.where(abs(near) > abs(x), near - np.sign(x) * spacing(x, dtype), near)
-
-    def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
-        low, high = toward_zero(T - e), toward_zero(T + e)
-        return (low + high) / 2, (high - low) / 2
-
-    return end
-
-
-def _narrowed(dtype: np.dtype[Any]) -> Ending:
-    def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
-        low, high = rounded(T - e, dtype), rounded(T + e, dtype)
-        return (low + high) / 2, (high - low) / 2
-
-    return end
 
 
 QUANTIZERS = ("nf4", "q4_0", "q4_1", "q8_0", "int8-symmetric")
@@ -89,7 +44,7 @@ def base_quantized(case: Case) -> Iterator[Trial]:
                 yield Trial(
                     case.changes,
                     f"{scheme} in {dtype}",
-                    weight=_rounding(dtype, step),
+                    weight=rounding(dtype, step),
                 )
 
 
@@ -149,17 +104,6 @@ def lengths_kept(case: Case) -> Iterator[Trial]:
 WEIGHTS = (
     Mistake("base-lost", "known-mistake", "the change alone, without the base", base_lost),
     Mistake("all-zero", "known-mistake", "all zeros", all_zero),
-    Mistake(
-        "merged-coarse",
-        "coarser",
-        "merged in a narrower dtype than it is stored in",
-        merged_coarse,
-        ("peft 1388", "unsloth 3091"),
-    ),
-    Mistake("truncated", "known-mistake", "cut off, not rounded, to a narrower dtype", truncated),
-    Mistake(
-        "base-coarse", "coarser", "the base was rounded to a narrower dtype first", base_coarse
-    ),
     Mistake(
         "base-quantized",
         "known-mistake",

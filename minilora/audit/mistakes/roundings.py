@@ -1,0 +1,148 @@
+"""Right merges but for a rounding: coarser than the dtypes that are at hand, or cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from minilora.audit.floats import BF16, F16, F32, F64, format_of, rounded, spacing
+from minilora.audit.low_rank import coarsest, low_rank
+from minilora.audit.mistakes.mistake import Mistake
+from minilora.audit.trial import Case, Ending, Step, Trial, with_parts
+from minilora.spec.ops import Array
+
+
+def base_coarse(case: Case) -> Iterator[Trial]:
+    """The base rounded to a narrower dtype before the change is added."""
+    for dtype in (BF16, F16):
+        if format_of(dtype).u > format_of(case.region.base.dtype).u:
+            yield Trial(case.changes, dtype.name, rounding(dtype))
+
+
+def rounding(dtype: np.dtype[Any], step: Step | None = None) -> Step:
+    """A step whose result is rounded to the dtype."""
+    return lambda W, i, j: rounded(step(W, i, j) if step else W, dtype)
+
+
+def merged_coarse(case: Case) -> Iterator[Trial]:
+    """A right merge in a narrower dtype than it is stored in."""
+    for dtype in (BF16, F16):
+        if format_of(dtype).u > format_of(case.region.merged.dtype).u:
+            yield Trial(case.changes, dtype.name, end=_narrowed(dtype), free=False, through=dtype)
+
+
+def adapter_coarse(case: Case) -> Iterator[Trial]:
+    """The adapter rounded to TF32 or half precision first, though all is stored in float32.
+
+    As a GPU's products and autocast do; B A, or s B A too, may be rounded then.
+    """
+    dtypes = case.region.dtypes
+    if {dtypes.base, dtypes.merged} != {F32} or len(case.changes) > 1:
+        return
+    (change,) = case.changes
+    if not {"A", "B"} <= change.parts.keys() or not change.variant.additive:
+        return
+    A, B = (np.asarray(change.parts[name], F64) for name in "AB")
+    yield Trial((with_parts(change, A=_tf32(A), B=_tf32(B)),), "TF32", free=False)
+    for dtype in (F16, BF16):
+        A_, B_ = (rounded(x, dtype).astype(F32) for x in (A, B))
+        rounds = (with_parts(change, A=A_, B=B_),)
+        yield Trial(rounds, dtype.name, free=False)
+        for s in (1.0, change.s):
+            end = _change_rounded(dtype, s)
+            yield Trial(rounds, f"{dtype.name}, the product too", end=end, free=False)
+
+
+def _change_rounded(dtype: np.dtype[Any], s: float) -> Ending:
+    """The change rounded to the dtype: itself, or what s is multiplied with."""
+
+    def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
+        D, size = (T - W) / s, e / abs(s)
+        border = rounded(D + size, dtype) - rounded(D - size, dtype)
+        return W + s * rounded(D, dtype), e + abs(s) * border
+
+    return end
+
+
+def _tf32(x: Array) -> Array:
+    """The nearest numbers with 11 binary digits."""
+    gap = np.ldexp(1.0, np.frexp(x)[1] - 11)
+    near: Array = (np.rint(x / gap) * gap).astype(F32)
+    return near
+
+
+def half_sums(case: Case) -> Iterator[Trial]:
+    """The r products added up in half precision: each of r sums rounded, h Σ |s| |B| |A| each."""
+    dtypes = case.region.dtypes
+    sizes = []
+    for change in case.changes:
+        if change.kind in ("tokens", "saved", "bias") or not change.variant.additive:
+            return
+        low, (h, _, _) = low_rank(change), dtypes.with_adapter(coarsest(change))
+        if h <= format_of(F32).u or change.rows:
+            return
+        sizes.append((low.r * h, replace(low, A=abs(low.A), B=abs(low.B), s=abs(low.s))))
+
+    def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
+        for share, size in sizes:
+            e = e + share * size.rows(i, j)
+        return T, e
+
+    yield Trial(case.changes, end=end, free=False)
+
+
+def truncated(case: Case) -> Iterator[Trial]:
+    """Numbers cut off towards zero, not rounded."""
+    for dtype in (BF16, F16):
+        if format_of(dtype).u >= format_of(case.region.merged.dtype).u:
+            yield Trial(case.changes, dtype.name, end=_cut(dtype), free=False, through=dtype)
+
+
+def _cut(dtype: np.dtype[Any]) -> Ending:
+    def toward_zero(x: Array) -> Array:
+        near = rounded(x, dtype)
+        return np.where(abs(near) > abs(x), near - np.sign(x) * spacing(x, dtype), near)
+
+    def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
+        low, high = toward_zero(T - e), toward_zero(T + e)
+        return (low + high) / 2, (high - low) / 2
+
+    return end
+
+
+def _narrowed(dtype: np.dtype[Any]) -> Ending:
+    def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
+        low, high = rounded(T - e, dtype), rounded(T + e, dtype)
+        return (low + high) / 2, (high - low) / 2
+
+    return end
+
+
+ROUNDINGS = (
+    Mistake(
+        "merged-coarse",
+        "coarser",
+        "merged in a narrower dtype than it is stored in",
+        merged_coarse,
+        ("peft 1388", "unsloth 3091"),
+    ),
+    Mistake("truncated", "known-mistake", "cut off, not rounded, to a narrower dtype", truncated),
+    Mistake(
+        "base-coarse", "coarser", "the base was rounded to a narrower dtype first", base_coarse
+    ),
+    Mistake(
+        "adapter-coarse",
+        "coarser",
+        "the adapter was rounded to a narrower dtype first, as by autocast",
+        adapter_coarse,
+    ),
+    Mistake(
+        "half-precision-sums",
+        "undecided",
+        "within the bound of r products added up in half precision, as some GPUs do",
+        half_sums,
+    ),
+)
