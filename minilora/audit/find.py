@@ -18,7 +18,7 @@ from minilora.audit.rank import Rank, rank
 from minilora.audit.result import Entry, Report
 from minilora.audit.tensors import StoredTensor, TensorStore, layer_of, open_tensors
 from minilora.io.errors import FormatError
-from minilora.io.loading import adapter_format
+from minilora.io.loading import adapter_format, adapter_path
 from minilora.spec.ops import Array
 
 Progress = Callable[[int, int, str], None]
@@ -65,7 +65,7 @@ def _candidates(adapters: str | Path | Sequence[str | Path]) -> list[Path]:
     """The adapters, or those in the folder."""
     if not isinstance(adapters, str | Path):
         return [Path(adapter) for adapter in adapters]
-    folder = Path(adapters)
+    folder = adapter_path(str(adapters))
     if _is_adapter(folder):
         return [folder]
     inside = sorted(folder.iterdir()) if folder.is_dir() else []

@@ -102,6 +102,12 @@ def test_other_adapters_are_not_taken_for_it(files):
     assert report.cause.startswith("it is none of the 2 adapters; 14 tensors differ")
 
 
+def test_an_adapter_may_be_named_in_place_of_a_folder(files):
+    folder, base = files
+    report = find(base, folder / "merged", "reference:llama")
+    assert report.entries[0].verdict == "fine"
+
+
 def test_nothing_was_merged(files):
     folder, base = files
     report = find(base, base, folder / "adapters/untrained")
