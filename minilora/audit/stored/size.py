@@ -30,9 +30,22 @@ def _triangle(M: Array) -> Array:
 
 
 def singular_values(pairs: Sequence[tuple[Array, Array]]) -> Array:
-    """The singular values of all B A together, the largest first."""
-    values = [np.linalg.svd(core(A, B), compute_uv=False) for A, B in pairs]
-    return np.sort(np.concatenate(values))[::-1]
+    """The singular values of all B A together, the largest first; those below √u of it as noise.
+
+    They are the roots of the eigenvalues of √G (Bᵀ B) √G with G = A Aᵀ, which takes products alone.
+    """
+    return np.sort(np.concatenate([_of(A, B) for A, B in pairs]))[::-1]
+
+
+def _of(A: Array, B: Array) -> Array:
+    """The singular values of one B A, in no order."""
+    sizes = [float(np.abs(x).max(initial=0)) or 1.0 for x in (A, B)]
+    A, B = (np.asarray(x, np.float64) / size for x, size in zip((A, B), sizes, strict=True))
+    λ, V = np.linalg.eigh(A @ A.T)
+    root = V * np.sqrt(np.maximum(λ, 0))
+    squares = np.linalg.eigvalsh(root.T @ (B.T @ B) @ root)
+    found: Array = np.sqrt(np.maximum(squares, 0)) * (sizes[0] * sizes[1])
+    return found
 
 
 def effective_rank(σ: Array) -> float:
