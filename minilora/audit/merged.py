@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from minilora.audit.adapters.peft import split_name
 from minilora.audit.base import HEAD, is_head, replaced, replicated, tied_table, with_head
 from minilora.audit.cause import cause_of
@@ -105,7 +107,8 @@ class Walk:
         done, total = 0, self.base.nbytes + self.merged.nbytes
 
         def judged(name: str) -> Entry:
-            return self._of(name, places[name])
+            with np.errstate(all="ignore"):  # overflow shows in the verdict
+                return self._of(name, places[name])
 
         entries = in_order(judged, asked, THREADS)
         for name, entry in zip(asked, entries, strict=True):
