@@ -95,6 +95,7 @@ def test_the_adapter_and_its_rank_are_found(files):
     assert text(report, width=200).splitlines()[1].startswith("ANSWER  it is the base with ")
 
 
+@pytest.mark.slow
 def test_other_adapters_are_not_taken_for_it(files):
     folder, base = files
     others = [folder / "adapters/scaled", folder / "adapters/untrained"]

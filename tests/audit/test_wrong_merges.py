@@ -37,7 +37,13 @@ def test_the_right_one_is_right(tmp_path):
     assert report.exit_status == 0
 
 
-@pytest.mark.parametrize("wrong", wrong_merges.WRONG, ids=lambda wrong: wrong.__name__)
+def marked(wrong):
+    """Where no mistake explains it, all are tried."""
+    marks = [pytest.mark.slow] * (wrong is wrong_merges.other_checkpoint)
+    return pytest.param(wrong, marks=marks, id=wrong.__name__)
+
+
+@pytest.mark.parametrize("wrong", map(marked, wrong_merges.WRONG))
 def test_each_is_found_and_named(wrong, tmp_path):
     files = wrong_merges.reference()
     wrong(files)
