@@ -43,7 +43,7 @@ def marked(wrong):
     return pytest.param(wrong, marks=marks, id=wrong.__name__)
 
 
-@pytest.mark.parametrize("wrong", map(marked, wrong_merges.WRONG))
+@pytest.mark.parametrize("wrong", [*map(marked, wrong_merges.WRONG)])
 def test_each_is_found_and_named(wrong, tmp_path):
     files = wrong_merges.reference()
     wrong(files)
