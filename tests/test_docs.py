@@ -228,7 +228,7 @@ def test_a_check_that_is_not_known_to_deviate_is_seen():
 @pytest.mark.slow
 def test_the_table_has_a_line_for_each_finding():
     table = GENERATE.findings()[GENERATE.FOUND_BY]
-    assert table.count("\n| ") == 2 + len(FINDINGS)
+    assert table.count("\n| ") == 4 + len(LIBRARIES) + len(FINDINGS)
     assert table.startswith(
         f"{len(FINDINGS)} findings, of which `minilora verify` finds {len(FOUND)} "
     )

@@ -24,6 +24,10 @@ FOUND_BY = "findings/found-by.txt"
 
 TABLE = """{total} findings, of which `minilora verify` finds {found} by itself.
 
+| Library | Findings | Silently another function | Open | Found by `verify` | Told by `audit adapter` |
+| --- | --- | --- | --- | --- | --- |
+{libraries}
+
 | Library | Finding | Severity | Status | Found by | Or why not |
 | --- | --- | --- | --- | --- | --- |
 {rows}
@@ -204,7 +208,24 @@ def found_by():
     all_of = [(it, library) for library in LIBRARIES.values() for it in library.findings]
     rows = [row(it, library) for it, library in all_of]
     found = sum(bool(it.peer) for it, _ in all_of)
-    return TABLE.format(found=found, total=len(rows), rows="\n".join(rows))
+    counts = [counted(library) for library in LIBRARIES.values()]
+    return TABLE.format(
+        found=found, total=len(rows), rows="\n".join(rows), libraries="\n".join(counts)
+    )
+
+
+def counted(library):
+    """A library's line in the table of libraries."""
+    of = library.findings
+    counts = [
+        len(of),
+        sum(it.severity == "silent" for it in of),
+        sum(not it.fixed_in for it in of),
+        sum(bool(it.peer) for it in of),
+        sum(it.stored is not None for it in of),
+    ]
+    numbers = " | ".join(str(count) for count in counts)
+    return f"| [{library.title}](findings/{library.name}.md) | {numbers} |"
 
 
 def proofs():
