@@ -96,8 +96,9 @@ FINDINGS = (
         source=_SOURCE,
         stored=Stored(
             start_in_base,
-            "other",
-            "it adds s B A to the base as it is, in which the start s B0 A0 still lies",
+            "may",
+            "it adds s B A to the base that it serves: right on the residual alone, while in the "
+            "original one the start s B0 A0 still lies",
         ),
     ),
     Finding(

@@ -95,14 +95,15 @@ FINDINGS = (
             $W - s B_0 A_0 + s B A$, which PEFT makes of the same folder.
             """,
         consequence="""
-            The start acts twice. Convert the adapter, by `minilora convert` or by
-            `path_initial_model_for_weight_conversion` of PEFT.
+            The start acts twice, unless the served base is the residual. Convert the adapter, by
+            `minilora convert` or by `path_initial_model_for_weight_conversion` of PEFT.
             """,
         not_asked="the adapters in the drawn files start by Kaiming's rule",
         stored=Stored(
             start_in_base,
-            "other",
-            "it adds s B A to the base as it is, in which the start s B0 A0 still lies",
+            "may",
+            "it adds s B A to the base that it serves: right on the residual alone, while in the "
+            "original one the start s B0 A0 still lies",
         ),
     ),
     Finding(

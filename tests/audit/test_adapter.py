@@ -266,9 +266,9 @@ MISMEANT = [
     ({"modules_to_save": ["lm_head"]}, HEAD, "sglang", "sglang.left-out", "wrong", None),
     ({"modules_to_save": ["lm_head"]}, HEAD, "vllm", "vllm.refused", "wrong", None),
     ({"modules_to_save": ["lm_head"]}, HEAD, "llama.cpp", "llama-cpp.refused", "wrong", None),
-    ({"init_lora_weights": "pissa"}, {}, "sglang", "sglang.start", "wrong", None),
+    ({"init_lora_weights": "pissa"}, {}, "sglang", "sglang.start", "undecided", None),
     ({"init_lora_weights": "pissa"}, {}, "vllm", "vllm.refused", "wrong", None),
-    ({"init_lora_weights": "olora"}, {}, "llama-cpp", "llama-cpp.start", "wrong", None),
+    ({"init_lora_weights": "olora"}, {}, "llama-cpp", "llama-cpp.start", "undecided", None),
     ({"init_lora_weights": "pissa_niter_4"}, {}, "peft", "peft.pissa-niter", "wrong", None),
     ({"peft_type": "ADALORA", "init_r": R}, {}, "sglang", "sglang.refused", "wrong", None),
     (
