@@ -16,6 +16,7 @@ HEAD = "lm_head.weight"
 _TABLES = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings")
 _HEADS = ("lm_head", "embed_out", "output")
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_MOST_LAYERS = 10_000
 _LAYER = re.compile(r"^((?:.*\.)?(?:layers|layer|h)\.)(\d+)(\..*)$")
 
 
@@ -59,6 +60,8 @@ def replicated(store: TensorStore, ranges: Sequence[Sequence[int]]) -> TensorSto
     layered = {name: match for name in store if (match := _LAYER.match(name))}
     depth = 1 + max((int(match[2]) for match in layered.values()), default=-1)
     try:
+        if sum(last - first for first, last in ranges) > _MOST_LAYERS:
+            raise ValueError(f"more than {_MOST_LAYERS} layers")
         order = replicated_layers(depth, [(first, last) for first, last in ranges])
     except ValueError as error:
         remedy = "is it another model's adapter?"

@@ -222,8 +222,7 @@ class Walk:
 
     def _around(self, changes: Sequence[Change]) -> Around:
         """The other changes of the adapters, of which a wrong merge may have taken one."""
-        adapter = self.adapters[0]
-        others = [c for c in adapter.changes if c.tensor != changes[0].tensor]
+        others = _Others(self.adapters[0].changes, changes[0].tensor)
         heads = self.base.settings.get("num_attention_heads")
         keys = self.base.settings.get("num_key_value_heads", heads)
         if type(heads) is not int or type(keys) is not int:
@@ -260,6 +259,24 @@ def _extra(name: str) -> Entry:
 
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|position_ids$")
 """Tensors of older files that are no parameters."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Others(Sequence[Change]):
+    """The changes of other tensors than this one, chosen when they are asked for."""
+
+    every: Sequence[Change]
+    tensor: str
+
+    @cached_property
+    def _chosen(self) -> list[Change]:
+        return [change for change in self.every if change.tensor != self.tensor]
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._chosen[at]
+
+    def __len__(self) -> int:
+        return len(self._chosen)
 
 
 def _place(name: str, changes: Sequence[Change]) -> dict[str, Any]:

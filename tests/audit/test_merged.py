@@ -378,6 +378,7 @@ BAD_ADAPTERS = {
     "a pattern of texts": {"alpha_pattern": {"q": "x"}},
     "ranges that are none": {"layer_replication": [[0]]},
     "ranges beyond the layers": {"layer_replication": [[0, 99]]},
+    "a million layers": {"layer_replication": [[0, 2]] * 500_000},
     "ranges without end": {"layer_replication": [[0, 2**60]]},
     "tokens that are texts": {"trainable_token_indices": ["a"]},
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from minilora.audit.change import Change
@@ -61,10 +62,10 @@ def _fused(module: str, depth: int, factors: Factors, base: TensorStore, name: s
     square = first == second
     kind = base.settings.get("model_type")
     transposed = kind in _TRANSPOSED if square else (first, second) != (rows, columns)
-    read = _experts(factors, experts)
+    every = _Experts(factors, experts)
     return [
         Change(
-            tensor, module, Expanded(_parts(read, e)), "expert", LORA, factors.scale,
+            tensor, module, Expanded(_parts(every, e)), "expert", LORA, factors.scale,
             transposed=transposed, index=e, adapter=name, config=factors.config,
         )
         for e in range(experts)
@@ -89,10 +90,10 @@ def _one_by_one(module: str, factors: Factors, base: TensorStore, name: str) -> 
         half = of_gate[0]
         if shape == (2 * half, of_gate[1]):
             whole = [(gate, slice(0, half)), (up, slice(half, 2 * half))]
-        read = _experts(factors, experts)
+        every = _Experts(factors, experts)
         return [
             Change(
-                f"{stem}{e}.{part}.weight", f"{module}.{e}.{part}", Expanded(_parts(read, e, at)),
+                f"{stem}{e}.{part}.weight", f"{module}.{e}.{part}", Expanded(_parts(every, e, at)),
                 "linear", LORA, factors.scale, adapter=name, config=factors.config,
             )
             for e in range(experts)
@@ -101,20 +102,25 @@ def _one_by_one(module: str, factors: Factors, base: TensorStore, name: str) -> 
     return []
 
 
-def _experts(factors: Factors, experts: int) -> Callable[[], list[tuple[Array, ...]]]:
-    def read() -> list[tuple[Array, ...]]:
-        A, B = factors.parts["A"](), factors.parts["B"]()
-        tensors = {"lora_A.weight": A, "lora_B.weight": B}
-        return from_tensors(LORA, "experts", tensors, experts)
+@dataclass(frozen=True, eq=False)
+class _Experts:
+    """The factors of all experts, side by side in one file."""
 
-    return read
+    factors: Factors
+    experts: int
 
 
-def _parts(
-    read: Callable[[], list[tuple[Array, ...]]], e: int, rows: slice | None = None
-) -> dict[str, Any]:
+@lru_cache(maxsize=4)
+def _split(of: _Experts) -> list[tuple[Array, ...]]:
+    """A and B of each expert; the last few are kept, since each expert asks for its own."""
+    A, B = of.factors.parts["A"](), of.factors.parts["B"]()
+    tensors = {"lora_A.weight": A, "lora_B.weight": B}
+    return from_tensors(LORA, "experts", tensors, of.experts)
+
+
+def _parts(of: _Experts, e: int, rows: slice | None = None) -> dict[str, Any]:
     """A and B of one expert, of some rows."""
     return {
-        "A": lambda: read()[e][0],
-        "B": lambda: read()[e][1] if rows is None else read()[e][1][rows],
+        "A": lambda: _split(of)[e][0],
+        "B": lambda: _split(of)[e][1] if rows is None else _split(of)[e][1][rows],
     }
