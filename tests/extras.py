@@ -13,6 +13,7 @@ import pytest
 MODULES = {
     "peers": ("loralib", "peft", "torch", "transformers"),
     "libraries": ("bitsandbytes", "jsonschema", "lycoris", "mlx", "mlx_lm"),
+    "servers": ("fastapi", "openai", "uvicorn"),
     "vllm": ("vllm",),
     "sglang": ("sglang",),
     "frameworks": ("flax", "keras", "litgpt"),

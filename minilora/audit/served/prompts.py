@@ -16,10 +16,10 @@ from minilora.io.formats.tokenizers import Tokenizer
 LONGEST = 48
 """A text is cut to so many tokens."""
 
-DRAWN = 32
+DRAWN = 16
 """So many texts are drawn from the models, where none are given."""
 
-ROUNDS = 6
+ROUNDS = 10
 """So often are they drawn again, while they have fewer than half of those tokens."""
 
 CHOICES = 100

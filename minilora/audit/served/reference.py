@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property
 
 import numpy as np
 
-from minilora.io.lazy_weights import Expanded
+from minilora.io.lazy_weights import Expanded, OnDemand
 from minilora.io.loading import AdaptedModel
 from minilora.spec.lora import Params, TrainableSpec, project
 from minilora.spec.models import Batch, logits
 from minilora.spec.ops import Array, Back, cross_entropy
-from minilora.spec.quantization import dequantize, quantize
+from minilora.spec.quantization import quantize
 from minilora.training.checkpointing import prepared
 from minilora.training.generate import Sampling, fitting, generate
 from minilora.training.kernels import forward_kernels
@@ -28,8 +28,8 @@ BATCH_TOKENS = 512
 COLUMNS = 256
 """The number of tokens whose logits are formed at once."""
 
-COARSE = "nf4"
-"""The coarsest rounding that a right server may have: the base's weights in these four bits."""
+COARSE = {32: "q4_0", 1: "nf4"}
+"""The coarsest rounding that a right server may have: four bits, by what divides a row's length."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,22 @@ class Oracle:
 
     def weights(self, setting: Setting) -> tuple[Params, TrainableSpec]:
         """The parameters and the scales of a setting."""
-        c, W = self.base.config, self.base.weights
+        W: Params = self.base.weights
         if setting.coarse:
-            W = _coarse(W, [f"{at}.weight" for at in (*c.linears(), "embed")])
+            W = self._coarse
         if setting.factor is None or not self.has_adapter:
             return W, TrainableSpec()
         tuning, f = self.model.tuning, setting.factor
         scale = tuning.scale if f == 1 else {at: f * s for at, s in tuning.scale.items()}
         tuning = replace(tuning, scale=scale, trained=frozenset(), dropout_scale={})
         return ChainMap(dict(self.model.changed), W), tuning  # type: ignore[arg-type]
+
+    @cached_property
+    def _coarse(self) -> Params:
+        """The base's weights with the matrices rounded to `COARSE`, kept in four bits."""
+        W, names = self.base.weights, [*self.base.config.linears(), "embed"]
+        rounded = {f"{at}.weight": _rounded(W, f"{at}.weight") for at in names}
+        return ChainMap(Expanded(rounded), W)  # type: ignore[arg-type]
 
     def _scored(
         self, sequences: Sequence[tuple[int, ...]], setting: Setting, own_kernels: bool = True
@@ -177,11 +184,7 @@ def _shifted(rows: Array) -> Scored:
     return Scored(shifted[0], best, shifted[2])
 
 
-def _coarse(W: Params, names: Sequence[str]) -> Params:
-    """The weights with these matrices rounded to `COARSE`, made when they are read."""
-    lazy = Expanded({name: partial(_rounded, W, name) for name in names})
-    return ChainMap(lazy, W)  # type: ignore[arg-type]
-
-
-def _rounded(W: Params, name: str) -> Array:
-    return dequantize(quantize(np.asarray(W[name]), COARSE))
+def _rounded(W: Params, name: str) -> OnDemand:
+    matrix = np.asarray(W[name])
+    fitting = [scheme for block, scheme in COARSE.items() if matrix.shape[1] % block == 0]
+    return OnDemand(quantize(matrix, fitting[0]))

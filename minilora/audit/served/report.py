@@ -63,7 +63,10 @@ def _text(
 ) -> str:
     n, f = f"{decision.tokens} tokens", _interval(decision)
     rate = f"wrong with probability at most {error:g}"
-    noise = f"; noise {figures['noise']:.2g} nats" if "noise" in figures else ""
+    noise = ""
+    if "noise" in figures:
+        four = f"that of four bits {figures['noise_of_four_bits']:.2g}"
+        noise = f"; noise {figures['noise']:.2g} nats, {four}"
     if decision.serves == "adapter":
         return f"serves the adapter: factor {f} of its scale ({n}{noise}; {rate})"
     if decision.serves == "base" and session.oracle.has_adapter:

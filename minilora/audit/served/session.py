@@ -30,7 +30,7 @@ CLOSE = 1e-6
 FIT = 8
 """So many further factors are computed to fit one."""
 
-LOOK = 0.1
+LOOK = 0.25
 """The answers are judged again when they have so many more tokens, as a share."""
 
 IN_A_ROW = 3
@@ -121,7 +121,7 @@ class Session:
                 asked.unusable.append(str(why))
                 continue
             failed = 0
-            if asked.tokens < look_at:
+            if asked.tokens < min(look_at, most_tokens):
                 continue
             look_at = math.ceil(asked.tokens * (1 + LOOK))
             fits = asked.tokens >= fit_at  # which takes long: each time for twice as many tokens
