@@ -52,6 +52,10 @@ def with_head(store: TensorStore) -> tuple[TensorStore, str | None]:
     return store.with_tensors({**store.tensors, HEAD: head}), table
 
 
+_MOST_RANGES = 1000
+"""Of layer_replication: more than any model has layers."""
+
+
 def replicated(store: TensorStore, ranges: Sequence[Sequence[int]]) -> TensorStore:
     """The store with its layers repeated as ``layer_replication`` says.
 
@@ -59,6 +63,10 @@ def replicated(store: TensorStore, ranges: Sequence[Sequence[int]]) -> TensorSto
     """
     layered = {name: match for name in store if (match := _LAYER.match(name))}
     depth = 1 + max((int(match[2]) for match in layered.values()), default=-1)
+    if len(ranges) > _MOST_RANGES:
+        found, expected = f"{len(ranges)} ranges", f"{_MOST_RANGES} at most"
+        remedy = "is it another model's adapter?"
+        raise FormatError(store.path, "layer_replication", found, expected, remedy)
     try:
         if sum(last - first for first, last in ranges) > _MOST_LAYERS:
             raise ValueError(f"more than {_MOST_LAYERS} layers")

@@ -7,6 +7,9 @@ bound of what it does: a wrong explanation is worse than none.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+
+import numpy as np
 
 from minilora.audit import parts
 from minilora.audit.explanation import Explanation
@@ -21,7 +24,9 @@ def explain(case: Case) -> Explanation | None:
     """The mistake that explains all entries, None if none does."""
     first = (factor, catalogue) if len(case.changes) == 1 else (catalogue, factor)
     finders: tuple[Finder, ...] = (*first, parts.lacking, parts.ranks, parts.order, named_by_chance)
-    return next((found for find in finders if (found := find(case))), None)
+    with suppress(np.linalg.LinAlgError):  # of numbers that are not finite, or near the end
+        return next((found for find in finders if (found := find(case))), None)
+    return None
 
 
 def factor(case: Case) -> Explanation | None:

@@ -151,7 +151,7 @@ def open_tensors(name: str | Path) -> TensorStore:
         expected = "a model's folder, a .safetensors or a .gguf file"
         raise FormatError(path, "model", "nothing there", expected, "check the path")
     config = path.parent / CONFIG
-    settings = read_json(config) if config.is_file() else {}
+    settings = read_json(config) if config.exists() else {}
     return TensorStore(path, "safetensors", stored(places(path)[0]), settings, None)
 
 
@@ -184,7 +184,7 @@ def stored(found: Mapping[str, Any]) -> dict[str, StoredTensor]:
 
 def _open_folder(folder: Path) -> TensorStore:
     config = folder / CONFIG
-    settings = read_json(config) if config.is_file() else {}
+    settings = read_json(config) if config.exists() else {}
     tensors = stored(_places_in(folder))
     if bitsandbytes.is_quantized(tensors):
         tensors = bitsandbytes.dequantized(folder, tensors)

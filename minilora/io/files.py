@@ -5,7 +5,9 @@ Whatever is wrong with a file is a `FormatError`; no other exception comes out o
 
 import json
 import math
+import os
 import re
+import stat
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -39,6 +41,28 @@ TENSOR_DTYPES = WEIGHT_DTYPES | {
 NOT_FINITE = "the weights are unusable: take an earlier checkpoint"
 
 
+MOST_JSON = 2**28
+"""No file of settings has more bytes: the largest tokenizers have a tenth of it."""
+
+
+def check_regular(path: Path | str, most: int | None = None) -> None:
+    """Refuse what is no file with an end: a pipe, a device; and one of more than ``most`` bytes.
+
+    A file that is missing is left to who opens it.
+
+    Errors: FormatError.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise FormatError(path, "file", "a pipe or a device", "a regular file", "check the path")
+    if most is not None and status.st_size > most:
+        found, expected = f"{status.st_size} bytes", f"{most} at most"
+        raise FormatError(path, "file", found, expected, "is it the right file?")
+
+
 def read_tensors(path: Path | str, ignore: str | None = None) -> Weights:
     """The tensors of a safetensors file, all of them finite numbers.
 
@@ -48,6 +72,7 @@ def read_tensors(path: Path | str, ignore: str | None = None) -> Weights:
     Errors: FormatError if the file is missing, cut short or damaged, or if a tensor has no entry,
     another dtype than `TENSOR_DTYPES`, or an entry that is not finite.
     """
+    check_regular(path)
     try:
         with safe_open(path, framework="np") as file:
             names = [name for name in file.keys() if not (ignore and re.search(ignore, name))]  # noqa: SIM118
@@ -151,6 +176,7 @@ def read_json(path: Path | str) -> dict[str, Any]:
     Errors: FormatError if it is missing or damaged, is no object, names a key twice or holds a
     number that is not finite.
     """
+    check_regular(path, MOST_JSON)
     try:
         value = parse_json(Path(path).read_bytes())
     except (OSError, ValueError) as error:

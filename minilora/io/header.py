@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from minilora.io.errors import FormatError
-from minilora.io.files import TENSOR_DTYPES, parse_json
+from minilora.io.files import TENSOR_DTYPES, check_regular, parse_json
 from minilora.spec.ops import Array
 
 LARGEST = 2**24
@@ -98,6 +98,7 @@ def places(path: Path | str) -> tuple[dict[str, Place], dict[str, Any]]:
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """The header's object, and the byte after it."""
+    check_regular(path)
     try:
         with open(path, "rb") as file:
             size = path.stat().st_size

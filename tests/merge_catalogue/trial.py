@@ -189,42 +189,50 @@ def right_merge(bench: Bench) -> str:
 
 
 @cache
-def plan(share: int) -> dict[str, list[str]]:
+def plan(share: int, real: bool = False) -> dict[str, list[str]]:
     """World -> mistakes, so that each mistake is tried in ``share`` worlds, of those it fits."""
-    found: dict[str, list[str]] = {name: [] for name in zoo.SMALL}
+    worlds = [*(zoo.REAL if real else zoo.SMALL)]
+    found: dict[str, list[str]] = {name: [] for name in worlds}
     for i, (name, mistake) in enumerate(WRONGS.items()):
-        fits = [world for world in zoo.SMALL if mistake.where(zoo.world(world))]
+        fits = [world for world in worlds if mistake.where(zoo.world(world))]
+        step = max(1, len(fits) // share)
         for k in range(min(share, len(fits))):
-            found[fits[(7 * i + k * max(1, len(fits) // share)) % len(fits)]].append(name)
+            found[fits[(7 * i + k * step) % len(fits)]].append(name)
     return found
 
 
 def chosen(world: str, share: int) -> list[str]:
     """The mistakes that the plan tries in this world."""
-    return plan(share)[world]
+    return plan(share, world in zoo.REAL)[world]
 
 
-def main(names):
-    """Print what was not found, misnamed or falsely accused."""
-    total = named = decidable = 0
-    worlds = [n for n in names if n in zoo.SMALL | zoo.PEFT_MADE | zoo.REAL]
-    share = next((int(n) for n in names if n.isdigit()), 0)
-    for name in worlds or zoo.SMALL:
+def main(arguments):
+    """Print what was not found, misnamed or falsely accused.
+
+    ``arguments``: names of worlds, or "real", or the drawn ones; and in how many worlds each
+    mistake is tried, all of these unless given.
+    """
+    every = zoo.SMALL | zoo.PEFT_MADE | zoo.REAL
+    worlds = [name for name in arguments if name in every]
+    worlds = worlds or [*(zoo.REAL if "real" in arguments else zoo.SMALL)]
+    share = next((int(n) for n in arguments if n.isdigit()), 0)
+    total = named = decidable = found = 0
+    for name in worlds:
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(zoo.world(name), Path(folder))
             if alarm := right_merge(bench):
                 print(f"FALSE ALARM {name}: {alarm}")
-            for trial in bench.trials(
-                chosen(name, share) if share and name in zoo.SMALL else WRONGS
-            ):
+            mistakes = chosen(name, share) if share and name not in zoo.PEFT_MADE else WRONGS
+            for trial in bench.trials(mistakes):
                 total += 1
                 decidable += trial.decidable
+                found += trial.found and trial.decidable
                 named += trial.named and trial.decidable
-                if not trial.good or not trial.named:
+                if not trial.good or (trial.decidable and not trial.named):
                     print(trial, flush=True)
         print(f"--- {name}: {time.monotonic() - began:.1f} s", flush=True)
-    print(f"{total} trials, {decidable} decidable, {named} named")
+    print(f"{total} trials, {decidable} decidable, {found} found, {named} named")
 
 
 if __name__ == "__main__":

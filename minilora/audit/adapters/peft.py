@@ -15,6 +15,7 @@ import numpy as np
 from minilora.audit.adapters import vera
 from minilora.audit.adapters.factors import Factors, Found, reader
 from minilora.audit.change import Change
+from minilora.audit.expressions import is_endless
 from minilora.audit.result import Entry
 from minilora.audit.tensors import StoredTensor, TensorStore
 from minilora.io.errors import FormatError
@@ -104,6 +105,10 @@ def read_settings(path: Path) -> tuple[dict[str, Any], Kind]:
         if value is not None and not fits(value):
             raise FormatError(path, key, json.dumps(value), expected, "write it as PEFT does")
         settings[key] = default if value is None else value
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in filter(is_endless, settings.get(key) or {}):
+            expected = "an expression that is matched in bounded time"
+            raise FormatError(path, key, json.dumps(pattern), expected, "name the modules")
     rank = "init_r" if name == "ADALORA" else "r"
     if settings[rank] is None:
         raise FormatError(path, rank, "none", "a whole number from 1", "write it as PEFT does")

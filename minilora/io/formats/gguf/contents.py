@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.io.errors import FormatError
+from minilora.io.files import check_regular
 
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
@@ -53,6 +54,7 @@ class Contents(Mapping[str, Any]):
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         remedy = "fetch or write it again"
+        check_regular(path)
         try:
             with open(path, "rb") as file:
                 self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

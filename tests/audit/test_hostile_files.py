@@ -1,0 +1,58 @@
+"""Files that lie, loop or grow: a refusal in bounded time and memory, and never a traceback."""
+
+import resource
+import signal
+import sys
+from contextlib import contextmanager
+
+import pytest
+from merge_catalogue.hostile import HOSTILE, right
+
+from minilora.cli.main import main
+
+SECONDS, ROOM = 12, 2**30
+
+
+@contextmanager
+def bounded():
+    """Fail after a minute, and refuse more than a gigabyte beyond what is in use."""
+
+    def late(*_):
+        raise RuntimeError(f"after {SECONDS} seconds it still goes on")
+
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    old = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+
+
+def audit(folder):
+    with bounded():
+        return main(["audit", "merged", "--base", str(folder / "base"), "--adapter",
+                     str(folder / "adapter"), "--merged", str(folder / "merged")])  # fmt: skip
+
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits are set as Linux has them")
+
+
+def test_the_same_files_without_a_lie_are_right(tmp_path):
+    right(tmp_path)
+    assert audit(tmp_path) == 0
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_refused(name, tmp_path, capsys):
+    spoil, statuses = HOSTILE[name]
+    right(tmp_path)
+    spoil(tmp_path)
+    assert audit(tmp_path) in statuses
+    said = capsys.readouterr()
+    assert said.err or said.out
