@@ -25,12 +25,17 @@ def is_endless(pattern: str) -> bool:
             if inner and pattern[i + 1 : i + 2] in ("*", "+", "{"):
                 return True
             groups[-1] += inner
-        elif sign in "*+" or (sign == "{" and ",}" in pattern[i : i + 8]):
-            if i and pattern[i - 1] not in "*+?":
-                repeats += 1
-                groups[-1] += 1
+        elif _is_unlimited(pattern, i):
+            repeats += 1
+            groups[-1] += 1
         i += 1
     return repeats > MOST
+
+
+def _is_unlimited(pattern: str, i: int) -> bool:
+    """Whether a repeat without limit stands here, and no sign of how greedy one is."""
+    found = pattern[i] in "*+" or (pattern[i] == "{" and ",}" in pattern[i : i + 8])
+    return found and i > 0 and pattern[i - 1] not in "*+?"
 
 
 def _end_of_set(pattern: str, start: int) -> int:

@@ -37,7 +37,7 @@ def slack(t, W, change, product, adapter, base):
     terms = t.r + 6
     error = terms * u * product + 3 * u * (abs(W) + abs(change)) + 4 * coarse * abs(change)
     if t.variant == "dora":  # the norm and the quotient are rounded too, in PEFT to the base's
-        error = error + (8 * coarse + W.shape[1] * u) * abs(W + change)
+        error = error + (12 * coarse + W.shape[1] * u) * abs(W + change)
     return error
 
 

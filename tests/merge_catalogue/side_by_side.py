@@ -167,7 +167,8 @@ def record(python, share):
 
 GROUPS = {
     "scales": "another factor", "places": "another place, part or order",
-    "tables": "tables, heads, tokens, saved modules", "sources": "another base or adapter, roundings",
+    "tables": "tables, heads, tokens, saved modules",
+    "sources": "another base or adapter, roundings",
     "variants": "DoRA, PiSSA, AdaLoRA, VeRA", "several": "two adapters",
     "files": "files, names, settings",
 }  # fmt: skip
