@@ -6,6 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -66,14 +67,14 @@ def bytes_bar() -> Iterator[BytesRead | None]:
 
 @contextlib.contextmanager
 def steps_bar() -> Iterator[Callable[[Mapping[str, Any], int], None] | None]:
-    """A progress bar of a run's steps on standard error, if that is a terminal.
+    """A progress bar of a run's steps on standard error; in a log, a line now and then.
 
     It starts at the first step to be done, and shows the time left, the loss, the last validation
     loss, tokens per second and memory. It is as wide as the terminal.
     """
     open_streams()
     if not sys.stderr.isatty():
-        yield None
+        yield steps_log()
         return
     from tqdm import tqdm
 
@@ -100,6 +101,39 @@ def steps_bar() -> Iterator[Callable[[Mapping[str, Any], int], None] | None]:
             bar.update(line["step"] - bar.n)
 
         yield watch
+
+
+def steps_log(
+    seconds: float = 30.0, clock: Callable[[], float] = time.monotonic
+) -> Callable[[Mapping[str, Any], int], None]:
+    """Print a line with the step, the loss and the time left, after so many seconds each."""
+    started = last = clock()
+    first: int | None = None
+
+    def watch(line: Mapping[str, Any], steps: int) -> None:
+        nonlocal first, last
+        step, now = line["step"], clock()
+        first = step if first is None else first
+        if "loss" not in line or now - last < seconds:
+            return
+        last, done = now, step - first
+        left = (now - started) / done * (steps - step)
+        valid = f", valid {line['val_loss']:#.4g}" if "val_loss" in line else ""
+        print(
+            f"step {step} of {steps}: loss {line['loss']:#.4g}{valid}, "
+            f"{line['tokens_per_second']:.0f} tokens/s, {_minutes(left)} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    return watch
+
+
+def _minutes(seconds: float) -> str:
+    """Seconds as minutes and seconds, or hours and minutes."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from itertools import accumulate
 from typing import Any
 
@@ -367,8 +368,14 @@ def _check_matched(
     for field_name, unmatched in idle.items():
         if unmatched:
             wrong = ", ".join(map(repr, unmatched))
+            ends = list(dict.fromkeys(at.rpartition(".")[2] for at in linears))
+            asked = str(unmatched[0])
+            others = [end for end in ends if end != asked]
+            close = get_close_matches(asked.rpartition(".")[2], others, 1)
+            hint = f"did you mean {close[0]}? " if close and asked not in ends else ""
             raise ValueError(
-                f"{field_name}: {wrong} matches no module; there are: {', '.join(linears)}"
+                f"{field_name}: {wrong} matches no module; {hint}names, such as "
+                f"{next(iter(linears))}, end with {', '.join(ends)}"
             )
 
 

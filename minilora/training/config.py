@@ -22,7 +22,8 @@ class TrainConfig:
     included. The learning rate rises over ``warmup_steps`` and then follows ``lr_scheduler``;
     that of B is ``loraplus_lr_ratio`` times as high (default: 16 with the variant "lora+", else 1).
     Gradients are clipped to the norm ``max_grad_norm``; 0 disables clipping. ``full`` trains all
-    weights and no adapter. ``seed`` decides the adapters' start, the order of the data and dropout.
+    weights and no adapter. ``allow_high_rank`` takes a rank above the sides of a module. ``seed``
+    decides the adapters' start, the order of the data and dropout.
 
     Errors: ValueError for a number out of range, or for a variant that cannot be trained.
     """
@@ -34,6 +35,7 @@ class TrainConfig:
     target_modules: str | Sequence[str] = "all-linear"
     variant: str = "lora"
     full: bool = False
+    allow_high_rank: bool = False
     learning_rate: float = 1e-3
     loraplus_lr_ratio: float | None = None
     lr_scheduler: str = "cosine"

@@ -6,6 +6,7 @@ An invalid line is refused by its file and number.
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,10 +235,18 @@ class _Reader:
         self.skipped.append(Skipped(str(path), line, f"found {found}, expected {expected}"))
 
     def _lines(self, path: Path) -> Iterator[_Row]:
-        sha = hashlib.sha256()
+        """Empty lines at the end of the file are none."""
+        sha, blank = hashlib.sha256(), 0
         with path.open("rb") as file:
             for number, raw in enumerate(file, 1):
                 sha.update(raw)
+                if not raw.strip():
+                    blank += 1
+                    continue
+                for before in range(number - blank, number):
+                    empty = InvalidLine("an empty line", "a JSON object on one line, in UTF-8")
+                    self._refuse(path, before, empty)
+                blank = 0
                 try:
                     yield self._row(path, number, _without_bom(raw) if number == 1 else raw)
                 except InvalidLine as error:
@@ -247,9 +256,11 @@ class _Reader:
     def _row(self, path: Path, line: int, raw: bytes) -> _Row:
         try:
             value = parse_json(raw)
-        except ValueError as error:
-            found = error if raw.strip() else "an empty line"
+        except JSONDecodeError as error:
+            found = f"{error.msg} at character {error.pos + 1}"
             raise InvalidLine(found, "a JSON object on one line, in UTF-8") from None
+        except ValueError as error:
+            raise InvalidLine(error, "a JSON object on one line, in UTF-8") from None
         if not isinstance(value, dict):
             raise InvalidLine(f"a JSON {type(value).__name__}", "a JSON object, in { }")
         make = SHAPES[self.task][self._keys(value)]
@@ -274,7 +285,7 @@ class _Reader:
         raw = path.read_bytes()
         self.digests[path.name] = hashlib.sha256(raw).hexdigest()
         try:
-            text = _without_bom(raw).decode()
+            text = _without_bom(raw).decode().replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             line = error.object[: error.start].count(b"\n") + 1
             remedy = "write the file in UTF-8"

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,24 @@ class _Fitting:
             assert state.first_loss is not None
             loss = run_loss(self.run, state, self.last_check)
             check_loss(step, loss, state.first_loss, self.run.c)
+            self._check_learned(state, loss)
         return losses
+
+    def _check_learned(self, state: TrainState, loss: float) -> None:
+        """Errors: Diverged if all examples were seen, and the loss is no lower than at the start.
+
+        ``loss``: that of `last_check`.
+        """
+        if state.epoch == 0:
+            return
+        start = replace(state, params=self.run.initial)
+        before = run_loss(self.run, start, self.last_check)
+        if not loss < before:
+            raise Diverged(
+                state.step,
+                f"nothing was learned: the loss on examples that were trained on is {loss:.4g}, "
+                f"before training it was {before:.4g}",
+            )
 
     def _save_is_due(self) -> bool:
         minutes = (time.monotonic() - self.saved_at) / 60

@@ -22,6 +22,9 @@ from minilora.training.fused_adamw import fused_adamw
 from minilora.training.gradients import gradients, which_count
 from minilora.training.run import Run
 
+STILL = 3
+"""So many gradients of exactly 0 in a row mean that the output depends on nothing trained."""
+
 DIVERGED = 3.0
 """The loss has diverged if it is this many times the first loss, or the loss of a uniform guess if
 that is greater."""
@@ -56,9 +59,9 @@ def train_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, Recor
 
     A step takes the next micro-batches of its epoch, fewer at the epoch's end.
 
-    Errors: those of :func:`train_step`.
+    Errors: those of :func:`train_step`; Diverged after `STILL` gradients of 0.
     """
-    rows, epoch = run.micro_batches(state.epoch), state.epoch
+    rows, epoch, still = run.micro_batches(state.epoch), state.epoch, 0
     while state.step < run.total_steps:
         if state.position >= len(rows):  # the batches have changed since the checkpoint
             state = replace(state, epoch=state.epoch + 1, position=0)
@@ -67,6 +70,13 @@ def train_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, Recor
         chosen = rows[state.position : state.position + run.config.gradient_accumulation_steps]
         batches = [padded([run.data.train[i] for i in row], run.pad) for row in chosen]
         state, record = train_step(run, state, batches)
+        still = still + 1 if record.grad_norm == 0 and record.loss > 0 else 0
+        if still == STILL:
+            raise Diverged(
+                record.step,
+                f"the gradient is 0 in {STILL} steps, the loss {record.loss:.4g}: the output no "
+                "longer depends on what is trained",
+            )
         position = state.position + len(chosen)
         next_epoch, position = (epoch + 1, 0) if position >= len(rows) else (epoch, position)
         state = replace(state, epoch=next_epoch, position=position)

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from minilora.io.architectures import internal_targets
 from minilora.io.errors import FormatError
 from minilora.io.loading import Base, weights_with
 from minilora.spec import adalora
 from minilora.spec.lora import Params, TrainableSpec, Weights, is_base
 from minilora.spec.models import Config
 from minilora.spec.optim import loraplus_rates
-from minilora.spec.target_modules import LoraConfig, inject
+from minilora.spec.target_modules import LoraConfig, inject, resolve_targets
 from minilora.training.batching import one_window, order
 from minilora.training.config import TrainConfig
 from minilora.training.example import SPLITS, Data, Example
@@ -122,6 +123,9 @@ def prepare(
     """
     _check_lengths(base, data, config)
     _check_task(base, config)
+    if not isinstance(config.target_modules, str):
+        names = internal_targets(base.config, config.target_modules)
+        config = replace(config, target_modules=names)
     W = base.weights
     if config.task == "classify":
         base, W = _with_head(base, data, config)
@@ -140,6 +144,7 @@ def _injected(
     c: Config, W: Params, config: TrainConfig
 ) -> tuple[Params, Weights, Weights, TrainableSpec]:
     """``Run``'s frozen, adapter, initial and spec, of the model with fresh adapters."""
+    _check_rank(c, config)
     lora, rng = config.lora_config(), np.random.default_rng([config.seed, 2])
     # A lazy weight is not expanded where inject reads only its shape and dtype.
     weights = {name: W[name] for name in c.shapes()} if lora.reads_weights else _placeholders(W, c)
@@ -153,6 +158,23 @@ def _injected(
     changed = {n: w for n, w in adapted.items() if is_base(n) and w is not weights[n]}
     initial = {n: adapter[n] if n in adapter else W[n] for n in spec.trained}
     return weights_with(W, changed), adapter, initial, spec
+
+
+def _check_rank(c: Config, config: TrainConfig) -> None:
+    """Errors: ValueError for a rank above the sides of a module, unless it is allowed."""
+    shapes = dict(resolve_targets(config.lora_config(), c.linears()).shape)
+    if config.task == "classify":
+        shapes.pop("head", None)  # which is refused for another reason
+    if not shapes:
+        return
+    at = min(shapes, key=lambda at: min(shapes[at]))
+    if config.rank > min(shapes[at]) and not config.allow_high_rank:
+        m, n = shapes[at]
+        raise ValueError(
+            f"rank {config.rank}: found a module, {at}, of {m} x {n}, expected a rank of at most "
+            f"{min(m, n)}: a higher one adds parameters and no function; use a smaller rank, or "
+            "--allow-high-rank (allow_high_rank)"
+        )
 
 
 def _placeholders(W: Params, c: Config) -> Weights:

@@ -89,6 +89,19 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
+def is_free(out: Path, may_be_used: bool) -> bool:
+    """Whether the folder is empty or not there.
+
+    Errors: Refused if it is not, and may not be used all the same.
+    """
+    free = not (out.is_dir() and any(out.iterdir()))
+    if not free and not may_be_used:
+        raise Refused(
+            f"{out}: the folder is not empty: use --resume or --overwrite, or choose a new folder"
+        )
+    return free
+
+
 def open_folder(
     out: Path, run: Run, resume: bool, overwrite: bool, accept_changes: bool
 ) -> tuple[TrainState, list[str]]:
@@ -106,16 +119,11 @@ def open_folder(
     run.micro_batches(0)  # a run that cannot start fails here, before anything is changed
     _ = run.adalora_plan
     state, messages = TrainState(run.initial), list[str]()
-    if out.is_dir() and any(out.iterdir()):
+    if not is_free(out, resume or overwrite):
         if resume:
             state, messages = _resumed(out, run, now, accept_changes)
-        elif overwrite:
-            _remove(out, run)
         else:
-            raise Refused(
-                f"{out}: the folder is not empty: use --resume or --overwrite, or choose a new "
-                "folder"
-            )
+            _remove(out, run)
     write_files(out, {MANIFEST: lambda: pack_json(now)}, durable=True)
     cut_log(out / LOG, state.step)
     return state, messages

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from minilora.cli.commands import computing_model
-from minilora.cli.commands.train import add_data
+from minilora.cli.commands.train import add_data, counted
 from minilora.cli.console import OK, say
 from minilora.cli.options import add_command, add_model, at_least, kinds_of
 
@@ -172,7 +172,7 @@ def _measured(
     share, low, high, _ = accuracy(result.right)
     p = perplexity(result.loss)
     say(
-        f"{name}: {len(examples)} examples, {result.count} labels\n"
+        f"{name}: {counted(examples)}, {result.count} labels\n"
         f"loss        {result.loss:.4f}\nperplexity  {p:.4f}\n"
         f"accuracy    {share:.4f}  ({low:.4f} to {high:.4f} at 95%)\n"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +36,12 @@ def add(commands: Any) -> None:
     whole, real, flag = kinds_of(option)
     add_model(option, adapter=False, trained=False)
     add_data(option)
-    option("--output", required=True, metavar="OUT", help="folder for the run and its result")
+    option("--output", metavar="OUT", help="folder for the run and its result")
 
     whole("--rank", default=8, metavar="R", help="rank of the adapters")
     real("--alpha", metavar="A", help="the adapters' scale is A / R (default: 2 R)")
     add_adapter(option)
+    flag("--allow-high-rank", help="take a rank above a module's number of features")
     flag("--full", help="train all weights and no adapter")
 
     real("--learning-rate", help="learning rate (default: 0.001; with --full: 0.0001)")
@@ -122,6 +124,7 @@ LEAST = LEAST_OF_SCHEDULE | {"rank": 1, "threads": 1, "save_every": 1, "val_ever
 
 ADAPTER_OPTIONS = (
     *("rank", "alpha", "dropout", "target_modules", "variant", "loraplus_lr_ratio"),
+    "allow_high_rank",
 )  # fmt: skip
 """The options that mean nothing with ``--full``."""
 
@@ -191,6 +194,8 @@ def _advice(config: TrainConfig) -> str:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
     import numpy as np
 
     from minilora.io.loading import open_base
@@ -198,9 +203,16 @@ def _run(arguments: argparse.Namespace) -> int:
     from minilora.training.gradients import ExecutionPlan
     from minilora.training.memory import keep_freed_memory
     from minilora.training.run import prepare
+    from minilora.training.run_folder import is_free
 
     at_least(arguments, **LEAST)
+    if arguments.output is None and not arguments.show_batch:
+        raise ValueError("--output is missing: expected the folder for the run and its result")
     options = FitOptions(**{f.name: getattr(arguments, f.name) for f in fields(FitOptions)})
+    # What is wrong with the options or the folder is told before a model is read.
+    config_of(arguments, arguments.task or "lm")
+    if arguments.output is not None and not arguments.show_batch:
+        is_free(Path(arguments.output), options.resume or options.overwrite)
     name, dtype = arguments.model or "reference:llama", np.dtype(arguments.dtype)
     base = open_base(name, dtype, keep_quantized=arguments.gradient_checkpointing)
     path, task = data_and_task(base, arguments.data, arguments.task)
@@ -222,7 +234,7 @@ def _run(arguments: argparse.Namespace) -> int:
     cut = f", {data.truncated} of them cut to {config.max_length} tokens" if data.truncated else ""
     say(
         f"{base.name}: {total} parameters, {trained} trained\n"
-        f"{path}: {len(data.train)} examples{cut}, {len(data.valid)} for validation\n"
+        f"{path}: {counted(data.train)}{cut}, {len(data.valid)} for validation\n"
     )
     if not arguments.gradient_checkpointing:
         keep_freed_memory()
@@ -231,6 +243,11 @@ def _run(arguments: argparse.Namespace) -> int:
         return _report_stop(outcome, config, arguments.output)
     _report_result(outcome, config, arguments.output, last_line)
     return OK
+
+
+def counted(examples: Sequence[Any]) -> str:
+    """How many examples there are, in words."""
+    return f"{len(examples)} example{'s' * (len(examples) != 1)}"
 
 
 def _read(arguments: argparse.Namespace, base: Base, path: str, config: TrainConfig) -> Data:

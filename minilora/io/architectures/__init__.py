@@ -3,7 +3,7 @@
 Inside, weights are (out, in), vectors (n, 1), and the names are those of `models`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from minilora.io.architectures.architecture import Architecture
 from minilora.io.architectures.bert import BERT
@@ -16,6 +16,7 @@ __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "architecture_of",
+    "internal_targets",
     "is_vector",
     "module_paths",
     "tensor_names",
@@ -42,6 +43,23 @@ def module_paths(c: Config) -> dict[str, str]:
     with_parameters = {name.rpartition(".")[0] for name in c.shapes()}
     paths = architecture_of(c).paths(c)
     return {at: path for at, path in paths.items() if at in with_parameters}
+
+
+def internal_targets(c: Config, names: Iterable[str]) -> list[str]:
+    """The names of target modules with those of transformers, such as ``q_proj``, as they are here.
+
+    A name that is a module's path there, or its dotted end, is replaced by the names here; any
+    other stays as it is.
+    """
+    paths, linears = module_paths(c), c.linears()
+    found: list[str] = []
+    for name in names:
+        inside = [at for at, path in paths.items() if f".{path}".endswith(f".{name}")]
+        inside = [at for at in inside if at in linears]
+        ends = {at.rpartition(".")[2] for at in inside}
+        all_of_end = [at for at in linears if at.rpartition(".")[2] in ends]
+        found += (ends if len(ends) == 1 and inside == all_of_end else inside) or [name]
+    return found
 
 
 def tensor_names(c: Config) -> dict[str, tuple[str, bool]]:
