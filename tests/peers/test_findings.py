@@ -1748,6 +1748,21 @@ def test_peft_activates_another_adapter_for_a_deleted_one(torch, peft):
     assert state.activate("one").delete("one").forward(np.ones((1, 1)))[0] == 1
 
 
+@pytest.mark.finding("peft.added-drops")
+def test_peft_drops_by_an_adapter_that_is_added_in_evaluation(torch, peft):
+    def config(p):
+        return peft.LoraConfig(r=1, lora_dropout=p, target_modules=["0"], init_lora_weights=False)
+
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 64)), config(0.0)).eval()
+    model.add_adapter("two", config(0.5))
+    model.set_adapter("two")
+    x = torch.ones(1, 64)
+    assert not model.training
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
 def hot_swapped(peft, torch, model, alpha):
     """The model whose adapter "one" is replaced by one of ones and of this alpha."""
     hotswap = optional("peft.utils.hotswap").hotswap_adapter_from_state_dict

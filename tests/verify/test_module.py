@@ -1,7 +1,6 @@
 """Level module: what its cases hold, and that any way to compute a layer is as right as others."""
 
 from collections import defaultdict
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from minilora.verify.core.errors import LoadError
 from minilora.verify.core.types import MONTE_CARLO, Case, Comparison
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.minilora_impl import Minilora
+from minilora.verify.mutants import MUTANTS
 from minilora.verify.mutants.references.module import Modules
 
 GROUPED = ("conv.groups", "conv.groups-dora", "conv.all")
@@ -171,8 +171,16 @@ def test_an_answer_that_is_no_dict_is_the_implementations_fault():
     assert check(Modules(), case="module.linear.forward:float32:0").results[0].status == "pass"
 
 
-def test_dropout_is_seen_on_inputs_with_one_number():
-    inputs = module._single_numbers(drawn("linear", 0))
-    assert (np.count_nonzero(inputs.x, axis=-1) == 1).all()
-    assert (inputs.x.any(0)).all()
-    assert replace(inputs).x.shape[-1] == inputs.layer["W"].shape[1]
+def test_dropout_is_seen_on_inputs_with_two_numbers():
+    inputs = drawn("linear", 0)
+    one = module._numbers(inputs)
+    assert (np.count_nonzero(one, axis=-1) == 1).all()
+    assert one.any(0).all()
+    assert len(one) == inputs.layer["W"].shape[1]
+    case = "module.linear.dropout:float32:0"
+    whole = next(m for m in MUTANTS if m.id == "module-dropout-of-samples")
+    wrong = {
+        a.array for a in check(whole.make(), case=case).results[0].arrays if a.verdict != "pass"
+    }
+    assert wrong == {"whether numbers of a sample are dropped apart"}
+    assert check(Modules(), case=case).results[0].status == "pass"

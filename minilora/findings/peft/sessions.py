@@ -110,6 +110,30 @@ FINDINGS = (
         found_by=("peft", "lifecycle.random-steps"),
     ),
     Finding(
+        id="peft.added-drops",
+        title="An adapter that is added in evaluation drops",
+        severity="silent",
+        seen=SEEN,
+        code="peft/tuners/lora/layer.py:219 LoraLayer.update_layer",
+        cause=(
+            "update_layer (tuners/lora/layer.py) makes the dropout of a new adapter in training "
+            "mode, and add_adapter leaves it so in a model that is in evaluation"
+        ),
+        does="""
+            After `model.eval()`, `add_adapter`, and `load_adapter` with `is_trainable=True`, add an
+            adapter whose dropout is in training mode, while `model.training` is False: two forwards
+            of one input differ.
+            """,
+        right="""
+            What is added to a module takes part in its mode: dropout is the identity in evaluation.
+            """,
+        consequence="""
+            Evaluation is random until the next `eval()`. Call `model.eval()` after an adapter is
+            added.
+            """,
+        found_by=("peft", "lifecycle.dropout.added"),
+    ),
+    Finding(
         id="peft.hotswap-similar",
         title="Hot-swapping an adapter empties others whose names contain its own",
         severity="silent",

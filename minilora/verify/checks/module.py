@@ -231,48 +231,65 @@ def evaluation(name: str) -> Run:
     return run
 
 
-TRIES = 40
-"""Of so many trainings at p = ¾ one drops something, but for a probability of 4⁻⁴⁰ at most. (A
-mask may be shared by all samples, but not by trainings.)"""
+TRIES = 60
+"""Of so many trainings at p = ¾ one drops one number of two, but for a probability of (5/8)⁶⁰ at
+most. (A mask may be shared by all samples, but not by trainings.)"""
 
 
 def dropout(name: str) -> Run:
-    """In training the branch of an input with one number is dropped, or 1 / (1 - p) times itself.
+    """In training each number's branch is dropped by itself, or 1 / (1 - p) times itself.
 
-    A sample has one number that is not 0, so that its branch is all kept or all dropped, whatever
-    else a mask shares.
+    A sample has two numbers that are not 0, so that its branch is one of four, whatever else a mask
+    shares.
     """
 
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-        inputs = _single_numbers(_without_column(inputs_of(subject, case, name)))
-        whole, base = (
-            LAYERS[inputs.kind](each.module(wide), by_substitution)[0]
-            for each in (inputs, inputs.with_adapter(B=np.zeros_like(inputs.adapter["B"])))
-        )
-        kept = base + (whole - base) / (1 - DROPPED)
-        axes = tuple(range(1, whole.ndim))
+        inputs = _without_column(inputs_of(subject, case, name))
+        one = _numbers(inputs)
+        two = np.roll(one, 1, axis=0)
+        branch = _branch(inputs, one)[1]
+        base, both = _branch(inputs, one + two)
+        branches = (0 * both, branch, np.roll(branch, 1, axis=0), both)
+        ways = [base + each / (1 - DROPPED) for each in branches]
+        axes = tuple(range(1, base.ndim))
+        can_tell = [(each != 0).any(axes) for each in branches]
+        acts, apart = not can_tell[3].any(), not (can_tell[1] & can_tell[2]).any()
         got, want = [], []
-        for _ in range(TRIES if (kept != base).any() else 1):
-            answer = ask(subject, inputs.with_adapter(p=DROPPED), "train")
-            y = subject.answer(subject.entry(answer, "y"), "y", whole.shape, case.dtype)
-            off = [np.abs(wide(y) - each).max(axes, keepdims=True) for each in (base, kept)]
+        given = ModuleInputs(**vars(inputs) | {"x": (one + two).astype(inputs.x.dtype)})
+        for _ in range(TRIES):
+            answer = ask(subject, given.with_adapter(p=DROPPED), "train")
+            y = subject.answer(subject.entry(answer, "y"), "y", base.shape, case.dtype)
+            off = np.stack([np.abs(wide(y) - way).max(axes) for way in ways])
+            nearest, is_one = off.argmin(0), off.min(0) == 0
             got.append(y)
-            want.append(np.where(off[0] < off[1], base, kept))
-            if acts := bool((want[-1] != kept).any()):
+            want.append(np.stack([ways[way][i] for i, way in enumerate(nearest)]))
+            acts |= bool((is_one & can_tell[3] & (nearest != 3)).any())
+            apart |= bool((is_one & can_tell[1] & can_tell[2] & (nearest % 3 != 0)).any())
+            if (acts and apart) or not is_one.all():
                 break
         yield Comparison("y of samples in training", np.concatenate(got), np.concatenate(want))
-        if (kept != base).any():
-            yield Comparison("whether dropout acts", np.asarray(float(acts)), np.asarray(1.0))
+        yield Comparison("whether dropout acts", np.asarray(float(acts)), np.asarray(1.0))
+        label = "whether numbers of a sample are dropped apart"
+        yield Comparison(label, np.asarray(float(apart)), np.asarray(1.0))
 
     return run
 
 
-def _single_numbers(inputs: ModuleInputs) -> ModuleInputs:
-    """With as many samples as a sample has numbers, each with one of them, a 1."""
+def _numbers(inputs: ModuleInputs) -> Array:
+    """As many samples as a sample has numbers, each with one of them, a 1."""
     shape = inputs.x.shape[1:] if inputs.kind == "conv" else inputs.x.shape[-1:]
     size = int(np.prod(shape))
-    x = np.eye(size, dtype=inputs.x.dtype).reshape(size, *shape)
-    return ModuleInputs(**vars(inputs) | {"x": x})
+    return np.eye(size, dtype=inputs.x.dtype).reshape(size, *shape)
+
+
+def _branch(inputs: ModuleInputs, x: Array) -> tuple[Array, Array]:
+    """y without the adapter's branch, and what that adds."""
+    given = ModuleInputs(**vars(inputs) | {"x": x})
+    whole, base = (
+        LAYERS[given.kind](each.module(wide), by_substitution)[0]
+        for each in (given, given.with_adapter(B=np.zeros_like(given.adapter["B"])))
+    )
+    return base, whole - base
 
 
 CHEAP = ("linear", "experts.single")

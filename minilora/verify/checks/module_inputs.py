@@ -255,7 +255,8 @@ def _linear(draw: Draw) -> Drawn:
     return (*_with_variant(draw, layer, _factors(draw, n, m)), draw(*lead, n), None)
 
 
-KERNELS = {1: ((3,), (2,)), 2: ((3, 2), (2, 3), (1, 3)), 3: ((2, 1, 3), (3, 2, 1))}
+KERNELS = {1: ((3,), (2,)), 2: ((3, 2), (2, 2), (1, 3)), 3: ((2, 1, 3), (2, 1, 2))}
+"""By dimensions. Two sides are equal in some, where no shape tells them apart."""
 SPACE = (5, 4, 5)
 
 

@@ -178,6 +178,15 @@ def _of_steps(before: Sequence[Step], after: Sequence[Step] = ()) -> Any:
     return run
 
 
+def added(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+    """An adapter that is added or loaded in evaluation does not drop."""
+    session, both = _Run(subject, case), ("activate", ["two", "one"])
+    session.take(("add", "two"), ("activate", ["two"]), ("eval",), ("add", "one"), both)
+    yield session.evaluated()
+    session.take(("save", "one"), ("delete", "one"), ("load", "one", "one"), both)
+    yield session.evaluated()
+
+
 _BOTH: tuple[Step, ...] = (("add", "one"), ("add", "two"), ("activate", ["two", "one"]))
 
 CHECKS: dict[str, tuple[str, Any]] = {
@@ -186,6 +195,7 @@ CHECKS: dict[str, tuple[str, Any]] = {
         "Each active adapter has its own rate of dropout.",
         _of_steps(_BOTH, (("scale", "one", 2.0), ("activate", ["two"]))),
     ),
+    "dropout.added": ((added.__doc__ or ""), added),
     "dropout.save": (
         "A saved adapter keeps its rate of dropout.",
         _of_steps((("add", "one"), ("save", "one"), ("anew",), ("load", "one", "one"),

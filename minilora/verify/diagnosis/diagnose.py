@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,6 +43,9 @@ from minilora.verify.implementation.guard import GuardedImplementation
 
 if TYPE_CHECKING:
     from minilora.verify.mutants import Mutant
+
+MAX_PARTLY = 6
+"""So many cases that deviate are looked at for a mutant that shows in these cases alone."""
 
 MAX_SEPARATING = 12
 """The greatest number of cases of each check that are tried to separate two mutants."""
@@ -164,6 +168,26 @@ class Diagnoser:
                 return found
         return None
 
+    def partly(self, mutants: Sequence[Mutant]) -> Diagnosis | None:
+        """The one mutant that gives the answers of all cases that deviate, but not of others.
+
+        A layer of several ways, of which one is wrong, is a mutant in these alone.
+        """
+        asked = (self.ask(self.check, n) for n in range(self.check.cases("ci", self.dtype)))
+        wrong = list(islice((pair for pair in asked if "fail" in verdicts(pair[1])), MAX_PARTLY))
+        cases, theirs = tuple(case for case, _ in wrong), [answer for _, answer in wrong]
+        found = candidates(
+            mutants, theirs, lambda m: mutant_answers(m, self.check, cases), self.forms_of
+        )
+        if len(cases) < 2 or len(found) != 1:
+            return None
+        sentence = (
+            f"Where they deviate, the answers are those of {found[0].mutant.id} "
+            f"({found[0].mutant.formula}); in other cases, in which that deviates too, they are "
+            "right."
+        )
+        return Diagnosis(f"{STRUCTURE}partly", sentence, found[0].residual)
+
     def _fails_alike(
         self, shapes: Sequence[Mutant], cases: tuple[Case, ...], theirs: Sequence[Answers]
     ) -> Candidate | None:
@@ -281,6 +305,8 @@ def diagnose(
         return tuple(candidate.named(separating) for candidate in explaining)
     if fitted := diagnoser.fitted(cases, theirs):
         return (fitted.named(),)
+    if partly := diagnoser.partly(mutants):
+        return (partly,)
     best_first = sorted(mutants, key=lambda m: m.caught_by != check.id)
 
     def both(first: Sequence[Mutant]) -> tuple[Diagnosis, ...]:

@@ -13,6 +13,7 @@ from minilora.verify.core.types import STRUCTURE, Case, Check, Diagnose, Diagnos
 from minilora.verify.diagnosis.answers import agree, answers
 from minilora.verify.diagnosis.reproducing import shown_by
 from minilora.verify.implementation.guard import GuardedImplementation
+from minilora.verify.implementation.minilora_impl import Minilora
 from minilora.verify.judging import judged, our_error, passes
 from minilora.verify.plan import CheckPlan
 from minilora.verify.report.result import NOT_DIAGNOSED, NOT_SHRUNK, Result
@@ -116,7 +117,11 @@ def _depends_on_earlier_calls(
         sentence = "It depends on earlier calls: the same case passes when it is asked first."
     elif result.status == "error" and not isinstance(judged(p.check, subject, case)[1], Fault):
         sentence = "It depends on earlier calls, or on chance: asked again, it answers."
-    elif result.status != "error" and not _repeats(p.check, subject, case):
+    elif (
+        result.status != "error"
+        and not _repeats(p.check, subject, case)
+        and _repeats(p.check, GuardedImplementation(Minilora()), case)  # else chance is right
+    ):
         sentence = "It depends on earlier calls, or on chance: asked twice, it gives two answers."
     else:
         return ()

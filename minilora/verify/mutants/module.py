@@ -48,6 +48,13 @@ def flipped(W: Array) -> Array:
     return np.flip(W, tuple(range(2, W.ndim))) if W.ndim > 2 else W
 
 
+def kernel_turned(change: Array) -> Array:
+    """A kernel with its axes reversed, where it stays as it is by its shape."""
+    axes = tuple(range(2, change.ndim))
+    is_alike = change.shape[2:] == change.shape[:1:-1]
+    return change.transpose(0, 1, *axes[::-1]) if len(axes) > 1 and is_alike else change
+
+
 def of_kind(layer: Mapping[str, Any], *kinds: str) -> bool:
     """Whether the layer is one of these."""
     return layer["kind"] in kinds
@@ -71,6 +78,35 @@ def across(layer: Mapping[str, Any], change: Array) -> Array:
     """The change transposed where its last two sides are equal, where no shape tells."""
     square = change.ndim > 1 and change.shape[-1] == change.shape[-2]
     return change.swapaxes(-1, -2) if square and layer["kind"] != "conv" else change
+
+
+def adapted_rows(layer: Mapping[str, Any], adapter: Mapping[str, Any]) -> list[int]:
+    """The rows of a fused layer's adapted projections."""
+    places = pairs(layer, adapter) if of_kind(layer, "fused") else []
+    return [row for rows, *_ in places for row in range(rows.start, rows.stop)]
+
+
+def packed(layer: Mapping[str, Any], adapter: Mapping[str, Any], change: Array) -> Array:
+    """A fused layer's change with what is adapted on top."""
+    rows = adapted_rows(layer, adapter)
+    below = np.zeros_like(change[len(rows) :])
+    return np.concatenate([change[rows], below]) if rows else change
+
+
+def unpacked(layer: Mapping[str, Any], adapter: Mapping[str, Any], dV: Array) -> Array:
+    """The gradient of that."""
+    rows, dchange = adapted_rows(layer, adapter), np.zeros_like(dV)
+    dchange[rows] = dV[: len(rows)]
+    return dchange if rows else dV
+
+
+def put_back(layer: Mapping[str, Any], index: Any, y: Array, back: bool = False) -> Array:
+    """Rows sorted by expert, and put back by that sort and not by its inverse; or the transpose."""
+    if not of_kind(layer, "experts"):
+        return y
+    order = np.argsort(index, kind="stable")
+    twice = order[order]
+    return y[np.argsort(twice)] if back else y[twice]
 
 
 def single(layer: Mapping[str, Any]) -> bool:
@@ -174,6 +210,9 @@ MODULE: Table = {
         ("dropout-never", "no dropout in training", {"if training and p:": "if False:"}),
         ("dropout-on-base", "dropout on the base's input too",
          {"base, branch = apply(layer, x, W, index)": "base, branch = apply(layer, h, W, index)"}),
+        ("dropout-of-samples", "whole samples are dropped",
+         {"self.rng.random(x.shape) >= p":
+              "self.rng.random((len(x),) + (1,) * (x.ndim - 1)) >= p"}),
         ("dropout-on-output", "dropout on the branch's output",
          {"h = x if kind == \"embedding\" else x * K": "h = x",
           "# branch": "branch = branch * (self.rng.random(base.shape) >= p) / (1 - p) if training "
@@ -184,6 +223,8 @@ MODULE: Table = {
         ("padding-ignored", "the branch without padding", _branch("moved(layer, padding=0)")),
         ("kernel-flipped", "the branch's kernel turned round",
          {_BRANCH: "apply(layer, h, flipped(V - W), index)"}),
+        ("kernel-turned", "the axes of the branch's kernel reversed, where that keeps its shape",
+         {_CHANGE: "change = kernel_turned(change)"}),
         ("kernel-reshaped", "B A reshaped as (kernel, c) for (c, kernel)",
          {"# product":
               "if layer['kind'] == 'conv': return np.moveaxis((B @ A).reshape(len(W), "
@@ -360,6 +401,9 @@ MODULE: Table = {
         ("parts-turned", "each projection with the change of the one before",
          {_CHANGE: "change = np.roll(change, layer['rows'][-1], 0) if kind == 'fused' else "
                    "change"}),
+        ("parts-packed", "the changes one after another, over parts that are not adapted",
+         {_CHANGE: "change = packed(layer, adapter, change)",
+          _GRADIENTS: "dV = unpacked(layer, adapter, dV)"}),
         ("first-A-for-all", "the first A for all projections",
          {"change[rows] = B[b] @ A[a]": "change[rows] = B[b] @ A[: adapter['r']]"}),
         ("first-part-alone", "the first adapted projection alone",
@@ -381,6 +425,13 @@ MODULE: Table = {
          {_CHANGE: "change = np.roll(change, 1, 0) if kind == 'experts' else change"}),
         ("first-expert", "the first expert's adapter for all",
          {_CHANGE: "change = change[:1] + 0 * change if kind == 'experts' else change"}),
+        ("experts-backward", "the branch's tokens sorted by expert, and put back by that sort",
+         {"# branch": "branch = put_back(layer, index, branch)",
+          _BACK: "dx_branch, dV = transposed(layer, h, V - W, put_back(layer, index, dy, True), "
+                 "index)"}),
+        ("experts-of-all-ranks", "s by the ranks of all experts together",
+         {"Modules: # scale": "of_all = len(W) ** (0.5 if rslora else 1); "
+                              "s = s / of_all if kind == 'experts' else s"}),
         ("experts-mean", "the mean of all experts' adapters",
          {_CHANGE: "change = change.mean(0) + 0 * change if kind == 'experts' else change"}),
     ],
@@ -438,6 +489,10 @@ MODULE: Table = {
     "module.attention.out.forward": [
         ("output-ignored", "no adapter of the output's projection",
          {"# attention": "V_out = out['W']"}),
+        ("output-classic", "α/r for the output's projection with rsLoRA",
+         {"# attention": "f = adapter['r'] ** -0.5 if adapter.get('use_rslora') else 1.0; "
+                         "V_out = out['W'] + f * change",
+          "# of the output": "d_out = f * d_out"}),
         ("output-twice", "W + 2 s B A for the output's projection, its gradients at that weight",
          {"# attention": "V_out = out['W'] + 2 * change"}, "peft 0.21.2"),
     ],

@@ -135,6 +135,8 @@ CLIP: Table = {
          {"x * clip": "x.clip(-max_norm, max_norm)"}),
         ("clip-always", "gradients below the maximum norm scaled up to it",
          {"min(1.0, max_norm / (norm + 1e-6))": "min(9.0, max_norm / norm)"}),
+        ("clip-without-eps", "g min(1, max / ‖g‖), without PyTorch's 1e-6",
+         {"max_norm / (norm + 1e-6)": "max_norm / max(norm, 1e-30)"}, "optax", "mlx-lm"),
         ("clip-L1", "‖g‖ = Σ |g|",
          {"sum((x**2).sum() for x in g.values()) ** 0.5": "sum(abs(x).sum() for x in g.values())"}),
         ("clip-largest", "‖g‖ = max |g|",

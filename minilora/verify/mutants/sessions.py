@@ -340,6 +340,14 @@ SESSIONS: Table = {
         ("dropout-first-rate", "the rate of the first adapter for all",
          {"# rate": 'p = next(iter(self.known.values())).get("p", 0.0)'}),
     ],
+    "lifecycle.dropout.added": [
+        ("adding-trains", "an adapter that is added turns training on",
+         {"# after adding": "self.training = True"}),
+        ("loading-trains", "an adapter that is loaded turns training on",
+         {"Session: # after loading": "self.training = True"}),
+        ("one-rate-for-all", "the rate of the last adapter for all",
+         {"# rate": 'p = list(self.known.values())[-1].get("p", 0.0)'}),
+    ],
     "lifecycle.dropout.save": [
         ("save-no-rate", "the rate of dropout is not saved",
          {"Session: # before saving": 'adapter = {k: v for k, v in adapter.items() if k != "p"}'}),

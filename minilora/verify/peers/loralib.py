@@ -30,7 +30,13 @@ PEER = Peer(
         **entries(
             ["module.conv.pointwise.dropout"],
             ("loralib.conv-dropout",),
-            {"arrays": "y of samples in training"},
+            {
+                "arrays": [
+                    "y of samples in training",
+                    "whether *dropped apart",
+                    "whether dropout acts",
+                ]
+            },
         ),
         **entries(
             ["lifecycle.random-steps*"],

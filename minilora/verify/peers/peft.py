@@ -96,6 +96,11 @@ _KNOWN = {
         {"arrays": ["whether activate(*) is refused", "whether scale(*) is refused"]},
     ),
     **entries(
+        ["lifecycle.dropout.added"],
+        ("peft.added-drops",),
+        {"arrays": ["y after add(*activate(*", "y after *load(*activate(*"]},
+    ),
+    **entries(
         ["lifecycle.replace-similar"],
         ("peft.hotswap-similar",),
         {"mutant": "lifecycle-replace-contained"},
