@@ -226,7 +226,7 @@ def _another_factor(merge: Merge, tally: Tally) -> tuple[float, float] | None:
         return None
     found = _beside(merge, tally)
     if found is not None:
-        for way in merge.replays():
+        for way in merge.replays() + merge.slow_replays():
             if _beside(merge, count(merge, way, bound=False)) is None:
                 return None
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -71,6 +71,31 @@ class Merge:
             few = ways[:4]
             return [Requantized(Replay.of(way, d, single), scheme) for d in wide for way in few]
         return [Replay.of(way, dtypes, single) for way in ways]
+
+    def slow_replays(self) -> list[Played]:
+        """Ways that take long."""
+        if self.sums is None or {self.region.dtypes.base, self.region.dtypes.merged} != {F32}:
+            return []
+        return [RankByRank(tuple(c.cast(F32) for c in self.sums.bound.changes))]
+
+
+@dataclass(frozen=True, eq=False)
+class RankByRank:
+    """One rank after another added to W in float32: what is lost of W is lost r times.
+
+    It takes r passages, so that only what no other way explains is compared with it.
+    """
+
+    changes: tuple[LowRank, ...]
+    name: str = "rank by rank into W, float32"
+
+    def play(self, W: Array, i: int, j: int) -> tuple[Array, list[Array]]:
+        """The merged rows, and the changes."""
+        for change in self.changes:
+            for k in range(change.r):
+                one = replace(change, A=change.A[k : k + 1], B=change.B[:, k : k + 1])
+                W = one.added(W, i, j)
+        return W, [change.rows(i, j) for change in self.changes]
 
 
 class Played(Protocol):

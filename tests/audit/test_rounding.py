@@ -149,3 +149,14 @@ def test_another_factor_is_found_where_the_bound_hides_it(merged):
     for factor, severities in ((1.0, ("ok", "warning")), (0.6, ("deviation",))):
         M = cast(W.astype(float) + factor * c.s * (B @ A), merged)
         assert judge(Stored(W), Stored(M), [c]).severity in severities, factor
+
+
+def test_what_is_lost_rank_by_rank_is_no_factor(monkeypatch):
+    """Each of 64 small products loses more in W than their sum would."""
+    rng = np.random.default_rng(5)
+    W, c = weight(rng, 64, 64, F32, 1.0), change(rng, 64, 64, 64, F32, 1e-7)
+    merges = dict(styles(W, c.parts["A"], c.parts["B"], c.s, F32))
+    M = Stored(merges["rank by rank into W"])
+    assert judge(Stored(W), M, [c]).severity in ("ok", "warning")
+    monkeypatch.setattr(Merge, "slow_replays", lambda merge: [])
+    assert judge(Stored(W), M, [c]).verdict == "factor"
