@@ -68,8 +68,9 @@ PYTEST = {
 OPTIONAL = {
     "minilora/io/": {"gguf", "jinja2", "tokenizers"},
     "minilora/training/": {"matplotlib", "rouge_score"},
+    "minilora/verify/skeletons/": {"torch"},
 }
-"""What comes with the extras `text`, `gguf` and `plot`, by the package that imports it."""
+"""What comes with an extra, or with the library looked at, by the package that imports it."""
 
 
 @functools.cache
