@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from minilora.audit.mistakes import MISTAKES
 from minilora.audit.result import VERDICTS, Entry
 from minilora.audit.scales import WRONG_SCALES
+from minilora.io.errors import listed
 
 _TEXTS = {
     **{mistake.id: mistake.text for mistake in MISTAKES},
@@ -24,6 +25,8 @@ _REMEDIES = {
     "tie_word_embeddings to false",
     "not-applied": "check that the adapter's names fit the model's when it is loaded, and save "
     "what merge_and_unload() returns",
+    "layers": "merge again, and write every shard; check layers_to_transform and the adapter's "
+    "names in these layers",
     "corrupt": "fetch or write the file again",
     "missing": "fetch or write the file again",
     "extra": "is it the merged model of this base?",
@@ -49,10 +52,34 @@ def cause_of(entries: Sequence[Entry], changed: Collection[str] = ()) -> tuple[s
     if lacking and len(lacking) == len(tensors):
         text = f"the merged model is the base: none of the {len(tensors)} tensors that the adapter"
         return f"{text} changes has its change", _REMEDIES["not-applied"]
+    if lacking and len(lacking) == len(wrong) and (where := _whole_layers(lacking, tensors)):
+        return f"not-applied: the adapter is not applied in {where}", _REMEDIES["layers"]
     counts = Counter(entry.mistake or entry.verdict for entry in wrong)
     kind, count = counts.most_common(1)[0]
     first = next(entry for entry in wrong if kind in (entry.mistake, entry.verdict))
     text = _TEXTS.get(kind, VERDICTS[first.verdict][1])
+    if kind == "wrong":  # of a setting, which says more than its verdict
+        kind, text = first.subject, first.text
     share = f"in {count} of {len(wrong)} deviations" if len(wrong) > 1 else f"in {first.subject}"
     remedy = _REMEDIES.get(kind, _REMEDIES.get(first.verdict, _AGAIN))
     return f"{kind}: {text}, {share}", remedy
+
+
+def _whole_layers(lacking: Sequence[Entry], tensors: Sequence[Entry]) -> str:
+    """The layers that lack all of their changes, in words; "" if any lacks only some."""
+
+    def by_layer(entries: Sequence[Entry]) -> Counter[str]:
+        return Counter(str(entry.figures.get("layer", "")) for entry in entries)
+
+    found, every = by_layer(lacking), by_layer(tensors)
+    if not all(layer.isdecimal() and every[layer] == count for layer, count in found.items()):
+        return ""
+    numbers = sorted(map(int, found))
+    runs = numbers == list(range(numbers[0], numbers[-1] + 1))
+    names = f"{numbers[0]} to {numbers[-1]}" if runs and len(numbers) > 1 else listed(found)
+    last = (
+        " (the last)"
+        if runs and numbers[-1] == max(int(layer) for layer in every if layer.isdecimal())
+        else ""
+    )
+    return f"layer{'s' * (len(numbers) > 1)} {names}{last}, and in all others it is"
