@@ -26,6 +26,7 @@ from minilora.audit.tensors import TensorStore, layer_of, open_tensors
 from minilora.audit.tokenizer import compare_tokenizers
 from minilora.audit.untouched import untouched
 from minilora.io.formats.peft.settings import NOT_REPRODUCIBLE
+from minilora.spec.lora import twin
 from minilora.training.threads import in_order
 
 THREADS = min(4, os.cpu_count() or 1)
@@ -215,10 +216,15 @@ class Walk:
 
     def _is_tied(self, name: str) -> bool:
         """Whether it is one of a tied pair, which the merged model has tied too."""
-        if self.merged.find(HEAD) is not None:
+        if self.merged.find(HEAD) is not None or self._twins:
             return False
-        changed = any(change.tensor == HEAD for a in self.adapters for change in a.changes)
-        return is_head(name) or (self.table == name and changed)
+        return is_head(name) or (self.table == name and HEAD in self.changed)
+
+    @cached_property
+    def _twins(self) -> bool:
+        """Whether head and table are changed alike, so that they may stay tied."""
+        head, table = (self.changed.get(name or "", []) for name in (HEAD, self.table))
+        return len(head) == len(table) > 0 and all(map(_are_twins, head, table))
 
     def _around(self, changes: Sequence[Change]) -> Around:
         """The other changes of the adapters, of which a wrong merge may have taken one."""
@@ -244,6 +250,18 @@ def _wrapped_names(base: TensorStore, merged: TensorStore) -> Iterator[Entry]:
                 f"wrapped module: a loader finds none of them; take it off"
             )
             yield Entry("names of tensors", "wrong", text, mistake="wrapped-names")
+
+
+def _are_twins(head: Change, table: Change) -> bool:
+    """Whether the two change a head and the table that it is tied to alike."""
+    if head.kind == table.kind == "tokens":
+        return True
+    if not {"A", "B"} <= {*head.parts} & {*table.parts} or head.s != table.s:
+        return False
+    A, B = twin(table.parts["A"], table.parts["B"])
+    if table.transposed == head.transposed:  # one change of the stored tensor, in both places
+        A, B = table.parts["A"], table.parts["B"]
+    return np.array_equal(A, head.parts["A"]) and np.array_equal(B, head.parts["B"])
 
 
 def _extra(name: str) -> Entry:

@@ -179,6 +179,45 @@ def test_a_tied_head_has_to_be_untied(tmp_path, target, subject):
     assert (wrong.subject, wrong.verdict, wrong.mistake) == (subject, "changed", "tied-head")
 
 
+def test_a_change_that_peft_ties_is_merged_twice(tmp_path):
+    """Both uses add it to the one weight: the audit measures a factor of 2."""
+    config = config_of({"target_modules": ["lm_head", "q_proj"], "ensure_weight_tying": True})
+    out = merge_by_peft(tmp_path, drawn_model("llama", tie_word_embeddings=True), config)
+    file = out / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)  # what was drawn for the two uses apart is loaded as the head's
+    head = {p: tensors[f"base_model.model.lm_head.lora_{p}.weight"] for p in "AB"}
+    table = "base_model.model.model.embed_tokens.lora_embedding_"
+    twins = {f"{table}A": head["B"].T.copy(), f"{table}B": head["A"].T.copy()}
+    save_file({**tensors, **twins}, file)
+    report = merged(out / "base", out / "adapter", out / "merged")
+    wrong = {e.subject: e for e in report.entries if e.severity == "deviation"}
+    assert {*wrong} == {"lm_head.weight", "model.embed_tokens.weight"}
+    for entry in wrong.values():
+        assert entry.verdict == "factor"
+        assert entry.figures["factor"] == pytest.approx(2, abs=1e-3)
+
+
+def test_what_adalora_has_pruned_is_no_change(made, tmp_path):
+    """PEFT cuts the ranks that rank_pattern leaves out, of one module all of them."""
+    peft, out = optional("peft"), made("AdaLoRA")
+    shutil.copytree(out / "adapter", tmp_path / "a")
+    file, config = (tmp_path / "a" / name for name in ("adapter_model.safetensors",
+                                                       "adapter_config.json"))  # fmt: skip
+    tensors, kept, pattern = load_file(file), [True, False, True, True, False], {}
+    for name in [name for name in tensors if name.endswith(".lora_E")]:
+        rows = np.array(kept)
+        for part, axis in (("A", 0), ("B", 1), ("E", 0)):
+            place = name[:-1] + part
+            tensors[place] = np.ascontiguousarray(np.compress(rows, tensors[place], axis))
+        pattern[name.removeprefix("base_model.model.")] = kept
+    save_file(tensors, file)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rank_pattern": pattern}))
+    loaded = peft.PeftModel.from_pretrained(causal_model(out / "base"), tmp_path / "a")
+    loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert wrong_in(merged(out / "base", tmp_path / "a", tmp_path / "merged")) == []
+    assert merged(out / "base", out / "adapter", tmp_path / "merged").exit_status == 1
+
+
 def test_a_converted_start_is_an_adapter_of_the_doubled_rank(made, tmp_path):
     """PiSSA's folder beside its conversion: W - s B0 A0 + s B A as one change of W."""
     peft, out = optional("peft"), made("PiSSA")
