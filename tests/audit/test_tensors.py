@@ -223,6 +223,30 @@ def test_a_gguf_model_has_the_names_and_layouts_of_hugging_faces(tmp_path, model
         assert np.array_equal(np.concatenate(blocks), whole(tensor)), name
 
 
+@needs("gguf")
+def test_experts_of_a_gguf_model_come_one_by_one(tmp_path):
+    gguf = optional("gguf")
+    W = np.random.default_rng(0).standard_normal((3, 4, 32)).astype(np.float32)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_block_count(1)
+    writer.add_tensor("blk.0.ffn_gate_exps.weight", W)
+    number = gguf.GGMLQuantizationType.Q8_0
+    writer.add_tensor("blk.0.ffn_up_exps.weight", gguf.quants.quantize(W, number), raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    store = open_tensors(tmp_path / "m.gguf")
+    assert len(store) == 6
+    for e in range(3):
+        for family, gate, up in (("block_sparse_moe", "w1", "w3"), ("mlp", "gate_proj", "up_proj")):
+            at = f"model.layers.0.{family}.experts.{e}"
+            assert np.array_equal(whole(store[store.find(f"{at}.{gate}.weight")]), W[e])
+            found = store[store.find(f"{at}.{up}.weight")]
+            assert np.array_equal(found.rows(1, 3), whole(found)[1:3])
+            assert (abs(whole(found) - W[e]) <= found.spacing(0, 4)).all()
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 @needs("gguf")
 def test_a_quantizers_spacing_is_the_step_between_its_numbers(tmp_path, kind):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +74,48 @@ def open_gguf(path: Path) -> TensorStore:
         remedy = "join the parts with llama-gguf-split --merge"
         raise FormatError(path, "split.count", contents["split.count"], "a whole file", remedy)
     names = Names(contents, None)
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     for gguf_name, tensor in contents.tensors.items():
         name = names.huggingface(gguf_name)
-        tensors[name] = _stored(contents, names, name, gguf_name, tensor)
+        if len(tensor.shape) == 3 and ".experts." in name:
+            tensors |= _one_by_one(contents, names, name, gguf_name, tensor)
+        else:
+            tensors[name] = _stored(contents, names, name, gguf_name, tensor)
     settings = _settings(contents, names, "output.weight" not in contents.tensors)
 
     def alias(name: str) -> str | None:
-        gguf_name = names.gguf(name)
-        return None if gguf_name is None else names.huggingface(gguf_name)
+        expert = _EXPERT.search(name)
+        gguf_name = names.gguf(_EXPERT.sub(".experts.", name))
+        if gguf_name is None:
+            return None
+        found = names.huggingface(gguf_name)
+        return found.replace(".experts.", expert[0]) if expert else found
 
     return TensorStore(path, "gguf", tensors, settings, None, alias)
+
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+def _one_by_one(
+    contents: Contents, names: Names, name: str, place: str, tensor: Tensor
+) -> dict[str, StoredTensor]:
+    """Each expert's matrix, as Hugging Face's files have them one by one."""
+    experts, m, n = tensor.shape
+    every = _stored(contents, names, name, place, replace(tensor, shape=(experts * m, n)))
+    found = {}
+    for e in range(experts):
+        own = name.replace(".experts.", f".experts.{e}.")
+        read = partial(_below, every.read, e * m)
+        step = None if every.step is None else partial(_below, every.step, e * m)
+        nbytes = every.nbytes // experts
+        found[own] = StoredTensor(own, every.dtype, (m, n), nbytes, read, every.scheme, step)
+    return found
+
+
+def _below(read: Callable[[int, int], Array], first: int, start: int, stop: int) -> Array:
+    """Rows of a part that begins at row ``first``."""
+    return read(first + start, first + stop)
 
 
 class Names:
