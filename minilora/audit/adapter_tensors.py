@@ -45,6 +45,10 @@ def _of_module(module: OpenModule) -> Iterator[Entry]:
         said = ", ".join(f"{part} {held.shape}" for part, held in module.parts.items())
         yield Entry(module.name, "fine", f"{module.kind}: {said}", figures)
         return
+    if not module.is_measurable:
+        text = f"rank {module.rank}: its factors are too large to be measured"
+        yield Entry(module.name, "undecided", text, figures)
+        return
     yield _measured(module, figures)
 
 
@@ -80,13 +84,15 @@ def _not_whole(module: OpenModule) -> str:
 
 
 def _not_finite(part: str, held: Held) -> str:
-    """How many entries are NaN or infinite, in words; "" of none."""
-    array = held.read()
-    if array.dtype.kind in "iub":
+    """How many entries are NaN or infinite, in words; "" of none. It is read block by block."""
+    if held.dtype.kind in "iub":
         return ""
-    with np.errstate(invalid="ignore"):
-        wrong = int(np.count_nonzero(~np.isfinite(array)))
-    return f"{part}: {wrong} of {array.size} entries are NaN or infinite" if wrong else ""
+    wrong = 0
+    for block in held.blocks():
+        with np.errstate(invalid="ignore"):
+            wrong += int(np.count_nonzero(~np.isfinite(block)))
+    size = int(np.prod(held.shape))
+    return f"{part}: {wrong} of {size} entries are NaN or infinite" if wrong else ""
 
 
 def _measured(module: OpenModule, figures: dict[str, Figure]) -> Entry:

@@ -77,6 +77,9 @@ class Pair:
         if self.here.shape not in (self.there.shape, self.there.shape[::-1]):
             text = f"B A has the shape {self.here.shape}, and {self.there.shape}"
             return Entry(name, "mismatch", text, figures, "shape")
+        if not (self.here.is_measurable and self.there.is_measurable):
+            text = f"rank {self.here.rank}: its factors are too large to be compared"
+            return Entry(name, "undecided", text, figures)
         if self._has_the_bits():
             return Entry(name, "exact", "the same A, B and scale", figures)
         known = [1.0 if m.scale is None else m.scale for m in (self.here, self.there)]

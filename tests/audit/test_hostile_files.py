@@ -56,3 +56,20 @@ def test_a_hostile_file_is_refused(name, tmp_path, capsys):
     assert audit(tmp_path) in statuses
     said = capsys.readouterr()
     assert said.err or said.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_ends_the_audits_of_adapters_and_conversions(name, tmp_path):
+    spoil, _ = HOSTILE[name]
+    right(tmp_path)
+    spoil(tmp_path)
+    base, adapter, merged = (str(tmp_path / at) for at in ("base", "adapter", "merged"))
+    for command in (
+        ["adapter", adapter, "--base", base],
+        ["adapter", adapter, "--base", merged],
+        ["converted", "--from", base, "--to", merged],
+        ["converted", "--from", adapter, "--to", adapter],
+    ):
+        with bounded():
+            assert main(["audit", *command]) in (0, 1, 3, 4)

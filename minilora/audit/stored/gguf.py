@@ -59,7 +59,7 @@ def _module(name: str, parts: dict[str, Held], alpha: float) -> OpenModule:
     if name == EMBEDDING and "A" in parts:  # A lies (tokens, r) there
         a = parts["A"]
         step = None if a.spacing is None else _turned(a.spacing)
-        turned = Held(a.name, a.dtype, a.shape[::-1], _turned(a.read), step, a.scheme)
+        turned = Held(a.name, a.dtype, a.shape[::-1], _turned(a.read), None, step, a.scheme)
         parts = parts | {"A": turned}
     r = parts["B"].shape[-1] if "B" in parts else 1
     kind = "embedding" if name == EMBEDDING else "linear"
@@ -77,7 +77,14 @@ def _held(contents: Contents, name: str) -> Held:
     dtype, rows = WEIGHT_DTYPES.get(tensor.kind), Rows(contents, name, tensor.shape, None)
     m = tensor.shape[0]
     if dtype is not None:
-        return Held(name, dtype, tensor.shape, lambda: rows.read(0, m))
+        return Held(name, dtype, tensor.shape, lambda: rows.read(0, m), rows.read)
     kind = tensor.kind.lower()
-    float32 = np.dtype(np.float32)
-    return Held(name, float32, tensor.shape, lambda: rows.read(0, m), lambda: rows.step(0, m), kind)
+    return Held(
+        name,
+        np.dtype(np.float32),
+        tensor.shape,
+        lambda: rows.read(0, m),
+        rows.read,
+        lambda: rows.step(0, m),
+        kind,
+    )

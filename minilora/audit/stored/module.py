@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,21 +14,34 @@ import numpy as np
 from minilora.findings.stored import StoredAdapter, StoredModule
 from minilora.spec.ops import Array
 
+MOST_RANK, MOST_BYTES = 2**12, 2**31
+"""Factors of a greater rank, or of more bytes, are not multiplied."""
+
 
 @dataclass(frozen=True)
 class Held:
     """A tensor in a file: its name there, dtype and shape, and what reads it as it lies.
 
-    ``spacing``: how far apart the numbers lie that a quantizer can store, for each entry, and
-    ``scheme`` its name; None of plain numbers.
+    ``rows``: what reads entries along the first axis; ``spacing``: how far apart the numbers lie
+    that a quantizer can store, for each entry, and ``scheme`` its name; None of plain numbers.
     """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     read: Callable[[], Array] = field(repr=False)
+    rows: Callable[[int, int], Array] | None = field(default=None, repr=False)
     spacing: Callable[[], Array] | None = field(default=None, repr=False)
     scheme: str | None = None
+
+    def blocks(self, entries: int = 2**22) -> Iterator[Array]:
+        """Its numbers, so many or one row at a time."""
+        if self.rows is None or len(self.shape) < 2:
+            yield self.read()
+            return
+        step = max(1, entries // max(1, math.prod(self.shape[1:])))
+        for start in range(0, self.shape[0], step):
+            yield self.rows(start, min(start + step, self.shape[0]))
 
     @property
     def nbytes(self) -> int:
@@ -55,6 +68,13 @@ class OpenModule:
     transposed: bool = False
     experts: int = 1
     config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_measurable(self) -> bool:
+        """Whether products of its factors take no more time and memory than anybody has."""
+        return self.rank <= MOST_RANK and all(
+            self.parts[part].nbytes <= MOST_BYTES for part in "AB"
+        )
 
     @property
     def is_adapted(self) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.audit.adapters.peft import split_name
+from minilora.audit.expressions import is_endless
 from minilora.audit.stored.module import Held, OpenAdapter, OpenModule
 from minilora.audit.stored.places import held_in
 from minilora.io.errors import FormatError
@@ -23,6 +24,10 @@ from minilora.spec.variants import REGISTRY
 TOKENS = re.compile(r"\.token_adapter\.trainable_tokens_delta(\.[^.]+)?$")
 SAVED = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.[^.]+$)")
 COPY = ".base_layer."
+_EXPRESSIONS = (
+    *("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "modules_to_save"),
+    "layers_pattern",
+)
 PARTS = {"c": "lora_bias"}
 """The names of parameters that findings call otherwise than the specification."""
 
@@ -70,6 +75,11 @@ def _of_their_kinds(path: Path) -> dict[str, Any]:
         value = settings.get(key)
         if value is not None and key != "init_lora_weights" and not fits(value):
             raise FormatError(path, key, json.dumps(value), expected, "write it as PEFT does")
+    for key in _EXPRESSIONS:
+        value = settings.get(key) or ()
+        for pattern in filter(is_endless, [value] if isinstance(value, str) else value):
+            expected = "an expression that is matched in bounded time"
+            raise FormatError(path, key, json.dumps(pattern), expected, "name the modules")
     return settings
 
 
