@@ -130,6 +130,7 @@ def _check(merge: Merge, tally: Tally, W: Array, M: Array, N: Array, i: int, j: 
 def count(merge: Merge, way: Played, bound: bool = True) -> Tally:
     """Pass through the region once: bits, bound if asked for, and least squares' figures."""
     tally, region = Tally(merge.count), merge.region
+    narrow = region.merged.dtype
     for i, j, stored, M in region.blocks():
         W, M = wide(stored), wide(M)
         tally.entries += M.size
@@ -139,12 +140,9 @@ def count(merge: Merge, way: Played, bound: bool = True) -> Tally:
         N, deltas = way.play(W, i, j)
         same = int(np.count_nonzero(N == M))
         tally.equal += same
-        kept = (
-            stored
-            if region.base.dtype == region.merged.dtype
-            else stored.astype(region.merged.dtype)
-        )
-        tally.base_bits += int(np.count_nonzero(wide(kept) == M))
+        with np.errstate(over="ignore"):
+            kept = W if stored.dtype == narrow else wide(stored.astype(narrow))
+        tally.base_bits += int(np.count_nonzero(kept == M))
         tally.measure(W, M, deltas)
         if same < M.size:
             _lean(tally, M, N, sum(deltas[1:], deltas[0]))

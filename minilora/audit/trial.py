@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -94,14 +94,15 @@ class Case:
 
     @cached_property
     def sample(self) -> list[Block]:
-        """Rows at several places, those with much of the change among them; in float64."""
+        """Rows at several places, first those with much of the change; in float64."""
         rows, width = self.region.rows, max(1, self.region.width)
         each = max(1, min(16, 2**17 // (width * RUNS)))
         if rows <= each * RUNS:
             return [(0, rows, *self._read(0, rows))]
         places = {int(x) for x in np.linspace(0, rows - each, RUNS)}
         strongest = min(self._strongest(), rows - each)
-        return [(i, i + each, *self._read(i, i + each)) for i in sorted(places | {strongest})]
+        order = [strongest, *sorted(places - {strongest})]
+        return [(i, i + each, *self._read(i, i + each)) for i in order]
 
     def _read(self, i: int, j: int) -> tuple[Array, Array]:
         W, M = self.region.read(i, j)
@@ -168,6 +169,8 @@ class Case:
         merge = self.merged(trial)
         if merge.sums is None or trial.end:
             return None
+        if self._factor(trial, merge, self.sample[:1]) is None:
+            return None
         found = self._bracket(trial, merge, self.sample)
         return self._bracket(trial, merge, self.everything(), found) if found else None
 
@@ -177,7 +180,7 @@ class Case:
         sums = merge.sums
         assert sums is not None
         bound, low, high = sums.bound, -np.inf, np.inf
-        best = first.best if first else self._factor(trial, merge)
+        best = first.best if first else self._factor(trial, merge, self.sample)
         if best is None:
             return None
         # e grows with the factor: that of the sample's bracket, or twice what least squares says.
@@ -203,17 +206,19 @@ class Case:
                 return None
         return Bracket(low, high, along / square if square else best)
 
-    def _factor(self, trial: Trial, merge: Merge) -> float | None:
-        """⟨M - W, D⟩ / ⟨D, D⟩ over the sample; None where the two have little in common."""
+    def _factor(self, trial: Trial, merge: Merge, blocks: Sequence[Block]) -> float | None:
+        """⟨M - W, D⟩ / ⟨D, D⟩ over these rows; None where that is chance, two standard deviations."""
         along = square = moved = 0.0
-        for i, j, W, M in self.sample:
+        entries = 0
+        for i, j, W, M in blocks:
+            entries += M.size
             V = W if trial.weight is None else trial.weight(W, i, j)
             (D, *more) = merge.deltas(W, i, j)
             D = sum(more, D).astype(F64)
             along += float(((M - V) * D).sum())
             square += float((D * D).sum())
             moved += float(((M - V) ** 2).sum())
-        if not square or along * along < 1e-4 * square * moved:
+        if not square or along * along * entries < 4 * square * moved:
             return None
         return along / square
 

@@ -17,11 +17,21 @@ def _shape(change: Change) -> tuple[int, int] | None:
     return len(change.parts["B"]), np.shape(change.parts["A"])[1]
 
 
+MOST = 256
+"""How many modules are tried: models of many experts have tens of thousands."""
+
+
+def _likeliest(change: Change, others: Sequence[Change]) -> list[Change]:
+    """The first modules, those of the same kind before all others."""
+    kind = change.module.rpartition(".")[2]
+    return sorted(others, key=lambda other: other.module.rpartition(".")[2] != kind)[:MOST]
+
+
 def _others(change: Change, others: Sequence[Change]) -> Iterator[Change]:
     """Other changes whose matrix has the same shape."""
-    for other in others:
-        if other is not change and _shape(other) == _shape(change) is not None:
-            yield same_place(change, other)
+    fitting = [c for c in others if c is not change and _shape(c) == _shape(change) is not None]
+    for other in _likeliest(change, fitting):
+        yield same_place(change, other)
 
 
 def of_another_module(case: Case) -> Iterator[Trial]:
@@ -46,10 +56,12 @@ def half_of_another(case: Case) -> Iterator[Trial]:
     if (change := additive(case)) is None:
         return
     A, B = factors_of(change)
-    for other in [*case.around.adapters, *case.around.modules]:
-        if "A" not in other.parts or "B" not in other.parts:
+    adapters = {id(other) for other in case.around.adapters}
+    modules = [c for c in case.around.modules if {"A", "B"} <= c.parts.keys()]
+    for other in [*case.around.adapters, *_likeliest(change, modules)]:
+        if not {"A", "B"} <= other.parts.keys():
             continue
-        there = other.adapter if other in case.around.adapters else other.module
+        there = other.adapter if id(other) in adapters else other.module
         if np.shape(other.parts["A"]) == A.shape:
             yield Trial((with_parts(change, A=other.parts["A"]),), f"A of {there}")
         if np.shape(other.parts["B"]) == B.shape:
