@@ -9,8 +9,9 @@ import numpy as np
 
 from minilora.io.architectures import internal_targets
 from minilora.io.errors import FormatError
-from minilora.io.loading import Base, weights_with
+from minilora.io.loading import AdaptedModel, Base, weights_with
 from minilora.spec import adalora
+from minilora.spec.initialization import INITIALIZATIONS
 from minilora.spec.lora import Params, TrainableSpec, Weights, is_base
 from minilora.spec.models import Config
 from minilora.spec.optim import loraplus_rates
@@ -110,12 +111,14 @@ def prepare(
     config: TrainConfig,
     source: str = "",
     plan: ExecutionPlan = ExecutionPlan(),  # noqa: B008 - it is frozen
+    adapter: AdaptedModel | None = None,
     **settings: Any,
 ) -> Run:
     """The run that trains fresh adapters on the model, or all of its weights if ``full``.
 
-    An encoder without a classifier's head gets one. ``settings`` are recorded beside those of
-    ``config``, such as how the data was read.
+    With ``adapter`` it goes on from that one, whose rank, scale, variant and modules it has,
+    whatever ``config`` says of them. An encoder without a classifier's head gets one. ``settings``
+    are recorded beside those of ``config``, such as how the data was read.
 
     Errors: ValueError as `target_modules.inject` has it; for a task that does not fit the model;
     for a classifier with other classes than the data; for an example longer than the model's table
@@ -127,17 +130,52 @@ def prepare(
         names = internal_targets(base.config, config.target_modules)
         config = replace(config, target_modules=names)
     W = base.weights
+    if adapter is not None:
+        config, W = _of_adapter(config, adapter), adapter.weights
     if config.task == "classify":
-        base, W = _with_head(base, data, config)
+        base, W = _with_head(base, W, data, config)
     _check_classes(base, data, config)
     recorded = {**vars(config), **settings}
     if config.full:
         initial = {name: np.asarray(W[name]) for name in base.config.shapes()}
         spec = TrainableSpec(trained=frozenset(initial))
         return Run(base, data, config, W, {}, initial, spec, None, source, recorded, plan)
-    frozen, adapter, initial, spec = _injected(base.config, W, config)
+    if adapter is not None:
+        assert adapter.config is not None  # or _of_adapter has refused it
+        lora = replace(adapter.config, lora_dropout=config.dropout)
+        parts = {name: w for name, w in adapter.changed.items() if not is_base(name)}
+        initial = {name: np.asarray(W[name]) for name in adapter.tuning.trained}
+        spec = adapter.tuning
+        return Run(base, data, config, W, parts, initial, spec, lora, source, recorded, plan)
+    frozen, parts, initial, spec = _injected(base.config, W, config)
     lora = config.lora_config()
-    return Run(base, data, config, frozen, adapter, initial, spec, lora, source, recorded, plan)
+    return Run(base, data, config, frozen, parts, initial, spec, lora, source, recorded, plan)
+
+
+def _of_adapter(config: TrainConfig, adapter: AdaptedModel) -> TrainConfig:
+    """The settings with those of the adapter.
+
+    Errors: ValueError for an adapter that cannot be trained on: without a configuration, with
+    another base than the model, or with a rank that was pruned.
+    """
+    lora = adapter.config
+    if lora is None:
+        raise ValueError(
+            "the adapter's format has no configuration of PEFT's: convert it by minilora convert "
+            "--to peft, and go on from that"
+        )
+    if lora.entry.pruned or lora.entry.untrained or lora.alora_invocation_tokens:
+        raise ValueError(f"the adapter has the variant {lora.variant}: no training goes on from it")
+    if INITIALIZATIONS[lora.init_lora_weights].base != "kept":
+        raise ValueError(
+            f"the adapter started as {lora.init_lora_weights}, on a base of its own: expected one "
+            "that acts on the model as it is; convert it to an adapter that does"
+        )
+    targets = lora.target_modules
+    return replace(
+        config, rank=lora.r, alpha=lora.lora_alpha, variant=lora.variant, full=False,
+        allow_high_rank=True, target_modules=targets if isinstance(targets, str) else [*targets],
+    )  # fmt: skip
 
 
 def _injected(
@@ -201,16 +239,16 @@ def _check_task(base: Base, config: TrainConfig) -> None:
         raise ValueError(f"task {config.task!r} with a {name}: expected {expected}")
 
 
-def _with_head(base: Base, data: Data, config: TrainConfig) -> tuple[Base, Params]:
-    """The encoder and its weights, with a fresh classifier's head if it has none."""
-    if "head.weight" in base.weights:
-        return base, base.weights
+def _with_head(base: Base, W: Params, data: Data, config: TrainConfig) -> tuple[Base, Params]:
+    """The encoder and its weights W, with a fresh classifier's head if they have none."""
+    if "head.weight" in W:
+        return base, W
     shape = len(data.classes), base.config.d
     base = replace(base, config=replace(base.config, classes=shape[0]))  # type: ignore[call-arg]
     random = 0.02 * np.random.default_rng([config.seed, 3]).standard_normal(shape)
     head = {"head.weight": random, "head.bias": np.zeros((shape[0], 1))}
     head = {name: w.astype(config.dtype) for name, w in head.items()}
-    return base, weights_with(base.weights, head)
+    return base, weights_with(W, head)
 
 
 def _check_classes(base: Base, data: Data, config: TrainConfig) -> None:

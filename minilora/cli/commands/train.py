@@ -29,12 +29,13 @@ def add(commands: Any) -> None:
         "fine-tune a model on a file of examples",
         "Train an adapter on a model's frozen weights and write it to the folder OUT in PEFT's "
         "format, with a log, checkpoints and all settings. Without --model and --data: a shipped "
-        "reference model, and a task that it has not learned.",
+        "reference model, and a task that it has not learned. With --adapter: go on from that "
+        "adapter, with its rank, scale, variant and modules.",
         _run,
     )
     option = parser.add_argument
     whole, real, flag = kinds_of(option)
-    add_model(option, adapter=False, trained=False)
+    add_model(option, trained=False)
     add_data(option)
     option("--output", metavar="OUT", help="folder for the run and its result")
 
@@ -128,6 +129,9 @@ ADAPTER_OPTIONS = (
 )  # fmt: skip
 """The options that mean nothing with ``--full``."""
 
+OF_TRAINING = ("dropout", "loraplus_lr_ratio")
+"""Those of them that do with ``--adapter``: they are no property of the adapter."""
+
 
 def config_of(arguments: argparse.Namespace, task: str) -> TrainConfig:
     """The configuration that the options give.
@@ -137,10 +141,14 @@ def config_of(arguments: argparse.Namespace, task: str) -> TrainConfig:
     from minilora.training.config import TrainConfig
 
     defaults = {f.name: f.default for f in fields(TrainConfig)} | {"alpha": None}
-    for name in ADAPTER_OPTIONS if arguments.full else ():
+    other = "--full" if arguments.full else "--adapter" if arguments.adapter else ""
+    names = [name for name in ADAPTER_OPTIONS if not (arguments.adapter and name in OF_TRAINING)]
+    if arguments.full and arguments.adapter:
+        raise ValueError("--full with --adapter: expected one of the two")
+    for name in names if other else ():
         if (value := getattr(arguments, name)) != defaults[name]:
             option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} {value} with --full: expected one of the two")
+            raise ValueError(f"{option} {value} with {other}: expected one of the two")
     values = {
         f.name: getattr(arguments, f.name) for f in fields(TrainConfig) if f.name in arguments
     }
@@ -198,7 +206,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     import numpy as np
 
-    from minilora.io.loading import open_base
+    from minilora.io.loading import open_adapted, open_base, open_base_of
     from minilora.training.fit import FitOptions
     from minilora.training.gradients import ExecutionPlan
     from minilora.training.memory import keep_freed_memory
@@ -214,7 +222,12 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.output is not None and not arguments.show_batch:
         is_free(Path(arguments.output), options.resume or options.overwrite)
     name, dtype = arguments.model or "reference:llama", np.dtype(arguments.dtype)
-    base = open_base(name, dtype, keep_quantized=arguments.gradient_checkpointing)
+    if arguments.adapter is None:
+        base = open_base(name, dtype, keep_quantized=arguments.gradient_checkpointing)
+        adapter = None
+    else:
+        base = open_base_of(arguments.model, arguments.adapter, dtype)
+        adapter = open_adapted(base, arguments.adapter, dtype)
     path, task = data_and_task(base, arguments.data, arguments.task)
     config = config_of(arguments, task)
     plan = ExecutionPlan(
@@ -227,7 +240,8 @@ def _run(arguments: argparse.Namespace) -> int:
     reading = ("train_on_prompt", "val_fraction", "skip_invalid")
     settings = {name: getattr(arguments, name) for name in reading}
     # Another number of threads may sum in another order, and give other bits.
-    run = prepare(base, data, config, path, plan, threads=plan.threads, **settings)
+    settings |= {"threads": plan.threads, "from_adapter": arguments.adapter}
+    run = prepare(base, data, config, path, plan, adapter, **settings)
     trained, total = (
         sum(math.prod(w.shape) for w in weights.values()) for weights in (run.initial, base.weights)
     )
