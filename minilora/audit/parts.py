@@ -9,6 +9,7 @@ import numpy as np
 
 from minilora.audit.explanation import Explanation
 from minilora.audit.floats import F64
+from minilora.audit.low_rank import LowRank
 from minilora.audit.outside import beyond
 from minilora.audit.trial import Case, Trial, with_parts
 from minilora.spec.ops import Array
@@ -94,10 +95,8 @@ def order(case: Case) -> Explanation | None:
     if max(case.region.rows, case.region.width) > 2**14:
         return None
     low = sums.bound.changes[0]
-    moved = np.concatenate([M - W for _, _, W, M in case.everything()])
-    moved = moved.T if low.transposed else moved
-    for part, factor, other, R in (("B", low.B, low.A, moved), ("A", low.A.T, low.B.T, moved.T)):
-        found = R @ np.linalg.pinv(low.s * other)
+    for part, found in zip("BA", _factors(case, low), strict=True):
+        factor = low.B if part == "B" else low.A.T
         if (places := _places(found, factor)) is None:
             continue
         own = np.asarray(change.parts[part])
@@ -114,12 +113,27 @@ def order(case: Case) -> Explanation | None:
     return None
 
 
+def _factors(case: Case, low: LowRank) -> tuple[Array, Array]:
+    """B, given A, and Aᵀ, given B, that M - W is by least squares; by blocks of rows."""
+    B, At = np.zeros(low.B.shape), np.zeros(low.A.T.shape)
+    of_A, of_B = np.linalg.pinv(low.s * low.A), np.linalg.pinv(low.s * low.B)
+    for i, j, W, M in case.everything():
+        R = M - W
+        if low.transposed:
+            At[i:j] = R @ of_B.T
+            B += R.T @ of_A[i:j]
+        else:
+            B[i:j] = R @ of_A
+            At += R.T @ of_B[:, i:j].T
+    return B, At
+
+
 def _places(found: Array, factor: Array) -> Array | None:
     """Which row of the factor each found row is; None unless each is one, once."""
     square = (factor * factor).sum(1)
     nearest = np.empty(len(found), np.int64)
-    for i in range(0, len(found), 1024):
-        nearest[i : i + 1024] = (square - 2 * found[i : i + 1024] @ factor.T).argmin(1)
+    for i in range(0, len(found), 256):
+        nearest[i : i + 256] = (square - 2 * found[i : i + 256] @ factor.T).argmin(1)
     same = len(set(nearest.tolist())) == len(nearest)
     moved = (nearest != np.arange(len(nearest))).any()
     return nearest if same and moved else None

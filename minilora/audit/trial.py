@@ -207,7 +207,7 @@ class Case:
         return Bracket(low, high, along / square if square else best)
 
     def _factor(self, trial: Trial, merge: Merge, blocks: Sequence[Block]) -> float | None:
-        """⟨M - W, D⟩ / ⟨D, D⟩ over these rows; None where that is chance, two standard deviations."""
+        """⟨M - W, D⟩ / ⟨D, D⟩ over these rows; None where that is chance, below two deviations."""
         along = square = moved = 0.0
         entries = 0
         for i, j, W, M in blocks:

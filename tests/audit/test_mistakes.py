@@ -90,6 +90,20 @@ def test_the_transpose_is_named_and_its_factor_told(dtype):
 
 
 @pytest.mark.parametrize("dtype", EACH)
+def test_any_order_is_found_in_a_table_too(dtype):
+    """Of a tensor that stores the transpose, as embeddings do."""
+    made = Made(dtype)
+    W = Stored(np.ascontiguousarray(made.W.T))
+    c = replace(made.c, kind="embedding", transposed=True)
+    for D in (made.D[made.rng.permutation(M)], made.D[:, made.rng.permutation(N)]):
+        entry = judge(W, Stored(cast((made.w + D).T, dtype)), [c])
+        assert (entry.verdict, entry.mistake) == ("permuted", "permuted"), entry
+    part = np.where(np.arange(N)[:, None] < 20, made.D.T, 0)
+    entry = judge(W, Stored(cast(made.w.T + part, dtype)), [c])
+    assert entry.text.startswith(f"rows 20 to {N - 1} of {N} lack the change")
+
+
+@pytest.mark.parametrize("dtype", EACH)
 def test_other_changes_are_named(dtype):
     made = Made(dtype)
     other, adapter = made.other(module="other"), made.other(adapter="B")
