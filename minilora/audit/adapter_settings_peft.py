@@ -98,7 +98,7 @@ def _may_be_tied(name: str) -> bool:
 
 
 def _saved(adapter: OpenAdapter) -> Iterator[Entry]:
-    """What modules_to_save names has tensors, and what is saved is named."""
+    """What modules_to_save names has tensors."""
     wanted = list(dict.fromkeys(adapter.settings.get("modules_to_save") or ()))
     saved = [m.name for m in adapter.modules if m.kind == "saved"]
     tables = [m.name for m in adapter.modules if "base weight" in m.parts]
@@ -109,10 +109,15 @@ def _saved(adapter: OpenAdapter) -> Iterator[Entry]:
             text = f"modules_to_save names {name}, and the file has no tensor of it: it is the "
             text += "base's, or as it is drawn anew"
             yield Entry("modules_to_save", "wrong", text, mistake="saved-missing")
+
+
+def _named(adapter: OpenAdapter) -> Iterator[Entry]:
+    """What is saved is named."""
+    wanted = tuple(adapter.settings.get("modules_to_save") or ())
     bias = adapter.settings.get("bias", "none")
     for module in adapter.modules:
         tied = bool(adapter.settings.get("ensure_weight_tying")) and _may_be_tied(module.name)
-        named = tied or _ends(module.name, tuple(wanted))
+        named = tied or _ends(module.name, wanted)
         has_bias = "bias" in module.parts and "weight" not in module.parts
         if has_bias and not named and bias in (None, "none"):
             text = f"the file has its bias, and the setting bias is {json.dumps(bias)}"
@@ -214,6 +219,7 @@ CHECKS: tuple[Check, ...] = (
     _patterns,
     _targets,
     _saved,
+    _named,
     _variants,
     _told,
     _copies,
