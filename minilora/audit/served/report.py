@@ -34,7 +34,7 @@ def summary(decision: Decision, evidence: Evidence, session: Session, error: flo
     factor = decision.factor if adapted else None
     figures: dict[str, Figure] = {"tokens": decision.tokens, "error_rate": error}
     if adapted:
-        figures |= {"factor": factor, "low": decision.low, "high": decision.high}
+        figures |= {"factor": factor, "low": _finite(decision.low), "high": _finite(decision.high)}
     if decision.more is not None:
         figures["more_tokens"] = decision.more
     if isinstance(evidence, Values):
@@ -100,8 +100,8 @@ def _needed(decision: Decision, figures: dict[str, Figure], session: Session) ->
         left = f"factors from {decision.low:.3g} to {decision.high:.3g} are left; "
     if decision.more is None:
         effect = figures.get("effect")
-        small = f", whose effect is {effect:.2g} nats," if isinstance(effect, float) else ""
-        return f"{left}more tokens of such texts{small} would not tell"
+        small = f", where the adapter's effect is {effect:.2g} nats" if effect is not None else ""
+        return f"{left}the evidence does not grow on such texts{small}"
     return f"{left}about {decision.more} more tokens are needed"
 
 
@@ -109,8 +109,15 @@ def _interval(decision: Decision) -> str:
     f, low, high = decision.factor, decision.low, decision.high
     if f is None or low is None or high is None:
         return "0"
-    digits = max(2, min(6, 1 - math.floor(math.log10(max(high - low, 1e-6)))))
-    return f"{f:.{digits}g} [{low:.{digits}g}, {high:.{digits}g}]"
+    width = high - low if math.isfinite(high - low) else 1.0
+    digits = max(2, min(6, 1 - math.floor(math.log10(max(width, 1e-6)))))
+    shown = [f"{end:.{digits}g}".replace("inf", "∞") for end in (f, low, high)]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+def _finite(x: float | None) -> float | None:
+    """JSON has no infinity: an end that is open is none."""
+    return x if x is not None and math.isfinite(x) else None
 
 
 def _mistake(decision: Decision, session: Session) -> str:
