@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from minilora.io.loading import BASE_FOLDER
-from minilora.training import checkpoints
+from minilora.training import best, checkpoints
 from minilora.training.batching import batches_of
 from minilora.training.checkpoints import TrainState
 from minilora.training.evaluate import mean_loss
 from minilora.training.loop import Diverged, check_loss, train_steps
 from minilora.training.result import write_base, write_result, writes_own_base
 from minilora.training.run import Run
-from minilora.training.run_folder import LOG, cut_log, lock_folder, log_line, open_folder
+from minilora.training.run_folder import LOG, cut_log, lock_folder, log_line, open_folder, read_log
 from minilora.training.threads import blas_threads
 
 CHECKED = 8
@@ -40,7 +40,9 @@ class FitOptions:
     ``resume`` continues the run in the folder, ``accept_changes`` even if its settings or files
     have changed; ``overwrite`` replaces it. A checkpoint is saved before the first step, every
     ``save_every`` steps, once ``save_minutes`` have passed since the last, and at the end. The loss
-    on the validation examples is computed every ``val_every`` steps and at the end.
+    on the validation examples is computed every ``val_every`` steps and at the end. ``keep_best``
+    keeps the result with the lowest of these losses in the subfolder `best.FOLDER`; ``patience``
+    does, too, and ends the run after so many of them in a row that are no lower.
 
     Errors: ValueError for an interval that is not positive, or for ``resume`` with ``overwrite``.
     """
@@ -51,10 +53,12 @@ class FitOptions:
     save_every: int = 50
     save_minutes: float = math.inf
     val_every: int = 50
+    keep_best: bool = False
+    patience: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("save_every", "val_every", "save_minutes"):
-            if not getattr(self, name) > 0:
+        for name in ("save_every", "val_every", "save_minutes", "patience"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name):g}: expected more than 0")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite: expected one of the two")
@@ -64,12 +68,15 @@ class FitOptions:
 class Outcome:
     """The last saved state of a run, and why it stopped before its last step, if it did.
 
-    ``stop_reason``: "" (it did not), "interrupted", or how it diverged.
+    ``stop_reason``: "" (it did not), "interrupted", or how it diverged. ``early``: whether it ended
+    because its patience did; ``best``: which result is the best in validation, if that is kept.
     """
 
     state: TrainState
     steps: int
     stop_reason: str = ""
+    early: bool = False
+    best: str = ""
 
 
 def fit(
@@ -88,6 +95,7 @@ def fit(
     not writable: what was saved before stays.
     """
     out = Path(out)
+    best.check(run, options.keep_best or options.patience is not None)
     with lock_folder(out):
         state, messages = open_folder(
             out, run, options.resume, options.overwrite, options.accept_changes
@@ -108,7 +116,9 @@ def fit(
             raise OSError(error.errno, text, error.filename or str(out)) from error
         except Diverged as error:
             return Outcome(fitting.restore(), run.total_steps, str(error))
-        return Outcome(fitting.state, run.total_steps)
+        early = fitting.best is not None and fitting.state.step < run.total_steps
+        kept = fitting.best.text if fitting.best else ""
+        return Outcome(fitting.state, run.total_steps, early=early, best=kept)
 
 
 class _Fitting:
@@ -121,6 +131,9 @@ class _Fitting:
         self.saved_step = -1
         self.saved_at = time.monotonic()
         tokens, pad, data = run.config.batch_tokens, run.pad, run.data
+        self.best: best.Best | None = None
+        if options.keep_best or options.patience is not None:
+            self.best = best.Best(out, run, options.patience, read_log(out / LOG))
         self.validation = batches_of(data.valid, tokens, pad)
         self.last_check = batches_of(data.train[:CHECKED], tokens, pad)[:1]
 
@@ -146,6 +159,8 @@ class _Fitting:
                 if self._save_is_due():
                     self.save()
                 self._show(line)
+                if self.best is not None and self.best.is_over:
+                    break
                 started = time.perf_counter()
         self.save()
 
@@ -157,6 +172,8 @@ class _Fitting:
             losses["val_loss"] = val_loss = run_loss(self.run, state, self.validation)
             if not math.isfinite(val_loss):
                 raise Diverged(step, f"the loss in validation is {val_loss:g}")
+            if self.best is not None:
+                self.best.see(state, val_loss)
         if last:
             assert state.first_loss is not None
             loss = run_loss(self.run, state, self.last_check)

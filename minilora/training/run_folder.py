@@ -19,7 +19,7 @@ from minilora.io.formats import huggingface, peft
 from minilora.io.formats.huggingface import TOKENIZER_FILES
 from minilora.io.loading import BASE_FOLDER, MANIFEST, read_run
 from minilora.spec.lora import Params
-from minilora.training import checkpoints
+from minilora.training import best, checkpoints
 from minilora.training.checkpoints import TrainState
 from minilora.training.example import SPLITS
 from minilora.training.result import writes_own_base
@@ -195,6 +195,7 @@ def _remove(out: Path, run: Run) -> None:
     _remove_temporary(out)
     for path in checkpoints.saved(out / checkpoints.FOLDER):
         path.unlink()
+    best.remove(out)
     (out / LOG).unlink(missing_ok=True)
 
 

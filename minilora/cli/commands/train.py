@@ -69,6 +69,9 @@ def add(commands: Any) -> None:
     minutes = "also save X minutes after the last save (default: never)"
     real("--save-minutes", default=math.inf, help=minutes)
     whole("--val-every", default=50, help="compute the validation loss every N steps")
+    flag("--keep-best", help="keep the result with the lowest validation loss in OUT/best, too")
+    patience = "end after N validations in a row without a lower loss; implies --keep-best"
+    whole("--patience", help=patience)
     flag("--resume", help="continue the run in OUT, to the same bits")
     flag("--accept-changes", help="resume even if settings or files have changed")
     flag("--overwrite", help="replace the run in OUT")
@@ -120,7 +123,10 @@ LEAST_OF_SCHEDULE = {
     "max_length": 2,
     "warmup_steps": 0,
 }
-LEAST = LEAST_OF_SCHEDULE | {"rank": 1, "threads": 1, "save_every": 1, "val_every": 1, "seed": 0}
+LEAST = LEAST_OF_SCHEDULE | {
+    **dict.fromkeys(("rank", "threads", "save_every", "val_every", "patience"), 1),
+    "seed": 0,
+}
 """The least value of each whole number."""
 
 ADAPTER_OPTIONS = (
@@ -327,7 +333,11 @@ def _report_result(
         say(f"step {step} of {steps}: {losses}\n")
     else:
         say(f"{out} is at step {step} of {steps}: nothing to do\n")
+    if outcome.early:
+        say("stopped early: the validation loss has not fallen any more\n")
     say(f"{out}: {'a model' if config.full else 'an adapter'}\n")
+    if outcome.best:
+        say(f"{outcome.best}\n")
     try:
         plot(out)
     except ImportError as error:
