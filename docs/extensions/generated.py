@@ -24,7 +24,7 @@ FOUND_BY = "findings/found-by.txt"
 
 TABLE = """{total} findings, of which `minilora verify` finds {found} by itself.
 
-| Library | Findings | Silently another function | Open | Found by `verify` | Told by `audit adapter` |
+| Library | Findings | Silent | Open | Found by `verify` | Told by `audit adapter` |
 | --- | --- | --- | --- | --- | --- |
 {libraries}
 
