@@ -83,6 +83,9 @@ def compare_settings(base: TensorStore, merged: TensorStore) -> Iterator[Entry]:
         yield Entry("config.json", "doubtful", text)
     if not B or not M:
         return
+    if base.container != merged.container and "gguf" in (base.container, merged.container):
+        # llama.cpp has one architecture for several of transformers.
+        B = {key: value for key, value in B.items() if key != "model_type"}
     yield from _compared(B, M, "")
     for name in _NESTED:
         one, two = B.get(name), M.get(name)

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from minilora.audit.settings import compare_settings
-from minilora.audit.tensors import open_tensors
+from minilora.audit.tensors import TensorStore, open_tensors
 from minilora.audit.tokenizer import compare_tokenizers
 from minilora.io.errors import FormatError
 from minilora.io.reference_models import folder
@@ -80,6 +80,18 @@ OTHER = {
 @pytest.mark.parametrize(("settings", "of_base", "expected"), OTHER.values(), ids=OTHER)
 def test_each_difference_is_named(tmp_path, settings, of_base, expected):
     assert found(tmp_path, settings, of_base) == expected
+
+
+def test_llama_cpp_has_one_architecture_for_several(tmp_path):
+    model = open_tensors(BASE)
+    other = {**model.settings, "model_type": "mistral"}
+    stores = [
+        TensorStore(model.path, container, model.tensors, settings, None)
+        for container, settings in (("safetensors", other), ("gguf", model.settings))
+    ]
+    assert list(compare_settings(*stores)) == []
+    stores[1].container = "safetensors"
+    assert [entry.subject for entry in compare_settings(*stores)] == ["model_type"]
 
 
 def test_a_head_that_is_missing_is_named(tmp_path):
