@@ -165,6 +165,15 @@ def test_a_large_header_is_refused_before_it_is_read(tmp_path):
     assert peak < 2**20
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in the file system")
+def test_what_is_no_plain_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "m.safetensors")
+    (tmp_path / "other.safetensors").symlink_to("/dev/zero")
+    for name in ("m.safetensors", "other.safetensors"):
+        with pytest.raises(FormatError):
+            open_tensors(tmp_path / name)
+
+
 def seventy_billion():
     """Names and shapes of a Llama of 70 billion parameters."""
     d, kv, ffn, vocab = 8192, 1024, 28672, 128256
