@@ -233,6 +233,31 @@ def test_a_gguf_model_has_the_names_and_layouts_of_hugging_faces(tmp_path, model
 
 
 @needs("gguf")
+def test_a_gguf_model_may_be_split(tmp_path):
+    gguf = optional("gguf")
+    W = np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)
+    for i, name in enumerate(("attn_q", "ffn_up")):
+        writer = gguf.GGUFWriter(tmp_path / f"m-0000{i + 1}-of-00002.gguf", "llama")
+        if not i:
+            writer.add_block_count(2)  # more layers than tensors here
+            writer.add_head_count(2)
+        writer.add_uint16("split.count", 2)
+        writer.add_tensor(f"blk.1.{name}.weight", W + np.float32(i))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    store = open_tensors(tmp_path / "m-00001-of-00002.gguf")
+    assert np.array_equal(whole(store["model.layers.1.mlp.up_proj.weight"]), W + np.float32(1))
+    assert np.array_equal(whole(store["model.layers.1.self_attn.q_proj.weight"]), W)
+    with pytest.raises(FormatError, match="the first of 2 files"):
+        open_tensors(tmp_path / "m-00002-of-00002.gguf")
+    (tmp_path / "m-00002-of-00002.gguf").unlink()
+    with pytest.raises(FormatError):
+        open_tensors(tmp_path / "m-00001-of-00002.gguf")
+
+
+@needs("gguf")
 def test_experts_of_a_gguf_model_come_one_by_one(tmp_path):
     gguf = optional("gguf")
     W = np.random.default_rng(0).standard_normal((3, 4, 32)).astype(np.float32)

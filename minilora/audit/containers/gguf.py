@@ -70,18 +70,17 @@ def open_gguf(path: Path) -> TensorStore:
     kind = contents.get("general.type", "model")
     if kind != "model":
         raise FormatError(path, "general.type", kind, "model", "give an adapter by --adapter")
-    if contents.get("split.count", 1) not in (0, 1):
-        remedy = "join the parts with llama-gguf-split --merge"
-        raise FormatError(path, "split.count", contents["split.count"], "a whole file", remedy)
-    names = Names(contents, None)
+    parts = _parts(contents)
+    everything = {place: part for part in parts for place in part.tensors}
+    names = Names(contents, None, len(everything))
     tensors: dict[str, StoredTensor] = {}
-    for gguf_name, tensor in contents.tensors.items():
-        name = names.huggingface(gguf_name)
+    for place, part in everything.items():
+        name, tensor = names.huggingface(place), part.tensors[place]
         if len(tensor.shape) == 3 and ".experts." in name:
-            tensors |= _one_by_one(contents, names, name, gguf_name, tensor)
+            tensors |= _one_by_one(part, names, name, place, tensor)
         else:
-            tensors[name] = _stored(contents, names, name, gguf_name, tensor)
-    settings = _settings(contents, names, "output.weight" not in contents.tensors)
+            tensors[name] = _stored(part, names, name, place, tensor)
+    settings = _settings(contents, names, "output.weight" not in everything)
 
     def alias(name: str) -> str | None:
         expert = _EXPERT.search(name)
@@ -92,6 +91,24 @@ def open_gguf(path: Path) -> TensorStore:
         return found.replace(".experts.", expert[0]) if expert else found
 
     return TensorStore(path, "gguf", tensors, settings, None, alias)
+
+
+def _parts(first: Contents) -> list[Contents]:
+    """The files that the model is split into, of which this is the first.
+
+    Errors: FormatError for another than the first, and for parts that are missing.
+    """
+    count = first.get("split.count", 1)
+    if count in (0, 1):
+        return [first]
+    match = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", first.path.name)
+    if type(count) is not int or match is None or int(match[2]) != count:
+        expected = f"the first of {count} files, NAME-00001-of-{count:05}.gguf"
+        remedy = "give that, or join the parts with llama-gguf-split --merge"
+        raise FormatError(first.path, "split.count", first.path.name, expected, remedy)
+    stem, rest = match[1], range(2, count + 1)
+    names = [f"{stem}-{i:05}-of-{count:05}.gguf" for i in rest]
+    return [first, *(Contents(first.path.with_name(name)) for name in names)]
 
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -121,11 +138,11 @@ def _below(read: Callable[[int, int], Array], first: int, start: int, stop: int)
 class Names:
     """Names in a GGUF file and in Hugging Face's, by the library's table.
 
-    ``layers``: how many there are; None where the metadata say it.
+    ``layers``: how many there are; None where the metadata say it: ``most`` of them at most.
     """
 
-    def __init__(self, contents: Contents, layers: int | None) -> None:
-        gguf = library()
+    def __init__(self, contents: Contents, layers: int | None, most: int = 0) -> None:
+        gguf, self.metadata = library(), contents
         found = contents.get("general.architecture")
         known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
         if not isinstance(found, str) or found not in known:
@@ -135,7 +152,7 @@ class Names:
         self.architecture: str = found
         if layers is None:
             layers = contents.get(f"{self.architecture}.block_count")
-        if type(layers) is not int or not 0 <= layers <= len(contents.tensors):
+        if type(layers) is not int or not 0 <= layers <= max(most, len(contents.tensors)):
             expected = "no more layers than tensors"
             remedy = "the file is incomplete"
             raise FormatError(contents.path, "block_count", layers, expected, remedy)
@@ -193,7 +210,7 @@ def _stored(
     """The tensor in Hugging Face's layout."""
     nbytes, shape = tensor.end - tensor.start, tensor.shape
     dtype = WEIGHT_DTYPES.get(tensor.kind)
-    order = _order(contents, names.architecture, place, shape)
+    order = _order(names, place, shape)
     if dtype is not None and order is None:
         read: Callable[[int, int], Array] = Place(
             contents.path, place, dtype, shape, tensor.start
@@ -216,15 +233,13 @@ def is_permuted(architecture: str, place: str) -> bool:
     return architecture in _PERMUTED and bool({"attn_q", "attn_k"} & {*place.split(".")})
 
 
-def _order(
-    contents: Contents, architecture: str, place: str, shape: tuple[int, ...]
-) -> Array | None:
+def _order(names: Names, place: str, shape: tuple[int, ...]) -> Array | None:
     """Where in the file each row of the weight or the bias is, or None if as in Hugging Face's."""
-    part = place.split(".")[-2]
+    contents, architecture = names.metadata, names.architecture
     if not is_permuted(architecture, place):
         return None
     heads = contents.get(f"{architecture}.attention.head_count")
-    if part == "attn_k":
+    if place.split(".")[-2] == "attn_k":
         heads = contents.get(f"{architecture}.attention.head_count_kv", heads)
     if isinstance(heads, list):  # one for each layer
         layer = int(place.split(".")[1])
