@@ -22,6 +22,7 @@ MODULES = {
     "jax": ("jax",),
     "text": ("jinja2", "rouge_score", "tokenizers"),
     "plot": ("matplotlib",),
+    "parquet": ("pyarrow",),
     "test": ("mpmath", "xdist", "yaml"),
     "dev": ("radon",),
 }

@@ -67,7 +67,7 @@ PYTEST = {
 
 OPTIONAL = {
     "minilora/io/": {"gguf", "jinja2", "tokenizers"},
-    "minilora/training/": {"matplotlib", "rouge_score"},
+    "minilora/training/": {"matplotlib", "pyarrow", "rouge_score"},
     "minilora/verify/skeletons/": {"torch"},
 }
 """What comes with an extra, or with the library looked at, by the package that imports it."""

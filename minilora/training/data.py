@@ -6,7 +6,6 @@ An invalid line is refused by its file and number.
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +13,12 @@ import numpy as np
 
 from minilora.io import synthetic_data
 from minilora.io.errors import FormatError, listed
-from minilora.io.files import parse_json
 from minilora.io.formats.tokenizers import Tokenizer
 from minilora.training.batching import shuffle_keys
 from minilora.training.encoding import Encoder
 from minilora.training.example import SPLITS, Data, Example, InvalidLine, Skipped
 from minilora.training.line_shapes import SHAPES, TASKS, label_of
+from minilora.training.rows import READERS, without_bom
 
 SYNTHETIC_SIZES = {"train": 4096, "valid": 512, "test": 512}
 """The number of examples that are drawn of a built-in task."""
@@ -54,10 +53,11 @@ def read(
     """The examples of a file, a folder or a built-in task, none longer than ``max_length`` tokens.
 
     ``task`` is one of `TASKS`; `SHAPES` lists what its lines may look like. A file has JSON lines
-    (``.jsonl``) or, for ``lm``, plain text (``.txt``). A folder has a file for each of `SPLITS`, of
-    which only train is required. ``task:NAME`` draws from `synthetic_data`, with ``seed``. Without
-    a file for validation, the fraction ``val_fraction`` of the training lines is held out, drawn
-    with ``seed``. ``train_on_prompt`` predicts prompts, too. ``skip_invalid`` skips invalid lines.
+    (``.jsonl``), a JSON array, CSV, parquet, or, for ``lm``, plain text (``.txt``). A folder has a
+    file for each of `SPLITS`, of which only train is required; or, for ``lm``, texts of any names.
+    ``task:NAME`` draws from `synthetic_data`, with ``seed``. Without a file for validation, the
+    fraction ``val_fraction`` of the training lines is held out, drawn with ``seed``.
+    ``train_on_prompt`` predicts prompts, too. ``skip_invalid`` skips invalid lines.
     ``classes`` are those of a trained model; by default they are the sorted labels of the training
     lines. With ``numeric_labels`` a number that is not the name of a class is its index, as in
     ``id2label``.
@@ -120,14 +120,22 @@ def _files(path: Path, task: str) -> dict[str, Path]:
     """The files by their split."""
     if not path.exists():
         raise FormatError(path, "file", "nothing", "a file or a folder", "check the path")
-    suffixes = (".jsonl", ".txt") if task == "lm" else (".jsonl",)
+    suffixes = (*READERS, ".txt") if task == "lm" else (*READERS,)
     expected = " or ".join(suffixes)
     if path.is_dir():
+        if task == "lm" and _holds_texts(path, suffixes):
+            return {"train": path}
         return _files_of_folder(path, suffixes)
     if path.suffix not in suffixes:
         remedy = "write one JSON object per line, or name a folder"
         raise FormatError(path, "file", f"the suffix {path.suffix!r}", expected, remedy)
     return {"train": path}
+
+
+def _holds_texts(path: Path, suffixes: Sequence[str]) -> bool:
+    """Whether all data in the folder are texts, and none has a split's name."""
+    files = [file for file in path.iterdir() if file.suffix in suffixes]
+    return bool(files) and all(f.suffix == ".txt" and f.stem not in SPLITS for f in files)
 
 
 def _files_of_folder(path: Path, suffixes: Sequence[str]) -> dict[str, Path]:
@@ -220,8 +228,11 @@ class _Reader:
         self.digests: dict[str, str] = {}
 
     def read(self, path: Path) -> list[_Row]:
-        """The valid lines of a file."""
+        """The valid lines of a file, or the pieces of a text or of a folder of texts."""
         try:
+            if path.is_dir():
+                texts = sorted(path.glob("*.txt"))
+                return [row for text in texts for row in self._text(text)]
             return self._text(path) if path.suffix == ".txt" else [*self._lines(path)]
         except OSError as error:
             raise FormatError(path, "file", error, "a readable file", "check it") from error
@@ -231,36 +242,22 @@ class _Reader:
         found, expected, remedy = error.args
         if not self.skip_invalid:
             remedy = f"{remedy}, or skip invalid lines with --skip-invalid"
-            raise FormatError(path, f"line {line}", found, expected, remedy) from None
+            where = "line" if path.suffix in (".jsonl", ".csv") else "entry"
+            raise FormatError(path, f"{where} {line}", found, expected, remedy) from None
         self.skipped.append(Skipped(str(path), line, f"found {found}, expected {expected}"))
 
     def _lines(self, path: Path) -> Iterator[_Row]:
-        """Empty lines at the end of the file are none."""
-        sha, blank = hashlib.sha256(), 0
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                sha.update(raw)
-                if not raw.strip():
-                    blank += 1
-                    continue
-                for before in range(number - blank, number):
-                    empty = InvalidLine("an empty line", "a JSON object on one line, in UTF-8")
-                    self._refuse(path, before, empty)
-                blank = 0
-                try:
-                    yield self._row(path, number, _without_bom(raw) if number == 1 else raw)
-                except InvalidLine as error:
-                    self._refuse(path, number, error)
+        sha = hashlib.sha256()
+        for number, value in READERS[path.suffix](path, sha):
+            try:
+                if isinstance(value, InvalidLine):
+                    raise value
+                yield self._row(path, number, value)
+            except InvalidLine as error:
+                self._refuse(path, number, error)
         self.digests[path.name] = sha.hexdigest()
 
-    def _row(self, path: Path, line: int, raw: bytes) -> _Row:
-        try:
-            value = parse_json(raw)
-        except JSONDecodeError as error:
-            found = f"{error.msg} at character {error.pos + 1}"
-            raise InvalidLine(found, "a JSON object on one line, in UTF-8") from None
-        except ValueError as error:
-            raise InvalidLine(error, "a JSON object on one line, in UTF-8") from None
+    def _row(self, path: Path, line: int, value: Any) -> _Row:
         if not isinstance(value, dict):
             raise InvalidLine(f"a JSON {type(value).__name__}", "a JSON object, in { }")
         make = SHAPES[self.task][self._keys(value)]
@@ -285,7 +282,7 @@ class _Reader:
         raw = path.read_bytes()
         self.digests[path.name] = hashlib.sha256(raw).hexdigest()
         try:
-            text = _without_bom(raw).decode().replace("\r\n", "\n")
+            text = without_bom(raw).decode().replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             line = error.object[: error.start].count(b"\n") + 1
             remedy = "write the file in UTF-8"
@@ -329,8 +326,3 @@ class _Reader:
                 continue
             labelled.append(row._replace(examples=[replace(e, label=i) for e in row.examples]))
         return labelled
-
-
-def _without_bom(raw: bytes) -> bytes:
-    """Without the byte order mark that some editors write at the start of a file."""
-    return raw.removeprefix(b"\xef\xbb\xbf")

@@ -71,10 +71,50 @@ def _instruction(encoder: Encoder, row: Row) -> Encoded:
     return encoder.example(*encoder.completion(prompt + RESPONSE, _string(row, "output")))
 
 
+SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "model"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+}
+"""The speakers of ShareGPT's conversations, and their roles."""
+
+
+def _conversations(encoder: Encoder, row: Row) -> Encoded:
+    """ShareGPT's form: a list of {"from", "value"}."""
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not turns:
+        raise InvalidLine(f"conversations: {turns!r}", "a list of turns, not empty")
+    messages = []
+    for i, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict) or not turn.keys() >= {"from", "value"}:
+            if isinstance(turn, dict) and turn.keys() >= {"role", "content"}:
+                messages.append(turn)
+                continue
+            raise InvalidLine(f"turn {i}: {turn!r}", "an object with from and value")
+        if turn["from"] not in SPEAKERS:
+            raise InvalidLine(
+                f"in turn {i} from: {turn['from']!r}", f"one of {listed(SPEAKERS, 20)}"
+            )
+        messages.append({"role": SPEAKERS[turn["from"]], "content": turn["value"]})
+    return _messages(encoder, {"messages": messages})
+
+
+def _plain_content(message: Any) -> Any:
+    """The message with a content of text parts as one text; any other as it is."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list):
+        return message
+    parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+    texts = [part for part in parts if isinstance(part, str)]
+    return {**message, "content": "".join(texts)} if len(texts) == len(content) > 0 else message
+
+
 def _messages(encoder: Encoder, row: Row) -> Encoded:
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
         raise InvalidLine(f"messages: {messages!r}", "a list of messages, not empty")
+    messages = [_plain_content(message) for message in messages]
     for i, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not message.keys() >= {"role", "content"}:
             raise InvalidLine(f"message {i}: {message!r}", "an object with role and content")
@@ -181,6 +221,7 @@ SHAPES: dict[str, dict[tuple[str, ...], Shape]] = {
     | _OF_IDS,
     "chat": {
         ("messages",): _messages,
+        ("conversations",): _conversations,
         ("prompt", "completion"): _prompt_as_chat,
         ("instruction", "output"): _instruction_as_chat,
     }

@@ -430,7 +430,7 @@ def test_a_bad_line_is_refused_by_its_number_and_can_be_skipped(task, line, matc
     assert without.skipped == ()
     with pytest.raises(FormatError, match="file: found no example, 1 lines "):
         read(
-            write(path, line if task != "classify" else b""),
+            write(path, line if line and task != "classify" else b"{"),
             task,
             CHARACTERS,
             length,
@@ -453,7 +453,8 @@ def test_a_mark_at_the_start_and_windows_line_ends_are_no_fault(tmp_path):
     ("name", "content", "match"),
     [
         ("a.jsonl", b"", "file: found no example"),
-        ("a.csv", b"text", r"'\.csv', expected \.jsonl or \.txt"),
+        ("a.csv", b"text", "file: found no example"),
+        ("a.tsv", b"text", r"'\.tsv', expected \.jsonl or \.json or \.csv or .* or \.txt"),
         ("a.txt", b"", "file: found no text"),
         ("a.txt", b"one\ntwo\n\xff", "line 3: found .*invalid start byte, expected UTF-8"),
         ("a.txt", "é".encode(), "'é'"),
@@ -500,7 +501,7 @@ def test_a_folder_has_a_file_for_each_split(tmp_path):
     [
         ({"valid": "a"}, r"found valid\.jsonl, expected one file for train"),
         ({"train": "a", "validation": "b"}, r"found train\.jsonl, validation\.jsonl, .*rename"),
-        ({}, r"found no \.jsonl or \.txt"),
+        ({}, r"found no \.jsonl or .* or \.txt"),
         ({"train": "a", "valid": ""}, r"valid\.jsonl: file: found no example"),
     ],
 )

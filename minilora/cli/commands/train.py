@@ -79,7 +79,10 @@ def add(commands: Any) -> None:
 
 def add_data(option: Any) -> None:
     """Add the options that say what to train on."""
-    files = "a .jsonl or .txt file, a folder with train, valid and test files, or task:NAME"
+    files = (
+        "a .jsonl, .json, .csv, .parquet or .txt file, a folder with train, valid and test files, "
+        "a folder of texts, or task:NAME"
+    )
     option("--data", metavar="D", help=files)
     tasks = "lm, chat, summarize or classify (default: lm; for an encoder, classify)"
     option("--task", metavar="TASK", help=tasks)
