@@ -80,7 +80,7 @@ def run(
             fixed=subject.declared_fixed,
             profile=profile,
             seed=seed,
-            results=tuple(_still_known(result, results) for result in results),
+            results=_with_known(results),
             seconds=round(perf_counter() - started, 3),  # as its JSON says it
             notes=(*declarations.notes, *subject.remarks),
             interrupted=interrupted,
@@ -102,10 +102,16 @@ def run(
     return report()
 
 
-def _still_known(result: Result, results: Sequence[Result]) -> Result:
-    """One declaration for several checks or dtypes still holds where one of them deviates."""
-    holds = any(r.known is result.known and r.status == "known" for r in results)
-    return replace(result, known=None) if result.no_longer_fails and holds else result
+def _with_known(results: Sequence[Result]) -> tuple[Result, ...]:
+    """The results, without a declaration that no longer fails here and holds elsewhere.
+
+    One for several checks or dtypes still holds where one of them deviates.
+    """
+    holding = {id(r.known) for r in results if r.status == "known"}
+    return tuple(
+        replace(r, known=None) if r.no_longer_fails and id(r.known) in holding else r
+        for r in results
+    )
 
 
 def _announced(p: CheckPlan, progress: Progress | None, done: int, total: int) -> Iterator[Case]:

@@ -73,6 +73,16 @@ KINDS: dict[str, Kind] = {
         (2, 1),
         "the gradient of a step is clipped by its global norm in about half of the steps",
     ),
+    "partial-step": (
+        tiny_models.QWEN2,
+        LoraConfig(
+            r=3, lora_alpha=7, target_modules=ADAPTED, bias="lora_only",
+            modules_to_save=("head.weight",),
+        ),
+        {**SGD, "lr": 0.125, "max_grad_norm": MEDIAN}, (2, 1),
+        "the last step has one micro-batch where others have two; a bias and a head count in the "
+        "norm that is clipped",
+    ),
     "linear-schedule": (
         tiny_models.LLAMA, PLAIN,
         {**ADAMW, "schedule": "linear", "warmup_steps": 2, "total_steps": STEPS + 1}, (2,),
@@ -165,6 +175,8 @@ def draw_case(kind: str, number: int, seed: int) -> tuple[TinyModel, list[list[B
     ]
     if kind == "weight-decay":
         model = tiny_models.at_start(model)
+    if kind == "partial-step":
+        steps[-1] = steps[-1][:1]
     if kind == "gradient-accumulation":
         steps[SILENT][1] = tiny_models.without_labels(steps[SILENT][1])
     return model, steps

@@ -190,6 +190,19 @@ ACCUMULATE: Table = {
     ],
 }
 CLIP: Table = {
+    "train.partial-step": [
+        ("partial-step-shrunk", "the last step over the number of micro-batches of a full one",
+         {"# accumulate":
+              "f = len(step) / len(batches[0]); parts = [(n, times(f, g)) for n, g in parts]"},
+         "transformers 38837"),
+        ("partial-step-lost", "no last step where its micro-batches are fewer",
+         {"# accumulate":
+              "f = float(len(step) == len(batches[0])); parts = [(n, times(f, g)) for n, g in "
+              "parts]"}),
+        ("clip-adapters-alone", "the norm of the A's and B's gradients for ‖g‖",
+         {"sum((x**2).sum() for x in g.values()) ** 0.5":
+              'sum((x**2).sum() for n, x in g.items() if n.endswith((".A", ".B"))) ** 0.5'}),
+    ],
     "train.clip": [
         ("clip-none", "no clipping", {"min(1.0, max_norm / (norm + 1e-6))": "1.0"}),
         ("clip-per-tensor", "each tensor clipped by itself",

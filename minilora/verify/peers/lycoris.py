@@ -12,13 +12,8 @@ PEER = Peer(
     conventions={"dora_norm": "differentiated"},
     fixed={"dropout": False, "fan_in_fan_out": False},
     known=entries(
-        ["variants.dora.*.all"],
+        ["variants.dora.*.all", "variants.dora.init"],
         ("lycoris.dora-epsilon",),
-        {"arrays": ["y", "dB", "dmagnitude", "merged W"]},
-    )
-    | entries(
-        ["variants.dora.init:float16"],
-        ("lycoris.dora-epsilon",),
-        {"factor": 0.999, "arrays": ["y against the base"]},
+        {"arrays": ["y", "dB", "dmagnitude", "merged W", "y against the base"]},
     ),
 )

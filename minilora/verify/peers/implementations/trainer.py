@@ -57,8 +57,8 @@ class OfTransformers:
         """What is trained after each step of Trainer.train()."""
         asked = {name for name, value in settings.items() if (name, value) != ("momentum", 0.0)}
         refuse_settings("the trainer peer", sorted(asked - _SETTINGS))
-        counts = {len(step) for step in batches}
-        if len(counts) > 1:
+        counts = [len(step) for step in batches]
+        if {*counts[:-1]} - {counts[0]} or counts[-1] > counts[0]:
             raise NotImplementedError("steps of unequal numbers of micro-batches")
         model = opened(model_dir, adapter_dir)
         trained = trained_of(model, adapter_dir)
@@ -76,7 +76,7 @@ class OfTransformers:
             arguments = transformers.TrainingArguments(
                 output_dir=folder,
                 max_steps=settings.get("total_steps", len(batches)),
-                gradient_accumulation_steps=counts.pop(),
+                gradient_accumulation_steps=counts[0],
                 per_device_train_batch_size=1,
                 learning_rate=settings["lr"],
                 weight_decay=settings.get("weight_decay", 0.0),
