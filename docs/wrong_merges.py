@@ -1,6 +1,7 @@
 """The ten commonest wrong merges, made on purpose from a reference model and its adapter.
 
-Each is a function of the files' tensors: the base's weights W by name, the adapter's A, B by module.
+Each is a function of the files' tensors: the base's weights W by name, the adapter's A and B by
+module.
 """
 
 import json

@@ -152,7 +152,9 @@ def open_tensors(name: str | Path) -> TensorStore:
         raise FormatError(path, "model", "nothing there", expected, "check the path")
     config = path.parent / CONFIG
     settings = read_json(config) if config.exists() else {}
-    return TensorStore(path, "safetensors", stored(places(path)[0]), settings, None)
+    tensors = stored(places(path)[0])
+    _check_scheme(path, tensors)
+    return TensorStore(path, "safetensors", tensors, settings, None)
 
 
 def _read_whole(path: Path, f: Format) -> TensorStore:
@@ -182,10 +184,23 @@ def stored(found: Mapping[str, Any]) -> dict[str, StoredTensor]:
     }
 
 
+_OTHER_CODES = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")
+"""Ends of names in models of quantizers that are not judged: GPTQ, AWQ, FP8, compressed-tensors."""
+
+
+def _check_scheme(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Refuse codes whose numbers are not known here: their bits say nothing of an adapter."""
+    if found := [name for name in tensors if name.endswith(_OTHER_CODES)]:
+        expected = "plain numbers, or codes of bitsandbytes, MLX or GGUF"
+        remedy = "GPTQ, AWQ and FP8 are not judged: audit the model as it was before"
+        raise FormatError(path, found[0], "codes of another quantizer", expected, remedy)
+
+
 def _open_folder(folder: Path) -> TensorStore:
     config = folder / CONFIG
     settings = read_json(config) if config.exists() else {}
     tensors = stored(_places_in(folder))
+    _check_scheme(folder, tensors)
     if bitsandbytes.is_quantized(tensors):
         tensors = bitsandbytes.dequantized(folder, tensors)
         return TensorStore(folder, "bitsandbytes", tensors, settings, folder)

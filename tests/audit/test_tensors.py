@@ -360,6 +360,15 @@ def test_mlx_weights_are_dequantized_as_mlx_does(tmp_path, bits):
         open_tensors(tmp_path)
 
 
+@pytest.mark.parametrize("end", ["qweight", "weight_scale_inv", "weight_packed"])
+def test_codes_of_another_quantizer_are_refused_by_name(tmp_path, end):
+    tensors = {"w.weight": np.ones(2, np.float32), f"w.{end}": np.ones(2, np.int32)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    for path in (tmp_path, tmp_path / "m.safetensors"):
+        with pytest.raises(FormatError, match="codes of another quantizer"):
+            open_tensors(path)
+
+
 def test_a_name_is_found_with_and_without_the_models_prefix(tmp_path):
     names = ["layers.0.q.weight", "layers.1.q.weight", "norm.weight"]
     save_file({name: np.ones(2, np.float32) for name in names}, tmp_path / "m.safetensors")
