@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE
     if unknown:
         arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    given = sys.argv[1:] if argv is None else argv
+    arguments.argv = list(given[1:])  # of the command itself
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         return run(arguments)

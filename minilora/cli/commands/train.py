@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from minilora.cli.config_file import with_config
 from minilora.cli.console import FAILED, INTERRUPTED, OK, say
 from minilora.cli.options import add_command, add_model, at_least, kinds_of
 from minilora.cli.progress import sigterm_interrupts, steps_bar
@@ -37,6 +38,8 @@ def add(commands: Any) -> None:
     whole, real, flag = kinds_of(option)
     add_model(option, trained=False)
     add_data(option)
+    config = "options from a TOML file or a run.json; those given beside it count more"
+    option("--config", metavar="FILE", help=config)
     option("--output", metavar="OUT", help="folder for the run and its result")
 
     whole("--rank", default=8, metavar="R", help="rank of the adapters")
@@ -222,6 +225,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from minilora.training.run import prepare
     from minilora.training.run_folder import is_free
 
+    arguments = with_config(arguments)
     at_least(arguments, **LEAST)
     if arguments.output is None and not arguments.show_batch:
         raise ValueError("--output is missing: expected the folder for the run and its result")
