@@ -120,3 +120,15 @@ def test_the_first_batch_is_shown_without_an_output(capsys):
     assert capsys.readouterr().out
     assert main(["train"]) == 2
     assert "--output is missing" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--dry-run", "--max-length", "16", "--gradient-checkpointing"]) == 0
+    told = dict(
+        line.split(None, 1) for line in capsys.readouterr().out.splitlines() if ":" not in line
+    )
+    assert {"examples", "tokens", "batches", "steps", "time", "memory"} <= told.keys()
+    assert main(["train", "--output", "run", "--max-length", "16"]) == 0
+    assert f"step {told['steps']} of {told['steps']}:" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

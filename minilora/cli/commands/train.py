@@ -67,6 +67,7 @@ def add(commands: Any) -> None:
     flag("--train-on-prompt", help="compute the loss on prompt tokens, too")
     flag("--skip-invalid", help="skip invalid lines instead of stopping")
     flag("--show-batch", help="print the first batch token by token, and exit")
+    flag("--dry-run", help="print what the run will take: data, steps, time, memory; and exit")
 
     whole("--save-every", default=50, help="save every N steps")
     minutes = "also save X minutes after the last save (default: never)"
@@ -219,6 +220,7 @@ def _run(arguments: argparse.Namespace) -> int:
     import numpy as np
 
     from minilora.io.loading import open_adapted, open_base, open_base_of
+    from minilora.training.dry_run import dry_run
     from minilora.training.fit import FitOptions
     from minilora.training.gradients import ExecutionPlan
     from minilora.training.memory import keep_freed_memory
@@ -227,12 +229,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
     arguments = with_config(arguments)
     at_least(arguments, **LEAST)
-    if arguments.output is None and not arguments.show_batch:
+    only_shown = arguments.show_batch or arguments.dry_run
+    if arguments.output is None and not only_shown:
         raise ValueError("--output is missing: expected the folder for the run and its result")
     options = FitOptions(**{f.name: getattr(arguments, f.name) for f in fields(FitOptions)})
     # What is wrong with the options or the folder is told before a model is read.
     config_of(arguments, arguments.task or "lm")
-    if arguments.output is not None and not arguments.show_batch:
+    if arguments.output is not None and not only_shown:
         is_free(Path(arguments.output), options.resume or options.overwrite)
     name, dtype = arguments.model or "reference:llama", np.dtype(arguments.dtype)
     if arguments.adapter is None:
@@ -265,6 +268,9 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     if not arguments.gradient_checkpointing:
         keep_freed_memory()
+    if arguments.dry_run:
+        say(dry_run(run))
+        return OK
     outcome, last_line = _fit(arguments.output, run, options)
     if outcome.stop_reason:
         return _report_stop(outcome, config, arguments.output)
