@@ -34,7 +34,7 @@ def _lines(run: Run) -> Iterator[tuple[str, str]]:
     yield (
         "tokens",
         (
-            f"{lengths.sum()} an epoch, {counted} of them predicted; an example has {lengths.min()} to "
+            f"{lengths.sum()} an epoch, {counted} predicted; an example has {lengths.min()} to "
             f"{lengths.max()}, half have {np.median(lengths):.0f} or fewer"
         ),
     )
