@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 MODULES = {
-    "peers": ("accelerate", "loralib", "peft", "torch", "transformers"),
+    "peers": ("loralib", "peft", "torch", "transformers"),
     "libraries": ("bitsandbytes", "jsonschema", "lycoris", "mlx", "mlx_lm"),
     "servers": ("fastapi", "openai", "uvicorn"),
     "vllm": ("vllm",),

@@ -28,8 +28,8 @@ def test_the_declared_dependencies_are_those_that_are_imported():
     assert names(EXTRAS["peers"]) == PEERS - {"lycoris"}
     assert PYTEST
     assert names(EXTRAS["pytest"]) == {"pytest"}
-    optional = names(EXTRAS["text"] + EXTRAS["gguf"] + EXTRAS["plot"])
-    assert optional == set().union(*OPTIONAL.values())
+    optional = names(EXTRAS["text"] + EXTRAS["gguf"] + EXTRAS["plot"] + EXTRAS["parquet"])
+    assert optional == set().union(*OPTIONAL.values()) - PEERS
     assert {"lycoris_lora", *ALONE} <= names(
         EXTRAS["libraries"] + EXTRAS["jax"] + EXTRAS["vllm"] + EXTRAS["sglang"]
     )

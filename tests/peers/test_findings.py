@@ -1908,7 +1908,7 @@ def test_bitsandbytes_rounds_to_bfloat16_once_a_layer_was_evaluated(torch, bitsa
 
 @pytest.mark.finding("transformers.classifier-batches")
 def test_transformers_sums_the_micro_batches_of_a_classifier(torch, transformers, tmp_path):
-    optional("accelerate")  # for its Trainer
+    optional("peft")  # it brings accelerate, which the Trainer needs
     sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "num_labels": 2}
     config = transformers.BertConfig(vocab_size=5, intermediate_size=4, **sizes)
     batch = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([1])}
