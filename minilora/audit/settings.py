@@ -213,6 +213,12 @@ def _head_is_table(store: TensorStore, head: str) -> bool:
     )
 
 
+def _only(one: Any, other: Any, store: TensorStore) -> bool:
+    """Whether some tensor has one of the numbers of rows, and none the other."""
+    rows = {tensor.shape[0] for tensor in store.values() if len(tensor.shape) == 2}
+    return one in rows and other not in rows
+
+
 def _vocabulary(B: Mapping[str, Any], M: Mapping[str, Any], merged: TensorStore) -> Iterator[Entry]:
     size, of_base = M.get("vocab_size"), B.get("vocab_size")
     without = {n: t for n, t in merged.items() if not n.endswith("lm_head.weight")}
@@ -220,6 +226,9 @@ def _vocabulary(B: Mapping[str, Any], M: Mapping[str, Any], merged: TensorStore)
     rows = merged[table].shape[0] if table else None
     if rows is not None and type(size) is int and size != rows:
         text = f"{size}, but the table has {rows} rows: loaders refuse it, or draw it anew"
+        yield Entry("vocab_size", "wrong", text)
+    elif table is None and size != of_base and _only(of_base, size, merged):
+        text = f"{size}, but the tables have {of_base} rows: loaders refuse them, or draw them anew"
         yield Entry("vocab_size", "wrong", text)
     elif size != of_base and None not in (size, of_base):
         text = f"{size}, the base says {of_base}: the vocabulary was resized or padded"

@@ -33,7 +33,7 @@ def rewritten(folder, world, change):
     (folder / FILE).write_bytes(pack(change(tensors(folder, world))))
 
 
-@spoil("a tensor is missing", "missing", r"missing")
+@spoil("a tensor is missing", "missing wrong changed", r"missing|no tensor|no such")
 def a_tensor_missing(folder, world):
     rewritten(folder, world, lambda M: dict(list(M.items())[:-1]))
 

@@ -13,7 +13,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +22,7 @@ from merge_catalogue.worlds import BF16, adapt, smollm2, write_model
 
 WORKER = """
 import json, sys
-from deltalint.check import CheckError, check_merge
+from deltalint import AdapterFormatError, CheckError, check_merge
 from deltalint.cli import _exit_code
 for line in sys.stdin:
     paths = json.loads(line)
@@ -31,9 +30,18 @@ for line in sys.stdin:
         report = check_merge(**paths)
         status = _exit_code(report)
         words = sorted({x.diagnosis for x in report.layers if x.diagnosis})
-    except Exception as error:
+    except (AdapterFormatError, CheckError) as error:
         status, words = 2, [type(error).__name__]
     print(json.dumps([status, words]), flush=True)
+"""
+MEASURE = """
+import json, os, subprocess, sys, time
+began = time.monotonic()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+process.returncode = os.waitstatus_to_exitcode(status)
+print(json.dumps({"seconds": time.monotonic() - began, "cpu": usage.ru_utime + usage.ru_stime,
+                  "peak": usage.ru_maxrss * 1024, "status": process.returncode}))
 """
 OUTCOMES = {0: "right", 1: "wrong", 2: "unreadable", 3: "not decided"}
 """Of deltalint, by its exit status."""
@@ -52,7 +60,7 @@ class Deltalint:
 
     def ask(self, base, adapter, merged):
         """Its outcome and the causes that it names."""
-        paths = {"base": str(base), "adapter": str(adapter), "merged": str(merged)}
+        paths = {"base_dir": str(base), "adapter_dir": str(adapter), "merged_dir": str(merged)}
         self.process.stdin.write(json.dumps(paths) + "\n")
         self.process.stdin.flush()
         status, words = json.loads(self.process.stdout.readline())
@@ -108,16 +116,8 @@ def right_merges(peer):
 
 def measured(command):
     """The seconds and the peak of memory of a process, and its exit status."""
-    began = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return {
-        "seconds": time.monotonic() - began,
-        "cpu": usage.ru_utime + usage.ru_stime,
-        "peak": usage.ru_maxrss * 1024,
-        "status": process.returncode,
-    }
+    # A process begins with the memory of the one that starts it: started by a small one.
+    return json.loads(subprocess.check_output([sys.executable, "-c", MEASURE, *command], text=True))
 
 
 def costs(python):
