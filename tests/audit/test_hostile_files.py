@@ -6,6 +6,7 @@ import sys
 from contextlib import contextmanager
 
 import pytest
+from marks import others_slow
 from merge_catalogue.hostile import HOSTILE, right
 
 from minilora.cli.main import main
@@ -48,7 +49,19 @@ def test_the_same_files_without_a_lie_are_right(tmp_path):
     assert audit(tmp_path) == 0
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+QUICK = (
+    "header of 2 to the 60 bytes",
+    "shape whose product overflows",
+    "file a pipe",
+    "index leaves the folder",
+    "shards that link in a loop",
+    "config of a gigabyte",
+    "pattern without end",
+    "gguf of 2 to the 60 tensors",
+)
+
+
+@pytest.mark.parametrize("name", others_slow(list(HOSTILE), *QUICK))
 def test_a_hostile_file_is_refused(name, tmp_path, capsys):
     spoil, statuses = HOSTILE[name]
     right(tmp_path)

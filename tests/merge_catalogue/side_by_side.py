@@ -22,17 +22,18 @@ from merge_catalogue.worlds import BF16, adapt, smollm2, write_model
 
 WORKER = """
 import json, sys
-from deltalint import AdapterFormatError, CheckError, check_merge
+from deltalint import check_merge
 from deltalint.cli import _exit_code
+out, sys.stdout = sys.stdout, sys.stderr  # it prints a line now and then
 for line in sys.stdin:
     paths = json.loads(line)
     try:
         report = check_merge(**paths)
         status = _exit_code(report)
         words = sorted({x.diagnosis for x in report.layers if x.diagnosis})
-    except (AdapterFormatError, CheckError) as error:
+    except Exception as error:
         status, words = 2, [type(error).__name__]
-    print(json.dumps([status, words]), flush=True)
+    print(json.dumps([status, words]), file=out, flush=True)
 """
 MEASURE = """
 import json, os, subprocess, sys, time
@@ -53,8 +54,12 @@ class Deltalint:
     """deltalint in a process of its own, asked for one merge after the other."""
 
     def __init__(self, python):
+        self.python = python
+        self.start()
+
+    def start(self):
         self.process = subprocess.Popen(
-            [python, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [self.python, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
@@ -63,8 +68,13 @@ class Deltalint:
         paths = {"base_dir": str(base), "adapter_dir": str(adapter), "merged_dir": str(merged)}
         self.process.stdin.write(json.dumps(paths) + "\n")
         self.process.stdin.flush()
-        status, words = json.loads(self.process.stdout.readline())
-        return OUTCOMES[status], words
+        for line in self.process.stdout:
+            if line.startswith("["):
+                status, words = json.loads(line)
+                return OUTCOMES[status], words
+        self.close()
+        self.start()
+        return "unreadable", ["crashed"]
 
     def close(self):
         self.process.stdin.close()
@@ -75,6 +85,17 @@ class Deltalint:
 def group_of(wrong):
     function = wrong.make or wrong.spoil
     return function.__module__.rsplit(".", 1)[-1]
+
+
+def check_asked(peer):
+    """Make sure that it is asked as it expects: it knows a plain right merge and a wrong one."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = trial.Bench(zoo.world("llama"), Path(folder))
+        for tensors, outcome in ((None, "right"), (bench.world.base, "wrong")):
+            bench.audit(tensors)
+            said, words = peer.ask(bench.base, bench.adapter, Path(folder) / "merged")
+            if said != outcome:
+                raise RuntimeError(f"deltalint says {said} {words} of a merge that is {outcome}")
 
 
 def wrong_merges(peer, share):
@@ -149,6 +170,7 @@ def costs(python):
 def record(python, share):
     peer = Deltalint(python)
     try:
+        check_asked(peer)
         return {
             "versions": {name: version(name) for name in ("minilora", "numpy", "peft", "torch")},
             "deltalint": subprocess.check_output(

@@ -1,0 +1,43 @@
+"""The recorded comparison with deltalint: what its tables say, and that they can say otherwise."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from merge_catalogue import WRONGS, side_by_side
+
+RECORD = Path(__file__).parents[2] / "docs" / "examples" / "audits.json"
+
+
+@pytest.fixture
+def data():
+    return json.loads(RECORD.read_text())
+
+
+def numbers(table):
+    """The last row's numbers."""
+    return [int(cell) for cell in table.splitlines()[-1].split("|")[2:-1]]
+
+
+def test_every_mistake_was_tried_and_what_is_decidable_was_found(data):
+    assert {row["wrong"] for row in data["wrong"]} <= WRONGS.keys()
+    assert len({row["wrong"] for row in data["wrong"]}) >= 60
+    merges, found, named, *_ = numbers(side_by_side.wrong_table(data))
+    assert found == merges
+    assert named >= 0.9 * merges
+    assert not any(row["missed"] or row["accused"] for row in data["wrong"])
+
+
+def test_no_right_merge_was_accused(data):
+    merges, accused, undecided, *_ = numbers(side_by_side.right_table(data))
+    assert merges >= 100
+    assert (accused, undecided) == (0, 0)
+
+
+def test_a_merge_that_is_missed_and_one_that_is_accused_are_counted(data):
+    other = copy.deepcopy(data)
+    other["wrong"][0] |= {"decidable": True, "missed": 1}
+    other["right"][0]["minilora"] = "wrong"
+    assert numbers(side_by_side.wrong_table(other))[1] < numbers(side_by_side.wrong_table(data))[0]
+    assert numbers(side_by_side.right_table(other))[1] == 1
