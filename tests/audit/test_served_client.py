@@ -276,6 +276,22 @@ def test_a_lying_server_is_told_of(lie, right, capsys):
     assert expected in capsys.readouterr().err
 
 
+def test_an_echo_that_is_off_by_one_is_not_believed(right):
+    """As llama-cpp-python 0.3.36 gives it where no token begins a text."""
+
+    def lie(answer):
+        found = answer["choices"][0].get("logprobs", {})
+        if "token_logprobs" in found:
+            first, *rest = found["token_logprobs"]
+            found["token_logprobs"] = [first, *rest[1:], -9.0]
+        return answer
+
+    with serving(right, lie=lie, forms=("echo", "bool")) as (url, _):
+        report = served(url, "m", LLAMA, LLAMA)
+    assert report.exit_status == 0
+    assert any("they were not used" in entry.text for entry in report.entries)
+
+
 def test_another_name_in_the_answers_is_noted(right):
     with serving(right, lie=lambda a: a | {"model": "gpt\x1b[2J"}) as (url, _):
         report = served(url, "m", LLAMA, LLAMA)

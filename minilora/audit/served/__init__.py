@@ -64,7 +64,7 @@ def served(
     sequences, raw = candidates(oracle, texts, seed)
     prompts = Prompts(oracle, Texts(opened.tokenizer), sequences, raw)
     session = Session(client, model, oracle, prompts)
-    asked, decision, evidence = session.run(error, tokens, progress)
+    asked, decision, evidence = session.confirmed(error, tokens, progress)
     found = summary(decision, evidence, session, error)
     wrong, right = found.severity == "deviation", found.severity == "ok"
     interface = of_interface(asked, session, listed, right)

@@ -77,13 +77,13 @@ class Session:
         names = [entry.get("id") for entry in entries if isinstance(entry, dict)]
         return [client.shown(name) for name in names if isinstance(name, str)]
 
-    def first_answer(self) -> tuple[Asked, list[Prompt]]:
+    def first_answer(self, forms: Sequence[Form] = FORMS) -> tuple[Asked, list[Prompt]]:
         """The first form that the server answers, with the answer, and the prompts left.
 
         Errors: ServerError if it answers in none; those of `Client.ask`.
         """
         refused: list[tuple[str, str]] = []
-        for form in FORMS:
+        for form in forms:
             prompts = self.prompts.of(form)
             few = 1 if form.scores == "prompt" else IN_A_ROW
             for k, prompt in enumerate(prompts[:few], 1):
@@ -101,13 +101,18 @@ class Session:
         raise self.client.error("answers", found, expected, remedy)
 
     def run(
-        self, error: float, most_tokens: int, told: Callable[[int], None] = lambda tokens: None
+        self,
+        error: float,
+        most_tokens: int,
+        told: Callable[[int], None] = lambda tokens: None,
+        forms: Sequence[Form] = FORMS,
     ) -> tuple[Asked, Decision, Evidence]:
         """Ask until the decision is sharp, or ``most_tokens`` are scored, or no prompt is left.
 
         Errors: those of `first_answer`. What goes wrong later is an unusable answer.
         """
-        asked, left = self.first_answer()
+        asked, left = self.first_answer(forms)
+        self.factors, self.since = [], {}
         decision, _ = self._judge(asked, error, True)
         look_at = fit_at = failed = 0
         for prompt in left:
@@ -128,6 +133,31 @@ class Session:
             fit_at = 2 * asked.tokens if fits else fit_at
             decision, _ = self._judge(asked, error, fits)
         return (asked, *self._judge(asked, error, True))
+
+    def confirmed(
+        self, error: float, most_tokens: int, told: Callable[[int], None] = lambda tokens: None
+    ) -> tuple[Asked, Decision, Evidence]:
+        """`run`; "something else" by the prompts' log-probabilities is confirmed by answers'.
+
+        Some servers give those of a prompt a place too far. Each of the two has half of the error.
+
+        Errors: those of `run`.
+        """
+        found = asked, decision, _ = self.run(error / 2, most_tokens, told)
+        if decision.serves != "other" or asked.form.scores != "prompt":
+            return found
+        others = [form for form in FORMS if form.scores != "prompt"]
+        try:
+            second = self.run(error / 2, most_tokens, told, others)
+        except ServerError:
+            return found
+        if second[1].serves == "other":
+            return found
+        second[0].unusable.append(
+            f"the log-probabilities of prompts ({asked.form.name}) are not those of what it "
+            "generates: they were not used"
+        )
+        return second
 
     @property
     def _adapted(self) -> bool:
