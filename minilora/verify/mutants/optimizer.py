@@ -135,8 +135,6 @@ CLIP: Table = {
          {"x * clip": "x.clip(-max_norm, max_norm)"}),
         ("clip-always", "gradients below the maximum norm scaled up to it",
          {"min(1.0, max_norm / (norm + 1e-6))": "min(9.0, max_norm / norm)"}),
-        ("clip-without-eps", "g min(1, max / ‖g‖), without PyTorch's 1e-6",
-         {"max_norm / (norm + 1e-6)": "max_norm / max(norm, 1e-30)"}, "optax", "mlx-lm"),
         ("clip-L1", "‖g‖ = Σ |g|",
          {"sum((x**2).sum() for x in g.values()) ** 0.5": "sum(abs(x).sum() for x in g.values())"}),
         ("clip-largest", "‖g‖ = max |g|",
@@ -172,8 +170,6 @@ SCHEDULE: Table = {
          {"# settings": "total = max(1, total - 1)"}),
         ("schedule-one-step-longer", "total + 1 steps instead of total",
          {"# settings": "total = total + 1"}),
-        ("schedule-least-rate", "a rate of at least η / 100 after the warm-up",
-         {"# rate": "factor = max(factor, 0.01) if k >= warmup else factor"}),
         ("schedule-cosine-for-linear", "the cosine schedule instead of the linear one",
          {"# settings": 'schedule = "cosine" if schedule == "linear" else schedule'}),
         ("schedule-A-alone", "the schedule applies to A alone",
@@ -190,6 +186,8 @@ SCHEDULE: Table = {
          {"# rate": 'factor **= 0.5 if schedule == "cosine" and k >= warmup else 1'}),
     ],
     "optimizer.cosine-schedule.past-end": [
+        ("schedule-least-rate", "a rate of at least η / 100 after the warm-up",
+         {"# rate": "factor = max(factor, 0.01) if k >= warmup else factor"}),
         ("schedule-cosine-rises-again", "the cosine rises again beyond the last step",
          {"# rate":
               "factor = (1 + np.cos(np.pi * (k - warmup) / (total - warmup))) / 2 if schedule "
@@ -227,9 +225,6 @@ LORAPLUS: Table = {
         ("loraplus-not-decayed", "λ = 0 with LoRA+, whose groups set it",
          {"# settings": 'weight_decay = 0 if "loraplus_lr_ratio" in settings else weight_decay'},
          "peft's create_loraplus_optimizer, given weight_decay"),
-        ("loraplus-constant", "B's rate without the schedule, with LoRA+",
-         {"# parameter": 'rate = lr * ratio if "loraplus_lr_ratio" in settings and '
-                         'name.endswith("B") else rate'}),
         ("loraplus-not-in-decay", "B's decay without the LoRA+ ratio",
          {"w * (1 - rate * decay)": "w * (1 - lr * factor * decay)"}),
     ],
@@ -310,6 +305,9 @@ TOGETHER: Table = {
          {"# rate": "factor = (total - k) / (total - warmup) if k > total else factor"}),
     ],
     "optimizer.combined": [
+        ("loraplus-constant", "B's rate without the schedule, with LoRA+",
+         {"# parameter": 'rate = lr * ratio if "loraplus_lr_ratio" in settings and '
+                         'name.endswith("B") else rate'}),
         ("schedule-constant-without-warmup", "no warm-up where the schedule is constant",
          {"# rate":
               'factor = 1.0 if schedule == "constant" else factor'}, "transformers get_scheduler"),

@@ -337,6 +337,8 @@ SESSIONS: Table = {
          {"# put in": 'self.known[name] = {**self.known[name], "p": 0}'}),
     ],
     "lifecycle.dropout.several": [
+        ("one-rate-for-all", "the rate of the last adapter for all",
+         {"# rate": 'p = list(self.known.values())[-1].get("p", 0.0)'}),
         ("dropout-first-rate", "the rate of the first adapter for all",
          {"# rate": 'p = next(iter(self.known.values())).get("p", 0.0)'}),
     ],
@@ -345,8 +347,6 @@ SESSIONS: Table = {
          {"# after adding": "self.training = True"}),
         ("loading-trains", "an adapter that is loaded turns training on",
          {"Session: # after loading": "self.training = True"}),
-        ("one-rate-for-all", "the rate of the last adapter for all",
-         {"# rate": 'p = list(self.known.values())[-1].get("p", 0.0)'}),
     ],
     "lifecycle.dropout.save": [
         ("save-no-rate", "the rate of dropout is not saved",
