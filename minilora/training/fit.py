@@ -24,6 +24,9 @@ from minilora.training.run import Run
 from minilora.training.run_folder import LOG, cut_log, lock_folder, log_line, open_folder, read_log
 from minilora.training.threads import blas_threads
 
+LEARNS = 10
+"""From so many steps on a run must have lowered the loss of what it was trained on."""
+
 CHECKED = 8
 """After the last step the loss is computed once more, on the first micro-batch of this many
 examples: no later step would notice that the last one diverged."""
@@ -182,11 +185,11 @@ class _Fitting:
         return losses
 
     def _check_learned(self, state: TrainState, loss: float) -> None:
-        """Errors: Diverged if all examples were seen, and the loss is no lower than at the start.
+        """Errors: Diverged if all examples were seen, `LEARNS` steps made, and nothing was gained.
 
         ``loss``: that of `last_check`.
         """
-        if state.epoch == 0:
+        if state.epoch == 0 or state.step < LEARNS:
             return
         start = replace(state, params=self.run.initial)
         before = run_loss(self.run, start, self.last_check)

@@ -522,6 +522,9 @@ def calls_of_variants(rng, sizes):
         given = {"W": W, "A": P["A"], "B": P["B"], "s": 2.0}
         variants.fresh_parts(variant, **given)
         yield variants.fresh_parts, given, ()
+    norms = {"magnitude": rng.standard_normal((m, 1)), "v": rng.random((m, 1))}
+    rescaled = dora.rescaled_rows(W, **norms)
+    yield dora.rescaled_rows, {"V": W} | norms, (rescaled,)
     ids, tokens = rng.integers(0, 2, (b, t)), rng.integers(0, 2, r)
     yield (
         variants.invocation,

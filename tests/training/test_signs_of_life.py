@@ -11,6 +11,7 @@ from minilora.cli.progress import steps_log
 from minilora.io.architectures import internal_targets
 from minilora.io.loading import open_base
 from minilora.training import data
+from minilora.training.fit import LEARNS
 
 
 def test_a_gradient_that_stays_0_ends_the_run(tmp_path):
@@ -20,7 +21,9 @@ def test_a_gradient_that_stays_0_ends_the_run(tmp_path):
 
 
 def test_a_run_that_leaves_what_it_was_trained_on_no_better_is_no_success(tmp_path, monkeypatch):
-    run = run_of(replace(QUICK, max_steps=None, num_train_epochs=1, dropout=0.0))
+    small = {"batch_tokens": 32, "gradient_accumulation_steps": 1, "dropout": 0.0}
+    run = run_of(replace(QUICK, max_steps=None, num_train_epochs=1, **small), examples=80)
+    assert run.total_steps >= LEARNS
     assert fit(tmp_path / "right", run).stop_reason == ""
     backwards = {name: -rate for name, rate in run.learning_rates.items()}
     monkeypatch.setitem(run.__dict__, "learning_rates", backwards)

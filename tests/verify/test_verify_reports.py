@@ -23,6 +23,7 @@ from minilora.verify.core.errors import UsageError
 from minilora.verify.core.types import CELLS, Comparison, Diagnosis, Judgement, Picture
 from minilora.verify.engine import run
 from minilora.verify.loading import source_file
+from minilora.verify.places import places_in
 from minilora.verify.report.annotations import badge, score, workflow_annotations
 from minilora.verify.report.html import grade, html, where_words
 from minilora.verify.report.junit import junit
@@ -677,11 +678,11 @@ def test_verbose_shows_each_check(command, monkeypatch):
 
 
 def test_annotations_say_the_cause_at_the_method_and_no_text_ends_a_command(tmp_path, monkeypatch):
-    monkeypatch.setattr("minilora.verify.report.annotations.CHECKS", CHECKS)
+    monkeypatch.setattr("minilora.verify.places.CHECKS", CHECKS)
     source = tmp_path / "mine.py"
     source.write_text("class Mine:\n    x = 1\n\n    def merge(self):\n        pass\n")
     report = run(CHECKS, WrongScale())
-    first, *_, last = workflow_annotations(report, source).splitlines()
+    first, *_, last = workflow_annotations(report, places_in(source)).splitlines()
     assert first.startswith("::error title=LoRA%3A ")
     assert f"file={source},line=4::" in first
     assert last == f"::error title=minilora verify {report.name}::{score(report)}"

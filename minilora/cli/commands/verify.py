@@ -233,11 +233,13 @@ def _checked(arguments: argparse.Namespace, options: dict[str, Any]) -> Report:
 def _write(report: Report, files: dict[str, str], target: str | None) -> list[str]:
     """Write the report's files; the errors of those that could not be written."""
     from minilora.verify.loading import source_file
+    from minilora.verify.places import places_in
     from minilora.verify.report.forms import rendered
 
     errors, source = [], source_file(target or "")
+    place = places_in(source) if source else None
     for form, path in files.items():
-        text = rendered(report, form, markdown_room(path), source)
+        text = rendered(report, form, markdown_room(path), place)
         try:
             write_file(path, text)
         except ValueError as error:

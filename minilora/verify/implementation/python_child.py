@@ -101,6 +101,7 @@ class Server:
 
     def start(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Loads the target: its name, its methods and what it declares."""
+        sys.dont_write_bytecode = True  # nothing is left beside the target's files
         target = self._load(message["target"])
         subject = self._objects[0] = GuardedImplementation(target, time_limit=None)
         gc.freeze()  # looking through a library's modules for garbage takes time

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import json
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 from minilora.forms.words import printable
-from minilora.verify.checks.registry import CHECKS
 from minilora.verify.report.causes import Cause
 from minilora.verify.report.report import Report
 
@@ -16,13 +13,17 @@ SHOWN = 10
 """So many annotations of one kind GitHub shows for a step."""
 
 
-def workflow_annotations(report: Report, source: Path | None = None) -> str:
+Place = Callable[[str], tuple[str, int]]
+"""For the id of a check the file, and the line in it, where its method stands."""
+
+
+def workflow_annotations(report: Report, place: Place | None = None) -> str:
     """A line for each probable cause, and one for the score.
 
-    ``source``: the target's file; a cause stands at the method there that its check calls.
+    ``place`` says where a cause is shown, if that is known.
     Source of the form: GitHub's "Workflow commands".
     """
-    lines = [_of_cause(report, cause, source) for cause in report.causes[:SHOWN]]
+    lines = [_of_cause(report, cause, place) for cause in report.causes[:SHOWN]]
     level = "notice" if report.exit_status == 0 else "error"
     return "\n".join([*lines, _command(level, score(report), title=_title(report))]) + "\n"
 
@@ -31,15 +32,16 @@ def _title(report: Report) -> str:
     return f"minilora verify {report.name}"
 
 
-def _of_cause(report: Report, cause: Cause, source: Path | None) -> str:
+def _of_cause(report: Report, cause: Cause, place: Place | None) -> str:
     first = cause.first
     told = cause.sentence.rstrip(".") or "no known mistake explains it"
     says = f"{told}. {cause.sureness()}."
     checks = f"Checks: {', '.join(cause.checks[:SHOWN])}."
     shown = f"Show it: {first.reproduce}" if first.reproduce else ""
     name = cause.id or first.check
-    place = _place(source, first.check) if source else {}
-    return _command("error", " ".join([says, checks, shown]), title=f"LoRA: {name}", **place)
+    file, line = place(first.check) if place else ("", 0)
+    where = {"file": file, "line": str(line)} if file else {}
+    return _command("error", " ".join([says, checks, shown]), title=f"LoRA: {name}", **where)
 
 
 def score(report: Report) -> str:
@@ -77,21 +79,3 @@ def _escaped(text: str, more: str = "") -> str:
     for character in "%\r\n" + more:
         text = text.replace(character, f"%{ord(character):02X}")
     return text
-
-
-def _place(source: Path, check: str) -> dict[str, str]:
-    """The file, and the line of the method that the check calls."""
-    methods = next((each.needs for each in CHECKS if each.id == check), ())
-    lines = dict(_definitions(source))
-    line = next((lines[method] for method in reversed(methods) if method in lines), 1)
-    return {"file": str(source), "line": str(line)}
-
-
-def _definitions(source: Path) -> Iterator[tuple[str, int]]:
-    try:
-        tree = ast.parse(source.read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node.name, node.lineno

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from minilora.forms.markdown import MARKDOWN_BYTES
-from minilora.verify.report.annotations import badge, workflow_annotations
+from minilora.verify.report.annotations import Place, badge, workflow_annotations
 from minilora.verify.report.html import html
 from minilora.verify.report.junit import junit
 from minilora.verify.report.markdown import markdown
@@ -13,14 +11,15 @@ from minilora.verify.report.report import Report
 
 
 def rendered(
-    report: Report, form: str, limit: int = MARKDOWN_BYTES, source: Path | None = None
+    report: Report, form: str, limit: int = MARKDOWN_BYTES, place: Place | None = None
 ) -> str:
     """The report as json, junit, html, markdown, annotations or badge.
 
-    ``limit`` is that of Markdown, in bytes; ``source`` the target's file, if it is known.
+    ``limit`` is that of Markdown, in bytes; ``place`` says where an annotation stands, if that is
+    known.
     """
     if form == "annotations":
-        return workflow_annotations(report, source)
+        return workflow_annotations(report, place)
     if form == "badge":
         return badge(report)
     if form == "markdown":
