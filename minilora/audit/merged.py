@@ -167,7 +167,7 @@ class Walk:
         other = self.merged[there]
         if changes:
             entry = judge(tensor, other, changes, self._around(changes))
-            entry = self._doubted(entry, changes)
+            entry = _with_start(self._doubted(entry, changes), changes)
         else:
             entry = self._own(untouched(tensor, other), name)
         entry = self._converted(entry)
@@ -234,6 +234,17 @@ class Walk:
         if type(heads) is not int or type(keys) is not int:
             return Around(modules=others)
         return Around(modules=others, heads=(heads, keys))
+
+
+def _with_start(entry: Entry, changes: Sequence[Change]) -> Entry:
+    """The entry, with what it means where PiSSA's or OLoRA's start is one of the changes."""
+    if entry.mistake != "some-of-several" or not any(change.slack for change in changes):
+        return entry
+    text = (
+        "the adapter was trained beside the base less its start (PiSSA, OLoRA), and one of the two "
+        "steps is missing: the start was not taken out of the base, or the adapter not added"
+    )
+    return replace(entry, text=text, mistake="start-left-in")
 
 
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")

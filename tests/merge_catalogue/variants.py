@@ -32,15 +32,17 @@ def magnitude(t):
     return t.extra["magnitude"]
 
 
-@dora("norms of the columns instead of the rows", "mismatch norm-not-applied", r"axis|column|norm")
+@dora(
+    "norms of the columns instead of the rows, where W is square",
+    "mismatch norm-not-applied",
+    r"axis|column|norm",
+)
 def dora_norm_of_the_columns(world):
-    return rescaled(
-        lambda t, W: (
-            (W + t.delta)
-            / row_norm((W + t.delta).T)[0].T
-            * np.resize(magnitude(t)[:, 0], W.shape[1])
-        )
-    )(world)
+    def change(t, W):
+        V = W + t.delta
+        return magnitude(t).T * V / row_norm(V.T)[0].T if t.shape[0] == t.shape[1] else t.merged(W)
+
+    return rescaled(change)(world)
 
 
 @dora("m/‖W‖: the norm of W without the change", "mismatch norm-not-applied", r"norm")
