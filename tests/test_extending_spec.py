@@ -76,6 +76,7 @@ def trained(W, tuning):
     return {**W, **after}, value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_laws_hold_on_every_kind_of_layer_as_the_entry_says(kind, monkeypatch):
     assert cell("gain", kind, library=False).good

@@ -160,6 +160,7 @@ def at_the_top(source):
     return foreign("\n".join(map(ast.unparse, body)))
 
 
+@pytest.mark.slow
 def test_an_optional_library_is_imported_where_it_is_used():
     sources = {name_of(path): path.read_text() for path in FILES if not is_peer(path)}
     libraries = set().union(*OPTIONAL.values())
@@ -202,6 +203,7 @@ def test_importing_minilora_loads_nothing_else():
         assert {name for name in modules if name.startswith("minilora")} <= {"minilora", module}
 
 
+@pytest.mark.slow
 def test_the_first_name_of_minilora_loads_the_specification_and_no_more_packages():
     _, before = modules_after("import numpy, scipy.special")
     modules, after = modules_after("import minilora; minilora.lora_linear")

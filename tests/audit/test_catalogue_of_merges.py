@@ -23,6 +23,7 @@ def test_there_are_sixty_ways_to_go_wrong_and_nine_of_ten_are_named():
     assert len(UNNAMED) <= len(WRONGS) / 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", others_slow(list(zoo.SMALL), "llama-one-layer", "qwen2-bias"))
 def test_each_mistake_is_found_in_a_drawn_model(world, tmp_path):
     check(world, trial.chosen(world, 1), tmp_path)

@@ -384,6 +384,7 @@ BAD_ADAPTERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", BAD_ADAPTERS.values(), ids=BAD_ADAPTERS)
 def test_settings_that_lie_are_unreadable(tmp_path, settings, capsys):
     shutil.copytree(folder() / "llama" / "adapter", tmp_path / "a")

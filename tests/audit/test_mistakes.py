@@ -70,6 +70,7 @@ def plain(made):
     yield "part-not-merged", np.where(made.rng.random((M, N)) < 0.5, w, w + D)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", EACH)
 def test_wrong_layouts_and_parts_are_named(dtype):
     made = Made(dtype)
@@ -276,6 +277,7 @@ def test_coarser_merges_are_named():
             assert dtype.name in entry.text
 
 
+@pytest.mark.slow
 def test_an_adapter_rounded_first_is_named():
     made = Made(F32)
     s, w, A, B = made.c.s, made.w, made.A, made.B

@@ -106,6 +106,7 @@ def test_a_bet_gains_nothing_in_expectation_if_the_setting_is_true():
 QUICK = ("of half precision", "moved by its median deviation")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "noise", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NOISES]
 )
@@ -115,6 +116,7 @@ def test_the_truth_is_excluded_no_more_often_than_said_however_often_one_looks(t
     assert errors <= most(RUNS, ERROR)
 
 
+@pytest.mark.slow
 def test_a_bet_on_what_fits_the_tokens_before_keeps_the_rate_and_finds_a_near_factor():
     noise = NOISES["of half precision"]
 
@@ -126,6 +128,7 @@ def test_a_bet_on_what_fits_the_tokens_before_keeps_the_rate_and_finds_a_near_fa
     assert sum(errs(i, 1.05) for i in range(20)) >= 18
 
 
+@pytest.mark.slow
 def test_the_rate_is_not_kept_where_the_noise_is_not_the_models():
     def moved(rng, n, to):
         return 0.05 * (rng.normal(size=n) + 4 * MAD * to)

@@ -81,6 +81,7 @@ def test_status_0_where_all_hold(verify):
     assert "14 of 14 checks ran (check × dtype): 14 passed" in out
 
 
+@pytest.mark.slow
 def test_without_a_target_the_installation_itself_is_checked(verify):
     status, out, _ = verify("--profile", "quick", "--dtype", "float32")
     assert status == 0
@@ -147,6 +148,7 @@ def test_a_command_that_does_not_exist_is_refused_with_a_suggestion(capsys):
     assert "verify" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_module_in_the_current_folder_is_a_target(verify, tmp_path):
     (tmp_path / "mine_too.py").write_text("from fake_checks import WrongScale as lora\n")
     status, out, _ = verify("mine_too:lora", "--level", "merge", "--dtype", "float32")
@@ -171,6 +173,7 @@ def test_the_command_in_the_report_reproduces_the_same_case(verify):
         assert again["counterexample"]["arrays"] == result["counterexample"]["arrays"]
 
 
+@pytest.mark.slow
 def test_a_report_stays_where_it_was_asked_for_though_the_target_goes_elsewhere(verify, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -215,11 +218,13 @@ def test_reports_are_written_in_every_format(verify, tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted(files.values()), "no temporary file is left"
 
 
+@pytest.mark.slow
 def test_a_report_goes_into_a_device_and_does_not_replace_it(verify):
     assert verify("--json", os.devnull, "--profile", "quick")[0] == 0
     assert not Path(os.devnull).is_file()
 
 
+@pytest.mark.slow
 def test_a_report_that_cannot_be_written_in_the_end_is_status_2(verify, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -258,6 +263,7 @@ def test_a_declaration_that_cannot_be_read_is_status_3(verify, tmp_path):
     assert "'dtypes' names float7" in err
 
 
+@pytest.mark.slow
 def test_a_hang_is_reproduced_with_its_time_limit(verify, tmp_path):
     (tmp_path / "hangs_here.py").write_text(
         "import time\nclass T:\n    def merge(self, *a, **k):\n        time.sleep(99)\n"
@@ -290,6 +296,7 @@ def test_what_a_target_prints_is_not_in_the_report(tmp_path):
         assert f"garbage {source}" in err
 
 
+@pytest.mark.slow
 def test_a_module_that_a_target_leaves_in_the_current_folder_is_not_imported(tmp_path):
     (tmp_path / "writes.py").write_text(
         "import fake_checks\nopen('html.py', 'w').write('raise SystemExit(0)')\n"
@@ -303,6 +310,7 @@ def test_a_module_that_a_target_leaves_in_the_current_folder_is_not_imported(tmp
     assert (tmp_path / "r.html").exists()
 
 
+@pytest.mark.slow
 def test_a_reader_who_leaves_early_sees_no_traceback():
     run = process("verify", "fake_checks:WrongScale", "--profile", "quick")
     run.stdout.close()
@@ -403,6 +411,7 @@ def test_a_progress_bar_on_a_terminal(verify, monkeypatch):
     assert "cases" in terminal.written
 
 
+@pytest.mark.slow
 def test_a_narrow_encoding_is_no_error(monkeypatch):
     class Narrow:
         encoding = "ascii"

@@ -282,6 +282,7 @@ def screen(monkeypatch, columns, *words):
     return [frame.rstrip("\n") for frame in text.split("\r") if frame.strip()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [slow(60), 80, slow(132)])
 def test_the_bar_fits_on_the_terminal_and_begins_where_the_run_goes_on(
     columns, tmp_path, monkeypatch

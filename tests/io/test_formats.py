@@ -1314,6 +1314,7 @@ def every_setting(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @every_model
 @some
 @given(data=st.data())

@@ -125,6 +125,7 @@ def test_the_first_batch_is_shown_without_an_output(capsys):
     assert "--output is missing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--dry-run", "--max-length", "16", "--gradient-checkpointing"]) == 0

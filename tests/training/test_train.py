@@ -894,6 +894,7 @@ def test_what_is_saved_after_damaged_checkpoints_stays(tmp_path):
     assert checkpoints.save(tmp_path / "c", some_state(1)).is_file()
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(tmp_path):
     told = []
 

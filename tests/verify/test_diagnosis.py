@@ -111,6 +111,7 @@ def test_a_dropout_rate_is_not_taken_for_a_scale():
     assert not only("linear.forward.dropout", without)[1]
 
 
+@pytest.mark.slow
 def test_two_faults_at_once_get_no_name_of_one():
     both = LINEAR.edited({"ds = s": "ds = s = 1.37 * alpha", "# gradients": "dB = 0 * B"})
     assert only("linear.vjp", both) == ("fail", ())
@@ -344,6 +345,7 @@ def test_an_object_made_with_other_settings_is_not_compared_with_what_its_class_
     assert f"{STRUCTURE}earlier-calls" not in [each.id for each in result.diagnosis]
 
 
+@pytest.mark.slow
 def test_what_all_cases_that_deviate_have_in_common_is_told():
     only_rank_1 = wrong("ds = s", "ds = s = 1.0 if r == 1 else alpha / r")
     report = report_of(only_rank_1, "linear.forward")
@@ -355,6 +357,7 @@ def test_what_all_cases_that_deviate_have_in_common_is_told():
     assert report_of(Linear, "linear.forward").results[0].only == ()
 
 
+@pytest.mark.slow
 def test_that_a_rank_is_greater_than_a_side_is_told():
     small = wrong("ds = s", "ds = s = alpha / min(r, *W.shape)")
     (result,) = report_of(small, "linear.forward").results
@@ -559,6 +562,7 @@ def test_a_wrong_forward_is_named_by_the_gradients_that_follow_from_it(id, check
     assert said.sentence.endswith("The gradients are those of this forward.")
 
 
+@pytest.mark.slow
 def test_a_wrong_forward_is_named_beside_gradients_that_are_right():
     class RightBackwards(CATALOGUE["dropout-on-hidden"].make().__class__):
         def lora_linear_vjp(self, *arrays, **options):
@@ -570,6 +574,7 @@ def test_a_wrong_forward_is_named_beside_gradients_that_are_right():
     assert said.sentence.endswith("The gradients are those of the right forward.")
 
 
+@pytest.mark.slow
 def test_gradients_that_follow_from_nothing_wrong_and_others_get_no_such_name():
     assert only("linear.vjp.rslora", autograd("form-no-bias")) == ("pass", ())
 
@@ -581,6 +586,7 @@ def test_gradients_that_follow_from_nothing_wrong_and_others_get_no_such_name():
     assert "form-no-bias" not in {d.id for d in found("linear.vjp.bias", Other, "float64")}
 
 
+@pytest.mark.slow
 def test_two_mistakes_at_once_are_named_together():
     both = LINEAR.edited({"ds = s": "ds = s = alpha", "# gradients": "dA = 0 * dA"})
     report = report_of(both, "linear.forward", "linear.vjp")
@@ -593,6 +599,7 @@ def test_two_mistakes_at_once_are_named_together():
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_scale_is_fitted_beside_any_other_mistake():
     both = LINEAR.edited({"ds = s": "ds = s = alpha", "# arrays": "A = np.roll(A, 1, 1)"})
     assert [d.id for d in found("linear.forward", both, "float64")] == [
@@ -633,6 +640,7 @@ def test_a_case_that_raises_does_not_hide_what_the_others_show():
     assert [d.id for d in found("linear.forward", Sometimes)] == ["scale-alpha"]
 
 
+@pytest.mark.slow
 def test_a_row_that_has_another_adapter_is_told():
     class Swapped(Minilora):
         def multi_adapter(self, x, W, adapters, index):

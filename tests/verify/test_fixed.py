@@ -104,6 +104,7 @@ class OneAdapter(MiniloraSession):
         super().add(name, adapter)
 
 
+@pytest.mark.slow
 def test_cases_are_drawn_to_fit_ranks_an_alpha_and_one_adapter():
     checks = (
         *("linear.vjp", "linear.balance", "merge.unmerge", "variants.dora.vjp", "combine.single"),

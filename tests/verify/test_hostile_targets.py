@@ -205,6 +205,7 @@ def test_a_declaration_that_cannot_be_used_is_status_3(hostile, after, words):
     assert words in err
 
 
+@pytest.mark.slow
 def test_a_declaration_arrives_as_it_was_made(hostile):
     after = (
         "T.dtypes = {np.float64, np.dtype('float32')}\nT.name, T.version = 'ours', 3\n"
@@ -317,6 +318,7 @@ class Poor(T):
         GuardedImplementation(target).session({"W": np.zeros((2, 2))})
 
 
+@pytest.mark.slow
 def test_another_instance_is_as_before_any_call(hostile):
     hostile("self.seen = getattr(self, 'seen', 0) + 1; return right + self.seen")
     with PythonTarget("hostile.py:T") as target:

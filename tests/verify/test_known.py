@@ -347,6 +347,7 @@ def test_a_mutant_that_is_known_excuses_itself_and_no_other(check, shown, other)
         assert {result.status for result in report.results} == {expected}, name
 
 
+@pytest.mark.slow
 def test_a_session_is_known_by_the_step_after_which_it_is_wrong():
     check = "lifecycle.scale-while-merged"
     known = {check: entry(seen={"after": ["scale"]})}

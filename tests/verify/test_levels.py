@@ -118,6 +118,7 @@ def rate(greatest, count):
     return kstwo.sf(greatest, count)
 
 
+@pytest.mark.slow
 def test_the_error_rate_of_a_distribution_is_what_it_says():
     found = [
         *init._distribution("")(
@@ -185,6 +186,7 @@ def kinds(target, level):
     return {r.check: (r.status, *(f.kind for f in r.faults)) for r in report.results}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["train", "grad-flow", "files", "init"])
 def test_an_answer_that_is_none_is_the_implementations_fault(level):
     found = kinds(Nothing, level)
@@ -219,6 +221,7 @@ def test_patterns_are_the_dotted_ends_of_names_and_read_as_they_are_meant():
         assert not any(end.startswith("model.") for end in it.settings[name])
 
 
+@pytest.mark.slow
 def test_stored_adapters_are_of_all_architectures_and_change_what_they_say():
     """Each adapter changes the output, in files of one and of several; its settings matter."""
     cases = [inference.stored(kind, "float32", n, 0) for kind in inference.CHOICES for n in (0, 1)]
@@ -414,6 +417,7 @@ class WeightAlone(Minilora):
         return super().merge(W, A, B, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id", ["merge.bias", "merge.bias-of-B"])
 def test_a_merge_may_answer_the_weight_alone_and_it_is_said(id):
     both, alone = (check(it(), case=f"{id}:float32:2") for it in (Minilora, WeightAlone))

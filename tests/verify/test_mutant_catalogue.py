@@ -62,6 +62,7 @@ def test_a_mutant_is_caught_by_the_check_that_it_names(check):
 QUICK = [level for level in LEVELS if level.name in ("merge", "optimizer")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", others_slow(LEVELS, *QUICK), ids=lambda level: level.name)
 def test_what_is_right_passes_however_it_is_written(level):
     """A case in integers and one with rounding; one only where it takes a model or many steps."""

@@ -275,6 +275,7 @@ def python(*arguments, **variables):
     )
 
 
+@pytest.mark.slow
 def test_the_plugin_leaves_other_suites_alone(tmp_path):
     """It takes no option of a general name, and loads nothing that the suite does not ask for."""
     (tmp_path / "conftest.py").write_text(

@@ -44,6 +44,7 @@ def test_any_number_of_processes_finds_the_same(few):
     assert replace(two, seconds=few.seconds) == few
 
 
+@pytest.mark.slow
 def test_another_seed_takes_another_share_and_other_cases(few):
     other = selftest.share(few.mutants[:1] + tuple(CATALOGUE.values()), 1)
     assert other != selftest.share(few.mutants[:1] + tuple(CATALOGUE.values()), 0)

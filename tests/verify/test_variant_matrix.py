@@ -20,6 +20,7 @@ def cells():
     return list(variant_matrix.cells(ENTRIES, KINDS, library=False))
 
 
+@pytest.mark.slow
 def test_no_cell_is_empty_without_a_reason(cells):
     assert len(cells) == len(ENTRIES) * len(KINDS)
     lines, notes = variant_matrix.rows_of(cells)

@@ -560,6 +560,7 @@ class FloatsOnly:
         return getattr(self.implementation, name)
 
 
+@pytest.mark.slow
 def test_wrong_answers_get_the_name_of_the_mutant(few, small, tmp_path, capsys):
     m = next(m for m in MUTANTS if m.id == "scale-alpha")
     target = put(tmp_path, answer(few, FloatsOnly(m.make())))
