@@ -173,6 +173,8 @@ def patterns(rng: Rng, names: Sequence[str], turn: int) -> Config:
     for name, values in (("rank_pattern", (2, 3, 5, 8)), ("alpha_pattern", (1, 3.5, -6, 24))):
         keys = [*some(rng, long, 2), *some(rng, short, 2)]
         config[name] = dict(zip(some(rng, keys, 4), some(rng, values, 4), strict=True))
+    if turn % 2:
+        del config["alpha_pattern"]  # a rank of its own leaves alpha as it is
     return config
 
 

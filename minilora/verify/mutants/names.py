@@ -117,6 +117,10 @@ TABLE: Table = {
     "names.targets.patterns": [
         ("pattern-last", "of several patterns the last counts",
          {"(patterns or {}).items()": "reversed((patterns or {}).items())"}),
+        ("alpha-follows-rank", "a rank of its own changes alpha, too, without alpha_pattern",
+         {"own_value(alphas, n, alpha)) for n in hit":
+              "own_value(alphas, n, alpha if alphas else alpha * own_value(ranks, n, r) / r)) for "
+              "n in hit"}),
         ("pattern-longest", "of several patterns the longest counts",
          {"(patterns or {}).items()":
               "sorted((patterns or {}).items(), key=lambda p: -len(p[0]))"}),
