@@ -35,7 +35,9 @@ def slack(t, W, change, product, adapter, base):
     """How far from the exact result a right merge may be before it is rounded to be stored."""
     u, coarse = unit(np.float32), max(unit(adapter), unit(base))
     terms = t.r + 6
-    error = terms * u * product + 3 * u * (abs(W) + abs(change)) + 4 * coarse * abs(change)
+    # On GPUs the factors may be rounded to half precision first, and their products added in it.
+    inner = terms * coarse * product
+    error = inner + 3 * u * (abs(W) + abs(change)) + 4 * coarse * abs(change)
     if t.variant == "dora":  # the norm and the quotient are rounded too, in PEFT to the base's
         error = error + (12 * coarse + W.shape[1] * u) * abs(W + change)
     return error

@@ -258,7 +258,13 @@ def of_llama(world):
     return "rope_theta" in world.config
 
 
-setting("rope_theta_changed", "rope_theta", r"rope", set_to("rope_theta", 500000.0), of_llama)
+setting(
+    "rope_theta_changed",
+    "rope_theta",
+    r"rope",
+    lambda c: c.update(rope_theta=7 * c["rope_theta"]),
+    of_llama,
+)
 setting(
     "rope_scaling_added",
     "rope_scaling",
@@ -313,7 +319,7 @@ setting(
     "context_cut",
     "max_position_embeddings",
     r"position",
-    set_to("max_position_embeddings", 16),
+    lambda c: c.update(max_position_embeddings=c["max_position_embeddings"] // 2),
     of_llama,
 )
 

@@ -346,7 +346,7 @@ def only_q_of_a_fused_projection(world):
     lambda w: fused(w) and (w.heads is None or w.heads[0] == w.heads[1]),
 )
 def fused_parts_interleaved(world):
-    h = 4
+    h = world.heads[0] if world.heads else world.config["n_head"]
     return of_fused(
         world, lambda t, cuts: t.delta.reshape(3, h, -1, t.shape[1]).swapaxes(0, 1).reshape(t.shape)
     )

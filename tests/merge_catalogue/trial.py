@@ -95,15 +95,18 @@ class Bench:
         """What the audit makes of one mistake."""
         if wrong.spoil is not None:
             return self._of_files(wrong)
-        right, second, path = self.right, None, None
+        right, path = self.right, None
         if wrong.two:
             second = self.second()
             path = write_adapter(self.folder / "second", second.adapter, second.settings)
             right = Right(weighted(self.world, WEIGHTS[0]), weighted(second, WEIGHTS[1]))
             tensors = wrong.make(self.world, second, WEIGHTS)
+            whole = merged_with_both(self.world, second, WEIGHTS)
         else:
-            tensors = wrong.make(self.world)
-        return judged(wrong, self.world, right.outside(tensors), self.audit(tensors, second=path))
+            tensors, whole = wrong.make(self.world), self.world.merge()
+        innocent = {n for n, a in whole.items() if n in tensors and same(a, tensors[n])}
+        report = self.audit(tensors, second=path)
+        return judged(wrong, self.world, right.outside(tensors), innocent, report)
 
     def second(self) -> World:
         """Another adapter of the same modules, of another rank and scale."""
@@ -152,8 +155,13 @@ def told_of(entry):
     return entry.severity == "deviation" or entry.verdict == "coarser"
 
 
-def judged(wrong: Wrong, world: World, decidable: set[str], report) -> Trial:
-    """The trial, by the tensors that are decidable."""
+def same(one, two):
+    """Whether two tensors have the same shape and bits."""
+    return one.shape == two.shape and one.tobytes() == two.tobytes()
+
+
+def judged(wrong: Wrong, world: World, decidable: set[str], innocent: set[str], report) -> Trial:
+    """The trial, by the tensors that are decidable and those that the mistake left right."""
     if isinstance(report, FormatError):
         return Trial(world.name, wrong.name, True, wrong.unreadable, True, words=str(report))
     tensors = set(world.base) | {"lm_head.weight"}
@@ -169,7 +177,7 @@ def judged(wrong: Wrong, world: World, decidable: set[str], report) -> Trial:
         bool(told),
         bool(named),
         tuple(sorted(decidable - deviant)),
-        tuple(sorted(deviant - decidable)),
+        tuple(sorted((deviant & innocent) - decidable)),
         first_words(report),
     )
 
