@@ -123,8 +123,10 @@ def _start(factors: Factors, change: Change, base: TensorStore) -> Change:
     """What the start took out of the base's weight, and so has to be taken out again: -s B₀ A₀.
 
     PEFT finds it by an SVD or a QR in float32, whenever it loads the adapter. An SVD misses the
-    part of the r greatest singular values by ‖E‖ (1 + 4 σ_r / (σ_r - σ_r+1)), where ‖E‖ ≤ √n u σ₁
-    is its own error.
+    part of the r greatest singular values by ‖E‖ (1 + 4 σ_r / (σ_r - σ_r+1)), where ‖E‖ is its own
+    error: √n u σ₁ where roundings are independent of each other, as is assumed here; n u σ₁ in the
+    worst case, which would decide nothing.
+    Source: Higham, "Accuracy and Stability of Numerical Algorithms", section 2.8; Wedin 1972.
     """
     stored = base[change.tensor]
     W = stored.rows(0, stored.length).reshape(stored.length, -1).astype(np.float64)
