@@ -158,6 +158,25 @@ FINDINGS = (
         source="[llama.cpp 9065](https://github.com/ggml-org/llama.cpp/issues/9065)",
         stored=Stored(_tied, "refused", "it applies no adapter to a table that is tied"),
     ),
+    Finding(
+        id="llama-cpp.echo-late",
+        title="llama-cpp-python echoes log-probabilities that are one place late",
+        severity="silent",
+        seen="0.3.36",
+        cause=(
+            "where no token begins the text, Llama._create_completion (llama_cpp/llama.py) pairs "
+            "token i of the prompt with row i of the logits"
+        ),
+        right="""
+            Row $i - 1$ of the logits predicts token $i$.
+            """,
+        consequence="""
+            Perplexities by `echo` and `logprobs` are wrong. `minilora audit served` confirms what
+            an echo says by tokens that are generated.
+            """,
+        not_asked="there is no peer of llama.cpp",
+        source="`Llama._create_completion` of llama-cpp-python 0.3.36, and its server's answers",
+    ),
 )
 
 LIBRARY = Library(
