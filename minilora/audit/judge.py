@@ -27,6 +27,7 @@ SURVIVES = 0.9
 class Tally:
     """What one passage through a region counts.
 
+    ``farthest``: row, column, what is there and the truth, of the greatest ``deviation``;
     ``along``: ⟨M - W, Dᵢ⟩ of each change Dᵢ, ``gram`` ⟨Dᵢ, Dⱼ⟩, ``moved`` ‖M - W‖²; ``beside`` and
     ``spread``: the sums of (M - N) D and of its square, N the merge in the way that was chosen.
     """
@@ -38,6 +39,7 @@ class Tally:
     outside: int = 0
     corrupt: int = 0
     deviation: float = 0.0
+    farthest: tuple[int, int, float, float] = (0, 0, 0.0, 0.0)
     moved: float = 0.0
     beside: float = 0.0
     spread: float = 0.0
@@ -117,14 +119,18 @@ def _check(merge: Merge, tally: Tally, W: Array, M: Array, N: Array, i: int, j: 
     sums, gap = merge.sums, merge.region.gaps(i, j)
     if sums is None or gap is not None or sums.cost * np.count_nonzero(differ) > differ.size:
         T, e = merge.rows(W.astype(F64), i, j)
-        M = M.astype(F64)
+        M, at = M.astype(F64), None
     else:
         at = np.nonzero(differ)
         M = M[at].astype(F64)
         T, e = sums.at(W[at].astype(F64), at[0] + i, at[1])
     tally.outside += int(np.count_nonzero(beyond(M, T, e, merge.region, gap)))
     share = deviations(M, T, e, merge.region, gap)
-    tally.deviation = max(tally.deviation, float(share.max(initial=0.0)))
+    if share.max(initial=0.0) > tally.deviation:
+        farthest = np.unravel_index(int(np.argmax(share)), share.shape)
+        row, column = farthest if at is None else (at[0][farthest], at[1][farthest])
+        tally.deviation = float(share[farthest])
+        tally.farthest = int(row) + i, int(column), float(M[farthest]), float(T[farthest])
 
 
 def count(merge: Merge, way: Played, bound: bool = True) -> Tally:
@@ -265,9 +271,11 @@ def _unexplained(tally: Tally) -> Explanation:
     explained = 0.0
     if tally.moved > 0 and tally.square > 0:
         explained = float(tally.along.sum() ** 2 / (tally.square * tally.moved))
+    row, column, got, want = tally.farthest
     text = (
-        f"{tally.outside} of {tally.entries} entries lie outside the bound of a right merge, and "
-        f"the change explains {explained:.1%} of what differs from the base"
+        f"{tally.outside} of {tally.entries} entries lie outside the bound of a right merge, the "
+        f"farthest [{row}, {column}]: found {got:.6g}, expected {want:.6g}; the change explains "
+        f"{explained:.1%} of what differs from the base"
     )
     return Explanation("mismatch", "", text, {"explained": explained, "outside": tally.outside})
 
