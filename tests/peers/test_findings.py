@@ -678,6 +678,26 @@ def test_peft_merges_a_tied_heads_adapter_into_the_embedding_and_tied_factors_tw
     assert "head.weight" not in of_both
 
 
+@pytest.mark.finding("peft.replicated-merge")
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_peft_merges_the_adapters_of_copies_into_one_weight(torch, transformers, peft):
+    sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "vocab_size": 5}
+    config = transformers.LlamaConfig(num_attention_heads=1, num_key_value_heads=1, **sizes)
+    lora = peft.LoraConfig(
+        r=1, lora_alpha=1, target_modules=["q_proj"], layer_replication=[[0, 1], [0, 1]]
+    )
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
+    first, second = (layer.self_attn.q_proj for layer in model.base_model.model.model.layers)
+    for layer, change in ((first, 1), (second, 2)):
+        layer.weight.data.fill_(8)
+        layer.lora_A["default"].weight.data.fill_(1)
+        layer.lora_B["default"].weight.data.fill_(change)
+    x = torch.ones(1, 4)
+    assert (first(x).unique(), second(x).unique()) == (4 * (8 + 1), 4 * (8 + 2))
+    model.merge_adapter()
+    assert first(x).unique() == second(x).unique() == 4 * (8 + 1 + 2)
+
+
 @pytest.mark.finding("peft.trained-bias")
 def test_peft_leaves_a_trained_bias_in_the_base(torch, peft, tmp_path):
     def layer(b):

@@ -1,5 +1,6 @@
 """Merges and unmerges of PEFT."""
 
+from minilora.findings.conditions import settings
 from minilora.findings.finding import Finding, Stored
 from minilora.findings.peft.release import SEEN
 from minilora.findings.stored import StoredAdapter
@@ -82,6 +83,30 @@ FINDINGS = (
             _tied,
             "use",
             "the table of this base is its head too: merged, an adapter of one acts in both",
+        ),
+    ),
+    Finding(
+        id="peft.replicated-merge",
+        title="The adapters of a layer's copies are merged into one weight",
+        severity="silent",
+        seen=SEEN,
+        cause=(
+            "replicate_layers (tuners/tuners_utils.py) has the copies share their weights, and the "
+            "merge of each adapter adds to them"
+        ),
+        right="""
+            With `layer_replication` each copy computes $W x + s B_i A_i x$ with its own adapter.
+            Merged, each has a weight of its own, $W + s B_i A_i$.
+            """,
+        consequence=r"""
+            After merging every copy computes $W + \sum_i s B_i A_i$. Do not merge such a model:
+            keep the adapter beside it.
+            """,
+        not_asked="no session has layers that share their weights by replication",
+        stored=Stored(
+            settings("layer_replication"),
+            "use",
+            "merged, each copy of a layer gets the changes of all its copies",
         ),
     ),
     Finding(
