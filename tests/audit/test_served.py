@@ -18,6 +18,8 @@ from minilora.io.errors import FormatError
 from minilora.io.loading import open_adapted, open_base
 from minilora.io.reference_models import folder
 
+pytestmark = pytest.mark.slow
+
 LLAMA = "reference:llama"
 
 

@@ -10,6 +10,8 @@ from minilora.audit.served import ServerError, served
 from minilora.audit.served.client import LARGEST_BODY, Client, Refused, key_of
 from minilora.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 LLAMA = "reference:llama"
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 

@@ -9,6 +9,8 @@ from scipy.stats import binom, norm
 from minilora.audit.served.decision import decide
 from minilora.audit.served.sequential import CHANCE, Choices, Values, log_evidence
 
+pytestmark = pytest.mark.slow
+
 ERROR = 0.05
 RUNS = 100
 LOOKS = (5, 10, 20, 40, 80, 160)

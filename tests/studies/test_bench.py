@@ -21,6 +21,8 @@ from minilora.studies.bench.minilora_side import MiniloraSide, products_of
 from minilora.studies.bench.results import read_results, table, tables
 from minilora.studies.bench.sides import SIDES, Missing, Side
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

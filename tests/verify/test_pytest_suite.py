@@ -20,6 +20,8 @@ from minilora.verify.diagnosis import investigation
 from minilora.verify.plan import plan
 from minilora.verify.report.result import Known
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parents[2]
 OPTIONS = ("-p", "minilora.pytest_plugin", "-p", "no:cacheprovider")

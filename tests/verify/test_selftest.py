@@ -15,6 +15,8 @@ from minilora.verify.mutants.merge import MERGING
 from minilora.verify.mutants.references.linear import Linear
 from minilora.verify.report.selftest import Alarm, Selftest, percent
 
+pytestmark = pytest.mark.slow
+
 CATALOGUE = {m.id: m for m in MUTANTS}
 
 
