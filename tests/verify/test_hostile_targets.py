@@ -22,7 +22,10 @@ from minilora.verify.implementation.messages import read_arrays
 from minilora.verify.implementation.minilora_impl import Minilora
 from minilora.verify.implementation.python_target import PythonTarget
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and process groups")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.name != "posix", reason="signals and process groups"),
+]
 
 HEAD = """
 import atexit, ctypes, os, signal, sys, threading, time

@@ -27,9 +27,12 @@ from minilora.verify.implementation.messages import as_answer, message_line, rea
 from minilora.verify.implementation.minilora_impl import Minilora
 from minilora.verify.implementation.protocol import Driver
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/stat").exists(), reason="processes are looked for in /proc"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not Path("/proc/self/stat").exists(), reason="processes are looked for in /proc"
+    ),
+]
 
 DRIVERS = Path(__file__).parents[2] / "docs" / "drivers"
 
