@@ -12,12 +12,16 @@ from calculus import WORST
 from hypothesis import settings
 from releases import changed_since, changed_since_finding
 
+from minilora.cli import progress
+
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("dev", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 # The arrays are small and the test processes may be several: more threads would only wait.
 threadpoolctl.threadpool_limits(1)
+
+progress.LOG_SECONDS = float("inf")  # a slow run prints no more than a quick one
 
 # A shell starts a job in the background with SIGINT ignored; the tests that interrupt need it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -215,6 +215,8 @@ def _head_is_table(store: TensorStore, head: str) -> bool:
 
 def _only(one: Any, other: Any, store: TensorStore) -> bool:
     """Whether some tensor has one of the numbers of rows, and none the other."""
+    if not (isinstance(one, int) and isinstance(other, int)):
+        return False
     rows = {tensor.shape[0] for tensor in store.values() if len(tensor.shape) == 2}
     return one in rows and other not in rows
 

@@ -103,10 +103,15 @@ def steps_bar() -> Iterator[Callable[[Mapping[str, Any], int], None] | None]:
         yield watch
 
 
+LOG_SECONDS = 30.0
+"""So many seconds pass at least between two lines of a log."""
+
+
 def steps_log(
-    seconds: float = 30.0, clock: Callable[[], float] = time.monotonic
+    seconds: float | None = None, clock: Callable[[], float] = time.monotonic
 ) -> Callable[[Mapping[str, Any], int], None]:
-    """Print a line with the step, the loss and the time left, after so many seconds each."""
+    """Print a line with the step, the loss and the time left, after `LOG_SECONDS` each."""
+    seconds = LOG_SECONDS if seconds is None else seconds
     started = last = clock()
     first: int | None = None
 

@@ -16,23 +16,23 @@ SECONDS, ROOM = 12, 2**30
 
 @contextmanager
 def bounded():
-    """Fail after a minute, and refuse more than a gigabyte beyond what is in use."""
+    """Fail after so many seconds of computing, and refuse a gigabyte beyond what is in use."""
 
     def late(*_):
-        raise RuntimeError(f"after {SECONDS} seconds it still goes on")
+        raise RuntimeError(f"after {SECONDS} seconds of computing it still goes on")
 
     limits = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
-    old = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
+    old = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, limits[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, old)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, old)
 
 
 def audit(folder):

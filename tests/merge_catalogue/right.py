@@ -348,7 +348,7 @@ peft_case("tied table", says="tied", kind="qwen2", r=4, target_modules=["embed_t
 # Here both have an adapter, and the one weight that they share gets both changes.
 peft_case(
     "tied table and head",
-    says="tied",
+    says="the change is applied by 2",
     kind="qwen2",
     r=4,
     target_modules=["embed_tokens", "q_proj"],
