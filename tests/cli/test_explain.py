@@ -3,7 +3,7 @@
 import pytest
 
 from minilora import __version__
-from minilora.cli.commands.doctor import Requirement, requirements, version_of
+from minilora.cli.commands.doctor import Requirement, required, requirements, version_of
 from minilora.cli.commands.explain import names
 from minilora.cli.main import main
 
@@ -44,7 +44,13 @@ def test_the_doctor_tells_versions_and_what_is_required(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert f"minilora {__version__}" in out
-    assert f"numpy {version_of('numpy')}" in out
+    assert (f"numpy {version_of('numpy')}" in out) == bool(required())
+
+
+def test_of_a_checkout_that_is_not_installed_nothing_is_required(capsys, monkeypatch):
+    monkeypatch.setattr("minilora.cli.commands.doctor.required", list)
+    assert main(["doctor"]) == 0
+    assert "is not installed" in capsys.readouterr().out
 
 
 def test_what_is_missing_or_too_old_is_told():

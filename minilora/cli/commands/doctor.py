@@ -43,13 +43,21 @@ class Requirement(NamedTuple):
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from importlib.metadata import requires
-
-    needed = requirements(requires("minilora") or [])
+    needed = requirements(required())
     lacks = [lack for each in needed[""] if (lack := each.lack)]
     lines = [*_machine(), "", *_required(needed[""], lacks), "", *_extras(needed), "", *_peers()]
     say("\n".join(lines) + "\n")
     return FAILED if lacks else OK
+
+
+def required() -> list[str]:
+    """What the installed package requires, a line each; nothing of a checkout that is none."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        return requires("minilora") or []
+    except PackageNotFoundError:
+        return []
 
 
 def requirements(lines: list[str]) -> dict[str, list[Requirement]]:
@@ -110,13 +118,16 @@ def _machine() -> Iterator[str]:
 
 def _required(needed: list[Requirement], lacks: list[str]) -> Iterator[str]:
     listed = ", ".join(f"{each.distribution} {version_of(each.distribution)}" for each in needed)
+    if not needed:
+        yield "minilora is not installed, and run from a checkout: what it requires is not known"
+        return
     yield from (f"required: {lack}" for lack in lacks) if lacks else [f"required: {listed}"]
     if lacks:
         yield "install it: python -m pip install --upgrade minilora"
 
 
 def _extras(needed: Mapping[str, list[Requirement]]) -> Iterator[str]:
-    width = max(len(extra) for extra in needed)
+    width = max(map(len, needed))
     for extra in sorted(needed.keys() - {""}):
         lacks = "; ".join(lack for each in needed[extra] if (lack := each.lack))
         remedy = f"{lacks}: python -m pip install 'minilora[{extra}]'"
