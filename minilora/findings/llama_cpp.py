@@ -9,9 +9,9 @@ from minilora.findings.conditions import (
     ratio,
     scaled_otherwise,
     settings,
-    start_in_base,
 )
 from minilora.findings.finding import Finding, Library, Stored
+from minilora.findings.shared import ALL_TENSORS_COUNT, START_STAYS, START_TAKEN_OUT
 from minilora.findings.stored import StoredAdapter, StoredModule
 
 SCRIPT = "0b03ada"
@@ -85,21 +85,14 @@ FINDINGS = (
         severity="silent",
         seen=SCRIPT,
         cause="convert_lora_to_gguf.py does not read init_lora_weights",
-        right="""
-            $W - s B_0 A_0 + s B A$, which PEFT makes of the same folder.
-            """,
+        right=START_TAKEN_OUT,
         consequence="""
             The start acts twice. Convert the adapter to an ordinary one first, by `minilora
             convert` or by `path_initial_model_for_weight_conversion` of PEFT.
             """,
         not_asked="there is no peer of llama.cpp",
         source=_SOURCE,
-        stored=Stored(
-            start_in_base,
-            "may",
-            "it adds s B A to the base that it serves: right on the residual alone, while in the "
-            "original one the start s B0 A0 still lies",
-        ),
+        stored=START_STAYS,
     ),
     Finding(
         id="llama-cpp.norms",
@@ -110,9 +103,7 @@ FINDINGS = (
             "llama_adapter_lora_init_impl (llama-adapter.cpp) goes on at a tensor whose name ends "
             "in _norm.weight"
         ),
-        right="""
-            Every tensor of an adapter is part of its function; what is not supported is an error.
-            """,
+        right=ALL_TENSORS_COUNT,
         consequence="""
             The norms are the base's. Merge the adapter, and convert the merged model.
             """,

@@ -2,6 +2,7 @@
 
 from minilora.findings.conditions import not_in_base
 from minilora.findings.finding import Finding, Library, Stored
+from minilora.findings.shared import ALL_TENSORS_FIT
 from minilora.findings.stored import StoredAdapter
 
 SEEN = "4.1.3"
@@ -48,9 +49,7 @@ FINDINGS = (
         does="""
             A name that is no module's is passed over.
             """,
-        right="""
-            Every tensor of an adapter has a place in the model, or the adapter is another model's.
-            """,
+        right=ALL_TENSORS_FIT,
         consequence="""
             A wrong prefix or another model's file leaves the base as it is. Count `loras`.
             """,

@@ -8,9 +8,9 @@ from minilora.findings.conditions import (
     ratio,
     scaled_otherwise,
     settings,
-    start_in_base,
 )
 from minilora.findings.finding import Finding, Library, Stored
+from minilora.findings.shared import ALL_TENSORS_COUNT, START_STAYS, START_TAKEN_OUT
 from minilora.findings.stored import StoredAdapter, StoredModule
 
 SEEN = "0.5.23"
@@ -62,9 +62,7 @@ FINDINGS = (
             "LoRAAdapter (srt/lora/lora.py) takes the factors A and B alone: modules_to_save, "
             "trained biases and the bias of B are left out without a word"
         ),
-        right="""
-            Every tensor of an adapter is part of its function; what is not supported is an error.
-            """,
+        right=ALL_TENSORS_COUNT,
         consequence="""
             Heads, norms and biases that were trained are the base's. Merge such an adapter.
             """,
@@ -91,20 +89,13 @@ FINDINGS = (
             The factors that PiSSA, OLoRA, CorDA and LoftQ have trained belong to a base that their
             start was taken out of. SGLang adds them to the base as it is.
             """,
-        right="""
-            $W - s B_0 A_0 + s B A$, which PEFT makes of the same folder.
-            """,
+        right=START_TAKEN_OUT,
         consequence="""
             The start acts twice, unless the served base is the residual. Convert the adapter, by
             `minilora convert` or by `path_initial_model_for_weight_conversion` of PEFT.
             """,
         not_asked="the adapters in the drawn files start by Kaiming's rule",
-        stored=Stored(
-            start_in_base,
-            "may",
-            "it adds s B A to the base that it serves: right on the residual alone, while in the "
-            "original one the start s B0 A0 still lies",
-        ),
+        stored=START_STAYS,
     ),
     Finding(
         id="sglang.refused",

@@ -11,9 +11,9 @@ from minilora.findings.conditions import (
     ratio,
     scaled_otherwise,
     settings,
-    start_in_base,
 )
 from minilora.findings.finding import Finding, Library, Stored
+from minilora.findings.shared import ALL_TENSORS_COUNT, START_STAYS, START_TAKEN_OUT
 from minilora.findings.stored import StoredAdapter, StoredModule
 
 READ = "007e181b"
@@ -103,9 +103,7 @@ FINDINGS = (
             "iterate_hf_lora (lora_manager.py) goes on at a name that is no layer's if it holds "
             "lm_head or embed_tokens"
         ),
-        right="""
-            Every tensor of an adapter is part of its function; what is not supported is an error.
-            """,
+        right=ALL_TENSORS_COUNT,
         consequence="""
             Embedding and head are the base's. Merge the adapter.
             """,
@@ -120,20 +118,13 @@ FINDINGS = (
         seen=READ,
         versions=">=0.11",
         cause="LoraManager.load_from_hf (lora_manager.py) does not read init_lora_weights",
-        right="""
-            $W - s B_0 A_0 + s B A$, which PEFT makes of the same folder.
-            """,
+        right=START_TAKEN_OUT,
         consequence="""
             The start acts twice. Convert the adapter to an ordinary one first.
             """,
         not_asked="there is no peer of TensorRT-LLM",
         source=_SOURCE,
-        stored=Stored(
-            start_in_base,
-            "may",
-            "it adds s B A to the base that it serves: right on the residual alone, while in the "
-            "original one the start s B0 A0 still lies",
-        ),
+        stored=START_STAYS,
     ),
     Finding(
         id="tensorrt-llm.refused",

@@ -11,6 +11,7 @@ from minilora.findings.conditions import (
     start_in_base,
 )
 from minilora.findings.finding import Finding, Library, Stored
+from minilora.findings.shared import ALL_TENSORS_FIT
 from minilora.findings.stored import StoredAdapter
 
 SEEN = "0.33.0"
@@ -53,9 +54,7 @@ FINDINGS = (
             34186](https://github.com/vllm-project/vllm/issues/34186),
             [48019](https://github.com/vllm-project/vllm/issues/48019).
             """,
-        right="""
-            Every tensor of an adapter has a place in the model, or the adapter is another model's.
-            """,
+        right=ALL_TENSORS_FIT,
         consequence="""
             The base answers, under the adapter's name. Rename the tensors.
             """,
