@@ -53,6 +53,29 @@ def add(commands: Any) -> None:
         "(default: minilora itself)",
     )
     option("--cmd", metavar="CMD", help="start a driver in another language and check it")
+    _add_choice(option)
+    _add_known(option)
+    option(
+        "--in-process",
+        action="store_true",
+        help="call the target in this process, for a debugger; one that ends it ends verify",
+    )
+    option("--time-limit", type=float, metavar="SECONDS", help="for each call (default: 30)")
+    add_files(option, "the report", *FORMS)
+    option(
+        "--verbose", action="store_true", help="print a line for each check, and deviations in full"
+    )
+    option("--timing", action="store_true", help="print the time of each check")
+    option("--list", action="store_true", help="list the checks, and exit")
+    option(
+        "--coverage",
+        action="store_true",
+        help="count what the cases are drawn at, and the pairs of values that never meet, and exit",
+    )
+
+
+def _add_choice(option: Any) -> None:
+    """Add the options that say what is checked."""
     option(
         "--level",
         action="append",
@@ -68,6 +91,10 @@ def add(commands: Any) -> None:
     )
     option("--seed", type=int, default=0, metavar="N", help="seed of the cases")
     option("--case", metavar="CHECK:DTYPE:N", help="only this case, named as in a report")
+
+
+def _add_known(option: Any) -> None:
+    """Add the options that say which deviations are no news."""
     option(
         "--known",
         metavar="FILE",
@@ -85,23 +112,6 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="an earlier report in JSON: say what has changed since, and end with exit status 1 "
         "for new deviations alone",
-    )
-    option(
-        "--in-process",
-        action="store_true",
-        help="call the target in this process, for a debugger; one that ends it ends verify",
-    )
-    option("--time-limit", type=float, metavar="SECONDS", help="for each call (default: 30)")
-    add_files(option, "the report", *FORMS)
-    option(
-        "--verbose", action="store_true", help="print a line for each check, and deviations in full"
-    )
-    option("--timing", action="store_true", help="print the time of each check")
-    option("--list", action="store_true", help="list the checks, and exit")
-    option(
-        "--coverage",
-        action="store_true",
-        help="count what the cases are drawn at, and the pairs of values that never meet, and exit",
     )
 
 
@@ -236,7 +246,7 @@ def _write(report: Report, files: dict[str, str], target: str | None) -> list[st
     from minilora.verify.places import places_in
     from minilora.verify.report.forms import rendered
 
-    errors, source = [], source_file(target or "")
+    errors, source = [], source_file(target or "") if "annotations" in files else None
     place = places_in(source) if source else None
     for form, path in files.items():
         text = rendered(report, form, markdown_room(path), place)
