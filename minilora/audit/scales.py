@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from minilora.audit.change import Change
 from minilora.spec.lora import scale
 
@@ -118,6 +116,11 @@ WRONG_SCALES: tuple[WrongScale, ...] = (
 """Every known wrong scale, what a configuration explains first."""
 
 
+ROUNDED = 9 * 2.0**-53
+"""How far a factor may be from 1 and be 1: it is the quotient of two scales, each of two divisions
+and two roots at most, which is eight roundings with that of the quotient; γ₈ < 9 u."""
+
+
 def named_factors(
     change: Change, others: Sequence[Change] = ()
 ) -> Iterator[tuple[WrongScale, float]]:
@@ -137,7 +140,7 @@ def named_factors(
     settings = Settings(change)
     for wrong in WRONG_SCALES:
         factor = wrong.scale(settings, s) / s
-        if not np.isclose(factor, 1, rtol=1e-12) and math.isfinite(factor):
+        if abs(factor - 1) > ROUNDED and math.isfinite(factor):
             yield wrong, factor
     scales = {other.scale for other in others} - {s}
     for other in sorted(scales)[:32]:
