@@ -72,7 +72,10 @@ def chance(case: Case) -> Explanation | None:
         text = f"it is the base, as far as {sigma:.1g} of the change can be told"
         return Explanation("not-applied", "", text, {"factor": f, "factor_error": sigma})
     figures = {"factor": f, "factor_error": sigma}
-    text = f"what differs goes along the change: it is applied by about {f:.3g} ± {sigma:.1g}"
+    text = (
+        "the difference from a right merge is a multiple of the change, which is applied by about "
+        f"{f:.3g} ± {sigma:.1g}"
+    )
     right = case.residual(Trial(case.changes))
     best: tuple[float, WrongScale, float] | None = None
     for wrong, c in _named(case):

@@ -143,7 +143,7 @@ def _tensor(base: StoredTensor, merged: StoredTensor, guess: int) -> tuple[Entry
 
 
 def _part(base: StoredTensor, merged: StoredTensor) -> tuple[Array, Array, float]:
-    """Of a part of the matrix D, half a unit of what is stored there, and ‖D‖ of ‖W‖."""
+    """For a part of the matrix D, half a unit of the stored numbers there, and ‖D‖ / ‖W‖."""
     pieces = [_piece(base, merged, *at) for at in _spread(base)]
     w, m, gap = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
     D = m - w

@@ -106,7 +106,7 @@ def _pick(merge: Merge) -> Played:
 
 
 def _lean(tally: Tally, M: Array, N: Array, D: Array) -> None:
-    """How far what differs from the way's merge N goes along the change D."""
+    """Add the projection of M - N on the change D, N the merge in this way."""
     differ = M != N
     apart = (M[differ].astype(F64) - N[differ]) * D[differ]
     tally.beside += float(apart.sum())
@@ -217,7 +217,7 @@ def _unusable(region: Region) -> Entry | None:
 
 
 def _another_factor(merge: Merge, tally: Tally) -> tuple[float, float] | None:
-    """The factor, if what differs from the way's bits goes along the change more than by chance.
+    """The factor, if the difference from the merge in this way points along the change.
 
     All entries may be within their bounds, which hold for the worst of all roundings. But roundings
     do not know the change: what they add is as often along it as against it. It has to be so beside

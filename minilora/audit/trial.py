@@ -126,8 +126,8 @@ class Case:
     def holds(self, trial: Trial) -> bool:
         """Whether all entries are within the bound of what the trial does, and lean to no side.
 
-        As `judge` asks of a right merge: what differs from T rounded once may not go along T - W
-        more than roundings do.
+        As `judge` asks of a right merge: the difference from T rounded once may have no greater
+        projection on T - W than roundings have.
         """
         merge = self.merged(trial)
         return self._all(trial, merge, self.sample) and self._all(trial, merge, self.everything())

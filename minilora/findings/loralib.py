@@ -18,7 +18,7 @@ FINDINGS = (
         consequence="""
             `layer = layer.eval()` is `None`. A model that holds the layer is not affected.
             """,
-        not_asked="what `train()` and `eval()` return is no number",
+        not_asked="what `train()` and `eval()` return is not a number",
     ),
     Finding(
         id="loralib.saved-after-eval",

@@ -12,7 +12,7 @@ def _alone(adapter: StoredAdapter) -> list[str]:
 
 
 def _rope(adapter: StoredAdapter) -> list[str]:
-    """The base of RoPE, where it stands in rope_parameters alone."""
+    """The base of RoPE, where config.json has it in rope_parameters alone."""
     base = adapter.base or {}
     inside = (base.get("rope_parameters") or {}).get("rope_theta")
     hidden = base.get("model_type") == "llama" and inside is not None and "rope_theta" not in base

@@ -12,9 +12,9 @@ class StoredModule:
     """What an adapter has of one module.
 
     ``parts``: the names of its tensors, as the specification has them: A, B, magnitude, lora_bias,
-    E, lambda_d, lambda_b; of what is saved in full, weight and bias; tokens; ``kind``: linear,
+    E, lambda_d, lambda_b; of a module saved in full, weight and bias; tokens; ``kind``: linear,
     embedding, conv, expert, saved or tokens; ``rank``; ``scale``: the factor of B A that the
-    adapter was trained with; ``shape``: (m, n) of the weight's matrix, or of what is saved.
+    adapter was trained with; ``shape``: (m, n) of the weight's matrix, or of the saved module.
     """
 
     name: str

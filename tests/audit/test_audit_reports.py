@@ -205,7 +205,7 @@ def test_the_sarif_is_as_the_standard_says(wrong, hostile):
     assert len(undecided) == 1
     uri = undecided[0]["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
     assert uri == "a%20folder/M"
-    log["runs"][0]["results"][-1]["level"] = "error"  # of what is no failure
+    log["runs"][0]["results"][-1]["level"] = "error"  # of an entry that is no failure
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(log, SARIF)
 

@@ -141,7 +141,7 @@ def test_what_is_beyond_it_is_found(dtype):
 
 @pytest.mark.parametrize("merged", [F16, BF16], ids=str)
 def test_another_factor_is_found_where_the_bound_hides_it(merged):
-    """Most entries of a small change are rounded away: what is left goes along 0.6 of it."""
+    """Most entries of a small change are rounded away: what is left is 0.6 of it."""
     rng = np.random.default_rng(4)
     W = weight(rng, 128, 128, merged)
     c = change(rng, 128, 128, 64, F16 if merged == BF16 else F32, 2e-5 if merged == BF16 else 2e-6)

@@ -1,4 +1,4 @@
-"""Make the catalogue's merges on a world, audit them, and say what was found of what is decidable.
+"""Make the catalogue's merges on a world, audit them, and count what was found.
 
 ``python -m merge_catalogue.trial [WORLD …]`` prints what was missed, misnamed or accused falsely.
 """

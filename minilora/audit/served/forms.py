@@ -231,7 +231,7 @@ def _of_prompt(answer: Any, prompt: Prompt, texts: Texts) -> Answer:
     numbers = [math.nan]
     for entry, token in zip(found[1:], prompt.ids[1:], strict=True):
         if not isinstance(entry, dict) or not isinstance(entry.get(str(token)), dict):
-            raise OtherTokens(f"no log-probability of the token {token} where it stands")
+            raise OtherTokens(f"no log-probability of the token {token} at its own place")
         numbers.append(_number(entry[str(token)].get("logprob")))
     return Answer(prompt.ids, np.array(numbers), None, _model(answer))
 

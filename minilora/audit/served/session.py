@@ -206,7 +206,7 @@ class Session:
         return self._between(least, most) if decision.elsewhere and not decision.sharp else []
 
     def _beyond(self, least: float, most: float, all_of_them: bool) -> list[float]:
-        """Factors outside those computed, where the least or the most of what is left is an end."""
+        """Factors beyond those computed, where the last of these remains."""
         low, high = min(self.factors), max(self.factors)
         beyond = [f for f in WIDER if not low <= f <= high]
         if all_of_them:

@@ -15,7 +15,7 @@ _PART_OF = {name: part for part, name in PARTS.items()}
 def open_kohya(file: Path) -> OpenAdapter:
     """The adapter in a file of kohya's; an alpha that is absent or 0 counts as the rank.
 
-    Errors: FormatError for a damaged file, and an alpha that is no number.
+    Errors: FormatError for a damaged file, and an alpha that is not a number.
     """
     grouped: dict[str, dict[str, Held]] = {}
     others = {}

@@ -54,7 +54,7 @@ class OpenModule:
     """What a file holds of one module.
 
     ``name``: its path, as the file has it; ``parts``: the tensors by the parameter's name in the
-    specification (A, B, magnitude, lora_bias, …), or weight, bias and tokens of what is saved;
+    specification (A, B, magnitude, lora_bias, …), or weight, bias and tokens of a saved module;
     ``kind``: as `findings.stored.StoredModule` has it, or shared of VeRA's A and B; ``scale``: the
     factor of B A, None where no file says it; ``transposed``: A and B lie as (n, r) and (r, m);
     ``experts``: so many matrices lie side by side in A and B; ``config``: the settings that led to

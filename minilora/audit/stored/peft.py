@@ -84,7 +84,7 @@ def _of_their_kinds(path: Path) -> dict[str, Any]:
 
 
 def place_of(name: str) -> tuple[str, str]:
-    """The module and the parameter of a tensor: weight or bias of what is saved, tokens of rows."""
+    """The module and the parameter of a tensor: weight or bias if saved, tokens of rows."""
     path, part = split_name(name)
     if part:
         return path, part

@@ -153,7 +153,7 @@ FINDINGS = (
             """,
         consequence="""
             With the adapters `v1` and `v10`, swapping `v1` makes `v10` the base, without a word.
-            Give adapters names of which none contains another.
+            Give no adapter a name that contains another's.
             """,
         found_by=("peft", "lifecycle.replace-similar"),
     ),

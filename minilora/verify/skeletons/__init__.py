@@ -1,4 +1,4 @@
-"""What a library needs to be verified: an adapter, a test, a file of what is known, a workflow."""
+"""What a library needs to be verified: adapter, test, file of known deviations, workflow."""
 
 from minilora.verify.skeletons.skeleton import KINDS, skeleton
 
