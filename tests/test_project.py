@@ -35,7 +35,7 @@ ROOMS = {
     "audit": {"spec", "io", "training", "findings", "forms"},
     "testing": {"spec"},
     "pytest_plugin": {"verify"},
-    "studies": {"spec", "io", "training", "verify", "forms"},
+    "studies": {"spec", "io", "training", "verify", "findings", "forms"},
     "cli": {"spec", "io", "training", "verify", "audit", "findings", "forms", "studies"},
     "__main__": {"cli"},
 }

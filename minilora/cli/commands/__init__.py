@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NAMES: tuple[str, ...] = (
     *("verify", "audit", "init-adapter", "report", "explain", "variants", "selftest", "vectors"),
     *("train", "generate", "evaluate", "merge", "inspect", "convert"),
-    *("sweep", "claims", "bench", "example", "doctor"),
+    *("sweep", "claims", "bench", "example", "results", "doctor"),
 )
 """The commands in the order of the help."""
 

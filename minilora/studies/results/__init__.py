@@ -1,0 +1,1 @@
+"""Reports of many libraries and releases, kept as short files and shown on one page."""
