@@ -124,12 +124,13 @@ def stack(
     block: Callable[[Array, str], Any],
     constant: int = 0,
     checkpointed: bool = False,
+    prefix: tuple[int, Array] | None = None,
 ) -> tuple[Array, Back]:
     """`blocks.stack`, whose ``back`` frees each block's activations as it passes, so it runs once.
 
     Of the first ``constant`` blocks nothing is kept, and where there are any, dx is 0. Where blocks
     are ``checkpointed``, a block's input alone is kept, and ``back`` runs its forward again, to the
-    same bits.
+    same bits. ``prefix``: the lowest block that is run, and what enters it in the place of x.
 
     Shapes: x (d, b*t) -> y (d, b*t).
     Errors: RuntimeError at a second run, whose activations are gone.
@@ -143,7 +144,8 @@ def stack(
             backs.append(partial(_again, block, x, at) if checkpointed else back_block)
         return y
 
-    for i in range(layers):
+    lowest, x = prefix or (0, x)
+    for i in range(lowest, layers):
         x = run(x, i)  # whose frame, and so what block i needs no more, is gone by the next
 
     def back(dy: Array) -> tuple[Array, Weights]:

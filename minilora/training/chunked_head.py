@@ -41,7 +41,7 @@ def head_loss(
     additive = adapter_of(at, W, tuning)[0].additive  # what rescales W needs it dense
     W = _with_head(E, additive and len(E) * labels.size > LARGE, at, W)
     most = max(COLUMNS, LOGITS // len(E))
-    chunked = labels.size > most
+    chunked = labels.size * len(E) > LOGITS
     columns: Any = np.flatnonzero(labels != IGNORED) if chunked else slice(None)
     n = columns.size if chunked and count is None else count
     K = tuning.dropout_scale.get(at)

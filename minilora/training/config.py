@@ -33,6 +33,7 @@ class TrainConfig:
     alpha: float = 16.0
     dropout: float = 0.0
     target_modules: str | Sequence[str] = "all-linear"
+    layers_to_transform: Sequence[int] | None = None
     variant: str = "lora"
     full: bool = False
     allow_high_rank: bool = False
@@ -72,6 +73,8 @@ class TrainConfig:
             raise ValueError(f"variant {self.variant!r}: {entry.untrained}")
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))  # hashable
+        if self.layers_to_transform is not None:
+            object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
         self.lora_config()
 
     def lora_config(self) -> LoraConfig:
@@ -83,6 +86,7 @@ class TrainConfig:
             lora_alpha=self.alpha * r / self.rank if r != self.rank else self.alpha,
             lora_dropout=self.dropout,
             target_modules=self.target_modules,
+            layers_to_transform=self.layers_to_transform,
             variant=self.variant,
             modules_to_save=(r"head\..*",) if self.task == "classify" else (),
         )

@@ -16,6 +16,7 @@ from minilora.spec.models import Batch, Config, shifted_labels
 from minilora.spec.ops import IGNORED, Array
 from minilora.training.checkpointing import prepared
 from minilora.training.dropout import Dropout
+from minilora.training.frozen_prefix import FrozenPrefix
 from minilora.training.kernels import loss
 from minilora.training.memory import return_freed_memory
 from minilora.training.threads import in_order
@@ -27,13 +28,15 @@ class ExecutionPlan:
 
     ``threads`` groups run at a time. A group has about ``tokens`` tokens (default: :meth:`size`),
     in whole sequences, at least one. ``gradient_checkpointing`` recomputes the activations of a
-    block in its backward pass instead of keeping them.
+    block in its backward pass instead of keeping them. With ``prefix`` the blocks below the lowest
+    trained one run once for each sequence.
     Errors: ValueError for less than one thread or token, or more threads than a system can have.
     """
 
     threads: int = 1
     tokens: int | None = None
     gradient_checkpointing: bool = False
+    prefix: FrozenPrefix | None = None
 
     def __post_init__(self) -> None:
         for name in ("threads", "tokens"):
@@ -42,6 +45,14 @@ class ExecutionPlan:
                 raise ValueError(f"{name} {value}: expected at least 1")
         if self.threads > MAX_THREADS:
             raise ValueError(f"threads {self.threads}: expected at most {MAX_THREADS}")
+
+    def entering(
+        self, batch: Batch, W: Params, c: Config, tuning: TrainableSpec
+    ) -> tuple[int, Array] | None:
+        """The lowest block that is run, and what enters it; None if all blocks are run."""
+        if self.prefix is None:
+            return None
+        return self.prefix.depth, self.prefix.of(batch, W, c, tuning)
 
     def size(self, d: int) -> int:
         """The number of tokens of a group, for a model of width d."""
@@ -129,7 +140,8 @@ def gradients(
 
     def work(rows: slice) -> tuple[Any, Weights]:
         group, spec = part(batch, tuning, rows)
-        L, back = loss(group, weights, c, spec, n, plan.gradient_checkpointing)
+        prefix = plan.entering(group, weights, c, spec)
+        L, back = loss(group, weights, c, spec, n, plan.gradient_checkpointing, prefix)
         return L, back(1.0)
 
     L: Any = None
@@ -159,7 +171,7 @@ def evaluate(
 
     def work(rows: slice) -> Any:
         group, spec = part(batch, frozen, rows)
-        return loss(group, weights, c, spec, 1)[0]
+        return loss(group, weights, c, spec, 1, prefix=plan.entering(group, weights, c, spec))[0]
 
     counts = which_count(batch, c)
     return sum(in_order(work, groups(batch, c, plan, counts), plan.threads)), int(counts.sum())

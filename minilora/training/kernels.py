@@ -49,10 +49,11 @@ def loss(
     tuning: TrainableSpec,
     count: int | None = None,
     checkpointed: bool = False,
+    prefix: tuple[int, Array] | None = None,
 ) -> tuple[Array, Back]:
     """`models.loss`, with what nobody needs neither formed nor kept; ``back`` runs once.
 
-    ``W`` is as `checkpointing.prepared` gives it.
+    ``W`` is as `checkpointing.prepared` gives it, ``prefix`` as `checkpointing.stack` takes it.
 
     Shapes: -> L (); ``count`` as in `ops.cross_entropy`.
     Errors: those of `models.loss`.
@@ -63,5 +64,5 @@ def loss(
         return head_loss(x, at, W, tuning, labels, count)
 
     constant = lowest_block(c.layers, c.causal, tuning.trained)
-    blocks = partial(stack, constant=constant, checkpointed=checkpointed)
+    blocks = partial(stack, constant=constant, checkpointed=checkpointed, prefix=prefix)
     return logits(batch, W, c, tuning, Kernels(attention, blocks, head, rope_tables))

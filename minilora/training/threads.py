@@ -27,6 +27,16 @@ def blas_threads(n: int) -> AbstractContextManager[Any]:
     return nullcontext() if already else pools.limit(limits=n)
 
 
+def blas_name() -> str:
+    """The libraries of matrix products, and the kinds of processor that they chose their code for.
+
+    Sums have the same bits where these are the same.
+    """
+    info = _pools("scipy.special" in sys.modules).info()
+    words = (f"{i['internal_api']} {i['version']} {i.get('architecture', '')}" for i in info)
+    return ", ".join(sorted(set(words)))
+
+
 def in_order(work: Callable[[Any], Any], parts: Sequence[Any], threads: int) -> Iterator[Any]:
     """The results of ``work`` on the parts, in their order, computed in parallel.
 

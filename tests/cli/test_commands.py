@@ -23,7 +23,7 @@ from test_formats import libraries as libraries
 
 from minilora import logits
 from minilora.cli.commands.inspect import runtimes
-from minilora.cli.commands.train import target_modules
+from minilora.cli.commands.train import chosen_layers, target_modules
 from minilora.cli.main import main
 from minilora.io import reference_models, synthetic_data
 from minilora.io.atomic import write_files, write_tensors
@@ -168,6 +168,31 @@ def test_recomputing_and_threads_for_each_group_change_no_bit(minilora, tmp_path
     assert one == two
 
 
+def test_the_layers_that_are_adapted_and_where_their_input_is_kept(minilora, tmp_path):
+    chosen = ("--layers", "last:1", "--prefix-cache", "kept", "--max-steps", 3)
+    assert minilora("train", "--output", "run", *chosen)[0] == 0
+    config = read_json(tmp_path / "run/adapter_config.json")
+    settings = read_json(tmp_path / "run/run.json")["settings"]
+    layers = settings["layers_to_transform"]
+    assert len(layers) == 1
+    assert all(f".layers.{layers[0]}." in name for name in config["target_modules"])
+    assert settings["prefix"] == "float32"
+    assert list((tmp_path / "kept").rglob("*.npy"))
+    status, _, err = minilora(
+        "train", "--output", "run", *chosen, "--prefix-dtype", "float16", "--resume"
+    )
+    assert status == 2
+    assert "prefix was float32 and is float16" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "layers", "indices"),
+    [("last:2", 6, [4, 5]), ("0,2-4", 6, [0, 2, 3, 4]), ("5", 6, [5]), ("1-1,1", None, [1])],
+)
+def test_layers_are_chosen_by_index_or_from_the_last(text, layers, indices):
+    assert chosen_layers(text, layers) == indices
+
+
 def test_other_threads_are_another_run(minilora):
     """With fewer groups than threads the products run in parallel, and sums in another order."""
     command = ("train", "--output", "run", "--max-steps", 2)
@@ -216,6 +241,12 @@ def test_show_batch_prints_each_token_and_writes_nothing(minilora, tmp_path):
         (("--variant", "alora"), 2, "variant 'alora'"),
         (("--variant", "none"), 2, "variant 'none'"),
         (("--target-modules", "kk_proj"), 2, "kk_proj"),
+        (("--layers", "last:0"), 2, "--layers 'last:0': expected last:N, or indices such as"),
+        (("--layers", "last:9"), 2, "--layers last:9: expected some of the model's layers, 0 to"),
+        (("--layers", "0,7"), 2, "--layers 0,7: expected some of the model's layers, 0 to"),
+        (("--full", "--layers", "1"), 2, "--layers 1 with --full"),
+        (("--prefix-cache", "memory"), 2, "a kept prefix: found a trained lowest block"),
+        (("--prefix-dtype", "int8"), 2, "prefix_dtype 'int8': expected float32, float16, bfloat16"),
         (("--dtype", "float16"), 2, "argument --dtype: invalid choice: 'float16'"),
         (("--alpha", "nan"), 2, "alpha nan"),
         (("--threads", "0"), 2, "--threads 0:"),

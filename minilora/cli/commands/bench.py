@@ -46,7 +46,9 @@ def add(commands: Any) -> None:
         "--size",
         action="append",
         metavar="SIZE",
-        help="tiny, small, medium, smollm2 or smollm2-512 (default: all); repeatable, or a,b",
+        help="tiny, small, medium, smollm2, smollm2-512, or with adapters in the last 8 layers "
+        "smollm2-last, smollm2-last-half, where half of the tokens count (default: all); "
+        "repeatable, or a,b",
     )
     option(
         "--threads", action="append", metavar="N", help="threads on either side (default: 1); 1,2"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -63,6 +64,7 @@ def add(commands: Any) -> None:
         "recompute activations in the backward pass: less memory, more time, the same result"
     )
     flag("--gradient-checkpointing", help=recompute)
+    add_prefix(option)
     add_val_fraction(option)
     flag("--train-on-prompt", help="compute the loss on prompt tokens, too")
     flag("--skip-invalid", help="skip invalid lines instead of stopping")
@@ -98,6 +100,8 @@ def add_adapter(option: Any) -> None:
     real("--dropout", default=0.0, metavar="P", help="dropout probability of the adapters' input")
     modules = "modules to adapt: q,v,... or a regular expression such as 'layers\\.0\\..*'"
     option("--target-modules", default="all-linear", metavar="NAMES", help=modules)
+    layers = "layers to adapt: last:N, or indices such as 0,1,4-7 (default: all)"
+    option("--layers", metavar="WHICH", help=layers)
     variants = "LoRA variant; minilora variants lists them"
     option("--variant", default="lora", metavar="NAME", help=variants)
 
@@ -113,6 +117,17 @@ def add_schedule(option: Any) -> None:
     whole("--batch-tokens", default=1024, help=tokens)
     whole("--gradient-accumulation-steps", default=1, help="micro-batches per step")
     whole("--max-length", default=512, help="maximum tokens per example")
+
+
+def add_prefix(option: Any) -> None:
+    """Add the options that say where the frozen prefix is kept."""
+    where = (
+        "where to keep what enters the lowest adapted layer, which is the same in every epoch: "
+        "memory, none, or a folder that runs share (default: memory, if there is a second epoch)"
+    )
+    option("--prefix-cache", metavar="WHERE", help=where)
+    dtype = "dtype in which it is kept: float32, or float16 or bfloat16, which round it"
+    option("--prefix-dtype", default="float32", metavar="T", help=dtype)
 
 
 def add_val_fraction(option: Any) -> None:
@@ -137,7 +152,7 @@ LEAST = LEAST_OF_SCHEDULE | {
 """The least value of each whole number."""
 
 ADAPTER_OPTIONS = (
-    *("rank", "alpha", "dropout", "target_modules", "variant", "loraplus_lr_ratio"),
+    *("rank", "alpha", "dropout", "target_modules", "layers", "variant", "loraplus_lr_ratio"),
     "allow_high_rank",
 )  # fmt: skip
 """The options that mean nothing with ``--full``."""
@@ -146,14 +161,14 @@ OF_TRAINING = ("dropout", "loraplus_lr_ratio")
 """Those of them that do with ``--adapter``: they are no property of the adapter."""
 
 
-def config_of(arguments: argparse.Namespace, task: str) -> TrainConfig:
-    """The configuration that the options give.
+def config_of(arguments: argparse.Namespace, task: str, layers: int | None = None) -> TrainConfig:
+    """The configuration that the options give; ``layers``: how many the model has, if known.
 
     Errors: ValueError for an option of adapters with ``--full``.
     """
     from minilora.training.config import TrainConfig
 
-    defaults = {f.name: f.default for f in fields(TrainConfig)} | {"alpha": None}
+    defaults = {f.name: f.default for f in fields(TrainConfig)} | {"alpha": None, "layers": None}
     other = "--full" if arguments.full else "--adapter" if arguments.adapter else ""
     names = [name for name in ADAPTER_OPTIONS if not (arguments.adapter and name in OF_TRAINING)]
     if arguments.full and arguments.adapter:
@@ -172,6 +187,8 @@ def config_of(arguments: argparse.Namespace, task: str) -> TrainConfig:
     if arguments.alpha is None:
         values["alpha"] = 2 * arguments.rank
     values["target_modules"] = target_modules(arguments.target_modules)
+    if arguments.layers is not None:
+        values["layers_to_transform"] = chosen_layers(arguments.layers, layers)
     return TrainConfig(**values | {"task": task})
 
 
@@ -180,6 +197,29 @@ def target_modules(text: str) -> str | list[str]:
     if text == "all-linear" or set(text) & set("*+?|()[]^$\\"):
         return text
     return [name.strip() for name in text.split(",")]
+
+
+def chosen_layers(text: str, layers: int | None) -> list[int]:
+    """The indices that ``last:N`` or ``0,1,4-7`` name, of so many layers, if that is known.
+
+    Errors: ValueError for another form, or for an index that the model has not.
+    """
+    last = re.fullmatch(r"last:([1-9]\d{0,5})", text)
+    parts = [re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip()) for part in text.split(",")]
+    if last:
+        n = int(last[1])
+        high = n if layers is None else layers
+        indices = list(range(high - n, high))
+    elif all(parts):
+        ends = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
+        indices = sorted({i for low, high in ends for i in range(low, high + 1)})
+    else:
+        raise ValueError(f"--layers {text!r}: expected last:N, or indices such as 0,1,4-7")
+    if not indices or (layers is not None and not 0 <= indices[0] <= indices[-1] < layers):
+        raise ValueError(
+            f"--layers {text}: expected some of the model's layers, 0 to {(layers or 1) - 1}"
+        )
+    return indices
 
 
 def data_and_task(base: Base, data: str | None, task: str | None) -> tuple[str, str]:
@@ -224,6 +264,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from minilora.training.fit import FitOptions
     from minilora.training.gradients import ExecutionPlan
     from minilora.training.memory import keep_freed_memory
+    from minilora.training.prefix_store import with_kept_prefix
     from minilora.training.run import prepare
     from minilora.training.run_folder import is_free
 
@@ -245,7 +286,7 @@ def _run(arguments: argparse.Namespace) -> int:
         base = open_base_of(arguments.model, arguments.adapter, dtype)
         adapter = open_adapted(base, arguments.adapter, dtype)
     path, task = data_and_task(base, arguments.data, arguments.task)
-    config = config_of(arguments, task)
+    config = config_of(arguments, task, base.config.layers)
     plan = ExecutionPlan(
         threads=arguments.threads, gradient_checkpointing=arguments.gradient_checkpointing
     )
@@ -258,6 +299,7 @@ def _run(arguments: argparse.Namespace) -> int:
     # Another number of threads may sum in another order, and give other bits.
     settings |= {"threads": plan.threads, "from_adapter": arguments.adapter}
     run = prepare(base, data, config, path, plan, adapter, **settings)
+    run = with_kept_prefix(run, arguments.prefix_cache, arguments.prefix_dtype)
     trained, total = (
         sum(math.prod(w.shape) for w in weights.values()) for weights in (run.initial, base.weights)
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.studies.bench.cases import KINDS, SIZES, flops
+from minilora.studies.bench.cases import KINDS, SIZES, cost_of
 from minilora.studies.bench.results import Result, processor
 from minilora.studies.bench.sides import Side
 
@@ -63,7 +63,7 @@ def measure(
 
     Errors: those of `Side`.
     """
-    size, cost = SIZES[name], flops(SIZES[name].c, SIZES[name].b, SIZES[name].t)
+    size, cost = SIZES[name], cost_of(SIZES[name])
     with ExitStack() as opened:
         sides = (
             opened.enter_context(Side("minilora", folder, threads, **(options or {}))),

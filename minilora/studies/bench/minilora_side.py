@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from minilora.spec.models import Batch
 from minilora.spec.optim import AdamState
 from minilora.spec.quantization import from_gguf
 from minilora.studies.bench.cases import NEW, PROMPT, RATE
+from minilora.training.checkpointing import lowest_block
+from minilora.training.frozen_prefix import FrozenPrefix
 from minilora.training.fused_adamw import fused_adamw
 from minilora.training.generate import generate
 from minilora.training.gradients import (
@@ -25,6 +28,7 @@ from minilora.training.gradients import (
     gradients,
 )
 from minilora.training.memory import keep_freed_memory
+from minilora.training.prefix_store import MemoryStore
 from minilora.training.threads import blas_threads
 
 
@@ -60,8 +64,12 @@ class MiniloraSide:
         self.W: Any = _quantized(at) if quantized else read_model(at / "model")[1]
         self.params, self.tuning = read_adapter(at / "adapter", self.c)
         self.state = AdamState()
-        ids = read_tensors(at / "batch.safetensors")["ids"]
-        self.batch = Batch(ids, labels=ids)
+        batch = read_tensors(at / "batch.safetensors")
+        self.batch = Batch(batch["ids"], labels=batch["labels"])
+        depth = lowest_block(self.c.layers, self.c.causal, self.tuning.trained)
+        if depth:
+            prefix = FrozenPrefix(depth, MemoryStore(float("inf")))
+            self.plan = replace(self.plan, prefix=prefix)
 
     def step(self) -> float:
         """Loss, gradients and AdamW's step."""

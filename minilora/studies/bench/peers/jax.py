@@ -12,6 +12,7 @@ from minilora.io.files import read_tensors
 from minilora.io.formats.huggingface import read_model
 from minilora.io.formats.peft import read_adapter
 from minilora.spec.models import Llama
+from minilora.spec.ops import IGNORED
 from minilora.studies.bench.cases import RATE
 
 Tensor = Any
@@ -29,8 +30,8 @@ class Jax:
         c, base = read_model(at / "model")
         assert isinstance(c, Llama)
         adapter, tuning = read_adapter(at / "adapter", c)
-        ids = read_tensors(at / "batch.safetensors")["ids"]
-        self.W, self.params, self.ids = jax.tree.map(jnp.asarray, (base, adapter, ids))
+        batch = read_tensors(at / "batch.safetensors")
+        self.W, self.params, self.batch = jax.tree.map(jnp.asarray, (base, adapter, batch))
         self.state = jax.tree.map(jnp.zeros_like, (self.params, self.params))
         self.t = 0
         loss = partial(_loss, c=c, scale=dict(tuning.scale))
@@ -41,24 +42,29 @@ class Jax:
         """Loss, gradients and AdamW's step."""
         self.t += 1
         L, self.params, self.state = jax.block_until_ready(
-            self._step(self.params, self.state, self.t, self.W, self.ids)
+            self._step(self.params, self.state, self.t, self.W, self.batch)
         )
         return float(L)
 
     def forward(self) -> float:
         """The loss alone."""
-        return float(self._forward(self.params, self.W, self.ids))
+        return float(self._forward(self.params, self.W, self.batch))
 
 
-def _loss(params: Any, W: Any, ids: Tensor, c: Llama, scale: dict[str, float]) -> Tensor:
+def _loss(
+    params: Any, W: Any, batch: dict[str, Tensor], c: Llama, scale: dict[str, float]
+) -> Tensor:
+    ids, labels = batch["ids"], batch["labels"][:, 1:]
     b, t = ids.shape
     half = jnp.arange(0, c.head_dim, 2) / c.head_dim
     angles = jnp.arange(t)[:, None, None] * c.theta**-half
     cos, sin = jnp.cos(angles), jnp.sin(angles)
 
     def project(x: Tensor, at: str) -> Tensor:
-        branch = x @ params[f"{at}.A"].T @ params[f"{at}.B"].T
-        return x @ W[f"{at}.weight"].T + scale[at] * branch
+        y = x @ W[f"{at}.weight"].T
+        if at not in scale:
+            return y
+        return y + scale[at] * (x @ params[f"{at}.A"].T @ params[f"{at}.B"].T)
 
     def norm(x: Tensor, at: str) -> Tensor:
         rho = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + c.eps)
@@ -80,12 +86,13 @@ def _loss(params: Any, W: Any, ids: Tensor, c: Llama, scale: dict[str, float]) -
     head = W["embed.weight" if c.tied else "head.weight"]
     z = norm(x, "norm")[:, :-1] @ head.T
     wanted = jnp.take_along_axis(z, ids[:, 1:, None], -1)[..., 0]
-    return (jax.nn.logsumexp(z, -1) - wanted).mean()
+    counted = labels != IGNORED
+    return ((jax.nn.logsumexp(z, -1) - wanted) * counted).sum() / counted.sum()
 
 
-def _step(loss: Any, params: Any, state: Any, t: Tensor, W: Any, ids: Tensor) -> Any:
+def _step(loss: Any, params: Any, state: Any, t: Tensor, W: Any, batch: Any) -> Any:
     """L and, by AdamW at PyTorch's betas, ε and decay, the next parameters and means."""
-    L, g = jax.value_and_grad(loss)(params, W, ids)
+    L, g = jax.value_and_grad(loss)(params, W, batch)
     m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, state[0], g)
     v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, state[1], g)
 

@@ -27,14 +27,15 @@ class Peft:
         )
         self.model = peft.PeftModel.from_pretrained(base, at / "adapter", is_trainable=True)
         self.model.train()
-        self.ids = torch.from_numpy(read_tensors(at / "batch.safetensors")["ids"])
+        batch = read_tensors(at / "batch.safetensors")
+        self.ids, self.labels = (torch.from_numpy(batch[name]) for name in ("ids", "labels"))
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=RATE)
 
     def step(self) -> float:
         """Loss, gradients and AdamW's step."""
         self.optimizer.zero_grad()
-        loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+        loss = self.model(input_ids=self.ids, labels=self.labels, use_cache=False).loss
         loss.backward()
         self.optimizer.step()
         return float(loss.detach())
@@ -42,7 +43,7 @@ class Peft:
     def forward(self) -> float:
         """The loss alone."""
         with torch.no_grad():
-            return float(self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss)
+            return float(self.model(input_ids=self.ids, labels=self.labels, use_cache=False).loss)
 
     def generate(self) -> list[int]:
         """The most probable tokens, `NEW` of them, with the keys and values of those before."""

@@ -31,14 +31,17 @@ class ByHand:
         self.W = {name: torch.from_numpy(w) for name, w in base.items()}
         self.params = {name: torch.from_numpy(w).requires_grad_() for name, w in adapter.items()}
         self.optimizer = torch.optim.AdamW(list(self.params.values()), lr=RATE)
-        self.ids = torch.from_numpy(read_tensors(at / "batch.safetensors")["ids"])
+        batch = read_tensors(at / "batch.safetensors")
+        self.ids, self.labels = (torch.from_numpy(batch[name]) for name in ("ids", "labels"))
         half = torch.arange(0, c.head_dim, 2) / c.head_dim
         angles = torch.arange(self.ids.shape[1])[:, None] * c.theta**-half
         self.cos, self.sin = angles.cos(), angles.sin()
 
     def _project(self, x: torch.Tensor, at: str) -> torch.Tensor:
-        A, B = self.params[f"{at}.A"], self.params[f"{at}.B"]
         y: torch.Tensor = F.linear(x, self.W[f"{at}.weight"])
+        if at not in self.scale:
+            return y
+        A, B = self.params[f"{at}.A"], self.params[f"{at}.B"]
         return y + self.scale[at] * F.linear(F.linear(x, A), B)
 
     def _norm(self, x: torch.Tensor, at: str) -> torch.Tensor:
@@ -70,7 +73,7 @@ class ByHand:
         head = self.W["embed.weight" if c.tied else "head.weight"]
         z = F.linear(self._norm(x, "norm"), head)
         loss: torch.Tensor = F.cross_entropy(
-            z[:, :-1].reshape(-1, c.vocab), self.ids[:, 1:].ravel()
+            z[:, :-1].reshape(-1, c.vocab), self.labels[:, 1:].ravel()
         )
         return loss
 
