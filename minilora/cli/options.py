@@ -61,7 +61,7 @@ def _not_loaded() -> tuple[type[Exception], ...]:
     return FormatError, ImportError, LoadError
 
 
-TEXTS = ("prompt", "chat")
+TEXTS = ("prompt", "chat", "system")
 """The options whose values are texts for a model, and may be empty."""
 
 
@@ -71,7 +71,7 @@ def _check_texts(arguments: argparse.Namespace) -> None:
         option = f"--{name.replace('_', '-')}"
         if value == "" and name not in TEXTS:
             raise ValueError(f"{option} '': expected a value")
-        if name in TEXTS and value is not None:
+        if name in TEXTS and isinstance(value, str):
             try:
                 value.encode()
             except UnicodeEncodeError:

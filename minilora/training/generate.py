@@ -23,15 +23,18 @@ class Sampling:
 
     Temperature 0 takes the most probable token, the first of equals. ``top_k`` keeps the k most
     probable tokens, 0 all. ``top_p`` keeps the most probable tokens until their probabilities sum
-    to p. Both may be combined.
+    to p. ``repetition_penalty`` θ lowers the logits of tokens that stand in the prompt or in the
+    answer already: z / θ where z > 0, and else z θ. All may be combined; the penalty comes first.
 
     Errors: ValueError for a number out of range.
-    Source: Fan, Lewis and Dauphin 2018 for top_k; Holtzman et al. 2020 for top_p.
+    Source: Fan, Lewis and Dauphin 2018 for top_k; Holtzman et al. 2020 for top_p; Keskar et al.
+    2019, section 4.1, for the penalty, with the sign as transformers has it.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < np.inf:
@@ -40,16 +43,22 @@ class Sampling:
             raise ValueError(f"top_k {self.top_k}: expected 0, for all tokens, or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p}: expected more than 0, at most 1")
+        if not 0 < self.repetition_penalty < np.inf:
+            found = f"repetition_penalty {self.repetition_penalty}"
+            raise ValueError(f"{found}: expected more than 0; 1 changes nothing")
 
 
-def probabilities(z: Array, sampling: Sampling) -> Array:
-    """The probability of each token, from its logits.
+def probabilities(z: Array, sampling: Sampling, seen: Collection[int] = ()) -> Array:
+    """The probability of each token, from its logits; ``seen`` are the tokens so far.
 
     Shapes: z (v,) -> p (v,).
     Errors: ValueError for logits that are not finite.
     """
     if not np.isfinite(z).all():
         raise ValueError("the logits are not finite: expected weights of a trained model")
+    if sampling.repetition_penalty != 1 and seen:
+        z, at, theta = z.copy(), np.unique([*seen]), sampling.repetition_penalty
+        z[at] = np.where(z[at] > 0, z[at] / theta, z[at] * theta)
     p = np.zeros(len(z))
     if sampling.temperature == 0:
         p[z.argmax()] = 1
@@ -68,13 +77,20 @@ def probabilities(z: Array, sampling: Sampling) -> Array:
     return p
 
 
-def draw(z: Array, sampling: Sampling, seed: int, step: int, row: int = 0) -> int:
+def draw(
+    z: Array,
+    sampling: Sampling,
+    seed: int,
+    step: int,
+    row: int = 0,
+    seen: Collection[int] = (),
+) -> int:
     """A token drawn from the logits z. The same arguments give the same token.
 
     Shapes: z (v,).
     Errors: those of `probabilities`.
     """
-    p = probabilities(z, sampling)
+    p = probabilities(z, sampling, seen)
     if sampling.temperature == 0:
         return int(p.argmax())
     u = np.random.default_rng((seed, step, row)).random()
@@ -133,11 +149,15 @@ def generate(
     cache, position_ids = KVCache(), np.maximum(real.cumsum(1) - 1, 0)
     frozen = replace(tuning, trained=frozenset(), dropout_scale={})
     weights = prepared(W, c, frozen)
-    ended = np.zeros(len(prompts), bool)
+    ended, seen = np.zeros(len(prompts), bool), [set(prompt) for prompt in prompts]
     for step in range(max_new_tokens):
         batch = Batch(ids, mask=real, positions=position_ids)
         z = next_logits(batch, weights, c, frozen, cache, last(len(ids)))
-        drawn = [draw(z[:, row], sampling, seed, step, row) for row in range(len(prompts))]
+        drawn = [
+            draw(z[:, row], sampling, seed, step, row, so_far) for row, so_far in enumerate(seen)
+        ]
+        for so_far, token in zip(seen, drawn, strict=True):
+            so_far.add(token)
         yield [None if end else token for end, token in zip(ended, drawn, strict=True)]
         ended = ended | np.isin(drawn, list(stop))
         if ended.all():

@@ -1,6 +1,7 @@
 """The commands of fine-tuning: what each prints and leaves, and how it refuses."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -477,9 +478,57 @@ def test_generate_draws_by_the_seed(minilora):
     assert len(set(texts)) > 1
 
 
+def test_generate_reads_its_prompt_from_standard_input(minilora, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("3"))
+    status, out, _ = minilora("generate", "--prompt", "-", "--adapter", "reference:llama")
+    assert (status, out.strip()) == (0, "3 8")
+
+
+def test_generate_ends_before_a_stop_text(minilora):
+    whole = minilora("generate", "--prompt", "3 3", "--max-new-tokens", 12, "--temperature", 2)[1]
+    last = whole.split()[-1]
+    cut = minilora(
+        "generate", "--prompt", "3 3", "--max-new-tokens", 12, "--temperature", 2, "--stop", last
+    )[1]
+    assert last not in cut[3:]
+    assert whole.startswith(cut.rstrip("\n"))
+
+
+TEMPLATE = "{{ bos_token }} {{ messages | map(attribute='content') | join(' ') }}"
+
+
+def test_a_chat_reads_messages_until_its_end_and_remembers_them(minilora, monkeypatch):
+    """The reference model was taught 3 8 after 3: after 3 8 3 it goes on from all of it."""
+    optional("jinja2")
+    monkeypatch.setattr(WordTokenizer, "chat_template", TEMPLATE)
+    command = ("generate", "--chat", "--adapter", "reference:llama", "--max-new-tokens", 1)
+
+    def answers(*lines):
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+        status, out, err = minilora(*command)
+        assert status == 0
+        return out.split(), err
+
+    alone, err = answers("3")
+    assert alone == ["8"]
+    assert "[1 token, " in err
+    assert "cut off" in err
+    both, _ = answers("3", "", "4")
+    prompt = minilora("generate", "--prompt", "3 8 4", *command[2:])[1].split()
+    assert both == ["8", prompt[-1]]
+    assert answers("3", "/reset", "3", "/exit", "3")[0] == ["8", "8"]
+    lines, err = answers("zebra", "3")
+    assert lines == ["8"]
+    assert "the word 'zebra'" in err
+
+
 @pytest.mark.parametrize(
     ("options", "status", "found"),
     [
+        (("--system", "x"), 2, "--system: found no --chat"),
+        (("--chat",), 2, "no chat template"),
+        (("--stop", "a", "--stop", ""), 2, "stop ''"),
+        (("--repetition-penalty", "0"), 2, "repetition_penalty 0.0"),
         (("--prompt", "zebra"), 2, "the word 'zebra'"),
         (("--prompt", "3", "--chat", "3"), 2, "--prompt and --chat"),
         (("--chat", "3"), 2, "no chat template"),

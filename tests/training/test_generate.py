@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from extras import optional
 from number_systems import Real, Rounded, propagated, to_objects, values
 
 import minilora as ml
@@ -268,9 +269,47 @@ def test_tokens_are_drawn_as_often_as_they_are_probable():
     assert (abs(np.bincount(drawn, minlength=4) - n * p[::-1]) > 4 * sigma[::-1]).any()
 
 
+def test_the_penalty_divides_what_is_above_0_and_multiplies_what_is_below():
+    z = np.array([2.0, -1.0, 1.5, -2.0])
+    plain = Sampling(1.0, repetition_penalty=2.0)
+    p = probabilities(z, plain, seen={0, 1})
+    assert (p == probabilities(np.array([1.0, -2.0, 1.5, -2.0]), Sampling(1.0))).all()
+    assert (z == [2.0, -1.0, 1.5, -2.0]).all()
+    # what a division of all, or a penalty of all tokens, would give
+    assert (p != probabilities(np.array([1.0, -0.5, 1.5, -2.0]), Sampling(1.0))).any()
+    assert (p != probabilities(np.array([1.0, -2.0, 0.75, -4.0]), Sampling(1.0))).any()
+
+
+def test_the_penalty_is_that_of_transformers():
+    torch = optional("torch")
+    processors = optional("transformers").generation.logits_process
+    z, seen = np.random.default_rng(0).standard_normal(20).astype(np.float32), [3, 7, 7, 11]
+    theirs = processors.RepetitionPenaltyLogitsProcessor(1.5)(
+        torch.tensor([seen]), torch.tensor(z)[None]
+    )
+    sampling = Sampling(1.0, repetition_penalty=1.5)
+    expected = probabilities(theirs[0].numpy(), Sampling(1.0))
+    # a quotient or product in float32 each may be rounded once more, with a weight of |z| < 4
+    eps = 4 * np.finfo(np.float32).eps
+    assert abs(probabilities(z, sampling, seen) / expected - 1).max() <= 2 * eps
+    assert abs(probabilities(z, Sampling(1.0)) / expected - 1).max() > 2 * eps
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_penalty_counts_the_prompt_and_what_was_drawn(name):
+    model, tokens = drawn(name), [1, 4]
+    sampling = Sampling(repetition_penalty=1e6)
+    for _ in range(4):
+        z, _ = logits(Batch(np.array([tokens])), model.W, model.config, model.tuning)
+        tokens = [*tokens, draw_token(z[:, -1], sampling, 0, 0, seen=tokens)]
+    assert tokens_of(model, [[1, 4]], max_new_tokens=4, sampling=sampling) == [tokens[2:]]
+    assert tokens_of(model, [[1, 4]], max_new_tokens=4) != [tokens[2:]]
+
+
 @pytest.mark.parametrize(
     ("settings", "found"),
     [
+        ({"repetition_penalty": 0}, "repetition_penalty 0"),
         ({"temperature": -1}, "temperature -1"),
         ({"temperature": np.nan}, "temperature nan"),
         ({"top_k": -1}, "top_k -1"),
