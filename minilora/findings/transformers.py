@@ -158,9 +158,7 @@ FINDINGS = (
             Training starts at the full rate. The trainer's `lr_scheduler_type="constant"` with
             `warmup_steps` comes to the same function.
             """,
-        not_asked=(
-            "the peers ask for a warm-up by the library's name for it, `constant_with_warmup`"
-        ),
+        found_by=("peft", "optimizer.all", "train.loraplus"),
     ),
     Finding(
         id="transformers.cosine-end",

@@ -23,7 +23,8 @@ from minilora.verify.diagnosis.answers import Direct, agree
 End = Skip | Fault | None
 
 FORMS = {
-    "mutant": "the id of a wrong implementation in the catalogue that gives the same answers",
+    "mutant": "the id of a wrong implementation in the catalogue that gives the same answers, or "
+    "'ID + ID' of two at once",
     "factor": "the number by which the arrays that deviate are the correct ones multiplied",
     "rounded_to": "the narrower dtype within whose rounding the deviation is",
     "after": "the steps of a session after which the first wrong answer comes",
@@ -130,9 +131,9 @@ def _fits(text: str, pattern: str) -> bool:
 
 
 def _mutant(name: str) -> Any:
-    from minilora.verify.mutants import MUTANTS  # costs time only where something deviates
+    from minilora.verify.mutants.derived import mutant_of  # costs time where something deviates
 
-    return next(m for m in MUTANTS if m.id == name)
+    return mutant_of(name)
 
 
 def _same(theirs: Comparison, ours: Comparison, is_relation: bool) -> bool:
@@ -250,10 +251,14 @@ def _narrower(value: Any) -> str:
 
 def _id(value: Any) -> str:
     from minilora.verify.mutants import MUTANTS
+    from minilora.verify.mutants.derived import AND, mutant_of
 
     ids = [m.id for m in MUTANTS if not m.equivalent]
-    if value not in ids:
-        raise ValueError(f"'mutant' is {value!r}{near(str(value), ids)}, expected an id of one")
+    for part in str(value).split(AND):
+        if part not in ids:
+            raise ValueError(f"'mutant' is {value!r}{near(part, ids)}, expected an id of one")
+    if mutant_of(str(value)) is None:
+        raise ValueError(f"'mutant' is {value!r}: these cannot be made at once; name one of them")
     return str(value)
 
 

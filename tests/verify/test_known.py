@@ -13,7 +13,7 @@ from minilora.verify.checks.registry import CHECKS as REAL_CHECKS
 from minilora.verify.core.errors import UsageError
 from minilora.verify.engine import run
 from minilora.verify.known import read_known
-from minilora.verify.mutants import MUTANTS
+from minilora.verify.mutants.derived import mutant_of
 from minilora.verify.record import Recorder, as_text
 
 EXACT, SIGMA, DICT, LIST = CHECKS
@@ -268,6 +268,8 @@ def test_versions_that_are_no_range_are_refused(versions, tmp_path):
         ({}, "expected {KEY"),
         ({"mutnat": "x"}, "did you mean 'mutant'"),
         ({"mutant": "scale-alhpa"}, "did you mean 'scale-alpha'"),
+        ({"mutant": "scale-alpha + scale-alhpa"}, "did you mean 'scale-alpha'"),
+        ({"mutant": "scale-alpha + optimizer-clip-none"}, "cannot be made at once"),
         ({"factor": "2"}, "expected a number"),
         ({"factor": True}, "expected a number"),
         ({"factor": float("nan")}, "expected a number"),
@@ -327,7 +329,7 @@ def test_a_malformed_known_file_is_refused(tmp_path, text, words):
 
 
 def mutant(name):
-    return next(m for m in MUTANTS if m.id == name).make()
+    return mutant_of(name).make()
 
 
 @pytest.mark.slow
@@ -337,6 +339,11 @@ def mutant(name):
         ("lifecycle.scale-while-merged", "lifecycle-unmerge-anew", "lifecycle-scale-late"),
         ("combine.order", "combine-rank-for-alpha", "combine-first-scale"),
         ("combine.single", "combine-rank-for-alpha", "combine-alpha"),
+        (
+            "optimizer.all",
+            "optimizer-loraplus-not-decayed + optimizer-schedule-constant-without-warmup",
+            "optimizer-loraplus-not-decayed",
+        ),
     ],
 )
 def test_a_mutant_that_is_known_excuses_itself_and_no_other(check, shown, other):

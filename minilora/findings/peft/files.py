@@ -97,9 +97,7 @@ FINDINGS = (
             configuration that is used for two models is not what its caller wrote. Give each model
             a list of its own.
             """,
-        not_asked=(
-            "no method answers a configuration; the peer hands the library a copy of the list"
-        ),
+        found_by=("peft", "files.save.modules-to-save"),
         stored=Stored(
             _listed_again, "use", "each round of loading and saving lists these heads once more"
         ),

@@ -29,9 +29,7 @@ FINDINGS = (
             Nothing decays, and nothing says so. Write `loraplus_weight_decay`; in [axolotl
             4010](https://github.com/axolotl-ai-cloud/axolotl/issues/4010) a trainer did not.
             """,
-        not_asked=(
-            "the peer gives a decay by the name that the library reads, `loraplus_weight_decay`"
-        ),
+        found_by=("peft", "optimizer.loraplus", "train.combined"),
     ),
     Finding(
         id="peft.loraplus-vectors",
@@ -57,7 +55,7 @@ FINDINGS = (
             With `bias="lora_only"` the base's biases learn by the ratio faster than they would with
             the plain optimizer.
             """,
-        found_by=("peft", "train.loraplus.other-params"),
+        found_by=("peft", "optimizer.loraplus.other-params", "train.loraplus.other-params"),
     ),
     Finding(
         id="peft.loraplus-embedding",

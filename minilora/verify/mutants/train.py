@@ -267,6 +267,9 @@ LORAPLUS: Table = {
          {"# parameter": 'rate = lr * (ratio if name.endswith("A") else 1)'}),
         ("loraplus-not-in-decay", "B's decay without the LoRA+ ratio",
          {"w * (1 - rate * decay)": "w * (1 - lr * factor * decay)"}),
+        ("loraplus-not-decayed", "λ = 0 with LoRA+, whose groups set it",
+         {"# settings": 'weight_decay = 0 if "loraplus_lr_ratio" in settings else weight_decay'},
+         "peft's create_loraplus_optimizer, given weight_decay"),
     ],
     "train.loraplus.other-params": [
         ("loraplus-not-A", "the LoRA+ ratio for all parameters except A",

@@ -118,13 +118,11 @@ def scheduler_of(
     optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """transformers' schedule that the settings name."""
-    warmup = settings.get("warmup_steps", 0)
-    schedule = settings.get("schedule", "constant")
-    if schedule == "constant" and warmup:  # the library's "constant" ignores the warm-up
-        schedule = "constant_with_warmup"
-    total = settings.get("total_steps", steps)
     found: torch.optim.lr_scheduler.LRScheduler = transformers.get_scheduler(
-        schedule, optimizer, warmup, total
+        settings.get("schedule", "constant"),
+        optimizer,
+        settings.get("warmup_steps", 0),
+        settings.get("total_steps", steps),
     )
     return found
 

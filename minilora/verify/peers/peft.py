@@ -8,6 +8,9 @@ _KEY_ERROR = {"error": "raises: KeyError: *"}
 _ONE_BIAS = {"error": "raises: *ValueError: LoraModel supports only 1 adapter with bias*"}
 
 
+_NOT_DECAYED = "optimizer-loraplus-not-decayed"
+_NO_WARMUP = "optimizer-schedule-constant-without-warmup"
+
 _FLOAT32_START = (
     "the orthogonal start (tuners/lora/layer.py) is drawn and multiplied in float32, whatever the "
     "layer's dtype: B A is 0 within float32's rounding"
@@ -64,6 +67,49 @@ _KNOWN = {
     ),
     **entries(
         ["init.fresh.olora:float32"], ("peft.olora-transposed",), {"error": "shape: A has shape *"}
+    ),
+    **entries(
+        ["optimizer.loraplus", "optimizer.sgd.linear-schedule"],
+        ("peft.loraplus-decay",),
+        {"mutant": _NOT_DECAYED},
+    ),
+    **entries(
+        ["optimizer.combined"],
+        ("peft.loraplus-decay", "transformers.constant-warmup"),
+        {"mutant": f"{_NOT_DECAYED} + {_NO_WARMUP}"},
+    ),
+    **entries(
+        ["optimizer.combined:float16"],
+        ("peft.loraplus-decay", "transformers.constant-warmup"),
+        {"arrays": "layers.* after step *"},
+    ),
+    **entries(
+        ["optimizer.all"],
+        ("peft.loraplus-decay", "transformers.constant-warmup"),
+        {"mutant": _NOT_DECAYED},
+        {"mutant": _NO_WARMUP},
+        {"mutant": f"{_NOT_DECAYED} + {_NO_WARMUP}"},
+    ),
+    **entries(
+        ["optimizer.loraplus.other-params"],
+        ("peft.loraplus-decay", "peft.loraplus-vectors"),
+        {"mutant": f"{_NOT_DECAYED} + optimizer-loraplus-vectors"},
+    ),
+    **entries(
+        ["files.save.modules-to-save", "files.resave"],
+        ("peft.heads-listed-again",),
+        {"error": "changes its inputs: settings['modules_to_save'] had *"},
+    ),
+    **entries(
+        ["train.loraplus:float32"],
+        ("peft.loraplus-decay", "transformers.constant-warmup"),
+        # AdamW's first step of rate 0 rounds nothing, theirs of the whole rate does.
+        {"arrays": "*.lora_*.weight after step *"},
+    ),
+    **entries(
+        ["train.combined:float32"],
+        ("peft.loraplus-decay",),
+        {"mutant": "train-loraplus-not-decayed"},
     ),
     **entries(
         ["optimizer.cosine-schedule.past-end"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,8 +117,7 @@ class Peft(Inference, Names, LinearLayer):
         out_dir: str | Path,
     ) -> None:
         """save_pretrained of a model whose adapter is filled by set_peft_model_state_dict."""
-        # A copy: a classifier's model adds the heads that it knows to the list modules_to_save.
-        config = peft.LoraConfig.from_peft_type(**copy.deepcopy(dict(settings)))
+        config = peft.LoraConfig.from_peft_type(**settings)
         with without_deprecation():
             model = peft.get_peft_model(
                 load_base(model_dir),
@@ -227,7 +226,7 @@ def _optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer that the settings name, with the library's LoRA+ groups where they ask.
 
-    The library groups the parameters of ``model``, or without one those named A and B.
+    The library groups the parameters of ``model``, or without one of a model that has these.
     """
     refuse_settings("the peft peer", sorted(set(settings) - _OPTIMIZER_SETTINGS))
     kind = settings.get("optimizer", "adamw")
@@ -236,27 +235,24 @@ def _optimizer(
         return optimizer_of(tensors.values(), settings)
     make, names = OPTIMIZERS[kind]
     options = {"lr": settings["lr"]} | {key: settings[key] for key in names if key in settings}
-    decay = settings.get("weight_decay", 0.0)
-    # The library takes decay by a name of its own: the ordinary weight_decay would be silently
-    # overridden by its groups' 0.
     return later("create_loraplus_optimizer")(
-        model or _named_a_and_b(tensors),
+        model or _with_peft_names(tensors),
         make,
         loraplus_lr_ratio=ratio,
-        loraplus_weight_decay=decay,
+        weight_decay=settings.get("weight_decay", 0.0),
         **options,
     )
 
 
-def _named_a_and_b(tensors: Mapping[str, torch.nn.Parameter]) -> torch.nn.ModuleDict:
-    """Parameters under the names by which the library groups them."""
-    if strange := [name for name in tensors if not name.endswith((".A", ".B"))]:
-        raise NotImplementedError(f"LoRA+ groups are for A and B only, found {strange[0]}")
-    return torch.nn.ModuleDict(
-        {
-            f"lora_{end}": torch.nn.ParameterList(
-                tensor for name, tensor in tensors.items() if name.endswith(f".{end}")
-            )
-            for end in "AB"
-        }
-    )
+def _with_peft_names(tensors: Mapping[str, torch.nn.Parameter]) -> torch.nn.Module:
+    """A model of these parameters, each A and B where PEFT's layers have theirs."""
+    model = torch.nn.Module()
+    for name, tensor in tensors.items():
+        *path, last = re.sub(r"\.([AB])$", r".lora_\1.default.weight", name).split(".")
+        at = model
+        for part in path:
+            if part not in at._modules:
+                at.add_module(part, torch.nn.Module())
+            at = at.get_submodule(part)
+        at.register_parameter(last, tensor)
+    return model

@@ -64,9 +64,6 @@ class OfTransformers:
         trained = trained_of(model, adapter_dir)
         watch = _Watch(trained, len(batches))
         beta1, beta2 = settings.get("betas", (0.9, 0.999))
-        warmup, schedule = settings.get("warmup_steps", 0), settings.get("schedule", "constant")
-        if schedule == "constant" and warmup:
-            schedule = "constant_with_warmup"
         examples = [
             {name: torch.from_numpy(np.array(ids)) for name, ids in batch.items()}
             for step in batches
@@ -84,8 +81,8 @@ class OfTransformers:
                 adam_beta2=beta2,
                 adam_epsilon=settings.get("eps", 1e-8),
                 max_grad_norm=settings.get("max_grad_norm") or 0.0,
-                lr_scheduler_type=schedule,
-                warmup_steps=warmup,
+                lr_scheduler_type=settings.get("schedule", "constant"),
+                warmup_steps=settings.get("warmup_steps", 0),
                 optim=_OPTIMIZERS[settings.get("optimizer", "adamw")],
                 gradient_checkpointing=settings.get("gradient_checkpointing", False),
                 use_cpu=True,
