@@ -8,20 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minilora.spec.initialization import draw_weights
+    from minilora.spec.checked import draw_weights, logits, lora_linear, loss, merge, project
     from minilora.spec.layers import fuse
-    from minilora.spec.lora import (
-        Merged,
-        TrainableSpec,
-        Variant,
-        disable,
-        lora_linear,
-        merge,
-        project,
-        scale,
-        unmerge,
-    )
-    from minilora.spec.models import GPT2, Batch, Bert, Llama, logits, loss
+    from minilora.spec.lora import Merged, TrainableSpec, Variant, disable, scale, unmerge
+    from minilora.spec.models import GPT2, Batch, Bert, Llama
     from minilora.spec.multi_adapter import AdaptedLayer, Adapter, combine
     from minilora.spec.target_modules import LoraConfig, ResolvedTargets, inject, resolve_targets
     from minilora.spec.variants import REGISTRY
@@ -58,8 +48,9 @@ __all__ = [
 ]
 
 _MODULES = (
-    "lora", "models", "multi_adapter", "target_modules", "variants", "initialization", "layers"
-)  # fmt: skip
+    *("checked", "lora", "models", "multi_adapter", "target_modules"),
+    *("variants", "initialization", "layers"),
+)
 
 
 def __getattr__(name: str) -> Any:

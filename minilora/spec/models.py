@@ -277,8 +277,10 @@ FORWARD: dict[type[Config], Op] = {Llama: llama, GPT2: gpt2, Bert: bert}
 def logits(
     batch: Batch, W: Params, c: Config, tuning: TrainableSpec, kernels: Kernels = Kernels()
 ) -> tuple[Array, Back]:
-    """The logits of the model that ``c`` configures.
+    """The logits of the model that ``c`` configures: column i*t + j is that of token j in row i of
+    the batch; of an encoder, column i that of row i.
 
+    Shapes: ids (b, t) -> z (v, b*t), or ids (b, t) -> z (classes, b).
     Errors: ValueError if a token's id, position or type lies outside its table, and for a mask of
     other numbers than 0 and 1 (what is added to scores is another thing).
     """

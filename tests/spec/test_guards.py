@@ -493,6 +493,8 @@ def calls(rng, sizes, model):
     yield blocks.stack, arguments, (blocks.stack(x, 2, lambda x, at: (x, None))[0],)
     z, _ = forward(batch, model.W, c, model.tuning)
     yield forward, arguments | {"ids": batch.ids}, (z,)
+    z, _ = models.logits(batch, model.W, c, model.tuning)
+    yield models.logits, arguments | {"ids": batch.ids}, (z,)
     yield (
         models.shifted_labels,
         arguments | {"labels": batch.labels},
