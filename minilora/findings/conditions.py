@@ -31,6 +31,11 @@ def parts(*names: str) -> Condition:
     return lambda adapter: adapter.having(*names)
 
 
+def one_factor(adapter: StoredAdapter) -> list[str]:
+    """The modules of which one factor is missing."""
+    return [m.name for m in adapter.modules if len(m.parts & {"A", "B"}) == 1]
+
+
 def kinds(*names: str) -> Condition:
     """The modules of these kinds."""
     return lambda adapter: adapter.of_kind(*names)

@@ -1,14 +1,10 @@
 """Findings in mlx-lm."""
 
 from minilora.findings.finding import Finding, Library, Stored
+from minilora.findings.shared import FACTOR_AS_DRAWN, FUNCTION_OF_FILE
 from minilora.findings.stored import StoredAdapter, StoredModule
 
 SEEN = "0.32.2"
-
-
-def _alone(adapter: StoredAdapter) -> list[str]:
-    """The modules of which one factor is missing."""
-    return [m.name for m in adapter.modules if len(m.parts & {"A", "B"}) == 1]
 
 
 def _rope(adapter: StoredAdapter) -> list[str]:
@@ -74,17 +70,13 @@ FINDINGS = (
             Loading refuses a tensor that has no place, but no place that has no tensor: A is then
             random.
             """,
-        right="""
-            What is loaded is a function of the file.
-            """,
+        right=FUNCTION_OF_FILE,
         consequence="""
             A file cut in two, or named by other rules in part, gives other answers in each process.
             minilora's reader refuses it by the name of the missing factor.
             """,
-        not_asked="the peer reads files by minilora, which refuses one that lacks a factor",
-        stored=Stored(
-            _alone, "other", "the factor that is missing stays as it was drawn at random"
-        ),
+        found_by=("mlx-lm", "inference.names.missing-factor"),
+        stored=FACTOR_AS_DRAWN,
     ),
     Finding(
         id="mlx-lm.no-layers",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minilora.findings.conditions import start_in_base
+from minilora.findings.conditions import one_factor, start_in_base
 from minilora.findings.finding import Stored
 
 ALL_TENSORS_COUNT = (
@@ -23,5 +23,13 @@ START_STAYS = Stored(
     "may",
     "it adds s B A to the base that it serves: right on the residual alone, while in the "
     "original one the start s B0 A0 still lies",
+)
+"""What such a library makes of an adapter in files."""
+
+FUNCTION_OF_FILE = "What is loaded is a function of the file."
+"""What is right where a library draws what a file lacks."""
+
+FACTOR_AS_DRAWN = Stored(
+    one_factor, "other", "the factor that is missing stays as it was drawn at random"
 )
 """What such a library makes of an adapter in files."""

@@ -2,6 +2,7 @@
 
 from minilora.findings.conditions import not_in_base, parts
 from minilora.findings.finding import Finding, Library, Stored
+from minilora.findings.shared import FACTOR_AS_DRAWN, FUNCTION_OF_FILE
 
 SEEN = "5.24.0"
 
@@ -29,6 +30,24 @@ FINDINGS = (
             "dropped",
             "the base has no module of these names: their tensors are passed over",
         ),
+    ),
+    Finding(
+        id="transformers.missing-factor",
+        title="load_adapter leaves a missing factor A as it was drawn",
+        severity="silent",
+        seen=SEEN,
+        code="transformers/integrations/peft.py:342 PeftAdapterMixin.load_adapter",
+        cause=(
+            "load_adapter (integrations/peft.py) logs which tensors are missing, and goes on with "
+            "what the adapter was initialized with: an A that is drawn"
+        ),
+        right=FUNCTION_OF_FILE,
+        consequence="""
+            A file that was cut is another function in each process. Look at what `load_adapter`
+            returns: it lists the names.
+            """,
+        found_by=("transformers", "inference.names.missing-factor"),
+        stored=FACTOR_AS_DRAWN,
     ),
     Finding(
         id="transformers.float64-loss",

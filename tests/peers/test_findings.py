@@ -1743,6 +1743,43 @@ def test_transformers_answers_as_the_base_where_the_names_of_an_adapter_fit_noth
         assert all((p == B).all() for name, p in model.named_parameters() if "lora_B" in name)
 
 
+@pytest.mark.finding("peft.missing-factor")
+def test_peft_leaves_a_missing_factor_as_it_was_drawn(torch, peft, tmp_path):
+    def base():
+        return torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
+
+    model = peft.get_peft_model(base(), peft.LoraConfig(target_modules=["0"], r=1, lora_alpha=1))
+    model.base_model.model[0].lora_B["default"].weight.data.fill_(1)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({n: array for n, array in load_file(file).items() if "lora_A" not in n}, file)
+    changes = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        with pytest.warns(UserWarning, match="missing adapter keys"):
+            loaded = peft.PeftModel.from_pretrained(base(), tmp_path)
+        changes.append(loaded.base_model.model[0].get_delta_weight("default").item())
+    assert changes[0] != changes[1]
+
+
+@pytest.mark.finding("transformers.missing-factor")
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_leaves_a_missing_factor_as_it_was_drawn(torch, transformers, peft, tmp_path):
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
+    base.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=1, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({n: array for n, array in load_file(file).items() if "lora_A" not in n}, file)
+    found = []
+    for seed in (0, 1):
+        model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        torch.manual_seed(seed)
+        model.load_adapter(tmp_path / "adapter", adapter_kwargs={"local_files_only": True})
+        found.append([p.clone() for n, p in model.named_parameters() if "lora_A" in n])
+    assert all((one != two).all() for one, two in zip(*found, strict=True))
+
+
 @pytest.mark.finding("peft.last-deleted")
 def test_peft_fails_once_its_last_adapter_is_deleted(torch, peft):
     model, layer, state = peft_pair(torch, peft, (2, None), (4, None))

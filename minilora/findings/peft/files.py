@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from minilora.findings.conditions import not_in_base, settings
 from minilora.findings.finding import Finding, Stored
 from minilora.findings.peft.release import SEEN
+from minilora.findings.shared import FACTOR_AS_DRAWN, FUNCTION_OF_FILE
 from minilora.findings.stored import StoredAdapter
 
 
@@ -270,5 +271,27 @@ FINDINGS = (
             "dropped",
             "the base has no module of these names: their tensors are passed over without a word",
         ),
+    ),
+    Finding(
+        id="peft.missing-factor",
+        title="A missing factor A stays as it was drawn",
+        severity="silent",
+        seen=SEEN,
+        code="peft/peft_model.py:627 PeftModel.from_pretrained",
+        cause=(
+            "from_pretrained (peft_model.py) warns of tensors that are missing, and goes on with "
+            "what the adapter was initialized with: an A that is drawn"
+        ),
+        does="""
+            `from_pretrained` warns that a key is missing and answers with the $A$ that Kaiming's
+            rule drew beside the $B$ of the file; `load_adapter` does not warn.
+            """,
+        right=FUNCTION_OF_FILE,
+        consequence="""
+            A file that was cut, or whose names fit in part, is another function in each process.
+            Make the warning an error.
+            """,
+        found_by=("peft", "inference.names.missing-factor"),
+        stored=FACTOR_AS_DRAWN,
     ),
 )

@@ -169,7 +169,13 @@ KINDS: dict[str, tuple[Callable[[Config, Rng], Choice], str]] = {
     "tied": (of_tied, "the embedding or the head of a tied pair"),
 }
 
-CHOICES = {kind: choose for kind, (choose, _) in KINDS.items()} | {"misfits": misfitting}
+CHOICES = {kind: choose for kind, (choose, _) in KINDS.items()} | {
+    "misfits": misfitting,
+    "halved": misfitting,
+}
+
+HALVED = "layers.1.o.A"
+"""The factor that the file of the kind ``halved`` lacks. Without it the module has no change."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +206,11 @@ def stored(kind: str, dtype: str, number: int, seed: int) -> Stored:
     write_files(folder, {CONFIG: partial(pack_json, settings)})
     c, W = read_model(base, np.float64)
     factors, spec = read_adapter(folder, c, np.float64, base=W)
+    if kind == "halved":
+        tensors = read_tensors(folder / WEIGHTS)
+        del tensors[model.names()[HALVED]]
+        write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+        factors[HALVED] = np.zeros_like(factors[HALVED])
     adapted = {name: long(array) for name, array in (W | factors).items()}
     ids = rng.integers(0, c.vocab, (int(rng.integers(1, 4)), int(rng.integers(5, 9))))
     return Stored(base, folder, c, {n: long(w) for n, w in W.items()}, adapted, spec, ids)
@@ -345,16 +356,27 @@ def _misfit(name: str) -> Callable[[GuardedImplementation, Case], Iterable[Compa
             tensors = {rename(n): array for n, array in read_tensors(it.folder / WEIGHTS).items()}
             write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
             write_files(folder, {CONFIG: (it.folder / CONFIG).read_bytes})
-            try:
-                yield from compared_logits(subject, "misfits", case, folder, f" of {words}")
-                return
-            except Fault as fault:
-                if fault.kind != "raises":
-                    raise
-        # It refused these, and may not refuse the right names.
-        yield from compared_logits(subject, "misfits", case, it.folder)
+            yield from _or_refused(subject, "misfits", case, folder, f" of {words}")
 
     return run
+
+
+def _or_refused(
+    subject: GuardedImplementation, kind: str, case: Case, folder: Path, words: str
+) -> Iterable[Comparison]:
+    """The log-probabilities of a folder; where it is refused, those of one that may not be."""
+    try:
+        yield from compared_logits(subject, kind, case, folder, words)
+        return
+    except Fault as fault:
+        if fault.kind != "raises":
+            raise
+    yield from compared_logits(subject, "misfits", case, _of("misfits", case).folder)
+
+
+def missing_factor(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+    """An adapter whose file lacks a factor is refused, or that module is not adapted."""
+    return _or_refused(subject, "halved", case, _of("halved", case).folder, " without a factor")
 
 
 def _cases(kind: str) -> Callable[[str, str], int]:
@@ -391,6 +413,14 @@ _CHECKS: tuple[Check, ...] = (
             _cases("names"),
         )
         for name, (_, words) in MISFITS.items()
+    ),
+    Check(
+        "inference.names.missing-factor",
+        "inference",
+        ("logits",),
+        missing_factor.__doc__ or "",
+        missing_factor,
+        _cases("names"),
     ),
 )
 

@@ -120,6 +120,12 @@ def fitting(t: Tensors, c: dict[str, Any]) -> Tensors:
     return kept
 
 
+def completed(t: Tensors) -> Tensors:
+    """With the A of another layer for one that is missing."""
+    wanted = {n.replace("lora_B", "lora_A") for n in t if ".lora_B." in n}
+    return t | {n: t[n.replace("layers.1.", "layers.0.")] for n in wanted - t.keys()}
+
+
 SERVER = Reference((inference.of_base, inference.Server), {**vars(files), **globals()})
 
 SERVE_BASE = "return of_base(model_dir, input_ids)"
@@ -292,6 +298,10 @@ MISFITS: Table = {
     "inference.names.partial": [
         ("misfit-partial", "the part of an adapter that fits is served",
          {"# used": "t = fitting(t, c)"}),
+    ],
+    "inference.names.missing-factor": [
+        ("misfit-halved", "a factor that is missing has the numbers of another",
+         {"# used": "t = completed(t)"}),
     ],
 }
 SAME: Same = [

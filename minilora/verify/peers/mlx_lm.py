@@ -19,5 +19,10 @@ PEER = Peer(
         ],
         ("mlx-lm.quantized-sum",),
         {"after": ["train", "eval", "merge"]},
+    )
+    | entries(
+        ["inference.names.missing-factor"],
+        ("mlx-lm.missing-factor",),
+        {"arrays": "log-probabilities without a factor"},
     ),
 )

@@ -176,6 +176,11 @@ _KNOWN = {
         {"arrays": "log-probabilities of some names of a layer that is not there"},
     ),
     **entries(
+        ["inference.names.missing-factor"],
+        ("peft.missing-factor",),
+        {"arrays": "log-probabilities without a factor"},
+    ),
+    **entries(
         ["lifecycle.dora.several"], ("peft.dora-in-a-row",), {"mutant": "lifecycle-dora-in-a-row"}
     ),
     **entries(

@@ -20,5 +20,10 @@ PEER = Peer(
             ("transformers.names-fit-nothing",),
             {"arrays": "log-probabilities of *"},
         ),
+        **entries(
+            ["inference.names.missing-factor"],
+            ("transformers.missing-factor",),
+            {"arrays": "log-probabilities without a factor"},
+        ),
     },
 )

@@ -18,10 +18,7 @@ from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
-from minilora.io.errors import FormatError
-from minilora.io.formats.huggingface import read_model
-from minilora.io.formats.mlx import write_adapter
-from minilora.io.formats.peft import read_adapter
+from minilora.verify.peers.implementations import mlx_lm_files
 from minilora.verify.peers.mlx_lm import PEER
 from minilora.verify.peers.peer import refuse_settings
 
@@ -67,18 +64,9 @@ class MlxLm:
             return {name: _numpy(array) for name, array in answer.items()}
 
     def logits(self, model_dir: Any, adapter_dir: Any, input_ids: Any) -> np.ndarray:
-        """The logits after load_adapters, of the adapter that `minilora convert` makes of PEFT's.
-
-        The library reads no folder of PEFT's.
-        """
+        """The logits after load_adapters, of PEFT's folder under the library's names."""
         with TemporaryDirectory(prefix="minilora-") as folder, mx.stream(mx.cpu):
-            try:
-                c, W = read_model(model_dir)
-                factors, tuning = read_adapter(adapter_dir, c, base=W)
-                write_adapter(folder, c, W | factors, tuning)
-            except FormatError as refused:
-                says = f"its format has no settings for this adapter: {refused.args[1]}"
-                raise NotImplementedError(says) from refused
+            mlx_lm_files.write(model_dir, adapter_dir, folder)
             model, _ = load_model(Path(model_dir))
             model = load_adapters(model, folder)
             model.eval()
