@@ -14,6 +14,7 @@ _TEXTS = {
     **{mistake.id: mistake.text for mistake in MISTAKES},
     **{wrong.id: wrong.text for wrong in WRONG_SCALES},
     "not-merged": "the folder holds the adapter beside the base: nothing is merged",
+    "norm-factor": "DoRA's rows are longer or shorter than the magnitude says",
     "tied-head": "embedding and head are tied, and with the adapter the two differ",
 }
 
@@ -23,6 +24,8 @@ _REMEDIES = {
     "not-merged": "load base and adapter, call merge_and_unload() and save what it returns",
     "tied-head": "untie the head before merging: give it weights of its own, and set "
     "tie_word_embeddings to false",
+    "norm-factor": "compare lora_magnitude_vector, and the norm that divides, with what the merge "
+    "read, and merge again",
     "not-applied": "check that the adapter's names fit the model's when it is loaded, and save "
     "what merge_and_unload() returns",
     "layers": "merge again, and write every shard; check layers_to_transform and the adapter's "

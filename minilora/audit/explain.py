@@ -13,6 +13,7 @@ import numpy as np
 
 from minilora.audit import parts
 from minilora.audit.explanation import Explanation
+from minilora.audit.lengths import of_rows
 from minilora.audit.mistakes import MISTAKES, Mistake
 from minilora.audit.scales import WrongScale, named_factors
 from minilora.audit.trial import SIGMAS, Bracket, Case, Trial, scaled
@@ -23,7 +24,14 @@ Finder = Callable[[Case], Explanation | None]
 def explain(case: Case) -> Explanation | None:
     """The mistake that explains all entries, None if none does."""
     first = (factor, catalogue) if len(case.changes) == 1 else (catalogue, factor)
-    finders: tuple[Finder, ...] = (*first, parts.lacking, parts.ranks, parts.order, named_by_chance)
+    finders: tuple[Finder, ...] = (
+        *first,
+        parts.lacking,
+        parts.ranks,
+        parts.order,
+        of_rows,
+        named_by_chance,
+    )
     with suppress(np.linalg.LinAlgError):  # of numbers that are not finite, or near the end
         return next((found for find in finders if (found := find(case))), None)
     return None

@@ -92,6 +92,24 @@ def wide(x: Array) -> Array:
     return y
 
 
+def differing(x: Array, y: Array, dtype: np.dtype[Any]) -> Array | None:
+    """Which numbers of x, rounded to the dtype, are not those of y; None if all are.
+
+    Both are in float32, y on the dtype's grid. Where the bits of the two are less than half a unit
+    of the dtype apart, y is the nearest number to x, whatever the exponent: all others are rounded.
+    """
+    if dtype.itemsize >= 4:
+        differ = x != y
+        return differ if differ.any() else None
+    half = 1 << (23 - format_of(dtype).digits)
+    apart = x.view(np.int32) - y.view(np.int32)
+    apart += half - 1
+    far: Array = apart.view(np.uint32) > 2 * half - 2
+    if far.any():
+        far[far] = on_grid(x[far], dtype) != y[far]
+    return far if far.any() else None
+
+
 def on_grid(x: Array, dtype: np.dtype[Any]) -> Array:
     """An x of float32, rounded to the dtype where that is narrower, still in float32."""
     if dtype.itemsize >= 4:

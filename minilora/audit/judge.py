@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import chain
+from typing import Any
 
 import numpy as np
 
 from minilora.audit.change import Around, Change, Tensor
 from minilora.audit.explain import chance, explain
 from minilora.audit.explanation import Explanation
-from minilora.audit.floats import F32, F64, wide
+from minilora.audit.floats import F32, F64, differing, on_grid, wide
+from minilora.audit.lengths import other_lengths
 from minilora.audit.merges import Merge, Played
 from minilora.audit.outside import beyond, deviations
 from minilora.audit.region import Region, regions
@@ -27,15 +30,16 @@ SURVIVES = 0.9
 class Tally:
     """What one passage through a region counts.
 
-    ``farthest``: row, column, what is there and the truth, of the greatest ``deviation``;
-    ``along``: ⟨M - W, Dᵢ⟩ of each change Dᵢ, ``gram`` ⟨Dᵢ, Dⱼ⟩, ``moved`` ‖M - W‖²; ``beside`` and
-    ``spread``: the sums of (M - N) D and of its square, N the merge in the way that was chosen.
+    ``is_base``: all entries have the base's bits, cast to the merged tensor's dtype; ``farthest``:
+    row, column, what is there and the truth, of the greatest ``deviation``; ``along``: ⟨M - W, Dᵢ⟩
+    of each change Dᵢ, ``gram`` ⟨Dᵢ, Dⱼ⟩, ``moved`` ‖M - W‖²; ``beside`` and ``spread``: the sums of
+    (M - N) D and of its square, N the merge in the way that was chosen.
     """
 
     k: int
     entries: int = 0
     equal: int = 0
-    base_bits: int = 0
+    is_base: bool = True
     outside: int = 0
     corrupt: int = 0
     deviation: float = 0.0
@@ -49,16 +53,21 @@ class Tally:
     def __post_init__(self) -> None:
         self.along, self.gram = np.zeros(self.k), np.zeros((self.k, self.k))
 
-    def measure(self, W: Array, M: Array, deltas: Sequence[Array]) -> None:
-        """Add what least squares needs."""
+    def measure(self, W: Array, M: Array, deltas: Sequence[Array]) -> bool:
+        """Add what least squares needs; False, and nothing is added, where M is not finite."""
         moved = np.subtract(M, W, dtype=F32).ravel()
+        square = float(np.dot(moved, moved))
+        if not np.isfinite(square) and (broken := ~np.isfinite(M)).any():
+            self.corrupt += int(np.count_nonzero(broken))
+            return False
         flat = [d.ravel() for d in deltas]
-        self.moved += float(np.dot(moved, moved))
+        self.moved += square
         for i, d in enumerate(flat):
             self.along[i] += np.dot(moved, d)
             for j in range(i + 1):
                 self.gram[i, j] += np.dot(d, flat[j])
                 self.gram[j, i] = self.gram[i, j]
+        return True
 
     @property
     def square(self) -> float:
@@ -97,25 +106,29 @@ class Tally:
 
 def _pick(merge: Merge) -> Played:
     """The way whose bits the first rows have most often."""
-    region, ways = merge.region, merge.replays()
+    region, best, least = merge.region, None, 0
     few = max(1, min(region.rows, 2**15 // max(1, region.width)))
     W, M = map(wide, region.read(0, few))
-    if len(ways) == 1:
-        return ways[0]
-    return max(ways, key=lambda way: int(np.count_nonzero(way.play(W, 0, few)[0] == M)))
+    for way in merge.replays():
+        differ = differing(way.play(W, 0, few)[0], M, way.grid)
+        if differ is None:
+            return way
+        others = int(np.count_nonzero(differ))
+        if best is None or others < least:
+            best, least = way, others
+    assert best is not None  # there is one way at least
+    return best
 
 
 def _lean(tally: Tally, M: Array, N: Array, D: Array) -> None:
-    """Add the projection of M - N on the change D, N the merge in this way."""
-    differ = M != N
-    apart = (M[differ].astype(F64) - N[differ]) * D[differ]
+    """Add the projection of M - N on the change D, N the merge in this way, where they differ."""
+    apart = (M.astype(F64) - N) * D
     tally.beside += float(apart.sum())
     tally.spread += float((apart * apart).sum())
 
 
-def _check(merge: Merge, tally: Tally, W: Array, M: Array, N: Array, i: int, j: int) -> None:
-    """Look at the entries that have not the bits of the way's merge N: are they in the bound?"""
-    differ = M != N
+def _check(merge: Merge, tally: Tally, W: Array, M: Array, differ: Array, i: int, j: int) -> None:
+    """Look at the entries that have not the bits of the way's merge: are they in the bound?"""
     sums, gap = merge.sums, merge.region.gaps(i, j)
     if sums is None or gap is not None or sums.cost * np.count_nonzero(differ) > differ.size:
         T, e = merge.rows(W.astype(F64), i, j)
@@ -140,21 +153,27 @@ def count(merge: Merge, way: Played, bound: bool = True) -> Tally:
     for i, j, stored, M in region.blocks():
         W, M = wide(stored), wide(M)
         tally.entries += M.size
-        if M.size and not (np.isfinite(M.min()) and np.isfinite(M.max())):
-            tally.corrupt += int(np.count_nonzero(~np.isfinite(M)))
+        V, deltas = way.play(W, i, j)
+        if not tally.measure(W, M, deltas):
             continue
-        N, deltas = way.play(W, i, j)
-        same = int(np.count_nonzero(N == M))
-        tally.equal += same
-        with np.errstate(over="ignore"):
-            kept = W if stored.dtype == narrow else wide(stored.astype(narrow))
-        tally.base_bits += int(np.count_nonzero(kept == M))
-        tally.measure(W, M, deltas)
-        if same < M.size:
-            _lean(tally, M, N, sum(deltas[1:], deltas[0]))
-            if bound:
-                _check(merge, tally, W, M, N, i, j)
+        tally.is_base = tally.is_base and _are_cast(stored, narrow, M)
+        differ = differing(V, M, way.grid)
+        if differ is None:
+            tally.equal += M.size
+            continue
+        tally.equal += M.size - int(np.count_nonzero(differ))
+        D = sum(deltas[1:], deltas[0])
+        _lean(tally, M[differ], on_grid(V[differ], way.grid), D[differ])
+        if bound:
+            _check(merge, tally, W, M, differ, i, j)
     return tally
+
+
+def _are_cast(stored: Array, dtype: np.dtype[Any], M: Array) -> bool:
+    """Whether M are the stored numbers, cast to the dtype."""
+    with np.errstate(over="ignore"):
+        kept = stored if stored.dtype == dtype else stored.astype(dtype)
+    return bool((wide(kept) == M).all())
 
 
 def judge(
@@ -176,6 +195,8 @@ def judge(
 def _judged(region: Region, around: Around) -> Entry:
     if not region.changes:
         return _untouched(region)
+    read = (replace(change, parts=dict(change.parts)) for change in region.changes)
+    region.changes = tuple(read)  # each part is read once
     if (wrong := _unusable(region)) is not None:
         return wrong
     merge = Merge.of(region)
@@ -187,11 +208,12 @@ def _judged(region: Region, around: Around) -> Entry:
         return Entry(name, "corrupt", text, {"corrupt": tally.corrupt})
     figures["rounding"] = way.name
     case = Case(merge, around, cache(lambda: _another_factor(merge, tally)))
-    if not tally.outside and case.beside() is None:
+    longer = None if tally.outside or tally.equal == tally.entries else other_lengths(merge)
+    if not tally.outside and case.beside() is None and longer is None:
         return _right(name, region, way, tally, figures)
-    if tally.base_bits == tally.entries:
+    if tally.is_base:
         return Entry(name, "not-applied", "every entry has the base's bits", figures)
-    found = explain(case) if tally.outside else chance(case)
+    found = explain(case) if tally.outside else chance(case) or longer
     found = found or _unexplained(tally)
     return Entry(name, found.verdict, found.text, figures | dict(found.figures), found.mistake)
 
@@ -230,7 +252,7 @@ def _another_factor(merge: Merge, tally: Tally) -> tuple[float, float] | None:
         return None
     found = _beside(merge, tally)
     if found is not None:
-        for way in merge.replays() + merge.slow_replays():
+        for way in chain(merge.replays(), merge.slow_replays()):
             if _beside(merge, count(merge, way, bound=False)) is None:
                 return None
     return found
@@ -241,6 +263,8 @@ def _beside(merge: Merge, tally: Tally) -> tuple[float, float] | None:
     if tally.factor is None:
         return None
     f, sigma = tally.factor
+    if f == 1:
+        return None
     drift = merge.sums.bound.drift if merge.sums else 8 * merge.region.dtypes.w
     return (f, sigma) if abs(f - 1) > drift + SIGMAS * sigma else None
 
@@ -253,7 +277,7 @@ def _right(
         return Entry(
             name, "exact", "the adapter's change is 0, and it has the base's bits", figures
         )
-    if survived is not None and tally.base_bits == tally.entries:
+    if survived is not None and tally.is_base:
         figures["survived"] = 0.0
         text = f"the change is too small for {stored}: nothing of it is left, applied or not"
         return Entry(name, "rounded-away", text, figures)

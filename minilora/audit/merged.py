@@ -106,6 +106,7 @@ class Walk:
         places = {name: self._place_of(name) for name in self.base}
         asked = [name for name, there in places.items() if there != ""]
         done, total = 0, self.base.nbytes + self.merged.nbytes
+        _keep_pages()
 
         def judged(name: str) -> Entry:
             with np.errstate(all="ignore"):  # overflow shows in the verdict
@@ -234,6 +235,15 @@ class Walk:
         if type(heads) is not int or type(keys) is not int:
             return Around(modules=others)
         return Around(modules=others, heads=(heads, keys))
+
+
+def _keep_pages() -> None:
+    """Let the C library keep the memory of one block of rows for the next.
+
+    glibc gives blocks back to the system and gets them anew, page by page, until it has seen a
+    large one freed: this one, of which no page is touched.
+    """
+    np.empty(2**25 - 2**16, np.uint8)
 
 
 def _with_start(entry: Entry, changes: Sequence[Change]) -> Entry:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -56,27 +56,29 @@ class Merge:
         """What each change adds, in float32; W too."""
         return [delta for stage in self.stages for delta in stage.deltas(W, i, j)]
 
-    def replays(self, ways: Sequence[Way] = WAYS) -> list[Played]:
+    def replays(self, ways: Sequence[Way] = WAYS) -> Iterator[Played]:
         """The merge in each of the named ways."""
         sums, dtypes = self.sums, self.region.dtypes
         if sums is None:
             (first, *more) = self.stages
             if isinstance(first, Rescaled) and not more:
-                return [RescaledIn(first, *names) for names in RESCALED_WAYS]
-            return [Exactly(self)]
+                yield from (RescaledIn(first, *names) for names in RESCALED_WAYS)
+            else:
+                yield Exactly(self)
+            return
         single = [c.cast(F32) for c in sums.bound.changes]
         scheme = self.region.merged.scheme
         if scheme is not None and scheme in SCHEMES and self.region.width % BLOCKS == 0:
-            wide = [Dtypes(dtypes.base, through) for through in (F32, F16, BF16)]
-            few = ways[:4]
-            return [Requantized(Replay.of(way, d, single), scheme) for d in wide for way in few]
-        return [Replay.of(way, dtypes, single) for way in ways]
+            for through in (F32, F16, BF16):
+                d = Dtypes(dtypes.base, through)
+                yield from (Requantized(Replay.of(way, d, single), scheme) for way in ways[:4])
+        else:
+            yield from (Replay.of(way, dtypes, single) for way in ways)
 
-    def slow_replays(self) -> list[Played]:
+    def slow_replays(self) -> Iterator[Played]:
         """Ways that take long."""
-        if self.sums is None or {self.region.dtypes.base, self.region.dtypes.merged} != {F32}:
-            return []
-        return [RankByRank(tuple(c.cast(F32) for c in self.sums.bound.changes))]
+        if self.sums is not None and {self.region.dtypes.base, self.region.dtypes.merged} == {F32}:
+            yield RankByRank(tuple(c.cast(F32) for c in self.sums.bound.changes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +90,7 @@ class RankByRank:
 
     changes: tuple[LowRank, ...]
     name: str = "rank by rank into W, float32"
+    grid: np.dtype[Any] = F32
 
     def play(self, W: Array, i: int, j: int) -> tuple[Array, list[Array]]:
         """The merged rows, and the changes."""
@@ -105,8 +108,12 @@ class Played(Protocol):
     def name(self) -> str:
         """The way's name."""
 
+    @property
+    def grid(self) -> np.dtype[Any]:
+        """The dtype that the merged rows are rounded to at last."""
+
     def play(self, W: Array, i: int, j: int) -> tuple[Array, list[Array]]:
-        """The merged rows on the merged tensor's grid, and what each change adds."""
+        """The merged rows before their last rounding, and what each change adds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +122,7 @@ class Exactly:
 
     merge: Merge
     name: str = "rounded once"
+    grid: np.dtype[Any] = F32
 
     def play(self, W: Array, i: int, j: int) -> tuple[Array, list[Array]]:
         """T, and the changes."""
@@ -143,6 +151,7 @@ class Requantized:
 
     replay: Replay
     scheme: str
+    grid: np.dtype[Any] = F32
 
     @property
     def name(self) -> str:
@@ -152,8 +161,9 @@ class Requantized:
 
     def play(self, W: Array, i: int, j: int) -> tuple[Array, list[Array]]:
         """What the quantized merged rows stand for, and the changes."""
-        N, deltas = self.replay.play(W, i, j)
-        return dequantize(quantize(np.ascontiguousarray(N, F32), self.scheme)), deltas
+        V, deltas = self.replay.play(W, i, j)
+        N = np.ascontiguousarray(on_grid(V, self.replay.grid), F32)
+        return dequantize(quantize(N, self.scheme)), deltas
 
 
 @dataclass(eq=False)
@@ -171,6 +181,11 @@ class RescaledIn:
         dtypes = self.stage.bound.dtypes
         delta = on_grid(change.rows(i, j), dtypes.named(self.delta, change.dtype))
         return on_grid(W + delta, self._dtype)
+
+    @property
+    def grid(self) -> np.dtype[Any]:
+        """The merged tensor's dtype."""
+        return self.stage.bound.dtypes.merged
 
     @cached_property
     def _single(self) -> LowRank:
@@ -193,10 +208,10 @@ class RescaledIn:
         return self._norms
 
     def play(self, W: Array, i: int, j: int) -> tuple[Array, list[Array]]:
-        """The merged rows, and W' - W."""
+        """The merged rows before their last rounding, and W' - W."""
         V, dtype = self._V(W, i, j), self._dtype
         m = self.stage.magnitude.astype(F32)
         m = m.T if self.stage.change.transposed else m[i:j]
         g = on_grid(m / on_grid(self._norm(V), dtype), dtype)
         T = on_grid(g * V, dtype)
-        return on_grid(T, self.stage.bound.dtypes.merged), [T - W]
+        return T, [T - W]

@@ -8,7 +8,8 @@ monotone. `Bound` derives e. A `Way` is one right merge in full, whose bits can 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -83,26 +84,34 @@ class Bound:
 
     dtypes: Dtypes
     changes: tuple[LowRank, ...]
-    products: tuple[LowRank, ...] = field(init=False)
-    factors: tuple[tuple[float, float], ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "products", tuple(map(self._product, self.changes)))
-        object.__setattr__(self, "factors", tuple(map(self._delta, self.changes)))
+    @cached_property
+    def products(self) -> tuple[LowRank, ...]:
+        """P of each change, with what the roundings of its factors add."""
+        return tuple(map(self._product, self.changes))
+
+    @cached_property
+    def factors(self) -> tuple[tuple[float, float], ...]:
+        """The factor of each |ΔW|, and what it adds in all entries."""
+        return tuple(map(self._delta, self.changes))
 
     def _roundings(self, change: LowRank) -> int:
         _, _, finer = self.dtypes.with_adapter(change.dtype)
         return 2 + 2 * finer + change.columns * (1 + finer)
 
+    def relative(self, change: LowRank) -> float:
+        """The roundings of A, B, s and of the sum of r products, as a share of |s| |B| |A|."""
+        h, _, _ = self.dtypes.with_adapter(change.dtype)
+        return (1 + gamma(change.r + 2)) * float((1 + h) ** self._roundings(change)) - 1
+
     def _product(self, change: LowRank) -> LowRank:
         """What the roundings of the factors and of the sum of r products add, as factors."""
-        h, eta, _ = self.dtypes.with_adapter(change.dtype)
+        _, eta, _ = self.dtypes.with_adapter(change.dtype)
         n, A, B, s = self._roundings(change), abs(change.A), abs(change.B), abs(change.s)
-        relative = (1 + gamma(change.r + 2)) * (1 + h) ** n - 1
         flat = n * max(1, s) * eta / 2
         smallest = self.dtypes.smallest(change.dtype) / min(1, s or 1)
         of_A, of_B = (flat * ((x < smallest) & (x > 0)) for x in (A, B))
-        B_error = relative * s * B + of_B
+        B_error = self.relative(change) * s * B + of_B
         if of_A.any():
             return replace(change, A=np.concatenate([A, of_A]), B=np.hstack([B_error, B]), s=1.0)
         return replace(change, A=A, B=B_error, s=1.0)
@@ -226,8 +235,13 @@ class Replay:
         """The way's name."""
         return self.way.name
 
+    @property
+    def grid(self) -> np.dtype[Any]:
+        """The dtype that the merged rows are rounded to at last."""
+        return self.dtypes.merged
+
     def play(self, W: Array, i: int, j: int) -> tuple[Array, list[Array]]:
-        """The merged rows, on the merged dtype's grid, and what each change adds; in float32."""
+        """The merged rows before their last rounding, and what each change adds; in float32."""
         deltas = [self._one(k, i, j) for k in range(len(self.changes))]
         total = self.dtypes.named(self.way.total, F32)
         V = on_grid(W, self.dtypes.named(self.way.weight, F32))
@@ -235,7 +249,7 @@ class Replay:
             V = V + delta
             if k < len(deltas) - 1 or total != self.dtypes.merged:
                 V = on_grid(V, total)
-        return on_grid(V, self.dtypes.merged), deltas
+        return V, deltas
 
     def _one(self, i: int, start: int, stop: int) -> Array:
         change, (product, delta) = self.changes[i], self.rounds[i]

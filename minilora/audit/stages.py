@@ -89,12 +89,16 @@ class Rescaled:
             magnitude = magnitude[region.start - change.rows[0] :][: region.rows]
         return Rescaled(low, magnitude, Bound(region.dtypes, (low,)), region)
 
+    def missed(self, W: Array, i: int, j: int) -> tuple[Array, Array]:
+        """V of rows i … j, as stored, and by how much W + s B A misses it before V is rounded."""
+        delta, size = self.change.rows(i, j), self.bound.products[0].rows(i, j)
+        return W + delta, self.bound.e(W, [delta], [size])
+
     def _V(self, W: Array, i: int, j: int) -> tuple[Array, Array]:
         """V and e_V of rows i … j, as stored."""
-        delta, size = self.change.rows(i, j), self.bound.products[0].rows(i, j)
+        V, e = self.missed(W, i, j)
         h, _, _ = self.bound.dtypes.with_adapter(self.change.dtype)
-        V = W + delta
-        return V, self.bound.e(W, [delta], [size]) + h * abs(V)
+        return V, e + h * abs(V)
 
     def _norm(self, V: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
         """‖V‖ and ‖e_V‖ of each row of the matrix: of the columns, if it is stored transposed."""

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from made import DTYPES
 
-from minilora.audit.floats import BF16, F16, F32, format_of, on_grid, rounded, spacing, wide
+from minilora.audit.floats import (
+    BF16,
+    F16,
+    F32,
+    differing,
+    format_of,
+    on_grid,
+    rounded,
+    spacing,
+    wide,
+)
 
 
 def test_every_float16_is_widened():
@@ -53,6 +63,21 @@ def test_on_the_grid_is_the_cast_and_back(dtype):
     with np.errstate(over="ignore"):
         assert np.array_equal(on_grid(x, dtype), x.astype(dtype).astype(F32))
     assert on_grid(x, F32) is x
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+def test_numbers_differ_where_the_rounded_ones_do(dtype):
+    rng = np.random.default_rng(2)
+    x = (rng.normal(size=4000) * 2.0 ** rng.integers(-32, 17, 4000)).astype(F32)
+    ties = (1 + np.arange(64, dtype=F32) * F32.type(format_of(dtype).u)) * F32.type(2.0**-13)
+    x = np.concatenate([x, ties, -ties, [0, -0.0, 65519, 65520]], dtype=F32)
+    right = on_grid(x, dtype)
+    assert differing(x, right, dtype) is None
+    assert differing(x, -right, dtype)[0]
+    finite = right[np.isfinite(right)]
+    beside = np.nextafter(finite.astype(dtype), dtype.type(1)).astype(F32)
+    found = differing(x[np.isfinite(right)], beside, dtype)
+    assert np.array_equal(found, finite != beside)
 
 
 def test_an_integer_has_no_format():
