@@ -15,6 +15,7 @@ import pytest
 from minilora.cli.main import main
 from minilora.findings import FINDINGS, LIBRARIES
 from minilora.findings.finding import Finding
+from minilora.findings.reproduce import SCRIPTS, script
 from minilora.findings.versions import is_in_range
 from minilora.verify.checks.registry import CHECKS
 from minilora.verify.peers import PEERS
@@ -160,6 +161,7 @@ def incomplete(finding):
         "right": finding.right != "",
         "verify": bool(finding.checks) != bool(finding.not_asked),
         "cause": finding.cause and not finding.cause.endswith("."),
+        "fix": finding.fix and not finding.fix.endswith(".") and "\n" not in finding.fix,
         "reason": not finding.not_asked.endswith("."),
         "id": re.fullmatch(r"[a-z.-]+\.[a-z0-9-]+", finding.id) and finding.library in LIBRARIES,
         "release": finding.source if "." not in finding.seen else in_its_range(finding),
@@ -177,7 +179,10 @@ def test_a_finding_says_what_is_right_what_finds_it_and_where_it_was_seen(findin
 
 
 WHOLE = Finding(
-    "peft.one", "A title", "silent", "This", "0.21.2", not_asked="it is new", cause="so"
+    *("peft.one", "A title", "silent", "This", "0.21.2"),
+    not_asked="it is new",
+    cause="so",
+    fix="otherwise",
 )
 
 
@@ -188,6 +193,7 @@ WHOLE = Finding(
         ({"title": "A title."}, ["title"]),
         ({"right": ""}, ["right"]),
         ({"cause": ""}, ["cause"]),
+        ({"fix": ""}, ["fix"]),
         ({"not_asked": ""}, ["verify"]),
         ({"found_by": ("peft", "linear.forward")}, ["verify"]),
         ({"not_asked": "", "found_by": ("peft", "linear.forward")}, []),
@@ -250,18 +256,22 @@ def test_every_finding_is_on_the_page_of_its_library():
     assert {f"{name}.md" for name in listed} == pages.keys()
 
 
-PROVEN = {
-    test.name: GENERATE.proven_by(test)
-    for test in ast.parse(GENERATE.PROOFS.read_text()).body
-    if isinstance(test, ast.FunctionDef) and GENERATE.proven_by(test)
-}
+PROVEN = re.findall(
+    r'^@pytest.mark.finding\("(.*)"\)$', (ROOT / "tests/peers/test_findings.py").read_text(), re.M
+)
+READ = [finding.id for finding in FINDINGS.values() if finding.source]
 
 
 def test_every_finding_has_a_test_or_a_source_and_every_test_its_finding():
-    read = {finding.id for finding in FINDINGS.values() if finding.source}
-    assert sorted([*PROVEN.values(), *read]) == sorted(FINDINGS)
+    assert sorted([*PROVEN, *READ]) == sorted(FINDINGS)
+
+
+def test_what_has_a_test_has_a_script_and_its_page_shows_it():
     pages = "".join(GENERATE.findings().values())
-    assert all(pages.count(f"def {name}(") == 1 for name in PROVEN)
+    scripts = {path.relative_to(SCRIPTS).with_suffix("") for path in SCRIPTS.rglob("*.py")}
+    assert {".".join(path.parts) for path in scripts} == {*PROVEN}
+    assert all(pages.count(script(id)) == 1 for id in PROVEN)
+    assert not any(script(id) for id in READ)
 
 
 def test_a_notebook_has_the_cells_of_its_page_and_no_output():

@@ -107,7 +107,14 @@ def module_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+SCRIPTS = PACKAGE / "findings" / "scripts"
+"""Each for itself: what shows a finding, and imports its library alone."""
+
+FILES = [
+    path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path != PACKAGE / "__init__.py" and SCRIPTS not in path.parents
+]
 
 
 def is_peer(path):

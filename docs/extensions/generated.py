@@ -1,9 +1,10 @@
 """The pages that are made when the documentation is built, from the code and from the tests.
 
-``findings/LIBRARY.md`` comes from ``minilora/findings`` and the tests of
-``tests/peers/test_findings.py``, and so does ``findings/found-by.txt``, the table that the page of
-the findings includes; ``api/`` has a page for each module, and ``downloads/`` the pages that are
-offered as notebooks. Git ignores them.
+``findings/LIBRARY.md`` comes from ``minilora/findings`` and its scripts, and so do
+``findings/found-by.txt``, the table that the page of the findings includes, and
+``downloads/LIBRARY-issues.md``, its findings as issues; ``api/`` has a page for each module, and
+``downloads/`` also the pages that are offered as notebooks and the table of recorded results. Git
+ignores them.
 """
 
 import ast
@@ -14,13 +15,17 @@ from pathlib import Path
 
 from minilora.findings import LIBRARIES
 from minilora.findings.finding import OUTCOMES, SEVERITIES
+from minilora.findings.issue import issues, place
+from minilora.findings.reproduce import printed, script
+from minilora.studies.results.page import fragment
+from minilora.studies.results.style import STYLE
+from minilora.studies.results.summary import read_summaries
 
 DOCS = Path(__file__).parent.parent
 ROOT = DOCS.parent
-PROOFS = ROOT / "tests" / "peers" / "test_findings.py"
-"""The tests that prove findings, each with the mark ``finding`` and the id."""
-
 FOUND_BY = "findings/found-by.txt"
+ISSUES = "downloads/{}-issues.md"
+RESULTS = "downloads/results.html"
 
 TABLE = """{total} findings, of which `minilora verify` finds {found} by itself.
 
@@ -40,7 +45,11 @@ PACKAGES = (
 
 BESIDE = {"verify": ("pytest_plugin.py",)}
 
-WITH_LIBRARIES = ("verify.peers.implementations", "verify.properties.libraries")
+WITH_LIBRARIES = (
+    "findings.scripts",
+    "verify.peers.implementations",
+    "verify.properties.libraries",
+)
 """What imports libraries that the documentation does not install."""
 
 MODULE = """# {title}
@@ -81,35 +90,6 @@ def paragraphs(docstring):
     return [p if p.startswith(("```", "- ")) else " ".join(p.split("\n")) for p in parts]
 
 
-def source_of(node, lines):
-    """A function's source without its docstring and decorators."""
-    first = node.body[1] if ast.get_docstring(node) else node.body[0]
-    before, after = (
-        lines[node.lineno - 1 : node.body[0].lineno - 1],
-        lines[first.lineno - 1 : node.end_lineno],
-    )
-    return "\n".join([*before, *after])
-
-
-def helpers_of(test, helpers):
-    """The helper functions and constants that a test uses, those that these use among them."""
-    used, left = [], [test]
-    while left:
-        names = {node.id for node in ast.walk(left.pop()) if isinstance(node, ast.Name)}
-        new = [name for name in helpers if name in names and name not in used]
-        used += new
-        left += [helpers[name] for name in new]
-    return [name for name in helpers if name in used]
-
-
-def proven_by(test):
-    """The id of the finding that a test proves, or None."""
-    for decorator in test.decorator_list:
-        if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.finding":
-            return ast.literal_eval(decorator.args[0])
-    return None
-
-
 def in_one_line(text):
     """Markdown with each paragraph in one line."""
     return "\n\n".join(paragraphs(text)) if text else ""
@@ -128,39 +108,35 @@ def about(it, library):
     if it.stored:
         effect = f"{OUTCOMES[it.stored.outcome]}: {escaped(it.stored.effect)}"
         lines.insert(1, f"`minilora audit adapter` tells it of an adapter: {effect}.")
-    lines.insert(0, f"**Cause.** {escaped(it.cause)}{place_of(it, library)}.")
+    lines.insert(0, f"**Cause.** {escaped(it.cause)}.{place(it, library)}")
+    if it.fix:
+        lines.insert(1, f"**Proposed fix.** {escaped(it.fix)}.")
     return "\n\n".join([*lines, *([f"Source: {it.source}."] if it.source else [])])
-
-
-def place_of(it, library):
-    """Where the cause is, in the release that it was seen in."""
-    place, _, function = it.code.partition(" ")
-    if not place:
-        return ""
-    link = library.link(it)
-    where = f"[`{place}`]({link})" if link else f"`{place}`"
-    return f": {where}" + (f", `{function}`" if function else "")
 
 
 def code_list(names):
     return ", ".join(f"`{name}`" for name in names)
 
 
-def finding(it, library, code, anchors):
+def shown(it):
+    """A finding's script and what it prints, or where it was read."""
+    text = script(it.id)
+    if not text:
+        return "Read in the source, not run here."
+    said = printed().get(it.id)
+    with_ = said and ", ".join(f"{name} {number}" for name, number in said.releases.items())
+    output = f"prints with {with_}:\n\n```text\n{said.text}```" if said else "was not run here."
+    return f"```python\n{text}```\n\n{output}"
+
+
+def finding(it, library, anchors):
     """A section of Markdown for one finding; ``anchors`` say on which page a title is."""
-    shown = (
-        "```{raw} html\n<details><summary>Reproduction</summary>\n```\n\n"
-        f"```python\n{code}\n```\n\n"
-        "```{raw} html\n</details>\n```"
-        if code
-        else ""
-    )
     text = "\n\n".join(
         part
         for part in (
             in_one_line(it.does),
             f"**Right.** {in_one_line(it.right)}",
-            shown,
+            shown(it),
             f"**Consequence.** {in_one_line(it.consequence)}" if it.consequence else "",
             about(it, library),
         )
@@ -169,31 +145,6 @@ def finding(it, library, code, anchors):
     text = re.sub(r"\]\(#([^)]+)\)", lambda m: f"]({anchors[m[1]]}.md#{m[1]})", text)
     text = re.sub(r"\]\((?!https?:|[\w-]+\.md#)([^)]+)\)", r"](../\1)", text)
     return f"## {it.title}\n\n{text}\n"
-
-
-def is_fixture(function):
-    return any("fixture" in ast.unparse(decorator) for decorator in function.decorator_list)
-
-
-def tests_and_helpers(tree):
-    """The tests of the findings, and {name: function or constant} that they may use."""
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    tests = [node for node in functions if node.name.startswith("test_")]
-    helpers = {n.targets[0].id: n for n in tree.body if isinstance(n, ast.Assign)}
-    helpers |= {n.name: n for n in functions if n not in tests and not is_fixture(n)}
-    return tests, helpers
-
-
-def reproduction(test, helpers, source):
-    """The test's source, after that of its helpers."""
-    lines = source.splitlines()
-    parts = [
-        source_of(helpers[name], lines)
-        if isinstance(helpers[name], ast.FunctionDef)
-        else ast.get_source_segment(source, helpers[name])
-        for name in helpers_of(test, helpers)
-    ]
-    return "\n\n\n".join([*parts, source_of(test, lines)])
 
 
 def row(it, library):
@@ -228,27 +179,29 @@ def counted(library):
     return f"| [{library.title}](findings/{library.name}.md) | {numbers} |"
 
 
-def proofs():
-    """{id of a finding: the source that reproduces it}."""
-    source = PROOFS.read_text()
-    tests, helpers = tests_and_helpers(ast.parse(source))
-    return {id: reproduction(t, helpers, source) for t in tests if (id := proven_by(t))}
-
-
 def findings():
     """{page: text}: the findings of each library, and the table of all."""
-    code = proofs()
     anchors = {slug(it.title): lib.name for lib in LIBRARIES.values() for it in lib.findings}
     return {FOUND_BY: found_by()} | {
         f"findings/{library.name}.md": (
             f"# {library.title}\n\n{len(library.findings)} findings. "
-            "[What a finding is](../findings.md).\n\n"
-            + "".join(
-                f"{finding(it, library, code.get(it.id, ''), anchors)}\n" for it in library.findings
-            )
+            "[What a finding is](../findings.md). All of them as issues, in one file: "
+            f"{{download}}`{library.name}-issues.md <../{ISSUES.format(library.name)}>`.\n\n"
+            + "".join(f"{finding(it, library, anchors)}\n" for it in library.findings)
         )
         for library in LIBRARIES.values()
     }
+
+
+def results():
+    """The recorded results as HTML, with links to the pages of findings."""
+    at = {
+        it.id: f"findings/{library.name}.html#{slug(it.title)}"
+        for library in LIBRARIES.values()
+        for it in library.findings
+    }
+    recorded = read_summaries(DOCS / "results")
+    return f"<style>{STYLE}</style>\n{fragment(recorded, lambda id: at.get(id, ''))}\n"
 
 
 def summary(path):
@@ -342,6 +295,8 @@ def as_markdown(text):
 def write():
     """Write all pages; leave those that have not changed, so that Sphinx does not read them."""
     pages = findings() | api()
+    pages |= {ISSUES.format(library.name): issues(library) for library in LIBRARIES.values()}
+    pages[RESULTS] = results()
     for name in NOTEBOOKS:
         pages[f"downloads/{name}.ipynb"] = notebook((DOCS / f"{name}.md").read_text())
     for folder in ("findings", "api", "downloads"):

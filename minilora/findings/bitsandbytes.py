@@ -19,6 +19,7 @@ FINDINGS = (
             wherever the row's length is a multiple of its registers', and takes the first scales
             again and again. FP4 goes through the same lines.
             """,
+        fix="Count blocks over the whole tensor: entry i has the scale of block i // blocksize",
         right=r"""
             The entry $i$ of all, counted through the rows, has the scale of block $\lfloor i / 64
             \rfloor$. The same bytes and scales give the weight back as soon as the rows are as long
@@ -51,6 +52,10 @@ FINDINGS = (
             and 1. Zero lies between two of them, and the point that it is rounded to is nearer to
             another value. Double quantization goes this way with the constants of NF4.
             """,
+        fix=(
+            "Compare with the middles between neighbours of the map (searchsorted), not with a "
+            "table of equal steps"
+        ),
         right="""
             The map contains zero, and zero is nearest to itself.
             """,
@@ -76,6 +81,7 @@ FINDINGS = (
             `Linear4bit` sums dy over its first axis alone, and rounds. What remains of a batch of
             sequences autograd sums; of one token without a batch a number remains, and it fails.
             """,
+        fix="Sum over all axes but the last: grad_output.sum(tuple(range(grad_output.ndim - 1)))",
         right=r"""
             $\partial L / \partial b = \sum_t dy_t$ over all tokens, one or many.
             """,
@@ -102,6 +108,7 @@ FINDINGS = (
             training it goes on with that kernel, which has no gradient. PyTorch warns; a layer with
             a bias fails.
             """,
+        fix="Pack into a second buffer, and keep the first one for training",
         right=r"""
             $\d x = W^\top \d y$, whatever was computed before.
             """,
@@ -127,6 +134,7 @@ FINDINGS = (
             inputs, in a float32 model as well. It refuses layers whose output features are no
             multiple of 32.
             """,
+        fix="Use the packed kernel where compute_dtype is bfloat16 alone",
         right="""
             Packing is another order of the same numbers.
             """,
@@ -151,6 +159,10 @@ FINDINGS = (
             On a CPU `Linear8bitLt` multiplies by the dequantized weight in training. In evaluation
             it quantizes each row of x to eight bits first, as LLM.int8 does on a GPU in both.
             """,
+        fix=(
+            "Say in the documentation that evaluation rounds the inputs, or do the same in both "
+            "modes"
+        ),
         right="""
             Without dropout evaluation is the function that was trained.
             """,

@@ -65,8 +65,9 @@ class Finding:
     the same, and their releases. ``found_by``: a peer of ``minilora verify`` and those of its
     checks that find it, or ``not_asked``: why none does. ``cause``: what in the library makes it
     so, with its file, in one sentence; ``code``: where that is in the release: the file and the
-    line, and the function; ``source``: where it was read, if no test here runs it. ``stored``: what
-    it means for an adapter in files, where that depends on the adapter.
+    line, and the function; ``fix``: what would mend it, in one line; ``source``: where it was read,
+    if no test here runs it. ``stored``: what it means for an adapter in files, where that depends
+    on the adapter. Its script is in `minilora.findings.reproduce`.
     """
 
     id: str
@@ -84,6 +85,7 @@ class Finding:
     not_asked: str = ""
     cause: str = ""
     code: str = ""
+    fix: str = ""
     source: str = ""
     stored: Stored | None = None
 

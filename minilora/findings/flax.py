@@ -16,6 +16,11 @@ FINDINGS = (
         does=r"""
             `nnx.LoRA` draws $A$ by `he_uniform`, $U(-\sqrt{6/n}, \sqrt{6/n})$; and it has no scale.
             """,
+        code="flax/nnx/nn/lora.py:98 LoRA.__init__",
+        fix=(
+            "Draw A from U(-1/sqrt(n), 1/sqrt(n)) as the LoRA paper's code does, or say that it "
+            "is another choice"
+        ),
         right=r"""
             loralib, PEFT and the others draw $U(-1/\sqrt n, 1/\sqrt n)$.
             """,
@@ -26,4 +31,10 @@ FINDINGS = (
     ),
 )
 
-LIBRARY = Library("flax", "Flax NNX", "flax", FINDINGS)
+LIBRARY = Library(
+    "flax",
+    "Flax NNX",
+    "flax",
+    FINDINGS,
+    files="https://github.com/google/flax/blob/v{release}/{file}#L{line}",
+)

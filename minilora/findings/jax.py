@@ -18,6 +18,8 @@ FINDINGS = (
             A bias is added by broadcasting, whose transpose is a sum in the array's own dtype.
             `jnp.sum` itself sums half precisions in float32.
             """,
+        code="jax/_src/lax/lax.py:6896 _broadcast_in_dim_transpose_rule",
+        fix="Sum in float32 in the transpose of broadcast_in_dim, as jnp.sum does",
         right=r"""
             $\partial L / \partial b = \sum_t dy_t$, here a number that bfloat16 has.
             """,
@@ -30,4 +32,10 @@ FINDINGS = (
     ),
 )
 
-LIBRARY = Library("jax", "JAX", "jax", FINDINGS)
+LIBRARY = Library(
+    "jax",
+    "JAX",
+    "jax",
+    FINDINGS,
+    files="https://github.com/jax-ml/jax/blob/jax-v{release}/{file}#L{line}",
+)

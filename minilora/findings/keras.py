@@ -18,6 +18,8 @@ FINDINGS = (
             `build` calls `enable_lora(self.lora_rank)` without it, and `enable_lora` then sets
             alpha to the rank.
             """,
+        code="keras/src/layers/core/dense.py:156 Dense.build",
+        fix="Call self.enable_lora(self.lora_rank, lora_alpha=self.lora_alpha) in build()",
         right="""
             `Dense(…, lora_rank=r, lora_alpha=alpha)` has $s = alpha / r$, as `enable_lora(r,
             lora_alpha=alpha)` has.
@@ -29,4 +31,10 @@ FINDINGS = (
     ),
 )
 
-LIBRARY = Library("keras", "Keras", "keras", FINDINGS)
+LIBRARY = Library(
+    "keras",
+    "Keras",
+    "keras",
+    FINDINGS,
+    files="https://github.com/keras-team/keras/blob/v{release}/{file}#L{line}",
+)

@@ -62,6 +62,10 @@ FINDINGS = (
             "convert_lora_to_gguf.py writes lora_alpha alone, and get_scale (llama-adapter.h) "
             "divides it by the rank of the tensor: use_rslora and alpha_pattern are not read"
         ),
+        fix=(
+            "Write a scale for each tensor (alpha times rank over sqrt(rank) with rsLoRA, "
+            "alpha_pattern), as get_scale divides by the rank"
+        ),
         right=r"""
             $s = \alpha / \sqrt r$ with rsLoRA, and the module's own $\alpha$ with a pattern.
             """,
@@ -85,6 +89,7 @@ FINDINGS = (
         severity="silent",
         seen=SCRIPT,
         cause="convert_lora_to_gguf.py does not read init_lora_weights",
+        fix="Read init_lora_weights, and refuse a start that lies in the base",
         right=START_TAKEN_OUT,
         consequence="""
             The start acts twice. Convert the adapter to an ordinary one first, by `minilora
@@ -103,6 +108,7 @@ FINDINGS = (
             "llama_adapter_lora_init_impl (llama-adapter.cpp) goes on at a tensor whose name ends "
             "in _norm.weight"
         ),
+        fix="Replace the base's norm by the adapter's, or refuse the file",
         right=ALL_TENSORS_COUNT,
         consequence="""
             The norms are the base's. Merge the adapter, and convert the merged model.
@@ -118,6 +124,10 @@ FINDINGS = (
         severity="fails",
         seen=SCRIPT,
         cause="convert_lora_to_gguf.py exits at a name that is neither lora_A nor lora_B",
+        fix=(
+            "Name the tensor and the setting in the message; an error is right as long as it is "
+            "not supported"
+        ),
         right="""
             An error is right for what the format cannot say. Merge the adapter, and convert the
             merged model.
@@ -139,6 +149,10 @@ FINDINGS = (
             "a tied head has no tensor of its own (llama.cpp 9065), and a table that is the head "
             "too is taken for the embedding alone (llama-adapter.cpp)"
         ),
+        fix=(
+            "Look for the tied table's tensor under both of its names, and apply the adapter to "
+            "the use that it names"
+        ),
         right="""
             An adapter of a tied head acts in the head.
             """,
@@ -158,6 +172,7 @@ FINDINGS = (
             "where no token begins the text, Llama._create_completion (llama_cpp/llama.py) pairs "
             "token i of the prompt with row i of the logits"
         ),
+        fix="Pair token i of the prompt with row i - 1 of the logits, and give the first one null",
         right="""
             Row $i - 1$ of the logits predicts token $i$.
             """,

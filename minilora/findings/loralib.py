@@ -12,6 +12,7 @@ FINDINGS = (
         seen=SEEN,
         cause="train returns nothing (layers.py)",
         code="loralib/layers.py:129 Linear.train",
+        fix="return super().train(mode) at the end, after merging or unmerging",
         right="""
             As in all of PyTorch's modules, both return the module itself.
             """,
@@ -32,6 +33,7 @@ FINDINGS = (
             `state_dict` holds. The README saves `lora_state_dict`, without the base; the trap is
             the whole `state_dict`.
             """,
+        fix="Register merged as a buffer, or save the unmerged weight",
         right="""
             Saving and loading change no weight: $W + sBA$ is right and $W + 2sBA$ is not.
             """,
@@ -55,6 +57,7 @@ FINDINGS = (
         does="""
             The same attribute: a layer that takes itself for merged gets an unmerged weight.
             """,
+        fix="Register merged as a buffer, or unmerge before a state is loaded",
         right="""
             The loaded layer is the saved one, $y = Wx + b + sBAx$. It answers $Wx + b$, and then
             `train()` leaves $W - sBA$.
@@ -72,6 +75,7 @@ FINDINGS = (
         seen=SEEN,
         cause="merged, the forward is the weight's alone (layers.py)",
         code="loralib/layers.py:146 Linear.forward",
+        fix="Compute s B A x beside the base in evaluation, too, where a gradient is asked for",
         right=r"""
             $y$ depends on $A$ and $B$ in both modes alike: $\d A = s B^\top \d y\, x^\top$ and $\d
             B = s\, \d y\, (Ax)^\top$. Merged, they are no part of the forward.
@@ -89,6 +93,10 @@ FINDINGS = (
         seen=SEEN,
         cause="A and B have one factor of the kernel each, of two in all (layers.py)",
         code="loralib/layers.py:256 ConvLoRA.__init__",
+        fix=(
+            "Make B (out / groups * k, r k) and A (r k, in k^(d - 1)) so that B A has in * out * "
+            "k^d entries"
+        ),
         right="""
             A delta has as many entries as its weight. $BA$ has a factor of the kernel's size in its
             rows and one in its columns, which is right for two dimensions only.
@@ -111,6 +119,7 @@ FINDINGS = (
         does="""
             They take the argument, build the dropout and never call it.
             """,
+        fix="Convolve self.lora_dropout(x) with B A beside the base's own convolution",
         right=r"""
             The branch sees $K \circ x$. Where everything is dropped the base alone is left, as
             `Linear` has it.
@@ -130,6 +139,7 @@ FINDINGS = (
         does="""
             Nothing is the default of `enable_lora`.
             """,
+        fix="Ask for any(self.enable_lora) beside r > 0 in the forward",
         right="""
             Without an adapter the layer is $Wx + b$, which it is after `eval()`.
             """,
@@ -150,6 +160,7 @@ FINDINGS = (
             buffer, so it stays on the device where it was made. On the meta device it has no
             values; PyTorch assigns nothing through it, and does not complain.
             """,
+        fix="Register lora_ind as a buffer",
         right="""
             Where a layer was built changes nothing of $y = Wx + b + sBAx$.
             """,
@@ -172,6 +183,7 @@ FINDINGS = (
             `max_norm` bounds the rows of an embedding, and PyTorch documents that looking up
             shortens them in place. loralib looks up the columns of $A$ with the same bound.
             """,
+        fix="Look up the columns of A without max_norm",
         right="""
             Merging changes no output. The row of $W + sBA$ here is within the bound, so nothing is
             to be shortened; unmerged, the answer is shorter, and $A$ is another one afterwards.
@@ -196,6 +208,7 @@ FINDINGS = (
             In the place of the dropout stands a `lambda`; `torch.nn.Identity` would be the same
             function.
             """,
+        fix="Put torch.nn.Identity() in the place of the lambda",
         right="""
             A layer can be pickled and is the same afterwards, as it is with a dropout.
             """,

@@ -27,6 +27,10 @@ FINDINGS = (
             `alpha` is a buffer that `load_state_dict` and `load_weights` fill; the scale is a
             number that was computed from the constructor's argument, and nothing computes it anew.
             """,
+        fix=(
+            "Compute the scale from the buffer alpha where it is used, or anew when a state is "
+            "loaded"
+        ),
         right=r"""
             $h = W x + (\alpha / r) B A x$ with the $\alpha$ of the file.
             """,
@@ -49,6 +53,7 @@ FINDINGS = (
         does="""
             A name that is no module's is passed over.
             """,
+        fix="Raise where no name fits, and warn of those that are left over",
         right=ALL_TENSORS_FIT,
         consequence="""
             A wrong prefix or another model's file leaves the base as it is. Count `loras`.
@@ -67,6 +72,7 @@ FINDINGS = (
             The constructor says that no alpha means the rank, and so it is for an alpha of 0.
             sd-scripts read an absent one so too.
             """,
+        fix="Take the rank for a missing alpha, as kohya's own reader does",
         right="""
             Without an alpha $s = 1$.
             """,
@@ -90,6 +96,7 @@ FINDINGS = (
             To the norm of each row float32's $\epsilon$ is added, absolute, but not to the
             magnitude, which is that norm.
             """,
+        fix="Divide by the norm, or by max(norm, eps), and not by norm + eps",
         right=r"""
             With $B = 0$ the rescaled row is $m\, W / \lVert W \rVert = W$. A row of norm $\epsilon$
             becomes half of itself.

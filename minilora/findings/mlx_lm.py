@@ -41,6 +41,7 @@ FINDINGS = (
             Older releases scaled by `scale * alpha / rank` and wrote all three into
             `lora_parameters`.
             """,
+        fix="Read alpha where it is there (scale = scale * alpha / rank), or refuse it",
         right="""
             What is saved and loaded is the same function.
             """,
@@ -70,6 +71,10 @@ FINDINGS = (
             Loading refuses a tensor that has no place, but no place that has no tensor: A is then
             random.
             """,
+        fix=(
+            "Compare the adapter's names with the model's in both directions, and raise for a "
+            "factor that is missing"
+        ),
         right=FUNCTION_OF_FILE,
         consequence="""
             A file cut in two, or named by other rules in part, gives other answers in each process.
@@ -91,6 +96,7 @@ FINDINGS = (
         does="""
             The last $k$ layers are `layers[-k:]`, which for 0 is all of them.
             """,
+        fix="Return where num_layers is 0, and take -1 alone for all layers",
         right="""
             Of the last 0 layers there are none.
             """,
@@ -111,6 +117,7 @@ FINDINGS = (
             transformers `5` writes RoPE's base inside `rope_parameters`. The Llama of mlx-lm reads
             `rope_theta` beside it and has a default.
             """,
+        fix="Read rope_theta of rope_parameters where the configuration has it",
         right=r"""
             The pair $i$ of features turns by $\theta^{-2i/d}$ per token, with the $\theta$ that the
             model was trained with.
@@ -138,6 +145,7 @@ FINDINGS = (
             On the CPU `quantized_matmul` keeps its running sums in the inputs' dtype; the product
             with the same weight dequantized keeps them in float32.
             """,
+        fix="Sum in float32 in quantized_matmul on the CPU, as the dense product does",
         right="""
             $y = W x$, here $256 + 1 + 1 = 258$, which bfloat16 has.
             """,
@@ -159,6 +167,10 @@ FINDINGS = (
             dropout has left. DoRA's authors, and PEFT after them, compute $W x + (g - 1) \circ W h
             + g \circ s B A h$: see [DoRA 2](https://github.com/nbasyl/DoRA/issues/2).
             """,
+        fix=(
+            "Say in the documentation that the base is rescaled without dropout, or follow PEFT's"
+            " choice"
+        ),
         right="""
             The paper's equation has no dropout. In the mean over masks both are the layer without
             one, so that this is a choice; but then a run is not the one that the paper's code

@@ -35,6 +35,10 @@ FINDINGS = (
             Reported as [SGLang 40835](https://github.com/sgl-project/sglang/issues/40835) for
             rsLoRA; `rank_pattern` and `alpha_pattern` are passed over in the same line.
             """,
+        fix=(
+            "Compute a scale for each module: alpha_pattern and rank_pattern by PEFT's rule, and "
+            "/ sqrt(r) with use_rslora"
+        ),
         right=r"""
             $s = \alpha / \sqrt r$ with rsLoRA, and each module's own $\alpha$ and $r$ with
             patterns, as the adapter was trained.
@@ -61,6 +65,10 @@ FINDINGS = (
         cause=(
             "LoRAAdapter (srt/lora/lora.py) takes the factors A and B alone: modules_to_save, "
             "trained biases and the bias of B are left out without a word"
+        ),
+        fix=(
+            "Refuse modules_to_save, trained biases and the bias of B as long as they are not "
+            "supported"
         ),
         right=ALL_TENSORS_COUNT,
         consequence="""
@@ -89,6 +97,10 @@ FINDINGS = (
             The factors that PiSSA, OLoRA, CorDA and LoftQ have trained belong to a base that their
             start was taken out of. SGLang adds them to the base as it is.
             """,
+        fix=(
+            "Read init_lora_weights, and refuse a start that lies in the base (pissa, olora, "
+            "corda, loftq)"
+        ),
         right=START_TAKEN_OUT,
         consequence="""
             The start acts twice, unless the served base is the residual. Convert the adapter, by
@@ -106,6 +118,10 @@ FINDINGS = (
         cause=(
             "LoRAManager.validate_new_adapter (srt/lora/lora_manager.py) refuses use_dora, and "
             "LoRAAdapter (srt/lora/lora.py) every other peft_type than LORA"
+        ),
+        fix=(
+            "Name the adapters that are loaded in the documentation; an error is right as long as"
+            " others are not supported"
         ),
         right="""
             An error is right for what is not supported. Merge the adapter instead.

@@ -52,6 +52,7 @@ FINDINGS = (
         versions="<0.11",
         fixed_in="0.11.0",
         cause="LoraManager.load_from_hf (lora_manager.py) divides lora_alpha by the rank",
+        fix="Divide by the root of the rank where use_rslora is set (done in 0.11)",
         right=r"""
             $s = \alpha / \sqrt r$.
             """,
@@ -78,6 +79,7 @@ FINDINGS = (
             "LoraManager.load_from_hf (lora_manager.py) takes lora_alpha for every module, and "
             "divides it by the tensor's rank"
         ),
+        fix="Read alpha_pattern by PEFT's rule for each module",
         right="""
             Each module has its own alpha.
             """,
@@ -103,6 +105,7 @@ FINDINGS = (
             "iterate_hf_lora (lora_manager.py) goes on at a name that is no layer's if it holds "
             "lm_head or embed_tokens"
         ),
+        fix="Load the adapters of embed_tokens and lm_head, or raise for them",
         right=ALL_TENSORS_COUNT,
         consequence="""
             Embedding and head are the base's. Merge the adapter.
@@ -118,6 +121,7 @@ FINDINGS = (
         seen=READ,
         versions=">=0.11",
         cause="LoraManager.load_from_hf (lora_manager.py) does not read init_lora_weights",
+        fix="Read init_lora_weights, and refuse a start that lies in the base",
         right=START_TAKEN_OUT,
         consequence="""
             The start acts twice. Convert the adapter to an ordinary one first.
@@ -133,6 +137,7 @@ FINDINGS = (
         seen=READ,
         versions=">=0.11",
         cause="iterate_hf_lora (lora_manager.py) raises a KeyError for other names",
+        fix="Name the tensor and the setting in the message instead of a KeyError",
         right="""
             An error is right for what is not supported. Merge the adapter.
             """,

@@ -17,6 +17,10 @@ FINDINGS = (
             "load_adapter (integrations/peft.py) logs which tensors are missing and which are left "
             "over, and goes on"
         ),
+        fix=(
+            "Raise where no tensor of the file fits, and where some are left over, unless asked "
+            "not to"
+        ),
         right="""
             An adapter that does not fit is refused, or has its effect.
             """,
@@ -41,6 +45,7 @@ FINDINGS = (
             "load_adapter (integrations/peft.py) logs which tensors are missing, and goes on with "
             "what the adapter was initialized with: an A that is drawn"
         ),
+        fix="Raise where a factor of a module that the file names is missing",
         right=FUNCTION_OF_FILE,
         consequence="""
             A file that was cut is another function in each process. Look at what `load_adapter`
@@ -62,6 +67,10 @@ FINDINGS = (
         does="""
             `ForCausalLMLoss` starts with `logits.float()`, whatever the model's dtype.
             """,
+        fix=(
+            "Cast logits up to float32 only where they are narrower: "
+            "torch.promote_types(logits.dtype, torch.float32)"
+        ),
         right="""
             The losses of two labels share the logarithm of the sum, so that $L_i - L_j = z_j -
             z_i$. Logits that float32 cannot tell apart get the same loss.
@@ -89,6 +98,7 @@ FINDINGS = (
             [24519](https://github.com/huggingface/transformers/issues/24519) and
             [30186](https://github.com/huggingface/transformers/issues/30186).
             """,
+        fix="Compute in torch.promote_types(hidden_states.dtype, torch.float32)",
         right="""
             RMSNorm divides a token's features by one number, so it keeps their order.
             """,
@@ -109,6 +119,7 @@ FINDINGS = (
         does="""
             RoPE casts its angles and tables to float32.
             """,
+        fix="Compute the angles in torch.promote_types(x.dtype, torch.float32)",
         right=r"""
             RoPE's matrix is orthogonal: $\cos^2 + \sin^2 = 1$.
             """,
@@ -126,6 +137,7 @@ FINDINGS = (
         does="""
             The eager attention casts its scores to float32.
             """,
+        fix="Ask softmax for torch.promote_types(query.dtype, torch.float32)",
         right="""
             Of two keys, softmax gives the one with the higher score more than half of the weight.
             """,
@@ -146,6 +158,9 @@ FINDINGS = (
             float64's is −∞ in the float32 softmax. A padding query at the left has no key besides,
             and its softmax is 0/0.
             """,
+        fix=(
+            "Take the least number of the dtype in which softmax computes, or compute it in float64"
+        ),
         right=r"""
             No real token attends to padding, so any finite answer for it is right. NaN is not: in
             the next layer the padding's value is NaN and its weight 0, and $0 \cdot \text{NaN} =
@@ -170,6 +185,7 @@ FINDINGS = (
             `get_scheduler("constant", …)` takes `num_warmup_steps` and drops it without a word. The
             library has another name for what is meant, `constant_with_warmup`.
             """,
+        fix="Pass num_warmup_steps on, as constant_with_warmup, or refuse it",
         right=r"""
             A warm-up multiplies the rate of step $k$ by $k / \text{warmup}$, whatever follows.
             """,
@@ -195,6 +211,7 @@ FINDINGS = (
             beyond the last step, where $q > 1$, the rate goes up again, to the full one at twice
             the steps.
             """,
+        fix="Bound the progress by 1, as the other schedules do: min(1.0, progress)",
         right=r"""
             The rate falls over the steps that were announced, and has then fallen: $q = \min(1, k /
             \text{total})$, as the linear schedule of the same library has it.
@@ -221,6 +238,10 @@ FINDINGS = (
             that is logged names the one as unexpected and the other as missing, and the magnitude
             stays the norm of the base's rows.
             """,
+        fix=(
+            "Rename lora_magnitude_vector to lora_magnitude_vector.{adapter_name}.weight, as PEFT"
+            " does"
+        ),
         right=r"""
             $W' = m\, (W + s B A) / \lVert W + s B A \rVert$ with the magnitude in the file.
             """,
@@ -251,6 +272,10 @@ FINDINGS = (
             expects a loss that is divided by it. The forward of a classifier takes them, and its
             loss is the mean of the micro-batch as before.
             """,
+        fix=(
+            "Divide by the number of micro-batches unless the model's own loss takes "
+            "num_items_in_batch"
+        ),
         right=r"""
             Two equal micro-batches have the gradient of one, $\nabla \tfrac12 (L + L) = \nabla L$.
             """,

@@ -54,6 +54,10 @@ FINDINGS = (
             34186](https://github.com/vllm-project/vllm/issues/34186),
             [48019](https://github.com/vllm-project/vllm/issues/48019).
             """,
+        fix=(
+            "Compare the whole names of the adapter's modules with the model's, and raise for one"
+            " that is left over"
+        ),
         right=ALL_TENSORS_FIT,
         consequence="""
             The base answers, under the adapter's name. Rename the tensors.
@@ -72,6 +76,10 @@ FINDINGS = (
             "PEFTHelper (lora/peft_helper.py) refuses use_dora, lora_bias, bias, modules_to_save "
             "other than a classifier's head, layer_replication, aLoRA, and a start that PEFT takes "
             "out of the base; parse_fine_tuned_lora_name (lora/utils.py) every other tensor"
+        ),
+        fix=(
+            "Support the setting, or name it in the documentation; an error is right as long as "
+            "it is not supported"
         ),
         right="""
             An error is right for what is not supported. Merge the adapter instead, or convert it.
@@ -105,6 +113,7 @@ FINDINGS = (
         seen=SEEN,
         code="vllm/config/lora.py:34 LoRAConfig",
         cause="max_lora_rank (config/lora.py) is 16 unless given",
+        fix="Take the greatest rank of the adapters that are named at the start for the default",
         right="""
             A limit that memory asks for is a choice, and the error names it.
             """,

@@ -12,7 +12,7 @@ from minilora.cli.options import add_command
 
 if TYPE_CHECKING:
     from minilora.audit.mistakes import Mistake
-    from minilora.findings.finding import Finding
+    from minilora.findings.finding import Finding, Library
     from minilora.verify.core.level import Level
     from minilora.verify.core.types import Check
     from minilora.verify.mutants.mutant import Mutant
@@ -25,7 +25,8 @@ def add(commands: Any) -> None:
         "explain",
         "explain a name that stands in a report",
         "Print what a check, a mutant, a finding, a level, or a mistake or verdict of an audit is, "
-        "and what to do about it. Without a name, list them all.",
+        "and what to do about it; of a library its findings as issues. Without a name, list them "
+        "all.",
         _run,
         "0 printed, 2 no such name",
     )
@@ -54,7 +55,7 @@ def names() -> dict[str, Explained]:
 
     from minilora.audit.mistakes import MISTAKES
     from minilora.audit.result import VERDICTS
-    from minilora.findings import FINDINGS
+    from minilora.findings import FINDINGS, LIBRARIES
     from minilora.verify.checks.registry import CHECKS, LEVELS
     from minilora.verify.mutants import MUTANTS
 
@@ -63,6 +64,9 @@ def names() -> dict[str, Explained]:
         "Checks": {check.id: partial(_of_check, check) for check in CHECKS},
         "Mutants": {mutant.id: partial(_of_mutant, mutant) for mutant in MUTANTS},
         "Findings": {name: partial(_of_finding, each) for name, each in FINDINGS.items()},
+        "Findings of a library, as issues": {
+            name: partial(_of_library, each) for name, each in LIBRARIES.items()
+        },
         "Mistakes in merges": {each.id: partial(_of_mistake, each) for each in MISTAKES},
         "Verdicts of audits": {name: partial(_of_verdict, name) for name in VERDICTS},
     }
@@ -163,23 +167,37 @@ def _of_finding(finding: Finding) -> str:
 
     from minilora.findings import LIBRARIES
     from minilora.findings.finding import SEVERITIES
+    from minilora.findings.issue import plain
+    from minilora.findings.reproduce import printed, script
 
     asked = f"minilora verify {finding.peer}: {', '.join(finding.checks)}" if finding.peer else ""
     stored = finding.stored.effect if finding.stored else ""
     where = f"{LIBRARIES[finding.library].title} {finding.versions}".rstrip()
-    return _page(
+    text, said = script(finding.id), printed().get(finding.id)
+    shown = f"\n\nA script that shows it:\n\n{textwrap.indent(text, '    ')}" if text else ""
+    shown += f"\nIt printed:\n\n{textwrap.indent(said.text.rstrip(), '    ')}" if said else ""
+    page = _page(
         f"{finding.id}: a finding in {where}",
         ("", finding.title.rstrip(".") + "."),
         ("Severity", SEVERITIES[finding.severity]),
         ("Status", f"{finding.status}; seen in {finding.seen}"),
-        ("It does", finding.does),
-        ("Right is", finding.right),
-        ("Consequence", finding.consequence),
+        ("It does", plain(finding.does)),
+        ("Right is", plain(finding.right)),
+        ("Consequence", plain(finding.consequence)),
         ("Of an adapter in files", stored),
-        ("Cause", finding.cause),
+        ("Cause", ": ".join(filter(None, [finding.cause, finding.code]))),
+        ("Proposed fix", finding.fix),
         ("Found by", asked or finding.not_asked),
         ("Also in", json.dumps(dict(finding.also)) if finding.also else ""),
+        ("Read, not run, in", "" if text else finding.source),
     )
+    return page + shown.rstrip()
+
+
+def _of_library(library: Library) -> str:
+    from minilora.findings.issue import issues
+
+    return f"{library.name}: its findings as issues, in Markdown\n\n{issues(library)}"
 
 
 def _of_mistake(mistake: Mistake) -> str:

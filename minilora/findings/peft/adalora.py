@@ -32,6 +32,10 @@ FINDINGS = (
             \lVert A A^\top - I \rVert_F^2$. PEFT adds `orth_reg_weight` times the mean of the norms
             themselves over all $A$ and $B$; so does the code of the paper's authors.
             """,
+        fix=(
+            'Add the squares: regu_loss += torch.norm(P P^T - I, p="fro")**2, without dividing by'
+            " their number"
+        ),
         right=r"""
             With one row and one column, $R = (B^2 - 1)^2 + (A^2 - 1)^2$ and $\partial R / \partial
             A = 4 (A^2 - 1) A$. The gradient vanishes as $A$ becomes orthogonal; that of the norm,
@@ -60,6 +64,7 @@ FINDINGS = (
             goes past that forward, as [PEFT 432](https://github.com/huggingface/peft/issues/432)
             found; its subclasses for the tasks do not.
             """,
+        fix="Add the penalty in training alone, and in PeftModel.forward too",
         right="""
             The penalty belongs to the loss of training, and only there; it is above 0 unless $A$
             and $B$ are orthogonal.
@@ -87,6 +92,7 @@ FINDINGS = (
             is no zero then. `save_pretrained` leaves out the triplets that the last pruning took
             away, whatever they have become.
             """,
+        fix="Save every triplet that is not 0, and the ranks that they have",
         right="""
             What is saved and loaded is the same function, as it is right after a pruning.
             """,
@@ -109,6 +115,10 @@ FINDINGS = (
         does="""
             The threshold is the greatest score that is to go, and all that does not exceed it goes.
             """,
+        fix=(
+            "Keep the budget's number of triplets: take the first of topk, not all that are above"
+            " a threshold"
+        ),
         right="""
             The budget is the number of triplets that stay; of equal scores, some do.
             """,
@@ -134,6 +144,7 @@ FINDINGS = (
             When an adapter is loaded that has been pruned, it takes the pruned rank, and divides by
             the rank of the start.
             """,
+        fix="Take lora_alpha as it is, or refuse 0; do not take the rank for it",
         right="""
             What is saved and loaded is the same function. With any other alpha it is: then the rank
             of the start, which is kept for the purpose, is the only rank in the scale.
@@ -166,6 +177,7 @@ FINDINGS = (
             it, with one, if that changes the dtype, as it does for a base in bfloat16: the
             optimizer then trains the rank. It is not saved.
             """,
+        fix="Make ranknum a buffer, which no move to another dtype turns into a trained parameter",
         right=r"""
             The scale is a constant, $s = \alpha / (r + 10^{-5})$.
             """,
@@ -190,6 +202,7 @@ FINDINGS = (
             `AdaLoraConfig` takes `use_rslora` and `alpha_pattern`, saves them and computes nothing
             by them.
             """,
+        fix="Read use_rslora and alpha_pattern as LoraLayer.update_layer does, or refuse them",
         right=r"""
             A setting that is taken acts: with rsLoRA $s = \alpha / \sqrt{r}$, with a pattern the
             $\alpha$ of the projection.
@@ -210,6 +223,7 @@ FINDINGS = (
         since="0.9.0",
         cause="kthvalue is asked for the value 0 (tuners/adalora/layer.py)",
         code="peft/tuners/adalora/layer.py:478 RankAllocator.mask_to_budget",
+        fix="Return without pruning where the budget is all triplets (k = 0)",
         right="""
             A budget of as many triplets as there are prunes none.
             """,
@@ -230,6 +244,7 @@ FINDINGS = (
         does="""
             The cube is computed in floating point and its product cut to a whole number.
             """,
+        fix="Compute the budget in whole numbers: (init - target) * left**3 // whole**3 + target",
         right=r"""
             $125 \, (1 - \tfrac45)^3 = 1$.
             """,

@@ -30,6 +30,7 @@ FINDINGS = (
             3449](https://github.com/huggingface/peft/pull/3449),
             [3761](https://github.com/huggingface/peft/issues/3761)).
             """,
+        fix="Give the combined adapter use_rslora=False, as its lora_alpha = r means s = 1",
         right="""
             An adapter combined alone at weight 1 is itself.
             """,
@@ -68,6 +69,10 @@ FINDINGS = (
             0 again and the magnitude $\|W\|$, as at the start of a training ([PEFT
             3761](https://github.com/huggingface/peft/issues/3761)).
             """,
+        fix=(
+            "Combine the biases of B with the factors, and refuse DoRA and what else cannot be "
+            "combined"
+        ),
         right=r"""
             As above. A sum of biases is $\sum_i w_i s_i c_i$. Of several DoRA adapters there is no
             exact sum with one magnitude, and an error says so.
@@ -99,6 +104,10 @@ FINDINGS = (
             of the default dtype, whatever the adapter's is; "svd" does so with the weights. "cat"
             does not.
             """,
+        fix=(
+            "Take the root of the weight in the dtype of the factors (math.sqrt times a float64 "
+            "tensor)"
+        ),
         right="""
             Two adapters in float64 have a combination in float64.
             """,

@@ -23,6 +23,10 @@ FINDINGS = (
             3609](https://github.com/huggingface/peft/pull/3609)). With dropout each computes the
             base's part from the dropped input itself, and so from the base alone.
             """,
+        fix=(
+            "Add each adapter's (g - 1) W x + g s B A x to the base's output, not to that of the "
+            "ones before"
+        ),
         right=r"""
             Neither is what the paper says, which has one adapter. But an adapter is trained on the
             base and on nothing else, $W + \sum_i (g_i (W + \Delta_i) - W)$ does not ask for an
@@ -52,6 +56,10 @@ FINDINGS = (
         does="""
             Each row of the weight is divided by its norm, whatever that is.
             """,
+        fix=(
+            "Take the factor of a row whose norm is 0 for 1 (torch.where(weight_norm == 0, 1, "
+            "magnitude / weight_norm))"
+        ),
         right="""
             A row without a direction has none to rescale; with $m = 0$ and the norm taken for one
             it stays what it is, and so it starts as the base.
@@ -77,6 +85,7 @@ FINDINGS = (
             With dropout PEFT computes the base's part of the branch anew, from what dropout leaves,
             and without the padding mode.
             """,
+        fix="Compute the base's part by base_layer._conv_forward, which has the padding mode",
         right="""
             Where nothing is dropped, training and evaluation are one function: with $B = 0$ and
             twice the magnitude, twice the base.
@@ -103,6 +112,10 @@ FINDINGS = (
             have as many entries. [PEFT 2567](https://github.com/huggingface/peft/pull/2567) made it
             so, where it was an error before.
             """,
+        fix=(
+            "Take the norms of W + s B A with B and A of each group alone, as the forward applies"
+            " them"
+        ),
         right="""
             The norms are those of the rows of $V = W + sBA$, both block-diagonal, over all
             channels: what the branch multiplies by.
@@ -130,6 +143,7 @@ FINDINGS = (
             output $W x + b$. The bias's gradient comes by three ways, $\sum \d y + (g - 1) \sum \d
             y - (g - 1) \sum \d y$, and each is rounded.
             """,
+        fix="Compute the base's part without the bias, and add the bias once",
         right=r"""
             $\d b = \sum \d y$: DoRA rescales the weight, and not the bias.
             """,
@@ -154,6 +168,10 @@ FINDINGS = (
             PyTorch's linear takes one vector without a batch. With DoRA on it the output is a row:
             the factor is viewed as a matrix of one row, and that is how the sum comes out.
             """,
+        fix=(
+            "Leave the factor a vector: mag_norm_scale = magnitude / weight_norm broadcasts over "
+            "the last axis"
+        ),
         right="""
             An adapter changes the values of a layer's output, never its shape.
             """,

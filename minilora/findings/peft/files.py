@@ -62,6 +62,10 @@ FINDINGS = (
             pattern that fits a module counts. `save_pretrained` sorts their keys, so another one
             may come first when the adapter is loaded.
             """,
+        fix=(
+            "Write rank_pattern and alpha_pattern in the order that they have (json.dumps without"
+            " sort_keys)"
+        ),
         right=r"""
             What is saved and loaded is the same function, with the same $s = \alpha / r$.
             """,
@@ -90,6 +94,7 @@ FINDINGS = (
             `modules_to_save`, of whatever is there: to the caller's own list, and to the one that
             it has saved.
             """,
+        fix="Build a new list without repetitions instead of extending the configuration's own",
         right="""
             What was loaded and is saved again is the same.
             """,
@@ -117,6 +122,7 @@ FINDINGS = (
             residual is another than the one that A and B were trained beside. Plain `"pissa"`
             computes the same residual each time.
             """,
+        fix="Seed the random vectors of svd_lowrank, or store the start beside the adapter",
         right="""
             $W = R + s B A$, so that R is W less the very start of B and A.
             """,
@@ -144,6 +150,10 @@ FINDINGS = (
             and B and nothing else: no magnitude of DoRA, no module that is saved in full, no
             adapter of an embedding.
             """,
+        fix=(
+            "Keep every tensor that is not lora_A or lora_B of a converted module in the state "
+            "that is written"
+        ),
         right="""
             $R + s B A = W + s (B A - B_0 A_0)$ is about the projection's A and B; everything else
             that was trained stays part of the function. DoRA's magnitude too: it rescales the rows
@@ -172,6 +182,10 @@ FINDINGS = (
             `embed_tokens` or `lm_head` are known to be tied: the head's factors in the file are
             passed over.
             """,
+        fix=(
+            "Ask the model for its embeddings (get_input_embeddings, get_output_embeddings) "
+            "instead of two names"
+        ),
         right="""
             What is saved and loaded is the same function.
             """,
@@ -201,6 +215,7 @@ FINDINGS = (
             `layer_replication` lengthens the model's list of layers, and not `layer_types` of its
             configuration, which Qwen2 reads by the layer's number.
             """,
+        fix="Repeat config.layer_types by the same ranges where the configuration has them",
         right="""
             A copy of a layer is a layer of its kind.
             """,
@@ -226,6 +241,7 @@ FINDINGS = (
             shards were not gathered: what is of one dimension counts as a shard, and a bias has one
             dimension.
             """,
+        fix="Leave names that end in .bias out of the test for shards",
         right="""
             The bias is a vector of the layer's outputs; it is saved whole and comes back.
             """,
@@ -250,6 +266,7 @@ FINDINGS = (
             tensors whose names fit, and leaves the others out: the factors B that it found nothing
             for stay 0. It warns of missing tensors; of tensors that are left over it says nothing.
             """,
+        fix="Raise where no tensor of the file fits, and name those that are left over otherwise",
         right="""
             An adapter that does not fit is refused, or has its effect.
             """,
@@ -286,6 +303,7 @@ FINDINGS = (
             `from_pretrained` warns that a key is missing and answers with the $A$ that Kaiming's
             rule drew beside the $B$ of the file; `load_adapter` does not warn.
             """,
+        fix="Raise where a factor of a module that the file names is missing",
         right=FUNCTION_OF_FILE,
         consequence="""
             A file that was cut, or whose names fit in part, is another function in each process.

@@ -26,6 +26,7 @@ FINDINGS = (
             to it. The adapted head multiplies by the new table and adds nothing, as was reported in
             [PEFT 3649](https://github.com/huggingface/peft/issues/3649).
             """,
+        fix="Pass the base layer's bias to F.linear",
         right="""
             Rows that are as they were change nothing.
             """,
@@ -53,6 +54,7 @@ FINDINGS = (
             3697](https://github.com/huggingface/peft/issues/3697) reports both, and [PEFT
             3758](https://github.com/huggingface/peft/pull/3758) mends them.
             """,
+        fix="Give lora_A the base layer's dilation beside its kernel, stride and padding",
         right="""
             A convolution is $W$ over patches, and $W + sBA$ over the same patches is the adapted
             one: merging changes no output.
@@ -76,6 +78,7 @@ FINDINGS = (
         does="""
             As with dilation: PEFT's $A$ and LyCORIS do not take over the base's `padding_mode`.
             """,
+        fix="Give lora_A the base layer's padding_mode",
         right="""
             Merging changes no output.
             """,
@@ -96,6 +99,7 @@ FINDINGS = (
             `target_parameters` adapts weights (e, out, in), and (e, in, out) where the module says
             `is_transposed`. One expert alone is taken for a plain matrix (out, in).
             """,
+        fix="Ask whether the parameter is stored (in, out) also where there is one expert",
         right="""
             An expert is computed as it is among others.
             """,
@@ -128,6 +132,10 @@ FINDINGS = (
         does="""
             The columns of $A$ are looked up with the bound that is meant for the table's rows.
             """,
+        fix=(
+            "Look up the columns of A without max_norm, and bound the row of W + s B A, or refuse"
+            " max_norm"
+        ),
         right="""
             The row of $W + sBA$ is within the bound: nothing is to be shortened.
             """,
@@ -157,6 +165,7 @@ FINDINGS = (
             before the forward. Its `merge` adds $sBA$ to the weight of `out_proj`, and then merges
             `out_proj`, itself an adapted layer, which adds it once more. Unmerging takes both away.
             """,
+        fix="Leave out_proj's delta out of orig_weight_out, as out_proj.merge adds it",
         right="""
             With one token attention is $W_o W_v x$, and with an adapter of $W_o$ alone $(W_o + sBA)
             W_v x$.
@@ -189,6 +198,10 @@ FINDINGS = (
             the weights that it reads from `linear1` and `linear2`. The layers that PEFT puts in
             their places have a `weight`, the base's.
             """,
+        fix=(
+            "Let a tuner layer's weight not pass for a plain one there: torch takes its fast path"
+            " only for those"
+        ),
         right="""
             Without dropout training and evaluation are one function, and a layer whose adapter is
             not 0 is not the base.

@@ -36,6 +36,10 @@ FINDINGS = (
             and then the sum. [PEFT 3396](https://github.com/huggingface/peft/pull/3396) describes
             the difference.
             """,
+        fix=(
+            "Add the delta to the weight in the wider dtype and round once, as the merge without "
+            "safe_merge does"
+        ),
         right="""
             The merged weight is the number nearest to $W + sBA$, and rounding once gives it.
             """,
@@ -63,6 +67,10 @@ FINDINGS = (
             The library warns of the former, [PEFT
             2018](https://github.com/huggingface/peft/issues/2018), and not of the latter.
             """,
+        fix=(
+            "Untie the table before merging an adapter of one of its uses, and merge one of both "
+            "uses once"
+        ),
         right="""
             Merging changes no output. Where one use alone changes, the tie ends; where both change
             by one matrix and its transpose, the table takes it once.
@@ -94,6 +102,11 @@ FINDINGS = (
             "replicate_layers (tuners/tuners_utils.py) has the copies share their weights, and the "
             "merge of each adapter adds to them"
         ),
+        code="peft/tuners/tuners_utils.py:2574 replicate_layers",
+        fix=(
+            "Give each copy a weight of its own before the first merge, or refuse to merge "
+            "replicated layers"
+        ),
         right="""
             With `layer_replication` each copy computes $W x + s B_i A_i x$ with its own adapter.
             Merged, each has a weight of its own, $W + s B_i A_i$.
@@ -124,6 +137,7 @@ FINDINGS = (
             A merge adds $sBA$, an unmerge subtracts the $sBA$ of its own time. Deleting and
             hot-swapping what is merged are refused; `set_scale` is not.
             """,
+        fix="Keep the delta (or the scale) that was added, and subtract that",
         right="""
             What is unmerged is the weight that was merged. Subtraction would have to remember $s$,
             $A$ and $B$, and [would still
@@ -147,6 +161,7 @@ FINDINGS = (
             A trained bias of $B$ needs a bias of the base to be merged into. PEFT finds that there
             is none after it has added $sBA$.
             """,
+        fix="Check for the bias before the weight is changed",
         right="""
             What is refused changes nothing. (minilora's merge gives the layer a bias.)
             """,
@@ -174,6 +189,9 @@ FINDINGS = (
             multiplies the factors as matrices, from which it has taken these two. The third one is
             still there.
             """,
+        fix=(
+            "Ask for the number of dimensions (weight.ndim == 4) beside the two sides of the kernel"
+        ),
         right="""
             A kernel of one entry is a matrix, whatever the dimensions: $W + sBA$.
             """,
@@ -194,6 +212,10 @@ FINDINGS = (
         does="""
             Both libraries unmerge by subtraction.
             """,
+        fix=(
+            "Keep the weight as it was while an adapter is merged, or say in unmerge's "
+            "documentation that it rounds"
+        ),
         right="""
             The sum $W + sBA$ is rounded to its own spacing. What $W$ has below that is gone, and no
             subtraction brings it back, as a maintainer remarks in [PEFT
@@ -223,6 +245,10 @@ FINDINGS = (
             first evaluation, in an order that its `quant_state` does not tell. PEFT's merge unpacks
             it by `dequantize_4bit`, in the order that it had.
             """,
+        fix=(
+            "Unpack by the layer's own order (bitsandbytes' unpack) where quant_state says that "
+            "it is packed"
+        ),
         right=r"""
             The merged weight is $\tilde W + s B A$, whatever was computed before; with $B = 0$ it
             is $\tilde W$.
@@ -245,6 +271,7 @@ FINDINGS = (
             `merge` of `tuners/lora/bnb.py` adds the bias of B to the layer's bias as it is. In the
             forward it is scaled with the branch, and so it is when a dense layer is merged.
             """,
+        fix="Add lora_B's bias times the scaling, as Linear.merge does",
         right="""
             $y = W x + b + s (B A x + c)$, so that the merged bias is $b + s c$.
             """,

@@ -32,6 +32,10 @@ FINDINGS = (
             [PEFT 3610](https://github.com/huggingface/peft/issues/3610) is the same of
             `layers_pattern`, where it is mended.
             """,
+        fix=(
+            r"Search \"^(.*\.)?{pattern}\.(\d+)\.\" from the start of the name and take the first "
+            "number, where the pattern's dot is optional at the start"
+        ),
         right="""
             A module lies in the same layer, whatever the model lies in.
             """,
@@ -56,6 +60,10 @@ FINDINGS = (
             "all-linear" is resolved to the names of all projections but the output head. These then
             match as any list does: a whole name or its dotted end.
             """,
+        fix=(
+            "Compare modules, not the last words of their names: exclude the module that "
+            "get_output_embeddings returns by its full name"
+        ),
         right="""
             "all-linear" leaves the output head out.
             """,
@@ -78,6 +86,7 @@ FINDINGS = (
             target is compared with a dotted end. In [PEFT
             1917](https://github.com/huggingface/peft/issues/1917) it met a user.
             """,
+        fix='Compare name == key or name.endswith("." + key), as for target_modules',
         right="""
             A name in a list means one thing: the module of that name or of that dotted end.
             """,
@@ -105,6 +114,7 @@ FINDINGS = (
             computes with is trained by nobody, and the file cannot be loaded. It takes no more than
             a name whose end fits both, such as `embeddings` of a BERT.
             """,
+        fix="Skip names inside a module that is already wrapped, as the outer copy trains them",
         right="""
             What is named is trained, once.
             """,

@@ -23,6 +23,10 @@ FINDINGS = (
             library warns](https://github.com/huggingface/peft/pull/741); a second adapter with one
             is refused.
             """,
+        fix=(
+            "Keep the base's bias beside the adapter's (as modules_to_save does) and switch with "
+            "the adapter"
+        ),
         right="""
             Where each adapter has its own, loading changes no output and disabling gives the
             base's.
@@ -54,6 +58,7 @@ FINDINGS = (
             are still reported as active; [PEFT
             3756](https://github.com/huggingface/peft/issues/3756).
             """,
+        fix="Add the active adapters that are not merged to the base layer's output",
         right=r"""
             Merging changes no output: $(W + \Delta W_1) x + \Delta W_2 x$ is what it was before.
             """,
@@ -75,6 +80,7 @@ FINDINGS = (
             `delete_adapter` leaves the name of the deleted adapter as the active one, and the
             model's forward looks up its configuration; the layers themselves are the base's again.
             """,
+        fix="Answer as the base where no adapter is left, in PeftModel.forward too",
         right="""
             Without adapters a model is its base.
             """,
@@ -100,6 +106,10 @@ FINDINGS = (
             Deleting the only active adapter activates the first of those that are left, with a
             warning.
             """,
+        fix=(
+            "Leave no adapter active where the active one is deleted, or ask for the next one by "
+            "name"
+        ),
         right="""
             That is a choice: minilora's `AdaptedLayer` has none act in the stead of one that is
             gone, since nobody asked for it.
@@ -124,6 +134,7 @@ FINDINGS = (
             adapter whose dropout is in training mode, while `model.training` is False: two forwards
             of one input differ.
             """,
+        fix="Put what update_layer makes into the mode of the layer: self.train(self.training)",
         right="""
             What is added to a module takes part in its mode: dropout is the identity in evaluation.
             """,
@@ -148,6 +159,7 @@ FINDINGS = (
             `hotswap_adapter_from_state_dict` fills with 0 whatever tensor has the adapter's name
             somewhere in its own and no new value: those of `two` too, where `tw` is swapped.
             """,
+        fix="Compare the adapter's name with whole parts of the tensor's name",
         right="""
             Another adapter stays as it is.
             """,
@@ -174,6 +186,7 @@ FINDINGS = (
             takes, and the configuration, which is saved, stay those of the adapter that was
             replaced.
             """,
+        fix="Set the layers' r and lora_alpha and the model's peft_config with the scaling",
         right="""
             The scale of an adapter is its own alpha over its own rank.
             """,
@@ -200,6 +213,7 @@ FINDINGS = (
             `PeftModel.set_adapter` takes one name and refuses one that it does not know.
             `set_adapter` of the model below, which takes several, passes over what its layers lack.
             """,
+        fix="Refuse a name that no layer has, as PeftModel.set_adapter does for one name",
         right="""
             A name that there is not is an error.
             """,
@@ -225,6 +239,7 @@ FINDINGS = (
             of an embedding are no modules, and their names have no `.weight`: the layer above is
             found instead.
             """,
+        fix="Take lora_embedding_A and lora_embedding_B by their own names, which have no .weight",
         right="""
             An embedding's adapter is replaced as a linear layer's is.
             """,

@@ -21,6 +21,9 @@ FINDINGS = (
             2103](https://github.com/huggingface/peft/issues/2103); these two do not. The residual
             is right, and the factors are exchanged.
             """,
+        fix=(
+            "Transpose the weight before and after where fan_in_fan_out is set, as pissa_init does"
+        ),
         right="""
             $R + sBA = W$, so that the start leaves the output as it is.
             """,
@@ -45,6 +48,7 @@ FINDINGS = (
             PEFT's embeddings have one start and take the name of any other one for it, where
             convolutions refuse an unknown name.
             """,
+        fix="Refuse a start that an embedding does not have, by its name",
         right="""
             Each of these starts is one of a matrix, and a table is one. What cannot be done is an
             error.
@@ -68,6 +72,7 @@ FINDINGS = (
         does="""
             The residual is put into the weight that the two share. OLoRA and LoftQ do the same.
             """,
+        fix="Refuse to start in a tied weight, or untie it first",
         right="""
             $R + sBA = W$ in the head, and the embedding keeps $W$: the start changes no output. The
             tie has to end there.
@@ -94,6 +99,10 @@ FINDINGS = (
             each expert. Cut into the experts' parts, their halves of the rank are no longer
             opposite each other.
             """,
+        fix=(
+            "Start each expert's A and B of rank r orthogonal, in the shapes (experts r, in) and "
+            "(out, r experts)"
+        ),
         right="""
             $BA = 0$ in each expert.
             """,
@@ -116,6 +125,7 @@ FINDINGS = (
             [PEFT 1982](https://github.com/huggingface/peft/issues/1982). The start asks for a GPU,
             whatever there is:
             """,
+        fix="Divide what B and A have to make up by the scale: B A = (W - Q) / s",
         right="""
             What acts is $Q + sBA$, and it should be near $W$. With $BA$ the best for $W - Q$, the
             scale 2 is as far from $W$ as $Q$ alone, and a greater one farther: $W - Q - sBA = (W -
@@ -138,6 +148,7 @@ FINDINGS = (
         does="""
             As OLoRA does.
             """,
+        fix="Transpose the weight before it is factored where fan_in_fan_out is set",
         right="""
             $R + sBA = W$.
             """,
@@ -154,6 +165,10 @@ FINDINGS = (
         does="""
             They call the start without the configuration that it needs.
             """,
+        fix=(
+            "Hand the configuration to loftq_init in convolutions and embeddings too, or refuse "
+            "them by name"
+        ),
         right="""
             The matrix of an embedding is as good as another one; what is not supported is refused
             by name, as in convolutions every other start is.

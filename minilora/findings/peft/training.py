@@ -21,6 +21,7 @@ FINDINGS = (
             unless given. The review of [PEFT 1915](https://github.com/huggingface/peft/pull/1915),
             which added the function, discusses what an ordinary `weight_decay` should do.
             """,
+        fix="Take weight_decay where loraplus_weight_decay is not given",
         right=r"""
             Without gradients AdamW is its decay alone, $p \leftarrow (1 - \eta\lambda)\,p$, each
             parameter with its own rate $\eta$.
@@ -45,6 +46,7 @@ FINDINGS = (
             `create_loraplus_optimizer` gives the greater rate to every parameter of one dimension:
             biases, norms, DoRA's magnitudes. So does the code of the paper's authors.
             """,
+        fix="Give a vector the rate of B only where its name holds lora_B",
         right=r"""
             LoRA+ says what the rates of $A$ and $B$ are, $\eta_A = \eta$ and $\eta_B =
             \lambda\eta$, for factors of which one starts at zero; of a bias it says nothing. That
@@ -72,6 +74,10 @@ FINDINGS = (
             It is `loraplus_lr_embedding`, whose default is fixed, for $A$ and $B$ alike; neither
             `lr` nor the ratio acts on it.
             """,
+        fix=(
+            "Give an embedding's A the rate lr and its B the rate ratio * lr unless "
+            "loraplus_lr_embedding is given"
+        ),
         right=r"""
             $\eta_A = \eta$ and $\eta_B = \lambda\eta$.
             """,
@@ -97,6 +103,10 @@ FINDINGS = (
             embedding's memory. Each has its own gradient and its own state in the optimizer, and
             both write to the same numbers. Moving the model to another dtype or device unties them.
             """,
+        fix=(
+            "Register the embedding's factors at the head as the same parameters, transposed "
+            "where they are used"
+        ),
         right="""
             One factor that is used twice has one gradient, the sum of the two. Only an optimizer
             that is linear in the gradient, plain SGD, gives the same by two steps.
@@ -120,6 +130,7 @@ FINDINGS = (
             to bfloat16 wherever the device has bfloat16, a CPU included, whatever the parameters'
             dtype and whether or not the training uses autocast.
             """,
+        fix="Compute the gradient in its own dtype, without autocast",
         right=r"""
             The gradient is $g = \d B \, (A A^\top)^{-1} / s^2$ (`lorafa_gradient` in `optim`), in
             the dtype of the parameters: float32 training keeps its digits everywhere else.
