@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ def releases(distribution: str, text: str) -> dict[str, str]:
     return found
 
 
+@cache
 def printed() -> dict[str, Printed]:
     """What is recorded, by the ids of findings."""
     found: dict[str, Any] = json.loads(PRINTED.read_text()) if PRINTED.is_file() else {}
@@ -106,7 +108,7 @@ def record(ids: list[str]) -> None:
     """Run the scripts of these findings, or of all, and record what they print."""
     from minilora.findings import FINDINGS, LIBRARIES
 
-    found = printed()
+    found = dict(printed())
     for id, finding in FINDINGS.items():
         text = script(id)
         if not text or (ids and id not in ids):

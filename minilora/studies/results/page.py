@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from html import escape
 
 from minilora.findings import FINDINGS
+from minilora.findings.reproduce import printed
 from minilora.forms.html import open_page
 from minilora.forms.words import printable
 from minilora.studies.results.changes import KINDS, Change, changes, deviating, latest, releases
@@ -279,4 +280,9 @@ def _finding(name: str, link: Link) -> str:
     title = FINDINGS[name].title if name in FINDINGS else name
     at = link(name)
     shown = f'<a href="{escape(at)}">{escape(title)}</a>' if at else escape(title)
-    return f"Finding: {shown} <span class='soft'>({escape(name)})</span>"
+    said = printed().get(name)
+    case = ""
+    if said:
+        case = f"; its script gets <code>{escape(said.got)}</code>"
+        case += f" for <code>{escape(said.expected)}</code>"
+    return f"Finding: {shown} <span class='soft'>({escape(name)})</span>{case}"

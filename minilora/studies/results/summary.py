@@ -30,7 +30,8 @@ class Deviation:
 
     ``says`` is the deviation in one line and ``place`` its worst element; ``diagnosis`` the ids of
     mutants that explain it; ``smallest`` the smallest case, "" where none was looked for;
-    ``findings`` the ids of the findings that were declared about it, and ``reason`` why.
+    ``findings`` the ids of the findings that were declared about it, ``reason`` what was without
+    one.
     """
 
     check: str
@@ -39,13 +40,13 @@ class Deviation:
     status: str
     cases: int
     deviating: int
-    says: str
-    place: str
-    diagnosis: tuple[str, ...]
-    smallest: str
-    findings: tuple[str, ...]
-    reason: str
-    reproduce: str
+    says: str = ""
+    place: str = ""
+    diagnosis: tuple[str, ...] = ()
+    smallest: str = ""
+    findings: tuple[str, ...] = ()
+    reason: str = ""
+    reproduce: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _deviation(worst: Result, found: Iterable[Result]) -> Deviation:
         diagnosis=tuple(each.id for each in worst.diagnosis[:3]),
         smallest=smallest_words(smallest[0]) if smallest else "",
         findings=tuple(named[1].split(", ")) if named else (),
-        reason=worst.known.reason if worst.known else "",
+        reason=worst.known.reason if worst.known and not named else "",
         reproduce=worst.reproduce,
     )
 
@@ -151,10 +152,29 @@ def write_summary(folder: Path | str, summary: Summary) -> Path:
     """Write a summary into a folder, under the target's name and version."""
     path = Path(folder) / f"{summary.name}.json"
     document = {"schema": SCHEMA, **asdict(summary)}
-    text = json.dumps(document, indent=1, ensure_ascii=False)
-    # The checks of a level in one line each: a file is read by people, too.
-    write_text(str(path), re.sub(r'": "([.sKLEF-]+)",\n\s+', r'": "\1", ', text) + "\n")
+    document["deviations"] = [
+        {name: value for name, value in asdict(each).items() if value or value == 0}
+        for each in summary.deviations
+    ]
+    write_text(str(path), _by_lines(document))
     return path
+
+
+def _by_lines(document: Mapping[str, Any]) -> str:
+    """JSON with a line for each key, for each level and for each deviation: a reader compares."""
+
+    def one(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    def body(key: str, value: Any) -> str:
+        if key == "checks":
+            return "{\n  " + ",\n  ".join(f"{one(k)}: {one(v)}" for k, v in value.items()) + "\n }"
+        if key == "deviations" and value:
+            return "[\n  " + ",\n  ".join(map(one, value)) + "\n ]"
+        return one(value)
+
+    lines = (f" {one(key)}: {body(key, value)}" for key, value in document.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def read_summary(path: Path | str) -> Summary:
@@ -166,7 +186,7 @@ def read_summary(path: Path | str) -> Summary:
             raise ValueError(f"schema {found['schema']}")
         values = {each.name: _frozen(found[each.name]) for each in fields(Summary)}
         values["deviations"] = tuple(
-            Deviation(**{each.name: _frozen(entry[each.name]) for each in fields(Deviation)})
+            Deviation(**{name: _frozen(value) for name, value in entry.items()})
             for entry in found["deviations"]
         )
         return Summary(**values)
