@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,11 @@ from minilora.cli.console import FAILED, NOT_LOADED, open_streams, usage_error
 def split(values: list[str] | None) -> list[str] | None:
     """The values of a repeatable option, each of which may be a comma-separated list."""
     return values and [part.strip() for value in values for part in value.split(",")]
+
+
+def processors() -> int:
+    """How many processors there are for this process, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def guarded(command: str, run: Callable[[argparse.Namespace], int], failed: int = FAILED) -> Any:

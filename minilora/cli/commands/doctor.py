@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from minilora.cli.console import FAILED, OK, say
-from minilora.cli.options import add_command
+from minilora.cli.options import add_command, processors
 
 
 def add(commands: Any) -> None:
@@ -92,7 +92,6 @@ def _key(version: str) -> tuple[int, ...]:
 
 
 def _machine() -> Iterator[str]:
-    import os
     import platform
     import sys
     from pathlib import Path
@@ -102,12 +101,9 @@ def _machine() -> Iterator[str]:
 
     import minilora
 
-    processors = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    )
     yield f"minilora {minilora.__version__}, {Path(minilora.__file__).parent}"
     yield f"Python {platform.python_version()}, {sys.executable}"
-    yield f"{platform.system()} {platform.machine()}, {processors} processors"
+    yield f"{platform.system()} {platform.machine()}, {processors()} processors"
     for pool in threadpool_info():
         kernels = f", kernels {pool['architecture']}" if pool.get("architecture") else ""
         yield (

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 from minilora.cli.console import files_of, tell, write_file
-from minilora.cli.options import add_command, add_files, split
+from minilora.cli.options import add_command, add_files, processors, split
 from minilora.cli.progress import progress_bar
 
 
@@ -53,15 +52,10 @@ def _run(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             cases=arguments.cases,
             quick=arguments.quick,
-            jobs=_processors() if arguments.jobs is None else arguments.jobs,
+            jobs=processors() if arguments.jobs is None else arguments.jobs,
             progress=progress,
         )
     for form, path in files.items():
         write_file(path, getattr(report, form)())
     tell(report.text(), files)
     return report.exit_status
-
-
-def _processors() -> int:
-    """How many processors there are for this process, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from minilora.cli.console import (
@@ -21,13 +23,17 @@ from minilora.cli.console import (
     usage_error,
     write_file,
 )
-from minilora.cli.options import add_command, add_files, split
+from minilora.cli.options import add_command, add_files, processors, split
 from minilora.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from minilora.verify.core.types import Check
+    from minilora.verify.jobs import Helpers
     from minilora.verify.plan import CheckPlan
     from minilora.verify.report.report import Report
+
+MOST_JOBS = 4
+"""The most processes that ask, unless more are asked for."""
 
 FORMS = ("json", "junit", "html", "markdown", "annotations", "badge")
 
@@ -59,6 +65,13 @@ def add(commands: Any) -> None:
         "--in-process",
         action="store_true",
         help="call the target in this process, for a debugger; one that ends it ends verify",
+    )
+    option(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="processes that ask, each with a target of its own; the report is the same (default: "
+        "as many as pay off, and 1 for a target of your own)",
     )
     option("--time-limit", type=float, metavar="SECONDS", help="for each call (default: 30)")
     add_files(option, "the report", *FORMS)
@@ -135,6 +148,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "command": _command(arguments),
         "time_limit": _time_limit(arguments),
     }
+    _require_jobs(arguments)
     if arguments.list:
         return _list(arguments, plans)
     if arguments.coverage:
@@ -215,6 +229,18 @@ def _update_known(
     return []
 
 
+def _require_jobs(arguments: argparse.Namespace) -> None:
+    """Errors: ValueError where ``--jobs`` is no number of processes, or they cannot be several."""
+    if arguments.jobs is None or arguments.jobs == 1:
+        return
+    if arguments.jobs < 1:
+        raise ValueError(f"--jobs {arguments.jobs}: expected 1 or more")
+    for option in ("in_process", "case", "update_known"):
+        if getattr(arguments, option):
+            name = option.replace("_", "-")
+            raise ValueError(f"--jobs {arguments.jobs} and --{name}: it runs in one process")
+
+
 def _time_limit(arguments: argparse.Namespace) -> float:
     from minilora.verify.implementation.contract import TIME_LIMIT
 
@@ -229,15 +255,42 @@ def _checked(arguments: argparse.Namespace, options: dict[str, Any]) -> Report:
     from minilora.verify.checks.registry import CHECKS
     from minilora.verify.engine import Interrupted, run
 
+    started = monotonic()
     try:
         with (
             stdout_on_stderr(),
-            _target(arguments, options["time_limit"]) as target,
+            _target(arguments, options["time_limit"])() as target,
             progress_bar() as progress,
         ):
-            return run(CHECKS, target, **options, progress=progress)
+            helpers = _helpers(arguments, options, target, monotonic() - started)
+            return run(CHECKS, target, **options, progress=progress, helpers=helpers)
     except Interrupted as interrupted:
         return interrupted.report
+
+
+def _helpers(
+    arguments: argparse.Namespace, options: dict[str, Any], target: object, seconds: float
+) -> Helpers | None:
+    """The processes that ask beside this one, by ``--jobs`` or where they pay off."""
+    from minilora.verify.jobs import Helpers
+    from minilora.verify.peers import PEERS
+
+    jobs, at_most = arguments.jobs, 1
+    if not (arguments.in_process or arguments.cmd or arguments.case or arguments.update_known):
+        # Two of somebody's own may share a file, a device, a port.
+        at_most = min(processors(), MOST_JOBS) if arguments.target in (None, *PEERS) else 1
+    if (at_most if jobs is None else jobs) == 1:
+        return None
+    return Helpers(
+        open_target=_target(arguments, options["time_limit"]),
+        known=options["known"],
+        command=options["command"],
+        time_limit=options["time_limit"],
+        count=(at_most if jobs is None else jobs) - 1,
+        if_worth_it=jobs is None,
+        start_seconds=seconds,
+        size=getattr(target, "resident", 0),
+    )
 
 
 def _write(report: Report, files: dict[str, str], target: str | None) -> list[str]:
@@ -284,20 +337,24 @@ def _command(arguments: argparse.Namespace) -> list[str]:
 
 def _target(
     arguments: argparse.Namespace, limit: float
-) -> contextlib.AbstractContextManager[object]:
-    """The implementation to check, as a context. Errors: LoadError."""
+) -> Callable[[], contextlib.AbstractContextManager[object]]:
+    """What opens the implementation to check, here or in another process. Errors: LoadError."""
     from minilora.verify.loading import DEFAULT_TARGET, load
 
     if arguments.cmd is not None:
-        from minilora.verify.checks.registry import CHECKS
-        from minilora.verify.implementation.protocol import Driver
-
-        return Driver(arguments.cmd, CHECKS, time_limit=limit)
+        return partial(_driver, arguments.cmd, limit)
     if arguments.in_process:
-        return contextlib.nullcontext(load(arguments.target or DEFAULT_TARGET))
+        return lambda: contextlib.nullcontext(load(arguments.target or DEFAULT_TARGET))
     from minilora.verify.implementation.python_target import PythonTarget
 
-    return PythonTarget(arguments.target or DEFAULT_TARGET, time_limit=limit)
+    return partial(PythonTarget, arguments.target or DEFAULT_TARGET, time_limit=limit)
+
+
+def _driver(command: str, limit: float) -> contextlib.AbstractContextManager[object]:
+    from minilora.verify.checks.registry import CHECKS
+    from minilora.verify.implementation.protocol import Driver
+
+    return Driver(command, CHECKS, time_limit=limit)
 
 
 def _list(arguments: argparse.Namespace, plans: Sequence[CheckPlan]) -> int:

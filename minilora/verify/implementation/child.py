@@ -105,6 +105,11 @@ class Child:
         self._last_words = b""
         self._has_ended_output = False
 
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
+
     def exchange(self, method: str, limit: float, message: bytes) -> bytes:
         """The line that it answers to a message. Raises Fault."""
         while self._read(0.0):
