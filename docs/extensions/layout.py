@@ -89,6 +89,12 @@ def without_sidebar(app, pagename, templatename, context, doctree):
         context["meta"] = (context.get("meta") or {}) | {"hide-toc": "true"}
 
 
+def nearby_pages(app, pagename, templatename, context, doctree):
+    """Open the sidebar at this page alone: hundreds of links on each page took most of the build."""
+    if whole := context.get("toctree"):
+        context["toctree"] = lambda **options: whole(**options | {"collapse": True})
+
+
 def docstring(app, what, name, obj, options, lines):
     lines[:] = as_rst(list(lines))
 
@@ -103,6 +109,7 @@ def signature(app, what, name, obj, options, signature, returned):
 def setup(app):
     app.connect("doctree-read", arrange)
     app.connect("html-page-context", without_sidebar, priority=400)
+    app.connect("html-page-context", nearby_pages, priority=400)
     app.connect("autodoc-process-docstring", docstring)
     app.connect("autodoc-process-signature", signature)
     return {"parallel_read_safe": True}

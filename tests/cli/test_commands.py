@@ -183,7 +183,7 @@ def test_the_layers_that_are_adapted_and_where_their_input_is_kept(minilora, tmp
         "train", "--output", "run", *chosen, "--prefix-dtype", "float16", "--resume"
     )
     assert status == 2
-    assert "prefix was float32 and is float16" in err
+    assert "prefix was 'float32' and is 'float16'" in err
 
 
 @pytest.mark.parametrize(
