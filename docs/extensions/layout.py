@@ -90,7 +90,7 @@ def without_sidebar(app, pagename, templatename, context, doctree):
 
 
 def nearby_pages(app, pagename, templatename, context, doctree):
-    """Open the sidebar at this page alone: hundreds of links on each page took most of the build."""
+    """Open the sidebar at this page alone: hundreds of links on every page take long to make."""
     if whole := context.get("toctree"):
         context["toctree"] = lambda **options: whole(**options | {"collapse": True})
 
