@@ -70,6 +70,15 @@ def contents(doctree):
         page.insert(page.index(first), row)
 
 
+def one_document(app, doctree):
+    """Let each node name its page as its document, which is kept with it.
+
+    Those that a directive has parsed name another one, with all that Sphinx knows of all pages.
+    """
+    for node in doctree.findall():
+        node.document = doctree
+
+
 def arrange(app, doctree):
     if not app.env.docname.startswith(WIDE):
         return
@@ -107,6 +116,7 @@ def signature(app, what, name, obj, options, signature, returned):
 
 
 def setup(app):
+    app.connect("doctree-read", one_document)
     app.connect("doctree-read", arrange)
     app.connect("html-page-context", without_sidebar, priority=400)
     app.connect("html-page-context", nearby_pages, priority=400)
