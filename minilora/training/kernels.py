@@ -15,7 +15,9 @@ from minilora.training.checkpointing import lowest_block, stack
 from minilora.training.chunked_head import head_loss
 
 
-def rope_tables(positions: Array, d: int, theta: float, dtype: Any) -> tuple[Array, Array]:
+def rope_tables(
+    positions: Array, d: int, theta: float, dtype: Any, change: Any = None
+) -> tuple[Array, Array]:
     """`ops.rope_tables`, remembered for the positions for which each step asks again.
 
     Where all rows are one array, the tables have one row.
@@ -23,15 +25,21 @@ def rope_tables(positions: Array, d: int, theta: float, dtype: Any) -> tuple[Arr
     Shapes: positions (b, t) -> cos (b or 1, 1, d/2, t), sin (b or 1, 1, d/2, t).
     """
     rows = positions[:1] if positions.strides[0] == 0 else positions
-    return _tables(rows.tobytes(), rows.shape, rows.dtype, d, theta, dtype)
+    return _tables(rows.tobytes(), rows.shape, rows.dtype, d, theta, dtype, change)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _tables(
-    entries: bytes, shape: tuple[int, int], kind: Any, d: int, theta: float, dtype: Any
+    entries: bytes,
+    shape: tuple[int, int],
+    kind: Any,
+    d: int,
+    theta: float,
+    dtype: Any,
+    change: Any,
 ) -> tuple[Array, Array]:
     positions = np.frombuffer(entries, kind).reshape(shape)
-    tables = ops.rope_tables(positions, d, theta, dtype)
+    tables = ops.rope_tables(positions, d, theta, dtype, change)
     for table in tables:
         table.setflags(write=False)  # it is every caller's
     return tables

@@ -1,5 +1,6 @@
 """The keys and values of earlier tokens, which a later token's attention sees too."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,12 +24,16 @@ class KVCache:
         self.held: list[tuple[Array, Array]] = []
         self.length: list[int] = []
         self.block = 0
+        self.windows: Sequence[int | None] = ()
 
-    def begin(self, real: Array) -> None:
+    def begin(self, real: Array, windows: Sequence[int | None] = ()) -> None:
         """Expect the next t tokens, of which ``real`` are no padding, from the first block on.
+
+        ``windows``: how many tokens each block sees, None where all; by default all.
 
         Shapes: real (b, t).
         """
+        self.windows = windows
         self.earlier = np.empty((len(real), 0), bool) if self.real is None else self.real
         self.real = np.concatenate([self.earlier, real], axis=1)
         self.block = 0
@@ -63,8 +68,12 @@ class KVCache:
         Shapes: q (b, h, d, t), k (b, g, d, t), v (b, g, d, t), mask (b, t, t) -> o (b, h, d, t).
         """
         k, v = self.append(self.block, k, v)
+        t, s = q.shape[-1], self.earlier.shape[1]
+        seen = self.earlier[:, :, None].repeat(t, axis=2)
+        window = self.windows[self.block] if self.windows else None
+        if window is not None:
+            seen &= s + np.arange(t) - np.arange(s)[:, None] < window
         self.block += 1
-        seen = self.earlier[:, :, None].repeat(q.shape[-1], axis=2)
         return attention(q, k, v, np.concatenate([seen, mask], axis=1))
 
 
@@ -86,6 +95,6 @@ def next_logits(
     """
     if not c.causal:
         raise ValueError(f"a {type(c).__name__} has no cache: every token sees every other")
-    cache.begin(batch.real)
+    cache.begin(batch.real, getattr(c, "window", ()))
     kernels = replace(forward_kernels(c, head), attention=cache.attention)
     return logits(batch, W, c, tuning, kernels)[0]

@@ -7,8 +7,12 @@ from collections.abc import Iterable, Mapping
 
 from minilora.io.architectures.architecture import Architecture
 from minilora.io.architectures.bert import BERT
+from minilora.io.architectures.distilbert import DISTILBERT
+from minilora.io.architectures.gemma3 import GEMMA3
 from minilora.io.architectures.gpt2 import GPT_2
 from minilora.io.architectures.llama import LLAMA, QWEN2
+from minilora.io.architectures.qwen3 import QWEN3
+from minilora.io.architectures.smollm3 import SMOLLM3
 from minilora.spec.models import Config
 from minilora.spec.ops import Array
 
@@ -23,7 +27,9 @@ __all__ = [
     "to_file_layout",
 ]
 
-ARCHITECTURES: Mapping[str, Architecture] = {a.name: a for a in (LLAMA, QWEN2, GPT_2, BERT)}
+ARCHITECTURES: Mapping[str, Architecture] = {
+    a.name: a for a in (LLAMA, QWEN2, QWEN3, SMOLLM3, GEMMA3, GPT_2, BERT, DISTILBERT)
+}
 """The architectures that are read and written, by their names in ``config.json``."""
 
 

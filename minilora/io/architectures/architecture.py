@@ -24,7 +24,8 @@ class Architecture:
     """One architecture in files; `models` has its equations.
 
     ``name`` and ``model_type`` are transformers', ``config`` is the class in `models`, and
-    ``constant`` are the fields of it that the name settles. ``headless`` is the name of it without
+    ``others`` are classes with more fields, which files of this name may need;
+    ``constant`` are the fields that the name settles. ``headless`` is the name of it without
     its head, which is then drawn.
 
     Module paths, as transformers has them: ``outer`` those outside the blocks, ``block`` those in a
@@ -36,7 +37,8 @@ class Architecture:
     a field where there is none, computed from the fields before. ``fixed``: further settings, with
     the values under which the function is the one here. ``inert``: settings that change no logits.
     ``special``: settings that ``read_fields`` reads; it returns the fields made of them, and
-    ``write_settings`` is its inverse. ``written``: further settings to write.
+    ``write_settings`` is its inverse. ``written``: further settings to write. ``windows``: some
+    layers attend to a window of the last tokens.
 
     PEFT: ``heeds_weight_tying``: ``ensure_weight_tying`` has an effect. ``reads_replication`` and
     ``writes_replication``: whether an adapter with ``layer_replication`` can be read and written.
@@ -61,6 +63,8 @@ class Architecture:
     written: Mapping[str, Any]
     headless: str | None = None
     special: tuple[str, ...] = ()
+    others: tuple[type[Config], ...] = ()
+    windows: bool = False
     constant: Mapping[str, Any] = field(default_factory=dict)
     read_fields: Callable[[Path, Mapping[str, Any]], dict[str, Any]] = _no_fields
     write_settings: Callable[[Any], dict[str, Any]] = _no_settings
@@ -79,7 +83,16 @@ class Architecture:
 
     def configures(self, c: Config) -> bool:
         """Whether ``c`` is a configuration of this architecture."""
-        return type(c) is self.config and all(getattr(c, f) == v for f, v in self.constant.items())
+        return type(c) in (self.config, *self.others) and all(
+            getattr(c, f) == v for f, v in self.constant.items()
+        )
+
+    def configuration(self, values: Mapping[str, Any]) -> Config:
+        """The configuration of these values, of the class that has fields for all of them."""
+        known = {**values, **self.constant}
+        classes = (self.config, *self.others)
+        chosen = next(cls for cls in classes if known.keys() <= {f.name for f in fields(cls)})
+        return chosen(**known)
 
     def paths(self, c: Config) -> dict[str, str]:
         """Internal module name -> the module's path, a tied head's among them."""

@@ -87,7 +87,7 @@ def _config(contents: Contents) -> Config:
         expected = f"{values['layers']} layers of several tensors each"
         remedy = "the file is incomplete"
         raise FormatError(path, "tensors", len(contents.tensors), expected, remedy)
-    return a.config(**values, **a.constant)
+    return a.configuration(values)
 
 
 def _rope_fields(settings: _Settings, d: int, heads: int) -> dict[str, Any]:

@@ -81,9 +81,10 @@ def parse_config(path: Path, settings: Mapping[str, Any]) -> Config:
                 value = a.absent[field.name](values)
             values[field.name] = typed(path, key, value, field.type)
     values |= a.read_fields(path, settings)
-    _check_layer_types(path, settings.get("layer_types"), values["layers"])
+    if not a.windows:
+        _check_layer_types(path, settings.get("layer_types"), values["layers"])
     _check_heads(path, settings, values, a)
-    return a.config(**values, **a.constant)
+    return a.configuration(values)
 
 
 def _architecture(path: Path, settings: Mapping[str, Any]) -> Architecture:
