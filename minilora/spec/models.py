@@ -180,14 +180,9 @@ class Bert(Config):
 
 
 def llama(
-    batch: Batch,
-    W: Params,
-    c: Llama,
-    tuning: TrainableSpec,
-    kernels: Kernels = Kernels(),
-    block: Op = llama_block,
+    batch: Batch, W: Params, c: Llama, tuning: TrainableSpec, kernels: Kernels = Kernels()
 ) -> tuple[Array, Back]:
-    """z = head(norm(blocks(embed(ids)))), each block being ``block``.
+    """z = head(norm(blocks(embed(ids)))).
 
     Shapes: ids (b, t) -> z (v, b*t).
     Source: Touvron et al. 2023.
@@ -196,10 +191,10 @@ def llama(
     tables = kernels.rope_tables(batch.position_ids, c.head_dim, c.theta, x.dtype)
     mask = ops.causal_mask(batch.real)
 
-    def block_at(x: Array, at: str) -> tuple[Array, Back]:
-        return block(x, at, W, c, tuning, tables, mask, kernels.attention)
+    def block(x: Array, at: str) -> tuple[Array, Back]:
+        return llama_block(x, at, W, c, tuning, tables, mask, kernels.attention)
 
-    x, back_blocks = kernels.stack(x, c.layers, block_at)
+    x, back_blocks = kernels.stack(x, c.layers, block)
     h, back_norm = normalise(ops.rmsnorm, x, "norm", W, c.eps, tuning)
     z, back_head = kernels.head(h, "head", W, tuning)
 

@@ -216,24 +216,16 @@ def gelu_tanh(x: Array) -> tuple[Array, Back]:
     return x * (1 + h) * 0.5, back
 
 
-def rope_tables(
-    positions: Array,
-    d: int,
-    theta: float,
-    dtype: Any,
-    change: Callable[[Array], Array] | None = None,
-) -> tuple[Array, Array]:
-    """The cosines and sines of RoPE's angles position · ω_i, ω_i = theta^(-2i/d), i = 0 … d/2 - 1.
+def rope_tables(positions: Array, d: int, theta: float, dtype: Any) -> tuple[Array, Array]:
+    """The cosines and sines of RoPE's angles position · theta^(-2i/d), i = 0 … d/2 - 1.
 
     Angles are formed in float64 at least, whatever the model's dtype: they grow with the position.
-    ``change`` gives other frequencies ω.
 
     Shapes: positions (b, t) -> cos (b, 1, d/2, t), sin (b, 1, d/2, t).
     """
     real = np.empty(0, dtype).real.dtype
     wide = np.result_type(real, np.float64) if real.kind == "f" else np.dtype(np.float64)
     frequencies = theta ** (np.arange(0, d, 2, dtype=wide) * (-1 / wide.type(d)))
-    frequencies = frequencies if change is None else change(frequencies)
     angles = positions * frequencies[:, None, None]  # in memory as the activations lie: (d/2, b, t)
     cos, sin = (f(angles).astype(real).swapaxes(0, 1)[:, None] for f in (np.cos, np.sin))
     return cos, sin

@@ -15,9 +15,7 @@ from minilora.training.checkpointing import lowest_block, stack
 from minilora.training.chunked_head import head_loss
 
 
-def rope_tables(
-    positions: Array, d: int, theta: float, dtype: Any, change: Any = None
-) -> tuple[Array, Array]:
+def rope_tables(positions: Array, d: int, theta: float, dtype: Any) -> tuple[Array, Array]:
     """`ops.rope_tables`, remembered for the positions for which each step asks again.
 
     Where all rows are one array, the tables have one row.
@@ -25,21 +23,15 @@ def rope_tables(
     Shapes: positions (b, t) -> cos (b or 1, 1, d/2, t), sin (b or 1, 1, d/2, t).
     """
     rows = positions[:1] if positions.strides[0] == 0 else positions
-    return _tables(rows.tobytes(), rows.shape, rows.dtype, d, theta, dtype, change)
+    return _tables(rows.tobytes(), rows.shape, rows.dtype, d, theta, dtype)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _tables(
-    entries: bytes,
-    shape: tuple[int, int],
-    kind: Any,
-    d: int,
-    theta: float,
-    dtype: Any,
-    change: Any,
+    entries: bytes, shape: tuple[int, int], kind: Any, d: int, theta: float, dtype: Any
 ) -> tuple[Array, Array]:
     positions = np.frombuffer(entries, kind).reshape(shape)
-    tables = ops.rope_tables(positions, d, theta, dtype, change)
+    tables = ops.rope_tables(positions, d, theta, dtype)
     for table in tables:
         table.setflags(write=False)  # it is every caller's
     return tables

@@ -422,7 +422,12 @@ CONFIG_REFUSALS = [
     ("llama", {"head_dim": 3}, "head_dim: found 3, expected an even number"),
     ("llama", {"head_dim": None, "hidden_size": 10}, "heads: found 4, expected a divisor of"),
     ("gpt2", {"n_head": 3}, "n_head: found 3, expected a divisor of n_embd 8"),
-    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type: found .llama3"),
+    (
+        "llama",
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        "low_freq_factor: found None",
+    ),
+    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "rope_type: found .yarn"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, 'scaling: type: found "linear"'),
     ("llama", {"rope_parameters": {"rope_type": "yarn"}}, 'rope_type: found "yarn", expected "def'),
     ("llama", {"rope_parameters": {"factor": 2.0}}, r"factor: found 2\.0, expected no setting"),

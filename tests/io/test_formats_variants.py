@@ -873,7 +873,7 @@ def test_ropes_kind_is_named_before_what_belongs_to_it(tmp_path):
     c = MODELS["llama"]
     write_model(tmp_path, c, weights(c))
     said = read_json(tmp_path / "config.json")
-    said["rope_parameters"] = {"factor": 8.0, "rope_type": "llama3", "rope_theta": c.theta}
+    said["rope_parameters"] = {"factor": 8.0, "rope_type": "yarn", "rope_theta": c.theta}
     write_files(tmp_path, {"config.json": lambda: pack_json(said)})
-    with pytest.raises(FormatError, match='rope_type: found "llama3", expected "default"'):
+    with pytest.raises(FormatError, match='rope_type: found "yarn", expected "default"'):
         read_config(tmp_path)

@@ -1,12 +1,15 @@
 """Llama 3.1 and later: a Llama whose low frequencies of RoPE are slowed down."""
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from minilora.spec import ops
+from minilora.spec.architectures.decoder import decoder
+from minilora.spec.blocks import llama_block
 from minilora.spec.lora import Params, TrainableSpec
-from minilora.spec.models import Batch, Kernels, Llama, llama
+from minilora.spec.models import Batch, Kernels, Llama
 from minilora.spec.ops import Array, Back
 
 
@@ -53,5 +56,11 @@ def llama3(
     Shapes: ids (b, t) -> z (v, b*t).
     Source: as there.
     """
-    tables = partial(kernels.rope_tables, change=c.scaling.slowed)
-    return llama(batch, W, c, tuning, replace(kernels, rope_tables=tables))
+
+    def tables(positions: Array, d: int, theta: float, dtype: Any) -> tuple[Array, Array]:
+        wide = np.result_type(dtype, np.float64) if np.dtype(dtype).kind == "f" else np.float64
+        slowed = c.scaling.slowed(theta ** -(np.arange(0, d, 2, dtype=wide) / d))
+        angles = positions * slowed[:, None, None]
+        return ops.rope_tables(angles, 2, theta, dtype)  # one pair, which turns by 1
+
+    return decoder(batch, W, c, tuning, kernels, llama_block, tables)

@@ -1,14 +1,14 @@
 """Qwen3: a Llama whose queries and keys are normalised head by head before they are turned."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from minilora.spec import ops
+from minilora.spec.architectures.decoder import decoder
 from minilora.spec.architectures.heads import normalise_heads
 from minilora.spec.blocks import Op, normalise
 from minilora.spec.lora import Params, TrainableSpec, Weights, project
-from minilora.spec.models import Llama, Shapes, llama
+from minilora.spec.models import Batch, Kernels, Llama, Shapes
 from minilora.spec.ops import Array, Back
 
 
@@ -79,5 +79,12 @@ def qwen3_block(
     return x + m, back
 
 
-qwen3 = partial(llama, block=qwen3_block)
-"""`models.llama` with this block."""
+def qwen3(
+    batch: Batch, W: Params, c: Qwen3, tuning: TrainableSpec, kernels: Kernels = Kernels()
+) -> tuple[Array, Back]:
+    """The logits of a Qwen3: `decoder` with this block.
+
+    Shapes: ids (b, t) -> z (v, b*t).
+    Source: that of :func:`qwen3_block`.
+    """
+    return decoder(batch, W, c, tuning, kernels, qwen3_block)

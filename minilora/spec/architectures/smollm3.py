@@ -1,12 +1,12 @@
 """SmolLM3: a Llama in some of whose blocks queries and keys are not turned."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
+from minilora.spec.architectures.decoder import decoder
 from minilora.spec.blocks import Op, llama_block
 from minilora.spec.lora import Params, TrainableSpec
-from minilora.spec.models import Llama, llama
+from minilora.spec.models import Batch, Kernels, Llama
 from minilora.spec.ops import Array, Back
 
 STILL = 1, 0
@@ -39,5 +39,12 @@ def smollm3_block(
     return llama_block(x, at, W, c, tuning, tables if turned else STILL, mask, attend)
 
 
-smollm3 = partial(llama, block=smollm3_block)
-"""`models.llama` with this block."""
+def smollm3(
+    batch: Batch, W: Params, c: SmolLM3, tuning: TrainableSpec, kernels: Kernels = Kernels()
+) -> tuple[Array, Back]:
+    """The logits of a SmolLM3: `decoder` with this block.
+
+    Shapes: ids (b, t) -> z (v, b*t).
+    Source: that of :func:`smollm3_block`.
+    """
+    return decoder(batch, W, c, tuning, kernels, smollm3_block)
