@@ -23,6 +23,7 @@ from calculus import record_worst, same_bits
 from extras import optional
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zoo import MORE_MODELS
 
 from minilora.io.architectures import ARCHITECTURES, tensor_names
 from minilora.io.architectures.llama import LLAMA
@@ -1237,6 +1238,28 @@ def test_llama_cpp_gives_a_real_models_logits_with_an_adapter_written_here(tmp_p
     record_worst("and of its blocks of four bits, greatest error", abs(rough - wanted).max())
     assert result.verdict == "pass"
     assert Comparison("logits", rough, wanted, sigma, MONTE_CARLO).judge().verdict == "fail"
+
+
+@pytest.mark.slow
+def test_transformers_reads_a_qwen3(tmp_path):
+    """Of heads of 128 features, whatever the file says of them."""
+    torch, transformers = optional("torch"), optional("transformers")
+    c = replace(MORE_MODELS["Qwen3"], head_dim=128, eps=2.0**-17)
+    W = draw_weights(c, np.random.default_rng(0), std=0.3)
+    W = {name: w.astype(np.float32) for name, w in W.items()}
+    gguf_files.write_model(tmp_path / "x.gguf", c, W)
+    c_read, W_read = gguf_files.read_model(tmp_path / "x.gguf", keep_quantized=False)
+    assert c_read == c
+    assert all(same_bits(W_read[name], W[name]) for name in W)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf")
+    theirs = model.eval().state_dict()
+    for name, (place, _) in tensor_names(c).items():
+        assert same_bits(W[name], theirs[place].numpy().reshape(W[name].shape))
+    ids = np.array([[3, 1, 4, 1, 5]])
+    with torch.no_grad():
+        z = model(torch.tensor(ids)).logits[0].numpy().T
+    wanted, sigma = real_and_pooled(c, W, TrainableSpec(), ids[0])
+    assert Comparison("logits", z, wanted, sigma, MONTE_CARLO).judge().verdict == "pass"
 
 
 @pytest.mark.very_slow
