@@ -10,7 +10,12 @@ from minilora.findings.conditions import (
     settings,
 )
 from minilora.findings.finding import Finding, Library, Stored
-from minilora.findings.shared import ALL_TENSORS_COUNT, START_STAYS, START_TAKEN_OUT
+from minilora.findings.shared import (
+    ALL_TENSORS_COUNT,
+    ALL_TENSORS_FIT,
+    START_STAYS,
+    START_TAKEN_OUT,
+)
 from minilora.findings.stored import StoredAdapter, StoredModule
 
 SEEN = "0.5.23"
@@ -85,6 +90,23 @@ FINDINGS = (
             "dropped",
             "it takes A and B alone",
         ),
+    ),
+    Finding(
+        id="sglang.names-fit-nothing",
+        title="Tensors whose names have no layers.N in them are passed over",
+        severity="silent",
+        seen=SEEN,
+        code="sglang/srt/lora/lora.py:164 LoRAAdapter._process_weight",
+        cause=(
+            "LoRAAdapter (srt/lora/lora.py) keeps a tensor whose name has a layer's number after "
+            "layers., or is a table's, and has no else"
+        ),
+        right=ALL_TENSORS_FIT,
+        consequence="""
+            An adapter with another architecture's names (`transformer.h.0`) is loaded without an
+            error, and the base is served. Compare the names with those of the base.
+            """,
+        found_by=("sglang", "inference.deltas.names.other-model"),
     ),
     Finding(
         id="sglang.start",

@@ -2134,6 +2134,16 @@ def test_sglang_leaves_out_a_head_that_is_saved_in_full(torch, sglang):
     assert held == []
 
 
+@pytest.mark.finding("sglang.names-fit-nothing")
+def test_sglang_passes_over_names_of_another_architecture(torch, sglang):
+    A = torch.ones(4, 2)
+    adapter = sglang({"base_model.model.transformer.h.0.attn.q.lora_A.weight": A})
+    assert [*adapter.embedding_layers, *adapter.added_tokens_embeddings] == []
+    assert [at.weights for at in adapter.layers] == [{}]
+    adapter = sglang({"base_model.model.model.layers.0.q.lora_A.weight": A})
+    assert len(adapter.layers[0].weights) == 1
+
+
 @pytest.mark.finding("sglang.start")
 def test_sglang_reads_a_pissa_as_any_other_adapter(sglang):
     one, other = (sglang({}, init_lora_weights=start) for start in (True, "pissa"))

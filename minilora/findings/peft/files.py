@@ -282,6 +282,9 @@ FINDINGS = (
             "inference.names.misspelt",
             "inference.names.other-model",
             "inference.names.partial",
+            "inference.deltas.names.prefix",
+            "inference.deltas.names.misspelt",
+            "inference.deltas.names.partial",
         ),
         stored=Stored(
             not_in_base,

@@ -46,13 +46,19 @@ Array = np.ndarray
 
 CASES = {"quick": 1, "ci": 1, "nightly": 20}
 
+ALIKE = replace(tiny_models.DEEP, kv_heads=tiny_models.DEEP.heads)
+"""Of which q, k and v have one shape, and gate and up: no shape tells which is which."""
+
 KINDS: dict[str, tuple[Config, LoraConfig, str]] = {
     "patterns": (
-        tiny_models.DEEP,
+        ALIKE,
         LoraConfig(
-            r=3, lora_alpha=7.5, target_modules=("q", "v", "down"),
-            rank_pattern={"layers.1.q": tiny_models.DEEP.d, "layers.0.down": 2},
-            alpha_pattern={"layers.1.q": 4, "layers.1.v": 10},
+            r=3, lora_alpha=7.5, target_modules=("q", "k", "v", "gate", "up", "down"),
+            rank_pattern={"layers.1.q": ALIKE.d, "layers.0.down": 2},
+            alpha_pattern={
+                "layers.1.q": 4, "layers.1.v": 10, "layers.1.k": 5, "layers.0.gate": 6,
+                "layers.0.up": 9,
+            },
         ),
         "rank_pattern and alpha_pattern, a fractional alpha and a square A",
     ),
@@ -72,6 +78,14 @@ KINDS: dict[str, tuple[Config, LoraConfig, str]] = {
             modules_to_save=("head.weight", "head.bias"),
         ),
         "modules_to_save and biases, and a name that is the end of another",
+    ),
+    "tables-to-save": (
+        tiny_models.LLAMA,
+        LoraConfig(
+            r=3, lora_alpha=7, target_modules=("v", "gate"),
+            modules_to_save=("head.weight", "embed.weight", "layers.0.norm1.weight"),
+        ),
+        "a language model's embedding, head and a norm, saved in full",
     ),
     "dora": (
         tiny_models.DEEP,

@@ -51,10 +51,14 @@ SHARD_BYTES = 2500
 """So small that a model is several files."""
 
 
+def projections(c: Config) -> list[str]:
+    """The kinds of projections in a layer, by their names."""
+    return sorted({at.rpartition(".")[2] for at in c.linears() if at.startswith("layers.")})
+
+
 def targets_of(c: Config, rng: Rng) -> tuple[str, ...]:
     """Two or three kinds of projections; ``o`` has as many rows as columns."""
-    names = sorted({at.rpartition(".")[2] for at in c.linears() if at.startswith("layers.")})
-    others = [name for name in names if name != "o"]
+    others = [name for name in projections(c) if name != "o"]
     chosen = rng.choice(others, int(rng.integers(1, 3)), replace=False)
     return ("o", *(str(name) for name in chosen))
 
@@ -66,12 +70,16 @@ def plain(c: Config, rng: Rng) -> Choice:
 
 
 def with_patterns(c: Config, rng: Rng) -> Choice:
-    """Modules with ranks and alphas of their own; one rank is the whole side."""
+    """Every projection, each with an alpha of its own in one layer; one rank is the whole side.
+
+    Kernels pack q, k and v, and gate and up, which then must not share a scale.
+    """
     _, chosen = plain(c, rng)
-    other = chosen["target_modules"][-1]
+    names, other = projections(c), chosen["target_modules"][-1]
     ranks = {"layers.1.o": c.d, f"layers.0.{other}": 2}
-    alphas = {"layers.0.o": 4.0, f"layers.1.{other}": 10.0}
-    return c, chosen | {"rank_pattern": ranks, "alpha_pattern": alphas}
+    alphas = {f"layers.{i % 2}.{name}": 4.0 + 1.5 * i for i, name in enumerate(names)}
+    patterns = {"rank_pattern": ranks, "alpha_pattern": alphas}
+    return c, chosen | {"target_modules": tuple(names), **patterns}
 
 
 def with_rslora(c: Config, rng: Rng) -> Choice:
@@ -297,37 +305,51 @@ def compared_logits(
         yield Comparison(f"{name}{words}", got, array, sigma[name], MONTE_CARLO)
 
 
-def _logits(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
-    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-        return compared_logits(subject, kind, case, _of(kind, case).folder)
-
-    return run
-
-
 def delta_name(c: Config, name: str) -> str:
     """The key of a parameter's change: its module's path, and ``.bias`` of a bias."""
     at, _, part = name.rpartition(".")
     return architecture_of(c).paths(c)[at] + (".bias" if part == "bias" else "")
 
 
-def _deltas(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
+def compared_deltas(
+    subject: GuardedImplementation,
+    kind: str,
+    case: Case,
+    folder: Path,
+    words: str = "",
+    renamed: Callable[[str], str] = str,
+) -> Iterable[Comparison]:
+    """What the implementation adds for a folder, beside what the case's adapter adds.
+
+    What stands under the folder's own names, ``renamed``, has not been left out in silence.
+    """
+    it = _of(kind, case)
+    want, sigma = _expected("deltas", subject, kind, case)
+    answer = subject.call("deltas", str(it.base), str(folder))
+    if not isinstance(answer, Mapping):
+        raise Fault("missing", f"deltas gave {type_words(answer)}, expected a dict")
+    names = {delta_name(it.c, name): name for name in want}
+    fitting = {renamed(shown): shown for shown in names}
+    answer = {fitting.get(str(key), str(key)): value for key, value in answer.items()}
+    for shown, name in names.items():
+        flat = 1 if want[name].shape[1] == 1 else 2
+        shape = want[name].shape[:flat]
+        value = answer.get(shown, np.zeros(shape))  # what is left out is not changed
+        got = subject.answer(value, f"deltas[{shown!r}]", shape).reshape(want[name].shape)
+        label = f"the change of {shown}{words}"
+        yield Comparison(label, got, want[name], sigma[name], MONTE_CARLO)
+    for shown in sorted(answer.keys() - names.keys()):
+        got = subject.answer(answer[shown], f"deltas[{shown!r}]")
+        if got.any():
+            label = f"the change of {shown}, not adapted{words}"
+            yield Comparison(label, got, np.zeros_like(got))
+
+
+def _whole(
+    compared: Callable[..., Iterable[Comparison]], kind: str
+) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
-        it = _of(kind, case)
-        want, sigma = _expected("deltas", subject, kind, case)
-        answer = subject.call("deltas", str(it.base), str(it.folder))
-        if not isinstance(answer, Mapping):
-            raise Fault("missing", f"deltas gave {type_words(answer)}, expected a dict")
-        names = {delta_name(it.c, name): name for name in want}
-        for shown, name in names.items():
-            flat = 1 if want[name].shape[1] == 1 else 2
-            shape = want[name].shape[:flat]
-            value = answer.get(shown, np.zeros(shape))  # what is left out is not changed
-            got = subject.answer(value, f"deltas[{shown!r}]", shape).reshape(want[name].shape)
-            yield Comparison(f"the change of {shown}", got, want[name], sigma[name], MONTE_CARLO)
-        for shown in sorted(map(str, answer.keys() - names.keys())):
-            got = subject.answer(answer[shown], f"deltas[{shown!r}]")
-            if got.size:
-                yield Comparison(f"the change of {shown}, not adapted", got, np.zeros_like(got))
+        return compared(subject, kind, case, _of(kind, case).folder)
 
     return run
 
@@ -346,7 +368,9 @@ MISFITS: dict[str, tuple[Callable[[str], str], str]] = {
 """Tensors' names that do not fit the model as they stand."""
 
 
-def _misfit(name: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
+def _misfit(
+    compared: Callable[..., Iterable[Comparison]], name: str
+) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
     rename, words = MISFITS[name]
 
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
@@ -356,27 +380,33 @@ def _misfit(name: str) -> Callable[[GuardedImplementation, Case], Iterable[Compa
             tensors = {rename(n): array for n, array in read_tensors(it.folder / WEIGHTS).items()}
             write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
             write_files(folder, {CONFIG: (it.folder / CONFIG).read_bytes})
-            yield from _or_refused(subject, "misfits", case, folder, f" of {words}")
+            yield from _or_refused(compared, subject, "misfits", case, folder, f" of {words}")
 
     return run
 
 
 def _or_refused(
-    subject: GuardedImplementation, kind: str, case: Case, folder: Path, words: str
+    compared: Callable[..., Iterable[Comparison]],
+    subject: GuardedImplementation,
+    kind: str,
+    case: Case,
+    folder: Path,
+    words: str,
 ) -> Iterable[Comparison]:
-    """The log-probabilities of a folder; where it is refused, those of one that may not be."""
+    """The answers to a folder; where it is refused, those to one that may not be."""
     try:
-        yield from compared_logits(subject, kind, case, folder, words)
+        yield from compared(subject, kind, case, folder, words)
         return
     except Fault as fault:
         if fault.kind != "raises":
             raise
-    yield from compared_logits(subject, "misfits", case, _of("misfits", case).folder)
+    yield from compared(subject, "misfits", case, _of("misfits", case).folder)
 
 
 def missing_factor(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """An adapter whose file lacks a factor is refused, or that module is not adapted."""
-    return _or_refused(subject, "halved", case, _of("halved", case).folder, " without a factor")
+    folder = _of("halved", case).folder
+    return _or_refused(compared_logits, subject, "halved", case, folder, " without a factor")
 
 
 def _cases(kind: str) -> Callable[[str, str], int]:
@@ -384,7 +414,7 @@ def _cases(kind: str) -> Callable[[str, str], int]:
     return lambda profile, dtype: CASES[profile] * (kind == "combined" or dtype == "float32")
 
 
-_NEEDS = {"logits": _logits, "deltas": _deltas}
+_NEEDS = {"logits": compared_logits, "deltas": compared_deltas}
 _TITLES = {
     "logits": "The log-probabilities under a stored adapter: {}.",
     "deltas": "What a stored adapter adds to each weight and bias: {}.",
@@ -397,22 +427,36 @@ _CHECKS: tuple[Check, ...] = (
             "inference",
             (method,),
             _TITLES[method].format(words),
-            make(kind),
+            _whole(compared, kind),
             _cases(kind),
         )
-        for method, make in _NEEDS.items()
+        for method, compared in _NEEDS.items()
         for kind, (_, words) in KINDS.items()
     ),
     *(
         Check(
-            f"inference.names.{name}",
+            f"inference.{beginning}.{name}",
             "inference",
-            ("logits",),
-            f"An adapter that does not fit is refused, or has its effect: {words}.",
-            _misfit(name),
+            (method,),
+            f"{title}: {words}.",
+            _misfit(compared, name),
             _cases("names"),
         )
-        for name, (_, words) in MISFITS.items()
+        for name, (rename, words) in MISFITS.items()
+        for beginning, method, compared, title in (
+            (
+                "names",
+                "logits",
+                compared_logits,
+                "An adapter that does not fit is refused, or has its effect",
+            ),
+            (
+                "deltas.names",
+                "deltas",
+                partial(compared_deltas, renamed=rename),
+                "What does not fit is refused, or adds its whole change",
+            ),
+        )
     ),
     Check(
         "inference.names.missing-factor",

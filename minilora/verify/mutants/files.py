@@ -27,6 +27,12 @@ def zeroed(t: Tensors, part: str) -> Tensors:
     return {name: 0 * v if part in name else v for name, v in t.items()}
 
 
+def without_full(t: Tensors, sides: int) -> Tensors:
+    """The tensors but those of modules saved in full that have so many sides."""
+    full = {n for n, v in t.items() if "lora_" not in n and "base_layer" not in n}
+    return {n: v for n, v in t.items() if n not in full or v.ndim != sides}
+
+
 def exchanged(t: Tensors, first: str, second: str) -> Tensors:
     """Tensors under the name with the other of two parts, where they fit."""
 
@@ -77,6 +83,30 @@ def first_ranks(t: Tensors, r: int) -> Tensors:
     return {name: cut(name, v) for name, v in t.items()}
 
 
+FIRST = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+"""The projections that kernels pack behind another one."""
+
+
+def of_packed(c: Mapping[str, Any]) -> dict[str, float]:
+    """The alphas of modules of their own, with that of q for k and v, and of gate for up."""
+    own = {end.rpartition(".")[2]: alpha for end, alpha in c["alpha_pattern"].items()}
+    return {
+        end: own.get(FIRST.get(end.rpartition(".")[2], ""), alpha)
+        for end, alpha in c["alpha_pattern"].items()
+    }
+
+
+def without_alphas(c: Mapping[str, Any], *kinds: str) -> dict[str, float]:
+    """The alphas of modules of their own, but those of these projections."""
+    return {end: alpha for end, alpha in c["alpha_pattern"].items() if not end.endswith(kinds)}
+
+
+def whole_alphas(c: Mapping[str, Any]) -> dict[str, Any]:
+    """Both settings with an alpha, cut to whole numbers."""
+    own = {end: int(alpha) for end, alpha in c["alpha_pattern"].items()}
+    return {"lora_alpha": int(c["lora_alpha"]), "alpha_pattern": own}
+
+
 FILES = Reference((Files,), globals())
 
 # fmt: off
@@ -93,6 +123,10 @@ LOAD: Table = {
          {"# loaded": "t = layers_exchanged(t)"}),
         ("load-q-for-v", "load exchanges q and v",
          {"# loaded": 't = exchanged(t, "q_proj", "v_proj")'}),
+        ("load-q-for-k", "load exchanges q and k",
+         {"# loaded": 't = exchanged(t, "q_proj", "k_proj")'}),
+        ("load-gate-for-up", "load exchanges gate and up",
+         {"# loaded": 't = exchanged(t, "gate_proj", "up_proj")'}),
         ("load-A-alone", "load gives B = 0", {"# loaded": 't = zeroed(t, "lora_B")'}),
         ("load-ranks-cut", "load sets ranks beyond r to 0",
          {"# loaded": 't = first_ranks(t, c["r"])'}),
@@ -113,6 +147,12 @@ LOAD: Table = {
          {"# loaded": "t = zeroed(t, HEAD)"}),
         ("load-bias-lost", "load omits the biases", {"# loaded": "t = without(t, BIAS)"}),
         ("load-bias-of-base", "load gives 0 for the biases", {"# loaded": "t = zeroed(t, BIAS)"}),
+    ],
+    "files.load.tables-to-save": [
+        ("load-tables-lost", "load omits an embedding and a head that are saved in full",
+         {"# loaded": "t = without_full(t, 2)"}),
+        ("load-norms-lost", "load omits a norm that is saved in full",
+         {"# loaded": "t = without_full(t, 1)"}),
     ],
     "files.load.dora": [
         ("load-magnitude-lost", "load omits the magnitude",
@@ -139,6 +179,15 @@ FUNCTION: Table = {
     "files.outputs.patterns": [
         ("alpha-pattern-ignored", "alpha_pattern is ignored",
          {"# used": 'c["alpha_pattern"] = {}'}, "diffusers 14409"),
+        ("packed-scale", "k and v by the scale of q, and up by that of gate",
+         {"# used": 'c["alpha_pattern"] = of_packed(c)'}),
+        ("packed-scale-default", "k, v and up by the scale of all",
+         {"# used": 'c["alpha_pattern"] = without_alphas(c, *FIRST)'}),
+        ("key-scale", "k by the scale of all",
+         {"# used": 'c["alpha_pattern"] = without_alphas(c, "k_proj")'}),
+        ("value-scale", "v by the scale of all",
+         {"# used": 'c["alpha_pattern"] = without_alphas(c, "v_proj")'}),
+        ("alpha-whole", "⌊α⌋ for α", {"# used": "c |= whole_alphas(c)"}),
         ("rank-pattern-unscaled", "s = α / r with the r of the configuration, not of rank_pattern",
          {"# used": 'c["alpha_pattern"] = rank_unscaled(c)'}),
         ("alpha-default", "lora_alpha is ignored: α = 8", {"# used": 'c["lora_alpha"] = 8'}),
@@ -172,6 +221,13 @@ FUNCTION: Table = {
          {"# used":
               'c["alpha_pattern"] = {".".join(n.split(".")[-2:]): v for n, v in '
               'c["alpha_pattern"].items()}'}),
+    ],
+    "files.outputs.tables-to-save": [
+        ("tables-not-used", "an embedding and a head that are saved in full are ignored",
+         {"# used":
+              't = without(without(t, "lm_head."), "embed_tokens."); '
+              'c["modules_to_save"] = c["modules_to_save"] and [n for n in c["modules_to_save"] '
+              'if "norm" in n] or None'}),
     ],
     "files.outputs.dora": [
         ("dora-not-used", "use_dora is ignored",
@@ -211,6 +267,11 @@ SAVE: Table = {
         ("save-rounded", "save rounds to bfloat16",
          {"# saved": "t = {n: digits(v, 8) for n, v in t.items()}"}),
         ("save-scaled", "save multiplies B by s", {"# saved": "t = scaled_B(t, c)"}),
+        ("save-and-load-q-for-k", "save exchanges q and k, and load exchanges them again",
+         {"# saved": 't = exchanged(t, "q_proj", "k_proj")',
+          "# loaded": 't = exchanged(t, "q_proj", "k_proj")'}),
+        ("save-gate-for-up", "save exchanges gate and up",
+         {"# saved": 't = exchanged(t, "gate_proj", "up_proj")'}),
         ("save-merged-beside", "save writes merged weights, too",
          {"# saved":
               't |= {n.replace("lora_A", "base_layer"): v @ v.T for n, v in t.items() if '
@@ -233,6 +294,16 @@ SAVE: Table = {
         ("save-bias-unsaid", "the biases are saved, but bias = none",
          {"# saved": 'c["bias"] = "none"'}),
         ("save-head-of-base", "0 is saved for modules_to_save", {"# saved": "t = zeroed(t, HEAD)"}),
+    ],
+    "files.save.tables-to-save": [
+        ("save-tables-lost", "an embedding and a head that are trained in full are not saved",
+         {"# saved": "t = without_full(t, 2)"}),
+        ("save-norms-lost", "a norm that is trained in full is not saved",
+         {"# saved": "t = without_full(t, 1)"}),
+        ("save-lm-head-lost", "a language model's head is not saved",
+         {"# saved": 't = without(t, "lm_head.weight")'}),
+        ("save-embed-tokens-lost", "an embedding that is trained in full is not saved",
+         {"# saved": 't = without(t, "embed_tokens.weight")'}),
     ],
     "files.save.dora": [
         ("save-dora-lost", "use_dora and the magnitude are not saved",
@@ -289,6 +360,11 @@ GRADIENTS: Table = {
          {"# answer": 'answer["grads"] = zeroed(answer["grads"], HEAD)'}),
         ("gradients-of-biases", "the gradients of biases are 0",
          {"# answer": 'answer["grads"] = zeroed(answer["grads"], BIAS)'}),
+    ],
+    "files.gradients.tables-to-save": [
+        ("gradients-of-tables", "the gradients of an embedding and a head are 0",
+         {"# answer":
+              'answer["grads"] = zeroed(zeroed(answer["grads"], "lm_head."), "embed_tokens.w")'}),
     ],
     "files.gradients.dora": [
         ("gradients-of-magnitude", "the gradients of magnitudes are 0",

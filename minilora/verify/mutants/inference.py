@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minilora.io.files import read_json
+from minilora.io.files import read_json, read_tensors
 from minilora.io.formats.huggingface import read_model
-from minilora.io.formats.peft import CONFIG, read_adapter
+from minilora.io.formats.peft import CONFIG, WEIGHTS, read_adapter
 from minilora.spec.lora import TrainableSpec, merge
 from minilora.spec.models import Batch, logits
 from minilora.verify.mutants import files
 from minilora.verify.mutants.files import without
 from minilora.verify.mutants.mutant import Mutant, Reference, Same, Table, equivalents, mutants
 from minilora.verify.mutants.references import inference
+from minilora.verify.mutants.references.files import write_folder
 from minilora.verify.mutants.references.helpers import Array, wide
 
 Tensors = dict[str, Array]
@@ -126,6 +127,18 @@ def completed(t: Tensors) -> Tensors:
     return t | {n: t[n.replace("layers.1.", "layers.0.")] for n in wanted - t.keys()}
 
 
+def refitted(folder: str) -> str:
+    """The folder, with what fits alone."""
+    c = read_json(Path(folder) / CONFIG)
+    write_folder(folder, fitting(read_tensors(Path(folder) / WEIGHTS), c), c)
+    return folder
+
+
+def has_names(adapter_dir: Any, part: str) -> bool:
+    """Whether a tensor's name has this part."""
+    return any(part in name for name in read_tensors(Path(adapter_dir) / WEIGHTS))
+
+
 SERVER = Reference((inference.of_base, inference.Server), {**vars(files), **globals()})
 
 SERVE_BASE = "return of_base(model_dir, input_ids)"
@@ -169,6 +182,15 @@ SETTINGS: Table = {
          {"# used": "t = squares_exchanged(t)"}),
         ("ranks-cut", "what is beyond the rank of all is cut off",
          {"# used": 't = first_ranks(t, c["r"])'}),
+        ("packed-scale", "k and v by the scale of q, and up by that of gate",
+         {"# used": 'c["alpha_pattern"] = of_packed(c)'}),
+        ("packed-scale-default", "k, v and up by the scale of all",
+         {"# used": 'c["alpha_pattern"] = without_alphas(c, *FIRST)'}),
+        ("key-scale", "k by the scale of all",
+         {"# used": 'c["alpha_pattern"] = without_alphas(c, "k_proj")'}),
+        ("value-scale", "v by the scale of all",
+         {"# used": 'c["alpha_pattern"] = without_alphas(c, "v_proj")'}),
+        ("alpha-whole", "⌊α⌋ for α", {"# used": "c |= whole_alphas(c)"}),
     ],
     "inference.logits.dora": [
         ("dora-as-lora", "DoRA is served as LoRA", {"# used": "t = magnitude_unused(t, c)"}),
@@ -218,23 +240,23 @@ SETTINGS: Table = {
 CHANGES: Table = {
     "inference.deltas.plain": [
         ("deltas-unscaled", "B A without s",
-         {"# deltas": 'd = {n: v / v.dtype.type(s_of(adapter_dir)) for n, v in d.items()}'}),
+         {"# deltas of all": 'd = {n: v / v.dtype.type(s_of(adapter_dir)) for n, v in d.items()}'}),
         ("deltas-turned", "square changes are transposed",
-         {"# deltas": "d = {n: v.T if v.shape == v.T.shape else v for n, v in d.items()}"}),
+         {"# deltas of all": "d = {n: v.T if v.shape == v.T.shape else v for n, v in d.items()}"}),
         ("deltas-negative", "the base less the adapted",
-         {"# deltas": "d = {n: -v for n, v in d.items()}"}),
+         {"# deltas of all": "d = {n: -v for n, v in d.items()}"}),
         ("deltas-one-lost", "the last module's change is lost",
-         {"# deltas": "d = dict(list(d.items())[:-1])"}),
+         {"# deltas of all": "d = dict(list(d.items())[:-1])"}),
     ],
     "inference.deltas.rslora": [
         ("deltas-rslora", "B A α / r with rsLoRA",
-         {"# deltas":
+         {"# deltas of all":
               'd = {n: v * v.dtype.type(3**-0.5) if is_rslora(adapter_dir) else v '
               "for n, v in d.items()}"}),
     ],
     "inference.deltas.patterns": [
         ("deltas-of-module", "every module of a layer has the change of its first, where it fits",
-         {"# deltas": "d = of_first(d)"}),
+         {"# deltas of all": "d = of_first(d)"}),
     ],
     "inference.deltas.dora": [
         ("deltas-dora", "s B A of DoRA, too",
@@ -242,58 +264,49 @@ CHANGES: Table = {
     ],
     "inference.deltas.lora-bias": [
         ("deltas-no-bias", "the bias of B does not change the layer's",
-         {"# deltas": 'd = {n: v for n, v in d.items() if not n.endswith(".bias")}'}),
+         {"# deltas of all": 'd = {n: v for n, v in d.items() if not n.endswith(".bias")}'}),
     ],
     "inference.deltas.modules-to-save": [
         ("deltas-saved-lost", "what is saved in full is no change",
-         {"# deltas": 'd = {n: v for n, v in d.items() if "_proj" in n or ".h." in n}'}),
+         {"# deltas of all": 'd = {n: v for n, v in d.items() if "_proj" in n or ".h." in n}'}),
     ],
     "inference.deltas.bias": [
         ("deltas-bias-doubled", "a trained bias is added to the base's",
-         {"# deltas": 'd = {n: v / 2 if n.endswith(".bias") else v for n, v in d.items()}'}),
+         {"# deltas of all": 'd = {n: v / 2 if n.endswith(".bias") else v for n, v in d.items()}'}),
     ],
     "inference.deltas.embedding": [
         ("deltas-embedding-lost", "an embedding's change is lost",
-         {"# deltas": 'd = {n: v for n, v in d.items() if "embed" not in n}'}),
+         {"# deltas of all": 'd = {n: v for n, v in d.items() if "embed" not in n}'}),
     ],
     "inference.deltas.head": [
         ("deltas-head-lost", "the output head's change is lost",
-         {"# deltas": 'd = {n: v for n, v in d.items() if n != "lm_head"}'}),
+         {"# deltas of all": 'd = {n: v for n, v in d.items() if n != "lm_head"}'}),
     ],
     "inference.deltas.tied": [
         ("deltas-tied-both", "an adapter of a tied pair changes both",
-         {"# deltas": "d = of_both(d)"}, "peft 2972"),
+         {"# deltas of all": "d = of_both(d)"}, "peft 2972"),
     ],
     "inference.deltas.combined": [
         ("deltas-combined", "beside other settings alone, the change is halved",
-         {"# deltas":
+         {"# deltas of all":
               "d = {n: v / (1 + (len({*map(np.shape, d.values())}) > 2)) for n, v in d.items()}"}),
     ],
 }
 MISFITS: Table = {
     "inference.names.prefix": [
-        ("misfit-ignored", "an adapter that fits nothing is ignored", {"raise": SERVE_BASE}),
+        ("misfit-ignored", "an adapter that fits nothing is ignored", {"False": "True"}),
     ],
     "inference.names.adapter-name": [
         ("misfit-adapter-name", "names with an adapter's name in them are ignored",
-         {"raise":
-              'if any(".other." in n for n in read_tensors(Path(adapter_dir) / WEIGHTS)):\n'
-              f"                    {SERVE_BASE}\n"
-              "                raise"}),
+         {"False": 'has_names(adapter_dir, ".other.")'}),
     ],
     "inference.names.misspelt": [
         ("misfit-misspelt", "names that no module has are ignored",
-         {"raise":
-              'if any(".attention." in n for n in read_tensors(Path(adapter_dir) / WEIGHTS)):\n'
-              f"                    {SERVE_BASE}\n"
-              "                raise"}),
+         {"False": 'has_names(adapter_dir, ".attention.")'}),
     ],
     "inference.names.other-model": [
         ("misfit-other-model", "another architecture's adapter is ignored",
-         {"raise":
-              'if any(".h." in n for n in read_tensors(Path(adapter_dir) / WEIGHTS)):\n'
-              f"                    {SERVE_BASE}\n"
-              "                raise"}),
+         {"False": 'has_names(adapter_dir, ".h.")'}),
     ],
     "inference.names.partial": [
         ("misfit-partial", "the part of an adapter that fits is served",
@@ -303,6 +316,26 @@ MISFITS: Table = {
         ("misfit-halved", "a factor that is missing has the numbers of another",
          {"# used": "t = completed(t)"}),
     ],
+    "inference.deltas.names.prefix": [
+        ("deltas-misfit-ignored", "an adapter that fits nothing changes nothing",
+         {"# deltas refused": "return {}"}),
+    ],
+    "inference.deltas.names.adapter-name": [
+        ("deltas-misfit-adapter-name", "no change by names with an adapter's name in them",
+         {"# deltas refused": 'if has_names(adapter_dir, ".other."): return {}'}),
+    ],
+    "inference.deltas.names.misspelt": [
+        ("deltas-misfit-misspelt", "no change by names that no module has",
+         {"# deltas refused": 'if has_names(adapter_dir, ".attention."): return {}'}),
+    ],
+    "inference.deltas.names.other-model": [
+        ("deltas-misfit-other-model", "no change by another architecture's adapter",
+         {"# deltas refused": 'if has_names(adapter_dir, ".h."): return {}'}),
+    ],
+    "inference.deltas.names.partial": [
+        ("deltas-misfit-partial", "the changes of the part of an adapter that fits",
+         {"super().deltas(model_dir, folder)": "super().deltas(model_dir, refitted(folder))"}),
+    ],
 }
 SAME: Same = [
     ("plain", "the reference: both files are read as they are", {}),
@@ -310,7 +343,7 @@ SAME: Same = [
      {"# logits":
           "z = z - np.log(np.exp(z.astype(np.float64)).sum(-1, keepdims=True)).astype(z.dtype)"}),
     ("all-modules", "a change of 0 of modules without an adapter",
-     {"# deltas": 'd = {"model.norm": 0 * next(iter(d.values())).ravel(), **d}'}),
+     {"# deltas of all": 'd = {"model.norm": 0 * next(iter(d.values())).ravel(), **d}'}),
     ("merged", "the weights are merged first, and stored",
      {"# logits": "z = of_merged(model_dir, adapter_dir, input_ids)"}),
 ]

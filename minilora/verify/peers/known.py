@@ -37,7 +37,7 @@ _OF_LLAMA = (
     *(
         f"files.{law}.{kind}"
         for law in ("outputs", "gradients")
-        for kind in ("patterns", "dora", "embedding")
+        for kind in ("patterns", "tables-to-save", "dora", "embedding")
     ),
     "files.outputs.regex",
     "files.second-adapter",

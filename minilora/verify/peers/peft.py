@@ -170,10 +170,11 @@ _KNOWN = {
     **entries(["lifecycle.tied.*"], ("peft.tied-merge",), {"after": ["merge", "disable"]}),
     **entries(["inference.deltas.tied"], ("peft.tied-merge",), {"arrays": "the change of lm_head"}),
     **entries(
-        ["inference.names.*"],
+        ["inference.names.*", "inference.deltas.names.*"],
         ("peft.names-fit-nothing",),
         {"mutant": "serve-misfit-ignored"},
-        {"arrays": "log-probabilities of some names of a layer that is not there"},
+        {"mutant": "serve-misfit-partial"},
+        {"mutant": "serve-deltas-misfit-partial"},
     ),
     **entries(
         ["inference.names.missing-factor"],

@@ -22,6 +22,11 @@ PEER = Peer(
             ("sglang.left-out",),
             _CHANGES,
         ),
+        **entries(
+            ["inference.deltas.names.other-model"],
+            ("sglang.names-fit-nothing",),
+            {"mutant": "serve-deltas-misfit-other-model"},
+        ),
         **entries(["inference.deltas.combined"], ("sglang.one-scale", "sglang.left-out"), _CHANGES),
     },
 )

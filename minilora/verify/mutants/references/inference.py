@@ -35,20 +35,31 @@ class Server(Minilora):
             write_folder(name, t, c)
             yield name
 
+    def ignored(self, adapter_dir: Any) -> bool:
+        """Whether an adapter that does not fit is left out without a word."""
+        return False
+
     def logits(self, model_dir: Any, adapter_dir: Any, input_ids: Any) -> Array:
         """The specification's."""
         with self.read(adapter_dir) as folder:
             try:
                 z = super().logits(model_dir, folder, input_ids)
             except ValueError:
-                # refused
-                raise
+                if not self.ignored(adapter_dir):
+                    raise
+                z = of_base(model_dir, input_ids)
         # logits
         return z
 
     def deltas(self, model_dir: Any, adapter_dir: Any) -> dict[str, Array]:
         """The specification's."""
         with self.read(adapter_dir) as folder:
-            d = super().deltas(model_dir, folder)
-        # deltas
+            try:
+                d = super().deltas(model_dir, folder)
+            except ValueError:
+                # deltas refused
+                if not self.ignored(adapter_dir):
+                    raise
+                d = {}
+        # deltas of all
         return d
