@@ -20,10 +20,14 @@ from minilora.spec.architectures import RopeScaling, heads
 from minilora.spec.architectures.gemma3 import window_mask
 from minilora.spec.initialization import draw_weights
 from minilora.spec.lora import TrainableSpec
+from minilora.spec.models import loss
 from minilora.spec.ops import IGNORED
 from minilora.training.generate import generate
 from minilora.training.gradients import ExecutionPlan, gradients
+from minilora.verify.core.dtypes import Precision
+from minilora.verify.core.tolerance import noisy, spread
 
+FLOAT32 = Precision("float32", "float32")
 EVERY = pytest.mark.parametrize("name", MORE_MODELS)
 
 
@@ -46,6 +50,28 @@ def test_the_gradient_is_the_derivative_along_a_direction(name):
     assert error <= GRADIENT
     wrong = sum((g[at] * v).sum() for at, v in direction.items() if "norm" not in at)
     assert abs(wrong - wanted) / size > 1e6 * GRADIENT
+
+
+@EVERY
+def test_each_number_system_runs(name):
+    """Rounding noise is small and there; long double is closer to float64 than float64's bound."""
+    model = draw.draw_model(MORE_MODELS[name], np.random.default_rng(0), 2, 4, p=0.0)
+    wanted = model.loss()[1](1.0)
+
+    def gradients_of(W):
+        return loss(model.batch, W, model.config, model.tuning)[1](1.0)
+
+    def run(draws):
+        return gradients_of({at: noisy(w, FLOAT32, draws) for at, w in model.W.items()})
+
+    sigma = spread(run, wanted, 4, [0])
+    size = max(map(greatest, wanted.values()))
+    assert 0 < max(map(greatest, sigma.values())) < 1e-3 * size
+    long = gradients_of({at: w.astype(np.longdouble) for at, w in model.W.items()})
+    assert {g.dtype for g in long.values()} == {np.dtype(np.longdouble)}
+    assert all(greatest(long[at] - wanted[at]) <= 4 * GRADIENT * size for at in wanted)
+    single = gradients_of({at: w.astype(np.float32) for at, w in model.W.items()})
+    assert {g.dtype for g in single.values()} == {np.dtype(np.float32)}
 
 
 @EVERY

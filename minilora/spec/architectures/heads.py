@@ -10,7 +10,7 @@ def heads_as_columns(x: Array, h: int) -> Array:
 
     Shapes: x (h*d, t) -> y (d, h*t).
     """
-    return x.reshape(h, -1, x.shape[1]).swapaxes(0, 1).reshape(x.shape[0] // h, -1)
+    return x.reshape(h, -1, x.shape[1]).transpose(1, 0, 2).reshape(x.shape[0] // h, -1)
 
 
 def columns_as_heads(x: Array, h: int) -> Array:
@@ -18,7 +18,7 @@ def columns_as_heads(x: Array, h: int) -> Array:
 
     Shapes: x (d, h*t) -> y (h*d, t).
     """
-    return x.reshape(x.shape[0], h, -1).swapaxes(0, 1).reshape(h * x.shape[0], -1)
+    return x.reshape(x.shape[0], h, -1).transpose(1, 0, 2).reshape(h * x.shape[0], -1)
 
 
 def normalise_heads(
