@@ -16,6 +16,7 @@ import numpy as np
 from minilora.io.loading import BASE_FOLDER
 from minilora.training import best, checkpoints
 from minilora.training.batching import batches_of
+from minilora.training.card import write_for_readers
 from minilora.training.checkpoints import TrainState
 from minilora.training.evaluate import mean_loss
 from minilora.training.loop import Diverged, check_loss, train_steps
@@ -108,9 +109,11 @@ def fit(
         fitting = _Fitting(out, run, options, state, watch)
         try:
             fitting.train()
+            write_for_readers(out, run)
         except KeyboardInterrupt:
             fitting.save()
             cut_log(out / LOG, fitting.state.step)  # the last line's step may not have been taken
+            write_for_readers(out, run)
             return Outcome(fitting.state, run.total_steps, "interrupted")
         except OSError as error:
             saved = checkpoints.saved(out / checkpoints.FOLDER)
@@ -118,7 +121,9 @@ def fit(
             text = f"{error.strerror or error}; {kept}: check the disk, then use --resume"
             raise OSError(error.errno, text, error.filename or str(out)) from error
         except Diverged as error:
-            return Outcome(fitting.restore(), run.total_steps, str(error))
+            outcome = Outcome(fitting.restore(), run.total_steps, str(error))
+            write_for_readers(out, run)
+            return outcome
         early = fitting.best is not None and fitting.state.step < run.total_steps
         kept = fitting.best.text if fitting.best else ""
         return Outcome(fitting.state, run.total_steps, early=early, best=kept)

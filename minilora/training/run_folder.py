@@ -25,8 +25,14 @@ from minilora.training.example import SPLITS
 from minilora.training.result import writes_own_base
 from minilora.training.run import Run
 
-LOG, PLOT = "log.jsonl", "loss.svg"
-"""The log, one line per step, and the picture of it."""
+LOG, TABLE, PLOT = "log.jsonl", "log.csv", "loss.svg"
+"""The log, one line per step, the same as a table, and the picture of it."""
+
+CARD = "README.md"
+"""The model card."""
+
+WRITTEN = "<!-- Written by minilora train. Remove this line, and it leaves your text as it is. -->"
+"""The line of a card that may be written again."""
 
 _ADAPTER = (peft.CONFIG, peft.WEIGHTS)
 _MODEL = (huggingface.CONFIG, huggingface.WEIGHTS)
@@ -43,6 +49,7 @@ def manifest(run: Run) -> dict[str, Any]:
         "settings": json.loads(json.dumps(run.settings)),
         "model": {
             "name": base.name if base.reference else str(base.path.resolve()),
+            "origin": base.origin,
             "digest": base.digest,
         },
         "data": {
@@ -162,7 +169,7 @@ def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
 def _remove_temporary(out: Path) -> None:
     """Remove the temporary files of a run that was killed while it wrote."""
     checkpoints.clean(out / checkpoints.FOLDER)
-    for name in (MANIFEST, LOG, PLOT, *_ADAPTER, *_MODEL, *TOKENIZER_FILES):
+    for name in (MANIFEST, LOG, TABLE, CARD, PLOT, *_ADAPTER, *_MODEL, *TOKENIZER_FILES):
         for path in out.glob(f".{name}.*"):
             path.unlink()
 
@@ -185,7 +192,8 @@ def _remove(out: Path, run: Run) -> None:
     with suppress(FormatError):  # a damaged manifest is removed, too
         before = read_run(out / MANIFEST)
     model = (*_MODEL, *TOKENIZER_FILES)
-    names = [PLOT, *_ADAPTER]
+    names = [PLOT, TABLE, *_ADAPTER]
+    names += [CARD] if is_own_card(out) else []
     names += model if before.get("settings", {}).get("full") else ()
     names += (
         [f"{BASE_FOLDER}/{name}" for name in model] if before.get("base") == BASE_FOLDER else ()
@@ -197,6 +205,12 @@ def _remove(out: Path, run: Run) -> None:
         path.unlink()
     best.remove(out)
     (out / LOG).unlink(missing_ok=True)
+
+
+def is_own_card(out: Path) -> bool:
+    """Whether the folder has a model card that nobody has made his own."""
+    path = out / CARD
+    return path.is_file() and WRITTEN in path.read_text("utf-8", "replace").splitlines()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

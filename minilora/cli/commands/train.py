@@ -316,8 +316,7 @@ def _run(arguments: argparse.Namespace) -> int:
     outcome, last_line = _fit(arguments.output, run, options)
     if outcome.stop_reason:
         return _report_stop(outcome, config, arguments.output)
-    _report_result(outcome, config, arguments.output, last_line)
-    return OK
+    return _report_result(outcome, config, arguments.output, last_line)
 
 
 def counted(examples: Sequence[Any]) -> str:
@@ -377,8 +376,10 @@ def _report_stop(outcome: Outcome, config: TrainConfig, out: str) -> int:
 
 def _report_result(
     outcome: Outcome, config: TrainConfig, out: str, last_line: dict[str, Any]
-) -> None:
+) -> int:
+    """Print the result and draw its losses; the exit status."""
     from minilora.training.plot import plot
+    from minilora.training.run_folder import PLOT
 
     step, steps = outcome.state.step, outcome.steps
     if "loss" in last_line:
@@ -397,3 +398,8 @@ def _report_result(
         plot(out)
     except ImportError as error:
         say(f"{error}\n")
+    except KeyboardInterrupt:
+        text = f"interrupted before {PLOT} was drawn; the run is saved in {out}, step {step}"
+        print(text, file=sys.stderr)
+        return INTERRUPTED
+    return OK

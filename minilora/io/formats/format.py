@@ -56,6 +56,10 @@ def _no_settings(path: Path) -> dict[str, Any]:
     return {}
 
 
+def _no_origin(path: Path) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Format:
     """How the files of one library hold models, adapters, or both.
@@ -66,8 +70,9 @@ class Format:
     and is read and written from Python only.
 
     Models: ``read_model``, ``read_tokenizer``, ``generation_settings`` (special tokens and context
-    length), ``files`` (of a model, for its digest) and ``write_model``: the weights of a model made
-    of ``base``, with the names of its classes. Adapters: ``read_adapter`` (over the weights of a
+    length), ``origin`` (the name on Hugging Face's Hub, if the files tell it), ``files`` (of a
+    model, for its digest) and ``write_model``: the weights of a model made of ``base``, with the
+    names of its classes. Adapters: ``read_adapter`` (over the weights of a
     base) and ``write_adapter``. Writers return notes to the user. ``variants``: those that an
     adapter may have; all of a `LoraConfig` if none are named. ``holds_config``: a `LoraConfig` can
     be read from and written to it. ``scaling``: what the library multiplies B A x by, with a place
@@ -82,6 +87,7 @@ class Format:
     read_model: Callable[[Path, ReadOptions], LoadedModel] | None = None
     read_tokenizer: Callable[[Path], Tokenizer] | None = None
     generation_settings: Callable[[Path], dict[str, Any]] = _no_settings
+    origin: Callable[[Path], str | None] = _no_origin
     files: Callable[[Path], list[Path]] = field(default=lambda path: [path])
     write_model: "WriteModel | None" = None
     read_adapter: Callable[[Path, Config, Any, Params], AdapterWeights] | None = None
@@ -123,6 +129,11 @@ class Base:
     def generation_settings(self) -> dict[str, Any]:
         """Its special tokens and context length, which new weights keep."""
         return self.format.generation_settings(self.path)
+
+    @cached_property
+    def origin(self) -> str | None:
+        """Its name on Hugging Face's Hub, or that of its maker, if its files tell it."""
+        return self.format.origin(self.path)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

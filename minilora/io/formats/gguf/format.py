@@ -8,7 +8,7 @@ import numpy as np
 
 from minilora.io.formats.format import AdapterWeights, Base, Format, LoadedModel, ReadOptions
 from minilora.io.formats.gguf.adapter import VARIANTS, read_adapter, write_adapter
-from minilora.io.formats.gguf.read import generation_settings, read_model
+from minilora.io.formats.gguf.read import generation_settings, origin, read_model
 from minilora.io.formats.gguf.tokenizer import read_tokenizer
 from minilora.io.formats.gguf.write import CONTEXT, write_model
 from minilora.spec.lora import Params
@@ -49,6 +49,7 @@ FORMAT = Format(
     read_model=_read_model,
     read_tokenizer=read_tokenizer,
     generation_settings=generation_settings,
+    origin=origin,
     write_model=_write_model,
     read_adapter=_read_adapter,
     write_adapter=_write_adapter,

@@ -181,3 +181,22 @@ def generation_settings(path: Path | str) -> dict[str, Any]:
     keys["max_position_embeddings"] = f"{architecture_in(contents).model_type}.context_length"
     values = {name: contents.get(key) for name, key in keys.items()}
     return {name: value for name, value in values.items() if isinstance(value, int)}
+
+
+HUB = "https://huggingface.co/"
+"""The beginning of a repository's address."""
+
+
+def origin(path: Path | str) -> str | None:
+    """The model's repository on Hugging Face's Hub, of which the file is a conversion; or its name.
+
+    Errors: FormatError for what is no GGUF file.
+    """
+    contents = Contents(path)
+    keys = ("general.source.repo_url", "general.repo_url", "general.base_model.0.repo_url")
+    for key in keys:
+        address = contents.get(key)
+        if isinstance(address, str) and address.startswith(HUB):
+            return address.removeprefix(HUB)
+    name = contents.get("general.name")
+    return name if isinstance(name, str) and name.strip() else None

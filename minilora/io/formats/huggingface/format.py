@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from minilora.io.errors import FormatError
+from minilora.io.files import read_json
 from minilora.io.formats.format import Base, Format, LoadedModel, ReadOptions
 from minilora.io.formats.huggingface.config import CONFIG, generation_settings, read_labels
 from minilora.io.formats.huggingface.model import headless, read_encoder, read_model, write_model
@@ -36,6 +37,12 @@ def _files(path: Path) -> list[Path]:
     return [file for file in sorted(files) if file.is_file()]
 
 
+def _origin(path: Path) -> str | None:
+    """What transformers 4 wrote as ``_name_or_path``, if that is a name and no folder."""
+    name = read_json(path / CONFIG).get("_name_or_path")
+    return name if isinstance(name, str) and name.count("/") == 1 and name[0] not in "./" else None
+
+
 FORMAT = Format(
     name="huggingface",
     library="transformers",
@@ -43,6 +50,7 @@ FORMAT = Format(
     read_model=_read,
     read_tokenizer=read_tokenizer,
     generation_settings=generation_settings,
+    origin=_origin,
     files=_files,
     write_model=_write,
 )
