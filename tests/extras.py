@@ -23,6 +23,8 @@ MODULES = {
     "text": ("jinja2", "rouge_score", "tokenizers"),
     "plot": ("matplotlib",),
     "parquet": ("pyarrow",),
+    "mpi": ("mpi4py",),
+    "dask": ("distributed",),
     "test": ("mpmath", "xdist", "yaml"),
     "dev": ("radon",),
 }

@@ -41,9 +41,12 @@ class Best:
             self.loss, self.step = loss, step
         return lower
 
-    def see(self, state: TrainState, loss: float) -> None:
-        """Keep the result of this state if its validation loss is the lowest."""
-        if self._count(state.step, loss):
+    def see(self, state: TrainState, loss: float, keep: bool = True) -> None:
+        """Keep the result of this state if its validation loss is the lowest.
+
+        ``keep``: write it, if so.
+        """
+        if self._count(state.step, loss) and keep:
             write_result(self.folder, self.run, state.params)
             manifest = (self.folder.parent / MANIFEST).read_bytes()
             told = json.dumps({"step": state.step, "val_loss": loss}) + "\n"

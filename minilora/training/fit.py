@@ -3,13 +3,15 @@
 A run that ends for any reason can be resumed, to the same bits as without the interruption.
 """
 
+import io
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -94,19 +96,25 @@ def fit(
 
     Ctrl-C saves the last complete step. After a divergence, in validation or after the last step,
     too, the last checkpoint and its result stay. ``tell`` is called with messages for the user.
+    Of a team of processes (``run.plan.team``) each calls this; the first alone reads and writes the
+    folder, and whoever calls it ends the others if it ends early.
 
     Errors: those of `run_folder.open_folder` and `loop.train_steps`; OSError if the disk is full or
     not writable: what was saved before stays.
     """
     out = Path(out)
     best.check(run, options.keep_best or options.patience is not None)
+    if run.plan.team.rank:
+        return _follow(run, options)
     with lock_folder(out):
         state, messages = open_folder(
             out, run, options.resume, options.overwrite, options.accept_changes
         )
         for message in messages:
             tell(message)
-        fitting = _Fitting(out, run, options, state, watch)
+        lines = read_log(out / LOG)
+        run.plan.team.share((state, lines))
+        fitting = _Fitting(out, run, options, state, lines, watch)
         try:
             fitting.train()
             write_for_readers(out, run)
@@ -129,11 +137,31 @@ def fit(
         return Outcome(fitting.state, run.total_steps, early=early, best=kept)
 
 
+def _follow(run: Run, options: FitOptions) -> Outcome:
+    """The part of a process that is not the first of its team: the same steps, without a folder."""
+    state, lines = run.plan.team.share(None)
+    following = _Following(Path(os.devnull), run, options, state, lines, None)
+    try:
+        following.train()
+    except Diverged as error:
+        return Outcome(following.state, run.total_steps, str(error))
+    return Outcome(following.state, run.total_steps)
+
+
 class _Fitting:
-    """A run that is being trained: its state, and what of it is saved."""
+    """A run that is being trained: its state, and what of it is saved.
+
+    ``lines``: those of the log so far.
+    """
 
     def __init__(
-        self, out: Path, run: Run, options: FitOptions, state: TrainState, watch: Watch | None
+        self,
+        out: Path,
+        run: Run,
+        options: FitOptions,
+        state: TrainState,
+        lines: Sequence[Mapping[str, Any]],
+        watch: Watch | None,
     ) -> None:
         self.out, self.run, self.options, self.state, self.watch = out, run, options, state, watch
         self.saved_step = -1
@@ -141,18 +169,16 @@ class _Fitting:
         tokens, pad, data = run.config.batch_tokens, run.pad, run.data
         self.best: best.Best | None = None
         if options.keep_best or options.patience is not None:
-            self.best = best.Best(out, run, options.patience, read_log(out / LOG))
+            self.best = best.Best(out, run, options.patience, lines)
         self.validation = batches_of(data.valid, tokens, pad)
         self.last_check = batches_of(data.train[:CHECKED], tokens, pad)[:1]
 
     def train(self) -> None:
         """Train from the state to the last step."""
-        run, out = self.run, self.out
-        if writes_own_base(run) and self.state.step == 0:
-            write_base(out / BASE_FOLDER, run)
-        self.save()
+        run = self.run
+        self.begin()
         self._show({"step": self.state.step})
-        with blas_threads(1), (out / LOG).open("a", encoding="utf-8") as log:
+        with blas_threads(1), self.open_log() as log:
             started = time.perf_counter()
             for after, record in train_steps(run, self.state):
                 seconds = time.perf_counter() - started
@@ -172,6 +198,16 @@ class _Fitting:
                 started = time.perf_counter()
         self.save()
 
+    def begin(self) -> None:
+        """Write what stays as it is, and the first checkpoint."""
+        if writes_own_base(self.run) and self.state.step == 0:
+            write_base(self.out / BASE_FOLDER, self.run)
+        self.save()
+
+    def open_log(self) -> TextIO:
+        """The log, to write at its end."""
+        return (self.out / LOG).open("a", encoding="utf-8")
+
     def _checked(self, state: TrainState) -> dict[str, float]:
         """The validation loss, if it is due. Errors: Diverged."""
         step, last = state.step, state.step == self.run.total_steps
@@ -181,7 +217,7 @@ class _Fitting:
             if not math.isfinite(val_loss):
                 raise Diverged(step, f"the loss in validation is {val_loss:g}")
             if self.best is not None:
-                self.best.see(state, val_loss)
+                self.best.see(state, val_loss, keep=not self.run.plan.team.rank)
         if last:
             assert state.first_loss is not None
             loss = run_loss(self.run, state, self.last_check)
@@ -227,6 +263,20 @@ class _Fitting:
         cut_log(self.out / LOG, self.saved_step)
         name = checkpoints.name_of(self.saved_step)
         return checkpoints.load(self.out / checkpoints.FOLDER / name)
+
+
+class _Following(_Fitting):
+    """The same run in a process that writes nothing."""
+
+    def begin(self) -> None:
+        """The first process writes."""
+
+    def open_log(self) -> TextIO:
+        """A log that nobody reads."""
+        return io.StringIO()
+
+    def save(self) -> None:
+        """The first process saves."""
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")

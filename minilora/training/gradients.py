@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.spec.lora import Params, TrainableSpec, Weights, sum_gradients
+from minilora.spec.lora import Params, TrainableSpec, Weights
 from minilora.spec.models import Batch, Config, shifted_labels
 from minilora.spec.ops import IGNORED, Array
 from minilora.training.checkpointing import prepared
@@ -19,6 +19,7 @@ from minilora.training.dropout import Dropout
 from minilora.training.frozen_prefix import FrozenPrefix
 from minilora.training.kernels import loss
 from minilora.training.memory import return_freed_memory
+from minilora.training.team import ALONE, Alone
 from minilora.training.threads import in_order
 
 
@@ -29,7 +30,7 @@ class ExecutionPlan:
     ``threads`` groups run at a time. A group has about ``tokens`` tokens (default: :meth:`size`),
     in whole sequences, at least one. ``gradient_checkpointing`` recomputes the activations of a
     block in its backward pass instead of keeping them. With ``prefix`` the blocks below the lowest
-    trained one run once for each sequence.
+    trained one run once for each sequence. ``team``: the processes that share the groups.
     Errors: ValueError for less than one thread or token, or more threads than a system can have.
     """
 
@@ -37,6 +38,7 @@ class ExecutionPlan:
     tokens: int | None = None
     gradient_checkpointing: bool = False
     prefix: FrozenPrefix | None = None
+    team: Alone = ALONE
 
     def __post_init__(self) -> None:
         for name in ("threads", "tokens"):
@@ -144,12 +146,9 @@ def gradients(
         L, back = loss(group, weights, c, spec, n, plan.gradient_checkpointing, prefix)
         return L, back(1.0)
 
-    L: Any = None
-    sums: Weights = {}
     parts = groups(batch, c, plan, counts)
-    for L_group, gradients_of_group in in_order(work, parts, plan.threads):
-        L = L_group if L is None else L + L_group
-        sums = sum_gradients(sums, gradients_of_group) if sums else gradients_of_group
+    done = in_order(work, plan.team.own(parts), plan.threads)
+    L, sums = plan.team.sum_gradients(done, len(parts))
     return L, sums
 
 
@@ -174,4 +173,6 @@ def evaluate(
         return loss(group, weights, c, spec, 1, prefix=plan.entering(group, weights, c, spec))[0]
 
     counts = which_count(batch, c)
-    return sum(in_order(work, groups(batch, c, plan, counts), plan.threads)), int(counts.sum())
+    parts = groups(batch, c, plan, counts)
+    done = in_order(work, plan.team.own(parts), plan.threads)
+    return plan.team.sum_losses(done, len(parts)), int(counts.sum())

@@ -96,6 +96,17 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
+def check_same(run: Run) -> None:
+    """Errors: Refused if a process of the run's team has other settings, or read other files."""
+    first, *others = run.plan.team.agree(manifest(run))
+    for rank, other in enumerate(others, 1):
+        if different := changes(first, other):
+            raise Refused(
+                f"process {rank} has another run than process 0: {'; '.join(different)}: give all "
+                "the same options and files"
+            )
+
+
 def is_free(out: Path, may_be_used: bool) -> bool:
     """Whether the folder is empty or not there.
 

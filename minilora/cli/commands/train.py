@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from minilora.training.example import Data
     from minilora.training.fit import FitOptions, Outcome
     from minilora.training.run import Run
+    from minilora.training.team import Alone
 
 
 def add(commands: Any) -> None:
@@ -255,13 +257,32 @@ def _advice(config: TrainConfig) -> str:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from minilora.cli.team import Told, ending_together, together
+    from minilora.training.run_folder import check_same
+    from minilora.training.team import from_environment
+
+    team = from_environment()
+    try:
+        with ending_together(team):
+            run = together(team, lambda: _prepared(arguments, team))
+            if run is None:
+                return OK
+            together(team, lambda: check_same(run))
+            return _train(with_config(arguments), run)
+    except Told as told:
+        if team.rank:
+            return FAILED
+        raise told.cause from None
+
+
+def _prepared(arguments: argparse.Namespace, team: Alone) -> Run | None:
+    """The run of the options; None where it was only to be shown."""
     from pathlib import Path
 
     import numpy as np
 
     from minilora.io.loading import open_adapted, open_base, open_base_of
     from minilora.training.dry_run import dry_run
-    from minilora.training.fit import FitOptions
     from minilora.training.gradients import ExecutionPlan
     from minilora.training.memory import keep_freed_memory
     from minilora.training.prefix_store import with_kept_prefix
@@ -273,10 +294,10 @@ def _run(arguments: argparse.Namespace) -> int:
     only_shown = arguments.show_batch or arguments.dry_run
     if arguments.output is None and not only_shown:
         raise ValueError("--output is missing: expected the folder for the run and its result")
-    options = FitOptions(**{f.name: getattr(arguments, f.name) for f in fields(FitOptions)})
+    options = _fit_options(arguments)
     # What is wrong with the options or the folder is told before a model is read.
     config_of(arguments, arguments.task or "lm")
-    if arguments.output is not None and not only_shown:
+    if arguments.output is not None and not only_shown and not team.rank:
         is_free(Path(arguments.output), options.resume or options.overwrite)
     name, dtype = arguments.model or "reference:llama", np.dtype(arguments.dtype)
     if arguments.adapter is None:
@@ -288,34 +309,62 @@ def _run(arguments: argparse.Namespace) -> int:
     path, task = data_and_task(base, arguments.data, arguments.task)
     config = config_of(arguments, task, base.config.layers)
     plan = ExecutionPlan(
-        threads=arguments.threads, gradient_checkpointing=arguments.gradient_checkpointing
+        threads=arguments.threads,
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        team=team,
     )
     data = _read(arguments, base, path, config)
     if arguments.show_batch:
         _show_batch(base, data, config)
-        return OK
+        return None
     reading = ("train_on_prompt", "val_fraction", "skip_invalid")
     settings = {name: getattr(arguments, name) for name in reading}
     # Another number of threads may sum in another order, and give other bits.
     settings |= {"threads": plan.threads, "from_adapter": arguments.adapter}
     run = prepare(base, data, config, path, plan, adapter, **settings)
     run = with_kept_prefix(run, arguments.prefix_cache, arguments.prefix_dtype)
-    trained, total = (
-        sum(math.prod(w.shape) for w in weights.values()) for weights in (run.initial, base.weights)
-    )
-    cut = f", {data.truncated} of them cut to {config.max_length} tokens" if data.truncated else ""
-    say(
-        f"{base.name}: {total} parameters, {trained} trained\n"
-        f"{path}: {counted(data.train)}{cut}, {len(data.valid)} for validation\n"
-    )
+    _say_sizes(run)
     if not arguments.gradient_checkpointing:
         keep_freed_memory()
     if arguments.dry_run:
         say(dry_run(run))
-        return OK
-    outcome, last_line = _fit(arguments.output, run, options)
+        return None
+    return run
+
+
+def _fit_options(arguments: argparse.Namespace) -> FitOptions:
+    from minilora.training.fit import FitOptions
+
+    return FitOptions(**{f.name: getattr(arguments, f.name) for f in fields(FitOptions)})
+
+
+def _say_sizes(run: Run) -> None:
+    """Print how many parameters are trained, on how many examples, in how many processes."""
+    base, data, team = run.base, run.data, run.plan.team
+    trained, total = (
+        sum(math.prod(w.shape) for w in weights.values()) for weights in (run.initial, base.weights)
+    )
+    cut = ""
+    if data.truncated:
+        cut = f", {data.truncated} of them cut to {run.config.max_length} tokens"
+    say(
+        f"{base.name}: {total} parameters, {trained} trained"
+        f"{f', in {team.size} processes' if team.size > 1 else ''}\n"
+        f"{run.source}: {counted(data.train)}{cut}, {len(data.valid)} for validation\n"
+    )
+
+
+def _train(arguments: argparse.Namespace, run: Run) -> int:
+    """Train, and print the result; the exit status."""
+    outcome, last_line = _fit(arguments.output, run, _fit_options(arguments))
+    team, config = run.plan.team, run.config
     if outcome.stop_reason:
-        return _report_stop(outcome, config, arguments.output)
+        status = _report_stop(outcome, config, arguments.output)
+        if outcome.stop_reason == "interrupted":
+            team.end(status)  # the others wait for the next step
+        return status
+    if team.rank:
+        return OK
     return _report_result(outcome, config, arguments.output, last_line)
 
 
@@ -353,7 +402,8 @@ def _fit(out: str, run: Run, options: FitOptions) -> tuple[Outcome, dict[str, An
     from minilora.training.fit import fit
 
     last_line: dict[str, Any] = {}
-    with sigterm_interrupts(), steps_bar() as bar:
+    signals = nullcontext() if run.plan.team.rank else sigterm_interrupts()
+    with signals, steps_bar() as bar:
 
         def watch(line: Any, steps: int) -> None:
             last_line.update(line)
