@@ -214,20 +214,26 @@ def _check_weights(W: Params, c: Config, tuning: TrainableSpec) -> None:
             raise ValueError(f"{name} is missing in W{_meant(name, W.keys() - shapes.keys())}")
     if not isinstance(W, dict):
         return
-    parts = {f"{at}.{p}" for at in matrices for p in tuning.variant.get(at, LORA).parts}
-    tied = {f"{at}.{part}": at for at in TIE if at in matrices for part in ("weight", "bias")}
-    for name in W:
-        if name not in shapes and name not in parts and name not in tied:
-            known = shapes.keys() | parts
-            raise ValueError(f"{name} is no weight of this model{_meant(name, known)}")
-    for name, (m, n) in shapes.items():
-        if name in W:
-            _check_array(name, W[name], (str(m), m, ""), (str(n), n, ""))
+    _check_known(W, c, tuning)
+    for name in [name for name in shapes if name in W]:
+        m, n = shapes[name]
+        _check_array(name, W[name], (str(m), m, ""), (str(n), n, ""))
     for at, shape in matrices.items():
         _check_adapter(at, W, tuning, shape)
     _check_dtypes({name: W[name] for name in W if name in shapes})
     if unknown := sorted(tuning.trained - W.keys()):
         raise ValueError(f"trained has {unknown[0]}, which W has not{_meant(unknown[0], W)}")
+
+
+def _check_known(W: Params, c: Config, tuning: TrainableSpec) -> None:
+    """Errors: ValueError for a weight that the model has not."""
+    shapes, matrices = c.shapes(), c.matrices()
+    parts = {f"{at}.{p}" for at in matrices for p in tuning.variant.get(at, LORA).parts}
+    tied = {f"{at}.{part}" for at in TIE if at in matrices for part in ("weight", "bias")}
+    known = shapes.keys() | parts | tied
+    for name in W:
+        if name not in known:
+            raise ValueError(f"{name} is no weight of this model{_meant(name, known)}")
 
 
 @wraps(lora.merge)

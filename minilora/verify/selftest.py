@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import count
@@ -35,6 +36,12 @@ CASES, FEW_CASES = 10_000, 1_000
 
 FAULTS = {"changes its inputs", "changes its answers", "nan", "shape", "dtype"}
 """The faults that a mutant may be caught by. An exception would only show that it is broken."""
+
+CHUNK = 4
+"""So many jobs go to a process at once: neighbours share the answers that are wanted of them."""
+
+MOST_LOST = 3
+"""After so many lost processes the jobs themselves are taken for the cause."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -180,8 +187,14 @@ def _start_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _alone(job: Job) -> Any:
+    """The result of a job, by a worker that others may use, too."""
+    with threadpool_limits(1):
+        return _done(job)
+
+
 def _all_done(
-    jobs: Sequence[Job], processes: int, progress: Progress | None
+    jobs: Sequence[Job], processes: int, progress: Progress | None, executor: Executor | None
 ) -> Iterator[tuple[Job, Any]]:
     """Each job with its result, in their order."""
 
@@ -191,16 +204,30 @@ def _all_done(
                 progress(f"{job[0]}:", number, len(jobs))
             yield job, result
 
-    if processes < 2:
+    if executor is not None:
+        yield from announced(executor.map(_alone, jobs, chunksize=CHUNK))
+    elif processes < 2:
         with threadpool_limits(1):
             yield from announced(map(_done, jobs))
-        return
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_process)
-    try:
-        # Several at once, for neighbours share the answers that are wanted of them.
-        yield from announced(pool.map(_done, jobs, chunksize=4))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    else:
+        yield from announced(_in_pools(jobs, processes))
+
+
+def _in_pools(jobs: Sequence[Job], processes: int) -> Iterator[Any]:
+    """The results by a pool of processes; what is missing by a new one, where a process is lost."""
+    done = 0
+    for _ in range(MOST_LOST):
+        pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_process)
+        try:
+            for result in pool.map(_done, jobs[done:], chunksize=CHUNK):
+                done += 1
+                yield result
+            return
+        except BrokenProcessPool:
+            continue
+        finally:
+            pool.shutdown(cancel_futures=True)
+    raise MemoryError(f"{MOST_LOST} processes were killed, as systems do for want of memory")
 
 
 def share(mutants: Sequence[Mutant], seed: int) -> list[Mutant]:
@@ -220,12 +247,13 @@ def selftest(
     quick: bool = False,
     jobs: int = 1,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> Selftest:
     """Puts the whole catalogue to the checks, in the profile ci.
 
     ``cases`` counts the cases of right implementations in each dtype. With ``quick``, one mutant of
-    each family and fewer cases. ``jobs`` processes share the work; the result is the same for any
-    number of them. Raises UsageError.
+    each family and fewer cases. ``jobs`` processes share the work, or the workers of ``executor``;
+    the result is the same for any number of them. Raises UsageError.
     """
     started = perf_counter()
     levels, dtypes = _known(levels, dtypes, seed)
@@ -236,7 +264,7 @@ def selftest(
     mutants = share(mutants, seed) if quick else mutants
     rounds = {dtype: list(_rounds(levels, dtype, cases)) for dtype in dtypes}
     work = [*_mutant_jobs(mutants, dtypes, seed), *_alarm_jobs(rounds, seed)]
-    results = _collected(dtypes, _all_done(work, jobs, progress))
+    results = _collected(dtypes, _all_done(work, jobs, progress, executor))
     return Selftest(
         mutants=tuple(mutants),
         caught=results.caught,

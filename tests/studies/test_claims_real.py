@@ -77,7 +77,7 @@ def results(study):
         tokens=64, rounds=2, real=study,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patched:  # other processes would read the text anew
-        in_order = lambda work, items, jobs: enumerate(map(work, items))  # noqa: E731
+        in_order = lambda work, items, *_: enumerate(map(work, items))  # noqa: E731
         patched.setattr(results_module, "in_processes", in_order)
         return results_module.measure(reference, 1)
 

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from minilora.cli.console import INTERRUPTED, OK, say
+from minilora.cli.executors import add_executor, opened_executor
 from minilora.cli.options import add_command
 from minilora.cli.progress import sigterm_interrupts
 
@@ -34,6 +35,7 @@ def add(commands: Any) -> None:
         metavar="N",
         help="processes at a time (default: the processors); fewer for want of memory",
     )
+    add_executor(option)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -52,8 +54,12 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--jobs {jobs}: expected at least 1")
     study = QUICK if arguments.quick else Study() if arguments.reference_only else WHOLE
     try:
-        with sigterm_interrupts(), progress_bar("runs") as bar:
-            results = measure(study, jobs, bar)
+        with (
+            opened_executor(arguments.executor) as executor,
+            sigterm_interrupts(),
+            progress_bar("runs") as bar,
+        ):
+            results = measure(study, jobs, bar, executor)
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return INTERRUPTED

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from minilora.cli.console import files_of, tell, write_file
+from minilora.cli.executors import add_executor, opened_executor
 from minilora.cli.options import add_command, add_files, processors, split
 from minilora.cli.progress import progress_bar
 
@@ -38,6 +39,7 @@ def add(commands: Any) -> None:
     option("--cases", type=int, metavar="N", help="cases of correct implementations in each dtype")
     option("--quick", action="store_true", help="one mutant of each class, and fewer cases")
     option("--jobs", type=int, metavar="N", help="processes (default: one for each processor)")
+    add_executor(option)
     add_files(option, "the report", "json", "markdown")
 
 
@@ -45,7 +47,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from minilora.verify.selftest import selftest
 
     files = files_of(arguments, "json", "markdown")
-    with progress_bar() as progress:
+    with opened_executor(arguments.executor) as executor, progress_bar() as progress:
         report = selftest(
             levels=split(arguments.level),
             dtypes=split(arguments.dtype),
@@ -54,6 +56,7 @@ def _run(arguments: argparse.Namespace) -> int:
             quick=arguments.quick,
             jobs=processors() if arguments.jobs is None else arguments.jobs,
             progress=progress,
+            executor=executor,
         )
     for form, path in files.items():
         write_file(path, getattr(report, form)())

@@ -7,6 +7,7 @@ from typing import Any
 
 from minilora.cli.commands.train import add_adapter, add_data, add_schedule, add_val_fraction
 from minilora.cli.console import INTERRUPTED, OK, say
+from minilora.cli.executors import add_executor, opened_executor
 from minilora.cli.options import add_command, add_model, at_least
 from minilora.cli.progress import sigterm_interrupts
 
@@ -44,6 +45,7 @@ def add(commands: Any) -> None:
         help="seeds of the adapters' start, the order of the data and dropout",
     )
     option("--jobs", type=int, metavar="N", help="processes (default: one for each processor)")
+    add_executor(option)
     add_adapter(option)
     add_schedule(option)
     add_val_fraction(option)
@@ -91,13 +93,17 @@ def _run(arguments: argparse.Namespace) -> int:
     jobs = arguments.jobs if arguments.jobs is not None else os.cpu_count() or 1
     out = arguments.output
     try:
-        with sigterm_interrupts(), progress_bar("cells") as bar:
+        with (
+            opened_executor(arguments.executor) as executor,
+            sigterm_interrupts(),
+            progress_bar("cells") as bar,
+        ):
 
             def watch(row: Any, done: int, of: int) -> None:
                 if bar is not None:
                     bar(f"{row.cell.name}: {row.judged:.4g}", done, of)
 
-            rows = sweep(out, setting, cells, jobs, watch)
+            rows = sweep(out, setting, cells, jobs, watch, executor)
     except KeyboardInterrupt:
         print(
             f"interrupted; finished runs are kept in {out}: the same command continues",

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -134,8 +135,12 @@ Watch = Callable[[str, int, int], None]
 """Is told what is done, how many are done by now, and of how many."""
 
 
-def measure(study: Study, jobs: int = 1, watch: Watch | None = None) -> Results:
-    """Runs the study, so many runs at a time; what is timed runs before and alone.
+def measure(
+    study: Study, jobs: int = 1, watch: Watch | None = None, executor: Executor | None = None
+) -> Results:
+    """Runs the study, so many runs at a time; what is timed runs before, here and alone.
+
+    ``executor``: whose workers make the other runs, in the place of ``jobs`` processes here.
 
     The real model is left out where what it needs is not installed.
 
@@ -147,11 +152,13 @@ def measure(study: Study, jobs: int = 1, watch: Watch | None = None) -> Results:
         studies.append(replace(study.real, path=study.real.path or str(real_path())))
     results = Results(tuple(studies), (), (), f"{REAL} was left out: {why}" if why else "")
     for one in studies:
-        results = _measured(one, results, jobs, watch)
+        results = _measured(one, results, jobs, watch, executor)
     return replace(results, seconds=time.monotonic() - started)
 
 
-def _measured(study: Study, results: Results, jobs: int, watch: Watch | None) -> Results:
+def _measured(
+    study: Study, results: Results, jobs: int, watch: Watch | None, executor: Executor | None
+) -> Results:
     """With a study's costs and its courses: at every rate, then at the best with other seeds."""
     say = watch or (lambda text, done, total: None)
     costs: list[Cost] = []
@@ -177,7 +184,7 @@ def _measured(study: Study, results: Results, jobs: int, watch: Watch | None) ->
         asked = [Asked(study, *row, seed, own[row[0], seed]) for row in rows for seed in seeds]
         runs: dict[int, Course] = {}
         at_once = jobs_within(machine_memory(), most, jobs) if asked else 1
-        for i, course in in_processes(follow, asked, at_once):
+        for i, course in in_processes(follow, asked, at_once, executor):
             if course is None:
                 raise KeyboardInterrupt
             runs[i], done = course, done + 1

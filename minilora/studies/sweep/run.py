@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -113,10 +114,12 @@ def sweep(
     cells: Sequence[Cell],
     jobs: int = 1,
     watch: Callable[[Row, int, int], None] | None = None,
+    executor: Executor | None = None,
 ) -> list[Row]:
     """Trains the cells that have no result in the folder ``out`` yet; returns all rows in order.
 
-    ``watch(row, done, total)`` is called with each row.
+    ``watch(row, done, total)`` is called with each row. ``executor``: whose workers train them, and
+    see the same folders, in the place of ``jobs`` processes here.
 
     Errors: Refused if ``out`` holds the sweep of another setting, or other files; those of the
     model's and the data's readers, before a process is started; those of :func:`run_cell`.
@@ -147,8 +150,8 @@ def sweep(
     missing = [cell for cell in cells if cell not in rows]
     for row in rows.values():
         report(row)
-    work = partial(_run_in, setting, out)
-    for _, row in in_processes(work, missing, jobs) if missing else ():
+    work = partial(_run_in, setting, out.resolve())
+    for _, row in in_processes(work, missing, jobs, executor) if missing else ():
         if row is None:
             raise KeyboardInterrupt
         rows[row.cell] = row
