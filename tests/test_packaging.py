@@ -28,8 +28,9 @@ def test_the_declared_dependencies_are_those_that_are_imported():
     assert names(EXTRAS["peers"]) == PEERS - {"lycoris"}
     assert PYTEST
     assert names(EXTRAS["pytest"]) == {"pytest"}
-    optional = names(EXTRAS["text"] + EXTRAS["gguf"] + EXTRAS["plot"] + EXTRAS["parquet"])
-    assert optional == set().union(*OPTIONAL.values()) - PEERS
+    used_as_they_are = ("text", "gguf", "plot", "parquet", "mpi", "dask")
+    optional = names(line for extra in used_as_they_are for line in EXTRAS[extra])
+    assert optional - {"mpich"} == set().union(*OPTIONAL.values()) - PEERS
     assert {"lycoris_lora", *ALONE} <= names(
         EXTRAS["libraries"] + EXTRAS["jax"] + EXTRAS["vllm"] + EXTRAS["sglang"]
     )
