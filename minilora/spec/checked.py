@@ -17,14 +17,14 @@ from minilora.spec.lora import LORA, TIE, Merged, Params, TrainableSpec, Weights
 from minilora.spec.models import Batch, Config, Kernels
 from minilora.spec.ops import Array, Back
 
-EQUATIONS = Kernels()
+_EQUATIONS = Kernels()
 """Nothing replaced."""
 
-Axis = tuple[str, int | None, str]
+_Axis = tuple[str, int | None, str]
 """A letter, its size if that is known, and where the size is from."""
 
 
-def _check_array(name: str, x: Any, *axes: Axis, hint: str = "is it transposed?") -> None:
+def _check_array(name: str, x: Any, *axes: _Axis, hint: str = "is it transposed?") -> None:
     """Errors: ValueError unless x is an array of these axes; ``hint`` if its axes are swapped."""
     if not hasattr(x, "shape"):
         kind = type(x).__name__
@@ -131,7 +131,7 @@ def _check_adapter(at: str, W: Params, tuning: TrainableSpec, shape: tuple[int, 
 
 @wraps(models.logits)
 def logits(  # noqa: D103 - the equation's
-    batch: Batch, W: Params, c: Config, tuning: TrainableSpec, kernels: Kernels = EQUATIONS
+    batch: Batch, W: Params, c: Config, tuning: TrainableSpec, kernels: Kernels = _EQUATIONS
 ) -> tuple[Array, Back]:
     _check_model(batch, W, c, tuning)
     return models.logits(batch, W, c, tuning, kernels)
@@ -144,7 +144,7 @@ def loss(  # noqa: D103 - the equation's
     _check_model(batch, W, c, tuning)
     if batch.labels is not None:
         b, t = batch.ids.shape
-        rows: tuple[Axis, ...] = (("b", b, "ids"), ("t", t, "ids"))
+        rows: tuple[_Axis, ...] = (("b", b, "ids"), ("t", t, "ids"))
         _check_numbers("labels", batch.labels, *rows[: 2 if c.causal else 1])
     return models.loss(batch, W, c, tuning, count)
 
@@ -170,11 +170,11 @@ def check_config(c: Config) -> None:
             )
         if c.head_dim % 2:
             raise ValueError(f"head_dim is {c.head_dim}: expected an even number, as RoPE pairs")
-    elif isinstance(c, models.GPT2 | models.Bert) and c.d % c.heads:
+    elif c.d % c.heads:
         raise ValueError(f"d is {c.d} and heads {c.heads}: expected a multiple")
 
 
-def _check_numbers(name: str, x: Any, *axes: Axis) -> None:
+def _check_numbers(name: str, x: Any, *axes: _Axis) -> None:
     _check_array(name, x, *axes)
     if x.dtype.kind not in "iu":
         raise ValueError(f"{name} are {x.dtype}: expected whole numbers; use {name}.astype(int)")
