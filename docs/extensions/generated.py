@@ -29,8 +29,8 @@ RESULTS = "downloads/results.html"
 
 TABLE = """{total} findings, of which `minilora verify` finds {found} by itself.
 
-| Library | Findings | Silent | Open | Found by `verify` | Told by `audit adapter` |
-| --- | --- | --- | --- | --- | --- |
+| Library | Findings | Silent | Open | With a script | Found by `verify` | Told by `audit adapter` |
+| --- | --- | --- | --- | --- | --- | --- |
 {libraries}
 
 | Library | Finding | Severity | Status | Found by | Or why not |
@@ -125,7 +125,9 @@ def shown(it):
         return "Read in the source, not run here."
     said = printed().get(it.id)
     with_ = said and ", ".join(f"{name} {number}" for name, number in said.releases.items())
-    output = f"prints with {with_}:\n\n```text\n{said.text}```" if said else "was not run here."
+    output = (
+        f"It prints with {with_}:\n\n```text\n{said.text}```" if said else "It was not run here."
+    )
     return f"```python\n{text}```\n\n{output}"
 
 
@@ -172,6 +174,7 @@ def counted(library):
         len(of),
         sum(it.severity == "silent" for it in of),
         sum(not it.fixed_in for it in of),
+        sum(bool(script(it.id)) for it in of),
         sum(bool(it.peer) for it in of),
         sum(it.stored is not None for it in of),
     ]

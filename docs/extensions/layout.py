@@ -104,6 +104,12 @@ def nearby_pages(app, pagename, templatename, context, doctree):
         context["toctree"] = lambda **options: whole(**options | {"collapse": True})
 
 
+def scrolls(app, pagename, templatename, context, doctree):
+    """What is printed and wider than the page can be scrolled with the keyboard, too."""
+    if "body" in context:
+        context["body"] = context["body"].replace("<pre>", '<pre tabindex="0">')
+
+
 def docstring(app, what, name, obj, options, lines):
     lines[:] = as_rst(list(lines))
 
@@ -120,6 +126,7 @@ def setup(app):
     app.connect("doctree-read", arrange)
     app.connect("html-page-context", without_sidebar, priority=400)
     app.connect("html-page-context", nearby_pages, priority=400)
+    app.connect("html-page-context", scrolls)
     app.connect("autodoc-process-docstring", docstring)
     app.connect("autodoc-process-signature", signature)
     return {"parallel_read_safe": True}

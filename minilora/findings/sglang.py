@@ -101,6 +101,7 @@ FINDINGS = (
             "LoRAAdapter (srt/lora/lora.py) keeps a tensor whose name has a layer's number after "
             "layers., or is a table's, and has no else"
         ),
+        fix="Raise for a name that is neither a layer's nor a table's",
         right=ALL_TENSORS_FIT,
         consequence="""
             An adapter with another architecture's names (`transformer.h.0`) is loaded without an

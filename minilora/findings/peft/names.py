@@ -32,10 +32,7 @@ FINDINGS = (
             [PEFT 3610](https://github.com/huggingface/peft/issues/3610) is the same of
             `layers_pattern`, where it is mended.
             """,
-        fix=(
-            r"Search \"^(.*\.)?{pattern}\.(\d+)\.\" from the start of the name and take the first "
-            "number, where the pattern's dot is optional at the start"
-        ),
+        fix="Take the first number after `layers`, wherever that stands in the name",
         right="""
             A module lies in the same layer, whatever the model lies in.
             """,

@@ -65,9 +65,11 @@ def _lead(newest: Sequence[Summary]) -> Iterator[str]:
     checks = {check for run in newest for level in run.checks.values() for check in level}
     by = ", ".join(sorted({run.minilora for run in newest}))
     yield (
-        f"<p>{len(newest)} libraries, or ways to use one, asked {len(checks)} checks by "
+        f"<p>{len(newest)} libraries, or ways to use one, under up to {len(checks)} checks of "
         "<code>minilora verify</code>: each answer is compared with the equations of low-rank "
-        f"adaptation, within what rounding explains. Recorded by minilora {escape(by)}.</p>"
+        "adaptation, and holds within what rounding explains. Recorded by minilora "
+        f"{escape(by)}; the profile says how much was asked. Press a column to sort by it, a cell "
+        "to see what is behind it.</p>"
     )
     keys = [
         ("pass", "hold"),
@@ -96,7 +98,7 @@ def _libraries(newest: Sequence[Summary]) -> Iterator[str]:
     yield _heads(heads)
     for run in newest:
         name = f'<a href="#{_id(run.name)}">{escape(run.target)}</a>'
-        version = f'<span class="soft">{escape(run.version)}</span>'
+        version = f'<span class="soft">{escape(run.version)}, {escape(run.profile)}</span>'
         yield (
             f'<tr><th scope="row" data-v="{escape(run.target)}">{name} {version}</th>'
             f"{_cell(run, run.total, 'in all')}"
@@ -128,12 +130,13 @@ def _cell(run: Summary, counts: Counter[str], level: str) -> str:
             f'<td class="skip" data-level="{name}" data-v="-1"><span aria-hidden="true">–</span>'
             f'<span class="hidden">{words}</span></td>'
         )
-    off = ", ".join(f"{counts[s]} {WORDS[s]}" for s in DEVIATES if counts[s])
+    off = [(status, f"{counts[status]} {WORDS[status]}") for status in DEVIATES if counts[status]]
     worst = min((s for s in counts if counts[s] and s != "skip"), key=STATUSES.index)
     at = f"{run.name}-{level}" if level in run.checks else run.name
     skipped = f"{counts['skip']} not asked" if counts["skip"] else ""
-    more = f'<span class="off">{off}</span>' if off else ""
-    title = ", ".join(filter(None, [f"{counts['pass']} of {asked} hold", off, skipped]))
+    more = "".join(f'<span class="off {status}">{words}</span>' for status, words in off)
+    said = [f"{counts['pass']} of {asked} hold", *(words for _, words in off), skipped]
+    title = ", ".join(filter(None, said))
     return (
         f'<td class="{worst}" data-level="{name}" data-v="{counts["pass"] / asked:.4f}">'
         f'<a href="#{_id(at)}" title="{escape(title)}">{counts["pass"]}'
@@ -153,18 +156,18 @@ def _bar(counts: Counter[str]) -> str:
 
 def _over_time(target: str, runs: Sequence[Summary]) -> Iterator[str]:
     """The releases of one library: levels, what changed, and each check that deviates in one."""
-    kinds = {run.profile for run in runs}
+    kinds, last = {run.profile for run in runs}, runs[::-1]
     yield (
         f"<p>{len(runs)} releases, asked the same questions"
         + (f" (profiles {', '.join(sorted(kinds))})" if len(kinds) > 1 else "")
-        + ", each with what was installed beside it.</p>"
+        + ", each with what was installed beside it; the newest stands first.</p>"
     )
     yield _open(f"Checks that hold in each release of {target}, by level", "time")
-    yield _heads(["level", *(run.version for run in runs)])
-    rows = [("in all", [run.total for run in runs])]
-    rows += [(level, [run.count(level) for run in runs]) for level in _levels(runs)]
+    yield _heads(["level", *(run.version for run in last)])
+    rows = [("in all", [run.total for run in last])]
+    rows += [(level, [run.count(level) for run in last]) for level in _levels(runs)]
     for level, counts in rows:
-        cells = "".join(_cell(run, c, level) for run, c in zip(runs, counts, strict=True))
+        cells = "".join(_cell(run, c, level) for run, c in zip(last, counts, strict=True))
         yield f'<tr><th scope="row">{escape(level)}</th>{cells}</tr>'
     yield "</tbody></table></div>"
     yield f'<h3 id="{_id(target)}-changes">What changed</h3>'
@@ -187,7 +190,7 @@ def _change(change: Change) -> Iterator[str]:
         run = change.before if kind == "mended" else change.after
         links = [_check_link(run, check) for check in checks]
         whole = len(checks) <= MOST and kind in ("new", "mended", "found")
-        yield f'<details class="change {kind}"{" open" if whole else ""}>'
+        yield f'<details class="change"{" open" if whole else ""}>'
         yield f"<summary>{len(checks)} {words}</summary><p>{', '.join(links)}</p></details>"
     if not said:
         yield '<p class="soft">Nothing that the checks see.</p>'
@@ -202,10 +205,10 @@ def _check_link(run: Summary, check: str) -> str:
 
 def _deviating(target: str, runs: Sequence[Summary]) -> Iterator[str]:
     yield _open(f"Checks that deviate in some release of {target}", "marks-table")
-    yield _heads(["check", *(run.version for run in runs)])
+    yield _heads(["check", *(run.version for run in reversed(runs))])
     for level, check in deviating(runs):
         yield f'<tr><th scope="row">{escape(check).replace(".", ".<wbr>")}</th>'
-        yield "".join(_mark(run, level, check) for run in runs) + "</tr>"
+        yield "".join(_mark(run, level, check) for run in reversed(runs)) + "</tr>"
     yield "</tbody></table></div>"
 
 
@@ -219,6 +222,7 @@ def _mark(run: Summary, level: str, check: str) -> str:
 
 
 def _runs(summaries: Sequence[Summary], link: Link) -> Iterator[str]:
+    newest = {run.target: run for run in latest(summaries)}
     for run in sorted(summaries, key=lambda each: (each.target, [-n for n in each.release])):
         beside = f" with {run.beside}" if run.beside else ""
         yield f'<details class="run-of" id="{_id(run.name)}"><summary><h3>{escape(run.target)} '
@@ -234,33 +238,42 @@ def _runs(summaries: Sequence[Summary], link: Link) -> Iterator[str]:
         if run.causes:
             yield f"<p>Probable causes: {escape(', '.join(run.causes))}.</p>"
         for level in run.checks:
-            yield from _level(run, level, link)
+            yield from _level(run, newest[run.target], level, link)
         yield "</details>"
 
 
-def _level(run: Summary, level: str, link: Link) -> Iterator[str]:
+def _level(run: Summary, newest: Summary, level: str, link: Link) -> Iterator[str]:
     yield f'<section id="{_id(run.name)}-{escape(level)}"><h4>{escape(level)}</h4>'
     yield f'<p class="soft">{escape(counted(run.count(level)))}</p>'
     checks = run.checks[level]
     for each in run.deviations:
         if each.check in checks:
-            yield from _deviation(run, each, link)
+            yield from _deviation(run, each, newest, link)
     for status in ("pass", "skip"):
         if names := [check for check in checks if run.status(level, check) == status]:
-            listed = ", ".join(f"<code>{escape(name)}</code>" for name in names)
+            listed = escape(", ".join(names))
             words = "Hold" if status == "pass" else "Not asked"
             yield f"<details><summary>{words}: {len(names)}</summary><p>{listed}</p></details>"
     yield "</section>"
 
 
-def _deviation(run: Summary, each: Deviation, link: Link) -> Iterator[str]:
-    """One check that deviates: how, why, the smallest case, the command."""
+def _deviation(run: Summary, each: Deviation, newest: Summary, link: Link) -> Iterator[str]:
+    """One check that deviates: how, why, the smallest case, the command.
+
+    What deviates in the newest release too, for the same finding, is told in full there.
+    """
+    same = any((d.check, d.findings) == (each.check, each.findings) for d in newest.deviations)
+    told = run is not newest and same and each.status == "known"
     yield f'<div class="found {each.status}" id="{_id(run.name)}-{escape(each.check)}">'
     yield (
         f'<p><span class="{each.status}">{SIGNS[each.status]} {each.status}</span> '
         f"<code>{escape(each.check)}</code> <span class='soft'>{escape(each.dtype)}, in "
         f"{each.deviating} of {each.cases} cases</span></p>"
     )
+    if told:
+        at = f"#{_id(newest.name)}-{escape(each.check)}"
+        yield f'<p>{escape(each.says)}; as <a href="{at}">in {escape(newest.version)}</a></p></div>'
+        return
     yield f"<p>{escape(each.title)}</p>"
     yield f"<p>{escape('; '.join(filter(None, [each.says, each.place])))}</p>"
     for name in each.findings:

@@ -1,28 +1,31 @@
 """How the page of results looks, and the script that sorts its table."""
 
 STYLE = """
+body:has(.results) { max-width: 92rem }
+.results > p { max-width: 46rem }
 .results .wide { overflow-x: auto; margin: .5rem 0 1rem }
 .results table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums;
   font-size: .8rem }
 .results caption { color: var(--soft); font-size: .8rem; padding: .25rem 0; text-align: left }
 .results th, .results td { border: 0; border-bottom: 1px solid var(--line);
-  padding: .35rem .4rem; text-align: left; vertical-align: top; background: none }
-.results thead th { color: var(--soft); font: 600 .72rem/1.2 inherit; font-weight: 600;
+  padding: .35rem .3rem; text-align: left; vertical-align: top; background: none }
+.results thead th { color: var(--soft); font-size: .72rem; font-weight: 600;
   min-width: 0; vertical-align: bottom; white-space: nowrap }
-.results tbody th { font: 600 .82rem/1.35 system-ui, sans-serif; min-width: 7rem;
+.results tbody th { font-family: inherit; font-size: .82rem; font-weight: 600; min-width: 7rem;
   overflow-wrap: normal }
 .results tbody th, .results thead th:first-child { background: var(--page); left: 0;
   position: sticky; z-index: 1 }
 .results tbody th .soft { display: block; font-weight: 400; font-size: .72rem }
 .results td { color: var(--ink); font-weight: 400; min-width: 3.1rem }
+.results td a { white-space: nowrap }
 .results td a, .results th a { color: inherit; text-decoration: none }
 .results td a:hover, .results th a:hover { text-decoration: underline }
 .results a:focus-visible, .results summary:focus-visible, .results [tabindex]:focus-visible,
 .results button:focus-visible { outline: 3px solid var(--odd); outline-offset: 1px }
 .results .of, .results .soft { color: var(--soft) }
 .results .off { display: block; font-size: .72rem; line-height: 1.2 }
-.results td.known .off { color: var(--odd) }
-.results td.fail .off, .results td.error .off { color: var(--fail); font-weight: 600 }
+.results .off.known, .results .off.loose { color: var(--odd) }
+.results .off.fail, .results .off.error { color: var(--fail); font-weight: 600 }
 .results td.skip { color: var(--soft) }
 .results .bar { display: flex; gap: 1px; height: .3rem; margin: .15rem 0; min-width: 2.4rem }
 .results .bar i { background: var(--line); border-radius: 1px; flex-basis: 0; min-width: 2px }
@@ -30,10 +33,11 @@ STYLE = """
 .results .bar .loose { background: var(--z3) }
 .results .bar .fail, .results .bar .error { background: var(--fail) }
 .results button { background: none; border: 0; color: inherit; cursor: pointer; font: inherit;
-  margin: 0; padding: .25rem 0; text-align: left }
-.results button::after { content: " \\2195"; opacity: .55 }
-.results [aria-sort=ascending] button::after { content: " \\2191"; opacity: 1 }
-.results [aria-sort=descending] button::after { content: " \\2193"; opacity: 1 }
+  margin: 0; min-height: 1.5rem; padding: .25rem 0; position: relative; text-align: left }
+.results button:hover { text-decoration: underline }
+.results button::after { bottom: 100%; left: 0; line-height: .8; position: absolute }
+.results [aria-sort=ascending] button::after { content: "\\2191" }
+.results [aria-sort=descending] button::after { content: "\\2193" }
 .results .keys { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; list-style: none;
   margin: .5rem 0; padding: 0; font-size: .85rem }
 .results .keys li { margin: 0 }
@@ -45,7 +49,7 @@ STYLE = """
 .results .marks-table { width: auto } .results .marks-table td { min-width: 0; text-align: center }
 .results .marks-table td a { display: inline-block; min-width: 1.5rem }
 .results .marks-table tbody th { font: .78rem ui-monospace, monospace; min-width: 9rem }
-.results .marks-table thead th { text-align: center }
+.results .marks-table thead th + th { text-align: center }
 .results h4 { display: block; margin: .9rem 0 .2rem; font-size: .95rem }
 .results details { border-top: 0; margin: .2rem 0 }
 .results summary { color: var(--ink); cursor: pointer; padding: .2rem 0 }
