@@ -14,6 +14,10 @@ _TEXTS = {
     **{mistake.id: mistake.text for mistake in MISTAKES},
     **{wrong.id: wrong.text for wrong in WRONG_SCALES},
     "not-merged": "the folder holds the adapter beside the base: nothing is merged",
+    "other-base": "the adapter was merged into another base, or another revision of it",
+    "other-change": "another adapter was merged, or another step of its training",
+    "another-change": "there is another change of low rank beside the adapter's",
+    "exchanged": "tensors hold what others of their shape are to hold",
     "norm-factor": "DoRA's rows are longer or shorter than the magnitude says",
     "tied-head": "embedding and head are tied, and with the adapter the two differ",
 }
@@ -24,6 +28,9 @@ _REMEDIES = {
     "not-merged": "load base and adapter, call merge_and_unload() and save what it returns",
     "tied-head": "untie the head before merging: give it weights of its own, and set "
     "tie_word_embeddings to false",
+    "other-base": "give the base that was merged into, at the same revision",
+    "other-change": "find it: minilora audit merged --find FOLDER_OF_ADAPTERS --base … --merged …",
+    "another-change": "name every adapter that was merged, each by --adapter",
     "norm-factor": "compare lora_magnitude_vector, and the norm that divides, with what the merge "
     "read, and merge again",
     "not-applied": "check that the adapter's names fit the model's when it is loaded, and save "
@@ -57,6 +64,8 @@ def cause_of(entries: Sequence[Entry], changed: Collection[str] = ()) -> tuple[s
         return f"{text} changes has its change", _REMEDIES["not-applied"]
     if lacking and len(lacking) == len(wrong) and (where := _whole_layers(lacking, tensors)):
         return f"not-applied: the adapter is not applied in {where}", _REMEDIES["layers"]
+    if cause := _other_base(wrong):
+        return cause, _REMEDIES["other-base"]
     counts = Counter(entry.mistake or entry.verdict for entry in wrong)
     kind, count = counts.most_common(1)[0]
     first = next(entry for entry in wrong if kind in (entry.mistake, entry.verdict))
@@ -66,6 +75,17 @@ def cause_of(entries: Sequence[Entry], changed: Collection[str] = ()) -> tuple[s
     share = f"in {count} of {len(wrong)} deviations" if len(wrong) > 1 else f"in {first.subject}"
     remedy = _REMEDIES.get(kind, _REMEDIES.get(first.verdict, _AGAIN))
     return f"{kind}: {text}, {share}", remedy
+
+
+def _other_base(wrong: Sequence[Entry]) -> str:
+    """That it is another base, if most tensors say so and what no adapter changes differs too."""
+    names = ("other-base", "base-quantized", "base-coarse", "mismatch")
+    own = sum((entry.mistake or entry.verdict) in names for entry in wrong)
+    beside = sum(entry.verdict == "changed" and not entry.mistake for entry in wrong)
+    if not own or not beside or 2 * (own + beside) <= len(wrong):
+        return ""
+    text = f"other-base: {_TEXTS['other-base']}: {own} tensors differ by more than the adapter's"
+    return f"{text} change, and {beside} that no adapter changes differ too"
 
 
 def _whole_layers(lacking: Sequence[Entry], tensors: Sequence[Entry]) -> str:

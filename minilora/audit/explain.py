@@ -15,6 +15,7 @@ from minilora.audit import parts
 from minilora.audit.explanation import Explanation
 from minilora.audit.lengths import of_rows
 from minilora.audit.mistakes import MISTAKES, Mistake
+from minilora.audit.remainder import remainder
 from minilora.audit.scales import WrongScale, named_factors
 from minilora.audit.trial import SIGMAS, Bracket, Case, Trial, scaled
 
@@ -27,10 +28,12 @@ def explain(case: Case) -> Explanation | None:
     finders: tuple[Finder, ...] = (
         *first,
         parts.lacking,
+        parts.dropped,
         parts.ranks,
         parts.order,
         of_rows,
         named_by_chance,
+        remainder,
     )
     with suppress(np.linalg.LinAlgError):  # of numbers that are not finite, or near the end
         return next((found for find in finders if (found := find(case))), None)
@@ -42,7 +45,10 @@ def factor(case: Case) -> Explanation | None:
     bracket = case.bracket(Trial(case.changes))
     if bracket is None:
         return None
-    return chance(case) if 0 in bracket or 1 in bracket else _factor(case, bracket)
+    if 0 in bracket or 1 in bracket:
+        return chance(case)
+    found = _factor(case, bracket)
+    return found if found.mistake else catalogue(case) or found
 
 
 def _factor(case: Case, bracket: Bracket) -> Explanation:
@@ -106,7 +112,7 @@ def catalogue(case: Case) -> Explanation | None:
     """The first mistake of the catalogue that explains all entries."""
     for mistake in MISTAKES:
         for trial in mistake.trials(case):
-            if mistake.verdict == "coarser" and trial.through is None and case.beside():
+            if mistake.verdict == "coarser" and trial.adds_noise(case) and case.beside():
                 continue  # roundings alone would not lean to a side
             if found := _tried(case, mistake, trial):
                 return found

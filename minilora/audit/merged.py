@@ -19,6 +19,7 @@ from minilora.audit.cause import cause_of
 from minilora.audit.change import Around, Change
 from minilora.audit.changes import AdapterChanges, ranges_of, read_changes
 from minilora.audit.containers.names import VERBATIM
+from minilora.audit.exchanged import exchanged
 from minilora.audit.judge import judge
 from minilora.audit.result import Entry, Report
 from minilora.audit.settings import compare_settings
@@ -65,7 +66,7 @@ def merged(
     for adapter in changes:
         whole = replaced(whole, adapter.replaced)
     walk = Walk(whole, M, changes, factors, table, progress)
-    entries = [*walk.settings(), *walk.run()]
+    entries = [*walk.settings(), *exchanged(walk, [*walk.run()])]
     inputs: dict[str, Any] = {
         "base": str(base), "adapter": [str(name) for name in names], "merged": str(merged)
     }  # fmt: skip
@@ -103,7 +104,7 @@ class Walk:
 
     def run(self) -> Iterator[Entry]:
         """A verdict on every tensor of the two."""
-        places = {name: self._place_of(name) for name in self.base}
+        places = {name: self.place_of(name) for name in self.base}
         asked = [name for name, there in places.items() if there != ""]
         done, total = 0, self.base.nbytes + self.merged.nbytes
         _keep_pages()
@@ -125,7 +126,7 @@ class Walk:
         if self.progress is not None:
             self.progress(total, total, "")
 
-    def _place_of(self, name: str) -> str | None:
+    def place_of(self, name: str) -> str | None:
         """The tensor's name in the merged model; None where it is missing.
 
         A head that is tied in the merged model, and so has no tensor there, is its table. A base's

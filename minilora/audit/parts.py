@@ -11,7 +11,7 @@ from minilora.audit.explanation import Explanation
 from minilora.audit.floats import F64
 from minilora.audit.low_rank import LowRank
 from minilora.audit.outside import beyond
-from minilora.audit.trial import Case, Trial, with_parts
+from minilora.audit.trial import Case, Trial, scaled, with_parts
 from minilora.spec.ops import Array
 
 
@@ -53,6 +53,30 @@ def lacking(case: Case) -> Explanation | None:
     if what == "entries":
         text = f"{count} entries lack the change and have the base's numbers; all others are right"
     return Explanation("partly", "part-not-merged", text, {"outside": count})
+
+
+def dropped(case: Case) -> Explanation | None:
+    """DARE: a share p of the entries lacks the change, all others have 1 / (1 - p) of it."""
+    if case.merge.sums is None or case.region.merged.scheme:
+        return None
+    along = square = 0.0
+    for i, j, W, M in case.sample:
+        T, _ = case.merge.rows(W, i, j)
+        there = beyond(M, W, _cast_error(case, W), case.region, None)
+        D = (T - W)[there]
+        along, square = along + float(((M - W)[there] * D).sum()), square + float((D * D).sum())
+    if not along > 1.01 * square > 0:
+        return None
+    p = round(100 * (1 - square / along)) / 100  # people give it in percent
+    changes = tuple(scaled(change, 1 / (1 - p)) for change in case.changes)
+    merge = case.merged(Trial(changes))
+    for i, j, W, M in case.everything():
+        T, e = merge.rows(W, i, j)
+        out = beyond(M, T, e, case.region, None)
+        if (out & beyond(M, W, _cast_error(case, W), case.region, None)).any():
+            return None
+    text = f"{p:.0%} of the change's entries were dropped, the others divided by {1 - p:g} (DARE)"
+    return Explanation("known-mistake", "dropped", text, {"dropped": p})
 
 
 def _cast_error(case: Case, W: Array) -> Array:

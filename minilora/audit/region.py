@@ -49,12 +49,14 @@ class Region:
         base, merged = (BF16 if t.scheme else t.dtype for t in (self.base, self.merged))
         return Dtypes(base, self.through or merged)
 
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """The first and the last row of each block."""
+        step = max(1, BLOCK // max(1, self.width))
+        return ((i, min(i + step, self.rows)) for i in range(0, self.rows, step))
+
     def blocks(self) -> Iterator[tuple[int, int, Array, Array]]:
         """Rows i … j of the region, with the base's and the merged ones as stored."""
-        step = max(1, BLOCK // max(1, self.width))
-        for i in range(0, self.rows, step):
-            j = min(i + step, self.rows)
-            yield i, j, *self.read(i, j)
+        return ((i, j, *self.read(i, j)) for i, j in self.spans())
 
     def read(self, i: int, j: int) -> tuple[Array, Array]:
         """Rows i … j of the region: the base's, and the merged."""

@@ -126,15 +126,19 @@ class Bound:
     def drift(self) -> float:
         """By what share the roundings of s and of the factors may move all of a change alike.
 
-        s itself by 2 h. A, B, s A and s B, rounded to each dtype, are longer or shorter than they
-        were: all entries of a factor may be rounded to one side, subnormal ones by up to half.
+        s itself by 2 h, unless it and 1 / r are numbers of each dtype. A, B, s A and s B, rounded
+        to each, are longer or shorter than they were: all entries of a factor may be rounded to
+        one side, subnormal ones by up to half.
         """
         return max(map(self._drift, self.changes), default=0.0)
 
     def _drift(self, change: LowRank) -> float:
         h, _, _ = self.dtypes.with_adapter(change.dtype)
-        total = 2 * h
-        for dtype in {np.dtype(change.dtype), self.dtypes.base, self.dtypes.merged}:
+        dtypes = {np.dtype(change.dtype), self.dtypes.base, self.dtypes.merged}
+        s, power_of_2 = np.array([change.s]), change.r & (change.r - 1) == 0
+        exact = power_of_2 and all(rounded(s, dtype)[0] == change.s for dtype in dtypes)
+        total = 0.0 if exact else 2 * h
+        for dtype in dtypes:
             for x in (change.A, change.B, change.s * change.A, change.s * change.B):
                 square = float((x * x).sum())
                 if square > 0 and dtype.itemsize < 4:

@@ -35,8 +35,9 @@ class Trial:
     ``detail``: what distinguishes it from others of its mistake; ``weight(W, i, j)``: what was the
     base instead of W; ``end(W, T, e, i, j)``: what became of T, with its error; ``free``: it may
     be by another factor, too; ``through``: a narrower dtype in which it was computed, and on whose
-    grid the result is; ``order``: of the merged tensor's rows, base and all; ``bits``: the share of
-    entries that have to be T rounded once, where e is wide.
+    grid the result is; ``order``: of the merged tensor's rows, base and all; ``turned``: the merged
+    tensor is stored transposed, base and all; ``last``: the last rounding is to the nearest, not at
+    random; ``bits``: the share of entries that have to be T rounded once, where e is wide.
     """
 
     changes: tuple[Change, ...]
@@ -46,7 +47,14 @@ class Trial:
     free: bool = True
     through: np.dtype[Any] | None = None
     order: Array | None = None
+    turned: bool = False
+    last: bool = True
     bits: float = 0.0
+
+    def adds_noise(self, case: Case) -> bool:
+        """Whether it only rounds more, without another change or a coarser grid."""
+        wide = self.end is not None or self.changes == case.changes
+        return wide and self.last and self.through is None
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ class Case:
             W, T, e = tried(trial, merge, W, i, j)
             if beyond(M, T, e, self.region, self.region.gaps(i, j)).any():
                 return False
-            N, D = rounded(T, dtype), T - W
+            N, D = rounded(T, dtype) if trial.last else T, T - W
             apart = (M - N) * D
             same, entries = same + int(np.count_nonzero(M == N)), entries + M.size
             beside += float(apart.sum())
@@ -232,9 +240,21 @@ def tried(trial: Trial, merge: Merge, W: Array, i: int, j: int) -> tuple[Array, 
         whole = W.astype(F64), *merge.rows(W.astype(F64), first, last)
         W, T, e = (array[places - first] for array in whole)
         return W, T, e
+    if trial.turned:
+        return _turned(merge, i, j)
     V = W if trial.weight is None else trial.weight(W, i, j)
     T, e = merge.rows(V, i, j)
     return V, *(trial.end(W, T, e, i, j) if trial.end else (T, e))
+
+
+def _turned(merge: Merge, i: int, j: int) -> tuple[Array, Array, Array]:
+    """W, T and e of columns i … j, as rows."""
+    parts: list[list[Array]] = []
+    for a, b in merge.region.spans():
+        W = merge.region.read(a, b)[0].astype(F64)
+        parts.append([x[:, i:j].T.copy() for x in (W, *merge.rows(W, a, b))])
+    W, T, e = (np.hstack(part) for part in zip(*parts, strict=True))
+    return W, T, e
 
 
 def scaled(change: Change, factor: float) -> Change:

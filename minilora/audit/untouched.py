@@ -124,12 +124,29 @@ def _changed(tensor: StoredTensor, other: StoredTensor, tally: _Tally) -> Entry:
             f"each within a step of {tensor.scheme}: it was merged into the base as it was before "
             "it was quantized; give that as the base"
         )
+    if _is_transpose(tensor, other):
+        figures = {"differing": share}
+        text = "it is stored transposed"
+        return Entry(tensor.name, "changed", text, figures, "tensor-transposed")
     for coarse in (WEIGHT_DTYPES["F16"], WEIGHT_DTYPES["BF16"]):
         if _passed_through(tensor, other, coarse):
             why = f"the base's numbers, rounded to {coarse} and back"
             break
     figures = {"differing": share, "greatest": tally.greatest, "relative": relative}
     return Entry(tensor.name, "changed", f"{text}: {why}", figures)
+
+
+def _is_transpose(tensor: StoredTensor, other: StoredTensor) -> bool:
+    """Whether a square tensor is the base's transpose."""
+    if len(tensor.shape) != 2 or tensor.shape[0] != tensor.shape[1]:
+        return False
+    first = cast(tensor.rows(0, 1), other.dtype)[0]
+    if not np.array_equal(other.rows(0, other.length)[:, 0], first):
+        return False
+    return all(
+        np.array_equal(cast(tensor.rows(i, j), other.dtype), other.rows(0, other.length)[:, i:j].T)
+        for i, j in tensor.blocks()
+    )
 
 
 def _passed_through(tensor: StoredTensor, other: StoredTensor, coarse: np.dtype[Any]) -> bool:

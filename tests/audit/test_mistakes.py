@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from made import DTYPES, Stored, cast, change, delta, weight, wide
 
 from minilora.audit.change import Around
-from minilora.audit.floats import BF16, F16, F32
+from minilora.audit.floats import BF16, F16, F32, spacing
 from minilora.audit.judge import judge
 from minilora.audit.mistakes import MISTAKES
 from minilora.audit.result import VERDICTS
@@ -17,8 +18,11 @@ from minilora.spec.variants import ADALORA, DORA
 
 M, N, R = 64, 48, 8
 EACH = [pytest.param(d, marks=[pytest.mark.slow] if d == F16 else [], id=str(d)) for d in DTYPES]
-NAMED_FROM = ("part-not-merged", "ranks-lost", "permuted")
-"""What `parts` finds, beside the catalogue."""
+NAMED_FROM = (
+    *("part-not-merged", "ranks-lost", "permuted", "dropped"),
+    *("other-base", "other-change", "another-change"),
+)
+"""What `parts` and `remainder` find, beside the catalogue."""
 
 
 class Made:
@@ -342,7 +346,63 @@ def test_quantized_steps_on_the_way_are_named(dtype, scheme):
         assert entry.mistake == name, entry
         assert f"({scheme}" in entry.text
     noise = made.w + made.D + 0.01 * abs(made.w).max() * made.rng.normal(size=made.D.shape)
-    assert made.entry(noise).mistake == ""
+    assert made.entry(noise).mistake in ("", "other-base")
+
+
+def svd(D, k):
+    U, S, V = np.linalg.svd(D)
+    return U[:, :k] * S[:k] @ V[:k]
+
+
+@pytest.mark.parametrize("dtype", EACH)
+def test_what_became_of_the_whole_is_named(dtype):
+    made = Made(dtype, m=N)
+    w, D = made.w, made.D
+    found = {
+        "ranks-cut": w + svd(D, 3),
+        "rescaled": 1.02 * (w + D),
+        "dropped": w + np.where(made.rng.random(D.shape) < 0.7, 0, D / 0.3),
+        "tensor-transposed": (w + D).T,
+    }
+    for name, merged in found.items():
+        assert made.entry(merged).mistake == name, name
+
+
+@pytest.mark.parametrize("dtype", EACH)
+def test_an_adapter_in_eight_bits_is_named(dtype):
+    made = Made(dtype)
+    s, A, B = made.c.s, made.A, made.B
+    for code in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2):
+        a, b = (x.astype(code).astype(float) for x in (A, B))
+        assert made.entry(made.w + s * b @ a).mistake == "adapter-quantized"
+    for axis in (None, 0, 1):
+        a, b = (np.rint(x / (top := abs(x).max(axis, keepdims=True) / 127)) * top for x in (A, B))
+        assert made.entry(made.w + s * b @ a).mistake == "adapter-quantized"
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_rounding_at_random_is_named(dtype):
+    made = Made(dtype, size=1e-3)
+    T = made.w + made.D
+    below = np.floor(T / spacing(T, dtype)) * spacing(T, dtype)
+    share = (T - below) / spacing(T, dtype)
+    merged = below + spacing(T, dtype) * (made.rng.random(T.shape) < share)
+    assert made.entry(merged).mistake == "stochastic-rounding"
+
+
+@pytest.mark.parametrize("dtype", EACH)
+def test_another_base_and_another_change_are_told_apart(dtype):
+    made = Made(dtype, n=96)
+    w, D = made.w, made.D
+    moved = w * (1 + 0.05 * made.rng.normal(size=w.shape))
+    found = {
+        "other-base": moved + D,
+        "other-change": w + delta(made.other(adapter="B")),
+        "another-change": w + D + delta(made.other(adapter="B")),
+    }
+    for name, merged in found.items():
+        assert made.entry(merged).mistake == name, name
+    assert made.entry(moved).mistake == ""  # without the adapter's change
 
 
 def test_rows_of_the_bases_lengths_are_named():

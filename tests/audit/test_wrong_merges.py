@@ -18,7 +18,7 @@ SAID = {
     "merged_twice": {"twice"},
     "layer_left_out": {"not-applied"},
     "head_lost": {"not-applied"},
-    "other_checkpoint": {"mismatch"},
+    "other_checkpoint": {"other-change"},
     "dora_as_lora": {"norm-not-applied"},
     "other_base": {"changed"},
     "rounded_away": {"rounded-away"},

@@ -7,9 +7,11 @@ from itertools import combinations
 
 import numpy as np
 
+from minilora.audit.floats import F64
 from minilora.audit.mistakes.mistake import Mistake, additive, factors_of, only
 from minilora.audit.scales import Settings
 from minilora.audit.trial import Case, Trial, with_parts
+from minilora.spec.ops import Array
 
 
 def ranks_cut(case: Case) -> Iterator[Trial]:
@@ -23,6 +25,20 @@ def ranks_cut(case: Case) -> Iterator[Trial]:
     for k in sorted((k for k in counts if 0 < k < r), reverse=True):
         yield Trial((with_parts(change, A=A[:k], B=B[:, :k]),), f"the first {k} of {r} ranks")
         yield Trial((with_parts(change, A=A[-k:], B=B[:, -k:]),), f"the last {k} of {r} ranks")
+    if set(change.parts) == {"A", "B"}:
+        first, second = _by_size(A, B)
+        few = range(len(first)) if len(first) <= 16 else counts
+        for k in sorted((k for k in few if 0 < k < len(first)), reverse=True):
+            parts = with_parts(change, A=first[:k], B=second[:, :k])
+            yield Trial((parts,), f"the {k} greatest singular values of {len(first)}")
+
+
+def _by_size(A: Array, B: Array) -> tuple[Array, Array]:
+    """Factors of B A by its singular value decomposition."""
+    Q, R = np.linalg.qr(B.astype(F64))
+    P, S = np.linalg.qr(A.astype(F64).T)
+    U, σ, Vt = np.linalg.svd(R @ S.T, full_matrices=False)
+    return σ[:, None] * (Vt @ P.T), Q @ U
 
 
 def column_missing(case: Case) -> Iterator[Trial]:

@@ -109,6 +109,13 @@ def tensor_permuted(case: Case) -> Iterator[Trial]:
             yield Trial(case.changes, what, free=False, order=order)
 
 
+def tensor_transposed(case: Case) -> Iterator[Trial]:
+    """The merged tensor transposed, base and all, of a square one."""
+    change, region = only(case), case.region
+    if change and region.index is None and not change.rows and region.rows == region.width:
+        yield Trial(case.changes, free=False, turned=True)
+
+
 def kernel_moved(case: Case) -> Iterator[Trial]:
     """A convolution's kernel with its axes in another order, or flipped."""
     change = only(case)
@@ -147,6 +154,12 @@ LAYOUTS = (
         "permuted",
         "the merged tensor's rows in another order, base and all",
         tensor_permuted,
+    ),
+    Mistake(
+        "tensor-transposed",
+        "transposed",
+        "the merged tensor is stored transposed, base and all",
+        tensor_transposed,
     ),
     Mistake(
         "columns-permuted", "permuted", "the input features in another order", columns_permuted

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from minilora.audit.floats import BF16, F16, F32, F64, format_of, rounded, spacing
 from minilora.audit.low_rank import coarsest, low_rank
 from minilora.audit.mistakes.mistake import Mistake
-from minilora.audit.trial import Case, Ending, Step, Trial, with_parts
+from minilora.audit.trial import SIGMAS, Case, Ending, Step, Trial, with_parts
 from minilora.spec.ops import Array
 
 
 def base_coarse(case: Case) -> Iterator[Trial]:
     """The base rounded to a narrower dtype before the change is added."""
-    for dtype in (BF16, F16):
-        if format_of(dtype).u > format_of(case.region.base.dtype).u:
-            yield Trial(case.changes, dtype.name, rounding(dtype))
+    for dtype in _lossy(case.region.base.dtype):
+        yield Trial(case.changes, dtype.name, rounding(dtype))
+
+
+def _lossy(dtype: np.dtype[Any]) -> list[np.dtype[Any]]:
+    """The half precisions that do not hold all numbers of the dtype."""
+    digits, lowest = format_of(dtype).digits, format_of(dtype).lowest
+    halves = [(half, format_of(half)) for half in (BF16, F16)]
+    return [half for half, f in halves if f.digits < digits or f.lowest > lowest]
 
 
 def rounding(dtype: np.dtype[Any], step: Step | None = None) -> Step:
@@ -47,11 +54,16 @@ def adapter_coarse(case: Case) -> Iterator[Trial]:
         return
     A, B = (np.asarray(change.parts[name], F64) for name in "AB")
     yield Trial((with_parts(change, A=_tf32(A), B=_tf32(B)),), "TF32", free=False)
+    cut = (with_parts(change, A=_tf32(A, np.trunc), B=_tf32(B, np.trunc)),)
+    yield Trial(cut, "TF32, cut off", free=False)
     for dtype in (F16, BF16):
+        for s in dict.fromkeys((change.s, 1.0)):
+            end = _change_rounded(dtype, s)
+            yield Trial(case.changes, f"the product in {dtype.name}", end=end, free=False)
         A_, B_ = (rounded(x, dtype).astype(F32) for x in (A, B))
         rounds = (with_parts(change, A=A_, B=B_),)
         yield Trial(rounds, dtype.name, free=False)
-        for s in (1.0, change.s):
+        for s in dict.fromkeys((1.0, change.s)):
             end = _change_rounded(dtype, s)
             yield Trial(rounds, f"{dtype.name}, the product too", end=end, free=False)
 
@@ -67,11 +79,69 @@ def _change_rounded(dtype: np.dtype[Any], s: float) -> Ending:
     return end
 
 
-def _tf32(x: Array) -> Array:
-    """The nearest numbers with 11 binary digits."""
+def _tf32(x: Array, to_whole: Callable[[Array], Array] = np.rint) -> Array:
+    """The nearest numbers with 11 binary digits, or those towards zero."""
     gap = np.ldexp(1.0, np.frexp(x)[1] - 11)
-    near: Array = (np.rint(x / gap) * gap).astype(F32)
+    near: Array = (to_whole(x / gap) * gap).astype(F32)
     return near
+
+
+def adapter_quantized(case: Case) -> Iterator[Trial]:
+    """A and B in eight bits: as whole numbers, with a scale for each matrix or row, or as FP8."""
+    (change, *more) = case.changes
+    if more or not {"A", "B"} <= change.parts.keys() or case.region.merged.scheme:
+        return
+    A, B = (np.asarray(change.parts[name], F64) for name in "AB")
+    for name, step in _EIGHT_BITS.items():
+        yield Trial((with_parts(change, A=step(A), B=step(B)),), name, free=False)
+
+
+def _fp8(dtype: Any) -> Callable[[Array], Array]:
+    return lambda x: x.astype(F32).astype(dtype).astype(F64)
+
+
+def _int8(axis: int | None) -> Callable[[Array], Array]:
+    def step(x: Array) -> Array:
+        scale = abs(x).max(axis, keepdims=True) / 127
+        near: Array = np.rint(x / np.where(scale > 0, scale, 1)) * scale
+        return near
+
+    return step
+
+
+_EIGHT_BITS = {
+    "int8 with one scale for each": _int8(None),
+    "int8 with a scale for each row": _int8(1),
+    "int8 with a scale for each column": _int8(0),
+    "FP8, e4m3": _fp8(ml_dtypes.float8_e4m3fn),
+    "FP8, e5m2": _fp8(ml_dtypes.float8_e5m2),
+}
+
+
+def stochastic(case: Case) -> Iterator[Trial]:
+    """The sum rounded up or down at random: up with the share of the way that it has gone."""
+    dtype = case.region.merged.dtype
+    if case.region.merged.scheme or dtype.itemsize >= 4 or case.merge.sums is None:
+        return
+    off = chances = square = 0.0
+    for i, j, W, M in case.sample:
+        T, _ = case.merge.rows(W, i, j)
+        gap = spacing(T, dtype)
+        at = T / gap - np.floor(T / gap)
+        v, expected = ((M - T) / gap) ** 2, at * (1 - at)
+        off += float((v - expected).sum())
+        chances += float(expected.sum())
+        square += float((expected * (1 - 4 * expected)).sum())
+    # Rounded to the nearest, it would be half of what is expected.
+    if chances > 0 and abs(off) < SIGMAS * np.sqrt(square) < chances / 4:
+        yield Trial(case.changes, dtype.name, end=_between(dtype), free=False, last=False)
+
+
+def _between(dtype: np.dtype[Any]) -> Ending:
+    def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
+        return T, e + spacing(T, dtype)
+
+    return end
 
 
 def half_sums(case: Case) -> Iterator[Trial]:
@@ -128,6 +198,18 @@ ROUNDINGS = (
         "merged in a narrower dtype than it is stored in",
         merged_coarse,
         ("peft 1388", "unsloth 3091"),
+    ),
+    Mistake(
+        "adapter-quantized",
+        "known-mistake",
+        "A and B were quantized to eight bits first",
+        adapter_quantized,
+    ),
+    Mistake(
+        "stochastic-rounding",
+        "coarser",
+        "rounded up or down at random, not to the nearest",
+        stochastic,
     ),
     Mistake("truncated", "known-mistake", "cut off, not rounded, to a narrower dtype", truncated),
     Mistake(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from minilora.audit.floats import F64, rounded
+from minilora.audit.floats import F32, F64, rounded
 from minilora.audit.mistakes.magnitudes import with_rows
 from minilora.audit.mistakes.mistake import Mistake, additive
 from minilora.audit.mistakes.roundings import rounding
-from minilora.audit.trial import Case, Ending, Step, Trial
+from minilora.audit.outside import half_gap
+from minilora.audit.trial import SIGMAS, Case, Ending, Step, Trial
 from minilora.spec.ops import Array
 from minilora.spec.quantization import dequantize, quantize
 from minilora.spec.variants.dora import row_norm
@@ -34,18 +36,48 @@ def base_quantized(case: Case) -> Iterator[Trial]:
     """The base quantized and dequantized before the change is added, as QLoRA trains on it."""
     if case.region.base.scheme or case.region.merged.scheme:
         return
-    for scheme in QUANTIZERS:
-        block = 64 if scheme == "nf4" else 32
-        if case.region.width % block == 0:
-            step = _quantized(scheme)
-            yield Trial(case.changes, scheme, weight=step)
-            if case.region.dtypes.merged.itemsize < 4:
-                dtype = case.region.dtypes.merged
-                yield Trial(
-                    case.changes,
-                    f"{scheme} in {dtype}",
-                    weight=rounding(dtype, step),
-                )
+    steps = {scheme: _quantized(scheme) for scheme in QUANTIZERS if _fits(case, scheme)}
+    steps["int8, a scale for each row"] = _int8_rows
+    width, rows = case.region.width, case.region.rows
+    if width % NF4 and width * rows % NF4 == 0 and case.region.index is None:
+        steps["nf4, in blocks that run through the rows"] = _through_rows(case)
+    for scheme, step in steps.items():
+        yield Trial(case.changes, scheme, weight=step)
+        if case.region.dtypes.merged.itemsize < 4:
+            dtype = case.region.dtypes.merged
+            yield Trial(case.changes, f"{scheme} in {dtype}", weight=rounding(dtype, step))
+
+
+def _fits(case: Case, scheme: str) -> bool:
+    """Whether a row is of whole blocks."""
+    return case.region.width % (NF4 if scheme == "nf4" else 32) == 0
+
+
+NF4 = 64
+"""bitsandbytes' block."""
+
+
+def _int8_rows(W: Array, i: int, j: int) -> Array:
+    """Rows of whole numbers from -127 to 127, as in LLM.int8()."""
+    W = W.astype(F32)
+    scale = abs(W).max(1, keepdims=True) / F32.type(127)
+    near: Array = (np.rint(W / np.where(scale > 0, scale, 1)) * scale).astype(F64)
+    return near
+
+
+def _through_rows(case: Case) -> Step:
+    """bitsandbytes' blocks of 64 do not end where a row does."""
+    width = case.region.width
+    each = NF4 // math.gcd(NF4, width)
+
+    def step(W: Array, i: int, j: int) -> Array:
+        first, last = i // each * each, min(-(-j // each) * each, case.region.rows)
+        whole = np.asarray(case.region.read(first, last)[0], np.float32)
+        q = dequantize(quantize(np.ascontiguousarray(whole).reshape(-1, NF4), "nf4"))
+        near: Array = q.reshape(whole.shape)[i - first : j - first].astype(F64)
+        return near
+
+    return step
 
 
 def merged_quantized(case: Case) -> Iterator[Trial]:
@@ -91,6 +123,30 @@ def _quantized(scheme: str) -> Step:
     return step
 
 
+def rescaled(case: Case) -> Iterator[Trial]:
+    """W' times a number, which least squares gives: a norm that was kept, a decay, a mean."""
+    if case.merge.sums is None or case.region.merged.scheme:
+        return
+    along = square = spread = 0.0
+    for i, j, W, M in case.sample:
+        T, e = case.merge.rows(W, i, j)
+        along, square = along + float((M * T).sum()), square + float((T * T).sum())
+        reach = e + half_gap(M, case.region, None)
+        spread += float(((reach * T) ** 2).sum())
+    if not square:
+        return
+    c, off = along / square, SIGMAS * math.sqrt(spread) / square
+    if abs(c - 1) > off:
+        yield Trial(case.changes, f"by {c:.6g}", end=_times(c, off), free=False)
+
+
+def _times(c: float, off: float) -> Ending:
+    def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
+        return c * T, abs(c) * e + off * abs(T)
+
+    return end
+
+
 def lengths_kept(case: Case) -> Iterator[Trial]:
     """The rows of W' rescaled to the lengths of W's."""
 
@@ -117,6 +173,7 @@ WEIGHTS = (
         "the merged weight went through a quantizer",
         merged_quantized,
     ),
+    Mistake("rescaled", "known-mistake", "the merged weight times a number", rescaled),
     Mistake(
         "lengths-kept", "known-mistake", "the rows keep the lengths of the base's", lengths_kept
     ),
