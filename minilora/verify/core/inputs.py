@@ -8,10 +8,10 @@ mutants; these do not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from math import prod, sqrt
+from math import inf, prod, sqrt
 from typing import Any
 from zlib import crc32
 
@@ -507,17 +507,11 @@ def _draw_exact(
             }
         keep = _keep(rng, (*lead, n), dropout, p)
         b = rng.integers(-large, large + 1, m) if bias else None
-        layer = Layer(
-            **{name: array.astype(DTYPES[dtype]) for name, array in arrays.items()},
-            alpha=alpha,
-            r=r,
-            bias=None if b is None else b.astype(DTYPES[dtype]),
-            keep=keep,
-            p=p,
-            settings=settings,
-        )
-        if greatest_sum(layer) <= limit and (density < 0.4 or (layer.A.any() and layer.B.any())):
-            return layer
+        layer = Layer(**arrays, alpha=alpha, r=r, bias=b, keep=keep, p=p, settings=settings)
+        has_effect = density < 0.4 or (layer.A.any() and layer.B.any())
+        if has_effect and greatest_sum(layer, limit) <= limit:
+            stored = {name: array.astype(DTYPES[dtype]) for name, array in arrays.items()}
+            return replace(layer, **stored, bias=None if b is None else b.astype(DTYPES[dtype]))
         density, large = max(0.2, density * 0.97), max(1, large - (density < 0.5))
 
 
@@ -545,21 +539,34 @@ def whole_numbers(dtype: str) -> float:
     return 2.0 ** min(22, digits(dtype))
 
 
-def greatest_sum(layer: Layer) -> float:
+def greatest_sum(layer: Layer, limit: float = inf) -> float:
     """The greatest sum of absolute terms in any array that the layer's computation may form.
 
-    A sum without s counts s times where s is less than 1: so do the numbers that there are.
+    A sum without s counts s times where s is less than 1: so do the numbers that there are. The
+    first that is found above the limit will do.
     """
+    greatest = 0.0
+    for sums in _sums(layer):
+        greatest = max(greatest, float(sums.max(initial=0.0)))
+        if greatest > limit:
+            break
+    return greatest
+
+
+def _sums(layer: Layer) -> Iterator[Array]:
+    """The sums of absolute terms, those of dA and dB first: they are mostly the greatest."""
     absolute = {
         name: np.abs(getattr(layer, name).astype(np.float64)) for name in ("x", "W", "A", "B", "dy")
     }
     bias = None if layer.bias is None else abs(layer.bias)
     kept = Layer(**vars(layer) | absolute | {"bias": bias, "alpha": abs(layer.alpha)})
-    answers = specified(kept, np.float64, np.float64)
+    A, B, x, dy = absolute["A"], absolute["B"], columns(absolute["x"]), columns(absolute["dy"])
+    h = x if layer.keep is None else x * (columns(layer.keep) / (1 - layer.p))
+    yield (kept.s * B.T @ dy) @ h.T
+    yield dy @ (kept.s * A @ h).T
     s, K = min(kept.s, 1.0), 4.0 if layer.p and layer.keep is not None else 1.0
-    A, B, h = absolute["A"], absolute["B"], columns(absolute["x"]) * K
-    inner = [s * h, s * A @ h, s * B.T @ columns(absolute["dy"]), kept.s * B @ A + absolute["W"]]
-    return max(float(v.max(initial=0.0)) for v in [*answers.values(), *inner])
+    yield from (s * x * K, s * A @ x * K, s * B.T @ dy, kept.s * B @ A + absolute["W"])
+    yield from specified(kept, np.float64, np.float64).values()
 
 
 @dataclass(frozen=True)
@@ -705,7 +712,8 @@ def in_exact_lane(case: Case) -> Case:
 def too_large(several: Several, dtype: str, combined: bool = True) -> bool:
     """Whether a sum of absolute terms of the rows, or of the combined change, may be rounded."""
     limit = whole_numbers(dtype)
-    if any(greatest_sum(a) > limit * min(abs(a.s), 1.0) for a in several.adapters):
+    bounds = [limit * min(abs(a.s), 1.0) for a in several.adapters]
+    if any(greatest_sum(a, b) > b for a, b in zip(several.adapters, bounds, strict=True)):
         return True
     if not combined:
         return False

@@ -187,13 +187,14 @@ class Noisy(NDArrayOperatorsMixin):
         shape = (self.source.count, *y.shape[1:])
         greatest = units * rounding.u * y
         if accumulated is not None:
-            greatest = np.sqrt(greatest * greatest + 3 * accumulated)
-        error = greatest * draws.signed(shape)
+            greatest *= greatest
+            greatest = greatest + 3 * accumulated
+            np.sqrt(greatest, out=greatest)
+        result = greatest * draws.signed(shape)
+        result += y
         if rounding.tiny > 1e-30:  # float16: its subnormal numbers lie within reach
-            result = y + error + rounding.tiny * draws.signed(shape, np.float64)
+            result += rounding.tiny * draws.signed(shape, np.float64)
             result = np.where(result * y > 0, result, 0)  # rounding changes no sign
-        else:
-            result = y + error
         infinite = np.isinf(y)  # of a mask: they stay what they are
         return self._as(np.where(infinite, y, result) if infinite.any() else result)
 
@@ -383,7 +384,9 @@ class Draws:
             drawn: Array = self.rng.random(shape, dtype=dtype)
         else:
             drawn = np.stack([rng.random(shape[1:], dtype=dtype) for rng in self.rng])
-        return 2 * drawn - 1
+        drawn *= 2
+        drawn -= 1
+        return drawn
 
 
 def noisy(array: Any, rounding: Precision | Rounding, draws: Draws) -> Noisy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -34,8 +35,13 @@ def taken(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
 
     Before `autocast_adapter_dtype` and `save_embedding_layers` were options, nothing was cast.
     """
-    names = inspect.signature(function).parameters
+    names = _arguments(getattr(function, "__func__", function))
     return {name: value for name, value in options.items() if name in names}
+
+
+@cache
+def _arguments(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def later(name: str) -> Callable[..., Any]:
