@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.spec import initialization, lora, models
+from minilora.spec import lora, models
 from minilora.spec.lora import LORA, TIE, Merged, Params, TrainableSpec, Weights, weight_of
 from minilora.spec.models import Batch, Config, Kernels
 from minilora.spec.ops import Array, Back
@@ -247,9 +247,12 @@ def merge(W: Weights, tuning: TrainableSpec) -> Merged:  # noqa: D103 - the equa
     return lora.merge(W, tuning)
 
 
-@wraps(initialization.draw_weights)
-def draw_weights(  # noqa: D103 - the equation's
-    c: Config, rng: np.random.Generator, std: float = 0.02
-) -> Weights:
+def draw_weights(c: Config, rng: np.random.Generator, std: float = 0.02) -> Weights:
+    """Fresh weights in float64: matrices N(0, std²), norms' weights 1, biases 0.
+
+    Errors: those of `check_config`.
+    """
+    from minilora.spec.initialization import draw_weights  # which loads more
+
     check_config(c)
-    return initialization.draw_weights(c, rng, std)
+    return draw_weights(c, rng, std)
