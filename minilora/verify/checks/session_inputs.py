@@ -172,23 +172,31 @@ def _with_head(draw: Draw) -> SessionInputs:
     return SessionInputs(layer, adapters, draw.integers(6, n), draw.integers(6, out))
 
 
-def _dora(draw: Draw) -> SessionInputs:
-    """LoRA as "one", and two of DoRA, whose V = W + s B A has rows of norm 2 as W has.
+_ROW = np.array([1, 1, 1, 2, 3])
+"""A row of norm 4. It keeps it where a 1 becomes -1, and has norm 8 where a 1 becomes ±7, or two
+become ±5."""
 
-    Every entry of W is ±1 in rows of four, and s B A flips the signs of r columns: B's columns are
-    -2/s times those of W, A's rows select them, and an integer matrix of determinant 1 mixes the
-    ranks.
+
+def _dora(draw: Draw) -> SessionInputs:
+    """LoRA as "one", and two of DoRA, whose V = W + s B A has rows of norm 4 or 8, as W of 4.
+
+    Every row of W is `_ROW` in one order with signs, and s B A changes r of its ones: A's rows
+    select their columns, and an integer matrix of determinant 1 mixes the ranks.
     """
-    m, n = 5, 4
-    W = np.sign(draw.integers(m, n))
+    m, n = 5, len(_ROW)
+    order = draw.rng.permutation(n)
+    W = np.sign(draw.integers(m, n)) * _ROW[order].astype(draw.integers(1).dtype)
     adapters = {"one": draw.adapter(n, m, 2)}
     for name, r in (("two", 1), ("onetwo", 2)):
         s = float(draw.rng.choice([0.5, 2.0]))
         s = draw.fixed.alpha_of(s * r, r) / r
-        columns = draw.rng.permutation(n)[:r]
+        columns = draw.rng.permutation(np.flatnonzero(_ROW[order] == 1))[:r]
+        grows = np.arange(m)[:, None] % 2 == draw.rng.integers(2)
+        signs = draw.rng.choice([-1, 1], (m, r))
+        V = np.where(grows, (7, 5)[r - 1] * signs, -W[:, columns]).astype(W.dtype)
         mixed = np.eye(r, dtype=W.dtype) + np.triu(np.ones((r, r), W.dtype), 1)
         A = mixed @ np.eye(n, dtype=W.dtype)[columns]
-        B = (-2 / s * W[:, columns] @ np.linalg.inv(mixed).round()).astype(W.dtype)
+        B = ((V - W[:, columns]) / s @ np.linalg.inv(mixed).round()).astype(W.dtype)
         adapters[name] = {
             "A": A,
             "B": B,

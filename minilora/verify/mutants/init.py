@@ -124,6 +124,8 @@ SEEDS: Table = {
               'self.memory.setdefault("rng", np.random.default_rng(0)).normal(0, 1 / r, (r, n))'}),
         ("orthogonal-seed", "the orthogonal initialization ignores the seed",
          {"# orthogonal": "rng = np.random.default_rng(0)"}),
+        ("seed-square", "the seed is ignored where W has equal sides",
+         {"uniform(rng, (r, n))": "uniform(np.random.default_rng(n) if m == n else rng, (r, n))"}),
         ("seed-rank-1", "the seed is ignored where r = 1",
          {"uniform(rng, (r, n))": "uniform(np.random.default_rng(n) if r == 1 else rng, (r, n))"}),
     ],

@@ -570,6 +570,9 @@ LIFECYCLE: Table = {
     "lifecycle.dora": [
         ("dora-ignored", "DoRA is taken for LoRA",
          {"# of the adapter": 'adapter = {k: v for k, v in adapter.items() if k != "magnitude"}'}),
+        ("dora-norm-of-base", "DoRA is divided by the norm of W, without its change",
+         {"norm = np.sqrt((V * V).sum(1, keepdims=True))":
+              "norm = np.sqrt((self.base() * self.base()).sum(1, keepdims=True))"}),
     ],
     "lifecycle.random-steps.dora": [
         ("dora-no-norm", "m ∘ V: DoRA is not divided by ‖V‖",
