@@ -157,7 +157,9 @@ def isolation(subject: GuardedImplementation, case: Case) -> Iterable[Comparison
         "the second": SessionRun.of(subject, replace(case, seed=case.seed + 1)),
     }
     done: list[str] = []
-    for step in ONE_ADAPTER[:3]:
+    after: tuple[Step, ...] = (("scale", "one", 2.0), ("train",), ("disable",), ("delete", "one"))
+    has = runs["the first"].session.has
+    for step in [step for step in (*ONE_ADAPTER[:3], ("unmerge",), *after) if has(step[0])]:
         for name, run in runs.items():
             words = step_words(step)
             done.append(f"{name}'s {words if run.take(step) else f'{words} refused'}")

@@ -687,6 +687,14 @@ LIFECYCLE: Table = {
     "lifecycle.isolation": [
         ("one-layer", "a second layer replaces the first",
          {"kind, pair = Session, Pair": "return one_layer(self, layer)"}),
+        ("shared-factor", "layers share the factor of an adapter's name",
+         {"self.factor: dict[str, float] = {}":
+              'self.factor: dict[str, float] = maths.memory.setdefault("factor", {})'}),
+        ("shared-active", "layers share the list of active adapters",
+         {"self.active: list[str] = []":
+              'self.active: list[str] = maths.memory.setdefault("active", [])',
+          "self.active, self.off = list(names), False":
+              "self.active[:], self.off = list(names), False"}),
     ],
     "lifecycle.rounding": [
         ("root-whole", "α/⌊√r⌋ for α/√r", {"alpha * r**-0.5": "alpha / isqrt(r)"}),
