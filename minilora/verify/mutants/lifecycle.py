@@ -691,8 +691,8 @@ LIFECYCLE: Table = {
          {"self.factor: dict[str, float] = {}":
               'self.factor: dict[str, float] = maths.memory.setdefault("factor", {})'}),
         ("shared-active", "layers share the list of active adapters",
-         {"self.active: list[str] = []":
-              'self.active: list[str] = maths.memory.setdefault("active", [])',
+         {"self.merged: dict[str, Any] = {}":
+              'self.active, self.merged = maths.memory.setdefault("active", []), {}',
           "self.active, self.off = list(names), False":
               "self.active[:], self.off = list(names), False"}),
     ],
