@@ -806,7 +806,7 @@ def test_a_bert_without_a_classifier_gets_one_for_the_datas_classes(minilora, tm
     merged = minilora("evaluate", "--model", "merged", "--data", path)[1]
     assert printed_alike(merged, out)
     assert huggingface.read_config("merged").classes == 4
-    with pytest.raises(FormatError, match="expected BertModel alone"):
+    with pytest.raises(FormatError, match="expected BertModel, DistilBertModel alone"):
         huggingface.read_encoder("merged", 4)
 
 
