@@ -510,7 +510,7 @@ def _draw_exact(
         layer = Layer(**arrays, alpha=alpha, r=r, bias=b, keep=keep, p=p, settings=settings)
         has_effect = density < 0.4 or (layer.A.any() and layer.B.any())
         if has_effect and greatest_sum(layer, limit) <= limit:
-            stored = {name: array.astype(DTYPES[dtype]) for name, array in arrays.items()}
+            stored: dict[str, Any] = {n: array.astype(DTYPES[dtype]) for n, array in arrays.items()}
             return replace(layer, **stored, bias=None if b is None else b.astype(DTYPES[dtype]))
         density, large = max(0.2, density * 0.97), max(1, large - (density < 0.5))
 
