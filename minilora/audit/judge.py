@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from minilora.audit.change import Around, Change, Tensor
+from minilora.audit.containers.tensor import StoredTensor
 from minilora.audit.explain import chance, explain
 from minilora.audit.explanation import Explanation
 from minilora.audit.floats import F32, F64, differing, on_grid, wide
@@ -192,6 +193,39 @@ def judge(
     return _together(found)
 
 
+def base_again(base: StoredTensor, merged: StoredTensor, changes: Sequence[Change]) -> Entry | None:
+    """The verdict on a tensor with the base's bits that no right merge has; None of all others.
+
+    What the change may be rounded away from is left to `judge`, but for quantized tensors, of which
+    it cannot tell more.
+    """
+    few = min(merged.length, 1 + 2**12 // max(1, merged.width))
+    if not base.has_bits_of(merged, 0, few):
+        return None
+    if not all(base.has_bits_of(merged, *at) for at in merged.blocks()):
+        return None
+    quantized, figures = merged.scheme is not None, {"survived": 0.0, "share_of_bits": 0.0}
+    for region in regions(base, merged, changes):
+        if not region.changes or not region.rows or _unusable(region):
+            quantized = False
+            continue
+        merge = Merge.of(region)
+        quantized = quantized and merge.sums is not None and merge.sums.is_something
+        for i, j, W, M in region.blocks():
+            T, e = merge.rows(W.astype(F64), i, j)
+            if beyond(M.astype(F64), T, e, region, region.gaps(i, j)).any():
+                text = "every entry has the base's bits"
+                return Entry(base.name, "not-applied", text, figures)
+    if not quantized:
+        return None
+    return Entry(base.name, "rounded-away", _nothing_left(merged), figures)
+
+
+def _nothing_left(merged: Tensor) -> str:
+    stored = merged.scheme or merged.dtype.name
+    return f"the change is too small for {stored}: nothing of it is left, applied or not"
+
+
 def _judged(region: Region, around: Around) -> Entry:
     if not region.changes:
         return _untouched(region)
@@ -279,8 +313,7 @@ def _right(
         )
     if survived is not None and tally.is_base:
         figures["survived"] = 0.0
-        text = f"the change is too small for {stored}: nothing of it is left, applied or not"
-        return Entry(name, "rounded-away", text, figures)
+        return Entry(name, "rounded-away", _nothing_left(region.merged), figures)
     if survived is not None and survived < SURVIVES:
         text = f"{survived:.1%} of the change survived the rounding to {stored}"
         return Entry(name, "rounded-away", text, figures)

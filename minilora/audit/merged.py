@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.audit.adapters.factors import with_most_slack
 from minilora.audit.adapters.peft import split_name
 from minilora.audit.base import HEAD, is_head, replaced, replicated, tied_table, with_head
 from minilora.audit.cause import cause_of
@@ -20,7 +21,7 @@ from minilora.audit.change import Around, Change
 from minilora.audit.changes import AdapterChanges, ranges_of, read_changes
 from minilora.audit.containers.names import VERBATIM
 from minilora.audit.exchanged import exchanged
-from minilora.audit.judge import judge
+from minilora.audit.judge import base_again, judge
 from minilora.audit.result import Entry, Report
 from minilora.audit.settings import compare_settings
 from minilora.audit.tensors import TensorStore, layer_of, open_tensors
@@ -168,7 +169,10 @@ class Walk:
             return Entry(name, "missing", "the merged model has no such tensor", figures)
         other = self.merged[there]
         if changes:
-            entry = judge(tensor, other, changes, self._around(changes))
+            entry = base_again(tensor, other, changes)
+            entry = entry or judge(tensor, other, changes, self._around(changes))
+            if entry.severity == "deviation" and any(change.slack for change in changes):
+                entry = _beside_start(entry, judge(tensor, other, with_most_slack(changes)))
             entry = _with_start(self._doubted(entry, changes), changes)
         else:
             entry = self._own(untouched(tensor, other), name)
@@ -256,6 +260,21 @@ def _with_start(entry: Entry, changes: Sequence[Change]) -> Entry:
         "steps is missing: the start was not taken out of the base, or the adapter not added"
     )
     return replace(entry, text=text, mistake="start-left-in")
+
+
+def _beside_start(entry: Entry, most: Entry) -> Entry:
+    """The entry, undecided if an error of PiSSA's or OLoRA's start may explain it.
+
+    ``most``: the verdict where the start may be off by the most that is proven.
+    """
+    if most.severity not in ("ok", "warning"):
+        return entry
+    text = (
+        "beyond what roundings leave of the start that is found again (PiSSA, OLoRA) if they are "
+        "independent, but within what is proven: merge an adapter that was converted to LoRA"
+    )
+    return replace(entry, verdict="undecided", text=f"{text} ({entry.text})", mistake="",
+                   severity="undecided")  # fmt: skip
 
 
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")

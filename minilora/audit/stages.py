@@ -39,6 +39,11 @@ class Sums:
     bound: Bound
 
     @property
+    def is_something(self) -> bool:
+        """Whether one of the changes is not 0."""
+        return any(c.s and c.A.any() and c.B.any() for c in self.bound.changes)
+
+    @property
     def cost(self) -> int:
         """How many entries of a whole block `at` takes for one of its own, about."""
         return 4 + sum(c.r for c in self.bound.changes)

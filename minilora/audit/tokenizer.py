@@ -22,7 +22,6 @@ FILES = (
 _PARTS = {
     "normalizer": "a text is normalized otherwise before it is split",
     "pre_tokenizer": "a text is split otherwise",
-    "post_processor": "other special tokens are put around a text",
     "decoder": "tokens become another text",
 }
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token")
@@ -87,6 +86,59 @@ def _tokenizer_json(one: Path, two: Path) -> Iterator[Entry]:
     for key, effect in _PARTS.items():
         if B.get(key) != M.get(key):
             yield Entry(f"tokenizer.json: {key}", "doubtful", f"it differs: {effect}")
+    yield from _other_around(B.get("post_processor"), M.get("post_processor"))
+
+
+def _other_around(base: Any, merged: Any) -> Iterator[Entry]:
+    """An entry if the two post-processors put other special tokens around a text."""
+    before, now = _around(base), _around(merged)
+    if before != now or (now is None and base != merged):
+        text = "it differs: other special tokens may be put around a text"
+        if before is not None and now is not None:
+            text = f"a text becomes {_shown(now)}, with the base's {_shown(before)}"
+        yield Entry("tokenizer.json: post_processor", "doubtful", text)
+
+
+def _shown(around: tuple[list[str], list[str]]) -> str:
+    before, after = around
+    return " ".join([*before, "TEXT", *after])
+
+
+def _around(processor: Any) -> tuple[list[str], list[str]] | None:
+    """The special tokens before and after a text; None of a processor that is not known."""
+    if processor is None:
+        return [], []
+    kind = processor.get("type") if isinstance(processor, dict) else None
+    if kind == "ByteLevel":  # moves places in the text, no tokens
+        return [], []
+    if kind == "Sequence" and isinstance(parts := processor.get("processors"), list):
+        known = [found for part in parts if (found := _around(part)) is not None]
+        adding = [found for found in known if found != ([], [])]
+        if len(known) < len(parts) or len(adding) > 1:
+            return None
+        return adding[0] if adding else ([], [])
+    if kind in ("BertProcessing", "RobertaProcessing"):
+        names = [processor.get(end) for end in ("cls", "sep")]
+        if all(isinstance(name, list) and name for name in names):
+            return [str(names[0][0])], [str(names[1][0])]
+    if kind == "TemplateProcessing" and isinstance(processor.get("single"), list):
+        return _of_template(processor["single"])
+    return None
+
+
+def _of_template(pieces: list[Any]) -> tuple[list[str], list[str]] | None:
+    """The special tokens before and after the one text of a template."""
+    around: tuple[list[str], list[str]] = [], []
+    texts = 0
+    for piece in pieces:
+        inner = piece.get("SpecialToken") if isinstance(piece, dict) else None
+        if isinstance(inner, dict):
+            around[min(texts, 1)].append(str(inner.get("id")))
+        elif isinstance(piece, dict) and "Sequence" in piece:
+            texts += 1
+        else:
+            return None
+    return around if texts == 1 else None
 
 
 def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,8 +33,6 @@ class _Tally:
     def add(self, one: Array, two: Array, spacing: Callable[[], Array | None]) -> None:
         """Compare a block of rows; ``spacing`` gives that of what a quantizer can store."""
         self.entries += one.size
-        if one.dtype == two.dtype and np.array_equal(_bits(one), _bits(two)):
-            return
         expected = cast(one, two.dtype)
         off = (_bits(expected) != _bits(two)).reshape(one.shape) & (expected != two)  # 0 is -0
         if not off.any():
@@ -63,6 +61,9 @@ def untouched(tensor: StoredTensor, other: StoredTensor) -> Entry:
     tally, quantized = _Tally(), other.scheme is not None
     coarser = other if quantized else tensor
     for start, stop in tensor.blocks():
+        if tensor.has_bits_of(other, start, stop):
+            tally.entries += (stop - start) * tensor.width
+            continue
         one, two = tensor.rows(start, stop), other.rows(start, stop)
         tally.add(one, two, partial(coarser.spacing, start, stop))
     if tally.broken:

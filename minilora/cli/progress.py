@@ -43,8 +43,11 @@ BytesRead = Callable[[int, int, str], None]
 
 
 @contextlib.contextmanager
-def bytes_bar() -> Iterator[BytesRead | None]:
-    """A progress bar of bytes and the time left on standard error, if that is a terminal."""
+def bytes_bar(unit: str = "B") -> Iterator[BytesRead | None]:
+    """A progress bar of bytes, or of what ``unit`` says, and the time left on standard error.
+
+    None, if that is no terminal.
+    """
     open_streams()
     if not sys.stderr.isatty():
         yield None
@@ -52,7 +55,8 @@ def bytes_bar() -> Iterator[BytesRead | None]:
     from tqdm import tqdm
 
     # The name is last: a narrow terminal cuts it off.
-    form = "{percentage:3.0f}% {bar:16} {n_fmt}B of {total_fmt}B, {remaining} left  {desc}"
+    form = f"{{n_fmt}}{unit} of {{total_fmt}}{unit}, {{remaining}} left  {{desc}}"
+    form = "{percentage:3.0f}% {bar:16} " + form
     with tqdm(
         bar_format=form, unit_scale=True, leave=False, file=sys.stderr, dynamic_ncols=True
     ) as bar:

@@ -8,9 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from extras import needs, optional
+from merge_catalogue.worlds import F32, adapt, llama, write_model
 from safetensors.numpy import load_file, save_file
 
+from minilora.audit.changes import read_changes
 from minilora.audit.merged import merged
+from minilora.audit.tensors import open_tensors
 from minilora.cli.main import main
 from minilora.io.formats import kohya, loralib
 from minilora.io.formats.peft.names import paths
@@ -394,3 +397,17 @@ def test_settings_that_lie_are_unreadable(tmp_path, settings, capsys):
     names = ["--base", name, "--adapter", adapter, "--merged", name]
     assert main(["audit", "merged", *names]) == 3
     assert "expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("share", "status"), [(0.5, 0), (4.0, 4), (100.0, 1)])
+def test_what_only_the_worst_roundings_of_pissas_start_explain_is_left_open(
+    tmp_path, share, status
+):
+    world = adapt(llama(), r=4, targets=r"layers\.0.*q_proj$", init_lora_weights="pissa")
+    base, adapter = world.write(tmp_path)
+    (start, _), name = read_changes(adapter, open_tensors(base)).changes, world.sites[0].weight
+    off = share * start.slack * np.sign(np.random.default_rng(0).normal(size=(64, 64)))
+    change = start.s * start.parts["B"] @ start.parts["A"] + world.sites[0].delta
+    W = world.base[name].astype(float) + change + off
+    model = write_model(tmp_path / "merged", {**world.base, name: W.astype(F32)}, world.config)
+    assert merged(base, adapter, model).exit_status == status

@@ -129,6 +129,7 @@ TOKENIZERS = {
     "a token more": (changed(added_tokens=[*TOKENIZER["added_tokens"],
                                            {"id": 4, "content": "<x>"}]), ["told"]),
     "another normalizer": (changed(normalizer={"type": "NFC"}), ["doubtful"]),
+    "another processor": (changed(post_processor={"type": "y"}), ["doubtful"]),
     "padding": (changed(padding={"length": 3}), []),
     "damaged vocabulary": (changed(model={"vocab": 3, "merges": 4}), ["wrong", "wrong"]),
 }  # fmt: skip
@@ -152,6 +153,35 @@ def compared(folders):
 def test_other_tokens_are_named(folders, tokenizer, verdicts):
     (folders[1] / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert [entry.verdict for entry in compared(folders)] == verdicts
+
+
+def template(*pieces):
+    kinds = {"TEXT": {"Sequence": {"id": "A", "type_id": 0}}}
+    single = [kinds.get(p, {"SpecialToken": {"id": p, "type_id": 0}}) for p in pieces]
+    return {"type": "TemplateProcessing", "single": single}
+
+
+BYTES = {"type": "ByteLevel", "trim_offsets": True}
+ROBERTA = {"type": "RobertaProcessing", "cls": ["<s>", 0], "sep": ["</s>", 2]}
+PROCESSORS = {
+    "none, or one that adds nothing": (None, template("TEXT"), ""),
+    "two that add nothing": (BYTES, {"type": "Sequence", "processors": [template("TEXT")]}, ""),
+    "the same in other words": (template("<s>", "TEXT", "</s>"), ROBERTA, ""),
+    "a first token": (None, template("<s>", "TEXT"), "becomes <s> TEXT, with the base's TEXT"),
+    "a last one less": (ROBERTA,
+                        {"type": "Sequence", "processors": [BYTES, template("<s>", "TEXT")]},
+                        "becomes <s> TEXT, with the base's <s> TEXT </s>"),
+    "two texts": (template("TEXT", "TEXT"), template("TEXT"), "may be put"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("base", "merged", "words"), PROCESSORS.values(), ids=PROCESSORS)
+def test_what_is_put_around_a_text_is_compared(folders, base, merged, words):
+    for place, processor in zip(folders, (base, merged), strict=True):
+        (place / "tokenizer.json").write_text(json.dumps(changed(post_processor=processor)))
+    entries = compared(folders)
+    assert len(entries) == bool(words)
+    assert all(words in entry.text for entry in entries)
 
 
 def test_a_tokenizer_that_is_missing_is_told(folders):

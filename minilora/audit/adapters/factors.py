@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -124,8 +124,8 @@ def _start(factors: Factors, change: Change, base: TensorStore) -> Change:
 
     PEFT finds it by an SVD or a QR in float32, whenever it loads the adapter. An SVD misses the
     part of the r greatest singular values by ‖E‖ (1 + 4 σ_r / (σ_r - σ_r+1)), where ‖E‖ is its own
-    error: √n u σ₁ where roundings are independent of each other, as is assumed here; n u σ₁ in the
-    worst case, which would decide nothing.
+    error: √n u σ₁ where roundings are independent of each other, as the slack has it; n u σ₁ in the
+    worst case (`with_most_slack`): what lies between the two cannot be decided.
     Source: Higham, "Accuracy and Stability of Numerical Algorithms", section 2.8; Wedin 1972.
     """
     stored = base[change.tensor]
@@ -140,6 +140,16 @@ def _start(factors: Factors, change: Change, base: TensorStore) -> Change:
     slack = float(off * (1 + 4 * σ[r - 1] / max(gap, off)))
     parts = Expanded({"A": A, "B": B})
     return replace(change, variant=LORA, parts=parts, scale=-change.scale, slack=slack)
+
+
+def with_most_slack(changes: Sequence[Change]) -> list[Change]:
+    """The changes, of which a start may be off by all that its roundings can do together."""
+    return [
+        replace(c, slack=c.slack * math.sqrt(max(len(c.parts["B"]), np.shape(c.parts["A"])[1])))
+        if c.slack
+        else c
+        for c in changes
+    ]
 
 
 def _reader(parts: Mapping[str, Array], name: str) -> Read:

@@ -74,7 +74,9 @@ def _four_bits(path: Path, weight: str, state: str, found: dict[str, StoredTenso
     nf4 = _Nf4(codes, absmax, nested, sizes)
     nbytes = codes.nbytes + sum(t.nbytes for t in parts.values() if t is not None)
     scheme = "nf4" if nested is None else "nf4-double"
-    return StoredTensor(weight, np.dtype(F32), sizes.shape, nbytes, nf4.rows, scheme, nf4.spacing)
+    return StoredTensor(
+        weight, np.dtype(F32), sizes.shape, nbytes, nf4.rows, scheme, nf4.spacing, nf4.as_stored
+    )
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,11 @@ class _Nf4:
         gap = greater[unpack(codes)].reshape(-1, self.sizes.block) * absmax[:, None]
         return self._cut(gap, first, start, stop)
 
+    def as_stored(self, start: int, stop: int) -> tuple[Array, Array]:
+        """The codes and absmax of the blocks of these rows."""
+        codes, absmax, _ = self._read(start, stop)
+        return codes, absmax
+
     def _read(self, start: int, stop: int) -> tuple[Array, Array, int]:
         """The codes and absmax of the blocks of these rows, and the first block\'s number."""
         n = math.prod(self.sizes.shape[1:])
@@ -193,5 +200,8 @@ def _eight_bits(
         values: Array = stored.rows(start, stop).astype(F32) * step(start, stop)
         return values
 
-    nbytes = codes.nbytes + scales.nbytes
-    return StoredTensor(weight, np.dtype(F32), codes.shape, nbytes, rows, "int8-rows", step)
+    def as_stored(start: int, stop: int) -> tuple[Array, Array]:
+        return stored.rows(start, stop), scales.rows(start, stop)
+
+    nbytes, dtype = codes.nbytes + scales.nbytes, np.dtype(F32)
+    return StoredTensor(weight, dtype, codes.shape, nbytes, rows, "int8-rows", step, as_stored)

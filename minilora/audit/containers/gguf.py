@@ -126,11 +126,12 @@ def _one_by_one(
         read = partial(_below, every.read, e * m)
         step = None if every.step is None else partial(_below, every.step, e * m)
         nbytes = every.nbytes // experts
-        found[own] = StoredTensor(own, every.dtype, (m, n), nbytes, read, every.scheme, step)
+        codes = None if every.codes is None else partial(_below, every.codes, e * m)
+        found[own] = StoredTensor(own, every.dtype, (m, n), nbytes, read, every.scheme, step, codes)
     return found
 
 
-def _below(read: Callable[[int, int], Array], first: int, start: int, stop: int) -> Array:
+def _below(read: Callable[[int, int], Any], first: int, start: int, stop: int) -> Any:
     """Rows of a part that begins at row ``first``."""
     return read(first + start, first + stop)
 
@@ -224,7 +225,9 @@ def _stored(
         rows = Rows(contents, place, shape, order)
         read, step = rows.read, None if dtype is not None else rows.step
     scheme = None if dtype is not None else tensor.kind.lower()
-    stored = StoredTensor(name, dtype or np.dtype(np.float32), shape, nbytes, read, scheme, step)
+    codes = None if scheme is None else rows.codes
+    own = dtype or np.dtype(np.float32)
+    stored = StoredTensor(name, own, shape, nbytes, read, scheme, step, codes)
     return _transposed(stored) if _lies_transposed(names.architecture, name) else stored
 
 
@@ -273,14 +276,18 @@ class Rows:
             return np.ascontiguousarray(data).view(self.dtype).reshape(-1, *self.shape[1:])
         return self.blocks.rows(rows).reshape(-1, *self.shape[1:])
 
+    def codes(self, start: int, stop: int) -> list[Array]:
+        """The bytes of rows start … stop."""
+        rows = slice(start * self.each, stop * self.each)
+        return [self.blocks.data[rows if self.order is None else self.order[rows]]]
+
     def step(self, start: int, stop: int) -> Array:
         """How far apart the numbers lie that the blocks can store.
 
         It is what a block with codes of 1 has more than one with codes of 0.
         """
         gguf, kind = library(), self.blocks.tensor.kind
-        rows = slice(start * self.each, stop * self.each)
-        data = self.blocks.data[rows if self.order is None else self.order[rows]]
+        (data,) = self.codes(start, stop)
         number = gguf.GGMLQuantizationType[kind]
         size = gguf.GGML_QUANT_SIZES[number][1]
         values = []

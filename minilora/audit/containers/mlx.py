@@ -75,9 +75,14 @@ class _Triple:
         shape = (*self.codes.shape[:-1], n)
         nbytes = sum(part.nbytes for part in parts)
         scheme = f"mlx-{self.bits}bit"
+        dtype = np.dtype(np.float32)
         return StoredTensor(
-            name, np.dtype(np.float32), shape, nbytes, self.rows, scheme, self.spacing
+            name, dtype, shape, nbytes, self.rows, scheme, self.spacing, self.as_stored
         )
+
+    def as_stored(self, start: int, stop: int) -> list[Array]:
+        """Codes, scales and biases of these rows."""
+        return [part.rows(start, stop) for part in (self.codes, self.scales, self.biases)]
 
     def rows(self, start: int, stop: int) -> Array:
         """Rows of the weight, expanded."""

@@ -33,17 +33,21 @@ STATUSES = (
 Run = Callable[[argparse.Namespace, BytesRead | None], "Report"]
 
 
-def add_audit(audits: Any, name: str, help: str, description: str, run: Run) -> Any:
-    """Add an audit with the options that all have; its parser, for options of its own."""
-    parser = add_command(
-        audits, name, help, description, _reported(run), STATUSES, failed=NOT_LOADED
-    )
+def add_audit(
+    audits: Any, name: str, help: str, description: str, run: Run, unit: str = "B"
+) -> Any:
+    """Add an audit with the options that all have; its parser, for options of its own.
+
+    ``unit``: what its progress bar counts.
+    """
+    command = _reported(run, unit)
+    parser = add_command(audits, name, help, description, command, STATUSES, failed=NOT_LOADED)
     add_files(parser.add_argument, "the report", *FORMS)
     parser.add_argument("--verbose", action="store_true", help="print a line for each entry")
     return parser
 
 
-def _reported(run: Run) -> Callable[[argparse.Namespace], int]:
+def _reported(run: Run, unit: str) -> Callable[[argparse.Namespace], int]:
     """``run`` with its report written to the files of the options, and printed."""
 
     def command(arguments: argparse.Namespace) -> int:
@@ -51,7 +55,7 @@ def _reported(run: Run) -> Callable[[argparse.Namespace], int]:
         from minilora.audit.report.text import text
 
         files = files_of(arguments, *FORMS)
-        with bytes_bar() as progress:
+        with bytes_bar(unit) as progress:
             report = run(arguments, progress)
         for form, path in files.items():  # before the text, whose reader may close the pipe
             write_file(path, rendered(report, form, markdown_room(path)))

@@ -23,6 +23,7 @@ def add(audits: Any) -> None:
         "the base and of the base with the adapter, and decide by a sequential test which of them "
         "it serves, or at what scale. Nothing is sent to any other address.",
         _run,
+        unit=" tokens",
     )
     add = parser.add_argument
     add("--url", required=True, metavar="URL", help="the server, as http://127.0.0.1:8000")
@@ -51,6 +52,11 @@ def _run(arguments: argparse.Namespace, progress: BytesRead | None) -> Report:
     at_least(arguments, tokens=1, seed=0)
     if not 0 < arguments.timeout <= 86400:
         raise ValueError(f"--timeout {arguments.timeout:g}: expected more than 0, at most 86400")
+
+    def asked(tokens: int) -> None:
+        if progress is not None:
+            progress(min(tokens, arguments.tokens), arguments.tokens, "at most")
+
     return served(
         arguments.url,
         arguments.model,
@@ -62,4 +68,5 @@ def _run(arguments: argparse.Namespace, progress: BytesRead | None) -> Report:
         timeout=arguments.timeout,
         key=key_of(arguments.api_key_env),
         seed=arguments.seed,
+        progress=asked,
     )
