@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -24,6 +25,9 @@ from minilora.verify.work import Work
 LOOK_SECONDS = 0.2
 """The time between two looks at whether another process is worth its start."""
 
+ROOM = 2.0**32
+"""The bytes of memory that are enough for two of any library that is known."""
+
 LEAST_SECONDS = 0.5
 """How long is asked before the rest is estimated."""
 
@@ -31,23 +35,49 @@ STOP_SECONDS = 4.0
 """How long a process has to end its target and itself."""
 
 
-@dataclass(frozen=True)
-class Helpers:
-    """``count`` processes beside this one, each of which opens the target anew.
+Started = tuple[BaseProcess, Connection]
+"""A process and the pipe to it."""
 
-    ``known``, ``command`` and ``time_limit`` are those of the run. With ``if_worth_it`` each is
-    started only once it saves more time than its start takes, and where there is memory: the target
-    took ``start_seconds`` to open here, and has ``size`` bytes.
-    """
+
+@dataclass(frozen=True)
+class Setup:
+    """What another process needs to ask as the first does: the target, and options of the run."""
 
     open_target: Callable[[], AbstractContextManager[object]]
     known: Mapping[str, Any]
     command: Sequence[str] | None
     time_limit: float
+
+
+@dataclass
+class Helpers:
+    """``count`` processes beside this one, each of which opens the target anew.
+
+    With ``if_worth_it`` each is started only once it saves more time than its start takes, and
+    where there is memory: the target took ``start_seconds`` to open here, and has ``size`` bytes.
+    """
+
+    setup: Setup
     count: int
     if_worth_it: bool = False
     start_seconds: float = 0.0
     size: int = 0
+    _early: Started | None = None
+
+    @contextlib.contextmanager
+    def early(self) -> Iterator[None]:
+        """Starts the first of them at once, to open its target while this process opens its own.
+
+        Not where there is little memory: how much a target takes is not known yet.
+        """
+        if _free_memory() < ROOM:
+            yield
+            return
+        self._early = _started(self.setup)
+        try:
+            yield
+        finally:
+            _end(self._early[0])
 
     @contextlib.contextmanager
     def at(self, work: Work, plans: Sequence[CheckPlan]) -> Iterator[None]:
@@ -99,7 +129,7 @@ class _Helper:
     plans: Sequence[CheckPlan]
     others: int
     _over: threading.Event = field(default_factory=threading.Event)
-    _process: Any = None
+    _process: BaseProcess | None = None
     _thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -108,15 +138,9 @@ class _Helper:
         self._thread.start()
 
     def _run(self) -> None:
-        started = monotonic()
-        while not self.helpers.is_worth_it(self.work, self.others, monotonic() - started):
-            if self._over.wait(LOOK_SECONDS):
-                return
-        context = get_context("spawn")
-        here, there = context.Pipe()
-        self._process = context.Process(target=_serve, args=(there, self.helpers), daemon=True)
-        self._process.start()
-        there.close()
+        if (started := self._first_started()) is None:
+            return
+        self._process, here = started
         number: int | None = None
         try:
             with here:
@@ -130,6 +154,16 @@ class _Helper:
         except (EOFError, OSError):  # it ended
             if number is not None:
                 self.work.add_of_others(number, None)
+
+    def _first_started(self) -> Started | None:
+        """The process and its pipe, once it is worth it; None where the run ends before."""
+        if self.others == 0 and self.helpers._early is not None:
+            return self.helpers._early
+        since = monotonic()
+        while not self.helpers.is_worth_it(self.work, self.others, monotonic() - since):
+            if self._over.wait(LOOK_SECONDS):
+                return None
+        return _started(self.helpers.setup)
 
     def interrupt(self) -> None:
         """Ends the process in whatever it does."""
@@ -147,7 +181,24 @@ class _Helper:
             self._process.kill()
 
 
-def _serve(connection: Connection, helpers: Helpers) -> None:
+def _started(setup: Setup) -> Started:
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, setup), daemon=True)
+    process.start()
+    there.close()
+    return process, here
+
+
+def _end(process: BaseProcess) -> None:
+    """Ends a process in whatever it does, and waits for that."""
+    if process.is_alive():
+        process.terminate()
+        process.join(STOP_SECONDS)
+        process.kill()
+
+
+def _serve(connection: Connection, setup: Setup) -> None:
     """The process: results of the plans that it is told, until there are none."""
     from minilora.verify.checks.registry import CHECKS
 
@@ -155,8 +206,8 @@ def _serve(connection: Connection, helpers: Helpers) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which leaves the contexts below
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the first process says what is to be said
     by_id = {check.id: check for check in CHECKS}
-    with contextlib.suppress(LoadError, EOFError, OSError), helpers.open_target() as target:
-        asker = Asker.of(CHECKS, target, helpers.known, helpers.time_limit, helpers.command)
+    with contextlib.suppress(LoadError, EOFError, OSError), setup.open_target() as target:
+        asker = Asker.of(CHECKS, target, setup.known, setup.time_limit, setup.command)
         connection.send(None)
         while (asked := connection.recv()) is not None:
             check, dtype, numbers, seed = asked

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import threading
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ from minilora.cli.main import main
 from minilora.verify.checks.registry import CHECKS as REAL_CHECKS
 from minilora.verify.engine import Asker, Interrupted, run
 from minilora.verify.implementation.python_target import PythonTarget
-from minilora.verify.jobs import Helpers
+from minilora.verify.jobs import Helpers, Setup
 from minilora.verify.plan import plan
 from minilora.verify.report.result import FaultSeen
 from minilora.verify.work import Work
@@ -87,7 +88,8 @@ def test_this_process_waits_for_what_others_ask():
 def test_another_process_is_started_where_it_pays_off():
     work = Work([1, 9])
     work.add(0, PASS, [])
-    helpers = Helpers(nullcontext, {}, None, 30.0, 1, if_worth_it=True, start_seconds=4.0)
+    setup = Setup(nullcontext, {}, None, 30.0)
+    helpers = Helpers(setup, 1, if_worth_it=True, start_seconds=4.0)
     assert helpers.is_worth_it(work, 0, seconds=1.0)  # 9 s are left, and 4.5 s with another
     assert not helpers.is_worth_it(work, 1, seconds=1.0)
     assert not helpers.is_worth_it(work, 0, seconds=0.8)
@@ -153,9 +155,32 @@ def test_the_report_is_that_of_one_process(end, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_whole_run_is_shared_from_the_start(monkeypatch):
+    merging = [check for check in REAL_CHECKS if check.level == "merge"]
+    monkeypatch.setattr("minilora.verify.checks.registry.CHECKS", merging)
+    monkeypatch.setattr("minilora.cli.commands.verify.processors", lambda: 2)
+    asked, add, here = [], Work.add_of_others, Work.here
+
+    def add_of_others(work, number, answered):
+        asked.append(answered)
+        add(work, number, answered)
+
+    def after_others(work):
+        while not asked:
+            time.sleep(0.01)
+        yield from here(work)
+
+    monkeypatch.setattr(Work, "add_of_others", add_of_others)
+    monkeypatch.setattr(Work, "here", after_others)
+    assert main(["verify", "--profile", "quick"]) == 0
+    assert None not in asked
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
 def test_an_interrupt_ends_the_other_process():
     target = "minilora.verify.implementation.minilora_impl:implementation"
-    helpers = Helpers(partial(PythonTarget, target), {}, None, 30.0, count=1)
+    helpers = Helpers(Setup(partial(PythonTarget, target), {}, None, 30.0), count=1)
 
     def interrupt(case, behind, total):
         if multiprocessing.active_children():

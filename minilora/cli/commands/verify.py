@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -255,24 +255,36 @@ def _checked(arguments: argparse.Namespace, options: dict[str, Any]) -> Report:
     from minilora.verify.checks.registry import CHECKS
     from minilora.verify.engine import Interrupted, run
 
-    started = monotonic()
+    helpers = _helpers(arguments, options)
+    is_whole = not (arguments.level or arguments.dtype)
     try:
         with (
             stdout_on_stderr(),
-            _target(arguments, options["time_limit"])() as target,
+            helpers.early() if helpers and is_whole else contextlib.nullcontext(),
+            _timed(_target(arguments, options["time_limit"]), helpers) as target,
             progress_bar() as progress,
         ):
-            helpers = _helpers(arguments, options, target, monotonic() - started)
             return run(CHECKS, target, **options, progress=progress, helpers=helpers)
     except Interrupted as interrupted:
         return interrupted.report
 
 
-def _helpers(
-    arguments: argparse.Namespace, options: dict[str, Any], target: object, seconds: float
-) -> Helpers | None:
+@contextlib.contextmanager
+def _timed(
+    open_target: Callable[[], contextlib.AbstractContextManager[object]], helpers: Helpers | None
+) -> Iterator[object]:
+    """The target; the helpers are told how long it took to open, and how large it is."""
+    started = monotonic()
+    with open_target() as target:
+        if helpers is not None:
+            helpers.start_seconds = monotonic() - started
+            helpers.size = getattr(target, "resident", 0)
+        yield target
+
+
+def _helpers(arguments: argparse.Namespace, options: dict[str, Any]) -> Helpers | None:
     """The processes that ask beside this one, by ``--jobs`` or where they pay off."""
-    from minilora.verify.jobs import Helpers
+    from minilora.verify.jobs import Helpers, Setup
     from minilora.verify.peers import PEERS
 
     jobs, at_most = arguments.jobs, 1
@@ -281,16 +293,14 @@ def _helpers(
         at_most = min(processors(), MOST_JOBS) if arguments.target in (None, *PEERS) else 1
     if (at_most if jobs is None else jobs) == 1:
         return None
-    return Helpers(
+    setup = Setup(
         open_target=_target(arguments, options["time_limit"]),
         known=options["known"],
         command=options["command"],
         time_limit=options["time_limit"],
-        count=(at_most if jobs is None else jobs) - 1,
-        if_worth_it=jobs is None,
-        start_seconds=seconds,
-        size=getattr(target, "resident", 0),
     )
+    count = (at_most if jobs is None else jobs) - 1
+    return Helpers(setup, count, if_worth_it=jobs is None)
 
 
 def _write(report: Report, files: dict[str, str], target: str | None) -> list[str]:
