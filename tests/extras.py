@@ -1,12 +1,14 @@
 """The optional extras: a test that needs one is skipped with the command that installs it.
 
-``python tests/extras.py EXTRA`` prints the files of the tests that name a module of that extra.
+``python tests/extras.py EXTRA REPORT`` prints the tests that a run without extras has skipped for
+want of that one, by its JUnit report.
 """
 
-import ast
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -47,19 +49,23 @@ def needs(*modules):
     return pytest.mark.skipif(bool(missing), reason=absent(missing[0]) if missing else "")
 
 
-def names(source):
-    """The extras whose modules the source names in a string."""
-    strings = [n.value for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant)]
-    return {EXTRA.get(s.split(".")[0]) for s in strings if isinstance(s, str)} - {None}
+def skipped_without(extra: str, report: Path) -> Iterator[str]:
+    """The tests, or whole files, that were skipped because a module of the extra is absent.
 
-
-def files_that_name(extra):
-    """The test files that call `optional` or `needs` for a module of the extra."""
-    for path in sorted(Path(__file__).parent.rglob("test_*.py")):
-        source = path.read_text()
-        if "from extras import" in source and extra in names(source):
-            yield path
+    Errors: ValueError if none was.
+    """
+    reasons = {absent(module) for module in MODULES[extra]}
+    found = False
+    for case in ElementTree.parse(report).iter("testcase"):
+        skip = case.find("skipped")
+        if skip is not None and skip.get("message", "").removeprefix("Skipped: ") in reasons:
+            module, name = case.get("classname", ""), case.get("name", "")
+            path = (module or name).replace(".", "/") + ".py"
+            found = True
+            yield f"{path}::{name}" if module else path
+    if not found:
+        raise ValueError(f"{report}: expected a test that was skipped without the extra {extra}")
 
 
 if __name__ == "__main__":
-    print(*files_that_name(sys.argv[1]), sep="\n")
+    print(*skipped_without(sys.argv[1], Path(sys.argv[2])), sep="\n")
