@@ -12,7 +12,10 @@ from typing import Any
 NOT_IN_A_FILE = ("help", "config", "output", "resume", "overwrite", "accept_changes")
 """What a run is told anew each time."""
 
-_RENAMED = {"from_adapter": "adapter"}
+OF_AN_ADAPTER = ("rank", "alpha", "target_modules", "layers", "variant", "allow_high_rank")
+"""What a run with ``--adapter`` takes from it, and one with ``--full`` has not."""
+
+_RENAMED = {"from_adapter": "adapter", "layers_to_transform": "layers"}
 """Settings of ``run.json`` that are called otherwise than their options."""
 
 
@@ -64,6 +67,8 @@ def _of_run(run: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a run was made with."""
     values = {_RENAMED.get(k, k): v for k, v in run["settings"].items() if k != "dtype"}
     values |= {part: run[part]["name"] for part in ("model", "data") if "name" in run[part]}
+    if values.get("full") or values.get("adapter"):
+        values = {name: value for name, value in values.items() if name not in OF_AN_ADAPTER}
     return {name: value for name, value in values.items() if value is not None}
 
 

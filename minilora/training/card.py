@@ -74,7 +74,8 @@ def _front_matter(run: Run) -> str:
     base, causal = base_name(run), run.c.causal
     tags = [run.lora.variant if run.lora else "full", "minilora"]
     if run.lora:
-        tags = [f"base_model:adapter:{base}", *dict.fromkeys(["lora", *tags])]
+        tags = [*dict.fromkeys(["lora", *tags])]
+        tags[:0] = [f"base_model:adapter:{base}"] if "/" in base else []  # a name on the Hub
     lines = [
         f"base_model: {_quoted(base)}",
         f"library_name: {'peft' if run.lora else 'transformers'}",

@@ -37,12 +37,20 @@ def test_the_file_has_options_and_the_command_line_counts_more(folder, capsys):
     assert settings(folder / "plain")["rank"] == 8
 
 
-def test_a_run_is_repeated_by_its_own_file(folder, capsys):
-    assert main(["train", "--config", "a.toml", "--output", "one"]) == 0
+@pytest.mark.parametrize(
+    "options", [[], ["--layers", "last:1"], ["--full"], ["--adapter", "first"]]
+)
+def test_a_run_is_repeated_by_its_own_file(options, folder, capsys):
+    if "first" in options:
+        assert main(["train", "--config", "a.toml", "--output", "first"]) == 0
+    if {"first", "--full"} & {*options}:
+        (folder / "a.toml").write_text("max-steps = 2")
+    assert main(["train", "--config", "a.toml", "--output", "one", *options]) == 0
     assert main(["train", "--config", "one/run.json", "--output", "two"]) == 0
-    one, two = (
-        (folder / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two")
-    )
+    (file,) = {"adapter_model.safetensors", "model.safetensors"} & {
+        path.name for path in (folder / "one").iterdir()
+    }
+    one, two = ((folder / name / file).read_bytes() for name in ("one", "two"))
     assert one == two
     assert settings(folder / "one") == settings(folder / "two")
 
