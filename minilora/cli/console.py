@@ -58,6 +58,19 @@ def files_of(arguments: argparse.Namespace, *forms: str) -> dict[str, str]:
     return files
 
 
+def has_colours() -> bool:
+    """Whether standard output is a terminal that shows colours, and nobody asked for none."""
+    no_colours = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stdout.isatty() and not no_colours
+
+
+def columns() -> int:
+    """The columns of the terminal, between 40 and 120; 80 where there is none."""
+    import shutil
+
+    return min(max(shutil.get_terminal_size().columns, 40), 120) if sys.stdout.isatty() else 80
+
+
 def tell(text: str, files: Mapping[str, str]) -> None:
     """Print what is for a reader: on standard error where a form takes standard output."""
     if STDOUT in files.values():

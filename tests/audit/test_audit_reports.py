@@ -23,6 +23,7 @@ from minilora.audit.report.groups import groups, headline
 from minilora.audit.report.places import place, places, ranges
 from minilora.audit.report.text import text
 from minilora.audit.result import SEVERITIES, VERDICTS, Entry, Report
+from minilora.cli import console
 from minilora.cli.commands import audits
 from minilora.cli.main import main
 from minilora.cli.progress import bytes_bar
@@ -390,17 +391,17 @@ def test_audit_alone_shows_its_help(toy):
 @pytest.mark.parametrize("plain", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
 def test_colours_are_for_a_terminal_where_nobody_asked_for_none(monkeypatch, plain):
     terminal = types.SimpleNamespace(isatty=lambda: True)
-    monkeypatch.setattr(audits.sys, "stdout", terminal)
+    monkeypatch.setattr(console.sys, "stdout", terminal)
     for name, value in {"NO_COLOR": "", "TERM": "xterm"}.items():
         monkeypatch.setenv(name, value)
-    assert audits.has_colours()
+    assert console.has_colours()
     for name, value in plain.items():
         monkeypatch.setenv(name, value)
-    assert not audits.has_colours()
+    assert not console.has_colours()
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(audits.sys, "stdout", types.SimpleNamespace(isatty=lambda: False))
-    assert not audits.has_colours()
+    monkeypatch.setattr(console.sys, "stdout", types.SimpleNamespace(isatty=lambda: False))
+    assert not console.has_colours()
 
 
 class Terminal(io.StringIO):

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 from html.parser import HTMLParser
 from math import inf
@@ -23,6 +24,7 @@ from minilora.verify.core.errors import UsageError
 from minilora.verify.core.types import CELLS, Comparison, Diagnosis, Judgement, Picture
 from minilora.verify.engine import run
 from minilora.verify.loading import source_file
+from minilora.verify.mutants import MUTANTS
 from minilora.verify.places import places_in
 from minilora.verify.report.annotations import badge, score, workflow_annotations
 from minilora.verify.report.html import grade, html, where_words
@@ -30,6 +32,7 @@ from minilora.verify.report.junit import junit
 from minilora.verify.report.load_report import from_json, read_report
 from minilora.verify.report.markdown import markdown
 from minilora.verify.report.matrix import matrix
+from minilora.verify.report.mistakes import issue_of
 from minilora.verify.report.report import Report
 from minilora.verify.report.result import FaultSeen, Result
 from minilora.verify.report.runs import Runs
@@ -555,8 +558,51 @@ def test_the_cause_stands_first_in_every_form():
         low = page.lower()
         assert 0 < low.index("probable cause") < low.index("linear.a")
         assert "scale-alpha" in low[low.index("probable cause") :][:120]
+        assert "checks ran" not in low[: low.index("probable cause")]
     assert report.to_json()["causes"][0]["id"] == "scale-alpha"
     assert "probable" not in report_of(result("linear.a", "pass")).text().lower()
+
+
+def test_junit_says_the_cause_in_each_message_and_what_was_asked():
+    named = (Diagnosis("scale-alpha", "s = α.", 1.0),)
+    told = result("linear.a", "fail", case="linear.a:float32:0", diagnosis=named)
+    other = result("linear.b", "error", faults=(FaultSeen("raises", "x", "linear.b:float32:0", 1),))
+    suite = ET.fromstring(junit(report_of(told, other)))[0]
+    properties = {each.get("name"): each.get("value") for each in suite.iter("property")}
+    assert (properties["seed"], properties["profile"]) == ("0", "ci")
+    messages = [case[0].get("message") for case in suite.iter("testcase")]
+    assert messages[0].startswith("probable cause scale-alpha: s = α. ")
+    assert messages[1].startswith("probable cause it raises: x")
+
+
+def test_the_id_of_a_known_mistake_leads_to_what_it_is_and_to_its_issue():
+    named = (Diagnosis("scale-alpha", "s = α.", 1.0),)
+    whole = html([report_of(result("linear.a", "fail", case="a:float32:0", diagnosis=named))])
+    links = {attributes["href"] for attributes in Page(whole).named("a")}
+    assert {"#mistake-scale-alpha", "https://github.com/Blaizzy/mlx-vlm/issues/841"} <= links
+    assert "mistake-scale-alpha" in Page(whole).ids
+    assert issue_of("peft 0.21.2") == issue_of("nobody 7") == ""
+    assert "Known mistakes" not in html([report_of(result("linear.a", "pass"))])
+
+
+def test_every_issue_of_the_catalogue_has_an_address():
+    seen = {name for mutant in MUTANTS for name in mutant.seen if re.fullmatch(r"\S+ \d+", name)}
+    assert {name for name in seen if not issue_of(name)} <= {"vmlx-swift 320"}
+
+
+def test_a_terminal_has_its_width_and_colours():
+    failing = result("linear.a", "fail", case="linear.a:float32:0")
+    failing = replace(failing, title="so many words " * 20)
+    report = report_of(failing, result("linear.b", "pass"), result("merge.pass", "skip"))
+    for width in (60, 120):
+        lines = [line for line in report.text(width=width).splitlines() if "REPRODUCE" not in line]
+        assert width - 15 < max(map(len, lines)) <= width
+    plain, coloured = report.text(), report.text(colours=True)
+    assert "\x1b" not in plain
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == plain
+    assert "\x1b[1;31mFAIL\x1b[0m" in coloured
+    assert "\x1b[32mpass\x1b[0m" in coloured
+    assert " merge.pass" in coloured  # a name is no verdict
 
 
 def test_a_reason_that_several_checks_share_is_given_once():

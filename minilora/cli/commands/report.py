@@ -6,7 +6,15 @@ import argparse
 import os
 from typing import Any
 
-from minilora.cli.console import OK, files_of, markdown_room, say, write_file
+from minilora.cli.console import (
+    OK,
+    columns,
+    files_of,
+    has_colours,
+    markdown_room,
+    say,
+    write_file,
+)
 from minilora.cli.options import add_command, add_files
 
 
@@ -50,5 +58,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.text or not files:
         verbose = arguments.verbose
         runs = Runs(reports, sources)
-        say(reports[0].text(verbose) if len(reports) == 1 else matrix(runs, verbose))
+        one = reports[0]
+        alone = len(reports) == 1
+        say(one.text(verbose, columns(), has_colours()) if alone else matrix(runs, verbose))
     return OK

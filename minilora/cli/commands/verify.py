@@ -15,7 +15,9 @@ from minilora.cli.console import (
     FAILED,
     OK,
     USAGE,
+    columns,
     files_of,
+    has_colours,
     markdown_room,
     say,
     stdout_on_stderr,
@@ -164,7 +166,7 @@ def _run(arguments: argparse.Namespace) -> int:
         report, files, arguments.target
     )  # before the text, whose reader may close the pipe
     errors += _update_known(arguments, report, options)
-    tell(report.text(arguments.verbose), files)
+    tell(report.text(arguments.verbose, columns(), has_colours()), files)
     for error in errors:
         usage_error(error, "verify")
     if arguments.timing:

@@ -8,7 +8,9 @@ from html import escape
 from minilora.forms.html import open_page, open_table, table_head
 from minilora.forms.words import printable
 from minilora.verify.core.types import Judgement, Picture
+from minilora.verify.mutants.mutant import Mutant
 from minilora.verify.report.causes import cause_lines
+from minilora.verify.report.mistakes import issue_of, linked, named, of_result
 from minilora.verify.report.report import Report
 from minilora.verify.report.result import STATUSES, Result
 from minilora.verify.report.runs import Runs
@@ -45,15 +47,15 @@ def html(reports: Sequence[Report], sources: Sequence[str] = ()) -> str:
 def _page(runs: Runs) -> Iterator[str]:
     title = ", ".join(runs.labels)
     yield from open_page(f"minilora verify {title}")
-    yield f"<header><h1>{escape(title)}</h1>"
+    yield f"<header><h1>{escape(title)}</h1></header><main>"
+    mutants = named(runs.reports)
+    yield from _causes(runs, mutants)
     if len(runs.reports) == 1:
         (report,) = runs.reports
         if more := report.version.partition(" ")[2]:
             yield f"<p>{escape(more)}</p>"
         yield f"<p>Profile {escape(report.profile)}, seed {report.seed}, checked by minilora "
         yield f"{escape(report.minilora)}. {escape(summary(report))}</p>"
-    yield "</header><main>"
-    yield from _causes(runs)
     yield from _runs(runs)
     yield '<h2 id="levels">Levels</h2>'
     yield from _overview(runs)
@@ -61,10 +63,32 @@ def _page(runs: Runs) -> Iterator[str]:
     yield from _legend(runs)
     for i, (level, checks) in enumerate(runs.levels.items()):
         yield from _level(runs, level, checks, first=i == 0)
+    yield from _mistakes(mutants)
     yield "</main></body></html>"
 
 
-def _causes(runs: Runs) -> Iterator[str]:
+def _mistakes(mutants: Sequence[Mutant]) -> Iterator[str]:
+    """What each known mistake is that the page names, and where it was reported."""
+    if mutants:
+        yield '<h2 id="mistakes">Known mistakes</h2>'
+    for mutant in mutants:
+        yield f'<section id="mistake-{escape(mutant.id)}"><h3><code>{escape(mutant.id)}</code></h3>'
+        yield f"<p>Computed instead: {escape(mutant.formula)}</p>"
+        for right, wrong in mutant.edits.items():
+            yield f"<p>In the place of <code>{escape(' '.join(right.split()))}</code> stands "
+            yield f"<code>{escape(' '.join(wrong.split()))}</code>.</p>"
+        if mutant.seen:
+            yield f"<p>Seen in {', '.join(map(_seen, mutant.seen))}.</p>"
+        yield f"<p>More: <code>minilora explain {escape(mutant.id)}</code></p></section>"
+
+
+def _seen(name: str) -> str:
+    """A public report of a mistake, with a link where it is an issue."""
+    at = issue_of(name)
+    return f'<a href="{escape(at)}">{escape(name)}</a>' if at else escape(name)
+
+
+def _causes(runs: Runs, mutants: Sequence[Mutant]) -> Iterator[str]:
     """The probable cause of what fails in each report."""
     for label, report in zip(runs.labels, runs.reports, strict=True):
         if not (found := report.causes):
@@ -74,7 +98,7 @@ def _causes(runs: Runs) -> Iterator[str]:
             yield f"<p><strong>{escape(label)}</strong></p>"
         for line in cause_lines(found):
             what, _, says = line.partition("  ")
-            words = escape(says)
+            words = linked(escape(says), mutants) if what != "REPRODUCE" else escape(says)
             words = f'<span class="run">{words}</span>' if what == "REPRODUCE" else words
             yield f"<p><strong>{what}</strong> {words}</p>"
         yield "</section>"
@@ -244,7 +268,8 @@ def _lines(report: Report, result: Result) -> Iterator[str]:
         if text.startswith("REPRODUCE"):
             yield f'<p>REPRODUCE <span class="run">{escape(result.reproduce)}</span></p>'
         else:
-            yield f'<p style="--in:{len(line) - len(line.lstrip())}">{escape(text)}</p>'
+            shown = linked(escape(text), of_result(result))
+            yield f'<p style="--in:{len(line) - len(line.lstrip())}">{shown}</p>'
 
 
 STEP = 10

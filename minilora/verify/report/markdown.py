@@ -32,6 +32,14 @@ def markdown(reports: Sequence[Report], limit: int, sources: Sequence[str] = ())
 def _markdown_table(runs: Runs) -> Iterator[str]:
     yield f"## minilora verify: {escaped(', '.join(runs.labels))}"
     yield ""
+    for label, report in zip(runs.labels, runs.reports, strict=True):
+        if found := report.causes:
+            whose = f"{escaped(label)}: " if len(runs.reports) > 1 else ""
+            for line in cause_lines(found):
+                what, _, says = line.partition("  ")
+                words = f"<code>{escaped(says)}</code>" if what == "REPRODUCE" else escaped(says)
+                yield f"- {whose}**{what}** {words}"
+            yield ""
     for i, (label, report) in enumerate(zip(runs.labels, runs.reports, strict=True)):
         source = f", from {escaped(runs.sources[i])}" if runs.sources else ""
         how = f"profile {escaped(report.profile)}, seed {report.seed}, minilora "
@@ -42,14 +50,6 @@ def _markdown_table(runs: Runs) -> Iterator[str]:
         )
     if runs.differ:
         yield f"- The runs differ in {escaped(runs.differ)}."
-    for label, report in zip(runs.labels, runs.reports, strict=True):
-        if found := report.causes:
-            whose = f"{escaped(label)}: " if len(runs.reports) > 1 else ""
-            yield ""
-            for line in cause_lines(found):
-                what, _, says = line.partition("  ")
-                words = f"<code>{escaped(says)}</code>" if what == "REPRODUCE" else escaped(says)
-                yield f"- {whose}**{what}** {words}"
     yield ""
     heads = runs.labels if len(runs.reports) > 1 else runs.dtypes
     yield f"| check | {' | '.join(map(escaped, heads))} |"

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from minilora import __version__
-from minilora.forms.words import plain
+from minilora.forms.words import WIDTH, plain
 from minilora.verify.report.causes import Cause, causes
 from minilora.verify.report.document import cause_json, result_json
 from minilora.verify.report.result import Result
-from minilora.verify.report.text import text_lines
+from minilora.verify.report.text import painted, text_lines
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,11 @@ class Report:
         numbers = re.compile(r"\[\n\s+((?:null|[-+.\deE]+)(?:,\n\s+(?:null|[-+.\deE]+))*)\n\s+\]")
         return numbers.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
-    def text(self, verbose: bool = False) -> str:
-        """The report for a terminal of 80 columns, worst first.
+    def text(self, verbose: bool = False, width: int = WIDTH, colours: bool = False) -> str:
+        """The report for a terminal of so many columns, worst first.
 
-        ``verbose`` gives each check its own line, and says all of each deviation.
+        ``verbose`` gives each check its own line, and says all of each deviation; ``colours`` uses
+        those of a terminal.
         """
-        return "\n".join(text_lines(self, verbose)) + "\n"
+        lines = text_lines(self, verbose, width)
+        return "\n".join(map(painted, lines) if colours else lines) + "\n"

@@ -1,10 +1,11 @@
-"""A report as the text of a terminal of 80 columns."""
+"""A report as the text of a terminal."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from minilora.forms.words import WIDTH, wrapped
@@ -13,6 +14,7 @@ from minilora.verify.report.causes import cause_lines
 from minilora.verify.report.result import NOT_DIAGNOSED, Result
 from minilora.verify.report.words import (
     CELL,
+    Fold,
     cell,
     check_names,
     columns,
@@ -35,25 +37,58 @@ FEW = 6
 """So many checks, or reasons, are named one by one."""
 
 
-def text_lines(report: Report, verbose: bool) -> Iterator[str]:
-    """The score and the probable cause; the table; each cause in full; what is known or skipped."""
-    yield from wrapped(
+def text_lines(report: Report, verbose: bool, width: int = WIDTH) -> Iterator[str]:
+    """The probable cause; the score; the table; each cause in full; what is known or skipped."""
+    fold = partial(wrapped, width=width)
+    yield from fold(
         f"{report.name} {report.version}".strip()
         + f"  (profile {report.profile}, seed {report.seed})"
     )
     if report.interrupted:
         yield "INTERRUPTED: the results so far."
-    yield from wrapped(summary(report))
+    yield from _causes(report, fold)
+    yield from fold(summary(report))
     if not report.ran:
         yield "Nothing was checked: every check was skipped."
-    yield from _causes(report)
     yield ""
-    yield from _table(report, verbose)
-    yield from _deviations(report, verbose)
-    yield from _known_skipped_and_notes(report, verbose)
+    yield from _table(report, verbose, width)
+    yield from _deviations(report, verbose, width)
+    yield from _known_skipped_and_notes(report, verbose, fold)
 
 
-def _causes(report: Report) -> Iterator[str]:
+PAINTS = {
+    "FAIL": "1;31",
+    "ERROR": "1;31",
+    "LOOSE": "33",
+    "loose": "33",
+    "known": "33",
+    "pass": "32",
+    "skip": "2",
+}
+"""The colours of a terminal by verdict."""
+
+_CELL = rf"(?:{'|'.join(PAINTS)}|-)(?: [\d.]\S*)?"
+_ROW = re.compile(rf"^ \S.*?(?P<cells>(?: +{_CELL})+)$")
+_HEAD = re.compile("^ *[A-Z]{2,}(?: [A-Z]+)?(?=  )")
+"""PROBABLE CAUSE, REPRODUCE and the like."""
+
+
+def painted(line: str) -> str:
+    """A line with the colours of a terminal: verdicts, and the words that say what follows."""
+
+    def paint(found: re.Match[str]) -> str:
+        return f"\x1b[{PAINTS[found[0]]}m{found[0]}\x1b[0m"
+
+    words = re.compile(rf"\b({'|'.join(PAINTS)})\b")
+    if row := _ROW.match(line):
+        at = row.start("cells")
+        return line[:at] + words.sub(paint, line[at:])
+    if line.startswith(("FAIL ", "ERROR ", "LOOSE ")):
+        return words.sub(paint, line, count=1)
+    return _HEAD.sub(lambda found: f"\x1b[1m{found[0]}\x1b[0m", line)
+
+
+def _causes(report: Report, fold: Fold) -> Iterator[str]:
     """The probable cause, how sure it is, where it shows, and the command that shows it."""
     if found := report.causes:
         yield ""
@@ -61,10 +96,11 @@ def _causes(report: Report) -> Iterator[str]:
             if line.startswith("REPRODUCE"):
                 yield f"  {line}"
             else:
-                yield from wrapped(line, 0 if line.startswith("PROBABLE") else 2, 4)
+                yield from fold(line, 0 if line.startswith("PROBABLE") else 2, 4)
+        yield ""
 
 
-def _table(report: Report, verbose: bool) -> Iterator[str]:
+def _table(report: Report, verbose: bool, room: int) -> Iterator[str]:
     """A line for each check that deviates; one for all checks of a level with the same results."""
     dtypes = columns(report)
     lines = [
@@ -72,7 +108,7 @@ def _table(report: Report, verbose: bool) -> Iterator[str]:
         for name, by_dtype in (rows(report) if verbose else grouped_rows(report))
     ]
     longest = max((len(name) for name, _ in lines), default=0)
-    width = min(longest + 1, WIDTH - CELL * len(dtypes) - 1)
+    width = min(longest + 1, room - CELL * len(dtypes) - 1)
     if dtypes:
         yield _row("", dtypes, width)
     for name, cells in lines:
@@ -85,36 +121,37 @@ def _row(name: str, cells: list[str], width: int) -> str:
     return (overlong + f" {name:<{width}}" + "".join(f" {c:<{CELL - 1}}" for c in cells)).rstrip()
 
 
-def _deviations(report: Report, verbose: bool) -> Iterator[str]:
+def _deviations(report: Report, verbose: bool, width: int) -> Iterator[str]:
     """Of each cause the first deviation in full, and the names of the checks that follow."""
+    fold = partial(wrapped, width=width)
     if verbose:
         for _, by_dtype in rows(report):
             if failing := _worst_first(by_dtype):
-                yield from _whole(report, failing)
+                yield from _whole(report, failing, width)
         return
     by_check = dict(rows(report))
     for cause in report.causes:
         if cause.id:
-            yield from _whole(report, _worst_first(by_check[cause.first.check]))
+            yield from _whole(report, _worst_first(by_check[cause.first.check]), width)
             if others := [check for check in cause.checks if check != cause.first.check]:
                 more = f"{len(others)} more check{'s' * (len(others) > 1)}"
                 listed = _shortened(report, cause.results, others)
-                yield from wrapped(f"The same cause in {more}: {listed}", 2)
+                yield from fold(f"The same cause in {more}: {listed}", 2)
         else:
-            yield from _not_explained(report, cause.checks)
+            yield from _not_explained(report, cause.checks, width)
     for _, by_dtype in rows(report):
         if (failing := _worst_first(by_dtype)) and failing[0].status == "loose":
-            yield from _whole(report, failing)
+            yield from _whole(report, failing, width)
 
 
-def _whole(report: Report, failing: list[Result]) -> Iterator[str]:
+def _whole(report: Report, failing: list[Result], width: int) -> Iterator[str]:
     """A check's deviation in full, and a line for each further dtype."""
     yield ""
-    yield from deviation_lines(report, failing[0])
-    yield from _other_dtypes(failing)
+    yield from deviation_lines(report, failing[0], width)
+    yield from _other_dtypes(failing, width)
 
 
-def _not_explained(report: Report, checks: list[str]) -> Iterator[str]:
+def _not_explained(report: Report, checks: list[str], width: int) -> Iterator[str]:
     """Each check that nothing explains, those that were not looked into by name."""
     by_check = dict(rows(report))
     named: dict[tuple[str, str], list[str]] = {}
@@ -123,11 +160,12 @@ def _not_explained(report: Report, checks: list[str]) -> Iterator[str]:
         if failing[0].note == NOT_DIAGNOSED:
             named.setdefault((failing[0].level, failing[0].status), []).append(check)
         else:
-            yield from _whole(report, failing)
+            yield from _whole(report, failing, width)
     for (level, status), some in named.items():
         yield ""
         listed = f"{len(some)} more, not diagnosed: {', '.join(some)}"
-        yield from wrapped(f"{status.upper():<5} {level}   {listed} (--verbose shows each)")
+        said = f"{status.upper():<5} {level}   {listed} (--verbose shows each)"
+        yield from wrapped(said, width=width)
 
 
 def _shortened(report: Report, results: Sequence[Result], checks: list[str]) -> str:
@@ -145,14 +183,15 @@ def _worst_first(by_dtype: dict[str, Result]) -> list[Result]:
     return sorted(failing, key=lambda r: (r.severity[0], not (r.smallest or r.note), r.severity[1]))
 
 
-def _other_dtypes(failing: list[Result]) -> Iterator[str]:
+def _other_dtypes(failing: list[Result], width: int) -> Iterator[str]:
     """A line for each further dtype."""
     before = _worst_place(failing[0])
     for result in failing[1:]:
         place = _worst_place(result)
         shown = "the same" if place == before else place
         before = place
-        yield from wrapped(f"also {result.dtype} {result.status}, case {result.case}: {shown}", 2)
+        said = f"also {result.dtype} {result.status}, case {result.case}: {shown}"
+        yield from wrapped(said, 2, width=width)
 
 
 def _worst_place(result: Result) -> str:
@@ -163,18 +202,18 @@ def _worst_place(result: Result) -> str:
     return tidy("; ".join(map(fault_words, result.faults)), 200)
 
 
-def _known_skipped_and_notes(report: Report, verbose: bool) -> Iterator[str]:
+def _known_skipped_and_notes(report: Report, verbose: bool, fold: Fold) -> Iterator[str]:
     """Known deviations, what was skipped and why, and the notes."""
     for (before, after), results in known_and_skipped(report).items():
         yield ""
-        yield from wrapped(f"{before}{check_names(report, results)}{after}")
-    yield from _skipped(report, verbose)
+        yield from fold(f"{before}{check_names(report, results)}{after}")
+    yield from _skipped(report, verbose, fold)
     for note in report.notes:
         yield ""
-        yield from wrapped(f"note: {note}")
+        yield from fold(f"note: {note}")
 
 
-def _skipped(report: Report, verbose: bool) -> Iterator[str]:
+def _skipped(report: Report, verbose: bool, fold: Fold) -> Iterator[str]:
     """What was skipped, by its reason: in short, unless all is asked for."""
     skipped: dict[str, list[Result]] = {}
     for result in report.results:
@@ -187,7 +226,7 @@ def _skipped(report: Report, verbose: bool) -> Iterator[str]:
     if verbose:
         for reason, results in skipped.items():
             listed = ", ".join(level_names(report, results))
-            yield from wrapped(f"skipped {len(results)}, {reason}: {listed}")
+            yield from fold(f"skipped {len(results)}, {reason}: {listed}")
         return
     told = [
         f"{len(results)}, {reason}: {tidy(', '.join(level_names(report, results)), 80)}"
@@ -199,7 +238,7 @@ def _skipped(report: Report, verbose: bool) -> Iterator[str]:
             for reason, results in skipped.items()
         ]
         told[0] = f"{report.count('skip')}: {told[0]}"
-    yield from wrapped(f"skipped {'; '.join(told)}")
+    yield from fold(f"skipped {'; '.join(told)}")
 
 
 def _kind(reason: str) -> str:

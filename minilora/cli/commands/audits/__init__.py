@@ -7,13 +7,18 @@ are the same for all.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from minilora.cli.console import NOT_LOADED, files_of, markdown_room, tell, write_file
+from minilora.cli.console import (
+    NOT_LOADED,
+    files_of,
+    has_colours,
+    markdown_room,
+    tell,
+    write_file,
+)
 from minilora.cli.options import add_command, add_files
 from minilora.cli.progress import BytesRead, bytes_bar
 
@@ -64,9 +69,3 @@ def _reported(run: Run, unit: str) -> Callable[[argparse.Namespace], int]:
         return report.exit_status
 
     return command
-
-
-def has_colours() -> bool:
-    """Whether standard output is a terminal that shows colours, and nobody asked for none."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return sys.stdout.isatty() and not plain
