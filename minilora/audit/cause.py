@@ -18,6 +18,7 @@ _TEXTS = {
     "other-change": "another adapter was merged, or another step of its training",
     "another-change": "there is another change of low rank beside the adapter's",
     "exchanged": "tensors hold what others of their shape are to hold",
+    "lora-bias-lost": "the base has no bias that the adapter's could be added to",
     "norm-factor": "DoRA's rows are longer or shorter than the magnitude says",
     "tied-head": "embedding and head are tied, and with the adapter the two differ",
 }
@@ -31,6 +32,7 @@ _REMEDIES = {
     "other-base": "give the base that was merged into, at the same revision",
     "other-change": "find it: minilora audit merged --find FOLDER_OF_ADAPTERS --base … --merged …",
     "another-change": "name every adapter that was merged, each by --adapter",
+    "lora-bias-lost": "keep the adapter beside the base, or give these modules a bias",
     "norm-factor": "compare lora_magnitude_vector, and the norm that divides, with what the merge "
     "read, and merge again",
     "not-applied": "check that the adapter's names fit the model's when it is loaded, and save "

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from minilora.audit.exchanged import exchanged
 from minilora.audit.judge import base_again, judge
 from minilora.audit.result import Entry, Report
 from minilora.audit.settings import compare_settings
-from minilora.audit.tensors import TensorStore, layer_of, open_tensors
+from minilora.audit.tensors import StoredTensor, TensorStore, layer_of, open_tensors
 from minilora.audit.tokenizer import compare_tokenizers
 from minilora.audit.untouched import untouched
 from minilora.io.formats.peft.settings import NOT_REPRODUCIBLE
 from minilora.spec.lora import twin
+from minilora.spec.ops import Array
 from minilora.training.threads import in_order
 
 THREADS = min(4, os.cpu_count() or 1)
@@ -121,11 +122,27 @@ class Walk:
             if self.progress is not None:
                 self.progress(min(done, total), total, name)
             yield entry
-        found = {*places.values()}
+        yield from self._biases()
+        found = {*places.values(), *self.changed}
         yield from (_extra(name) for name in self.merged if name not in found)
         yield from _wrapped_names(self.base, self.merged)
         if self.progress is not None:
             self.progress(total, total, "")
+
+    def _biases(self) -> Iterator[Entry]:
+        """The verdict on the adapter's biases of modules that have none in the base."""
+        for name, changes in self.changed.items():
+            if name in self.base or any(change.kind != "bias" for change in changes):
+                continue
+            figures = _place(name, changes)
+            if (there := self.merged.find(name)) is None:
+                text = "the base has no such bias, and the adapter's is merged nowhere"
+                yield Entry(name, "missing", text, figures, "lora-bias-lost")
+            else:
+                other = self.merged[there]
+                zeros = replace(other, name=name, read=partial(_zeros, other), scheme=None)
+                entry = judge(zeros, other, changes)
+                yield replace(entry, figures={**figures, **entry.figures})
 
     def place_of(self, name: str) -> str | None:
         """The tensor's name in the merged model; None where it is missing.
@@ -275,6 +292,11 @@ def _beside_start(entry: Entry, most: Entry) -> Entry:
     )
     return replace(entry, verdict="undecided", text=f"{text} ({entry.text})", mistake="",
                    severity="undecided")  # fmt: skip
+
+
+def _zeros(like: StoredTensor, start: int, stop: int) -> Array:
+    """Rows of zeros: the bias of a module that has none."""
+    return np.zeros((stop - start, *like.shape[1:]), like.dtype)
 
 
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")

@@ -36,6 +36,9 @@ def compare_tokenizers(base: TensorStore, merged: TensorStore) -> Iterator[Entry
     """
     B, M = base.folder, merged.folder
     if B is None or M is None:
+        if "gguf" in (base.container, merged.container) and base.container != merged.container:
+            text = "a GGUF file has its own, which is not compared with the other model's"
+            yield Entry("tokenizer", "told", text)
         return
     there = [name for name in FILES if (B / name).is_file()]
     if there and not any((M / name).is_file() for name in FILES):

@@ -87,7 +87,7 @@ def changes_of(factors: Factors, base: TensorStore, name: str) -> list[Change] |
     """What the adapter ``name`` changes of the module's tensors; an entry if nothing fits."""
     tensor = base.weight_of(factors.module)
     if tensor is None:
-        found = expert_changes(factors, base, name)
+        found = expert_changes(factors, base, name) or _fused(factors, base, name)
         return found if found else _no_module(factors)
     shape = base[tensor].shape
     if len(shape) < 2 or (factors.table and len(shape) != 2):
@@ -98,7 +98,10 @@ def changes_of(factors: Factors, base: TensorStore, name: str) -> list[Change] |
         m, n = n, m
     parts = _flat_parts(factors, m, n)
     if isinstance(parts, str):
-        return _wrong(factors, f"{parts}; {tensor} has the shape {shape}")
+        text = (
+            _GROUPED if _is_grouped(factors, shape) else f"{parts}; {tensor} has the shape {shape}"
+        )
+        return _wrong(factors, text)
     kind = "embedding" if factors.table else "conv" if len(shape) > 2 else "linear"
     change = Change(
         tensor, factors.module, parts, kind, factors.variant, float(factors.scale),
@@ -106,6 +109,48 @@ def changes_of(factors: Factors, base: TensorStore, name: str) -> list[Change] |
     )  # fmt: skip
     start = [_start(factors, change, base)] if factors.start and not factors.table else []
     return [*start, *with_bias(change)]
+
+
+_FUSED = {
+    "q_proj": ("qkv_proj", 0), "k_proj": ("qkv_proj", 2), "v_proj": ("qkv_proj", 1),
+    "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1),
+}  # fmt: skip
+"""The fused projection that a module is a part of, and how many parts of its length before the end
+of the rows it begins; 0: at the first row."""
+
+
+def _fused(factors: Factors, base: TensorStore, name: str) -> list[Change]:
+    """The change of some rows of a fused projection, whose parts the adapter has one by one."""
+    above, _, own = factors.module.rpartition(".")
+    whole, back = _FUSED.get(own, ("", 0))
+    tensor = base.weight_of(f"{above}.{whole}") if whole and factors.variant is LORA else None
+    if tensor is None or len(base[tensor].shape) != 2:
+        return []
+    rows, (m, n) = _rows(factors), base[tensor].shape
+    parts = _flat_parts(factors, rows, n)
+    if isinstance(parts, str) or rows * max(back, 1) > m:
+        return []
+    first = m - back * rows if back else 0
+    return [
+        Change(
+            tensor, factors.module, parts, "linear", LORA, float(factors.scale),
+            rows=(first, first + rows), adapter=name, config=factors.config,
+        )
+    ]  # fmt: skip
+
+
+_GROUPED = (
+    "its convolution has groups, and the adapter's A takes the channels of all: no kernel of the "
+    "base's shape holds that change (PEFT refuses to merge it)"
+)
+
+
+def _is_grouped(factors: Factors, shape: tuple[int, ...]) -> bool:
+    """Whether the weight is of a convolution with groups, and A and B are PEFT's for it."""
+    A, B = factors.shapes.get("A", ()), factors.shapes.get("B", ())
+    if len(shape) < 3 or len(A) != len(shape) or len(B) != len(shape) or not B[1] or A[0] % B[1]:
+        return False
+    return A[0] // B[1] > 1 and A[1] == A[0] // B[1] * shape[1]
 
 
 def with_bias(change: Change) -> list[Change]:
