@@ -36,7 +36,7 @@ from minilora.verify.report.mistakes import issue_of
 from minilora.verify.report.report import Report
 from minilora.verify.report.result import FaultSeen, Result
 from minilora.verify.report.runs import Runs
-from minilora.verify.report.words import cell, grouped_rows
+from minilora.verify.report.words import cell, grouped_rows, levels
 
 VOID = {"meta", "wbr", "rect", "path", "circle", "br"}
 
@@ -549,6 +549,15 @@ def test_a_level_of_which_most_was_skipped_has_no_tick():
     runs = Runs([report_of(*some)])
     assert runs.score(["linear.a", "linear.b"], 0)[0] == "skip"
     assert runs.score(["linear.a"], 0)[0] == "pass"
+
+
+def test_levels_say_what_holds_of_what_was_asked():
+    some = [result("linear.a", "pass"), result("linear.b", "fail"), result("linear.c", "skip")]
+    report = report_of(*some, result("merge.a", "skip"), result("init.a", "pass"))
+    said = "Checks that hold, by level: linear 1 of 2, init 1 of 1. Not asked: merge."
+    assert levels(report) == said
+    assert said in " ".join(report.text().split())
+    assert said in markdown([report], MARKDOWN_BYTES)
 
 
 def test_the_cause_stands_first_in_every_form():

@@ -16,6 +16,7 @@ from minilora.verify.report.words import (
     deviation_lines,
     group_alike,
     known_and_skipped,
+    levels,
     summary,
 )
 
@@ -46,7 +47,7 @@ def _markdown_table(runs: Runs) -> Iterator[str]:
         interrupted = " **Interrupted: the results so far.**" if report.interrupted else ""
         yield (
             f"- **{escaped(label)}** ({how}{escaped(report.minilora)}{source}): "
-            f"{escaped(summary(report))}{interrupted}"
+            f"{escaped(summary(report))}. {escaped(levels(report))}{interrupted}"
         )
     if runs.differ:
         yield f"- The runs differ in {escaped(runs.differ)}."

@@ -23,6 +23,7 @@ from minilora.verify.report.words import (
     grouped_rows,
     known_and_skipped,
     level_names,
+    levels,
     place_words,
     rows,
     summary,
@@ -48,6 +49,7 @@ def text_lines(report: Report, verbose: bool, width: int = WIDTH) -> Iterator[st
         yield "INTERRUPTED: the results so far."
     yield from _causes(report, fold)
     yield from fold(summary(report))
+    yield from fold(levels(report))
     if not report.ran:
         yield "Nothing was checked: every check was skipped."
     yield ""

@@ -92,6 +92,24 @@ def summary(report: Report) -> str:
     )
 
 
+def levels(report: Report) -> str:
+    """How many checks of each level hold, of those that were asked, the worst level first."""
+    worst: dict[str, list[str]] = {}
+    for _, found in rows(report):
+        result = min(found.values(), key=lambda each: each.severity)
+        worst.setdefault(result.level, []).append(result.status)
+    told, unasked = [], []
+    for level, statuses in worst.items():
+        asked = [status for status in statuses if status != "skip"]
+        if asked:
+            told.append(f"{level} {asked.count('pass')} of {len(asked)}")
+        else:
+            unasked.append(level)
+    hold = f"Checks that hold, by level: {', '.join(told)}." if told else ""
+    rest = f"Not asked: {', '.join(unasked)}." if unasked else ""
+    return " ".join(filter(None, [hold, rest]))
+
+
 def group_alike(
     checks: Sequence[tuple[str, str, T]], shared: Callable[[T], Any]
 ) -> list[tuple[str, T]]:
