@@ -48,13 +48,18 @@ def _client(name: str) -> Any:
         from distributed import Client
     except ImportError as error:
         raise ImportError(_missing("distributed", "dask")) from error
+    start = "start one by dask scheduler, and workers by dask worker --nthreads 1"
     try:
-        return Client(f"tcp://{name.removeprefix(DASK)}", timeout=CONNECT_SECONDS)
+        client = Client(f"tcp://{name.removeprefix(DASK)}", timeout=CONNECT_SECONDS)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--executor {name}: found no scheduler of Dask there ({error}): start one by "
-            "dask scheduler, and workers by dask worker --nthreads 1"
-        ) from None
+        found = f"found no scheduler of Dask there ({error})"
+        raise ValueError(f"--executor {name}: {found}: {start}") from None
+    try:
+        client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+    except OSError:
+        client.close()
+        raise ValueError(f"--executor {name}: found a scheduler without workers: {start}") from None
+    return client
 
 
 def _of_mpi() -> Any:

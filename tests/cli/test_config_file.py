@@ -38,7 +38,8 @@ def test_the_file_has_options_and_the_command_line_counts_more(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--layers", "last:1"], ["--full"], ["--adapter", "first"]]
+    "options",
+    [[], ["--layers", "last:1", "--prefix-cache", "memory"], ["--full"], ["--adapter", "first"]],
 )
 def test_a_run_is_repeated_by_its_own_file(options, folder, capsys):
     if "first" in options:

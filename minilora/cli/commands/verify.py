@@ -25,12 +25,13 @@ from minilora.cli.console import (
     usage_error,
     write_file,
 )
+from minilora.cli.executors import add_executor, opened_executor
 from minilora.cli.options import add_command, add_files, processors, split
 from minilora.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from minilora.verify.core.types import Check
-    from minilora.verify.jobs import Helpers
+    from minilora.verify.jobs import Helpers, Setup
     from minilora.verify.plan import CheckPlan
     from minilora.verify.report.report import Report
 
@@ -75,6 +76,7 @@ def add(commands: Any) -> None:
         help="processes that ask, each with a target of its own; the report is the same (default: "
         "as many as pay off, and 1 for a target of your own)",
     )
+    add_executor(option)
     option("--time-limit", type=float, metavar="SECONDS", help="for each call (default: 30)")
     add_files(option, "the report", *FORMS)
     option(
@@ -233,14 +235,15 @@ def _update_known(
 
 def _require_jobs(arguments: argparse.Namespace) -> None:
     """Errors: ValueError where ``--jobs`` is no number of processes, or they cannot be several."""
-    if arguments.jobs is None or arguments.jobs == 1:
-        return
-    if arguments.jobs < 1:
+    if arguments.jobs is not None and arguments.jobs < 1:
         raise ValueError(f"--jobs {arguments.jobs}: expected 1 or more")
-    for option in ("in_process", "case", "update_known"):
+    asked = f"--executor {arguments.executor}" if arguments.executor else ""
+    if arguments.jobs not in (None, 1):
+        asked = f"--jobs {arguments.jobs}"
+    for option in ("in_process", "case", "update_known") if asked else ():
         if getattr(arguments, option):
             name = option.replace("_", "-")
-            raise ValueError(f"--jobs {arguments.jobs} and --{name}: it runs in one process")
+            raise ValueError(f"{asked} and --{name}: it runs in one process")
 
 
 def _time_limit(arguments: argparse.Namespace) -> float:
@@ -257,6 +260,8 @@ def _checked(arguments: argparse.Namespace, options: dict[str, Any]) -> Report:
     from minilora.verify.checks.registry import CHECKS
     from minilora.verify.engine import Interrupted, run
 
+    if arguments.executor is not None:
+        return _checked_elsewhere(arguments, options)
     helpers = _helpers(arguments, options)
     is_whole = not (arguments.level or arguments.dtype)
     try:
@@ -266,6 +271,27 @@ def _checked(arguments: argparse.Namespace, options: dict[str, Any]) -> Report:
             _timed(_target(arguments, options["time_limit"]), helpers) as target,
             progress_bar() as progress,
         ):
+            return run(CHECKS, target, **options, progress=progress, helpers=helpers)
+    except Interrupted as interrupted:
+        return interrupted.report
+
+
+def _checked_elsewhere(arguments: argparse.Namespace, options: dict[str, Any]) -> Report:
+    """The report, with the workers of ``--executor`` asking beside this process."""
+    from minilora.verify.checks.registry import CHECKS
+    from minilora.verify.elsewhere import Elsewhere
+    from minilora.verify.engine import Interrupted, run
+
+    setup = _setup(arguments, options)
+    try:
+        with (
+            opened_executor(arguments.executor) as executor,
+            stdout_on_stderr(),
+            setup.open_target() as target,
+            progress_bar() as progress,
+        ):
+            assert executor is not None  # as it has a name
+            helpers = Elsewhere(setup, executor)
             return run(CHECKS, target, **options, progress=progress, helpers=helpers)
     except Interrupted as interrupted:
         return interrupted.report
@@ -284,9 +310,21 @@ def _timed(
         yield target
 
 
+def _setup(arguments: argparse.Namespace, options: dict[str, Any]) -> Setup:
+    """What another process needs to ask as this one does."""
+    from minilora.verify.jobs import Setup
+
+    return Setup(
+        open_target=_target(arguments, options["time_limit"]),
+        known=options["known"],
+        command=options["command"],
+        time_limit=options["time_limit"],
+    )
+
+
 def _helpers(arguments: argparse.Namespace, options: dict[str, Any]) -> Helpers | None:
     """The processes that ask beside this one, by ``--jobs`` or where they pay off."""
-    from minilora.verify.jobs import Helpers, Setup
+    from minilora.verify.jobs import Helpers
     from minilora.verify.peers import PEERS
 
     jobs, at_most = arguments.jobs, 1
@@ -295,14 +333,8 @@ def _helpers(arguments: argparse.Namespace, options: dict[str, Any]) -> Helpers 
         at_most = min(processors(), MOST_JOBS) if arguments.target in (None, *PEERS) else 1
     if (at_most if jobs is None else jobs) == 1:
         return None
-    setup = Setup(
-        open_target=_target(arguments, options["time_limit"]),
-        known=options["known"],
-        command=options["command"],
-        time_limit=options["time_limit"],
-    )
     count = (at_most if jobs is None else jobs) - 1
-    return Helpers(setup, count, if_worth_it=jobs is None)
+    return Helpers(_setup(arguments, options), count, if_worth_it=jobs is None)
 
 
 def _write(report: Report, files: dict[str, str], target: str | None) -> list[str]:
