@@ -9,7 +9,7 @@ import pytest
 
 from minilora.cli.main import main
 from minilora.findings import FINDINGS
-from minilora.studies.results.changes import changes, deviating, latest, releases
+from minilora.studies.results.changes import changes, common, deviating, latest, releases
 from minilora.studies.results.page import page
 from minilora.studies.results.summary import (
     read_summaries,
@@ -99,6 +99,11 @@ def test_what_changed_between_two_releases_is_told_by_kind():
     assert change.lost == ("a.v",)
     assert [check for _, check in deviating(runs)] == ["a.x", "a.y", "a.w", "a.same"]
     assert latest([new, old]) == [new]
+
+
+def test_runs_are_compared_by_the_checks_that_all_of_them_know():
+    runs = [summary("1", a_x="pass", b_y="pass"), summary("2", a_x="fail", a_z="pass")]
+    assert [run.checks for run in common(runs)] == [{"a": {"a.x": "."}}, {"a": {"a.x": "F"}}]
 
 
 def test_a_check_that_one_profile_left_out_is_no_change():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from minilora.studies.results.summary import DEVIATES, Summary
@@ -47,6 +47,21 @@ def releases(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
         for target, runs in by_target.items()
         if len(runs) > 1
     }
+
+
+def common(runs: Sequence[Summary]) -> list[Summary]:
+    """The runs with those checks alone that all of them know: profiles and releases differ."""
+    known = [{check for checks in run.checks.values() for check in checks} for run in runs]
+    shared = set.intersection(*known)
+
+    def restricted(run: Summary) -> Summary:
+        levels = {
+            level: {check: letters for check, letters in checks.items() if check in shared}
+            for level, checks in run.checks.items()
+        }
+        return replace(run, checks={level: checks for level, checks in levels.items() if checks})
+
+    return [restricted(run) for run in runs]
 
 
 def latest(summaries: Sequence[Summary]) -> list[Summary]:

@@ -13,7 +13,15 @@ from minilora.findings import FINDINGS
 from minilora.findings.reproduce import printed
 from minilora.forms.html import open_page
 from minilora.forms.words import printable
-from minilora.studies.results.changes import KINDS, Change, changes, deviating, latest, releases
+from minilora.studies.results.changes import (
+    KINDS,
+    Change,
+    changes,
+    common,
+    deviating,
+    latest,
+    releases,
+)
 from minilora.studies.results.style import SCRIPT, STYLE
 from minilora.studies.results.summary import DEVIATES, Deviation, Summary
 from minilora.studies.results.text import WORDS, counted
@@ -156,11 +164,12 @@ def _bar(counts: Counter[str]) -> str:
 
 def _over_time(target: str, runs: Sequence[Summary]) -> Iterator[str]:
     """The releases of one library: levels, what changed, and each check that deviates in one."""
-    kinds, last = {run.profile for run in runs}, runs[::-1]
+    runs = common(runs)
+    last, asked = runs[::-1], runs[0].total.total()
     yield (
-        f"<p>{len(runs)} releases, asked the same questions"
-        + (f" (profiles {', '.join(sorted(kinds))})" if len(kinds) > 1 else "")
-        + ", each with what was installed beside it; the newest stands first.</p>"
+        f"<p>{len(runs)} releases, the newest first: the {asked} checks that all were asked, each "
+        "release with what was installed beside it. What a release does not have yet is not "
+        "asked.</p>"
     )
     yield _open(f"Checks that hold in each release of {target}, by level", "time")
     yield _heads(["level", *(run.version for run in last)])
