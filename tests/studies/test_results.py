@@ -55,7 +55,7 @@ def test_a_summary_is_read_as_it_was_written(tmp_path):
     made = Report("a lib", "1.2 (torch 2)", ("float64", "float32"), {}, {}, "ci", 3, results, 1.0)
     written = summary_of(made)
     path = write_summary(tmp_path, written)
-    assert path.name == "a-lib-1.2.json"
+    assert path.name == "a-lib-1.2-ci.json"
     assert read_summary(path) == written
     assert written.checks == {"merge": {"merge.two": ".K"}, "linear": {"linear.forward": "-s"}}
     (deviation,) = written.deviations
@@ -99,6 +99,9 @@ def test_what_changed_between_two_releases_is_told_by_kind():
     assert change.lost == ("a.v",)
     assert [check for _, check in deviating(runs)] == ["a.x", "a.y", "a.w", "a.same"]
     assert latest([new, old]) == [new]
+    other = replace(new, profile="quick", checks={})
+    assert latest([new, other, old]) == [new]
+    assert [*releases([new, other, old]).values()] == [[old, new]]
 
 
 def test_runs_are_compared_by_the_checks_that_all_of_them_know():
@@ -150,7 +153,7 @@ def test_each_cell_leads_to_the_run_the_finding_and_the_smallest_case():
     one = summary_of(replace(made, results=(*made.results, off)))
     text = page([one, summary("2", linear_a="pass", merge_two="pass")], lambda id: f"f.html#{id}")
     found = checked(text)
-    assert "#lib-1-merge.two" in found.links
+    assert "#lib-1-ci-merge.two" in found.links
     assert "f.html#peft.safe-merge" in found.links
     assert FINDINGS["peft.safe-merge"].title in text
     assert "r=1  -&gt;  got 2, want 1" in text

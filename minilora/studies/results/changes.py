@@ -38,13 +38,17 @@ KINDS = {
 
 
 def releases(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
-    """The runs of each target, of which there are several, by release."""
-    by_target: dict[str, list[Summary]] = {}
+    """The runs of each target of which there are several releases, by release.
+
+    They are those of one profile, for others draw other cases: of the one with most releases.
+    """
+    groups: dict[str, dict[str, list[Summary]]] = {}
     for each in summaries:
-        by_target.setdefault(each.target, []).append(each)
+        groups.setdefault(each.target, {}).setdefault(each.profile, []).append(each)
+    most = {target: max(groups[target].values(), key=len) for target in groups}
     return {
         target: sorted(runs, key=lambda run: run.release)
-        for target, runs in by_target.items()
+        for target, runs in most.items()
         if len(runs) > 1
     }
 
@@ -65,9 +69,9 @@ def common(runs: Sequence[Summary]) -> list[Summary]:
 
 
 def latest(summaries: Sequence[Summary]) -> list[Summary]:
-    """The newest release of each target."""
+    """The newest release of each target, in the profile that asks most."""
     newest: dict[str, Summary] = {}
-    for each in sorted(summaries, key=lambda run: run.release):
+    for each in sorted(summaries, key=lambda run: (run.release, run.total.total())):
         newest[each.target] = each
     return [newest[target] for target in sorted(newest)]
 

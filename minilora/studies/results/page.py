@@ -167,9 +167,9 @@ def _over_time(target: str, runs: Sequence[Summary]) -> Iterator[str]:
     runs = common(runs)
     last, asked = runs[::-1], runs[0].total.total()
     yield (
-        f"<p>{len(runs)} releases, the newest first: the {asked} checks that all were asked, each "
-        "release with what was installed beside it. What a release does not have yet is not "
-        "asked.</p>"
+        f"<p>{len(runs)} releases, the newest first: the {asked} checks that all were asked in the "
+        f"profile {escape(runs[0].profile)}, each release with what was installed beside it. What "
+        "a release does not have yet is not asked.</p>"
     )
     yield _open(f"Checks that hold in each release of {target}, by level", "time")
     yield _heads(["level", *(run.version for run in last)])
@@ -235,7 +235,7 @@ def _runs(summaries: Sequence[Summary], link: Link) -> Iterator[str]:
     for run in sorted(summaries, key=lambda each: (each.target, [-n for n in each.release])):
         beside = f" with {run.beside}" if run.beside else ""
         yield f'<details class="run-of" id="{_id(run.name)}"><summary><h3>{escape(run.target)} '
-        yield f"{escape(run.version)}</h3> "
+        yield f"{escape(run.version)}, {escape(run.profile)}</h3> "
         yield f'<span class="soft">{escape(counted(run.total))}</span></summary>'
         yield (
             f"<p>{escape(run.target)} {escape(run.version)}{escape(beside)}: profile "

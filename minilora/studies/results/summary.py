@@ -73,7 +73,8 @@ class Summary:
     @property
     def name(self) -> str:
         """The file's name without its ending, and the run's anchor on the page."""
-        return re.sub(r"[^\w.-]+", "-", f"{self.target}-{self.version}".strip("-"))
+        parts = filter(None, [self.target, self.version, self.profile])
+        return re.sub(r"[^\w.-]+", "-", "-".join(parts))
 
     @property
     def release(self) -> tuple[int, ...]:
@@ -149,7 +150,7 @@ def _deviation(worst: Result, found: Iterable[Result]) -> Deviation:
 
 
 def write_summary(folder: Path | str, summary: Summary) -> Path:
-    """Write a summary into a folder, under the target's name and version."""
+    """Write a summary into a folder, under the target's name, its version and the profile."""
     path = Path(folder) / f"{summary.name}.json"
     document = {"schema": SCHEMA, **asdict(summary)}
     document["deviations"] = [
