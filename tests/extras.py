@@ -16,6 +16,8 @@ MODULES = {
     "peers": ("loralib", "peft", "torch", "transformers"),
     "libraries": ("bitsandbytes", "jsonschema", "lycoris", "mlx", "mlx_lm"),
     "servers": ("fastapi", "openai", "uvicorn"),
+    "axolotl": ("axolotl",),
+    "unsloth": ("unsloth",),
     "vllm": ("vllm",),
     "sglang": ("sglang",),
     "frameworks": ("flax", "keras", "litgpt"),

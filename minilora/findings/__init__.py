@@ -5,6 +5,7 @@ A module a library. The pages of the documentation, what `minilora verify` knows
 """
 
 from minilora.findings import (
+    axolotl,
     bitsandbytes,
     flax,
     jax,
@@ -29,6 +30,7 @@ LIBRARIES: dict[str, Library] = {
         loralib,
         bitsandbytes,
         lycoris,
+        axolotl,
         mlx_lm,
         jax,
         keras,

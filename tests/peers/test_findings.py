@@ -2204,6 +2204,90 @@ def function_at(source, line):
     return ".".join(names)
 
 
+@pytest.fixture
+def axolotl(torch, peft):
+    return optional("axolotl.kernels.lora")
+
+
+def adapted_by_peft(torch, peft, module, **settings):
+    """A layer of PEFT's with the rank 1 and the scale 1."""
+    config = peft.LoraConfig(target_modules=["0"], r=1, lora_alpha=1, **settings)
+    return peft.get_peft_model(torch.nn.Sequential(module), config).base_model.model[0]
+
+
+def fill_all(values):
+    for parameter, value in values.items():
+        parameter.data.fill_(value)
+
+
+@pytest.mark.finding("axolotl.embed-scale")
+def test_axolotl_leaves_out_the_scale_of_an_embedding(torch, transformers, peft, axolotl):
+    gemma3 = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
+    base = gemma3.Gemma3TextScaledWordEmbedding(1, 1, None, embed_scale=4.0)
+    layer = adapted_by_peft(torch, peft, base)
+    factors = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+    fill_all(dict.fromkeys((base.weight, *factors), 1))
+    ids = torch.tensor([[0]])
+    assert layer(ids) == 4 * (1 + 1)
+    assert axolotl.apply_lora_embedding(layer, ids) == 1 + 1
+
+
+@pytest.mark.finding("axolotl.max-norm")
+def test_axolotl_shortens_lora_a_of_an_embedding_with_max_norm(torch, peft, axolotl):
+    base = torch.nn.Embedding(1, 1, max_norm=1.0)
+    layer = adapted_by_peft(torch, peft, base)
+    A, B = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+    fill_all({base.weight: 0, A: 2, B: 0.5})
+    row = merge_weight(*(np.array([[value]]) for value in (0.0, 2.0, 0.5)), 1)
+    assert row == 1  # no longer than max_norm
+    assert axolotl.apply_lora_embedding(layer, torch.tensor([[0]])).item() < 1
+    assert A.item() < 2
+
+
+@pytest.mark.finding("axolotl.down-dropout")
+def test_axolotl_drops_nothing_of_the_down_projections_branch(torch, peft, axolotl, monkeypatch):
+    silu = torch.nn.functional.silu
+    monkeypatch.setattr(axolotl, "swiglu_forward", lambda gate, up: silu(gate) * up)
+    mlp = torch.nn.Module()
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        linear = torch.nn.Linear(1, 1, bias=False)
+        setattr(mlp, name, adapted_by_peft(torch, peft, linear, lora_dropout=0.5))
+        fill_all({linear.weight: name != "down_proj"})
+    down, one = mlp.down_proj, torch.ones(1, 1, 1)
+    fill_all({down.lora_A["default"].weight: 1, down.lora_B["default"].weight: 1})
+    h = silu(one)
+    theirs = {axolotl.apply_lora_mlp_swiglu(mlp, one).item() for _ in range(30)}
+    assert theirs == {h.item()}
+    assert {down(h).item() for _ in range(30)} == {0, 2 * h.item()}
+
+
+@pytest.mark.finding("axolotl.dora-norm-kept")
+def test_axolotl_keeps_doras_norm_after_a_change_through_data(torch, peft, axolotl):
+    base = torch.nn.Linear(1, 1, bias=False)
+    layer = adapted_by_peft(torch, peft, base, use_dora=True)
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    fill_all({base.weight: 1, A: 1, B: 0, magnitude: 1})
+    one = torch.ones(1, 1, 1)
+    assert layer(one) == axolotl.apply_lora_linear(layer, one) == 1
+    B.data.fill_(1)
+    right = dora_linear(*(np.ones((1, 1)) for _ in "xWbABm"), 1)[0] - 1  # b = 1
+    assert layer(one).item() == right == 1
+    assert axolotl.apply_lora_linear(layer, one) == 2
+
+
+@pytest.mark.finding("axolotl.bias-gradient")
+def test_axolotl_has_no_gradient_of_the_bases_bias(torch, peft, axolotl):
+    layer = adapted_by_peft(torch, peft, torch.nn.Linear(1, 1), bias="all")
+    one, bias = torch.ones(1, 1, 1), layer.base_layer.bias
+    assert bias.requires_grad
+    axolotl.apply_lora_linear(layer, one).sum().backward()
+    assert layer.lora_B["default"].weight.grad is not None
+    assert bias.grad is None
+    layer(one).sum().backward()
+    assert bias.grad == 1
+
+
 CODES = [finding for finding in FINDINGS.values() if finding.code]
 
 

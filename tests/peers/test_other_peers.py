@@ -43,7 +43,13 @@ OF_JAX = (
 )
 
 
-FEW = {"jax": OF_JAX, "flax": OF_FLAX}
+OF_KERNELS = (
+    "linear.vjp.dropout:float32:1",
+    "variants.lora-bias.vjp:float16:1",
+    "precision.vjp:bfloat16:0",
+)
+
+FEW = {"jax": OF_JAX, "flax": OF_FLAX, "axolotl": OF_KERNELS, "unsloth": OF_KERNELS}
 SMALL = (*DTYPES, *FEW)
 
 
@@ -132,9 +138,20 @@ def spoil_bitsandbytes(monkeypatch):
     monkeypatch.setattr(functional, "dequantize_4bit", lambda *a, **k: 2 * right(*a, **k))
 
 
+def spoil_axolotl(monkeypatch):
+    monkeypatch.setattr(optional("axolotl.kernels.lora"), "dequantize", lambda W, *_: 2 * W)
+
+
+def spoil_unsloth(monkeypatch):
+    kernels = imported("unsloth").fast_lora
+    monkeypatch.setattr(kernels, "fast_dequantize", lambda W, *_, **__: 2 * W)
+
+
 @pytest.mark.parametrize(
     ("name", "spoil", "case", "arrays"),
     [
+        ("axolotl", spoil_axolotl, "linear.vjp:float32:1", {"y", "dx"}),
+        ("unsloth", spoil_unsloth, "linear.vjp:float32:1", {"dx"}),
         ("torch", spoil_torch, "linear.vjp:float64:1", {"y", "dx", "dA", "dB"}),
         ("jax", spoil_jax, "variants.dora.vjp:float32:0", {"dA", "dB"}),
         ("mlx-lm", spoil_mlx, "linear.vjp:float32:1", {"y", "dx", "dA", "dB"}),

@@ -11,8 +11,9 @@ convolution in groups has the shape of the weight, or reads the channels of all 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -240,7 +241,7 @@ def dropout(name: str) -> Run:
     """In training each number's branch is dropped by itself, or 1 / (1 - p) times itself.
 
     A sample has two numbers that are not 0, so that its branch is one of four, whatever else a mask
-    shares.
+    shares. Projections in one weight may have a mask each.
     """
 
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
@@ -252,6 +253,9 @@ def dropout(name: str) -> Run:
         branches = (0 * both, branch, np.roll(branch, 1, axis=0), both)
         ways = [base + each / (1 - DROPPED) for each in branches]
         axes = tuple(range(1, base.ndim))
+        rows = np.cumsum(inputs.layer.get("rows", ()))[:-1]  # of parts, each with a mask or none
+        ends = [0, *(int(row) for row in rows), base.shape[-1]]
+        parts = [slice(a, b) for a, b in pairwise(ends)]
         can_tell = [(each != 0).any(axes) for each in branches]
         acts, apart = not can_tell[3].any(), not (can_tell[1] & can_tell[2]).any()
         got, want = [], []
@@ -259,13 +263,12 @@ def dropout(name: str) -> Run:
         for _ in range(TRIES):
             answer = ask(subject, given.with_adapter(p=DROPPED), "train")
             y = subject.answer(subject.entry(answer, "y"), "y", base.shape, case.dtype)
-            off = np.stack([np.abs(wide(y) - way).max(axes) for way in ways])
-            nearest, is_one = off.argmin(0), off.min(0) == 0
+            found = [_nearest(wide(y), ways, branches, part) for part in parts]
+            acts |= any(each.acts for each in found)
+            apart |= any(each.apart for each in found)
             got.append(y)
-            want.append(np.stack([ways[way][i] for i, way in enumerate(nearest)]))
-            acts |= bool((is_one & can_tell[3] & (nearest != 3)).any())
-            apart |= bool((is_one & can_tell[1] & can_tell[2] & (nearest % 3 != 0)).any())
-            if (acts and apart) or not is_one.all():
+            want.append(np.concatenate([each.want for each in found], axis=-1))
+            if (acts and apart) or not all(each.is_met for each in found):
                 break
         yield Comparison("y of samples in training", np.concatenate(got), np.concatenate(want))
         yield Comparison("whether dropout acts", np.asarray(float(acts)), np.asarray(1.0))
@@ -273,6 +276,29 @@ def dropout(name: str) -> Run:
         yield Comparison(label, np.asarray(float(apart)), np.asarray(1.0))
 
     return run
+
+
+@dataclass(frozen=True)
+class _Nearest:
+    """Of each sample the nearest way to answer a part of y; what it tells where it is met."""
+
+    want: Array
+    is_met: bool
+    acts: bool
+    apart: bool
+
+
+def _nearest(y: Array, ways: list[Array], branches: tuple[Array, ...], part: slice) -> _Nearest:
+    axes = tuple(range(1, y.ndim))
+    off = np.stack([np.abs(y - way)[..., part].max(axes) for way in ways])
+    nearest, is_one = off.argmin(0), off.min(0) == 0
+    tells = [is_one & (each[..., part] != 0).any(axes) for each in branches]
+    return _Nearest(
+        np.stack([ways[way][i, ..., part] for i, way in enumerate(nearest)]),
+        bool(is_one.all()),
+        bool((tells[3] & (nearest != 3)).any()),
+        bool((tells[1] & tells[2] & (nearest % 3 != 0)).any()),
+    )
 
 
 def _numbers(inputs: ModuleInputs) -> Array:

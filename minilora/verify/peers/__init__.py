@@ -5,6 +5,7 @@ A module here describes one library as a value, `PEER`, without importing it; it
 """
 
 from minilora.verify.peers import (
+    axolotl,
     bitsandbytes,
     flax,
     jax,
@@ -20,6 +21,7 @@ from minilora.verify.peers import (
     torch,
     trainer,
     transformers,
+    unsloth,
     vllm,
 )
 from minilora.verify.peers.peer import Peer
@@ -27,6 +29,7 @@ from minilora.verify.peers.peer import Peer
 PEERS: dict[str, Peer] = {
     module.PEER.name: module.PEER
     for module in (
+        axolotl,
         bitsandbytes,
         flax,
         jax,
@@ -42,6 +45,7 @@ PEERS: dict[str, Peer] = {
         torch,
         trainer,
         transformers,
+        unsloth,
         vllm,
     )
 }

@@ -38,8 +38,10 @@ def fill(parameter: torch.Tensor, values: torch.Tensor) -> None:
 def gradients(
     y: torch.Tensor, of: Mapping[str, torch.Tensor], dy: np.ndarray
 ) -> dict[str, torch.Tensor]:
-    """The gradient of ⟨dy, y⟩ for each tensor, under its name, by autograd."""
-    return dict(zip(of, torch.autograd.grad(y, list(of.values()), to_torch(dy)), strict=True))
+    """The gradient of ⟨dy, y⟩ for each tensor, under its name, by autograd; 0 where it has none."""
+    tensors = list(of.values())
+    found = torch.autograd.grad(y, tensors, to_torch(dy), allow_unused=True, materialize_grads=True)
+    return dict(zip(of, found, strict=True))
 
 
 def arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
