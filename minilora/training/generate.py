@@ -123,11 +123,14 @@ def generate(
     stop: Collection[int] = (),
     sampling: Sampling | None = None,
     seed: int = 0,
+    cache: KVCache | None = None,
+    cached: int = 0,
 ) -> Iterator[list[int | None]]:
     """The next token of each prompt, step by step, until all have drawn a token of ``stop``.
 
     A row that has drawn one gives None from then on. Prompts are padded on the left, which does not
-    change their logits.
+    change their logits. ``cache`` holds the first ``cached`` columns of the prompts already, at
+    most all but one, and then all tokens that are read: they may be the beginning of a next prompt.
 
     Errors: ValueError without prompts, for an empty one, for a model that is not causal, or if the
     model lacks positions; those of `logits`.
@@ -146,7 +149,9 @@ def generate(
     ids = np.zeros((len(prompts), longest), int)
     real = np.arange(longest) >= longest - np.array([[len(prompt)] for prompt in prompts])
     ids[real] = [token for prompt in prompts for token in prompt]
-    cache, position_ids = KVCache(), np.maximum(real.cumsum(1) - 1, 0)
+    cache = KVCache() if cache is None else cache
+    position_ids = np.maximum(real.cumsum(1) - 1, 0)
+    ids, real, position_ids = (a[:, cached:] for a in (ids, real, position_ids))
     frozen = replace(tuning, trained=frozenset(), dropout_scale={})
     weights = prepared(W, c, frozen)
     ended, seen = np.zeros(len(prompts), bool), [set(prompt) for prompt in prompts]

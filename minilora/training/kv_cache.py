@@ -38,6 +38,12 @@ class KVCache:
         self.real = np.concatenate([self.earlier, real], axis=1)
         self.block = 0
 
+    def cut(self, n: int) -> None:
+        """Keep the first n tokens alone."""
+        if self.real is not None:
+            self.real = self.real[:, :n]
+        self.length = [n] * len(self.held)
+
     def append(self, block: int, k: Array, v: Array) -> tuple[Array, Array]:
         """All keys and values of the block, the new ones at the end.
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from minilora.io.loading import AdaptedModel
 from minilora.training.generate import Sampling, fitting, generate
+from minilora.training.kv_cache import KVCache
 
 PART = "\N{REPLACEMENT CHARACTER}"
 """What a part of a character decodes to: its other bytes are in later tokens."""
@@ -38,13 +40,33 @@ class Writing:
 
     A piece is given once it is certain: nothing of a stop text, no part of a character. Afterwards
     ``tokens`` and ``seconds`` say what it took; ``cut``: it ended for want of new tokens.
+    ``cache`` and ``cached`` are those of `generate.generate`.
 
     Errors: those of `generate.generate`, at the first piece.
     """
 
-    def __init__(self, model: AdaptedModel, prompt: Sequence[int], settings: Settings) -> None:
+    def __init__(
+        self,
+        model: AdaptedModel,
+        prompt: Sequence[int],
+        settings: Settings,
+        cache: KVCache | None = None,
+        cached: int = 0,
+    ) -> None:
         self.model, self.prompt, self.settings = model, prompt, settings
-        self.tokens, self.seconds, self.cut, self.text = 0, 0.0, False, ""
+        self.cache, self.cached = cache, cached
+        self.ids: list[int] = []
+        self.seconds, self.cut, self.text = 0.0, False, ""
+
+    @property
+    def tokens(self) -> int:
+        """How many were drawn."""
+        return len(self.ids)
+
+    @property
+    def read(self) -> list[int]:
+        """The tokens that the cache holds: the last one drawn has not been read."""
+        return [*self.prompt, *self.ids[:-1]] if self.ids else []
 
     def __iter__(self) -> Iterator[str]:
         started, before = time.perf_counter(), ""
@@ -64,15 +86,14 @@ class Writing:
         most = settings.max_new_tokens
         if most is None:
             most = fitting(c, len(prompt), settings.usual)
-        before, text = tokenizer.decode(prompt), ""
-        ids: list[int] = []
+        before, text, ids = tokenizer.decode(prompt), "", self.ids
         for (token,) in generate(
             [prompt], model.weights, c, model.tuning, max_new_tokens=most,
             stop=tokenizer.stop_ids, sampling=settings.sampling, seed=settings.seed,
+            cache=self.cache, cached=self.cached,
         ):  # fmt: skip
             assert token is not None  # a single row ends with its first stop
             ids.append(token)
-            self.tokens = len(ids)
             text = tokenizer.decode([*prompt, *ids]).removeprefix(before).rstrip(PART)
             ends = [at for stop in settings.stop if (at := text.find(stop)) >= 0]
             if ends:
@@ -92,19 +113,21 @@ def _held(text: str, stop: Sequence[str]) -> int:
 class Chat:
     """A chat with a model: ``messages`` so far, each answer one of them.
 
-    ``system`` is the system prompt, which stays when the chat is `reset`.
+    ``system`` is the system prompt, which stays when the chat is `reset`. What a prompt has in
+    common with the one before is not read again.
 
     Errors: ValueError without a chat template.
     """
 
     def __init__(self, model: AdaptedModel, settings: Settings, system: str | None = None) -> None:
         self.model, self.settings, self.system = model, settings, system
-        self.messages: list[Mapping[str, str]] = []
+        self.messages: list[Mapping[str, str]]
         self.reset()
 
     def reset(self) -> None:
         """Begin anew, with the system prompt."""
-        self.messages = []
+        self.messages, self.cache = [], KVCache()
+        self.read: list[int] = []
         if self.system is not None:
             self.messages = [{"role": "system", "content": self.system}]
 
@@ -120,13 +143,19 @@ class Chat:
         """
         self.messages.append({"role": "user", "content": text})
         try:
-            return Writing(self.model, self.prompt(), self.settings)
+            prompt = self.prompt()
         except ValueError:
             self.forget()
             raise
+        alike = (a == b for a, b in zip(self.read, prompt[:-1], strict=False))
+        cached = sum(takewhile(bool, alike))
+        self.cache.cut(cached)
+        self.read = prompt[:cached]
+        return Writing(self.model, prompt, self.settings, self.cache, cached)
 
     def keep(self, answer: Writing) -> None:
         """Take the answer, or what there is of it, into the history, without blanks around it."""
+        self.read = answer.read
         self.messages.append({"role": "assistant", "content": answer.text.strip()})
 
     def forget(self) -> None:

@@ -2,13 +2,16 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+import minilora as ml
 from minilora.io.formats.tokenizers.base import Tokenizer
+from minilora.training import generate as generate_module
 from minilora.training import streaming
 from minilora.training.streaming import Chat, Settings, Writing
 
-END = 0
+END, NEXT = 0, b"\nu:two\na:"
 
 
 class Letters(Tokenizer):
@@ -104,6 +107,48 @@ def test_a_chat_sees_its_system_prompt_and_all_that_was_said(model):
     ]
     chat.reset()
     assert chat.messages == [{"role": "system", "content": "Be kind."}]
+
+
+def test_a_chat_reads_what_is_new_alone_and_answers_as_without_a_cache(monkeypatch):
+    c = ml.Llama(vocab=256, d=8, layers=2, heads=2, ffn=8, kv_heads=1, head_dim=4)
+    W = ml.draw_weights(c, np.random.default_rng(0), std=0.5)
+    base = SimpleNamespace(config=c, tokenizer=Letters())
+    model = SimpleNamespace(base=base, weights=W, tuning=ml.TrainableSpec())
+    lengths, forward = [], generate_module.next_logits
+
+    def counting(batch, *arguments):
+        lengths.append(batch.ids.shape[1])
+        return forward(batch, *arguments)
+
+    def said(keeps):
+        chat, answers, prompt = Chat(model, Settings(max_new_tokens=4)), [], [*b"u:one\na:"]
+        monkeypatch.setattr(chat, "prompt", lambda: [*prompt])
+        for _ in range(3):
+            writing = chat.ask("one")
+            "".join(writing)
+            answers.append(writing.ids)
+            chat.keep(writing)
+            prompt += [*writing.ids, *NEXT]
+            if not keeps:
+                chat.read = []
+        return answers
+
+    monkeypatch.setattr(generate_module, "next_logits", counting)
+    without = said(False)
+    assert all(len(answer) == 4 for answer in without)
+    first = len(b"u:one\na:")
+    assert [n for n in lengths if n > 1] == [first + i * (4 + len(NEXT)) for i in range(3)]
+    lengths.clear()
+    assert said(True) == without
+    # the last token that was drawn, which nothing has read, and what is new
+    assert [n for n in lengths if n > 1] == [first, 1 + len(NEXT), 1 + len(NEXT)]
+
+
+def test_a_history_that_has_changed_is_read_again_from_there(model):
+    chat = Chat(model, Settings())
+    chat.read = [*b"u:one\na:yes"]
+    assert chat.ask("one more").cached == len("u:one")
+    assert chat.read == [*b"u:one"]
 
 
 def test_a_message_that_the_template_refuses_is_forgotten(model):
