@@ -19,6 +19,7 @@ FINDINGS = (
             With `lora_embedding_kernel` the forward of an adapted embedding is replaced. The base's
             is called no more: that of Gemma multiplies its rows by $\sqrt{d}$.
             """,
+        fix="Multiply the result by the layer's embed_scale where it has one",
         right=r"""
             $y = c\,(W + sBA)_{\cdot, t}$ for an embedding with the scale $c$, as PEFT has it.
             """,
@@ -39,6 +40,7 @@ FINDINGS = (
             `max_norm` bounds the rows of an embedding, and PyTorch shortens in place what it looks
             up. The kernel looks up the columns of $A$ with the same bound.
             """,
+        fix="Look up the columns of A without max_norm",
         right="""
             The bound is one of the table's rows, $W$; $A$ has none.
             """,
@@ -64,6 +66,7 @@ FINDINGS = (
         does="""
             The docstring says so: the input is "an intermediate".
             """,
+        fix="Apply down_proj's own dropout to what its branch sees, in both directions",
         right=r"""
             $y = W h + s B A (K \circ h)$ in training, for each projection that has `lora_dropout`.
             """,
@@ -88,6 +91,7 @@ FINDINGS = (
             `B._version` is another one. An optimizer that writes `p.data.add_(…)` moves neither,
             and a base that was changed, by a merge for instance, is not looked at.
             """,
+        fix="Compute the norm in each forward, as PEFT does, or compare what A, B and W hold",
         right=r"""
             $y = m \circ (W + sBA)\,x / \lVert W + sBA \rVert$ with the $A$ and $B$ of now.
             """,
@@ -109,6 +113,7 @@ FINDINGS = (
             With `bias="all"` PEFT trains the base's biases, and `apply_lora_kernel_patches` logs
             that it has them enabled. All backwards return `None` for them.
             """,
+        fix="Return the sum of dy over the tokens for a bias that is trained, or refuse it",
         right=r"""
             $\d b = \sum_t \d y_t$.
             """,
