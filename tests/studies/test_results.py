@@ -77,8 +77,7 @@ def test_an_empty_folder_says_how_to_record(tmp_path, capsys):
 def test_a_report_is_recorded_and_shown(tmp_path, capsys):
     made = tmp_path / "r.json"
     made.write_text(report("1.0", linear_a="pass", merge_b="fail").json())
-    folder = tmp_path / "results"
-    folder.mkdir()
+    folder = tmp_path / "new" / "results"
     assert main(["results", str(folder), "--add", str(made)]) == 0
     out = capsys.readouterr().out
     assert out == "lib 1.0 (ci): 1 hold, 1 fail\n  deviates in merge 1 fail\n"

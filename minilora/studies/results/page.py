@@ -83,6 +83,7 @@ def _lead(newest: Sequence[Summary]) -> Iterator[str]:
         ("pass", "hold"),
         ("known", "deviate as declared: each is a finding"),
         ("fail", "deviate, and nobody declared it"),
+        ("error", "give no answer: often a setting that an old release lacks"),
         ("skip", "not asked: the library has no such thing"),
     ]
     signs = [

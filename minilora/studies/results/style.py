@@ -44,7 +44,7 @@ body:has(.results) { max-width: 92rem }
 .results .key { display: inline-block; font-weight: 700; text-align: center; width: 1.2em }
 .results .key.pass, .results td.pass > span:first-child { color: var(--pass) }
 .results .key.known, .results .marks-table .known { color: var(--odd) }
-.results .key.fail, .results .marks-table .fail, .results .marks-table .error {
+.results .key.fail, .results .key.error, .results .marks-table .fail, .results .marks-table .error {
   color: var(--fail); font-weight: 700 }
 .results .marks-table { width: auto } .results .marks-table td { min-width: 0; text-align: center }
 .results .marks-table td a { display: inline-block; min-width: 1.5rem }

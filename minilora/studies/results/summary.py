@@ -152,6 +152,7 @@ def _deviation(worst: Result, found: Iterable[Result]) -> Deviation:
 def write_summary(folder: Path | str, summary: Summary) -> Path:
     """Write a summary into a folder, under the target's name, its version and the profile."""
     path = Path(folder) / f"{summary.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     document = {"schema": SCHEMA, **asdict(summary)}
     document["deviations"] = [
         {name: value for name, value in asdict(each).items() if value or value == 0}
