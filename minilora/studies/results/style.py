@@ -50,6 +50,8 @@ body:has(.results) { max-width: 92rem }
 .results .marks-table td a { display: inline-block; min-width: 1.5rem }
 .results .marks-table tbody th { font: .78rem ui-monospace, monospace; min-width: 9rem }
 .results .marks-table thead th + th { text-align: center }
+.results .time th:first-child { width: 8rem }
+.results h3 { display: block; margin: 1.25rem 0 .4rem }
 .results h4 { display: block; margin: .9rem 0 .2rem; font-size: .95rem }
 .results details { border-top: 0; margin: .2rem 0 }
 .results summary { color: var(--ink); cursor: pointer; padding: .2rem 0 }
