@@ -77,8 +77,11 @@ OPTIONAL = {
 @functools.cache
 def imported(source):
     """Every module that the source imports, at its top or inside a function; none is relative."""
-    modules = set()
-    for node in ast.walk(ast.parse(source)):
+    modules, waiting = set(), [ast.parse(source)]
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, ast.expr):  # which holds no statement
+            waiting += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -164,7 +164,7 @@ def index(folder, value):
 
 def indexed(name, value, *statuses):
     def function(folder):
-        index(folder, value)
+        index(folder, value() if callable(value) else value)
 
     function.__name__ = name
     hostile(*(statuses or (3,)))(function)
@@ -190,9 +190,7 @@ indexed(
 )
 indexed(
     "index_of_a_million_names",
-    json.dumps(
-        {"weight_map": {f"a.{i}": f"model-{i}.safetensors" for i in range(300_000)}}
-    ).encode(),
+    lambda: {"weight_map": {f"a.{i}": f"model-{i}.safetensors" for i in range(300_000)}},
 )
 
 

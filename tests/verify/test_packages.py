@@ -1,7 +1,8 @@
 """The packages of `minilora.verify` import one way: no circle, not even inside a function."""
 
 import ast
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 
 import minilora.verify
@@ -9,19 +10,23 @@ import minilora.verify
 ROOT = Path(minilora.verify.__file__).parent
 
 
-def imported(tree: ast.Module) -> Iterator[str]:
+@functools.cache
+def imported(source: str) -> frozenset[str]:
     """The modules that are imported anywhere, but for those that type checkers alone import."""
-    waiting: list[ast.AST] = [tree]
+    found: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(source)]
     while waiting:
         node = waiting.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
             waiting += node.orelse
             continue
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom) and node.module:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        waiting += ast.iter_child_nodes(node)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        if not isinstance(node, ast.expr):
+            waiting += ast.iter_child_nodes(node)
+    return frozenset(found)
 
 
 def packages(sources: Mapping[str, str]) -> dict[str, set[str]]:
@@ -29,7 +34,7 @@ def packages(sources: Mapping[str, str]) -> dict[str, set[str]]:
     graph: dict[str, set[str]] = {path.split("/")[0].removesuffix(".py"): set() for path in sources}
     for path, source in sources.items():
         here = path.split("/")[0].removesuffix(".py")
-        for module in imported(ast.parse(source)):
+        for module in imported(source):
             parts = module.split(".")
             if parts[:2] == ["minilora", "verify"] and len(parts) > 2:
                 there = parts[2] if parts[2] in graph else "__init__"
