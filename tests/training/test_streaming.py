@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import minilora as ml
+from minilora.cli.commands.generate import _answer
 from minilora.io.formats.tokenizers.base import Tokenizer
 from minilora.training import generate as generate_module
 from minilora.training import streaming
@@ -157,3 +158,19 @@ def test_a_message_that_the_template_refuses_is_forgotten(model):
         chat.ask("refused")
     assert chat.messages == []
     assert chat.ask("one").prompt == [*b"u:one\na:"]
+
+
+@pytest.mark.parametrize(("says", "left"), [(b"", 0), (b"yes", 2)])
+def test_ctrl_c_ends_an_answer_and_keeps_what_there_is_of_it(says, left, monkeypatch, capsys):
+    class Interrupted:
+        text, tokens, seconds, cut, read = says.decode(), len(says), 1.0, False, []
+
+        def __iter__(self):
+            yield self.text
+            raise KeyboardInterrupt
+
+    chat = Chat(SimpleNamespace(base=SimpleNamespace(tokenizer=Letters())), Settings())
+    monkeypatch.setattr(streaming, "Writing", lambda *_: Interrupted())
+    _answer(chat, "one")
+    assert len(chat.messages) == left
+    assert capsys.readouterr().out == f"{says.decode()}\n"

@@ -181,7 +181,10 @@ def _answer(chat: Chat, text: str) -> None:
         for piece in answer:
             say(piece)
     except KeyboardInterrupt:
-        pass
+        if not answer.text:
+            say("\n")
+            chat.forget()
+            return
     except ValueError as error:
         print(f"minilora generate: {error}; /reset begins anew", file=sys.stderr)
         chat.forget()
