@@ -18,7 +18,7 @@ const loraLinear = ({ x, W, A, B, bias, keep }, { alpha, r, p = 0, use_rslora })
 };
 
 // The tensors of a safetensors file, each a flat array.
-const types = { F64: Float64Array, F32: Float32Array, U8: Uint8Array, I64: BigInt64Array };
+const types = { F64: Float64Array, F32: Float32Array, BOOL: Uint8Array, I64: BigInt64Array };
 const load = (path) => {
   const data = fs.readFileSync(path), start = 8 + Number(data.readBigUInt64LE());
   const header = JSON.parse(data.subarray(8, start));

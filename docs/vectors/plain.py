@@ -8,7 +8,7 @@ from pathlib import Path
 
 def load(path):
     """The tensors of a safetensors file, each a flat array: the manifest has the shapes."""
-    data, codes = path.read_bytes(), {"F64": "d", "F32": "f", "U8": "B", "I64": "q"}
+    data, codes = path.read_bytes(), {"F64": "d", "F32": "f", "BOOL": "B", "I64": "q"}
     start = 8 + int.from_bytes(data[:8], "little")
     tensors = {}
     for name, entry in json.loads(data[8:start]).items():

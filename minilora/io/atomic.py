@@ -55,6 +55,8 @@ def write_files(
 ) -> None:
     """Write files to a folder, each whole; in place of none before all are written beside it.
 
+    A name may have folders in it, which are made.
+
     A folder that is there keeps its other files. ``stale`` is an expression for the names of those
     that may not stay, because a reader would take them for a part of the new files.
     ``durable``: all is on the disk, and not only on its way to it, when this returns, and each file
@@ -69,6 +71,8 @@ def write_files(
         raise FormatError(folder, "folder", "a file", "a folder", "choose another name")
     made = make_folder(folder)
     _check_others(folder, files, stale)
+    for parent in dict.fromkeys((folder / name).parent for name in files):
+        made = make_folder(parent) + made
     beside = {name: _beside(folder / name) for name in files}
     try:
         for name, data in files.items():

@@ -31,12 +31,16 @@ WEIGHT_DTYPES: dict[str, np.dtype[Any]] = {
 }
 """The dtypes that weights may have, by their names in a safetensors file."""
 
-TENSOR_DTYPES = WEIGHT_DTYPES | {
-    f"{letter}{bits}": np.dtype(f"{kind}{bits}")
-    for letter, kind in (("I", "int"), ("U", "uint"))
-    for bits in (8, 16, 32, 64)
-}
-"""The dtypes that tensors may have: token ids are whole numbers."""
+TENSOR_DTYPES = (
+    WEIGHT_DTYPES
+    | {
+        f"{letter}{bits}": np.dtype(f"{kind}{bits}")
+        for letter, kind in (("I", "int"), ("U", "uint"))
+        for bits in (8, 16, 32, 64)
+    }
+    | {"BOOL": np.dtype(bool)}
+)
+"""The dtypes that tensors may have: token ids are whole numbers, masks are true or false."""
 
 NOT_FINITE = "the weights are unusable: take an earlier checkpoint"
 

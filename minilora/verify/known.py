@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from fnmatch import filter as filter_names
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,7 +20,8 @@ from minilora.verify.plan import require_known
 from minilora.verify.report.result import Known
 from minilora.verify.seen import Seen, read_seen
 
-FIELDS = {"reason", "link", "versions", "seen"}
+FIELDS = {"reason", "link", "versions", "until", "seen"}
+_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 OF_A_FILE = FIELDS | {"check", "dtype"}
 UNBOUND = (
     "is declared as known without 'seen', what the deviation looks like: nothing is excused "
@@ -26,10 +29,10 @@ UNBOUND = (
 )
 
 
-def read_known(path: str) -> dict[str, Known]:
-    """Known deviations from a JSON file: {check, dtype?, reason, seen, link?, versions?} in a list.
+def read_known(path: str) -> dict[str, list[Known]]:
+    """Known deviations from a JSON file, whose schema is beside this module.
 
-    Raises UsageError.
+    Several of one check are for different versions. Raises UsageError.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -38,13 +41,14 @@ def read_known(path: str) -> dict[str, Known]:
         raise UsageError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise UsageError(f"{path} is not JSON: {tidy(error)}") from None
-    known = {}
+    known: dict[str, list[Known]] = {}
     for number, entry in enumerate(entries if isinstance(entries, list) else [None]):
         where = f"{path}, entry {number}"
         if not isinstance(entry, dict):
             raise UsageError(f'{path}: expected a list of {{"check": …, "reason": …}}')
         name = _name(entry, where)
-        known[name] = _known({key: entry[key] for key in entry.keys() & FIELDS}, where)
+        fields = {key: entry[key] for key in entry.keys() & FIELDS}
+        known.setdefault(name, []).append(_known(fields, where))
     return known
 
 
@@ -73,6 +77,7 @@ def _known(entry: Any, where: str) -> Known:
             tidy(entry["reason"], 600),
             tidy(entry.get("link", "")),
             _ranges(entry.get("versions", ())),
+            _end(entry.get("until", "")),
             (seen,) if isinstance(seen, Mapping) else tuple(seen),
         )
     except ValueError as error:
@@ -83,6 +88,36 @@ def _ranges(versions: Any) -> tuple[str, ...]:
     """One range, or several of which one has to hold."""
     ranges = versions if isinstance(versions, list | tuple) else (versions,)
     return tuple(require_range(each) for each in ranges)
+
+
+def _end(until: Any) -> str:
+    """A date or a version. Raises ValueError."""
+    if until and not (isinstance(until, str) and _DATE.fullmatch(until)):
+        try:
+            version_key(until)
+        except (TypeError, ValueError):
+            expected = "expected a date such as '2027-01-31', or a version such as '0.20'"
+            raise ValueError(f"'until' is {tidy(until, 40)!r}, {expected}") from None
+    elif until:
+        date.fromisoformat(until)
+    return str(until or "")
+
+
+def today() -> date:
+    """The date that ``until`` is compared with."""
+    return date.today()
+
+
+def has_expired(known: Known, version: str) -> bool:
+    """Whether an entry excuses nothing any more, at this date and version of the target."""
+    if _DATE.fullmatch(known.until):
+        return today() >= date.fromisoformat(known.until)
+    if not known.until:
+        return False
+    try:
+        return not is_in_range((version.split() or [""])[0], f"<{known.until}")
+    except ValueError:
+        return False  # a target without a number has no end
 
 
 @dataclass(frozen=True)
@@ -132,14 +167,16 @@ def declared(
             own[name] = entry
     given = {**own, **known}
     # One entry for several checks stays one.
-    read = {id(entry): _known(entry, name) for name, entry in given.items()}
-    entries = {name: read[id(entry)] for name, entry in given.items()}
-    notes += [f"{name} {UNBOUND}" for name, entry in entries.items() if not entry.seen]
+    pairs = [(name, entry) for name, several in given.items() for entry in each_of(several)]
+    read = {id(entry): _known(entry, name) for name, entry in pairs}
+    entries = [(name, read[id(entry)]) for name, entry in pairs]
+    notes += [f"{name} {UNBOUND}" for name, entry in entries if not entry.seen]
     applying: dict[str, Known] = {}
-    for name, entry in entries.items():
+    for name, entry in entries:
         holds, note = _holds_for(entry, subject.version)
         notes += [f"{name}: {note}"] if note else []
-        applying |= {name: entry} if holds else {}
+        if holds:
+            applying.setdefault(name, entry)
     return Declarations(applying, tuple(dict.fromkeys(notes)))
 
 
@@ -156,8 +193,15 @@ def _without_level(name: str) -> str:
     return f"{name!r} as known, which names no level; expected a check, such as 'merge.dense'"
 
 
+def each_of(several: Any) -> list[Any]:
+    """The entries of a check, of which there may be one or a list."""
+    return several if isinstance(several, list) else [several]
+
+
 def _holds_for(entry: Known, version: str) -> tuple[bool, str]:
     """Whether an entry was declared for this version, of which the first word counts; a note."""
+    if has_expired(entry, version):
+        return False, f"excused until {entry.until}, and no longer: {entry.reason}"
     if not entry.versions:
         return True, ""
     number = version.split()[0] if version.split() else ""

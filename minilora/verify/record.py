@@ -15,6 +15,7 @@ from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.errors import Fault
 from minilora.verify.core.tolerance import unit_roundoff
 from minilora.verify.core.types import STRUCTURE, Comparison, Diagnosis
+from minilora.verify.known import each_of, has_expired
 from minilora.verify.report.report import Report
 from minilora.verify.report.result import Known, Result
 from minilora.verify.seen import NARROWER, Asked, explained, read_seen, step_of
@@ -32,14 +33,19 @@ class Recorder:
         """Keep a case."""
         self.wrong.setdefault((asked.check.id, asked.case.dtype), []).append(asked)
 
-    def entries(self, report: Report, known: Mapping[str, Known]) -> list[dict[str, Any]]:
-        """The entries of ``known`` that still occur, and one for each deviation beside them."""
+    def entries(self, report: Report, known: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The entries of ``known`` that still occur, and one for each deviation beside them.
+
+        What has expired is left out, and recorded anew where it occurs.
+        """
         occurring = {id(r.known) for r in report.results if r.known and not r.no_longer_fails}
         ran = {id(r.known) for r in report.results if r.known}
         kept = [
             _entry(name, entry)
-            for name, entry in known.items()
+            for name, several in known.items()
+            for entry in each_of(several)
             if id(entry) in occurring or id(entry) not in ran
+            if not has_expired(entry, report.version)
         ]
         return kept + [entry for check in self._checks() for entry in self._new(check, report)]
 
@@ -75,6 +81,7 @@ def _entry(name: str, known: Known) -> dict[str, Any]:
     entry: dict[str, Any] = {"check": check} | ({"dtype": dtype} if dtype else {})
     entry |= {"reason": known.reason} | ({"link": known.link} if known.link else {})
     entry |= {"versions": list(known.versions)} if known.versions else {}
+    entry |= {"until": known.until} if known.until else {}
     return entry | {"seen": [dict(seen) for seen in known.seen]}
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from datetime import date
 from typing import ClassVar
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from fake_checks import CHECKS, Right, WrongScale
 
 from minilora.findings.versions import is_in_range
+from minilora.verify import known as known_module
 from minilora.verify.checks.registry import CHECKS as REAL_CHECKS
 from minilora.verify.core.errors import UsageError
 from minilora.verify.engine import run
@@ -210,6 +212,54 @@ def test_a_known_deviation_holds_for_its_versions(versions, expected):
     assert status(WrongScale(), OFF, versions=versions) == expected
 
 
+@pytest.mark.parametrize(
+    ("until", "expected"),
+    [
+        ("2026-01-02", "known"),
+        ("2026-01-01", "fail"),
+        ("2025-12-31", "fail"),
+        ("1.3", "known"),
+        ("1.2", "fail"),
+        ("1.2rc1", "fail"),
+    ],
+)
+def test_an_entry_excuses_nothing_from_its_end_on_and_says_so(until, expected, monkeypatch):
+    monkeypatch.setattr(known_module, "today", lambda: date(2026, 1, 1))
+    known = {"sigma.merge": entry(until=until)}
+    report = run([SIGMA], WrongScale(), dtypes=["float64"], known=known)
+    assert only(report).status == expected
+    told = f"excused until {until}, and no longer: why" in " ".join(report.notes)
+    assert told == (expected == "fail")
+
+
+@pytest.mark.parametrize("until", ["soon", "2026-13-01", 3, ["1.2"]])
+def test_an_end_that_is_none_is_refused(until):
+    with pytest.raises(UsageError, match=r"sigma\.merge: .*(until|month|date)"):
+        run([SIGMA], Right(), known={"sigma.merge": entry(until=until)})
+
+
+def test_what_has_expired_is_recorded_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(known_module, "today", lambda: date(2026, 1, 1))
+    wrong, file = merging(lambda W: 2 * W), tmp_path / "known.json"
+    for until, kept in (("2026-01-02", ["mine"]), ("2026-01-01", [])):
+        old = {"check": "exact.merge", **entry("mine", [{"factor": 2}], until=until)}
+        file.write_text(json.dumps([old]))
+        found = recorded(wrong, [EXACT], read_known(str(file)))
+        assert [e["reason"] for e in found if e["reason"] == "mine"] == kept
+        assert len(found) == 1
+
+
+def test_a_check_has_an_entry_for_each_range_of_versions(tmp_path):
+    file = tmp_path / "known.json"
+    old = {"check": "sigma.merge", **entry("old", {"factor": 9}, versions="<1.2")}
+    file.write_text(json.dumps([old, {"check": "sigma.merge", **entry("new", versions=">=1.2")}]))
+    known = read_known(str(file))
+    result = only(run([SIGMA], WrongScale(), dtypes=["float64"], known=known))
+    assert (result.status, result.known.reason) == ("known", "new")
+    kept = recorded(WrongScale(), [SIGMA], known, dtypes=["float64"])
+    assert [e["reason"] for e in kept] == ["old", "new"]
+
+
 def test_a_version_that_is_none_is_in_no_range_and_is_told():
     class Unnumbered(WrongScale):
         version = "main"
@@ -303,7 +353,7 @@ def test_a_known_file_is_read(tmp_path):
     file.write_text(json.dumps([first, {"check": "c.d", "reason": "q"}]))
     known = read_known(str(file))
     assert list(known) == ["a.b:float32", "c.d"]
-    assert known["a.b:float32"].link == "l"
+    assert known["a.b:float32"][0].link == "l"
 
 
 @pytest.mark.parametrize(

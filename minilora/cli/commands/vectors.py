@@ -18,9 +18,9 @@ def add(commands: Any) -> None:
         commands,
         "vectors",
         "write test vectors for any language, or check answers to them",
-        "Write the checks' cases to the folder DIR: inputs, true answers, and how much rounding "
-        "may change an answer. The bytes are the same on every machine. With check, check the "
-        "answers in the folder ANSWERS.",
+        "Write the checks' cases to the folder DIR, or to an archive NAME.zip: inputs, true "
+        "answers, and how much rounding may change an answer. The bytes are the same on every "
+        "machine. With check, check the answers in the folder ANSWERS.",
         _run,
         "0 written, or all answers hold, 1 a deviation or an error, 2 wrong usage or changed "
         "vectors, 3 no answers",
@@ -30,7 +30,10 @@ def add(commands: Any) -> None:
     )
     option = parser.add_argument
     option(
-        "words", nargs="+", metavar="DIR", help="the folder of the vectors, and that of the answers"
+        "words",
+        nargs="+",
+        metavar="DIR",
+        help="the folder of the vectors, or NAME.zip to write; with check, the answers' too",
     )
     option(
         "--level",

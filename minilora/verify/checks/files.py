@@ -410,4 +410,15 @@ _CHECKS: tuple[Check, ...] = (
     ),
 )
 
-LEVEL = Level("files", _CHECKS, cases=None)
+LEVEL = Level(
+    "files",
+    _CHECKS,
+    cases=None,
+    vectors={"load.*": (("float32", 0),), "outputs.*": (("float32", 0),)},
+    no_vectors={
+        "gradients.*": "the vectors of the outputs have the gradients",
+        "save.*": "the answer is a folder: load it, and compare with the vector of loading",
+        "resave": "the same",
+        "second-adapter": "two vectors, one after the other",
+    },
+)

@@ -168,4 +168,14 @@ _CHECKS: tuple[Check, ...] = (
     ),
 )
 
-LEVEL = Level("grad-flow", _CHECKS, cases=None, quick="all-layers|dropout|zero-B")
+LEVEL = Level(
+    "grad-flow",
+    _CHECKS,
+    cases=None,
+    quick="all-layers|dropout|zero-B",
+    vectors={"*": (("float32", 0),)},
+    no_vectors={
+        "dropout": "what dropout draws has no one answer",
+        "frozen": "which files a training changed, no answer tells",
+    },
+)

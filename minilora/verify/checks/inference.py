@@ -468,4 +468,11 @@ _CHECKS: tuple[Check, ...] = (
     ),
 )
 
-LEVEL = Level("inference", _CHECKS, cases=None, quick="(logits|deltas)\\.combined|names\\.partial")
+LEVEL = Level(
+    "inference",
+    _CHECKS,
+    cases=None,
+    quick="(logits|deltas)\\.combined|names\\.partial",
+    vectors={"logits.*": (("float32", 0),), "deltas.*": (("float32", 0),)},
+    no_vectors={"names.*": "it may be refused, or have its effect"},
+)

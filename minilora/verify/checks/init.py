@@ -408,4 +408,18 @@ _CHECKS: tuple[Check, ...] = (
     ),
 )
 
-LEVEL = Level("init", _CHECKS, laws=("reproducible",), relations=("reproducible",))
+LEVEL = Level(
+    "init",
+    _CHECKS,
+    laws=("reproducible",),
+    relations=("reproducible",),
+    vectors={
+        "zero-B": (("bfloat16", 0), ("float32", 0)),
+        "base-unchanged": (("bfloat16", 0), ("float32", 0)),
+    },
+    no_vectors={
+        **dict.fromkeys(("pissa", "olora", "orthogonal"), "its factors may have other signs"),
+        "*": "what is drawn at random has no one answer",
+    },
+    exact=("*",),
+)

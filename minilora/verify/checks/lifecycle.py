@@ -256,4 +256,26 @@ _CHECKS: tuple[Check, ...] = (
     ),
 )  # fmt: skip
 
-LEVEL = Level("lifecycle", _CHECKS, is_history=True, quick=r"(\w|-)+")
+_CHANCE = "what dropout draws has no one answer"
+_ROUNDS = "what merging may lose depends on how often, and is a bound of the check's"
+
+LEVEL = Level(
+    "lifecycle",
+    _CHECKS,
+    is_history=True,
+    quick=r"(\w|-)+",
+    vectors={"*": (("float32", 0),)},
+    no_vectors={
+        **dict.fromkeys(DROPOUT, _CHANCE),
+        **dict.fromkeys(("cycles", "rounding", "save.rounding"), _ROUNDS),
+        "calls": "a thousand calls are no vector",
+        "isolation": "two sessions at once are two vectors",
+        "step-while-merged": "what is merged where it is trained depends on the session",
+        **dict.fromkeys(
+            ("gradients.bias", "gradients.modules-to-save"),
+            "what is brought may be trained on while an adapter is merged",
+        ),
+        "gradients.dora": "the norm may be held or differentiated after each step",
+    },
+    exact=("*",),
+)

@@ -286,6 +286,8 @@ LEVEL = Level(
     _CHECKS,
     laws=("*.balance", "*.padding", "*.vector", "adapters"),
     relations=("*.padding",),
+    vectors={"*.vector": (("float32", 0),)},
+    no_vectors={"*": "the vectors of the reference models, and those of files, ask the same"},
     cases=None,
     axes=batches.AXES,
     is_possible=batches.is_possible,

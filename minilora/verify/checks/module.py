@@ -359,5 +359,18 @@ LEVEL = Level(
     laws=("*.dropout",),
     has_exact_lane=False,
     quick="(linear|conv.all|embedding|experts|attention|encoder).*",
+    vectors={
+        "embedding*": (("float32", 0), ("float32", 1)),
+        "*.gradients": (("bfloat16", 0), ("float32", 1), ("float32", 2)),
+        "*": (("bfloat16", 0), ("float32", 1)),
+    },
+    no_vectors={
+        **{
+            f"{name}.*": "the last bit of an exponential depends on the machine" for name in ROUNDED
+        },
+        "attention.*": "the same",
+        "*.dropout": "what dropout draws has no one answer",
+        "embedding.max-norm.*": "rows within the norm are those of the other embeddings",
+    },
     exact=tuple(f"{name}.*" for name in WORDS if name not in ROUNDED),
 )

@@ -301,7 +301,7 @@ def _trainable(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Co
     return run
 
 
-_MEANINGFUL: Config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+MEANINGFUL: Config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
 
 MEANINGLESS: dict[str, Config] = {
     "names that match nothing": {"target_modules": ["proj_q", "_proj"]},
@@ -324,9 +324,9 @@ def _refused(method: str) -> Callable[[GuardedImplementation, Case], Iterable[Co
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         drawn = draw("targets.list", case.number, case.seed)
         names = drawn.modules if method == "targets" else drawn.parameters
-        subject.call(method, _MEANINGFUL, names)  # this one is not refused
+        subject.call(method, MEANINGFUL, names)  # this one is not refused
         for what, changes in MEANINGLESS.items():
-            is_so = is_refused(subject, method, {**_MEANINGFUL, **changes}, names)
+            is_so = is_refused(subject, method, {**MEANINGFUL, **changes}, names)
             what = f"whether {method} refuses {what}"
             yield Comparison(what, np.asarray(float(is_so)), np.asarray(1.0))
 
@@ -395,4 +395,12 @@ _CHECKS: tuple[Check, ...] = (
     ),
 )
 
-LEVEL = Level("names", _CHECKS, cases=None, has_exact_lane=False)
+LEVEL = Level(
+    "names",
+    _CHECKS,
+    cases=None,
+    has_exact_lane=False,
+    vectors={"targets.many": (("float32", 0),), "t*": (("float32", 0), ("float32", 1))},
+    no_vectors={"refused.*": "its configurations are vectors that are invalid"},
+    exact=("*",),
+)

@@ -197,5 +197,11 @@ _CHECKS: tuple[Check, ...] = (
 )
 
 LEVEL = Level(
-    "precision", _CHECKS, relations=("zero-B",), has_exact_lane=False, quick_dtypes=True, cases=None
+    "precision",
+    _CHECKS,
+    relations=("zero-B",),
+    has_exact_lane=False,
+    quick_dtypes=True,
+    cases=None,
+    no_vectors={"*": "which operands of several dtypes it takes, an implementation declares"},
 )

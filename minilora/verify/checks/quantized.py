@@ -256,4 +256,5 @@ LEVEL = Level(
     has_exact_lane=False,
     cases=None,
     quick_dtypes=True,
+    no_vectors={"*": "what a weight in few bits stands for, each library decides"},
 )

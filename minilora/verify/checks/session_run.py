@@ -80,6 +80,12 @@ class SessionRun:
             or (self.unsure and method == "unmerge")
         )
 
+    def _foretold(self, method: str, is_valid: bool) -> str:
+        """Whether the step may be refused: a harmless one, which has no meaning, or another."""
+        if not is_valid:
+            return "harmless"
+        return "allowed" if self.may_refuse(method, True) else ""
+
     def take(self, step: Step) -> bool:
         """Takes the step on both sides; False if the session refused it, as it may."""
         method, *arguments = step
@@ -97,6 +103,7 @@ class SessionRun:
             return False  # what is merged is not trained
         passed = self._passed(method, arguments)
         expected = next_state(self.state, self.inputs, self.saved, step)
+        self.session.foretold = self._foretold(method, expected is not None)
         try:
             self.session.call(method, *passed)
         except Fault as fault:
@@ -120,6 +127,7 @@ class SessionRun:
         """Whether the stored weight shows what is merged; the expected state then follows it."""
         if self.inputs.layer["kind"] in ("tied", "full") or not self.session.has("weight"):
             return False
+        self.session.foretold = "unsure"
         W = self.session.call("weight")
         for state in (self.state, self.state.unmerge() if self.state.merged else self.state):
             if np.array_equal(W, state.stored()):
@@ -138,6 +146,7 @@ class SessionRun:
     def refuses(self, step: Step) -> bool:
         """Whether the session raises an error, in a step that has no meaning for the state."""
         method, *arguments = step
+        self.session.foretold = "required"
         try:
             self.session.call(method, *self._passed(method, arguments))
         except Fault as fault:

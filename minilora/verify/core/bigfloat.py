@@ -116,6 +116,24 @@ def rounded(array: Any) -> Array:
     return np.asarray(array).astype(np.float64)
 
 
+class Portable(int):
+    """A seed whose draws are the same on every machine; it equals no other kind of seed."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Portable) and int(self) == int(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((Portable, int(self)))
+
+    def __str__(self) -> str:
+        return f"portable-{int(self)}"
+
+
 class Shake:
     """A generator with the methods of NumPy's that cases are drawn with, from SHAKE-128 of a name.
 
@@ -153,15 +171,20 @@ class Shake:
         normal: Array = (total + 6 - 6 * 2**32).astype(np.float64) * 2.0**-32
         return normal
 
-    def integers(self, low: int, high: int, shape: Any = ()) -> Array:
-        """Whole numbers from low to high - 1."""
+    def integers(self, low: int, high: int | None = None, shape: Any = ()) -> Array:
+        """Whole numbers from low to high - 1; with one number, from 0 to low - 1."""
+        low, high = (0, low) if high is None else (low, high)
         return (self._words(shape, 8) % np.uint64(high - low)).astype(np.int64) + low
 
-    def choice(self, values: Sequence[float], shape: Any = ()) -> Array:
-        """Some of the values, each drawn from all."""
-        chosen: Array = np.asarray(values)[self.integers(0, len(values), shape)]
+    def choice(self, values: Sequence[Any], shape: Any = (), replace: bool = True) -> Array:
+        """Some of the values, each drawn from all, or without ``replace`` from what is left."""
+        drawn = self.integers(0, len(values), shape) if replace else None
+        at = self.permutation(len(values))[: int(shape)] if drawn is None else drawn
+        chosen: Array = np.asarray(values)[at]
         return chosen
 
-    def permutation(self, n: int) -> Array:
-        """0, …, n - 1 in another order."""
-        return np.argsort(self._words(n, 8), kind="stable")
+    def permutation(self, n: Any) -> Array:
+        """0, …, n - 1 in another order, or the entries of an array."""
+        values = np.arange(n) if isinstance(n, int | np.integer) else np.asarray(n)
+        order: Array = values[np.argsort(self._words(len(values), 8), kind="stable")]
+        return order

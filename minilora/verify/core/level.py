@@ -30,6 +30,9 @@ VECTOR_SHAPES: Draws = tuple(("float32", number) for number in (6, 8, 11, 13))
 """One token, a batch of one, two axes of batches, and sides and a rank beyond a kernel's tiles,
 with as many tokens as features. The number 20 has a B that is nearly 0."""
 
+LAW = "it compares answers with one another: the vectors of other checks state what each is"
+"""Why there are no vectors of a check, where its level does not say otherwise."""
+
 
 @dataclass(frozen=True)
 class Level:
@@ -52,8 +55,8 @@ class Level:
     is drawn in the profile ci, as ``minilora verify --coverage`` shows.
 
     ``vectors``: cases of each check that become vectors, by the first pattern that fits;
-    ``no_vectors``: checks that a pattern names and no vector is made of, and why; ``exact``: checks
-    whose cases are all without rounding.
+    ``no_vectors``: patterns of checks that no vector is made of, and why, * those that are left;
+    ``exact``: checks whose cases are all without rounding.
     """
 
     name: str
@@ -100,7 +103,17 @@ class Level:
         """The cases of a check that become vectors."""
         name = self.short(check)
         fitting = (cases for pattern, cases in self.vectors.items() if fnmatchcase(name, pattern))
-        return () if name in self.no_vectors else next(fitting, ())
+        excluded = tuple(pattern for pattern in self.no_vectors if pattern != "*")
+        return () if self._is_in(check, excluded) else next(fitting, ())
+
+    def without_vectors(self, check: str) -> str:
+        """Why a check has no vectors; empty where it has."""
+        name = self.short(check)
+        if self.draws(check):
+            return ""
+        return next(
+            (w for pattern, w in self.no_vectors.items() if fnmatchcase(name, pattern)), LAW
+        )
 
     def is_exact(self, check: str, number: int) -> bool:
         """Whether a case has no rounding."""

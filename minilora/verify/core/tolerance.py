@@ -356,7 +356,7 @@ MOVES: dict[Any, Callable[..., Any]] = {
     np.concatenate: _joined,
     np.stack: lambda values: _joined([value[None] for value in values]),
     np.where: _chosen,
-    np.zeros_like: lambda x, dtype=None: _filled(x, 0, dtype),
+    np.zeros_like: lambda x, dtype=None, shape=None: _filled(x, 0, dtype, shape),
     np.ones_like: lambda x, dtype=None: _filled(x, 1, dtype),
     np.empty_like: lambda x, dtype=None, order="K", shape=None: _filled(x, 0, dtype, shape),
 }

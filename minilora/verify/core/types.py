@@ -6,10 +6,11 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, prod, sqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from minilora.verify.core.bigfloat import Portable, Shake
 from minilora.verify.core.fixed import FREE, Fixed
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ class Case:
 
     def rng(self) -> np.random.Generator:
         """The case's generator, the same in every process (Python's ``hash`` is not)."""
+        if isinstance(self.seed, Portable):
+            of = f"{self.check}/{self.dtype}/{self.number}/{int(self.seed)}"
+            return cast(np.random.Generator, Shake(f"minilora vectors/{of}"))  # has its methods
         words = [zlib.crc32(text.encode()) for text in (self.check, self.dtype)]
         return np.random.default_rng([*words, self.number, self.seed])
 

@@ -92,6 +92,8 @@ class GuardedImplementation:
         """The traits of a case's calls, in words; emptied before each case."""
         self.sizes: dict[str, int] = {}
         """The largest sizes in a case's calls, by name; emptied before each case."""
+        self.foretold = ""
+        """Whether a session may refuse its next step, for who keeps the steps (test vectors)."""
         self._lent: list[tuple[str, Any, Any]] = []
         """Arguments that a session may keep: the name, the argument as passed, and the original."""
         self._taken: dict[str, frozenset[str] | None] = {}

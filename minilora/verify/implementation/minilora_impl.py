@@ -216,11 +216,11 @@ class Minilora:
         c, W = read_model(model_dir)
         factors, tuning = read_adapter(adapter_dir, c)
         dtype = W["embed.weight"].dtype
-        given = _batch(batch)
+        given = batch_of(batch)
         wide = {name: _wide(array) for name, array in (W | factors).items()}
         L, back = loss(given, wide, c, tuning)
         gradients, z = back(1.0), logits(given, wide, c, tuning)[0].T
-        flat = {name: _flat(name, g) for name, g in gradients.items()}
+        flat = {name: in_file(name, g) for name, g in gradients.items()}
         return {
             "loss": L.astype(dtype),
             "logits": z.reshape(*given.ids.shape[: 1 + c.causal], -1).astype(dtype),
@@ -253,7 +253,7 @@ class Minilora:
         factors, _ = read_adapter(adapter_dir, c, base=W)
         transposed = {name: lies for name, (_, lies) in tensor_names(c).items()}
         return {
-            theirs: _flat(name, to_file_layout(name, factors[name], transposed.get(name, False)))
+            theirs: in_file(name, to_file_layout(name, factors[name], transposed.get(name, False)))
             for name, theirs in adapter_names(c, sorted(factors)).items()
         }
 
@@ -276,7 +276,7 @@ class Minilora:
             change = array - base[name] if name in base else array
             if change.any():
                 key = paths[at] + (".bias" if part == "bias" else "")
-                deltas[key] = _flat(name, change.astype(dtype))
+                deltas[key] = in_file(name, change.astype(dtype))
         return deltas
 
     def targets(
@@ -376,11 +376,11 @@ class Minilora:
         c, W = read_model(model_dir)
         factors, tuning = read_adapter(adapter_dir, c, base=W)
         p = read_lora_config(adapter_dir, c).lora_dropout
-        steps = [[_batch(batch) for batch in step] for step in batches]
+        steps = [[batch_of(batch) for batch in step] for step in batches]
         numerical = {k: v for k, v in settings.items() if k != "gradient_checkpointing"}
         names = adapter_names(c, sorted(tuning.trained))
         return [
-            {theirs: _flat(name, after[name]) for name, theirs in names.items()}
+            {theirs: in_file(name, after[name]) for name, theirs in names.items()}
             for after in trained(c, W | factors, tuning, steps, numerical, p)
         ]
 
@@ -641,8 +641,8 @@ def _triple(adapter: Mapping[str, Any]) -> tuple[Array, Array, Any]:
     return _wide(adapter["A"]), _wide(adapter["B"]), s
 
 
-def _batch(given: Mapping[str, Array]) -> Batch:
-    """A batch of the contract."""
+def batch_of(given: Mapping[str, Array]) -> Batch:
+    """A batch of the contract, as the specification has it."""
     return Batch(
         given["input_ids"],
         given["labels"],
@@ -651,7 +651,7 @@ def _batch(given: Mapping[str, Array]) -> Batch:
     )
 
 
-def _flat(name: str, array: Array) -> Array:
+def in_file(name: str, array: Array) -> Array:
     """A parameter as it lies in a file: vectors have one axis."""
     matrix = name.endswith((".A", ".B")) or array.ndim < 2 or array.shape[1] > 1
     return array if matrix else array[:, 0]

@@ -131,7 +131,8 @@ def _known(entry: Mapping[str, Any] | None) -> Known | None:
         return None
     versions = tuple(map(tidy, entry.get("versions", ())))
     seen = tuple(dict(each) for each in entry.get("seen", ()))
-    return Known(tidy(entry["reason"], 600), tidy(entry.get("link", "")), versions, seen)
+    link, until = tidy(entry.get("link", "")), tidy(entry.get("until", ""))
+    return Known(tidy(entry["reason"], 600), link, versions, until, seen)
 
 
 def _judgement(entry: Mapping[str, Any]) -> Judgement:

@@ -36,13 +36,14 @@ class Known:
     """A deviation that was declared: why, where it is discussed, in which versions, and what it is.
 
     ``versions`` are ranges like ``>=0.18,<0.20``, of which one has to hold; none means all.
-    ``seen`` says what the deviation looks like, in the form that `seen.read_seen` reads; without it
-    nothing is excused.
+    ``until``, a date or a version of the target: from then on nothing is excused. ``seen`` says
+    what the deviation looks like, in the form that `seen.read_seen` reads; without it nothing is.
     """
 
     reason: str
     link: str = ""
     versions: tuple[str, ...] = ()
+    until: str = ""
     seen: tuple[Mapping[str, Any], ...] = ()
 
 

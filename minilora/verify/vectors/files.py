@@ -7,14 +7,17 @@ deviations of rounding in each dtype. Nothing of NumPy is needed to judge by it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import numpy as np
 
-from minilora.io import reference_models
+from minilora import __version__
 from minilora.io.atomic import write_files
 from minilora.io.errors import FormatError
 from minilora.io.files import pack, pack_json, read_json, read_tensors
@@ -22,7 +25,15 @@ from minilora.verify.checks.registry import LEVELS
 from minilora.verify.core.errors import UsageError, tidy
 from minilora.verify.implementation.contract import CONVENTIONS
 from minilora.verify.vectors.tags import NOTES
-from minilora.verify.vectors.vector import Output, Vector, canonical, entry_of, fingerprint, tensors
+from minilora.verify.vectors.vector import (
+    Output,
+    Vector,
+    canonical,
+    entry_of,
+    fingerprint,
+    folder_of,
+    tensors,
+)
 
 Array = np.ndarray
 
@@ -31,10 +42,20 @@ VERSION = 1
 
 MANIFEST, SCHEMA = "manifest.json", "manifest.schema.json"
 
+README, LICENCE, SUMS = "README.md", "LICENSE", "SHA256SUMS"
+
+MOMENT = (2020, 1, 1, 0, 0, 0)
+"""The time of all that is in an archive: its bytes do not depend on when it is written."""
+
 
 def _beside(name: str) -> dict[str, Any]:
     """A JSON file of this package."""
     return read_json(Path(__file__).parent / name)
+
+
+def _text(name: str) -> str:
+    """A text file of this package."""
+    return (Path(__file__).parent / name).read_text("utf-8")
 
 
 def schema() -> dict[str, Any]:
@@ -51,15 +72,18 @@ def files(made: Sequence[Vector], seed: int = 0) -> dict[str, bytes]:
     """The files of a set. Raises ArithmeticError where a vector is not what it was frozen as."""
     if seed == 0:
         _require_frozen(made)
-    found = {SCHEMA: pack_json(schema())}
+    found = {SCHEMA: pack_json(schema()), LICENCE: _text("licence.txt").encode()}
     arrays: dict[str, dict[str, Array]] = {}
     for vector in made:
         arrays.setdefault(f"{vector.level}.safetensors", {}).update(tensors(vector))
+        found |= {f"{folder_of(vector.id)}/{path}": data for path, data in vector.files.items()}
     found |= {name: pack(name, of_level) for name, of_level in arrays.items()}
     manifest: dict[str, Any] = {
         "$schema": SCHEMA,
         "format": "minilora vectors",
         "version": VERSION,
+        "release": __version__,
+        "licence": "MIT",
         "seed": seed,
         "judge": "An answer passes if |got - out| <= max_z * sigma for each element, and the root "
         "of the mean of ((got - out) / sigma)^2 is at most rms_z. Without a sigma, and where it is "
@@ -67,30 +91,46 @@ def files(made: Sequence[Vector], seed: int = 0) -> dict[str, bytes]:
         "conventions": {name: list(values) for name, values in CONVENTIONS.items()},
         "notes": {f: NOTES[f] for f in NOTES if any(f in vector.flags for vector in made)},
         "vectors": [entry_of(vector) for vector in made],
-        "references": _references(),
         "absent": _absent(),
-        "files": {name: sha256(data).hexdigest() for name, data in found.items()},
     }
+    found[README] = _readme(manifest).encode()
+    manifest["files"] = {name: sha256(data).hexdigest() for name, data in found.items()}
     manifest["hash"] = sha256(canonical(manifest)).hexdigest()
-    return {**found, MANIFEST: pack_json(manifest)}
+    found[MANIFEST] = pack_json(manifest)
+    return found | {SUMS: _sums(found)}
+
+
+def _sums(contents: Mapping[str, bytes]) -> bytes:
+    """The SHA-256 of each file, for ``sha256sum -c``."""
+    lines = (f"{sha256(data).hexdigest()}  {name}" for name, data in sorted(contents.items()))
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _readme(manifest: Mapping[str, Any]) -> str:
+    """What a set says of itself: how to judge by it, its levels, its flags, what is absent."""
+    counts = Counter(entry["level"] for entry in manifest["vectors"])
+    rows = {
+        "levels": [f"| {level} | {count} |" for level, count in counts.items()],
+        "flags": [
+            f"| `{name}` | {note['description']} | {note['effect']} | {' '.join(note['links'])} |"
+            for name, note in manifest["notes"].items()
+        ],
+        "absent": [f"| `{check}` | {why} |" for check, why in manifest["absent"].items()],
+    }
+    text = _text("readme.md").replace("JUDGE", manifest["judge"])
+    for name in ("version", "release"):
+        text = text.replace(name.upper(), str(manifest[name]))
+    for name, lines in rows.items():
+        text = text.replace(f"| {name.upper()} |", "\n".join(lines))
+    return text
 
 
 def _absent() -> dict[str, str]:
     """The checks of which no vector is made, and why."""
-    return {
-        f"{level.name}.{check}": why for level in LEVELS for check, why in level.no_vectors.items()
-    }
-
-
-def _references() -> list[dict[str, str]]:
-    """The stored vectors of the reference models."""
-    digests = reference_models.manifest()["files"]
-    files = {name: f"vectors/{name}.safetensors" for name in reference_models.names()}
-    return [
-        {"check": f"model.{name}.vector", "file": file, "sha256": digests[file]}
-        for name, file in files.items()
-        if file in digests
-    ]
+    pairs = (
+        (check.id, level.without_vectors(check.id)) for level in LEVELS for check in level.checks
+    )
+    return {check: why for check, why in pairs if why}
 
 
 def _require_frozen(made: Sequence[Vector]) -> None:
@@ -106,14 +146,29 @@ def _require_frozen(made: Sequence[Vector]) -> None:
 
 
 def write(folder: Path | str, made: Sequence[Vector], seed: int = 0) -> dict[str, bytes]:
-    """Writes a set, whole or not at all, and gives its files.
+    """Writes a set, whole or not at all, and gives its files: a folder, or an archive NAME.zip.
 
     Raises FormatError, OSError, and the ArithmeticError of `files`.
     """
     written = files(made, seed)
+    if Path(folder).suffix == ".zip":
+        archive = Path(folder)
+        write_files(archive.parent, {archive.name: lambda: _archive(written, archive.stem)})
+        return written
     contents = {name: (lambda data=data: data) for name, data in written.items()}
     write_files(folder, contents, r".*\.safetensors")
     return written
+
+
+def _archive(contents: Mapping[str, bytes], folder: str) -> bytes:
+    """A ZIP archive of a folder with these files."""
+    buffer = BytesIO()
+    with ZipFile(buffer, "w", ZIP_DEFLATED, compresslevel=9) as archive:
+        for name, data in sorted(contents.items()):
+            entry = ZipInfo(f"{folder}/{name}", MOMENT)
+            entry.compress_type, entry.external_attr = ZIP_DEFLATED, 0o644 << 16
+            archive.writestr(entry, data)
+    return buffer.getvalue()
 
 
 def read(folder: Path | str) -> tuple[dict[str, Any], list[Vector]]:
@@ -127,10 +182,12 @@ def read(folder: Path | str) -> tuple[dict[str, Any], list[Vector]]:
         if wrong := problems(manifest, schema()):
             raise UsageError(f"{folder / MANIFEST}: {wrong[0]}; write the set again")
         _unspoiled(folder, manifest)
-        by_file = {
-            name: read_tensors(folder / name) for name in manifest["files"] if name != SCHEMA
-        }
-        return manifest, [_read(entry, by_file[entry["file"]]) for entry in manifest["vectors"]]
+        names = dict.fromkeys(entry["file"] for entry in manifest["vectors"])
+        by_file = {name: read_tensors(folder / name) for name in names}
+        return manifest, [
+            _read(entry, by_file[entry["file"]], _files_in(folder, entry["folder"], manifest))
+            for entry in manifest["vectors"]
+        ]
     except FormatError as error:
         raise UsageError(str(error)) from None
 
@@ -150,7 +207,13 @@ def _unspoiled(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise UsageError(f"{folder / name} was changed: {says}; write the set again")
 
 
-def _read(entry: Mapping[str, Any], arrays: Mapping[str, Array]) -> Vector:
+def _files_in(folder: Path, at: str, manifest: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files of a vector's folder."""
+    names = [name for name in manifest["files"] if at and name.startswith(f"{at}/")]
+    return {name.removeprefix(f"{at}/"): (folder / name).read_bytes() for name in names}
+
+
+def _read(entry: Mapping[str, Any], arrays: Mapping[str, Array], files: dict[str, bytes]) -> Vector:
     own, dtypes = entry["id"], entry["dtypes"]
 
     def outputs(at: str, stated: Mapping[str, Any]) -> dict[str, Output]:
@@ -174,6 +237,7 @@ def _read(entry: Mapping[str, Any], arrays: Mapping[str, Array]) -> Vector:
         flags=tuple(entry["flags"]),
         result=entry["result"],
         alternatives={c: outputs(f"{own}.alt.{c}", v) for c, v in alternatives.items()},
+        files=files,
     )
 
 

@@ -174,6 +174,48 @@ NOTES: dict[str, dict[str, Any]] = {
         "effect": "A mean of means is not the gradient of the batch.",
         "links": ["https://huggingface.co/blog/gradient_accumulation"],
     },
+    "Initial": {
+        "bugType": "STATE",
+        "description": "The start of an adapter; what chance decides is not asked.",
+        "effect": "A model that is not the base before its first step.",
+        "links": ["https://arxiv.org/abs/2106.09685"],
+    },
+    "Layer": {
+        "bugType": "LAYOUT",
+        "description": "A layer of any kind, adapted, trained or merged.",
+        "effect": "A stride, a group, a storage or a table that the adapter does not follow.",
+        "links": [],
+    },
+    "States": {
+        "bugType": "STATE",
+        "description": "Adapters are added, activated, merged, scaled, saved, loaded and deleted.",
+        "effect": "A change that is applied twice, or not, or that stays.",
+        "links": [],
+    },
+    "Names": {
+        "bugType": "NAMES",
+        "description": "Which modules a configuration adapts, or which tensors are trained.",
+        "effect": "A module that is left out, or adapted by a part of its name.",
+        "links": [],
+    },
+    "Files": {
+        "bugType": "FILES",
+        "description": "A model and an adapter in folders of Hugging Face and PEFT.",
+        "effect": "A scale, a pattern or a tensor that is lost between the file and the function.",
+        "links": [],
+    },
+    "Training": {
+        "bugType": "OPTIMIZER",
+        "description": "Whole steps of training from files and batches.",
+        "effect": "Another shift, mask, mean, clip, schedule or decay.",
+        "links": [],
+    },
+    "Meaningless": {
+        "bugType": "INVALID",
+        "description": "A configuration that adapts nothing, or contradicts itself.",
+        "effect": "A training that trains nothing, without a word.",
+        "links": [],
+    },
     "IndexBeyond": {
         "bugType": "INVALID",
         "description": "A row names an adapter beyond the last.",
@@ -194,6 +236,8 @@ def flags(
     check: str, method: str, given: Mapping[str, Any], drawn: str, lane: str
 ) -> tuple[str, ...]:
     """The flags of a vector that is asked this."""
+    if method == "module":
+        given = {**given["layer"], **given["adapter"], **given}
     layer, several = "W" in given and "A" in given, "adapters" in given
     shape, rows = np.shape(given.get("W", 0)), np.ndim(given.get("x", [[]]))
     r, alpha = given.get("r", 0), given.get("alpha", 0)
@@ -226,5 +270,11 @@ def flags(
         "Schedule": "schedule" in given,
         "LoRAPlus": "loraplus_lr_ratio" in given,
         "Accumulation": any(isinstance(step, list) for step in given.get("gradients", [])),
+        "Initial": method == "init",
+        "Layer": method == "module",
+        "States": method == "session",
+        "Names": method in ("targets", "trainable"),
+        "Files": "model_dir" in given,
+        "Training": method == "train",
     }
     return tuple(flag for flag, here in has.items() if here)

@@ -1,21 +1,24 @@
 """The true answers of a vector, and the standard deviation that rounding gives each.
 
-True answers are computed in exact numbers and rounded once; a sigma, which is computed in floating
-point, is kept to `SIGMA_BITS` digits. Where floating point could decide how one is rounded, nothing
-is written.
+True answers are computed in exact numbers and rounded once, or in whole numbers, which nothing
+rounds; those of models in folders are in `file_truth`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 
+from minilora.io.formats.peft import adapted_names, trained_names
 from minilora.spec.optim import run as optimize
-from minilora.spec.variants import LORA_BIAS
+from minilora.spec.variants import DORA_FULL, LORA_BIAS
+from minilora.verify.checks.module_inputs import ModuleInputs, wide
+from minilora.verify.checks.module_layers import answers as answers_of_module
+from minilora.verify.checks.module_layers import merged as merged_module
 from minilora.verify.checks.variants import DORAS, PART, SAMPLES, specified
 from minilora.verify.core.bigfloat import Shake, exact, rounded
 from minilora.verify.core.dtypes import Precision
@@ -33,61 +36,17 @@ from minilora.verify.core.inputs import (
     wanted_merge,
 )
 from minilora.verify.core.tolerance import Draws, Rounding, noisy, rms, unit_roundoff
-from minilora.verify.core.types import CLOSED_FORM, MONTE_CARLO, Limits
+from minilora.verify.core.types import CLOSED_FORM, MONTE_CARLO
+from minilora.verify.diagnosis.answers import Direct
 from minilora.verify.implementation.contract import CONVENTIONS
 from minilora.verify.implementation.messages import RESULTS
+from minilora.verify.implementation.minilora_impl import Minilora
+from minilora.verify.vectors.call import FINE, Answers, Call, rounding_of
+from minilora.verify.vectors.file_truth import of_folders
+from minilora.verify.vectors.recorded import replay_session
 from minilora.verify.vectors.vector import Output, alternative, each_array
 
 Array = np.ndarray
-
-SIGMA_BITS = 8
-"""The binary digits of a sigma."""
-
-MARGIN = 2.0**-33
-"""The least distance of a sigma's significand from a rounding boundary: far above what the order of
-a sum changes, some 2⁻⁵⁰ of a sigma in closed form and 2⁻³⁹ of a sampled one."""
-
-FINE = 2.0**-14
-"""The unit roundoff with which sigmas of float32 and float64 are sampled, and then scaled. At their
-own, float64's rounding of the sample itself would be as large."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call of a method, its lane and dtypes, and the name that seeds the noise."""
-
-    method: str
-    arguments: dict[str, Any]
-    lane: str
-    dtypes: tuple[str, ...]
-    name: str
-
-    def sigma(self, of: Callable[[Precision], Any]) -> dict[str, Any]:
-        """A sigma by precision, for each dtype; none in the exact lane."""
-        return {d: of(Precision(d, d)) for d in self.dtypes if self.lane != "exact"}
-
-    def output(
-        self, want: Any, sigma: Mapping[str, Array], allowed: Limits, optional: bool = False
-    ) -> Output:
-        """An answer from exact numbers. In float64 the stored answer has been rounded, too."""
-        nearest = rounded(want)
-        if self.lane == "exact":
-            return Output(nearest, {}, optional=optional)
-        stored = Rounding(Precision("float64", "float64")).stored(nearest)
-        with_storage = {
-            d: np.sqrt(s**2 + stored) if d == "float64" else s for d, s in sigma.items()
-        }
-        return Output(
-            nearest,
-            {dtype: coarse(array) for dtype, array in with_storage.items()},
-            allowed.max_z,
-            round(allowed.rms(nearest.size), 4),
-            optional,
-        )
-
-
-Answers = tuple[dict[str, Output], dict[str, dict[str, Output]]]
-"""Outputs, and alternatives to some of them by convention."""
 
 LAYER_ARGUMENTS = ("x", "W", "A", "B", "dy", "alpha", "r", "bias", "keep", "p")
 
@@ -111,21 +70,6 @@ def _several(arguments: Mapping[str, Any]) -> Several:
     return Several(layers, arguments.get("weights", []), index)
 
 
-def coarse(sigma: Array) -> Array:
-    """Rounded to `SIGMA_BITS` binary digits, as float32; a negligible one is 0.
-
-    ArithmeticError where the last bits of the floating-point sigma decide which way.
-    """
-    significand, exponent = np.frexp(sigma)
-    scaled = significand * 2.0**SIGMA_BITS
-    negligible = sigma < 2.0**-120
-    near_boundary = np.abs(scaled - np.floor(scaled) - 0.5) < 2.0**SIGMA_BITS * MARGIN
-    if (near_boundary & ~negligible).any():
-        raise ArithmeticError("a sigma may round differently on another machine: use another seed")
-    kept = np.ldexp(np.rint(scaled), exponent - SIGMA_BITS)
-    return np.where(negligible, 0.0, kept).astype(np.float32)
-
-
 def _sampled(
     call: Call,
     run: Callable[[Callable[[Array], Any]], dict[str, Any]],
@@ -138,7 +82,7 @@ def _sampled(
     def sample(rounding: str) -> dict[str, Array]:
         runs = [Shake(f"minilora noise/{call.name}/{rounding}/{i}") for i in range(SAMPLES)]
         draws = Draws(runs, SAMPLES)
-        return rms(run(lambda v: noisy(v, _rounding(rounding), draws)), nearest)
+        return rms(run(lambda v: noisy(v, rounding_of(rounding), draws)), nearest)
 
     sigma = {}
     for dtype in call.dtypes:
@@ -150,15 +94,6 @@ def _sampled(
             for name, value in nearest.items()
         }
     return sigma
-
-
-def _rounding(dtype: str) -> Rounding:
-    """The rounding of a dtype; without one, the unit roundoff `FINE` and no underflow."""
-    rounding = Rounding(Precision(dtype or "float32", dtype or "float32"))
-    if not dtype:
-        rounding.u = rounding.u_sum = FINE
-        rounding.tiny = 0.0
-    return rounding
 
 
 def _of_layer(call: Call) -> Answers:
@@ -289,6 +224,54 @@ def _of_steps(call: Call) -> Answers:
     }, {}
 
 
+def _of_module(call: Call) -> Answers:
+    """y, the gradients, or what is held where it is merged: whole numbers, which nothing rounds."""
+    names = ("layer", "adapter", "x", "dy", "index")
+    of: dict[str, Any] = {name: call.arguments.get(name) for name in names}
+    inputs = ModuleInputs(of["layer"]["kind"], **of, traits=())
+    module, dy = inputs.module(wide), call.arguments.get("dy")
+    found = {name: Output(v, {}) for name, v in answers_of_module(module, dy).items()}
+    if call.arguments["mode"] == "merged":
+        held = merged_module(module)
+        found |= {name: Output(v, {}, optional=True) for name, v in held.items()}
+    if dy is None or "magnitude" not in of["adapter"]:
+        return found, {}
+    other = answers_of_module(inputs.module(wide, DORA_FULL), dy)
+    differing = {n: Output(v, {}) for n, v in other.items() if (v != found[n].want).any()}
+    return found, {"differentiated": differing} if differing else {}
+
+
+def _of_session(call: Call) -> Answers:
+    """The answers of minilora's own session, which holds in the check that asks these steps."""
+    found = replay_session(Direct(Minilora()), call.arguments)
+    steps = call.arguments["steps"]
+    outputs = {}
+    for name, array in found.items():
+        is_gradient = steps[int(name.partition(".")[0])]["do"] == "gradients"
+        may_be_left_out = is_gradient and not array.any()
+        outputs[name] = Output(np.asarray(array, np.float64), {}, optional=may_be_left_out)
+    return outputs, {}
+
+
+def _of_targets(call: Call) -> Answers:
+    """r and alpha of each adapted module."""
+    found = adapted_names(call.arguments["config"], call.arguments["names"])
+    return {name: Output(np.asarray(pair, np.float64), {}) for name, pair in found.items()}, {}
+
+
+def _of_trainable(call: Call) -> Answers:
+    """A 1 for each tensor that is trained."""
+    found = trained_names(call.arguments["config"], call.arguments["names"])
+    return {name: Output(np.ones(()), {}) for name in found}, {}
+
+
+def _of_init(call: Call) -> Answers:
+    """What does not depend on chance: B is 0, and the base is what it was."""
+    W = call.arguments["W"]
+    B = np.zeros((len(W), call.arguments["r"]))
+    return {"B": Output(B, {}), "W": Output(W, {}, optional=True)}, {}
+
+
 MAKERS: dict[str, Callable[[Call], Answers]] = {
     "lora_linear": _of_layer,
     "lora_linear_vjp": _of_layer,
@@ -297,6 +280,12 @@ MAKERS: dict[str, Callable[[Call], Answers]] = {
     "combine": _of_combination,
     "multi_adapter": _of_rows,
     "optimizer_steps": _of_steps,
+    "module": _of_module,
+    "session": _of_session,
+    "targets": _of_targets,
+    "trainable": _of_trainable,
+    "init": _of_init,
+    **dict.fromkeys(("model_loss", "train", "logits", "deltas", "load"), of_folders),
 }
 """The makers of the true answers to a method's call, and of their sigmas."""
 

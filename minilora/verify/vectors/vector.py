@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load
 
 from minilora.verify.implementation.contract import CONVENTIONS
 
@@ -37,6 +39,7 @@ class Vector:
     ``drawn`` is the dtype that its inputs are drawn in, ``dtypes`` are those that it may be put to.
     ``alternatives`` holds, for another convention, the outputs that differ under it. ``result`` is
     valid, acceptable (where there are alternatives) or invalid (whatever is answered is wrong).
+    ``files`` are those of the folders that the settings name, by their paths.
     """
 
     id: str
@@ -52,6 +55,7 @@ class Vector:
     flags: tuple[str, ...] = ()
     result: str = "valid"
     alternatives: dict[str, dict[str, Output]] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
 
     def expected(self, conventions: Mapping[str, str]) -> dict[str, Output]:
         """The outputs under these conventions."""
@@ -105,6 +109,7 @@ def entry_of(vector: Vector) -> dict[str, Any]:
         "method": vector.method,
         "settings": vector.settings,
         "inputs": list(vector.inputs),
+        "folder": folder_of(vector.id) if vector.files else "",
         "drawn": vector.drawn,
         "lane": vector.lane,
         "dtypes": list(vector.dtypes),
@@ -126,9 +131,31 @@ def fingerprint(vector: Vector) -> str:
     """A hash of all that a vector asks and expects."""
     entry = entry_of(vector)
     meaning = canonical({key: entry[key] for key in MEANING})
-    for name, array in sorted(tensors(vector).items()):
+    stored = {
+        f"{path}/{name}": array
+        for path, data in vector.files.items()
+        if path.endswith(".safetensors")
+        for name, array in load(data).items()
+    }
+    for name, array in sorted((tensors(vector) | stored).items()):
         meaning += f"{name} {array.dtype} {array.shape}".encode() + array.tobytes()
+    for path, data in sorted(vector.files.items()):
+        meaning += f"{path} ".encode() + (
+            canonical(json.loads(data)) if path.endswith(".json") else b""
+        )
     return sha256(meaning).hexdigest()
+
+
+def folder_of(id: str) -> str:
+    """The folder of a vector in a set, which holds its model and its adapter."""
+    return f"folders/{id}"
+
+
+def put_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files to a folder and to folders in it."""
+    for path, data in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
 
 
 def canonical(document: Mapping[str, Any]) -> bytes:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -16,25 +17,31 @@ from safetensors import safe_open
 from minilora.io.errors import FormatError
 from minilora.io.files import pack, pack_json, read_json
 from minilora.verify import engine, judging
+from minilora.verify.checks.inference import log_probabilities
 from minilora.verify.checks.registry import CHECKS
 from minilora.verify.core.dtypes import DTYPES
-from minilora.verify.core.errors import Fault, LoadError, Skip, tidy
+from minilora.verify.core.errors import Fault, LoadError, Skip, tidy, type_words
 from minilora.verify.core.types import Case, Check, Comparison, Diagnosis, Limits
 from minilora.verify.diagnosis.answers import Direct, answers
 from minilora.verify.diagnosis.candidates import candidates, mutants_for
-from minilora.verify.implementation.contract import CONVENTIONS, positional
+from minilora.verify.implementation.contract import CONVENTIONS, LAYOUTS, positional
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.messages import RESULTS
 from minilora.verify.mutants.mutant import Mutant
 from minilora.verify.report.report import Report
 from minilora.verify.report.result import Result
 from minilora.verify.vectors.files import VERSION
+from minilora.verify.vectors.recorded import FOLDERS, replay_session
 from minilora.verify.vectors.tags import NOTES
-from minilora.verify.vectors.vector import Vector, gathered
+from minilora.verify.vectors.vector import Vector, gathered, put_files
 
 Array = np.ndarray
 
 FILE = "answers.json"
+
+WHOLE = ("targets", "trainable", "deltas", "load")
+"""The methods that answer arrays by names which they choose: none but those expected may be there,
+unless it is 0."""
 
 
 class Answered:
@@ -98,17 +105,52 @@ class Answered:
 
 def replayed(subject: GuardedImplementation, vector: Vector, dtype: str) -> dict[str, Array]:
     """An implementation's answers to a vector. Raises Skip or Fault."""
-    kinds = {"f": DTYPES[dtype], "u": np.dtype(bool)}
-    inputs = {n: v.astype(kinds.get(v.dtype.kind, v.dtype)) for n, v in vector.inputs.items()}
+    inputs = {
+        n: v.astype(DTYPES[dtype]) if v.dtype.kind == "f" else v for n, v in vector.inputs.items()
+    }
     arguments = gathered(vector.settings, inputs)
-    names = [n for n in positional(vector.method) if n in arguments and n not in ("alpha", "r")]
-    args = [arguments.pop(name) for name in names]
-    if vector.method == "optimizer_steps":
-        steps = subject.call(vector.method, *args, arguments)
-        return {name: np.stack([step[name] for step in steps]) for name in vector.outputs}
-    answer = subject.call(vector.method, *args, **arguments)
+    if vector.method == "session":
+        found = replay_session(subject, arguments)
+        refused = {n: v.astype(DTYPES[dtype]) for n, v in found.items() if n.endswith(".refused")}
+        return found | refused
+    with TemporaryDirectory(prefix="minilora-") as folder:
+        put_files(Path(folder), vector.files)
+        arguments |= {n: f"{folder}/{arguments[n]}" for n in FOLDERS if n in arguments}
+        names = [n for n in positional(vector.method) if n in arguments and n not in ("alpha", "r")]
+        args = [arguments.pop(name) for name in names]
+        if "settings" in positional(vector.method):
+            steps = subject.call(vector.method, *args, arguments)
+            count = len(next(iter(vector.outputs.values())).want)
+            steps = list(subject.items(steps, count, "the list of steps"))
+            return {n: np.stack([subject.entry(s, n) for s in steps]) for n in vector.outputs}
+        answer = subject.call(vector.method, *args, **arguments)
+    return _arrays(subject, vector, answer, dtype)
+
+
+def _arrays(
+    subject: GuardedImplementation, vector: Vector, answer: Any, dtype: str
+) -> dict[str, Array]:
+    """An answer as the arrays of a vector. Raises Fault."""
+    if vector.method == "logits":
+        z = np.asarray(answer, np.float64)
+        rows = log_probabilities(z.reshape(-1, z.shape[-1]).T).T
+        return {"log_probabilities": rows.reshape(z.shape).astype(DTYPES[dtype])}
     if vector.method in RESULTS:
         return {RESULTS[vector.method]: answer}
+    if vector.method in WHOLE and not (vector.method == "trainable" or isinstance(answer, Mapping)):
+        raise Fault("missing", f"{vector.method} gave {type_words(answer)}, expected a dict")
+    if vector.method == "trainable":
+        return {str(name): np.ones((), DTYPES[dtype]) for name in answer}
+    if vector.method == "targets":
+        return {str(name): np.asarray(pair, DTYPES[dtype]) for name, pair in answer.items()}
+    if vector.method == "model_loss":
+        grads = subject.entry(answer, "grads")
+        loss, z = subject.entry(answer, "loss"), np.asarray(subject.entry(answer, "logits"))
+        is_real = vector.inputs["batch.attention_mask"] > 0
+        z = z[is_real] if z.shape[:-1] == is_real.shape else z
+        return {"loss": loss, "logits": z} | {f"grads.{n}": v for n, v in grads.items()}
+    if vector.method in WHOLE:
+        return {str(name): array for name, array in answer.items()}
     return {name: answer[name] for name in vector.outputs if name in answer}
 
 
@@ -140,8 +182,13 @@ def compared(
         raise Skip("not supported: refused")
     if not arrays:
         raise Skip("no answer")
-    missing = []
-    for name, output in vector.expected(conventions).items():
+    if vector.settings.get("layer", {}).get("groups", 1) > 1 and _lies_otherwise(subject):
+        raise Skip("not supported: its adapters of groups have another shape")
+    missing, expected = [], vector.expected(conventions)
+    for name in sorted(arrays.keys() - expected.keys() if vector.method in WHOLE else ()):
+        beside = subject.answer(arrays[name], name)
+        yield Comparison(f"beside what was asked, {name}", beside, np.zeros_like(beside))
+    for name, output in expected.items():
         if name in arrays:
             array = subject.answer(arrays[name], name, output.want.shape, dtype)
             allowed = Limits(output.max_z, output.rms_z, 0.0)
@@ -150,6 +197,12 @@ def compared(
             missing.append(f"{vector.id}.out.{name}")
     if missing:
         raise Fault("missing", f"no {', '.join(missing)}")
+
+
+def _lies_otherwise(subject: GuardedImplementation) -> bool:
+    """Whether adapters of convolutions in groups lie otherwise than in vectors."""
+    usual = LAYOUTS["conv_groups"][0]
+    return bool(subject.conventions.get("conv_groups", usual) != usual)
 
 
 def _refusal(arrays: Mapping[str, Array] | None, vector: Vector) -> Comparison:

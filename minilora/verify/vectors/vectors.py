@@ -6,8 +6,8 @@ The bytes of a set are the same on every machine: inputs are drawn from SHAKE-12
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,22 @@ import numpy as np
 
 from minilora.io.atomic import write_files
 from minilora.io.files import pack_json
+from minilora.verify.checks.names import MEANINGFUL, MEANINGLESS
 from minilora.verify.checks.registry import CHECKS, LEVELS
-from minilora.verify.core.bigfloat import Shake
+from minilora.verify.core.bigfloat import Portable
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.errors import UsageError, near
 from minilora.verify.core.level import Draws, Level
 from minilora.verify.core.types import Case, Check
 from minilora.verify.engine import Progress
-from minilora.verify.implementation.contract import positional
-from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.messages import split_arrays
 from minilora.verify.plan import levels_of, require_known
+from minilora.verify.vectors.call import Call
 from minilora.verify.vectors.files import files, frozen
+from minilora.verify.vectors.recorded import asked
 from minilora.verify.vectors.tags import flags
-from minilora.verify.vectors.truth import Call, true_answers
-from minilora.verify.vectors.vector import Vector, each_array, fingerprint
+from minilora.verify.vectors.truth import true_answers
+from minilora.verify.vectors.vector import Vector, fingerprint
 
 Array = np.ndarray
 
@@ -40,45 +41,6 @@ HOLD = {
     "float64": ("float64",),
 }
 """The dtypes that inputs drawn in one of them are put to: those that hold them exactly."""
-
-
-@dataclass(frozen=True)
-class Drawn(Case):
-    """A case whose draws are the same on every machine and with every version of NumPy."""
-
-    def rng(self) -> Any:
-        """A generator with a stream of its own."""
-        return Shake(f"minilora vectors/{self.check}/{self.dtype}/{self.number}/{self.seed}")
-
-
-class _Asked(Exception):
-    """What a check asks first."""
-
-
-class _Recorder(GuardedImplementation):
-    """A subject that answers nothing and tells what it was asked."""
-
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        raise _Asked(method, args, kwargs)
-
-
-def asked(check: Check, case: Case) -> tuple[str, dict[str, Any]]:
-    """The method that a check calls in a case, and its arguments by name; arrays in float64."""
-    try:
-        next(iter(check.run(_Recorder(object()), case)))
-    except _Asked as call:
-        method, args, kwargs = call.args
-    arguments = dict(zip(positional(method), args, strict=False)) | kwargs
-    if (method, check.needs) == ("merge", ("merge", "unmerge")):
-        method = "unmerge"  # of a weight that is as good as a merged one
-        arguments["W_merged"] = arguments.pop("W")
-    if method == "optimizer_steps":
-        arguments |= arguments.pop("settings")
-    return method, each_array(arguments, lambda v: v if v.dtype.kind in "bi" else _wide(v))
-
-
-def _wide(array: Array) -> Array:
-    return array.astype(np.float64)
 
 
 def level_of(check: str) -> Level:
@@ -99,12 +61,13 @@ def name_of(check: str, drawn: str, number: int, seed: int) -> str:
 def make(check: Check, drawn: str, number: int, seed: int) -> Vector:
     """The vector of a case."""
     name = name_of(check.id, drawn, number, seed)
-    method, given = asked(check, Drawn(check.id, drawn, number, seed))
+    method, given, taken = asked(check, Case(check.id, drawn, number, Portable(seed)))
     lane = "exact" if level_of(check.id).is_exact(check.id, number) else "rounding"
     settings_and_arrays = _flat(given)
     inputs = settings_and_arrays[1]
-    dtypes = tuple(d for d in HOLD[drawn] if check.cases("ci", d) and _held(inputs, d))
-    outputs, alternatives = true_answers(Call(method, given, lane, dtypes, name))
+    held = HOLD[drawn] if not taken else (drawn,)  # files have one dtype
+    dtypes = tuple(d for d in held if check.cases("ci", d) and _held(inputs, d))
+    outputs, alternatives = true_answers(Call(method, given, lane, dtypes, name, taken))
     return Vector(
         id=name,
         check=check.id,
@@ -119,16 +82,14 @@ def make(check: Check, drawn: str, number: int, seed: int) -> Vector:
         flags=flags(check.id, method, given, drawn, lane),
         result="acceptable" if alternatives else "valid",
         alternatives=alternatives,
+        files=taken,
     )
 
 
 def _flat(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Array]]:
     arrays: dict[str, Array] = {}
     settings = split_arrays(given, (), arrays)
-    return settings, {
-        name: array.astype(np.uint8) if array.dtype == bool else array
-        for name, array in arrays.items()
-    }
+    return settings, arrays
 
 
 def _held(arrays: Mapping[str, Array], dtype: str) -> bool:
@@ -159,6 +120,23 @@ def _spoiled(valid: Vector, flag: str, change: Any) -> Vector:
     )
 
 
+LISTS = ("names.targets.list", "names.trainable.plain")
+"""The checks whose first vector is asked with configurations that mean nothing, too."""
+
+
+def _meaningless(valid: Vector) -> Iterator[Vector]:
+    """The names of a vector with each configuration that is to be refused."""
+    for number, changes in enumerate(MEANINGLESS.values()):
+        yield replace(
+            valid,
+            id=f"{valid.id}-Meaningless-{number}",
+            settings=valid.settings | {"config": {**MEANINGFUL, **changes}},
+            outputs={},
+            flags=("Names", "Meaningless"),
+            result="invalid",
+        )
+
+
 def vectors(
     levels: Sequence[str] | None = None,
     checks: Sequence[str] | None = None,
@@ -183,7 +161,8 @@ def vectors(
         made.append(make(check, drawn, number, seed))
     firsts = {vector.check: vector for vector in reversed(made)}
     spoiled = [_spoiled(firsts[c], flag, change) for c, flag, change in INVALID if c in firsts]
-    return made + spoiled
+    lists = [firsts[check] for check in LISTS if check in firsts]
+    return made + spoiled + [each for valid in lists for each in _meaningless(valid)]
 
 
 def _checks_with_vectors(
