@@ -474,5 +474,5 @@ LEVEL = Level(
     cases=None,
     quick="(logits|deltas)\\.combined|names\\.partial",
     vectors={"logits.*": (("float32", 0),), "deltas.*": (("float32", 0),)},
-    no_vectors={"names.*": "it may be refused, or have its effect"},
+    no_vectors={"*names.*": "it may be refused, or have its effect"},
 )

@@ -362,7 +362,7 @@ LEVEL = Level(
     vectors={
         "embedding*": (("float32", 0), ("float32", 1)),
         "*.gradients": (("bfloat16", 0), ("float32", 1), ("float32", 2)),
-        "*": (("bfloat16", 0), ("float32", 1)),
+        "*": (("float32", 1),),
     },
     no_vectors={
         **{
