@@ -187,6 +187,37 @@ def added(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     yield session.evaluated()
 
 
+def replaced(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+    """An adapter that takes another's place has its own rate of dropout."""
+    session = _Run(subject, case)
+    session.take(("add", "one", "two"), ("activate", ["one"]), ("train",))
+    yield session.evaluated()
+    session.take(("replace", "one", "one"))
+    yield from session.trained()
+    session.take(("replace", "one", "two"))
+    yield session.evaluated()
+    yield from session.chance()
+
+
+_IN_TRAINING: dict[str, tuple[Step, ...]] = {
+    "kept": (("add", "two"), ("scale", "two", 2.0), ("activate", ["one", "two"]), ("disable",),
+             ("activate", ["one"]), ("delete", "two")),
+    "loaded": (("save", "one"), ("delete", "one"), ("load", "one", "one"), ("activate", ["one"])),
+}  # fmt: skip
+
+
+def _in_training(steps: Sequence[Step]) -> Any:
+    def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+        session = _Run(subject, case)
+        session.take(("add", "one"), ("activate", ["one"]), ("train",), *steps)
+        yield from session.trained()
+        session.take(("eval",))
+        yield session.evaluated()
+        yield from session.chance()
+
+    return run
+
+
 _BOTH: tuple[Step, ...] = (("add", "one"), ("add", "two"), ("activate", ["two", "one"]))
 
 CHECKS: dict[str, tuple[str, Any]] = {
@@ -196,6 +227,15 @@ CHECKS: dict[str, tuple[str, Any]] = {
         _of_steps(_BOTH, (("scale", "one", 2.0), ("activate", ["two"]))),
     ),
     "dropout.added": ((added.__doc__ or ""), added),
+    "dropout.kept": (
+        "Adding, scaling, activating, disabling and deleting in training leave dropout on.",
+        _in_training(_IN_TRAINING["kept"]),
+    ),
+    "dropout.loaded": (
+        "Loading in training leaves dropout on.",
+        _in_training(_IN_TRAINING["loaded"]),
+    ),
+    "dropout.replaced": ((replaced.__doc__ or ""), replaced),
     "dropout.save": (
         "A saved adapter keeps its rate of dropout.",
         _of_steps((("add", "one"), ("save", "one"), ("anew",), ("load", "one", "one"),

@@ -181,7 +181,9 @@ def _dora(draw: Draw) -> SessionInputs:
     """LoRA as "one", and two of DoRA, whose V = W + s B A has rows of norm 4 or 8, as W of 4.
 
     Every row of W is `_ROW` in one order with signs, and s B A changes r of its ones: A's rows
-    select their columns, and an integer matrix of determinant 1 mixes the ranks.
+    select their columns, and an integer matrix of determinant 1 mixes the ranks. A step of training
+    with `SessionInputs.one_token` reaches the magnitude alone, so that the norms stay as they are:
+    A takes nothing of its entry of x, and B's row of its entry of dy is 0.
     """
     m, n = 5, len(_ROW)
     order = draw.rng.permutation(n)
@@ -190,10 +192,12 @@ def _dora(draw: Draw) -> SessionInputs:
     for name, r in (("two", 1), ("onetwo", 2)):
         s = float(draw.rng.choice([0.5, 2.0]))
         s = draw.fixed.alpha_of(s * r, r) / r
-        columns = draw.rng.permutation(np.flatnonzero(_ROW[order] == 1))[:r]
+        ones = np.flatnonzero(_ROW[order] == 1)
+        columns = draw.rng.permutation(ones[ones != 1])[:r]
         grows = np.arange(m)[:, None] % 2 == draw.rng.integers(2)
         signs = draw.rng.choice([-1, 1], (m, r))
         V = np.where(grows, (7, 5)[r - 1] * signs, -W[:, columns]).astype(W.dtype)
+        V[-2] = W[-2, columns]
         mixed = np.eye(r, dtype=W.dtype) + np.triu(np.ones((r, r), W.dtype), 1)
         A = mixed @ np.eye(n, dtype=W.dtype)[columns]
         B = ((V - W[:, columns]) / s @ np.linalg.inv(mixed).round()).astype(W.dtype)

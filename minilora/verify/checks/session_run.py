@@ -99,6 +99,8 @@ class SessionRun:
             raise Skip("it has one adapter at a time")
         if not self.session.has(method):
             raise Skip(f"no {method}")
+        if method == "step" and self._is_out_of_integers():
+            raise Skip("a step with DoRA's norm differentiated leaves the integers")
         if method == "step" and self.unsure and not self._follow_weight():
             return False  # what is merged is not trained
         passed = self._passed(method, arguments)
@@ -122,6 +124,11 @@ class SessionRun:
         """Whether the implementation has declared that it has no place for one more adapter."""
         others = self.state.adapters.keys() - {name}
         return self.subject.fixed.adapters is not None and bool(others)
+
+    def _is_out_of_integers(self) -> bool:
+        """Whether a step changes V of DoRA: where its norm is held, only the magnitude changes."""
+        has_dora = any("magnitude" in self.state.adapters[name] for name in self.state.active)
+        return has_dora and self.subject.conventions.get("dora_norm") == "differentiated"
 
     def _follow_weight(self) -> bool:
         """Whether the stored weight shows what is merged; the expected state then follows it."""

@@ -245,15 +245,20 @@ SPECIAL_SCRIPTS: dict[str, tuple[str, str, tuple[Step, ...]]] = {
         "full",
         "Loading an adapter with modules_to_save while another is merged changes no output.",
         (*START, ("save", "two"), ("delete", "two"), ("merge",), ("load", "two", "two"),
-         ("unmerge",), ("activate", ["two"])),
+         ("unmerge",), ("activate", ["two"]), ("activate", [])),
     ),
 }  # fmt: skip
 """Steps of special kinds, and of what not every session can do: kind, law and steps."""
 
 STEPPED: tuple[Step, ...] = (*START, ("step",), ("activate", ["two"]), ("activate", ["one"]))
+STEPPED_DORA: tuple[Step, ...] = (
+    *START, ("activate", ["two"]), ("step",), ("merge",), ("unmerge",), ("activate", ["one"]),
+    ("step",), ("activate", ["two"]),
+)  # fmt: skip
 REPLACED: tuple[Step, ...] = (
     *START, ("replace", "one", "onetwo"), ("merge",), ("unmerge",), ("activate", ["two"]),
-    ("replace", "one", "-one"), ("activate", ["one"]),
+    ("replace", "one", "-one"), ("activate", ["one"]), ("activate", ["two"]),
+    ("replace", "two", "onetwo"), ("merge",), ("unmerge",),
 )  # fmt: skip
 
 TRAINED_SCRIPTS: dict[str, tuple[str, str, tuple[Step, ...]]] = {
@@ -351,10 +356,10 @@ TRAINED_SCRIPTS: dict[str, tuple[str, str, tuple[Step, ...]]] = {
         f"step.{SUFFIXES[kind]}": (
             kind,
             f"A step of training changes the active adapter, and nothing else{KINDS[kind]}.",
-            STEPPED,
+            STEPPED_DORA if kind == "dora" else STEPPED,
         )
         for kind in KINDS
-        if kind not in ("linear", "dora")
+        if kind != "linear"
     },
     **{
         f"replace.{SUFFIXES[kind]}": (

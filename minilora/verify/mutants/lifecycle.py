@@ -62,6 +62,14 @@ def at_once(module: Session, name: str) -> None:
     module.active, module.merged, module.W = [name], {}, module.original
 
 
+def instead_of_base(module: Session, name: str) -> None:
+    """What is loaded takes the place of the base's module, under what is merged."""
+    new = module.known[name]
+    merged = {each: change + module.original - new["W"] for each, change in module.merged.items()}
+    module.W = module.W if merged else new["W"]
+    module.merged, module.original, module.b = merged, new["W"], new["bias"]
+
+
 def last_uses(x: Array) -> Array:
     """Which look-ups of a row are its last."""
     return np.array([row not in x[i + 1 :] for i, row in enumerate(x)])
@@ -640,6 +648,11 @@ LIFECYCLE: Table = {
          {"Pair: # after loading":
               'if self.kind == "full" and self.first.merged and name in self.second.known: '
               "at_once(self.second, name)"}),
+        ("load-full-of-base", "a module of modules_to_save that is loaded while merged takes the "
+         "base's place",
+         {"Pair: # after loading":
+              'if self.kind == "full" and self.first.merged and name in self.second.known: '
+              "instead_of_base(self.second, name)"}),
     ],
     "lifecycle.random-steps.files": [
         ("load-active", "a loaded adapter is active at once",

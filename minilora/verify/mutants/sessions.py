@@ -348,6 +348,21 @@ SESSIONS: Table = {
         ("loading-trains", "an adapter that is loaded turns training on",
          {"Session: # after loading": "self.training = True"}),
     ],
+    "lifecycle.dropout.kept": [
+        ("deleting-evaluates", "deleting an adapter turns training off",
+         {"# after deleting": "self.training = False"}),
+        ("scaling-evaluates", "scaling an adapter turns training off",
+         {"# before scaling": "self.training = False"}),
+    ],
+    "lifecycle.dropout.loaded": [
+        ("loading-evaluates", "an adapter that is loaded turns training off",
+         {"Session: # after loading": "self.training = False"}),
+    ],
+    "lifecycle.dropout.replaced": [
+        ("replace-rate", "a replaced adapter keeps its rate of dropout",
+         {"Session: # before replacing":
+              'adapter = {**adapter, "p": self.known[name].get("p", 0.0)}'}),
+    ],
     "lifecycle.dropout.save": [
         ("save-no-rate", "the rate of dropout is not saved",
          {"Session: # before saving": 'adapter = {k: v for k, v in adapter.items() if k != "p"}'}),
@@ -359,8 +374,14 @@ STEPPED: Table = {
          {f"{'Pair' if kind in PAIRS else 'Session'}: # before stepping":
               f"lr = -lr if {one_layer_of(kind)} else lr"}),
     ]
-    for kind in WORDS if kind not in ("linear", "dora")
+    for kind in WORDS if kind != "linear"
 }
+STEPPED["lifecycle.step.dora"] = [
+    *STEPPED["lifecycle.step.dora"],
+    ("step-no-magnitude", "a step of training leaves DoRA's magnitude as it is",
+     {"Session: # before stepping":
+          'gradients = {k: g for k, g in gradients.items() if not k.endswith(".magnitude")}'}),
+]
 REPLACED: Table = {
     f"lifecycle.replace{SUFFIXES.get(kind, f'.{kind}')}": [
         (f"replace-nothing-{kind}", f"replacing does nothing{WORDS[kind]}",
@@ -369,6 +390,13 @@ REPLACED: Table = {
     ]
     for kind in WORDS if kind != "linear"
 }
+REPLACED["lifecycle.replace.dora"] = [
+    *REPLACED["lifecycle.replace.dora"],
+    ("replace-magnitude", "a replaced adapter keeps DoRA's magnitude",
+     {"Session: # before replacing":
+          'old = self.known[name]; adapter = {**adapter, "magnitude": old["magnitude"]} if '
+          '"magnitude" in old and "magnitude" in adapter else adapter'}),
+]
 # fmt: on
 
 MUTANTS: tuple[Mutant, ...] = mutants(LONG, "LIFECYCLE", {**SESSIONS, **STEPPED, **REPLACED})
