@@ -350,6 +350,14 @@ LIFECYCLE: Table = {
         ("scale-or-1", "a factor of 0 taken for 1", {"# before scaling": "factor = factor or 1.0"}),
         ("scale-absolute", "the factor's sign is ignored",
          {"# before scaling": "factor = abs(factor)"}),
+        ("scale-or-as-before", "a factor of 0 is passed over",
+         {"# before scaling": "if factor == 0: return"}),
+        ("scale-until-activated", "activate sets all factors to 1",
+         {"Session: # before activating": "self.factor = dict.fromkeys(self.factor, 1.0)"}),
+        ("scale-classic", "a factor set for an adapter with rsLoRA is one of α/r",
+         {"# before scaling":
+              'a = self.known[name]; factor /= a["r"] ** 0.5 if a.get("use_rslora") else 1'},
+         "peft 2733"),
         ("scale-given", "scale multiplies the caller's B",
          {"# before scaling": 'self.known[name]["B"][...] *= factor; return'}),
     ],
@@ -465,6 +473,9 @@ LIFECYCLE: Table = {
          {"# acting":
               'names = self.active if self.kind == "embedding" and not self.off else names'},
          "candle-lora 26"),
+        ("embedding-classic", "use_rslora is ignored for an embedding",
+         {'"use_rslora") if k in adapter':
+              '"use_rslora") if k in adapter and (k != "use_rslora" or self.kind != "embedding")'}),
     ],
     "lifecycle.weight.embedding": [
         ("embedding-never-merged", "an embedding's table is never merged",

@@ -109,6 +109,10 @@ SCALE: Table = {
          {"ds = s": "ds = s = alpha / r"}, "TensorRT-LLM 1668", "peft 2733"),
         ("rslora-of-alpha", "s = √(α/r) with rsLoRA",
          {"ds = s": "ds = s = (alpha / r) ** (0.5 if use_rslora else 1)"}),
+        ("rslora-half-of-bits", "s = α / 2^⌊log₂ r / 2⌋ with rsLoRA where r is a power of 2",
+         {"ds = s":
+              "ds = s = alpha / 2 ** ((r.bit_length() - 1) // 2) if use_rslora and not r & (r - 1) "
+              "else s"}),
     ],
     "linear.forward.bias": [
         ("of-bias", "y = x Wᵀ + s b + s H Bᵀ", {"x @ W.T + b": "x @ W.T + s * b"}),
@@ -193,6 +197,8 @@ COMBINED: Table = {
          {"# arrays": "A = A * upto(64, len(A))[:, None]"}),
         ("evaluation-no-bias", "no bias where there is a rate and no mask",
          {"# arrays": "b = 0 * b if p and not dropout else b"}),
+        ("alpha-absolute-rslora", "|α| for α with rsLoRA",
+         {"# arrays": "alpha = abs(alpha) if use_rslora else alpha"}),
     ],
     "linear.forward": [
         ("alpha-absolute", "|α| for α", {"# arrays": "alpha = abs(alpha)"}),

@@ -201,6 +201,8 @@ COMBINE: Table = {
          {"# combine":
               'n = 1 if np.array_equal(adapters[0]["A"], adapters[-1]["A"]) else None; '
               "adapters, w = adapters[:n], w[:n]"}),
+        ("averaged-from-four", "Σ w s B A / count where there are more than three adapters",
+         {"# combine": "w = [v / len(w) for v in w] if len(w) > 3 else w"}),
     ],
     "combine.order": [
         ("sorted", "the adapters sorted by rank, their weights not",
@@ -244,6 +246,10 @@ COMBINE: Table = {
         ("linear-weighted-A", "w s on A, and B without",
          {"# roots":
               'of_A, of_B = (products, products**0) if kind == "linear" else (of_A, of_B)'}),
+        ("linear-scale-on-B", "√|w| on both factors, and s on B alone",
+         {"# roots":
+              'root, of_w = np.abs(w) ** 0.5, [self.scale(**a) for a in adapters]; of_A, of_B = '
+              '(np.sign(products) * root, root * of_w) if kind == "linear" else (of_A, of_B)'}),
         ("linear-classic", "√|w α/r| with rsLoRA",
          {"products = np.array([wi * self.scale(**a)":
               "products = np.array([wi * self.scale(**{**a, 'use_rslora': False})"}),
@@ -352,13 +358,17 @@ MULTI: Table = {
          {"# adapter": "adapter = stale(adapters, i)"}),
         ("slot-0-scale", "adapter 0's s for all",
          {"# adapter":
-              'adapter = {**adapter, "alpha": self.scale(**{**adapters[0], "use_rslora": '
-              'False}) * adapter["r"], "use_rslora": False}'}),
+              'adapter = {**adapter, "alpha": self.scale(**adapters[0]) * adapter["r"], '
+              '"use_rslora": False}'}),
         ("no-scale", "s = 1", {"ds = s": "ds = s = 1.0"}),
         ("greatest-rank", "α / max r",
          {"# adapter":
               'adapter = {**adapter, "alpha": adapter["alpha"] / max(v["r"] for v in adapters) '
               '* adapter["r"], "use_rslora": False}'}),
+        ("greatest-rank-by-rule", "α / max r, and α / √max r with rsLoRA",
+         {"# adapter":
+              'adapter = {**adapter, "alpha": self.scale(**{**adapter, "r": max(v["r"] for v in '
+              'adapters)}) * adapter["r"], "use_rslora": False}'}),
         ("rslora-lost", "α/r with rsLoRA", {"ds = s": "ds = s = alpha / r"}),
         ("smallest-rank", "every adapter truncated to the smallest rank",
          {"# adapter": 'adapter = cut(adapter, min(v["r"] for v in adapters))'}),

@@ -13,6 +13,13 @@ def as_list(wanted: Any) -> list[str]:
     return [wanted] if isinstance(wanted, str) else [*(wanted or ())]
 
 
+def excludes_anywhere(excluded: Any, name: str) -> bool:
+    """Whether an expression is the whole name, or one of the names stands somewhere in it."""
+    if isinstance(excluded, str):
+        return references.matches(excluded, name)
+    return any(part in name for part in excluded)
+
+
 def shortened(wanted: Any) -> Any:
     """The last parts of the names of a long list."""
     is_long = isinstance(wanted, list) and len(wanted) > 60
@@ -73,6 +80,11 @@ TABLE: Table = {
          {r".*?\.[^.]*": r".*\.[^.]*"}),
         ("layer-from-1", "layers are counted from 1",
          {'int(found["number"])': 'int(found["number"]) + 1'}),
+        ("layer-after", "the layer after each that is asked for",
+         {'int(found["number"])': 'int(found["number"]) - 1'}),
+        ("layers-without-pattern", "layers_to_transform is ignored without layers_pattern",
+         {"if layers is None or layers == []:":
+              'if layers is None or layers == [] or not config.get("layers_pattern"):'}),
         ("layers-first-pattern", "only the first of several layers_pattern counts",
          {"else patterns": "else patterns[:1]"}),
         ("layers-whole-names", "a whole name is bound to the layers, too",
@@ -87,6 +99,9 @@ TABLE: Table = {
         ("exclude-whole", "exclude_modules names whole modules only",
          {'matches(config.get("exclude_modules") or [], name)':
               'name in (config.get("exclude_modules") or [])'}),
+        ("exclude-anywhere", "a name of exclude_modules matches anywhere in a name",
+         {'matches(config.get("exclude_modules") or [], name)':
+              'excludes_anywhere(config.get("exclude_modules") or [], name)'}),
         ("exclude-after", "a target that is a whole name is not excluded",
          {'matches(config.get("exclude_modules") or [], name)':
               'matches(config.get("exclude_modules") or [], name) and name not in wanted'}),

@@ -91,6 +91,8 @@ SESSIONS: Table = {
         ("four-slots", "there are four slots: a fifth adapter takes the place of the first",
          {"# after adding":
               "if len(self.known) > 4: self.known[next(iter(self.known))] = adapter"}),
+        ("two-active", "of the active adapters only the first two act",
+         {"Session: # before activating": "names = names[:2]"}),
         ("seven", "from the seventh adapter on, each is the sixth",
          {"# after adding":
               "if len(self.known) > 6: self.known[name] = self.known[list(self.known)[5]]"}),
