@@ -16,6 +16,7 @@ MODULES = {
     "peers": ("loralib", "peft", "torch", "transformers"),
     "libraries": ("bitsandbytes", "jsonschema", "lycoris", "mlx", "mlx_lm"),
     "servers": ("fastapi", "openai", "uvicorn"),
+    "adapters": ("adapters",),
     "axolotl": ("axolotl",),
     "unsloth": ("unsloth",),
     "vllm": ("vllm",),

@@ -53,7 +53,7 @@ RUN_TIME = {
 PEERS = {"loralib", "lycoris", "peft", "torch", "transformers"}
 """What a peer's file may import."""
 
-ALONE = {"axolotl", "bitsandbytes", "jax", "mlx", "mlx_lm", "sglang", "unsloth", "vllm"}
+ALONE = {"adapters", "axolotl", "bitsandbytes", "jax", "mlx", "mlx_lm", "sglang", "unsloth", "vllm"}
 FRAMEWORKS = {"flax", "keras", "litgpt"}
 """And one peer's file each, which comes with an extra of its own or with `libraries`."""
 

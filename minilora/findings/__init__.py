@@ -5,6 +5,7 @@ A module a library. The pages of the documentation, what `minilora verify` knows
 """
 
 from minilora.findings import (
+    adapters,
     axolotl,
     bitsandbytes,
     flax,
@@ -31,6 +32,7 @@ LIBRARIES: dict[str, Library] = {
         bitsandbytes,
         lycoris,
         axolotl,
+        adapters,
         mlx_lm,
         jax,
         keras,

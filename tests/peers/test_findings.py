@@ -2288,6 +2288,82 @@ def test_axolotl_has_no_gradient_of_the_bases_bias(torch, peft, axolotl):
     assert bias.grad == 1
 
 
+@pytest.fixture
+def adapters(torch):
+    return optional("adapters")
+
+
+def of_adapterhub(torch, adapters, base, scale=1, across=False):
+    """A layer with DoRA of rank 1, all of whose numbers are 1, as `adapters.init` puts it there."""
+    config = adapters.ModelAdaptersConfig()
+    lora = optional("adapters.methods.lora")
+    layer = lora.LoRALinear.wrap(base, "selfattn", None, config, fan_in_fan_out=across)
+    config.add("one", adapters.LoRAConfig(r=1, alpha=scale, use_dora=True))
+    layer.add_adapter("one", 0)
+    config.active_setup = adapters.Stack("one")
+    fill_all(dict.fromkeys(layer.parameters(), 1))
+    return layer.eval().requires_grad_(False)
+
+
+@pytest.mark.finding("adapters.dora-scale")
+def test_adapterhub_takes_doras_norm_without_the_scale(torch, adapters):
+    layer = of_adapterhub(torch, adapters, torch.nn.Linear(1, 1, bias=False), scale=3)
+    one = torch.ones(1, 1)
+    right, _ = dora_linear(
+        *(np.ones((1, 1)) for _ in "xW"), None, *(np.ones((1, 1)) for _ in "ABm"), 3
+    )
+    assert right == 1
+    assert layer(one) == (1 + 3 * 1) / (1 + 1)
+    layer = of_adapterhub(torch, adapters, torch.nn.Linear(2, 1, bias=False), scale=3)
+    layer.weight.data[:] = torch.tensor([[3.0, -1.0]])  # B A is (1, 1)
+    layer.merge_adapter("one")
+    assert layer.weight.tolist() == [[1, 0]]
+    V = np.array([[3.0, -1.0]]) + 3
+    assert not (layer.weight.numpy(force=True) == V / np.linalg.norm(V)).any()
+
+
+@pytest.mark.finding("adapters.dora-bias")
+def test_adapterhub_rescales_the_bias_under_dora(torch, adapters):
+    layer = of_adapterhub(torch, adapters, torch.nn.Linear(1, 1))
+    one = torch.ones(1, 1)
+    right, _ = dora_linear(*(np.ones((1, 1)) for _ in "xWbABm"), 1)
+    assert right == 1 + 1
+    assert layer(one) == (1 + 1 + 1) / (1 + 1)
+    layer.merge_adapter("one")
+    assert layer(one) == right
+
+
+@pytest.mark.finding("adapters.dora-transposed")
+def test_adapterhub_takes_the_norms_of_a_transposed_weight_along_the_other_side(
+    torch, transformers, adapters
+):
+    base = transformers.pytorch_utils.Conv1D(3, 2)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        of_adapterhub(torch, adapters, base, across=True)
+
+
+@pytest.mark.finding("adapters.dora-reset")
+def test_adapterhub_leaves_dora_merged_after_a_reset(torch, adapters):
+    layer = of_adapterhub(torch, adapters, torch.nn.Linear(1, 1, bias=False))
+    layer.weight.data.fill_(3)
+    layer.merge_adapter("one")
+    merged = layer.weight.item()
+    layer.reset_adapter()
+    assert not layer.merged
+    assert layer.weight.item() == merged == 1 != 3
+
+
+@pytest.mark.finding("adapters.llama-places")
+def test_adapterhub_exchanges_the_places_of_a_llamas_projections(transformers, adapters):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
+    adapters.init(model)
+    for place, adapted in (("intermediate", "down_proj"), ("output", "up_proj")):
+        config = adapters.LoRAConfig(selfattn_lora=False, r=1, **{f"{place}_lora": True})
+        model.add_adapter(place, config)
+        found = {n.split(".")[4] for n, _ in model.named_parameters() if f"loras.{place}." in n}
+        assert found == {adapted}
+
+
 CODES = [finding for finding in FINDINGS.values() if finding.code]
 
 

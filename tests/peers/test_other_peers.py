@@ -49,7 +49,20 @@ OF_KERNELS = (
     "precision.vjp:bfloat16:0",
 )
 
-FEW = {"jax": OF_JAX, "flax": OF_FLAX, "axolotl": OF_KERNELS, "unsloth": OF_KERNELS}
+OF_ADAPTERS = (
+    "linear.vjp.all:float32:1",
+    "merge.weight:float64:1",
+    "variants.dora.forward:float32:0",
+    "init.distribution:float32:0",
+)
+
+FEW = {
+    "adapters": OF_ADAPTERS,
+    "jax": OF_JAX,
+    "flax": OF_FLAX,
+    "axolotl": OF_KERNELS,
+    "unsloth": OF_KERNELS,
+}
 SMALL = (*DTYPES, *FEW)
 
 

@@ -5,6 +5,7 @@ A module here describes one library as a value, `PEER`, without importing it; it
 """
 
 from minilora.verify.peers import (
+    adapters,
     axolotl,
     bitsandbytes,
     flax,
@@ -29,6 +30,7 @@ from minilora.verify.peers.peer import Peer
 PEERS: dict[str, Peer] = {
     module.PEER.name: module.PEER
     for module in (
+        adapters,
         axolotl,
         bitsandbytes,
         flax,
