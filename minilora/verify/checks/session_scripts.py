@@ -277,6 +277,14 @@ TRAINED_SCRIPTS: dict[str, tuple[str, str, tuple[Step, ...]]] = {
          ("merge",), ("unmerge",), ("anew",), ("load", "one", "one"), ("activate", ["one"]),
          ("load", "four", "four"), ("activate", ["four"])),
     ),
+    "combine-scaled": (
+        "linear",
+        "Adapters are combined as they act, with their factors; that of the sum is 1.",
+        (*START, ("scale", "one", 2.0), ("scale", "two", -0.5),
+         ("combine", "four", ["one", "two"], [0.5, 4.0]), ("activate", ["four"]),
+         ("activate", ["one"]), ("activate", ["two"]), ("scale", "one", 1.0), ("scale", "two", 1.0),
+         ("activate", ["four"]), ("scale", "four", 2.0)),
+    ),
     "step-several": (
         "linear",
         "A step of training changes all active adapters.",

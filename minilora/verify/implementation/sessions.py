@@ -181,12 +181,10 @@ class LayerState:
         return self._swapped(name, adapter, self._adapters(adapter))
 
     def combine(self, name: str, names: Sequence[str], weights: Sequence[float]) -> LayerState:
-        """With one more adapter, not active: the weighted sum of the changes of others."""
+        """With one more adapter, not active: the weighted sum of others, as they act by then."""
         self._require(*names)
-        triples = [
-            (one.parts[0], one.parts[1], one.s)
-            for one in (self._adapters(self.adapters[each])[""] for each in names)
-        ]
+        others = [self.states[""].adapters[each] for each in names]
+        triples = [(one.parts[0], one.parts[1], one.s) for one in others]
         A, B = combine(triples, weights)
         return self.add(name, {"A": A, "B": B, "r": len(A), "alpha": float(len(A))})
 

@@ -174,6 +174,16 @@ SESSIONS: Table = {
         ("combine-unscaled", "adapters are combined without s",
          {"s = [w * self.maths.scale(**self.bare(a)) for": "s = [w for"}),
     ],
+    "lifecycle.combine-scaled": [
+        ("combine-factor", "adapters are combined without the factors of scale",
+         {"s = [self.factor[each] * f for": "s = [f for"}),
+        ("combine-factor-magnitude", "adapters are combined with the sizes of the factors of scale",
+         {"s = [self.factor[each] * f for": "s = [abs(self.factor[each]) * f for"}),
+        ("combine-factor-of-first", "a combined adapter has the first one's factor of scale too",
+         {"# after adding": 'self.factor[name] = self.factor["one"] if name == "four" else 1.0'}),
+        ("combine-factor-reset", "combining adapters sets their factors to 1",
+         {"# combined": "self.factor |= dict.fromkeys(names, 1.0)"}),
+    ],
     "lifecycle.step-several": [
         ("step-first", "a step of training changes the first active adapter alone",
          {"Session: # before stepping":

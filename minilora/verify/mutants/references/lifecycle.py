@@ -99,6 +99,7 @@ class Session:
             self.require(each)
         others = [self.known[each] for each in names]
         s = [w * self.maths.scale(**self.bare(a)) for a, w in zip(others, weights, strict=True)]
+        s = [self.factor[each] * f for each, f in zip(names, s, strict=True)]
         A = np.concatenate([a["A"] for a in others])
         B = np.concatenate([f * a["B"] for a, f in zip(others, s, strict=True)], 1)
         # combined
