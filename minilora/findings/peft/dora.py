@@ -151,7 +151,7 @@ FINDINGS = (
             Where $g$ is large, a bias that is trained beside DoRA in bfloat16 is trained by
             rounding errors, or not at all.
             """,
-        found_by=("peft", "variants.dora.vjp"),
+        found_by=("peft", "variants.dora.bias-gradient"),
     ),
     Finding(
         id="peft.dora-vector",

@@ -82,6 +82,10 @@ off before. float16 ends so early that its row is 2⁻⁴ as long. There is none
 the base from an output with its bias is a way to write DoRA, and rounds it by the bias's size."""
 
 
+LARGE = 256
+"""About so many times V's norm is a magnitude that shows what is added and taken out again."""
+
+
 BEYOND = tuple(size for size in inputs.BEYOND if max(a * b for a, b in combinations(size, 2)) < 2e4)
 """Sizes beyond tiles of which sixteen noisy runs cost little."""
 
@@ -190,6 +194,9 @@ def by_weight_product(
     y = V' h + W (x - h) + b,   dm = ⟨G_i, V_i⟩ / ‖V_i‖,   dA = s Bᵀ dV,   dB = s dV Aᵀ with
     dV = m / ‖V‖ ∘ G, less its part along each row of V where the norm is differentiated. Where
     dropout acts on the branch alone, W (x - h) is rescaled too, and so counts in dm and the norm.
+    Of an output that takes the base's part from one with its bias, y = z + (g - 1) (z - b) + …, z =
+    W x + b, a sum for each way back to b: db = Σ (dy + (g - 1) dy) - Σ (g - 1) dy; dm has z - b.
+    That is fair as long as g is no large number, which `bias_gradient` asks.
     """
     norm, dropout = next(choice for choice, each in DORAS.items() if each is of)
     x, W, A, m = (number(v) for v in (columns(layer.x), layer.W, layer.A, part[:, None]))
@@ -208,12 +215,16 @@ def by_weight_product(
         if dropout == "branch":
             along = along + ((dy @ (x - h).T) * W).sum(1, keepdims=True)
     if layer.bias is not None:
-        y = y + number(layer.bias[:, None])
+        b, z = number(layer.bias[:, None]), V @ h
+        y = y + b
+        along = along + (dy * ((z + b) - b - z)).sum(1, keepdims=True)
     dV = G * g
     if norm == "differentiated":
         dV = dV - V * (along * g / (length * length))
     dm = along / length
     answers = {"y": y.T, "dx": dx.T, "dA": (B.T @ dV) * layer.s, "dB": (dV @ A.T) * layer.s}
+    rescaled, ones = dy * (g - 1.0), np.ones((dy.shape[1], 1))
+    answers |= {"dbias": (dy + rescaled) @ ones - rescaled @ ones}
     answers |= {"dpart": dm[:, 0], "merged": turned}
     shapes = layer.shapes()
     return {name: v.reshape(shapes.get(name, np.shape(v))) for name, v in answers.items()}
@@ -253,7 +264,7 @@ def _compared(
     layer, part, wanted, sigma = expected(*asked)
     for what, shown, array in got(layer, part):
         found = Comparison(shown, array, wanted[what], sigma[what], MONTE_CARLO)
-        if name == "dora" and what != "dbias" and found.judge().verdict != "pass":
+        if name == "dora" and found.judge().verdict != "pass":
             # Another way is as fair, and is looked at where the first one has not the room.
             other = expected(*asked, by_weight_product)[-1][what]
             found = replace(found, sigma=np.maximum(sigma[what], other))
@@ -345,6 +356,31 @@ def initialized(subject: GuardedImplementation, case: Case) -> Iterable[Comparis
     yield Comparison("y against the base", y, base, np.hypot(sigma, rounded), MONTE_CARLO)
 
 
+def bias_gradient(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+    """DoRA does not rescale a bias: its gradient is Σ dy, however long the magnitude is."""
+    layer, part = draw(case, "", "dora")
+    V = long(layer.W) + layer.s * (long(layer.B) @ long(layer.A))
+    grown = LARGE * row_norm(V)[0] / row_norm(long(layer.W))[0]
+    part = (part * grown[:, 0]).astype(part.dtype)
+    answer = subject.call(
+        "lora_linear_vjp",
+        *(layer.x, layer.W, layer.A, layer.B, layer.dy),
+        **layer.options() | _settings("dora", part),
+    )
+    dy, ones = columns(layer.dy), np.ones((columns(layer.dy).shape[1], 1))
+    wanted = {"dbias": long(dy) @ ones}
+    precision = subject.precision(case.dtype)
+
+    def run(draws: Draws) -> dict[str, Any]:
+        return {"dbias": noisy(dy, precision, draws) @ ones}
+
+    sigma = spread(run, wanted, SAMPLES, (case.seed, case.number))["dbias"]
+    sigma = np.maximum(sigma, np.sqrt(Rounding(precision).stored(wanted["dbias"].astype(float))))
+    for name in dbias(subject, layer, answer):
+        got = subject.answer(answer[name], name, layer.shapes()[name], case.dtype)
+        yield Comparison(name, got, wanted[name][:, 0], sigma[:, 0], MONTE_CARLO)
+
+
 def _checks(name: str) -> Iterable[Check]:
     def check(what: str, needs: str, words: str, run: Any, kind: str) -> Check:
         title = f"{words} of {WORDS[name]}{_more(kind)}."
@@ -386,6 +422,14 @@ _CHECKS: tuple[Check, ...] = (
         ("lora_linear",),
         (initialized.__doc__ or "").splitlines()[0],
         initialized,
+        counter(CASES, 0.5),
+    ),
+    Check(
+        "variants.dora.bias-gradient",
+        "variants",
+        ("lora_linear_vjp",),
+        (bias_gradient.__doc__ or "").splitlines()[0],
+        bias_gradient,
         counter(CASES, 0.5),
     ),
     _unbatched(

@@ -100,6 +100,13 @@ DORA: Table = {
         ("dx-of-base", "dx without the base's (m / ‖V‖ - 1) W",
          {"dx_branch = dx_branch + (dz - dy) @ W": "pass"}),
     ],
+    "variants.dora.bias-gradient": [
+        ("dbias-in-parts", "db = Σ (dy + (m / ‖V‖ - 1) dy) - Σ (m / ‖V‖ - 1) dy, each rounded",
+         {"# gradients":
+              "part = (dy * (g - 1)).astype(dtype).astype(dy.dtype) if dora else 0 * dy; dbias = "
+              "(dy + part).astype(dtype).astype(dy.dtype).sum(0) - part.sum(0)"},
+         "peft 0.21.2"),
+    ],
     "variants.dora.merge": [
         ("merge-plain", "W + s B A", {"# merged": "merged = V"}),
         ("merge-inverse", "V ∘ ‖V‖ / m",

@@ -117,8 +117,9 @@ _KNOWN = {
         {"mutant": "optimizer-schedule-cosine-rises-again"},
     ),
     **entries(
-        [f"variants.dora.vjp*:{dtype}" for dtype in ("bfloat16", "float16")],
+        ["variants.dora.bias-gradient"],
         ("peft.dora-bias-gradient",),
+        {"mutant": "dora-dbias-in-parts"},
         {"arrays": "dbias"},
     ),
     **entries(
