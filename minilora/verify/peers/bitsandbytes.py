@@ -67,7 +67,12 @@ PEER = Peer(
         ),
         **entries(
             _in_half("variants.dora.vjp*"),
-            ("bitsandbytes.bias-gradient", "peft.dora-bias-gradient"),
+            ("bitsandbytes.bias-gradient",),
+            {"arrays": "dbias"},
+        ),
+        **entries(
+            ["variants.dora.bias-gradient"],
+            ("peft.dora-bias-gradient", "bitsandbytes.bias-gradient"),
             {"arrays": "dbias"},
         ),
     },

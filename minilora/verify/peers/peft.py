@@ -17,7 +17,7 @@ _FLOAT32_START = (
 )
 
 
-OF_A_VECTOR = {
+OF_DORA = {
     **entries(
         ["variants.dora.unbatched"], ("peft.dora-vector",), {"error": "shape: y has shape (1, *"}
     ),
@@ -26,8 +26,14 @@ OF_A_VECTOR = {
         ("peft.dora-vector",),
         {"error": "raises: RuntimeError: Mismatch in shape: grad_output*"},
     ),
+    **entries(
+        ["variants.dora.bias-gradient"],
+        ("peft.dora-bias-gradient",),
+        {"mutant": "dora-dbias-in-parts"},
+        {"arrays": "dbias"},
+    ),
 }
-"""What DoRA makes of one vector."""
+"""What DoRA makes of one vector, and of a bias."""
 
 _OF_BIAS = ("bias", "bias.scaled", "save.bias", "gradients.bias", "step.bias", "replace.bias")
 
@@ -53,7 +59,7 @@ _KNOWN = {
         ("peft.combined-scale", "peft.combined-weights"),
         {"mutant": "combine-rank-for-alpha"},
     ),
-    **OF_A_VECTOR,
+    **OF_DORA,
     **entries(
         ["init.orthogonal:float64", "init.fresh.orthogonal:float64"],
         _FLOAT32_START,
@@ -115,12 +121,6 @@ _KNOWN = {
         ["optimizer.cosine-schedule.past-end"],
         ("transformers.cosine-end",),
         {"mutant": "optimizer-schedule-cosine-rises-again"},
-    ),
-    **entries(
-        ["variants.dora.bias-gradient"],
-        ("peft.dora-bias-gradient",),
-        {"mutant": "dora-dbias-in-parts"},
-        {"arrays": "dbias"},
     ),
     **entries(
         ["lifecycle.scale-while-merged"],

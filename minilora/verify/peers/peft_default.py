@@ -1,7 +1,7 @@
 """Hugging Face PEFT by its default: adapters of a half base are kept in float32."""
 
 from minilora.verify.peers.peer import Peer
-from minilora.verify.peers.peft import OF_A_VECTOR
+from minilora.verify.peers.peft import OF_DORA
 
 PEER = Peer(
     name="peft-default",
@@ -10,7 +10,7 @@ PEER = Peer(
     extra="peers",
     levels=("linear", "merge", "variants", "precision", "multi"),
     conventions={"dora_norm": "detached"},
-    known=OF_A_VECTOR,
+    known=OF_DORA,
     mixed=(
         *({"x": half, "W": half, "adapters": "float32"} for half in ("bfloat16", "float16")),
         *(
