@@ -19,6 +19,7 @@ FINDINGS = (
             The forward computes $m \circ (W + sBA)\,x / \lVert W + BA \rVert$; `merge_adapter`
             makes $m \circ (W + BA) / \lVert W + BA \rVert$ of the weight.
             """,
+        fix="Hand s B A on to compute_dora_norm and dora_merge",
         right=r"""
             $W' = m \circ (W + sBA) / \lVert W + sBA \rVert$ with $s = \alpha / r$, in both.
             """,
@@ -41,6 +42,7 @@ FINDINGS = (
         does=r"""
             $y = g \circ (W x + b + sBAx)$ with $g = m / \lVert W + BA \rVert$.
             """,
+        fix="Rescale the output without the bias, and add the bias afterwards",
         right=r"""
             $y = g \circ (W + sBA)\,x + b$, as in the paper, and as it is after merging.
             """,
@@ -59,6 +61,7 @@ FINDINGS = (
             "LoRA.__init__ and compute_dora_norm (methods/lora.py) take the norm of dim=1 of a "
             "weight that fan_in_fan_out stores as (in, out)"
         ),
+        fix="Take the norm of the transposed weight where fan_in_fan_out is set",
         right=r"""
             $\lVert \cdot \rVert$ has an entry for each output, in either storage.
             """,
@@ -79,6 +82,7 @@ FINDINGS = (
             The inverse is assigned to a local name; the weight stays merged, and the layer notes
             that nothing is merged. The next forward applies the adapter to it once more.
             """,
+        fix="Give the layer back dora_w_o, which the merge has kept",
         right="""
             Taking out what was merged leaves $W$, which the layer has kept besides.
             """,
@@ -99,6 +103,7 @@ FINDINGS = (
         does="""
             `intermediate_lora=True` adapts `down_proj`, and `output_lora=True` `up_proj`.
             """,
+        fix="Wrap up_proj as the intermediate layer and down_proj as the output layer",
         right="""
             The intermediate layer of a feed-forward block makes it wide and the output layer narrow
             again, as in the library's own BERT and GPT-2.
