@@ -100,6 +100,21 @@ def unpacked(layer: Mapping[str, Any], adapter: Mapping[str, Any], dV: Array) ->
     return dchange if rows else dV
 
 
+def closed(layer: Mapping[str, Any], adapter: Mapping[str, Any], change: Array) -> Array:
+    """A fused layer's change with each adapted projection right after the one before."""
+    rows = adapted_rows(layer, adapter)
+    moved_up = np.zeros_like(change)
+    moved_up[rows[0] : rows[0] + len(rows)] = change[rows] if rows else 0
+    return moved_up
+
+
+def opened(layer: Mapping[str, Any], adapter: Mapping[str, Any], dV: Array) -> Array:
+    """The gradient of that."""
+    rows, dchange = adapted_rows(layer, adapter), np.zeros_like(dV)
+    dchange[rows] = dV[rows[0] : rows[0] + len(rows)]
+    return dchange
+
+
 def put_back(layer: Mapping[str, Any], index: Any, y: Array, back: bool = False) -> Array:
     """Rows sorted by expert, and put back by that sort and not by its inverse; or the transpose."""
     if not of_kind(layer, "experts"):
@@ -277,6 +292,9 @@ MODULE: Table = {
     "module.conv.padding-mode.forward": [
         ("padded-with-zeros", "zeros in the branch, whatever the padding mode",
          _branch("moved(layer, padding_mode='zeros')"), "PEFT 3697"),
+        ("padded-with-zeros-in-lora", "zeros in the branch of LoRA, whatever the padding mode, "
+         "and not in that of a variant",
+         _branch("(moved(layer, padding_mode='zeros') if m is None and c is None else layer)")),
         ("padded-with-the-edge", "the edge repeated for every other padding mode than zeros",
          {"# window": "pad_mode = 'zeros' if pad_mode == 'zeros' else 'replicate'"}),
     ],
@@ -404,6 +422,9 @@ MODULE: Table = {
         ("parts-packed", "the changes one after another, over parts that are not adapted",
          {_CHANGE: "change = packed(layer, adapter, change)",
           _GRADIENTS: "dV = unpacked(layer, adapter, dV)"}),
+        ("gap-closed", "an adapted projection right after the adapted one before, over a gap",
+         {_CHANGE: "change = closed(layer, adapter, change) if kind == 'fused' else change",
+          _GRADIENTS: "dV = opened(layer, adapter, dV) if kind == 'fused' else dV"}),
         ("first-A-for-all", "the first A for all projections",
          {"change[rows] = B[b] @ A[a]": "change[rows] = B[b] @ A[: adapter['r']]"}),
         ("first-part-alone", "the first adapted projection alone",
@@ -429,6 +450,11 @@ MODULE: Table = {
          {"# branch": "branch = put_back(layer, index, branch)",
           _BACK: "dx_branch, dV = transposed(layer, h, V - W, put_back(layer, index, dy, True), "
                  "index)"}),
+        ("experts-backward-in-training", "in training, the branch's tokens sorted by expert, "
+         "and put back by that sort",
+         {"# branch": "branch = put_back(layer, index, branch) if training else branch",
+          _BACK: "dx_branch, dV = transposed(layer, h, V - W, put_back(layer, index, dy, True) if "
+                 "training else dy, index)"}),
         ("experts-of-all-ranks", "s by the ranks of all experts together",
          {"Modules: # scale": "of_all = len(W) ** (0.5 if rslora else 1); "
                               "s = s / of_all if kind == 'experts' else s"}),

@@ -115,6 +115,13 @@ def clipped(B: Array, A: Array) -> Any:
 
 MULTI_ADAPTER = Reference((Linear,), {**globals(), "isqrt": isqrt})
 
+CLASSIC = (
+    'products = np.array([wi * self.scale(**{{**a, "use_rslora": False}}) for a, wi in '
+    'zip(adapters, w, strict=True)]) if kind == "{}" else products; of_B = abs(products) ** 0.5; '
+    "of_A = np.sign(products) * of_B"
+)
+"""The roots of α/r for every adapter, in one way to combine."""
+
 # fmt: off
 COMBINE: Table = {
     "combine.weighted": [
@@ -253,12 +260,16 @@ COMBINE: Table = {
         ("linear-classic", "√|w α/r| with rsLoRA",
          {"products = np.array([wi * self.scale(**a)":
               "products = np.array([wi * self.scale(**{**a, 'use_rslora': False})"}),
+        ("linear-classic-alone", "√|w α/r| with rsLoRA in the linear combination alone",
+         {"# roots": CLASSIC.format("linear")}),
         ("linear-unscaled", "the linear combination without s",
          {"# roots":
               'root = np.sqrt(np.abs(w)); of_A, of_B = (np.sign(w) * root, root) if kind == '
               '"linear" else (of_A, of_B)'}),
     ],
     "combine.ties": [
+        ("ties-classic-alone", "√|w α/r| with rsLoRA in TIES alone",
+         {"# roots": CLASSIC.format("ties")}),
         ("ties-not-trimmed", "TIES without trimming",
          {"# trim": 'count = D[0].size if kind == "ties" else count'}),
         ("ties-mean-of-all", "TIES: the mean over all adapters, agreeing or not",
@@ -282,6 +293,8 @@ COMBINE: Table = {
          {"np.where(D.sum(0) >= 0, 1, -1)": "np.where((v * D).sum(0) >= 0, 1, -1)"}),
     ],
     "combine.magnitude-prune": [
+        ("magnitude-prune-classic-alone", "√|w α/r| with rsLoRA in magnitude pruning alone",
+         {"# roots": CLASSIC.format("magnitude_prune")}),
         ("prune-least", "magnitude pruning keeps the smallest entries",
          {"abs(D) >= least": 'abs(D) < least if kind == "magnitude_prune" else abs(D) >= least'}),
         ("prune-divided", "magnitude pruning divides by the density",
