@@ -22,6 +22,7 @@ TESTS = Path(__file__).parents[1]
 # The command line in a process of its own, with the small registry in the place of the real one.
 WITH_FAKES = (
     "import sys, fake_checks; sys.modules['minilora.verify.checks.registry'] = fake_checks; "
+    "from minilora.cli.commands import verify; verify.MOST_JOBS = 1; "
     "from minilora.cli.main import main; sys.exit(main())"
 )
 
@@ -45,6 +46,7 @@ DEFAULTS = {
 def fakes(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "minilora.verify.checks.registry", fake_checks)
     monkeypatch.setattr("minilora.verify.loading.DEFAULT_TARGET", "fake_checks:Right")
+    monkeypatch.setattr("minilora.cli.commands.verify.MOST_JOBS", 1)  # no other has the fakes
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
 
