@@ -90,7 +90,12 @@ KINDS: dict[str, tuple[Config, LoraConfig, str]] = {
     "dora": (
         tiny_models.DEEP,
         LoraConfig(r=3, lora_alpha=7, target_modules=("k", "o"), variant="dora"),
-        "DoRA's magnitudes",
+        "DoRA's magnitudes, of either sign",
+    ),
+    "dora-conv1d": (
+        tiny_models.GPT_2,
+        LoraConfig(r=3, lora_alpha=7, target_modules=("o", "down"), variant="dora"),
+        "DoRA on weights stored (in, out), one of them square",
     ),
     "embedding": (
         tiny_models.LLAMA,
@@ -138,6 +143,9 @@ def draw_case(kind: str, number: int, seed: int) -> tuple[TinyModel, Batch]:
         return replace(model, W=model.W | base), batch
     c, lora, *_ = REGEX if kind == "regex" else KINDS[kind]
     model = tiny_models.draw(c, lora, rng)
+    magnitudes = [name for name in model.W if name.endswith(".magnitude")]
+    signed = {name: model.W[name] * rng.choice([-1, 1], model.W[name].shape) for name in magnitudes}
+    model = replace(model, W=model.W | signed)
     if c.causal:
         return model, tiny_models.draw_batch(rng, c, 3, 7)
     ids, types = rng.integers(0, c.vocab, (3, 7)), rng.integers(0, 2, (3, 7))
@@ -231,6 +239,16 @@ def scales_and_variants(stored_case: Stored, folder: Path) -> Iterable[Compariso
     yield Comparison("the equation of each module, by its number", got, want)
 
 
+def saved_in_full(stored_case: Stored, settings: Mapping[str, Any]) -> Iterable[Comparison]:
+    """Whether modules_to_save of the settings names each module that the file has in full."""
+    names = stored_case.model.names()
+    modules = {names[name].rpartition(".")[0] for name in stored_case.model.lora.modules_to_save}
+    said = settings.get("modules_to_save") or []
+    named = {at for at in modules if any(f".{at}".endswith(f".{end}") for end in said)}
+    if modules:
+        yield same_names("modules that modules_to_save names", named, modules)
+
+
 def _number(spec: TrainableSpec, at: str) -> int:
     """The number of a module's variant; 0 is LoRA itself."""
     known = [entry.variant for entry in REGISTRY.values()]
@@ -245,9 +263,10 @@ def _save(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Compari
             save_adapter(
                 subject, stored_case.base, stored_case.tensors, stored_case.settings, folder
             )
-            got, _ = saved_files(folder)
+            got, settings = saved_files(folder)
             yield from same_tensors(subject, "saved", got, stored_case.tensors, case.dtype)
             yield from scales_and_variants(stored_case, folder)
+            yield from saved_in_full(stored_case, settings)
 
     return run
 

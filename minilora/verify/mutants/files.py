@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from minilora.io.formats.huggingface import read_model
+from minilora.io.formats.peft import adapter_names, read_adapter
 from minilora.verify.mutants.mutant import Mutant, Reference, Same, Table, equivalents, mutants
 from minilora.verify.mutants.references.files import Files
 from minilora.verify.mutants.references.helpers import Array
@@ -107,6 +109,19 @@ def whole_alphas(c: Mapping[str, Any]) -> dict[str, Any]:
     return {"lora_alpha": int(c["lora_alpha"]), "alpha_pattern": own}
 
 
+def divided_by_columns(model_dir: Any, adapter_dir: Any, t: Tensors) -> Tensors:
+    """Magnitudes with which a square DoRA weight is as if it were divided by its columns' norms."""
+    c, W = read_model(model_dir, np.float64)
+    P, spec = read_adapter(adapter_dir, c, np.float64, base=W)
+    names = adapter_names(c, sorted(spec.trained))
+    for at, s in spec.scale.items():
+        V = W[f"{at}.weight"] + s * P[f"{at}.B"] @ P[f"{at}.A"]
+        if V.shape[0] == V.shape[1]:
+            name, norms = names[f"{at}.magnitude"], np.sqrt([(V**2).sum(1), (V**2).sum(0)])
+            t = {**t, name: (t[name] * norms[0] / norms[1]).astype(t[name].dtype)}
+    return t
+
+
 FILES = Reference((Files,), globals())
 
 # fmt: off
@@ -159,9 +174,17 @@ LOAD: Table = {
          {"# loaded": 't = without(t, "magnitude")'}),
         ("load-magnitude-1", "load gives 1 for the magnitude",
          {"# loaded": 't = {n: 0 * v + 1 if "magnitude" in n else v for n, v in t.items()}'}),
+        ("load-magnitude-absolute", "load gives |m| for the magnitude",
+         {"# loaded": 't = {n: abs(v) if "magnitude" in n else v for n, v in t.items()}'}),
         ("load-magnitude-name", "load gives the magnitude a name that ends with .weight",
          {"# loaded":
               't = {n + ".weight" if n.endswith("magnitude_vector") else n: v for n, v in '
+              "t.items()}"}),
+    ],
+    "files.load.dora-conv1d": [
+        ("load-magnitude-row", "load gives the magnitude as a row where weights are (in, out)",
+         {"# loaded":
+              't = {n: v[None] if "magnitude" in n and c["fan_in_fan_out"] else v for n, v in '
               "t.items()}"}),
     ],
     "files.load.embedding": [
@@ -235,6 +258,13 @@ FUNCTION: Table = {
         ("magnitude-1", "the magnitude is ignored: m = 1",
          {"# used": 't = {n: 0 * v + 1 if "magnitude" in n else v for n, v in t.items()}'}),
     ],
+    "files.outputs.dora-conv1d": [
+        ("dora-norm-of-columns", "square DoRA weights stored (in, out) are divided by the norms of "
+         "columns",
+         {"# used":
+              't = divided_by_columns(model_dir, adapter_dir, t) if c["use_dora"] and '
+              'c["fan_in_fan_out"] else t'}, "peft 3531"),
+    ],
     "files.outputs.embedding": [
         ("embedding-not-used", "an embedding's adapter is ignored",
          {"# used": 't = zeroed(t, "lora_embedding_B")'}),
@@ -293,7 +323,13 @@ SAVE: Table = {
          {"# saved": 't = without(t, BIAS); c["bias"] = "none"'}),
         ("save-bias-unsaid", "the biases are saved, but bias = none",
          {"# saved": 'c["bias"] = "none"'}),
+        ("save-head-unsaid", "the head is saved, but modules_to_save names none",
+         {"# saved": 'c["modules_to_save"] = None'}),
         ("save-head-of-base", "0 is saved for modules_to_save", {"# saved": "t = zeroed(t, HEAD)"}),
+    ],
+    "files.save.dora-conv1d": [
+        ("save-dora-conv1d-unsaid", "use_dora is not saved where weights are stored (in, out)",
+         {"# saved": 'c["use_dora"] = c["use_dora"] and not c["fan_in_fan_out"]'}),
     ],
     "files.save.tables-to-save": [
         ("save-tables-lost", "an embedding and a head that are trained in full are not saved",
@@ -369,6 +405,13 @@ GRADIENTS: Table = {
     "files.gradients.dora": [
         ("gradients-of-magnitude", "the gradients of magnitudes are 0",
          {"# answer": 'answer["grads"] = zeroed(answer["grads"], "magnitude")'}),
+    ],
+    "files.gradients.dora-conv1d": [
+        ("gradients-of-magnitude-conv1d", "the gradients of magnitudes are 0 where weights are "
+         "stored (in, out)",
+         {"# answer":
+              'answer["grads"] = zeroed(answer["grads"], "magnitude" if c["fan_in_fan_out"] else '
+              '"none")'}),
     ],
     "files.gradients.embedding": [
         ("gradients-of-embedding", "the gradients of an embedding's factors are 0",

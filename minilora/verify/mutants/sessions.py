@@ -380,35 +380,35 @@ SESSIONS: Table = {
          {"Session: # before saving": 'adapter = {k: v for k, v in adapter.items() if k != "p"}'}),
     ],
 }
+STEPPED_DORA = (
+    "step-no-magnitude", "a step of training leaves DoRA's magnitude as it is",
+    {"Session: # before stepping":
+         'gradients = {k: g for k, g in gradients.items() if not k.endswith(".magnitude")}'},
+)
+REPLACED_DORA = (
+    "replace-magnitude", "a replaced adapter keeps DoRA's magnitude",
+    {"Session: # before replacing":
+         'old = self.known[name]; adapter = {**adapter, "magnitude": old["magnitude"]} if '
+         '"magnitude" in old and "magnitude" in adapter else adapter'},
+)
 STEPPED: Table = {
     f"lifecycle.step{SUFFIXES.get(kind, f'.{kind}')}": [
         (f"step-ascends-{kind}", f"a step of training goes uphill{WORDS[kind]}",
          {f"{'Pair' if kind in PAIRS else 'Session'}: # before stepping":
               f"lr = -lr if {one_layer_of(kind)} else lr"}),
+        *([STEPPED_DORA] if kind == "dora" else []),
     ]
     for kind in WORDS if kind != "linear"
 }
-STEPPED["lifecycle.step.dora"] = [
-    *STEPPED["lifecycle.step.dora"],
-    ("step-no-magnitude", "a step of training leaves DoRA's magnitude as it is",
-     {"Session: # before stepping":
-          'gradients = {k: g for k, g in gradients.items() if not k.endswith(".magnitude")}'}),
-]
 REPLACED: Table = {
     f"lifecycle.replace{SUFFIXES.get(kind, f'.{kind}')}": [
         (f"replace-nothing-{kind}", f"replacing does nothing{WORDS[kind]}",
          {f"{'Pair' if kind in PAIRS else 'Session'}: # before replacing":
               f"if {one_layer_of(kind)}: return"}),
+        *([REPLACED_DORA] if kind == "dora" else []),
     ]
     for kind in WORDS if kind != "linear"
 }
-REPLACED["lifecycle.replace.dora"] = [
-    *REPLACED["lifecycle.replace.dora"],
-    ("replace-magnitude", "a replaced adapter keeps DoRA's magnitude",
-     {"Session: # before replacing":
-          'old = self.known[name]; adapter = {**adapter, "magnitude": old["magnitude"]} if '
-          '"magnitude" in old and "magnitude" in adapter else adapter'}),
-]
 # fmt: on
 
 MUTANTS: tuple[Mutant, ...] = mutants(LONG, "LIFECYCLE", {**SESSIONS, **STEPPED, **REPLACED})
