@@ -60,14 +60,14 @@ def measured(target: str, profile: str, number: int) -> dict[str, Any]:
 def table(entries: Sequence[dict[str, Any]]) -> str:
     """A Markdown table of what was measured."""
     rows = [
-        "| target | profile | own process | in process | more |",
-        "| --- | --- | --- | --- | --- |",
+        "| target | profile | pairs | own process | in process | more |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for entry in entries:
         apart, inside = (median(column) for column in zip(*entry["pairs"], strict=True))
         more = sorted(100 * (a / b - 1) for a, b in entry["pairs"])
         rows.append(
-            f"| {entry['target']} | {entry['profile']} | {apart:.1f} s | {inside:.1f} s | "
+            f"| {entry['target']} | {entry['profile']} | {len(more)} | {apart:.1f} s | {inside:.1f} s | "
             f"{median(more):.0f} % ({more[0]:.0f} to {more[-1]:.0f}) |"
         )
     return "\n".join(rows) + "\n"

@@ -30,4 +30,4 @@ def test_both_ways_are_measured_by_turns_and_recorded(monkeypatch, tmp_path, cap
     first, second = json.loads(file.read_text())["measured"]
     assert (first["target"], second["target"]) == ("minilora", "peft")
     assert first["pairs"] == [[2.22, 2.0], [2.26, 2.0], [2.3, 2.0]]
-    assert "| minilora | ci | 2.3 s | 2.0 s | 13 % (11 to 15) |" in capsys.readouterr().out
+    assert "| minilora | ci | 3 | 2.3 s | 2.0 s | 13 % (11 to 15) |" in capsys.readouterr().out
