@@ -37,8 +37,30 @@ OF_DORA = {
 
 _OF_BIAS = ("bias", "bias.scaled", "save.bias", "gradients.bias", "step.bias", "replace.bias")
 
+OF_LORAPLUS = {
+    **entries(
+        ["train.loraplus:float32"],
+        ("peft.loraplus-decay", "transformers.constant-warmup"),
+        # AdamW's first step of rate 0 rounds nothing, theirs of the whole rate does.
+        {"arrays": "*.lora_*.weight after step *"},
+    ),
+    **entries(
+        ["train.combined:float32"],
+        ("peft.loraplus-decay",),
+        {"mutant": "train-loraplus-not-decayed"},
+    ),
+    **entries(
+        ["train.loraplus.other-params"],
+        ("peft.loraplus-vectors", "peft.loraplus-embedding"),
+        {"arrays": "*after step *"},
+        {"error": "nan: *after step *"},
+    ),
+}
+"""What LoRA+ by PEFT's factory makes of a training."""
+
 _KNOWN = {
     **TRANSFORMERS,
+    **OF_LORAPLUS,
     **entries(
         [
             f"combine.{check}"
@@ -64,12 +86,6 @@ _KNOWN = {
         ["init.orthogonal:float64", "init.fresh.orthogonal:float64"],
         _FLOAT32_START,
         {"rounded_to": "float32"},
-    ),
-    **entries(
-        ["train.loraplus.other-params"],
-        ("peft.loraplus-vectors", "peft.loraplus-embedding"),
-        {"arrays": "*after step *"},
-        {"error": "nan: *after step *"},
     ),
     **entries(
         ["init.fresh.olora:float32"], ("peft.olora-transposed",), {"error": "shape: A has shape *"}
@@ -105,17 +121,6 @@ _KNOWN = {
         ["files.save.modules-to-save", "files.resave"],
         ("peft.heads-listed-again",),
         {"error": "changes its inputs: settings['modules_to_save'] had *"},
-    ),
-    **entries(
-        ["train.loraplus:float32"],
-        ("peft.loraplus-decay", "transformers.constant-warmup"),
-        # AdamW's first step of rate 0 rounds nothing, theirs of the whole rate does.
-        {"arrays": "*.lora_*.weight after step *"},
-    ),
-    **entries(
-        ["train.combined:float32"],
-        ("peft.loraplus-decay",),
-        {"mutant": "train-loraplus-not-decayed"},
     ),
     **entries(
         ["optimizer.cosine-schedule.past-end"],

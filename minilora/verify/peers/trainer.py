@@ -2,6 +2,7 @@
 
 from minilora.verify.peers.known import TRANSFORMERS, entries
 from minilora.verify.peers.peer import Peer
+from minilora.verify.peers.peft import OF_LORAPLUS
 
 _SPARED = "the Trainer decays no bias (get_decay_parameter_names)"
 
@@ -20,5 +21,6 @@ PEER = Peer(
             ("transformers.classifier-batches",),
             {"mutant": "train-sum-of-means"},
         ),
+        **{name: why for name, why in OF_LORAPLUS.items() if name.startswith("train")},
     },
 )

@@ -148,7 +148,7 @@ class Peft(Inference, Names, LinearLayer):
         checkpointing = settings.pop("gradient_checkpointing", False)
         model = opened(model_dir, adapter_dir, checkpointing)
         trained = trained_of(model, adapter_dir)
-        optimizer = _optimizer(trained, settings, model)
+        optimizer = optimizer_for(trained, settings, model)
         scheduler = scheduler_of(optimizer, settings, len(batches))
         return train_steps(
             model, trained, optimizer, scheduler, batches, settings.get("max_grad_norm")
@@ -166,7 +166,7 @@ class Peft(Inference, Names, LinearLayer):
         average weighted by tokens is taken: a training loop scales each loss by tokens / total.
         """
         tensors = {name: torch.nn.Parameter(to_torch(value)) for name, value in params.items()}
-        optimizer = _optimizer(tensors, settings)
+        optimizer = optimizer_for(tensors, settings)
         scheduler = scheduler_of(optimizer, settings, len(gradients))
         after = []
         for step in gradients:
@@ -221,7 +221,7 @@ def trained_of(model: Any, adapter_dir: str | Path) -> dict[str, Any]:
     return trained
 
 
-def _optimizer(
+def optimizer_for(
     tensors: Mapping[str, torch.nn.Parameter], settings: Mapping[str, Any], model: Any = None
 ) -> torch.optim.Optimizer:
     """The optimizer that the settings name, with the library's LoRA+ groups where they ask.

@@ -12,13 +12,14 @@ import torch
 import transformers
 
 from minilora.verify.peers._torch import to_numpy
-from minilora.verify.peers.implementations.peft import opened, trained_of
+from minilora.verify.peers.implementations.peft import opened, optimizer_for, trained_of
 from minilora.verify.peers.peer import refuse_settings
 from minilora.verify.peers.trainer import PEER
 
 _SETTINGS = {
     "optimizer", "lr", "betas", "eps", "weight_decay", "max_grad_norm", "schedule",
     "warmup_steps", "total_steps", "gradient_checkpointing",
+    "loraplus_lr_ratio",
 }  # fmt: skip
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
@@ -64,6 +65,11 @@ class OfTransformers:
         trained = trained_of(model, adapter_dir)
         watch = _Watch(trained, len(batches))
         beta1, beta2 = settings.get("betas", (0.9, 0.999))
+        # The Trainer takes LoRA+ as an optimizer that PEFT's factory has made of the model.
+        own = None
+        if "loraplus_lr_ratio" in settings:
+            of_optimizer = {n: v for n, v in settings.items() if n != "gradient_checkpointing"}
+            own = optimizer_for(trained, of_optimizer, model)
         examples = [
             {name: torch.from_numpy(np.array(ids)) for name, ids in batch.items()}
             for step in batches
@@ -98,6 +104,7 @@ class OfTransformers:
                 train_dataset=examples,
                 data_collator=lambda items: items[0],
                 callbacks=[watch],
+                optimizers=(own, None),
             )
             trainer.train()
         return watch.after
