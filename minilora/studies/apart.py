@@ -67,8 +67,8 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
         apart, inside = (median(column) for column in zip(*entry["pairs"], strict=True))
         more = sorted(100 * (a / b - 1) for a, b in entry["pairs"])
         rows.append(
-            f"| {entry['target']} | {entry['profile']} | {len(more)} | {apart:.1f} s | {inside:.1f} s | "
-            f"{median(more):.0f} % ({more[0]:.0f} to {more[-1]:.0f}) |"
+            f"| {entry['target']} | {entry['profile']} | {len(more)} | {apart:.1f} s | "
+            f"{inside:.1f} s | {median(more):.0f} % ({more[0]:.0f} to {more[-1]:.0f}) |"
         )
     return "\n".join(rows) + "\n"
 
