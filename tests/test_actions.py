@@ -26,21 +26,24 @@ class Mine:
 
 
 def step(path, name):
-    steps = yaml.safe_load(path.read_text())["runs"]["steps"]
-    return next(each for each in steps if each["name"] == name)
+    document = yaml.safe_load(path.read_text())
+    jobs = document.get("jobs", {}).values()
+    steps = [s for j in jobs for s in j["steps"]] or document["runs"]["steps"]
+    return next(each for each in steps if each.get("name") == name)
 
 
 def run_step(path, name, folder, **inputs):
     """Run a step of an action as GitHub does; its status and what it printed."""
     action = yaml.safe_load(path.read_text())
-    given = {key: value.get("default", "") for key, value in action["inputs"].items()} | inputs
+    declared = action.get("inputs", {}).items()
+    given = {key: value.get("default", "") for key, value in declared} | inputs
     found = step(path, name)
     environment = {
-        key: re.sub(r"\$\{\{ inputs\.(\w+) \}\}", lambda m: given[m[1]], value)
+        key: re.sub(r"\$\{\{ (?:inputs|matrix)\.(\w+) \}\}", lambda m: given[m[1]], value)
         for key, value in found.get("env", {}).items()
     }
     shim = folder / "bin/minilora"
-    shim.parent.mkdir()
+    shim.parent.mkdir(exist_ok=True)
     shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m minilora "$@"\n')
     shim.chmod(0o755)
     environment |= {
@@ -73,6 +76,18 @@ def test_the_action_verifies_and_writes_every_report(tmp_path, edit, status, col
         "badge.json",
     }
     assert "merge" in (tmp_path / "summary.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_weekly_run_fails_where_something_is_new_since_last_week(tmp_path):
+    path, mine = ROOT / ".github/workflows/peers.yml", tmp_path / "mine.py"
+    wrong = RIGHT.replace("alpha / r", "alpha * 2 / r")
+    for text, status in ((RIGHT, 0), (wrong, 1), (wrong, 0), (RIGHT, 0)):
+        mine.write_text(text)
+        name = "Verify it and compare with last week"
+        found, printed = run_step(path, name, tmp_path, peer="mine.py:Mine")
+        assert found == status, printed
+        assert json.loads((tmp_path / "last/report.json").read_text())["results"]
 
 
 @pytest.mark.parametrize("path", [*ACTIONS, *WORKFLOWS], ids=lambda path: path.as_posix()[-24:])

@@ -1,6 +1,7 @@
 """What is declared, built and installed."""
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -99,5 +100,37 @@ def test_a_source_distribution_holds_the_tests_and_makes_the_same_wheel(tmp_path
     for folder in ("docs", "minilora", "reference_models", "tests"):
         absent = [name for name in files_below(folder) if not (source / name).is_file()]
         assert [name for name in absent if not GENERATED.search(name)] == []
-    again = build("wheel", source, tmp_path / "again")
-    assert held_by(again) == held_by(build("wheel", ROOT, tmp_path / "first"))
+    again, first = (build("wheel", at, tmp_path / to) for at, to in ((source, "a"), (ROOT, "b")))
+    assert held_by(again) == held_by(first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sdist", "wheel"])
+def test_a_build_has_the_same_bytes_twice(kind, tmp_path):
+    with tarfile.open(build("sdist", ROOT, tmp_path)) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (source,) = (tmp_path / "unpacked").iterdir()
+    first = build(kind, source, tmp_path / "first").read_bytes()
+    (source / "README.md").touch()
+    assert build(kind, source, tmp_path / "second").read_bytes() == first
+    (source / "README.md").write_text("# another\n")
+    assert build(kind, source, tmp_path / "third").read_bytes() != first
+
+
+def test_a_release_fills_in_its_links(tmp_path):
+    """By the commands of the checklist, in a copy: no link is left that an index cannot follow."""
+    for name in ("README.md", "pyproject.toml", "docs/how-to-verify.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    script = re.search(r"```sh\n(.*?)```", (ROOT / "docs/releasing.md").read_text(), re.S)[1]
+    wanted = {"REPOSITORY": "someone/minilora", "TAG": "v1"}
+    subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=os.environ | wanted, check=True)
+    readme = (tmp_path / "README.md").read_text()
+    links = re.findall(r"\]\(([^)]*)\)", readme)
+    assert links
+    assert [link for link in links if not link.startswith("https://")] == []
+    for link in links:
+        assert (ROOT / link.partition("/blob/v1/")[2]).exists(), link
+    assert "OWNER" not in (tmp_path / "pyproject.toml").read_text().replace("# OWNER", "")
+    urls = tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]["urls"]
+    assert all("//github.com/someone/minilora" in url for url in urls.values())
