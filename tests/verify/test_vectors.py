@@ -544,7 +544,7 @@ NOT_SHOWN = {
     *("bias-b-vector-first", "bias-b-vector-dc-summed", "optimizer-one-not-clipped"),
     *("multi-none-off", "multi-none-and-one", "names-layers-pattern-ignored"),
     *("module-one-over-p", "module-pointwise-one-over-p", "init-base-rounded-tall"),
-    "lifecycle-gradients-merged",
+    *("lifecycle-gradients-merged", "lifecycle-merged-alone"),
 }
 """What needs sizes, or settings together, that vectors lack: they are small, and few."""
 
