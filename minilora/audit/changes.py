@@ -12,14 +12,13 @@ from minilora.audit.adapters.factors import Found, changes_of
 from minilora.audit.base import replaced
 from minilora.audit.change import Change
 from minilora.audit.result import Entry
+from minilora.audit.stored.open import recognised
 from minilora.audit.tensors import StoredTensor, TensorStore
-from minilora.io.errors import FormatError, listed
+from minilora.io.errors import FormatError
 from minilora.io.files import read_json
-from minilora.io.formats import kohya, mlx
-from minilora.io.formats.peft.names import CONFIG, WEIGHTS
+from minilora.io.formats.peft.names import CONFIG
 from minilora.io.formats.peft.settings import KINDS
-from minilora.io.header import places
-from minilora.io.loading import adapter_format, adapter_path
+from minilora.io.loading import adapter_path
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def read_changes(adapter: str | Path, base: TensorStore) -> AdapterChanges:
     Errors: FormatError for what is no adapter, and for damaged files.
     """
     name = str(adapter)
-    path, form = _path_and_form(adapter_path(name))
+    form, path = recognised(name)
     reading: Any = import_module(f"minilora.audit.adapters.{form}")
     found: Found = reading.read(path, base)
     if found.replaced:
@@ -69,22 +68,6 @@ def read_changes(adapter: str | Path, base: TensorStore) -> AdapterChanges:
     own = tuple(replace(change, adapter=name) for change in changes)
     rest = tuple(found.replaced)
     return AdapterChanges(name, form, own, tuple(entries), found.settings, rest)
-
-
-def _path_and_form(path: Path) -> tuple[Path, str]:
-    """Where the adapter is, and its format: a single file is recognised by its tensors' names."""
-    if path.is_dir() or path.suffix != ".safetensors":
-        return path, adapter_format(path).name
-    for config, weights in ((CONFIG, WEIGHTS), (mlx.CONFIG, mlx.WEIGHTS)):
-        if path.name == weights and (path.parent / config).is_file():
-            return path.parent, adapter_format(path.parent).name
-    names, _ = places(path)
-    if any(name.endswith(tuple(kohya.PARTS.values())) for name in names):
-        return path, "kohya"
-    if any(name.endswith((".lora_A", ".lora_B")) for name in names):
-        return path, "loralib"
-    expected = f"an adapter's: lora_down and lora_up, or lora_A and lora_B; PEFT's beside {CONFIG}"
-    raise FormatError(path, "tensors", listed(names) or "none", expected, "give its folder")
 
 
 def ranges_of(adapter: str | Path) -> list[list[int]]:

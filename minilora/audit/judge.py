@@ -211,7 +211,9 @@ def base_again(base: StoredTensor, merged: StoredTensor, changes: Sequence[Chang
             continue
         merge = Merge.of(region)
         quantized = quantized and merge.sums is not None and merge.sums.is_something
-        for i, j, W, M in region.blocks():
+        first = 0, min(region.rows, 1 + 2**12 // max(1, region.width))
+        for i, j in chain([first], region.spans()):
+            W, M = region.read(i, j)
             T, e = merge.rows(W.astype(F64), i, j)
             if beyond(M.astype(F64), T, e, region, region.gaps(i, j)).any():
                 text = "every entry has the base's bits"

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from minilora.audit.adapters.factors import with_most_slack
-from minilora.audit.adapters.peft import split_name
 from minilora.audit.base import HEAD, is_head, replaced, replicated, tied_table, with_head
 from minilora.audit.cause import cause_of
 from minilora.audit.change import Around, Change
@@ -24,6 +23,7 @@ from minilora.audit.exchanged import exchanged
 from minilora.audit.judge import base_again, judge
 from minilora.audit.result import Entry, Report
 from minilora.audit.settings import compare_settings
+from minilora.audit.stored.peft import split_name
 from minilora.audit.tensors import StoredTensor, TensorStore, layer_of, open_tensors
 from minilora.audit.tokenizer import compare_tokenizers
 from minilora.audit.untouched import untouched

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from minilora.audit.explanation import Explanation
-from minilora.audit.floats import format_of
+from minilora.audit.floats import BF16, format_of
 from minilora.audit.outside import beyond, half_gap
 from minilora.audit.rank import Rank, rank
 from minilora.audit.trial import SIGMAS, Case
@@ -16,6 +16,10 @@ from minilora.spec.ops import Array
 
 MOST = 1024
 """So many columns of the sample are looked at."""
+
+
+COARSE = format_of(BF16).u
+"""The coarsest rounding that a merge is computed in."""
 
 
 @dataclass(eq=False)
@@ -44,6 +48,14 @@ class _Sample:
     def others(self) -> float:
         """The share of entries with another number."""
         return self._rows[3]
+
+    @property
+    def far(self) -> float:
+        """The share of entries that are farther off than a rounding to bfloat16 of W and ΔW."""
+        D, right, _, _ = self._rows
+        W = np.concatenate([W for _, _, W, _ in self.case.sample])
+        off = abs(D - right) > COARSE * (abs(W) + abs(right))
+        return float(np.count_nonzero(off) / off.size)
 
     @cached_property
     def share(self) -> tuple[float, float]:
@@ -89,7 +101,8 @@ def remainder(case: Case) -> Explanation | None:
             "another adapter's, or another step's of its training"
         )
         return Explanation("other-adapter", "other-change", text, {"rank": whole.r})
-    if abs(f - 1) <= SIGMAS * sigma and abs(f) > SIGMAS * sigma:
+    told = abs(f - 1) <= SIGMAS * sigma and abs(f) > SIGMAS * sigma
+    if told and sample.far >= 0.5:  # else it may be a coarser arithmetic
         text = (
             f"it is another base with the adapter: {f:.3g} ± {sigma:.1g} of the change is in it, "
             "and what else differs from the base given has no low rank"

@@ -166,6 +166,7 @@ def several(made, first, second):
     yield "weights-ignored", w + D1 + D2 / weight_
     yield "weights-averaged", w + D1 / 2 + D2 / weight_ / 2
     yield "weights-normalized", w + (D1 + D2) / (1 + weight_)
+    yield "weights-exchanged", w + D1 * weight_ + D2 / weight_
     yield "weights-squared", w + D1 + D2 * weight_
     yield "one-scale-for-all", w + D1 + D2 / second.scale * first.scale
     yield "factors-added", w + (s1**0.5 * B1 + s2**0.5 * B2) @ (s1**0.5 * A1 + s2**0.5 * A2)

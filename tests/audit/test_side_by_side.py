@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from merge_catalogue import WRONGS, side_by_side
+from merge_catalogue import WRONGS, side_by_side, speed, trial
 
 RECORD = Path(__file__).parents[2] / "docs" / "examples" / "audits.json"
 
@@ -41,3 +41,20 @@ def test_a_merge_that_is_missed_and_one_that_is_accused_are_counted(data):
     other["right"][0]["minilora"] = "wrong"
     assert numbers(side_by_side.wrong_table(other))[1] < numbers(side_by_side.wrong_table(data))[0]
     assert numbers(side_by_side.right_table(other))[1] == 1
+
+
+def test_on_trained_models_all_that_is_decidable_is_found_and_nothing_else():
+    rows = json.loads(RECORD.with_name("audits-real.json").read_text())
+    for row in rows.values():
+        assert (row["found"], row["good"], row["alarms"]) == (row["decidable"], row["trials"], 0)
+        assert row["named"] >= 0.9 * row["decidable"]
+    (row,) = list(rows.values())[:1]
+    table = trial.counts_table({"one": row | {"good": row["good"] - 1}})
+    assert table.splitlines()[-1].endswith("| 1 |")
+
+
+def test_the_speed_is_told_as_a_share_of_reading():
+    seconds = {"read cold": 4.0, "audit cold": 5.0, "read warm": 0.5, "audit warm": 2.0}
+    row = {"dtype": "float32", "merge": "right", "bytes": 2e9, "audit warm cpu": 3.0, **seconds}
+    *_, cold, warm, cpu, _ = speed.speed_table({"rows": [row]}).splitlines()[-1].split("|")
+    assert (cold.strip(), warm.strip(), cpu.strip()) == ("80%", "25%", "1.50")

@@ -1,5 +1,6 @@
 """A right merge whose files are spoiled: cut off, incomplete, renamed, with other settings."""
 
+import copy
 import json
 
 import numpy as np
@@ -240,6 +241,14 @@ def table_cut(folder, world):
 def setting(name, text, says, change, where=lambda w: True):
     """A right merge beside a changed config.json."""
 
+    def changes(config):
+        other = copy.deepcopy(dict(config))
+        try:
+            change(other)
+        except KeyError:
+            return False
+        return other != config
+
     def function(folder, world):
         path = folder / "config.json"
         value = json.loads(path.read_text())
@@ -247,7 +256,7 @@ def setting(name, text, says, change, where=lambda w: True):
         write_json(path, value)
 
     function.__name__ = name
-    spoil(text, "wrong doubtful changed", says, where)(function)
+    spoil(text, "wrong doubtful changed", says, lambda w: where(w) and changes(w.config))(function)
 
 
 def set_to(key, value):
@@ -262,7 +271,10 @@ setting(
     "rope_theta_changed",
     "rope_theta",
     r"rope",
-    lambda c: c.update(rope_theta=7 * c["rope_theta"]),
+    lambda c: c.update(
+        rope_theta=7 * c["rope_theta"],
+        rope_parameters=dict(c.get("rope_parameters") or {}, rope_theta=7 * c["rope_theta"]),
+    ),
     of_llama,
 )
 setting(

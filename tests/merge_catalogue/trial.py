@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -196,6 +197,17 @@ def right_merge(bench: Bench) -> str:
     )
 
 
+def counts_table(rows):
+    """The recorded counts of each world."""
+    lines = ["| model | merges | decidable | found | named | accused falsely |"]
+    lines.append("| --- " + "| --: " * 5 + "|")
+    for name, row in rows.items():
+        accused = row["trials"] - row["good"] + row["alarms"]
+        cells = [name, *(row[key] for key in ("trials", "decidable", "found", "named")), accused]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 @cache
 def plan(share: int, real: bool = False) -> dict[str, list[str]]:
     """World -> mistakes, so that each mistake is tried in ``share`` worlds, of those it fits."""
@@ -217,30 +229,40 @@ def chosen(world: str, share: int) -> list[str]:
 def main(arguments):
     """Print what was not found, misnamed or falsely accused.
 
-    ``arguments``: names of worlds, or "real", or the drawn ones; and in how many worlds each
-    mistake is tried, all of these unless given.
+    ``arguments``: names of worlds, or "real", or the drawn ones; in how many worlds each mistake is
+    tried, all of these unless given; and ``--output FILE``, to record the counts of each world.
     """
+    output = None
+    if "--output" in arguments:
+        at = arguments.index("--output")
+        output, arguments = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
+    rows = json.loads(output.read_text()) if output and output.exists() else {}
     every = zoo.SMALL | zoo.PEFT_MADE | zoo.REAL
     worlds = [name for name in arguments if name in every]
     worlds = worlds or [*(zoo.REAL if "real" in arguments else zoo.SMALL)]
     share = next((int(n) for n in arguments if n.isdigit()), 0)
-    total = named = decidable = found = 0
     for name in worlds:
-        began = time.monotonic()
+        began, alarm = time.monotonic(), ""
+        total = named = decidable = found = good = 0
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(zoo.world(name), Path(folder))
             if alarm := right_merge(bench):
                 print(f"FALSE ALARM {name}: {alarm}")
             mistakes = chosen(name, share) if share and name not in zoo.PEFT_MADE else WRONGS
             for trial in bench.trials(mistakes):
-                total += 1
+                total, good = total + 1, good + trial.good
                 decidable += trial.decidable
                 found += trial.found and trial.decidable
                 named += trial.named and trial.decidable
                 if not trial.good or (trial.decidable and not trial.named):
                     print(trial, flush=True)
-        print(f"--- {name}: {time.monotonic() - began:.1f} s", flush=True)
-    print(f"{total} trials, {decidable} decidable, {found} found, {named} named")
+        rows[name] = {
+            "trials": total, "decidable": decidable, "found": found, "named": named,
+            "good": good, "alarms": int(bool(alarm)),
+        }  # fmt: skip
+        print(f"--- {name}: {rows[name]}, {time.monotonic() - began:.1f} s", flush=True)
+        if output:
+            output.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from merge_catalogue.worlds import (
     mixtral,
     smollm2,
 )
+from minilora.audit.tensors import open_tensors
 from minilora.io import reference_models
 
 HALF_A_UNIT = 2.0**-9
@@ -49,6 +50,13 @@ def reference(name, dtype=F32):
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     return replace(world, adapter=adapter, settings=settings)
+
+
+def glassllm():
+    """A small model that a package has in a format of its own, by Hugging Face's names."""
+    store = open_tensors("package:glassllm/weights/en.npz")
+    base = {name: tensor.rows(0, tensor.length) for name, tensor in store.items()}
+    return World("glassllm", base, dict(store.settings))
 
 
 SMALL = {
@@ -140,6 +148,8 @@ REAL = {
     "minilm-f16": lambda: adapt(minilm(F16), r=32, effect=0.01, dtype=F16),
     "minilm-saved": lambda: adapt(minilm(), r=2, saved=("pooler",)),
     "minilm-bias": lambda: adapt(minilm(), r=4, bias=True),
+    "glassllm": lambda: adapt(glassllm(), r=4),
+    "glassllm-dora": lambda: adapt(glassllm(), r=8, dora=True, dtype=F16),
     **{
         f"reference-{name}": (lambda name=name: reference(name))
         for name in reference_models.names()

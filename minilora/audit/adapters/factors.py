@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from minilora.audit.adapters.experts import expert_changes
 from minilora.audit.change import Change
 from minilora.audit.result import Entry
+from minilora.audit.stored.module import Held
 from minilora.audit.tensors import StoredTensor, TensorStore
 from minilora.io.architectures import ARCHITECTURES
 from minilora.io.files import NOT_FINITE, check_finite
@@ -81,6 +83,14 @@ def reader(place: Place) -> Any:
         return check_finite(place.path, place.name, array, NOT_FINITE)
 
     return read_whole
+
+
+def checked(path: Path, held: Held) -> Read:
+    """What reads a tensor of an opened adapter whole.
+
+    Errors, when it is called: FormatError if an entry is not finite.
+    """
+    return lambda: check_finite(path, held.name, held.read(), NOT_FINITE)
 
 
 def changes_of(factors: Factors, base: TensorStore, name: str) -> list[Change] | Entry:

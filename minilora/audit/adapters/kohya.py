@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from minilora.audit.adapters.factors import Factors, Found, reader
+from minilora.audit.adapters.factors import Factors, Found, checked
 from minilora.audit.result import Entry
+from minilora.audit.stored.kohya import open_kohya
+from minilora.audit.stored.module import OpenModule
 from minilora.audit.tensors import TensorStore
 from minilora.io.errors import FormatError
 from minilora.io.formats.kohya import PARTS, underscored
-from minilora.io.header import Place, places
-from minilora.spec.lora import LORA, scale
+from minilora.spec.lora import LORA
 from minilora.spec.variants import DORA_FULL
 
 _OTHER = ("hada_", "lokr_", "diff", "lora_mid", "oft_", "on_input", "dora_scale_in")
@@ -26,17 +28,16 @@ def read(file: Path, base: TensorStore) -> Found:
 
     Errors: FormatError for damaged files.
     """
-    stored, metadata = places(file)
-    found = Found(dict(metadata))
-    weights = [name for name in base if name.endswith(".weight")]
-    paths = {name: name.removesuffix(".weight") for name in weights}
-    known = underscored(paths)
-    modules: dict[str, dict[str, Place]] = {}
-    for name, place in stored.items():
-        module, _, end = name.partition(".")
-        modules.setdefault(module, {})[end] = place
-    for key, parts in modules.items():
-        if other := [end for end in parts if end.startswith(_OTHER)]:
+    opened = open_kohya(file)
+    found = Found(opened.settings)
+    paths = {n: n.removesuffix(".weight") for n in base if n.endswith(".weight")}
+    known, rest = underscored(paths), dict[str, list[str]]()
+    for name in opened.others:
+        key, _, end = name.partition(".")
+        rest.setdefault(key, []).append(end)
+    for key in dict.fromkeys([*opened.by_name, *rest]):
+        ends = rest.get(key, [])
+        if other := [end for end in ends if end.startswith(_OTHER)]:
             text = f"{other[0]}: it computes another function than LoRA, which is not known here"
             found.entries.append(Entry(key, "undecided", text))
             continue
@@ -48,7 +49,8 @@ def read(file: Path, base: TensorStore) -> Found:
             text = f"{text}: this part of the adapter is applied nowhere"
             found.entries.append(Entry(key, "wrong", text))
             continue
-        _add(found, file, key, paths[matches[0]], parts)
+        module = opened.by_name.get(key, OpenModule(key, {}))
+        _add(found, file, paths[matches[0]], module, ends)
     return found
 
 
@@ -61,24 +63,18 @@ def _matching(key: str, known: Mapping[str, list[str]]) -> list[str]:
     return []
 
 
-def _add(found: Found, file: Path, key: str, module: str, parts: Mapping[str, Place]) -> None:
-    named = {part: parts[end] for part, end in PARTS.items() if end in parts}
-    left = parts.keys() - {place.name.partition(".")[2] for place in named.values()} - {"alpha"}
-    shapes = {part: place.shape for part, place in named.items()}
-    if left or not {"A", "B"} <= named.keys() or not shapes["A"]:
-        text = f"found {', '.join(parts)}, expected {', '.join(PARTS.values())} and alpha"
-        found.entries.append(Entry(key, "wrong", text, {"module": module}))
+def _add(found: Found, file: Path, path: str, module: OpenModule, others: list[str]) -> None:
+    parts = {part: held for part, held in module.parts.items() if part != "alpha"}
+    shapes = {part: held.shape for part, held in parts.items()}
+    if others or not {"A", "B"} <= parts.keys() or not shapes["A"]:
+        ends = [held.name.partition(".")[2] for held in module.parts.values()] + others
+        text = f"found {', '.join(ends)}, expected {', '.join(PARTS.values())} and alpha"
+        found.entries.append(Entry(module.name, "wrong", text, {"module": path}))
         return
-    r = shapes["A"][0]
-    alpha = 0.0
-    if "alpha" in parts:
-        value = reader(parts["alpha"])()
-        if value.size != 1:
-            raise FormatError(file, f"{key}.alpha", f"shape {value.shape}", "one number",
-                              "write it as sd-scripts do")  # fmt: skip
-        alpha = float(value.reshape(()))
-    config = {"r": r, "lora_alpha": alpha or r, "peft_type": "kohya"}
-    variant = DORA_FULL if "magnitude" in named else LORA
-    readers = {part: reader(place) for part, place in named.items()}
-    s = float(scale(alpha or float(r), max(r, 1)))
-    found.factors.append(Factors(module, readers, shapes, s, variant, config=config))
+    if module.scale is None or not math.isfinite(module.scale):
+        name = f"{module.name}.alpha"
+        raise FormatError(file, name, module.scale, "a number", "write it as sd-scripts do")
+    variant = DORA_FULL if "magnitude" in parts else LORA
+    readers = {part: checked(file, held) for part, held in parts.items()}
+    config = {**module.config, "peft_type": "kohya"}
+    found.factors.append(Factors(path, readers, shapes, module.scale, variant, config=config))

@@ -7,20 +7,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from minilora.audit.adapters.factors import Factors, Found, reader
+from minilora.audit.adapters.factors import Factors, Found, checked
 from minilora.audit.change import Change
 from minilora.audit.result import Entry
+from minilora.audit.stored.mlx import open_mlx
+from minilora.audit.stored.module import Held, OpenModule
 from minilora.audit.tensors import TensorStore
 from minilora.io.errors import FormatError
-from minilora.io.files import read_json
-from minilora.io.formats.mlx import CONFIG, KINDS, PARTS, WEIGHTS
+from minilora.io.formats.mlx import CONFIG, KINDS
 from minilora.io.formats.values import is_integer, is_number
-from minilora.io.header import Place, places
 from minilora.io.lazy_weights import Expanded
 from minilora.spec.lora import LORA
 from minilora.spec.ops import Array
-
-_PART_OF = {end: (part, transposed) for part, (end, transposed) in PARTS.items()}
 
 
 def read(folder: Path, base: TensorStore) -> Found:
@@ -28,26 +26,19 @@ def read(folder: Path, base: TensorStore) -> Found:
 
     Errors: FormatError for damaged files, and for settings that say no scale.
     """
-    settings, stored = read_json(folder / CONFIG), places(folder / WEIGHTS)[0]
-    found = Found(settings)
+    opened = open_mlx(folder)
+    settings, found = opened.settings, Found(opened.settings)
     kind = settings.get("fine_tune_type") or "lora"
     if not isinstance(kind, str) or kind not in KINDS:
         raise FormatError(folder / CONFIG, "fine_tune_type", kind, ", ".join(KINDS), "is it MLX's?")
-    variant = KINDS[kind]
-    if variant is None:
-        for name, place in stored.items():
-            _whole(found, name, place, base)
+    full = KINDS[kind] is None
+    for name in opened.tensors if full else opened.others:
+        _whole(found, folder, opened.tensors[name], base)
+    if full:
         return found
     scale, rank = _scale(folder / CONFIG, settings)
-    modules: dict[str, dict[str, Place]] = {}
-    for name, place in stored.items():
-        module, _, end = name.rpartition(".")
-        if end in _PART_OF:
-            modules.setdefault(module, {})[_PART_OF[end][0]] = place
-        else:
-            _whole(found, name, place, base)
-    for module, parts in modules.items():
-        _add(found, module, parts, scale, rank, base)
+    for module in opened.modules:
+        _add(found, folder, module, scale, rank, base)
     if "alpha" in settings["lora_parameters"]:
         text = "alpha is said: mlx-lm before 0.20 multiplied scale by it, newer ones do not"
         found.entries.append(Entry("alpha", "doubtful", text))
@@ -67,21 +58,17 @@ def _scale(path: Path, settings: Mapping[str, Any]) -> tuple[float, Any]:
 
 
 def _add(
-    found: Found,
-    module: str,
-    parts: Mapping[str, Place],
-    scale: float,
-    rank: Any,
-    base: TensorStore,
+    found: Found, folder: Path, opened: OpenModule, scale: float, rank: Any, base: TensorStore
 ) -> None:
-    shapes = {part: place.shape for part, place in parts.items()}
+    module, parts = opened.name, opened.parts
+    shapes = {part: held.shape for part, held in parts.items()}
     config = {"r": rank, "scale": scale, "peft_type": "mlx"}
     if not {"A", "B"} <= shapes.keys():
         text = f"found {', '.join(shapes)}, expected lora_a and lora_b"
         found.entries.append(Entry(module, "wrong", text, {"module": module}))
         return
     if len(shapes["A"]) == 3:
-        _experts(found, module, parts, scale, config, base)
+        _experts(found, folder, opened, scale, config, base)
         return
     turned = {part: shapes[part][::-1] for part in shapes}
     if turned["A"][:1] != (rank,):
@@ -89,7 +76,7 @@ def _add(
         found.entries.append(Entry(module, "wrong", text, {"module": module}))
     variant = KINDS["dora"] if "magnitude" in parts else LORA
     assert variant is not None
-    read_parts = {part: _transposed(reader(place)) for part, place in parts.items()}
+    read_parts = {part: _transposed(checked(folder, held)) for part, held in parts.items()}
     found.factors.append(Factors(module, read_parts, turned, scale, variant, config=config))
 
 
@@ -98,10 +85,10 @@ def _transposed(read: Callable[[], Array]) -> Callable[[], Array]:
 
 
 def _experts(
-    found: Found, module: str, parts: Mapping[str, Place], scale: float, config: Any,
-    base: TensorStore,
-) -> None:  # fmt: skip
+    found: Found, folder: Path, opened: OpenModule, scale: float, config: Any, base: TensorStore
+) -> None:
     """Experts, each with its factors: a (experts, r, n) and b (experts, m, r)."""
+    module, parts = opened.name, opened.parts
     tensor = base.weight_of(module)
     (e, r, n), B = parts["A"].shape, parts["B"].shape
     if tensor is None or len(B) != 3 or base[tensor].shape != (e, B[1], n) or B[::2] != (e, r):
@@ -109,7 +96,7 @@ def _experts(
         found.entries.append(Entry(module, "wrong", text, {"module": module}))
         return
     for i in range(e):
-        entries: dict[str, Any] = {part: _one(reader(place), i) for part, place in parts.items()}
+        entries: dict[str, Any] = {p: _one(checked(folder, h), i) for p, h in parts.items()}
         change = Change(tensor, module, Expanded(entries), "expert", scale=scale, index=i,
                         config=config)  # fmt: skip
         found.whole.append(change)
@@ -119,12 +106,13 @@ def _one(read: Callable[[], Array], index: int) -> Callable[[], Array]:
     return lambda: read()[index]
 
 
-def _whole(found: Found, name: str, place: Place, base: TensorStore) -> None:
+def _whole(found: Found, folder: Path, held: Held, base: TensorStore) -> None:
     """A tensor that was trained itself."""
+    name = held.name
     tensor = base.find(name)
     if tensor is None:
         text = "the base has no such tensor: mlx-lm passes it over without a word"
         found.entries.append(Entry(name, "wrong", text))
         return
-    parts = Expanded({"weight": reader(place)})
+    parts = Expanded({"weight": checked(folder, held)})
     found.whole.append(Change(tensor, name.rpartition(".")[0], parts, "saved"))

@@ -17,32 +17,18 @@ from minilora.audit.adapters.factors import Factors, Found, reader
 from minilora.audit.change import Change
 from minilora.audit.expressions import is_endless
 from minilora.audit.result import Entry
+from minilora.audit.stored.peft import SAVED, TOKENS, scale_of, split_name
 from minilora.audit.tensors import StoredTensor, TensorStore
 from minilora.io.errors import FormatError
 from minilora.io.files import read_json
-from minilora.io.formats.peft.names import CONFIG, PREFIX, PROJECTIONS, WEIGHTS
+from minilora.io.formats.peft.names import CONFIG, PROJECTIONS, WEIGHTS
 from minilora.io.formats.peft.settings import KINDS, Kind
 from minilora.io.formats.peft.starts import INIT_FROM_BASE
 from minilora.io.formats.peft.targets import variant_of
 from minilora.io.header import Place, places
 from minilora.io.lazy_weights import Expanded
 from minilora.spec.lora import Variant
-from minilora.spec.target_modules import pattern_value
-from minilora.spec.variants import REGISTRY, extended
-
-_ENDS = {
-    end: part
-    for entry in REGISTRY.values()
-    for part, end in extended(entry.equation).peft.tensors.items()
-} | {
-    "lora_embedding_A": "A",
-    "lora_embedding_B": "B",
-    "lora_magnitude_vector.weight": "magnitude",
-}
-"""The ends of tensors' names after a module's path, and the parameters that they hold."""
-
-_WHOLE = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.[^.]+$)")
-_ROWS = re.compile(r"\.token_adapter\.trainable_tokens_delta(\.[^.]+)?$")
+from minilora.spec.variants import REGISTRY
 
 
 def read(folder: Path, base: TensorStore) -> Found:
@@ -78,7 +64,8 @@ def read(folder: Path, base: TensorStore) -> Found:
         found.factors.append(factors)
     if settings["peft_type"] == "VERA":
         found.factors = vera.with_projections(file, found, stored, base)
-    found.factors = [f for f in map(partial(_scaled, found), found.factors) if f is not None]
+    scaled = map(partial(_scaled, folder, found), found.factors)
+    found.factors = [factors for factors in scaled if factors is not None]
     return found
 
 
@@ -135,20 +122,7 @@ def _open_settings(settings: Mapping[str, Any], kind: Kind) -> list[Entry]:
     return entries
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """A tensor's module and the parameter that it holds; "" for none of an adapter's."""
-    path = name.removeprefix(PREFIX)
-    for end, part in _ENDS.items():
-        stem, _, last = end.partition(".")
-        match = re.fullmatch(
-            rf"(.+)\.{stem}(\.[^.]+)??{re.escape('.' + last) if last else ''}", path
-        )
-        if match:
-            return match[1], part
-    return path, ""
-
-
-def _scaled(found: Found, factors: Factors) -> Factors | None:
+def _scaled(folder: Path, found: Found, factors: Factors) -> Factors | None:
     """The module's parameters with the scale and the start that the settings give them."""
     settings, module, shapes = found.settings, factors.module, factors.shapes
     if not {"A", "B"} <= shapes.keys() or not all(len(shapes[part]) > 1 for part in "AB"):
@@ -161,39 +135,22 @@ def _scaled(found: Found, factors: Factors) -> Factors | None:
         found.entries.append(Entry(module, "wrong", text, {"module": module}))
         return None
     is_lora = settings["peft_type"] == "LORA"
-    default_r = settings["r" if settings["peft_type"] != "ADALORA" else "init_r"]
-    default_alpha = settings.get("lora_alpha", 1)
-    plain = module.replace(".base_layer", "")
-    own_r, alpha = default_r, default_alpha
-    if is_lora:
-        own_r = _of_pattern(found, "rank_pattern", plain, default_r)
-        alpha = _of_pattern(found, "alpha_pattern", plain, default_alpha)
+    own_r = scale_of(folder, module, r, settings)[1]["r"]
     if is_lora and r % own_r:
         text = f"A has rank {r}, and the settings say {own_r}: PEFT refuses to load it"
         found.entries.append(Entry(module, "wrong", text, {"module": module}))
-    experts = is_lora and r != own_r and r % own_r == 0  # side by side
-    own_r = own_r if experts else r
-    rslora = bool(settings.get("use_rslora"))
-    config = {
-        "r": own_r, "lora_alpha": alpha, "use_rslora": rslora, "default_r": default_r,
-        "default_alpha": default_alpha, "peft_type": settings["peft_type"],
-        "use_dora": bool(settings.get("use_dora")), "init": settings.get("init_lora_weights", True),
+    if not (is_lora and r != own_r and r % own_r == 0):  # else experts, side by side
+        own_r = r
+    scale, config = scale_of(folder, module, own_r, settings)
+    config |= {
+        "r": own_r, "use_dora": bool(settings.get("use_dora")),
+        "init": settings.get("init_lora_weights", True),
         "lora_dropout": settings.get("lora_dropout", 0.0),
     }  # fmt: skip
-    scale = float(REGISTRY[name].scale(alpha, own_r, default_r, rslora))
     init = settings.get("init_lora_weights")
     start = init if isinstance(init, str) and init in INIT_FROM_BASE else ""
     variant = _variant(found, module, name, shapes)
     return replace(factors, scale=scale, config=config, variant=variant, start=start)
-
-
-def _of_pattern(found: Found, key: str, module: str, default: Any) -> Any:
-    """The module's own value of a pattern."""
-    try:
-        return pattern_value(found.settings[key], module, default)
-    except (re.error, OverflowError, RecursionError) as error:
-        remedy = "correct the regular expression"
-        raise FormatError(CONFIG, key, error, "what Python reads", remedy) from None
 
 
 def _variant(found: Found, module: str, name: str, shapes: Mapping[str, Any]) -> Variant:
@@ -211,10 +168,10 @@ def _beside(found: Found, path: str, place: Place, base: TensorStore) -> None:
     """A tensor that is no adapter's parameter: saved in full, rows of a table, or a copy."""
     if ".original_module." in path:
         return
-    if match := _ROWS.search(path):
+    if match := TOKENS.search(path):
         _tokens(found, path[: match.start()], place, base)
         return
-    name = _WHOLE.sub("", path).replace(".base_layer.", ".")
+    name = SAVED.sub("", path).replace(".base_layer.", ".")
     tensor = base.find(name)
     if tensor is None and _IS_PARAMETER.search(name):
         # A head that PEFT put on the base, to train it: a classifier's.

@@ -61,6 +61,15 @@ def weights_squared(case: Case) -> Iterator[Trial]:
     return _weighted(case, lambda w, _: w * w)
 
 
+def weights_exchanged(case: Case) -> Iterator[Trial]:
+    """The weights in the reverse order."""
+    weights = [c.weight for c in case.changes]
+    pairs = zip(case.changes, reversed(weights), strict=True)
+    exchanged = tuple(replace(c, weight=w) for c, w in pairs)
+    if weights != weights[::-1] and all(c.variant.additive for c in case.changes):
+        yield Trial(exchanged, free=False)
+
+
 def one_scale_for_all(case: Case) -> Iterator[Trial]:
     """The first adapter's scale for all."""
     first, *_ = case.changes
@@ -129,6 +138,7 @@ SEVERAL = (
         "weights-normalized", "factor", "the weights are divided by their sum", weights_normalized
     ),
     Mistake("weights-squared", "factor", "the weights are applied twice", weights_squared),
+    Mistake("weights-exchanged", "factor", "the adapters' weights exchanged", weights_exchanged),
     Mistake("one-scale-for-all", "factor", "the first adapter's scale for all", one_scale_for_all),
     Mistake(
         "factors-added",

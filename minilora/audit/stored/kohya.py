@@ -19,14 +19,15 @@ def open_kohya(file: Path) -> OpenAdapter:
     """
     grouped: dict[str, dict[str, Held]] = {}
     others = {}
-    for name, held in held_in(file).items():
+    tensors = held_in(file)
+    for name, held in tensors.items():
         module, _, last = name.partition(".")
         if part := "alpha" if last == "alpha" else _PART_OF.get(last, ""):
             grouped.setdefault(module, {})[part] = held
         else:
             others[name] = "a part of another method than LoRA (LoHa, LoKr, Tucker, …)"
     modules = [_module(file, name, parts) for name, parts in grouped.items()]
-    return OpenAdapter(file, "kohya", {}, modules, others)
+    return OpenAdapter(file, "kohya", {}, modules, others, tensors=tensors)
 
 
 def _module(file: Path, name: str, parts: dict[str, Held]) -> OpenModule:

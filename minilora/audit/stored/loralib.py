@@ -17,7 +17,8 @@ def open_loralib(file: Path) -> OpenAdapter:
     """
     grouped: dict[str, dict[str, Held]] = {}
     others = {}
-    for name, held in held_in(file).items():
+    tensors = held_in(file)
+    for name, held in tensors.items():
         module, _, last = name.rpartition(".")
         if part := _PART_OF.get(last, ""):
             grouped.setdefault(module, {})[part] = held
@@ -27,4 +28,4 @@ def open_loralib(file: Path) -> OpenAdapter:
         OpenModule(name, parts, "linear" if {"A", "B"} & parts.keys() else "saved", None)
         for name, parts in grouped.items()
     ]
-    return OpenAdapter(file, "loralib", {}, modules, others)
+    return OpenAdapter(file, "loralib", {}, modules, others, tensors=tensors)

@@ -43,7 +43,8 @@ def open_mlx(folder: Path) -> OpenAdapter:
             raise FormatError(folder / CONFIG, key, json.dumps(value), "another kind", _REMEDY)
     grouped: dict[str, dict[str, Held]] = {}
     others = {}
-    for name, held in held_in(folder / WEIGHTS).items():
+    tensors = held_in(folder / WEIGHTS)
+    for name, held in tensors.items():
         module, _, last = name.rpartition(".")
         part = _PART_OF.get(last) or (last if full else "")
         if part:
@@ -52,7 +53,7 @@ def open_mlx(folder: Path) -> OpenAdapter:
             others[name] = "no parameter of an adapter that mlx-lm knows"
     modules = [_module(module, parts, scale) for module, parts in grouped.items()]
     names = frozenset(path.name for path in folder.iterdir())
-    return OpenAdapter(folder, "mlx", settings, modules, others, names)
+    return OpenAdapter(folder, "mlx", settings, modules, others, names, tensors)
 
 
 def _module(name: str, parts: dict[str, Held], scale: float | None) -> OpenModule:

@@ -141,7 +141,8 @@ class OpenAdapter:
     """What the files of an adapter hold.
 
     ``format``: peft, mlx, gguf, kohya or loralib; ``settings``: as they are stored; ``others``:
-    tensors that are no parameter of an adapter that is known, with the reason.
+    tensors that are no parameter of an adapter that is known, with the reason; ``tensors``: all by
+    their names in the file.
     """
 
     path: Path
@@ -150,6 +151,7 @@ class OpenAdapter:
     modules: Sequence[OpenModule]
     others: Mapping[str, str] = field(default_factory=dict)
     files: frozenset[str] = frozenset()
+    tensors: Mapping[str, Held] = field(default_factory=dict)
 
     @cached_property
     def by_name(self) -> dict[str, OpenModule]:

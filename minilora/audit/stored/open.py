@@ -27,30 +27,45 @@ def open_adapter(name: str | Path) -> OpenAdapter:
 
     Errors: FormatError for what is no adapter, and for damaged files; pickles are never opened.
     """
+    form, path = recognised(name)
+    return _OPEN[form](path)
+
+
+_OPEN = {
+    "peft": open_peft, "mlx": open_mlx, "gguf": open_gguf, "kohya": open_kohya,
+    "loralib": open_loralib,
+}  # fmt: skip
+
+
+def recognised(name: str | Path) -> tuple[str, Path]:
+    """An adapter's format, and its folder or file.
+
+    Errors: FormatError for what is no adapter, and for pickles.
+    """
     path = adapter_path(str(name))
     if path.is_dir():
-        return _in_folder(path)
+        return _in_folder(path), path
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         remedy = "a pickle can run code: load it where it was made, and save it as safetensors"
         raise FormatError(path, "file", "a pickle", EXPECTED, remedy)
     if not path.is_file():
         raise FormatError(path, "adapter", "nothing there", EXPECTED, "check the path")
     if path.suffix == ".gguf":
-        return open_gguf(path)
+        return "gguf", path
     if path.name == PEFT_WEIGHTS:
-        return open_peft(path.parent)
+        return "peft", path.parent
     if path.name == MLX_WEIGHTS:
-        return open_mlx(path.parent)
+        return "mlx", path.parent
     names = places(path)[0]
     if any(".lora_down." in each for each in names):
-        return open_kohya(path)
+        return "kohya", path
     if any(each.endswith((".lora_A", ".lora_B")) for each in names):
-        return open_loralib(path)
+        return "loralib", path
     found = listed(names) or "no tensors"
     raise FormatError(path, "tensors", found, EXPECTED, "is it an adapter?")
 
 
-def _in_folder(path: Path) -> OpenAdapter:
+def _in_folder(path: Path) -> str:
     files = {file.name for file in path.iterdir()}
     has_peft = PEFT_WEIGHTS in files or "adapter_model.bin" in files
     if has_peft and MLX_WEIGHTS in files:
@@ -58,7 +73,7 @@ def _in_folder(path: Path) -> OpenAdapter:
         remedy = "their configurations have one name: keep one of the two"
         raise FormatError(path, "adapter", found, "one of them", remedy)
     if has_peft:
-        return open_peft(path)
+        return "peft"
     if MLX_WEIGHTS in files:
-        return open_mlx(path)
+        return "mlx"
     raise FormatError(path, "adapter", listed(files) or "an empty folder", EXPECTED, "check it")

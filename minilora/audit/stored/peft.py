@@ -9,17 +9,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minilora.audit.adapters.peft import split_name
 from minilora.audit.expressions import is_endless
 from minilora.audit.stored.module import Held, OpenAdapter, OpenModule
 from minilora.audit.stored.places import held_in
 from minilora.io.errors import FormatError
 from minilora.io.files import read_json
-from minilora.io.formats.peft.names import CONFIG, PROJECTIONS, WEIGHTS
+from minilora.io.formats.peft.names import CONFIG, PREFIX, PROJECTIONS, WEIGHTS
 from minilora.io.formats.peft.settings import KINDS
 from minilora.io.formats.peft.targets import variant_of
 from minilora.spec.target_modules import pattern_value
-from minilora.spec.variants import REGISTRY
+from minilora.spec.variants import REGISTRY, extended
+
+_ENDS = {
+    end: part
+    for entry in REGISTRY.values()
+    for part, end in extended(entry.equation).peft.tensors.items()
+} | {
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_magnitude_vector.weight": "magnitude",
+}
+"""The ends of tensors' names after a module's path, and the parameters that they hold."""
 
 TOKENS = re.compile(r"\.token_adapter\.trainable_tokens_delta(\.[^.]+)?$")
 SAVED = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.[^.]+$)")
@@ -83,6 +93,19 @@ def _of_their_kinds(path: Path) -> dict[str, Any]:
     return settings
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """A tensor's module and the parameter that it holds; "" for none of an adapter's."""
+    path = name.removeprefix(PREFIX)
+    for end, part in _ENDS.items():
+        stem, _, last = end.partition(".")
+        match = re.fullmatch(
+            rf"(.+)\.{stem}(\.[^.]+)??{re.escape('.' + last) if last else ''}", path
+        )
+        if match:
+            return match[1], part
+    return path, ""
+
+
 def place_of(name: str) -> tuple[str, str]:
     """The module and the parameter of a tensor: weight or bias if saved, tokens of rows."""
     path, part = split_name(name)
@@ -103,21 +126,21 @@ def _module(
     if not {"A", "B"} & parts.keys():
         beside = {"weight", "bias", "tokens"} & parts.keys()
         kind = "tokens" if "tokens" in parts else "saved" if beside else "linear"
-        return OpenModule(name, parts, kind, _scale(folder, name, 1, settings)[0])
+        return OpenModule(name, parts, kind, scale_of(folder, name, 1, settings)[0])
     table = any("lora_embedding_" in held.name for held in parts.values())
     r = next(parts[p].shape[0 if p == "A" else -1] for p in "AB" if p in parts and parts[p].shape)
-    _, config = _scale(folder, name, max(r, 1), settings)
+    _, config = scale_of(folder, name, max(r, 1), settings)
     own = config["r"]
     side_by_side = settings.get("target_parameters") and r > own and r % own == 0
     experts = r // own if side_by_side else 1
-    scale, config = _scale(folder, name, max(r // experts, 1), settings)
+    scale, config = scale_of(folder, name, max(r // experts, 1), settings)
     dimensions = len(parts["A"].shape) if "A" in parts else 2
     kinds = {"embedding": table, "conv": dimensions > 2, "expert": experts > 1}
     kind = next((kind for kind, is_it in kinds.items() if is_it), "linear")
     return OpenModule(name, parts, kind, scale, experts=experts, config=config)
 
 
-def _scale(
+def scale_of(
     folder: Path, name: str, r: int, settings: Mapping[str, Any]
 ) -> tuple[float, dict[str, Any]]:
     """The module's scale as PEFT has it, and the settings that led to it.
