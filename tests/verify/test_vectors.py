@@ -544,7 +544,8 @@ NOT_SHOWN = {
     *("bias-b-vector-first", "bias-b-vector-dc-summed", "optimizer-one-not-clipped"),
     *("multi-none-off", "multi-none-and-one", "names-layers-pattern-ignored"),
     *("module-one-over-p", "module-pointwise-one-over-p", "init-base-rounded-tall"),
-    *("lifecycle-gradients-merged", "lifecycle-merged-alone"),
+    *("lifecycle-gradients-merged", "lifecycle-merged-alone", "lifecycle-fused-outer"),
+    *("lifecycle-gradients-off", "lifecycle-delete-unmerges"),
 }
 """What needs sizes, or settings together, that vectors lack: they are small, and few."""
 

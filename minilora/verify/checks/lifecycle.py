@@ -275,6 +275,7 @@ LEVEL = Level(
             ("gradients.bias", "gradients.modules-to-save"),
             "what is brought may be trained on while an adapter is merged",
         ),
+        "step.dora": "the norm may be held or differentiated in each step",
         "gradients.dora": "the norm may be held or differentiated after each step",
     },
     exact=("*",),
