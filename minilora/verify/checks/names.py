@@ -8,6 +8,7 @@ that end others (``q_proj`` and ``eq_proj``), numbers that begin others (``layer
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +19,7 @@ import numpy as np
 from minilora.io.errors import FormatError
 from minilora.io.formats.peft import adapted_names, trained_names
 from minilora.verify.checks.tiny_models import rng_of, same_names
-from minilora.verify.core.errors import Fault, Skip, type_words
+from minilora.verify.core.errors import ASKED, Fault, Skip, type_words
 from minilora.verify.core.level import Level
 from minilora.verify.core.types import Case, Check, Comparison
 from minilora.verify.implementation.guard import GuardedImplementation
@@ -27,6 +28,9 @@ Config = dict[str, Any]
 Rng = np.random.Generator
 
 CASES = {"quick": 1, "ci": 2, "nightly": 60}
+MAX_SHOWN = 4
+"""So many entries of a list in a configuration are shown in an error."""
+
 MANY = {"quick": 1, "ci": 1, "nightly": 3}
 """From the second case on, as many names as PEFT shortens to their ends: that takes seconds."""
 
@@ -264,6 +268,21 @@ def draw(kind: str, number: int, seed: int) -> Drawn:
         return drawn
 
 
+def asked(subject: GuardedImplementation, method: str, config: Config, names: Any) -> Any:
+    """The answer for a configuration, which an error names."""
+    try:
+        return subject.call(method, config, names)
+    except Fault as fault:
+        said = json.dumps({name: _short(value) for name, value in config.items()})
+        raise Fault(fault.kind, f"{fault.message}{ASKED}{said}") from None
+
+
+def _short(value: Any) -> Any:
+    """A setting, of a long list its beginning."""
+    is_long = isinstance(value, list) and len(value) > MAX_SHOWN
+    return [*value[:MAX_SHOWN], f"and {len(value) - MAX_SHOWN} more"] if is_long else value
+
+
 def of_module(subject: GuardedImplementation, answer: Any, name: str) -> np.ndarray:
     """r and alpha of a module, as the implementation gives them. Raises Fault."""
     return subject.answer(subject.entry(answer, name), f"targets[{name!r}]", (2,))
@@ -272,7 +291,7 @@ def of_module(subject: GuardedImplementation, answer: Any, name: str) -> np.ndar
 def _targets(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         drawn = draw(f"targets.{kind}", case.number, case.seed)
-        got = subject.call("targets", drawn.config, drawn.modules)
+        got = asked(subject, "targets", drawn.config, drawn.modules)
         if not isinstance(got, Mapping):
             raise Fault("missing", f"targets gave {type_words(got)}, expected a dict")
         want = adapted_names(drawn.config, drawn.modules)
@@ -292,7 +311,7 @@ def _targets(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comp
 def _trainable(kind: str) -> Callable[[GuardedImplementation, Case], Iterable[Comparison]]:
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         drawn = draw(f"trainable.{kind}", case.number, case.seed)
-        got = subject.call("trainable", drawn.config, drawn.parameters)
+        got = asked(subject, "trainable", drawn.config, drawn.parameters)
         if isinstance(got, str) or not isinstance(got, Iterable):
             raise Fault("missing", f"trainable gave {type_words(got)}, expected names")
         want = trained_names(drawn.config, drawn.parameters)
@@ -324,7 +343,7 @@ def _refused(method: str) -> Callable[[GuardedImplementation, Case], Iterable[Co
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         drawn = draw("targets.list", case.number, case.seed)
         names = drawn.modules if method == "targets" else drawn.parameters
-        subject.call(method, MEANINGFUL, names)  # this one is not refused
+        asked(subject, method, MEANINGFUL, names)  # this one is not refused
         for what, changes in MEANINGLESS.items():
             is_so = is_refused(subject, method, {**MEANINGFUL, **changes}, names)
             what = f"whether {method} refuses {what}"

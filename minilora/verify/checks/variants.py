@@ -28,6 +28,7 @@ from minilora.spec.variants import (
     row_norm,
 )
 from minilora.verify.checks.linear import dbias
+from minilora.verify.checks.merge import merged_with_bias
 from minilora.verify.core import inputs
 from minilora.verify.core.axes import Axis
 from minilora.verify.core.dtypes import DTYPES, Precision
@@ -381,6 +382,16 @@ def bias_gradient(subject: GuardedImplementation, case: Case) -> Iterable[Compar
         yield Comparison(name, got, wanted[name][:, 0], sigma[:, 0], MONTE_CARLO)
 
 
+def merged_bias(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+    """DoRA does not rescale a bias: merging leaves the layer's as it is."""
+    layer, part = draw(case, "", "dora")
+    bias = case.rng().standard_normal(len(layer.W)).astype(layer.W.dtype)
+    layer = replace(layer, bias=bias)
+    _, b = merged_with_bias(subject, layer, case.dtype, **_settings("dora", part))
+    if b is not None:
+        yield Comparison("merged bias", b, bias)
+
+
 def _checks(name: str) -> Iterable[Check]:
     def check(what: str, needs: str, words: str, run: Any, kind: str) -> Check:
         title = f"{words} of {WORDS[name]}{_more(kind)}."
@@ -431,6 +442,14 @@ _CHECKS: tuple[Check, ...] = (
         (bias_gradient.__doc__ or "").splitlines()[0],
         bias_gradient,
         counter(CASES, 0.5),
+    ),
+    Check(
+        "variants.dora.bias-merged",
+        "variants",
+        ("merge",),
+        (merged_bias.__doc__ or "").splitlines()[0],
+        merged_bias,
+        counter(CASES, 0.25),
     ),
     _unbatched(
         "unbatched",

@@ -37,6 +37,10 @@ class Skip(Exception):
         self.reason = tidy(reason)
 
 
+ASKED = ", asked "
+"""What stands in a fault's message before what was asked, which is not its cause."""
+
+
 class Fault(Exception):
     """The implementation gave no answer that could be compared.
 

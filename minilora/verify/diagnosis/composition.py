@@ -45,6 +45,11 @@ def _rows(comparison: Comparison, parts: Mapping[str, Array]) -> str:
     return "; ".join(told[:MAX_ROWS]) + more
 
 
+def _shown(factor: float) -> str:
+    """A factor in six digits, 0 where it is the solver's rounding beside a factor of 1."""
+    return f"{factor:.6g}" if abs(factor) > 1e-6 else "0"
+
+
 def _factors(comparison: Comparison, parts: Mapping[str, Array]) -> str:
     """How often each part acts, if the answer is a sum of multiples of them."""
     matrix = np.stack([np.asarray(part, float).ravel() for part in parts.values()], 1)
@@ -56,7 +61,7 @@ def _factors(comparison: Comparison, parts: Mapping[str, Array]) -> str:
     if not agreeing((got - matrix @ has) / sigma):
         return ""
     told = [
-        f"{name} acts {a:.6g} times, expected {b:.6g}"
+        f"{name} acts {_shown(a)} times, expected {_shown(b)}"
         for name, a, b in zip(parts, has, should, strict=True)
         if abs(a - b) > 1e-6 * max(1, abs(b))
     ]

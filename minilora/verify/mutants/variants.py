@@ -107,6 +107,10 @@ DORA: Table = {
               "(dy + part).astype(dtype).astype(dy.dtype).sum(0) - part.sum(0)"},
          "peft 0.21.2"),
     ],
+    "variants.dora.bias-merged": [
+        ("bias-merged-scaled", "merging multiplies the layer's bias by m/‖V‖",
+         {"# bias": "b = b * g if dora else b"}),
+    ],
     "variants.dora.merge": [
         ("merge-plain", "W + s B A", {"# merged": "merged = V"}),
         ("merge-inverse", "V ∘ ‖V‖ / m",

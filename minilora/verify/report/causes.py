@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from minilora.verify.core.errors import ASKED
 from minilora.verify.core.types import STRUCTURE, Diagnosis
 from minilora.verify.report.result import Result
 from minilora.verify.report.words import fault_words, is_one_rounding
@@ -101,7 +102,8 @@ def _keys(result: Result, diagnosis: Sequence[Diagnosis]) -> dict[str, str]:
     if diagnosis:
         return {each.id: each.sentence for each in diagnosis}
     if result.status == "error":
-        return {fault_words(fault): fault_words(fault) for fault in result.faults[:1]}
+        words = [fault_words(fault).partition(ASKED)[0] for fault in result.faults[:1]]
+        return {each: each for each in words}
     return {}
 
 

@@ -24,6 +24,7 @@ from minilora.verify.report.words import (
     known_and_skipped,
     level_names,
     levels,
+    nothing_checked,
     place_words,
     rows,
     summary,
@@ -51,7 +52,7 @@ def text_lines(report: Report, verbose: bool, width: int = WIDTH) -> Iterator[st
     yield from fold(summary(report))
     yield from fold(levels(report))
     if not report.ran:
-        yield "Nothing was checked: every check was skipped."
+        yield from fold(nothing_checked(report))
     yield ""
     yield from _table(report, verbose, width)
     yield from _deviations(report, verbose, width)

@@ -322,6 +322,17 @@ def check_names(report: Report, results: Sequence[Result]) -> str:
     )
 
 
+def nothing_checked(report: Report) -> str:
+    """Why nothing was checked, and what to do."""
+    if report.results:
+        return "Nothing was checked: every check was skipped."
+    return (
+        f"Nothing was asked: the profile {report.profile} has no case of these levels in "
+        f"{' or '.join(report.dtypes) or 'any dtype of the target'}. Ask in another dtype, such as "
+        "--dtype float32, which the target then has to have among its dtypes, or with --profile ci."
+    )
+
+
 def known_and_skipped(report: Report) -> dict[tuple[str, str], list[Result]]:
     """The words before and after the names of checks that are known, or skipped in some cases."""
     reasons: dict[tuple[str, str], list[Result]] = {}
