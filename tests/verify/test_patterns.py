@@ -220,3 +220,21 @@ def test_what_is_wrong_beyond_all_bounds_is_no_fault_of_this_package():
         patterns.describe(
             level_of("merge.weight"), [Case("merge.weight", "float32", 0, 0)], [{"y": each}]
         )
+
+
+def test_what_is_accepted_and_should_be_refused_is_told():
+    from minilora.verify.mutants.names import NAMES
+
+    lenient = NAMES.edited({'raise ValueError("no such bias")': "pass"})
+    assert said(lenient, "names.refused.targets") == [
+        "It accepts what should be refused: no such bias."
+    ]
+    assert said(NAMES.edited({}), "names.refused.targets") == []
+
+
+def test_what_does_not_act_is_told_to_act_0_times():
+    rng = np.random.default_rng(0)
+    base, one = rng.standard_normal((2, 5, 4)) * np.array([1.0, 1e-3])[:, None, None]
+    wrong = Comparison("y", base, base + one, parts=lambda: {"the base": base, "one": one})
+    told = [sentence for _, sentence in patterns.compositions([("case", wrong)])]
+    assert told == ["one acts 0 times, expected 1"]

@@ -19,6 +19,7 @@ from fake_checks import CHECKS, OnlyMerge, Right, WrongScale
 
 from minilora.cli.main import main
 from minilora.forms.markdown import MARKDOWN_BYTES
+from minilora.verify.checks import names as names_level
 from minilora.verify.core.dtypes import Precision
 from minilora.verify.core.errors import UsageError
 from minilora.verify.core.types import CELLS, Comparison, Diagnosis, Judgement, Picture
@@ -479,8 +480,35 @@ def result(check, status, dtype="float32", **values):
     return Result(check, level, "a law", dtype, how, status, cases=1, **values)
 
 
+def folded(report):
+    """Its text, what is wrapped in one line."""
+    return re.sub(r"\n *", " ", report.text())
+
+
+ASKED_NAMES = ("names.targets.list", "names.targets.layers")
+
+
 def report_of(*results):
     return Report("t", "1", ("float32",), {}, {}, "ci", 0, results, 1.0)
+
+
+def test_a_run_that_asks_nothing_says_why_and_one_that_skips_everything_says_so():
+    assert "the profile ci has no case of these levels in float32." in folded(report_of())
+    skipped = folded(report_of(result("multi.a", "skip", reason="none")))
+    assert "every check was skipped" in skipped
+    assert "no case of these levels" not in skipped
+
+
+def test_an_error_of_names_shows_what_was_asked_and_counts_as_one_cause():
+    class Raises(Right):
+        def targets(self, config, names):
+            raise ValueError("nothing")
+
+    asked = [check for check in names_level.LEVEL.checks if check.id in ASKED_NAMES]
+    report = run(asked, Raises(), profile="quick", dtypes=["float32"])
+    for found in report.results:
+        assert ', asked {"peft_type": "LORA", ' in found.faults[0].message
+    assert "2 of 2 failing results show it" in folded(report)
 
 
 def test_checks_of_a_level_that_do_alike_share_a_line_unless_all_are_asked_for():

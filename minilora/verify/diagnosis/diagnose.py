@@ -50,7 +50,9 @@ MAX_PARTLY = 6
 MAX_SEPARATING = 12
 """The greatest number of cases of each check that are tried to separate two mutants."""
 
-SIMPLE_PATTERNS = ("composition", "scale", "factor", "zero", "transposed", "permuted", "steps")
+SIMPLE_PATTERNS = (
+    "accepted", "composition", "scale", "factor", "zero", "transposed", "permuted", "steps",
+)  # fmt: skip
 """Patterns that say more than that the deviation is a part of some mutant's."""
 
 

@@ -365,6 +365,7 @@ def describe(level: Level, cases: Sequence[Case], answers: Answers) -> tuple[Dia
     """The patterns of the deviations in a check's cases; nothing where nothing is certain."""
     layers = [layer for case in cases if (layer := level.layer(case)) is not None]
     found = [
+        *accepted(answers),
         *step_patterns(answers),
         *model_patterns(answers),
         *(scale_patterns(layers, answers) if layers else ()),
@@ -375,6 +376,20 @@ def describe(level: Level, cases: Sequence[Case], answers: Answers) -> tuple[Dia
         Diagnosis(f"{STRUCTURE}{kind}", f"{sentence}.", 0.0)
         for kind, sentence in found[:MAX_FINDINGS]
     )
+
+
+_REFUSED = re.compile(r"whether (?:\S+ refuses (?P<what>.+)|(?P<step>.+) is refused)")
+
+
+def accepted(answers: Answers) -> Iterator[Finding]:
+    """What is accepted and should be refused."""
+    told = [
+        found["what"] or found["step"]
+        for name in failing_arrays([Case("", "", 0, 0)] * len(answers), answers)
+        if (found := _REFUSED.fullmatch(name))
+    ]
+    if told:
+        yield "accepted", f"It accepts what should be refused: {', '.join(told)}"
 
 
 def _of_arrays(level: Level, cases: Sequence[Case], answers: Answers) -> Iterator[Finding]:
