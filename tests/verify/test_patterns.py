@@ -237,4 +237,4 @@ def test_what_does_not_act_is_told_to_act_0_times():
     base, one = rng.standard_normal((2, 5, 4)) * np.array([1.0, 1e-3])[:, None, None]
     wrong = Comparison("y", base, base + one, parts=lambda: {"the base": base, "one": one})
     told = [sentence for _, sentence in patterns.compositions([("case", wrong)])]
-    assert told == ["one acts 0 times, expected 1"]
+    assert told == ["one acts 0 times, expected 1, in case"]
