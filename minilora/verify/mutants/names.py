@@ -174,9 +174,6 @@ TABLE: Table = {
          {"# trained": 'tensors = [n for n in tensors if ".lora_A" not in n]'}),
         ("prefix-lost", "names without base_model.model.",
          {'f"base_model.model.{name}" for': "name for"}),
-        ("prefix-once", "base_model.model. is not put before a name that has it",
-         {'f"base_model.model.{name}" for':
-              'name if "base_model.model" in name else f"base_model.model.{name}" for'}),
         ("adapter-in-name", "the adapter's name stands in the tensors' names",
          {'f"base_model.model.{name}" for':
               'f"base_model.model.{name}".replace(".weight", ".default.weight") for'}),
@@ -191,6 +188,9 @@ TABLE: Table = {
          {'f"{at}.base_layer.bias" if at in adapted else name': "name"}),
     ],
     "names.trainable.modules-to-save": [
+        ("prefix-once", "base_model.model. is not put before a name that has it",
+         {'f"base_model.model.{name}" for':
+              'name if "base_model.model" in name else f"base_model.model.{name}" for'}),
         ("saved-ignored", "modules_to_save are not trained",
          {'at.endswith(tuple(c.get("modules_to_save") or ()))': "False"}),
         ("saved-first", "only the first of modules_to_save is trained",
