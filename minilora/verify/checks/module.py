@@ -234,14 +234,15 @@ def evaluation(name: str) -> Run:
 
 TRIES = 60
 """Of so many trainings at p = ¾ one drops one number of two, but for a probability of (5/8)⁶⁰ at
-most. (A mask may be shared by all samples, but not by trainings.)"""
+most."""
 
 
 def dropout(name: str) -> Run:
     """In training each number's branch is dropped by itself, or 1 / (1 - p) times itself.
 
     A sample has two numbers that are not 0, so that its branch is one of four, whatever else a mask
-    shares. Projections in one weight may have a mask each.
+    shares. Each is there twice, so that a mask that samples share is seen. Projections in one
+    weight may have a mask each.
     """
 
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
@@ -250,7 +251,9 @@ def dropout(name: str) -> Run:
         two = np.roll(one, 1, axis=0)
         branch = _branch(inputs, one)[1]
         base, both = _branch(inputs, one + two)
-        branches = (0 * both, branch, np.roll(branch, 1, axis=0), both)
+        four = (0 * both, branch, np.roll(branch, 1, axis=0), both)
+        branches = [np.concatenate([each, each]) for each in four]
+        base = np.concatenate([base, base])
         ways = [base + each / (1 - DROPPED) for each in branches]
         axes = tuple(range(1, base.ndim))
         rows = np.cumsum(inputs.layer.get("rows", ()))[:-1]  # of parts, each with a mask or none
@@ -258,8 +261,9 @@ def dropout(name: str) -> Run:
         parts = [slice(a, b) for a, b in pairwise(ends)]
         can_tell = [(each != 0).any(axes) for each in branches]
         acts, apart = not can_tell[3].any(), not (can_tell[1] & can_tell[2]).any()
-        got, want = [], []
-        given = ModuleInputs(**vars(inputs) | {"x": (one + two).astype(inputs.x.dtype)})
+        alone, got, want = acts, [], []
+        twice = np.concatenate([one + two, one + two]).astype(inputs.x.dtype)
+        given = ModuleInputs(**vars(inputs) | {"x": twice})
         for _ in range(TRIES):
             answer = ask(subject, given.with_adapter(p=DROPPED), "train")
             y = subject.answer(subject.entry(answer, "y"), "y", base.shape, case.dtype)
@@ -267,13 +271,16 @@ def dropout(name: str) -> Run:
             acts |= any(each.acts for each in found)
             apart |= any(each.apart for each in found)
             got.append(y)
+            alone |= any(each.alone for each in found)
             want.append(np.concatenate([each.want for each in found], axis=-1))
-            if (acts and apart) or not all(each.is_met for each in found):
+            if (acts and apart and alone) or not all(each.is_met for each in found):
                 break
         yield Comparison("y of samples in training", np.concatenate(got), np.concatenate(want))
         yield Comparison("whether dropout acts", np.asarray(float(acts)), np.asarray(1.0))
         label = "whether numbers of a sample are dropped apart"
         yield Comparison(label, np.asarray(float(apart)), np.asarray(1.0))
+        label = "whether equal samples are dropped apart"
+        yield Comparison(label, np.asarray(float(alone)), np.asarray(1.0))
 
     return run
 
@@ -286,9 +293,10 @@ class _Nearest:
     is_met: bool
     acts: bool
     apart: bool
+    alone: bool
 
 
-def _nearest(y: Array, ways: list[Array], branches: tuple[Array, ...], part: slice) -> _Nearest:
+def _nearest(y: Array, ways: list[Array], branches: list[Array], part: slice) -> _Nearest:
     axes = tuple(range(1, y.ndim))
     off = np.stack([np.abs(y - way)[..., part].max(axes) for way in ways])
     nearest, is_one = off.argmin(0), off.min(0) == 0
@@ -298,6 +306,7 @@ def _nearest(y: Array, ways: list[Array], branches: tuple[Array, ...], part: sli
         bool(is_one.all()),
         bool((tells[3] & (nearest != 3)).any()),
         bool((tells[1] & tells[2] & (nearest % 3 != 0)).any()),
+        bool(np.not_equal(*np.split(nearest, 2)).any()),
     )
 
 

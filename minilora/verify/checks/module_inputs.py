@@ -280,7 +280,7 @@ def _conv(
         "padding": (1, 1, 1) if mode != "zeros" else axes("padding", ((1, 0, 1), (0, 1, 0))),
         "dilation": axes("dilation", ((2, 1, 1), (1, 2, 2))) if dilated else (1, 1, 1),
     }
-    channels, m = axes("channels", (2, 3)) if not grouped else 2, 4
+    channels, m = axes("channels", (2, 3, 4)) if not grouped else 2, 4
     layer: Entries = {name: list(of[:dimensions]) for name, of in moves.items()}
     layer |= {"W": draw(m, channels, *kernel), "groups": groups, "padding_mode": mode}
     whole = grouped and draw.groups_as == "blocks"

@@ -30,15 +30,15 @@ Array = np.ndarray
 SIZES = (
     (4, 7, 5, 3, 2),
     (5, 6, 6, 2, 4),
-    (6, 9, 4, 5, 2),
+    (6, 4, 9, 4, 4),
     (3, 8, 8, 4, 4),
     (5, 4, 9, 1, 1),
     (2, 19, 6, 9, 4),
     (37, 35, 37, 17, 16),
 )
-"""Tokens, n, m, r, and r in the exact lane: distinct; square weights with another rank; a rank of
-1; sides beyond a kernel's tiles of 16 and 32, and no multiples of these. The last has as many
-tokens as features, so that an axis may be mistaken for the other."""
+"""Tokens, n, m, r, and r in the exact lane: distinct; square weights with another rank; a square A; a
+rank of 1; sides beyond a kernel's tiles of 16 and 32, and no multiples of these. The last has as
+many tokens as features, so that an axis may be mistaken for the other."""
 
 BEYOND = (
     (5, 1100, 37, 3, 2),
@@ -51,13 +51,14 @@ BEYOND = (
     (257, 10, 66, 129, 64),
     (127, 128, 9, 4, 16),
     (512, 5, 33, 3, 2),
-    (2, 255, 256, 65, 128),
+    (66, 255, 13, 65, 128),
     (513, 14, 13, 65, 64),
     (4, 1024, 31, 2, 1),
-    (32, 511, 8, 33, 32),
+    (96, 511, 8, 33, 32),
 )
 """Likewise, one or two sides beyond a kernel's tiles of 64 to 1024, or a power of two or beside
-one. The others are small, so that a case costs little."""
+one. The others are small, so that a case costs little. One of each and the seventh after it has
+more than 63 tokens."""
 
 BEYOND_EVERY = ((12, 2), (12, 7))
 """In which cases of the exact lane and of the other they are drawn: every so many, from this on."""
@@ -87,8 +88,8 @@ LEADS: tuple[Callable[[int], tuple[int, ...]], ...] = (
 SCALES = (0.25, 4.0)
 """Of the exact lane: powers of two, whose roots are powers of two as well."""
 
-ALPHAS = (7.0, 5.0, 16.0, 1.5)
-"""None is a rank of SIZES, and with most of them alpha / r is a fraction."""
+ALPHAS = (7.0, 5.0, 40.0, 1.5)
+"""None is a rank of SIZES, with most of them alpha / r is a fraction, and one is large."""
 
 
 @dataclass(frozen=True)
@@ -368,10 +369,10 @@ def draw_layer(
         rng,
         case,
         size,
-        LEADS[group % len(LEADS)],
+        LEADS[case.number // every % 2 if is_beyond else group % len(LEADS)],
         bias=bias,
         dropout=dropout if isinstance(dropout, str) else DROPOUT[dropout],
-        negative=group % 4 == 3,
+        negative=group % 4 == 1,
         **settings,
     )
     none = np.zeros_like(layer.W)

@@ -225,6 +225,9 @@ MODULE: Table = {
         ("dropout-never", "no dropout in training", {"if training and p:": "if False:"}),
         ("dropout-on-base", "dropout on the base's input too",
          {"base, branch = apply(layer, x, W, index)": "base, branch = apply(layer, h, W, index)"}),
+        ("dropout-shared", "all samples of a batch share one mask",
+         {"self.rng.random(x.shape) >= p":
+              "np.broadcast_to(self.rng.random(x.shape[-1:]) >= p, x.shape)"}),
         ("dropout-of-samples", "whole samples are dropped",
          {"self.rng.random(x.shape) >= p":
               "self.rng.random((len(x),) + (1,) * (x.ndim - 1)) >= p"}),
