@@ -36,8 +36,8 @@ SIZES = (
     (2, 19, 6, 9, 4),
     (37, 35, 37, 17, 16),
 )
-"""Tokens, n, m, r, and r in the exact lane: distinct; square weights with another rank; a square A; a
-rank of 1; sides beyond a kernel's tiles of 16 and 32, and no multiples of these. The last has as
+"""Tokens, n, m, r, and r in the exact lane: distinct; square weights with another rank; a square A;
+a rank of 1; sides beyond a kernel's tiles of 16 and 32, and no multiples of these. The last has as
 many tokens as features, so that an axis may be mistaken for the other."""
 
 BEYOND = (
