@@ -157,7 +157,7 @@ def isolation(subject: GuardedImplementation, case: Case) -> Iterable[Comparison
         "the second": SessionRun.of(subject, replace(case, seed=case.seed + 1)),
     }
     done: list[str] = []
-    after: tuple[Step, ...] = (("scale", "one", 2.0), ("train",), ("disable",), ("delete", "one"))
+    after: tuple[Step, ...] = (("scale", "one", 2.0), ("train",), ("disable",))
     has = runs["the first"].session.has
     for step in [step for step in (*ONE_ADAPTER[:3], ("unmerge",), *after) if has(step[0])]:
         for name, run in runs.items():

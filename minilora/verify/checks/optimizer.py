@@ -35,8 +35,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "layers.0.q.A": (3, 7),
     "layers.0.q.B": (5, 3),
     "layers.0.v.A": (2, 7),
-    "layers.0.v.B": (4, 2),
+    "layers.0.v.B": (2, 2),
 }
+"""Factors of two modules; one of them is square."""
 
 OTHERS: dict[str, tuple[int, ...]] = {
     "embed.A": (3, 7),

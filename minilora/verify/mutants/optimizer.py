@@ -213,6 +213,9 @@ LORAPLUS: Table = {
               'name.endswith(".B") and not name.startswith("embed") else rate'}),
     ],
     "optimizer.loraplus": [
+        ("loraplus-not-square", "no LoRA+ ratio for a B of equal sides",
+         {'name.endswith("B") else rate':
+              'name.endswith(".B") and len({*w.shape}) > 1 else rate'}),
         ("loraplus-ignored", "no LoRA+ ratio", {"# settings": "ratio = 1.0"}),
         ("loraplus-on-A", "the LoRA+ ratio for A instead of B",
          {"# parameter": 'rate = lr * (ratio if name.endswith("A") else 1)'}),
