@@ -51,14 +51,13 @@ BEYOND = (
     (257, 10, 66, 129, 64),
     (127, 128, 9, 4, 16),
     (512, 5, 33, 3, 2),
-    (66, 255, 13, 65, 128),
+    (2, 255, 256, 65, 128),
     (513, 14, 13, 65, 64),
     (4, 1024, 31, 2, 1),
-    (96, 511, 8, 33, 32),
+    (32, 511, 8, 33, 32),
 )
 """Likewise, one or two sides beyond a kernel's tiles of 64 to 1024, or a power of two or beside
-one. The others are small, so that a case costs little. One of each and the seventh after it has
-more than 63 tokens."""
+one. The others are small, so that a case costs little."""
 
 BEYOND_EVERY = ((12, 2), (12, 7))
 """In which cases of the exact lane and of the other they are drawn: every so many, from this on."""
@@ -369,7 +368,7 @@ def draw_layer(
         rng,
         case,
         size,
-        LEADS[case.number // every % 2 if is_beyond else group % len(LEADS)],
+        LEADS[case.number // every % 2 if is_beyond and exact else group % len(LEADS)],
         bias=bias,
         dropout=dropout if isinstance(dropout, str) else DROPOUT[dropout],
         negative=group % 4 == 1,
