@@ -543,7 +543,6 @@ NOT_SHOWN = {
     *("combined-stored-in-out-alpha-over-r", "combine-rank-for-alpha", "dropout-first-call"),
     *("bias-b-vector-first", "bias-b-vector-dc-summed", "optimizer-one-not-clipped"),
     *("multi-none-off", "multi-none-and-one", "names-layers-pattern-ignored"),
-    "combined-alpha-absolute-rslora",
     *("module-one-over-p", "module-pointwise-one-over-p", "init-base-rounded-tall"),
     *("lifecycle-gradients-merged", "lifecycle-merged-alone", "lifecycle-fused-outer"),
     *("lifecycle-gradients-off", "lifecycle-delete-unmerges"),
