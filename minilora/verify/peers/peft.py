@@ -137,7 +137,6 @@ _KNOWN = {
         ("peft.deleted-activates", "peft.last-deleted"),
         _KEY_ERROR,
     ),
-    **entries(["lifecycle.isolation"], ("peft.last-deleted",), _KEY_ERROR),
     **entries(
         ["lifecycle.gradients.tied"],
         ("peft.tied-merge",),
