@@ -596,7 +596,7 @@ def test_an_entry_that_is_not_finite_is_named(folder):
     ("array", "says"),
     [
         (np.ones((16, 8), np.int32), "found dtype int32, expected floating-point numbers"),
-        (np.ones((16, 8), bool), "found dtype BOOL, expected one of F64, F32, BF16, F16"),
+        (np.ones((16, 8), bool), "found dtype bool, expected floating-point numbers"),
         (np.ones((0, 8)), "found shape [0, 8], expected at least one entry"),
     ],
 )

@@ -837,7 +837,7 @@ def test_an_object_a_class_or_a_factory_is_a_target(name):
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("pfet", r"no target 'pfet'; TARGET is bitsandbytes or flax or .* package.* mean 'peft'"),
+        ("pfet", r"no target 'pfet'; TARGET is adapters or axolotl or .* package.* mean 'peft'"),
         ("my_lora.py", "names no class, .* write my_lora.py:NAME"),
         ("no_such_module:x", "no module 'no_such_module', neither in the current folder nor"),
         ("fake_checks:Rihgt", r"fake_checks has no 'Rihgt' \(did you mean 'Right'\?\); it holds"),

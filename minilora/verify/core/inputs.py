@@ -50,7 +50,7 @@ BEYOND = (
     (3, 521, 530, 1, 1),
     (257, 10, 66, 129, 64),
     (127, 128, 9, 4, 16),
-    (512, 5, 33, 3, 2),
+    (520, 5, 33, 3, 2),
     (2, 255, 256, 65, 128),
     (513, 14, 13, 65, 64),
     (4, 1024, 31, 2, 1),
@@ -363,12 +363,13 @@ def draw_layer(
     rng = case.rng()
     every, first = BEYOND_EVERY[case.number % 2]
     is_beyond = case.number % every == first
-    size = in_turn(beyond, case, case.number // every) if is_beyond else SIZES[group % len(SIZES)]
+    turn = case.number // every
+    size = in_turn(beyond, case, turn) if is_beyond else SIZES[group % len(SIZES)]
     layer = draw_of_size(
         rng,
         case,
         size,
-        LEADS[case.number // every % 2 if is_beyond and exact else group % len(LEADS)],
+        LEADS[(1 - turn) % 2 if is_beyond and exact else group % len(LEADS)],
         bias=bias,
         dropout=dropout if isinstance(dropout, str) else DROPOUT[dropout],
         negative=group % 4 == 1,

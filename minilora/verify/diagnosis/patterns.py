@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import sqrt
+from math import nan, sqrt
 
 import numpy as np
 
@@ -192,7 +192,7 @@ EXPRESSIONS: dict[str, Callable[[float, int], float]] = {
     "r/α": lambda a, r: r / a,
     "1/α": lambda a, r: 1 / a,
     "(α/r)²": lambda a, r: (a / r) ** 2,
-    "√(α/r)": lambda a, r: sqrt(a / r),
+    "√(α/r)": lambda a, r: sqrt(a / r) if a >= 0 else nan,
     "α²/r": lambda a, r: a * a / r,
     "α/r²": lambda a, r: a / r**2,
     "α/(r + 1)": lambda a, r: a / (r + 1),
