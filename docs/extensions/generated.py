@@ -128,7 +128,10 @@ def shown(it):
     output = (
         f"It prints with {with_}:\n\n```text\n{said.text}```" if said else "It was not run here."
     )
-    return f"```python\n{text}```\n\n{output}"
+    summary = "A script without minilora, and what it prints"
+    return (
+        f"<details>\n<summary>{summary}</summary>\n\n```python\n{text}```\n\n{output}\n\n</details>"
+    )
 
 
 def finding(it, library, anchors):
