@@ -68,6 +68,8 @@ def dropped(case: Case) -> Explanation | None:
     if not along > 1.01 * square > 0:
         return None
     p = round(100 * (1 - square / along)) / 100  # people give it in percent
+    if not 0 < p < 1:
+        return None
     changes = tuple(scaled(change, 1 / (1 - p)) for change in case.changes)
     merge = case.merged(Trial(changes))
     for i, j, W, M in case.everything():

@@ -425,6 +425,9 @@ def test_a_narrow_encoding_is_no_error(monkeypatch):
         def flush(self):
             pass
 
+        def isatty(self):
+            return False
+
     narrow = Narrow()
     monkeypatch.setattr(sys, "stdout", narrow)
     assert main(["verify", "--profile", "quick"]) == 0

@@ -28,13 +28,13 @@ from extras import optional
 from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 
-from minilora import Batch, TrainableSpec, logits, lora_linear, merge, scale, unmerge
+from minilora import Batch, TrainableSpec, logits, merge, scale, unmerge
 from minilora.findings import FINDINGS, LIBRARIES
 from minilora.io.formats.huggingface import config_to_json, read_model
 from minilora.spec.adalora import adalora_scale, allocate, budget, orthogonality
 from minilora.spec.initialization import loftq, olora, orthogonal, pissa
 from minilora.spec.layers import Geometry, adapted_conv, with_tokens
-from minilora.spec.lora import merge_weight, twin
+from minilora.spec.lora import lora_linear, merge_weight, twin
 from minilora.spec.models import Llama
 from minilora.spec.multi_adapter import AdaptedLayer, Adapter, combine_exact, combine_linear
 from minilora.spec.ops import attention, cross_entropy, embedding, linear, rmsnorm, rope_tables
