@@ -432,7 +432,7 @@ def test_a_picture_leaves_out_what_is_no_number_and_needs_a_point():
 
 @pytest.mark.slow
 def test_the_command_writes_a_page_and_its_figures(results, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(results_module, "measure", lambda study, jobs, watch: results)
+    monkeypatch.setattr(results_module, "measure", lambda *_: results)
     out = tmp_path / "out"
     assert main(["claims", "--quick", "--output", str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["claims.html", "claims.json"]
