@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,7 @@ def _in_pool(
                 future.cancel()
             own |= set(multiprocessing.active_children()) - before
             for process in own:
-                if process.is_alive() and process.pid is not None:
-                    os.kill(process.pid, signal.SIGINT)
+                if process.pid is not None:
+                    with suppress(ProcessLookupError):  # of one that has ended meanwhile
+                        os.kill(process.pid, signal.SIGINT)
             raise

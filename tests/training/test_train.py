@@ -865,7 +865,8 @@ def test_what_a_full_run_wrote_is_gone_and_what_is_anothers_is_not(tmp_path):
     assert (out / "tokenizer.json").is_file()
     fit(out, run_of(), overwrite=True)
     left = {path.name for path in out.iterdir() if path.is_file()}
-    assert left == {"adapter_config.json", "adapter_model.safetensors", "log.jsonl", "run.json"}
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    assert left == adapter | {"README.md", "log.csv", "log.jsonl", "run.json"}
     (out / "config.json").write_text("mine")
     fit(out, run_of(), overwrite=True)
     assert (out / "config.json").read_text() == "mine"

@@ -57,7 +57,7 @@ class KnownWrong(fake_checks.WrongScale):
 
 class NoLongerWrong(fake_checks.Right):
     known: ClassVar = {
-        "sigma.merge:float32": Known("was wrong in 1.1", "https://tracker/7", (), (OFF,)),
+        "sigma.merge:float32": Known("was wrong in 1.1", "https://tracker/7", seen=(OFF,)),
         "exact.merge": {"reason": "was wrong in one dtype", "seen": OFF},
     }
 
