@@ -145,7 +145,7 @@ def _in_pool(
                 future.cancel()
             own |= set(multiprocessing.active_children()) - before
             for process in own:
-                if process.pid is not None:
+                if process.is_alive() and process.pid is not None:
                     with suppress(ProcessLookupError):  # of one that has ended meanwhile
                         os.kill(process.pid, signal.SIGINT)
             raise
