@@ -42,10 +42,11 @@ def base_quantized(case: Case) -> Iterator[Trial]:
     if width % NF4 and width * rows % NF4 == 0 and case.region.index is None:
         steps["nf4, in blocks that run through the rows"] = _through_rows(case)
     for scheme, step in steps.items():
-        yield Trial(case.changes, scheme, weight=step)
+        yield Trial(case.changes, scheme, weight=step, free=False)
         if case.region.dtypes.merged.itemsize < 4:
             dtype = case.region.dtypes.merged
-            yield Trial(case.changes, f"{scheme} in {dtype}", weight=rounding(dtype, step))
+            there = f"{scheme} in {dtype}"
+            yield Trial(case.changes, there, weight=rounding(dtype, step), free=False)
 
 
 def _fits(case: Case, scheme: str) -> bool:
