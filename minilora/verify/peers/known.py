@@ -31,7 +31,15 @@ _PADDED = (*_LLAMA, "transformers.float64-padding")
 _FLOAT32 = {"rounded_to": "float32"}
 _NAN = {"error": ["nan: loss holds 1 NaN*", "nan: logits holds*", "nan: *step*"]}
 
-_OF_LOSS = ("model.gpt2*", "train.prompt", "files.outputs.rslora", "files.gradients.rslora")
+_OF_LOSS = (
+    "model.gpt2*",
+    "train.prompt",
+    *(
+        f"files.{law}.{kind}"
+        for law in ("outputs", "gradients")
+        for kind in ("rslora", "dora-conv1d")
+    ),
+)
 _OF_LLAMA = (
     "train.*",
     *(
