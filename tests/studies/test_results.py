@@ -9,6 +9,7 @@ import pytest
 
 from minilora.cli.main import main
 from minilora.findings import FINDINGS
+from minilora.studies.results import summary as summary_module
 from minilora.studies.results.changes import changes, common, deviating, latest, releases
 from minilora.studies.results.page import page
 from minilora.studies.results.summary import (
@@ -181,3 +182,16 @@ def test_recorded_results_name_findings_that_there_are(path):
 
 def test_the_recorded_results_make_a_page():
     checked(page(read_summaries(RECORDED))) if any(RECORDED.glob("*.json")) else pytest.skip("none")
+
+
+def test_a_summary_names_no_folder_of_its_run():
+    text = (
+        "it raises: ValueError: /tmp/minilora-zf22wjyq/files/adapter: other tensors (peft.py:217)"
+    )
+    assert (
+        summary_module._lasting(text)
+        == "it raises: ValueError: files/adapter: other tensors (peft.py:217)"
+    )
+    assert summary_module._lasting("minilora-is/here: /tmp/other") == "minilora-is/here: /tmp/other"
+    recorded = (Path(__file__).parents[2] / "docs/results").glob("*.json")
+    assert not any("/minilora-" in path.read_text(encoding="utf-8") for path in recorded)

@@ -21,7 +21,7 @@ from minilora.verify.report.words import place_words, smallest_words
 SCHEMA = 1
 STATUS = {letter: status for status, letter in LETTERS.items()}
 DEVIATES = ("fail", "error", "loose", "known")
-"""The statuses of what is not within rounding, declared or not."""
+"""The statuses of a check that deviates by more than rounding, declared or not."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,14 @@ class Summary:
         return sum((self.count(level) for level in self.checks), Counter())
 
 
+FOLDER = re.compile(r"[^\s'\"(]*[/\\]minilora-\w{8}[/\\]")
+"""The temporary folder of a check, whose name is another in each run."""
+
+
+def _lasting(text: str) -> str:
+    return FOLDER.sub("", text)
+
+
 def summary_of(report: Report) -> Summary:
     """A report in short."""
     version, _, more = report.version.partition(" ")
@@ -121,7 +129,7 @@ def summary_of(report: Report) -> Summary:
         seed=report.seed,
         seconds=round(report.seconds, 1),
         dtypes=tuple(dtypes),
-        causes=tuple(filter(None, (cause.id for cause in report.causes))),
+        causes=tuple(filter(None, (_lasting(cause.id) for cause in report.causes))),
         checks=levels,
         deviations=tuple(deviations),
     )
@@ -139,7 +147,7 @@ def _deviation(worst: Result, found: Iterable[Result]) -> Deviation:
         status=worst.status,
         cases=worst.cases,
         deviating=worst.deviating_cases or worst.known_cases,
-        says=headline(worst),
+        says=_lasting(headline(worst)),
         place=place_words(off, worst) if off is not None and off.verdict != "pass" else "",
         diagnosis=tuple(each.id for each in worst.diagnosis[:3]),
         smallest=smallest_words(smallest[0]) if smallest else "",
