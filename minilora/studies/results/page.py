@@ -11,7 +11,7 @@ from html import escape
 
 from minilora.findings import FINDINGS
 from minilora.findings.reproduce import printed
-from minilora.forms.html import open_page
+from minilora.forms.html import open_page, open_table, table_head
 from minilora.forms.words import printable
 from minilora.studies.results.changes import (
     KINDS,
@@ -102,9 +102,9 @@ def _levels(runs: Sequence[Summary]) -> list[str]:
 def _libraries(newest: Sequence[Summary]) -> Iterator[str]:
     """The newest release of each library: a row with a cell for each level."""
     levels = _levels(newest)
-    yield _open("Checks that hold, of those that were asked, by library and level", "grid")
+    yield open_table("Checks that hold, of those that were asked, by library and level", "grid")
     heads = ["library", "in all", *levels]
-    yield _heads(heads)
+    yield table_head(heads) + "<tbody>"
     for run in newest:
         name = f'<a href="#{_id(run.name)}">{escape(run.target)}</a>'
         version = f'<span class="soft">{escape(run.version)}, {escape(run.profile)}</span>'
@@ -114,19 +114,6 @@ def _libraries(newest: Sequence[Summary]) -> Iterator[str]:
         )
         yield "".join(_cell(run, run.count(level), level) for level in levels) + "</tr>"
     yield "</tbody></table></div>"
-
-
-def _open(caption: str, kind: str) -> str:
-    name = escape(caption)
-    return (
-        f'<div class="wide" role="region" aria-label="{name}" tabindex="0">'
-        f'<table class="{kind}"><caption>{name}</caption>'
-    )
-
-
-def _heads(names: Sequence[str]) -> str:
-    cells = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
-    return f"<thead><tr>{cells}</tr></thead><tbody>"
 
 
 def _cell(run: Summary, counts: Counter[str], level: str) -> str:
@@ -172,8 +159,8 @@ def _over_time(target: str, runs: Sequence[Summary]) -> Iterator[str]:
         f"profile {escape(runs[0].profile)}, each release with what was installed beside it. What "
         "a release does not have yet is not asked.</p>"
     )
-    yield _open(f"Checks that hold in each release of {target}, by level", "time")
-    yield _heads(["level", *(run.version for run in last)])
+    yield open_table(f"Checks that hold in each release of {target}, by level", "time")
+    yield table_head(["level", *(run.version for run in last)]) + "<tbody>"
     rows = [("in all", [run.total for run in last])]
     rows += [(level, [run.count(level) for run in last]) for level in _levels(runs)]
     for level, counts in rows:
@@ -214,8 +201,8 @@ def _check_link(run: Summary, check: str) -> str:
 
 
 def _deviating(target: str, runs: Sequence[Summary]) -> Iterator[str]:
-    yield _open(f"Checks that deviate in some release of {target}", "marks-table")
-    yield _heads(["check", *(run.version for run in reversed(runs))])
+    yield open_table(f"Checks that deviate in some release of {target}", "marks-table")
+    yield table_head(["check", *(run.version for run in reversed(runs))]) + "<tbody>"
     for level, check in deviating(runs):
         yield f'<tr><th scope="row">{escape(check).replace(".", ".<wbr>")}</th>'
         yield "".join(_mark(run, level, check) for run in reversed(runs)) + "</tr>"
