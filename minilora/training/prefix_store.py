@@ -1,7 +1,6 @@
 """Where the frozen prefix of a run is kept: in memory, or in files that runs share."""
 
 import hashlib
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from minilora.io.atomic import replacing
 from minilora.io.errors import FormatError
+from minilora.io.memory import free_memory
 from minilora.spec.ops import Array
 from minilora.training.checkpointing import lowest_block
 from minilora.training.frozen_prefix import FrozenPrefix
@@ -23,6 +23,9 @@ KEPT_AS = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 """The dtypes in which it may be kept; half precision rounds it."""
+
+UNKNOWN = 4e9
+"""The bytes that are taken for free if the system does not tell."""
 
 SHARE = 4
 """The store in memory takes at most this part, one fourth, of the memory that is free."""
@@ -99,7 +102,9 @@ def with_kept_prefix(run: Run, where: str | None = None, kept_as: str = "float32
     own = np.dtype(run.config.dtype)
     dtype = KEPT_AS[kept_as] if kept_as != "float32" else own
     if where == "memory":
-        store: Any = MemoryStore(0 if run.plan.gradient_checkpointing else free_memory() / SHARE)
+        store: Any = MemoryStore(
+            0 if run.plan.gradient_checkpointing else free_memory(UNKNOWN) / SHARE
+        )
     else:
         made_of = run.base.digest, depth, own.name, dtype.name, np.__version__, blas_name()
         name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
@@ -112,11 +117,3 @@ def _repeats(run: Run) -> bool:
     """Whether an example is seen twice."""
     batches = len(run.micro_batches(0))
     return run.total_steps > -(-batches // run.config.gradient_accumulation_steps)
-
-
-def free_memory() -> float:
-    """The bytes of memory that are free; 4 GB if the system does not tell."""
-    try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):
-        return 4e9

@@ -10,13 +10,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from math import inf
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from minilora.io.memory import free_memory
 from minilora.verify.core.errors import LoadError
 from minilora.verify.engine import Asker
 from minilora.verify.plan import CheckPlan
@@ -70,7 +71,7 @@ class Helpers:
 
         Not where there is little memory: how much a target takes is not known yet.
         """
-        if _free_memory() < ROOM:
+        if free_memory(inf) < ROOM:
             yield
             return
         self._early = _started(self.setup)
@@ -103,18 +104,7 @@ class Helpers:
         if seconds < LEAST_SECONDS or not done:
             return False
         left = seconds * (sum(work.sizes) - done) / done
-        return left > self.start_seconds * (others + 2) and 2 * self.size < _free_memory()
-
-
-def _free_memory() -> float:
-    """The bytes that can be had without swapping, where the system tells."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024.0 * int(line.split()[1])
-    except OSError:
-        pass
-    return float("inf")
+        return left > self.start_seconds * (others + 2) and 2 * self.size < free_memory(inf)
 
 
 @dataclass
