@@ -198,18 +198,23 @@ LOAD: Table = {
               "t.items()}"}),
     ],
 }
+OWN_ALPHAS = (
+    ("packed-scale", "k and v by the scale of q, and up by that of gate",
+     {"# used": 'c["alpha_pattern"] = of_packed(c)'}),
+    ("packed-scale-default", "k, v and up by the scale of all",
+     {"# used": 'c["alpha_pattern"] = without_alphas(c, *FIRST)'}),
+    ("key-scale", "k by the scale of all",
+     {"# used": 'c["alpha_pattern"] = without_alphas(c, "k_proj")'}),
+    ("value-scale", "v by the scale of all",
+     {"# used": 'c["alpha_pattern"] = without_alphas(c, "v_proj")'}),
+)
+"""Of modules with alphas of their own, whose shapes are alike."""
+
 FUNCTION: Table = {
     "files.outputs.patterns": [
         ("alpha-pattern-ignored", "alpha_pattern is ignored",
          {"# used": 'c["alpha_pattern"] = {}'}, "diffusers 14409"),
-        ("packed-scale", "k and v by the scale of q, and up by that of gate",
-         {"# used": 'c["alpha_pattern"] = of_packed(c)'}),
-        ("packed-scale-default", "k, v and up by the scale of all",
-         {"# used": 'c["alpha_pattern"] = without_alphas(c, *FIRST)'}),
-        ("key-scale", "k by the scale of all",
-         {"# used": 'c["alpha_pattern"] = without_alphas(c, "k_proj")'}),
-        ("value-scale", "v by the scale of all",
-         {"# used": 'c["alpha_pattern"] = without_alphas(c, "v_proj")'}),
+        *OWN_ALPHAS,
         ("alpha-whole", "⌊α⌋ for α", {"# used": "c |= whole_alphas(c)"}),
         ("rank-pattern-unscaled", "s = α / r with the r of the configuration, not of rank_pattern",
          {"# used": 'c["alpha_pattern"] = rank_unscaled(c)'}),

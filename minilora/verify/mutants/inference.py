@@ -13,7 +13,7 @@ from minilora.io.formats.peft import CONFIG, WEIGHTS, read_adapter
 from minilora.spec.lora import TrainableSpec, merge
 from minilora.spec.models import Batch, logits
 from minilora.verify.mutants import files
-from minilora.verify.mutants.files import without
+from minilora.verify.mutants.files import OWN_ALPHAS, without
 from minilora.verify.mutants.mutant import Mutant, Reference, Same, Table, equivalents, mutants
 from minilora.verify.mutants.references import inference
 from minilora.verify.mutants.references.files import write_folder
@@ -182,14 +182,7 @@ SETTINGS: Table = {
          {"# used": "t = squares_exchanged(t)"}),
         ("ranks-cut", "what is beyond the rank of all is cut off",
          {"# used": 't = first_ranks(t, c["r"])'}),
-        ("packed-scale", "k and v by the scale of q, and up by that of gate",
-         {"# used": 'c["alpha_pattern"] = of_packed(c)'}),
-        ("packed-scale-default", "k, v and up by the scale of all",
-         {"# used": 'c["alpha_pattern"] = without_alphas(c, *FIRST)'}),
-        ("key-scale", "k by the scale of all",
-         {"# used": 'c["alpha_pattern"] = without_alphas(c, "k_proj")'}),
-        ("value-scale", "v by the scale of all",
-         {"# used": 'c["alpha_pattern"] = without_alphas(c, "v_proj")'}),
+        *OWN_ALPHAS,
         ("alpha-whole", "⌊α⌋ for α", {"# used": "c |= whole_alphas(c)"}),
     ],
     "inference.logits.dora": [
