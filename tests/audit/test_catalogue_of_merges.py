@@ -5,9 +5,7 @@ from extras import needs
 from marks import others_slow
 from merge_catalogue import WRONGS, trial, zoo
 
-UNNAMED = {
-    *("dora norm of the columns", "b reshaped", "table change reshaped", "vera other slices"),
-}
+UNNAMED = {"dora norm of the columns"}
 """Wrong merges that the audit finds without knowing their cause."""
 
 

@@ -420,8 +420,8 @@ def shards_exchanged(world):
 
 @wrong(
     "B's columns read row by row: B reshaped from its transpose",
-    "mismatch",
-    r"\bB\b|reshap|transpos|mismatch",
+    "mismatch other-adapter",
+    r"\bB\b|reshap|transpos|mismatch|not this adapter's change",
     ranked,
 )
 def b_reshaped(world):

@@ -82,8 +82,8 @@ def table_rows_moved(world):
 
 @wrong(
     "the table's change is not transposed: read in the wrong order",
-    "mismatch transposed",
-    r"transpos|order|mismatch",
+    "mismatch transposed other-adapter",
+    r"transpos|order|mismatch|not this adapter's change",
     adapted_table,
 )
 def table_change_reshaped(world):
