@@ -132,7 +132,7 @@ def stochastic(case: Case) -> Iterator[Trial]:
         off += float((v - expected).sum())
         chances += float(expected.sum())
         square += float((expected * (1 - 4 * expected)).sum())
-    # Rounded to the nearest, it would be half of what is expected.
+    # Rounded to the nearest, it would be half of the expected number.
     if chances > 0 and abs(off) < SIGMAS * np.sqrt(square) < chances / 4:
         yield Trial(case.changes, dtype.name, end=_between(dtype), free=False, last=False)
 

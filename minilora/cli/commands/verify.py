@@ -234,7 +234,7 @@ def _update_known(
 
 
 def _require_jobs(arguments: argparse.Namespace) -> None:
-    """Errors: ValueError where ``--jobs`` is no number of processes, or they cannot be several."""
+    """Errors: ValueError if ``--jobs`` is below 1, or above 1 beside what needs one process."""
     if arguments.jobs is not None and arguments.jobs < 1:
         raise ValueError(f"--jobs {arguments.jobs}: expected 1 or more")
     asked = f"--executor {arguments.executor}" if arguments.executor else ""

@@ -68,7 +68,7 @@ Run = Callable[[Opened, Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
 
 
 def _loss(it: Opened, W: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Loss, logits of what is no padding, and gradients."""
+    """Loss, logits of the real tokens, and gradients."""
     batch = batch_of(given["batch"])
     of = with_visible_logits(batch, specified(batch, dict(W), it.c, it.spec), it.c.causal)
     loss, z = of.pop("loss"), of.pop("logits")

@@ -1,4 +1,4 @@
-# The penalty is a part of what is trained: in training the loss has it, in evaluation it has not.
+# The penalty belongs to the training loss: in training the loss has it, in evaluation it has not.
 from types import SimpleNamespace
 
 import peft
