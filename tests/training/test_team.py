@@ -239,7 +239,7 @@ def test_processes_of_mpi_have_the_same_bits(processes, alone, tmp_path):
 
 @mpi[0]
 @mpi[1]
-def test_a_process_that_dies_ends_the_run_and_another_number_goes_on(alone, tmp_path):
+def test_a_process_of_mpi_that_dies_ends_the_run_and_another_number_goes_on(alone, tmp_path):
     out = tmp_path / "run"
     killing = """
 import os, signal, sys
@@ -265,7 +265,7 @@ sys.exit(main(sys.argv[1:]))
 
 @mpi[0]
 @mpi[1]
-def test_an_interrupt_saves_the_last_step_and_ends_all(alone, tmp_path):
+def test_an_interrupt_of_mpi_saves_the_last_step_and_ends_all(alone, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen(
         command(2, out, "--max-steps", "4", "--val-every", "1"),
@@ -284,7 +284,7 @@ def test_an_interrupt_saves_the_last_step_and_ends_all(alone, tmp_path):
 
 @mpi[0]
 @mpi[1]
-def test_a_wrong_option_is_told_once(tmp_path):
+def test_a_wrong_option_under_mpi_is_told_once(tmp_path):
     ended = subprocess.run(
         command(3, tmp_path / "run", "--rank", "1000"), capture_output=True, text=True
     )
