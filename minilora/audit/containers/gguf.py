@@ -23,13 +23,13 @@ from minilora.io.header import Place
 from minilora.spec.ops import Array
 
 _PERMUTED = {
-    *(a.model_type for a in ARCHITECTURES.values() if a.permuted),
-    *("deci", "minicpm", "xverse", "internlm2", "arctic", "granite", "granitemoe", "smollm3"),
-    *("olmo", "arcee"),
+    *(a.gguf_name for a in ARCHITECTURES.values() if a.permuted),
+    *("deci", "minicpm", "xverse", "internlm2", "arctic", "granite", "granitemoe", "olmo"),
+    "arcee",
 }
 """The architectures of which llama.cpp's converter orders the rows of q and k otherwise."""
 
-_TRANSPOSED = {a.model_type: {*a.block.values()} for a in ARCHITECTURES.values() if a.transposed}
+_TRANSPOSED = {a.gguf_name: {*a.block.values()} for a in ARCHITECTURES.values() if a.transposed}
 """The architectures whose projections lie (in, out) in Hugging Face's files, and not here."""
 
 _CODES: Mapping[str, tuple[tuple[int, int, int], ...]] = {
@@ -162,7 +162,7 @@ class Names:
 
     def _paths(self, layers: int) -> dict[str, str]:
         """The module that each name in the file stands for: of several the likeliest."""
-        likely = [a for a in ARCHITECTURES.values() if a.model_type == self.architecture]
+        likely = [a for a in ARCHITECTURES.values() if a.gguf_name == self.architecture]
         own = {path for a in likely for path in a.outer.values()}
         stems = tuple(f"{a.blocks}." for a in likely) or ("model.layers.",)
         ends = {end for a in likely for end in a.block.values()}

@@ -2,5 +2,5 @@
 
 from minilora.io.architectures import ARCHITECTURES
 
-VERBATIM = {a.model_type for a in ARCHITECTURES.values() if a.gguf is not None} | {"qwen3"}
+VERBATIM = {a.gguf_name for a in ARCHITECTURES.values() if a.gguf and not a.gguf.one_added}
 """The architectures of which llama.cpp's converter changes names and layouts alone."""

@@ -19,6 +19,29 @@ def _no_settings(c: Any) -> dict[str, Any]:
     return {}
 
 
+def _no_more(settings: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """What llama.cpp has of an architecture.
+
+    ``keys`` has the setting of each field. ``name``: the architecture's there, where it is not
+    transformers' ``model_type``. ``special``: settings that ``read`` reads: it returns the fields
+    made of them and of what is known; ``write`` is its inverse. ``fixed``: further settings, with
+    the values under which the function is the one here. ``one_added``: norms are stored as 1 + w.
+    """
+
+    keys: Mapping[str, str]
+    name: str = ""
+    special: tuple[str, ...] = ()
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    read: Callable[[Any, Mapping[str, Any]], dict[str, Any]] = _no_more
+    write: Callable[[Any], dict[str, Any]] = _no_settings
+    one_added: bool = False
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One architecture in files; `models` has its equations.
@@ -43,7 +66,7 @@ class Architecture:
     PEFT: ``heeds_weight_tying``: ``ensure_weight_tying`` has an effect. ``reads_replication`` and
     ``writes_replication``: whether an adapter with ``layer_replication`` can be read and written.
 
-    GGUF: ``gguf`` has the setting of each field, None where llama.cpp has no such architecture.
+    GGUF: ``gguf`` is None where llama.cpp has no such architecture.
     ``permuted``: the projections whose rows llama.cpp orders otherwise, as its RoPE turns
     neighbours. MLX: ``mlx_prefix`` is what mlx-lm has in place of ``prefix``, None where mlx-lm has
     no such architecture.
@@ -73,13 +96,18 @@ class Architecture:
     heeds_weight_tying: bool = False
     reads_replication: bool = True
     writes_replication: bool = True
-    gguf: Mapping[str, str] | None = None
+    gguf: Gguf | None = None
     permuted: tuple[str, ...] = ()
     mlx_prefix: str | None = None
 
     def has_field(self, name: str) -> bool:
         """Whether the configuration has this field: ``theta`` where it has RoPE, for one."""
         return any(f.name == name for f in fields(self.config))
+
+    @property
+    def gguf_name(self) -> str:
+        """The architecture's name in GGUF files."""
+        return (self.gguf and self.gguf.name) or self.model_type
 
     def configures(self, c: Config) -> bool:
         """Whether ``c`` is a configuration of this architecture."""

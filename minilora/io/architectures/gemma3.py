@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minilora.io.architectures.llama import LLAMA
+from minilora.io.architectures.llama import LLAMA, LLAMA_GGUF
 from minilora.io.architectures.rope import ROPE_FIXED
 from minilora.io.errors import FormatError
 from minilora.io.files import typed
@@ -80,6 +80,56 @@ def _write_settings(c: Gemma3) -> dict[str, Any]:
     }
 
 
+WINDOW, PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
+LOCAL_THETA = "rope.freq_base_swa"
+"""What GGUF calls the window, the blocks that have it, and their base of RoPE."""
+
+
+def _read_gguf(settings: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    """As llama.cpp: without a pattern each sixth block sees all, without a window every block.
+
+    No setting says what scores are divided by: a head's size, and in the model of 62 blocks d over
+    the number of heads.
+    """
+    layers, size = known["layers"], settings.values.get(WINDOW, 0)
+    window = settings.number(WINDOW, int) if size != 0 else None
+    pattern = settings.values.get(PATTERN, 6)
+    if type(pattern) is int and pattern >= 0:
+        pattern = [pattern == 0 or (i + 1) % pattern != 0 for i in range(layers)]
+    slides = layers * [pattern] if type(pattern) is bool else pattern
+    if not isinstance(slides, list) or len(slides) != layers or {*map(type, slides)} != {bool}:
+        expected = f"a period, or true or false for each of {layers} blocks"
+        raise settings.error(PATTERN, pattern, expected, "write it as llama.cpp's converter does")
+    return {
+        "window": tuple(window if s else None for s in slides),
+        "local_theta": settings.number(LOCAL_THETA, float, 1e4),
+        "score_scale": _score_scale(known),
+    }
+
+
+def _score_scale(known: Mapping[str, Any]) -> int:
+    return int(known["d"] // known["heads"] if known["layers"] == 62 else known["head_dim"])
+
+
+def _write_gguf(c: Gemma3) -> dict[str, Any]:
+    """The inverse; without a window nothing is said of it.
+
+    Errors: FormatError for several windows, and for scores that llama.cpp divides by another root.
+    """
+    windows = {w for w in c.window if w is not None}
+    takes = _score_scale(vars(c))
+    for what, found, expected, fits in (
+        ("windows", sorted(windows), "one", len(windows) < 2),
+        ("score_scale", c.score_scale, f"{takes}, as llama.cpp takes", c.score_scale == takes),
+    ):
+        if not fits:
+            raise FormatError("GGUF", what, found, expected, "keep Hugging Face's folder")
+    said: dict[str, Any] = {LOCAL_THETA: c.local_theta}
+    if windows:
+        said |= {WINDOW: windows.pop(), PATTERN: [w is not None for w in c.window]}
+    return said
+
+
 GEMMA3 = replace(
     LLAMA,
     name="Gemma3ForCausalLM",
@@ -129,5 +179,14 @@ GEMMA3 = replace(
     read_fields=_read_fields,
     write_settings=_write_settings,
     windows=True,
-    gguf=None,
+    permuted=(),
+    gguf=replace(
+        LLAMA_GGUF,
+        name="gemma3",
+        special=(WINDOW, PATTERN, LOCAL_THETA),
+        fixed={"final_logit_softcapping": (0.0,)},
+        read=_read_gguf,
+        write=_write_gguf,
+        one_added=True,
+    ),
 )

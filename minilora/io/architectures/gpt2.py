@@ -1,6 +1,6 @@
 """GPT-2 in files: one projection for q, k and v, and weights that lie (in, out)."""
 
-from minilora.io.architectures.architecture import NO_TOKENS, Architecture
+from minilora.io.architectures.architecture import NO_TOKENS, Architecture, Gguf
 from minilora.spec.models import GPT2
 
 GPT_2 = Architecture(
@@ -52,6 +52,6 @@ GPT_2 = Architecture(
     transposed=True,
     reads_replication=False,  # PEFT finds no layers there
     writes_replication=False,
-    gguf={"positions": "context_length", "eps": "attention.layer_norm_epsilon"},
+    gguf=Gguf({"positions": "context_length", "eps": "attention.layer_norm_epsilon"}),
     mlx_prefix="model.",
 )

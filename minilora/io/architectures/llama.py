@@ -2,10 +2,18 @@
 
 from dataclasses import replace
 
-from minilora.io.architectures.architecture import NO_TOKENS, Architecture
+from minilora.io.architectures.architecture import NO_TOKENS, Architecture, Gguf
 from minilora.io.architectures.rope import ROPE_FIXED, read_rope, write_rope
 from minilora.spec.architectures import Llama3
 from minilora.spec.models import Llama
+
+LLAMA_GGUF = Gguf(
+    {
+        "kv_heads": "attention.head_count_kv",
+        "eps": "attention.layer_norm_rms_epsilon",
+        "theta": "rope.freq_base",
+    }
+)
 
 LLAMA = Architecture(
     name="LlamaForCausalLM",
@@ -60,11 +68,7 @@ LLAMA = Architecture(
     write_settings=write_rope,
     buffers=r"\.rotary_emb\.inv_freq$",
     heeds_weight_tying=True,
-    gguf={
-        "kv_heads": "attention.head_count_kv",
-        "eps": "attention.layer_norm_rms_epsilon",
-        "theta": "rope.freq_base",
-    },
+    gguf=LLAMA_GGUF,
     permuted=(".q", ".k"),
     mlx_prefix="model.",
 )

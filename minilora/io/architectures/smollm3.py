@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minilora.io.architectures.llama import LLAMA
+from minilora.io.architectures.llama import LLAMA, LLAMA_GGUF
 from minilora.io.architectures.rope import ROPE_FIXED, read_theta, write_rope
 from minilora.io.errors import FormatError
 from minilora.spec.architectures import SmolLM3
@@ -29,6 +29,20 @@ def _read_fields(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _write_settings(c: SmolLM3) -> dict[str, Any]:
     turned = [int(i not in c.without_positions) for i in range(c.layers)]
     return {**write_rope(c), "no_rope_layers": turned, "layer_types": c.layers * ["full_attention"]}
+
+
+def _still_in_gguf(settings: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    """llama.cpp turns nothing in every fourth block; no setting says so."""
+    return {"without_positions": tuple(range(3, known["layers"], 4))}
+
+
+def _check_gguf(c: SmolLM3) -> dict[str, Any]:
+    every_fourth = tuple(range(3, c.layers, 4))
+    if c.without_positions != every_fourth:
+        found, remedy = f"blocks {c.without_positions}", "keep Hugging Face's folder"
+        expected = f"blocks {every_fourth}, as llama.cpp takes for granted"
+        raise FormatError("GGUF", "without_positions", found, expected, remedy)
+    return {}
 
 
 SMOLLM3 = replace(
@@ -56,5 +70,5 @@ SMOLLM3 = replace(
     special=(*LLAMA.special, "no_rope_layers", "no_rope_layer_interval", "layer_types"),
     read_fields=_read_fields,
     write_settings=_write_settings,
-    gguf=None,
+    gguf=replace(LLAMA_GGUF, read=_still_in_gguf, write=_check_gguf),
 )

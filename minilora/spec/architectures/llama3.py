@@ -48,6 +48,15 @@ class Llama3(Llama):
     scaling: RopeScaling = RopeScaling(1.0, 1.0, 4.0, 8192)
 
 
+def frequencies(d: int, theta: float, dtype: Any = np.float64) -> Array:
+    """ω = θ^(-2i/d), i = 0 … d/2 - 1: what a position turns each pair by.
+
+    Shapes: -> ω (d/2,).
+    """
+    omega: Array = theta ** -(np.arange(0, d, 2, dtype=dtype) / d)
+    return omega
+
+
 def llama3(
     batch: Batch, W: Params, c: Llama3, tuning: TrainableSpec, kernels: Kernels = Kernels()
 ) -> tuple[Array, Back]:
@@ -59,7 +68,7 @@ def llama3(
 
     def tables(positions: Array, d: int, theta: float, dtype: Any) -> tuple[Array, Array]:
         wide = np.result_type(dtype, np.float64) if np.dtype(dtype).kind == "f" else np.float64
-        slowed = c.scaling.slowed(theta ** -(np.arange(0, d, 2, dtype=wide) / d))
+        slowed = c.scaling.slowed(frequencies(d, theta, wide))
         angles = positions * slowed[:, None, None]
         return ops.rope_tables(angles, 2, theta, dtype)  # one pair, which turns by 1
 

@@ -63,7 +63,7 @@ def write_adapter(
         for part, array in (("a", A.T if at in TABLES else A), ("b", B)):
             place = f"{module_names[at]}.weight.lora_{part}"
             tensors[place] = to_narrow_dtype(path, place, array, dtype, READER)
-    with gguf_writer(path, architecture_of(c).model_type) as writer:
+    with gguf_writer(path, architecture_of(c).gguf_name) as writer:
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32(ALPHA, alpha)
@@ -139,7 +139,7 @@ def _read_alpha(contents: Contents, c: Config) -> float:
     expected = {
         "general.type": "adapter",
         "adapter.type": "lora",
-        "general.architecture": architecture_of(c).model_type,
+        "general.architecture": architecture_of(c).gguf_name,
     }
     stored = {key: contents[key] for key in contents if key.startswith("adapter.")}
     stored |= {key: contents.get(key) for key in ("general.type", "general.architecture")}

@@ -6,7 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from minilora.io.architectures import ARCHITECTURES, Architecture, architecture_of, module_paths
+from minilora.io.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    architecture_of,
+    is_vector,
+    module_paths,
+)
 from minilora.io.errors import FormatError
 from minilora.io.formats.gguf.contents import Contents, library
 from minilora.spec.models import Config
@@ -50,7 +56,7 @@ TOKENS = {
 
 def known_architectures() -> dict[str, Architecture]:
     """The architectures that llama.cpp has, by their names there."""
-    return {a.model_type: a for a in ARCHITECTURES.values() if a.gguf is not None}
+    return {a.gguf_name: a for a in ARCHITECTURES.values() if a.gguf is not None}
 
 
 def architecture_in(contents: Contents) -> Architecture:
@@ -91,7 +97,7 @@ def places(c: Config) -> dict[str, str]:
         known = ", ".join(known_architectures())
         raise FormatError("GGUF", "architecture", a.model_type, known, remedy)
     gguf = library()
-    number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == a.model_type)
+    number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == a.gguf_name)
     table = gguf.get_tensor_name_map(number, 1)
     first = {at: table.get_name(path) for at, path in module_paths(replace(c, layers=1)).items()}
     named = {at: name for at, name in first.items() if not at.startswith("layers.")}
@@ -104,7 +110,13 @@ def places(c: Config) -> dict[str, str]:
 
 def setting_names(a: Architecture) -> dict[str, str]:
     """A configuration's fields and what GGUF calls them."""
-    return {**KEYS, **(a.gguf or {})}
+    return {**KEYS, **(a.gguf.keys if a.gguf else {})}
+
+
+def one_added(c: Config, name: str) -> bool:
+    """Whether the file has 1 + w in this parameter's place."""
+    gguf = architecture_of(c).gguf
+    return bool(gguf and gguf.one_added) and is_vector(name)
 
 
 def weight_order(c: Config, name: str, m: int) -> Array | None:

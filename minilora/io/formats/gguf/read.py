@@ -17,11 +17,14 @@ from minilora.io.formats.gguf.names import (
     SPECIAL,
     TOKENS,
     architecture_in,
+    one_added,
     places,
     setting_names,
     weight_order,
 )
+from minilora.io.formats.gguf.rope import FACTORS, read_scaling, scaling_factors
 from minilora.io.lazy_weights import Expanded
+from minilora.spec.architectures import Llama3
 from minilora.spec.lora import Params
 from minilora.spec.models import Config
 
@@ -59,11 +62,12 @@ def _config(contents: Contents) -> Config:
     if contents.get("split.count", 1) not in (0, 1):
         remedy = "join the parts with llama-gguf-split --merge"
         raise FormatError(path, "split.count", contents["split.count"], "a whole file", remedy)
-    keys = setting_names(a)
-    settings = _Settings(contents, a.model_type)
-    check_settings(
-        f"{path}: {a.model_type}", settings.values, {*keys.values(), *SPECIAL}, FIXED, INERT
-    )
+    keys, gguf = setting_names(a), a.gguf
+    assert gguf is not None  # it is in architecture_in's table
+    settings = _Settings(contents, a.gguf_name)
+    read = {*keys.values(), *SPECIAL, *gguf.special}
+    fixed = {key: FIXED[key] for key in FIXED.keys() - {*gguf.special}} | {**gguf.fixed}
+    check_settings(f"{path}: {a.gguf_name}", settings.values, read, fixed, INERT)
     values: dict[str, Any] = {
         field: settings.number(key, int)
         for field, key in keys.items()
@@ -78,16 +82,20 @@ def _config(contents: Contents) -> Config:
     if a.has_field("theta"):
         values |= _rope_fields(settings, values["d"], values["heads"])
         values["tied"] = "output.weight" not in contents.tensors
+        if Llama3 in a.others and (
+            scaling := read_scaling(contents, values["theta"], values["head_dim"])
+        ):
+            values["scaling"] = scaling
     elif values["d"] % values["heads"]:
         expected = f"a divisor of {values['d']}"
         remedy = "the heads share its features"
-        field = f"{a.model_type}.{keys['heads']}"
+        field = f"{a.gguf_name}.{keys['heads']}"
         raise FormatError(path, field, values["heads"], expected, remedy)
     if values["layers"] > len(contents.tensors):  # before anything is made for each of them
         expected = f"{values['layers']} layers of several tensors each"
         remedy = "the file is incomplete"
         raise FormatError(path, "tensors", len(contents.tensors), expected, remedy)
-    return a.configuration(values)
+    return a.configuration(values | gguf.read(settings, values))
 
 
 def _rope_fields(settings: _Settings, d: int, heads: int) -> dict[str, Any]:
@@ -114,7 +122,8 @@ def read_model(
 
     With ``keep_quantized`` the matrices are `Blocks` in an `Expanded`, made whenever they are read;
     without, all are in a dict. A block's entry is what float32 holds of it, so that a wider
-    ``dtype`` holds the same. A Llama's q and k have their rows in Hugging Face's order.
+    ``dtype`` holds the same. A Llama's q and k have their rows in Hugging Face's order, and where
+    the file has 1 + w for a norm, it is w.
 
     Errors: FormatError for a damaged file; for an architecture, a tensor type, a RoPE or a setting
     that is not implemented, or not known; for a head of a GPT-2 that is not its embedding.
@@ -127,29 +136,30 @@ def read_model(
     for name, place in names.items():
         m, n = shapes[name]
         check_tensor(contents, place, (m, n) if n > 1 else (m,))
-    entries = {
-        name: Blocks(contents, place, shapes[name], dtype, weight_order(c, name, shapes[name][0]))
-        for name, place in names.items()
-    }
-    if not keep_quantized:
-        return c, {name: blocks() for name, blocks in entries.items()}
-    # A norm's weight or a bias is no matrix, and nothing is saved by leaving it where it is.
-    return c, Expanded(
-        {name: blocks if blocks.shape[1] > 1 else blocks() for name, blocks in entries.items()}
-    )
+    entries: dict[str, Any] = {}
+    for name, place in names.items():
+        order = weight_order(c, name, shapes[name][0])
+        blocks = Blocks(contents, place, shapes[name], dtype, order)
+        # A norm's weight or a bias is no matrix, and nothing is saved by leaving it where it is.
+        kept = keep_quantized and shapes[name][1] > 1
+        added = 1 if one_added(c, name) else 0
+        entries[name] = blocks if kept else blocks() - added
+    return c, Expanded(entries) if keep_quantized else entries
 
 
 def _check_complete(contents: Contents, c: Config, names: set[str]) -> None:
     """Refuse missing tensors, and more than the model has."""
     present = contents.tensors.keys() - _repeated(contents, c)
+    if scaling_factors(c) is not None:
+        present -= {FACTORS}
     if missing := names - present:
         expected = f"{len(names)} tensors with {listed(missing)}"
         found, remedy = f"none named {listed(missing)}", "the file is incomplete"
         raise FormatError(contents.path, "tensors", found, expected, remedy)
     if extra := present - names:
         remedy = "nothing here would use them, and they may change the function computed"
-        if "rope_freqs.weight" in extra:
-            remedy = "the RoPE is scaled by factors, which is not implemented here"
+        if FACTORS in extra:
+            remedy = f"scaled RoPE is not implemented for {architecture_of(c).gguf_name}"
         expected = f"these {len(names)} only"
         raise FormatError(contents.path, "tensors", listed(extra), expected, remedy)
 
@@ -162,7 +172,7 @@ def _repeated(contents: Contents, c: Config) -> set[str]:
     one, other = (contents.bytes[t.start : t.end] for t in (head, table))
     if head.kind != table.kind or one != other:
         found, expected = "other entries than token_embd.weight", "those, to which it is tied"
-        remedy = f"a {architecture_of(c).model_type} has no head of its own here"
+        remedy = f"a {architecture_of(c).gguf_name} has no head of its own here"
         raise FormatError(contents.path, "output.weight", found, expected, remedy)
     return {"output.weight"}
 
@@ -178,7 +188,7 @@ def generation_settings(path: Path | str) -> dict[str, Any]:
     keys = {
         f"{at}_token_id": f"tokenizer.ggml.{TOKENS[at]}_token_id" for at in ("bos", "eos", "pad")
     }
-    keys["max_position_embeddings"] = f"{architecture_in(contents).model_type}.context_length"
+    keys["max_position_embeddings"] = f"{architecture_in(contents).gguf_name}.context_length"
     values = {name: contents.get(key) for name, key in keys.items()}
     return {name: value for name, value in values.items() if isinstance(value, int)}
 

@@ -19,10 +19,12 @@ from minilora.io.formats.gguf.names import (
     READER,
     SPECIAL,
     architecture_in,
+    one_added,
     places,
     setting_names,
     weight_order,
 )
+from minilora.io.formats.gguf.rope import FACTORS, scaling_factors
 from minilora.io.formats.tensors import check_complete
 from minilora.spec.lora import Params
 from minilora.spec.models import Config
@@ -100,17 +102,21 @@ def write_model(
     module_names, shapes = places(c), c.shapes()
     check_complete(path, c, W)
     parameter_of = {file_name(module_names, name): name for name in shapes}
+    factors = scaling_factors(c)
 
     def dtype_of(name: str) -> Any:
         return F32 if shapes[name][1] == 1 or name.startswith("positions.") else dtype
 
     def make(place: str) -> Array:
+        if place == FACTORS and factors is not None:
+            return factors
         name = parameter_of[place]
         array, order = np.asarray(W[name]), weight_order(c, name, shapes[name][0])
         if array.shape != shapes[name]:
             expected = f"shape {shapes[name]}"
             raise FormatError(path, name, f"shape {array.shape}", expected, "check c against W")
         array = array if order is None else array[np.argsort(order)]
+        array = np.asarray(array, np.float64) + 1 if one_added(c, name) else array
         array = array[:, 0] if array.shape[1] == 1 else array
         return to_narrow_dtype(path, name, array, dtype_of(name), READER)
 
@@ -120,7 +126,9 @@ def write_model(
         # Of the shape and dtype, and of no memory.
         zero = np.zeros((), dtype_of(name))
         like_arrays[place] = np.broadcast_to(zero, (m,) if n == 1 else (m, n))
-    with gguf_writer(path, architecture_of(c).model_type) as writer:
+    if factors is not None:
+        like_arrays[FACTORS] = factors
+    with gguf_writer(path, architecture_of(c).gguf_name) as writer:
         writer.add_type("model")
         context = _copy_metadata(path, writer, c, like, context)
         _write_settings(writer, c, context)
@@ -134,8 +142,8 @@ def _copy_metadata(
     if like is None:
         writer.add_string("tokenizer.ggml.model", "no_vocab")
         return context
-    other, name = Contents(like), architecture_of(c).model_type
-    if (other_name := architecture_in(other).model_type) != name:
+    other, name = Contents(like), architecture_of(c).gguf_name
+    if (other_name := architecture_in(other).gguf_name) != name:
         remedy = "take the file that the weights came from"
         raise FormatError(like, "general.architecture", other_name, name, remedy)
     for key in other:
@@ -147,12 +155,13 @@ def _copy_metadata(
 
 def _write_settings(writer: Any, c: Config, context: int) -> None:
     a = architecture_of(c)
-    for field, key in setting_names(a).items():
-        value = getattr(c, field)
-        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
-        add(f"{a.model_type}.{key}", value)
-    writer.add_uint32(f"{a.model_type}.vocab_size", c.vocab)
+    said = {key: getattr(c, field) for field, key in setting_names(a).items()}
+    said |= a.gguf.write(c) if a.gguf else {}
+    adders = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+    for key, value in said.items():
+        adders[type(value)](f"{a.gguf_name}.{key}", value)
+    writer.add_uint32(f"{a.gguf_name}.vocab_size", c.vocab)
     if (head_dim := getattr(c, "head_dim", None)) is not None:
         for key in SPECIAL[1:]:
-            writer.add_uint32(f"{a.model_type}.{key}", head_dim)
-        writer.add_uint32(f"{a.model_type}.context_length", context)
+            writer.add_uint32(f"{a.gguf_name}.{key}", head_dim)
+        writer.add_uint32(f"{a.gguf_name}.context_length", context)
