@@ -85,6 +85,24 @@ def test_a_scale_far_too_great_is_named_though_it_rounds_more_than_what_is_right
         assert [each.id for each in found] == ["scale-alpha"], seed
 
 
+@pytest.mark.parametrize(
+    "id", ["precision-y-in-adapters-dtype", "precision-merge-dtype", "layout-batch-of-one",
+           "state-x-overwritten", "optimizer-t-from-0"]
+)  # fmt: skip
+def test_an_answer_that_cannot_be_compared_is_named(id):
+    """There are no numbers to compare: the same fault in the same cases names it."""
+    assert names(CATALOGUE[id], "float32") == (id,)
+
+
+def test_a_fault_that_no_mutant_shows_gets_no_name():
+    class Flat(Minilora):
+        def merge(self, W, A, B, **options):
+            return super().merge(W, A, B, **options).ravel()
+
+    (result, *_) = engine.run([BY_ID["merge.weight"]], Flat(), profile="quick").results
+    assert (result.status, result.diagnosis) == ("error", ())
+
+
 def test_what_is_right_gets_no_name():
     assert only("linear.vjp", Linear) == ("pass", ())
 

@@ -40,10 +40,11 @@ class Candidate:
         return Diagnosis(m.id, words, self.residual, separating)
 
 
-def mutants_for(level: str, check: Check) -> list[Mutant]:
+def mutants_for(level: str, check: Check, keep_state: bool = False) -> list[Mutant]:
     """The level's mutants that are no equivalents, and none of another variant than the check's.
 
-    Those that keep a state answer single cases by chance; what keeps one is told otherwise.
+    Those that keep a state answer single cases by chance; what keeps one is told otherwise, unless
+    they are asked for: their faults are no chance.
     """
     from minilora.verify.mutants import MUTANTS  # costs time only where something is wrong
 
@@ -52,7 +53,7 @@ def mutants_for(level: str, check: Check) -> list[Mutant]:
         for m in MUTANTS
         if m.level == level
         and not m.equivalent
-        and m.family != "STATE"
+        and (keep_state or m.family != "STATE")
         and not _of_another_variant(m, check)
     ]
 

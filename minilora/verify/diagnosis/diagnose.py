@@ -36,6 +36,7 @@ from minilora.verify.diagnosis.candidates import (
     part_of,
     whole,
 )
+from minilora.verify.diagnosis.faults import with_the_same_fault
 from minilora.verify.diagnosis.pairs import both_at_once
 from minilora.verify.diagnosis.patterns import describe, fitted_scales
 from minilora.verify.implementation.contract import CONVENTIONS
@@ -190,6 +191,14 @@ class Diagnoser:
         )
         return Diagnosis(f"{STRUCTURE}partly", sentence, found[0].residual)
 
+    def of_fault(self, mutants: Iterable[Mutant]) -> tuple[Diagnosis, ...]:
+        """The mutants that end in the same faults, where no number deviates."""
+        every = range(self.check.cases("ci", self.dtype))
+        fixed = self.subject.fixed
+        cases = [Case(self.check.id, self.dtype, n, self.seed, fixed) for n in every]
+        found = with_the_same_fault(mutants, self.check, self.subject, cases)
+        return tuple(Candidate(m, 0.0).named() for m in found)
+
     def _fails_alike(
         self, shapes: Sequence[Mutant], cases: tuple[Case, ...], theirs: Sequence[Answers]
     ) -> Candidate | None:
@@ -258,6 +267,8 @@ def follows(
     """
     diagnoser = Diagnoser(level, check, subject, dtype, seed)
     cases, theirs = diagnoser.telling_cases()
+    if not theirs:
+        return diagnoser.of_fault(_mutants_of(causes))
     if explaining := diagnoser.explained_by(_mutants_of(causes), cases, theirs):
         return tuple(candidate.named() for candidate in explaining)
     known = {id for id in causes if id.startswith(STRUCTURE)}
@@ -286,7 +297,7 @@ def diagnose(
     diagnoser = Diagnoser(level, check, subject, dtype, seed)
     cases, theirs = diagnoser.telling_cases()
     if not theirs:
-        return ()
+        return diagnoser.of_fault(mutants_for(level.name, check, keep_state=True))
 
     def ours_of(m: Mutant) -> Iterable[Answers]:
         return mutant_answers(m, check, cases)

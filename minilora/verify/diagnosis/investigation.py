@@ -11,6 +11,7 @@ from typing import Any
 from minilora.verify.core.errors import Fault, Skip
 from minilora.verify.core.types import STRUCTURE, Case, Check, Diagnose, Diagnosis
 from minilora.verify.diagnosis.answers import agree, answers
+from minilora.verify.diagnosis.faults import NAMED
 from minilora.verify.diagnosis.reproducing import shown_by
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.minilora_impl import Minilora
@@ -67,13 +68,12 @@ class Investigation:
             return replace(result, diagnosis=earlier, reproduce=again)
         may_shrink = result.status == "fail" or p.check.smallest_fault
         self.shrinks += may_shrink
-        if not may_shrink:
-            return result
-        return self._shrunk(self._diagnosed(result, p, p.check.diagnose), p)
+        found = self._diagnosed(result, p, p.check.diagnose)
+        return self._shrunk(found, p) if may_shrink else found
 
     def _diagnosed(self, result: Result, p: CheckPlan, diagnose: Diagnose | None) -> Result:
         """The result with what is diagnosed, which is a cause from now on."""
-        if diagnose is None or result.status != "fail" or _is_costly(result):
+        if diagnose is None or not _is_diagnosed(result):
             return result
         started = perf_counter()
         known = [id for id, _ in self.causes.most_common()]
@@ -99,6 +99,12 @@ class Investigation:
             note = f"No smallest counterexample, by a fault of minilora: {our_error(error)}"
         seconds = result.seconds + perf_counter() - started
         return replace(result, smallest=smallest, note=note or result.note, seconds=seconds)
+
+
+def _is_diagnosed(result: Result) -> bool:
+    """Whether it has what a mutant may give: wrong numbers, or only faults that mutants show."""
+    shown = {fault.kind for fault in result.faults} <= {*NAMED}
+    return not _is_costly(result) and (result.status == "fail" or shown)
 
 
 def _is_costly(result: Result) -> bool:

@@ -19,6 +19,7 @@ class Mixed:
         *({"x": h, "W": h, "adapters": "float32"} for h in HALVES),
         {"x": "float32", "W": "float32", "adapters": "float32", "autocast": "bfloat16"},
         *({"x": x, "W": "bfloat16", "adapters": x} for x in ("float64", "float32")),
+        {"x": "float64", "W": "bfloat16", "adapters": "float32"},
     )
 
     def lora_linear(self, x: Array, W: Array, A: Array, B: Array, **options: Any) -> Array:
