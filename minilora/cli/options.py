@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -84,6 +85,21 @@ def _check_texts(arguments: argparse.Namespace) -> None:
                 raise ValueError(f"{option} {value!r}: expected a text in UTF-8") from None
 
 
+def names_of(arguments: argparse.Namespace, name: str, known: Collection[str]) -> list[str]:
+    """The names that a repeatable option gives, or an empty list.
+
+    Errors: ValueError for a name that is not known.
+    """
+    names = split(getattr(arguments, name)) or []
+    if unknown := [name for name in names if name not in known]:
+        close = get_close_matches(unknown[0], known, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(
+            f"--{name} {', '.join(unknown)}: expected one or more of {', '.join(known)}{hint}"
+        )
+    return names
+
+
 def at_least(arguments: argparse.Namespace, **least: int) -> None:
     """Check that options are not below these numbers, and fit into 64 bits.
 
@@ -101,7 +117,7 @@ class _Help(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, value = action.help or "", action.default
-        if action.nargs == 0 or value in (None, "") or "default" in text:
+        if action.nargs == 0 or value in (None, "", []) or "default" in text:
             return text
         return f"{text} (default: %(default){'g' if isinstance(value, float) else 's'})"
 

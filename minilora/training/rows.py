@@ -53,7 +53,7 @@ def _parsed(raw: bytes) -> Any:
     try:
         return parse_json(raw)
     except JSONDecodeError as error:
-        return InvalidLine(f"{error.msg} at character {error.pos + 1}", OBJECT)
+        return InvalidLine(f"no JSON ({error.msg}, character {error.pos + 1})", OBJECT)
     except ValueError as error:
         return InvalidLine(error, OBJECT)
 
@@ -69,7 +69,7 @@ def json_array(path: Path, sha: Hash) -> Iterator[Row]:
     try:
         value = parse_json(without_bom(raw))
     except JSONDecodeError as error:
-        found = f"{error.msg} at column {error.colno}"
+        found = f"no JSON ({error.msg}, column {error.colno})"
         raise FormatError(path, f"line {error.lineno}", found, expected, remedy) from None
     except ValueError as error:
         raise FormatError(path, "file", error, expected, remedy) from None

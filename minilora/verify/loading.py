@@ -84,11 +84,13 @@ def _member(found: Any, module: str, name: str) -> object:
 
 
 def _no_target(target: str, peers: list[str]) -> str:
-    known = f"TARGET is {' or '.join(peers)}, package.module:name or path/to/module.py:name"
     path = target.partition(":")[0]
     if _is_path(path):
         return f"{target!r} names no class, object or factory of the file: write {path}:NAME"
-    return f"no target {target!r}; {known}{near(target, peers)}"
+    return (
+        f"no target {target!r}{near(target, peers)}; expected package.module:name, "
+        f"path/to/module.py:name, or one of {', '.join(peers)}"
+    )
 
 
 def _is_path(module: str) -> bool:

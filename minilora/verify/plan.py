@@ -96,5 +96,6 @@ def require_all_known(kind: str, asked: Sequence[str], known: Sequence[str]) -> 
 def require_known(kind: str, asked: str, known: Sequence[str]) -> None:
     """Raises UsageError where a name is none of those that are known."""
     if asked not in known:
-        names = ", ".join(known) if len(known) < 16 else "run `minilora verify --list`"
-        raise UsageError(f"no {kind} {asked!r}{near(asked, list(known))}; expected one of: {names}")
+        few = len(known) < 20
+        remedy = f"expected one of {', '.join(known)}" if few else "minilora verify --list has all"
+        raise UsageError(f"no {kind} {asked!r}{near(asked, list(known))}; {remedy}")

@@ -329,7 +329,9 @@ def test_schedules_rise_and_fall_as_their_formulas_say():
     for total, warmup in ((3, 3), (2, 4)):  # nothing is left after rising: it is over at once
         assert optim.schedule("linear", warmup, total, warmup) == 0
         assert optim.schedule("linear", warmup - 1, total, warmup) == (warmup - 1) / warmup
-    with pytest.raises(ValueError, match="schedule 'step': expected one of constant, linear, cos"):
+    with pytest.raises(
+        ValueError, match="lr_scheduler 'step': expected one of constant, linear, cos"
+    ):
         optim.schedule("step", 0, 1)
 
 

@@ -251,9 +251,9 @@ def test_the_own_side_says_whose_products_it_uses_and_who_chose_them(folder, mon
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--size", "huge"], "--size huge: expected some of tiny, small"),
-        (["--peer", "mlx"], "--peer mlx: expected some of minilora, peft"),
-        (["--kind", "steps"], "--kind steps: expected some of step, forward, generate"),
+        (["--size", "huge"], "--size huge: expected one or more of tiny, small"),
+        (["--peer", "mlx"], "--peer mlx: expected one or more of minilora, peft"),
+        (["--kind", "steps"], "--kind steps: expected one or more of step, forward, generate"),
         (["--threads", "1,0"], "--threads 0: expected numbers from 1"),
         (["--rounds", "-1"], "--rounds -1: expected at least 1"),
         (["--rounds", "0"], "--rounds 0: expected at least 1"),

@@ -50,7 +50,7 @@ def test_the_examples_do_not_depend_on_the_kind_of_file(tmp_path, suffix, task, 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.json", b"[{},\n {]", "line 2: found Expecting property name"),
+        ("a.json", b"[{},\n {]", "line 2: found no JSON .Expecting property name"),
         ("a.json", b'{"text": "a"}', "found a JSON dict, expected a JSON array"),
         ("a.json", b'[{"text": "a"}, 3]', "entry 2: found a JSON int"),
         ("a.csv", b"text\na\nb,c\n", "line 3: found 2 columns, expected 1"),

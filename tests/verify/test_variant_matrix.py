@@ -114,8 +114,8 @@ def test_the_summary_of_a_step_is_written_on_and_another_file_anew(tmp_path, mon
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (["--variant", "lora,dor"], "--variant dor: expected some of lora, gaussian"),
-        (["--layer", "conv3"], "--layer conv3: expected some of linear, transposed"),
+        (["--variant", "lora,dor"], "--variant dor: expected one or more of lora, gaussian"),
+        (["--layer", "conv3"], "--layer conv3: expected one or more of linear, transposed"),
         (["--json", "no/such/folder/t.json"], "cannot write"),
     ],
 )

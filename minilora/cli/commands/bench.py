@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minilora.cli.console import NOT_LOADED, OK, files_of, tell, usage_error, write_file
-from minilora.cli.options import add_command, add_files, split
+from minilora.cli.options import add_command, add_files, names_of, split
 from minilora.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -100,14 +99,7 @@ def _plan_of(arguments: argparse.Namespace) -> _Plan:
     from minilora.studies.bench.cases import KINDS, SIZES
     from minilora.studies.bench.sides import SIDES
 
-    def chosen(option: str, default: Sequence[str], known: Iterable[str]) -> list[str]:
-        names = split(getattr(arguments, option)) or list(default)
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(
-                f"--{option} {', '.join(unknown)}: expected some of {', '.join(known)}"
-            )
-        return names
-
+    sizes = ["tiny", "small"] if arguments.quick else list(SIZES)
     threads = split(arguments.threads) or ["1"]
     if wrong := [n for n in threads if not n.isdecimal() or int(n) < 1]:
         raise ValueError(f"--threads {', '.join(wrong)}: expected numbers from 1")
@@ -118,9 +110,9 @@ def _plan_of(arguments: argparse.Namespace) -> _Plan:
             raise ValueError(f"--{name} {value}: expected at least 1")
     options = ("group_tokens", "gradient_checkpointing", "quantized")
     return _Plan(
-        kinds=chosen("kind", list(KINDS), KINDS),
-        sizes=chosen("size", ["tiny", "small"] if arguments.quick else list(SIZES), SIZES),
-        peers=chosen("peer", ["peft"], SIDES),
+        kinds=names_of(arguments, "kind", KINDS) or list(KINDS),
+        sizes=names_of(arguments, "size", SIZES) or sizes,
+        peers=names_of(arguments, "peer", SIDES) or ["peft"],
         threads=[int(n) for n in threads],
         rounds=rounds,
         options={name: getattr(arguments, name) for name in options},

@@ -18,15 +18,16 @@ def add(commands: Any) -> None:
         "init-adapter",
         "write the files that put a library under verification",
         "Write an adapter for minilora verify, a test for pytest, a file of known deviations and a "
-        "workflow for GitHub. With --layer the adapter is filled in for this class of PyTorch, as "
-        "far as its constructor and its parameters' shapes tell.",
+        "workflow for GitHub. For PyTorch the adapter is filled in, as far as the layer's "
+        "constructor and the shapes of its parameters tell.",
         _run,
         "0 written, 2 wrong usage or files that are there, 3 the layer cannot be imported",
     )
     option = parser.add_argument
     option("name", metavar="NAME", help="the library's name, for the head of the report")
     option("--kind", default="torch", choices=KINDS, metavar="KIND", help="torch, jax or cmd")
-    option("--layer", metavar="MODULE:CLASS", help="the library's LoRA layer, of PyTorch")
+    layer = "the library's LoRA layer, of PyTorch; needed for --kind torch"
+    option("--layer", metavar="MODULE:CLASS", help=layer)
     option("--output", default="tests", metavar="FOLDER", help="the folder to write to")
 
 
@@ -39,7 +40,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.kind != "torch" and arguments.layer:
         raise ValueError(f"--layer and --kind {arguments.kind}: expected --kind torch")
     if arguments.kind == "torch" and not arguments.layer:
-        raise ValueError("--layer is missing: expected the class of PyTorch, as module:Class")
+        raise ValueError("--layer is missing: give the library's layer as module:Class")
     folder = Path(arguments.output)
     found = _guessed(arguments.layer) if arguments.layer else None
     made = skeleton(arguments.kind, arguments.name, folder.as_posix(), arguments.layer or "", found)
@@ -62,7 +63,7 @@ def _guessed(layer: str) -> Any:
     import sys
     from importlib import import_module
 
-    from minilora.verify.core.errors import LoadError, describe
+    from minilora.verify.core.errors import LoadError
     from minilora.verify.skeletons.guess import guess
 
     module, _, name = layer.partition(":")
@@ -72,5 +73,5 @@ def _guessed(layer: str) -> Any:
     try:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise LoadError(f"--layer {layer}: {describe(error)}") from error
+        raise LoadError(f"--layer {layer}: {error}") from error
     return guess(found)

@@ -44,8 +44,8 @@ def _run(arguments: argparse.Namespace) -> int:
     summaries = read_summaries(arguments.folder)
     if not summaries:
         raise ValueError(
-            f"{arguments.folder}: found no recorded report, expected some; record one by "
-            "minilora verify TARGET --json FILE and minilora results FOLDER --add FILE"
+            f"{arguments.folder}: found no recorded report; record one by minilora verify TARGET "
+            "--json FILE, then minilora results FOLDER --add FILE"
         )
     if "html" in files:
         write_file(files["html"], page(summaries))

@@ -219,7 +219,7 @@ def chosen_layers(text: str, layers: int | None) -> list[int]:
         raise ValueError(f"--layers {text!r}: expected last:N, or indices such as 0,1,4-7")
     if not indices or (layers is not None and not 0 <= indices[0] <= indices[-1] < layers):
         raise ValueError(
-            f"--layers {text}: expected some of the model's layers, 0 to {(layers or 1) - 1}"
+            f"--layers {text}: expected indices of the model's layers, 0 to {(layers or 1) - 1}"
         )
     return indices
 

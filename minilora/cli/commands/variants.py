@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from typing import Any
 
 from minilora.cli.console import FAILED, OK, files_of, say, stdout_on_stderr, write_file
-from minilora.cli.options import add_command, add_files, split
+from minilora.cli.options import add_command, add_files, names_of
 from minilora.cli.progress import progress_bar
 
 
@@ -41,8 +40,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from minilora.verify.properties.layer_kinds import KINDS
     from minilora.verify.properties.variant_matrix import as_json, as_markdown, as_text, cells
 
-    variants = _chosen(arguments, "variant", REGISTRY)
-    layers = _chosen(arguments, "layer", KINDS)
+    variants = names_of(arguments, "variant", REGISTRY) or list(REGISTRY)
+    layers = names_of(arguments, "layer", KINDS) or list(KINDS)
     formats = {"json": as_json, "markdown": as_markdown}
     files = files_of(arguments, *formats)
     with stdout_on_stderr(), progress_bar() as progress:
@@ -56,12 +55,3 @@ def _run(arguments: argparse.Namespace) -> int:
         write_file(path, formats[name](table))
     say(as_text(table))
     return OK if all(cell.good for cell in table) else FAILED
-
-
-def _chosen(arguments: argparse.Namespace, option: str, known: Iterable[str]) -> list[str]:
-    """The names that the option gives, or all. Errors: ValueError for an unknown name."""
-    names = split(getattr(arguments, option)) or list(known)
-    if unknown := [name for name in names if name not in known]:
-        expected = f"expected some of {', '.join(known)}"
-        raise ValueError(f"--{option} {', '.join(unknown)}: {expected}")
-    return names
