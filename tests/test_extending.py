@@ -115,6 +115,7 @@ def test_the_self_test_puts_the_mutants_of_a_level_to_it(monkeypatch):
 TABLE = {"linear.forward": [("scale-3", "s = 3", {"ds = s": "ds = s = 3.0"}, "toys 1")]}
 
 
+@pytest.mark.slow
 def test_a_mutant_is_one_line_that_selftest_and_diagnosis_read(monkeypatch):
     (m,) = mutant.mutants(LINEAR, "TOY", TABLE)
     assert (m.id, m.family, m.level, m.seen) == ("toy-scale-3", "TOY", "linear", ("toys 1",))

@@ -95,6 +95,7 @@ def converted(tmp_path, model, form):
     return path, s
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", REFERENCES)
 @pytest.mark.parametrize("form", ["mlx", pytest.param("gguf", marks=needs("gguf")), "kohya",
                                   "loralib"])  # fmt: skip

@@ -369,6 +369,7 @@ def test_what_became_of_the_whole_is_named(dtype):
         assert made.entry(merged).mistake == name, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", EACH)
 def test_an_adapter_in_eight_bits_is_named(dtype):
     made = Made(dtype)
@@ -391,6 +392,7 @@ def test_rounding_at_random_is_named(dtype):
     assert made.entry(merged).mistake == "stochastic-rounding"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", EACH)
 def test_another_base_and_another_change_are_told_apart(dtype):
     made = Made(dtype, n=96)

@@ -193,6 +193,7 @@ def test_a_report_stays_where_it_was_asked_for_though_the_target_goes_elsewhere(
     assert not any(elsewhere.iterdir())
 
 
+@pytest.mark.slow
 def test_levels_dtypes_and_profiles_choose(verify):
     _, out, _ = verify("--level", "merge", "--level", "linear", "--dtype", "float64,float16")
     assert re.findall(r"^ (\w+\.\w+)", out, re.M) == ["exact.merge", "sigma.merge", "dict.vjp"]
@@ -208,6 +209,7 @@ def test_list_shows_the_checks_and_runs_nothing(verify):
     assert verify("--list", "--level", "linear")[1].splitlines()[0] == "dict.vjp  (linear)"
 
 
+@pytest.mark.slow
 def test_reports_are_written_in_every_format(verify, tmp_path):
     files = {kind: tmp_path / f"r.{kind}" for kind in ("json", "junit", "html")}
     options = [part for kind, path in files.items() for part in (f"--{kind}", str(path))]
@@ -257,6 +259,7 @@ def test_known_deviations_are_no_failure(verify, tmp_path):
     assert "did you mean 'exact.merge'" in err
 
 
+@pytest.mark.slow
 def test_a_declaration_that_cannot_be_read_is_status_3(verify, tmp_path):
     source = "from fake_checks import Right\nclass Odd(Right):\n    dtypes = ['float7']\n"
     (tmp_path / "odd_dtypes.py").write_text(source)
@@ -358,6 +361,7 @@ def test_the_help_imports_no_oracle_and_no_torch():
         assert option in out
 
 
+@pytest.mark.slow
 def test_the_help_names_where_the_peers_are_listed(verify, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert "such as peft" in verify("--help")[1]
@@ -389,10 +393,12 @@ def test_python_m_minilora_is_the_command_line():
     assert re.fullmatch(r"minilora \d+\.\d+\S*\n", run.stdout)
 
 
+@pytest.mark.slow
 def test_no_progress_bar_where_nobody_watches(verify):
     assert verify("--profile", "quick")[2] == ""
 
 
+@pytest.mark.slow
 def test_a_progress_bar_on_a_terminal(verify, monkeypatch):
     class Terminal:
         written = ""
@@ -434,6 +440,7 @@ def test_a_narrow_encoding_is_no_error(monkeypatch):
     assert "(check ? dtype)" in narrow.written
 
 
+@pytest.mark.slow
 def test_where_the_time_went_is_printed_by_level(verify):
     status, out, _ = verify("--timing", "--profile", "quick")
     assert status == 0

@@ -169,6 +169,7 @@ def test_recomputing_and_threads_for_each_group_change_no_bit(minilora, tmp_path
     assert one == two
 
 
+@pytest.mark.slow
 def test_the_layers_that_are_adapted_and_where_their_input_is_kept(minilora, tmp_path):
     chosen = ("--layers", "last:1", "--prefix-cache", "kept", "--max-steps", 3)
     assert minilora("train", "--output", "run", *chosen)[0] == 0
@@ -336,6 +337,7 @@ def test_the_bar_fits_on_the_terminal_and_begins_where_the_run_goes_on(
     assert re.match(r"100% .+ 4/4, ", frames[-1])
 
 
+@pytest.mark.slow
 def test_a_divergence_is_status_1_and_says_how_to_go_on(minilora, tmp_path):
     command = ("train", "--output", "run", "--max-grad-norm", "0", "--save-every", 1)
     status, _, err = minilora(*command, "--learning-rate", "1e30")
@@ -552,6 +554,7 @@ def test_generate_refuses(options, status, found, minilora):
 # merge, convert, inspect
 
 
+@pytest.mark.slow
 def test_a_merged_model_needs_no_adapter(minilora, trained):
     status, _, _ = minilora("merge", "--adapter", trained / "llama", "--output", "merged")
     assert status == 0
@@ -690,6 +693,7 @@ def named_classifier(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_a_pretrained_classifiers_classes_are_found_by_name_and_kept(minilora, trained, tmp_path):
     folder = named_classifier(tmp_path / "model")
     assert open_base(str(folder)).classes == MOODS
@@ -778,6 +782,7 @@ def test_a_model_is_written_with_a_name_for_each_class_or_none(tmp_path):
             huggingface.write_model(tmp_path, base.config, base.weights, labels=labels)
 
 
+@pytest.mark.slow
 def test_a_bert_without_a_classifier_gets_one_for_the_datas_classes(minilora, tmp_path):
     folder = plain_encoder(tmp_path / "encoder")
     base = open_base(str(folder), classes=5)
@@ -1010,6 +1015,7 @@ def test_a_tie_that_an_adapter_ends_is_merged_as_two_weights(at, minilora, tmp_p
     assert "merging gives a GPT2" in err
 
 
+@pytest.mark.slow
 def test_a_changed_model_keeps_what_generation_needs_of_its_settings(minilora, tmp_path):
     base = open_base("reference:llama")
     kept = {"eos_token_id": [3, 4], "bos_token_id": 1, "max_position_embeddings": 99}
@@ -1149,6 +1155,7 @@ def test_no_adapter_is_written_beside_one_of_the_other_format(minilora, trained,
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_folder_may_be_called_as_a_file_is(minilora, trained):
     run = ("train", "--max-steps", 1, "--output")
     assert minilora(*run, "run.gguf")[0] == 0
@@ -1179,6 +1186,7 @@ def test_a_disk_that_is_full_is_told_with_the_file(minilora, trained, monkeypatc
 # What a hostile user met
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_in_its_last_step_is_no_success(minilora, tmp_path):
     """Found in validation, or where there is none in what it was trained on."""
     row = {"prompt": "3", "completion": " 8"}
@@ -1251,6 +1259,7 @@ def test_no_number_of_json_is_infinite(minilora, monkeypatch, tmp_path):
     assert read_json(tmp_path / "f.json")["perplexity"] is None
 
 
+@pytest.mark.slow
 def test_a_run_is_judged_by_the_lines_that_it_held_out(minilora, tmp_path):
     digits = range(10)
     rows = [{"prompt": f"{a}", "completion": f" {b}"} for a in digits for b in digits]

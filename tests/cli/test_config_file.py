@@ -37,6 +37,7 @@ def test_the_file_has_options_and_the_command_line_counts_more(folder, capsys):
     assert settings(folder / "plain")["rank"] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [[], ["--layers", "last:1", "--prefix-cache", "memory"], ["--full"], ["--adapter", "first"]],

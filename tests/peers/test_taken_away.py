@@ -153,6 +153,7 @@ def torch_logits(libraries, model):
     return z.reshape(-1, z.shape[-1]).T
 
 
+@pytest.mark.slow
 def test_peft_gives_the_logits_of_what_was_trained_here(trained, adapted):
     z = by_transformers(torch_libraries(), BASE, trained / "run")
     assert holds("PEFT's logits, trained here", z, adapted)

@@ -233,6 +233,7 @@ def test_a_kernel_meets_what_stands_in_the_padded_input(mode, i):
         unfolds_to_its_patches(unfold, geometry, np.random.default_rng(seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_another_mode_or_move_is_noticed(mode):
     geometry = replace(GEOMETRIES[3], mode=mode)

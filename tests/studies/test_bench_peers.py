@@ -106,6 +106,7 @@ def test_what_is_compiled_has_them_too(folder, expected):
     assert agrees(one, expected)
 
 
+@pytest.mark.slow
 def test_another_rate_another_scale_and_no_step_are_seen(expected):
     assert [verdict(wrong, expected) for wrong in expected[-1]] == ["fail"] * 3
 

@@ -127,6 +127,7 @@ def test_what_is_missing_is_named_with_what_gets_it(capsys, monkeypatch, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_sentiment_from_end_to_end_in_small(capsys, monkeypatch, tmp_path):
     whole = open_base("reference:bert")
     bare = {name: w for name, w in whole.weights.items() if not name.startswith("head.")}

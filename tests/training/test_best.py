@@ -37,6 +37,7 @@ def whole(run, tmp_path_factory):
     return out, outcome, losses, lowest
 
 
+@pytest.mark.slow
 def test_the_best_is_kept_with_what_names_its_model(run, whole, tmp_path):
     out, outcome, losses, lowest = whole
     told = json.loads((out / FOLDER / "best.json").read_text())
@@ -50,6 +51,7 @@ def test_the_best_is_kept_with_what_names_its_model(run, whole, tmp_path):
     assert read_tensors(out / FOLDER / peft.WEIGHTS)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_best(run, whole, tmp_path):
     out, _, _, lowest = whole
     for stop in (lowest - 2, lowest + 2):
@@ -59,6 +61,7 @@ def test_a_resumed_run_has_the_same_best(run, whole, tmp_path):
         assert weights(again / FOLDER) == weights(out / FOLDER)
 
 
+@pytest.mark.slow
 def test_the_patience_ends_a_run_and_is_counted_over_an_interruption(run, whole, tmp_path):
     _, _, losses, _ = whole
     steps, idle, lowest = sorted(losses), 0, float("inf")
@@ -86,6 +89,7 @@ def test_without_validation_there_is_no_best(run, tmp_path):
         fit(tmp_path / "run", run, patience=0)
 
 
+@pytest.mark.slow
 def test_overwriting_removes_the_best_and_nothing_else(run, whole, tmp_path):
     fit(tmp_path / "run", run, **EACH)
     fit(tmp_path / "run", run, overwrite=True)
@@ -97,6 +101,7 @@ def test_overwriting_removes_the_best_and_nothing_else(run, whole, tmp_path):
     assert (other / "mine").exists()
 
 
+@pytest.mark.slow
 def test_the_command_tells_the_best_and_evaluate_takes_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = [

@@ -35,6 +35,7 @@ def test_it_begins_where_the_adapter_is_and_keeps_all_that_it_is(variant, tmp_pa
     assert all(np.array_equal(after.changed[n], w) for n, w in adapter.changed.items())
 
 
+@pytest.mark.slow
 def test_a_classifiers_head_goes_along(tmp_path):
     run = run_of(replace(QUICK, task="classify"), "reference:bert")
     fit(tmp_path / "first", run)
@@ -50,6 +51,7 @@ def test_no_training_goes_on_from_a_budget_that_is_spent(tmp_path):
         gone_on(run, tmp_path / "first", STILL)
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_resumes_and_refuses_what_the_adapter_settles(
     tmp_path, monkeypatch, capsys
 ):

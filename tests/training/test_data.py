@@ -241,6 +241,7 @@ def test_a_template_that_writes_an_earlier_turn_anew_is_refused(made):
 # Length
 
 
+@pytest.mark.slow
 @given(
     text=st.text("abc", min_size=1, max_size=30),
     length=st.integers(2, 9),
@@ -298,6 +299,7 @@ def test_a_document_is_cut_so_that_its_summary_is_whole(chat, made):
         made(line, "summarize", tokenizer, len(whole.ids) - 50)
 
 
+@pytest.mark.slow
 @given(st.text("ab\n", min_size=1, max_size=300), st.data())
 def test_no_more_of_a_document_is_cut_than_must_be(tmp_path_factory, document, draws):
     """Two line feeds are one token, so that tokens and characters are not proportional."""
@@ -517,6 +519,7 @@ def test_two_files_to_train_on_are_refused(tmp_path):
         read(folder, "lm", CHARACTERS, 9)
 
 
+@pytest.mark.slow
 @given(n=st.integers(2, 40), share=st.floats(0.01, 0.6), seed=st.integers(0, 99))
 def test_a_share_of_the_lines_validates_and_every_line_is_on_one_side(
     tmp_path_factory, n, share, seed

@@ -168,6 +168,7 @@ def trained(run):
     return state.params
 
 
+@pytest.mark.slow
 def test_a_run_has_the_same_bits_wherever_its_prefix_is_kept(tmp_path):
     run = run_of(layers_to_transform=(1,))
     lean = replace(run, plan=ExecutionPlan(gradient_checkpointing=True))

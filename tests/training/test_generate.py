@@ -95,6 +95,7 @@ def test_the_cache_changes_no_digit_where_a_sum_has_one_order(name, ends, object
     assert same(in_parts(model, ends), at_once(model))
 
 
+@pytest.mark.slow
 def test_the_room_of_a_cache_doubles_so_that_few_tokens_cost_a_copy():
     """By heads and features that are more than the tokens: no other axis is taken for theirs."""
     cache, rng = KVCache(), np.random.default_rng(0)
@@ -259,6 +260,7 @@ def test_of_equal_logits_at_the_edge_of_top_k_the_first_stay():
     assert all(set(others[:k]) != set(order[:k]) for k in edges)
 
 
+@pytest.mark.slow
 def test_tokens_are_drawn_as_often_as_they_are_probable():
     n, sampling = 4000, Sampling(1.0, top_k=3)
     drawn = [draw_token(Z, sampling, 5, step) for step in range(n)]

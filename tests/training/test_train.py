@@ -99,6 +99,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", others_slow(KINDS, "lora"))
 def test_an_interrupted_run_goes_on_to_the_same_bits(kind, tmp_path):
     config, model = KINDS[kind]
@@ -291,6 +292,7 @@ def test_what_is_written_of_a_variant_has_the_loss_of_what_was_trained(variant, 
     assert outcome.state.step == 6
 
 
+@pytest.mark.slow
 def test_adalora_leaves_as_many_singular_values_as_the_rank_says(tmp_path):
     run = run_of(replace(QUICK, variant="adalora", rank=3, max_steps=10))
     fit(tmp_path, run)
@@ -307,6 +309,7 @@ def test_adalora_leaves_as_many_singular_values_as_the_rank_says(tmp_path):
     assert evaluated(run.base, tmp_path / "begun", run.data.valid) > 0
 
 
+@pytest.mark.slow
 def test_loftqs_base_goes_along_and_another_is_refused(tmp_path):
     run = run_of(replace(QUICK, variant="loftq"))
     fit(tmp_path, run)
@@ -875,6 +878,7 @@ def test_what_a_full_run_wrote_is_gone_and_what_is_anothers_is_not(tmp_path):
     assert (out / MANIFEST).stat().st_size > 100
 
 
+@pytest.mark.slow
 def test_what_is_saved_after_damaged_checkpoints_stays(tmp_path):
     fit(tmp_path, run_of(), save_every=2)
     kept = checkpoints.saved(tmp_path / checkpoints.FOLDER)
@@ -928,6 +932,7 @@ def test_what_cannot_run_removes_nothing(change, found, tmp_path):
         fit(tmp_path, run_of(), resume=True, overwrite=True)
 
 
+@pytest.mark.slow
 def test_a_resume_that_is_refused_changes_no_setting(tmp_path):
     fit(tmp_path, run_of(), watch=Stop(2))
     said = (tmp_path / MANIFEST).read_bytes()

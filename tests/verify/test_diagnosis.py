@@ -638,6 +638,7 @@ def test_one_cause_explains_the_checks_of_all_levels_and_stands_first():
     assert not report_of(Linear, *checks).causes
 
 
+@pytest.mark.slow
 def test_a_mistake_in_one_setting_is_told_by_what_its_checks_share():
     report = report_of(
         CATALOGUE["scale-rslora-ignored"].make,

@@ -53,6 +53,7 @@ def test_a_layer_without_a_scale_is_asked_all_that_it_has():
     ]
 
 
+@pytest.mark.slow
 def test_a_layer_that_takes_no_alpha_has_to_say_so():
     class Silent(WithoutScale):
         fixed = {}  # noqa: RUF012

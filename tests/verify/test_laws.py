@@ -76,6 +76,7 @@ def test_a_law_is_kept_exactly_when_the_registry_says_so(entry, kind):
     as_the_registry_says(entry, kind, case_of(entry, kind), laws_for(entry, kind))
 
 
+@pytest.mark.slow
 @examples(8)
 @given(cell=st.sampled_from(CELLS), rng=draw.generators(), square=st.booleans())
 def test_of_every_drawn_case_the_registry_says_what_holds(cell, rng, square):

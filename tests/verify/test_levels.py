@@ -195,6 +195,7 @@ def test_an_answer_that_is_none_is_the_implementations_fault(level):
     assert control.status == "pass"
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_read_is_the_implementations_fault():
     found = kinds(Garbage, "files")
     wrong = {v for k, v in found.items() if k.startswith(("files.save", "files.resave"))}

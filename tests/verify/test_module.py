@@ -171,6 +171,7 @@ def test_an_answer_that_is_no_dict_is_the_implementations_fault():
     assert check(Modules(), case="module.linear.forward:float32:0").results[0].status == "pass"
 
 
+@pytest.mark.slow
 def test_dropout_is_seen_on_inputs_with_two_numbers():
     inputs = drawn("linear", 0)
     one = module._numbers(inputs)

@@ -171,6 +171,7 @@ def transcript():
     return {"protocol": 1, "exchanges": log}
 
 
+@pytest.mark.slow
 def test_the_recorded_messages_are_those_of_today():
     recorded = json.loads((DRIVERS / "transcript.json").read_text())
     assert transcript() == recorded

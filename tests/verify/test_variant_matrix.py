@@ -32,6 +32,7 @@ def test_no_cell_is_empty_without_a_reason(cells):
         assert c.lacks or (c.deviation is None) == (c.no_library is not None)
 
 
+@pytest.mark.slow
 def test_all_is_as_the_registry_says(cells):
     assert all(c.good for c in cells)
     assert {c.kind for c in cells if c.lacks} == {"embedding", "conv1"}

@@ -448,6 +448,7 @@ def test_half_of_the_arguments_put_together_again_are_the_arguments():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [MANIFEST, "merge.safetensors", "manifest.schema.json"])
 def test_a_changed_file_is_noticed(folder, answered, tmp_path, name, capsys):
     target = tmp_path / "set"
@@ -578,6 +579,7 @@ WITH_VECTORS = [level.name for level in LEVELS if level.vectors]
 HERE = ["linear", "merge", "combine", "multi", "variants", "optimizer", "names"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", others_slow(HERE, "merge"))
 def test_mutants_are_refused_and_what_only_looks_wrong_is_not(made, level):
     """Some of each level, evenly from all that a check of these vectors shows best."""
@@ -755,6 +757,7 @@ def test_wrong_usage_is_refused_and_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "data", "says"),
     [
@@ -773,6 +776,7 @@ def test_answers_that_cannot_be_read_end_with_three(small, tmp_path, name, data,
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_answers_to_other_levels_only_end_with_three(few, small, tmp_path):
     own = [v for v in few if v.level == "merge"]
     target = put(tmp_path, answer(own, Linear()))

@@ -403,6 +403,7 @@ def test_a_loop_that_catches_everything_still_gets_its_verdict():
         stop.set()
 
 
+@pytest.mark.slow
 def test_a_method_that_hung_twice_is_not_called_any_more():
     calls = []
 
