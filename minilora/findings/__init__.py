@@ -1,7 +1,7 @@
 """Deviations of real libraries from the algebra: versions, conditions, effects, sources.
 
 A module a library. The pages of the documentation, what `minilora verify` knows of its peers, and
-`minilora audit adapter` read them here; `tests/peers/test_findings.py` proves them.
+`minilora audit adapter` read them here; `tests/peers/test_finding_scripts.py` runs their scripts.
 """
 
 from minilora.findings import (

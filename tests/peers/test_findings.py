@@ -1,11 +1,10 @@
-"""What was found in real libraries: where they deviate, and what is right by algebra.
+"""What was found in real libraries, beside what minilora computes.
 
-Each test proves a finding of `minilora/findings`, whose id it is marked with: its name is the
-sentence, and its body is the smallest reproduction, which the finding's page shows. It asserts what
-the library does beside what would be right, so it fails once the library behaves differently. In
-the release that it was seen in that is a failure; in another one it is an expected failure
-(conftest.py), and good news, most likely: look what the library does now, and if it is right, take
-the finding out here and there, or say in which release it is fixed.
+Scripts show all findings (test_finding_scripts.py). Where minilora has the right answer, a test
+here, marked with the finding's id, asserts what the library does and that minilora is right, so it
+fails once the library behaves differently. In the release that it was seen in that is a failure; in
+another one it is an expected failure (conftest.py), and good news, most likely: look what the
+library does now, and if it is right, remove the finding, or say in which release it is fixed.
 
 An argument with the name of a library is that library. The numbers are chosen so that nothing is
 rounded but what the finding is about, and `==` can decide.
@@ -26,7 +25,7 @@ import numpy as np
 import pytest
 from extras import optional
 from ml_dtypes import bfloat16
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from minilora import Batch, TrainableSpec, logits, merge, scale, unmerge
 from minilora.findings import FINDINGS, LIBRARIES
@@ -312,23 +311,6 @@ def test_peft_trains_in_full_what_only_ends_like_a_module_to_save(torch, peft):
     assert trained == {"k", "q", "seq"}
     assert trained == {"k", *(name for name in names if is_saved(name, ["q"]))}
     assert [name for name in names if matches(name, ["q"])] == ["q"]
-
-
-@pytest.mark.finding("peft.heads-listed-again")
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-def test_peft_lists_a_classifiers_heads_again_at_each_saving(torch, peft, transformers, tmp_path):
-    size = {"hidden_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
-    bert = transformers.BertForSequenceClassification(transformers.BertConfig(**size))
-    mine, listed = ["classifier"], []
-    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=mine)
-    model = peft.get_peft_model(bert, config)
-    assert mine == ["classifier", "classifier", "score"]
-    for _ in range(3):
-        model.save_pretrained(tmp_path)
-        listed.append(json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"])
-        model = peft.PeftModel.from_pretrained(model.unload(), tmp_path)
-    assert [len(names) for names in listed] == [3, 5, 7]
-    assert {name for names in listed for name in names} == {"classifier", "score"}
 
 
 @pytest.mark.finding("peft.tokens-head-bias")
@@ -676,26 +658,6 @@ def test_peft_merges_a_tied_heads_adapter_into_the_embedding_and_tied_factors_tw
     of_both = merge(W | {"embed.A": A, "embed.B": B}, TrainableSpec(scale={"head": 1, "embed": 1}))
     assert (of_both["embed.weight"] == 1 + 2).all()
     assert "head.weight" not in of_both
-
-
-@pytest.mark.finding("peft.replicated-merge")
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-def test_peft_merges_the_adapters_of_copies_into_one_weight(torch, transformers, peft):
-    sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "vocab_size": 5}
-    config = transformers.LlamaConfig(num_attention_heads=1, num_key_value_heads=1, **sizes)
-    lora = peft.LoraConfig(
-        r=1, lora_alpha=1, target_modules=["q_proj"], layer_replication=[[0, 1], [0, 1]]
-    )
-    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
-    first, second = (layer.self_attn.q_proj for layer in model.base_model.model.model.layers)
-    for layer, change in ((first, 1), (second, 2)):
-        layer.weight.data.fill_(8)
-        layer.lora_A["default"].weight.data.fill_(1)
-        layer.lora_B["default"].weight.data.fill_(change)
-    x = torch.ones(1, 4)
-    assert (first(x).unique(), second(x).unique()) == (4 * (8 + 1), 4 * (8 + 2))
-    model.merge_adapter()
-    assert first(x).unique() == second(x).unique() == 4 * (8 + 1 + 2)
 
 
 @pytest.mark.finding("peft.trained-bias")
@@ -1226,14 +1188,6 @@ def test_peft_starts_loftq_from_the_transpose_of_a_weight_stored_in_out(torch, t
     assert (A.shape, B.shape) == ((1, 64), (3, 1))
 
 
-@pytest.mark.finding("peft.loftq-layers")
-def test_peft_fails_to_start_loftq_in_convolutions_and_embeddings(torch, peft):
-    settings = {"loftq_config": peft.LoftQConfig()}
-    for base in (torch.nn.Conv1d(1, 1, 1), torch.nn.Embedding(1, 1)):
-        with pytest.raises(TypeError, match="missing 1 required positional argument: 'config'"):
-            adapted(torch, peft, base, **LOFTQ, **settings)
-
-
 @pytest.mark.finding("peft.unmerge-rounds")
 def test_peft_and_loralib_do_not_restore_a_weight_by_unmerging(torch, peft, loralib):
     w = 2.0**-30
@@ -1278,14 +1232,6 @@ def answer(layer, x):
 
 def same(a, b):
     return np.array_equal(a, b)
-
-
-@pytest.mark.finding("loralib.train-returns")
-def test_loralib_returns_nothing_from_train_and_eval(torch, loralib):
-    adapted, plain = loralib.Linear(4, 3, **LORA), torch.nn.Linear(4, 3)
-    assert adapted.eval() is None
-    assert adapted.train() is None
-    assert plain.eval() is plain.train() is plain
 
 
 @pytest.mark.finding("loralib.saved-after-eval")
@@ -1513,13 +1459,6 @@ def test_lycoris_loads_an_adapter_with_the_scale_it_was_built_with(torch, lycori
     assert (model(torch.eye(2)).detach().numpy() == right).all()
 
 
-@pytest.mark.finding("lycoris.names")
-def test_lycoris_loads_an_adapter_of_another_model_as_none(torch, lycoris):
-    state = kohya_state(torch, at="lycoris_layers_7_q")
-    network, _ = lycoris.create_lycoris_from_weights(1.0, "", identity(torch), state)
-    assert len(network.loras) == 0
-
-
 @pytest.mark.finding("lycoris.no-alpha")
 def test_lycoris_fails_on_an_adapter_without_alpha(torch, lycoris):
     state = kohya_state(torch)
@@ -1534,29 +1473,6 @@ def test_lycoris_fails_on_an_adapter_without_alpha(torch, lycoris):
                 lycoris.create_lycoris_from_weights(1.0, "", identity(torch), given)
 
 
-@pytest.mark.finding("keras.constructor-alpha")
-def test_keras_loses_the_alpha_of_its_constructor():
-    keras = optional("keras")
-    found = []
-    for how in ({"lora_rank": 2, "lora_alpha": 8}, {}):
-        layer = keras.layers.Dense(1, use_bias=False, **how)
-        layer.build((None, 1))
-        if not how:
-            layer.enable_lora(2, lora_alpha=8)
-        layer._kernel.assign([[0.0]])
-        layer.lora_kernel_a.assign([[1.0, 1.0]])
-        layer.lora_kernel_b.assign([[1.0], [1.0]])
-        found.append(layer(np.ones((1, 1), np.float32)).item())
-    assert found == [2, 8]
-
-
-@pytest.mark.finding("flax.fresh-a")
-def test_flax_draws_a_with_six_times_the_variance():
-    nnx = optional("flax.nnx")
-    A = np.asarray(nnx.LoRA(6, 1000, 1, rngs=nnx.Rngs(0)).lora_a[...])
-    assert 1 / 6**0.5 < abs(A).max() <= 1
-
-
 @pytest.mark.finding("lycoris.dora-epsilon")
 def test_lycoris_starts_dora_as_another_function_where_rows_are_small(torch, lycoris):
     small = torch.finfo(torch.float32).eps
@@ -1567,38 +1483,6 @@ def test_lycoris_starts_dora_as_another_function_where_rows_are_small(torch, lyc
     right, _ = dora_linear(np.eye(2), W, None, np.eye(2), B, small * np.ones((2, 1)), 1 / 2)
     assert (right == W).all()
     assert (model(torch.eye(2)).detach().numpy() == W / 2).all()
-
-
-def mlx_folder(path, tensors, num_layers=1):
-    """An adapter of rank 1 for one projection of the last layers."""
-    parameters = {"rank": 1, "scale": 1.0, "dropout": 0.0, "keys": ["mlp.up_proj"]}
-    said = {"num_layers": num_layers, "lora_parameters": parameters}
-    (path / "adapter_config.json").write_text(json.dumps(said))
-    save_file(tensors, path / "adapters.safetensors")
-    return str(path)
-
-
-@pytest.mark.finding("mlx-lm.missing-factor")
-def test_mlx_lm_leaves_a_missing_factor_as_it_was_drawn(mlx_lm, tmp_path):
-    b = {"model.layers.1.mlp.up_proj.lora_b": np.ones((1, 2), np.float32)}
-    folder = mlx_folder(tmp_path, b)
-    changes = []
-    for seed in (0, 1):
-        mlx_lm.core.random.seed(seed)
-        up = mlx_lm.tuner.load_adapters(mlx_lm.model(), folder).layers[1].mlp.up_proj
-        changes.append(np.array(up.lora_b).T @ np.array(up.lora_a).T)
-    assert (changes[0] != changes[1]).all()
-
-
-@pytest.mark.finding("mlx-lm.no-layers")
-def test_mlx_lm_adapts_all_layers_where_none_is_asked_for(mlx_lm):
-    parameters = {"rank": 1, "scale": 1.0, "dropout": 0.0, "keys": ["mlp.up_proj"]}
-    adapted = {}
-    for count in (0, 1, 2):
-        model = mlx_lm.model()
-        mlx_lm.tuner.linear_to_lora_layers(model, count, parameters)
-        adapted[count] = ["lora_a" in layer.mlp.up_proj for layer in model.layers]
-    assert adapted == {0: [True, True], 1: [False, True], 2: [True, True]}
 
 
 @pytest.mark.finding("mlx-lm.rope")
@@ -1653,133 +1537,6 @@ def test_peft_fails_where_the_layers_of_a_qwen2_are_replicated(torch, peft, tran
                 model(ids)
 
 
-@pytest.mark.finding("peft.dora-bias-gradient")
-def test_peft_rounds_the_gradient_of_a_bias_three_times_under_dora(torch, peft):
-    base = torch.nn.Sequential(torch.nn.Linear(1, 1, dtype=torch.bfloat16))
-    config = peft.LoraConfig(r=1, target_modules=["0"], use_dora=True, bias="all")
-    model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
-    layer = model.base_model.model[0]
-    layer.base_layer.weight.data.fill_(1)
-    found = {}
-    for g in (2, 512):  # the magnitude over the norm
-        model.zero_grad()
-        layer.lora_magnitude_vector["default"].weight.data.fill_(g)
-        model(torch.ones(1, 1, dtype=torch.bfloat16)).backward()
-        found[g] = layer.base_layer.bias.grad.item()
-    assert found == {2: 1, 512: 0}  # 1 + 511 - 511, and 1 is right
-
-
-@pytest.mark.finding("peft.bias-shard-warning")
-def test_peft_warns_that_a_whole_bias_of_lora_b_is_a_shard(torch, peft):
-    base = torch.nn.Sequential(torch.nn.Linear(4, 3))
-    config = peft.LoraConfig(r=1, lora_bias=True, target_modules=["0"])
-    model = peft.get_peft_model(base, config)
-    with pytest.warns(UserWarning, match=r"invalid shape: base_model.model.0.lora_B.bias:\(3,\)"):
-        tensors = peft.get_peft_model_state_dict(model)
-    bias = model.base_model.model[0].lora_B.default.bias
-    assert torch.equal(tensors["base_model.model.0.lora_B.bias"], bias)  # whole, and right
-
-
-@pytest.mark.finding("transformers.dora-magnitude")
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-def test_transformers_loads_dora_without_its_magnitude(torch, transformers, peft, tmp_path):
-    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
-    W = base.model.layers[0].self_attn.q_proj.weight.detach().clone()
-    base.save_pretrained(tmp_path / "base")
-    config = peft.LoraConfig(r=1, target_modules=["layers.0.self_attn.q_proj"], use_dora=True)
-    adapted = peft.get_peft_model(base, config)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            parameter.data.fill_(3)
-    adapted.save_pretrained(tmp_path / "adapter")
-    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    model.load_adapter(tmp_path / "adapter", adapter_kwargs={"local_files_only": True})
-    loaded = {name: p for name, p in model.named_parameters() if "lora_" in name}
-    m = loaded.pop("model.layers.0.self_attn.q_proj.lora_magnitude_vector.default.weight")
-    assert all((factor == 3).all() for factor in loaded.values())
-    assert torch.allclose(m, torch.linalg.norm(W, dim=1))
-    assert not (m == 3).any()
-
-
-@pytest.mark.finding("peft.names-fit-nothing")
-def test_peft_serves_the_base_where_the_names_of_an_adapter_fit_nothing(torch, peft, tmp_path):
-    def base():
-        return torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
-
-    config = peft.LoraConfig(target_modules=["0"], r=1, lora_alpha=1)
-    model = peft.get_peft_model(base(), config)
-    for factor in ("lora_A", "lora_B"):
-        getattr(model.base_model.model[0], factor)["default"].weight.data.fill_(1)
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    stored = load_file(file)
-    for rename, warned in ((lambda n: n, False), (lambda n: n.removeprefix("base_model."), True)):
-        save_file({rename(n): array for n, array in stored.items()} | {"over": np.ones(1)}, file)
-        said = pytest.warns(UserWarning, match="missing adapter keys") if warned else nullcontext()
-        with said:
-            loaded = peft.PeftModel.from_pretrained(base(), tmp_path)
-        change = loaded.base_model.model[0].get_delta_weight("default")
-        assert change.item() == (0 if warned else 1)
-
-
-@pytest.mark.finding("transformers.names-fit-nothing")
-@pytest.mark.filterwarnings("ignore")
-def test_transformers_answers_as_the_base_where_the_names_of_an_adapter_fit_nothing(
-    torch, transformers, peft, tmp_path
-):
-    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
-    base.save_pretrained(tmp_path / "base")
-    adapted = peft.get_peft_model(base, peft.LoraConfig(r=1, target_modules=["q_proj"]))
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            parameter.data.fill_(3)
-    adapted.save_pretrained(tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    stored = load_file(file)
-    for other, B in ((".self_attn.", 3), (".attention.", 0)):
-        save_file({n.replace(".self_attn.", other): array for n, array in stored.items()}, file)
-        model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
-        model.load_adapter(tmp_path / "adapter", adapter_kwargs={"local_files_only": True})
-        assert all((p == B).all() for name, p in model.named_parameters() if "lora_B" in name)
-
-
-@pytest.mark.finding("peft.missing-factor")
-def test_peft_leaves_a_missing_factor_as_it_was_drawn(torch, peft, tmp_path):
-    def base():
-        return torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
-
-    model = peft.get_peft_model(base(), peft.LoraConfig(target_modules=["0"], r=1, lora_alpha=1))
-    model.base_model.model[0].lora_B["default"].weight.data.fill_(1)
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    save_file({n: array for n, array in load_file(file).items() if "lora_A" not in n}, file)
-    changes = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        with pytest.warns(UserWarning, match="missing adapter keys"):
-            loaded = peft.PeftModel.from_pretrained(base(), tmp_path)
-        changes.append(loaded.base_model.model[0].get_delta_weight("default").item())
-    assert changes[0] != changes[1]
-
-
-@pytest.mark.finding("transformers.missing-factor")
-@pytest.mark.filterwarnings("ignore")
-def test_transformers_leaves_a_missing_factor_as_it_was_drawn(torch, transformers, peft, tmp_path):
-    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
-    base.save_pretrained(tmp_path / "base")
-    adapted = peft.get_peft_model(base, peft.LoraConfig(r=1, target_modules=["q_proj"]))
-    adapted.save_pretrained(tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    save_file({n: array for n, array in load_file(file).items() if "lora_A" not in n}, file)
-    found = []
-    for seed in (0, 1):
-        model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
-        torch.manual_seed(seed)
-        model.load_adapter(tmp_path / "adapter", adapter_kwargs={"local_files_only": True})
-        found.append([p.clone() for n, p in model.named_parameters() if "lora_A" in n])
-    assert all((one != two).all() for one, two in zip(*found, strict=True))
-
-
 @pytest.mark.finding("peft.last-deleted")
 def test_peft_fails_once_its_last_adapter_is_deleted(torch, peft):
     model, layer, state = peft_pair(torch, peft, (2, None), (4, None))
@@ -1803,21 +1560,6 @@ def test_peft_activates_another_adapter_for_a_deleted_one(torch, peft):
         model.delete_adapter("one")
     assert model(one) == 1 + 4
     assert state.activate("one").delete("one").forward(np.ones((1, 1)))[0] == 1
-
-
-@pytest.mark.finding("peft.added-drops")
-def test_peft_drops_by_an_adapter_that_is_added_in_evaluation(torch, peft):
-    def config(p):
-        return peft.LoraConfig(r=1, lora_dropout=p, target_modules=["0"], init_lora_weights=False)
-
-    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 64)), config(0.0)).eval()
-    model.add_adapter("two", config(0.5))
-    model.set_adapter("two")
-    x = torch.ones(1, 64)
-    assert not model.training
-    assert not torch.equal(model(x), model(x))
-    model.eval()
-    assert torch.equal(model(x), model(x))
 
 
 def hot_swapped(peft, torch, model, alpha):
@@ -1873,28 +1615,6 @@ def test_peft_passes_over_unknown_names_where_several_are_activated(torch, peft)
         state.activate("one", "three")
 
 
-@pytest.mark.finding("peft.hotswap-embedding")
-def test_peft_hot_swaps_no_embedding(torch, peft, tmp_path):
-    hotswap_adapter = optional("peft.utils.hotswap").hotswap_adapter
-    base = torch.nn.Sequential(torch.nn.Embedding(4, 3))
-    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"]))
-    model.save_pretrained(tmp_path, save_embedding_layers=False)
-    with pytest.raises(AttributeError, match="scaling"):
-        hotswap_adapter(model, tmp_path, "default", torch_device="cpu")
-
-
-@pytest.mark.finding("peft.dora-vector")
-def test_peft_makes_a_row_of_a_vector_with_dora(torch, peft):
-    layers = torch.nn.Sequential(torch.nn.Linear(2, 3))
-    x = torch.ones(2)
-    assert layers(x).shape == (3,)
-    config = peft.LoraConfig(r=1, use_dora=True, target_modules=["0"])
-    model = peft.get_peft_model(layers, config)
-    assert model(x).shape == (1, 3)
-    with model.disable_adapter():
-        assert model(x).shape == (3,)
-
-
 def packed_layer(torch, bitsandbytes, W):
     """A four-bit layer of W, in which entries that are alone in their blocks are exact."""
     nn = bitsandbytes.nn
@@ -1903,24 +1623,6 @@ def packed_layer(torch, bitsandbytes, W):
     layer.weight = nn.Params4bit(W, **how).to("cpu")
     layer.bias = torch.nn.Parameter(torch.zeros(len(W), dtype=W.dtype))
     return layer
-
-
-@pytest.mark.finding("bitsandbytes.bias-gradient")
-def test_bitsandbytes_fails_on_the_gradient_of_a_bias_from_one_token(torch, bitsandbytes):
-    layer = packed_layer(torch, bitsandbytes, torch.zeros(2, 64, dtype=torch.bfloat16))
-
-    def gradient(dy):
-        x = torch.zeros(*dy.shape[:-1], 64, dtype=dy.dtype)
-        return torch.autograd.grad(layer(x), layer.bias, dy)[0].tolist()
-
-    dy = torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
-    assert gradient(dy[None]) == [1, 2]
-    with pytest.raises(RuntimeError, match="invalid gradient"):
-        gradient(dy)
-    # Two sequences of two tokens: 256 + 1 is rounded before -256 + 0 comes to it.
-    dy = torch.tensor([[[256], [-256]], [[1], [0]]], dtype=torch.bfloat16).expand(2, 2, 2)
-    assert dy.sum((0, 1)).tolist() == [1, 1]
-    assert gradient(dy) == [0, 0]
 
 
 def packs(bitsandbytes):
@@ -1948,95 +1650,6 @@ def test_bitsandbytes_loses_the_gradient_of_a_layer_that_was_evaluated(torch, bi
     assert gradient() is None
 
 
-@pytest.mark.finding("bitsandbytes.packed-rounding")
-def test_bitsandbytes_rounds_to_bfloat16_once_a_layer_was_evaluated(torch, bitsandbytes):
-    packs(bitsandbytes)
-    w = 1 + 2**-20
-    x, W = torch.ones(1, 64), torch.zeros(32, 64)
-    W[:, 0] = w
-    layer = packed_layer(torch, bitsandbytes, W)
-    with torch.no_grad():
-        assert (layer.train()(x) == w).all()
-        assert (layer.eval()(x) == 1).all()
-        assert (layer.train()(x) == 1).all()
-        with pytest.raises(AssertionError, match="N must be divisible"):
-            packed_layer(torch, bitsandbytes, W[:5]).eval()(x)
-
-
-@pytest.mark.finding("transformers.classifier-batches")
-def test_transformers_sums_the_micro_batches_of_a_classifier(torch, transformers, tmp_path):
-    optional("peft")  # it brings accelerate, which the Trainer needs
-    sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "num_labels": 2}
-    config = transformers.BertConfig(vocab_size=5, intermediate_size=4, **sizes)
-    batch = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([1])}
-
-    def step(micro_batches):
-        torch.manual_seed(0)
-        model = transformers.BertForSequenceClassification(config)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        how = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
-        how |= {"lr_scheduler_type": "constant", "use_cpu": True, "report_to": []}
-        how |= {"disable_tqdm": True, "save_strategy": "no", "per_device_train_batch_size": 1}
-        arguments = transformers.TrainingArguments(
-            str(tmp_path), gradient_accumulation_steps=micro_batches, **how
-        )
-        transformers.Trainer(
-            model, arguments, lambda items: items[0], [batch] * micro_batches
-        ).train()
-        return model.classifier.bias.detach()  # which began at 0
-
-    assert step(1).abs().min() > 0
-    assert (step(2) == 2 * step(1)).all()
-
-
-@pytest.mark.finding("peft.packed-merge")
-@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
-def test_peft_merges_another_weight_once_a_four_bit_layer_was_evaluated(torch, peft, bitsandbytes):
-    packs(bitsandbytes)
-    W = torch.zeros(32, 128)
-    W[0, ::64] = torch.tensor([2.0, 3.0])
-
-    def merged(evaluate):
-        whole = torch.nn.Sequential(packed_layer(torch, bitsandbytes, W))
-        whole.is_loaded_in_4bit = True
-        model = peft.get_peft_model(whole, peft.LoraConfig(r=1, target_modules=["0"]))  # B = 0
-        if evaluate:
-            with torch.no_grad():
-                model.eval()(torch.zeros(1, 128))
-        model.merge_adapter()
-        held = model.base_model.model[0].get_base_layer().weight
-        return bitsandbytes.functional.dequantize_4bit(held.data, held.quant_state)
-
-    assert (merged(evaluate=False) == W).all()
-    assert (merged(evaluate=True) != W).any()
-
-
-@pytest.mark.finding("peft.few-bits-bias")
-@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
-def test_peft_merges_the_bias_of_B_without_its_scale_into_few_bits(torch, peft, bitsandbytes):
-    whole = torch.nn.Sequential(packed_layer(torch, bitsandbytes, torch.zeros(1, 64)))
-    whole.is_loaded_in_4bit = True
-    config = peft.LoraConfig(r=1, lora_alpha=2, lora_bias=True, target_modules=["0"])
-    model, x = peft.get_peft_model(whole, config).train(), torch.zeros(1, 64)
-    torch.nn.init.ones_(model.base_model.model[0].lora_B["default"].bias)
-    assert model(x).item() == 2  # b = 0, s = 2, c = 1
-    model.merge_adapter()
-    assert model(x).item() == 1
-
-
-@pytest.mark.finding("bitsandbytes.eight-bits")
-def test_bitsandbytes_rounds_activations_to_eight_bits_in_evaluation(torch, bitsandbytes):
-    nn, W = bitsandbytes.nn, torch.ones(1, 2)
-    layer = nn.Linear8bitLt(2, 1, bias=False, has_fp16_weights=False)
-    layer.weight = nn.Int8Params(W, requires_grad=False, has_fp16_weights=False).to("cpu")
-    x = torch.tensor([[1, 2.0**-9]])  # 127 / 512 rounds to 0
-    with torch.no_grad():
-        assert layer.train()(x).item() == 1 + 2.0**-9
-        assert layer.eval()(x).item() < 1 + 2.0**-10
-
-
 @pytest.mark.finding("mlx-lm.quantized-sum")
 def test_mlx_lm_sums_a_quantized_product_in_half_precision(mlx_lm):
     mx = mlx_lm.core
@@ -2056,15 +1669,6 @@ def test_mlx_lm_sums_a_quantized_product_in_half_precision(mlx_lm):
 @pytest.fixture
 def jax():
     return optional("jax")
-
-
-@pytest.mark.finding("jax.bias-gradient")
-def test_jax_sums_the_gradient_of_a_bias_in_half_precision(jax):
-    dy = np.array([[256], [1], [1]], bfloat16)
-    b = np.zeros(1, bfloat16)
-    _, back = jax.vjp(lambda b: np.zeros_like(dy) + b, b)
-    assert back(dy)[0] == 256
-    assert jax.numpy.sum(dy, 0) == 258 == bfloat16(258)
 
 
 @pytest.mark.finding("mlx-lm.dora-dropout")
@@ -2125,67 +1729,12 @@ def test_sglang_has_one_scale_for_all_modules(sglang):
     assert (plain, stabilized, pattern) == (4, 4, 4)
 
 
-@pytest.mark.finding("sglang.left-out")
-def test_sglang_leaves_out_a_head_that_is_saved_in_full(torch, sglang):
-    head = {"base_model.model.lm_head.weight": torch.ones(2, 2)}
-    norm = {"base_model.model.model.norm.weight": torch.ones(2)}
-    adapter = sglang(head | norm, modules_to_save=["lm_head", "norm"])
-    held = [*adapter.embedding_layers, *(name for at in adapter.layers for name in at.weights)]
-    assert held == []
-
-
-@pytest.mark.finding("sglang.names-fit-nothing")
-def test_sglang_passes_over_names_of_another_architecture(torch, sglang):
-    A = torch.ones(4, 2)
-    adapter = sglang({"base_model.model.transformer.h.0.attn.q.lora_A.weight": A})
-    assert [*adapter.embedding_layers, *adapter.added_tokens_embeddings] == []
-    assert [at.weights for at in adapter.layers] == [{}]
-    adapter = sglang({"base_model.model.model.layers.0.q.lora_A.weight": A})
-    assert len(adapter.layers[0].weights) == 1
-
-
 @pytest.mark.finding("sglang.start")
 def test_sglang_reads_a_pissa_as_any_other_adapter(sglang):
     one, other = (sglang({}, init_lora_weights=start) for start in (True, "pissa"))
     said, told = ({**vars(adapter.config), "hf_config": None} for adapter in (one, other))
     assert said == told
     assert one.scaling == other.scaling
-
-
-@pytest.fixture
-def vllm_helper():
-    return optional("vllm.lora.peft_helper").PEFTHelper
-
-
-@pytest.mark.finding("vllm.refused")
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"use_dora": True},
-        {"lora_bias": True},
-        {"bias": "all"},
-        {"modules_to_save": ["lm_head"]},
-        {"layer_replication": [[0, 1]]},
-        {"alora_invocation_tokens": [1]},
-        {"init_lora_weights": "pissa"},
-        {},
-    ],
-)
-def test_vllm_refuses_what_changes_more_than_factors(vllm_helper, setting):
-    told = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj"], **setting}
-    said = pytest.raises(ValueError, match="support") if setting else nullcontext()
-    with said:
-        vllm_helper.from_dict(told).validate_legal(SimpleNamespace(max_lora_rank=16))
-
-
-@pytest.mark.finding("vllm.max-rank")
-def test_vllm_refuses_a_rank_above_16_unless_told(vllm_helper):
-    limit = optional("vllm.config.lora").LoRAConfig().max_lora_rank
-    told = vllm_helper.from_dict({"r": 17, "lora_alpha": 1, "target_modules": ["q_proj"]})
-    assert limit == 16
-    told.validate_legal(SimpleNamespace(max_lora_rank=32))
-    with pytest.raises(ValueError, match="greater than max_lora_rank"):
-        told.validate_legal(SimpleNamespace(max_lora_rank=limit))
 
 
 def function_at(source, line):
@@ -2218,18 +1767,6 @@ def adapted_by_peft(torch, peft, module, **settings):
 def fill_all(values):
     for parameter, value in values.items():
         parameter.data.fill_(value)
-
-
-@pytest.mark.finding("axolotl.embed-scale")
-def test_axolotl_leaves_out_the_scale_of_an_embedding(torch, transformers, peft, axolotl):
-    gemma3 = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
-    base = gemma3.Gemma3TextScaledWordEmbedding(1, 1, None, embed_scale=4.0)
-    layer = adapted_by_peft(torch, peft, base)
-    factors = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
-    fill_all(dict.fromkeys((base.weight, *factors), 1))
-    ids = torch.tensor([[0]])
-    assert layer(ids) == 4 * (1 + 1)
-    assert axolotl.apply_lora_embedding(layer, ids) == 1 + 1
 
 
 @pytest.mark.finding("axolotl.max-norm")
@@ -2274,18 +1811,6 @@ def test_axolotl_keeps_doras_norm_after_a_change_through_data(torch, peft, axolo
     right = dora_linear(*(np.ones((1, 1)) for _ in "xWbABm"), 1)[0] - 1  # b = 1
     assert layer(one).item() == right == 1
     assert axolotl.apply_lora_linear(layer, one) == 2
-
-
-@pytest.mark.finding("axolotl.bias-gradient")
-def test_axolotl_has_no_gradient_of_the_bases_bias(torch, peft, axolotl):
-    layer = adapted_by_peft(torch, peft, torch.nn.Linear(1, 1), bias="all")
-    one, bias = torch.ones(1, 1, 1), layer.base_layer.bias
-    assert bias.requires_grad
-    axolotl.apply_lora_linear(layer, one).sum().backward()
-    assert layer.lora_B["default"].weight.grad is not None
-    assert bias.grad is None
-    layer(one).sum().backward()
-    assert bias.grad == 1
 
 
 @pytest.fixture
@@ -2351,17 +1876,6 @@ def test_adapterhub_leaves_dora_merged_after_a_reset(torch, adapters):
     layer.reset_adapter()
     assert not layer.merged
     assert layer.weight.item() == merged == 1 != 3
-
-
-@pytest.mark.finding("adapters.llama-places")
-def test_adapterhub_exchanges_the_places_of_a_llamas_projections(transformers, adapters):
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
-    adapters.init(model)
-    for place, adapted in (("intermediate", "down_proj"), ("output", "up_proj")):
-        config = adapters.LoRAConfig(selfattn_lora=False, r=1, **{f"{place}_lora": True})
-        model.add_adapter(place, config)
-        found = {n.split(".")[4] for n, _ in model.named_parameters() if f"loras.{place}." in n}
-        assert found == {adapted}
 
 
 CODES = [finding for finding in FINDINGS.values() if finding.code]
