@@ -130,6 +130,20 @@ def without_scale(self, x):
     return self.linear(x) + (self.dropout(x) @ self.lora_a) @ self.lora_b
 
 
+def spoil_rslora(monkeypatch):
+    monkeypatch.setattr(optional("peft.tuners.lora.layer").math, "sqrt", lambda r: r)
+
+
+def spoil_loralib(monkeypatch):
+    layer = optional("loralib").layers.LoRALayer
+    right = layer.__init__
+
+    def doubled(self, r, lora_alpha, **others):
+        right(self, r=r, lora_alpha=2 * lora_alpha, **others)
+
+    monkeypatch.setattr(layer, "__init__", doubled)
+
+
 def spoil_torch(monkeypatch):
     monkeypatch.setattr(_formula, "scale", lambda *, alpha, **_: alpha)
 
@@ -165,6 +179,8 @@ def spoil_unsloth(monkeypatch):
     [
         ("axolotl", spoil_axolotl, "linear.vjp:float32:1", {"y", "dx"}),
         ("unsloth", spoil_unsloth, "linear.vjp:float32:1", {"dx"}),
+        ("peft", spoil_rslora, "linear.vjp.rslora:float64:1", {"y", "dx", "dA", "dB"}),
+        ("loralib", spoil_loralib, "linear.vjp:float64:1", {"y", "dx", "dA", "dB"}),
         ("torch", spoil_torch, "linear.vjp:float64:1", {"y", "dx", "dA", "dB"}),
         ("jax", spoil_jax, "variants.dora.vjp:float32:0", {"dA", "dB"}),
         ("mlx-lm", spoil_mlx, "linear.vjp:float32:1", {"y", "dx", "dA", "dB"}),
@@ -181,10 +197,6 @@ def test_a_library_made_wrong_on_purpose_is_caught(name, spoil, case, arrays, mo
         importlib.import_module("jax").clear_caches()
     assert result.status == "fail"
     assert {each.array for each in result.arrays if each.verdict == "fail"} == arrays
-
-
-def spoil_rslora(monkeypatch):
-    monkeypatch.setattr(optional("peft.tuners.lora.layer").math, "sqrt", lambda r: r)
 
 
 def spoil_vllm(monkeypatch):
