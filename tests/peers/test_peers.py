@@ -89,7 +89,7 @@ def test_settings_that_a_library_lacks_are_not_supported(library):
 
 @pytest.mark.parametrize(("setting", "value"), [("optimizer", "lion"), ("nesterov", True)])
 def test_optimizer_settings_that_the_peer_lacks_are_not_supported(setting, value):
-    with pytest.raises(NotImplementedError, match="lion|nesterov"):
+    with pytest.raises(NotImplementedError, match=r"lion|nesterov"):
         PEERS["peft"].load().optimizer_steps({"A": A}, [], {"optimizer": "sgd", setting: value})
 
 
@@ -115,5 +115,5 @@ def test_files_of_two_dtypes_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"torch\.bfloat16, expected torch\.float"):
         PEERS["peft"].load().model_loss(BASE, tmp_path, BATCH)
     save_file({"a": torch.zeros(1), "b": torch.zeros(1).double()}, tmp_path / "two.safetensors")
-    with pytest.raises(ValueError, match="found .*F32, F64"):
+    with pytest.raises(ValueError, match=r"found .*F32, F64"):
         models.stored_dtype(tmp_path)
