@@ -67,6 +67,7 @@ def _of_run(run: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a run was made with."""
     values = {_RENAMED.get(k, k): v for k, v in run["settings"].items() if k != "dtype"}
     values |= {part: run[part]["name"] for part in ("model", "data") if "name" in run[part]}
+    values["date"] = run["data"].get("date")
     if kept_as := values.pop("prefix", None):
         values["prefix_cache"] = "memory"  # whose sums have the same order as a folder's
         values["prefix_dtype"] = "float32" if kept_as == "float64" else kept_as

@@ -224,6 +224,7 @@ def read_run(path: Path) -> dict[str, Any]:
 _READ: tuple[tuple[str, str, Any, str], ...] = (
     ("model", "name", str, "a text"),
     ("data", "name", str, "a text"),
+    ("data", "date", str, "a date"),
     ("data", "classes", list, "a list of texts"),
     ("settings", "task", str, "a text"),
     ("settings", "val_fraction", float | int, "a number"),

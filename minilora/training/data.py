@@ -3,6 +3,7 @@
 An invalid line is refused by its file and number.
 """
 
+import datetime
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from minilora.io import synthetic_data
 from minilora.io.errors import FormatError, listed
 from minilora.io.formats.tokenizers import Tokenizer
 from minilora.training.batching import shuffle_keys
-from minilora.training.encoding import Encoder
+from minilora.training.encoding import Encoder, date_of
 from minilora.training.example import SPLITS, Data, Example, InvalidLine, Skipped
 from minilora.training.line_shapes import SHAPES, TASKS, label_of
 from minilora.training.rows import READERS, without_bom
@@ -49,6 +50,7 @@ def read(
     seed: int = 0,
     classes: Sequence[str] | None = None,
     numeric_labels: bool = False,
+    date: str | None = None,
 ) -> Data:
     """The examples of a file, a folder or a built-in task, none longer than ``max_length`` tokens.
 
@@ -60,7 +62,7 @@ def read(
     ``train_on_prompt`` predicts prompts, too. ``skip_invalid`` skips invalid lines.
     ``classes`` are those of a trained model; by default they are the sorted labels of the training
     lines. With ``numeric_labels`` a number that is not the name of a class is its index, as in
-    ``id2label``.
+    ``id2label``. ``date`` is the date that a chat template sees, YYYY-MM-DD; by default today.
 
     A text that is too long is cut into pieces that together predict each token once; a document is
     cut so that its summary is complete; everything else loses its end, and a line without a
@@ -73,7 +75,8 @@ def read(
         _ = tokenizer.render  # an error here if there is no chat template
     if str(path).startswith(BUILT_IN):
         return _synthetic(str(path)[len(BUILT_IN) :], task, tokenizer, max_length, seed)
-    reader = _Reader(task, Encoder(tokenizer, max_length, train_on_prompt), skip_invalid)
+    encoder = Encoder(tokenizer, max_length, train_on_prompt, _today(date))
+    reader = _Reader(task, encoder, skip_invalid)
     files = _files(Path(path), task)
     rows = {split: reader.read(file) for split, file in files.items()}
     names: tuple[str, ...] = ()
@@ -90,7 +93,11 @@ def read(
     )
     truncated = sum(row.truncated for row in rows["train"])
     skipped, digest = tuple(reader.skipped), _digest(reader.digests)
-    return Data(train, valid, test, skipped, digest, names, truncated)
+    return Data(train, valid, test, skipped, digest, names, truncated, encoder.date_of(task))
+
+
+def _today(date: str | None) -> datetime.date:
+    return datetime.date.today() if date is None else date_of(date)
 
 
 def _check_settings(task: str, max_length: int, val_fraction: float) -> None:

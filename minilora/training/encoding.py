@@ -1,6 +1,7 @@
 """Text to tokens, with the tokens that are predicted, cut to the maximum length."""
 
 from collections.abc import Callable, Sequence
+from datetime import date
 from itertools import pairwise
 from typing import Any
 
@@ -16,16 +17,33 @@ Encoded = tuple[list[Example], bool]
 """The examples that a line makes, and whether an end was cut off."""
 
 
+WITH_TEMPLATE = ("chat", "summarize")
+"""The tasks whose lines the chat template writes."""
+
+
+def date_of(text: str) -> date:
+    """The date of a text. Errors: ValueError unless it is one, as YYYY-MM-DD."""
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"date {text!r}: expected a date, as YYYY-MM-DD") from None
+
+
 class Encoder:
     """Makes examples of text, none longer than ``max_length`` tokens.
 
     ``tokenizer`` may be None where lines hold tokens. ``train_on_prompt`` predicts prompts, too.
+    ``today`` is the date that the chat template sees, by default the clock's.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | None, max_length: int, train_on_prompt: bool = False
+        self,
+        tokenizer: Tokenizer | None,
+        max_length: int,
+        train_on_prompt: bool = False,
+        today: date | None = None,
     ) -> None:
-        self.tokenizer_or_none = tokenizer
+        self.tokenizer_or_none, self.today = tokenizer, today
         self.max_length, self.train_on_prompt = max_length, train_on_prompt
 
     @property
@@ -34,6 +52,12 @@ class Encoder:
         if self.tokenizer_or_none is None:
             raise ValueError("no tokenizer: only lines of token ids need none")
         return self.tokenizer_or_none
+
+    def date_of(self, task: str) -> str | None:
+        """The date that the template sees in lines of the task, if it looks at the date there."""
+        t = self.tokenizer_or_none
+        sees = task in WITH_TEMPLATE and t is not None and t.sees_date and self.today is not None
+        return str(self.today) if sees else None
 
     def encode(self, text: str) -> list[int]:
         """The text's tokens; no special tokens are added."""
@@ -144,7 +168,7 @@ class Encoder:
 
     def _rendered(self, messages: list[dict[str, Any]], generate: bool, before: str) -> str:
         try:
-            text = self.tokenizer.chat(messages, generate)
+            text = self.tokenizer.chat(messages, generate, self.today)
         except ValueError as error:
             raise InvalidLine(error, "messages that the model's template accepts") from None
         if not text.startswith(before):

@@ -48,7 +48,8 @@ class Data:
     """Examples to train on, to validate and to test with.
 
     ``skipped`` are the invalid lines that were left out; ``truncated`` is how many training
-    examples lost their end; ``digest`` identifies the files; ``classes`` names the labels in order.
+    examples lost their end; ``digest`` identifies the files; ``classes`` names the labels in order;
+    ``date`` is what the chat template saw, YYYY-MM-DD, if it looks at the date.
     """
 
     train: list[Example]
@@ -58,6 +59,7 @@ class Data:
     digest: str = ""
     classes: tuple[str, ...] = ()
     truncated: int = 0
+    date: str | None = None
 
 
 class InvalidLine(ValueError):

@@ -55,6 +55,7 @@ def manifest(run: Run) -> dict[str, Any]:
         "data": {
             "name": run.source,
             "digest": data.digest,
+            **({"date": data.date} if data.date else {}),
             "classes": list(data.classes),
             **{split: len(run.examples(split)) for split in SPLITS},
             "skipped": len(data.skipped),
@@ -91,6 +92,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     for part in ("model", "data"):
         if before.get(part, {}).get("digest") != now[part]["digest"]:
             sentences += [f"the {part}'s files have changed"]
+    saw, sees = before.get("data", {}).get("date"), now["data"].get("date")
+    if saw != sees:
+        sentences += [f"the date that the chat template sees was {saw} and is {sees}"]
     if not sentences and before.get("start") != now["start"]:
         sentences += ["the adapters start with other values: NumPy or its BLAS has changed"]
     return sentences

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 from minilora.io.loading import AdaptedModel
+from minilora.training.encoding import date_of
 from minilora.training.generate import Sampling, fitting, generate
 from minilora.training.kv_cache import KVCache
 
@@ -114,13 +115,21 @@ class Chat:
     """A chat with a model: ``messages`` so far, each answer one of them.
 
     ``system`` is the system prompt, which stays when the chat is `reset`. What a prompt has in
-    common with the one before is not read again.
+    common with the one before is not read again. ``date`` is the date that the template sees,
+    YYYY-MM-DD; by default it is the clock's.
 
-    Errors: ValueError without a chat template.
+    Errors: ValueError without a chat template, and for a date that is none.
     """
 
-    def __init__(self, model: AdaptedModel, settings: Settings, system: str | None = None) -> None:
+    def __init__(
+        self,
+        model: AdaptedModel,
+        settings: Settings,
+        system: str | None = None,
+        date: str | None = None,
+    ) -> None:
         self.model, self.settings, self.system = model, settings, system
+        self.today = None if date is None else date_of(date)
         self.messages: list[Mapping[str, str]]
         self.reset()
 
@@ -134,7 +143,7 @@ class Chat:
     def prompt(self) -> list[int]:
         """The tokens of the messages, and of what begins an answer."""
         tokenizer = self.model.base.tokenizer
-        return tokenizer.encode(tokenizer.chat(self.messages, generate=True), special=False)
+        return tokenizer.encode(tokenizer.chat(self.messages, True, self.today), special=False)
 
     def ask(self, text: str) -> Writing:
         """The answer to a message; `keep` takes it into the history.

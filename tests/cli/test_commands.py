@@ -1,5 +1,6 @@
 """The commands of fine-tuning: what each prints and leaves, and how it refuses."""
 
+import datetime
 import errno
 import io
 import json
@@ -14,6 +15,7 @@ import tomllib
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -503,6 +505,65 @@ def test_generate_ends_before_a_stop_text(minilora):
 TEMPLATE = "{{ bos_token }} {{ messages | map(attribute='content') | join(' ') }}"
 
 
+def test_a_chat_sees_the_date_that_is_given(minilora, monkeypatch):
+    optional("jinja2")
+    monkeypatch.setattr(
+        WordTokenizer, "chat_template", "{{ bos_token }} {{ strftime_now('%d')[1] }}"
+    )
+    command = ("--adapter", "reference:llama", "--max-new-tokens", 2)
+    for day in (3, 8):
+        _, answer, _ = minilora("generate", "--chat", "x", "--date", f"2025-03-0{day}", *command)
+        _, text, _ = minilora("generate", "--prompt", f"{day}", *command)
+        assert text.split() == [f"{day}", *answer.split()]
+
+
+class Days(datetime.date):
+    """A calendar that says it is the first of March, and then another day."""
+
+    day_of_march = 1
+
+    @classmethod
+    def today(cls):
+        return cls(2025, 3, cls.day_of_march)
+
+
+@pytest.mark.slow
+def test_a_run_keeps_its_date(minilora, monkeypatch, tmp_path):
+    """Resumed on another day it goes on with the date that it began with, to the same bits."""
+    optional("jinja2")
+    template = "{{ strftime_now('%d')[1] }} {{ messages | map(attribute='content') | join(' ') }}"
+    monkeypatch.setattr(WordTokenizer, "chat_template", template)
+    monkeypatch.setattr("minilora.training.data.datetime", SimpleNamespace(date=Days))
+    lines = [{"prompt": "3 4", "completion": f"{i}"} for i in range(8)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = ("--data", tmp_path / "a.jsonl", "--task", "chat")
+    command = ("train", *data, "--val-fraction", 0.5, "--max-steps", 2)
+
+    def date_of(name):
+        return json.loads((tmp_path / name / "run.json").read_text())["data"]["date"]
+
+    whole, other, again = tmp_path / "whole", tmp_path / "other", tmp_path / "again"
+    assert minilora(*command, "--output", whole)[0] == 0
+    assert date_of("whole") == "2025-03-01"
+    first = minilora("evaluate", "--adapter", whole)[1]
+    monkeypatch.setattr(Days, "day_of_march", 2)
+    assert minilora(*command, "--output", whole, "--resume")[0] == 0
+    assert date_of("whole") == "2025-03-01"
+    assert minilora("evaluate", "--adapter", whole)[1] == first
+    assert minilora("evaluate", "--adapter", whole, "--date", "2025-03-02")[1] != first
+    status, _, err = minilora(*command, "--output", whole, "--resume", "--date", "2025-03-02")
+    assert status == 2
+    assert "the date that the chat template sees was 2025-03-01 and is 2025-03-02" in err
+    assert minilora(*command, "--output", other)[0] == 0
+    assert date_of("other") == "2025-03-02"
+    assert minilora("train", "--config", whole / "run.json", "--output", again)[0] == 0
+    assert date_of("again") == "2025-03-01"
+    whole, other, again = (
+        (path / "adapter_model.safetensors").read_bytes() for path in (whole, other, again)
+    )
+    assert whole == again != other
+
+
 def test_a_chat_reads_messages_until_its_end_and_remembers_them(minilora, monkeypatch):
     """The reference model was taught 3 8 after 3: after 3 8 3 it goes on from all of it."""
     optional("jinja2")
@@ -532,6 +593,8 @@ def test_a_chat_reads_messages_until_its_end_and_remembers_them(minilora, monkey
     ("options", "status", "found"),
     [
         (("--system", "x"), 2, "--system: found no --chat"),
+        (("--date", "2025-03-09"), 2, "--date: found no --chat"),
+        (("--chat", "3", "--date", "9 March"), 2, "date '9 March': expected a date, as YYYY-MM-DD"),
         (("--chat",), 2, "no chat template"),
         (("--stop", "a", "--stop", ""), 2, "stop ''"),
         (("--repetition-penalty", "0"), 2, "repetition_penalty 0.0"),

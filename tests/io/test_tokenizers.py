@@ -1,9 +1,11 @@
 """Tokenizers give the tokens and the chats that the libraries give which define them."""
 
+import importlib
 import importlib.util
 import json
 import re
 import sys
+from datetime import date, datetime
 from pathlib import Path
 
 import pytest
@@ -194,12 +196,39 @@ def test_a_template_that_is_none_is_refused():
         compile_template("{% for m in messages %}")
 
 
+class Fixed(datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2025, 3, 9)
+
+
+@needs_transformers
+def test_a_template_sees_the_date_as_in_transformers(tmp_path, monkeypatch):
+    """Llama 4's own, which transformers has, and one that asks for the date outright."""
+    llama_4 = importlib.import_module("transformers.models.llama4.processing_llama4")
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Fixed)
+    own = "{% macro now() %}{{ strftime_now('%A, %d %B %Y, %H:%M') }}{% endmacro %}{{ now() }}"
+    for i, template in enumerate((llama_4.chat_template, own)):
+        folder = folders.write(tmp_path / f"{i}", "byte level", chat_template=template)
+        ours, other = read_tokenizer(folder), theirs(folder)
+        assert ours.sees_date
+        for generate in (True, False):
+            text = other.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=generate)
+            assert ours.chat(CHAT, generate, date(2025, 3, 9)) == text
+            assert (ours.chat(CHAT, generate, date(2025, 3, 8)) == text) == (i == 0)
+            monkeypatch.setattr("minilora.io.formats.tokenizers.base.datetime", Fixed)
+            assert ours.chat(CHAT, generate) == text
+            monkeypatch.undo()
+            monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Fixed)
+
+
 @needs_jinja
-def test_a_template_does_not_see_the_date():
-    assert (
-        compile_template("{{ strftime_now is defined }} {{ date_string is defined }}")()
-        == "False False"
-    )
+def test_a_template_that_asks_for_no_date_sees_none():
+    tokenizer = WordTokenizer(task("running-sum").symbols, True)
+    assert not tokenizer.sees_date
+    tokenizer.chat_template = "{{ date_string is defined }}{{ strftime_now(3) }}"
+    with pytest.raises(ValueError, match="the chat template fails on"):
+        tokenizer.chat(CHAT)
 
 
 def test_a_chat_without_a_template_says_what_to_do():

@@ -1,5 +1,6 @@
 """A grid of runs: each is what training does, none is done twice, and the table says the best."""
 
+import datetime
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from extras import optional
@@ -362,3 +364,15 @@ def within(condition, seconds=60):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_a_sweep_keeps_the_date_that_its_templates_saw(tmp_path, monkeypatch):
+    class Today(datetime.date):
+        @classmethod
+        def today(cls):
+            return cls(2025, 3, 2)
+
+    monkeypatch.setattr(sweep, "datetime", SimpleNamespace(date=Today))
+    assert sweep.date_of_sweep(tmp_path) == "2025-03-02"
+    (tmp_path / sweep.TABLE).write_text(json.dumps({"setting": {"date": "2025-03-01"}}))
+    assert sweep.date_of_sweep(tmp_path) == "2025-03-01"

@@ -46,7 +46,7 @@ class Characters(WordTokenizer):
         ids = [self._ids[part] for part in parts]
         return [*self.prefix_ids, *ids] if special else ids
 
-    def chat(self, messages, generate=False):
+    def chat(self, messages, generate=False, today=None):
         text = "".join(f"[{m['role']}]{m['content']}<end>\n" for m in messages)
         return f"<start>{text}" + ("[assistant]" if generate else "")
 
@@ -146,6 +146,27 @@ def test_what_is_answered_counts_with_its_end_and_what_is_asked_does_not(task, l
     assert marked(made(line, task)) == wanted
 
 
+def test_the_date_that_a_template_sees_is_recorded(tmp_path):
+    class Dated(Characters):
+        chat_template = "{{ strftime_now('%d') }} as in Python"
+
+        def chat(self, messages, generate=False, today=None):
+            return f"<start>{today}{super().chat(messages, generate)}"
+
+    path = write(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"})
+    one, other = (read(path, "chat", Dated(), 200, date=f"2025-03-0{day}") for day in (1, 2))
+    assert (one.date, other.date) == ("2025-03-01", "2025-03-02")
+    assert one.digest == other.digest
+    assert (one.train[0].ids != other.train[0].ids).any()
+    today = read(path, "chat", Dated(), 200)
+    again = read(path, "chat", Dated(), 200, date=today.date)
+    assert (today.train[0].ids == again.train[0].ids).all()
+    for kind, tokenizer in (("chat", CHARACTERS), ("lm", Dated())):
+        assert read(path, kind, tokenizer, 200, date="2025-03-01").date is None
+    with pytest.raises(ValueError, match="date '1 March': expected a date, as YYYY-MM-DD"):
+        read(path, "chat", Dated(), 200, date="1 March")
+
+
 @pytest.mark.parametrize("task", ["lm", "chat"])
 def test_what_is_asked_counts_too_where_that_is_wanted(task, made):
     line = {"prompt": "a?", "completion": " b"}
@@ -225,7 +246,7 @@ def test_a_template_that_writes_the_beginning_is_the_only_one_to_write_it(tmp_pa
 
 def test_a_template_that_writes_an_earlier_turn_anew_is_refused(made):
     class Forgetful(Characters):
-        def chat(self, messages, generate=False):
+        def chat(self, messages, generate=False, today=None):
             last = len(messages) - 1
             messages = [
                 m | {"content": f"({m['content']})"} if i == last and not generate else m

@@ -30,7 +30,7 @@ class Letters(Tokenizer):
     def token_text(self, id):
         return chr(id)
 
-    def chat(self, messages, generate=False):
+    def chat(self, messages, generate=False, today=None):
         if any(m["content"] == "refused" for m in messages):
             raise ValueError("the chat template refuses the messages")
         return "".join(f"{m['role'][0]}:{m['content']}\n" for m in messages) + "a:" * generate

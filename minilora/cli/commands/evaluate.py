@@ -111,6 +111,7 @@ def _read(arguments: argparse.Namespace, base: Base, run: Mapping[str, Any]) -> 
     data = read(
         path, task, base.tokenizer, **reading,
         classes=trained or base.classes or numbers, numeric_labels=not trained,
+        date=arguments.date or run.get("data", {}).get("date"),
     )  # fmt: skip
     if reading["val_fraction"] and data.digest != run["data"].get("digest"):
         expected = "the file of the training run, which held out a part of it"

@@ -46,6 +46,8 @@ def add(commands: Any) -> None:
     message = "a message to answer; - reads standard input; without TEXT, a chat"
     option("--chat", metavar="TEXT", nargs="?", const=True, help=message)
     option("--system", metavar="TEXT", help="the system prompt, before the messages")
+    date = "the date that the chat template sees, YYYY-MM-DD (default: today)"
+    option("--date", metavar="DATE", help=date)
     tokens = f"maximum tokens to generate (default: {MAX_NEW_TOKENS}, in a chat {MAX_ANSWER}, "
     whole("--max-new-tokens", help=tokens + "or as many as fit)")
     ends = "end before this text; may be repeated"
@@ -66,6 +68,8 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ValueError("--prompt and --chat: expected one of the two")
     if arguments.system is not None and arguments.chat is None:
         raise ValueError("--system: found no --chat, whose messages it stands before")
+    if arguments.date is not None and arguments.chat is None:
+        raise ValueError("--date: found no --chat, whose template sees it")
     at_least(arguments, max_new_tokens=1, seed=0)
     settings = _settings(arguments)
     model = computing_model(arguments)
@@ -76,7 +80,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.chat is not None:
         from minilora.training.streaming import Chat
 
-        chat = Chat(model, settings, arguments.system)
+        chat = Chat(model, settings, arguments.system, arguments.date)
         if arguments.chat is True:
             return _converse(chat)
         return _say_all(chat.ask(_text(arguments.chat)))

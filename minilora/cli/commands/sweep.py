@@ -70,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from minilora.cli.progress import progress_bar
     from minilora.studies.sweep.grid import Setting, grid
     from minilora.studies.sweep.results import plot, table
-    from minilora.studies.sweep.run import opened, sweep
+    from minilora.studies.sweep.run import date_of_sweep, opened, sweep
     from minilora.training.config import TrainConfig
 
     at_least(arguments, jobs=1, **LEAST_OF_SCHEDULE)
@@ -87,7 +87,10 @@ def _run(arguments: argparse.Namespace) -> int:
     values["target_modules"] = target_modules(arguments.target_modules)
     path, task = data_and_task(opened(name, arguments.dtype), arguments.data, arguments.task)
     config = TrainConfig(**values | {"task": task})
-    setting = Setting(name, path, config, (("val_fraction", arguments.val_fraction),))
+    reading: tuple[tuple[str, Any], ...] = (("val_fraction", arguments.val_fraction),)
+    if opened(name, arguments.dtype).tokenizer.sees_date:
+        reading += (("date", arguments.date or date_of_sweep(arguments.output)),)
+    setting = Setting(name, path, config, reading)
     for cell in cells:
         setting.at(cell)  # a number out of range is reported before anything runs
     jobs = arguments.jobs if arguments.jobs is not None else os.cpu_count() or 1

@@ -94,6 +94,8 @@ def add_data(option: Any) -> None:
     option("--data", metavar="D", help=files)
     tasks = "lm, chat, summarize or classify (default: lm; for an encoder, classify)"
     option("--task", metavar="TASK", help=tasks)
+    date = "the date that the chat template sees, YYYY-MM-DD (default: the run's own, or today)"
+    option("--date", metavar="DATE", help=date)
 
 
 def add_adapter(option: Any) -> None:
@@ -375,12 +377,15 @@ def counted(examples: Sequence[Any]) -> str:
 
 def _read(arguments: argparse.Namespace, base: Base, path: str, config: TrainConfig) -> Data:
     """The examples; the first lines that were skipped are printed."""
+    from minilora.io.loading import run_of
     from minilora.training.data import read
 
+    before = run_of(arguments.output) if arguments.resume else {}
     data = read(
         path, config.task, base.tokenizer, config.max_length, skip_invalid=arguments.skip_invalid,
         train_on_prompt=arguments.train_on_prompt, val_fraction=arguments.val_fraction,
         seed=config.seed, classes=base.classes, numeric_labels=True,
+        date=arguments.date or before.get("data", {}).get("date"),
     )  # fmt: skip
     for line in data.skipped[:5]:
         say(f"{line.path}, line {line.line}: skipped: {line.reason}\n")

@@ -3,6 +3,7 @@
 An interrupted sweep continues with the cells that are missing, and those from their checkpoints.
 """
 
+import datetime
 import json
 import math
 import time
@@ -158,6 +159,14 @@ def sweep(
         write()
         report(row)
     return [rows[cell] for cell in cells]
+
+
+def date_of_sweep(out: Path | str) -> str:
+    """The date that chat templates see in the sweep of this folder: its own, or today."""
+    table = Path(out) / TABLE
+    setting = read_json(table).get("setting") if table.is_file() else None
+    date = setting.get("date") if isinstance(setting, dict) else None
+    return date if isinstance(date, str) else datetime.date.today().isoformat()
 
 
 def _check_folder(out: Path, record: Mapping[str, Any]) -> None:

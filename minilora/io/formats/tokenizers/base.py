@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date, datetime, time
 from functools import cached_property
 from typing import Any
 
@@ -45,11 +46,22 @@ class Tokenizer(ABC):
     def token_text(self, id: int) -> str:
         """The text of one token, of a special one its name."""
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], generate: bool = False) -> str:
+    @property
+    def sees_date(self) -> bool:
+        """Whether the chat template asks for the date, so that its text changes overnight."""
+        return "strftime_now" in (self.chat_template or "")
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        generate: bool = False,
+        today: date | None = None,
+    ) -> str:
         """The messages as the model's template writes them, special tokens included.
 
-        ``generate`` adds what begins an answer. The template is a program from a file: it runs in
-        ``jinja2``'s sandbox, and does not see the date, which would change the tokens overnight.
+        ``generate`` adds what begins an answer. ``today`` is the date that the template sees; by
+        default it is the clock's, as in transformers. The template is a program from a file: it
+        runs in ``jinja2``'s sandbox.
 
         Errors: ValueError without a template, or if it refuses the messages; ImportError without
         ``jinja2``.
@@ -58,6 +70,12 @@ class Tokenizer(ABC):
             f"{name}_token": text for name, text in self.special_tokens.items()
         }
         values |= {"messages": messages, "tools": None, "documents": None}
+
+        def strftime_now(format: str) -> str:
+            now = datetime.now() if today is None else datetime.combine(today, time.min)
+            return now.strftime(format)
+
+        values["strftime_now"] = strftime_now
         try:
             return self.render(add_generation_prompt=generate, **values)
         except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:
