@@ -2,17 +2,23 @@
 
 ``findings/LIBRARY.md`` comes from ``minilora/findings`` and its scripts, and so do
 ``findings/found-by.txt``, the table that the page of the findings includes, and
-``downloads/LIBRARY-issues.md``, its findings as issues; ``api/`` has a page for each module, and
-``downloads/`` also the pages that are offered as notebooks and the table of recorded results. Git
-ignores them.
+``downloads/LIBRARY-issues.md``, its findings as issues. ``api/`` has a page for each module, and
+``api/commands.md`` the help of each command. ``downloads/`` has the pages that are offered as
+notebooks and the table of recorded results. Git ignores them.
 """
 
 import ast
+import io
 import json
+import os
 import re
 import shutil
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
+from minilora.cli import commands
+from minilora.cli.commands import audits
+from minilora.cli.main import main
 from minilora.findings import LIBRARIES
 from minilora.findings.finding import OUTCOMES, SEVERITIES
 from minilora.findings.issue import issues, place
@@ -74,6 +80,13 @@ PACKAGE = """# minilora.{package}
 
 {entries}
 ```
+"""
+
+COMMANDS = """# Commands and options
+
+The `--help` of each command. [How to verify](../how-to-verify.md) and
+[Fine-tune a model](../fine-tuning.md) use them.
+
 """
 
 NOTEBOOKS = ("lora-in-ten-minutes",)
@@ -269,6 +282,24 @@ def api():
     return pages
 
 
+def help_of(*command):
+    """What ``minilora COMMAND --help`` prints, as wide as a page."""
+    os.environ["COLUMNS"] = "90"
+    with redirect_stdout(io.StringIO()) as said, suppress(SystemExit):
+        main([*command, "--help"])
+    return f"```text\n{said.getvalue()}```\n"
+
+
+def options():
+    """The page of all commands and audits."""
+    parts = [help_of()]
+    for name in commands.NAMES:
+        parts.append(f"## {name}\n\n{help_of(name)}")
+        if name == "audit":
+            parts += [f"### audit {audit}\n\n{help_of(name, audit)}" for audit in audits.NAMES]
+    return COMMANDS + "\n".join(parts)
+
+
 def notebook(page):
     """A page in MyST as a notebook: its prose as Markdown, its cells as code, and no output."""
     text = re.sub(r"\A---\n.*?\n---\n", "", page, flags=re.S)
@@ -300,7 +331,7 @@ def as_markdown(text):
 
 def write():
     """Write all pages; leave those that have not changed, so that Sphinx does not read them."""
-    pages = findings() | api()
+    pages = findings() | api() | {"api/commands.md": options()}
     pages |= {ISSUES.format(library.name): issues(library) for library in LIBRARIES.values()}
     pages[RESULTS] = results()
     for name in NOTEBOOKS:
