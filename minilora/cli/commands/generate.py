@@ -58,7 +58,7 @@ def add(commands: Any) -> None:
     whole("--top-k", default=0, metavar="K", help=top_k)
     top_p = "sample from the most probable tokens whose probabilities sum to P"
     real("--top-p", default=1.0, metavar="P", help=top_p)
-    penalty = "lower the logits of tokens that are there already; above 1, such as 1.1"
+    penalty = "make tokens that have occurred less probable, such as 1.1"
     real("--repetition-penalty", default=1.0, help=penalty)
     whole("--seed", default=0, help="seed of the samples")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from minilora.cli.console import files_of, tell, write_file
 from minilora.cli.executors import add_executor, opened_executor
-from minilora.cli.options import add_command, add_files, processors, split
+from minilora.cli.options import add_choices, add_command, add_files, processors, split
 from minilora.cli.progress import progress_bar
 
 
@@ -23,18 +23,7 @@ def add(commands: Any) -> None:
         "0 all caught and all passed, 1 not all, 2 wrong usage",
     )
     option = parser.add_argument
-    option(
-        "--level",
-        action="append",
-        metavar="LEVEL",
-        help="only this level; repeatable, or separated by commas",
-    )
-    option(
-        "--dtype",
-        action="append",
-        metavar="DTYPE",
-        help="only this dtype; repeatable, or separated by commas",
-    )
+    add_choices(option, level="LEVEL", dtype="DTYPE")
     option("--seed", type=int, default=0, metavar="N", help="seed of the cases")
     option("--cases", type=int, metavar="N", help="cases of correct implementations in each dtype")
     option("--quick", action="store_true", help="one mutant of each class, and fewer cases")

@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
     whole, real, flag = kinds_of(option)
     add_model(option, trained=False)
     add_data(option)
-    config = "options from a TOML file or a run.json; those given beside it count more"
+    config = "read options from a TOML file or a run.json; the command line takes precedence"
     option("--config", metavar="FILE", help=config)
     option("--output", metavar="OUT", help="folder for the run and its result")
 
@@ -77,7 +77,7 @@ def add(commands: Any) -> None:
     minutes = "also save X minutes after the last save (default: never)"
     real("--save-minutes", default=math.inf, help=minutes)
     whole("--val-every", default=50, help="compute the validation loss every N steps")
-    flag("--keep-best", help="keep the result with the lowest validation loss in OUT/best, too")
+    flag("--keep-best", help="also keep the result with the lowest validation loss, in OUT/best")
     patience = "end after N validations in a row without a lower loss; implies --keep-best"
     whole("--patience", help=patience)
     flag("--resume", help="continue the run in OUT, to the same bits")
@@ -126,11 +126,11 @@ def add_schedule(option: Any) -> None:
 def add_prefix(option: Any) -> None:
     """Add the options that say where the frozen prefix is kept."""
     where = (
-        "where to keep what enters the lowest adapted layer, which is the same in every epoch: "
-        "memory, none, or a folder that runs share (default: memory, if there is a second epoch)"
+        "where to keep the output of the frozen layers below the adapters, which is the same in "
+        "every epoch: memory, none, or a folder (default: memory, if there is a second epoch)"
     )
     option("--prefix-cache", metavar="WHERE", help=where)
-    dtype = "dtype in which it is kept: float32, or float16 or bfloat16, which round it"
+    dtype = "dtype of that cache: float32, or float16 or bfloat16, which round"
     option("--prefix-dtype", default="float32", metavar="T", help=dtype)
 
 

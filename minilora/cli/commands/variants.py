@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from minilora.cli.console import FAILED, OK, files_of, say, stdout_on_stderr, write_file
-from minilora.cli.options import add_command, add_files, names_of
+from minilora.cli.options import add_choices, add_command, add_files, names_of
 from minilora.cli.progress import progress_bar
 
 
@@ -23,13 +23,9 @@ def add(commands: Any) -> None:
         "0 all is as documented, 1 something is not, 2 wrong usage",
     )
     option = parser.add_argument
-    option(
-        "--variant",
-        action="append",
-        metavar="NAME",
-        help="only this variant; repeatable, or separated by commas",
-    )
-    option("--layer", action="append", metavar="LAYER", help="only this kind of layer; the same")
+    add_choices(option, variant="NAME")
+    kind = "only this kind of layer; repeatable, or separated by commas"
+    option("--layer", action="append", metavar="KIND", help=kind)
     option("--seed", type=int, default=0, metavar="N", help="seed of the cases")
     option("--no-library", action="store_true", help="do not compare with the libraries")
     add_files(option, "the table", "json", "markdown")

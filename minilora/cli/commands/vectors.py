@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from minilora.cli.console import OK, files_of, say, write_file
-from minilora.cli.options import add_command, add_files, split
+from minilora.cli.options import add_choices, add_command, add_files, split
 from minilora.cli.progress import progress_bar
 
 FORMS = ("json", "junit", "html")
@@ -35,12 +35,7 @@ def add(commands: Any) -> None:
         metavar="DIR",
         help="the folder of the vectors, or NAME.zip to write; with check, the answers' too",
     )
-    option(
-        "--level",
-        action="append",
-        metavar="LEVEL",
-        help="only this level; repeatable, or separated by commas",
-    )
+    add_choices(option, level="LEVEL")
     option("--check", action="append", metavar="CHECK", help="only this check; * matches anything")
     option("--seed", type=int, default=0, metavar="N", help="seed of the vectors")
     option("--case", metavar="ID", help="check only this vector")

@@ -26,7 +26,7 @@ from minilora.cli.console import (
     write_file,
 )
 from minilora.cli.executors import add_executor, opened_executor
-from minilora.cli.options import add_command, add_files, processors, split
+from minilora.cli.options import add_choices, add_command, add_files, processors, split
 from minilora.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def add(commands: Any) -> None:
         "target",
         nargs="?",
         metavar="TARGET",
-        help="a library that minilora knows, such as peft (an unknown name lists them all), or "
+        help="a library that minilora knows, such as peft (minilora doctor lists them), or "
         "package.module:name or path/to/module.py:name of an object, a class or a factory "
         "(default: minilora itself)",
     )
@@ -67,17 +67,17 @@ def add(commands: Any) -> None:
     option(
         "--in-process",
         action="store_true",
-        help="call the target in this process, for a debugger; one that ends it ends verify",
+        help="call the target in this process, for a debugger; if it exits, so does verify",
     )
     option(
         "--jobs",
         type=int,
         metavar="N",
-        help="processes that ask, each with a target of its own; the report is the same (default: "
-        "as many as pay off, and 1 for a target of your own)",
+        help="number of processes, each with its own copy of the target; the report is the same "
+        "(default: as many as pay off for a known library, 1 for your own target)",
     )
     add_executor(option)
-    option("--time-limit", type=float, metavar="SECONDS", help="for each call (default: 30)")
+    option("--time-limit", type=float, metavar="SECONDS", help="limit for a call (default: 30)")
     add_files(option, "the report", *FORMS)
     option(
         "--verbose", action="store_true", help="print a line for each check, and deviations in full"
@@ -87,25 +87,15 @@ def add(commands: Any) -> None:
     option(
         "--coverage",
         action="store_true",
-        help="count what the cases are drawn at, and the pairs of values that never meet, and exit",
+        help="count the values that cases have, list the pairs that never occur together, and exit",
     )
 
 
 def _add_choice(option: Any) -> None:
     """Add the options that say what is checked."""
-    option(
-        "--level",
-        action="append",
-        metavar="LEVEL",
-        help="only this level; repeatable, or separated by commas",
-    )
+    add_choices(option, level="LEVEL")
     option("--profile", default="ci", metavar="PROFILE", help="quick, ci (the default) or nightly")
-    option(
-        "--dtype",
-        action="append",
-        metavar="DTYPE",
-        help="only this dtype; repeatable, or separated by commas",
-    )
+    add_choices(option, dtype="DTYPE")
     option("--seed", type=int, default=0, metavar="N", help="seed of the cases")
     option("--case", metavar="CHECK:DTYPE:N", help="only this case, named as in a report")
 
@@ -115,20 +105,19 @@ def _add_known(option: Any) -> None:
     option(
         "--known",
         metavar="FILE",
-        help="JSON list of known deviations, each with check, dtype, reason, versions and what was "
-        "seen",
+        help="known deviations, which are no failures: JSON entries with check, reason and what "
+        "was seen",
     )
     option(
         "--update-known",
         metavar="FILE",
-        help="read known deviations from FILE, if it is there, and write it anew: without those "
-        "that no longer occur, and with all that deviates besides",
+        help="rewrite FILE from this run: drop known deviations that no longer occur, and add all "
+        "others that were seen",
     )
     option(
         "--against",
         metavar="FILE",
-        help="an earlier report in JSON: say what has changed since, and end with exit status 1 "
-        "for new deviations alone",
+        help="compare with an earlier report in JSON; exit status 1 for new deviations only",
     )
 
 

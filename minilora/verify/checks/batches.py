@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from minilora.io.formats.peft import write_adapter
-from minilora.spec.lora import Weights
 from minilora.spec.models import Batch, Config
 from minilora.spec.target_modules import LoraConfig
 from minilora.verify.checks import tiny_models
@@ -24,9 +23,8 @@ from minilora.verify.checks.model_answers import (
     loss_and_logits,
     parameter,
     sigma_of,
-    specified,
+    visible_answers,
     wanted_and_sigma,
-    with_visible_logits,
 )
 from minilora.verify.checks.tiny_models import TinyModel
 from minilora.verify.core.axes import Axis
@@ -135,17 +133,11 @@ def draw_case(number: int, seed: int) -> tuple[str, TinyModel, Batch]:
     return row["model"], model, batch
 
 
-def answers_of(batch: Batch, model: TinyModel, W: Weights) -> dict[str, Array]:
-    """Loss, visible logits and gradients, over any numbers."""
-    answer = specified(batch, W, model.c, model.spec)
-    return with_visible_logits(batch, answer, model.c.causal)
-
-
 @lru_cache(maxsize=64)
 def expected(number: int, seed: int) -> Answer:
     """The true answers of a case, and their σ in float32."""
     _, model, batch = draw_case(number, seed)
-    run = partial(answers_of, batch, model)
+    run = partial(visible_answers, batch, model.c, model.spec)
     return wanted_and_sigma(run, model.W, model.c.causal, (number, seed))
 
 
@@ -196,7 +188,9 @@ def expected_of_two(number: int, seed: int) -> tuple[Answer, ...]:
     """The true answers with each of the two adapters."""
     _, models, batch = draw_two(number, seed)
     return tuple(
-        wanted_and_sigma(partial(answers_of, batch, m), m.W, m.c.causal, (number, seed))
+        wanted_and_sigma(
+            partial(visible_answers, batch, m.c, m.spec), m.W, m.c.causal, (number, seed)
+        )
         for m in models
     )
 

@@ -31,9 +31,8 @@ from minilora.verify.checks.model_answers import (
     loss_and_logits,
     parameter,
     sigma_of,
-    specified,
+    visible_answers,
     wanted_and_sigma,
-    with_visible_logits,
 )
 from minilora.verify.checks.tiny_models import TinyModel, same_names
 from minilora.verify.core.dtypes import DTYPES, Precision
@@ -302,11 +301,7 @@ def resave(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
 def expected(kind: str, number: int, seed: int) -> tuple[dict[str, Array], dict[str, Array]]:
     """Loss, logits and gradients in long double, and their σ in float32."""
     model, batch = draw_case(kind, number, seed)
-
-    def run(W: Weights) -> dict[str, Array]:
-        answer = specified(batch, W, model.c, model.spec)
-        return with_visible_logits(batch, answer, model.c.causal)
-
+    run = partial(visible_answers, batch, model.c, model.spec)
     return wanted_and_sigma(run, model.W, model.c.causal, (number, seed))
 
 

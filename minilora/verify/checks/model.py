@@ -27,10 +27,9 @@ from minilora.verify.checks.model_answers import (
     as_dict,
     loss_and_logits,
     parameter,
-    specified,
     temporary_folder,
     visible,
-    with_visible_logits,
+    visible_answers,
 )
 from minilora.verify.core.dtypes import DTYPES, Precision
 from minilora.verify.core.inputs import long
@@ -127,7 +126,7 @@ def spreads(
 
     def run(draws: Draws) -> dict[str, Array]:
         noisy_W: dict[str, Any] = {key: noisy(array, precision, draws) for key, array in W.items()}
-        return with_visible_logits(batch, specified(batch, noisy_W, c, spec), c.causal)
+        return visible_answers(batch, c, spec, noisy_W)
 
     sigma = spread(run, want, samples, [samples])
     rounding = Rounding(precision)
@@ -146,7 +145,7 @@ def expected(
     """The batch of a case, its true answers and their σ."""
     batch = draw(name, Case("", dtype, number, seed))
     c, W, spec, _ = read_back(name, dtype)
-    want = with_visible_logits(batch, specified(batch, W, c, spec), c.causal)
+    want = visible_answers(batch, c, spec, W)
     return batch, want, spreads(batch, name, dtype, precision, want, SAMPLES)
 
 

@@ -42,10 +42,11 @@ def specified(batch: Batch, W: Weights, c: Config, spec: TrainableSpec) -> dict[
     return {"loss": L, "logits": z, **gradients}
 
 
-def with_visible_logits(batch: Batch, answer: dict[str, Any], causal: bool) -> dict[str, Array]:
-    """The specification's answers with logits (rows, classes) where they are defined."""
+def visible_answers(batch: Batch, c: Config, spec: TrainableSpec, W: Weights) -> dict[str, Any]:
+    """The same with logits (rows, classes) where they are defined."""
+    answer = specified(batch, W, c, spec)
     z = answer["logits"].T
-    z = z.reshape(*batch.ids.shape, -1) if causal else z
+    z = z.reshape(*batch.ids.shape, -1) if c.causal else z
     return answer | {"logits": visible(batch, z)}
 
 

@@ -19,6 +19,7 @@ from minilora.spec.blocks import bert_block
 from minilora.spec.layers import Geometry, block_diagonal, fuse, unfold
 from minilora.spec.lora import TrainableSpec, Variant
 from minilora.spec.ops import Back, OneHot
+from minilora.verify.core.inputs import columns
 
 Array = np.ndarray
 Entries = Mapping[str, Any]
@@ -127,16 +128,11 @@ Answers = dict[str, Any]
 Run = tuple[Any, Callable[[Any], Answers]]
 
 
-def rows_to_columns(x: Any) -> Any:
-    """(…, n), as in the contract, turned to (n, tokens)."""
-    return x.reshape(-1, x.shape[-1]).T
-
-
 def _linear(module: Module, f: Product) -> Run:
-    y, back = f(module.only(), rows_to_columns(module.x), 1)
+    y, back = f(module.only(), columns(module.x), 1)
 
     def gradients(dy: Any) -> Answers:
-        dx, dP = back(rows_to_columns(dy))
+        dx, dP = back(columns(dy))
         return {"dx": dx.T.reshape(module.x.shape)} | module.named(dP)
 
     return y.T.reshape(*module.x.shape[:-1], len(y)), gradients
@@ -168,15 +164,15 @@ def _conv_matrix(module: Module) -> tuple[Matrix, int, Back]:
 
 def _conv(module: Module, f: Product) -> Run:
     geometry, x = geometry_of(module.layer), module.x.swapaxes(0, 1)
-    columns, back_unfold = unfold(x, geometry)
+    patches, back_unfold = unfold(x, geometry)
     matrix, groups, back_B = _conv_matrix(module)
-    y, back = f(matrix, columns, groups)
+    y, back = f(matrix, patches, groups)
     shape = (len(y), x.shape[1], *geometry.places(x.shape[2:])[0])
 
     def gradients(dy: Any) -> Answers:
-        dcolumns, (dA, dB, *more) = back(dy.swapaxes(0, 1).reshape(len(y), -1))
+        dpatches, (dA, dB, *more) = back(dy.swapaxes(0, 1).reshape(len(y), -1))
         named = module.named((dA, back_B(dB), *more))
-        return {"dx": back_unfold(dcolumns).swapaxes(0, 1)} | named
+        return {"dx": back_unfold(dpatches).swapaxes(0, 1)} | named
 
     return y.reshape(shape).swapaxes(0, 1), gradients
 
@@ -189,7 +185,7 @@ def _embedding(module: Module, f: Product) -> Run:
     trained = (ids != module.layer.get("padding_idx", -1)) * 1.0
 
     def gradients(dy: Any) -> Answers:
-        _, dP = back(rows_to_columns(dy) * factor * trained)
+        _, dP = back(columns(dy) * factor * trained)
         return module.named(dP)
 
     return (factor * y).T.reshape(*module.x.shape, table.shape[1]), gradients
@@ -218,10 +214,10 @@ def _fused_matrix(module: Module) -> Matrix:
 
 
 def _fused(module: Module, f: Product) -> Run:
-    y, back = f(_fused_matrix(module), rows_to_columns(module.x), 1)
+    y, back = f(_fused_matrix(module), columns(module.x), 1)
 
     def gradients(dy: Any) -> Answers:
-        dx, (dA, dB) = back(rows_to_columns(dy))
+        dx, (dA, dB) = back(columns(dy))
         blocks = [dB[rows, own_A] for rows, own_A, _ in _parts(module)]
         dx = dx.T.reshape(module.x.shape)
         return {"dx": dx} | module.named((dA, np.concatenate(blocks)))
@@ -237,15 +233,15 @@ def _expert_matrices(module: Module) -> list[Matrix]:
 
 def _experts(module: Module, f: Product) -> Run:
     matrices, index, x = _expert_matrices(module), module.index, module.x.T
-    columns = [np.flatnonzero(index == e) for e in range(len(matrices))]
-    runs = [f(matrix, x[:, at], 1) for matrix, at in zip(matrices, columns, strict=True)]
+    tokens = [np.flatnonzero(index == e) for e in range(len(matrices))]
+    runs = [f(matrix, x[:, at], 1) for matrix, at in zip(matrices, tokens, strict=True)]
     y = np.zeros((len(x.T), module.layer["W"].shape[1]), runs[0][0].dtype)
-    for (of_expert, _), at in zip(runs, columns, strict=True):
+    for (of_expert, _), at in zip(runs, tokens, strict=True):
         y[at] = of_expert.T
 
     def gradients(dy: Any) -> Answers:
         dx, dPs = np.zeros(module.x.shape, y.dtype), []
-        for (_, back), at in zip(runs, columns, strict=True):
+        for (_, back), at in zip(runs, tokens, strict=True):
             of_expert, dP = back(dy[at].T)
             dx[at] = of_expert.T
             dPs.append(dP)
@@ -272,13 +268,13 @@ def _attention(module: Module, f: Product) -> Run:
     """Each token over all tokens of its sequence; q, k and v in one weight."""
     batch, tokens, d = module.x.shape
     heads = module.layer["heads"]
-    qkv, back_in = f(module.only(), rows_to_columns(module.x), 1)
+    qkv, back_in = f(module.only(), columns(module.x), 1)
     q, k, v = (ops.split_heads(qkv[i * d : (i + 1) * d], batch, heads) for i in range(3))
     mixed, back_attention = ops.attention(q, k, v, np.ones((batch, tokens, tokens), bool))
     y, back_out = _out(module, ops.join_heads(mixed), f)
 
     def gradients(dy: Any) -> Answers:
-        dmixed, dP_out = back_out(rows_to_columns(dy))
+        dmixed, dP_out = back_out(columns(dy))
         parts = back_attention(ops.split_heads(dmixed, batch, heads))
         dx, dP = back_in(np.concatenate([ops.join_heads(part) for part in parts]))
         shaped = {"dx": dx.T.reshape(module.x.shape)}
@@ -316,11 +312,11 @@ def _encoder(module: Module, f: Product) -> Run:
         tuning = TrainableSpec({"up": matrix.s}, {}, frozenset(parts), {"up": matrix.variant})
     config = SimpleNamespace(heads=module.layer["heads"], eps=EPS)
     mask = np.ones((batch, tokens, tokens), bool)
-    x = rows_to_columns(module.x)
+    x = columns(module.x)
     y, back = bert_block(x, "", W, config, tuning, mask, ops.attention)
 
     def gradients(dy: Any) -> Answers:
-        dx, g = back(rows_to_columns(dy))
+        dx, g = back(columns(dy))
         dP = back_W(g["up.weight"], g["up.bias"]) if back_W else [g[part] for part in parts]
         return {"dx": dx.T.reshape(module.x.shape)} | module.named(dP)
 

@@ -53,7 +53,8 @@ from minilora.spec.variants import DORA, LORA_BIAS
 from minilora.spec.variants.dora import row_norm
 from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.implementation import modules
-from minilora.verify.implementation.quantized import QuantizedSession
+from minilora.verify.implementation.modules import columns
+from minilora.verify.implementation.quantized import QuantizedSession, widened
 from minilora.verify.implementation.sessions import LayerState
 
 Array = np.ndarray
@@ -96,7 +97,7 @@ class Minilora:
         y, back = self._layer(x, W, A, B, **options)
         answer, of = {"y": y, **back(dy)}, {"y": y, "dx": x, "dA": A, "dB": B}
         if options.get("bias") is not None:
-            answer["dbias"], of["dbias"] = _wide(dy).reshape(-1, len(W)).sum(0), W
+            answer["dbias"], of["dbias"] = widened(dy).reshape(-1, len(W)).sum(0), W
         return {name: array.astype(of.get(name, x).dtype) for name, array in answer.items()}
 
     def _layer(
@@ -118,15 +119,15 @@ class Minilora:
     ) -> tuple[Array, Callable[[Array], dict[str, Array]]]:
         """y, and the gradients by the contract's names."""
         cast = None if autocast is None else DTYPES[autocast]
-        x_, W_, A_, B_ = (_wide(v if cast is None else v.astype(cast)) for v in (x, W, A, B))
-        K = None if keep is None else _columns(keep.astype(x_.dtype)) / (1 - p)
-        b = None if bias is None else _wide(bias)[:, None]
+        x_, W_, A_, B_ = (widened(v if cast is None else v.astype(cast)) for v in (x, W, A, B))
+        K = None if keep is None else columns(keep.astype(x_.dtype)) / (1 - p)
+        b = None if bias is None else widened(bias)[:, None]
         variant, parts = _variant(settings)
         s = scale(alpha, r, use_rslora)
-        y, back = variant.linear(_columns(x_), W_, b, A_, B_, *parts.values(), s, K)
+        y, back = variant.linear(columns(x_), W_, b, A_, B_, *parts.values(), s, K)
 
         def gradients(dy: Array) -> dict[str, Array]:
-            dx, dA, dB, *of_parts = back(_columns(_wide(dy)))
+            dx, dA, dB, *of_parts = back(columns(widened(dy)))
             named = zip(parts, of_parts, strict=True)
             return {
                 "dx": dx.T.reshape(x.shape),
@@ -153,8 +154,8 @@ class Minilora:
         """W' = W + s B A, or its variant's; with a bias (W', b')."""
         s = scale(alpha, r, use_rslora)
         variant, parts = _variant(settings)
-        b = None if bias is None else _wide(bias)[:, None]
-        merged, b = variant.merge(_wide(W), b, _wide(A), _wide(B), *parts.values(), s)
+        b = None if bias is None else widened(bias)[:, None]
+        merged, b = variant.merge(widened(W), b, widened(A), widened(B), *parts.values(), s)
         W_merged = merged.astype(W.dtype)
         return W_merged if bias is None or b is None else (W_merged, b[:, 0].astype(W.dtype))
 
@@ -201,7 +202,7 @@ class Minilora:
     ) -> Array:
         """y = x Wᵀ + s x Aᵀ Bᵀ, each row with its own adapter; -1 is none."""
         several = [Adapter((A, B), s) for A, B, s in map(_triple, adapters)]
-        y, *_ = multi_linear(_wide(x).T, _wide(W), None, several, np.asarray(index))
+        y, *_ = multi_linear(widened(x).T, widened(W), None, several, np.asarray(index))
         rows: Array = y.T.astype(x.dtype)
         return rows
 
@@ -217,7 +218,7 @@ class Minilora:
         factors, tuning = read_adapter(adapter_dir, c)
         dtype = W["embed.weight"].dtype
         given = batch_of(batch)
-        wide = {name: _wide(array) for name, array in (W | factors).items()}
+        wide = {name: widened(array) for name, array in (W | factors).items()}
         L, back = loss(given, wide, c, tuning)
         gradients, z = back(1.0), logits(given, wide, c, tuning)[0].T
         flat = {name: in_file(name, g) for name, g in gradients.items()}
@@ -267,7 +268,7 @@ class Minilora:
     def deltas(self, model_dir: str | Path, adapter_dir: str | Path) -> dict[str, Array]:
         """What merging adds to each parameter, by its module's path."""
         c, W, tuning, dtype = _adapted(model_dir, adapter_dir)
-        base = {name: _wide(array) for name, array in read_model(model_dir)[1].items()}
+        base = {name: widened(array) for name, array in read_model(model_dir)[1].items()}
         merged, paths = merge(W, tuning), architecture_of(c).paths(c)
         base.setdefault("head.weight", base["embed.weight"])
         deltas = {}
@@ -296,7 +297,7 @@ class Minilora:
         dtype = next(iter(params.values())).dtype
 
         def wide(g: Mapping[str, Array]) -> dict[str, Array]:
-            return {name: _wide(array) for name, array in g.items()}
+            return {name: widened(array) for name, array in g.items()}
 
         parts = [
             wide(g) if isinstance(g, Mapping) else [(n, wide(part)) for n, part in g]
@@ -324,7 +325,7 @@ class Minilora:
         if settings or name not in INITIALIZATIONS:
             raise NotImplementedError(f"no initialization {name!r}, no settings {sorted(settings)}")
         rng, s = np.random.default_rng(seed), scale(alpha, r, use_rslora)
-        base, A, B = INITIALIZATIONS[name].start(rng, _wide(W), r, s)
+        base, A, B = INITIALIZATIONS[name].start(rng, widened(W), r, s)
         answer = {"A": A, "B": B, "W": base}
         if use_dora:
             answer["magnitude"] = row_norm(merge_weight(base, A, B, s))[0][:, 0]
@@ -348,9 +349,13 @@ class Minilora:
         s = scale(adapter["alpha"], adapter["r"], adapter.get("use_rslora", False))
         p, K = adapter.get("p", 0.0), None
         if mode == "train" and p:
-            K = _wide((np.random.default_rng().random(x.shape) >= p).astype(layer["W"].dtype))
+            K = widened((np.random.default_rng().random(x.shape) >= p).astype(layer["W"].dtype))
             K = K / (1 - p)
-        given = (wide_entries(layer), wide_entries(adapter), _wide(x) if x.dtype.kind != "i" else x)
+        given = (
+            wide_entries(layer),
+            wide_entries(adapter),
+            widened(x) if x.dtype.kind != "i" else x,
+        )
         of = modules.Adapted(*given, variant, parts, s, index, K)
         dtype = layer["W"].dtype
         if mode == "merged":
@@ -359,7 +364,7 @@ class Minilora:
             answer |= {"bias": now["bias"]} if "bias" in now else {}
         else:
             y, back = modules.ADAPTED[layer["kind"]](of)
-            answer = {"y": y} | ({} if dy is None else back(_wide(dy)))
+            answer = {"y": y} | ({} if dy is None else back(widened(dy)))
         return {name: array.astype(dtype) for name, array in answer.items()}
 
     def train(
@@ -525,7 +530,7 @@ class MiniloraSession:
 
     def _forward(self, x: Array) -> tuple[Array, Callable[[Array], dict[str, Array]]]:
         """y and its gradients, with masks of dropout in training."""
-        x = _wide(x) if x.dtype.kind != "i" else x
+        x = widened(x) if x.dtype.kind != "i" else x
         keep = {}
         for state in self.layer.states.values():
             for name in state.active if self.training and not state.disabled else ():
@@ -549,7 +554,7 @@ class MiniloraSession:
 
     def gradients(self, x: Array, dy: Array) -> dict[str, Array]:
         """dx, and the gradients of the adapters that are active and not merged."""
-        gradients = self._forward(x)[1](_wide(dy))
+        gradients = self._forward(x)[1](widened(dy))
         return {name: array.astype(self.dtype) for name, array in gradients.items()}
 
     def step(self, x: Array, dy: Array, lr: float) -> None:
@@ -566,7 +571,7 @@ def _wide_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: _wide_entries(value)
         if isinstance(value, Mapping)
-        else _wide(value)
+        else widened(value)
         if isinstance(value, np.ndarray)
         else value
         for key, value in entries.items()
@@ -606,7 +611,7 @@ def _adapted(
     """The model with its adapter, half precisions as float32, and the dtype of its files."""
     c, W = read_model(model_dir)
     factors, tuning = read_adapter(adapter_dir, c, base=W)
-    wide = {name: _wide(array) for name, array in (W | factors).items()}
+    wide = {name: widened(array) for name, array in (W | factors).items()}
     return c, wide, tuning, W["embed.weight"].dtype
 
 
@@ -619,7 +624,7 @@ def wide_entries(given: Mapping[str, Any]) -> dict[str, Any]:
     def wide(value: Any) -> Any:
         if isinstance(value, Mapping):
             return wide_entries(value)
-        return _wide(value) if isinstance(value, np.ndarray) else value
+        return widened(value) if isinstance(value, np.ndarray) else value
 
     return {name: wide(value) for name, value in given.items()}
 
@@ -632,13 +637,13 @@ def _variant(settings: Mapping[str, Any]) -> tuple[Variant, dict[str, Array]]:
     is_dora = settings.get("use_dora", False)
     if unknown or names not in variants or is_dora != ("magnitude" in names):
         raise NotImplementedError(f"no settings {', '.join(sorted(settings))}")
-    return variants[names], {name: _wide(settings[name])[:, None] for name in names}
+    return variants[names], {name: widened(settings[name])[:, None] for name in names}
 
 
 def _triple(adapter: Mapping[str, Any]) -> tuple[Array, Array, Any]:
     """A, B and s of an adapter of the contract."""
     s = scale(adapter["alpha"], adapter["r"], adapter.get("use_rslora", False))
-    return _wide(adapter["A"]), _wide(adapter["B"]), s
+    return widened(adapter["A"]), widened(adapter["B"]), s
 
 
 def batch_of(given: Mapping[str, Array]) -> Batch:
@@ -655,16 +660,6 @@ def in_file(name: str, array: Array) -> Array:
     """A parameter as it lies in a file: vectors have one axis."""
     matrix = name.endswith((".A", ".B")) or array.ndim < 2 or array.shape[1] > 1
     return array if matrix else array[:, 0]
-
-
-def _wide(array: Array) -> Array:
-    """float16 and bfloat16 as float32."""
-    return array if array.dtype in (np.float64, np.float32) else array.astype(np.float32)
-
-
-def _columns(x: Array) -> Array:
-    """Tokens as columns."""
-    return x.reshape(-1, x.shape[-1]).T
 
 
 def implementation() -> object:

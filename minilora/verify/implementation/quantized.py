@@ -24,7 +24,7 @@ class QuantizedSession:
         if scheme not in SCHEMES:
             raise NotImplementedError(f"no scheme {scheme}")
         self._dtype, self._bias = W.dtype, layer.get("bias")
-        self._held = self._original = quantize(wide(W), scheme)
+        self._held = self._original = quantize(widened(W), scheme)
         self._adapter: tuple[Array, Array, Any] | None = None
         self._active = False
 
@@ -33,7 +33,7 @@ class QuantizedSession:
         s = scale(adapter["alpha"], adapter["r"], adapter.get("use_rslora", False))
         if self._adapter is not None:
             raise NotImplementedError("one adapter")
-        self._adapter = wide(adapter["A"]), wide(adapter["B"]), s
+        self._adapter = widened(adapter["A"]), widened(adapter["B"]), s
 
     def activate(self, names: Sequence[str]) -> None:
         """Makes it active, or not."""
@@ -66,7 +66,7 @@ class QuantizedSession:
 
     def gradients(self, x: Array, dy: Array) -> dict[str, Array]:
         """dx, and those of the adapter."""
-        dx, dA, dB = self._layer(x)[1](wide(dy).T)
+        dx, dA, dB = self._layer(x)[1](widened(dy).T)
         found = {"dx": dx.T, "one.A": dA, "one.B": dB}
         return {name: array.astype(self._dtype) for name, array in found.items()}
 
@@ -75,11 +75,11 @@ class QuantizedSession:
             raise NotImplementedError("a layer without an adapter")
         A, B, s = self._adapter
         acts = self._active and self._held is self._original
-        b = None if self._bias is None else wide(self._bias)[:, None]
-        y, back = qlora_linear(wide(x).T, self._held, b, A, B if acts else 0 * B, s)
+        b = None if self._bias is None else widened(self._bias)[:, None]
+        y, back = qlora_linear(widened(x).T, self._held, b, A, B if acts else 0 * B, s)
         return y.T.astype(self._dtype), back
 
 
-def wide(array: Array) -> Array:
+def widened(array: Array) -> Array:
     """float16 and bfloat16 as float32."""
     return array if array.dtype in (np.float64, np.float32) else array.astype(np.float32)

@@ -104,3 +104,8 @@ class TorchLinear:
         with torch.no_grad():
             weight = built.array("W", built.merge())
         return weight if bias is None else (weight, to_numpy(built.parameters["bias"]))
+
+
+def column_or_row(magnitude: torch.Tensor) -> torch.Tensor:
+    """(m,) as (m, 1), and back."""
+    return magnitude[:, None] if magnitude.ndim == 1 else magnitude[:, 0]

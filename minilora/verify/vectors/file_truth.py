@@ -23,7 +23,7 @@ from minilora.spec.lora import TrainableSpec, Weights, merge
 from minilora.spec.models import Batch, Config, logits
 from minilora.spec.variants import DORA, DORA_FULL
 from minilora.verify.checks.inference import log_probabilities
-from minilora.verify.checks.model_answers import specified, with_visible_logits
+from minilora.verify.checks.model_answers import visible_answers
 from minilora.verify.checks.train import numerical_settings
 from minilora.verify.core.bigfloat import Shake
 from minilora.verify.core.dtypes import Precision
@@ -70,7 +70,7 @@ Run = Callable[[Opened, Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
 def _loss(it: Opened, W: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Loss, logits of the real tokens, and gradients."""
     batch = batch_of(given["batch"])
-    of = with_visible_logits(batch, specified(batch, dict(W), it.c, it.spec), it.c.causal)
+    of = visible_answers(batch, it.c, it.spec, dict(W))
     loss, z = of.pop("loss"), of.pop("logits")
     grads = {f"grads.{n}": in_file(own, of[own]) for own, n in adapter_names(it.c, of).items()}
     return {"loss": loss, "logits": z, **grads}

@@ -18,7 +18,7 @@ def add(audits: Any) -> None:
     parser = add_audit(
         audits,
         "adapter",
-        "is this adapter whole, and does it mean the same everywhere?",
+        "is this adapter complete, and do all libraries read it alike?",
         "Look at an adapter of any model: its settings against its tensors, each module's norm and "
         "rank, and what each library and server computes of exactly these files, by the findings. "
         "PEFT's and mlx-lm's folders, GGUF files, and files of kohya's and loralib's.",

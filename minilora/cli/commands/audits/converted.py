@@ -24,8 +24,8 @@ def add(audits: Any) -> None:
         _run,
     )
     add = parser.add_argument
-    add("--from", dest="source", required=True, metavar="A", help="what was converted")
-    add("--to", dest="target", required=True, metavar="A2", help="what came of it")
+    add("--from", dest="source", required=True, metavar="A", help="the original")
+    add("--to", dest="target", required=True, metavar="A2", help="the converted file or folder")
 
 
 def _run(arguments: argparse.Namespace, progress: BytesRead | None) -> Report:

@@ -36,7 +36,7 @@ def add(audits: Any) -> None:
         action="append",
         type=float,
         metavar="X",
-        help="what an adapter is multiplied with, once for each of them (default: 1)",
+        help="weight of an adapter, once for each --adapter (default: 1)",
     )
     add("--merged", required=True, metavar="M", help="the merged model")
     add(

@@ -13,7 +13,7 @@ from adapters.methods.lora import LoRALinear
 from transformers.pytorch_utils import Conv1D
 
 from minilora.verify.peers._torch import GivenMask, fill, plain_number, to_numpy, to_torch
-from minilora.verify.peers._torch_linear import Built, TorchLinear
+from minilora.verify.peers._torch_linear import Built, TorchLinear, column_or_row
 from minilora.verify.peers.adapters import PEER
 from minilora.verify.peers.peer import refuse_settings
 
@@ -48,7 +48,7 @@ class Adapters(TorchLinear):
             parameters["bias"] = layer.bias
         if use_dora:
             parameters["magnitude"] = lora.m.weight
-            layouts["magnitude"] = _column_or_row
+            layouts["magnitude"] = column_or_row
 
         def merge() -> torch.Tensor:
             layer.merge_adapter("one")
@@ -112,8 +112,3 @@ def _layer(
     layer.add_adapter("one", 0)
     config.active_setup = Stack("one")
     return layer
-
-
-def _column_or_row(magnitude: torch.Tensor) -> torch.Tensor:
-    """(m,) as (m, 1), and back."""
-    return magnitude[:, None] if magnitude.ndim == 1 else magnitude[:, 0]

@@ -7,7 +7,7 @@ import torch
 from lycoris.modules.locon import LoConModule
 
 from minilora.verify.peers._torch import plain_number, to_torch
-from minilora.verify.peers._torch_linear import Built, TorchLinear
+from minilora.verify.peers._torch_linear import Built, TorchLinear, column_or_row
 from minilora.verify.peers.lycoris import PEER
 from minilora.verify.peers.peer import refuse_settings
 
@@ -51,15 +51,10 @@ class Lycoris(TorchLinear):
             parameters["bias"] = linear.bias
         if use_dora:
             parameters["magnitude"] = adapter.dora_scale
-            layouts["magnitude"] = _column_or_row
+            layouts["magnitude"] = column_or_row
 
         def merge() -> torch.Tensor:
             adapter.merge_to()
             return linear.weight
 
         return Built(linear, parameters, merge, layouts)
-
-
-def _column_or_row(magnitude: torch.Tensor) -> torch.Tensor:
-    """(m,) as (m, 1), and back."""
-    return magnitude[:, None] if magnitude.ndim == 1 else magnitude[:, 0]
