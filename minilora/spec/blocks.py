@@ -1,9 +1,9 @@
-"""The blocks of three architectures, each written out in full: its forward, then its lines upwards.
+"""The blocks of three architectures, each in full: the forward, then its backward in reverse order.
 
-``back(dy)`` gives dx and a dict with the gradients of the trained tensors. A name that ``back``
+``back(dy)`` gives dx and a dict with the gradients of the trained parameters. A name that ``back``
 uses is assigned once. ``at`` is the block's prefix, such as ``layers.0.``; ``W`` holds all
-parameters; ``c`` is the model's configuration; a batch lies as b sequences of t columns each;
-``attend`` is `ops.attention`, or another function of the same values.
+parameters; ``c`` is the model's configuration; a batch is b sequences of t columns, side by side;
+``attend`` is `ops.attention`, or a function that returns the same values.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ Op = Callable[..., tuple[Array, Back]]
 
 
 def embed(ids: Array, at: str, W: Params, tuning: TrainableSpec) -> tuple[Array, Back]:
-    """The embedding named ``at``; ``back(dy)`` gives the gradients of its trained tensors.
+    """The embedding named ``at``; ``back(dy)`` gives the gradients of its trained parameters.
 
-    Its adapter changes the projection Eᵀ of one-hot columns, which have no gradient.
+    Its adapter acts on Eᵀ as a projection of one-hot columns, which have no gradient.
 
     Shapes: ids (t,) -> y (d, t).
     """
@@ -46,7 +46,10 @@ def embed(ids: Array, at: str, W: Params, tuning: TrainableSpec) -> tuple[Array,
 def normalise(
     op: Op, x: Array, at: str, W: Params, eps: float, tuning: TrainableSpec
 ) -> tuple[Array, Back]:
-    """The norm named ``at``, by ``op``: rmsnorm with its weight, layernorm with weight and bias."""
+    """The norm named ``at``. ``op``: `ops.rmsnorm`, with a weight, or `ops.layernorm`, with a bias.
+
+    x and y are (d, t).
+    """
     names = [name for name in (f"{at}.weight", f"{at}.bias") if name in W]
     y, back_op = op(x, *(W[name] for name in names), eps)
     frozen = tuning.trained.isdisjoint(names)
@@ -183,7 +186,7 @@ def bert_block(
 
 
 def stack(x: Array, layers: int, block: Callable[[Array, str], Any]) -> tuple[Array, Back]:
-    """Block upon block, ``block(x, at)`` being each; ``back`` goes down through all of them.
+    """The blocks in order: ``block(x, at)`` computes one, and ``back`` goes through all in reverse.
 
     Shapes: x (d, b*t) -> y (d, b*t).
     """

@@ -2,10 +2,11 @@
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 3.
 
-All parameters of a model lie in one flat dict under dotted names: ``layers.0.q.weight`` (m, n),
-``layers.0.q.bias`` (m, 1), and, where the projection is adapted, ``layers.0.q.A`` (r, n) and
-``layers.0.q.B`` (m, r), or what else its `Variant` has. What is trained, and with which variant,
-scale and dropout mask, says a `TrainableSpec`.
+All parameters of a model are in one flat dict with dotted names: ``layers.0.q.weight`` (m, n),
+``layers.0.q.bias`` (m, 1), and, if the projection has an adapter, ``layers.0.q.A`` (r, n) and
+``layers.0.q.B`` (m, r), or the other parameters of its `Variant`. A `TrainableSpec` says what is
+trained, and with which variant, scale and dropout mask. ``at`` is the name of a module, such as
+``layers.0.q``; ``W`` is a matrix in an equation, and the dict of all parameters elsewhere.
 """
 
 import math
@@ -19,7 +20,7 @@ from minilora.spec.ops import Array, Back, dropout, linear, outer, python_scalar
 
 Weights = dict[str, Array]
 Params = Mapping[str, Array]
-"""A model's parameters where they are only read: a dict, or arrays that are made on demand."""
+"""A model's parameters, read only: a dict, or arrays that are created when they are read."""
 
 
 def lora_linear(
@@ -57,7 +58,7 @@ def scale(alpha: Any, r: int, rslora: bool = False) -> Any:
     alpha, root = python_scalar(alpha), math.isqrt(r)
     if rslora and root * root != r:
         return alpha / (np.sqrt(type(alpha)(r)) if isinstance(alpha, np.generic) else math.sqrt(r))
-    return alpha / (root if rslora else r)  # a whole root leaves a fraction one
+    return alpha / (root if rslora else r)  # an integer root keeps a Fraction exact
 
 
 def merge_weight(W: Array, A: Array, B: Array, s: Any) -> Array:
@@ -90,11 +91,11 @@ LORA = Variant(("A", "B"), lora_linear, lambda W, b, A, B, s: (merge_weight(W, A
 
 @dataclass(frozen=True)
 class TrainableSpec:
-    """What is trained. All that ``trained`` does not name is constant; no gradient of it is formed.
+    """What is trained, and how. Parameters not in ``trained`` are constant and have no gradient.
 
     ``scale``: s of each adapted projection; ``dropout_scale``: its dropout multiplier K (n,
-    tokens), none outside training; ``trained``: names of parameters, adapters' or the base's own;
-    ``variant``: of the projections whose adapter is not LoRA itself. Full fine-tuning is
+    tokens), none in evaluation; ``trained``: names of parameters, of adapters or of the base;
+    ``variant``: that of projections whose adapter is not plain LoRA. Full fine-tuning is
     ``TrainableSpec(trained=frozenset(weights))``.
     """
 
@@ -104,7 +105,7 @@ class TrainableSpec:
     variant: Mapping[str, Variant] = field(default_factory=dict)
 
     def trained_only(self, gradients: Iterable[tuple[str, Array]]) -> Weights:
-        """Those of ``gradients`` whose parameter, named beside, is trained."""
+        """The gradients, given as (name, gradient), of the parameters that are trained."""
         return {name: g for name, g in gradients if name in self.trained}
 
 
@@ -117,11 +118,11 @@ def sum_gradients(*parts: Weights) -> Weights:
 
 
 TABLES = ("embed", "positions", "types")
-"""The modules whose weight is a table with a row for each number: as a matrix, its transpose."""
+"""The embeddings: their weight has a row for each id, and is the transpose of the matrix W."""
 
 TIE = {"head": "embed"}
-"""A head without a weight of its own is tied: its weight is the embedding's, and each has its own
-adapter, if any."""
+"""A head without a weight is tied: it uses the embedding's weight. Each of the two may have an
+adapter of its own."""
 
 
 def weight_of(at: str, W: Params) -> str:
@@ -131,7 +132,7 @@ def weight_of(at: str, W: Params) -> str:
 
 
 def adapter_of(at: str, W: Params, tuning: TrainableSpec) -> tuple[Variant, list[str]]:
-    """The variant of the module's adapter and its parameters' names; no names, no adapter.
+    """The variant of the module's adapter and its parameters' names; no names without an adapter.
 
     Errors: ValueError if the base's weight is trained below a variant that rescales it.
     """
@@ -147,8 +148,8 @@ def adapter_of(at: str, W: Params, tuning: TrainableSpec) -> tuple[Variant, list
 def project(x: Array, at: str, W: Params, tuning: TrainableSpec) -> tuple[Array, Back]:
     """The projection named ``at``: the one place that asks if it is adapted, trained or frozen.
 
-    ``back(dy)`` gives dx and a dict with the gradients of the trained tensors: those of the adapter
-    as its variant has them, and of the base's own parameters dW = dy xᵀ and db = dy 1.
+    ``back(dy)`` gives dx and a dict with the gradients of the trained parameters: of the adapter,
+    by its variant's equation, and of the base, dW = dy xᵀ and db = dy 1 (the sum over tokens).
 
     Shapes: x (n, t) -> y (m, t).
     Errors: those of `adapter_of`.
@@ -179,17 +180,17 @@ def is_base(name: str) -> bool:
 
 
 def adapted_in(names: Iterable[str]) -> list[str]:
-    """The modules of which ``names`` has an adapter's A, in their order."""
+    """The modules that have an adapter, by the A among ``names``, in order."""
     return [name.removesuffix(".A") for name in names if name.endswith(".A")]
 
 
 def disable(W: Weights) -> Weights:
-    """The base alone: the same arrays without the adapters' parameters."""
+    """The base model: the same arrays without the adapters' parameters."""
     return {name: array for name, array in W.items() if is_base(name)}
 
 
 class Merged(Weights):
-    """Weights with their adapters merged; they keep the arrays that they were made from."""
+    """Weights with their adapters merged, and in ``original`` what they were merged from."""
 
     original: Weights
 
@@ -197,11 +198,11 @@ class Merged(Weights):
 def merge(W: Weights, tuning: TrainableSpec) -> Merged:
     """Every adapted weight replaced by its variant's W', a new array; the others are shared.
 
-    A tied head keeps what it computes: it gets a weight of its own unless its adapter is the
-    embedding's `twin`.
+    The function of a tied head stays the same: the head gets a weight of its own, unless its
+    adapter is the embedding's `twin`.
 
     Errors: ValueError if W is merged already (the adapter would count twice) or has no adapter; if
-    an embedding's adapter has a bias, for which a table has no place; those of `adapter_of`.
+    an embedding's adapter has a bias, which an embedding cannot hold; those of `adapter_of`.
     """
     if isinstance(W, Merged):
         raise ValueError("these weights are merged already; unmerge them first")
@@ -220,7 +221,7 @@ def merge(W: Weights, tuning: TrainableSpec) -> Merged:
 
 
 def _merged(at: str, W: Weights, tuning: TrainableSpec) -> Weights:
-    """W' and b' of one module, by name; of a table the transpose is adapted."""
+    """W' and b' of one module, by name; an embedding is adapted as its transpose."""
     variant, names = adapter_of(at, W, tuning)
     matrix = W[weight_of(at, W)].T if at in TABLES else W[weight_of(at, W)]
     parts = [W[name] for name in names]
@@ -233,9 +234,9 @@ def _merged(at: str, W: Weights, tuning: TrainableSpec) -> Weights:
 
 
 def twin(A: Array, B: Array) -> tuple[Array, Array]:
-    """The same change of a tied weight, seen from its other use: s (B A)ᵀ = s Aᵀ Bᵀ.
+    """The adapter of a tied head that equals an embedding's: s (B A)ᵀ = s Aᵀ Bᵀ.
 
-    An embedding's A (r, v), B (d, r) become a head's A (r, d), B (v, r), and the other way round.
+    An embedding's A (r, v), B (d, r) become a head's A (r, d), B (v, r), and vice versa.
 
     Shapes: A (r, n), B (m, r) -> A₂ (r, m), B₂ (n, r).
     Source: ``ensure_weight_tying`` of PEFT.
@@ -252,7 +253,7 @@ def _are_twins(W: Weights, tuning: TrainableSpec) -> bool:
 
 
 def unmerge(W: Merged) -> Weights:
-    """The very arrays that were merged, bit for bit: subtraction would not restore them.
+    """The arrays from before the merge, bit for bit: subtracting s B A would leave rounding errors.
 
     Errors: TypeError if W is not what :func:`merge` returned.
     """

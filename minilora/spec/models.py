@@ -1,8 +1,8 @@
 """Three architectures in full: Llama (and Qwen2), GPT-2, BERT with a classification head.
 
 Each gives ``logits, back``, and :func:`loss` gives ``loss, back``: ``back(1.0)`` is a dict with the
-gradient of all that the `TrainableSpec` names as trained. Logits lie (classes, b*t) or (classes,
-b).
+gradient of each parameter that the `TrainableSpec` names as trained. Logits have shape (vocabulary,
+b*t), of a classifier (classes, b).
 """
 
 from collections.abc import Callable
@@ -21,11 +21,11 @@ Shapes = dict[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions that a model calls and that may be replaced by others of the same values.
+    """The functions that a model calls and that may be replaced by others with the same values.
 
-    Training hands in faster and leaner ones: attention by blocks of queries, blocks that are
-    checkpointed, tables that are remembered; generation, attention over cached keys; and ``head``
-    may make a loss in the place of logits.
+    Training passes functions that are faster or need less memory: attention in blocks of queries,
+    gradient checkpointing, cached RoPE tables. Generation passes attention with a KV cache.
+    ``head`` may return a loss instead of logits.
     """
 
     attention: Op = ops.attention
@@ -38,9 +38,9 @@ class Kernels:
 class Batch:
     """b sequences of t tokens, padded to one length.
 
-    ``labels`` (b, t) are the tokens themselves, -100 where they do not count: the shift to the next
-    token is the model's. For a classifier they are (b,). ``mask`` (b, t) is true at real tokens.
-    ``positions`` (b, t) count from 0 at the first column unless given; ``types`` (b, t) are BERT's.
+    ``labels`` (b, t) are the tokens themselves, -100 where the loss ignores them; the model shifts
+    them to the next token. For a classifier they are (b,). ``mask`` (b, t) is true at real tokens.
+    ``positions`` (b, t) are 0 … t - 1 unless given; ``types`` (b, t) are BERT's token types.
     """
 
     ids: Array
@@ -68,7 +68,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Config:
-    """What every architecture has; ``linears`` and ``shapes`` say what it is made of."""
+    """What all architectures have; ``linears`` and ``shapes`` list a model's parameters."""
 
     vocab: int
     d: int
@@ -79,7 +79,7 @@ class Config:
     norm_bias: ClassVar[bool] = True
 
     def tables(self) -> dict[str, int]:
-        """The embeddings' rows."""
+        """The number of rows of each embedding."""
         return {"embed": self.vocab}
 
     def block(self) -> Shapes:
@@ -101,13 +101,13 @@ class Config:
         return blocks | self.extra_linears()
 
     def matrices(self) -> Shapes:
-        """All that can be adapted: the projections, then the tables as (d, v), and a tied head."""
+        """All that can be adapted: the projections, the embeddings as (d, v), and a tied head."""
         tables = {at: (self.d, n) for at, n in self.tables().items()}
         tied = {"head": (self.vocab, self.d)} if self.causal else {}
         return self.linears() | tables | tied
 
     def shapes(self) -> Shapes:
-        """Every parameter."""
+        """The shape of every parameter."""
         shapes = {f"{at}.weight": (n, self.d) for at, n in self.tables().items()}
         for at, (m, n) in self.linears().items():
             shapes[f"{at}.weight"] = m, n
@@ -278,11 +278,11 @@ def logits(
     batch: Batch, W: Params, c: Config, tuning: TrainableSpec, kernels: Kernels = Kernels()
 ) -> tuple[Array, Back]:
     """The logits of the model that ``c`` configures: column i*t + j is that of token j in row i of
-    the batch; of an encoder, column i that of row i.
+    the batch; of a classifier, column i is that of row i.
 
     Shapes: ids (b, t) -> z (v, b*t), or ids (b, t) -> z (classes, b).
-    Errors: ValueError if a token's id, position or type lies outside its table, and for a mask of
-    other numbers than 0 and 1 (what is added to scores is another thing).
+    Errors: ValueError if a token's id, position or type lies outside its embedding, and for a mask
+    with other numbers than 0 and 1, such as one that is added to attention scores.
     """
     rows = {"embed": "ids", "positions": "position_ids", "types": "type_ids"}
     for at, n in c.tables().items():
@@ -295,7 +295,7 @@ def logits(
 
 
 def shifted_labels(batch: Batch, c: Config) -> Array:
-    """The label that each column of logits is to predict: for language models, the next token's.
+    """The label of each column of logits: for language models, that of the next token.
 
     Shapes: labels (b, t) -> targets (b*t,), or labels (b,) -> targets (b,).
     Errors: ValueError without labels.
@@ -314,7 +314,8 @@ def loss(
 ) -> tuple[Array, Back]:
     """The mean cross-entropy over the labels that count; language models predict the next token.
 
-    Shapes: -> L (); ``count`` as in `ops.cross_entropy`.
+    Shapes: -> L ()
+    ``count`` as in `ops.cross_entropy`.
     Errors: those of :func:`shifted_labels`, :func:`logits` and ``cross_entropy``.
     """
     labels = shifted_labels(batch, c)

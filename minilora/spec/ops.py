@@ -1,9 +1,10 @@
-"""The primitive equations, each a function that gives its value and its transpose: ``y, back``.
+"""The primitive equations, each a function that returns its value and its backward: ``y, back``.
 
-Activations lie (features, tokens), a column per token, as the LoRA paper writes h = W x. ``back``
-takes the gradient of the loss by y, named dy, to the gradients by the arguments that may vary.
-Every function runs on any number system that has its operations: float32, float64, long double,
-complex numbers (for derivatives by a complex step), exact rationals, rounding noise.
+Activations have shape (features, tokens), a column per token, as the LoRA paper writes h = W x.
+``back(dy)`` takes dy, the gradient of the loss with respect to y, and returns the gradients with
+respect to the arguments that are not constant. Every function runs on any number system that has
+its operations: float32, float64, long double, complex numbers (for derivatives by a complex step),
+exact rationals, numbers that carry their rounding error.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import numpy as np
 Array = np.ndarray
 Back = Callable[..., Any]
 IGNORED = -100
-"""The label of a token that does not count, as in PyTorch and Hugging Face data."""
+"""The label of a token that the loss ignores, as in PyTorch and Hugging Face data."""
 
 
 def linear(x: Array, W: Array, b: Array | None = None) -> tuple[Array, Back]:
@@ -30,7 +31,7 @@ def linear(x: Array, W: Array, b: Array | None = None) -> tuple[Array, Back]:
 
 
 def outer(a: Array, b: Array) -> Array:
-    """a bᵀ, formed as (b aᵀ)ᵀ where a has fewer rows: BLAS multiplies that in half the time.
+    """a bᵀ, computed as (b aᵀ)ᵀ if a has fewer rows: BLAS needs half the time for it.
 
     Shapes: a (m, t), b (n, t) -> a bᵀ (m, n).
     """
@@ -52,8 +53,8 @@ def dropout(x: Array, K: Array | None) -> tuple[Array, Back]:
 class OneHot:
     """The matrix (v, t) whose column j is 1 in row ids_j and 0 elsewhere, never formed.
 
-    M @ OneHot takes columns of M, OneHot @ N adds up rows of N, and its transpose does the same the
-    other way round: the products of an embedding, exact and cheap.
+    M @ OneHot takes columns of M, and OneHot @ N adds up rows of N: the products of an embedding
+    and of its gradient, exact and cheap.
     """
 
     __array_ufunc__ = None  # NumPy leaves the products to this class
@@ -92,12 +93,12 @@ def embedding(ids: Array, E: Array) -> tuple[Array, Back]:
 
     Shapes: ids (t,), E (v, d) -> y (d, t).
     """
-    y = E[ids].T.copy()  # columns beside one another, as all activations lie
+    y = E[ids].T.copy()  # contiguous, as all activations are
     return y, lambda dy: OneHot(ids, len(E)) @ dy.T
 
 
 def _mean(x: Array) -> Array:
-    """The mean over the features of each token; NumPy's own takes twice as long to begin."""
+    """The mean over the features of each token; np.mean has twice the overhead."""
     return np.add.reduce(x) / len(x)
 
 
@@ -105,7 +106,7 @@ def rmsnorm(x: Array, w: Array, eps: float) -> tuple[Array, Back]:
     """y = w ∘ h, h = x / √(mean(x²) + eps), the mean over the features of a token.
 
     With dh = w ∘ dy and ρ = 1 / √(mean(x²) + eps):
-    dx = ρ (dh - h mean(h ∘ dh)),   dw = the sum over tokens of h ∘ dy, unless w is ``frozen``.
+    dx = ρ (dh - h mean(h ∘ dh)),   dw = the sum over tokens of h ∘ dy; no dw if ``frozen``.
 
     Shapes: x (n, t), w (n, 1) -> y (n, t).
     Source: Zhang and Sennrich 2019, equation 4.
@@ -125,8 +126,8 @@ def layernorm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Back]:
     """y = w ∘ h + b, h = (x - mean(x)) / √(var(x) + eps), over the features of a token.
 
     With dh = w ∘ dy and ρ = 1 / √(var(x) + eps):
-    dx = ρ (dh - mean(dh) - h mean(h ∘ dh)),   dw = sum of h ∘ dy,   db = sum of dy over tokens,
-    both unless w and b are ``frozen``.
+    dx = ρ (dh - mean(dh) - h mean(h ∘ dh)),   dw = sum of h ∘ dy,   db = sum of dy over tokens;
+    no dw and db if ``frozen``.
 
     Shapes: x (n, t), w (n, 1), b (n, 1) -> y (n, t).
     Source: Ba, Kiros and Hinton 2016, equation 4.
@@ -172,7 +173,7 @@ def silu(x: Array) -> tuple[Array, Back]:
 def erf(x: Array) -> Array:
     """erf(x) = 2/√π ∫₀ˣ e^(-t²) dt, SciPy's: for float32, float64 and complex numbers.
 
-    Imported where it is used, because that takes twice as long as importing NumPy.
+    SciPy is imported here because that takes twice as long as importing NumPy.
 
     Shapes: x (n, t) -> y (n, t).
     """
@@ -219,14 +220,14 @@ def gelu_tanh(x: Array) -> tuple[Array, Back]:
 def rope_tables(positions: Array, d: int, theta: float, dtype: Any) -> tuple[Array, Array]:
     """The cosines and sines of RoPE's angles position · theta^(-2i/d), i = 0 … d/2 - 1.
 
-    Angles are formed in float64 at least, whatever the model's dtype: they grow with the position.
+    Angles are computed in float64 at least, whatever the dtype: they grow with the position.
 
     Shapes: positions (b, t) -> cos (b, 1, d/2, t), sin (b, 1, d/2, t).
     """
     real = np.empty(0, dtype).real.dtype
     wide = np.result_type(real, np.float64) if real.kind == "f" else np.dtype(np.float64)
     frequencies = theta ** (np.arange(0, d, 2, dtype=wide) * (-1 / wide.type(d)))
-    angles = positions * frequencies[:, None, None]  # in memory as the activations lie: (d/2, b, t)
+    angles = positions * frequencies[:, None, None]  # (d/2, b, t), the activations' memory order
     cos, sin = (f(angles).astype(real).swapaxes(0, 1)[:, None] for f in (np.cos, np.sin))
     return cos, sin
 
@@ -234,8 +235,8 @@ def rope_tables(positions: Array, d: int, theta: float, dtype: Any) -> tuple[Arr
 def rope(x: Array, cos: Array, sin: Array) -> tuple[Array, Back]:
     """y = R x: the pair (x₁, x₂) becomes (x₁ cos - x₂ sin, x₂ cos + x₁ sin).
 
-    Partners are d/2 apart, as in Llama's files; the paper and GGUF take neighbours.
-    With dy given:   dx = Rᵀ dy, the turn back, since R is orthogonal.
+    The two of a pair are d/2 rows apart, as in Llama's files; in the paper and GGUF, neighbours.
+    With dy given:   dx = Rᵀ dy, the inverse rotation, since R is orthogonal.
 
     Shapes: x (b, h, d, t), cos (b, 1, d/2, t), sin (b, 1, d/2, t) -> y (b, h, d, t).
     Source: Su et al. 2021, equations 15 and 34.
@@ -290,7 +291,7 @@ def padding_mask(real: Array) -> Array:
 def softmax(z: Array) -> tuple[Array, Back]:
     """p = exp(z - c) / the sum of exp(z - c), down each column, c its greatest real part.
 
-    Whatever c is, it cancels; by this one nothing overflows.
+    Any c cancels; this one avoids overflow.
     With dp given:   dz = p ∘ (dp - the sum of p ∘ dp).
 
     Shapes: z (b, m, t) -> p (b, m, t).
@@ -307,8 +308,8 @@ def attention(
 
     With dp = vᵀ do and dz = softmax's back(dp):
     dq = k dz / √d,   dk = q dzᵀ / √d,   dv = do pᵀ.
-    A key/value head serves h/g query heads in a row and receives the sum of their gradients.
-    ``matmul`` forms kᵀ q and vᵀ do.
+    A key/value head serves h/g consecutive query heads and receives the sum of their gradients.
+    ``matmul`` computes kᵀ q and vᵀ do.
 
     Shapes: q (b, h, d, t), k (b, g, d, s), v (b, g, d, s), mask (b, s, t) -> o (b, h, d, t).
     Source: Vaswani et al. 2017, equation 1; grouped heads, Ainslie et al. 2023.
@@ -334,8 +335,8 @@ def cross_entropy(z: Array, labels: Array, count: int | None = None) -> tuple[Ar
     """L = the mean of log Σᵢ exp(zᵢ) - z[label] over the tokens whose label counts.
 
     With p = softmax(z) and dL given:   dz = dL (p - onehot(label)) / count, and 0 where ignored.
-    ``count`` is what the sum is divided by: the labels that count, if not given; for a micro-batch,
-    those of the whole batch, so that the parts add up.
+    ``count`` divides the sum; by default the number of labels that are not ignored. For a
+    micro-batch pass that of the whole batch, so that the parts add up.
 
     Shapes: z (v, t), labels (t,) -> L ().
     Errors: ValueError if there is not a label for each token, one is neither IGNORED nor in
@@ -367,8 +368,8 @@ def cross_entropy(z: Array, labels: Array, count: int | None = None) -> tuple[Ar
 
 
 def python_scalar(x: Any) -> Any:
-    """x, or where it is one of NumPy's scalars, Python's: NumPy's make float64 of float32 arrays.
+    """x, with a NumPy scalar as a Python number: a NumPy float64 would widen float32 arrays.
 
-    Of long double, which Python lacks, the scalar itself.
+    A long double, which Python lacks, stays as it is.
     """
     return x.item() if isinstance(x, np.generic) else x
