@@ -156,7 +156,8 @@ def add_command(
         allow_abbrev=False,
         formatter_class=_Help,
     )
-    parser.set_defaults(run=guarded(name, run, failed), parser=parser)
+    command = parser.prog.removeprefix("minilora ")  # of an audit both words
+    parser.set_defaults(run=guarded(command, run, failed), parser=parser)
     return parser
 
 

@@ -288,7 +288,7 @@ def logits(
     for at, n in c.tables().items():
         low, high = getattr(batch, rows[at]).min(), getattr(batch, rows[at]).max()
         if low < 0 or high >= n:
-            raise ValueError(f"rows of {at}: found {low} to {high}, expected 0 to {n - 1}")
+            raise ValueError(f"{rows[at]}: found {low} to {high}, expected 0 to {n - 1}")
     if batch.mask is not None and not ((batch.mask == 0) | (batch.mask == 1)).all():
         raise ValueError("mask: found other numbers; expected 1 for a token and 0 for padding")
     return FORWARD[type(c)](batch, W, c, tuning, kernels)

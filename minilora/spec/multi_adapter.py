@@ -101,8 +101,8 @@ class AdaptedLayer:
         for name in names:
             if name not in self.adapters:
                 there = ", ".join(map(repr, self.adapters))
-                expected = f"one of {there}" if there else "one that is there, and there is none"
-                raise ValueError(f"no adapter {name!r}: expected {expected}; add it first")
+                expected = f"expected one of {there}" if there else "the layer has none"
+                raise ValueError(f"no adapter {name!r}: {expected}; add it first")
         if len(set(names)) < len(names):
             raise ValueError(f"{names}: expected each adapter once; its weight is in its scale")
         return names

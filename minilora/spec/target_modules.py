@@ -83,9 +83,11 @@ class LoraConfig:
             "init_lora_weights": ("", *INITIALIZATIONS),
         }
         for name, values in known.items():
-            if getattr(self, name) not in values:
-                expected = f"expected one of {', '.join(filter(None, values))}"
-                raise ValueError(f"{name} {getattr(self, name)!r}: {expected}")
+            if (value := getattr(self, name)) not in values:
+                close = get_close_matches(str(value).lower(), values, 1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                expected = f"expected one of {', '.join(filter(None, values))}{hint}"
+                raise ValueError(f"{name} {value!r}: {expected}")
 
     def _check_patterns(self) -> None:
         """Refuse what is no regular expression, and a table that is trained in two ways."""

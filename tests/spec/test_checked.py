@@ -85,7 +85,7 @@ def test_a_bias_in_a_row_would_have_been_added_to_tokens():
         ({"mask": IDS[:1]}, r"mask is \(1, 3\)"),
         ({"mask": np.array([[1, 1, 1], [0, 0, 0]])}, "mask: row 1 is 0 everywhere"),
         ({"positions": IDS[0]}, r"positions is \(3,\)"),
-        ({"ids": IDS + 90}, "rows of embed: found 90 to 95"),
+        ({"ids": IDS + 90}, "ids: found 90 to 95"),
     ],
 )
 def test_a_batch_names_what_does_not_fit(batch, found):

@@ -758,11 +758,11 @@ def test_numbers_outside_their_tables_and_batches_without_labels_are_refused():
 
     ids = model.batch.ids
     for changed, message in (
-        ({"ids": ids + 11}, "rows of embed: found 1[0-9] to 2[0-9], expected 0 to 10"),
-        ({"ids": np.where(ids == ids.max(), -1, ids)}, "embed: found -1 to .*, expected 0 to 10"),
-        ({"ids": np.where(ids == ids.min(), 11, ids)}, "embed: found .* to 11, expected 0 to 10"),
-        ({"positions": ids * 0 + 9}, "rows of positions: found 9 to 9, expected 0 to 8"),
-        ({"types": ids * 0 - 1}, "rows of types: found -1 to -1, expected 0 to 1"),
+        ({"ids": ids + 11}, "ids: found 1[0-9] to 2[0-9], expected 0 to 10"),
+        ({"ids": np.where(ids == ids.max(), -1, ids)}, "ids: found -1 to .*, expected 0 to 10"),
+        ({"ids": np.where(ids == ids.min(), 11, ids)}, "ids: found .* to 11, expected 0 to 10"),
+        ({"positions": ids * 0 + 9}, "position_ids: found 9 to 9, expected 0 to 8"),
+        ({"types": ids * 0 - 1}, "type_ids: found -1 to -1, expected 0 to 1"),
         ({"labels": None}, "the batch has no labels; a loss needs them"),
         ({"labels": np.full(3, 4)}, "label 4: expected 0 to 3, or -100 to ignore"),
         ({"labels": np.full(3, -100)}, "no label counts: each is -100"),

@@ -330,7 +330,7 @@ def test_what_cannot_be_generated_is_refused():
         ([], 1, "empty prompt"),
         ([[1], []], 1, "empty prompt"),
         ([[1, 2]], 9, "max_new_tokens 9 after 2 tokens"),
-        ([[99]], 1, "rows of embed"),
+        ([[99]], 1, "ids: found 99"),
     ):
         with pytest.raises(ValueError, match=found):
             tokens_of(model, prompts, max_new_tokens=most)

@@ -127,7 +127,7 @@ def test_an_error_of_one_group_is_the_steps():
     ids = model.batch.ids.copy()
     ids[3] = 11
     wrong = replace(model, batch=replace(model.batch, ids=ids))
-    with pytest.raises(ValueError, match=r"rows of embed: found .* to 11, expected 0 to 10"):
+    with pytest.raises(ValueError, match=r"ids: found .* to 11, expected 0 to 10"):
         of(wrong, ExecutionPlan(threads=2, tokens=6))
 
 
