@@ -23,8 +23,14 @@ class _Parser(argparse.ArgumentParser):
             asked, known = invalid[1], re.findall(r"[\w-]+", invalid[2])
         else:
             asked = message.rpartition("unrecognized arguments: ")[2].split("=")[0].split(" ")[0]
-        close = difflib.get_close_matches(asked, known, n=1, cutoff=0.7)
+        initials = [name for name in known if _initials(name) == asked.lstrip("-")]
+        close = initials or difflib.get_close_matches(asked, known, n=1, cutoff=0.7)
         super().error(message + (f"; did you mean {close[0]}?" if close else ""))
+
+
+def _initials(option: str) -> str:
+    """``lr`` of ``--learning-rate``, as it is called for short."""
+    return "".join(word[0] for word in option.strip("-").split("-"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

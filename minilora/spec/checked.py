@@ -62,6 +62,8 @@ def _check_dtypes(arrays: Mapping[str, Any]) -> None:
 
 
 def _check_scale(name: str, s: Any) -> None:
+    if isinstance(s, str | bytes) or s is None:
+        raise ValueError(f"{name} is {s!r}: expected a number, such as alpha / r")
     if np.ndim(s):
         raise ValueError(f"{name} is {np.shape(s)}: expected a number, such as alpha / r")
 
@@ -255,4 +257,9 @@ def draw_weights(c: Config, rng: np.random.Generator, std: float = 0.02) -> Weig
     from minilora.spec.initialization import draw_weights  # which loads more
 
     check_config(c)
+    if not hasattr(rng, "standard_normal"):
+        kind = type(rng).__name__
+        raise ValueError(
+            f"rng is of type {kind}: expected a generator; use np.random.default_rng(0)"
+        )
     return draw_weights(c, rng, std)

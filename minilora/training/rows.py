@@ -103,7 +103,10 @@ def comma_separated(path: Path, sha: Hash) -> Iterator[Row]:
         if None in row or None in row.values():
             columns = len(row.get(None, ())) + sum(v is not None for v in row.values())
             columns -= None in row
-            yield reader.line_num, InvalidLine(f"{columns} columns", f"{len(names)}: {names}")
+            yield (
+                reader.line_num,
+                InvalidLine(f"{columns} column{'s' * (columns != 1)}", f"{len(names)}: {names}"),
+            )
             continue
         label = row.get("label")
         number = {"label": int(label)} if label is not None and label.isdecimal() else {}

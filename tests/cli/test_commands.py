@@ -267,6 +267,7 @@ def test_show_batch_prints_each_token_and_writes_nothing(minilora, tmp_path):
         (("--full", "--rank", "4"), 2, "--rank 4 with --full"),
         (("--full", "--target-modules", "q"), 2, "--target-modules q with --full"),
         (("--loraplus-lr-rato", "2"), 2, "did you mean --loraplus-lr-ratio"),
+        (("--lr", "3"), 2, "unrecognized arguments: --lr 3; did you mean --learning-rate?"),
         (("--threads", "99999999999999999999"), 2, r"--threads 9+: expected less than 2\*\*63"),
         (("--threads", "9999999"), 2, "9999999"),
         (("--batch-tokens", "1" + 21 * "0"), 2, r"--batch-tokens 10+: expected less than 2\*\*63"),

@@ -53,6 +53,7 @@ def run(c=C, batch=None, weights=None, **changes):
         ({"B": np.ones((M, 3))}, r"B is \(7, 3\): .* m = 7 as in W and r = 2 as in A"),
         ({"B": np.ones((R, M))}, r"B is \(2, 7\): .*; is it transposed\?"),
         ({"K": np.ones((T, N))}, r"K is \(5, 12\): .*; are tokens in rows\?"),
+        ({"s": "1"}, "s is '1': expected a number, such as alpha / r"),
         ({"s": np.ones((1, 2))}, r"s is \(1, 2\): expected a number"),
         ({"x": np.ones((N, T), np.float32)}, "W is float64 and x float32: expected one dtype"),
     ],
@@ -138,6 +139,13 @@ def test_sizes_that_no_model_has_are_refused(c, found):
     ):
         with pytest.raises(ValueError, match=found):
             refused()
+
+
+def test_a_seed_is_no_generator():
+    with pytest.raises(
+        ValueError, match=r"rng is of type int: expected a generator; use np.random"
+    ):
+        ml.draw_weights(C, 0)
 
 
 def test_a_projection_by_its_name_is_checked():
