@@ -13,7 +13,6 @@ rounded but what the finding is about, and `==` can decide.
 import ast
 import copy
 import json
-import pickle
 import warnings
 from collections import OrderedDict
 from contextlib import nullcontext
@@ -36,8 +35,8 @@ from minilora.spec.layers import Geometry, adapted_conv, with_tokens
 from minilora.spec.lora import lora_linear, merge_weight, twin
 from minilora.spec.models import Llama
 from minilora.spec.multi_adapter import AdaptedLayer, Adapter, combine_exact, combine_linear
-from minilora.spec.ops import attention, cross_entropy, embedding, linear, rmsnorm, rope_tables
-from minilora.spec.optim import AdamState, adamw, lorafa_gradient, loraplus_rates, schedule
+from minilora.spec.ops import embedding, linear, rope_tables
+from minilora.spec.optim import AdamState, adamw, lorafa_gradient, loraplus_rates
 from minilora.spec.quantization import dequantize, dequantize_dynamic, quantize, quantize_dynamic
 from minilora.spec.target_modules import (
     all_linear,
@@ -86,33 +85,6 @@ def bitsandbytes(torch):
 TINY = {"vocab_size": 5, "hidden_size": 4, "num_hidden_layers": 2, "num_attention_heads": 1}
 
 
-@pytest.mark.finding("transformers.float64-loss")
-def test_transformers_computes_the_loss_of_a_float64_model_in_float32(torch, transformers):
-    z = torch.tensor([[[1.0, 1 + 2**-40], [0, 0]]], dtype=torch.float64)
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).double()
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**TINY)).double()
-    for model in (llama, gpt2):
-        first, second = (
-            model.loss_function(logits=z, labels=torch.tensor([[0, label]]), vocab_size=2)
-            for label in (0, 1)
-        )
-        assert first.dtype == second.dtype == torch.float32
-        assert first == second
-    first, second = (cross_entropy(z[0, :1].numpy().T, np.array([label]))[0] for label in (0, 1))
-    # The two share their logarithm; a sum below 2 is rounded by at most 2⁻⁵³, their difference not.
-    assert abs((first - second) - 2**-40) <= 2 * 2**-53
-
-
-@pytest.mark.finding("transformers.float64-rmsnorm")
-def test_transformers_computes_rmsnorm_of_a_float64_llama_in_float32(torch, transformers):
-    x = np.array([[1], [1 + 2**-40]])
-    norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(2, eps=1e-6).double()
-    first, second = norm(torch.from_numpy(x.T))[0]
-    assert first == second
-    y, _ = rmsnorm(x, np.ones((2, 1)), eps=1e-6)
-    assert y[0] < y[1]
-
-
 @pytest.mark.finding("transformers.float64-rope")
 def test_transformers_computes_rope_of_a_float64_llama_in_float32(torch, transformers):
     config = transformers.LlamaConfig(**TINY)
@@ -128,17 +100,6 @@ def test_transformers_computes_rope_of_a_float64_llama_in_float32(torch, transfo
     wide = torch.zeros(1, dtype=torch.float64)
     assert off(*tables(wide, torch.from_numpy(positions))) > bound
     assert off(*rope_tables(positions, 4, 10000.0, np.float64)) <= bound
-
-
-@pytest.mark.finding("transformers.float64-softmax")
-def test_transformers_computes_the_softmax_of_a_float64_llama_in_float32(torch, transformers):
-    q, k, v = np.ones((1, 1, 1, 1)), np.array([[[[0, 2**-40]]]]), np.array([[[[0.0, 1.0]]]])
-    attend = transformers.models.llama.modeling_llama.eager_attention_forward
-    layer = SimpleNamespace(num_key_value_groups=1, training=False)
-    o, _ = attend(layer, *(torch.from_numpy(a).mT for a in (q, k, v)), None, scaling=1.0)
-    assert o == 0.5
-    o, _ = attention(q, k, v, np.ones((1, 2, 1), bool))
-    assert o > 0.5
 
 
 @pytest.mark.finding("transformers.float64-padding")
@@ -158,37 +119,6 @@ def test_transformers_gives_nan_for_a_float64_llama_padded_on_the_left(
     c, W = read_model(tmp_path)
     z, _ = logits(Batch(ids, mask=mask), W, c, TrainableSpec())
     assert np.isfinite(z).all()
-
-
-@pytest.mark.finding("transformers.constant-warmup")
-def test_transformers_ignores_the_warm_up_of_a_constant_schedule(torch, transformers):
-    def rates(name):
-        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-        scheduler = transformers.get_scheduler(name, optimizer, num_warmup_steps=4)
-        for _ in range(6):
-            yield scheduler.get_last_lr()[0]
-            optimizer.step()
-            scheduler.step()
-
-    right = [schedule("constant", k, total=6, warmup=4) for k in range(6)]
-    assert right == [0, 0.25, 0.5, 0.75, 1, 1]
-    assert list(rates("constant")) == [1] * 6
-    assert list(rates("constant_with_warmup")) == right
-
-
-@pytest.mark.finding("transformers.cosine-end")
-def test_transformers_cosine_rises_again_after_its_end(torch, transformers):
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 0, num_training_steps=4)
-    rates = []
-    for _ in range(9):
-        rates += scheduler.get_last_lr()
-        optimizer.step()
-        scheduler.step()
-    right = [schedule("cosine", k, total=4) for k in range(9)]
-    assert right[4:] == [0] * 5
-    assert rates[4] < rates[5] < rates[6] < rates[7] < rates[8] == 1
-    assert rates[2] == right[2] == 0.5
 
 
 def peft_layer(torch, peft, w, delta, dtype):
@@ -223,35 +153,6 @@ def test_peft_replaces_a_weight_decay_for_loraplus_by_zero(torch, peft):
     assert right == {"q.A": 0.875, "q.B": 0.75}
     assert step(weight_decay=0.5) == {"A": 1, "B": 1}
     assert step(loraplus_weight_decay=0.5) == {"A": 0.875, "B": 0.75}
-
-
-@pytest.mark.finding("peft.pattern-order")
-def test_peft_loads_an_adapter_with_another_scale_than_it_was_trained_with(torch, peft, tmp_path):
-    def base():
-        return torch.nn.ModuleDict({"q": torch.nn.Linear(1, 1)})
-
-    patterns = {"q": 1, ".*": 64}  # the first that fits counts
-    config = peft.LoraConfig(r=2, target_modules=["q"], alpha_pattern=patterns)
-    trained = peft.get_peft_model(base(), config)
-    trained.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(base(), tmp_path)
-    assert trained.base_model.model.q.scaling["default"] == scale(alpha=1, r=2) == 0.5
-    assert loaded.base_model.model.q.scaling["default"] == scale(alpha=64, r=2) == 32
-
-
-@pytest.mark.finding("peft.safe-merge")
-def test_peft_rounds_the_delta_of_a_safe_merge_before_adding_it(torch, peft):
-    delta = 2**-8 + 2**-18  # a little more than half the spacing of bfloat16 above 1
-
-    def merged(safe):
-        model, layer = peft_layer(torch, peft, 1, delta, torch.bfloat16)
-        model.merge_adapter(safe_merge=safe)
-        return layer.weight.item()
-
-    one = np.ones((1, 1))
-    right = merge_weight(one, one, delta * one, 1).astype(bfloat16)
-    assert merged(safe=False) == right == 1 + 2**-7
-    assert merged(safe=True) == 1
 
 
 @pytest.mark.finding("peft.outermost-layers")
@@ -1234,31 +1135,6 @@ def same(a, b):
     return np.array_equal(a, b)
 
 
-@pytest.mark.finding("loralib.saved-after-eval")
-def test_loralib_merges_twice_what_was_saved_after_eval(loralib):
-    saved, W, _, A, B = filled(loralib.Linear(4, 3, **LORA))
-    once = merge_weight(W, A, B, S)
-    saved.eval()
-    assert same(saved.weight.detach(), once)
-    loaded = loralib.Linear(4, 3, **LORA)
-    loaded.load_state_dict(saved.state_dict())
-    loaded.eval()
-    assert same(loaded.weight.detach(), merge_weight(once, A, B, S))
-
-
-@pytest.mark.finding("loralib.loaded-after-eval")
-def test_loralib_drops_an_adapter_that_is_loaded_after_eval(loralib):
-    saved, W, b, A, B = filled(loralib.Linear(4, 3, **LORA))
-    right, _ = lora_linear(X, W, b, A, B, S)
-    assert same(answer(saved, X), right)
-    loaded = loralib.Linear(4, 3, **LORA)
-    loaded.eval()
-    loaded.load_state_dict(saved.state_dict())
-    assert same(answer(loaded, X), linear(X, W, b)[0])
-    loaded.train()
-    assert same(loaded.weight.detach(), merge_weight(W, A, B, -S))
-
-
 @pytest.mark.finding("loralib.gradient-after-eval")
 def test_loralib_gives_an_adapter_no_gradient_after_eval(torch, loralib):
     def gradients(**settings):
@@ -1293,39 +1169,6 @@ def test_loralib_fails_in_convolutions_of_one_and_three_dimensions(
     assert weight == delta
 
 
-@pytest.mark.finding("loralib.conv-dropout")
-def test_loralib_applies_no_dropout_in_convolutions(torch, loralib):
-    none = np.zeros_like(X)  # p = 1: every feature of the branch is dropped
-    layer, *arrays = filled(loralib.Linear(4, 3, lora_dropout=1.0, **LORA))
-    assert same(answer(layer, X), lora_linear(X, *arrays, S, none)[0])
-    layer, *arrays = filled(loralib.Conv2d(4, 3, kernel_size=1, lora_dropout=1.0, **LORA))
-    y = layer(torch.from_numpy(X).float()[None, :, :, None]).detach()[0, :, :, 0]
-    assert same(y, lora_linear(X, *arrays, S)[0])
-    assert not same(y, lora_linear(X, *arrays, S, none)[0])
-
-
-@pytest.mark.finding("loralib.nothing-enabled")
-def test_loralib_fails_in_a_merged_linear_with_nothing_enabled(torch, loralib):
-    layer = loralib.MergedLinear(4, 3, **LORA)
-    x = torch.from_numpy(X.T).float()
-    with pytest.raises(AttributeError, match="lora_A"):
-        layer(x)
-    layer.eval()
-    assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
-
-
-@pytest.mark.finding("loralib.meta-device")
-def test_loralib_drops_the_adapter_of_a_merged_linear_built_on_the_meta_device(loralib):
-    built = {"enable_lora": [True], **LORA}
-    layer, *arrays = filled(loralib.MergedLinear(4, 3, **built))
-    right, _ = lora_linear(X, *arrays, S)
-    assert same(answer(layer, X), right)
-    later = loralib.MergedLinear(4, 3, **built, device="meta").to_empty(device="cpu")
-    later.load_state_dict(layer.state_dict())
-    W, b, *_ = arrays
-    assert same(answer(later, X), linear(X, W, b)[0])
-
-
 @pytest.mark.finding("loralib.max-norm")
 def test_loralib_shortens_lora_a_in_the_forward_of_an_embedding_with_max_norm(torch, loralib):
     layer = loralib.Embedding(1, 1, r=1, max_norm=1.0)
@@ -1340,16 +1183,6 @@ def test_loralib_shortens_lora_a_in_the_forward_of_an_embedding_with_max_norm(to
     layer.train()
     assert layer(ids).item() < right
     assert layer.lora_A < 2
-
-
-@pytest.mark.finding("loralib.pickle")
-def test_loralib_cannot_pickle_a_layer_without_dropout(loralib):
-    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
-        pickle.dumps(loralib.Linear(4, 3, **LORA))
-    layer, W, b, A, B = filled(loralib.Linear(4, 3, lora_dropout=0.5, **LORA))
-    layer.eval()
-    copied = pickle.loads(pickle.dumps(layer))
-    assert same(answer(copied, X), lora_linear(X, W, b, A, B, S)[0])
 
 
 @pytest.mark.finding("bitsandbytes.rows-no-blocks")
@@ -1429,48 +1262,6 @@ def identity(torch, factor=1.0):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
     torch.nn.init.eye_(model[0].weight).data.mul_(factor)
     return model
-
-
-def kohya_state(torch, at="lycoris_0"):
-    """An adapter of rank 2 and alpha 8 as a file has it, A and B the identity."""
-    eye = torch.eye(2)
-    return {
-        f"{at}.lora_down.weight": eye,
-        f"{at}.lora_up.weight": eye,
-        f"{at}.alpha": torch.tensor(8.0),
-    }
-
-
-@pytest.mark.finding("lycoris.loaded-scale")
-def test_lycoris_loads_an_adapter_with_the_scale_it_was_built_with(torch, lycoris):
-    W = x = np.eye(2)
-    right, _ = lora_linear(x, W, None, np.eye(2), np.eye(2), scale(8, 2))
-
-    model = identity(torch)
-    network = lycoris.create_lycoris(model, 1.0, linear_dim=2, linear_alpha=1)
-    network.apply_to()
-    network.load_state_dict(kohya_state(torch), strict=True)
-    assert network.loras[0].alpha == 8
-    assert (model(torch.eye(2)).detach().numpy() == lora_linear(x, W, None, x, x, 1 / 2)[0]).all()
-
-    model = identity(torch)
-    network, _ = lycoris.create_lycoris_from_weights(1.0, "", model, kohya_state(torch))
-    network.apply_to()
-    assert (model(torch.eye(2)).detach().numpy() == right).all()
-
-
-@pytest.mark.finding("lycoris.no-alpha")
-def test_lycoris_fails_on_an_adapter_without_alpha(torch, lycoris):
-    state = kohya_state(torch)
-    for alpha, works in ((torch.tensor(0.0), True), (None, False)):
-        state["lycoris_0.alpha"] = alpha
-        given = {key: value for key, value in state.items() if value is not None}
-        if works:
-            network, _ = lycoris.create_lycoris_from_weights(1.0, "", identity(torch), given)
-            assert network.loras[0].scale == 1
-        else:
-            with pytest.raises(TypeError, match="float"):
-                lycoris.create_lycoris_from_weights(1.0, "", identity(torch), given)
 
 
 @pytest.mark.finding("lycoris.dora-epsilon")
@@ -1691,17 +1482,6 @@ def test_mlx_lm_drops_nothing_of_the_base_that_dora_rescales(mlx_lm, monkeypatch
     assert np.mean(found) == np.mean(right)
 
 
-@pytest.mark.finding("mlx-lm.alpha")
-def test_mlx_lm_passes_over_the_alpha_of_older_releases(mlx_lm):
-    scales = []
-    for beside in ({}, {"alpha": 8}):  # by which they scaled, 1.0 · 8 / 2
-        parameters = {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": ["mlp.up_proj"], **beside}
-        model = mlx_lm.model()
-        mlx_lm.tuner.linear_to_lora_layers(model, 1, parameters)
-        scales.append(model.layers[1].mlp.up_proj.scale)
-    assert scales == [1, 1]
-
-
 @pytest.fixture
 def sglang():
     """A function that reads an adapter of q and what is saved beside it by SGLang."""
@@ -1717,24 +1497,6 @@ def sglang():
         return adapter
 
     return read
-
-
-@pytest.mark.finding("sglang.one-scale")
-def test_sglang_has_one_scale_for_all_modules(sglang):
-    plain, stabilized, pattern = (
-        sglang({}, **settings).scaling
-        for settings in ({}, {"use_rslora": True}, {"alpha_pattern": {"q": 2}})
-    )
-    assert (scale(16, 4), scale(16, 4, rslora=True), scale(2, 4)) == (4, 8, 0.5)
-    assert (plain, stabilized, pattern) == (4, 4, 4)
-
-
-@pytest.mark.finding("sglang.start")
-def test_sglang_reads_a_pissa_as_any_other_adapter(sglang):
-    one, other = (sglang({}, init_lora_weights=start) for start in (True, "pissa"))
-    said, told = ({**vars(adapter.config), "hf_config": None} for adapter in (one, other))
-    assert said == told
-    assert one.scaling == other.scaling
 
 
 def function_at(source, line):
@@ -1767,18 +1529,6 @@ def adapted_by_peft(torch, peft, module, **settings):
 def fill_all(values):
     for parameter, value in values.items():
         parameter.data.fill_(value)
-
-
-@pytest.mark.finding("axolotl.max-norm")
-def test_axolotl_shortens_lora_a_of_an_embedding_with_max_norm(torch, peft, axolotl):
-    base = torch.nn.Embedding(1, 1, max_norm=1.0)
-    layer = adapted_by_peft(torch, peft, base)
-    A, B = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
-    fill_all({base.weight: 0, A: 2, B: 0.5})
-    row = merge_weight(*(np.array([[value]]) for value in (0.0, 2.0, 0.5)), 1)
-    assert row == 1  # no longer than max_norm
-    assert axolotl.apply_lora_embedding(layer, torch.tensor([[0]])).item() < 1
-    assert A.item() < 2
 
 
 @pytest.mark.finding("axolotl.down-dropout")
@@ -1816,66 +1566,6 @@ def test_axolotl_keeps_doras_norm_after_a_change_through_data(torch, peft, axolo
 @pytest.fixture
 def adapters(torch):
     return optional("adapters")
-
-
-def of_adapterhub(torch, adapters, base, scale=1, across=False):
-    """A layer with DoRA of rank 1, all of whose numbers are 1, as `adapters.init` puts it there."""
-    config = adapters.ModelAdaptersConfig()
-    lora = optional("adapters.methods.lora")
-    layer = lora.LoRALinear.wrap(base, "selfattn", None, config, fan_in_fan_out=across)
-    config.add("one", adapters.LoRAConfig(r=1, alpha=scale, use_dora=True))
-    layer.add_adapter("one", 0)
-    config.active_setup = adapters.Stack("one")
-    fill_all(dict.fromkeys(layer.parameters(), 1))
-    return layer.eval().requires_grad_(False)
-
-
-@pytest.mark.finding("adapters.dora-scale")
-def test_adapterhub_takes_doras_norm_without_the_scale(torch, adapters):
-    layer = of_adapterhub(torch, adapters, torch.nn.Linear(1, 1, bias=False), scale=3)
-    one = torch.ones(1, 1)
-    right, _ = dora_linear(
-        *(np.ones((1, 1)) for _ in "xW"), None, *(np.ones((1, 1)) for _ in "ABm"), 3
-    )
-    assert right == 1
-    assert layer(one) == (1 + 3 * 1) / (1 + 1)
-    layer = of_adapterhub(torch, adapters, torch.nn.Linear(2, 1, bias=False), scale=3)
-    layer.weight.data[:] = torch.tensor([[3.0, -1.0]])  # B A is (1, 1)
-    layer.merge_adapter("one")
-    assert layer.weight.tolist() == [[1, 0]]
-    V = np.array([[3.0, -1.0]]) + 3
-    assert not (layer.weight.numpy(force=True) == V / np.linalg.norm(V)).any()
-
-
-@pytest.mark.finding("adapters.dora-bias")
-def test_adapterhub_rescales_the_bias_under_dora(torch, adapters):
-    layer = of_adapterhub(torch, adapters, torch.nn.Linear(1, 1))
-    one = torch.ones(1, 1)
-    right, _ = dora_linear(*(np.ones((1, 1)) for _ in "xWbABm"), 1)
-    assert right == 1 + 1
-    assert layer(one) == (1 + 1 + 1) / (1 + 1)
-    layer.merge_adapter("one")
-    assert layer(one) == right
-
-
-@pytest.mark.finding("adapters.dora-transposed")
-def test_adapterhub_takes_the_norms_of_a_transposed_weight_along_the_other_side(
-    torch, transformers, adapters
-):
-    base = transformers.pytorch_utils.Conv1D(3, 2)
-    with pytest.raises(RuntimeError, match="size of tensor"):
-        of_adapterhub(torch, adapters, base, across=True)
-
-
-@pytest.mark.finding("adapters.dora-reset")
-def test_adapterhub_leaves_dora_merged_after_a_reset(torch, adapters):
-    layer = of_adapterhub(torch, adapters, torch.nn.Linear(1, 1, bias=False))
-    layer.weight.data.fill_(3)
-    layer.merge_adapter("one")
-    merged = layer.weight.item()
-    layer.reset_adapter()
-    assert not layer.merged
-    assert layer.weight.item() == merged == 1 != 3
 
 
 CODES = [finding for finding in FINDINGS.values() if finding.code]
