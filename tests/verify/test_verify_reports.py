@@ -527,6 +527,16 @@ def test_checks_of_a_level_that_do_alike_share_a_line_unless_all_are_asked_for()
         assert f" linear.{i} " in report.text(verbose=True)
 
 
+def test_the_table_ends_with_what_was_skipped_and_leaves_out_levels_that_were_not_asked():
+    asked = (result("linear.a", "pass"), result("linear.b", "skip", reason="none"))
+    unasked = result("multi.a", "skip", reason="none")
+    text = report_of(unasked, *asked).text()
+    assert "Not asked: multi." in text
+    assert re.search(r"^ linear.a +pass\n linear.b +skip$", text, re.M)
+    assert not re.search(r"^ multi.a +skip$", text, re.M)
+    assert re.search(r"^ multi.a +skip$", report_of(unasked).text(), re.M), "or nothing is shown"
+
+
 @pytest.mark.parametrize("z", [6.01, 12.345, 999.6, 2.35e6, 7.9e19, 1e150])
 @pytest.mark.parametrize("status", ["fail", "loose", "known", "error"])
 def test_the_longest_check_and_any_z_stay_within_80_columns(status, z):

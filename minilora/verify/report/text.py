@@ -108,7 +108,7 @@ def _table(report: Report, verbose: bool, room: int) -> Iterator[str]:
     dtypes = columns(report)
     lines = [
         (name, [cell(by_dtype.get(dtype)) for dtype in dtypes])
-        for name, by_dtype in (rows(report) if verbose else grouped_rows(report))
+        for name, by_dtype in (rows(report) if verbose else _asked_rows(report))
     ]
     longest = max((len(name) for name, _ in lines), default=0)
     width = min(longest + 1, room - CELL * len(dtypes) - 1)
@@ -116,6 +116,18 @@ def _table(report: Report, verbose: bool, room: int) -> Iterator[str]:
         yield _row("", dtypes, width)
     for name, cells in lines:
         yield _row(name, cells, width)
+
+
+def _asked_rows(report: Report) -> list[tuple[str, dict[str, Result]]]:
+    """What is skipped comes last; levels of which nothing was asked are named above the table."""
+    asked = {result.level for result in report.results if result.status != "skip"}
+
+    def is_skipped(row: tuple[str, dict[str, Result]]) -> bool:
+        return all(result.status == "skip" for result in row[1].values())
+
+    found = grouped_rows(report)
+    kept = [row for row in found if {result.level for result in row[1].values()} & asked]
+    return sorted(kept or found, key=is_skipped)
 
 
 def _row(name: str, cells: list[str], width: int) -> str:
