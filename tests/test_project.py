@@ -69,7 +69,7 @@ OPTIONAL = {
     "minilora/io/": {"gguf", "jinja2", "tokenizers"},
     "minilora/training/": {"matplotlib", "mpi4py", "pyarrow", "rouge_score"},
     "minilora/cli/": {"distributed", "mpi4py"},
-    "minilora/verify/skeletons/": {"torch"},
+    "minilora/verify/skeletons/": {"jax", "torch"},
 }
 """What comes with an extra, or with the library looked at, by the package that imports it."""
 

@@ -31,11 +31,10 @@ def load(target: str) -> object:
     module, colon, name = (peer.implementation if peer else target).rpartition(":")
     if not (module and colon and name):
         raise LoadError(_no_target(target, sorted(PEERS)))
+    if not peer and module.partition(".")[0] != __package__.partition(".")[0]:
+        _find_here()
     if _is_path(module):
         return resolve(_member(_import_file(Path(module)), module, name), target)
-    own = peer or module.partition(".")[0] == __package__.partition(".")[0]
-    if not own and sys.path[:1] != [os.getcwd()]:
-        sys.path.insert(0, os.getcwd())
     try:
         return resolve(_find(module, name), target)
     except LoadError as error:
@@ -46,6 +45,18 @@ def load(target: str) -> object:
                 f"pip install 'minilora[{peer.extra}]'"
             ) from cause
         raise
+
+
+def named(module: str, name: str) -> object:
+    """What an installed module, or one in the current folder, holds. Raises LoadError."""
+    _find_here()
+    return _find(module, name)
+
+
+def _find_here() -> None:
+    """Let modules be found in the current folder first."""
+    if sys.path[:1] != [os.getcwd()]:
+        sys.path.insert(0, os.getcwd())
 
 
 def source_file(target: str) -> Path | None:
