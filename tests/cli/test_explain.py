@@ -1,11 +1,14 @@
 """`minilora explain` and `minilora doctor`."""
 
+import sys
+
 import pytest
 
 from minilora import __version__
-from minilora.cli.commands.doctor import Requirement, required, requirements, version_of
+from minilora.cli.commands.doctor import FOR, Requirement, required, requirements, version_of
 from minilora.cli.commands.explain import names
 from minilora.cli.main import main
+from minilora.verify.peers import PEERS
 
 
 def test_every_name_has_a_page():
@@ -67,3 +70,20 @@ def test_what_is_missing_or_too_old_is_told():
         "no-such-thing is missing",
         f"numpy is {version_of('numpy')}, expected 99 or newer",
     ]
+
+
+def test_what_is_for_another_system_is_not_missed():
+    here, there = f"sys_platform == '{sys.platform}'", f"sys_platform != '{sys.platform}'"
+    needed = requirements([f"one; {here} and extra == 'x'", f"two; {there} and extra == 'x'"])
+    assert needed == {"": [], "x": [Requirement("one", "0", "x")]}
+
+
+def test_the_doctor_names_every_extra_and_the_command_that_completes_it(capsys, monkeypatch):
+    monkeypatch.setattr("minilora.cli.commands.doctor.version_of", lambda name: None)
+    assert main(["doctor"]) == (1 if required() else 0)
+    out = capsys.readouterr().out
+    assert "no library to verify is installed" in out
+    for extra in requirements(required()).keys() - {""}:
+        assert f"python -m pip install 'minilora[{extra}]'" in out or extra == "peers"
+    listed = {extra for peer in PEERS.values() for extra in peer.extra.split(",")}
+    assert not FOR.keys() & listed

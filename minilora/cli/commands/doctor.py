@@ -16,12 +16,29 @@ def add(commands: Any) -> None:
         commands,
         "doctor",
         "show what is installed, and what can be run with it",
-        "Print the versions of minilora, Python, NumPy and its linear algebra, what is missing or "
-        "too old for each extra, and the libraries that can be verified. Paste it into a bug "
-        "report.",
+        "Print the versions of minilora, Python, NumPy and its linear algebra, the libraries that "
+        "are installed and can be verified, and what is missing or too old, with the command that "
+        "installs it. Paste it into a bug report.",
         _run,
         "0 all that minilora requires is there, 1 something is missing or too old",
     )
+
+
+FOR = {
+    "dask": "--executor dask: work on other machines",
+    "dev": "the linters of this repository",
+    "docs": "building the documentation",
+    "gguf": "reading and writing GGUF files",
+    "llama-cpp": "tests that compare with llama.cpp",
+    "mpi": "mpiexec minilora train: one run in several processes",
+    "parquet": "training data in parquet files",
+    "plot": "pictures of a training run",
+    "pytest": "the checks as tests of pytest",
+    "servers": "tests that audit a server",
+    "test": "the tests of this repository",
+    "text": "tokenizers, chat templates and ROUGE",
+}
+"""What the extras are for that install no library to verify."""
 
 
 class Requirement(NamedTuple):
@@ -45,7 +62,9 @@ class Requirement(NamedTuple):
 def _run(arguments: argparse.Namespace) -> int:
     needed = requirements(required())
     lacks = [lack for each in needed[""] if (lack := each.lack)]
-    lines = [*_machine(), "", *_required(needed[""], lacks), "", *_extras(needed), "", *_peers()]
+    lines = [*_machine(), "", *_required(needed[""], lacks), "", *_peers()]
+    if extras := [*_extras(needed)]:
+        lines += ["", "for other uses:", *extras]
     say("\n".join(lines) + "\n")
     return FAILED if lacks else OK
 
@@ -67,6 +86,8 @@ def requirements(lines: list[str]) -> dict[str, list[Requirement]]:
     needed: dict[str, list[Requirement]] = {"": []}
     for line in lines:
         name, _, rest = line.partition(";")
+        if not _is_for_here(rest):
+            continue
         found = re.match(r"([\w.-]+)(?:\[[^]]*\])?(?:>=([\w.]+))?", name.replace(" ", ""))
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)", rest)
         assert found is not None
@@ -83,6 +104,15 @@ def version_of(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
+
+
+def _is_for_here(conditions: str) -> bool:
+    """Whether a requirement is for this system: of its conditions only sys_platform is known."""
+    import re
+    import sys
+
+    told = re.search(r"sys_platform\s*([!=]=)\s*['\"](\w+)", conditions)
+    return told is None or (told[1] == "==") == (sys.platform == told[2])
 
 
 def _key(version: str) -> tuple[int, ...]:
@@ -116,25 +146,49 @@ def _required(needed: list[Requirement], lacks: list[str]) -> Iterator[str]:
     listed = ", ".join(f"{each.distribution} {version_of(each.distribution)}" for each in needed)
     if not needed:
         yield "minilora is not installed, and run from a checkout: what it requires is not known"
+        yield "install it: python -m pip install -e CHECKOUT"
         return
     yield from (f"required: {lack}" for lack in lacks) if lacks else [f"required: {listed}"]
     if lacks:
         yield "install it: python -m pip install --upgrade minilora"
 
 
-def _extras(needed: Mapping[str, list[Requirement]]) -> Iterator[str]:
-    width = max(map(len, needed))
-    for extra in sorted(needed.keys() - {""}):
-        lacks = "; ".join(lack for each in needed[extra] if (lack := each.lack))
-        remedy = f"{lacks}: python -m pip install 'minilora[{extra}]'"
-        yield f"extra {extra:{width}}  {remedy if lacks else 'complete'}"
-
-
 def _peers() -> Iterator[str]:
+    """The libraries that are installed, and those that are not, with what installs them."""
     from minilora.verify.peers import PEERS
 
     width = max(map(len, PEERS))
+    there, absent = [], []
     for name, peer in sorted(PEERS.items()):
         missing = [package for package in peer.packages if version_of(package) is None]
-        remedy = f"{', '.join(missing)} missing: python -m pip install 'minilora[{peer.extra}]'"
-        yield f"verify {name:{width}}  {remedy if missing else peer.version}"
+        if missing:
+            absent.append(f"  {name:{width}}  {_missing(missing)}: {_install(peer.extra)}")
+        else:
+            there.append(f"  {name:{width}}  {peer.version}")
+    yield "installed, for minilora verify NAME:" if there else "no library to verify is installed"
+    yield from there
+    if absent:
+        yield "not installed:"
+        yield from absent
+
+
+def _extras(needed: Mapping[str, list[Requirement]]) -> Iterator[str]:
+    """The extras that are not for one library alone, and what each lacks."""
+    width = max(map(len, FOR))
+    for extra, purpose in FOR.items():
+        if extra not in needed:
+            continue
+        lacks = [each for each in needed[extra] if each.lack]
+        absent = [each.distribution for each in lacks if version_of(each.distribution) is None]
+        told = [_missing(absent)] if absent else []
+        told += [each.lack for each in lacks if each.distribution not in absent]
+        state = f"{'; '.join(told)}: {_install(extra)}" if told else "all there"
+        yield f"  {extra:{width}}  {purpose}; {state}"
+
+
+def _missing(names: list[str]) -> str:
+    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
+
+
+def _install(extra: str) -> str:
+    return f"python -m pip install 'minilora[{extra}]'"
