@@ -33,6 +33,7 @@ PEER = Peer(
             _OF_DORA,
             _GRADIENTS,
         ),
+        **entries(["variants.dora.bias-gradient"], ("adapters.dora-bias",), {"arrays": "dbias"}),
         **entries(["variants.dora.merge"], ("adapters.dora-scale",), {"arrays": "merged W"}),
         **entries(
             [

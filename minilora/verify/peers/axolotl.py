@@ -25,6 +25,7 @@ PEER = Peer(
                 "linear.accumulation-vjp",
                 "variants.*.vjp*",
                 "variants.dora.unbatched-vjp",
+                "variants.dora.bias-gradient",
                 "precision.vjp.all",
             ],
             ("axolotl.bias-gradient",),
