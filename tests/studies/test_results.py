@@ -13,6 +13,7 @@ from minilora.studies.results import summary as summary_module
 from minilora.studies.results.changes import changes, common, deviating, latest, releases
 from minilora.studies.results.page import page
 from minilora.studies.results.summary import (
+    joined,
     read_summaries,
     read_summary,
     summary_of,
@@ -20,6 +21,7 @@ from minilora.studies.results.summary import (
 )
 from minilora.verify.core.dtypes import Precision
 from minilora.verify.core.types import Judgement
+from minilora.verify.peers import PEERS
 from minilora.verify.report.report import Report
 from minilora.verify.report.result import Known, Result
 
@@ -34,6 +36,23 @@ def result(check, status, dtype="float32", **more):
     level = check.partition(".")[0]
     more |= {} if status in ("pass", "skip") else {"arrays": (worst,), "deviating_cases": 1}
     return Result(check, level, "a title", dtype, precision, status, cases=3, **more)
+
+
+def test_levels_that_were_asked_apart_are_put_together():
+    one = summary("1", linear_one="pass", merge_one="fail")
+    other = summary("1", merge_one="pass", module_one="fail")
+    wider = replace(other, dtypes=("float64", "float32"), checks={"module": {"module.one": ".F"}})
+    both = joined(one, wider)
+    assert both.checks == {
+        "linear": {"linear.one": "-."},
+        "merge": {"merge.one": "-F"},
+        "module": {"module.one": ".F"},
+    }
+    assert [each.check for each in both.deviations] == ["merge.one", "module.one"]
+    assert joined(one, other).status("merge", "merge.one") == "pass"
+    assert [each.check for each in joined(one, other).deviations] == ["module.one"]
+    assert joined(one, replace(other, seed=1)) == replace(other, seed=1)
+    assert joined(one, one) == one
 
 
 def report(version, **statuses):
@@ -195,3 +214,8 @@ def test_a_summary_names_no_folder_of_its_run():
     assert summary_module._lasting("minilora-is/here: /tmp/other") == "minilora-is/here: /tmp/other"
     recorded = (Path(__file__).parents[2] / "docs/results").glob("*.json")
     assert not any("/minilora-" in path.read_text(encoding="utf-8") for path in recorded)
+
+
+def test_every_library_that_can_be_verified_by_name_has_a_recorded_run():
+    recorded = {each.target for each in read_summaries(RECORDED)}
+    assert PEERS.keys() - recorded == set()

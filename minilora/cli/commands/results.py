@@ -27,20 +27,20 @@ def add(commands: Any) -> None:
         nargs="+",
         default=[],
         metavar="FILE.json",
-        help="reports of verify --json to record first",
+        help="reports of verify --json to record first; levels that were asked apart are put together",
     )
     add_files(option, "the page", "html")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from minilora.studies.results.page import page
-    from minilora.studies.results.summary import read_summaries, summary_of, write_summary
+    from minilora.studies.results.summary import add_summary, read_summaries, summary_of
     from minilora.studies.results.text import table
     from minilora.verify.report.load_report import read_report
 
     files = files_of(arguments, "html")
     for path in arguments.add:
-        write_summary(arguments.folder, summary_of(read_report(path)))
+        add_summary(arguments.folder, summary_of(read_report(path)))
     summaries = read_summaries(arguments.folder)
     if not summaries:
         raise ValueError(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from minilora.io.atomic import write_text
 from minilora.io.errors import FormatError
+from minilora.verify.checks.registry import LEVELS
+from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.report.matrix import LETTERS
 from minilora.verify.report.report import Report
 from minilora.verify.report.result import STATUSES, Result
@@ -154,6 +156,58 @@ def _deviation(worst: Result, found: Iterable[Result]) -> Deviation:
         findings=tuple(named[1].split(", ")) if named else (),
         reason=worst.known.reason if worst.known and not named else "",
         reproduce=worst.reproduce,
+    )
+
+
+def joined(before: Summary, after: Summary) -> Summary:
+    """Two runs of one release and profile as one: the levels of ``after`` beside the others.
+
+    Only what was recorded alike is joined: of another seed, of another minilora or with other
+    packages beside it, ``after`` stands alone.
+    """
+    alike = ("target", "version", "beside", "minilora", "profile", "seed")
+    if any(getattr(before, each) != getattr(after, each) for each in alike):
+        return after
+    kept = {level: checks for level, checks in before.checks.items() if level not in after.checks}
+    if not kept:
+        return after
+    dtypes = tuple(d for d in DTYPES if d in (*before.dtypes, *after.dtypes))
+    levels = {**_in(dtypes, before.dtypes, kept), **_in(dtypes, after.dtypes, after.checks)}
+    order = {level.name: i for i, level in enumerate(LEVELS)}
+    checks = dict(sorted(levels.items(), key=lambda item: order.get(item[0], len(order))))
+    found = [each for each in before.deviations if any(each.check in c for c in kept.values())]
+    places = [check for level in checks.values() for check in level]
+    found += after.deviations
+    return replace(
+        after,
+        seconds=round(before.seconds + after.seconds, 1),
+        dtypes=dtypes,
+        causes=tuple(dict.fromkeys((*before.causes, *after.causes))),
+        checks=checks,
+        deviations=tuple(sorted(found, key=lambda each: places.index(each.check))),
+    )
+
+
+def _in(
+    dtypes: Sequence[str], own: Sequence[str], levels: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, str]]:
+    """The letters of more dtypes: "-" in those that were not asked."""
+
+    def widened(letters: str) -> str:
+        by_dtype = dict(zip(own, letters, strict=True))
+        return "".join(by_dtype.get(dtype, "-") for dtype in dtypes)
+
+    return {
+        level: {check: widened(letters) for check, letters in checks.items()}
+        for level, checks in levels.items()
+    }
+
+
+def add_summary(folder: Path | str, summary: Summary) -> Path:
+    """Write a summary, joined with the one of the same release and profile that is there."""
+    there = Path(folder) / f"{summary.name}.json"
+    return write_summary(
+        folder, joined(read_summary(there), summary) if there.is_file() else summary
     )
 
 
