@@ -31,7 +31,7 @@ def test_the_declared_dependencies_are_those_that_are_imported():
     assert names(EXTRAS["pytest"]) == {"pytest"}
     used_as_they_are = ("text", "gguf", "plot", "parquet", "mpi", "dask")
     optional = names(line for extra in used_as_they_are for line in EXTRAS[extra])
-    assert optional - {"mpich"} == set().union(*OPTIONAL.values()) - PEERS
+    assert optional - {"mpich"} == set().union(*OPTIONAL.values()) - PEERS - ALONE
     alone = ("libraries", "jax", "adapters", "axolotl", "unsloth", "vllm", "sglang")
     assert {"lycoris_lora", *ALONE} <= names(line for extra in alone for line in EXTRAS[extra])
     assert names(EXTRAS["frameworks"]) == FRAMEWORKS

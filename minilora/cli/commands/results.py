@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
         nargs="+",
         default=[],
         metavar="FILE.json",
-        help="reports of verify --json to record first; levels that were asked apart are put together",
+        help="reports of verify --json to record first, levels of one release together",
     )
     add_files(option, "the page", "html")
 
