@@ -19,6 +19,8 @@ _TEXTS = {
     "another-change": "there is another change of low rank beside the adapter's",
     "exchanged": "tensors hold what others of their shape are to hold",
     "lora-bias-lost": "the base has no bias that the adapter's could be added to",
+    "after-merge": "all of the change is in it, and small differences beside it",
+    "overflow": "the merged numbers are larger than the dtype's largest",
     "norm-factor": "DoRA's rows are longer or shorter than the magnitude says",
     "tied-head": "embedding and head are tied, and with the adapter the two differ",
 }
@@ -37,6 +39,8 @@ _REMEDIES = {
     "read, and merge again",
     "not-applied": "check that the adapter's names fit the model's when it is loaded, and save "
     "what merge_and_unload() returns",
+    "after-merge": "merge into the base as it was published, once, and save it before any training",
+    "overflow": "merge and save in bfloat16 or float32",
     "layers": "merge again, and write every shard; check layers_to_transform and the adapter's "
     "names in these layers",
     "corrupt": "fetch or write the file again",
@@ -63,7 +67,9 @@ def cause_of(entries: Sequence[Entry], changed: Collection[str] = ()) -> tuple[s
     lacking = [entry for entry in tensors if entry.verdict == "not-applied"]
     if lacking and len(lacking) == len(tensors):
         text = f"the merged model is the base: none of the {len(tensors)} tensors that the adapter"
-        return f"{text} changes has its change", _REMEDIES["not-applied"]
+        gone = all(entry.mistake == "taken-out" for entry in lacking)
+        how = ": it was merged and taken out again" if gone else ""
+        return f"{text} changes has its change{how}", _REMEDIES["not-applied"]
     if lacking and len(lacking) == len(wrong) and (where := _whole_layers(lacking, tensors)):
         return f"not-applied: the adapter is not applied in {where}", _REMEDIES["layers"]
     if cause := _other_base(wrong):

@@ -103,7 +103,8 @@ class Change:
 class Around:
     """What else there is, where a wrong merge may have taken its change from.
 
-    ``modules``: the adapter's changes of other tensors; ``adapters``: other adapters' changes of
+    ``modules``: the adapter's changes of other tensors, and of a tensor of several matrices those
+    of each; ``adapters``: other adapters' changes of
     this tensor; ``heads``: the numbers of query and of key heads, if known. Reading parts may be
     lazy: the judge looks at a change's parts only where its shapes fit.
     """

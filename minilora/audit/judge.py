@@ -14,7 +14,7 @@ from minilora.audit.change import Around, Change, Tensor
 from minilora.audit.containers.tensor import StoredTensor
 from minilora.audit.explain import chance, explain
 from minilora.audit.explanation import Explanation
-from minilora.audit.floats import F32, F64, differing, on_grid, wide
+from minilora.audit.floats import F32, F64, differing, format_of, on_grid, wide
 from minilora.audit.lengths import other_lengths
 from minilora.audit.merges import Merge, Played
 from minilora.audit.outside import beyond, deviations
@@ -240,8 +240,7 @@ def _judged(region: Region, around: Around) -> Entry:
     tally = count(merge, way)
     name, figures = region.base.name, tally.figures()
     if tally.corrupt:
-        text = f"{tally.corrupt} of {tally.entries} entries are NaN or infinite"
-        return Entry(name, "corrupt", text, {"corrupt": tally.corrupt})
+        return _corrupt(merge, tally)
     figures["rounding"] = way.name
     case = Case(merge, around, cache(lambda: _another_factor(merge, tally)))
     longer = None if tally.outside or tally.equal == tally.entries else other_lengths(merge)
@@ -252,6 +251,28 @@ def _judged(region: Region, around: Around) -> Entry:
     found = explain(case) if tally.outside else chance(case) or longer
     found = found or _unexplained(tally)
     return Entry(name, found.verdict, found.text, figures | dict(found.figures), found.mistake)
+
+
+def _corrupt(merge: Merge, tally: Tally) -> Entry:
+    """The verdict on numbers that are none; that it overflows, where a right merge would too."""
+    name, region = merge.region.base.name, merge.region
+    text = f"{tally.corrupt} of {tally.entries} entries are NaN or infinite"
+    figures: dict[str, Figure] = {"corrupt": tally.corrupt}
+    largest = format_of(region.dtypes.merged).largest
+    greatest, overflows = 0.0, region.merged.scheme is None
+    for i, j, stored, M in region.blocks():
+        if not (broken := ~np.isfinite(M.astype(F32))).any() or not overflows:
+            continue
+        W = stored.astype(F64)
+        T, e = merge.rows(W, i, j)
+        size = (abs(T) + e)[broken]
+        overflows = bool(np.isfinite(W[broken]).all() and (size >= largest).all())
+        greatest = max(greatest, float(size.max()))
+    if not overflows:
+        return Entry(name, "corrupt", text, figures)
+    dtype = region.merged.dtype
+    text += f": with the change they reach {greatest:.4g}, and {dtype} ends at {largest:g}"
+    return Entry(name, "corrupt", text, figures, "overflow")
 
 
 def _unusable(region: Region) -> Entry | None:

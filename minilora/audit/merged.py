@@ -344,14 +344,14 @@ _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|position_i
 
 @dataclass(frozen=True, eq=False)
 class _Others(Sequence[Change]):
-    """The changes of other tensors than this one, chosen when they are asked for."""
+    """The changes of other tensors, and of this one's matrices, chosen when they are asked for."""
 
     every: Sequence[Change]
     tensor: str
 
     @cached_property
     def _chosen(self) -> list[Change]:
-        return [change for change in self.every if change.tensor != self.tensor]
+        return [c for c in self.every if c.tensor != self.tensor or c.index is not None]
 
     def __getitem__(self, at: Any) -> Any:
         return self._chosen[at]

@@ -162,7 +162,7 @@ class Requantized:
     def play(self, W: Array, i: int, j: int) -> tuple[Array, list[Array]]:
         """What the quantized merged rows stand for, and the changes."""
         V, deltas = self.replay.play(W, i, j)
-        N = np.ascontiguousarray(on_grid(V, self.replay.grid), F32)
+        N = np.nan_to_num(np.ascontiguousarray(on_grid(V, self.replay.grid), F32))
         return dequantize(quantize(N, self.scheme)), deltas
 
 

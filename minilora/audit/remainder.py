@@ -50,6 +50,24 @@ class _Sample:
         return self._rows[3]
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all of the right change is in it, as far as chance lets tell, and some is."""
+        f, sigma = self.share
+        return abs(f - 1) <= SIGMAS * sigma and abs(f) > SIGMAS * sigma
+
+    @property
+    def rows(self) -> float:
+        """The share of rows in which an entry is farther off than a rounding of W and ΔW."""
+        D, right, h, _ = self._rows
+        return float((abs(D - right) > 2 * h).any(1).mean())
+
+    @property
+    def beside(self) -> float:
+        """‖D - ΔW‖ / ‖ΔW‖."""
+        D, right, _, _ = self._rows
+        return float(np.linalg.norm(D - right) / np.linalg.norm(right))
+
+    @property
     def far(self) -> float:
         """The share of entries that are farther off than a rounding to bfloat16 of W and ΔW."""
         D, right, _, _ = self._rows
@@ -84,7 +102,7 @@ def remainder(case: Case) -> Explanation | None:
         return None
     sample = _Sample(case)
     if sample.others < 0.5:
-        return None
+        return _after_merge(sample)
     own = sum(c.r for c in case.merge.sums.bound.changes)
     whole, rest = sample.rank_of(False, own), sample.rank_of(True, own)
     f, sigma = sample.share
@@ -101,11 +119,25 @@ def remainder(case: Case) -> Explanation | None:
             "another adapter's, or another step's of its training"
         )
         return Explanation("other-adapter", "other-change", text, {"rank": whole.r})
-    told = abs(f - 1) <= SIGMAS * sigma and abs(f) > SIGMAS * sigma
-    if told and sample.far >= 0.5:  # else it may be a coarser arithmetic
+    if sample.is_whole and sample.far >= 0.5:  # else it may be a coarser arithmetic
         text = (
-            f"it is another base with the adapter: {f:.3g} ± {sigma:.1g} of the change is in it, "
-            "and what else differs from the base given has no low rank"
+            f"it is another base with the adapter, or was trained on after the merge: {f:.3g} ± "
+            f"{sigma:.1g} of the change is in it, and what else differs from the base has no low "
+            "rank"
         )
         return Explanation("known-mistake", "other-base", text, figures)
-    return None
+    return _after_merge(sample)
+
+
+def _after_merge(sample: _Sample) -> Explanation | None:
+    """That all of the change is in it, and little beside it, in rows all over the tensor."""
+    if not sample.is_whole or sample.rows < 0.5:
+        return None
+    f, sigma = sample.share
+    text = (
+        f"all of the change is in it ({f:.4g} ± {sigma:.1g}), and beside it differences of "
+        f"{sample.beside:.2g} of its norm, of no low rank: a step of training after the merge, or "
+        "roundings of more than one merge"
+    )
+    figures = {"factor": f, "factor_error": sigma, "beside": sample.beside}
+    return Explanation("known-mistake", "after-merge", text, figures)

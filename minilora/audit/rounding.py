@@ -35,6 +35,11 @@ class Dtypes:
         """The greater unit roundoff of the two."""
         return max(format_of(self.base).u, format_of(self.merged).u)
 
+    @property
+    def merged_u(self) -> float:
+        """The merged tensor's unit roundoff."""
+        return format_of(self.merged).u
+
     def smallest(self, adapter: Any) -> float:
         """The greatest of the formats' smallest normal numbers."""
         return max(2.0 ** format_of(d).lowest for d in (adapter, self.base, self.merged))

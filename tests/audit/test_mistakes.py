@@ -20,7 +20,7 @@ M, N, R = 64, 48, 8
 EACH = [pytest.param(d, marks=[pytest.mark.slow] if d == F16 else [], id=str(d)) for d in DTYPES]
 NAMED_FROM = (
     *("part-not-merged", "ranks-lost", "permuted", "dropped"),
-    *("other-base", "other-change", "another-change"),
+    *("other-base", "other-change", "another-change", "after-merge"),
 )
 """What `parts` and `remainder` find, beside the catalogue."""
 
@@ -302,6 +302,10 @@ def test_an_adapter_rounded_first_is_named():
 
     entry = made.entry(w + s * tf32(B) @ tf32(A))
     assert entry.text.endswith("as by autocast (TF32)")
+    made.A[:, ::5] = (1 + 2.0**-11) * np.sign(A[:, ::5])  # as far from one as from the other
+    c = replace(made.c, parts={"A": made.A.astype(F32), "B": B.astype(F32)})
+    away = np.where(np.arange(N) % 5 == 0, np.sign(made.A) * (1 + 2.0**-10), tf32(made.A))
+    assert "ties away from zero" in made.entry(w + s * tf32(B) @ away, [c]).text
 
 
 def test_sums_in_half_precision_cannot_be_decided():
@@ -331,7 +335,7 @@ def test_numbers_cut_off_are_named(dtype):
     assert (entry.mistake, dtype.name in entry.text) == ("truncated", True), entry
 
 
-@pytest.mark.parametrize("scheme", ["nf4", "q8_0", "q4_0", "q4_1"])
+@pytest.mark.parametrize("scheme", ["nf4", "nf4-double", "q8_0", "q4_0", "q4_1"])
 @pytest.mark.parametrize("dtype", EACH)
 def test_quantized_steps_on_the_way_are_named(dtype, scheme):
     made = Made(dtype, n=64, size=1e-3)
@@ -343,6 +347,8 @@ def test_quantized_steps_on_the_way_are_named(dtype, scheme):
         ("base-quantized", through(made.w) + made.D),
         ("merged-quantized", through(made.w + made.D)),
     ):
+        if scheme == "nf4-double" and name == "merged-quantized":
+            continue
         entry = made.entry(merged)
         assert entry.mistake == name, entry
         assert f"({scheme}" in entry.text
@@ -406,6 +412,99 @@ def test_another_base_and_another_change_are_told_apart(dtype):
     for name, merged in found.items():
         assert made.entry(merged).mistake == name, name
     assert made.entry(moved).mistake == ""  # without the adapter's change
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_a_small_step_after_the_merge_is_told(dtype):
+    made = Made(dtype, n=96, size=1e-2)
+    merged, step = cast(made.w + made.D, dtype).astype(float), 0.02 * made.D.std()
+    entry = made.entry(merged + step * made.rng.normal(size=merged.shape))
+    assert entry.mistake in ("after-merge", "other-base"), entry
+    assert "after the merge" in entry.text
+    one_row = np.where(np.arange(M)[:, None] == 5, 1.05, 1) * merged
+    assert made.entry(one_row).mistake == ""  # not all over the tensor
+
+
+@pytest.mark.parametrize("dtype", EACH)
+def test_merges_one_after_the_other_are_named(dtype):
+    """Each rounds to the base's dtype, as no single merge by another factor does."""
+    made = Made(dtype)
+    once = cast(made.w + made.D, dtype).astype(float)
+    assert made.entry(once + made.D).mistake == "twice"
+    entry = made.entry(once - made.D)
+    assert (entry.verdict, entry.mistake) == ("not-applied", "taken-out")
+    assert made.entry(cast(once - made.D, dtype).astype(float) + made.D).mistake != "taken-out"
+
+
+def test_bits_of_another_dtype_are_named():
+    made, own, other = Made(F32), BF16, F16
+    A, B = (x.astype(own) for x in (made.A, made.B))
+    c = replace(made.c, parts={"A": A, "B": B})
+    read_A, read_B = wide(A.view(other), B.view(other))
+    entry = made.entry(made.w + c.s * read_B @ read_A, [c])
+    assert (entry.mistake, str(other) in entry.text) == ("bits-misread", True)
+    assert made.entry(made.w + delta(c), [c]).severity == "ok"
+
+
+@np.errstate(all="ignore")
+def test_numbers_beyond_the_dtype_are_said_to_overflow():
+    made = Made(F16)
+    made.B[3] *= 1e9
+    c = replace(made.c, parts={"A": made.A.astype(F32), "B": made.B.astype(F32)})
+    T = made.w + delta(c)
+    entry = made.entry(T, [c])
+    assert (entry.verdict, entry.mistake) == ("corrupt", "overflow")
+    assert "float16 ends at 65504" in entry.text
+    broken = cast(T, F16)
+    broken[0, 0] = np.nan  # not by the change
+    assert made.entry(broken.astype(float), [c]).mistake == ""
+    assert made.entry(T.clip(-65504, 65504), [c]).mistake == "clipped"
+
+
+def test_experts_taken_apart_in_another_order_are_named():
+    made, E = Made(F32), 3
+    W = np.stack([weight(made.rng, M, N, F32) for _ in range(E)])
+    A, B = made.rng.normal(size=(E * R, N)), made.rng.normal(size=(M, R * E)) / 100
+    of_A, of_B = A.reshape(E, R, N), B.reshape(M, R, E).transpose(2, 0, 1)
+
+    def expert(e):
+        parts = {"A": of_A[e].astype(F32), "B": of_B[e].astype(F32)}
+        return replace(made.c, parts=parts, kind="expert", index=e)
+
+    changes = [expert(e) for e in range(E)]
+
+    def entry(of_A, of_B):
+        merged = W + made.c.s * np.einsum("emr,ern->emn", of_B, of_A)
+        return judge(Stored(W), Stored(cast(merged, F32)), changes, Around(modules=changes))
+
+    other_A, other_B = A.reshape(R, E, N).swapaxes(0, 1), B.reshape(M, E, R).swapaxes(0, 1)
+    for wrong in ((of_A, other_B), (other_A, of_B), (other_A, other_B)):
+        assert entry(*wrong).mistake == "experts-packed"
+    assert entry(of_A[[1, 2, 0]], of_B[[1, 2, 0]]).mistake == "other-module"
+    assert entry(of_A, of_B).severity == "ok"
+
+
+@pytest.mark.parametrize("dtype", EACH)
+def test_a_base_in_fp8_is_named(dtype):
+    made = Made(dtype, m=160, n=64, size=1e-3)
+    code = ml_dtypes.float8_e4m3fn
+
+    def through(largest):
+        scale = (largest / 448).astype(F32)
+        return (made.W.astype(F32) / scale).astype(code).astype(F32) * scale
+
+    w = abs(made.W.astype(F32))
+    blocks = np.where(np.arange(160)[:, None] < 128, w[:128].max(), w[128:].max())
+    for what, largest in (
+        ("one scale", w.max(keepdims=True)),
+        ("a scale for each row", w.max(1, keepdims=True)),
+        ("a scale for each 128 x 128", blocks),
+    ):
+        entry = made.entry(through(largest).astype(float) + made.D)
+        assert (entry.mistake, what in entry.text) == ("base-quantized", True), entry
+    assert "(FP8, e4m3)" in made.entry(made.W.astype(code).astype(float) + made.D).text
+    merged = cast(made.w + made.D, dtype).astype(code).astype(float)
+    assert made.entry(merged).mistake == "merged-quantized"
 
 
 def test_rows_of_the_bases_lengths_are_named():

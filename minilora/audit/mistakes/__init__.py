@@ -11,6 +11,7 @@ from minilora.audit.mistakes.layouts import LAYOUTS
 from minilora.audit.mistakes.magnitudes import MAGNITUDES
 from minilora.audit.mistakes.mistake import Mistake
 from minilora.audit.mistakes.others import OTHERS
+from minilora.audit.mistakes.repeated import REPEATED
 from minilora.audit.mistakes.roundings import ROUNDINGS
 from minilora.audit.mistakes.several import SEVERAL
 from minilora.audit.mistakes.weights import WEIGHTS
@@ -26,6 +27,7 @@ MISTAKES: tuple[Mistake, ...] = (
     *KINDS,
     *ROUNDINGS[:-1],
     *WEIGHTS,
+    *REPEATED,
     ROUNDINGS[-1],  # last of all: its bound is the widest
 )
 """Every known mistake but the wrong scales of one change: the likeliest first."""

@@ -7,7 +7,7 @@ from itertools import combinations
 
 import numpy as np
 
-from minilora.audit.floats import F64
+from minilora.audit.floats import BF16, F16, F64
 from minilora.audit.mistakes.mistake import Mistake, additive, factors_of, only
 from minilora.audit.scales import Settings
 from minilora.audit.trial import Case, Trial, with_parts
@@ -55,6 +55,19 @@ def column_missing(case: Case) -> Iterator[Trial]:
         yield Trial((with_parts(change, **{name: square}),), f"{name} applied twice")
 
 
+def bits_misread(case: Case) -> Iterator[Trial]:
+    """The bits of bfloat16 taken for those of float16, or the other way round."""
+    if (change := additive(case)) is None:
+        return
+    A, B = factors_of(change)
+    other = {BF16: F16, F16: BF16}.get(A.dtype)
+    if other is None or B.dtype != A.dtype:
+        return
+    read = [np.ascontiguousarray(x).view(other).astype(F64) for x in (A, B)]
+    if all(np.isfinite(x).all() for x in read):
+        yield Trial((with_parts(change, A=read[0], B=read[1]),), f"{A.dtype} as {other}")
+
+
 FACTORS = (
     Mistake(
         "column-missing",
@@ -63,4 +76,11 @@ FACTORS = (
         column_missing,
     ),
     Mistake("ranks-cut", "partly", "a part of the ranks", ranks_cut),
+    Mistake(
+        "bits-misread",
+        "known-mistake",
+        "the bits of A and B were read as another dtype's",
+        bits_misread,
+        ("aprender 2189",),
+    ),
 )

@@ -137,7 +137,35 @@ def kernel_moved(case: Case) -> Iterator[Trial]:
             yield Trial((with_parts(change, A=other.reshape(len(A), -1)),), what)
 
 
+def experts_packed(case: Case) -> Iterator[Trial]:
+    """B, A or both of all experts, side by side in one matrix, taken apart in the other order.
+
+    PEFT's A lies expert by expert, its B rank by rank.
+    """
+    change = additive(case)
+    if change is None or change.index is None:
+        return
+    every = {c.index: c for c in case.around.modules if c.tensor == change.tensor}
+    if [*every] != [*range(len(every))] or len(every) < 2 or change.index not in every:
+        return
+    A, B = (np.stack([np.asarray(c.parts[n]) for c in every.values()]) for n in "AB")
+    experts, r, n = A.shape
+    e, m = change.index, B.shape[1]
+    other_A = A.reshape(r, experts, n)[:, e]
+    other_B = B.transpose(1, 2, 0).reshape(m, experts, r)[:, e]
+    yield Trial((with_parts(change, B=other_B),), "B, as if it lay expert by expert")
+    yield Trial((with_parts(change, A=other_A),), "A, as if it lay rank by rank")
+    yield Trial((with_parts(change, A=other_A, B=other_B),), "A and B")
+
+
 LAYOUTS = (
+    Mistake(
+        "experts-packed",
+        "known-mistake",
+        "the experts' factors taken apart in another order",
+        experts_packed,
+        ("unsloth-zoo 1269",),
+    ),
     Mistake("transposed", "transposed", "the change is transposed", transposed),
     Mistake(
         "ranks-reversed", "known-mistake", "A's ranks in the reverse order of B's", ranks_reversed

@@ -29,16 +29,30 @@ def _likeliest(change: Change, others: Sequence[Change]) -> list[Change]:
 
 def _others(change: Change, others: Sequence[Change]) -> Iterator[Change]:
     """Other changes whose matrix has the same shape."""
-    fitting = [c for c in others if c is not change and _shape(c) == _shape(change) is not None]
+    fitting = [c for c in others if _other(c, change) and _shape(c) == _shape(change) is not None]
     for other in _likeliest(change, fitting):
         yield same_place(change, other)
+
+
+def _other(one: Change, change: Change) -> bool:
+    """Whether it is not the change itself, read anew."""
+    return _of(one) != _of(change)
+
+
+def _of(change: Change) -> tuple[object, ...]:
+    return change.adapter, change.module, change.tensor, change.index, change.rows
+
+
+def _named(other: Change) -> str:
+    """The module, and which of its matrices."""
+    return other.module if other.index is None else f"{other.module}, matrix {other.index}"
 
 
 def of_another_module(case: Case) -> Iterator[Trial]:
     """The change of another module of the same shape."""
     if (change := only(case)) is not None:
         for other in _others(change, case.around.modules):
-            yield Trial((other,), f"that of {other.module}")
+            yield Trial((other,), f"that of {_named(other)}")
 
 
 def of_another_adapter(case: Case) -> Iterator[Trial]:
@@ -57,11 +71,11 @@ def half_of_another(case: Case) -> Iterator[Trial]:
         return
     A, B = factors_of(change)
     adapters = {id(other) for other in case.around.adapters}
-    modules = [c for c in case.around.modules if {"A", "B"} <= c.parts.keys()]
+    modules = [c for c in case.around.modules if {"A", "B"} <= c.parts.keys() and _other(c, change)]
     for other in [*case.around.adapters, *_likeliest(change, modules)]:
         if not {"A", "B"} <= other.parts.keys():
             continue
-        there = other.adapter if id(other) in adapters else other.module
+        there = other.adapter if id(other) in adapters else _named(other)
         if np.shape(other.parts["A"]) == A.shape:
             yield Trial((with_parts(change, A=other.parts["A"]),), f"A of {there}")
         if np.shape(other.parts["B"]) == B.shape:

@@ -19,7 +19,7 @@ from minilora.spec.ops import Array
 def base_coarse(case: Case) -> Iterator[Trial]:
     """The base rounded to a narrower dtype before the change is added."""
     for dtype in _lossy(case.region.base.dtype):
-        yield Trial(case.changes, dtype.name, rounding(dtype))
+        yield Trial(case.changes, dtype.name, rounding(dtype), free=False)
 
 
 def _lossy(dtype: np.dtype[Any]) -> list[np.dtype[Any]]:
@@ -53,9 +53,9 @@ def adapter_coarse(case: Case) -> Iterator[Trial]:
     if not {"A", "B"} <= change.parts.keys() or not change.variant.additive:
         return
     A, B = (np.asarray(change.parts[name], F64) for name in "AB")
-    yield Trial((with_parts(change, A=_tf32(A), B=_tf32(B)),), "TF32", free=False)
-    cut = (with_parts(change, A=_tf32(A, np.trunc), B=_tf32(B, np.trunc)),)
-    yield Trial(cut, "TF32, cut off", free=False)
+    for how, to_whole in _TO_TF32.items():
+        near = (with_parts(change, A=_tf32(A, to_whole), B=_tf32(B, to_whole)),)
+        yield Trial(near, f"TF32{how}", free=False)
     for dtype in (F16, BF16):
         for s in dict.fromkeys((change.s, 1.0)):
             end = _change_rounded(dtype, s)
@@ -79,8 +79,21 @@ def _change_rounded(dtype: np.dtype[Any], s: float) -> Ending:
     return end
 
 
-def _tf32(x: Array, to_whole: Callable[[Array], Array] = np.rint) -> Array:
-    """The nearest numbers with 11 binary digits, or those towards zero."""
+def _half_away(x: Array) -> Array:
+    """The nearest whole numbers; of two the one away from zero, as NVIDIA's conversion does."""
+    away: Array = np.trunc(x + np.copysign(0.5, x))
+    return away
+
+
+_TO_TF32: dict[str, Callable[[Array], Array]] = {
+    "": np.rint,
+    ", ties away from zero": _half_away,
+    ", cut off": np.trunc,
+}
+
+
+def _tf32(x: Array, to_whole: Callable[[Array], Array]) -> Array:
+    """Numbers with 11 binary digits: the nearest, or those towards zero."""
     gap = np.ldexp(1.0, np.frexp(x)[1] - 11)
     near: Array = (to_whole(x / gap) * gap).astype(F32)
     return near
@@ -183,6 +196,24 @@ def _cut(dtype: np.dtype[Any]) -> Ending:
     return end
 
 
+def clipped(case: Case) -> Iterator[Trial]:
+    """Numbers beyond the dtype's largest set to the largest."""
+    dtype = case.region.merged.dtype
+    largest = format_of(dtype).largest
+    if case.region.merged.scheme or dtype.itemsize >= 4:
+        return
+    if any((abs(M) == largest).any() for _, _, _, M in case.everything()):
+        yield Trial(case.changes, f"{dtype}: {largest:g}", end=_within(largest), free=False)
+
+
+def _within(largest: float) -> Ending:
+    def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
+        low, high = (np.clip(x, -largest, largest) for x in (T - e, T + e))
+        return (low + high) / 2, (high - low) / 2
+
+    return end
+
+
 def _narrowed(dtype: np.dtype[Any]) -> Ending:
     def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
         low, high = rounded(T - e, dtype), rounded(T + e, dtype)
@@ -210,6 +241,12 @@ ROUNDINGS = (
         "coarser",
         "rounded up or down at random, not to the nearest",
         stochastic,
+    ),
+    Mistake(
+        "clipped",
+        "known-mistake",
+        "it overflows, and the dtype's largest number stands there",
+        clipped,
     ),
     Mistake("truncated", "known-mistake", "cut off, not rounded, to a narrower dtype", truncated),
     Mistake(

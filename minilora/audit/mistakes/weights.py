@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from minilora.audit.floats import F32, F64, rounded
+from minilora.audit.mistakes.fp8 import fp8_merges, fp8_steps
 from minilora.audit.mistakes.magnitudes import with_rows
 from minilora.audit.mistakes.mistake import Mistake, additive
 from minilora.audit.mistakes.roundings import rounding
 from minilora.audit.outside import half_gap
 from minilora.audit.trial import SIGMAS, Case, Ending, Step, Trial
 from minilora.spec.ops import Array
-from minilora.spec.quantization import dequantize, quantize
+from minilora.spec.quantization import (
+    dequantize,
+    dequantize_dynamic,
+    quantize,
+    quantize_dynamic,
+)
 from minilora.spec.variants.dora import row_norm
 
 
@@ -38,6 +45,9 @@ def base_quantized(case: Case) -> Iterator[Trial]:
         return
     steps = {scheme: _quantized(scheme) for scheme in QUANTIZERS if _fits(case, scheme)}
     steps["int8, a scale for each row"] = _int8_rows
+    steps |= fp8_steps(case)
+    if _fits(case, "nf4") and case.region.index is None:
+        steps["nf4-double"] = _nf4_double(case)
     width, rows = case.region.width, case.region.rows
     if width % NF4 and width * rows % NF4 == 0 and case.region.index is None:
         steps["nf4, in blocks that run through the rows"] = _through_rows(case)
@@ -66,6 +76,33 @@ def _int8_rows(W: Array, i: int, j: int) -> Array:
     return near
 
 
+def finite(x: Array) -> Array:
+    """The numbers, infinities as the largest and NaN as 0: a quantizer takes no others."""
+    return x if np.isfinite(x).all() else np.nan_to_num(x)
+
+
+def _nf4_double(case: Case) -> Step:
+    """NF4 whose scales are quantized too, over the whole tensor, as QLoRA's default has them."""
+    found = [quantize(_base(W), "nf4").constants["absmax"] for _, _, W, _ in case.region.blocks()]
+    absmax = np.concatenate(found)
+    mean = absmax.mean(dtype=F32)
+    small, nested = quantize_dynamic(absmax - mean)
+    scales = dequantize_dynamic(small, nested) + mean
+    each = case.region.width // NF4
+
+    def step(W: Array, i: int, j: int) -> Array:
+        q = quantize(_base(W), "nf4")
+        own = dict(q.constants, absmax=scales[i * each : j * each].astype(F32))
+        near: Array = dequantize(replace(q, constants=own)).astype(F64)
+        return near
+
+    return step
+
+
+def _base(W: Array) -> Array:
+    return finite(np.ascontiguousarray(W, F32))
+
+
 def _through_rows(case: Case) -> Step:
     """bitsandbytes' blocks of 64 do not end where a row does."""
     width = case.region.width
@@ -73,7 +110,7 @@ def _through_rows(case: Case) -> Step:
 
     def step(W: Array, i: int, j: int) -> Array:
         first, last = i // each * each, min(-(-j // each) * each, case.region.rows)
-        whole = np.asarray(case.region.read(first, last)[0], np.float32)
+        whole = finite(np.asarray(case.region.read(first, last)[0], np.float32))
         q = dequantize(quantize(np.ascontiguousarray(whole).reshape(-1, NF4), "nf4"))
         near: Array = q.reshape(whole.shape)[i - first : j - first].astype(F64)
         return near
@@ -93,6 +130,7 @@ def merged_quantized(case: Case) -> Iterator[Trial]:
         step = _quantized(scheme)
         step = _rounded_first(step, case.region.merged.dtype)
         yield Trial(case.changes, scheme, end=_through(step, block, w), free=False, bits=0.5)
+    yield from fp8_merges(case)
 
 
 def _rounded_first(step: Step, dtype: np.dtype[Any]) -> Step:
@@ -117,7 +155,7 @@ def _through(step: Step, block: int, w: float) -> Ending:
 
 def _quantized(scheme: str) -> Step:
     def step(W: Array, i: int, j: int) -> Array:
-        W = np.ascontiguousarray(W, np.float32)
+        W = finite(np.ascontiguousarray(W, np.float32))
         block = 32 if scheme.startswith("int8") else None
         return dequantize(quantize(W, scheme, block)).astype(F64)
 
@@ -138,6 +176,7 @@ def rescaled(case: Case) -> Iterator[Trial]:
         return
     c, off = along / square, SIGMAS * math.sqrt(spread) / square
     if abs(c - 1) > off:
+        off += case.region.dtypes.merged_u  # the merged number was rounded before
         yield Trial(case.changes, f"by {c:.6g}", end=_times(c, off), free=False)
 
 

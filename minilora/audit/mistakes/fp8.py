@@ -1,0 +1,84 @@
+"""Eight-bit floats with scales, as checkpoints in FP8 have them: of the base, or of the merge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from minilora.audit.floats import F32, F64, format_of, rounded
+from minilora.audit.trial import Case, Ending, Step, Trial
+from minilora.spec.ops import Array
+
+FP8 = {"e4m3": np.dtype(ml_dtypes.float8_e4m3fn), "e5m2": np.dtype(ml_dtypes.float8_e5m2)}
+
+BLOCK = 128
+"""Rows and columns that share a scale in DeepSeek's checkpoints."""
+
+
+def fp8_steps(case: Case) -> dict[str, Step]:
+    """The base in FP8 and back, by what shares a scale."""
+    steps: dict[str, Step] = {}
+    for name, dtype in FP8.items():
+        steps[f"FP8, {name}"] = _plain(dtype)
+        steps[f"FP8, {name}, a scale for each row"] = _by_row(dtype)
+    e4m3 = FP8["e4m3"]
+    steps["FP8, e4m3, one scale"] = _scaled(e4m3, lambda i, j: _largest(case))
+    steps["FP8, e4m3, a scale for each 128 x 128"] = _by_block(case, e4m3)
+    return steps
+
+
+def fp8_merges(case: Case) -> Iterator[Trial]:
+    """The merged numbers rounded to FP8, without a scale."""
+    for name, dtype in FP8.items():
+        yield Trial(case.changes, f"FP8, {name}", end=_narrowed(dtype), free=False, through=dtype)
+
+
+def _narrowed(dtype: np.dtype[Any]) -> Ending:
+    def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
+        low, high = rounded(T - e, dtype), rounded(T + e, dtype)
+        return (low + high) / 2, (high - low) / 2
+
+    return end
+
+
+def _plain(dtype: np.dtype[Any]) -> Step:
+    return lambda W, i, j: rounded(W, dtype)
+
+
+def _near(W: Array, largest: Array, dtype: np.dtype[Any]) -> Array:
+    """W in steps of a scale with which the largest number is the dtype's; computed in float32."""
+    scale = (largest / F32.type(format_of(dtype).largest)).astype(F32)
+    scale = np.where(scale > 0, scale, F32.type(1))
+    near: Array = rounded((W.astype(F32) / scale).astype(F64), dtype).astype(F32) * scale
+    return near.astype(F64)
+
+
+def _scaled(dtype: np.dtype[Any], largest: Any) -> Step:
+    return lambda W, i, j: _near(W, largest(i, j), dtype)
+
+
+def _by_row(dtype: np.dtype[Any]) -> Step:
+    return lambda W, i, j: _near(W, abs(W.astype(F32)).max(1, keepdims=True), dtype)
+
+
+def _largest(case: Case) -> Array:
+    found = [abs(W.astype(F32)).max(initial=0) for _, _, W, _ in case.region.blocks()]
+    return np.asarray(max(found, default=0), F32)
+
+
+def _by_block(case: Case, dtype: np.dtype[Any]) -> Step:
+    width = case.region.width
+    edges = np.arange(0, width, BLOCK)
+
+    def step(W: Array, i: int, j: int) -> Array:
+        first, last = i // BLOCK * BLOCK, min(-(-j // BLOCK) * BLOCK, case.region.rows)
+        whole = abs(case.region.read(first, last)[0].astype(F32))
+        by_row = np.maximum.reduceat(whole, edges, axis=1)
+        blocks = np.maximum.reduceat(by_row, np.arange(0, last - first, BLOCK), axis=0)
+        largest = blocks.repeat(BLOCK, 0)[i - first : j - first].repeat(BLOCK, 1)[:, :width]
+        return _near(W, largest, dtype)
+
+    return step
