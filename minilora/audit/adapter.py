@@ -32,6 +32,14 @@ CAUSES = {
         "its tensors hold an adapter's name, as a state dict does: PEFT serves the base",
         "save it by save_pretrained, or take the name out of the tensors' names",
     ),
+    "wrapped": (
+        "its tensors have the names of a wrapped module: PEFT serves the base, without a word",
+        "save the module inside the wrapper, or take the wrapper's part out of the names",
+    ),
+    "one-shard": (
+        "it is the part of one process: the rows of all others are 0",
+        "save it again, all processes gathered",
+    ),
     "incomplete": (
         "a factor is missing, or its shape is wrong: the file was cut in two or written by halves",
         "save it again, all processes gathered",
@@ -39,6 +47,10 @@ CAUSES = {
     "rank": (
         "its settings and its tensors have other ranks: one of the two files is another adapter's",
         "take both files from the same training step",
+    ),
+    "partly-saved": (
+        "it is a part of an adapter: modules that its settings select have no tensors",
+        "save it again, all processes gathered; or name the layers in layers_to_transform",
     ),
     "untrained": (
         "it is untrained: its changes are 0, and what serves it serves the base",

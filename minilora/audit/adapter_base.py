@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from minilora.audit.stored.module import OpenAdapter, OpenModule
 from minilora.audit.tensors import TensorStore
 from minilora.findings.stored import StoredAdapter
 from minilora.io.errors import listed
+from minilora.spec.target_modules import is_target
 
 TABLES = ("embed_tokens", "lm_head", "wte")
 
@@ -72,6 +74,7 @@ def base_entries(base: Base) -> Iterator[Entry]:
     for module in adapter.modules:
         if wrong := _misfit(base, module):
             yield Entry(module.name, "wrong", wrong, {"module": module.name}, "shape")
+    yield from _partly_saved(base)
     tied = [m.name for m in adapter.modules if m.name.rpartition(".")[2] in TABLES]
     if base.store.settings.get("tie_word_embeddings") and tied:
         text = f"{listed(tied)}: the base has one table for embedding and head. An adapter of one "
@@ -80,6 +83,35 @@ def base_entries(base: Base) -> Iterator[Entry]:
             module.kind == "tokens" for module in adapter.modules if module.name in tied
         )
         yield Entry("tie_word_embeddings", "told" if kept else "doubtful", text, mistake="tied")
+
+
+def _partly_saved(base: Base) -> Iterator[Entry]:
+    """Whether the settings select modules of the base, in other layers, that have no tensors."""
+    settings, adapter = base.adapter.settings, base.adapter
+    wanted = settings.get("target_modules")
+    if adapter.format != "peft" or not wanted or str(wanted).lower() == "all-linear":
+        return
+    others = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    beside = {key: settings.get(key) or () for key in others}
+    found = {path for path in base.path_of.values() if path is not None}
+    matrices = [n.removesuffix(".weight") for n in base.store if n.endswith(".weight")]
+    try:
+        selected = [path for path in matrices if is_target(path, wanted, **beside)]
+    except (re.error, RecursionError, ValueError):
+        return  # told of the settings
+    kinds = {_of_any_layer(path) for path in found}
+    lacking = [p for p in selected if p not in found and _of_any_layer(p) in kinds]
+    if lacking and found:
+        text = (
+            f"target_modules selects {len(lacking)} modules of the base that have no tensors here, "
+            f"as {lacking[0]}, beside {len(found)} that have: a part of what was trained?"
+        )
+        figures = {"modules": len(lacking)}
+        yield Entry("target_modules", "doubtful", text, figures, "partly-saved")
+
+
+def _of_any_layer(path: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "#", path)
 
 
 def _other(name: str, path: str) -> bool:

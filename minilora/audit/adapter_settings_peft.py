@@ -170,6 +170,23 @@ def _names(adapter: OpenAdapter) -> Iterator[Entry]:
         yield Entry("names", "wrong", text, {"tensors": len(marked)}, "adapter-name")
 
 
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module")
+"""Parts of names in modules that DataParallel, torch.compile, FSDP or DeepSpeed has wrapped."""
+
+
+def _wrapped(adapter: OpenAdapter) -> Iterator[Entry]:
+    """No name has a part that a wrapper put in."""
+    names = [held.name for module in adapter.modules for held in module.parts.values()]
+    for wrapper in _WRAPPERS:
+        within = [n for n in names if f".{wrapper}." in f".{n}"]
+        if within:
+            text = (
+                f"{len(within)} names, as {within[0]}, hold {wrapper!r}, as in a wrapped module: "
+            )
+            text += "PEFT finds no such module, and serves the base"
+            yield Entry("names", "wrong", text, {"tensors": len(within)}, "wrapped")
+
+
 def _has_adapter_name(name: str) -> bool:
     ends = r"lora_[AB]\.[^.]+\.(weight|bias)|lora_embedding_[AB]\.[^.]+"
     return bool(re.search(rf"\.({ends}|modules_to_save\.[^.]+\.(weight|bias))$", name))
@@ -177,6 +194,9 @@ def _has_adapter_name(name: str) -> bool:
 
 def _told(adapter: OpenAdapter) -> Iterator[Entry]:
     """Settings that are not known, and those that say more than factors."""
+    if not adapter.settings.get("peft_type"):
+        text = 'there is none: PEFT and transformers refuse to load it; add "peft_type": "LORA"'
+        yield Entry("peft_type", "wrong", text, mistake="no-peft-type")
     kind = KINDS.get(str(adapter.settings.get("peft_type") or "LORA").upper())
     if kind is None:
         text = f"peft_type is {adapter.settings.get('peft_type')}: its equation is not known here"
@@ -215,6 +235,7 @@ def _copies(adapter: OpenAdapter) -> Iterator[Entry]:
 
 CHECKS: tuple[Check, ...] = (
     _names,
+    _wrapped,
     _ranks,
     _patterns,
     _targets,

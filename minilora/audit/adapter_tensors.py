@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,12 @@ def tensor_entries(adapter: OpenAdapter) -> Iterator[Entry]:
     if not adapter.modules:
         text = "it holds no parameter of an adapter: it computes the base"
         yield Entry(str(adapter.path), "wrong", text, mistake="empty")
+    shards = _Shards()
     for module in adapter.modules:
-        yield from _of_module(module)
+        for entry in _of_module(module):
+            shards.add(entry)
+            yield entry
+    yield from shards.entries()
     for name, why in adapter.others.items():
         yield Entry(name, "wrong", f"{why}: it would be passed over, or refused")
     yield from _dtypes(adapter)
@@ -99,6 +104,7 @@ def _measured(module: OpenModule, figures: dict[str, Figure]) -> Entry:
     """The module's norm, rank and effective rank; untrained where a factor is 0."""
     pairs = module.pairs()
     σ = singular_values(pairs)
+    figures |= {"rows": module.shape[0], "last_row": _last_row(pairs)}
     s = 1.0 if module.scale is None else abs(module.scale)
     norm, rank = s * float(np.linalg.norm(σ)), module.rank
     figures |= {
@@ -123,6 +129,43 @@ def _measured(module: OpenModule, figures: dict[str, Figure]) -> Entry:
         return Entry(module.name, "told", text, figures, "unused-rank")
     text = f"rank {rank}, scale {scale_text(module)}, norm {norm:.3g}, effective rank "
     return Entry(module.name, "fine", f"{text}{figures['effective_rank']:.3g}", figures)
+
+
+def _last_row(pairs: list[tuple[Array, Array]]) -> int:
+    """How many rows of B there are up to the last that is not 0."""
+    ends = [np.flatnonzero(B.any(1)) for _, B in pairs]
+    return max((int(end[-1]) + 1 for end in ends if end.size), default=0)
+
+
+MOST_SHARDS = 1024
+
+
+@dataclass
+class _Shards:
+    """How many processes may have saved the first one's rows of B alone, as FSDP parts them."""
+
+    modules: int = 0
+    counts: set[int] = field(default_factory=set)
+
+    def add(self, entry: Entry) -> None:
+        """Look at a module's rows that are 0."""
+        rows, last = (entry.figures.get(name) for name in ("rows", "last_row"))
+        if not isinstance(rows, int) or not isinstance(last, int) or not last:
+            return
+        own = {n for n in range(2, MOST_SHARDS) if -(-rows // n) == last and last < rows}
+        self.counts = own if not self.modules else self.counts & own
+        self.modules += 1
+
+    def entries(self) -> Iterator[Entry]:
+        """That it is so, where all modules say it."""
+        if self.modules < 2 or not self.counts:
+            return
+        n = min(self.counts)
+        text = (
+            f"in all {self.modules} modules every row of B after the first 1/{n} is 0: one of {n} "
+            "processes saved its own rows alone"
+        )
+        yield Entry("rows of B", "wrong", text, {"processes": n}, "one-shard")
 
 
 def scale_text(module: OpenModule) -> str:

@@ -19,6 +19,10 @@ _TEXTS = {
     "another-change": "there is another change of low rank beside the adapter's",
     "exchanged": "tensors hold what others of their shape are to hold",
     "lora-bias-lost": "the base has no bias that the adapter's could be added to",
+    "wrapped-names": "the tensors have the names of a wrapped module, and nothing loads them",
+    "adapter-beside": "an adapter lies beside the merged weights, and is added again on loading",
+    "stale-weights": "weights that are out of date lie beside the others",
+    "applied-elsewhere": "the change is applied to other modules too",
     "after-merge": "all of the change is in it, and small differences beside it",
     "overflow": "the merged numbers are larger than the dtype's largest",
     "norm-factor": "DoRA's rows are longer or shorter than the magnitude says",
@@ -39,6 +43,9 @@ _REMEDIES = {
     "read, and merge again",
     "not-applied": "check that the adapter's names fit the model's when it is loaded, and save "
     "what merge_and_unload() returns",
+    "adapter-beside": "move the adapter's files out of the merged model's folder",
+    "stale-weights": "remove the weights that the index does not name",
+    "applied-elsewhere": "match modules by their whole names, and merge again",
     "after-merge": "merge into the base as it was published, once, and save it before any training",
     "overflow": "merge and save in bfloat16 or float32",
     "layers": "merge again, and write every shard; check layers_to_transform and the adapter's "
@@ -66,10 +73,7 @@ def cause_of(entries: Sequence[Entry], changed: Collection[str] = ()) -> tuple[s
     tensors = [entry for entry in entries if entry.subject in changed]
     lacking = [entry for entry in tensors if entry.verdict == "not-applied"]
     if lacking and len(lacking) == len(tensors):
-        text = f"the merged model is the base: none of the {len(tensors)} tensors that the adapter"
-        gone = all(entry.mistake == "taken-out" for entry in lacking)
-        how = ": it was merged and taken out again" if gone else ""
-        return f"{text} changes has its change{how}", _REMEDIES["not-applied"]
+        return _is_base(lacking), _REMEDIES["not-applied"]
     if lacking and len(lacking) == len(wrong) and (where := _whole_layers(lacking, tensors)):
         return f"not-applied: the adapter is not applied in {where}", _REMEDIES["layers"]
     if cause := _other_base(wrong):
@@ -83,6 +87,14 @@ def cause_of(entries: Sequence[Entry], changed: Collection[str] = ()) -> tuple[s
     share = f"in {count} of {len(wrong)} deviations" if len(wrong) > 1 else f"in {first.subject}"
     remedy = _REMEDIES.get(kind, _REMEDIES.get(first.verdict, _AGAIN))
     return f"{kind}: {text}, {share}", remedy
+
+
+def _is_base(lacking: Sequence[Entry]) -> str:
+    """That no tensor has its change."""
+    gone = all(entry.mistake == "taken-out" for entry in lacking)
+    how = ": it was merged and taken out again" if gone else ""
+    text = f"the merged model is the base: none of the {len(lacking)} tensors that the adapter"
+    return f"{text} changes has its change{how}"
 
 
 def _other_base(wrong: Sequence[Entry]) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 
 from minilora.audit.adapters.factors import with_most_slack
 from minilora.audit.base import HEAD, is_head, replaced, replicated, tied_table, with_head
+from minilora.audit.beside import beside
 from minilora.audit.cause import cause_of
 from minilora.audit.change import Around, Change
 from minilora.audit.changes import AdapterChanges, ranges_of, read_changes
@@ -103,6 +104,7 @@ class Walk:
             yield from adapter.entries
         yield from compare_settings(self.base, self.merged)
         yield from compare_tokenizers(self.base, self.merged)
+        yield from beside(self.merged)
 
     def run(self) -> Iterator[Entry]:
         """A verdict on every tensor of the two."""
@@ -192,7 +194,7 @@ class Walk:
                 entry = _beside_start(entry, judge(tensor, other, with_most_slack(changes)))
             entry = _with_start(self._doubted(entry, changes), changes)
         else:
-            entry = self._own(untouched(tensor, other), name)
+            entry = self._unchanged(tensor, other)
         entry = self._converted(entry)
         entry = replace(entry, subject=name, figures={**figures, **entry.figures})
         if self._is_tied(name) and entry.severity == "deviation":
@@ -218,11 +220,25 @@ class Walk:
         text = f"llama.cpp's converter may change this tensor of {architecture}: {entry.text}"
         return replace(entry, verdict="undecided", text=text, severity="undecided", mistake="")
 
-    def _own(self, entry: Entry, name: str) -> Entry:
-        """The entry, where the tensor came with an adapter: it is the adapter's that is to stay."""
-        if not any(own.name == name for adapter in self.adapters for own in adapter.replaced):
+    def _unchanged(self, tensor: StoredTensor, other: StoredTensor) -> Entry:
+        """The verdict on a tensor that is to stay as it is: the base's, or what an adapter holds.
+
+        What is not may be a change that was applied here too, as by names that only end alike.
+        """
+        own = any(own.name == tensor.name for a in self.adapters for own in a.replaced)
+        entry = untouched(tensor, other, own)
+        if entry.verdict != "changed" or entry.mistake or tensor.shape != other.shape:
             return entry
-        return replace(entry, text=f"beside the adapter's own: {entry.text}")
+        end, layer = tensor.name.split(".")[-2:], layer_of(tensor.name)
+        for name, changes in self.changed.items():
+            if name.split(".")[-2:] == end and layer_of(name) == layer and name in self.base:
+                here = [replace(change, tensor=tensor.name) for change in changes]
+                if self.base[name].shape != tensor.shape:
+                    continue
+                if judge(tensor, other, here).verdict in ("exact", "within"):
+                    text = f"the change of {name} is applied to it, and no adapter is meant for it"
+                    return replace(entry, text=text, mistake="applied-elsewhere")
+        return entry
 
     def _doubted(self, entry: Entry, changes: Sequence[Change]) -> Entry:
         """The entry, undecided where the files do not hold all that the merge is made of."""

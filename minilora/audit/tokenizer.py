@@ -11,7 +11,7 @@ from typing import Any
 from minilora.audit.result import Entry
 from minilora.audit.tensors import TensorStore
 from minilora.io.errors import FormatError
-from minilora.io.files import parse_json
+from minilora.io.files import in_words, parse_json
 
 FILES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
@@ -66,7 +66,7 @@ def _read(path: Path) -> dict[str, Any]:
         value = parse_json(path.read_bytes()) if path.stat().st_size <= _MOST else {}
     except (OSError, ValueError) as error:
         remedy = "fetch or write it again"
-        raise FormatError(path, "file", error, "a JSON object", remedy) from None
+        raise FormatError(path, "file", in_words(error), "a JSON object", remedy) from None
     return value if isinstance(value, dict) else {}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.audit.mistakes.fp8 import FP8
 from minilora.audit.result import Entry
 from minilora.audit.tensors import StoredTensor
 from minilora.io.files import WEIGHT_DTYPES
@@ -20,7 +21,7 @@ _SEARCHED = ("k", "s", "m", "l")
 
 @dataclass
 class _Tally:
-    """What one passage through the two counts."""
+    """What one passage through the two counts; ``first`` and ``last``: rows that differ."""
 
     entries: int = 0
     other: int = 0
@@ -29,14 +30,18 @@ class _Tally:
     greatest: float = 0.0
     moved: float = 0.0
     square: float = 0.0
+    first: int = -1
+    last: int = -1
 
-    def add(self, one: Array, two: Array, spacing: Callable[[], Array | None]) -> None:
-        """Compare a block of rows; ``spacing`` gives that of what a quantizer can store."""
+    def add(self, start: int, one: Array, two: Array, spacing: Callable[[], Array | None]) -> None:
+        """Compare rows from ``start``; ``spacing`` gives that of what a quantizer can store."""
         self.entries += one.size
         expected = cast(one, two.dtype)
         off = (_bits(expected) != _bits(two)).reshape(one.shape) & (expected != two)  # 0 is -0
         if not off.any():
             return
+        rows = start + np.flatnonzero(off.reshape(len(off), -1).any(1) if off.ndim else off)
+        self.first, self.last = int(rows[0] if self.first < 0 else self.first), int(rows[-1])
         step = spacing()
         W, M = one.astype(np.float64), two.astype(np.float64)
         self.broken += int(np.count_nonzero(np.isfinite(W) & ~np.isfinite(M)))
@@ -50,11 +55,12 @@ class _Tally:
             self.beyond += int(np.count_nonzero(gap > step * (1 + 2.0**-7) + abs(W) * 2.0**-10))
 
 
-def untouched(tensor: StoredTensor, other: StoredTensor) -> Entry:
+def untouched(tensor: StoredTensor, other: StoredTensor, own: bool = False) -> Entry:
     """The verdict on a tensor of the merged model beside the base's, which no adapter changes.
 
     It is to have the base's bits, or those of one rounding to its own dtype; a quantized one what
-    its quantizer can store next to the base's numbers.
+    its quantizer can store next to the base's numbers. ``own``: ``tensor`` is an adapter's, saved
+    whole, in place of the base's.
     """
     if tensor.shape != other.shape:
         return _other_shape(tensor, other)
@@ -65,7 +71,7 @@ def untouched(tensor: StoredTensor, other: StoredTensor) -> Entry:
             tally.entries += (stop - start) * tensor.width
             continue
         one, two = tensor.rows(start, stop), other.rows(start, stop)
-        tally.add(one, two, partial(coarser.spacing, start, stop))
+        tally.add(start, one, two, partial(coarser.spacing, start, stop))
     if tally.broken:
         text = f"{tally.broken} entries are NaN or infinite, and finite in the base"
         return Entry(tensor.name, "corrupt", text)
@@ -73,7 +79,7 @@ def untouched(tensor: StoredTensor, other: StoredTensor) -> Entry:
         return Entry(tensor.name, "unchanged", _kept(tensor, other))
     if quantized:
         return _quantized(tensor, other, tally)
-    return _changed(tensor, other, tally)
+    return _changed(tensor, other, tally, own)
 
 
 def _kept(tensor: StoredTensor, other: StoredTensor) -> str:
@@ -114,12 +120,16 @@ def _blocks(tensor: StoredTensor, rows: int) -> Sequence[tuple[int, int]]:
     return [(i, min(j, rows)) for i, j in tensor.blocks() if i < rows]
 
 
-def _changed(tensor: StoredTensor, other: StoredTensor, tally: _Tally) -> Entry:
+def _changed(tensor: StoredTensor, other: StoredTensor, tally: _Tally, own: bool) -> Entry:
     """The verdict on other numbers, with what could explain them."""
     share = tally.other / tally.entries
     relative = (tally.moved / tally.square) ** 0.5 if tally.square else float("inf")
     text = f"{tally.other} of {tally.entries} entries differ, by {tally.greatest:.3g} at most"
+    if tally.last + 1 - tally.first < tensor.length:
+        text += f", in rows {tally.first} to {tally.last} of {tensor.length}"
     why = "trained, though no adapter says so, or another revision of the base"
+    if own:
+        why = "it is to be the adapter's own, which was saved whole"
     if tensor.scheme is not None and not tally.beyond:
         why = (
             f"each within a step of {tensor.scheme}: it was merged into the base as it was before "
@@ -129,12 +139,38 @@ def _changed(tensor: StoredTensor, other: StoredTensor, tally: _Tally) -> Entry:
         figures = {"differing": share}
         text = "it is stored transposed"
         return Entry(tensor.name, "changed", text, figures, "tensor-transposed")
-    for coarse in (WEIGHT_DTYPES["F16"], WEIGHT_DTYPES["BF16"]):
+    for coarse in (WEIGHT_DTYPES["F16"], WEIGHT_DTYPES["BF16"], *FP8.values()):
         if _passed_through(tensor, other, coarse):
             why = f"the base's numbers, rounded to {coarse} and back"
             break
+    else:
+        why = _in_all(tensor, other) or why
     figures = {"differing": share, "greatest": tally.greatest, "relative": relative}
     return Entry(tensor.name, "changed", f"{text}: {why}", figures)
+
+
+_MOVED = {
+    1.0: "the base's numbers plus 1, as GGUF files of Gemma hold the weights of norms",
+    -1.0: "the base's numbers less 1, as Gemma's files hold the weights of norms",
+}
+
+
+def _in_all(tensor: StoredTensor, other: StoredTensor) -> str:
+    """What all entries have in common: one number, or the same distance to the base's; else ""."""
+    first = other.rows(0, 1).reshape(-1)[:1]
+    if not first.size:
+        return ""
+    if all((other.rows(i, j) == first[0]).all() for i, j in tensor.blocks()):
+        return f"all entries are {float(first[0]):g}: never written, or drawn anew"
+    for by, why in _MOVED.items():
+        if all(_is_moved(tensor.rows(i, j), other.rows(i, j), by) for i, j in tensor.blocks()):
+            return why
+    return ""
+
+
+def _is_moved(one: Array, two: Array, by: float) -> bool:
+    """Whether two are one plus ``by``, rounded to their dtype."""
+    return np.array_equal(cast(one.astype(np.float64) + by, two.dtype), two)
 
 
 def _is_transpose(tensor: StoredTensor, other: StoredTensor) -> bool:

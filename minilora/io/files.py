@@ -186,10 +186,32 @@ def read_json(path: Path | str) -> dict[str, Any]:
     except OSError as error:
         raise FormatError(path, "file", error.strerror, "a JSON object", "check the path") from None
     except ValueError as error:
-        raise FormatError(path, "file", error, "a JSON object", "fetch or write it again") from None
+        found, remedy = in_words(error), "fetch or write it again"
+        raise FormatError(path, "file", found, "a JSON object", remedy) from None
     if not isinstance(value, dict):
-        raise FormatError(path, "file", type(value).__name__, "an object", "is it the right file?")
+        raise FormatError(path, "file", kind_of(value), "a JSON object", "is it the right file?")
     return value
+
+
+_KINDS = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+
+
+def kind_of(value: object) -> str:
+    """What a value of JSON is, in words."""
+    return _KINDS.get(type(value), "a number")
+
+
+def in_words(error: Exception) -> str:
+    """What an error of reading a file of JSON says, without Python's words for it."""
+    if isinstance(error, OSError):
+        return str(error.strerror or error)
+    if isinstance(error, json.JSONDecodeError):
+        return f"no JSON from line {error.lineno}, column {error.colno} on"
+    if isinstance(error, UnicodeDecodeError):
+        return f"bytes that are no text, from byte {error.start} on"
+    if str(error).startswith("Exceeds the limit"):
+        return "a whole number of thousands of digits"
+    return str(error)
 
 
 def parse_json(data: bytes) -> Any:
@@ -205,8 +227,8 @@ def parse_json(data: bytes) -> Any:
             parse_constant=_no_constant,
             parse_float=_finite,
         )
-    except RecursionError as error:
-        raise ValueError(str(error)) from None
+    except RecursionError:
+        raise ValueError("brackets nested too deep") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from minilora.io.errors import FormatError
-from minilora.io.files import TENSOR_DTYPES, check_regular, parse_json
+from minilora.io.files import TENSOR_DTYPES, check_regular, in_words, kind_of, parse_json
 from minilora.spec.ops import Array
 
 LARGEST = 2**24
@@ -105,6 +105,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
             if length > min(LARGEST, size - 8):
+                _check_text(path, start + file.read(64))
                 found = f"a header of {length} bytes in a file of {size}"
                 expected = f"one that lies in the file, of {LARGEST} bytes at most"
                 remedy = "is it a safetensors file, and whole? fetch or write it again"
@@ -116,10 +117,21 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         expected, remedy = "a safetensors file", "check the path"
         raise FormatError(path, "file", error.strerror or error, expected, remedy) from None
     except ValueError as error:
-        raise FormatError(path, "header", error, "a JSON object", _DAMAGED) from None
+        raise FormatError(path, "header", in_words(error), "a JSON object", _DAMAGED) from None
     if not isinstance(header, dict):
-        raise FormatError(path, "header", type(header).__name__, "an object", _DAMAGED)
+        raise FormatError(path, "header", kind_of(header), "a JSON object", _DAMAGED)
     return header, 8 + length
+
+
+def _check_text(path: Path, start: bytes) -> None:
+    """Refuse by its name what is often found in place of a file: a pointer of Git LFS, a page."""
+    expected = "a safetensors file"
+    if start.startswith(b"version https://git-lfs"):
+        remedy = "it stands for the file: run git lfs pull, or download the file itself"
+        raise FormatError(path, "file", "a pointer of Git LFS", expected, remedy)
+    if start.lstrip().startswith((b"<", b"{")):
+        found = "a page" if start.lstrip().startswith(b"<") else "a text"
+        raise FormatError(path, "file", found, expected, "is it a server's answer? fetch it again")
 
 
 def _entry(

@@ -48,6 +48,41 @@ def test_a_right_adapter_is_right(tmp_path):
     assert report.bytes_read == sum(array.nbytes for array in tensors().values())
 
 
+def first_rows(n):
+    """Tensors of one process of n: the rows of B that the others have are 0."""
+    pairs = factors()
+    for _, B in pairs.values():
+        B[-(-len(B) // n) :] = 0
+    return tensors(pairs)
+
+
+def test_the_rows_of_one_process_alone_are_told(tmp_path):
+    assert found(adapter(write_peft(tmp_path / "2", first_rows(2)))) == {("wrong", "one-shard")}
+    stored = first_rows(2)
+    stored[B][-1] = 0.5  # one module has its last row: they were not parted
+    assert found(adapter(write_peft(tmp_path / "1", stored))) == set()
+
+
+@pytest.mark.parametrize("part", ["module", "_orig_mod", "_fsdp_wrapped_module"])
+def test_names_of_a_wrapped_module_are_told(tmp_path, part):
+    stored = renamed(lambda name: name.replace("base_model.model.", f"base_model.model.{part}."))
+    assert ("wrong", "wrapped") in found(adapter(write_peft(tmp_path, stored)))
+
+
+def test_settings_without_a_type_are_told(tmp_path):
+    said = {key: value for key, value in settings().items() if key != "peft_type"}
+    assert found(adapter(write_peft(tmp_path, said=said))) == {("wrong", "no-peft-type")}
+
+
+def test_a_part_of_the_layers_is_told(tmp_path):
+    base = write_base(tmp_path / "base")
+    stored = {name: array for name, array in tensors().items() if ".layers.0." in name}
+    some = adapter(write_peft(tmp_path / "a", stored), base)
+    assert found(some) == {("doubtful", "partly-saved")}
+    only = settings(layers_to_transform=[0])
+    assert found(adapter(write_peft(tmp_path / "a", stored, only), base)) == set()
+
+
 def without(name, of=None):
     stored = tensors() if of is None else of
     return {key: array for key, array in stored.items() if key != name}

@@ -355,6 +355,65 @@ def test_a_start_that_nobody_makes_again_cannot_be_decided(made, tmp_path):
     assert "loftq" in one(report, "undecided").text
 
 
+def spoiled(made, tmp_path, change):
+    """What is wrong with a copy of a merged model, whose folder was changed."""
+    folder = tmp_path / "spoiled"
+    shutil.copytree(made("llama"), folder)
+    change(folder)
+    return problems(merged("reference:llama", "reference:llama", folder))
+
+
+def shard(path):
+    """The weights as one shard with an index."""
+    names = [*tensors_of(path)]
+    (path / "model.safetensors").rename(path / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_an_adapter_beside_the_merged_weights_would_be_added_again(made, tmp_path):
+    def change(path):
+        for file in (folder() / "llama" / "adapter").iterdir():
+            shutil.copy(file, path)
+
+    assert spoiled(made, tmp_path, change) == [("adapter_config.json", "wrong")]
+
+
+def test_weights_beside_the_shards_are_told(made, tmp_path):
+    whole = made("llama") / "model.safetensors"
+    base = folder() / "llama" / "base" / "model.safetensors"
+    for i, (name, source, told) in enumerate(
+        (
+            ("model.safetensors", base, [("model.safetensors", "wrong")]),
+            ("model.safetensors", whole, [("files", "doubtful")]),
+            ("model-00001-of-00009.safetensors", base, [("files", "doubtful")]),
+            ("other.safetensors", base, []),
+        )
+    ):
+
+        def change(path, source=source, name=name):
+            shard(path)
+            shutil.copy(source, path / name)
+
+        assert spoiled(made, tmp_path / str(i), change) == told
+
+
+def test_a_change_applied_to_other_modules_too_is_named(tmp_path):
+    world = adapt(llama())
+    name = world.sites[0].weight
+    there = f"vision.{name.removeprefix('model.')}"
+    base, right = dict(world.base), world.merge()
+    base[there] = right[there] = np.roll(base[name], 1, 0)
+    changed = right | {there: (base[there] + world.sites[0].delta).astype(F32)}
+    write_model(tmp_path / "base", base, world.config)
+    adapter = write_adapter(tmp_path / "adapter", world.adapter, world.settings)
+    for tensors, mistakes in ((right, set()), (changed, {"applied-elsewhere"})):
+        write_model(tmp_path / "merged", tensors, world.config)
+        report = merged(tmp_path / "base", adapter, tmp_path / "merged")
+        wrong = {e.mistake for e in report.entries if e.severity == "deviation"}
+        assert wrong == mistakes
+
+
 def test_each_adapter_needs_one_weight():
     with pytest.raises(ValueError, match="2 weights for 1"):
         merged(REFERENCES["llama"], REFERENCES["llama"], REFERENCES["llama"], [1, 2])

@@ -776,15 +776,15 @@ def test_bytes_do_not_depend_on_order_and_chance(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "found Expecting value"),
-        ("[1]", "found list, expected an object"),
+        ("", "found no JSON from line 1, column 1 on"),
+        ("[1]", "found a list, expected a JSON object"),
         ('{"a": 1, "b": 2, "a": 3}', "found a given twice"),
         ('{"a": NaN}', "found the number NaN"),
         ('{"a": -Infinity}', "found the number -Infinity"),
         ('{"a": 1e999}', "found the number 1e999"),
-        ('{"a": "\udcff"}', "found 'utf-8' codec can't decode"),
-        ("[" * 100_000, "found maximum recursion depth exceeded"),
-        ('{"a": 1' + "0" * 5000 + "}", "found Exceeds the limit"),
+        ('{"a": "\udcff"}', "found bytes that are no text, from byte 7 on"),
+        ("[" * 100_000, "found brackets nested too deep"),
+        ('{"a": 1' + "0" * 5000 + "}", "found a whole number of thousands of digits"),
     ],
 )
 def test_damaged_json_is_refused(text, says, tmp_path):

@@ -406,7 +406,7 @@ def test_a_folder_without_its_file_says_what_to_do(tmp_path, there, match):
         ("tokenizer.json", "{}", r"tokenizer\.json: file: .* tokenizers [\d.]+ reads"),
         ("tokenizer.json", '{"model": {"type": "Own"}}', r"tokenizer\.json: file: "),
         ("tokenizer.json", '{"a": 1, "a": 2}', "a given twice"),
-        ("tokenizer.json", "[]", "found list, expected an object"),
+        ("tokenizer.json", "[]", "found a list, expected a JSON object"),
         ("tokenizer_config.json", '{"bos_token": 3}', "bos_token: found 3, expected a token's"),
         ("tokenizer_config.json", '{"eos_token": "<x>"}', r"eos_token '<x>' not in the vocabulary"),
         ("tokenizer_config.json", '{"chat_template": 3}', "chat_template: found int"),

@@ -6,7 +6,7 @@ import json
 import numpy as np
 
 from merge_catalogue.catalogue import wrong
-from merge_catalogue.worlds import pack, write_json, write_model
+from merge_catalogue.worlds import pack, write_adapter, write_json, write_model
 
 FILE = "model.safetensors"
 
@@ -380,3 +380,14 @@ tokenizer(
     "tokenizer.json",
     lambda c: c["model"]["vocab"].update(c=2, a=1, b=0),
 )
+
+
+@spoil("the adapter lies beside the merged weights (peft 1381)", "wrong", r"beside|twice")
+def adapter_left_beside(folder, world):
+    write_adapter(folder, world.adapter, world.settings)
+
+
+@spoil("the base as one file beside the merged shards (unsloth-zoo 808)", "wrong", r"beside|shard")
+def base_beside_the_shards(folder, world):
+    sharded(folder, world)
+    (folder / FILE).write_bytes(pack(world.base))

@@ -93,6 +93,11 @@ def merged_and_unmerged(world):
     return world.merge(lambda t, W: W - t.delta, base=once, tokens=False, saved=False)
 
 
+@wrong("merged into what is merged already: rounded in between", "factor", r"twice")
+def merged_into_the_merged(world):
+    return world.merge(base=world.merge(), tokens=False, saved=False)
+
+
 @wrong("b + c instead of b + s c", "bias-unscaled factor", r"bias", variant("lora_bias"))
 def bias_unscaled(world):
     M = world.merge(biases=None)

@@ -82,6 +82,31 @@ def norms_changed(world):
     }
 
 
+@wrong(
+    "norms' weights stored as w + 1, as GGUF files of Gemma have them",
+    "changed",
+    r"plus 1",
+    lambda w: any(a.ndim == 1 and n.endswith("weight") for n, a in w.base.items()),
+)
+def norms_stored_plus_one(world):
+    return {
+        n: (a.astype(float) + 1).astype(a.dtype) if a.ndim == 1 and n.endswith("weight") else a
+        for n, a in world.merge().items()
+    }
+
+
+@wrong(
+    "the biases of the base are zeros",
+    "changed",
+    r"all entries are 0",
+    lambda w: linear(w) and any(n.endswith("_proj.bias") for n in w.base),
+)
+def biases_of_zeros(world):
+    return {
+        n: np.zeros_like(a) if n.endswith("_proj.bias") else a for n, a in world.merge().items()
+    }
+
+
 @wrong("norms' weights stored as w - 1", "changed", r"norm|changed|differ|1")
 def norms_stored_less_one(world):
     return {
@@ -165,6 +190,26 @@ def merged_with_the_dequantized_base(world):
 @wrong("merged, then quantized to eight bits and dequantized", ANY, r"quanti|bits|coarse|round")
 def quantized_after_the_merge(world):
     return by_eights(world.merge(), "q8_0")
+
+
+def scaled_float8(W):
+    """FP8 with one scale for the matrix, and back."""
+    scale = np.float32(np.abs(f32(W)).max() / np.float32(448))
+    return ((f32(W) / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale).astype(
+        W.dtype
+    )
+
+
+@wrong("merged with the base in FP8, one scale for each matrix", ANY, r"FP8")
+def merged_with_a_base_in_float8(world):
+    base = {n: scaled_float8(W) if W.ndim == 2 else W for n, W in world.base.items()}
+    return world.merge(base=base)
+
+
+@wrong("merged, then through FP8 without a scale", ANY, r"FP8|float8")
+def float8_after_the_merge(world):
+    f8 = ml_dtypes.float8_e4m3fn
+    return {n: a.astype(f8).astype(a.dtype) if a.ndim == 2 else a for n, a in world.merge().items()}
 
 
 @wrong(

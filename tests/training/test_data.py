@@ -389,7 +389,7 @@ BAD = [
     ("lm", b'{"text": "\\ud800"}', "text with half of a surrogate pair"),
     ("lm", b'{"text": "a", "text": "b"}', "text given twice"),
     ("lm", b'{"text": "a", "x": NaN}', "the number NaN"),
-    ("lm", b"[" * 100_000, "maximum recursion depth"),
+    ("lm", b"[" * 100_000, "brackets nested too deep"),
     ("lm", b"[1]", "a JSON list"),
     ("lm", b"null", "a JSON NoneType"),
     ("lm", {}, "no keys"),
