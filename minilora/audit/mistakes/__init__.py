@@ -11,7 +11,7 @@ from minilora.audit.mistakes.layouts import LAYOUTS
 from minilora.audit.mistakes.magnitudes import MAGNITUDES
 from minilora.audit.mistakes.mistake import Mistake
 from minilora.audit.mistakes.others import OTHERS
-from minilora.audit.mistakes.repeated import REPEATED
+from minilora.audit.mistakes.repeated import TAKEN_OUT, TWICE
 from minilora.audit.mistakes.roundings import ROUNDINGS
 from minilora.audit.mistakes.several import SEVERAL
 from minilora.audit.mistakes.weights import WEIGHTS
@@ -19,6 +19,7 @@ from minilora.audit.mistakes.weights import WEIGHTS
 __all__ = ["MISTAKES", "Mistake"]
 
 MISTAKES: tuple[Mistake, ...] = (
+    TAKEN_OUT,  # first: another change by a factor near 0 would explain it too
     *MAGNITUDES,
     *SEVERAL,
     *FACTORS,
@@ -27,7 +28,7 @@ MISTAKES: tuple[Mistake, ...] = (
     *KINDS,
     *ROUNDINGS[:-1],
     *WEIGHTS,
-    *REPEATED,
+    TWICE,
     ROUNDINGS[-1],  # last of all: its bound is the widest
 )
 """Every known mistake but the wrong scales of one change: the likeliest first."""

@@ -26,13 +26,12 @@ def taken_out(case: Case) -> Iterator[Trial]:
         yield Trial((*case.changes, *back), free=False)
 
 
-REPEATED = (
-    Mistake("twice", "factor", "the change is applied twice", twice),
-    Mistake(
-        "taken-out",
-        "not-applied",
-        "merged and taken out again: the base's numbers, but for the roundings of both",
-        taken_out,
-        ("diffusers 5000",),
-    ),
+TWICE = Mistake("twice", "factor", "the change is applied twice", twice)
+
+TAKEN_OUT = Mistake(
+    "taken-out",
+    "not-applied",
+    "merged and taken out again: the base's numbers, but for the roundings of both",
+    taken_out,
+    ("diffusers 5000",),
 )
