@@ -355,30 +355,33 @@ def _check_matched(
     lora: LoraConfig, linears: Mapping[str, tuple[int, int]], matched: Sequence[str]
 ) -> None:
     """Refuse a name or a pattern that matches nothing."""
-    names = [] if isinstance(lora.target_modules, str) else lora.target_modules
-    idle: dict[str, list[Any]] = {
-        "target_modules": [n for n in names if not any(matches(at, [n]) for at in linears)]
-    }
-    for field_name in ("rank_pattern", "alpha_pattern"):
-        idle[field_name] = [
+    targets = lora.target_modules
+    names = [] if isinstance(targets, str) else targets
+    unmatched: list[Any] = [n for n in names if not any(matches(at, [n]) for at in linears)]
+    if not matched and not unmatched:
+        unmatched = [targets]
+    _refuse_unmatched("target_modules", unmatched, linears)
+    for name in ("rank_pattern", "alpha_pattern"):
+        unmatched = [
             pattern
-            for pattern in getattr(lora, field_name)
+            for pattern in getattr(lora, name)
             if not any(pattern_value({pattern: True}, at, False) for at in matched)
         ]
-    if not matched and not idle["target_modules"]:
-        idle = {"target_modules": [lora.target_modules]}
-    for field_name, unmatched in idle.items():
-        if unmatched:
-            wrong = ", ".join(map(repr, unmatched))
-            ends = list(dict.fromkeys(at.rpartition(".")[2] for at in linears))
-            asked = str(unmatched[0])
-            others = [end for end in ends if end != asked]
-            close = get_close_matches(asked.rpartition(".")[2], others, 1)
-            hint = f"did you mean {close[0]}? " if close and asked not in ends else ""
-            raise ValueError(
-                f"{field_name}: {wrong} matches no module; {hint}names, such as "
-                f"{next(iter(linears))}, end with {', '.join(ends)}"
-            )
+        _refuse_unmatched(name, unmatched, linears)
+
+
+def _refuse_unmatched(name: str, unmatched: Sequence[Any], linears: Iterable[str]) -> None:
+    """Errors: ValueError with the names that there are, and the most similar one."""
+    if not unmatched:
+        return
+    at, ends = next(iter(linears)), list(dict.fromkeys(at.rpartition(".")[2] for at in linears))
+    asked = str(unmatched[0])
+    close = get_close_matches(asked.rpartition(".")[2], [end for end in ends if end != asked], 1)
+    hint = f"did you mean {close[0]}? " if close and asked not in ends else ""
+    raise ValueError(
+        f"{name}: {', '.join(map(repr, unmatched))} matches no module; {hint}names, such as {at}, "
+        f"end with {', '.join(ends)}"
+    )
 
 
 def scales(lora: LoraConfig, targets: ResolvedTargets) -> dict[str, Any]:

@@ -52,6 +52,20 @@ class TrainConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        self._check_numbers()
+        if self.dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype {self.dtype!r}: expected float32 or float64")
+        schedule(self.lr_scheduler, 0, 1)
+        entry = REGISTRY.get(self.variant)
+        if entry is not None and entry.untrained and not self.full:
+            raise ValueError(f"variant {self.variant!r}: {entry.untrained}")
+        for name in ("target_modules", "layers_to_transform"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))  # hashable
+        self.lora_config()
+
+    def _check_numbers(self) -> None:
         for name, low in _LEAST.items():
             value = getattr(self, name)
             if value is None and name == "max_steps":
@@ -65,17 +79,6 @@ class TrainConfig:
         for name in ("weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
-        if self.dtype not in ("float32", "float64"):
-            raise ValueError(f"dtype {self.dtype!r}: expected float32 or float64")
-        schedule(self.lr_scheduler, 0, 1)
-        entry = REGISTRY.get(self.variant)
-        if entry is not None and entry.untrained and not self.full:
-            raise ValueError(f"variant {self.variant!r}: {entry.untrained}")
-        if not isinstance(self.target_modules, str):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))  # hashable
-        if self.layers_to_transform is not None:
-            object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
-        self.lora_config()
 
     def lora_config(self) -> LoraConfig:
         """The adapters' configuration. AdaLoRA starts at a higher rank with the same scale."""

@@ -113,6 +113,29 @@ def fitting(c: Config, prompt: int, max_new_tokens: int) -> int:
     return max(1, max_new_tokens - max(0, read - c.tables().get("positions", read)))
 
 
+def _check_fits(prompts: Sequence[Sequence[int]], c: Config, max_new_tokens: int) -> None:
+    """Refuse no prompt, an empty one, and more tokens than the model has positions."""
+    if not prompts or not all(prompts):
+        raise ValueError("an empty prompt: expected at least one token")
+    longest = max(map(len, prompts))
+    read = longest + max_new_tokens - 1  # the last new token is not read
+    positions = c.tables().get("positions", read)
+    if read > positions:
+        raise ValueError(
+            f"max_new_tokens {max_new_tokens} after {longest} tokens: expected at most "
+            f"{positions + 1} in all, as the model has {positions} positions"
+        )
+
+
+def padded_left(prompts: Sequence[Sequence[int]]) -> tuple[Array, Array, Array]:
+    """ids, mask and positions (b, t) of the prompts, padded on the left to the longest."""
+    longest = max(map(len, prompts))
+    ids = np.zeros((len(prompts), longest), int)
+    real = np.arange(longest) >= longest - np.array([[len(prompt)] for prompt in prompts])
+    ids[real] = [token for prompt in prompts for token in prompt]
+    return ids, real, np.maximum(real.cumsum(1) - 1, 0)
+
+
 def generate(
     prompts: Sequence[Sequence[int]],
     W: Params,
@@ -135,23 +158,10 @@ def generate(
     Errors: ValueError without prompts, for an empty one, for a model that is not causal, or if the
     model lacks positions; those of `logits`.
     """
+    _check_fits(prompts, c, max_new_tokens)
     sampling = sampling or Sampling()
-    if not prompts or not all(prompts):
-        raise ValueError("an empty prompt: expected at least one token")
-    longest = max(map(len, prompts))
-    read = longest + max_new_tokens - 1  # the last new token is not read
-    positions = c.tables().get("positions", read)
-    if read > positions:
-        raise ValueError(
-            f"max_new_tokens {max_new_tokens} after {longest} tokens: expected at most "
-            f"{positions + 1} in all, as the model has {positions} positions"
-        )
-    ids = np.zeros((len(prompts), longest), int)
-    real = np.arange(longest) >= longest - np.array([[len(prompt)] for prompt in prompts])
-    ids[real] = [token for prompt in prompts for token in prompt]
     cache = KVCache() if cache is None else cache
-    position_ids = np.maximum(real.cumsum(1) - 1, 0)
-    ids, real, position_ids = (a[:, cached:] for a in (ids, real, position_ids))
+    ids, real, position_ids = (array[:, cached:] for array in padded_left(prompts))
     frozen = replace(tuning, trained=frozenset(), dropout_scale={})
     weights = prepared(W, c, frozen)
     ended, seen = np.zeros(len(prompts), bool), [set(prompt) for prompt in prompts]

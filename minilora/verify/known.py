@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from fnmatch import filter as filter_names
@@ -141,6 +141,30 @@ class Declarations:
         return None
 
 
+def _require_names(known: Iterable[str], names: Sequence[str]) -> None:
+    """Raises UsageError for a check or a dtype that does not exist."""
+    for name in known:
+        _require_level(name)
+        check, _, dtype = name.partition(":")
+        if not filter_names(names, check):
+            require_known("check", check, names)
+        if dtype:
+            require_known("dtype", dtype, list(DTYPES))
+
+
+def _own(subject: GuardedImplementation, names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """What the implementation declares itself, and notes on what excuses nothing."""
+    own, notes = {}, []
+    for name, entry in subject.known.items():
+        if not filter_names(names, name.partition(":")[0]):
+            notes.append(f"{subject.name} declares {name!r} as known; there is no such check")
+        elif problem := _without_level(name):
+            notes.append(f"{subject.name} declares {problem}: it excuses nothing")
+        else:
+            own[name] = entry
+    return own, notes
+
+
 def declared(
     checks: Sequence[Check], subject: GuardedImplementation, known: Mapping[str, Any]
 ) -> Declarations:
@@ -150,21 +174,8 @@ def declared(
     names a check or a dtype that does not exist, and where an entry cannot be read.
     """
     names = [check.id for check in checks]
-    for name in known:
-        _require_level(name)
-        check, _, dtype = name.partition(":")
-        if not filter_names(names, check):
-            require_known("check", check, names)
-        if dtype:
-            require_known("dtype", dtype, list(DTYPES))
-    notes, own = [], {}
-    for name, entry in subject.known.items():
-        if not filter_names(names, name.partition(":")[0]):
-            notes.append(f"{subject.name} declares {name!r} as known; there is no such check")
-        elif problem := _without_level(name):
-            notes.append(f"{subject.name} declares {problem}: it excuses nothing")
-        else:
-            own[name] = entry
+    _require_names(known, names)
+    own, notes = _own(subject, names)
     given = {**own, **known}
     # One entry for several checks stays one.
     pairs = [(name, entry) for name, several in given.items() for entry in each_of(several)]

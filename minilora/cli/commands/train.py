@@ -165,6 +165,23 @@ OF_TRAINING = ("dropout", "loraplus_lr_ratio")
 """Those of them that do with ``--adapter``: they are no property of the adapter."""
 
 
+def _check_adapter_options(arguments: argparse.Namespace) -> None:
+    """Errors: ValueError for an option of fresh adapters with ``--full`` or ``--adapter``."""
+    from minilora.training.config import TrainConfig
+
+    if arguments.full and arguments.adapter:
+        raise ValueError("--full with --adapter: expected one of the two")
+    if not arguments.full and not arguments.adapter:
+        return
+    defaults = {f.name: f.default for f in fields(TrainConfig)} | {"alpha": None, "layers": None}
+    other = "--full" if arguments.full else "--adapter"
+    names = [name for name in ADAPTER_OPTIONS if arguments.full or name not in OF_TRAINING]
+    for name in names:
+        if (value := getattr(arguments, name)) != defaults[name]:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} {value} with {other}: expected one of the two")
+
+
 def config_of(arguments: argparse.Namespace, task: str, layers: int | None = None) -> TrainConfig:
     """The configuration that the options give; ``layers``: how many the model has, if known.
 
@@ -172,15 +189,7 @@ def config_of(arguments: argparse.Namespace, task: str, layers: int | None = Non
     """
     from minilora.training.config import TrainConfig
 
-    defaults = {f.name: f.default for f in fields(TrainConfig)} | {"alpha": None, "layers": None}
-    other = "--full" if arguments.full else "--adapter" if arguments.adapter else ""
-    names = [name for name in ADAPTER_OPTIONS if not (arguments.adapter and name in OF_TRAINING)]
-    if arguments.full and arguments.adapter:
-        raise ValueError("--full with --adapter: expected one of the two")
-    for name in names if other else ():
-        if (value := getattr(arguments, name)) != defaults[name]:
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} {value} with {other}: expected one of the two")
+    _check_adapter_options(arguments)
     values = {
         f.name: getattr(arguments, f.name) for f in fields(TrainConfig) if f.name in arguments
     }

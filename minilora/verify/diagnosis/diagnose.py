@@ -278,6 +278,17 @@ def follows(
     return patterns if known & {pattern.id for pattern in patterns} else ()
 
 
+def _alone(diagnoser: Diagnoser, explaining: list[Candidate]) -> tuple[Diagnosis, ...]:
+    """The candidates that no further case refutes.
+
+    Each has to hold where the others show best: what they answer alike here they may not there.
+    """
+    explaining, separating = diagnoser.separate(explaining)
+    best = {c.mutant.caught_by for c in explaining}
+    held = [c for c in explaining if not diagnoser.refutes(c.mutant, best)]
+    return tuple(candidate.named(separating) for candidate in held)
+
+
 @np.errstate(all="ignore")
 def diagnose(
     level: Level,
@@ -305,17 +316,8 @@ def diagnose(
     if convention := other_convention(check, subject, cases):
         return convention
     mutants = mutants_for(level.name, check)
-    explaining = candidates(mutants, theirs, ours_of, diagnoser.forms_of)
-    explaining, separating = diagnoser.separate(explaining)
-
-    def is_refuted(m: Mutant) -> bool:
-        best = {m.caught_by, *(c.mutant.caught_by for c in explaining)}
-        return diagnoser.refutes(m, best)
-
-    # Each has to hold where the others show best: what they answer alike here they may not there.
-    explaining = [c for c in explaining if not is_refuted(c.mutant)]
-    if explaining:
-        return tuple(candidate.named(separating) for candidate in explaining)
+    if alone := _alone(diagnoser, candidates(mutants, theirs, ours_of, diagnoser.forms_of)):
+        return alone
     if fitted := diagnoser.fitted(cases, theirs):
         return (fitted.named(),)
     if partly := diagnoser.partly(mutants):
@@ -334,5 +336,5 @@ def diagnose(
         return patterns
     if pair := both(()):
         return pair
-    part = part_of(mutants, theirs, ours_of, is_refuted)
+    part = part_of(mutants, theirs, ours_of, lambda m: diagnoser.refutes(m, {m.caught_by}))
     return patterns if part is None else (part, *patterns)
