@@ -65,9 +65,12 @@ return_dict is_decoder is_encoder_decoder add_cross_attention cross_attention_hi
 chunk_size_feed_forward label2id task_specific_params tf_legacy_loss use_bfloat16 finetuning_task
 tie_encoder_decoder pruned_heads problem_type _attn_implementation_autoset unsloth_version
 unsloth_fixed model_name n_ctx rope_theta rope_scaling rope_parameters partial_rotary_factor
-rotary_pct quantization_config quantization tie_word_embeddings vocab_size
+rotary_pct rope_local_base_freq quantization_config quantization tie_word_embeddings vocab_size
 """
 """Settings that change nothing, or are looked at by themselves."""
+
+_SCALED = ("rope_parameters", "rope_scaling", "rope_local_base_freq")
+"""Settings of RoPE, beside its base."""
 
 _NESTED = ("text_config", "vision_config", "audio_config")
 
@@ -86,6 +89,9 @@ def compare_settings(base: TensorStore, merged: TensorStore) -> Iterator[Entry]:
     if base.container != merged.container and "gguf" in (base.container, merged.container):
         # llama.cpp has one architecture for several of transformers.
         B = {key: value for key, value in B.items() if key != "model_type"}
+        # The metadata of a model that is not computed with here are read in part.
+        if "rope_parameters" not in (B if base.container == "gguf" else M):
+            B, M = ({k: v for k, v in s.items() if k not in _SCALED} for s in (B, M))
     yield from _compared(B, M, "")
     for name in _NESTED:
         one, two = B.get(name), M.get(name)
@@ -130,9 +136,13 @@ def _angles(settings: Mapping[str, Any]) -> dict[str, Any]:
         inner = settings.get(place)
         if isinstance(inner, dict):
             found |= {("rope_type" if key == "type" else key): v for key, v in inner.items()}
-    for key in ("rope_theta", "partial_rotary_factor"):
+    for key in ("rope_theta", "partial_rotary_factor", "rope_local_base_freq"):
         if settings.get(key) is not None:
             found.setdefault(key, settings[key])
+    if isinstance(local := found.pop("sliding_attention", None), dict):
+        found.setdefault("rope_local_base_freq", local.get("rope_theta"))
+    if isinstance(everywhere := found.pop("full_attention", None), dict):
+        found |= everywhere
     if found.get("rope_type") == "default":
         del found["rope_type"]
     if found.get("partial_rotary_factor") == 1:

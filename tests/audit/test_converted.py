@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -23,14 +24,18 @@ from adapter_folders import (
 )
 from extras import needs
 from safetensors.numpy import load_file, save_file
+from zoo import MORE_MODELS
 
 from minilora.audit.converted import converted
 from minilora.audit.stored.compare import Factored, likeness
 from minilora.cli.main import main
 from minilora.io.errors import FormatError
+from minilora.io.formats import huggingface
 from minilora.io.formats.gguf.names import file_rows
 from minilora.io.formats.gguf.write import write_model
 from minilora.io.loading import open_base
+from minilora.spec.architectures import RopeScaling
+from minilora.spec.initialization import draw_weights
 
 FIRST = next(iter(modules()))
 
@@ -354,6 +359,60 @@ def test_a_gguf_whose_q_and_k_keep_their_order_is_found(tmp_path):
     assert {e.mistake for e in wrong} == {"rows-not-permuted"}
     assert {e.subject.split(".")[-2] for e in wrong} <= {"q_proj", "k_proj"}
     assert "llama.cpp" in report.cause
+
+
+OWN_RULES = {
+    "Gemma 3": {"score_scale": 6, "window": (2, 2, 2)},
+    "SmolLM3": {"without_positions": ()},
+    "Llama 3": {"scaling": RopeScaling(8.0, 1.0, 4.0, 64), "theta": 1e5, "head_dim": 32},
+}
+"""Models of which llama.cpp's converter changes more: norms, or a tensor of factors."""
+
+
+def both_of(name, folder, changed=None):
+    """The model as a folder and as a GGUF file, which may have another configuration."""
+    c = replace(MORE_MODELS[name], **OWN_RULES[name])
+    W = draw_weights(c, np.random.default_rng(0), std=0.3)
+    W = {n: w.astype(np.float32).astype(ml_dtypes.bfloat16) for n, w in W.items()}
+    huggingface.write_model(folder / "a", c, W)
+    write_model(folder / "m.gguf", replace(c, **(changed or {})), W)
+    return folder / "a", folder / "m.gguf"
+
+
+@needs("gguf")
+@pytest.mark.parametrize("name", OWN_RULES)
+def test_a_model_of_other_rules_and_its_gguf_are_the_same(tmp_path, name):
+    report = converted(*both_of(name, tmp_path))
+    assert [e for e in report.entries if e.severity != "ok"] == []
+    assert report.exit_status == 0
+
+
+@needs("gguf")
+@pytest.mark.parametrize(
+    ("name", "changed", "subject"),
+    [
+        ("Gemma 3", {"local_theta": 60.0}, "rope_local_base_freq"),
+        ("Gemma 3", {"window": (2, None, 2)}, "layer_types"),
+        ("Llama 3", {"scaling": RopeScaling(4.0, 1.0, 4.0, 64)}, "factor"),
+        (
+            "Llama 3",
+            {"scaling": RopeScaling(8.0, 1.0, 4.0, 32)},
+            "original_max_position_embeddings",
+        ),
+    ],
+)
+def test_other_rules_in_a_gguf_are_named(tmp_path, name, changed, subject):
+    report = converted(*both_of(name, tmp_path, changed))
+    assert [e.subject for e in report.entries if e.severity == "deviation"] == [subject]
+
+
+@needs("gguf")
+def test_norms_that_lack_their_one_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("minilora.io.formats.gguf.write.one_added", lambda c, name: False)
+    report = converted(*both_of("Gemma 3", tmp_path))
+    wrong = [e.subject for e in report.entries if e.severity == "deviation"]
+    assert len(wrong) == 6 * 3 + 1
+    assert all("norm" in subject for subject in wrong)
 
 
 def test_an_adapter_beside_a_model_is_refused(tmp_path):

@@ -35,8 +35,22 @@ def without_head(tensors):
     return {name: array for name, array in tensors.items() if name != "lm_head.weight"}
 
 
+GEMMA_ROPE = {
+    "full_attention": {"rope_theta": 1e6, "rope_type": "default"},
+    "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+}
+
 OTHER = {
     "nothing": ({}, {}, []),
+    "two bases, two generations": (
+        {"rope_theta": "absent", "rope_parameters": GEMMA_ROPE},
+        {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_parameters": "absent"}, [],
+    ),
+    "another local base": (
+        {"rope_theta": "absent", "rope_parameters": GEMMA_ROPE},
+        {"rope_theta": 1e6, "rope_local_base_freq": 5e4, "rope_parameters": "absent"},
+        [("rope_local_base_freq", "wrong")],
+    ),
     "theta": ({"rope_theta": 5e5, "rope_parameters": "absent"}, {}, [("rope_theta", "wrong")]),
     "theta in its other place": (
         {"rope_theta": 5e4, "rope_parameters": "absent"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from minilora.audit.tensors import StoredTensor, TensorStore
-from minilora.io.architectures import ARCHITECTURES
+from minilora.io.architectures import ARCHITECTURES, architecture_of
 from minilora.io.errors import FormatError
 from minilora.io.files import WEIGHT_DTYPES
 from minilora.io.formats.gguf.blocks import Blocks, expands
 from minilora.io.formats.gguf.contents import Contents, Tensor, library
 from minilora.io.formats.gguf.names import file_rows
+from minilora.io.formats.gguf.read import read_config
 from minilora.io.header import Place
 from minilora.spec.ops import Array
 
@@ -28,6 +30,9 @@ _PERMUTED = {
     "arcee",
 }
 """The architectures of which llama.cpp's converter orders the rows of q and k otherwise."""
+
+_ONE_ADDED = {a.gguf_name for a in ARCHITECTURES.values() if a.gguf and a.gguf.one_added}
+"""The architectures whose norms are stored as 1 + w."""
 
 _TRANSPOSED = {a.gguf_name: {*a.block.values()} for a in ARCHITECTURES.values() if a.transposed}
 """The architectures whose projections lie (in, out) in Hugging Face's files, and not here."""
@@ -178,6 +183,7 @@ class Names:
                 best[name] = path
         if "output" in best:
             best["output"] = "lm_head"
+        best.pop("rope_freqs", None)  # no tensor of Hugging Face's
         return best
 
     def huggingface(self, name: str) -> str:
@@ -200,6 +206,9 @@ def _settings(contents: Contents, names: Names, tied: bool) -> dict[str, Any]:
         value = contents.get(f"{architecture}.{key}")
         if isinstance(value, int | float):
             settings[name] = value
+    with suppress(FormatError):  # a model that is audited and not computed with
+        c = read_config(contents)
+        settings |= architecture_of(c).write_settings(c)
     if architecture != "bert":
         settings["architectures"] = [f"{architecture}ForCausalLM"]
     return settings
@@ -224,11 +233,19 @@ def _stored(
             raise FormatError(contents.path, place, f"type {tensor.kind}", expected, remedy)
         rows = Rows(contents, place, shape, order)
         read, step = rows.read, None if dtype is not None else rows.step
+    if names.architecture in _ONE_ADDED and name.endswith("norm.weight"):
+        read = partial(_without_one, read)
     scheme = None if dtype is not None else tensor.kind.lower()
     codes = None if scheme is None else rows.codes
     own = dtype or np.dtype(np.float32)
     stored = StoredTensor(name, own, shape, nbytes, read, scheme, step, codes)
     return _transposed(stored) if _lies_transposed(names.architecture, name) else stored
+
+
+def _without_one(read: Callable[[int, int], Array], start: int, stop: int) -> Array:
+    """The weights of norms that are stored as 1 + w."""
+    stored: Array = read(start, stop)
+    return stored - 1
 
 
 def is_permuted(architecture: str, place: str) -> bool:

@@ -2,5 +2,5 @@
 
 from minilora.io.architectures import ARCHITECTURES
 
-VERBATIM = {a.gguf_name for a in ARCHITECTURES.values() if a.gguf and not a.gguf.one_added}
-"""The architectures of which llama.cpp's converter changes names and layouts alone."""
+VERBATIM = {a.gguf_name for a in ARCHITECTURES.values() if a.gguf}
+"""The architectures of which it is known what llama.cpp's converter changes."""

@@ -53,7 +53,11 @@ class _Settings:
         return value
 
 
-def _config(contents: Contents) -> Config:
+def read_config(contents: Contents) -> Config:
+    """The configuration that the metadata give, and what tensors there are.
+
+    Errors: those of :func:`read_model`, but for the tensors.
+    """
     path, a = contents.path, architecture_in(contents)
     kind = contents.get("general.type", "model")
     if kind != "model":
@@ -129,7 +133,7 @@ def read_model(
     that is not implemented, or not known; for a head of a GPT-2 that is not its embedding.
     """
     contents = Contents(path)
-    c = _config(contents)
+    c = read_config(contents)
     module_names, shapes = places(c), c.shapes()
     names = {name: file_name(module_names, name) for name in shapes}
     _check_complete(contents, c, set(names.values()))
