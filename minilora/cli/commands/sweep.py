@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minilora.cli.commands.train import add_adapter, add_data, add_schedule, add_val_fraction
 from minilora.cli.console import INTERRUPTED, OK, say
 from minilora.cli.executors import add_executor, opened_executor
 from minilora.cli.options import add_command, add_model, at_least
 from minilora.cli.progress import sigterm_interrupts
+
+if TYPE_CHECKING:
+    from minilora.studies.sweep.grid import Setting
 
 
 def add(commands: Any) -> None:
@@ -61,17 +64,37 @@ def numbers(text: str, option: str, kind: type[int] | type[float]) -> list[Any]:
         raise ValueError(f"{option} {text}: expected {expected}, separated by commas") from None
 
 
+def _setting(arguments: argparse.Namespace) -> Setting:
+    """What all cells of the grid have in common."""
+    from dataclasses import fields
+
+    from minilora.cli.commands.train import data_and_task, target_modules
+    from minilora.studies.sweep.grid import Setting
+    from minilora.studies.sweep.run import date_of_sweep, opened
+    from minilora.training.config import TrainConfig
+
+    name = arguments.model or "reference:llama"
+    base = opened(name, arguments.dtype)
+    values = {
+        f.name: getattr(arguments, f.name) for f in fields(TrainConfig) if f.name in arguments
+    }
+    values["target_modules"] = target_modules(arguments.target_modules)
+    path, task = data_and_task(base, arguments.data, arguments.task)
+    reading: tuple[tuple[str, Any], ...] = (("val_fraction", arguments.val_fraction),)
+    if base.tokenizer.sees_date:
+        reading += (("date", arguments.date or date_of_sweep(arguments.output)),)
+    return Setting(name, path, TrainConfig(**values | {"task": task}), reading)
+
+
 def _run(arguments: argparse.Namespace) -> int:
     import os
     import sys
-    from dataclasses import fields
 
-    from minilora.cli.commands.train import LEAST_OF_SCHEDULE, data_and_task, target_modules
+    from minilora.cli.commands.train import LEAST_OF_SCHEDULE
     from minilora.cli.progress import progress_bar
-    from minilora.studies.sweep.grid import Setting, grid
+    from minilora.studies.sweep.grid import grid
     from minilora.studies.sweep.results import plot, table
-    from minilora.studies.sweep.run import date_of_sweep, opened, sweep
-    from minilora.training.config import TrainConfig
+    from minilora.studies.sweep.run import sweep
 
     at_least(arguments, jobs=1, **LEAST_OF_SCHEDULE)
     cells = grid(
@@ -80,17 +103,7 @@ def _run(arguments: argparse.Namespace) -> int:
         numbers(arguments.learning_rates, "--learning-rates", float),
         numbers(arguments.seeds, "--seeds", int),
     )
-    name = arguments.model or "reference:llama"
-    values = {
-        f.name: getattr(arguments, f.name) for f in fields(TrainConfig) if f.name in arguments
-    }
-    values["target_modules"] = target_modules(arguments.target_modules)
-    path, task = data_and_task(opened(name, arguments.dtype), arguments.data, arguments.task)
-    config = TrainConfig(**values | {"task": task})
-    reading: tuple[tuple[str, Any], ...] = (("val_fraction", arguments.val_fraction),)
-    if opened(name, arguments.dtype).tokenizer.sees_date:
-        reading += (("date", arguments.date or date_of_sweep(arguments.output)),)
-    setting = Setting(name, path, config, reading)
+    setting = _setting(arguments)
     for cell in cells:
         setting.at(cell)  # a number out of range is reported before anything runs
     jobs = arguments.jobs if arguments.jobs is not None else os.cpu_count() or 1

@@ -141,6 +141,16 @@ class Layer:
             model, layer = self._adapted(W, **adapter, name=f"a{i}", model=model)
         return model, layer
 
+    def _base(self, W: np.ndarray, bias: np.ndarray | None, fan_in_fan_out: bool) -> Any:
+        """A model of the frozen layer alone."""
+        frozen = self._frozen(W, bias is not None, fan_in_fan_out)
+        self._hold(frozen, W)
+        if bias is not None:
+            frozen.bias = torch.nn.Parameter(to_torch(bias))
+        whole = torch.nn.Sequential(frozen)
+        whole.is_loaded_in_4bit = self.in_4bit
+        return whole
+
     def _adapted(
         self,
         W: np.ndarray,
@@ -177,24 +187,12 @@ class Layer:
             bias="none" if bias is None else "all",
         )
         if model is None:
-            frozen = self._frozen(W, bias is not None, fan_in_fan_out)
-            self._hold(frozen, W)
-            if bias is not None:
-                frozen.bias = torch.nn.Parameter(to_torch(bias))
-            whole = torch.nn.Sequential(frozen)
-            whole.is_loaded_in_4bit = self.in_4bit
-            model = peft.get_peft_model(
-                whole,
-                config,
-                adapter_name=name,
-                **taken(peft.get_peft_model, autocast_adapter_dtype=self.autocast_adapters),
-            )
+            base = self._base(W, bias, fan_in_fan_out)
+            cast = taken(peft.get_peft_model, autocast_adapter_dtype=self.autocast_adapters)
+            model = peft.get_peft_model(base, config, adapter_name=name, **cast)
         else:
-            model.add_adapter(
-                name,
-                config,
-                **taken(model.add_adapter, autocast_adapter_dtype=self.autocast_adapters),
-            )
+            cast = taken(model.add_adapter, autocast_adapter_dtype=self.autocast_adapters)
+            model.add_adapter(name, config, **cast)
         layer = model.get_submodule("base_model.model.0")
         if self.in_4bit:  # of a weight in four bits PEFT sees no dtype to give its own
             for held in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):

@@ -44,6 +44,31 @@ class _Watch(transformers.TrainerCallback):
         control.should_training_stop = len(self.after) == self.steps
 
 
+def _arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as the Trainer has them, and what keeps it from writing and reporting."""
+    beta1, beta2 = settings.get("betas", (0.9, 0.999))
+    return {
+        "max_steps": settings["total_steps"],
+        "per_device_train_batch_size": 1,
+        "learning_rate": settings["lr"],
+        "weight_decay": settings.get("weight_decay", 0.0),
+        "adam_beta1": beta1,
+        "adam_beta2": beta2,
+        "adam_epsilon": settings.get("eps", 1e-8),
+        "max_grad_norm": settings.get("max_grad_norm") or 0.0,
+        "lr_scheduler_type": settings.get("schedule", "constant"),
+        "warmup_steps": settings.get("warmup_steps", 0),
+        "optim": _OPTIMIZERS[settings.get("optimizer", "adamw")],
+        "gradient_checkpointing": settings.get("gradient_checkpointing", False),
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+
+
 @PEER.describes
 class OfTransformers:
     """A run of the Trainer; each micro-batch comes as it is, and no file is left."""
@@ -64,7 +89,6 @@ class OfTransformers:
         model = opened(model_dir, adapter_dir)
         trained = trained_of(model, adapter_dir)
         watch = _Watch(trained, len(batches))
-        beta1, beta2 = settings.get("betas", (0.9, 0.999))
         # The Trainer takes LoRA+ as an optimizer that PEFT's factory has made of the model.
         own = None
         if "loraplus_lr_ratio" in settings:
@@ -78,25 +102,8 @@ class OfTransformers:
         with TemporaryDirectory(prefix="minilora-") as folder:
             arguments = transformers.TrainingArguments(
                 output_dir=folder,
-                max_steps=settings.get("total_steps", len(batches)),
                 gradient_accumulation_steps=counts[0],
-                per_device_train_batch_size=1,
-                learning_rate=settings["lr"],
-                weight_decay=settings.get("weight_decay", 0.0),
-                adam_beta1=beta1,
-                adam_beta2=beta2,
-                adam_epsilon=settings.get("eps", 1e-8),
-                max_grad_norm=settings.get("max_grad_norm") or 0.0,
-                lr_scheduler_type=settings.get("schedule", "constant"),
-                warmup_steps=settings.get("warmup_steps", 0),
-                optim=_OPTIMIZERS[settings.get("optimizer", "adamw")],
-                gradient_checkpointing=settings.get("gradient_checkpointing", False),
-                use_cpu=True,
-                report_to=[],
-                save_strategy="no",
-                logging_strategy="no",
-                disable_tqdm=True,
-                remove_unused_columns=False,
+                **_arguments({"total_steps": len(batches), **settings}),
             )
             trainer = _InOrder(
                 model=model,
