@@ -74,7 +74,7 @@ def cause_of(entries: Sequence[Entry], changed: Collection[str] = ()) -> tuple[s
     lacking = [entry for entry in tensors if entry.verdict == "not-applied"]
     if lacking and len(lacking) == len(tensors):
         return _is_base(lacking), _REMEDIES["not-applied"]
-    if lacking and len(lacking) == len(wrong) and (where := _whole_layers(lacking, tensors)):
+    if lacking and len(lacking) == len(wrong) and (where := _whole(lacking, tensors)):
         return f"not-applied: the adapter is not applied in {where}", _REMEDIES["layers"]
     if cause := _other_base(wrong):
         return cause, _REMEDIES["other-base"]
@@ -106,6 +106,16 @@ def _other_base(wrong: Sequence[Entry]) -> str:
         return ""
     text = f"other-base: {_TEXTS['other-base']}: {own} tensors differ by more than the adapter's"
     return f"{text} change, and {beside} that no adapter changes differ too"
+
+
+def _whole(lacking: Sequence[Entry], tensors: Sequence[Entry]) -> str:
+    """The layers or the one file that lack all of their changes, and no others; else ""."""
+    files = {str(entry.figures.get("file", "")) for entry in lacking}
+    if files != {""} and len(files) == 1:
+        (file,) = files
+        if sum(entry.figures.get("file") == file for entry in tensors) == len(lacking):
+            return f"{file}, and in all other files it is: this file is the base's"
+    return _whole_layers(lacking, tensors)
 
 
 def _whole_layers(lacking: Sequence[Entry], tensors: Sequence[Entry]) -> str:

@@ -187,6 +187,8 @@ class Walk:
                 return Entry(name, "told", "a buffer that older releases wrote, left out")
             return Entry(name, "missing", "the merged model has no such tensor", figures)
         other = self.merged[there]
+        if self._sharded:
+            figures["file"] = other.file
         if changes:
             entry = base_again(tensor, other, changes)
             entry = entry or judge(tensor, other, changes, self._around(changes))
@@ -258,6 +260,11 @@ class Walk:
         if self.merged.find(HEAD) is not None or self._twins:
             return False
         return is_head(name) or (self.table == name and HEAD in self.changed)
+
+    @cached_property
+    def _sharded(self) -> bool:
+        """Whether the merged model lies in several files."""
+        return len({tensor.file for tensor in self.merged.values()}) > 1
 
     @cached_property
     def _twins(self) -> bool:

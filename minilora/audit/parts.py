@@ -29,12 +29,15 @@ def lacking(case: Case) -> Explanation | None:
     region = case.region
     rows, columns = np.zeros(region.rows, np.int64), np.zeros(region.width, np.int64)
     wrong_rows, wrong_columns = rows.copy(), columns.copy()
+    lost, kept = 0.0, np.inf  # the greatest change that is lacking, the smallest that is there
     for i, j, W, M in case.everything():
         T, e = case.merge.rows(W, i, j)
         out = beyond(M, T, e, region, region.gaps(i, j))
         base = beyond(M, W, _cast_error(case, W), region, region.gaps(i, j))
         if (out & base).any():
             return None
+        lost = max(lost, float(abs(T - W)[out].max(initial=0)))
+        kept = min(kept, float(abs(T - W)[base].min(initial=np.inf)))
         wrong_rows[i:j] = out.sum(1)
         rows[i:j] = base.sum(1)  # entries that are not the base's
         wrong_columns += out.sum(0)
@@ -52,6 +55,8 @@ def lacking(case: Case) -> Explanation | None:
     text = f"{what} lack the change and have the base's numbers; all others are right"
     if what == "entries":
         text = f"{count} entries lack the change and have the base's numbers; all others are right"
+        if lost <= kept:
+            text += ": those with the smallest changes were left out, as TIES trims them"
     return Explanation("partly", "part-not-merged", text, {"outside": count})
 
 

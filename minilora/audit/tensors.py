@@ -179,7 +179,9 @@ def _rows_of(array: Array, start: int, stop: int) -> Array:
 def stored(found: Mapping[str, Any]) -> dict[str, StoredTensor]:
     """The tensors at these places of safetensors files."""
     return {
-        name: StoredTensor(name, place.dtype, place.shape, place.nbytes, place.rows)
+        name: StoredTensor(
+            name, place.dtype, place.shape, place.nbytes, place.rows, file=place.path.name
+        )
         for name, place in found.items()
     }
 

@@ -398,6 +398,17 @@ def test_weights_beside_the_shards_are_told(made, tmp_path):
         assert spoiled(made, tmp_path / str(i), change) == told
 
 
+def test_a_shard_of_the_base_is_named(tmp_path):
+    world = adapt(llama())
+    write_model(tmp_path / "base", world.base, world.config, 3)
+    write_model(tmp_path / "merged", world.merge(), world.config, 3)
+    adapter = write_adapter(tmp_path / "adapter", world.adapter, world.settings)
+    name = "model-00002-of-00003.safetensors"
+    shutil.copy(tmp_path / "base" / name, tmp_path / "merged" / name)
+    report = merged(tmp_path / "base", adapter, tmp_path / "merged")
+    assert report.cause.startswith(f"not-applied: the adapter is not applied in {name}, and in all")
+
+
 def test_a_change_applied_to_other_modules_too_is_named(tmp_path):
     world = adapt(llama())
     name = world.sites[0].weight

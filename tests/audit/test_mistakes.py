@@ -356,6 +356,15 @@ def test_quantized_steps_on_the_way_are_named(dtype, scheme):
     assert made.entry(noise).mistake in ("", "other-base")
 
 
+@pytest.mark.parametrize("dtype", EACH)
+def test_trimmed_changes_are_told(dtype):
+    made = Made(dtype)
+    small = abs(made.D) < np.quantile(abs(made.D), 0.8)
+    assert "TIES" in made.entry(np.where(small, made.w, made.w + made.D)).text
+    chance = made.rng.random(small.shape) < 0.8
+    assert "TIES" not in made.entry(np.where(chance, made.w, made.w + made.D)).text
+
+
 def svd(D, k):
     U, S, V = np.linalg.svd(D)
     return U[:, :k] * S[:k] @ V[:k]

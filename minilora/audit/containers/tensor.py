@@ -18,7 +18,7 @@ class StoredTensor:
     ``dtype``: that of what ``rows`` gives: the stored one, float32 of a quantized tensor;
     ``scheme``: the quantizer's name, or None; ``nbytes``: what it takes in the file; ``read`` and
     ``step`` are `rows` and `spacing`; ``codes`` gives what lies in the file for these rows, of a
-    quantized tensor.
+    quantized tensor; ``file``: the name of the shard that it lies in, if that is known.
     """
 
     name: str
@@ -29,6 +29,7 @@ class StoredTensor:
     scheme: str | None = None
     step: Callable[[int, int], Array] | None = field(default=None, repr=False)
     codes: Callable[[int, int], Sequence[Array]] | None = field(default=None, repr=False)
+    file: str = ""
 
     def has_bits_of(self, other: StoredTensor, start: int, stop: int) -> bool:
         """Whether entries start … stop lie in both files with the same bits.

@@ -15,6 +15,7 @@ from minilora.audit.mistakes.magnitudes import with_rows
 from minilora.audit.mistakes.mistake import Mistake, additive
 from minilora.audit.mistakes.roundings import rounding
 from minilora.audit.outside import half_gap
+from minilora.audit.rounding import reach
 from minilora.audit.trial import SIGMAS, Case, Ending, Step, Trial
 from minilora.spec.ops import Array
 from minilora.spec.quantization import (
@@ -46,7 +47,7 @@ def base_quantized(case: Case) -> Iterator[Trial]:
     steps = {scheme: _quantized(scheme) for scheme in QUANTIZERS if _fits(case, scheme)}
     steps["int8, a scale for each row"] = _int8_rows
     steps |= fp8_steps(case)
-    if _fits(case, "nf4") and case.region.index is None:
+    if _fits(case, "nf4") and case.region.index is None and _is_near_nf4(case):
         steps["nf4-double"] = _nf4_double(case)
     width, rows = case.region.width, case.region.rows
     if width % NF4 and width * rows % NF4 == 0 and case.region.index is None:
@@ -79,6 +80,22 @@ def _int8_rows(W: Array, i: int, j: int) -> Array:
 def finite(x: Array) -> Array:
     """The numbers, infinities as the largest and NaN as 0: a quantizer takes no others."""
     return x if np.isfinite(x).all() else np.nan_to_num(x)
+
+
+def _is_near_nf4(case: Case) -> bool:
+    """Whether sampled rows are what NF4 leaves of the base, if its scales are quantized too.
+
+    Only then is it worth to read all of the base for its scales.
+    """
+    scheme = "nf4-double"
+    for i, j, W, M in case.sample:
+        T, e = case.merge.rows(_quantized("nf4")(W, i, j), i, j)
+        room = (
+            e + half_gap(M, case.region, None) + reach(scheme, 0 * W, T) + reach(scheme, 0 * W, W)
+        )
+        if (abs(M - T) > room).any():
+            return False
+    return True
 
 
 def _nf4_double(case: Case) -> Step:
