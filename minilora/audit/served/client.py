@@ -168,7 +168,8 @@ class Client:
 
 
 def _words(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    said = getattr(error, "strerror", None) or error  # without the error's number
+    text = " ".join(str(said).split()) or type(error).__name__
     return text[:SHOWN]
 
 

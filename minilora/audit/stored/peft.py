@@ -152,9 +152,12 @@ def scale_of(
     alpha = settings.get("lora_alpha", 8)
     path = folder / CONFIG
     if not isinstance(default_r, int) or isinstance(default_r, bool) or default_r < 1:
-        raise FormatError(path, "r", default_r, "a whole number from 1", "write it as PEFT does")
+        found, expected = json.dumps(default_r), "a whole number from 1"
+        raise FormatError(path, "r", found, expected, "write it as PEFT does")
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise FormatError(path, "lora_alpha", alpha, "a number", "write it as PEFT does")
+        raise FormatError(
+            path, "lora_alpha", json.dumps(alpha), "a number", "write it as PEFT does"
+        )
     plain = name.replace(".base_layer", "")
     own_r = default_r
     if kind == "LORA":
