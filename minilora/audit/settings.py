@@ -32,6 +32,7 @@ _FUNCTION = {
     "layer_types": "other layers attend to a window",
     "attention_bias": "biases are added, or left out",
     "mlp_bias": "biases are added, or left out",
+    "rope_factors": "positions turn by other angles",
     "logit_scale": "the logits are scaled",
     "final_logit_softcapping": "the logits are capped",
     "attn_logit_softcapping": "attention is capped",

@@ -152,7 +152,8 @@ def _files_of_folder(path: Path, suffixes: Sequence[str]) -> dict[str, Path]:
         kinds = " or ".join(suffixes)
         expected = f"one file for train, and optionally for valid and test, each {kinds}"
         found = listed(file.name for file in existing) or f"no {kinds}"
-        raise FormatError(path, "folder", found, expected, "rename or remove files")
+        remedy = "rename or remove files" if existing else "put them there, or name a file"
+        raise FormatError(path, "folder", found, expected, remedy)
     return {split: files[split] for split in SPLITS if split in files}
 
 

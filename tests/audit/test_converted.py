@@ -407,6 +407,22 @@ def test_other_rules_in_a_gguf_are_named(tmp_path, name, changed, subject):
 
 
 @needs("gguf")
+def test_factors_are_settings_also_where_their_rule_is_not_known(tmp_path, monkeypatch):
+    def unknown(contents):
+        raise FormatError(contents.path, "model", "one", "another", "none")
+
+    monkeypatch.setattr("minilora.audit.containers.gguf.read_config", unknown)
+    folder, file = both_of("Llama 3", tmp_path)
+    assert converted(folder, file).exit_status == 0
+    (tmp_path / "b").mkdir()
+    changed = {"scaling": RopeScaling(4.0, 1.0, 4.0, 64)}
+    _, other = both_of("Llama 3", tmp_path / "b", changed)
+    assert converted(file, file).exit_status == 0
+    wrong = [e.subject for e in converted(file, other).entries if e.severity == "deviation"]
+    assert wrong == ["rope_factors"]
+
+
+@needs("gguf")
 def test_norms_that_lack_their_one_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr("minilora.io.formats.gguf.write.one_added", lambda c, name: False)
     report = converted(*both_of("Gemma 3", tmp_path))

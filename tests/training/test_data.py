@@ -524,7 +524,7 @@ def test_a_folder_has_a_file_for_each_split(tmp_path):
     [
         ({"valid": "a"}, r"found valid\.jsonl, expected one file for train"),
         ({"train": "a", "validation": "b"}, r"found train\.jsonl, validation\.jsonl, .*rename"),
-        ({}, r"found no \.jsonl or .* or \.txt"),
+        ({}, r"found no \.jsonl or .* or \.txt, .*put them there, or name a file"),
         ({"train": "a", "valid": ""}, r"valid\.jsonl: file: found no example"),
     ],
 )

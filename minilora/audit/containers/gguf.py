@@ -21,6 +21,7 @@ from minilora.io.formats.gguf.blocks import Blocks, expands
 from minilora.io.formats.gguf.contents import Contents, Tensor, library
 from minilora.io.formats.gguf.names import file_rows
 from minilora.io.formats.gguf.read import read_config
+from minilora.io.formats.gguf.rope import FACTORS
 from minilora.io.header import Place
 from minilora.spec.ops import Array
 
@@ -86,6 +87,9 @@ def open_gguf(path: Path) -> TensorStore:
         else:
             tensors[name] = _stored(part, names, name, place, tensor)
     settings = _settings(contents, names, "output.weight" not in everything)
+    factors = tensors.pop(FACTORS, None)  # a setting elsewhere, and no weight
+    if factors is not None and "rope_parameters" not in settings:
+        settings["rope_factors"] = factors.rows(0, factors.length).tolist()
 
     def alias(name: str) -> str | None:
         expert = _EXPERT.search(name)
