@@ -66,7 +66,7 @@ class Recorder:
             if not form:  # nothing explains all cases
                 continue
             entry: dict[str, Any] = {"check": check} | ({"dtype": dtype} if dtype else {})
-            entry |= {"reason": _reason(results), "seen": form}
+            entry |= {"reason": _reason(results, form), "seen": form}
             yield entry | _versions(report.version)
 
 
@@ -100,9 +100,12 @@ def _diagnosis(results: Sequence[Result]) -> list[Diagnosis]:
     return [diagnosis for result in results for diagnosis in result.diagnosis]
 
 
-def _reason(results: Sequence[Result]) -> str:
-    found = next(iter(_diagnosis(results)), None)
-    return f"recorded, not yet explained{f': {found.id}, {found.sentence}' if found else ''}"
+def _reason(results: Sequence[Result], forms: Sequence[Form]) -> str:
+    """What the entry's mutant is, or what was found out where the entry names none."""
+    mutants = [form["mutant"] for form in forms if "mutant" in form]
+    found = [each for each in _diagnosis(results) if each.id in mutants or not mutants]
+    said = f"{found[0].id}, {found[0].sentence}" if found else ", ".join(mutants)
+    return f"recorded, not yet explained{f': {said}' if said else ''}"
 
 
 def _forms(wrong: Sequence[Asked], diagnosis: Sequence[Diagnosis]) -> list[Form]:

@@ -13,10 +13,11 @@ from minilora.findings.versions import is_in_range
 from minilora.verify import known as known_module
 from minilora.verify.checks.registry import CHECKS as REAL_CHECKS
 from minilora.verify.core.errors import UsageError
+from minilora.verify.core.types import Diagnosis
 from minilora.verify.engine import run
 from minilora.verify.known import read_known
 from minilora.verify.mutants.derived import mutant_of
-from minilora.verify.record import Recorder, as_text
+from minilora.verify.record import Recorder, _reason, as_text
 
 EXACT, SIGMA, DICT, LIST = CHECKS
 OFF = {"arrays": "W'"}
@@ -443,6 +444,16 @@ def test_what_deviates_is_recorded_by_its_most_telling_form(change, form, tmp_pa
     assert report.count("known")
     if form != "arrays":
         assert run([EXACT, SIGMA], merging(lambda W: 5 * W), known=known).exit_status == 1
+
+
+def test_the_reason_that_is_recorded_is_of_the_mutant_that_is():
+    found = [Diagnosis("narrow", "H in float32.", 0.5), Diagnosis("scale-one", "s = 1.", 0.6)]
+    result = replace(only(run([EXACT], Right(), dtypes=["float64"])), diagnosis=tuple(found))
+    start = "recorded, not yet explained"
+    assert _reason([result], [{"mutant": "scale-one"}]) == f"{start}: scale-one, s = 1."
+    assert _reason([result], [{"mutant": "another"}]) == f"{start}: another"
+    assert _reason([result], [{"arrays": ["y"]}]) == f"{start}: narrow, H in float32."
+    assert _reason([], [{"arrays": ["y"]}]) == start
 
 
 def test_what_no_longer_occurs_is_left_out_of_the_record(tmp_path):
