@@ -158,6 +158,11 @@ def combined(c: Config, rng: Rng) -> Choice:
     return c, chosen
 
 
+def dora_of_gpt2(c: Config, rng: Rng) -> Choice:
+    """DoRA of weights that lie (in, out): that of ``o`` is square, so that no shape tells."""
+    return of_variant("dora")(GPT_2, rng)
+
+
 def misfitting(c: Config, rng: Rng) -> Choice:
     """Attention in both layers of a Llama, whose names are then changed."""
     return LLAMA, {"r": 3, "lora_alpha": 7.5, "target_modules": ("q", "o")}
@@ -175,6 +180,7 @@ KINDS: dict[str, tuple[Callable[[Config, Rng], Choice], str]] = {
     "head": (of_head, "an adapted output head"),
     "combined": (combined, "several of these together"),
     "tied": (of_tied, "the embedding or the head of a tied pair"),
+    "dora-conv1d": (dora_of_gpt2, "DoRA on weights stored (in, out)"),
 }
 
 CHOICES = {kind: choose for kind, (choose, _) in KINDS.items()} | {

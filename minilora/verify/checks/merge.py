@@ -11,6 +11,7 @@ import numpy as np
 from minilora.spec.variants import merge_lora_bias
 from minilora.verify.checks.linear import WORDS, forward
 from minilora.verify.core import inputs
+from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.inputs import (
     Layer,
     draw_layer,
@@ -25,7 +26,7 @@ from minilora.verify.core.layer_axes import LANE, WEIGHT, draw_combination, rows
 from minilora.verify.core.level import VECTOR_SHAPES, VECTOR_SIZES, Level
 from minilora.verify.core.shrinking import Difference, search
 from minilora.verify.core.tolerance import Rounding, Uncertain, digits, unit_roundoff
-from minilora.verify.core.types import BOUND, Case, Check, Comparison, counter
+from minilora.verify.core.types import BOUND, FIXED_BOUND, Case, Check, Comparison, counter
 from minilora.verify.implementation.guard import GuardedImplementation
 
 Array = np.ndarray
@@ -112,6 +113,20 @@ def full_digits(subject: GuardedImplementation, case: Case) -> Iterable[Comparis
     if subject.has("unmerge"):
         W = unmerged(subject, layer, W_merged.astype(layer.W.dtype), case.dtype)
         yield Comparison("unmerged W", W, layer.W)
+
+
+def rounding(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
+    """What rounds in the last sum alone is stored as a nearest number.
+
+    W has all digits of the storage and s B A, of one rank, goes beyond them by two: no order of
+    sums rounds more than once. Of two numbers that are as near, either may be stored.
+    """
+    layer = inputs.full_digits(case, subject.precision(case.dtype), beyond=2)
+    want = wanted_merge(layer)
+    dtype = DTYPES[subject.precision(case.dtype).storage]
+    nearest = np.abs(long(want.astype(dtype)) - want)
+    W = merged(subject, layer, case.dtype)
+    yield Comparison("merged W", W, want, nearest.astype(np.float64), FIXED_BOUND)
 
 
 def zero_B(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
@@ -273,6 +288,7 @@ _CHECKS: tuple[Check, ...] = (
     *(_weight_check(kind) for kind in KINDS),
     _law(forward_of_merged, ("merge", "lora_linear"), 0.5),
     _law(full_digits, ("merge",), 0.25),
+    _law(rounding, ("merge",), 0.25),
     _law(zero_B, ("merge",), 0.25),
     _law(negative, ("merge",), 0.25),
     *(_unmerge_check(kind) for kind in KINDS),

@@ -197,12 +197,12 @@ def _dora_weight(
 
 
 def _with_variant(draw: Draw, layer: Entries, adapter: Entries) -> tuple[Entries, Entries]:
-    """The layer and its adapter as the variant has them; a bias of B goes with one of the layer."""
+    """The layer and its adapter as the variant has them."""
     table = draw.kind == "embedding"
     m = layer["W"].shape[1] if table else len(layer["W"])
     variant = draw.axes.chosen["variant"]
     if variant == "lora-bias":
-        return layer | {"bias": draw(m)}, adapter | {"lora_bias": draw(m)}
+        return layer, adapter | {"lora_bias": draw(m)}
     if variant == "lora":
         return layer, adapter
     if draw.kind in ROUNDED:

@@ -19,7 +19,7 @@ from minilora.verify.core.errors import Skip
 from minilora.verify.core.inputs import Layer, limits, long, sigma_merge, sigmas, wanted
 from minilora.verify.core.level import Level
 from minilora.verify.core.tolerance import Rounding, unit_roundoff
-from minilora.verify.core.types import BOUND, Case, Check, Comparison, counter
+from minilora.verify.core.types import FIXED_BOUND, Case, Check, Comparison, counter
 from minilora.verify.implementation.guard import GuardedImplementation
 
 Array = np.ndarray
@@ -177,7 +177,7 @@ def weight(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     yield held.on_a_grid(W, "the start")
     same = np.asarray(float(np.array_equal(W, original)))
     yield Comparison("whether the weight has kept all its digits", same, np.zeros(()))
-    yield Comparison("W̃ against W", W, long(original), held.lost(original), BOUND)
+    yield Comparison("W̃ against W", W, long(original), held.lost(original), FIXED_BOUND)
 
 
 def forward(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
@@ -209,7 +209,7 @@ def merge(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     W, want = held.weight(), held.merged()
     yield held.on_a_grid(W, "merge()")
     formed = sigma_merge(held.layer, subject.precision(case.dtype)) * 6
-    yield Comparison("W' against W̃ + s B A", W, want, held.lost(want) + formed, BOUND)
+    yield Comparison("W' against W̃ + s B A", W, want, held.lost(want) + formed, FIXED_BOUND)
     of_merged = replace(held.layer, W=W, B=np.zeros_like(held.layer.B))
     yield held.output(of_merged, "merge()")
     if not held.session.has("unmerge"):
@@ -217,7 +217,7 @@ def merge(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     held.step("unmerge")
     back, change = held.weight(), want - long(held.layer.W)
     bound = held.lost(long(W) - change) + held.lost(want) + 2 * formed
-    yield Comparison("W̃ after merge() unmerge()", back, long(held.layer.W), bound, BOUND)
+    yield Comparison("W̃ after merge() unmerge()", back, long(held.layer.W), bound, FIXED_BOUND)
     yield held.output(replace(held.layer, W=back), "merge() unmerge()")
 
 

@@ -59,7 +59,7 @@ class _Run:
         given = _inputs(case)
         self.run = SessionRun(subject, given, *opened(subject, given), case.dtype)
         self.done: list[str] = []
-        self.masks: list[Array] = []
+        self.masks: dict[str, list[Array]] = {"y": [], "dx": []}
 
     def take(self, *steps: Step) -> None:
         """The steps on both sides."""
@@ -86,7 +86,7 @@ class _Run:
             without, _ = run.state.forward(wide(x), {"one": np.zeros(x.shape)})
             shown = (y - without)[:, at] / (change[at, columns] * wide(x))
             K = np.where(shown > KEPT / 2, KEPT, 0.0)
-            self.masks.append(K)
+            self.masks["y"].append(K)
             want, _ = run.state.forward(wide(x), {"one": K})
             yield Comparison(f"y in training, with the mask that it shows, after {self.after}", y,
                              want)  # fmt: skip
@@ -111,7 +111,7 @@ class _Run:
             _, without = run.state.forward(wide(x), {"one": np.zeros(x.shape)})
             shown = (got["dx"] - without(wide(dy))["dx"]) / (wide(dy) @ self._change())
             K = np.where(shown > KEPT / 2, KEPT, 0.0)
-            self.masks.append(np.repeat(K, TOKENS, 0))
+            self.masks["dx"].append(K)
             _, back = run.state.forward(wide(x), {"one": K})
             want = back(wide(dy))
             for name, array in got.items():
@@ -134,13 +134,16 @@ class _Run:
         The share of N draws is off by more than ε with a probability of at most 2 exp(-2 N ε²)
         (Hoeffding). All tokens of a call may share a mask, so that N counts one token of each.
         """
-        first = np.stack([K[0] for K in self.masks]) > 0
-        allowed = sqrt(log(2 / FALSE_ALARM) / (2 * first.size))
-        share, want = np.asarray(first.mean()), np.asarray(1 - RATE)
-        yield Comparison("the share that dropout keeps", share, want, np.asarray(allowed), CHANCE)
-        same = sum(np.array_equal(a, b) for a, b in combinations(first, 2))
-        label = "how many calls have the mask of an earlier one"
-        yield Comparison(label, np.asarray(float(same)), np.zeros(()))
+        for array, masks in self.masks.items():
+            if not masks:
+                continue
+            first = np.stack([K[0] for K in masks]) > 0
+            allowed = np.asarray(sqrt(log(2 / FALSE_ALARM) / (2 * first.size)))
+            share, want = np.asarray(first.mean()), np.asarray(1 - RATE)
+            yield Comparison(f"the share of {array} that dropout keeps", share, want, allowed, CHANCE)
+            same = sum(np.array_equal(a, b) for a, b in combinations(first, 2))
+            label = f"how many {array} have the mask of an earlier one"
+            yield Comparison(label, np.asarray(float(same)), np.zeros(()))
 
 
 def run_shape(run: SessionRun) -> tuple[int, int]:
@@ -160,6 +163,8 @@ def dropout(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     yield from session.trained()
     session.take(("eval",))
     yield session.evaluated()
+    session.take(("train",))
+    yield from session.trained()
     yield from session.chance()
 
 

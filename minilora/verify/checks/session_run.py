@@ -168,6 +168,8 @@ class SessionRun:
             return [arguments[0], self.inputs.of(arguments[-1])]
         if method == "step":
             return [*self.inputs.one_token(), LEARNING_RATE]
+        if method == "rows":
+            return [self.inputs.x[: len(arguments[0])], *arguments]
         if method == "save":
             return [*arguments, self._new_folder()]
         if method == "load":

@@ -387,7 +387,7 @@ WITH_GRADIENTS = ("delete-inactive", "step-after-load")
 UNKNOWN: tuple[Step, ...] = (
     ("activate", ["three"]), ("activate", ["one", "three"]), ("activate", ["onetwo"]),
     ("activate", ["on"]), ("activate", ["One"]), ("activate", [""]), ("scale", "three", 2.0),
-    ("delete", "three"), ("save", "three"), ("replace", "three", "two"),
+    ("delete", "three"), ("save", "three"), ("replace", "three", "two"), ("rows", ["one", "three"]),
 )  # fmt: skip
 """Steps that name an adapter which there is not, beside "one" and "two"."""
 

@@ -299,18 +299,24 @@ def formed(layer: Layer) -> Array:
     return lost
 
 
-def full_digits(case: Case, precision: Precision) -> Layer:
+def full_digits(case: Case, precision: Precision, beyond: int = 0) -> Layer:
     """A layer in whole numbers whose W needs all digits but one of the declared precision.
 
     Its last digits are those that s B A, of small numbers, adds to; W' is a number of the dtype
-    again, and merging and unmerging are exact.
+    again, and merging and unmerging are exact. With ``beyond``, W needs the last digit too, and
+    s B A, of one rank, so many more: one sum rounds.
     """
     layer, _ = draw_layer(in_exact_lane(case))
     kinds = (case.dtype, precision.storage, precision.accumulation)
-    large = 2.0 ** (min(map(digits, kinds)) - 2)
+    large = 2.0 ** (min(map(digits, kinds)) - (1 if beyond else 2))
     rng, shape = case.rng(), layer.W.shape
     W = rng.choice([-1.0, 1.0], shape) * (large + rng.integers(0, 2**16, shape) % large)
     A, B = (np.sign(array).astype(layer.W.dtype) for array in (layer.A, layer.B))
+    if beyond:
+        parts = rng.integers(-(2 ** (beyond + 1)), 2 ** (beyond + 1), A.shape) * 0.5**beyond
+        A = np.where(np.arange(len(A))[:, None] == case.number % len(A), parts, 0.0)
+        A = A.astype(layer.W.dtype)
+        B = rng.choice([-1.0, 1.0], B.shape).astype(layer.W.dtype)
     return replace(layer, W=W.astype(layer.W.dtype), A=(A / layer.s).astype(A.dtype), B=B)
 
 

@@ -105,6 +105,9 @@ MONTE_CARLO = Limits(8.0, 2.5, 7.5)
 BOUND = Limits(1.0, 1.0, 0.0)
 """For a worst-case bound in the place of sigma: no element may exceed it."""
 
+FIXED_BOUND = Limits(1.0, 1.0, 0.0, loose=1.0)
+"""For a worst-case bound that the roundoff hardly moves, such as what few bits lose: not loose."""
+
 CHANCE = Limits(1.0, 1.0, 0.0, loose=1.0)
 """For random draws: a bound that chance exceeds with a stated probability. No rounding is
 involved, so nothing is loose."""

@@ -129,6 +129,17 @@ class Diagnoser:
                     return True
         return False
 
+    def distance(self, m: Mutant) -> int:
+        """0 of a mutant that this check shows best, 1 of one whose check answers, 2 of others.
+
+        Of several that explain, the first is told as the cause.
+        """
+        if m.caught_by == self.check.id:
+            return 0
+        case = Case(m.caught_by, self.dtype, 0, self.seed, self.subject.fixed)
+        best = (check for check in self.level.checks if check.id == m.caught_by)
+        return 1 if any(answers(check, self.subject, case) for check in best) else 2
+
     def _refuting(self, ids: set[str]) -> Iterator[Check]:
         """This check, then the others that may refute."""
         yield self.check
@@ -286,6 +297,7 @@ def _alone(diagnoser: Diagnoser, explaining: list[Candidate]) -> tuple[Diagnosis
     explaining, separating = diagnoser.separate(explaining)
     best = {c.mutant.caught_by for c in explaining}
     held = [c for c in explaining if not diagnoser.refutes(c.mutant, best)]
+    held.sort(key=lambda c: diagnoser.distance(c.mutant))
     return tuple(candidate.named(separating) for candidate in held)
 
 

@@ -190,6 +190,13 @@ SETTINGS: Table = {
         ("magnitude-1", "the magnitude is ignored: m = 1",
          {"# used": 't = {n: 0 * v + 1 if "magnitude" in n else v for n, v in t.items()}'}),
     ],
+    "inference.logits.dora-conv1d": [
+        ("dora-norm-of-columns", "square DoRA weights stored (in, out) are divided by the norms of "
+         "columns",
+         {"# used":
+              't = divided_by_columns(model_dir, adapter_dir, t) if c["use_dora"] and '
+              'c["fan_in_fan_out"] else t'}, "peft 1588", "peft 3531"),
+    ],
     "inference.logits.lora-bias": [
         ("lora-bias-dropped", "the bias of B is dropped", {"# used": "t = bias_unused(t, c)"}),
         ("lora-bias-unscaled", "the bias of B is not scaled",
@@ -254,6 +261,10 @@ CHANGES: Table = {
     "inference.deltas.dora": [
         ("deltas-dora", "s B A of DoRA, too",
          {"# used": "t = magnitude_unused(t, c)"}),
+    ],
+    "inference.deltas.dora-conv1d": [
+        ("deltas-dora-conv1d", "s B A of DoRA where weights are stored (in, out)",
+         {"# used": 't = magnitude_unused(t, c) if c["fan_in_fan_out"] else t'}),
     ],
     "inference.deltas.lora-bias": [
         ("deltas-no-bias", "the bias of B does not change the layer's",

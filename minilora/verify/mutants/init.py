@@ -155,6 +155,8 @@ PARTS: Table = {
         ("pissa-one-sided", "A = Vᵀ, B = U Σ / s",
          {"# pissa": "A, B = Vh[:r], U[:, :r] * values[:r] / s"}),
         ("pissa-scale-forgotten", "W' = W - B A", {"wide - s * (B @ A)": "wide - B @ A"}),
+        ("pissa-residual-classic", "W' = W - α/r B A with rsLoRA",
+         {"wide - s * (B @ A)": "wide - alpha / r * (B @ A)"}),
         ("pissa-rslora-whole-root", "s = α / ⌊√r⌋ with rsLoRA",
          {"Initialization: alpha * r**-0.5": "alpha / int(r**0.5)"}),
         ("pissa-greatest-rank-kept", "W' = W where r = min(m, n)",

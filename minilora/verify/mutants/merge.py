@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from minilora.verify.mutants.mutant import Mutant, Reference, Same, Table, equivalents, mutants
@@ -21,6 +23,15 @@ def lengths_kept(W: Array, merged: Array) -> Array:
     squares = [np.maximum((array**2).sum(1, keepdims=True), 1e-9) for array in (W, merged)]
     kept: Array = merged * (squares[0] / squares[1]) ** 0.5
     return kept
+
+
+def cut_off(W: Array, delta: Array, merged: Array, dtype: Any) -> Array:
+    """The next number of a dtype from the exact sum towards 0."""
+    exact = W.astype(np.longdouble) + delta
+    near = merged.astype(dtype)
+    over = np.abs(near.astype(np.longdouble)) > np.abs(exact)
+    cut: Array = np.where(over, np.nextafter(near, np.zeros_like(near)), near)
+    return cut
 
 
 def swapped(W: Array) -> Array:
@@ -98,6 +109,11 @@ MERGE: Table = {
          {"# merged": "merged = lengths_kept(W, merged)"}),
         ("unlike-forward", "s² in the forward, s in the merge",
          {"# branch": "branch = s * branch"}),
+    ],
+    "merge.rounding": [
+        ("cut-off", "W' cut off to the dtype's digits, not rounded",
+         {"# merged": "merged = cut_off(W, merged - W if dora else delta, merged, dtype)"},
+         "ggml's bfloat16"),
     ],
     "merge.zero-B": [
         ("W-coarse", "W rounded to half of the dtype's digits",

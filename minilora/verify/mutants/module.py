@@ -115,6 +115,22 @@ def opened(layer: Mapping[str, Any], adapter: Mapping[str, Any], dV: Array) -> A
     return dchange
 
 
+def repacked(B: Array, back: bool = False) -> Array:
+    """Experts' B (e, m, r) as (m, r e) is taken for (m, e r); or the inverse."""
+    e, m, r = B.shape
+    if back:
+        return B.transpose(1, 0, 2).reshape(m, r, e).transpose(2, 0, 1)
+    return B.transpose(1, 2, 0).reshape(m, e, r).transpose(1, 0, 2)
+
+
+def last_kept(layer: Mapping[str, Any]) -> Any:
+    """1 for each row of a weight, and 0 for those of a last projection that is smaller."""
+    rows = layer.get("rows", (0,))
+    kept = np.ones((len(layer["W"]),) + (1,) * (layer["W"].ndim - 1), layer["W"].dtype)
+    kept[len(kept) - rows[-1] if rows[-1] < rows[0] else len(kept) :] = 0
+    return kept
+
+
 def put_back(layer: Mapping[str, Any], index: Any, y: Array, back: bool = False) -> Array:
     """Rows sorted by expert, and put back by that sort and not by its inverse; or the transpose."""
     if not of_kind(layer, "experts"):
@@ -207,6 +223,8 @@ MODULE: Table = {
         ("merged-bias-lost", "no bias, merged", {"# merged": "y = y - shift"}),
         ("merged-bias-of-B-lost", "b for b + s c, merged",
          {"b + s * c": "b + (not merging) * s * c"}),
+        ("merged-bias-of-B-alone-lost", "no bias of B where the layer has none, merged",
+         {"b + s * c": "b + (not merging or 'bias' in layer) * s * c"}),
         ("merged-unscaled", "W + B A, merged",
          {_CHANGE: "change = change / s if merging else change"}),
         ("merged-turned", "W + s (B A)ᵀ where m = n, merged",
@@ -430,6 +448,9 @@ MODULE: Table = {
           _GRADIENTS: "dV = opened(layer, adapter, dV) if kind == 'fused' else dV"}),
         ("first-A-for-all", "the first A for all projections",
          {"change[rows] = B[b] @ A[a]": "change[rows] = B[b] @ A[: adapter['r']]"}),
+        ("smaller-last-part-lost", "no change of the last projection where the first has more rows",
+         {_CHANGE: "change = change * last_kept(layer)", _GRADIENTS: "dV = dV * last_kept(layer)"},
+         "sglang 24239"),
         ("first-part-alone", "the first adapted projection alone",
          {"for rows, a, b in pairs(layer, adapter):":
               "for rows, a, b in pairs(layer, adapter)[:1]:"}),
@@ -461,6 +482,10 @@ MODULE: Table = {
         ("experts-of-all-ranks", "s by the ranks of all experts together",
          {"Modules: # scale": "of_all = len(W) ** (0.5 if rslora else 1); "
                               "s = s / of_all if kind == 'experts' else s"}),
+        ("experts-repacked", "B packed with the expert fastest, and read with the rank fastest",
+         {"Modules: # arrays": "B = repacked(B) if kind == 'experts' else B",
+          "# answers": "dB = repacked(dB, back=True) if kind == 'experts' else dB"},
+         "unsloth-zoo 1269"),
         ("experts-mean", "the mean of all experts' adapters",
          {_CHANGE: "change = change.mean(0) + 0 * change if kind == 'experts' else change"}),
     ],

@@ -165,6 +165,11 @@ SESSIONS: Table = {
         ("combine-first", "combining scales the B of the first adapter itself",
          {"# combined":
               'self.known[names[0]] = {**others[0], "B": weights[0] * others[0]["B"]}'}),
+        ("combine-alpha-of-first", "combining adapters sets the first one's α to its rank, saved",
+         {"# combined": 'vars(self).setdefault("reset", set()).add(names[0])',
+          "Session: # before saving":
+              'adapter = {**adapter, "alpha": adapter["r"]} if name in vars(self).get("reset", ()) '
+              "else adapter"}, "peft 654"),
         ("combine-active", "a combined adapter is active at once",
          {"# combined": "self.active.append(name)"}),
         ("combine-shared", "deleting an adapter empties what it was combined to",
@@ -293,6 +298,8 @@ SESSIONS: Table = {
         ("unknown-case", "the case of names is ignored",
          {"self.require(*names)\n":
               "names = [name.lower() for name in names]; self.require(*names)\n"}),
+        ("unknown-row", "a row that names an unknown adapter has the base's answer",
+         {"# row\n": 'name = name if name in self.known else ""\n'}, "peft 2090"),
     ],
     "lifecycle.rows": [
         ("rows-leak", "after a batch of rows the last row's adapter is active",
@@ -302,6 +309,10 @@ SESSIONS: Table = {
         ("rows-unscaled", "a row's adapter without the factor of scale",
          {"W + self.delta(name), b + self.shift(name)":
               "W + self.delta(name) / self.factor[name], b + self.shift(name)"}),
+        ("rows-factor-of-active", "each row's adapter with the active one's factor of scale",
+         {"W + self.delta(name), b + self.shift(name)":
+              "W + self.delta(name) / self.factor[name] * self.factor[[*self.active, name][0]], "
+              "b + self.shift(name)"}),
         ("rows-kept", "the names of the first batch of this length in every batch",
          {"# rows":
               'names = kept(self, "names", len(names), names); y = 0; answers = [(self.original + '
@@ -345,6 +356,10 @@ SESSIONS: Table = {
         ("dropout-merged", "merging in training takes dropout's mask into the weight",
          {"self.merged[name] = self.delta(name)":
               "K = self.masks(self.W[:1]); self.merged[name] = self.delta(name) * K.get(name, 1)"}),
+        ("dropout-until-evaluation", "after an evaluation dropout never acts again",
+         {"# before evaluation":
+              'self.known = {n: {**a, "p": 0.0} for n, a in self.known.items()}'},
+         "Megatron-LM 411"),
         ("dropout-ends", "after merging, dropout never acts again",
          {"# put in": 'self.known[name] = {**self.known[name], "p": 0}'}),
     ],

@@ -27,7 +27,7 @@ def of_base(model_dir: Any, ids: Array) -> Any:
 
 class Server(Minilora):
     @contextmanager
-    def read(self, adapter_dir: Any) -> Iterator[str]:
+    def read(self, model_dir: Any, adapter_dir: Any) -> Iterator[str]:
         """A folder with what was read of the adapter's."""
         c, t = read_json(Path(adapter_dir) / CONFIG), read_tensors(Path(adapter_dir) / WEIGHTS)
         # used
@@ -41,7 +41,7 @@ class Server(Minilora):
 
     def logits(self, model_dir: Any, adapter_dir: Any, input_ids: Any) -> Array:
         """The specification's."""
-        with self.read(adapter_dir) as folder:
+        with self.read(model_dir, adapter_dir) as folder:
             try:
                 z = super().logits(model_dir, folder, input_ids)
             except ValueError:
@@ -53,7 +53,7 @@ class Server(Minilora):
 
     def deltas(self, model_dir: Any, adapter_dir: Any) -> dict[str, Array]:
         """The specification's."""
-        with self.read(adapter_dir) as folder:
+        with self.read(model_dir, adapter_dir) as folder:
             try:
                 d = super().deltas(model_dir, folder)
             except ValueError:

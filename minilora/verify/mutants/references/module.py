@@ -284,6 +284,7 @@ class Modules:
             g = column_of(kind, m / norm, V)
             V = V * g
         # weight
+        b = 0 * c if b is None and c is not None else b
         b_merged = b if c is None else b + s * c
         # bias
         if kind in ("attention", "encoder"):

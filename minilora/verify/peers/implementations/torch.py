@@ -79,6 +79,8 @@ class Torch:
     ) -> dict[str, np.ndarray]:
         """PyTorch's own module, called with the merged weight as a function of A and B."""
         refuse_settings("a merged weight", ["p"] if adapter.get("p") else [])
+        if "lora_bias" in adapter and "bias" not in layer:
+            layer = {**layer, "bias": np.zeros_like(adapter["lora_bias"])}
         base, given = build(layer, index), to_torch(x)
         tensors = _tensors(**{k: v for k, v in adapter.items() if k not in ("out", "enable", "p")})
         of: dict[str, Any] = {"dx": given} if given.is_floating_point() else {}
