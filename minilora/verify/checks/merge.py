@@ -298,7 +298,7 @@ _CHECKS: tuple[Check, ...] = (
 LEVEL = Level(
     "merge",
     _CHECKS,
-    answers=("weight*", "unmerge*", "bias*"),
+    answers=("weight*", "unmerge*", "bias*", "rounding"),
     relations=("negative",),
     quick_dtypes=True,
     axes=(*WEIGHT, LANE),

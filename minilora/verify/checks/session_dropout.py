@@ -140,7 +140,9 @@ class _Run:
             first = np.stack([K[0] for K in masks]) > 0
             allowed = np.asarray(sqrt(log(2 / FALSE_ALARM) / (2 * first.size)))
             share, want = np.asarray(first.mean()), np.asarray(1 - RATE)
-            yield Comparison(f"the share of {array} that dropout keeps", share, want, allowed, CHANCE)
+            yield Comparison(
+                f"the share of {array} that dropout keeps", share, want, allowed, CHANCE
+            )
             same = sum(np.array_equal(a, b) for a, b in combinations(first, 2))
             label = f"how many {array} have the mask of an earlier one"
             yield Comparison(label, np.asarray(float(same)), np.zeros(()))

@@ -73,7 +73,9 @@ class _Steps(Direct):
             step["folder"] = str(recorder.folders.index(step["folder"]) + 1)
         if (method, self.foretold) == ("weight", "unsure"):
             raise ArithmeticError("what a right session has merged here is not known")
-        if self.foretold and method not in ANSWERS:
+        if self.foretold and (
+            method not in ANSWERS or (method, self.foretold) == ("rows", REQUIRED)
+        ):
             step["refusal"] = self.foretold
         recorder.log.append(each_array(step, np.copy))
         return super().call(method, *args, **kwargs)
