@@ -409,7 +409,7 @@ def bad(m):
 )
 def test_a_driver_that_does_not_start_is_told_why(tiny, body, words):
     with pytest.raises(LoadError, match=words):
-        tiny(body, time_limit=0.5 if "sleep" in body else 20.0)
+        tiny(body, start_limit=0.5 if "sleep" in body else 300.0)
 
 
 def test_a_declaration_that_cannot_be_read_is_refused(tiny):

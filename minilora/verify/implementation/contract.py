@@ -94,6 +94,10 @@ TIME_LIMIT = 30.0
 """Seconds that one call may take; generous, because a first call may compile or import."""
 
 
+START_LIMIT = 300.0
+"""Seconds that importing may take, at the start or in a call."""
+
+
 CONVENTIONS = {
     "dora_norm": ("detached", "differentiated"),
     "dora_dropout": ("difference", "branch"),

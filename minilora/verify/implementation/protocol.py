@@ -31,6 +31,7 @@ from minilora.verify.implementation.contract import (
     DECLARATIONS,
     METHODS,
     SESSION,
+    START_LIMIT,
     TIME_LIMIT,
     Remote,
     positional,
@@ -57,8 +58,8 @@ class Driver(Remote):
     """An implementation that answers from another process.
 
     ``command`` starts it, without a shell; ``checks`` are those that it may declare; ``time_limit``
-    is in seconds, for a call and for the start. It has the methods that the driver declares.
-    `close` ends it, as leaving a ``with`` block does.
+    is in seconds for a call, ``start_limit`` for the start, in which it may import for long. It has
+    the methods that the driver declares. `close` ends it, as leaving a ``with`` block does.
 
     Raises LoadError where the command cannot be started or does not speak the protocol.
     """
@@ -69,6 +70,7 @@ class Driver(Remote):
         checks: Sequence[Check],
         *,
         time_limit: float = TIME_LIMIT,
+        start_limit: float = START_LIMIT,
     ) -> None:
         try:
             self.command = words(command) if isinstance(command, str) else list(command)
@@ -76,7 +78,7 @@ class Driver(Remote):
             raise LoadError(str(error)) from None
         if os.name != "posix":
             raise LoadError("a driver needs a POSIX system: Linux, macOS, or WSL on Windows")
-        self.time_limit = time_limit
+        self.time_limit, self._start_limit = time_limit, start_limit
         self.methods: tuple[str, ...] = ()  # those of a session, too
         self._seq = 0
         self._calling = threading.Lock()
@@ -210,8 +212,9 @@ class Driver(Remote):
         outcomes: Sequence[str] = ("ok", "skipped", "error"),
     ) -> dict[str, Any]:
         """The answer to a message; a driver that gives no valid answer is ended."""
+        limit = self._start_limit if method == "start" else self.time_limit
         try:
-            line = self._children[0].exchange(method, self.time_limit, message_line(message))
+            line = self._children[0].exchange(method, limit, message_line(message))
             answer = understood(line, message["seq"], outcomes)
             self._children[0].nothing_more("after its answer")
             return answer

@@ -23,13 +23,10 @@ from typing import Any
 
 from minilora.verify.core.errors import CALLERS, Fault, LoadError, Skip, place_words, tidy
 from minilora.verify.implementation.child import Child
-from minilora.verify.implementation.contract import DECLARATIONS, TIME_LIMIT, Remote
+from minilora.verify.implementation.contract import DECLARATIONS, START_LIMIT, TIME_LIMIT, Remote
 from minilora.verify.implementation.messages import quoted, skip_reason, understood
 from minilora.verify.implementation.python_child import STACKS_SIGNAL
 from minilora.verify.implementation.values import Unpacker, framed, packed
-
-START_LIMIT = 300.0
-"""Seconds that importing may take, at the start or in a call."""
 
 MAX_ENDS = 20
 """After so many ends of its process a target is not started again."""
