@@ -171,11 +171,14 @@ class Pair:
         return (self.here, self.one), (self.there, self.other)
 
     def _why(self, found: Likeness) -> tuple[str, str]:
-        """The wrong scale that gives this factor, or neither id nor words."""
+        """The wrong scale that gives this factor, or neither id nor words.
+
+        No mean of base and merged: there is no base.
+        """
         s = self.here.scale or 0.0
         change = Change(self.here.name, self.here.name, {}, scale=s, config=_config(self.here))
         for wrong, factor in named_factors(change):
-            if abs(factor - found.factor) <= found.factor_error:
+            if wrong.id != "half" and abs(factor - found.factor) <= found.factor_error:
                 return wrong.id, wrong.text
         return "", ""
 

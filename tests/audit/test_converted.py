@@ -96,6 +96,7 @@ FACTORS = [
     ({"use_rslora": True}, {"scale": ALPHA / R}, R**-0.5, "rslora-ignored"),
     ({}, {"scale": ALPHA / R**0.5}, R**0.5, "rslora-unasked"),
     ({"lora_alpha": 12}, {"scale": 12.0}, 4, "rank-missing"),
+    ({"lora_alpha": 32}, {"scale": 4.0}, 0.5, "alpha-16"),
     ({}, {"scale": 1.7}, 0.85, "factor"),
 ]
 
