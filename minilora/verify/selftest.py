@@ -103,7 +103,7 @@ def catch(m: Mutant, dtype: str, seed: int = 0, profile: str = "ci") -> tuple[st
 
 def names(m: Mutant, dtype: str = NAMED_IN, seed: int = 0) -> tuple[str, ...]:
     """The names that the first check with a diagnosis gives a mutant, nearest first."""
-    for check in (check for check in of_level(m.level) if check.diagnose):
+    for check in (c for c in of_level(m.level) if c.diagnose and c.cases("ci", dtype)):
         report = engine.run([check], m.make(), profile="ci", dtypes=[dtype], seed=seed)
         ids = [diagnosis.id for diagnosis in report.results[0].diagnosis]
         if names := tuple(id for id in ids if not id.startswith(STRUCTURE)):

@@ -19,6 +19,7 @@ from minilora.verify.diagnosis.candidates import matched_filter
 from minilora.verify.implementation.minilora_impl import Minilora
 from minilora.verify.mutants import MUTANTS
 from minilora.verify.mutants.linear import LINEAR
+from minilora.verify.mutants.module import MODULES
 from minilora.verify.mutants.mutant import Reference
 from minilora.verify.mutants.references.linear import Linear
 from minilora.verify.report.result import NOT_DIAGNOSED
@@ -94,6 +95,40 @@ def test_an_answer_that_cannot_be_compared_is_named(id):
     assert names(CATALOGUE[id], "float32") == (id,)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "id",
+    ["module-not-rescaled", "module-dropout-never", "module-dropout-on-base",
+     "module-dropout-on-output", "module-dropout-of-samples", "module-dropout-shared",
+     "module-dropout-in-evaluation", "lifecycle-dropout-not-scaled", "lifecycle-dropout-base",
+     "lifecycle-replace-rate", "lifecycle-save-no-rate"],
+)  # fmt: skip
+def test_what_is_dropped_wrongly_is_named_whatever_the_masks_are(id):
+    """Another generator draws other masks than the catalogue's mutant."""
+    m = CATALOGUE[id]
+
+    def other():
+        made = m.make()
+        if hasattr(made, "rng"):
+            made.rng = np.random.default_rng(7)
+        return made
+
+    assert [d.id for d in found(m.caught_by, other, profile="ci")] == [id]
+
+
+@pytest.mark.slow
+def test_gradients_of_a_module_that_follow_from_its_forward_are_named():
+    """Of an autograd library, and of one whose adapter acts by a factor that no table has."""
+    from minilora.verify.mutants.derived_modules import differentiated_module
+
+    m = CATALOGUE["module-values-lost"]
+    names = [d.id for d in found("module.attention.gradients", differentiated_module(m, True).make)]
+    assert names == [m.id]
+    third = MODULES.edited({"Modules: # change": "change = change / 7"})
+    said, *_ = found("module.experts.forward", third)
+    assert "the adapter acts 0.142857 times, expected 1" in said.sentence
+
+
 def test_a_fault_that_no_mutant_shows_gets_no_name():
     class Flat(Minilora):
         def merge(self, W, A, B, **options):
@@ -147,9 +182,9 @@ def test_the_report_says_the_name_the_formula_and_where_it_was_seen():
     assert "DIAGNOSIS" not in right.text()
 
 
-def found(check, make, dtype="float32"):
+def found(check, make, dtype="float32", profile="quick"):
     """All that is said of one check, structure included."""
-    (result,) = engine.run([BY_ID[check]], make(), profile="quick", dtypes=[dtype]).results
+    (result,) = engine.run([BY_ID[check]], make(), profile=profile, dtypes=[dtype]).results
     return result.diagnosis
 
 

@@ -263,6 +263,7 @@ _ROUNDS = "what merging may lose depends on how often, and is a bound of the che
 LEVEL = Level(
     "lifecycle",
     _CHECKS,
+    chance=("dropout*",),
     is_history=True,
     quick=r"(\w|-)+",
     vectors={"*": (("float32", 0),)},

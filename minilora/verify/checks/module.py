@@ -38,6 +38,12 @@ from minilora.verify.checks.module_layers import (
     by_substitution,
     merged,
 )
+from minilora.verify.checks.module_parts import (
+    dropped_in_evaluation,
+    dropped_wrongly,
+    parts_of,
+    undropped_of,
+)
 from minilora.verify.core.dtypes import Precision
 from minilora.verify.core.errors import Fault, Skip
 from minilora.verify.core.level import Level
@@ -118,7 +124,8 @@ def compared(
     for name, array in want.items():
         dtype = str(inputs.dy.dtype)
         got = subject.answer(subject.entry(answer, name), name, np.shape(array), dtype)
-        yield Comparison(name + words, got, array, sigma.get(name), MONTE_CARLO)
+        parts = parts_of(inputs, name, got)
+        yield Comparison(name + words, got, array, sigma.get(name), MONTE_CARLO, parts)
 
 
 @lru_cache(maxsize=256)
@@ -234,17 +241,35 @@ def evaluation(name: str) -> Run:
         want, _ = _expected(subject, case, name)
         if "dropout" in subject.fixed.lacking:
             raise Skip("not supported: there is no dropout")
-        for mode, p in (("eval", DROPPED), ("train", ALMOST_NONE), ("merged", DROPPED)):
+
+        def output(mode: str, p: float) -> Array:
             answer = ask(subject, inputs.with_adapter(p=p), mode)
-            y = subject.answer(subject.entry(answer, "y"), "y", want["y"].shape, case.dtype)
-            yield Comparison(f"y, {mode}, p = {p:.2g}", y, want["y"])
+            return subject.answer(subject.entry(answer, "y"), "y", want["y"].shape, case.dtype)
+
+        def varies() -> tuple[str, ...]:
+            several = [output("eval", DROPPED) for _ in range(REPEATED)]
+            alike = all(np.array_equal(several[0], y) for y in several)
+            return () if alike else dropped_in_evaluation(inputs)
+
+        for mode, p in (("eval", DROPPED), ("train", ALMOST_NONE), ("merged", DROPPED)):
+            y = output(mode, p)
+            parts, shows = parts_of(inputs, "y", y), varies if mode == "eval" else None
+            yield Comparison(f"y, {mode}, p = {p:.2g}", y, want["y"], parts=parts, shows=shows)
 
     return run
 
 
+REPEATED = 8
+"""So many evaluations show whether dropout acts in them."""
+
 TRIES = 60
 """Of so many trainings at p = ¾ one drops one number of two, but for a probability of (5/8)⁶⁰ at
 most."""
+
+
+def constant(names: tuple[str, ...]) -> Callable[[], tuple[str, ...]]:
+    """What always gives these."""
+    return lambda: names
 
 
 def dropout(name: str) -> Run:
@@ -261,6 +286,7 @@ def dropout(name: str) -> Run:
         two = np.roll(one, 1, axis=0)
         branch = _branch(inputs, one)[1]
         base, both = _branch(inputs, one + two)
+        masked = [_branch(inputs, each)[0] for each in (0 * one, one, two, one + two)]
         four = (0 * both, branch, np.roll(branch, 1, axis=0), both)
         branches = [np.concatenate([each, each]) for each in four]
         base = np.concatenate([base, base])
@@ -285,12 +311,30 @@ def dropout(name: str) -> Run:
             want.append(np.concatenate([each.want for each in found], axis=-1))
             if (acts and apart and alone) or not all(each.is_met for each in found):
                 break
-        yield Comparison("y of samples in training", np.concatenate(got), np.concatenate(want))
-        yield Comparison("whether dropout acts", np.asarray(float(acts)), np.asarray(1.0))
-        label = "whether numbers of a sample are dropped apart"
-        yield Comparison(label, np.asarray(float(apart)), np.asarray(1.0))
-        label = "whether equal samples are dropped apart"
-        yield Comparison(label, np.asarray(float(alone)), np.asarray(1.0))
+
+        def wrongly() -> tuple[str, ...]:
+            bases = [np.concatenate([each, each]) for each in masked]
+            return dropped_wrongly(inputs, wide(got[-1]), bases, branches, DROPPED)
+
+        y, wanted = np.concatenate(got), np.concatenate(want)
+        yield Comparison("y of samples in training", y, wanted, shows=wrongly)
+        if not np.array_equal(y, wanted):
+            return  # nothing is known of masks
+        for label, holds, shows in (
+            ("whether dropout acts", acts, undropped_of(inputs)),
+            (
+                "whether numbers of a sample are dropped apart",
+                apart or not acts,
+                ("module-dropout-of-samples",),
+            ),
+            (
+                "whether equal samples are dropped apart",
+                alone or not apart,
+                ("module-dropout-shared",),
+            ),
+        ):
+            held = np.asarray(float(holds))
+            yield Comparison(label, held, np.asarray(1.0), shows=constant(shows))
 
     return run
 
@@ -376,6 +420,7 @@ LEVEL = Level(
     "module",
     _CHECKS,
     laws=("*.dropout",),
+    chance=("*.dropout", "*.evaluation"),
     has_exact_lane=False,
     quick="(linear|conv.all|embedding|experts|attention|encoder).*",
     vectors={

@@ -45,7 +45,8 @@ def mixture_of(
     subject: GuardedImplementation, case: Case, fits: Callable[[Mixture], bool] = lambda m: True
 ) -> Mixture:
     """The mixture of a case. Raises Skip where none is declared."""
-    of_dtype = [m for m in subject.mixtures if m.x == case.dtype]
+    declared = case.fixed.mixtures or subject.mixtures
+    of_dtype = [m for m in declared if m.x == case.dtype]
     fitting = [m for m in of_dtype if fits(m)]
     if not fitting:
         which = "such operands" if of_dtype else "operands"

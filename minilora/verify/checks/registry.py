@@ -24,8 +24,8 @@ from minilora.verify.checks import (
     variants,
 )
 from minilora.verify.core.level import Level
-from minilora.verify.core.types import Check
-from minilora.verify.diagnosis.diagnose import diagnose, follows
+from minilora.verify.core.types import Check, Diagnose
+from minilora.verify.diagnosis.diagnose import diagnose, follows, shown
 
 LEVELS: tuple[Level, ...] = tuple(
     module.LEVEL
@@ -59,9 +59,17 @@ def assembled(levels: Iterable[Level]) -> Iterator[Check]:
                 check,
                 cases=partial(level.count, check),
                 is_relation=level.is_relation(check),
-                diagnose=partial(diagnose, level, check) if level.is_diagnosed(check) else None,
+                is_chance=level.is_chance(check),
+                diagnose=_diagnose(level, check),
                 follows=partial(follows, level, check),
             )
+
+
+def _diagnose(level: Level, check: Check) -> Diagnose | None:
+    """What names the mistake: by its answers, or by what they show of chance."""
+    if level.is_diagnosed(check):
+        return partial(diagnose, level, check)
+    return partial(shown, level, check) if level.is_chance(check) else None
 
 
 CHECKS: tuple[Check, ...] = tuple(assembled(LEVELS))

@@ -7,6 +7,8 @@ and in a column, y shows K ∘ x, and dx shows K. With the mask that is shown, e
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from math import log, sqrt
 from typing import Any
@@ -72,12 +74,22 @@ class _Run:
         """All steps so far."""
         return " ".join(self.done)
 
-    def evaluated(self) -> Comparison:
-        """Without dropout, y is exact."""
-        return self.run.compare(self.after)
+    def evaluated(self, acts: str = "dropout-always") -> Comparison:
+        """Without dropout, y is exact. ``acts`` is the mutant that drops all the same."""
+        x, session = self.run.inputs.x, self.run.session
 
-    def trained(self) -> Iterator[Comparison]:
-        """y with the mask that it shows itself, in several calls."""
+        def shows() -> tuple[str, ...]:
+            first, *others = (np.asarray(session.call("forward", x)) for _ in range(CALLS))
+            alike = all(np.array_equal(first, y) for y in others)
+            return () if alike else (f"lifecycle-{acts}",)
+
+        return replace(self.run.compare(self.after), shows=shows)
+
+    def trained(self, never: str = "dropout-never") -> Iterator[Comparison]:
+        """y with the mask that it shows itself, in several calls.
+
+        ``never`` is the mutant that does not drop here, if there is one.
+        """
         run, x = self.run, self.run.inputs.x
         change = self._change()
         at, columns = np.abs(change).argmax(0), np.arange(FEATURES)
@@ -88,8 +100,26 @@ class _Run:
             K = np.where(shown > KEPT / 2, KEPT, 0.0)
             self.masks["y"].append(K)
             want, _ = run.state.forward(wide(x), {"one": K})
-            yield Comparison(f"y in training, with the mask that it shows, after {self.after}", y,
-                             want)  # fmt: skip
+            label = f"y in training, with the mask that it shows, after {self.after}"
+            shows = partial(self._mistake, y, shown, never)
+            yield Comparison(label, y, want, shows=shows)
+
+    def _mistake(self, y: Array, shown: Array, never: str) -> tuple[str, ...]:
+        """The mutant whose multipliers y shows: of the branch's input, or of the base's too."""
+        layer, x = wide(self.run.inputs.layer), wide(self.run.inputs.x)
+        whole = layer["W"] + self._change()
+        of_both = np.linalg.lstsq(whole, (wide(y) - layer["bias"]).T, rcond=None)[0].T / x
+        for name, multipliers, values in (
+            (never, shown, (1.0,)),
+            ("dropout-not-scaled", shown, (0.0, 1.0)),
+            ("dropout-divided", shown, (0.0, 1 / RATE)),
+            ("dropout-base", of_both, (0.0, KEPT)),
+        ):
+            near = np.stack([np.isclose(multipliers, v, atol=1e-6) for v in values])
+            each = near.reshape(len(values), -1)
+            if name and each.any(0).all() and each.any(1).all():
+                return (f"lifecycle-{name}",)
+        return ()
 
     def gradients(self) -> Iterator[Comparison]:
         """dx, dA and dB of one token, with the mask that dx shows."""
@@ -162,7 +192,7 @@ def dropout(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     session.take(("merge",))
     yield session.evaluated()
     session.take(("unmerge",))
-    yield from session.trained()
+    yield from session.trained("dropout-ends")
     session.take(("eval",))
     yield session.evaluated()
     session.take(("train",))
@@ -170,11 +200,13 @@ def dropout(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     yield from session.chance()
 
 
-def _of_steps(before: Sequence[Step], after: Sequence[Step] = ()) -> Any:
+def _of_steps(
+    before: Sequence[Step], after: Sequence[Step] = (), never: str = "dropout-never"
+) -> Any:
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         session = _Run(subject, case)
         session.take(*before, ("train",))
-        yield from session.trained()
+        yield from session.trained(never)
         session.take(("eval",))
         yield session.evaluated()
         if after:
@@ -189,9 +221,9 @@ def added(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     """An adapter that is added or loaded in evaluation does not drop."""
     session, both = _Run(subject, case), ("activate", ["two", "one"])
     session.take(("add", "two"), ("activate", ["two"]), ("eval",), ("add", "one"), both)
-    yield session.evaluated()
+    yield session.evaluated("adding-trains")
     session.take(("save", "one"), ("delete", "one"), ("load", "one", "one"), both)
-    yield session.evaluated()
+    yield session.evaluated("loading-trains")
 
 
 def replaced(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
@@ -200,9 +232,9 @@ def replaced(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]
     session.take(("add", "one", "two"), ("activate", ["one"]), ("train",))
     yield session.evaluated()
     session.take(("replace", "one", "one"))
-    yield from session.trained()
+    yield from session.trained("replace-rate")
     session.take(("replace", "one", "two"))
-    yield session.evaluated()
+    yield session.evaluated("replace-rate")
     yield from session.chance()
 
 
@@ -213,11 +245,11 @@ _IN_TRAINING: dict[str, tuple[Step, ...]] = {
 }  # fmt: skip
 
 
-def _in_training(steps: Sequence[Step]) -> Any:
+def _in_training(steps: Sequence[Step], never: str) -> Any:
     def run(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
         session = _Run(subject, case)
         session.take(("add", "one"), ("activate", ["one"]), ("train",), *steps)
-        yield from session.trained()
+        yield from session.trained(never)
         session.take(("eval",))
         yield session.evaluated()
         yield from session.chance()
@@ -231,22 +263,22 @@ CHECKS: dict[str, tuple[str, Any]] = {
     "dropout": ((dropout.__doc__ or ""), dropout),
     "dropout.several": (
         "Each active adapter has its own rate of dropout.",
-        _of_steps(_BOTH, (("scale", "one", 2.0), ("activate", ["two"]))),
+        _of_steps(_BOTH, (("scale", "one", 2.0), ("activate", ["two"])), never=""),
     ),
     "dropout.added": ((added.__doc__ or ""), added),
     "dropout.kept": (
         "Adding, scaling, activating, disabling and deleting in training leave dropout on.",
-        _in_training(_IN_TRAINING["kept"]),
+        _in_training(_IN_TRAINING["kept"], ""),
     ),
     "dropout.loaded": (
         "Loading in training leaves dropout on.",
-        _in_training(_IN_TRAINING["loaded"]),
+        _in_training(_IN_TRAINING["loaded"], "loading-evaluates"),
     ),
     "dropout.replaced": ((replaced.__doc__ or ""), replaced),
     "dropout.save": (
         "A saved adapter keeps its rate of dropout.",
         _of_steps((("add", "one"), ("save", "one"), ("anew",), ("load", "one", "one"),
-                   ("activate", ["one"]))),
+                   ("activate", ["one"])), never="save-no-rate"),
     ),
 }  # fmt: skip
 """The checks: id, law and run."""

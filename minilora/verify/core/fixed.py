@@ -30,13 +30,15 @@ class Fixed:
 
     ``alpha``: ``"r"`` of a layer without a scale, whose s is 1; or a number. ``ranks``: those that
     it takes. ``adapters``: 1 of a layer that has one adapter at a time. None and () are free.
-    ``lacking``: the settings of `OPTIONAL` that it does not have.
+    ``lacking``: the settings of `OPTIONAL` that it does not have. ``mixtures``: the operands of
+    several dtypes that it declares; whoever else is put the same case is put the same operands.
     """
 
     alpha: float | str | None = None
     ranks: tuple[int, ...] = ()
     adapters: int | None = None
     lacking: frozenset[str] = frozenset()
+    mixtures: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, declared: Mapping[str, Any], target: str) -> Fixed:

@@ -43,8 +43,9 @@ class Level:
 
     ``answers``: checks that compare answers themselves, which a mutant's answers may explain;
     ``laws``: of these, the ones that do not. ``relations``: checks that compare two answers of the
-    implementation, of which either may be wrong. ``cases``: the numbers that a diagnosis looks at
-    first, None for all of the profile ci. ``has_exact_lane``: even numbers have no rounding.
+    implementation, of which either may be wrong; ``chance``: those in which it draws. ``cases``:
+    the numbers that a diagnosis looks at first, None for all of the profile ci.
+    ``has_exact_lane``: even numbers have no rounding.
     ``is_history``: a case is a sequence of steps, of which the first deviation tells. ``layer``:
     the layer of a case, where its equation is y = W x + b + s B A x.
 
@@ -64,6 +65,7 @@ class Level:
     answers: tuple[str, ...] = ("*",)
     laws: tuple[str, ...] = ()
     relations: tuple[str, ...] = ()
+    chance: tuple[str, ...] = ()
     cases: tuple[int, ...] | None = FIRST_CASES
     has_exact_lane: bool = True
     is_history: bool = False
@@ -87,6 +89,10 @@ class Level:
     def is_relation(self, check: Check) -> bool:
         """Whether this check compares two answers of the implementation."""
         return self._is_in(check.id, self.relations)
+
+    def is_chance(self, check: Check) -> bool:
+        """Whether the implementation draws in this check."""
+        return self._is_in(check.id, self.chance)
 
     def count(self, check: Check, profile: str, dtype: str) -> int:
         """The number of cases that a check has in a profile for a dtype."""

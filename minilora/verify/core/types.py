@@ -121,7 +121,8 @@ class Comparison:
     None is the exact lane, and an element of sigma 0 is exact, too: any difference is a deviation.
     ValueError where the arrays cannot be compared, which is a fault of the check and not of the
     implementation. ``parts`` gives what an answer may be made of, by name: arrays of which a
-    multiple of each is summed, or, ``parts_by_row``, of which each row is one's.
+    multiple of each is summed, or, ``parts_by_row``, of which each row is one's. ``shows`` gives
+    the mutants that a deviation of this array shows by itself, where numbers are left to chance.
     """
 
     array: str
@@ -131,6 +132,7 @@ class Comparison:
     limits: Limits = CLOSED_FORM
     parts: Callable[[], Mapping[str, np.ndarray]] | None = None
     parts_by_row: bool = False
+    shows: Callable[[], tuple[str, ...]] | None = None
 
     def __post_init__(self) -> None:
         shape = np.shape(self.want)
@@ -290,7 +292,8 @@ class Check:
     with ``smallest_fault`` it finds errors, too. With ``is_relation`` the check compares two
     answers of the implementation, of which either may be wrong. ``diagnose`` names the mutants that
     explain the answers, for a dtype, a seed and the causes that are known; ``follows`` names those
-    of the causes that explain this check too.
+    of the causes that explain this check too. With ``is_chance`` the implementation draws: asked
+    twice, a right one gives two answers.
     """
 
     id: str
@@ -302,5 +305,6 @@ class Check:
     smallest: Callable[[GuardedImplementation, str], dict[str, Any] | None] | None = None
     smallest_fault: bool = False
     is_relation: bool = False
+    is_chance: bool = False
     diagnose: Diagnose | None = None
     follows: Diagnose | None = None

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minilora.verify.core.dtypes import DTYPES
 from minilora.verify.core.errors import Fault, Skip
+from minilora.verify.core.tolerance import unit_roundoff
 from minilora.verify.core.types import Case, Check, Comparison
 from minilora.verify.implementation.guard import GuardedImplementation
 from minilora.verify.implementation.worker import Raised
@@ -39,11 +41,17 @@ class Direct(GuardedImplementation):
 
 
 def answers(check: Check, subject: GuardedImplementation, case: Case) -> Answers:
-    """The comparisons of a case by the array's name; none where the implementation gives none."""
+    """The comparisons of a case by the array's name.
+
+    Of a case that ends early those before, if one of them is wrong already; else none.
+    """
+    made: Answers = {}
     try:
-        return {comparison.array: comparison for comparison in check.run(subject, case)}
+        for comparison in check.run(subject, case):
+            made[comparison.array] = comparison
     except (Skip, Fault):
-        return {}
+        return made if any(map(deviates, made.values())) else {}
+    return made
 
 
 def agree(theirs: Comparison, ours: Comparison) -> float | None:
@@ -57,8 +65,26 @@ def agree(theirs: Comparison, ours: Comparison) -> float | None:
         return 0.0  # of two answers that must have the same bits, each its own
     if theirs.sigma is not None and ours.sigma is not None:
         sigma = sigma_of_both(theirs, ours)
+    elif theirs.sigma is None and deviates(theirs):
+        sigma = _where_inexact(theirs, ours)
     judged = replace(theirs, want=ours.got, sigma=sigma).judge()
     return judged.rms if judged.verdict == "pass" else None
+
+
+def _where_inexact(theirs: Comparison, ours: Comparison) -> Array | None:
+    """σ of two deviations from whole numbers, which round where these did not.
+
+    A unit in the last place of the greatest entry. None where either deviates by no more.
+    """
+    got = np.asarray(theirs.got, float)
+    dtype = str(theirs.got.dtype)
+    if dtype not in DTYPES or not np.isfinite(got).all():
+        return None
+    sigma = np.full(got.shape, 2 * unit_roundoff(dtype) * max(float(np.abs(got).max()), 1e-30))
+    for answer in (theirs, ours):
+        if replace(answer, sigma=sigma).judge().verdict != "fail":
+            return None
+    return sigma
 
 
 def sigma_of_both(theirs: Comparison, ours: Comparison) -> Array:

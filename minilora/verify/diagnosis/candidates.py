@@ -80,7 +80,14 @@ def forms(m: Mutant, check: Check, holds_norm: bool = True) -> list[Mutant]:
     One of the layer alone is also one of sessions, which are made of such layers.
     """
     from minilora.verify.mutants.derived import differentiated, forward_only, in_sessions, of_layer
+    from minilora.verify.mutants.derived_modules import (
+        differentiated_module,
+        of_modules,
+        right_gradients,
+    )
 
+    if of_modules(m) and check.id.endswith(".gradients"):
+        return [m, differentiated_module(m, holds_norm), right_gradients(m)]
     if not of_layer(m):
         return [m]
     if "session" in check.needs:

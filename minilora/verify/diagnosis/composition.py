@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from minilora.verify.core.dtypes import DTYPES
+from minilora.verify.core.tolerance import unit_roundoff
 from minilora.verify.core.types import Comparison
 from minilora.verify.diagnosis.fit import agreeing, sigma_of
 
@@ -13,6 +15,9 @@ Array = np.ndarray
 
 MAX_ROWS = 6
 """So many rows are told one by one."""
+
+MAX_PARTS = 3
+"""So many parts that act alike are told by name."""
 
 
 def compositions(named: Sequence[tuple[str, Comparison]]) -> Iterator[tuple[str, str]]:
@@ -50,6 +55,13 @@ def _shown(factor: float) -> str:
     return f"{factor:.6g}" if abs(factor) > 1e-6 else "0"
 
 
+def is_made_of(got: Array, parts: Mapping[str, Array]) -> bool:
+    """Whether an array is a sum of multiples of these, within the rounding of float32."""
+    matrix = np.stack([np.asarray(part, float).ravel() for part in parts.values()], 1)
+    has = np.linalg.lstsq(matrix, np.asarray(got, float).ravel(), rcond=None)[0]
+    return bool(np.allclose(matrix @ has, got.ravel(), 1e-5, 1e-6 * float(np.abs(got).max())))
+
+
 def _factors(comparison: Comparison, parts: Mapping[str, Array]) -> str:
     """How often each part acts, if the answer is a sum of multiples of them."""
     matrix = np.stack([np.asarray(part, float).ravel() for part in parts.values()], 1)
@@ -57,12 +69,23 @@ def _factors(comparison: Comparison, parts: Mapping[str, Array]) -> str:
         return ""
     got, want = (np.asarray(v, float).ravel() for v in (comparison.got, comparison.want))
     has, should = (np.linalg.lstsq(matrix, v, rcond=None)[0] for v in (got, want))
-    sigma = np.maximum(sigma_of(comparison).ravel(), 1e-12 * np.abs(got).max())
+    dtype = str(comparison.got.dtype)
+    rounded = max(1e-12, 2 * unit_roundoff(dtype) if dtype in DTYPES else 0.0) * np.abs(got).max()
+    sigma = np.maximum(sigma_of(comparison).ravel(), rounded)
     if not agreeing((got - matrix @ has) / sigma):
         return ""
-    told = [
-        f"{name} acts {_shown(a)} times, expected {_shown(b)}"
-        for name, a, b in zip(parts, has, should, strict=True)
-        if abs(a - b) > 1e-6 * max(1, abs(b))
-    ]
-    return ", ".join(told)
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, a, b in zip(parts, has, should, strict=True):
+        if abs(a - b) > 1e-6 * max(1, abs(b)):
+            alike.setdefault((_shown(a), _shown(b)), []).append(name)
+    return ", ".join(
+        f"{_several(names)} {a} times, expected {b}" for (a, b), names in alike.items()
+    )
+
+
+def _several(names: Sequence[str]) -> str:
+    """Who acts: of many the first ones, and how many more."""
+    if len(names) == 1:
+        return f"{names[0]} acts"
+    more = f" and {len(names) - MAX_PARTS} more" if len(names) > MAX_PARTS else ""
+    return f"{', '.join(names[:MAX_PARTS])}{more} act"

@@ -21,6 +21,7 @@ from minilora.verify.diagnosis.answers import (
     Answers,
     Direct,
     answers,
+    deviates,
     explains,
     mutant_answers,
     verdicts,
@@ -125,7 +126,7 @@ class Diagnoser:
             for number in range(check.cases("ci", self.dtype)):
                 case = Case(check.id, self.dtype, number, self.seed, self.subject.fixed)
                 (ours,) = mutant_answers(m, check, (case,))
-                if "fail" in verdicts(ours) and self._passes(check, number):
+                if "fail" in verdicts(ours) and self.passes(check, number):
                     return True
         return False
 
@@ -148,7 +149,8 @@ class Diagnoser:
             if is_asked and other.id != self.check.id and {*other.needs} <= {*self.check.needs}:
                 yield other
 
-    def _passes(self, check: Check, number: int) -> bool:
+    def passes(self, check: Check, number: int) -> bool:
+        """Whether a case of a check holds, with answers."""
         if (check.id, number) not in self.passed:
             self.passed[check.id, number] = verdicts(self.ask(check, number)[1]) == {"pass"}
         return self.passed[check.id, number]
@@ -182,6 +184,11 @@ class Diagnoser:
                 return found
         return None
 
+    def only_here(self, explaining: Sequence[Candidate]) -> Diagnosis | None:
+        """The one that explains this check, and that no case of it refutes."""
+        alone = [c for c in explaining if not self.refutes(c.mutant, set())]
+        return _partly(alone[0], "checks") if len(alone) == 1 else None
+
     def partly(self, mutants: Sequence[Mutant]) -> Diagnosis | None:
         """The one mutant that gives the answers of all cases that deviate, but not of others.
 
@@ -195,12 +202,7 @@ class Diagnoser:
         )
         if len(cases) < 2 or len(found) != 1:
             return None
-        sentence = (
-            f"Where they deviate, the answers are those of {found[0].mutant.id} "
-            f"({found[0].mutant.formula}); in other cases, in which that deviates too, they are "
-            "right."
-        )
-        return Diagnosis(f"{STRUCTURE}partly", sentence, found[0].residual)
+        return _partly(found[0], "cases")
 
     def of_fault(self, mutants: Iterable[Mutant]) -> tuple[Diagnosis, ...]:
         """The mutants that end in the same faults, where no number deviates."""
@@ -256,6 +258,16 @@ class Diagnoser:
                 yield check, number
 
 
+def _partly(found: Candidate, where: str) -> Diagnosis:
+    """A mutant that explains what deviates, and not why other cases, or checks, hold."""
+    m = found.mutant
+    sentence = (
+        f"Where they deviate, the answers are those of {m.id} ({m.formula}); in other {where}, in "
+        "which that deviates too, they are right."
+    )
+    return Diagnosis(f"{STRUCTURE}partly-{m.id}", sentence, found.residual)
+
+
 def _mutants_of(ids: Iterable[str]) -> list[Mutant]:
     """The mutants of these ids."""
     from minilora.verify.mutants.derived import mutant_of
@@ -302,6 +314,35 @@ def _alone(diagnoser: Diagnoser, explaining: list[Candidate]) -> tuple[Diagnosis
 
 
 @np.errstate(all="ignore")
+def shown(
+    level: Level,
+    check: Check,
+    subject: GuardedImplementation,
+    dtype: str,
+    seed: int,
+    causes: Sequence[str] = (),
+) -> tuple[Diagnosis, ...]:
+    """The mutant that the wrong arrays of a law show by themselves (`Comparison.shows`).
+
+    Of several the first whose own check fails: one for all kinds of layers before that of one kind.
+    """
+    diagnoser = Diagnoser(level, check, subject, dtype, seed)
+    return _shown_by(diagnoser, diagnoser.telling_cases()[1])
+
+
+def _shown_by(diagnoser: Diagnoser, theirs: Sequence[Answers]) -> tuple[Diagnosis, ...]:
+    level, check, dtype = diagnoser.level, diagnoser.check, diagnoser.dtype
+    shows = [c.shows() for answer in theirs for c in answer.values() if c.shows and deviates(c)]
+    found = _mutants_of(id for id in (shows[0] if shows else ()) if all(id in s for s in shows))
+    for m in found:
+        own = next((each for each in level.checks if each.id == m.caught_by), check)
+        numbers = range(own.cases("ci", dtype))
+        if own.id == check.id or not all(diagnoser.passes(own, n) for n in numbers):
+            return (Candidate(m, 0.0).named(),)
+    return tuple(_partly(Candidate(m, 0.0), "checks") for m in found[-1:])
+
+
+@np.errstate(all="ignore")
 def diagnose(
     level: Level,
     check: Check,
@@ -327,12 +368,15 @@ def diagnose(
 
     if convention := other_convention(check, subject, cases):
         return convention
+    if by_itself := _shown_by(diagnoser, theirs):
+        return by_itself
     mutants = mutants_for(level.name, check)
-    if alone := _alone(diagnoser, candidates(mutants, theirs, ours_of, diagnoser.forms_of)):
+    explaining = candidates(mutants, theirs, ours_of, diagnoser.forms_of)
+    if alone := _alone(diagnoser, explaining):
         return alone
     if fitted := diagnoser.fitted(cases, theirs):
         return (fitted.named(),)
-    if partly := diagnoser.partly(mutants):
+    if partly := diagnoser.only_here(explaining) or diagnoser.partly(mutants):
         return (partly,)
     best_first = sorted(mutants, key=lambda m: m.caught_by != check.id)
 

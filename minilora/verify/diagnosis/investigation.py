@@ -125,6 +125,7 @@ def _depends_on_earlier_calls(
         sentence = "It depends on earlier calls, or on chance: asked again, it answers."
     elif (
         result.status != "error"
+        and not p.check.is_chance
         and not _repeats(p.check, subject, case)
         and _repeats(p.check, GuardedImplementation(Minilora()), case)  # else chance is right
     ):

@@ -121,7 +121,8 @@ class GuardedImplementation:
         self.mixtures = self._read_mixtures()
         self.declared_fixed = self._read_mapping("fixed")
         self.fixed = Fixed.of(self.declared_fixed, self.name)
-        self.fixed = replace(self.fixed, lacking=self.fixed.lacking | self._lacking())
+        lacking = self.fixed.lacking | self._lacking()
+        self.fixed = replace(self.fixed, lacking=lacking, mixtures=self.mixtures)
 
     def _declared(self, attribute: str, default: Any) -> Any:
         try:

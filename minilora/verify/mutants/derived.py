@@ -36,9 +36,9 @@ class Signed(np.ndarray):
 
 
 class OfMutant:
-    """A mutant of `Linear`, with other gradients."""
+    """A mutant of a layer, with other gradients."""
 
-    def __init__(self, mutant: Linear) -> None:
+    def __init__(self, mutant: Any) -> None:
         self.mutant = mutant
 
     def __getattr__(self, name: str) -> Any:

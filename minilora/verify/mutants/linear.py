@@ -316,9 +316,9 @@ DROPOUT: Table = {
 BACKWARD: Table = {
     "linear.vjp": [
         ("factors-scaled-twice", "s dA, s dB", {"# gradients": "dA, dB = s * dA, s * dB"}),
-        ("dA-zero", "dA = 0", {"# gradients": "dA = 0 * dA"}),
-        ("dB-zero", "dB = 0", {"# gradients": "dB = 0 * dB"}),
-        ("all-zero", "no gradient reaches the adapter",
+        ("dA-zero", "dA = 0: A is detached, or not trained", {"# gradients": "dA = 0 * dA"}),
+        ("dB-zero", "dB = 0: B is detached, or not trained", {"# gradients": "dB = 0 * dB"}),
+        ("all-zero", "dA = dB = 0: no gradient reaches the adapter",
          {"# gradients":
               "dA, dB = 0 * dA, 0 * dB"}, "transformers 26221", "microsoft/LoRA 120", "peft 1142"),
         ("dA-negative", "-dA", {"# gradients": "dA = -dA"}),

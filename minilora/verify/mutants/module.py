@@ -152,6 +152,19 @@ def alone(layer: Mapping[str, Any], array: Array, e: int) -> Array:
     return kept if of_kind(layer, "experts") else array
 
 
+def over_root(layer: Mapping[str, Any], W: Array, V: Array) -> Any:
+    """The weight whose change of q is divided by √(d / heads)."""
+    d = len(W) // 3
+    factor = np.where(np.arange(len(W)) < d, (d // layer["heads"]) ** -0.5, 1.0)
+    return W + factor[:, None] * (V - W)
+
+
+def heads_first(layer: Mapping[str, Any], change: Array) -> Array:
+    """Rows taken for those of head after head, each with q, k and v, in the weight's order."""
+    by_head = change.reshape(layer["heads"], 3, -1, change.shape[-1])
+    return by_head.swapaxes(0, 1).reshape(change.shape)
+
+
 PARTS = (
     pairs, of_rows, change_of, factor_gradients, Window, apply, transposed, attend, encode, Modules,
 )  # fmt: skip
@@ -229,14 +242,18 @@ MODULE: Table = {
          {_CHANGE: "change = change / s if merging else change"}),
         ("merged-turned", "W + s (B A)ᵀ where m = n, merged",
          {_CHANGE: "change = across(layer, change) if merging else change"}),
+        ("merged-in-out-turned", "W + s (B A)ᵀ with fan_in_fan_out where m = n, merged",
+         {_CHANGE: "change = across(layer, change) if merging and fan_in_fan_out else change"}),
         ("merged-norm-of-base", "merged with DoRA's norms of 1",
          {"m / norm, V": "m / (1 if merging else norm), V"}),
     ],
     "module.linear.evaluation": [
         ("dropout-in-evaluation", "dropout in evaluation", {"if training and p:": "if p:"}),
         ("one-over-p", "1 / p for 1 / (1 - p)", {"W.dtype.type(1 - p)": "W.dtype.type(p)"}),
-        ("evaluation-shrunk", "(1 - p) s B A in evaluation",
-         {_CHANGE: 'change = change * (W.dtype.type(1 - p) if mode == "eval" else 1)'}),
+        ("evaluation-shrunk", "(1 - p) s B A x in evaluation",
+         {"# branch": 'branch = branch * W.dtype.type(1 - p if mode == "eval" else 1)'}),
+        ("merged-rescaled", "s B A / (1 - p), merged",
+         {"# merged": "y = y + (1 / W.dtype.type(1 - p) - 1) * apply(layer, x, V - W, index)"}),
     ],
     "module.linear.dropout": [
         ("not-rescaled", "kept features without 1 / (1 - p)", {" / W.dtype.type(1 - p)": " * 1"}),
@@ -246,7 +263,7 @@ MODULE: Table = {
         ("dropout-shared", "all samples of a batch share one mask",
          {"self.rng.random(x.shape) >= p":
               "np.broadcast_to(self.rng.random(x.shape[-1:]) >= p, x.shape)"}),
-        ("dropout-of-samples", "whole samples are dropped",
+        ("dropout-of-samples", "the numbers of a sample are dropped together",
          {"self.rng.random(x.shape) >= p":
               "self.rng.random((len(x),) + (1,) * (x.ndim - 1)) >= p"}),
         ("dropout-on-output", "dropout on the branch's output",
@@ -265,6 +282,9 @@ MODULE: Table = {
          {"# product":
               "if layer['kind'] == 'conv': return np.moveaxis((B @ A).reshape(len(W), "
               "*W.shape[2:], W.shape[1]), -1, 1)"}),
+        ("kernel-axes-exchanged", "B A read as a kernel with its axes in the other order",
+         {"# product": "if layer['kind'] == 'conv': return (B @ A).reshape(*W.shape[:2], "
+                       "*W.shape[:1:-1]).transpose(0, 1, *range(W.ndim - 1, 1, -1))"}),
         ("in-1d-ignored", "no adapter in convolutions of one dimension",
          {_CHANGE: "change = change * (W.ndim != 3)"}),
         ("in-3d-ignored", "no adapter in convolutions of three dimensions",
@@ -470,6 +490,8 @@ MODULE: Table = {
          {_CHANGE: "change = np.roll(change, 1, 0) if kind == 'experts' else change"}),
         ("first-expert", "the first expert's adapter for all",
          {_CHANGE: "change = change[:1] + 0 * change if kind == 'experts' else change"}),
+        ("first-A-of-experts", "the first expert's A for all",
+         {"# product": "if layer['kind'] == 'experts': return B @ A[:1]"}),
         ("experts-backward", "the branch's tokens sorted by expert, and put back by that sort",
          {"# branch": "branch = put_back(layer, index, branch)",
           _BACK: "dx_branch, dV = transposed(layer, h, V - W, put_back(layer, index, dy, True), "
@@ -527,6 +549,13 @@ MODULE: Table = {
         ("values-alone", "the adapter of q, k and v on v alone",
          {"# given": "V = np.concatenate([W[: -len(x.T)], V[-len(x.T) :]]) if layer['kind'] == "
                      "'attention' else V"}),
+        ("values-lost", "no adapter of v",
+         {"# given": "V = np.concatenate([V[: -len(x.T)], W[-len(x.T) :]]) if layer['kind'] == "
+                     "'attention' else V"}),
+        ("queries-over-root", "the change of q divided by √(d / heads)",
+         {"# given": "V = over_root(layer, W, V) if layer['kind'] == 'attention' else V"}),
+        ("heads-first", "the change's rows by head, then q, k and v",
+         {"# given": "V = W + heads_first(layer, V - W) if layer['kind'] == 'attention' else V"}),
         ("keys-for-queries", "the change of q on k, of k on v, of v on q",
          {"# given": "V = W + np.roll(V - W, len(x.T), 0) if layer['kind'] == 'attention' else V"}),
     ],
@@ -537,6 +566,9 @@ MODULE: Table = {
          {"# attended": "answer |= {'dA': answer['dA'] / s, 'dB': answer['dB'] / s}"}),
     ],
     "module.attention.merged": [
+        ("queries-alone-merged", "of q, k and v only q is merged",
+         {"# given": "V = np.concatenate([V[: len(x.T)], W[len(x.T) :]]) if mode == 'merged' and "
+                     "layer['kind'] == 'attention' else V"}),
         ("attention-merged-twice", "merged twice: W + 2 s B A of q, k and v",
          {"# given": "V = 2 * V - W if mode == 'merged' and layer['kind'] == 'attention' else V"}),
     ],

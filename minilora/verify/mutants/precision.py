@@ -7,6 +7,25 @@ from minilora.verify.mutants.references.mixed import Mixed
 
 MIXED = Reference((Mixed,), globals())
 
+
+def _cast(operands: str, gradients: str, where: str = "True") -> dict[str, str]:
+    """Operands cast to the base's dtype and back; an autograd library casts their gradients too."""
+
+    def cast(names: str) -> str:
+        each = ", ".join(f"{name}.astype(theirs).astype(of_factors)" for name in names.split(", "))
+        return f"{names} = ({each}) if {where} else ({names})"
+
+    return {"# operands": cast(operands), "# gradients": cast(gradients)}
+
+
+def _hidden(dtype: str) -> dict[str, str]:
+    """u cast to a dtype and back, and so its gradient."""
+    return {
+        "# hidden": f"H = H.astype({dtype}).astype(ours)",
+        "# through the branch": f"dH = dH.astype({dtype}).astype(ours)",
+    }
+
+
 # fmt: off
 PRECISION: Table = {
     "precision.digits": [
@@ -21,6 +40,13 @@ PRECISION: Table = {
           ".astype(ours)"}),
     ],
     "precision.vjp": [
+        ("adapters-cast", "A and B cast to the base's dtype, and their gradients with them",
+         _cast("A, B", "dA, dB")),
+        ("A-cast", "A cast to the base's dtype, and its gradient with it", _cast("A", "dA")),
+        ("B-cast", "B cast to the base's dtype, and its gradient with it", _cast("B", "dB")),
+        ("u-cast", "u = A x cast to the base's dtype, and its gradient with it",
+         _hidden("theirs")),
+        ("u-in-float16", "u = A x cast to float16, and its gradient with it", _hidden("'float16'")),
         ("y-in-adapters-dtype", "y in the adapters' dtype",
          {"# output": "y = y.astype(of_factors)"}),
         ("dA-as-base", "dA rounded to the base's dtype",
@@ -51,6 +77,13 @@ PRECISION: Table = {
               "s: Any = alpha / float(np.asarray(r**0.5, theirs))"}),
         ("mask-as-base", "1/(1 - p) rounded to the base's dtype",
          {"# mask": "K = K if keep is None else K.astype(theirs).astype(wide)"}),
+        ("dropped-as-base", "K ∘ x, K = keep / (1 - p), computed in the base's dtype",
+         {"# mask": "K = K if keep is None else K.astype(theirs).astype(wide)",
+          "# dropped": "h = h.astype(theirs).astype(ours)"}),
+        ("adapters-as-base-in-training", "with dropout, A and B cast to the base's dtype",
+         _cast("A, B", "dA, dB", "keep is not None")),
+        ("B-as-base-with-rslora", "with rsLoRA, B cast to the base's dtype",
+         _cast("B", "dB", "use_rslora")),
     ],
     "precision.forward.all": [
         ("bias-dropped", "no bias where the base has another dtype than the adapters",

@@ -38,10 +38,20 @@ def fill(parameter: torch.Tensor, values: torch.Tensor) -> None:
 def gradients(
     y: torch.Tensor, of: Mapping[str, torch.Tensor], dy: np.ndarray
 ) -> dict[str, torch.Tensor]:
-    """The gradient of ⟨dy, y⟩ for each tensor, under its name, by autograd; 0 where it has none."""
-    tensors = list(of.values())
-    found = torch.autograd.grad(y, tensors, to_torch(dy), allow_unused=True, materialize_grads=True)
-    return dict(zip(of, found, strict=True))
+    """The gradient of ⟨dy, y⟩ for each tensor, under its name, by autograd.
+
+    0 where it has none: y does not depend on the tensor, as where it was detached, or the library
+    has it not trained (``requires_grad``), which no peer may mend.
+    """
+    trained = {name: tensor for name, tensor in of.items() if tensor.requires_grad}
+    found = {name: torch.zeros_like(tensor) for name, tensor in of.items()}
+    if trained and y.requires_grad:
+        tensors = list(trained.values())
+        given = torch.autograd.grad(
+            y, tensors, to_torch(dy), allow_unused=True, materialize_grads=True
+        )
+        found |= dict(zip(trained, given, strict=True))
+    return found
 
 
 def arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:

@@ -83,8 +83,9 @@ class TorchLinear:
         built = self._filled(settings, W=W, A=A, B=B, bias=bias, magnitude=magnitude)
         names = [name for name in built.parameters if name != "W"]
         of = {"x": to_torch(x)} | {name: built.parameters[name] for name in names}
-        for tensor in of.values():
-            tensor.requires_grad_()
+        for name in ("x", "bias"):  # the base's bias is frozen; what is the adapter's is its own
+            if name in of:
+                of[name].requires_grad_()
         y = built.forward(of["x"])
         found = gradients(y, of, dy)
         return {"y": to_numpy(y)} | {f"d{name}": built.array(name, g) for name, g in found.items()}

@@ -73,7 +73,9 @@ class Mixed:
         K = 1.0 if keep is None else rows(keep).astype(wide) / (1 - p)
         # mask
         h = (X.astype(wide) * K).astype(ours)
+        # dropped
         H = (h.astype(wide) @ A.T.astype(wide)).astype(ours)
+        # hidden
         branch = (s * (H.astype(wide) @ B.T.astype(wide))).astype(ours)
         # branch
         y = (base.astype(wide) + branch.astype(wide)).astype(answer)

@@ -62,7 +62,7 @@ def change_of(layer: Any, adapter: Any, A: Array, B: Array) -> Any:
     """B A in the layout of the weight."""
     W = layer["W"]
     if layer["kind"] == "fused":
-        change = np.zeros(W.shape, A.dtype)
+        change = np.zeros(W.shape, np.result_type(A, B))
         for rows, a, b in pairs(layer, adapter):
             change[rows] = B[b] @ A[a]
         return change
@@ -123,7 +123,7 @@ class Window:
     def forward(self, x: Array, W: Array) -> Any:
         """(b, m, …)."""
         y = np.einsum("kbgcp,kgmc->bgmp", self.seen(x), self.split(W))
-        return y.reshape(len(x), len(W), *self.out).astype(x.dtype)
+        return y.reshape(len(x), len(W), *self.out).astype(np.result_type(x, W))
 
     def backward(self, x: Array, W: Array, dy: Array) -> Any:
         """dx and dW."""

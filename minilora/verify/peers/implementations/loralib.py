@@ -267,7 +267,9 @@ def _opened(model_dir: str | Path, adapter_dir: str | Path) -> tuple[Any, dict[s
         path = _LORA.sub(r"\1.\2", name).removeprefix("base_model.model.")
         if not _LORA.fullmatch(name) and not saved & set(path.split(".")):
             raise NotImplementedError(f"loralib has no place for the adapter's tensor {name}")
-        trained[name] = model.get_parameter(path).requires_grad_()
+        trained[name] = model.get_parameter(path)
+        if not _LORA.fullmatch(name):  # which loralib knows nothing of
+            trained[name].requires_grad_()
         fill(trained[name], tensor)
     return model, trained
 
