@@ -514,6 +514,11 @@ def test_a_base_in_fp8_is_named(dtype):
     assert "(FP8, e4m3)" in made.entry(made.W.astype(code).astype(float) + made.D).text
     merged = cast(made.w + made.D, dtype).astype(code).astype(float)
     assert made.entry(merged).mistake == "merged-quantized"
+    T = cast(made.w + made.D, dtype).astype(F32)
+    for what, axis in (("one scale", None), ("a scale for each row", 1)):
+        scale = abs(T).max(axis, keepdims=True) / F32.type(448)
+        entry = made.entry(((T / scale).astype(code).astype(F32) * scale).astype(float))
+        assert (entry.mistake, what in entry.text) == ("merged-quantized", True), entry
 
 
 def test_rows_of_the_bases_lengths_are_named():

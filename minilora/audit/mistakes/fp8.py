@@ -32,9 +32,47 @@ def fp8_steps(case: Case) -> dict[str, Step]:
 
 
 def fp8_merges(case: Case) -> Iterator[Trial]:
-    """The merged numbers rounded to FP8, without a scale."""
+    """The merged numbers rounded to FP8: without a scale, or with one for the tensor or the row."""
     for name, dtype in FP8.items():
         yield Trial(case.changes, f"FP8, {name}", end=_narrowed(dtype), free=False, through=dtype)
+    e4m3 = FP8["e4m3"]
+    one = _scaled(e4m3, cache(partial(_largest_merged, case)))
+    for name, step in (("a scale for each row", _by_row(e4m3)), ("one scale", one)):
+        if _has_few_numbers(case, by_row=step is not one):
+            end = _through(step, case.region.merged.dtype)
+            yield Trial(case.changes, f"FP8, e4m3, {name}", end=end, free=False, bits=0.5)
+
+
+CODES = 2**7
+"""So many numbers without their signs FP8 has."""
+
+
+def _has_few_numbers(case: Case, by_row: bool) -> bool:
+    """Whether sampled rows hold no more numbers than FP8 has, each row or all of them."""
+    blocks = [abs(M) for _, _, _, M in case.sample]
+    rows = np.concatenate(blocks) if by_row else np.concatenate(blocks).reshape(1, -1)
+    return all(len(np.unique(row)) <= CODES for row in rows)
+
+
+def _largest_merged(case: Case) -> Array:
+    dtype = case.region.merged.dtype
+    found = [
+        abs(rounded(case.merge.rows(W, i, j)[0], dtype)).max(initial=0)
+        for i, j, W, _ in case.everything()
+    ]
+    return np.asarray(max(found, default=0), F32)
+
+
+def _through(step: Step, dtype: np.dtype[Any]) -> Ending:
+    """T rounded to the dtype, then to FP8; what lies at the border of two codes may be either."""
+    w = format_of(dtype).u
+
+    def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
+        near = step(rounded(T, dtype), i, j)
+        e = 1.5 * e + 2 * w * abs(T)
+        return near, abs(step(T + e, i, j) - step(T - e, i, j)) + 2 * w * abs(near)
+
+    return end
 
 
 def _narrowed(dtype: np.dtype[Any]) -> Ending:
