@@ -66,6 +66,10 @@ TABLE: Table = {
     ],
     "quantized.merge": [
         ("merge-twice", "W̃ + 2 s B A", {"+ s * (B @ A)": "+ 2 * s * (B @ A)"}),
+        ("merge-before-quantized", "W + s B A of the weight from before it was quantized",
+         {"merged = dequantize(self._held)": "merged = self.kept",
+          "self._active = False": "self._active, self.kept = False, widened(W).copy()"},
+         "unsloth-zoo 810"),
         ("merge-unscaled", "W̃ + B A", {"+ s * (B @ A)": "+ B @ A"}),
         ("merge-nothing", "W̃", {"+ s * (B @ A)": "+ 0 * (B @ A)"}),
         ("merged-acts-twice", "s B A x beside the merged weight",
