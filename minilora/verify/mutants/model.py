@@ -536,7 +536,7 @@ SAME: Same = [
     ("variance-of-squares", "mean(x²) - mean(x)²",
      {"_mean(centred * centred)": "(_mean(x * x) - _mean(x) ** 2)"}),
     ("stored", "every array on the way rounded to a half precision",
-     {"model_loss: _wide(array)": "stored(array)"}),
+     {"model_loss: widened(array)": "stored(array)"}),
     ("merged", "(W + s B A) x",
      {"base + B @ (s * u)": "(W + s * B @ A) @ h if b is None else (W + s * B @ A) @ h + b"}),
 ]

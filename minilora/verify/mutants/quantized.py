@@ -32,7 +32,7 @@ EVAL = {"def eval(self) -> None:": "def eval(self) -> None:\n        self.evalua
 TABLE: Table = {
     "quantized.weight": [
         ("eight-bits", "eight bits, whatever was asked for",
-         {"quantize(wide(W), scheme)": 'quantize(wide(W), "int8")'}),
+         {"quantize(widened(W), scheme)": 'quantize(widened(W), "int8")'}),
         ("never", "a weight that keeps its digits",
          {"return dequantize(self._held).astype(self._dtype)": "return self.kept",
           "self._active = False": "self._active, self.kept = False, W"}),
@@ -47,7 +47,7 @@ TABLE: Table = {
          "bitsandbytes 0.50"),
         ("eval-without", "no adapter in evaluation", EVAL |
          {"B if acts else 0 * B": "in_eval(self, B, 0 * B) if acts else 0 * B"}),
-        ("bias-lost", "no bias", {"wide(self._bias)[:, None]": "0 * wide(self._bias)[:, None]"}),
+        ("bias-lost", "no bias", {"widened(self._bias)[:, None]": "0 * widened(self._bias)[:, None]"}),
         ("packed-by-eval", "a forward in evaluation packs the weight in another order", EVAL |
          {"return self._layer(x)[0]":
               "y = self._layer(x)[0]; "
@@ -56,9 +56,9 @@ TABLE: Table = {
     ],
     "quantized.gradients": [
         ("dx-of-base", "dx without the branch",
-         {'"dx": dx.T': '"dx": wide(dy) @ dequantize(self._held)'}),
+         {'"dx": dx.T': '"dx": widened(dy) @ dequantize(self._held)'}),
         ("dx-of-codes", "dx by another weight than the forward's",
-         {'"dx": dx.T': '"dx": dx.T + wide(dy) @ (dequantize(rolled(self._held)) - '
+         {'"dx": dx.T': '"dx": dx.T + widened(dy) @ (dequantize(rolled(self._held)) - '
                         'dequantize(self._held))'}),
         ("dA-zero", "dA = 0", {'"one.A": dA': '"one.A": 0 * dA'}),
         ("dB-unscaled", "dB without s", {'"one.B": dB': '"one.B": dB / s',
