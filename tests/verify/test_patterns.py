@@ -17,6 +17,7 @@ from minilora.verify.mutants.mutant import Reference
 from minilora.verify.mutants.optimizer import OPTIMIZER
 from minilora.verify.mutants.references.helpers import digits
 from minilora.verify.mutants.references.linear import Linear
+from minilora.verify.report.words import only_words
 
 
 def level_of(check_id):
@@ -238,3 +239,8 @@ def test_what_does_not_act_is_told_to_act_0_times():
     wrong = Comparison("y", base, base + one, parts=lambda: {"the base": base, "one": one})
     told = [sentence for _, sentence in patterns.compositions([("case", wrong)])]
     assert told == ["one acts 0 times, expected 1, in case"]
+
+
+def test_of_many_traits_that_cases_have_in_common_the_first_are_told():
+    assert only_words(("a", "b")) == "only where a and b"
+    assert only_words(tuple("abcde")) == "what deviates alone has a, b, c and 2 more"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from minilora.verify.core.errors import ASKED
 from minilora.verify.core.types import STRUCTURE, Diagnosis
 from minilora.verify.report.result import Result
-from minilora.verify.report.words import fault_words, is_one_rounding
+from minilora.verify.report.words import MAX_ONLY, fault_words, is_one_rounding, only_words
 
 AND = " + "
 """Between the ids of two mutants at once (`mutants.derived`)."""
@@ -188,7 +188,8 @@ def cause_lines(found: Sequence[Cause]) -> Iterator[str]:
     else:
         yield f"PROBABLE CAUSE  {cause.sentence or 'not known.'}"
     yield f"HOW SURE  {cause.sureness()}."
-    where = f"only where {' and '.join(first.only)}" if first.only else first.title.rstrip(".")
+    tells = 0 < len(first.only) <= MAX_ONLY
+    where = only_words(first.only) if tells else first.title.rstrip(".")
     where += f"; only in checks of {', '.join(cause.only)}" if cause.only else ""
     count = f", in {first.deviating_cases} of {first.cases} cases" if first.deviating_cases else ""
     yield f"WHERE  first in {first.check} ({where}) in {first.dtype}{count}"

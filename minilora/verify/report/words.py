@@ -28,6 +28,9 @@ CELL = 11
 FAR = 1e4
 """Beyond so many standard deviations a deviation is told in parts of the value."""
 
+MAX_ONLY = 3
+"""So many traits that cases which deviate have in common are told."""
+
 MAX_ARRAYS = 4
 """The greatest number of arrays of a deviation that are shown."""
 
@@ -149,6 +152,13 @@ def grouped_rows(report: Report) -> list[tuple[str, dict[str, Result]]]:
     return group_alike([(check, level[check], found) for check, found in rows(report)], shared)
 
 
+def only_words(only: Sequence[str]) -> str:
+    """What all cases that deviate have and none that passes; of many, by chance most, the first."""
+    if len(only) <= MAX_ONLY:
+        return f"only where {' and '.join(only)}"
+    return f"what deviates alone has {', '.join(only[:MAX_ONLY])} and {len(only) - MAX_ONLY} more"
+
+
 def deviation_lines(report: Report, result: Result, width: int = WIDTH) -> Iterator[str]:
     """All that is known of one deviation, in lines of this width (but for the command)."""
     fold = partial(wrapped, width=width)
@@ -158,7 +168,7 @@ def deviation_lines(report: Report, result: Result, width: int = WIDTH) -> Itera
         count = f"{result.deviating_cases} of {result.cases} cases"
         yield from fold(f"in {count}, first in {result.case}", 2)
     if result.only:
-        yield from fold(f"only where {' and '.join(result.only)}", 2)
+        yield from fold(only_words(result.only), 2)
     yield from _array_lines(result, fold)
     for fault in result.faults:
         yield from fold(f"{fault_words(fault)}", 2)
