@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 REPOSITORIES = {
     "ComfyUI": "comfyanonymous/ComfyUI",
     "LyCORIS": "KohakuBlueleaf/LyCORIS",
+    "Megatron-LM": "NVIDIA/Megatron-LM",
     "PEFT": "huggingface/peft",
     "TensorRT-LLM": "NVIDIA/TensorRT-LLM",
     "bitsandbytes": "bitsandbytes-foundation/bitsandbytes",
@@ -34,6 +35,7 @@ REPOSITORIES = {
     "torchtune": "pytorch/torchtune",
     "transformers": "huggingface/transformers",
     "unsloth": "unslothai/unsloth",
+    "unsloth-zoo": "unslothai/unsloth-zoo",
 }
 """Where the projects are that the catalogue of mutants names."""
 
