@@ -7,6 +7,7 @@ import pytest
 from fake_checks import CHECKS, OnlyMerge, Right, WrongScale
 
 from minilora.cli.main import main
+from minilora.verify.core.types import Diagnosis
 from minilora.verify.engine import run
 from minilora.verify.report.against import against
 
@@ -35,6 +36,25 @@ def test_a_check_that_is_no_longer_asked_is_lost_and_not_mended(reports):
     lost = against(reports["OnlyMerge"], reports["WrongScale"])
     assert lost.lost
     assert not set(lost.gone) & set(lost.lost)
+
+
+def test_a_deviation_of_another_cause_is_told_and_one_without_a_diagnosis_is_not(reports):
+    wrong = reports["WrongScale"]
+
+    def caused_by(*ids):
+        causes = tuple(Diagnosis(id, "", 0.0) for id in ids)
+        return replace(wrong, results=tuple(replace(r, diagnosis=causes) for r in wrong.results))
+
+    fails = tuple(f"{r.check}:{r.dtype}" for r in wrong.results if r.status == "fail")
+    changed = against(caused_by("scale-one"), caused_by("scale-double"))
+    assert (changed.new, changed.other, changed.is_worse) == ((), fails, True)
+    assert f"{len(fails)} deviations of another cause: {fails[0]}" in changed.text
+    for now, then in (
+        (("scale-one",), ("scale-one", "scale-double")),
+        ((), ("scale-one",)),
+        (("scale-one",), ()),
+    ):
+        assert not against(caused_by(*now), caused_by(*then)).is_worse
 
 
 def test_a_deviation_that_was_known_before_is_new(reports):

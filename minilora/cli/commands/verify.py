@@ -117,7 +117,8 @@ def _add_known(option: Any) -> None:
     option(
         "--against",
         metavar="FILE",
-        help="compare with an earlier report in JSON; exit status 1 for new deviations only",
+        help="compare with an earlier report in JSON; exit status 1 for new deviations, and those "
+        "of another cause, only",
     )
 
 
@@ -184,7 +185,7 @@ def _since(report: Report, earlier: Report) -> tuple[int, str]:
 
     found, status = against(report, earlier), report.exit_status
     if status in (OK, FAILED):
-        status = FAILED if found.new else OK
+        status = FAILED if found.is_worse else OK
     return status, f"{earlier.name} {earlier.version}\n{found.text}\n"
 
 
