@@ -47,7 +47,8 @@ TABLE: Table = {
          "bitsandbytes 0.50"),
         ("eval-without", "no adapter in evaluation", EVAL |
          {"B if acts else 0 * B": "in_eval(self, B, 0 * B) if acts else 0 * B"}),
-        ("bias-lost", "no bias", {"widened(self._bias)[:, None]": "0 * widened(self._bias)[:, None]"}),
+        ("bias-lost", "no bias",
+         {"widened(self._bias)[:, None]": "0 * widened(self._bias)[:, None]"}),
         ("packed-by-eval", "a forward in evaluation packs the weight in another order", EVAL |
          {"return self._layer(x)[0]":
               "y = self._layer(x)[0]; "
