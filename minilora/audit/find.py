@@ -57,7 +57,8 @@ def find(
     if candidates:
         inputs["find"] = [str(candidate) for candidate in candidates]
     seconds = time.monotonic() - began
-    answer = _answer(entries, fits, len(candidates))
+    scaled = [f"{entry.subject} ({entry.mistake})" for entry in tried if entry.mistake]
+    answer = _answer(entries, fits, scaled, len(candidates))
     return Report("find", inputs, tuple(entries), answer, "", seconds, B.nbytes + M.nbytes)
 
 
@@ -101,6 +102,10 @@ def _try(
     said = f"{len(right)} of {len(changed)} tensors that it changes are as with it"
     if report.exit_status == 0 and any(entry.subject in differ for entry in changed):
         return Entry(str(adapter), "fine", f"it is this adapter: {said}", figures)
+    scaled = [e for e in changed if e.verdict == "factor" and e.mistake]
+    if len(scaled) == len(changed) > 0 and len({e.mistake for e in scaled}) == 1:
+        text = f"it is this adapter by another factor: {report.cause}"
+        return Entry(str(adapter), "told", text, figures, scaled[0].mistake)
     cause = f"; {report.cause}" if right and report.cause else ""
     return Entry(str(adapter), "told", f"it is not this adapter: {said}{cause}", figures)
 
@@ -194,13 +199,20 @@ def _entry(name: str, found: Rank, share: float) -> Entry:
     return Entry(name, "undecided", text, figures)
 
 
-def _answer(entries: Sequence[Entry], fits: Sequence[str], tried: int) -> str:
-    """What was found, in one sentence."""
+def _answer(
+    entries: Sequence[Entry], fits: Sequence[str], scaled: Sequence[str], tried: int
+) -> str:
+    """What was found, in one sentence; ``scaled``: adapters that fit by another factor."""
+    tensors = [entry for entry in entries if entry.verdict not in ("fine", "told")]
+    if tensors and all(entry.verdict == "unchanged" for entry in tensors):
+        return "every tensor has the base's numbers: nothing was merged"
     ranks = Counter(int(e.figures["rank"] or 0) for e in entries if e.verdict == "low-rank")
     others = sum(entry.verdict == "full-rank" for entry in entries)
     said = []
     if fits:
         said.append(f"it is the base with {' or '.join(fits)}")
+    elif scaled:
+        said.append(f"it is the base with {' or '.join(scaled)} by another factor")
     elif tried:
         said.append(f"it is none of the {tried} adapters")
     if ranks:
@@ -211,6 +223,4 @@ def _answer(entries: Sequence[Entry], fits: Sequence[str], tried: int) -> str:
         said.append(f"{changed} {', '.join(each)}")
     if others:
         said.append(f"{others} differ by more than a low rank")
-    if not said and all(entry.verdict == "unchanged" for entry in entries):
-        said.append("every tensor has the base's numbers: nothing was merged")
     return "; ".join(said)

@@ -100,7 +100,10 @@ def test_other_adapters_are_not_taken_for_it(files):
     folder, base = files
     others = [folder / "adapters/scaled", folder / "adapters/untrained"]
     report = minilora.audit.find(base, folder / "merged", others)
-    assert report.cause.startswith("it is none of the 2 adapters; 14 tensors differ")
+    assert report.cause.startswith(f"it is the base with {others[0]} (")
+    assert "by another factor; 14 tensors differ" in report.cause
+    alone = minilora.audit.find(base, folder / "merged", others[1:])
+    assert alone.cause.startswith("it is none of the 1 adapters; 14 tensors differ")
 
 
 def test_an_adapter_may_be_named_in_place_of_a_folder(files):
@@ -114,6 +117,7 @@ def test_nothing_was_merged(files):
     report = find(base, base, folder / "adapters/untrained")
     assert report.entries[0].verdict == "told", "an adapter that changes nothing is not found"
     assert {entry.verdict for entry in report.entries[1:]} == {"unchanged"}
+    assert "nothing was merged" in report.cause
     assert "nothing was merged" in find(base, base).cause
 
 
