@@ -374,7 +374,7 @@ def test_what_cannot_be_read_is_exit_status_3_and_no_deviation(toy):
     for fails in (PermissionError(13, "Permission denied", "x"), MemoryError("10 TB")):
         status, out, err = toy("toy", fails=fails)
         assert (status, out) == (3, "")
-        assert err.startswith("minilora toy: ")
+        assert err.startswith("minilora audit toy: ")
     assert toy("toy", fails=ValueError("weights: 1 for 2 adapters"))[0] == 2
     assert toy("toy", "--json", "no/such/\0file")[0] in (2, 3)
 
