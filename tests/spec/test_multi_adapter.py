@@ -278,7 +278,7 @@ class Life(RuleBasedStateMachine):
 
 
 def refused(transition, *arguments):
-    with pytest.raises(ValueError, match="expected|already|not active|another|add it first"):
+    with pytest.raises(ValueError, match=r"expected|already|not active|another|add it first"):
         transition(*arguments)
 
 

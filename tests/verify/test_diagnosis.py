@@ -116,6 +116,28 @@ def test_what_is_dropped_wrongly_is_named_whatever_the_masks_are(id):
     assert [d.id for d in found(m.caught_by, other, profile="ci")] == [id]
 
 
+class WithoutGradients:
+    def __init__(self, session):
+        self._session = session
+
+    def __getattr__(self, name):
+        if name == "gradients":
+            raise AttributeError(name)
+        return getattr(self._session, name)
+
+
+def test_a_mutant_is_compared_by_the_methods_that_the_targets_sessions_have():
+    m = CATALOGUE["lifecycle-dropout-never"]
+
+    def other():
+        made = m.make()
+        opened = made.session
+        made.session = lambda layer: WithoutGradients(opened(layer))
+        return made
+
+    assert [d.id for d in found("lifecycle.dropout", other, profile="ci")] == [m.id]
+
+
 @pytest.mark.slow
 def test_gradients_of_a_module_that_follow_from_its_forward_are_named():
     """Of an autograd library, and of one whose adapter acts by a factor that no table has."""

@@ -256,7 +256,7 @@ def test_the_test_that_is_written_runs(library, capsys):
         (["--kind", "cmd", "--layer", "a:b"], "expected --kind torch or jax"),
         (["--layer", "mylib"], "expected module:Name"),
         (["--layer", "nolib:Layer"], "no module 'nolib'"),
-        (["--layer", "mylib:Plane"], "did you mean"),
+        pytest.param(["--layer", "mylib:Plane"], "did you mean", marks=needs("torch")),
     ],
 )
 def test_what_cannot_be_meant_is_refused(library, capsys, options, words):

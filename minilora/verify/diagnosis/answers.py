@@ -29,7 +29,26 @@ Answers = dict[str, Comparison]
 
 
 class Direct(GuardedImplementation):
-    """A mutant, called in this thread: it is part of this package."""
+    """A mutant, called in this thread: it is part of this package.
+
+    Its sessions are taken not to have the methods in ``session_lacks``, which the target's lack:
+    both then answer the same arrays.
+    """
+
+    hidden: frozenset[str] = frozenset()
+
+    def has(self, method: str) -> bool:
+        """Whether it has this method, and the target too."""
+        return method not in self.hidden and super().has(method)
+
+    def session(self, layer: Any) -> GuardedImplementation:
+        """The session that the mutant opens. Raises Skip or Fault."""
+        lacks = self.session_lacks
+        session = super().session(layer)
+        if isinstance(session, Direct):
+            session.hidden = lacks
+        self.session_lacks = lacks
+        return session
 
     def _within_limit(self, call: Callable[[], Any]) -> Any:
         with warnings.catch_warnings():
@@ -161,9 +180,13 @@ class LazyAnswers(Iterable[Answers]):
 
 
 @lru_cache(maxsize=1024)
-def mutant_answers(m: Mutant, check: Check, cases: tuple[Case, ...]) -> LazyAnswers:
-    """A mutant's answers to these cases."""
-    return LazyAnswers(check, Direct(m.make()), cases)
+def mutant_answers(
+    m: Mutant, check: Check, cases: tuple[Case, ...], session_lacks: frozenset[str] = frozenset()
+) -> LazyAnswers:
+    """A mutant's answers to these cases; its sessions lack the methods that the target's lack."""
+    mutant = Direct(m.make())
+    mutant.session_lacks = session_lacks
+    return LazyAnswers(check, mutant, cases)
 
 
 def verdicts(answer: Answers) -> set[str]:

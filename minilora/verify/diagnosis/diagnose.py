@@ -19,7 +19,6 @@ from minilora.verify.core.level import FIRST_CASES, Level
 from minilora.verify.core.types import STRUCTURE, Case, Check, Diagnosis
 from minilora.verify.diagnosis.answers import (
     Answers,
-    Direct,
     answers,
     deviates,
     explains,
@@ -93,6 +92,10 @@ class Diagnoser:
         case = Case(check.id, self.dtype, number, self.seed, self.subject.fixed)
         return case, answers(check, self.subject, case)
 
+    def ours(self, m: Mutant, check: Check, cases: tuple[Case, ...]) -> Iterable[Answers]:
+        """A mutant's answers to these cases, by the methods that the implementation has."""
+        return mutant_answers(m, check, cases, self.subject.session_lacks)
+
     def telling_cases(self) -> tuple[tuple[Case, ...], list[Answers]]:
         """The cases that identify a deviation, and the answers to them, where there are any.
 
@@ -125,7 +128,7 @@ class Diagnoser:
         for check in self._refuting(ids):
             for number in range(check.cases("ci", self.dtype)):
                 case = Case(check.id, self.dtype, number, self.seed, self.subject.fixed)
-                (ours,) = mutant_answers(m, check, (case,))
+                (ours,) = self.ours(m, check, (case,))
                 if "fail" in verdicts(ours) and self.passes(check, number):
                     return True
         return False
@@ -163,7 +166,7 @@ class Diagnoser:
         for m in causes if theirs else ():
             shapes = self.forms_of(m)
             if self.level.is_diagnosed(self.check):
-                found = explanation(theirs, shapes, lambda f: mutant_answers(f, self.check, cases))
+                found = explanation(theirs, shapes, lambda f: self.ours(f, self.check, cases))
             else:
                 found = self._fails_alike(shapes, cases, theirs)
             if found and not self.refutes(found.mutant, set()):
@@ -178,7 +181,7 @@ class Diagnoser:
         for words, scale in fitted_scales(layers, theirs):
             m = with_scale(words, scale)
             found = explanation(
-                theirs, self.forms_of(m), lambda f: mutant_answers(f, self.check, tuple(cases))
+                theirs, self.forms_of(m), lambda f: self.ours(f, self.check, tuple(cases))
             )
             if found and not self.refutes(found.mutant, set()):
                 return found
@@ -198,7 +201,7 @@ class Diagnoser:
         wrong = list(islice((pair for pair in asked if "fail" in verdicts(pair[1])), MAX_PARTLY))
         cases, theirs = tuple(case for case, _ in wrong), [answer for _, answer in wrong]
         found = candidates(
-            mutants, theirs, lambda m: mutant_answers(m, self.check, cases), self.forms_of
+            mutants, theirs, lambda m: self.ours(m, self.check, cases), self.forms_of
         )
         if len(cases) < 2 or len(found) != 1:
             return None
@@ -218,7 +221,7 @@ class Diagnoser:
         """The form of a mistake that breaks a law in the same arrays of the same cases."""
         wrong = [wrong_arrays(answer) for answer in theirs]
         for form, whose in zip(shapes, WHOSE, strict=False):
-            ours = mutant_answers(form, self.check, cases)
+            ours = self.ours(form, self.check, cases)
             if [wrong_arrays(answer) for answer in ours] == wrong:
                 return Candidate(form, 0.0, whose)
         return None
@@ -234,7 +237,7 @@ class Diagnoser:
             if len(remaining) == 1:
                 return remaining, separated
             case = Case(check.id, self.dtype, number, self.seed, self.subject.fixed)
-            ours = [answers(check, Direct(c.mutant.make()), case) for c in remaining]
+            ours = [answer for c in remaining for answer in self.ours(c.mutant, check, (case,))]
             if not all(ours) or all(explains([a], [ours[0]]) is not None for a in ours[1:]):
                 continue
             theirs = answers(check, self.subject, case)
@@ -364,7 +367,7 @@ def diagnose(
         return diagnoser.of_fault(mutants_for(level.name, check, keep_state=True))
 
     def ours_of(m: Mutant) -> Iterable[Answers]:
-        return mutant_answers(m, check, cases)
+        return diagnoser.ours(m, check, cases)
 
     if convention := other_convention(check, subject, cases):
         return convention

@@ -94,6 +94,8 @@ class GuardedImplementation:
         """The largest sizes in a case's calls, by name; emptied before each case."""
         self.foretold = ""
         """Whether a session may refuse its next step, for who keeps the steps (test vectors)."""
+        self.session_lacks: frozenset[str] = frozenset()
+        """The methods that the last session lacks."""
         self._lent: list[tuple[str, Any, Any]] = []
         """Arguments that a session may keep: the name, the argument as passed, and the original."""
         self._taken: dict[str, frozenset[str] | None] = {}
@@ -240,6 +242,7 @@ class GuardedImplementation:
             raise Fault(
                 "missing", f"session answers {type_words(opened)} without {', '.join(absent)}"
             )
+        self.session_lacks = frozenset(name for name in SESSION if not session.has(name))
         return session
 
     def announce(self, check: str) -> None:
