@@ -10,7 +10,7 @@ from minilora.audit.result import VERDICTS, Entry
 from minilora.audit.scales import WRONG_SCALES
 from minilora.io.errors import listed
 
-_TEXTS = {
+CAUSES = {
     **{mistake.id: mistake.text for mistake in MISTAKES},
     **{wrong.id: wrong.text for wrong in WRONG_SCALES},
     "not-merged": "the folder holds the adapter beside the base: nothing is merged",
@@ -28,6 +28,7 @@ _TEXTS = {
     "norm-factor": "DoRA's rows are longer or shorter than the magnitude says",
     "tied-head": "embedding and head are tied, and with the adapter the two differ",
 }
+"""What each mistake is, in one sentence."""
 
 _AGAIN = "merge again with a current release of the library, and audit the result"
 
@@ -62,6 +63,11 @@ _REMEDIES = {
 }
 
 
+def remedy_of(kind: str, verdict: str) -> str:
+    """What to do about a mistake, or about a verdict that has none."""
+    return _REMEDIES.get(kind, _REMEDIES.get(verdict, _AGAIN))
+
+
 def cause_of(entries: Sequence[Entry], changed: Collection[str] = ()) -> tuple[str, str]:
     """The cause and the remedy; two empty texts where nothing deviates.
 
@@ -81,12 +87,11 @@ def cause_of(entries: Sequence[Entry], changed: Collection[str] = ()) -> tuple[s
     counts = Counter(entry.mistake or entry.verdict for entry in wrong)
     kind, count = counts.most_common(1)[0]
     first = next(entry for entry in wrong if kind in (entry.mistake, entry.verdict))
-    text = _TEXTS.get(kind, VERDICTS[first.verdict][1])
+    text = CAUSES.get(kind, VERDICTS[first.verdict][1])
     if kind == "wrong":  # of a setting, which says more than its verdict
         kind, text = first.subject, first.text
     share = f"in {count} of {len(wrong)} deviations" if len(wrong) > 1 else f"in {first.subject}"
-    remedy = _REMEDIES.get(kind, _REMEDIES.get(first.verdict, _AGAIN))
-    return f"{kind}: {text}, {share}", remedy
+    return f"{kind}: {text}, {share}", remedy_of(kind, first.verdict)
 
 
 def _is_base(lacking: Sequence[Entry]) -> str:
@@ -104,7 +109,7 @@ def _other_base(wrong: Sequence[Entry]) -> str:
     beside = sum(entry.verdict == "changed" and not entry.mistake for entry in wrong)
     if not own or not beside or 2 * (own + beside) <= len(wrong):
         return ""
-    text = f"other-base: {_TEXTS['other-base']}: {own} tensors differ by more than the adapter's"
+    text = f"other-base: {CAUSES['other-base']}: {own} tensors differ by more than the adapter's"
     return f"{text} change, and {beside} that no adapter changes differ too"
 
 

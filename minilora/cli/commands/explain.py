@@ -53,6 +53,7 @@ def names() -> dict[str, Explained]:
     """Each kind of name, and of each name what prints its page."""
     from functools import partial
 
+    from minilora.audit.cause import CAUSES
     from minilora.audit.mistakes import MISTAKES
     from minilora.audit.result import VERDICTS
     from minilora.findings import FINDINGS, LIBRARIES
@@ -67,7 +68,10 @@ def names() -> dict[str, Explained]:
         "Findings of a library, as issues": {
             name: partial(_of_library, each) for name, each in LIBRARIES.items()
         },
-        "Mistakes in merges": {each.id: partial(_of_mistake, each) for each in MISTAKES},
+        "Mistakes in merges": {
+            **{name: partial(_of_cause, name) for name in CAUSES},
+            **{each.id: partial(_of_mistake, each) for each in MISTAKES},
+        },
         "Verdicts of audits": {name: partial(_of_verdict, name) for name in VERDICTS},
     }
 
@@ -200,13 +204,24 @@ def _of_library(library: Library) -> str:
     return f"{library.name}: its findings as issues, in Markdown\n\n{issues(library)}"
 
 
+def _of_cause(name: str) -> str:
+    from minilora.audit.cause import CAUSES, remedy_of
+    from minilora.audit.scales import WRONG_SCALES
+
+    verdict = "factor" if name in [wrong.id for wrong in WRONG_SCALES] else ""
+    what = ("What to do", remedy_of(name, verdict))
+    return _page(f"{name}: a mistake in a merge", ("", CAUSES[name]), what)
+
+
 def _of_mistake(mistake: Mistake) -> str:
+    from minilora.audit.cause import remedy_of
     from minilora.audit.result import VERDICTS
 
     return _page(
         f"{mistake.id}: a mistake in a merge, the verdict {mistake.verdict}",
         ("", mistake.text),
         ("The verdict says", VERDICTS[mistake.verdict][1]),
+        ("What to do", remedy_of(mistake.id, mistake.verdict)),
         ("Seen in", ", ".join(mistake.seen)),
     )
 
