@@ -10,7 +10,7 @@ from minilora.verify.checks.registry import CHECKS
 from minilora.verify.core.errors import LoadError, Skip
 from minilora.verify.core.fixed import FREE, Fixed
 from minilora.verify.core.types import Case
-from minilora.verify.diagnosis.diagnose import Direct
+from minilora.verify.diagnosis.answers import Direct
 from minilora.verify.implementation.minilora_impl import Minilora, MiniloraSession
 
 BY_ID = {each.id: each for each in CHECKS}
