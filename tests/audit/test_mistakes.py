@@ -493,6 +493,7 @@ def test_experts_taken_apart_in_another_order_are_named():
     assert entry(of_A, of_B).severity == "ok"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", EACH)
 def test_a_base_in_fp8_is_named(dtype):
     made = Made(dtype, m=160, n=64, size=1e-3)

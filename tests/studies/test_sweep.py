@@ -140,6 +140,7 @@ def test_a_larger_grid_adds_to_what_is_there(whole, tmp_path):
     assert losses(more) == losses(whole[1][:2])
 
 
+@pytest.mark.slow
 def test_another_setting_or_a_folder_of_other_files_is_refused(whole, tmp_path):
     other = replace(SETTING, config=replace(SETTING.config, max_steps=5))
     with pytest.raises(Refused, match=r"another setting \(max_steps was 4 and is 5\)"):

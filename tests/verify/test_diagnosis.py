@@ -86,6 +86,7 @@ def test_a_scale_far_too_great_is_named_though_it_rounds_more_than_what_is_right
         assert [each.id for each in found] == ["scale-alpha"], seed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "id", ["precision-y-in-adapters-dtype", "precision-merge-dtype", "layout-batch-of-one",
            "state-x-overwritten", "optimizer-t-from-0"]
@@ -126,6 +127,7 @@ class WithoutGradients:
         return getattr(self._session, name)
 
 
+@pytest.mark.slow
 def test_a_mutant_is_compared_by_the_methods_that_the_targets_sessions_have():
     m = CATALOGUE["lifecycle-dropout-never"]
 

@@ -238,6 +238,7 @@ def test_stored_adapters_are_of_all_architectures_and_change_what_they_say():
         assert np.abs(want - merged).max() < 1e-15
 
 
+@pytest.mark.slow
 def test_what_is_no_answer_of_a_server_is_its_fault():
     class Wrong:
         def logits(self, model_dir, adapter_dir, input_ids):

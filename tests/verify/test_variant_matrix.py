@@ -41,6 +41,7 @@ def test_all_is_as_the_registry_says(cells):
     assert broken == set(variants.REGISTRY["dora"].breaks)
 
 
+@pytest.mark.slow
 def test_every_form_of_the_table_has_every_cell_and_reason(cells):
     text, markdown = variant_matrix.as_text(cells), variant_matrix.as_markdown(cells)
     _, notes = variant_matrix.rows_of(cells)
