@@ -12,6 +12,10 @@ def dora(text, verdicts, says):
     return wrong(text, verdicts, says, DORA)
 
 
+ROWS = "mismatch norm-not-applied factor"
+"""Of W stored (in, out), the audit says by which factor the rows are longer, and not why."""
+
+
 @dora("W + s B A: neither norm nor magnitude", "norm-not-applied", r"norm|magnitude")
 def dora_without_magnitude(world):
     return world.adding(lambda t: t.delta)
@@ -45,7 +49,7 @@ def dora_norm_of_the_columns(world):
     return rescaled(change)(world)
 
 
-@dora("m/‖W‖: the norm of W without the change", "mismatch norm-not-applied", r"norm")
+@dora("m/‖W‖: the norm of W without the change", ROWS, r"norm")
 def dora_norm_without_the_change(world):
     return rescaled(lambda t, W: magnitude(t) / row_norm(W)[0] * (W + t.delta))(world)
 
@@ -59,12 +63,12 @@ def dora_rescales_the_change_alone(world):
     return rescaled(lambda t, W: W + magnitude(t) / row_norm(W + t.delta)[0] * t.delta)(world)
 
 
-@dora("m V: not divided by the norm", "mismatch norm-not-applied", r"norm|divid|magnitude")
+@dora("m V: not divided by the norm", ROWS, r"norm|divid|magnitude")
 def dora_not_divided_by_the_norm(world):
     return rescaled(lambda t, W: magnitude(t) * (W + t.delta))(world)
 
 
-@dora("V / ‖V‖: no magnitude", "mismatch norm-not-applied", r"norm|magnitude")
+@dora("V / ‖V‖: no magnitude", ROWS, r"norm|magnitude")
 def dora_without_its_magnitude(world):
     return rescaled(lambda t, W: (W + t.delta) / row_norm(W + t.delta)[0])(world)
 
@@ -87,7 +91,7 @@ def dora_without_scale(world):
     )(world)
 
 
-@dora("the magnitudes of the rows in reverse", "mismatch norm-not-applied", r"norm|magnitude|order")
+@dora("the magnitudes of the rows in reverse", ROWS, r"norm|magnitude|order")
 def dora_magnitudes_reversed(world):
     return rescaled(lambda t, W: magnitude(t)[::-1] / row_norm(W + t.delta)[0] * (W + t.delta))(
         world
