@@ -194,7 +194,7 @@ def dropout(subject: GuardedImplementation, case: Case) -> Iterable[Comparison]:
     yield from session.trained("dropout-ends")
     session.take(("eval",))
     yield session.evaluated()
-    session.take(("train",))
+    session.take(("unmerge",), ("train",))  # evaluation may have merged
     yield from session.trained("dropout-until-evaluation")
     yield from session.chance()
 
