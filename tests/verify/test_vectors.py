@@ -550,6 +550,7 @@ NOT_SHOWN = {
     *("module-one-over-p", "module-pointwise-one-over-p", "init-base-rounded-tall"),
     *("lifecycle-gradients-merged", "lifecycle-merged-alone", "lifecycle-fused-outer"),
     *("lifecycle-gradients-off", "lifecycle-delete-unmerges", "module-gap-closed"),
+    *("module-merged-in-out-turned", "module-merged-rescaled"),
 }
 """What needs sizes, or settings together, that vectors lack: they are small, and few."""
 
@@ -764,7 +765,7 @@ def test_wrong_usage_is_refused_and_nothing_is_written(
         (None, b"", "has no answers"),
         ("float8.safetensors", b"", "'float8'"),
         ("float32.safetensors", b"cut", "safetensors file"),
-        ("answers.json", b"[]", "expected an object"),
+        ("answers.json", b"[]", "expected a JSON object"),
         ("answers.json", b'{"refused": "all"}', "expected a list"),
         ("answers.json", b'{"conventions": {"dora_norm": "free"}}', "expected some of"),
     ],
