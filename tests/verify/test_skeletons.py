@@ -171,6 +171,7 @@ def verified(target, *options):
         *target,
         "--profile",
         "quick",
+        *("--time-limit", "600"),  # JAX compiles for long where others use the processors
         *options,
     ]
     ran = subprocess.run([*command, "--json", "-"], capture_output=True, text=True)
