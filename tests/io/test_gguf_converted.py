@@ -271,6 +271,15 @@ WRITTEN = {
 }
 
 
+def test_an_older_gguf_that_lacks_an_architecture_is_told(tmp_path, monkeypatch):
+    names = {n: name for n, name in gguf.MODEL_ARCH_NAMES.items() if name != "smollm3"}
+    monkeypatch.setattr(gguf, "MODEL_ARCH_NAMES", names)
+    c = replace(MORE_MODELS["SmolLM3"], **WRITTEN["SmolLM3"])
+    with pytest.raises(ImportError, match=r"does not know smollm3: .*minilora\[gguf\]"):
+        write_model(tmp_path / "m.gguf", c, draw_weights(c, np.random.default_rng(0)))
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 def test_what_is_written_is_read(name, tmp_path):
     c = replace(MORE_MODELS[name.split(" without")[0]], **WRITTEN[name])

@@ -89,7 +89,8 @@ def row_order(c: Config, at: str, m: int) -> Array | None:
 def places(c: Config) -> dict[str, str]:
     """Internal module name -> the module's name in GGUF, as the library has it.
 
-    Errors: FormatError for an architecture that llama.cpp does not have.
+    Errors: FormatError for an architecture that llama.cpp does not have; ImportError where the
+    installed gguf is older than it.
     """
     a = architecture_of(c)
     if a.gguf is None:
@@ -97,7 +98,10 @@ def places(c: Config) -> dict[str, str]:
         known = ", ".join(known_architectures())
         raise FormatError("GGUF", "architecture", a.model_type, known, remedy)
     gguf = library()
-    number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == a.gguf_name)
+    number = next((n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == a.gguf_name), None)
+    if number is None:
+        remedy = "python -m pip install --upgrade 'minilora[gguf]'"
+        raise ImportError(f"the installed gguf does not know {a.gguf_name}: {remedy}")
     table = gguf.get_tensor_name_map(number, 1)
     first = {at: table.get_name(path) for at, path in module_paths(replace(c, layers=1)).items()}
     named = {at: name for at, name in first.items() if not at.startswith("layers.")}
