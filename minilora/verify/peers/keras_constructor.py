@@ -22,5 +22,9 @@ PEER = replace(
         {"mutant": "scale-one"},
     )
     | entries(["linear.balance"], ("keras.constructor-alpha",), {"arrays": ["Bᵀ dB against dA Aᵀ"]})
-    | entries(["merge.full-digits"], ("keras.constructor-alpha",), {"arrays": ["merged W"]}),
+    | entries(
+        ["merge.full-digits", "merge.rounding"],
+        ("keras.constructor-alpha",),
+        {"arrays": ["merged W"]},
+    ),
 )
