@@ -205,13 +205,16 @@ def test_the_recorded_results_make_a_page():
 
 def test_a_summary_names_no_folder_of_its_run():
     text = (
-        "it raises: ValueError: /tmp/minilora-zf22wjyq/files/adapter: other tensors (peft.py:217)"
+        "it raises: ValueError: folder/minilora-zf22wjyq/files/adapter: other tensors (peft.py:217)"
     )
     assert (
         summary_module._lasting(text)
         == "it raises: ValueError: files/adapter: other tensors (peft.py:217)"
     )
-    assert summary_module._lasting("minilora-is/here: /tmp/other") == "minilora-is/here: /tmp/other"
+    assert (
+        summary_module._lasting("minilora-is/here: folder/other")
+        == "minilora-is/here: folder/other"
+    )
     recorded = (Path(__file__).parents[2] / "docs/results").glob("*.json")
     assert not any("/minilora-" in path.read_text(encoding="utf-8") for path in recorded)
 

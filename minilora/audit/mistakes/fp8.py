@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from minilora.audit.floats import F32, F64, format_of, rounded
+from minilora.audit.mistakes.roundings import narrowed
 from minilora.audit.trial import Case, Ending, Step, Trial
 from minilora.spec.ops import Array
 
@@ -34,7 +35,7 @@ def fp8_steps(case: Case) -> dict[str, Step]:
 def fp8_merges(case: Case) -> Iterator[Trial]:
     """The merged numbers rounded to FP8: without a scale, or with one for the tensor or the row."""
     for name, dtype in FP8.items():
-        yield Trial(case.changes, f"FP8, {name}", end=_narrowed(dtype), free=False, through=dtype)
+        yield Trial(case.changes, f"FP8, {name}", end=narrowed(dtype), free=False, through=dtype)
     e4m3 = FP8["e4m3"]
     one = _scaled(e4m3, cache(partial(_largest_merged, case)))
     for name, step in (("a scale for each row", _by_row(e4m3)), ("one scale", one)):
@@ -71,14 +72,6 @@ def _through(step: Step, dtype: np.dtype[Any]) -> Ending:
         near = step(rounded(T, dtype), i, j)
         e = 1.5 * e + 2 * w * abs(T)
         return near, abs(step(T + e, i, j) - step(T - e, i, j)) + 2 * w * abs(near)
-
-    return end
-
-
-def _narrowed(dtype: np.dtype[Any]) -> Ending:
-    def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
-        low, high = rounded(T - e, dtype), rounded(T + e, dtype)
-        return (low + high) / 2, (high - low) / 2
 
     return end
 

@@ -38,7 +38,7 @@ def merged_coarse(case: Case) -> Iterator[Trial]:
     """A right merge in a narrower dtype than it is stored in."""
     for dtype in (BF16, F16):
         if format_of(dtype).u > format_of(case.region.merged.dtype).u:
-            yield Trial(case.changes, dtype.name, end=_narrowed(dtype), free=False, through=dtype)
+            yield Trial(case.changes, dtype.name, end=narrowed(dtype), free=False, through=dtype)
 
 
 def adapter_coarse(case: Case) -> Iterator[Trial]:
@@ -214,7 +214,9 @@ def _within(largest: float) -> Ending:
     return end
 
 
-def _narrowed(dtype: np.dtype[Any]) -> Ending:
+def narrowed(dtype: np.dtype[Any]) -> Ending:
+    """The sum rounded to a narrower dtype."""
+
     def end(W: Array, T: Array, e: Array, i: int, j: int) -> tuple[Array, Array]:
         low, high = rounded(T - e, dtype), rounded(T + e, dtype)
         return (low + high) / 2, (high - low) / 2

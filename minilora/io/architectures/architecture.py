@@ -29,7 +29,7 @@ class Gguf:
 
     ``keys`` has the setting of each field. ``name``: the architecture's there, where it is not
     transformers' ``model_type``. ``special``: settings that ``read`` reads: it returns the fields
-    made of them and of what is known; ``write`` is its inverse. ``fixed``: further settings, with
+    that these and known fields give; ``write`` is its inverse. ``fixed``: further settings, with
     the values under which the function is the one here. ``one_added``: norms are stored as 1 + w.
     """
 

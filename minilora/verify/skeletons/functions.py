@@ -14,7 +14,7 @@ from minilora.verify.skeletons.build import namespace
 from minilora.verify.skeletons.calls import Call, calls, modules
 from minilora.verify.skeletons.guess import ALPHA, Guess, M, R, T, factor, values
 from minilora.verify.skeletons.names import ARGUMENTS, ARRAYS
-from minilora.verify.skeletons.scale import Measured, alpha, scaled_by
+from minilora.verify.skeletons.scale import Measured, scale_of
 
 SCALARS = ("r", "alpha", "alpha / r", "p", "use_rslora")
 KNOWN = {**ARRAYS, **{value: ARGUMENTS[value] for value in SCALARS}}
@@ -78,13 +78,9 @@ def _whole(call: Call, convert: Convert) -> Guess:
     said = []
     if call.gives("W") and not call.gives("bias"):
         fixed["bias"] = False
-    if not call.gives("alpha"):
-        call, says = scaled_by(call, R, measured)
-        said += [says] if says else []
-    if not call.gives("alpha"):
-        value, says = alpha(call, R, measured)
-        fixed |= {} if value is None else {"alpha": value}
-        said.append(says)
+    call, found, says = scale_of(call, R, measured)
+    fixed |= found
+    said += says
     said += [f"{name} is given {call.given[name]}" for name in call.tried if name not in str(said)]
     base = "" if call.gives("W") else "x @ W.T + (0 if bias is None else bias) + "
     start = Guess((f"{base}{call}",), tuple(modules(str(call))), form="function")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 T, M, N, R, ALPHA = 11, 5, 7, 3, 6.0
-"""Sizes of what is built: all different, so that shapes tell what an array is."""
+"""The sides of the layer that is tried: all different, so that a shape names its array."""
 
 SHAPES: Mapping[str, tuple[str, ...]] = {
     "W": ("m", "n"),

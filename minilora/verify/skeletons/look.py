@@ -11,7 +11,7 @@ from minilora.verify.skeletons.calls import Call, calls, factories, modules
 from minilora.verify.skeletons.guess import Guess, Merge, R
 from minilora.verify.skeletons.merging import merging, unmerging
 from minilora.verify.skeletons.names import ARGUMENTS
-from minilora.verify.skeletons.scale import alpha, of_layer, scaled_by
+from minilora.verify.skeletons.scale import of_layer, scale_of
 
 
 def look(layer: Any, module: str, name: str) -> Guess:
@@ -73,13 +73,9 @@ def _whole(start: Guess, call: Call, r: int, is_in_place: bool) -> Guess:
         fixed["r"] = r
         said.append(f"no argument sets the rank, which is {r}")
     measured = of_layer(start.places, start.form)
-    if not call.gives("alpha"):
-        call, says = scaled_by(call, r, measured)
-        said += [says] if says else []
-    if not call.gives("alpha"):
-        value, says = alpha(call, r, measured)
-        fixed |= {} if value is None else {"alpha": value}
-        said.append(says)
+    call, found, says = scale_of(call, r, measured)
+    fixed |= found
+    said += says
     said += [f"{name} is given {call.given[name]}" for name in call.tried if name not in str(said)]
     merge: Merge | None
     unmerge, raised = "", list[str]()

@@ -41,6 +41,18 @@ def of_layer(places: Mapping[str, Place], form: str) -> Measured:
     return measured
 
 
+def scale_of(call: Call, r: int, measured: Measured) -> tuple[Call, dict[str, Any], list[str]]:
+    """The call with its scale, what no argument of it sets, and what to say of both."""
+    if call.gives("alpha"):
+        return call, {}, []
+    call, says = scaled_by(call, r, measured)
+    said = [says] if says else []
+    if call.gives("alpha"):
+        return call, {}, said
+    value, says = alpha(call, r, measured)
+    return call, {} if value is None else {"alpha": value}, [*said, says]
+
+
 def scaled_by(call: Call, r: int, measured: Measured) -> tuple[Call, str]:
     """The call with its scale in the argument that acts as one, and what to say of it."""
     for name in dict.fromkeys((*call.tried, *call.free)):
