@@ -10,7 +10,7 @@ convolution in groups has the shape of the weight, or reads the channels of all 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -292,9 +292,7 @@ def dropout(name: str) -> Run:
         base = np.concatenate([base, base])
         ways = [base + each / (1 - DROPPED) for each in branches]
         axes = tuple(range(1, base.ndim))
-        rows = np.cumsum(inputs.layer.get("rows", ()))[:-1]  # of parts, each with a mask or none
-        ends = [0, *(int(row) for row in rows), base.shape[-1]]
-        parts = [slice(a, b) for a, b in pairwise(ends)]
+        parts = _parts(inputs, base.shape[-1])
         can_tell = [(each != 0).any(axes) for each in branches]
         acts, apart = not can_tell[3].any(), not (can_tell[1] & can_tell[2]).any()
         alone, got, want = acts, [], []
@@ -320,23 +318,31 @@ def dropout(name: str) -> Run:
         yield Comparison("y of samples in training", y, wanted, shows=wrongly)
         if not np.array_equal(y, wanted):
             return  # nothing is known of masks
-        for label, holds, shows in (
-            ("whether dropout acts", acts, undropped_of(inputs)),
-            (
-                "whether numbers of a sample are dropped apart",
-                apart or not acts,
-                ("module-dropout-of-samples",),
-            ),
-            (
-                "whether equal samples are dropped apart",
-                alone or not apart,
-                ("module-dropout-shared",),
-            ),
-        ):
-            held = np.asarray(float(holds))
-            yield Comparison(label, held, np.asarray(1.0), shows=constant(shows))
+        yield from _of_masks(inputs, acts, apart, alone)
 
     return run
+
+
+def _parts(inputs: ModuleInputs, features: int) -> list[slice]:
+    """The outputs of each projection in one weight: each has a mask of its own, or none."""
+    rows = np.cumsum(inputs.layer.get("rows", ()))[:-1]
+    ends = [0, *(int(row) for row in rows), features]
+    return [slice(a, b) for a, b in pairwise(ends)]
+
+
+def _of_masks(inputs: ModuleInputs, acts: bool, apart: bool, alone: bool) -> Iterator[Comparison]:
+    """Whether dropout acts, on each number, and on each sample, by itself."""
+    for label, holds, shows in (
+        ("whether dropout acts", acts, undropped_of(inputs)),
+        (
+            "whether numbers of a sample are dropped apart",
+            apart or not acts,
+            ("module-dropout-of-samples",),
+        ),
+        ("whether equal samples are dropped apart", alone or not apart, ("module-dropout-shared",)),
+    ):
+        held = np.asarray(float(holds))
+        yield Comparison(label, held, np.asarray(1.0), shows=constant(shows))
 
 
 @dataclass(frozen=True)
